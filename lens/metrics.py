@@ -1,0 +1,133 @@
+"""The head metrics that the project knows: name, label, definition and unit.
+
+One table serves the profile, the run folder, the report and the dashboard; it needs no torch.
+A metric has the variant ``sink_excluded`` where a sink could dominate it: the same definition on each
+row restricted to the keys from 1 on and renormalised.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One score of a head.
+
+    Attributes:
+        name: column name in the profile and in ``heads.parquet``.
+        label: for axes and tables.
+        definition: one sentence with formula; P is the attention probability matrix.
+        unit: ``probability``, ``nats``, ``tokens``, ``keys`` or ``position``.
+        sink_excluded: whether the variant ``sink_excluded`` exists beside ``raw``.
+        source: where the definition comes from.
+    """
+
+    name: str
+    label: str
+    definition: str
+    unit: str
+    sink_excluded: bool = False
+    source: str = ""
+
+
+_TABLE = (
+    Metric(
+        "previous_token",
+        "Previous token",
+        "Mean over queries i >= 1 of P[i, i-1].",
+        "probability",
+        True,
+        "TransformerLens head_detector; Olsson et al. 2022, arXiv 2209.11895",
+    ),
+    Metric(
+        "duplicate_token",
+        "Duplicate token",
+        "Mean mass on earlier keys that hold the query's own token, over the queries that have one.",
+        "probability",
+        True,
+        "TransformerLens head_detector; Wang et al. 2022, arXiv 2211.00593",
+    ),
+    Metric(
+        "induction",
+        "Induction",
+        "Mean mass on keys whose preceding token equals the query's token, over the queries that have one.",
+        "probability",
+        True,
+        "Olsson et al. 2022, arXiv 2209.11895",
+    ),
+    Metric(
+        "current_token",
+        "Current token",
+        "Mean over queries i >= 1 of P[i, i].",
+        "probability",
+        True,
+    ),
+    Metric(
+        "first_token",
+        "First token",
+        "Mean over queries i >= 1 of P[i, 0].",
+        "probability",
+    ),
+    Metric(
+        "prefix_mass",
+        "Prefix mass",
+        "Mean mass on the first four keys, over the queries that see more than those.",
+        "probability",
+    ),
+    Metric(
+        "entropy",
+        "Entropy",
+        "Mean over queries i >= 1 of -sum_j P[i, j] ln P[i, j].",
+        "nats",
+        True,
+    ),
+    Metric(
+        "effective_keys",
+        "Effective keys",
+        "Mean over queries i >= 1 of 1 / sum_j P[i, j]^2.",
+        "keys",
+    ),
+    Metric(
+        "distance",
+        "Mean distance",
+        "Mean over queries i >= 1 of sum_j P[i, j] (i - j); |i - j| is not taken.",
+        "tokens",
+        True,
+    ),
+    Metric(
+        "locality",
+        "Locality",
+        "Share of all attention at distances |i - j| <= 8.",
+        "probability",
+    ),
+    Metric(
+        "sink_rate",
+        "Sink rate",
+        "1 if key 0 receives alpha_0 = received[0] / visible[0] > 0.3, else 0; over prompts, the share of them.",
+        "probability",
+        False,
+        "Gu et al. 2024, arXiv 2410.10781",
+    ),
+    Metric(
+        "sink_mass",
+        "Sink mass",
+        "alpha_0 = received[0] / visible[0]: mean attention that key 0 receives from the queries that see it.",
+        "probability",
+        False,
+        "Gu et al. 2024, arXiv 2410.10781",
+    ),
+    Metric(
+        "top_key",
+        "Strongest key",
+        "Position with the largest alpha_k = received[k] / visible[k] among keys seen by at least 16 queries.",
+        "position",
+    ),
+    Metric(
+        "top_key_mass",
+        "Strongest key's mass",
+        "alpha at the strongest key.",
+        "probability",
+    ),
+)
+
+METRICS: dict[str, Metric] = {metric.name: metric for metric in _TABLE}
+VARIANTS = ("raw", "sink_excluded")
