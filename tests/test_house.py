@@ -1,0 +1,134 @@
+"""The house rules that a machine can check: import arrows, lazy imports, the namespace `kernels`."""
+
+import ast
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = {
+    "lens_kernels": ROOT / "kernels" / "lens_kernels",
+    "lens": ROOT / "lens",
+    "lens_analyses": ROOT / "analyses" / "lens_analyses",
+    "lens_dashboards": ROOT / "dashboards" / "lens_dashboards",
+}
+FORBIDDEN = {
+    "lens_kernels": {
+        "lens",
+        "lens_analyses",
+        "lens_dashboards",
+        "transformers",
+        "xarray",
+        "plotly",
+        "dash",
+    },
+    "lens": {"lens_analyses", "lens_dashboards", "dash"},
+    "lens_analyses": set(),
+    "lens_dashboards": {"lens_analyses", "torch", "transformers"},
+}
+
+
+def imported_packages(path: Path) -> set[str]:
+    """Top-level packages that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            found.add(node.module.split(".")[0])
+    return found
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_no_import_goes_against_an_arrow(package):
+    files = list(PACKAGES[package].rglob("*.py"))
+    assert files
+    against = {
+        str(file.relative_to(ROOT)): sorted(hit)
+        for file in files
+        if (hit := imported_packages(file) & FORBIDDEN[package])
+    }
+    assert against == {}
+
+
+def test_the_arrow_check_sees_a_nested_import(tmp_path):
+    file = tmp_path / "module.py"
+    file.write_text("def f():\n    from lens_dashboards.app import make\n    import torch.nn\n")
+    assert imported_packages(file) == {"lens_dashboards", "torch"}
+
+
+@pytest.mark.parametrize("folder", ["kernels", "analyses", "dashboards"])
+def test_source_roots_are_not_packages(folder):
+    assert not (ROOT / folder / "__init__.py").exists()
+
+
+def test_kernels_is_never_a_regular_package_of_ours():
+    spec = importlib.util.find_spec("kernels")
+    if spec is not None and spec.origin is not None:
+        assert ROOT not in Path(spec.origin).parents
+
+
+def test_a_tiny_gpt2_builds_from_the_project_root():
+    code = (
+        "from transformers import GPT2Config, GPT2LMHeadModel;"
+        "m = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=11, n_positions=16));"
+        "print(sum(p.numel() for p in m.parameters()))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout) > 0
+
+
+def loaded_modules(code: str) -> set[str]:
+    """Top-level modules in `sys.modules` of a fresh interpreter that ran `code`."""
+    probe = f"{code}\nimport json, sys; print(json.dumps(sorted({{m.split('.')[0] for m in sys.modules}})))"
+    path = [str(ROOT), *(str(ROOT / folder) for folder in ("kernels", "analyses", "dashboards"))]
+    result = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path[:0] = {path!r}\n{probe}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    return set(json.loads(result.stdout.splitlines()[-1]))
+
+
+HEAVY = {"torch", "transformers", "transformer_lens", "triton", "dash"}
+
+
+def test_import_lens_is_light():
+    assert loaded_modules("import lens") & (HEAVY | {"pandas", "xarray", "plotly"}) == set()
+
+
+def test_help_is_light():
+    code = (
+        "from lens_analyses.cli import main\n"
+        "try:\n    main(['--help'])\nexcept SystemExit:\n    pass"
+    )
+    assert loaded_modules(code) & (HEAVY | {"pandas", "xarray", "plotly"}) == set()
+
+
+def test_what_the_dashboard_reads_needs_no_torch():
+    code = "import lens.trace, lens.runs, lens.metrics, lens.findings, lens.figures"
+    assert loaded_modules(code) & HEAVY == set()
+
+
+def test_loading_a_model_does_not_load_transformer_lens():
+    code = "import lens; lens.load('induction-2l')"
+    loaded = loaded_modules(code)
+    assert "torch" in loaded
+    assert "transformer_lens" not in loaded
+
+
+def test_every_module_keeps_its_length():
+    lengths = {
+        str(file.relative_to(ROOT)): len(file.read_text().splitlines())
+        for folder in PACKAGES.values()
+        for file in folder.rglob("*.py")
+        if "triton" not in file.name
+    }
+    assert {name: lines for name, lines in lengths.items() if lines > 400} == {}
