@@ -1,0 +1,171 @@
+"""What goes into and comes out of `attention`: the mask, the statistics, the groups, the result.
+
+Axis words are those of the whole project: batch, heads, kv_heads, queries, keys, query_blocks,
+key_blocks, pairs, groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+Exactness = Literal["exact", "lower_bound", "upper_bound", "approx"]
+"""How a number stands to the attention of all visible keys: equal, never above, never below, near."""
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionMask:
+    """Says which keys each query sees, and what is added to the logits.
+
+    A key is visible when *every* part that was given allows it.
+
+    **Positions.** Query `i` stands at key index `anchor = i + keys - queries` (bottom-right
+    alignment: the last query stands on the last key). When `key_lengths` and `query_lengths` are
+    both given, it is `i + key_length - query_length` per batch row, so that the last *real* query
+    stands on the last *real* key. With more queries than keys the first queries stand before key 0
+    and see nothing under `causal`. The *origin* of a sequence is its first key: 0, or `key_start`,
+    or the start of the packed segment; `prefix`, `prefix_mass` and `moments` count from it.
+
+    Attributes:
+        causal: key `j` is visible when `j <= anchor`.
+        window: key `j` is visible when `anchor - j < window` (the query's own key included);
+            without `causal` also `j - anchor < window`.
+        key_lengths: [batch], keys from this index on are padding (right padding).
+        query_lengths: [batch], queries from this index on are padding: output 0, LSE -inf, absent
+            from received mass, diagonals and block means.
+        key_start: [batch], keys before this index are padding (left padding). With `causal`, the
+            padded queries beside them then see nothing, as they should.
+        key_padding: bool [batch, keys], True for a real key; for padding in any place.
+        prefix: int or [batch], prefix-LM: the first `prefix` keys of the sequence are visible to
+            all its queries in spite of `causal`; `window` still limits both ways.
+        cu_seqlens: [segments + 1] (the same for each batch row) or [batch, segments + 1],
+            cumulative lengths of packed sequences, from 0; queries and keys must be the same
+            positions. What follows the last one is padding.
+        alibi_slopes: [heads], adds `-slope * |anchor - j|` to the logits, after softcap
+            (arXiv 2108.12409).
+        bias: float, broadcastable [batch | 1, heads | 1, queries | 1, keys], added to the logits
+            after softcap (T5, Swin). `-inf` hides a key.
+        allowed: bool, broadcastable [batch | 1, heads | 1, queries | 1, keys], True where the key is
+            visible; the general, slow case.
+    """
+
+    causal: bool = False
+    window: int | None = None
+    key_lengths: Tensor | Sequence[int] | None = None
+    query_lengths: Tensor | Sequence[int] | None = None
+    key_start: Tensor | Sequence[int] | None = None
+    key_padding: Tensor | None = None
+    prefix: int | Tensor | Sequence[int] | None = None
+    cu_seqlens: Tensor | Sequence[int] | None = None
+    alibi_slopes: Tensor | None = None
+    bias: Tensor | None = None
+    allowed: Tensor | None = None
+
+
+class AttentionStatistics(Mapping[str, Tensor]):
+    """The statistics that were asked for, by name: `statistics.entropy` or `statistics["entropy"]`.
+
+    Shapes and definitions are in `lens_kernels.STATISTICS`. Names that the backward pass fills
+    (`block_attribution`, ...) raise until `backward()` has run.
+
+    Attributes:
+        diagonal_start: the distance `query - key` of `diagonal[..., 0]`: 0 for causal masks,
+            `1 - queries` otherwise; `diagonal[..., t]` is distance `diagonal_start + t`.
+        block_size: (query_block, key_block) of the block maps.
+        block_sparse: True when a `block_mask` cut the attention; see `exactness`.
+    """
+
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor],
+        *,
+        block_size: tuple[int, int],
+        diagonal_start: int = 0,
+        block_sparse: bool = False,
+        from_backward: Mapping[str, Tensor | None] | None = None,
+    ) -> None:
+        """`from_backward` is kept, not copied: the backward pass writes its tensors into it."""
+        self._tensors = dict(tensors)
+        self._from_backward = {} if from_backward is None else from_backward
+        self.block_size = block_size
+        self.diagonal_start = diagonal_start
+        self.block_sparse = block_sparse
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name in self._tensors:
+            return self._tensors[name]
+        if name in self._from_backward:
+            tensor = self._from_backward[name]
+            if tensor is None:
+                raise KeyError(f"statistic {name!r} comes from the backward pass: call backward()")
+            return tensor
+        raise KeyError(f"statistic {name!r} was not asked for; got {', '.join(self) or 'none'}")
+
+    def __getattr__(self, name: str) -> Tensor:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        try:
+            return self[name]
+        except KeyError as error:
+            raise AttributeError(error.args[0]) from None
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._tensors
+        yield from self._from_backward
+
+    def __len__(self) -> int:
+        return len(self._tensors) + len(self._from_backward)
+
+    def __repr__(self) -> str:
+        shapes = [f"{name} {list(tensor.shape)}" for name, tensor in self._tensors.items()]
+        shapes += [f"{name} (backward)" for name in self._from_backward]
+        return f"AttentionStatistics({', '.join(shapes)})"
+
+    def exactness(self, name: str) -> Exactness:
+        """How statistic `name` stands to the attention over all visible keys.
+
+        Everything is exact as it is. With a `block_mask` the numbers are exact for the sparse
+        attention that was run, and this says what they are for the attention that was not.
+        """
+        from lens_kernels.statistics import STATISTICS
+
+        self[name]
+        return STATISTICS[name].sparse_exactness if self.block_sparse else "exact"
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionGroups:
+    """One attention state per key group, from the same pass; a learned sink is in none of them.
+
+    Attributes:
+        output: [groups, batch, heads, queries, value_dim], attention over the group's keys alone
+            (normalised in the group); 0 where the row sees none of them. float32 (or float64).
+        lse: [groups, batch, heads, queries], log-sum-exp over the group's keys, -inf where none.
+    """
+
+    output: Tensor
+    lse: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionResult:
+    """What `attention` returns.
+
+    Attributes:
+        output: [batch, heads, queries, value_dim], of the query's dtype; differentiable.
+        statistics: what was asked for.
+        groups: one state per key group where `groups=` was given, else None.
+        backend: the name of the backend that ran.
+    """
+
+    output: Tensor
+    statistics: AttentionStatistics
+    groups: AttentionGroups | None
+    backend: str
+
+    def __repr__(self) -> str:
+        shape = list(self.output.shape)
+        return f"AttentionResult(output={shape}, backend={self.backend!r}, {self.statistics!r})"

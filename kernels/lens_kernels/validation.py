@@ -1,0 +1,361 @@
+"""Checks the arguments of `attention` once, before any work, and makes the `Problem`.
+
+Every refusal says what was expected, what came and what to do.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from lens_kernels.masks import lower_mask
+from lens_kernels.problem import MaskPlan, Problem
+from lens_kernels.statistics import resolve_statistics
+from lens_kernels.types import AttentionMask
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+MAX_GROUPS = 4
+DIFFERENTIABLE = frozenset({"entropy", "block_mass", "received"})
+
+LabelPairs = Sequence[tuple[Tensor, Tensor]]
+
+
+def make_problem(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    mask: AttentionMask | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
+    block_size: int | tuple[int, int] = 64,
+    statistics: str | Iterable[str] = ("lse",),
+    match: LabelPairs | None = None,
+    prefix: int = 4,
+    top_k: int = 8,
+    grid: tuple[int, ...] | None = None,
+    groups: Tensor | None = None,
+    block_mask: Tensor | None = None,
+    key_weights: Tensor | None = None,
+    differentiable: Iterable[str] = (),
+) -> Problem:
+    """The validated problem; arguments as in `attention`.
+
+    Raises:
+        TypeError, ValueError: one line with what was expected, what came and what to do.
+    """
+    _check_inputs(query, key, value)
+    batch, heads, queries, head_dim = query.shape
+    keys = key.shape[2]
+    blocks = _block_size(block_size)
+    compute_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    if mask is not None and not isinstance(mask, AttentionMask):
+        raise TypeError(
+            f"mask must be an AttentionMask, got {type(mask).__name__}; wrap a bool tensor as "
+            "AttentionMask(allowed=...), an additive one as AttentionMask(bias=...)"
+        )
+    plan = lower_mask(mask or AttentionMask(), query, key)
+    query_labels, key_labels = _labels(match, query, key)
+    group_ids, group_count = _groups(groups, batch, keys, query.device)
+    weights = _key_weights(key_weights, query, key, compute_dtype)
+    sinks = _sink_logits(sink_logits, query, compute_dtype)
+    given = {
+        "match": match,
+        "key_weights": key_weights,
+        "grid": grid,
+        "gradients": True if _any_gradient(query, key, value, sinks, plan.bias) else None,
+    }
+    available = frozenset(name for name, value in given.items() if value is not None)
+    if mask is not None:
+        query, key, value, weights = _clean_padding(mask, plan, query, key, value, weights)
+    return Problem(
+        query=query,
+        key=key,
+        value=value,
+        plan=plan,
+        scale=_scale(scale, head_dim),
+        softcap=_softcap(softcap),
+        sink_logits=sinks,
+        block_size=blocks,
+        statistics=resolve_statistics(statistics, available),
+        query_labels=query_labels,
+        key_labels=key_labels,
+        prefix=_positive("prefix", prefix),
+        top_k=min(_positive("top_k", top_k), math.ceil(keys / blocks[1])),
+        grid=_grid(grid, keys),
+        groups=group_ids,
+        group_count=group_count,
+        block_mask=_block_mask(block_mask, query, keys, blocks),
+        key_weights=weights,
+        differentiable=_differentiable(differentiable),
+    )
+
+
+def _check_inputs(query: Tensor, key: Tensor, value: Tensor) -> None:
+    named = {"query": query, "key": key, "value": value}
+    for name, tensor in named.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a torch tensor, got {type(tensor).__name__}")
+        if tensor.dim() != 4:
+            raise ValueError(
+                f"{name} must be [batch, heads, positions, dim], got {list(tensor.shape)}; "
+                "add the missing axes with unsqueeze"
+            )
+        if 0 in tensor.shape:
+            raise ValueError(f"{name} has an empty axis: {list(tensor.shape)}")
+        if tensor.dtype not in DTYPES:
+            known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+            raise TypeError(f"{name} must be one of {known}, got {tensor.dtype}")
+    for name in ("key", "value"):
+        if named[name].dtype != query.dtype:
+            raise TypeError(
+                f"{name} is {named[name].dtype}, the query {query.dtype}; convert one of them"
+            )
+        if named[name].device != query.device:
+            raise ValueError(
+                f"{name} is on {named[name].device}, the query on {query.device}; move it there"
+            )
+        if named[name].shape[0] != query.shape[0]:
+            raise ValueError(
+                f"{name} has batch {named[name].shape[0]}, the query {query.shape[0]}; they must "
+                "be equal"
+            )
+    if key.shape[1:3] != value.shape[1:3]:
+        raise ValueError(
+            "key and value must agree in kv_heads and keys, got "
+            f"{list(key.shape)} and {list(value.shape)}"
+        )
+    if key.shape[3] != query.shape[3]:
+        raise ValueError(
+            f"query and key must agree in head_dim, got {query.shape[3]} and {key.shape[3]}"
+        )
+    if query.shape[1] % key.shape[1]:
+        raise ValueError(
+            f"heads must be a multiple of kv_heads, got {query.shape[1]} and {key.shape[1]}"
+        )
+
+
+def _any_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in tensors
+    )
+
+
+def _positive(name: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+    return value
+
+
+def _block_size(block_size: int | tuple[int, int]) -> tuple[int, int]:
+    if isinstance(block_size, tuple | list):
+        if len(block_size) != 2:
+            raise ValueError(
+                f"block_size must be one integer or (query_block, key_block), got {block_size!r}"
+            )
+        return _positive("block_size", block_size[0]), _positive("block_size", block_size[1])
+    size = _positive("block_size", block_size)
+    return size, size
+
+
+def _scale(scale: float | None, head_dim: int) -> float:
+    if scale is None:
+        return head_dim**-0.5
+    if not math.isfinite(scale):
+        raise ValueError(f"scale must be finite, got {scale}; None means 1/sqrt(head_dim)")
+    return float(scale)
+
+
+def _softcap(softcap: float | None) -> float | None:
+    if softcap is None:
+        return None
+    if not (math.isfinite(softcap) and softcap > 0):
+        raise ValueError(f"softcap must be positive and finite, got {softcap}; None means no cap")
+    return float(softcap)
+
+
+def _sink_logits(sinks: Tensor | None, query: Tensor, dtype: torch.dtype) -> Tensor | None:
+    if sinks is None:
+        return None
+    heads = query.shape[1]
+    if tuple(sinks.shape) != (heads,) or not sinks.is_floating_point():
+        raise ValueError(
+            f"sink_logits must be floating point, one per head ([{heads}]), got {sinks.dtype} "
+            f"{list(sinks.shape)}"
+        )
+    if sinks.device != query.device:
+        raise ValueError(
+            f"sink_logits is on {sinks.device}, the query on {query.device}; move it there"
+        )
+    return sinks.to(dtype)
+
+
+def _labels(
+    match: LabelPairs | None, query: Tensor, key: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """Stacked label vectors [batch, queries | keys, pairs], int32."""
+    if match is None:
+        return None, None
+    if not len(match):
+        raise ValueError("match is empty; give at least one (query_labels, key_labels) or None")
+    columns: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for number, pair in enumerate(match):
+        if not isinstance(pair, tuple | list) or len(pair) != 2:
+            raise ValueError(
+                f"match[{number}] must be a pair (query_labels, key_labels), got "
+                f"{type(pair).__name__}"
+            )
+        sides = (("query", query.shape[2]), ("key", key.shape[2]))
+        for (side, count), labels, column in zip(sides, pair, columns, strict=True):
+            name = f"{side} labels of match[{number}]"
+            column.append(_label_vector(name, labels, query, count))
+    return torch.stack(columns[0], dim=-1), torch.stack(columns[1], dim=-1)
+
+
+def _label_vector(name: str, labels: Tensor, query: Tensor, count: int) -> Tensor:
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dtype == torch.bool:
+        kind = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+        raise TypeError(f"{name} must be an integer tensor, got {kind}")
+    if labels.device != query.device:
+        raise ValueError(f"{name} are on {labels.device}, the query on {query.device}; move them")
+    batch = query.shape[0]
+    if tuple(labels.shape) not in ((count,), (batch, count)):
+        raise ValueError(
+            f"{name} must be [{count}] or [batch, ...] = [{batch}, {count}], got "
+            f"{list(labels.shape)}"
+        )
+    return labels.to(torch.int32).expand(batch, count)
+
+
+def _groups(
+    groups: Tensor | None, batch: int, keys: int, device: torch.device
+) -> tuple[Tensor | None, int]:
+    if groups is None:
+        return None, 0
+    if groups.is_floating_point() or groups.dtype == torch.bool:
+        raise TypeError(f"groups must hold integers 0..{MAX_GROUPS - 1}, got {groups.dtype}")
+    if tuple(groups.shape) != (batch, keys):
+        raise ValueError(
+            f"groups must be [batch, keys] = [{batch}, {keys}], got {list(groups.shape)}"
+        )
+    if groups.device != device:
+        raise ValueError(f"groups is on {groups.device}, the query on {device}; move it there")
+    smallest, largest = (int(bound) for bound in groups.aminmax())
+    if smallest < 0 or largest >= MAX_GROUPS:
+        raise ValueError(
+            f"groups must lie in 0..{MAX_GROUPS - 1} (at most {MAX_GROUPS} groups), got "
+            f"{smallest}..{largest}; join groups or call attention more than once"
+        )
+    return groups.to(torch.int32).contiguous(), largest + 1
+
+
+def _block_mask(
+    block_mask: Tensor | None, query: Tensor, keys: int, blocks: tuple[int, int]
+) -> Tensor | None:
+    if block_mask is None:
+        return None
+    batch, heads, queries, _ = query.shape
+    rows, columns = math.ceil(queries / blocks[0]), math.ceil(keys / blocks[1])
+    if block_mask.dtype != torch.bool:
+        raise TypeError(f"block_mask must be bool (True = computed), got {block_mask.dtype}")
+    if block_mask.device != query.device:
+        raise ValueError(
+            f"block_mask is on {block_mask.device}, the query on {query.device}; move it there"
+        )
+    shape = tuple(block_mask.shape)
+    if len(shape) != 4 or not (
+        shape[0] in (1, batch) and shape[1] in (1, heads) and shape[2:] == (rows, columns)
+    ):
+        raise ValueError(
+            "block_mask must be [batch | 1, heads | 1, query_blocks, key_blocks] = "
+            f"[{batch} | 1, {heads} | 1, {rows}, {columns}] with block_size {blocks}, got "
+            f"{list(shape)}"
+        )
+    return block_mask.contiguous()
+
+
+def _key_weights(
+    weights: Tensor | None, query: Tensor, key: Tensor, dtype: torch.dtype
+) -> Tensor | None:
+    if weights is None:
+        return None
+    batch, heads = query.shape[:2]
+    kv_heads, keys = key.shape[1:3]
+    if not weights.is_floating_point():
+        raise TypeError(f"key_weights must be floating point, got {weights.dtype}")
+    if weights.device != query.device:
+        raise ValueError(
+            f"key_weights is on {weights.device}, the query on {query.device}; move it there"
+        )
+    if tuple(weights.shape) not in ((batch, heads, keys), (batch, kv_heads, keys)):
+        raise ValueError(
+            f"key_weights must be [batch, heads, keys] = [{batch}, {heads}, {keys}] or [batch, "
+            f"kv_heads, keys] = [{batch}, {kv_heads}, {keys}], got {list(weights.shape)}"
+        )
+    if weights.shape[1] != heads:
+        weights = weights.repeat_interleave(heads // kv_heads, dim=1)
+    return weights.detach().to(dtype).contiguous()
+
+
+def _grid(grid: tuple[int, ...] | None, keys: int) -> tuple[int, int, int] | None:
+    if grid is None:
+        return None
+    if len(grid) not in (2, 3):
+        raise ValueError(f"grid must be (height, width) or (height, width, first key), got {grid}")
+    height, width = _positive("grid height", grid[0]), _positive("grid width", grid[1])
+    first = grid[2] if len(grid) == 3 else 0
+    if first < 0 or first + height * width > keys:
+        raise ValueError(
+            f"grid {height}x{width} from key {first} needs {first + height * width} keys, got "
+            f"{keys}; give the first image key as the third entry"
+        )
+    return height, width, first
+
+
+def _differentiable(names: Iterable[str]) -> frozenset[str]:
+    asked = frozenset([names] if isinstance(names, str) else names)
+    if not asked <= DIFFERENTIABLE:
+        raise ValueError(
+            f"differentiable may hold {', '.join(sorted(DIFFERENTIABLE))} (output and lse always "
+            f"are), got {', '.join(sorted(asked - DIFFERENTIABLE))}"
+        )
+    return asked
+
+
+def _clean_padding(
+    mask: AttentionMask,
+    plan: MaskPlan,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    weights: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Zeros where no query may look, so that what lies there (NaN) cannot reach a sum."""
+    padded_rows = mask.query_lengths is not None or mask.cu_seqlens is not None
+    parts = (mask.key_lengths, mask.key_start, mask.key_padding, mask.cu_seqlens)
+    if padded_rows:
+        dead = (plan.high <= plan.low)[:, None, :, None]
+        query = query.masked_fill(dead, 0)
+    if any(part is not None for part in parts):
+        hidden = _hidden_keys(plan)
+        key = key.masked_fill(hidden[:, None, :, None], 0)
+        value = value.masked_fill(hidden[:, None, :, None], 0)
+        weights = None if weights is None else weights.masked_fill(hidden[:, None], 0)
+    return query, key, value, weights
+
+
+def _hidden_keys(plan: MaskPlan) -> Tensor:
+    """bool [batch, keys], True where no query row's interval holds the key."""
+    batch, keys = plan.key_position.shape
+    steps = torch.zeros(batch, keys + 1, dtype=torch.int32, device=plan.low.device)
+    one = torch.ones_like(plan.low)
+    steps.scatter_add_(1, plan.low.long(), one)
+    steps.scatter_add_(1, plan.high.long(), -one)
+    hidden = steps.cumsum(1)[:, :keys] <= 0
+    return hidden if plan.keep is None else hidden | ~plan.keep
