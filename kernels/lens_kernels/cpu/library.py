@@ -1,0 +1,92 @@
+"""The compiled library as Python sees it: its one struct of arguments and its one function."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+
+import torch
+from torch import Tensor
+
+from lens_kernels.cpu import build
+
+_INT, _POINTER, _REAL = ctypes.c_int64, ctypes.c_void_p, ctypes.c_double
+_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+
+def _fields(kind: type, names: str) -> list[tuple[str, type]]:
+    return [(name, kind) for name in names.split()]
+
+
+class Operand(ctypes.Structure):
+    """A [batch, heads, rows, columns] tensor whose last axis is contiguous."""
+
+    _fields_ = [("data", _POINTER), *_fields(_INT, "batch head row type")]
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Operand:
+        return cls(tensor.data_ptr(), *tensor.stride()[:3], _TYPES[tensor.dtype])
+
+
+class Plane(ctypes.Structure):
+    """A [batch | 1, heads | 1, queries | 1, keys | 1] tensor; stride 0 where it broadcasts."""
+
+    _fields_ = [("data", _POINTER), *_fields(_INT, "batch head query key")]
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Plane:
+        sizes = zip(tensor.shape, tensor.stride(), strict=True)
+        return cls(tensor.data_ptr(), *(0 if size == 1 else stride for size, stride in sizes))
+
+
+class Args(ctypes.Structure):
+    """`Args` of attention.c, field by field; the meaning of each is written there."""
+
+    _fields_ = [
+        *_fields(_INT, "batch heads kv_heads queries keys head_dim value_dim"),
+        *_fields(_INT, "query_block key_block threads poison"),
+        *_fields(_REAL, "scale softcap"),
+        *_fields(Operand, "query key value"),
+        *_fields(_POINTER, "low high anchor slopes sinks keep"),
+        *_fields(Plane, "allowed bias blocks"),
+        *_fields(_POINTER, "output lse max_logit entropy concentration distance"),
+        *_fields(_POINTER, "block_mass block_max block_max_logit block_weighted key_weights"),
+        ("top_k", _INT),
+        *_fields(_POINTER, "top_keys top_mass received diagonal"),
+        *_fields(_INT, "first_distance distances features"),
+        *_fields(_POINTER, "features_of_keys feature_means"),
+        ("pairs", _INT),
+        *_fields(_POINTER, "query_labels key_labels match_mass"),
+        ("groups", _INT),
+        *_fields(_POINTER, "group_of_key group_output group_lse"),
+    ]
+
+
+def open_library(path: str) -> ctypes.CDLL:
+    """Loads a compiled library and checks that its struct is ours.
+
+    Raises:
+        BuildError: when it cannot be loaded or was compiled from other sources.
+    """
+    try:
+        library = ctypes.CDLL(path)
+        library.lens_args_size.restype = ctypes.c_int64
+        size = library.lens_args_size()
+    except (OSError, AttributeError) as error:
+        raise build.BuildError(f"{path} cannot be loaded ({error}); delete it") from error
+    if size != ctypes.sizeof(Args):
+        raise build.BuildError(
+            f"{path} expects {size} bytes of arguments, not {ctypes.sizeof(Args)}; delete it"
+        )
+    library.lens_attention.argtypes = [ctypes.POINTER(Args)]
+    library.lens_attention.restype = ctypes.c_int
+    return library
+
+
+@functools.cache
+def load() -> ctypes.CDLL | str:
+    """The library of this machine, or the reason why there is none; settled once per process."""
+    try:
+        return open_library(str(build.library_path()))
+    except build.BuildError as error:
+        return str(error)
