@@ -13,8 +13,8 @@ works on detached tensors: gradients are attached afterwards by `backward.attach
 **One mask form.** Causal, window, padding, prefix-LM and packing all lower to one interval of keys
 per query row: key `j` is visible to query `i` of batch row `b` when
 `low[b, i] <= j < high[b, i]`, and `keep[b, j]`, `allowed[b, h, i, j]`, `block_mask` where they are
-given. A row whose interval is empty has `low == high == 0`; padding queries are such rows. Whether a
-row saw any key is told by its LSE alone (> -inf): `keep`, `allowed`, a bias of -inf or a
+given. A row whose interval is empty has `low == high == 0`; padding queries are such rows. Whether
+a row saw any key is told by its LSE alone (> -inf): `keep`, `allowed`, a bias of -inf or a
 `block_mask` may hide the whole interval.
 
 **Logits.** `s = scale * q.k`, then `softcap * tanh(s / softcap)`, then `+ bias`, then
@@ -32,6 +32,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from lens_kernels.statistics import STATISTICS
 from lens_kernels.types import AttentionGroups
 
 
@@ -73,7 +74,8 @@ class MaskPlan:
     def ranges(self, rows: int) -> list[list[tuple[int, int]]]:
         """Keys that each panel of `rows` queries can see: [batch][panels] of (first, end).
 
-        `end` is one past the last; (0, 0) for a panel that sees nothing. One transfer from the device in all.
+        `end` is one past the last; (0, 0) for a panel that sees nothing. One transfer
+        from the device in all.
         """
         batch, queries = self.low.shape
         panels = -(-queries // rows)
@@ -221,6 +223,23 @@ class BackendResult:
     tensors: dict[str, Tensor]
     groups: AttentionGroups | None = None
     from_backward: dict[str, Tensor | None] = field(default_factory=dict)
+
+
+def statistic_shape(problem: Problem, name: str) -> tuple[int, ...]:
+    """Shape of a statistic, from the axes of its table entry (`heads` and `batch` in front)."""
+    pairs = 0 if problem.query_labels is None else problem.query_labels.shape[-1]
+    sizes = {
+        "batch": problem.batch,
+        "heads": problem.heads,
+        "queries": problem.queries,
+        "keys": problem.keys,
+        "query_blocks": problem.query_blocks,
+        "key_blocks": problem.key_blocks,
+        "distances": problem.distances,
+        "pairs": pairs,
+        "k": problem.top_k,
+    }
+    return tuple(sizes[axis] if axis in sizes else int(axis) for axis in STATISTICS[name].axes)
 
 
 def row_features(problem: Problem) -> tuple[Tensor, dict[str, slice]]:

@@ -13,7 +13,7 @@ from typing import Literal
 from torch import Tensor
 
 Exactness = Literal["exact", "lower_bound", "upper_bound", "approx"]
-"""How a number stands to the attention of all visible keys: equal, never above, never below, near."""
+"""How a number stands to the true one: equal, never above it, never below it, or near it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,11 +45,11 @@ class AttentionMask:
             cumulative lengths of packed sequences, from 0; queries and keys must be the same
             positions. What follows the last one is padding.
         alibi_slopes: [heads], adds `-slope * |anchor - j|` to the logits, after softcap
-            (arXiv 2108.12409).
+            (arXiv 2108.12409). No gradient flows to them.
         bias: float, broadcastable [batch | 1, heads | 1, queries | 1, keys], added to the logits
             after softcap (T5, Swin). `-inf` hides a key.
-        allowed: bool, broadcastable [batch | 1, heads | 1, queries | 1, keys], True where the key is
-            visible; the general, slow case.
+        allowed: bool, broadcastable [batch | 1, heads | 1, queries | 1, keys], True where the key
+            is visible; the general, slow case.
     """
 
     causal: bool = False

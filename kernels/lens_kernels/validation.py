@@ -49,7 +49,7 @@ def make_problem(
         TypeError, ValueError: one line with what was expected, what came and what to do.
     """
     _check_inputs(query, key, value)
-    batch, heads, queries, head_dim = query.shape
+    batch, head_dim = query.shape[0], query.shape[3]
     keys = key.shape[2]
     blocks = _block_size(block_size)
     compute_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
