@@ -175,7 +175,9 @@ def _tokenizer(fields: dict[str, Any]) -> Any:
     )
     core.decoder = decoders.ByteLevel()
     types = fields["tokenizer.ggml.token_type"]
-    core.add_special_tokens([token for token, kind in zip(tokens, types, strict=True) if kind == _CONTROL])
+    core.add_special_tokens(
+        [token for token, kind in zip(tokens, types, strict=True) if kind == _CONTROL]
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=core,
         bos_token=tokens[fields["tokenizer.ggml.bos_token_id"]],

@@ -36,7 +36,9 @@ class SymbolTokenizer:
         number = word[1:]
         if word[:1] == "s" and number.isascii() and number.isdigit() and int(number) < SYMBOLS:
             return int(number)
-        raise LensError(f"induction-2l reads symbols s0 to s{SYMBOLS - 1}, got {word!r}; e.g. 's3 s14 s15'")
+        raise LensError(
+            f"induction-2l reads symbols s0 to s{SYMBOLS - 1}, got {word!r}; e.g. 's3 s14 s15'"
+        )
 
     def convert_ids_to_tokens(self, ids: Sequence[int]) -> list[str]:
         """Symbols of the ids."""

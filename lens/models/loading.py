@@ -1,0 +1,220 @@
+"""`lens.load`: a name, a folder, a hub id, a model object or a bridge becomes a `LoadedModel`."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from lens.errors import LensError
+from lens.models import smollm2
+from lens.models.attention_only import AttentionOnlyConfig, AttentionOnlyModel
+from lens.models.catalogue import DEFAULT_MODEL, KNOWN, nearest
+from lens.models.loaded import LoadedModel
+from lens.models.sizes import describe, describe_bridge
+from lens.models.symbols import SymbolTokenizer
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.txt",
+    "vocab.json",
+)
+
+
+def load(
+    name_or_model: Any = DEFAULT_MODEL,
+    *,
+    revision: str | None = None,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    tokenizer: Any = None,
+) -> LoadedModel:
+    """Load a model, and prove that capture reaches its attention.
+
+    Args:
+        name_or_model: an embedded name (`text-lm-3l`, `stories260k`, `induction-2l`), `smollm2-135m`,
+            a folder with `config.json`, a hub id `owner/name` (the only case that uses the network),
+            a transformers model in eval mode, or a `TransformerBridge` of TransformerLens 4.
+        revision: branch, tag or commit of a hub model.
+        dtype: type of the weights; float32 on a CPU, else the checkpoint's own, if None.
+        device: where to put the weights; the CPU if None.
+        tokenizer: instead of the model's own; needed for text when a model object is passed.
+
+    Returns:
+        The model with its tokenizer, sizes and the result of the self-check: one tiny prompt through the
+        model's own `eager` attention and through capture must agree, and captured rows must sum to 1.
+
+    Raises:
+        LensError: unknown name, missing package, unreachable hub, or attention that cannot be reached.
+
+    Example:
+        >>> load("text-lm-3l").info.heads
+        6
+    """
+    if isinstance(name_or_model, LoadedModel):
+        name_or_model, tokenizer = name_or_model.model, tokenizer or name_or_model.tokenizer
+    if isinstance(name_or_model, (str, Path)):
+        loaded = _from_name(
+            str(name_or_model), revision, _dtype(dtype), torch.device(device or "cpu")
+        )
+        loaded = replace(loaded, tokenizer=tokenizer or loaded.tokenizer)
+    else:
+        if revision is not None or dtype is not None or device is not None:
+            raise LensError(
+                "revision, dtype and device go with a name; a model object is taken as it is "
+                "(use model.to(device, dtype) before lens.load)"
+            )
+        loaded = _from_object(name_or_model, tokenizer)
+    from lens.captures.check import self_check
+
+    return replace(loaded, check=self_check(loaded))
+
+
+def _from_object(model: Any, tokenizer: Any) -> LoadedModel:
+    if isinstance(model, PreTrainedModel):
+        if model.training:
+            raise LensError(
+                f"{type(model).__name__} is in training mode, where dropout makes attention random; "
+                "call model.eval() first"
+            )
+        if model.config.is_encoder_decoder:
+            raise LensError(
+                f"{type(model).__name__} is an encoder-decoder, whose cross-attention has no place in a trace; "
+                "pass one half: lens.load(model.get_encoder())"
+            )
+        name = str(model.config.name_or_path or type(model).__name__)
+        return LoadedModel(model, tokenizer, Path(name).name, None, describe(model))
+    if any(cls.__name__ == "TransformerBridge" for cls in type(model).__mro__):
+        return LoadedModel(
+            model,
+            tokenizer or model.tokenizer,
+            str(model.cfg.model_name),
+            None,
+            describe_bridge(model),
+        )
+    raise LensError(
+        f"cannot reach the attention of {type(model).__name__}: it is neither a transformers PreTrainedModel "
+        "(whose attention goes through AttentionInterface) nor a TransformerBridge; wrap it as one of these"
+    )
+
+
+def _from_name(
+    name: str, revision: str | None, dtype: torch.dtype | None, device: torch.device
+) -> LoadedModel:
+    known = KNOWN.get(name)
+    if known is not None and revision is not None:
+        raise LensError(f"revision goes with a hub model; {name} has one revision only")
+    if name == "induction-2l":
+        with _quiet():
+            model = AttentionOnlyModel.from_pretrained(KNOWN[name].folder, dtype=dtype)
+        loaded = LoadedModel(model.eval(), SymbolTokenizer(), name, None, describe(model))
+    elif name == smollm2.NAME:
+        loaded = replace(_from_folder(smollm2.folder(), dtype, device), revision=smollm2.REVISION)
+    elif known is not None:
+        loaded = _from_folder(known.folder, dtype, device)
+    elif Path(name).expanduser().is_dir():
+        return _from_folder(Path(name).expanduser(), dtype, device)
+    elif _HUB_ID.fullmatch(name):
+        return _from_hub(name, revision, dtype, device)
+    else:
+        raise LensError(_unknown(name))
+    loaded.model.to(device)
+    info = replace(loaded.info, licence=KNOWN[name].licence)
+    return replace(loaded, name=name, info=info)
+
+
+def _unknown(name: str) -> str:
+    guess = nearest(name)
+    return (
+        f"unknown model {name!r}{f'; did you mean {guess!r}?' if guess else ';'} "
+        f"known: {', '.join(KNOWN)}; or give a folder with config.json, or a hub id such as openai-community/gpt2"
+    )
+
+
+def _from_folder(folder: Path, dtype: torch.dtype | None, device: torch.device) -> LoadedModel:
+    if not (folder / "config.json").is_file():
+        raise LensError(
+            f"{folder} holds no model: config.json is missing; give a folder written by save_pretrained"
+        )
+    try:
+        model = _pretrained(str(folder), None, dtype, device)
+        has_tokenizer = any((folder / file).is_file() for file in _TOKENIZER_FILES)
+        tokenizer = AutoTokenizer.from_pretrained(folder) if has_tokenizer else None
+    except (OSError, ValueError, KeyError) as error:
+        raise LensError(f"cannot load the model in {folder}: {_first_line(error)}") from error
+    return LoadedModel(model, tokenizer, folder.name, None, describe(model))
+
+
+def _from_hub(
+    name: str, revision: str | None, dtype: torch.dtype | None, device: torch.device
+) -> LoadedModel:
+    try:
+        model = _pretrained(name, revision, dtype, device)
+        is_text = getattr(model.config.get_text_config(), "vocab_size", None) is not None
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision) if is_text else None
+    except (OSError, ValueError, KeyError) as error:
+        raise LensError(
+            f"cannot get {name} from the Hugging Face hub: {_first_line(error)}; check the name and the network "
+            f"(a gated model needs HF_TOKEN), pass a folder, or use an embedded model: {', '.join(KNOWN)}"
+        ) from error
+    commit = getattr(model.config, "_commit_hash", None) or revision
+    return LoadedModel(model, tokenizer, name, commit, describe(model))
+
+
+def _pretrained(
+    name: str, revision: str | None, dtype: torch.dtype | None, device: torch.device
+) -> PreTrainedModel:
+    """The class that the checkpoint names, in eval mode on `device`."""
+    with _quiet():
+        config = AutoConfig.from_pretrained(name, revision=revision)
+        class_name = next(iter(config.architectures or []), None)
+        model_class = getattr(transformers, class_name or "AutoModel", None)
+        if model_class is None:
+            raise ValueError(f"transformers {transformers.__version__} has no class {class_name}")
+        if dtype is None:
+            dtype = torch.float32 if device.type == "cpu" else None
+        model = model_class.from_pretrained(name, revision=revision, dtype=dtype or "auto")
+    if model.config.is_encoder_decoder:
+        raise ValueError(
+            f"{class_name} is an encoder-decoder; load it yourself and pass model.get_encoder()"
+        )
+    return model.to(device).eval()
+
+
+def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if found is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
+        found = None
+    if dtype is not None and found is None:
+        raise LensError(f"dtype must be float32, float16 or bfloat16, got {dtype!r}")
+    return found
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return text[0].rstrip(".") if text else type(error).__name__
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' progress bars for reading weights."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
+AutoConfig.register(AttentionOnlyConfig.model_type, AttentionOnlyConfig, exist_ok=True)
+transformers.AutoModel.register(AttentionOnlyConfig, AttentionOnlyModel, exist_ok=True)

@@ -1,0 +1,56 @@
+"""Sizes of a model, read from its configuration."""
+
+from typing import Any
+
+from torch import nn
+
+from lens.errors import LensError
+from lens.models.loaded import ModelInfo
+
+
+def describe(model: Any, licence: str = "unknown") -> ModelInfo:
+    """Sizes of a transformers model.
+
+    Raises:
+        LensError: the configuration does not say how many layers and heads there are.
+    """
+    config = model.config.get_text_config()
+    layers = getattr(config, "num_hidden_layers", None)
+    heads = getattr(config, "num_attention_heads", None)
+    hidden = getattr(config, "hidden_size", None)
+    if not all(isinstance(size, int) for size in (layers, heads, hidden)):
+        raise LensError(
+            f"cannot read the sizes of {type(model).__name__}: its {type(config).__name__} must have the "
+            "integers num_hidden_layers, num_attention_heads and hidden_size; pass one tower of the model"
+        )
+    return ModelInfo(
+        layers=layers,
+        heads=heads,
+        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=getattr(config, "head_dim", None) or hidden // heads,
+        vocab=getattr(config, "vocab_size", None),
+        context=getattr(config, "max_position_embeddings", None),
+        parameters=_parameters(model),
+        licence=licence,
+        class_name=type(model).__name__,
+    )
+
+
+def describe_bridge(bridge: Any) -> ModelInfo:
+    """Sizes of a `TransformerBridge`, from its `cfg`."""
+    config = bridge.cfg
+    return ModelInfo(
+        layers=config.n_layers,
+        heads=config.n_heads,
+        kv_heads=getattr(config, "n_key_value_heads", None) or config.n_heads,
+        head_dim=config.d_head,
+        vocab=config.d_vocab,
+        context=config.n_ctx,
+        parameters=_parameters(bridge.original_model),
+        licence="unknown",
+        class_name=f"TransformerBridge of {type(bridge.original_model).__name__}",
+    )
+
+
+def _parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
