@@ -25,6 +25,9 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
 
 #if defined(__AVX512F__)
 enum { LANES = 16, NV = 4 };
@@ -241,7 +244,11 @@ static void read_row(float *out, const Operand *x, int64_t at, int64_t dim) {
     memcpy(out, (const float *)x->data + at, 4 * dim);
   } else if (x->type == F16) {
     const uint16_t *p = (const uint16_t *)x->data + at;
-    for (int64_t d = 0; d < dim; d++) out[d] = from_half(p[d]);
+    int64_t d = 0;
+#if defined(__F16C__)
+    for (; d + 8 <= dim; d += 8) _mm256_storeu_ps(out + d, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p + d))));
+#endif
+    for (; d < dim; d++) out[d] = from_half(p[d]);
   } else {
     const uint16_t *p = (const uint16_t *)x->data + at;
     for (int64_t d = 0; d < dim; d++) {
