@@ -38,16 +38,20 @@ class Explanation:
 
     Attributes:
         chosen: the backend's name.
-        reasons: name -> one line, for every backend.
+        why: one line: why it was chosen.
+        obstacles: for every backend what it cannot do of this problem, or None.
     """
 
     chosen: str
-    reasons: dict[str, str]
+    why: str
+    obstacles: dict[str, str | None]
 
     def __str__(self) -> str:
-        lines = [f"{self.chosen}: {self.reasons[self.chosen]}"]
-        others = (name for name in self.reasons if name != self.chosen)
-        return "\n".join([*lines, *(f"not {name}: {self.reasons[name]}" for name in others)])
+        lines = [f"{self.chosen}: {self.why}"]
+        for name, obstacle in self.obstacles.items():
+            if name != self.chosen:
+                lines.append(f"not {name}: {obstacle or 'it could, but is not asked for'}")
+        return "\n".join(lines)
 
 
 def load(name: str) -> Backend:
@@ -74,24 +78,21 @@ def explain_problem(problem: Problem, backend: str = "auto") -> Explanation:
     Raises:
         ValueError: for an unknown backend, or one asked for by name that cannot do it.
     """
-    obstacles = {name: _obstacle(name, problem) for name in MODULES}
     if backend != "auto":
         load(backend)
-        obstacle = obstacles[backend]
-        if obstacle is not None:
+    obstacles = {name: _obstacle(name, problem) for name in MODULES}
+    if backend != "auto":
+        if obstacles[backend] is not None:
             raise ValueError(
-                f"backend {backend!r} cannot do this: {obstacle}; use backend='auto' to let one "
-                "that can be chosen"
+                f"backend {backend!r} cannot do this: {obstacles[backend]}; use backend='auto' for "
+                "one that can"
             )
-        reasons = {name: obstacle or "not asked for" for name, obstacle in obstacles.items()}
-        return Explanation(backend, reasons | {backend: "asked for by name"})
-    order = _AUTO.get(problem.device.type, ("torch",))
+        return Explanation(backend, "asked for by name", obstacles)
+    device = problem.device.type
+    order = _AUTO.get(device, ("torch",))
     chosen = next(name for name in order if obstacles[name] is None)
-    reasons = {
-        name: obstacle
-        or ("only by name" if name not in order else f"{chosen} comes first on this device")
-        for name, obstacle in obstacles.items()
-    }
-    first = f"first choice on {problem.device.type}"
-    fallback = f"serves every problem on {problem.device.type}, slower"
-    return Explanation(chosen, reasons | {chosen: first if chosen == order[0] else fallback})
+    if chosen == "torch":
+        why = f"plain torch serves every problem on {device}; it is the slow one"
+    else:
+        why = f"the fast one on {device}"
+    return Explanation(chosen, why, obstacles)

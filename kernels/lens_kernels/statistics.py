@@ -105,6 +105,7 @@ _TABLE = (
         "top_mass",
         ("batch", "heads", "query_blocks", "k"),
         "block_mass of top_keys",
+        brings="top_keys",
         needs_lse=True,
     ),
     Statistic(

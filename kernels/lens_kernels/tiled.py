@@ -46,7 +46,8 @@ def run(problem: Problem) -> BackendResult:
         for name, fill in _fills(problem).items()
     }
     if "top_keys" in out:
-        out["top_keys"] = out["top_keys"].long()
+        first = torch.arange(problem.top_k, device=problem.device)  # for rows that see nothing
+        out["top_keys"] = first.expand(out["top_keys"].shape).clone()
     output = problem.query.new_zeros((*problem.query.shape[:3], problem.value_dim))
     groups = None
     if problem.groups is not None:
@@ -161,7 +162,7 @@ class _Panel:
         return part.index_select(1, strip.stored).to(self.problem.compute_dtype)
 
     def times(self, weight: Tensor, tensor: Tensor) -> Tensor:
-        """`weight` [H, R, C] @ `tensor` [batch, kv_heads, keys, D], grouped by kv head: [H, R, D]."""
+        """`weight` [H, R, C] @ `tensor` [batch, kv_heads, keys, D], by kv head: [H, R, D]."""
         keys = self.read(tensor)
         grouped = weight.reshape(keys.shape[0], -1, weight.shape[-1])
         return (grouped @ keys).view(*weight.shape[:2], keys.shape[-1])
