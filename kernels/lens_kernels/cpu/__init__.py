@@ -54,7 +54,7 @@ def run(problem: Problem) -> BackendResult:
         raise RuntimeError(f"the cpu backend cannot run: {library}")
     with torch.no_grad():
         call = _Call(problem)
-        if call.args.batch * call.args.heads and library.lens_attention(ctypes.byref(call.args)):
+        if library.lens_attention(ctypes.byref(call.args)):
             raise MemoryError(
                 f"no scratch memory for {problem.queries} queries and {problem.keys} keys; "
                 "ask for fewer statistics or use fewer threads (torch.set_num_threads)"

@@ -1,0 +1,462 @@
+"""The compiled CPU backend at sizes beyond its tiles, and the making of its library.
+
+`test_statistics.py` holds every backend against the reference at small sizes. Here sizes are odd,
+pairwise different and larger than a tile (64 queries x 128 keys), and scratch memory and outputs
+start as NaN: what is read before it is written, or never written, shows.
+"""
+
+import os
+import platform
+import re
+import stat
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lens_kernels import AttentionMask, cpu, explain, reference
+from lens_kernels.cpu import build, library
+from lens_kernels.problem import Problem
+from lens_kernels.validation import make_problem
+from torch import Tensor
+
+from tests.kernels.helpers import compare, rms_ratio
+
+LIMIT = 3e-6
+"""RMS error ratio of float32 against float64."""
+
+COMPILED = not isinstance(library.load(), str)
+needs_library = pytest.mark.skipif(not COMPILED, reason=f"no library: {library.load()}")
+
+
+def make(
+    mask: AttentionMask | None = None,
+    *,
+    sizes: tuple[int, int, int, int, int, int, int] = (2, 4, 2, 131, 131, 37, 53),
+    dtype: torch.dtype = torch.float32,
+    **options: Any,
+) -> Problem:
+    """A problem with every statistic; sizes: batch, heads, kv_heads, queries, keys, dims."""
+    batch, heads, kv_heads, queries, keys, head_dim, value_dim = sizes
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    def labels(classes: int, *shape: int) -> Tensor:
+        return torch.randint(-1, classes, shape, generator=generator)
+
+    known = {
+        "statistics": "all",
+        "match": [
+            (labels(5, queries), labels(5, keys)),
+            (labels(40, batch, queries), labels(40, batch, keys)),
+        ],
+        "key_weights": normal(batch, heads, keys),
+        "grid": (3, 5, 2) if keys >= 17 else (1, 1),
+        "block_size": 32,
+    }
+    return make_problem(
+        (1.5 * normal(batch, heads, queries, head_dim)).to(dtype),
+        normal(batch, kv_heads, keys, head_dim).to(dtype),
+        normal(batch, kv_heads, keys, value_dim).to(dtype),
+        mask=mask,
+        **(known | options),
+    )
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "_poison", True)
+
+
+def _random(shape: tuple[int, ...], seed: int = 7) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _chance(probability: float, *shape: int) -> Tensor:
+    generator = torch.Generator().manual_seed(11)
+    return torch.rand(shape, generator=generator) < probability
+
+
+CASES: dict[str, Callable[[], Problem]] = {
+    "everything visible": make,
+    "causal": lambda: make(AttentionMask(causal=True)),
+    "cached prefix": lambda: make(AttentionMask(causal=True), sizes=(1, 3, 3, 31, 199, 20, 24)),
+    "more queries than keys": lambda: make(
+        AttentionMask(causal=True), sizes=(1, 3, 1, 199, 31, 24, 20)
+    ),
+    "one query": lambda: make(AttentionMask(causal=True), sizes=(2, 6, 2, 1, 257, 64, 48)),
+    "three queries": lambda: make(sizes=(1, 5, 1, 3, 257, 48, 64)),
+    "one key": lambda: make(sizes=(2, 2, 1, 70, 1, 17, 19), top_k=1),
+    "causal window": lambda: make(AttentionMask(causal=True, window=17)),
+    "window both ways": lambda: make(AttentionMask(window=23)),
+    "window of one": lambda: make(AttentionMask(causal=True, window=1)),
+    "ragged": lambda: make(
+        AttentionMask(causal=True, key_lengths=[131, 57], query_lengths=[131, 57])
+    ),
+    "an empty row of the batch": lambda: make(AttentionMask(key_lengths=[101, 0])),
+    "left padding": lambda: make(AttentionMask(causal=True, key_start=[0, 40])),
+    "key padding": lambda: make(AttentionMask(causal=True, key_padding=_chance(0.7, 2, 131))),
+    "prefix-LM": lambda: make(AttentionMask(causal=True, prefix=[9, 70])),
+    "prefix-LM with window": lambda: make(AttentionMask(causal=True, prefix=[90, 20], window=15)),
+    "packed": lambda: make(AttentionMask(causal=True, cu_seqlens=[0, 11, 60, 60, 120])),
+    "ALiBi": lambda: make(
+        AttentionMask(causal=True, alibi_slopes=torch.tensor([0.5, 0.25, 0.1, 0.01]))
+    ),
+    "ALiBi both ways": lambda: make(
+        AttentionMask(alibi_slopes=torch.tensor([0.5, 0.25, 0.1, 0.01]))
+    ),
+    "bias": lambda: make(AttentionMask(bias=_random((2, 4, 131, 131)))),
+    "bias of the keys": lambda: make(AttentionMask(causal=True, bias=_random((2, 1, 1, 131)))),
+    "bias that hides": lambda: make(
+        AttentionMask(
+            bias=_random((1, 4, 131, 131)).masked_fill(_chance(0.4, 131, 131), -torch.inf)
+        )
+    ),
+    "boolean": lambda: make(AttentionMask(allowed=_chance(0.4, 1, 4, 131, 131))),
+    "boolean per batch row": lambda: make(
+        AttentionMask(causal=True, allowed=_chance(0.4, 2, 1, 131, 131))
+    ),
+    "softcap": lambda: make(AttentionMask(causal=True), softcap=3.0),
+    "softcap and bias": lambda: make(AttentionMask(bias=_random((2, 1, 131, 131))), softcap=20.0),
+    "learned sinks": lambda: make(
+        AttentionMask(causal=True, window=31),
+        sink_logits=torch.tensor([2.0, -30.0, 50.0, 1.0]),
+    ),
+    "learned sinks beside an empty row": lambda: make(
+        AttentionMask(key_lengths=[90, 0]), sink_logits=_random((4,))
+    ),
+    "groups mixed": lambda: make(
+        AttentionMask(causal=True), groups=(torch.arange(262) % 7 % 4).view(2, 131)
+    ),
+    "groups in segments": lambda: make(
+        groups=(torch.arange(262).view(2, 131) // 50).clamp(max=3), sink_logits=_random((4,))
+    ),
+    "block mask": lambda: make(
+        AttentionMask(causal=True), block_mask=_chance(0.6, 1, 4, 5, 5), sink_logits=_random((4,))
+    ),
+    "block mask, narrow and wide blocks": lambda: make(
+        block_size=(16, 48), block_mask=_chance(0.5, 2, 1, 9, 3)
+    ),
+    "block mask, high and short blocks": lambda: make(
+        block_size=(96, 16), block_mask=_chance(0.5, 1, 1, 2, 9)
+    ),
+    "float16": lambda: make(AttentionMask(causal=True), dtype=torch.float16),
+    "bfloat16": lambda: make(AttentionMask(causal=True), dtype=torch.bfloat16),
+    "scale": lambda: make(scale=-0.3),
+}
+for _size in (16, 48, 64, 128, 256, (96, 16), (16, 160), (160, 32), (176, 144)):
+    CASES[f"blocks {_size}"] = lambda size=_size: make(
+        AttentionMask(causal=True), sizes=(1, 2, 1, 331, 331, 20, 28), block_size=size
+    )
+for _dims in ((16, 16), (80, 96), (96, 80), (128, 7), (7, 128), (256, 256), (33, 200)):
+    CASES[f"dims {_dims}"] = lambda dims=_dims: make(
+        AttentionMask(causal=True), sizes=(1, 2, 1, 71, 139, *dims)
+    )
+FEW = (
+    "causal window",
+    "one query",
+    "packed",
+    "ALiBi both ways",
+    "boolean",
+    "softcap",
+    "groups mixed",
+    "float16",
+    "blocks (96, 16)",
+    "dims (33, 200)",
+)
+
+
+@needs_library
+@pytest.mark.parametrize("name", CASES)
+def test_everything_equals_the_reference(name: str) -> None:
+    problem = CASES[name]()
+    compare(problem, cpu.run(problem), reference.run(problem), LIMIT, _value_limit(problem))
+
+
+def _value_limit(problem: Problem) -> float:
+    """The output is rounded to the input's type."""
+    half = problem.query.dtype != torch.float32
+    return torch.finfo(problem.query.dtype).eps if half else LIMIT
+
+
+def _instruction_sets() -> list[str]:
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return [""]
+    return ["-march=x86-64", "-march=x86-64-v3"]
+
+
+@needs_library
+@pytest.mark.parametrize("target", _instruction_sets())
+def test_every_instruction_set_gives_the_same(
+    target: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    if "v3" in target and not re.search(r"\bavx2\b.*\bfma\b|\bfma\b.*\bavx2\b", flags):
+        pytest.skip("this processor has no AVX2")
+    monkeypatch.setenv("LENS_KERNELS_CACHE", str(tmp_path))
+    made = library.open_library(str(build.library_path(target)))
+    monkeypatch.setattr(cpu, "load", lambda: made)
+    for name in FEW:
+        problem = CASES[name]()
+        compare(problem, cpu.run(problem), reference.run(problem), LIMIT, _value_limit(problem))
+
+
+@needs_library
+@pytest.mark.parametrize("name", ["causal", "groups mixed", "blocks (160, 32)"])
+def test_the_number_of_threads_does_not_change_a_bit(name: str) -> None:
+    problem = CASES[name]()
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = cpu.run(problem)
+        for threads in (2, 3, 7):
+            torch.set_num_threads(threads)
+            many = cpu.run(problem)
+            assert torch.equal(one.output, many.output)
+            for key, tensor in one.tensors.items():
+                assert torch.equal(tensor, many.tensors[key]), key
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_library
+def test_long_rows_keep_their_digits() -> None:
+    """Columns over many query tiles and chunks, rows over many key tiles."""
+    problem = make(AttentionMask(causal=True), sizes=(1, 1, 1, 2311, 2311, 16, 16), block_size=64)
+    compare(problem, cpu.run(problem), reference.run(problem), LIMIT)
+
+
+@needs_library
+def test_any_strides_are_read() -> None:
+    problem = make(AttentionMask(causal=True))
+    expected = cpu.run(problem)
+    q, k, v = problem.query, problem.key, problem.value
+    layouts: dict[str, Callable[[Tensor], Tensor]] = {
+        "positions before heads": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+        "dim first": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
+        "every second": lambda x: torch.stack((x, x.neg()), dim=3).flatten(3)[..., : x.shape[3]],
+    }
+    for name, lay in layouts.items():
+        moved = replace(problem, query=lay(q), key=lay(k), value=lay(v))
+        assert torch.equal(moved.key, k), name
+        result = cpu.run(moved)
+        assert torch.equal(result.output, expected.output), name
+        assert torch.equal(result.tensors["received"], expected.tensors["received"]), name
+
+
+@needs_library
+def test_a_group_of_vanishing_mass_is_exact() -> None:
+    """A pivot per group: keys 200 nats below the sink still have their own output and LSE."""
+    generator = torch.Generator().manual_seed(3)
+    query = torch.ones(1, 1, 5, 16)
+    key = torch.randn(1, 1, 131, 16, generator=generator)
+    key[:, :, 3] += 50.0
+    value = torch.randn(1, 1, 131, 19, generator=generator)
+    groups = (torch.arange(131) == 3).long()[None]
+    problem = make_problem(query, key, value, groups=groups, statistics=())
+    result, expected = cpu.run(problem).groups, reference.run(problem).groups
+    assert result is not None
+    assert expected is not None
+    assert float((expected.lse[1] - expected.lse[0]).min()) > 150
+    assert rms_ratio(result.output[0], expected.output[0]) < LIMIT
+    assert rms_ratio(result.lse, expected.lse) < LIMIT
+
+
+@needs_library
+def test_nan_reaches_its_row_and_no_other() -> None:
+    problem = make(AttentionMask(causal=True))
+    query = problem.query.clone()
+    query[1, 2, 17, 5] = torch.nan
+    clean, result = cpu.run(problem), cpu.run(replace(problem, query=query))
+    assert result.output[1, 2, 17].isnan().all()
+    assert result.tensors["entropy"][1, 2, 17].isnan()
+    mine = torch.zeros(2, 4, 131, dtype=torch.bool)
+    mine[1, 2, 17] = True
+    assert torch.equal(result.output[~mine], clean.output[~mine])
+    assert torch.equal(result.tensors["lse"][~mine], clean.tensors["lse"][~mine])
+
+
+@needs_library
+def test_huge_logits_do_not_overflow() -> None:
+    problem = make(AttentionMask(causal=True), scale=400.0)
+    result, expected = cpu.run(problem), reference.run(problem)
+    assert float(expected.tensors["max_logit"].max()) > 5000
+    # float32 logits of this size are exact to 5e-4, and so are the probabilities
+    assert rms_ratio(result.output, expected.output) < 2e-3
+    assert rms_ratio(result.tensors["lse"], expected.tensors["lse"]) < 1e-6
+
+
+# --- what it cannot do, and how it says so ---
+
+
+def _problem(dtype: torch.dtype = torch.float32) -> Problem:
+    tensor = torch.zeros(1, 1, 4, 8, dtype=dtype)
+    return make_problem(tensor, tensor, tensor)
+
+
+def test_other_types_are_refused_with_the_reason() -> None:
+    reason = cpu.supports(_problem(torch.float64))
+    assert reason == "it computes in float32, and the inputs are torch.float64"
+
+
+def test_without_a_library_the_reason_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "load", lambda: "no C compiler was found (cc, gcc, clang)")
+    problem = _problem()
+    assert cpu.supports(problem) == "no C compiler was found (cc, gcc, clang)"
+    with pytest.raises(RuntimeError, match="the cpu backend cannot run: no C compiler was found"):
+        cpu.run(problem)
+    explanation = explain(problem.query, problem.key, problem.value)
+    assert explanation.chosen == "torch"
+    assert explanation.obstacles["cpu"] == "no C compiler was found (cc, gcc, clang)"
+    assert "slow" in explanation.why
+
+
+def test_lack_of_memory_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Exhausted:
+        @staticmethod
+        def lens_attention(_: object) -> int:
+            return 1
+
+    monkeypatch.setattr(cpu, "load", Exhausted)
+    with pytest.raises(MemoryError, match="no scratch memory for 4 queries and 4 keys; ask for"):
+        cpu.run(_problem())
+
+
+# --- the making of the library ---
+
+
+@pytest.fixture
+def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    path = tmp_path / "cache"
+    monkeypatch.setenv("LENS_KERNELS_CACHE", str(path))
+    return path
+
+
+def _script(path: Path, body: str) -> str:
+    path.write_text(f"#!/bin/sh\n{body}\n")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return str(path)
+
+
+def test_no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, folder: Path) -> None:
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(build.BuildError, match=r"no C compiler was found \(cc, gcc, clang\)"):
+        build.library_path()
+
+
+def test_a_compiler_that_is_not_there(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    monkeypatch.setenv("CC", "/nowhere/cc")
+    with pytest.raises(build.BuildError, match="CC=/nowhere/cc was not found; unset CC or correct"):
+        build.library_path()
+
+
+def test_a_compiler_that_fails_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, folder: Path
+) -> None:
+    half = (
+        'for last; do :; done; echo half > "$out"; echo "x.c:1: error: no such thing" >&2; exit 1'
+    )
+    find = 'while [ $# -gt 1 ]; do [ "$1" = -o ] && out=$2; shift; done; out=${out:-/dev/null}; '
+    monkeypatch.setenv("CC", _script(tmp_path / "badcc", find + half))
+    with pytest.raises(
+        build.BuildError, match=r"badcc could not compile attention\.c: x\.c:1: error: no such"
+    ):
+        build.library_path()
+    assert list(folder.iterdir()) == []
+
+
+def test_a_compiler_that_cannot_be_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, folder: Path
+) -> None:
+    path = tmp_path / "notcc"
+    path.write_bytes(b"\x7fELFbroken")
+    path.chmod(0o700)
+    monkeypatch.setenv("CC", str(path))
+    with pytest.raises(build.BuildError, match="notcc could not be run"):
+        build.library_path()
+
+
+def test_the_reason_reaches_the_caller(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    monkeypatch.setenv("CC", "/nowhere/cc")
+    library.load.cache_clear()
+    try:
+        assert (
+            library.load() == "the C compiler CC=/nowhere/cc was not found; unset CC or correct it"
+        )
+    finally:
+        library.load.cache_clear()
+
+
+def test_a_folder_that_others_may_write_is_refused(folder: Path) -> None:
+    folder.mkdir()
+    folder.chmod(0o777)
+    with pytest.raises(build.BuildError, match="others may write in it; set LENS_KERNELS_CACHE"):
+        build.cache_folder()
+
+
+def test_a_folder_that_cannot_be_made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("LENS_KERNELS_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(build.BuildError, match=r"cannot be made .*set LENS_KERNELS_CACHE"):
+        build.cache_folder()
+
+
+def test_the_default_folder_is_private(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("LENS_KERNELS_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder = build.cache_folder()
+    assert folder.is_relative_to(tmp_path)
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+
+
+def test_a_damaged_library_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "attention-0.so"
+    path.write_text("half")
+    with pytest.raises(build.BuildError, match=r"attention-0\.so cannot be loaded .*; delete it"):
+        library.open_library(str(path))
+
+
+@needs_library
+def test_a_library_of_other_sources_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Longer(library.Args):
+        _fields_ = [("one_more", library.ctypes.c_int64)]  # noqa: RUF012
+
+    monkeypatch.setattr(library, "Args", Longer)
+    with pytest.raises(build.BuildError, match="bytes of arguments, not"):
+        library.open_library(str(build.library_path()))
+
+
+@needs_library
+def test_processes_that_start_together_make_one_library(folder: Path) -> None:
+    root = Path(cpu.__file__).parents[2]
+    program = "from lens_kernels.cpu import library; assert not isinstance(library.load(), str)"
+    environment = os.environ | {"PYTHONPATH": str(root)}
+    running = [subprocess.Popen([sys.executable, "-c", program], env=environment) for _ in range(2)]
+    assert [process.wait(timeout=100) for process in running] == [0, 0]
+    (made,) = folder.iterdir()
+    assert re.fullmatch(r"attention-[0-9a-f]{20}\.so", made.name)
+    before = made.stat().st_mtime_ns
+    assert build.library_path() == made
+    assert made.stat().st_mtime_ns == before
+
+
+@needs_library
+def test_another_source_or_compiler_makes_another_library(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, folder: Path
+) -> None:
+    compiler = build.find_compiler()
+    old = build._key(compiler, ("-O3",))
+    assert build._key(compiler, ("-O3",)) == old
+    assert build._key(compiler, ("-O2",)) != old
+    changed = tmp_path / "attention.c"
+    changed.write_bytes(build.SOURCE.read_bytes() + b"\n")
+    monkeypatch.setattr(build, "SOURCE", changed)
+    assert build._key(compiler, ("-O3",)) != old
