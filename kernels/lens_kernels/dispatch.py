@@ -90,7 +90,10 @@ def explain_problem(problem: Problem, backend: str = "auto") -> Explanation:
         return Explanation(backend, "asked for by name", obstacles)
     device = problem.device.type
     order = _AUTO.get(device, ("torch",))
-    chosen = next(name for name in order if obstacles[name] is None)
+    chosen = next((name for name in order if obstacles[name] is None), None)
+    if chosen is None:
+        listed = "; ".join(f"{name}: {obstacles[name]}" for name in order)
+        raise RuntimeError(f"no backend can do this on {device}: {listed}")
     if chosen == "torch":
         why = f"plain torch serves every problem on {device}; it is the slow one"
     else:

@@ -1,6 +1,6 @@
 """Without a CUDA GPU the Triton kernels run in Triton's interpreter.
 
-Triton reads the variable when a kernel is decorated, so it is set before any test module imports one.
+Triton reads the variable when a kernel is decorated, so it is set before any test imports one.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Comparison by RMS error ratio, the backends under test, and the masks that all of them must do."""
+"""Comparison by RMS error ratio, the backends under test, and the masks they must all do."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-
 from lens_kernels import reference
 from lens_kernels.dispatch import explain_problem, load
 from lens_kernels.problem import BackendResult, Problem
 from lens_kernels.types import AttentionMask
 from lens_kernels.validation import make_problem
+from torch import Tensor
 
 CUDA = torch.cuda.is_available()
 BACKENDS = [

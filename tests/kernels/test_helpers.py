@@ -4,9 +4,9 @@ import dataclasses
 
 import pytest
 import torch
-
 from lens_kernels import reference
 from lens_kernels.problem import BackendResult
+
 from tests.kernels.helpers import CASES, assert_close, case_problem, compare, rms_ratio
 
 

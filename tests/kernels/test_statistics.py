@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-
 from lens_kernels.statistics import STATISTICS
 from lens_kernels.types import AttentionMask
 from lens_kernels.validation import make_problem
+
 from tests.kernels.helpers import (
     BACKENDS,
     CASES,
