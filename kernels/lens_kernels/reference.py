@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lens_kernels.problem import BackendResult, Problem, row_features, top_blocks
+from lens_kernels.statistics import STATISTICS
 from lens_kernels.types import AttentionGroups
 
 DIFFERENTIABLE = True
@@ -19,7 +20,10 @@ _INF = float("inf")
 
 
 def supports(problem: Problem) -> str | None:
-    """It can do everything."""
+    """It can do everything but the numbers of the backward pass: autograd goes through it."""
+    asked = sorted(name for name in problem.statistics if STATISTICS[name].from_backward)
+    if asked:
+        return f"plain autograd runs through it, which does not export {', '.join(asked)}"
     return None
 
 

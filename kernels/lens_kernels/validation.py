@@ -230,6 +230,12 @@ def _label_vector(name: str, labels: Tensor, query: Tensor, count: int) -> Tenso
             f"{name} must be [{count}] or [batch, ...] = [{batch}, {count}], got "
             f"{list(labels.shape)}"
         )
+    limit = torch.iinfo(torch.int32)
+    if labels.dtype == torch.int64 and bool((labels.abs() > limit.max).any()):
+        raise ValueError(
+            f"{name} must fit 32 bits (below {limit.max + 1}); number the distinct labels with "
+            "torch.unique(labels, return_inverse=True)"
+        )
     return labels.to(torch.int32).expand(batch, count)
 
 

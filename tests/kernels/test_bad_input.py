@@ -180,6 +180,11 @@ CASES = {
         ValueError,
         r"query labels of match\[0\] are on meta, the query on cpu; move them",
     ),
+    "labels too large": (
+        {"match": [(LABELS[0] + 2**31, LABELS[1])]},
+        ValueError,
+        r"query labels of match\[0\] must fit 32 bits \(below 2147483648\); number the distinct",
+    ),
     "groups of floats": (
         {"groups": rand(2, KEYS)},
         TypeError,

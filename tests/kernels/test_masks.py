@@ -1,6 +1,7 @@
 """What each part of a mask means, against plain Python loops; and that padding cannot leak."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ def sees(mask, batch, query, key, queries, keys):
         bounds = torch.as_tensor(mask.cu_seqlens).expand(2, -1)[batch].tolist()
         inside = [
             (start, end)
-            for start, end in zip(bounds, bounds[1:], strict=False)
+            for start, end in itertools.pairwise(bounds)
             if start <= query < end
         ]
         if not inside:
@@ -124,7 +125,7 @@ def test_a_packed_row_equals_its_sequences_apart(backend, device):
     options = {"statistics": names, "block_size": 16}
     mask = AttentionMask(causal=True, window=13, cu_seqlens=bounds)
     whole = check(backend, make_problem(query, key, value, mask=mask, **options))
-    for start, end in zip(bounds, bounds[1:], strict=False):
+    for start, end in itertools.pairwise(bounds):
         part = [tensor[:, :, start:end] for tensor in (query, key, value)]
         mask = AttentionMask(causal=True, window=13)
         apart = reference.run(make_problem(*part, mask=mask, **options))
