@@ -209,7 +209,14 @@ def test_every_instruction_set_gives_the_same(
 
 @needs_library
 @pytest.mark.parametrize("name", ["causal", "groups mixed", "blocks (160, 32)"])
-def test_the_number_of_threads_does_not_change_a_bit(name: str) -> None:
+@pytest.mark.parametrize("own", [False, True], ids=["torch's threads", "own threads"])
+def test_the_number_of_threads_does_not_change_a_bit(
+    name: str, own: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if own:
+        monkeypatch.setattr(cpu, "openmp_parallel", lambda: None)
+    elif cpu.openmp_parallel() is None:
+        pytest.skip("torch's OpenMP library cannot be reached here")
     problem = CASES[name]()
     before = torch.get_num_threads()
     try:

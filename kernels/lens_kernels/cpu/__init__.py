@@ -19,7 +19,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from lens_kernels.cpu.library import Args, Operand, Plane, load
+from lens_kernels.cpu.library import Args, Operand, Plane, load, openmp_parallel
 from lens_kernels.problem import BackendResult, Problem, row_features
 from lens_kernels.types import AttentionGroups
 
@@ -103,7 +103,7 @@ class _Call:
         for name in ("batch", "heads", "kv_heads", "queries", "keys", "head_dim", "value_dim"):
             setattr(args, name, getattr(problem, name))
         args.query_block, args.key_block = problem.block_size
-        args.threads = torch.get_num_threads()
+        args.threads, args.openmp_parallel = torch.get_num_threads(), openmp_parallel()
         args.poison = _poison
         args.scale, args.softcap = problem.scale, problem.softcap or 0.0
 

@@ -125,6 +125,7 @@ typedef struct {
 typedef struct {
   int64_t batch, heads, kv_heads, queries, keys, head_dim, value_dim;
   int64_t query_block, key_block, threads, poison;
+  void (*openmp_parallel)(void (*)(void *), void *, unsigned, unsigned); /* GOMP_parallel, or NULL */
   double scale, softcap; /* softcap 0: none */
   Operand query, key, value;
   const int32_t *low, *high; /* [batch, queries]: keys in [low, high) are visible */
@@ -497,16 +498,27 @@ static void rescale(State *t, Sums *sums, const float *pivot) {
   }
 }
 
+enum { AT_ONCE = 4 }; /* features that share one reading of p: independent chains of additions */
+
 static void accumulate_features(State *t, Sums *sums, float *p, int64_t start, int64_t keys) {
   const Args *a = t->a;
-  for (int64_t f = 0; f < a->features; f++) {
-    const float *feature = a->features_of_keys + ((f * a->batch + t->batch) * a->kv_heads + t->kv_head) * a->keys + start;
+  const int64_t stride = a->batch * a->kv_heads * a->keys;
+  const float *first = a->features_of_keys + (t->batch * a->kv_heads + t->kv_head) * a->keys + start;
+  for (int64_t f = 0; f < a->features; f += AT_ONCE) {
+    const int64_t count = least(AT_ONCE, a->features - f);
+    const float *feature[AT_ONCE];
+    for (int64_t i = 0; i < AT_ONCE; i++) feature[i] = first + (f + (i < count ? i : 0)) * stride;
     for (int64_t r = 0; r < t->lanes; r += LANES) {
       Column c = column(p, keys, r, t->lanes);
-      vec sum = splat(0.0f);
-      for (int64_t k = 0; k < keys; k++) sum += load(c.first + k * c.step) * splat(feature[k]);
-      float *to = sums->features + f * ROWS + r;
-      store(to, load(to) * load(t->alpha + r) + sum);
+      vec sum[AT_ONCE] = {0};
+      for (int64_t k = 0; k < keys; k++) {
+        vec e = load(c.first + k * c.step);
+        UNROLL for (int i = 0; i < AT_ONCE; i++) sum[i] += e * splat(feature[i][k]);
+      }
+      for (int64_t i = 0; i < count; i++) {
+        float *to = sums->features + (f + i) * ROWS + r;
+        store(to, load(to) * load(t->alpha + r) + sum[i]);
+      }
     }
   }
 }
@@ -521,12 +533,16 @@ static void accumulate_matches(State *t, Sums *sums, float *p, int64_t start, in
       int32_t label[LANES];
       for (int64_t i = 0; i < LANES; i++) label[i] = query[least(r + i, t->rows - 1)];
       ivec wanted = load_int(label);
-      vec sum = splat(0.0f);
-      for (int64_t k = 0; k < keys; k++)
-        sum += (vec)((wanted == splat_int(key[k])) & (ivec)load(c.first + k * c.step));
-      sum = (vec)((wanted >= splat_int(0)) & (ivec)sum); /* a negative label matches nothing */
+      vec sum[AT_ONCE] = {0};
+      int64_t k = 0;
+      for (; k + AT_ONCE <= keys; k += AT_ONCE)
+        UNROLL for (int i = 0; i < AT_ONCE; i++)
+          sum[i] += (vec)((wanted == splat_int(key[k + i])) & (ivec)load(c.first + (k + i) * c.step));
+      for (; k < keys; k++) sum[0] += (vec)((wanted == splat_int(key[k])) & (ivec)load(c.first + k * c.step));
+      vec matched = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+      matched = (vec)((wanted >= splat_int(0)) & (ivec)matched); /* a negative label matches nothing */
       float *to = sums->matched + f * ROWS + r;
-      store(to, load(to) * load(t->alpha + r) + sum);
+      store(to, load(to) * load(t->alpha + r) + matched);
     }
   }
 }
@@ -881,15 +897,16 @@ static Scratch lay_out(const Plan *plan, Layout *layout) {
   return w;
 }
 
-static void *work(void *argument) {
+static void work(void *argument) {
   Plan *plan = argument;
   const Args *a = plan->args;
+  int64_t heads = a->batch * a->heads, units = heads * plan->chunks;
+  if (__atomic_load_n(&plan->next, __ATOMIC_RELAXED) >= units) return;
   Layout size = {NULL, 0};
   lay_out(plan, &size);
   Layout layout = {allocate(size.size), 0};
-  if (!layout.base) return NULL; /* the other threads do the work */
+  if (!layout.base) return; /* the other threads do the work */
   Scratch w = lay_out(plan, &layout);
-  int64_t heads = a->batch * a->heads, units = heads * plan->chunks;
   for (;;) {
     int64_t unit = __atomic_fetch_add(&plan->next, 1, __ATOMIC_RELAXED);
     if (unit >= units) break;
@@ -903,7 +920,28 @@ static void *work(void *argument) {
     }
   }
   free(layout.base);
+}
+
+static void *work_thread(void *plan) {
+  work(plan);
   return NULL;
+}
+
+/* Every thread takes units until none is left. torch's own OpenMP threads are used where the caller
+ * found them: others would share the cores with these, which spin for milliseconds after each operation. */
+static void work_in_parallel(Plan *plan) {
+  const Args *a = plan->args;
+  if (a->threads > 1 && a->openmp_parallel) {
+    a->openmp_parallel(work, plan, (unsigned)a->threads, 0);
+    return;
+  }
+  int64_t helpers = least(a->threads, a->batch * a->heads * plan->chunks) - 1, started = 0;
+  pthread_t *thread = helpers > 0 ? malloc((size_t)helpers * sizeof *thread) : NULL;
+  for (; thread && started < helpers; started++)
+    if (pthread_create(&thread[started], NULL, work_thread, plan)) break; /* fewer threads, same result */
+  work(plan);
+  for (int64_t i = 0; i < started; i++) pthread_join(thread[i], NULL);
+  free(thread);
 }
 
 /* Adds the partial columns of a head in the order of the chunks. */
@@ -965,13 +1003,7 @@ int lens_attention(const Args *a) {
     if (!plan.diagonal) status = NO_MEMORY;
   }
   if (status == OK) {
-    int64_t helpers = least(a->threads, heads * plan.chunks) - 1, started = 0;
-    pthread_t *thread = helpers > 0 ? malloc((size_t)helpers * sizeof *thread) : NULL;
-    for (; thread && started < helpers; started++)
-      if (pthread_create(&thread[started], NULL, work, &plan)) break; /* fewer threads, same result */
-    work(&plan);
-    for (int64_t i = 0; i < started; i++) pthread_join(thread[i], NULL);
-    free(thread);
+    work_in_parallel(&plan);
     if (plan.next < heads * plan.chunks) status = NO_MEMORY;
   }
   if (status == OK && a->received) reduce(plan.received, plan.chunks, a->keys, 0, a->received, a->keys, heads);

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -45,6 +46,7 @@ class Args(ctypes.Structure):
     _fields_ = [
         *_fields(_INT, "batch heads kv_heads queries keys head_dim value_dim"),
         *_fields(_INT, "query_block key_block threads poison"),
+        ("openmp_parallel", _POINTER),
         *_fields(_REAL, "scale softcap"),
         *_fields(Operand, "query key value"),
         *_fields(_POINTER, "low high anchor slopes sinks keep"),
@@ -81,6 +83,20 @@ def open_library(path: str) -> ctypes.CDLL:
     library.lens_attention.argtypes = [ctypes.POINTER(Args)]
     library.lens_attention.restype = ctypes.c_int
     return library
+
+
+@functools.cache
+def openmp_parallel() -> int | None:
+    """Address of `GOMP_parallel` in the OpenMP library that torch itself runs on, or None.
+
+    gcc's and LLVM's OpenMP both offer it; looked up through torch's library, so that it is the same
+    copy, with the same threads.
+    """
+    try:
+        torch_library = ctypes.CDLL(str(Path(torch.__file__).with_name("lib") / "libtorch_cpu.so"))
+        return ctypes.cast(torch_library.GOMP_parallel, _POINTER).value
+    except (OSError, AttributeError):
+        return None
 
 
 @functools.cache
