@@ -68,7 +68,9 @@ def load(name: str) -> Backend:
 def _obstacle(name: str, problem: Problem) -> str | None:
     try:
         return load(name).supports(problem)
-    except (ModuleNotFoundError, AttributeError) as error:
+    except ModuleNotFoundError as error:
+        if error.name != MODULES[name]:
+            raise
         return f"not part of this installation ({error})"
 
 
