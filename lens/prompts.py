@@ -126,7 +126,9 @@ def token_losses(model: "LoadedModel", tokens: Sequence[int]) -> "torch.Tensor":
         step = max(1, _CHUNK // (model.info.vocab or 1))
         if len(tokens) <= step:
             logits = model.model(input_ids=ids).logits[0, :-1]
-            return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none").cpu()
+            return torch.nn.functional.cross_entropy(
+                logits.float(), targets, reduction="none"
+            ).cpu()
         hidden = base(model)(input_ids=ids, use_cache=False)[0][0]
         losses = [
             torch.nn.functional.cross_entropy(

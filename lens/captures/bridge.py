@@ -92,7 +92,10 @@ def _joint(module: Any) -> Callable:
             q, k = module._apply_rotary_pos_emb(q, k, cos, sin)
         k, v = module._update_kv_cache(k, v, **kwargs)
         scale = head_dim**-0.5
-        if getattr(config, "scale_attn_by_inverse_layer_idx", False) and module._layer_idx is not None:
+        if (
+            getattr(config, "scale_attn_by_inverse_layer_idx", False)
+            and module._layer_idx is not None
+        ):
             scale /= module._layer_idx + 1
         output, _ = lens_attention(
             module.original_component, q, k, v, kwargs.get("attention_mask"), scaling=scale

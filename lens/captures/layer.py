@@ -10,12 +10,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from lens_kernels import attention
 
 from lens.captures.masks import MaskStructure
 from lens.errors import LensError
-from lens_kernels import attention
+from lens.trace import MATCH_RULES
 
-MATCH_RULES = ("current_token_position", "previous_token", "same_token", "induction")
 PREFIX = 4
 
 _KERNEL = (
@@ -32,7 +32,7 @@ _KERNEL = (
 )
 _SINK_EXCLUDED = {"entropy_sink_excluded": "entropy", "distance_sink_excluded": "distance"}
 _MATCHED = ("match_mass", "first_mass")
-VARIABLES = (*_KERNEL, *_MATCHED, *_SINK_EXCLUDED)
+VARIABLES = (*_KERNEL, *_MATCHED, *_SINK_EXCLUDED, "rest_mass")
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,8 @@ class LayerRecord:
         causal, window, scale, softcap: of the layer; `window` counts the query itself.
         sink_logits: [heads], float32, or None.
         backend: the one that ran.
-        variables: name -> [batch, ...] tensor, on the CPU, float32 (q and k in the model's type).
+        variables: name -> [batch, ...] tensor on the CPU: what was asked for, float32, and always
+            `visible` (int32 [batch, keys], the number of queries that see a key).
     """
 
     step: int
@@ -130,7 +131,7 @@ def measure(
     """Attention output [batch, queries, heads, value_dim] and the record of the layer."""
     queries, keys = call.query.shape[2], call.key.shape[2]
     names = settings.variables
-    asked = [name for name in _KERNEL if name in names]
+    asked = [name for name in _KERNEL if name in names or (name == "lse" and "rest_mass" in names)]
     labels = _labels(call) if names.intersection(_MATCHED) else None
     result = _attention(
         call,
@@ -142,8 +143,10 @@ def measure(
     found = {name: result.statistics[name] for name in asked}
     if labels:
         found.update(_matched(result.statistics["match_mass"], call, names))
-    found.update(_sink_excluded(call, settings))
+    found.update(_sink_excluded(call, settings, found.get("lse")))
     variables = {name: _to_cpu(tensor, torch.float32) for name, tensor in found.items()}
+    visible = call.mask.visible(len(call.query), queries, keys)
+    variables["visible"] = _to_cpu(visible, torch.int32)
     if settings.keep_qk:
         variables["q"] = _to_cpu(call.query, _storable(call.query.dtype))
         variables["k"] = _to_cpu(call.key, _storable(call.key.dtype))
@@ -213,9 +216,7 @@ def _labels(call: LayerCall) -> list[tuple[torch.Tensor, torch.Tensor]]:
     return [*pairs, (torch.zeros_like(position), key_position)]
 
 
-def _matched(
-    mass: torch.Tensor, call: LayerCall, names: frozenset[str]
-) -> dict[str, torch.Tensor]:
+def _matched(mass: torch.Tensor, call: LayerCall, names: frozenset[str]) -> dict[str, torch.Tensor]:
     rules = mass[..., : len(MATCH_RULES)].clone()
     if call.tokens is None:
         rules[..., 2:] = torch.nan
@@ -225,20 +226,29 @@ def _matched(
     return {name: tensor for name, tensor in both.items() if name in names}
 
 
-def _sink_excluded(call: LayerCall, settings: Settings) -> dict[str, torch.Tensor]:
-    """Entropy and distance of the rows without their first key, NaN where nothing is left."""
+def _sink_excluded(
+    call: LayerCall, settings: Settings, lse: torch.Tensor | None
+) -> dict[str, torch.Tensor]:
+    """Entropy and distance of the rows without their first key (NaN where nothing is left), and
+    `rest_mass`, what they hold of the whole row: the ratio of the two sums, so nothing cancels."""
     wanted = {name: kernel for name, kernel in _SINK_EXCLUDED.items() if name in settings.variables}
-    if not wanted:
+    rest = "rest_mass" in settings.variables
+    if not wanted and not rest:
         return {}
     if call.key.shape[2] == 1:
         shape = call.query.shape[:3]
-        return {name: torch.full(shape, torch.nan) for name in wanted}
+        nothing = {name: torch.full(shape, torch.nan) for name in wanted}
+        return nothing | ({"rest_mass": torch.zeros(shape)} if rest else {})
     with torch.no_grad():
         statistics = _attention(
             call, settings, statistics=["lse", *wanted.values()], match=None, hide_first=True
         ).statistics
     empty = torch.isneginf(statistics["lse"])
-    return {name: statistics[of].masked_fill(empty, torch.nan) for name, of in wanted.items()}
+    found = {name: statistics[of].masked_fill(empty, torch.nan) for name, of in wanted.items()}
+    if rest:
+        assert lse is not None
+        found["rest_mass"] = (statistics["lse"] - lse).exp().masked_fill(empty, 0.0)
+    return found
 
 
 def _storable(dtype: torch.dtype) -> torch.dtype:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from lens_kernels import AttentionMask
 from transformers.masking_utils import (
     bidirectional_mask_function,
     causal_mask_function,
@@ -19,7 +20,6 @@ from transformers.masking_utils import (
 )
 
 from lens.errors import LensError
-from lens_kernels import AttentionMask
 
 LARGEST_SPELLED_OUT = 8192 * 8192
 
@@ -52,17 +52,31 @@ class MaskStructure:
             )
         keys = self.padding.shape[1]
         first = self.padding.int().argmax(-1)
-        past = keys - self.padding.flip(-1).int().argmax(-1)
-        is_run = bool((self.padding.sum(-1) == past - first).all())
-        ends_padded = bool((past < keys).any())
+        kept = self.padding
+        if hide_first:
+            kept = kept & (torch.arange(keys, device=kept.device) != first[:, None])
+        if queries < keys:  # cached keys: every query is a real token
+            return AttentionMask(
+                causal=self.causal, window=self.window, key_start=first, key_padding=kept
+            )
+        past = first + self.padding.sum(-1)
+        bounds = torch.stack([torch.zeros_like(first), first, past], dim=-1)
         return AttentionMask(
-            causal=self.causal,
-            window=self.window,
-            key_start=first + start,
-            key_lengths=past if is_run and ends_padded else None,
-            query_lengths=past if is_run and ends_padded and queries == keys else None,
-            key_padding=None if is_run else self.padding,
+            causal=self.causal, window=self.window, cu_seqlens=bounds, key_padding=kept
         )
+
+    def visible(self, batch: int, queries: int, keys: int) -> torch.Tensor:
+        """[batch, keys]: how many real queries see each key."""
+        if self.allowed is not None:
+            return self.allowed[:, 0].sum(-2).expand(batch, -1)
+        device = None if self.padding is None else self.padding.device
+        key = torch.arange(keys, device=device)
+        reach = keys if self.window is None else self.window
+        first = (key if self.causal else key - reach + 1).clamp(min=keys - queries)
+        last = (key + reach - 1).clamp(max=keys - 1)
+        real = torch.ones(batch, keys, dtype=torch.bool) if self.padding is None else self.padding
+        before = torch.nn.functional.pad(real.cumsum(-1), (1, 0))  # [batch, keys + 1]
+        return (before[:, last + 1] - before[:, first]).clamp(min=0) * real
 
 
 class StructuredMask(torch.Tensor):
@@ -89,7 +103,7 @@ def structured_mask(
     when a mask may be skipped.
 
     Raises:
-        LensError: a static cache, or a large mask with an unknown pattern.
+        LensError: a static cache, padding inside a prompt, or a large mask of unknown pattern.
     """
     if int(q_offset) + q_length != int(kv_offset) + kv_length:
         raise LensError(
@@ -100,6 +114,10 @@ def structured_mask(
     if attention_mask is not None:
         padding = attention_mask[:, kv_offset : kv_offset + kv_length].to(device, torch.bool)
         padding = None if bool(padding.all()) else padding
+        if padding is not None and q_length == kv_length and bool(_has_holes(padding)):
+            raise LensError(
+                "attention_mask hides tokens in the middle of a prompt; pad at its start or end only"
+            )
     parts = _parts(mask_function)
     if parts is not None:
         structure = MaskStructure(parts.causal, parts.window, padding)
@@ -122,7 +140,9 @@ def structured_mask(
             device=device,
         )
         structure = _spelled_out(allowed)
-    carrier = padding if padding is not None else torch.ones(batch_size, kv_length, dtype=torch.bool)
+    carrier = (
+        padding if padding is not None else torch.ones(batch_size, kv_length, dtype=torch.bool)
+    )
     mask = carrier.to(device).as_subclass(StructuredMask)
     mask.structure = structure
     return mask
@@ -154,6 +174,11 @@ def structure_of(
         f"{tuple(attention_mask.shape)}, that capture does not understand; it reads masks made by "
         "transformers.masking_utils, and boolean or 0/-inf masks [batch, 1, queries, keys]"
     )
+
+
+def _has_holes(padding: torch.Tensor) -> torch.Tensor:
+    starts = padding.int().diff(dim=-1, prepend=torch.zeros_like(padding[:, :1]).int()) == 1
+    return (starts.sum(-1) > 1).any()
 
 
 def _spelled_out(allowed: torch.Tensor) -> MaskStructure:

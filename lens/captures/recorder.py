@@ -107,7 +107,9 @@ def capturing(
         >>> recorder.layers(step=1)[0].queries
         1
     """
-    settings = Settings(resolve_variables(statistics), check_block_size(block_size), keep_qk, backend)
+    settings = Settings(
+        resolve_variables(statistics), check_block_size(block_size), keep_qk, backend
+    )
     with recording(model, Recorder(settings)) as recorder:
         yield recorder
 
