@@ -35,6 +35,7 @@ DIMENSIONS: dict[str, tuple[str, ...]] = {
             "distance_sink_excluded",
             "prefix_mass",
             "first_mass",
+            "rest_mass",
         ),
         _ROW,
     ),
