@@ -108,7 +108,7 @@ class Problem:
         statistics: names to compute (see statistics.py); those `from_backward` are not for `run`.
         query_labels: [batch, queries, pairs] int32, or None.
         key_labels: [batch, keys, pairs] int32, or None. A row label < 0 matches no key.
-        prefix: for `prefix_mass`: keys with `0 <= key_position < prefix`.
+        prefix: for `prefix_mass`: keys with `key_position < prefix` (those before 0 are hidden).
         top_k: number of key blocks in `top_keys`, at most key_blocks.
         grid: (height, width, first key) of the image keys, or None.
         groups: [batch, keys] int32, group of each key, or None.
@@ -264,7 +264,7 @@ def row_features(problem: Problem) -> tuple[Tensor, dict[str, slice]]:
             feature = feature if feature.dim() == 3 else feature[:, None]
             columns.append(feature.expand(problem.batch, problem.kv_heads, problem.keys))
 
-    add("prefix_mass", ((position >= 0) & (position < problem.prefix)).to(dtype))
+    add("prefix_mass", (position < problem.prefix).to(dtype))
     add("moments", position, position * position)
     if problem.grid is not None:
         height, width, first = problem.grid

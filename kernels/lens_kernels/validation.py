@@ -343,16 +343,20 @@ def _clean_padding(
     weights: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Zeros where no query may look, so that what lies there (NaN) cannot reach a sum."""
-    padded_rows = mask.query_lengths is not None or mask.cu_seqlens is not None
-    parts = (mask.key_lengths, mask.key_start, mask.key_padding, mask.cu_seqlens)
-    if padded_rows:
-        dead = (plan.high <= plan.low)[:, None, :, None]
-        query = query.masked_fill(dead, 0)
-    if any(part is not None for part in parts):
-        hidden = _hidden_keys(plan)
-        key = key.masked_fill(hidden[:, None, :, None], 0)
-        value = value.masked_fill(hidden[:, None, :, None], 0)
-        weights = None if weights is None else weights.masked_fill(hidden[:, None], 0)
+    parts = (
+        mask.key_lengths,
+        mask.query_lengths,
+        mask.key_start,
+        mask.key_padding,
+        mask.cu_seqlens,
+    )
+    if all(part is None for part in parts):
+        return query, key, value, weights
+    query = query.masked_fill((plan.high <= plan.low)[:, None, :, None], 0)
+    hidden = _hidden_keys(plan)[:, None]
+    key = key.masked_fill(hidden[..., None], 0)
+    value = value.masked_fill(hidden[..., None], 0)
+    weights = None if weights is None else weights.masked_fill(hidden, 0)
     return query, key, value, weights
 
 

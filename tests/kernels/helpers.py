@@ -250,7 +250,7 @@ def everything(problem_keys: int, queries: int, heads: int, device: str) -> Mapp
     shift = problem_keys - queries
     labels = [
         (row % 5, column % 5),
-        (torch.where(row % 7 == 3, -1, row + shift - 1), column),
+        (torch.where(row % 7 == 3, -1, row + shift - 1), torch.where(column % 3 == 1, -1, column)),
         (torch.stack((row // 9, row // 4)), torch.stack((column // 9, column // 4))),
     ]
     return {

@@ -23,11 +23,7 @@ def sees(mask, batch, query, key, queries, keys):
     origin = entry(mask.key_start, batch, 0)
     if mask.cu_seqlens is not None:
         bounds = torch.as_tensor(mask.cu_seqlens).expand(2, -1)[batch].tolist()
-        inside = [
-            (start, end)
-            for start, end in itertools.pairwise(bounds)
-            if start <= query < end
-        ]
+        inside = [(start, end) for start, end in itertools.pairwise(bounds) if start <= query < end]
         if not inside:
             return False
         origin, key_end = inside[0]
@@ -185,10 +181,12 @@ def test_nan_in_padding_reaches_nothing(backend, device, case):
     dead_keys, dead_rows = ~seen.any(1)[:, None], ~seen.any(2)[:, None]
     key, value = (part.masked_fill(dead_keys[..., None], torch.nan) for part in (key, value))
     options["key_weights"] = options["key_weights"].masked_fill(dead_keys, torch.nan)
-    if mask.query_lengths is not None or mask.cu_seqlens is not None:
+    if mask.key_padding is None:
         query = query.masked_fill(dead_rows[..., None], torch.nan)
     assert key.isnan().any() or query.isnan().any() or case.name.startswith("packed")
     poisoned = make_problem(query, key, value, **options)
+    for part in (poisoned.query, poisoned.key, poisoned.value):
+        assert not part.isnan().any()  # a gradient would carry it on
     result = check(backend, poisoned)
     expected = reference.run(clean)
     assert_close(result.output, expected.output, 1e-5)
