@@ -1,0 +1,42 @@
+"""The layout that every figure shares."""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import plotly.graph_objects as go
+
+from lens.figures.colors import GRID, INK
+
+Theme = Literal["light", "dark"]
+_FONT = "Inter, 'Helvetica Neue', Arial, sans-serif"
+
+
+def style(
+    figure: go.Figure,
+    *,
+    title: str,
+    width: int | None,
+    height: int | None,
+    theme: Theme,
+    meta: Mapping[str, Any] | None = None,
+) -> go.Figure:
+    """Set title, size, theme and provenance of a figure, and return it."""
+    if theme not in ("light", "dark"):
+        raise ValueError(f"theme must be 'light' or 'dark', got {theme!r}")
+    light = theme == "light"
+    ink, grid, paper = (INK, GRID, "white") if light else ("#e6e9ee", "#39414d", "#161b22")
+    figure.update_layout(
+        title={"text": title, "font": {"size": 15}, "x": 0, "xref": "paper", "xanchor": "left"},
+        width=width,
+        height=height,
+        font={"family": _FONT, "size": 12, "color": ink},
+        paper_bgcolor=paper,
+        plot_bgcolor=paper,
+        margin={"l": 60, "r": 20, "t": 48, "b": 48},
+        hoverlabel={"font": {"family": _FONT}},
+        meta=dict(meta or {}),
+    )
+    axis = {"gridcolor": grid, "zerolinecolor": grid, "linecolor": grid, "ticks": ""}
+    figure.update_xaxes(**axis)
+    figure.update_yaxes(**axis)
+    return figure
