@@ -1,5 +1,7 @@
 """Instrumented attention: q, k and v in; output and exact statistics of `P` out, without N x N.
 
+Names are loaded on first use, so that `lens_kernels.tile` works without torch.
+
 >>> import torch
 >>> from lens_kernels import AttentionMask, attention
 >>> query = key = value = torch.zeros(1, 2, 6, 16)
@@ -9,24 +11,60 @@
 torch.Size([1, 2, 2, 2])
 """
 
-from lens_kernels.api import attention, explain
-from lens_kernels.dispatch import Explanation
-from lens_kernels.statistics import STATISTICS, Statistic
-from lens_kernels.types import (
-    AttentionGroups,
-    AttentionMask,
-    AttentionResult,
-    AttentionStatistics,
-)
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lens_kernels.api import attention, explain
+    from lens_kernels.dispatch import Explanation
+    from lens_kernels.redistribution import redistribute
+    from lens_kernels.states import AttentionState, merge
+    from lens_kernels.statistics import STATISTICS, Statistic
+    from lens_kernels.types import (
+        AttentionGroups,
+        AttentionMask,
+        AttentionResult,
+        AttentionStatistics,
+    )
 
 __all__ = [
     "STATISTICS",
     "AttentionGroups",
     "AttentionMask",
     "AttentionResult",
+    "AttentionState",
     "AttentionStatistics",
     "Explanation",
     "Statistic",
     "attention",
     "explain",
+    "merge",
+    "redistribute",
 ]
+
+_MODULES = {
+    "STATISTICS": "statistics",
+    "AttentionGroups": "types",
+    "AttentionMask": "types",
+    "AttentionResult": "types",
+    "AttentionState": "states",
+    "AttentionStatistics": "types",
+    "Explanation": "dispatch",
+    "Statistic": "statistics",
+    "attention": "api",
+    "explain": "api",
+    "merge": "states",
+    "redistribute": "redistribution",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'lens_kernels' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"lens_kernels.{_MODULES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -7,10 +7,12 @@ key_blocks, pairs, groups.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import Tensor
+
+from lens_kernels.states import AttentionState
 
 Exactness = Literal["exact", "lower_bound", "upper_bound", "approx"]
 """How a number stands to the true one: equal, never above it, never below it, or near it."""
@@ -144,10 +146,26 @@ class AttentionGroups:
         output: [groups, batch, heads, queries, value_dim], attention over the group's keys alone
             (normalised in the group); 0 where the row sees none of them. float32 (or float64).
         lse: [groups, batch, heads, queries], log-sum-exp over the group's keys, -inf where none.
+        statistics: those of `max_logit`, `entropy`, `concentration` and `distance` that were asked
+            for, [groups, batch, heads, queries], of the row restricted to the group's keys and
+            renormalised: what they are with all other keys hidden.
     """
 
     output: Tensor
     lse: Tensor
+    statistics: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def states(self) -> tuple[AttentionState, ...]:
+        """One `AttentionState` per group; `merge(*groups.states)` is the whole attention."""
+        return tuple(
+            AttentionState(
+                self.output[group],
+                self.lse[group],
+                {name: tensor[group] for name, tensor in self.statistics.items()},
+            )
+            for group in range(len(self.lse))
+        )
 
 
 @dataclass(frozen=True, eq=False)
