@@ -1,0 +1,155 @@
+"""The speed and memory goals, and what of each was reached."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+Record = Mapping[str, str]
+Figures = Callable[..., float]
+CPU, GPU = "causal 4,096", "causal 8,192"
+CAPTURE = "capture of 16,384 tokens, 2-layer Llama"
+
+
+class NotMeasured(LookupError):  # noqa: N818
+    """A row that a goal needs is missing or has no figure."""
+
+
+@dataclass(frozen=True)
+class Goal:
+    """One figure to reach.
+
+    Attributes:
+        text: as it stands in the table.
+        figure: `find` -> the figure; `find(case, contender, statistics, column)` reads one row.
+        limit: to stay under, or to reach where `at_least`.
+        stretch: the better limit, if there is one.
+        unit: format of the figure.
+    """
+
+    text: str
+    figure: Callable[[Figures], float]
+    limit: float
+    stretch: float | None = None
+    at_least: bool = False
+    unit: str = "{:.2f} x"
+
+    def line(self, rows: Sequence[Record]) -> tuple[str, str, str]:
+        """(text, figure, verdict)."""
+
+        def find(case: str, contender: str, statistics: str, column: str) -> float:
+            for row in rows:
+                if (row["case"], row["contender"], row["statistics"]) == (
+                    case,
+                    contender,
+                    statistics,
+                ) and row[column]:
+                    return float(row[column])
+            raise NotMeasured
+
+        try:
+            figure = self.figure(find)
+        except NotMeasured:
+            return self.text, "not measured", "-"
+        if self._reaches(figure, self.stretch):
+            verdict = "met, stretch too"
+        else:
+            verdict = "met" if self._reaches(figure, self.limit) else "**missed**"
+        return self.text, self.unit.format(figure), verdict
+
+    def _reaches(self, figure: float, limit: float | None) -> bool:
+        if limit is None:
+            return False
+        return figure >= limit if self.at_least else figure <= limit
+
+
+def _against(case: str, ours: tuple[str, str], other: tuple[str, str], column: str) -> Callable:
+    """The figure of one row divided by that of another of the same case."""
+
+    def figure(find: Figures) -> float:
+        return find(case, *ours, column) / find(case, *other, column)
+
+    return figure
+
+
+_SDPA, _EAGER = ("SDPA", ""), ("eager with weights", "")
+_C, _G = "ours (cpu)", "ours (triton)"
+_MAPS, _COLUMNS = "rows + blocks", "rows + blocks + columns"
+
+GOALS: dict[str, tuple[Goal, ...]] = {
+    "2 cores, float32, causal, 8 heads x 64, 4,096 tokens": (
+        Goal(
+            "row statistics + block mass at most 1.25 x SDPA (stretch 1.0)",
+            lambda find: find(CPU, _C, _MAPS, "ratio_to_sdpa"),
+            1.25,
+            1.0,
+        ),
+        Goal(
+            "with received mass + diagonals at most 2 x SDPA (stretch 1.5)",
+            lambda find: find(CPU, _C, _COLUMNS, "ratio_to_sdpa"),
+            2.0,
+            1.5,
+        ),
+        Goal(
+            "row statistics + block mass at least 8 x faster than eager with weights",
+            _against(CPU, _EAGER, (_C, _MAPS), "median_ms"),
+            8.0,
+            at_least=True,
+        ),
+        Goal(
+            "peak extra memory with received mass + diagonals under 5 % of eager's",
+            _against(CPU, (_C, _COLUMNS), _EAGER, "peak_mb"),
+            0.05,
+            unit="{:.1%}",
+        ),
+        Goal(
+            "16,384 tokens captured through 2 Llama layers in a process under 2,000 MB",
+            lambda find: find(CAPTURE, "lens.capture", "all", "peak_mb"),
+            2000,
+            unit="{:,.0f} MB",
+        ),
+    ),
+    "H200, bfloat16, causal, 32 heads x 128": (
+        Goal(
+            "8,192 tokens: forward + LSE at least 350 TFLOP/s (stretch 450)",
+            lambda find: find(GPU, _G, "lse", "tflops"),
+            350,
+            450,
+            at_least=True,
+            unit="{:.0f}",
+        ),
+        Goal(
+            "8,192 tokens: row statistics at most 10 % on top of forward + LSE",
+            _against(GPU, (_G, "rows"), (_G, "lse"), "median_ms"),
+            1.1,
+        ),
+        Goal(
+            "8,192 tokens: everything at most 1.75 x forward + LSE",
+            _against(GPU, (_G, "all"), (_G, "lse"), "median_ms"),
+            1.75,
+        ),
+        Goal(
+            "8,192 tokens: backward with attribution at most 1.15 x without",
+            _against(
+                "forward and backward 8,192", (_G, "lse + attribution"), (_G, "lse"), "median_ms"
+            ),
+            1.15,
+        ),
+        Goal(
+            "131,072 tokens: everything in at most 2,048 MB beyond inputs",
+            lambda find: find("causal 131,072", _G, "all", "peak_mb"),
+            2048,
+            unit="{:,.0f} MB",
+        ),
+    ),
+}
+
+
+def table(rows: Sequence[Record]) -> list[str]:
+    """Markdown lines of all goals."""
+    lines: list[str] = []
+    for setting, goals in GOALS.items():
+        lines += [f"| goal ({setting}) | reached | |", "|---|---|---|"]
+        lines += [f"| {' | '.join(goal.line(rows))} |" for goal in goals]
+        lines.append("")
+    return lines

@@ -1,0 +1,275 @@
+"""Times contenders in turn, measures their memory in processes of their own, and checks them first."""
+
+from __future__ import annotations
+
+import functools
+import json
+import multiprocessing
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from lens_kernels import reference
+from lens_kernels.dispatch import load
+from torch import Tensor
+
+from tests.benchmarks.cases import SDPA, STATISTICS, Case, Contender, contenders
+
+
+class WrongResultError(AssertionError):
+    """A contender's numbers are wrong: no figure of it is reported."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One contender on one case. NaN: not measured, `note` says why."""
+
+    case: Case
+    contender: str
+    statistics: str
+    rounds: int = 0
+    median_ms: float = float("nan")
+    min_ms: float = float("nan")
+    ratio: float = float("nan")  # median over rounds of the time against SDPA in the same round
+    min_ratio: float = float("nan")  # of the fastest rounds
+    tflops: float = float("nan")
+    peak_mb: float = float("nan")
+    error: float = float("nan")  # RMS error ratio of the output against SDPA
+    note: str = ""
+
+
+def check_small(case: Case, contender: Contender) -> None:
+    """Every statistic of ours against the float64 reference, with the case's flags at small sizes.
+
+    Raises:
+        WrongResultError: naming what is wrong.
+    """
+    from tests.kernels.helpers import rms_ratio
+
+    if not contender.name.startswith("ours"):
+        return
+    small = case.small()
+    with torch.no_grad():
+        problem = small.problem(small.inputs(), contender.statistics)
+        got = load(contender.name.split("(")[1].rstrip(")")).run(problem)
+        expected = reference.run(problem)
+    rounding = _tolerance(case)
+    errors = {"output": (rms_ratio(got.output, expected.output), rounding)}
+    for name in STATISTICS[contender.statistics]:
+        if name != "top_keys":
+            limit = rounding if "norm" in name else 1e-5
+            errors[name] = (rms_ratio(got.tensors[name], expected.tensors[name]), limit)
+    wrong = {name: error for name, (error, limit) in errors.items() if not error <= limit}
+    if wrong:
+        raise WrongResultError(
+            f"{contender.name} [{contender.statistics}] on {small.name}: {wrong}"
+        )
+
+
+def _tolerance(case: Case) -> float:
+    return 1e-5 if case.dtype == "float32" else 2.0 * torch.finfo(getattr(torch, case.dtype)).eps
+
+
+def error_to_stock(case: Case, output: Tensor, stock: Tensor) -> float:
+    """RMS error ratio of an output at full size to stock attention's.
+
+    Raises:
+        WrongResultError: when it is above what rounding explains.
+    """
+    difference = (output.float() - stock.float()).square().mean().sqrt()
+    ratio = float(difference / stock.float().square().mean().sqrt())
+    if not ratio <= _tolerance(case):
+        raise WrongResultError(f"output differs from SDPA's by {ratio:.1e} on {case.name}")
+    return ratio
+
+
+def measure_case(case: Case, seconds: float, progress: Callable[[str], None]) -> list[Row]:
+    """Rows of every contender; about `seconds` of timing for the whole case.
+
+    Raises:
+        WrongResultError: before any timing, when a contender computes something else.
+    """
+    if case.device == "cuda" and not torch.cuda.is_available():
+        note = "not measured: no CUDA device"
+        return [Row(case, one.name, one.statistics, note=note) for one in contenders(case)]
+    inputs = case.inputs()
+    stock = SDPA.prepare(case, inputs)().detach()
+    calls: dict[Contender, Callable[[], object]] = {}
+    errors: dict[Contender, float] = {}
+    notes: dict[Contender, str] = {}
+    field = list(contenders(case))
+    for one in field:
+        refusal = one.refuses(case)
+        if refusal is not None:
+            notes[one] = f"not measured: {refusal}"
+            continue
+        progress(f"{case.name}: {one.name} {one.statistics}")
+        check_small(case, one)
+        call = one.prepare(case, inputs)
+        try:
+            errors[one] = error_to_stock(case, call().detach(), stock)
+        except (RuntimeError, NotImplementedError) as error:
+            notes[one] = f"not measured: {str(error).splitlines()[0][:100]}"
+            continue
+        calls[one] = functools.partial(_forward_backward, call, inputs) if case.backward else call
+    times = _alternate(calls, case, seconds)
+    peaks = {one: peak_memory(case, one) for one in calls}
+    return [
+        _row(case, one, times, peaks, errors) if one in calls else _unmeasured(case, one, notes)
+        for one in field
+    ]
+
+
+def _forward_backward(call: Callable[[], Tensor], inputs: tuple[Tensor, ...]) -> None:
+    output = call()
+    torch.autograd.grad(output, inputs, output)
+
+
+def _alternate(
+    calls: dict[Contender, Callable[[], object]], case: Case, seconds: float
+) -> dict[Contender, list[float]]:
+    """Milliseconds of each round; in every round each contender runs once."""
+    timer = _cuda_milliseconds if case.device == "cuda" else _milliseconds
+    times: dict[Contender, list[float]] = {one: [] for one in calls}
+    first = sum(timer(call) for call in calls.values())
+    rounds = max(3, min(20, int(1000 * seconds / first)))
+    for _ in range(rounds):
+        for one, call in calls.items():
+            times[one].append(timer(call))
+    return times
+
+
+def _milliseconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return 1000 * (time.perf_counter() - start)
+
+
+def _cuda_milliseconds(call: Callable[[], object]) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    call()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end)
+
+
+def _row(
+    case: Case,
+    one: Contender,
+    times: dict[Contender, list[float]],
+    peaks: dict[Contender, float],
+    errors: dict[Contender, float],
+) -> Row:
+    mine, stock = times[one], times[SDPA]
+    median = statistics.median(mine)
+    return Row(
+        case,
+        one.name,
+        one.statistics,
+        rounds=len(mine),
+        median_ms=median,
+        min_ms=min(mine),
+        ratio=statistics.median(a / b for a, b in zip(mine, stock, strict=True)),
+        min_ratio=min(mine) / min(stock),
+        tflops=case.flops / median / 1e9,
+        peak_mb=peaks[one],
+        error=errors[one],
+    )
+
+
+def _unmeasured(case: Case, one: Contender, notes: dict[Contender, str]) -> Row:
+    return Row(case, one.name, one.statistics, note=notes[one])
+
+
+def measure_long_prompt(progress: Callable[[str], None]) -> Row:
+    """`lens.capture` at 16,384 tokens; the memory is that of its whole process.
+
+    Raises:
+        WrongResultError: when the capture fails.
+    """
+    case = Case("capture of 16,384 tokens, 2-layer Llama", 16384, 16384)
+    progress(case.name)
+    script = str(Path(__file__).with_name("long_prompt.py"))
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise WrongResultError(f"{case.name}: {done.stderr.strip().splitlines()[-1]}")
+    figures = json.loads(done.stdout)
+    return Row(
+        case,
+        "lens.capture",
+        "all",
+        rounds=1,
+        median_ms=1000 * figures["seconds"],
+        min_ms=1000 * figures["seconds"],
+        peak_mb=figures["peak_mb"],
+    )
+
+
+# --- memory ---
+
+
+def peak_memory(case: Case, one: Contender) -> float:
+    """Megabytes beyond the inputs at the highest point of one call, outputs included."""
+    if case.device == "cuda":
+        return _cuda_peak(case, one)
+    if not Path("/proc/self/clear_refs").exists():
+        return float("nan")
+    with _server().Pool(1) as pool:
+        return pool.apply(_cpu_peak, (case, one.name, one.statistics, torch.get_num_threads()))
+
+
+@functools.cache
+def _server() -> multiprocessing.context.ForkServerContext:
+    """Fresh processes in which torch is loaded and no thread has started yet."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["tests.benchmarks.cases", "lens_kernels.cpu", "lens_kernels.tiled"]
+    )
+    return context
+
+
+def _cpu_peak(case: Case, name: str, statistics_set: str, threads: int) -> float:
+    torch.set_num_threads(threads)
+    (one,) = (x for x in contenders(case) if (x.name, x.statistics) == (name, statistics_set))
+    small, inputs = case.small(), case.inputs()
+    _whole(small, one, small.inputs())()  # loads libraries, starts threads
+    call = _whole(case, one, inputs)
+    if "Flex" in name:
+        call()  # compiles
+    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+    before = _status("VmRSS")
+    call()
+    return (_status("VmHWM") - before) / 1024
+
+
+def _whole(
+    case: Case, one: Contender, inputs: tuple[Tensor, Tensor, Tensor]
+) -> Callable[[], object]:
+    call = one.prepare(case, inputs)
+    return functools.partial(_forward_backward, call, inputs) if case.backward else call
+
+
+def _status(field: str) -> int:
+    """Kilobytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1])
+    raise RuntimeError(f"/proc/self/status has no {field}")
+
+
+def _cuda_peak(case: Case, one: Contender) -> float:
+    inputs = case.inputs()
+    call = _whole(case, one, inputs)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20

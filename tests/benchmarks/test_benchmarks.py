@@ -1,0 +1,216 @@
+"""The benchmark's gate, goals and files; no test here depends on how fast the machine is."""
+
+import csv
+from dataclasses import replace
+
+import pytest
+import torch
+from lens_kernels import reference
+
+from tests.benchmarks import cases, goals, long_prompt, measure, report, run
+
+TINY = replace(cases.QUICK[0], name="tiny", queries=150, keys=150, heads=2, kv_heads=1, head_dim=24)
+FIELD = {f"{one.name} {one.statistics}": one for one in cases.contenders(TINY)}
+
+
+def silent(text: str) -> None:
+    assert text
+
+
+@pytest.fixture(autouse=True)
+def no_subprocesses(monkeypatch):
+    monkeypatch.setattr(measure, "peak_memory", lambda case, one: 1.5)
+
+
+def test_every_case_has_a_name_of_its_own_and_flags_that_survive_shrinking():
+    names = [(case.device, case.name) for case in cases.CASES]
+    assert len(set(names)) == len(names)
+    for case in cases.CASES:
+        small = case.small()
+        assert small.queries * small.keys <= 193**2
+        kept = ("heads", "kv_heads", "head_dim", "dtype", "causal", "backward")
+        assert [getattr(small, name) for name in kept] == [getattr(case, name) for name in kept]
+        assert (small.window is None) == (case.window is None)
+        assert (small.queries == 1) == (case.queries == 1)
+
+
+@pytest.mark.parametrize(
+    ("window", "pairs"), [(None, 150 * 151 / 2), (40, 150 * 151 / 2 - 110 * 111 / 2), (200, 11325)]
+)
+def test_flops_count_visible_pairs(window, pairs):
+    case = replace(TINY, window=window)
+    visible = torch.ones(150, 150).tril()
+    if window is not None:
+        visible = visible.triu(1 - window)
+    assert visible.sum() == pairs
+    assert case.flops == 4 * pairs * 2 * 24
+
+
+@pytest.mark.parametrize("window", [None, 41])
+@pytest.mark.parametrize("name", ["SDPA ", "eager with weights ", "ours (cpu) lse"])
+def test_contenders_compute_the_same(name, window):
+    case = replace(TINY, window=window)
+    inputs = case.inputs()
+    expected = reference.run(case.problem(inputs, "lse")).output
+    output = FIELD[name].prepare(case, inputs)()
+    assert measure.error_to_stock(case, output, expected) < 1e-5
+
+
+def test_rows_of_a_tiny_case():
+    rows = measure.measure_case(TINY, 0.01, silent)
+    assert [row.contender for row in rows] == [one.name for one in cases.contenders(TINY)]
+    assert all(
+        row.rounds >= 3 and row.min_ms <= row.median_ms and row.peak_mb == 1.5 for row in rows
+    )
+    assert (rows[0].contender, rows[0].ratio, rows[0].error) == ("SDPA", 1.0, 0.0)
+    assert all(0 < row.error < 1e-5 for row in rows[1:])
+
+
+def test_a_wrong_output_is_never_reported(monkeypatch):
+    wrong = replace(
+        FIELD["ours (cpu) lse"],
+        name="stock with an error",
+        prepare=lambda case, inputs: lambda: 1.001 * cases.SDPA.prepare(case, inputs)(),
+    )
+    monkeypatch.setattr(measure, "contenders", lambda case: [cases.SDPA, wrong])
+    with pytest.raises(measure.WrongResultError, match=r"output differs from SDPA's by 1\.0e-03"):
+        measure.measure_case(TINY, 0.01, silent)
+
+
+def test_a_wrong_statistic_is_never_reported(monkeypatch):
+    class Broken:
+        @staticmethod
+        def run(problem):
+            result = reference.run(problem)
+            shifted = result.tensors["block_mass"].roll(1, -1)
+            return replace(result, tensors=result.tensors | {"block_mass": shifted})
+
+    monkeypatch.setattr(measure, "load", lambda name: Broken)
+    with pytest.raises(measure.WrongResultError, match=r"ours \(cpu\) \[rows \+ blocks\].*block_m"):
+        measure.check_small(TINY, FIELD["ours (cpu) rows + blocks"])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_its_rows_say_so():
+    case = next(case for case in cases.CASES if case.device == "cuda")
+    rows = measure.measure_case(case, 1.0, silent)
+    assert {row.note for row in rows} == {"not measured: no CUDA device"}
+    page = report.to_markdown(report.records(rows), "command")
+    assert "## CUDA: none" in page
+    assert "not measured (no such device here): causal 8,192" in page
+
+
+def test_what_refuses_a_case_is_noted(monkeypatch):
+    big = replace(FIELD["eager with weights "], refuses=lambda case: "needs 99 GB")
+    monkeypatch.setattr(measure, "contenders", lambda case: [cases.SDPA, big])
+    rows = measure.measure_case(TINY, 0.01, silent)
+    assert rows[1].note == "not measured: needs 99 GB"
+    page = report.to_markdown(report.records(rows), "command")
+    assert "| eager with weights | - | not measured: needs 99 GB |" in page
+
+
+def test_eager_is_refused_where_it_does_not_fit():
+    assert FIELD["eager with weights "].refuses(TINY) is None
+    long = replace(TINY, queries=16384, keys=16384, heads=8)
+    assert FIELD["eager with weights "].refuses(long) == "needs 26 GB"
+
+
+def record(**changes):
+    known = {
+        "case": goals.CPU,
+        "device": "cpu",
+        "contender": "ours (cpu)",
+        "statistics": "rows + blocks",
+        "median_ms": "100",
+        "ratio_to_sdpa": "0.9",
+        "peak_mb": "10",
+        "tflops": "",
+    }
+    return known | changes
+
+
+@pytest.mark.parametrize(
+    ("ratio", "verdict"), [("0.9", "met, stretch too"), ("1.2", "met"), ("1.3", "**missed**")]
+)
+def test_goals_are_judged(ratio, verdict):
+    goal = goals.GOALS["2 cores, float32, causal, 8 heads x 64, 4,096 tokens"][0]
+    text, figure, found = goal.line([record(ratio_to_sdpa=ratio)])
+    assert "1.25 x SDPA" in text
+    assert (figure, found) == (f"{float(ratio):.2f} x", verdict)
+
+
+def test_goals_of_two_rows_and_of_none():
+    faster, memory = goals.GOALS["2 cores, float32, causal, 8 heads x 64, 4,096 tokens"][2:4]
+    rows = [
+        record(),
+        record(contender="eager with weights", statistics="", median_ms="790", peak_mb="1000"),
+        record(statistics="rows + blocks + columns", peak_mb="20"),
+    ]
+    assert faster.line(rows)[1:] == ("7.90 x", "**missed**")
+    assert memory.line(rows)[1:] == ("2.0%", "met")
+    assert faster.line(rows[:1])[1:] == ("not measured", "-")
+
+
+def test_rows_of_an_absent_device_stay():
+    cpu, gpu = record(), record(device="cuda", case="causal 8,192")
+    absent = gpu | {"median_ms": ""}
+    assert report.merge([cpu, gpu], [cpu | {"median_ms": "90"}, absent]) == [
+        cpu | {"median_ms": "90"},
+        gpu,
+    ]
+    assert report.merge([], [cpu, absent]) == [cpu, absent]
+
+
+def test_csv_comes_back(tmp_path):
+    rows = report.records(measure.measure_case(TINY, 0.01, silent))
+    path = tmp_path / "results.csv"
+    path.write_text(report.to_csv(rows))
+    assert report.read_csv(path) == rows
+    assert report.read_csv(tmp_path / "none.csv") == []
+    header = next(csv.reader(path.read_text().splitlines()))
+    assert {"device_name", "torch", "commit", "peak_mb", "ratio_to_sdpa"} <= set(header)
+
+
+def test_quick_prints_and_writes_nothing(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(run, "HERE", tmp_path)
+    monkeypatch.setattr(cases, "QUICK", (TINY,))
+    monkeypatch.setattr(measure, "_alternate", lambda calls, *_: {one: [2.0, 3.0] for one in calls})
+    assert run.main(["--quick"]) == 0
+    assert "### tiny (2 heads x 24, float32)" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_run_writes_both_files(monkeypatch, tmp_path):
+    captured = measure.Row(TINY, "lens.capture", "all", peak_mb=1000.0, median_ms=1.0)
+    monkeypatch.setattr(run, "HERE", tmp_path)
+    monkeypatch.setattr(cases, "CASES", (TINY,))
+    monkeypatch.setattr(measure, "_alternate", lambda calls, *_: {one: [2.0, 3.0] for one in calls})
+    monkeypatch.setattr(measure, "measure_long_prompt", lambda progress: captured)
+    assert run.main([]) == 0
+    assert (
+        "| lens.capture | all | 1.0 | - | - | - | 1000.0 |" in (tmp_path / "RESULTS.md").read_text()
+    )
+    assert len(report.read_csv(tmp_path / "results.csv")) == len(FIELD) + 1
+
+
+def test_a_wrong_kernel_ends_the_run(monkeypatch, capsys, tmp_path):
+    def wrong(*_):
+        raise measure.WrongResultError("block_mass: 0.3")
+
+    monkeypatch.setattr(run, "HERE", tmp_path)
+    monkeypatch.setattr(measure, "measure_case", wrong)
+    assert run.main([]) == 1
+    assert "nothing is reported: block_mass: 0.3" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unknown_case_is_a_usage_error(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        run.main(["--only", "nonsense"])
+    assert "no case contains 'nonsense'; there are: causal 1,024" in capsys.readouterr().err
+
+
+def test_the_long_prompt_is_measured_in_small():
+    figures = long_prompt.measure(300)
+    assert figures["tokens"] == 300
+    assert figures["peak_mb"] > 100
