@@ -24,14 +24,14 @@ def replaced_attention(bridge: Any) -> Iterator[None]:
     Raises:
         LensError: no attention module that can be replaced.
     """
-    replaced: list[tuple[nn.Module, str]] = []
+    replaced: list[tuple[nn.Module, str, Any]] = []
     try:
         for module in bridge.modules():
             if not _is_a(module, "AttentionBridge"):
                 continue
             owner, name, replacement = _replacement(module)
+            replaced.append((owner, name, vars(owner).get(name)))
             object.__setattr__(owner, name, replacement)
-            replaced.append((owner, name))
         if not replaced:
             raise LensError(
                 f"the bridge of {type(bridge.original_model).__name__} has no AttentionBridge, so its "
@@ -39,8 +39,11 @@ def replaced_attention(bridge: Any) -> Iterator[None]:
             )
         yield
     finally:
-        for owner, name in replaced:
-            object.__delattr__(owner, name)
+        for owner, name, previous in replaced:
+            if previous is None:
+                object.__delattr__(owner, name)
+            else:
+                object.__setattr__(owner, name, previous)
 
 
 def _replacement(module: Any) -> tuple[nn.Module, str, Callable]:

@@ -32,7 +32,8 @@ _KERNEL = (
 )
 _SINK_EXCLUDED = {"entropy_sink_excluded": "entropy", "distance_sink_excluded": "distance"}
 _MATCHED = ("match_mass", "first_mass")
-VARIABLES = (*_KERNEL, *_MATCHED, *_SINK_EXCLUDED, "rest_mass")
+_REST = ("rest_mass", *_SINK_EXCLUDED)
+VARIABLES = (*_KERNEL, *_MATCHED, *_REST)
 
 
 @dataclass(frozen=True)
@@ -131,19 +132,21 @@ def measure(
     """Attention output [batch, queries, heads, value_dim] and the record of the layer."""
     queries, keys = call.query.shape[2], call.key.shape[2]
     names = settings.variables
-    asked = [name for name in _KERNEL if name in names or (name == "lse" and "rest_mass" in names)]
     labels = _labels(call) if names.intersection(_MATCHED) else None
+    asked = [name for name in _KERNEL if name in names]
     result = _attention(
         call,
         settings,
-        statistics=[*asked, "match_mass"] if labels else asked,
+        statistics=["lse", *asked, *(["match_mass"] if labels else [])],
         match=labels,
         hide_first=False,
     )
     found = {name: result.statistics[name] for name in asked}
     if labels:
-        found.update(_matched(result.statistics["match_mass"], call, names))
-    found.update(_sink_excluded(call, settings, found.get("lse")))
+        found.update(_matched(result.statistics["match_mass"], call))
+    if names.intersection(_REST):
+        found.update(_without_first(call, settings, result.statistics["lse"]))
+    found = {name: tensor for name, tensor in found.items() if name in names}
     variables = {name: _to_cpu(tensor, torch.float32) for name, tensor in found.items()}
     visible = call.mask.visible(len(call.query), queries, keys)
     variables["visible"] = _to_cpu(visible, torch.int32)
@@ -216,38 +219,36 @@ def _labels(call: LayerCall) -> list[tuple[torch.Tensor, torch.Tensor]]:
     return [*pairs, (torch.zeros_like(position), key_position)]
 
 
-def _matched(mass: torch.Tensor, call: LayerCall, names: frozenset[str]) -> dict[str, torch.Tensor]:
+def _matched(mass: torch.Tensor, call: LayerCall) -> dict[str, torch.Tensor]:
     rules = mass[..., : len(MATCH_RULES)].clone()
     if call.tokens is None:
         rules[..., 2:] = torch.nan
     elif not call.mask.causal:
         rules[..., 3] = torch.nan  # induction looks back only; here a row sees later keys too
-    both = {"match_mass": rules, "first_mass": mass[..., len(MATCH_RULES)]}
-    return {name: tensor for name, tensor in both.items() if name in names}
+    return {"match_mass": rules, "first_mass": mass[..., len(MATCH_RULES)]}
 
 
-def _sink_excluded(
-    call: LayerCall, settings: Settings, lse: torch.Tensor | None
+def _without_first(
+    call: LayerCall, settings: Settings, lse: torch.Tensor
 ) -> dict[str, torch.Tensor]:
-    """Entropy and distance of the rows without their first key (NaN where nothing is left), and
-    `rest_mass`, what they hold of the whole row: the ratio of the two sums, so nothing cancels."""
-    wanted = {name: kernel for name, kernel in _SINK_EXCLUDED.items() if name in settings.variables}
-    rest = "rest_mass" in settings.variables
-    if not wanted and not rest:
-        return {}
+    """Entropy and distance of the rows without their first key, and the mass of what is left.
+
+    The mass is the ratio of the two sums, `exp(lse of the rest - lse)`, so that nothing cancels.
+    Entropy and distance are NaN where nothing is left.
+    """
     if call.key.shape[2] == 1:
-        shape = call.query.shape[:3]
-        nothing = {name: torch.full(shape, torch.nan) for name in wanted}
-        return nothing | ({"rest_mass": torch.zeros(shape)} if rest else {})
+        nothing = torch.full_like(lse, torch.nan)
+        return {**dict.fromkeys(_SINK_EXCLUDED, nothing), "rest_mass": torch.zeros_like(lse)}
+    wanted = [name for variable, name in _SINK_EXCLUDED.items() if variable in settings.variables]
     with torch.no_grad():
-        statistics = _attention(
-            call, settings, statistics=["lse", *wanted.values()], match=None, hide_first=True
+        rest = _attention(
+            call, settings, statistics=["lse", *wanted], match=None, hide_first=True
         ).statistics
-    empty = torch.isneginf(statistics["lse"])
-    found = {name: statistics[of].masked_fill(empty, torch.nan) for name, of in wanted.items()}
-    if rest:
-        assert lse is not None
-        found["rest_mass"] = (statistics["lse"] - lse).exp().masked_fill(empty, 0.0)
+    empty = torch.isneginf(rest["lse"])
+    found = {"rest_mass": (rest["lse"] - lse).exp().masked_fill(empty, 0)}
+    for variable, name in _SINK_EXCLUDED.items():
+        if name in wanted:
+            found[variable] = rest[name].masked_fill(empty, torch.nan)
     return found
 
 

@@ -139,6 +139,7 @@ def structured_mask(
             use_vmap=use_vmap,
             device=device,
         )
+        assert allowed is not None  # only skipped masks are None
         structure = _spelled_out(allowed)
     carrier = (
         padding if padding is not None else torch.ones(batch_size, kv_length, dtype=torch.bool)

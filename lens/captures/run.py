@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -23,16 +23,6 @@ from lens.trace import AttentionTrace, TraceWriter
 
 LARGEST_MAPS = 4 << 30  # bytes of block maps of one layer
 _PACKAGES = ("torch", "transformers", "transformer-lens", "numpy", "xarray")
-
-
-@overload
-def capture(model: LoadedModel, prompts: str, **options: Any) -> AttentionTrace: ...
-
-
-@overload
-def capture(
-    model: LoadedModel, prompts: Any, **options: Any
-) -> AttentionTrace | list[AttentionTrace]: ...
 
 
 def capture(

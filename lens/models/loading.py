@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import torch
 import transformers
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
@@ -61,7 +62,7 @@ def load(
         6
     """
     if isinstance(name_or_model, LoadedModel):
-        name_or_model, tokenizer = name_or_model.model, tokenizer or name_or_model.tokenizer
+        return name_or_model
     if isinstance(name_or_model, (str, Path)):
         loaded = _from_name(
             str(name_or_model), revision, _dtype(dtype), torch.device(device or "cpu")
@@ -97,7 +98,7 @@ def _from_object(model: Any, tokenizer: Any) -> LoadedModel:
         return LoadedModel(
             model,
             tokenizer or model.tokenizer,
-            str(model.cfg.model_name),
+            Path(model.cfg.model_name).name,
             None,
             describe_bridge(model),
         )
@@ -110,26 +111,27 @@ def _from_object(model: Any, tokenizer: Any) -> LoadedModel:
 def _from_name(
     name: str, revision: str | None, dtype: torch.dtype | None, device: torch.device
 ) -> LoadedModel:
-    known = KNOWN.get(name)
-    if known is not None and revision is not None:
-        raise LensError(f"revision goes with a hub model; {name} has one revision only")
+    known, folder = KNOWN.get(name), Path(name).expanduser()
+    if known is None and _HUB_ID.fullmatch(name) and not folder.is_dir():
+        return _from_hub(name, revision, dtype, device)
+    if revision is not None:
+        raise LensError(f"revision goes with a hub id such as owner/name, not with {name}")
+    if known is None:
+        if not folder.is_dir():
+            raise LensError(_unknown(name))
+        return _from_folder(folder, dtype, device)
     if name == "induction-2l":
         with _quiet():
-            model = AttentionOnlyModel.from_pretrained(KNOWN[name].folder, dtype=dtype)
-        loaded = LoadedModel(model.eval(), SymbolTokenizer(), name, None, describe(model))
+            model: Any = AttentionOnlyModel.from_pretrained(
+                known.folder, dtype=dtype or torch.float32
+            )
+        model.to(device).eval()
+        loaded = LoadedModel(model, SymbolTokenizer(), name, None, describe(model))
     elif name == smollm2.NAME:
         loaded = replace(_from_folder(smollm2.folder(), dtype, device), revision=smollm2.REVISION)
-    elif known is not None:
-        loaded = _from_folder(known.folder, dtype, device)
-    elif Path(name).expanduser().is_dir():
-        return _from_folder(Path(name).expanduser(), dtype, device)
-    elif _HUB_ID.fullmatch(name):
-        return _from_hub(name, revision, dtype, device)
     else:
-        raise LensError(_unknown(name))
-    loaded.model.to(device)
-    info = replace(loaded.info, licence=KNOWN[name].licence)
-    return replace(loaded, name=name, info=info)
+        loaded = _from_folder(known.folder, dtype, device)
+    return replace(loaded, name=name, info=replace(loaded.info, licence=known.licence))
 
 
 def _unknown(name: str) -> str:
@@ -146,7 +148,7 @@ def _from_folder(folder: Path, dtype: torch.dtype | None, device: torch.device) 
             f"{folder} holds no model: config.json is missing; give a folder written by save_pretrained"
         )
     try:
-        model = _pretrained(str(folder), None, dtype, device)
+        model = _pretrained(str(folder), None, dtype, device, local=True)
         has_tokenizer = any((folder / file).is_file() for file in _TOKENIZER_FILES)
         tokenizer = AutoTokenizer.from_pretrained(folder) if has_tokenizer else None
     except (OSError, ValueError, KeyError) as error:
@@ -157,32 +159,58 @@ def _from_folder(folder: Path, dtype: torch.dtype | None, device: torch.device) 
 def _from_hub(
     name: str, revision: str | None, dtype: torch.dtype | None, device: torch.device
 ) -> LoadedModel:
+    unreachable = _unreachable(name, revision)
+    local = unreachable is not None  # then only what was fetched before can be loaded
     try:
-        model = _pretrained(name, revision, dtype, device)
+        model = _pretrained(name, revision, dtype, device, local=local)
         is_text = getattr(model.config.get_text_config(), "vocab_size", None) is not None
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision) if is_text else None
+        tokenizer = None
+        if is_text:
+            tokenizer = AutoTokenizer.from_pretrained(
+                name, revision=revision, local_files_only=local
+            )
     except (OSError, ValueError, KeyError) as error:
         raise LensError(
-            f"cannot get {name} from the Hugging Face hub: {_first_line(error)}; check the name and the network "
-            f"(a gated model needs HF_TOKEN), pass a folder, or use an embedded model: {', '.join(KNOWN)}"
+            f"cannot get {name} from the Hugging Face hub: {unreachable or _first_line(error)}; "
+            "check the name and the network (a gated model needs HF_TOKEN), give a folder, or an "
+            f"embedded model: {', '.join(KNOWN)}"
         ) from error
     commit = getattr(model.config, "_commit_hash", None) or revision
     return LoadedModel(model, tokenizer, name, commit, describe(model))
 
 
+def _unreachable(name: str, revision: str | None) -> str | None:
+    """Why the hub does not answer for this model, in one quick question; None if it does.
+
+    transformers alone would ask for the better part of a minute before it gives up.
+    """
+    try:
+        huggingface_hub.model_info(name, revision=revision, timeout=10)
+    except Exception as error:  # of whichever HTTP library the hub's client uses
+        return _first_line(error)
+    return None
+
+
 def _pretrained(
-    name: str, revision: str | None, dtype: torch.dtype | None, device: torch.device
+    name: str,
+    revision: str | None,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    *,
+    local: bool,
 ) -> PreTrainedModel:
     """The class that the checkpoint names, in eval mode on `device`."""
     with _quiet():
-        config = AutoConfig.from_pretrained(name, revision=revision)
+        config = AutoConfig.from_pretrained(name, revision=revision, local_files_only=local)
         class_name = next(iter(config.architectures or []), None)
         model_class = getattr(transformers, class_name or "AutoModel", None)
         if model_class is None:
             raise ValueError(f"transformers {transformers.__version__} has no class {class_name}")
         if dtype is None:
             dtype = torch.float32 if device.type == "cpu" else None
-        model = model_class.from_pretrained(name, revision=revision, dtype=dtype or "auto")
+        model = model_class.from_pretrained(
+            name, revision=revision, dtype=dtype or "auto", local_files_only=local
+        )
     if model.config.is_encoder_decoder:
         raise ValueError(
             f"{class_name} is an encoder-decoder; load it yourself and pass model.get_encoder()"

@@ -7,6 +7,8 @@ from torch import nn
 from lens.errors import LensError
 from lens.models.loaded import ModelInfo
 
+_SIZES = ("num_hidden_layers", "num_attention_heads", "hidden_size")
+
 
 def describe(model: Any, licence: str = "unknown") -> ModelInfo:
     """Sizes of a transformers model.
@@ -15,13 +17,12 @@ def describe(model: Any, licence: str = "unknown") -> ModelInfo:
         LensError: the configuration does not say how many layers and heads there are.
     """
     config = model.config.get_text_config()
-    layers = getattr(config, "num_hidden_layers", None)
-    heads = getattr(config, "num_attention_heads", None)
-    hidden = getattr(config, "hidden_size", None)
-    if not all(isinstance(size, int) for size in (layers, heads, hidden)):
+    sizes = [getattr(config, name, None) for name in _SIZES]
+    layers, heads, hidden = (size if isinstance(size, int) else 0 for size in sizes)
+    if not (layers and heads and hidden):
         raise LensError(
-            f"cannot read the sizes of {type(model).__name__}: its {type(config).__name__} must have the "
-            "integers num_hidden_layers, num_attention_heads and hidden_size; pass one tower of the model"
+            f"cannot read the sizes of {type(model).__name__}: its {type(config).__name__} must have "
+            f"the integers {', '.join(_SIZES)}; pass one tower of the model"
         )
     return ModelInfo(
         layers=layers,
