@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from lens_kernels import AttentionMask, tiled
+from lens_kernels import AttentionMask, panels, tiled
 from lens_kernels.validation import make_problem
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -32,19 +32,19 @@ def measured(problem):
 
 
 def test_nothing_is_as_large_as_the_matrix(monkeypatch):
-    monkeypatch.setattr(tiled, "BUDGET", 1 << 14)
+    monkeypatch.setattr(panels, "BUDGET", 1 << 14)
     query, key, value = tensors(1, 4, 2, 769, 769)
     names = ("entropy", "received", "diagonal", "block_mass", "top_keys", "value_norm")
     problem = make_problem(query, key, value, statistics=names, block_size=64)
     largest = measured(problem).largest
     inputs = query.numel()
-    assert largest <= max(4 * tiled.BUDGET, inputs)
+    assert largest <= max(4 * panels.BUDGET, inputs)
     assert largest < 4 * 769 * 769 / 20
 
 
 @pytest.mark.parametrize("case", CASES[::2], ids=ids(CASES[::2]))
 def test_panels_smaller_than_a_block_change_nothing(monkeypatch, case):
-    monkeypatch.setattr(tiled, "BUDGET", 97)
+    monkeypatch.setattr(panels, "BUDGET", 97)
     check("torch", case_problem(case, "cpu", block_size=(16, 5)))
 
 
