@@ -144,7 +144,7 @@ def _apply(rule: _Rule, table: pd.DataFrame, most: int) -> Finding | None:
     prompt_id = next((name for name in rule.prefers if (rows["prompt_id"] == name).any()), None)
     if prompt_id is None:
         return None
-    rows = rows[rows["prompt_id"] == prompt_id].sort_values("value", ascending=False)
+    rows = rows[rows["prompt_id"] == prompt_id].sort_values("value", ascending=False, kind="stable")
     scores = [
         HeadScore(int(row.layer), int(row.head), float(row.value), float(row.low), float(row.high))
         for row in rows.itertuples()

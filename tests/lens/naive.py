@@ -29,6 +29,7 @@ def statistics(p, ids, block_size: int, causal: bool) -> dict[str, np.ndarray]:
         "distance": (p * (i - j)).sum(-1),
         "prefix_mass": p[:, :, :4].sum(-1),
         "first_mass": p[:, :, 0],
+        "rest_mass": p[:, :, 1:].sum(-1),
         "received": p.sum(1),
     }
     rest = p[:, :, 1:]

@@ -1,0 +1,164 @@
+"""The profile equals a naive twin on whole probability matrices, and its closed forms."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from lens.errors import LensError
+from lens.metrics import METRICS
+from lens.profiles import COLUMNS, pooled_table, profile, prompt_table
+from tests.lens.naive import rms_ratio
+from tests.lens.traces import LENGTH, probabilities, token_ids, trace_of
+
+
+def twin(p, ids) -> dict[str, float]:
+    """Scores of one head from its causal matrix [queries, keys], by the words of `lens.metrics`."""
+    n = len(ids)
+    rest = p[:, 1:] / np.maximum(p[:, 1:].sum(-1, keepdims=True), 1e-300)
+    rest = np.concatenate([np.zeros((n, 1)), rest], axis=1)
+    repeated = [i for i in range(n) if ids[i] in ids[:i]]
+    found = {}
+    for name, q, first in (("", p, 1), ("_sink_excluded", rest, 2)):
+        found[f"previous_token{name}"] = np.mean([q[i, i - 1] for i in range(first, n)])
+        found[f"current_token{name}"] = np.mean([q[i, i] for i in range(1, n)])
+        found[f"duplicate_token{name}"] = np.mean(
+            [sum(q[i, j] for j in range(i) if ids[j] == ids[i]) for i in repeated]
+        )
+        found[f"induction{name}"] = np.mean(
+            [sum(q[i, j] for j in range(1, i + 1) if ids[j - 1] == ids[i]) for i in repeated]
+        )
+        found[f"entropy{name}"] = np.mean(
+            [-sum(x * np.log(x) for x in q[i] if x > 0) for i in range(1, n)]
+        )
+        found[f"distance{name}"] = np.mean(
+            [sum(q[i, j] * (i - j) for j in range(n)) for i in range(1, n)]
+        )
+    found["first_token"] = p[1:, 0].mean()
+    found["prefix_mass"] = p[4:, :4].sum(-1).mean()
+    found["effective_keys"] = np.mean([1 / (p[i] ** 2).sum() for i in range(1, n)])
+    near = [(i, j) for i in range(n) for j in range(n) if abs(i - j) <= 8]
+    found["locality"] = sum(p[i, j] for i, j in near) / p.sum()
+    alpha = np.array([p[k:, k].mean() for k in range(n)])
+    found["sink_mass"] = alpha[0]
+    found["sink_rate"] = float(alpha[0] > 0.3)
+    found["top_key"] = alpha[: n - 15].argmax()
+    found["top_key_mass"] = alpha[: n - 15].max()
+    return found
+
+
+def test_every_score_equals_its_twin():
+    p = probabilities(layers=2, heads=3, length=LENGTH, seed=5)
+    p[0, 1, 1:] *= 0.2
+    p[0, 1, 1:, 0] += 1 - p[0, 1, 1:].sum(-1)  # one head with a real sink
+    table = profile(trace_of(p))
+    assert len(table) == 6
+    for row in table.itertuples():
+        expected = twin(p[row.layer, row.head], token_ids(LENGTH))
+        found = {name: getattr(row, name) for name in expected}
+        for name in expected:
+            assert found[name] == pytest.approx(expected[name], rel=2e-5), (
+                row.layer,
+                row.head,
+                name,
+            )
+    assert set(expected) == {
+        name
+        for metric in METRICS.values()
+        for name in (metric.name, f"{metric.name}_sink_excluded")[: 1 + metric.sink_excluded]
+    }
+    assert table.loc[1, "sink_rate"] == 1
+    assert table.loc[1, "top_key_token"] == "t0"
+
+
+@pytest.mark.parametrize(("length", "alpha"), [(16, 0.211296), (64, 0.0741233), (256, 0.023923)])
+def test_uniform_attention_has_the_published_alpha(length, alpha):
+    """METHODS: alpha_1 = H_T / T under uniform causal attention (Gu et al., arXiv 2410.10781)."""
+    rows = np.tri(length)
+    p = (rows / rows.sum(-1, keepdims=True))[None, None]
+    row = profile(trace_of(p)).iloc[0]
+    assert row["sink_mass"] == pytest.approx(alpha, rel=1e-5)
+    assert row["sink_rate"] == 0
+
+
+@pytest.mark.parametrize(("mass", "rate"), [(0.288, 0.0), (0.29, 1.0)])
+def test_a_constant_sink_crosses_the_threshold_where_it_should(mass, rate):
+    """alpha_1 = (1 + (T - 1) m) / T crosses 0.3 at m = 0.288889 for T = 64."""
+    p = np.zeros((1, 1, 64, 64))
+    p[0, 0, np.arange(64), np.arange(64)] = 1 - mass
+    p[0, 0, :, 0] += mass
+    row = profile(trace_of(p)).iloc[0]
+    assert row["sink_mass"] == pytest.approx((1 + 63 * mass) / 64, rel=1e-6)
+    assert row["sink_rate"] == rate
+
+
+def test_the_last_keys_cannot_be_the_strongest():
+    p = np.eye(40)[None, None]
+    row = profile(trace_of(p)).iloc[0]
+    assert row["top_key"] <= 40 - 16
+
+
+def test_what_cannot_be_scored_is_nan_with_its_reason():
+    p = probabilities(layers=1, heads=2, length=7, seed=0)
+    table = profile(trace_of(p, ids=[*range(7)]))
+    assert table[["induction", "duplicate_token", "top_key"]].isna().all().all()
+    reasons = table.attrs["reasons"]
+    assert reasons["induction"] == "no token of the prompt occurs twice"
+    assert reasons["top_key"] == "no key is seen by 16 queries"
+
+
+def test_induction_is_refused_where_the_model_looks_ahead():
+    p = probabilities(layers=1, heads=2, length=23, seed=0, causal=False)
+    table = profile(trace_of(p, causal=False))
+    assert table["induction"].isna().all()
+    assert "looks back only" in table.attrs["reasons"]["induction"]
+    expected = np.mean([p[0, 0, i, i - 1] for i in range(1, 23)])
+    assert table.loc[0, "previous_token"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_batch_is_the_mean_of_its_prompts_with_an_interval():
+    traces = [
+        trace_of(probabilities(layers=2, heads=2, length=31 + 2 * s, seed=s)) for s in range(5)
+    ]
+    batch, single = profile(traces), [profile(trace) for trace in traces]
+    for name in ("induction", "entropy_sink_excluded", "sink_mass", "locality"):
+        stack = np.stack([table[name] for table in single])
+        assert rms_ratio(batch[name], stack.mean(0)) < 1e-12
+        assert (batch[f"{name}_low"] >= stack.min(0) - 1e-12).all()
+        assert (batch[f"{name}_high"] <= stack.max(0) + 1e-12).all()
+        assert (batch[f"{name}_low"] < batch[f"{name}_high"]).all()
+    assert (batch["prompts"] == 5).all()
+    pd.testing.assert_frame_equal(batch, profile(traces))
+
+
+def test_intervals_cover_what_they_should():
+    """95 % bootstrap over 12 prompts covers the true mean of a normal about 9 times in 10."""
+    rng = np.random.default_rng(3)
+    table = prompt_table(trace_of(probabilities(layers=1, heads=100, length=19, seed=1)), "p000")
+    table = table[table["metric"] == "entropy"].copy()
+    tables = [table.assign(value=rng.normal(1.0, 0.3, len(table))) for _ in range(12)]
+    pooled = pooled_table(tables, "text")
+    covered = ((pooled["low"] <= 1.0) & (pooled["high"] >= 1.0)).mean()
+    assert 0.83 < covered < 0.99
+
+
+def test_long_table_has_the_columns_of_the_schema():
+    table = prompt_table(trace_of(probabilities(layers=1, heads=2, length=23, seed=0)), "p007")
+    assert tuple(table.columns) == COLUMNS
+    assert set(table["prompt_id"]) == {"p007"}
+    assert set(table["metric"]) == set(METRICS)
+    assert not table.duplicated(["layer", "head", "metric", "variant"]).any()
+
+
+def test_models_of_different_sizes_are_not_mixed():
+    a = trace_of(probabilities(layers=1, heads=2, length=19, seed=0))
+    b = trace_of(probabilities(layers=1, heads=3, length=19, seed=0))
+    with pytest.raises(LensError, match="must come from one model"):
+        profile([a, b])
+    with pytest.raises(LensError, match="at least one trace"):
+        profile([])
+
+
+def test_a_trace_without_what_it_takes_says_so():
+    p = probabilities(layers=1, heads=2, length=19, seed=0)
+    with pytest.raises(LensError, match="needs match_mass, which this trace lacks"):
+        profile(trace_of(p, without=("match_mass",)))

@@ -1,0 +1,173 @@
+"""Run folders: statuses, damage, resuming, atomic files."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+
+from lens.errors import LensError
+from lens.files import write_json, write_text
+from lens.run_writer import RunWriter, config_hash, find_by_config
+from lens.runs import BrokenRun, find_run, list_runs, open_run
+
+CONFIG = {"model": {"name": "text-lm-3l"}, "seed": 0}
+META = {
+    "title": "text-lm-3l on two prompts",
+    "what": "profile",
+    "command": "lens run",
+    "model": {"name": "text-lm-3l"},
+    "prompts": {"total": 2, "done": 0},
+    "versions": {"attention-lens": "0.1.0"},
+}
+
+
+def finished(runs, config=CONFIG):
+    writer = RunWriter.start(runs, config, META)
+    writer.table("prompts", pd.DataFrame({"prompt_id": ["p000"], "tokens": [3]}))
+    writer.table("heads", pd.DataFrame({"prompt_id": ["p000"], "value": [0.5]}))
+    return writer.finish()
+
+
+def test_a_finished_run_reads_back(tmp_path):
+    run = finished(tmp_path)
+    assert run.id.endswith(f"-text-lm-3l-profile-{config_hash(CONFIG)}")
+    assert (run.status, run.title) == ("success", META["title"])
+    assert run.config == CONFIG
+    assert run.heads["value"].tolist() == [0.5]
+    assert run.prompts["tokens"].tolist() == [3]
+    assert set(run.meta["files"]) == {"config.toml", "prompts.parquet", "heads.parquet"}
+    for name, size in run.meta["files"].items():
+        assert (run.path / name).stat().st_size == size
+    assert "success, text-lm-3l, 0 of 2 prompts" in repr(run)
+
+
+def test_a_run_whose_process_is_gone_is_partial(tmp_path):
+    writer = RunWriter.start(tmp_path, CONFIG, META)
+    assert open_run(writer.path).status == "started"
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    writer.update(pid=process.pid)
+    assert open_run(writer.path).status == "partial"
+    writer.update(pid="?")
+    assert open_run(writer.path).status == "partial"
+
+
+def test_a_run_on_another_machine_is_taken_to_go_on(tmp_path):
+    writer = RunWriter.start(tmp_path, CONFIG, META)
+    writer.update(pid=2**22 + 1, host="elsewhere")
+    assert open_run(writer.path).status == "started"
+
+
+def test_the_same_configuration_resumes_its_own_folder(tmp_path):
+    first = RunWriter.start(tmp_path, CONFIG, META)
+    first.text("log.txt", "one")
+    first.update(pid=None, seconds=5.0)
+    stored = json.loads((first.path / "run.json").read_text())
+    write_json(first.path / "run.json", {**stored, "seconds": 5.0})
+    (first.path / ".heads.parquet.tmp").write_text("half")
+    second = RunWriter.start(tmp_path, CONFIG, META)
+    assert second.path == first.path
+    assert second.resumed
+    assert second.meta["created"] == stored["created"]
+    assert second.meta["seconds"] >= 5.0
+    assert "log.txt" in second.meta["files"]
+    assert not (first.path / ".heads.parquet.tmp").exists()
+    other = RunWriter.start(tmp_path, {**CONFIG, "seed": 1}, META)
+    assert other.path != first.path
+    assert not other.resumed
+
+
+def test_a_run_that_is_being_written_is_left_alone(tmp_path):
+    writer = RunWriter.start(tmp_path, CONFIG, META)
+    writer.update(pid=os.getppid())
+    with pytest.raises(LensError, match=r"is writing .* right now"):
+        RunWriter.start(tmp_path, CONFIG, META)
+
+
+def test_warnings_are_kept_once(tmp_path):
+    writer = RunWriter.start(tmp_path, CONFIG, META)
+    writer.warn("slow")
+    writer.warn("slow")
+    assert open_run(writer.path).meta["warnings"] == ["slow"]
+    run = writer.finish("error", ValueError("no"))
+    assert run.meta["error"] == {"type": "ValueError", "message": "no"}
+
+
+def test_the_list_survives_a_broken_run(tmp_path):
+    good = finished(tmp_path)
+    bad = tmp_path / "broken"
+    bad.mkdir()
+    (bad / "run.json").write_text("{")
+    (tmp_path / "not-a-run").mkdir()
+    found = {run.id: run for run in list_runs(tmp_path)}
+    assert set(found) == {good.id, "broken"}
+    assert isinstance(found["broken"], BrokenRun)
+    assert found["broken"].status == "error"
+    assert "cannot be read" in found["broken"].problem
+
+
+def test_ids_are_looked_up_and_never_joined(tmp_path):
+    run = finished(tmp_path / "runs")
+    finished(tmp_path / "outside", {"seed": 2})
+    assert find_run(tmp_path / "runs", run.id).path == run.path
+    for hostile in ("../outside", "", ".", "/etc", f"{run.id}/.."):
+        with pytest.raises(LensError, match="there is no run"):
+            find_run(tmp_path / "runs", hostile)
+    with pytest.raises(LensError, match=r"has no trace of prompt '\.\./p000'"):
+        run.trace("../p000")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"schema_version": 2}, r"version 2, .* reads .* version 1; .* attention-lens 0\.1\.0"),
+        ({"schema": "other"}, "has schema 'other'"),
+        ({"status": "great"}, "status 'great', must be one of"),
+        ({"model": None}, None),
+    ],
+)
+def test_another_version_is_refused(tmp_path, change, message):
+    run = finished(tmp_path)
+    meta = {**run.meta, **change}
+    if message is None:
+        del meta["model"]
+        message = "lacks model"
+    write_json(run.path / "run.json", meta)
+    with pytest.raises(LensError, match=message):
+        open_run(run.path)
+
+
+def test_missing_and_damaged_tables_are_named(tmp_path):
+    run = finished(tmp_path)
+    (run.path / "heads.parquet").write_bytes(b"PAR1 nonsense")
+    (run.path / "prompts.parquet").unlink()
+    run = open_run(run.path)
+    with pytest.raises(LensError, match=r"heads\.parquet is damaged"):
+        _ = run.heads
+    with pytest.raises(LensError, match=r"prompts\.parquet is missing: the run is success"):
+        _ = run.prompts
+    (run.path / "config.toml").write_text("=")
+    with pytest.raises(LensError, match=r"config\.toml cannot be read"):
+        _ = run.config
+
+
+def test_no_folder_says_how_to_make_one(tmp_path):
+    with pytest.raises(LensError, match="`lens demo` or `lens run` makes runs"):
+        list_runs(tmp_path / "none")
+    with pytest.raises(LensError, match="is no run folder"):
+        open_run(tmp_path)
+    assert find_by_config(tmp_path / "none", CONFIG) is None
+
+
+def test_a_failed_write_leaves_what_was_there(tmp_path):
+    file = tmp_path / "a.json"
+    write_json(file, {"a": 1})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(file, {"a": float("nan")})
+    with pytest.raises(UnicodeEncodeError):
+        write_text(file, "\ud800")
+    assert json.loads(file.read_text()) == {"a": 1}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.json"]

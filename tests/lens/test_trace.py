@@ -1,0 +1,148 @@
+"""Traces: schema, disk, laziness, refusals."""
+
+import json
+
+import numpy as np
+import pytest
+import xarray as xr
+
+from lens.errors import LensError
+from lens.trace import AttentionTrace, TraceWriter, visible_queries
+from lens.trace_store import LayeredArray, layer_file
+from tests.lens.traces import ATTRIBUTES, LENGTH, layer_variables, probabilities, trace_of
+
+
+@pytest.fixture(scope="module")
+def p():
+    return probabilities(layers=3, heads=2, length=LENGTH, seed=1)
+
+
+def test_memory_and_disk_hold_the_same(p, tmp_path):
+    memory = trace_of(p)
+    memory.save(tmp_path / "t")
+    disk = AttentionTrace.load(tmp_path / "t")
+    xr.testing.assert_identical(disk.dataset.load(), memory.dataset)
+    assert disk.block_mass.dims == ("layer", "head", "query_block", "key_block")
+    assert disk.tokens == [f"t{i % 5}" for i in range(LENGTH)]
+
+
+def test_a_head_is_read_alone(p, tmp_path, monkeypatch):
+    trace_of(p).save(tmp_path / "t")
+    disk = AttentionTrace.load(tmp_path / "t")
+    read = []
+    original = LayeredArray._read_layer
+
+    def spy(self, path, first, rest):
+        read.append((path.name, first))
+        return original(self, path, first, rest)
+
+    monkeypatch.setattr(LayeredArray, "_read_layer", spy)
+    found = disk.entropy.sel(layer=2, head=1).values
+    assert read == [("layer-02.safetensors", 1)]
+    np.testing.assert_array_equal(found, trace_of(p).entropy.values[2, 1])
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        {"layer": 1, "head": slice(None, None, -1)},
+        {"layer": [2, 0], "head": 1, "query": [5, 3]},
+        {"layer": slice(1, None, 2), "query": slice(7, 2, -2)},
+        {"layer": slice(0, 0)},
+        {"layer": -1, "head": -1, "query": -1},
+    ],
+)
+def test_indexing_from_disk_equals_numpy(p, tmp_path, index):
+    memory = trace_of(p)
+    memory.save(tmp_path / "t")
+    disk = AttentionTrace.load(tmp_path / "t")
+    xr.testing.assert_identical(disk.lse.isel(index), memory.lse.isel(index))
+
+
+@pytest.mark.parametrize(("causal", "window"), [(True, None), (True, 3), (False, None), (False, 3)])
+def test_visible_queries_counts_the_mask(causal, window):
+    i, j = np.arange(11)[:, None], np.arange(11)[None]
+    seen = np.ones((11, 11), bool)
+    if causal:
+        seen &= j <= i
+    if window:
+        seen &= (i - j < window) & (j - i < window)
+    np.testing.assert_array_equal(visible_queries(11, causal=causal, window=window), seen.sum(0))
+
+
+def test_repr_says_what_it_is(p):
+    text = repr(trace_of(p))
+    assert "analytic: 67 tokens, 3 layers × 2 heads" in text
+    html = trace_of(p)._repr_html_()
+    assert "data:image/png;base64," in html
+    assert "http" not in html
+    assert len(html) < 200_000
+
+
+def test_a_missing_statistic_says_how_to_get_it(p):
+    trace = trace_of(p, without=("entropy",))
+    with pytest.raises(AttributeError, match="no entropy; capture it with statistics including"):
+        _ = trace.entropy
+    with pytest.raises(LensError, match="keep_qk=True"):
+        trace.tile(0, 0, (0, 4), (0, 4))
+
+
+def test_a_trace_is_not_overwritten(p, tmp_path):
+    trace_of(p).save(tmp_path / "t")
+    with pytest.raises(LensError, match="holds a trace already"):
+        trace_of(p).save(tmp_path / "t")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: (f / layer_file(1)).unlink(), "layer-01.safetensors is missing"),
+        (lambda f: (f / layer_file(1)).write_bytes(b"short"), "5 bytes instead of"),
+        (lambda f: (f / "trace.json").unlink(), "no finished trace"),
+        (lambda f: (f / "trace.json").write_text("{"), "cannot be read"),
+    ],
+)
+def test_damage_is_named(p, tmp_path, damage, message):
+    folder = trace_of(p).save(tmp_path / "t")
+    damage(folder)
+    with pytest.raises(LensError, match=message):
+        AttentionTrace.load(folder)
+
+
+def test_garbage_of_the_right_size_is_named(p, tmp_path):
+    folder = trace_of(p).save(tmp_path / "t")
+    file = folder / layer_file(0)
+    file.write_bytes(b"\xff" * file.stat().st_size)
+    with pytest.raises(LensError, match=r"layer-00.safetensors is damaged"):
+        AttentionTrace.load(folder)
+
+
+def test_another_version_names_its_writer(p, tmp_path):
+    folder = trace_of(p).save(tmp_path / "t")
+    index = json.loads((folder / "trace.json").read_text())
+    index["schema_version"] = 2
+    index["attributes"]["versions"] = {"attention-lens": "9.9"}
+    (folder / "trace.json").write_text(json.dumps(index))
+    with pytest.raises(LensError, match=r"version 2, .* reads 1; .* attention-lens 9\.9"):
+        AttentionTrace.load(folder)
+
+
+def test_an_interrupted_capture_leaves_whole_layers_and_no_trace(p, tmp_path):
+    writer = TraceWriter(tmp_path / "t")
+    writer.add_layer(0, layer_variables(p[0]))
+    assert sorted(file.name for file in (tmp_path / "t").iterdir()) == [layer_file(0)]
+    with pytest.raises(LensError, match="no finished trace"):
+        AttentionTrace.load(tmp_path / "t")
+
+
+def test_the_writer_refuses_what_the_schema_does_not_know(p):
+    writer = TraceWriter()
+    with pytest.raises(ValueError, match="unknown variable 'entropie'"):
+        writer.add_layer(0, {"entropie": np.zeros((2, 3))})
+    with pytest.raises(ValueError, match=r"dimensions \('head', 'query'\), got shape \(3,\)"):
+        writer.add_layer(0, {"lse": np.zeros(3)})
+    with pytest.raises(ValueError, match="at least one layer"):
+        writer.finish(token_ids=[], tokens=[], attributes=ATTRIBUTES)
+    writer.add_layer(0, layer_variables(p[0]))
+    with pytest.raises(ValueError, match="layer 0 was added twice"):
+        writer.add_layer(0, layer_variables(p[0]))
