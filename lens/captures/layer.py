@@ -111,19 +111,23 @@ class LayerRecord:
     variables: dict[str, torch.Tensor]
 
 
-def resolve_variables(statistics: str | Sequence[str]) -> frozenset[str]:
-    """Names to measure: all of `VARIABLES`, or those asked for.
+def make_settings(
+    *, statistics: str | Sequence[str], block_size: int, keep_qk: bool, backend: str
+) -> Settings:
+    """Checked settings.
 
     Raises:
-        LensError: a name that does not exist.
+        LensError: a statistic or backend that does not exist, or a block size that is none.
     """
     names = VARIABLES if statistics == "all" else statistics
     if isinstance(names, str):
         raise LensError(f"statistics must be 'all' or a list of names, got the string {names!r}")
-    unknown = [name for name in names if name not in VARIABLES]
+    unknown = [str(name) for name in names if name not in VARIABLES]
     if unknown:
         raise LensError(f"unknown statistics {', '.join(unknown)}; known: {', '.join(VARIABLES)}")
-    return frozenset(names)
+    if isinstance(block_size, bool) or not isinstance(block_size, int) or block_size < 1:
+        raise LensError(f"block_size must be a positive integer, got {block_size!r}; e.g. 64")
+    return Settings(frozenset(names), block_size, keep_qk, backend)
 
 
 def measure(
@@ -186,20 +190,23 @@ def _attention(
     mask = call.mask.for_kernel(batch, queries, hide_first=hide_first)
     if call.position_bias is not None:
         mask = replace(mask, bias=call.position_bias)
-    return attention(
-        call.query,
-        call.key,
-        call.value[..., :1] if hide_first else call.value,
-        mask=mask,
-        scale=call.scale,
-        softcap=call.softcap,
-        sink_logits=None if hide_first else call.sink_logits,
-        block_size=settings.block_size,
-        statistics=statistics,
-        match=match,
-        prefix=PREFIX,
-        backend=settings.backend,
-    )
+    try:
+        return attention(
+            call.query,
+            call.key,
+            call.value[..., :1] if hide_first else call.value,
+            mask=mask,
+            scale=call.scale,
+            softcap=call.softcap,
+            sink_logits=None if hide_first else call.sink_logits,
+            block_size=settings.block_size,
+            statistics=statistics,
+            match=match,
+            prefix=PREFIX,
+            backend=settings.backend,
+        )
+    except (TypeError, ValueError) as error:  # a backend that does not exist, or cannot do it
+        raise LensError(str(error)) from error
 
 
 def _labels(call: LayerCall) -> list[tuple[torch.Tensor, torch.Tensor]]:

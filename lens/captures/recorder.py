@@ -9,8 +9,7 @@ from torch import nn
 
 from lens.captures.bridge import replaced_attention
 from lens.captures.interface import listening, switched
-from lens.captures.layer import LayerCall, LayerRecord, Settings, measure, resolve_variables
-from lens.errors import LensError
+from lens.captures.layer import LayerCall, LayerRecord, Settings, make_settings, measure
 from lens.models.loaded import LoadedModel
 
 
@@ -107,8 +106,8 @@ def capturing(
         >>> recorder.layers(step=1)[0].queries
         1
     """
-    settings = Settings(
-        resolve_variables(statistics), check_block_size(block_size), keep_qk, backend
+    settings = make_settings(
+        statistics=statistics, block_size=block_size, keep_qk=keep_qk, backend=backend
     )
     with recording(model, Recorder(settings)) as recorder:
         yield recorder
@@ -142,14 +141,3 @@ def base(model: LoadedModel) -> nn.Module:
     """The model without its head, so that no logits [tokens, vocab] are built."""
     root = transformer(model)
     return getattr(root, "base_model", root)
-
-
-def check_block_size(block_size: int) -> int:
-    """The block size, if it is one.
-
-    Raises:
-        LensError: not a positive integer.
-    """
-    if isinstance(block_size, bool) or not isinstance(block_size, int) or block_size < 1:
-        raise LensError(f"block_size must be a positive integer, got {block_size!r}; e.g. 64")
-    return block_size

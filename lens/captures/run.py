@@ -15,8 +15,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lens import __version__
 from lens.captures.inputs import Prompt, read_prompts
-from lens.captures.layer import PREFIX, LayerRecord, Settings, resolve_variables
-from lens.captures.recorder import Recorder, base, check_block_size, recording
+from lens.captures.layer import PREFIX, LayerRecord, Settings, make_settings
+from lens.captures.recorder import Recorder, base, recording
 from lens.errors import LensError
 from lens.models.loaded import LoadedModel
 from lens.trace import AttentionTrace, TraceWriter
@@ -65,8 +65,9 @@ def capture(
         >>> trace.received.dims
         ('layer', 'head', 'key')
     """
-    check_block_size(block_size)
-    settings = Settings(resolve_variables(statistics), block_size, keep_qk, backend)
+    settings = make_settings(
+        statistics=statistics, block_size=block_size, keep_qk=keep_qk, backend=backend
+    )
     found, is_single = read_prompts(model, prompts)
     for prompt in found:
         _check_size(model, prompt, settings)

@@ -1,5 +1,6 @@
 """`lens.load`: a name, a folder, a hub id, a model object or a bridge becomes a `LoadedModel`."""
 
+import inspect
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -87,7 +88,7 @@ def _from_object(model: Any, tokenizer: Any) -> LoadedModel:
                 f"{type(model).__name__} is in training mode, where dropout makes attention random; "
                 "call model.eval() first"
             )
-        if model.config.is_encoder_decoder:
+        if _has_decoder_input(model):
             raise LensError(
                 f"{type(model).__name__} is an encoder-decoder, whose cross-attention has no place in a trace; "
                 "pass one half: lens.load(model.get_encoder())"
@@ -121,12 +122,7 @@ def _from_name(
             raise LensError(_unknown(name))
         return _from_folder(folder, dtype, device)
     if name == "induction-2l":
-        with _quiet():
-            model: Any = AttentionOnlyModel.from_pretrained(
-                known.folder, dtype=dtype or torch.float32
-            )
-        model.to(device).eval()
-        loaded = LoadedModel(model, SymbolTokenizer(), name, None, describe(model))
+        loaded = replace(_from_folder(known.folder, dtype, device), tokenizer=SymbolTokenizer())
     elif name == smollm2.NAME:
         loaded = replace(_from_folder(smollm2.folder(), dtype, device), revision=smollm2.REVISION)
     else:
@@ -202,8 +198,10 @@ def _pretrained(
     """The class that the checkpoint names, in eval mode on `device`."""
     with _quiet():
         config = AutoConfig.from_pretrained(name, revision=revision, local_files_only=local)
-        class_name = next(iter(config.architectures or []), None)
-        model_class = getattr(transformers, class_name or "AutoModel", None)
+        class_name = next(iter(config.architectures or []), "AutoModel")
+        model_class: Any = getattr(transformers, class_name, None)
+        if isinstance(config, AttentionOnlyConfig):
+            model_class = AttentionOnlyModel
         if model_class is None:
             raise ValueError(f"transformers {transformers.__version__} has no class {class_name}")
         if dtype is None:
@@ -211,11 +209,16 @@ def _pretrained(
         model = model_class.from_pretrained(
             name, revision=revision, dtype=dtype or "auto", local_files_only=local
         )
-    if model.config.is_encoder_decoder:
+    if _has_decoder_input(model):
         raise ValueError(
             f"{class_name} is an encoder-decoder; load it yourself and pass model.get_encoder()"
         )
     return model.to(device).eval()
+
+
+def _has_decoder_input(model: PreTrainedModel) -> bool:
+    """Whether this is a whole encoder-decoder; its encoder alone has the same configuration."""
+    return "decoder_input_ids" in inspect.signature(model.forward).parameters
 
 
 def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
@@ -245,4 +248,3 @@ def _quiet() -> Iterator[None]:
 
 
 AutoConfig.register(AttentionOnlyConfig.model_type, AttentionOnlyConfig, exist_ok=True)
-transformers.AutoModel.register(AttentionOnlyConfig, AttentionOnlyModel, exist_ok=True)

