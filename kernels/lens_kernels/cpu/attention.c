@@ -43,6 +43,7 @@ enum {
   PANEL = NV * LANES, /* queries side by side in one register tile */
   ROWS = 64,          /* queries per tile; a multiple of PANEL */
   COLS = 128,         /* keys per tile at most */
+  FEW = 4,            /* queries for which dot products are faster */
   ALIGN = 64,
 };
 enum { F32 = 0, F16 = 1, BF16 = 2 };
@@ -298,6 +299,7 @@ typedef struct {
 
 typedef struct {
   float *query;       /* Q' scaled: panels of [head_dim][width] */
+  float *query_rows;  /* the first FEW rows of Q scaled */
   float *p, *s;       /* P' of one strip, or of all when column statistics are wanted; logits of a mixed tile */
   float *key, *value; /* copies of a key tile, where it cannot be read in place */
   float *part_sum, *part_max, *part_weighted; /* [parts][ROWS]: sum of p, largest logit, sum of p * weight */
@@ -352,6 +354,7 @@ static void load_query(State *t) {
     if (r < t->rows) read_row(row, &a->query, at, a->head_dim);
     else memset(row, 0, 4 * a->head_dim);
     for (int64_t d = 0; d < a->head_dim; d++) to.first[d * to.step] = row[d] * (float)a->scale;
+    for (int64_t d = 0; r < FEW && d < a->head_dim; d++) t->w->query_rows[r * a->head_dim + d] = row[d] * (float)a->scale;
   }
 }
 
@@ -369,10 +372,37 @@ static void load_intervals(State *t) {
   }
 }
 
+/* The same for a few queries, as dot products along d: a lane per query would leave most lanes idle. */
+static void product_few(const State *t, int64_t keys, const float *key, float *s) {
+  const int64_t dim = t->a->head_dim, whole = dim / LANES * LANES;
+  const float *query = t->w->query_rows;
+  for (int64_t k = 0; k < keys; k++) {
+    const float *row = key + k * dim;
+    float *to = s + k * t->lanes;
+    store(to, splat(0.0f));
+    for (int64_t r = 0; r < t->rows; r++) {
+      vec even = splat(0.0f), odd = even;
+      int64_t d = 0;
+      for (; d + 2 * LANES <= whole; d += 2 * LANES) {
+        even += load(row + d) * load(query + r * dim + d);
+        odd += load(row + d + LANES) * load(query + r * dim + d + LANES);
+      }
+      if (d < whole) even += load(row + d) * load(query + r * dim + d);
+      float sum = total(even + odd);
+      for (d = whole; d < dim; d++) sum += row[d] * query[r * dim + d];
+      to[r] = sum;
+    }
+  }
+}
+
 static void logits(State *t, float *p, int64_t start, int64_t keys) {
   const Args *a = t->a;
   int64_t at = t->batch * a->key.batch + t->kv_head * a->key.head + start * a->key.row;
   const float *key = read_rows(t->w->key, &a->key, at, keys, a->head_dim, a->head_dim);
+  if (t->rows <= FEW) {
+    product_few(t, keys, key, p);
+    return;
+  }
   for (int64_t lane = 0; lane < t->lanes; lane += PANEL) {
     int64_t width = least(PANEL, t->lanes - lane);
     product_logits((int)(width / LANES), keys, a->head_dim, key, t->w->query + lane * a->head_dim, p + lane * keys);
@@ -880,6 +910,7 @@ static Scratch lay_out(const Plan *plan, Layout *layout) {
   Scratch w = {0};
   w.block_row = take(layout, a->top_k ? 4 * plan->key_blocks : 0); /* first: it outlives the tile */
   w.query = take(layout, 4 * ROWS * a->head_dim);
+  w.query_rows = take(layout, 4 * FEW * a->head_dim);
   w.p = take(layout, 4 * ROWS * (plan->columns ? a->keys * plan->groups : plan->key_tile));
   w.s = take(layout, a->groups ? 4 * ROWS * plan->key_tile : 0);
   w.key = take(layout, 4 * plan->key_tile * a->head_dim);
