@@ -1,0 +1,5 @@
+"""`python -m lens_analyses` is `lens`."""
+
+from lens_analyses.cli import main
+
+main()

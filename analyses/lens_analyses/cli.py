@@ -1,0 +1,276 @@
+"""The `lens` command: reads arguments, imports the rest only for the command that runs.
+
+Exit codes: 0 done, 1 error, 2 wrong usage, 3 partly done (the same command completes it).
+"""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lens_analyses.console import PARTIAL, Output, UsageError
+
+app = typer.Typer(
+    name="lens",
+    help="See what every attention head of a real model does.",
+    epilog="Exit codes: 0 done, 1 error, 2 wrong usage, 3 partly done (the same command completes it).",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only errors on stderr.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
+RunsDir = Annotated[
+    Path,
+    typer.Option("--runs", help="Folder of run folders.", envvar="LENS_RUNS", show_default=True),
+]
+Run = Annotated[str, typer.Argument(help="A run folder, or its id (or the end of it) in --runs.")]
+Port = Annotated[int, typer.Option(min=1, max=65535, help="Port of the dashboard.")]
+RUNS = Path("runs")
+
+
+@app.command()
+def demo(
+    model: Annotated[
+        str | None, typer.Option(help="Instead of the three embedded models, e.g. smollm2-135m.")
+    ] = None,
+    view: Annotated[bool, typer.Option(help="Serve the dashboard at the end.")] = True,
+    out: Annotated[
+        Path, typer.Option(help="Folder for the run folders.", envvar="LENS_RUNS")
+    ] = RUNS,
+    port: Port = 8765,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Analyse real models on real text, write the reports, serve the dashboard."""
+    output = Output(json, quiet, debug)
+    with output.session():
+        from lens_analyses.demo import run_demo
+        from lens_analyses.viewing import check_port, view_runs
+
+        if view and not json:
+            check_port(port)
+        summary = run_demo(out, model, output)
+        output.result(summary.text(), summary.as_json())
+        if summary.exit_code:
+            raise SystemExit(summary.exit_code)
+        if view and not json:
+            view_runs(out, port, quiet=quiet)
+
+
+@app.command()
+def run(
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Embedded name, folder or hub id.")
+    ] = None,
+    text: Annotated[Path | None, typer.Option(help="Text file to analyse.")] = None,
+    text_name: Annotated[str | None, typer.Option(help="Embedded text, e.g. moby-dick.")] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help='Batch: one prompt a line (.txt), or {"text": ...} a line (.jsonl).'),
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option(help="Take the first N tokens of each text (all of it otherwise).")
+    ] = None,
+    windows: Annotated[
+        int | None, typer.Option(help="Cut the text into N pieces of --tokens tokens.")
+    ] = None,
+    copied: Annotated[
+        int | None, typer.Option(help="Number of copied random prompts, the induction probe. [4]")
+    ] = None,
+    copied_length: Annotated[
+        int | None, typer.Option(help="Random tokens in each, before they are repeated. [25]")
+    ] = None,
+    block_size: Annotated[
+        int | None, typer.Option(help="Positions per block of the attention maps. [64]")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the copied prompts. [0]")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1. [cpu]")] = None,
+    revision: Annotated[str | None, typer.Option(help="Of a hub model.")] = None,
+    keep_qk: Annotated[
+        bool | None,
+        typer.Option(
+            "--keep-qk/--no-keep-qk", help="Store q and k for exact zoom in the viewer. [keep]"
+        ),
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", "-c", help="TOML file; flags go on top of it.")
+    ] = None,
+    assignments: Annotated[
+        list[str] | None, typer.Option("--set", help="Any setting, e.g. capture.block_size=32.")
+    ] = None,
+    out: Annotated[
+        Path, typer.Option(help="Folder for the run folder.", envvar="LENS_RUNS")
+    ] = RUNS,
+    again: Annotated[
+        bool, typer.Option("--again", help="Compute anew what is already finished.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only estimate tokens, time, memory and disk.")
+    ] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Profile every attention head of a model on a text and on copied random tokens."""
+    output = Output(json, quiet, debug)
+    flags = {
+        "model.name": model,
+        "model.revision": revision,
+        "model.dtype": dtype,
+        "model.device": device,
+        "prompts.text": None if text is None else str(text),
+        "prompts.text_name": text_name,
+        "prompts.batch": None if prompts is None else str(prompts),
+        "prompts.tokens": tokens,
+        "prompts.windows": windows,
+        "prompts.copied": copied,
+        "prompts.copied_length": copied_length,
+        "capture.block_size": block_size,
+        "capture.keep_qk": keep_qk,
+        "seed": seed,
+    }
+    with output.session():
+        from lens_analyses.config import RunConfig, parse_assignments
+
+        given = {name: value for name, value in flags.items() if value is not None}
+        settings = RunConfig.load(config, {**parse_assignments(assignments or []), **given})
+        _check_prompts(settings, copied)
+        if dry_run:
+            from lens_analyses.estimate import estimate
+
+            forecast = estimate(settings)
+            output.result(forecast.text(), forecast.as_json())
+            return
+        from lens_analyses.runner import execute
+
+        finished = execute(settings, out, output, again=again)
+        output.result(finished.text(), finished.as_json())
+        if finished.status != "success":
+            raise SystemExit(PARTIAL)
+
+
+@app.command()
+def view(
+    target: Annotated[
+        Path | None,
+        typer.Argument(help="A folder of runs, or one run folder; --runs if not given."),
+    ] = None,
+    runs: RunsDir = RUNS,
+    port: Port = 8765,
+    host: Annotated[str, typer.Option(help="Address to bind.")] = "127.0.0.1",
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Serve the dashboard over finished runs."""
+    with Output(False, quiet, debug).session():
+        from lens_analyses.viewing import view_runs
+
+        view_runs(target or runs, port, host=host, quiet=quiet)
+
+
+@app.command()
+def report(
+    run: Run,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder for report.html and report.json.")
+    ] = None,
+    runs: RunsDir = RUNS,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Write report.html and report.json of a run."""
+    output = Output(json, quiet, debug)
+    with output.session():
+        from lens_analyses.listing import resolve
+        from lens_analyses.report import write_report
+
+        written = write_report(resolve(run, runs), out)
+        output.result(f"report: {written.html}", written.as_json())
+        if written.status != "success":
+            raise SystemExit(PARTIAL)
+
+
+@app.command("list")
+def list_(
+    runs: Annotated[
+        Path, typer.Argument(help="Folder of run folders.", envvar="LENS_RUNS", show_default=True)
+    ] = RUNS,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """List runs with their status."""
+    output = Output(json, quiet, debug)
+    with output.session():
+        from lens_analyses.listing import listing_of
+
+        listing = listing_of(runs)
+        output.result(listing.text(), listing.as_json())
+
+
+@app.command()
+def validate(
+    run: Run,
+    runs: RunsDir = RUNS,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Check a run folder: schema, files, row sums, NaN."""
+    output = Output(json, quiet, debug)
+    with output.session():
+        from lens_analyses.listing import resolve, validate_run
+
+        verdict = validate_run(resolve(run, runs))
+        output.result(verdict.text(), verdict.as_json())
+        if verdict.exit_code:
+            raise SystemExit(verdict.exit_code)
+
+
+@app.command()
+def doctor(json: Json = False, quiet: Quiet = False, debug: Debug = False) -> None:
+    """Say what this machine has, and what falls back to what."""
+    output = Output(json, quiet, debug)
+    with output.session():
+        from lens_analyses.doctor import examine
+
+        diagnosis = examine()
+        output.result(diagnosis.text(), diagnosis.as_json())
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False,
+) -> None:
+    """See what every attention head of a real model does."""
+    if version:
+        from importlib.metadata import version as installed
+
+        typer.echo(f"attention-lens {installed('attention-lens')}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+def _check_prompts(settings: Any, copied: int | None) -> None:
+    """A text must be named, unless only copied prompts are asked for."""
+    prompts = settings.prompts
+    if copied is None and prompts.text is prompts.text_name is prompts.batch is None:
+        raise UsageError(
+            "which text? --text FILE, --text-name moby-dick or --prompts FILE; "
+            "or --copied N for copied random tokens alone"
+        )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point of the console script."""
+    app(sys.argv[1:] if arguments is None else arguments, prog_name="lens")

@@ -1,0 +1,252 @@
+"""What a run is asked to do, as one frozen value: from flags and TOML, to TOML, and to a hash.
+
+The configuration names the run: two runs with the same configuration are the same run, so a command that
+was killed finds its own folder again. Needs no torch.
+"""
+
+import dataclasses
+import difflib
+import shlex
+import tomllib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+from lens.errors import LensError
+from lens.models.catalogue import DEFAULT_MODEL
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which model.
+
+    Attributes:
+        name: embedded name, folder or hub id, as for `lens.load`.
+        revision: of a hub model.
+        dtype: of the weights; float32 on a CPU if None.
+        device: where it runs; the CPU if None.
+    """
+
+    name: str = DEFAULT_MODEL
+    revision: str | None = None
+    dtype: str | None = None
+    device: str | None = None
+
+
+@dataclass(frozen=True)
+class PromptConfig:
+    """Which prompts; at most one of `text`, `text_name` and `batch`.
+
+    Attributes:
+        text: path of a text file.
+        text_name: name of an embedded text.
+        batch: path of a file of prompts, one a line (.txt), or JSON objects with "text" (.jsonl).
+        sha256: of the file that was read, so that a rerun notices another one; set by the run.
+        tokens: tokens of each text prompt; all of the text if None.
+        windows: consecutive pieces of `tokens` tokens that the text is cut into.
+        copied: number of copied prompts (BOS + r + r, the probe for induction heads).
+        copied_length: tokens of r.
+    """
+
+    text: str | None = None
+    text_name: str | None = None
+    batch: str | None = None
+    sha256: str | None = None
+    tokens: int | None = None
+    windows: int | None = None
+    copied: int = 4
+    copied_length: int = 25
+
+
+@dataclass(frozen=True)
+class CaptureConfig:
+    """How to look.
+
+    Attributes:
+        block_size: positions per block of the maps.
+        keep_qk: store q and k, so that the viewer recomputes exact probabilities at any zoom.
+        backend: of `lens_kernels`.
+    """
+
+    block_size: int = 64
+    keep_qk: bool = True
+    backend: str = "auto"
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """The exact input of a run, as in its `config.toml`.
+
+    Attributes:
+        what: kind of analysis.
+        seed: of the copied prompts; prompt number i uses `seed + i`.
+        model, prompts, capture: see there.
+    """
+
+    what: str = "profile"
+    seed: int = 0
+    model: ModelConfig = field(default_factory=ModelConfig)
+    prompts: PromptConfig = field(default_factory=PromptConfig)
+    capture: CaptureConfig = field(default_factory=CaptureConfig)
+
+    def __post_init__(self) -> None:
+        prompts = self.prompts
+        given = [
+            name for name in ("text", "text_name", "batch") if getattr(prompts, name) is not None
+        ]
+        if len(given) > 1:
+            raise LensError(
+                f"only one source of text at a time, got prompts.{' and prompts.'.join(given)}"
+            )
+        if self.what != "profile":
+            raise LensError(f"what must be 'profile', got {self.what!r}")
+        for name in ("tokens", "windows", "copied_length"):
+            value = getattr(prompts, name)
+            if value is not None and value < 1:
+                raise LensError(f"prompts.{name} must be at least 1, got {value}")
+        if prompts.copied < 0:
+            raise LensError(f"prompts.copied must be 0 or more, got {prompts.copied}")
+        if self.capture.block_size < 1:
+            raise LensError(
+                f"capture.block_size must be at least 1, got {self.capture.block_size}; e.g. 64"
+            )
+        if prompts.windows is not None and (prompts.tokens is None or prompts.batch is not None):
+            raise LensError(
+                "prompts.windows cuts one text into pieces of prompts.tokens tokens; give both"
+            )
+        if not given and not prompts.copied:
+            raise LensError("no prompt: give a text, or prompts.copied of at least 1")
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> Self:
+        """The configuration with `values` (nested, as in TOML) in place of the defaults.
+
+        Raises:
+            LensError: unknown name, wrong type, or a combination that makes no sense.
+        """
+        return _build(cls, values, "")
+
+    @classmethod
+    def load(cls, path: Path | None, overrides: Mapping[str, Any]) -> Self:
+        """From a TOML file with dotted overrides (`{"prompts.tokens": 128}`) on top.
+
+        Raises:
+            LensError: the file is missing or no TOML, and as `from_mapping`.
+        """
+        values: dict[str, Any] = {} if path is None else _read_toml(path)
+        for dotted, value in overrides.items():
+            *sections, last = dotted.split(".")
+            table = values
+            for section in sections:
+                table = table.setdefault(section, {})
+                if not isinstance(table, dict):
+                    raise LensError(f"{dotted}: {section} is a value, not a section")
+            table[last] = value
+        return cls.from_mapping(values)
+
+    def as_mapping(self) -> dict[str, Any]:
+        """Nested mapping without the values that are None, as TOML has none."""
+        return _without_none(dataclasses.asdict(self))
+
+    def command(self) -> str:
+        """The command line that makes this run: the settings that are not the defaults, as flags."""
+        words = ["lens", "run", "--model", self.model.name]
+        default = RunConfig.from_mapping({}).as_mapping()
+        for section, values in self.as_mapping().items():
+            if not isinstance(values, dict):
+                values, section = {section: values}, ""
+            for name, value in values.items():
+                dotted = f"{section}.{name}".lstrip(".")
+                known = default.get(section, default).get(name)
+                if value != known and dotted not in ("model.name", "prompts.sha256"):
+                    words += _flag(dotted, value)
+        return shlex.join(words)
+
+
+def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
+    """`["prompts.tokens=128"]` to `{"prompts.tokens": 128}`; values are TOML, bare words are strings.
+
+    Raises:
+        LensError: no `=`, or no name before it.
+    """
+    found = {}
+    for assignment in assignments:
+        name, equals, value = assignment.partition("=")
+        if not equals or not name.strip():
+            raise LensError(
+                f"--set takes name=value, got {assignment!r}; e.g. --set prompts.tokens=128"
+            )
+        try:
+            found[name.strip()] = tomllib.loads(f"value = {value}")["value"]
+        except tomllib.TOMLDecodeError:
+            found[name.strip()] = value
+    return found
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise LensError(
+            f"no configuration file {path}; each run folder has one, config.toml"
+        ) from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        raise LensError(f"cannot read the configuration {path}: {error}") from None
+
+
+def _build(cls: Any, values: Mapping[str, Any], prefix: str) -> Any:
+    hints = typing.get_type_hints(cls)
+    arguments = {}
+    for name, value in values.items():
+        dotted = f"{prefix}{name}"
+        if name not in hints:
+            raise LensError(_unknown(dotted, [f"{prefix}{known}" for known in hints]))
+        hint = hints[name]
+        if dataclasses.is_dataclass(hint):
+            if not isinstance(value, Mapping):
+                raise LensError(f"{dotted} is a section, got the value {value!r}")
+            value = _build(hint, value, f"{dotted}.")
+        elif not _fits(value, hint):
+            raise LensError(f"{dotted} must be {_words(hint)}, got {value!r}")
+        arguments[name] = value
+    return cls(**arguments)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    return type(value) in allowed
+
+
+def _words(hint: Any) -> str:
+    names = {str: "a string", int: "an integer", bool: "true or false"}
+    allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    return " or ".join(names[one] for one in allowed if one in names)
+
+
+def _unknown(dotted: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(dotted, known, n=1)
+    guess = f"; did you mean {close[0]}?" if close else ""
+    return f"unknown setting {dotted}{guess or '; known: ' + ', '.join(known)}"
+
+
+def _flag(dotted: str, value: Any) -> list[str]:
+    """As `lens run` takes it."""
+    name = dotted.rpartition(".")[2].replace("_", "-")
+    if dotted == "prompts.batch":
+        name = "prompts"
+    if dotted == "capture.backend":
+        return ["--set", f"capture.backend={value}"]
+    if isinstance(value, bool):
+        return [f"--{name}" if value else f"--no-{name}"]
+    return [f"--{name}", str(value)]
+
+
+def _without_none(mapping: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: _without_none(value) if isinstance(value, dict) else value
+        for name, value in mapping.items()
+        if value is not None
+    }

@@ -1,0 +1,157 @@
+"""What the command says: results on stdout, everything else on stderr, errors in one line.
+
+Logs go through `logging` to a rich console on stderr, so that a progress bar and messages do not mix.
+"""
+
+import json
+import logging
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from lens.errors import LensError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+OK, ERROR, USAGE, PARTIAL = 0, 1, 2, 3
+log = logging.getLogger("lens_analyses")
+
+
+class UsageError(LensError):
+    """The command line itself makes no sense; exit code 2."""
+
+
+@dataclass(frozen=True)
+class Output:
+    """How one command talks.
+
+    Attributes:
+        json: one JSON object on stdout, nothing else there.
+        quiet: only errors on stderr.
+        debug: show tracebacks.
+    """
+
+    json: bool = False
+    quiet: bool = False
+    debug: bool = False
+
+    def result(self, text: str, data: Any) -> None:
+        """The answer of the command: `text` for people, or `data` as JSON."""
+        sys.stdout.write(to_json(data) if self.json else text.rstrip("\n") + "\n")
+        sys.stdout.flush()
+
+    @cached_property
+    def console(self) -> "Console":
+        """The rich console on stderr that log and progress bar share; no colour where there is no terminal."""
+        from rich.console import Console
+
+        return Console(stderr=True, highlight=False, quiet=self.quiet)
+
+    @contextmanager
+    def session(self) -> Iterator[None]:
+        """Set up logging, and turn exceptions into one line and an exit code.
+
+        Raises:
+            SystemExit: 1, or 2 for a `UsageError`, after an exception inside the block.
+        """
+        handler = _Handler(self)
+        log.addHandler(handler)
+        log.setLevel(logging.DEBUG)
+        log.propagate = False
+        try:
+            yield
+        except LensError as error:
+            self._fail(error, str(error), USAGE if isinstance(error, UsageError) else ERROR)
+        except KeyboardInterrupt as error:
+            self._fail(error, "stopped", ERROR)
+        except BrokenPipeError:
+            raise SystemExit(ERROR) from None
+        except Exception as error:
+            message = (
+                f"{type(error).__name__}: {one_line(str(error))} "
+                "(not foreseen; run it again with --debug for the traceback, and report it)"
+            )
+            self._fail(error, message, ERROR)
+        finally:
+            log.removeHandler(handler)
+
+    def _fail(self, error: BaseException, message: str, code: int) -> None:
+        if self.debug:
+            traceback.print_exception(error, file=sys.stderr)
+        sys.stderr.write(f"error: {one_line(message)}\n")
+        if self.json:
+            self.result(
+                "", {"status": "error", "error": {"type": type(error).__name__, "message": message}}
+            )
+        raise SystemExit(code)
+
+
+class _Handler(logging.Handler):
+    """Log lines on the console that the progress bar uses, so that they come above the bar."""
+
+    def __init__(self, output: Output) -> None:
+        super().__init__(logging.ERROR if output.quiet else logging.INFO)
+        self._console = output.console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._console.print(record.getMessage(), markup=False, soft_wrap=True)
+
+
+@contextmanager
+def progress_bar(
+    output: Output, title: str, total: float, completed: Callable[[], float]
+) -> Iterator[None]:
+    """A bar with elapsed time and ETA on stderr; nothing when quiet or when stderr is no terminal.
+
+    Args:
+        output: whose console it is.
+        title: in front of the bar.
+        total: all the work, in any unit.
+        completed: how much of it is done; asked ten times a second.
+    """
+    from rich import progress
+
+    class Polled(progress.Progress):
+        def get_renderables(self) -> Iterable[Any]:
+            for task in self.task_ids:
+                self.update(task, completed=completed())
+            return super().get_renderables()
+
+    columns = (
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.TaskProgressColumn(),
+        progress.TimeElapsedColumn(),
+        progress.TextColumn("left"),
+        progress.TimeRemainingColumn(elapsed_when_finished=True),
+    )
+    hidden = output.quiet or not output.console.is_terminal
+    with Polled(*columns, console=output.console, disable=hidden, transient=True) as bar:
+        bar.add_task(title, total=total)
+        yield
+
+
+def to_json(data: Any) -> str:
+    """JSON text with a final newline; NaN and infinities become null."""
+    return json.dumps(finite(data), ensure_ascii=False, allow_nan=False, indent=2) + "\n"
+
+
+def finite(data: Any) -> Any:
+    """The same data without NaN and infinities, which JSON has not."""
+    if isinstance(data, dict):
+        return {str(name): finite(value) for name, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [finite(value) for value in data]
+    if isinstance(data, float):
+        return data if abs(data) < float("inf") else None
+    return data
+
+
+def one_line(message: str) -> str:
+    """The message without line breaks."""
+    return " ".join(message.split())

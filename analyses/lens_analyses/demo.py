@@ -1,0 +1,89 @@
+"""`lens demo`: real models on real text, from nothing to reports."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lens_analyses.config import CaptureConfig, ModelConfig, PromptConfig, RunConfig
+from lens_analyses.console import PARTIAL, Output, log
+from lens_analyses.runner import Finished, execute
+
+EMBEDDED = (
+    RunConfig(
+        model=ModelConfig("text-lm-3l"),
+        prompts=PromptConfig(
+            text_name="moby-dick", tokens=128, windows=12, copied=8, copied_length=50
+        ),
+        capture=CaptureConfig(block_size=16),
+    ),
+    RunConfig(
+        model=ModelConfig("induction-2l"),
+        prompts=PromptConfig(copied=16, copied_length=25),
+        capture=CaptureConfig(block_size=16),
+    ),
+    RunConfig(
+        model=ModelConfig("stories260k"),
+        prompts=PromptConfig(text_name="lily", tokens=512, copied=4, copied_length=50),
+        capture=CaptureConfig(block_size=16),
+    ),
+)
+"""A model with sinks and induction heads, one whose circuit is known, and one that has neither."""
+
+LARGE_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """The runs of one demo."""
+
+    finished: list[Finished]
+    seconds: float
+
+    @property
+    def exit_code(self) -> int:
+        """3 if it was stopped, else 0."""
+        return 0 if all(one.status == "success" for one in self.finished) else PARTIAL
+
+    def text(self) -> str:
+        """The findings of each run, and where it lies."""
+        parts = [f"{one.run.title}\n{_indented(one.text())}" for one in self.finished]
+        return "\n\n".join([*parts, f"{len(parts)} runs in {self.seconds:.0f} s"])
+
+    def as_json(self) -> dict[str, Any]:
+        """For `--json`."""
+        return {"runs": [one.as_json() for one in self.finished], "seconds": round(self.seconds, 1)}
+
+
+def run_demo(runs: Path, model: str | None, output: Output) -> Demonstration:
+    """The embedded models, or one that is named, into run folders under `runs`.
+
+    Raises:
+        LensError: unknown model, or one that cannot be loaded.
+    """
+    start = time.monotonic()
+    finished = []
+    for config in EMBEDDED if model is None else (_recipe(model),):
+        one = execute(config, runs, output)
+        log.info("report: %s", one.run.path / "report.html")
+        finished.append(one)
+        if one.status != "success":
+            break
+    return Demonstration(finished, time.monotonic() - start)
+
+
+def _recipe(model: str) -> RunConfig:
+    """What the demo does with a model: its own recipe, or a chapter of Moby-Dick and copied tokens."""
+    for config in EMBEDDED:
+        if config.model.name == model:
+            return config
+    return RunConfig(
+        model=ModelConfig(model),
+        prompts=PromptConfig(
+            text_name="moby-dick", tokens=LARGE_TOKENS, copied=4, copied_length=64
+        ),
+    )
+
+
+def _indented(text: str) -> str:
+    return "\n".join(f"  {line}" for line in text.splitlines())

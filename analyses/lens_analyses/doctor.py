@@ -1,0 +1,187 @@
+"""What this machine has, what is missing, and what that means: `lens doctor`."""
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+_MARKS = {"ok": "ok", "fallback": "--", "problem": "!!"}
+_OPTIONAL = {
+    "dash": ("dashboard", "`lens view` and `lens demo` cannot serve the dashboard"),
+    "transformer_lens": ("circuits", "a TransformerBridge cannot be captured"),
+    "gguf": ("gguf", "smollm2-135m cannot be converted"),
+    "kaleido": ("export", "figures are saved as HTML, not as PNG or SVG files"),
+    "anywidget": ("notebook", "notebooks show plotly figures and static HTML only"),
+}
+_BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at.
+
+    Attributes:
+        name: what.
+        state: `ok`, `fallback` (works, slower or with less) or `problem` (does not work).
+        found: what there is.
+        consequence: what that means and what to do, "" if nothing.
+    """
+
+    name: str
+    state: str
+    found: str
+    consequence: str = ""
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """All checks."""
+
+    checks: list[Check]
+
+    def text(self) -> str:
+        """A table for people."""
+        width = max(len(check.name) for check in self.checks)
+        lines = []
+        for check in self.checks:
+            lines.append(f"{_MARKS[check.state]}  {check.name:<{width}}  {check.found}")
+            if check.consequence:
+                lines.append(f"    {'':<{width}}  {check.consequence}")
+        return "\n".join(lines)
+
+    def as_json(self) -> dict[str, Any]:
+        """For `--json`."""
+        return {"checks": [asdict(check) for check in self.checks]}
+
+
+def examine() -> Diagnosis:
+    """Look at everything that the project can use."""
+    checks = [_python(), _package("attention-lens"), _package("transformers")]
+    checks += [_torch(), _gpu(), _triton(), _compiler(), _models()]
+    checks += [_optional(name) for name in _OPTIONAL]
+    checks += [_browser(), _cores(), *_folders()]
+    return Diagnosis(checks)
+
+
+def _python() -> Check:
+    return Check("python", "ok", f"{platform.python_version()} on {platform.platform(terse=True)}")
+
+
+def _package(name: str) -> Check:
+    try:
+        return Check(name, "ok", importlib.metadata.version(name))
+    except importlib.metadata.PackageNotFoundError:
+        return Check(name, "problem", "not installed", f"pip install {name}")
+
+
+def _torch() -> Check:
+    check = _package("torch")
+    if check.state != "ok":
+        return check
+    import torch
+
+    return Check("torch", "ok", f"{torch.__version__}, {torch.get_num_threads()} threads")
+
+
+def _gpu() -> Check:
+    import torch
+
+    if not torch.cuda.is_available():
+        return Check("GPU", "fallback", "none that torch can use", "everything runs on the CPU")
+    count = torch.cuda.device_count()
+    capability = ".".join(map(str, torch.cuda.get_device_capability(0)))
+    return Check(
+        "GPU", "ok", f"{count} × {torch.cuda.get_device_name(0)}, compute capability {capability}"
+    )
+
+
+def _triton() -> Check:
+    import torch
+
+    if importlib.util.find_spec("triton") is None:
+        found = "not installed"
+    elif not torch.cuda.is_available():
+        found = f"{importlib.metadata.version('triton')}, no GPU to use it on"
+    else:
+        return Check("triton kernels", "ok", importlib.metadata.version("triton"))
+    if torch.cuda.is_available():
+        return Check(
+            "triton kernels", "fallback", found, "attention on the GPU runs in plain torch, slowly"
+        )
+    return Check("triton kernels", "fallback", found, "only needed on a GPU")
+
+
+def _compiler() -> Check:
+    from lens_kernels.cpu import build
+
+    try:
+        path = build.library_path()
+    except build.BuildError as error:
+        return Check(
+            "CPU kernel", "fallback", str(error), "attention on the CPU runs in plain torch, slower"
+        )
+    return Check("CPU kernel", "ok", f"compiled with {build.find_compiler()}: {path}")
+
+
+def _models() -> Check:
+    from lens.models import smollm2
+    from lens.models.catalogue import KNOWN
+
+    embedded = ", ".join(name for name, model in KNOWN.items() if model.embedded)
+    if smollm2.available():
+        return Check("models", "ok", f"{embedded}, {smollm2.NAME}")
+    return Check(
+        "models", "fallback", embedded, f"{smollm2.NAME}: get it with {KNOWN[smollm2.NAME].remedy}"
+    )
+
+
+def _optional(name: str) -> Check:
+    extra, consequence = _OPTIONAL[name]
+    if importlib.util.find_spec(name) is None:
+        remedy = f"pip install 'attention-lens[{extra}]'"
+        return Check(name, "fallback", "not installed", f"{consequence}; {remedy}")
+    return Check(name, "ok", importlib.metadata.version(name))
+
+
+def _browser() -> Check:
+    path = next(filter(None, map(shutil.which, _BROWSERS)), None)
+    if path is None:
+        return Check(
+            "browser",
+            "fallback",
+            "no Chromium or Chrome",
+            "figures cannot be saved as PNG or SVG from here",
+        )
+    return Check("browser", "ok", path)
+
+
+def _cores() -> Check:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    free = shutil.disk_usage(Path.cwd()).free / 2**30
+    return Check("machine", "ok", f"{cores} cores; {free:.0f} GiB free in {Path.cwd()}")
+
+
+def _folders() -> list[Check]:
+    from lens_kernels.cpu import build
+
+    from lens.models import smollm2
+
+    checks = [_folder("model cache", smollm2.cache_folder())]
+    try:
+        checks.append(_folder("kernel cache", build.cache_folder()))
+    except build.BuildError as error:
+        checks.append(Check("kernel cache", "fallback", str(error)))
+    return checks
+
+
+def _folder(name: str, path: Path) -> Check:
+    nearest = next(parent for parent in (path, *path.parents) if parent.exists())
+    if os.access(nearest, os.W_OK):
+        return Check(name, "ok", str(path))
+    return Check(
+        name, "problem", f"{path} cannot be written", "set XDG_CACHE_HOME to a folder of your own"
+    )

@@ -1,0 +1,239 @@
+"""From a configuration to prompts: texts cut only on request, and copied random tokens.
+
+Everything that can be wrong with the input is found here, before a run folder exists.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lens.errors import LensError
+from lens_analyses.config import RunConfig
+
+if TYPE_CHECKING:
+    from lens.models.loaded import LoadedModel
+
+
+@dataclass(frozen=True)
+class PlannedPrompt:
+    """A prompt before anything was computed.
+
+    Attributes:
+        kind: `text` or `copied`.
+        title: for people: where it comes from and how it was cut.
+        text: what the tokens say.
+        ids: token ids, the first one included that the tokenizer puts there.
+        seed: of a copied prompt, else None.
+    """
+
+    kind: str
+    title: str
+    text: str
+    ids: list[int]
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """A text to analyse: its title and what it says."""
+
+    title: str
+    text: str
+
+
+def read_sources(config: RunConfig) -> tuple[RunConfig, list[Source]]:
+    """The texts that `config` names, and `config` with the SHA-256 of the file they come from.
+
+    Raises:
+        LensError: missing, unreadable, empty or changed file, or unknown embedded text.
+    """
+    prompts = config.prompts
+    if prompts.text_name is not None:
+        from lens import prompts as embedded
+
+        return config, [_embedded(embedded, prompts.text_name)]
+    name = prompts.text or prompts.batch
+    if name is None:
+        return config, []
+    path = Path(name).expanduser().resolve()
+    content = _read(path)
+    sha256 = hashlib.sha256(content.encode()).hexdigest()
+    if prompts.sha256 not in (None, sha256):
+        raise LensError(
+            f"{path} has changed since the run was configured (SHA-256 {sha256[:8]}, expected "
+            f"{(prompts.sha256 or '')[:8]}); remove prompts.sha256 from the configuration to take it as it is"
+        )
+    if prompts.text is not None:
+        sources = [Source(path.name, content)]
+        config = replace(config, prompts=replace(prompts, text=str(path), sha256=sha256))
+    else:
+        sources = _batch(path, content)
+        config = replace(config, prompts=replace(prompts, batch=str(path), sha256=sha256))
+    return config, sources
+
+
+def load_model(config: RunConfig) -> "LoadedModel":
+    """The model of the run, on its device.
+
+    Raises:
+        LensError: as `lens.load`, or a device that is not there.
+    """
+    import torch
+
+    import lens
+
+    name = config.model.device or "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise LensError(
+            f"device {name!r} cannot be used ({reason}); use cpu, or see `lens doctor`"
+        ) from None
+    model = config.model
+    return lens.load(model.name, revision=model.revision, dtype=model.dtype, device=name)
+
+
+def plan(model: "LoadedModel", config: RunConfig, sources: list[Source]) -> list[PlannedPrompt]:
+    """All prompts of the run, in order.
+
+    Raises:
+        LensError: a text that is empty, too long or too short, or a copied prompt that does not fit.
+    """
+    planned = []
+    for source in sources:
+        try:
+            planned += _cut(model, config, source)
+        except LensError as error:
+            if len(sources) == 1:
+                raise
+            raise LensError(f"{source.title}: {error}") from error
+    return [*planned, *_copied(model, config)]
+
+
+def _read(path: Path) -> str:
+    try:
+        content = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise LensError(
+            f"no file {path}; give a text file, or an embedded text with --text-name"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise LensError(f"{path} is no UTF-8 text (byte {error.start}); convert it first") from None
+    except OSError as error:
+        raise LensError(f"cannot read {path}: {error.strerror}") from None
+    if not content.strip():
+        raise LensError(f"the text {path} is empty; give one with at least one token")
+    return content
+
+
+def _embedded(module, name: str) -> Source:
+    content = module.text(name)
+    return Source(module.TEXTS[name].title, content)
+
+
+def _batch(path: Path, content: str) -> list[Source]:
+    lines = [(number, line) for number, line in enumerate(content.splitlines(), 1) if line.strip()]
+    if path.suffix not in (".jsonl", ".ndjson"):
+        return [Source(f"{path.name}, line {number}", line.strip()) for number, line in lines]
+    return [_record(f"{path.name}, line {number}", line) for number, line in lines]
+
+
+def _record(place: str, line: str) -> Source:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise LensError(
+            f"{place} is no JSON: {error.msg}; each line is an object with a text"
+        ) from None
+    text = record.get("text") if isinstance(record, dict) else None
+    if not isinstance(text, str) or not text.strip():
+        raise LensError(
+            f'{place} has no text; each line must be like {{"text": "Once upon a time"}}'
+        )
+    title = record.get("title")
+    return Source(title if isinstance(title, str) and title else place, text)
+
+
+def _cut(model: "LoadedModel", config: RunConfig, source: Source) -> list[PlannedPrompt]:
+    ids = model.encode(source.text)
+    tokens, windows, context = config.prompts.tokens, config.prompts.windows, model.info.context
+    if tokens is None:
+        if context is not None and len(ids) > context:
+            raise LensError(
+                f"the text has {len(ids):,} tokens and {model.name} takes {context:,}; --tokens {context} "
+                f"takes the first {context:,}, and --windows N with it as many pieces as you like"
+            )
+        return [PlannedPrompt("text", source.title, source.text, ids)]
+    if context is not None and tokens > context:
+        raise LensError(
+            f"--tokens {tokens} is more than the {context:,} that {model.name} takes; use "
+            f"--tokens {context}, and --windows {-(-tokens // context)} for as much text"
+        )
+    if windows is not None:
+        return _windows(model, source, ids, tokens, windows)
+    if tokens > len(ids):
+        raise LensError(
+            f"the text has {len(ids):,} tokens of {model.name} and --tokens asks for {tokens:,}; "
+            "ask for fewer, or leave --tokens out to take all"
+        )
+    if tokens == len(ids):
+        return [PlannedPrompt("text", source.title, source.text, ids)]
+    return [_piece(model, f"{source.title}: first {tokens:,} of {len(ids):,} tokens", ids[:tokens])]
+
+
+def _windows(
+    model: "LoadedModel", source: Source, ids: list[int], tokens: int, windows: int
+) -> list[PlannedPrompt]:
+    """Consecutive pieces, each with the BOS in front that the tokenizer gives the whole text."""
+    start = ids[:1] if ids[0] == model.bos_id else []
+    body, size = ids[len(start) :], tokens - len(start)
+    available = len(body) // size if size else 0
+    if available < windows:
+        raise LensError(
+            f"the text has {len(ids):,} tokens of {model.name}, enough for {available} windows of {tokens} "
+            f"and not for {windows}; ask for fewer or shorter ones"
+        )
+    return [
+        _piece(
+            model,
+            f"{source.title}: tokens {index * size:,} to {(index + 1) * size - 1:,}",
+            start + body[index * size : (index + 1) * size],
+        )
+        for index in range(windows)
+    ]
+
+
+def _piece(model: "LoadedModel", title: str, ids: list[int]) -> PlannedPrompt:
+    return PlannedPrompt("text", title, _say(model)(ids), ids)
+
+
+def _copied(model: "LoadedModel", config: RunConfig) -> list[PlannedPrompt]:
+    if not config.prompts.copied:
+        return []
+    from lens.prompts import copied
+
+    length = config.prompts.copied_length
+    say = _say(model)
+    found = []
+    for index in range(config.prompts.copied):
+        seed = config.seed + index
+        ids = copied(model, length, seed)
+        title = f"{length} random tokens, then the same {length} again (seed {seed})"
+        found.append(PlannedPrompt("copied", title, say(ids), ids, seed))
+    return found
+
+
+def _say(model: "LoadedModel") -> Callable[[list[int]], str]:
+    """Ids to text, without the BOS."""
+
+    def say(ids: list[int]) -> str:
+        body = ids[1:] if ids[:1] == [model.bos_id] else ids
+        if model.tokenizer is None:
+            return " ".join(map(str, body))
+        return model.tokenizer.decode(body)
+
+    return say

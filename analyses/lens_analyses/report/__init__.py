@@ -1,0 +1,86 @@
+"""One HTML file that opens offline, and the same numbers as JSON, from a run folder."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lens.errors import LensError
+from lens.files import write_text
+from lens.run_writer import RunWriter
+from lens.runs import Run
+from lens_analyses.console import to_json
+from lens_analyses.report.maps import head_maps
+from lens_analyses.report.numbers import numbers
+from lens_analyses.report.page import page
+
+
+@dataclass(frozen=True)
+class Report:
+    """A report before it is written.
+
+    Attributes:
+        html: the page.
+        numbers: what it says, as plain values.
+    """
+
+    html: str
+    numbers: dict[str, Any]
+
+    @property
+    def headline(self) -> list[str]:
+        """The findings in words."""
+        return headline(self.numbers)
+
+    def files(self) -> dict[str, str]:
+        """Name -> content."""
+        return {"report.json": to_json(self.numbers), "report.html": self.html}
+
+
+@dataclass(frozen=True)
+class Written:
+    """Where a report lies."""
+
+    html: Path
+    json: Path
+    status: str
+
+    def as_json(self) -> dict[str, Any]:
+        """For `--json`."""
+        return {"html": str(self.html), "json": str(self.json), "status": self.status}
+
+
+def headline(data: dict[str, Any]) -> list[str]:
+    """The findings in words, from a report's numbers."""
+    return [finding["text"] for finding in data["summary"]]
+
+
+def render(run: Run, status: str | None = None) -> Report:
+    """Make the report of a run; `status` is what the run is about to be.
+
+    Raises:
+        LensError: a table or trace of the run is missing or damaged.
+    """
+    data = numbers(run, status)
+    return Report(page(data, head_maps(run, data["summary"])), data)
+
+
+def write_report(run: Run, out: Path | None = None) -> Written:
+    """Write report.html and report.json into `out`, or into the run folder.
+
+    Raises:
+        LensError: as `render`, or the run is being computed right now.
+    """
+    if run.status == "started":
+        raise LensError(
+            f"{run.path} is being computed right now; it gets its report when it is done"
+        )
+    files = render(run).files()
+    if out is None:
+        writer = RunWriter(run.path, run.meta, resumed=True)
+        for name, content in files.items():
+            writer.text(name, content)
+    else:
+        for name, content in files.items():
+            write_text(out / name, content)
+    folder = run.path if out is None else out
+    return Written(folder / "report.html", folder / "report.json", run.status)

@@ -1,0 +1,86 @@
+"""The interactive figures of a report, as plain plotly JSON that shares one template."""
+
+from typing import Any
+
+import pandas as pd
+import plotly.graph_objects as go
+
+from lens.figures import head_grid, metric_by_layer
+from lens.figures.colors import ACCENT, BASELINE, LINE
+from lens.figures.style import style
+
+_COLORS = {"text": LINE, "copied": ACCENT}
+NAMES = {"text": "text", "copied": "copied random tokens"}
+
+
+def template() -> dict[str, Any]:
+    """The layout template of all figures, which plotly would repeat in each."""
+    return go.Figure(layout={"template": "plotly_white"}).layout.template.to_plotly_json()
+
+
+def charts(data: dict[str, Any], heads: pd.DataFrame) -> dict[str, dict[str, Any]]:
+    """Name -> plotly figure: `grid/<prompts>/<metric>/<variant>`, `sinks/<prompts>`, `sensitivity`.
+
+    Args:
+        data: the report's numbers.
+        heads: its `heads`, as a table like `heads.parquet`.
+    """
+    made: dict[str, go.Figure] = {}
+    layers = data["setup"]["model"]["layers"]
+    height = min(720, max(260, 120 + 26 * layers))
+    for kind, rows in heads.groupby("prompt_id", sort=False):
+        for metric, variant in dict.fromkeys(zip(rows["metric"], rows["variant"], strict=True)):
+            made[f"grid/{kind}/{metric}/{variant}"] = head_grid(
+                rows, metric, variant, height=height
+            )
+        made[f"sinks/{kind}"] = metric_by_layer(
+            rows,
+            "sink_mass",
+            title=f"Attention that the first token receives, on {NAMES[str(kind)]}",
+            height=320,
+        )
+    made["sensitivity"] = _sensitivity(data["sinks"])
+    return {name: _slim(figure) for name, figure in made.items()}
+
+
+def _sensitivity(sinks: dict[str, Any]) -> go.Figure:
+    """Sink rate against its threshold, with the interval over prompts as a band."""
+    rows = pd.DataFrame(sinks["sensitivity"])
+    figure = go.Figure()
+    for kind, part in rows.groupby("prompts", sort=False):
+        color = _COLORS[str(kind)]
+        banded = part.dropna(subset=["low", "high"])
+        if len(banded):
+            figure.add_scatter(
+                x=[*banded["epsilon"], *banded["epsilon"][::-1]],
+                y=[*banded["high"], *banded["low"][::-1]],
+                fill="toself",
+                fillcolor=color,
+                opacity=0.15,
+                line={"width": 0},
+                hoverinfo="skip",
+                showlegend=False,
+            )
+        figure.add_scatter(
+            x=part["epsilon"],
+            y=part["value"],
+            mode="lines",
+            name=NAMES[str(kind)],
+            line={"color": color, "width": 2},
+            hovertemplate="threshold %{x}: %{y:.1%} of heads<extra></extra>",
+        )
+    figure.add_vline(x=sinks["epsilon"], line={"color": BASELINE, "dash": "dot", "width": 1})
+    figure.update_xaxes(title="threshold ε", range=[0, 1])
+    figure.update_yaxes(title="share of heads", tickformat=".0%", rangemode="tozero")
+    figure.update_layout(legend={"orientation": "h", "y": 1.02, "yanchor": "bottom"})
+    return style(
+        figure, title="Sink rate by threshold", width=None, height=320, theme="light", meta={}
+    )
+
+
+def _slim(figure: go.Figure) -> dict[str, Any]:
+    """Without the template, which the page adds back, and with margins for the page."""
+    plain = figure.to_plotly_json()
+    plain["layout"].pop("template", None)
+    plain["layout"]["margin"] = {"l": 56, "r": 12, "t": 44, "b": 44}
+    return plain

@@ -1,0 +1,70 @@
+"""What a report does not show, and on what its numbers depend: said for this very run."""
+
+from lens.profiles import SINK_EPSILON
+from lens.runs import Run
+
+
+def limits(run: Run) -> list[str]:
+    """One or two sentences each, most important first."""
+    return [
+        "Nothing was changed inside the model, so nothing here is about cause: a score says where a head "
+        "looks, not what the model would do without it. Heads with high scores can be redundant, and heads "
+        "with low ones important.",
+        *_first_token(run),
+        *_prompts(run),
+        "Brackets are 95 % bootstrap intervals: over prompts where there are several, else over "
+        "contiguous stretches of the one prompt. They do not cover the choice of the text.",
+        "Thresholds only sort heads for reading; the scores themselves are in the table, the grid and "
+        "report.json.",
+        "Not measured: the effect of removing heads, circuits, the norm of what a head writes, and "
+        "attention after changing the prompt's first token or the model's precision.",
+    ]
+
+
+def _first_token(run: Run) -> list[str]:
+    prompts = run.prompts
+    firsts = list(dict.fromkeys(strings[0] for strings in prompts["token_strings"]))
+    lengths = sorted(set(prompts["tokens"]))
+    span = f"{lengths[0]:,}" if len(lengths) == 1 else f"{lengths[0]:,} to {lengths[-1]:,}"
+    comparable = (
+        f"Sink rates depend on the threshold (ε = {SINK_EPSILON}) and on the prompts' length ({span} tokens "
+        "here), so they compare only between runs that share both (Gu et al., arXiv 2410.10781)."
+    )
+    if run.meta["bos"] == "added":
+        about = (
+            f"Every prompt begins with the tokenizer's BOS token ({firsts[0]!r}). The sinks named here are "
+            "on that token; a prompt without it can have them elsewhere, or have none."
+        )
+    else:
+        named = ", ".join(map(repr, firsts[:3])) + (" and others" if len(firsts) > 3 else "")
+        about = (
+            f"No BOS token was put in front, as the tokenizer puts none: the first tokens were {named}. "
+            "Sinks on the first token depend on which token that is and whether a BOS or chat template comes before."
+        )
+    return [about, comparable]
+
+
+def _prompts(run: Run) -> list[str]:
+    kinds = run.prompts["kind"]
+    config = run.config.get("prompts", {})
+    said = []
+    if (kinds == "text").any():
+        titles = run.prompts.loc[kinds == "text", "title"].str.partition(":")[0].unique()
+        source = titles[0] if len(titles) == 1 else f"{len(titles)} texts"
+        tokens = int(run.prompts.loc[kinds == "text", "tokens"].sum())
+        said.append(
+            f"The text is {source}, {tokens:,} tokens: what heads do on other kinds of text, on code or in "
+            "other languages was not looked at."
+        )
+    if config.get("windows"):
+        said.append(
+            f"The text was cut into pieces of {config['tokens']} tokens; no head could look beyond its piece."
+        )
+    elif config.get("tokens"):
+        said.append(f"Each text was cut after {config['tokens']:,} tokens, on request.")
+    if (kinds == "copied").any():
+        said.append(
+            "Copied prompts are uniform random tokens, which no text looks like: they show that a head can "
+            "copy, not how often it does."
+        )
+    return said

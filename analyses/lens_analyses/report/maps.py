@@ -1,0 +1,121 @@
+"""Small attention maps for the page, as PNG data URIs: no browser and no imaging library needed."""
+
+import base64
+import struct
+import zlib
+from dataclasses import dataclass
+
+import numpy as np
+
+from lens.errors import LensError
+from lens.figures.colors import VIRIDIS
+from lens.runs import Run
+from lens.trace import AttentionTrace
+
+EXACT_TOKENS = 256
+FLOOR = 1e-3
+
+
+@dataclass(frozen=True)
+class HeadMap:
+    """The picture of one head on one prompt.
+
+    Attributes:
+        head: `L3H5`.
+        role: why it is shown, in words with its score.
+        caption: prompt and resolution.
+        alt: what is seen, for those who do not see it.
+        image: PNG as a data URI.
+    """
+
+    head: str
+    role: str
+    caption: str
+    alt: str
+    image: str
+
+
+_ROLES = {
+    "induction": "induction",
+    "sink": "first-token sink",
+    "previous_token": "previous token",
+    "duplicate_token": "duplicate token",
+}
+
+
+def head_maps(run: Run, summary: list[dict], *, per_kind: int = 2, most: int = 8) -> list[HeadMap]:
+    """Maps of the strongest heads of each finding, on the first prompt of the kind that showed it."""
+    maps = []
+    for finding in summary:
+        if not finding["found"]:
+            continue
+        prompts = run.prompts[run.prompts["kind"] == finding["prompts"]]
+        prompt_id = str(prompts.iloc[0]["prompt_id"])
+        try:
+            trace = run.trace(prompt_id)
+        except LensError:
+            continue
+        for head in finding["heads"][:per_kind]:
+            maps.append(_map(trace, prompt_id, finding, head))
+    return maps[:most]
+
+
+def _map(trace: AttentionTrace, prompt_id: str, finding: dict, head: dict) -> HeadMap:
+    layer, index = head["layer"], head["head"]
+    name = f"L{layer}H{index}"
+    exact = "q" in trace.dataset and trace.length <= EXACT_TOKENS
+    if exact:
+        values = trace.tile(layer, index, (0, trace.length), (0, trace.length))
+        grain = "one pixel a token pair"
+    else:
+        values = trace.block_mass.isel(layer=layer, head=index).values
+        grain = f"blocks of {trace.attrs['block_size']} tokens"
+    hidden = ~np.tri(*values.shape, dtype=bool) if trace.attrs["causal"] else None
+    role = _ROLES.get(finding["kind"], finding["kind"])
+    return HeadMap(
+        head=name,
+        role=f"{role} {head['value']:.2f}",
+        caption=f"{prompt_id}, {trace.length:,} tokens, {grain}",
+        alt=f"Attention map of head {name} on prompt {prompt_id}: {role} score {head['value']:.2f}",
+        image=png(colored(values, hidden)),
+    )
+
+
+def colored(values: np.ndarray, hidden: np.ndarray | None = None) -> np.ndarray:
+    """[rows, columns] probabilities to [rows, columns, 4] RGBA on a log scale from `FLOOR` to 1.
+
+    `hidden` cells, and NaN, are transparent.
+    """
+    stops = np.array([[int(color[i : i + 2], 16) for i in (1, 3, 5)] for color in VIRIDIS], float)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        level = 1 - np.log(np.clip(values, FLOOR, 1)) / np.log(FLOOR)
+    place = np.nan_to_num(level) * (len(stops) - 1)
+    channels = [np.interp(place, np.arange(len(stops)), stops[:, i]) for i in range(3)]
+    blank = np.isnan(values) if hidden is None else hidden | np.isnan(values)
+    alpha = np.where(blank, 0, 255)
+    return np.stack([*channels, alpha], axis=-1).round().astype(np.uint8)
+
+
+def png(pixels: np.ndarray) -> str:
+    """[rows, columns, 4] uint8 as a PNG data URI."""
+    rows, columns, _ = pixels.shape
+    raw = b"".join(b"\0" + row.tobytes() for row in pixels)
+    header = struct.pack(">IIBBBBB", columns, rows, 8, 6, 0, 0, 0)
+    content = b"".join(
+        (
+            b"\x89PNG\r\n\x1a\n",
+            _chunk(b"IHDR", header),
+            _chunk(b"IDAT", zlib.compress(raw, 9)),
+            _chunk(b"IEND", b""),
+        )
+    )
+    return "data:image/png;base64," + base64.b64encode(content).decode()
+
+
+def _chunk(kind: bytes, content: bytes) -> bytes:
+    return (
+        struct.pack(">I", len(content))
+        + kind
+        + content
+        + struct.pack(">I", zlib.crc32(kind + content))
+    )

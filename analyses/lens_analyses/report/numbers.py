@@ -1,0 +1,182 @@
+"""The numbers of a report: `report.json`, from a run folder (docs/schema/report.md).
+
+The page is made from these and nothing else, so that what is read and what is stored cannot differ.
+"""
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+import lens
+from lens.findings import Finding, findings
+from lens.metrics import METRICS
+from lens.profiles import SINK_EPSILON
+from lens.runs import Run
+from lens_analyses.console import finite
+from lens_analyses.report.limits import limits
+
+SCHEMA, SCHEMA_VERSION = "attention-lens/report", 1
+KINDS = ("text", "copied")
+EPSILONS = tuple(round(0.05 * step, 2) for step in range(1, 20))
+CITATION = (
+    "@software{attention_lens,\n"
+    "  title   = {attention-lens: what every attention head of a model does},\n"
+    f"  version = {{{lens.__version__}}},\n"
+    "  license = {Apache-2.0}\n"
+    "}"
+)
+_RESAMPLES = 1000
+
+
+def numbers(run: Run, status: str | None = None) -> dict[str, Any]:
+    """Everything that a report says, as plain values without NaN.
+
+    Args:
+        run: a run with its tables.
+        status: of the run, if it is about to change.
+
+    Raises:
+        LensError: a table is missing or damaged.
+    """
+    meta, heads = run.meta, run.heads
+    pooled = heads[heads["prompt_id"].isin(KINDS)]
+    found = findings(heads)
+    prompts = run.prompts.drop(columns=["text", "token_ids", "token_strings"])
+    data = {
+        "schema": SCHEMA,
+        "schema_version": SCHEMA_VERSION,
+        "run": run.id,
+        "title": run.title,
+        "status": status or run.status,
+        "created": meta["created"],
+        "seconds": meta["seconds"],
+        "summary": [_finding(one) for one in found],
+        "setup": {
+            **{
+                key: meta[key]
+                for key in ("model", "device", "backend", "block_size", "seed", "bos")
+            },
+            "prompts": prompts.to_dict("records"),
+            "losses": _losses(run),
+        },
+        "metrics": {name: _metric(name) for name in dict.fromkeys(pooled["metric"])},
+        "heads": pooled.rename(columns={"prompt_id": "prompts"}).to_dict("records"),
+        "sinks": _sinks(run),
+        "limits": limits(run),
+        "warnings": meta.get("warnings", []),
+        "provenance": {
+            "command": meta.get("command"),
+            "config": run.config,
+            "config_hash": run.id.rpartition("-")[2],
+            "versions": meta["versions"],
+            "report_version": lens.__version__,
+            "citation": CITATION,
+        },
+    }
+    return finite(_plain(data))
+
+
+def _finding(one: Finding) -> dict[str, Any]:
+    return {
+        "kind": one.kind,
+        "found": one.found,
+        "text": one.text,
+        "metric": one.metric,
+        "prompts": one.prompt_id,
+        "threshold": one.threshold,
+        "heads": [
+            {
+                "layer": head.layer,
+                "head": head.head,
+                "value": head.value,
+                "low": head.low,
+                "high": head.high,
+            }
+            for head in one.heads
+        ],
+    }
+
+
+def _metric(name: str) -> dict[str, Any]:
+    known = METRICS[name]
+    return {
+        "label": known.label,
+        "definition": known.definition,
+        "unit": known.unit,
+        "source": known.source,
+    }
+
+
+def _losses(run: Run) -> list[dict[str, Any]]:
+    """Mean loss in nats a token by kind of prompt, with the loss that guessing would have."""
+    vocab = run.meta["model"].get("vocab")
+    chance = float(np.log(vocab)) if vocab else float("nan")
+    rows = []
+    for kind, column in (("text", "loss"), ("copied", "loss"), ("copied", "loss_repeat")):
+        values = run.prompts.loc[run.prompts["kind"] == kind, column].dropna().to_numpy()
+        if len(values):
+            low, high = _interval(values)
+            rows.append(
+                {
+                    "prompts": kind,
+                    "what": column,
+                    "value": float(values.mean()),
+                    "low": low,
+                    "high": high,
+                    "n": len(values),
+                    "chance": chance,
+                }
+            )
+    return rows
+
+
+def _sinks(run: Run) -> dict[str, Any]:
+    """Sink rate of the model (Gu et al., arXiv 2410.10781) and how it depends on epsilon.
+
+    `rate(eps)`: share of (prompt, layer, head) with alpha_0 > eps, the threshold taken per prompt.
+    """
+    rates, curve = [], []
+    for kind in KINDS:
+        members = run.prompts.loc[run.prompts["kind"] == kind, "prompt_id"]
+        rows = run.heads[
+            (run.heads["metric"] == "sink_mass") & run.heads["prompt_id"].isin(members)
+        ]
+        alpha = rows.pivot(index="prompt_id", columns=["layer", "head"], values="value").to_numpy()
+        if not alpha.size:
+            continue
+        for epsilon in EPSILONS:
+            share = (alpha > epsilon).mean(axis=1)
+            low, high = _interval(share)
+            row = {
+                "prompts": kind,
+                "epsilon": epsilon,
+                "value": float(share.mean()),
+                "low": low,
+                "high": high,
+                "n": len(share),
+            }
+            curve.append(row)
+            if epsilon == SINK_EPSILON:
+                rates.append(row)
+    return {"epsilon": SINK_EPSILON, "rate": rates, "sensitivity": curve}
+
+
+def _interval(values: np.ndarray) -> tuple[float, float]:
+    """95 % percentile bootstrap of the mean over prompts; NaN for fewer than two."""
+    if len(values) < 2:
+        return float("nan"), float("nan")
+    draws = np.random.default_rng(0).choice(values, (_RESAMPLES, len(values))).mean(axis=1)
+    low, high = np.percentile(draws, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def _plain(data: Any) -> Any:
+    """numpy's and pandas' numbers as Python's."""
+    if isinstance(data, dict):
+        return {name: _plain(value) for name, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [_plain(value) for value in data]
+    if isinstance(data, (np.generic,)):
+        return data.item()
+    return None if data is pd.NA else data

@@ -1,0 +1,189 @@
+"""`report.html`: the numbers as one page that needs nothing else, no network either.
+
+The page forbids itself every request by a content security policy; plotly.js is inlined once.
+"""
+
+import json
+from typing import Any
+
+import pandas as pd
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+from plotly.utils import PlotlyJSONEncoder
+
+from lens_analyses.report.charts import NAMES, charts, template
+from lens_analyses.report.maps import HeadMap
+
+COLUMNS = (
+    ("induction", "raw", "copied"),
+    ("previous_token", "raw", "copied"),
+    ("duplicate_token", "raw", "copied"),
+    ("sink_mass", "raw", "text"),
+    ("entropy", "raw", "text"),
+    ("entropy", "sink_excluded", "text"),
+    ("distance", "sink_excluded", "text"),
+    ("effective_keys", "raw", "text"),
+    ("top_key", "raw", "text"),
+)
+"""Metric, variant and the prompts that show it best: the columns of the table of heads."""
+
+ROLES = {
+    "induction": "induction",
+    "sink": "sink",
+    "previous_token": "previous",
+    "duplicate_token": "duplicate",
+}
+
+
+def page(data: dict[str, Any], maps: list[HeadMap]) -> str:
+    """The whole page.
+
+    Args:
+        data: the report's numbers.
+        maps: pictures of some heads.
+    """
+    heads = pd.DataFrame(data["heads"]).rename(columns={"prompts": "prompt_id"})
+    kinds = list(dict.fromkeys(heads["prompt_id"]))
+    figures = charts(data, heads)
+    environment = Environment(
+        loader=PackageLoader("lens_analyses.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(number=number, percent=percent, interval=interval)
+    source = environment.loader
+    assert source is not None
+    return environment.get_template("report.html.j2").render(
+        report=data,
+        kinds=kinds,
+        kind_names=NAMES,
+        grids=_choices(figures, data),
+        columns=_columns(kinds, data),
+        rows=_rows(heads, kinds, data),
+        sink_heads=_sink_heads(heads, kinds, data),
+        maps=maps,
+        style=Markup(source.get_source(environment, "report.css")[0]),
+        script=Markup(source.get_source(environment, "report.js")[0]),
+        plotly=Markup(get_plotlyjs()),
+        payload=Markup(_json({"template": template(), "figures": figures})),
+    )
+
+
+def number(value: float | None, unit: str = "") -> str:
+    """A number for people: three significant digits, whole tokens and positions whole."""
+    if value is None:
+        return "–"
+    if unit == "position":
+        return f"{value:.0f}"
+    if unit == "probability":
+        return f"{value:.2f}"
+    return (
+        f"{value:.2f}"
+        if abs(value) < 10
+        else f"{value:.1f}"
+        if abs(value) < 100
+        else f"{value:,.0f}"
+    )
+
+
+def percent(value: float | None) -> str:
+    """A share as a percentage."""
+    return "–" if value is None else f"{value:.0%}" if value >= 0.1 or not value else f"{value:.1%}"
+
+
+def interval(row: dict[str, Any], unit: str = "") -> str:
+    """The interval of a row, or "" where there is none."""
+    if row["low"] is None or row["high"] is None:
+        return ""
+    return f"{number(row['low'], unit)}–{number(row['high'], unit)}"
+
+
+def _json(data: Any) -> str:
+    """JSON that cannot end the script element it stands in."""
+    text = json.dumps(data, cls=PlotlyJSONEncoder, separators=(",", ":"))
+    return text.replace("<", "\\u003c")
+
+
+def _choices(figures: dict[str, Any], data: dict[str, Any]) -> dict[str, list[dict[str, str]]]:
+    """For each kind of prompts the grids that can be shown."""
+    found: dict[str, list[dict[str, str]]] = {}
+    for name in figures:
+        if not name.startswith("grid/"):
+            continue
+        _, kind, metric, variant = name.split("/")
+        known = data["metrics"][metric]
+        without = ", sink excluded" if variant == "sink_excluded" else ""
+        choice = {
+            "key": f"{metric}/{variant}",
+            "label": known["label"] + without,
+            "definition": f"{known['definition']} Unit: {known['unit']}.",
+        }
+        found.setdefault(kind, []).append(choice)
+    return found
+
+
+def _columns(kinds: list[str], data: dict[str, Any]) -> list[dict[str, Any]]:
+    made = []
+    for metric, variant, prefers in COLUMNS:
+        if metric not in data["metrics"]:
+            continue
+        known = data["metrics"][metric]
+        made.append(
+            {
+                "metric": metric,
+                "variant": variant,
+                "kind": prefers if prefers in kinds else kinds[0],
+                "label": known["label"] + (", no sink" if variant == "sink_excluded" else ""),
+                "unit": known["unit"],
+                "definition": known["definition"],
+            }
+        )
+    return made
+
+
+def _rows(heads: pd.DataFrame, kinds: list[str], data: dict[str, Any]) -> list[dict[str, Any]]:
+    """One row a head with a cell per column."""
+    keys = ["prompt_id", "metric", "variant", "layer", "head"]
+    cells = {
+        tuple(record[key] for key in keys): record
+        for record in heads.astype(object).where(heads.notna(), None).to_dict("records")
+    }
+    tags: dict[tuple[int, int], list[str]] = {}
+    for finding in data["summary"]:
+        for head in finding["heads"] if finding["found"] else ():
+            tags.setdefault((head["layer"], head["head"]), []).append(ROLES[finding["kind"]])
+    columns = _columns(kinds, data)
+    return [
+        {
+            "name": f"L{layer}H{head}",
+            "order": index,
+            "tags": tags.get((layer, head), []),
+            "cells": [
+                cells[column["kind"], column["metric"], column["variant"], layer, head]
+                for column in columns
+            ],
+        }
+        for index, (layer, head) in enumerate(sorted({key[3:] for key in cells}))
+    ]
+
+
+def _sink_heads(heads: pd.DataFrame, kinds: list[str], data: dict[str, Any]) -> dict[str, Any]:
+    """The heads whose first token receives most, with what else describes a sink."""
+    kind = "text" if "text" in kinds else kinds[0]
+    names = ("sink_mass", "sink_rate", "top_key", "top_key_mass")
+    rows = heads[(heads["prompt_id"] == kind) & (heads["variant"] == "raw")]
+    by_head: dict[tuple[int, int], dict[str, Any]] = {}
+    for record in rows.astype(object).where(rows.notna(), None).to_dict("records"):
+        if record["metric"] in names:
+            by_head.setdefault((record["layer"], record["head"]), {})[record["metric"]] = record
+    epsilon = data["sinks"]["epsilon"]
+    found = [
+        {"name": f"L{layer}H{head}", **parts}
+        for (layer, head), parts in by_head.items()
+        if (parts["sink_mass"]["value"] or 0) > epsilon
+    ]
+    found.sort(key=lambda one: -one["sink_mass"]["value"])
+    return {"kind": kind, "total": len(by_head), "heads": found}

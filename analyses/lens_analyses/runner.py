@@ -1,0 +1,355 @@
+"""`lens run`: from a configuration to a finished run folder, completing what an earlier try left.
+
+Prompts are captured one by one, the longest first, each into its own trace folder; after each the table of
+prompts says that it is done. The head metrics are computed at the end from the traces on disk, so a run
+that was interrupted ends with the same numbers as one that was not.
+"""
+
+import logging
+import shutil
+import signal
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+import lens
+from lens.errors import LensError
+from lens.run_writer import RunWriter, find_by_config
+from lens.runs import Run, open_run
+from lens_analyses.config import RunConfig
+from lens_analyses.console import Output, log, progress_bar
+from lens_analyses.estimate import work
+from lens_analyses.inputs import PlannedPrompt, load_model, plan, read_sources
+from lens_analyses.provenance import versions
+from lens_analyses.report import render
+
+if TYPE_CHECKING:
+    from lens.models.loaded import LoadedModel
+
+KINDS = ("text", "copied")
+_WORTH_A_LINE = 5.0  # seconds of a prompt; quicker ones are in log.txt only
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What `lens run` leaves.
+
+    Attributes:
+        run: the run folder.
+        headline: the findings in words.
+        computed: False if it was finished before.
+    """
+
+    run: Run
+    headline: list[str]
+    computed: bool = True
+
+    @property
+    def status(self) -> str:
+        """Of the run."""
+        return self.run.status
+
+    def text(self) -> str:
+        """A few lines for people."""
+        prompts = self.run.meta["prompts"]
+        if self.status == "partial":
+            return (
+                f"stopped after {prompts['done']} of {prompts['total']} prompts; the same command, or "
+                f"`lens run -c {self.run.path / 'config.toml'}`, completes {self.run.path}"
+            )
+        lines = [] if self.computed else ["finished before (--again computes it anew)"]
+        lines += self.headline
+        lines += [f"run:    {self.run.path}", f"report: {self.run.path / 'report.html'}"]
+        return "\n".join(lines)
+
+    def as_json(self) -> dict[str, Any]:
+        """For `--json`."""
+        report = self.run.path / "report.html"
+        return {
+            "id": self.run.id,
+            "path": str(self.run.path),
+            "status": self.status,
+            "computed": self.computed,
+            "prompts": self.run.meta["prompts"],
+            "seconds": self.run.meta["seconds"],
+            "findings": self.headline,
+            "report": str(report) if report.exists() else None,
+        }
+
+
+def execute(config: RunConfig, runs: Path, output: Output, *, again: bool = False) -> Finished:
+    """Make the run, or complete it, or find it finished.
+
+    Raises:
+        LensError: the input makes no sense (then no folder is left), or another process is at it.
+    """
+    config, sources = read_sources(config)
+    mapping = config.as_mapping()
+    earlier = find_by_config(runs, mapping)
+    if earlier is not None and not again and (earlier / "run.json").exists():
+        run = open_run(earlier)
+        if run.status == "success" and (earlier / "report.html").exists():
+            return Finished(run, render(run).headline, computed=False)
+    log.info("loading %s", config.model.name)
+    model = load_model(config)
+    planned = plan(model, config, sources)
+    if again and earlier is not None:
+        shutil.rmtree(earlier)
+    fresh_parent = not runs.exists()
+    writer = RunWriter.start(runs, mapping, _meta(config, model, planned))
+    try:
+        with _log_file(writer.path / "log.txt"), _stoppable():
+            return _Execution(config, model, planned, writer, output).run()
+    except LensError:
+        if not writer.resumed and not writer.meta["prompts"]["done"]:
+            shutil.rmtree(writer.path)
+            if fresh_parent:
+                with suppress(OSError):
+                    runs.rmdir()
+        raise
+
+
+class _Execution:
+    """The steps of one run, between its first and its last line in `run.json`."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        model: "LoadedModel",
+        planned: list[PlannedPrompt],
+        writer: RunWriter,
+        output: Output,
+    ) -> None:
+        self._config = config
+        self._model = model
+        self._planned = planned
+        self._writer = writer
+        self._output = output
+        self._table = _prompt_table(model, planned)
+
+    def run(self) -> Finished:
+        """All steps; the folder says `success`, `partial` or `error` afterwards."""
+        try:
+            self._reuse()
+            self._capture_all()
+            self._score()
+            report = render(open_run(self._writer.path), status="success")
+            for name, content in report.files().items():
+                self._writer.text(name, content)
+            headline = report.headline
+            status, error = "success", None
+        except KeyboardInterrupt:
+            headline, status, error = [], "partial", None
+            log.info("stopped")
+        except Exception as failure:
+            log.debug("%s", traceback.format_exc())
+            self._close("error", failure)
+            raise
+        return Finished(self._close(status, error), headline)
+
+    def _close(self, status: str, error: BaseException | None) -> Run:
+        log.info("%s after %.1f s", status, self._writer.meta["seconds"])
+        self._writer.record("log.txt")
+        return self._writer.finish(status, error)
+
+    def _trace_folder(self, prompt_id: str) -> Path:
+        return self._writer.path / "trace" / prompt_id
+
+    def _reuse(self) -> None:
+        """Take over the prompts that an earlier try finished."""
+        try:
+            run = open_run(self._writer.path)
+            earlier = run.prompts.set_index("prompt_id")
+        except LensError:
+            return
+        for row, prompt in enumerate(self._planned):
+            prompt_id = self._table.loc[row, "prompt_id"]
+            if prompt_id not in earlier.index or earlier.loc[prompt_id, "status"] != "done":
+                continue
+            try:
+                run.trace(str(prompt_id))
+            except LensError as problem:
+                log.info("%s is captured again: %s", prompt_id, problem)
+                continue
+            if list(earlier.loc[prompt_id, "token_ids"]) == prompt.ids:
+                for column in ("loss", "loss_repeat", "status", "seconds"):
+                    self._table.loc[row, column] = earlier.loc[prompt_id, column]
+        self._save_prompts()
+        done = self._writer.meta["prompts"]["done"]
+        if done:
+            log.info("%d of %d prompts were finished before", done, len(self._planned))
+
+    def _capture_all(self) -> None:
+        pending = [row for row, done in enumerate(self._table["status"] == "done") if not done]
+        pending.sort(key=lambda row: -len(self._planned[row].ids))
+        layers = self._model.info.layers
+        cost = {row: work(self._model, self._planned[row]) / layers for row in pending}
+        finished = 0.0
+        folder: Path | None = None
+        per_layer = 0.0
+
+        def completed() -> float:
+            written = len(list(folder.glob("layer-*"))) if folder is not None else 0
+            return finished + per_layer * written
+
+        started = time.monotonic()
+        total = sum(cost.values()) * layers
+        with progress_bar(self._output, self._model.name, total, completed):
+            for count, row in enumerate(pending, 1):
+                folder = self._trace_folder(str(self._table.loc[row, "prompt_id"]))
+                shutil.rmtree(folder, ignore_errors=True)
+                per_layer = cost[row]
+                self._capture(row, folder)
+                finished, folder = finished + cost[row] * layers, None
+                left = (time.monotonic() - started) * (total / finished - 1)
+                slow = self._table.loc[row, "seconds"] > _WORTH_A_LINE
+                log.log(
+                    logging.INFO if slow else logging.DEBUG,
+                    "%s: %s tokens in %.1f s (%d of %d prompts, about %.0f s left)",
+                    self._table.loc[row, "prompt_id"],
+                    f"{len(self._planned[row].ids):,}",
+                    self._table.loc[row, "seconds"],
+                    count,
+                    len(pending),
+                    left,
+                )
+
+    def _capture(self, row: int, folder: Path) -> None:
+        prompt = self._planned[row]
+        start = time.monotonic()
+        lens.capture(
+            self._model,
+            prompt.ids,
+            block_size=self._config.capture.block_size,
+            keep_qk=self._config.capture.keep_qk,
+            backend=self._config.capture.backend,
+            out=folder,
+            progress=False,
+            seed=prompt.seed,
+        )
+        loss, repeat = self._losses(prompt)
+        values = {"loss": loss, "loss_repeat": repeat, "status": "done"}
+        values["seconds"] = round(time.monotonic() - start, 3)
+        self._table.loc[row, list(values)] = list(values.values())
+        self._writer.record(folder.relative_to(self._writer.path).as_posix())
+        self._save_prompts()
+
+    def _losses(self, prompt: PlannedPrompt) -> tuple[float, float]:
+        """Mean loss of the prompt, and of the second copy from its second token on.
+
+        The second copy's first token cannot be known from the first copy, so it does not count.
+        """
+        from lens.prompts import token_losses
+
+        if len(prompt.ids) < 2:
+            return float("nan"), float("nan")
+        try:
+            losses = token_losses(self._model, prompt.ids)
+        except LensError as error:
+            self._writer.warn(f"no loss: {error}")
+            return float("nan"), float("nan")
+        repeated = self._config.prompts.copied_length - 1
+        if prompt.kind != "copied" or not repeated:
+            return float(losses.mean()), float("nan")
+        return float(losses.mean()), float(losses[-repeated:].mean())
+
+    def _save_prompts(self) -> None:
+        done = int((self._table["status"] == "done").sum())
+        self._writer.meta["prompts"] = {"total": len(self._planned), "done": done}
+        self._writer.table("prompts", self._table)
+
+    def _score(self) -> None:
+        """Head metrics of each prompt and of each kind of prompt, from the traces on disk."""
+        from lens.profiles import pooled_table, prompt_table
+
+        run = open_run(self._writer.path)
+        tables = {}
+        for prompt_id in self._table["prompt_id"]:
+            tables[prompt_id] = prompt_table(
+                run.trace(prompt_id), prompt_id, seed=self._config.seed
+            )
+        pooled = []
+        for kind in KINDS:
+            members = [tables[prompt] for prompt in self._table.query("kind == @kind")["prompt_id"]]
+            if len(members) == 1:
+                pooled.append(members[0].assign(prompt_id=kind))
+            elif members:
+                pooled.append(pooled_table(members, kind, seed=self._config.seed))
+        self._writer.update(backend=run.trace(run.traces[0]).attrs["backend"])
+        self._writer.table("heads", pd.concat([*pooled, *tables.values()], ignore_index=True))
+
+
+def _meta(config: RunConfig, model: "LoadedModel", planned: list[PlannedPrompt]) -> dict[str, Any]:
+    starts_with_bos = model.bos_id is not None and planned[0].ids[0] == model.bos_id
+    kinds = [prompt.kind for prompt in planned]
+    counts = [f"{kinds.count(kind)} {kind} prompts" for kind in KINDS if kind in kinds]
+    return {
+        "title": f"{model.name} on {' and '.join(counts)}",
+        "what": config.what,
+        "command": config.command(),
+        "model": model.describe(),
+        "device": str(model.device),
+        "backend": config.capture.backend,
+        "block_size": config.capture.block_size,
+        "seed": config.seed,
+        "bos": "added" if starts_with_bos else "absent",
+        "prompts": {"total": len(planned), "done": 0},
+        "versions": versions(),
+    }
+
+
+def _prompt_table(model: "LoadedModel", planned: list[PlannedPrompt]) -> pd.DataFrame:
+    """`prompts.parquet` with nothing done yet."""
+    nan = float("nan")
+    return pd.DataFrame(
+        {
+            "prompt_id": [f"p{number:03d}" for number in range(len(planned))],
+            "kind": [prompt.kind for prompt in planned],
+            "title": [prompt.title for prompt in planned],
+            "text": [prompt.text for prompt in planned],
+            "tokens": [len(prompt.ids) for prompt in planned],
+            "token_ids": [prompt.ids for prompt in planned],
+            "token_strings": [model.token_strings(prompt.ids) for prompt in planned],
+            "loss": nan,
+            "loss_repeat": nan,
+            "status": "pending",
+            "seconds": nan,
+        }
+    )
+
+
+@contextmanager
+def _log_file(path: Path) -> Iterator[None]:
+    """Everything logged goes to `path` too, tracebacks included."""
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        handler.close()
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """SIGTERM stops a run as Ctrl-C does: in order, to be completed later."""
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    try:
+        before = signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # not the main thread
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
