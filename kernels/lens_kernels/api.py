@@ -104,9 +104,9 @@ def run_problem(problem: Problem, backend: str) -> AttentionResult:
     module = load(backend)
     result = module.run(problem)
     if problem.needs_gradients and not getattr(module, "DIFFERENTIABLE", False):
-        from lens_kernels import backward
+        from lens_kernels import backward, tiled_backward
 
-        result = backward.attach(problem, result)
+        result = backward.attach(problem, result, tiled_backward.gradients)
     return _package(problem, result, backend)
 
 

@@ -85,15 +85,24 @@ class Panel:
         scores: `s` [H, R, C], -inf where hidden.
         probability: `P` [H, R, C].
         lse: [H, R].
+        cap_slope: d s / d (scale * q.k) [H, R, C], where `lse` was given and there is a softcap.
     """
 
-    def __init__(self, problem: Problem, strip: Strip, rows: slice) -> None:
+    def __init__(
+        self, problem: Problem, strip: Strip, rows: slice, lse: Tensor | None = None
+    ) -> None:
+        """`lse` [batch, heads, queries]: of the whole rows, where the forward pass left it."""
         self.problem, self.strip, self.rows = problem, strip, rows
-        self.scores = self._logits()
-        sinks = problem.sink_logits
-        self.probability, self.lse = softmax(
-            self.scores, None if sinks is None else sinks[strip.heads].detach()
-        )
+        self.cap_slope: Tensor | None = None
+        self.scores = self._logits(keep_slope=lse is not None)
+        if lse is None:
+            sinks = problem.sink_logits
+            self.probability, self.lse = softmax(
+                self.scores, None if sinks is None else sinks[strip.heads].detach()
+            )
+        else:
+            self.lse = lse[strip.batch, strip.heads, rows]
+            self.probability = exponentials(self.scores, self.lse)
 
     def read(self, tensor: Tensor) -> Tensor:
         """The strip's keys of [batch, kv_heads, keys, D], as [G, C, D] in the compute type."""
@@ -107,7 +116,7 @@ class Panel:
         grouped = weight.reshape(keys.shape[0], -1, weight.shape[-1])
         return (grouped @ keys).view(*weight.shape[:2], keys.shape[-1])
 
-    def _logits(self) -> Tensor:
+    def _logits(self, keep_slope: bool) -> Tensor:
         problem, strip, plan, rows = self.problem, self.strip, self.problem.plan, self.rows
         query = problem.query[strip.batch, strip.heads, rows].to(problem.compute_dtype)
         key = self.read(problem.key)
@@ -115,7 +124,10 @@ class Panel:
         scores = (grouped @ key.transpose(-1, -2)).mul_(problem.scale)
         scores = scores.view(*query.shape[:2], -1)
         if problem.softcap is not None:
-            scores = scores.div_(problem.softcap).tanh_().mul_(problem.softcap)
+            scores = scores.div_(problem.softcap).tanh_()
+            if keep_slope:
+                self.cap_slope = 1 - scores.square()
+            scores = scores.mul_(problem.softcap)
         if plan.bias is not None:
             scores = scores + self._part(plan.bias)
         if plan.slopes is not None:
@@ -167,3 +179,9 @@ def softmax(scores: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
     total = torch.where(seen, total, 1)
     lse = torch.where(seen, pivot + total.log(), -_INF)
     return weight.div_(total), lse.squeeze(-1)
+
+
+def exponentials(scores: Tensor, lse: Tensor) -> Tensor:
+    """`exp(s - lse)` of `scores` [..., R, C] and `lse` [..., R]; 0 in rows without keys."""
+    total = lse.masked_fill(lse == -_INF, _INF)
+    return torch.exp(scores - total[..., None])

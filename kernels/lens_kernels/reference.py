@@ -20,10 +20,7 @@ _INF = float("inf")
 
 
 def supports(problem: Problem) -> str | None:
-    """It can do everything but the numbers of the backward pass: autograd goes through it."""
-    asked = sorted(name for name in problem.statistics if STATISTICS[name].from_backward)
-    if asked:
-        return f"plain autograd runs through it, which does not export {', '.join(asked)}"
+    """It can do everything."""
     return None
 
 
@@ -68,20 +65,73 @@ def probabilities(problem: Problem) -> Tensor:
 
 
 def run(problem: Problem) -> BackendResult:
-    """All statistics from the materialised `P`."""
+    """All statistics from the materialised `P`.
+
+    Differentiable through output, `lse`, group states and the statistics in
+    `problem.differentiable`; hooks on `P` and `s` fill the statistics of the backward pass.
+    """
     scores = logits(problem)
+    exports = _exports(problem)
+    if exports and not scores.requires_grad:
+        scores.requires_grad_()  # only values have a gradient, but those of P and s are asked for
     probability, lse = _softmax(scores, problem.sink_logits)
     share = problem.heads // problem.kv_heads
     value = problem.value.double().repeat_interleave(share, 1)
-    output = probability @ value
+    weight = _watched(problem, scores, probability, exports) if exports else probability
+    output = weight @ value
     tensors = {
         "lse": lse,
         **_row_statistics(problem, scores, probability, output),
         **_column_statistics(problem, probability),
         **_block_statistics(problem, scores, probability),
     }
-    wanted = {name: tensor.contiguous() for name, tensor in tensors.items() if problem.wants(name)}
-    return BackendResult(output, {"lse": lse, **wanted}, _group_states(problem, scores, value))
+    flows = {"lse", *problem.differentiable}
+    wanted = {
+        name: (tensor if name in flows else tensor.detach()).contiguous()
+        for name, tensor in tensors.items()
+        if problem.wants(name)
+    }
+    groups = _group_states(problem, scores, value)
+    return BackendResult(output, {"lse": lse, **wanted}, groups, exports)
+
+
+def _exports(problem: Problem) -> dict[str, Tensor | None]:
+    """A place for each statistic of the backward pass that is asked for."""
+    names = sorted(name for name in problem.statistics if STATISTICS[name].from_backward)
+    return dict.fromkeys(names)
+
+
+def _watched(
+    problem: Problem, scores: Tensor, probability: Tensor, exports: dict[str, Tensor | None]
+) -> Tensor:
+    """The `P` to make the output with; gradients that reach it and `scores` fill `exports`.
+
+    The gradient `a` of that `P` is the one through the output alone; the gradient of `s` is whole.
+    """
+    weight = probability.clone()
+
+    def fill(**found: Tensor) -> None:
+        exports.update({name: tensor for name, tensor in found.items() if name in exports})
+
+    def at_probability(a: Tensor) -> None:
+        p = probability.detach()
+        mean = (p * a).sum(-1, keepdim=True)
+        room = torch.where(p < 1, 1 - p, 1)
+        fill(
+            block_attribution=_block_sums(problem, p * a),
+            row_attribution=mean.squeeze(-1),
+            block_influence=_block_sums(problem, torch.where(p < 1, p * (mean - a) / room, -mean)),
+        )
+
+    def at_scores(gradient: Tensor) -> None:
+        fill(
+            block_logit_gradient=_block_sums(problem, gradient),
+            block_logit_gradient_abs=_block_sums(problem, gradient.abs()),
+        )
+
+    weight.register_hook(at_probability)
+    scores.register_hook(at_scores)
+    return weight
 
 
 def _softmax(scores: Tensor, sink_logits: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -140,27 +190,32 @@ def _column_statistics(problem: Problem, probability: Tensor) -> dict[str, Tenso
     return {"received": probability.sum(-2), "diagonal": diagonal}
 
 
-def _block_statistics(problem: Problem, scores: Tensor, probability: Tensor) -> dict[str, Tensor]:
+def _blocks(problem: Problem, matrix: Tensor, fill: float = 0.0) -> Tensor:
+    """[batch, heads, queries, keys] as [batch, heads, query_blocks, rows, key_blocks, columns]."""
     rows, columns = problem.block_size
     short = (0, -problem.keys % columns, 0, -problem.queries % rows)
+    padded = pad(matrix, short, value=fill)
+    return padded.unflatten(3, (-1, columns)).unflatten(2, (-1, rows))
 
-    def blocks(matrix: Tensor, fill: float) -> Tensor:
-        """[batch, heads, query_blocks, rows, key_blocks, columns]."""
-        padded = pad(matrix, short, value=fill)
-        return padded.unflatten(3, (-1, columns)).unflatten(2, (-1, rows))
 
+def _block_sums(problem: Problem, matrix: Tensor) -> Tensor:
+    return _blocks(problem, matrix).sum((3, 5))
+
+
+def _block_statistics(problem: Problem, scores: Tensor, probability: Tensor) -> dict[str, Tensor]:
+    rows = problem.block_size[0]
     seen = (scores.amax(-1) > -_INF).double()
-    count = pad(seen, (0, short[3])).unflatten(2, (-1, rows)).sum(-1).clamp(min=1)
-    mass = blocks(probability, 0.0).sum((3, 5)) / count[..., None]
+    count = pad(seen, (0, -problem.queries % rows)).unflatten(2, (-1, rows)).sum(-1).clamp(min=1)
+    mass = _block_sums(problem, probability) / count[..., None]
     tensors = {
         "block_mass": mass,
-        "block_max": blocks(probability, 0.0).amax((3, 5)),
-        "block_max_logit": blocks(scores, -_INF).amax((3, 5)),
+        "block_max": _blocks(problem, probability).amax((3, 5)),
+        "block_max_logit": _blocks(problem, scores, -_INF).amax((3, 5)),
     }
     tensors["top_keys"], tensors["top_mass"] = top_blocks(mass, problem.top_k)
     if problem.key_weights is not None:
         weighted = probability * problem.key_weights.double()[:, :, None]
-        tensors["block_weighted"] = blocks(weighted, 0.0).sum((3, 5)) / count[..., None]
+        tensors["block_weighted"] = _block_sums(problem, weighted) / count[..., None]
     return tensors
 
 

@@ -111,11 +111,33 @@ _TABLE = (
     Statistic(
         "block_attribution",
         _MAP,
-        "after backward: sum of P * dP in the block (gradient x attention), signed",
+        "after backward: sum of P * a in the block, a = dO . v (gradient x attention), signed",
         from_backward=True,
     ),
     Statistic(
-        "row_attribution", _ROW, "after backward: dO . O, the row's importance", from_backward=True
+        "row_attribution",
+        _ROW,
+        "after backward: dO . O = sum P * a, the row's importance",
+        from_backward=True,
+    ),
+    Statistic(
+        "block_influence",
+        _MAP,
+        "after backward: sum of P (dO . O - a) / (1 - P), the effect on the loss of masking each key "
+        "alone and renormalising",
+        from_backward=True,
+    ),
+    Statistic(
+        "block_logit_gradient",
+        _MAP,
+        "after backward: sum of the gradient of the loss with respect to s, signed",
+        from_backward=True,
+    ),
+    Statistic(
+        "block_logit_gradient_abs",
+        _MAP,
+        "after backward: sum of the absolute gradient with respect to s",
+        from_backward=True,
     ),
 )
 
