@@ -7,7 +7,8 @@ from typing import TypedDict, Unpack
 
 from torch import Tensor
 
-from lens_kernels.dispatch import Explanation, explain_problem, load
+from lens_kernels.backward import attach
+from lens_kernels.dispatch import Explanation, choose_gradients, explain_problem, load
 from lens_kernels.problem import BackendResult, Problem
 from lens_kernels.types import AttentionMask, AttentionResult, AttentionStatistics
 from lens_kernels.validation import LabelPairs, make_problem
@@ -101,12 +102,10 @@ def attention(
 
 def run_problem(problem: Problem, backend: str) -> AttentionResult:
     """Runs a validated problem on the named backend, with gradients where inputs ask for them."""
-    module = load(backend)
-    result = module.run(problem)
-    if problem.needs_gradients and not getattr(module, "DIFFERENTIABLE", False):
-        from lens_kernels import backward, tiled_backward
-
-        result = backward.attach(problem, result, tiled_backward.gradients)
+    result = load(backend).run(problem)
+    compute, _ = choose_gradients(problem, backend)
+    if compute is not None:
+        result = attach(problem, result, compute)
     return _package(problem, result, backend)
 
 

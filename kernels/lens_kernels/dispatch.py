@@ -11,6 +11,7 @@ import importlib
 from dataclasses import dataclass
 from typing import Protocol, cast
 
+from lens_kernels.backward import Compute, Gradients, Saved, Upstream
 from lens_kernels.problem import BackendResult, Problem
 
 MODULES = {
@@ -25,11 +26,19 @@ _AUTO = {"cuda": ("triton", "torch"), "cpu": ("cpu", "torch")}
 
 
 class Backend(Protocol):
-    """What a backend module offers; see problem.py."""
+    """What a backend module offers; see problem.py. The backward pass is optional."""
 
     def supports(self, problem: Problem) -> str | None: ...
 
     def run(self, problem: Problem) -> BackendResult: ...
+
+
+class GradientBackend(Backend, Protocol):
+    """A backend with a backward pass of its own."""
+
+    def supports_gradients(self, problem: Problem) -> str | None: ...
+
+    def gradients(self, saved: Saved, upstream: Upstream) -> Gradients: ...
 
 
 @dataclass(frozen=True)
@@ -40,14 +49,19 @@ class Explanation:
         chosen: the backend's name.
         why: one line: why it was chosen.
         obstacles: for every backend what it cannot do of this problem, or None.
+        gradients: one line: what computes the backward pass, and why not the backend itself; None
+            where no input asks for a gradient.
     """
 
     chosen: str
     why: str
     obstacles: dict[str, str | None]
+    gradients: str | None = None
 
     def __str__(self) -> str:
         lines = [f"{self.chosen}: {self.why}"]
+        if self.gradients is not None:
+            lines.append(f"gradients: {self.gradients}")
         for name, obstacle in self.obstacles.items():
             if name != self.chosen:
                 lines.append(f"not {name}: {obstacle or 'it could, but is not asked for'}")
@@ -89,7 +103,9 @@ def explain_problem(problem: Problem, backend: str = "auto") -> Explanation:
                 f"backend {backend!r} cannot do this: {obstacles[backend]}; use backend='auto' for "
                 "one that can"
             )
-        return Explanation(backend, "asked for by name", obstacles)
+        return Explanation(
+            backend, "asked for by name", obstacles, choose_gradients(problem, backend)[1]
+        )
     device = problem.device.type
     order = _AUTO.get(device, ("torch",))
     chosen = next((name for name in order if obstacles[name] is None), None)
@@ -100,4 +116,26 @@ def explain_problem(problem: Problem, backend: str = "auto") -> Explanation:
         why = f"plain torch serves every problem on {device}; it is the slow one"
     else:
         why = f"the fast one on {device}"
-    return Explanation(chosen, why, obstacles)
+    return Explanation(chosen, why, obstacles, choose_gradients(problem, chosen)[1])
+
+
+def choose_gradients(problem: Problem, backend: str) -> tuple[Compute | None, str | None]:
+    """The backward pass of a problem that `backend` runs, and a line that says which and why.
+
+    (None, None) where no input asks for a gradient, (None, line) where the backend is
+    differentiable by itself.
+    """
+    if not problem.needs_gradients:
+        return None, None
+    module = load(backend)
+    if getattr(module, "DIFFERENTIABLE", False):
+        return None, f"{backend}, by autograd"
+    from lens_kernels import tiled_backward
+
+    if not hasattr(module, "gradients"):
+        return tiled_backward.gradients, "torch, panel by panel"
+    own = cast(GradientBackend, module)
+    obstacle = own.supports_gradients(problem)
+    if obstacle is not None:
+        return tiled_backward.gradients, f"torch, panel by panel; not {backend}: {obstacle}"
+    return own.gradients, backend

@@ -7,8 +7,14 @@ backend is a module (or package) with
     run(problem) -> BackendResult        computes what `problem.statistics` names
 
 registered by its name in dispatch.py. `run` never checks arguments again, never falls back, and
-works on detached tensors: gradients are attached afterwards by `backward.attach(problem, result)`
-(a module whose `run` is differentiable by itself, the reference, says `DIFFERENTIABLE = True`).
+works on detached tensors: gradients are attached afterwards by `backward.attach`, computed by
+tiled_backward.py, or by the backend itself where it also has
+
+    supports_gradients(problem) -> str | None
+    gradients(saved: Saved, upstream: Upstream) -> Gradients
+
+(backward.py). A module whose `run` is differentiable by itself, the reference, says
+`DIFFERENTIABLE = True`.
 
 **One mask form.** Causal, window, padding, prefix-LM and packing all lower to one interval of keys
 per query row: key `j` is visible to query `i` of batch row `b` when
