@@ -155,36 +155,42 @@ def _from_folder(folder: Path, dtype: torch.dtype | None, device: torch.device) 
 def _from_hub(
     name: str, revision: str | None, dtype: torch.dtype | None, device: torch.device
 ) -> LoadedModel:
-    unreachable = _unreachable(name, revision)
-    local = unreachable is not None  # then only what was fetched before can be loaded
+    commit, local = _commit(name, revision)
     try:
-        model = _pretrained(name, revision, dtype, device, local=local)
-        is_text = getattr(model.config.get_text_config(), "vocab_size", None) is not None
+        model = _pretrained(name, commit, dtype, device, local=local)
         tokenizer = None
-        if is_text:
-            tokenizer = AutoTokenizer.from_pretrained(
-                name, revision=revision, local_files_only=local
-            )
+        if getattr(model.config.get_text_config(), "vocab_size", None) is not None:
+            tokenizer = AutoTokenizer.from_pretrained(name, revision=commit, local_files_only=local)
     except (OSError, ValueError, KeyError) as error:
-        raise LensError(
-            f"cannot get {name} from the Hugging Face hub: {unreachable or _first_line(error)}; "
-            "check the name and the network (a gated model needs HF_TOKEN), give a folder, or an "
-            f"embedded model: {', '.join(KNOWN)}"
-        ) from error
-    commit = getattr(model.config, "_commit_hash", None) or revision
+        raise LensError(_no_hub(name, _first_line(error))) from error
     return LoadedModel(model, tokenizer, name, commit, describe(model))
 
 
-def _unreachable(name: str, revision: str | None) -> str | None:
-    """Why the hub does not answer for this model, in one quick question; None if it does.
+def _commit(name: str, revision: str | None) -> tuple[str, bool]:
+    """The commit that a revision stands for, and whether only the local copy of it can be had.
 
-    transformers alone would ask for the better part of a minute before it gives up.
+    One quick question: transformers alone would ask for the better part of a minute.
+
+    Raises:
+        LensError: the hub does not answer and nothing was fetched before.
     """
     try:
-        huggingface_hub.model_info(name, revision=revision, timeout=10)
+        commit = huggingface_hub.model_info(name, revision=revision, timeout=10).sha
     except Exception as error:  # of whichever HTTP library the hub's client uses
-        return _first_line(error)
-    return None
+        cached = huggingface_hub.try_to_load_from_cache(
+            name, "config.json", huggingface_hub.constants.HF_HUB_CACHE, revision
+        )
+        if not isinstance(cached, str):
+            raise LensError(_no_hub(name, _first_line(error))) from error
+        return Path(cached).parent.name, True
+    return commit or revision or "main", False
+
+
+def _no_hub(name: str, reason: str) -> str:
+    return (
+        f"cannot get {name} from the Hugging Face hub: {reason}; check the name and the network "
+        f"(a gated model needs HF_TOKEN), give a folder, or an embedded model: {', '.join(KNOWN)}"
+    )
 
 
 def _pretrained(
