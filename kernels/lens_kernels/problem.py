@@ -248,6 +248,12 @@ def statistic_shape(problem: Problem, name: str) -> tuple[int, ...]:
     return tuple(sizes[axis] if axis in sizes else int(axis) for axis in STATISTICS[name].axes)
 
 
+def group_statistics(problem: Problem) -> list[str]:
+    """Names that each key group's state carries: those asked for that any group has by itself."""
+    names = ("max_logit", "entropy", "concentration", "distance")
+    return [name for name in names if problem.wants(name)]
+
+
 def row_features(problem: Problem) -> tuple[Tensor, dict[str, slice]]:
     """Per-key numbers whose mean under `P` is a row statistic: `sum_j P_ij f_j`.
 

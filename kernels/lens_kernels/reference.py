@@ -11,7 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lens_kernels.problem import BackendResult, Problem, row_features, top_blocks
+from lens_kernels.problem import (
+    BackendResult,
+    Problem,
+    group_statistics,
+    row_features,
+    top_blocks,
+)
 from lens_kernels.statistics import STATISTICS
 from lens_kernels.types import AttentionGroups
 
@@ -223,9 +229,14 @@ def _group_states(problem: Problem, scores: Tensor, value: Tensor) -> AttentionG
     if problem.groups is None:
         return None
     outputs, lses = [], []
+    statistics = {name: [] for name in group_statistics(problem)}
     for group in range(problem.group_count):
-        outside = (problem.groups != group)[:, None, None]
-        probability, lse = _softmax(scores.masked_fill(outside, -_INF), None)
+        inside = scores.masked_fill((problem.groups != group)[:, None, None], -_INF)
+        probability, lse = _softmax(inside, None)
         outputs.append(probability @ value)
         lses.append(lse)
-    return AttentionGroups(torch.stack(outputs), torch.stack(lses))
+        rows = _row_statistics(problem, inside, probability, outputs[-1])
+        for name, parts in statistics.items():
+            parts.append(rows[name].detach())
+    found = {name: torch.stack(parts) for name, parts in statistics.items()}
+    return AttentionGroups(torch.stack(outputs), torch.stack(lses), found)

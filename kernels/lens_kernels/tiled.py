@@ -15,6 +15,7 @@ from lens_kernels.panels import Panel, Strip, softmax, strips
 from lens_kernels.problem import (
     BackendResult,
     Problem,
+    group_statistics,
     row_features,
     statistic_shape,
     top_blocks,
@@ -49,6 +50,11 @@ def run(problem: Problem) -> BackendResult:
         groups = AttentionGroups(
             output.new_zeros(shape, dtype=problem.compute_dtype),
             output.new_full(shape[:-1], -_INF, dtype=problem.compute_dtype),
+            {
+                name: output.new_full(shape[:-1], fill, dtype=problem.compute_dtype)
+                for name, fill in _fills(problem).items()
+                if name in group_statistics(problem)
+            },
         )
     features = row_features(problem)
     for strip in strips(problem):
@@ -85,14 +91,8 @@ def _write_rows(
     """The statistics with one number per query row; `result` is the panel's output."""
     strip, probability = panel.strip, panel.probability
     out["lse"][at] = panel.lse
-    if problem.wants("max_logit"):
-        out["max_logit"][at] = panel.scores.amax(-1)
-    if problem.wants("entropy"):
-        out["entropy"][at] = torch.special.entr(probability).sum(-1)
-    if problem.wants("concentration"):
-        out["concentration"][at] = probability.square().sum(-1)
-    if problem.wants("distance"):
-        out["distance"][at] = (probability * panel.distance()).sum(-1)
+    for name in group_statistics(problem):
+        out[name][at] = _plain(name, panel, panel.scores, probability)
     if problem.wants("value_norm"):
         out["value_norm"][at] = result.norm(dim=-1)
     if features[1]:
@@ -108,6 +108,19 @@ def _write_rows(
             label = row[:, None, pair]
             equal = (label == column[:, pair]) & (label >= 0)
             out["match_mass"][(*at, pair)] = (probability * equal).sum(-1)
+
+
+def _plain(name: str, panel: Panel, scores: Tensor, probability: Tensor) -> Tensor:
+    """A statistic of `group_statistics` [H, R], of the whole row or of one group in it."""
+    match name:
+        case "max_logit":
+            return scores.amax(-1)
+        case "entropy":
+            return torch.special.entr(probability).sum(-1)
+        case "concentration":
+            return probability.square().sum(-1)
+        case _:
+            return (probability * panel.distance()).sum(-1)
 
 
 def _add_columns(problem: Problem, panel: Panel, out: dict[str, Tensor]) -> None:
@@ -208,3 +221,5 @@ def _write_groups(
         probability, lse = softmax(scores, None)
         groups.output[(group, *at)] = panel.times(probability, problem.value)
         groups.lse[(group, *at)] = lse
+        for name, tensor in groups.statistics.items():
+            tensor[(group, *at)] = _plain(name, panel, scores, probability)

@@ -69,6 +69,8 @@ def compare(
         assert actual.groups is not None
         pairs["groups.output"] = (actual.groups.output, expected.groups.output, value_limit)
         pairs["groups.lse"] = (actual.groups.lse, expected.groups.lse, limit)
+        for name, tensor in expected.groups.statistics.items():
+            pairs[f"groups.{name}"] = (actual.groups.statistics[name], tensor, limit)
     ratios = {name: rms_ratio(got, want) for name, (got, want, _) in pairs.items()}
     wrong = {name: ratio for name, ratio in ratios.items() if not ratio <= pairs[name][2]}
     assert wrong == {}, f"RMS error ratios above {limit:.0e} (values {value_limit:.0e})"

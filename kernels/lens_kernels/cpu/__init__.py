@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lens_kernels.cpu.library import Args, Operand, Plane, load, openmp_parallel
-from lens_kernels.problem import BackendResult, Problem, row_features
+from lens_kernels.problem import BackendResult, Problem, group_statistics, row_features
 from lens_kernels.types import AttentionGroups
 
 _ROWS = ("lse", "max_logit", "entropy", "concentration", "distance")
@@ -177,8 +177,12 @@ class _Call:
         count = self.args.groups = self.problem.group_count
         self.args.group_of_key = self._pointer(self.problem.groups, torch.int32)
         self.groups = AttentionGroups(
-            self._new(count, *rows, self.problem.value_dim), self._new(count, *rows)
+            self._new(count, *rows, self.problem.value_dim),
+            self._new(count, *rows),
+            {name: self._new(count, *rows) for name in group_statistics(self.problem)},
         )
+        for name, tensor in self.groups.statistics.items():
+            setattr(self.args, f"group_{name}", tensor.data_ptr())
         self.args.group_output = self.groups.output.data_ptr()
         self.args.group_lse = self.groups.lse.data_ptr()
 

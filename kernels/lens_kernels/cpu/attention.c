@@ -157,7 +157,7 @@ typedef struct {
   int64_t groups;
   const int32_t *group_of_key; /* [batch, keys] */
   float *group_output;         /* [groups, batch, heads, queries, value_dim] */
-  float *group_lse;            /* [groups, batch, heads, queries] */
+  float *group_lse, *group_max_logit, *group_entropy, *group_concentration, *group_distance; /* [groups, batch, heads, queries] */
 } Args;
 
 int64_t lens_args_size(void) { return sizeof(Args); }
@@ -684,7 +684,12 @@ static void finish_groups(State *t) {
     const Sums *sums = t->w->sums + g;
     for (int64_t r = 0; r < t->rows; r++) {
       float l = sums->sum[r], *to = a->group_output + (g * rows + row0 + r) * a->value_dim;
-      a->group_lse[g * rows + row0 + r] = l == 0.0f ? -INFINITY : sums->max[r] + logf(l);
+      int64_t row = g * rows + row0 + r;
+      a->group_lse[row] = l == 0.0f ? -INFINITY : sums->max[r] + logf(l);
+      if (a->group_max_logit) a->group_max_logit[row] = sums->max[r];
+      if (a->group_entropy) a->group_entropy[row] = l == 0.0f ? 0.0f : logf(l) - sums->log_part[r] / l;
+      if (a->group_concentration) a->group_concentration[row] = l == 0.0f ? 0.0f : sums->squares[r] / l / l;
+      if (a->group_distance) a->group_distance[row] = l == 0.0f ? 0.0f : sums->distance[r] / l;
       for (int64_t d = 0; d < a->value_dim; d++) to[d] = l == 0.0f ? 0.0f : sums->output[r * width + d] / l;
     }
   }

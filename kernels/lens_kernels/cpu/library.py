@@ -61,6 +61,7 @@ class Args(ctypes.Structure):
         *_fields(_POINTER, "query_labels key_labels match_mass"),
         ("groups", _INT),
         *_fields(_POINTER, "group_of_key group_output group_lse"),
+        *_fields(_POINTER, "group_max_logit group_entropy group_concentration group_distance"),
     ]
 
 
