@@ -175,7 +175,7 @@ def measure(
         backend=result.backend,
         variables=variables,
     )
-    return result.output.transpose(1, 2).contiguous(), record
+    return result.output.to(call.value.dtype).transpose(1, 2).contiguous(), record
 
 
 def _attention(
