@@ -138,7 +138,7 @@ def progress_bar(
 
 def to_json(data: Any) -> str:
     """JSON text with a final newline; NaN and infinities become null."""
-    return json.dumps(finite(data), ensure_ascii=False, allow_nan=False, indent=2) + "\n"
+    return json.dumps(finite(data), ensure_ascii=False, allow_nan=False, indent=1) + "\n"
 
 
 def finite(data: Any) -> Any:

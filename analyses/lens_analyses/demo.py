@@ -48,7 +48,9 @@ class Demonstration:
     def text(self) -> str:
         """The findings of each run, and where it lies."""
         parts = [f"{one.run.title}\n{_indented(one.text())}" for one in self.finished]
-        return "\n\n".join([*parts, f"{len(parts)} runs in {self.seconds:.0f} s"])
+        return "\n\n".join(
+            [*parts, f"{len(parts)} run{'s' if len(parts) > 1 else ''} in {self.seconds:.0f} s"]
+        )
 
     def as_json(self) -> dict[str, Any]:
         """For `--json`."""

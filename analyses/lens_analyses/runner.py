@@ -288,7 +288,11 @@ class _Execution:
 def _meta(config: RunConfig, model: "LoadedModel", planned: list[PlannedPrompt]) -> dict[str, Any]:
     starts_with_bos = model.bos_id is not None and planned[0].ids[0] == model.bos_id
     kinds = [prompt.kind for prompt in planned]
-    counts = [f"{kinds.count(kind)} {kind} prompts" for kind in KINDS if kind in kinds]
+    counts = [
+        f"{kinds.count(kind)} {kind} prompt{'s' if kinds.count(kind) > 1 else ''}"
+        for kind in KINDS
+        if kind in kinds
+    ]
     return {
         "title": f"{model.name} on {' and '.join(counts)}",
         "what": config.what,

@@ -10,6 +10,7 @@ from lens.figures.colors import ACCENT, BASELINE, LINE
 from lens.figures.style import style
 
 _COLORS = {"text": LINE, "copied": ACCENT}
+_TICKS = 15
 NAMES = {"text": "text", "copied": "copied random tokens"}
 
 
@@ -30,15 +31,18 @@ def charts(data: dict[str, Any], heads: pd.DataFrame) -> dict[str, dict[str, Any
     height = min(720, max(260, 120 + 26 * layers))
     for kind, rows in heads.groupby("prompt_id", sort=False):
         for metric, variant in dict.fromkeys(zip(rows["metric"], rows["variant"], strict=True)):
-            made[f"grid/{kind}/{metric}/{variant}"] = head_grid(
-                rows, metric, variant, height=height
-            )
-        made[f"sinks/{kind}"] = metric_by_layer(
+            grid = head_grid(rows, metric, variant, height=height)
+            if data["metrics"][metric]["unit"] == "probability":
+                grid.update_traces(zmin=0, zmax=1)  # 0.02 must not look like a find
+            made[f"grid/{kind}/{metric}/{variant}"] = grid
+        trend = metric_by_layer(
             rows,
             "sink_mass",
             title=f"Attention that the first token receives, on {NAMES[str(kind)]}",
             height=320,
         )
+        trend.update_xaxes(dtick=-(-layers // _TICKS), range=[-0.6, layers - 0.4])
+        made[f"sinks/{kind}"] = trend
     made["sensitivity"] = _sensitivity(data["sinks"])
     return {name: _slim(figure) for name, figure in made.items()}
 
@@ -82,5 +86,7 @@ def _slim(figure: go.Figure) -> dict[str, Any]:
     """Without the template, which the page adds back, and with margins for the page."""
     plain = figure.to_plotly_json()
     plain["layout"].pop("template", None)
-    plain["layout"]["margin"] = {"l": 56, "r": 12, "t": 44, "b": 44}
+    has_legend = "legend" in plain["layout"]
+    plain["layout"]["margin"] = {"l": 56, "r": 12, "t": 72 if has_legend else 44, "b": 44}
+    plain["layout"]["title"] |= {"y": 1, "yref": "container", "yanchor": "top", "pad": {"t": 12}}
     return plain

@@ -22,26 +22,25 @@ def limits(run: Run) -> list[str]:
 
 
 def _first_token(run: Run) -> list[str]:
-    prompts = run.prompts
-    firsts = list(dict.fromkeys(strings[0] for strings in prompts["token_strings"]))
-    lengths = sorted(set(prompts["tokens"]))
+    lengths = sorted(set(run.prompts["tokens"]))
     span = f"{lengths[0]:,}" if len(lengths) == 1 else f"{lengths[0]:,} to {lengths[-1]:,}"
-    comparable = (
+    return [
+        *(_begins(run, kind) for kind in dict.fromkeys(run.prompts["kind"])),
+        "Sinks named here are on the first token and depend on which token that is: with another one, or "
+        "after a chat template, heads can have them elsewhere or not at all.",
         f"Sink rates depend on the threshold (ε = {SINK_EPSILON}) and on the prompts' length ({span} tokens "
-        "here), so they compare only between runs that share both (Gu et al., arXiv 2410.10781)."
-    )
-    if run.meta["bos"] == "added":
-        about = (
-            f"Every prompt begins with the tokenizer's BOS token ({firsts[0]!r}). The sinks named here are "
-            "on that token; a prompt without it can have them elsewhere, or have none."
-        )
-    else:
-        named = ", ".join(map(repr, firsts[:3])) + (" and others" if len(firsts) > 3 else "")
-        about = (
-            f"No BOS token was put in front, as the tokenizer puts none: the first tokens were {named}. "
-            "Sinks on the first token depend on which token that is and whether a BOS or chat template comes before."
-        )
-    return [about, comparable]
+        "here), so they compare only between runs that share both (Gu et al., arXiv 2410.10781).",
+    ]
+
+
+def _begins(run: Run, kind: str) -> str:
+    """With which token the prompts of a kind begin, and whether it is the tokenizer's BOS."""
+    prompts = run.prompts[run.prompts["kind"] == kind]
+    firsts = list(dict.fromkeys(strings[0] for strings in prompts["token_strings"]))
+    named = ", ".join(map(repr, firsts[:3])) + (" and others" if len(firsts) > 3 else "")
+    if run.trace(str(prompts.iloc[0]["prompt_id"])).attrs["bos"] == "added":
+        return f"Each {kind} prompt begins with the tokenizer's BOS token, {named}."
+    return f"No {kind} prompt begins with a BOS token, as the tokenizer puts none there; they begin with {named}."
 
 
 def _prompts(run: Run) -> list[str]:
