@@ -60,7 +60,7 @@ def folder() -> Path:
     """Folder of the converted model (config, weights, tokenizer); converts on the first call.
 
     Raises:
-        LensError: the package or `gguf` is not installed.
+        LensError: the package or `gguf` is not installed, or the cache cannot be written.
     """
     target = cache_folder() / _FOLDER
     if target.is_dir():
@@ -78,6 +78,18 @@ def folder() -> Path:
         raise LensError(
             f"{NAME} needs {' and '.join(missing)}, not installed here; get it with {KNOWN[NAME].remedy}"
         )
+    try:
+        _convert_into(source, target)
+    except OSError as error:
+        raise LensError(
+            f"cannot keep the converted model in {target} ({error}); it takes 540 MB: make room, or "
+            "set XDG_CACHE_HOME to another folder"
+        ) from error
+    return target
+
+
+def _convert_into(source: Path, target: Path) -> None:
+    """Convert under a temporary name, then rename: `target` is whole or not there."""
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{_FOLDER}-", dir=target.parent))
     try:
@@ -91,7 +103,6 @@ def folder() -> Path:
                 raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return target
 
 
 def _gguf_file() -> Path | None:
