@@ -1,0 +1,41 @@
+"""Names of heads."""
+
+import numpy as np
+import pytest
+
+from lens.errors import LensError
+from lens.head_ids import HeadId, head_id
+
+
+@pytest.mark.parametrize(
+    "written",
+    ["L3H15", "l3h15", " 3.15 ", (3, 15), [3, 15], HeadId(3, 15), (np.int64(3), np.int32(15))],
+)
+def test_every_way_to_write_a_head(written):
+    found = head_id(written, layers=4, heads=16)
+    assert (found.layer, found.head) == (3, 15)
+    assert str(found) == "L3H15"
+    assert [type(part) for part in found] == [int, int]
+
+
+def test_one_and_ten_are_two_heads():
+    assert head_id("3.1") != head_id("3.10")
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        *("", "L3", "H5", "L3H", "L-1H2", "3,5", "3.5.1", "L3H5x", "L³H5", b"35", 3.5, 3, None),
+        *((3,), (3, 5, 1), (-1, 2), (3, 5.0), (True, 2), ("3", "5")),
+    ],
+)
+def test_anything_else_is_refused(written):
+    with pytest.raises(LensError, match=r"written 'L3H5', '3\.5' or \(3, 5\), counted from 0; got"):
+        head_id(written)
+
+
+def test_a_head_that_the_model_lacks_is_refused():
+    with pytest.raises(LensError, match="no L4H0: layer must be 0 to 3, got 4"):
+        head_id("L4H0", layers=4, heads=6)
+    with pytest.raises(LensError, match="no L0H6: head must be 0 to 5, got 6"):
+        head_id((0, 6), layers=4, heads=6)
