@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lens_kernels.states import AttentionState, merge_weights
+from lens_kernels.states import AttentionState, merge_weights, sinks_of_rows
 from lens_kernels.types import AttentionGroups
 
 _INF = float("inf")
@@ -211,19 +211,9 @@ def _sinks(logits: PerRow | None, lses: Tensor) -> Tensor | None:
     if logits is None:
         return None
     sinks = torch.as_tensor(logits, dtype=lses.dtype, device=lses.device)
-    if sinks.dim() == 1:
-        if lses.dim() < 3 or sinks.shape[0] != lses.shape[-2]:
-            raise ValueError(
-                f"sink logits must be one number or one per head, got {list(sinks.shape)} for "
-                f"states [..., heads, queries] = {list(lses.shape[1:])}"
-            )
-        sinks = sinks[:, None]
-    elif sinks.dim() > 1:
-        raise ValueError(
-            f"sink logits must be one number or [heads], got shape {list(sinks.shape)}"
-        )
-    seen = (lses > -_INF).any(0)
-    return torch.where(seen, sinks, -_INF)
+    if sinks.dim() == 0:
+        return torch.where((lses > -_INF).any(0), sinks, -_INF)
+    return sinks_of_rows(sinks, lses)
 
 
 def _combine(outputs: Tensor, lses: Tensor, *sinks: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

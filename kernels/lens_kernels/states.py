@@ -110,13 +110,15 @@ class AttentionState:
         )
 
 
-def merge(*states: AttentionState) -> AttentionState:
+def merge(*states: AttentionState, sink_logits: Tensor | None = None) -> AttentionState:
     """Attention over the union of disjoint key sets; see the module for the formulas.
 
     Differentiable in outputs, LSEs and statistics, also where some or all LSEs are -inf.
 
     Args:
         states: at least one; equal shapes and the same statistics.
+        sink_logits: [heads], learned sinks: logits with value 0 in the denominator of every row
+            [..., heads, queries] that sees a key. Sums run over real keys only, as in `attention`.
 
     Returns:
         The merged state, in the widest of the outputs' types and the LSE's.
@@ -132,7 +134,11 @@ def merge(*states: AttentionState) -> AttentionState:
     """
     _check_alike(states)
     lses = torch.stack([state.lse for state in states])
-    lse, weights = merge_weights(lses)
+    parts = lses
+    if sink_logits is not None:
+        parts = torch.cat([lses, sinks_of_rows(sink_logits, lses)[None]])
+    lse, weights = merge_weights(parts)
+    weights = weights[: len(lses)]
     dtype = torch.promote_types(states[0].output.dtype, lses.dtype)
     outputs = torch.stack([state.output.to(dtype) for state in states])
     output = (weights[..., None].to(dtype) * outputs).sum(0)
@@ -157,6 +163,23 @@ def merge_weights(lses: Tensor) -> tuple[Tensor, Tensor]:
     total = torch.where(seen, shares.sum(0), 1)
     lse = torch.where(seen, top + total.log(), -_INF)
     return lse, shares / total
+
+
+def sinks_of_rows(sink_logits: Tensor, lses: Tensor) -> Tensor:
+    """Learned sink logits [heads] as a part of each row [..., heads, queries] of `lses`.
+
+    -inf in rows where all of `lses` [parts, ..., heads, queries] are: they stay empty.
+
+    Raises:
+        ValueError: not one logit per head.
+    """
+    if lses.dim() < 3 or tuple(sink_logits.shape) != (lses.shape[-2],):
+        raise ValueError(
+            f"sink_logits must be one per head, got {list(sink_logits.shape)} for states "
+            f"[..., heads, queries] = {list(lses.shape[1:])}"
+        )
+    seen = (lses > -_INF).any(0)
+    return torch.where(seen, sink_logits.to(lses)[:, None], -_INF)
 
 
 def block_mass_of_rows(state: AttentionState, query_block: int) -> Tensor:
