@@ -1,0 +1,123 @@
+"""What the page fetches beside Dash: rectangles of attention as raw float32, rows, tables."""
+
+import hashlib
+import io
+import json
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import numpy as np
+from flask import Blueprint, Response, request
+
+from lens.errors import LensError
+from lens_dashboards.library import Library
+from lens_dashboards.raster import has_tokens, raster, row
+
+
+def make_api(library: Library) -> Blueprint:
+    """Routes under `/api`; ids are looked up in the library, never joined to a path."""
+    api = Blueprint("api", __name__, url_prefix="/api")
+
+    @api.get("/run/<run_id>/raster/<prompt>/<int:layer>/<int:head>")
+    @_refusing
+    def get_raster(run_id: str, prompt: str, layer: int, head: int) -> Response:
+        """A rectangle: float32 rows, one after the other; sizes in the header `X-Raster`."""
+        trace = library.trace(run_id, prompt)
+        pooling = request.args.get("pooling", "max")
+        if pooling not in ("max", "mean"):
+            raise LensError(f"pooling must be max or mean, got {pooling!r}")
+        found = raster(trace, layer, head, _window(), pooling)  # pyright: ignore[reportArgumentType]
+        rows, columns = found.values.shape
+        header = {
+            "rows": rows,
+            "columns": columns,
+            "level": found.level,
+            "cell": found.cell,
+            "query": [found.query_start, found.query_end],
+            "key": [found.key_start, found.key_end],
+            "length": trace.length,
+            "tokens": has_tokens(trace),
+            "block": trace.attrs["block_size"],
+            "pooling": pooling,
+        }
+        return _binary(found.values, header)
+
+    @api.get("/run/<run_id>/row/<prompt>/<int:layer>/<int:head>/<int:query>")
+    @_refusing
+    def get_row(run_id: str, prompt: str, layer: int, head: int, query: int) -> Response:
+        """Exact probabilities of one query over all keys."""
+        values = row(library.trace(run_id, prompt), layer, head, query)
+        return _binary(values[None], {"rows": 1, "columns": len(values), "query": query})
+
+    @api.get("/run/<run_id>/tokens/<prompt>")
+    @_refusing
+    def get_tokens(run_id: str, prompt: str) -> Response:
+        """Token strings of a prompt."""
+        return _cached(json.dumps(library.trace(run_id, prompt).tokens), "application/json")
+
+    @api.get("/run/<run_id>/heads.csv")
+    @_refusing
+    def get_heads(run_id: str) -> Response:
+        """The whole head table as CSV."""
+        text = io.StringIO()
+        library.run(run_id).heads.to_csv(text, index=False)
+        response = Response(text.getvalue(), mimetype="text/csv")
+        response.headers["Content-Disposition"] = "attachment; filename=heads.csv"
+        return response
+
+    @api.get("/run/<run_id>/report.html")
+    @_refusing
+    def get_report(run_id: str) -> Response:
+        """The report that the run wrote."""
+        path = library.run(run_id).path / "report.html"
+        if not path.exists():
+            raise LensError(f"run {run_id} has no report yet; make it: lens report {run_id}")
+        response = Response(path.read_bytes(), mimetype="text/html")
+        response.headers["Content-Security-Policy"] = (
+            "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
+            "img-src data:; font-src data:; sandbox allow-scripts allow-downloads"
+        )
+        return response
+
+    return api
+
+
+def _refusing(view: Callable[..., Response]) -> Callable[..., Response]:
+    """A `LensError` becomes a 404 with its text."""
+
+    @wraps(view)
+    def guarded(*args: Any, **kwargs: Any) -> Response:
+        try:
+            return view(*args, **kwargs)
+        except LensError as error:
+            return Response(str(error), status=404, mimetype="text/plain")
+
+    return guarded
+
+
+def _window() -> tuple[int, int, int, int] | None:
+    names = ("q0", "q1", "k0", "k1")
+    given = [request.args.get(name, type=int) for name in names]
+    if all(value is None for value in given):
+        return None
+    if any(value is None for value in given):
+        raise LensError("a rectangle needs q0, q1, k0 and k1, all whole numbers")
+    return (given[0] or 0, given[1] or 0, given[2] or 0, given[3] or 0)
+
+
+def _binary(values: np.ndarray, header: dict[str, Any]) -> Response:
+    response = _cached(
+        np.ascontiguousarray(values, dtype="<f4").tobytes(), "application/octet-stream"
+    )
+    response.headers["X-Raster"] = json.dumps(header)
+    return response
+
+
+def _cached(body: bytes | str, mimetype: str) -> Response:
+    """With an ETag, so that a second look costs no transfer."""
+    response = Response(body, mimetype=mimetype)
+    raw = body.encode() if isinstance(body, str) else body
+    response.set_etag(hashlib.sha256(raw).hexdigest()[:16])
+    response.headers["Cache-Control"] = "private, no-cache"
+    return response.make_conditional(request)  # pyright: ignore[reportReturnType]

@@ -1,0 +1,512 @@
+/* The attention map of one head on a canvas: a rectangle of float32 numbers, fetched at the sharpest
+   level that fits, coloured by the logarithm. Hover shows the number itself, never a colour's. */
+(function () {
+  "use strict";
+
+  const FLOOR = 1e-6;
+  const LEFT = 64, TOP = 34, RIGHT = 86, BOTTOM = 30;
+
+  class BlockMap {
+    constructor(root, config) {
+      this.config = config;
+      this.tokens = [];
+      this.query = config.query;
+      this.view = null; // {q0, q1, k0, k1} in tokens, what is on the screen
+      this.data = null; // {values, rows, columns, cell, query, key, ...}
+      this.request = 0;
+      this.palette = paletteOf(config.palette);
+      this.build(root);
+      this.start();
+    }
+
+    build(root) {
+      root.replaceChildren();
+      const bar = element("div", "map-bar");
+      this.level = element("span", "map-level");
+      this.pooling = element("select", "map-pooling");
+      this.pooling.setAttribute("aria-label", "How several blocks become one cell");
+      for (const [value, label] of [["max", "largest of the blocks"], ["mean", "mean of the blocks"]]) {
+        const option = element("option", "", label);
+        option.value = value;
+        this.pooling.append(option);
+      }
+      this.pooling.addEventListener("change", () => this.fetch());
+      const whole = button("show everything", () => this.show(0, this.length, 0, this.length));
+      const save = button("PNG", () => this.save());
+      const table = button("CSV", () => this.saveTable());
+      bar.append(this.level, this.pooling, whole, save, table);
+      this.canvas = element("canvas", "map-canvas");
+      this.canvas.tabIndex = 0;
+      this.canvas.setAttribute("role", "img");
+      this.tip = element("div", "map-tip");
+      this.tip.hidden = true;
+      const frame = element("div", "map-frame");
+      frame.append(this.canvas, this.tip);
+      this.summary = element("p", "small map-summary");
+      this.summary.setAttribute("aria-live", "polite");
+      root.append(bar, frame, this.summary);
+      this.canvas.addEventListener("wheel", (event) => this.onWheel(event), { passive: false });
+      this.canvas.addEventListener("pointerdown", (event) => this.onDown(event));
+      this.canvas.addEventListener("pointermove", (event) => this.onMove(event));
+      this.canvas.addEventListener("pointerup", (event) => this.onUp(event));
+      this.canvas.addEventListener("pointerleave", () => { this.tip.hidden = true; this.cursor = null; this.draw(); });
+      this.canvas.addEventListener("dblclick", () => this.show(0, this.length, 0, this.length));
+      this.canvas.addEventListener("keydown", (event) => this.onKey(event));
+      this.root = root;
+      this.onResize = () => this.draw();
+      window.addEventListener("resize", this.onResize);
+    }
+
+    url(kind) {
+      const c = this.config;
+      return `/api/run/${encodeURIComponent(c.run)}/${kind}/${encodeURIComponent(c.prompt)}`;
+    }
+
+    head() {
+      return `${this.config.layer}/${this.config.head}`;
+    }
+
+    async start() {
+      try {
+        const answer = await fetch(this.url("tokens"));
+        if (!answer.ok) throw new Error(await answer.text());
+        this.tokens = await answer.json();
+        this.length = this.tokens.length;
+        const w = this.config.window;
+        const inside = w && w[1] <= this.length && w[3] <= this.length;
+        this.view = inside ? { q0: w[0], q1: w[1], k0: w[2], k1: w[3] }
+                           : { q0: 0, q1: this.length, k0: 0, k1: this.length };
+        await this.fetch();
+        await this.shade(this.query === null || this.query === undefined ? this.length - 1 : this.query);
+      } catch (error) {
+        this.fail(error);
+      }
+    }
+
+    fail(error) {
+      this.root.replaceChildren(element("p", "problem", `The map cannot be shown: ${error.message}`));
+    }
+
+    async fetch() {
+      const ticket = ++this.request;
+      const { q0, q1, k0, k1 } = this.view;
+      const query = new URLSearchParams({ q0, q1, k0, k1, pooling: this.pooling.value });
+      const answer = await fetch(`${this.url("raster")}/${this.head()}?${query}`);
+      if (ticket !== this.request) return;
+      if (!answer.ok) { this.fail(new Error(await answer.text())); return; }
+      const header = JSON.parse(answer.headers.get("X-Raster"));
+      const values = new Float32Array(await answer.arrayBuffer());
+      if (ticket !== this.request) return;
+      this.data = { ...header, values };
+      this.paint();
+      this.draw();
+      this.describe();
+      this.root.dataset.ready = `${header.level} ${header.query} ${header.key}`;
+      keepLink(this.config, this.view, this.query, this.length);
+    }
+
+    /* Colours into an image of one pixel a cell; drawing scales it. */
+    paint() {
+      const { rows, columns, values } = this.data;
+      const image = new ImageData(columns, rows);
+      const pixels = new Uint32Array(image.data.buffer);
+      const low = Math.log10(FLOOR);
+      for (let i = 0; i < values.length; i += 1) {
+        const value = values[i];
+        if (Number.isNaN(value)) continue; // transparent: nothing can be there
+        const share = value <= FLOOR ? 0 : 1 - Math.log10(Math.min(value, 1)) / low;
+        pixels[i] = this.palette[Math.round(share * 255)];
+      }
+      this.picture = document.createElement("canvas");
+      this.picture.width = columns;
+      this.picture.height = rows;
+      this.picture.getContext("2d").putImageData(image, 0, 0);
+    }
+
+    size() {
+      const width = Math.max(280, this.canvas.parentElement.clientWidth);
+      const side = Math.min(width - LEFT - RIGHT, 620);
+      return { width, height: side + TOP + BOTTOM, side };
+    }
+
+    /* token position -> pixel, and back */
+    x(key) { return LEFT + ((key - this.view.k0) / (this.view.k1 - this.view.k0)) * this.size().side; }
+    y(query) { return TOP + ((query - this.view.q0) / (this.view.q1 - this.view.q0)) * this.size().side; }
+    at(event) {
+      const box = this.canvas.getBoundingClientRect();
+      const { side } = this.size();
+      const px = event.clientX - box.left, py = event.clientY - box.top;
+      return {
+        px, py,
+        key: this.view.k0 + ((px - LEFT) / side) * (this.view.k1 - this.view.k0),
+        query: this.view.q0 + ((py - TOP) / side) * (this.view.q1 - this.view.q0),
+        inside: px >= LEFT && px < LEFT + side && py >= TOP && py < TOP + side,
+      };
+    }
+
+    draw() {
+      if (!this.data || !this.canvas.isConnected) return;
+      const { width, height, side } = this.size();
+      const ratio = window.devicePixelRatio || 1;
+      this.canvas.width = width * ratio;
+      this.canvas.height = height * ratio;
+      this.canvas.style.width = `${width}px`;
+      this.canvas.style.height = `${height}px`;
+      const g = this.canvas.getContext("2d");
+      g.setTransform(ratio, 0, 0, ratio, 0, 0);
+      g.fillStyle = "#fff";
+      g.fillRect(0, 0, width, height);
+      g.save();
+      g.beginPath();
+      g.rect(LEFT, TOP, side, side);
+      g.clip();
+      g.fillStyle = "#f4f5f7";
+      g.fillRect(LEFT, TOP, side, side);
+      const d = this.data;
+      const x0 = this.x(d.key[0]), x1 = this.x(d.key[0] + d.columns * d.cell);
+      const y0 = this.y(d.query[0]), y1 = this.y(d.query[0] + d.rows * d.cell);
+      g.imageSmoothingEnabled = false;
+      g.drawImage(this.picture, x0, y0, x1 - x0, y1 - y0);
+      if (this.query !== null && this.query !== undefined) {
+        g.strokeStyle = "#c2410c";
+        g.lineWidth = 1.5;
+        g.strokeRect(LEFT, this.y(this.query), side, Math.max(1, this.y(this.query + 1) - this.y(this.query)));
+      }
+      if (this.cursor && this.cursor.inside) {
+        g.strokeStyle = "rgba(28,36,48,.55)";
+        g.lineWidth = 1;
+        g.beginPath();
+        g.moveTo(LEFT, this.cursor.py); g.lineTo(LEFT + side, this.cursor.py);
+        g.moveTo(this.cursor.px, TOP); g.lineTo(this.cursor.px, TOP + side);
+        g.stroke();
+      }
+      g.restore();
+      this.drawEdges(g, side);
+      this.drawScale(g, side);
+    }
+
+    /* Axes with token positions, and above them what each column holds. */
+    drawEdges(g, side) {
+      g.font = "11px Inter, 'Helvetica Neue', Arial, sans-serif";
+      g.fillStyle = "#4a5462";
+      g.strokeStyle = "#c9ced6";
+      g.lineWidth = 1;
+      g.strokeRect(LEFT + .5, TOP + .5, side - 1, side - 1);
+      g.textBaseline = "top";
+      g.textAlign = "center";
+      for (const t of ticks(this.view.k0, this.view.k1)) g.fillText(String(t), this.x(t), TOP + side + 5);
+      g.fillText("key", LEFT + side / 2, TOP + side + 17);
+      g.textAlign = "right";
+      g.textBaseline = "middle";
+      for (const t of ticks(this.view.q0, this.view.q1)) g.fillText(String(t), LEFT - 6, this.y(t));
+      g.save();
+      g.translate(12, TOP + side / 2);
+      g.rotate(-Math.PI / 2);
+      g.textAlign = "center";
+      g.fillText("query", 0, 0);
+      g.restore();
+      const sums = columnMeans(this.data);
+      const most = Math.max(...sums, 1e-12);
+      g.fillStyle = "#355f8d";
+      for (let c = 0; c < sums.length; c += 1) {
+        const a = Math.max(LEFT, this.x(this.data.key[0] + c * this.data.cell));
+        const b = Math.min(LEFT + side, this.x(this.data.key[0] + (c + 1) * this.data.cell));
+        const h = (sums[c] / most) * (TOP - 8);
+        if (b > a) g.fillRect(a, TOP - 2 - h, Math.max(b - a, .75), h);
+      }
+    }
+
+    drawScale(g, side) {
+      const x = LEFT + side + 16;
+      for (let i = 0; i < side; i += 1) {
+        g.fillStyle = css(this.palette[255 - Math.round((i / side) * 255)]);
+        g.fillRect(x, TOP + i, 12, 1.5);
+      }
+      g.fillStyle = "#4a5462";
+      g.textAlign = "left";
+      g.textBaseline = "middle";
+      for (const [power, text] of [[0, "1"], [-2, "0.01"], [-4, "1e-4"], [-6, "≤ 1e-6"]]) {
+        g.fillText(text, x + 16, TOP + (power / -6) * side);
+      }
+      g.textBaseline = "bottom";
+      g.fillText(this.data.level === "tokens" ? "probability" : "block mass", x - 12, TOP - 10);
+    }
+
+    describe() {
+      const d = this.data;
+      const size = d.cell === 1 ? "one token a cell, exact probabilities"
+        : d.level === "blocks" ? `${d.cell} tokens a cell, block mass`
+        : `${d.cell} tokens a cell, ${d.pooling === "max" ? "largest" : "mean"} block mass of each`;
+      this.level.textContent = size;
+      this.pooling.hidden = d.level !== "pooled";
+      let best = -1;
+      for (let i = 0; i < d.values.length; i += 1) {
+        if (!(d.values[i] <= (best < 0 ? -1 : d.values[best]))) if (!Number.isNaN(d.values[i])) best = i;
+      }
+      const row = Math.floor(best / d.columns), column = best % d.columns;
+      const text = best < 0 ? "Nothing to see here." :
+        `Queries ${d.query[0]} to ${d.query[1] - 1}, keys ${d.key[0]} to ${d.key[1] - 1}. Largest: ` +
+        `${format(d.values[best])} from ${this.span("query", row)} to ${this.span("key", column)}.`;
+      this.summary.textContent = text;
+      this.canvas.setAttribute("aria-label", `Attention map, ${size}. ${text}`);
+    }
+
+    span(axis, index) {
+      const d = this.data;
+      const first = d[axis][0] + index * d.cell;
+      const last = Math.min(first + d.cell, d[axis][1]) - 1;
+      return first === last ? `${axis} ${first} ${quoted(this.tokens[first])}` : `${axis === "key" ? "keys" : "queries"} ${first} to ${last}`;
+    }
+
+    onMove(event) {
+      const at = this.at(event);
+      if (this.drag) {
+        const scale = (this.drag.view.k1 - this.drag.view.k0) / this.size().side;
+        this.moved = this.moved || Math.abs(at.px - this.drag.px) + Math.abs(at.py - this.drag.py) > 4;
+        if (this.moved) this.shift((this.drag.px - at.px) * scale, (this.drag.py - at.py) * scale, this.drag.view);
+      }
+      this.cursor = at;
+      this.draw();
+      this.hover(at);
+    }
+
+    hover(at) {
+      const d = this.data;
+      if (!d || !at.inside) { this.tip.hidden = true; return; }
+      const row = Math.floor((at.query - d.query[0]) / d.cell);
+      const column = Math.floor((at.key - d.key[0]) / d.cell);
+      if (row < 0 || column < 0 || row >= d.rows || column >= d.columns) { this.tip.hidden = true; return; }
+      const value = d.values[row * d.columns + column];
+      this.tip.replaceChildren(
+        element("b", "", Number.isNaN(value) ? "not visible" : format(value)),
+        element("div", "", this.span("query", row)),
+        element("div", "", this.span("key", column)),
+      );
+      this.tip.dataset.value = String(value);
+      this.tip.hidden = false;
+      const left = at.px + 180 > this.size().width ? at.px - 190 : at.px + 14;
+      this.tip.style.transform = `translate(${left}px, ${at.py + 14}px)`;
+    }
+
+    onDown(event) {
+      const at = this.at(event);
+      if (!at.inside) return;
+      this.canvas.setPointerCapture(event.pointerId);
+      this.drag = { px: at.px, py: at.py, view: { ...this.view } };
+      this.moved = false;
+    }
+
+    onUp(event) {
+      const at = this.at(event);
+      if (this.drag && !this.moved && at.inside) {
+        this.shade(Math.min(this.length - 1, Math.max(0, Math.floor(at.query))));
+      }
+      if (this.drag && this.moved) this.later();
+      this.drag = null;
+    }
+
+    onWheel(event) {
+      event.preventDefault();
+      const at = this.at(event);
+      if (!at.inside || !this.data) return;
+      this.zoom(event.deltaY > 0 ? 1.25 : 0.8, at.query, at.key);
+    }
+
+    onKey(event) {
+      const v = this.view;
+      const step = (v.k1 - v.k0) / 8;
+      const moves = { ArrowLeft: [-step, 0], ArrowRight: [step, 0], ArrowUp: [0, -step], ArrowDown: [0, step] };
+      if (moves[event.key]) {
+        this.shift(...moves[event.key], v);
+      } else if (event.key === "+" || event.key === "=" || event.key === "-") {
+        this.zoom(event.key === "-" ? 1.5 : 1 / 1.5, (v.q0 + v.q1) / 2, (v.k0 + v.k1) / 2);
+      } else if (event.key === "0") {
+        this.show(0, this.length, 0, this.length);
+      } else {
+        return;
+      }
+      event.preventDefault();
+      this.later();
+    }
+
+    shift(keys, queries, from) {
+      const width = from.k1 - from.k0, height = from.q1 - from.q0;
+      const k0 = clamp(Math.round(from.k0 + keys), 0, this.length - width);
+      const q0 = clamp(Math.round(from.q0 + queries), 0, this.length - height);
+      this.view = { q0, q1: q0 + height, k0, k1: k0 + width };
+      this.draw();
+    }
+
+    zoom(factor, query, key) {
+      const v = this.view;
+      const size = clamp(Math.round((v.k1 - v.k0) * factor), Math.min(8, this.length), this.length);
+      const k0 = clamp(Math.round(key - ((key - v.k0) / (v.k1 - v.k0)) * size), 0, this.length - size);
+      const q0 = clamp(Math.round(query - ((query - v.q0) / (v.q1 - v.q0)) * size), 0, this.length - size);
+      this.view = { q0, q1: q0 + size, k0, k1: k0 + size };
+      this.draw();
+      this.later();
+    }
+
+    show(q0, q1, k0, k1) {
+      this.view = { q0, q1, k0, k1 };
+      this.draw();
+      this.fetch();
+    }
+
+    later() {
+      window.clearTimeout(this.timer);
+      this.timer = window.setTimeout(() => this.fetch(), 120);
+    }
+
+    /* The row of one query over the tokens before it. */
+    async shade(query) {
+      const strip = document.getElementById("strip");
+      if (!strip) return;
+      if (query >= this.length) query = this.length - 1;
+      this.query = query;
+      this.draw();
+      keepLink(this.config, this.view, query, this.length);
+      const answer = await fetch(`${this.url("row")}/${this.head()}/${query}`);
+      if (!answer.ok) {
+        strip.replaceChildren(element("p", "small", `Rows cannot be shown: ${await answer.text()}`));
+        return;
+      }
+      drawStrip(strip, this.tokens, new Float32Array(await answer.arrayBuffer()), query, (q) => this.shade(q));
+    }
+
+    save() {
+      const link = document.createElement("a");
+      link.href = this.canvas.toDataURL("image/png");
+      link.download = `L${this.config.layer}H${this.config.head}.png`;
+      link.click();
+    }
+
+    saveTable() {
+      const d = this.data;
+      const lines = [`query_start,key_start,cell,${d.level === "tokens" ? "probability" : "block_mass"}`];
+      for (let r = 0; r < d.rows; r += 1) {
+        for (let c = 0; c < d.columns; c += 1) {
+          const value = d.values[r * d.columns + c];
+          if (!Number.isNaN(value)) lines.push(`${d.query[0] + r * d.cell},${d.key[0] + c * d.cell},${d.cell},${value}`);
+        }
+      }
+      const link = document.createElement("a");
+      link.href = URL.createObjectURL(new Blob([lines.join("\n")], { type: "text/csv" }));
+      link.download = `L${this.config.layer}H${this.config.head}.csv`;
+      link.click();
+      URL.revokeObjectURL(link.href);
+    }
+
+    close() {
+      window.removeEventListener("resize", this.onResize);
+      this.request += 1;
+    }
+  }
+
+  /* Tokens around the strongest keys of a row, each shaded by its probability. */
+  function drawStrip(strip, tokens, values, query, choose) {
+    const reach = 600;
+    const first = Math.max(0, Math.min(query - reach + 1, tokens.length - reach));
+    const last = Math.min(tokens.length, Math.max(first + reach, query + 1));
+    const strongest = Array.from(values.keys()).filter((i) => !Number.isNaN(values[i]))
+      .sort((a, b) => values[b] - values[a]).slice(0, 5);
+    const head = element("p", "small");
+    head.append(`Query ${query} `, element("b", "", quoted(tokens[query])), " looks at ");
+    strongest.forEach((key, rank) => {
+      head.append(rank ? ", " : "", element("b", "", quoted(tokens[key])), ` (${key}) ${format(values[key])}`);
+    });
+    head.append(". Click a token to make it the query.");
+    const body = element("div", "tokens");
+    body.tabIndex = 0;
+    body.setAttribute("role", "group");
+    body.setAttribute("aria-label", "Tokens, shaded by the probability that the query gives them");
+    for (let i = first; i < last; i += 1) {
+      const token = element("span", i === query ? "token query" : "token", shown(tokens[i]));
+      const value = values[i];
+      if (value > 0) {
+        const share = Math.sqrt(Math.min(1, value));
+        token.style.backgroundColor = `rgba(53, 95, 141, ${share.toFixed(3)})`;
+        if (share > 0.55) token.style.color = "#fff";
+      }
+      token.title = `${i} ${quoted(tokens[i])}: ${Number.isNaN(value) || value === undefined ? "not visible" : format(value)}`;
+      token.addEventListener("click", () => choose(i));
+      body.append(token);
+    }
+    const parts = [head, body];
+    if (first > 0 || last < tokens.length) {
+      parts.push(element("p", "small", `Tokens ${first} to ${last - 1} of ${tokens.length} are shown.`));
+    }
+    strip.replaceChildren(...parts);
+    strip.dataset.query = String(query);
+  }
+
+  function keepLink(config, view, query, length) {
+    const search = new URLSearchParams({ prompt: config.prompt });
+    const all = view.q0 === 0 && view.k0 === 0 && view.q1 === length && view.k1 === length;
+    if (!all) for (const name of ["q0", "q1", "k0", "k1"]) search.set(name, view[name]);
+    if (query !== null && query !== undefined) search.set("query", query);
+    window.history.replaceState(window.history.state, "", `${window.location.pathname}?${search}`);
+  }
+
+  function columnMeans(d) {
+    const sums = new Float64Array(d.columns), counts = new Float64Array(d.columns);
+    for (let r = 0; r < d.rows; r += 1) {
+      for (let c = 0; c < d.columns; c += 1) {
+        const value = d.values[r * d.columns + c];
+        if (!Number.isNaN(value)) { sums[c] += value; counts[c] += 1; }
+      }
+    }
+    return Array.from(sums, (sum, c) => (counts[c] ? sum / counts[c] : 0));
+  }
+
+  function ticks(first, last) {
+    const rough = (last - first) / 6;
+    const power = 10 ** Math.floor(Math.log10(Math.max(rough, 1)));
+    const step = Math.max(1, [1, 2, 5, 10].map((m) => m * power).find((s) => s >= rough) || 10 * power);
+    const found = [];
+    for (let t = Math.ceil(first / step) * step; t < last; t += step) found.push(t);
+    return found;
+  }
+
+  function paletteOf(colors) {
+    const table = new Uint32Array(256);
+    for (let i = 0; i < 256; i += 1) {
+      const place = (i / 255) * (colors.length - 1);
+      const a = rgb(colors[Math.floor(place)]), b = rgb(colors[Math.min(colors.length - 1, Math.floor(place) + 1)]);
+      const mix = a.map((v, c) => Math.round(v + (b[c] - v) * (place - Math.floor(place))));
+      table[i] = (255 << 24) | (mix[2] << 16) | (mix[1] << 8) | mix[0];
+    }
+    return table;
+  }
+
+  const rgb = (hex) => [1, 3, 5].map((i) => parseInt(hex.slice(i, i + 2), 16));
+  const css = (pixel) => `rgb(${pixel & 255},${(pixel >> 8) & 255},${(pixel >> 16) & 255})`;
+  const clamp = (value, low, high) => Math.max(low, Math.min(high, value));
+  const format = (value) => (value === 0 ? "0" : value >= 0.001 ? value.toPrecision(4) : value.toExponential(3));
+  const shown = (token) => token.replace(/\n/g, "⏎").replace(/\t/g, "⇥") || "∅";
+  const quoted = (token) => (token === undefined ? "" : `“${shown(token)}”`);
+
+  function element(tag, className, text) {
+    const made = document.createElement(tag);
+    if (className) made.className = className;
+    if (text !== undefined) made.textContent = text;
+    return made;
+  }
+
+  function button(text, action) {
+    const made = element("button", "quiet", text);
+    made.type = "button";
+    made.addEventListener("click", action);
+    return made;
+  }
+
+  let current = null;
+  window.lensBlockMap = {
+    mount(root, config) {
+      if (current) current.close();
+      current = new BlockMap(root, config);
+      return current;
+    },
+    get current() { return current; },
+  };
+})();

@@ -1,0 +1,48 @@
+"""The runs that the dashboard shows: opened by id, kept while they do not change."""
+
+from functools import lru_cache
+from pathlib import Path
+
+from lens.runs import INDEX, BrokenRun, Run, find_run, list_runs
+from lens.trace import AttentionTrace
+
+_OPEN_TRACES = 16
+
+
+class Library:
+    """A folder of runs; a run that changes on disk is read again."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self._open: dict[str, tuple[int, Run]] = {}
+        self._trace = lru_cache(_OPEN_TRACES)(self._load_trace)
+
+    def runs(self) -> list[Run | BrokenRun]:
+        """All runs, newest first."""
+        return list_runs(self.folder)
+
+    def run(self, run_id: str) -> Run:
+        """One run.
+
+        Raises:
+            LensError: there is none of this id, or it cannot be read.
+        """
+        run = find_run(self.folder, run_id)
+        changed = (run.path / INDEX).stat().st_mtime_ns
+        kept = self._open.get(run_id)
+        if kept is None or kept[0] != changed:
+            self._open[run_id] = (changed, run)
+        return self._open[run_id][1]
+
+    def trace(self, run_id: str, prompt: str) -> AttentionTrace:
+        """The trace of one prompt; arrays are read when they are used.
+
+        Raises:
+            LensError: there is none, or it is damaged.
+        """
+        run = self.run(run_id)
+        return self._trace(run_id, prompt, self._open[run_id][0], run)
+
+    @staticmethod
+    def _load_trace(run_id: str, prompt: str, changed: int, run: Run) -> AttentionTrace:
+        return run.trace(prompt)

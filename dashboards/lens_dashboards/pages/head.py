@@ -1,0 +1,216 @@
+"""Page `/run/<id>/head/<layer>/<head>`: what does this head do?"""
+
+from typing import Any
+
+from dash import dcc, html
+
+from lens import figures as draw
+from lens.errors import LensError
+from lens.figures.colors import VIRIDIS
+from lens.metrics import METRICS
+from lens.runs import Run
+from lens_dashboards.library import Library
+from lens_dashboards.pages.parts import card, crumbs, graph, number, python_call, run_banner
+from lens_dashboards.raster import has_tokens
+from lens_dashboards.selection import Selection
+
+
+def page(library: Library, view: Selection) -> list[Any]:
+    """The block map, the token strip, the head's curves and its scores."""
+    run = library.run(view.run)
+    traces = run.traces
+    if not traces:
+        raise LensError(
+            f"run {run.id} has no finished trace; complete it: "
+            f"lens run -c {run.path / 'config.toml'}"
+        )
+    notes = []
+    prompt = view.prompt or traces[0]
+    if prompt not in traces:
+        notes.append(f"This run has no trace of prompt {prompt!r}; {traces[0]} is shown.")
+        prompt = traces[0]
+    trace = library.trace(run.id, prompt)
+    layer, head = view.layer, view.head
+    if not (layer < trace.layers and head < trace.heads):
+        raise LensError(
+            f"{trace.model} has layers 0 to {trace.layers - 1} and heads 0 to {trace.heads - 1}; "
+            f"there is no L{layer}H{head}"
+        )
+    name = f"L{layer}H{head}"
+    config = {
+        "run": run.id,
+        "prompt": prompt,
+        "layer": layer,
+        "head": head,
+        "window": view.window,
+        "query": view.query,
+        "palette": list(VIRIDIS),
+        "causal": trace.attrs["causal"],
+    }
+    return [
+        crumbs(run, view),
+        html.Div(
+            [html.H1(f"{name} of {trace.model}"), _steps(run, view, prompt, trace.layers, trace.heads)],
+            className="title-row",
+        ),
+        *run_banner(run),
+        *[html.Div(text, className="banner note", role="status") for text in notes],
+        dcc.Store(id="map-config", data=config),
+        dcc.Store(id="map-mounted"),
+        dcc.Store(id="prompt-shown", data=prompt),
+        _prompt_control(run, traces, prompt),
+        html.Div(
+            [
+                card(
+                    [
+                        html.Div(id="map", className="map"),
+                        html.P(
+                            "Wheel zooms, drag pans, double click shows everything; with the map in "
+                            "focus the arrow keys move, + and - zoom. Click a row to shade its keys "
+                            "below.",
+                            className="small",
+                        ),
+                        html.P(_sharpness(trace), className="small"),
+                    ],
+                    "Attention",
+                    className="wide",
+                ),
+                html.Div(
+                    [
+                        card(_scores(run, prompt, layer, head), "Scores"),
+                        card(
+                            python_call(
+                                "from lens import figures\nfrom lens.runs import open_run\n\n"
+                                f"trace = open_run({str(run.path)!r}).trace({prompt!r})\n"
+                                f"trace.block_mass.sel(layer={layer}, head={head})\n"
+                                f"figures.block_map(trace, {layer}, {head})"
+                            ),
+                            "Take it with you",
+                        ),
+                    ],
+                    className="side",
+                ),
+            ],
+            className="columns",
+        ),
+        card(html.Div(id="strip", className="strip"), "Tokens"),
+        html.Div(
+            [
+                card(
+                    graph(
+                        "distance",
+                        draw.distance_profile(trace, layer, head, height=300),
+                        f"Attention of {name} by distance",
+                    ),
+                    "How far it looks",
+                ),
+                card(
+                    graph(
+                        "received",
+                        draw.received_mass(trace, layer, head, height=300),
+                        f"Mass that each key receives in {name}",
+                    ),
+                    "What it looks at",
+                ),
+                card(
+                    graph(
+                        "entropy",
+                        draw.row_entropy(trace, layer, head, height=300),
+                        f"Row entropy of {name}",
+                    ),
+                    "How spread it is",
+                ),
+            ],
+            className="thirds",
+        ),
+    ]
+
+
+def _sharpness(trace: Any) -> str:
+    if has_tokens(trace):
+        return "Zoomed in to 512 tokens or fewer, the map shows exact probabilities of single tokens."
+    return (
+        "This trace keeps block mass only; single tokens need q and k: run again with --keep-qk."
+    )
+
+
+def _steps(run: Run, view: Selection, prompt: str, layers: int, heads: int) -> html.Nav:
+    """Links to the heads around this one."""
+    index = view.layer * heads + view.head
+    targets = (("‹ previous head", index - 1, "previous-head"), ("next head ›", index + 1, "next-head"))
+    links = []
+    for text, number_, link_id in targets:
+        if 0 <= number_ < layers * heads:
+            target = Selection(
+                page="head",
+                run=run.id,
+                layer=number_ // heads,
+                head=number_ % heads,
+                prompt=prompt,
+            )
+            links.append(dcc.Link(text, href=target.url(), id=link_id))
+        else:
+            links.append(html.Span(text, className="off"))
+    return html.Nav(links, className="steps", **{"aria-label": "Heads"})
+
+
+def _prompt_control(run: Run, traces: list[str], prompt: str) -> html.Div:
+    prompts = run.prompts.set_index("prompt_id")
+    options = [
+        {
+            "value": name,
+            "label": f"{name} · {prompts.loc[name, 'kind']} · {prompts.loc[name, 'title']} "
+            f"({prompts.loc[name, 'tokens']} tokens)",
+        }
+        for name in traces
+        if name in prompts.index
+    ]
+    return html.Div(
+        [
+            html.Label("Prompt", htmlFor="prompt"),
+            dcc.Dropdown(id="prompt", options=options, value=prompt, clearable=False),
+        ],
+        className="control prompt",
+    )
+
+
+def _scores(run: Run, prompt: str, layer: int, head: int) -> Any:
+    try:
+        table = run.heads
+    except LensError as error:
+        return html.P(str(error), className="problem")
+    rows = table[(table["layer"] == layer) & (table["head"] == head)]
+    groups = [g for g in (prompt, "text", "copied") if (rows["prompt_id"] == g).any()]
+    values = rows.set_index(["prompt_id", "metric", "variant"])
+    body = []
+    for metric in METRICS.values():
+        for variant in ("raw", "sink_excluded") if metric.sink_excluded else ("raw",):
+            cells = [_cell(values, (group, metric.name, variant)) for group in groups]
+            label = metric.label + (", sink excluded" if variant == "sink_excluded" else "")
+            body.append(
+                html.Tr([html.Th(label, scope="row", title=metric.definition), *cells])
+            )
+    return html.Div(
+        html.Table(
+            [
+                html.Thead(html.Tr([html.Td(), *[html.Th(g, scope="col") for g in groups]])),
+                html.Tbody(body),
+            ],
+            className="scores",
+        ),
+        className="scroll",
+        tabIndex=0,
+        role="region",
+        **{"aria-label": "Scores of this head"},
+    )
+
+
+def _cell(values: Any, key: tuple[str, str, str]) -> html.Td:
+    if key not in values.index:
+        return html.Td("–")
+    found = values.loc[key]
+    value, low, high = (float(found[name]) for name in ("value", "low", "high"))
+    title = f"95 % interval {low:.3g} to {high:.3g}, n = {found['n']}" if low == low else ""
+    token = f" {found['detail']!r}" if key[1] == "top_key" and found["detail"] else ""
+    reason = str(found["detail"]) if value != value else title
+    return html.Td(number(value) + token, title=reason, className="number")

@@ -1,0 +1,137 @@
+"""Pieces that all pages share."""
+
+from typing import Any
+
+import plotly.graph_objects as go
+from dash import dcc, html
+
+from lens.runs import Run
+from lens_dashboards.selection import Selection
+
+STATUS_WORDS = {
+    "success": "complete",
+    "started": "running",
+    "partial": "unfinished",
+    "error": "failed",
+}
+
+
+def card(children: Any, title: str | None = None, **more: Any) -> html.Section:
+    """A panel with an optional heading."""
+    heading = [] if title is None else [html.H2(title)]
+    body = children if isinstance(children, list) else [children]
+    return html.Section([*heading, *body], className=f"card {more.pop('className', '')}", **more)
+
+
+def chip(status: str) -> html.Span:
+    """The status of a run, in a word and a colour."""
+    return html.Span(STATUS_WORDS.get(status, status), className=f"chip {status}")
+
+
+def note_banner(text: str) -> html.Div:
+    """A line above the page about something in the link that could not be used."""
+    return html.Div(text, className="banner note", role="status")
+
+
+def error_card(text: str, view: Selection) -> html.Section:
+    """What went wrong and what to do, instead of a blank page."""
+    return card(
+        [
+            html.P(text, className="problem"),
+            html.P(
+                [
+                    dcc.Link("All runs", href="/"),
+                    *([f" · run {view.run}"] if view.run else []),
+                ]
+            ),
+        ],
+        className="error",
+        role="alert",
+    )
+
+
+def run_banner(run: Run) -> list[html.Div]:
+    """Amber or red lines about a run that is not whole, and its warnings."""
+    prompts = run.meta["prompts"]
+    banners = []
+    if run.status in ("partial", "started"):
+        state = "is still running" if run.status == "started" else "is unfinished"
+        banners.append(
+            html.Div(
+                [
+                    f"This run {state}: {prompts['done']} of {prompts['total']} prompts are done. ",
+                    "Complete it with ",
+                    html.Code(f"lens run -c {run.path.name}/config.toml"),
+                ],
+                className="banner partial",
+                role="status",
+            )
+        )
+    if run.status == "error" and run.meta.get("error"):
+        error = run.meta["error"]
+        banners.append(
+            html.Div(
+                f"This run failed: {error['type']}: {error['message']}",
+                className="banner failed",
+                role="alert",
+            )
+        )
+    banners += [
+        html.Div(text, className="banner partial", role="status")
+        for text in run.meta.get("warnings", [])
+    ]
+    return banners
+
+
+def crumbs(run: Run, view: Selection) -> html.Nav:
+    """runs › run › page."""
+    parts: list[Any] = [dcc.Link("runs", href="/"), html.Span("›", className="sep")]
+    if view.page == "overview":
+        parts.append(html.Span(run.id))
+    else:
+        last = f"L{view.layer}H{view.head}" if view.page == "head" else "provenance"
+        parts += [
+            dcc.Link(run.id, href=f"/run/{run.id}"),
+            html.Span("›", className="sep"),
+            html.Span(last),
+        ]
+    parts.append(html.Button("copy link", id="copy-link", className="quiet", type="button"))
+    return html.Nav(parts, className="crumbs", **{"aria-label": "Breadcrumb"})
+
+
+def graph(graph_id: str, figure: go.Figure, label: str) -> html.Div:
+    """A plotly figure with a text alternative and a short toolbar."""
+    return html.Div(
+        dcc.Graph(
+            id=graph_id,
+            figure=figure,
+            responsive=True,
+            config={
+                "displaylogo": False,
+                "modeBarButtonsToRemove": ["select2d", "lasso2d", "autoScale2d"],
+                "toImageButtonOptions": {"format": "svg", "filename": f"attention-lens-{graph_id}"},
+            },
+        ),
+        className="figure",
+        role="img",
+        **{"aria-label": label},
+    )
+
+
+def python_call(code: str) -> html.Details:
+    """The call that makes the same numbers in a notebook."""
+    return html.Details(
+        [
+            html.Summary("Python"),
+            html.Pre(html.Code(code)),
+            html.Button("copy", className="quiet copy-code", type="button"),
+        ],
+        className="python",
+    )
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A number for a table; a dash for NaN."""
+    if value is None or value != value:
+        return "–"
+    return f"{value:,.{digits}g}" if abs(value) < 1000 else f"{value:,.0f}"

@@ -1,0 +1,81 @@
+"""Page `/`: what was computed, and can it be trusted?"""
+
+from typing import Any
+
+from dash import dcc, html
+
+from lens.errors import LensError
+from lens.runs import BrokenRun, Run
+from lens_dashboards.library import Library
+from lens_dashboards.pages.parts import card, chip, number
+from lens_dashboards.selection import Selection
+
+_COLUMNS = ("Run", "Status", "Model", "Heads", "Prompts", "Tokens", "Created", "Seconds")
+
+
+def page(library: Library, view: Selection) -> list[Any]:
+    """The table of runs, or what to do when there is none."""
+    try:
+        runs = library.runs()
+    except LensError as error:
+        return [html.H1("Runs"), _empty(str(error))]
+    if not runs:
+        return [html.H1("Runs"), _empty(f"The folder {library.folder} holds no run yet.")]
+    rows = [_broken_row(run) if isinstance(run, BrokenRun) else _row(run) for run in runs]
+    table = html.Table(
+        [html.Thead(html.Tr([html.Th(name, scope="col") for name in _COLUMNS])), html.Tbody(rows)],
+        className="runs",
+    )
+    whole = sum(run.status == "success" for run in runs)
+    return [
+        html.H1("Runs"),
+        html.P(f"{len(runs)} in {library.folder}, {whole} complete.", className="lead"),
+        card(html.Div(table, className="scroll", tabIndex=0, role="region", **{"aria-label": "Runs"})),
+    ]
+
+
+def _row(run: Run) -> html.Tr:
+    meta, model, prompts = run.meta, run.meta["model"], run.meta["prompts"]
+    try:
+        tokens = number(float(run.prompts["tokens"].sum()))
+    except LensError:
+        tokens = "–"
+    return html.Tr(
+        [
+            html.Td(
+                [
+                    dcc.Link(meta["title"], href=f"/run/{run.id}"),
+                    html.Div(run.id, className="small"),
+                ]
+            ),
+            html.Td(chip(run.status)),
+            html.Td(model["name"]),
+            html.Td(f"{model.get('layers', '?')} × {model.get('heads', '?')}"),
+            html.Td(f"{prompts['done']} of {prompts['total']}"),
+            html.Td(tokens, className="number"),
+            html.Td(meta["created"].replace("T", " ")[:16]),
+            html.Td(number(meta.get("seconds"), 3), className="number"),
+        ]
+    )
+
+
+def _broken_row(run: BrokenRun) -> html.Tr:
+    return html.Tr(
+        [
+            html.Td(run.id),
+            html.Td(chip("error")),
+            html.Td(run.problem, colSpan=len(_COLUMNS) - 2, className="problem"),
+        ]
+    )
+
+
+def _empty(reason: str) -> html.Section:
+    return card(
+        [
+            html.P(reason),
+            html.P("Make one, then reload this page:"),
+            html.Pre(html.Code("lens demo --no-view\nlens run --text-name moby-dick --tokens 128")),
+        ],
+        "Nothing here yet",
+        className="empty",
+    )

@@ -1,0 +1,126 @@
+"""The numbers behind the block map: any rectangle of one head, at the sharpest level that fits.
+
+Three levels. `tokens`: exact probabilities of single tokens, recomputed from the stored q, k and LSE
+where the rectangle is small. `blocks`: block mass as captured. `pooled`: where a rectangle has more
+blocks than a screen has cells, the largest (or the mean) of several blocks.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from lens.errors import LensError
+from lens.trace import AttentionTrace
+
+MOST_CELLS = 512
+"""Cells a side that are sent at once."""
+
+Pooling = Literal["max", "mean"]
+
+
+@dataclass(frozen=True)
+class Raster:
+    """One rectangle.
+
+    Attributes:
+        values: [rows, columns] float32; NaN where no query may see the key.
+        level: `tokens`, `blocks` or `pooled`.
+        query_start, key_start: first token of the first row and column.
+        cell: tokens a side of a cell.
+        queries, keys: the last token of the rectangle, exclusive.
+    """
+
+    values: np.ndarray
+    level: str
+    query_start: int
+    key_start: int
+    cell: int
+    query_end: int
+    key_end: int
+
+
+def raster(
+    trace: AttentionTrace,
+    layer: int,
+    head: int,
+    window: tuple[int, int, int, int] | None = None,
+    pooling: Pooling = "max",
+) -> Raster:
+    """The rectangle (q0, q1, k0, k1) in tokens, or everything.
+
+    Raises:
+        LensError: a head that is not there, or a rectangle outside the prompt.
+    """
+    if not (0 <= layer < trace.layers and 0 <= head < trace.heads):
+        raise LensError(
+            f"{trace.model} has layers 0 to {trace.layers - 1} and heads 0 to {trace.heads - 1}; "
+            f"there is no L{layer}H{head}"
+        )
+    length = trace.length
+    q0, q1, k0, k1 = window or (0, length, 0, length)
+    q1, k1 = min(q1, length), min(k1, length)
+    if not (0 <= q0 < q1 and 0 <= k0 < k1):
+        raise LensError(f"the prompt has tokens 0 to {length - 1}; got the rectangle {window}")
+    if has_tokens(trace) and max(q1 - q0, k1 - k0) <= MOST_CELLS:
+        values = trace.tile(layer, head, (q0, q1), (k0, k1)).astype(np.float32)
+        return Raster(_blank(values, trace, q0, k0, 1), "tokens", q0, k0, 1, q1, k1)
+    return _blocks(trace, layer, head, (q0, q1, k0, k1), pooling)
+
+
+def has_tokens(trace: AttentionTrace) -> bool:
+    """Whether single tokens can be shown: q and k were kept."""
+    return "q" in trace.dataset and "k" in trace.dataset
+
+
+def row(trace: AttentionTrace, layer: int, head: int, query: int) -> np.ndarray:
+    """[keys] exact probabilities of one query.
+
+    Raises:
+        LensError: no such query, or q and k were not kept.
+    """
+    if not 0 <= query < trace.length:
+        raise LensError(f"the prompt has tokens 0 to {trace.length - 1}; there is no query {query}")
+    return trace.tile(layer, head, (query, query + 1), (0, trace.length))[0].astype(np.float32)
+
+
+def _blocks(
+    trace: AttentionTrace,
+    layer: int,
+    head: int,
+    window: tuple[int, int, int, int],
+    pooling: Pooling,
+) -> Raster:
+    size = trace.attrs["block_size"]
+    q0, q1, k0, k1 = window
+    rows, columns = slice(q0 // size, -(-q1 // size)), slice(k0 // size, -(-k1 // size))
+    values = (
+        trace.dataset["block_mass"]
+        .isel(layer=layer, head=head, query_block=rows, key_block=columns)
+        .values.astype(np.float32)
+    )
+    step = -(-max(values.shape) // MOST_CELLS)
+    if step > 1:
+        values = _pool(values, step, pooling)
+    start_q, start_k, cell = rows.start * size, columns.start * size, size * step
+    level = "pooled" if step > 1 else "blocks"
+    shown = _blank(values, trace, start_q, start_k, cell)
+    end_q, end_k = (min(part.stop * size, trace.length) for part in (rows, columns))
+    return Raster(shown, level, start_q, start_k, cell, end_q, end_k)
+
+
+def _pool(values: np.ndarray, step: int, pooling: Pooling) -> np.ndarray:
+    pad = [(0, -length % step) for length in values.shape]
+    padded = np.pad(values, pad, constant_values=np.nan)
+    rows, columns = (length // step for length in padded.shape)
+    tiles = padded.reshape(rows, step, columns, step)
+    return np.nanmax(tiles, (1, 3)) if pooling == "max" else np.nanmean(tiles, (1, 3))
+
+
+def _blank(values: np.ndarray, trace: AttentionTrace, q0: int, k0: int, cell: int) -> np.ndarray:
+    """NaN above the diagonal of a causal model: nothing can be there."""
+    if not trace.attrs["causal"]:
+        return values
+    rows, columns = (np.arange(length) * cell for length in values.shape)
+    last_query = np.minimum(q0 + rows + cell - 1, trace.length - 1)
+    return np.where(k0 + columns[None] > last_query[:, None], np.float32(np.nan), values)

@@ -1,0 +1,138 @@
+"""The dashboard's server: Dash over Flask, on this machine only unless a token says otherwise."""
+
+import hmac
+import secrets
+import socket
+from pathlib import Path
+
+from dash import Dash
+from flask import Flask, Response, abort, redirect, request
+
+from lens.errors import LensError
+from lens_dashboards.api import make_api
+from lens_dashboards.library import Library
+from lens_dashboards.views import register
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+_COOKIE = "lens_token"
+_PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+{%metas%}
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{%title%}</title>
+{%favicon%}
+{%css%}
+</head>
+<body>
+{%app_entry%}
+<footer>{%config%}{%scripts%}{%renderer%}</footer>
+</body>
+</html>"""
+
+
+def create_app(
+    runs: str | Path, *, hosts: tuple[str, ...] = LOOPBACK, token: str | None = None
+) -> Dash:
+    """The app over a folder of runs.
+
+    Args:
+        runs: folder of run folders.
+        hosts: names under which it may be asked for; another Host header gets 400.
+        token: when given, a request must bring it once as `?token=`, or gets 403.
+    """
+    flask = Flask("lens_dashboards")
+    flask.config["TRUSTED_HOSTS"] = list(hosts)
+    app = Dash(
+        "lens_dashboards",
+        server=flask,
+        title="attention-lens",
+        update_title="",
+        assets_folder=str(Path(__file__).parent / "assets"),
+        serve_locally=True,
+        suppress_callback_exceptions=True,
+        index_string=_PAGE,
+        add_log_handler=False,
+        enable_mcp=False,
+    )
+    library = Library(runs)
+    if token is not None:
+        _ask_for_token(flask, token)
+    flask.register_blueprint(make_api(library))
+    register(app, library)
+    _harden(app, flask)
+    return app
+
+
+def serve(
+    runs: str | Path,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8765,
+    token: str | None = None,
+    threads: int = 4,
+) -> None:
+    """Serve the dashboard until interrupted.
+
+    Args:
+        runs: folder of run folders.
+        host, port: where it listens. Another address than this machine's own needs a token.
+        token: see `create_app`.
+        threads: of the server.
+
+    Raises:
+        LensError: the port is busy, or a foreign address without a token.
+    """
+    from waitress.server import create_server
+
+    if host not in LOOPBACK and not token:
+        raise LensError(
+            f"{host} can be reached by others: give a token, e.g. token={secrets.token_urlsafe(16)!r},"
+            " and open the page with ?token=..."
+        )
+    hosts = LOOPBACK if host in LOOPBACK else (*LOOPBACK, host, socket.gethostname())
+    app = create_app(runs, hosts=hosts, token=token)
+    try:
+        server = create_server(app.server, host=host, port=port, threads=threads, ident="")
+    except OSError as error:
+        raise LensError(
+            f"port {port} on {host} cannot be used ({error.strerror}); choose another with --port"
+        ) from error
+    try:
+        server.run()
+    finally:
+        server.close()
+
+
+def _ask_for_token(flask: Flask, token: str) -> None:
+    @flask.before_request
+    def check() -> Response | None:
+        given = request.args.get("token") or request.cookies.get(_COOKIE, "")
+        if not hmac.compare_digest(given.encode(), token.encode()):
+            abort(403, "this dashboard needs its token: open it with ?token=...")
+        if "token" in request.args:
+            answer = redirect(request.path)
+            answer.set_cookie(_COOKIE, token, httponly=True, samesite="Strict")
+            return answer  # pyright: ignore[reportReturnType]
+        return None
+
+
+def _harden(app: Dash, flask: Flask) -> None:
+    policy = (
+        "default-src 'self'; img-src 'self' data: blob:; style-src 'self' 'unsafe-inline'; "
+        "font-src 'self' data:; connect-src 'self'; object-src 'none'; base-uri 'none'; "
+        "form-action 'none'; frame-ancestors 'self'; worker-src blob:; "
+        f"script-src 'self' {' '.join(chr(39) + value + chr(39) for value in _script_hashes(app))}"
+    )
+
+    @flask.after_request
+    def add_headers(response: Response) -> Response:
+        response.headers.setdefault("Content-Security-Policy", policy)
+        response.headers["X-Content-Type-Options"] = "nosniff"
+        response.headers["X-Frame-Options"] = "SAMEORIGIN"
+        response.headers["Referrer-Policy"] = "no-referrer"
+        return response
+
+
+def _script_hashes(app: Dash) -> list[str]:
+    return [value.strip("'") for value in app.csp_hashes()]
