@@ -1,16 +1,15 @@
-"""The statistics of one attention layer, from its query, key and value.
+"""The statistics of one attention layer, from its query, key and value, in one pass.
 
-Two calls of `lens_kernels.attention`: one over all keys, one with the first key hidden, for entropy
-and distance without the sink. The second restricts the row and renormalises it exactly; taking the
-sink's part off the first one would lose most digits where the sink holds nearly all the mass.
+The first key is a key group of its own, so that the same pass gives the row without it: entropy,
+distance and mass of the rest, exactly. Taking the first key's part off the whole would lose most
+digits where it holds nearly all the mass.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
-from lens_kernels import attention
+from lens_kernels import AttentionGroups, AttentionResult, attention
 
 from lens.captures.masks import MaskStructure
 from lens.errors import LensError
@@ -30,10 +29,13 @@ _KERNEL = (
     "block_mass",
     "block_max",
 )
-_SINK_EXCLUDED = {"entropy_sink_excluded": "entropy", "distance_sink_excluded": "distance"}
-_MATCHED = ("match_mass", "first_mass")
-_REST = ("rest_mass", *_SINK_EXCLUDED)
-VARIABLES = (*_KERNEL, *_MATCHED, *_REST)
+_BY_GROUP = {
+    "entropy_sink_excluded": "entropy",
+    "distance_sink_excluded": "distance",
+    "first_mass": "lse",
+    "rest_mass": "lse",
+}
+VARIABLES = (*_KERNEL, "match_mass", *_BY_GROUP)
 
 
 @dataclass(frozen=True)
@@ -134,25 +136,17 @@ def measure(
     call: LayerCall, settings: Settings, step: int, layer: int
 ) -> tuple[torch.Tensor, LayerRecord]:
     """Attention output [batch, queries, heads, value_dim] and the record of the layer."""
-    queries, keys = call.query.shape[2], call.key.shape[2]
+    batch, _, queries, _ = call.query.shape
+    keys = call.key.shape[2]
     names = settings.variables
-    labels = _labels(call) if names.intersection(_MATCHED) else None
-    asked = [name for name in _KERNEL if name in names]
-    result = _attention(
-        call,
-        settings,
-        statistics=["lse", *asked, *(["match_mass"] if labels else [])],
-        match=labels,
-        hide_first=False,
-    )
-    found = {name: result.statistics[name] for name in asked}
-    if labels:
-        found.update(_matched(result.statistics["match_mass"], call))
-    if names.intersection(_REST):
-        found.update(_without_first(call, settings, result.statistics["lse"]))
-    found = {name: tensor for name, tensor in found.items() if name in names}
+    result = _attention(call, settings)
+    found = {name: result.statistics[name] for name in _KERNEL if name in names}
+    if "match_mass" in names:
+        found["match_mass"] = _matched(result.statistics["match_mass"], call)
+    if result.groups is not None:
+        found.update(_by_group(result.statistics["lse"], result.groups, names))
     variables = {name: _to_cpu(tensor, torch.float32) for name, tensor in found.items()}
-    visible = call.mask.visible(len(call.query), queries, keys)
+    visible = call.mask.visible(batch, queries, keys)
     variables["visible"] = _to_cpu(visible, torch.int32)
     if settings.keep_qk:
         variables["q"] = _to_cpu(call.query, _storable(call.query.dtype))
@@ -178,31 +172,35 @@ def measure(
     return result.output.to(call.value.dtype).transpose(1, 2).contiguous(), record
 
 
-def _attention(
-    call: LayerCall,
-    settings: Settings,
-    *,
-    statistics: list[str],
-    match: list[tuple[torch.Tensor, torch.Tensor]] | None,
-    hide_first: bool,
-) -> Any:
+def _attention(call: LayerCall, settings: Settings) -> AttentionResult:
     batch, _, queries, _ = call.query.shape
-    mask = call.mask.for_kernel(batch, queries, hide_first=hide_first)
+    keys, names = call.key.shape[2], settings.variables
+    statistics = {"lse", *names.intersection(_KERNEL)}
+    statistics.update(kernel for variable, kernel in _BY_GROUP.items() if variable in names)
+    match = groups = None
+    if "match_mass" in names:
+        match = _labels(call)
+        statistics.add("match_mass")
+    if names.intersection(_BY_GROUP):
+        first = call.mask.first_key(batch).to(call.key.device)
+        groups = (torch.arange(keys, device=call.key.device) != first[:, None]).int()
+    mask = call.mask.for_kernel(queries)
     if call.position_bias is not None:
         mask = replace(mask, bias=call.position_bias)
     try:
         return attention(
             call.query,
             call.key,
-            call.value[..., :1] if hide_first else call.value,
+            call.value,
             mask=mask,
             scale=call.scale,
             softcap=call.softcap,
-            sink_logits=None if hide_first else call.sink_logits,
+            sink_logits=call.sink_logits,
             block_size=settings.block_size,
             statistics=statistics,
             match=match,
             prefix=PREFIX,
+            groups=groups,
             backend=settings.backend,
         )
     except (TypeError, ValueError) as error:  # a backend that does not exist, or cannot do it
@@ -210,53 +208,50 @@ def _attention(
 
 
 def _labels(call: LayerCall) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Label pairs of `MATCH_RULES`, then one whose only matching key is the first."""
+    """(query labels, key labels) for each of `MATCH_RULES`; -1 never matches."""
     queries, keys = call.query.shape[2], call.key.shape[2]
     key_position = torch.arange(keys, device=call.key.device)
     position = key_position[keys - queries :]
-    none = torch.full_like(position, -1)
-    key_none = torch.full_like(key_position, -1)
-    pairs = [(position, key_position), (position - 1, key_position)]
+    tokens = torch.full_like(key_position, -1)[None] if call.tokens is None else call.tokens
+    own = tokens[:, keys - queries :].expand(len(call.query), -1)
+    tokens = tokens.expand(len(call.query), -1)
+    token_before = torch.nn.functional.pad(tokens[:, :-1], (1, 0), value=-1)
+    pairs = {
+        "current_token_position": (position, key_position),
+        "previous_token": (position - 1, key_position),
+        "same_token": (own, tokens),
+        "induction": (own, token_before),
+    }
+    return [pairs[rule] for rule in MATCH_RULES]
+
+
+def _matched(mass: torch.Tensor, call: LayerCall) -> torch.Tensor:
+    """`match_mass` with NaN for the rules that this layer cannot have."""
+    absent = set()
     if call.tokens is None:
-        pairs += [(none, key_none)] * 2
-    else:
-        before = torch.nn.functional.pad(call.tokens[:, :-1], (1, 0), value=-1)
-        own = call.tokens[:, keys - queries :]
-        pairs += [(own, call.tokens), (own, before)]
-    return [*pairs, (torch.zeros_like(position), key_position)]
+        absent = {"same_token", "induction"}
+    elif not call.mask.causal:  # induction looks back only; here a row sees later keys too
+        absent = {"induction"}
+    columns = torch.tensor([rule in absent for rule in MATCH_RULES], device=mass.device)
+    return mass.masked_fill(columns, torch.nan)
 
 
-def _matched(mass: torch.Tensor, call: LayerCall) -> dict[str, torch.Tensor]:
-    rules = mass[..., : len(MATCH_RULES)].clone()
-    if call.tokens is None:
-        rules[..., 2:] = torch.nan
-    elif not call.mask.causal:
-        rules[..., 3] = torch.nan  # induction looks back only; here a row sees later keys too
-    return {"match_mass": rules, "first_mass": mass[..., len(MATCH_RULES)]}
-
-
-def _without_first(
-    call: LayerCall, settings: Settings, lse: torch.Tensor
+def _by_group(
+    lse: torch.Tensor, groups: AttentionGroups, names: frozenset[str]
 ) -> dict[str, torch.Tensor]:
-    """Entropy and distance of the rows without their first key, and the mass of what is left.
-
-    The mass is the ratio of the two sums, `exp(lse of the rest - lse)`, so that nothing cancels.
-    Entropy and distance are NaN where nothing is left.
-    """
-    if call.key.shape[2] == 1:
-        nothing = torch.full_like(lse, torch.nan)
-        return {**dict.fromkeys(_SINK_EXCLUDED, nothing), "rest_mass": torch.zeros_like(lse)}
-    wanted = [name for variable, name in _SINK_EXCLUDED.items() if variable in settings.variables]
-    with torch.no_grad():
-        rest = _attention(
-            call, settings, statistics=["lse", *wanted], match=None, hide_first=True
-        ).statistics
-    empty = torch.isneginf(rest["lse"])
-    found = {"rest_mass": (rest["lse"] - lse).exp().masked_fill(empty, 0)}
-    for variable, name in _SINK_EXCLUDED.items():
-        if name in wanted:
-            found[variable] = rest[name].masked_fill(empty, torch.nan)
-    return found
+    """Mass of the first key and of the rest; entropy and distance of the rest, NaN where none is."""
+    first = groups.lse[0]
+    rest = groups.lse[1] if len(groups.lse) > 1 else torch.full_like(first, -torch.inf)
+    is_empty = torch.isneginf(lse)
+    found = {
+        "first_mass": (first - lse).exp().masked_fill(is_empty, 0),
+        "rest_mass": (rest - lse).exp().masked_fill(is_empty, 0),
+    }
+    for variable in ("entropy_sink_excluded", "distance_sink_excluded"):
+        if variable in names:
+            of_rest = groups.statistics[_BY_GROUP[variable]][-1]
+            found[variable] = of_rest.masked_fill(torch.isneginf(rest), torch.nan)
+    return {name: tensor for name, tensor in found.items() if name in names}
 
 
 def _storable(dtype: torch.dtype) -> torch.dtype:

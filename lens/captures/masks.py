@@ -40,30 +40,31 @@ class MaskStructure:
     padding: torch.Tensor | None = None
     allowed: torch.Tensor | None = None
 
-    def for_kernel(self, batch: int, queries: int, *, hide_first: bool = False) -> AttentionMask:
-        """The mask as `lens_kernels` takes it; `hide_first` hides the first real key of each row."""
-        start = int(hide_first)
+    def for_kernel(self, queries: int) -> AttentionMask:
+        """The mask as `lens_kernels` takes it; padded queries see nothing."""
         if self.padding is None or self.allowed is not None:
+            return AttentionMask(causal=self.causal, window=self.window, allowed=self.allowed)
+        first = self.first_key(len(self.padding))
+        if queries < self.padding.shape[1]:  # cached keys: every query is a real token
             return AttentionMask(
                 causal=self.causal,
                 window=self.window,
-                key_start=[start] * batch if hide_first else None,
-                allowed=self.allowed,
-            )
-        keys = self.padding.shape[1]
-        first = self.padding.int().argmax(-1)
-        kept = self.padding
-        if hide_first:
-            kept = kept & (torch.arange(keys, device=kept.device) != first[:, None])
-        if queries < keys:  # cached keys: every query is a real token
-            return AttentionMask(
-                causal=self.causal, window=self.window, key_start=first, key_padding=kept
+                key_start=first,
+                key_padding=self.padding,
             )
         past = first + self.padding.sum(-1)
-        bounds = torch.stack([torch.zeros_like(first), first, past], dim=-1)
         return AttentionMask(
-            causal=self.causal, window=self.window, cu_seqlens=bounds, key_padding=kept
+            causal=self.causal,
+            window=self.window,
+            cu_seqlens=torch.stack([torch.zeros_like(first), first, past], dim=-1),
+            key_padding=self.padding,
         )
+
+    def first_key(self, batch: int) -> torch.Tensor:
+        """[batch]: index of the first real key."""
+        if self.padding is None:
+            return torch.zeros(batch, dtype=torch.long)
+        return self.padding.int().argmax(-1)
 
     def visible(self, batch: int, queries: int, keys: int) -> torch.Tensor:
         """[batch, keys]: how many real queries see each key."""

@@ -82,6 +82,7 @@ def test_a_bridge_gives_the_trace_of_the_bare_model(boot, name):
     _assert_equal_traces(lens.capture(bridge, ids, keep_qk=True), expected)
 
 
+@torch.no_grad()
 def test_the_bridge_is_itself_again_afterwards_and_its_hooks_fire_inside(boot):
     bridge = boot(build("gpt2"))
     ids = torch.arange(3, 40)[None]
@@ -95,7 +96,7 @@ def test_the_bridge_is_itself_again_afterwards_and_its_hooks_fire_inside(boot):
         captured = bridge(ids)
     assert seen == [(1, 37, 6, 8)]
     hook.remove_hooks()
-    assert naive.rms_ratio(captured.detach(), before.detach()) < 1e-5
+    assert naive.rms_ratio(captured, before) < 1e-5
     assert [sorted(vars(module)) for module in bridge.modules()] == state
     assert torch.equal(bridge(ids), before)
 
@@ -145,12 +146,11 @@ def test_bridges_that_capture_does_not_know_are_refused(transformer_bridge):
     class Bridge(torch.nn.Module):
         original_model = torch.nn.Identity()
 
-    empty = Bridge()
-    with pytest.raises(LensError, match="the bridge of Identity has no AttentionBridge"):
-        with bridges.replaced_attention(empty):
-            pytest.fail("the block must not be entered")
     strange = Bridge()
     strange.attention = Exotic()
-    with pytest.raises(LensError, match="capture does not know the bridge Exotic over Identity"):
-        with bridges.replaced_attention(strange):
+    for bridge, expected in (
+        (Bridge(), "the bridge of Identity has no AttentionBridge"),
+        (strange, "capture does not know the bridge Exotic over Identity"),
+    ):
+        with pytest.raises(LensError, match=expected), bridges.replaced_attention(bridge):
             pytest.fail("the block must not be entered")
