@@ -91,7 +91,7 @@ class Panel:
     def __init__(
         self, problem: Problem, strip: Strip, rows: slice, lse: Tensor | None = None
     ) -> None:
-        """`lse` [batch, heads, queries]: of the whole rows, where the forward pass left it."""
+        """`lse` [H, R]: of the whole rows, where it is known already."""
         self.problem, self.strip, self.rows = problem, strip, rows
         self.cap_slope: Tensor | None = None
         self.scores = self._logits(keep_slope=lse is not None)
@@ -101,7 +101,7 @@ class Panel:
                 self.scores, None if sinks is None else sinks[strip.heads].detach()
             )
         else:
-            self.lse = lse[strip.batch, strip.heads, rows]
+            self.lse = lse
             self.probability = exponentials(self.scores, self.lse)
 
     def read(self, tensor: Tensor) -> Tensor:
@@ -116,13 +116,16 @@ class Panel:
         grouped = weight.reshape(keys.shape[0], -1, weight.shape[-1])
         return (grouped @ keys).view(*weight.shape[:2], keys.shape[-1])
 
+    def products(self, rows: Tensor, tensor: Tensor) -> Tensor:
+        """`rows` [H, R, D] . `tensor` [batch, kv_heads, keys, D], by kv head: [H, R, C]."""
+        keys = self.read(tensor)
+        grouped = rows.reshape(keys.shape[0], -1, keys.shape[-1])
+        return (grouped @ keys.transpose(-1, -2)).view(*rows.shape[:2], keys.shape[1])
+
     def _logits(self, keep_slope: bool) -> Tensor:
         problem, strip, plan, rows = self.problem, self.strip, self.problem.plan, self.rows
         query = problem.query[strip.batch, strip.heads, rows].to(problem.compute_dtype)
-        key = self.read(problem.key)
-        grouped = query.reshape(key.shape[0], -1, problem.head_dim)
-        scores = (grouped @ key.transpose(-1, -2)).mul_(problem.scale)
-        scores = scores.view(*query.shape[:2], -1)
+        scores = self.products(query, problem.key).mul_(problem.scale)
         if problem.softcap is not None:
             scores = scores.div_(problem.softcap).tanh_()
             if keep_slope:
@@ -185,3 +188,11 @@ def exponentials(scores: Tensor, lse: Tensor) -> Tensor:
     """`exp(s - lse)` of `scores` [..., R, C] and `lse` [..., R]; 0 in rows without keys."""
     total = lse.masked_fill(lse == -_INF, _INF)
     return torch.exp(scores - total[..., None])
+
+
+def sink_share(panel: Panel) -> Tensor | None:
+    """Mass of the learned sink [H, R], 0 in rows without keys; None where there is no sink."""
+    sinks = panel.problem.sink_logits
+    if sinks is None:
+        return None
+    return exponentials(sinks[panel.strip.heads, None, None], panel.lse).squeeze(-1)

@@ -18,9 +18,6 @@ The exports take `a_ij = dO_i . v_j`, the gradient of `P` through the output alo
                               order downstream of the output (MoA); exact for a linear loss
     block_logit_gradient      sum dS
     block_logit_gradient_abs  sum |dS|
-
-Where a key holds nearly all the mass, `1 - P` loses its digits: for the largest key of a row both
-parts of the influence are summed over the other keys instead.
 """
 
 from __future__ import annotations
@@ -31,7 +28,8 @@ import torch
 from torch import Tensor
 
 from lens_kernels.backward import Gradients, Saved, Upstream
-from lens_kernels.panels import Panel, exponentials, strips
+from lens_kernels.complements import complements, removal_effect
+from lens_kernels.panels import Panel, exponentials, sink_share, strips
 from lens_kernels.problem import Problem, statistic_shape
 from lens_kernels.statistics import STATISTICS
 
@@ -46,7 +44,7 @@ def gradients(saved: Saved, upstream: Upstream) -> Gradients:
     per_row = None if upstream.block_mass is None else _over_seen_rows(problem, saved, upstream)
     for strip in strips(problem):
         for rows in strip.rows:
-            panel = Panel(problem, strip, rows, saved.lse)
+            panel = Panel(problem, strip, rows, saved.lse[strip.batch, strip.heads, rows])
             through_output = _through_output(panel, upstream.output)
             of_probability = _of_probability(panel, through_output, upstream, per_row)
             row_sum = (panel.probability * of_probability).sum(-1)
@@ -61,42 +59,12 @@ def gradients(saved: Saved, upstream: Upstream) -> Gradients:
     return sums.result()
 
 
-def influence(probability: Tensor, through: Tensor, sink_share: Tensor | None = None) -> Tensor:
-    """Effect of masking one key and renormalising, `P (A - a) / (1 - P)` [..., R, C].
-
-    With `A_i = sum_j P_ij a_ij`. A row whose only key is masked becomes empty, output 0: effect
-    `-A`. Exact for a loss that is linear in the output, also where one `P` is nearly 1.
-
-    Args:
-        probability: `P` [..., R, C].
-        through: `a = dO . v` [..., R, C].
-        sink_share: [..., R], mass of the learned sink, or None.
-    """
-    total = (probability * through).sum(-1, keepdim=True)
-    largest = probability.argmax(-1, keepdim=True)
-    others = probability.scatter(-1, largest, 0)
-    rest = others.sum(-1, keepdim=True)
-    if sink_share is not None:
-        rest = rest + sink_share[..., None]
-    left = (others * through).sum(-1, keepdim=True) / torch.where(rest > 0, rest, 1)
-    at_largest = probability.gather(-1, largest) * (left - through.gather(-1, largest))
-    room = (1 - probability).scatter(-1, largest, 1)
-    return (probability * (total - through) / room).scatter(-1, largest, at_largest)
-
-
 def _through_output(panel: Panel, of_output: Tensor | None) -> Tensor:
     """`dO . v` [H, R, C]."""
     part = _part(of_output, panel)
     if part is None:
         return torch.zeros_like(panel.probability)
-    return _products(panel, part, panel.problem.value)
-
-
-def _products(panel: Panel, rows: Tensor, tensor: Tensor) -> Tensor:
-    """`rows` [H, R, D] times the strip's keys of `tensor` [batch, kv_heads, keys, D]: [H, R, C]."""
-    keys = panel.read(tensor)
-    grouped = rows.reshape(keys.shape[0], -1, keys.shape[-1])
-    return (grouped @ keys.transpose(-1, -2)).view(*rows.shape[:2], keys.shape[1])
+    return panel.products(part, panel.problem.value)
 
 
 def _of_probability(
@@ -153,6 +121,13 @@ def _add_groups(
         sums.add_value(panel, probability, _part(of_output, panel))
 
 
+def _influence(panel: Panel, through: Tensor) -> Tensor:
+    """Effect of masking each key alone and renormalising [H, R, C]."""
+    probability = panel.probability
+    room, gap = complements(probability, through, sink_share(panel))
+    return removal_effect(probability, through, room, gap)
+
+
 def _part(tensor: Tensor | None, panel: Panel) -> Tensor | None:
     """The panel's rows of [batch, heads, queries, ...], in the compute type."""
     if tensor is None:
@@ -185,7 +160,7 @@ class _Sums:
         }
 
     def add_sinks(self, panel: Panel, level: Tensor) -> None:
-        share = _sink_share(panel)
+        share = sink_share(panel)
         if self.sink_logits is not None and share is not None:
             self.sink_logits[panel.strip.heads] += (share * level).sum(-1)
 
@@ -236,7 +211,7 @@ class _Sums:
             self.exports["row_attribution"][at] = attribution.sum(-1)
         makers: dict[str, Callable[[], Tensor]] = {
             "block_attribution": lambda: attribution,
-            "block_influence": lambda: influence(panel.probability, through, _sink_share(panel)),
+            "block_influence": lambda: _influence(panel, through),
             "block_logit_gradient": lambda: of_logits,
             "block_logit_gradient_abs": of_logits.abs,
         }
@@ -249,11 +224,3 @@ class _Sums:
         return Gradients(
             self.query, self.key, self.value, self.sink_logits, self.bias, self.exports
         )
-
-
-def _sink_share(panel: Panel) -> Tensor | None:
-    """Mass of the learned sink [H, R], 0 in rows without keys."""
-    sinks = panel.problem.sink_logits
-    if sinks is None:
-        return None
-    return exponentials(sinks[panel.strip.heads, None, None], panel.lse).squeeze(-1)
