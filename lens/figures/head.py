@@ -77,10 +77,12 @@ def distance_profile(
         ]
     )  # fmt: skip
     figure.update_xaxes(title="distance query - key (tokens)")
-    figure.update_yaxes(title="mean probability", type="log", exponentformat="power")
-    figure.update_layout(legend={"orientation": "h", "y": 1.02, "yanchor": "bottom"})
-    best = int(np.argmax(mean))
-    found = f"L{layer}H{head}: strongest at distance {offset[best]}, {mean[best]:.3g} a row"
+    figure.update_yaxes(title="mean probability", type="log", dtick=1, exponentformat="power")
+    mass = data["diagonal"].values
+    best = int(np.argmax(mass))
+    found = (
+        f"L{layer}H{head}: most at distance {offset[best]}, {mass[best] / mass.sum():.1%} of all"
+    )
     return style(
         figure, title=title or found, width=width, height=height, theme=theme,
         meta=_meta(trace, layer, head),
@@ -128,7 +130,6 @@ def row_entropy(
     figure.update_traces(hovertemplate="query %{x}: %{y:.3f} nats<extra></extra>")
     figure.update_xaxes(title="query position" + (f" (means of {size})" if size > 1 else ""))
     figure.update_yaxes(title="row entropy (nats)", rangemode="tozero")
-    figure.update_layout(legend={"orientation": "h", "y": 1.02, "yanchor": "bottom"})
     mean = float(np.nanmean(data["entropy"].values[1:])) if trace.length > 1 else 0.0
     found = f"L{layer}H{head}: mean row entropy {mean:.2f} nats"
     return style(
@@ -170,10 +171,9 @@ def received_mass(
         ]
     )  # fmt: skip
     figure.update_xaxes(title="key position" + (f" (means of {size})" if size > 1 else ""))
-    figure.update_yaxes(title="received, mean of the queries that see the key", rangemode="tozero")
-    figure.update_layout(legend={"orientation": "h", "y": 1.02, "yanchor": "bottom"})
+    figure.update_yaxes(title="mean over the queries that see it", rangemode="tozero")
     first = float(data["received"].values[0] / visible[0])
-    found = f"L{layer}H{head}: the first token receives {first:.1%} of what its queries give"
+    found = f"L{layer}H{head}: the first token receives {first:.1%}"
     return style(
         figure, title=title or found, width=width, height=height, theme=theme,
         meta=_meta(trace, layer, head),

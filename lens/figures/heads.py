@@ -208,7 +208,6 @@ def metric_by_layer(
     )
     figure.update_xaxes(title="layer", dtick=1 if len(means) <= 32 else None)
     figure.update_yaxes(title=label(metric, variant))
-    figure.update_layout(legend={"orientation": "h", "y": 1.02, "yanchor": "bottom"})
     return style(
         figure,
         title=title or f"{METRICS[metric].label} over the layers",

@@ -26,13 +26,24 @@ def style(
     light = theme == "light"
     ink, grid, paper = (INK, GRID, "white") if light else ("#e6e9ee", "#39414d", "#161b22")
     figure.update_layout(
-        title={"text": title, "font": {"size": 15}, "x": 0, "xref": "paper", "xanchor": "left"},
+        title={
+            "text": title,
+            "font": {"size": 13},
+            "x": 0,
+            "xref": "paper",
+            "xanchor": "left",
+            "y": 1,
+            "yref": "container",
+            "yanchor": "top",
+            "pad": {"t": 10},
+        },
         width=width,
         height=height,
         font={"family": _FONT, "size": 12, "color": ink},
         paper_bgcolor=paper,
         plot_bgcolor=paper,
-        margin={"l": 60, "r": 20, "t": 48, "b": 48},
+        margin={"l": 60, "r": 20, "t": 60 if len(figure.data) > 1 else 40, "b": 48},
+        legend={"orientation": "h", "x": 0, "y": 1.01, "yanchor": "bottom"},
         hoverlabel={"font": {"family": _FONT}},
         meta=dict(meta or {}),
     )
