@@ -140,8 +140,9 @@ def run(
         from lens_analyses.config import RunConfig, parse_assignments
 
         given = {name: value for name, value in flags.items() if value is not None}
-        settings = RunConfig.load(config, {**parse_assignments(assignments or []), **given})
-        _check_prompts(settings, copied)
+        given = {**parse_assignments(assignments or []), **given}
+        _check_text(config, given)
+        settings = RunConfig.load(config, given)
         if dry_run:
             from lens_analyses.estimate import estimate
 
@@ -164,7 +165,12 @@ def view(
     ] = None,
     runs: RunsDir = RUNS,
     port: Port = 8765,
-    host: Annotated[str, typer.Option(help="Address to bind.")] = "127.0.0.1",
+    host: Annotated[
+        str, typer.Option(help="Address to bind; another than this needs --token.")
+    ] = "127.0.0.1",
+    token: Annotated[
+        str | None, typer.Option(help="Ask for it as ?token=...", envvar="LENS_TOKEN")
+    ] = None,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
@@ -172,7 +178,7 @@ def view(
     with Output(False, quiet, debug).session():
         from lens_analyses.viewing import view_runs
 
-        view_runs(target or runs, port, host=host, quiet=quiet)
+        view_runs(target or runs, port, host=host, token=token, quiet=quiet)
 
 
 @app.command()
@@ -227,9 +233,9 @@ def validate(
     """Check a run folder: schema, files, row sums, NaN."""
     output = Output(json, quiet, debug)
     with output.session():
-        from lens_analyses.listing import resolve, validate_run
+        from lens_analyses.listing import resolve, verdict_on
 
-        verdict = validate_run(resolve(run, runs))
+        verdict = verdict_on(resolve(run, runs))
         output.result(verdict.text(), verdict.as_json())
         if verdict.exit_code:
             raise SystemExit(verdict.exit_code)
@@ -244,6 +250,8 @@ def doctor(json: Json = False, quiet: Quiet = False, debug: Debug = False) -> No
 
         diagnosis = examine()
         output.result(diagnosis.text(), diagnosis.as_json())
+        if diagnosis.exit_code:
+            raise SystemExit(diagnosis.exit_code)
 
 
 @app.callback(invoke_without_command=True)
@@ -253,18 +261,22 @@ def root(
 ) -> None:
     """See what every attention head of a real model does."""
     if version:
-        from importlib.metadata import version as installed
+        import lens
 
-        typer.echo(f"attention-lens {installed('attention-lens')}")
+        typer.echo(f"attention-lens {lens.__version__}")
         raise typer.Exit
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
 
 
-def _check_prompts(settings: Any, copied: int | None) -> None:
-    """A text must be named, unless only copied prompts are asked for."""
-    prompts = settings.prompts
-    if copied is None and prompts.text is prompts.text_name is prompts.batch is None:
+def _check_text(config: Path | None, given: dict[str, Any]) -> None:
+    """A text must be named, unless only copied prompts are asked for.
+
+    Raises:
+        UsageError: neither.
+    """
+    named = ("prompts.text", "prompts.text_name", "prompts.batch", "prompts.copied")
+    if config is None and not any(name in given for name in named):
         raise UsageError(
             "which text? --text FILE, --text-name moby-dick or --prompts FILE; "
             "or --copied N for copied random tokens alone"

@@ -147,6 +147,12 @@ class RunConfig:
             table[last] = value
         return cls.from_mapping(values)
 
+    @property
+    def has_text(self) -> bool:
+        """Whether a text is named, rather than copied prompts alone."""
+        prompts = self.prompts
+        return not (prompts.text is prompts.text_name is prompts.batch is None)
+
     def as_mapping(self) -> dict[str, Any]:
         """Nested mapping without the values that are None, as TOML has none."""
         return _without_none(dataclasses.asdict(self))
@@ -161,7 +167,9 @@ class RunConfig:
             for name, value in values.items():
                 dotted = f"{section}.{name}".lstrip(".")
                 known = default.get(section, default).get(name)
-                if value != known and dotted not in ("model.name", "prompts.sha256"):
+                alone = dotted == "prompts.copied" and not self.has_text
+                skipped = dotted in ("model.name", "prompts.sha256")
+                if (value != known or alone) and not skipped:
                     words += _flag(dotted, value)
         return shlex.join(words)
 

@@ -24,7 +24,7 @@ EMBEDDED = (
     ),
     RunConfig(
         model=ModelConfig("stories260k"),
-        prompts=PromptConfig(text_name="lily", tokens=512, copied=4, copied_length=50),
+        prompts=PromptConfig(text_name="lily", copied=4, copied_length=50),
         capture=CaptureConfig(block_size=16),
     ),
 )

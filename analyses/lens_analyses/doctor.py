@@ -5,9 +5,14 @@ import importlib.util
 import os
 import platform
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import lens
+from lens_analyses.console import ERROR, OK, one_line
 
 _MARKS = {"ok": "ok", "fallback": "--", "problem": "!!"}
 _OPTIONAL = {
@@ -43,6 +48,11 @@ class Diagnosis:
 
     checks: list[Check]
 
+    @property
+    def exit_code(self) -> int:
+        """1 if something does not work, else 0; a fallback works."""
+        return ERROR if any(check.state == "problem" for check in self.checks) else OK
+
     def text(self) -> str:
         """A table for people."""
         width = max(len(check.name) for check in self.checks)
@@ -60,31 +70,57 @@ class Diagnosis:
 
 def examine() -> Diagnosis:
     """Look at everything that the project can use."""
-    checks = [_python(), _package("attention-lens"), _package("transformers")]
-    checks += [_torch(), _gpu(), _triton(), _compiler(), _models()]
-    checks += [_optional(name) for name in _OPTIONAL]
-    checks += [_browser(), _cores(), *_folders()]
-    return Diagnosis(checks)
+    checks: list[tuple[str, Callable[[], Check]]] = [
+        ("python", _python),
+        ("attention-lens", _own),
+        ("torch", _torch),
+        ("transformers", _transformers),
+        ("GPU", _gpu),
+        ("triton kernels", _triton),
+        ("CPU kernel", _compiler),
+        ("models", _models),
+        *((name, partial(_optional, name)) for name in _OPTIONAL),
+        ("browser", _browser),
+        ("machine", _machine),
+        ("model cache", _model_cache),
+        ("kernel cache", _kernel_cache),
+    ]
+    return Diagnosis([_safely(name, check) for name, check in checks])
+
+
+def _safely(name: str, check: Callable[[], Check]) -> Check:
+    """A check that fails is a finding too: `lens doctor` is for broken installations."""
+    try:
+        return check()
+    except Exception as error:
+        found = one_line(f"{type(error).__name__}: {error}")
+        return Check(
+            name, "problem", found, "install again: pip install --force-reinstall attention-lens"
+        )
 
 
 def _python() -> Check:
     return Check("python", "ok", f"{platform.python_version()} on {platform.platform(terse=True)}")
 
 
-def _package(name: str) -> Check:
+def _own() -> Check:
     try:
-        return Check(name, "ok", importlib.metadata.version(name))
+        return Check("attention-lens", "ok", importlib.metadata.version("attention-lens"))
     except importlib.metadata.PackageNotFoundError:
-        return Check(name, "problem", "not installed", f"pip install {name}")
+        found = f"{lens.__version__}, run from {Path(lens.__file__).parents[1]}"
+        return Check("attention-lens", "ok", found)
 
 
 def _torch() -> Check:
-    check = _package("torch")
-    if check.state != "ok":
-        return check
     import torch
 
     return Check("torch", "ok", f"{torch.__version__}, {torch.get_num_threads()} threads")
+
+
+def _transformers() -> Check:
+    import transformers
+
+    return Check("transformers", "ok", transformers.__version__)
 
 
 def _gpu() -> Check:
@@ -159,23 +195,25 @@ def _browser() -> Check:
     return Check("browser", "ok", path)
 
 
-def _cores() -> Check:
+def _machine() -> Check:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     free = shutil.disk_usage(Path.cwd()).free / 2**30
     return Check("machine", "ok", f"{cores} cores; {free:.0f} GiB free in {Path.cwd()}")
 
 
-def _folders() -> list[Check]:
-    from lens_kernels.cpu import build
-
+def _model_cache() -> Check:
     from lens.models import smollm2
 
-    checks = [_folder("model cache", smollm2.cache_folder())]
+    return _folder("model cache", smollm2.cache_folder())
+
+
+def _kernel_cache() -> Check:
+    from lens_kernels.cpu import build
+
     try:
-        checks.append(_folder("kernel cache", build.cache_folder()))
+        return _folder("kernel cache", build.cache_folder())
     except build.BuildError as error:
-        checks.append(Check("kernel cache", "fallback", str(error)))
-    return checks
+        return Check("kernel cache", "fallback", str(error))
 
 
 def _folder(name: str, path: Path) -> Check:

@@ -71,6 +71,13 @@ def listing_of(folder: Path) -> Listing:
     return Listing(folder, list_runs(folder))
 
 
+def verdict_on(run: Run) -> Verdict:
+    """Check a run folder: schema, files, row sums, NaN."""
+    from lens.validation import validate
+
+    return Verdict(run, validate(run))
+
+
 def resolve(name: str, folder: Path) -> Run:
     """The run that a person means: a path of a run folder, its id in `folder`, or the end of one id.
 

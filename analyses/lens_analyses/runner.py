@@ -99,7 +99,7 @@ def execute(config: RunConfig, runs: Path, output: Output, *, again: bool = Fals
     log.info("loading %s", config.model.name)
     model = load_model(config)
     planned = plan(model, config, sources)
-    if again and earlier is not None:
+    if again and earlier is not None and not _being_written(earlier):
         shutil.rmtree(earlier)
     fresh_parent = not runs.exists()
     writer = RunWriter.start(runs, mapping, _meta(config, model, planned))
@@ -113,6 +113,13 @@ def execute(config: RunConfig, runs: Path, output: Output, *, again: bool = Fals
                 with suppress(OSError):
                     runs.rmdir()
         raise
+
+
+def _being_written(folder: Path) -> bool:
+    try:
+        return open_run(folder).status == "started"
+    except LensError:
+        return False
 
 
 class _Execution:
@@ -131,7 +138,7 @@ class _Execution:
         self._planned = planned
         self._writer = writer
         self._output = output
-        self._table = _prompt_table(model, planned)
+        self._rows = _prompt_rows(model, planned)
 
     def run(self) -> Finished:
         """All steps; the folder says `success`, `partial` or `error` afterwards."""
@@ -158,70 +165,59 @@ class _Execution:
         self._writer.record("log.txt")
         return self._writer.finish(status, error)
 
-    def _trace_folder(self, prompt_id: str) -> Path:
-        return self._writer.path / "trace" / prompt_id
-
     def _reuse(self) -> None:
         """Take over the prompts that an earlier try finished."""
         try:
             run = open_run(self._writer.path)
-            earlier = run.prompts.set_index("prompt_id")
+            earlier = {record["prompt_id"]: record for record in run.prompts.to_dict("records")}
         except LensError:
             return
-        for row, prompt in enumerate(self._planned):
-            prompt_id = self._table.loc[row, "prompt_id"]
-            if prompt_id not in earlier.index or earlier.loc[prompt_id, "status"] != "done":
+        for row, prompt in zip(self._rows, self._planned, strict=True):
+            known = earlier.get(row["prompt_id"])
+            if not known or known["status"] != "done" or list(known["token_ids"]) != prompt.ids:
                 continue
             try:
-                run.trace(str(prompt_id))
+                run.trace(row["prompt_id"])
             except LensError as problem:
-                log.info("%s is captured again: %s", prompt_id, problem)
+                log.info("%s is captured again: %s", row["prompt_id"], problem)
                 continue
-            if list(earlier.loc[prompt_id, "token_ids"]) == prompt.ids:
-                for column in ("loss", "loss_repeat", "status", "seconds"):
-                    self._table.loc[row, column] = earlier.loc[prompt_id, column]
+            row.update({name: known[name] for name in ("loss", "loss_repeat", "status", "seconds")})
         self._save_prompts()
         done = self._writer.meta["prompts"]["done"]
         if done:
             log.info("%d of %d prompts were finished before", done, len(self._planned))
 
     def _capture_all(self) -> None:
-        pending = [row for row, done in enumerate(self._table["status"] == "done") if not done]
-        pending.sort(key=lambda row: -len(self._planned[row].ids))
-        layers = self._model.info.layers
-        cost = {row: work(self._model, self._planned[row]) / layers for row in pending}
-        finished = 0.0
-        folder: Path | None = None
-        per_layer = 0.0
+        pending = [index for index, row in enumerate(self._rows) if row["status"] != "done"]
+        pending.sort(key=lambda index: -len(self._planned[index].ids))
+        costs = [work(self._model, self._planned[index]) for index in pending]
+        current = Path()
+        finished = cost = 0.0
 
         def completed() -> float:
-            written = len(list(folder.glob("layer-*"))) if folder is not None else 0
-            return finished + per_layer * written
+            """Each layer's file counts as soon as it is there."""
+            return finished + cost * len(list(current.glob("layer-*"))) / self._model.info.layers
 
         started = time.monotonic()
-        total = sum(cost.values()) * layers
-        with progress_bar(self._output, self._model.name, total, completed):
-            for count, row in enumerate(pending, 1):
-                folder = self._trace_folder(str(self._table.loc[row, "prompt_id"]))
-                shutil.rmtree(folder, ignore_errors=True)
-                per_layer = cost[row]
-                self._capture(row, folder)
-                finished, folder = finished + cost[row] * layers, None
-                left = (time.monotonic() - started) * (total / finished - 1)
-                slow = self._table.loc[row, "seconds"] > _WORTH_A_LINE
+        with progress_bar(self._output, self._model.name, sum(costs), completed):
+            for count, (index, cost) in enumerate(zip(pending, costs, strict=True), 1):
+                row = self._rows[index]
+                current = self._writer.path / "trace" / row["prompt_id"]
+                shutil.rmtree(current, ignore_errors=True)
+                self._capture(row, self._planned[index], current)
+                finished, current = finished + cost, Path()
                 log.log(
-                    logging.INFO if slow else logging.DEBUG,
+                    logging.INFO if row["seconds"] > _WORTH_A_LINE else logging.DEBUG,
                     "%s: %s tokens in %.1f s (%d of %d prompts, about %.0f s left)",
-                    self._table.loc[row, "prompt_id"],
-                    f"{len(self._planned[row].ids):,}",
-                    self._table.loc[row, "seconds"],
+                    row["prompt_id"],
+                    f"{row['tokens']:,}",
+                    row["seconds"],
                     count,
                     len(pending),
-                    left,
+                    (time.monotonic() - started) * (sum(costs) / finished - 1),
                 )
 
-    def _capture(self, row: int, folder: Path) -> None:
-        prompt = self._planned[row]
+    def _capture(self, row: dict[str, Any], prompt: PlannedPrompt, folder: Path) -> None:
         start = time.monotonic()
         lens.capture(
             self._model,
@@ -233,10 +229,8 @@ class _Execution:
             progress=False,
             seed=prompt.seed,
         )
-        loss, repeat = self._losses(prompt)
-        values = {"loss": loss, "loss_repeat": repeat, "status": "done"}
-        values["seconds"] = round(time.monotonic() - start, 3)
-        self._table.loc[row, list(values)] = list(values.values())
+        row["loss"], row["loss_repeat"] = self._losses(prompt)
+        row.update(status="done", seconds=round(time.monotonic() - start, 3))
         self._writer.record(folder.relative_to(self._writer.path).as_posix())
         self._save_prompts()
 
@@ -260,29 +254,29 @@ class _Execution:
         return float(losses.mean()), float(losses[-repeated:].mean())
 
     def _save_prompts(self) -> None:
-        done = int((self._table["status"] == "done").sum())
+        done = sum(row["status"] == "done" for row in self._rows)
         self._writer.meta["prompts"] = {"total": len(self._planned), "done": done}
-        self._writer.table("prompts", self._table)
+        self._writer.table("prompts", pd.DataFrame(self._rows))
 
     def _score(self) -> None:
         """Head metrics of each prompt and of each kind of prompt, from the traces on disk."""
         from lens.profiles import pooled_table, prompt_table
 
-        run = open_run(self._writer.path)
-        tables = {}
-        for prompt_id in self._table["prompt_id"]:
-            tables[prompt_id] = prompt_table(
-                run.trace(prompt_id), prompt_id, seed=self._config.seed
-            )
-        pooled = []
-        for kind in KINDS:
-            members = [tables[prompt] for prompt in self._table.query("kind == @kind")["prompt_id"]]
-            if len(members) == 1:
-                pooled.append(members[0].assign(prompt_id=kind))
-            elif members:
-                pooled.append(pooled_table(members, kind, seed=self._config.seed))
+        run, seed = open_run(self._writer.path), self._config.seed
+        tables: dict[str, list[pd.DataFrame]] = {kind: [] for kind in KINDS}
+        for row in self._rows:
+            name = row["prompt_id"]
+            tables[row["kind"]].append(prompt_table(run.trace(name), name, seed=seed))
+        pooled = [
+            pooled_table(members, kind, seed=seed)
+            if len(members) > 1
+            else members[0].assign(prompt_id=kind)
+            for kind, members in tables.items()
+            if members
+        ]
+        single = [table for members in tables.values() for table in members]
         self._writer.update(backend=run.trace(run.traces[0]).attrs["backend"])
-        self._writer.table("heads", pd.concat([*pooled, *tables.values()], ignore_index=True))
+        self._writer.table("heads", pd.concat([*pooled, *single], ignore_index=True))
 
 
 def _meta(config: RunConfig, model: "LoadedModel", planned: list[PlannedPrompt]) -> dict[str, Any]:
@@ -308,24 +302,24 @@ def _meta(config: RunConfig, model: "LoadedModel", planned: list[PlannedPrompt])
     }
 
 
-def _prompt_table(model: "LoadedModel", planned: list[PlannedPrompt]) -> pd.DataFrame:
-    """`prompts.parquet` with nothing done yet."""
-    nan = float("nan")
-    return pd.DataFrame(
+def _prompt_rows(model: "LoadedModel", planned: list[PlannedPrompt]) -> list[dict[str, Any]]:
+    """Rows of `prompts.parquet` with nothing done yet."""
+    return [
         {
-            "prompt_id": [f"p{number:03d}" for number in range(len(planned))],
-            "kind": [prompt.kind for prompt in planned],
-            "title": [prompt.title for prompt in planned],
-            "text": [prompt.text for prompt in planned],
-            "tokens": [len(prompt.ids) for prompt in planned],
-            "token_ids": [prompt.ids for prompt in planned],
-            "token_strings": [model.token_strings(prompt.ids) for prompt in planned],
-            "loss": nan,
-            "loss_repeat": nan,
+            "prompt_id": f"p{number:03d}",
+            "kind": prompt.kind,
+            "title": prompt.title,
+            "text": prompt.text,
+            "tokens": len(prompt.ids),
+            "token_ids": prompt.ids,
+            "token_strings": model.token_strings(prompt.ids),
+            "loss": float("nan"),
+            "loss_repeat": float("nan"),
             "status": "pending",
-            "seconds": nan,
+            "seconds": float("nan"),
         }
-    )
+        for number, prompt in enumerate(planned)
+    ]
 
 
 @contextmanager

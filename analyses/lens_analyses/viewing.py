@@ -26,7 +26,14 @@ def check_port(port: int, host: str = LOOPBACK) -> None:
             ) from None
 
 
-def view_runs(target: Path, port: int, *, host: str = LOOPBACK, quiet: bool = False) -> None:
+def view_runs(
+    target: Path,
+    port: int,
+    *,
+    host: str = LOOPBACK,
+    token: str | None = None,
+    quiet: bool = False,
+) -> None:
     """Serve the dashboard until it is stopped; `target` is a folder of runs or one run.
 
     Raises:
@@ -50,7 +57,7 @@ def view_runs(target: Path, port: int, *, host: str = LOOPBACK, quiet: bool = Fa
     if not quiet:
         sys.stderr.write(f"dashboard: http://{host}:{port}{path}   (stop it with Ctrl-C)\n")
     try:
-        serve(target.resolve().parent if single else target, port=port, host=host)
+        serve(target.resolve().parent if single else target, port=port, host=host, token=token)
     except KeyboardInterrupt:
         return
 

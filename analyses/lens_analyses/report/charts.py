@@ -4,6 +4,7 @@ from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
+import plotly.io as pio
 
 from lens.figures import head_grid, metric_by_layer
 from lens.figures.colors import ACCENT, BASELINE, LINE
@@ -16,16 +17,17 @@ NAMES = {"text": "text", "copied": "copied random tokens"}
 
 def template() -> dict[str, Any]:
     """The layout template of all figures, which plotly would repeat in each."""
-    return go.Figure(layout={"template": "plotly_white"}).layout.template.to_plotly_json()
+    return pio.templates["plotly_white"].to_plotly_json()
 
 
-def charts(data: dict[str, Any], heads: pd.DataFrame) -> dict[str, dict[str, Any]]:
+def charts(data: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Name -> plotly figure: `grid/<prompts>/<metric>/<variant>`, `sinks/<prompts>`, `sensitivity`.
 
     Args:
         data: the report's numbers.
-        heads: its `heads`, as a table like `heads.parquet`.
     """
+    heads = pd.DataFrame(data["heads"]).rename(columns={"prompts": "prompt_id"})
+    heads = heads.astype(dict.fromkeys(("value", "low", "high"), float))
     made: dict[str, go.Figure] = {}
     layers = data["setup"]["model"]["layers"]
     height = min(720, max(260, 120 + 26 * layers))

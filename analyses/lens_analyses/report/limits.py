@@ -44,13 +44,14 @@ def _begins(run: Run, kind: str) -> str:
 
 
 def _prompts(run: Run) -> list[str]:
-    kinds = run.prompts["kind"]
+    prompts = run.prompts.to_dict("records")
+    texts = [prompt for prompt in prompts if prompt["kind"] == "text"]
     config = run.config.get("prompts", {})
     said = []
-    if (kinds == "text").any():
-        titles = run.prompts.loc[kinds == "text", "title"].str.partition(":")[0].unique()
-        source = titles[0] if len(titles) == 1 else f"{len(titles)} texts"
-        tokens = int(run.prompts.loc[kinds == "text", "tokens"].sum())
+    if texts:
+        titles = {prompt["title"].partition(":")[0] for prompt in texts}
+        source = titles.pop() if len(titles) == 1 else f"{len(titles)} texts"
+        tokens = sum(prompt["tokens"] for prompt in texts)
         said.append(
             f"The text is {source}, {tokens:,} tokens: what heads do on other kinds of text, on code or in "
             "other languages was not looked at."
@@ -61,7 +62,7 @@ def _prompts(run: Run) -> list[str]:
         )
     elif config.get("tokens"):
         said.append(f"Each text was cut after {config['tokens']:,} tokens, on request.")
-    if (kinds == "copied").any():
+    if len(texts) < len(prompts):
         said.append(
             "Copied prompts are uniform random tokens, which no text looks like: they show that a head can "
             "copy, not how often it does."

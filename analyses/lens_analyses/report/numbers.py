@@ -40,7 +40,7 @@ def numbers(run: Run, status: str | None = None) -> dict[str, Any]:
         LensError: a table is missing or damaged.
     """
     meta, heads = run.meta, run.heads
-    pooled = heads[heads["prompt_id"].isin(KINDS)]
+    pooled = pd.DataFrame(heads[heads["prompt_id"].isin(KINDS)])
     found = findings(heads)
     prompts = run.prompts.drop(columns=["text", "token_ids", "token_strings"])
     data = {
@@ -61,7 +61,9 @@ def numbers(run: Run, status: str | None = None) -> dict[str, Any]:
             "losses": _losses(run),
         },
         "metrics": {name: _metric(name) for name in dict.fromkeys(pooled["metric"])},
-        "heads": pooled.rename(columns={"prompt_id": "prompts"}).to_dict("records"),
+        "heads": pooled.set_axis(["prompts", *pooled.columns[1:]], axis="columns").to_dict(
+            "records"
+        ),
         "sinks": _sinks(run),
         "limits": limits(run),
         "warnings": meta.get("warnings", []),
@@ -75,6 +77,12 @@ def numbers(run: Run, status: str | None = None) -> dict[str, Any]:
         },
     }
     return finite(_plain(data))
+
+
+def _records(pooled: pd.DataFrame) -> list[dict[str, Any]]:
+    """Rows of `heads.parquet` that are means over a kind of prompts."""
+    table = pooled.rename(columns={"prompt_id": "prompts"})
+    return table.to_dict(orient="records")
 
 
 def _finding(one: Finding) -> dict[str, Any]:

@@ -6,7 +6,6 @@ The page forbids itself every request by a content security policy; plotly.js is
 import json
 from typing import Any
 
-import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
@@ -43,9 +42,8 @@ def page(data: dict[str, Any], maps: list[HeadMap]) -> str:
         data: the report's numbers.
         maps: pictures of some heads.
     """
-    heads = pd.DataFrame(data["heads"]).rename(columns={"prompts": "prompt_id"})
-    kinds = list(dict.fromkeys(heads["prompt_id"]))
-    figures = charts(data, heads)
+    kinds = list(dict.fromkeys(record["prompts"] for record in data["heads"]))
+    figures = charts(data)
     environment = Environment(
         loader=PackageLoader("lens_analyses.report"),
         autoescape=True,
@@ -62,8 +60,8 @@ def page(data: dict[str, Any], maps: list[HeadMap]) -> str:
         kind_names=NAMES,
         grids=_choices(figures, data),
         columns=_columns(kinds, data),
-        rows=_rows(heads, kinds, data),
-        sink_heads=_sink_heads(heads, kinds, data),
+        rows=_rows(kinds, data),
+        sink_heads=_sink_heads(kinds, data),
         maps=maps,
         style=Markup(source.get_source(environment, "report.css")[0]),
         script=Markup(source.get_source(environment, "report.js")[0]),
@@ -144,13 +142,10 @@ def _columns(kinds: list[str], data: dict[str, Any]) -> list[dict[str, Any]]:
     return made
 
 
-def _rows(heads: pd.DataFrame, kinds: list[str], data: dict[str, Any]) -> list[dict[str, Any]]:
+def _rows(kinds: list[str], data: dict[str, Any]) -> list[dict[str, Any]]:
     """One row a head with a cell per column."""
-    keys = ["prompt_id", "metric", "variant", "layer", "head"]
-    cells = {
-        tuple(record[key] for key in keys): record
-        for record in heads.astype(object).where(heads.notna(), None).to_dict("records")
-    }
+    keys = ("prompts", "metric", "variant", "layer", "head")
+    cells = {tuple(record[key] for key in keys): record for record in data["heads"]}
     tags: dict[tuple[int, int], list[str]] = {}
     for finding in data["summary"]:
         for head in finding["heads"] if finding["found"] else ():
@@ -170,20 +165,18 @@ def _rows(heads: pd.DataFrame, kinds: list[str], data: dict[str, Any]) -> list[d
     ]
 
 
-def _sink_heads(heads: pd.DataFrame, kinds: list[str], data: dict[str, Any]) -> dict[str, Any]:
+def _sink_heads(kinds: list[str], data: dict[str, Any]) -> dict[str, Any]:
     """The heads whose first token receives most, with what else describes a sink."""
     kind = "text" if "text" in kinds else kinds[0]
     names = ("sink_mass", "sink_rate", "top_key", "top_key_mass")
-    rows = heads[(heads["prompt_id"] == kind) & (heads["variant"] == "raw")]
     by_head: dict[tuple[int, int], dict[str, Any]] = {}
-    for record in rows.astype(object).where(rows.notna(), None).to_dict("records"):
-        if record["metric"] in names:
+    for record in data["heads"]:
+        if record["prompts"] == kind and record["variant"] == "raw" and record["metric"] in names:
             by_head.setdefault((record["layer"], record["head"]), {})[record["metric"]] = record
-    epsilon = data["sinks"]["epsilon"]
     found = [
         {"name": f"L{layer}H{head}", **parts}
         for (layer, head), parts in by_head.items()
-        if (parts["sink_mass"]["value"] or 0) > epsilon
+        if (parts["sink_mass"]["value"] or 0) > data["sinks"]["epsilon"]
     ]
     found.sort(key=lambda one: -one["sink_mass"]["value"])
     return {"kind": kind, "total": len(by_head), "heads": found}
