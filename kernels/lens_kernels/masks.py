@@ -125,7 +125,10 @@ def _window(window: int | None) -> int | None:
 
 
 def _integers(
-    name: str, values: Tensor | Sequence[int], device: torch.device, dims: tuple[int, ...]
+    name: str,
+    values: Tensor | Sequence[int] | Sequence[Sequence[int]],
+    device: torch.device,
+    dims: tuple[int, ...],
 ) -> Tensor:
     if isinstance(values, Tensor):
         if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
@@ -170,7 +173,10 @@ def _prefix(prefix: int | Tensor | Sequence[int], batch: int, device: torch.devi
 
 
 def _bounds(
-    cu_seqlens: Tensor | Sequence[int], batch: int, queries: int, device: torch.device
+    cu_seqlens: Tensor | Sequence[int] | Sequence[Sequence[int]],
+    batch: int,
+    queries: int,
+    device: torch.device,
 ) -> Tensor:
     """[batch, segments + 1] checked cumulative lengths."""
     bounds = _integers("cu_seqlens", cu_seqlens, device, (1, 2))

@@ -61,7 +61,7 @@ class AttentionMask:
     key_start: Tensor | Sequence[int] | None = None
     key_padding: Tensor | None = None
     prefix: int | Tensor | Sequence[int] | None = None
-    cu_seqlens: Tensor | Sequence[int] | None = None
+    cu_seqlens: Tensor | Sequence[int] | Sequence[Sequence[int]] | None = None
     alibi_slopes: Tensor | None = None
     bias: Tensor | None = None
     allowed: Tensor | None = None
