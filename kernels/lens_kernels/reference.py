@@ -16,6 +16,7 @@ from lens_kernels.problem import (
     Problem,
     group_statistics,
     row_features,
+    statistic_shape,
     top_blocks,
 )
 from lens_kernels.statistics import STATISTICS
@@ -134,6 +135,9 @@ def _watched(
             block_logit_gradient=_block_sums(problem, gradient),
             block_logit_gradient_abs=_block_sums(problem, gradient.abs()),
         )
+        for name, tensor in exports.items():
+            if tensor is None:  # the loss does not depend on the output
+                exports[name] = gradient.new_zeros(statistic_shape(problem, name))
 
     weight.register_hook(at_probability)
     scores.register_hook(at_scores)

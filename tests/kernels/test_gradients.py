@@ -1,0 +1,354 @@
+"""Gradients and backward statistics of every backend against autograd through the definition."""
+
+import dataclasses
+import gc
+import weakref
+
+import pytest
+import torch
+from lens_kernels import AttentionMask, attention, backward, explain, panels, tiled_backward
+from lens_kernels.dispatch import explain_problem
+from lens_kernels.problem import statistic_shape
+from lens_kernels.statistics import STATISTICS
+from lens_kernels.validation import make_problem
+
+from tests.kernels.helpers import (
+    BACKENDS,
+    CASES,
+    Case,
+    assert_close,
+    ids,
+    rms_ratio,
+    tensors,
+    to_device,
+)
+
+CAUSAL = AttentionMask(causal=True)
+EXPORTS = tuple(name for name, entry in STATISTICS.items() if entry.from_backward)
+OPTED = ("entropy", "block_mass", "received")
+OF_LOGITS = ("block_logit_gradient", "block_logit_gradient_abs")
+LEAVES = ("query", "key", "value", "sink_logits", "bias")
+THROUGH = ("output", "lse", *OPTED, "group_output", "group_lse")
+
+
+class Setting:
+    """Leaves, options and one random gradient per result of a case.
+
+    `through` names the results that the loss is made of; `of` the leaves that need a gradient.
+    """
+
+    def __init__(self, case: Case, *, through=THROUGH, of=LEAVES, sinks=True, softcap=2.5, seed=0):
+        self.case, self.through, self.of, self.softcap = case, through, of, softcap
+        query, key, value = tensors(2, 4, 2, case.queries, case.keys, 16, 24, seed=seed)
+        self.mask = case.mask(4, case.queries, case.keys)
+        self.tensors = {"query": query, "key": key, "value": value}
+        if sinks:
+            self.tensors["sink_logits"] = torch.tensor([0.5, -1.0, 3.0, 40.0])
+        if self.mask is not None and self.mask.bias is not None:
+            self.tensors["bias"] = self.mask.bias
+        self.groups = (torch.arange(2 * case.keys) * 7 % 11 % 3).view(2, case.keys)
+        self.options = {"block_size": (16, 32), "softcap": softcap}
+
+    def run(self, backend, device="cpu", dtype=torch.float64, **options):
+        """Runs forward and backward; returns gradients and backward statistics by name."""
+        leaves = {
+            name: part.to(device, dtype).clone().requires_grad_(name in self.of)
+            for name, part in self.tensors.items()
+        }
+        mask = to_device(self.mask, device)
+        if "bias" in leaves:
+            mask = dataclasses.replace(mask, bias=leaves["bias"])
+        options = {
+            "mask": mask,
+            "sink_logits": leaves.get("sink_logits"),
+            "statistics": ("lse", *OPTED, *EXPORTS),
+            "differentiable": [name for name in OPTED if name in self.through],
+            **({"groups": self.groups.to(device)} if "group_lse" in self.through else {}),
+            **self.options,
+            **options,
+        }
+        inputs = [leaves[name] for name in ("query", "key", "value")]
+        obstacle = explain_problem(make_problem(*inputs, **options)).obstacles[backend]
+        if obstacle is not None:
+            pytest.skip(f"{backend}: {obstacle}")
+        result = attention(*inputs, backend=backend, **options)
+        self.loss(result).backward()
+        found = {
+            name: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+            for name, leaf in leaves.items()
+            if leaf.requires_grad
+        }
+        return found | {
+            name: result.statistics[name] for name in EXPORTS if name in result.statistics
+        }
+
+    def loss(self, result):
+        parts = {"output": result.output, **result.statistics._tensors}
+        if result.groups is not None:
+            parts |= {"group_output": result.groups.output, "group_lse": result.groups.lse}
+        generator = torch.Generator().manual_seed(7)
+        total = torch.zeros((), dtype=torch.float64)
+        for name in self.through:
+            part = parts[name]
+            weight = torch.randn(part.shape, generator=generator, dtype=torch.float64)
+            finite = torch.where(part.isfinite(), part.double(), 0)
+            total = total + (finite.cpu() * weight).sum()
+        return total
+
+
+def compare(actual, expected, limit):
+    assert actual.keys() == expected.keys()
+    ratios = {name: rms_ratio(actual[name], expected[name]) for name in expected}
+    assert {name: ratio for name, ratio in ratios.items() if not ratio <= limit} == {}
+
+
+@pytest.mark.parametrize("case", CASES, ids=ids(CASES))
+def test_every_gradient_in_float64(case):
+    setting = Setting(case)
+    compare(setting.run("torch"), setting.run("reference"), 1e-10)
+
+
+@pytest.mark.parametrize("case", CASES, ids=ids(CASES))
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
+def test_output_and_lse_in_float32(backend, device, case):
+    setting = Setting(case, through=("output", "lse"))
+    compare(setting.run(backend, device, torch.float32), setting.run("reference"), 1e-5)
+
+
+@pytest.mark.parametrize("case", CASES[1::5], ids=ids(CASES[1::5]))
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
+def test_everything_in_float32(backend, device, case):
+    setting = Setting(case)
+    compare(setting.run(backend, device, torch.float32), setting.run("reference"), 1e-5)
+
+
+@pytest.mark.parametrize("through", THROUGH)
+def test_each_result_by_itself(through):
+    """A loss of one result alone; without the output nothing is attributed to it."""
+    names = (through,) if through != "group_output" else ("group_output", "group_lse")
+    setting = Setting(CASES[5], through=names)
+    found = setting.run("torch")
+    if through == "output":
+        compare(found, setting.run("reference"), 1e-10)
+        return
+    assert not any(bool(found.pop(name).any()) for name in set(EXPORTS) - set(OF_LOGITS))
+    expected = setting.run("reference", statistics=("lse", *OPTED, *OF_LOGITS))
+    compare(found, expected, 1e-10)
+
+
+@pytest.mark.parametrize("leaf", LEAVES)
+def test_each_leaf_by_itself(leaf):
+    case = next(case for case in CASES if case.name == "bias of a head and key")
+    setting = Setting(case, of=(leaf,))
+    compare(setting.run("torch"), setting.run("reference"), 1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
+def test_half_precision(backend, device, dtype):
+    setting = Setting(CASES[1], through=("output", "lse"))
+    setting.tensors = {name: part.to(dtype).float() for name, part in setting.tensors.items()}
+    found = setting.run(backend, device, dtype)
+    assert all(found[name].dtype == dtype for name in ("query", "key", "value"))
+    assert all(found[name].dtype == torch.float32 for name in EXPORTS)
+    compare(found, setting.run("reference"), 2e-2)
+
+
+def test_block_sparse():
+    setting = Setting(CASES[1], through=("output", "lse", "block_mass"))
+    kept = torch.rand(2, 4, 3, 2, generator=torch.Generator().manual_seed(0)) > 0.4
+    compare(setting.run("torch", block_mask=kept), setting.run("reference", block_mask=kept), 1e-10)
+
+
+def test_panels_smaller_than_a_block_change_nothing(monkeypatch):
+    setting = Setting(CASES[15])
+    whole = setting.run("torch")
+    monkeypatch.setattr(panels, "BUDGET", 97)
+    compare(setting.run("torch"), whole, 1e-12)
+
+
+def test_statistics_of_the_backward_pass_follow_their_identities():
+    """sum_J block_attribution = sum_i row_attribution; logit gradients of a row sum to 0."""
+    query, key, value = (part.double() for part in tensors(2, 4, 2, 37, 41))
+    query.requires_grad_()
+    result = attention(query, key, value, mask=CAUSAL, statistics=EXPORTS, block_size=(1, 7))
+    upstream = torch.randn(result.output.shape, dtype=torch.float64)
+    result.output.backward(upstream)
+    found = result.statistics
+    row = (upstream * result.output.detach()).sum(-1)
+    assert_close(found.row_attribution, row, 1e-12)
+    assert_close(found.block_attribution.sum(-1), row, 1e-12)
+    signed, size = found.block_logit_gradient.sum(-1), found.block_logit_gradient_abs.sum(-1)
+    assert float(signed.abs().max()) < 1e-13 < float(size.median())
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpu", "reference"])
+def test_influence_is_masking_one_key(backend):
+    """Blocks of one row and key: each number is a masked run, the loss being linear."""
+    dtype = torch.float32 if backend == "cpu" else torch.float64
+    query, key, value = (part.to(dtype) for part in tensors(1, 2, 1, 7, 11))
+    upstream = torch.randn(1, 2, 7, 16, generator=torch.Generator().manual_seed(1)).to(dtype)
+    query.requires_grad_()
+    options = {"mask": CAUSAL, "statistics": ("block_influence",), "block_size": 1}
+    result = attention(query, key, value, backend=backend, **options)
+    result.output.backward(upstream.to(result.output.dtype))
+    for masked in range(11):
+        keep = torch.ones(1, 11, dtype=torch.bool)
+        keep[0, masked] = False
+        mask = dataclasses.replace(CAUSAL, key_padding=keep)
+        with torch.no_grad():
+            without = attention(query, key, value, mask=mask, backend="reference").output
+        effect = (upstream * (without - result.output.detach())).sum(-1)
+        got = result.statistics.block_influence[..., masked]
+        assert float((got - effect).abs().max()) < 1e-5 * float(effect.abs().max() + 1)
+
+
+def test_backward_statistics_wait_for_backward_and_hold_the_last_one():
+    query, key, value = tensors(1, 2, 1, 7, 11)
+    query.requires_grad_()
+    result = attention(query, key, value, statistics=("row_attribution",), backend="torch")
+    with pytest.raises(AttributeError, match="comes from the backward pass: call backward"):
+        _ = result.statistics.row_attribution
+    result.output.sum().backward(retain_graph=True)
+    once = result.statistics.row_attribution
+    (3 * result.output.sum()).backward()
+    assert_close(result.statistics.row_attribution, 3 * once, 1e-6)
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpu", "reference"])
+def test_only_what_was_opted_in_carries_a_gradient(backend):
+    query, key, value = tensors(1, 2, 1, 23, 29)
+    query.requires_grad_()
+    result = attention(
+        query, key, value, statistics="all", differentiable=["received"], backend=backend
+    )
+    carries = {name for name, part in result.statistics.items() if part.requires_grad}
+    assert carries == {"lse", "received"}
+    assert result.output.requires_grad
+    with torch.no_grad():
+        assert not attention(query, key, value, backend=backend).output.requires_grad
+
+
+def test_statistics_that_are_not_asked_for_cannot_be_opted_in_by_accident():
+    query, key, value = tensors(1, 2, 1, 23, 29)
+    result = attention(
+        query.requires_grad_(), key, value, differentiable=["entropy"], backend="torch"
+    )
+    assert set(result.statistics) == {"lse"}
+
+
+def test_a_gradient_of_a_gradient_is_refused():
+    query, key, value = tensors(1, 2, 1, 7, 11)
+    query.requires_grad_()
+    output = attention(query, key, value, backend="torch").output
+    (first,) = torch.autograd.grad(output.square().sum(), query, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
+def test_changing_an_input_between_the_passes_is_noticed():
+    query, key, value = tensors(1, 2, 1, 7, 11)
+    query.requires_grad_()
+    output = attention(query, key, value, backend="torch").output
+    with torch.no_grad():
+        key.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.sum().backward()
+
+
+def test_inputs_are_freed_with_the_backward_pass():
+    """What is kept between the passes is kept by autograd alone."""
+    query, key, value = (part.requires_grad_() for part in tensors(1, 2, 1, 7, 11))
+    doubled = key * 2
+    result = attention(query, doubled, value, backend="torch")
+    output, key_seen = result.output, weakref.ref(doubled)
+    del doubled, result
+    gc.collect()
+    assert key_seen() is not None
+    output.sum().backward()
+    gc.collect()
+    assert key_seen() is None
+    assert output.grad_fn is not None
+
+
+def test_memory_is_linear(monkeypatch):
+    """No tensor of the backward pass is as large as one head's matrix."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor):
+                self.numel = max(self.numel, result.numel())
+            return result
+
+    monkeypatch.setattr(panels, "BUDGET", 1 << 14)
+    query, key, value = tensors(1, 2, 1, 769, 769)
+    problem = dataclasses.replace(
+        make_problem(query, key, value, mask=CAUSAL), statistics=frozenset(EXPORTS)
+    )
+    lse = torch.zeros(1, 2, 769)
+    saved = backward.Saved(problem, lse, None, frozenset(LEAVES))
+    with Largest() as largest:
+        tiled_backward.gradients(saved, backward.Upstream(output=torch.ones_like(query)))
+    assert largest.numel <= 1 << 16 < 769 * 769 / 8
+
+
+class OwnBackward:
+    """A backend that has a backward pass for causal masks alone."""
+
+    calls = 0
+
+    @staticmethod
+    def supports(problem):
+        return None
+
+    @staticmethod
+    def run(problem):
+        from lens_kernels import tiled
+
+        return tiled.run(problem)
+
+    @staticmethod
+    def supports_gradients(problem):
+        return None if problem.plan.causal else "it knows causal masks alone"
+
+    @classmethod
+    def gradients(cls, saved, upstream):
+        cls.calls += 1
+        return tiled_backward.gradients(saved, upstream)
+
+
+def test_a_backend_may_bring_its_own_backward_pass(monkeypatch):
+    monkeypatch.setattr("lens_kernels.dispatch.load", lambda name: OwnBackward)
+    monkeypatch.setattr("lens_kernels.api.load", lambda name: OwnBackward)
+    monkeypatch.setattr(OwnBackward, "calls", 0)
+    query, key, value = tensors(1, 2, 1, 7, 11)
+    query.requires_grad_()
+    for mask, calls, line in (
+        (CAUSAL, 1, "gradients: triton"),
+        (None, 1, "gradients: torch, panel by panel; not triton: it knows causal masks alone"),
+    ):
+        assert line in str(explain(query, key, value, mask=mask, backend="triton")).split("\n")
+        attention(query, key, value, mask=mask, backend="triton").output.sum().backward()
+        assert OwnBackward.calls == calls
+
+
+def test_explain_says_what_computes_the_gradients():
+    query, key, value = tensors(1, 2, 1, 7, 11)
+    assert explain(query, key, value, backend="torch").gradients is None
+    query.requires_grad_()
+    assert explain(query, key, value, backend="torch").gradients == "torch, panel by panel"
+    assert explain(query, key, value, backend="reference").gradients == "reference, by autograd"
+
+
+def test_shapes_of_the_backward_statistics_are_those_of_the_table():
+    query, key, value = tensors(2, 4, 2, 37, 41)
+    query.requires_grad_()
+    result = attention(query, key, value, statistics=EXPORTS, block_size=(16, 7), backend="torch")
+    result.output.sum().backward()
+    problem = make_problem(query, key, value, block_size=(16, 7))
+    for name in EXPORTS:
+        assert result.statistics[name].shape == statistic_shape(problem, name)
