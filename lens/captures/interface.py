@@ -43,12 +43,12 @@ _HARMLESS = frozenset(
 class Listener(Protocol):
     """Computes the attention of one layer and keeps what it wants to know."""
 
-    def attend(self, module: nn.Module, call: LayerCall) -> torch.Tensor:
+    def attend(self, call: LayerCall) -> torch.Tensor:
         """Output [batch, queries, heads, value_dim] of the call."""
         ...
 
-    def tokens(self, keys: int) -> torch.Tensor | None:
-        """Ids [batch, keys] of the last `keys` tokens, or None."""
+    def tokens(self, keys: int, window: int | None) -> torch.Tensor | None:
+        """Ids [batch, keys] of the last `keys` tokens, or None; a window may drop older ones."""
         ...
 
 
@@ -93,18 +93,19 @@ def lens_attention(
             )
     if is_causal is None:
         is_causal = bool(getattr(module, "is_causal", True))
+    mask = structure_of(attention_mask, is_causal, sliding_window)
     call = LayerCall(
         query=query,
         key=key,
         value=value,
-        mask=structure_of(attention_mask, is_causal, sliding_window),
+        mask=mask,
         scale=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
         softcap=softcap or None,
         sink_logits=s_aux,
         position_bias=position_bias,
-        tokens=listener.tokens(key.shape[2]),
+        tokens=listener.tokens(key.shape[2], mask.window),
     )
-    return listener.attend(module, call), None
+    return listener.attend(call), None
 
 
 AttentionInterface.register(IMPLEMENTATION, lens_attention)

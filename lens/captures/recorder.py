@@ -43,20 +43,22 @@ class Recorder:
         """Number of forward passes so far."""
         return self._step + 1
 
-    def attend(self, module: nn.Module, call: LayerCall) -> torch.Tensor:
+    def attend(self, call: LayerCall) -> torch.Tensor:
         """See `interface.Listener`."""
         output, record = measure(call, self._settings, max(self._step, 0), self._layer)
         self._layer += 1
         self._on_record(record)
         return output
 
-    def tokens(self, keys: int) -> torch.Tensor | None:
+    def tokens(self, keys: int, window: int | None) -> torch.Tensor | None:
         """See `interface.Listener`; tokens of earlier passes are remembered for cached keys."""
-        seen = self._new
-        if seen is not None and keys > seen.shape[1] and self._past is not None:
-            seen = torch.cat([self._past, seen], dim=1)
+        seen, past = self._new, self._past
+        if seen is not None and past is not None and keys > seen.shape[1]:
+            seen = torch.cat([past, seen], dim=1) if len(past) == len(seen) else None
         if seen is None or seen.shape[1] < keys:
             return None
+        if window is None and seen.shape[1] != keys:
+            return None  # somebody cut the cache: which tokens are left is not known
         if self._seen is None or seen.shape[1] > self._seen.shape[1]:
             self._seen = seen
         return seen[:, -keys:]

@@ -34,7 +34,7 @@ class ModelInfo:
     class_name: str
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class LoadedModel:
     """A model as `lens.load` returns it; every function of `lens` takes one.
 
@@ -68,7 +68,7 @@ class LoadedModel:
     @property
     def is_bridge(self) -> bool:
         """Whether this is a `TransformerBridge` (TransformerLens 4)."""
-        return any(cls.__name__ == "TransformerBridge" for cls in type(self.model).__mro__)
+        return is_bridge(self.model)
 
     @property
     def bos_id(self) -> int | None:
@@ -95,10 +95,8 @@ class LoadedModel:
         """What each token looks like in a text, with its spaces; ids as strings without a tokenizer."""
         if self.tokenizer is None:
             return [str(int(index)) for index in ids]
-        return [_readable(self.tokenizer, token) for token in self._raw_tokens(ids)]
-
-    def _raw_tokens(self, ids: Sequence[int]) -> list[str]:
-        return self.tokenizer.convert_ids_to_tokens([int(index) for index in ids])
+        tokens = self.tokenizer.convert_ids_to_tokens([int(index) for index in ids])
+        return [_readable(self.tokenizer, token) for token in tokens]
 
     def describe(self) -> dict[str, Any]:
         """The `model` entry of `run.json` (docs/schema/run-folder.md)."""
@@ -131,6 +129,11 @@ class LoadedModel:
             f"LoadedModel({self.name}: {info.class_name}, {info.layers} layers × {info.heads} heads{kv_heads}"
             f" of {info.head_dim}{context}, {info.parameters:,} weights, {info.licence}; {check})"
         )
+
+
+def is_bridge(model: Any) -> bool:
+    """Whether `model` is a `TransformerBridge`, without importing TransformerLens (five seconds)."""
+    return any(cls.__name__ == "TransformerBridge" for cls in type(model).__mro__)
 
 
 def _readable(tokenizer: Any, token: str) -> str:

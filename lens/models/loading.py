@@ -18,7 +18,7 @@ from lens.errors import LensError
 from lens.models import smollm2
 from lens.models.attention_only import AttentionOnlyConfig, AttentionOnlyModel
 from lens.models.catalogue import DEFAULT_MODEL, KNOWN, nearest
-from lens.models.loaded import LoadedModel
+from lens.models.loaded import LoadedModel, is_bridge
 from lens.models.sizes import describe, describe_bridge
 from lens.models.symbols import SymbolTokenizer
 
@@ -65,9 +65,7 @@ def load(
     if isinstance(name_or_model, LoadedModel):
         return name_or_model
     if isinstance(name_or_model, (str, Path)):
-        loaded = _from_name(
-            str(name_or_model), revision, _dtype(dtype), torch.device(device or "cpu")
-        )
+        loaded = _from_name(str(name_or_model), revision, _dtype(dtype), _device(device))
         loaded = replace(loaded, tokenizer=tokenizer or loaded.tokenizer)
     else:
         if revision is not None or dtype is not None or device is not None:
@@ -95,7 +93,7 @@ def _from_object(model: Any, tokenizer: Any) -> LoadedModel:
             )
         name = str(model.config.name_or_path or type(model).__name__)
         return LoadedModel(model, tokenizer, Path(name).name, None, describe(model))
-    if any(cls.__name__ == "TransformerBridge" for cls in type(model).__mro__):
+    if is_bridge(model):
         return LoadedModel(
             model,
             tokenizer or model.tokenizer,
@@ -225,6 +223,16 @@ def _pretrained(
 def _has_decoder_input(model: PreTrainedModel) -> bool:
     """Whether this is a whole encoder-decoder; its encoder alone has the same configuration."""
     return "decoder_input_ids" in inspect.signature(model.forward).parameters
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    try:
+        return torch.empty(0, device=device or "cpu").device
+    except (RuntimeError, AssertionError) as error:
+        raise LensError(
+            f"device {str(device)!r} cannot be used ({_first_line(error)}); use cpu, or see "
+            "what is there with `lens doctor`"
+        ) from error
 
 
 def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:

