@@ -8,22 +8,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import xarray as xr
 
 from lens.errors import LensError
+from lens.head_ids import AnyHead, HeadId, head_id
 from lens.trace_store import (
     DIMENSIONS,
     INDEX,
     SCHEMA_VERSION,
     check_variables,
     lazy_variables,
+    missing_attributes,
     read_index,
     write_index,
     write_layer,
 )
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
 
 MATCH_RULES = ("current_token_position", "previous_token", "same_token", "induction")
 
@@ -41,6 +46,7 @@ class AttentionTrace:
     def __init__(self, dataset: xr.Dataset, path: Path | None = None) -> None:
         self.dataset = dataset
         self.path = path
+        self._refusals: dict[HeadId, str] = {}
 
     def __getattr__(self, name: str) -> xr.DataArray:
         if name.startswith("_") or name == "dataset":
@@ -83,6 +89,40 @@ class AttentionTrace:
         """Token strings."""
         return [str(token) for token in self.dataset["key_token"].values]
 
+    def head_id(self, head: AnyHead) -> HeadId:
+        """The head that is meant: `"L3H5"`, `"3.5"` or `(3, 5)`.
+
+        Raises:
+            LensError: not a head, or not one of this trace.
+        """
+        found = head_id(head)
+        layers = self.dataset["layer"].values.tolist()
+        if found.layer not in layers or found.head >= self.heads:
+            raise LensError(
+                f"there is no {found} in this trace of {self.model}: it has the layers "
+                f"{layers[0]} to {layers[-1]} and the heads 0 to {self.heads - 1}"
+            )
+        return found
+
+    def select(self, head: AnyHead) -> xr.Dataset:
+        """Every variable of one head, named as in `head_id`; read when it is used."""
+        layer, number = self.head_id(head)
+        return self.dataset.sel(layer=layer, head=number)
+
+    def window(self, layer: int) -> int | None:
+        """Sliding window of a layer: keys at a distance below it are seen; None for all."""
+        return self.attrs["windows"][self._position(layer)]
+
+    def has_plain_mask(self, layer: int) -> bool:
+        """Whether `causal` and `window` say all about which keys the layer's queries see."""
+        expected = visible_queries(
+            self.length, causal=self.attrs["causal"], window=self.window(layer)
+        )
+        return bool((self.dataset["visible"].sel(layer=layer).values == expected).all())
+
+    def _position(self, layer: int) -> int:
+        return self.dataset["layer"].values.tolist().index(layer)
+
     def save(self, folder: str | Path) -> Path:
         """Write the trace into a new folder.
 
@@ -90,8 +130,6 @@ class AttentionTrace:
             LensError: the folder holds a trace already.
         """
         folder = Path(folder)
-        if (folder / INDEX).exists():
-            raise LensError(f"{folder} holds a trace already; choose another folder or delete it")
         writer = TraceWriter(folder)
         names = [name for name in DIMENSIONS if name in self.dataset.data_vars]
         for position, layer in enumerate(self.dataset["layer"].values):
@@ -114,7 +152,15 @@ class AttentionTrace:
         folder = Path(folder)
         index = read_index(folder)
         variables = lazy_variables(folder, index["layers"])
-        dataset = _dataset(variables, index["layers"], index["coordinates"], index["attributes"])
+        try:
+            dataset = _dataset(
+                variables, index["layers"], index["coordinates"], index["attributes"]
+            )
+        except ValueError as error:
+            raise LensError(
+                f"{folder} is damaged (its arrays do not fit each other: {error}); "
+                "capture this prompt again"
+            ) from error
         return cls(dataset, folder)
 
     def tile(
@@ -130,35 +176,34 @@ class AttentionTrace:
             [queries, keys] float64.
 
         Raises:
-            LensError: q and k were not kept, or a range leaves the prompt.
+            LensError: q and k were not kept, they do not give back what the layer did (it adds a
+                bias or has a mask of its own), or a range leaves the prompt.
         """
-        from lens_kernels.tile import tile
+        from lens.tiles import exact_tile
 
-        if "q" not in self.dataset or "k" not in self.dataset:
-            raise LensError(
-                "exact tiles need q and k, which this trace did not keep; "
-                "capture it again with keep_qk=True (lens run --keep-qk)"
-            )
+        if why := self.tile_refusal(layer, head):
+            raise LensError(why)
         for name, (first, last) in (("queries", queries), ("keys", keys)):
             if not 0 <= first < last <= self.length:
                 raise LensError(
                     f"{name} must be a range within 0..{self.length}, got {(first, last)}"
                 )
-        per_group = self.heads // self.dataset.sizes["kv_head"]
-        scale, window = self.attrs["scale"][layer], self.attrs["windows"][layer]
-        return tile(
-            self.dataset["q"].isel(layer=layer, head=head).values.astype(np.float64),
-            self.dataset["k"]
-            .isel(layer=layer, kv_head=head // per_group)
-            .values.astype(np.float64),
-            self.dataset["lse"].isel(layer=layer, head=head).values.astype(np.float64),
-            query_range=queries,
-            key_range=keys,
-            scale=scale,
-            softcap=self.attrs["softcap"],
-            causal=self.attrs["causal"],
-            window=window,
-        )
+        return exact_tile(self, layer, head, queries, keys)
+
+    def tile_refusal(self, layer: int, head: int) -> str:
+        """Why `tile` refuses this head, with the remedy; empty if it does not."""
+        from lens.tiles import refusal
+
+        chosen = self.head_id((layer, head))
+        if chosen not in self._refusals:
+            self._refusals[chosen] = refusal(self, layer, head)
+        return self._refusals[chosen]
+
+    def plot(self, head: AnyHead) -> go.Figure:
+        """Block map of one head, as `lens.figures.block_map` draws it."""
+        from lens.figures import block_map
+
+        return block_map(self, *self.head_id(head))
 
     def __repr__(self) -> str:
         size = sum(variable.nbytes for variable in self.dataset.data_vars.values())
@@ -183,19 +228,35 @@ class TraceWriter:
 
     With a folder each layer is written when it comes and then forgotten, so that memory does not
     grow with the number of layers.
+
+    Raises:
+        LensError: the folder holds a finished trace.
     """
 
     def __init__(self, folder: str | Path | None = None) -> None:
         self._folder = None if folder is None else Path(folder)
         self._layers: dict[int, dict[str, np.ndarray]] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        if self._folder is not None and (self._folder / INDEX).exists():
+            raise LensError(
+                f"{self._folder} holds a trace already; choose another folder or delete it"
+            )
 
     def add_layer(self, layer: int, variables: Mapping[str, np.ndarray]) -> None:
         """Take one layer: name -> array with the dimensions of `DIMENSIONS`.
 
         Raises:
-            ValueError: unknown variable, wrong number of dimensions, or a layer that came before.
+            ValueError: unknown variable, wrong number of dimensions, another shape than in the first
+                layer, or a layer that came before.
         """
         check_variables(layer, variables)
+        shapes = {name: array.shape for name, array in variables.items()}
+        if self._layers and shapes != self._shapes:
+            raise ValueError(
+                f"layer {layer} must have the variables of the layers before: expected "
+                f"{self._shapes}, got {shapes}"
+            )
+        self._shapes = shapes
         if layer in self._layers:
             raise ValueError(f"layer {layer} was added twice")
         if self._folder is None:
@@ -212,10 +273,19 @@ class TraceWriter:
         Args:
             token_ids, tokens: of every position, as numbers and as text.
             attributes: as in docs/schema/trace.md; `schema_version` is added.
+
+        Raises:
+            ValueError: no layer came, an attribute is missing, or sizes do not fit each other.
         """
         if not self._layers:
             raise ValueError("a trace needs at least one layer; none was added")
         layers = sorted(self._layers)
+        if wrong := missing_attributes(attributes, len(layers)):
+            raise ValueError(f"the trace's {wrong}")
+        if len(token_ids) != len(tokens):
+            raise ValueError(
+                f"token_ids and tokens must be equally long, got {len(token_ids)} and {len(tokens)}"
+            )
         attributes = {**attributes, "schema_version": SCHEMA_VERSION}
         coordinates = {"token_id": [int(i) for i in token_ids], "token": list(tokens)}
         if self._folder is not None:

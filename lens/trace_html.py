@@ -58,8 +58,8 @@ def atlas(trace: AttentionTrace, layers: range) -> np.ndarray:
     edges = np.linspace(0, blocks, cells + 1).astype(int)[:-1]
     grow = np.arange(_CELL) * cells // _CELL
     for row, layer in enumerate(layers):
-        maps = trace.dataset["block_mass"].isel(layer=layer).values
-        for head, values in enumerate(np.nan_to_num(maps)):
+        for head in range(trace.heads):
+            values = trace.dataset["block_mass"].isel(layer=layer, head=head).values
             pooled = np.maximum.reduceat(np.maximum.reduceat(values, edges, 0), edges, 1)
             scaled = np.clip(
                 1 + np.log10(np.maximum(pooled, 1e-9) / max(pooled.max(), 1e-9)) / 3, 0, 1

@@ -4,7 +4,8 @@ The layout is docs/schema/trace.md. A layer's file appears whole or not at all (
 rename) and `trace.json` comes last, so a killed capture leaves whole layers and no trace.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,20 @@ DIMENSIONS: dict[str, tuple[str, ...]] = {
     "k": ("kv_head", "key", "dim"),
 }
 """Dimensions of every variable that a layer may have, without `layer`."""
+
+REQUIRED = (
+    "model",
+    "dtype",
+    "backend",
+    "block_size",
+    "causal",
+    "windows",
+    "scale",
+    "softcap",
+    "prefix",
+    "bos",
+)
+"""Attributes that a trace cannot do without."""
 
 
 def layer_file(layer: int) -> str:
@@ -118,6 +133,8 @@ def read_index(folder: Path) -> dict[str, Any]:
             f"{path} has schema version {version}, this attention-lens reads {SCHEMA_VERSION}; "
             f"it was written by attention-lens {writer}: read it with that version"
         )
+    if damage := _index_damage(index):
+        raise LensError(f"{path} is damaged ({damage}); capture this prompt again")
     for name, size in index["files"].items():
         file = folder / name
         found = file.stat().st_size if file.exists() else None
@@ -127,8 +144,33 @@ def read_index(folder: Path) -> dict[str, Any]:
     return index
 
 
+def _index_damage(index: Mapping[str, Any]) -> str:
+    """What makes the contents of `trace.json` unusable, or nothing."""
+    layers = index.get("layers")
+    if not isinstance(layers, list) or not layers or not all(type(i) is int for i in layers):
+        return "layers must be a list of integers"
+    files = index.get("files")
+    if not isinstance(files, dict) or sorted(files) != sorted(map(layer_file, layers)):
+        return "files must name one file per layer"
+    tokens = [index.get("coordinates", {}).get(name) for name in ("token", "token_id")]
+    if not all(isinstance(part, list) and len(part) == len(tokens[0] or ()) for part in tokens):
+        return "coordinates must hold token and token_id, equally long"
+    return missing_attributes(index.get("attributes", {}), len(layers))
+
+
+def missing_attributes(attributes: Mapping[str, Any], layers: int) -> str:
+    """Which attributes are missing or do not fit the number of layers; nothing if all do."""
+    missing = [name for name in REQUIRED if name not in attributes]
+    if missing:
+        return f"attributes lack {', '.join(missing)}"
+    counts = {name: len(attributes[name]) for name in ("windows", "scale")}
+    if set(counts.values()) != {layers}:
+        return f"attributes must have one entry per layer ({layers}), got {counts}"
+    return ""
+
+
 class LayeredArray(BackendArray):
-    """One variable of all layers, read from disk for the layers and heads that are indexed."""
+    """One variable of all layers, of which only what is indexed is read from disk."""
 
     def __init__(self, folder: Path, layers: Sequence[int], name: str) -> None:
         self._paths = [folder / layer_file(layer) for layer in layers]
@@ -144,30 +186,44 @@ class LayeredArray(BackendArray):
         )
 
     def _read(self, key: tuple[int | slice, ...]) -> np.ndarray:
-        layers, first, *rest = key
-        paths = self._paths[layers]
-        if isinstance(paths, Path):
-            return self._read_layer(paths, first, rest)
-        parts = [self._read_layer(path, first, rest) for path in paths]
+        layers, *rest = key
+        if not isinstance(layers, slice):
+            return self._read_layer(self._paths[layers], rest)
+        parts = [self._read_layer(path, rest) for path in self._paths[layers]]
         if not parts:
-            return np.empty(self.shape, self.dtype)[(layers, first, *rest)]
+            return np.empty(self.shape, self.dtype)[key]
         return np.stack(parts)
 
-    def _read_layer(self, path: Path, first: int | slice, rest: list[int | slice]) -> np.ndarray:
-        """Only the part along the first dimension (the heads) comes from disk."""
+    def _read_layer(self, path: Path, key: Sequence[int | slice]) -> np.ndarray:
+        """`array[key]`, reading the smallest box round it."""
+        boxes, within = zip(*map(_box, key, self.shape[1:]), strict=True)
         with _opened(path) as file:
             stored = file.get_slice(self._name)
-            if isinstance(first, int | np.integer):
-                return stored[int(first) : int(first) + 1][0][tuple(rest)]
-            start, stop, step = first.indices(self.shape[1])
-            if step < 0:
-                return stored[:][(first, *rest)]
-            return stored[start:stop][(slice(None, None, step), *rest)]
+            if tuple(stored.get_shape()) != self.shape[1:]:
+                raise LensError(
+                    f"{path} has {self._name} of shape {stored.get_shape()}, the first layer "
+                    f"{list(self.shape[1:])}; capture this prompt again"
+                )
+            return stored[boxes][within]
 
 
-def _opened(path: Path) -> Any:
+def _box(key: int | slice, size: int) -> tuple[slice, int | slice]:
+    """The contiguous range that holds `range(size)[key]`, and the key within it."""
+    if not isinstance(key, slice):
+        start = int(key) % size
+        return slice(start, start + 1), 0
+    chosen = range(size)[key]
+    if not chosen:
+        return slice(0, 0), slice(None)
+    low, high = min(chosen[0], chosen[-1]), max(chosen[0], chosen[-1])
+    return slice(low, high + 1), slice(None, None, chosen.step)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     try:
-        return safe_open(path, framework="numpy")
+        with safe_open(path, framework="numpy") as file:
+            yield file
     except (SafetensorError, OSError) as error:
         raise LensError(f"{path} is damaged ({error}); capture this prompt again") from error
 

@@ -16,16 +16,17 @@ def twin(p, ids) -> dict[str, float]:
     n = len(ids)
     rest = p[:, 1:] / np.maximum(p[:, 1:].sum(-1, keepdims=True), 1e-300)
     rest = np.concatenate([np.zeros((n, 1)), rest], axis=1)
-    repeated = [i for i in range(n) if ids[i] in ids[:i]]
     found = {}
     for name, q, first in (("", p, 1), ("_sink_excluded", rest, 2)):
+        repeated = [i for i in range(n) if ids[i] in ids[first - 1 : i]]
+        follows = [i for i in range(n) if ids[i] in ids[:i]]
         found[f"previous_token{name}"] = np.mean([q[i, i - 1] for i in range(first, n)])
         found[f"current_token{name}"] = np.mean([q[i, i] for i in range(1, n)])
         found[f"duplicate_token{name}"] = np.mean(
             [sum(q[i, j] for j in range(i) if ids[j] == ids[i]) for i in repeated]
         )
         found[f"induction{name}"] = np.mean(
-            [sum(q[i, j] for j in range(1, i + 1) if ids[j - 1] == ids[i]) for i in repeated]
+            [sum(q[i, j] for j in range(1, i + 1) if ids[j - 1] == ids[i]) for i in follows]
         )
         found[f"entropy{name}"] = np.mean(
             [-sum(x * np.log(x) for x in q[i] if x > 0) for i in range(1, n)]
@@ -102,7 +103,7 @@ def test_what_cannot_be_scored_is_nan_with_its_reason():
     table = profile(trace_of(p, ids=[*range(7)]))
     assert table[["induction", "duplicate_token", "top_key"]].isna().all().all()
     reasons = table.attrs["reasons"]
-    assert reasons["induction"] == "no token of the prompt occurs twice"
+    assert reasons["induction"] == "no row sees a key that followed a copy of its token"
     assert reasons["top_key"] == "no key is seen by 16 queries"
 
 

@@ -32,13 +32,13 @@ def test_a_head_is_read_alone(p, tmp_path, monkeypatch):
     read = []
     original = LayeredArray._read_layer
 
-    def spy(self, path, first, rest):
-        read.append((path.name, first))
-        return original(self, path, first, rest)
+    def spy(self, path, key):
+        read.append((path.name, *key))
+        return original(self, path, key)
 
     monkeypatch.setattr(LayeredArray, "_read_layer", spy)
     found = disk.entropy.sel(layer=2, head=1).values
-    assert read == [("layer-02.safetensors", 1)]
+    assert read == [("layer-02.safetensors", 1, slice(None))]
     np.testing.assert_array_equal(found, trace_of(p).entropy.values[2, 1])
 
 
