@@ -478,3 +478,15 @@ def test_holes_in_a_prompt_are_refused():
     mask = torch.tensor([[1, 1, 0, 1, 1]])
     with lens.capturing(model), pytest.raises(LensError, match="hides tokens in the middle"):
         model.model(torch.arange(3, 8)[None], attention_mask=mask)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+def test_a_gpu_gives_the_same_trace():
+    text = lens.prompts.text("lily")[:800]
+    expected = lens.capture(lens.load("stories260k"), text)
+    found = lens.capture(lens.load("stories260k", device="cuda"), text)
+    assert found.attrs["device"] == "cuda:0"
+    for variable in expected.dataset.data_vars:
+        values = expected.dataset[variable].values
+        assert naive.rms_ratio(found.dataset[variable].values, values) < 1e-3, variable
