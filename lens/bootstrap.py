@@ -1,5 +1,7 @@
 """95 % percentile bootstrap intervals of means, for many heads at a time."""
 
+from functools import lru_cache
+
 import numpy as np
 
 RESAMPLES = 1000
@@ -18,14 +20,21 @@ def over_units(sums: np.ndarray, counts: np.ndarray, seed: int) -> tuple[np.ndar
     """
     units, shape = len(sums), sums.shape[1:]
     sums, counts = sums.reshape(units, -1), counts.reshape(units, -1).astype(float)
-    draws = np.random.default_rng(seed).multinomial(units, np.full(units, 1 / units), RESAMPLES)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        means = (draws @ sums) / (draws @ counts)
+    draws = _draws(units, seed)
     few = (counts > 0).sum(0) < 2
-    means[:, few] = 0
-    ends = np.nanpercentile(means, _ENDS, axis=0)
-    low, high = np.where(few, np.nan, ends)
+    total = draws @ np.where(few, 1, counts)
+    drawn = total > 0  # a resample may miss every unit that has a count
+    means = np.where(drawn, draws @ sums / np.where(drawn, total, 1), np.nan)
+    percentile = np.percentile if drawn.all() else np.nanpercentile  # the second is slow
+    low, high = np.where(few, np.nan, percentile(means, _ENDS, axis=0))
     return low.reshape(shape), high.reshape(shape)
+
+
+@lru_cache(maxsize=8)
+def _draws(units: int, seed: int) -> np.ndarray:
+    """[resamples, units] how often each unit is drawn."""
+    random = np.random.default_rng(seed)
+    return random.multinomial(units, np.full(units, 1 / units), RESAMPLES).astype(float)
 
 
 def over_rows(values: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:

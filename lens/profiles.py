@@ -16,7 +16,7 @@ import pandas as pd
 
 from lens.bootstrap import over_units
 from lens.errors import LensError
-from lens.scores import SINK_EPSILON, Score, layer_scores
+from lens.scores import SINK_EPSILON, layer_scores
 
 if TYPE_CHECKING:
     from lens.trace import AttentionTrace
@@ -97,27 +97,20 @@ def prompt_table(trace: AttentionTrace, prompt_id: str, *, seed: int = 0) -> pd.
     """
     layers = trace.dataset["layer"].values.tolist()
     by_layer = [layer_scores(trace, layer, seed=seed) for layer in layers]
-    parts = [
-        _rows(score, prompt_id, layer, trace.dataset["head"].values)
-        for scores in zip(*by_layer, strict=True)
-        for layer, score in zip(layers, scores, strict=True)
-    ]
-    return pd.concat(parts, ignore_index=True)
+    scores = [score for of_metric in zip(*by_layer, strict=True) for score in of_metric]
+    heads, metrics = trace.heads, len(by_layer[0])
 
+    def column(name: str) -> np.ndarray:
+        return np.concatenate([getattr(score, name) for score in scores])
 
-def _rows(score: Score, prompt_id: str, layer: int, heads: np.ndarray) -> pd.DataFrame:
     return pd.DataFrame(
         {
             "prompt_id": prompt_id,
-            "layer": layer,
-            "head": heads,
-            "metric": score.metric,
-            "variant": score.variant,
-            "value": score.value,
-            "low": score.low,
-            "high": score.high,
-            "n": score.n,
-            "detail": score.detail,
+            "layer": np.tile(np.repeat(layers, heads), metrics),
+            "head": np.tile(trace.dataset["head"].values, metrics * len(layers)),
+            "metric": np.repeat([score.metric for score in scores], heads),
+            "variant": np.repeat([score.variant for score in scores], heads),
+            **{name: column(name) for name in ("value", "low", "high", "n", "detail")},
         },
         columns=list(COLUMNS),
     )

@@ -124,7 +124,7 @@ class _Layer:
             like_first = (self._ids == self._ids[0]) & (self._position >= 1)
             mass = mass - np.where(like_first, self._variable("first_mass"), 0)
             smallest = np.where(like_first, _SMALLEST_DIFFERENCE, _SMALLEST_REST)
-        distance = nearest_copy(self._ids, start=int(excluded), both_ways=not self._causal)
+        distance = nearest_copy(self._ids, skip_first=excluded, both_ways=not self._causal)
         rows = distance < (np.inf if self._window is None else self._window)
         why = "no row sees another copy of its token"
         return self._mass(np.maximum(mass, 0), rows, excluded, smallest), why
@@ -215,28 +215,24 @@ class _Layer:
         return diagonal[:, near].sum(-1) / np.where(total > 0, total, np.nan)
 
 
-def nearest_copy(ids: np.ndarray, *, start: int = 0, both_ways: bool = False) -> np.ndarray:
+def nearest_copy(
+    ids: np.ndarray, *, skip_first: bool = False, both_ways: bool = False
+) -> np.ndarray:
     """[tokens] distance to the nearest earlier copy of each token, inf where there is none.
 
     Args:
         ids: token ids.
-        start: copies before this position do not count.
+        skip_first: a copy at position 0 does not count.
         both_ways: later copies count too.
     """
-
-    def look(order: range) -> np.ndarray:
-        found = np.full(len(ids), np.inf)
-        last: dict[int, int] = {}
-        for position in order:
-            token = int(ids[position])
-            if token in last:
-                found[position] = abs(position - last[token])
-            if position >= start:
-                last[token] = position
-        return found
-
-    back = look(range(len(ids)))
-    return np.minimum(back, look(range(len(ids) - 1, -1, -1))) if both_ways else back
+    order = np.argsort(ids, kind="stable")
+    same = ids[order][1:] == ids[order][:-1]
+    gap = np.where(same, np.diff(order), np.inf)
+    distance = np.full(len(ids), np.inf)
+    distance[order[1:]] = np.where((order[:-1] == 0) & skip_first, np.inf, gap)
+    if both_ways:
+        distance[order[:-1]] = np.minimum(distance[order[:-1]], gap)
+    return distance
 
 
 def _reason(value: np.ndarray, reason: str) -> np.ndarray:

@@ -41,13 +41,20 @@ def layer_variables(p, ids=None, causal: bool = True) -> dict[str, np.ndarray]:
     return {name: array.astype(np.float32) for name, array in found.items()}
 
 
-def trace_of(p, ids=None, causal: bool = True, without=(), **attributes) -> AttentionTrace:
-    """A trace in memory with the statistics of [layers, heads, length, length] probabilities."""
+def trace_of(
+    p, ids=None, causal: bool = True, without=(), visible=None, **attributes
+) -> AttentionTrace:
+    """A trace in memory with the statistics of [layers, heads, length, length] probabilities.
+
+    `visible` is stored where it is given; else it follows from the windows.
+    """
     length = p.shape[-1]
     ids = token_ids(length) if ids is None else ids
     writer = TraceWriter()
     for layer, matrix in enumerate(p):
         variables = layer_variables(matrix, ids, causal)
+        if visible is not None:
+            variables["visible"] = visible
         writer.add_layer(layer, {k: v for k, v in variables.items() if k not in without})
     return writer.finish(
         token_ids=ids,
