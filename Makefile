@@ -9,7 +9,7 @@ DEMO := $(BIN)/lens demo --port $(PORT) $(if $(MODEL),--model $(MODEL))
 SOURCES := lens kernels analyses dashboards tests
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format types browser models bench docs clean
+.PHONY: help demo test lint format types browser models bench picture clean
 
 help:
 	@echo "make demo [MODEL=smollm2-135m] [PORT=8765]   analyse a real model on a real text, then serve the dashboard"
@@ -64,6 +64,10 @@ test: lint types browser
 
 bench: $(VENV)/.test
 	$(BIN)/python tests/benchmarks/run.py
+
+# The picture of the README.
+picture: $(VENV)/.test browser
+	$(BIN)/python docs/picture.py
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis

@@ -80,6 +80,11 @@ def make_api(library: Library) -> Blueprint:
         )
         return response
 
+    @api.get("/<path:rest>")
+    def get_nothing(rest: str) -> Response:
+        """Whatever else is asked for under `/api`."""
+        return Response(f"there is nothing at /api/{rest}", status=404, mimetype="text/plain")
+
     return api
 
 

@@ -1,9 +1,9 @@
 """What the user is looking at, as one value that is a link: a URL restores the view.
 
-    /                                     the runs
-    /run/<id>                             overview        ?group=&metric=&variant=
-    /run/<id>/head/<layer>/<head>         one head        ?prompt=&q0=&q1=&k0=&k1=&query=
-    /run/<id>/provenance                  how it was made
+/                                     the runs
+/run/<id>                             overview        ?group=&metric=&variant=
+/run/<id>/head/<layer>/<head>         one head        ?prompt=&q0=&q1=&k0=&k1=&query=
+/run/<id>/provenance                  how it was made
 """
 
 from dataclasses import dataclass

@@ -92,16 +92,26 @@ def serve(
         )
     hosts = LOOPBACK if host in LOOPBACK else (*LOOPBACK, host, socket.gethostname())
     app = create_app(runs, hosts=hosts, token=token)
-    try:
-        server = create_server(app.server, host=host, port=port, threads=threads, ident="")
-    except OSError as error:
-        raise LensError(
-            f"port {port} on {host} cannot be used ({error.strerror}); choose another with --port"
-        ) from error
+    listener = _listen(host, port)
+    server = create_server(app.server, sockets=[listener], threads=threads, ident="")
     try:
         server.run()
     finally:
         server.close()
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise LensError(
+            f"port {port} on {host} cannot be used ({error.strerror}); choose another with --port"
+        ) from error
+    return listener
 
 
 def _ask_for_token(flask: Flask, token: str) -> None:

@@ -35,9 +35,7 @@ def register(app: Dash, library: Library) -> None:
         id="frame",
     )
 
-    @app.callback(
-        Output("page", "children"), Input("url", "pathname"), Input("url", "search")
-    )
+    @app.callback(Output("page", "children"), Input("url", "pathname"), Input("url", "search"))
     def show(path: str | None, search: str | None) -> list[Any]:
         return render(library, path or "/", search or "")
 

@@ -50,7 +50,10 @@ def page(library: Library, view: Selection) -> list[Any]:
     return [
         crumbs(run, view),
         html.Div(
-            [html.H1(f"{name} of {trace.model}"), _steps(run, view, prompt, trace.layers, trace.heads)],
+            [
+                html.H1(f"{name} of {trace.model}"),
+                _steps(run, view, prompt, trace.layers, trace.heads),
+            ],
             className="title-row",
         ),
         *run_banner(run),
@@ -128,16 +131,19 @@ def page(library: Library, view: Selection) -> list[Any]:
 
 def _sharpness(trace: Any) -> str:
     if has_tokens(trace):
-        return "Zoomed in to 512 tokens or fewer, the map shows exact probabilities of single tokens."
-    return (
-        "This trace keeps block mass only; single tokens need q and k: run again with --keep-qk."
-    )
+        return (
+            "Zoomed in to 512 tokens or fewer, the map shows exact probabilities of single tokens."
+        )
+    return "This trace keeps block mass only; single tokens need q and k: run again with --keep-qk."
 
 
 def _steps(run: Run, view: Selection, prompt: str, layers: int, heads: int) -> html.Nav:
     """Links to the heads around this one."""
     index = view.layer * heads + view.head
-    targets = (("‹ previous head", index - 1, "previous-head"), ("next head ›", index + 1, "next-head"))
+    targets = (
+        ("‹ previous head", index - 1, "previous-head"),
+        ("next head ›", index + 1, "next-head"),
+    )
     links = []
     for text, number_, link_id in targets:
         if 0 <= number_ < layers * heads:
@@ -187,9 +193,7 @@ def _scores(run: Run, prompt: str, layer: int, head: int) -> Any:
         for variant in ("raw", "sink_excluded") if metric.sink_excluded else ("raw",):
             cells = [_cell(values, (group, metric.name, variant)) for group in groups]
             label = metric.label + (", sink excluded" if variant == "sink_excluded" else "")
-            body.append(
-                html.Tr([html.Th(label, scope="row", title=metric.definition), *cells])
-            )
+            body.append(html.Tr([html.Th(label, scope="row", title=metric.definition), *cells]))
     return html.Div(
         html.Table(
             [

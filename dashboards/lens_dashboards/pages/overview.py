@@ -74,7 +74,9 @@ def page(library: Library, view: Selection) -> list[Any]:
             [
                 html.P(
                     [
-                        html.A("heads.csv", href=f"/api/run/{run.id}/heads.csv", download="heads.csv"),
+                        html.A(
+                            "heads.csv", href=f"/api/run/{run.id}/heads.csv", download="heads.csv"
+                        ),
                         " · ",
                         html.A("report", href=f"/api/run/{run.id}/report.html", target="_blank"),
                         " · ",
@@ -130,22 +132,14 @@ def _controls(run: Run, view: Selection, groups: list[str]) -> html.Div:
     ]
     metrics = [{"value": name, "label": metric.label} for name, metric in METRICS.items()]
     variants = [
-        {"value": "raw", "label": "raw"},
-        {"value": "sink_excluded", "label": "sink excluded"},
+        {"value": "raw", "label": "counted (raw)"},
+        {"value": "sink_excluded", "label": "left out (sink excluded)"},
     ]
     return html.Div(
         [
             _select("Metric", "metric", metrics, view.metric),
             _select("Prompts", "group", options, view.group),
-            html.Fieldset(
-                [
-                    html.Legend("First token"),
-                    dcc.RadioItems(
-                        id="variant", options=variants, value=view.variant, inline=True
-                    ),
-                ],
-                className="control",
-            ),
+            _select("First token", "variant", variants, view.variant),
         ],
         className="controls",
     )

@@ -113,7 +113,7 @@ def graph(graph_id: str, figure: go.Figure, label: str) -> html.Div:
             },
         ),
         className="figure",
-        role="img",
+        role="group",
         **{"aria-label": label},
     )
 

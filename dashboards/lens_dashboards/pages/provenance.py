@@ -10,7 +10,18 @@ from lens_dashboards.library import Library
 from lens_dashboards.pages.parts import card, crumbs, number, run_banner
 from lens_dashboards.selection import Selection
 
-_PLAIN = ("id", "status", "created", "updated", "seconds", "device", "backend", "block_size", "seed", "bos")
+_PLAIN = (
+    "id",
+    "status",
+    "created",
+    "updated",
+    "seconds",
+    "device",
+    "backend",
+    "block_size",
+    "seed",
+    "bos",
+)
 
 
 def page(library: Library, view: Selection) -> list[Any]:
@@ -39,7 +50,9 @@ def page(library: Library, view: Selection) -> list[Any]:
             html.Details(
                 [
                     html.Summary(f"{len(meta['files'])} files"),
-                    _facts({name: f"{size:,} bytes" for name, size in sorted(meta["files"].items())}),
+                    _facts(
+                        {name: f"{size:,} bytes" for name, size in sorted(meta["files"].items())}
+                    ),
                 ]
             ),
             "Files",

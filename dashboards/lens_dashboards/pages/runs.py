@@ -30,7 +30,9 @@ def page(library: Library, view: Selection) -> list[Any]:
     return [
         html.H1("Runs"),
         html.P(f"{len(runs)} in {library.folder}, {whole} complete.", className="lead"),
-        card(html.Div(table, className="scroll", tabIndex=0, role="region", **{"aria-label": "Runs"})),
+        card(
+            html.Div(table, className="scroll", tabIndex=0, role="region", **{"aria-label": "Runs"})
+        ),
     ]
 
 

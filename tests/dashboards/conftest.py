@@ -1,0 +1,100 @@
+"""A real run, its server and a real browser."""
+
+import os
+import shutil
+import threading
+from pathlib import Path
+
+import pytest
+
+from lens.runs import open_run
+
+_NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+_FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-first-run",
+]
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory) -> Path:
+    """A folder with one real run of `text-lm-3l`, made by the command that users type."""
+    from lens_analyses.cli import main
+
+    folder = tmp_path_factory.mktemp("runs")
+    command = "run --text-name moby-dick --tokens 101 --windows 2 --copied 2 --copied-length 43"
+    with pytest.raises(SystemExit) as ended:
+        main([*command.split(), "--block-size", "16", "--out", str(folder), "--quiet"])
+    assert ended.value.code == 0
+    return folder
+
+
+@pytest.fixture(scope="session")
+def run(runs):
+    """The run."""
+    return open_run(next(path.parent for path in runs.glob("*/run.json")))
+
+
+@pytest.fixture(scope="session")
+def serve():
+    """Serves folders of runs on free ports; returns the address of each."""
+    from lens_dashboards.server import create_app
+    from waitress.server import create_server
+
+    servers = []
+
+    def start(folder: Path) -> str:
+        server = create_server(create_app(folder).server, host="127.0.0.1", port=0, threads=8)
+        thread = threading.Thread(target=server.run, daemon=True)
+        thread.start()
+        servers.append((server, thread))
+        return f"http://127.0.0.1:{server.effective_port}"
+
+    yield start
+    for server, thread in servers:
+        server.close()
+        server.task_dispatcher.shutdown()
+        thread.join(timeout=10)
+
+
+@pytest.fixture(scope="session")
+def address(serve, runs) -> str:
+    """Where the real run is served."""
+    return serve(runs)
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """Debian's Chromium, or whichever is there."""
+    path = next((found for name in _NAMES if (found := shutil.which(name))), None)
+    if path is None:
+        reason = "no Chromium on this machine; `make browser` installs one where apt is"
+        if os.environ.get("CI") == "true":
+            pytest.fail(f"CI needs a browser: {reason}")
+        pytest.skip(reason)
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=path, args=_FLAGS)
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def page(browser, address):
+    """A page that fails the test for a console error, a page error or a request elsewhere."""
+    context = browser.new_context(viewport={"width": 1440, "height": 900}, accept_downloads=True)
+    tab = context.new_page()
+    problems: list[str] = []
+    allowed = ("http://127.0.0.1:", "data:", "blob:")
+    tab.on("console", lambda m: problems.append(m.text) if m.type in ("error", "warning") else None)
+    tab.on("pageerror", lambda error: problems.append(str(error)))
+    tab.on("request", lambda r: None if r.url.startswith(allowed) else problems.append(r.url))
+    tab.problems = problems
+    yield tab
+    context.close()
+    assert problems == []

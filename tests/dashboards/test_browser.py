@@ -1,0 +1,142 @@
+"""The pages in a real browser: no error, no request elsewhere, links that hold, exact numbers."""
+
+import re
+
+import pytest
+
+pytestmark = pytest.mark.browser
+
+
+def ready(page):
+    """Wait until the map shows what its address says."""
+    page.wait_for_selector("#map[data-ready]")
+
+
+def test_runs_lead_to_overview_to_head_and_back(page, address, run):
+    page.goto(address)
+    page.get_by_role("link", name=run.title).click()
+    page.wait_for_selector("#grid .heatmaplayer")
+    page.locator("#metric").click()
+    page.get_by_role("option", name="Previous token").click()
+    page.wait_for_url(re.compile("metric=previous_token"))
+    page.wait_for_selector("#strongest li:has-text('L0H0')")
+    cell = page.locator("#grid .nsewdrag").bounding_box()
+    page.mouse.click(cell["x"] + cell["width"] * 2.5 / 6, cell["y"] + cell["height"] * 1.5 / 3)
+    ready(page)
+    assert "/head/1/2" in page.url
+    assert page.locator("h1").inner_text() == "L1H2 of text-lm-3l"
+    page.go_back()
+    page.wait_for_selector("#strongest li:has-text('L0H0')")
+    assert "metric=previous_token" in page.url
+
+
+def test_a_link_restores_the_overview(page, address, run):
+    page.goto(f"{address}/run/{run.id}?group=text&metric=entropy&variant=sink_excluded")
+    page.wait_for_selector("#grid .heatmaplayer")
+    title = page.locator("#grid .gtitle").first.text_content()
+    assert title.startswith("Entropy, sink excluded (nats)")
+    rows = run.heads.query(
+        "prompt_id == 'text' and metric == 'entropy' and variant == 'sink_excluded'"
+    )
+    best = rows.loc[rows["value"].idxmax()]
+    assert f"L{best['layer']}H{best['head']}" in title
+
+
+def test_hover_shows_the_number_of_the_trace(page, address, run):
+    page.goto(f"{address}/run/{run.id}/head/1/3?prompt=p002&q0=40&q1=80&k0=10&k1=50")
+    ready(page)
+    box = page.locator(".map-canvas").bounding_box()
+    side = page.evaluate("window.lensBlockMap.current.size().side")
+    query, key = 61, 19
+    page.mouse.move(
+        box["x"] + 64 + (key - 10 + 0.5) / 40 * side, box["y"] + 34 + (query - 40 + 0.5) / 40 * side
+    )
+    shown = page.locator(".map-tip")
+    shown.wait_for()
+    exact = run.trace("p002").tile(1, 3, (query, query + 1), (key, key + 1)).astype("f4")[0, 0]
+    assert float(shown.get_attribute("data-value")) == pytest.approx(float(exact), rel=1e-6)
+    assert f"query {query} " in shown.inner_text()
+    assert f"key {key} " in shown.inner_text()
+
+
+def test_zoom_and_row_are_kept_in_the_link(page, address, run):
+    page.goto(f"{address}/run/{run.id}/head/0/0?prompt=p001")
+    ready(page)
+    page.wait_for_selector("#strip .token.query")
+    page.locator(".map-canvas").focus()
+    page.keyboard.press("+")
+    page.wait_for_url(re.compile("q0="))
+    page.locator("#strip .token").nth(50).click()
+    page.wait_for_selector("#strip[data-query='50']")
+    page.wait_for_url(re.compile("query=50"))
+    seen = page.locator("#map").get_attribute("data-ready")
+    page.reload()
+    ready(page)
+    page.wait_for_selector("#strip[data-query='50']")
+    assert page.locator("#map").get_attribute("data-ready") == seen
+    strongest = page.locator("#strip b").nth(1).inner_text()
+    before = run.trace("p001").tokens[49].replace("\n", "⏎")
+    assert strongest == f"“{before}”"  # L0H0 looks at the token before
+
+
+def test_the_keyboard_goes_from_head_to_head(page, address, run):
+    page.goto(f"{address}/run/{run.id}/head/0/5")
+    ready(page)
+    page.keyboard.press("n")
+    page.wait_for_selector("h1:has-text('L1H0')")
+    ready(page)
+    page.keyboard.press("p")
+    page.wait_for_selector("h1:has-text('L0H5')")
+    ready(page)
+
+
+def test_the_table_downloads_as_it_is(page, address, run):
+    page.goto(f"{address}/run/{run.id}")
+    page.wait_for_selector("#grid .heatmaplayer")
+    with page.expect_download() as download:
+        page.get_by_role("link", name="heads.csv").click()
+    text = download.value.path().read_text()
+    assert text == run.heads.to_csv(index=False)
+
+
+def test_a_narrow_window_needs_no_sideways_scrolling(page, address, run):
+    page.set_viewport_size({"width": 420, "height": 900})
+    for path in ("/", f"/run/{run.id}", f"/run/{run.id}/head/1/3", f"/run/{run.id}/provenance"):
+        page.goto(address + path)
+        page.wait_for_selector("h1")
+        page.wait_for_timeout(700)
+        width = page.evaluate("document.documentElement.scrollWidth")
+        assert width <= 420, path
+
+
+def test_bad_links_show_a_card(page, address, run):
+    for path, text in (
+        ("/run/none", "there is no run"),
+        (f"/run/{run.id}/head/9/9", "there is no L9H9"),
+        ("/nowhere", "is no page"),
+    ):
+        page.goto(address + path)
+        page.wait_for_selector(f"text={text}")
+
+
+# Dash's own dropdown keeps a focusable helper in a hidden element; its keyboard path is another one.
+DASH_DROPDOWN = "aria-hidden-focus"
+
+
+@pytest.mark.parametrize("path", ["/", "/run/{id}", "/run/{id}/head/1/3", "/run/{id}/provenance"])
+def test_axe_finds_nothing_serious(browser, address, run, path):
+    from axe_playwright_python.sync_playwright import Axe
+
+    context = browser.new_context(bypass_csp=True)
+    page = context.new_page()
+    page.goto(address + path.format(id=run.id))
+    page.wait_for_selector("h1")
+    page.wait_for_timeout(1500)
+    found = Axe().run(page).response["violations"]
+    context.close()
+    serious = {
+        item["id"]: [node["target"] for node in item["nodes"]]
+        for item in found
+        if item["impact"] in ("serious", "critical") and item["id"] != DASH_DROPDOWN
+    }
+    assert serious == {}

@@ -1,0 +1,62 @@
+"""The numbers behind the map equal the trace's, at every level."""
+
+import numpy as np
+import pytest
+from lens_dashboards import raster as module
+from lens_dashboards.raster import raster, row
+
+from lens.errors import LensError
+
+
+@pytest.fixture(scope="module")
+def trace(run):
+    return run.trace("p000")
+
+
+def test_tokens_are_exact_probabilities(trace):
+    found = raster(trace, 1, 2)
+    assert (found.level, found.cell, found.values.shape) == ("tokens", 1, (101, 101))
+    filled = np.nan_to_num(found.values)
+    np.testing.assert_allclose(filled.sum(-1), 1, atol=1e-5)
+    received = trace.received.sel(layer=1, head=2).values
+    np.testing.assert_allclose(filled.sum(0), received, rtol=1e-4, atol=1e-6)
+    assert np.isnan(found.values[np.triu_indices(101, 1)]).all()
+    np.testing.assert_array_equal(row(trace, 1, 2, 60), np.nan_to_num(found.values[60]))
+
+
+def test_a_window_is_a_part_of_the_whole(trace):
+    whole, part = raster(trace, 0, 3), raster(trace, 0, 3, (30, 61, 7, 50))
+    np.testing.assert_array_equal(part.values, whole.values[30:61, 7:50])
+    assert (part.query_start, part.query_end, part.key_start, part.key_end) == (30, 61, 7, 50)
+
+
+def test_blocks_are_the_captured_ones(trace, monkeypatch):
+    monkeypatch.setattr(module, "has_tokens", lambda _: False)
+    found = raster(trace, 1, 2, (20, 60, 0, 40))
+    assert (found.level, found.cell) == ("blocks", 16)
+    assert (found.query_start, found.query_end, found.key_start, found.key_end) == (16, 64, 0, 48)
+    expected = trace.block_mass.sel(layer=1, head=2).values[1:4, 0:3]
+    visible = ~np.isnan(found.values)
+    np.testing.assert_array_equal(visible, [[1, 1, 0], [1, 1, 1], [1, 1, 1]])
+    np.testing.assert_array_equal(found.values[visible], expected[visible])
+
+
+@pytest.mark.parametrize(("pooling", "reduce"), [("max", np.nanmax), ("mean", np.nanmean)])
+def test_pooling_is_over_whole_cells(trace, monkeypatch, pooling, reduce):
+    monkeypatch.setattr(module, "has_tokens", lambda _: False)
+    monkeypatch.setattr(module, "MOST_CELLS", 3)
+    found = raster(trace, 1, 2, pooling=pooling)
+    blocks = trace.block_mass.sel(layer=1, head=2).values
+    assert (found.level, found.cell, found.values.shape) == ("pooled", 48, (3, 3))
+    assert found.values[1, 0] == pytest.approx(reduce(blocks[3:6, 0:3]))
+    assert found.values[2, 1] == pytest.approx(reduce(blocks[6:9, 3:6]))
+    assert np.isnan(found.values[0, 1])
+
+
+def test_what_is_outside_is_refused(trace):
+    with pytest.raises(LensError, match="there is no L3H0"):
+        raster(trace, 3, 0)
+    with pytest.raises(LensError, match="tokens 0 to 100; got the rectangle"):
+        raster(trace, 0, 0, (200, 210, 0, 4))
+    with pytest.raises(LensError, match="there is no query 101"):
+        row(trace, 0, 0, 101)

@@ -1,0 +1,72 @@
+"""A link restores the view, whatever the view is; what cannot be read falls back with a note."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from lens_dashboards.selection import Selection, read_url
+
+from lens.metrics import METRICS, VARIANTS
+
+ids = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=20).filter(
+    lambda text: text.strip("/. ") == text and text
+)
+prompts = st.just("") | st.from_regex(r"p[0-9]{3}", fullmatch=True)
+small = st.integers(0, 10**6)
+ranges = st.tuples(small, st.integers(1, 10**6)).map(lambda pair: (pair[0], pair[0] + pair[1]))
+windows = st.none() | st.tuples(ranges, ranges).map(lambda two: (*two[0], *two[1]))
+
+overviews = st.builds(
+    Selection,
+    page=st.just("overview"),
+    run=ids,
+    group=prompts | st.sampled_from(["text", "copied"]),
+    metric=st.sampled_from(list(METRICS)),
+    variant=st.sampled_from(VARIANTS),
+)
+heads = st.builds(
+    Selection,
+    page=st.just("head"),
+    run=ids,
+    layer=st.integers(0, 200),
+    head=st.integers(0, 200),
+    prompt=prompts,
+    window=windows,
+    query=st.none() | small,
+)
+others = st.just(Selection()) | st.builds(Selection, page=st.just("provenance"), run=ids)
+
+
+@given(overviews | heads | others)
+def test_a_link_restores_its_view(view):
+    path, _, search = view.url().partition("?")
+    assert read_url(path, search) == (view, [])
+
+
+@given(st.text(max_size=60), st.text(max_size=60))
+def test_no_link_breaks_the_reader(path, search):
+    view, notes = read_url(path, search)
+    assert view is None or isinstance(view, Selection)
+    assert all(isinstance(note, str) for note in notes)
+
+
+@pytest.mark.parametrize(
+    ("url", "expected", "note"),
+    [
+        ("/run/a?metric=nonsense", Selection("overview", "a"), "no metric 'nonsense'"),
+        ("/run/a?variant=cooked", Selection("overview", "a"), "no variant 'cooked'"),
+        ("/run/a/head/1/2?q0=5&q1=5&k0=0&k1=3", Selection("head", "a", layer=1, head=2), "zoom"),
+        ("/run/a/head/1/2?q0=5", Selection("head", "a", layer=1, head=2), "zoom"),
+        ("/run/a/head/1/2?query=x", Selection("head", "a", layer=1, head=2), "no query 'x'"),
+    ],
+)
+def test_what_cannot_be_read_falls_back_with_a_note(url, expected, note):
+    path, _, search = url.partition("?")
+    view, notes = read_url(path, search)
+    assert view == expected
+    assert len(notes) == 1
+    assert note in notes[0]
+
+
+@pytest.mark.parametrize("path", ["/other", "/run", "/run/a/head/x/1", "/run/a/head/1", "/run/a/b"])
+def test_what_is_no_page_is_none(path):
+    assert read_url(path) == (None, [])

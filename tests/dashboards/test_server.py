@@ -1,0 +1,178 @@
+"""The server: what it answers, whom it answers, and what it never does."""
+
+import json
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from lens_dashboards.library import Library
+from lens_dashboards.server import create_app, serve
+from lens_dashboards.views import render
+
+from lens.errors import LensError
+from lens.files import write_json
+
+
+@pytest.fixture
+def client(runs):
+    return create_app(runs).server.test_client()
+
+
+def text_of(components) -> str:
+    return json.dumps([component.to_plotly_json() for component in components], default=_plain)
+
+
+def _plain(value):
+    return value.to_plotly_json() if hasattr(value, "to_plotly_json") else str(value)
+
+
+def test_it_starts_without_torch_and_transformers(runs):
+    code = (
+        "import sys; from lens_dashboards.server import create_app;"
+        f"app = create_app({str(runs)!r});"
+        "client = app.server.test_client(); assert client.get('/').status_code == 200;"
+        "from lens_dashboards.views import render; from lens_dashboards.library import Library;"
+        f"library = Library({str(runs)!r}); run = library.runs()[0].id;"
+        "render(library, f'/run/{run}', ''); render(library, f'/run/{run}/head/1/2', '');"
+        "assert client.get(f'/api/run/{run}/raster/p000/1/2').status_code == 200;"
+        "print({'torch', 'transformers', 'transformer_lens'} & set(sys.modules))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=_env()
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "set()"
+
+
+def _env():
+    import os
+
+    return {**os.environ, "PYTHONPATH": ":".join(path for path in sys.path if path)}
+
+
+def test_raster_carries_the_numbers_and_an_etag(client, run):
+    url = f"/api/run/{run.id}/raster/p000/1/2"
+    answer = client.get(url)
+    header = json.loads(answer.headers["X-Raster"])
+    values = np.frombuffer(answer.data, "<f4").reshape(header["rows"], header["columns"])
+    expected = run.trace("p000").tile(1, 2, (0, 101), (0, 101)).astype("f4")
+    np.testing.assert_array_equal(np.nan_to_num(values), expected)
+    again = client.get(url, headers={"If-None-Match": answer.headers["ETag"]})
+    assert (again.status_code, again.data) == (304, b"")
+
+
+def test_tables_tokens_and_report_are_there(client, run):
+    csv = client.get(f"/api/run/{run.id}/heads.csv")
+    assert csv.data.decode() == run.heads.to_csv(index=False)
+    assert json.loads(client.get(f"/api/run/{run.id}/tokens/p000").data) == run.trace("p000").tokens
+    report = client.get(f"/api/run/{run.id}/report.html")
+    assert report.data == (run.path / "report.html").read_bytes()
+    assert "default-src 'none'" in report.headers["Content-Security-Policy"]
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("/api/run/none/raster/p000/0/0", "there is no run 'none'"),
+        ("/api/run/{run}/raster/p999/0/0", "has no trace of prompt 'p999'"),
+        ("/api/run/{run}/raster/p000/9/0", "there is no L9H0"),
+        ("/api/run/{run}/raster/p000/0/0?q0=1", "needs q0, q1, k0 and k1"),
+        ("/api/run/{run}/raster/p000/0/0?pooling=x", "pooling must be max or mean"),
+        ("/api/run/{run}/row/p000/0/0/999", "there is no query 999"),
+        ("/api/run/..%2f..%2fetc/heads.csv", None),
+        ("/api/run/%2e%2e/heads.csv", None),
+    ],
+)
+def test_what_is_not_there_is_a_404_that_says_so(client, run, path, message):
+    answer = client.get(path.format(run=run.id))
+    assert answer.status_code == 404
+    if message:
+        assert message in answer.data.decode()
+
+
+def test_only_this_machine_is_answered(client):
+    assert client.get("/").status_code == 200
+    assert client.get("/", headers={"Host": "example.org"}).status_code == 400
+    assert client.get("/", headers={"Host": "127.0.0.1:8765"}).status_code == 200
+
+
+def test_every_answer_is_locked_down(client, run):
+    for path in ("/", f"/api/run/{run.id}/tokens/p000", "/_dash-layout"):
+        headers = client.get(path).headers
+        policy = headers["Content-Security-Policy"]
+        assert policy.startswith("default-src 'self'")
+        script = next(part for part in policy.split("; ") if part.startswith("script-src"))
+        assert "unsafe" not in script
+        assert headers["X-Content-Type-Options"] == "nosniff"
+        assert headers["X-Frame-Options"] == "SAMEORIGIN"
+
+
+def test_the_page_names_nothing_outside(client):
+    page = client.get("/").data.decode()
+    assert 'lang="en"' in page
+    assert "http://" not in page
+    assert "https://" not in page
+
+
+def test_a_token_is_asked_for_once(runs):
+    client = create_app(runs, token="secret").server.test_client()
+    assert client.get("/").status_code == 403
+    assert client.get("/?token=wrong").status_code == 403
+    assert client.get("/?token=secret").status_code == 302
+    assert client.get("/").status_code == 200
+
+
+def test_a_foreign_address_needs_a_token(runs):
+    with pytest.raises(LensError, match=r"0\.0\.0\.0 can be reached by others: give a token"):
+        serve(runs, host="0.0.0.0", port=0)
+
+
+def test_a_busy_port_says_what_to_do(runs):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(LensError, match=r"cannot be used .* choose another with --port"):
+            serve(runs, port=taken.getsockname()[1])
+
+
+def test_an_empty_or_missing_folder_says_what_fills_it(tmp_path):
+    assert "lens demo" in text_of(render(Library(tmp_path), "/", ""))
+    assert "there is no folder" in text_of(render(Library(tmp_path / "none"), "/", ""))
+
+
+def test_a_partial_run_says_so_and_shows_what_there_is(run, tmp_path):
+    copy = tmp_path / run.id
+    copy.mkdir()
+    meta = {**run.meta, "status": "partial", "prompts": {"total": 4, "done": 1}}
+    write_json(copy / "run.json", meta)
+    shown = text_of(render(Library(tmp_path), f"/run/{run.id}", ""))
+    assert "1 of 4 prompts are done" in shown
+    assert "heads.parquet is missing" in shown
+    assert "no finished trace" in text_of(render(Library(tmp_path), f"/run/{run.id}/head/0/0", ""))
+
+
+def test_damage_is_a_card_and_not_a_traceback(run, tmp_path):
+    copy = tmp_path / run.id
+    copy.mkdir()
+    (copy / "run.json").write_text("{")
+    library = Library(tmp_path)
+    assert "cannot be read" in text_of(render(library, "/", ""))
+    assert "cannot be read" in text_of(render(library, f"/run/{run.id}", ""))
+    assert "there is no run" in text_of(render(library, "/run/other", ""))
+    assert "is no page" in text_of(render(library, "/nowhere", ""))
+
+
+def test_a_head_that_is_not_there_is_a_card(runs, run):
+    shown = text_of(render(Library(runs), f"/run/{run.id}/head/7/0", ""))
+    assert "there is no L7H0" in shown
+
+
+def test_a_run_that_changes_is_read_again(run, tmp_path):
+    copy = tmp_path / run.id
+    copy.mkdir()
+    library = Library(tmp_path)
+    for title in ("one", "another title"):
+        write_json(copy / "run.json", {**run.meta, "title": title})
+        assert library.run(run.id).title == title
