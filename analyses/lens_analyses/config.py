@@ -18,6 +18,8 @@ from typing import Any, Self
 from lens.errors import LensError
 from lens.models.catalogue import DEFAULT_MODEL
 
+_SOURCES = ("text", "text_name", "batch")
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -94,9 +96,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         prompts = self.prompts
-        given = [
-            name for name in ("text", "text_name", "batch") if getattr(prompts, name) is not None
-        ]
+        given = [name for name in _SOURCES if getattr(prompts, name) is not None]
         if len(given) > 1:
             raise LensError(
                 f"only one source of text at a time, got prompts.{' and prompts.'.join(given)}"
@@ -115,7 +115,8 @@ class RunConfig:
             )
         if prompts.windows is not None and (prompts.tokens is None or prompts.batch is not None):
             raise LensError(
-                "prompts.windows cuts one text into pieces of prompts.tokens tokens; give both"
+                "prompts.windows cuts one text into pieces of prompts.tokens tokens: it needs "
+                "prompts.tokens, and does not go with prompts.batch"
             )
         if not given and not prompts.copied:
             raise LensError("no prompt: give a text, or prompts.copied of at least 1")
@@ -137,6 +138,9 @@ class RunConfig:
             LensError: the file is missing or no TOML, and as `from_mapping`.
         """
         values: dict[str, Any] = {} if path is None else _read_toml(path)
+        if any(f"prompts.{name}" in overrides for name in _SOURCES):
+            for name in (*_SOURCES, "sha256"):  # another text replaces the file's
+                values.get("prompts", {}).pop(name, None)
         for dotted, value in overrides.items():
             *sections, last = dotted.split(".")
             table = values
@@ -150,8 +154,7 @@ class RunConfig:
     @property
     def has_text(self) -> bool:
         """Whether a text is named, rather than copied prompts alone."""
-        prompts = self.prompts
-        return not (prompts.text is prompts.text_name is prompts.batch is None)
+        return any(getattr(self.prompts, name) is not None for name in _SOURCES)
 
     def as_mapping(self) -> dict[str, Any]:
         """Nested mapping without the values that are None, as TOML has none."""
@@ -211,7 +214,7 @@ def _build(cls: Any, values: Mapping[str, Any], prefix: str) -> Any:
     for name, value in values.items():
         dotted = f"{prefix}{name}"
         if name not in hints:
-            raise LensError(_unknown(dotted, [f"{prefix}{known}" for known in hints]))
+            raise LensError(_unknown(prefix, name, list(hints)))
         hint = hints[name]
         if dataclasses.is_dataclass(hint):
             if not isinstance(value, Mapping):
@@ -234,10 +237,10 @@ def _words(hint: Any) -> str:
     return " or ".join(names[one] for one in allowed if one in names)
 
 
-def _unknown(dotted: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(dotted, known, n=1)
-    guess = f"; did you mean {close[0]}?" if close else ""
-    return f"unknown setting {dotted}{guess or '; known: ' + ', '.join(known)}"
+def _unknown(prefix: str, name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {prefix}{close[0]}?" if close else f"known: {', '.join(known)}"
+    return f"unknown setting {prefix}{name}; {hint}"
 
 
 def _flag(dotted: str, value: Any) -> list[str]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lens.errors import LensError
+from lens.models.catalogue import KNOWN
 from lens_analyses.config import RunConfig
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def read_sources(config: RunConfig) -> tuple[RunConfig, list[Source]]:
     Raises:
         LensError: missing, unreadable, empty or changed file, or unknown embedded text.
     """
-    prompts = config.prompts
+    config, prompts = _absolute_model(config), config.prompts
     if prompts.text_name is not None:
         from lens import prompts as embedded
 
@@ -112,6 +113,14 @@ def plan(model: "LoadedModel", config: RunConfig, sources: list[Source]) -> list
                 raise
             raise LensError(f"{source.title}: {error}") from error
     return [*planned, *_copied(model, config)]
+
+
+def _absolute_model(config: RunConfig) -> RunConfig:
+    """A model folder by its full path, so that the run can be made again from anywhere."""
+    folder = Path(config.model.name).expanduser()
+    if config.model.name in KNOWN or not folder.is_dir():
+        return config
+    return replace(config, model=replace(config.model, name=str(folder.resolve())))
 
 
 def _read(path: Path) -> str:

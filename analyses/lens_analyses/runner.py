@@ -20,6 +20,7 @@ import pandas as pd
 
 import lens
 from lens.errors import LensError
+from lens.findings import findings
 from lens.run_writer import RunWriter, find_by_config
 from lens.runs import Run, open_run
 from lens_analyses.config import RunConfig
@@ -95,7 +96,7 @@ def execute(config: RunConfig, runs: Path, output: Output, *, again: bool = Fals
     if earlier is not None and not again and (earlier / "run.json").exists():
         run = open_run(earlier)
         if run.status == "success" and (earlier / "report.html").exists():
-            return Finished(run, render(run).headline, computed=False)
+            return Finished(run, [one.text for one in findings(run.heads)], computed=False)
     log.info("loading %s", config.model.name)
     model = load_model(config)
     planned = plan(model, config, sources)

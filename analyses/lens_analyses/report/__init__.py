@@ -29,7 +29,7 @@ class Report:
     @property
     def headline(self) -> list[str]:
         """The findings in words."""
-        return headline(self.numbers)
+        return [finding["text"] for finding in self.numbers["summary"]]
 
     def files(self) -> dict[str, str]:
         """Name -> content."""
@@ -47,11 +47,6 @@ class Written:
     def as_json(self) -> dict[str, Any]:
         """For `--json`."""
         return {"html": str(self.html), "json": str(self.json), "status": self.status}
-
-
-def headline(data: dict[str, Any]) -> list[str]:
-    """The findings in words, from a report's numbers."""
-    return [finding["text"] for finding in data["summary"]]
 
 
 def render(run: Run, status: str | None = None) -> Report:

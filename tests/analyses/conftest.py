@@ -1,0 +1,87 @@
+"""One small run of the default model, made once, that the tests of this folder read."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from lens_analyses.cli import app
+from typer.testing import CliRunner
+
+ROOT = Path(__file__).parents[2]
+ARGUMENTS = [
+    "run",
+    "--text-name",
+    "moby-dick",
+    "--tokens",
+    "61",
+    "--windows",
+    "3",
+    "--copied",
+    "2",
+    "--copied-length",
+    "11",
+    "--block-size",
+    "7",
+]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a command said."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self):
+        """stdout as JSON; fails when anything else is there."""
+        return json.loads(self.out)
+
+
+@pytest.fixture(scope="session")
+def lens_command():
+    """Run `lens ...` in this process."""
+
+    def run(*arguments: object) -> Answer:
+        result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+        return Answer(result.exit_code, result.stdout, result.stderr)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def run_folder(lens_command, tmp_path_factory) -> Path:
+    """Three windows of text and two copied prompts through `text-lm-3l`."""
+    out = tmp_path_factory.mktemp("runs")
+    answer = lens_command(*ARGUMENTS, "--out", out, "--json")
+    assert answer.code == 0, answer.err
+    return Path(answer.json["path"])
+
+
+@pytest.fixture
+def spawn_lens():
+    """Start `lens ...` as a process of its own; killed at the end if it still runs."""
+    started = []
+    folders = [ROOT, *(ROOT / name for name in ("kernels", "analyses", "dashboards"))]
+
+    def spawn(*arguments: object) -> subprocess.Popen:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "lens_analyses", *map(str, arguments)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, folders))},
+        )
+        started.append(process)
+        return process
+
+    yield spawn
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()

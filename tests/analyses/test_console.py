@@ -1,0 +1,91 @@
+"""Results on stdout, everything else on stderr, errors in one line with an exit code."""
+
+import json
+import math
+
+import pytest
+from lens_analyses.console import Output, UsageError, finite, log, progress_bar, to_json
+
+from lens.errors import LensError
+
+
+def leave(output, error):
+    """Exit code of a command in which `error` is raised."""
+    with pytest.raises(SystemExit) as caught, output.session():
+        raise error
+    return caught.value.code
+
+
+def test_a_lens_error_is_one_line_without_traceback(capsys):
+    assert leave(Output(), LensError("block size\nis bad; use 64")) == 1
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err == "error: block size is bad; use 64\n"
+
+
+def test_wrong_usage_has_its_own_exit_code(capsys):
+    assert leave(Output(), UsageError("which text?")) == 2
+    assert capsys.readouterr().err == "error: which text?\n"
+
+
+def test_an_unforeseen_error_says_so_and_debug_shows_where(capsys):
+    assert leave(Output(), ZeroDivisionError("by zero")) == 1
+    short = capsys.readouterr().err
+    assert short.startswith("error: ZeroDivisionError: by zero (not foreseen")
+    assert "Traceback" not in short
+    assert leave(Output(debug=True), ZeroDivisionError("by zero")) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_errors_are_json_on_stdout_too_when_asked_for(capsys):
+    leave(Output(json=True), LensError("no such model"))
+    said = capsys.readouterr()
+    assert json.loads(said.out) == {
+        "status": "error",
+        "error": {"type": "LensError", "message": "no such model"},
+    }
+    assert said.err == "error: no such model\n"
+
+
+def test_quiet_hides_the_log_and_not_the_result(capsys):
+    for quiet in (False, True):
+        output = Output(quiet=quiet)
+        with output.session():
+            log.info("loading")
+            output.result("the answer", {})
+        said = capsys.readouterr()
+        assert said.out == "the answer\n"
+        assert said.err == ("" if quiet else "loading\n")
+
+
+def test_a_session_leaves_no_handler_behind():
+    before = list(log.handlers)
+    leave(Output(), LensError("x"))
+    assert log.handlers == before
+
+
+def test_the_bar_asks_how_much_is_done(monkeypatch, capsys):
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    monkeypatch.setenv("COLUMNS", "100")
+    asked = []
+
+    def completed():
+        asked.append(1)
+        return 3.0
+
+    with progress_bar(Output(), "model", 4.0, completed):
+        pass
+    assert asked
+    assert "75%" in capsys.readouterr().err
+
+
+def test_no_bar_without_a_terminal(capsys):
+    with progress_bar(Output(), "model", 4.0, lambda: 1.0):
+        pass
+    assert capsys.readouterr().err == ""
+
+
+def test_json_has_no_nan():
+    data = {"a": [1.5, math.nan, (math.inf, "x")], 2: None}
+    assert finite(data) == {"a": [1.5, None, [None, "x"]], "2": None}
+    assert json.loads(to_json(data))["a"] == [1.5, None, [None, "x"]]

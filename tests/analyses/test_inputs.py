@@ -1,0 +1,180 @@
+"""From files and embedded texts to prompts: cut on request only, and refused with a remedy."""
+
+import pytest
+from lens_analyses.config import ModelConfig, PromptConfig, RunConfig
+from lens_analyses.inputs import load_model, plan, read_sources
+
+import lens
+from lens.errors import LensError
+
+
+@pytest.fixture(scope="module")
+def model():
+    return lens.load("text-lm-3l")
+
+
+@pytest.fixture(scope="module")
+def stories():
+    return lens.load("stories260k")
+
+
+def prompts_of(model, **prompts):
+    config, sources = read_sources(RunConfig(prompts=PromptConfig(**{"copied": 0, **prompts})))
+    return plan(model, config, sources)
+
+
+def test_a_whole_text_keeps_its_tokens(model, tmp_path):
+    file = tmp_path / "short.txt"
+    file.write_text("Call me Ishmael.")
+    (prompt,) = prompts_of(model, text=str(file))
+    assert prompt.ids == model.encode("Call me Ishmael.")
+    assert (prompt.kind, prompt.title, prompt.text) == ("text", "short.txt", "Call me Ishmael.")
+
+
+def test_a_cut_is_recorded(model):
+    (prompt,) = prompts_of(model, text_name="moby-dick", tokens=37)
+    whole = model.encode(lens.prompts.text("moby-dick"))
+    assert prompt.ids == whole[:37]
+    assert prompt.title.endswith(f"first 37 of {len(whole):,} tokens")
+    assert lens.prompts.text("moby-dick").startswith(prompt.text)
+
+
+def test_windows_are_consecutive_and_each_has_the_bos(model):
+    whole = model.encode(lens.prompts.text("moby-dick"))
+    windows = prompts_of(model, text_name="moby-dick", tokens=11, windows=3)
+    assert [len(window.ids) for window in windows] == [11, 11, 11]
+    assert all(window.ids[0] == model.bos_id for window in windows)
+    assert [token for window in windows for token in window.ids[1:]] == whole[1:31]
+    assert windows[1].title.endswith("tokens 10 to 19")
+
+
+def test_windows_without_bos_when_the_tokenizer_puts_none(model, tmp_path, monkeypatch):
+    file = tmp_path / "text.txt"
+    file.write_text("and so it goes and so it went")
+    plain = model.encode(file.read_text())[1:]
+    monkeypatch.setattr(type(model), "encode", lambda self, text: list(plain))
+    windows = prompts_of(model, text=str(file), tokens=5, windows=2)
+    assert [token for window in windows for token in window.ids] == plain[:10]
+
+
+def test_copied_prompts_have_one_seed_each(model):
+    config = RunConfig(seed=5, prompts=PromptConfig(copied=3, copied_length=7))
+    found = plan(model, config, [])
+    assert [prompt.ids for prompt in found] == [
+        lens.prompts.copied(model, 7, seed) for seed in (5, 6, 7)
+    ]
+    assert [prompt.seed for prompt in found] == [5, 6, 7]
+    assert {prompt.kind for prompt in found} == {"copied"}
+    assert "(seed 6)" in found[1].title
+
+
+def test_a_batch_has_a_prompt_a_line(model, tmp_path):
+    file = tmp_path / "batch.txt"
+    file.write_text("The first.\n\n  The second.  \n")
+    found = prompts_of(model, batch=str(file))
+    assert [(prompt.title, prompt.text) for prompt in found] == [
+        ("batch.txt, line 1", "The first."),
+        ("batch.txt, line 3", "The second."),
+    ]
+
+
+def test_a_jsonl_batch_has_titles(model, tmp_path):
+    file = tmp_path / "batch.jsonl"
+    file.write_text('{"text": "One\\ntwo.", "title": "Numbers"}\n{"text": "Three."}\n')
+    found = prompts_of(model, batch=str(file))
+    assert [(prompt.title, prompt.text) for prompt in found] == [
+        ("Numbers", "One\ntwo."),
+        ("batch.jsonl, line 2", "Three."),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "line 2 is no JSON: .*each line is an object with a text"),
+        ('{"txt": "a"}', 'line 2 has no text; each line must be like {"text"'),
+        ('{"text": "  "}', "line 2 has no text"),
+        ('["text"]', "line 2 has no text"),
+    ],
+)
+def test_a_broken_line_of_a_batch_is_named(tmp_path, line, message):
+    file = tmp_path / "batch.jsonl"
+    file.write_text('{"text": "fine"}\n' + line + "\n")
+    with pytest.raises(LensError, match=message):
+        read_sources(RunConfig(prompts=PromptConfig(batch=str(file))))
+
+
+def test_a_prompt_of_a_batch_that_is_too_long_is_named(model, tmp_path):
+    file = tmp_path / "batch.txt"
+    file.write_text("short\n" + "long " * 200 + "\n")
+    with pytest.raises(LensError, match=r"batch.txt, line 2: the text has \d+ tokens"):
+        prompts_of(model, batch=str(file))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty; give one with at least one token"),
+        (b" \n\t", "is empty"),
+        (b"caf\xe9", r"is no UTF-8 text \(byte 3\); convert it first"),
+        (None, "no file .*; give a text file, or an embedded text with --text-name"),
+    ],
+)
+def test_a_file_that_cannot_be_used(tmp_path, content, message):
+    file = tmp_path / "text.txt"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(LensError, match=message):
+        read_sources(RunConfig(prompts=PromptConfig(text=str(file))))
+
+
+def test_a_folder_is_no_text(tmp_path):
+    with pytest.raises(LensError, match=r"cannot read .*: Is a directory"):
+        read_sources(RunConfig(prompts=PromptConfig(text=str(tmp_path))))
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ({}, r"the text has 22,\d+ tokens and text-lm-3l takes 128; --tokens 128 takes the first"),
+        ({"tokens": 129}, "--tokens 129 is more than the 128 that text-lm-3l takes"),
+        ({"tokens": 100, "windows": 999}, r"enough for \d+ windows of 100 and not for 999"),
+        ({"tokens": 1, "windows": 2}, "enough for 0 windows of 1 and not for 2"),
+    ],
+)
+def test_a_text_that_does_not_fit_is_never_cut_silently(model, prompts, message):
+    with pytest.raises(LensError, match=message):
+        prompts_of(model, text_name="moby-dick", **prompts)
+
+
+def test_more_tokens_than_the_text_has(stories):
+    with pytest.raises(
+        LensError, match=r"the text has \d+ tokens of stories260k and --tokens asks"
+    ):
+        prompts_of(stories, text_name="lily", tokens=511)
+
+
+def test_the_hash_of_a_file_holds_it_to_its_content(tmp_path):
+    file = tmp_path / "text.txt"
+    file.write_text("one")
+    config, _ = read_sources(RunConfig(prompts=PromptConfig(text=str(file))))
+    assert read_sources(config)[0] == config
+    file.write_text("two")
+    with pytest.raises(LensError, match=r"has changed since the run was configured .*remove"):
+        read_sources(config)
+
+
+def test_relative_paths_become_absolute(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("one")
+    (tmp_path / "mine").mkdir()
+    given = RunConfig(model=ModelConfig("mine"), prompts=PromptConfig(text="text.txt"))
+    config, _ = read_sources(given)
+    assert config.prompts.text == str(tmp_path / "text.txt")
+    assert config.model.name == str(tmp_path / "mine")
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "abacus"])
+def test_a_device_that_is_not_there(device):
+    with pytest.raises(LensError, match=f"device '{device}' cannot be used .*see `lens doctor`"):
+        load_model(RunConfig(model=ModelConfig(device=device)))

@@ -1,0 +1,314 @@
+"""Run folders: what a run writes, how it is found again, stopped, killed and completed."""
+
+import json
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from lens_analyses.config import RunConfig
+from lens_analyses.console import Output
+from lens_analyses.runner import execute
+
+import lens
+from lens.profiles import pooled_table, prompt_table
+from lens.runs import open_run
+
+from .conftest import ARGUMENTS
+
+MANY = [
+    "run",
+    "--text-name",
+    "moby-dick",
+    "--tokens",
+    "71",
+    "--windows",
+    "90",
+    "--copied",
+    "3",
+    "--no-keep-qk",
+]
+
+
+def tables(folder):
+    run = open_run(folder)
+    return run.heads, run.prompts.drop(columns="seconds")
+
+
+def names(folder):
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+
+
+def test_a_run_has_all_its_files(run_folder):
+    run = open_run(run_folder)
+    assert run.status == "success"
+    assert run.traces == ["p000", "p001", "p002", "p003", "p004"]
+    assert list(run.prompts["kind"]) == ["text"] * 3 + ["copied"] * 2
+    written = {name for name in names(run_folder) if (run_folder / name).is_file()}
+    assert written == {*run.meta["files"], "run.json"}
+    assert {"config.toml", "report.html", "report.json", "log.txt"} <= written
+    assert all(
+        (run_folder / name).stat().st_size == size for name, size in run.meta["files"].items()
+    )
+
+
+def test_run_json_says_how_it_was_made(run_folder):
+    meta = open_run(run_folder).meta
+    assert meta["title"] == "text-lm-3l on 3 text prompts and 2 copied prompts"
+    assert meta["command"] == (
+        "lens run --model text-lm-3l --text-name moby-dick --tokens 61 --windows 3 --copied 2 "
+        "--copied-length 11 --block-size 7"
+    )
+    assert (meta["block_size"], meta["seed"], meta["bos"]) == (7, 0, "added")
+    assert meta["backend"] in ("cpu", "torch")
+    assert meta["prompts"] == {"total": 5, "done": 5}
+    assert meta["model"]["licence"] == "Apache-2.0"
+    assert {"attention-lens", "python", "torch", "transformers"} <= set(meta["versions"])
+
+
+def test_head_metrics_are_those_of_the_traces(run_folder):
+    run = open_run(run_folder)
+    every = {name: prompt_table(run.trace(name), name) for name in run.traces}
+    pooled = [
+        pooled_table([every[f"p{i:03d}"] for i in members], kind)
+        for kind, members in (("text", (0, 1, 2)), ("copied", (3, 4)))
+    ]
+    expected = pd.concat([*pooled, *every.values()], ignore_index=True)
+    pd.testing.assert_frame_equal(run.heads, expected, check_dtype=False)
+
+
+def test_losses_are_the_models_own(run_folder):
+    run = open_run(run_folder)
+    model = lens.load("text-lm-3l")
+    for row in run.prompts.to_dict("records"):
+        losses = lens.prompts.token_losses(model, list(row["token_ids"]))
+        assert row["loss"] == pytest.approx(float(losses.mean()), rel=1e-6)
+        if row["kind"] == "text":
+            assert np.isnan(row["loss_repeat"])
+        else:  # BOS + 11 + 11 tokens: losses 12.. predict the second copy's tokens but its first
+            assert row["loss_repeat"] == pytest.approx(float(losses[12:].mean()), rel=1e-6)
+
+
+def test_the_same_command_finds_the_finished_run(run_folder, lens_command):
+    before = (run_folder / "heads.parquet").stat().st_mtime_ns
+    answer = lens_command(*ARGUMENTS, "--out", run_folder.parent, "--json")
+    assert answer.code == 0
+    assert answer.json["computed"] is False
+    assert answer.json["path"] == str(run_folder)
+    report = json.loads((run_folder / "report.json").read_text())
+    assert answer.json["findings"] == [finding["text"] for finding in report["summary"]]
+    assert (run_folder / "heads.parquet").stat().st_mtime_ns == before
+
+
+def test_its_own_configuration_makes_the_same_run(run_folder, lens_command, tmp_path):
+    answer = lens_command("run", "-c", run_folder / "config.toml", "--out", tmp_path, "--json")
+    assert answer.code == 0, answer.err
+    assert answer.json["id"].rpartition("-")[2] == run_folder.name.rpartition("-")[2]
+    again = tables(answer.json["path"])
+    for mine, theirs in zip(again, tables(run_folder), strict=True):
+        pd.testing.assert_frame_equal(mine, theirs)
+
+
+def test_again_computes_anew(lens_command, tmp_path):
+    arguments = ["run", "--model", "induction-2l", "--copied", "1", "--out", tmp_path, "--json"]
+    first = lens_command(*arguments).json
+    second = lens_command(*arguments, "--again").json
+    assert second["computed"] is True
+    assert second["id"] == first["id"]
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_again_leaves_a_run_alone_that_another_process_writes(lens_command, tmp_path):
+    other = os.getppid()
+    arguments = ["run", "--model", "induction-2l", "--copied", "1", "--out", tmp_path]
+    folder = Path(lens_command(*arguments, "--json").json["path"])
+    meta = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps({**meta, "status": "started", "pid": other}))
+    answer = lens_command(*arguments, "--again")
+    assert answer.code == 1
+    assert f"process {other} is writing" in answer.err
+    assert (folder / "heads.parquet").exists()
+
+
+def wait_for_prompts(process, out, count):
+    """The run folder, once `count` prompts are done and more are to come."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        for meta in out.glob("*/run.json"):
+            prompts = json.loads(meta.read_text())["prompts"]
+            if prompts["done"] >= count:
+                assert prompts["done"] < prompts["total"], "the run was too quick to be stopped"
+                return meta.parent
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.005)
+    raise AssertionError("the run did not start")
+
+
+@pytest.mark.slow
+def test_a_killed_run_is_partial_and_completed_with_the_same_numbers(
+    spawn_lens, lens_command, tmp_path
+):
+    out = tmp_path / "killed"
+    process = spawn_lens(*MANY, "--out", out)
+    folder = wait_for_prompts(process, out, 5)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+
+    (listed,) = lens_command("list", out, "--json").json["runs"]
+    assert (listed["id"], listed["status"]) == (folder.name, "partial")
+    done = listed["prompts"]["done"]
+    assert 5 <= done < 93
+    assert lens_command("validate", folder).code == 3
+    prompts = open_run(folder).prompts
+    finished = list(prompts[prompts["status"] == "done"]["prompt_id"])
+    reused = {
+        name: (folder / "trace" / name / "trace.json").stat().st_mtime_ns for name in finished
+    }
+
+    completed = lens_command(*MANY, "--out", out, "--json")
+    assert completed.code == 0, completed.err
+    assert f"{done} of 93 prompts were finished before" in completed.err
+    assert completed.json["path"] == str(folder)
+    for name, written in reused.items():
+        assert (folder / "trace" / name / "trace.json").stat().st_mtime_ns == written
+
+    straight = lens_command(*MANY, "--out", tmp_path / "straight", "--json")
+    for mine, theirs in zip(tables(folder), tables(straight.json["path"]), strict=True):
+        pd.testing.assert_frame_equal(mine, theirs, check_exact=True)
+    assert names(folder) == names(Path(straight.json["path"]))
+    assert lens_command("validate", folder).code == 0
+
+
+@pytest.mark.slow
+def test_a_stopped_run_says_how_to_go_on(spawn_lens, lens_command, tmp_path):
+    process = spawn_lens(*MANY, "--out", tmp_path)
+    folder = wait_for_prompts(process, tmp_path, 3)
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate()
+    assert process.returncode == 3
+    assert "of 93 prompts; the same command" in said
+    assert f"lens run -c {folder / 'config.toml'}" in said
+    assert open_run(folder).meta["status"] == "partial"
+    assert "stopped" in (folder / "log.txt").read_text()
+    assert lens_command("list", tmp_path).out.count("partial") == 1
+    answer = lens_command("report", folder)
+    assert answer.code == 1
+    assert "heads.parquet is missing: the run is partial" in answer.err
+
+
+def test_a_damaged_trace_is_captured_again(lens_command, tmp_path):
+    arguments = ["run", "--model", "induction-2l", "--copied", "3", "--out", tmp_path, "--json"]
+    folder = Path(lens_command(*arguments).json["path"])
+    expected = tables(folder)
+    meta = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps({**meta, "status": "partial"}))
+    (folder / "trace" / "p001" / "layer-01.safetensors").write_bytes(b"broken")
+    answer = lens_command(*arguments)
+    assert answer.code == 0, answer.err
+    assert "p001 is captured again" in answer.err
+    assert "2 of 3 prompts were finished before" in answer.err
+    for mine, theirs in zip(tables(folder), expected, strict=True):
+        pd.testing.assert_frame_equal(mine, theirs)
+
+
+def test_an_unforeseen_error_leaves_a_folder_that_says_so(lens_command, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise MemoryError("no memory left")
+
+    arguments = ["run", "--model", "induction-2l", "--copied", "2", "--out", tmp_path]
+    with monkeypatch.context() as patch:
+        patch.setattr(lens, "capture", fail)
+        answer = lens_command(*arguments)
+    assert answer.code == 1
+    assert "error: MemoryError: no memory left" in answer.err
+    assert "Traceback" not in answer.err
+    (folder,) = tmp_path.iterdir()
+    run = open_run(folder)
+    assert run.status == "error"
+    assert run.meta["error"] == {"type": "MemoryError", "message": "no memory left"}
+    assert "Traceback" in (folder / "log.txt").read_text()
+    assert "no memory left" in lens_command("list", tmp_path).out
+    assert lens_command(*arguments).code == 0
+    assert open_run(folder).status == "success"
+
+
+BAD = {
+    "unknown model": (["--model", "text-lm-31", "--copied", "1"], "did you mean 'text-lm-3l'?"),
+    "a folder that is no model": (["--model", "{tmp}", "--copied", "1"], "config.json"),
+    "unknown text": (["--text-name", "moby"], "unknown text 'moby'; known: moby-dick"),
+    "empty text": (["--text", "{tmp}/empty.txt"], "is empty; give one with at least one token"),
+    "no such file": (["--text", "{tmp}/none.txt"], "give a text file, or an embedded text"),
+    "too long": (["--text-name", "moby-dick"], "takes 128; --tokens 128 takes the first 128"),
+    "block size 0": (
+        ["--copied", "1", "--block-size", "0"],
+        "block_size must be at least 1, got 0",
+    ),
+    "bad dtype": (["--copied", "1", "--dtype", "int8"], "dtype must be float32"),
+    "copied too long": (["--copied", "1", "--copied-length", "64"], "length must be 1 to 63"),
+    "bad backend": (["--copied", "1", "--set", "capture.backend=abacus"], "unknown backend"),
+    "wrong words": (["--model", "induction-2l", "--text-name", "lily"], "reads symbols s0 to s63"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_leaves_nothing(case, lens_command, tmp_path):
+    arguments, message = BAD[case]
+    (tmp_path / "empty.txt").write_text(" \n")
+    arguments = [word.replace("{tmp}", str(tmp_path)) for word in arguments]
+    answer = lens_command("run", *arguments, "--out", tmp_path / "runs")
+    assert answer.code == 1, answer.err
+    assert message in answer.err
+    errors = [line for line in answer.err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert answer.err.splitlines()[-1] == errors[0]
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_model_whose_attention_cannot_be_reached(lens_command, tmp_path):
+    from transformers import FunnelConfig, FunnelModel
+
+    config = FunnelConfig(vocab_size=31, block_sizes=[1], d_model=8, n_head=2, d_head=4, d_inner=16)
+    FunnelModel(config).save_pretrained(tmp_path / "funnel")
+    shutil.copy(
+        Path(lens.__file__).parent / "assets/models/stories260k/tokenizer.json", tmp_path / "funnel"
+    )
+    answer = lens_command(
+        "run", "--model", tmp_path / "funnel", "--copied", "1", "--out", tmp_path / "runs"
+    )
+    assert answer.code == 1
+    assert "Funnel" in answer.err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_model_without_loss_is_profiled_with_a_warning(tmp_path, lens_command):
+    from transformers import BertConfig, BertForMaskedLM
+
+    config = BertConfig(
+        vocab_size=31,
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=32,
+    )
+    BertForMaskedLM(config).save_pretrained(tmp_path / "bert")
+    answer = lens_command(
+        "run", "--model", tmp_path / "bert", "--copied", "1", "--copied-length", "5",
+        "--out", tmp_path / "runs", "--json",
+    )  # fmt: skip
+    assert answer.code == 0, answer.err
+    run = open_run(answer.json["path"])
+    assert np.isnan(run.prompts["loss"]).all()
+    assert run.meta["warnings"][0].startswith("no loss: BertForMaskedLM has no next-token loss")
+    assert "no loss: BertForMaskedLM" in (run.path / "report.html").read_text()
+
+
+def test_execute_is_a_plain_function(tmp_path):
+    config = RunConfig.from_mapping({"model": {"name": "induction-2l"}, "prompts": {"copied": 1}})
+    finished = execute(config, tmp_path, Output(quiet=True))
+    assert finished.status == "success"
+    assert finished.run.path.parent == tmp_path
