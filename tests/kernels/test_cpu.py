@@ -8,6 +8,7 @@ start as NaN: what is read before it is written, or never written, shows.
 import os
 import platform
 import re
+import shutil
 import stat
 import subprocess
 import sys
@@ -18,9 +19,11 @@ from typing import Any
 
 import pytest
 import torch
-from lens_kernels import AttentionMask, cpu, explain, reference
-from lens_kernels.cpu import build, library
-from lens_kernels.problem import Problem
+from lens_kernels import AttentionMask, cpu, explain, reference, tiled_backward
+from lens_kernels.backward import Gradients, Saved, Upstream
+from lens_kernels.cpu import build, calls, library
+from lens_kernels.problem import Problem, statistic_shape
+from lens_kernels.statistics import STATISTICS
 from lens_kernels.validation import make_problem
 from torch import Tensor
 
@@ -29,8 +32,8 @@ from tests.kernels.helpers import compare, rms_ratio
 LIMIT = 3e-6
 """RMS error ratio of float32 against float64."""
 
-COMPILED = not isinstance(library.load(), str)
-needs_library = pytest.mark.skipif(not COMPILED, reason=f"no library: {library.load()}")
+LIBRARY = library.load()
+needs_library = pytest.mark.skipif(isinstance(LIBRARY, str), reason=f"no library: {LIBRARY}")
 
 
 def make(
@@ -71,7 +74,7 @@ def make(
 
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "_poison", True)
+    monkeypatch.setattr(calls, "_poison", True)
 
 
 def _random(shape: tuple[int, ...], seed: int = 7) -> Tensor:
@@ -201,7 +204,7 @@ def test_every_instruction_set_gives_the_same(
         pytest.skip("this processor has no AVX2")
     monkeypatch.setenv("LENS_KERNELS_CACHE", str(tmp_path))
     made = library.open_library(str(build.library_path(target)))
-    monkeypatch.setattr(cpu, "load", lambda: made)
+    monkeypatch.setattr(calls, "load", lambda: made)
     for name in FEW:
         problem = CASES[name]()
         compare(problem, cpu.run(problem), reference.run(problem), LIMIT, _value_limit(problem))
@@ -214,8 +217,8 @@ def test_the_number_of_threads_does_not_change_a_bit(
     name: str, own: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if own:
-        monkeypatch.setattr(cpu, "openmp_parallel", lambda: None)
-    elif cpu.openmp_parallel() is None:
+        monkeypatch.setattr(calls, "openmp_parallel", lambda: None)
+    elif calls.openmp_parallel() is None:
         pytest.skip("torch's OpenMP library cannot be reached here")
     problem = CASES[name]()
     before = torch.get_num_threads()
@@ -237,6 +240,146 @@ def test_long_rows_keep_their_digits() -> None:
     """Columns over many query tiles and chunks, rows over many key tiles."""
     problem = make(AttentionMask(causal=True), sizes=(1, 1, 1, 2311, 2311, 16, 16), block_size=64)
     compare(problem, cpu.run(problem), reference.run(problem), LIMIT)
+
+
+GRADIENTS = (
+    "everything visible",
+    "more queries than keys",
+    "one query",
+    "three queries",
+    "window both ways",
+    "an empty row of the batch",
+    "left padding",
+    "key padding",
+    "packed",
+    "ALiBi",
+    "boolean",
+    "softcap",
+    "softcap and bias",
+    "learned sinks",
+    "learned sinks beside an empty row",
+    "block mask",
+    "block mask, high and short blocks",
+    "blocks (16, 160)",
+    "blocks (176, 144)",
+    "dims (7, 128)",
+    "dims (256, 256)",
+    "dims (33, 200)",
+)
+EXPORTS = tuple(name for name, entry in STATISTICS.items() if entry.from_backward)
+
+
+def upstream(problem: Problem, *names: str) -> Upstream:
+    """Random gradients of the results of those names."""
+    generator = torch.Generator().manual_seed(5)
+    shapes = {"output": (*problem.query.shape[:3], problem.value_dim)}
+    shapes |= {name: statistic_shape(problem, name) for name in names if name != "output"}
+    return Upstream(
+        **{name: torch.randn(shapes[name], generator=generator).double() for name in names}
+    )
+
+
+def saved(problem: Problem) -> Saved:
+    wanted = {"query", "key", "value"}
+    wanted |= set() if problem.sink_logits is None else {"sink_logits"}
+    return Saved(problem, reference.run(problem).tensors["lse"], None, frozenset(wanted))
+
+
+def compare_gradients(got: Gradients, expected: Gradients) -> None:
+    found = {name: getattr(got, name) for name in ("query", "key", "value", "sink_logits")}
+    wanted = {name: getattr(expected, name) for name in found} | expected.exports
+    found |= got.exports
+    assert set(found) == set(wanted)
+    errors = {
+        name: rms_ratio(found[name], tensor)
+        for name, tensor in wanted.items()
+        if tensor is not None and name != "block_logit_gradient"
+    }
+    if "block_logit_gradient" in wanted:  # may cancel to 0: held to the size of what is summed
+        difference = found["block_logit_gradient"] - wanted["block_logit_gradient"]
+        size = wanted["block_logit_gradient_abs"].norm()
+        errors["block_logit_gradient"] = float(difference.norm() / size)
+    assert {name: error for name, error in errors.items() if not error <= 1e-5} == {}
+
+
+@needs_library
+@pytest.mark.parametrize(
+    "of",
+    [("output",), ("output", "lse", "entropy", "block_mass", "received")],
+    ids=["output", "statistics too"],
+)
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_gradients_equal_those_in_float64(name: str, of: tuple[str, ...]) -> None:
+    exports = EXPORTS if of == ("output",) else set(EXPORTS) - {"block_influence"}
+    problem = replace(CASES[name](), statistics=frozenset(exports))
+    assert cpu.supports_gradients(problem) is None
+    gradients = upstream(problem, *of)
+    single = Upstream(**{name: getattr(gradients, name).float() for name in of})
+    got = cpu.gradients(saved(problem), single)
+    wide = replace(
+        problem,
+        query=problem.query.double(),
+        key=problem.key.double(),
+        value=problem.value.double(),
+        plan=replace(
+            problem.plan,
+            bias=None if problem.plan.bias is None else problem.plan.bias.double(),
+            slopes=None if problem.plan.slopes is None else problem.plan.slopes.double(),
+        ),
+        sink_logits=None if problem.sink_logits is None else problem.sink_logits.double(),
+    )
+    compare_gradients(got, tiled_backward.gradients(saved(wide), gradients))
+
+
+@needs_library
+@pytest.mark.parametrize("own", [False, True], ids=["torch's threads", "own threads"])
+def test_the_number_of_threads_does_not_change_a_bit_of_the_gradients(
+    own: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if own:
+        monkeypatch.setattr(calls, "openmp_parallel", lambda: None)
+    problem = replace(CASES["causal"](), statistics=frozenset(EXPORTS))
+    state, gradients = saved(problem), upstream(problem, "output", "lse")
+    gradients = Upstream(output=gradients.output.float(), lse=gradients.lse)  # pyright: ignore
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = cpu.gradients(state, gradients)
+        torch.set_num_threads(3)
+        many = cpu.gradients(state, gradients)
+    finally:
+        torch.set_num_threads(before)
+    for name in ("query", "key", "value"):
+        assert torch.equal(getattr(one, name), getattr(many, name)), name
+    for name, tensor in one.exports.items():
+        assert torch.equal(tensor, many.exports[name]), name
+
+
+@needs_library
+def test_only_wanted_gradients_are_made() -> None:
+    problem = replace(CASES["learned sinks"](), statistics=frozenset())
+    state = replace(saved(problem), wanted=frozenset({"key"}))
+    everything = cpu.gradients(saved(problem), upstream(problem, "lse"))
+    found = cpu.gradients(state, upstream(problem, "lse"))
+    assert found.query is None
+    assert found.value is None
+    assert found.sink_logits is None
+    assert found.key is not None
+    assert torch.equal(found.key, everything.key)  # pyright: ignore
+    assert not bool(everything.value.any())  # pyright: ignore  # no value in the LSE
+
+
+def test_gradients_that_it_lacks_are_refused_with_the_reason() -> None:
+    problem = CASES["bias"]()
+    assert cpu.supports_gradients(problem) is None
+    trained = replace(problem.plan, bias=problem.plan.bias.clone().requires_grad_())  # pyright: ignore
+    assert cpu.supports_gradients(replace(problem, plan=trained)) == (
+        "it has no gradient of an additive bias"
+    )
+    grouped = CASES["groups mixed"]()
+    assert cpu.supports_gradients(grouped) == "it has no gradient of group states"
+    opted = replace(problem, statistics=frozenset(EXPORTS), differentiable=frozenset({"received"}))
+    assert "block_influence only through the output" in str(cpu.supports_gradients(opted))
 
 
 @needs_library
@@ -313,7 +456,8 @@ def test_other_types_are_refused_with_the_reason() -> None:
 
 
 def test_without_a_library_the_reason_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "load", lambda: "no C compiler was found (cc, gcc, clang)")
+    for module in (cpu, calls):
+        monkeypatch.setattr(module, "load", lambda: "no C compiler was found (cc, gcc, clang)")
     problem = _problem()
     assert cpu.supports(problem) == "no C compiler was found (cc, gcc, clang)"
     with pytest.raises(RuntimeError, match="the cpu backend cannot run: no C compiler was found"):
@@ -327,10 +471,10 @@ def test_without_a_library_the_reason_is_given(monkeypatch: pytest.MonkeyPatch) 
 def test_lack_of_memory_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     class Exhausted:
         @staticmethod
-        def lens_attention(_: object) -> int:
+        def lens_forward(_: object) -> int:
             return 1
 
-    monkeypatch.setattr(cpu, "load", Exhausted)
+    monkeypatch.setattr(calls, "load", Exhausted)
     with pytest.raises(MemoryError, match="no scratch memory for 4 queries and 4 keys; ask for"):
         cpu.run(_problem())
 
@@ -373,7 +517,7 @@ def test_a_compiler_that_fails_leaves_nothing(
     find = 'while [ $# -gt 1 ]; do [ "$1" = -o ] && out=$2; shift; done; out=${out:-/dev/null}; '
     monkeypatch.setenv("CC", _script(tmp_path / "badcc", find + half))
     with pytest.raises(
-        build.BuildError, match=r"badcc could not compile attention\.c: x\.c:1: error: no such"
+        build.BuildError, match=r"badcc could not compile the kernels: x\.c:1: error: no such"
     ):
         build.library_path()
     assert list(folder.iterdir()) == []
@@ -425,34 +569,48 @@ def test_the_default_folder_is_private(monkeypatch: pytest.MonkeyPatch, tmp_path
 
 
 def test_a_damaged_library_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "attention-0.so"
+    path = tmp_path / "kernels-0.so"
     path.write_text("half")
-    with pytest.raises(build.BuildError, match=r"attention-0\.so cannot be loaded .*; delete it"):
+    with pytest.raises(build.BuildError, match=r"kernels-0\.so cannot be loaded .*; delete it"):
         library.open_library(str(path))
 
 
 @needs_library
 def test_a_library_of_other_sources_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Longer(library.Args):
+    class Longer(library.Backward):
         _fields_ = [("one_more", library.ctypes.c_int64)]  # noqa: RUF012
 
-    monkeypatch.setattr(library, "Args", Longer)
-    with pytest.raises(build.BuildError, match="bytes of arguments, not"):
+    monkeypatch.setitem(library._FUNCTIONS, "backward", Longer)
+    with pytest.raises(build.BuildError, match=r"bytes for backward, not .*; delete it"):
         library.open_library(str(build.library_path()))
 
 
 @needs_library
-def test_processes_that_start_together_make_one_library(folder: Path) -> None:
+def test_processes_that_start_together_make_one_library(folder: Path, tmp_path: Path) -> None:
+    """The compiler is one that takes half a second to copy the library of this machine."""
+    made_before = LIBRARY._name  # pyright: ignore
+    copy = f'while [ "$1" != -o ]; do shift; done; sleep 0.5; cp "{made_before}" "$2"'
+    compiler = _script(tmp_path / "cc", f'[ "$1" = --version ] && exit; {copy}')
     root = Path(cpu.__file__).parents[2]
     program = "from lens_kernels.cpu import library; assert not isinstance(library.load(), str)"
-    environment = os.environ | {"PYTHONPATH": str(root)}
+    environment = os.environ | {"PYTHONPATH": str(root), "CC": compiler}
     running = [subprocess.Popen([sys.executable, "-c", program], env=environment) for _ in range(2)]
     assert [process.wait(timeout=100) for process in running] == [0, 0]
     (made,) = folder.iterdir()
-    assert re.fullmatch(r"attention-[0-9a-f]{20}\.so", made.name)
-    before = made.stat().st_mtime_ns
+    assert re.fullmatch(r"kernels-[0-9a-f]{20}\.so", made.name)
+
+
+@needs_library
+def test_a_library_is_made_once(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path
+) -> None:
+    log = tmp_path / "log"
+    body = f'[ "$1" = --version ] && exit; echo >> "{log}"; touch "$(echo "$@" | sed "s/.* -o //; s/ .*//")"'
+    monkeypatch.setenv("CC", _script(tmp_path / "cc", body))
+    made = build.library_path()
     assert build.library_path() == made
-    assert made.stat().st_mtime_ns == before
+    assert made.exists()
+    assert len(log.read_text().splitlines()) == 1
 
 
 @needs_library
@@ -463,7 +621,8 @@ def test_another_source_or_compiler_makes_another_library(
     old = build._key(compiler, ("-O3",))
     assert build._key(compiler, ("-O3",)) == old
     assert build._key(compiler, ("-O2",)) != old
-    changed = tmp_path / "attention.c"
-    changed.write_bytes(build.SOURCE.read_bytes() + b"\n")
-    monkeypatch.setattr(build, "SOURCE", changed)
+    changed = shutil.copytree(build.SOURCES, tmp_path / "sources")
+    monkeypatch.setattr(build, "SOURCES", changed)
+    assert build._key(compiler, ("-O3",)) == old
+    (changed / "simd.h").write_text((changed / "simd.h").read_text() + "\n")
     assert build._key(compiler, ("-O3",)) != old

@@ -1,4 +1,4 @@
-"""Compiles attention.c once per machine and keeps the library in the user's cache folder.
+"""Compiles the C sources once per machine and keeps the library in the user's cache folder.
 
 The file name carries a hash of everything that the result depends on: source, compiler with
 version, flags, processor. A library is compiled under a temporary name and renamed when complete,
@@ -21,8 +21,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-SOURCE = Path(__file__).with_name("attention.c")
-_COMMON = ("-std=gnu11", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-shared", "-fPIC")
+SOURCES = Path(__file__).parent
+"""Folder of the sources: every .c file is compiled, every .h file counts for the hash."""
+
+_COMMON = ("-std=gnu11", "-O2", "-ffp-contract=fast", "-fno-math-errno", "-shared", "-fPIC")
 _TARGETS = ("-march=native", "-mcpu=native", None)
 """Tried in this order: x86 and recent arm, older arm and Apple, any compiler."""
 _SECONDS = 120
@@ -94,17 +96,18 @@ def library_path(target: str | None = None) -> Path:
     failure = ""
     for flag in targets:
         flags = _COMMON if flag is None else (*_COMMON, flag)
-        path = folder / f"attention-{_key(compiler, flags)}.so"
+        path = folder / f"kernels-{_key(compiler, flags)}.so"
         if path.exists():
             return path
         failure = _compile(compiler, flags, path)
         if not failure:
             return path
-    raise BuildError(f"{compiler} could not compile {SOURCE.name}: {failure}")
+    raise BuildError(f"{compiler} could not compile the kernels: {failure}")
 
 
 def _key(compiler: str, flags: tuple[str, ...]) -> str:
-    parts = (SOURCE.read_bytes(), _version(compiler), " ".join(flags).encode(), _processor())
+    sources = (path.read_bytes() for path in sorted(SOURCES.glob("*.[ch]")))
+    parts = (*sources, _version(compiler), " ".join(flags).encode(), _processor())
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:20]
 
 
@@ -131,7 +134,8 @@ def _compile(compiler: str, flags: tuple[str, ...], path: Path) -> str:
     handle, name = tempfile.mkstemp(prefix=".building-", suffix=".so", dir=path.parent)
     os.close(handle)
     try:
-        result = _run([compiler, *flags, str(SOURCE), "-o", name, "-lm", "-lpthread"])
+        sources = map(str, sorted(SOURCES.glob("*.c")))
+        result = _run([compiler, *flags, *sources, "-o", name, "-lm", "-lpthread"])
         if result.returncode:
             lines = result.stderr.decode(errors="replace").splitlines()
             errors = [line for line in lines if "error" in line] or lines

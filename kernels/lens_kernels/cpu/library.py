@@ -1,4 +1,4 @@
-"""The compiled library as Python sees it: its one struct of arguments and its one function."""
+"""The compiled library as Python sees it: two functions, each with one struct of arguments."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ class Plane(ctypes.Structure):
         return cls(tensor.data_ptr(), *(0 if size == 1 else stride for size, stride in sizes))
 
 
-class Args(ctypes.Structure):
-    """`Args` of attention.c, field by field; the meaning of each is written there."""
+class Inputs(ctypes.Structure):
+    """`Inputs` of rows.h, field by field; the meaning of each is written there."""
 
     _fields_ = [
         *_fields(_INT, "batch heads kv_heads queries keys head_dim value_dim"),
@@ -51,6 +51,14 @@ class Args(ctypes.Structure):
         *_fields(Operand, "query key value"),
         *_fields(_POINTER, "low high anchor slopes sinks keep"),
         *_fields(Plane, "allowed bias blocks"),
+    ]
+
+
+class Forward(ctypes.Structure):
+    """`Forward` of forward.c."""
+
+    _fields_ = [
+        ("inputs", Inputs),
         *_fields(_POINTER, "output lse max_logit entropy concentration distance"),
         *_fields(_POINTER, "block_mass block_max block_max_logit block_weighted key_weights"),
         ("top_k", _INT),
@@ -60,29 +68,48 @@ class Args(ctypes.Structure):
         ("pairs", _INT),
         *_fields(_POINTER, "query_labels key_labels match_mass"),
         ("groups", _INT),
-        *_fields(_POINTER, "group_of_key group_output group_lse"),
-        *_fields(_POINTER, "group_max_logit group_entropy group_concentration group_distance"),
+        *_fields(_POINTER, "group_of_key group_output group_lse group_max_logit group_entropy"),
+        *_fields(_POINTER, "group_concentration group_distance"),
     ]
 
 
+class Backward(ctypes.Structure):
+    """`Backward` of backward.c."""
+
+    _fields_ = [
+        ("inputs", Inputs),
+        ("lse", _POINTER),
+        ("of_output", Operand),
+        *_fields(_POINTER, "of_lse of_entropy of_block_mass of_received"),
+        *_fields(_POINTER, "query key value sinks row_attribution block_attribution"),
+        *_fields(_POINTER, "block_influence block_logit_gradient block_logit_gradient_abs"),
+    ]
+
+
+_FUNCTIONS = {"forward": Forward, "backward": Backward}
+
+
 def open_library(path: str) -> ctypes.CDLL:
-    """Loads a compiled library and checks that its struct is ours.
+    """Loads a compiled library and checks that its structs are ours.
 
     Raises:
         BuildError: when it cannot be loaded or was compiled from other sources.
     """
     try:
         library = ctypes.CDLL(path)
-        library.lens_args_size.restype = ctypes.c_int64
-        size = library.lens_args_size()
+        for name, struct in _FUNCTIONS.items():
+            size = library[f"lens_{name}_size"]
+            size.restype = ctypes.c_int64
+            if size() != ctypes.sizeof(struct):
+                raise build.BuildError(
+                    f"{path} expects {size()} bytes for {name}, not {ctypes.sizeof(struct)}; "
+                    "delete it"
+                )
+            function = library[f"lens_{name}"]
+            setattr(library, f"lens_{name}", function)
+            function.argtypes, function.restype = [ctypes.POINTER(struct)], ctypes.c_int
     except (OSError, AttributeError) as error:
         raise build.BuildError(f"{path} cannot be loaded ({error}); delete it") from error
-    if size != ctypes.sizeof(Args):
-        raise build.BuildError(
-            f"{path} expects {size} bytes of arguments, not {ctypes.sizeof(Args)}; delete it"
-        )
-    library.lens_attention.argtypes = [ctypes.POINTER(Args)]
-    library.lens_attention.restype = ctypes.c_int
     return library
 
 
