@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -27,13 +28,15 @@ def _head(trace: AttentionTrace, layer: int, head: int) -> xr.Dataset:
     return trace.dataset.isel(layer=layer, head=head)
 
 
-def _thin(values: np.ndarray) -> tuple[np.ndarray, int]:
-    """Means of equal bins where there are more points than a screen shows; and the bin's size."""
+def _thin(
+    values: np.ndarray, reduce: Callable[..., np.ndarray] = np.nanmean
+) -> tuple[np.ndarray, int]:
+    """Equal bins, reduced, where there are more points than a screen shows; and the bin's size."""
     size = -(-len(values) // MOST_POINTS)
     if size == 1:
         return values, 1
     padded = np.pad(values, (0, -len(values) % size), constant_values=np.nan)
-    return np.nanmean(padded.reshape(-1, size), axis=1), size
+    return reduce(padded.reshape(-1, size), axis=1), size
 
 
 def _meta(trace: AttentionTrace, layer: int, head: int) -> dict[str, object]:
@@ -151,11 +154,11 @@ def received_mass(
     """alpha of every key: mean attention from the queries that see it, beside uniform attention."""
     data = _head(trace, layer, head)
     visible = data["visible"].values
-    alpha, size = _thin(data["received"].values / visible)
+    alpha, size = _thin(data["received"].values / visible, np.nanmax)  # a sink is one key
     position = np.arange(len(alpha)) * size
     rows = np.arange(1, trace.length + 1)
     full = (1 / rows)[::-1].cumsum()[::-1] / visible if trace.attrs["causal"] else 1 / visible
-    uniform, _ = _thin(full)
+    uniform, _ = _thin(full, np.nanmax)
     tokens = [trace.tokens[i] for i in position]
     figure = go.Figure(
         [
@@ -170,7 +173,7 @@ def received_mass(
             ),
         ]
     )  # fmt: skip
-    figure.update_xaxes(title="key position" + (f" (means of {size})" if size > 1 else ""))
+    figure.update_xaxes(title="key position" + (f" (largest of {size})" if size > 1 else ""))
     figure.update_yaxes(title="mean over the queries that see it", rangemode="tozero")
     first = float(data["received"].values[0] / visible[0])
     found = f"L{layer}H{head}: the first token receives {first:.1%}"

@@ -206,7 +206,7 @@ def metric_by_layer(
             ),
         ]
     )
-    figure.update_xaxes(title="layer", dtick=1 if len(means) <= 32 else None)
+    figure.update_xaxes(title="layer", dtick=1 if len(means) <= 12 else None)
     figure.update_yaxes(title=label(metric, variant))
     return style(
         figure,

@@ -70,12 +70,15 @@ def test_a_large_block_map_is_pooled_and_says_so(monkeypatch, trace):
     assert "largest of 3 × 3 blocks" in figure.layout.title.text
 
 
-def test_a_long_line_is_thinned_to_means(monkeypatch, trace):
+def test_a_long_line_is_thinned_without_losing_a_sink(monkeypatch, trace):
     monkeypatch.setattr("lens.figures.head.MOST_POINTS", 10)
-    figure = figures.received_mass(trace, 0, 0)
+    received = figures.received_mass(trace, 0, 0)
     alpha = trace.received.values[0, 0] / trace.visible.values[0]
-    assert figure.data[0].y[1] == pytest.approx(alpha[7:14].mean())
-    assert "(means of 7)" in figure.layout.xaxis.title.text
+    assert received.data[0].y[1] == pytest.approx(alpha[7:14].max())
+    assert "(largest of 7)" in received.layout.xaxis.title.text
+    entropy = figures.row_entropy(trace, 0, 0)
+    assert entropy.data[1].y[1] == pytest.approx(trace.entropy.values[0, 0, 7:14].mean())
+    assert "(means of 7)" in entropy.layout.xaxis.title.text
 
 
 def test_head_grid_puts_every_head_in_its_place(table):
