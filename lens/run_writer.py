@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import re
-import socket
 import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -17,6 +16,7 @@ import tomli_w
 
 from lens.errors import LensError
 from lens.files import write_atomically, write_json, write_text
+from lens.processes import this_process
 from lens.runs import INDEX, SCHEMA, SCHEMA_VERSION, Run, open_run
 
 if TYPE_CHECKING:
@@ -71,17 +71,21 @@ class RunWriter:
                 backend, block_size, seed, bos, prompts, versions.
 
         Raises:
-            LensError: another process is writing this run.
+            LensError: another process is writing this run, or it is damaged or of another version.
         """
         runs = Path(runs)
         path = find_by_config(runs, config)
         earlier: dict[str, Any] = {}
         if path is not None and (path / INDEX).exists():
-            run = open_run(path)
+            try:
+                run = open_run(path)
+            except LensError as error:
+                raise LensError(f"{error}, or delete {path} to start afresh") from error
             if run.status == "started" and run.meta.get("pid") != os.getpid():
                 raise LensError(
-                    f"process {run.meta.get('pid')} is writing {path} right now; "
-                    f"wait for it or stop it"
+                    f"process {run.meta.get('pid')} is writing {path} right now on "
+                    f"{run.meta.get('host')}; wait for it or stop it, or delete the folder if that "
+                    "machine is gone"
                 )
             earlier = run.meta
         elif path is None:
@@ -99,8 +103,7 @@ class RunWriter:
             "files": earlier.get("files", {}),
             "warnings": [],
             "error": None,
-            "pid": os.getpid(),
-            "host": socket.gethostname(),
+            **this_process(),
         }
         path.mkdir(parents=True, exist_ok=True)
         for leftover in path.rglob(".*"):

@@ -5,9 +5,7 @@ The layout is docs/schema/run-folder.md. Nothing here needs torch; nothing is lo
 
 from __future__ import annotations
 
-import os
 import re
-import socket
 import tomllib
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from lens.errors import LensError
 from lens.files import read_json
+from lens.processes import is_writing
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,7 +25,19 @@ SCHEMA = "attention-lens/run"
 SCHEMA_VERSION = 1
 INDEX = "run.json"
 STATUSES = ("started", "success", "partial", "error")
-REQUIRED = ("id", "title", "what", "created", "model", "prompts", "versions", "files")
+REQUIRED = {
+    "id": str,
+    "title": str,
+    "what": str,
+    "status": str,
+    "created": str,
+    "model": dict,
+    "prompts": dict,
+    "versions": dict,
+    "files": dict,
+}
+"""Entries that `run.json` cannot do without, with their types."""
+_JSON = {str: "a string", dict: "an object"}
 _PROMPT_ID = re.compile(r"p\d{3,}")
 
 
@@ -59,7 +70,7 @@ class Run:
         A run that says `started` while its process is gone counts as `partial`.
         """
         status = self.meta["status"]
-        return "partial" if status == "started" and not _alive(self.meta) else status
+        return "partial" if status == "started" and not is_writing(self.meta) else status
 
     @property
     def config(self) -> dict[str, Any]:
@@ -177,9 +188,19 @@ def open_run(folder: str | Path) -> Run:
             f"{SCHEMA!r} version {SCHEMA_VERSION}; it was written by attention-lens {writer}: "
             f"read it with that version"
         )
-    missing = [key for key in (*REQUIRED, "status") if key not in meta]
-    if missing:
+    if missing := [key for key in REQUIRED if key not in meta]:
         raise LensError(f"{path} lacks {', '.join(missing)}; run the analysis again")
+    for key, kind in REQUIRED.items():
+        if not isinstance(meta[key], kind):
+            raise LensError(
+                f"{path}: {key} must be {_JSON[kind]}, got {meta[key]!r}; run the analysis again"
+            )
+    counts = [meta["prompts"].get(key) for key in ("done", "total")]
+    if "name" not in meta["model"] or not all(isinstance(count, int) for count in counts):
+        raise LensError(
+            f"{path}: model must have a name and prompts the counts done and total; "
+            "run the analysis again"
+        )
     if meta["status"] not in STATUSES:
         raise LensError(f"{path} has status {meta['status']!r}, must be one of {STATUSES}")
     return Run(folder.resolve(), meta)
@@ -196,12 +217,11 @@ def list_runs(folder: str | Path) -> list[Run | BrokenRun]:
         raise LensError(f"there is no folder {folder}; `lens demo` or `lens run` makes runs")
     runs: list[Run | BrokenRun] = []
     for entry in folder.iterdir():
-        if not (entry / INDEX).exists():
-            continue
         try:
-            runs.append(open_run(entry))
-        except LensError as error:
-            runs.append(BrokenRun(entry.resolve(), str(error)))
+            if (entry / INDEX).exists():
+                runs.append(open_run(entry))
+        except (LensError, OSError) as error:
+            runs.append(BrokenRun(entry.absolute(), str(error)))
     return sorted(runs, key=_newest_first)
 
 
@@ -220,24 +240,8 @@ def find_run(folder: str | Path, run_id: str) -> Run:
 
 
 def _newest_first(run: Run | BrokenRun) -> tuple[float, str]:
-    return (-(run.path / INDEX).stat().st_mtime, run.id)
-
-
-def _alive(meta: dict[str, Any]) -> bool:
-    """Whether the process that writes the run still exists; on another machine it is taken to."""
-    pid = meta.get("pid")
-    if meta.get("host") != socket.gethostname():
-        return True
-    if not isinstance(pid, int) or pid < 1:
-        return False
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    try:  # a zombie has exited; only its parent has not noticed
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except (OSError, IndexError):
-        return True
-    return state != "Z"
+        changed = (run.path / INDEX).stat().st_mtime
+    except OSError:  # deleted meanwhile
+        changed = 0.0
+    return (-changed, run.id)

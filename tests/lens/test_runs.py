@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -13,6 +15,7 @@ from lens.files import write_json, write_text
 from lens.run_writer import RunWriter, config_hash, find_by_config
 from lens.runs import BrokenRun, find_run, list_runs, open_run
 
+ABSENT = object()
 CONFIG = {"model": {"name": "text-lm-3l"}, "seed": 0}
 META = {
     "title": "text-lm-3l on two prompts",
@@ -55,10 +58,21 @@ def test_a_run_whose_process_is_gone_is_partial(tmp_path):
     assert open_run(writer.path).status == "partial"
 
 
-def test_a_run_on_another_machine_is_taken_to_go_on(tmp_path):
+def test_a_process_of_the_same_number_is_not_the_one(tmp_path):
+    writer = RunWriter.start(tmp_path, CONFIG, META)
+    writer.update(process_started=writer.meta["process_started"] + 1)
+    assert open_run(writer.path).status == "partial"
+    writer.update(process_started=None)  # a machine without /proc
+    assert open_run(writer.path).status == "started"
+
+
+def test_a_run_on_another_machine_goes_on_until_it_is_silent_for_a_day(tmp_path):
     writer = RunWriter.start(tmp_path, CONFIG, META)
     writer.update(pid=2**22 + 1, host="elsewhere")
     assert open_run(writer.path).status == "started"
+    for updated in ("2020-01-01T00:00:00+00:00", "2020-01-01T00:00:00", "?", None):
+        write_json(writer.path / "run.json", {**writer.meta, "updated": updated})
+        assert open_run(writer.path).status == "partial"
 
 
 def test_the_same_configuration_resumes_its_own_folder(tmp_path):
@@ -82,7 +96,7 @@ def test_the_same_configuration_resumes_its_own_folder(tmp_path):
 
 def test_a_run_that_is_being_written_is_left_alone(tmp_path):
     writer = RunWriter.start(tmp_path, CONFIG, META)
-    writer.update(pid=os.getppid())
+    writer.update(pid=os.getppid(), process_started=None)
     with pytest.raises(LensError, match=r"is writing .* right now"):
         RunWriter.start(tmp_path, CONFIG, META)
 
@@ -126,18 +140,42 @@ def test_ids_are_looked_up_and_never_joined(tmp_path):
         ({"schema_version": 2}, r"version 2, .* reads .* version 1; .* attention-lens 0\.1\.0"),
         ({"schema": "other"}, "has schema 'other'"),
         ({"status": "great"}, "status 'great', must be one of"),
-        ({"model": None}, None),
+        ({"model": None}, "model must be an object, got None"),
+        ({"title": 3}, "title must be a string, got 3"),
+        ({"files": []}, r"files must be an object, got \[\]"),
+        ({"model": {}}, "model must have a name"),
+        ({"prompts": {"done": None, "total": 2}}, "the counts done and total"),
+        ({"versions": ABSENT, "what": ABSENT}, "lacks what, versions"),
     ],
 )
-def test_another_version_is_refused(tmp_path, change, message):
+def test_what_the_schema_does_not_allow_is_refused_and_listed(tmp_path, change, message):
     run = finished(tmp_path)
-    meta = {**run.meta, **change}
-    if message is None:
-        del meta["model"]
-        message = "lacks model"
+    meta = {key: value for key, value in {**run.meta, **change}.items() if value is not ABSENT}
     write_json(run.path / "run.json", meta)
     with pytest.raises(LensError, match=message):
         open_run(run.path)
+    [listed] = list_runs(tmp_path)
+    assert isinstance(listed, BrokenRun)
+    assert re.search(message, listed.problem)
+    with pytest.raises(LensError, match=f"{message}.*or delete .* to start afresh"):
+        RunWriter.start(tmp_path, CONFIG, META)
+    with pytest.raises(LensError, match=message):
+        find_run(tmp_path, run.id)
+
+
+def test_a_folder_that_cannot_be_read_is_listed(tmp_path, monkeypatch):
+    run = finished(tmp_path)
+    original = Path.exists
+
+    def exists(self, **options):
+        if self.name == "run.json":
+            raise PermissionError(13, "Permission denied", str(self))
+        return original(self, **options)
+
+    monkeypatch.setattr(Path, "exists", exists)
+    [listed] = list_runs(tmp_path)
+    assert listed.id == run.id
+    assert "Permission denied" in listed.problem
 
 
 def test_missing_and_damaged_tables_are_named(tmp_path):

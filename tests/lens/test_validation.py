@@ -1,0 +1,242 @@
+"""`validate` finds nothing in a whole run, and each kind of damage."""
+
+import json
+import re
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from lens.files import write_json
+from lens.profiles import pooled_table, prompt_table
+from lens.run_writer import RunWriter
+from lens.runs import open_run
+from lens.trace import AttentionTrace, TraceWriter
+from lens.trace_store import DIMENSIONS
+from lens.validation import validate
+from tests.lens.traces import LENGTH, probabilities, token_ids, trace_of
+
+META = {
+    "title": "analytic on two prompts",
+    "what": "profile",
+    "model": {"name": "analytic", "layers": 2, "heads": 3},
+    "prompts": {"total": 2, "done": 2},
+    "versions": {"attention-lens": "0.1.0"},
+}
+
+
+def make_run(runs, scale=1.0, status="success", **attributes):
+    """A run of two prompts; `scale` below 1 is what a learned sink leaves of each row."""
+    writer = RunWriter.start(runs, {"seed": 0}, META)
+    traces = {
+        f"p{seed:03d}": trace_of(scale * probabilities(2, 3, LENGTH, seed), **attributes)
+        for seed in range(2)
+    }
+    tables = [prompt_table(trace, prompt_id) for prompt_id, trace in traces.items()]
+    for prompt_id, trace in traces.items():
+        trace.save(writer.path / "trace" / prompt_id)
+        writer.record(f"trace/{prompt_id}")
+    writer.table("prompts", prompts())
+    writer.table("heads", pd.concat([*tables, pooled_table(tables, "text")], ignore_index=True))
+    return writer.finish(status)
+
+
+def prompts():
+    return pd.DataFrame(
+        {
+            "prompt_id": ["p000", "p001"],
+            "kind": "text",
+            "title": "t",
+            "text": "x",
+            "tokens": LENGTH,
+            "token_ids": [token_ids(LENGTH)] * 2,
+            "token_strings": [["x"] * LENGTH] * 2,
+            "loss": 1.0,
+            "loss_repeat": np.nan,
+            "status": "done",
+            "seconds": 0.1,
+        }
+    )
+
+
+def rewrite(run, name, change):
+    """Change a table on disk, and its size in run.json, so that only its contents are wrong."""
+    frame = change(pd.read_parquet(run.path / f"{name}.parquet"))
+    frame.to_parquet(run.path / f"{name}.parquet", index=False)
+    sizes(run, f"{name}.parquet")
+
+
+def sizes(run, *names):
+    meta = json.loads((run.path / "run.json").read_text())
+    meta["files"] |= {name: (run.path / name).stat().st_size for name in names}
+    write_json(run.path / "run.json", meta)
+
+
+def rewrite_trace(run, change):
+    """Change the variables of layer 1 of the first prompt, in place."""
+    folder = run.path / "trace" / "p000"
+    trace = AttentionTrace.load(folder)
+    data = trace.dataset.load()
+    for file in folder.iterdir():
+        file.unlink()
+    writer = TraceWriter(folder)
+    for layer in range(2):
+        variables = {name: data[name].values[layer] for name in DIMENSIONS if name in data}
+        writer.add_layer(layer, change(variables) if layer == 1 else variables)
+    writer.finish(
+        token_ids=data["token_id"].values.tolist(), tokens=trace.tokens, attributes=trace.attrs
+    )
+    sizes(run, *(f"trace/p000/{file.name}" for file in folder.iterdir()))
+
+
+def test_a_whole_run_has_no_problems(tmp_path):
+    run = make_run(tmp_path)
+    assert validate(run) == []
+    with (run.path / "log.txt").open("a") as file:
+        file.write("a log may grow")
+    assert validate(open_run(run.path)) == []
+
+
+def test_a_learned_sink_is_no_problem_where_the_trace_says_so(tmp_path):
+    assert validate(make_run(tmp_path / "a", scale=0.7, learned_sinks=True)) == []
+    problems = validate(make_run(tmp_path / "b", scale=0.7))
+    assert any("block rows must sum to 1, head 0 block 0 to 0.7000" in text for text in problems)
+
+
+def test_an_unfinished_run_misses_nothing(tmp_path):
+    writer = RunWriter.start(tmp_path, {"seed": 0}, {**META, "prompts": {"total": 2, "done": 0}})
+    run = open_run(writer.path)
+    assert run.status == "started"
+    assert validate(run) == []
+    writer.finish("partial")
+    assert validate(open_run(writer.path)) == []
+
+
+def test_success_without_its_files_is_a_problem(tmp_path):
+    writer = RunWriter.start(tmp_path, {"seed": 0}, {**META, "prompts": {"total": 2, "done": 1}})
+    problems = validate(writer.finish())
+    assert any("heads.parquet is not entered in run.json" in text for text in problems)
+    assert "run.json says success with 1 of 2 prompts done; run it again" in problems
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: (f / "heads.parquet").unlink(), "heads.parquet is missing"),
+        (lambda f: (f / "heads.parquet").write_bytes(b"PAR1"), "heads.parquet has 4 bytes instead"),
+        (lambda f: (f / "heads.parquet").write_bytes(b"PAR1"), "heads.parquet is damaged"),
+        (lambda f: (f / "trace/p001/trace.json").unlink(), "p001 is done but its trace is missing"),
+        (
+            lambda f: (f / "trace/p001/layer-01.safetensors").unlink(),
+            "trace of p001: .*layer-01.safetensors is missing",
+        ),
+    ],
+)
+def test_missing_and_damaged_files(tmp_path, damage, message):
+    run = make_run(tmp_path)
+    damage(run.path)
+    found = "\n".join(validate(open_run(run.path)))
+    assert_matches(message, found)
+
+
+def test_a_file_outside_of_the_run_is_not_followed(tmp_path):
+    run = make_run(tmp_path)
+    (tmp_path / "secret").write_text("x")
+    run.meta["files"]["../secret"] = 1
+    assert any("'../secret', which is outside of the run" in text for text in validate(run))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.drop(columns="kind"), "lacks the columns kind"),
+        (lambda t: t.assign(prompt_id="p000"), "has a prompt_id twice"),
+        (lambda t: t.assign(kind="picture"), r"has the kinds \['picture'\]"),
+        (lambda t: t.assign(tokens=3), "p000 has differing token counts"),
+        (lambda t: t.assign(status="great"), "p000 has status 'great'"),
+        (lambda t: t.assign(prompt_id=["p000", "p007"]), "p007 is done but its trace is missing"),
+    ],
+)
+def test_wrong_prompt_tables(tmp_path, change, message):
+    run = make_run(tmp_path)
+    rewrite(run, "prompts", change)
+    assert_matches(message, "\n".join(validate(open_run(run.path))))
+
+
+def first(table, **values):
+    """The table with other values in its first row."""
+    table = table.copy()
+    table.loc[0, list(values)] = list(values.values())
+    return table
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.drop(columns="detail"), "lacks the columns detail"),
+        (lambda t: t.assign(metric="entropie"), "has the metric entropie, which is not known"),
+        (lambda t: t.assign(variant="cooked"), "has the variant cooked"),
+        (lambda t: pd.concat([t, t.head(1)]), "has a score twice"),
+        (lambda t: first(t, layer=2), "has a layer outside of 0 to 1"),
+        (lambda t: first(t, head=-1), "has a head outside of 0 to 2"),
+        (lambda t: first(t, prompt_id="p009"), "scores p009, which prompts.parquet does not have"),
+        (lambda t: t.tail(-1), "not every metric has all 6 heads"),
+        (lambda t: first(t, value=np.inf), "has infinite scores"),
+        (lambda t: first(t, value=np.nan), "NaN without a reason"),
+        (lambda t: first(t, low=0.9, high=0.1), "intervals whose ends are swapped"),
+        (lambda t: first(t, value=1.1), "previous_token outside of 0 to 1"),
+        (lambda t: first(t, value=-0.1), "previous_token outside of 0 to 1"),
+    ],
+)
+def test_wrong_head_tables(tmp_path, change, message):
+    run = make_run(tmp_path)
+    rewrite(run, "heads", change)
+    assert_matches(message, "\n".join(validate(open_run(run.path))))
+
+
+def spoiled(name, change):
+    """Variables of which one is changed."""
+    return lambda variables: {**variables, name: change(variables[name].copy())}
+
+
+def put(value, *where):
+    def change(array):
+        array[where] = value
+        return array
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("entropy", put(np.nan, 2, 5), "layer 1: entropy has NaN"),
+        ("block_max", put(np.inf, 1, 2, 0), "layer 1: block_max has infinite values"),
+        ("block_mass", lambda a: a.swapaxes(1, 2), "block rows must sum to 1, head 0 block 0"),
+        ("block_mass", put(0.0, 1, 3), "block rows must sum to 1, head 1 block 3 to 0.0000"),
+        ("received", lambda a: a * 1.01, "received of head . adds up to 67.67 in 67 rows"),
+        ("diagonal", put(0.0, 2), "diagonal of head 2 adds up to 0 in 67 rows"),
+        ("rest_mass", lambda a: a / 2, "first_mass and rest_mass of head . adds up to"),
+        ("entropy", put(4.3, 0, 0), "entropy lies outside of 0 to 4.205"),
+        ("concentration", put(-0.1, 0, 0), "concentration lies outside of 0 to 1"),
+        ("distance", put(70.0, 0, 0), "distance lies outside of -66 to 66"),
+    ],
+)
+def test_wrong_traces(tmp_path, name, change, message):
+    run = make_run(tmp_path)
+    rewrite_trace(run, spoiled(name, change))
+    found = "\n".join(validate(open_run(run.path)))
+    assert_matches(f"trace of p000: .*{message}", found)
+    assert "trace of p001" not in found
+
+
+def test_undoing_nothing_leaves_the_run_whole(tmp_path):
+    """The helpers that rewrite a run do not damage it themselves."""
+    run = make_run(tmp_path)
+    rewrite(run, "heads", lambda table: table)
+    rewrite_trace(run, lambda variables: variables)
+    assert validate(open_run(run.path)) == []
+
+
+def assert_matches(pattern, text):
+    assert re.search(pattern, text), f"{pattern!r} not in:\n{text}"
