@@ -53,12 +53,14 @@ class Saved:
         lse: [batch, heads, queries].
         group_lse: [groups, batch, heads, queries], or None.
         wanted: of "query", "key", "value", "sink_logits", "bias", those that need a gradient.
+        output: [batch, heads, queries, value_dim], as returned; a kernel takes `dO . O` from it.
     """
 
     problem: Problem
     lse: Tensor
     group_lse: Tensor | None
     wanted: frozenset[str]
+    output: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,7 +140,7 @@ class _Attention(torch.autograd.Function):
         groups = result.groups
         lse = result.tensors["lse"]
         group_lse = None if groups is None else groups.lse
-        ctx.save_for_backward(query, key, value, sink_logits, bias, lse, group_lse)
+        ctx.save_for_backward(query, key, value, sink_logits, bias, result.output, lse, group_lse)
         ctx.set_materialize_grads(False)
         ctx.problem, ctx.compute, ctx.exports = _shell(problem), node.compute, node.exports
         return (
@@ -152,7 +154,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        query, key, value, sink_logits, bias, lse, group_lse = ctx.saved_tensors
+        query, key, value, sink_logits, bias, output, lse, group_lse = ctx.saved_tensors
         names = ("query", "key", "value", "sink_logits", "bias")
         needed = zip(names, ctx.needs_input_grad[1:], strict=True)
         problem = replace(
@@ -164,7 +166,7 @@ class _Attention(torch.autograd.Function):
             plan=replace(ctx.problem.plan, bias=bias),
         )
         wanted = frozenset(name for name, need in needed if need)
-        found = ctx.compute(Saved(problem, lse, group_lse, wanted), Upstream(*gradients))
+        found = ctx.compute(Saved(problem, lse, group_lse, wanted, output), Upstream(*gradients))
         ctx.exports.update(found.exports)
         inputs = (query, key, value, sink_logits, bias)
         return (
