@@ -102,7 +102,11 @@ def attention(
 
 def run_problem(problem: Problem, backend: str) -> AttentionResult:
     """Runs a validated problem on the named backend, with gradients where inputs ask for them."""
-    result = load(backend).run(problem)
+    return finish(problem, load(backend).run(problem), backend)
+
+
+def finish(problem: Problem, result: BackendResult, backend: str) -> AttentionResult:
+    """Attaches gradients to what a backend returned, and packs it for the user."""
     compute, _ = choose_gradients(problem, backend)
     if compute is not None:
         result = attach(problem, result, compute)
