@@ -10,12 +10,10 @@ import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from lens_kernels import AttentionMask
-from lens_kernels.api import run_problem
-from lens_kernels.problem import Problem
-from lens_kernels.validation import make_problem
+from lens_kernels import AttentionMask, attention
 from torch import Tensor
 from torch.nn import functional
 
@@ -93,14 +91,14 @@ class Case:
             normal(self.kv_heads, self.keys),
         )
 
-    def problem(self, inputs: tuple[Tensor, Tensor, Tensor], statistics: str) -> Problem:
-        names = STATISTICS[statistics]
-        match = None
-        if "match_mass" in names:
+    def options(self, statistics: str) -> dict[str, Any]:
+        """Arguments of `attention` beside the inputs."""
+        options: dict[str, Any] = {"mask": self.mask, "statistics": STATISTICS[statistics]}
+        if "match_mass" in options["statistics"]:
             row = torch.arange(self.queries, device=self.device)
             column = torch.arange(self.keys, device=self.device)
-            match = [(row - 1, column), (row % 97, column % 97)]
-        return make_problem(*inputs, mask=self.mask, statistics=names, match=match, block_size=64)
+            options["match"] = [(row - 1, column), (row % 97, column % 97)]
+        return options
 
 
 @dataclass(frozen=True)
@@ -122,8 +120,10 @@ class Contender:
 
 def _ours(backend: str, statistics: str) -> Contender:
     def prepare(case: Case, inputs: tuple[Tensor, Tensor, Tensor]) -> Callable[[], Tensor]:
+        options = case.options(statistics)
+
         def call() -> Tensor:
-            return run_problem(case.problem(inputs, statistics), backend).output
+            return attention(*inputs, **options, backend=backend).output
 
         return call
 

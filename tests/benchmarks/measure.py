@@ -12,13 +12,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from lens_kernels import reference
-from lens_kernels.dispatch import load
+from lens_kernels import attention
 from torch import Tensor
 
-from tests.benchmarks.cases import SDPA, STATISTICS, Case, Contender, contenders
+from tests.benchmarks.cases import SDPA, Case, Contender, contenders
 
 
 class WrongResultError(AssertionError):
@@ -53,22 +53,34 @@ def check_small(case: Case, contender: Contender) -> None:
 
     if not contender.name.startswith("ours"):
         return
-    small = case.small()
-    with torch.no_grad():
-        problem = small.problem(small.inputs(), contender.statistics)
-        got = load(contender.name.split("(")[1].rstrip(")")).run(problem)
-        expected = reference.run(problem)
+    small, backend = case.small(), contender.name.split("(")[1].rstrip(")")
+    inputs, options = small.inputs(), small.options(contender.statistics)
+    got = _results(inputs, options, backend)
     rounding = _tolerance(case)
-    errors = {"output": (rms_ratio(got.output, expected.output), rounding)}
-    for name in STATISTICS[contender.statistics]:
-        if name != "top_keys":
-            limit = rounding if "norm" in name else 1e-5
-            errors[name] = (rms_ratio(got.tensors[name], expected.tensors[name]), limit)
+    errors = {}
+    for name, tensor in _results(inputs, options, "reference").items():
+        rounded = "norm" in name or "attribution" in name or name.startswith("output")
+        errors[name] = (rms_ratio(got[name], tensor), rounding if rounded else 1e-5)
     wrong = {name: error for name, (error, limit) in errors.items() if not error <= limit}
     if wrong:
         raise WrongResultError(
             f"{contender.name} [{contender.statistics}] on {small.name}: {wrong}"
         )
+
+
+def _results(
+    inputs: tuple[Tensor, Tensor, Tensor], options: dict[str, Any], backend: str
+) -> dict[str, Tensor]:
+    """Output, statistics and, where the inputs ask for them, gradients."""
+    result = attention(*inputs, **options, backend=backend)
+    found = {"output": result.output}
+    if inputs[0].requires_grad:
+        upstream = torch.sin(torch.arange(result.output.numel(), device=inputs[0].device))
+        upstream = upstream.view(result.output.shape).to(result.output.dtype)
+        gradients = torch.autograd.grad(result.output, inputs, upstream)
+        names = ("query", "key", "value")
+        found |= {f"output to {name}": x for name, x in zip(names, gradients, strict=True)}
+    return found | {name: x for name, x in result.statistics.items() if name != "top_keys"}
 
 
 def _tolerance(case: Case) -> float:

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from lens_kernels import reference
+from lens_kernels import attention
 
 from tests.benchmarks import cases, goals, long_prompt, measure, report, run
 
@@ -51,7 +51,7 @@ def test_flops_count_visible_pairs(window, pairs):
 def test_contenders_compute_the_same(name, window):
     case = replace(TINY, window=window)
     inputs = case.inputs()
-    expected = reference.run(case.problem(inputs, "lse")).output
+    expected = attention(*inputs, **case.options("lse"), backend="reference").output
     output = FIELD[name].prepare(case, inputs)()
     assert measure.error_to_stock(case, output, expected) < 1e-5
 
@@ -78,14 +78,15 @@ def test_a_wrong_output_is_never_reported(monkeypatch):
 
 
 def test_a_wrong_statistic_is_never_reported(monkeypatch):
-    class Broken:
-        @staticmethod
-        def run(problem):
-            result = reference.run(problem)
-            shifted = result.tensors["block_mass"].roll(1, -1)
-            return replace(result, tensors=result.tensors | {"block_mass": shifted})
+    honest = measure._results
 
-    monkeypatch.setattr(measure, "load", lambda name: Broken)
+    def broken(inputs, options, backend):
+        found = honest(inputs, options, "reference")
+        if backend == "cpu":
+            found["block_mass"] = found["block_mass"].roll(1, -1)
+        return found
+
+    monkeypatch.setattr(measure, "_results", broken)
     with pytest.raises(measure.WrongResultError, match=r"ours \(cpu\) \[rows \+ blocks\].*block_m"):
         measure.check_small(TINY, FIELD["ours (cpu) rows + blocks"])
 
@@ -214,3 +215,20 @@ def test_the_long_prompt_is_measured_in_small():
     figures = long_prompt.measure(300)
     assert figures["tokens"] == 300
     assert figures["peak_mb"] > 100
+
+
+def test_gradients_are_held_against_the_reference(monkeypatch):
+    case = replace(TINY, backward=True)
+    contender = next(one for one in cases.contenders(case) if one.name == "ours (cpu)")
+    measure.check_small(case, contender)
+    honest = measure._results
+
+    def broken(inputs, options, backend):
+        found = honest(inputs, options, backend)
+        if backend == "cpu":
+            found["output to key"] = 1.01 * found["output to key"]
+        return found
+
+    monkeypatch.setattr(measure, "_results", broken)
+    with pytest.raises(measure.WrongResultError, match="output to key"):
+        measure.check_small(case, contender)
