@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lens_kernels.api import attention, explain
+    from lens_kernels.decoding import decode
     from lens_kernels.dispatch import Explanation
     from lens_kernels.redistribution import redistribute
     from lens_kernels.states import AttentionState, merge
@@ -37,6 +38,7 @@ __all__ = [
     "Explanation",
     "Statistic",
     "attention",
+    "decode",
     "explain",
     "merge",
     "redistribute",
@@ -52,6 +54,7 @@ _MODULES = {
     "Explanation": "dispatch",
     "Statistic": "statistics",
     "attention": "api",
+    "decode": "decoding",
     "explain": "api",
     "merge": "states",
     "redistribute": "redistribution",

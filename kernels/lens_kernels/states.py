@@ -25,9 +25,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from lens_kernels.types import AttentionResult
 
 _INF = float("inf")
 
@@ -95,6 +99,24 @@ class AttentionState:
                     f"{list(tensor.shape)}"
                 )
         object.__setattr__(self, "statistics", MappingProxyType(dict(self.statistics)))
+
+    @classmethod
+    def of(cls, result: AttentionResult) -> AttentionState:
+        """The state of what `attention` returned for some of the keys, with what can merge of it.
+
+        Leave learned sinks to `merge`: with `sink_logits` in each part they would count twice.
+
+        Raises:
+            ValueError: `lse` was not asked for.
+        """
+        found = result.statistics
+        if "lse" not in found:
+            raise ValueError(
+                f"a state needs 'lse', the result has {', '.join(found) or 'no statistics'}; "
+                "add 'lse' to statistics="
+            )
+        carried = {name: found[name] for name in found if name in MERGEABLE}
+        return cls(result.output, found["lse"], carried)
 
     @classmethod
     def empty_like(cls, state: AttentionState) -> AttentionState:

@@ -70,6 +70,7 @@ def make_problem(
         "gradients": True if _any_gradient(query, key, value, sinks, plan.bias) else None,
     }
     available = frozenset(name for name, value in given.items() if value is not None)
+    names = resolve_statistics(statistics, available)
     if mask is not None:
         query, key, value, weights = _clean_padding(mask, plan, query, key, value, weights)
     return Problem(
@@ -81,7 +82,7 @@ def make_problem(
         softcap=_softcap(softcap),
         sink_logits=sinks,
         block_size=blocks,
-        statistics=resolve_statistics(statistics, available),
+        statistics=names,
         query_labels=query_labels,
         key_labels=key_labels,
         prefix=_positive("prefix", prefix),
@@ -91,7 +92,7 @@ def make_problem(
         group_count=group_count,
         block_mask=_block_mask(block_mask, query, keys, blocks),
         key_weights=weights,
-        differentiable=_differentiable(differentiable),
+        differentiable=_differentiable(differentiable, names),
     )
 
 
@@ -324,12 +325,17 @@ def _grid(grid: tuple[int, ...] | None, keys: int) -> tuple[int, int, int] | Non
     return height, width, first
 
 
-def _differentiable(names: Iterable[str]) -> frozenset[str]:
+def _differentiable(names: Iterable[str], statistics: frozenset[str]) -> frozenset[str]:
     asked = frozenset([names] if isinstance(names, str) else names)
     if not asked <= DIFFERENTIABLE:
         raise ValueError(
             f"differentiable may hold {', '.join(sorted(DIFFERENTIABLE))} (output and lse always "
             f"are), got {', '.join(sorted(asked - DIFFERENTIABLE))}"
+        )
+    if not asked <= statistics:
+        raise ValueError(
+            f"differentiable names {', '.join(sorted(asked - statistics))}, which statistics= does "
+            "not ask for; add it there"
         )
     return asked
 

@@ -112,16 +112,14 @@ def test_a_shift_of_all_logits_moves_the_lse_alone(drawn, shift):
 def test_parts_are_attention_over_key_chunks():
     """Chunked prefill: each chunk of keys by itself, positions kept by padding on the left."""
     query, key, value = tensors(2, 4, 2, 37, 53)
-    options = {"statistics": ROWS, "backend": "torch"}
+    options = {"statistics": ("lse", *ROWS, "received"), "backend": "torch"}
     whole = attention(query, key, value, mask=AttentionMask(causal=True), **options)
     states = []
     for start, stop in ((0, 19), (19, 41), (41, 53)):
         keep = (torch.arange(53) >= start) & (torch.arange(53) < stop)
         mask = AttentionMask(causal=True, key_padding=keep.expand(2, -1))
-        part = attention(query, key, value, mask=mask, **options).statistics
-        found = attention(query, key, value, mask=mask, backend="torch")
-        lse = found.statistics.lse
-        states.append(AttentionState(found.output, lse, {name: part[name] for name in ROWS}))
+        states.append(AttentionState.of(attention(query, key, value, mask=mask, **options)))
+        assert set(states[-1].statistics) == {*ROWS, "mean_value_norm"}
     merged = merge(*states)
     assert_close(merged.output, whole.output, 1e-6)
     for name in ROWS:
