@@ -323,7 +323,7 @@ def _dataset(
     length, block = len(coordinates["token"]), attributes["block_size"]
     starts = np.arange(0, length, block)
     causal = attributes["causal"]
-    tokens = np.array(coordinates["token"])
+    tokens = np.array(coordinates["token"], dtype=object)  # str_ would drop a trailing NUL
     position = np.arange(length)
     if "visible" not in variables:
         counts = [

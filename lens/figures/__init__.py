@@ -6,6 +6,7 @@ keyword arguments: `title`, `width`, `height`, `theme`.
 
 from lens.figures.head import block_map, distance_profile, received_mass, row_entropy
 from lens.figures.heads import head_grid, head_scatter, metric_by_layer
+from lens.figures.tokens import token_strip
 
 __all__ = [
     "block_map",
@@ -15,4 +16,5 @@ __all__ = [
     "metric_by_layer",
     "received_mass",
     "row_entropy",
+    "token_strip",
 ]

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
 import plotly.graph_objects as go
 
 from lens.errors import LensError
+from lens.figures import uniform
 from lens.figures.colors import ACCENT, BASELINE, LINE, VIRIDIS, scale
-from lens.figures.style import Theme, style
+from lens.figures.style import Theme, escaped, style
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -19,28 +19,9 @@ if TYPE_CHECKING:
 
 MOST_POINTS = 2000
 MOST_CELLS = 256
-
-
-def _head(trace: AttentionTrace, layer: int, head: int) -> xr.Dataset:
-    for name, value, count in (("layer", layer, trace.layers), ("head", head, trace.heads)):
-        if not 0 <= value < count:
-            raise LensError(f"{name} must be 0 to {count - 1} in {trace.model}, got {value}")
-    return trace.dataset.isel(layer=layer, head=head)
-
-
-def _thin(
-    values: np.ndarray, reduce: Callable[..., np.ndarray] = np.nanmean
-) -> tuple[np.ndarray, int]:
-    """Equal bins, reduced, where there are more points than a screen shows; and the bin's size."""
-    size = -(-len(values) // MOST_POINTS)
-    if size == 1:
-        return values, 1
-    padded = np.pad(values, (0, -len(values) % size), constant_values=np.nan)
-    return reduce(padded.reshape(-1, size), axis=1), size
-
-
-def _meta(trace: AttentionTrace, layer: int, head: int) -> dict[str, object]:
-    return {"model": trace.model, "layer": layer, "head": head, "tokens": trace.length}
+FLOOR = 1e-6
+"""Logarithmic axes and colours end here."""
+_KEPT = ("revision", "text_sha256", "dtype", "backend", "block_size", "seed")
 
 
 def distance_profile(
@@ -53,49 +34,45 @@ def distance_profile(
     height: int | None = None,
     theme: Theme = "light",
 ) -> go.Figure:
-    """Mean attention at each distance `query - key`, beside that of a uniform causal head.
+    """Mean attention at each distance `query - key`, beside that of uniform attention.
 
-    The mean is over the queries that have a key at that distance.
+    The mean is over the queries that have a key at that distance; in a layer with a sliding window
+    only the distances within it are drawn.
     """
-    data = _head(trace, layer, head)
-    offset = data["offset"].values
-    rows = np.maximum(trace.length - np.abs(offset), 1)
-    mean = data["diagonal"].values / rows
-    causal, length = trace.attrs["causal"], trace.length
-    if causal:
-        uniform = _uniform_causal(length) / rows
-    else:
-        uniform = np.full(len(offset), 1 / length)
-    hover = "distance %{x}: %{y:.4g}<extra></extra>"
-    figure = go.Figure(
-        [
-            go.Scatter(
-                x=offset, y=mean, mode="lines", name=f"L{layer}H{head}",
-                line={"color": LINE, "width": 1.5}, hovertemplate=hover,
-            ),
-            go.Scatter(
-                x=offset, y=uniform, mode="lines", name="uniform attention",
-                line={"color": BASELINE, "width": 1, "dash": "dot"}, hovertemplate=hover,
-            ),
-        ]
-    )  # fmt: skip
-    figure.update_xaxes(title="distance query - key (tokens)")
-    figure.update_yaxes(title="mean probability", type="log", dtick=1, exponentformat="power")
-    mass = data["diagonal"].values
-    best = int(np.argmax(mass))
+    data = head_data(trace, layer, head, "diagonal")
+    window = trace.window(layer)
+    offset, mass = data["offset"].values, data["diagonal"].values
+    within = np.abs(offset) < (trace.length if window is None else window)
+    offset, mass = offset[within], mass[within]
+    mean = mass / (trace.length - np.abs(offset))
+    at, size = _peaks(mean)
+    lines = [_line(offset[at], _positive(mean[at]), f"L{layer}H{head}", LINE)]
+    if trace.has_plain_mask(layer):
+        even = uniform.by_distance(
+            offset, trace.length, causal=trace.attrs["causal"], window=window
+        )
+        lines.append(_baseline(offset[at], even[at]))
+    figure = go.Figure(lines)
+    figure.update_traces(hovertemplate="distance %{x}: %{y:.4g}<extra></extra>")
+    figure.update_xaxes(title="distance query - key (tokens)" + _binned(size))
+    lowest = np.log10(max(mean[mean > 0].min(initial=1.0), FLOOR))
+    figure.update_yaxes(
+        title="mean probability",
+        type="log",
+        dtick=1,
+        exponentformat="power",
+        range=[lowest - 0.1, 0.1],
+    )
+    best, total = int(np.argmax(mass)), mass.sum()
     found = (
-        f"L{layer}H{head}: most at distance {offset[best]}, {mass[best] / mass.sum():.1%} of all"
+        f"L{layer}H{head}: most at distance {offset[best]}, {mass[best] / total:.1%} of all"
+        if total > 0
+        else f"L{layer}H{head}: no attention at all"
     )
     return style(
         figure, title=title or found, width=width, height=height, theme=theme,
-        meta=_meta(trace, layer, head),
+        meta=provenance(trace, layer, head, "distance_profile"),
     )  # fmt: skip
-
-
-def _uniform_causal(length: int) -> np.ndarray:
-    """Column sums by distance of uniform causal attention: sum over rows i >= d of 1 / (i + 1)."""
-    harmonic = np.cumsum(1 / np.arange(1, length + 1))
-    return harmonic[-1] - np.concatenate([[0.0], harmonic[:-1]])
 
 
 def row_entropy(
@@ -109,35 +86,28 @@ def row_entropy(
     theme: Theme = "light",
 ) -> go.Figure:
     """Entropy of every row, with and without the first key, below the largest possible one."""
-    data = _head(trace, layer, head)
-    raw, size = _thin(data["entropy"].values)
+    data = head_data(trace, layer, head, "entropy")
+    raw, size = _means(data["entropy"].values)
     position = np.arange(len(raw)) * size
-    visible = np.arange(1, trace.length + 1) if trace.attrs["causal"] else trace.length
-    largest, _ = _thin(np.log(np.broadcast_to(visible, trace.length)).astype(float))
-    lines = [
-        go.Scatter(
-            x=position, y=largest, mode="lines", name="uniform attention",
-            line={"color": BASELINE, "width": 1, "dash": "dot"},
-        ),
-        go.Scatter(x=position, y=raw, mode="lines", name="raw", line={"color": LINE, "width": 1.5}),
-    ]  # fmt: skip
+    lines = []
+    if trace.has_plain_mask(layer):
+        seen = uniform.keys_seen(
+            trace.length, causal=trace.attrs["causal"], window=trace.window(layer)
+        )
+        lines.append(_baseline(position, _means(np.log(seen))[0]))
+    lines.append(_line(position, raw, "raw", LINE))
     if "entropy_sink_excluded" in data:
-        without, _ = _thin(data["entropy_sink_excluded"].values)
-        lines.append(
-            go.Scatter(
-                x=position, y=without, mode="lines", name="sink excluded",
-                line={"color": ACCENT, "width": 1.5},
-            )
-        )  # fmt: skip
+        rest = _means(data["entropy_sink_excluded"].values)[0]
+        lines.append(_line(position, rest, "sink excluded", ACCENT))
     figure = go.Figure(lines)
     figure.update_traces(hovertemplate="query %{x}: %{y:.3f} nats<extra></extra>")
     figure.update_xaxes(title="query position" + (f" (means of {size})" if size > 1 else ""))
     figure.update_yaxes(title="row entropy (nats)", rangemode="tozero")
-    mean = float(np.nanmean(data["entropy"].values[1:])) if trace.length > 1 else 0.0
-    found = f"L{layer}H{head}: mean row entropy {mean:.2f} nats"
+    later = data["entropy"].values[1:]
+    found = f"L{layer}H{head}: mean row entropy {later.mean() if len(later) else 0.0:.2f} nats"
     return style(
         figure, title=title or found, width=width, height=height, theme=theme,
-        meta=_meta(trace, layer, head),
+        meta=provenance(trace, layer, head, "row_entropy"),
     )  # fmt: skip
 
 
@@ -152,34 +122,29 @@ def received_mass(
     theme: Theme = "light",
 ) -> go.Figure:
     """alpha of every key: mean attention from the queries that see it, beside uniform attention."""
-    data = _head(trace, layer, head)
+    data = head_data(trace, layer, head, "received")
     visible = data["visible"].values
-    alpha, size = _thin(data["received"].values / visible, np.nanmax)  # a sink is one key
-    position = np.arange(len(alpha)) * size
-    rows = np.arange(1, trace.length + 1)
-    full = (1 / rows)[::-1].cumsum()[::-1] / visible if trace.attrs["causal"] else 1 / visible
-    uniform, _ = _thin(full, np.nanmax)
-    tokens = [trace.tokens[i] for i in position]
-    figure = go.Figure(
-        [
-            go.Scatter(
-                x=position, y=alpha, mode="lines", name=f"L{layer}H{head}", text=tokens,
-                line={"color": LINE, "width": 1.5},
-                hovertemplate="key %{x} %{text}: %{y:.4g}<extra></extra>",
-            ),
-            go.Scatter(
-                x=position, y=uniform, mode="lines", name="uniform attention",
-                line={"color": BASELINE, "width": 1, "dash": "dot"}, hoverinfo="skip",
-            ),
-        ]
-    )  # fmt: skip
-    figure.update_xaxes(title="key position" + (f" (largest of {size})" if size > 1 else ""))
+    alpha = data["received"].values / np.where(visible > 0, visible, np.nan)
+    at, size = _peaks(alpha)
+    tokens = trace.tokens
+    own = _line(at, alpha[at], f"L{layer}H{head}", LINE)
+    own.update(
+        text=[escaped(tokens[position]) for position in at],
+        hovertemplate="key %{x} %{text}: %{y:.4g}<extra></extra>",
+    )
+    lines = [own]
+    if trace.has_plain_mask(layer):
+        even = uniform.received(
+            trace.length, causal=trace.attrs["causal"], window=trace.window(layer)
+        )
+        lines.append(_baseline(at, even[at]))
+    figure = go.Figure(lines)
+    figure.update_xaxes(title="key position" + _binned(size))
     figure.update_yaxes(title="mean over the queries that see it", rangemode="tozero")
-    first = float(data["received"].values[0] / visible[0])
-    found = f"L{layer}H{head}: the first token receives {first:.1%}"
+    found = f"L{layer}H{head}: the first token receives {alpha[0]:.1%}"
     return style(
         figure, title=title or found, width=width, height=height, theme=theme,
-        meta=_meta(trace, layer, head),
+        meta=provenance(trace, layer, head, "received_mass"),
     )  # fmt: skip
 
 
@@ -194,25 +159,25 @@ def block_map(
     theme: Theme = "light",
 ) -> go.Figure:
     """Block mass on a log scale, max-pooled to at most 256 × 256 cells; the title says so."""
-    data = _head(trace, layer, head)["block_mass"].values
+    data = head_data(trace, layer, head, "block_mass")["block_mass"].values
     step = -(-len(data) // MOST_CELLS)
     if step > 1:
-        edges = np.arange(0, len(data), step)
-        data = np.maximum.reduceat(np.maximum.reduceat(data, edges, 0), edges, 1)
-    shown = np.where(data > 0, np.log10(np.maximum(data, 1e-6)), np.nan)
+        first = np.arange(0, len(data), step)
+        data = np.maximum.reduceat(np.maximum.reduceat(data, first, 0), first, 1)
+    shown = np.where(data > 0, np.log10(np.maximum(data, FLOOR)), np.nan)
     if trace.attrs["causal"]:
         shown = np.where(np.tri(len(shown), dtype=bool), shown, np.nan)
     size = trace.attrs["block_size"] * step
-    start = np.arange(len(shown)) * size
+    edges = np.minimum(np.arange(len(shown) + 1) * size, trace.length)
     figure = go.Figure(
         go.Heatmap(
-            z=shown.astype(np.float32), x=start, y=start, zmin=-6, zmax=0,
+            z=shown.astype(np.float32), x=edges, y=edges, zmin=np.log10(FLOOR), zmax=0,
             colorscale=scale(VIRIDIS), hoverongaps=False,
             colorbar={
                 "title": {"text": "block mass", "side": "right"}, "thickness": 12,
                 "tickvals": [-6, -4, -2, 0], "ticktext": ["≤ 1e-6", "1e-4", "0.01", "1"],
             },
-            hovertemplate="queries from %{y}, keys from %{x}: 10^%{z:.2f}<extra></extra>",
+            hovertemplate="queries round %{y:.0f}, keys round %{x:.0f}: 10^%{z:.2f}<extra></extra>",
         )
     )  # fmt: skip
     figure.update_xaxes(title="key", constrain="domain", showgrid=False)
@@ -221,5 +186,64 @@ def block_map(
     found = f"L{layer}H{head}: block mass, {size} tokens a cell{pooled}"
     return style(
         figure, title=title or found, width=width, height=height, theme=theme,
-        meta=_meta(trace, layer, head) | {"pooled": step},
+        meta=provenance(trace, layer, head, "block_map") | {"pooled": step},
     )  # fmt: skip
+
+
+def head_data(trace: AttentionTrace, layer: int, head: int, needed: str) -> xr.Dataset:
+    """The variables of one head, of which one must be there."""
+    data = trace.select((layer, head))
+    if needed not in data:
+        raise LensError(
+            f"this trace has no {needed}; capture it with statistics including {needed!r}"
+        )
+    return data
+
+
+def provenance(trace: AttentionTrace, layer: int, head: int, figure: str) -> dict[str, object]:
+    """Provenance: which figure of which head, prompt and model."""
+    attributes = trace.attrs
+    return {
+        "figure": figure,
+        "model": trace.model,
+        "layer": layer,
+        "head": head,
+        "tokens": trace.length,
+        "versions": attributes.get("versions", {}),
+        **{name: attributes[name] for name in _KEPT if name in attributes},
+    }
+
+
+def _line(x: np.ndarray, y: np.ndarray, name: str, color: str) -> go.Scatter:
+    return go.Scatter(x=x, y=y, mode="lines", name=name, line={"color": color, "width": 1.5})
+
+
+def _baseline(x: np.ndarray, y: np.ndarray) -> go.Scatter:
+    dotted = {"color": BASELINE, "width": 1, "dash": "dot"}
+    return go.Scatter(x=x, y=y, mode="lines", name="uniform attention", line=dotted)
+
+
+def _means(values: np.ndarray) -> tuple[np.ndarray, int]:
+    """Means of equal bins where there are more points than a screen shows; and the bin's size."""
+    size = -(-len(values) // MOST_POINTS)
+    if size == 1:
+        return values, 1
+    padded = np.pad(values.astype(float), (0, -len(values) % size), constant_values=np.nan)
+    return np.nanmean(padded.reshape(-1, size), axis=1), size
+
+
+def _peaks(values: np.ndarray) -> tuple[np.ndarray, int]:
+    """Where the largest value of each equal bin lies, since a sink is one key; and the bin's size."""
+    size = -(-len(values) // MOST_POINTS)
+    filled = np.nan_to_num(values, nan=-np.inf).astype(float)
+    padded = np.pad(filled, (0, -len(values) % size), constant_values=-np.inf).reshape(-1, size)
+    return np.arange(len(padded)) * size + padded.argmax(1), size
+
+
+def _binned(size: int) -> str:
+    return f" (largest of {size})" if size > 1 else ""
+
+
+def _positive(values: np.ndarray) -> np.ndarray:
+    """NaN instead of 0, which a logarithmic axis cannot show."""
+    return np.where(values > 0, values, np.nan)

@@ -21,11 +21,12 @@ def select(table: pd.DataFrame, metric: str, variant: str = "raw") -> pd.DataFra
     Raises:
         LensError: the metric is not in the table, or more than one `prompt_id` is left.
     """
-    rows = table[(table["metric"] == metric) & (table["variant"] == variant)]
+    chosen = (table["metric"] == metric) & (table["variant"] == variant)
+    rows = table.loc[chosen.to_numpy()]
     if rows.empty:
         have = ", ".join(dict.fromkeys(table["metric"]))
         raise LensError(f"no rows of {metric!r} ({variant}) in the table; it has: {have}")
-    if rows["prompt_id"].nunique() > 1:
+    if len(set(rows["prompt_id"])) > 1:
         raise LensError(
             "the table holds several prompts; choose one: table[table.prompt_id == 'text']"
         )
@@ -54,12 +55,13 @@ def head_grid(
     Signed values get a scale centred at 0. Heads that were not scored stay blank.
     """
     rows = select(table, metric, variant)
-    grid = rows.pivot(index="layer", columns="head", values="value")
-    low = rows.pivot(index="layer", columns="head", values="low").to_numpy()
-    high = rows.pivot(index="layer", columns="head", values="high").to_numpy()
+    grid, low, high = (
+        rows.pivot(index="layer", columns="head", values=name) for name in ("value", "low", "high")
+    )
     values = grid.to_numpy(dtype=float)
-    signed = bool(np.nanmin(values) < 0) if np.isfinite(values).any() else False
-    bound = float(np.nanmax(np.abs(values))) if np.isfinite(values).any() else 1.0
+    known = values[np.isfinite(values)]
+    signed = bool((known < 0).any())
+    bound = float(np.abs(known).max(initial=0)) or 1.0
     limits: dict[str, Any] = (
         {"zmid": 0, "zmin": -bound, "zmax": bound} if signed else {"zmin": 0, "zmax": bound}
     )
@@ -68,7 +70,7 @@ def head_grid(
             "" if np.isnan(a) else f"<br>95 % interval {a:.3g} to {b:.3g}"
             for a, b in zip(*pair, strict=True)
         ]
-        for pair in zip(low, high, strict=True)
+        for pair in zip(low.to_numpy(float), high.to_numpy(float), strict=True)
     ]
     figure = go.Figure(
         go.Heatmap(
@@ -98,16 +100,22 @@ def head_grid(
         width=width,
         height=height,
         theme=theme,
-        meta={"metric": metric, "variant": variant},
+        meta=_meta(rows, "head_grid", metric=metric, variant=variant),
     )
 
 
 def _finding(rows: pd.DataFrame, metric: str, variant: str) -> str:
-    name = label(metric, variant)
-    if rows["value"].isna().all():
+    name, values = label(metric, variant), rows["value"].to_numpy(float)
+    if np.isnan(values).all():
         return f"{name}: not scored ({rows['detail'].iloc[0]})"
-    best = rows.loc[rows["value"].idxmax()]
-    return f"{name}: highest at L{best['layer']}H{best['head']}, {best['value']:.3g}"
+    best = int(np.nanargmax(values))
+    head = f"L{rows['layer'].iloc[best]}H{rows['head'].iloc[best]}"
+    return f"{name}: highest at {head}, {values[best]:.3g}"
+
+
+def _meta(rows: pd.DataFrame, figure: str, **chosen: Any) -> dict[str, Any]:
+    """Provenance: which figure, of which scores, on which prompts."""
+    return {"figure": figure, "prompt_id": str(rows["prompt_id"].iloc[0]), **chosen}
 
 
 def head_scatter(
@@ -126,11 +134,15 @@ def head_scatter(
 
     `variant` holds for the metrics that have it.
     """
-    names = dict.fromkeys(name for name in (x, y, color) if name is not None)
-    used = {name: variant if METRICS[name].sink_excluded else "raw" for name in names}
-    columns = {
-        name: select(table, name, used[name]).set_index(["layer", "head"])["value"]
+    names = [name for name in (x, y, color) if name is not None]
+    used = {
+        name: variant if name in METRICS and METRICS[name].sink_excluded else "raw"
         for name in names
+    }
+    parts = {name: select(table, name, used[name]) for name in names}
+    columns = {
+        name: rows.set_index(["layer", "head"])["value"].astype(float)
+        for name, rows in parts.items()
     }
     heads = pd.DataFrame(columns).reset_index()
     shade = heads["layer"] if color is None else heads[color]
@@ -151,6 +163,7 @@ def head_scatter(
                         "side": "right",
                     },
                     "thickness": 12,
+                    "dtick": 1 if color is None and len(set(heads["layer"])) <= 12 else None,
                 },
             },
             hovertemplate="%{text}: %{x:.4g}, %{y:.4g}<extra></extra>",
@@ -164,7 +177,7 @@ def head_scatter(
         width=width,
         height=height,
         theme=theme,
-        meta={"x": x, "y": y, "color": color, "variant": variant},
+        meta=_meta(parts[x], "head_scatter", x=x, y=y, color=color, variant=variant),
     )
 
 
@@ -184,7 +197,10 @@ def metric_by_layer(
 ) -> go.Figure:
     """One metric over the layers: every head a point, the mean a line."""
     rows = select(table, metric, variant)
-    means = rows.groupby("layer")["value"].mean()
+    layers = sorted(set(rows["layer"]))
+    means = [
+        float(rows.loc[(rows["layer"] == layer).to_numpy(), "value"].mean()) for layer in layers
+    ]
     figure = go.Figure(
         [
             go.Scatter(
@@ -197,7 +213,7 @@ def metric_by_layer(
                 hovertemplate="%{text}: %{y:.4g}<extra></extra>",
             ),
             go.Scatter(
-                x=means.index,
+                x=layers,
                 y=means,
                 mode="lines",
                 name="mean of the layer",
@@ -206,7 +222,7 @@ def metric_by_layer(
             ),
         ]
     )
-    figure.update_xaxes(title="layer", dtick=1 if len(means) <= 12 else None)
+    figure.update_xaxes(title="layer", dtick=1 if len(layers) <= 12 else None)
     figure.update_yaxes(title=label(metric, variant))
     return style(
         figure,
@@ -214,5 +230,5 @@ def metric_by_layer(
         width=width,
         height=height,
         theme=theme,
-        meta={"metric": metric, "variant": variant},
+        meta=_meta(rows, "metric_by_layer", metric=metric, variant=variant),
     )

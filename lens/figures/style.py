@@ -8,7 +8,13 @@ import plotly.graph_objects as go
 from lens.figures.colors import GRID, INK
 
 Theme = Literal["light", "dark"]
+_MARKUP = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;"})
 _FONT = "Inter, 'Helvetica Neue', Arial, sans-serif"
+
+
+def escaped(text: str) -> str:
+    """Text of a model or a user that plotly must not take for markup."""
+    return text.translate(_MARKUP)
 
 
 def style(
@@ -25,6 +31,7 @@ def style(
         raise ValueError(f"theme must be 'light' or 'dark', got {theme!r}")
     light = theme == "light"
     ink, grid, paper = (INK, GRID, "white") if light else ("#e6e9ee", "#39414d", "#161b22")
+    drawn: Any = figure.data
     figure.update_layout(
         title={
             "text": title,
@@ -42,12 +49,17 @@ def style(
         font={"family": _FONT, "size": 12, "color": ink},
         paper_bgcolor=paper,
         plot_bgcolor=paper,
-        margin={"l": 60, "r": 20, "t": 60 if len(figure.data) > 1 else 40, "b": 48},
+        margin={"l": 60, "r": 20, "t": 60 if len(drawn) > 1 else 40, "b": 48},
         legend={"orientation": "h", "x": 0, "y": 1.01, "yanchor": "bottom"},
         hoverlabel={"font": {"family": _FONT}},
         meta=dict(meta or {}),
     )
-    axis = {"gridcolor": grid, "zerolinecolor": grid, "linecolor": grid, "ticks": ""}
+    axis: dict[str, Any] = {
+        "gridcolor": grid,
+        "zerolinecolor": grid,
+        "linecolor": grid,
+        "ticks": "",
+    }
     figure.update_xaxes(**axis)
     figure.update_yaxes(**axis)
     return figure

@@ -1,5 +1,6 @@
 """Figures hold the numbers that they say, and findings say what the numbers hold."""
 
+import inspect
 import json
 
 import numpy as np
@@ -106,30 +107,16 @@ def test_scatter_and_layers_hold_every_head(table):
     np.testing.assert_allclose(layers.data[1].y, rows.groupby("layer").value.mean())
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda trace, table: figures.block_map(trace, 0, 0, theme="dark", width=300, height=200),
-        lambda trace, table: figures.head_grid(
-            table, "entropy", theme="dark", width=300, title="T"
-        ),
-    ],
-)
-def test_the_common_tail(trace, table, make):
-    figure = make(trace, table)
-    assert figure.layout.width == 300
-    assert figure.layout.paper_bgcolor != "white"
-    assert json.loads(figure.to_json())["layout"]["meta"]
-
-
 def test_wrong_calls_say_what_would_be_right(trace, table):
     with pytest.raises(
         LensError, match="no rows of 'entropie' \\(raw\\) in the table; it has: prev"
     ):
         figures.head_grid(table, "entropie")
-    with pytest.raises(LensError, match="layer must be 0 to 1 in analytic, got 2"):
+    with pytest.raises(
+        LensError, match=r"no L2H0 in this trace of analytic: it has the layers 0 to 1"
+    ):
         figures.block_map(trace, 2, 0)
-    with pytest.raises(LensError, match="head must be 0 to 2 in analytic, got -1"):
+    with pytest.raises(LensError, match=r"a head is written .*; got \(0, -1\)"):
         figures.row_entropy(trace, 0, -1)
     with pytest.raises(ValueError, match="theme must be 'light' or 'dark', got 'blue'"):
         figures.head_grid(table, "entropy", theme="blue")
@@ -168,3 +155,151 @@ def test_sinks_are_told_from_text_before_copied_tokens(table):
 def test_what_was_not_scored_gives_no_finding(table):
     nothing = table.assign(prompt_id="copied", value=np.nan)
     assert findings(nothing) == []
+
+
+LAYOUTS = [(True, None), (True, 7), (False, None), (False, 7)]
+
+
+def even(length, causal, window):
+    """Uniform attention under a mask, [length, length], and the mask."""
+    i, j = np.arange(length)[:, None], np.arange(length)[None]
+    seen = np.abs(i - j) < (length if window is None else window)
+    if causal:
+        seen &= j <= i
+    return seen / seen.sum(-1, keepdims=True), seen
+
+
+@pytest.mark.parametrize(("causal", "window"), LAYOUTS)
+def test_the_baselines_are_those_of_the_layers_mask(causal, window):
+    length = 23
+    p, _ = even(length, causal, window)
+    trace = trace_of(p[None, None], causal=causal, windows=[window])
+    for draw in (figures.distance_profile, figures.received_mass, figures.row_entropy):
+        lines = {line.name: np.asarray(line.y, float) for line in draw(trace, 0, 0).data}
+        measured = lines.get("L0H0", lines.get("raw"))
+        assert len(measured) > 5
+        np.testing.assert_allclose(measured, lines["uniform attention"], rtol=1e-5, atol=1e-6)
+    distances = np.asarray(figures.distance_profile(trace, 0, 0).data[0].x)
+    reach = length if window is None else window
+    assert distances.tolist() == list(range(0 if causal else 1 - reach, reach))
+
+
+def test_no_baseline_is_drawn_for_a_mask_that_the_trace_does_not_know():
+    p, seen = even(23, True, None)
+    seen = seen & (np.arange(23)[:, None] // 5 == np.arange(23)[None] // 5)
+    p = np.where(seen, p, 0) / np.where(seen, p, 0).sum(-1, keepdims=True)
+    trace = trace_of(p[None, None], visible=seen.sum(0).astype(np.int32))
+    for draw in (figures.distance_profile, figures.received_mass, figures.row_entropy):
+        assert "uniform attention" not in [line.name for line in draw(trace, 0, 0).data]
+
+
+def test_a_thinned_line_keeps_the_place_of_its_peak(monkeypatch, p):
+    monkeypatch.setattr("lens.figures.head.MOST_POINTS", 10)
+    p = p[:1, :1].copy()
+    p[0, 0, 40:, 38] += 5
+    p /= p.sum(-1, keepdims=True)
+    figure = figures.received_mass(trace_of(p), 0, 0)
+    assert 38 in figure.data[0].x
+    assert figure.data[0].text[list(figure.data[0].x).index(38)] == "t3"
+
+
+def test_a_logarithmic_axis_ends_where_nothing_can_be_read(p):
+    sharp = np.zeros_like(p[:1, :1])
+    sharp[0, 0] = np.eye(LENGTH) * (1 - 1e-9) + np.eye(LENGTH, k=-5) * 1e-9
+    figure = figures.distance_profile(trace_of(sharp), 0, 0)
+    assert figure.layout.yaxis.range[0] == pytest.approx(-6.1)
+    assert np.isnan(figure.data[0].y[1])
+    assert "most at distance 0" in figure.layout.title.text
+
+
+def test_a_head_without_attention_says_so(p):
+    figure = figures.distance_profile(trace_of(0 * p, learned_sinks=True), 0, 0)
+    assert figure.layout.title.text == "L0H0: no attention at all"
+
+
+def test_block_map_cells_lie_between_their_first_tokens(trace):
+    figure = figures.block_map(trace, 0, 0)
+    assert list(figure.data[0].x) == [0, 16, 32, 48, 64, LENGTH]
+    assert figure.layout.yaxis.autorange == "reversed"
+
+
+def test_token_strip_shows_what_each_token_receives(p, trace):
+    figure = figures.token_strip(trace, 1, 2)
+    alpha = [p[1, 2, k:, k].mean() for k in range(LENGTH)]
+    shown = np.asarray(figure.data[0].z, float)
+    assert shown.shape == (5, 16)
+    np.testing.assert_allclose(shown.ravel()[:LENGTH], alpha, rtol=1e-5)
+    assert np.isnan(shown.ravel()[LENGTH:]).all()
+    assert figure.data[0].text[0][3] == "t3"
+    assert figure.data[0].customdata[1][0] == "16 t1"
+
+
+def test_token_strip_of_a_query_needs_q_and_k_and_shows_its_row(monkeypatch, p, trace):
+    with pytest.raises(LensError, match="exact tiles need q, k and lse"):
+        figures.token_strip(trace, 1, 2, 40)
+    with pytest.raises(LensError, match="query must be 0 to 66, got 67"):
+        figures.token_strip(trace, 1, 2, 67)
+    monkeypatch.setattr(
+        type(trace), "tile", lambda self, layer, head, q, k: p[layer, head, slice(*q), slice(*k)]
+    )
+    monkeypatch.setattr("lens.figures.tokens.MOST_TOKENS", 32)
+    figure = figures.token_strip(trace, 1, 2, 40)
+    np.testing.assert_allclose(np.ravel(figure.data[0].z), p[1, 2, 40, 9:41])
+    best = p[1, 2, 40].argmax()
+    assert f"query 40 t0 looks most at key {best} t{best % 5}" in figure.layout.title.text
+    assert "(tokens 9 to 40 of 67)" in figure.layout.title.text
+
+
+def test_tokens_are_no_markup(p):
+    trace = trace_of(p[:1, :1])
+    tokens = np.array(
+        ["<b>", "a\nb c", "&lt", "\x00", "abcdefghij", *["x"] * (LENGTH - 5)], dtype=object
+    )
+    trace.dataset["key_token"] = ("key", tokens)
+    text = figures.token_strip(trace, 0, 0).data[0].text[0]
+    assert list(text[:5]) == [
+        "&lt;b&gt;",
+        "a↵b␣c",
+        "&amp;lt",
+        "\N{REPLACEMENT CHARACTER}",
+        "abcdef…",
+    ]
+    assert figures.received_mass(trace, 0, 0).data[0].text[0] == "&lt;b&gt;"
+
+
+@pytest.mark.parametrize("name", figures.__all__)
+def test_every_figure_ends_in_the_same_arguments_and_says_where_it_is_from(name, trace, table):
+    draw = getattr(figures, name)
+    parameters = inspect.signature(draw).parameters
+    tail = [part.name for part in parameters.values() if part.kind is part.KEYWORD_ONLY]
+    assert tail == ["title", "width", "height", "theme"]
+    given = {"head_scatter": (table, "induction", "entropy")}
+    of_table = (table, "entropy") if "table" in parameters else (trace, 1, 2)
+    figure = draw(*given.get(name, of_table), title="T", width=310, height=210, theme="dark")
+    assert (figure.layout.title.text, figure.layout.width, figure.layout.height) == ("T", 310, 210)
+    meta = json.loads(figure.to_json())["layout"]["meta"]
+    assert meta["figure"] == name
+    assert meta.get("prompt_id", meta.get("model")) in ("p000", "analytic")
+
+
+@pytest.mark.parametrize(
+    ("draw", "name"),
+    [
+        (figures.block_map, "block_mass"),
+        (figures.received_mass, "received"),
+        (figures.row_entropy, "entropy"),
+        (figures.distance_profile, "diagonal"),
+        (figures.token_strip, "received"),
+    ],
+)
+def test_a_missing_statistic_is_named(p, draw, name):
+    with pytest.raises(LensError, match=f"no {name}; capture it with statistics including"):
+        draw(trace_of(p, without=(name,)), 0, 0)
+
+
+def test_scores_that_are_all_missing_are_said_to_be(table):
+    rows = table.assign(value=np.nan, detail="too short")
+    figure = figures.head_grid(rows, "induction")
+    assert figure.layout.title.text == "Induction (probability): not scored (too short)"
+    with pytest.raises(LensError, match="no rows of 'entropie'"):
+        figures.head_scatter(table, "entropie", "induction")
