@@ -146,8 +146,8 @@ def _apply(rule: _Rule, table: pd.DataFrame, most: int) -> Finding | None:
         return None
     rows = rows[rows["prompt_id"] == prompt_id].sort_values("value", ascending=False, kind="stable")
     scores = [
-        HeadScore(int(row.layer), int(row.head), float(row.value), float(row.low), float(row.high))
-        for row in rows.itertuples()
+        HeadScore(row["layer"], row["head"], row["value"], row["low"], row["high"])
+        for row in rows.to_dict("records")
     ]
     passing = [score for score in scores if score.value > rule.threshold]
     heads = tuple(passing) if passing else (scores[0],)

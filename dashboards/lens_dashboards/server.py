@@ -45,7 +45,7 @@ def create_app(
     flask.config["TRUSTED_HOSTS"] = list(hosts)
     app = Dash(
         "lens_dashboards",
-        server=flask,
+        server=flask,  # pyright: ignore[reportArgumentType]
         title="attention-lens",
         update_title="",
         assets_folder=str(Path(__file__).parent / "assets"),

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 import lens
+from lens.bootstrap import over_units
 from lens.findings import Finding, findings
 from lens.metrics import METRICS
 from lens.profiles import SINK_EPSILON
@@ -26,7 +27,6 @@ CITATION = (
     "  license = {Apache-2.0}\n"
     "}"
 )
-_RESAMPLES = 1000
 
 
 def numbers(run: Run, status: str | None = None) -> dict[str, Any]:
@@ -79,7 +79,7 @@ def numbers(run: Run, status: str | None = None) -> dict[str, Any]:
     return finite(_plain(data))
 
 
-def _records(pooled: pd.DataFrame) -> list[dict[str, Any]]:
+def _records(pooled: pd.DataFrame) -> list[dict[Any, Any]]:
     """Rows of `heads.parquet` that are means over a kind of prompts."""
     table = pooled.rename(columns={"prompt_id": "prompts"})
     return table.to_dict(orient="records")
@@ -171,12 +171,9 @@ def _sinks(run: Run) -> dict[str, Any]:
 
 
 def _interval(values: np.ndarray) -> tuple[float, float]:
-    """95 % percentile bootstrap of the mean over prompts; NaN for fewer than two."""
-    if len(values) < 2:
-        return float("nan"), float("nan")
-    draws = np.random.default_rng(0).choice(values, (_RESAMPLES, len(values))).mean(axis=1)
-    low, high = np.percentile(draws, [2.5, 97.5])
-    return float(low), float(high)
+    """95 % interval of the mean over prompts; NaN for fewer than two."""
+    low, high = over_units(values[:, None], np.ones((len(values), 1)), seed=0)
+    return float(low[0]), float(high[0])
 
 
 def _plain(data: Any) -> Any:

@@ -10,7 +10,7 @@ from lens.figures.colors import VIRIDIS
 from lens.metrics import METRICS
 from lens.runs import Run
 from lens_dashboards.library import Library
-from lens_dashboards.pages.parts import card, crumbs, graph, number, python_call, run_banner
+from lens_dashboards.pages.parts import card, crumbs, graph, named, number, python_call, run_banner
 from lens_dashboards.raster import has_tokens
 from lens_dashboards.selection import Selection
 
@@ -157,7 +157,7 @@ def _steps(run: Run, view: Selection, prompt: str, layers: int, heads: int) -> h
             links.append(dcc.Link(text, href=target.url(), id=link_id))
         else:
             links.append(html.Span(text, className="off"))
-    return html.Nav(links, className="steps", **{"aria-label": "Heads"})
+    return html.Nav(links, className="steps", **named("Heads"))
 
 
 def _prompt_control(run: Run, traces: list[str], prompt: str) -> html.Div:
@@ -205,7 +205,7 @@ def _scores(run: Run, prompt: str, layer: int, head: int) -> Any:
         className="scroll",
         tabIndex=0,
         role="region",
-        **{"aria-label": "Scores of this head"},
+        **named("Scores of this head"),
     )
 
 

@@ -7,6 +7,7 @@ from dash import dcc, html
 
 from lens import figures as draw
 from lens.errors import LensError
+from lens.figures.heads import select
 from lens.findings import findings
 from lens.metrics import METRICS
 from lens.runs import Run
@@ -101,7 +102,7 @@ def figures(run: Run, view: Selection) -> tuple[Any, ...]:
     metric = METRICS[view.metric]
     variant = view.variant if metric.sink_excluded else "raw"
     cut = table[table["prompt_id"] == view.group]
-    rows = draw.heads.select(cut, metric.name, variant)
+    rows = select(cut, metric.name, variant)
     scored = rows[rows["value"].notna()].sort_values("value", ascending=False, kind="stable")
     grid = draw.head_grid(cut, metric.name, variant, height=_grid_height(rows))
     trend = draw.metric_by_layer(cut, metric.name, variant, height=280)
@@ -167,20 +168,22 @@ def _strongest(run: Run, view: Selection, scored: pd.DataFrame) -> list[html.Li]
     if scored.empty:
         return [html.Li("not scored on these prompts")]
     items = []
-    for row in scored.head(_NAMED).itertuples():
-        between = "" if row.low != row.low else f" [{number(row.low)}, {number(row.high)}]"
+    for row in scored.head(_NAMED).to_dict("records"):
+        between = (
+            "" if row["low"] != row["low"] else f" [{number(row['low'])}, {number(row['high'])}]"
+        )
         target = Selection(
             page="head",
             run=run.id,
-            layer=int(row.layer),
-            head=int(row.head),
+            layer=row["layer"],
+            head=row["head"],
             prompt=_prompts_of_groups(run, [view.group])[view.group],
         )
         items.append(
             html.Li(
                 [
-                    dcc.Link(f"L{row.layer}H{row.head}", href=target.url()),
-                    html.Span(f" {number(row.value)}{between}"),
+                    dcc.Link(f"L{target.layer}H{target.head}", href=target.url()),
+                    html.Span(f" {number(row['value'])}{between}"),
                 ]
             )
         )

@@ -23,6 +23,11 @@ def card(children: Any, title: str | None = None, **more: Any) -> html.Section:
     return html.Section([*heading, *body], className=f"card {more.pop('className', '')}", **more)
 
 
+def named(label: str) -> dict[str, Any]:
+    """The accessible name of a component, to be spread into its arguments."""
+    return {"aria-label": label}
+
+
 def chip(status: str) -> html.Span:
     """The status of a run, in a word and a colour."""
     return html.Span(STATUS_WORDS.get(status, status), className=f"chip {status}")
@@ -96,7 +101,7 @@ def crumbs(run: Run, view: Selection) -> html.Nav:
             html.Span(last),
         ]
     parts.append(html.Button("copy link", id="copy-link", className="quiet", type="button"))
-    return html.Nav(parts, className="crumbs", **{"aria-label": "Breadcrumb"})
+    return html.Nav(parts, className="crumbs", **named("Breadcrumb"))
 
 
 def graph(graph_id: str, figure: go.Figure, label: str) -> html.Div:
@@ -114,7 +119,7 @@ def graph(graph_id: str, figure: go.Figure, label: str) -> html.Div:
         ),
         className="figure",
         role="group",
-        **{"aria-label": label},
+        **named(label),
     )
 
 

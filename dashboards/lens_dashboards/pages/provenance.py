@@ -7,7 +7,7 @@ from dash import html
 from lens.errors import LensError
 from lens.runs import Run
 from lens_dashboards.library import Library
-from lens_dashboards.pages.parts import card, crumbs, number, run_banner
+from lens_dashboards.pages.parts import card, crumbs, named, number, run_banner
 from lens_dashboards.selection import Selection
 
 _PLAIN = (
@@ -98,5 +98,5 @@ def _prompts(run: Run) -> Any:
         className="scroll",
         tabIndex=0,
         role="region",
-        **{"aria-label": "Prompts"},
+        **named("Prompts"),
     )

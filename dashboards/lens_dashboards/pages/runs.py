@@ -7,7 +7,7 @@ from dash import dcc, html
 from lens.errors import LensError
 from lens.runs import BrokenRun, Run
 from lens_dashboards.library import Library
-from lens_dashboards.pages.parts import card, chip, number
+from lens_dashboards.pages.parts import card, chip, named, number
 from lens_dashboards.selection import Selection
 
 _COLUMNS = ("Run", "Status", "Model", "Heads", "Prompts", "Tokens", "Created", "Seconds")
@@ -30,9 +30,7 @@ def page(library: Library, view: Selection) -> list[Any]:
     return [
         html.H1("Runs"),
         html.P(f"{len(runs)} in {library.folder}, {whole} complete.", className="lead"),
-        card(
-            html.Div(table, className="scroll", tabIndex=0, role="region", **{"aria-label": "Runs"})
-        ),
+        card(html.Div(table, className="scroll", tabIndex=0, role="region", **named("Runs"))),
     ]
 
 
