@@ -15,7 +15,6 @@ app = typer.Typer(
     name="lens",
     help="See what every attention head of a real model does.",
     epilog="Exit codes: 0 done, 1 error, 2 wrong usage, 3 partly done (the same command completes it).",
-    no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,

@@ -12,21 +12,8 @@ from lens_analyses.cli import app
 from typer.testing import CliRunner
 
 ROOT = Path(__file__).parents[2]
-ARGUMENTS = [
-    "run",
-    "--text-name",
-    "moby-dick",
-    "--tokens",
-    "61",
-    "--windows",
-    "3",
-    "--copied",
-    "2",
-    "--copied-length",
-    "11",
-    "--block-size",
-    "7",
-]
+TEXT = "--text-name moby-dick --tokens 61 --windows 3"
+ARGUMENTS = ["run", *TEXT.split(), "--copied", "2", "--copied-length", "11", "--block-size", "7"]
 
 
 @dataclass(frozen=True)
