@@ -1,4 +1,4 @@
-"""Figures hold the numbers that they say, and findings say what the numbers hold."""
+"""Figures hold the numbers that they say, under every mask."""
 
 import inspect
 import json
@@ -8,8 +8,7 @@ import pytest
 
 from lens import figures
 from lens.errors import LensError
-from lens.findings import findings
-from lens.profiles import pooled_table, prompt_table
+from lens.profiles import prompt_table
 from tests.lens.traces import LENGTH, probabilities, trace_of
 
 
@@ -123,38 +122,6 @@ def test_wrong_calls_say_what_would_be_right(trace, table):
     both = table.assign(prompt_id=["p000", *["p001"] * (len(table) - 1)])
     with pytest.raises(LensError, match="several prompts; choose one"):
         figures.head_grid(both, "previous_token")
-
-
-def test_findings_name_heads_over_the_threshold_and_only_those(table):
-    copied = pooled_table([table, table], "copied")
-    plain = {finding.kind: finding for finding in findings(copied)}
-    assert not plain["induction"].found
-    assert plain["induction"].text.startswith("No induction head: the highest score on copied")
-    planted = copied.copy()
-    rows = (planted.metric == "induction") & (planted.variant == "raw")
-    chosen = rows & (planted.layer == 1) & planted["head"].isin([0, 2])
-    planted.loc[chosen, ["value", "low", "high"]] = [0.9, 0.85, 0.95]
-    finding = findings(planted)[0]
-    assert (finding.kind, finding.found, finding.prompt_id) == ("induction", True, "copied")
-    assert [head.name for head in finding.heads] == ["L1H0", "L1H2"]
-    assert "2 induction heads (of 6 heads)" in finding.text
-    assert "L1H0 0.90 [0.85, 0.95]" in finding.text
-
-
-def test_sinks_are_told_from_text_before_copied_tokens(table):
-    text, copied = table.assign(prompt_id="text"), table.assign(prompt_id="copied")
-    text.loc[(text.metric == "sink_mass"), "value"] = 0.8
-    import pandas as pd
-
-    found = {finding.kind: finding for finding in findings(pd.concat([copied, text]))}
-    assert found["sink"].prompt_id == "text"
-    assert len(found["sink"].heads) == 6
-    assert found["induction"].prompt_id == "copied"
-
-
-def test_what_was_not_scored_gives_no_finding(table):
-    nothing = table.assign(prompt_id="copied", value=np.nan)
-    assert findings(nothing) == []
 
 
 LAYOUTS = [(True, None), (True, 7), (False, None), (False, 7)]
