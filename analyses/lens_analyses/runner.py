@@ -263,6 +263,8 @@ class _Execution:
         """Head metrics of each prompt and of each kind of prompt, from the traces on disk."""
         from lens.profiles import pooled_table, prompt_table
 
+        info = self._model.info
+        log.info("scoring %s heads", f"{info.layers * info.heads:,}")
         run, seed = open_run(self._writer.path), self._config.seed
         tables: dict[str, list[pd.DataFrame]] = {kind: [] for kind in KINDS}
         for row in self._rows:

@@ -131,7 +131,10 @@ def test_provenance_is_complete(report, run_folder):
 
 def test_limits_speak_of_this_run(report):
     said = " ".join(report["limits"])
-    assert "Each text prompt begins with the tokenizer's BOS token, '<|endoftext|>'." in said
+    assert (
+        "Each text and copied prompt begins with the tokenizer's BOS token, '<|endoftext|>'."
+        in said
+    )
     assert "23 to 61 tokens" in said
     assert "cut into pieces of 61 tokens" in said
     assert "Moby-Dick, chapters 134 and 135, by Herman Melville, 183 tokens" in said

@@ -25,7 +25,7 @@ def _first_token(run: Run) -> list[str]:
     lengths = sorted(set(run.prompts["tokens"]))
     span = f"{lengths[0]:,}" if len(lengths) == 1 else f"{lengths[0]:,} to {lengths[-1]:,}"
     return [
-        *(_begins(run, kind) for kind in dict.fromkeys(run.prompts["kind"])),
+        *_begins(run),
         "Sinks named here are on the first token and depend on which token that is: with another one, or "
         "after a chat template, heads can have them elsewhere or not at all.",
         f"Sink rates depend on the threshold (ε = {SINK_EPSILON}) and on the prompts' length ({span} tokens "
@@ -33,14 +33,24 @@ def _first_token(run: Run) -> list[str]:
     ]
 
 
-def _begins(run: Run, kind: str) -> str:
-    """With which token the prompts of a kind begin, and whether it is the tokenizer's BOS."""
-    prompts = run.prompts[run.prompts["kind"] == kind]
-    firsts = list(dict.fromkeys(strings[0] for strings in prompts["token_strings"]))
-    named = ", ".join(map(repr, firsts[:3])) + (" and others" if len(firsts) > 3 else "")
-    if run.trace(str(prompts.iloc[0]["prompt_id"])).attrs["bos"] == "added":
-        return f"Each {kind} prompt begins with the tokenizer's BOS token, {named}."
-    return f"No {kind} prompt begins with a BOS token, as the tokenizer puts none there; they begin with {named}."
+def _begins(run: Run) -> list[str]:
+    """With which token the prompts of each kind begin, and whether it is the tokenizer's BOS."""
+    kinds: dict[tuple[bool, tuple[str, ...]], list[str]] = {}
+    for kind, prompts in run.prompts.groupby("kind", sort=False):
+        firsts = tuple(dict.fromkeys(strings[0] for strings in prompts["token_strings"]))
+        trace = run.trace(str(prompts.iloc[0]["prompt_id"]))
+        kinds.setdefault((trace.attrs["bos"] == "added", firsts), []).append(str(kind))
+    said = []
+    for (has_bos, firsts), names in kinds.items():
+        which = " and ".join(names)
+        tokens = ", ".join(map(repr, firsts[:3])) + (" and others" if len(firsts) > 3 else "")
+        said.append(
+            f"Each {which} prompt begins with the tokenizer's BOS token, {tokens}."
+            if has_bos
+            else f"No {which} prompt begins with a BOS token, as the tokenizer puts none there; "
+            f"they begin with {tokens}."
+        )
+    return said
 
 
 def _prompts(run: Run) -> list[str]:
