@@ -12,7 +12,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lens import figures, metrics, prompts, runs
+    from lens import figures, metrics, prompts, runs, tasks
     from lens.captures.recorder import capturing
     from lens.captures.run import capture
     from lens.errors import LensError
@@ -35,9 +35,10 @@ __all__ = [
     "profile",
     "prompts",
     "runs",
+    "tasks",
 ]
 
-_MODULES = ("figures", "metrics", "prompts", "runs")
+_MODULES = ("figures", "metrics", "prompts", "runs", "tasks")
 _HOMES = {
     "AttentionTrace": "lens.trace",
     "LensError": "lens.errors",

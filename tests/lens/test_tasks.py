@@ -1,0 +1,214 @@
+"""Tasks: what is asked where, that the metric says it, and each refusal."""
+
+import json
+
+import pytest
+import torch
+
+import lens
+from lens.errors import LensError
+from lens.tasks import Task, from_jsonl, induction, language_modelling
+
+N, LENGTH, ANSWERS, VOCAB = 3, 7, 2, 11
+
+
+@pytest.fixture(scope="module")
+def toy():
+    return lens.load("induction-2l")
+
+
+@pytest.fixture(scope="module")
+def reader():
+    return lens.load("text-lm-3l")
+
+
+def make(**changes):
+    fields = {
+        "name": "made",
+        "clean": torch.arange(N * LENGTH).reshape(N, LENGTH),
+        "positions": torch.tensor([[2, 6], [0, 3], [5, 1]]),
+        "correct": torch.tensor([[4, 10], [0, 7], [9, 2]]),
+        "metric": "loss",
+    }
+    return Task(**fields | changes)
+
+
+def test_metrics_equal_their_definition_answer_by_answer():
+    logits = torch.randn(N, LENGTH, VOCAB, generator=torch.Generator().manual_seed(0))
+    wrong = torch.tensor([[1, 2], [3, 5], [6, 8]])
+    tasks = {name: make(metric=name) for name in ("loss", "accuracy")}
+    tasks["logit_difference"] = make(metric="logit_difference", wrong=wrong)
+    right = tasks["loss"].correct
+    logits[0, 2, 4] = 9  # one answer of prompt 0 is right
+    expected = {"loss": [], "accuracy": [], "logit_difference": []}
+    for row in range(N):
+        sums = dict.fromkeys(expected, 0.0)
+        for answer in range(ANSWERS):
+            read = logits[row, tasks["loss"].positions[row, answer]]
+            token = right[row, answer]
+            sums["loss"] += float(read.exp().sum().log() - read[token])
+            sums["accuracy"] += float(read.argmax() == token)
+            sums["logit_difference"] += float(read[token] - read[wrong[row, answer]])
+        for name in sums:
+            expected[name].append(sums[name] / ANSWERS)
+    order = torch.tensor([2, 0, 1])
+    for name, task in tasks.items():
+        assert task.measure(logits[order], order).tolist() == pytest.approx(
+            [expected[name][row] for row in order], rel=1e-5
+        )
+    assert expected["accuracy"][0] >= 0.5
+    assert [task.sign for task in tasks.values()] == [-1, 1, 1]
+
+
+def test_induction_asks_for_the_second_copy(toy):
+    task = induction(toy, n=5, seed=3, length=7)
+    assert (task.n, task.length) == (5, 15)
+    assert (task.clean[:, 0] == toy.bos_id).all()
+    assert torch.equal(task.clean[:, 1:8], task.clean[:, 8:])
+    assert task.positions[0].tolist() == [8, 9, 10, 11, 12, 13]
+    assert torch.equal(task.correct, task.clean[:, 9:])
+    assert task.corrupt is not None
+    assert torch.equal(task.corrupt[:, 8:], task.clean[:, 8:])
+    assert (task.corrupt[:, 1:8] != task.clean[:, 1:8]).float().mean() > 0.9
+    assert len({tuple(row) for row in task.clean.tolist()}) == 5
+    assert torch.equal(task.clean, induction(toy, n=5, seed=3, length=7).clean)
+    assert not torch.equal(task.clean, induction(toy, n=5, seed=4, length=7).clean)
+
+
+def test_the_known_losses_of_induction_2l(toy):
+    """README of the model: loss 0.142 and accuracy 0.995 on the second copy, ln 64 without one."""
+    task = induction(toy, n=64)
+    assert float(task.evaluate(toy).mean()) == pytest.approx(0.142, abs=0.02)
+    assert float(task.with_metric("accuracy").evaluate(toy).mean()) == pytest.approx(
+        0.995, abs=5e-3
+    )
+    assert float(task.evaluate(toy, corrupt=True).mean()) == pytest.approx(4.16, abs=0.1)
+
+
+def test_evaluation_in_pieces_is_the_same(toy, monkeypatch):
+    task = induction(toy, n=7, length=5)
+    whole = task.evaluate(toy)
+    monkeypatch.setattr("lens.tasks.task._LOGITS", 3 * 1024 * task.length)
+    assert task.rows_at_once(toy) == 3
+    torch.testing.assert_close(task.evaluate(toy), whole, rtol=1e-5, atol=1e-6)
+
+
+def test_language_modelling_is_the_loss_of_each_window(reader):
+    text = lens.prompts.text("lily")
+    task = language_modelling(reader, text, length=31, n=3)
+    ids = reader.encode(text)
+    assert task.clean[1].tolist() == [ids[0], *ids[31:61]]
+    expected = [lens.prompts.loss(reader, row) for row in task.clean.tolist()]
+    assert task.evaluate(reader).tolist() == pytest.approx(expected, rel=1e-5)
+    windows = language_modelling(reader, task.clean.tolist())
+    assert torch.equal(windows.clean, task.clean)
+    assert language_modelling(reader, text).length == reader.info.context
+    assert repr(task) == (
+        "Task(language modelling: 3 prompts of 31 tokens, without corrupt ones; loss, less is better)"
+    )
+
+
+def write(path, *rows):
+    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows))
+    return path
+
+
+def row(clean="s1 s2 s3", corrupt="s4 s2 s3", correct="s5", wrong="s6"):
+    found = {"clean": clean, "corrupt": corrupt, "correct": correct, "wrong": wrong}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def test_a_file_of_prompts_becomes_a_task_and_says_what_it_left_out(toy, tmp_path):
+    path = write(
+        tmp_path / "mine.jsonl",
+        row(),
+        row(corrupt="s1 s2"),
+        "",
+        row(correct="s5 s7"),
+        row("s1 s2 s3 s4", "s0 s2 s3 s4"),
+        row([64, 9, 8, 7], [64, 3, 8, 7], correct=11),
+    )
+    task = from_jsonl(toy, path)
+    assert (task.name, task.n, task.length, task.metric) == ("mine", 2, 4, "logit_difference")
+    assert task.clean.tolist() == [[64, 1, 2, 3], [64, 9, 8, 7]]
+    assert task.corrupt is not None
+    assert task.corrupt.tolist() == [[64, 4, 2, 3], [64, 3, 8, 7]]
+    assert task.positions.tolist() == [[3], [3]]
+    assert task.correct.tolist() == [[5], [11]]
+    assert task.dropped == (
+        "line 2: clean has 4 tokens, corrupt 3",
+        "line 4: the answer 's5 s7' has 2 tokens, one was expected",
+        "line 5: 5 tokens, most have 4",
+    )
+    assert "3 dropped" in repr(task)
+    logits = toy.model(task.clean).logits[:, -1]
+    expected = logits[[0, 1], [5, 11]] - logits[:, 6]
+    torch.testing.assert_close(task.evaluate(toy), expected.detach())
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ((row(), row(corrupt=None)), "line 2 has no 'corrupt' and others do"),
+        (("{",), "line 1 is no JSON"),
+        ((row(wrong=None),), "line 1 must be an object with clean, correct, wrong"),
+        (([1],), "line 1 must be an object"),
+        ((row() | {"extra": 1},), "unknown fields extra"),
+        ((row(correct="s1 s2"),), "no prompt that can be used; line 1: the answer"),
+    ],
+)
+def test_a_file_that_is_no_task_is_refused(toy, tmp_path, rows, message):
+    with pytest.raises(LensError, match=message):
+        from_jsonl(toy, write(tmp_path / "bad.jsonl", *rows))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"clean": torch.zeros(3)}, r"clean must be token ids \[prompts, tokens\]"),
+        ({"corrupt": torch.zeros(N, LENGTH + 1)}, "corrupt must have the shape of clean"),
+        ({"correct": torch.zeros(N, 1)}, "correct must have the shape of positions"),
+        (
+            {"positions": torch.zeros(2, 2).long(), "correct": torch.zeros(2, 2).long()},
+            r"positions must be \[prompts, answers\] for 3 prompts",
+        ),
+        (
+            {"positions": torch.zeros(N, 0), "correct": torch.zeros(N, 0)},
+            "positions has no answers",
+        ),
+        ({"positions": torch.full((N, 2), LENGTH)}, "positions must be 0 to 6; got 7 to 7"),
+        ({"metric": "bleu"}, "unknown metric 'bleu'; known: loss, accuracy, logit_difference"),
+        ({"metric": "logit_difference"}, "got 'logit_difference' without them"),
+        ({"wrong": torch.zeros(N, 2)}, "got 'loss' with them"),
+    ],
+)
+def test_tasks_that_do_not_fit_together_are_refused(changes, message):
+    with pytest.raises(LensError, match=message):
+        make(**changes)
+
+
+def test_other_refusals(toy, reader):
+    with pytest.raises(LensError, match="n must be a positive integer, got 0"):
+        induction(toy, n=0)
+    with pytest.raises(LensError, match="length must be at least 2"):
+        induction(toy, n=1, length=1)
+    with pytest.raises(LensError, match="no texts were given"):
+        language_modelling(reader, [])
+    with pytest.raises(LensError, match="windows must have one length"):
+        language_modelling(reader, [[1, 2, 3], [1, 2]])
+    with pytest.raises(LensError, match="less than one window of 50"):
+        language_modelling(reader, "short", length=50)
+    with pytest.raises(LensError, match="length must be at least 3"):
+        language_modelling(reader, "short", length=2)
+    with pytest.raises(LensError, match="2 were asked for"):
+        language_modelling(reader, [[1, 2, 3]], n=2)
+    with pytest.raises(LensError, match="has no corrupt prompts, so there is no counterfactual"):
+        language_modelling(reader, [[1, 2, 3]]).evaluate(reader, corrupt=True)
+    with pytest.raises(LensError, match="token ids of induction-2l go from 0 to 64"):
+        language_modelling(toy, [[1, 2, 99]]).evaluate(toy)
+
+
+def test_a_model_without_logits_is_refused(toy, monkeypatch):
+    monkeypatch.setattr(type(toy.model), "forward", lambda *_: object())
+    with pytest.raises(LensError, match="AttentionOnlyModel returns no logits"):
+        induction(toy, n=1).evaluate(toy)
