@@ -2,7 +2,9 @@
 
 One table serves the profile, the run folder, the report and the dashboard; it needs no torch.
 A metric has the variant ``sink_excluded`` where a sink could dominate it: the same definition on each
-row restricted to the keys from 1 on and renormalised.
+row restricted to the keys from 1 on and renormalised. Learned sinks are no keys: they take their share
+of raw scores and none of the sink-excluded ones. Means run over the queries that can show the pattern
+within their mask (causal, sliding window); what no query can show is NaN with a reason.
 """
 
 from dataclasses import dataclass
@@ -41,7 +43,7 @@ _TABLE = (
     Metric(
         "duplicate_token",
         "Duplicate token",
-        "Mean mass on earlier keys that hold the query's own token, over the queries that have one.",
+        "Mean mass on earlier keys that hold the query's own token (itself excluded), over the queries that see one; on other keys, earlier or later, in models that look ahead.",
         "probability",
         True,
         "TransformerLens head_detector; Wang et al. 2022, arXiv 2211.00593",
@@ -49,7 +51,7 @@ _TABLE = (
     Metric(
         "induction",
         "Induction",
-        "Mean mass on keys whose preceding token equals the query's token, over the queries that have one.",
+        "Mean mass on keys j <= i whose preceding token equals the query's token, over the queries that see one; not defined in models that look ahead.",
         "probability",
         True,
         "Olsson et al. 2022, arXiv 2209.11895",
@@ -89,7 +91,7 @@ _TABLE = (
     Metric(
         "distance",
         "Mean distance",
-        "Mean over queries i >= 1 of sum_j P[i, j] (i - j); |i - j| is not taken.",
+        "Mean over queries i >= 1 of sum_j P[i, j] (i - j); negative for a head that looks ahead.",
         "tokens",
         True,
     ),
@@ -110,7 +112,7 @@ _TABLE = (
     Metric(
         "sink_mass",
         "Sink mass",
-        "alpha_0 = received[0] / visible[0]: mean attention that key 0 receives from the queries that see it.",
+        "alpha_0 = received[0] / visible[0]: mean attention that key 0 receives from the queries that see it, itself included.",
         "probability",
         False,
         "Gu et al. 2024, arXiv 2410.10781",

@@ -286,6 +286,13 @@ class TraceWriter:
             raise ValueError(
                 f"token_ids and tokens must be equally long, got {len(token_ids)} and {len(tokens)}"
             )
+        lengths = {
+            shape[DIMENSIONS[name].index("query")]
+            for name, shape in self._shapes.items()
+            if "query" in DIMENSIONS[name]
+        }
+        if lengths - {len(tokens)}:
+            raise ValueError(f"{len(tokens)} tokens for {lengths.pop()} positions")
         attributes = {**attributes, "schema_version": SCHEMA_VERSION}
         coordinates = {"token_id": [int(i) for i in token_ids], "token": list(tokens)}
         if self._folder is not None:

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import xarray as xr
+from safetensors.numpy import save_file
 
 from lens.errors import LensError
 from lens.trace import AttentionTrace, TraceWriter, visible_queries
@@ -91,6 +92,47 @@ def test_a_trace_is_not_overwritten(p, tmp_path):
     trace_of(p).save(tmp_path / "t")
     with pytest.raises(LensError, match="holds a trace already"):
         trace_of(p).save(tmp_path / "t")
+    with pytest.raises(LensError, match="holds a trace already"):
+        TraceWriter(tmp_path / "t")
+
+
+def test_a_head_is_chosen_by_any_of_its_names(p):
+    trace = trace_of(p)
+    for name in ("L2H1", "2.1", (2, 1)):
+        np.testing.assert_array_equal(trace.select(name)["lse"], trace.lse.values[2, 1])
+    with pytest.raises(
+        LensError, match="no L3H0 in this trace of analytic: it has the layers 0 to 2"
+    ):
+        trace.select("L3H0")
+    assert "L2H1: block mass" in trace.plot("L2H1").layout.title.text
+
+
+def test_tokens_survive_the_disk_as_they_are(p, tmp_path):
+    trace = trace_of(p[:1])
+    tokens = ["\x00", "a\x00", "\n", "é", "\N{GRINNING FACE}", *["x"] * (LENGTH - 5)]
+    trace.dataset["key_token"] = ("key", np.array(tokens, dtype=object))
+    assert AttentionTrace.load(trace.save(tmp_path / "t")).tokens == tokens
+
+
+def test_html_shows_as_many_layers_as_fit():
+    trace = trace_of(probabilities(layers=50, heads=3, length=LENGTH, seed=0))
+    html = trace._repr_html_()
+    assert "layers 0 to 47 of 50" in html
+    assert len(html) < 200_000
+
+
+def test_names_of_tokens_and_models_are_no_markup(p):
+    assert "<script>" not in trace_of(p, model="<script>")._repr_html_()
+
+
+def edit(**entries):
+    """Change entries of trace.json."""
+
+    def change(folder):
+        index = json.loads((folder / "trace.json").read_text())
+        (folder / "trace.json").write_text(json.dumps({**index, **entries}))
+
+    return change
 
 
 @pytest.mark.parametrize(
@@ -100,13 +142,47 @@ def test_a_trace_is_not_overwritten(p, tmp_path):
         (lambda f: (f / layer_file(1)).write_bytes(b"short"), "5 bytes instead of"),
         (lambda f: (f / "trace.json").unlink(), "no finished trace"),
         (lambda f: (f / "trace.json").write_text("{"), "cannot be read"),
+        (edit(layers=[]), "layers must be a list of integers"),
+        (edit(layers=["../0"]), "layers must be a list of integers"),
+        (edit(layers=[0, 1]), "files must name one file per layer"),
+        (edit(files={"../../etc/passwd": 1}), "files must name one file per layer"),
+        (edit(coordinates={"token": ["a"]}), "coordinates must hold token and token_id"),
+        (edit(coordinates={"token": ["a"], "token_id": []}), "equally long"),
+        (edit(coordinates={"token": ["a"], "token_id": [1]}), "do not fit each other"),
+        (edit(attributes={}), "attributes lack model, dtype, backend, block_size"),
+        (
+            edit(attributes={**ATTRIBUTES, "windows": [None], "scale": [1.0] * 3}),
+            r"one entry per layer \(3\), got {'windows': 1, 'scale': 3}",
+        ),
     ],
 )
 def test_damage_is_named(p, tmp_path, damage, message):
     folder = trace_of(p).save(tmp_path / "t")
     damage(folder)
-    with pytest.raises(LensError, match=message):
+    with pytest.raises(LensError, match=message) as caught:
         AttentionTrace.load(folder)
+    assert "again" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda v: v.pop("entropy"), "layer-01.safetensors is damaged .*entropy"),
+        (lambda v: v.update(entropy=v["entropy"][:1]), r"entropy of shape \[1, 67\], the first"),
+    ],
+)
+def test_a_layer_that_differs_from_the_first_is_named_when_it_is_read(p, tmp_path, change, message):
+    folder = trace_of(p).save(tmp_path / "t")
+    variables = layer_variables(p[1])
+    change(variables)
+    save_file(variables, folder / layer_file(1))
+    index = json.loads((folder / "trace.json").read_text())
+    index["files"][layer_file(1)] = (folder / layer_file(1)).stat().st_size
+    (folder / "trace.json").write_text(json.dumps(index))
+    trace = AttentionTrace.load(folder)
+    assert trace.entropy.sel(layer=2).values.shape == (2, 67)
+    with pytest.raises(LensError, match=message):
+        _ = trace.entropy.sel(layer=1).values
 
 
 def test_garbage_of_the_right_size_is_named(p, tmp_path):
@@ -146,3 +222,13 @@ def test_the_writer_refuses_what_the_schema_does_not_know(p):
     writer.add_layer(0, layer_variables(p[0]))
     with pytest.raises(ValueError, match="layer 0 was added twice"):
         writer.add_layer(0, layer_variables(p[0]))
+    fewer = {name: array for name, array in layer_variables(p[0]).items() if name != "lse"}
+    with pytest.raises(ValueError, match="layer 1 must have the variables of the layers before"):
+        writer.add_layer(1, fewer)
+    layered = {**ATTRIBUTES, "windows": [None], "scale": [1.0]}
+    with pytest.raises(ValueError, match="equally long, got 2 and 1"):
+        writer.finish(token_ids=[1, 2], tokens=["a"], attributes=layered)
+    with pytest.raises(ValueError, match="the trace's attributes lack windows, scale"):
+        writer.finish(token_ids=[1], tokens=["a"], attributes=ATTRIBUTES)
+    with pytest.raises(ValueError, match="1 tokens for 67 positions"):
+        writer.finish(token_ids=[1], tokens=["a"], attributes=layered)
