@@ -1,0 +1,358 @@
+"""Kernel C: gradients from q, k, v, output and LSE, and what they say per block, by the way.
+
+For gradients `dO` of the output and `h` of the LSE, with `P = exp(s - lse)` recomputed per tile:
+
+    a_ij = dO_i . v_j                    dS_ij = P_ij (a_ij + level_i)
+    level_i = h_i - dO_i . O_i           dq_i = scale sum_j dS'_ij k_j
+    dv_j = sum_i P_ij dO_i               dk_j = scale sum_i dS'_ij q_i
+
+where `dS'` is `dS` times the slope of the softcap. `levels` makes `level` and the row attribution
+`dO . O`; `key_gradients` owns a tile of keys of one key-value head and loops over its query heads
+and their tiles (so grouped heads are summed in order, without atomics); `query_gradients` owns a
+tile of queries. In the tiles of `key_gradients` both `P` and `a` are at hand, so the block sums of
+`P a`, `dS` and `|dS|` cost their additions only.
+"""
+
+# pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false
+# pyright: reportOperatorIssue=false, reportIndexIssue=false
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from lens_kernels.triton_forward import key_span
+from lens_kernels.triton_logits import (
+    exponent_of_lse,
+    is_kept,
+    load_rows,
+    logits,
+    positions,
+    row_ranges,
+    store_rows,
+    tanh,
+)
+from lens_kernels.triton_lse_pass import block_sums, query_tiles, store_pieces
+
+
+class GradientMaps(NamedTuple):
+    """Sums per block piece, [batch x heads, query pieces, key pieces], zero before; or None."""
+
+    attribution: Any
+    logit_gradient: Any
+    logit_gradient_abs: Any
+
+
+@triton.jit
+def levels(output, of_output, of_lse, attribution, level, shape, tiles, BM: tl.constexpr):
+    """Row sums `dO . O`, and `level`. Grid: [batch x heads x tiles].
+
+    Args:
+        output, of_output: `Rows`.
+        of_lse: [batch, heads, queries], or None.
+        attribution, level: [batch, heads, queries] float32.
+    """
+    pid = tl.program_id(0)
+    line = pid // tiles
+    row = pid % tiles * BM + tl.arange(0, BM)  # [BM]
+    used = row < shape.queries  # [BM]
+    batch = line // shape.heads
+    head = line % shape.heads
+    o = load_rows(output, batch, head, row, used, shape.value_dim, shape.value_dim_used)
+    do = load_rows(of_output, batch, head, row, used, shape.value_dim, shape.value_dim_used)
+    along = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)  # [BM]
+    place = line.to(tl.int64) * shape.queries + row  # [BM]
+    tl.store(attribution + place, along, mask=used)
+    base = -along  # [BM]
+    if of_lse is not None:
+        base += tl.load(of_lse + place, mask=used, other=0.0)  # [BM]
+    tl.store(level + place, base, mask=used)
+
+
+@triton.jit
+def slope_of_cap(products, scores):
+    """d s / d (scale * q.k) of a tile."""
+    capped = tanh(products * scores.scale / scores.cap)
+    return 1 - capped * capped
+
+
+@triton.jit
+def key_gradients(
+    query,
+    key,
+    value,
+    of_output,
+    of_key,
+    of_value,
+    lse,
+    level,
+    maps,
+    mask,
+    scores,
+    kept,
+    spans,
+    scale,
+    shape,
+    rows,
+    columns,
+    row_tiles,
+    tiles,
+    height,
+    width,
+):
+    """Gradients of keys and values, and block sums. Grid: [batch x kv_heads x key tiles].
+
+    Args:
+        query, key, value, of_output: `Rows`.
+        of_key, of_value: `Rows`, or None.
+        lse, level: [batch, heads, queries] float32.
+        maps: `GradientMaps`.
+        mask, scores, kept, spans, rows, columns, ...: as in triton_lse_pass.columns_pass.
+        scale: natural.
+    """
+    pid = tl.program_id(0)
+    tile = pid % tiles
+    kv_heads = shape.heads // shape.share
+    kv_head = pid // tiles % kv_heads
+    batch = pid // tiles // kv_heads
+
+    column, column_used = positions(tile, columns, shape.keys)  # [BN]
+    k = load_rows(key, batch, kv_head, column, column_used, shape.dim, shape.dim_used)  # [BN, D]
+    v = load_rows(
+        value, batch, kv_head, column, column_used, shape.value_dim, shape.value_dim_used
+    )  # [BN, V]
+    unit = 1.0
+    if scores.folded:
+        unit = scores.scale
+    SPLIT: tl.constexpr = mask.low is None and kept is None
+    if mask.low is None:
+        begin, first, second, end = query_tiles(column, column_used, mask, rows, row_tiles, shape)
+    else:
+        begin = tl.load(spans + (batch * tiles + tile) * 2)
+        end = tl.load(spans + (batch * tiles + tile) * 2 + 1)
+        first = end
+        second = end
+    if not SPLIT:
+        first = end
+
+    dk = tl.zeros([columns.lanes, shape.dim], tl.float32)  # [BN, D]
+    dv = tl.zeros([columns.lanes, shape.value_dim], tl.float32)  # [BN, V]
+    for member in range(0, shape.share):
+        head = kv_head * shape.share + member
+        line = batch * shape.heads + head
+        lse_of_head = lse + line.to(tl.int64) * shape.queries
+        level_of_head = level + line.to(tl.int64) * shape.queries
+        for stretch in tl.static_range(0, 3 if SPLIT else 1):
+            MASKED: tl.constexpr = stretch != 1
+            lower = begin if stretch == 0 else (first if stretch == 1 else second)
+            upper = first if stretch == 0 else (second if stretch == 1 else end)
+            for row_tile in range(lower, upper):
+                visited = True
+                if kept is not None:
+                    visited = is_kept(kept, batch, head, row_tile, rows, tile, columns)
+                if visited:
+                    row, row_used = positions(row_tile, rows, shape.queries)  # [BM]
+                    q = load_rows(
+                        query, batch, head, row, row_used, shape.dim, shape.dim_used
+                    )  # [BM, D]
+                    total = exponent_of_lse(lse_of_head, row, row_used)  # [BM]
+                    low, high, anchor = row_ranges(mask, batch, row, shape)  # [BM]
+                    products = tl.dot(k, tl.trans(q), input_precision=scores.precision)  # [BN, BM]
+                    x = logits(
+                        products,
+                        row[None, :],
+                        column[:, None],
+                        low[None, :],
+                        high[None, :],
+                        anchor[None, :],
+                        mask,
+                        scores,
+                        batch,
+                        head,
+                        shape,
+                        MASKED,
+                    )  # [BN, BM]
+                    if MASKED:
+                        x = tl.where(column_used[:, None], x, float("-inf"))  # [BN, BM]
+                    p = tl.exp2(x * unit - total[None, :])  # [BN, BM]
+                    do = load_rows(
+                        of_output,
+                        batch,
+                        head,
+                        row,
+                        row_used,
+                        shape.value_dim,
+                        shape.value_dim_used,
+                    )  # [BM, V]
+                    if of_value is not None:
+                        dv = tl.dot(
+                            p.to(do.dtype), do, dv, input_precision=scores.precision
+                        )  # [BN, V]
+                    a = tl.dot(v, tl.trans(do), input_precision=scores.precision)  # [BN, BM]
+                    base = tl.load(level_of_head + row, mask=row_used, other=0.0)  # [BM]
+                    ds = p * (a + base[None, :])  # [BN, BM]
+                    if maps.attribution is not None:
+                        pieces = block_sums(p * a, rows, columns)
+                        store_pieces(
+                            pieces,
+                            maps.attribution,
+                            line,
+                            row_tile,
+                            tile,
+                            rows,
+                            columns,
+                            height,
+                            width,
+                        )
+                    if maps.logit_gradient is not None:
+                        pieces = block_sums(ds, rows, columns)
+                        store_pieces(
+                            pieces,
+                            maps.logit_gradient,
+                            line,
+                            row_tile,
+                            tile,
+                            rows,
+                            columns,
+                            height,
+                            width,
+                        )
+                    if maps.logit_gradient_abs is not None:
+                        pieces = block_sums(tl.abs(ds), rows, columns)
+                        store_pieces(
+                            pieces,
+                            maps.logit_gradient_abs,
+                            line,
+                            row_tile,
+                            tile,
+                            rows,
+                            columns,
+                            height,
+                            width,
+                        )
+                    if of_key is not None:
+                        if scores.cap is not None:
+                            ds = ds * slope_of_cap(products, scores)  # [BN, BM]
+                        dk = tl.dot(
+                            ds.to(q.dtype), q, dk, input_precision=scores.precision
+                        )  # [BN, D]
+    if of_value is not None:
+        store_rows(
+            dv, of_value, batch, kv_head, column, column_used, shape.value_dim, shape.value_dim_used
+        )
+    if of_key is not None:
+        store_rows(
+            dk * scale, of_key, batch, kv_head, column, column_used, shape.dim, shape.dim_used
+        )
+
+
+@triton.jit
+def query_gradients(
+    query,
+    key,
+    value,
+    of_output,
+    of_query,
+    lse,
+    level,
+    mask,
+    scores,
+    kept,
+    scale,
+    shape,
+    rows,
+    columns,
+    tiles,
+    column_tiles,
+):
+    """Gradients of queries. Grid: [batch x heads x query tiles], longest (causal) first.
+
+    Args:
+        query, key, value, of_output, of_query: `Rows`.
+        kept: `Kept`, or None; with it a tile holds one piece along each axis.
+        others: as in `key_gradients`.
+    """
+    pid = tl.program_id(0)
+    tile = tiles - 1 - pid % tiles
+    line = pid // tiles
+    batch = line // shape.heads
+    head = line % shape.heads
+    kv_head = head // shape.share
+    BN: tl.constexpr = columns.lanes
+
+    row, row_used = positions(tile, rows, shape.queries)  # [BM]
+    low, high, anchor = row_ranges(mask, batch, row, shape)  # [BM]
+    q = load_rows(query, batch, head, row, row_used, shape.dim, shape.dim_used)  # [BM, D]
+    do = load_rows(
+        of_output, batch, head, row, row_used, shape.value_dim, shape.value_dim_used
+    )  # [BM, V]
+    total = exponent_of_lse(lse + line.to(tl.int64) * shape.queries, row, row_used)  # [BM]
+    place = line.to(tl.int64) * shape.queries + row  # [BM]
+    base = tl.load(level + place, mask=row_used, other=0.0)  # [BM]
+    unit = 1.0
+    if scores.folded:
+        unit = scores.scale
+
+    if kept is None:
+        begin, inner_begin, inner_end, end = key_span(
+            low, high, mask, tile * rows.lanes, shape, rows.lanes
+        )
+        begin = tl.minimum(begin, end) // BN
+        end = tl.cdiv(end, BN)
+        first = tl.minimum(tl.maximum(tl.cdiv(inner_begin, BN), begin), end)
+        second = tl.maximum(inner_end // BN, first)
+    else:
+        begin = 0
+        first = column_tiles
+        second = column_tiles
+        end = column_tiles
+    EDGES: tl.constexpr = kept is not None or mask.low is not None or mask.window is not None
+    START: tl.constexpr = 0 if EDGES else 1
+    STOP: tl.constexpr = 3 if kept is None else 1
+
+    dq = tl.zeros([rows.lanes, shape.dim], tl.float32)  # [BM, D]
+    for stretch in tl.static_range(START, STOP):
+        MASKED: tl.constexpr = stretch != 1
+        lower = begin if stretch == 0 else (first if stretch == 1 else second)
+        upper = first if stretch == 0 else (second if stretch == 1 else end)
+        for column_tile in range(lower, upper):
+            visited = True
+            if kept is not None:
+                visited = is_kept(kept, batch, head, tile, rows, column_tile, columns)
+            if visited:
+                column, column_used = positions(column_tile, columns, shape.keys)  # [BN]
+                inside = None
+                if MASKED:
+                    inside = column_used
+                k = load_rows(
+                    key, batch, kv_head, column, inside, shape.dim, shape.dim_used
+                )  # [BN, D]
+                v = load_rows(
+                    value, batch, kv_head, column, inside, shape.value_dim, shape.value_dim_used
+                )  # [BN, V]
+                products = tl.dot(q, tl.trans(k), input_precision=scores.precision)  # [BM, BN]
+                x = logits(
+                    products,
+                    row[:, None],
+                    column[None, :],
+                    low[:, None],
+                    high[:, None],
+                    anchor[:, None],
+                    mask,
+                    scores,
+                    batch,
+                    head,
+                    shape,
+                    MASKED,
+                )  # [BM, BN]
+                if MASKED:
+                    x = tl.where(column_used[None, :], x, float("-inf"))  # [BM, BN]
+                p = tl.exp2(x * unit - total[:, None])  # [BM, BN]
+                a = tl.dot(do, tl.trans(v), input_precision=scores.precision)  # [BM, BN]
+                ds = p * (a + base[:, None])  # [BM, BN]
+                if scores.cap is not None:
+                    ds = ds * slope_of_cap(products, scores)  # [BM, BN]
+                dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=scores.precision)  # [BM, D]
+    store_rows(dq * scale, of_query, batch, head, row, row_used, shape.dim, shape.dim_used)

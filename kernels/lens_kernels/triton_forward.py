@@ -1,0 +1,313 @@
+"""Kernel A: one pass over the keys with everything that is a sum or maximum along a row.
+
+Each program owns a tile of BM queries of one head and loops over tiles of BN keys, with the running
+maximum `m`, total `l` and output of online softmax (arXiv 2205.14135), in base 2:
+
+    m' = max(m, max x)        e = x - m'        p = 2^e        a = 2^(m - m')
+    l  = a l + sum p          output = a output + p v
+    T  = a (T + (m - m') l) + sum p e           entropy       = ln 2 (log2 l - T / l)
+    Q  = a^2 Q + sum p^2                        concentration = Q / l^2
+    F  = a F + sum p f                          mean of f     = F / l
+
+`T` is taken relative to the maximum: `lse - sum P s` would lose the digits of a large LSE. The
+distance is summed relative to each tile's first key for the same reason. A learned sink joins at
+the end: it takes the share `1 - mass` of every row.
+
+Keys are visited in up to three stretches: tiles cut by the start of some row's range, tiles that all
+rows see wholly, tiles cut by the end of some range. Only the first and last are masked; what no row
+sees is never read. With a block mask the program walks the list of blocks that are kept.
+"""
+
+# pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false
+# pyright: reportOperatorIssue=false, reportIndexIssue=false
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from lens_kernels.triton_logits import (
+    FAR,
+    LN2,
+    LOG2E,
+    load_rows,
+    logits,
+    positions,
+    row_ranges,
+    store_rows,
+)
+
+
+class RowOutputs(NamedTuple):
+    """Where results go: [batch, heads, queries], contiguous; None is not computed."""
+
+    lse: Any  # always
+    max_logit: Any
+    entropy: Any
+    concentration: Any
+    distance: Any
+    value_norm: Any
+    means: Any  # [features, batch, heads, queries]
+    match_mass: Any  # [pairs, batch, heads, queries]
+
+
+class RowInputs(NamedTuple):
+    """What rows are summed against."""
+
+    features: Any  # [features, batch, kv_heads, keys] float32
+    query_labels: Any  # [pairs, batch, queries] int32, never -2
+    key_labels: Any  # [pairs, batch, keys] int32, never -1 where a row label is -1
+
+
+class BlockList(NamedTuple):
+    """The key blocks that each query block visits, ascending; broadcast axes have stride 0."""
+
+    blocks: Any  # [batch, heads, query_blocks, key_blocks] int32, the kept ones first
+    count: Any  # [batch, heads, query_blocks] int32
+    batch: Any  # strides of blocks, in rows of key_blocks
+    head: Any
+    width: Any  # key_blocks
+
+
+@triton.jit
+def key_span(low, high, mask, first_row, shape, BM: tl.constexpr):
+    """Range of keys that any row of a tile sees, and the range in which all rows see all keys."""
+    if mask.low is None:
+        first = first_row + mask.offset
+        last = tl.minimum(first_row + BM, shape.queries) - 1 + mask.offset
+        begin = 0
+        inner_begin = 0
+        end = shape.keys
+        inner_end = shape.keys
+        if mask.window is not None:
+            begin = tl.maximum(first - mask.window + 1, 0)
+            inner_begin = tl.maximum(last - mask.window + 1, 0)
+            end = tl.minimum(end, tl.maximum(last + mask.window, 0))
+            inner_end = tl.minimum(inner_end, tl.maximum(first + mask.window, 0))
+        if mask.causal:
+            end = tl.minimum(end, tl.maximum(last + 1, 0))
+            inner_end = tl.minimum(inner_end, tl.maximum(first + 1, 0))
+    else:
+        begin = tl.min(tl.where(high > low, low, FAR), 0)
+        inner_begin = tl.max(low, 0)
+        end = tl.max(high, 0)
+        inner_end = tl.min(high, 0)
+    return begin, inner_begin, inner_end, end
+
+
+@triton.jit
+def forward(
+    query,
+    key,
+    value,
+    output,
+    outs,
+    ins,
+    mask,
+    scores,
+    sinks,
+    block_list,
+    shape,
+    rows,
+    columns,
+    tiles,
+    batches,
+    FEATURES: tl.constexpr,
+    PAIRS: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """Grid: [batch x heads x tiles], tiles fastest and longest (causal) first.
+
+    Args:
+        query, key, value, output: `Rows`.
+        outs, ins: `RowOutputs`, `RowInputs`.
+        mask, scores, shape: see triton_logits.
+        sinks: [heads] float32, or None.
+        block_list: `BlockList`, or None.
+        rows, columns: `Blocks` of the two axes.
+        tiles: query tiles.
+        batches: batch rows.
+    """
+    pid = tl.program_id(0)
+    tile = tiles - 1 - pid % tiles
+    head = pid // tiles % shape.heads
+    batch = pid // tiles // shape.heads
+    kv_head = head // shape.share
+
+    row, row_used = positions(tile, rows, shape.queries)  # [BM]
+    low, high, anchor = row_ranges(mask, batch, row, shape)  # [BM]
+    q = load_rows(query, batch, head, row, row_used, shape.dim, shape.dim_used)  # [BM, D]
+    lane = tl.arange(0, BN)  # [BN]
+
+    unit = 1.0
+    if scores.folded:
+        unit = scores.scale
+    HIDES: tl.constexpr = mask.keep is not None or mask.allowed is not None or mask.bias is not None
+
+    peak = tl.full([BM], float("-inf"), tl.float32)  # [BM]
+    total = tl.zeros([BM], tl.float32)  # [BM]
+    surprise = tl.zeros([BM], tl.float32)  # [BM]
+    squares = tl.zeros([BM], tl.float32)  # [BM]
+    travel = tl.zeros([BM], tl.float32)  # [BM]
+    means = ()
+    for _ in tl.static_range(FEATURES):
+        means = means + (tl.zeros([BM], tl.float32),)  # [BM]
+    matches = ()
+    labels = ()
+    for pair in tl.static_range(PAIRS):
+        matches = matches + (tl.zeros([BM], tl.float32),)  # [BM]
+        place = (pair * batches + batch).to(tl.int64) * shape.queries + row
+        labels = labels + (tl.load(ins.query_labels + place, mask=row_used, other=-1),)  # [BM]
+    acc = tl.zeros([BM, shape.value_dim], tl.float32)  # [BM, V]
+
+    # stretches of keys: [bounds[0], bounds[1]) masked, then interior, then masked
+    begin, inner_begin, inner_end, end = key_span(low, high, mask, tile * BM, shape, BM)
+    begin = tl.minimum(begin, end) // BN * BN
+    first = tl.minimum(tl.maximum(tl.cdiv(inner_begin, BN) * BN, begin), tl.cdiv(end, BN) * BN)
+    second = tl.maximum(tl.minimum(inner_end, end) // BN * BN, first)
+    LIST: tl.constexpr = block_list is not None
+    START: tl.constexpr = 0 if (LIST or mask.low is not None or mask.window is not None) else 1
+    STOP: tl.constexpr = 1 if LIST else 3
+    if LIST:
+        line = batch * block_list.batch + head * block_list.head + row_block(tile, rows)
+        listed = block_list.blocks + line.to(tl.int64) * block_list.width
+        begin = 0
+        first = tl.load(block_list.count + line) * columns.parts * BN
+
+    for stretch in tl.static_range(START, STOP):
+        MASKED: tl.constexpr = stretch != 1
+        lower = begin if stretch == 0 else (first if stretch == 1 else second)
+        upper = first if stretch == 0 else (second if stretch == 1 else end)
+        for start in range(lower, upper, BN):
+            if LIST:
+                visit = start // BN
+                block = tl.load(listed + visit // columns.parts)
+                inside = visit % columns.parts * BN + lane  # [BN]
+                column = block * columns.size + inside  # [BN]
+                column_used = (inside < columns.size) & (column < shape.keys)  # [BN]
+            else:
+                column = start + lane  # [BN]
+                column_used = None
+                if MASKED:
+                    column_used = column < shape.keys  # [BN]
+            k = load_rows(
+                key, batch, kv_head, column, column_used, shape.dim, shape.dim_used
+            )  # [BN, D]
+            products = tl.dot(q, tl.trans(k), input_precision=scores.precision)  # [BM, BN]
+            x = logits(
+                products,
+                row[:, None],
+                column[None, :],
+                low[:, None],
+                high[:, None],
+                anchor[:, None],
+                mask,
+                scores,
+                batch,
+                head,
+                shape,
+                MASKED,
+            )  # [BM, BN]
+            if LIST:
+                x = tl.where(column_used[None, :], x, float("-inf"))  # [BM, BN]
+
+            raised = tl.maximum(peak, tl.max(x, 1) * unit)  # [BM]
+            pivot = raised  # [BM]
+            if MASKED or HIDES:
+                pivot = tl.where(raised == float("-inf"), 0.0, raised)  # [BM]
+            e = x * unit - pivot[:, None]  # [BM, BN]
+            p = tl.exp2(e)  # [BM, BN]
+            decay = tl.exp2(peak - pivot)  # [BM]
+            mass = tl.sum(p, 1)  # [BM]
+            if outs.entropy is not None:
+                lift = tl.where(total > 0, peak - pivot, 0.0)  # [BM]
+                bits = e  # [BM, BN]
+                if MASKED or HIDES:
+                    bits = tl.where(p > 0, e, 0.0)  # [BM, BN]
+                surprise = decay * (surprise + lift * total) + tl.sum(p * bits, 1)  # [BM]
+            if outs.concentration is not None:
+                squares = decay * decay * squares + tl.sum(p * p, 1)  # [BM]
+            if outs.distance is not None:
+                nearest = tl.min(column, 0) if LIST else start
+                here = tl.sum(p * (column - nearest).to(tl.float32)[None, :], 1)  # [BM]
+                travel = decay * travel + (anchor - nearest).to(tl.float32) * mass - here  # [BM]
+            renewed = ()
+            for feature in tl.static_range(FEATURES):
+                place = (feature * batches + batch) * (shape.heads // shape.share) + kv_head
+                numbers = tl.load(
+                    ins.features + place.to(tl.int64) * shape.keys + column,
+                    mask=column_used,
+                    other=None if column_used is None else 0.0,
+                )  # [BN]
+                renewed = renewed + (
+                    decay * means[feature] + tl.sum(p * numbers[None, :], 1),
+                )  # [BM]
+            means = renewed
+            renewed = ()
+            for pair in tl.static_range(PAIRS):
+                place = (pair * batches + batch).to(tl.int64) * shape.keys + column
+                names = tl.load(
+                    ins.key_labels + place,
+                    mask=column_used,
+                    other=None if column_used is None else -2,
+                )  # [BN]
+                equal = labels[pair][:, None] == names[None, :]  # [BM, BN]
+                renewed = renewed + (
+                    decay * matches[pair] + tl.sum(tl.where(equal, p, 0.0), 1),
+                )  # [BM]
+            matches = renewed
+            total = decay * total + mass  # [BM]
+            peak = raised  # [BM]
+
+            v = load_rows(
+                value, batch, kv_head, column, column_used, shape.value_dim, shape.value_dim_used
+            )  # [BN, V]
+            acc = acc * decay[:, None]  # [BM, V]
+            acc = tl.dot(p.to(v.dtype), v, acc, input_precision=scores.precision)  # [BM, V]
+
+    seen = total > 0  # [BM]
+    level = tl.log2(tl.where(seen, total, 1.0))  # [BM]
+    lse = peak + level  # [BM], in base 2
+    kept = tl.zeros([BM], tl.float32)  # [BM], log2 of the real keys' share of the row
+    if sinks is not None:
+        sink = tl.load(sinks + head) * LOG2E
+        top = tl.maximum(lse, sink)  # [BM]
+        whole = top + tl.log2(tl.exp2(lse - top) + tl.exp2(sink - top))  # [BM]
+        kept = tl.where(seen, lse - whole, 0.0)  # [BM]
+        lse = tl.where(seen, whole, lse)  # [BM]
+    share = tl.exp2(kept)  # [BM]
+    factor = tl.where(seen, share / tl.where(seen, total, 1.0), 0.0)  # [BM]
+    acc = acc * factor[:, None]  # [BM, V]
+    store_rows(acc, output, batch, head, row, row_used, shape.value_dim, shape.value_dim_used)
+
+    line = (batch * shape.heads + head).to(tl.int64) * shape.queries + row  # [BM]
+    tl.store(outs.lse + line, lse * LN2, mask=row_used)
+    if outs.max_logit is not None:
+        tl.store(outs.max_logit + line, peak * LN2, mask=row_used)
+    if outs.entropy is not None:
+        bits = level - surprise / tl.where(seen, total, 1.0) - kept  # [BM]
+        entropy = tl.where(seen, share * bits * LN2, 0.0)  # [BM]
+        tl.store(outs.entropy + line, tl.maximum(entropy, 0.0), mask=row_used)
+    if outs.concentration is not None:
+        tl.store(outs.concentration + line, squares * factor * factor, mask=row_used)
+    if outs.distance is not None:
+        tl.store(outs.distance + line, travel * factor, mask=row_used)
+    if outs.value_norm is not None:
+        tl.store(outs.value_norm + line, tl.sqrt(tl.sum(acc * acc, 1)), mask=row_used)
+    for feature in tl.static_range(FEATURES):
+        plane = (feature * batches + batch) * shape.heads + head
+        place = plane.to(tl.int64) * shape.queries + row  # [BM]
+        tl.store(outs.means + place, means[feature] * factor, mask=row_used)
+    for pair in tl.static_range(PAIRS):
+        plane = (pair * batches + batch) * shape.heads + head
+        place = plane.to(tl.int64) * shape.queries + row  # [BM]
+        tl.store(outs.match_mass + place, matches[pair] * factor, mask=row_used)
+
+
+@triton.jit
+def row_block(tile, rows):
+    """The query block of a tile that holds one piece."""
+    return tile // rows.parts

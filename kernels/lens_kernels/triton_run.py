@@ -1,0 +1,428 @@
+"""Runs the Triton kernels of one problem: allocates outputs, launches, puts statistics together."""
+
+# pyright: reportArgumentType=false
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from lens_kernels import triton_launch as pack
+from lens_kernels.backward import Gradients, Saved, Upstream
+from lens_kernels.problem import Problem, row_features, statistic_shape, top_blocks
+from lens_kernels.statistics import STATISTICS
+from lens_kernels.triton_backward import (
+    GradientMaps,
+    key_gradients,
+    levels,
+    query_gradients,
+)
+from lens_kernels.triton_configs import (
+    backward_config,
+    columns_config,
+    diagonals_config,
+    row_config,
+)
+from lens_kernels.triton_forward import BlockList, RowInputs, RowOutputs, forward
+from lens_kernels.triton_lse_pass import ColumnOutputs, columns_pass, diagonals_pass
+
+_ROWS = ("max_logit", "entropy", "concentration", "distance", "value_norm")
+_MAPS = {
+    "block_mass": 0.0,
+    "block_max": 0.0,
+    "block_max_logit": -math.inf,
+    "block_weighted": 0.0,
+}
+SCRATCH_BYTES = 1 << 28
+"""Of block masses that are made for `top_keys` alone, at once."""
+_poison = False
+"""Tests set it: outputs start as NaN, so that what is not written shows."""
+
+
+def _new(problem: Problem, *sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    tensor = torch.empty(sizes, dtype=dtype, device=problem.device)
+    return tensor.fill_(math.nan) if _poison else tensor
+
+
+def run_rows(problem: Problem, dtype: torch.dtype) -> tuple[Tensor, dict[str, Tensor]]:
+    """Output in `dtype`, and the statistics with numbers per query row, `lse` always."""
+    config = pack.fitted(problem, row_config(problem))
+    rows, columns = pack.straight(config.rows), pack.straight(config.columns)
+    if problem.block_mask is not None:
+        height, width = problem.block_size
+        rows = pack.of_blocks(height, config.rows, problem.queries, single=True)
+        columns = pack.of_blocks(width, config.columns, problem.keys, single=True)
+    lines = (problem.batch, problem.heads, problem.queries)
+    output = _new(problem, *lines, problem.value_dim, dtype=dtype)
+    tensors = {name: _new(problem, *lines) for name in _ROWS if problem.wants(name)}
+    tensors["lse"] = _new(problem, *lines)
+
+    features, places = row_features(problem)
+    count = features.shape[-1]
+    means = _new(problem, count, *lines)
+    pairs, query_labels, key_labels = 0, None, None
+    if problem.wants("match_mass"):
+        assert problem.query_labels is not None
+        assert problem.key_labels is not None
+        pairs = problem.query_labels.shape[-1]
+        query_labels = problem.query_labels.clamp(min=-1).permute(2, 0, 1).contiguous()
+        key_labels = problem.key_labels.masked_fill(problem.key_labels < 0, -2)
+        key_labels = key_labels.permute(2, 0, 1).contiguous()
+    matches = _new(problem, pairs, *lines)
+
+    tiles = pack.tiles(rows, problem.queries)
+    pack.launch(
+        forward,
+        problem.batch * problem.heads * tiles,
+        config,
+        pack.rows_of(problem.query),
+        pack.rows_of(problem.key),
+        pack.rows_of(problem.value),
+        pack.rows_of(output),
+        RowOutputs(
+            tensors["lse"],
+            *(tensors.get(name) for name in _ROWS),
+            means if count else None,
+            matches if pairs else None,
+        ),
+        RowInputs(
+            features.permute(3, 0, 1, 2).contiguous() if count else None, query_labels, key_labels
+        ),
+        pack.mask(problem),
+        pack.scores(problem),
+        problem.sink_logits,
+        _block_list(problem),
+        pack.shape(problem),
+        rows,
+        columns,
+        tiles,
+        problem.batch,
+        FEATURES=count,
+        PAIRS=pairs,
+        BM=rows.lanes.value,
+        BN=columns.lanes.value,
+    )
+    for name, place in places.items():
+        part = means[place]
+        single = name in ("prefix_mass", "mean_value_norm")
+        tensors[name] = part[0] if single else part.movedim(0, -1).contiguous()
+    if pairs:
+        tensors["match_mass"] = matches.movedim(0, -1).contiguous()
+    return output, tensors
+
+
+def _block_list(problem: Problem) -> BlockList | None:
+    """The kept key blocks of each query block, ascending."""
+    mask = problem.block_mask
+    if mask is None:
+        return None
+    order = (~mask).to(torch.uint8).argsort(dim=-1, stable=True).to(torch.int32)
+    count = mask.sum(-1, dtype=torch.int32)
+    height, width = mask.shape[-2:]
+    batch = 0 if mask.shape[0] == 1 else mask.shape[1] * height
+    head = 0 if mask.shape[1] == 1 else height
+    return BlockList(order, count, batch, head, width)
+
+
+def run_columns(problem: Problem, lse: Tensor) -> dict[str, Tensor]:
+    """Received mass and block maps."""
+    top = problem.wants("top_keys", "top_mass")
+    maps = {name for name in _MAPS if problem.wants(name)} | ({"block_mass"} if top else set())
+    if not maps and not problem.wants("received"):
+        return {}
+    found: dict[str, list[Tensor]] = {}
+    lines = problem.batch * problem.heads
+    step = lines
+    if top and not problem.wants("block_mass"):
+        per_line = 4 * problem.query_blocks * problem.key_blocks
+        step = max(1, min(lines, SCRATCH_BYTES // per_line))
+    count = pack.seen_rows(problem, lse).flatten(0, 1) if maps else lse
+    for first in range(0, lines, step):
+        part = _columns(problem, lse, maps, first, min(step, lines - first))
+        for name in ("block_mass", "block_weighted"):
+            if name in part:
+                part[name] /= count[first : first + step, :, None]
+        if top:
+            found_top = _top(part["block_mass"], problem.top_k)
+            part["top_keys"], part["top_mass"] = found_top
+        for name, tensor in part.items():
+            if problem.wants(name):
+                found.setdefault(name, []).append(tensor)
+    shape = (problem.batch, problem.heads)
+    return {
+        name: (parts[0] if len(parts) == 1 else torch.cat(parts)).unflatten(0, shape)
+        for name, parts in found.items()
+    }
+
+
+def _top(mass: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """`top_blocks` of maps [lines, ...], some lines at a time: sorting needs several copies."""
+    step = max(1, SCRATCH_BYTES // (4 * mass[0].numel()))
+    parts = [top_blocks(part, top_k) for part in mass.split(step)]
+    keys, masses = zip(*parts, strict=True)
+    return torch.cat(keys), torch.cat(masses)
+
+
+def _columns(
+    problem: Problem, lse: Tensor, maps: set[str], first: int, lines: int
+) -> dict[str, Tensor]:
+    """Of `lines` heads from `first` on: received mass, and maps of sums and maxima."""
+    config = pack.fitted(problem, columns_config(problem))
+    rows, columns = pack.straight(config.rows), pack.straight(config.columns)
+    single = problem.block_mask is not None
+    if maps or single:
+        height, width = problem.block_size
+        rows = pack.of_blocks(height, config.rows, problem.queries, single)
+        columns = pack.of_blocks(width, config.columns, problem.keys, single)
+    height, width = pack.pieces(rows, problem.queries), pack.pieces(columns, problem.keys)
+    found = {
+        name: torch.full((lines, height, width), _MAPS[name], device=problem.device)
+        for name in sorted(maps)
+    }
+    if problem.wants("received"):
+        found["received"] = _new(problem, lines, problem.keys)
+    tiles = pack.tiles(columns, problem.keys)
+    pack.launch(
+        columns_pass,
+        lines * tiles,
+        config,
+        pack.rows_of(problem.query),
+        pack.rows_of(problem.key),
+        lse,
+        ColumnOutputs(found.get("received"), *(found.get(name) for name in _MAPS)),
+        problem.key_weights,
+        pack.mask(problem),
+        pack.scores(problem),
+        pack.kept(problem),
+        pack.query_spans(problem, rows, columns),
+        pack.shape(problem),
+        rows,
+        columns,
+        pack.tiles(rows, problem.queries),
+        tiles,
+        height,
+        width,
+        first,
+    )
+    for name in maps:
+        found[name] = pack.pooled(found[name], rows, columns, name.startswith("block_max"))
+    return found
+
+
+def run_diagonals(problem: Problem, lse: Tensor) -> dict[str, Tensor]:
+    """The mass at each distance."""
+    if not problem.wants("diagonal"):
+        return {}
+    config = diagonals_config(problem)
+    side = min(config.rows, pack.power(max(problem.queries, problem.keys)))
+    straight = pack.straight(side)
+    row_tiles, column_tiles = pack.tiles(straight, problem.queries), -(-problem.keys // side)
+    first, end = _differences(problem, side, row_tiles, column_tiles)
+    lines = problem.batch * problem.heads
+    folded = _new(problem, lines, end - first, 2, side)
+    blocks = (straight, straight)
+    if problem.block_mask is not None:
+        height, width = problem.block_size
+        blocks = (
+            pack.of_blocks(height, side, problem.queries),
+            pack.of_blocks(width, side, problem.keys),
+        )
+    pack.launch(
+        diagonals_pass,
+        lines * (end - first),
+        config,
+        pack.rows_of(problem.query),
+        pack.rows_of(problem.key),
+        lse,
+        folded,
+        pack.mask(problem),
+        pack.scores(problem),
+        pack.kept(problem),
+        None if problem.plan.simple else pack.key_spans(problem, straight),
+        pack.shape(problem),
+        *blocks,
+        row_tiles,
+        column_tiles,
+        first,
+        end - first,
+        T=side,
+    )
+    return {"diagonal": _unfold_diagonals(problem, folded, first)}
+
+
+def _differences(problem: Problem, side: int, row_tiles: int, column_tiles: int) -> tuple[int, int]:
+    """Block diagonals `I - J` that hold any visible key: first, and one past the last."""
+    first, end = 1 - column_tiles, row_tiles
+    plan = problem.plan
+    if plan.simple:  # distances in one are `offset + side * (I - J)`, give or take `side - 1`
+        nearest = 0 if plan.causal else None
+        if plan.window is not None:
+            nearest = nearest if plan.causal else 1 - plan.window
+            end = min(end, -(-(plan.window - plan.offset + side - 1) // side))
+        if nearest is not None:
+            first = max(first, -(-(nearest - plan.offset - side + 1) // side))
+    return first, max(end, first + 1)
+
+
+def _unfold_diagonals(problem: Problem, folded: Tensor, first: int) -> Tensor:
+    """`diagonal` [batch, heads, distances] from [lines, block diagonals, 2, side].
+
+    Each distance gets its mass from two neighbouring block diagonals.
+    """
+    lines, count, _, side = folded.shape
+    line = folded.new_zeros(lines, (count + 1) * side)
+    line[:, :-side] += folded[:, :, 0].flatten(1)
+    line[:, side:] += folded[:, :, 1].flatten(1)
+    start = problem.plan.anchor[:, 0] + first * side + 1 - side  # [batch], distance of line[0]
+    distance = torch.arange(problem.distances, device=problem.device) + problem.diagonal_start
+    place = distance - start[:, None]  # [batch, distances]
+    inside = (place >= 0) & (place < line.shape[1])
+    place = place.clamp(0, line.shape[1] - 1)[:, None].expand(-1, problem.heads, -1)
+    line = line.unflatten(0, (problem.batch, problem.heads))
+    return line.gather(2, place).masked_fill_(~inside[:, None], 0)
+
+
+def run_gradients(saved: Saved, upstream: Upstream) -> Gradients:
+    """Gradients of query, key, value and learned sinks, and the statistics of the backward pass."""
+    problem = saved.problem
+    assert saved.output is not None
+    lines = (problem.batch, problem.heads, problem.queries)
+    of_output = upstream.output
+    if of_output is None:
+        of_output = torch.zeros_like(saved.output)
+    attribution, level = _new(problem, *lines), _new(problem, *lines)
+    config = pack.fitted(problem, pack.Config(64, 64, 4, 1))
+    tiles = -(-problem.queries // config.rows)
+    of_lse = None if upstream.lse is None else upstream.lse.contiguous()
+    pack.launch(
+        levels,
+        problem.batch * problem.heads * tiles,
+        config,
+        pack.rows_of(saved.output),
+        pack.rows_of(of_output),
+        of_lse,
+        attribution,
+        level,
+        pack.shape(problem),
+        tiles,
+        BM=config.rows,
+    )
+    exports = {
+        name: problem.query.new_zeros(statistic_shape(problem, name), dtype=torch.float32)
+        for name in sorted(problem.statistics)
+        if STATISTICS[name].from_backward
+    }
+    of_key, of_value = _key_gradients(saved, of_output, level, exports)
+    of_query = _query_gradients(saved, of_output, level)
+    if "row_attribution" in exports:
+        exports["row_attribution"] = attribution
+    return Gradients(of_query, of_key, of_value, _sink_gradient(saved, level), None, exports)
+
+
+def _sink_gradient(saved: Saved, level: Tensor) -> Tensor | None:
+    sinks = saved.problem.sink_logits
+    if "sink_logits" not in saved.wanted or sinks is None:
+        return None
+    seen = saved.lse > -math.inf
+    share = torch.exp(sinks[:, None] - saved.lse.masked_fill(~seen, math.inf))
+    return (share * level).sum((0, 2))
+
+
+def _tiles(
+    problem: Problem, config: pack.Config, blocked: bool
+) -> tuple[pack.Config, pack.Blocks, pack.Blocks]:
+    """Config and tiles of both axes; `blocked`: tiles respect blocks."""
+    config = pack.fitted(problem, config)
+    if not blocked:
+        return config, pack.straight(config.rows), pack.straight(config.columns)
+    single = problem.block_mask is not None
+    height, width = problem.block_size
+    rows = pack.of_blocks(height, config.rows, problem.queries, single)
+    columns = pack.of_blocks(width, config.columns, problem.keys, single)
+    return config, rows, columns
+
+
+def _key_gradients(
+    saved: Saved, of_output: Tensor, level: Tensor, exports: dict[str, Tensor]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of key and value; fills the maps in `exports`."""
+    problem = saved.problem
+    names = ("block_attribution", "block_logit_gradient", "block_logit_gradient_abs")
+    asked = [name for name in names if name in exports]
+    if not asked and saved.wanted.isdisjoint({"key", "value"}):
+        return None, None
+    blocked = bool(asked) or problem.block_mask is not None
+    config, rows, columns = _tiles(problem, backward_config(problem, "key"), blocked)
+    lines = problem.batch * problem.heads
+    height, width = pack.pieces(rows, problem.queries), pack.pieces(columns, problem.keys)
+    maps = {name: level.new_zeros(lines, height, width) for name in asked}
+    of_key = of_value = None
+    if "key" in saved.wanted:
+        of_key = _new(problem, *problem.key.shape, dtype=problem.key.dtype)
+    if "value" in saved.wanted:
+        of_value = _new(problem, *problem.value.shape, dtype=problem.value.dtype)
+    tiles = pack.tiles(columns, problem.keys)
+    pack.launch(
+        key_gradients,
+        problem.batch * problem.kv_heads * tiles,
+        config,
+        pack.rows_of(problem.query),
+        pack.rows_of(problem.key),
+        pack.rows_of(problem.value),
+        pack.rows_of(of_output),
+        None if of_key is None else pack.rows_of(of_key),
+        None if of_value is None else pack.rows_of(of_value),
+        saved.lse,
+        level,
+        GradientMaps(*(maps.get(name) for name in names)),
+        pack.mask(problem),
+        pack.scores(problem),
+        pack.kept(problem),
+        pack.query_spans(problem, rows, columns),
+        problem.scale,
+        pack.shape(problem),
+        rows,
+        columns,
+        pack.tiles(rows, problem.queries),
+        tiles,
+        height,
+        width,
+    )
+    for name, tensor in maps.items():
+        whole = pack.pooled(tensor, rows, columns)
+        exports[name] = whole.unflatten(0, (problem.batch, problem.heads))
+    return of_key, of_value
+
+
+def _query_gradients(saved: Saved, of_output: Tensor, level: Tensor) -> Tensor | None:
+    if "query" not in saved.wanted:
+        return None
+    problem = saved.problem
+    blocked = problem.block_mask is not None
+    config, rows, columns = _tiles(problem, backward_config(problem, "query"), blocked)
+    of_query = _new(problem, *problem.query.shape, dtype=problem.query.dtype)
+    tiles = pack.tiles(rows, problem.queries)
+    pack.launch(
+        query_gradients,
+        problem.batch * problem.heads * tiles,
+        config,
+        pack.rows_of(problem.query),
+        pack.rows_of(problem.key),
+        pack.rows_of(problem.value),
+        pack.rows_of(of_output),
+        pack.rows_of(of_query),
+        saved.lse,
+        level,
+        pack.mask(problem),
+        pack.scores(problem),
+        pack.kept(problem),
+        problem.scale,
+        pack.shape(problem),
+        rows,
+        columns,
+        tiles,
+        pack.tiles(columns, problem.keys),
+    )
+    return of_query
