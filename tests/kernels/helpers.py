@@ -19,9 +19,13 @@ CUDA = torch.cuda.is_available()
 BACKENDS = [
     pytest.param("torch", "cpu", id="torch"),
     pytest.param("cpu", "cpu", id="cpu"),
-    pytest.param("triton", "cuda" if CUDA else "cpu", id="triton"),
-    *([pytest.param("torch", "cuda", id="torch-cuda", marks=pytest.mark.gpu)] if CUDA else []),
+    *(
+        pytest.param(backend, "cuda", id=f"{backend}-cuda", marks=pytest.mark.gpu)
+        for backend in ("triton", "torch")
+        if CUDA
+    ),
 ]
+"""Without a GPU, Triton's interpreter takes a second per case: test_triton_interpreter.py."""
 
 
 def rms_ratio(actual: Tensor, expected: Tensor) -> float:
