@@ -258,7 +258,7 @@ def _weights(rule: Drop | Scale | Transfer, mass: Tensor) -> tuple[Tensor, Tenso
         _check_weights(weights, 1)
         if bool((weights != 1).logical_and(receives).any()):
             raise ValueError("weights of receivers must be 1: they get what the others give")
-    freed = ((1 - weights) * mass).masked_fill(receives, 0).sum(0)
+    freed = ((1 - weights) * mass).sum(0)
     room = mass.masked_fill(~receives, 0).sum(0)
     skipped = (room < SMALLEST_TARGET) & (freed > 0)
     weights = torch.where(
