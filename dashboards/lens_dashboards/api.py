@@ -12,7 +12,7 @@ from flask import Blueprint, Response, request
 
 from lens.errors import LensError
 from lens_dashboards.library import Library
-from lens_dashboards.raster import has_tokens, raster, row
+from lens_dashboards.raster import raster, row
 
 
 def make_api(library: Library) -> Blueprint:
@@ -37,7 +37,6 @@ def make_api(library: Library) -> Blueprint:
             "query": [found.query_start, found.query_end],
             "key": [found.key_start, found.key_end],
             "length": trace.length,
-            "tokens": has_tokens(trace),
             "block": trace.attrs["block_size"],
             "pooling": pooling,
         }

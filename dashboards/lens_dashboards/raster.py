@@ -62,15 +62,10 @@ def raster(
     q1, k1 = min(q1, length), min(k1, length)
     if not (0 <= q0 < q1 and 0 <= k0 < k1):
         raise LensError(f"the prompt has tokens 0 to {length - 1}; got the rectangle {window}")
-    if has_tokens(trace) and max(q1 - q0, k1 - k0) <= MOST_CELLS:
+    if not trace.tile_refusal(layer, head) and max(q1 - q0, k1 - k0) <= MOST_CELLS:
         values = trace.tile(layer, head, (q0, q1), (k0, k1)).astype(np.float32)
         return Raster(_blank(values, trace, q0, k0, 1), "tokens", q0, k0, 1, q1, k1)
     return _blocks(trace, layer, head, (q0, q1, k0, k1), pooling)
-
-
-def has_tokens(trace: AttentionTrace) -> bool:
-    """Whether single tokens can be shown: q and k were kept."""
-    return "q" in trace.dataset and "k" in trace.dataset
 
 
 def row(trace: AttentionTrace, layer: int, head: int, query: int) -> np.ndarray:

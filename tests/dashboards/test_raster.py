@@ -6,6 +6,7 @@ from lens_dashboards import raster as module
 from lens_dashboards.raster import raster, row
 
 from lens.errors import LensError
+from lens.trace import AttentionTrace
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,7 @@ def test_a_window_is_a_part_of_the_whole(trace):
 
 
 def test_blocks_are_the_captured_ones(trace, monkeypatch):
-    monkeypatch.setattr(module, "has_tokens", lambda _: False)
+    monkeypatch.setattr(AttentionTrace, "tile_refusal", lambda *_: "no q and k")
     found = raster(trace, 1, 2, (20, 60, 0, 40))
     assert (found.level, found.cell) == ("blocks", 16)
     assert (found.query_start, found.query_end, found.key_start, found.key_end) == (16, 64, 0, 48)
@@ -43,7 +44,7 @@ def test_blocks_are_the_captured_ones(trace, monkeypatch):
 
 @pytest.mark.parametrize(("pooling", "reduce"), [("max", np.nanmax), ("mean", np.nanmean)])
 def test_pooling_is_over_whole_cells(trace, monkeypatch, pooling, reduce):
-    monkeypatch.setattr(module, "has_tokens", lambda _: False)
+    monkeypatch.setattr(AttentionTrace, "tile_refusal", lambda *_: "no q and k")
     monkeypatch.setattr(module, "MOST_CELLS", 3)
     found = raster(trace, 1, 2, pooling=pooling)
     blocks = trace.block_mass.sel(layer=1, head=2).values

@@ -9,9 +9,10 @@ from lens.errors import LensError
 from lens.figures.colors import VIRIDIS
 from lens.metrics import METRICS
 from lens.runs import Run
+from lens.trace import AttentionTrace
 from lens_dashboards.library import Library
 from lens_dashboards.pages.parts import card, crumbs, graph, named, number, python_call, run_banner
-from lens_dashboards.raster import has_tokens
+from lens_dashboards.raster import MOST_CELLS
 from lens_dashboards.selection import Selection
 
 
@@ -73,7 +74,7 @@ def page(library: Library, view: Selection) -> list[Any]:
                             "below.",
                             className="small",
                         ),
-                        html.P(_sharpness(trace), className="small"),
+                        html.P(_sharpness(trace, layer, head), className="small"),
                     ],
                     "Attention",
                     className="wide",
@@ -129,12 +130,13 @@ def page(library: Library, view: Selection) -> list[Any]:
     ]
 
 
-def _sharpness(trace: Any) -> str:
-    if has_tokens(trace):
-        return (
-            "Zoomed in to 512 tokens or fewer, the map shows exact probabilities of single tokens."
-        )
-    return "This trace keeps block mass only; single tokens need q and k: run again with --keep-qk."
+def _sharpness(trace: AttentionTrace, layer: int, head: int) -> str:
+    if refusal := trace.tile_refusal(layer, head):
+        return f"Blocks are the sharpest here: {refusal}."
+    return (
+        f"Zoomed in to {MOST_CELLS} tokens or fewer, the map shows exact probabilities of single "
+        "tokens."
+    )
 
 
 def _steps(run: Run, view: Selection, prompt: str, layers: int, heads: int) -> html.Nav:
