@@ -1,0 +1,156 @@
+"""Figures of sinks: by head, over epsilon, over positions. They take results of `lens.sinks`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import plotly.graph_objects as go
+
+from lens.figures.colors import ACCENT, VIRIDIS, scale
+from lens.figures.style import Theme, escaped, style
+
+if TYPE_CHECKING:
+    from lens.sinks import SinkKeys, SinkProfile, SinkRate, SinkSensitivity
+
+
+def alpha_grid(
+    result: SinkRate,
+    *,
+    title: str | None = None,
+    width: int | None = None,
+    height: int | None = None,
+    theme: Theme = "light",
+) -> go.Figure:
+    """Mean alpha of one key in every head: layers down, heads across; rate on hover."""
+    figure = go.Figure(
+        go.Heatmap(
+            z=result.alpha,
+            y=list(result.layers),
+            customdata=result.by_head,
+            colorscale=scale(VIRIDIS),
+            zmin=0,
+            zmax=1,
+            colorbar={"title": "alpha"},
+            hovertemplate="L%{y}H%{x}<br>alpha %{z:.3f}<br>rate %{customdata:.3f}<extra></extra>",
+        )
+    )
+    figure.update_xaxes(title="Head", dtick=1)
+    figure.update_yaxes(title="Layer", dtick=1, autorange="reversed")
+    text = f"Key {result.key}: sink rate {result.value:.3f} at ε = {result.epsilon}"
+    return style(
+        figure,
+        title=title or escaped(f"{text} ({result.samples})"),
+        width=width,
+        height=height,
+        theme=theme,
+    )
+
+
+def epsilon_curve(
+    result: SinkSensitivity,
+    *,
+    title: str | None = None,
+    width: int | None = None,
+    height: int | None = None,
+    theme: Theme = "light",
+) -> go.Figure:
+    """Sink rate over epsilon, with its 95 % interval where there is one."""
+    known = ~np.isnan(result.low)
+    error = {
+        "type": "data",
+        "symmetric": False,
+        "array": np.where(known, result.high - result.values, 0),
+        "arrayminus": np.where(known, result.values - result.low, 0),
+    }
+    figure = go.Figure(
+        go.Scatter(
+            x=result.epsilons,
+            y=result.values,
+            error_y=error if known.any() else None,
+            mode="lines+markers",
+            line={"color": ACCENT},
+            hovertemplate="ε %{x}<br>rate %{y:.3f}<extra></extra>",
+        )
+    )
+    figure.update_xaxes(title="ε", range=[0, 1])
+    figure.update_yaxes(title="Sink rate (share of layers × heads)", range=[0, 1.02])
+    return style(
+        figure,
+        title=title or escaped(f"Key {result.key} ({result.samples})"),
+        width=width,
+        height=height,
+        theme=theme,
+    )
+
+
+def position_map(
+    result: SinkProfile,
+    *,
+    title: str | None = None,
+    width: int | None = None,
+    height: int | None = None,
+    theme: Theme = "light",
+) -> go.Figure:
+    """Mean alpha over a layer's heads: layers down, positions across; blank where not scored."""
+    figure = go.Figure(
+        go.Heatmap(
+            z=result.alpha.mean(1),
+            y=list(result.layers),
+            colorscale=scale(VIRIDIS),
+            zmin=0,
+            zmax=1,
+            colorbar={"title": "alpha"},
+            hovertemplate="layer %{y}, key %{x}<br>alpha %{z:.3f}<extra></extra>",
+        )
+    )
+    figure.update_xaxes(title="Key position")
+    figure.update_yaxes(title="Layer", dtick=1, autorange="reversed")
+    return style(
+        figure,
+        title=title or escaped(f"Attention received by position ({result.samples})"),
+        width=width,
+        height=height,
+        theme=theme,
+    )
+
+
+def sink_map(
+    result: SinkKeys,
+    *,
+    title: str | None = None,
+    width: int | None = None,
+    height: int | None = None,
+    theme: Theme = "light",
+) -> go.Figure:
+    """The sinks of one prompt as points: position across, layer down, coloured by alpha."""
+    figure = go.Figure(
+        go.Scatter(
+            x=result.key,
+            y=result.layer,
+            mode="markers",
+            marker={
+                "color": result.alpha,
+                "colorscale": scale(VIRIDIS),
+                "cmin": 0,
+                "cmax": 1,
+                "showscale": True,
+                "colorbar": {"title": "alpha"},
+            },
+            text=[
+                f"L{layer}H{head}: {escaped(token)}"
+                for layer, head, token in zip(result.layer, result.head, result.token, strict=True)
+            ],
+            customdata=result.alpha,
+            hovertemplate="%{text}<br>key %{x}<br>alpha %{customdata:.3f}<extra></extra>",
+        )
+    )
+    figure.update_xaxes(title="Key position", range=[-0.5, result.samples.tokens - 0.5])
+    figure.update_yaxes(title="Layer", dtick=1, autorange="reversed")
+    return style(
+        figure,
+        title=title or escaped(f"Keys with alpha > {result.epsilon} ({result.samples})"),
+        width=width,
+        height=height,
+        theme=theme,
+    )
