@@ -195,3 +195,25 @@ Q, K, LSE = np.zeros((4, 7, 3)), np.zeros((2, 11, 3)), np.zeros((4, 7))
 def test_refusals(arguments, options, message):
     with pytest.raises(ValueError, match=message):
         tile(*arguments, **options)
+
+
+def test_names_of_the_package_are_loaded_on_first_use():
+    code = (
+        "import sys, lens_kernels\n"
+        "assert 'torch' not in sys.modules\n"
+        "assert set(lens_kernels.__all__) <= set(dir(lens_kernels))\n"
+        "assert all(getattr(lens_kernels, name) is not None for name in lens_kernels.__all__)\n"
+        "assert 'torch' in sys.modules\n"
+    )
+    root = Path(__file__).parents[2]
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=root / "kernels", capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_an_unknown_name_of_the_package_is_an_attribute_error():
+    import lens_kernels
+
+    with pytest.raises(AttributeError, match="module 'lens_kernels' has no attribute 'spam'"):
+        _ = lens_kernels.spam
