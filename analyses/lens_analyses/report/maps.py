@@ -63,7 +63,7 @@ def head_maps(run: Run, summary: list[dict], *, per_kind: int = 2, most: int = 8
 def _map(trace: AttentionTrace, prompt_id: str, finding: dict, head: dict) -> HeadMap:
     layer, index = head["layer"], head["head"]
     name = f"L{layer}H{index}"
-    exact = trace.length <= EXACT_TOKENS and not trace.tile_refusal(layer, head)
+    exact = trace.length <= EXACT_TOKENS and not trace.tile_refusal(layer, index)
     if exact:
         values = trace.tile(layer, index, (0, trace.length), (0, trace.length))
         grain = "one pixel a token pair"
