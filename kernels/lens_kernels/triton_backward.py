@@ -56,12 +56,14 @@ def levels(output, of_output, of_lse, attribution, level, shape, tiles, BM: tl.c
     """
     pid = tl.program_id(0)
     line = pid // tiles
-    row = pid % tiles * BM + tl.arange(0, BM)  # [BM]
+    row_first = pid % tiles * BM
+    row_ahead = tl.arange(0, BM)  # [BM]
+    row = row_first + row_ahead  # [BM]
     used = row < shape.queries  # [BM]
     batch = line // shape.heads
     head = line % shape.heads
-    o = load_rows(output, batch, head, row, used, shape.value_dim, shape.value_dim_used)
-    do = load_rows(of_output, batch, head, row, used, shape.value_dim, shape.value_dim_used)
+    o = load_rows(output, batch, head, row_first, row_ahead, used)
+    do = load_rows(of_output, batch, head, row_first, row_ahead, used)
     along = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)  # [BM]
     place = line.to(tl.int64) * shape.queries + row  # [BM]
     tl.store(attribution + place, along, mask=used)
@@ -118,11 +120,10 @@ def key_gradients(
     kv_head = pid // tiles % kv_heads
     batch = pid // tiles // kv_heads
 
-    column, column_used = positions(tile, columns, shape.keys)  # [BN]
-    k = load_rows(key, batch, kv_head, column, column_used, shape.dim, shape.dim_used)  # [BN, D]
-    v = load_rows(
-        value, batch, kv_head, column, column_used, shape.value_dim, shape.value_dim_used
-    )  # [BN, V]
+    column_first, column_ahead, column_used = positions(tile, columns, shape.keys)  # [BN]
+    column = column_first + column_ahead  # [BN]
+    k = load_rows(key, batch, kv_head, column_first, column_ahead, column_used)  # [BN, D]
+    v = load_rows(value, batch, kv_head, column_first, column_ahead, column_used)  # [BN, V]
     unit = 1.0
     if scores.folded:
         unit = scores.scale
@@ -137,15 +138,15 @@ def key_gradients(
     if not SPLIT:
         first = end
 
-    dk = tl.zeros([columns.lanes, shape.dim], tl.float32)  # [BN, D]
-    dv = tl.zeros([columns.lanes, shape.value_dim], tl.float32)  # [BN, V]
+    dk = tl.zeros([columns.lanes, key.dim], tl.float32)  # [BN, D]
+    dv = tl.zeros([columns.lanes, value.dim], tl.float32)  # [BN, V]
     for member in range(0, shape.share):
         head = kv_head * shape.share + member
         line = batch * shape.heads + head
         lse_of_head = lse + line.to(tl.int64) * shape.queries
         level_of_head = level + line.to(tl.int64) * shape.queries
         for stretch in tl.static_range(0, 3 if SPLIT else 1):
-            MASKED: tl.constexpr = stretch != 1
+            masked = stretch != 1
             lower = begin if stretch == 0 else (first if stretch == 1 else second)
             upper = first if stretch == 0 else (second if stretch == 1 else end)
             for row_tile in range(lower, upper):
@@ -153,10 +154,11 @@ def key_gradients(
                 if kept is not None:
                     visited = is_kept(kept, batch, head, row_tile, rows, tile, columns)
                 if visited:
-                    row, row_used = positions(row_tile, rows, shape.queries)  # [BM]
-                    q = load_rows(
-                        query, batch, head, row, row_used, shape.dim, shape.dim_used
-                    )  # [BM, D]
+                    row_first, row_ahead, row_used = positions(
+                        row_tile, rows, shape.queries
+                    )  # [BM]
+                    row = row_first + row_ahead  # [BM]
+                    q = load_rows(query, batch, head, row_first, row_ahead, row_used)  # [BM, D]
                     total = exponent_of_lse(lse_of_head, row, row_used)  # [BM]
                     low, high, anchor = row_ranges(mask, batch, row, shape)  # [BM]
                     products = tl.dot(k, tl.trans(q), input_precision=scores.precision)  # [BN, BM]
@@ -172,19 +174,13 @@ def key_gradients(
                         batch,
                         head,
                         shape,
-                        MASKED,
+                        masked,
                     )  # [BN, BM]
-                    if MASKED:
+                    if masked:
                         x = tl.where(column_used[:, None], x, float("-inf"))  # [BN, BM]
                     p = tl.exp2(x * unit - total[None, :])  # [BN, BM]
                     do = load_rows(
-                        of_output,
-                        batch,
-                        head,
-                        row,
-                        row_used,
-                        shape.value_dim,
-                        shape.value_dim_used,
+                        of_output, batch, head, row_first, row_ahead, row_used
                     )  # [BM, V]
                     if of_value is not None:
                         dv = tl.dot(
@@ -239,13 +235,9 @@ def key_gradients(
                             ds.to(q.dtype), q, dk, input_precision=scores.precision
                         )  # [BN, D]
     if of_value is not None:
-        store_rows(
-            dv, of_value, batch, kv_head, column, column_used, shape.value_dim, shape.value_dim_used
-        )
+        store_rows(dv, of_value, batch, kv_head, column_first, column_ahead, column_used)
     if of_key is not None:
-        store_rows(
-            dk * scale, of_key, batch, kv_head, column, column_used, shape.dim, shape.dim_used
-        )
+        store_rows(dk * scale, of_key, batch, kv_head, column_first, column_ahead, column_used)
 
 
 @triton.jit
@@ -282,12 +274,11 @@ def query_gradients(
     kv_head = head // shape.share
     BN: tl.constexpr = columns.lanes
 
-    row, row_used = positions(tile, rows, shape.queries)  # [BM]
+    row_first, row_ahead, row_used = positions(tile, rows, shape.queries)  # [BM]
+    row = row_first + row_ahead  # [BM]
     low, high, anchor = row_ranges(mask, batch, row, shape)  # [BM]
-    q = load_rows(query, batch, head, row, row_used, shape.dim, shape.dim_used)  # [BM, D]
-    do = load_rows(
-        of_output, batch, head, row, row_used, shape.value_dim, shape.value_dim_used
-    )  # [BM, V]
+    q = load_rows(query, batch, head, row_first, row_ahead, row_used)  # [BM, D]
+    do = load_rows(of_output, batch, head, row_first, row_ahead, row_used)  # [BM, V]
     total = exponent_of_lse(lse + line.to(tl.int64) * shape.queries, row, row_used)  # [BM]
     place = line.to(tl.int64) * shape.queries + row  # [BM]
     base = tl.load(level + place, mask=row_used, other=0.0)  # [BM]
@@ -312,9 +303,9 @@ def query_gradients(
     START: tl.constexpr = 0 if EDGES else 1
     STOP: tl.constexpr = 3 if kept is None else 1
 
-    dq = tl.zeros([rows.lanes, shape.dim], tl.float32)  # [BM, D]
+    dq = tl.zeros([rows.lanes, query.dim], tl.float32)  # [BM, D]
     for stretch in tl.static_range(START, STOP):
-        MASKED: tl.constexpr = stretch != 1
+        masked = stretch != 1
         lower = begin if stretch == 0 else (first if stretch == 1 else second)
         upper = first if stretch == 0 else (second if stretch == 1 else end)
         for column_tile in range(lower, upper):
@@ -322,16 +313,15 @@ def query_gradients(
             if kept is not None:
                 visited = is_kept(kept, batch, head, tile, rows, column_tile, columns)
             if visited:
-                column, column_used = positions(column_tile, columns, shape.keys)  # [BN]
+                column_first, column_ahead, column_used = positions(
+                    column_tile, columns, shape.keys
+                )  # [BN]
+                column = column_first + column_ahead  # [BN]
                 inside = None
-                if MASKED:
+                if masked:
                     inside = column_used
-                k = load_rows(
-                    key, batch, kv_head, column, inside, shape.dim, shape.dim_used
-                )  # [BN, D]
-                v = load_rows(
-                    value, batch, kv_head, column, inside, shape.value_dim, shape.value_dim_used
-                )  # [BN, V]
+                k = load_rows(key, batch, kv_head, column_first, column_ahead, inside)  # [BN, D]
+                v = load_rows(value, batch, kv_head, column_first, column_ahead, inside)  # [BN, V]
                 products = tl.dot(q, tl.trans(k), input_precision=scores.precision)  # [BM, BN]
                 x = logits(
                     products,
@@ -345,9 +335,9 @@ def query_gradients(
                     batch,
                     head,
                     shape,
-                    MASKED,
+                    masked,
                 )  # [BM, BN]
-                if MASKED:
+                if masked:
                     x = tl.where(column_used[None, :], x, float("-inf"))  # [BM, BN]
                 p = tl.exp2(x * unit - total[:, None])  # [BM, BN]
                 a = tl.dot(do, tl.trans(v), input_precision=scores.precision)  # [BM, BN]
@@ -355,4 +345,4 @@ def query_gradients(
                 if scores.cap is not None:
                     ds = ds * slope_of_cap(products, scores)  # [BM, BN]
                 dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=scores.precision)  # [BM, D]
-    store_rows(dq * scale, of_query, batch, head, row, row_used, shape.dim, shape.dim_used)
+    store_rows(dq * scale, of_query, batch, head, row_first, row_ahead, row_used)

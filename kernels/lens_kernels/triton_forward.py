@@ -137,9 +137,10 @@ def forward(
     batch = pid // tiles // shape.heads
     kv_head = head // shape.share
 
-    row, row_used = positions(tile, rows, shape.queries)  # [BM]
+    row_first, row_ahead, row_used = positions(tile, rows, shape.queries)  # [BM]
+    row = row_first + row_ahead  # [BM]
     low, high, anchor = row_ranges(mask, batch, row, shape)  # [BM]
-    q = load_rows(query, batch, head, row, row_used, shape.dim, shape.dim_used)  # [BM, D]
+    q = load_rows(query, batch, head, row_first, row_ahead, row_used)  # [BM, D]
     lane = tl.arange(0, BN)  # [BN]
 
     unit = 1.0
@@ -161,7 +162,7 @@ def forward(
         matches = matches + (tl.zeros([BM], tl.float32),)  # [BM]
         place = (pair * batches + batch).to(tl.int64) * shape.queries + row
         labels = labels + (tl.load(ins.query_labels + place, mask=row_used, other=-1),)  # [BM]
-    acc = tl.zeros([BM, shape.value_dim], tl.float32)  # [BM, V]
+    acc = tl.zeros([BM, value.dim], tl.float32)  # [BM, V]
 
     # stretches of keys: [bounds[0], bounds[1]) masked, then interior, then masked
     begin, inner_begin, inner_end, end = key_span(low, high, mask, tile * BM, shape, BM)
@@ -178,7 +179,7 @@ def forward(
         first = tl.load(block_list.count + line) * columns.parts * BN
 
     for stretch in tl.static_range(START, STOP):
-        MASKED: tl.constexpr = stretch != 1
+        masked = stretch != 1
         lower = begin if stretch == 0 else (first if stretch == 1 else second)
         upper = first if stretch == 0 else (second if stretch == 1 else end)
         for start in range(lower, upper, BN):
@@ -186,16 +187,16 @@ def forward(
                 visit = start // BN
                 block = tl.load(listed + visit // columns.parts)
                 inside = visit % columns.parts * BN + lane  # [BN]
-                column = block * columns.size + inside  # [BN]
+                column_first = block * columns.size + visit % columns.parts * BN
+                column = column_first + lane  # [BN]
                 column_used = (inside < columns.size) & (column < shape.keys)  # [BN]
             else:
+                column_first = start
                 column = start + lane  # [BN]
                 column_used = None
-                if MASKED:
+                if masked:
                     column_used = column < shape.keys  # [BN]
-            k = load_rows(
-                key, batch, kv_head, column, column_used, shape.dim, shape.dim_used
-            )  # [BN, D]
+            k = load_rows(key, batch, kv_head, column_first, lane, column_used)  # [BN, D]
             products = tl.dot(q, tl.trans(k), input_precision=scores.precision)  # [BM, BN]
             x = logits(
                 products,
@@ -209,14 +210,14 @@ def forward(
                 batch,
                 head,
                 shape,
-                MASKED,
+                masked,
             )  # [BM, BN]
             if LIST:
                 x = tl.where(column_used[None, :], x, float("-inf"))  # [BM, BN]
 
             raised = tl.maximum(peak, tl.max(x, 1) * unit)  # [BM]
             pivot = raised  # [BM]
-            if MASKED or HIDES:
+            if masked or HIDES:
                 pivot = tl.where(raised == float("-inf"), 0.0, raised)  # [BM]
             e = x * unit - pivot[:, None]  # [BM, BN]
             p = tl.exp2(e)  # [BM, BN]
@@ -225,15 +226,15 @@ def forward(
             if outs.entropy is not None:
                 lift = tl.where(total > 0, peak - pivot, 0.0)  # [BM]
                 bits = e  # [BM, BN]
-                if MASKED or HIDES:
+                if masked or HIDES:
                     bits = tl.where(p > 0, e, 0.0)  # [BM, BN]
                 surprise = decay * (surprise + lift * total) + tl.sum(p * bits, 1)  # [BM]
             if outs.concentration is not None:
                 squares = decay * decay * squares + tl.sum(p * p, 1)  # [BM]
             if outs.distance is not None:
-                nearest = tl.min(column, 0) if LIST else start
-                here = tl.sum(p * (column - nearest).to(tl.float32)[None, :], 1)  # [BM]
-                travel = decay * travel + (anchor - nearest).to(tl.float32) * mass - here  # [BM]
+                ahead = tl.sum(p * lane.to(tl.float32)[None, :], 1)  # [BM]
+                behind = (anchor - column_first).to(tl.float32) * mass  # [BM]
+                travel = decay * travel + behind - ahead  # [BM]
             renewed = ()
             for feature in tl.static_range(FEATURES):
                 place = (feature * batches + batch) * (shape.heads // shape.share) + kv_head
@@ -262,9 +263,7 @@ def forward(
             total = decay * total + mass  # [BM]
             peak = raised  # [BM]
 
-            v = load_rows(
-                value, batch, kv_head, column, column_used, shape.value_dim, shape.value_dim_used
-            )  # [BN, V]
+            v = load_rows(value, batch, kv_head, column_first, lane, column_used)  # [BN, V]
             acc = acc * decay[:, None]  # [BM, V]
             acc = tl.dot(p.to(v.dtype), v, acc, input_precision=scores.precision)  # [BM, V]
 
@@ -281,7 +280,7 @@ def forward(
     share = tl.exp2(kept)  # [BM]
     factor = tl.where(seen, share / tl.where(seen, total, 1.0), 0.0)  # [BM]
     acc = acc * factor[:, None]  # [BM, V]
-    store_rows(acc, output, batch, head, row, row_used, shape.value_dim, shape.value_dim_used)
+    store_rows(acc, output, batch, head, row_first, row_ahead, row_used)
 
     line = (batch * shape.heads + head).to(tl.int64) * shape.queries + row  # [BM]
     tl.store(outs.lse + line, lse * LN2, mask=row_used)

@@ -59,7 +59,8 @@ def fitted(problem: Problem, config: Config) -> Config:
     """The config with tiles no longer than the problem, and fewer warps for small tiles."""
     rows = min(config.rows, power(problem.queries))
     columns = min(config.columns, power(problem.keys))
-    warps = config.warps if rows * columns >= 64 * 64 else min(config.warps, 4)
+    whole = (rows, columns) == (config.rows, config.columns)
+    warps = config.warps if whole or rows * columns >= 64 * 64 else min(config.warps, 4)
     return Config(rows, columns, warps, config.stages)
 
 
@@ -69,17 +70,14 @@ def shape(problem: Problem) -> Shape:
         problem.heads // problem.kv_heads,
         problem.queries,
         problem.keys,
-        tl.constexpr(power(problem.head_dim)),
-        tl.constexpr(problem.head_dim),
-        tl.constexpr(power(problem.value_dim)),
-        tl.constexpr(problem.value_dim),
     )
 
 
 def rows_of(tensor: Tensor) -> Rows:
     """`tensor` [batch, heads, positions, dim] as an argument; copied where dim is not dense."""
     dense = tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
-    return Rows(dense, *dense.stride()[:3])
+    width = tensor.shape[-1]
+    return Rows(dense, *dense.stride()[:3], tl.constexpr(power(width)), tl.constexpr(width))
 
 
 def _plane(problem: Problem, tensor: Tensor | None) -> Plane | None:

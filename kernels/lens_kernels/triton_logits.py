@@ -26,25 +26,26 @@ FAR = tl.constexpr(2147483647)
 
 
 class Shape(NamedTuple):
-    """Sizes. `dim` and `value_dim` are those of a tile (a power of two), `*_used` the real ones."""
+    """Sizes."""
 
     heads: Any
     share: Any  # heads per key-value head
     queries: Any
     keys: Any
-    dim: Any
-    dim_used: Any
-    value_dim: Any
-    value_dim_used: Any
 
 
 class Rows(NamedTuple):
-    """[batch, heads, positions, dim] in memory: the last axis has stride 1."""
+    """[batch, heads, positions, dim] in memory: strides, the last one being 1.
+
+    `dim` is the width of a tile, a power of two, of which `used` columns are real.
+    """
 
     pointer: Any
     batch: Any
     head: Any
     position: Any
+    dim: Any
+    used: Any
 
 
 class Plane(NamedTuple):
@@ -108,17 +109,23 @@ class Kept(NamedTuple):
 
 @triton.jit
 def positions(tile, blocks, length):
-    """Position of each lane of a tile, and which lanes are in use: [lanes] int32, [lanes] bool."""
+    """Positions of the lanes of a tile: the first one, how far each lane is from it, which are used.
+
+    int32, [lanes] int32, [lanes] bool.
+    """
     lane = tl.arange(0, blocks.lanes)  # [lanes]
     if blocks.size == blocks.width * blocks.parts:
-        position = tile * blocks.lanes + lane  # [lanes]
-        used = position < length  # [lanes]
+        first = tile * blocks.lanes
+        ahead = lane  # [lanes]
+        used = first + lane < length  # [lanes]
     else:
-        piece = tile * (blocks.lanes // blocks.width) + lane // blocks.width  # [lanes]
+        start = tile * (blocks.lanes // blocks.width)  # first piece
+        first = start // blocks.parts * blocks.size + start % blocks.parts * blocks.width
+        piece = start + lane // blocks.width  # [lanes]
         inside = piece % blocks.parts * blocks.width + lane % blocks.width  # [lanes]
-        position = piece // blocks.parts * blocks.size + inside  # [lanes]
-        used = (inside < blocks.size) & (position < length)  # [lanes]
-    return position, used
+        ahead = piece // blocks.parts * blocks.size + inside - first  # [lanes]
+        used = (inside < blocks.size) & (first + ahead < length)  # [lanes]
+    return first, ahead, used
 
 
 @triton.jit
@@ -129,28 +136,34 @@ def tile_of(position, blocks):
 
 
 @triton.jit
-def load_rows(rows, batch, head, position, used, DIM: tl.constexpr, USED: tl.constexpr):
-    """[P, DIM] of the positions [P]; 0 past the real width and where not `used` (None: all are)."""
+def row_pointers(rows, batch, head, first, ahead):
+    """[P, D] of the positions `first + ahead`. Only the offset of `first` needs 64 bits."""
     base = rows.pointer + batch.to(tl.int64) * rows.batch + head.to(tl.int64) * rows.head
-    column = tl.arange(0, DIM)  # [DIM]
-    pointers = base + position.to(tl.int64)[:, None] * rows.position + column[None, :]  # [P, DIM]
+    base += tl.cast(first, tl.int64) * rows.position
+    return base + (ahead * rows.position)[:, None] + tl.arange(0, rows.dim)[None, :]
+
+
+@triton.jit
+def load_rows(rows, batch, head, first, ahead, used):
+    """[P, D] of the positions; 0 past the real width and where not `used` (None: all are)."""
+    pointers = row_pointers(rows, batch, head, first, ahead)  # [P, D]
+    column = tl.arange(0, rows.dim)  # [D]
     if used is None:
-        if USED == DIM:
-            tile = tl.load(pointers)  # [P, DIM]
+        if rows.used == rows.dim:
+            tile = tl.load(pointers)  # [P, D]
         else:
-            tile = tl.load(pointers, mask=(column < USED)[None, :], other=0.0)  # [P, DIM]
+            tile = tl.load(pointers, mask=(column < rows.used)[None, :], other=0.0)  # [P, D]
     else:
-        tile = tl.load(pointers, mask=used[:, None] & (column < USED)[None, :], other=0.0)
+        inside = used[:, None] & (column < rows.used)[None, :]  # [P, D]
+        tile = tl.load(pointers, mask=inside, other=0.0)  # [P, D]
     return tile
 
 
 @triton.jit
-def store_rows(tile, rows, batch, head, position, used, DIM: tl.constexpr, USED: tl.constexpr):
-    """Writes [P, DIM] to the positions [P] that are `used`."""
-    base = rows.pointer + batch.to(tl.int64) * rows.batch + head.to(tl.int64) * rows.head
-    column = tl.arange(0, DIM)  # [DIM]
-    pointers = base + position.to(tl.int64)[:, None] * rows.position + column[None, :]  # [P, DIM]
-    inside = used[:, None] & (column < USED)[None, :]  # [P, DIM]
+def store_rows(tile, rows, batch, head, first, ahead, used):
+    """Writes [P, D] to the positions that are `used`."""
+    pointers = row_pointers(rows, batch, head, first, ahead)  # [P, D]
+    inside = used[:, None] & (tl.arange(0, rows.dim) < rows.used)[None, :]  # [P, D]
     tl.store(pointers, tile.to(rows.pointer.dtype.element_ty), mask=inside)
 
 

@@ -162,9 +162,10 @@ def columns_pass(
     batch = (line + first_line) // shape.heads
     head = (line + first_line) % shape.heads
 
-    column, column_used = positions(tile, columns, shape.keys)  # [BN]
+    column_first, column_ahead, column_used = positions(tile, columns, shape.keys)  # [BN]
+    column = column_first + column_ahead  # [BN]
     k = load_rows(
-        key, batch, head // shape.share, column, column_used, shape.dim, shape.dim_used
+        key, batch, head // shape.share, column_first, column_ahead, column_used
     )  # [BN, D]
     weights = tl.zeros([columns.lanes], tl.float32)  # [BN]
     if outs.weighted is not None:
@@ -188,7 +189,7 @@ def columns_pass(
 
     received = tl.zeros([columns.lanes], tl.float32)  # [BN]
     for stretch in tl.static_range(0, 3 if SPLIT else 1):
-        MASKED: tl.constexpr = stretch != 1
+        masked = stretch != 1
         lower = begin if stretch == 0 else (first if stretch == 1 else second)
         upper = first if stretch == 0 else (second if stretch == 1 else end)
         for row_tile in range(lower, upper):
@@ -196,10 +197,9 @@ def columns_pass(
             if kept is not None:
                 visited = is_kept(kept, batch, head, row_tile, rows, tile, columns)
             if visited:
-                row, row_used = positions(row_tile, rows, shape.queries)  # [BM]
-                q = load_rows(
-                    query, batch, head, row, row_used, shape.dim, shape.dim_used
-                )  # [BM, D]
+                row_first, row_ahead, row_used = positions(row_tile, rows, shape.queries)  # [BM]
+                row = row_first + row_ahead  # [BM]
+                q = load_rows(query, batch, head, row_first, row_ahead, row_used)  # [BM, D]
                 level = exponent_of_lse(lse_of_head, row, row_used)  # [BM]
                 low, high, anchor = row_ranges(mask, batch, row, shape)  # [BM]
                 products = tl.dot(k, tl.trans(q), input_precision=scores.precision)  # [BN, BM]
@@ -215,9 +215,9 @@ def columns_pass(
                     batch,
                     head,
                     shape,
-                    MASKED,
+                    masked,
                 )  # [BN, BM]
-                if MASKED:
+                if masked:
                     x = tl.where(column_used[:, None], x, float("-inf"))  # [BN, BM]
                 p = tl.exp2(x * unit - level[None, :])  # [BN, BM]
                 if outs.received is not None:
@@ -318,7 +318,7 @@ def diagonals_pass(
 
     acc = tl.zeros([T, T], tl.float32)  # [T, T]
     for stretch in tl.static_range(0 if SPLIT else 1, 2):
-        MASKED: tl.constexpr = stretch == 1
+        masked = stretch == 1
         lower = begin if stretch == 0 else first
         upper = first if stretch == 0 else end
         for row_tile in range(lower, upper):
@@ -331,21 +331,11 @@ def diagonals_pass(
                 row = row_tile * T + lane  # [T]
                 column = start + lane  # [T]
                 column_used = None
-                if MASKED:
+                if masked:
                     column_used = column < shape.keys  # [T]
                 row_used = row < shape.queries  # [T]
-                q = load_rows(
-                    query, batch, head, row, row_used, shape.dim, shape.dim_used
-                )  # [T, D]
-                k = load_rows(
-                    key,
-                    batch,
-                    head // shape.share,
-                    column,
-                    column_used,
-                    shape.dim,
-                    shape.dim_used,
-                )  # [T, D]
+                q = load_rows(query, batch, head, row_tile * T, lane, row_used)  # [T, D]
+                k = load_rows(key, batch, head // shape.share, start, lane, column_used)  # [T, D]
                 level = exponent_of_lse(lse_of_head, row, row_used)  # [T]
                 low, high, anchor = row_ranges(mask, batch, row, shape)  # [T]
                 products = tl.dot(q, tl.trans(k), input_precision=scores.precision)  # [T, T]
@@ -361,7 +351,7 @@ def diagonals_pass(
                     batch,
                     head,
                     shape,
-                    MASKED,
+                    masked,
                 )  # [T, T]
                 if kept is not None:
                     place = batch.to(tl.int64) * kept.batch + head.to(tl.int64) * kept.head
