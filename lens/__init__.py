@@ -12,13 +12,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lens import figures, metrics, prompts, runs, tasks
+    from lens import figures, metrics, prompts, runs, sinks, tasks
     from lens.captures.recorder import capturing
     from lens.captures.run import capture
     from lens.errors import LensError
     from lens.models.loaded import LoadedModel
     from lens.models.loading import load
     from lens.profiles import profile
+    from lens.redistribution.editing import redistribute
     from lens.trace import AttentionTrace
 
 __version__ = "0.1.0"
@@ -34,11 +35,13 @@ __all__ = [
     "metrics",
     "profile",
     "prompts",
+    "redistribute",
     "runs",
+    "sinks",
     "tasks",
 ]
 
-_MODULES = ("figures", "metrics", "prompts", "runs", "tasks")
+_MODULES = ("figures", "metrics", "prompts", "runs", "sinks", "tasks")
 _HOMES = {
     "AttentionTrace": "lens.trace",
     "LensError": "lens.errors",
@@ -47,6 +50,7 @@ _HOMES = {
     "capturing": "lens.captures.recorder",
     "load": "lens.models.loading",
     "profile": "lens.profiles",
+    "redistribute": "lens.redistribution.editing",
 }
 
 
