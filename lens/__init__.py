@@ -12,7 +12,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lens import figures, metrics, prompts, runs, sinks, tasks
+    from lens import figures, heads, metrics, prompts, runs, sinks, tasks
     from lens.captures.recorder import capturing
     from lens.captures.run import capture
     from lens.errors import LensError
@@ -31,6 +31,7 @@ __all__ = [
     "capture",
     "capturing",
     "figures",
+    "heads",
     "load",
     "metrics",
     "profile",
@@ -41,7 +42,7 @@ __all__ = [
     "tasks",
 ]
 
-_MODULES = ("figures", "metrics", "prompts", "runs", "sinks", "tasks")
+_MODULES = ("figures", "heads", "metrics", "prompts", "runs", "sinks", "tasks")
 _HOMES = {
     "AttentionTrace": "lens.trace",
     "LensError": "lens.errors",

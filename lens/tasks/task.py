@@ -139,7 +139,7 @@ class Task:
         if self.corrupt is None:
             raise LensError(
                 f"the task {self.name!r} has no corrupt prompts, so there is no counterfactual; "
-                "use another baseline: zero, mean, position_mean or resample"
+                "use another baseline: zero, mean, pooled_mean or resample"
             )
         return self.corrupt
 

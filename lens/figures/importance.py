@@ -1,0 +1,70 @@
+"""Figures of `lens.heads`: the importance of every head for a task."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import plotly.graph_objects as go
+
+from lens.figures.colors import DIVERGING, scale
+from lens.figures.style import Theme, style
+
+if TYPE_CHECKING:
+    from lens.heads.scores import HeadScores
+
+
+def importance_grid(
+    scores: HeadScores,
+    *,
+    title: str | None = None,
+    width: int | None = None,
+    height: int | None = None,
+    theme: Theme = "light",
+) -> go.Figure:
+    """Importance of every head: layers down, heads across; red = the task goes worse without it."""
+    values, errors = scores.values, scores.stderr
+    bound = float(np.abs(values).max()) or 1.0
+    text = [
+        [
+            "" if np.isnan(error) else f" ± {error:.2g} (standard error, {scores.n} prompts)"
+            for error in row
+        ]
+        for row in errors
+    ]
+    figure = go.Figure(
+        go.Heatmap(
+            z=values,
+            colorscale=scale(DIVERGING),
+            zmin=-bound,
+            zmid=0,
+            zmax=bound,
+            colorbar={"title": {"text": scores.metric, "side": "right"}, "thickness": 12},
+            xgap=1,
+            ygap=1,
+            text=text,
+            hovertemplate="L%{y}H%{x}: %{z:.4g}%{text}<extra></extra>",
+        )
+    )
+    layers, heads = values.shape
+    figure.update_xaxes(title="head", dtick=1 if heads <= 32 else None, showgrid=False)
+    figure.update_yaxes(
+        title="layer", autorange="reversed", dtick=1 if layers <= 32 else None, showgrid=False
+    )
+    return style(
+        figure,
+        title=title or _finding(scores),
+        width=width,
+        height=height,
+        theme=theme,
+        meta={"by": scores.label, "task": scores.task, "model": scores.model},
+    )
+
+
+def _finding(scores: HeadScores) -> str:
+    best = int(scores.values.argmax())
+    value = scores.values.ravel()[best]
+    what = f"{scores.label} on {scores.task}"
+    return (
+        f"{what[0].upper()}{what[1:]}: most at {scores.names[best]}, {value:.3g} ({scores.metric})"
+    )

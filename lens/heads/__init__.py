@@ -1,0 +1,20 @@
+"""Which heads matter to a task, by whose measure.
+
+>>> task = lens.tasks.induction(model, n=64, seed=0)
+>>> lens.heads.importance(model, task, by="ablation", baseline="mean").top(3)
+"""
+
+from lens.heads.comparing import Agreement, agreement
+from lens.heads.group import GroupAblation
+from lens.heads.measuring import ablate, importance
+from lens.heads.scores import HeadScores, Intervention
+
+__all__ = [
+    "Agreement",
+    "GroupAblation",
+    "HeadScores",
+    "Intervention",
+    "ablate",
+    "agreement",
+    "importance",
+]

@@ -1,0 +1,153 @@
+"""How far measures of importance agree on the order of the heads."""
+
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+import pandas as pd
+
+from lens.errors import LensError
+from lens.heads.scores import HeadScores
+
+COLUMNS = (
+    "first",
+    "second",
+    "tau",
+    "tau_low",
+    "tau_high",
+    "overlap",
+    "overlap_low",
+    "overlap_high",
+    "overlap_by_chance",
+)
+_ENDS = (2.5, 97.5)
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Agreement:
+    """Agreement of each pair of measures.
+
+    Attributes:
+        table: one row per pair: `first`, `second` (labels of the measures); `tau`, Kendall's tau-b
+            over all heads; `overlap`, the share of the k most important heads that both have;
+            `overlap_by_chance`, k / number of heads; `_low` and `_high`, 95 % bootstrap intervals
+            over prompts, NaN for a single prompt. Tau is NaN where a measure gives all heads one
+            value: there is no order to compare.
+        k: how many heads are at the top.
+        n: prompts of each measure, in the order given.
+        seed: of the bootstrap.
+    """
+
+    table: pd.DataFrame
+    k: int
+    n: tuple[int, ...]
+    seed: int
+
+    def __repr__(self) -> str:
+        rows = [
+            f"{row['first']} and {row['second']}: tau {row['tau']:.2f} "
+            f"[{row['tau_low']:.2f}, {row['tau_high']:.2f}], top {self.k} share {row['overlap']:.0%} "
+            f"(by chance {row['overlap_by_chance']:.0%})"
+            for row in self.table.to_dict("records")
+        ]
+        return "Agreement(" + "; ".join(rows) + ")"
+
+
+def agreement(
+    *scores: HeadScores, k: int | None = None, resamples: int = 300, seed: int = 0
+) -> Agreement:
+    """Kendall's tau-b and top-k overlap between all pairs of measures, with bootstrap intervals.
+
+    `tau = (concordant - discordant) / sqrt((pairs - ties in a) (pairs - ties in b))` over pairs of
+    heads (Kendall 1945). Measures of the same task have the same prompts redrawn together; others
+    each their own.
+
+    Args:
+        scores: two or more, of one model.
+        k: heads at the top; None: a quarter of them, at least one.
+        resamples: of the bootstrap.
+        seed: of its draws.
+
+    Raises:
+        LensError: fewer than two, of differing models, with one label on one task, a k that the
+            model has not, or no resamples.
+    """
+    if len(scores) < 2:
+        raise LensError(f"agreement needs at least two measures, got {len(scores)}")
+    sizes = {(score.model, score.values.shape) for score in scores}
+    if len(sizes) > 1:
+        raise LensError(
+            f"agreement compares measures of one model, got {', '.join(sorted(m for m, _ in sizes))}"
+        )
+    heads = scores[0].values.size
+    k = max(1, heads // 4) if k is None else k
+    if not 1 <= k <= heads:
+        raise LensError(f"k must be 1 to {heads}, got {k}")
+    if resamples < 1:
+        raise LensError(f"resamples must be at least 1, got {resamples}")
+    labels = _labels(scores)
+    drawn = _draws(scores, resamples, seed)
+    rows = []
+    for a, b in combinations(range(len(scores)), 2):
+        first, second = scores[a].values.ravel(), scores[b].values.ravel()
+        again = list(zip(drawn[a], drawn[b], strict=True))
+        taus = [kendall_tau(x, y) for x, y in again]
+        overlaps = [top_overlap(x, y, k) for x, y in again]
+        numbers = (
+            kendall_tau(first, second),
+            *_interval(taus),
+            top_overlap(first, second, k),
+            *_interval(overlaps),
+            k / heads,
+        )
+        rows.append((labels[a], labels[b], *numbers))
+    table = pd.DataFrame(rows, columns=list(COLUMNS))
+    return Agreement(table, k, tuple(score.n for score in scores), seed)
+
+
+def kendall_tau(a: np.ndarray, b: np.ndarray) -> float:
+    """Kendall's tau-b of two vectors; NaN where one of them is constant."""
+    upper = np.triu_indices(len(a), 1)
+    x = np.sign(np.subtract.outer(a, a))[upper]
+    y = np.sign(np.subtract.outer(b, b))[upper]
+    norm = np.sqrt(float((x != 0).sum()) * float((y != 0).sum()))
+    return float(x @ y / norm) if norm else float("nan")
+
+
+def top_overlap(a: np.ndarray, b: np.ndarray, k: int) -> float:
+    """Share of the k largest entries of `a` that are among the k largest of `b`; ties by position."""
+    tops = [set(np.argsort(-values, kind="stable")[:k].tolist()) for values in (a, b)]
+    return len(tops[0] & tops[1]) / k
+
+
+def _labels(scores: tuple[HeadScores, ...]) -> list[str]:
+    """Names of the measures, with their tasks where those differ."""
+    several = len({score.task for score in scores}) > 1
+    labels = [f"{score.label} on {score.task}" if several else score.label for score in scores]
+    if twice := sorted({label for label in labels if labels.count(label) > 1}):
+        raise LensError(f"{', '.join(twice)} is given twice; compare different measures")
+    return labels
+
+
+def _draws(scores: tuple[HeadScores, ...], resamples: int, seed: int) -> list[np.ndarray]:
+    """Values [resamples, heads] of each measure on prompts drawn again; none for a single prompt."""
+    random = np.random.default_rng(seed)
+    weights: dict[tuple[str, int], np.ndarray] = {}
+    if min(score.n for score in scores) < 2:
+        return [np.empty((0, score.values.size)) for score in scores]
+    found = []
+    for score in scores:
+        key = (score.task, score.n)
+        if key not in weights:
+            weights[key] = random.multinomial(score.n, np.full(score.n, 1 / score.n), resamples)
+        flat = score.per_prompt.reshape(-1, score.n)
+        found.append(weights[key] @ flat.T / score.n)
+    return found
+
+
+def _interval(values: list[float]) -> tuple[float, float]:
+    kept = [value for value in values if not np.isnan(value)]
+    if not kept:
+        return float("nan"), float("nan")
+    low, high = np.percentile(kept, _ENDS)
+    return float(low), float(high)

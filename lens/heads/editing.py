@@ -1,0 +1,202 @@
+"""Head outputs read, replaced and differentiated while the model runs.
+
+The output `z = P v` of each head, before the output projection, is where all of this happens: inside
+the attention function that capture registers, so it works for every model that can be captured. N×N
+is never built.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from lens_kernels import AttentionResult, attention
+from torch import Tensor
+
+from lens.captures.layer import LayerCall, make_settings
+from lens.captures.recorder import Recorder, recording
+from lens.errors import LensError
+from lens.head_ids import HeadId
+from lens.models.loaded import LoadedModel
+from lens.tasks.task import logits_of
+
+Source = Callable[[int, Tensor], Tensor]
+"""(layer, z [rows, heads, queries, value_dim]) -> what to put in place of z, broadcastable to it."""
+
+
+@dataclass(frozen=True, eq=False)
+class HeadGradient:
+    """Heads of one layer and the gradient of a number with respect to them.
+
+    Attributes:
+        output: z [rows, heads, queries, value_dim].
+        slope: of the same shape, the derivative by z.
+        attribution: [rows, heads, queries], `sum of slope * z` as the kernel's backward pass gives it.
+    """
+
+    output: Tensor
+    slope: Tensor
+    attribution: Tensor
+
+
+def read_heads(model: LoadedModel, ids: Tensor, keep: Callable[[int, Tensor], None]) -> None:
+    """Run token ids [rows, tokens] and hand z [rows, heads, queries, value_dim] of each layer over.
+
+    Raises:
+        LensError: as `lens.capture`, or layers that are not those of `model.info`.
+    """
+    with torch.no_grad():
+        _run(model, ids, _Reader(keep))
+
+
+def edited_logits(
+    model: LoadedModel, ids: Tensor, groups: Sequence[Sequence[HeadId]], source: Source
+) -> Tensor:
+    """Logits [groups, rows, tokens, vocab] with the heads of each group replaced, in one forward pass.
+
+    Args:
+        model: as `lens.load` returns it.
+        ids: [rows, tokens].
+        groups: heads that are replaced together; each group runs on a copy of the rows.
+        source: what to put in their place; it sees z of the rows of one group.
+
+    Raises:
+        LensError: as in `read_heads`.
+    """
+    with torch.no_grad():
+        logits = _run(model, ids.repeat(len(groups), 1), _Editor(groups, source))
+    return logits.unflatten(0, (len(groups), len(ids)))
+
+
+def with_gradients(
+    model: LoadedModel, ids: Tensor, objective: Callable[[Tensor], Tensor]
+) -> list[HeadGradient]:
+    """Head outputs of every layer with the gradient of a number that depends on the logits.
+
+    Args:
+        model: as `lens.load` returns it.
+        ids: [rows, tokens].
+        objective: logits [rows, tokens, vocab] -> [rows]; their sum is differentiated.
+
+    Raises:
+        LensError: as in `read_heads`, or a number that has no gradient here.
+    """
+    differentiated = _Differentiated()
+    with torch.enable_grad():
+        logits = _run(model, ids, differentiated)
+        values = objective(logits)
+        if not values.requires_grad:
+            raise LensError("the metric has no gradient; use 'loss' or 'logit_difference'")
+        (slope,) = torch.autograd.grad(values.sum(), logits, retain_graph=True)
+        if slope.norm() < _FLAT:
+            raise LensError(
+                f"the metric is flat here (its gradient at the logits has the norm {slope.norm():.1e}),"
+                " so a gradient says nothing about its heads; use by='ablation'"
+            )
+        results = differentiated.results
+        targets = [differentiated.first, *(result.output for result in results)]
+        _, *slopes = torch.autograd.grad(values.sum(), targets)
+    return [
+        HeadGradient(result.output.detach(), of_output, result.statistics.row_attribution)
+        for result, of_output in zip(results, slopes, strict=True)
+    ]
+
+
+_FLAT = 1e-8
+
+
+class _Reader(Recorder):
+    """Hands every head output over and keeps nothing."""
+
+    def __init__(self, keep: Callable[[int, Tensor], None]) -> None:
+        super().__init__(make_settings(statistics=(), block_size=64, keep_qk=False, backend="auto"))
+        self._keep = keep
+
+    @property
+    def layers_seen(self) -> int:
+        """Attention layers of the pass so far."""
+        return self._layer
+
+    def attend(self, call: LayerCall) -> Tensor:
+        """See `interface.Listener`."""
+        output = self._change(call)
+        self._layer += 1
+        return output.to(call.value.dtype).transpose(1, 2).contiguous()
+
+    def _change(self, call: LayerCall) -> Tensor:
+        """z [rows, heads, queries, value_dim] that the model goes on with."""
+        output = _attention(call, ()).output
+        self._keep(self._layer, output)
+        return output
+
+
+class _Editor(_Reader):
+    """Replaces the heads of each group on that group's copy of the rows."""
+
+    def __init__(self, groups: Sequence[Sequence[HeadId]], source: Source) -> None:
+        super().__init__(lambda *_: None)
+        self._groups = groups
+        self._source = source
+
+    def _change(self, call: LayerCall) -> Tensor:
+        output = _attention(call, ()).output
+        chosen = torch.zeros(len(self._groups), output.shape[1], dtype=torch.bool)
+        for number, group in enumerate(self._groups):
+            for layer, head in group:
+                if layer == self._layer:
+                    chosen[number, head] = True
+        if not chosen.any():
+            return output
+        groups = output.unflatten(0, (len(self._groups), -1)).clone()
+        for number in chosen.any(1).nonzero().flatten().tolist():
+            mine = groups[number]  # [rows, heads, queries, value_dim]
+            instead = self._source(self._layer, mine).expand_as(mine).to(mine.dtype)
+            mine[:, chosen[number]] = instead[:, chosen[number]]
+        return groups.flatten(0, 1)
+
+
+class _Differentiated(_Reader):
+    """Keeps what each layer's attention returned, with its autograd graph."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda *_: None)
+        self.results: list[AttentionResult] = []
+        self.first: Tensor = torch.empty(0)
+
+    def _change(self, call: LayerCall) -> Tensor:
+        if self._layer == 0:  # the graph begins here: weights before it need no gradient
+            self.first = call.query.detach().requires_grad_()
+            call = replace(call, query=self.first)
+        result = _attention(call, ("row_attribution",))
+        self.results.append(result)
+        return result.output
+
+
+def _run(model: LoadedModel, ids: Tensor, reader: _Reader) -> Tensor:
+    """Logits of one forward pass whose attention is the reader's."""
+    with recording(model, reader):
+        logits = logits_of(model, ids)
+    if reader.layers_seen != model.info.layers:
+        raise LensError(
+            f"{model.info.class_name} ran {reader.layers_seen} attention layers through the registry, "
+            f"{model.info.layers} were expected; its heads cannot be edited"
+        )
+    return logits
+
+
+def _attention(call: LayerCall, statistics: tuple[str, ...]) -> AttentionResult:
+    mask = call.mask.for_kernel(call.query.shape[2])
+    if call.position_bias is not None:
+        mask = replace(mask, bias=call.position_bias)
+    try:
+        return attention(
+            call.query,
+            call.key,
+            call.value,
+            mask=mask,
+            scale=call.scale,
+            softcap=call.softcap,
+            sink_logits=call.sink_logits,
+            statistics=statistics,
+        )
+    except (TypeError, ValueError) as error:
+        raise LensError(str(error)) from error
