@@ -62,6 +62,8 @@ def head_grid(
     known = values[np.isfinite(values)]
     signed = bool((known < 0).any())
     bound = float(np.abs(known).max(initial=0)) or 1.0
+    if METRICS[metric].unit == "probability":
+        bound = 1.0  # 0.02 must not look like a find
     limits: dict[str, Any] = (
         {"zmid": 0, "zmin": -bound, "zmax": bound} if signed else {"zmin": 0, "zmax": bound}
     )

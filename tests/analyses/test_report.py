@@ -2,9 +2,7 @@
 
 import base64
 import json
-import os
 import re
-import shutil
 import struct
 import zlib
 from html.parser import HTMLParser
@@ -302,23 +300,6 @@ def test_a_run_that_is_being_written_gets_no_report(lens_command, run_folder, mo
     answer = lens_command("report", run_folder)
     assert answer.code == 1
     assert "is being computed right now" in answer.err
-
-
-@pytest.fixture(scope="module")
-def browser():
-    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-    path = next(filter(None, map(shutil.which, names)), None)
-    if path is None:
-        reason = "no Chromium on this machine; `make browser` installs one where apt is"
-        if os.environ.get("CI") == "true":
-            pytest.fail(f"CI needs a browser: {reason}")
-        pytest.skip(reason)
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
 
 
 @pytest.mark.browser

@@ -89,6 +89,9 @@ def test_head_grid_puts_every_head_in_its_place(table):
     best = rows.loc[rows.value.idxmax()]
     assert f"L{best.layer}H{best['head']}" in figure.layout.title.text
     assert figure.data[0].zmin == 0
+    assert figure.data[0].zmax == rows["value"].max()
+    probability = figures.head_grid(table, "induction")
+    assert (probability.data[0].zmin, probability.data[0].zmax) == (0, 1)
 
 
 def test_signed_values_are_centred_at_zero(table):

@@ -33,10 +33,9 @@ def charts(data: dict[str, Any]) -> dict[str, dict[str, Any]]:
     height = min(720, max(260, 120 + 26 * layers))
     for kind, rows in heads.groupby("prompt_id", sort=False):
         for metric, variant in dict.fromkeys(zip(rows["metric"], rows["variant"], strict=True)):
-            grid = head_grid(rows, metric, variant, height=height)
-            if data["metrics"][metric]["unit"] == "probability":
-                grid.update_traces(zmin=0, zmax=1)  # 0.02 must not look like a find
-            made[f"grid/{kind}/{metric}/{variant}"] = grid
+            made[f"grid/{kind}/{metric}/{variant}"] = head_grid(
+                rows, metric, variant, height=height
+            )
         trend = metric_by_layer(
             rows,
             "sink_mass",
