@@ -1,4 +1,4 @@
-"""Which heads matter to a task, by whose measure.
+"""Which heads matter to a task, by whose measure, and what their weights alone say.
 
 >>> task = lens.tasks.induction(model, n=64, seed=0)
 >>> lens.heads.importance(model, task, by="ablation", baseline="mean").top(3)
@@ -8,13 +8,18 @@ from lens.heads.comparing import Agreement, agreement
 from lens.heads.group import GroupAblation
 from lens.heads.measuring import ablate, importance
 from lens.heads.scores import HeadScores, Intervention
+from lens.heads.weights import HeadWeights, composition, copying, head_weights
 
 __all__ = [
     "Agreement",
     "GroupAblation",
     "HeadScores",
+    "HeadWeights",
     "Intervention",
     "ablate",
     "agreement",
+    "composition",
+    "copying",
+    "head_weights",
     "importance",
 ]

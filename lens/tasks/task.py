@@ -147,8 +147,12 @@ class Task:
         """All prompts fit the model.
 
         Raises:
-            LensError: they do not.
+            LensError: they do not, or it reads no tokens.
         """
+        if model.info.vocab is None:
+            raise LensError(
+                f"{model.name} reads no tokens, and the task {self.name!r} is made of them"
+            )
         for ids in (self.clean, self.corrupt):
             if ids is not None:
                 for row in ids.tolist():

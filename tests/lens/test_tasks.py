@@ -8,6 +8,7 @@ import torch
 import lens
 from lens.errors import LensError
 from lens.tasks import Task, from_jsonl, induction, language_modelling
+from tests.lens.architectures import build
 
 N, LENGTH, ANSWERS, VOCAB = 3, 7, 2, 11
 
@@ -206,6 +207,13 @@ def test_other_refusals(toy, reader):
         language_modelling(reader, [[1, 2, 3]]).evaluate(reader, corrupt=True)
     with pytest.raises(LensError, match="token ids of induction-2l go from 0 to 64"):
         language_modelling(toy, [[1, 2, 99]]).evaluate(toy)
+
+
+def test_a_model_of_images_is_refused(toy):
+    with pytest.raises(
+        LensError, match="ViTModel reads no tokens, and the task 'induction' is made"
+    ):
+        induction(toy, n=1).evaluate(lens.load(build("vit")))
 
 
 def test_a_model_without_logits_is_refused(toy, monkeypatch):
