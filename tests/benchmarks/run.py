@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
     rows: list[measure.Row] = []
     try:
         for case in chosen:
-            rows += measure.measure_case(case, 3.0 if options.quick else 8.0, progress)
+            rows += measure.measure_case(case, 3.0 if options.quick else 5.0, progress)
         if not options.quick and not options.only:
             rows.append(measure.measure_long_prompt(progress))
     except measure.WrongResultError as error:
