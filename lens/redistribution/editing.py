@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from lens_kernels import AttentionResult, attention
 
+from lens.captures import interface
 from lens.captures.layer import LayerCall, make_settings
 from lens.captures.recorder import Recorder, recording
 from lens.errors import LensError
@@ -128,7 +129,6 @@ class Edit(Recorder):
         self._amount, self._rule, self._heads = amount, rule, heads
         self._backend = backend
         self._places: dict[int, tuple[int, torch.Tensor]] = {}
-        self._asked = 0
         self._masses = torch.zeros(3, dtype=torch.float64)  # rows, before, after
 
     @property
@@ -142,28 +142,22 @@ class Edit(Recorder):
         return float(self._masses[2] / self._masses[0])
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """See `Recorder`."""
-        if self._depth == 0:
-            self._asked = 0
-        super().begin(args, kwargs)
-
-    def end(self) -> None:
         """See `Recorder`.
 
         Raises:
-            LensError: the pass asked somebody else for its attention.
+            LensError: the pass will ask somebody else for its attention.
         """
-        super().end()
-        if self._depth == 0 and not self._asked:
+        super().begin(args, kwargs)  # first: `end` follows in any case
+        if interface._LISTENER.get(None) is not self:
             raise LensError(
-                "the attention of this pass was not edited: something inside the block (lens.capture, "
-                "lens.capturing, another lens.redistribute) took its place; run it outside"
+                "the attention of this pass would not be edited: something inside the block "
+                "(lens.capture, lens.capturing, another lens.redistribute) takes its place; run it "
+                "outside"
             )
 
     def attend(self, call: LayerCall) -> torch.Tensor:
         """See `interface.Listener`."""
         layer, self._layer = self._layer, self._layer + 1
-        self._asked += 1
         at = self._keys_at(call, layer)
         heads = self._heads[layer].to(call.query.device)
         groups = self._groups(call, at) if self._amount and bool(heads.any()) else None

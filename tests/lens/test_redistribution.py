@@ -345,12 +345,13 @@ def test_arguments_that_do_not_fit_are_refused():
 
 
 def test_a_capture_inside_is_refused_because_it_would_undo_the_edit():
-    model, _ = loaded("llama")
-    with (
-        pytest.raises(LensError, match=r"was not edited: something inside the block"),
-        lens.redistribute(model, sources=[0], amount=1.0),
-    ):
-        lens.capture(model, [3, 4, 5, 6])
+    model, ids = loaded("llama")
+    with torch.no_grad(), lens.redistribute(model, sources=[0], amount=1.0) as edit:
+        with pytest.raises(LensError, match=r"would not be edited: something inside the block"):
+            lens.capture(model, [3, 4, 5, 6])
+        steps = edit.steps
+        model.model(input_ids=ids)  # the block goes on as before
+        assert (edit.steps - steps, edit.calls) == (1, 3)
 
 
 def test_a_cache_from_outside_is_refused_where_a_window_may_have_cut_it():
