@@ -33,8 +33,9 @@ from lens_kernels.triton_logits import (
     row_ranges,
     store_rows,
     tanh,
+    tile_of,
 )
-from lens_kernels.triton_lse_pass import block_sums, query_tiles, store_pieces
+from lens_kernels.triton_lse_pass import block_sums, piece_places, query_tiles
 
 
 class GradientMaps(NamedTuple):
@@ -90,7 +91,6 @@ def key_gradients(
     of_value,
     lse,
     level,
-    maps,
     mask,
     scores,
     kept,
@@ -101,16 +101,13 @@ def key_gradients(
     columns,
     row_tiles,
     tiles,
-    height,
-    width,
 ):
-    """Gradients of keys and values, and block sums. Grid: [batch x kv_heads x key tiles].
+    """Gradients of keys and values. Grid: [batch x kv_heads x key tiles].
 
     Args:
         query, key, value, of_output: `Rows`.
         of_key, of_value: `Rows`, or None.
         lse, level: [batch, heads, queries] float32.
-        maps: `GradientMaps`.
         mask, scores, kept, spans, rows, columns, ...: as in triton_lse_pass.columns_pass.
         scale: natural.
     """
@@ -137,6 +134,7 @@ def key_gradients(
         second = end
     if not SPLIT:
         first = end
+    STRETCHES: tl.constexpr = 1 if not SPLIT else (2 if mask.window is None else 3)
 
     dk = tl.zeros([columns.lanes, key.dim], tl.float32)  # [BN, D]
     dv = tl.zeros([columns.lanes, value.dim], tl.float32)  # [BN, V]
@@ -145,7 +143,7 @@ def key_gradients(
         line = batch * shape.heads + head
         lse_of_head = lse + line.to(tl.int64) * shape.queries
         level_of_head = level + line.to(tl.int64) * shape.queries
-        for stretch in tl.static_range(0, 3 if SPLIT else 1):
+        for stretch in tl.static_range(0, STRETCHES):
             masked = stretch != 1
             lower = begin if stretch == 0 else (first if stretch == 1 else second)
             upper = first if stretch == 0 else (second if stretch == 1 else end)
@@ -186,49 +184,10 @@ def key_gradients(
                         dv = tl.dot(
                             p.to(do.dtype), do, dv, input_precision=scores.precision
                         )  # [BN, V]
-                    a = tl.dot(v, tl.trans(do), input_precision=scores.precision)  # [BN, BM]
-                    base = tl.load(level_of_head + row, mask=row_used, other=0.0)  # [BM]
-                    ds = p * (a + base[None, :])  # [BN, BM]
-                    if maps.attribution is not None:
-                        pieces = block_sums(p * a, rows, columns)
-                        store_pieces(
-                            pieces,
-                            maps.attribution,
-                            line,
-                            row_tile,
-                            tile,
-                            rows,
-                            columns,
-                            height,
-                            width,
-                        )
-                    if maps.logit_gradient is not None:
-                        pieces = block_sums(ds, rows, columns)
-                        store_pieces(
-                            pieces,
-                            maps.logit_gradient,
-                            line,
-                            row_tile,
-                            tile,
-                            rows,
-                            columns,
-                            height,
-                            width,
-                        )
-                    if maps.logit_gradient_abs is not None:
-                        pieces = block_sums(tl.abs(ds), rows, columns)
-                        store_pieces(
-                            pieces,
-                            maps.logit_gradient_abs,
-                            line,
-                            row_tile,
-                            tile,
-                            rows,
-                            columns,
-                            height,
-                            width,
-                        )
                     if of_key is not None:
+                        a = tl.dot(v, tl.trans(do), input_precision=scores.precision)  # [BN, BM]
+                        base = tl.load(level_of_head + row, mask=row_used, other=0.0)  # [BM]
+                        ds = p * (a + base[None, :])  # [BN, BM]
                         if scores.cap is not None:
                             ds = ds * slope_of_cap(products, scores)  # [BN, BM]
                         dk = tl.dot(
@@ -247,6 +206,7 @@ def query_gradients(
     value,
     of_output,
     of_query,
+    maps,
     lse,
     level,
     mask,
@@ -258,11 +218,14 @@ def query_gradients(
     columns,
     tiles,
     column_tiles,
+    map_size,
 ):
-    """Gradients of queries. Grid: [batch x heads x query tiles], longest (causal) first.
+    """Gradients of queries, and block sums. Grid: [batch x heads x query tiles], longest first.
 
     Args:
-        query, key, value, of_output, of_query: `Rows`.
+        query, key, value, of_output: `Rows`.
+        of_query: `Rows`, or None.
+        maps: `GradientMaps`.
         kept: `Kept`, or None; with it a tile holds one piece along each axis.
         others: as in `key_gradients`.
     """
@@ -272,7 +235,6 @@ def query_gradients(
     batch = line // shape.heads
     head = line % shape.heads
     kv_head = head // shape.share
-    BN: tl.constexpr = columns.lanes
 
     row_first, row_ahead, row_used = positions(tile, rows, shape.queries)  # [BM]
     row = row_first + row_ahead  # [BM]
@@ -286,22 +248,24 @@ def query_gradients(
     if scores.folded:
         unit = scores.scale
 
+    ALIGNED: tl.constexpr = columns.size == columns.width * columns.parts
+    LEFT: tl.constexpr = mask.low is not None or mask.window is not None
+    START: tl.constexpr = 1 if (kept is None and ALIGNED and not LEFT) else 0
+    STOP: tl.constexpr = 3 if (kept is None and ALIGNED) else 1
+    begin = 0
+    first = column_tiles
+    second = column_tiles
+    end = column_tiles
     if kept is None:
-        begin, inner_begin, inner_end, end = key_span(
-            low, high, mask, tile * rows.lanes, shape, rows.lanes
-        )
-        begin = tl.minimum(begin, end) // BN
-        end = tl.cdiv(end, BN)
-        first = tl.minimum(tl.maximum(tl.cdiv(inner_begin, BN), begin), end)
-        second = tl.maximum(inner_end // BN, first)
-    else:
-        begin = 0
-        first = column_tiles
-        second = column_tiles
-        end = column_tiles
-    EDGES: tl.constexpr = kept is not None or mask.low is not None or mask.window is not None
-    START: tl.constexpr = 0 if EDGES else 1
-    STOP: tl.constexpr = 3 if kept is None else 1
+        last_row = tl.max(tl.where(row_used, row, 0), 0)
+        begin, inner_begin, inner_end, end = key_span(low, high, mask, row_first, last_row, shape)
+        begin = tile_of(tl.minimum(begin, end), columns)
+        end = tl.where(end > 0, tile_of(tl.maximum(end - 1, 0), columns) + 1, 0)
+        first = end
+        second = end
+        if ALIGNED:
+            first = tl.minimum(tl.maximum(tl.cdiv(inner_begin, columns.lanes), begin), end)
+            second = tl.maximum(inner_end // columns.lanes, first)
 
     dq = tl.zeros([rows.lanes, query.dim], tl.float32)  # [BM, D]
     for stretch in tl.static_range(START, STOP):
@@ -317,11 +281,11 @@ def query_gradients(
                     column_tile, columns, shape.keys
                 )  # [BN]
                 column = column_first + column_ahead  # [BN]
-                inside = None
+                read = None
                 if masked:
-                    inside = column_used
-                k = load_rows(key, batch, kv_head, column_first, column_ahead, inside)  # [BN, D]
-                v = load_rows(value, batch, kv_head, column_first, column_ahead, inside)  # [BN, V]
+                    read = column_used
+                k = load_rows(key, batch, kv_head, column_first, column_ahead, read)  # [BN, D]
+                v = load_rows(value, batch, kv_head, column_first, column_ahead, read)  # [BN, V]
                 products = tl.dot(q, tl.trans(k), input_precision=scores.precision)  # [BM, BN]
                 x = logits(
                     products,
@@ -342,7 +306,21 @@ def query_gradients(
                 p = tl.exp2(x * unit - total[:, None])  # [BM, BN]
                 a = tl.dot(do, tl.trans(v), input_precision=scores.precision)  # [BM, BN]
                 ds = p * (a + base[:, None])  # [BM, BN]
-                if scores.cap is not None:
-                    ds = ds * slope_of_cap(products, scores)  # [BM, BN]
-                dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=scores.precision)  # [BM, D]
-    store_rows(dq * scale, of_query, batch, head, row_first, row_ahead, row_used)
+                places, inside = piece_places(
+                    map_size, line, tile, rows, column_tile, columns, False
+                )  # [HIGH, WIDE]
+                if maps.attribution is not None:
+                    pieces = block_sums(p * a, rows, columns)
+                    tl.store(maps.attribution + places, pieces, mask=inside)
+                if maps.logit_gradient is not None:
+                    pieces = block_sums(ds, rows, columns)
+                    tl.store(maps.logit_gradient + places, pieces, mask=inside)
+                if maps.logit_gradient_abs is not None:
+                    pieces = block_sums(tl.abs(ds), rows, columns)
+                    tl.store(maps.logit_gradient_abs + places, pieces, mask=inside)
+                if of_query is not None:
+                    if scores.cap is not None:
+                        ds = ds * slope_of_cap(products, scores)  # [BM, BN]
+                    dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=scores.precision)  # [BM, D]
+    if of_query is not None:
+        store_rows(dq * scale, of_query, batch, head, row_first, row_ahead, row_used)

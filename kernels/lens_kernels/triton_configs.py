@@ -51,13 +51,26 @@ def diagonals_config(problem: Problem) -> Config:
     ]
 
 
+def key_gradients_together(problem: Problem) -> bool:
+    """Whether gradients of keys and values are made in one launch, where registers are enough.
+
+    In two launches the logits are made twice, about a fifth of the backward pass.
+    """
+    plan = problem.plan
+    extras = (plan.window, plan.keep, plan.allowed, plan.bias, plan.slopes, problem.softcap)
+    plain = all(part is None for part in extras)
+    return _width(problem) <= 128 and plain and problem.query.dtype != torch.float32
+
+
 def backward_config(problem: Problem, of: str) -> Config:
-    """Of the gradients of keys and values (`of="key"`), or of queries."""
+    """Of the gradients of keys and values in one ("both") or in two launches ("key"), or "query"."""
     width = _width(problem)
     if problem.query.dtype == torch.float32:
         return Config(32, 32, 4, 1)
+    if of == "both":
+        return {64: Config(64, 128, 8, 2), 128: Config(32, 128, 8, 2)}[width]
     if of == "key":
-        return {64: Config(64, 128, 8, 2), 128: Config(64, 64, 4, 2), 256: Config(32, 64, 8, 1)}[
+        return {64: Config(64, 128, 8, 2), 128: Config(64, 128, 8, 2), 256: Config(32, 64, 4, 1)}[
             width
         ]
-    return {64: Config(128, 64, 8, 2), 128: Config(64, 64, 4, 2), 256: Config(64, 32, 8, 1)}[width]
+    return {64: Config(128, 64, 8, 2), 128: Config(128, 64, 8, 2), 256: Config(64, 16, 4, 1)}[width]

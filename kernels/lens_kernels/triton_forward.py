@@ -72,11 +72,11 @@ class BlockList(NamedTuple):
 
 
 @triton.jit
-def key_span(low, high, mask, first_row, shape, BM: tl.constexpr):
+def key_span(low, high, mask, first_row, last_row, shape):
     """Range of keys that any row of a tile sees, and the range in which all rows see all keys."""
     if mask.low is None:
         first = first_row + mask.offset
-        last = tl.minimum(first_row + BM, shape.queries) - 1 + mask.offset
+        last = last_row + mask.offset
         begin = 0
         inner_begin = 0
         end = shape.keys
@@ -165,7 +165,8 @@ def forward(
     acc = tl.zeros([BM, value.dim], tl.float32)  # [BM, V]
 
     # stretches of keys: [bounds[0], bounds[1]) masked, then interior, then masked
-    begin, inner_begin, inner_end, end = key_span(low, high, mask, tile * BM, shape, BM)
+    last_row = tl.minimum(row_first + BM, shape.queries) - 1
+    begin, inner_begin, inner_end, end = key_span(low, high, mask, row_first, last_row, shape)
     begin = tl.minimum(begin, end) // BN * BN
     first = tl.minimum(tl.maximum(tl.cdiv(inner_begin, BN) * BN, begin), tl.cdiv(end, BN) * BN)
     second = tl.maximum(tl.minimum(inner_end, end) // BN * BN, first)

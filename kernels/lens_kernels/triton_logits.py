@@ -148,11 +148,12 @@ def load_rows(rows, batch, head, first, ahead, used):
     """[P, D] of the positions; 0 past the real width and where not `used` (None: all are)."""
     pointers = row_pointers(rows, batch, head, first, ahead)  # [P, D]
     column = tl.arange(0, rows.dim)  # [D]
-    if used is None:
-        if rows.used == rows.dim:
-            tile = tl.load(pointers)  # [P, D]
-        else:
-            tile = tl.load(pointers, mask=(column < rows.used)[None, :], other=0.0)  # [P, D]
+    if used is None and rows.used == rows.dim:
+        tile = tl.load(pointers)  # [P, D]
+    elif used is None:
+        tile = tl.load(pointers, mask=(column < rows.used)[None, :], other=0.0)  # [P, D]
+    elif rows.used == rows.dim:
+        tile = tl.load(pointers, mask=used[:, None], other=0.0)  # [P, D]
     else:
         inside = used[:, None] & (column < rows.used)[None, :]  # [P, D]
         tile = tl.load(pointers, mask=inside, other=0.0)  # [P, D]
@@ -163,7 +164,9 @@ def load_rows(rows, batch, head, first, ahead, used):
 def store_rows(tile, rows, batch, head, first, ahead, used):
     """Writes [P, D] to the positions that are `used`."""
     pointers = row_pointers(rows, batch, head, first, ahead)  # [P, D]
-    inside = used[:, None] & (tl.arange(0, rows.dim) < rows.used)[None, :]  # [P, D]
+    inside = used[:, None]  # [P, 1]
+    if rows.used != rows.dim:
+        inside = inside & (tl.arange(0, rows.dim) < rows.used)[None, :]  # [P, D]
     tl.store(pointers, tile.to(rows.pointer.dtype.element_ty), mask=inside)
 
 

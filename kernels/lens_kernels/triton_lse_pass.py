@@ -36,6 +36,13 @@ from lens_kernels.triton_logits import (
 )
 
 
+class MapSize(NamedTuple):
+    """Number of pieces of each axis of a block map."""
+
+    height: Any
+    width: Any
+
+
 class ColumnOutputs(NamedTuple):
     """Where results go, contiguous, of the launched heads only; None is not computed.
 
@@ -83,42 +90,47 @@ def query_tiles(column, column_used, mask, rows, tiles, shape):
 
 
 @triton.jit
-def block_sums(tile, rows, columns):
-    """[BN, BM] summed over pieces: [key pieces, query pieces] of the tile."""
-    HIGH: tl.constexpr = columns.lanes // columns.width
-    WIDE: tl.constexpr = rows.lanes // rows.width
+def block_sums(tile, tall, wide):
+    """[lanes of `tall`, lanes of `wide`] summed over pieces: [pieces, pieces] of the tile."""
+    HIGH: tl.constexpr = tall.lanes // tall.width
+    WIDE: tl.constexpr = wide.lanes // wide.width
     if WIDE == 1:
-        by_key = tl.sum(tile, 1)  # [BN]
-        pieces = tl.sum(tl.reshape(by_key, [HIGH, columns.width]), 1)[:, None]  # [HIGH, 1]
+        lines = tl.sum(tile, 1)  # [lanes]
+        pieces = tl.sum(tl.reshape(lines, [HIGH, tall.width]), 1)[:, None]  # [HIGH, 1]
     else:
-        by_key = tl.sum(tl.reshape(tile, [columns.lanes, WIDE, rows.width]), 2)  # [BN, WIDE]
-        pieces = tl.sum(tl.reshape(by_key, [HIGH, columns.width, WIDE]), 1)  # [HIGH, WIDE]
+        lines = tl.sum(tl.reshape(tile, [tall.lanes, WIDE, wide.width]), 2)  # [lanes, WIDE]
+        pieces = tl.sum(tl.reshape(lines, [HIGH, tall.width, WIDE]), 1)  # [HIGH, WIDE]
     return pieces
 
 
 @triton.jit
-def block_maxima(tile, rows, columns):
-    """[BN, BM] with the maximum over pieces: [key pieces, query pieces] of the tile."""
-    HIGH: tl.constexpr = columns.lanes // columns.width
-    WIDE: tl.constexpr = rows.lanes // rows.width
+def block_maxima(tile, tall, wide):
+    """As `block_sums`, the maximum."""
+    HIGH: tl.constexpr = tall.lanes // tall.width
+    WIDE: tl.constexpr = wide.lanes // wide.width
     if WIDE == 1:
-        by_key = tl.max(tile, 1)  # [BN]
-        pieces = tl.max(tl.reshape(by_key, [HIGH, columns.width]), 1)[:, None]  # [HIGH, 1]
+        lines = tl.max(tile, 1)  # [lanes]
+        pieces = tl.max(tl.reshape(lines, [HIGH, tall.width]), 1)[:, None]  # [HIGH, 1]
     else:
-        by_key = tl.max(tl.reshape(tile, [columns.lanes, WIDE, rows.width]), 2)  # [BN, WIDE]
-        pieces = tl.max(tl.reshape(by_key, [HIGH, columns.width, WIDE]), 1)  # [HIGH, WIDE]
+        lines = tl.max(tl.reshape(tile, [tall.lanes, WIDE, wide.width]), 2)  # [lanes, WIDE]
+        pieces = tl.max(tl.reshape(lines, [HIGH, tall.width, WIDE]), 1)  # [HIGH, WIDE]
     return pieces
 
 
 @triton.jit
-def store_pieces(pieces, pointer, line, row_tile, column_tile, rows, columns, height, width):
-    """Writes the [key pieces, query pieces] of a tile into a map [lines, height, width]."""
-    HIGH: tl.constexpr = columns.lanes // columns.width
-    WIDE: tl.constexpr = rows.lanes // rows.width
-    column = column_tile * HIGH + tl.arange(0, HIGH)[:, None]  # [HIGH, 1]
-    row = row_tile * WIDE + tl.arange(0, WIDE)[None, :]  # [1, WIDE]
-    place = (line.to(tl.int64) * height + row) * width + column  # [HIGH, WIDE]
-    tl.store(pointer + place, pieces, mask=(row < height) & (column < width))
+def piece_places(map_size, line, row_tile, rows, column_tile, columns, KEYS_FIRST: tl.constexpr):
+    """Where the pieces of a tile lie in a map [lines, height, width], and which of them do."""
+    row = row_tile * (rows.lanes // rows.width) + tl.arange(0, rows.lanes // rows.width)
+    column = column_tile * (columns.lanes // columns.width)
+    column += tl.arange(0, columns.lanes // columns.width)
+    if KEYS_FIRST:
+        row = row[None, :]
+        column = column[:, None]
+    else:
+        row = row[:, None]
+        column = column[None, :]
+    place = (line.to(tl.int64) * map_size.height + row) * map_size.width + column
+    return place, (row < map_size.height) & (column < map_size.width)
 
 
 @triton.jit
@@ -137,8 +149,7 @@ def columns_pass(
     columns,
     row_tiles,
     tiles,
-    height,
-    width,
+    map_size,
     first_line,
 ):
     """Grid: [lines x key tiles], tiles fastest; a line is a head of a batch row.
@@ -153,7 +164,7 @@ def columns_pass(
         spans: [batch, tiles, 2], the query tiles to visit, where the mask is not simple; or None.
         rows, columns: `Blocks` of the two axes.
         row_tiles, tiles: number of tiles of each axis.
-        height, width: number of pieces of each axis.
+        map_size: `MapSize`.
         first_line: the first head of this launch.
     """
     pid = tl.program_id(0)
@@ -186,9 +197,10 @@ def columns_pass(
         second = end
     if not SPLIT:
         first = end
+    STRETCHES: tl.constexpr = 1 if not SPLIT else (2 if mask.window is None else 3)
 
     received = tl.zeros([columns.lanes], tl.float32)  # [BN]
-    for stretch in tl.static_range(0, 3 if SPLIT else 1):
+    for stretch in tl.static_range(0, STRETCHES):
         masked = stretch != 1
         lower = begin if stretch == 0 else (first if stretch == 1 else second)
         upper = first if stretch == 0 else (second if stretch == 1 else end)
@@ -222,35 +234,22 @@ def columns_pass(
                 p = tl.exp2(x * unit - level[None, :])  # [BN, BM]
                 if outs.received is not None:
                     received += tl.sum(p, 1)  # [BN]
+                places, inside = piece_places(
+                    map_size, line, row_tile, rows, tile, columns, True
+                )  # [HIGH, WIDE]
                 if outs.mass is not None:
-                    pieces = block_sums(p, rows, columns)
-                    store_pieces(
-                        pieces, outs.mass, line, row_tile, tile, rows, columns, height, width
-                    )
+                    pieces = block_sums(p, columns, rows)
+                    tl.store(outs.mass + places, pieces, mask=inside)
                 if outs.weighted is not None:
-                    pieces = block_sums(p * weights[:, None], rows, columns)
-                    store_pieces(
-                        pieces, outs.weighted, line, row_tile, tile, rows, columns, height, width
-                    )
+                    pieces = block_sums(p * weights[:, None], columns, rows)
+                    tl.store(outs.weighted + places, pieces, mask=inside)
                 if outs.largest is not None:
-                    pieces = block_maxima(p, rows, columns)
-                    store_pieces(
-                        pieces, outs.largest, line, row_tile, tile, rows, columns, height, width
-                    )
+                    pieces = block_maxima(p, columns, rows)
+                    tl.store(outs.largest + places, pieces, mask=inside)
                 if outs.largest_logit is not None:
                     of_rows = tl.where(level[None, :] < float("inf"), x, float("-inf"))
-                    pieces = block_maxima(of_rows, rows, columns) * unit * LN2
-                    store_pieces(
-                        pieces,
-                        outs.largest_logit,
-                        line,
-                        row_tile,
-                        tile,
-                        rows,
-                        columns,
-                        height,
-                        width,
-                    )
+                    pieces = block_maxima(of_rows, columns, rows) * unit * LN2
+                    tl.store(outs.largest_logit + places, pieces, mask=inside)
     if outs.received is not None:
         tl.store(
             outs.received + line.to(tl.int64) * shape.keys + column, received, mask=column_used

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from lens_kernels import triton_launch as pack
 from lens_kernels.backward import Gradients, Saved, Upstream
-from lens_kernels.problem import Problem, row_features, statistic_shape, top_blocks
-from lens_kernels.statistics import STATISTICS
+from lens_kernels.problem import Problem, row_features, top_blocks
 from lens_kernels.triton_backward import (
     GradientMaps,
     key_gradients,
@@ -23,10 +22,11 @@ from lens_kernels.triton_configs import (
     backward_config,
     columns_config,
     diagonals_config,
+    key_gradients_together,
     row_config,
 )
 from lens_kernels.triton_forward import BlockList, RowInputs, RowOutputs, forward
-from lens_kernels.triton_lse_pass import ColumnOutputs, columns_pass, diagonals_pass
+from lens_kernels.triton_lse_pass import ColumnOutputs, MapSize, columns_pass, diagonals_pass
 
 _ROWS = ("max_logit", "entropy", "concentration", "distance", "value_norm")
 _MAPS = {
@@ -35,6 +35,7 @@ _MAPS = {
     "block_max_logit": -math.inf,
     "block_weighted": 0.0,
 }
+_GRADIENT_MAPS = ("block_attribution", "block_logit_gradient", "block_logit_gradient_abs")
 SCRATCH_BYTES = 1 << 28
 """Of block masses that are made for `top_keys` alone, at once."""
 _poison = False
@@ -176,9 +177,9 @@ def _columns(
         height, width = problem.block_size
         rows = pack.of_blocks(height, config.rows, problem.queries, single)
         columns = pack.of_blocks(width, config.columns, problem.keys, single)
-    height, width = pack.pieces(rows, problem.queries), pack.pieces(columns, problem.keys)
+    size = MapSize(pack.pieces(rows, problem.queries), pack.pieces(columns, problem.keys))
     found = {
-        name: torch.full((lines, height, width), _MAPS[name], device=problem.device)
+        name: torch.full((lines, *size), _MAPS[name], device=problem.device)
         for name in sorted(maps)
     }
     if problem.wants("received"):
@@ -202,8 +203,7 @@ def _columns(
         columns,
         pack.tiles(rows, problem.queries),
         tiles,
-        height,
-        width,
+        size,
         first,
     )
     for name in maps:
@@ -309,14 +309,9 @@ def run_gradients(saved: Saved, upstream: Upstream) -> Gradients:
         tiles,
         BM=config.rows,
     )
-    exports = {
-        name: problem.query.new_zeros(statistic_shape(problem, name), dtype=torch.float32)
-        for name in sorted(problem.statistics)
-        if STATISTICS[name].from_backward
-    }
-    of_key, of_value = _key_gradients(saved, of_output, level, exports)
-    of_query = _query_gradients(saved, of_output, level)
-    if "row_attribution" in exports:
+    of_key, of_value = _key_gradients(saved, of_output, level)
+    of_query, exports = _query_gradients(saved, of_output, level)
+    if problem.wants("row_attribution"):
         exports["row_attribution"] = attribution
     return Gradients(of_query, of_key, of_value, _sink_gradient(saved, level), None, exports)
 
@@ -345,24 +340,30 @@ def _tiles(
 
 
 def _key_gradients(
-    saved: Saved, of_output: Tensor, level: Tensor, exports: dict[str, Tensor]
+    saved: Saved, of_output: Tensor, level: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of key and value; fills the maps in `exports`."""
+    """Gradients of key and value, in one launch or two."""
     problem = saved.problem
-    names = ("block_attribution", "block_logit_gradient", "block_logit_gradient_abs")
-    asked = [name for name in names if name in exports]
-    if not asked and saved.wanted.isdisjoint({"key", "value"}):
-        return None, None
-    blocked = bool(asked) or problem.block_mask is not None
-    config, rows, columns = _tiles(problem, backward_config(problem, "key"), blocked)
-    lines = problem.batch * problem.heads
-    height, width = pack.pieces(rows, problem.queries), pack.pieces(columns, problem.keys)
-    maps = {name: level.new_zeros(lines, height, width) for name in asked}
     of_key = of_value = None
     if "key" in saved.wanted:
         of_key = _new(problem, *problem.key.shape, dtype=problem.key.dtype)
     if "value" in saved.wanted:
         of_value = _new(problem, *problem.value.shape, dtype=problem.value.dtype)
+    together = key_gradients_together(problem)
+    launches = [(of_key, of_value)] if together else [(of_key, None), (None, of_value)]
+    for targets in launches:
+        if any(target is not None for target in targets):
+            _launch_key_gradients(saved, of_output, level, *targets)
+    return of_key, of_value
+
+
+def _launch_key_gradients(
+    saved: Saved, of_output: Tensor, level: Tensor, of_key: Tensor | None, of_value: Tensor | None
+) -> None:
+    problem = saved.problem
+    both = of_key is not None and of_value is not None
+    config = backward_config(problem, "both" if both else "key")
+    config, rows, columns = _tiles(problem, config, problem.block_mask is not None)
     tiles = pack.tiles(columns, problem.keys)
     pack.launch(
         key_gradients,
@@ -376,7 +377,6 @@ def _key_gradients(
         None if of_value is None else pack.rows_of(of_value),
         saved.lse,
         level,
-        GradientMaps(*(maps.get(name) for name in names)),
         pack.mask(problem),
         pack.scores(problem),
         pack.kept(problem),
@@ -387,32 +387,36 @@ def _key_gradients(
         columns,
         pack.tiles(rows, problem.queries),
         tiles,
-        height,
-        width,
     )
-    for name, tensor in maps.items():
-        whole = pack.pooled(tensor, rows, columns)
-        exports[name] = whole.unflatten(0, (problem.batch, problem.heads))
-    return of_key, of_value
 
 
-def _query_gradients(saved: Saved, of_output: Tensor, level: Tensor) -> Tensor | None:
-    if "query" not in saved.wanted:
-        return None
+def _query_gradients(
+    saved: Saved, of_output: Tensor, level: Tensor
+) -> tuple[Tensor | None, dict[str, Tensor]]:
+    """Gradient of the query, and the block maps that are asked for."""
     problem = saved.problem
-    blocked = problem.block_mask is not None
+    names = [name for name in _GRADIENT_MAPS if problem.wants(name)]
+    if "query" not in saved.wanted and not names:
+        return None, {}
+    blocked = bool(names) or problem.block_mask is not None
     config, rows, columns = _tiles(problem, backward_config(problem, "query"), blocked)
-    of_query = _new(problem, *problem.query.shape, dtype=problem.query.dtype)
+    of_query = None
+    if "query" in saved.wanted:
+        of_query = _new(problem, *problem.query.shape, dtype=problem.query.dtype)
+    lines = problem.batch * problem.heads
+    size = MapSize(pack.pieces(rows, problem.queries), pack.pieces(columns, problem.keys))
+    maps = {name: level.new_zeros(lines, *size) for name in names}
     tiles = pack.tiles(rows, problem.queries)
     pack.launch(
         query_gradients,
-        problem.batch * problem.heads * tiles,
+        lines * tiles,
         config,
         pack.rows_of(problem.query),
         pack.rows_of(problem.key),
         pack.rows_of(problem.value),
         pack.rows_of(of_output),
-        pack.rows_of(of_query),
+        None if of_query is None else pack.rows_of(of_query),
+        GradientMaps(*(maps.get(name) for name in _GRADIENT_MAPS)),
         saved.lse,
         level,
         pack.mask(problem),
@@ -424,5 +428,10 @@ def _query_gradients(saved: Saved, of_output: Tensor, level: Tensor) -> Tensor |
         columns,
         tiles,
         pack.tiles(columns, problem.keys),
+        size,
     )
-    return of_query
+    shape = (problem.batch, problem.heads)
+    return of_query, {
+        name: pack.pooled(tensor, rows, columns).unflatten(0, shape)
+        for name, tensor in maps.items()
+    }
