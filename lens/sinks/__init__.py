@@ -7,6 +7,7 @@
 After Gu et al., "When Attention Sink Emerges", arXiv 2410.10781.
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from lens.sinks.detection import SinkRate, SinkSensitivity, rate, sensitivity
@@ -14,24 +15,33 @@ from lens.sinks.positions import SinkKeys, SinkProfile, find, profile
 
 if TYPE_CHECKING:
     from lens.sinks.causal import SinkEffect, effect
+    from lens.sinks.geometry import SinkMechanism, mechanism
 
 __all__ = [
     "SinkEffect",
     "SinkKeys",
+    "SinkMechanism",
     "SinkProfile",
     "SinkRate",
     "SinkSensitivity",
     "effect",
     "find",
+    "mechanism",
     "profile",
     "rate",
     "sensitivity",
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name in ("SinkEffect", "effect"):  # brings torch, which reading traces does not need
-        from lens.sinks import causal
+_WITH_TORCH = {  # which reading traces does not need
+    "SinkEffect": "causal",
+    "effect": "causal",
+    "SinkMechanism": "geometry",
+    "mechanism": "geometry",
+}
 
-        return getattr(causal, name)
+
+def __getattr__(name: str) -> Any:
+    if name in _WITH_TORCH:
+        return getattr(importlib.import_module(f"lens.sinks.{_WITH_TORCH[name]}"), name)
     raise AttributeError(f"module 'lens.sinks' has no attribute {name!r}")
