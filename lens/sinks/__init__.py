@@ -15,15 +15,18 @@ from lens.sinks.positions import SinkKeys, SinkProfile, find, profile
 
 if TYPE_CHECKING:
     from lens.sinks.causal import SinkEffect, effect
+    from lens.sinks.dosage import DoseResponse, dose_response
     from lens.sinks.geometry import SinkMechanism, mechanism
 
 __all__ = [
+    "DoseResponse",
     "SinkEffect",
     "SinkKeys",
     "SinkMechanism",
     "SinkProfile",
     "SinkRate",
     "SinkSensitivity",
+    "dose_response",
     "effect",
     "find",
     "mechanism",
@@ -34,6 +37,8 @@ __all__ = [
 
 
 _WITH_TORCH = {  # which reading traces does not need
+    "DoseResponse": "dosage",
+    "dose_response": "dosage",
     "SinkEffect": "causal",
     "effect": "causal",
     "SinkMechanism": "geometry",

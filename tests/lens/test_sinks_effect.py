@@ -172,6 +172,29 @@ def test_the_sink_of_induction_2l_matters_less_than_as_much_mass_elsewhere():
     assert np.isnan(table.loc["sources", "excess"])
 
 
+def test_the_loss_grows_with_the_amount(text_lm):
+    model, prompts = text_lm
+    result = lens.sinks.dose_response(
+        model, prompts[:3], heads=["L1H0"], edit="drop", amounts=[1.0, 0.0, 0.5]
+    )
+    table = result.table()
+    sources = table[table["condition"] == "sources"]
+    assert sources["amount"].tolist() == [0, 0.5, 1]
+    assert sources["delta_loss"].iloc[0] == 0
+    assert sources["delta_loss"].is_monotonic_increasing
+    alone = lens.sinks.effect(model, prompts[:3], heads=["L1H0"], edit="drop", amount=0.5)
+    half = table[table["amount"] == 0.5].reset_index(drop=True)
+    assert half.equals(alone.table())  # the same control keys, too
+    figure = result.plot("kl")
+    assert [curve.name for curve in figure.data] == ["sources", "size", "mass", "position"]
+    assert np.array_equal(figure.data[0].y, sources["kl"])
+    assert [curve.name for curve in result.plot("excess").data] == ["size", "mass", "position"]
+    with pytest.raises(LensError, match=r"measure must be one of delta_loss, kl, .* got 'mass'"):
+        result.plot("mass")
+    with pytest.raises(LensError, match="amounts must be different fractions"):
+        lens.sinks.dose_response(model, prompts, amounts=[0.5, 0.5])
+
+
 # --- refusals -------------------------------------------------------------------------------------
 
 

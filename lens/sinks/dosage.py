@@ -1,0 +1,84 @@
+"""How the effect of an edit grows with its amount."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from lens.errors import LensError
+from lens.head_ids import AnyHead
+from lens.models.loaded import LoadedModel
+from lens.redistribution.keys import Keys
+from lens.sinks.causal import SinkEffect, effect
+from lens.sinks.controls import CONTROLS
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+
+@dataclass(frozen=True, eq=False)
+class DoseResponse:
+    """`SinkEffect` at several amounts, with the same prompts and the same control keys.
+
+    Attributes:
+        effects: one per amount, ascending.
+    """
+
+    effects: tuple[SinkEffect, ...] = field(repr=False)
+
+    def table(self) -> pd.DataFrame:
+        """One row per amount and condition; columns of `SinkEffect.table`."""
+        return pd.concat([found.table() for found in self.effects], ignore_index=True)
+
+    def plot(self, measure: str = "delta_loss") -> go.Figure:
+        """One curve over the amount per condition; `measure`: delta_loss, kl, flip_rate or excess."""
+        from lens.figures.sinks import dose_curves
+
+        return dose_curves(self.table(), measure)
+
+
+def dose_response(
+    model: LoadedModel,
+    prompts: Any,
+    *,
+    sources: Keys = "first",
+    amounts: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
+    edit: str = "mask",
+    layers: Sequence[int] | None = None,
+    heads: Sequence[AnyHead] | None = None,
+    controls: Sequence[str] = CONTROLS,
+    seed: int = 0,
+) -> DoseResponse:
+    """`lens.sinks.effect` at each of `amounts`.
+
+    Args:
+        model, prompts, sources, edit, layers, heads, controls, seed: as for `effect`.
+        amounts: fractions 0..1, each once.
+
+    Raises:
+        LensError: no amount or one twice, and as `effect`.
+
+    Example:
+        >>> lens.sinks.dose_response(model, texts, heads=["L1H0"]).plot()
+    """
+    if not len(amounts) or len(set(amounts)) < len(amounts):
+        raise LensError(f"amounts must be different fractions, at least one; got {list(amounts)}")
+    return DoseResponse(
+        tuple(
+            effect(
+                model,
+                prompts,
+                sources=sources,
+                edit=edit,
+                amount=amount,
+                layers=layers,
+                heads=heads,
+                controls=controls,
+                seed=seed,
+            )
+            for amount in sorted(amounts)
+        )
+    )
