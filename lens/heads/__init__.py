@@ -4,7 +4,7 @@
 >>> lens.heads.importance(model, task, by="ablation", baseline="mean").top(3)
 """
 
-from lens.heads.comparing import Agreement, agreement
+from lens.heads.comparing import Agreement, agreement, join
 from lens.heads.group import GroupAblation
 from lens.heads.measuring import ablate, importance
 from lens.heads.scores import HeadScores, Intervention
@@ -22,4 +22,5 @@ __all__ = [
     "copying",
     "head_weights",
     "importance",
+    "join",
 ]

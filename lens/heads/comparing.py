@@ -1,4 +1,4 @@
-"""How far measures of importance agree on the order of the heads."""
+"""Measures of importance side by side, and how far they agree on the order of the heads."""
 
 from dataclasses import dataclass
 from itertools import combinations
@@ -53,6 +53,27 @@ class Agreement:
         return "Agreement(" + "; ".join(rows) + ")"
 
 
+def join(*scores: HeadScores, seed: int = 0) -> pd.DataFrame:
+    """One row per head, in the order of the model, with every measure side by side.
+
+    Columns: `head`, `layer`, `number`, and of each measure its label (the value) and the label with
+    ` low` and ` high` behind it, as in `HeadScores.table`. Measures on several tasks have the task in
+    their label. Values of different metrics have different units: compare orders (`agreement`).
+
+    Raises:
+        LensError: none, of differing models, or one given twice.
+    """
+    _check_models(scores, least=1)
+    joined: pd.DataFrame | None = None
+    for score, label in zip(scores, _labels(scores), strict=True):
+        names = {"value": label, "low": f"{label} low", "high": f"{label} high"}
+        rows = score.table(seed=seed).sort_values(["layer", "number"], ignore_index=True)
+        columns = rows[["head", "layer", "number", *names]].rename(columns=names)
+        joined = columns if joined is None else joined.join(columns[list(names.values())])
+    assert joined is not None
+    return joined
+
+
 def agreement(
     *scores: HeadScores, k: int | None = None, resamples: int = 300, seed: int = 0
 ) -> Agreement:
@@ -72,13 +93,7 @@ def agreement(
         LensError: fewer than two, of differing models, with one label on one task, a k that the
             model has not, or no resamples.
     """
-    if len(scores) < 2:
-        raise LensError(f"agreement needs at least two measures, got {len(scores)}")
-    sizes = {(score.model, score.values.shape) for score in scores}
-    if len(sizes) > 1:
-        raise LensError(
-            f"agreement compares measures of one model, got {', '.join(sorted(m for m, _ in sizes))}"
-        )
+    _check_models(scores, least=2)
     heads = scores[0].values.size
     k = max(1, heads // 4) if k is None else k
     if not 1 <= k <= heads:
@@ -118,6 +133,15 @@ def top_overlap(a: np.ndarray, b: np.ndarray, k: int) -> float:
     """Share of the k largest entries of `a` that are among the k largest of `b`; ties by position."""
     tops = [set(np.argsort(-values, kind="stable")[:k].tolist()) for values in (a, b)]
     return len(tops[0] & tops[1]) / k
+
+
+def _check_models(scores: tuple[HeadScores, ...], *, least: int) -> None:
+    if len(scores) < least:
+        raise LensError(f"too few measures: at least {least} must be given, got {len(scores)}")
+    models = {(score.model, score.values.shape) for score in scores}
+    if len(models) > 1:
+        names = ", ".join(sorted(name for name, _ in models))
+        raise LensError(f"only measures of one model can be compared, got {names}")
 
 
 def _labels(scores: tuple[HeadScores, ...]) -> list[str]:

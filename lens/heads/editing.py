@@ -38,14 +38,14 @@ class HeadGradient:
     attribution: Tensor
 
 
-def read_heads(model: LoadedModel, ids: Tensor, keep: Callable[[int, Tensor], None]) -> None:
-    """Run token ids [rows, tokens] and hand z [rows, heads, queries, value_dim] of each layer over.
+def read_heads(model: LoadedModel, ids: Tensor, keep: Callable[[int, Tensor], None]) -> Tensor:
+    """Logits of token ids [rows, tokens]; z [rows, heads, queries, value_dim] of each layer goes to `keep`.
 
     Raises:
         LensError: as `lens.capture`, or layers that are not those of `model.info`.
     """
     with torch.no_grad():
-        _run(model, ids, _Reader(keep))
+        return _run(model, ids, _Reader(keep))
 
 
 def edited_logits(

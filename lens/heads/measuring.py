@@ -6,6 +6,7 @@ are worth comparing: `lens.heads.agreement`.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch import Tensor
 from lens.errors import LensError
 from lens.head_ids import AnyHead, HeadId, head_id
 from lens.heads.baselines import Baseline
+from lens.heads.direct import direct_effects
 from lens.heads.editing import HeadGradient, edited_logits, with_gradients
 from lens.heads.group import GroupAblation
 from lens.heads.progress import advancing
@@ -20,7 +22,13 @@ from lens.heads.scores import BY, HeadScores
 from lens.models.loaded import LoadedModel
 from lens.tasks.task import Task
 
-_DEFAULT_BASELINE = {"ablation": "mean", "gradient": "zero", "attribution": "counterfactual"}
+_DEFAULT_BASELINE = {
+    "ablation": "mean",
+    "gradient": "zero",
+    "attribution": "counterfactual",
+    "direct": "zero",
+}
+_DIRECT = "direct path from the head to the logits, last norm's size frozen"
 _ABSOLUTE = (None, "prompt", "token")
 
 
@@ -43,14 +51,16 @@ def importance(
         attribution   sum of dm/dz * (z - b), its first-order estimate (attribution patching)
         gradient      sum of dm/dz * z, the estimate for zero: `dO . O` of the attention kernel's
                       backward pass, so it runs at the length that the model runs at
+        direct        z W_O (W_U[correct] - W_U[wrong]) / size of the last norm: what the head writes
+                      straight into the logit difference (direct logit attribution)
 
     Args:
         model: as `lens.load` returns it.
         task: prompts and metric; "accuracy" has no gradient.
-        by: "ablation", "attribution" or "gradient".
+        by: "ablation", "attribution", "gradient" or "direct".
         baseline: "zero", "mean", "pooled_mean", "resample" or "counterfactual" (`Intervention`);
-            None: "mean" for ablation, "counterfactual" for attribution, "zero" for gradient, which
-            knows no other.
+            None: "mean" for ablation, "counterfactual" for attribution, "zero" for gradient and
+            direct, which know no other.
         absolute: of the gradient: "token" takes |dO . O| of each token before the sum, as Michel et
             al.'s code does, "prompt" that of the sum, as they write it. Both lose the sign.
         seed: of the draw of "resample".
@@ -75,9 +85,9 @@ def importance(
     if absolute is not None and by != "gradient":
         raise LensError(f"absolute belongs to by='gradient', got by={by!r}")
     name = _DEFAULT_BASELINE[by] if baseline is None else baseline
-    if by == "gradient" and name != "zero":
+    if by in ("gradient", "direct") and name != "zero":
         raise LensError(
-            f"the gradient estimates ablation by zero, got the baseline {name!r}; "
+            f"by={by!r} compares with zero alone, got the baseline {name!r}; "
             "use by='attribution' for it"
         )
     task.check(model)
@@ -85,13 +95,18 @@ def importance(
     if by == "ablation":
         groups = [[head] for head in _all_heads(model)]
         clean, drops = _drops(model, task, groups, replacement, progress)
+    elif by == "direct":
+        clean, drops = _directly(model, task, progress)
     else:
         clean, drops = _estimates(model, task, replacement, by, absolute, progress)
+    intervention = replacement.intervention
+    if by == "direct":
+        intervention = replace(intervention, granularity=_DIRECT)
     return HeadScores(
         per_prompt=drops.reshape(model.info.layers, model.info.heads, task.n),
         clean=clean,
         by=by,
-        intervention=replacement.intervention,
+        intervention=intervention,
         metric=task.metric,
         sign=task.sign,
         task=task.name,
@@ -206,6 +221,17 @@ def _estimates(
                 found[layer][:, at] = scores.T.cpu().numpy()
             advance(len(rows))
     return clean, found
+
+
+def _directly(model: LoadedModel, task: Task, progress: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Metric [prompts], and direct effects [layers, heads, prompts]."""
+    parts = []
+    with advancing(f"{model.name}: direct effects", task.n, progress) as advance:
+        for rows in task.chunks(task.rows_at_once(model)):
+            parts.append(direct_effects(model, task, rows))
+            advance(len(rows))
+    clean, effects = zip(*parts, strict=True)
+    return np.concatenate(clean), np.concatenate(effects, axis=-1)
 
 
 def _michel(gradient: HeadGradient, absolute: str | None) -> Tensor:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from lens.figures.style import Theme
 
-BY = ("ablation", "gradient", "attribution")
+BY = ("ablation", "gradient", "attribution", "direct")
 BASELINES = ("zero", "mean", "pooled_mean", "resample", "counterfactual")
 
 
@@ -30,7 +30,8 @@ class Intervention:
             over prompts and positions together; "resample", another prompt's output drawn by
             `seed`; "counterfactual", that of the corrupt prompt.
         seed: of the draw, None where nothing is drawn.
-        granularity: always "head output before the output projection".
+        granularity: "head output before the output projection"; of direct logit attribution, only
+            the path from there to the logits.
         positions: always "all".
         direction: always "noising": clean run, baseline put in.
         ablated: always "the named heads"; the rest of the model runs on.
@@ -56,7 +57,8 @@ class HeadScores:
     Attributes:
         per_prompt: [layer, head, prompt], the score of each prompt; float64.
         clean: [prompt], the metric of the model as it is.
-        by: "ablation" (measured), "gradient" or "attribution" (first-order estimates of it).
+        by: "ablation" (measured), "gradient" or "attribution" (first-order estimates of it), "direct"
+            (what the head writes straight into the logits).
         intervention: the full ablation configuration.
         absolute: None, "prompt" or "token": where absolute values were taken (Michel et al.).
         metric: of the task; sign: its sign, -1 where less is better.
@@ -104,7 +106,7 @@ class HeadScores:
             return (
                 "gradient" if self.absolute is None else f"gradient (absolute per {self.absolute})"
             )
-        return f"{self.by} ({self.intervention.baseline})"
+        return "direct" if self.by == "direct" else f"{self.by} ({self.intervention.baseline})"
 
     @property
     def names(self) -> list[str]:

@@ -73,14 +73,7 @@ def head_weights(model: LoadedModel) -> HeadWeights:
         LensError: an architecture whose weights are not known here.
     """
     root: Any = transformer(model)
-    kind = getattr(getattr(root, "config", None), "model_type", type(root).__name__)
-    layout = _LAYOUTS.get(kind)
-    if layout is None or model.is_bridge:
-        shown = "a TransformerBridge" if model.is_bridge else f"{kind!r}"
-        raise LensError(
-            f"where {shown} keeps the weights of its heads is not known; known are the "
-            f"transformers models {', '.join(_LAYOUTS)}"
-        )
+    layout = _layout(model)
     with torch.no_grad():
         layers = [_of_layer(layer, layout, model) for layer in root.get_submodule(layout.layers)]
         query, key, value, output = (torch.stack(parts) for parts in zip(*layers, strict=True))
@@ -93,6 +86,11 @@ def head_weights(model: LoadedModel) -> HeadWeights:
             embedding=root.get_input_embeddings().weight.float().cpu().clone(),
             unembedding=_fold(root.get_submodule(layout.last_norm), unembedding).cpu(),
         )
+
+
+def last_norm(model: LoadedModel) -> nn.Module:
+    """The norm before the unembedding; errors as in `head_weights`."""
+    return transformer(model).get_submodule(_layout(model).last_norm)
 
 
 def copying(model: LoadedModel, *, top: int = 5) -> pd.DataFrame:
@@ -166,6 +164,19 @@ def composition(model: LoadedModel) -> pd.DataFrame:
                             (f"L{earlier}H{other}", f"L{layer}H{head}", kind, score, width**-0.5)
                         )
     return pd.DataFrame(rows, columns=["earlier", "later", "kind", "score", "by_chance"])
+
+
+def _layout(model: LoadedModel) -> _Layout:
+    root = transformer(model)
+    kind = getattr(getattr(root, "config", None), "model_type", type(root).__name__)
+    layout = _LAYOUTS.get(kind)
+    if layout is None or model.is_bridge:
+        shown = "a TransformerBridge" if model.is_bridge else f"{kind!r}"
+        raise LensError(
+            f"where {shown} keeps the weights of its heads is not known; known are the "
+            f"transformers models {', '.join(_LAYOUTS)}"
+        )
+    return layout
 
 
 def _of_layer(layer: Any, layout: _Layout, model: LoadedModel) -> tuple[Tensor, ...]:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from lens.errors import LensError
-from lens.heads import HeadScores, Intervention, agreement
+from lens.heads import HeadScores, Intervention, agreement, join
 from lens.heads.comparing import kendall_tau, top_overlap
 
 
@@ -115,14 +115,34 @@ def test_one_prompt_has_no_interval_and_no_order_no_tau():
 def test_what_cannot_be_compared_is_refused():
     random = np.random.default_rng(0)
     one, other = (scores(random.normal(size=(2, 5, 3)), name) for name in ("zero", "mean"))
-    with pytest.raises(LensError, match="at least two measures, got 1"):
+    with pytest.raises(LensError, match="too few measures: at least 2 must be given, got 1"):
         agreement(one)
     with pytest.raises(LensError, match=r"ablation \(zero\) is given twice"):
         agreement(one, one)
-    with pytest.raises(LensError, match="measures of one model, got toy, toy two"):
+    with pytest.raises(LensError, match="measures of one model can be compared, got toy, toy two"):
         agreement(one, scores(np.zeros((2, 5, 3)), model="toy two"))
+    with pytest.raises(LensError, match="too few measures: at least 1 must be given, got 0"):
+        join()
+    with pytest.raises(LensError, match="measures of one model"):
+        join(one, scores(np.zeros((3, 5, 3)), "mean"))
     for k in (0, 11):
         with pytest.raises(LensError, match=f"k must be 1 to 10, got {k}"):
             agreement(one, other, k=k)
     with pytest.raises(LensError, match="resamples must be at least 1, got 0"):
         agreement(one, other, resamples=0)
+
+
+def test_measures_stand_side_by_side():
+    random = np.random.default_rng(0)
+    one, other = (scores(random.normal(size=(2, 3, 7)), name) for name in ("zero", "mean"))
+    table = join(one, other)
+    assert table["head"].tolist() == ["L0H0", "L0H1", "L0H2", "L1H0", "L1H1", "L1H2"]
+    for score in (one, other):
+        assert table[score.label].tolist() == score.values.ravel().tolist()
+        own = score.table().set_index("head").loc[table["head"]]
+        for end in ("low", "high"):
+            assert table[f"{score.label} {end}"].tolist() == own[end].tolist()
+    assert join(one, scores(one.per_prompt, "zero", task="other")).columns[[3, 6]].tolist() == [
+        "ablation (zero) on made",
+        "ablation (zero) on other",
+    ]

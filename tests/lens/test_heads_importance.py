@@ -13,7 +13,7 @@ from lens.tasks import Task, induction, language_modelling
 from tests.lens.architectures import VOCAB, build
 
 DECODERS = ["gpt2", "llama", "mistral", "gemma2", "gpt_oss", "llama4"]
-PROMPTS, LENGTH, LAYERS, HEADS, DIM = 3, 17, 3, 6, 8
+PROMPTS, LENGTH, LAYERS, HEADS, DIM = 5, 17, 3, 6, 8
 BASELINES = ("zero", "mean", "pooled_mean", "resample", "counterfactual")
 
 
@@ -35,9 +35,11 @@ def some_task(metric="loss"):
         name="random",
         clean=clean,
         corrupt=corrupt,
-        positions=torch.tensor([[5, 16], [11, 7], [16, 9]]),
-        correct=torch.tensor([[4, 10], [50, 7], [9, 2]]),
-        wrong=torch.tensor([[1, 2], [3, 5], [6, 8]]) if metric == "logit_difference" else None,
+        positions=torch.tensor([[5, 16], [11, 7], [16, 9], [4, 12], [8, 8]]),
+        correct=torch.tensor([[4, 10], [50, 7], [9, 2], [33, 71], [90, 1]]),
+        wrong=torch.tensor([[1, 2], [3, 5], [6, 8], [11, 12], [13, 14]])
+        if metric == "logit_difference"
+        else None,
         metric=metric,
     )
 
@@ -257,9 +259,12 @@ def test_a_long_prompt_has_a_gradient_too():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"by": "magic"}, "unknown by='magic'; known: ablation, gradient, attribution"),
+        ({"by": "magic"}, "unknown by='magic'; known: ablation, gradient, attribution, direct"),
         ({"baseline": "none"}, "unknown baseline 'none'; known: zero, mean, pooled_mean"),
-        ({"by": "gradient", "baseline": "mean"}, "the gradient estimates ablation by zero"),
+        (
+            {"by": "gradient", "baseline": "mean"},
+            "by='gradient' compares with zero alone, got the baseline 'mean'",
+        ),
         ({"absolute": "token"}, "absolute belongs to by='gradient', got by='ablation'"),
         ({"by": "gradient", "absolute": True}, "absolute must be None, 'prompt' or 'token'"),
     ],
@@ -358,3 +363,10 @@ def test_the_figure_shows_the_values_where_they_belong():
     single = made(np.zeros((1, 2, 1))).plot().data[0]
     assert (single.zmin, single.zmax) == (-1, 1)
     assert single.text[0][0] == ""
+
+
+def test_resampling_draws_every_other_prompt_once():
+    drawn = [donors(seed).tolist() for seed in range(5)]
+    assert all(sorted(rows) == list(range(PROMPTS)) for rows in drawn)
+    assert all(row != other for rows in drawn for row, other in enumerate(rows))
+    assert len({tuple(rows) for rows in drawn}) > 1
