@@ -101,6 +101,7 @@ def key_gradients(
     columns,
     row_tiles,
     tiles,
+    SPLIT: tl.constexpr,
 ):
     """Gradients of keys and values. Grid: [batch x kv_heads x key tiles].
 
@@ -110,6 +111,8 @@ def key_gradients(
         lse, level: [batch, heads, queries] float32.
         mask, scores, kept, spans, rows, columns, ...: as in triton_lse_pass.columns_pass.
         scale: natural.
+        SPLIT: whether tiles that all rows see wholly have a loop of their own, without a mask; for
+            a simple mask without blocks.
     """
     pid = tl.program_id(0)
     tile = pid % tiles
@@ -124,7 +127,6 @@ def key_gradients(
     unit = 1.0
     if scores.folded:
         unit = scores.scale
-    SPLIT: tl.constexpr = mask.low is None and kept is None
     if mask.low is None:
         begin, first, second, end = query_tiles(column, column_used, mask, rows, row_tiles, shape)
     else:
@@ -144,7 +146,6 @@ def key_gradients(
         lse_of_head = lse + line.to(tl.int64) * shape.queries
         level_of_head = level + line.to(tl.int64) * shape.queries
         for stretch in tl.static_range(0, STRETCHES):
-            masked = stretch != 1
             lower = begin if stretch == 0 else (first if stretch == 1 else second)
             upper = first if stretch == 0 else (second if stretch == 1 else end)
             for row_tile in range(lower, upper):
@@ -172,9 +173,9 @@ def key_gradients(
                         batch,
                         head,
                         shape,
-                        masked,
+                        stretch != 1,
                     )  # [BN, BM]
-                    if masked:
+                    if stretch != 1:
                         x = tl.where(column_used[:, None], x, float("-inf"))  # [BN, BM]
                     p = tl.exp2(x * unit - total[None, :])  # [BN, BM]
                     do = load_rows(
@@ -269,7 +270,6 @@ def query_gradients(
 
     dq = tl.zeros([rows.lanes, query.dim], tl.float32)  # [BM, D]
     for stretch in tl.static_range(START, STOP):
-        masked = stretch != 1
         lower = begin if stretch == 0 else (first if stretch == 1 else second)
         upper = first if stretch == 0 else (second if stretch == 1 else end)
         for column_tile in range(lower, upper):
@@ -282,7 +282,7 @@ def query_gradients(
                 )  # [BN]
                 column = column_first + column_ahead  # [BN]
                 read = None
-                if masked:
+                if stretch != 1:
                     read = column_used
                 k = load_rows(key, batch, kv_head, column_first, column_ahead, read)  # [BN, D]
                 v = load_rows(value, batch, kv_head, column_first, column_ahead, read)  # [BN, V]
@@ -299,9 +299,9 @@ def query_gradients(
                     batch,
                     head,
                     shape,
-                    masked,
+                    stretch != 1,
                 )  # [BM, BN]
-                if masked:
+                if stretch != 1:
                     x = tl.where(column_used[None, :], x, float("-inf"))  # [BM, BN]
                 p = tl.exp2(x * unit - total[:, None])  # [BM, BN]
                 a = tl.dot(do, tl.trans(v), input_precision=scores.precision)  # [BM, BN]

@@ -10,7 +10,7 @@ maximum `m`, total `l` and output of online softmax (arXiv 2205.14135), in base 
     F  = a F + sum p f                          mean of f     = F / l
 
 `T` is taken relative to the maximum: `lse - sum P s` would lose the digits of a large LSE. The
-distance is summed relative to each tile's first key for the same reason. A learned sink joins at
+distance is summed from the tile's first anchor for the same reason. A learned sink joins at
 the end: it takes the share `1 - mass` of every row.
 
 Keys are visited in up to three stretches: tiles cut by the start of some row's range, tiles that all
@@ -118,6 +118,7 @@ def forward(
     PAIRS: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):
     """Grid: [batch x heads x tiles], tiles fastest and longest (causal) first.
 
@@ -130,6 +131,7 @@ def forward(
         rows, columns: `Blocks` of the two axes.
         tiles: query tiles.
         batches: batch rows.
+        SPLIT: whether tiles that all rows see wholly have a loop of their own, without a mask.
     """
     pid = tl.program_id(0)
     tile = tiles - 1 - pid % tiles
@@ -143,6 +145,7 @@ def forward(
     q = load_rows(query, batch, head, row_first, row_ahead, row_used)  # [BM, D]
     lane = tl.arange(0, BN)  # [BN]
 
+    origin = tl.min(anchor, 0)  # distances are summed from here
     unit = 1.0
     if scores.folded:
         unit = scores.scale
@@ -164,23 +167,25 @@ def forward(
         labels = labels + (tl.load(ins.query_labels + place, mask=row_used, other=-1),)  # [BM]
     acc = tl.zeros([BM, value.dim], tl.float32)  # [BM, V]
 
-    # stretches of keys: [bounds[0], bounds[1]) masked, then interior, then masked
     last_row = tl.minimum(row_first + BM, shape.queries) - 1
     begin, inner_begin, inner_end, end = key_span(low, high, mask, row_first, last_row, shape)
     begin = tl.minimum(begin, end) // BN * BN
     first = tl.minimum(tl.maximum(tl.cdiv(inner_begin, BN) * BN, begin), tl.cdiv(end, BN) * BN)
     second = tl.maximum(tl.minimum(inner_end, end) // BN * BN, first)
     LIST: tl.constexpr = block_list is not None
-    START: tl.constexpr = 0 if (LIST or mask.low is not None or mask.window is not None) else 1
-    STOP: tl.constexpr = 1 if LIST else 3
     if LIST:
-        line = batch * block_list.batch + head * block_list.head + row_block(tile, rows)
+        line = batch * block_list.batch + head * block_list.head + tile // rows.parts
         listed = block_list.blocks + line.to(tl.int64) * block_list.width
         begin = 0
-        first = tl.load(block_list.count + line) * columns.parts * BN
+        end = tl.load(block_list.count + line) * columns.parts * BN
+    if LIST or not SPLIT:
+        first = end
+    # masked in [begin, first) and [second, end), not in between
+    LEFT: tl.constexpr = mask.low is not None or mask.window is not None
+    START: tl.constexpr = 1 if (SPLIT and not LIST and not LEFT) else 0
+    STOP: tl.constexpr = 3 if (SPLIT and not LIST) else 1
 
     for stretch in tl.static_range(START, STOP):
-        masked = stretch != 1
         lower = begin if stretch == 0 else (first if stretch == 1 else second)
         upper = first if stretch == 0 else (second if stretch == 1 else end)
         for start in range(lower, upper, BN):
@@ -195,7 +200,7 @@ def forward(
                 column_first = start
                 column = start + lane  # [BN]
                 column_used = None
-                if masked:
+                if stretch != 1:
                     column_used = column < shape.keys  # [BN]
             k = load_rows(key, batch, kv_head, column_first, lane, column_used)  # [BN, D]
             products = tl.dot(q, tl.trans(k), input_precision=scores.precision)  # [BM, BN]
@@ -211,14 +216,14 @@ def forward(
                 batch,
                 head,
                 shape,
-                masked,
+                stretch != 1,
             )  # [BM, BN]
             if LIST:
                 x = tl.where(column_used[None, :], x, float("-inf"))  # [BM, BN]
 
             raised = tl.maximum(peak, tl.max(x, 1) * unit)  # [BM]
             pivot = raised  # [BM]
-            if masked or HIDES:
+            if stretch != 1 or HIDES:
                 pivot = tl.where(raised == float("-inf"), 0.0, raised)  # [BM]
             e = x * unit - pivot[:, None]  # [BM, BN]
             p = tl.exp2(e)  # [BM, BN]
@@ -227,40 +232,36 @@ def forward(
             if outs.entropy is not None:
                 lift = tl.where(total > 0, peak - pivot, 0.0)  # [BM]
                 bits = e  # [BM, BN]
-                if masked or HIDES:
+                if stretch != 1 or HIDES:
                     bits = tl.where(p > 0, e, 0.0)  # [BM, BN]
                 surprise = decay * (surprise + lift * total) + tl.sum(p * bits, 1)  # [BM]
             if outs.concentration is not None:
                 squares = decay * decay * squares + tl.sum(p * p, 1)  # [BM]
             if outs.distance is not None:
-                ahead = tl.sum(p * lane.to(tl.float32)[None, :], 1)  # [BM]
-                behind = (anchor - column_first).to(tl.float32) * mass  # [BM]
-                travel = decay * travel + behind - ahead  # [BM]
-            renewed = ()
+                behind = (origin - column).to(tl.float32)  # [BN]
+                travel = decay * travel + tl.sum(p * behind[None, :], 1)  # [BM]
+            new_means = ()
             for feature in tl.static_range(FEATURES):
-                place = (feature * batches + batch) * (shape.heads // shape.share) + kv_head
+                plane = (feature * batches + batch) * (shape.heads // shape.share) + kv_head
                 numbers = tl.load(
-                    ins.features + place.to(tl.int64) * shape.keys + column,
+                    ins.features + plane.to(tl.int64) * shape.keys + column,
                     mask=column_used,
                     other=None if column_used is None else 0.0,
                 )  # [BN]
-                renewed = renewed + (
-                    decay * means[feature] + tl.sum(p * numbers[None, :], 1),
-                )  # [BM]
-            means = renewed
-            renewed = ()
+                sums = tl.sum(p * numbers[None, :], 1)  # [BM]
+                new_means = new_means + (decay * means[feature] + sums,)
+            means = new_means
+            new_matches = ()
             for pair in tl.static_range(PAIRS):
-                place = (pair * batches + batch).to(tl.int64) * shape.keys + column
                 names = tl.load(
-                    ins.key_labels + place,
+                    ins.key_labels + (pair * batches + batch).to(tl.int64) * shape.keys + column,
                     mask=column_used,
                     other=None if column_used is None else -2,
                 )  # [BN]
                 equal = labels[pair][:, None] == names[None, :]  # [BM, BN]
-                renewed = renewed + (
-                    decay * matches[pair] + tl.sum(tl.where(equal, p, 0.0), 1),
-                )  # [BM]
-            matches = renewed
+                sums = tl.sum(tl.where(equal, p, 0.0), 1)  # [BM]
+                new_matches = new_matches + (decay * matches[pair] + sums,)
+            matches = new_matches
             total = decay * total + mass  # [BM]
             peak = raised  # [BM]
 
@@ -294,6 +295,7 @@ def forward(
     if outs.concentration is not None:
         tl.store(outs.concentration + line, squares * factor * factor, mask=row_used)
     if outs.distance is not None:
+        travel += (anchor - origin).to(tl.float32) * total  # [BM]
         tl.store(outs.distance + line, travel * factor, mask=row_used)
     if outs.value_norm is not None:
         tl.store(outs.value_norm + line, tl.sqrt(tl.sum(acc * acc, 1)), mask=row_used)
@@ -305,9 +307,3 @@ def forward(
         plane = (pair * batches + batch) * shape.heads + head
         place = plane.to(tl.int64) * shape.queries + row  # [BM]
         tl.store(outs.match_mass + place, matches[pair] * factor, mask=row_used)
-
-
-@triton.jit
-def row_block(tile, rows):
-    """The query block of a tile that holds one piece."""
-    return tile // rows.parts

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -53,15 +53,6 @@ def power(number: int) -> int:
 def capability(device: torch.device) -> tuple[int, int]:
     """Compute capability; that of an H200 where there is no GPU (interpreter)."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
-
-
-def fitted(problem: Problem, config: Config) -> Config:
-    """The config with tiles no longer than the problem, and fewer warps for small tiles."""
-    rows = min(config.rows, power(problem.queries))
-    columns = min(config.columns, power(problem.keys))
-    whole = (rows, columns) == (config.rows, config.columns)
-    warps = config.warps if whole or rows * columns >= 64 * 64 else min(config.warps, 4)
-    return Config(rows, columns, warps, config.stages)
 
 
 def shape(problem: Problem) -> Shape:
@@ -128,6 +119,31 @@ def of_blocks(size: int, lanes: int, length: int, single: bool = False) -> Block
         width = max(width, 16)
         lanes = width
     return Blocks(*map(tl.constexpr, (size, width, -(-size // width), lanes)))
+
+
+def tiling(
+    problem: Problem, config: Config, tall: str, blocked: bool
+) -> tuple[Config, Blocks, Blocks]:
+    """Tiles of rows and columns, no longer than the problem, and the config with warps to match.
+
+    Args:
+        tall: the axis along the rows of the matrix product, "rows" or "columns": four warps take 64
+            lanes of it, and more would do their work twice.
+        blocked: whether tiles must respect blocks; with a block mask, hold one piece each.
+    """
+    lanes = (
+        min(config.rows, power(problem.queries)),
+        min(config.columns, power(problem.keys)),
+    )
+    rows, columns = map(straight, lanes)
+    if blocked:
+        height, width = problem.block_size
+        single = problem.block_mask is not None
+        rows = of_blocks(height, lanes[0], problem.queries, single)
+        columns = of_blocks(width, lanes[1], problem.keys, single)
+    found, wanted = (rows, config.rows) if tall == "rows" else (columns, config.columns)
+    warps = config.warps if found.lanes.value == wanted else min(config.warps, 4)
+    return replace(config, warps=warps), rows, columns
 
 
 def pieces(blocks: Blocks, length: int) -> int:

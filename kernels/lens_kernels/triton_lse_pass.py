@@ -201,7 +201,6 @@ def columns_pass(
 
     received = tl.zeros([columns.lanes], tl.float32)  # [BN]
     for stretch in tl.static_range(0, STRETCHES):
-        masked = stretch != 1
         lower = begin if stretch == 0 else (first if stretch == 1 else second)
         upper = first if stretch == 0 else (second if stretch == 1 else end)
         for row_tile in range(lower, upper):
@@ -227,9 +226,9 @@ def columns_pass(
                     batch,
                     head,
                     shape,
-                    masked,
+                    stretch != 1,
                 )  # [BN, BM]
-                if masked:
+                if stretch != 1:
                     x = tl.where(column_used[:, None], x, float("-inf"))  # [BN, BM]
                 p = tl.exp2(x * unit - level[None, :])  # [BN, BM]
                 if outs.received is not None:
@@ -317,7 +316,6 @@ def diagonals_pass(
 
     acc = tl.zeros([T, T], tl.float32)  # [T, T]
     for stretch in tl.static_range(0 if SPLIT else 1, 2):
-        masked = stretch == 1
         lower = begin if stretch == 0 else first
         upper = first if stretch == 0 else end
         for row_tile in range(lower, upper):
@@ -330,7 +328,7 @@ def diagonals_pass(
                 row = row_tile * T + lane  # [T]
                 column = start + lane  # [T]
                 column_used = None
-                if masked:
+                if stretch == 1:
                     column_used = column < shape.keys  # [T]
                 row_used = row < shape.queries  # [T]
                 q = load_rows(query, batch, head, row_tile * T, lane, row_used)  # [T, D]
@@ -350,7 +348,7 @@ def diagonals_pass(
                     batch,
                     head,
                     shape,
-                    masked,
+                    stretch == 1,
                 )  # [T, T]
                 if kept is not None:
                     place = batch.to(tl.int64) * kept.batch + head.to(tl.int64) * kept.head

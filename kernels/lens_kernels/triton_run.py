@@ -22,7 +22,9 @@ from lens_kernels.triton_configs import (
     backward_config,
     columns_config,
     diagonals_config,
+    heavy_rows,
     key_gradients_together,
+    narrow,
     row_config,
 )
 from lens_kernels.triton_forward import BlockList, RowInputs, RowOutputs, forward
@@ -49,12 +51,8 @@ def _new(problem: Problem, *sizes: int, dtype: torch.dtype = torch.float32) -> T
 
 def run_rows(problem: Problem, dtype: torch.dtype) -> tuple[Tensor, dict[str, Tensor]]:
     """Output in `dtype`, and the statistics with numbers per query row, `lse` always."""
-    config = pack.fitted(problem, row_config(problem))
-    rows, columns = pack.straight(config.rows), pack.straight(config.columns)
-    if problem.block_mask is not None:
-        height, width = problem.block_size
-        rows = pack.of_blocks(height, config.rows, problem.queries, single=True)
-        columns = pack.of_blocks(width, config.columns, problem.keys, single=True)
+    sparse = problem.block_mask is not None
+    config, rows, columns = pack.tiling(problem, row_config(problem), "rows", sparse)
     lines = (problem.batch, problem.heads, problem.queries)
     output = _new(problem, *lines, problem.value_dim, dtype=dtype)
     tensors = {name: _new(problem, *lines) for name in _ROWS if problem.wants(name)}
@@ -104,6 +102,7 @@ def run_rows(problem: Problem, dtype: torch.dtype) -> tuple[Tensor, dict[str, Te
         PAIRS=pairs,
         BM=rows.lanes.value,
         BN=columns.lanes.value,
+        SPLIT=not heavy_rows(problem),
     )
     for name, place in places.items():
         part = means[place]
@@ -170,13 +169,8 @@ def _columns(
     problem: Problem, lse: Tensor, maps: set[str], first: int, lines: int
 ) -> dict[str, Tensor]:
     """Of `lines` heads from `first` on: received mass, and maps of sums and maxima."""
-    config = pack.fitted(problem, columns_config(problem))
-    rows, columns = pack.straight(config.rows), pack.straight(config.columns)
-    single = problem.block_mask is not None
-    if maps or single:
-        height, width = problem.block_size
-        rows = pack.of_blocks(height, config.rows, problem.queries, single)
-        columns = pack.of_blocks(width, config.columns, problem.keys, single)
+    blocked = bool(maps) or problem.block_mask is not None
+    config, rows, columns = pack.tiling(problem, columns_config(problem), "columns", blocked)
     size = MapSize(pack.pieces(rows, problem.queries), pack.pieces(columns, problem.keys))
     found = {
         name: torch.full((lines, *size), _MAPS[name], device=problem.device)
@@ -293,7 +287,7 @@ def run_gradients(saved: Saved, upstream: Upstream) -> Gradients:
     if of_output is None:
         of_output = torch.zeros_like(saved.output)
     attribution, level = _new(problem, *lines), _new(problem, *lines)
-    config = pack.fitted(problem, pack.Config(64, 64, 4, 1))
+    config = pack.Config(64, 64, 4, 1)
     tiles = -(-problem.queries // config.rows)
     of_lse = None if upstream.lse is None else upstream.lse.contiguous()
     pack.launch(
@@ -325,20 +319,6 @@ def _sink_gradient(saved: Saved, level: Tensor) -> Tensor | None:
     return (share * level).sum((0, 2))
 
 
-def _tiles(
-    problem: Problem, config: pack.Config, blocked: bool
-) -> tuple[pack.Config, pack.Blocks, pack.Blocks]:
-    """Config and tiles of both axes; `blocked`: tiles respect blocks."""
-    config = pack.fitted(problem, config)
-    if not blocked:
-        return config, pack.straight(config.rows), pack.straight(config.columns)
-    single = problem.block_mask is not None
-    height, width = problem.block_size
-    rows = pack.of_blocks(height, config.rows, problem.queries, single)
-    columns = pack.of_blocks(width, config.columns, problem.keys, single)
-    return config, rows, columns
-
-
 def _key_gradients(
     saved: Saved, of_output: Tensor, level: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -363,7 +343,8 @@ def _launch_key_gradients(
     problem = saved.problem
     both = of_key is not None and of_value is not None
     config = backward_config(problem, "both" if both else "key")
-    config, rows, columns = _tiles(problem, config, problem.block_mask is not None)
+    sparse = problem.block_mask is not None
+    config, rows, columns = pack.tiling(problem, config, "columns", sparse)
     tiles = pack.tiles(columns, problem.keys)
     pack.launch(
         key_gradients,
@@ -387,6 +368,7 @@ def _launch_key_gradients(
         columns,
         pack.tiles(rows, problem.queries),
         tiles,
+        SPLIT=problem.plan.simple and problem.block_mask is None and not narrow(problem),
     )
 
 
@@ -399,7 +381,8 @@ def _query_gradients(
     if "query" not in saved.wanted and not names:
         return None, {}
     blocked = bool(names) or problem.block_mask is not None
-    config, rows, columns = _tiles(problem, backward_config(problem, "query"), blocked)
+    config = backward_config(problem, "query")
+    config, rows, columns = pack.tiling(problem, config, "rows", blocked)
     of_query = None
     if "query" in saved.wanted:
         of_query = _new(problem, *problem.query.shape, dtype=problem.query.dtype)
