@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 import json
 import multiprocessing
+import os
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,7 @@ class Row:
     peak_mb: float = float("nan")
     error: float = float("nan")  # RMS error ratio of the output against SDPA
     note: str = ""
+    load: float = field(default_factory=lambda: os.getloadavg()[0])  # of the machine, with our own
 
 
 def check_small(case: Case, contender: Contender) -> None:
@@ -233,8 +236,9 @@ def peak_memory(case: Case, one: Contender) -> float:
         return _cuda_peak(case, one)
     if not Path("/proc/self/clear_refs").exists():
         return float("nan")
-    with _server().Pool(1) as pool:
-        return pool.apply(_cpu_peak, (case, one.name, one.statistics, torch.get_num_threads()))
+    with ProcessPoolExecutor(1, mp_context=_server()) as pool:
+        threads = torch.get_num_threads()
+        return pool.submit(_cpu_peak, case, one.name, one.statistics, threads).result()
 
 
 @functools.cache

@@ -43,6 +43,7 @@ def records(rows: Sequence[Row]) -> list[Record]:
             "peak_mb": _number(row.peak_mb, 1),
             "error": "" if math.isnan(row.error) else f"{row.error:.1e}",
             "note": row.note,
+            "load": f"{row.load:.1f}",
             "torch": torch.__version__,
             "python": platform.python_version(),
             "commit": commit,
@@ -141,7 +142,9 @@ def to_markdown(rows: Sequence[Record], command: str) -> str:
     for device in dict.fromkeys(row["device"] for row in rows):
         mine = [row for row in rows if row["device"] == device]
         versions = (
-            f"torch {mine[0]['torch']}, Python {mine[0]['python']}, commit {mine[0]['commit']}"
+            f"torch {mine[0]['torch']}, Python {mine[0]['python']}, commit {mine[0]['commit']}; "
+            f"load average during the run up to {max(float(row['load']) for row in mine):.1f}, "
+            "the run itself included"
         )
         lines += [f"## {device.upper()}: {mine[0]['device_name']}", "", versions, ""]
         if not any(row["median_ms"] for row in mine):

@@ -6,7 +6,7 @@ compiler (a few seconds, once; `build.py`) and called through ctypes. Where ther
 
 Why C without torch's headers, measured on 2 cores (causal, 8 heads x 64, 4,096 tokens, with
 `scaled_dot_product_attention` = 1; tests/benchmarks/RESULTS.md has the current figures): this one
-0.8 with row and block statistics, and 2 s to compile; a C++ extension with torch's headers and the
+0.8 with row and block statistics, and 3 s to compile; a C++ extension with torch's headers and the
 matrix products of its libraries 0.9 to 1.2, but 88 s to compile and tied to one torch build; numba
 1.6 to 2.2, 8 s per process or a cache of pickles, and a dependency; loops of torch operations 1.2
 to 17. The own matrix product reaches 110 GFLOP/s per core where the library behind torch has 91.
