@@ -20,7 +20,6 @@ _OPTIONAL = {
     "transformer_lens": ("circuits", "a TransformerBridge cannot be captured"),
     "gguf": ("gguf", "smollm2-135m cannot be converted"),
     "kaleido": ("export", "figures are saved as HTML, not as PNG or SVG files"),
-    "anywidget": ("notebook", "notebooks show plotly figures and static HTML only"),
 }
 _BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 
