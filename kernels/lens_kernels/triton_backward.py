@@ -220,6 +220,7 @@ def query_gradients(
     tiles,
     column_tiles,
     map_size,
+    SPLIT: tl.constexpr,
 ):
     """Gradients of queries, and block sums. Grid: [batch x heads x query tiles], longest first.
 
@@ -228,6 +229,7 @@ def query_gradients(
         of_query: `Rows`, or None.
         maps: `GradientMaps`.
         kept: `Kept`, or None; with it a tile holds one piece along each axis.
+        SPLIT: as in triton_forward.
         others: as in `key_gradients`.
     """
     pid = tl.program_id(0)
@@ -250,28 +252,22 @@ def query_gradients(
         unit = scores.scale
 
     ALIGNED: tl.constexpr = columns.size == columns.width * columns.parts
-    LEFT: tl.constexpr = mask.low is not None or mask.window is not None
-    START: tl.constexpr = 1 if (kept is None and ALIGNED and not LEFT) else 0
-    STOP: tl.constexpr = 3 if (kept is None and ALIGNED) else 1
     begin = 0
-    first = column_tiles
-    second = column_tiles
     end = column_tiles
+    middle = 0  # tiles before it are masked for no row
     if kept is None:
         last_row = tl.max(tl.where(row_used, row, 0), 0)
-        begin, inner_begin, inner_end, end = key_span(low, high, mask, row_first, last_row, shape)
-        begin = tile_of(tl.minimum(begin, end), columns)
+        begin, end, shared_end = key_span(low, high, mask, row_first, last_row, shape)
+        begin = tile_of(begin, columns)
         end = tl.where(end > 0, tile_of(tl.maximum(end - 1, 0), columns) + 1, 0)
-        first = end
-        second = end
-        if ALIGNED:
-            first = tl.minimum(tl.maximum(tl.cdiv(inner_begin, columns.lanes), begin), end)
-            second = tl.maximum(inner_end // columns.lanes, first)
+        middle = begin
+        if SPLIT and ALIGNED:
+            middle = shared_end // columns.lanes
 
     dq = tl.zeros([rows.lanes, query.dim], tl.float32)  # [BM, D]
-    for stretch in tl.static_range(START, STOP):
-        lower = begin if stretch == 0 else (first if stretch == 1 else second)
-        upper = first if stretch == 0 else (second if stretch == 1 else end)
+    for stretch in tl.static_range(0 if (SPLIT and ALIGNED) else 1, 2):
+        lower = 0 if stretch == 0 else middle
+        upper = middle if stretch == 0 else end
         for column_tile in range(lower, upper):
             visited = True
             if kept is not None:
@@ -282,7 +278,7 @@ def query_gradients(
                 )  # [BN]
                 column = column_first + column_ahead  # [BN]
                 read = None
-                if stretch != 1:
+                if stretch == 1:
                     read = column_used
                 k = load_rows(key, batch, kv_head, column_first, column_ahead, read)  # [BN, D]
                 v = load_rows(value, batch, kv_head, column_first, column_ahead, read)  # [BN, V]
@@ -299,9 +295,9 @@ def query_gradients(
                     batch,
                     head,
                     shape,
-                    stretch != 1,
+                    stretch == 1,
                 )  # [BM, BN]
-                if stretch != 1:
+                if stretch == 1:
                     x = tl.where(column_used[None, :], x, float("-inf"))  # [BM, BN]
                 p = tl.exp2(x * unit - total[:, None])  # [BM, BN]
                 a = tl.dot(do, tl.trans(v), input_precision=scores.precision)  # [BM, BN]

@@ -1,6 +1,6 @@
 """Tile sizes, warps and pipeline stages of each kernel, by input type and head dim: one table each.
 
-Chosen so that nothing spills and shared memory fits (227 KB on sm_90, 163 KB on sm_80), which
+Chosen so that nothing spills on sm_90 and shared memory fits (227 KB, 163 KB on sm_80), which
 tests/kernels/test_triton_compile.py holds them to without a GPU. No autotuning: it needs a GPU, and
 makes results depend on what was timed.
 """
@@ -20,58 +20,77 @@ def _width(problem: Problem) -> int:
     return max(64, power(problem.head_dim), power(problem.value_dim))
 
 
+def _full(problem: Problem) -> bool:
+    """float32 inputs: products of three tf32 parts, and twice the memory."""
+    return problem.query.dtype == torch.float32
+
+
 def _hopper(problem: Problem) -> bool:
     return capability(problem.device) >= (9, 0)
 
 
-def _plain(problem: Problem, window: bool = False) -> bool:
-    """Whether nothing but causality, ranges, learned sinks (and a window) bears on the logits."""
+def plain(problem: Problem) -> bool:
+    """Whether nothing but causality and learned sinks bears on the logits.
+
+    Then tiles that all rows see wholly get a loop of their own, without a mask. Otherwise one loop
+    masks every tile: two would not leave enough registers, and masking is little of the work.
+    """
     plan = problem.plan
-    extras = (plan.keep, plan.allowed, plan.bias, plan.slopes, problem.softcap)
-    return all(part is None for part in extras) and (window or plan.window is None)
-
-
-def heavy_rows(problem: Problem) -> bool:
-    """Whether the forward pass needs more registers than a second loop, without masks, leaves."""
-    if _width(problem) == 256:
-        return not _plain(problem) or problem.wants(*_SUMS, *_MANY)
-    return not _plain(problem, window=True) or problem.wants(*_MANY)
+    extras = (plan.window, plan.keep, plan.allowed, plan.bias, plan.slopes, problem.softcap)
+    alone = all(part is None for part in extras) and problem.block_mask is None
+    return alone and plan.simple
 
 
 def row_config(problem: Problem) -> Config:
-    """Of the forward pass."""
+    """Of the forward pass, by what it keeps in registers."""
     width = _width(problem)
-    if problem.query.dtype == torch.float32:
+    if _full(problem):
         return Config(64, 32, 4 if width < 256 else 8, 2)
-    if heavy_rows(problem):
-        return Config(128, 32, 8, 3) if width < 256 else Config(64, 32, 8, 2)
-    few = width == 64 or (_plain(problem) and not problem.wants(*_SUMS))
-    return Config(128, 64, 8, 3 if few and width < 256 else 2)
+    level = 2 if problem.wants(*_MANY) else int(problem.wants(*_SUMS))
+    level += not plain(problem)
+    return {
+        64: (
+            Config(128, 64, 8, 3),
+            Config(128, 64, 8, 3),
+            Config(128, 32, 8, 3),
+            Config(128, 16, 8, 2),
+        ),
+        128: (
+            Config(128, 64, 8, 3),
+            Config(128, 64, 8, 2),
+            Config(128, 32, 8, 3),
+            Config(128, 16, 8, 2),
+        ),
+        256: (
+            Config(128, 64, 8, 2),
+            Config(64, 32, 8, 2),
+            Config(64, 16, 4, 2),
+            Config(64, 16, 4, 2),
+        ),
+    }[width][level]
+
+
+def split_rows(problem: Problem) -> bool:
+    """Whether the forward pass has a loop without masks."""
+    return plain(problem) and not problem.wants(*_MANY)
 
 
 def columns_config(problem: Problem) -> Config:
     """Of the pass along columns."""
     width = _width(problem)
-    if problem.query.dtype == torch.float32:
+    if _full(problem):
         return Config(32, 64, 4 if width < 256 else 8, 2)
-    return {64: Config(64, 128, 8, 3), 128: Config(64, 128, 8, 3), 256: Config(64, 128, 8, 2)}[
-        width
-    ]
+    return Config(64, 128, 8, 3 if width < 256 else 2)
 
 
 def diagonals_config(problem: Problem) -> Config:
     """Of the pass along diagonals: square tiles."""
     width = _width(problem)
-    if problem.query.dtype == torch.float32:
+    if _full(problem):
         return Config(64, 64, 8, 2)
-    return {64: Config(128, 128, 8, 3), 128: Config(128, 128, 8, 2), 256: Config(64, 64, 4, 2)}[
-        width
-    ]
-
-
-def narrow(problem: Problem) -> bool:
-    """Whether the accumulators of `key_gradients` leave no registers for two loops."""
-    return _width(problem) > 128
+    if width == 256 or problem.block_mask is not None:
+        return Config(64, 64, 4, 2)
+    return Config(128, 128, 8, 3 if width == 64 else 2)
 
 
 def key_gradients_together(problem: Problem) -> bool:
@@ -79,16 +98,21 @@ def key_gradients_together(problem: Problem) -> bool:
 
     In two launches the logits are made twice, about a fifth of the backward pass.
     """
-    return _width(problem) <= 128 and _plain(problem) and problem.query.dtype != torch.float32
+    return _width(problem) <= 128 and plain(problem) and not _full(problem)
+
+
+def split_key_gradients(problem: Problem) -> bool:
+    """Whether `key_gradients` has a loop without masks."""
+    return plain(problem) and _width(problem) <= 128
 
 
 def backward_config(problem: Problem, of: str) -> Config:
     """Of the gradients of keys and values in one ("both") or in two launches ("key"), or "query"."""
     width = _width(problem)
-    if problem.query.dtype == torch.float32:
+    if _full(problem):
         return Config(32, 32, 4, 1)
     if of == "both":
         return {64: Config(64, 128, 8, 2), 128: Config(32, 128, 8, 2)}[width]
     if of == "key":
-        return Config(32 if width < 256 or _plain(problem) else 16, 128, 8, 2)
+        return Config(32 if width < 256 else 16, 128, 8, 2)
     return Config(128, 64 if width < 256 else 32, 8, 2)

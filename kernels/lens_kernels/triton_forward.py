@@ -13,9 +13,9 @@ maximum `m`, total `l` and output of online softmax (arXiv 2205.14135), in base 
 distance is summed from the tile's first anchor for the same reason. A learned sink joins at
 the end: it takes the share `1 - mass` of every row.
 
-Keys are visited in up to three stretches: tiles cut by the start of some row's range, tiles that all
-rows see wholly, tiles cut by the end of some range. Only the first and last are masked; what no row
-sees is never read. With a block mask the program walks the list of blocks that are kept.
+Keys that no row of the tile sees are never read. With SPLIT, tiles that all rows see wholly have a
+loop of their own, without a mask. With a block mask the program walks the list of blocks that are
+kept.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false
@@ -73,28 +73,27 @@ class BlockList(NamedTuple):
 
 @triton.jit
 def key_span(low, high, mask, first_row, last_row, shape):
-    """Range of keys that any row of a tile sees, and the range in which all rows see all keys."""
+    """Keys that any row of a tile sees: first, one past the last; and one past those all rows see.
+
+    The last of the three is meant for masks without a window, whose ranges start at key 0.
+    """
     if mask.low is None:
         first = first_row + mask.offset
         last = last_row + mask.offset
         begin = 0
-        inner_begin = 0
         end = shape.keys
-        inner_end = shape.keys
+        shared_end = shape.keys
         if mask.window is not None:
             begin = tl.maximum(first - mask.window + 1, 0)
-            inner_begin = tl.maximum(last - mask.window + 1, 0)
             end = tl.minimum(end, tl.maximum(last + mask.window, 0))
-            inner_end = tl.minimum(inner_end, tl.maximum(first + mask.window, 0))
         if mask.causal:
             end = tl.minimum(end, tl.maximum(last + 1, 0))
-            inner_end = tl.minimum(inner_end, tl.maximum(first + 1, 0))
+            shared_end = tl.minimum(shared_end, tl.maximum(first + 1, 0))
     else:
         begin = tl.min(tl.where(high > low, low, FAR), 0)
-        inner_begin = tl.max(low, 0)
         end = tl.max(high, 0)
-        inner_end = tl.min(high, 0)
-    return begin, inner_begin, inner_end, end
+        shared_end = tl.min(high, 0)
+    return tl.minimum(begin, end), end, shared_end
 
 
 @triton.jit
@@ -131,7 +130,7 @@ def forward(
         rows, columns: `Blocks` of the two axes.
         tiles: query tiles.
         batches: batch rows.
-        SPLIT: whether tiles that all rows see wholly have a loop of their own, without a mask.
+        SPLIT: a loop without a mask comes first; for simple masks without a window.
     """
     pid = tl.program_id(0)
     tile = tiles - 1 - pid % tiles
@@ -168,26 +167,20 @@ def forward(
     acc = tl.zeros([BM, value.dim], tl.float32)  # [BM, V]
 
     last_row = tl.minimum(row_first + BM, shape.queries) - 1
-    begin, inner_begin, inner_end, end = key_span(low, high, mask, row_first, last_row, shape)
-    begin = tl.minimum(begin, end) // BN * BN
-    first = tl.minimum(tl.maximum(tl.cdiv(inner_begin, BN) * BN, begin), tl.cdiv(end, BN) * BN)
-    second = tl.maximum(tl.minimum(inner_end, end) // BN * BN, first)
+    begin, end, shared_end = key_span(low, high, mask, row_first, last_row, shape)
     LIST: tl.constexpr = block_list is not None
     if LIST:
         line = batch * block_list.batch + head * block_list.head + tile // rows.parts
         listed = block_list.blocks + line.to(tl.int64) * block_list.width
         begin = 0
         end = tl.load(block_list.count + line) * columns.parts * BN
-    if LIST or not SPLIT:
-        first = end
-    # masked in [begin, first) and [second, end), not in between
-    LEFT: tl.constexpr = mask.low is not None or mask.window is not None
-    START: tl.constexpr = 1 if (SPLIT and not LIST and not LEFT) else 0
-    STOP: tl.constexpr = 3 if (SPLIT and not LIST) else 1
+    middle = begin // BN * BN  # keys before it are masked for no row
+    if SPLIT:
+        middle = shared_end // BN * BN
 
-    for stretch in tl.static_range(START, STOP):
-        lower = begin if stretch == 0 else (first if stretch == 1 else second)
-        upper = first if stretch == 0 else (second if stretch == 1 else end)
+    for stretch in tl.static_range(0 if SPLIT else 1, 2):
+        lower = 0 if stretch == 0 else middle
+        upper = middle if stretch == 0 else end
         for start in range(lower, upper, BN):
             if LIST:
                 visit = start // BN
@@ -200,7 +193,7 @@ def forward(
                 column_first = start
                 column = start + lane  # [BN]
                 column_used = None
-                if stretch != 1:
+                if stretch == 1:
                     column_used = column < shape.keys  # [BN]
             k = load_rows(key, batch, kv_head, column_first, lane, column_used)  # [BN, D]
             products = tl.dot(q, tl.trans(k), input_precision=scores.precision)  # [BM, BN]
@@ -216,14 +209,14 @@ def forward(
                 batch,
                 head,
                 shape,
-                stretch != 1,
+                stretch == 1,
             )  # [BM, BN]
             if LIST:
                 x = tl.where(column_used[None, :], x, float("-inf"))  # [BM, BN]
 
             raised = tl.maximum(peak, tl.max(x, 1) * unit)  # [BM]
             pivot = raised  # [BM]
-            if stretch != 1 or HIDES:
+            if stretch == 1 or HIDES:
                 pivot = tl.where(raised == float("-inf"), 0.0, raised)  # [BM]
             e = x * unit - pivot[:, None]  # [BM, BN]
             p = tl.exp2(e)  # [BM, BN]
@@ -232,7 +225,7 @@ def forward(
             if outs.entropy is not None:
                 lift = tl.where(total > 0, peak - pivot, 0.0)  # [BM]
                 bits = e  # [BM, BN]
-                if stretch != 1 or HIDES:
+                if stretch == 1 or HIDES:
                     bits = tl.where(p > 0, e, 0.0)  # [BM, BN]
                 surprise = decay * (surprise + lift * total) + tl.sum(p * bits, 1)  # [BM]
             if outs.concentration is not None:

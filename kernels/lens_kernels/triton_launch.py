@@ -201,11 +201,15 @@ def query_spans(problem: Problem, rows: Blocks, columns: Blocks) -> Tensor | Non
     first = index.new_full((count,), _FAR).scatter_reduce(0, number, index, "amin")
     last = index.new_zeros((count,)).scatter_reduce(0, number, index, "amax")
     meets = (spans[..., 0] <= last[:, None]) & (spans[..., 1] > first[:, None])
-    steps = meets.to(torch.uint8)  # [batch, key tiles, query tiles]
+    return first_and_last(meets)
+
+
+def first_and_last(flags: Tensor) -> Tensor:
+    """Index of the first True along the last axis, and one past the last: [..., 2]; (0, 0): none."""
+    steps = flags.to(torch.uint8)
     begin = steps.argmax(-1)
     end = steps.shape[-1] - steps.flip(-1).argmax(-1)
-    some = meets.any(-1)
-    return torch.stack((begin * some, end * some), dim=-1).to(torch.int32)
+    return (torch.stack((begin, end), dim=-1) * flags.any(-1)[..., None]).to(torch.int32)
 
 
 def seen_rows(problem: Problem, lse: Tensor) -> Tensor:

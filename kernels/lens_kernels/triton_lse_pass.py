@@ -283,7 +283,7 @@ def diagonals_pass(
             over its tiles of the entries with `r - c = u + 1 - T`; see `unfold_diagonals`.
         mask, scores, shape: see triton_logits.
         kept: `Kept`, or None, read entry by entry.
-        spans: [batch, row_tiles, 2], the keys that each tile sees, where the mask is not simple.
+        spans: [batch, differences, 2], the query tiles to visit, where the mask is not simple.
         rows, columns: `Blocks` of `kept`.
         row_tiles, column_tiles: number of tiles of T along each axis.
         first_difference, differences: of `I - J`.
@@ -302,6 +302,11 @@ def diagonals_pass(
     end = tl.minimum(row_tiles, column_tiles + difference)
     first = begin  # tiles before it are seen wholly
     SPLIT: tl.constexpr = mask.low is None and kept is None
+    if mask.low is not None:
+        span = spans + (batch * differences + pid % differences) * 2
+        begin = tl.load(span)
+        end = tl.load(span + 1)
+        first = begin
     if SPLIT:
         middle = mask.offset + difference * T
         whole = True
@@ -320,48 +325,43 @@ def diagonals_pass(
         upper = first if stretch == 0 else end
         for row_tile in range(lower, upper):
             start = (row_tile - difference) * T
-            crosses = True
-            if mask.low is not None:
-                span = spans + (batch * row_tiles + row_tile) * 2
-                crosses = (tl.load(span) < start + T) & (tl.load(span + 1) > start)
-            if crosses:
-                row = row_tile * T + lane  # [T]
-                column = start + lane  # [T]
-                column_used = None
-                if stretch == 1:
-                    column_used = column < shape.keys  # [T]
-                row_used = row < shape.queries  # [T]
-                q = load_rows(query, batch, head, row_tile * T, lane, row_used)  # [T, D]
-                k = load_rows(key, batch, head // shape.share, start, lane, column_used)  # [T, D]
-                level = exponent_of_lse(lse_of_head, row, row_used)  # [T]
-                low, high, anchor = row_ranges(mask, batch, row, shape)  # [T]
-                products = tl.dot(q, tl.trans(k), input_precision=scores.precision)  # [T, T]
-                x = logits(
-                    products,
-                    row[:, None],
-                    column[None, :],
-                    low[:, None],
-                    high[:, None],
-                    anchor[:, None],
-                    mask,
-                    scores,
-                    batch,
-                    head,
-                    shape,
-                    stretch == 1,
+            row = row_tile * T + lane  # [T]
+            column = start + lane  # [T]
+            column_used = None
+            if stretch == 1:
+                column_used = column < shape.keys  # [T]
+            row_used = row < shape.queries  # [T]
+            q = load_rows(query, batch, head, row_tile * T, lane, row_used)  # [T, D]
+            k = load_rows(key, batch, head // shape.share, start, lane, column_used)  # [T, D]
+            level = exponent_of_lse(lse_of_head, row, row_used)  # [T]
+            low, high, anchor = row_ranges(mask, batch, row, shape)  # [T]
+            products = tl.dot(q, tl.trans(k), input_precision=scores.precision)  # [T, T]
+            x = logits(
+                products,
+                row[:, None],
+                column[None, :],
+                low[:, None],
+                high[:, None],
+                anchor[:, None],
+                mask,
+                scores,
+                batch,
+                head,
+                shape,
+                stretch == 1,
+            )  # [T, T]
+            if kept is not None:
+                place = batch.to(tl.int64) * kept.batch + head.to(tl.int64) * kept.head
+                row_place = (row // rows.size).to(tl.int64) * kept.query_block  # [T]
+                column_place = (column // columns.size).to(tl.int64) * kept.key_block  # [T]
+                inside = row_used[:, None] & column_used[None, :]  # [T, T]
+                flags = tl.load(
+                    kept.pointer + place + row_place[:, None] + column_place[None, :],
+                    mask=inside,
+                    other=0,
                 )  # [T, T]
-                if kept is not None:
-                    place = batch.to(tl.int64) * kept.batch + head.to(tl.int64) * kept.head
-                    row_place = (row // rows.size).to(tl.int64) * kept.query_block  # [T]
-                    column_place = (column // columns.size).to(tl.int64) * kept.key_block  # [T]
-                    inside = row_used[:, None] & column_used[None, :]  # [T, T]
-                    flags = tl.load(
-                        kept.pointer + place + row_place[:, None] + column_place[None, :],
-                        mask=inside,
-                        other=0,
-                    )  # [T, T]
-                    x = tl.where(flags != 0, x, float("-inf"))  # [T, T]
-                acc += tl.exp2(x * unit - level[:, None])  # [T, T]
+                x = tl.where(flags != 0, x, float("-inf"))  # [T, T]
+            acc += tl.exp2(x * unit - level[:, None])  # [T, T]
 
     # entry (r, c) moves to column (r - c - 1) mod T: diagonals become columns, two in each
     place = lane[None, :]  # [1, T]

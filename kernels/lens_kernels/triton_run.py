@@ -22,10 +22,11 @@ from lens_kernels.triton_configs import (
     backward_config,
     columns_config,
     diagonals_config,
-    heavy_rows,
     key_gradients_together,
-    narrow,
+    plain,
     row_config,
+    split_key_gradients,
+    split_rows,
 )
 from lens_kernels.triton_forward import BlockList, RowInputs, RowOutputs, forward
 from lens_kernels.triton_lse_pass import ColumnOutputs, MapSize, columns_pass, diagonals_pass
@@ -102,7 +103,7 @@ def run_rows(problem: Problem, dtype: torch.dtype) -> tuple[Tensor, dict[str, Te
         PAIRS=pairs,
         BM=rows.lanes.value,
         BN=columns.lanes.value,
-        SPLIT=not heavy_rows(problem),
+        SPLIT=split_rows(problem),
     )
     for name, place in places.items():
         part = means[place]
@@ -234,7 +235,7 @@ def run_diagonals(problem: Problem, lse: Tensor) -> dict[str, Tensor]:
         pack.mask(problem),
         pack.scores(problem),
         pack.kept(problem),
-        None if problem.plan.simple else pack.key_spans(problem, straight),
+        _diagonal_spans(problem, straight, column_tiles, first, end),
         pack.shape(problem),
         *blocks,
         row_tiles,
@@ -258,6 +259,24 @@ def _differences(problem: Problem, side: int, row_tiles: int, column_tiles: int)
         if nearest is not None:
             first = max(first, -(-(nearest - plan.offset - side + 1) // side))
     return first, max(end, first + 1)
+
+
+def _diagonal_spans(
+    problem: Problem, tiles: pack.Blocks, column_tiles: int, first: int, end: int
+) -> Tensor | None:
+    """The query tiles in which each block diagonal holds a visible key: [batch, differences, 2].
+
+    First one, and one past the last. None where the kernel computes it, for a simple mask.
+    """
+    if problem.plan.simple:
+        return None
+    side = tiles.lanes.value
+    spans = pack.key_spans(problem, tiles)[:, None]  # [batch, 1, query tiles, 2]
+    query_tile = torch.arange(spans.shape[2], device=problem.device)
+    difference = torch.arange(first, end, device=problem.device)[:, None]
+    key_tile = query_tile - difference  # [differences, query tiles]
+    meets = (spans[..., 0] < (key_tile + 1) * side) & (spans[..., 1] > key_tile * side)
+    return pack.first_and_last(meets & (key_tile >= 0) & (key_tile < column_tiles))
 
 
 def _unfold_diagonals(problem: Problem, folded: Tensor, first: int) -> Tensor:
@@ -368,7 +387,7 @@ def _launch_key_gradients(
         columns,
         pack.tiles(rows, problem.queries),
         tiles,
-        SPLIT=problem.plan.simple and problem.block_mask is None and not narrow(problem),
+        SPLIT=split_key_gradients(problem),
     )
 
 
@@ -412,6 +431,7 @@ def _query_gradients(
         tiles,
         pack.tiles(columns, problem.keys),
         size,
+        SPLIT=plain(problem),
     )
     shape = (problem.batch, problem.heads)
     return of_query, {
