@@ -16,6 +16,10 @@ _SUMS = ("entropy", "concentration", "distance", "prefix_mass")
 _MANY = ("match_mass", "moments", "grid_moments", "mean_value_norm")
 
 
+_SMALL = Config(32, 32, 8, 2)
+"""Where nothing larger leaves enough registers."""
+
+
 def _width(problem: Problem) -> int:
     return max(64, power(problem.head_dim), power(problem.value_dim))
 
@@ -29,16 +33,20 @@ def _hopper(problem: Problem) -> bool:
     return capability(problem.device) >= (9, 0)
 
 
+def _bare(problem: Problem) -> bool:
+    """Whether the logits are products and the mask is a range of keys."""
+    plan = problem.plan
+    extras = (plan.keep, plan.allowed, plan.bias, plan.slopes, problem.softcap, problem.block_mask)
+    return all(part is None for part in extras)
+
+
 def plain(problem: Problem) -> bool:
     """Whether nothing but causality and learned sinks bears on the logits.
 
     Then tiles that all rows see wholly get a loop of their own, without a mask. Otherwise one loop
     masks every tile: two would not leave enough registers, and masking is little of the work.
     """
-    plan = problem.plan
-    extras = (plan.window, plan.keep, plan.allowed, plan.bias, plan.slopes, problem.softcap)
-    alone = all(part is None for part in extras) and problem.block_mask is None
-    return alone and plan.simple
+    return _bare(problem) and problem.plan.window is None and problem.plan.simple
 
 
 def row_config(problem: Problem) -> Config:
@@ -62,10 +70,10 @@ def row_config(problem: Problem) -> Config:
             Config(128, 16, 8, 2),
         ),
         256: (
-            Config(128, 64, 8, 2),
+            Config(128, 32, 8, 2),
             Config(64, 32, 8, 2),
-            Config(64, 16, 4, 2),
-            Config(64, 16, 4, 2),
+            Config(64, 32, 8, 2) if not problem.wants(*_MANY) else _SMALL,
+            _SMALL,
         ),
     }[width][level]
 
@@ -88,7 +96,9 @@ def diagonals_config(problem: Problem) -> Config:
     width = _width(problem)
     if _full(problem):
         return Config(64, 64, 8, 2)
-    if width == 256 or problem.block_mask is not None:
+    if width == 256:
+        return Config(64, 64, 4, 2) if _bare(problem) else _SMALL
+    if not _bare(problem):
         return Config(64, 64, 4, 2)
     return Config(128, 128, 8, 3 if width == 64 else 2)
 
@@ -113,6 +123,9 @@ def backward_config(problem: Problem, of: str) -> Config:
         return Config(32, 32, 4, 1)
     if of == "both":
         return {64: Config(64, 128, 8, 2), 128: Config(32, 128, 8, 2)}[width]
+    if width == 256 and not _bare(problem):
+        return _SMALL
     if of == "key":
-        return Config(32 if width < 256 else 16, 128, 8, 2)
-    return Config(128, 64 if width < 256 else 32, 8, 2)
+        return Config(32 if width < 256 and _bare(problem) else 16, 128, 8, 2)
+    wide = width == 64 or (width == 128 and _bare(problem))
+    return Config(128, 64 if wide else 32, 8, 2) if width < 256 else Config(64, 32, 8, 2)
