@@ -2,9 +2,10 @@
 
 One table serves the profile, the run folder, the report and the dashboard; it needs no torch.
 A metric has the variant ``sink_excluded`` where a sink could dominate it: the same definition on each
-row restricted to the keys from 1 on and renormalised. Learned sinks are no keys: they take their share
-of raw scores and none of the sink-excluded ones. Means run over the queries that can show the pattern
-within their mask (causal, sliding window); what no query can show is NaN with a reason.
+row restricted to the keys from 1 on and renormalised (a share of all attention is renormalised as a
+whole). Learned sinks are no keys: they take their share of raw scores and none of the sink-excluded
+ones. Means run over the queries that can show the pattern within their mask (causal, sliding window);
+what no query can show is NaN with a reason.
 """
 
 from dataclasses import dataclass
@@ -98,8 +99,29 @@ _TABLE = (
     Metric(
         "locality",
         "Locality",
-        "Share of all attention at distances |i - j| <= 8.",
+        "Share of all attention at distances |i - j| <= 8; without the sink, of that on keys from 1 on.",
         "probability",
+        True,
+    ),
+    Metric(
+        "positional",
+        "Fixed distance",
+        "Largest over distances d of the mean over queries of P[i, i - d], at distances that 16 queries have.",
+        "probability",
+    ),
+    Metric(
+        "positional_distance",
+        "Its distance",
+        "The distance d of the score before; negative for a head that looks ahead.",
+        "tokens",
+    ),
+    Metric(
+        "delimiter",
+        "Delimiters",
+        "Share of all attention on keys that are punctuation or a line break; without the sink, of that on keys from 1 on.",
+        "probability",
+        True,
+        "Clark et al. 2019, arXiv 1906.04341",
     ),
     Metric(
         "sink_rate",

@@ -36,6 +36,8 @@ COLUMNS = (
     "detail",
 )
 
+_POSITIONS = ("top_key", "positional_distance")  # their mean says nothing
+
 
 def profile(traces: AttentionTrace | Sequence[AttentionTrace], *, seed: int = 0) -> pd.DataFrame:
     """Every score of every head: one row per head.
@@ -119,7 +121,7 @@ def prompt_table(trace: AttentionTrace, prompt_id: str, *, seed: int = 0) -> pd.
 def pooled_table(tables: Sequence[pd.DataFrame], prompt_id: str, *, seed: int = 0) -> pd.DataFrame:
     """Mean over prompts of their long tables, with a bootstrap over prompts.
 
-    `top_key` is the most frequent position, named where its token is the same in all prompts that have
+    `top_key` and `positional_distance` are the most frequent one, the key named where its token is the same in all prompts that have
     it; it has no interval.
     """
     keys = ["metric", "variant", "layer", "head"]
@@ -134,7 +136,7 @@ def pooled_table(tables: Sequence[pd.DataFrame], prompt_id: str, *, seed: int = 
     result["value"], result["low"], result["high"], result["n"] = mean, low, high, n
     result["detail"] = np.where(n == 0, result["detail"], "")
     result["prompt_id"] = prompt_id
-    for row in np.flatnonzero((result["metric"] == "top_key") & (n > 0)):
+    for row in np.flatnonzero(result["metric"].isin(_POSITIONS) & (n > 0)):
         positions, counts = np.unique(values[scored[:, row], row], return_counts=True)
         position = positions[counts.argmax()]
         there = [

@@ -7,6 +7,7 @@ and renormalised, and counts if what is left can still show the pattern.
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -26,6 +27,17 @@ LOCAL = 8
 _SMALLEST_REST = 1e-6  # of a row without key 0, below which it says nothing
 _SMALLEST_DIFFERENCE = 1e-3  # the same where float32 masses are subtracted to get there
 _SHORT = "the prompt is too short"
+_NO_ATTENTION = "no attention at all"
+_NO_REST = "no attention to keys from 1 on"
+_OF_THE_WHOLE = (
+    "locality",
+    "positional",
+    "positional_distance",
+    "delimiter",
+    "sink_rate",
+    "top_key",
+    "top_key_mass",
+)
 
 
 @dataclass(frozen=True)
@@ -75,10 +87,10 @@ class _Layer:
 
     def scores(self, seed: int) -> Iterator[Score]:
         for metric in METRICS.values():
-            if metric.name in ("locality", "sink_rate", "top_key", "top_key_mass"):
-                yield self._whole(metric.name)
-                continue
             for variant in ("raw", "sink_excluded") if metric.sink_excluded else ("raw",):
+                if metric.name in _OF_THE_WHOLE:
+                    yield self._whole(metric.name, variant)
+                    continue
                 rows, reason = self._rows(metric.name, variant == "sink_excluded")
                 n = (~np.isnan(rows)).sum(-1)
                 value = np.where(np.isnan(rows), 0, rows).sum(-1) / np.where(n == 0, np.nan, n)
@@ -175,12 +187,20 @@ class _Layer:
     def _nothing(self) -> np.ndarray:
         return np.full((self._data.sizes["head"], self._length), np.nan)
 
-    def _whole(self, metric: str) -> Score:
+    def _whole(self, metric: str, variant: str) -> Score:
         """The scores that are no mean over rows."""
-        detail = None
+        detail, excluded = None, variant == "sink_excluded"
         match metric:
             case "locality":
-                value, reason = self._locality(), "no attention at all"
+                value, reason = self._locality(excluded), _NO_REST if excluded else _NO_ATTENTION
+            case "delimiter":
+                value, reason = self._delimiters(excluded)
+            case "positional":
+                reason = f"no distance is seen by {FEWEST_VIEWERS} queries"
+                _, value = self._best_distance()
+            case "positional_distance":
+                reason = f"no distance is seen by {FEWEST_VIEWERS} queries"
+                value, _ = self._best_distance()
             case "sink_rate":
                 value, reason = (self._alpha()[:, 0] > SINK_EPSILON).astype(np.float64), ""
             case _:
@@ -193,7 +213,7 @@ class _Layer:
         unknown = np.full(value.shape, np.nan)
         n = np.where(np.isnan(value), 0, self._length)
         detail = _reason(value, reason) if detail is None else detail
-        return Score(metric, "raw", value, unknown, unknown, n, detail)
+        return Score(metric, variant, value, unknown, unknown, n, detail)
 
     def _alpha(self) -> np.ndarray:
         """alpha_k = received[k] / visible[k], [heads, keys] (Gu et al., arXiv 2410.10781)."""
@@ -208,11 +228,51 @@ class _Layer:
         none = np.isneginf(mass)
         return np.where(none, np.nan, alpha.argmax(-1)), np.where(none, np.nan, mass)
 
-    def _locality(self) -> np.ndarray:
+    def _locality(self, excluded: bool) -> np.ndarray:
         diagonal = self._variable("diagonal")
         near = np.abs(self._data["offset"].values) <= LOCAL
-        total = diagonal.sum(-1)
-        return diagonal[:, near].sum(-1) / np.where(total > 0, total, np.nan)
+        mass, total = diagonal[:, near].sum(-1), diagonal.sum(-1)
+        if excluded:
+            first = self._variable("first_mass")
+            mass, total = mass - first[:, : LOCAL + 1].sum(-1), self._variable("rest_mass").sum(-1)
+        return self._share(mass, total)
+
+    def _delimiters(self, excluded: bool) -> tuple[np.ndarray, str]:
+        if self._ids is None:
+            return np.full(self._data.sizes["head"], np.nan), "the prompt has no token ids"
+        received = self._variable("received")
+        chosen = np.array([is_delimiter(token) for token in self._tokens])
+        if excluded:
+            chosen, received = chosen[1:], received[:, 1:]
+        if not chosen.any():
+            return np.full(len(received), np.nan), "the prompt has no punctuation and no line break"
+        total = received.sum(-1)
+        reason = _NO_REST if excluded else _NO_ATTENTION
+        return self._share(received[:, chosen].sum(-1), total), reason
+
+    def _share(self, mass: np.ndarray, total: np.ndarray) -> np.ndarray:
+        enough = total > _SMALLEST_DIFFERENCE * self._length
+        return np.where(enough, np.maximum(mass, 0) / np.where(enough, total, 1), np.nan)
+
+    def _best_distance(self) -> tuple[np.ndarray, np.ndarray]:
+        """Distance with the largest mean mass, and that mass, [heads] each."""
+        distance = self._data["offset"].values
+        queries = self._length - np.abs(distance)
+        if self._window is not None:
+            queries = np.where(np.abs(distance) < self._window, queries, 0)
+        mean = self._variable("diagonal") / np.maximum(queries, 1)
+        mean = np.where(queries >= FEWEST_VIEWERS, mean, -np.inf)
+        best = mean.max(-1)
+        none = np.isneginf(best)
+        return np.where(none, np.nan, distance[mean.argmax(-1)]), np.where(none, np.nan, best)
+
+
+def is_delimiter(token: str) -> bool:
+    """Whether a token is punctuation alone, or a line break; spaces around do not matter."""
+    marks = token.strip()
+    if not marks:
+        return "\n" in token
+    return all(unicodedata.category(mark).startswith("P") for mark in marks)
 
 
 def nearest_copy(

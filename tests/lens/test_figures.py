@@ -105,7 +105,7 @@ def test_scatter_and_layers_hold_every_head(table):
     assert len(scatter.data[0].x) == 6
     assert "sink excluded" in scatter.layout.xaxis.title.text
     layers = figures.metric_by_layer(table, "locality")
-    rows = table[table.metric == "locality"]
+    rows = table[(table.metric == "locality") & (table.variant == "raw")]
     np.testing.assert_allclose(layers.data[1].y, rows.groupby("layer").value.mean())
 
 

@@ -7,8 +7,12 @@ import pytest
 from lens.errors import LensError
 from lens.metrics import METRICS
 from lens.profiles import COLUMNS, pooled_table, profile, prompt_table
+from lens.scores import is_delimiter
+from lens.trace import AttentionTrace
 from tests.lens.naive import rms_ratio
 from tests.lens.traces import LENGTH, probabilities, token_ids, trace_of
+
+MARKS = {0: ",", 3: " ?!"}  # the first key is one of them
 
 
 def twin(p, ids) -> dict[str, float]:
@@ -37,8 +41,14 @@ def twin(p, ids) -> dict[str, float]:
     found["first_token"] = p[1:, 0].mean()
     found["prefix_mass"] = p[4:, :4].sum(-1).mean()
     found["effective_keys"] = np.mean([1 / (p[i] ** 2).sum() for i in range(1, n)])
-    near = [(i, j) for i in range(n) for j in range(n) if abs(i - j) <= 8]
-    found["locality"] = sum(p[i, j] for i, j in near) / p.sum()
+    for name, start in (("", 0), ("_sink_excluded", 1)):
+        near = [(i, j) for i in range(n) for j in range(start, n) if abs(i - j) <= 8]
+        found[f"locality{name}"] = sum(p[i, j] for i, j in near) / p[:, start:].sum()
+        marks = [j for j in range(start, n) if ids[j] in MARKS]
+        found[f"delimiter{name}"] = p[:, marks].sum() / p[:, start:].sum()
+    by_distance = [np.mean([p[i, i - d] for i in range(d, n)]) for d in range(n - 15)]
+    found["positional"] = max(by_distance)
+    found["positional_distance"] = int(np.argmax(by_distance))
     alpha = np.array([p[k:, k].mean() for k in range(n)])
     found["sink_mass"] = alpha[0]
     found["sink_rate"] = float(alpha[0] > 0.3)
@@ -51,7 +61,7 @@ def test_every_score_equals_its_twin():
     p = probabilities(layers=2, heads=3, length=LENGTH, seed=5)
     p[0, 1, 1:] *= 0.2
     p[0, 1, 1:, 0] += 1 - p[0, 1, 1:].sum(-1)  # one head with a real sink
-    table = profile(trace_of(p))
+    table = profile(named(trace_of(p)))
     assert len(table) == 6
     for row in table.itertuples():
         expected = twin(p[row.layer, row.head], token_ids(LENGTH))
@@ -68,7 +78,68 @@ def test_every_score_equals_its_twin():
         for name in (metric.name, f"{metric.name}_sink_excluded")[: 1 + metric.sink_excluded]
     }
     assert table.loc[1, "sink_rate"] == 1
-    assert table.loc[1, "top_key_token"] == "t0"
+    assert table.loc[1, "top_key_token"] == ","
+
+
+def named(trace: AttentionTrace) -> AttentionTrace:
+    """The trace with punctuation for the ids of `MARKS`."""
+    ids = trace.dataset["token_id"].values
+    tokens = np.array([MARKS.get(i, f"t{i}") for i in ids], dtype=object)
+    return AttentionTrace(trace.dataset.assign_coords(key_token=("key", tokens)))
+
+
+def test_a_planted_distance_is_found_and_a_long_one_is_not_believed():
+    """Mean over few rows is large by chance: a distance counts when 16 queries have it."""
+    p = np.zeros((1, 2, 61, 61))
+    for i in range(61):
+        p[0, 0, i, max(i - 7, 0)] = 1
+        p[0, 1, i, 0 if i > 50 else i] = 1  # distances 51 to 60 have full mass, in few rows
+    table = profile(trace_of(p))
+    assert table["positional_distance"].tolist() == [7, 0]
+    assert table["positional"].tolist() == [1.0, pytest.approx(51 / 61)]
+
+
+def test_the_distance_of_several_prompts_is_the_most_frequent_one():
+    def one(distance):
+        p = np.zeros((1, 1, 40, 40))
+        for i in range(40):
+            p[0, 0, i, max(i - distance, 0)] = 1
+        return trace_of(p)
+
+    assert profile([one(2), one(9), one(9)])["positional_distance"].tolist() == [9]
+    assert profile(one(2), seed=1)["positional"].tolist() == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("token", "expected"),
+    [
+        (",", True),
+        (" ?!", True),
+        ("\n", True),
+        (" ", False),
+        ("a.", False),
+        ("$", False),
+        ("—", True),
+    ],
+)
+def test_delimiters_are_punctuation_and_line_breaks(token, expected):
+    assert is_delimiter(token) is expected
+
+
+def test_a_prompt_without_delimiters_has_no_score_of_them():
+    p = probabilities(layers=1, heads=2, length=LENGTH, seed=5)
+    table = profile(trace_of(p))
+    assert table[["delimiter", "delimiter_sink_excluded"]].isna().all().all()
+    assert "no punctuation" in table.attrs["reasons"]["delimiter"]
+
+
+def test_a_head_that_looks_at_the_first_key_alone_has_no_locality_without_it():
+    p = np.zeros((1, 1, 31, 31))
+    p[..., 0] = 1
+    table = profile(trace_of(p))
+    assert table["locality"].tolist() == [pytest.approx(9 / 31)]
+    assert table["locality_sink_excluded"].isna().all()
+    assert table.attrs["reasons"]["locality_sink_excluded"] == "no attention to keys from 1 on"
 
 
 @pytest.mark.parametrize(("length", "alpha"), [(16, 0.211296), (64, 0.0741233), (256, 0.023923)])
