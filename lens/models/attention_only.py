@@ -31,7 +31,7 @@ class AttentionOnlyConfig(PreTrainedConfig):
     bos_token_id: int | None = 64
 
 
-def _eager_attention(
+def eager_attention(
     module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -41,6 +41,7 @@ def _eager_attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention in transformers' manner: output [batch, queries, heads, head_dim] and the weights."""
     scores = query @ key.transpose(-1, -2) * scaling  # [batch, heads, queries, keys]
     if attention_mask is not None:
         scores = scores + attention_mask
@@ -70,7 +71,7 @@ class SelfAttention(nn.Module):
             for project in (self.q, self.k, self.v)
         )
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation or "eager", _eager_attention
+            self.config._attn_implementation or "eager", eager_attention
         )
         output, weights = attend(
             self, query, key, value, attention_mask, scaling=self.scaling, dropout=0.0, **kwargs

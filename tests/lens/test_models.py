@@ -222,13 +222,13 @@ def test_a_model_that_asks_no_registry_is_refused_naming_what_it_lacks():
 
 
 def test_a_model_whose_own_attention_does_more_is_refused(monkeypatch):
-    honest = attention_only._eager_attention
+    honest = attention_only.eager_attention
 
     def twisted(*args, **kwargs):
         output, weights = honest(*args, **kwargs)
         return output * 1.01, weights
 
-    monkeypatch.setattr(attention_only, "_eager_attention", twisted)
+    monkeypatch.setattr(attention_only, "eager_attention", twisted)
     with pytest.raises(LensError, match="capture does not reproduce AttentionOnlyModel: on a tiny"):
         lens.load("induction-2l")
 
