@@ -2,7 +2,8 @@
 
 transformers looks up the attention function by `config._attn_implementation`, at each call. One
 function is registered under one name, with its mask function; `switched` points every configuration
-of a model (sub-models and vision towers too) to that name and puts everything back afterwards.
+of a model to that name and puts everything back afterwards. Of a model that reads images inside its
+text, that is the language model alone: its vision tower has positions of its own.
 """
 
 from collections.abc import Iterator
@@ -55,6 +56,11 @@ class Listener(Protocol):
 _LISTENER: ContextVar[Listener] = ContextVar("lens_listener")
 
 
+def current_listener() -> Listener | None:
+    """Who receives the attention calls of this thread; None outside of `listening`."""
+    return _LISTENER.get(None)
+
+
 def lens_attention(
     module: nn.Module,
     query: torch.Tensor,
@@ -75,7 +81,7 @@ def lens_attention(
     Raises:
         LensError: outside of a capture, dropout, or an argument that capture does not understand.
     """
-    listener = _LISTENER.get(None)
+    listener = current_listener()
     if listener is None:
         raise LensError(
             f"{type(module).__name__} was left on the attention implementation {IMPLEMENTATION!r}; "
@@ -125,7 +131,7 @@ def listening(listener: Listener) -> Iterator[None]:
 @contextmanager
 def switched(model: nn.Module, implementation: str = IMPLEMENTATION) -> Iterator[None]:
     """Every configuration inside `model` uses `implementation` inside the block."""
-    configs = _configs(model)
+    configs = _configs(language_model(model))
     before = [config._attn_implementation_internal for config in configs]
     try:
         for config in configs:
@@ -134,6 +140,26 @@ def switched(model: nn.Module, implementation: str = IMPLEMENTATION) -> Iterator
     finally:
         for config, previous in zip(configs, before, strict=True):
             config._attn_implementation_internal = previous
+
+
+def language_model(model: nn.Module) -> nn.Module:
+    """The part that reads the text, of a model whose text holds image tokens; else `model` itself."""
+    config = getattr(model, "config", None)
+    if not isinstance(config, PreTrainedConfig) or image_token(config) is None:
+        return model
+    text = config.get_text_config()
+    if text is config:
+        return model
+    return next((part for part in model.modules() if getattr(part, "config", None) is text), model)
+
+
+def image_token(config: PreTrainedConfig) -> int | None:
+    """Id of the token that stands for a piece of an image in the text, or None."""
+    for name in ("image_token_id", "image_token_index"):
+        number = getattr(config, name, None)
+        if isinstance(number, int):
+            return number
+    return None
 
 
 def _configs(model: nn.Module) -> list[PreTrainedConfig]:

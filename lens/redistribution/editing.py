@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
-from typing import Any
 
 import torch
-from lens_kernels import AttentionResult, attention
 
-from lens.captures import interface
-from lens.captures.layer import LayerCall, make_settings
-from lens.captures.recorder import Recorder, recording
+from lens.captures.layer import LayerCall
+from lens.captures.recorder import recording
 from lens.errors import LensError
-from lens.head_ids import AnyHead, head_id
+from lens.head_ids import AnyHead
 from lens.models.loaded import LoadedModel
+from lens.redistribution.base import AttentionEdit, attend, part_of, selected_heads
 from lens.redistribution.keys import Keys, KeysAt, check_keys, members
 from lens.redistribution.rules import REST, SOURCES, TARGETS, apply, check_rule
 
@@ -77,40 +74,8 @@ def redistribute(
         yield edit
 
 
-def selected_heads(
-    model: LoadedModel, layers: Sequence[int] | None, heads: Sequence[AnyHead] | None
-) -> torch.Tensor:
-    """bool [layers, heads] of the model.
-
-    Raises:
-        LensError: both are given, or the model has not got them.
-    """
-    info = model.info
-    chosen = torch.zeros(info.layers, info.heads, dtype=torch.bool)
-    if heads is not None:
-        if layers is not None:
-            raise LensError("give layers or heads, not both; heads name their layer: 'L3H5'")
-        for head in heads:
-            chosen[head_id(head, layers=info.layers, heads=info.heads)] = True
-        return chosen
-    for layer in range(info.layers) if layers is None else layers:
-        if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < info.layers:
-            raise LensError(f"layers must be numbers 0 to {info.layers - 1}, got {layer!r}")
-        chosen[layer] = True
-    return chosen
-
-
-class Edit(Recorder):
-    """One edit of a model's attention, and what it has done so far.
-
-    Attributes:
-        calls: attention calls that were edited.
-        empty_calls: those of selected layers without any source key; they were left as they are.
-        edited_rows: rows (queries of a head) whose sources lost or gained something.
-        skipped_rows: rows with nowhere to put the mass; they were left as they are.
-        mass_before, mass_after: mean mass of the sources over the rows of selected heads, before
-            and after, so far; NaN while there is none.
-    """
+class Edit(AttentionEdit):
+    """An edit between chosen keys by one of `RULES`; see `AttentionEdit` for what it counts."""
 
     def __init__(
         self,
@@ -121,55 +86,21 @@ class Edit(Recorder):
         heads: torch.Tensor,
         backend: str,
     ) -> None:
-        super().__init__(
-            make_settings(statistics=[], block_size=64, keep_qk=False, backend=backend)
-        )
-        self.calls = self.empty_calls = self.edited_rows = self.skipped_rows = 0
+        super().__init__(heads, backend)
         self._sources, self._targets = sources, targets
-        self._amount, self._rule, self._heads = amount, rule, heads
-        self._backend = backend
-        self._places: dict[int, tuple[int, torch.Tensor]] = {}
-        self._masses = torch.zeros(3, dtype=torch.float64)  # rows, before, after
+        self._amount, self._rule = amount, rule
 
-    @property
-    def mass_before(self) -> float:
-        """See the class."""
-        return float(self._masses[1] / self._masses[0])
-
-    @property
-    def mass_after(self) -> float:
-        """See the class."""
-        return float(self._masses[2] / self._masses[0])
-
-    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """See `Recorder`.
-
-        Raises:
-            LensError: the pass will ask somebody else for its attention.
-        """
-        super().begin(args, kwargs)  # first: `end` follows in any case
-        if interface._LISTENER.get(None) is not self:
-            raise LensError(
-                "the attention of this pass would not be edited: something inside the block "
-                "(lens.capture, lens.capturing, another lens.redistribute) takes its place; run it "
-                "outside"
-            )
-
-    def attend(self, call: LayerCall) -> torch.Tensor:
-        """See `interface.Listener`."""
-        layer, self._layer = self._layer, self._layer + 1
-        at = self._keys_at(call, layer)
-        heads = self._heads[layer].to(call.query.device)
-        groups = self._groups(call, at) if self._amount and bool(heads.any()) else None
+    def _edit(self, call: LayerCall, at: KeysAt, heads: torch.Tensor) -> torch.Tensor | None:
+        groups = self._groups(at) if self._amount else None
         if groups is None:
-            output = attend(call, None, self._backend).output
-        elif bool(heads.all()):
-            output = self._edited(call, groups)
-        else:  # heads that are left alone keep their bits: a pass with groups rounds differently
-            output = attend(call, None, self._backend).output.clone()
-            chosen = heads.nonzero()[:, 0]
-            output[:, chosen] = self._edited(_heads_of(call, chosen), groups)
-        return output.to(call.value.dtype).transpose(1, 2).contiguous()
+            return None
+        if bool(heads.all()):
+            return self._edited(call, groups)
+        # heads that are left alone keep their bits: a pass with groups rounds differently
+        output = attend(call, None, self._backend).output.clone()
+        chosen = heads.nonzero()[:, 0]
+        output[:, chosen] = self._edited(part_of(call, chosen), groups)
+        return output
 
     def _edited(self, call: LayerCall, groups: torch.Tensor) -> torch.Tensor:
         """The edited output [batch, heads, queries, value_dim] of a call; all its heads are edited."""
@@ -186,19 +117,10 @@ class Edit(Recorder):
             call.sink_logits,
         )
         moved = SOURCES if self._rule != "learned_sink" else REST
-        self.calls += 1
-        self.skipped_rows += int(edited.skipped.sum())
-        self.edited_rows += int(((edited.mass_before[moved] > 0) & ~edited.skipped).sum())
-        self._masses += torch.stack(
-            [
-                (lse > -torch.inf).sum(dtype=torch.float64),
-                edited.mass_before[moved].sum(dtype=torch.float64),
-                edited.mass[moved].sum(dtype=torch.float64),
-            ]
-        ).cpu()
+        self._count(edited, [moved], lse > -torch.inf)
         return edited.output
 
-    def _groups(self, call: LayerCall, at: KeysAt) -> torch.Tensor | None:
+    def _groups(self, at: KeysAt) -> torch.Tensor | None:
         """Group numbers [batch, keys]; None where there is nothing to edit."""
         if self._sources is None:
             return torch.full_like(at.positions, REST, dtype=torch.int32)
@@ -216,58 +138,3 @@ class Edit(Recorder):
                 )
             groups = torch.where(target, TARGETS, groups)
         return groups.int()
-
-    def _keys_at(self, call: LayerCall, layer: int) -> KeysAt:
-        """Where each key stands in its prompt, also when a window has dropped older ones."""
-        batch, _, queries, _ = call.query.shape
-        keys = call.key.shape[2]
-        device = call.key.device
-        if queries == keys or (call.mask.window is None and layer not in self._places):
-            total = keys
-            before = call.mask.first_key(batch).to(device)  # padding before the first real token
-        elif layer not in self._places or len(self._places[layer][1]) != batch:
-            raise LensError(
-                f"layer {layer} has a window and a cache that began outside of the block, so that the "
-                "positions of its keys are not known; start the generation inside"
-            )
-        else:
-            seen, before = self._places[layer]
-            total = keys if call.mask.window is None else seen + queries
-        self._places[layer] = (total, before)
-        place = torch.arange(total - keys, total, device=device)
-        return KeysAt(layer, max(self._step, 0), place - before[:, None], call.tokens)
-
-
-def _heads_of(call: LayerCall, heads: torch.Tensor) -> LayerCall:
-    """The call of some heads only, each with its own keys."""
-    share = call.query.shape[1] // call.key.shape[1]
-    bias, sinks = call.position_bias, call.sink_logits
-    return replace(
-        call,
-        query=call.query[:, heads],
-        key=call.key[:, heads // share],
-        value=call.value[:, heads // share],
-        sink_logits=None if sinks is None else sinks[heads],
-        position_bias=bias if bias is None or bias.shape[1] == 1 else bias[:, heads],
-    )
-
-
-def attend(call: LayerCall, groups: torch.Tensor | None, backend: str) -> AttentionResult:
-    """Attention of one call, with a state per key group."""
-    mask = call.mask.for_kernel(call.query.shape[2])
-    if call.position_bias is not None:
-        mask = replace(mask, bias=call.position_bias)
-    try:
-        return attention(
-            call.query,
-            call.key,
-            call.value,
-            mask=mask,
-            scale=call.scale,
-            softcap=call.softcap,
-            sink_logits=call.sink_logits,
-            groups=groups,
-            backend=backend,
-        )
-    except (TypeError, ValueError) as error:
-        raise LensError(str(error)) from error

@@ -1,0 +1,192 @@
+"""What every edit of attention has in common: it stands in the model's place and counts what it did."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from lens_kernels import AttentionResult, attention
+from lens_kernels.redistribution import Redistribution
+
+from lens.captures.interface import current_listener
+from lens.captures.layer import LayerCall, make_settings
+from lens.captures.recorder import Recorder
+from lens.errors import LensError
+from lens.head_ids import AnyHead, head_id
+from lens.models.loaded import LoadedModel
+from lens.redistribution.keys import KeysAt
+
+
+def selected_heads(
+    model: LoadedModel, layers: Sequence[int] | None, heads: Sequence[AnyHead] | None
+) -> torch.Tensor:
+    """bool [layers, heads] of the model.
+
+    Raises:
+        LensError: both are given, or the model has not got them.
+    """
+    info = model.info
+    chosen = torch.zeros(info.layers, info.heads, dtype=torch.bool)
+    if heads is not None:
+        if layers is not None:
+            raise LensError("give layers or heads, not both; heads name their layer: 'L3H5'")
+        for head in heads:
+            chosen[head_id(head, layers=info.layers, heads=info.heads)] = True
+        return chosen
+    for layer in range(info.layers) if layers is None else layers:
+        if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < info.layers:
+            raise LensError(f"layers must be numbers 0 to {info.layers - 1}, got {layer!r}")
+        chosen[layer] = True
+    return chosen
+
+
+class AttentionEdit(Recorder, ABC):
+    """One edit of a model's attention, and what it has done so far.
+
+    Attributes:
+        calls: attention calls that were edited.
+        empty_calls: those of selected layers with no key to move attention from or to; they were left
+            as they are.
+        edited_rows: rows (queries of a head) whose sources lost or gained something.
+        skipped_rows: rows with nowhere to put the mass; they were left as they are.
+        mass_before, mass_after: mean mass of the sources over the rows that the edit looked at, before
+            and after, so far; NaN while there is none.
+    """
+
+    def __init__(self, heads: torch.Tensor, backend: str) -> None:
+        super().__init__(
+            make_settings(statistics=[], block_size=64, keep_qk=False, backend=backend)
+        )
+        self.calls = self.empty_calls = self.edited_rows = self.skipped_rows = 0
+        self._heads = heads
+        self._backend = backend
+        self._places: dict[int, tuple[int, torch.Tensor]] = {}
+        self._masses = torch.zeros(3, dtype=torch.float64)  # rows, before, after
+
+    @abstractmethod
+    def _edit(self, call: LayerCall, at: KeysAt, heads: torch.Tensor) -> torch.Tensor | None:
+        """The output [batch, heads, queries, value_dim] with the heads (at least one) edited.
+
+        None where there is nothing to edit: the call then keeps its bits, and so does a head that is
+        not in `heads`.
+        """
+
+    @property
+    def mass_before(self) -> float:
+        """See the class."""
+        return float(self._masses[1] / self._masses[0])
+
+    @property
+    def mass_after(self) -> float:
+        """See the class."""
+        return float(self._masses[2] / self._masses[0])
+
+    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """See `Recorder`.
+
+        Raises:
+            LensError: the pass will ask somebody else for its attention.
+        """
+        super().begin(args, kwargs)  # first: `end` follows in any case
+        if current_listener() is not self:
+            raise LensError(
+                "the attention of this pass would not be edited: something inside the block "
+                "(lens.capture, lens.capturing, another lens.redistribute) takes its place; run it "
+                "outside"
+            )
+
+    def attend(self, call: LayerCall) -> torch.Tensor:
+        """See `interface.Listener`."""
+        layer, self._layer = self._layer, self._layer + 1
+        at = self._keys_at(call, layer)
+        heads = self._heads[layer].to(call.query.device)
+        output = self._edit(call, at, heads) if bool(heads.any()) else None
+        if output is None:
+            output = attend(call, None, self._backend).output
+        return output.to(call.value.dtype).transpose(1, 2).contiguous()
+
+    def _count(self, edited: Redistribution, moved: Sequence[int], rows: torch.Tensor) -> None:
+        """Count one call.
+
+        Args:
+            edited: the call after the edit.
+            moved: groups whose mass is the sources'.
+            rows: bool [batch, heads, queries], those that the edit looked at.
+        """
+        before, after = (mass[list(moved)].sum(0) for mass in (edited.mass_before, edited.mass))
+        skipped = edited.skipped & rows
+        self.calls += 1
+        self.skipped_rows += int(skipped.sum())
+        self.edited_rows += int(((before > 0) & rows & ~skipped).sum())
+        self._masses += torch.stack(
+            [
+                rows.sum(dtype=torch.float64),
+                (before * rows).sum(dtype=torch.float64),
+                (after * rows).sum(dtype=torch.float64),
+            ]
+        ).cpu()
+
+    def _keys_at(self, call: LayerCall, layer: int) -> KeysAt:
+        """Where each key stands in its prompt, also when a window has dropped older ones."""
+        batch, _, queries, _ = call.query.shape
+        keys = call.key.shape[2]
+        device = call.key.device
+        if queries == keys or (call.mask.window is None and layer not in self._places):
+            total = keys
+            before = call.mask.first_key(batch).to(device)  # padding before the first real token
+        elif layer not in self._places or len(self._places[layer][1]) != batch:
+            raise LensError(
+                f"layer {layer} has a window and a cache that began outside of the block, so that the "
+                "positions of its keys are not known; start the generation inside"
+            )
+        else:
+            seen, before = self._places[layer]
+            total = keys if call.mask.window is None else seen + queries
+        self._places[layer] = (total, before)
+        place = torch.arange(total - keys, total, device=device)
+        return KeysAt(layer, max(self._step, 0), place - before[:, None], call.tokens)
+
+
+def part_of(call: LayerCall, heads: torch.Tensor, start: int = 0) -> LayerCall:
+    """The call of some heads only, each with its own keys, from query `start` on."""
+    share = call.query.shape[1] // call.key.shape[1]
+    bias, sinks, mask = call.position_bias, call.sink_logits, call.mask
+    if bias is not None:
+        bias = bias if bias.shape[1] == 1 else bias[:, heads]
+        bias = bias if bias.shape[2] == 1 else bias[:, :, start:]
+    if mask.allowed is not None:
+        mask = replace(mask, allowed=mask.allowed[:, :, start:])
+    everything = len(heads) == call.query.shape[1]
+    return replace(
+        call,
+        query=(call.query if everything else call.query[:, heads])[:, :, start:],
+        key=call.key if everything else call.key[:, heads // share],
+        value=call.value if everything else call.value[:, heads // share],
+        mask=mask,
+        sink_logits=None if sinks is None else sinks[heads],
+        position_bias=bias,
+    )
+
+
+def attend(call: LayerCall, groups: torch.Tensor | None, backend: str) -> AttentionResult:
+    """Attention of one call, with a state per key group."""
+    mask = call.mask.for_kernel(call.query.shape[2])
+    if call.position_bias is not None:
+        mask = replace(mask, bias=call.position_bias)
+    try:
+        return attention(
+            call.query,
+            call.key,
+            call.value,
+            mask=mask,
+            scale=call.scale,
+            softcap=call.softcap,
+            sink_logits=call.sink_logits,
+            groups=groups,
+            backend=backend,
+        )
+    except (TypeError, ValueError) as error:
+        raise LensError(str(error)) from error
