@@ -5,23 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 import plotly.graph_objects as go
 
-from lens.errors import LensError
-from lens.figures.colors import ACCENT, BASELINE, LINE, VIRIDIS, scale
+from lens.figures.colors import ACCENT, VIRIDIS, scale
 from lens.figures.style import Theme, escaped, style
 
 if TYPE_CHECKING:
     from lens.sinks import SinkKeys, SinkProfile, SinkRate, SinkSensitivity
-
-_CONDITIONS = (ACCENT, LINE, BASELINE, "#22a884")
-_MEASURES = {
-    "delta_loss": "Change of loss (nats per token)",
-    "kl": "KL of the edited from the unedited prediction (nats)",
-    "flip_rate": "Share of changed top tokens",
-    "excess": "Change of loss beyond the control's (nats per token)",
-}
 
 
 def alpha_grid(
@@ -164,55 +154,3 @@ def sink_map(
         height=height,
         theme=theme,
     )
-
-
-def dose_curves(
-    table: pd.DataFrame,
-    measure: str = "delta_loss",
-    *,
-    title: str | None = None,
-    width: int | None = None,
-    height: int | None = None,
-    theme: Theme = "light",
-) -> go.Figure:
-    """One measure over the amount of an edit, a curve per condition, with 95 % intervals.
-
-    Args:
-        table: of `lens.sinks.DoseResponse`.
-        measure: "delta_loss", "kl", "flip_rate" or "excess".
-
-    Raises:
-        LensError: an unknown measure.
-    """
-    if measure not in _MEASURES:
-        raise LensError(f"measure must be one of {', '.join(_MEASURES)}, got {measure!r}")
-    figure = go.Figure()
-    for color, (condition, rows) in zip(
-        _CONDITIONS, table.groupby("condition", sort=False), strict=False
-    ):
-        if rows[measure].isna().all():
-            continue
-        above, below = (
-            rows[f"{measure}_high"] - rows[measure],
-            rows[measure] - rows[f"{measure}_low"],
-        )
-        figure.add_scatter(
-            x=rows["amount"],
-            y=rows[measure],
-            error_y={
-                "type": "data",
-                "symmetric": False,
-                "array": above.fillna(0),
-                "arrayminus": below.fillna(0),
-            },
-            mode="lines+markers",
-            line={"color": color},
-            name=str(condition),
-            customdata=rows["mass"],
-            hovertemplate="amount %{x}<br>%{y:.4f}<br>mass of the keys %{customdata:.3f}",
-        )
-    figure.update_xaxes(title="Amount")
-    figure.update_yaxes(title=_MEASURES[measure])
-    first = table.iloc[0]
-    text = f"Edit {first['edit']} (BOS {first['bos']}, n = {first['n']})"
-    return style(figure, title=title or text, width=width, height=height, theme=theme)

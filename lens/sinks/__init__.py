@@ -14,8 +14,9 @@ from lens.sinks.detection import SinkRate, SinkSensitivity, rate, sensitivity
 from lens.sinks.positions import SinkKeys, SinkProfile, find, profile
 
 if TYPE_CHECKING:
-    from lens.sinks.causal import SinkEffect, effect
+    from lens.sinks.causal import effect
     from lens.sinks.dosage import DoseResponse, dose_response
+    from lens.sinks.effects import SinkEffect
     from lens.sinks.geometry import SinkMechanism, mechanism
 
 __all__ = [
@@ -39,7 +40,7 @@ __all__ = [
 _WITH_TORCH = {  # which reading traces does not need
     "DoseResponse": "dosage",
     "dose_response": "dosage",
-    "SinkEffect": "causal",
+    "SinkEffect": "effects",
     "effect": "causal",
     "SinkMechanism": "geometry",
     "mechanism": "geometry",

@@ -3,78 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 
-from lens.bootstrap import over_units
 from lens.captures.inputs import read_prompts
-from lens.captures.recorder import recording
 from lens.errors import LensError
-from lens.head_ids import AnyHead
+from lens.head_ids import AnyHead, HeadId
 from lens.models.loaded import LoadedModel
 from lens.redistribution.editing import selected_heads
 from lens.redistribution.keys import Keys, KeysAt, check_keys, members
 from lens.redistribution.rules import check_rule
 from lens.sinks.controls import CONTROLS, control_keys
-from lens.sinks.watching import WatchedEdit
-
-_MEASURES = ("delta_loss", "kl", "flip_rate")
-
-
-@dataclass(frozen=True, eq=False)
-class SinkEffect:
-    """What editing the sources did, beside what editing each control did.
-
-    Attributes:
-        values: condition ("sources" and the controls) -> measure -> [prompts]. Measures: delta_loss
-            (nats per token), kl (of the edited from the unedited prediction, nats), flip_rate
-            (share of positions whose most likely token changed), keys (number edited), mass (share
-            of all attention of the edited heads that those keys held before).
-        migration: one row per layer and head, means over prompts: `source_before` and
-            `source_after`, largest alpha among the sources; `other_before` and `other_after`,
-            largest alpha among other keys; `other_key`, the position most often strongest after.
-        edit, amount: what was done.
-        tokens: [prompts], T of each.
-        bos: "added", "absent" or "mixed".
-        seed: of controls and bootstrap.
-    """
-
-    values: dict[str, dict[str, np.ndarray]] = field(repr=False)
-    migration: pd.DataFrame = field(repr=False)
-    edit: str
-    amount: float
-    tokens: tuple[int, ...]
-    bos: str
-    seed: int
-
-    def table(self) -> pd.DataFrame:
-        """One row per condition: means over prompts with 95 % bootstrap intervals over prompts.
-
-        `excess` is the sources' delta_loss minus the control's, prompt by prompt, NaN for the
-        sources themselves. Intervals are NaN for one prompt.
-        """
-        rows = []
-        sources = self.values["sources"]["delta_loss"]
-        for condition, values in self.values.items():
-            row: dict[str, Any] = {"condition": condition}
-            row |= {name: values[name].mean() for name in ("keys", "mass")}
-            shown = {name: values[name] for name in _MEASURES}
-            unlike = np.full_like(sources, np.nan)
-            shown["excess"] = unlike if condition == "sources" else sources - values["delta_loss"]
-            for name, numbers in shown.items():
-                low, high = over_units(numbers, np.ones(len(numbers)), self.seed)
-                row |= {
-                    name: numbers.mean(),
-                    f"{name}_low": float(low),
-                    f"{name}_high": float(high),
-                }
-            rows.append(row)
-        table = pd.DataFrame(rows)
-        return table.assign(edit=self.edit, amount=self.amount, bos=self.bos, n=len(self.tokens))
+from lens.sinks.edits import EDITS, WatchedEdit
+from lens.sinks.effects import SinkEffect
+from lens.sinks.losses import (
+    MEASURES,
+    bos_policy,
+    changes,
+    log_probabilities,
+    migration,
+    moved,
+    two_tokens,
+)
 
 
 def effect(
@@ -99,10 +51,12 @@ def effect(
         model: a causal language model, as `lens.load` returns it.
         prompts: as for `lens.capture`, token prompts.
         sources: "first", positions or a bool mask; the same in every layer.
-        edit: "mask" (hide and renormalise) or "drop" (leave out what the keys contribute).
+        edit: "mask" (hide and renormalise), "drop" (leave out what the keys contribute), "mean_value",
+            "zero_value" or "move" (all attention goes to the keys); formulas in `lens.sinks.edits`.
         amount: 0..1, how much of it.
         layers, heads: what to edit, as in `lens.redistribute`.
-        controls: some of "size", "mass", "position"; see `control_keys`.
+        controls: some of "size", "mass", "position", for which see `control_keys`, and "self": the
+            sources, while their own rows are left as they are.
         seed: of controls and bootstrap.
 
     Raises:
@@ -113,115 +67,73 @@ def effect(
         >>> result = lens.sinks.effect(model, texts, sources="first", heads=["L1H0"])
         >>> result.table()[["condition", "mass", "delta_loss", "delta_loss_low", "delta_loss_high"]]
     """
-    if edit not in ("mask", "drop"):
-        raise LensError(f"edit must be 'mask' or 'drop', got {edit!r}; others: lens.redistribute")
-    check_rule(edit, amount, True, False)
+    if edit not in EDITS:
+        raise LensError(
+            f"edit must be one of {', '.join(EDITS)}, got {edit!r}; others: lens.redistribute"
+        )
+    check_rule("drop", amount, True, False)  # of all these edits the amount is a fraction
     check_keys("sources", sources)
     if callable(sources) and not isinstance(sources, torch.Tensor):
         raise LensError("sources of effect are the same in every layer; give positions")
     if unknown := [name for name in controls if name not in CONTROLS]:
         raise LensError(f"controls must be some of {', '.join(CONTROLS)}, got {unknown}")
     chosen = selected_heads(model, layers, heads)
+    if not bool(chosen.any()):
+        raise LensError("effect edits at least one head; layers and heads are empty")
     random = np.random.default_rng(seed)
     values = {
-        name: {key: [] for key in (*_MEASURES, "keys", "mass")} for name in ("sources", *controls)
+        name: {key: [] for key in (*MEASURES, "keys", "mass")} for name in ("sources", *controls)
     }
-    moves, lengths, starts = [], [], []
+    moves, alphas, read = [], [], []
     for prompt in read_prompts(model, prompts)[0]:
-        ids = _ids(prompt.ids)
+        ids = two_tokens(prompt.ids)
         source = members("sources", sources, KeysAt(0, 0, torch.arange(len(ids))[None], None))[0]
         if not bool(source.any()):
             raise LensError(f"none of the sources is in a prompt of {len(ids)} tokens")
         places = source.nonzero()[:, 0].tolist()
-        logits, before = _pass(model, ids, places, 0.0, edit, chosen, watch=True)
+        before = WatchedEdit(places, 0.0, edit, chosen, watch=True)
+        base = log_probabilities(model, ids, before)
         mass = torch.stack(before.received)[chosen].mean(0).double().numpy() / len(ids)
         for condition, found in values.items():
             keys = places
-            if condition != "sources":
+            if condition not in ("sources", "self"):
                 keys = control_keys(condition, source.numpy(), mass, random)
-            is_source = condition == "sources"
-            edited, after = _pass(model, ids, keys, amount, edit, chosen, watch=is_source)
-            for name, value in zip(_MEASURES, _changes(logits, edited, ids), strict=True):
+            is_source, spare = condition == "sources", condition == "self"
+            after = WatchedEdit(keys, amount, edit, chosen, watch=is_source, spare_own=spare)
+            edited = log_probabilities(model, ids, after)
+            for name, value in zip(MEASURES, changes(base, edited, ids), strict=True):
                 found[name].append(value)
             found["keys"].append(len(keys))
             found["mass"].append(mass[keys].sum())
             if is_source:
-                moves.append(_moved(before.alpha(), after.alpha(), source))
-        lengths.append(len(ids))
-        starts.append(ids[0] == model.bos_id)
+                alphas.append(torch.stack([before.alpha(), after.alpha()]).float().numpy())
+                moves.append(moved(before.alpha(), after.alpha(), source))
+        read.append(ids)
     return SinkEffect(
         values={
             name: {key: np.array(numbers, dtype=float) for key, numbers in found.items()}
             for name, found in values.items()
         },
-        migration=_migration(moves),
+        migration=migration(moves),
+        alphas=tuple(alphas),
         edit=edit,
         amount=amount,
-        tokens=tuple(lengths),
-        bos="mixed" if len(set(starts)) > 1 else "added" if starts[0] else "absent",
+        scope=scope_of(chosen),
+        tokens=tuple(len(ids) for ids in read),
+        bos=bos_policy(model, read),
         seed=seed,
     )
 
 
-def _ids(ids: list[int] | None) -> list[int]:
-    if ids is None or len(ids) < 2:
-        raise LensError("effect needs prompts of at least two tokens: it measures their loss")
-    return ids
-
-
-def _pass(
-    model: LoadedModel,
-    ids: list[int],
-    keys: list[int],
-    amount: float,
-    edit: str,
-    heads: torch.Tensor,
-    *,
-    watch: bool,
-) -> tuple[torch.Tensor, WatchedEdit]:
-    """Log-probabilities [tokens - 1, vocab] of every next token, and the edit that was in place."""
-    watched = WatchedEdit(keys, amount, edit, heads, watch=watch)
-    with torch.no_grad(), recording(model, watched):
-        output = model.model(torch.tensor([ids], device=model.device))
-    logits = output if isinstance(output, torch.Tensor) else getattr(output, "logits", None)
-    if logits is None or logits.shape[:2] != (1, len(ids)):
-        raise LensError(
-            f"{model.info.class_name} gives no logits [1, tokens, vocab]; effect needs a language model"
-        )
-    return logits[0, :-1].float().log_softmax(-1), watched
-
-
-def _changes(
-    base: torch.Tensor, edited: torch.Tensor, ids: list[int]
-) -> tuple[float, float, float]:
-    """Means over positions of the loss difference, KL(base || edited) and changed top tokens."""
-    target = torch.tensor(ids[1:], device=base.device)[:, None]
-    delta = (base - edited).gather(1, target).mean()
-    kl = (base.exp() * (base - edited)).sum(-1).mean()
-    flips = (base.argmax(-1) != edited.argmax(-1)).float().mean()
-    return float(delta), float(kl), float(flips)
-
-
-def _moved(before: torch.Tensor, after: torch.Tensor, source: torch.Tensor) -> np.ndarray:
-    """[5, layers, heads]: the columns of `SinkEffect.migration` for one prompt."""
-
-    def largest(alpha: torch.Tensor, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        found = alpha.nan_to_num(nan=-1).masked_fill(~keys, -1).max(-1)
-        return found.values.masked_fill(found.values < 0, torch.nan), found.indices
-
-    columns = [largest(alpha, keys) for keys in (source, ~source) for alpha in (before, after)]
-    return torch.stack([*(value for value, _ in columns), columns[-1][1]]).double().numpy()
-
-
-def _migration(moves: list[np.ndarray]) -> pd.DataFrame:
-    stacked = np.stack(moves)
-    _, _, layers, heads = stacked.shape
-    names = ("source_before", "source_after", "other_before", "other_after")
-    table = pd.DataFrame(
-        {"layer": np.repeat(np.arange(layers), heads), "head": np.tile(np.arange(heads), layers)}
-    )
-    for place, name in enumerate(names):
-        table[name] = stacked[:, place].mean(0).ravel()
-    places = stacked[:, 4].reshape(len(moves), -1).astype(int)
-    table["other_key"] = [np.bincount(column).argmax() for column in places.T]
-    return table
+def scope_of(chosen: torch.Tensor) -> str:
+    """The chosen heads, bool [layers, heads], in words: "all heads", "layers 1 to 2", "L1H0"."""
+    if bool(chosen.all()):
+        return "all heads"
+    whole = chosen.all(1)
+    if bool((whole == chosen.any(1)).all()):
+        layers = whole.nonzero()[:, 0].tolist()
+        if layers == list(range(layers[0], layers[-1] + 1)) and len(layers) > 1:
+            return f"layers {layers[0]} to {layers[-1]}"
+        return f"layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}"
+    names = [str(HeadId(*pair)) for pair in chosen.nonzero().tolist()]
+    return ", ".join(names) if len(names) < 9 else f"{len(names)} heads"

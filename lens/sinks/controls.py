@@ -6,7 +6,7 @@ import numpy as np
 
 from lens.errors import LensError
 
-CONTROLS = ("size", "mass", "position")
+CONTROLS = ("size", "mass", "position", "self")
 
 
 def control_keys(

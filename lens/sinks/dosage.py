@@ -12,8 +12,9 @@ from lens.errors import LensError
 from lens.head_ids import AnyHead
 from lens.models.loaded import LoadedModel
 from lens.redistribution.keys import Keys
-from lens.sinks.causal import SinkEffect, effect
+from lens.sinks.causal import effect
 from lens.sinks.controls import CONTROLS
+from lens.sinks.effects import SinkEffect
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -35,7 +36,7 @@ class DoseResponse:
 
     def plot(self, measure: str = "delta_loss") -> go.Figure:
         """One curve over the amount per condition; `measure`: delta_loss, kl, flip_rate or excess."""
-        from lens.figures.sinks import dose_curves
+        from lens.figures.sink_effects import dose_curves
 
         return dose_curves(self.table(), measure)
 

@@ -8,7 +8,7 @@ import lens
 from lens.captures.recorder import recording
 from lens.errors import LensError
 from lens.sinks.controls import control_keys
-from lens.sinks.watching import WatchedEdit
+from lens.sinks.edits import WatchedEdit
 from tests.lens.architectures import build
 from tests.lens.naive import rms_ratio
 
@@ -91,7 +91,7 @@ def test_dropping_takes_the_keys_part_only_from_the_chosen_heads():
 def test_nothing_moves_at_amount_zero():
     model = lens.load(build("llama"))
     result = lens.sinks.effect(model, [IDS[0], IDS[0, :31]], amount=0.0)
-    for condition in ("sources", "size", "mass", "position"):
+    for condition in ("sources", "size", "mass", "position", "self"):
         for measure in ("delta_loss", "kl", "flip_rate"):
             assert (result.values[condition][measure] == 0).all(), (condition, measure)
     moved = result.migration
@@ -186,9 +186,14 @@ def test_the_loss_grows_with_the_amount(text_lm):
     half = table[table["amount"] == 0.5].reset_index(drop=True)
     assert half.equals(alone.table())  # the same control keys, too
     figure = result.plot("kl")
-    assert [curve.name for curve in figure.data] == ["sources", "size", "mass", "position"]
+    assert [curve.name for curve in figure.data] == ["sources", "size", "mass", "position", "self"]
     assert np.array_equal(figure.data[0].y, sources["kl"])
-    assert [curve.name for curve in result.plot("excess").data] == ["size", "mass", "position"]
+    assert [curve.name for curve in result.plot("excess").data] == [
+        "size",
+        "mass",
+        "position",
+        "self",
+    ]
     with pytest.raises(LensError, match=r"measure must be one of delta_loss, kl, .* got 'mass'"):
         result.plot("mass")
     with pytest.raises(LensError, match="amounts must be different fractions"):
@@ -201,10 +206,11 @@ def test_the_loss_grows_with_the_amount(text_lm):
 @pytest.mark.parametrize(
     ("match", "arguments"),
     [
-        ("edit must be 'mask' or 'drop', got 'transfer'", {"edit": "transfer"}),
+        ("edit must be one of mask, drop, mean_value, zero_value, move, got 'transfer'", {"edit": "transfer"}),
+        ("effect edits at least one head", {"heads": []}),
         (r"is a fraction 0\.\.1, got 2", {"amount": 2}),
         ("sources of effect are the same in every layer", {"sources": lambda at: at.positions == 0}),
-        ("controls must be some of size, mass, position, got .'random'.", {"controls": ["random"]}),
+        ("controls must be some of size, mass, position, self, got .'random'.", {"controls": ["random"]}),
         ("none of the sources is in a prompt of 37 tokens", {"sources": [40]}),
         ("20 of 37 keys are sources; use longer", {"sources": range(20)}),
         ("sources by name can only be 'first'", {"sources": "bos"}),
@@ -226,5 +232,5 @@ def test_prompts_and_models_without_a_next_token_are_refused():
 
 
 def test_sinks_has_no_other_names():
-    with pytest.raises(AttributeError, match=r"'lens.sinks' has no attribute 'effects'"):
-        lens.sinks.effects  # noqa: B018
+    with pytest.raises(AttributeError, match=r"'lens.sinks' has no attribute 'outcome'"):
+        lens.sinks.outcome  # noqa: B018

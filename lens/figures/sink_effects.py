@@ -1,0 +1,160 @@
+"""Figures of causal tests of sinks: effects beside controls, doses, and where attention went."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from lens.errors import LensError
+from lens.figures.colors import ACCENT, BASELINE, DIVERGING, LINE, VIRIDIS, scale
+from lens.figures.style import Theme, escaped, style
+
+_CONDITIONS = (ACCENT, LINE, BASELINE, "#22a884", "#8250df")
+_MEASURES = {
+    "delta_loss": "Change of loss (nats per token)",
+    "kl": "KL of the edited from the unedited prediction (nats)",
+    "flip_rate": "Share of changed top tokens",
+    "excess": "Change of loss beyond the control's (nats per token)",
+}
+
+
+def effect_points(
+    table: pd.DataFrame,
+    measure: str = "delta_loss",
+    *,
+    title: str | None = None,
+    width: int | None = None,
+    height: int | None = None,
+    theme: Theme = "light",
+) -> go.Figure:
+    """One measure of an edit: a point per condition with its 95 % interval.
+
+    Args:
+        table: of `lens.sinks.SinkEffect`.
+        measure: "delta_loss", "kl", "flip_rate" or "excess".
+
+    Raises:
+        LensError: an unknown measure.
+    """
+    _check(measure)
+    rows = table[table[measure].notna()]
+    figure = go.Figure(
+        go.Scatter(
+            x=rows[measure],
+            y=rows["condition"],
+            error_x={
+                "type": "data",
+                "symmetric": False,
+                "array": (rows[f"{measure}_high"] - rows[measure]).fillna(0),
+                "arrayminus": (rows[measure] - rows[f"{measure}_low"]).fillna(0),
+            },
+            mode="markers",
+            marker={"color": ACCENT, "size": 9},
+            customdata=rows["mass"],
+            hovertemplate="%{y}: %{x:.4f}<br>mass of the keys %{customdata:.3f}<extra></extra>",
+        )
+    )
+    figure.add_vline(x=0, line={"color": BASELINE, "dash": "dot"})
+    figure.update_xaxes(title=_MEASURES[measure])
+    figure.update_yaxes(autorange="reversed")
+    first = table.iloc[0]
+    text = f"Edit {first['edit']} of {first['scope']} (BOS {first['bos']}, n = {first['n']})"
+    return style(figure, title=title or escaped(text), width=width, height=height, theme=theme)
+
+
+def migration_maps(
+    alpha: np.ndarray,
+    edit: str,
+    *,
+    title: str | None = None,
+    width: int | None = None,
+    height: int | None = None,
+    theme: Theme = "light",
+) -> go.Figure:
+    """Alpha before, after, and the difference: layers down, positions across, largest over heads.
+
+    The difference is that of the largest alphas, from -1 to 1.
+
+    Args:
+        alpha: [2, layers, heads, keys], before and after; NaN where not scored.
+        edit: its name.
+    """
+    known = ~np.isnan(alpha).all(2)
+    largest = np.where(known, np.nan_to_num(alpha, nan=-1).max(2), np.nan)  # [2, layers, keys]
+    figure = make_subplots(
+        rows=3, cols=1, shared_xaxes=True, subplot_titles=("Before", "After", "After - before")
+    )
+    for row, values in enumerate((*largest, largest[1] - largest[0]), start=1):
+        is_map = row < 3
+        figure.add_heatmap(
+            z=values,
+            colorscale=scale(VIRIDIS if is_map else DIVERGING),
+            zmin=0 if is_map else -1,
+            zmax=1,
+            colorbar={"title": "alpha", "len": 0.3, "y": (0.86, 0.5, 0.14)[row - 1]},
+            hovertemplate="layer %{y}, key %{x}<br>%{z:.3f}<extra></extra>",
+            row=row,
+            col=1,
+        )
+    figure.update_yaxes(title="Layer", autorange="reversed")
+    figure.update_xaxes(title="Key position", row=3, col=1)
+    text = f"Attention received, edit {edit}"
+    return style(figure, title=title or escaped(text), width=width, height=height, theme=theme)
+
+
+def dose_curves(
+    table: pd.DataFrame,
+    measure: str = "delta_loss",
+    *,
+    title: str | None = None,
+    width: int | None = None,
+    height: int | None = None,
+    theme: Theme = "light",
+) -> go.Figure:
+    """One measure over the amount of an edit, a curve per condition, with 95 % intervals.
+
+    Args:
+        table: of `lens.sinks.DoseResponse`.
+        measure: "delta_loss", "kl", "flip_rate" or "excess".
+
+    Raises:
+        LensError: an unknown measure.
+    """
+    _check(measure)
+    figure = go.Figure()
+    for color, (condition, rows) in zip(
+        _CONDITIONS, table.groupby("condition", sort=False), strict=False
+    ):
+        if rows[measure].isna().all():
+            continue
+        above, below = (
+            rows[f"{measure}_high"] - rows[measure],
+            rows[measure] - rows[f"{measure}_low"],
+        )
+        figure.add_scatter(
+            x=rows["amount"],
+            y=rows[measure],
+            error_y={
+                "type": "data",
+                "symmetric": False,
+                "array": above.fillna(0),
+                "arrayminus": below.fillna(0),
+            },
+            mode="lines+markers",
+            line={"color": color},
+            name=str(condition),
+            customdata=rows["mass"],
+            hovertemplate="amount %{x}<br>%{y:.4f}<br>mass of the keys %{customdata:.3f}",
+        )
+    figure.update_xaxes(title="Amount")
+    figure.update_yaxes(title=_MEASURES[measure])
+    first = table.iloc[0]
+    text = f"Edit {first['edit']} (BOS {first['bos']}, n = {first['n']})"
+    return style(figure, title=title or text, width=width, height=height, theme=theme)
+
+
+def _check(measure: str) -> None:
+    if measure not in _MEASURES:
+        raise LensError(f"measure must be one of {', '.join(_MEASURES)}, got {measure!r}")
