@@ -55,14 +55,14 @@ _LLAMA = _Layout(
     "model.layers", "input_layernorm", "self_attn", "o_proj", "model.norm",
     separate=("q_proj", "k_proj", "v_proj"),
 )  # fmt: skip
+_TOY = _Layout("blocks", "ln1", "attn", "o", "ln_final", separate=("q", "k", "v"))
 _LAYOUTS = {
     "llama": _LLAMA,
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
     "gpt2": _Layout("transformer.h", "ln_1", "attn", "c_proj", "transformer.ln_f", joint="c_attn"),
-    "lens-attention-only": _Layout(
-        "blocks", "ln1", "attn", "o", "ln_final", separate=("q", "k", "v")
-    ),
+    "lens-attention-only": _TOY,
+    "lens-program": _TOY,
 }
 
 
@@ -139,7 +139,7 @@ def composition(model: LoadedModel) -> pd.DataFrame:
     `|L R| / (|L| |R|)` in Frobenius norms, `L = W_V W_O` of the earlier head, and R of the later one:
     `W_Q W_K^T` for kind "q", its transpose for "k", `W_V W_O` for "v" (Elhage et al. 2021). Random
     weights give about `1 / sqrt(d_model)`, the column `by_chance`; only what lies above it says
-    something. All from factors [d_model, head_dim]; no [d_model, d_model] product is kept.
+    something. NaN where a head's weights are 0. All from factors [d_model, head_dim]; no [d_model, d_model] product is kept.
 
     Raises:
         LensError: an architecture whose weights are not known here.
@@ -159,7 +159,8 @@ def composition(model: LoadedModel) -> pd.DataFrame:
                         first = weights.value[earlier, other]
                         second = weights.output[earlier, other]
                         joint = _norm(first @ (second @ left), right)
-                        score = joint / (_norm(first, second) * size)
+                        both = _norm(first, second) * size
+                        score = joint / both if both else float("nan")
                         rows.append(
                             (f"L{earlier}H{other}", f"L{layer}H{head}", kind, score, width**-0.5)
                         )
