@@ -12,7 +12,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lens import figures, heads, metrics, prompts, runs, sinks, tasks
+    from lens import circuits, figures, heads, metrics, prompts, redistribution, runs, sinks, tasks, vision
     from lens.captures.recorder import capturing
     from lens.captures.run import capture
     from lens.errors import LensError
@@ -30,6 +30,7 @@ __all__ = [
     "LoadedModel",
     "capture",
     "capturing",
+    "circuits",
     "figures",
     "heads",
     "load",
@@ -37,12 +38,24 @@ __all__ = [
     "profile",
     "prompts",
     "redistribute",
+    "redistribution",
     "runs",
     "sinks",
     "tasks",
+    "vision",
 ]
 
-_MODULES = ("figures", "heads", "metrics", "prompts", "runs", "sinks", "tasks")
+_MODULES = (
+    "figures",
+    "heads",
+    "metrics",
+    "prompts",
+    "redistribution",
+    "runs",
+    "sinks",
+    "tasks",
+    "vision",
+)
 _HOMES = {
     "AttentionTrace": "lens.trace",
     "LensError": "lens.errors",

@@ -1,0 +1,166 @@
+"""A transformer without norms, whose weights are written down and not trained.
+
+Token and position embeddings, attention with any head_dim, an optional ReLU MLP per layer, and an
+unembedding. Its modules are named as in `lens.models.attention_only`, so that what finds the weights of
+one finds those of the other; its attention goes through transformers' `AttentionInterface`.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
+from transformers.modeling_outputs import CausalLMOutput
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from lens.models.attention_only import eager_attention
+
+
+class ProgramConfig(PreTrainedConfig):
+    """Sizes; `mlp_size` 0 is a model without MLPs, `scaling` what attention scores are multiplied by."""
+
+    model_type = "lens-program"
+
+    vocab_size: int = 3
+    hidden_size: int = 2
+    num_hidden_layers: int = 1
+    num_attention_heads: int = 1
+    head_dim: int = 1
+    mlp_size: int = 0
+    scaling: float = 1.0
+    is_causal: bool = True
+    max_position_embeddings: int = 8
+
+
+class Unnormed(nn.Module):
+    """Where other models have a norm: changes nothing; its scale is 1."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size), requires_grad=False)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The same."""
+        return hidden
+
+
+class Attention(nn.Module):
+    """Attention with biases on q, k, v and o."""
+
+    def __init__(self, config: ProgramConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.is_causal = config.is_causal
+        width = config.num_attention_heads * config.head_dim
+        self.q, self.k, self.v = (nn.Linear(config.hidden_size, width) for _ in range(3))
+        self.o = nn.Linear(width, config.hidden_size)
+
+    def forward(self, hidden: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs: Any):
+        """Attention output [batch, tokens, hidden_size] and the weights, if the implementation has them."""
+        query, key, value = (
+            project(hidden).unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)
+            for project in (self.q, self.k, self.v)
+        )
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation or "eager", eager_attention
+        )
+        output, weights = attend(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            scaling=self.config.scaling,
+            dropout=0.0,
+            **kwargs,
+        )
+        return self.o(output.flatten(-2)), weights
+
+
+class Mlp(nn.Module):
+    """`relu(x W_1 + b_1) W_2 + b_2`."""
+
+    def __init__(self, config: ProgramConfig) -> None:
+        super().__init__()
+        self.fc_in = nn.Linear(config.hidden_size, config.mlp_size)
+        self.fc_out = nn.Linear(config.mlp_size, config.hidden_size)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What it adds to the residual stream."""
+        return self.fc_out(self.fc_in(hidden).relu())
+
+
+class Block(nn.Module):
+    """Attention, then the MLP if there is one, each added to the residual stream."""
+
+    def __init__(self, config: ProgramConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.ln1 = Unnormed(config.hidden_size)
+        self.attn = Attention(config, layer_idx)
+        if config.mlp_size:
+            self.ln2 = Unnormed(config.hidden_size)
+            self.mlp = Mlp(config)
+
+    def forward(self, hidden: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs: Any):
+        """Residual stream after the layer, and the attention weights."""
+        output, weights = self.attn(self.ln1(hidden), attention_mask, **kwargs)
+        hidden = hidden + output
+        if hasattr(self, "mlp"):
+            hidden = hidden + self.mlp(self.ln2(hidden))
+        return hidden, weights
+
+
+class ProgramModel(PreTrainedModel):
+    """The model with its unembedding: `logits` [batch, tokens, vocab]. All weights start at 0."""
+
+    config_class = ProgramConfig
+    config: ProgramConfig
+    _supports_sdpa = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: ProgramConfig) -> None:
+        super().__init__(config)
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.pos_embed = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.blocks = nn.ModuleList(
+            Block(config, layer) for layer in range(config.num_hidden_layers)
+        )
+        self.ln_final = Unnormed(config.hidden_size)
+        self.unembed = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                parameter.fill_(".ln" in f".{name}")
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The token embedding."""
+        return self.embed
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The unembedding."""
+        return self.unembed
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        output_attentions: bool = False,
+        **kwargs: Any,
+    ) -> CausalLMOutput:
+        """Logits, and the attention weights of each layer when asked for (`eager` only)."""
+        hidden = self.embed(input_ids) + self.pos_embed.weight[: input_ids.shape[1]]
+        if self.config.is_causal:
+            mask = create_causal_mask(self.config, hidden, attention_mask, past_key_values=None)
+        else:
+            mask = create_bidirectional_mask(self.config, hidden, attention_mask)
+        weights = []
+        for block in self.blocks:
+            hidden, layer_weights = block(hidden, mask, **kwargs)
+            weights.append(layer_weights)
+        return CausalLMOutput(
+            logits=self.unembed(self.ln_final(hidden)),
+            attentions=tuple(weights) if output_attentions else None,
+        )
