@@ -12,7 +12,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lens import circuits, figures, heads, metrics, prompts, redistribution, runs, sinks, tasks, vision
+    from lens import (
+        circuits,
+        figures,
+        heads,
+        metrics,
+        prompts,
+        redistribution,
+        runs,
+        sinks,
+        tasks,
+        vision,
+    )
     from lens.captures.recorder import capturing
     from lens.captures.run import capture
     from lens.errors import LensError
@@ -46,6 +57,7 @@ __all__ = [
 ]
 
 _MODULES = (
+    "circuits",
     "figures",
     "heads",
     "metrics",
