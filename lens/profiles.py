@@ -16,7 +16,7 @@ import pandas as pd
 
 from lens.bootstrap import over_units
 from lens.errors import LensError
-from lens.scores import SINK_EPSILON, layer_scores
+from lens.scores import SINK_EPSILON, Score, layer_scores
 
 if TYPE_CHECKING:
     from lens.trace import AttentionTrace
@@ -66,8 +66,9 @@ def profile(traces: AttentionTrace | Sequence[AttentionTrace], *, seed: int = 0)
         raise LensError(
             f"traces must come from one model; got layers × heads {sorted(sizes)}: profile them apart"
         )
+    of_rows = seed if len(several) == 1 else None  # with several, the intervals are over prompts
     tables = [
-        prompt_table(trace, f"p{number:03d}", seed=seed) for number, trace in enumerate(several)
+        prompt_table(trace, f"p{number:03d}", seed=of_rows) for number, trace in enumerate(several)
     ]
     table = tables[0] if len(tables) == 1 else pooled_table(tables, "all", seed=seed)
     return wide(table, prompts=len(several))
@@ -77,30 +78,37 @@ def wide(table: pd.DataFrame, *, prompts: int) -> pd.DataFrame:
     """The long table of one `prompt_id` with one row per head."""
     suffix = np.where(table["variant"] == "sink_excluded", "_sink_excluded", "")
     base = table.assign(column=table["metric"] + suffix)
-    result = table[["layer", "head"]].drop_duplicates().set_index(["layer", "head"])
+    heads = pd.MultiIndex.from_frame(table[["layer", "head"]].drop_duplicates())
+    columns: dict[str, pd.Series] = {}
     for name, rows in base.groupby("column", sort=False):
-        rows = rows.set_index(["layer", "head"])
-        result[str(name)] = rows["value"]
-        result[f"{name}_low"] = rows["low"]
-        result[f"{name}_high"] = rows["high"]
+        rows = rows.set_index(["layer", "head"]).reindex(heads)
+        columns[str(name)] = rows["value"]
+        columns[f"{name}_low"] = rows["low"]
+        columns[f"{name}_high"] = rows["high"]
         if name == "top_key":
-            result["top_key_token"] = rows["detail"].where(rows["value"].notna(), "")
-    result = result.reset_index()
-    result["prompts"] = prompts
+            columns["top_key_token"] = rows["detail"].where(rows["value"].notna(), "")
+    result = pd.DataFrame(columns, index=heads).reset_index().assign(prompts=prompts)
     missing = base[base["value"].isna() & (base["detail"] != "")]
     result.attrs["reasons"] = dict(zip(missing["column"], missing["detail"], strict=True))
     return result
 
 
-def prompt_table(trace: AttentionTrace, prompt_id: str, *, seed: int = 0) -> pd.DataFrame:
+def prompt_table(trace: AttentionTrace, prompt_id: str, *, seed: int | None = 0) -> pd.DataFrame:
     """The long table of one prompt: columns of `heads.parquet` (docs/schema/run-folder.md).
 
-    The trace is read one layer at a time.
+    The trace is read one layer at a time. No intervals over rows for the seed None.
     """
     layers = trace.dataset["layer"].values.tolist()
     by_layer = [layer_scores(trace, layer, seed=seed) for layer in layers]
+    return scores_table(by_layer, layers, prompt_id)
+
+
+def scores_table(
+    by_layer: Sequence[Sequence[Score]], layers: Sequence[int], prompt_id: str
+) -> pd.DataFrame:
+    """The long table of the scores of each layer, which are the same ones in the same order."""
+    metrics, heads = len(by_layer[0]), len(by_layer[0][0].value)
     scores = [score for of_metric in zip(*by_layer, strict=True) for score in of_metric]
-    heads, metrics = trace.heads, len(by_layer[0])
 
     def column(name: str) -> np.ndarray:
         return np.concatenate([getattr(score, name) for score in scores])
@@ -109,7 +117,7 @@ def prompt_table(trace: AttentionTrace, prompt_id: str, *, seed: int = 0) -> pd.
         {
             "prompt_id": prompt_id,
             "layer": np.tile(np.repeat(layers, heads), metrics),
-            "head": np.tile(trace.dataset["head"].values, metrics * len(layers)),
+            "head": np.tile(np.arange(heads), metrics * len(layers)),
             "metric": np.repeat([score.metric for score in scores], heads),
             "variant": np.repeat([score.variant for score in scores], heads),
             **{name: column(name) for name in ("value", "low", "high", "n", "detail")},

@@ -61,13 +61,36 @@ class Score:
     detail: np.ndarray
 
 
-def layer_scores(trace: AttentionTrace, layer: int, *, seed: int = 0) -> list[Score]:
+def layer_scores(trace: AttentionTrace, layer: int, *, seed: int | None = 0) -> list[Score]:
     """All scores of one layer, in the order of `lens.metrics.METRICS`, raw before sink-excluded.
+
+    The seed is that of the intervals over rows; None leaves them out (they are most of the time).
 
     Raises:
         LensError: the trace lacks a statistic that they need.
     """
     return list(_Layer(trace, layer).scores(seed))
+
+
+def row_score(metric: str, variant: str, rows: np.ndarray, reason: str, seed: int | None) -> Score:
+    """Mean and interval over rows [heads, queries], NaN where a row does not count; `reason` if none does.
+
+    No interval for the seed None.
+    """
+    n = (~np.isnan(rows)).sum(-1)
+    value = np.where(np.isnan(rows), 0, rows).sum(-1) / np.where(n == 0, np.nan, n)
+    if seed is None:
+        low = high = np.full(value.shape, np.nan)
+    else:
+        low, high = over_rows(rows, seed)
+    return Score(metric, variant, value, low, high, n, _reason(value, reason))
+
+
+def whole_score(metric: str, variant: str, value: np.ndarray, reason: str, n: int) -> Score:
+    """A score [heads] that is no mean over rows, so that it has no interval on one prompt."""
+    unknown = np.full(value.shape, np.nan)
+    count = np.where(np.isnan(value), 0, n)
+    return Score(metric, variant, value, unknown, unknown, count, _reason(value, reason))
 
 
 class _Layer:
@@ -85,17 +108,14 @@ class _Layer:
         ids = self._data["token_id"].values
         self._ids = None if (ids < 0).any() else ids
 
-    def scores(self, seed: int) -> Iterator[Score]:
+    def scores(self, seed: int | None) -> Iterator[Score]:
         for metric in METRICS.values():
             for variant in ("raw", "sink_excluded") if metric.sink_excluded else ("raw",):
                 if metric.name in _OF_THE_WHOLE:
                     yield self._whole(metric.name, variant)
                     continue
                 rows, reason = self._rows(metric.name, variant == "sink_excluded")
-                n = (~np.isnan(rows)).sum(-1)
-                value = np.where(np.isnan(rows), 0, rows).sum(-1) / np.where(n == 0, np.nan, n)
-                low, high = over_rows(rows, seed)
-                yield Score(metric.name, variant, value, low, high, n, _reason(value, reason))
+                yield row_score(metric.name, variant, rows, reason, seed)
 
     def _rows(self, metric: str, excluded: bool) -> tuple[np.ndarray, str]:
         """[heads, queries], NaN for rows that do not count, and why none does if none does."""

@@ -5,14 +5,18 @@
 """
 
 from lens.heads.comparing import Agreement, agreement, join
+from lens.heads.detector import detect
 from lens.heads.group import GroupAblation
 from lens.heads.measuring import ablate, importance
+from lens.heads.random_weights import random_weights
+from lens.heads.roles import HeadRoles, roles
 from lens.heads.scores import HeadScores, Intervention
 from lens.heads.weights import HeadWeights, composition, copying, head_weights
 
 __all__ = [
     "Agreement",
     "GroupAblation",
+    "HeadRoles",
     "HeadScores",
     "HeadWeights",
     "Intervention",
@@ -20,7 +24,10 @@ __all__ = [
     "agreement",
     "composition",
     "copying",
+    "detect",
     "head_weights",
     "importance",
     "join",
+    "random_weights",
+    "roles",
 ]

@@ -88,6 +88,25 @@ def head_weights(model: LoadedModel) -> HeadWeights:
         )
 
 
+def output_weights(model: LoadedModel) -> Tensor:
+    """W_O of every head as it is stored: [layer, head, head_dim, d_model]; errors as in `head_weights`."""
+    root: Any = transformer(model)
+    layout, heads = _layout(model), model.info.heads
+    with torch.no_grad():
+        parts = [
+            _matrix(layer.get_submodule(layout.attention).get_submodule(layout.output))
+            for layer in root.get_submodule(layout.layers)
+        ]
+        return torch.stack(parts).unflatten(1, (heads, -1))
+
+
+def input_norms(model: LoadedModel) -> list[nn.Module]:
+    """Of each layer the norm that reads the residual stream; errors as in `head_weights`."""
+    root: Any = transformer(model)
+    layout = _layout(model)
+    return [layer.get_submodule(layout.norm) for layer in root.get_submodule(layout.layers)]
+
+
 def last_norm(model: LoadedModel) -> nn.Module:
     """The norm before the unembedding; errors as in `head_weights`."""
     return transformer(model).get_submodule(_layout(model).last_norm)
@@ -139,7 +158,7 @@ def composition(model: LoadedModel) -> pd.DataFrame:
     `|L R| / (|L| |R|)` in Frobenius norms, `L = W_V W_O` of the earlier head, and R of the later one:
     `W_Q W_K^T` for kind "q", its transpose for "k", `W_V W_O` for "v" (Elhage et al. 2021). Random
     weights give about `1 / sqrt(d_model)`, the column `by_chance`; only what lies above it says
-    something. NaN where a head's weights are 0. All from factors [d_model, head_dim]; no [d_model, d_model] product is kept.
+    something. NaN where a head has no weights. All from factors [d_model, head_dim]; no [d_model, d_model] product is kept.
 
     Raises:
         LensError: an architecture whose weights are not known here.

@@ -1,0 +1,83 @@
+"""Figure of `lens.heads.roles`: which head does what."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+
+from lens.errors import LensError
+from lens.figures.colors import VIRIDIS, scale
+from lens.figures.style import Theme, style
+from lens.metrics import METRICS
+
+_SHOWN = (
+    "previous_token",
+    "current_token",
+    "duplicate_token",
+    "induction",
+    "first_token",
+    "delimiter",
+    "positional",
+    "locality",
+    "segment",
+    "confidence",
+)
+
+
+def role_map(
+    table: pd.DataFrame,
+    *,
+    columns: Sequence[str] | None = None,
+    title: str | None = None,
+    width: int | None = None,
+    height: int | None = None,
+    theme: Theme = "light",
+) -> go.Figure:
+    """Heads down, roles across; interval and baseline on hover, blank where not scored.
+
+    Args:
+        table: as `HeadRoles.table` returns it.
+        columns: which of its scores, all between 0 and 1; None: the common roles.
+
+    Raises:
+        LensError: a column that the table lacks.
+    """
+    chosen = list(_SHOWN if columns is None else columns)
+    if missing := [name for name in chosen if name not in table]:
+        raise LensError(f"the table has no column {', '.join(missing)}")
+    values = table[chosen].to_numpy(float)
+    hover = [[_detail(row, name) for name in chosen] for _, row in table.iterrows()]
+    figure = go.Figure(
+        go.Heatmap(
+            z=values,
+            x=[METRICS[name].label if name in METRICS else name for name in chosen],
+            y=table["name"],
+            zmin=0,
+            zmax=1,
+            colorscale=scale(VIRIDIS),
+            colorbar={"title": {"text": "score", "side": "right"}, "thickness": 12},
+            xgap=1,
+            ygap=1,
+            text=hover,
+            hovertemplate="%{y}, %{x}: %{z:.3g}%{text}<extra></extra>",
+            hoverongaps=False,
+        )
+    )
+    figure.update_xaxes(showgrid=False, tickangle=-40)
+    figure.update_yaxes(autorange="reversed", showgrid=False)
+    return style(
+        figure,
+        title=title or f"Roles of {len(table)} heads",
+        width=width,
+        height=height or max(320, 14 * len(table) + 140),
+        theme=theme,
+        meta={"figure": "role_map", "columns": chosen},
+    )
+
+
+def _detail(row: pd.Series, name: str) -> str:
+    low, high = row[f"{name}_low"], row[f"{name}_high"]
+    interval = "" if np.isnan(low) else f"<br>95 % interval {low:.3g} to {high:.3g}"
+    base = row.get(f"{name}_baseline")
+    return interval if base is None else f"{interval}<br>baseline {base:.3g}"
