@@ -1,5 +1,41 @@
-"""Attention moved while the model runs: `lens.redistribute`.
+"""Attention moved while the model runs.
 
-`keys` says which keys are meant, `rules` what an edit does with the states of key groups, `editing`
-puts it into the model.
+`lens.redistribute` moves it between chosen keys; `var` is a published recipe that finds the keys, the
+heads and the rows itself. `base` is what all edits have in common, `keys` says which keys are meant,
+`rules` what an edit does with the states of key groups.
 """
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lens.redistribution.sink_dims import KNOWN, SinkDims, find_sink_dims, phi
+    from lens.redistribution.vision import PRESETS, VarEdit, VarSettings, var
+
+__all__ = [
+    "KNOWN",
+    "PRESETS",
+    "SinkDims",
+    "VarEdit",
+    "VarSettings",
+    "find_sink_dims",
+    "phi",
+    "var",
+]
+
+_HOMES = {
+    "KNOWN": "sink_dims",
+    "PRESETS": "vision",
+    "SinkDims": "sink_dims",
+    "VarEdit": "vision",
+    "VarSettings": "vision",
+    "find_sink_dims": "sink_dims",
+    "phi": "sink_dims",
+    "var": "vision",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"lens.redistribution.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'lens.redistribution' has no attribute {name!r}")

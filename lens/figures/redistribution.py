@@ -1,0 +1,164 @@
+"""Figures of redistribution: maps before and after, heads that were chosen, sink dimensions, images."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from lens.errors import LensError
+from lens.figures.colors import ACCENT, DIVERGING, VIRIDIS, scale
+from lens.figures.style import Theme, escaped, style
+
+if TYPE_CHECKING:
+    from lens.redistribution.selection import HeadSelection
+    from lens.redistribution.sink_dims import SinkDims
+    from lens.vision import ImageGrid
+
+
+def change_maps(
+    before: Any,
+    after: Any,
+    *,
+    x: str = "Key block",
+    y: str = "Query block",
+    title: str | None = None,
+    width: int | None = None,
+    height: int | None = None,
+    theme: Theme = "light",
+) -> go.Figure:
+    """Three maps: before, after, and the difference in signed colours about 0.
+
+    Args:
+        before, after: [rows, columns] of one shape, such as `trace.block_mass` of a head.
+        x, y: what columns and rows are.
+
+    Raises:
+        LensError: shapes that differ.
+    """
+    first, second = np.asarray(before, float), np.asarray(after, float)
+    if first.shape != second.shape or first.ndim != 2:
+        raise LensError(
+            f"before and after must be maps of one shape, got {list(first.shape)} and {list(second.shape)}"
+        )
+    names = ("Before", "After", "Difference")
+    figure = make_subplots(cols=3, shared_yaxes=True, subplot_titles=names, horizontal_spacing=0.06)
+    change = second - first
+    top = float(np.nanmax([np.nanmax(first), np.nanmax(second)]))
+    reach = float(np.nanmax(np.abs(change))) or 1.0
+    maps = (
+        (first, VIRIDIS, 0.0, top),
+        (second, VIRIDIS, 0.0, top),
+        (change, DIVERGING, -reach, reach),
+    )
+    for place, (name, (values, colors, low, high)) in enumerate(zip(names, maps, strict=True), 1):
+        figure.add_trace(
+            go.Heatmap(
+                z=values,
+                colorscale=scale(colors),
+                zmin=low,
+                zmax=high,
+                showscale=place > 1,
+                colorbar={"x": 0.64 if place == 2 else 1.0, "thickness": 10},
+                hovertemplate=f"{name}<br>{y} %{{y}}, {x} %{{x}}<br>%{{z:.4f}}<extra></extra>",
+            ),
+            row=1,
+            col=place,
+        )
+    figure.update_xaxes(title=x)
+    figure.update_yaxes(autorange="reversed")
+    figure.update_yaxes(title=y, col=1)
+    text = f"Largest change {reach:.3g}"
+    return style(figure, title=title or text, width=width, height=height, theme=theme)
+
+
+def selection_grid(
+    result: HeadSelection,
+    *,
+    title: str | None = None,
+    width: int | None = None,
+    height: int | None = None,
+    theme: Theme = "light",
+) -> go.Figure:
+    """Share of image-centric rows in every head; blank where a head could not be edited."""
+    figure = go.Figure(
+        go.Heatmap(
+            z=result.share,
+            customdata=np.stack([result.selected, result.text], -1),
+            colorscale=scale(VIRIDIS),
+            zmin=0,
+            zmax=1,
+            colorbar={"title": "share"},
+            hovertemplate=(
+                "L%{y}H%{x}<br>%{customdata[0]} of %{customdata[1]} rows (%{z:.3f})<extra></extra>"
+            ),
+        )
+    )
+    figure.update_xaxes(title="Head", dtick=1)
+    figure.update_yaxes(title="Layer", dtick=1, autorange="reversed")
+    text = f"Image-centric rows by head ({result.model})"
+    return style(figure, title=title or escaped(text), width=width, height=height, theme=theme)
+
+
+def sink_dim_lines(
+    result: SinkDims,
+    *,
+    title: str | None = None,
+    width: int | None = None,
+    height: int | None = None,
+    theme: Theme = "light",
+) -> go.Figure:
+    """Largest size of each sink dimension over the layers, and the bound tau."""
+    figure = go.Figure()
+    layers = list(range(len(result.largest)))
+    for dim in result.dims:
+        figure.add_scatter(
+            x=layers, y=result.largest[:, dim], name=f"dim {dim}", mode="lines+markers"
+        )
+    others = np.delete(result.largest, list(result.dims), axis=1)
+    if others.size:
+        figure.add_scatter(
+            x=layers, y=others.max(1), name="largest of the others", line={"dash": "dot"}
+        )
+    figure.add_hline(y=result.tau, line={"color": ACCENT, "dash": "dash"}, annotation_text="τ")
+    figure.update_xaxes(title="Layer that it enters")
+    figure.update_yaxes(title="|x| / RMS", rangemode="tozero")
+    text = f"Sink dimensions of {result.model} ({result.counted} tokens)"
+    return style(figure, title=title or escaped(text), width=width, height=height, theme=theme)
+
+
+def image_grid(
+    result: ImageGrid,
+    *,
+    title: str | None = None,
+    width: int | None = None,
+    height: int | None = None,
+    theme: Theme = "light",
+) -> go.Figure:
+    """The tokens of one image where they lie; marked ones with a cross."""
+    figure = go.Figure(
+        go.Heatmap(
+            z=result.values,
+            colorscale=scale(VIRIDIS),
+            colorbar={"title": escaped(result.name)},
+            hovertemplate="row %{y}, column %{x}<br>%{z:.4g}<extra></extra>",
+        )
+    )
+    if result.marked is not None:
+        rows, columns = np.nonzero(result.marked)
+        figure.add_scatter(
+            x=columns,
+            y=rows,
+            mode="markers",
+            marker={"symbol": "x-thin", "size": 10, "line": {"color": ACCENT, "width": 2}},
+            hoverinfo="skip",
+            name="marked",
+        )
+    figure.update_xaxes(title="Column", constrain="domain")
+    figure.update_yaxes(title="Row", autorange="reversed", scaleanchor="x")
+    text = f"Image {result.image}: {result.name}"
+    if not np.isnan(result.enrichment):
+        text += f"; marked in the region {result.rate:.1%}, all tokens {result.base_rate:.1%}"
+    return style(figure, title=title or escaped(text), width=width, height=height, theme=theme)
