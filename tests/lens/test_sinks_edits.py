@@ -1,5 +1,7 @@
 """Every edit of `lens.sinks.edits` equals its naive twin on whole probabilities; identities of 1.9."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -137,9 +139,10 @@ def test_each_edit_runs_in_a_model_and_says_what_it_did(edit):
     assert f"Edit {edit} (amount 1) of L0H1" in text
     assert "2 prompts of 31 to 37 tokens, BOS absent" in text
     assert text.count("control") == 4
-    maps = result.plot_migration(1).to_dict()["data"]
-    assert [len(drawn["z"][0]) for drawn in maps] == [31, 31, 31]
-    assert list(result.plot("excess").to_dict()["data"][0]["y"]) == [
+    maps: Any = result.plot_migration(1).data
+    assert [drawn.z.shape for drawn in maps] == [(3, 31)] * 3
+    points: Any = result.plot("excess").data[0]
+    assert list(points.y) == [
         "size",
         "mass",
         "position",
