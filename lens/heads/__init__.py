@@ -8,26 +8,37 @@ from lens.heads.comparing import Agreement, agreement, join
 from lens.heads.detector import detect
 from lens.heads.group import GroupAblation
 from lens.heads.measuring import ablate, importance
+from lens.heads.patterns import PatternClasses, pattern_classes
 from lens.heads.random_weights import random_weights
+from lens.heads.redundancy import HeadClusters, clusters, redundancy
 from lens.heads.roles import HeadRoles, roles
 from lens.heads.scores import HeadScores, Intervention
+from lens.heads.similarity import HeadSimilarity, similarity, trace_similarity
 from lens.heads.weights import HeadWeights, composition, copying, head_weights
 
 __all__ = [
     "Agreement",
     "GroupAblation",
+    "HeadClusters",
     "HeadRoles",
     "HeadScores",
+    "HeadSimilarity",
     "HeadWeights",
     "Intervention",
+    "PatternClasses",
     "ablate",
     "agreement",
+    "clusters",
     "composition",
     "copying",
     "detect",
     "head_weights",
     "importance",
     "join",
+    "pattern_classes",
     "random_weights",
+    "redundancy",
     "roles",
+    "similarity",
+    "trace_similarity",
 ]

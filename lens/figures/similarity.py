@@ -1,0 +1,156 @@
+"""Figures of `lens.heads.similarity` and `lens.heads.clusters`: which heads are alike."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import plotly.graph_objects as go
+
+from lens.figures.colors import ACCENT, DIVERGING, GRID, LINE, VIRIDIS, scale
+from lens.figures.style import Theme, style
+
+if TYPE_CHECKING:
+    from lens.heads.redundancy import HeadClusters
+    from lens.heads.similarity import HeadSimilarity
+
+_LABEL = {
+    "js": "JS divergence (nats)",
+    "log_odds": "cosine of log-odds",
+    "cka": "CKA of outputs",
+}
+
+
+def similarity_map(
+    similarity: HeadSimilarity,
+    clusters: HeadClusters | None = None,
+    *,
+    title: str | None = None,
+    width: int | None = None,
+    height: int | None = None,
+    theme: Theme = "light",
+) -> go.Figure:
+    """Heads × heads; in the order of the clusters with their edges drawn, if clusters are given.
+
+    A divergence is dark where heads are alike; a cosine is red where they are.
+    """
+    names, values = similarity.names, similarity.values
+    order = np.arange(len(names)) if clusters is None else clusters.order
+    low, high = (end[np.ix_(order, order)] for end in similarity.interval())
+    shown = [names[index] for index in order]
+    is_divergence = similarity.by == "js"
+    limits: dict[str, Any] = (
+        {"zmin": 0, "zmax": float(np.log(2))}
+        if is_divergence
+        else {"zmin": -1, "zmid": 0, "zmax": 1}
+    )
+    interval = [
+        [
+            "" if np.isnan(a) else f"<br>95 % interval {a:.3g} to {b:.3g}"
+            for a, b in zip(*pair, strict=True)
+        ]
+        for pair in zip(low, high, strict=True)
+    ]
+    figure = go.Figure(
+        go.Heatmap(
+            z=values[np.ix_(order, order)],
+            x=shown,
+            y=shown,
+            colorscale=scale(VIRIDIS if is_divergence else DIVERGING),
+            colorbar={
+                "title": {"text": _LABEL[similarity.by], "side": "right"},
+                "thickness": 12,
+            },
+            text=interval,
+            hovertemplate="%{y} and %{x}: %{z:.4g}%{text}<extra></extra>",
+            hoverongaps=False,
+            **limits,
+        )
+    )
+    if clusters is not None:
+        for first, last in _runs(clusters.labels[order]):
+            figure.add_shape(
+                type="rect",
+                x0=first - 0.5,
+                x1=last + 0.5,
+                y0=first - 0.5,
+                y1=last + 0.5,
+                line={"color": ACCENT, "width": 2},
+            )
+    figure.update_xaxes(type="category", showgrid=False)
+    figure.update_yaxes(type="category", autorange="reversed", showgrid=False)
+    return style(
+        figure,
+        title=title or _finding(similarity),
+        width=width,
+        height=height,
+        theme=theme,
+        meta={
+            "figure": "similarity_map",
+            "by": similarity.by,
+            "variant": "sink_excluded" if similarity.sink_excluded else "raw",
+            "exactness": similarity.exactness,
+            "model": similarity.model,
+        },
+    )
+
+
+def _finding(similarity: HeadSimilarity) -> str:
+    nearest = similarity.table().iloc[0]
+    without = ", sink excluded" if similarity.sink_excluded else ""
+    bound = "" if similarity.exactness == "exact" else f", {similarity.exactness}"
+    return (
+        f"{_LABEL[similarity.by]}{without}{bound}: closest {nearest['first']} and "
+        f"{nearest['second']}, {nearest['value']:.3g}"
+    )
+
+
+def _runs(labels: np.ndarray) -> list[tuple[int, int]]:
+    """First and last place of each run of one label that is longer than one."""
+    edges = np.flatnonzero(np.diff(labels)) + 1
+    parts = np.split(np.arange(len(labels)), edges)
+    return [(int(part[0]), int(part[-1])) for part in parts if len(part) > 1]
+
+
+def dendrogram(
+    clusters: HeadClusters,
+    *,
+    title: str | None = None,
+    width: int | None = None,
+    height: int | None = None,
+    theme: Theme = "light",
+) -> go.Figure:
+    """Which heads merge at which distance (average linkage); the dashed line is where it was cut."""
+    place = {int(head): float(at) for at, head in enumerate(clusters.order)}
+    tops = dict.fromkeys(place, 0.0)
+    figure = go.Figure()
+    heads = len(place)
+    for step, (left, right, distance) in enumerate(clusters.merges):
+        left, right = int(left), int(right)
+        x = [place[left], place[left], place[right], place[right]]
+        y = [tops[left], distance, distance, tops[right]]
+        figure.add_trace(
+            go.Scatter(
+                x=x,
+                y=y,
+                mode="lines",
+                line={"color": LINE, "width": 1.5},
+                hovertemplate=f"merged at {distance:.3g}<extra></extra>",
+                showlegend=False,
+            )
+        )
+        place[heads + step] = (place[left] + place[right]) / 2
+        tops[heads + step] = float(distance)
+    figure.add_hline(y=clusters.cut, line={"color": GRID, "dash": "dash"})
+    names = [clusters.names[int(head)] for head in clusters.order]
+    figure.update_xaxes(tickvals=list(range(heads)), ticktext=names, showgrid=False)
+    figure.update_yaxes(title="distance", rangemode="tozero")
+    count = len(clusters.members)
+    return style(
+        figure,
+        title=title or f"{heads} heads of {clusters.model} in {count} clusters by {clusters.by}",
+        width=width,
+        height=height,
+        theme=theme,
+        meta={"figure": "dendrogram", "by": clusters.by, "model": clusters.model},
+    )
