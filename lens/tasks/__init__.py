@@ -6,6 +6,7 @@
 
 from lens.tasks.jsonl import from_jsonl
 from lens.tasks.making import induction, language_modelling
-from lens.tasks.task import METRICS, Task
+from lens.tasks.metrics import METRICS, AnswerSets
+from lens.tasks.task import Task
 
-__all__ = ["METRICS", "Task", "from_jsonl", "induction", "language_modelling"]
+__all__ = ["METRICS", "AnswerSets", "Task", "from_jsonl", "induction", "language_modelling"]

@@ -1,21 +1,20 @@
 """`Task`: prompts of one length, where to read the logits, and what counts as right there."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from lens.captures.inputs import check_ids
 from lens.errors import LensError
 from lens.models.loaded import LoadedModel
-
-METRICS = {"loss": -1, "accuracy": 1, "logit_difference": 1}
-"""Each metric and its sign: -1 where less is better."""
+from lens.tasks import metrics
+from lens.tasks.metrics import METRICS, AnswerSets
 
 _LOGITS = 1 << 25  # numbers that one forward pass may return
+_REFERENCE = 1 << 28  # numbers of the distributions that "kl" compares with
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -27,11 +26,17 @@ class Task:
         clean: [prompts, tokens] token ids; all prompts have one length, so positions can be compared.
         positions: [prompts, answers] queries whose logits are read.
         correct: [prompts, answers] token that should follow there.
-        metric: "loss" (cross-entropy in nats), "accuracy" (share of answers whose most likely token
-            is the correct one) or "logit_difference" (logit[correct] - logit[wrong]); each is the
-            mean over the answers of a prompt.
+        metric: the mean over the answers of a prompt of "loss" (cross-entropy in nats), "accuracy"
+            (share of answers whose most likely token is the correct one), "logit_difference"
+            (logit[correct] - logit[wrong]), "max_logit_difference" (largest logit of the right set -
+            largest of the wrong set), "probability_difference" (summed probability of the right set -
+            that of the wrong set) or "kl" (to the distribution in `reference`).
         corrupt: [prompts, tokens] prompt for prompt the same without what decides the answer, or None.
         wrong: [prompts, answers] token of the wrong answer; "logit_difference" alone has it.
+        sets: right and wrong sets of answers; the metrics of sets need them, and "loss" and "accuracy"
+            then mean the right set.
+        reference: [prompts, answers, vocab] log-probabilities; "kl" alone has it (`with_kl`).
+        marks: positions with a name, [prompts] each, such as where the subject stands.
         dropped: what was left out when the task was made, and why, one sentence each.
 
     Raises:
@@ -47,6 +52,9 @@ class Task:
     corrupt: Tensor | None = None
     wrong: Tensor | None = None
     dropped: tuple[str, ...] = ()
+    sets: AnswerSets | None = None
+    reference: Tensor | None = None
+    marks: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.clean.dim() != 2 or not self.clean.numel():
@@ -74,6 +82,27 @@ class Task:
                 "wrong answers belong to the metric 'logit_difference' and to no other; got "
                 f"{self.metric!r} {'without' if self.wrong is None else 'with'} them"
             )
+        if self.sets is None and self.metric in metrics.OF_SETS:
+            raise LensError(f"the metric {self.metric!r} compares sets of answers; give sets")
+        if self.sets is not None and self.sets.right.shape[:2] != self.positions.shape:
+            raise LensError(
+                f"sets must be of the {list(self.positions.shape)} prompts and answers; got "
+                f"{list(self.sets.right.shape[:2])}"
+            )
+        if (self.metric == "kl") != (self.reference is not None):
+            raise LensError(
+                "a distribution to compare with belongs to the metric 'kl' and to no other; make such "
+                "a task with task.with_kl(model)"
+            )
+        for name, places in self.marks.items():
+            if (
+                places.shape != (self.n,)
+                or not 0 <= int(places.min()) <= int(places.max()) < self.length
+            ):
+                raise LensError(
+                    f"the mark {name!r} must be one position of 0 to {self.length - 1} for each of "
+                    f"{self.n} prompts"
+                )
 
     @property
     def n(self) -> int:
@@ -91,7 +120,7 @@ class Task:
         return METRICS[self.metric]
 
     def evaluate(self, model: LoadedModel, *, corrupt: bool = False) -> Tensor:
-        """The metric of every prompt: [prompts], float32, on the CPU.
+        """The metric of every prompt: [prompts] on the CPU, float32 (float64 of a float64 model).
 
         Args:
             model: as `lens.load` returns it.
@@ -109,26 +138,82 @@ class Task:
         return torch.cat(found)
 
     def measure(self, logits: Tensor, rows: Tensor) -> Tensor:
-        """The metric [len(rows)] from the logits [len(rows), tokens, vocab] of those prompts."""
+        """The metric [len(rows)] from the logits [len(rows), tokens, vocab] of those prompts.
+
+        It can be differentiated, except for "accuracy"; float64 logits are kept as they are.
+
+        Raises:
+            LensError: logits of another vocabulary than the distribution of "kl".
+        """
         rows = rows.cpu()
         device = logits.device
-        positions, correct = self.positions[rows].to(device), self.correct[rows].to(device)
-        at = torch.arange(len(rows), device=device)[:, None]
-        read = logits[at, positions].float()  # [rows, answers, vocab]
+        read = self._read(logits, rows)
+        correct = self.correct[rows].to(device)
+        sets = None if self.sets is None else self.sets.rows(rows)
+        if self.wrong is not None:
+            return metrics.logit_difference(read, correct, self.wrong[rows].to(device))
+        if self.reference is not None:
+            if self.reference.shape[-1] != read.shape[-1]:
+                raise LensError(
+                    f"the logits are of {read.shape[-1]} tokens and the distribution to compare with "
+                    f"is of {self.reference.shape[-1]}; make it anew: task.with_kl(model)"
+                )
+            return metrics.kl(read, self.reference[rows].to(device, read.dtype))
         if self.metric == "accuracy":
-            return (read.argmax(-1) == correct).float().mean(1)
+            return metrics.accuracy(read, correct, sets)
         if self.metric == "loss":
-            return cross_entropy(read.transpose(1, 2), correct, reduction="none").mean(1)
-        assert self.wrong is not None
-        answers = torch.stack([correct, self.wrong[rows].to(device)], -1)
-        right, wrong = read.gather(-1, answers).unbind(-1)
-        return (right - wrong).mean(1)
+            return metrics.loss(read, correct, sets)
+        assert sets is not None
+        if self.metric == "max_logit_difference":
+            return metrics.max_logit_difference(read, sets)
+        return metrics.probability_difference(read, sets)
+
+    def _read(self, logits: Tensor, rows: Tensor) -> Tensor:
+        """Logits [rows, answers, vocab] where the answers are read, at least float32."""
+        at = torch.arange(len(rows), device=logits.device)[:, None]
+        read = logits[at, self.positions[rows].to(logits.device)]
+        return read if read.dtype == torch.float64 else read.float()
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether the metric has no gradient where the model is as it is, being at its best there."""
+        return self.metric in metrics.FLAT
 
     def with_metric(self, metric: str) -> "Task":
-        """The same prompts by another metric; wrong answers are dropped where it has none."""
+        """The same prompts by another metric; wrong answers are dropped where it has none.
+
+        Raises:
+            LensError: one that needs what the task does not have.
+        """
         return replace(
-            self, metric=metric, wrong=self.wrong if metric == "logit_difference" else None
+            self,
+            metric=metric,
+            wrong=self.wrong if metric == "logit_difference" else None,
+            reference=self.reference if metric == "kl" else None,
         )
+
+    def with_kl(self, model: LoadedModel) -> "Task":
+        """The same prompts by how far the answers' distribution moves from that of `model`, in nats.
+
+        `KL(P_clean || P)` at every answer, both over the whole vocabulary. It is 0 and flat for
+        `model` itself (`is_flat`), so a gradient taken there says nothing; ablation does.
+
+        Raises:
+            LensError: prompts that the model does not take, or more than 1 GiB of distributions.
+        """
+        self.check(model)
+        size = self.positions.numel() * (model.info.vocab or 1)
+        if size > _REFERENCE:
+            raise LensError(
+                f"{self.positions.numel():,} answers over {model.info.vocab:,} tokens are too many "
+                f"distributions to keep; take at most {_REFERENCE // (model.info.vocab or 1):,} answers"
+            )
+        found = []
+        with torch.no_grad():
+            for rows in self.chunks(self.rows_at_once(model)):
+                read = self._read(logits_of(model, self.clean[rows]), rows)
+                found.append(read.log_softmax(-1).cpu())
+        return replace(self, metric="kl", wrong=None, reference=torch.cat(found))
 
     def corrupt_or_refuse(self) -> Tensor:
         """The corrupt prompts.
