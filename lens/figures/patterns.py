@@ -1,0 +1,65 @@
+"""Figure of `lens.heads.pattern_classes`: which sparse pattern each head would survive."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import plotly.graph_objects as go
+
+from lens.figures.style import Theme, style
+
+if TYPE_CHECKING:
+    from lens.heads.patterns import PatternClasses
+
+_COLORS = {
+    "a_shape": "#355f8d",
+    "vertical_slash": "#22a884",
+    "block_sparse": "#f4a582",
+    "diffuse": "#8a8f98",
+}
+
+
+def pattern_grid(
+    result: PatternClasses,
+    *,
+    title: str | None = None,
+    width: int | None = None,
+    height: int | None = None,
+    theme: Theme = "light",
+) -> go.Figure:
+    """Layers down, heads across, one colour per class; kept masses on hover."""
+    table = result.table()
+    layers, heads = result.classes.shape
+    figure = go.Figure()
+    for name, color in _COLORS.items():
+        rows = table[table["pattern"] == name]
+        if rows.empty:
+            continue
+        kept = rows[["a_shape", "vertical_slash", "block_sparse", "margin"]].to_numpy(float)
+        figure.add_trace(
+            go.Scatter(
+                x=rows["head"],
+                y=rows["layer"],
+                mode="markers",
+                name=f"{name.replace('_', '-')} ({len(rows)})",
+                marker={"symbol": "square", "size": 16, "color": color},
+                customdata=np.round(kept, 3),
+                hovertemplate=(
+                    "L%{y}H%{x}: A-shape %{customdata[0]}, vertical-slash %{customdata[1]}, "
+                    "block-sparse %{customdata[2]}; margin %{customdata[3]}<extra></extra>"
+                ),
+            )
+        )
+    figure.update_xaxes(title="head", range=[-0.6, heads - 0.4], dtick=1 if heads <= 32 else None)
+    figure.update_yaxes(
+        title="layer", range=[layers - 0.4, -0.6], dtick=1 if layers <= 32 else None
+    )
+    return style(
+        figure,
+        title=title or f"Sparse patterns within {result.budget:.0%} of the pairs: {result.model}",
+        width=width,
+        height=height,
+        theme=theme,
+        meta={"figure": "pattern_grid", "budget": result.budget, "prompts": result.n},
+    )
