@@ -1,9 +1,13 @@
-"""What is put in place of a head: zero, a mean, another prompt's output, the corrupt prompt's."""
+"""What is put in place of a head: zero, a mean, another prompt's output, the corrupt prompt's, a constant."""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from lens.errors import LensError
+from lens.head_ids import HeadId
+from lens.heads import optimal
 from lens.heads.editing import Source, read_heads
 from lens.heads.scores import BASELINES, Intervention
 from lens.models.loaded import LoadedModel
@@ -19,16 +23,27 @@ class Baseline:
     Args:
         model, task: what is ablated, and on what.
         name: one of `BASELINES`.
-        seed: of the draw of "resample".
+        seed: of the draw of "resample", and of the halves and batches of "optimal".
+        steps: of the fit of "optimal"; None: 60.
 
     Raises:
-        LensError: an unknown name, no corrupt prompts, or nothing to draw from.
+        LensError: an unknown name, no corrupt prompts, nothing to draw from, no loss to fit to, or
+            steps where nothing is fitted.
     """
 
-    def __init__(self, model: LoadedModel, task: Task, name: str, seed: int) -> None:
+    def __init__(
+        self, model: LoadedModel, task: Task, name: str, seed: int, steps: int | None = None
+    ) -> None:
         if name not in BASELINES:
             raise LensError(f"unknown baseline {name!r}; known: {', '.join(BASELINES)}")
+        if steps is not None and name != "optimal":
+            raise LensError(f"steps belong to baseline='optimal', got the baseline {name!r}")
         self._model = model
+        self.rows = torch.arange(task.n)  # the prompts that are scored
+        self._constants: optimal.Constants | None = None
+        self._fitted: dict[tuple[tuple[HeadId, ...], ...], list[Source]] = {}
+        self._latest: tuple[tuple[int, ...], Source] | None = None
+        self.intervention = Intervention(name, seed if name == "resample" else None)
         self._donors: Tensor | None = None  # [prompts, tokens]
         self._means: list[Tensor] = []
         if name == "counterfactual":
@@ -42,10 +57,35 @@ class Baseline:
                     "prompts, or baseline='pooled_mean', the mean over positions too"
                 )
             self._means = _means(model, task, keep_positions=name == "mean")
-        self.intervention = Intervention(name, seed if name == "resample" else None)
+        elif name == "optimal":
+            steps = optimal.STEPS if steps is None else steps
+            if steps < 1:
+                raise LensError(f"steps must be at least 1, got {steps}")
+            optimal.check_metric(task)
+            fitted_on, self.rows = optimal.split(task.n, seed)
+            self._constants = optimal.Constants(model, task, fitted_on, steps, seed)
+            self.intervention = Intervention(name, seed, tuple(fitted_on.tolist()), steps)
+
+    def groups_at_once(self, rows_at_once: int) -> int:
+        """How many groups run in one forward pass of at most `rows_at_once` rows."""
+        if self._constants is not None:
+            return self._constants.groups_at_once()
+        return max(1, rows_at_once // min(rows_at_once, len(self.rows)))
+
+    def sources(self, groups: Sequence[Sequence[HeadId]], rows: Tensor) -> list[Source]:
+        """What stands in for each group of heads on the prompts `rows`."""
+        if self._constants is not None:
+            key = tuple(map(tuple, groups))
+            if key not in self._fitted:
+                self._fitted[key] = self._constants.fit(groups)
+            return self._fitted[key]
+        key = tuple(rows.tolist())
+        if self._latest is None or self._latest[0] != key:
+            self._latest = (key, self.source(rows))
+        return [self._latest[1]] * len(groups)
 
     def source(self, rows: Tensor) -> Source:
-        """What stands in for the heads on the prompts `rows`."""
+        """What stands in for all heads on the prompts `rows`; an optimal constant has its own for each."""
         if self._donors is not None:
             outputs: list[Tensor] = []
             read_heads(self._model, self._donors[rows], lambda _, output: outputs.append(output))

@@ -49,7 +49,12 @@ def read_heads(model: LoadedModel, ids: Tensor, keep: Callable[[int, Tensor], No
 
 
 def edited_logits(
-    model: LoadedModel, ids: Tensor, groups: Sequence[Sequence[HeadId]], source: Source
+    model: LoadedModel,
+    ids: Tensor,
+    groups: Sequence[Sequence[HeadId]],
+    sources: Sequence[Source],
+    *,
+    differentiable: bool = False,
 ) -> Tensor:
     """Logits [groups, rows, tokens, vocab] with the heads of each group replaced, in one forward pass.
 
@@ -57,13 +62,14 @@ def edited_logits(
         model: as `lens.load` returns it.
         ids: [rows, tokens].
         groups: heads that are replaced together; each group runs on a copy of the rows.
-        source: what to put in their place; it sees z of the rows of one group.
+        sources: of each group, what to put in their place; it sees z of the rows of that group.
+        differentiable: keep the graph from what the sources return to the logits.
 
     Raises:
         LensError: as in `read_heads`.
     """
-    with torch.no_grad():
-        logits = _run(model, ids.repeat(len(groups), 1), _Editor(groups, source))
+    with torch.set_grad_enabled(differentiable):
+        logits = _run(model, ids.repeat(len(groups), 1), _Editor(groups, sources))
     return logits.unflatten(0, (len(groups), len(ids)))
 
 
@@ -132,10 +138,10 @@ class _Reader(Recorder):
 class _Editor(_Reader):
     """Replaces the heads of each group on that group's copy of the rows."""
 
-    def __init__(self, groups: Sequence[Sequence[HeadId]], source: Source) -> None:
+    def __init__(self, groups: Sequence[Sequence[HeadId]], sources: Sequence[Source]) -> None:
         super().__init__(lambda *_: None)
         self._groups = groups
-        self._source = source
+        self._sources = sources
 
     def _change(self, call: LayerCall) -> Tensor:
         output = _attention(call, ()).output
@@ -149,7 +155,7 @@ class _Editor(_Reader):
         groups = output.unflatten(0, (len(self._groups), -1)).clone()
         for number in chosen.any(1).nonzero().flatten().tolist():
             mine = groups[number]  # [rows, heads, queries, value_dim]
-            instead = self._source(self._layer, mine).expand_as(mine).to(mine.dtype)
+            instead = self._sources[number](self._layer, mine).expand_as(mine).to(mine.dtype)
             mine[:, chosen[number]] = instead[:, chosen[number]]
         return groups.flatten(0, 1)
 

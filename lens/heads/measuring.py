@@ -5,15 +5,20 @@ softmax near one key) or heads stand in for each other, that is not what an abla
 are worth comparing: `lens.heads.agreement`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from lens.errors import LensError
 from lens.head_ids import AnyHead, HeadId, head_id
 from lens.heads.baselines import Baseline
+from lens.heads.checkpoint import Checkpoint, configuration
 from lens.heads.direct import direct_effects
 from lens.heads.editing import HeadGradient, edited_logits, with_gradients
 from lens.heads.group import GroupAblation
@@ -25,6 +30,7 @@ from lens.tasks.task import Task
 _DEFAULT_BASELINE = {
     "ablation": "mean",
     "gradient": "zero",
+    "gate": "zero",
     "attribution": "counterfactual",
     "direct": "zero",
 }
@@ -39,7 +45,9 @@ def importance(
     by: str = "ablation",
     baseline: str | None = None,
     absolute: str | None = None,
+    steps: int | None = None,
     seed: int = 0,
+    checkpoint: str | Path | None = None,
     progress: bool = True,
 ) -> HeadScores:
     """What each head is worth to a task; positive = ablating it makes the task worse.
@@ -51,19 +59,25 @@ def importance(
         attribution   sum of dm/dz * (z - b), its first-order estimate (attribution patching)
         gradient      sum of dm/dz * z, the estimate for zero: `dO . O` of the attention kernel's
                       backward pass, so it runs at the length that the model runs at
+        gate          the gradient minus its mean over the heads of the layer: dm/dr of a
+                      mixture-of-head router with the gates `heads * softmax(r)` at r = 0, which is
+                      the dense model (Jin et al., MoH, 2024, arXiv 2410.11842)
         direct        z W_O (W_U[correct] - W_U[wrong]) / size of the last norm: what the head writes
                       straight into the logit difference (direct logit attribution)
 
     Args:
         model: as `lens.load` returns it.
         task: prompts and metric; "accuracy" has no gradient.
-        by: "ablation", "attribution", "gradient" or "direct".
-        baseline: "zero", "mean", "pooled_mean", "resample" or "counterfactual" (`Intervention`);
-            None: "mean" for ablation, "counterfactual" for attribution, "zero" for gradient and
-            direct, which know no other.
+        by: "ablation", "attribution", "gradient", "gate" or "direct".
+        baseline: "zero", "mean", "pooled_mean", "resample", "counterfactual" or, for ablation alone,
+            "optimal" (`Intervention`, `lens.heads.optimal`); None: "mean" for ablation,
+            "counterfactual" for attribution, "zero" for the others, which know no other.
         absolute: of the gradient: "token" takes |dO . O| of each token before the sum, as Michel et
             al.'s code does, "prompt" that of the sum, as they write it. Both lose the sign.
-        seed: of the draw of "resample".
+        steps: of the fit of "optimal"; None: 60.
+        seed: of the draw of "resample", and of the halves and batches of "optimal".
+        checkpoint: a file (.npz) for numbers as they come; the same call goes on from it with the
+            same result. A file of another computation is refused.
         progress: show a bar with the time left, on stderr, if that is a terminal.
 
     Reference: Michel, Levy, Neubig, Are Sixteen Heads Really Better than One?, 2019, arXiv 1905.10650;
@@ -85,25 +99,38 @@ def importance(
     if absolute is not None and by != "gradient":
         raise LensError(f"absolute belongs to by='gradient', got by={by!r}")
     name = _DEFAULT_BASELINE[by] if baseline is None else baseline
-    if by in ("gradient", "direct") and name != "zero":
+    if by in ("gradient", "gate", "direct") and name != "zero":
         raise LensError(
             f"by={by!r} compares with zero alone, got the baseline {name!r}; "
             "use by='attribution' for it"
         )
+    if by == "attribution" and name == "optimal":
+        raise LensError("an optimal constant is fitted to the real ablation; use by='ablation'")
     task.check(model)
-    replacement = Baseline(model, task, name, seed)
+    kept = Checkpoint(
+        checkpoint,
+        {}
+        if checkpoint is None
+        else configuration(
+            model, task, by=by, baseline=name, absolute=absolute, steps=steps, seed=seed
+        ),
+    )
+    replacement = Baseline(model, task, name, seed, steps)
     if by == "ablation":
         groups = [[head] for head in _all_heads(model)]
-        clean, drops = _drops(model, task, groups, replacement, progress)
-    elif by == "direct":
-        clean, drops = _directly(model, task, progress)
+        clean, drops = _drops(model, task, groups, replacement, progress, kept)
     else:
-        clean, drops = _estimates(model, task, replacement, by, absolute, progress)
+        compute = (
+            partial(direct_effects, model, task)
+            if by == "direct"
+            else partial(_estimates, model, task, replacement, by, absolute)
+        )
+        clean, drops = _by_rows(model, task, compute, by, progress, kept)
     intervention = replacement.intervention
     if by == "direct":
         intervention = replace(intervention, granularity=_DIRECT)
     return HeadScores(
-        per_prompt=drops.reshape(model.info.layers, model.info.heads, task.n),
+        per_prompt=drops.reshape(model.info.layers, model.info.heads, -1),
         clean=clean,
         by=by,
         intervention=intervention,
@@ -143,7 +170,7 @@ def ablate(
         raise LensError(f"{', '.join(twice)} is named twice; name each head once")
     task.check(model)
     replacement = Baseline(model, task, baseline, seed)
-    clean, drops = _drops(model, task, [group], replacement, progress)
+    clean, drops = _drops(model, task, [group], replacement, progress, Checkpoint(None, {}))
     return GroupAblation(
         heads=tuple(group),
         per_prompt=drops[0],
@@ -167,27 +194,79 @@ def _drops(
     groups: list[list[HeadId]],
     replacement: Baseline,
     progress: bool,
+    checkpoint: Checkpoint,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Metric [prompts] of the model as it is, and loss of benefit [groups, prompts] by each group."""
     capacity = task.rows_at_once(model)
-    clean = np.empty(task.n)
-    ablated = np.empty((len(groups), task.n))
-    with advancing(f"{model.name}: ablations", len(groups) * task.n, progress) as advance:
-        for rows in task.chunks(capacity):
-            ids, at = task.clean[rows], rows.numpy()
-            source = replacement.source(rows)
-            clean[at] = _measured(task, edited_logits(model, ids, [[]], source)[0], rows)
-            stack = max(1, capacity // len(rows))
+    stack = replacement.groups_at_once(capacity)
+    scored = replacement.rows
+    clean = np.empty(len(scored))
+    ablated = np.empty((len(groups), len(scored)))
+    zero = Baseline(model, task, "zero", 0)
+    with _advancing(model, "ablations", len(groups) * len(scored), progress, checkpoint) as advance:
+        for at in torch.arange(len(scored)).split(max(1, capacity // stack)):
+            rows, where = scored[at], at.numpy()
+
+            def measured(
+                chosen: list[list[HeadId]], by: Baseline = replacement, rows: Tensor = rows
+            ) -> np.ndarray:
+                sources = by.sources(chosen, rows)
+                logits = edited_logits(model, task.clean[rows], chosen, sources)
+                return np.stack([_measured(task, one, rows) for one in logits])
+
+            name = f"prompts from {int(at[0])}"
+            clean[where] = checkpoint.remember(name, lambda of=measured: of([[]], zero)[0])
             for start in range(0, len(groups), stack):
-                stacked = groups[start : start + stack]
-                for offset, logits in enumerate(edited_logits(model, ids, stacked, source)):
-                    ablated[start + offset, at] = _measured(task, logits, rows)
-                advance(len(stacked) * len(rows))
+                some = groups[start : start + stack]
+                ablated[start : start + stack, where] = checkpoint.remember(
+                    f"{name}, groups from {start}", lambda of=measured, some=some: of(some)
+                )
+                advance(len(some) * len(rows))
     return clean, task.sign * (clean - ablated)
 
 
 def _measured(task: Task, logits: Tensor, rows: Tensor) -> np.ndarray:
     return task.measure(logits, rows).double().cpu().numpy()
+
+
+def _by_rows(
+    model: LoadedModel,
+    task: Task,
+    compute: Callable[[Tensor], tuple[np.ndarray, np.ndarray]],
+    title: str,
+    progress: bool,
+    checkpoint: Checkpoint,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Metric [prompts] and scores [layers, heads, prompts], some prompts at a time."""
+    clean, scores = [], []
+    with _advancing(model, title, task.n, progress, checkpoint) as advance:
+        for rows in task.chunks(task.rows_at_once(model)):
+            found: list[tuple[np.ndarray, np.ndarray]] = []
+
+            def both(
+                rows: Tensor = rows, found: list[tuple[np.ndarray, np.ndarray]] = found
+            ) -> tuple[np.ndarray, np.ndarray]:
+                if not found:
+                    found.append(compute(rows))
+                return found[0]
+
+            name = f"prompts from {int(rows[0])}"
+            clean.append(checkpoint.remember(name, lambda both=both: both()[0]))
+            scores.append(checkpoint.remember(f"{name}, heads", lambda both=both: both()[1]))
+            advance(len(rows))
+    return np.concatenate(clean), np.concatenate(scores, axis=-1)
+
+
+@contextmanager
+def _advancing(
+    model: LoadedModel, what: str, total: int, progress: bool, checkpoint: Checkpoint
+) -> Iterator[Callable[[int], None]]:
+    """A progress bar; at its end, by an exception perhaps, the checkpoint is written."""
+    try:
+        with advancing(f"{model.name}: {what}", total, progress) as advance:
+            yield advance
+    finally:
+        checkpoint.write()
 
 
 def _estimates(
@@ -196,42 +275,38 @@ def _estimates(
     replacement: Baseline,
     by: str,
     absolute: str | None,
-    progress: bool,
+    rows: Tensor,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Metric [prompts], and first-order estimates [layers, heads, prompts]."""
-    clean = np.empty(task.n)
-    found = np.empty((model.info.layers, model.info.heads, task.n))
-    with advancing(f"{model.name}: gradients", task.n, progress) as advance:
-        for rows in task.chunks(task.rows_at_once(model)):
-            at = rows.numpy()
-
-            def benefit(logits: Tensor, rows: Tensor = rows, at: np.ndarray = at) -> Tensor:
-                values = task.measure(logits, rows)
-                clean[at] = values.detach().double().cpu().numpy()
-                return task.sign * values
-
-            gradients = with_gradients(model, task.clean[rows], benefit)
-            source = replacement.source(rows) if by == "attribution" else None
-            for layer, gradient in enumerate(gradients):
-                if source is None:
-                    scores = _michel(gradient, absolute)
-                else:
-                    change = gradient.output - source(layer, gradient.output)
-                    scores = (gradient.slope * change).double().sum((2, 3))  # [rows, heads]
-                found[layer][:, at] = scores.T.cpu().numpy()
-            advance(len(rows))
-    return clean, found
+    """Metric [rows], and first-order estimates [layers, heads, rows]."""
+    clean, benefit = differentiable_benefit(task, rows)
+    gradients = with_gradients(model, task.clean[rows], benefit)
+    source = replacement.source(rows) if by == "attribution" else None
+    found = []
+    for layer, gradient in enumerate(gradients):
+        if source is None:
+            scores = _michel(gradient, absolute)
+        else:
+            change = gradient.output - source(layer, gradient.output)
+            scores = (gradient.slope * change).double().sum((2, 3))  # [rows, heads]
+        found.append(scores.T.cpu().numpy())
+    found = np.stack(found)
+    if by == "gate":
+        found = found - found.mean(1, keepdims=True)
+    return clean[0], found
 
 
-def _directly(model: LoadedModel, task: Task, progress: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Metric [prompts], and direct effects [layers, heads, prompts]."""
-    parts = []
-    with advancing(f"{model.name}: direct effects", task.n, progress) as advance:
-        for rows in task.chunks(task.rows_at_once(model)):
-            parts.append(direct_effects(model, task, rows))
-            advance(len(rows))
-    clean, effects = zip(*parts, strict=True)
-    return np.concatenate(clean), np.concatenate(effects, axis=-1)
+def differentiable_benefit(
+    task: Task, rows: Tensor
+) -> tuple[list[np.ndarray], Callable[[Tensor], Tensor]]:
+    """A list that will hold the metric [rows], and the function of the logits that puts it there."""
+    clean: list[np.ndarray] = []
+
+    def benefit(logits: Tensor) -> Tensor:
+        values = task.measure(logits, rows)
+        clean.append(values.detach().double().cpu().numpy())
+        return task.sign * values
+
+    return clean, benefit
 
 
 def _michel(gradient: HeadGradient, absolute: str | None) -> Tensor:

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
     from lens.figures.style import Theme
 
-BY = ("ablation", "gradient", "attribution", "direct")
-BASELINES = ("zero", "mean", "pooled_mean", "resample", "counterfactual")
+BY = ("ablation", "gradient", "attribution", "gate", "direct")
+BASELINES = ("zero", "mean", "pooled_mean", "resample", "counterfactual", "optimal")
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,12 @@ class Intervention:
     Attributes:
         baseline: "zero"; "mean" over the prompts (its own included) at each position; "pooled_mean"
             over prompts and positions together; "resample", another prompt's output drawn by
-            `seed`; "counterfactual", that of the corrupt prompt.
+            `seed`; "counterfactual", that of the corrupt prompt; "optimal", the constant (one for all
+            positions) with which the metric stays best.
         seed: of the draw, None where nothing is drawn.
+        fitted_on: numbers of the prompts that the optimal constant was fitted to; the others, in
+            their order, are the scored ones. None where nothing is fitted and all are scored.
+        steps: of that fit.
         granularity: "head output before the output projection"; of direct logit attribution, only
             the path from there to the logits.
         positions: always "all".
@@ -40,6 +44,8 @@ class Intervention:
 
     baseline: str
     seed: int | None = None
+    fitted_on: tuple[int, ...] | None = None
+    steps: int | None = None
     granularity: str = "head output before the output projection"
     positions: str = "all"
     direction: str = "noising"
@@ -106,7 +112,11 @@ class HeadScores:
             return (
                 "gradient" if self.absolute is None else f"gradient (absolute per {self.absolute})"
             )
-        return "direct" if self.by == "direct" else f"{self.by} ({self.intervention.baseline})"
+        return (
+            self.by
+            if self.by in ("direct", "gate")
+            else f"{self.by} ({self.intervention.baseline})"
+        )
 
     @property
     def names(self) -> list[str]:

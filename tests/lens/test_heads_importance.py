@@ -259,7 +259,10 @@ def test_a_long_prompt_has_a_gradient_too():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"by": "magic"}, "unknown by='magic'; known: ablation, gradient, attribution, direct"),
+        (
+            {"by": "magic"},
+            "unknown by='magic'; known: ablation, gradient, attribution, gate, direct",
+        ),
         ({"baseline": "none"}, "unknown baseline 'none'; known: zero, mean, pooled_mean"),
         (
             {"by": "gradient", "baseline": "mean"},
