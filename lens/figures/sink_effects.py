@@ -158,3 +158,40 @@ def dose_curves(
 def _check(measure: str) -> None:
     if measure not in _MEASURES:
         raise LensError(f"measure must be one of {', '.join(_MEASURES)}, got {measure!r}")
+
+
+def streaming_curves(
+    table: pd.DataFrame,
+    *,
+    title: str | None = None,
+    width: int | None = None,
+    height: int | None = None,
+    theme: Theme = "light",
+) -> go.Figure:
+    """Change of loss over the number of first keys kept, a curve per window.
+
+    Args:
+        table: of `lens.sinks.StreamingPolicies`.
+    """
+    figure = go.Figure()
+    for number, (window, rows) in enumerate(table.groupby("window")):
+        figure.add_scatter(
+            x=rows["n_sink"],
+            y=rows["delta_loss"],
+            error_y={
+                "type": "data",
+                "symmetric": False,
+                "array": (rows["delta_loss_high"] - rows["delta_loss"]).fillna(0),
+                "arrayminus": (rows["delta_loss"] - rows["delta_loss_low"]).fillna(0),
+            },
+            mode="lines+markers",
+            line={"color": _CONDITIONS[number % len(_CONDITIONS)]},
+            name=f"window {window}",
+            customdata=rows["kept"],
+            hovertemplate="first %{x}<br>%{y:.4f}<br>mass kept %{customdata:.3f}",
+        )
+    figure.update_xaxes(title="First keys kept")
+    figure.update_yaxes(title=_MEASURES["delta_loss"])
+    first = table.iloc[0]
+    text = f"First and last keys only (BOS {first['bos']}, n = {first['n']})"
+    return style(figure, title=title or text, width=width, height=height, theme=theme)

@@ -14,26 +14,33 @@ from lens.sinks.detection import SinkRate, SinkSensitivity, rate, sensitivity
 from lens.sinks.positions import SinkKeys, SinkProfile, find, profile
 
 if TYPE_CHECKING:
+    from lens.sinks.activations import MassiveActivations, massive, massive_effect
     from lens.sinks.causal import effect
     from lens.sinks.dosage import DoseResponse, dose_response
     from lens.sinks.effects import SinkEffect
     from lens.sinks.geometry import SinkMechanism, mechanism
+    from lens.sinks.streaming_policies import StreamingPolicies, streaming
 
 __all__ = [
     "DoseResponse",
+    "MassiveActivations",
     "SinkEffect",
     "SinkKeys",
     "SinkMechanism",
     "SinkProfile",
     "SinkRate",
     "SinkSensitivity",
+    "StreamingPolicies",
     "dose_response",
     "effect",
     "find",
+    "massive",
+    "massive_effect",
     "mechanism",
     "profile",
     "rate",
     "sensitivity",
+    "streaming",
 ]
 
 
@@ -44,6 +51,11 @@ _WITH_TORCH = {  # which reading traces does not need
     "effect": "causal",
     "SinkMechanism": "geometry",
     "mechanism": "geometry",
+    "MassiveActivations": "activations",
+    "massive": "activations",
+    "StreamingPolicies": "streaming_policies",
+    "streaming": "streaming_policies",
+    "massive_effect": "activations",
 }
 
 
