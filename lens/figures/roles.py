@@ -1,6 +1,9 @@
-"""Figure of `lens.heads.roles`: which head does what."""
+"""Figures of `lens.heads.roles` and `lens.heads.retrieval`: which head does what."""
+
+from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -10,6 +13,9 @@ from lens.errors import LensError
 from lens.figures.colors import VIRIDIS, scale
 from lens.figures.style import Theme, style
 from lens.metrics import METRICS
+
+if TYPE_CHECKING:
+    from lens.heads.retrieval import RetrievalScores
 
 _SHOWN = (
     "previous_token",
@@ -81,3 +87,39 @@ def _detail(row: pd.Series, name: str) -> str:
     interval = "" if np.isnan(low) else f"<br>95 % interval {low:.3g} to {high:.3g}"
     base = row.get(f"{name}_baseline")
     return interval if base is None else f"{interval}<br>baseline {base:.3g}"
+
+
+def retrieval_grid(
+    scores: RetrievalScores,
+    *,
+    title: str | None = None,
+    width: int | None = None,
+    height: int | None = None,
+    theme: Theme = "light",
+) -> go.Figure:
+    """Retrieval score of every head: layers down, heads across, 0 to 1."""
+    values = scores.values
+    best = np.unravel_index(values.argmax(), values.shape)
+    figure = go.Figure(
+        go.Heatmap(
+            z=values,
+            zmin=0,
+            zmax=1,
+            colorscale=scale(VIRIDIS),
+            colorbar={"title": {"text": "share of the needle", "side": "right"}, "thickness": 12},
+            xgap=1,
+            ygap=1,
+            hovertemplate="L%{y}H%{x}: %{z:.3g}<extra></extra>",
+        )
+    )
+    figure.update_xaxes(title="head", showgrid=False)
+    figure.update_yaxes(title="layer", autorange="reversed", showgrid=False)
+    found = f"Retrieval: most at L{best[0]}H{best[1]}, {values[best]:.2f} ({scores.n} trials)"
+    return style(
+        figure,
+        title=title or found,
+        width=width,
+        height=height,
+        theme=theme,
+        meta={"figure": "retrieval_grid", "model": scores.model},
+    )

@@ -9,8 +9,16 @@ from lens.heads.detector import detect
 from lens.heads.group import GroupAblation
 from lens.heads.measuring import ablate, importance
 from lens.heads.patterns import PatternClasses, pattern_classes
+from lens.heads.pruning import PruningCurve, pruning_curve
 from lens.heads.random_weights import random_weights
 from lens.heads.redundancy import HeadClusters, clusters, redundancy
+from lens.heads.retrieval import (
+    RetrievalScores,
+    RetrievalTrial,
+    copied_needles,
+    retrieval,
+    text_needles,
+)
 from lens.heads.roles import HeadRoles, roles
 from lens.heads.scores import HeadScores, Intervention
 from lens.heads.similarity import HeadSimilarity, similarity, trace_similarity
@@ -26,19 +34,26 @@ __all__ = [
     "HeadWeights",
     "Intervention",
     "PatternClasses",
+    "PruningCurve",
+    "RetrievalScores",
+    "RetrievalTrial",
     "ablate",
     "agreement",
     "clusters",
     "composition",
+    "copied_needles",
     "copying",
     "detect",
     "head_weights",
     "importance",
     "join",
     "pattern_classes",
+    "pruning_curve",
     "random_weights",
     "redundancy",
+    "retrieval",
     "roles",
     "similarity",
+    "text_needles",
     "trace_similarity",
 ]

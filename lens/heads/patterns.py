@@ -235,7 +235,9 @@ class _Space:
         self._of_diagonal = np.where(position < self._reach, length - position, 0)
         self._starts = np.arange(0, length, block)
         self._rows = np.minimum(length - self._starts, block)
-        self._of_block = np.stack([self._pairs_below(start) for start in self._starts], axis=-1)
+        self._of_block = np.stack(
+            [self._pairs_below(start) for start in self._starts.tolist()], axis=-1
+        )
         self.total = int(self._of_column.sum())
         self._most = int(budget * self.total)
 
