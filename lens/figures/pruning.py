@@ -1,0 +1,93 @@
+"""The figure of `lens.heads.pruning_curve`: what it costs to take heads away."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import plotly.graph_objects as go
+
+from lens.figures.colors import ACCENT, BASELINE
+from lens.figures.style import Theme, escaped, style
+
+if TYPE_CHECKING:
+    from lens.heads.pruning import PruningCurve
+
+
+def pruning_plot(
+    curve: PruningCurve,
+    *,
+    title: str | None = None,
+    width: int | None = None,
+    height: int | None = None,
+    theme: Theme = "light",
+) -> go.Figure:
+    """Cost over the number of heads removed, with its interval and the range of random orders."""
+    table = curve.table()
+    x = table["removed"].to_numpy()
+    figure = go.Figure()
+    if len(curve.random):
+        figure.add_trace(
+            _band(x, table["random_low"], table["random_high"], "rgba(138,143,152,0.25)")
+        )
+        figure.add_trace(
+            go.Scatter(
+                x=x,
+                y=table["random_cost"],
+                mode="lines",
+                name=f"{len(curve.random)} random orders (mean and range)",
+                line={"color": BASELINE, "dash": "dot"},
+                hovertemplate="%{x} at random: %{y:.4g}<extra></extra>",
+            )
+        )
+    if not np.isnan(table["low"]).any():
+        figure.add_trace(_band(x, table["low"], table["high"], "rgba(194,65,12,0.2)"))
+    figure.add_trace(
+        go.Scatter(
+            x=x,
+            y=table["cost"],
+            mode="lines+markers",
+            name=escaped(curve.ranking),
+            text=table["head"],
+            line={"color": ACCENT, "width": 2},
+            marker={"size": 5},
+            hovertemplate="%{x} removed, last %{text}: %{y:.4g}<extra></extra>",
+        )
+    )
+    figure.update_xaxes(title="heads removed")
+    figure.update_yaxes(title=f"cost ({curve.metric})")
+    return style(
+        figure,
+        title=title or _finding(curve),
+        width=width,
+        height=height,
+        theme=theme,
+        meta={
+            "figure": "pruning_plot",
+            "ranking": curve.ranking,
+            "task": curve.task,
+            "model": curve.model,
+        },
+    )
+
+
+def _band(x: np.ndarray, low: object, high: object, color: str) -> go.Scatter:
+    edges = np.concatenate([np.asarray(high), np.asarray(low)[::-1]])
+    return go.Scatter(
+        x=np.concatenate([x, x[::-1]]),
+        y=edges,
+        fill="toself",
+        fillcolor=color,
+        line={"width": 0},
+        hoverinfo="skip",
+        showlegend=False,
+    )
+
+
+def _finding(curve: PruningCurve) -> str:
+    half = len(curve.removed) // 2
+    cost = curve.cost.mean(1)[half]
+    return (
+        f"{curve.model}, {curve.task}: {curve.removed[half]} of {len(curve.order)} heads removed "
+        f"cost {cost:.3g} ({curve.metric})"
+    )

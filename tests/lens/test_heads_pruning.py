@@ -1,0 +1,130 @@
+"""The pruning curve: against joint ablation, on heads that stand in for each other, refusals."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import lens
+from lens.errors import LensError
+from lens.heads import ablate, importance, pruning_curve, redundancy, similarity
+from lens.heads.pruning import PruningCurve
+from lens.heads.scores import Intervention
+from lens.tasks import induction
+
+
+@pytest.fixture(scope="module")
+def small():
+    model = lens.load("induction-2l")
+    return model, induction(model, n=7, seed=0), induction(model, n=11, seed=1)
+
+
+@pytest.mark.parametrize("baseline", ["zero", "mean"])
+def test_each_step_is_the_joint_ablation_of_the_heads_so_far(small, baseline):
+    model, _, task = small
+    order = ["L1H2", "L0H3", "L1H0", "L1H3"]
+    curve = pruning_curve(model, task, order=order, baseline=baseline, random=2, seed=3)
+    assert curve.removed.tolist() == [0, 1, 2, 3, 4]
+    assert curve.per_prompt[0] == pytest.approx(task.evaluate(model).numpy(), abs=1e-4)
+    for gone in range(1, 5):
+        joint = ablate(model, task, heads=order[:gone], baseline=baseline)
+        assert curve.cost[gone] == pytest.approx(joint.per_prompt, abs=1e-4)
+    # any order ends with all of them gone, and starts whole
+    assert curve.random[:, -1] == pytest.approx(np.stack([curve.per_prompt[-1]] * 2), abs=1e-4)
+    assert (curve.random[:, 0] == curve.per_prompt[0]).all()
+    assert not np.allclose(curve.random[0, 1:-1], curve.per_prompt[1:-1])
+
+
+def test_removing_the_least_important_first_is_cheaper_than_at_random(small):
+    model, task, held_out = small
+    curve = pruning_curve(model, held_out, order=importance(model, task), random=6)
+    table = curve.table()
+    assert len(table) == 9
+    assert table["cost"][1] < 0.05
+    assert table["cost"][2] < table["random_cost"][2]
+    assert str(curve.order[-1]) == "L0H1"  # necessary alone (README of the model)
+    assert (table["low"] <= table["cost"] + 1e-12).all()
+    assert (table["cost"] <= table["high"] + 1e-12).all()
+    assert (table["random_low"] <= table["random_high"]).all()
+    kept = curve.prunable(0.1)
+    assert table["cost"][len(kept)] <= 0.1
+    assert table["cost"][len(kept) + 1] > 0.1
+
+
+def test_induction_heads_are_cheap_one_at_a_time_and_dear_together(small):
+    """README of the model: L1H0, L1H2, L1H3 together raise the loss to 4.27, each to at most 0.40."""
+    model = small[0]
+    task = induction(model, n=64, seed=2)
+    curve = pruning_curve(model, task, order=["L1H0", "L1H2", "L1H3"], random=0)
+    single = importance(model, task).values[1, [0, 2, 3]]
+    assert curve.cost.mean(1)[-1] > 5 * single.sum()
+    assert curve.values[-1] == pytest.approx(4.27, abs=0.3)
+    assert curve.table()["random_cost"].isna().all()
+
+
+def test_redundant_heads_can_be_the_order(small):
+    model, task, held_out = small
+    similar = similarity(model, task.clean)
+    table = redundancy(similar)
+    curve = pruning_curve(model, held_out, order=table, steps=3, random=1)
+    assert [str(head) for head in curve.order] == table["head"].tolist()
+    assert curve.removed.tolist() == [0, 3, 5, 8]
+    assert "most redundant" in repr(curve)
+    unscored = table.assign(value=np.where(table["head"] == "L1H2", np.nan, table["value"]))
+    again = pruning_curve(model, held_out, order=unscored, steps=1, random=0)
+    assert str(again.order[-1]) == "L1H2"
+
+
+def curve_of(values, sign=-1, random=()):
+    values = np.asarray(values, float)[:, None]
+    heads = tuple(lens.heads.scores.HeadId(0, head) for head in range(len(values) - 1))
+    return PruningCurve(
+        removed=np.arange(len(values)),
+        order=heads,
+        per_prompt=values,
+        random=np.asarray(random, float).reshape(-1, len(values), 1),
+        ranking="as given",
+        intervention=Intervention("mean"),
+        metric="loss",
+        sign=sign,
+        task="toy",
+        model="toy",
+    )
+
+
+def test_prunable_stops_before_the_first_step_that_costs_too_much():
+    curve = curve_of([1.0, 1.1, 1.4, 1.05, 3.0])
+    assert [str(head) for head in curve.prunable(0.2)] == ["L0H0"]
+    assert len(curve.prunable(0.5)) == 3
+    assert len(curve.prunable(9)) == 4
+    assert curve.prunable(-1) == ()
+    assert curve_of([1.0, 0.5], sign=1).cost[:, 0].tolist() == [0, 0.5]
+
+
+def test_the_figure_shows_cost_and_the_band_of_random_orders():
+    curve = curve_of([1.0, 1.1, 1.5], random=[[1, 2, 1.5], [1, 1.5, 1.5]])
+    figure = curve.plot()
+    assert len(figure.data) == 3  # one prompt: no interval of its own
+    band, mean, cost = figure.data
+    assert list(mean.y) == pytest.approx([0, 0.75, 0.5])
+    assert list(band.y)[:3] == pytest.approx([0, 1, 0.5])
+    assert list(cost.y) == pytest.approx([0, 0.1, 0.5])
+    assert "1 of 2 heads" in figure.layout.title.text
+    assert len(curve_of([1.0, 2.0]).plot().data) == 1
+
+
+def test_what_is_no_order_is_refused(small):
+    model, task, _ = small
+    other = lens.load("text-lm-3l")
+    scores = importance(other, induction(other, n=2, length=5), by="gradient")
+    cases = [
+        ({"order": scores}, "the scores are of text-lm-3l"),
+        ({"order": []}, "the order names no heads"),
+        ({"order": ["L0H1", (0, 1)]}, "L0H1 is named twice"),
+        ({"order": pd.DataFrame({"head": ["L0H1"]})}, "columns 'head' and 'value', got head"),
+        ({"order": ["L0H1"], "steps": 0}, "steps must be at least 1"),
+        ({"order": ["L0H1"], "random": -1}, "random must be 0 or more"),
+        ({"order": ["L7H1"]}, "there is no L7H1"),
+    ]
+    for arguments, message in cases:
+        with pytest.raises(LensError, match=message):
+            pruning_curve(model, task, **arguments)
