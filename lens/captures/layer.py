@@ -7,6 +7,7 @@ digits where it holds nearly all the mass.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from lens_kernels import AttentionGroups, AttentionResult, attention
@@ -173,7 +174,7 @@ def measure(
 
 
 def _attention(call: LayerCall, settings: Settings) -> AttentionResult:
-    batch, _, queries, _ = call.query.shape
+    batch = len(call.query)
     keys, names = call.key.shape[2], settings.variables
     statistics = {"lse", *names.intersection(_KERNEL)}
     statistics.update(kernel for variable, kernel in _BY_GROUP.items() if variable in names)
@@ -184,25 +185,38 @@ def _attention(call: LayerCall, settings: Settings) -> AttentionResult:
     if names.intersection(_BY_GROUP):
         first = call.mask.first_key(batch).to(call.key.device)
         groups = (torch.arange(keys, device=call.key.device) != first[:, None]).int()
-    mask = call.mask.for_kernel(queries)
+    return attend(
+        call,
+        block_size=settings.block_size,
+        statistics=statistics,
+        match=match,
+        prefix=PREFIX,
+        groups=groups,
+        backend=settings.backend,
+    )
+
+
+def kernel_options(call: LayerCall) -> dict[str, Any]:
+    """Mask, scale, softcap and learned sinks of a call, as `lens_kernels` takes them."""
+    mask = call.mask.for_kernel(call.query.shape[2])
     if call.position_bias is not None:
         mask = replace(mask, bias=call.position_bias)
+    return {
+        "mask": mask,
+        "scale": call.scale,
+        "softcap": call.softcap,
+        "sink_logits": call.sink_logits,
+    }
+
+
+def attend(call: LayerCall, **asked: Any) -> AttentionResult:
+    """The attention of a call; `asked` is what `lens_kernels.attention` takes beside it.
+
+    Raises:
+        LensError: a backend that does not exist, or cannot do it.
+    """
     try:
-        return attention(
-            call.query,
-            call.key,
-            call.value,
-            mask=mask,
-            scale=call.scale,
-            softcap=call.softcap,
-            sink_logits=call.sink_logits,
-            block_size=settings.block_size,
-            statistics=statistics,
-            match=match,
-            prefix=PREFIX,
-            groups=groups,
-            backend=settings.backend,
-        )
+        return attention(call.query, call.key, call.value, **kernel_options(call), **asked)
     except (TypeError, ValueError) as error:  # a backend that does not exist, or cannot do it
         raise LensError(str(error)) from error
 

@@ -44,12 +44,12 @@ class Baseline:
         self._fitted: dict[tuple[tuple[HeadId, ...], ...], list[Source]] = {}
         self._latest: tuple[tuple[int, ...], Source] | None = None
         self.intervention = Intervention(name, seed if name == "resample" else None)
-        self._donors: Tensor | None = None  # [prompts, tokens]
+        self.donors: Tensor | None = None  # [prompts, tokens], whose outputs are put in
         self._means: list[Tensor] = []
         if name == "counterfactual":
-            self._donors = task.corrupt_or_refuse()
+            self.donors = task.corrupt_or_refuse()
         elif name == "resample":
-            self._donors = task.clean[_other_rows(task.n, seed)]
+            self.donors = task.clean[_other_rows(task.n, seed)]
         elif name in ("mean", "pooled_mean"):
             if name == "mean" and task.n < 2:
                 raise LensError(
@@ -86,9 +86,9 @@ class Baseline:
 
     def source(self, rows: Tensor) -> Source:
         """What stands in for all heads on the prompts `rows`; an optimal constant has its own for each."""
-        if self._donors is not None:
+        if self.donors is not None:
             outputs: list[Tensor] = []
-            read_heads(self._model, self._donors[rows], lambda _, output: outputs.append(output))
+            read_heads(self._model, self.donors[rows], lambda _, output: outputs.append(output))
             return lambda layer, _: outputs[layer]
         if self._means:
             return lambda layer, _: self._means[layer]

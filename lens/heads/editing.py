@@ -5,14 +5,16 @@ the attention function that capture registers, so it works for every model that 
 is never built.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from lens_kernels import AttentionResult, attention
-from torch import Tensor
+from lens_kernels import AttentionResult
+from torch import Tensor, nn
 
-from lens.captures.layer import LayerCall, make_settings
+from lens.captures.layer import LayerCall, attend, make_settings
 from lens.captures.recorder import Recorder, recording
 from lens.errors import LensError
 from lens.head_ids import HeadId
@@ -31,11 +33,21 @@ class HeadGradient:
         output: z [rows, heads, queries, value_dim].
         slope: of the same shape, the derivative by z.
         attribution: [rows, heads, queries], `sum of slope * z` as the kernel's backward pass gives it.
+        call: what the layer computed z from, without its graph.
     """
 
     output: Tensor
     slope: Tensor
     attribution: Tensor
+    call: LayerCall
+
+
+def read_calls(model: LoadedModel, ids: Tensor) -> list[LayerCall]:
+    """What each attention layer is given on token ids [rows, tokens]; errors as in `read_heads`."""
+    caller = _Caller()
+    with torch.no_grad():
+        _run(model, ids, caller)
+    return caller.calls
 
 
 def read_heads(model: LoadedModel, ids: Tensor, keep: Callable[[int, Tensor], None]) -> Tensor:
@@ -74,7 +86,11 @@ def edited_logits(
 
 
 def with_gradients(
-    model: LoadedModel, ids: Tensor, objective: Callable[[Tensor], Tensor]
+    model: LoadedModel,
+    ids: Tensor,
+    objective: Callable[[Tensor], Tensor],
+    *,
+    blocked: Sequence[nn.Module] = (),
 ) -> list[HeadGradient]:
     """Head outputs of every layer with the gradient of a number that depends on the logits.
 
@@ -82,12 +98,13 @@ def with_gradients(
         model: as `lens.load` returns it.
         ids: [rows, tokens].
         objective: logits [rows, tokens, vocab] -> [rows]; their sum is differentiated.
+        blocked: sub-layers whose outputs no gradient passes (GradDrop).
 
     Raises:
         LensError: as in `read_heads`, or a number that has no gradient here.
     """
     differentiated = _Differentiated()
-    with torch.enable_grad():
+    with torch.enable_grad(), _blocking(blocked):
         logits = _run(model, ids, differentiated)
         values = objective(logits)
         if not values.requires_grad:
@@ -99,12 +116,35 @@ def with_gradients(
                 " so a gradient says nothing about its heads; use by='ablation'"
             )
         results = differentiated.results
-        targets = [differentiated.first, *(result.output for result in results)]
-        _, *slopes = torch.autograd.grad(values.sum(), targets)
-    return [
-        HeadGradient(result.output.detach(), of_output, result.statistics.row_attribution)
-        for result, of_output in zip(results, slopes, strict=True)
-    ]
+        targets = [*differentiated.starts, *(result.output for result in results)]
+        found = torch.autograd.grad(values.sum(), targets, allow_unused=True)
+    gradients = []
+    for result, slope, call in zip(
+        results, found[len(differentiated.starts) :], differentiated.calls, strict=True
+    ):
+        z = result.output.detach()
+        slope = torch.zeros_like(z) if slope is None else slope
+        # behind a blocked layer the kernel's backward pass has nothing to pass on and does not run
+        per_token = (slope * z).sum(-1) if blocked else result.statistics.row_attribution
+        gradients.append(HeadGradient(z, slope, per_token, call))
+    return gradients
+
+
+@contextmanager
+def _blocking(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """No gradient passes what these modules return."""
+
+    def cut(_: nn.Module, __: Any, output: Any) -> Any:
+        if isinstance(output, tuple):
+            return (output[0].detach(), *output[1:])
+        return output.detach()
+
+    handles = [module.register_forward_hook(cut) for module in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 _FLAT = 1e-8
@@ -130,7 +170,7 @@ class _Reader(Recorder):
 
     def _change(self, call: LayerCall) -> Tensor:
         """z [rows, heads, queries, value_dim] that the model goes on with."""
-        output = _attention(call, ()).output
+        output = attend(call, statistics=()).output
         self._keep(self._layer, output)
         return output
 
@@ -144,7 +184,7 @@ class _Editor(_Reader):
         self._sources = sources
 
     def _change(self, call: LayerCall) -> Tensor:
-        output = _attention(call, ()).output
+        output = attend(call, statistics=()).output
         chosen = torch.zeros(len(self._groups), output.shape[1], dtype=torch.bool)
         for number, group in enumerate(self._groups):
             for layer, head in group:
@@ -160,19 +200,33 @@ class _Editor(_Reader):
         return groups.flatten(0, 1)
 
 
-class _Differentiated(_Reader):
-    """Keeps what each layer's attention returned, with its autograd graph."""
+class _Caller(_Reader):
+    """Keeps what each layer is given."""
 
     def __init__(self) -> None:
         super().__init__(lambda *_: None)
-        self.results: list[AttentionResult] = []
-        self.first: Tensor = torch.empty(0)
+        self.calls: list[LayerCall] = []
 
     def _change(self, call: LayerCall) -> Tensor:
-        if self._layer == 0:  # the graph begins here: weights before it need no gradient
-            self.first = call.query.detach().requires_grad_()
-            call = replace(call, query=self.first)
-        result = _attention(call, ("row_attribution",))
+        self.calls.append(_detached(call))
+        return attend(call, statistics=()).output
+
+
+class _Differentiated(_Caller):
+    """Keeps what each layer's attention is given and returns, with its autograd graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.results: list[AttentionResult] = []
+        self.starts: list[Tensor] = []
+
+    def _change(self, call: LayerCall) -> Tensor:
+        self.calls.append(_detached(call))
+        if self._layer == 0 or not call.query.requires_grad:
+            # the graph begins here: weights before it need no gradient
+            self.starts.append(call.query.detach().requires_grad_())
+            call = replace(call, query=self.starts[-1])
+        result = attend(call, statistics=("row_attribution",))
         self.results.append(result)
         return result.output
 
@@ -189,20 +243,6 @@ def _run(model: LoadedModel, ids: Tensor, reader: _Reader) -> Tensor:
     return logits
 
 
-def _attention(call: LayerCall, statistics: tuple[str, ...]) -> AttentionResult:
-    mask = call.mask.for_kernel(call.query.shape[2])
-    if call.position_bias is not None:
-        mask = replace(mask, bias=call.position_bias)
-    try:
-        return attention(
-            call.query,
-            call.key,
-            call.value,
-            mask=mask,
-            scale=call.scale,
-            softcap=call.softcap,
-            sink_logits=call.sink_logits,
-            statistics=statistics,
-        )
-    except (TypeError, ValueError) as error:
-        raise LensError(str(error)) from error
+def _detached(call: LayerCall) -> LayerCall:
+    tensors = {name: getattr(call, name).detach() for name in ("query", "key", "value")}
+    return replace(call, **tensors)

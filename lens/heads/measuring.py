@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lens.errors import LensError
 from lens.head_ids import AnyHead, HeadId, head_id
+from lens.heads.atp import atp_star, check_reads, granularity
 from lens.heads.baselines import Baseline
 from lens.heads.checkpoint import Checkpoint, configuration
 from lens.heads.direct import direct_effects
@@ -30,6 +31,7 @@ from lens.tasks.task import Task
 _DEFAULT_BASELINE = {
     "ablation": "mean",
     "gradient": "zero",
+    "atp*": "counterfactual",
     "gate": "zero",
     "attribution": "counterfactual",
     "direct": "zero",
@@ -45,6 +47,8 @@ def importance(
     by: str = "ablation",
     baseline: str | None = None,
     absolute: str | None = None,
+    reads: str = "qkv",
+    grad_drop: bool = False,
     steps: int | None = None,
     seed: int = 0,
     checkpoint: str | Path | None = None,
@@ -59,6 +63,9 @@ def importance(
         attribution   sum of dm/dz * (z - b), its first-order estimate (attribution patching)
         gradient      sum of dm/dz * z, the estimate for zero: `dO . O` of the attention kernel's
                       backward pass, so it runs at the length that the model runs at
+        atp*          the query, key and value of the head patched, each position alone, the softmax
+                      recomputed (`lens.heads.atp`); not the sum of dm/dz over z: where a softmax is
+                      saturated the slope by a query or key is 0 and this is not
         gate          the gradient minus its mean over the heads of the layer: dm/dr of a
                       mixture-of-head router with the gates `heads * softmax(r)` at r = 0, which is
                       the dense model (Jin et al., MoH, 2024, arXiv 2410.11842)
@@ -68,12 +75,14 @@ def importance(
     Args:
         model: as `lens.load` returns it.
         task: prompts and metric; "accuracy" has no gradient.
-        by: "ablation", "attribution", "gradient", "gate" or "direct".
+        by: "ablation", "attribution", "atp*", "gradient", "gate" or "direct".
         baseline: "zero", "mean", "pooled_mean", "resample", "counterfactual" or, for ablation alone,
             "optimal" (`Intervention`, `lens.heads.optimal`); None: "mean" for ablation,
             "counterfactual" for attribution, "zero" for the others, which know no other.
         absolute: of the gradient: "token" takes |dO . O| of each token before the sum, as Michel et
             al.'s code does, "prompt" that of the sum, as they write it. Both lose the sign.
+        reads: of "atp*", which of query, key and value are patched, some of "qkv".
+        grad_drop: of "atp*", average absolute effects over passes with one layer's gradient blocked.
         steps: of the fit of "optimal"; None: 60.
         seed: of the draw of "resample", and of the halves and batches of "optimal".
         checkpoint: a file (.npz) for numbers as they come; the same call goes on from it with the
@@ -96,13 +105,26 @@ def importance(
         raise LensError(f"unknown by={by!r}; known: {', '.join(BY)}")
     if absolute not in _ABSOLUTE:
         raise LensError(f"absolute must be None, 'prompt' or 'token', got {absolute!r}")
-    if absolute is not None and by != "gradient":
-        raise LensError(f"absolute belongs to by='gradient', got by={by!r}")
+    if absolute is not None and by not in ("gradient", "atp*"):
+        raise LensError(f"absolute belongs to by='gradient' and 'atp*', got by={by!r}")
+    check_reads(reads)
+    if by != "atp*" and (reads != "qkv" or grad_drop):
+        raise LensError(f"reads and grad_drop belong to by='atp*', got by={by!r}")
+    if grad_drop and absolute == "prompt":
+        raise LensError(
+            "grad_drop takes absolute values of each position: absolute='token' or None"
+        )
+    absolute = "token" if grad_drop else absolute
     name = _DEFAULT_BASELINE[by] if baseline is None else baseline
     if by in ("gradient", "gate", "direct") and name != "zero":
         raise LensError(
             f"by={by!r} compares with zero alone, got the baseline {name!r}; "
             "use by='attribution' for it"
+        )
+    if by == "atp*" and name not in ("counterfactual", "resample"):
+        raise LensError(
+            f"by='atp*' patches queries and keys of another prompt, got the baseline {name!r}; "
+            "use counterfactual or resample"
         )
     if by == "attribution" and name == "optimal":
         raise LensError("an optimal constant is fitted to the real ablation; use by='ablation'")
@@ -112,7 +134,15 @@ def importance(
         {}
         if checkpoint is None
         else configuration(
-            model, task, by=by, baseline=name, absolute=absolute, steps=steps, seed=seed
+            model,
+            task,
+            by=by,
+            baseline=name,
+            absolute=absolute,
+            reads=reads,
+            grad_drop=grad_drop,
+            steps=steps,
+            seed=seed,
         ),
     )
     replacement = Baseline(model, task, name, seed, steps)
@@ -120,15 +150,18 @@ def importance(
         groups = [[head] for head in _all_heads(model)]
         clean, drops = _drops(model, task, groups, replacement, progress, kept)
     else:
-        compute = (
-            partial(direct_effects, model, task)
-            if by == "direct"
-            else partial(_estimates, model, task, replacement, by, absolute)
-        )
+        if by == "direct":
+            compute = partial(direct_effects, model, task)
+        elif replacement.donors is not None and by == "atp*":
+            compute = partial(atp_star, model, task, replacement.donors, reads, absolute, grad_drop)
+        else:
+            compute = partial(_estimates, model, task, replacement, by, absolute)
         clean, drops = _by_rows(model, task, compute, by, progress, kept)
     intervention = replacement.intervention
     if by == "direct":
         intervention = replace(intervention, granularity=_DIRECT)
+    if by == "atp*":
+        intervention = replace(intervention, granularity=granularity(reads), grad_drop=grad_drop)
     return HeadScores(
         per_prompt=drops.reshape(model.info.layers, model.info.heads, -1),
         clean=clean,

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from lens.figures.style import Theme
 
-BY = ("ablation", "gradient", "attribution", "gate", "direct")
+BY = ("ablation", "gradient", "attribution", "atp*", "gate", "direct")
 BASELINES = ("zero", "mean", "pooled_mean", "resample", "counterfactual", "optimal")
 
 
@@ -34,6 +34,7 @@ class Intervention:
         fitted_on: numbers of the prompts that the optimal constant was fitted to; the others, in
             their order, are the scored ones. None where nothing is fitted and all are scored.
         steps: of that fit.
+        grad_drop: whether the gradient of one layer after another was blocked (AtP*).
         granularity: "head output before the output projection"; of direct logit attribution, only
             the path from there to the logits.
         positions: always "all".
@@ -46,6 +47,7 @@ class Intervention:
     seed: int | None = None
     fitted_on: tuple[int, ...] | None = None
     steps: int | None = None
+    grad_drop: bool = False
     granularity: str = "head output before the output projection"
     positions: str = "all"
     direction: str = "noising"

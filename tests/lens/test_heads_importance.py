@@ -261,14 +261,17 @@ def test_a_long_prompt_has_a_gradient_too():
     [
         (
             {"by": "magic"},
-            "unknown by='magic'; known: ablation, gradient, attribution, gate, direct",
+            "unknown by='magic'; known: ablation, gradient, attribution, atp\\*, gate, direct",
         ),
         ({"baseline": "none"}, "unknown baseline 'none'; known: zero, mean, pooled_mean"),
         (
             {"by": "gradient", "baseline": "mean"},
             "by='gradient' compares with zero alone, got the baseline 'mean'",
         ),
-        ({"absolute": "token"}, "absolute belongs to by='gradient', got by='ablation'"),
+        (
+            {"absolute": "token"},
+            "absolute belongs to by='gradient' and 'atp\\*', got by='ablation'",
+        ),
         ({"by": "gradient", "absolute": True}, "absolute must be None, 'prompt' or 'token'"),
     ],
 )

@@ -1,0 +1,1 @@
+"""Which attention and MLP sub-layers a model can do without."""
