@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from lens_kernels import AttentionResult, attention
-from lens_kernels.redistribution import Redistribution
 
 from lens.captures.interface import current_listener
 from lens.captures.layer import LayerCall, make_settings
@@ -18,6 +17,8 @@ from lens.errors import LensError
 from lens.head_ids import AnyHead, head_id
 from lens.models.loaded import LoadedModel
 from lens.redistribution.keys import KeysAt
+
+BLOCK = 64
 
 
 def selected_heads(
@@ -108,26 +109,23 @@ class AttentionEdit(Recorder, ABC):
             output = attend(call, None, self._backend).output
         return output.to(call.value.dtype).transpose(1, 2).contiguous()
 
-    def _count(self, edited: Redistribution, moved: Sequence[int], rows: torch.Tensor) -> None:
-        """Count one call.
+    def _count(
+        self, before: torch.Tensor, after: torch.Tensor, skipped: torch.Tensor, rows: torch.Tensor
+    ) -> None:
+        """Count one call, all arguments [batch, heads, queries].
 
         Args:
-            edited: the call after the edit.
-            moved: groups whose mass is the sources'.
-            rows: bool [batch, heads, queries], those that the edit looked at.
+            before, after: mass of the sources.
+            skipped: bool, rows that had nowhere to put it.
+            rows: bool, those that the edit looked at.
         """
-        before, after = (mass[list(moved)].sum(0) for mass in (edited.mass_before, edited.mass))
-        skipped = edited.skipped & rows
+        skipped = skipped & rows
         self.calls += 1
         self.skipped_rows += int(skipped.sum())
         self.edited_rows += int(((before > 0) & rows & ~skipped).sum())
-        self._masses += torch.stack(
-            [
-                rows.sum(dtype=torch.float64),
-                (before * rows).sum(dtype=torch.float64),
-                (after * rows).sum(dtype=torch.float64),
-            ]
-        ).cpu()
+        sums = [rows.sum(dtype=torch.float64)]
+        sums += [torch.where(rows, mass, 0).sum(dtype=torch.float64) for mass in (before, after)]
+        self._masses += torch.stack(sums).cpu()
 
     def _keys_at(self, call: LayerCall, layer: int) -> KeysAt:
         """Where each key stands in its prompt, also when a window has dropped older ones."""
@@ -171,8 +169,25 @@ def part_of(call: LayerCall, heads: torch.Tensor, start: int = 0) -> LayerCall:
     )
 
 
-def attend(call: LayerCall, groups: torch.Tensor | None, backend: str) -> AttentionResult:
-    """Attention of one call, with a state per key group."""
+def attend(
+    call: LayerCall,
+    groups: torch.Tensor | None,
+    backend: str,
+    *,
+    only: torch.Tensor | None = None,
+) -> AttentionResult:
+    """Attention of one call, with a state per key group.
+
+    Args:
+        call, groups, backend: see `lens_kernels.attention`.
+        only: bool [batch, keys]; only blocks of `BLOCK` keys that hold one of these are visited, so
+            that only groups made of these alone are complete, and the output is not the call's.
+    """
+    block_mask = None
+    if only is not None:
+        blocks = torch.nn.functional.pad(only, (0, -only.shape[1] % BLOCK))
+        blocks = blocks.unflatten(-1, (-1, BLOCK)).any(-1)[:, None, None]
+        block_mask = blocks.expand(-1, -1, -(-call.query.shape[2] // BLOCK), -1)
     mask = call.mask.for_kernel(call.query.shape[2])
     if call.position_bias is not None:
         mask = replace(mask, bias=call.position_bias)
@@ -186,6 +201,8 @@ def attend(call: LayerCall, groups: torch.Tensor | None, backend: str) -> Attent
             softcap=call.softcap,
             sink_logits=call.sink_logits,
             groups=groups,
+            block_size=BLOCK,
+            block_mask=block_mask,
             backend=backend,
         )
     except (TypeError, ValueError) as error:

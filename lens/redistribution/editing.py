@@ -117,7 +117,8 @@ class Edit(AttentionEdit):
             call.sink_logits,
         )
         moved = SOURCES if self._rule != "learned_sink" else REST
-        self._count(edited, [moved], lse > -torch.inf)
+        before, after = edited.mass_before[moved], edited.mass[moved]
+        self._count(before, after, edited.skipped, lse > -torch.inf)
         return edited.output
 
     def _groups(self, at: KeysAt) -> torch.Tensor | None:

@@ -29,8 +29,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
-from lens_kernels.redistribution import SMALLEST_TARGET, Transfer
-from lens_kernels.redistribution import redistribute as recombine
+from lens_kernels.redistribution import SMALLEST_TARGET
 
 from lens.captures.layer import LayerCall
 from lens.captures.recorder import recording
@@ -243,29 +242,65 @@ class VarEdit(AttentionEdit):
         groups = torch.where(sink, _TEXT_SINKS, _REST)
         groups = torch.where(sink & image, _IMAGE_SINKS, groups)
         groups = torch.where(receives, _RECEIVERS, groups).int()
-        output = attend(call, None, self._backend).output
-        chosen = heads.nonzero()[:, 0]
-        part = part_of(call, chosen, start)
-        # The rows that may be edited once more, with one state per group; others keep their bits.
-        result = attend(part, groups, self._backend)
-        assert result.groups is not None
-        mass = (result.groups.lse - result.statistics["lse"]).exp().nan_to_num(nan=0.0)
-        receivers, visual = mass[_RECEIVERS], mass[_IMAGE_SINKS] + mass[_RECEIVERS]
-        rows = rows[:, None, start:]
-        count = image.sum(-1)[:, None, None]
-        selected = rows & self.settings.is_centric(visual, receivers, count)
-        self._rows[0, at.layer, chosen.cpu()] += rows.sum().cpu()
-        for place, found in ((1, rows & (visual >= self.settings.least_visual)), (2, selected)):
-            self._rows[place, at.layer, chosen.cpu()] += found.sum((0, 2)).cpu()
-        plain = output[:, chosen, start:]
-        amount = torch.where(selected & (receivers >= SMALLEST_TARGET), self.settings.moved, 0.0)
-        rule = Transfer([_TEXT_SINKS, _IMAGE_SINKS], [_RECEIVERS], amount)
-        edited = recombine(result.groups, rule, output=plain, sink_logits=part.sink_logits)
-        skipped = selected & (receivers < SMALLEST_TARGET)
-        self._count(replace(edited, skipped=skipped), [_TEXT_SINKS, _IMAGE_SINKS], selected)
-        output = output.clone()
-        output[:, chosen, start:] = edited.output
+        whole = attend(call, None, self._backend)
+        output, chosen = whole.output.clone(), heads.nonzero()[:, 0]
+        output[:, chosen, start:] = self._moved(
+            part_of(call, chosen, start),
+            at.layer,
+            chosen.cpu(),
+            groups,
+            (output[:, chosen, start:], whole.statistics["lse"][:, chosen, start:]),
+            rows[:, None, start:],
+        )
         return output
+
+    def _moved(
+        self,
+        call: LayerCall,
+        layer: int,
+        heads: torch.Tensor,
+        groups: torch.Tensor,
+        plain: tuple[torch.Tensor, torch.Tensor],
+        rows: torch.Tensor,
+    ) -> torch.Tensor:
+        """Output [batch, heads, queries, value_dim] of heads and queries that may be edited.
+
+        `o + p m(S) (o_R - o_S)`, which keeps the row's mass and so is well conditioned in float32; only
+        key blocks with a sink or an image key are visited. From an output that was rounded to half
+        precision it would not be, so the row is merged from all groups there.
+
+        Args:
+            call, layer, heads: the heads and queries.
+            groups: [batch, keys].
+            plain: their output and LSE without the edit.
+            rows: bool [batch, 1, queries], those of text tokens.
+        """
+        output, lse = plain
+        is_exact = output.dtype in (torch.float32, torch.float64)
+        states = attend(
+            call, groups, self._backend, only=groups > _REST if is_exact else None
+        ).groups
+        assert states is not None
+        mass = torch.where(lse > -torch.inf, (states.lse - lse).exp(), 0.0)
+        receivers = mass[_RECEIVERS]
+        visual = mass[_IMAGE_SINKS] + receivers
+        count = (groups >= _IMAGE_SINKS).sum(-1)[:, None, None]
+        selected = rows & self.settings.is_centric(visual, receivers, count)
+        visual_rows = rows & (visual >= self.settings.least_visual)
+        self._rows[0, layer, heads] += int(rows.sum())
+        for place, found in ((1, visual_rows), (2, selected)):
+            self._rows[place, layer, heads] += found.sum((0, 2)).cpu()
+        skipped = selected & (receivers < SMALLEST_TARGET)
+        gives = mass[_TEXT_SINKS] + mass[_IMAGE_SINKS]
+        moved = torch.where(selected & ~skipped, self.settings.moved, 0.0) * gives
+        self._count(gives, gives - moved, skipped, selected)
+        parts = states.output
+        base = output if is_exact else (mass[..., None] * parts).sum(0)
+        share = torch.where(gives > 0, moved / gives, 0.0)  # of each sink key's contribution
+        edited = torch.addcmul(base, moved[..., None], parts[_RECEIVERS])
+        for group in (_TEXT_SINKS, _IMAGE_SINKS):
+            edited.addcmul_((share * mass[group])[..., None], parts[group], value=-1)
+        return torch.where(moved[..., None] > 0, edited.to(output.dtype), output)
 
     @staticmethod
     def _text_rows(image: torch.Tensor, is_real: torch.Tensor) -> torch.Tensor:
