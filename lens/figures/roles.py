@@ -100,13 +100,29 @@ def retrieval_grid(
     """Retrieval score of every head: layers down, heads across, 0 to 1."""
     values = scores.values
     best = np.unravel_index(values.argmax(), values.shape)
+    found = f"Retrieval: most at L{best[0]}H{best[1]}, {values[best]:.2f} ({scores.n} trials)"
+    return share_grid(
+        values, "share of the needle", title=title or found, width=width, height=height, theme=theme
+    )
+
+
+def share_grid(
+    values: np.ndarray,
+    label: str,
+    *,
+    title: str | None = None,
+    width: int | None = None,
+    height: int | None = None,
+    theme: Theme = "light",
+) -> go.Figure:
+    """Numbers [layer, head] from 0 on: layers down, heads across; the scale ends at 1 or above."""
     figure = go.Figure(
         go.Heatmap(
             z=values,
             zmin=0,
-            zmax=1,
+            zmax=max(1.0, float(values.max())),
             colorscale=scale(VIRIDIS),
-            colorbar={"title": {"text": "share of the needle", "side": "right"}, "thickness": 12},
+            colorbar={"title": {"text": label, "side": "right"}, "thickness": 12},
             xgap=1,
             ygap=1,
             hovertemplate="L%{y}H%{x}: %{z:.3g}<extra></extra>",
@@ -114,12 +130,11 @@ def retrieval_grid(
     )
     figure.update_xaxes(title="head", showgrid=False)
     figure.update_yaxes(title="layer", autorange="reversed", showgrid=False)
-    found = f"Retrieval: most at L{best[0]}H{best[1]}, {values[best]:.2f} ({scores.n} trials)"
     return style(
         figure,
-        title=title or found,
+        title=title or label,
         width=width,
         height=height,
         theme=theme,
-        meta={"figure": "retrieval_grid", "model": scores.model},
+        meta={"figure": "share_grid", "label": label},
     )

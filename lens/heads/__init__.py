@@ -22,6 +22,7 @@ from lens.heads.retrieval import (
 from lens.heads.roles import HeadRoles, roles
 from lens.heads.scores import HeadScores, Intervention
 from lens.heads.similarity import HeadSimilarity, similarity, trace_similarity
+from lens.heads.streaming import StreamingGate, StreamingScores, streaming, streaming_gate
 from lens.heads.weights import HeadWeights, composition, copying, head_weights
 
 __all__ = [
@@ -37,6 +38,8 @@ __all__ = [
     "PruningCurve",
     "RetrievalScores",
     "RetrievalTrial",
+    "StreamingGate",
+    "StreamingScores",
     "ablate",
     "agreement",
     "clusters",
@@ -54,6 +57,8 @@ __all__ = [
     "retrieval",
     "roles",
     "similarity",
+    "streaming",
+    "streaming_gate",
     "text_needles",
     "trace_similarity",
 ]

@@ -1,0 +1,147 @@
+"""Streaming scores equal a twin on whole matrices; the gate keeps the heads that look far back."""
+
+import numpy as np
+import pytest
+import torch
+
+import lens
+from lens.captures.inputs import read_prompts
+from lens.errors import LensError
+from lens.heads import streaming, streaming_gate
+from lens.heads.streaming import _Gate, _last_hidden
+from tests.lens.architectures import build
+from tests.lens.naive import rms_ratio
+
+SINK, RECENT, LENGTH = 3, 7, 41
+
+
+def near_keys(length=LENGTH):
+    i, j = np.arange(length)[:, None], np.arange(length)[None]
+    return (j <= i) & ((j < SINK) | (i - j < RECENT))
+
+
+def prompt_of(model, length=LENGTH):
+    return lens.prompts.take(model, lens.prompts.text("moby-dick"), length)
+
+
+@pytest.mark.parametrize("name", ["text-lm-3l", "stories260k"])
+def test_scores_equal_the_twin(name):
+    model = lens.load(name)
+    ids, info = prompt_of(model), model.info
+    found = streaming(model, ids, sink=SINK, recent=RECENT, progress=False)
+    values = []
+    hooks = [
+        layer.self_attn.v_proj.register_forward_hook(
+            lambda _, __, out: values.append(out[0].double().numpy())
+        )
+        for layer in model.model.model.layers
+    ]
+    model.model.set_attn_implementation("eager")
+    with torch.no_grad():
+        attentions = model.model(torch.tensor([ids]), output_attentions=True).attentions
+    model.model.set_attn_implementation("sdpa")
+    for hook in hooks:
+        hook.remove()
+    kept, error = (np.empty((info.layers, info.heads)) for _ in range(2))
+    for layer in range(info.layers):
+        for head in range(info.heads):
+            p = attentions[layer][0, head].double().numpy()
+            kv = head // (info.heads // info.kv_heads)
+            v = values[layer].reshape(LENGTH, info.kv_heads, -1)[:, kv]
+            near = p * near_keys()
+            mass = near.sum(-1)
+            full, rest = p @ v, near / mass[:, None] @ v
+            missing = np.linalg.norm(full - rest, axis=-1) / np.linalg.norm(full, axis=-1)
+            kept[layer, head] = mass[SINK + RECENT :].mean()
+            error[layer, head] = missing[SINK + RECENT :].mean()
+    assert rms_ratio(found.kept[..., 0], kept) < 1e-5
+    assert rms_ratio(found.error[..., 0], error) < 1e-4
+
+
+def test_closed_gates_are_the_model_under_the_streaming_mask():
+    """alpha = 0 in all heads: the model's own attention with far keys masked out, GQA included."""
+    model = lens.load("stories260k")
+    ids = torch.tensor([prompt_of(model)])
+    mask = torch.zeros(1, 1, LENGTH, LENGTH).masked_fill(
+        ~torch.tensor(near_keys()), torch.finfo(torch.float32).min
+    )
+    model.model.set_attn_implementation("eager")
+    with torch.no_grad():
+        expected = model.model.model(ids, attention_mask=mask)[0][0]
+    model.model.set_attn_implementation("sdpa")
+    prompt = read_prompts(model, ids)[0][0]
+    closed = torch.zeros(model.info.layers, model.info.kv_heads)
+    with torch.no_grad():
+        found = _last_hidden(model, prompt, _Gate(SINK, RECENT, closed))
+        whole = _last_hidden(model, prompt, None)
+        opened = _last_hidden(model, prompt, _Gate(SINK, RECENT, 1 + closed))
+    assert rms_ratio(found, expected) < 1e-5
+    assert rms_ratio(opened, whole) < 1e-5
+    assert rms_ratio(found, whole) > 1e-2
+
+
+def test_the_gradient_of_a_gate_is_the_difference_quotient():
+    model = lens.load("stories260k")
+    prompt = read_prompts(model, prompt_of(model))[0][0]
+
+    def value(alpha):
+        return _last_hidden(model, prompt, _Gate(SINK, RECENT, alpha)).square().mean()
+
+    alpha = torch.full((model.info.layers, model.info.kv_heads), 0.6, requires_grad=True)
+    (slope,) = torch.autograd.grad(value(alpha), [alpha])
+    direction = torch.randn(alpha.shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        quotient = (value(alpha + 0.01 * direction) - value(alpha - 0.01 * direction)) / 0.02
+    assert float((slope * direction).sum()) == pytest.approx(float(quotient), rel=1e-2)
+
+
+def test_the_gate_keeps_the_heads_of_induction_2l_that_look_far_back():
+    """Its page: L0 heads look one or two back; L1H0, L1H2, L1H3 (induction) and L1H1 look 24, 25 back."""
+    model = lens.load("induction-2l")
+    prompts = [lens.prompts.copied(model, 25, seed=seed) for seed in range(4)]
+    options = {"sink": 1, "recent": 8, "steps": 50, "rate": 0.05, "progress": False}
+    gate = streaming_gate(model, prompts, **options)
+    alpha = gate.table().set_index("name")["alpha"]
+    far = ["L1H0", "L1H2", "L1H3"]
+    near = ["L0H0", "L0H1", "L0H2", "L0H3"]
+    assert alpha[far].min() > 0.8
+    assert alpha[near].max() < 0.2
+    assert set(far) <= {str(head) for head in gate.retrieval_heads()}
+    assert gate.losses[0] == pytest.approx(0.05, rel=1e-4)  # all open: the penalty alone
+    assert gate.losses[-1] < 0.7 * gate.losses[0]
+    again = streaming_gate(model, prompts, **options)
+    np.testing.assert_array_equal(gate.alpha, again.alpha)
+    assert "of 8 heads above 0.5 with 1 first + 8 recent keys; 50 steps" in repr(gate)
+    np.testing.assert_array_equal(gate.plot().data[0].z, gate.values)
+    cheap = streaming(model, prompts, sink=1, recent=8, progress=False)
+    table = cheap.table().set_index("name")
+    assert table.loc[far, "error"].min() > 10 * table.loc[near[:3], "error"].max()
+    assert (table["error_low"] <= table["error"]).all()
+    assert "4 prompts; largest error L1H0" in repr(cheap)
+    np.testing.assert_allclose(cheap.plot().data[0].z, cheap.error.mean(-1))
+
+
+def test_heads_of_a_group_share_their_gate():
+    model = lens.load("stories260k")
+    gate = streaming_gate(
+        model, prompt_of(model), sink=1, recent=5, steps=3, rate=0.1, progress=False
+    )
+    assert gate.alpha.shape == (5, 4)
+    assert gate.values.shape == (5, 8)
+    np.testing.assert_array_equal(gate.values[:, ::2], gate.alpha)
+    np.testing.assert_array_equal(gate.values[:, 1::2], gate.alpha)
+
+
+def test_what_cannot_stream_is_said():
+    model = lens.load("text-lm-3l")
+    with pytest.raises(
+        LensError, match=r"a prompt has 9 tokens; it takes more than sink \+ recent"
+    ):
+        streaming(model, prompt_of(model, 9), sink=4, recent=5)
+    with pytest.raises(LensError, match="sink must be at least 0 and recent 1, got 0 and 0"):
+        streaming(model, prompt_of(model), sink=0, recent=0)
+    with pytest.raises(LensError, match="steps must be at least 1, got 0"):
+        streaming_gate(model, prompt_of(model), steps=0)
+    encoder = lens.load(build("bert"))
+    with pytest.raises(LensError, match="layer 0 has attention that is not plain causal"):
+        streaming(encoder, [5, 6, 7, 8, 9], sink=1, recent=2, progress=False)
