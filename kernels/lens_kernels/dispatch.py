@@ -79,15 +79,6 @@ def load(name: str) -> Backend:
     return cast(Backend, importlib.import_module(MODULES[name]))
 
 
-def _obstacle(name: str, problem: Problem) -> str | None:
-    try:
-        return load(name).supports(problem)
-    except ModuleNotFoundError as error:
-        if error.name != MODULES[name]:
-            raise
-        return f"not part of this installation ({error})"
-
-
 def explain_problem(problem: Problem, backend: str = "auto") -> Explanation:
     """Which backend would run `problem`, and why.
 
@@ -96,7 +87,7 @@ def explain_problem(problem: Problem, backend: str = "auto") -> Explanation:
     """
     if backend != "auto":
         load(backend)
-    obstacles = {name: _obstacle(name, problem) for name in MODULES}
+    obstacles = {name: load(name).supports(problem) for name in MODULES}
     if backend != "auto":
         if obstacles[backend] is not None:
             raise ValueError(

@@ -261,7 +261,8 @@ def row_features(problem: Problem) -> tuple[Tensor, dict[str, slice]]:
     for. A backend may append them to the values as extra columns.
 
     Returns:
-        [batch, kv_heads, keys, features] in the compute type, and the columns of each statistic.
+        [batch, kv_heads, keys, features] in the compute type, in memory with features outermost,
+        and the columns of each statistic.
     """
     plan, dtype = problem.plan, problem.compute_dtype
     position = plan.key_position.to(dtype)
@@ -290,7 +291,7 @@ def row_features(problem: Problem) -> tuple[Tensor, dict[str, slice]]:
     if not columns:
         shape = (problem.batch, problem.kv_heads, problem.keys, 0)
         return position.new_zeros(shape), names
-    return torch.stack(columns, dim=-1), names
+    return torch.stack(columns).movedim(0, -1), names
 
 
 def top_blocks(block_mass: Tensor, top_k: int) -> tuple[Tensor, Tensor]:

@@ -30,7 +30,6 @@ class Statistic:
         needs: the argument of `attention` without which it cannot be computed, or None.
         sparse_exactness: what it is for the dense attention when a `block_mask` cut keys off.
         brings: the second name that comes along with it, or None.
-        needs_lse: a sum or maximum of `P = exp(s - LSE)` over rows: work of the second pass.
         from_backward: filled by `backward()`.
     """
 
@@ -40,7 +39,6 @@ class Statistic:
     needs: str | None = None
     sparse_exactness: Exactness = "approx"
     brings: str | None = None
-    needs_lse: bool = False
     from_backward: bool = False
 
 
@@ -71,42 +69,37 @@ _TABLE = (
     ),
     Statistic("value_norm", _ROW, "norm of sum P v", brings="mean_value_norm"),
     Statistic("mean_value_norm", _ROW, "sum P norm(v), never below value_norm"),
-    Statistic("received", _KEY, "column sum of P over the queries", needs_lse=True),
+    Statistic("received", _KEY, "column sum of P over the queries"),
     Statistic(
         "diagonal",
         ("batch", "heads", "distances"),
         "mass at each distance anchor - key, summed over the queries",
-        needs_lse=True,
     ),
-    Statistic("block_mass", _MAP, "sum of P in the block, mean over its seen rows", needs_lse=True),
-    Statistic("block_max", _MAP, "largest P in the block, 0 where none", needs_lse=True),
+    Statistic("block_mass", _MAP, "sum of P in the block, mean over its seen rows"),
+    Statistic("block_max", _MAP, "largest P in the block, 0 where none"),
     Statistic(
         "block_max_logit",
         _MAP,
         "largest s in the block, -inf where none",
         sparse_exactness="lower_bound",
-        needs_lse=True,
     ),
     Statistic(
         "block_weighted",
         _MAP,
         "sum of P * key_weights in the block, mean over its seen rows",
         needs="key_weights",
-        needs_lse=True,
     ),
     Statistic(
         "top_keys",
         ("batch", "heads", "query_blocks", "k"),
         "the key blocks of largest block_mass, strongest first, ties by lower index (int64)",
         brings="top_mass",
-        needs_lse=True,
     ),
     Statistic(
         "top_mass",
         ("batch", "heads", "query_blocks", "k"),
         "block_mass of top_keys",
         brings="top_keys",
-        needs_lse=True,
     ),
     Statistic(
         "block_attribution",
