@@ -1,17 +1,13 @@
 """`lens.capture`: prompts in, traces out, one layer in memory at a time."""
 
-import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lens import __version__
 from lens.captures.inputs import Prompt, read_prompts
@@ -19,6 +15,7 @@ from lens.captures.layer import PREFIX, LayerRecord, Settings, make_settings
 from lens.captures.recorder import Recorder, base, recording
 from lens.errors import LensError
 from lens.models.loaded import LoadedModel
+from lens.progress import advancing
 from lens.trace import AttentionTrace, TraceWriter
 
 LARGEST_MAPS = 4 << 30  # bytes of block maps of one layer
@@ -73,7 +70,7 @@ def capture(
         _check_size(model, prompt, settings)
     total = len(found) * model.info.layers
     traces = []
-    with _advancing(model.name, total, progress) as advance:
+    with advancing(f"{model.name}: layers", total, progress) as advance:
         for number, prompt in enumerate(found):
             folder = out if out is None or is_single else Path(out) / f"p{number:03d}"
             traces.append(_capture_one(model, prompt, settings, folder, seed, advance))
@@ -86,7 +83,7 @@ def _capture_one(
     settings: Settings,
     out: str | Path | None,
     seed: int | None,
-    advance: Any,
+    advance: Callable[[int], None],
 ) -> AttentionTrace:
     start = time.perf_counter()
     writer = TraceWriter(out)
@@ -105,7 +102,7 @@ def _capture_one(
         )
         record.variables.clear()
         layers.append(record)
-        advance()
+        advance(1)
 
     with torch.no_grad(), recording(model, Recorder(settings, take)):
         base(model)(**prompt.inputs)
@@ -193,20 +190,3 @@ def _versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
-
-
-@contextmanager
-def _advancing(title: str, total: int, shown: bool) -> Iterator[Any]:
-    """A function to call after each layer."""
-    if not (shown and sys.stderr.isatty()):
-        yield lambda: None
-        return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(f"{title}: layers", total=total)
-        yield lambda: bar.advance(task)

@@ -23,9 +23,9 @@ from lens.heads.checkpoint import Checkpoint, configuration
 from lens.heads.direct import direct_effects
 from lens.heads.editing import HeadGradient, edited_logits, with_gradients
 from lens.heads.group import GroupAblation
-from lens.heads.progress import advancing
 from lens.heads.scores import BY, HeadScores
 from lens.models.loaded import LoadedModel
+from lens.progress import advancing
 from lens.tasks.task import Task
 
 _DEFAULT_BASELINE = {

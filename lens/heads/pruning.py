@@ -17,7 +17,7 @@ from lens.bootstrap import over_units
 from lens.errors import LensError
 from lens.head_ids import AnyHead, HeadId, head_id
 from lens.heads.measuring import ablate
-from lens.heads.progress import advancing
+from lens.progress import advancing
 from lens.heads.scores import HeadScores, Intervention
 
 if TYPE_CHECKING:

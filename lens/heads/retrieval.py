@@ -25,7 +25,7 @@ from lens.captures.layer import LayerCall, make_settings
 from lens.captures.recorder import Recorder, base, recording
 from lens.errors import LensError
 from lens.head_ids import HeadId
-from lens.heads.progress import advancing
+from lens.progress import advancing
 from lens.models.loaded import LoadedModel
 from lens.tasks.task import logits_of
 

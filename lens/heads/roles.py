@@ -17,7 +17,7 @@ from lens.captures.inputs import Prompt, read_prompts
 from lens.captures.run import capture
 from lens.errors import LensError
 from lens.head_ids import HeadId
-from lens.heads.progress import advancing
+from lens.progress import advancing
 from lens.heads.random_weights import random_weights
 from lens.heads.role_metrics import COLUMNS
 from lens.heads.role_scores import STATISTICS, RoleRecorder, role_scores

@@ -245,7 +245,7 @@ def similarity(
             that differ in length.
     """
     from lens.captures.inputs import read_prompts
-    from lens.heads.progress import advancing
+    from lens.progress import advancing
     from lens.heads.states import read_states
 
     if by not in SIMILARITIES:

@@ -1,0 +1,99 @@
+"""Figures of `lens.layers`: what sub-layers are worth, and how many can go."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import plotly.graph_objects as go
+
+from lens.figures.colors import ACCENT, LINE
+from lens.figures.style import Theme, style
+
+if TYPE_CHECKING:
+    from lens.layers.scores import GreedyRemoval, SkipSweep
+
+
+def skip_scatter(
+    sweep: SkipSweep,
+    *,
+    title: str | None = None,
+    width: int | None = None,
+    height: int | None = None,
+    theme: Theme = "light",
+) -> go.Figure:
+    """One point per sub-layer: how far the outputs move without it, and what the task loses."""
+    table = sweep.table()
+    figure = go.Figure()
+    for kind, color in (("attention", LINE), ("mlp", ACCENT)):
+        rows = table.iloc[[at for at, name in enumerate(sweep.names) if name.endswith(kind)]]
+        if not len(rows):
+            continue
+        figure.add_trace(
+            go.Scatter(
+                x=rows["distance"],
+                y=rows["drop"],
+                error_y={
+                    "type": "data",
+                    "array": rows["drop_high"] - rows["drop"],
+                    "arrayminus": rows["drop"] - rows["drop_low"],
+                    "thickness": 1,
+                },
+                mode="markers+text",
+                text=rows["name"].str.split(".").str[0],
+                textposition="top center",
+                marker={"color": color, "size": 8},
+                name=kind,
+                hovertemplate="%{text} " + kind + ": %{y:.4g}, distance %{x:.4g}<extra></extra>",
+            )
+        )
+    figure.update_xaxes(title=f"{sweep.distance} between outputs with and without it")
+    figure.update_yaxes(title=f"{sweep.metric} lost without it")
+    worst = table.iloc[int(table["drop"].to_numpy().argmax())]
+    return style(
+        figure,
+        title=title or f"{sweep.task}: missed most is {worst['name']}, {worst['drop']:.3g}",
+        width=width,
+        height=height,
+        theme=theme,
+        meta={"distance": sweep.distance, "task": sweep.task, "model": sweep.model},
+    )
+
+
+def removal_curve(
+    removal: GreedyRemoval,
+    *,
+    title: str | None = None,
+    width: int | None = None,
+    height: int | None = None,
+    theme: Theme = "light",
+) -> go.Figure:
+    """The task's metric against the number of sub-layers taken out, with its interval."""
+    table = removal.table()
+    figure = go.Figure(
+        go.Scatter(
+            x=table["removed"],
+            y=table["metric"],
+            error_y={
+                "type": "data",
+                "array": table["high"] - table["metric"],
+                "arrayminus": table["metric"] - table["low"],
+                "thickness": 1,
+            },
+            mode="lines+markers",
+            line={"color": LINE},
+            text=table["name"],
+            hovertemplate="%{x} removed, last %{text}: %{y:.4g}<extra></extra>",
+        )
+    )
+    figure.update_xaxes(title=f"sub-layers taken out, of {removal.sublayers}", dtick=1)
+    figure.update_yaxes(title=removal.metric)
+    return style(
+        figure,
+        title=title
+        or f"{removal.task}: {removal.metric} without {len(removal.order)} sub-layers, "
+        f"first {removal.order[0]}",
+        width=width,
+        height=height,
+        theme=theme,
+        meta={"distance": removal.distance, "task": removal.task, "model": removal.model},
+    )
