@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
@@ -10,6 +12,9 @@ from plotly.subplots import make_subplots
 from lens.errors import LensError
 from lens.figures.colors import ACCENT, BASELINE, DIVERGING, LINE, VIRIDIS, scale
 from lens.figures.style import Theme, escaped, style
+
+if TYPE_CHECKING:
+    from lens.sinks.emergences import SinkEmergence
 
 _CONDITIONS = (ACCENT, LINE, BASELINE, "#22a884", "#8250df")
 _MEASURES = {
@@ -194,4 +199,35 @@ def streaming_curves(
     figure.update_yaxes(title=_MEASURES["delta_loss"])
     first = table.iloc[0]
     text = f"First and last keys only (BOS {first['bos']}, n = {first['n']})"
+    return style(figure, title=title or text, width=width, height=height, theme=theme)
+
+
+def emergence_curves(
+    result: SinkEmergence,
+    *,
+    title: str | None = None,
+    width: int | None = None,
+    height: int | None = None,
+    theme: Theme = "light",
+) -> go.Figure:
+    """Sink rate over layers, a curve per kind of prompt, with 95 % intervals."""
+    rows = result.rows[result.rows["layer"].notna()]
+    figure = go.Figure()
+    for number, (condition, some) in enumerate(rows.groupby("condition", sort=False)):
+        figure.add_scatter(
+            x=some["layer"],
+            y=some["rate"],
+            error_y={
+                "type": "data",
+                "symmetric": False,
+                "array": (some["high"] - some["rate"]).fillna(0),
+                "arrayminus": (some["rate"] - some["low"]).fillna(0),
+            },
+            mode="lines+markers",
+            line={"color": _CONDITIONS[number % len(_CONDITIONS)]},
+            name=str(condition),
+        )
+    figure.update_xaxes(title="Layer", dtick=1)
+    figure.update_yaxes(title="Sink rate (share of heads)", range=[-0.02, 1.02])
+    text = f"Key {result.key}: alpha > {result.epsilon:g}"
     return style(figure, title=title or text, width=width, height=height, theme=theme)

@@ -18,22 +18,34 @@ if TYPE_CHECKING:
     from lens.sinks.causal import effect
     from lens.sinks.dosage import DoseResponse, dose_response
     from lens.sinks.effects import SinkEffect
+    from lens.sinks.emergences import SinkEmergence, by_length, control_prompts, emergence
+    from lens.sinks.gates import EffectiveGates, effective_gate
     from lens.sinks.geometry import SinkMechanism, mechanism
+    from lens.sinks.head_edits import HeadActivity, activity, head_effect
     from lens.sinks.streaming_policies import StreamingPolicies, streaming
 
 __all__ = [
     "DoseResponse",
+    "EffectiveGates",
+    "HeadActivity",
     "MassiveActivations",
     "SinkEffect",
+    "SinkEmergence",
     "SinkKeys",
     "SinkMechanism",
     "SinkProfile",
     "SinkRate",
     "SinkSensitivity",
     "StreamingPolicies",
+    "activity",
+    "by_length",
+    "control_prompts",
     "dose_response",
     "effect",
+    "effective_gate",
+    "emergence",
     "find",
+    "head_effect",
     "massive",
     "massive_effect",
     "mechanism",
@@ -53,6 +65,15 @@ _WITH_TORCH = {  # which reading traces does not need
     "mechanism": "geometry",
     "MassiveActivations": "activations",
     "massive": "activations",
+    "HeadActivity": "head_edits",
+    "activity": "head_edits",
+    "head_effect": "head_edits",
+    "SinkEmergence": "emergences",
+    "by_length": "emergences",
+    "control_prompts": "emergences",
+    "emergence": "emergences",
+    "EffectiveGates": "gates",
+    "effective_gate": "gates",
     "StreamingPolicies": "streaming_policies",
     "streaming": "streaming_policies",
     "massive_effect": "activations",
