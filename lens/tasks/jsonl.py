@@ -9,6 +9,7 @@ import torch
 
 from lens.errors import LensError
 from lens.models.loaded import LoadedModel
+from lens.tasks.candidates import Misfit, following
 from lens.tasks.task import Task
 
 _NEEDED = ("clean", "correct", "wrong")
@@ -20,7 +21,8 @@ def from_jsonl(model: LoadedModel, path: str | Path, *, name: str | None = None)
     Each line is an object: `clean` (a text or token ids), `corrupt` (the same, of as many tokens;
     in every line or in none), `correct` and `wrong` (a text of a single token, with its leading space
     where the vocabulary has one, or an id). What does not fit is dropped and listed in
-    `task.dropped`: answers of several tokens, prompts whose corrupt partner has another length, and
+    `task.dropped`: answers of several tokens or that are one token, an answer that changes how its
+    prompt is split, prompts whose corrupt partner has another length, and
     prompts of another length than most (the shorter one where two are as frequent).
 
     Args:
@@ -44,7 +46,7 @@ def from_jsonl(model: LoadedModel, path: str | Path, *, name: str | None = None)
             row = _parse(line, number, path)
             try:
                 found.append(_encode(model, row, number))
-            except _Dropped as reason:
+            except Misfit as reason:
                 dropped.append(f"line {number}: {reason}")
     if not found:
         raise LensError(f"{path.name} has no prompt that can be used; {'; '.join(dropped[:3])}")
@@ -74,10 +76,6 @@ def from_jsonl(model: LoadedModel, path: str | Path, *, name: str | None = None)
     )
 
 
-class _Dropped(Exception):  # noqa: N818 (not an error: the prompt is left out and listed)
-    """Why a prompt cannot be used."""
-
-
 def _parse(line: str, number: int, path: Path) -> dict[str, Any]:
     try:
         row = json.loads(line)
@@ -94,8 +92,10 @@ def _encode(model: LoadedModel, row: dict[str, Any], number: int) -> dict[str, A
     clean = _ids(model, row["clean"])
     corrupt = None if row.get("corrupt") is None else _ids(model, row["corrupt"])
     if corrupt is not None and len(corrupt) != len(clean):
-        raise _Dropped(f"clean has {len(clean)} tokens, corrupt {len(corrupt)}")
-    answers = {field: _answer(model, row[field]) for field in ("correct", "wrong")}
+        raise Misfit(f"clean has {len(clean)} tokens, corrupt {len(corrupt)}")
+    answers = {field: _answer(model, row["clean"], row[field]) for field in ("correct", "wrong")}
+    if answers["correct"] == answers["wrong"]:
+        raise Misfit("the correct and the wrong answer are the same token")
     return {"number": number, "clean": clean, "corrupt": corrupt, **answers}
 
 
@@ -103,13 +103,15 @@ def _ids(model: LoadedModel, prompt: str | list[int]) -> list[int]:
     return model.encode(prompt) if isinstance(prompt, str) else [int(index) for index in prompt]
 
 
-def _answer(model: LoadedModel, answer: str | int) -> int:
-    """The single token of an answer."""
+def _answer(model: LoadedModel, prompt: str | list[int], answer: str | int) -> int:
+    """The single token of an answer: where it follows the prompt, if it begins with a space."""
     if isinstance(answer, int):
         return answer
+    if isinstance(prompt, str) and answer[:1].isspace():
+        return following(model, prompt, answer)
     ids = model.encode(answer)
     if ids[0] == model.bos_id:
         ids = ids[1:]
     if len(ids) != 1:
-        raise _Dropped(f"the answer {answer!r} has {len(ids)} tokens, one was expected")
+        raise Misfit(f"the answer {answer!r} has {len(ids)} tokens, one was expected")
     return ids[0]

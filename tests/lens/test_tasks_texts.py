@@ -11,7 +11,7 @@ import torch
 
 import lens
 from lens.errors import LensError
-from lens.tasks import colored_objects, docstring, greater_than, ioi
+from lens.tasks import colored_objects, docstring, from_jsonl, greater_than, ioi
 from lens.tasks.candidates import Candidate, Misfit, following, make_task
 from lens.tasks.colored_objects import SURFACES, _Scene
 from lens.tasks.greater_than import _text
@@ -334,3 +334,23 @@ def test_small_models_read_years_digit_by_digit(name):
 def test_too_few_prompts_are_refused_with_the_most_frequent_reason(by_word, candidate, message):
     with pytest.raises(LensError, match=message):
         make_task(by_word, "made", 3, 0, lambda _: candidate, metric="logit_difference")
+
+
+def test_an_answer_with_a_space_is_read_where_it_follows_its_prompt(by_word, tmp_path):
+    """Tokenizers of the sentencepiece kind make two tokens of " the" alone and one after a text."""
+    model = lens.load("stories260k")
+    assert len(model.encode(" the")) == 3  # BOS, a space, the word
+    path = tmp_path / "mine.jsonl"
+    lines = [
+        {"clean": "Lily went to", "correct": " the", "wrong": " a"},
+        {"clean": "Lily went to", "correct": " the", "wrong": " the"},
+        {"clean": "Lily went to", "correct": " Timothy", "wrong": " a"},
+    ]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    task = from_jsonl(model, path)
+    assert task.wrong is not None
+    assert model.token_strings([int(task.correct), int(task.wrong)]) == [" the", " a"]
+    assert task.dropped[0] == "line 2: the correct and the wrong answer are the same token"
+    assert re.fullmatch(r"line 3: ' Timothy' is \d tokens, one was expected", task.dropped[1])
+    path.write_text(json.dumps({"clean": "so sad", "correct": " d", "wrong": "x"}) + "\n")
+    assert from_jsonl(by_word, path).dropped == ()
