@@ -1,7 +1,6 @@
 """Attention moved while the model runs.
 
-`lens.redistribute` moves it between chosen keys; `var` is a published recipe that finds the keys, the
-heads and the rows itself. `base` is what all edits have in common, `keys` says which keys are meant,
+`lens.redistribute` moves it between chosen keys; `var`, `act` and `pasta` are published recipes. `base` is what all edits have in common, `keys` says which keys are meant,
 `rules` what an edit does with the states of key groups.
 """
 
@@ -9,21 +8,31 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lens.redistribution.calibration import ActEdit, act
     from lens.redistribution.sink_dims import KNOWN, SinkDims, find_sink_dims, phi
+    from lens.redistribution.steering import PastaEdit, pasta
     from lens.redistribution.vision import PRESETS, VarEdit, VarSettings, var
 
 __all__ = [
     "KNOWN",
     "PRESETS",
+    "ActEdit",
+    "PastaEdit",
     "SinkDims",
     "VarEdit",
     "VarSettings",
+    "act",
     "find_sink_dims",
+    "pasta",
     "phi",
     "var",
 ]
 
 _HOMES = {
+    "ActEdit": "calibration",
+    "act": "calibration",
+    "PastaEdit": "steering",
+    "pasta": "steering",
     "KNOWN": "sink_dims",
     "PRESETS": "vision",
     "SinkDims": "sink_dims",

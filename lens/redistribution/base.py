@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from lens_kernels import AttentionResult, attention
+from lens_kernels import AttentionMask, AttentionResult, attention
 
 from lens.captures.interface import current_listener
 from lens.captures.layer import LayerCall, make_settings
@@ -169,6 +169,12 @@ def part_of(call: LayerCall, heads: torch.Tensor, start: int = 0) -> LayerCall:
     )
 
 
+def kernel_mask(call: LayerCall) -> AttentionMask:
+    """The mask of a call as the kernel takes it, with what is added to the logits."""
+    mask = call.mask.for_kernel(call.query.shape[2])
+    return mask if call.position_bias is None else replace(mask, bias=call.position_bias)
+
+
 def attend(
     call: LayerCall,
     groups: torch.Tensor | None,
@@ -188,15 +194,12 @@ def attend(
         blocks = torch.nn.functional.pad(only, (0, -only.shape[1] % BLOCK))
         blocks = blocks.unflatten(-1, (-1, BLOCK)).any(-1)[:, None, None]
         block_mask = blocks.expand(-1, -1, -(-call.query.shape[2] // BLOCK), -1)
-    mask = call.mask.for_kernel(call.query.shape[2])
-    if call.position_bias is not None:
-        mask = replace(mask, bias=call.position_bias)
     try:
         return attention(
             call.query,
             call.key,
             call.value,
-            mask=mask,
+            mask=kernel_mask(call),
             scale=call.scale,
             softcap=call.softcap,
             sink_logits=call.sink_logits,

@@ -88,7 +88,7 @@ def measure(layers: int, tokens: int, image: int, repeats: int) -> dict[str, flo
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--image", type=int, default=2880)
