@@ -128,6 +128,11 @@ def importance(
         )
     if by == "attribution" and name == "optimal":
         raise LensError("an optimal constant is fitted to the real ablation; use by='ablation'")
+    if task.is_flat and by not in ("ablation", "direct"):
+        raise LensError(
+            f"the metric {task.metric!r} is at its best where the model is as it is, so that its gradient "
+            f"there is 0 and by={by!r} says nothing about the heads; use by='ablation'"
+        )
     task.check(model)
     kept = Checkpoint(
         checkpoint,
