@@ -22,6 +22,7 @@ from lens.heads.retrieval import (
 from lens.heads.roles import HeadRoles, roles
 from lens.heads.scores import HeadScores, Intervention
 from lens.heads.similarity import HeadSimilarity, similarity, trace_similarity
+from lens.heads.stability import HeadStability, stability
 from lens.heads.streaming import StreamingGate, StreamingScores, streaming, streaming_gate
 from lens.heads.weights import HeadWeights, composition, copying, head_weights
 
@@ -32,6 +33,7 @@ __all__ = [
     "HeadRoles",
     "HeadScores",
     "HeadSimilarity",
+    "HeadStability",
     "HeadWeights",
     "Intervention",
     "PatternClasses",
@@ -57,6 +59,7 @@ __all__ = [
     "retrieval",
     "roles",
     "similarity",
+    "stability",
     "streaming",
     "streaming_gate",
     "text_needles",
