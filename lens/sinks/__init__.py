@@ -22,9 +22,11 @@ if TYPE_CHECKING:
     from lens.sinks.gates import EffectiveGates, effective_gate
     from lens.sinks.geometry import SinkMechanism, mechanism
     from lens.sinks.head_edits import HeadActivity, activity, head_effect
+    from lens.sinks.spectral import BandLosses, SpectralBands, band_energies, band_losses, bands
     from lens.sinks.streaming_policies import StreamingPolicies, streaming
 
 __all__ = [
+    "BandLosses",
     "DoseResponse",
     "EffectiveGates",
     "HeadActivity",
@@ -36,8 +38,12 @@ __all__ = [
     "SinkProfile",
     "SinkRate",
     "SinkSensitivity",
+    "SpectralBands",
     "StreamingPolicies",
     "activity",
+    "band_energies",
+    "band_losses",
+    "bands",
     "by_length",
     "control_prompts",
     "dose_response",
@@ -74,6 +80,11 @@ _WITH_TORCH = {  # which reading traces does not need
     "emergence": "emergences",
     "EffectiveGates": "gates",
     "effective_gate": "gates",
+    "BandLosses": "spectral",
+    "SpectralBands": "spectral",
+    "band_energies": "spectral",
+    "band_losses": "spectral",
+    "bands": "spectral",
     "StreamingPolicies": "streaming_policies",
     "streaming": "streaming_policies",
     "massive_effect": "activations",
