@@ -19,6 +19,7 @@ from lens.processes import is_writing
 if TYPE_CHECKING:
     import pandas as pd
 
+    from lens.sections import Section
     from lens.trace import AttentionTrace
 
 SCHEMA = "attention-lens/run"
@@ -117,6 +118,23 @@ class Run:
             have = ", ".join(self.traces) or "none"
             raise LensError(f"run {self.id} has no trace of prompt {prompt_id!r}; it has: {have}")
         return AttentionTrace.load(self.path / "trace" / prompt_id)
+
+    @property
+    def sections(self) -> list[str]:
+        """Names of the finished sections: what `lens heads`, `lens sinks` and others found."""
+        from lens.sections import section_names
+
+        return section_names(self.path)
+
+    def section(self, name: str) -> Section:
+        """One section with its tables and figures.
+
+        Raises:
+            LensError: there is none, or it is damaged.
+        """
+        from lens.sections import load_section
+
+        return load_section(self.path, name)
 
     def _table(self, name: str) -> pd.DataFrame:
         import pandas as pd

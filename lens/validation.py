@@ -58,6 +58,7 @@ def validate(run: Run) -> list[str]:
         problems += _heads(run)
     except LensError as error:
         problems += _unless_missing(run, "heads.parquet", error)
+    problems += _sections(run)
     for prompt_id in run.traces:
         problems += [f"trace of {prompt_id}: {problem}" for problem in _trace(run, prompt_id)]
     return list(dict.fromkeys(problems))
@@ -133,6 +134,14 @@ def _heads(run: Run) -> Iterator[str]:
     if (whole.to_numpy() != len(heads)).any():
         yield f"heads.parquet lacks scores: not every metric has all {len(heads)} heads"
     yield from _scores(table)
+
+
+def _sections(run: Run) -> Iterator[str]:
+    for name in run.sections:
+        try:
+            run.section(name)
+        except LensError as error:
+            yield str(error)
 
 
 def _scores(table: pd.DataFrame) -> Iterator[str]:

@@ -5,11 +5,36 @@ Exit codes: 0 done, 1 error, 2 wrong usage, 3 partly done (the same command comp
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lens_analyses.console import PARTIAL, Output, UsageError
+from lens_analyses.options import (
+    RUNS,
+    Again,
+    Assignments,
+    Config,
+    Copied,
+    Debug,
+    Json,
+    Model,
+    N,
+    Out,
+    Port,
+    Quiet,
+    Run,
+    RunsDir,
+    Seed,
+    Task,
+    Text,
+    TextName,
+    Tokens,
+    Windows,
+)
+
+if TYPE_CHECKING:
+    from lens_analyses.config import RunConfig
 
 app = typer.Typer(
     name="lens",
@@ -19,17 +44,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-
-Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only errors on stderr.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
-RunsDir = Annotated[
-    Path,
-    typer.Option("--runs", help="Folder of run folders.", envvar="LENS_RUNS", show_default=True),
-]
-Run = Annotated[str, typer.Argument(help="A run folder, or its id (or the end of it) in --runs.")]
-Port = Annotated[int, typer.Option(min=1, max=65535, help="Port of the dashboard.")]
-RUNS = Path("runs")
 
 
 @app.command()
@@ -66,31 +80,23 @@ def demo(
 
 @app.command()
 def run(
-    model: Annotated[
-        str | None, typer.Option("--model", "-m", help="Embedded name, folder or hub id.")
-    ] = None,
-    text: Annotated[Path | None, typer.Option(help="Text file to analyse.")] = None,
-    text_name: Annotated[str | None, typer.Option(help="Embedded text, e.g. moby-dick.")] = None,
+    model: Model = None,
+    text: Text = None,
+    text_name: TextName = None,
     prompts: Annotated[
         Path | None,
         typer.Option(help='Batch: one prompt a line (.txt), or {"text": ...} a line (.jsonl).'),
     ] = None,
-    tokens: Annotated[
-        int | None, typer.Option(help="Take the first N tokens of each text (all of it otherwise).")
-    ] = None,
-    windows: Annotated[
-        int | None, typer.Option(help="Cut the text into N pieces of --tokens tokens.")
-    ] = None,
-    copied: Annotated[
-        int | None, typer.Option(help="Number of copied random prompts, the induction probe. [4]")
-    ] = None,
+    tokens: Tokens = None,
+    windows: Windows = None,
+    copied: Copied = None,
     copied_length: Annotated[
         int | None, typer.Option(help="Random tokens in each, before they are repeated. [25]")
     ] = None,
     block_size: Annotated[
         int | None, typer.Option(help="Positions per block of the attention maps. [64]")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the copied prompts. [0]")] = None,
+    seed: Seed = None,
     dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1. [cpu]")] = None,
     revision: Annotated[str | None, typer.Option(help="Of a hub model.")] = None,
@@ -100,18 +106,10 @@ def run(
             "--keep-qk/--no-keep-qk", help="Store q and k for exact zoom in the viewer. [keep]"
         ),
     ] = None,
-    config: Annotated[
-        Path | None, typer.Option("--config", "-c", help="TOML file; flags go on top of it.")
-    ] = None,
-    assignments: Annotated[
-        list[str] | None, typer.Option("--set", help="Any setting, e.g. capture.block_size=32.")
-    ] = None,
-    out: Annotated[
-        Path, typer.Option(help="Folder for the run folder.", envvar="LENS_RUNS")
-    ] = RUNS,
-    again: Annotated[
-        bool, typer.Option("--again", help="Compute anew what is already finished.")
-    ] = False,
+    config: Config = None,
+    assignments: Assignments = None,
+    out: Out = RUNS,
+    again: Again = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only estimate tokens, time, memory and disk.")
     ] = False,
@@ -138,24 +136,56 @@ def run(
         "seed": seed,
     }
     with output.session():
-        from lens_analyses.config import RunConfig, parse_assignments
-
-        given = {name: value for name, value in flags.items() if value is not None}
-        given = {**parse_assignments(assignments or []), **given}
-        _check_text(config, given)
-        settings = RunConfig.load(config, given)
+        settings = _settings(config, assignments, flags)
         if dry_run:
             from lens_analyses.estimate import estimate
 
             forecast = estimate(settings)
             output.result(forecast.text(), forecast.as_json())
             return
-        from lens_analyses.runner import execute
+        _execute(settings, out, output, again)
 
-        finished = execute(settings, out, output, again=again)
-        output.result(finished.text(), finished.as_json())
-        if finished.status != "success":
-            raise SystemExit(PARTIAL)
+
+@app.command()
+def heads(
+    model: Model = None,
+    text: Text = None,
+    text_name: TextName = None,
+    tokens: Tokens = None,
+    windows: Windows = None,
+    copied: Copied = None,
+    task: Task = None,
+    n: N = None,
+    measures: Annotated[
+        str | None,
+        typer.Option(help="Of importance, e.g. ablation/mean,gradient; all of them if not given."),
+    ] = None,
+    seed: Seed = None,
+    config: Config = None,
+    assignments: Assignments = None,
+    out: Out = RUNS,
+    again: Again = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Profile every head, then: role, importance by several measures, pattern, redundancy, pruning."""
+    output = Output(json, quiet, debug)
+    flags = {
+        "what": "heads",
+        "model.name": model,
+        "prompts.text": None if text is None else str(text),
+        "prompts.text_name": text_name,
+        "prompts.tokens": tokens,
+        "prompts.windows": windows,
+        "prompts.copied": copied,
+        "analysis.task": task,
+        "analysis.n": n,
+        "analysis.measures": measures,
+        "seed": seed,
+    }
+    with output.session():
+        _execute(_settings(config, assignments, flags), out, output, again)
 
 
 @app.command()
@@ -268,6 +298,32 @@ def root(
         raise typer.Exit
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
+
+
+def _settings(
+    config: Path | None, assignments: list[str] | None, flags: dict[str, Any]
+) -> "RunConfig":
+    """The configuration of the file, with the assignments and then the flags on top.
+
+    Raises:
+        LensError: as `RunConfig.load`; UsageError: no text is named.
+    """
+    from lens_analyses.config import RunConfig, parse_assignments
+
+    given = {name: value for name, value in flags.items() if value is not None}
+    given = {**parse_assignments(assignments or []), **given}
+    _check_text(config, given)
+    return RunConfig.load(config, given)
+
+
+def _execute(settings: "RunConfig", out: Path, output: Output, again: bool) -> None:
+    """Make the run and say what came of it."""
+    from lens_analyses.runner import execute
+
+    finished = execute(settings, out, output, again=again)
+    output.result(finished.text(), finished.as_json())
+    if finished.status != "success":
+        raise SystemExit(PARTIAL)
 
 
 def _check_text(config: Path | None, given: dict[str, Any]) -> None:

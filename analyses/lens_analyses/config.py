@@ -18,7 +18,18 @@ from typing import Any, Self
 from lens.errors import LensError
 from lens.models.catalogue import DEFAULT_MODEL
 
+WHATS = ("profile", "heads", "sinks", "redistribute")
 _SOURCES = ("text", "text_name", "batch")
+_EVERYWHERE = (  # settings that every command has a flag for
+    "seed",
+    "prompts.text",
+    "prompts.text_name",
+    "prompts.tokens",
+    "prompts.windows",
+    "prompts.copied",
+    "analysis.task",
+    "analysis.n",
+)
 
 
 @dataclass(frozen=True)
@@ -79,13 +90,42 @@ class CaptureConfig:
 
 
 @dataclass(frozen=True)
+class AnalysisConfig:
+    """What is done beyond the profile; every kind of analysis reads the settings that concern it.
+
+    Attributes:
+        task: `induction`, `text` (predicting the run's own text), another task of `lens.tasks`, or
+            the path of a JSONL file of prompts (`lens.tasks.from_jsonl`).
+        n: prompts of the task.
+        length: tokens of each window when the task is `text`.
+        measures: of importance, with commas: `ablation/mean`, `gradient`, `attribution/counterfactual`.
+        edits: of sinks, with commas.
+        rule: of redistribution.
+        amounts: of redistribution, with commas; the dose-response curve.
+    """
+
+    task: str = "induction"
+    n: int = 32
+    length: int = 128
+    measures: str = "ablation/mean,ablation/zero,ablation/resample,gradient,attribution,direct"
+    edits: str = "mask,drop,mean_value,zero_value"
+    rule: str = "transfer"
+    amounts: str = "0,0.25,0.5,0.75,1"
+
+    def __post_init__(self) -> None:
+        for name in ("n", "length"):
+            if getattr(self, name) < 2:
+                raise LensError(f"analysis.{name} must be at least 2, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """The exact input of a run, as in its `config.toml`.
 
     Attributes:
-        what: kind of analysis.
+        what: kind of analysis: `profile`, or a profile and then `heads`, `sinks` or `redistribute`.
         seed: of the copied prompts; prompt number i uses `seed + i`.
-        model, prompts, capture: see there.
+        model, prompts, capture, analysis: see there.
     """
 
     what: str = "profile"
@@ -93,6 +133,7 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     prompts: PromptConfig = field(default_factory=PromptConfig)
     capture: CaptureConfig = field(default_factory=CaptureConfig)
+    analysis: AnalysisConfig = field(default_factory=AnalysisConfig)
 
     def __post_init__(self) -> None:
         prompts = self.prompts
@@ -101,8 +142,13 @@ class RunConfig:
             raise LensError(
                 f"only one source of text at a time, got prompts.{' and prompts.'.join(given)}"
             )
-        if self.what != "profile":
-            raise LensError(f"what must be 'profile', got {self.what!r}")
+        if self.what not in WHATS:
+            raise LensError(f"what must be one of {', '.join(WHATS)}, got {self.what!r}")
+        if self.what == "profile" and self.analysis != AnalysisConfig():
+            raise LensError(
+                "the section analysis belongs to `lens heads`, `lens sinks` and `lens redistribute`; "
+                "a profile has none"
+            )
         for name in ("tokens", "windows", "copied_length"):
             value = getattr(prompts, name)
             if value is not None and value < 1:
@@ -158,12 +204,16 @@ class RunConfig:
 
     def as_mapping(self) -> dict[str, Any]:
         """Nested mapping without the values that are None, as TOML has none."""
-        return _without_none(dataclasses.asdict(self))
+        values = _without_none(dataclasses.asdict(self))
+        if self.what == "profile":
+            del values["analysis"]
+        return values
 
     def command(self) -> str:
         """The command line that makes this run: the settings that are not the defaults, as flags."""
-        words = ["lens", "run", "--model", self.model.name]
-        default = RunConfig.from_mapping({}).as_mapping()
+        verb = "run" if self.what == "profile" else self.what
+        words = ["lens", verb, "--model", self.model.name]
+        default = _without_none(dataclasses.asdict(RunConfig(what=self.what)))
         for section, values in self.as_mapping().items():
             if not isinstance(values, dict):
                 values, section = {section: values}, ""
@@ -173,7 +223,7 @@ class RunConfig:
                 alone = dotted == "prompts.copied" and not self.has_text
                 skipped = dotted in ("model.name", "prompts.sha256")
                 if (value != known or alone) and not skipped:
-                    words += _flag(dotted, value)
+                    words += _flag(dotted, value, verb)
         return shlex.join(words)
 
 
@@ -243,13 +293,13 @@ def _unknown(prefix: str, name: str, known: list[str]) -> str:
     return f"unknown setting {prefix}{name}; {hint}"
 
 
-def _flag(dotted: str, value: Any) -> list[str]:
-    """As `lens run` takes it."""
+def _flag(dotted: str, value: Any, verb: str) -> list[str]:
+    """As `lens run`, or another command, takes it."""
     name = dotted.rpartition(".")[2].replace("_", "-")
     if dotted == "prompts.batch":
         name = "prompts"
-    if dotted == "capture.backend":
-        return ["--set", f"capture.backend={value}"]
+    if dotted == "capture.backend" or (verb != "run" and dotted not in _EVERYWHERE):
+        return ["--set", f"{dotted}={value}"]
     if isinstance(value, bool):
         return [f"--{name}" if value else f"--no-{name}"]
     return [f"--{name}", str(value)]

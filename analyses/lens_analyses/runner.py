@@ -29,6 +29,8 @@ from lens_analyses.estimate import work
 from lens_analyses.inputs import PlannedPrompt, load_model, plan, read_sources
 from lens_analyses.provenance import versions
 from lens_analyses.report import render
+from lens_analyses.steps import STEPS
+from lens_analyses.steps.subject import Subject
 
 if TYPE_CHECKING:
     from lens.models.loaded import LoadedModel
@@ -60,8 +62,9 @@ class Finished:
         """A few lines for people."""
         prompts = self.run.meta["prompts"]
         if self.status == "partial":
+            sections = "".join(f", {name}" for name in self.run.sections)
             return (
-                f"stopped after {prompts['done']} of {prompts['total']} prompts; the same command, or "
+                f"stopped after {prompts['done']} of {prompts['total']} prompts{sections}; the same command, or "
                 f"`lens run -c {self.run.path / 'config.toml'}`, completes {self.run.path}"
             )
         lines = [] if self.computed else ["finished before (--again computes it anew)"]
@@ -146,6 +149,7 @@ class _Execution:
             self._reuse()
             self._capture_all()
             self._score()
+            self._analyse()
             report = render(open_run(self._writer.path), status="success")
             for name, content in report.files().items():
                 self._writer.text(name, content)
@@ -279,6 +283,20 @@ class _Execution:
         single = [table for members in tables.values() for table in members]
         self._writer.update(backend=run.trace(run.traces[0]).attrs["backend"])
         self._writer.table("heads", pd.concat([*pooled, *single], ignore_index=True))
+
+    def _analyse(self) -> None:
+        """The steps of this kind of run; each finished section stays."""
+        subject = Subject(self._model, open_run(self._writer.path), self._config, self._output)
+        for step in STEPS[self._config.what]:
+            if step.name in subject.run.sections:
+                log.info("%s was finished before", step.name)
+                continue
+            start = time.monotonic()
+            log.info("%s", step.name)
+            section = step.run(subject)
+            self._writer.record(*section.save(self._writer.path))
+            log.debug("%s took %.1f s", step.name, time.monotonic() - start)
+        shutil.rmtree(self._writer.path / "work", ignore_errors=True)
 
 
 def _meta(config: RunConfig, model: "LoadedModel", planned: list[PlannedPrompt]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from lens.files import write_text
 from lens.run_writer import RunWriter
 from lens.runs import Run
 from lens_analyses.console import to_json
+from lens_analyses.report.charts import charts, section_charts
 from lens_analyses.report.maps import head_maps
 from lens_analyses.report.numbers import numbers
 from lens_analyses.report.page import page
@@ -56,7 +57,8 @@ def render(run: Run, status: str | None = None) -> Report:
         LensError: a table or trace of the run is missing or damaged.
     """
     data = numbers(run, status)
-    return Report(page(data, head_maps(run, data["summary"])), data)
+    figures = {**charts(data), **section_charts(run)}
+    return Report(page(data, head_maps(run, data["summary"]), figures), data)
 
 
 def write_report(run: Run, out: Path | None = None) -> Written:

@@ -9,6 +9,7 @@ import plotly.io as pio
 from lens.figures import head_grid, metric_by_layer
 from lens.figures.colors import ACCENT, BASELINE, LINE
 from lens.figures.style import style
+from lens.runs import Run
 
 _COLORS = {"text": LINE, "copied": ACCENT}
 _TICKS = 15
@@ -46,6 +47,15 @@ def charts(data: dict[str, Any]) -> dict[str, dict[str, Any]]:
         made[f"sinks/{kind}"] = trend
     made["sensitivity"] = _sensitivity(data["sinks"])
     return {name: _slim(figure) for name, figure in made.items()}
+
+
+def section_charts(run: Run) -> dict[str, dict[str, Any]]:
+    """`section/<section>/<figure>` -> the figures of the run's sections, as they were saved."""
+    return {
+        f"section/{name}/{part}": _slim(figure)
+        for name in run.sections
+        for part, figure in run.section(name).figures.items()
+    }
 
 
 def _sensitivity(sinks: dict[str, Any]) -> go.Figure:

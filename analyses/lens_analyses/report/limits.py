@@ -3,21 +3,28 @@
 from lens.profiles import SINK_EPSILON
 from lens.runs import Run
 
+_UNTOUCHED = "Nothing was changed inside the model, so nothing here is about cause: a score says"
+
 
 def limits(run: Run) -> list[str]:
     """One or two sentences each, most important first."""
     return [
-        "Nothing was changed inside the model, so nothing here is about cause: a score says where a head "
-        "looks, not what the model would do without it. Heads with high scores can be redundant, and heads "
-        "with low ones important.",
+        ("Scores of attention are not about cause: they say" if run.sections else _UNTOUCHED)
+        + " where a head looks, not what the model would do without it. Heads with high scores can be "
+        "redundant, and heads with low ones important.",
         *_first_token(run),
         *_prompts(run),
         "Brackets are 95 % bootstrap intervals: over prompts where there are several, else over "
         "contiguous stretches of the one prompt. They do not cover the choice of the text.",
         "Thresholds only sort heads for reading; the scores themselves are in the table, the grid and "
         "report.json.",
-        "Not measured: the effect of removing heads, circuits, the norm of what a head writes, and "
-        "attention after changing the prompt's first token or the model's precision.",
+        "Not measured: "
+        + (
+            ""
+            if run.sections
+            else "the effect of removing heads, circuits, the norm of what a head writes, "
+        )
+        + "attention after changing the prompt's first token or the model's precision.",
     ]
 
 

@@ -14,6 +14,7 @@ from lens.findings import Finding, findings
 from lens.metrics import METRICS
 from lens.profiles import SINK_EPSILON
 from lens.runs import Run
+from lens.sections import Section
 from lens_analyses.console import finite
 from lens_analyses.report.limits import limits
 
@@ -65,6 +66,7 @@ def numbers(run: Run, status: str | None = None) -> dict[str, Any]:
             "records"
         ),
         "sinks": _sinks(run),
+        "sections": [_section(run.section(name)) for name in run.sections],
         "limits": limits(run),
         "warnings": meta.get("warnings", []),
         "provenance": {
@@ -83,6 +85,19 @@ def _records(pooled: pd.DataFrame) -> list[dict[Any, Any]]:
     """Rows of `heads.parquet` that are means over a kind of prompts."""
     table = pooled.rename(columns={"prompt_id": "prompts"})
     return table.to_dict(orient="records")
+
+
+def _section(section: Section) -> dict[str, Any]:
+    return {
+        "name": section.name,
+        "title": section.title,
+        "summary": list(section.summary),
+        "limits": list(section.limits),
+        "columns": dict(section.columns),
+        "configuration": dict(section.configuration),
+        "tables": {name: table.to_dict("records") for name, table in section.tables.items()},
+        "figures": list(section.figures),
+    }
 
 
 def _finding(one: Finding) -> dict[str, Any]:

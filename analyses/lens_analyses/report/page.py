@@ -11,7 +11,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 from plotly.utils import PlotlyJSONEncoder
 
-from lens_analyses.report.charts import NAMES, charts, template
+from lens_analyses.report.charts import NAMES, template
 from lens_analyses.report.maps import HeadMap
 
 COLUMNS = (
@@ -27,6 +27,8 @@ COLUMNS = (
 )
 """Metric, variant and the prompts that show it best: the columns of the table of heads."""
 
+MOST_ROWS = 300  # of a section's table on the page
+
 ROLES = {
     "induction": "induction",
     "sink": "sink",
@@ -35,15 +37,15 @@ ROLES = {
 }
 
 
-def page(data: dict[str, Any], maps: list[HeadMap]) -> str:
+def page(data: dict[str, Any], maps: list[HeadMap], figures: dict[str, dict[str, Any]]) -> str:
     """The whole page.
 
     Args:
         data: the report's numbers.
         maps: pictures of some heads.
+        figures: of `charts`, by name.
     """
     kinds = list(dict.fromkeys(record["prompts"] for record in data["heads"]))
-    figures = charts(data)
     environment = Environment(
         loader=PackageLoader("lens_analyses.report"),
         autoescape=True,
@@ -51,7 +53,7 @@ def page(data: dict[str, Any], maps: list[HeadMap]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(number=number, percent=percent, interval=interval)
+    environment.filters.update(number=number, percent=percent, interval=interval, value=value)
     source = environment.loader
     assert source is not None
     return environment.get_template("report.html.j2").render(
@@ -63,6 +65,7 @@ def page(data: dict[str, Any], maps: list[HeadMap]) -> str:
         rows=_rows(kinds, data),
         sink_heads=_sink_heads(kinds, data),
         maps=maps,
+        most_rows=MOST_ROWS,
         style=Markup(source.get_source(environment, "report.css")[0]),
         script=Markup(source.get_source(environment, "report.js")[0]),
         plotly=Markup(get_plotlyjs()),
@@ -85,6 +88,15 @@ def number(value: float | None, unit: str = "") -> str:
         if abs(value) < 100
         else f"{value:,.0f}"
     )
+
+
+def value(given: Any) -> str:
+    """Any value of a section's table, for people."""
+    if given is None:
+        return "–"
+    if isinstance(given, float):
+        return f"{given:.3g}" if abs(given) < 1000 else f"{given:,.0f}"
+    return str(given)
 
 
 def percent(value: float | None) -> str:

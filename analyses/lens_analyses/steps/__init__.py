@@ -1,0 +1,47 @@
+"""Analyses beyond the profile: each step turns a finished profile into one section of the run.
+
+A step is a function `(Subject) -> Section`. The runner leaves out a step whose section is there, so
+a run that was stopped goes on with the next one.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lens.sections import Section
+    from lens_analyses.steps.subject import Subject
+
+
+@dataclass(frozen=True)
+class Step:
+    """One analysis.
+
+    Attributes:
+        name: of its section.
+        module: of this package that has the function of that name.
+    """
+
+    name: str
+    module: str
+
+    def run(self, subject: "Subject") -> "Section":
+        """Compute the section."""
+        module = import_module(f"lens_analyses.steps.{self.module}")
+        compute: Callable[[Subject], Section] = getattr(module, self.name)
+        return compute(subject)
+
+
+STEPS: dict[str, tuple[Step, ...]] = {
+    "profile": (),
+    "heads": (
+        Step("roles", "roles"),
+        Step("importance", "importance"),
+        Step("patterns", "patterns"),
+        Step("similarity", "patterns"),
+        Step("pruning", "importance"),
+        Step("heads", "table"),
+    ),
+}
+"""What a run does -> its steps, in order; later ones may read the sections of earlier ones."""

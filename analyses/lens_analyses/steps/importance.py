@@ -1,0 +1,299 @@
+"""Which heads matter: several measures on one task and on text, where they disagree, what may go."""
+
+from dataclasses import asdict, fields, replace
+
+import numpy as np
+import pandas as pd
+from torch import Tensor
+
+from lens import heads
+from lens.errors import LensError
+from lens.heads.scores import BASELINES, BY, HeadScores
+from lens.sections import Section
+from lens.tasks import Task
+from lens_analyses.steps.subject import Subject
+
+_UNITS = "Positive: the task goes worse without the head, in units of the metric."
+_BEARABLE = 0.05  # of the metric, what pruning may cost
+_JOINT = 4  # heads at most that are taken away together
+
+
+def importance(subject: Subject) -> Section:
+    """Every measure that the configuration names, on the task and on the run's text."""
+    tasks = [subject.task]
+    if subject.settings.task != "text" and subject.prompts("text"):
+        tasks.append(subject.windows)
+    scores, refused = _measure(subject, tasks)
+    joined = heads.join(*scores, seed=subject.seed)
+    agreement = heads.agreement(*scores, seed=subject.seed) if len(scores) > 1 else None
+    tables = {"scores": joined}
+    if agreement is not None:
+        tables["agreement"] = agreement.table
+    joint, sentences = _joint(subject, scores)
+    if joint is not None:
+        tables["together"] = joint
+    return Section(
+        name="importance",
+        title="Which heads matter",
+        summary=(
+            *(_best(score) for score in scores),
+            *sentences,
+            *(_disagreement(agreement) if agreement is not None else ()),
+        ),
+        limits=(
+            "Importance is for these prompts and this replacement of the head's output; another "
+            "baseline asks another question.",
+            "Gradient, attribution and direct are first-order estimates: they miss what saturates "
+            "(logic gates, a softmax near one key) and what other heads make up for.",
+            *refused,
+            *(f"{task.name}: {reason}" for task in tasks for reason in task.dropped),
+        ),
+        columns={
+            "head": "The head.",
+            "layer": "Layer, from 0.",
+            "number": "Head in the layer, from 0.",
+            **_score_columns(joined),
+            **_AGREEMENT,
+            **_TOGETHER,
+        },
+        configuration={
+            "measures": [
+                {
+                    "label": score.label,
+                    "task": score.task,
+                    "metric": score.metric,
+                    "prompts": score.n,
+                }
+                | {"intervention": asdict(score.intervention)}
+                for score in scores
+            ],
+            "seed": subject.seed,
+        },
+        tables=tables,
+        figures={f"grid_{number}": score.plot() for number, score in enumerate(scores)},
+    )
+
+
+def pruning(subject: Subject) -> Section:
+    """What it costs when heads go, least important first, against random orders.
+
+    On the run's text, or on the task where there is none.
+    """
+    task = subject.windows if subject.prompts("text") else subject.task
+    fitted, held_out = _halves(task)
+    order = heads.importance(
+        subject.model,
+        fitted,
+        by="attribution",
+        baseline="mean",
+        seed=subject.seed,
+        progress=subject.progress,
+    )
+    curve = heads.pruning_curve(
+        subject.model, held_out, order=order, seed=subject.seed, progress=subject.progress
+    )
+    table = curve.table(seed=subject.seed)
+    bearable = _BEARABLE * abs(float(curve.values[0]))
+    spared = curve.prunable(bearable)
+    return Section(
+        name="pruning",
+        title="What may be pruned",
+        summary=(
+            f"{len(spared)} of {len(curve.order)} heads can go, least important first, before the {task.metric} "
+            f"on held-out prompts of {task.name} is more than {_BEARABLE:.0%} worse{_cost(table, len(spared))}.",
+        ),
+        limits=(
+            f"Heads were ordered on {fitted.n} prompts and removed on {held_out.n} others; nothing was "
+            "trained again.",
+        ),
+        columns=_PRUNING,
+        configuration={"order": order.label, "intervention": asdict(curve.intervention)},
+        tables={"curve": table},
+        figures={"curve": curve.plot()},
+    )
+
+
+def _cost(table: pd.DataFrame, removed: int) -> str:
+    if not removed:
+        return ", so not even the first"
+    last = table.loc[table["removed"] == removed].iloc[0]
+    ends = "" if np.isnan(last["low"]) else f" [{last['low']:.3f}, {last['high']:.3f}]"
+    return (
+        f": it is then worse by {last['cost']:.3f}{ends}, and by {last['random_cost']:.3f} without as many "
+        "in random orders"
+    )
+
+
+def _measure(subject: Subject, tasks: list[Task]) -> tuple[list[HeadScores], list[str]]:
+    """Scores of each task by each measure, and why some could not be had.
+
+    Raises:
+        LensError: an unknown measure, or none that can be had.
+    """
+    scores, refused = [], []
+    for task in tasks:
+        for by, baseline in _named(subject.settings.measures):
+            if by == "attribution" and not baseline and task.corrupt is None:
+                baseline = "mean"
+            try:
+                score = heads.importance(
+                    subject.model,
+                    task,
+                    by=by,
+                    baseline=baseline or None,
+                    seed=subject.seed,
+                    progress=subject.progress,
+                    checkpoint=subject.work / f"{len(scores)}-{by}.npz",
+                )
+                scores.append(score)
+            except LensError as problem:
+                refused.append(
+                    f"{by}{' ' if baseline else ''}{baseline} on {task.name}: {problem}."
+                )
+    if not scores:
+        raise LensError(f"no measure could be had: {' '.join(refused)}")
+    return scores, refused
+
+
+def _named(measures: str) -> list[tuple[str, str]]:
+    """`"ablation/mean,gradient"` as `[("ablation", "mean"), ("gradient", "")]`.
+
+    Raises:
+        LensError: an unknown measure or baseline.
+    """
+    found = []
+    for measure in measures.split(","):
+        by, _, baseline = measure.strip().partition("/")
+        if by not in BY or (baseline and baseline not in BASELINES):
+            raise LensError(
+                f"unknown measure {measure.strip()!r}; give {', '.join(BY)}, with a baseline after a slash "
+                f"where one is chosen ({', '.join(BASELINES)}), e.g. ablation/mean"
+            )
+        found.append((by, baseline))
+    return found
+
+
+def _joint(subject: Subject, scores: list[HeadScores]) -> tuple[pd.DataFrame | None, list[str]]:
+    """Heads of one role taken away together: those that stand in for each other look small alone."""
+    single = next((score for score in scores if score.by == "ablation"), None)
+    if single is None:
+        return None, []
+    rows, said = [], []
+    for role, group in _groups(subject).items():
+        found = heads.ablate(
+            subject.model,
+            subject.task,
+            heads=group,
+            baseline=single.intervention.baseline,
+            seed=subject.seed,
+            progress=False,
+        )
+        low, high = found.interval(seed=subject.seed)
+        alone, extra = (
+            float(sum(single.values[head] for head in found.heads)),
+            found.interaction(single),
+        )
+        names = " ".join(map(str, found.heads))
+        rows.append((role, names, found.value, low, high, alone, extra, found.n))
+        if extra > 0 and low > alone:
+            said.append(
+                f"The {role} heads {names} stand in for each other: together they are worth "
+                f"{found.value:.3g} [{low:.3g}, {high:.3g}], alone only {alone:.3g} in sum, so the "
+                "importance of single heads understates them."
+            )
+    return pd.DataFrame(rows, columns=list(_TOGETHER)) if rows else None, said
+
+
+def _groups(subject: Subject) -> dict[str, list[str]]:
+    """Role -> its heads, where the profile names two to four of them."""
+    from lens.findings import findings
+
+    return {
+        one.kind: [f"L{head.layer}H{head.head}" for head in one.heads]
+        for one in findings(subject.run.heads)
+        if one.found and 2 <= len(one.heads) <= _JOINT
+    }
+
+
+def _disagreement(agreement: heads.Agreement) -> list[str]:
+    """The pair of measures that agrees least on the order of the heads."""
+    table = agreement.table[agreement.table["tau"].notna()]
+    if not len(table):
+        return []
+    row = table.loc[table["tau"].idxmin()].to_dict()
+    return [
+        f"The measures that agree least are {row['first']} and {row['second']}: tau {row['tau']:.2f} "
+        f"[{row['tau_low']:.2f}, {row['tau_high']:.2f}] over all heads, {row['overlap']:.0%} of the top "
+        f"{agreement.k} in common ({row['overlap_by_chance']:.0%} by chance)."
+    ]
+
+
+def _best(score: HeadScores) -> str:
+    top = score.table().iloc[0]
+    ends = "" if np.isnan(top["low"]) else f" [{top['low']:.3g}, {top['high']:.3g}]"
+    return (
+        f"By {score.label} on {score.task}, {top['head']} matters most: {top['value']:.3g}{ends} "
+        f"({score.metric}, {score.n} prompts)."
+    )
+
+
+def _halves(task: Task) -> tuple[Task, Task]:
+    middle = task.n // 2
+    return _part(task, slice(0, middle)), _part(task, slice(middle, task.n))
+
+
+def _part(task: Task, rows: slice) -> Task:
+    """Some prompts of a task."""
+    tensors = {
+        field.name: value[rows]
+        for field in fields(task)
+        if isinstance(value := getattr(task, field.name), Tensor)
+    }
+    return replace(task, **tensors)
+
+
+def _score_columns(joined: pd.DataFrame) -> dict[str, str]:
+    made = {}
+    for column in map(str, joined.columns[3:]):
+        name = column.removesuffix(" low").removesuffix(" high")
+        made[column] = (
+            f"Importance by {name}. {_UNITS}"
+            if name == column
+            else f"End of the 95 % bootstrap interval of {name} over prompts."
+        )
+    return made
+
+
+_AGREEMENT = {
+    "first": "One measure.",
+    "second": "The other.",
+    "tau": "Kendall's tau-b of the order of all heads, 1 = the same order.",
+    "tau_low": "Low end of its 95 % interval.",
+    "tau_high": "High end of its 95 % interval.",
+    "overlap": "Share of the k most important heads that both have; k is a quarter of the heads.",
+    "overlap_low": "Low end of its 95 % interval.",
+    "overlap_high": "High end of its 95 % interval.",
+    "overlap_by_chance": "What two random orders would share.",
+}
+_TOGETHER = {
+    "role": "What the heads have in common.",
+    "heads": "Heads taken away together.",
+    "value": "What they are worth together. " + _UNITS,
+    "low": "Low end of the 95 % interval.",
+    "high": "High end of the 95 % interval.",
+    "alone": "Sum of what they are worth one by one.",
+    "interaction": "value - alone: positive where heads stand in for each other.",
+    "n": "Number of prompts.",
+}
+_PRUNING = {
+    "removed": "Heads removed so far, least important first.",
+    "head": "The last of them.",
+    "value": "The metric.",
+    "cost": "How much worse than the whole model.",
+    "low": "Low end of its 95 % interval over prompts.",
+    "high": "High end of its 95 % interval.",
+    "random_cost": "Mean cost of as many heads in random orders.",
+    "random_low": "Lowest of the random orders.",
+    "random_high": "Highest of the random orders.",
+    "n": "Number of prompts.",
+}

@@ -1,0 +1,123 @@
+"""Which sparse pattern a head has, and which heads are alike."""
+
+from lens import heads
+from lens.heads.patterns import CLASSES, DIFFUSE
+from lens.sections import Section
+from lens_analyses.steps.subject import Subject
+
+_HEAD = {
+    "name": "The head.",
+    "layer": "Layer, from 0.",
+    "head": "Head in the layer, from 0.",
+    "n": "Number of prompts.",
+}
+_ALIKE_PROMPTS = 4  # prompts that heads are compared on
+
+
+def patterns(subject: Subject) -> Section:
+    """The class of sparse pattern that keeps most of each head's mass at one budget."""
+    kind = "text" if subject.prompts("text") else "copied"
+    traces = [subject.run.trace(name) for name in subject.prompt_ids(kind)]
+    found = heads.pattern_classes(traces)
+    table = found.table(seed=subject.seed)
+    counts = table["pattern"].value_counts()
+    shown = ", ".join(
+        f"{counts[name]} {name.replace('_', '-')}" for name in (*CLASSES, DIFFUSE) if name in counts
+    )
+    kept = {name: f"Mass kept by the best {name.replace('_', '-')} pattern." for name in CLASSES}
+    ends = {
+        f"{name}_{end}": f"{end.capitalize()} end of its 95 % interval over prompts."
+        for name in CLASSES
+        for end in ("low", "high")
+    }
+    return Section(
+        name="patterns",
+        title="Which sparse pattern each head has",
+        summary=(
+            f"With {found.budget:.0%} of the visible pairs, of {len(table)} heads {shown} "
+            f"(a class must keep {found.enough:.0%} of the mass; on {found.n} {kind} prompts).",
+        ),
+        limits=(
+            "Kept mass is no quality: what the model loses when only the pattern is run was not measured.",
+            "The best pattern was chosen and measured on the same prompts, so kept mass is an upper bound "
+            "for other prompts.",
+        ),
+        columns=_HEAD
+        | kept
+        | ends
+        | {
+            "pattern": "Simplest class within 0.02 of the best, or diffuse (MInference, arXiv 2407.02490).",
+            "margin": "Its kept mass less the best of the others; if diffuse, what is lacking.",
+        },
+        configuration={
+            "budget": found.budget,
+            "enough": found.enough,
+            "sink": found.sink,
+            "prompts": kind,
+        },
+        tables={"heads": table},
+        figures={"grid": found.plot()},
+    )
+
+
+def similarity(subject: Subject) -> Section:
+    """Which heads look alike and which write alike, as groups with their stability."""
+    kind = "text" if len(subject.prompts("text")) > 1 else "copied"
+    prompts = subject.prompts(kind) or subject.prompts("text")
+    prompts = [ids[: subject.settings.length] for ids in prompts[:_ALIKE_PROMPTS]]
+    alike = len(prompts) > 1 and len({len(ids) for ids in prompts}) == 1
+    tables, figures, said = {}, {}, []
+    for by in ("js", "cka"):
+        found = heads.similarity(
+            subject.model,
+            prompts,
+            by=by,
+            sink_excluded=by == "js",
+            floor=alike,
+            progress=subject.progress,
+        )
+        grouped = heads.clusters(found, seed=subject.seed)
+        tables[f"{by}_clusters"] = grouped.table()
+        tables[f"{by}_redundancy"] = heads.redundancy(found, seed=subject.seed)
+        figures[by] = found.plot()
+        several = [heads_ for heads_ in grouped.members if len(heads_) > 1]
+        stability = (
+            f", adjusted Rand {grouped.rand.mean():.2f} on prompts drawn again"
+            if len(grouped.rand)
+            else ""
+        )
+        shown = "; ".join(" ".join(one[:6]) for one in several[:3]) or "no two heads"
+        what = "attend" if by == "js" else "write"
+        said.append(f"Heads that {what} alike: {shown} ({len(grouped.members)} groups{stability}).")
+    return Section(
+        name="similarity",
+        title="Which heads are alike",
+        summary=tuple(said),
+        limits=(
+            f"Compared on {len(prompts)} prompts of at most {subject.settings.length} tokens; attention "
+            "without the first key, so that a sink does not make all heads alike.",
+            "Heads that are alike can still differ in what they do to the model: see importance.",
+        ),
+        columns=_HEAD | _CLUSTERS | _REDUNDANCY,
+        configuration={"by": ["js", "cka"], "prompts": kind, "seed": subject.seed},
+        tables=tables,
+        figures=figures,
+    )
+
+
+_CLUSTERS = {
+    "cluster": "Number of the group, the largest first.",
+    "size": "Heads in it.",
+    "prototype": "Head with the smallest mean distance to the others.",
+    "heads": "All of them.",
+    "stability": "Share of its group that a head keeps on prompts drawn again, mean over heads.",
+}
+_REDUNDANCY = {
+    "number": "Head in the layer, from 0.",
+    "value": "Closeness to the head most like it, 1 = another one does the same.",
+    "low": "Low end of its 95 % interval over prompts.",
+    "high": "High end of its 95 % interval.",
+    "nearest": "That head.",
+    "floor": "Closeness of the two across different prompts; missing where it was not measured.",
+    "above_floor": "(value - floor) / (1 - floor), 0 = no more alike than on different prompts.",
+}

@@ -1,0 +1,82 @@
+"""What each head does: role scores, on copied random tokens and on text."""
+
+import pandas as pd
+
+from lens import heads
+from lens.heads.roles import HeadRoles
+from lens.sections import Section
+from lens_analyses.steps.subject import Subject
+
+_SEEN_ON = {"induction": "copied", "duplicate_token": "copied", "previous_token": "copied"}
+"""Scores that copied prompts show best; the others are read from text where there is some."""
+_NAMED = ("induction", "previous_token", "first_token", "delimiter", "noop")
+
+
+def roles(subject: Subject) -> Section:
+    """Every role score of every head, with interval and what uniform attention would have."""
+    found: dict[str, HeadRoles] = {}
+    for kind in ("copied", "text"):
+        prompts = subject.prompts(kind)
+        if prompts:
+            found[kind] = heads.roles(
+                subject.model, prompts, seed=subject.seed, progress=subject.progress
+            )
+    tables = {kind: one.table() for kind, one in found.items()}
+    columns: dict[str, str] = {
+        "name": "The head.",
+        "layer": "Layer, from 0.",
+        "head": "Head in the layer, from 0.",
+        "prompts": "Number of prompts that the means run over.",
+        "top_key_token": "What the strongest key is.",
+    }
+    for one in found.values():
+        columns |= one.columns
+    for column in {str(name) for table in tables.values() for name in table.columns}:
+        base, _, end = column.rpartition("_")
+        if end in ("low", "high") and base in columns:
+            columns[column] = f"{end.capitalize()} end of the 95 % interval of {base}."
+        elif end == "baseline" and base in columns:
+            columns[column] = f"{base} of a head that looks at all keys it sees alike."
+    return Section(
+        name="roles",
+        title="What each head does",
+        summary=tuple(_sentences(found)),
+        limits=(
+            "A role says where a head looks or how large its output is, not what the model loses "
+            "without it: see importance.",
+            "NaN means not scored: "
+            + "; ".join(sorted({why for one in found.values() for why in one.reasons.values()}))
+            + "."
+            if any(one.reasons for one in found.values())
+            else "Every score is defined for every head here.",
+        ),
+        columns=columns,
+        configuration={
+            "prompts": {kind: one.prompts for kind, one in found.items()},
+            "seed": subject.seed,
+        },
+        tables=tables,
+        figures={kind: one.plot() for kind, one in found.items()},
+    )
+
+
+def _sentences(found: dict[str, HeadRoles]) -> list[str]:
+    said = []
+    for column in _NAMED:
+        kind = _SEEN_ON.get(column, "text")
+        one = found.get(kind) or next(iter(found.values()))
+        if column not in one.columns:
+            continue
+        top = one.top(column, 3)
+        top = top[top["value"].notna()]
+        if len(top):
+            shown = ", ".join(_with_interval(row) for row in top.to_dict("records"))
+            said.append(f"{column.replace('_', ' ').capitalize()} is highest in {shown}.")
+    return said
+
+
+def _with_interval(row: dict) -> str:
+    low, high, base = row["low"], row["high"], row["baseline"]
+    ends = "" if pd.isna(low) else f" [{low:.2f}, {high:.2f}]"
+    chance = "" if pd.isna(base) else f" (uniform {base:.2f})"
+    return f"{row['name']} {row['value']:.2f}{ends}{chance}"

@@ -1,0 +1,118 @@
+"""`Subject`: what a step works on."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lens.errors import LensError
+from lens.runs import Run
+from lens_analyses.config import AnalysisConfig, RunConfig
+from lens_analyses.console import Output
+
+if TYPE_CHECKING:
+    from lens.models.loaded import LoadedModel
+    from lens.tasks import Task
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A model and the run that profiled it.
+
+    Attributes:
+        model: loaded.
+        run: with its prompts, head metrics and traces.
+        config: of the run.
+        output: whether to show progress.
+    """
+
+    model: "LoadedModel"
+    run: Run
+    config: RunConfig
+    output: Output
+
+    @property
+    def settings(self) -> AnalysisConfig:
+        """The section `analysis` of the configuration."""
+        return self.config.analysis
+
+    @property
+    def seed(self) -> int:
+        """Of every draw."""
+        return self.config.seed
+
+    @property
+    def progress(self) -> bool:
+        """Whether a bar is shown."""
+        return not self.output.quiet
+
+    @property
+    def work(self) -> Path:
+        """Folder for half-done work, which a resumed step takes up; removed when the run is done."""
+        folder = self.run.path / "work"
+        folder.mkdir(exist_ok=True)
+        return folder
+
+    def prompts(self, kind: str) -> list[list[int]]:
+        """Token ids of the run's prompts of a kind: `text` or `copied`."""
+        table = self.run.prompts
+        return [list(map(int, ids)) for ids in table.loc[table["kind"] == kind, "token_ids"]]
+
+    def prompt_ids(self, kind: str) -> list[str]:
+        """Names of the run's prompts of a kind, as its traces are called."""
+        table = self.run.prompts
+        return table.loc[table["kind"] == kind, "prompt_id"].tolist()
+
+    @cached_property
+    def windows(self) -> "Task":
+        """Predicting the run's own text, in windows of `analysis.length` tokens, at most `analysis.n`.
+
+        Each window begins with the token that the whole text begins with, if that is a BOS.
+
+        Raises:
+            LensError: no text, or one that is too short for two windows.
+        """
+        from lens.tasks import language_modelling
+
+        texts, length = self.prompts("text"), self.settings.length
+        if not texts:
+            raise LensError(
+                "this analysis needs text, and the run has copied prompts alone; give --text FILE or "
+                "--text-name moby-dick"
+            )
+        found = []
+        for ids in texts:
+            start = ids[:1] if ids[0] == self.model.bos_id else []
+            body, size = ids[len(start) :], length - len(start)
+            found += [start + body[at : at + size] for at in range(0, len(body) - size + 1, size)]
+        if len(found) < 2:
+            raise LensError(
+                f"the text gives {len(found)} windows of {length} tokens, at least 2 are needed; give "
+                "more text (--tokens), or shorter windows with --set analysis.length=32"
+            )
+        return language_modelling(self.model, found[: self.settings.n])
+
+    @cached_property
+    def task(self) -> "Task":
+        """The task that the configuration names.
+
+        Raises:
+            LensError: an unknown task, or as that task for this model.
+        """
+        from lens import tasks
+
+        name, n = self.settings.task, self.settings.n
+        if name == "text":
+            return self.windows
+        if Path(name).suffix in (".jsonl", ".ndjson"):
+            return tasks.from_jsonl(self.model, name)
+        known: dict[str, Any] = {one: getattr(tasks, one) for one in TASKS if hasattr(tasks, one)}
+        if name not in known:
+            raise LensError(
+                f"unknown task {name!r}; known: {', '.join((*known, 'text'))}, or a .jsonl file"
+            )
+        return known[name](self.model, n, self.seed)
+
+
+TASKS = ("induction", "ioi", "greater_than", "docstring", "colored_objects")
+"""Tasks that `lens.tasks` makes from a model, a number of prompts and a seed."""

@@ -1,0 +1,123 @@
+"""`lens heads`: a profile, then roles, importance, patterns, redundancy and pruning in the same folder."""
+
+import json
+
+import numpy as np
+import pytest
+
+from lens import heads, tasks
+from lens.models.loading import load
+from lens.runs import open_run
+from lens.validation import validate
+
+ARGUMENTS = "heads --model induction-2l --copied 3 --n 6 --measures ablation/mean,gradient,direct"
+
+
+@pytest.fixture(scope="module")
+def folder(lens_command, tmp_path_factory):
+    """The run of the model whose three induction heads are known to stand in for each other."""
+    answer = lens_command(*ARGUMENTS.split(), "--out", tmp_path_factory.mktemp("heads"), "--json")
+    assert answer.code == 0, answer.err
+    return open_run(answer.json["path"])
+
+
+def test_every_step_leaves_its_section_and_the_folder_is_whole(folder):
+    assert folder.sections == [
+        "roles",
+        "importance",
+        "patterns",
+        "similarity",
+        "pruning",
+        "heads",
+    ]
+    assert validate(folder) == []
+    assert not (folder.path / "work").exists()
+
+
+def test_the_numbers_are_those_of_the_library(folder):
+    model = load("induction-2l")
+    task = tasks.induction(model, 6, 0)
+    expected = heads.importance(model, task, by="ablation", baseline="mean", progress=False)
+    table = folder.section("importance").tables["scores"].sort_values(["layer", "number"])
+    np.testing.assert_allclose(
+        table["ablation (mean)"].to_numpy(), expected.values.ravel(), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_the_summary_says_that_redundant_heads_are_understated(folder):
+    said = [
+        text for text in folder.section("importance").summary if "stand in for each other" in text
+    ]
+    assert "L1H0 L1H2 L1H3" in said[0]
+    together = folder.section("importance").tables["together"].set_index("role")
+    assert together.loc["induction", "value"] > 2 * together.loc["induction", "alone"]
+
+
+def test_a_measure_that_cannot_be_had_is_named_with_its_reason(folder):
+    limits = folder.section("importance").limits
+    assert any("direct on induction" in text and "logit_difference" in text for text in limits)
+
+
+def test_one_table_joins_all_measures_with_every_column_defined(folder):
+    section = folder.section("heads")
+    table = section.tables["heads"]
+    assert len(table) == 8
+    assert {"induction", "ablation (mean)", "gradient", "pattern", "redundancy"} <= set(table)
+    assert table.loc[table["induction"].idxmax(), "head"] == "L1H0"
+    assert table.loc[table["previous_token"].idxmax(), "head"] == "L0H1"
+
+
+def test_the_report_shows_what_the_sections_say(folder):
+    page = (folder.path / "report.html").read_text()
+    data = json.loads((folder.path / "report.json").read_text())
+    for section, name in zip(data["sections"], folder.sections, strict=True):
+        saved = folder.section(name)
+        assert section["summary"] == list(saved.summary)
+        assert f'id="section-{name}"' in page
+        for figure in saved.figures:
+            assert f'data-figure="section/{name}/{figure}"' in page
+            assert f'"section/{name}/{figure}"' in page
+
+
+def test_the_same_command_takes_up_the_sections_that_are_there(lens_command, folder):
+    before = folder.section("roles").tables["copied"]
+    stamps = {name: _changed(folder, name) for name in folder.sections}
+    index = folder.path / "sections" / "pruning" / "section.json"
+    curve = folder.section("pruning").tables["curve"]
+    index.unlink()
+    (folder.path / "report.html").unlink()
+    answer = lens_command(*ARGUMENTS.split(), "--out", folder.path.parent, "--json")
+    assert answer.code == 0, answer.err
+    again = open_run(folder.path)
+    assert {name for name, stamp in stamps.items() if _changed(again, name) != stamp} == {"pruning"}
+    assert again.section("roles").tables["copied"].equals(before)
+    assert again.section("pruning").tables["curve"].equals(curve)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--measures magic", "unknown measure 'magic'"),
+        ("--task magic", "unknown task 'magic'; known: induction"),
+        ("--n 1", "analysis.n must be at least 2, got 1"),
+    ],
+)
+def test_what_is_not_known_is_refused(lens_command, tmp_path, words, message):
+    answer = lens_command(
+        *["heads", "--model", "induction-2l", "--copied", "2", "--n", "4"],
+        *words.split(),
+        "--out",
+        tmp_path,
+    )
+    assert answer.code == 1
+    assert message in answer.err
+
+
+def test_a_profile_has_no_analysis(lens_command, tmp_path):
+    answer = lens_command("run", "--copied", 2, "--set", "analysis.n=5", "--out", tmp_path)
+    assert answer.code == 1
+    assert "the section analysis belongs to `lens heads`" in answer.err
+
+
+def _changed(run, name):
+    return (run.path / "sections" / name / "section.json").stat().st_mtime_ns

@@ -1,0 +1,81 @@
+"""Sections of a run folder: what is saved is what is read, and damage is told."""
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+import pytest
+
+from lens.errors import LensError
+from lens.sections import Section, load_section, section_names
+
+TABLE = pd.DataFrame({"head": ["L0H1", "L1H0"], "value": [0.25, np.nan]})
+COLUMNS = {"head": "The head.", "value": "Its score."}
+
+
+def section(**changes):
+    values = {
+        "name": "roles",
+        "title": "What heads do",
+        "summary": ("L0H1 does most.",),
+        "limits": ("One prompt.",),
+        "columns": COLUMNS,
+        "configuration": {"seed": 3},
+        "tables": {"scores": TABLE},
+        "figures": {"grid": go.Figure(go.Scatter(x=[1, 2], y=[3, 5]), {"title": {"text": "A"}})},
+    }
+    return Section(**(values | changes))
+
+
+def test_a_section_is_read_as_it_was_saved(tmp_path):
+    saved = section()
+    files = saved.save(tmp_path)
+    assert sorted(files) == [
+        "sections/roles/grid.json",
+        "sections/roles/scores.parquet",
+        "sections/roles/section.json",
+    ]
+    assert all((tmp_path / name).is_file() for name in files)
+    read = load_section(tmp_path, "roles")
+    for name in ("name", "title", "summary", "limits", "columns", "configuration"):
+        assert getattr(read, name) == getattr(saved, name)
+    pd.testing.assert_frame_equal(read.tables["scores"], TABLE)
+    assert read.figures["grid"].to_plotly_json() == saved.figures["grid"].to_plotly_json()
+
+
+def test_a_section_without_its_index_is_not_there(tmp_path):
+    section().save(tmp_path)
+    section(name="later").save(tmp_path)
+    assert section_names(tmp_path) == ["roles", "later"]
+    (tmp_path / "sections/roles/section.json").unlink()
+    assert section_names(tmp_path) == ["later"]
+    with pytest.raises(LensError, match="no section 'roles'; it has: later"):
+        load_section(tmp_path, "roles")
+
+
+@pytest.mark.parametrize("name", ["../up", "Roles", "a/b", ""])
+def test_a_name_that_is_no_file_name_is_refused(name):
+    with pytest.raises(LensError, match="small letters, digits and underscores"):
+        section(name=name)
+    with pytest.raises(LensError, match="small letters, digits and underscores"):
+        section(tables={name: TABLE})
+
+
+def test_a_column_without_definition_is_refused():
+    with pytest.raises(LensError, match="the columns value have no definition"):
+        section(columns={"head": "The head."})
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("section.json", '{"name": "roles"}', "lacks title, summary"),
+        ("scores.parquet", "no parquet", "section 'roles' of .* is damaged"),
+        ("grid.json", "{", "section 'roles' of .* is damaged"),
+    ],
+)
+def test_damage_is_told_with_what_to_do(tmp_path, file, content, message):
+    section().save(tmp_path)
+    (tmp_path / "sections" / "roles" / file).write_text(content)
+    with pytest.raises(LensError, match=message) as caught:
+        load_section(tmp_path, "roles")
+    assert "delete" in str(caught.value)
