@@ -270,10 +270,17 @@ def everything(problem_keys: int, queries: int, heads: int, device: str) -> Mapp
 
 
 def case_problem(
-    case: Case, device: str, *, heads: int = 4, kv_heads: int = 2, **options: Any
+    case: Case,
+    device: str,
+    *,
+    heads: int = 4,
+    kv_heads: int = 2,
+    dtype: torch.dtype = torch.float32,
+    **options: Any,
 ) -> Problem:
     """The problem of a case with everything asked for; `options` override."""
-    query, key, value = tensors(2, heads, kv_heads, case.queries, case.keys, 16, 24, device=device)
+    sizes = (2, heads, kv_heads, case.queries, case.keys, 16, 24)
+    query, key, value = tensors(*sizes, dtype=dtype, device=device)
     mask = to_device(case.mask(heads, case.queries, case.keys), device)
     known: dict[str, Any] = {"block_size": (16, 32)}
     if case.keys >= 17:

@@ -1,0 +1,124 @@
+"""The Triton kernels in Triton's interpreter, on the CPU, against the float64 definition."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from lens_kernels import attention, explain
+
+from tests.kernels import triton_checks as checks
+from tests.kernels.helpers import CASES, CUDA, case_problem, check, ids, tensors
+
+triton_run = pytest.importorskip("lens_kernels.triton_run", reason="triton is not installed")
+pytestmark = pytest.mark.skipif(CUDA, reason="the kernels run on the GPU here: test_triton_gpu.py")
+FLOAT = torch.float32
+
+
+@pytest.fixture(autouse=True)
+def _nan_in_new_memory(monkeypatch):
+    """What a kernel does not write shows."""
+    monkeypatch.setattr(triton_run, "_poison", True)
+
+
+@pytest.mark.parametrize("number", range(len(CASES)), ids=ids(CASES))
+def test_every_statistic_under_every_mask(number):
+    """Every second one with softcap, learned sinks and a scale."""
+    options = {}
+    if number % 2:
+        options = {"softcap": 2.5, "sink_logits": torch.tensor([0.5, 30.0]), "scale": 0.37}
+    check("triton", case_problem(CASES[number], "cpu", heads=2, kv_heads=1, **options))
+
+
+@pytest.mark.parametrize("case", CASES[::2], ids=ids(CASES[::2]))
+def test_gradients_with_their_statistics(case):
+    checks.check_gradients(case, "cpu", FLOAT)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "value_dim"), [(torch.float16, 80, 80), (torch.float32, 17, 96)], ids=str
+)
+def test_head_dims(dtype, head_dim, value_dim):
+    checks.check_head_dim("cpu", dtype, head_dim, value_dim)
+
+
+def test_the_backward_pass_is_its_own():
+    checks.check_own_backward("cpu")
+
+
+@pytest.mark.parametrize("case", CASES[1:20:9], ids=ids(CASES[1:20:9]))
+def test_nothing_beside_the_inputs_is_read(case):
+    checks.check_surrounded(case_problem(case, "cpu"))
+
+
+def test_groups():
+    checks.check_groups("cpu", 37, 53, FLOAT)
+
+
+@pytest.mark.parametrize("block", [(16, 32), (11, 7)], ids=str)
+def test_block_mask(block):
+    checks.check_block_mask("cpu", 23, 29, block, FLOAT)
+
+
+@pytest.mark.parametrize("queries", [1, 3])
+def test_decoding(queries):
+    checks.check_decoding("cpu", 67, 32, queries, FLOAT)
+
+
+def test_two_runs_give_the_same_bits():
+    checks.check_repeats(checks.full_problem("cpu", 23, 29), 2)
+
+
+def test_memory_is_linear():
+    checks.check_memory("cpu", 320, 64, 16, torch.float16)
+
+
+def test_bfloat16_is_refused():
+    """The interpreter would return wrong numbers for it."""
+    inputs = tensors(1, 2, 1, 7, 11, dtype=torch.bfloat16)
+    reason = "Triton's interpreter computes bfloat16 wrongly without saying so"
+    assert explain(*inputs).obstacles["triton"] == reason
+    with pytest.raises(ValueError, match=f"backend 'triton' cannot do this: {reason}; use"):
+        attention(*inputs, backend="triton")
+
+
+def test_float64_and_wide_heads_are_refused():
+    wide = tensors(1, 1, 1, 3, 5, 264, 16)
+    with pytest.raises(ValueError, match="head_dim 264 and value_dim 16 must be at most 256"):
+        attention(*wide, backend="triton")
+    double = tensors(1, 1, 1, 3, 5, dtype=torch.float64)
+    with pytest.raises(
+        ValueError, match=r"it computes in float32, and the inputs are torch.float64"
+    ):
+        attention(*double, backend="triton")
+
+
+def test_auto_does_not_take_the_interpreter():
+    said = explain(*tensors(1, 2, 1, 7, 11))
+    assert said.chosen != "triton"
+    assert "not triton: it could, but is not asked for" in str(said)
+
+
+@pytest.mark.parametrize(
+    ("late", "reason"),
+    [
+        (False, "the tensors are on cpu, not on a CUDA GPU"),
+        (True, "TRITON_INTERPRET was set after triton's kernels were loaded; set it before"),
+    ],
+)
+def test_without_the_interpreter_the_cpu_is_refused(late, reason):
+    """In a process of its own: the variable is read when the kernels are loaded."""
+    lines = [
+        "import os, torch",
+        "from lens_kernels import explain",
+        "part = torch.zeros(1, 1, 3, 16)",
+        *(["import lens_kernels.triton_forward", "os.environ['TRITON_INTERPRET'] = '1'"] * late),
+        "print(explain(part, part, part).obstacles['triton'])",
+    ]
+    environment = {name: part for name, part in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    found = subprocess.run(
+        [sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, env=environment
+    )
+    assert found.stdout.strip() == reason, found.stderr
