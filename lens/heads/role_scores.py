@@ -26,7 +26,7 @@ _SMALLEST_REST = 1e-6  # of a row without key 0, below which it says nothing
 _SHORT = "the prompt is too short"
 _NO_REST = "no row attends to keys from 1 on"
 _NO_UNIFORM = "an output has no value that uniform attention alone would give"
-_OF_OUTPUT = ("output_norm", "noop", "drain", "drain_value", "first_contribution")
+_OF_OUTPUT = ("output_norm", "noop", "drain", "first_contribution")
 
 STATISTICS = [name for name in VARIABLES if name not in ("block_mass", "block_max")]
 """What the scores of `lens.metrics` need."""
@@ -90,7 +90,8 @@ class RoleRecorder(Recorder):
             scores += [whole_score(name, "raw", nothing, self._why, 0) for name in _OF_OUTPUT]
         else:
             size = _norms(z[0].transpose(0, 1).to(weights), weights)
-            scores += rows.output_scores(size, self.residual[layer], value, written)
+            scores += rows.output_scores(size, self.residual[layer], written)
+        scores.append(_drain("drain_value", value.norm(dim=-1)))
         self.scores.append(scores)
         self.uniform.append(self._uniform(call))
         return z
@@ -107,7 +108,8 @@ class RoleRecorder(Recorder):
         self.uniform_layers.append(found)
         nothing = np.full(1, np.nan)
         return [*rows.scores()] + [
-            whole_score(name, "raw", nothing, _NO_UNIFORM, 0) for name in _OF_OUTPUT
+            whole_score(name, "raw", nothing, _NO_UNIFORM, 0)
+            for name in (*_OF_OUTPUT, "drain_value")
         ]
 
 
@@ -175,19 +177,14 @@ class _Rows:
         yield whole_score("first_column_entropy", "raw", value, _NO_REST, self._sees_first)
         yield self._mean("activity", "raw", self._later, 1 - self._first, _SHORT)
 
-    def output_scores(
-        self, size: Tensor, residual: Tensor, value: Tensor, written: Tensor
-    ) -> Iterator[Score]:
+    def output_scores(self, size: Tensor, residual: Tensor, written: Tensor) -> Iterator[Score]:
         """Those of what the head adds: `size` [heads, queries] of o W_O, `written` [heads, keys] of v W_O."""
         rows = size.cpu().numpy()
         everywhere = np.ones(rows.shape[-1], bool)
         yield self._mean("output_norm", "raw", everywhere, rows, _SHORT)
         ratio = rows / residual.mean().item()
         yield self._mean("noop", "raw", everywhere, ratio, _SHORT)
-        for name, norms in (("drain", written), ("drain_value", value.norm(dim=-1))):
-            others = norms[:, 1:].mean(-1)  # NaN for a prompt of one token
-            drain = (norms[:, 0] / others).cpu().numpy()
-            yield whole_score(name, "raw", drain, _SHORT, norms.shape[-1])
+        yield _drain("drain", written)
         first = self._first * written[:, :1].cpu().numpy()
         known = self._later & (self._weighted > 0)
         share = first / np.where(self._weighted > 0, self._weighted, 1)
@@ -197,6 +194,12 @@ class _Rows:
         self, metric: str, variant: str, rows: np.ndarray, values: np.ndarray, reason: str
     ) -> Score:
         return row_score(metric, variant, np.where(rows, values, np.nan), reason, self._seed)
+
+
+def _drain(name: str, norms: Tensor) -> Score:
+    """Norm [heads, keys] of the first key over the mean of the others."""
+    others = norms[:, 1:].mean(-1)  # NaN for a prompt of one token
+    return whole_score(name, "raw", (norms[:, 0] / others).cpu().numpy(), _SHORT, norms.shape[-1])
 
 
 def _norms(vectors: Tensor, weights: Tensor) -> Tensor:

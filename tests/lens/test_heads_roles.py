@@ -13,6 +13,7 @@ from lens.heads import detect, random_weights, roles
 from lens.heads.detector import PATTERNS
 from lens.heads.role_metrics import COLUMNS, ROLE_METRICS
 from lens.heads.role_scores import sentences
+from tests.lens.architectures import build
 from tests.lens.naive import rms_ratio
 from tests.lens.traces import probabilities, trace_of
 
@@ -99,6 +100,42 @@ def test_role_scores_equal_their_twins(name):
         assert np.isfinite(values).all(), column
         found = table[column].to_numpy().reshape(values.shape)
         assert rms_ratio(found, values) < 1e-4, column
+
+
+@pytest.mark.parametrize("kind", ["mistral", "gpt_oss", "bert", "qwen3"])
+def test_role_scores_under_windows_learned_sinks_and_both_ways(kind):
+    """Rows of the model's own eager attention, in which a learned sink leaves less than 1."""
+    model = lens.load(build(kind))
+    ids = torch.randint(3, 90, (37,), generator=torch.Generator().manual_seed(1)).tolist()
+    table = roles(model, ids, progress=False).table()
+    model.model.set_attn_implementation("eager")
+    with torch.no_grad():
+        attentions = model.model(torch.tensor([ids]), output_attentions=True).attentions
+    for layer, p in enumerate(attentions):
+        p = p[0].double().numpy()
+        seen = (p > 0).any(0).sum(-1)
+        rows = seen >= 2
+        rest = p[..., 1:] / p[..., 1:].sum(-1, keepdims=True).clip(1e-300)
+        rest_seen = (p[..., 1:] > 0).any(0).sum(-1)
+        few = rest_seen >= 2
+        column = p[..., 0] / p[..., 0].sum(-1, keepdims=True)
+        expected = {
+            "confidence": p[:, 1:].max(-1).mean(-1),
+            "normalized_entropy": (entropy(p)[:, rows] / np.log(seen[rows])).mean(-1),
+            "normalized_entropy_sink_excluded": (
+                entropy(rest)[:, few] / np.log(rest_seen[few])
+            ).mean(-1),
+            "activity": 1 - p[:, 1:, 0].mean(-1),
+            "first_column_entropy": entropy(column) / np.log((p[0, :, 0] > 0).sum()),
+        }
+        for column_name, values in expected.items():
+            found = table.loc[table["layer"] == layer, column_name]
+            assert rms_ratio(found, values) < 1e-4, (layer, column_name)
+    assert table["drain_value"].notna().all()
+    reasons = roles(model, ids, progress=False).reasons
+    assert table["noop"].isna().all() == ("noop" in reasons)
+    if kind == "qwen3":
+        assert "where 'qwen3' keeps the weights of its heads is not known" in reasons["noop"]
 
 
 @pytest.fixture(scope="module")
