@@ -6,9 +6,11 @@
 
 from lens.heads.comparing import Agreement, agreement, join
 from lens.heads.detector import detect
+from lens.heads.dormancy import Dormancy, dormancy
 from lens.heads.group import GroupAblation
 from lens.heads.measuring import ablate, importance
 from lens.heads.patterns import PatternClasses, pattern_classes
+from lens.heads.pruned import PruningMetrics, pruning_metrics
 from lens.heads.pruning import PruningCurve, pruning_curve
 from lens.heads.random_weights import random_weights
 from lens.heads.redundancy import HeadClusters, clusters, redundancy
@@ -24,10 +26,12 @@ from lens.heads.scores import HeadScores, Intervention
 from lens.heads.similarity import HeadSimilarity, similarity, trace_similarity
 from lens.heads.stability import HeadStability, stability
 from lens.heads.streaming import StreamingGate, StreamingScores, streaming, streaming_gate
+from lens.heads.variance import VarianceShares, variance
 from lens.heads.weights import HeadWeights, composition, copying, head_weights
 
 __all__ = [
     "Agreement",
+    "Dormancy",
     "GroupAblation",
     "HeadClusters",
     "HeadRoles",
@@ -38,10 +42,12 @@ __all__ = [
     "Intervention",
     "PatternClasses",
     "PruningCurve",
+    "PruningMetrics",
     "RetrievalScores",
     "RetrievalTrial",
     "StreamingGate",
     "StreamingScores",
+    "VarianceShares",
     "ablate",
     "agreement",
     "clusters",
@@ -49,11 +55,13 @@ __all__ = [
     "copied_needles",
     "copying",
     "detect",
+    "dormancy",
     "head_weights",
     "importance",
     "join",
     "pattern_classes",
     "pruning_curve",
+    "pruning_metrics",
     "random_weights",
     "redundancy",
     "retrieval",
@@ -64,4 +72,5 @@ __all__ = [
     "streaming_gate",
     "text_needles",
     "trace_similarity",
+    "variance",
 ]
