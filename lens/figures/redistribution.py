@@ -5,14 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from lens.errors import LensError
-from lens.figures.colors import ACCENT, DIVERGING, VIRIDIS, scale
+from lens.figures.colors import ACCENT, DIVERGING, INK, VIRIDIS, scale
 from lens.figures.style import Theme, escaped, style
 
 if TYPE_CHECKING:
+    from lens.redistribution.searching import HeadSearch
     from lens.redistribution.selection import HeadSelection
     from lens.redistribution.sink_dims import SinkDims
     from lens.vision import ImageGrid
@@ -162,3 +164,81 @@ def image_grid(
     if not np.isnan(result.enrichment):
         text += f"; marked in the region {result.rate:.1%}, all tokens {result.base_rate:.1%}"
     return style(figure, title=title or escaped(text), width=width, height=height, theme=theme)
+
+
+def gain_grid(
+    result: HeadSearch,
+    *,
+    title: str | None = None,
+    width: int | None = None,
+    height: int | None = None,
+    theme: Theme = "light",
+) -> go.Figure:
+    """Mean gain of editing each head alone on the validation prompts; chosen heads with a cross."""
+    gains = result.gains.mean(-1)
+    reach = float(np.abs(gains).max()) or 1.0
+    figure = go.Figure(
+        go.Heatmap(
+            z=gains,
+            colorscale=scale(DIVERGING),
+            zmin=-reach,
+            zmax=reach,
+            colorbar={"title": "gain"},
+            hovertemplate="L%{y}H%{x}<br>gain %{z:.4f}<extra></extra>",
+        )
+    )
+    figure.add_scatter(
+        x=[head for _, head in result.chosen],
+        y=[layer for layer, _ in result.chosen],
+        mode="markers",
+        marker={"symbol": "x-thin", "size": 10, "line": {"color": INK, "width": 2}},
+        hoverinfo="skip",
+        name="chosen",
+    )
+    figure.update_xaxes(title="Head", dtick=1)
+    figure.update_yaxes(title="Layer", dtick=1, autorange="reversed")
+    text = f"Gain in {result.metric} on {result.task} (validation; test {result.test.mean():.3g})"
+    return style(figure, title=title or escaped(text), width=width, height=height, theme=theme)
+
+
+def side_effect_line(
+    table: pd.DataFrame,
+    measure: str = "delta_loss",
+    *,
+    title: str | None = None,
+    width: int | None = None,
+    height: int | None = None,
+    theme: Theme = "light",
+) -> go.Figure:
+    """One measure of held-out text over the amount of an edit, with its 95 % interval.
+
+    Args:
+        table: of `lens.redistribution.SideEffects`.
+        measure: "delta_loss", "kl" or "flip_rate".
+
+    Raises:
+        LensError: another measure.
+    """
+    names = {
+        "delta_loss": "Change of loss (nats per token)",
+        "kl": "KL of the edited from the unedited prediction (nats)",
+        "flip_rate": "Share of changed top tokens",
+    }
+    if measure not in names:
+        raise LensError(f"measure must be one of {', '.join(names)}, got {measure!r}")
+    middle = table[measure]
+    error = {
+        "type": "data",
+        "symmetric": False,
+        "array": (table[f"{measure}_high"] - middle).fillna(0),
+        "arrayminus": (middle - table[f"{measure}_low"]).fillna(0),
+    }
+    figure = go.Figure(
+        go.Scatter(
+            x=table["amount"], y=middle, error_y=error, mode="lines+markers", line={"color": ACCENT}
+        )
+    )
+    figure.update_xaxes(title="Amount")
+    figure.update_yaxes(title=names[measure])
+    text = f"Held-out text (n = {table['n'].iloc[0]})"
+    return style(figure, title=title or text, width=width, height=height, theme=theme)

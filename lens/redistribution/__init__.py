@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lens.redistribution.calibration import ActEdit, act
+    from lens.redistribution.effects import SideEffects, side_effects
+    from lens.redistribution.searching import HeadSearch, search_heads
     from lens.redistribution.sink_dims import KNOWN, SinkDims, find_sink_dims, phi
     from lens.redistribution.steering import PastaEdit, pasta
     from lens.redistribution.vision import PRESETS, VarEdit, VarSettings, var
@@ -17,7 +19,9 @@ __all__ = [
     "KNOWN",
     "PRESETS",
     "ActEdit",
+    "HeadSearch",
     "PastaEdit",
+    "SideEffects",
     "SinkDims",
     "VarEdit",
     "VarSettings",
@@ -25,10 +29,16 @@ __all__ = [
     "find_sink_dims",
     "pasta",
     "phi",
+    "search_heads",
+    "side_effects",
     "var",
 ]
 
 _HOMES = {
+    "HeadSearch": "searching",
+    "search_heads": "searching",
+    "SideEffects": "effects",
+    "side_effects": "effects",
     "ActEdit": "calibration",
     "act": "calibration",
     "PastaEdit": "steering",

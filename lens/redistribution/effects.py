@@ -1,0 +1,142 @@
+"""What an edit does to the predictions on text that it was not made for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from lens.bootstrap import over_units
+from lens.captures.inputs import read_prompts
+from lens.captures.recorder import capturing
+from lens.errors import LensError
+from lens.models.loaded import LoadedModel
+from lens.tasks.task import logits_of
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+    from lens.figures.style import Theme
+
+_MEASURES = ("delta_loss", "kl", "flip_rate")
+
+
+@dataclass(frozen=True, eq=False)
+class SideEffects:
+    """Predictions with an edit beside those without, at each of its amounts.
+
+    Attributes:
+        amounts: of the edit, ascending.
+        values: measure -> [amount, prompt]: delta_loss (nats per token), kl (of the edited from the
+            unedited prediction, nats), flip_rate (share of positions whose most likely token changed).
+        tokens: [prompt], number of predictions.
+        model: its name.
+        seed: of the bootstrap.
+    """
+
+    amounts: tuple[float, ...]
+    values: dict[str, np.ndarray] = field(repr=False)
+    tokens: tuple[int, ...]
+    model: str
+    seed: int
+
+    def table(self) -> pd.DataFrame:
+        """One row per amount: means over prompts with 95 % bootstrap intervals over prompts."""
+        rows = []
+        for place, amount in enumerate(self.amounts):
+            row: dict[str, Any] = {"amount": amount}
+            for name in _MEASURES:
+                values = self.values[name][place]
+                low, high = over_units(values, np.ones(len(values)), self.seed)
+                row |= {name: values.mean(), f"{name}_low": float(low), f"{name}_high": float(high)}
+            rows.append(row)
+        return pd.DataFrame(rows).assign(n=len(self.tokens))
+
+    def plot(self, measure: str = "delta_loss", *, theme: Theme = "light") -> go.Figure:
+        """One measure over the amount."""
+        from lens.figures.redistribution import side_effect_line
+
+        return side_effect_line(self.table(), measure, theme=theme)
+
+    def findings(self) -> tuple[str, ...]:
+        """What the strongest edit does, in plain words."""
+        row = self.table().iloc[-1]
+        delta = f"{row['delta_loss']:+.4f} [{row['delta_loss_low']:+.4f}, {row['delta_loss_high']:+.4f}]"
+        judged = (
+            "the interval holds 0"
+            if row["delta_loss_low"] <= 0 <= row["delta_loss_high"]
+            else "one prompt has no interval"
+            if np.isnan(row["delta_loss_low"])
+            else "the text is predicted worse"
+            if row["delta_loss"] > 0
+            else "the text is predicted better"
+        )
+        return (
+            f"With amount {row['amount']:g}, {self.model} changes its loss on {len(self.tokens)} held-out "
+            f"prompts ({sum(self.tokens):,} predictions) by {delta} nats per token: {judged}. KL "
+            f"{row['kl']:.4f} nats, {row['flip_rate']:.1%} of the top tokens change.",
+        )
+
+
+def side_effects(
+    model: LoadedModel,
+    prompts: Any,
+    edit: Callable[[float], AbstractContextManager[Any]],
+    *,
+    amounts: Sequence[float] = (0.25, 0.5, 0.75, 1.0),
+    seed: int = 0,
+) -> SideEffects:
+    """Run held-out prompts with the edit at each amount and without it.
+
+    Args:
+        model: a causal language model.
+        prompts: as for `lens.capture`, token prompts that had no part in choosing the edit.
+        edit: amount -> context manager, such as
+            `lambda amount: lens.redistribute(model, sources="first", amount=amount)`.
+        amounts: each once.
+        seed: of the bootstrap.
+
+    Raises:
+        LensError: no amount or one twice, a prompt of fewer than two tokens, or no logits.
+
+    Example:
+        >>> lens.redistribution.side_effects(model, texts, edit).findings()
+    """
+    if not len(amounts) or len(set(amounts)) < len(amounts):
+        raise LensError(f"amounts must be different, at least one; got {list(amounts)}")
+    ordered = sorted(float(amount) for amount in amounts)
+    found: list[list[tuple[float, float, float]]] = []
+    tokens = []
+    for prompt in read_prompts(model, prompts)[0]:
+        if prompt.ids is None or len(prompt.ids) < 2:
+            raise LensError(
+                "side_effects needs prompts of at least two tokens: it measures their loss"
+            )
+        ids = torch.tensor([prompt.ids])
+        with torch.no_grad():
+            with capturing(model, statistics=()):  # the same kernel: nothing but the edit differs
+                base = logits_of(model, ids)[0, :-1].float().log_softmax(-1)
+            changes = []
+            for amount in ordered:
+                with edit(amount):
+                    edited = logits_of(model, ids)[0, :-1].float().log_softmax(-1)
+                changes.append(_changes(base, edited, ids[0, 1:].to(base.device)))
+        found.append(changes)
+        tokens.append(len(prompt.ids) - 1)
+    stacked = np.array(found)  # [prompt, amount, measure]
+    values = {name: stacked[..., place].T for place, name in enumerate(_MEASURES)}
+    return SideEffects(tuple(ordered), values, tuple(tokens), model.name, seed)
+
+
+def _changes(
+    base: torch.Tensor, edited: torch.Tensor, target: torch.Tensor
+) -> tuple[float, float, float]:
+    delta = (base - edited).gather(1, target[:, None]).mean()
+    kl = (base.exp() * (base - edited)).sum(-1).mean()
+    flips = (base.argmax(-1) != edited.argmax(-1)).float().mean()
+    return float(delta), float(kl), float(flips)

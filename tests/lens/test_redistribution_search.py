@@ -1,0 +1,165 @@
+"""Head search with held-out prompts, side effects on held-out text, and the figures of redistribution."""
+
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import lens
+from lens.errors import LensError
+from lens.figures.redistribution import change_maps
+from lens.head_ids import HeadId
+from lens.redistribution.searching import HeadSearch
+from lens.redistribution.selection import HeadSelection
+from tests.lens.architectures import build
+
+RANDOM = torch.Generator().manual_seed(5)
+
+
+@pytest.fixture(scope="module")
+def induction():
+    model = lens.load("induction-2l")
+    return model, lens.tasks.induction(model, n=14, seed=0)
+
+
+def test_the_search_chooses_on_some_prompts_and_judges_on_the_others(induction):
+    model, task = induction
+    edited = []
+
+    def edit(heads):
+        edited.append(tuple(heads))
+        return lens.redistribute(model, sources="first", amount=1.0, rule="mask", heads=heads)
+
+    found = lens.redistribution.search_heads(model, task, edit, most=3, validation=0.6, seed=1)
+    layers, heads = model.info.layers, model.info.heads
+    everyone = [HeadId(layer, head) for layer in range(layers) for head in range(heads)]
+    assert found.gains.shape == (layers, heads, 8)
+    assert edited[: len(everyone)] == [(head,) for head in everyone]
+    order = np.random.default_rng(1).permutation(14)
+    clean = task.evaluate(model).double().numpy()
+    for head in everyone:
+        with lens.redistribute(model, sources="first", amount=1.0, rule="mask", heads=[head]):
+            alone = task.sign * (task.evaluate(model).double().numpy() - clean)
+        assert found.gains[head] == pytest.approx(alone[np.sort(order[:8])], abs=1e-5)
+    means = found.gains.mean(-1)
+    best = sorted(everyone, key=lambda head: -means[head])[:3]
+    assert found.chosen == tuple(head for head in best if means[head] > 0)
+    with edit(everyone):
+        everywhere = task.sign * (task.evaluate(model).double().numpy() - clean)
+    assert found.everywhere == pytest.approx(everywhere[np.sort(order[8:])], abs=1e-5)
+    assert len(found.test) == 6
+    assert found.bias == pytest.approx(found.validation.mean() - found.test.mean())
+    assert found.table()["chosen"].sum() == len(found.chosen)
+    assert found.summary()["n"].tolist() == [8, 6, 6]
+    assert len(found.plot().data[1].x) == len(found.chosen)
+
+
+def test_choosing_among_noise_flatters_and_the_report_says_so():
+    """Heads whose gains are pure noise: the chosen ones look good only where they were chosen."""
+    model = SimpleNamespace(name="noise", info=SimpleNamespace(layers=5, heads=7))
+    random = np.random.default_rng(0)
+    state = {"heads": ()}
+
+    class Noise:
+        n, sign, metric, name = 40, 1, "accuracy", "coin flips"
+
+        def __init__(self, rows):
+            self.rows, self.n = rows, len(rows)
+
+        def evaluate(self, _):
+            if not state["heads"]:
+                return torch.zeros(self.n)
+            return torch.tensor(effects[list(state["heads"])][:, self.rows].mean(0))
+
+    class Editing(nullcontext):
+        def __exit__(self, *_):
+            state["heads"] = ()
+
+    effects = random.normal(size=(35, 40))
+
+    def edit(heads):
+        state["heads"] = tuple(layer * 7 + head for layer, head in heads)
+        return Editing()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lens.redistribution.searching._subset", lambda _, rows: Noise(rows.numpy()))
+        found = lens.redistribution.search_heads(model, Noise(np.arange(40)), edit, most=5)
+    assert len(found.chosen) == 5
+    assert found.validation.mean() > 0.2
+    assert found.bias > 0.2
+    assert "these prompts do not show that the chosen heads help" in found.findings()[2]
+    assert f"choosing flatters by {found.bias:.4f}" in found.findings()[1]
+
+
+def test_a_search_that_finds_no_head_says_so_and_bad_splits_are_refused(induction):
+    model, task = induction
+    nothing = HeadSearch(
+        -np.ones((2, 3, 4)), (), np.zeros(4), np.zeros(5), np.zeros(5), "loss", "t", "m", 0
+    )
+    assert "No head of m helps 't'" in nothing.findings()[0]
+    assert "largest gain of 6 heads on 4 validation prompts is -1.0000" in nothing.findings()[0]
+    for match, options in (
+        ("most must be at least one head, got 0", {"most": 0}),
+        ("leaves 13 to choose with and 1 to judge by; each side needs two", {"validation": 0.95}),
+    ):
+        with pytest.raises(LensError, match=match):
+            lens.redistribution.search_heads(model, task, lambda _: nullcontext(), **options)
+
+
+def test_side_effects_are_those_of_the_sink_test_where_the_edit_is_the_same():
+    """`lens.sinks.effect` is compared with transformers itself in its own tests."""
+    network = build("llama")
+    torch.nn.init.normal_(network.lm_head.weight, std=0.7)
+    model = lens.load(network)
+    prompts = [torch.randint(3, 97, (n,), generator=RANDOM) for n in (29, 23, 31)]
+
+    def edit(amount):
+        return lens.redistribute(model, sources="first", amount=amount, rule="mask")
+
+    found = lens.redistribution.side_effects(model, prompts, edit, amounts=[1.0, 0.0, 0.5])
+    assert found.amounts == (0.0, 0.5, 1.0)
+    assert found.tokens == (28, 22, 30)
+    for name, values in found.values.items():
+        assert (values[0] == 0).all(), name  # nothing moved: the same bits
+        for place, amount in ((1, 0.5), (2, 1.0)):
+            known = lens.sinks.effect(model, prompts, amount=amount, controls=())
+            assert values[place] == pytest.approx(known.values["sources"][name], abs=1e-6)
+    assert found.values["kl"][2].min() > 0
+    assert found.table()["n"].tolist() == [3, 3, 3]
+    figure = found.plot("kl")
+    assert figure.data[0].x.tolist() == [0, 0.5, 1]
+    assert "on 3 held-out prompts (80 predictions)" in found.findings()[0]
+    one = lens.redistribution.side_effects(model, prompts[:1], edit, amounts=[1.0])
+    assert "one prompt has no interval" in one.findings()[0]
+    for match, given, amounts in (
+        ("amounts must be different, at least one", prompts, []),
+        ("prompts of at least two tokens", [[5]], [1.0]),
+    ):
+        with pytest.raises(LensError, match=match):
+            lens.redistribution.side_effects(model, given, edit, amounts=amounts)
+    with pytest.raises(LensError, match="measure must be one of delta_loss, kl, flip_rate"):
+        found.plot("excess")
+
+
+def test_figures_show_the_numbers():
+    before = np.arange(6.0).reshape(2, 3)
+    after = before[:, ::-1]
+    figure = change_maps(before, after)
+    assert (np.asarray(figure.data[2].z) == after - before).all()
+    assert (figure.data[2].zmin, figure.data[2].zmax) == (-2, 2)
+    assert figure.data[0].zmax == figure.data[1].zmax == 5
+    with pytest.raises(LensError, match="maps of one shape"):
+        change_maps(before, after.T)
+    text, visual = np.full((2, 3), 10), np.full((2, 3), 7)
+    edited = np.array([[True] * 3, [False] * 3])
+    selection = HeadSelection(text, visual, np.array([[4, 0, 1], [0, 0, 0]]), edited, "m")
+    assert selection.share[0].tolist() == [0.4, 0.0, 0.1]
+    assert np.isnan(selection.share[1]).all()
+    assert selection.table()["head"].tolist() == [0, 2, 1]
+    assert (
+        "2 of 3 heads were image-centric in some row: 5 of 30 rows (16.7%)"
+        in selection.findings()[0]
+    )
+    assert np.asarray(selection.plot().data[0].z)[0].tolist() == [0.4, 0.0, 0.1]
