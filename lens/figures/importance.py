@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import plotly.graph_objects as go
@@ -23,15 +24,39 @@ def importance_grid(
     theme: Theme = "light",
 ) -> go.Figure:
     """Importance of every head: layers down, heads across; red = the task goes worse without it."""
-    values, errors = scores.values, scores.stderr
-    bound = float(np.abs(values).max()) or 1.0
     text = [
         [
             "" if np.isnan(error) else f" ± {error:.2g} (standard error, {scores.n} prompts)"
             for error in row
         ]
-        for row in errors
+        for row in scores.stderr
     ]
+    return grid(
+        scores.values,
+        unit=scores.metric,
+        text=text,
+        title=title or _finding(scores),
+        width=width,
+        height=height,
+        theme=theme,
+        meta={"by": scores.label, "task": scores.task, "model": scores.model},
+    )
+
+
+def grid(
+    values: np.ndarray,
+    *,
+    unit: str,
+    title: str,
+    width: int | None,
+    height: int | None,
+    theme: Theme,
+    meta: Mapping[str, Any],
+    text: Sequence[Sequence[str]] | None = None,
+) -> go.Figure:
+    """A signed number of each head [layer, head]: layers down, heads across; `text` is shown on hover."""
+    bound = float(np.abs(values).max()) or 1.0
+    layers, heads = values.shape
     figure = go.Figure(
         go.Heatmap(
             z=values,
@@ -39,26 +64,18 @@ def importance_grid(
             zmin=-bound,
             zmid=0,
             zmax=bound,
-            colorbar={"title": {"text": scores.metric, "side": "right"}, "thickness": 12},
+            colorbar={"title": {"text": unit, "side": "right"}, "thickness": 12},
             xgap=1,
             ygap=1,
-            text=text,
+            text=[[""] * heads] * layers if text is None else text,
             hovertemplate="L%{y}H%{x}: %{z:.4g}%{text}<extra></extra>",
         )
     )
-    layers, heads = values.shape
     figure.update_xaxes(title="head", dtick=1 if heads <= 32 else None, showgrid=False)
     figure.update_yaxes(
         title="layer", autorange="reversed", dtick=1 if layers <= 32 else None, showgrid=False
     )
-    return style(
-        figure,
-        title=title or _finding(scores),
-        width=width,
-        height=height,
-        theme=theme,
-        meta={"by": scores.label, "task": scores.task, "model": scores.model},
-    )
+    return style(figure, title=title, width=width, height=height, theme=theme, meta=meta)
 
 
 def _finding(scores: HeadScores) -> str:

@@ -5,7 +5,7 @@ the attention function that capture registers, so it works for every model that 
 is never built.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -83,6 +83,21 @@ def edited_logits(
     with torch.set_grad_enabled(differentiable):
         logits = _run(model, ids.repeat(len(groups), 1), _Editor(groups, sources))
     return logits.unflatten(0, (len(groups), len(ids)))
+
+
+def edited_outputs(
+    model: LoadedModel,
+    inputs: Mapping[str, Tensor],
+    groups: Sequence[Sequence[HeadId]],
+    sources: Sequence[Source],
+) -> Any:
+    """What the model returns, [groups * rows, ...], as in `edited_logits`, for any inputs [rows, ...]."""
+    copies = {
+        name: tensor.to(model.device).repeat(len(groups), *[1] * (tensor.dim() - 1))
+        for name, tensor in inputs.items()
+    }
+    with torch.no_grad():
+        return _run(model, copies, _Editor(groups, sources), lambda _, given: model.model(**given))
 
 
 def with_gradients(
@@ -231,16 +246,21 @@ class _Differentiated(_Caller):
         return result.output
 
 
-def _run(model: LoadedModel, ids: Tensor, reader: _Reader) -> Tensor:
-    """Logits of one forward pass whose attention is the reader's."""
+def _run(
+    model: LoadedModel,
+    inputs: Any,
+    reader: _Reader,
+    forward: Callable[[LoadedModel, Any], Any] = logits_of,
+) -> Any:
+    """What `forward` returns (logits of token ids), with the reader's attention."""
     with recording(model, reader):
-        logits = logits_of(model, ids)
+        result = forward(model, inputs)
     if reader.layers_seen != model.info.layers:
         raise LensError(
             f"{model.info.class_name} ran {reader.layers_seen} attention layers through the registry, "
             f"{model.info.layers} were expected; its heads cannot be edited"
         )
-    return logits
+    return result
 
 
 def _detached(call: LayerCall) -> LayerCall:
