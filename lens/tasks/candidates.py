@@ -15,7 +15,7 @@ from lens.models.loaded import LoadedModel
 from lens.tasks.metrics import PADDING, AnswerSets
 from lens.tasks.task import Task
 
-_DRAWS = 12  # texts drawn for each prompt that is asked for
+_LEAST, _DRAWS = 4, 12  # texts drawn for each prompt that is asked for, at least and at most
 
 
 @dataclass(frozen=True)
@@ -108,21 +108,25 @@ def make_task(
     random = Random(f"{name} {seed}")
     rows: dict[tuple[int, ...], _Row] = {}
     reasons: Counter[str] = Counter()
-    for _ in range(_DRAWS * n):
+    counts: Counter[int] = Counter()  # different prompts by length
+    drawn = 0
+    while drawn < _DRAWS * n and (drawn < _LEAST * n or max(counts.values(), default=0) < n):
+        drawn += 1
         try:
             row = _encode(model, draw(random))
         except Misfit as reason:
             reasons[str(reason)] += 1
-        else:
-            rows.setdefault(tuple(row.clean), row)
-    counts = Counter(map(len, rows))
+            continue
+        if tuple(row.clean) not in rows:
+            rows[tuple(row.clean)] = row
+            counts[len(row.clean)] += 1
     length = min(counts, key=lambda size: (-counts[size], size), default=0)
     kept = [row for row in rows.values() if len(row.clean) == length][:n]
     if len(kept) < n:
         most = reasons.most_common(1)
         why = f"; {most[0][1]} were left out because {most[0][0]}" if most else ""
         raise LensError(
-            f"of {_DRAWS * n} texts for {name!r} only {len(kept)} fit {model.name}, different and of "
+            f"of {drawn} texts for {name!r} only {len(kept)} fit {model.name}, different and of "
             f"one length, and {n} were asked for{why}; ask for fewer or for another seed"
         )
     dropped = [*dropped, *(f"{count} texts: {reason}" for reason, count in reasons.most_common(5))]
