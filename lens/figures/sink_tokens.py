@@ -12,6 +12,7 @@ from lens.figures.style import Theme, style
 
 if TYPE_CHECKING:
     from lens.sinks.activations import MassiveActivations
+    from lens.sinks.norms import HighNormTokens
 
 
 def magnitudes(
@@ -35,4 +36,23 @@ def magnitudes(
     figure.update_xaxes(title="After layer (-1: embedding)")
     figure.update_yaxes(title="|activation|", type="log")
     text = f"Largest activations (BOS {result.bos}, n = {len(result.tokens)})"
+    return style(figure, title=title or text, width=width, height=height, theme=theme)
+
+
+def norm_histogram(
+    result: HighNormTokens,
+    *,
+    title: str | None = None,
+    width: int | None = None,
+    height: int | None = None,
+    theme: Theme = "light",
+) -> go.Figure:
+    """Histogram of the tokens' log10 norms, with the cutoff where there is one."""
+    known = result.norms[~np.isnan(result.norms)]
+    figure = go.Figure(go.Histogram(x=np.log10(known), nbinsx=60, marker={"color": LINE}))
+    if not np.isnan(result.cutoff):
+        figure.add_vline(x=np.log10(result.cutoff), line={"color": ACCENT, "dash": "dot"})
+    figure.update_xaxes(title=f"log10 norm after layer {result.layer}")
+    figure.update_yaxes(title="Tokens")
+    text = f"Norms of {len(known)} tokens"
     return style(figure, title=title or text, width=width, height=height, theme=theme)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from lens.sinks.gates import EffectiveGates, effective_gate
     from lens.sinks.geometry import SinkMechanism, mechanism
     from lens.sinks.head_edits import HeadActivity, activity, head_effect
+    from lens.sinks.norms import HighNormTokens, high_norm, register_neurons
     from lens.sinks.spectral import BandLosses, SpectralBands, band_energies, band_losses, bands
     from lens.sinks.streaming_policies import StreamingPolicies, streaming
 
@@ -30,6 +31,7 @@ __all__ = [
     "DoseResponse",
     "EffectiveGates",
     "HeadActivity",
+    "HighNormTokens",
     "MassiveActivations",
     "SinkEffect",
     "SinkEmergence",
@@ -52,11 +54,13 @@ __all__ = [
     "emergence",
     "find",
     "head_effect",
+    "high_norm",
     "massive",
     "massive_effect",
     "mechanism",
     "profile",
     "rate",
+    "register_neurons",
     "sensitivity",
     "streaming",
 ]
@@ -85,6 +89,9 @@ _WITH_TORCH = {  # which reading traces does not need
     "band_energies": "spectral",
     "band_losses": "spectral",
     "bands": "spectral",
+    "HighNormTokens": "norms",
+    "high_norm": "norms",
+    "register_neurons": "norms",
     "StreamingPolicies": "streaming_policies",
     "streaming": "streaming_policies",
     "massive_effect": "activations",
