@@ -17,12 +17,12 @@ from lens.captures.inputs import Prompt, read_prompts
 from lens.captures.run import capture
 from lens.errors import LensError
 from lens.head_ids import HeadId
-from lens.progress import advancing
 from lens.heads.random_weights import random_weights
 from lens.heads.role_metrics import COLUMNS
 from lens.heads.role_scores import STATISTICS, RoleRecorder, role_scores
 from lens.models.loaded import LoadedModel
 from lens.profiles import pooled_table, prompt_table, scores_table, wide
+from lens.progress import advancing
 from lens.trace import AttentionTrace, TraceWriter
 
 if TYPE_CHECKING:
@@ -111,6 +111,21 @@ class HeadRoles:
         found.columns = ["name", "value", "low", "high"]
         found["baseline"] = table.get(f"{column}_baseline", np.nan)
         return found.reset_index(drop=True)
+
+    def sink_heads(self, *, rows_below: float, column_above: float) -> list[HeadId]:
+        """Heads that all rows send to the first key: Guo et al.'s rule with its two thresholds.
+
+        `normalized_entropy < rows_below` and `first_column_entropy > column_above`; the authors
+        give no defaults, and take the largest column where this takes the first.
+        """
+        table = self._wide()
+        chosen = (table["normalized_entropy"] < rows_below) & (
+            table["first_column_entropy"] > column_above
+        )
+        return [
+            HeadId(int(layer), int(head))
+            for layer, head in table.loc[chosen, ["layer", "head"]].to_numpy()
+        ]
 
     def plot(
         self,

@@ -1,0 +1,87 @@
+"""Heads that rest in one domain and work in another."""
+
+import numpy as np
+import pytest
+import torch
+
+import lens
+from lens.errors import LensError
+from lens.heads import dormancy, roles
+
+
+@pytest.fixture(scope="module")
+def model():
+    return lens.load("text-lm-3l")
+
+
+@pytest.fixture(scope="module")
+def found(model):
+    copied = [lens.prompts.copied(model, 31, seed=seed) for seed in range(4)]
+    domains = {"text": lens.prompts.text("moby-dick"), "copied": copied}
+    return dormancy(model, domains, length=63, n=4, tolerance=0.02, progress=False)
+
+
+def test_the_strongest_sink_rests_on_text_and_not_on_copies(model):
+    """Its page: L1H0 has no effect on text under mean ablation; on random tokens it looks elsewhere."""
+    copied = [lens.prompts.copied(model, 31, seed=seed) for seed in range(8)]
+    domains = {"text": lens.prompts.text("moby-dick"), "copied": copied}
+    found = dormancy(
+        model, domains, length=63, n=8, tolerance=0.01, baseline="mean", progress=False
+    )
+    table = found.table().set_index(["domain", "name"])
+    assert table.loc["text"]["activity"].idxmin() == "L1H0"
+    assert "L1H0" in [str(head) for head in found.dormant("text")]
+    assert found.dormant("copied") == []
+    assert (table["activity_low"] <= table["activity"]).all()
+    assert (table["n"] == 8).all()
+    assert table["dormant"].sum() == len(found.dormant("text"))
+    assert "dormant on text: L1H0" in repr(found)
+    assert "copied: none" in repr(found)
+
+
+def test_a_constant_output_is_missed_under_zero_ablation(found):
+    """L1H0 rests on BOS, yet the model counts on the vector that it adds there."""
+    text = found.table().query("domain == 'text'").set_index("name")
+    assert text.loc["L1H0", "activity"] < 0.2
+    assert text.loc["L1H0", "loss_low"] > found.tolerance
+    assert found.dormant("text") == []
+
+
+def test_activity_and_loss_are_those_of_the_model_itself(model, found):
+    """From eager attention, and by a projection whose columns of the head are zero."""
+    ids = torch.tensor([lens.prompts.copied(model, 31, seed=2)])
+    module = model.model.model.layers[1].self_attn.o_proj
+
+    def loss():
+        logits = model.model(ids).logits[0, :-1]
+        return float(torch.nn.functional.cross_entropy(logits, ids[0, 1:]))
+
+    model.model.set_attn_implementation("eager")
+    with torch.no_grad():
+        attentions = model.model(ids, output_attentions=True).attentions
+    model.model.set_attn_implementation("sdpa")
+    expected = 1 - torch.stack(attentions)[:, 0, :, 1:, 0].double().mean(-1)
+    np.testing.assert_allclose(found.activity["copied"][..., 2], expected, atol=1e-6)
+    before = module.weight.detach().clone()
+    with torch.no_grad():
+        clean = loss()
+        module.weight[:, 3 * 16 : 4 * 16] = 0
+        without = loss()
+        module.weight.copy_(before)
+    assert found.loss["copied"][1, 3, 2] == pytest.approx(without - clean, rel=1e-3)
+
+
+def test_sink_heads_by_the_rule_of_two_entropies(model):
+    text = lens.prompts.take(model, lens.prompts.text("lily"), 128)
+    result = roles(model, text, progress=False)
+    names = [str(head) for head in result.sink_heads(rows_below=0.25, column_above=0.9)]
+    assert names == ["L1H0", "L1H5"]  # its page: the two strongest sinks
+    assert result.sink_heads(rows_below=0.0, column_above=0.9) == []
+    assert result.sink_heads(rows_below=1.0, column_above=1.0) == []
+
+
+def test_what_has_no_domain_is_said(model, found):
+    with pytest.raises(LensError, match="needs at least one domain"):
+        dormancy(model, {})
+    with pytest.raises(LensError, match="unknown domain 'code'; known: text, copied"):
+        found.dormant("code")
