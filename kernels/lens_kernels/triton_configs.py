@@ -1,8 +1,11 @@
 """Tile sizes, warps and pipeline stages of each kernel, by input type and head dim: one table each.
 
-Chosen so that nothing spills on sm_90 and shared memory fits (227 KB, 163 KB on sm_80), which
-tests/kernels/test_triton_compile.py holds them to without a GPU. No autotuning: it needs a GPU, and
-makes results depend on what was timed.
+Chosen so that nothing spills in half precision on sm_90 and sm_80, and shared memory fits (227 KB,
+163 KB). A block mask, which fixes the tile, or all masks at once may cost a few registers, and so
+does float32, with its three products for one: most in gradients of keys, head dims above 64.
+tests/kernels/test_triton_compile.py holds the tiles to that without a GPU, and
+tests/benchmarks/COMPILED.md lists what each kernel uses. No autotuning: it needs a GPU, and makes
+results depend on what was timed.
 """
 
 from __future__ import annotations
@@ -15,9 +18,54 @@ from lens_kernels.triton_launch import Config, capability, power
 _SUMS = ("entropy", "concentration", "distance", "prefix_mass")
 _MANY = ("match_mass", "moments", "grid_moments", "mean_value_norm")
 
-
 _SMALL = Config(32, 32, 8, 2)
 """Where nothing larger leaves enough registers."""
+_EXACT = Config(32, 32, 8, 1, "ieee")
+"""Of float32 products that are too wide for tensor cores."""
+
+_ROWS = {
+    64: (
+        Config(128, 64, 8, 3),
+        Config(128, 64, 8, 3),
+        Config(128, 32, 8, 3),
+        Config(128, 16, 8, 2),
+        Config(64, 32, 8, 2),
+        _SMALL,
+        Config(32, 16, 8, 2),
+    ),
+    128: (
+        Config(128, 64, 8, 3),
+        Config(128, 64, 8, 2),
+        Config(128, 32, 8, 3),
+        Config(128, 16, 8, 2),
+        Config(64, 32, 8, 2),
+        _SMALL,
+        Config(32, 16, 8, 2),
+    ),
+    256: (
+        Config(128, 32, 8, 2),
+        Config(64, 32, 8, 2),
+        Config(64, 32, 8, 2),
+        _SMALL,
+        *(Config(32, 16, 8, 2),) * 2,
+        Config(16, 16, 4, 2),
+    ),
+}
+"""Tiles of the forward pass by width and by how much it keeps in registers, least first."""
+
+_FULL_ROWS = {
+    64: (
+        Config(64, 32, 4, 2),
+        Config(64, 32, 4, 2),
+        Config(32, 32, 4, 2),
+        Config(32, 32, 4, 1),
+        Config(16, 32, 4, 1),
+        Config(16, 16, 4, 1),
+    ),
+    128: (*(Config(16, 32, 4, 1),) * 5, Config(16, 16, 4, 1)),
+    256: (_EXACT, Config(16, 32, 8, 1, "ieee")),
+}
+"""The same for float32 inputs: products of three tf32 parts, and twice the memory."""
 
 
 def _width(problem: Problem) -> int:
@@ -25,7 +73,6 @@ def _width(problem: Problem) -> int:
 
 
 def _full(problem: Problem) -> bool:
-    """float32 inputs: products of three tf32 parts, and twice the memory."""
     return problem.query.dtype == torch.float32
 
 
@@ -33,11 +80,11 @@ def _hopper(problem: Problem) -> bool:
     return capability(problem.device) >= (9, 0)
 
 
-def _bare(problem: Problem) -> bool:
-    """Whether the logits are products and the mask is a range of keys."""
+def _extras(problem: Problem) -> int:
+    """What bears on the logits beside a range of keys."""
     plan = problem.plan
     extras = (plan.keep, plan.allowed, plan.bias, plan.slopes, problem.softcap, problem.block_mask)
-    return all(part is None for part in extras)
+    return sum(part is not None for part in extras)
 
 
 def plain(problem: Problem) -> bool:
@@ -46,36 +93,31 @@ def plain(problem: Problem) -> bool:
     Then tiles that all rows see wholly get a loop of their own, without a mask. Otherwise one loop
     masks every tile: two would not leave enough registers, and masking is little of the work.
     """
-    return _bare(problem) and problem.plan.window is None and problem.plan.simple
+    return not _extras(problem) and problem.plan.window is None and problem.plan.simple
+
+
+def _weight(problem: Problem) -> int:
+    """How many registers the mask takes: 0 (plain), 1 (a range of keys), 2 (more), 3 (much more)."""
+    extras = _extras(problem)
+    return 0 if plain(problem) else 1 if not extras else 2 if extras <= 2 else 3
 
 
 def row_config(problem: Problem) -> Config:
     """Of the forward pass, by what it keeps in registers."""
-    width = _width(problem)
-    if _full(problem):
-        return Config(64, 32, 4 if width < 256 else 8, 2)
-    level = 2 if problem.wants(*_MANY) else int(problem.wants(*_SUMS))
-    level += not plain(problem)
-    return {
-        64: (
-            Config(128, 64, 8, 3),
-            Config(128, 64, 8, 3),
-            Config(128, 32, 8, 3),
-            Config(128, 16, 8, 2),
-        ),
-        128: (
-            Config(128, 64, 8, 3),
-            Config(128, 64, 8, 2),
-            Config(128, 32, 8, 3),
-            Config(128, 16, 8, 2),
-        ),
-        256: (
-            Config(128, 32, 8, 2),
-            Config(64, 32, 8, 2),
-            Config(64, 32, 8, 2) if not problem.wants(*_MANY) else _SMALL,
-            _SMALL,
-        ),
-    }[width][level]
+    weight, width = _weight(problem), _width(problem)
+    full, many, hopper = _full(problem), problem.wants(*_MANY), _hopper(problem)
+    level = weight + (2 if many else int(problem.wants(*_SUMS)))
+    # where the compiler needs more than the sum, found by compiling
+    if many and weight > 1:
+        level = 5
+    elif hopper:
+        level += many and (not weight or width == 256)
+    elif full:
+        level += 2
+    elif not many or width == 256:
+        level += level > 0 or width == 256
+    ladder = (_FULL_ROWS if full else _ROWS)[width]
+    return ladder[min(level, len(ladder) - 1)]
 
 
 def split_rows(problem: Problem) -> bool:
@@ -87,7 +129,9 @@ def columns_config(problem: Problem) -> Config:
     """Of the pass along columns."""
     width = _width(problem)
     if _full(problem):
-        return Config(32, 64, 4 if width < 256 else 8, 2)
+        return {64: Config(32, 64, 4, 2), 128: Config(16, 32, 4, 1), 256: _EXACT}[width]
+    if _weight(problem) > 1:
+        return Config(64, 64, 8, 2)
     return Config(64, 128, 8, 3 if width < 256 else 2)
 
 
@@ -95,11 +139,12 @@ def diagonals_config(problem: Problem) -> Config:
     """Of the pass along diagonals: square tiles."""
     width = _width(problem)
     if _full(problem):
-        return Config(64, 64, 8, 2)
+        return Config(32, 32, 4, 1) if width == 64 else _EXACT
+    bare = _weight(problem) < 2
     if width == 256:
-        return Config(64, 64, 4, 2) if _bare(problem) else _SMALL
-    if not _bare(problem):
-        return Config(64, 64, 4, 2)
+        return Config(64, 64, 4, 2) if bare else _SMALL
+    if not bare:
+        return Config(64, 64, 8, 2)
     return Config(128, 128, 8, 3 if width == 64 else 2)
 
 
@@ -113,19 +158,40 @@ def key_gradients_together(problem: Problem) -> bool:
 
 def split_key_gradients(problem: Problem) -> bool:
     """Whether `key_gradients` has a loop without masks."""
-    return plain(problem) and _width(problem) <= 128
+    return split_query_gradients(problem) and _width(problem) <= 128
+
+
+def split_query_gradients(problem: Problem) -> bool:
+    """Whether `query_gradients` has a loop without masks."""
+    return plain(problem) and not _full(problem)
 
 
 def backward_config(problem: Problem, of: str) -> Config:
     """Of the gradients of keys and values in one ("both") or in two launches ("key"), or "query"."""
-    width = _width(problem)
+    width, weight, hopper = _width(problem), _weight(problem), _hopper(problem)
     if _full(problem):
-        return Config(32, 32, 4, 1)
+        return _full_backward(width, weight, of)
     if of == "both":
-        return {64: Config(64, 128, 8, 2), 128: Config(32, 128, 8, 2)}[width]
-    if width == 256 and not _bare(problem):
-        return _SMALL
+        rows = {64: 64, 128: 32}[width]
+        return Config(rows if hopper else rows // 2, 128, 8, 2)
     if of == "key":
-        return Config(32 if width < 256 and _bare(problem) else 16, 128, 8, 2)
-    wide = width == 64 or (width == 128 and _bare(problem))
-    return Config(128, 64 if wide else 32, 8, 2) if width < 256 else Config(64, 32, 8, 2)
+        if width == 256:
+            wide = Config(16, 128 if hopper else 64, 8, 2)
+            return _SMALL if hopper and weight > 1 else wide
+        if not hopper:
+            return Config(16, 128 if weight < 2 else 64, 8, 2)
+        return Config(32 if weight < 2 else 16, 128, 8, 2)
+    if width == 256:
+        return Config(64, 32, 8, 2) if weight < 2 else _SMALL
+    if weight > 2:
+        return Config(64, 32, 8, 2) if hopper else _SMALL
+    wide = hopper and (width == 64 or weight < 2)
+    return Config(128, 64 if wide else 32, 8, 2)
+
+
+def _full_backward(width: int, weight: int, of: str) -> Config:
+    if width == 256:
+        return Config(16, 32 if of == "query" and weight < 2 else 16, 8, 1, "ieee")
+    if width == 128:
+        return Config(16, 32 if of == "query" and weight < 2 else 16, 4, 1)
+    return Config(16, 32, 4, 1)

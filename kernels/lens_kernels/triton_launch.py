@@ -26,12 +26,17 @@ _FAR = torch.iinfo(torch.int32).max
 
 @dataclass(frozen=True)
 class Config:
-    """Lanes of a tile along queries and keys, warps of a program, stages of its pipeline."""
+    """Lanes of a tile along queries and keys, warps of a program, stages of its pipeline.
+
+    `precision` is that of the products of float32 inputs: three products on tensor cores, or
+    "ieee", without them, where those would need more registers than there are.
+    """
 
     rows: int
     columns: int
     warps: int
     stages: int
+    precision: str = "tf32x3"
 
 
 def launch(kernel: Any, programs: int, config: Config, *arguments: Any, **constants: int) -> None:
@@ -95,14 +100,14 @@ def mask(problem: Problem) -> Mask:
     )
 
 
-def scores(problem: Problem) -> Scores:
+def scores(problem: Problem, config: Config) -> Scores:
     plain = problem.softcap is None and problem.plan.bias is None and problem.plan.slopes is None
     half = problem.query.dtype != torch.float32
     return Scores(
         problem.scale if problem.softcap is not None else problem.scale * _LOG2E,
         problem.softcap,
         tl.constexpr(plain and problem.scale > 0),
-        tl.constexpr("ieee" if half else "tf32x3"),
+        tl.constexpr("ieee" if half else config.precision),
     )
 
 

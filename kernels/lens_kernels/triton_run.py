@@ -23,9 +23,9 @@ from lens_kernels.triton_configs import (
     columns_config,
     diagonals_config,
     key_gradients_together,
-    plain,
     row_config,
     split_key_gradients,
+    split_query_gradients,
     split_rows,
 )
 from lens_kernels.triton_forward import BlockList, RowInputs, RowOutputs, forward
@@ -91,7 +91,7 @@ def run_rows(problem: Problem, dtype: torch.dtype) -> tuple[Tensor, dict[str, Te
             features.permute(3, 0, 1, 2).contiguous() if count else None, query_labels, key_labels
         ),
         pack.mask(problem),
-        pack.scores(problem),
+        pack.scores(problem, config),
         problem.sink_logits,
         _block_list(problem),
         pack.shape(problem),
@@ -190,7 +190,7 @@ def _columns(
         ColumnOutputs(found.get("received"), *(found.get(name) for name in _MAPS)),
         problem.key_weights,
         pack.mask(problem),
-        pack.scores(problem),
+        pack.scores(problem, config),
         pack.kept(problem),
         pack.query_spans(problem, rows, columns),
         pack.shape(problem),
@@ -233,7 +233,7 @@ def run_diagonals(problem: Problem, lse: Tensor) -> dict[str, Tensor]:
         lse,
         folded,
         pack.mask(problem),
-        pack.scores(problem),
+        pack.scores(problem, config),
         pack.kept(problem),
         _diagonal_spans(problem, straight, column_tiles, first, end),
         pack.shape(problem),
@@ -378,7 +378,7 @@ def _launch_key_gradients(
         saved.lse,
         level,
         pack.mask(problem),
-        pack.scores(problem),
+        pack.scores(problem, config),
         pack.kept(problem),
         pack.query_spans(problem, rows, columns),
         problem.scale,
@@ -422,7 +422,7 @@ def _query_gradients(
         saved.lse,
         level,
         pack.mask(problem),
-        pack.scores(problem),
+        pack.scores(problem, config),
         pack.kept(problem),
         problem.scale,
         pack.shape(problem),
@@ -431,7 +431,7 @@ def _query_gradients(
         tiles,
         pack.tiles(columns, problem.keys),
         size,
-        SPLIT=plain(problem),
+        SPLIT=split_query_gradients(problem),
     )
     shape = (problem.batch, problem.heads)
     return of_query, {

@@ -1,5 +1,10 @@
 """Compile the Triton kernels for GPUs that are not here; run as a script, prints one JSON a kernel.
 
+`python triton_offline.py [--list] ARCH [JOB ...]`, all jobs where none is named; `--list` says what
+would be compiled, and with which tiles, at once. A job, "bfloat16-128-window", is every kernel of one input type, head dim and mask; the jobs cover what triton_configs.py tells
+apart, each with the sets of statistics that change a kernel. float16 differs from bfloat16 in the
+type of an instruction alone, and is compiled at two head dims.
+
 A process of its own, because Triton reads TRITON_INTERPRET when a kernel is decorated.
 """
 
@@ -10,36 +15,113 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-import triton
-from lens_kernels import triton_configs, triton_launch, triton_run
-from lens_kernels.backward import Saved, Upstream
-from lens_kernels.types import AttentionMask
-from lens_kernels.validation import make_problem
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
+
+DIMS = (16, 32, 64, 80, 96, 128, 192, 256)
+MASKS = {
+    "causal": {"bfloat16": DIMS, "float32": DIMS, "float16": (64, 128)},
+    **{
+        mask: {"bfloat16": (64, 128, 256), "float32": (128,)}
+        for mask in ("window", "ragged", "sparse", "everything")
+    },
+}
+"""What bears on the logits, and the head dims tried with it: the others share their kernels."""
 
 ROWS = ("lse", "max_logit", "entropy", "concentration", "distance", "prefix_mass")
-MAPS = (*ROWS, "block_mass", "block_max", "received", "diagonal")
+EXPORTS = (
+    "block_attribution",
+    "row_attribution",
+    "block_logit_gradient",
+    "block_logit_gradient_abs",
+)
 
-# name: (head_dim, dtype, statistics, mask, more, whether the backward pass is compiled too)
-CASES = {
-    "plain": (128, torch.bfloat16, ("lse",), AttentionMask(causal=True), {}, True),
-    "rows": (128, torch.bfloat16, ROWS, AttentionMask(causal=True), {}, False),
-    "maps": (128, torch.bfloat16, MAPS, AttentionMask(causal=True), {}, False),
-    "maps-64": (64, torch.float16, MAPS, AttentionMask(causal=True), {}, True),
-    "maps-80": (80, torch.bfloat16, MAPS, AttentionMask(causal=True), {}, False),
-    "window-softcap": (128, torch.bfloat16, ROWS, AttentionMask(causal=True, window=99), {"softcap": 30.0}, False),
-    "wide": (256, torch.bfloat16, ROWS, AttentionMask(causal=True), {}, False),
-}  # fmt: skip
+
+@dataclass(frozen=True)
+class Job:
+    """Every kernel of one input type, head dim and mask."""
+
+    dtype: str
+    dim: int
+    mask: str
+
+    @classmethod
+    def named(cls, name: str) -> "Job":
+        dtype, dim, mask = name.split("-")
+        return cls(dtype, int(dim), mask)
+
+    def __str__(self) -> str:
+        return f"{self.dtype}-{self.dim}-{self.mask}"
+
+
+JOBS = [
+    Job(dtype, dim, mask)
+    for mask, types in MASKS.items()
+    for dtype, dims in types.items()
+    for dim in dims
+]
+
+
+def options(mask: str, length: int) -> dict[str, Any]:
+    """The mask and what else bears on the logits, for a batch of one and four heads."""
+    from lens_kernels.types import AttentionMask
+
+    blocks = -(-length // 64)
+    bias = torch.zeros(1, 4, length, length)
+    parts: dict[str, dict[str, Any]] = {
+        "causal": {},
+        "window": {"window": 99},
+        "ragged": {"window": 99, "key_lengths": [131]},
+        "sparse": {},
+        "everything": {
+            "window": 99,
+            "key_lengths": [131],
+            "key_padding": torch.ones(1, length, dtype=torch.bool),
+            "alibi_slopes": torch.ones(4),
+            "bias": bias,
+            "allowed": bias == 0,
+        },
+    }
+    return {
+        "mask": AttentionMask(causal=True, **parts[mask]),
+        "softcap": 30.0 if mask == "everything" else None,
+        "sink_logits": torch.zeros(4) if mask in ("causal", "everything") else None,
+        "block_mask": torch.ones(1, 1, blocks, blocks).bool() if mask == "sparse" else None,
+    }
+
+
+def start(arch: int, *words: str) -> subprocess.Popen[str]:
+    """This script as a process, for kernels that are compiled and not interpreted."""
+    environment = {name: part for name, part in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    command = [sys.executable, __file__, str(arch), *words]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment)
+
+
+def rows(process: subprocess.Popen[str]) -> list[dict[str, Any]]:
+    """What it printed, when it is done.
+
+    Raises:
+        RuntimeError: with the end of what it complained of.
+    """
+    out, complaint = process.communicate()
+    if process.returncode:
+        raise RuntimeError(complaint[-3000:])
+    return [json.loads(line) for line in out.splitlines()]
 
 
 class Stub:
     """Stands in for the GPU driver."""
 
-    target = GPUTarget("cuda", 90, 32)
+    def __init__(self, arch: int) -> None:
+        from triton.backends.compiler import GPUTarget
+
+        self.target = GPUTarget("cuda", arch, 32)
 
     def get_current_device(self) -> int:
         return self.target.arch
@@ -47,7 +129,7 @@ class Stub:
     def get_current_stream(self, device: int) -> int:
         return 0
 
-    def get_current_target(self) -> GPUTarget:
+    def get_current_target(self) -> Any:
         return self.target
 
     def get_active_torch_device(self) -> torch.device:
@@ -56,6 +138,8 @@ class Stub:
 
 def usage(cubin: bytes) -> dict[str, int]:
     """Registers, stack and local memory of a kernel, from the tool inside Triton's wheel."""
+    import triton
+
     tools = Path(triton.__file__).parent / "backends/nvidia/bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -67,56 +151,92 @@ def usage(cubin: bytes) -> dict[str, int]:
     return dict(zip(("registers", "stack", "local"), map(int, found.groups()), strict=True))
 
 
-def main(arch: int, names: list[str]) -> None:
-    """Compile every kernel of the cases for one architecture."""
+def main(arch: int, names: list[str], listing: bool) -> None:
+    """Compile, or list, every kernel of the jobs for one architecture."""
     assert "TRITON_INTERPRET" not in os.environ
-    stub = Stub()
-    stub.target = GPUTarget("cuda", arch, 32)
-    driver.set_active(stub)
+    from lens_kernels import triton_configs, triton_launch
+    from triton.runtime import driver
+
+    driver.set_active(Stub(arch))
     triton_launch.capability = triton_configs.capability = lambda device: divmod(arch, 10)
-    label = ""
+    label: dict[str, Any] = {}
 
     def compile_only(kernel, programs, config, *arguments, **constants):
-        made = kernel.warmup(
-            *arguments,
-            **constants,
-            grid=(programs,),
-            num_warps=config.warps,
-            num_stages=config.stages,
-            enable_fp_fusion=True,
-        )
         row = {
-            "case": label,
+            **label,
             "kernel": kernel.__name__,
-            "shared": made.metadata.shared,
-            "wgmma": "wgmma" in made.asm["ptx"],
-            "mma": "mma.sync" in made.asm["ptx"],
-            **usage(made.asm["cubin"]),
+            "tile": f"{config.rows}x{config.columns}",
+            "warps": config.warps,
+            "stages": config.stages,
         }
+        if not listing:
+            made = kernel.warmup(
+                *arguments,
+                **constants,
+                grid=(programs,),
+                num_warps=config.warps,
+                num_stages=config.stages,
+                enable_fp_fusion=True,
+            )
+            ptx = made.asm["ptx"]
+            row |= usage(made.asm["cubin"])
+            row["shared"] = made.metadata.shared
+            found = [name for name in ("wgmma", "mma.sync") if name in ptx]
+            row["products"] = found[0] if found else "fma"
         sys.stdout.write(json.dumps(row) + "\n")
+        sys.stdout.flush()
 
     triton_launch.launch = compile_only
-    for label in names:
-        compile_case(*CASES[label])
+    for job in map(Job.named, names) if names else JOBS:
+        label |= {"arch": arch, "dtype": job.dtype, "head_dim": job.dim, "mask": job.mask}
+        for statistics, launch in launches(job):
+            label["statistics"] = statistics
+            launch()
 
 
-def compile_case(dim, dtype, statistics, mask, more, backward) -> None:
-    """Forward pass, LSE pass and, if asked for, the backward pass of one problem."""
-    query = torch.zeros(1, 4, 256, dim, dtype=dtype, requires_grad=True)
-    key = torch.zeros(1, 2, 256, dim, dtype=dtype)
-    problem = make_problem(query, key, key.clone(), mask=mask, statistics=statistics, **more)
+def launches(job: Job) -> Iterator[tuple[str, Any]]:
+    """The passes of a job, each with a name for its statistics."""
+    from lens_kernels import triton_run
+    from lens_kernels.backward import Saved, Upstream
+    from lens_kernels.validation import make_problem
+
+    length = 256 if job.mask == "causal" else 251  # the compiler knows whether 16 divides it
+    dtype = getattr(torch, job.dtype)
+    query = torch.zeros(1, 4, length, job.dim, dtype=dtype, requires_grad=True)
+    key, value = torch.zeros(2, 1, 2, length, job.dim, dtype=dtype)
+    lse = torch.zeros(1, 4, length)
+    labels = torch.zeros(length, dtype=torch.int64)
+    extras = {
+        "match": [(labels, labels)] * 2,
+        "grid": (4, 8, 2),
+        "key_weights": torch.ones(1, 2, length),
+    }
+
+    def problem(statistics, **more):
+        known = options(job.mask, length)
+        return make_problem(query, key, value, statistics=statistics, **known, **more)
+
+    def backward(statistics):
+        saved = Saved(
+            problem(statistics),
+            lse,
+            None,
+            frozenset({"query", "key", "value"}),
+            torch.zeros_like(query),
+        )
+        triton_run.run_gradients(saved, Upstream(torch.zeros_like(query)))
+
     with torch.no_grad():
-        lse = torch.zeros(1, 4, 256)
-        triton_run.run_rows(problem, dtype)
-        if problem.wants("block_mass", "received"):
-            triton_run.run_columns(problem, lse)
-        if problem.wants("diagonal"):
-            triton_run.run_diagonals(problem, lse)
-        if backward:
-            output = torch.zeros(1, 4, 256, dim, dtype=dtype)
-            saved = Saved(problem, lse, None, frozenset({"query", "key", "value"}), output)
-            triton_run.run_gradients(saved, Upstream(output))
+        bare, rows, every = problem(("lse",)), problem(ROWS), problem("all", **extras)
+    yield "lse", lambda: triton_run.run_rows(bare, dtype)
+    yield "rows", lambda: triton_run.run_rows(rows, dtype)
+    yield "all", lambda: triton_run.run_rows(every, dtype)
+    yield "all", lambda: triton_run.run_columns(every, lse)
+    yield "all", lambda: triton_run.run_diagonals(every, lse)
+    yield "none", lambda: backward(("lse",))
+    yield "all", lambda: backward(EXPORTS)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2:])
+    words = [word for word in sys.argv[1:] if word != "--list"]
+    main(int(words[0]), words[1:], "--list" in sys.argv)
