@@ -1,0 +1,140 @@
+"""Measures of importance against each other: rank agreement of all pairs, and two as axes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import plotly.graph_objects as go
+
+from lens.errors import LensError
+from lens.figures.colors import DIVERGING, LINE, scale
+from lens.figures.style import Theme, escaped, style
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from lens.heads.comparing import Agreement
+
+
+def agreement_map(
+    agreement: Agreement,
+    *,
+    title: str | None = None,
+    width: int | None = None,
+    height: int | None = None,
+    theme: Theme = "light",
+) -> go.Figure:
+    """Kendall's tau of every pair of measures; hovering gives intervals and the top-k overlap."""
+    rows = agreement.table
+    labels = list(dict.fromkeys([*rows["first"], *rows["second"]]))
+    place = {label: index for index, label in enumerate(labels)}
+    taus = np.eye(len(labels))
+    text = np.full(taus.shape, "", dtype=object)
+    for row in rows.to_dict("records"):
+        a, b = place[row["first"]], place[row["second"]]
+        taus[a, b] = taus[b, a] = row["tau"]
+        text[a, b] = text[b, a] = (
+            f"<br>95 % interval {row['tau_low']:.2f} to {row['tau_high']:.2f}<br>top "
+            f"{agreement.k} shared {row['overlap']:.0%} (by chance {row['overlap_by_chance']:.0%})"
+        )
+    names = [escaped(label) for label in labels]
+    figure = go.Figure(
+        go.Heatmap(
+            z=taus,
+            x=names,
+            y=names,
+            zmin=-1,
+            zmid=0,
+            zmax=1,
+            colorscale=scale(DIVERGING),
+            colorbar={"title": {"text": "Kendall's tau", "side": "right"}, "thickness": 12},
+            xgap=1,
+            ygap=1,
+            text=text,
+            hovertemplate="%{y} and %{x}: %{z:.2f}%{text}<extra></extra>",
+            hoverongaps=False,
+        )
+    )
+    figure.update_xaxes(type="category", showgrid=False)
+    figure.update_yaxes(type="category", autorange="reversed", showgrid=False)
+    return style(
+        figure,
+        title=title or _finding(rows),
+        width=width,
+        height=height,
+        theme=theme,
+        meta={"figure": "agreement_map", "k": agreement.k},
+    )
+
+
+def _finding(rows: pd.DataFrame) -> str:
+    known = rows.dropna(subset=["tau"])
+    if known.empty:
+        return "Rank agreement: no pair of measures has an order to compare"
+    worst = known.sort_values("tau").iloc[0]
+    return escaped(
+        f"Rank agreement: least between {worst['first']} and {worst['second']}, "
+        f"tau {worst['tau']:.2f}"
+    )
+
+
+def measure_scatter(
+    joined: pd.DataFrame,
+    x: str,
+    y: str,
+    *,
+    title: str | None = None,
+    width: int | None = None,
+    height: int | None = None,
+    theme: Theme = "light",
+) -> go.Figure:
+    """Every head as a point, any two measures of `lens.heads.join` as axes, with their intervals.
+
+    Args:
+        joined: one row per head with the column `head`, and for each measure its value; its interval
+            where the columns with ` low` and ` high` are there.
+        x, y: names of measures.
+
+    Raises:
+        LensError: a measure that the table has not.
+    """
+    have = [str(column) for column in joined.columns]
+    for name in (x, y):
+        if name not in have:
+            raise LensError(f"the table has no {name!r}; it has {', '.join(have)}")
+    figure = go.Figure(
+        go.Scatter(
+            x=joined[x],
+            y=joined[y],
+            mode="markers",
+            text=joined["head"],
+            marker={"size": 8, "color": LINE, "line": {"width": 1, "color": "white"}},
+            error_x=_bars(joined, x),
+            error_y=_bars(joined, y),
+            hovertemplate="%{text}: %{x:.4g}, %{y:.4g}<extra></extra>",
+        )
+    )
+    figure.update_xaxes(title=escaped(x))
+    figure.update_yaxes(title=escaped(y))
+    return style(
+        figure,
+        title=title or escaped(f"{y} against {x}, one point a head"),
+        width=width,
+        height=height,
+        theme=theme,
+        meta={"figure": "measure_scatter", "x": x, "y": y},
+    )
+
+
+def _bars(joined: pd.DataFrame, name: str) -> dict[str, object] | None:
+    if f"{name} low" not in joined or f"{name} high" not in joined:
+        return None
+    return {
+        "type": "data",
+        "symmetric": False,
+        "array": (joined[f"{name} high"] - joined[name]).to_numpy(),
+        "arrayminus": (joined[name] - joined[f"{name} low"]).to_numpy(),
+        "thickness": 1,
+        "width": 0,
+    }

@@ -1,0 +1,48 @@
+"""Figures of measures against each other show the numbers of their tables."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from lens.errors import LensError
+from lens.figures.agreement import agreement_map, measure_scatter
+from lens.heads.comparing import COLUMNS, Agreement
+
+
+def some_agreement(tau=(0.5, -0.25, np.nan)):
+    pairs = [("a", "b"), ("a", "c <i>"), ("b", "c <i>")]
+    rows = [
+        (*pair, value, value - 0.1, value + 0.1, 0.5, 0.25, 0.75, 0.125)
+        for pair, value in zip(pairs, tau, strict=True)
+    ]
+    return Agreement(pd.DataFrame(rows, columns=list(COLUMNS)), 4, (7, 7, 7), 0)
+
+
+def test_the_map_has_every_pair_both_ways():
+    figure = agreement_map(some_agreement())
+    (drawn,) = figure.data
+    assert list(drawn.x) == ["a", "b", "c &lt;i&gt;"]
+    expected = [[1, 0.5, -0.25], [0.5, 1, np.nan], [-0.25, np.nan, 1]]
+    np.testing.assert_array_equal(np.array(drawn.z, float), expected)
+    assert "top 4 shared 50% (by chance 12%)" in drawn.text[1][0]
+    assert figure.layout.title.text.endswith("between a and c &lt;i&gt;, tau -0.25")
+    assert "no pair" in agreement_map(some_agreement((np.nan,) * 3)).layout.title.text
+
+
+def test_the_scatter_has_intervals_where_they_are_known():
+    table = pd.DataFrame(
+        {
+            "head": ["L0H0", "L0H1"],
+            "gradient": [1.0, 2.0],
+            "gradient low": [0.5, 1.75],
+            "gradient high": [1.25, 3.0],
+            "size": [5.0, 6.0],
+        }
+    )
+    (drawn,) = measure_scatter(table, "gradient", "size").data
+    assert list(drawn.error_x.array) == [0.25, 1.0]
+    assert list(drawn.error_x.arrayminus) == [0.5, 0.25]
+    assert drawn.error_y.array is None
+    assert list(drawn.text) == ["L0H0", "L0H1"]
+    with pytest.raises(LensError, match="the table has no 'magic'; it has head, gradient"):
+        measure_scatter(table, "magic", "size")
