@@ -10,6 +10,10 @@ probabilities become
     learned_sink   all divided by 1 + a exp(-lse): a = 1 is softmax-off-by-one, a = exp(b) a learned
                    sink with logit b
 
+In the terms of `edit(kind, renorm)`: `logit_bias` is the logit edit; `drop`, `mask` and `transfer` are
+a scaling of probabilities by 1 - a that renormalises nothing, everything, or the receivers alone. So
+`mask(a)` equals `logit_bias(log(1 - a))`, and `transfer` to all others equals `mask` at a = 1 only.
+
 No rule changes anything at a = 0. A row that has nowhere to put the mass (`mask`, `logit_bias` of
 -inf: nothing left; `transfer`: targets below `SMALLEST_TARGET`) is left as it is and counted.
 """
@@ -41,7 +45,10 @@ REST, SOURCES, TARGETS = 0, 1, 2
 def check_rule(rule: str, amount: float, has_sources: bool, has_targets: bool) -> None:
     """Raises LensError where the arguments of `lens.redistribute` do not make sense together."""
     if rule not in RULES:
-        raise LensError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
+        raise LensError(
+            f"rule must be one of {', '.join(RULES)}, got {rule!r}; the recipes var, act and pasta are "
+            "functions of lens.redistribution"
+        )
     if isinstance(amount, bool) or not isinstance(amount, int | float) or math.isnan(amount):
         raise LensError(f"amount must be a number, got {amount!r}")
     if rule in ("mask", "drop", "transfer") and not 0 <= amount <= 1:
