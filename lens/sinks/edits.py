@@ -23,7 +23,7 @@ from lens.captures.layer import LayerCall
 from lens.errors import LensError
 from lens.redistribution.editing import Edit, attend
 from lens.redistribution.keys import KeysAt, members
-from lens.redistribution.rules import SOURCES
+from lens.redistribution.rules import REST, SOURCES
 from lens.scores import FEWEST_VIEWERS
 
 EDITS = ("mask", "drop", "mean_value", "zero_value", "move")
@@ -84,8 +84,11 @@ class WatchedEdit(Edit):
             edited = super()._edited(call, groups)
         else:
             self.calls += 1
-            plain = attend(call, None, self._backend).output
-            edited = plain + self._amount * (self._instead(call, groups, source) - plain)
+            edited = self._instead(call, groups, source)
+            if self._amount < 1:  # both parts positive: nothing is taken off a rounded output
+                plain = attend(call, None, self._backend).output.float()
+                mixed = (1 - self._amount) * plain + self._amount * edited.float()
+                edited = mixed.to(edited.dtype)
         if not self._spare_own:
             return edited
         own = source[:, None, :, None]
@@ -108,7 +111,8 @@ class WatchedEdit(Edit):
                 )
             return torch.where(mass > 0, output, result.output).to(result.output.dtype)
         mean, known = _running_mean(call, source)
-        changed = result.output + mass * torch.where(known, mean - output, 0)
+        rest = (result.groups.lse[REST] - result.statistics["lse"]).exp()[..., None]
+        changed = rest * result.groups.output[REST] + mass * torch.where(known, mean, output)
         return changed.to(result.output.dtype)
 
     def _record(self, call: LayerCall, layer: int) -> None:
