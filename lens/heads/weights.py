@@ -112,13 +112,15 @@ def last_norm(model: LoadedModel) -> nn.Module:
     return transformer(model).get_submodule(_layout(model).last_norm)
 
 
-def copying(model: LoadedModel, *, top: int = 5) -> pd.DataFrame:
+def copying(model: LoadedModel, *, top: int = 5, seed: int = 0) -> pd.DataFrame:
     """How far each head writes the token that it reads: one row per head.
 
     Of the circuit `M = W_E W_V W_O W_U` [vocab, vocab], from the token read to the logits written:
     `eigenvalue`, `sum of eigenvalues / sum of their absolute values`, in [-1, 1] (Elhage et al. 2021,
     A Mathematical Framework for Transformer Circuits); `top_share`, the share of tokens whose own
-    logit is among the `top` largest of their row; `top_by_chance`, top / vocab. M is never built:
+    logit is among the `top` largest of their row; `top_by_chance`, top / vocab. `eigenvalue_random` and
+    `top_share_random` are those of one random head of the layer, the entries of its first head's W_V
+    and W_O shuffled by `seed`, between the model's own embeddings. M is never built:
     its eigenvalues other than 0 are those of `W_V W_O W_U W_E` [head_dim, head_dim].
 
     Raises:
@@ -134,18 +136,22 @@ def copying(model: LoadedModel, *, top: int = 5) -> pd.DataFrame:
     if not 1 <= top <= vocab:
         raise LensError(f"top must be 1 to {vocab}, the size of the vocabulary, got {top}")
     across = weights.unembedding @ weights.embedding  # [d_model, d_model]
+    generator = torch.Generator().manual_seed(seed)
     rows: list[dict[str, Any]] = []
     for layer, (values, outputs) in enumerate(zip(weights.value, weights.output, strict=True)):
+        drawn, written = (_shuffled(matrix[0], generator) for matrix in (values, outputs))
+        random_eigenvalue, random_share = _copied(drawn, written, across, weights, top)
         for head, (value, output) in enumerate(zip(values, outputs, strict=True)):
-            eigenvalues = torch.linalg.eigvals((output @ across @ value).double())
-            read = weights.embedding @ value  # [vocab, head_dim]
+            eigenvalue, share = _copied(value, output, across, weights, top)
             rows.append(
                 {
                     "head": f"L{layer}H{head}",
                     "layer": layer,
                     "number": head,
-                    "eigenvalue": float(eigenvalues.real.sum() / eigenvalues.abs().sum()),
-                    "top_share": _top_share(read, output @ weights.unembedding, top),
+                    "eigenvalue": eigenvalue,
+                    "eigenvalue_random": random_eigenvalue,
+                    "top_share": share,
+                    "top_share_random": random_share,
                     "top_by_chance": top / vocab,
                 }
             )
@@ -228,6 +234,21 @@ def _fold(norm: nn.Module, matrix: Tensor) -> Tensor:
     """What a normalised vector meets: the norm's scale times `matrix` [d_model, out]."""
     folded = norm.get_parameter("weight").float()[:, None] * matrix
     return folded - folded.mean(0) if isinstance(norm, nn.LayerNorm) else folded
+
+
+def _copied(
+    value: Tensor, output: Tensor, across: Tensor, weights: HeadWeights, top: int
+) -> tuple[float, float]:
+    """`eigenvalue` and `top_share` of one head, with `across = W_U W_E`."""
+    eigenvalues = torch.linalg.eigvals((output @ across @ value).double())
+    read = weights.embedding @ value  # [vocab, head_dim]
+    share = _top_share(read, output @ weights.unembedding, top)
+    return float(eigenvalues.real.sum() / eigenvalues.abs().sum()), share
+
+
+def _shuffled(matrix: Tensor, generator: torch.Generator) -> Tensor:
+    """The same entries in random order."""
+    return matrix.flatten()[torch.randperm(matrix.numel(), generator=generator)].view_as(matrix)
 
 
 def _top_share(read: Tensor, write: Tensor, top: int) -> float:

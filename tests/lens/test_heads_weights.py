@@ -149,3 +149,18 @@ def test_unknown_architectures_and_tops_are_refused():
     for top in (0, 66):
         with pytest.raises(LensError, match=f"top must be 1 to 65, .* got {top}"):
             copying(lens.load("induction-2l"), top=top)
+
+
+def test_a_random_head_copies_less_than_the_induction_heads():
+    model = lens.load("induction-2l")
+    table = copying(model).set_index("head")
+    heads = table.loc[["L1H0", "L1H2", "L1H3"]]
+    assert (heads["top_share"] == 1).all()
+    assert (table["top_share_random"] < 0.5).all()
+    assert (heads["eigenvalue"] > heads["eigenvalue_random"] + 0.3).all()
+    assert table.groupby("layer")["eigenvalue_random"].nunique().tolist() == [1, 1]
+    other = copying(model, seed=1).set_index("head")
+    assert (other["eigenvalue"] == table["eigenvalue"]).all()
+    assert (other["eigenvalue_random"] != table["eigenvalue_random"]).all()
+    again = copying(model, seed=1).set_index("head")
+    assert (other["eigenvalue_random"] == again["eigenvalue_random"]).all()
