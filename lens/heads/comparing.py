@@ -1,7 +1,9 @@
 """Measures of importance side by side, and how far they agree on the order of the heads."""
 
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -36,12 +38,35 @@ class Agreement:
         k: how many heads are at the top.
         n: prompts of each measure, in the order given.
         seed: of the bootstrap.
+        tops: label of each measure -> the k most important heads, first the most important one.
     """
 
     table: pd.DataFrame
     k: int
     n: tuple[int, ...]
     seed: int
+    tops: Mapping[str, tuple[str, ...]]
+
+    def findings(self) -> list[str]:
+        """One sentence per pair: which heads one puts among its k most important and the other does
+        not, and whether their orders agree beyond chance (the interval of tau lies above 0)."""
+        return [self._finding(row) for row in self.table.to_dict("records")]
+
+    def _finding(self, row: Mapping[Hashable, Any]) -> str:
+        first, second = row["first"], row["second"]
+        tops = [self.tops[first], self.tops[second]]
+        sides = [
+            f"{', '.join(only)} only by {label}"
+            for label, mine, other in ((first, *tops), (second, *reversed(tops)))
+            if (only := [head for head in mine if head not in other])
+        ]
+        heads = "head" if self.k == 1 else f"{self.k} heads"
+        where = (
+            f"they disagree on the most important {heads}: {'; '.join(sides)}"
+            if sides
+            else f"they name the same most important {heads}"
+        )
+        return f"{first} and {second}: {where}; {_order_in_words(row)}."
 
     def __repr__(self) -> str:
         rows = [
@@ -117,7 +142,10 @@ def agreement(
         )
         rows.append((labels[a], labels[b], *numbers))
     table = pd.DataFrame(rows, columns=list(COLUMNS))
-    return Agreement(table, k, tuple(score.n for score in scores), seed)
+    tops = {
+        label: tuple(map(str, score.top(k))) for label, score in zip(labels, scores, strict=True)
+    }
+    return Agreement(table, k, tuple(score.n for score in scores), seed, tops)
 
 
 def kendall_tau(a: np.ndarray, b: np.ndarray) -> float:
@@ -133,6 +161,20 @@ def top_overlap(a: np.ndarray, b: np.ndarray, k: int) -> float:
     """Share of the k largest entries of `a` that are among the k largest of `b`; ties by position."""
     tops = [set(np.argsort(-values, kind="stable")[:k].tolist()) for values in (a, b)]
     return len(tops[0] & tops[1]) / k
+
+
+def _order_in_words(row: Mapping[Hashable, Any]) -> str:
+    tau, low, high = row["tau"], row["tau_low"], row["tau_high"]
+    if np.isnan(tau):
+        return "one of them gives all heads one value, so there is no order to compare"
+    if np.isnan(low):
+        return f"over all heads tau is {tau:.2f}, without an interval (a single prompt)"
+    shown = f"tau {tau:.2f} [{low:.2f}, {high:.2f}]"
+    if low > 0:
+        return f"over all heads their orders agree beyond chance, {shown}"
+    if high < 0:
+        return f"over all heads their orders are opposed, {shown}"
+    return f"over all heads their orders agree no better than chance, {shown}"
 
 
 def _check_models(scores: tuple[HeadScores, ...], *, least: int) -> None:
