@@ -17,8 +17,8 @@ from lens.bootstrap import over_units
 from lens.errors import LensError
 from lens.head_ids import AnyHead, HeadId, head_id
 from lens.heads.measuring import ablate
-from lens.progress import advancing
 from lens.heads.scores import HeadScores, Intervention
+from lens.progress import advancing
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go

@@ -245,8 +245,8 @@ def similarity(
             that differ in length.
     """
     from lens.captures.inputs import read_prompts
-    from lens.progress import advancing
     from lens.heads.states import read_states
+    from lens.progress import advancing
 
     if by not in SIMILARITIES:
         raise LensError(f"unknown by={by!r}; known: {', '.join(SIMILARITIES)}")
