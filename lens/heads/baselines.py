@@ -24,7 +24,7 @@ class Baseline:
         model, task: what is ablated, and on what.
         name: one of `BASELINES`.
         seed: of the draw of "resample", and of the halves and batches of "optimal".
-        steps: of the fit of "optimal"; None: 60.
+        steps: of the fit of "optimal"; None: 25.
 
     Raises:
         LensError: an unknown name, no corrupt prompts, nothing to draw from, no loss to fit to, or

@@ -83,7 +83,7 @@ def importance(
             al.'s code does, "prompt" that of the sum, as they write it. Both lose the sign.
         reads: of "atp*", which of query, key and value are patched, some of "qkv".
         grad_drop: of "atp*", average absolute effects over passes with one layer's gradient blocked.
-        steps: of the fit of "optimal"; None: 60.
+        steps: of the fit of "optimal"; None: 25.
         seed: of the draw of "resample", and of the halves and batches of "optimal".
         checkpoint: a file (.npz) for numbers as they come; the same call goes on from it with the
             same result. A file of another computation is refused.

@@ -20,8 +20,8 @@ from lens.heads.editing import Source, edited_logits, read_heads
 from lens.models.loaded import LoadedModel
 from lens.tasks.task import Task
 
-STEPS = 60
-_BATCH = 16  # prompts of each step
+STEPS = 25
+_BATCH = 8  # prompts of each step
 _RATE = 0.1  # of Adam, in standard deviations of the head's output
 
 
@@ -62,7 +62,7 @@ class Constants:
     Args:
         model, task: what is ablated, and on what; the metric is the loss.
         fitted_on: numbers of the prompts to fit.
-        steps: of Adam, each on at most 16 prompts, the same for every group.
+        steps: of Adam, each on at most 8 prompts, the same for every group.
         seed: of the draws of those.
     """
 
