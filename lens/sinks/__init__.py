@@ -3,6 +3,7 @@
 >>> traces = lens.capture(model, texts, statistics=["received"])
 >>> lens.sinks.rate(traces).value
 >>> lens.sinks.find(traces[0]).table()
+>>> lens.sinks.effect(model, texts, heads=["L1H0"]).findings()
 
 After Gu et al., "When Attention Sink Emerges", arXiv 2410.10781.
 """
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from lens.sinks.geometry import SinkMechanism, mechanism
     from lens.sinks.head_edits import HeadActivity, activity, head_effect
     from lens.sinks.norms import HighNormTokens, high_norm, register_neurons
+    from lens.sinks.scopes import ScopedEffects, by_scope
     from lens.sinks.spectral import BandLosses, SpectralBands, band_energies, band_losses, bands
     from lens.sinks.streaming_policies import StreamingPolicies, streaming
 
@@ -33,6 +35,7 @@ __all__ = [
     "HeadActivity",
     "HighNormTokens",
     "MassiveActivations",
+    "ScopedEffects",
     "SinkEffect",
     "SinkEmergence",
     "SinkKeys",
@@ -47,6 +50,7 @@ __all__ = [
     "band_losses",
     "bands",
     "by_length",
+    "by_scope",
     "control_prompts",
     "dose_response",
     "effect",
@@ -92,6 +96,8 @@ _WITH_TORCH = {  # which reading traces does not need
     "HighNormTokens": "norms",
     "high_norm": "norms",
     "register_neurons": "norms",
+    "ScopedEffects": "scopes",
+    "by_scope": "scopes",
     "StreamingPolicies": "streaming_policies",
     "streaming": "streaming_policies",
     "massive_effect": "activations",

@@ -1,0 +1,73 @@
+"""How the effect of an edit depends on its reach: one head, its layer, all layers from it on, all."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pandas as pd
+
+from lens.head_ids import AnyHead, head_id
+from lens.models.loaded import LoadedModel
+from lens.redistribution.keys import Keys
+from lens.sinks.causal import effect
+from lens.sinks.effects import SinkEffect
+
+SCOPES = ("head", "layer", "from_layer", "all")
+
+
+@dataclass(frozen=True, eq=False)
+class ScopedEffects:
+    """`SinkEffect` at each of `SCOPES`, with the same prompts and seed.
+
+    Attributes:
+        effects: scope -> effect.
+    """
+
+    effects: dict[str, SinkEffect] = field(repr=False)
+
+    def table(self) -> pd.DataFrame:
+        """One row per scope and condition; `reach` names the scope, the rest as `SinkEffect.table`."""
+        parts = [found.table().assign(reach=name) for name, found in self.effects.items()]
+        return pd.concat(parts, ignore_index=True)
+
+    def findings(self) -> list[str]:
+        """The first sentence of each scope, then the limits of the widest."""
+        first = [found.findings()[0] for found in self.effects.values()]
+        return [*first, *self.effects["all"].findings()[-2:]]
+
+
+def by_scope(
+    model: LoadedModel,
+    prompts: Any,
+    *,
+    head: AnyHead,
+    sources: Keys = "first",
+    edit: str = "mask",
+    seed: int = 0,
+) -> ScopedEffects:
+    """`lens.sinks.effect` of one head, its layer, all layers from it on, and all layers.
+
+    Args:
+        model, prompts, sources, edit, seed: as for `effect`.
+        head: such as "L1H0".
+
+    Raises:
+        LensError: a head that is not there, and as `effect`.
+
+    Example:
+        >>> lens.sinks.by_scope(model, texts, head="L1H0").table()
+    """
+    found = head_id(head, layers=model.info.layers, heads=model.info.heads)
+    reach: dict[str, dict[str, Any]] = {
+        "head": {"heads": [found]},
+        "layer": {"layers": [found.layer]},
+        "from_layer": {"layers": range(found.layer, model.info.layers)},
+        "all": {},
+    }
+    return ScopedEffects(
+        {
+            name: effect(model, prompts, sources=sources, edit=edit, seed=seed, **reach[name])
+            for name in SCOPES
+        }
+    )
