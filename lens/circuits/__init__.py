@@ -2,8 +2,32 @@
 
 >>> known = lens.circuits.known.induction_transformer(beta=30)
 >>> lens.heads.importance(known.model, known.task, by="ablation", baseline="counterfactual")
+>>> edges = lens.circuits.score_edges(known.model, known.task, method="exact")
+>>> edges.top(7)
+>>> lens.circuits.evaluate(known.model, known.task, edges)
 """
 
 from lens.circuits import known
+from lens.circuits.circuit import Circuit, load_circuit, make_circuit
+from lens.circuits.edge_scores import EdgeScores
+from lens.circuits.evaluation import CircuitEvaluation, evaluate, run_circuit
+from lens.circuits.graph import Graph
+from lens.circuits.nodes import find_nodes
+from lens.circuits.recovery import Recovery, recovery
+from lens.circuits.scoring import score_edges
 
-__all__ = ["known"]
+__all__ = [
+    "Circuit",
+    "CircuitEvaluation",
+    "EdgeScores",
+    "Graph",
+    "Recovery",
+    "evaluate",
+    "find_nodes",
+    "known",
+    "load_circuit",
+    "make_circuit",
+    "recovery",
+    "run_circuit",
+    "score_edges",
+]

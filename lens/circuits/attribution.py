@@ -1,0 +1,187 @@
+"""First-order scores of all edges at once: gradients where readers read times what writers differ by.
+
+The gradient by what one head reads is made from the gradient by its own q, k or v, layer by layer, and
+differences are kept as `z`, so that no tensor of all writers × tokens × d_model is ever built; the
+differences of one layer at a time are projected by W_O when they are met with a gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lens.circuits.activations import Activations, PlainVisitor
+from lens.circuits.nodes import Nodes, visit
+from lens.errors import LensError
+
+_FLAT = 1e-8
+Stage = tuple[str, int]
+"""("input", 0), ("heads", layer) or ("mlp", layer)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Slopes:
+    """Gradients of a number at every reader, as they come out of one backward pass.
+
+    Attributes:
+        attention: per layer what its attention reads [rows, tokens, d_model], and the gradient by q, k
+            and v, [rows, tokens, readers, head_dim] each.
+        mlps: per layer the gradient by what its MLP reads, [rows, tokens, d_model].
+        final: by what the last norm reads.
+        values: [rows], the number itself.
+    """
+
+    attention: list[tuple[Tensor, tuple[Tensor, ...]]]
+    mlps: list[Tensor]
+    final: Tensor
+    values: Tensor
+
+
+def slopes(
+    nodes: Nodes,
+    ids: Tensor,
+    objective: Callable[[Tensor], Tensor],
+    replaced: dict[Stage, Tensor] | None = None,
+    *,
+    refuse_flat: bool = False,
+) -> Slopes:
+    """Gradients at every reader of the sum over rows of `objective(logits)`, [rows].
+
+    Args:
+        nodes: of the model.
+        ids: [rows, tokens].
+        objective: of the logits.
+        replaced: outputs of whole stages that are put in place of the run's own.
+        refuse_flat: refuse an objective whose gradient by the logits is 0.
+
+    Raises:
+        LensError: an objective without a gradient, or a flat one.
+    """
+    tracing = _Tracing(nodes, replaced or {})
+    with torch.enable_grad():
+        logits = visit(nodes, ids, tracing)
+        values = objective(logits)
+        if not values.requires_grad:
+            raise LensError("the metric has no gradient; use 'logit_difference' or 'loss'")
+        (slope,) = torch.autograd.grad(values.sum(), logits, retain_graph=True)
+        if refuse_flat and slope.norm() < _FLAT:
+            raise LensError(
+                "the metric is flat at the clean prompts (its gradient by the logits has the norm "
+                f"{slope.norm():.1e}), so that plain 'eap' is 0 everywhere and says nothing; use "
+                "method='eap-ig', whose gradients are taken on the way to the corrupt prompts"
+            )
+        targets = [part for parts in tracing.made for part in parts]
+        targets += [*tracing.mlp_inputs, tracing.final_input]
+        found = torch.autograd.grad(logits, targets, slope, materialize_grads=True)
+    layers = nodes.graph.layers
+    return Slopes(
+        [
+            (residual, found[3 * layer : 3 * layer + 3])
+            for layer, residual in enumerate(tracing.residuals)
+        ],
+        list(found[3 * layers : -1]),
+        found[-1],
+        values.detach(),
+    )
+
+
+class _Tracing(PlainVisitor):
+    """Keeps q, k, v and what MLPs and the last norm read, with their autograd graph."""
+
+    def __init__(self, nodes: Nodes, replaced: dict[Stage, Tensor]) -> None:
+        super().__init__(nodes)
+        self._replaced = replaced
+        self.residuals: list[Tensor] = []
+        self.made: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.mlp_inputs: list[Tensor] = []
+        self.final_input = torch.empty(0)
+
+    def enter(self, hidden: Tensor) -> Tensor:
+        """See `Visitor`."""
+        return self._replaced.get(("input", 0), hidden).detach().requires_grad_()
+
+    def project(self, layer: int, residual: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """See `Visitor`."""
+        self.residuals.append(residual.detach())
+        self.made.append(super().project(layer, residual))
+        return self.made[-1]
+
+    def heads(self, layer: int, z: Tensor) -> Tensor:
+        """See `Visitor`."""
+        return self._replaced.get(("heads", layer), z)
+
+    def mlp_input(self, layer: int, residual: Tensor) -> Tensor:
+        """See `Visitor`."""
+        self.mlp_inputs.append(residual.clone())
+        return self.mlp_inputs[-1]
+
+    def mlp(self, layer: int, output: Tensor) -> Tensor:
+        """See `Visitor`."""
+        return self._replaced.get(("mlp", layer), output)
+
+    def final(self, residual: Tensor) -> Tensor:
+        """See `Visitor`."""
+        self.final_input = residual.clone()
+        return self.final_input
+
+
+def edge_products(nodes: Nodes, slopes: Slopes, differences: Activations) -> np.ndarray:
+    """[rows, edges]: gradient at the reader · difference of the writer, summed over the tokens."""
+    graph = nodes.graph
+    rows = len(differences.input)
+    found = slopes.final.new_zeros(rows, len(graph.readers), len(graph.writers))
+    for layers, readers, slope in _by_depth(nodes, slopes):
+        flat = slope.transpose(0, 1).flatten(2)  # [rows, readers, tokens * d_model]
+        found[:, readers, 0] = (flat @ differences.input.flatten(1)[..., None])[..., 0]
+        for layer in range(layers):
+            written = _written(nodes, differences, layer)
+            columns = torch.arange(written.shape[1]) + graph.heads_of(layer).start
+            found[:, readers[:, None], columns] = flat @ written.flatten(2).mT
+    return found.cpu().numpy()[:, graph.allowed]
+
+
+def _written(nodes: Nodes, differences: Activations, layer: int) -> Tensor:
+    """[rows, writers of the layer, tokens, d_model] of the differences."""
+    heads = differences.heads[layer] @ nodes.layers[layer].output
+    if not nodes.graph.mlps:
+        return heads
+    return torch.cat([heads, differences.mlps[layer][:, None]], 1)
+
+
+def _by_depth(nodes: Nodes, slopes: Slopes) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Readers by the number of layers that write to them: that number, the readers' numbers, and the
+    gradients [readers, rows, tokens, d_model] by what they read."""
+    graph = nodes.graph
+    for depth in range(graph.layers + 1):
+        numbers: list[int] = []
+        parts: list[Tensor] = []
+        if depth < graph.layers:
+            attention = graph.attention_readers(depth)
+            numbers += range(attention.start, attention.stop)
+            parts.append(_read_slopes(nodes, depth, *slopes.attention[depth]))
+        layer = depth if graph.parallel else depth - 1
+        if graph.mlps and 0 <= layer < graph.layers:
+            numbers.append(graph.mlp_reader(layer))
+            parts.append(slopes.mlps[layer][None])
+        if depth == graph.layers:
+            numbers.append(len(graph.readers) - 1)
+            parts.append(slopes.final[None])
+        yield depth, torch.tensor(numbers), torch.cat(parts)
+
+
+def _read_slopes(nodes: Nodes, layer: int, residual: Tensor, made: tuple[Tensor, ...]) -> Tensor:
+    """[readers, rows, tokens, d_model]: from gradients by q, k and v to those by what was read."""
+    parts = nodes.layers[layer]
+    back = [
+        (slope.movedim(-2, 0).flatten(1, 2) @ weight.mT).unflatten(1, residual.shape[:-1])
+        for slope, (weight, _) in zip(made, parts.weights, strict=True)
+    ]
+    slope = torch.cat(back)  # [readers, rows, tokens, d_model]
+    with torch.enable_grad():
+        read = residual.expand_as(slope).detach().requires_grad_()
+        normed = parts.norm.forward(read)
+        return torch.autograd.grad(normed, read, slope)[0]

@@ -1,0 +1,62 @@
+"""How well scores find edges that are known to be in a circuit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from lens.circuits.edge_scores import EdgeScores
+from lens.errors import LensError
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """Areas under curves, edges ranked by the size of their scores.
+
+    Attributes:
+        auroc: chance that an edge of the circuit is scored above another, ties counting half.
+        staircase: the pessimistic area of the ACDC paper, `sum (1 - fpr_i) (tpr_i - tpr_(i-1))` over
+            thresholds: ties count nothing.
+        auprc: average precision, ties taken together.
+        positives, edges: in the known circuit, and in all.
+    """
+
+    auroc: float
+    staircase: float
+    auprc: float
+    positives: int
+    edges: int
+
+
+def recovery(scores: EdgeScores, known: Iterable[str]) -> Recovery:
+    """Compare scores with the edges of a known circuit, given by name.
+
+    Raises:
+        LensError: an edge that is not there, no edge or all of them, or edges without a score.
+
+    Reference: Conmy et al. 2023, arXiv 2304.14997.
+    """
+    graph = scores.graph
+    positive = np.zeros(graph.n, bool)
+    positive[graph.find(known)] = True
+    if not 0 < positive.sum() < graph.n:
+        raise LensError(
+            f"the known circuit has {positive.sum()} of {graph.n} edges; curves need some in and some out"
+        )
+    values = np.abs(scores.values)
+    if np.isnan(values).any():
+        raise LensError("some edges have no score (NaN), so they cannot be ranked")
+    levels = np.unique(values)[::-1]
+    true = np.array([0, *((values[positive] >= level).sum() for level in levels)])
+    false = np.array([0, *((values[~positive] >= level).sum() for level in levels)])
+    tpr, fpr = true / true[-1], false / false[-1]
+    precision = true[1:] / (true[1:] + false[1:])
+    return Recovery(
+        float(np.trapezoid(tpr, fpr)),
+        float(((1 - fpr[1:]) * np.diff(tpr)).sum()),
+        float((precision * np.diff(tpr)).sum()),
+        int(positive.sum()),
+        graph.n,
+    )

@@ -1,0 +1,229 @@
+"""`score_edges`: every way to score the edges of a model on a task, behind one call.
+
+Each method is a function from the nodes, a batch of prompts and their references to [rows, edges].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lens.circuits.activations import Ablation, Activations, References, read_activations
+from lens.circuits.attribution import Stage, edge_products, slopes
+from lens.circuits.edge_scores import EdgeScores
+from lens.circuits.masked_forward import masked_logits
+from lens.circuits.nodes import Nodes, find_nodes
+from lens.errors import LensError
+from lens.models.loaded import LoadedModel
+from lens.progress import advancing
+from lens.tasks.task import Task
+
+RULES = ("midpoint", "left")
+_ROWS = 8
+_COPIES = 64  # rows of one masked forward pass
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Some prompts of a task, as every method gets them.
+
+    Attributes:
+        nodes: of the model.
+        ids: [rows, tokens], clean.
+        measure: logits [rows, tokens, vocab] -> [rows], larger is better.
+        clean, reference: outputs of all writers.
+        steps, rule: of integrated gradients.
+    """
+
+    nodes: Nodes
+    ids: Tensor
+    measure: Callable[[Tensor], Tensor]
+    clean: Activations
+    reference: Activations
+    steps: int
+    rule: str
+
+    @property
+    def fractions(self) -> list[float]:
+        """Where gradients are taken, from the reference (0) to the clean run (1)."""
+        shift = 0.5 if self.rule == "midpoint" else 0.0
+        return [(step + shift) / self.steps for step in range(self.steps)]
+
+
+def score_edges(
+    model: LoadedModel,
+    task: Task,
+    *,
+    method: str = "eap-ig",
+    steps: int = 5,
+    rule: str = "midpoint",
+    ablation: str = "counterfactual",
+    kv: str = "head",
+    batch_size: int = _ROWS,
+    progress: bool = True,
+) -> EdgeScores:
+    """Score every edge of a model on a task; positive = ablating the edge makes the task worse.
+
+        exact               metric clean - metric with the edge ablated (one forward pass per edge)
+        eap                 (out - ref) · gradient at the reader, at the clean prompts
+        clean-corrupted     the same with the mean of the gradients at both prompts
+        eap-ig              the same with the mean gradient over `steps` inputs between them
+        eap-ig-activations  the same with each stage's outputs in turn between theirs, gradients of all
+                            later readers summed and divided by the number of stages and steps
+
+    Args:
+        model: as `lens.load` returns it.
+        task: its metric is differentiated ("exact" needs no gradient); all but "exact" and "eap" need
+            corrupt prompts.
+        method: one of the above.
+        steps: of integrated gradients.
+        rule: "midpoint", or "left", which starts at the reference as published code does.
+        ablation: what replaces a writer: "counterfactual" (the corrupt prompt), "mean" or "zero".
+        kv: "head" gives query heads of a group keys and values of their own, "group" does not.
+        batch_size: prompts in one pass; changes memory and no score.
+        progress: show a bar with the time left, on stderr, if that is a terminal.
+
+    Raises:
+        LensError: an unknown method, rule or ablation, no step, a model whose edges cannot be replaced
+            exactly, a task without what the method needs, or a metric that is flat for "eap".
+
+    Reference: Syed et al. 2023, arXiv 2310.10348 (eap); Hanna et al. 2024, arXiv 2403.17806 (eap-ig).
+
+    Example:
+        >>> known = lens.circuits.known.induction_transformer(beta=4)
+        >>> score_edges(known.model, known.task, method="exact").top(2).edges
+        ('input->a1.h0<q>', 'a1.h0->logits')
+    """
+    if method not in METHODS:
+        raise LensError(f"unknown method {method!r}; known: {', '.join(METHODS)}")
+    if rule not in RULES:
+        raise LensError(f"rule must be {' or '.join(RULES)}, got {rule!r}")
+    for name, number in (("steps", steps), ("batch_size", batch_size)):
+        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+            raise LensError(f"{name} must be a positive integer, got {number!r}")
+    if method == "clean-corrupted":
+        task.corrupt_or_refuse()
+    chosen = Ablation(ablation, kv=kv)
+    nodes = find_nodes(model, kv=kv)
+    references = References(nodes, task, chosen)
+    found, gaps, totals = [], [], []
+    with advancing(f"{model.name}: {method}", task.n, progress) as advance:
+        for rows in task.chunks(min(batch_size, task.rows_at_once(model))):
+
+            def measure(logits: Tensor, rows: Tensor = rows) -> Tensor:
+                return task.sign * task.measure(logits, rows)
+
+            ids = task.clean[rows]
+            logits, clean = read_activations(nodes, ids)
+            batch = Batch(nodes, ids, measure, clean, references.of(rows), steps, rule)
+            scores = METHODS[method](batch)
+            found.append(scores)
+            if method == "eap-ig":
+                total = (measure(logits) - measure(_reference_logits(batch))).cpu().numpy()
+                totals.append(total)
+                gaps.append(scores[:, nodes.graph.ends[1] == 0].sum(1) - total)
+            advance(len(rows))
+    integrated = method.startswith("eap-ig")
+    return EdgeScores(
+        nodes.graph,
+        np.concatenate(found),
+        method,
+        chosen,
+        task.metric,
+        task.name,
+        model.name,
+        steps if integrated else None,
+        rule if integrated else None,
+        float(np.concatenate(gaps).mean()) if gaps else None,
+        float(np.concatenate(totals).mean()) if totals else None,
+    )
+
+
+def exact(batch: Batch) -> np.ndarray:
+    """Each edge ablated alone, by masked forward passes: [rows, edges]."""
+    graph = batch.nodes.graph
+    reader, writer = graph.ends
+    found, at_once = [], max(1, _COPIES // len(batch.ids))
+    with torch.no_grad():
+        for start in range(-1, graph.n, at_once):  # -1: no edge, the clean run
+            edges = np.arange(start, min(start + at_once, graph.n))
+            masks = torch.zeros(len(edges), *graph.allowed.shape)
+            for number, edge in enumerate(edges):
+                if edge >= 0:
+                    masks[number, reader[edge], writer[edge]] = 1
+            logits = masked_logits(batch.nodes, batch.ids, batch.reference, masks)
+            found += [batch.measure(part).cpu().numpy() for part in logits]
+    return (found[0] - np.stack(found[1:])).T
+
+
+def eap(batch: Batch) -> np.ndarray:
+    """Gradient at the clean prompts: [rows, edges]."""
+    at = slopes(batch.nodes, batch.ids, batch.measure, refuse_flat=True)
+    return edge_products(batch.nodes, at, batch.clean.minus(batch.reference))
+
+
+def clean_corrupted(batch: Batch) -> np.ndarray:
+    """Mean of the gradients at the clean prompts and with the reference as input: [rows, edges]."""
+    return _mean_over_inputs(batch, [0.0, 1.0])
+
+
+def eap_ig(batch: Batch) -> np.ndarray:
+    """Mean gradient over inputs between reference and clean: [rows, edges]."""
+    return _mean_over_inputs(batch, batch.fractions)
+
+
+def eap_ig_activations(batch: Batch) -> np.ndarray:
+    """Mean over stages and steps of the gradients after the stage that is interpolated: [rows, edges]."""
+    graph, clean, reference = batch.nodes.graph, batch.clean, batch.reference
+    stages: list[tuple[Stage, int, Tensor, Tensor]] = [
+        (("input", 0), 0, clean.input, reference.input)
+    ]
+    for layer in range(graph.layers):
+        first = graph.heads_of(layer).start
+        pair = clean.heads[layer], reference.heads[layer]
+        stages.append((("heads", layer), first, *pair))
+        if graph.mlps:
+            pair = clean.mlps[layer], reference.mlps[layer]
+            stages.append((("mlp", layer), graph.mlp_writer(layer), *pair))
+    differences = clean.minus(reference)
+    found = np.zeros((len(batch.ids), graph.n), differences.input.cpu().numpy().dtype)
+    for stage, writer, to, since in stages:
+        later = graph.allowed[graph.ends[0], writer]  # edges whose reader comes after this stage
+        for fraction in batch.fractions:
+            at = slopes(
+                batch.nodes, batch.ids, batch.measure, {stage: since + fraction * (to - since)}
+            )
+            found += edge_products(batch.nodes, at, differences) * later
+    return found / (len(stages) * batch.steps)
+
+
+METHODS: dict[str, Callable[[Batch], np.ndarray]] = {
+    "exact": exact,
+    "eap": eap,
+    "eap-ig": eap_ig,
+    "eap-ig-activations": eap_ig_activations,
+    "clean-corrupted": clean_corrupted,
+}
+
+
+def _mean_over_inputs(batch: Batch, fractions: list[float]) -> np.ndarray:
+    differences = batch.clean.minus(batch.reference)
+    total: np.ndarray | float = 0.0
+    for fraction in fractions:
+        inputs = batch.reference.input + fraction * differences.input
+        at = slopes(batch.nodes, batch.ids, batch.measure, {("input", 0): inputs})
+        total = total + edge_products(batch.nodes, at, differences)
+    return np.asarray(total / len(fractions))
+
+
+def _reference_logits(batch: Batch) -> Tensor:
+    """Logits when only the input is replaced by its reference: where the integration begins."""
+    graph = batch.nodes.graph
+    masks = torch.zeros(1, *graph.allowed.shape)
+    masks[:, :, 0] = 1
+    with torch.no_grad():
+        return masked_logits(batch.nodes, batch.ids, batch.reference, masks)[0]

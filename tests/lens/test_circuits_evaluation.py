@@ -1,0 +1,128 @@
+"""Evaluation of circuits: published areas, exact ends, and hand-made curves."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lens.circuits.activations import Ablation
+from lens.circuits.circuit import make_circuit
+from lens.circuits.edge_scores import EdgeScores
+from lens.circuits.evaluation import SHARES, Outcome, cmd, cpr, evaluate, run_circuit
+from lens.circuits.graph import Graph
+from lens.circuits.known import induction_transformer
+from lens.circuits.recovery import recovery
+from lens.circuits.scoring import score_edges
+from lens.errors import LensError
+from tests.lens.circuit_models import error, small_model, small_task
+
+PUBLISHED = np.array([0.0232, 0.2393, 0.4988, 0.8030, 0.8813, 0.9203, 0.9357, 0.9672, 0.9781, 1.0])
+
+
+@pytest.mark.parametrize(
+    ("curve", "ratio", "distance"),
+    [
+        (np.ones(10), 0.999, 0.0),
+        (np.array([0.0] * 9 + [1.0]), 0.25, 0.749),
+        (np.array(SHARES), 0.4999995, 0.4990005),
+        (PUBLISHED, 0.96780, 0.03120),  # the benchmark's notebook, GPT-2 on IOI
+    ],
+)
+def test_areas_of_known_curves(curve, ratio, distance):
+    assert cpr(SHARES, curve) == pytest.approx(ratio, abs=6e-6)
+    assert cmd(SHARES, curve) == pytest.approx(distance, abs=6e-6)
+
+
+def test_ends_and_sizes():
+    model, task = small_model("gpt2"), small_task()
+    scores = score_edges(model, task, method="eap")
+    found = evaluate(model, task, scores, random=2)
+    for outcome in (found.signed, found.absolute):
+        assert error(outcome.full, task.evaluate(model)) < 1e-12
+        assert error(outcome.empty, task.evaluate(model, corrupt=True)) < 1e-12
+        assert outcome.faithfulness()[-1] == pytest.approx(1, abs=1e-12)
+        assert outcome.kl[-1] == pytest.approx(0, abs=1e-12)
+        assert outcome.kl[0].min() > 1e-4
+    assert found.random[:, -1] == pytest.approx(1, abs=1e-12)
+    assert list(found.edges[[0, 6, 9]]) == [1, round(0.1 * scores.graph.n), scores.graph.n]
+    table = found.table()
+    assert len(table) == 20
+    last = table.iloc[-1]
+    assert (last.distance, last.recovered) == (pytest.approx(0, abs=1e-12), pytest.approx(1))
+    assert (last.low, last.high) == pytest.approx((1, 1))
+    band: Any = found.plot().data[0]
+    assert band.name == "2 random circuits"
+    drawn: Any = scores.plot().data[0]
+    assert drawn.z.shape == scores.graph.allowed.shape
+
+
+def test_intervals_cover_the_mean_and_narrow_with_prompts():
+    draw = np.random.default_rng(0)
+    widths = []
+    for prompts in (9, 900):
+        metric = draw.normal(0.6, 0.2, (2, prompts))
+        outcome = Outcome(metric, metric, np.ones(prompts), np.zeros(prompts))
+        low, high = outcome.interval(seed=1)
+        assert (low < outcome.faithfulness()).all()
+        assert (high > outcome.faithfulness()).all()
+        widths.append((high - low).mean())
+    assert widths[1] == pytest.approx(4 * 0.2 / 900**0.5, rel=0.15)
+    assert widths[0] > 5 * widths[1]
+    one = Outcome(np.ones((2, 1)), np.ones((2, 1)), np.ones(1), np.zeros(1))
+    assert np.isnan(one.interval(seed=1)).all()
+
+
+def test_the_true_circuit_does_the_task_and_its_complement_does_not():
+    known = induction_transformer(8, dtype="float64")
+    scores = score_edges(known.model, known.task, method="exact")
+    circuit = make_circuit(scores.graph, known.edges)
+    alone = run_circuit(known.model, known.task, circuit)
+    assert alone.faithfulness()[0] == pytest.approx(1, abs=1e-3)
+    rest = run_circuit(known.model, known.task, replace(circuit, kept=~circuit.kept))
+    assert rest.faithfulness()[0] == pytest.approx(0, abs=1e-3)
+
+
+def test_recovery_of_what_a_corruption_can_show():
+    known = induction_transformer(8, dtype="float64")
+    for name, task in known.tasks.items():
+        scores = score_edges(known.model, task, method="exact")
+        assert recovery(scores, known.visible[name]).auroc >= 0.95, name
+
+
+def test_areas_of_a_ranking_by_hand():
+    graph = Graph(1, 1, 1, mlps=False)  # input to q, k, v and logits, the head to logits
+    assert graph.n == 5
+
+    def areas(*values):
+        scores = EdgeScores(graph, np.array([values], float), "eap", Ablation(), "m", "t", "toy")
+        return recovery(scores, [graph.edges[0], graph.edges[2]])
+
+    perfect = areas(-5, 1, 4, 0, 2)
+    assert (perfect.auroc, perfect.staircase, perfect.auprc) == (1, 1, 1)
+    mixed = areas(5, 4, 3, 2, 1)  # in, out, in, out, out
+    assert (mixed.auroc, mixed.staircase) == pytest.approx((5 / 6, 5 / 6))
+    assert mixed.auprc == pytest.approx((1 + 2 / 3) / 2)
+    tied = areas(1, 1, 1, 1, 1)
+    assert (tied.auroc, tied.staircase, tied.auprc) == pytest.approx((0.5, 0, 0.4))
+    with pytest.raises(LensError, match="the known circuit has 0 of 5 edges"):
+        recovery(score_of(graph, 0.0), [])
+    with pytest.raises(LensError, match="some edges have no score"):
+        recovery(score_of(graph, np.nan), graph.edges[:1])
+
+
+def score_of(graph, number):
+    values = np.full((2, graph.n), number)
+    return EdgeScores(graph, values, "eap", Ablation(), "m", "t", "toy")
+
+
+def test_what_cannot_be_evaluated_is_refused():
+    model, task = small_model("gpt2"), small_task()
+    other = score_of(Graph(1, 2, 2), 1.0)
+    with pytest.raises(LensError, match="the circuits are of a graph of 13 edges, and"):
+        evaluate(model, task, other)
+    with pytest.raises(LensError, match="random must be a positive number of draws, got 0"):
+        evaluate(model, task, other, random=0)
+    scores = score_edges(model, task, method="eap")
+    with pytest.raises(LensError, match="ablating every edge does not change the metric"):
+        evaluate(model, replace(task, corrupt=task.clean), scores)

@@ -1,0 +1,91 @@
+"""From scores to circuits: what is chosen, what is pruned, and files."""
+
+import json
+
+import numpy as np
+import pytest
+
+from lens.circuits.activations import Ablation
+from lens.circuits.circuit import load_circuit, make_circuit
+from lens.circuits.edge_scores import EdgeScores
+from lens.circuits.graph import Graph
+from lens.errors import LensError
+
+GRAPH = Graph(2, 2, 2, mlps=False)
+
+
+def scores(**values):
+    """Scores 0 but for the named edges, `a_to_b` with h for a0.h0 and so on."""
+    found = np.zeros((3, GRAPH.n))
+    for name, number in values.items():
+        found[:, GRAPH.find([NAMES[name]])] = number
+    return EdgeScores(GRAPH, found, "eap", Ablation(), "logit_difference", "made", "toy")
+
+
+NAMES = {
+    "chain1": "input->a0.h1<v>",
+    "chain2": "a0.h1->a1.h0<k>",
+    "chain3": "a1.h0->logits",
+    "loose": "input->a1.h1<q>",
+    "dead": "a0.h0->logits",
+}
+
+
+def test_top_takes_the_largest_and_pruning_drops_what_leads_nowhere():
+    found = scores(chain1=1, chain2=-3, chain3=2, loose=5, dead=4)
+    names = {NAMES[name] for name in ("loose", "dead", "chain2", "chain3", "chain1")}
+    assert set(found.top(5, prune=False).edges) == names
+    assert set(found.top(5).edges) == {NAMES[name] for name in ("chain1", "chain2", "chain3")}
+    assert found.top(4).n == 0  # without its first edge the chain falls apart
+    signed = found.top(4, absolute=False, prune=False)
+    assert NAMES["chain2"] not in signed.edges
+    assert signed.n == 4
+
+
+def test_greedy_stays_connected():
+    found = scores(chain1=1, chain2=3, chain3=2, loose=5)
+    assert found.top(3, by="greedy", prune=False).edges == tuple(
+        NAMES[name] for name in ("chain1", "chain2", "chain3")
+    )
+    assert found.top(1, by="greedy", prune=False).edges == (NAMES["chain3"],)
+    assert found.top(GRAPH.n, by="greedy").n == GRAPH.n
+
+
+def test_a_circuit_comes_back_from_its_file(tmp_path):
+    found = scores(chain1=1, chain2=3, chain3=2).top(3)
+    found.save(tmp_path / "c.json")
+    again = load_circuit(tmp_path / "c.json")
+    assert again.edges == found.edges
+    assert again.graph == found.graph
+    assert (again.ablation, again.made, again.task) == (found.ablation, found.made, found.task)
+    assert again.nodes == ("input", "a0.h1", "a1.h0")
+    assert "3 of 29 edges" in repr(again)
+    for damage, message in (
+        ({"format": "other"}, "is no circuit of lens"),
+        ({"version": 9}, "version 9; this lens reads 1"),
+        ({"graph": None}, "is a damaged circuit"),
+    ):
+        content = json.loads((tmp_path / "c.json").read_text())
+        (tmp_path / "d.json").write_text(json.dumps({**content, **damage}))
+        with pytest.raises(LensError, match=message):
+            load_circuit(tmp_path / "d.json")
+
+
+def test_tables():
+    table = scores(chain1=1, chain3=2).table()
+    assert list(table.edge[:2]) == [NAMES["chain3"], NAMES["chain1"]]
+    assert list(table.iloc[0][["writer", "reader", "value", "n"]]) == ["a1.h0", "logits", 2.0, 3]
+
+
+def test_wrong_choices_are_refused():
+    found = scores(chain1=1)
+    with pytest.raises(LensError, match="top takes 0 to 29 edges, got 34"):
+        found.top(34)
+    with pytest.raises(LensError, match="by must be top or greedy, got 'best'"):
+        found.top(3, by="best")
+    with pytest.raises(LensError, match="1 edges have no score"):
+        scores(chain1=np.nan).top(3)
+    with pytest.raises(LensError, match=r"per_prompt must be \[prompts, 29 edges\]"):
+        EdgeScores(GRAPH, np.zeros((3, 4)), "eap", Ablation(), "m", "t", "toy")
+    with pytest.raises(LensError, match="kept must be 29 booleans"):
+        type(make_circuit(GRAPH, []))(GRAPH, np.zeros(4, bool), Ablation(), "", "", "")
