@@ -101,6 +101,7 @@ def load_section(run: Path, name: str) -> Section:
         LensError: there is none of this name, or it is damaged.
     """
     import pandas as pd
+    import plotly.graph_objects as go
     import plotly.io as pio
 
     have = section_names(run)
@@ -125,7 +126,7 @@ def load_section(run: Path, name: str) -> Section:
             configuration=index["configuration"],
             tables={part: pd.read_parquet(folder / f"{part}.parquet") for part in index["tables"]},
             figures={
-                part: pio.from_json((folder / f"{part}.json").read_text(encoding="utf-8"))
+                part: go.Figure(pio.from_json((folder / f"{part}.json").read_text(encoding="utf-8")))
                 for part in index["figures"]
             },
         )

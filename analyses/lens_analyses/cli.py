@@ -189,6 +189,92 @@ def heads(
 
 
 @app.command()
+def sinks(
+    model: Model = None,
+    text: Text = None,
+    text_name: TextName = None,
+    tokens: Tokens = None,
+    windows: Windows = None,
+    n: N = None,
+    edits: Annotated[
+        str | None,
+        typer.Option(help="E.g. mask,drop; all of them if not given."),
+    ] = None,
+    amounts: Annotated[
+        str | None, typer.Option(help="Of the dose-response curve, with commas.")
+    ] = None,
+    seed: Seed = None,
+    config: Config = None,
+    assignments: Assignments = None,
+    out: Out = RUNS,
+    again: Again = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Profile every head, then: where sinks are, how they work, whether they matter, where mass moves."""
+    output = Output(json, quiet, debug)
+    flags = {
+        "what": "sinks",
+        "model.name": model,
+        "prompts.text": None if text is None else str(text),
+        "prompts.text_name": text_name,
+        "prompts.tokens": tokens,
+        "prompts.windows": windows,
+        "analysis.n": n,
+        "analysis.edits": edits,
+        "analysis.amounts": amounts,
+        "seed": seed,
+    }
+    with output.session():
+        _execute(_settings(config, assignments, flags), out, output, again)
+
+
+@app.command()
+def redistribute(
+    model: Model = None,
+    text: Text = None,
+    text_name: TextName = None,
+    tokens: Tokens = None,
+    windows: Windows = None,
+    task: Task = None,
+    n: N = None,
+    rule: Annotated[
+        str | None,
+        typer.Option(help="transfer, mask, drop, logit_bias or learned_sink. [transfer]"),
+    ] = None,
+    amounts: Annotated[
+        str | None, typer.Option(help="Of the edit, with commas. [0,0.25,0.5,0.75,1]")
+    ] = None,
+    seed: Seed = None,
+    config: Config = None,
+    assignments: Assignments = None,
+    out: Out = RUNS,
+    again: Again = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Profile every head, then: move attention off the first token; dose, side effects, which heads."""
+    output = Output(json, quiet, debug)
+    flags = {
+        "what": "redistribute",
+        "model.name": model,
+        "prompts.text": None if text is None else str(text),
+        "prompts.text_name": text_name,
+        "prompts.tokens": tokens,
+        "prompts.windows": windows,
+        "analysis.task": task,
+        "analysis.n": n,
+        "analysis.rule": rule,
+        "analysis.amounts": amounts,
+        "seed": seed,
+    }
+    with output.session():
+        _execute(_settings(config, assignments, flags), out, output, again)
+
+
+@app.command()
 def view(
     target: Annotated[
         Path | None,

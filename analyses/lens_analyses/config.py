@@ -20,16 +20,19 @@ from lens.models.catalogue import DEFAULT_MODEL
 
 WHATS = ("profile", "heads", "sinks", "redistribute")
 _SOURCES = ("text", "text_name", "batch")
-_EVERYWHERE = (  # settings that every command has a flag for
+_SHARED = (
     "seed",
     "prompts.text",
     "prompts.text_name",
     "prompts.tokens",
     "prompts.windows",
-    "prompts.copied",
-    "analysis.task",
     "analysis.n",
 )
+_FLAGS = {  # settings that the commands beside `lens run` have a flag for; --set takes the others
+    "heads": (*_SHARED, "prompts.copied", "analysis.task", "analysis.measures"),
+    "sinks": (*_SHARED, "analysis.edits", "analysis.amounts"),
+    "redistribute": (*_SHARED, "analysis.task", "analysis.rule", "analysis.amounts"),
+}
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,7 @@ class AnalysisConfig:
     n: int = 32
     length: int = 128
     measures: str = "ablation/mean,ablation/zero,ablation/resample,gradient,attribution,direct"
-    edits: str = "mask,drop,mean_value,zero_value"
+    edits: str = "mask,drop,mean_value"
     rule: str = "transfer"
     amounts: str = "0,0.25,0.5,0.75,1"
 
@@ -298,7 +301,7 @@ def _flag(dotted: str, value: Any, verb: str) -> list[str]:
     name = dotted.rpartition(".")[2].replace("_", "-")
     if dotted == "prompts.batch":
         name = "prompts"
-    if dotted == "capture.backend" or (verb != "run" and dotted not in _EVERYWHERE):
+    if dotted not in _FLAGS.get(verb, ()) and (verb != "run" or dotted == "capture.backend"):
         return ["--set", f"{dotted}={value}"]
     if isinstance(value, bool):
         return [f"--{name}" if value else f"--no-{name}"]

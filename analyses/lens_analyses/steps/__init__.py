@@ -43,5 +43,13 @@ STEPS: dict[str, tuple[Step, ...]] = {
         Step("pruning", "importance"),
         Step("heads", "table"),
     ),
+    "sinks": (
+        Step("detection", "sinks"),
+        Step("mechanism", "sinks"),
+        Step("effects", "sinks"),
+        Step("dose", "sinks"),
+        Step("streaming", "sinks"),
+    ),
+    "redistribute": (Step("dose", "redistribute"), Step("search", "redistribute")),
 }
 """What a run does -> its steps, in order; later ones may read the sections of earlier ones."""

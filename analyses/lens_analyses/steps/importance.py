@@ -220,7 +220,7 @@ def _disagreement(agreement: heads.Agreement) -> list[str]:
     table = agreement.table[agreement.table["tau"].notna()]
     if not len(table):
         return []
-    row = table.loc[table["tau"].idxmin()].to_dict()
+    row = table.sort_values("tau").iloc[0].to_dict()
     return [
         f"The measures that agree least are {row['first']} and {row['second']}: tau {row['tau']:.2f} "
         f"[{row['tau_low']:.2f}, {row['tau_high']:.2f}] over all heads, {row['overlap']:.0%} of the top "

@@ -3,6 +3,7 @@
 from lens import heads
 from lens.heads.patterns import CLASSES, DIFFUSE
 from lens.sections import Section
+from lens_analyses.steps.columns import defined
 from lens_analyses.steps.subject import Subject
 
 _HEAD = {
@@ -25,11 +26,6 @@ def patterns(subject: Subject) -> Section:
         f"{counts[name]} {name.replace('_', '-')}" for name in (*CLASSES, DIFFUSE) if name in counts
     )
     kept = {name: f"Mass kept by the best {name.replace('_', '-')} pattern." for name in CLASSES}
-    ends = {
-        f"{name}_{end}": f"{end.capitalize()} end of its 95 % interval over prompts."
-        for name in CLASSES
-        for end in ("low", "high")
-    }
     return Section(
         name="patterns",
         title="Which sparse pattern each head has",
@@ -42,13 +38,7 @@ def patterns(subject: Subject) -> Section:
             "The best pattern was chosen and measured on the same prompts, so kept mass is an upper bound "
             "for other prompts.",
         ),
-        columns=_HEAD
-        | kept
-        | ends
-        | {
-            "pattern": "Simplest class within 0.02 of the best, or diffuse (MInference, arXiv 2407.02490).",
-            "margin": "Its kept mass less the best of the others; if diffuse, what is lacking.",
-        },
+        columns=defined([table], _HEAD | kept | _PATTERN),
         configuration={
             "budget": found.budget,
             "enough": found.enough,
@@ -98,13 +88,17 @@ def similarity(subject: Subject) -> Section:
             "without the first key, so that a sink does not make all heads alike.",
             "Heads that are alike can still differ in what they do to the model: see importance.",
         ),
-        columns=_HEAD | _CLUSTERS | _REDUNDANCY,
+        columns=defined(tables.values(), _HEAD | _CLUSTERS | _REDUNDANCY),
         configuration={"by": ["js", "cka"], "prompts": kind, "seed": subject.seed},
         tables=tables,
         figures=figures,
     )
 
 
+_PATTERN = {
+    "pattern": "Simplest class within 0.02 of the best, or diffuse (MInference, arXiv 2407.02490).",
+    "margin": "Its kept mass less the best of the others; if diffuse, what is lacking.",
+}
 _CLUSTERS = {
     "cluster": "Number of the group, the largest first.",
     "size": "Heads in it.",

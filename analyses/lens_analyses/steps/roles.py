@@ -5,6 +5,7 @@ import pandas as pd
 from lens import heads
 from lens.heads.roles import HeadRoles
 from lens.sections import Section
+from lens_analyses.steps.columns import defined
 from lens_analyses.steps.subject import Subject
 
 _SEEN_ON = {"induction": "copied", "duplicate_token": "copied", "previous_token": "copied"}
@@ -31,12 +32,6 @@ def roles(subject: Subject) -> Section:
     }
     for one in found.values():
         columns |= one.columns
-    for column in {str(name) for table in tables.values() for name in table.columns}:
-        base, _, end = column.rpartition("_")
-        if end in ("low", "high") and base in columns:
-            columns[column] = f"{end.capitalize()} end of the 95 % interval of {base}."
-        elif end == "baseline" and base in columns:
-            columns[column] = f"{base} of a head that looks at all keys it sees alike."
     return Section(
         name="roles",
         title="What each head does",
@@ -50,7 +45,7 @@ def roles(subject: Subject) -> Section:
             if any(one.reasons for one in found.values())
             else "Every score is defined for every head here.",
         ),
-        columns=columns,
+        columns=defined(tables.values(), columns),
         configuration={
             "prompts": {kind: one.prompts for kind, one in found.items()},
             "seed": subject.seed,

@@ -92,6 +92,25 @@ class Subject:
             )
         return language_modelling(self.model, found[: self.settings.n])
 
+    @property
+    def text_windows(self) -> list[list[int]]:
+        """Token ids of `windows`."""
+        return self.windows.clean.tolist()
+
+    @property
+    def amounts(self) -> list[float]:
+        """Of an edit, from `analysis.amounts`.
+
+        Raises:
+            LensError: no numbers.
+        """
+        try:
+            return [float(word) for word in self.settings.amounts.split(",")]
+        except ValueError:
+            raise LensError(
+                f"analysis.amounts are numbers with commas, e.g. 0,0.5,1; got {self.settings.amounts!r}"
+            ) from None
+
     @cached_property
     def task(self) -> "Task":
         """The task that the configuration names.

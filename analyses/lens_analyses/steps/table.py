@@ -90,7 +90,7 @@ def _sentences(table: pd.DataFrame, measures: list[dict]) -> list[str]:
     best = order.iloc[0]
     said = []
     if "induction" in table:
-        known = table.loc[table["induction"].idxmax()]
+        known = table.sort_values("induction", ascending=False, kind="stable").iloc[0]
         said.append(
             f"{known['head']} has the highest induction score, {known['induction']:.2f}; by {name} it is "
             f"number {int((table[name] > known[name]).sum()) + 1} of {len(table)} heads."

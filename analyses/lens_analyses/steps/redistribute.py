@@ -1,0 +1,136 @@
+"""What changes when attention is moved: on a task, on held-out text, and in which heads it helps."""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+
+import lens
+from lens import redistribution as moving
+from lens.bootstrap import over_units
+from lens.errors import LensError
+from lens.figures.redistribution import side_effect_line
+from lens.head_ids import HeadId
+from lens.sections import Section
+from lens_analyses.steps.columns import defined
+from lens_analyses.steps.sinks import COLUMNS
+from lens_analyses.steps.subject import Subject
+
+
+def dose(subject: Subject) -> Section:
+    """The task's metric and the loss on text at each amount of the edit."""
+    amounts = [amount for amount in subject.amounts if amount]
+    if not amounts:
+        raise LensError(f"analysis.amounts has no amount above 0: {subject.settings.amounts!r}")
+    response = _response(subject, amounts)
+    side = moving.side_effects(
+        subject.model,
+        subject.text_windows,
+        lambda amount: _edit(subject, amount),
+        amounts=amounts,
+        seed=subject.seed,
+    )
+    table = side.table()
+    last = response.to_dict("records")[-1]
+    ends = f" [{last['gain_low']:+.4f}, {last['gain_high']:+.4f}]"
+    return Section(
+        name="dose",
+        title="Redistribution: dose, response and side effects",
+        summary=(
+            f"With amount {last['amount']:g} of {subject.settings.rule}, {subject.task.name} changes by "
+            f"{last['gain']:+.4f}{ends} in {subject.task.metric} (positive: better; {last['n']} prompts).",
+            *side.findings(),
+        ),
+        limits=(
+            f"Attention is taken from the first token of each prompt, in all heads, by the rule "
+            f"{subject.settings.rule!r}; other keys and heads were not tried here.",
+            "The text is the run's own: it had no part in choosing anything, but it is one text.",
+        ),
+        columns=defined([response, table], COLUMNS | _COLUMNS),
+        configuration={"rule": subject.settings.rule, "amounts": amounts, "sources": "first"},
+        tables={"response": response, "side_effects": table},
+        figures={
+            "response": _response_line(response, subject),
+            "loss": side_effect_line(table, "delta_loss"),
+        },
+    )
+
+
+def search(subject: Subject) -> Section:
+    """Which heads are better off with the edit: chosen on half of the prompts, judged on the others."""
+    amount = max(subject.amounts)
+    found = moving.search_heads(
+        subject.model,
+        subject.task,
+        lambda heads: _edit(subject, amount, heads),
+        seed=subject.seed,
+    )
+    return Section(
+        name="search",
+        title="Redistribution: which heads it helps",
+        summary=found.findings(),
+        limits=(
+            "Heads were tried one at a time; heads that help only together are not found.",
+            "The best of many heads look good on the prompts that chose them; only the test prompts count.",
+        ),
+        columns=defined([found.table(), found.summary()], COLUMNS | _COLUMNS),
+        configuration={"rule": subject.settings.rule, "amount": amount, "seed": subject.seed},
+        tables={"heads": found.table(), "judged": found.summary()},
+        figures={"gains": found.plot()},
+    )
+
+
+def _edit(
+    subject: Subject, amount: float, heads: Sequence[HeadId] | None = None
+) -> AbstractContextManager[Any]:
+    rule = subject.settings.rule
+    return lens.redistribute(
+        subject.model,
+        sources=None if rule == "learned_sink" else "first",
+        amount=amount,
+        rule=rule,
+        heads=heads,
+    )
+
+
+def _response(subject: Subject, amounts: list[float]) -> pd.DataFrame:
+    """Gain of the task's metric at each amount, with an interval over prompts."""
+    task = subject.task
+    clean = task.evaluate(subject.model).double().numpy()
+    rows = []
+    for amount in sorted(amounts):
+        with _edit(subject, amount):
+            edited = task.evaluate(subject.model).double().numpy()
+        gain = task.sign * (edited - clean)
+        low, high = over_units(gain, np.ones(len(gain)), subject.seed)
+        rows.append((amount, edited.mean(), gain.mean(), float(low), float(high), len(gain)))
+    names = ["amount", "metric", "gain", "gain_low", "gain_high", "n"]
+    return pd.DataFrame(rows, columns=names)
+
+
+def _response_line(response: pd.DataFrame, subject: Subject) -> go.Figure:
+    renamed = response.rename(
+        columns={
+            "gain": "delta_loss",
+            "gain_low": "delta_loss_low",
+            "gain_high": "delta_loss_high",
+        }
+    )
+    figure = side_effect_line(renamed, "delta_loss")
+    figure.update_yaxes(title=f"gain in {subject.task.metric}")
+    return figure.update_layout(title={"text": f"{subject.task.name}: gain by amount"})
+
+
+_COLUMNS = {
+    "metric": "Of the task, with the edit.",
+    "gain": "How much better the task goes than without the edit, in units of its metric.",
+    "heads": "Which heads were edited.",
+    "prompts": "On which prompts.",
+    "head": "The head that was edited alone.",
+    "chosen": "Whether it was chosen.",
+    "low": "Low end of the 95 % interval over prompts.",
+    "high": "High end of the 95 % interval over prompts.",
+}

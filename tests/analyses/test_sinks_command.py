@@ -1,0 +1,86 @@
+"""`lens sinks` and `lens redistribute`: sections in the folder of a profile."""
+
+import pytest
+
+from lens import sinks
+from lens.models.loading import load
+from lens.runs import open_run
+from lens.validation import validate
+
+TEXT = "--model text-lm-3l --text-name moby-dick --tokens 64 --windows 4 --n 4 --set analysis.length=64"
+SINKS = f"sinks {TEXT} --edits mask --amounts 0,1 --set prompts.copied=0"
+MOVE = f"redistribute {TEXT} --task text --amounts 0,0.5,1 --set prompts.copied=0"
+
+
+@pytest.fixture(scope="module")
+def sinks_run(lens_command, tmp_path_factory):
+    answer = lens_command(*SINKS.split(), "--out", tmp_path_factory.mktemp("sinks"), "--json")
+    assert answer.code == 0, answer.err
+    return open_run(answer.json["path"])
+
+
+@pytest.fixture(scope="module")
+def moved_run(lens_command, tmp_path_factory):
+    answer = lens_command(*MOVE.split(), "--out", tmp_path_factory.mktemp("moved"), "--json")
+    assert answer.code == 0, answer.err
+    return open_run(answer.json["path"])
+
+
+def test_every_step_leaves_its_section_and_the_folders_are_whole(sinks_run, moved_run):
+    assert sinks_run.sections == ["detection", "mechanism", "effects", "dose", "streaming"]
+    assert moved_run.sections == ["dose", "search"]
+    assert validate(sinks_run) == []
+    assert validate(moved_run) == []
+
+
+def test_the_sink_of_the_model_card_is_found(sinks_run):
+    heads = sinks_run.section("detection").tables["heads"].sort_values("alpha", ascending=False)
+    assert (heads.iloc[0]["layer"], heads.iloc[0]["head"]) == (1, 0)
+    assert sinks_run.section("effects").configuration["head"] == "L1H0"
+    assert "BOS added, n = 4" in sinks_run.section("detection").summary[0]
+
+
+def test_the_edit_is_that_of_the_library(sinks_run):
+    model = load("text-lm-3l")
+    prompts = [list(map(int, ids)) for ids in sinks_run.prompts["token_ids"]]
+    expected = sinks.effect(model, prompts, edit="mask", seed=0).table()
+    table = sinks_run.section("effects").tables["edits"]
+    table = table[(table["edit"] == "mask") & (table["scope"] == "all heads")]
+    assert table["delta_loss"].tolist() == pytest.approx(expected["delta_loss"].tolist(), rel=1e-4)
+    assert table["condition"].tolist() == expected["condition"].tolist()
+
+
+def test_each_edit_has_a_control_and_says_where_the_mass_went(sinks_run):
+    section = sinks_run.section("effects")
+    assert all("control" in text and "alpha rose" in text for text in section.summary)
+    assert {"source_before", "other_after"} <= set(section.tables["migration"])
+
+
+def test_redistribution_reports_the_task_the_side_effects_and_the_held_out_choice(moved_run):
+    dose, search = moved_run.section("dose"), moved_run.section("search")
+    assert dose.tables["response"]["amount"].tolist() == [0.5, 1.0]
+    gain, loss = dose.tables["response"]["gain"], dose.tables["side_effects"]["delta_loss"]
+    assert gain.tolist() == pytest.approx((-loss).tolist(), abs=1e-4)  # the task is the same text
+    assert search.tables["judged"]["prompts"].tolist() == ["validation", "test", "test"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--amounts a,b", "analysis.amounts are numbers with commas"),
+        ("--amounts 0", "no amount above 0"),
+        ("--rule magic", "rule must be one of"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(lens_command, tmp_path, words, message):
+    answer = lens_command(*MOVE.split(), *words.split(), "--out", tmp_path)
+    assert answer.code == 1
+    assert message in answer.err
+
+
+def test_sinks_need_text(lens_command, tmp_path):
+    answer = lens_command(
+        *["sinks", "--model", "induction-2l", "--set", "prompts.copied=2", "--out"], tmp_path
+    )
+    assert answer.code in (1, 2)
+    assert "--text" in answer.err
