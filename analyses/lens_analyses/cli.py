@@ -5,11 +5,11 @@ Exit codes: 0 done, 1 error, 2 wrong usage, 3 partly done (the same command comp
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lens_analyses.console import PARTIAL, Output, UsageError
+from lens_analyses.console import PARTIAL, Output
 from lens_analyses.options import (
     RUNS,
     Again,
@@ -19,22 +19,21 @@ from lens_analyses.options import (
     Debug,
     Json,
     Model,
-    N,
     Out,
     Port,
     Quiet,
     Run,
     RunsDir,
     Seed,
-    Task,
     Text,
     TextName,
     Tokens,
     Windows,
 )
+from lens_analyses.run_commands import execute, heads, redistribute, settings_of, sinks
 
 if TYPE_CHECKING:
-    from lens_analyses.config import RunConfig
+    pass
 
 app = typer.Typer(
     name="lens",
@@ -136,142 +135,18 @@ def run(
         "seed": seed,
     }
     with output.session():
-        settings = _settings(config, assignments, flags)
+        settings = settings_of(config, assignments, flags)
         if dry_run:
             from lens_analyses.estimate import estimate
 
             forecast = estimate(settings)
             output.result(forecast.text(), forecast.as_json())
             return
-        _execute(settings, out, output, again)
+        execute(settings, out, output, again)
 
 
-@app.command()
-def heads(
-    model: Model = None,
-    text: Text = None,
-    text_name: TextName = None,
-    tokens: Tokens = None,
-    windows: Windows = None,
-    copied: Copied = None,
-    task: Task = None,
-    n: N = None,
-    measures: Annotated[
-        str | None,
-        typer.Option(help="Of importance, e.g. ablation/mean,gradient; all of them if not given."),
-    ] = None,
-    seed: Seed = None,
-    config: Config = None,
-    assignments: Assignments = None,
-    out: Out = RUNS,
-    again: Again = False,
-    json: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
-) -> None:
-    """Profile every head, then: role, importance by several measures, pattern, redundancy, pruning."""
-    output = Output(json, quiet, debug)
-    flags = {
-        "what": "heads",
-        "model.name": model,
-        "prompts.text": None if text is None else str(text),
-        "prompts.text_name": text_name,
-        "prompts.tokens": tokens,
-        "prompts.windows": windows,
-        "prompts.copied": copied,
-        "analysis.task": task,
-        "analysis.n": n,
-        "analysis.measures": measures,
-        "seed": seed,
-    }
-    with output.session():
-        _execute(_settings(config, assignments, flags), out, output, again)
-
-
-@app.command()
-def sinks(
-    model: Model = None,
-    text: Text = None,
-    text_name: TextName = None,
-    tokens: Tokens = None,
-    windows: Windows = None,
-    n: N = None,
-    edits: Annotated[
-        str | None,
-        typer.Option(help="E.g. mask,drop; all of them if not given."),
-    ] = None,
-    amounts: Annotated[
-        str | None, typer.Option(help="Of the dose-response curve, with commas.")
-    ] = None,
-    seed: Seed = None,
-    config: Config = None,
-    assignments: Assignments = None,
-    out: Out = RUNS,
-    again: Again = False,
-    json: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
-) -> None:
-    """Profile every head, then: where sinks are, how they work, whether they matter, where mass moves."""
-    output = Output(json, quiet, debug)
-    flags = {
-        "what": "sinks",
-        "model.name": model,
-        "prompts.text": None if text is None else str(text),
-        "prompts.text_name": text_name,
-        "prompts.tokens": tokens,
-        "prompts.windows": windows,
-        "analysis.n": n,
-        "analysis.edits": edits,
-        "analysis.amounts": amounts,
-        "seed": seed,
-    }
-    with output.session():
-        _execute(_settings(config, assignments, flags), out, output, again)
-
-
-@app.command()
-def redistribute(
-    model: Model = None,
-    text: Text = None,
-    text_name: TextName = None,
-    tokens: Tokens = None,
-    windows: Windows = None,
-    task: Task = None,
-    n: N = None,
-    rule: Annotated[
-        str | None,
-        typer.Option(help="transfer, mask, drop, logit_bias or learned_sink. [transfer]"),
-    ] = None,
-    amounts: Annotated[
-        str | None, typer.Option(help="Of the edit, with commas. [0,0.25,0.5,0.75,1]")
-    ] = None,
-    seed: Seed = None,
-    config: Config = None,
-    assignments: Assignments = None,
-    out: Out = RUNS,
-    again: Again = False,
-    json: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
-) -> None:
-    """Profile every head, then: move attention off the first token; dose, side effects, which heads."""
-    output = Output(json, quiet, debug)
-    flags = {
-        "what": "redistribute",
-        "model.name": model,
-        "prompts.text": None if text is None else str(text),
-        "prompts.text_name": text_name,
-        "prompts.tokens": tokens,
-        "prompts.windows": windows,
-        "analysis.task": task,
-        "analysis.n": n,
-        "analysis.rule": rule,
-        "analysis.amounts": amounts,
-        "seed": seed,
-    }
-    with output.session():
-        _execute(_settings(config, assignments, flags), out, output, again)
+for analysis in (heads, sinks, redistribute):
+    app.command()(analysis)
 
 
 @app.command()
@@ -384,46 +259,6 @@ def root(
         raise typer.Exit
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
-
-
-def _settings(
-    config: Path | None, assignments: list[str] | None, flags: dict[str, Any]
-) -> "RunConfig":
-    """The configuration of the file, with the assignments and then the flags on top.
-
-    Raises:
-        LensError: as `RunConfig.load`; UsageError: no text is named.
-    """
-    from lens_analyses.config import RunConfig, parse_assignments
-
-    given = {name: value for name, value in flags.items() if value is not None}
-    given = {**parse_assignments(assignments or []), **given}
-    _check_text(config, given)
-    return RunConfig.load(config, given)
-
-
-def _execute(settings: "RunConfig", out: Path, output: Output, again: bool) -> None:
-    """Make the run and say what came of it."""
-    from lens_analyses.runner import execute
-
-    finished = execute(settings, out, output, again=again)
-    output.result(finished.text(), finished.as_json())
-    if finished.status != "success":
-        raise SystemExit(PARTIAL)
-
-
-def _check_text(config: Path | None, given: dict[str, Any]) -> None:
-    """A text must be named, unless only copied prompts are asked for.
-
-    Raises:
-        UsageError: neither.
-    """
-    named = ("prompts.text", "prompts.text_name", "prompts.batch", "prompts.copied")
-    if config is None and not any(name in given for name in named):
-        raise UsageError(
-            "which text? --text FILE, --text-name moby-dick or --prompts FILE; "
-            "or --copied N for copied random tokens alone"
-        )
 
 
 def main(arguments: list[str] | None = None) -> None:
