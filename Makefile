@@ -59,8 +59,9 @@ browser:
 	     && apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium >/dev/null; } \
 	|| echo "no Chromium here and no way to install it: browser tests will be skipped"
 
+# Two workers of one thread each: the tests are many and small.
 test: lint types browser
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 bench: $(VENV)/.test
 	$(BIN)/python tests/benchmarks/run.py

@@ -8,6 +8,7 @@ from functools import wraps
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from flask import Blueprint, Response, request
 
 from lens.errors import LensError
@@ -59,11 +60,16 @@ def make_api(library: Library) -> Blueprint:
     @_refusing
     def get_heads(run_id: str) -> Response:
         """The whole head table as CSV."""
-        text = io.StringIO()
-        library.run(run_id).heads.to_csv(text, index=False)
-        response = Response(text.getvalue(), mimetype="text/csv")
-        response.headers["Content-Disposition"] = "attachment; filename=heads.csv"
-        return response
+        return _csv(library.run(run_id).heads, "heads.csv")
+
+    @api.get("/run/<run_id>/section/<section>/<table>.csv")
+    @_refusing
+    def get_table(run_id: str, section: str, table: str) -> Response:
+        """A table of an analysis as CSV."""
+        tables = library.run(run_id).section(section).tables
+        if table not in tables:
+            raise LensError(f"{section} has no table {table!r}; it has: {', '.join(tables)}")
+        return _csv(tables[table], f"{section}-{table}.csv")
 
     @api.get("/run/<run_id>/report.html")
     @_refusing
@@ -85,6 +91,14 @@ def make_api(library: Library) -> Blueprint:
         return Response(f"there is nothing at /api/{rest}", status=404, mimetype="text/plain")
 
     return api
+
+
+def _csv(table: pd.DataFrame, name: str) -> Response:
+    text = io.StringIO()
+    table.to_csv(text, index=False)
+    response = Response(text.getvalue(), mimetype="text/csv")
+    response.headers["Content-Disposition"] = f"attachment; filename={name}"
+    return response
 
 
 def _refusing(view: Callable[..., Response]) -> Callable[..., Response]:

@@ -3,6 +3,7 @@
 /                                     the runs
 /run/<id>                             overview        ?group=&metric=&variant=
 /run/<id>/head/<layer>/<head>         one head        ?prompt=&q0=&q1=&k0=&k1=&query=
+/run/<id>/analysis/<section>          what one analysis found
 /run/<id>/provenance                  how it was made
 """
 
@@ -11,7 +12,7 @@ from urllib.parse import parse_qs, quote, unquote, urlencode
 
 from lens.metrics import METRICS, VARIANTS
 
-PAGES = ("runs", "overview", "head", "provenance")
+PAGES = ("runs", "overview", "head", "analysis", "provenance")
 DEFAULT_METRIC = "induction"
 
 
@@ -28,6 +29,7 @@ class Selection:
         prompt: prompt whose trace the head page shows; "" for the first.
         window: (q0, q1, k0, k1) in tokens that the block map shows, or None for all of it.
         query: token whose row is shaded, or None.
+        section: name of the analysis, "" elsewhere.
     """
 
     page: str = "runs"
@@ -40,6 +42,7 @@ class Selection:
     prompt: str = ""
     window: tuple[int, int, int, int] | None = None
     query: int | None = None
+    section: str = ""
 
     def url(self) -> str:
         """The link that restores the view."""
@@ -48,6 +51,8 @@ class Selection:
         path = f"/run/{quote(self.run, safe='')}"
         if self.page == "provenance":
             return f"{path}/provenance"
+        if self.page == "analysis":
+            return f"{path}/analysis/{quote(self.section, safe='')}"
         query: dict[str, object] = {}
         if self.page == "overview":
             defaults = Selection()
@@ -81,6 +86,8 @@ def read_url(path: str, search: str = "") -> tuple[Selection | None, list[str]]:
             return _overview(run, given, notes), notes
         case ["run", run, "provenance"]:
             return Selection(page="provenance", run=run), notes
+        case ["run", run, "analysis", section]:
+            return Selection(page="analysis", run=run, section=section), notes
         case ["run", run, "head", layer, head] if _whole(layer) and _whole(head):
             return _head(run, int(layer), int(head), given, notes), notes
         case _:

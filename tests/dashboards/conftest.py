@@ -28,6 +28,19 @@ def run(runs):
 
 
 @pytest.fixture(scope="session")
+def heads_run(tmp_path_factory):
+    """A real run of `lens heads` on the model whose induction heads are redundant."""
+    from lens_analyses.cli import main
+
+    folder = tmp_path_factory.mktemp("heads")
+    command = "heads --model induction-2l --copied 2 --n 4 --measures ablation/mean,gradient"
+    with pytest.raises(SystemExit) as ended:
+        main([*command.split(), "--out", str(folder), "--quiet"])
+    assert ended.value.code == 0
+    return open_run(next(path.parent for path in folder.glob("*/run.json")))
+
+
+@pytest.fixture(scope="session")
 def serve():
     """Serves folders of runs on free ports; returns the address of each."""
     from lens_dashboards.server import create_app

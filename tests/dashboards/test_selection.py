@@ -33,10 +33,11 @@ heads = st.builds(
     window=windows,
     query=st.none() | small,
 )
+analyses = st.builds(Selection, page=st.just("analysis"), run=ids, section=ids)
 others = st.just(Selection()) | st.builds(Selection, page=st.just("provenance"), run=ids)
 
 
-@given(overviews | heads | others)
+@given(overviews | heads | analyses | others)
 def test_a_link_restores_its_view(view):
     path, _, search = view.url().partition("?")
     assert read_url(path, search) == (view, [])

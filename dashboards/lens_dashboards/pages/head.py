@@ -81,6 +81,7 @@ def page(library: Library, view: Selection) -> list[Any]:
                 ),
                 html.Div(
                     [
+                        *_effect(run, name),
                         card(_scores(run, prompt, layer, head), "Scores"),
                         card(
                             python_call(
@@ -137,6 +138,44 @@ def _sharpness(trace: AttentionTrace, layer: int, head: int) -> str:
         f"Zoomed in to {MOST_CELLS} tokens or fewer, the map shows exact probabilities of single "
         "tokens."
     )
+
+
+def _effect(run: Run, name: str) -> list[Any]:
+    """What the model loses without this head, beside the picture of its attention."""
+    if "importance" not in run.sections:
+        return []
+    section = run.section("importance")
+    table = section.tables["scores"]
+    row = table[table["head"] == name].to_dict("records")[0]
+    measures = [str(column) for column in row if f"{column} low" in row]
+    target = Selection(page="analysis", run=run.id, section="importance")
+    lines = [
+        html.Tr(
+            [
+                html.Th(measure, scope="row", title=section.columns[measure]),
+                html.Td(number(float(row[measure]))),
+                html.Td(
+                    f"{number(float(row[f'{measure} low']))} to {number(float(row[f'{measure} high']))}"
+                ),
+            ]
+        )
+        for measure in measures
+    ]
+    return [
+        card(
+            [
+                html.Table(html.Tbody(lines), className="facts-table"),
+                html.P(
+                    [
+                        "Positive: the task goes worse without it. ",
+                        dcc.Link("All heads", href=target.url()),
+                    ],
+                    className="small",
+                ),
+            ],
+            "Effect",
+        )
+    ]
 
 
 def _steps(run: Run, view: Selection, prompt: str, layers: int, heads: int) -> html.Nav:

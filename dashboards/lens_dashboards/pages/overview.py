@@ -71,6 +71,7 @@ def page(library: Library, view: Selection) -> list[Any]:
             ],
             className="columns",
         ),
+        *_analyses(run),
         card(
             [
                 html.P(
@@ -94,6 +95,33 @@ def page(library: Library, view: Selection) -> list[Any]:
             "Take it with you",
         ),
     ]
+
+
+def _analyses(run: Run) -> list[Any]:
+    """What else was found in this run, first sentence of each analysis."""
+    if not run.sections:
+        return [
+            card(
+                html.P(
+                    [
+                        "No analysis beyond the profile yet: ",
+                        html.Code(
+                            f"lens heads --model {run.meta['model']['name']} --text-name moby-dick"
+                        ),
+                        " (or sinks, redistribute) makes a run with importance, patterns and edits.",
+                    ]
+                ),
+                "Analyses",
+                className="empty",
+            )
+        ]
+    items = []
+    for name in run.sections:
+        section = run.section(name)
+        target = Selection(page="analysis", run=run.id, section=name)
+        first = section.summary[0] if section.summary else ""
+        items.append(html.Li([dcc.Link(section.title, href=target.url()), f": {first}"]))
+    return [card(html.Ul(items, id="analyses"), "Analyses")]
 
 
 def figures(run: Run, view: Selection) -> tuple[Any, ...]:

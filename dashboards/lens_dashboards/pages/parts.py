@@ -94,7 +94,10 @@ def crumbs(run: Run, view: Selection) -> html.Nav:
     if view.page == "overview":
         parts.append(html.Span(run.id))
     else:
-        last = f"L{view.layer}H{view.head}" if view.page == "head" else "provenance"
+        last = {
+            "head": f"L{view.layer}H{view.head}",
+            "analysis": view.section.replace("_", " "),
+        }.get(view.page, view.page)
         parts += [
             dcc.Link(run.id, href=f"/run/{run.id}"),
             html.Span("›", className="sep"),
