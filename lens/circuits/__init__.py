@@ -9,9 +9,11 @@
 
 from lens.circuits import known
 from lens.circuits.circuit import Circuit, load_circuit, make_circuit
+from lens.circuits.completeness import Completeness, completeness
 from lens.circuits.edge_scores import EdgeScores
 from lens.circuits.evaluation import CircuitEvaluation, evaluate, run_circuit
 from lens.circuits.graph import Graph
+from lens.circuits.minimality import Minimality, minimality
 from lens.circuits.nodes import find_nodes
 from lens.circuits.recovery import Recovery, recovery
 from lens.circuits.scoring import score_edges
@@ -19,14 +21,18 @@ from lens.circuits.scoring import score_edges
 __all__ = [
     "Circuit",
     "CircuitEvaluation",
+    "Completeness",
     "EdgeScores",
     "Graph",
+    "Minimality",
     "Recovery",
+    "completeness",
     "evaluate",
     "find_nodes",
     "known",
     "load_circuit",
     "make_circuit",
+    "minimality",
     "recovery",
     "run_circuit",
     "score_edges",

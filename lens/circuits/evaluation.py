@@ -222,7 +222,7 @@ def evaluate(
     for _ in range(random):
         order = draw.permutation(graph.n)
         chosen += [np.isin(np.arange(graph.n), order[:count]) for count in counts]
-    found = _run(model, task, edges.ablation, np.stack(chosen), progress)
+    found = run_circuits(model, task, np.stack(chosen), edges.ablation, progress=progress)
     size = len(SHARES)
     drawn = _part(found, 2 * size, len(chosen)).faithfulness().reshape(random, size)
     return CircuitEvaluation(
@@ -244,13 +244,13 @@ def run_circuit(
     model: LoadedModel, task: Task, circuit: Circuit, *, progress: bool = True
 ) -> Outcome:
     """Metric and KL of one circuit, prompt by prompt; errors as in `evaluate`."""
-    return _run(model, task, circuit.ablation, circuit.kept[None], progress)
+    return run_circuits(model, task, circuit.kept[None], circuit.ablation, progress=progress)
 
 
-def _run(
-    model: LoadedModel, task: Task, ablation: Ablation, kept: np.ndarray, progress: bool
+def run_circuits(
+    model: LoadedModel, task: Task, kept: np.ndarray, ablation: Ablation, *, progress: bool = True
 ) -> Outcome:
-    """Circuits [circuits, edges], after the whole model and nothing of it."""
+    """Metric and KL of circuits [circuits, edges] bool, prompt by prompt; errors as in `evaluate`."""
     nodes = find_nodes(model, kv=ablation.kv)
     graph = nodes.graph
     if kept.shape[1] != graph.n:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import heapq
+from collections.abc import Iterable
 
 import numpy as np
 
 from lens.circuits.graph import Graph
+from lens.errors import LensError
 
 
 def top(graph: Graph, values: np.ndarray, count: int) -> np.ndarray:
@@ -65,3 +67,44 @@ def pruned(graph: Graph, kept: np.ndarray) -> np.ndarray:
         if (left == kept).all():
             return left
         kept = left
+
+
+def without(graph: Graph, kept: np.ndarray, writers: Iterable[str]) -> np.ndarray:
+    """[edges] whether kept, once nobody reads these writers any more.
+
+    Raises:
+        LensError: a writer that is not there.
+    """
+    names = list(writers)
+    if unknown := [name for name in names if name not in graph.writers]:
+        raise LensError(
+            f"there is no writer {unknown[0]!r} in this graph; one is written like "
+            f"{graph.writers[-1]!r}"
+        )
+    numbers = [graph.writers.index(name) for name in names]
+    return kept & ~np.isin(graph.ends[1], numbers)
+
+
+def random_edges(graph: Graph, count: int, draw: np.random.Generator) -> np.ndarray:
+    """[edges] whether kept: `count` edges, all alike."""
+    kept = np.zeros(graph.n, bool)
+    kept[draw.choice(graph.n, count, replace=False)] = True
+    return kept
+
+
+def same_degrees(graph: Graph, kept: np.ndarray, draw: np.random.Generator) -> np.ndarray:
+    """[edges] whether kept: random edges that leave each writer, and reach each reader, as often.
+
+    Two kept edges a -> x and b -> y become a -> y and b -> x where those are edges and not kept yet;
+    ten tries for each kept edge. A circuit that no swap fits comes back as it is.
+    """
+    present = graph.dense(kept)
+    reader, writer = (end[kept].copy() for end in graph.ends)
+    for one, other in draw.integers(0, max(1, len(reader)), (10 * len(reader), 2)):
+        x, y, a, b = reader[one], reader[other], writer[one], writer[other]
+        free = graph.allowed[y, a] and graph.allowed[x, b] and not (present[y, a] or present[x, b])
+        if free and a != b and x != y:
+            present[x, a] = present[y, b] = False
+            present[y, a] = present[x, b] = True
+            reader[one], reader[other] = y, x
+    return present[graph.allowed]

@@ -9,6 +9,7 @@ from lens.circuits.activations import Ablation
 from lens.circuits.circuit import load_circuit, make_circuit
 from lens.circuits.edge_scores import EdgeScores
 from lens.circuits.graph import Graph
+from lens.circuits.selection import random_edges, same_degrees, without
 from lens.errors import LensError
 
 GRAPH = Graph(2, 2, 2, mlps=False)
@@ -75,6 +76,29 @@ def test_tables():
     table = scores(chain1=1, chain3=2).table()
     assert list(table.edge[:2]) == [NAMES["chain3"], NAMES["chain1"]]
     assert list(table.iloc[0][["writer", "reader", "value", "n"]]) == ["a1.h0", "logits", 2.0, 3]
+
+
+def test_random_circuits_of_the_same_degrees():
+    graph = Graph(3, 3, 3)
+    draw = np.random.default_rng(0)
+    kept = random_edges(graph, 41, draw)
+    assert kept.sum() == 41
+    other = same_degrees(graph, kept, draw)
+    assert (other != kept).sum() > 20
+    for ends in graph.ends:
+        assert (np.bincount(ends[kept]) == np.bincount(ends[other])).all()
+    only = graph.allowed[-1].sum()  # all edges into the logits: nothing to swap with
+    full = np.arange(graph.n) >= graph.n - only
+    assert (same_degrees(graph, full, draw) == full).all()
+    assert not same_degrees(graph, np.zeros(graph.n, bool), draw).any()
+
+
+def test_without_a_writer_nobody_reads_it():
+    kept = np.ones(GRAPH.n, bool)
+    left = np.flatnonzero(without(GRAPH, kept, ["a0.h1", "input"]))
+    assert {GRAPH.edges[edge].split("->")[0] for edge in left} == {"a0.h0", "a1.h0", "a1.h1"}
+    with pytest.raises(LensError, match=r"there is no writer 'a9\.h0' in this graph"):
+        without(GRAPH, kept, ["a9.h0"])
 
 
 def test_wrong_choices_are_refused():
