@@ -37,6 +37,7 @@ from lens.errors import LensError
 from lens.head_ids import AnyHead
 from lens.models.loaded import LoadedModel
 from lens.redistribution.base import AttentionEdit, attend, part_of, selected_heads
+from lens.redistribution.gathered import gathered_states
 from lens.redistribution.keys import Keys, KeysAt, check_keys, members
 from lens.redistribution.residual import decoder_layers, layer_inputs
 from lens.redistribution.selection import HeadSelection
@@ -266,8 +267,8 @@ class VarEdit(AttentionEdit):
         """Output [batch, heads, queries, value_dim] of heads and queries that may be edited.
 
         `o + p m(S) (o_R - o_S)`, which keeps the row's mass and so is well conditioned in float32; only
-        key blocks with a sink or an image key are visited. From an output that was rounded to half
-        precision it would not be, so the row is merged from all groups there.
+        sinks and receivers are looked at again. From an output that was rounded to half precision it
+        would not be, so the row is merged from all groups there.
 
         Args:
             call, layer, heads: the heads and queries.
@@ -277,11 +278,8 @@ class VarEdit(AttentionEdit):
         """
         output, lse = plain
         is_exact = output.dtype in (torch.float32, torch.float64)
-        states = attend(
-            call, groups, self._backend, only=groups > _REST if is_exact else None
-        ).groups
-        assert states is not None
-        mass = torch.where(lse > -torch.inf, (states.lse - lse).exp(), 0.0)
+        states = self._states(call, groups, rows[:, 0], is_exact)
+        mass = [torch.where(lse > -torch.inf, (part - lse).exp(), 0.0) for part, _ in states]
         receivers = mass[_RECEIVERS]
         visual = mass[_IMAGE_SINKS] + receivers
         count = (groups >= _IMAGE_SINKS).sum(-1)[:, None, None]
@@ -294,13 +292,28 @@ class VarEdit(AttentionEdit):
         gives = mass[_TEXT_SINKS] + mass[_IMAGE_SINKS]
         moved = torch.where(selected & ~skipped, self.settings.moved, 0.0) * gives
         self._count(gives, gives - moved, skipped, selected)
-        parts = states.output
-        base = output if is_exact else (mass[..., None] * parts).sum(0)
+        parts = [part for _, part in states]
+        base = output
+        if not is_exact:
+            base = (torch.stack(mass)[..., None] * torch.stack(parts)).sum(0)
         share = torch.where(gives > 0, moved / gives, 0.0)  # of each sink key's contribution
         edited = torch.addcmul(base, moved[..., None], parts[_RECEIVERS])
         for group in (_TEXT_SINKS, _IMAGE_SINKS):
             edited.addcmul_((share * mass[group])[..., None], parts[group], value=-1)
         return torch.where(moved[..., None] > 0, edited.to(output.dtype), output)
+
+    def _states(
+        self, call: LayerCall, groups: torch.Tensor, rows: torch.Tensor, is_exact: bool
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """LSE [batch, heads, queries] and output of each group; that of `_REST` is whole unless exact."""
+        if is_exact:
+            found = gathered_states(call, groups - 1, _RECEIVERS, rows, self._backend)
+            if found is not None:
+                return found[:1] + found  # of the rest nothing is read
+        only = groups > _REST if is_exact else None
+        states = attend(call, groups, self._backend, only=only).groups
+        assert states is not None
+        return list(zip(states.lse, states.output, strict=True))
 
     @staticmethod
     def _text_rows(image: torch.Tensor, is_real: torch.Tensor) -> torch.Tensor:
