@@ -10,8 +10,10 @@
 from lens.circuits import known
 from lens.circuits.circuit import Circuit, load_circuit, make_circuit
 from lens.circuits.completeness import Completeness, completeness
+from lens.circuits.control import Control, control
 from lens.circuits.edge_scores import EdgeScores
 from lens.circuits.evaluation import CircuitEvaluation, evaluate, run_circuit
+from lens.circuits.exports import from_mib, to_attribution_graph, to_mib
 from lens.circuits.graph import Graph
 from lens.circuits.minimality import Minimality, minimality
 from lens.circuits.nodes import find_nodes
@@ -22,13 +24,16 @@ __all__ = [
     "Circuit",
     "CircuitEvaluation",
     "Completeness",
+    "Control",
     "EdgeScores",
     "Graph",
     "Minimality",
     "Recovery",
     "completeness",
+    "control",
     "evaluate",
     "find_nodes",
+    "from_mib",
     "known",
     "load_circuit",
     "make_circuit",
@@ -36,4 +41,6 @@ __all__ = [
     "recovery",
     "run_circuit",
     "score_edges",
+    "to_attribution_graph",
+    "to_mib",
 ]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -67,9 +68,24 @@ class Circuit:
             self.graph, kept, self.ablation, self.task, self.model, f"{self.made}, pruned"
         )
 
-    def save(self, path: str | Path) -> None:
-        """Write a JSON file that `load_circuit` reads; edges by name."""
-        found = {
+    def save(
+        self,
+        path: str | Path,
+        *,
+        scores: np.ndarray | None = None,
+        faithfulness: Mapping[str, Sequence[float]] | None = None,
+    ) -> None:
+        """Write a JSON file that `load_circuit` reads; edges by name.
+
+        Args:
+            path: of the file.
+            scores: [edges] of the graph; those of the kept edges are written beside them.
+            faithfulness: a curve, column -> values, for readers of the file.
+
+        Raises:
+            LensError: scores of another number of edges, or NaN for a kept one.
+        """
+        found: dict[str, Any] = {
             "format": FORMAT,
             "version": VERSION,
             "model": self.model,
@@ -77,8 +93,18 @@ class Circuit:
             "made": self.made,
             "graph": asdict(self.graph),
             "ablation": asdict(self.ablation),
+            "nodes": list(self.nodes),
             "edges": list(self.edges),
         }
+        if scores is not None:
+            if scores.shape != (self.graph.n,) or np.isnan(scores[self.kept]).any():
+                raise LensError(
+                    f"scores must be {self.graph.n} numbers, one per edge, and not NaN for a kept one; "
+                    f"got the shape {list(scores.shape)}"
+                )
+            found["scores"] = [float(value) for value in scores[self.kept]]
+        if faithfulness is not None:
+            found["faithfulness"] = {name: list(map(float, v)) for name, v in faithfulness.items()}
         write_json(Path(path), found)
 
     def __repr__(self) -> str:

@@ -1,4 +1,4 @@
-"""Figures of `lens.circuits`: scores of all edges, and how faithful circuits of each size are."""
+"""Figures of `lens.circuits`: layered graph, map of heads, scores of all edges, faithfulness by size."""
 
 from __future__ import annotations
 
@@ -7,12 +7,201 @@ from typing import TYPE_CHECKING
 import numpy as np
 import plotly.graph_objects as go
 
-from lens.figures.colors import DIVERGING, scale
+from lens.figures.colors import DIVERGING, LINE, scale
 from lens.figures.style import Theme, style
 
 if TYPE_CHECKING:
+    from lens.circuits.circuit import Circuit
     from lens.circuits.edge_scores import EdgeScores
     from lens.circuits.evaluation import CircuitEvaluation
+
+
+_LINES = 300  # edges that a layered graph draws
+_WIDTHS = (0.6, 1.2, 2.2, 3.6, 6.0)  # pixels, by size of the score
+_POSITIVE, _NEGATIVE = DIVERGING[-2], DIVERGING[1]
+
+
+def layered_graph(
+    circuit: Circuit,
+    scores: EdgeScores,
+    *,
+    title: str | None = None,
+    width: int | None = None,
+    height: int | None = None,
+    theme: Theme = "light",
+) -> go.Figure:
+    """A circuit from `input` below to `logits` above: heads at (head, layer), MLPs to their right.
+
+    Lines join writer and reader node; the edges by query, key and value are one line. Width is the size
+    of the summed score, red that the task goes worse without it, blue better. The largest 300 lines are
+    drawn, and the title says of how many.
+    """
+    lines = _lines(circuit, scores)
+    drawn = sorted(lines.items(), key=lambda line: abs(line[1][0]))[-_LINES:]
+    places = _places(circuit)
+    largest = max((abs(total) for _, (total, _) in drawn), default=0.0) or 1.0
+    figure = go.Figure()
+    for sign, color in ((1, _POSITIVE), (-1, _NEGATIVE)):
+        for step, thickness in enumerate(_WIDTHS):
+            x: list[float | None] = []
+            y: list[float | None] = []
+            for (writer, reader), (total, _) in drawn:
+                size = min(len(_WIDTHS) - 1, int(abs(total) / largest * len(_WIDTHS)))
+                if size == step and (total >= 0) == (sign > 0):
+                    x += [places[writer][0], places[reader][0], None]
+                    y += [places[writer][1], places[reader][1], None]
+            if x:
+                figure.add_scatter(
+                    x=x,
+                    y=y,
+                    mode="lines",
+                    line={"width": thickness, "color": color},
+                    opacity=0.35 + 0.13 * step,
+                    hoverinfo="skip",
+                    showlegend=False,
+                )
+    middles = [
+        [(places[end][axis] + places[start][axis]) / 2 for (start, end), _ in drawn]
+        for axis in (0, 1)
+    ]
+    figure.add_scatter(
+        x=middles[0],
+        y=middles[1],
+        mode="markers",
+        marker={"size": 9, "opacity": 0},
+        text=[text for _, (_, text) in drawn],
+        hovertemplate="%{text}<extra></extra>",
+        showlegend=False,
+    )
+    nodes = list(dict.fromkeys(node for pair in lines for node in pair))
+    total = circuit.graph.layers
+    labels = [
+        _short(node) if len(nodes) <= 120 or node in ("input", "logits") else "" for node in nodes
+    ]
+    figure.add_scatter(
+        x=[places[node][0] for node in nodes],
+        y=[places[node][1] for node in nodes],
+        mode="markers+text",
+        marker={
+            "size": 13,
+            "symbol": ["square" if node.startswith("m") else "circle" for node in nodes],
+            "color": "#ffffff" if theme == "light" else "#161b22",
+            "line": {"width": 1.4, "color": LINE},
+        },
+        text=labels,
+        textposition="middle right",
+        textfont={"size": 10},
+        customdata=nodes,
+        hovertemplate="%{customdata}<extra></extra>",
+        showlegend=False,
+    )
+    heads = circuit.graph.heads
+    figure.update_xaxes(
+        title="head; MLPs at the right",
+        tickvals=list(range(heads)),
+        range=[-0.8, heads + 1.3],
+        showgrid=False,
+        zeroline=False,
+    )
+    figure.update_yaxes(
+        title="layer",
+        tickvals=list(range(0, total, max(1, total // 12))),
+        range=[-1.7, total + 0.7],
+        showgrid=False,
+        zeroline=False,
+    )
+    shown = f"{len(drawn)} largest of {len(lines)}" if len(drawn) < len(lines) else f"{len(lines)}"
+    return style(
+        figure,
+        title=title
+        or f"{circuit.n:,} edges of {circuit.graph.n:,} ({shown} lines): red, the task goes worse "
+        "without; blue, better",
+        width=width,
+        height=height or max(360, 24 * total + 130),
+        theme=theme,
+        meta={"task": circuit.task, "model": circuit.model, "edges": circuit.n},
+    )
+
+
+def head_map(
+    circuit: Circuit,
+    scores: EdgeScores,
+    *,
+    title: str | None = None,
+    width: int | None = None,
+    height: int | None = None,
+    theme: Theme = "light",
+) -> go.Figure:
+    """Layer × head: summed score of the kept edges that leave each head; blank = not in the circuit."""
+    graph = circuit.graph
+    writer = graph.ends[1]
+    sums = np.bincount(writer, np.where(circuit.kept, scores.values, 0.0), len(graph.writers))
+    counts = np.bincount(writer, circuit.kept, len(graph.writers))
+    at = np.array([np.arange(len(graph.writers))[graph.heads_of(n)] for n in range(graph.layers)])
+    values = np.where(counts[at] > 0, sums[at], np.nan)
+    bound = float(np.nanmax(np.abs(values), initial=0.0)) or 1.0
+    figure = go.Figure(
+        go.Heatmap(
+            z=values,
+            customdata=counts[at],
+            colorscale=scale(DIVERGING),
+            zmin=-bound,
+            zmid=0,
+            zmax=bound,
+            xgap=1,
+            ygap=1,
+            hoverongaps=False,
+            colorbar={"title": {"text": scores.metric, "side": "right"}, "thickness": 12},
+            hovertemplate="L%{y}H%{x}: %{z:.4g} over %{customdata:.0f} edges<extra></extra>",
+        )
+    )
+    figure.update_xaxes(title="head", dtick=1, showgrid=False)
+    figure.update_yaxes(title="layer", autorange="reversed", showgrid=False)
+    inside = int((counts[at] > 0).sum())
+    return style(
+        figure,
+        title=title
+        or f"{inside} of {values.size} heads are in the circuit: score of what they write",
+        width=width,
+        height=height or max(300, 16 * graph.layers + 110),
+        theme=theme,
+        meta={"task": circuit.task, "model": circuit.model, "edges": circuit.n},
+    )
+
+
+def _lines(circuit: Circuit, scores: EdgeScores) -> dict[tuple[str, str], tuple[float, str]]:
+    """(writer, reading node) -> summed score of its kept edges, and each of them in words."""
+    graph, values = circuit.graph, scores.values
+    found: dict[tuple[str, str], tuple[float, str]] = {}
+    reader, writer = graph.ends
+    for edge in np.flatnonzero(circuit.kept):
+        start, end = graph.writers[writer[edge]], graph.readers[reader[edge]]
+        node, _, part = end.rstrip(">").partition("<")
+        total, text = found.get((start, node), (0.0, f"{start} to {node}"))
+        said = f"{text}<br>{part or 'reads'} {values[edge]:+.3g}"
+        found[start, node] = (total + float(values[edge]), said)
+    return found
+
+
+def _places(circuit: Circuit) -> dict[str, tuple[float, float]]:
+    """x = head (a group of keys between its heads), y = layer; MLPs stand half a layer higher."""
+    graph = circuit.graph
+    middle = (graph.heads - 1) / 2
+    found = {"input": (middle, -1.0), "logits": (middle, float(graph.layers))}
+    group = graph.heads // graph.kv_heads
+    for layer in range(graph.layers):
+        for head in range(graph.heads):
+            found[f"a{layer}.h{head}"] = (float(head), float(layer))
+        for other in range(graph.kv_heads):
+            place = group * other + (group - 1) / 2
+            found[f"a{layer}.kv{other}"] = (place, layer - 0.25)
+        found[f"m{layer}"] = (graph.heads + 0.2, layer + 0.4)
+    return found
+
+
+def _short(node: str) -> str:
+    """`L3H5` of `a3.h5`, others as they are."""
+    return node.replace("a", "L").replace(".h", "H") if node.startswith("a") else node
 
 
 def edge_map(

@@ -6,15 +6,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lens.circuits.activations import Ablation
+from lens.circuits.activations import Ablation, read_activations
 from lens.circuits.circuit import make_circuit
+from lens.circuits.control import control, magnitudes
 from lens.circuits.edge_scores import EdgeScores
 from lens.circuits.evaluation import SHARES, Outcome, cmd, cpr, evaluate, run_circuit
 from lens.circuits.graph import Graph
 from lens.circuits.known import induction_transformer
+from lens.circuits.nodes import find_nodes
 from lens.circuits.recovery import recovery
 from lens.circuits.scoring import score_edges
 from lens.errors import LensError
+from lens.figures import circuits as circuit_figures
 from tests.lens.circuit_models import error, small_model, small_task
 
 PUBLISHED = np.array([0.0232, 0.2393, 0.4988, 0.8030, 0.8813, 0.9203, 0.9357, 0.9672, 0.9781, 1.0])
@@ -126,3 +129,75 @@ def test_what_cannot_be_evaluated_is_refused():
     scores = score_edges(model, task, method="eap")
     with pytest.raises(LensError, match="ablating every edge does not change the metric"):
         evaluate(model, replace(task, corrupt=task.clean), scores)
+
+
+def test_a_true_circuit_stands_out_among_circuits_of_its_size():
+    known = induction_transformer(8, dtype="float64")
+    scores = score_edges(known.model, known.task, method="exact")
+    circuit = make_circuit(scores.graph, known.edges)
+    found = control(known.model, known.task, circuit, draws=9, progress=False)
+    assert found.edges == len(known.edges)
+    assert found.outcome.faithfulness()[0] == pytest.approx(1, abs=1e-3)
+    assert found.faithfulness["uniform"].mean() < 0.3
+    assert found.p_value("uniform") <= 0.2
+    table = found.table().set_index("circuit")
+    assert list(table["draws"]) == [1, 9, 9, 9]
+    assert table["p"].isna().tolist() == [True, False, False, False]
+    counted = (found.faithfulness["degrees"] >= found.outcome.faithfulness()[0]).sum()
+    assert table.loc["degrees", "p"] == pytest.approx((1 + counted) / 10)
+    assert "7 edges" in repr(found)
+
+
+def test_magnitudes_are_norms_of_what_writers_change():
+    model, task = small_model("gpt2"), small_task()
+    sizes = magnitudes(model, task, Ablation())
+    nodes = find_nodes(model)
+    _, clean = read_activations(nodes, task.clean)
+    _, corrupt = read_activations(nodes, task.corrupt_or_refuse())
+    expected = [float((clean.input - corrupt.input).norm(dim=-1).mean())]
+    for number, layer in enumerate(nodes.layers):
+        for head in range(nodes.graph.heads):
+            change = clean.heads[number][:, head] - corrupt.heads[number][:, head]
+            expected.append(float((change @ layer.output[head]).norm(dim=-1).mean()))
+        expected.append(float((clean.mlps[number] - corrupt.mlps[number]).norm(dim=-1).mean()))
+    assert error(sizes, expected) < 1e-12
+    circuit = make_circuit(nodes.graph, nodes.graph.edges[:40])
+    found = control(model, task, circuit, kinds=("magnitude",), draws=2, progress=False)
+    assert set(found.faithfulness) == {"magnitude"}
+    with pytest.raises(
+        LensError, match="unknown control 'best'; known: uniform, degrees, magnitude"
+    ):
+        control(model, task, circuit, kinds=("best",))
+    with pytest.raises(LensError, match="draws must be a positive integer, got 0"):
+        control(model, task, circuit, draws=0)
+
+
+def test_figures_of_a_circuit():
+    graph = Graph(2, 2, 1)
+    values = np.zeros((2, graph.n))
+    edges = ("input->a0.h1<v>", "a0.h1->a1.h0<q>", "a0.h1->a1.h0<k>", "a1.h0->m1", "m1->logits")
+    values[:, graph.find(edges)] = [1, 2, -5, 4, 3]
+    scores = EdgeScores(graph, values, "eap", Ablation(), "logit_difference", "t", "toy")
+    circuit = make_circuit(graph, edges)
+    figure: Any = circuit_figures.layered_graph(circuit, scores)
+    lines = [trace for trace in figure.data if trace.mode == "lines"]
+    assert sum(len(trace.x) for trace in lines) == 3 * 4  # q and k of a1.h0 are one line
+    widest = max(lines, key=lambda trace: trace.line.width)
+    assert tuple(widest.x[:2]) == (0, 2.2)  # a1.h0 at head 0, its MLP at the right
+    assert tuple(widest.y[:2]) == (1, 1.4)
+    texts = next(trace for trace in figure.data if trace.mode == "markers").text
+    assert "a0.h1 to a1.h0<br>q +2<br>k -5" in texts
+    blue = [trace for trace in lines if trace.line.color == circuit_figures._NEGATIVE]
+    assert [tuple(trace.y[:2]) for trace in blue] == [(0, 1)]
+    heads: Any = circuit_figures.head_map(circuit, scores)
+    assert heads.data[0].z[0][1] == pytest.approx(-3)
+    assert np.isnan(heads.data[0].z[0][0])
+    assert heads.data[0].z[1][0] == pytest.approx(4)
+    assert "2 of 4 heads" in heads.layout.title.text
+    shared = Graph(2, 4, 2, kv="group")
+    grouped = make_circuit(shared, ["a0.h2->a1.kv1<k>", "a1.h3->logits"])
+    zeros = EdgeScores(
+        shared, np.zeros((1, shared.n)), "eap", Ablation(kv="group"), "m", "t", "toy"
+    )
+    figure = circuit_figures.layered_graph(grouped, zeros)
+    assert (2.5, 0.75) in list(zip(figure.data[-1].x, figure.data[-1].y, strict=True))

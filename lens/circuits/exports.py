@@ -1,0 +1,224 @@
+"""Scores and circuits as files of other tools: MIB's `importances.json`, attribution graphs.
+
+The first is what the circuit track of the Mechanistic Interpretability Benchmark reads and writes
+(Mueller et al. 2025, arXiv 2504.13151; `Graph.from_json` of hannamw/EAP-IG). The second is what
+circuit-tracer and Neuronpedia show (their graph-schema.json, version 1.0.0).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lens.circuits.activations import Ablation
+from lens.circuits.circuit import Circuit
+from lens.circuits.edge_scores import EdgeScores
+from lens.circuits.graph import Graph
+from lens.errors import LensError
+from lens.files import read_json, write_json
+
+_CFG = ("n_layers", "n_heads", "parallel_attn_mlp")
+
+
+def to_mib(scores: EdgeScores, path: str | Path, *, circuit: Circuit | None = None) -> None:
+    """Write scores as `importances.json`: the mean over the prompts of every edge.
+
+    Positive is useful, as in current versions of the benchmark. What its format has no place for stands
+    under `lens`, which its reader passes over.
+
+    Args:
+        scores: with keys and values of every query head of its own (kv="head").
+        path: of the file.
+        circuit: whose edges are marked as in the graph; all of them if not given.
+
+    Raises:
+        LensError: keys shared by a group, edges without a score, or a circuit of another graph.
+    """
+    graph, values = scores.graph, scores.values
+    if graph.kv_readers != graph.heads:
+        raise LensError(
+            "the benchmark's format has keys and values of every query head, and these scores share "
+            "them in groups; score the edges with kv='head'"
+        )
+    if np.isnan(values).any():
+        raise LensError(
+            f"{int(np.isnan(values).sum())} edges have no score (NaN), and JSON has no number for that"
+        )
+    if circuit is not None and circuit.graph != graph:
+        raise LensError("the circuit is of another graph than the scores")
+    kept = np.ones(graph.n, bool) if circuit is None else circuit.kept
+    inside = {graph.writers[number] for number in graph.ends[1][kept]}
+    found = {
+        "cfg": {
+            "n_layers": graph.layers,
+            "n_heads": graph.heads,
+            "parallel_attn_mlp": graph.parallel,
+            "n_kv_heads": graph.kv_heads,
+            "mlps": graph.mlps,
+        },
+        "nodes": {name: {"in_graph": name in inside} for name in graph.writers}
+        | {"logits": {"in_graph": True}},
+        "edges": {
+            name: {"score": float(value), "in_graph": bool(some)}
+            for name, value, some in zip(graph.edges, values, kept, strict=True)
+        },
+        "lens": {
+            "method": scores.method,
+            "ablation": asdict(scores.ablation),
+            "metric": scores.metric,
+            "task": scores.task,
+            "model": scores.model,
+            "prompts": scores.n,
+        },
+    }
+    write_json(Path(path), found)
+
+
+def from_mib(path: str | Path, *, ablation: str = "counterfactual", sign: int = 1) -> EdgeScores:
+    """Read `importances.json`, of the benchmark or of `to_mib`, as scores of one row.
+
+    Args:
+        path: of the file.
+        ablation: what the scores are of, where the file does not say.
+        sign: -1 for files whose useful edges are negative, such as the GPT-2 scores that the
+            benchmark ships; ablate the largest edge to see which a file is.
+
+    Raises:
+        LensError: not such a file, a sign other than 1 and -1, or edges that the graph does not have.
+            Edges that the file does not have are NaN.
+    """
+    if sign not in (1, -1):
+        raise LensError(f"sign must be 1 or -1, got {sign!r}")
+    found = read_json(Path(path))
+    missing = [key for key in ("cfg", "nodes", "edges") if key not in found]
+    missing += [f"cfg.{key}" for key in _CFG if key not in found.get("cfg", {})]
+    if missing:
+        raise LensError(
+            f"{path} is no importances.json: it lacks {', '.join(missing)}; to_mib writes one"
+        )
+    cfg, about = found["cfg"], found.get("lens", {})
+    graph = Graph(
+        cfg["n_layers"],
+        cfg["n_heads"],
+        cfg.get("n_kv_heads", cfg["n_heads"]),
+        mlps=cfg.get("mlps", True),
+        parallel=bool(cfg["parallel_attn_mlp"]),
+    )
+    values = np.full((1, graph.n), np.nan)
+    try:
+        values[0, graph.find(found["edges"])] = [
+            sign * float(edge["score"]) for edge in found["edges"].values()
+        ]
+        config = Ablation(**about["ablation"]) if "ablation" in about else Ablation(ablation)
+    except (KeyError, TypeError) as error:
+        raise LensError(f"{path} is a damaged importances.json: {error}") from error
+    unknown = "unknown"
+    return EdgeScores(
+        graph,
+        values,
+        about.get("method", "imported"),
+        config,
+        about.get("metric", unknown),
+        about.get("task", unknown),
+        about.get("model", unknown),
+    )
+
+
+def to_attribution_graph(
+    circuit: Circuit,
+    scores: EdgeScores,
+    tokens: Sequence[str],
+    path: str | Path,
+    *,
+    answer: str = "",
+    slug: str = "circuit",
+) -> None:
+    """Write a circuit as an attribution graph: nodes are heads and MLPs, links its edges.
+
+    Scores are over all positions, so every node stands at the last token. A link sums the edges by
+    query, key and value from one node to another; `influence` of a node is the share of all links'
+    sizes in those that leave it.
+
+    Args:
+        circuit: the edges.
+        scores: of the same graph.
+        tokens: of one prompt, to show beside the graph.
+        path: of the file.
+        answer: what the logits node says.
+        slug: name of the graph there.
+
+    Raises:
+        LensError: an empty circuit, another graph, edges without a score, or no token.
+    """
+    if circuit.graph != scores.graph:
+        raise LensError("the circuit is of another graph than the scores")
+    if not circuit.n or not tokens:
+        raise LensError("an attribution graph needs at least one edge and one token")
+    if np.isnan(scores.values[circuit.kept]).any():
+        raise LensError("edges of the circuit have no score (NaN), so their links have no weight")
+    graph = circuit.graph
+    links: dict[tuple[str, str], float] = {}
+    for edge in np.flatnonzero(circuit.kept):
+        writer, reader = (names[end[edge]] for names, end in _ends(graph))
+        pair = writer, reader.partition("<")[0]
+        links[pair] = links.get(pair, 0.0) + float(scores.values[edge])
+    whole = sum(map(abs, links.values())) or 1.0
+    names = dict.fromkeys(name for pair in links for name in pair)
+    nodes = []
+    for name in names:
+        kind, layer = _kind(name, graph.layers)
+        out = sum(abs(weight) for (writer, _), weight in links.items() if writer == name)
+        nodes.append(
+            {
+                "node_id": name,
+                "feature": None,
+                "layer": layer,
+                "ctx_idx": len(tokens) - 1,
+                "feature_type": kind,
+                "jsNodeId": f"{name}-0",
+                "clerp": answer if name == "logits" and answer else name,
+                "influence": 1.0 if name == "logits" else out / whole,
+                "activation": None,
+            }
+        )
+    found: dict[str, Any] = {
+        "metadata": {
+            "slug": slug,
+            "scan": circuit.model,
+            "prompt_tokens": list(tokens),
+            "prompt": "".join(tokens),
+            "info": {
+                "description": f"{circuit!r}; weights are {scores.method} scores in {scores.metric}",
+                "generator": {"name": "attention-lens"},
+                "create_time_ms": round(time.time() * 1000),
+            },
+        },
+        "qParams": {"linkType": "both", "pinnedIds": [], "supernodes": [], "clickedId": ""},
+        "nodes": nodes,
+        "links": [
+            {"source": writer, "target": reader, "weight": weight}
+            for (writer, reader), weight in links.items()
+        ],
+    }
+    write_json(Path(path), found)
+
+
+def _ends(graph: Graph) -> tuple[tuple[tuple[str, ...], np.ndarray], ...]:
+    """Names and numbers of writers, then of readers."""
+    reader, writer = graph.ends
+    return (graph.writers, writer), (graph.readers, reader)
+
+
+def _kind(name: str, layers: int) -> tuple[str, str]:
+    """Feature type and layer, as the schema spells them."""
+    if name == "input":
+        return "embedding", "E"
+    if name == "logits":
+        return "logit", str(layers)
+    layer = name[1:].partition(".")[0]
+    return ("attention head" if name.startswith("a") else "mlp"), layer
