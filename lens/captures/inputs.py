@@ -37,17 +37,30 @@ class Prompt:
         return digest.hexdigest()
 
 
-def read_prompts(model: LoadedModel, prompts: Any) -> tuple[list[Prompt], bool]:
+def read_prompts(
+    model: LoadedModel, prompts: Any, *, with_images: bool = False
+) -> tuple[list[Prompt], bool]:
     """The prompts, and whether there was only one (so that one trace is returned).
 
     Args:
         model: the model that they are for.
         prompts: a text; token ids (a list of integers or a 1-D tensor); a list of these; a 2-D
             tensor of ids; a tokenizer's or image processor's output, with padding or without.
+        with_images: the caller runs all inputs of a prompt, so that text with images (one prompt of
+            a vision-language processor, or a list of such) can be read; others would drop the image.
 
     Raises:
         LensError: empty, too long, ids outside the vocabulary, or none of the above.
     """
+    if with_images and _has_images(prompts):
+        return [_from_processor(model, prompts)], True
+    if (
+        with_images
+        and isinstance(prompts, Sequence)
+        and len(prompts)
+        and all(map(_has_images, prompts))
+    ):
+        return [_from_processor(model, inputs) for inputs in prompts], False
     if isinstance(prompts, Mapping):
         found = _from_mapping(model, prompts)
         return found, len(found) == 1
@@ -117,13 +130,39 @@ def _from_mapping(model: LoadedModel, inputs: Mapping[str, Any]) -> list[Prompt]
     extra = set(inputs) - {"input_ids", "attention_mask", "token_type_ids"}
     if extra:
         raise LensError(
-            f"capture takes input_ids and attention_mask, got {', '.join(sorted(extra))} too; run the "
-            "model yourself inside lens.capturing(model)"
+            f"this takes input_ids and attention_mask, got {', '.join(sorted(extra))} too; images with "
+            "text go to lens.capture, or run the model yourself inside lens.capturing(model)"
         )
     return [
         _from_ids(model, [token for token, keep in zip(row, kept, strict=True) if keep], None)
         for row, kept in zip(rows, real, strict=True)
     ]
+
+
+def _has_images(prompt: Any) -> bool:
+    return isinstance(prompt, Mapping) and {"input_ids", "pixel_values"} <= set(prompt)
+
+
+def _from_processor(model: LoadedModel, inputs: Mapping[str, Any]) -> Prompt:
+    """One prompt of a vision-language processor, all its tensors kept and its padding cut off."""
+    ids = inputs["input_ids"]
+    if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or len(ids) != 1:
+        raise LensError(
+            "a prompt with images needs input_ids [1, tokens] as a tensor, got "
+            f"{_shape_of(ids)}; process prompts one by one (return_tensors='pt') and pass a list: which "
+            "image belongs to which prompt of a batch differs from model to model"
+        )
+    real = torch.as_tensor(inputs.get("attention_mask", torch.ones_like(ids))).bool().cpu()[0]
+    tensors = {
+        name: (tensor[:, real.to(tensor.device)] if tensor.shape == ids.shape else tensor).to(
+            model.device, model.dtype if tensor.is_floating_point() else None
+        )
+        for name, tensor in inputs.items()
+        if isinstance(tensor, torch.Tensor)
+    }
+    kept = tensors["input_ids"][0].tolist()
+    check_ids(model, kept)
+    return Prompt(tensors, kept)
 
 
 def _from_features(model: LoadedModel, inputs: Mapping[str, Any]) -> list[Prompt]:

@@ -17,6 +17,7 @@ from lens.errors import LensError
 from lens.models.loaded import LoadedModel
 from lens.progress import advancing
 from lens.trace import AttentionTrace, TraceWriter
+from lens.vision.tokens import segments
 
 LARGEST_MAPS = 4 << 30  # bytes of block maps of one layer
 _PACKAGES = ("torch", "transformers", "transformer-lens", "numpy", "xarray")
@@ -39,8 +40,10 @@ def capture(
     Args:
         model: as `lens.load` returns it.
         prompts: a text; token ids (a list of integers, a 1-D tensor); a list of these, or a 2-D
-            tensor; a tokenizer's or an image processor's output. Each prompt is run on its own,
-            so padding is left out.
+            tensor; a tokenizer's or an image processor's output; one prompt of a vision-language
+            processor (text with images), or a list of these: the trace is that of the language
+            model, `lens.vision.trace_segments(trace)` says which tokens are the image. Each prompt
+            is run on its own, so padding is left out.
         block_size: positions per block of the maps.
         statistics: "all", or names of trace variables (docs/schema/trace.md).
         keep_qk: keep q and k too, for exact tiles; 2 × positions × head_dim numbers per head.
@@ -65,7 +68,7 @@ def capture(
     settings = make_settings(
         statistics=statistics, block_size=block_size, keep_qk=keep_qk, backend=backend
     )
-    found, is_single = read_prompts(model, prompts)
+    found, is_single = read_prompts(model, prompts, with_images=True)
     for prompt in found:
         _check_size(model, prompt, settings)
     total = len(found) * model.info.layers
@@ -86,6 +89,7 @@ def _capture_one(
     advance: Callable[[int], None],
 ) -> AttentionTrace:
     start = time.perf_counter()
+    tokens_of = _segments(model, prompt)
     writer = TraceWriter(out)
     layers: list[LayerRecord] = []
 
@@ -116,7 +120,7 @@ def _capture_one(
         token_ids=prompt.ids or [-1] * length,
         tokens=model.token_strings(prompt.ids) if prompt.ids else _patches(model, length),
         attributes=_attributes(model, prompt, settings, layers, seed)
-        | {"seconds": time.perf_counter() - start},
+        | {"segments": tokens_of, "seconds": time.perf_counter() - start},
     )
 
 
@@ -155,6 +159,13 @@ def _attributes(
         "versions": _versions(),
         "check": model.check,
     }
+
+
+def _segments(model: LoadedModel, prompt: Prompt) -> dict[str, Any] | None:
+    """What the tokens of a prompt with images are; None for any other prompt."""
+    if prompt.ids is None or "pixel_values" not in prompt.inputs:
+        return None
+    return segments(model, prompt.inputs).to_dict()
 
 
 def _check_size(model: LoadedModel, prompt: Prompt, settings: Settings) -> None:

@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from lens.errors import LensError
-from lens.figures.colors import ACCENT, DIVERGING, INK, VIRIDIS, scale
+from lens.figures.colors import ACCENT, BASELINE, DIVERGING, GRID, INK, LINE, VIRIDIS, scale
 from lens.figures.style import Theme, escaped, style
 
 if TYPE_CHECKING:
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from lens.redistribution.selection import HeadSelection
     from lens.redistribution.sink_dims import SinkDims
     from lens.vision import ImageGrid
+
+_KINDS = {"system": BASELINE, "image": ACCENT, "text": LINE, "padding": GRID}
 
 
 def change_maps(
@@ -164,6 +166,39 @@ def image_grid(
     if not np.isnan(result.enrichment):
         text += f"; marked in the region {result.rate:.1%}, all tokens {result.base_rate:.1%}"
     return style(figure, title=title or escaped(text), width=width, height=height, theme=theme)
+
+
+def segment_bars(
+    table: pd.DataFrame,
+    *,
+    title: str | None = None,
+    width: int | None = None,
+    height: int | None = None,
+    theme: Theme = "light",
+) -> go.Figure:
+    """What the tokens of each prompt are, one bar of stretches per prompt.
+
+    Args:
+        table: of `lens.vision.Segments`.
+    """
+    figure = go.Figure()
+    for kind, color in _KINDS.items():
+        rows = table[table["kind"] == kind]
+        if not len(rows):
+            continue
+        figure.add_bar(
+            x=rows["tokens"],
+            base=rows["start"],
+            y=[f"prompt {prompt}" for prompt in rows["prompt"]],
+            orientation="h",
+            name=kind,
+            marker={"color": color},
+            hovertemplate=f"{kind}<br>from token %{{base}}, %{{x}} tokens<extra>%{{y}}</extra>",
+        )
+    figure.update_layout(barmode="overlay", showlegend=True)
+    figure.update_xaxes(title="Token")
+    figure.update_yaxes(autorange="reversed")
+    return style(figure, title=title or "Tokens by kind", width=width, height=height, theme=theme)
 
 
 def gain_grid(

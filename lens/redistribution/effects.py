@@ -12,7 +12,8 @@ import pandas as pd
 import torch
 
 from lens.bootstrap import over_units
-from lens.captures.inputs import read_prompts
+from lens.captures.inputs import Prompt, read_prompts
+from lens.captures.interface import image_token
 from lens.captures.recorder import capturing
 from lens.errors import LensError
 from lens.models.loaded import LoadedModel
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
     from lens.figures.style import Theme
 
-_MEASURES = ("delta_loss", "kl", "flip_rate")
+MEASURES = ("delta_loss", "kl", "flip_rate")
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +51,7 @@ class SideEffects:
         rows = []
         for place, amount in enumerate(self.amounts):
             row: dict[str, Any] = {"amount": amount}
-            for name in _MEASURES:
+            for name in MEASURES:
                 values = self.values[name][place]
                 low, high = over_units(values, np.ones(len(values)), self.seed)
                 row |= {name: values.mean(), f"{name}_low": float(low), f"{name}_high": float(high)}
@@ -95,14 +96,15 @@ def side_effects(
 
     Args:
         model: a causal language model.
-        prompts: as for `lens.capture`, token prompts that had no part in choosing the edit.
+        prompts: as for `lens.capture`, with images or without, that had no part in choosing the edit;
+            of an image no token is predicted.
         edit: amount -> context manager, such as
             `lambda amount: lens.redistribute(model, sources="first", amount=amount)`.
         amounts: each once.
         seed: of the bootstrap.
 
     Raises:
-        LensError: no amount or one twice, a prompt of fewer than two tokens, or no logits.
+        LensError: no amount or one twice, a prompt without a text token to predict, or no logits.
 
     Example:
         >>> lens.redistribution.side_effects(model, texts, edit).findings()
@@ -112,30 +114,59 @@ def side_effects(
     ordered = sorted(float(amount) for amount in amounts)
     found: list[list[tuple[float, float, float]]] = []
     tokens = []
-    for prompt in read_prompts(model, prompts)[0]:
-        if prompt.ids is None or len(prompt.ids) < 2:
-            raise LensError(
-                "side_effects needs prompts of at least two tokens: it measures their loss"
-            )
-        ids = torch.tensor([prompt.ids])
+    for prompt in read_prompts(model, prompts, with_images=True)[0]:
+        target, scored = scored_tokens(model, prompt)
         with torch.no_grad():
             with capturing(model, statistics=()):  # the same kernel: nothing but the edit differs
-                base = logits_of(model, ids)[0, :-1].float().log_softmax(-1)
+                base = log_probabilities(model, prompt)[scored]
             changes = []
             for amount in ordered:
                 with edit(amount):
-                    edited = logits_of(model, ids)[0, :-1].float().log_softmax(-1)
-                changes.append(_changes(base, edited, ids[0, 1:].to(base.device)))
+                    edited = log_probabilities(model, prompt)[scored]
+                changes.append(changes_of(base, edited, target[scored]))
         found.append(changes)
-        tokens.append(len(prompt.ids) - 1)
+        tokens.append(int(scored.sum()))
     stacked = np.array(found)  # [prompt, amount, measure]
-    values = {name: stacked[..., place].T for place, name in enumerate(_MEASURES)}
+    values = {name: stacked[..., place].T for place, name in enumerate(MEASURES)}
     return SideEffects(tuple(ordered), values, tuple(tokens), model.name, seed)
 
 
-def _changes(
+def scored_tokens(model: LoadedModel, prompt: Prompt) -> tuple[torch.Tensor, torch.Tensor]:
+    """The next token [tokens - 1] of each position, and whether it is text: images are not predicted.
+
+    Raises:
+        LensError: no text token to predict.
+    """
+    target = torch.tensor((prompt.ids or [])[1:], device=model.device)
+    scored = torch.ones_like(target, dtype=torch.bool)
+    if "pixel_values" in prompt.inputs:
+        scored = target != image_token(model.model.config)
+    if not bool(scored.any()):
+        raise LensError(
+            "effects are measured on the loss of next tokens; each prompt needs at least two tokens, "
+            "the second or a later one of text"
+        )
+    return target, scored
+
+
+def log_probabilities(model: LoadedModel, prompt: Prompt) -> torch.Tensor:
+    """Of the next token, [tokens - 1, vocab], float32."""
+    if "pixel_values" in prompt.inputs:
+        logits = model.model(**prompt.inputs).logits
+    else:
+        logits = logits_of(model, torch.tensor([prompt.ids]))
+    return logits[0, :-1].float().log_softmax(-1)
+
+
+def changes_of(
     base: torch.Tensor, edited: torch.Tensor, target: torch.Tensor
 ) -> tuple[float, float, float]:
+    """Change of the loss, KL of the edited from the unedited prediction, share of changed top tokens.
+
+    Args:
+        base, edited: log probabilities [tokens, vocab].
+        target: [tokens].
+    """
     delta = (base - edited).gather(1, target[:, None]).mean()
     kl = (base.exp() * (base - edited)).sum(-1).mean()
     flips = (base.argmax(-1) != edited.argmax(-1)).float().mean()

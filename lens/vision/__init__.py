@@ -7,6 +7,6 @@
 """
 
 from lens.vision.images import ImageGrid, grid
-from lens.vision.tokens import Segments, segments
+from lens.vision.tokens import Segments, segments, trace_segments
 
-__all__ = ["ImageGrid", "Segments", "grid", "segments"]
+__all__ = ["ImageGrid", "Segments", "grid", "segments", "trace_segments"]

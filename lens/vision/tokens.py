@@ -14,7 +14,11 @@ from lens.errors import LensError
 from lens.models.loaded import LoadedModel
 
 if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+    from lens.figures.style import Theme
     from lens.redistribution.keys import KeysAt
+    from lens.trace import AttentionTrace
 
 PADDING, SYSTEM, IMAGE, TEXT = range(-1, 3)
 KINDS = {"system": SYSTEM, "image": IMAGE, "text": TEXT}
@@ -70,6 +74,14 @@ class Segments:
 
         return members
 
+    def to_dict(self) -> dict[str, Any]:
+        """As a trace notes it: `kind`, `grids`, `why_no_grids`, in lists, texts and integers."""
+        return {
+            "kind": self.kind.tolist(),
+            "grids": [list(grid) for grid in self.grids],
+            "why_no_grids": self.why_no_grids,
+        }
+
     def table(self) -> pd.DataFrame:
         """One row per prompt and stretch of tokens of one kind: `prompt`, `kind`, `start`, `tokens`."""
         names = {number: name for name, number in KINDS.items()} | {PADDING: "padding"}
@@ -84,6 +96,12 @@ class Segments:
                 )
             ]
         return pd.DataFrame(rows)
+
+    def plot(self, *, theme: Theme = "light") -> go.Figure:
+        """Each prompt as a bar of its stretches, token after token."""
+        from lens.figures.redistribution import segment_bars
+
+        return segment_bars(self.table(), theme=theme)
 
     def findings(self) -> tuple[str, ...]:
         """How many tokens are what, in plain words."""
@@ -114,11 +132,12 @@ def segments(
             there is padding, `image_grid_thw` of Qwen2-VL.
         image_token_id: instead of the configuration's.
         grid: (height, width) in tokens of each image in order, instead of what is worked out from
-            `image_grid_thw`, or from the configuration's image, patch and downsampling sizes.
+            `image_grid_thw`, or from the configuration's image, patch and downsampling sizes; where
+            these do not fit the prompt, there are no grids and `why_no_grids` says it.
 
     Raises:
-        LensError: no input_ids, a prompt without an image token, an unknown image token, or grids
-            that do not fit the number of image tokens.
+        LensError: no input_ids, a prompt without an image token, an unknown image token, or a given
+            `grid` that does not fit the image tokens.
 
     Example:
         >>> lens.vision.segments(model, processor(images=image, text=text)).findings()
@@ -144,20 +163,33 @@ def segments(
         raise LensError(f"prompt {row} holds no image token (id {token}); check image_token_id")
     kind = torch.where(is_image.cumsum(-1) > 0, TEXT, SYSTEM)
     kind = torch.where(is_image, IMAGE, kind).masked_fill(~real, PADDING)
-    total = int(is_image.sum())
     if grid is not None:
-        shapes, why = [(height, width) for height, width in grid], ""
-    else:
-        shapes, why = _shapes(model, inputs, total)
-    if not shapes:
-        return Segments(kind, (), why)
-    sizes = [height * width for height, width in shapes]
-    if sum(sizes) != total:
+        return Segments(kind, tuple(_placed(is_image, grid)))
+    shapes, why = _shapes(model, inputs, int(is_image.sum()))
+    try:
+        return Segments(kind, tuple(_placed(is_image, shapes)) if shapes else (), why)
+    except LensError as error:  # the configuration's shapes: what was not asked for cannot be wrong
+        return Segments(kind, (), str(error))
+
+
+def trace_segments(trace: AttentionTrace) -> Segments:
+    """Which tokens of a captured prompt with images are system, image and text.
+
+    Raises:
+        LensError: the trace is of a prompt without images.
+
+    Example:
+        >>> trace = lens.capture(model, processor(images=image, text=text, return_tensors="pt"))
+        >>> lens.vision.trace_segments(trace).plot()
+    """
+    noted = trace.attrs.get("segments")
+    if noted is None:
         raise LensError(
-            f"{len(shapes)} grids of {', '.join(f'{h} × {w}' for h, w in shapes[:4])} make {sum(sizes)} "
-            f"tokens, the prompts hold {total} image tokens; give grid as the model lays them out"
+            "the trace has no segments: it is of a prompt without images; capture the output of a "
+            "vision-language processor (input_ids and pixel_values)"
         )
-    return Segments(kind, tuple(_placed(is_image, shapes)))
+    grids = tuple((row, start, high, wide) for row, start, high, wide in noted["grids"])
+    return Segments(torch.tensor(noted["kind"]), grids, noted["why_no_grids"])
 
 
 def _placed(
@@ -166,8 +198,15 @@ def _placed(
     """Where each image stands.
 
     Raises:
-        LensError: an image that is cut by other tokens or goes over the end of a prompt.
+        LensError: shapes of another number of tokens, an image that is cut by other tokens or goes over
+            the end of a prompt.
     """
+    total, given = int(is_image.sum()), sum(height * width for height, width in shapes)
+    if shapes and given != total:
+        raise LensError(
+            f"{len(shapes)} grids of {', '.join(f'{h} × {w}' for h, w in shapes[:4])} make {given} "
+            f"tokens, the prompts hold {total} image tokens; give grid as the model lays them out"
+        )
     places, found, taken = is_image.nonzero().tolist(), [], 0
     for height, width in shapes:
         tokens = places[taken : taken + height * width]

@@ -342,7 +342,7 @@ def test_progress_is_shown_on_a_terminal_only(monkeypatch):
         ({"labels": torch.zeros(1)}, "inputs must hold input_ids or pixel_values, got labels"),
         (
             {"input_ids": torch.ones(1, 3).long(), "labels": torch.zeros(1)},
-            "capture takes input_ids and attention_mask, got labels too",
+            "this takes input_ids and attention_mask, got labels too",
         ),
     ],
 )

@@ -135,7 +135,7 @@ def test_side_effects_are_those_of_the_sink_test_where_the_edit_is_the_same():
     assert "one prompt has no interval" in one.findings()[0]
     for match, given, amounts in (
         ("amounts must be different, at least one", prompts, []),
-        ("prompts of at least two tokens", [[5]], [1.0]),
+        ("each prompt needs at least two tokens", [[5]], [1.0]),
     ):
         with pytest.raises(LensError, match=match):
             lens.redistribution.side_effects(model, given, edit, amounts=amounts)

@@ -1,0 +1,142 @@
+"""Capture of prompts with images, and the whole chain on it, in small vision-language models."""
+
+import numpy as np
+import pytest
+import torch
+
+import lens
+from lens.errors import LensError
+from tests.lens.naive import rms_ratio
+from tests.lens.vision_models import (
+    BUILDERS,
+    HEADS,
+    IMAGE,
+    LAYERS,
+    QUESTION,
+    SYSTEM,
+    build,
+    planted,
+)
+
+DIM = 7
+
+
+@pytest.mark.parametrize("name", list(BUILDERS))
+def test_the_trace_is_of_the_language_model_and_knows_its_segments(name, tmp_path):
+    network, inputs, (height, width) = build(name)
+    model = lens.load(network)
+    network.set_attn_implementation("eager")
+    with torch.no_grad():
+        maps = network(**inputs, output_attentions=True).attentions
+    trace = lens.capture(model, inputs, progress=False)
+    tokens = SYSTEM + height * width + QUESTION
+    assert trace.dataset.sizes["layer"] == LAYERS
+    assert trace.received.shape == (LAYERS, HEADS, tokens)
+    expected = torch.stack(maps)[:, 0].sum(-2)
+    assert rms_ratio(torch.tensor(trace.received.values), expected) < 1e-4
+    blank = {**inputs, "pixel_values": torch.zeros_like(inputs["pixel_values"])}
+    other = lens.capture(model, blank, progress=False)  # the image is looked at
+    assert rms_ratio(torch.tensor(other.received.values), expected) > 1e-2
+    lens.capture(model, inputs, out=tmp_path / "trace", progress=False)
+    for found in (trace, lens.AttentionTrace.load(tmp_path / "trace")):
+        segments = lens.vision.trace_segments(found)
+        assert segments.kind.tolist() == [[0] * SYSTEM + [1] * (height * width) + [2] * QUESTION]
+        assert segments.grids == ((0, SYSTEM, height, width),)
+        assert lens.vision.grid(segments, found.received.mean(("layer", "head"))).values.shape == (
+            height,
+            width,
+        )
+
+
+def test_padding_is_cut_off_and_a_list_gives_a_list():
+    network, inputs, _ = build("llava")
+    model = lens.load(network)
+    padded = {
+        **inputs,
+        "input_ids": torch.nn.functional.pad(inputs["input_ids"], (3, 2)),
+        "attention_mask": torch.nn.functional.pad(inputs["attention_mask"], (3, 2)),
+    }
+    plain, cut = lens.capture(model, [inputs, padded], progress=False)
+    assert np.array_equal(plain.received.values, cut.received.values)
+    assert plain.attrs["segments"] == cut.attrs["segments"]
+
+
+def test_what_cannot_be_captured_or_has_no_segments_is_refused():
+    network, inputs, _ = build("llava")
+    model = lens.load(network)
+    two = {name: torch.cat([tensor, tensor]) for name, tensor in inputs.items()}
+    with pytest.raises(
+        LensError, match=r"needs input_ids \[1, tokens\] as a tensor, got a torch.int64"
+    ):
+        lens.capture(model, two)
+    with pytest.raises(LensError, match="got list; process prompts one by one"):
+        lens.capture(model, {**inputs, "input_ids": inputs["input_ids"].tolist()})
+    with pytest.raises(LensError, match="names no image token"):
+        lens.capture(lens.load("text-lm-3l"), inputs)
+    with pytest.raises(
+        LensError, match=r"got .*pixel_values too; images with text go to lens\.capture"
+    ):
+        lens.sinks.effect(model, inputs)  # it would run the text without its image
+    trace = lens.capture(lens.load("text-lm-3l"), "It was the best of times", progress=False)
+    assert trace.attrs["segments"] is None
+    with pytest.raises(
+        LensError, match="the trace has no segments: it is of a prompt without images"
+    ):
+        lens.vision.trace_segments(trace)
+
+
+def test_separators_inside_an_image_leave_it_without_a_grid():
+    network, inputs, _ = build("llava")
+    ids = inputs["input_ids"].clone()
+    ids[0, SYSTEM + 8], ids[0, SYSTEM + 16] = (
+        9,
+        IMAGE,
+    )  # 16 image tokens, one cut off from the others
+    found = lens.vision.segments(lens.load(network), {**inputs, "input_ids": ids})
+    assert found.grids == ()
+    assert "do not lie one after another" in found.why_no_grids
+
+
+def test_segments_are_drawn_where_they_lie():
+    kind = torch.tensor([[-1, 0, 0, 1, 1, 1, 2], [0, 1, 1, 2, 1, 1, 2]])
+    figure = lens.vision.tokens.Segments(kind, ()).plot()
+    bars = {bar.name: bar for bar in figure.data}
+    assert set(bars) == {"system", "image", "text", "padding"}
+    assert list(bars["image"].base) == [3, 1, 4]
+    assert list(bars["image"].x) == [3, 2, 2]
+    assert list(bars["image"].y) == ["prompt 0", "prompt 1", "prompt 1"]
+
+
+@pytest.mark.parametrize("name", list(BUILDERS))
+def test_capture_segments_sink_dimensions_var_and_its_effect(name):
+    """The whole chain; the planted activation is the sink that it finds and moves."""
+    network, inputs, _ = build(name)
+    model = lens.load(network)
+    places = [SYSTEM + 2, SYSTEM + 7]
+    with planted(network, DIM, places):
+        trace = lens.capture(model, inputs, progress=False)
+        image = lens.vision.trace_segments(trace).keys("image")
+        dims = lens.redistribution.find_sink_dims(model, inputs, tau=4.0).dims
+        assert dims[0] == DIM
+        options = {"dims": dims[:1], "tau": 4.0, "rho": 0.0, "least_visual": 0.1}
+        with lens.redistribution.var(model, image, **options) as edit, torch.no_grad():
+            network(**inputs)
+        assert edit.edited_rows > 0
+        assert edit.mass_after == pytest.approx(0.4 * edit.mass_before, rel=1e-5)
+        found = lens.redistribution.side_effects(
+            model,
+            [inputs, inputs],
+            lambda amount: lens.redistribution.var(model, image, amount=amount, **options),
+            amounts=(0.0, 0.6),
+        )
+        with torch.no_grad():
+            own = network(**inputs).logits[0, :-1].log_softmax(-1)
+            with lens.redistribution.var(model, image, **options):
+                edited = network(**inputs).logits[0, :-1].log_softmax(-1)
+    target = inputs["input_ids"][0, 1:]
+    scored = target != IMAGE
+    assert found.tokens == (SYSTEM - 1 + QUESTION,) * 2
+    loss = (own - edited).gather(1, target[:, None])[scored].mean()
+    assert found.values["delta_loss"][1] == pytest.approx([float(loss)] * 2, rel=1e-3, abs=1e-6)
+    assert (found.values["delta_loss"][0] == 0).all()
+    assert (found.values["kl"][1] > 0).all()
