@@ -179,6 +179,24 @@ class Task:
         """Whether the metric has no gradient where the model is as it is, being at its best there."""
         return self.metric in metrics.FLAT
 
+    def take(self, rows: Tensor) -> "Task":
+        """These of the prompts (numbers), in this order; some may come twice."""
+
+        def some(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor[rows]
+
+        return replace(
+            self,
+            clean=self.clean[rows],
+            positions=self.positions[rows],
+            correct=self.correct[rows],
+            corrupt=some(self.corrupt),
+            wrong=some(self.wrong),
+            sets=None if self.sets is None else self.sets.rows(rows),
+            reference=some(self.reference),
+            marks={name: places[rows] for name, places in self.marks.items()},
+        )
+
     def with_metric(self, metric: str) -> "Task":
         """The same prompts by another metric; wrong answers are dropped where it has none.
 

@@ -7,7 +7,7 @@ import torch
 
 import lens
 from lens.errors import LensError
-from lens.tasks import Task, from_jsonl, induction, language_modelling
+from lens.tasks import AnswerSets, Task, from_jsonl, induction, language_modelling
 from tests.lens.architectures import build
 
 N, LENGTH, ANSWERS, VOCAB = 3, 7, 2, 11
@@ -32,6 +32,28 @@ def make(**changes):
         "metric": "loss",
     }
     return Task(**fields | changes)
+
+
+def test_some_of_the_prompts_are_measured_as_in_the_whole():
+    marks = {"s2": torch.tensor([1, 2, 3])}
+    wrong = torch.tensor([[1, 2], [3, 5], [6, 8]])
+    task = make(
+        metric="logit_difference", wrong=wrong, corrupt=torch.zeros(N, LENGTH).long(), marks=marks
+    )
+    logits = torch.randn(N, LENGTH, VOCAB, generator=torch.Generator().manual_seed(0))
+    rows = torch.tensor([2, 0, 2, 1])
+    some = task.take(rows)
+    whole = task.measure(logits, torch.arange(N))
+    assert some.measure(logits[rows], torch.arange(4)).tolist() == whole[rows].tolist()
+    assert some.clean.tolist() == task.clean[rows].tolist()
+    assert (some.corrupt_or_refuse().shape, some.marks["s2"].tolist()) == (
+        (4, LENGTH),
+        [3, 1, 3, 2],
+    )
+    right, bad = torch.tensor([[[4], [5]], [[0], [1]], [[2], [3]]]), torch.tensor([[[9], [8]]] * N)
+    sets = make(metric="probability_difference", sets=AnswerSets(right, bad))
+    whole = sets.measure(logits, torch.arange(N))
+    assert sets.take(rows).measure(logits[rows], torch.arange(4)).tolist() == whole[rows].tolist()
 
 
 def test_metrics_equal_their_definition_answer_by_answer():

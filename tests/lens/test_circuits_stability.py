@@ -1,0 +1,102 @@
+"""Stability: circuits of drawn prompts, overlaps by hand, and rounding."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from lens.circuits.activations import Ablation
+from lens.circuits.circuit import make_circuit
+from lens.circuits.edge_scores import EdgeScores
+from lens.circuits.graph import Graph
+from lens.circuits.scoring import score_edges
+from lens.circuits.stability import jaccard, noise_floor, stability
+from lens.errors import LensError
+from tests.lens.circuit_models import small_model, small_task
+
+GRAPH = Graph(2, 3, 3)
+
+
+def scored(values):
+    return EdgeScores(GRAPH, np.asarray(values, float), "eap", Ablation(), "m", "t", "toy")
+
+
+def test_overlaps_by_hand():
+    names = GRAPH.edges
+    some = [make_circuit(GRAPH, part) for part in (names[:4], names[2:6], names[:4])]
+    found = jaccard(some)
+    assert found.values == pytest.approx([2 / 6, 1, 2 / 6])
+    assert found.mean == pytest.approx((1 + 4 / 6) / 3)
+    assert found.frequency[:7] == pytest.approx([2 / 3, 2 / 3, 1, 1, 1 / 3, 1 / 3, 0])
+    share = 4 / GRAPH.n
+    assert found.chance == pytest.approx(share / (2 - share))
+    assert jaccard([make_circuit(GRAPH, [])] * 2).mean == 1
+    assert list(found.table()["of"]) == ["edges", "nodes"]
+    assert "3 circuits: Jaccard index of edges 0.56 (0.33 to 1.00" in repr(found)
+
+
+def test_the_chance_level_is_what_random_circuits_have():
+    draw = np.random.default_rng(1)
+    graph = Graph(4, 6, 6)
+    circuits = []
+    for _ in range(30):
+        names = draw.choice(graph.edges, graph.n // 5, replace=False)
+        circuits.append(make_circuit(graph, [str(name) for name in names]))
+    found = jaccard(circuits)
+    assert found.values.mean() == pytest.approx(found.chance, rel=0.03)
+
+
+def test_prompts_that_agree_are_stable_and_noise_is_not():
+    draw = np.random.default_rng(0)
+    same = np.tile(draw.normal(size=GRAPH.n), (12, 1))
+    assert stability(scored(same), 15, by="greedy").mean == 1
+    noise = stability(scored(draw.normal(size=(12, GRAPH.n))), 15, by="greedy", resamples=6)
+    assert noise.mean < 0.7
+    assert len(noise.values) == 15
+    assert (noise.what, noise.circuits) == ("resamples", 6)
+    again = stability(
+        scored(same + 3 * draw.normal(size=(12, GRAPH.n))), 15, by="greedy", resamples=6, seed=4
+    )
+    assert again.mean < 1
+
+
+def test_resamples_are_those_of_the_prompts():
+    values = np.zeros((40, GRAPH.n))
+    values[:, GRAPH.find(["input->logits"])] = 1
+    rare = GRAPH.find(["input->m1", "m1->logits"])
+    values[:20, rare], values[20:, rare] = 1, -1  # they cancel in half of the draws
+    found = stability(scored(values), 3, resamples=60)
+    frequency = found.frequency[GRAPH.find(["input->logits"])[0]]
+    assert frequency == 1
+    assert found.mean < 1 or found.frequency[rare].max() in (0, 1)
+
+
+def test_scores_that_are_computed_again_are_the_same_but_for_what_was_planted():
+    model, task = small_model("attention_only"), small_task()
+    scores = score_edges(model, task, method="eap-ig", steps=2, progress=False)
+    found = noise_floor(model, task, scores, progress=False)
+    assert found.relative < 1e-12
+    assert found.largest < 1e-12
+    assert found.same == 1
+    assert found.dtype == "float64"
+    off = scores.per_prompt.copy()
+    off[:, 7] += 0.5
+    planted = noise_floor(model, task, replace(scores, per_prompt=off), progress=False)
+    assert planted.largest == pytest.approx(0.5)
+    assert planted.relative == pytest.approx(0.5 / np.linalg.norm(off.mean(0)))
+    assert planted.below == pytest.approx((np.abs(off.mean(0)) <= planted.largest).mean())
+
+
+def test_what_cannot_be_compared_is_refused():
+    with pytest.raises(LensError, match="stability needs scores of at least 2 prompts, got 1"):
+        stability(scored(np.ones((1, GRAPH.n))), 3)
+    with pytest.raises(LensError, match="resamples must be an integer of at least 2, got 1"):
+        stability(scored(np.ones((3, GRAPH.n))), 3, resamples=1)
+    one = make_circuit(GRAPH, [])
+    with pytest.raises(LensError, match="overlaps need at least 2 circuits, got 1"):
+        jaccard([one])
+    with pytest.raises(LensError, match="the circuits are of different graphs"):
+        jaccard([one, make_circuit(Graph(1, 1, 1), [])])
+    model, task = small_model("attention_only"), small_task()
+    with pytest.raises(LensError, match="the scores are of 2 prompts of 't', and the task is 5"):
+        noise_floor(model, task, scored(np.ones((2, GRAPH.n))))
