@@ -17,6 +17,7 @@ from lens.sinks.positions import SinkKeys, SinkProfile, find, profile
 if TYPE_CHECKING:
     from lens.sinks.activations import MassiveActivations, massive, massive_effect
     from lens.sinks.causal import effect
+    from lens.sinks.clean import CleanRuns
     from lens.sinks.dosage import DoseResponse, dose_response
     from lens.sinks.effects import SinkEffect
     from lens.sinks.emergences import SinkEmergence, by_length, control_prompts, emergence
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BandLosses",
+    "CleanRuns",
     "DoseResponse",
     "EffectiveGates",
     "HeadActivity",
@@ -74,6 +76,7 @@ _WITH_TORCH = {  # which reading traces does not need
     "DoseResponse": "dosage",
     "dose_response": "dosage",
     "SinkEffect": "effects",
+    "CleanRuns": "clean",
     "effect": "causal",
     "SinkMechanism": "geometry",
     "mechanism": "geometry",

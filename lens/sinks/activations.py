@@ -15,6 +15,7 @@ from lens.captures.inputs import read_prompts
 from lens.errors import LensError
 from lens.models.loaded import LoadedModel
 from lens.sinks.causal import scope_of
+from lens.sinks.clean import CleanRuns, clean_runs
 from lens.sinks.edits import WatchedEdit
 from lens.sinks.effects import SinkEffect
 from lens.sinks.losses import (
@@ -201,6 +202,7 @@ def massive_effect(
     *,
     to: str = "zero",
     seed: int = 0,
+    clean: CleanRuns | None = None,
 ) -> SinkEffect:
     """Set massive activations to 0 or to their mean where they emerge; all later layers run on.
 
@@ -214,6 +216,7 @@ def massive_effect(
         found: what `massive` found, on these or other prompts.
         to: "zero" or "mean" (over the prompts of `found`, at the layer of emergence).
         seed: of control and bootstrap.
+        clean: as for `lens.sinks.effect`.
 
     Raises:
         LensError: nothing was found, another `to`, or prompts shorter than the positions + 2.
@@ -226,7 +229,7 @@ def massive_effect(
     if found.rows.empty:
         raise LensError("no massive activation was found, so there is none to edit")
     chosen = torch.ones(model.info.layers, model.info.heads, dtype=torch.bool)
-    random = np.random.default_rng(seed)
+    runs, random = clean_runs(model, clean), np.random.default_rng(seed)
     places = found.rows[["emergence", "position", "dimension", "value"]].to_dict("records")
     values = {
         name: {key: [] for key in (*MEASURES, "keys", "mass")}
@@ -240,22 +243,23 @@ def massive_effect(
                 f"massive activations reach position {max(found.positions)}; a prompt has only "
                 f"{len(ids)} tokens, give prompts of at least {max(found.positions) + 2}"
             )
-        before = WatchedEdit([0], 0.0, "mask", chosen, watch=True)
-        base = log_probabilities(model, ids, before)
-        mass = torch.stack(before.received)[chosen].mean(0).double().numpy() / len(ids)
+        before = runs.of(ids)
+        mass = before.received[chosen].mean(0).double().numpy() / len(ids)
         source = torch.zeros(len(ids), dtype=torch.bool)
         source[found.positions] = True
         for condition, kept in values.items():
             shift = int(condition == "position")
             after = WatchedEdit([0], 0.0, "mask", chosen, watch=condition == "sources")
             edited = _with_changes(model, ids, after, places, to, condition, shift, random)
-            for name, value in zip(MEASURES, changes(base, edited, ids), strict=True):
+            for name, value in zip(
+                MEASURES, changes(before.log_probabilities, edited, ids), strict=True
+            ):
                 kept[name].append(value)
             kept["keys"].append(len(places))
             kept["mass"].append(mass[[place + shift for place in found.positions]].sum())
             if condition == "sources":
-                alphas.append(torch.stack([before.alpha(), after.alpha()]).float().numpy())
-                moves.append(moved(before.alpha(), after.alpha(), source))
+                alphas.append(torch.stack([before.alpha, after.alpha()]).float().numpy())
+                moves.append(moved(before.alpha, after.alpha(), source))
         read.append(ids)
     return SinkEffect(
         values={

@@ -15,6 +15,7 @@ from lens.models.loaded import LoadedModel
 from lens.redistribution.editing import selected_heads
 from lens.redistribution.keys import Keys, KeysAt, check_keys, members
 from lens.redistribution.rules import check_rule
+from lens.sinks.clean import CleanRuns, clean_runs
 from lens.sinks.controls import CONTROLS, control_keys
 from lens.sinks.edits import EDITS, WatchedEdit
 from lens.sinks.effects import SinkEffect
@@ -40,6 +41,7 @@ def effect(
     heads: Sequence[AnyHead] | None = None,
     controls: Sequence[str] = CONTROLS,
     seed: int = 0,
+    clean: CleanRuns | None = None,
 ) -> SinkEffect:
     """Edit the attention to `sources` away and measure what the predictions lose.
 
@@ -58,10 +60,11 @@ def effect(
         controls: some of "size", "mass", "position", for which see `control_keys`, and "self": the
             sources, while their own rows are left as they are.
         seed: of controls and bootstrap.
+        clean: runs without an edit that other tests share with this one.
 
     Raises:
         LensError: prompts of one token or without the sources, a model that predicts no next token,
-            unknown edits or controls, and as `lens.redistribute`.
+            unknown edits or controls, `clean` of another model, and as `lens.redistribute`.
 
     Example:
         >>> result = lens.sinks.effect(model, texts, sources="first", heads=["L1H0"])
@@ -80,7 +83,7 @@ def effect(
     chosen = selected_heads(model, layers, heads)
     if not bool(chosen.any()):
         raise LensError("effect edits at least one head; layers and heads are empty")
-    random = np.random.default_rng(seed)
+    runs, random = clean_runs(model, clean), np.random.default_rng(seed)
     values = {
         name: {key: [] for key in (*MEASURES, "keys", "mass")} for name in ("sources", *controls)
     }
@@ -91,9 +94,8 @@ def effect(
         if not bool(source.any()):
             raise LensError(f"none of the sources is in a prompt of {len(ids)} tokens")
         places = source.nonzero()[:, 0].tolist()
-        before = WatchedEdit(places, 0.0, edit, chosen, watch=True)
-        base = log_probabilities(model, ids, before)
-        mass = torch.stack(before.received)[chosen].mean(0).double().numpy() / len(ids)
+        before = runs.of(ids)
+        mass = before.received[chosen].mean(0).double().numpy() / len(ids)
         for condition, found in values.items():
             keys = places
             if condition not in ("sources", "self"):
@@ -101,13 +103,15 @@ def effect(
             is_source, spare = condition == "sources", condition == "self"
             after = WatchedEdit(keys, amount, edit, chosen, watch=is_source, spare_own=spare)
             edited = log_probabilities(model, ids, after)
-            for name, value in zip(MEASURES, changes(base, edited, ids), strict=True):
+            for name, value in zip(
+                MEASURES, changes(before.log_probabilities, edited, ids), strict=True
+            ):
                 found[name].append(value)
             found["keys"].append(len(keys))
             found["mass"].append(mass[keys].sum())
             if is_source:
-                alphas.append(torch.stack([before.alpha(), after.alpha()]).float().numpy())
-                moves.append(moved(before.alpha(), after.alpha(), source))
+                alphas.append(torch.stack([before.alpha, after.alpha()]).float().numpy())
+                moves.append(moved(before.alpha, after.alpha(), source))
         read.append(ids)
     return SinkEffect(
         values={

@@ -13,6 +13,7 @@ from lens.head_ids import AnyHead
 from lens.models.loaded import LoadedModel
 from lens.redistribution.keys import Keys
 from lens.sinks.causal import effect
+from lens.sinks.clean import CleanRuns, clean_runs
 from lens.sinks.controls import CONTROLS
 from lens.sinks.effects import SinkEffect
 
@@ -52,11 +53,12 @@ def dose_response(
     heads: Sequence[AnyHead] | None = None,
     controls: Sequence[str] = CONTROLS,
     seed: int = 0,
+    clean: CleanRuns | None = None,
 ) -> DoseResponse:
     """`lens.sinks.effect` at each of `amounts`.
 
     Args:
-        model, prompts, sources, edit, layers, heads, controls, seed: as for `effect`.
+        model, prompts, sources, edit, layers, heads, controls, seed, clean: as for `effect`.
         amounts: fractions 0..1, each once.
 
     Raises:
@@ -67,6 +69,7 @@ def dose_response(
     """
     if not len(amounts) or len(set(amounts)) < len(amounts):
         raise LensError(f"amounts must be different fractions, at least one; got {list(amounts)}")
+    runs = clean_runs(model, clean)
     return DoseResponse(
         tuple(
             effect(
@@ -79,6 +82,7 @@ def dose_response(
                 heads=heads,
                 controls=controls,
                 seed=seed,
+                clean=runs,
             )
             for amount in sorted(amounts)
         )

@@ -17,6 +17,7 @@ from lens.head_ids import AnyHead, HeadId
 from lens.models.loaded import LoadedModel
 from lens.redistribution.editing import selected_heads
 from lens.sinks.causal import scope_of
+from lens.sinks.clean import CleanRuns, clean_runs
 from lens.sinks.edits import WatchedEdit
 from lens.sinks.effects import SinkEffect
 from lens.sinks.losses import (
@@ -41,6 +42,7 @@ def head_effect(
     heads: Sequence[AnyHead],
     to: str = "off",
     seed: int = 0,
+    clean: CleanRuns | None = None,
 ) -> SinkEffect:
     """Set the outputs of heads to 0, or put all their attention on the first token (E6).
 
@@ -54,6 +56,7 @@ def head_effect(
         heads: such as "L1H0".
         to: "off" or "first".
         seed: of control and bootstrap.
+        clean: as for `effect`.
 
     Raises:
         LensError: no head, more than half of the heads (no controls are left), another `to`, prompts
@@ -71,7 +74,7 @@ def head_effect(
             f"head_effect needs 1 to {total // 2} heads of {total}, so that as many others are left to "
             f"compare with; got {count}"
         )
-    random = np.random.default_rng(seed)
+    runs, random = clean_runs(model, clean), np.random.default_rng(seed)
     values = {
         name: {key: [] for key in (*MEASURES, "keys", "mass")}
         for name in ("sources", "size", "mass")
@@ -79,22 +82,23 @@ def head_effect(
     moves, alphas, read = [], [], []
     for prompt in read_prompts(model, prompts)[0]:
         ids = two_tokens(prompt.ids)
-        before = WatchedEdit([0], 0.0, "drop", chosen, watch=True)
-        base = log_probabilities(model, ids, before)
-        mass = torch.stack(before.received)[..., 0] / len(ids)  # [layers, heads]
+        before = runs.of(ids)
+        mass = before.received[..., 0] / len(ids)  # [layers, heads]
         source = torch.arange(len(ids)) == 0
         for condition, found in values.items():
             selected = _control(condition, chosen, mass, random)
             is_source = condition == "sources"
             after = _edit(to, selected, len(ids), watch=is_source)
             edited = log_probabilities(model, ids, after)
-            for name, value in zip(MEASURES, changes(base, edited, ids), strict=True):
+            for name, value in zip(
+                MEASURES, changes(before.log_probabilities, edited, ids), strict=True
+            ):
                 found[name].append(value)
             found["keys"].append(count)
             found["mass"].append(float(mass[selected].mean()))
             if is_source:
-                alphas.append(torch.stack([before.alpha(), after.alpha()]).float().numpy())
-                moves.append(moved(before.alpha(), after.alpha(), source))
+                alphas.append(torch.stack([before.alpha, after.alpha()]).float().numpy())
+                moves.append(moved(before.alpha, after.alpha(), source))
         read.append(ids)
     return SinkEffect(
         values={
@@ -174,6 +178,7 @@ def activity(
     *,
     heads: Sequence[AnyHead] | None = None,
     seed: int = 0,
+    clean: CleanRuns | None = None,
 ) -> HeadActivity:
     """`activity_h(D) = 1 - mean alpha_first` and the losses of two interventions, by domain.
 
@@ -184,6 +189,7 @@ def activity(
         domains: name -> prompts, as for `lens.capture`; token prompts.
         heads: those to edit; None: all.
         seed: of the bootstrap over prompts.
+        clean: as for `effect`.
 
     Raises:
         LensError: fewer than one domain, no heads, prompts of one token, and as `lens.sinks.effect`.
@@ -196,21 +202,21 @@ def activity(
     edited = selected_heads(model, None, heads).nonzero().tolist()
     if not edited:
         raise LensError("activity edits at least one head; heads is empty")
-    rows, lengths, policies = [], {}, {}
+    runs, rows, lengths, policies = clean_runs(model, clean), [], {}, {}
     for domain, prompts in domains.items():
         read = [two_tokens(prompt.ids) for prompt in read_prompts(model, prompts)[0]]
         alpha, deltas = [], {}
         for ids in read:
-            none = torch.zeros(model.info.layers, model.info.heads, dtype=torch.bool)
-            before = WatchedEdit([0], 0.0, "drop", none, watch=True)
-            base = log_probabilities(model, ids, before)
-            alpha.append(before.alpha()[..., 0].double().numpy())
+            before = runs.of(ids)
+            alpha.append(before.alpha[..., 0].double().numpy())
             for layer, head in edited:
-                one = none.clone()
+                one = torch.zeros(model.info.layers, model.info.heads, dtype=torch.bool)
                 one[layer, head] = True
                 for to in _RULES:
                     after = log_probabilities(model, ids, _edit(to, one, len(ids), watch=False))
-                    deltas.setdefault((layer, head, to), []).append(changes(base, after, ids)[0])
+                    deltas.setdefault((layer, head, to), []).append(
+                        changes(before.log_probabilities, after, ids)[0]
+                    )
         for (layer, head), received in np.ndenumerate(np.mean(alpha, 0)):
             row = {"domain": domain, "layer": layer, "head": head, "activity": 1 - received}
             for to in _RULES:

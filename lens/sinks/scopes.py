@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +12,8 @@ from lens.head_ids import AnyHead, head_id
 from lens.models.loaded import LoadedModel
 from lens.redistribution.keys import Keys
 from lens.sinks.causal import effect
+from lens.sinks.clean import CleanRuns, clean_runs
+from lens.sinks.controls import CONTROLS
 from lens.sinks.effects import SinkEffect
 
 SCOPES = ("head", "layer", "from_layer", "all")
@@ -44,12 +47,14 @@ def by_scope(
     head: AnyHead,
     sources: Keys = "first",
     edit: str = "mask",
+    controls: Sequence[str] = CONTROLS,
     seed: int = 0,
+    clean: CleanRuns | None = None,
 ) -> ScopedEffects:
     """`lens.sinks.effect` of one head, its layer, all layers from it on, and all layers.
 
     Args:
-        model, prompts, sources, edit, seed: as for `effect`.
+        model, prompts, sources, edit, controls, seed, clean: as for `effect`.
         head: such as "L1H0".
 
     Raises:
@@ -65,9 +70,19 @@ def by_scope(
         "from_layer": {"layers": range(found.layer, model.info.layers)},
         "all": {},
     }
+    runs = clean_runs(model, clean)
     return ScopedEffects(
         {
-            name: effect(model, prompts, sources=sources, edit=edit, seed=seed, **reach[name])
+            name: effect(
+                model,
+                prompts,
+                sources=sources,
+                edit=edit,
+                controls=controls,
+                seed=seed,
+                clean=runs,
+                **reach[name],
+            )
             for name in SCOPES
         }
     )

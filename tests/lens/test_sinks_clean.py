@@ -1,0 +1,49 @@
+"""Clean runs are shared, belong to one model, and change no number."""
+
+import pytest
+import torch
+
+import lens
+from lens.errors import LensError
+from lens.sinks import CleanRuns, activity, by_scope, dose_response, effect, head_effect
+from tests.lens.architectures import build
+
+IDS = torch.randint(3, 97, (2, 29), generator=torch.Generator().manual_seed(5))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return lens.load(build("llama"))
+
+
+@pytest.mark.parametrize(
+    ("test", "arguments"),
+    [
+        (effect, {"edit": "drop"}),
+        (head_effect, {"heads": ["L1H2"]}),
+        (by_scope, {"head": "L1H2", "controls": ("mass",)}),
+        (dose_response, {"amounts": (0.5, 1.0), "controls": ("size",)}),
+    ],
+)
+def test_shared_runs_give_the_same_table_without_running_the_prompts_again(
+    model, test, arguments, monkeypatch
+):
+    plain = test(model, IDS, **arguments).table()
+    clean = CleanRuns(model)
+    effect(model, IDS, controls=(), clean=clean)
+    assert len(clean) == 2
+    monkeypatch.setattr("lens.sinks.clean.log_probabilities", None)  # any clean run would fail
+    assert test(model, IDS, clean=clean, **arguments).table().equals(plain)
+
+
+def test_activity_shares_them_too(model, monkeypatch):
+    plain = activity(model, {"a": IDS}, heads=["L1H2"]).table()
+    clean = CleanRuns(model)
+    effect(model, IDS, controls=(), clean=clean)
+    monkeypatch.setattr("lens.sinks.clean.log_probabilities", None)
+    assert activity(model, {"a": IDS}, heads=["L1H2"], clean=clean).table().equals(plain)
+
+
+def test_runs_of_another_model_are_refused(model):
+    with pytest.raises(LensError, match="clean holds runs of another model; make one CleanRuns"):
+        effect(model, IDS, clean=CleanRuns(lens.load(build("llama"))))
