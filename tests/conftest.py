@@ -1,9 +1,17 @@
-"""One real browser for every test that needs one."""
+"""One real browser for every test that needs one, and Triton's interpreter where there is no GPU.
+
+Triton reads TRITON_INTERPRET when a kernel is decorated, its own ones when it is imported, so the
+variable is set before any test module brings triton in.
+"""
 
 import os
 import shutil
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 _NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 _FLAGS = [

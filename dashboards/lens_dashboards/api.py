@@ -15,6 +15,8 @@ from lens.errors import LensError
 from lens_dashboards.library import Library
 from lens_dashboards.raster import raster, row
 
+_ATLAS = ("layers", "heads", "rows", "columns")
+
 
 def make_api(library: Library) -> Blueprint:
     """Routes under `/api`; ids are looked up in the library, never joined to a path."""
@@ -42,6 +44,13 @@ def make_api(library: Library) -> Blueprint:
             "pooling": pooling,
         }
         return _binary(found.values, header)
+
+    @api.get("/run/<run_id>/atlas/<prompt>")
+    @_refusing
+    def get_atlas(run_id: str, prompt: str) -> Response:
+        """A small picture of every head: float32 [layers, heads, rows, columns]."""
+        values = library.atlas(run_id, prompt)
+        return _binary(values, dict(zip(_ATLAS, values.shape, strict=True)))
 
     @api.get("/run/<run_id>/row/<prompt>/<int:layer>/<int:head>/<int:query>")
     @_refusing

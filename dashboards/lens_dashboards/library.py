@@ -3,10 +3,14 @@
 from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
+
 from lens.runs import INDEX, BrokenRun, Run, find_run, list_runs
 from lens.trace import AttentionTrace
+from lens_dashboards.atlas import atlas
 
 _OPEN_TRACES = 16
+_OPEN_ATLASES = 8  # of at most 4 MiB
 
 
 class Library:
@@ -16,6 +20,7 @@ class Library:
         self.folder = Path(folder)
         self._open: dict[str, tuple[int, Run]] = {}
         self._trace = lru_cache(_OPEN_TRACES)(self._load_trace)
+        self._atlas = lru_cache(_OPEN_ATLASES)(atlas)
 
     def runs(self) -> list[Run | BrokenRun]:
         """All runs, newest first."""
@@ -42,6 +47,14 @@ class Library:
         """
         run = self.run(run_id)
         return self._trace(run_id, prompt, self._open[run_id][0], run)
+
+    def atlas(self, run_id: str, prompt: str) -> np.ndarray:
+        """A small picture of every head of a trace; see `lens_dashboards.atlas`.
+
+        Raises:
+            LensError: as `trace`.
+        """
+        return self._atlas(self.trace(run_id, prompt))
 
     @staticmethod
     def _load_trace(run_id: str, prompt: str, changed: int, run: Run) -> AttentionTrace:

@@ -64,7 +64,7 @@ def raster(
         raise LensError(f"the prompt has tokens 0 to {length - 1}; got the rectangle {window}")
     if not trace.tile_refusal(layer, head) and max(q1 - q0, k1 - k0) <= MOST_CELLS:
         values = trace.tile(layer, head, (q0, q1), (k0, k1)).astype(np.float32)
-        return Raster(_blank(values, trace, q0, k0, 1), "tokens", q0, k0, 1, q1, k1)
+        return Raster(blank(values, trace, q0, k0, 1), "tokens", q0, k0, 1, q1, k1)
     return _blocks(trace, layer, head, (q0, q1, k0, k1), pooling)
 
 
@@ -96,15 +96,16 @@ def _blocks(
     )
     step = -(-max(values.shape) // MOST_CELLS)
     if step > 1:
-        values = _pool(values, step, pooling)
+        values = pool(values, step, pooling)
     start_q, start_k, cell = rows.start * size, columns.start * size, size * step
     level = "pooled" if step > 1 else "blocks"
-    shown = _blank(values, trace, start_q, start_k, cell)
+    shown = blank(values, trace, start_q, start_k, cell)
     end_q, end_k = (min(part.stop * size, trace.length) for part in (rows, columns))
     return Raster(shown, level, start_q, start_k, cell, end_q, end_k)
 
 
-def _pool(values: np.ndarray, step: int, pooling: Pooling) -> np.ndarray:
+def pool(values: np.ndarray, step: int, pooling: Pooling) -> np.ndarray:
+    """Squares of `step` cells a side as one: the largest or the mean."""
     pad = [(0, -length % step) for length in values.shape]
     padded = np.pad(values, pad, constant_values=np.nan)
     rows, columns = (length // step for length in padded.shape)
@@ -112,7 +113,7 @@ def _pool(values: np.ndarray, step: int, pooling: Pooling) -> np.ndarray:
     return np.nanmax(tiles, (1, 3)) if pooling == "max" else np.nanmean(tiles, (1, 3))
 
 
-def _blank(values: np.ndarray, trace: AttentionTrace, q0: int, k0: int, cell: int) -> np.ndarray:
+def blank(values: np.ndarray, trace: AttentionTrace, q0: int, k0: int, cell: int) -> np.ndarray:
     """NaN above the diagonal of a causal model: nothing can be there."""
     if not trace.attrs["causal"]:
         return values

@@ -3,6 +3,7 @@
 /                                     the runs
 /run/<id>                             overview        ?group=&metric=&variant=
 /run/<id>/head/<layer>/<head>         one head        ?prompt=&q0=&q1=&k0=&k1=&query=
+/run/<id>/atlas                       every head          ?prompt=
 /run/<id>/analysis/<section>          what one analysis found
 /run/<id>/provenance                  how it was made
 """
@@ -12,7 +13,7 @@ from urllib.parse import parse_qs, quote, unquote, urlencode
 
 from lens.metrics import METRICS, VARIANTS
 
-PAGES = ("runs", "overview", "head", "analysis", "provenance")
+PAGES = ("runs", "overview", "head", "atlas", "analysis", "provenance")
 DEFAULT_METRIC = "induction"
 
 
@@ -26,7 +27,7 @@ class Selection:
         group: `prompt_id` of the head table: `text`, `copied`, or one prompt; "" for the default.
         metric, variant: as in `lens.metrics`.
         layer, head: of the head page.
-        prompt: prompt whose trace the head page shows; "" for the first.
+        prompt: prompt whose trace the head page and the atlas show; "" for the first.
         window: (q0, q1, k0, k1) in tokens that the block map shows, or None for all of it.
         query: token whose row is shaded, or None.
         section: name of the analysis, "" elsewhere.
@@ -59,6 +60,10 @@ class Selection:
             for name in ("group", "metric", "variant"):
                 if getattr(self, name) != getattr(defaults, name):
                     query[name] = getattr(self, name)
+        elif self.page == "atlas":
+            path += "/atlas"
+            if self.prompt:
+                query["prompt"] = self.prompt
         else:
             path += f"/head/{self.layer}/{self.head}"
             if self.prompt:
@@ -86,6 +91,8 @@ def read_url(path: str, search: str = "") -> tuple[Selection | None, list[str]]:
             return _overview(run, given, notes), notes
         case ["run", run, "provenance"]:
             return Selection(page="provenance", run=run), notes
+        case ["run", run, "atlas"]:
+            return Selection(page="atlas", run=run, prompt=given.get("prompt", "")), notes
         case ["run", run, "analysis", section]:
             return Selection(page="analysis", run=run, section=section), notes
         case ["run", run, "head", layer, head] if _whole(layer) and _whole(head):

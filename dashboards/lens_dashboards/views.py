@@ -6,7 +6,7 @@ from dash import ClientsideFunction, Dash, Input, Output, State, dcc, html, no_u
 
 from lens.errors import LensError
 from lens_dashboards.library import Library
-from lens_dashboards.pages import analysis, head, overview, provenance, runs
+from lens_dashboards.pages import analysis, atlas, head, overview, provenance, runs
 from lens_dashboards.pages.parts import card, error_card, note_banner
 from lens_dashboards.selection import Selection, read_url
 
@@ -14,6 +14,7 @@ RENDER = {
     "runs": runs.page,
     "overview": overview.page,
     "head": head.page,
+    "atlas": atlas.page,
     "analysis": analysis.page,
     "provenance": provenance.page,
 }
@@ -76,6 +77,11 @@ def register(app: Dash, library: Library) -> None:
         ClientsideFunction("lens", "mountMap"),
         Output("map-mounted", "data"),
         Input("map-config", "data"),
+    )
+    app.clientside_callback(
+        ClientsideFunction("lens", "mountAtlas"),
+        Output("atlas-mounted", "data"),
+        Input("atlas-config", "data"),
     )
 
     @app.callback(

@@ -195,7 +195,7 @@ def test_view_serves_a_page(spawn_lens, run_folder):
     else:
         raise AssertionError("no page came")
     process.send_signal(2)
-    process.communicate(timeout=20)
+    process.communicate(timeout=60)
     assert process.returncode == 0
 
 

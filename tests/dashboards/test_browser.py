@@ -123,7 +123,9 @@ def test_bad_links_show_a_card(page, address, run):
 DASH_DROPDOWN = "aria-hidden-focus"
 
 
-@pytest.mark.parametrize("path", ["/", "/run/{id}", "/run/{id}/head/1/3", "/run/{id}/provenance"])
+@pytest.mark.parametrize(
+    "path", ["/", "/run/{id}", "/run/{id}/head/1/3", "/run/{id}/atlas", "/run/{id}/provenance"]
+)
 def test_axe_finds_nothing_serious(browser, address, run, path):
     from axe_playwright_python.sync_playwright import Axe
 

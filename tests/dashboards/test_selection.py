@@ -34,10 +34,11 @@ heads = st.builds(
     query=st.none() | small,
 )
 analyses = st.builds(Selection, page=st.just("analysis"), run=ids, section=ids)
+atlases = st.builds(Selection, page=st.just("atlas"), run=ids, prompt=prompts)
 others = st.just(Selection()) | st.builds(Selection, page=st.just("provenance"), run=ids)
 
 
-@given(overviews | heads | analyses | others)
+@given(overviews | heads | atlases | analyses | others)
 def test_a_link_restores_its_view(view):
     path, _, search = view.url().partition("?")
     assert read_url(path, search) == (view, [])

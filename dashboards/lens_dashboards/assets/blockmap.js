@@ -38,6 +38,7 @@
       this.canvas = element("canvas", "map-canvas");
       this.canvas.tabIndex = 0;
       this.canvas.setAttribute("role", "img");
+      this.canvas.setAttribute("aria-label", "Attention map, being loaded");
       this.tip = element("div", "map-tip");
       this.tip.hidden = true;
       const frame = element("div", "map-frame");
@@ -502,6 +503,7 @@
 
   let current = null;
   window.lensBlockMap = {
+    paletteOf,
     mount(root, config) {
       if (current) current.close();
       current = new BlockMap(root, config);

@@ -22,6 +22,11 @@
       if (root && config) window.lensBlockMap.mount(root, config);
       return true;
     },
+    mountAtlas(config) {
+      const root = document.getElementById("atlas");
+      if (root && config) window.lensAtlas.mount(root, config);
+      return true;
+    },
   };
 
   document.addEventListener("click", (event) => {

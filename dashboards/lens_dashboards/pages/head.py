@@ -62,7 +62,7 @@ def page(library: Library, view: Selection) -> list[Any]:
         dcc.Store(id="map-config", data=config),
         dcc.Store(id="map-mounted"),
         dcc.Store(id="prompt-shown", data=prompt),
-        _prompt_control(run, traces, prompt),
+        prompt_control(run, traces, prompt),
         html.Div(
             [
                 card(
@@ -201,7 +201,8 @@ def _steps(run: Run, view: Selection, prompt: str, layers: int, heads: int) -> h
     return html.Nav(links, className="steps", **named("Heads"))
 
 
-def _prompt_control(run: Run, traces: list[str], prompt: str) -> html.Div:
+def prompt_control(run: Run, traces: list[str], prompt: str) -> html.Div:
+    """The selector of the prompt whose trace is shown."""
     prompts = run.prompts.set_index("prompt_id")
     options = [
         {

@@ -56,7 +56,13 @@ def page(library: Library, view: Selection) -> list[Any]:
                         _controls(run, view, groups),
                         html.P(definition, id="metric-definition", className="definition"),
                         graph("grid", grid, "Grid of heads, layers down, heads across"),
-                        html.P("Click a head to open it.", className="small"),
+                        html.P(
+                            [
+                                "Click a head to open it. ",
+                                dcc.Link("Maps of all heads", href=f"/run/{run.id}/atlas"),
+                            ],
+                            className="small",
+                        ),
                     ],
                     "Heads",
                     className="wide",

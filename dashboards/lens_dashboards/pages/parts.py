@@ -8,6 +8,7 @@ from dash import dcc, html
 from lens.runs import Run
 from lens_dashboards.selection import Selection
 
+_HEIGHT = 400  # of a figure that names none
 STATUS_WORDS = {
     "success": "complete",
     "started": "running",
@@ -114,6 +115,7 @@ def graph(graph_id: str, figure: go.Figure, label: str) -> html.Div:
             id=graph_id,
             figure=figure,
             responsive=True,
+            style={"height": f"{figure.layout.height or _HEIGHT}px"},  # pyright: ignore[reportAttributeAccessIssue]
             config={
                 "displaylogo": False,
                 "modeBarButtonsToRemove": ["select2d", "lasso2d", "autoScale2d"],
