@@ -1,0 +1,44 @@
+"""Figures of circuit discovery: what smaller circuits cost."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import plotly.graph_objects as go
+
+from lens.figures.style import Theme, style
+
+if TYPE_CHECKING:
+    from lens.circuits.acdc import Acdc
+
+
+def loss_over_size(
+    found: Acdc,
+    *,
+    title: str | None = None,
+    width: int | None = None,
+    height: int | None = None,
+    theme: Theme = "light",
+) -> go.Figure:
+    """Loss of each threshold's circuit over its number of edges, and the loss of the model."""
+    table = found.table()
+    figure = go.Figure()
+    figure.add_scatter(
+        x=table.edges,
+        y=table.loss,
+        mode="lines+markers",
+        customdata=table[["threshold", "runs"]],
+        hovertemplate="threshold %{customdata[0]:g}: %{x:,} edges, %{y:.4g}, %{customdata[1]:,} runs",
+        showlegend=False,
+    )
+    figure.add_hline(y=found.whole, line={"dash": "dot", "width": 1}, annotation_text="model")
+    figure.update_xaxes(title=f"edges kept of {found.graph.n:,}")
+    figure.update_yaxes(title=f"loss ({found.metric})")
+    return style(
+        figure,
+        title=title or f"acdc on {found.task}: {len(table)} thresholds",
+        width=width,
+        height=height,
+        theme=theme,
+        meta={"method": "acdc", "task": found.task, "model": found.model},
+    )
