@@ -8,12 +8,13 @@ differences of one layer at a time are projected by W_O when they are met with a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from lens.captures.layer import LayerCall
 from lens.circuits.activations import Activations, PlainVisitor
 from lens.circuits.nodes import Nodes, visit
 from lens.errors import LensError
@@ -32,12 +33,16 @@ class Slopes:
             and v, [rows, tokens, readers, head_dim] each.
         mlps: per layer the gradient by what its MLP reads, [rows, tokens, d_model].
         final: by what the last norm reads.
+        heads: per layer by z, [rows, heads, tokens, head_dim].
+        calls: per layer what z was made from.
         values: [rows], the number itself.
     """
 
     attention: list[tuple[Tensor, tuple[Tensor, ...]]]
     mlps: list[Tensor]
     final: Tensor
+    heads: list[Tensor]
+    calls: list[LayerCall]
     values: Tensor
 
 
@@ -47,6 +52,7 @@ def slopes(
     objective: Callable[[Tensor], Tensor],
     replaced: dict[Stage, Tensor] | None = None,
     *,
+    blocked: int | None = None,
     refuse_flat: bool = False,
 ) -> Slopes:
     """Gradients at every reader of the sum over rows of `objective(logits)`, [rows].
@@ -56,12 +62,13 @@ def slopes(
         ids: [rows, tokens].
         objective: of the logits.
         replaced: outputs of whole stages that are put in place of the run's own.
+        blocked: a layer whose attention and MLP outputs no gradient passes (GradDrop).
         refuse_flat: refuse an objective whose gradient by the logits is 0.
 
     Raises:
         LensError: an objective without a gradient, or a flat one.
     """
-    tracing = _Tracing(nodes, replaced or {})
+    tracing = _Tracing(nodes, replaced or {}, blocked)
     with torch.enable_grad():
         logits = visit(nodes, ids, tracing)
         values = objective(logits)
@@ -75,16 +82,19 @@ def slopes(
                 "method='eap-ig', whose gradients are taken on the way to the corrupt prompts"
             )
         targets = [part for parts in tracing.made for part in parts]
-        targets += [*tracing.mlp_inputs, tracing.final_input]
+        targets += [*tracing.mlp_inputs, tracing.final_input, *tracing.outputs]
         found = torch.autograd.grad(logits, targets, slope, materialize_grads=True)
     layers = nodes.graph.layers
+    last = 3 * layers + len(tracing.mlp_inputs)
     return Slopes(
         [
             (residual, found[3 * layer : 3 * layer + 3])
             for layer, residual in enumerate(tracing.residuals)
         ],
-        list(found[3 * layers : -1]),
-        found[-1],
+        list(found[3 * layers : last]),
+        found[last],
+        list(found[last + 1 :]),
+        tracing.calls,
         values.detach(),
     )
 
@@ -92,9 +102,11 @@ def slopes(
 class _Tracing(PlainVisitor):
     """Keeps q, k, v and what MLPs and the last norm read, with their autograd graph."""
 
-    def __init__(self, nodes: Nodes, replaced: dict[Stage, Tensor]) -> None:
+    def __init__(self, nodes: Nodes, replaced: dict[Stage, Tensor], blocked: int | None) -> None:
         super().__init__(nodes)
-        self._replaced = replaced
+        self._replaced, self._blocked = replaced, blocked
+        self.calls: list[LayerCall] = []
+        self.outputs: list[Tensor] = []
         self.residuals: list[Tensor] = []
         self.made: list[tuple[Tensor, Tensor, Tensor]] = []
         self.mlp_inputs: list[Tensor] = []
@@ -110,9 +122,19 @@ class _Tracing(PlainVisitor):
         self.made.append(super().project(layer, residual))
         return self.made[-1]
 
+    def attention(self, layer: int, call: LayerCall) -> None:
+        """See `Visitor`."""
+        self.calls.append(
+            replace(
+                call, query=call.query.detach(), key=call.key.detach(), value=call.value.detach()
+            )
+        )
+
     def heads(self, layer: int, z: Tensor) -> Tensor:
         """See `Visitor`."""
-        return self._replaced.get(("heads", layer), z)
+        z = self._replaced.get(("heads", layer), z)
+        self.outputs.append(z if z.requires_grad else z.detach().requires_grad_())
+        return self.outputs[-1].detach() if layer == self._blocked else self.outputs[-1]
 
     def mlp_input(self, layer: int, residual: Tensor) -> Tensor:
         """See `Visitor`."""
@@ -121,7 +143,8 @@ class _Tracing(PlainVisitor):
 
     def mlp(self, layer: int, output: Tensor) -> Tensor:
         """See `Visitor`."""
-        return self._replaced.get(("mlp", layer), output)
+        output = self._replaced.get(("mlp", layer), output)
+        return output.detach() if layer == self._blocked else output
 
     def final(self, residual: Tensor) -> Tensor:
         """See `Visitor`."""
@@ -138,13 +161,13 @@ def edge_products(nodes: Nodes, slopes: Slopes, differences: Activations) -> np.
         flat = slope.transpose(0, 1).flatten(2)  # [rows, readers, tokens * d_model]
         found[:, readers, 0] = (flat @ differences.input.flatten(1)[..., None])[..., 0]
         for layer in range(layers):
-            written = _written(nodes, differences, layer)
-            columns = torch.arange(written.shape[1]) + graph.heads_of(layer).start
-            found[:, readers[:, None], columns] = flat @ written.flatten(2).mT
+            parts = written(nodes, differences, layer)
+            columns = torch.arange(parts.shape[1]) + graph.heads_of(layer).start
+            found[:, readers[:, None], columns] = flat @ parts.flatten(2).mT
     return found.cpu().numpy()[:, graph.allowed]
 
 
-def _written(nodes: Nodes, differences: Activations, layer: int) -> Tensor:
+def written(nodes: Nodes, differences: Activations, layer: int) -> Tensor:
     """[rows, writers of the layer, tokens, d_model] of the differences."""
     heads = differences.heads[layer] @ nodes.layers[layer].output
     if not nodes.graph.mlps:

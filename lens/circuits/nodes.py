@@ -218,6 +218,9 @@ class Visitor:
         """q, k and v, [rows, tokens, readers, head_dim], from what the attention of a layer reads."""
         raise NotImplementedError
 
+    def attention(self, layer: int, call: LayerCall) -> None:
+        """What the heads of a layer work with: queries and keys after rotary embedding, and the mask."""
+
     def heads(self, layer: int, z: Tensor) -> Tensor:
         """What the heads of a layer give, [rows, heads, tokens, head_dim]."""
         return z
@@ -313,6 +316,7 @@ class _Heads(Recorder):
 
     def attend(self, call: LayerCall) -> Tensor:
         """See `interface.Listener`."""
+        self._visitor.attention(self._layer, call)
         z = attend(call, statistics=()).output.to(call.value.dtype)
         z = self._visitor.heads(self._layer, z)
         self._layer += 1

@@ -6,17 +6,18 @@ Each method is a function from the nodes, a batch of prompts and their reference
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lens.circuits.activations import Ablation, Activations, References, read_activations
+from lens.circuits.activations import Ablation, References, read_activations
+from lens.circuits.atp import atp_star, atp_star_grad_drop, atp_star_together
 from lens.circuits.attribution import Stage, edge_products, slopes
+from lens.circuits.batch import Batch
 from lens.circuits.edge_scores import EdgeScores
 from lens.circuits.masked_forward import masked_logits
-from lens.circuits.nodes import Nodes, find_nodes
+from lens.circuits.nodes import find_nodes
 from lens.errors import LensError
 from lens.models.loaded import LoadedModel
 from lens.progress import advancing
@@ -25,33 +26,6 @@ from lens.tasks.task import Task
 RULES = ("midpoint", "left")
 _ROWS = 8
 _COPIES = 64  # rows of one masked forward pass
-
-
-@dataclass(frozen=True, eq=False)
-class Batch:
-    """Some prompts of a task, as every method gets them.
-
-    Attributes:
-        nodes: of the model.
-        ids: [rows, tokens], clean.
-        measure: logits [rows, tokens, vocab] -> [rows], larger is better.
-        clean, reference: outputs of all writers.
-        steps, rule: of integrated gradients.
-    """
-
-    nodes: Nodes
-    ids: Tensor
-    measure: Callable[[Tensor], Tensor]
-    clean: Activations
-    reference: Activations
-    steps: int
-    rule: str
-
-    @property
-    def fractions(self) -> list[float]:
-        """Where gradients are taken, from the reference (0) to the clean run (1)."""
-        shift = 0.5 if self.rule == "midpoint" else 0.0
-        return [(step + shift) / self.steps for step in range(self.steps)]
 
 
 def score_edges(
@@ -74,6 +48,10 @@ def score_edges(
         eap-ig              the same with the mean gradient over `steps` inputs between them
         eap-ig-activations  the same with each stage's outputs in turn between theirs, gradients of all
                             later readers summed and divided by the number of stages and steps
+        atp*                eap with the softmax recomputed for edges into queries and keys, each key
+                            position alone (`lens.circuits.atp`)
+        atp*-together       the same, all key positions patched at once, as "exact" does
+        atp*-grad-drop      mean size of atp* over gradients blocked in one layer after another
 
     Args:
         model: as `lens.load` returns it.
@@ -91,7 +69,8 @@ def score_edges(
         LensError: an unknown method, rule or ablation, no step, a model whose edges cannot be replaced
             exactly, a task without what the method needs, or a metric that is flat for "eap".
 
-    Reference: Syed et al. 2023, arXiv 2310.10348 (eap); Hanna et al. 2024, arXiv 2403.17806 (eap-ig).
+    Reference: Syed et al. 2023, arXiv 2310.10348 (eap); Hanna et al. 2024, arXiv 2403.17806 (eap-ig);
+        Kramár et al. 2024, arXiv 2403.00745 (atp*).
 
     Example:
         >>> known = lens.circuits.known.induction_transformer(beta=4)
@@ -207,6 +186,9 @@ METHODS: dict[str, Callable[[Batch], np.ndarray]] = {
     "eap-ig": eap_ig,
     "eap-ig-activations": eap_ig_activations,
     "clean-corrupted": clean_corrupted,
+    "atp*": atp_star,
+    "atp*-together": atp_star_together,
+    "atp*-grad-drop": atp_star_grad_drop,
 }
 
 

@@ -1,0 +1,38 @@
+"""`Batch`: what every method of scoring edges is given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lens.circuits.activations import Activations
+from lens.circuits.nodes import Nodes
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Some prompts of a task, as every method gets them.
+
+    Attributes:
+        nodes: of the model.
+        ids: [rows, tokens], clean.
+        measure: logits [rows, tokens, vocab] -> [rows], larger is better.
+        clean, reference: outputs of all writers.
+        steps, rule: of integrated gradients.
+    """
+
+    nodes: Nodes
+    ids: Tensor
+    measure: Callable[[Tensor], Tensor]
+    clean: Activations
+    reference: Activations
+    steps: int
+    rule: str
+
+    @property
+    def fractions(self) -> list[float]:
+        """Where gradients are taken, from the reference (0) to the clean run (1)."""
+        shift = 0.5 if self.rule == "midpoint" else 0.0
+        return [(step + shift) / self.steps for step in range(self.steps)]
