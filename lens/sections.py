@@ -108,7 +108,7 @@ def load_section(run: Path, name: str) -> Section:
     if name not in have:
         raise LensError(
             f"{run} has no section {name!r}; it has: {', '.join(have) or 'none'}; "
-            "`lens heads`, `lens sinks` and `lens redistribute` write sections"
+            "`lens heads`, `lens sinks`, `lens redistribute` and `lens circuit` write sections"
         )
     folder = run / FOLDER / name
     index = read_json(folder / INDEX)
@@ -126,7 +126,9 @@ def load_section(run: Path, name: str) -> Section:
             configuration=index["configuration"],
             tables={part: pd.read_parquet(folder / f"{part}.parquet") for part in index["tables"]},
             figures={
-                part: go.Figure(pio.from_json((folder / f"{part}.json").read_text(encoding="utf-8")))
+                part: go.Figure(
+                    pio.from_json((folder / f"{part}.json").read_text(encoding="utf-8"))
+                )
                 for part in index["figures"]
             },
         )

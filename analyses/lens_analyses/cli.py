@@ -30,7 +30,7 @@ from lens_analyses.options import (
     Tokens,
     Windows,
 )
-from lens_analyses.run_commands import execute, heads, redistribute, settings_of, sinks
+from lens_analyses.run_commands import circuit, execute, heads, redistribute, settings_of, sinks
 
 if TYPE_CHECKING:
     pass
@@ -145,7 +145,7 @@ def run(
         execute(settings, out, output, again)
 
 
-for analysis in (heads, sinks, redistribute):
+for analysis in (heads, sinks, redistribute, circuit):
     app.command()(analysis)
 
 

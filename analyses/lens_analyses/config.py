@@ -18,7 +18,7 @@ from typing import Any, Self
 from lens.errors import LensError
 from lens.models.catalogue import DEFAULT_MODEL
 
-WHATS = ("profile", "heads", "sinks", "redistribute")
+WHATS = ("profile", "heads", "sinks", "redistribute", "circuit")
 _SOURCES = ("text", "text_name", "batch")
 _SHARED = (
     "seed",
@@ -32,6 +32,14 @@ _FLAGS = {  # settings that the commands beside `lens run` have a flag for; --se
     "heads": (*_SHARED, "prompts.copied", "analysis.task", "analysis.measures"),
     "sinks": (*_SHARED, "analysis.edits", "analysis.amounts"),
     "redistribute": (*_SHARED, "analysis.task", "analysis.rule", "analysis.amounts"),
+    "circuit": (
+        *_SHARED,
+        "prompts.copied",
+        "analysis.task",
+        "analysis.method",
+        "analysis.steps",
+        "analysis.edges",
+    ),
 }
 
 
@@ -105,6 +113,9 @@ class AnalysisConfig:
         edits: of sinks, with commas.
         rule: of redistribution.
         amounts: of redistribution, with commas; the dose-response curve.
+        method: of `lens.circuits.score_edges`.
+        steps: of its integrated gradients.
+        edges: of the circuit; 0 takes the smallest one that is faithful enough.
     """
 
     task: str = "induction"
@@ -114,11 +125,19 @@ class AnalysisConfig:
     edits: str = "mask,drop,mean_value"
     rule: str = "transfer"
     amounts: str = "0,0.25,0.5,0.75,1"
+    method: str = "eap-ig"
+    steps: int = 5
+    edges: int = 0
 
     def __post_init__(self) -> None:
         for name in ("n", "length"):
             if getattr(self, name) < 2:
                 raise LensError(f"analysis.{name} must be at least 2, got {getattr(self, name)}")
+        if self.steps < 1 or self.edges < 0:
+            raise LensError(
+                f"analysis.steps must be at least 1 and analysis.edges 0 or more, got {self.steps} and "
+                f"{self.edges}"
+            )
 
 
 @dataclass(frozen=True)
@@ -126,7 +145,8 @@ class RunConfig:
     """The exact input of a run, as in its `config.toml`.
 
     Attributes:
-        what: kind of analysis: `profile`, or a profile and then `heads`, `sinks` or `redistribute`.
+        what: kind of analysis: `profile`, or a profile and then `heads`, `sinks`, `redistribute`
+            or `circuit`.
         seed: of the copied prompts; prompt number i uses `seed + i`.
         model, prompts, capture, analysis: see there.
     """
@@ -149,8 +169,8 @@ class RunConfig:
             raise LensError(f"what must be one of {', '.join(WHATS)}, got {self.what!r}")
         if self.what == "profile" and self.analysis != AnalysisConfig():
             raise LensError(
-                "the section analysis belongs to `lens heads`, `lens sinks` and `lens redistribute`; "
-                "a profile has none"
+                "the section analysis belongs to `lens heads`, `lens sinks`, `lens redistribute` and "
+                "`lens circuit`; a profile has none"
             )
         for name in ("tokens", "windows", "copied_length"):
             value = getattr(prompts, name)

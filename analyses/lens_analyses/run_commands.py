@@ -155,10 +155,66 @@ def redistribute(
         execute(settings_of(config, assignments, flags), out, output, again)
 
 
+def circuit(
+    model: Model = None,
+    text: Text = None,
+    text_name: TextName = None,
+    tokens: Tokens = None,
+    windows: Windows = None,
+    copied: Copied = None,
+    task: Task = None,
+    n: N = None,
+    method: Annotated[
+        str | None,
+        typer.Option(help="eap-ig, eap, exact, ...: see lens.circuits.score_edges. [eap-ig]"),
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Of the integrated gradients. [5]")] = None,
+    edges: Annotated[
+        int | None,
+        typer.Option(help="Of the circuit; 0: the smallest one that is faithful enough. [0]"),
+    ] = None,
+    seed: Seed = None,
+    config: Config = None,
+    assignments: Assignments = None,
+    out: Out = RUNS,
+    again: Again = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Profile every head, then: which edges carry a task; faithful, complete and minimal, beside random."""
+    output = Output(json, quiet, debug)
+    flags = {
+        "what": "circuit",
+        "model.name": model,
+        "prompts.text": None if text is None else str(text),
+        "prompts.text_name": text_name,
+        "prompts.tokens": tokens,
+        "prompts.windows": windows,
+        "prompts.copied": copied,
+        "analysis.task": task,
+        "analysis.n": n,
+        "analysis.method": method,
+        "analysis.steps": steps,
+        "analysis.edges": edges,
+        "seed": seed,
+    }
+    with output.session():
+        execute(settings_of(config, assignments, flags, needs_text=False), out, output, again)
+
+
 def settings_of(
-    config: Path | None, assignments: list[str] | None, flags: dict[str, Any]
+    config: Path | None,
+    assignments: list[str] | None,
+    flags: dict[str, Any],
+    *,
+    needs_text: bool = True,
 ) -> "RunConfig":
     """The configuration of the file, with the assignments and then the flags on top.
+
+    Args:
+        config, assignments, flags: of the command line.
+        needs_text: refuse a command that names no prompts; else copied ones are profiled.
 
     Raises:
         LensError: as `RunConfig.load`; UsageError: no text is named.
@@ -167,7 +223,8 @@ def settings_of(
 
     given = {name: value for name, value in flags.items() if value is not None}
     given = {**parse_assignments(assignments or []), **given}
-    _check_text(config, given)
+    if needs_text:
+        _check_text(config, given)
     return RunConfig.load(config, given)
 
 

@@ -294,7 +294,8 @@ class _Execution:
             start = time.monotonic()
             log.info("%s", step.name)
             section = step.run(subject)
-            self._writer.record(*section.save(self._writer.path))
+            beside = ["circuits"] if (self._writer.path / "circuits").is_dir() else []
+            self._writer.record(*beside, *section.save(self._writer.path))
             log.debug("%s took %.1f s", step.name, time.monotonic() - start)
         shutil.rmtree(self._writer.path / "work", ignore_errors=True)
 

@@ -8,6 +8,7 @@
 """
 
 from lens.circuits import known
+from lens.circuits.acdc import Acdc, acdc
 from lens.circuits.circuit import Circuit, load_circuit, make_circuit
 from lens.circuits.completeness import Completeness, completeness
 from lens.circuits.control import Control, control
@@ -19,8 +20,10 @@ from lens.circuits.minimality import Minimality, minimality
 from lens.circuits.nodes import find_nodes
 from lens.circuits.recovery import Recovery, recovery
 from lens.circuits.scoring import score_edges
+from lens.circuits.stability import NoiseFloor, Stability, jaccard, noise_floor, stability
 
 __all__ = [
+    "Acdc",
     "Circuit",
     "CircuitEvaluation",
     "Completeness",
@@ -28,19 +31,25 @@ __all__ = [
     "EdgeScores",
     "Graph",
     "Minimality",
+    "NoiseFloor",
     "Recovery",
+    "Stability",
+    "acdc",
     "completeness",
     "control",
     "evaluate",
     "find_nodes",
     "from_mib",
+    "jaccard",
     "known",
     "load_circuit",
     "make_circuit",
     "minimality",
+    "noise_floor",
     "recovery",
     "run_circuit",
     "score_edges",
+    "stability",
     "to_attribution_graph",
     "to_mib",
 ]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import plotly.graph_objects as go
 
-from lens.figures.colors import DIVERGING, LINE, scale
+from lens.figures.colors import ACCENT, DIVERGING, LINE, scale
 from lens.figures.style import Theme, style
 
 if TYPE_CHECKING:
@@ -97,9 +97,9 @@ def layered_graph(
     )
     heads = circuit.graph.heads
     figure.update_xaxes(
-        title="head; MLPs at the right",
+        title="head; MLPs at the right" if circuit.graph.mlps else "head",
         tickvals=list(range(heads)),
-        range=[-0.8, heads + 1.3],
+        range=[-0.8, heads + (1.3 if circuit.graph.mlps else -0.2)],
         showgrid=False,
         zeroline=False,
     )
@@ -156,7 +156,8 @@ def head_map(
         )
     )
     figure.update_xaxes(title="head", dtick=1, showgrid=False)
-    figure.update_yaxes(title="layer", autorange="reversed", showgrid=False)
+    step = max(1, graph.layers // 12)
+    figure.update_yaxes(title="layer", autorange="reversed", dtick=step, showgrid=False)
     inside = int((counts[at] > 0).sum())
     return style(
         figure,
@@ -264,9 +265,11 @@ def faithfulness_curve(
         name=f"{len(evaluation.random)} random circuits",
         hoverinfo="skip",
     )
+    colors = {"signed": ACCENT, "absolute": LINE}
     for ranking, rows in table.groupby("ranking", sort=False):
         figure.add_scatter(
             x=rows.share,
+            line={"color": colors[str(ranking)]},
             y=rows.faithfulness,
             error_y={
                 "type": "data",

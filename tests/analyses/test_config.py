@@ -44,7 +44,10 @@ def test_defaults_are_a_copied_run_of_the_embedded_model():
             {"prompts": {"batch": "a", "windows": 2, "tokens": 5}},
             "does not go with prompts.batch",
         ),
-        ({"what": "magic"}, "what must be one of profile, heads, sinks, redistribute, got 'magic'"),
+        (
+            {"what": "magic"},
+            "what must be one of profile, heads, sinks, redistribute, circuit, got 'magic'",
+        ),
     ],
 )
 def test_what_makes_no_sense_is_refused(values, message):

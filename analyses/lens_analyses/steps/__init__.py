@@ -50,6 +50,7 @@ STEPS: dict[str, tuple[Step, ...]] = {
         Step("dose", "sinks"),
         Step("streaming", "sinks"),
     ),
+    "circuit": (Step("edges", "circuits"), Step("circuit", "circuits")),
     "redistribute": (Step("dose", "redistribute"), Step("search", "redistribute")),
 }
 """What a run does -> its steps, in order; later ones may read the sections of earlier ones."""

@@ -1,0 +1,325 @@
+"""Which edges carry a task: scores of all of them, the circuit they make, and what it is worth."""
+
+from dataclasses import asdict, replace
+
+import numpy as np
+import pandas as pd
+import torch
+
+from lens import circuits
+from lens.circuits import Circuit, Completeness, Control, EdgeScores, Minimality
+from lens.circuits.evaluation import CircuitEvaluation, run_circuits
+from lens.circuits.stability import Stability
+from lens.errors import LensError
+from lens.figures.circuits import head_map, layered_graph
+from lens.sections import Section
+from lens.tasks import Task
+from lens_analyses.config import RunConfig
+from lens_analyses.steps.columns import defined
+from lens_analyses.steps.subject import Subject
+
+FOLDER = "circuits"
+_MOST_EDGES = 1000  # rows of the table of edges
+_ENOUGH = 0.85  # faithfulness that the circuit shall reach on the prompts that it is made from
+_SMALLEST, _SIZES = 0.001, 16  # share of the edges, and number of sizes that are tried
+_FEW = 8  # held-out prompts of the checks that run hundreds of circuits
+
+
+def edges(subject: Subject) -> Section:
+    """Scores of every edge on half of the task's prompts, the circuit of the best, its stability."""
+    task, _ = _halves(subject)
+    settings = subject.settings
+    scores = circuits.score_edges(
+        subject.model,
+        task,
+        method=settings.method,
+        steps=settings.steps,
+        ablation="mean" if task.corrupt is None else "counterfactual",
+        progress=subject.progress,
+    )
+    chosen, found = _choose(subject, task, scores)
+    stable = circuits.stability(scores, chosen.n, seed=subject.seed)
+    folder = subject.run.path / FOLDER
+    circuits.to_mib(scores, folder / "mib" / "importances.json", circuit=chosen)
+    chosen.save(folder / f"{_name(task)}.json", scores=scores.values)
+    strings = subject.model.token_strings(task.clean[0].tolist())
+    circuits.to_attribution_graph(
+        chosen, scores, strings, folder / "attribution-graph" / f"{_name(task)}.json"
+    )
+    table = scores.table(seed=subject.seed)
+    order = table["value"].abs().sort_values(ascending=False, kind="stable").index
+    table = table.loc[order].head(_MOST_EDGES).reset_index(drop=True)
+    in_circuit = set(chosen.edges)
+    table["in_circuit"] = [name in in_circuit for name in table["edge"]]
+    tables = {"edges": table, "sizes": found, "stability": stable.table()}
+    return Section(
+        name="edges",
+        title="Edges: what passes between which parts",
+        summary=(
+            *_scores_in_words(scores, table),
+            _chosen_in_words(chosen, found),
+            _stable(stable),
+        ),
+        limits=(
+            "Scores are first-order estimates unless the method is `exact`; what they are worth, the "
+            "section on the circuit says.",
+            f"The table has the {len(table):,} largest of {scores.graph.n:,} edges; all are in "
+            f"{FOLDER}/mib/importances.json.",
+            *task.dropped,
+        ),
+        columns=defined(tables.values(), COLUMNS),
+        configuration={
+            "method": scores.method,
+            "steps": scores.steps,
+            "rule": scores.rule,
+            "ablation": asdict(scores.ablation),
+            "metric": scores.metric,
+            "task": scores.task,
+            "prompts": scores.n,
+        },
+        tables=tables,
+        figures={
+            "circuit": layered_graph(chosen, scores),
+            "heads": head_map(chosen, scores),
+        },
+    )
+
+
+def circuit(subject: Subject) -> Section:
+    """The circuit on prompts that it was not made from, beside others of its size."""
+    _, task = _halves(subject)
+    folder = subject.run.path / FOLDER
+    scores = circuits.from_mib(folder / "mib" / "importances.json")
+    chosen = circuits.load_circuit(folder / f"{_name(task)}.json")
+    options = {"seed": subject.seed, "progress": subject.progress}
+    curve = circuits.evaluate(subject.model, task, scores, random=3, **options)
+    beside = circuits.control(subject.model, task, chosen, draws=10, **options)
+    few = task.take(torch.arange(min(task.n, _FEW)))
+    complete = circuits.completeness(
+        subject.model, few, chosen, runs=2, steps=3, candidates=5, random=5, **options
+    )
+    minimal = circuits.minimality(subject.model, few, chosen, random=10, **options)
+    table = curve.table()
+    absolute = table[table["ranking"] == "absolute"]
+    chosen.save(
+        folder / f"{_name(task)}.json",
+        scores=scores.values,
+        faithfulness={name: absolute[name].tolist() for name in ("share", "edges", "faithfulness")},
+    )
+    tables = {
+        "faithfulness": table,
+        "same_size": beside.table(),
+        "completeness": complete.table(),
+        "minimality": minimal.table(),
+    }
+    return Section(
+        name="circuit",
+        title="The circuit: is it faithful, complete and minimal?",
+        summary=(
+            _faithful(beside, chosen),
+            _curve_in_words(curve),
+            _complete(complete),
+            _minimal(minimal),
+        ),
+        limits=(
+            f"Everything here is on {task.n} prompts that the circuit was not made from (completeness "
+            f"and minimality on {few.n} of them).",
+            "Faithfulness is (circuit - all ablated) / (model - all ablated), ratio of means; with "
+            "another ablation, metric or set of prompts it is another number.",
+            "Sets of heads for completeness were looked for greedily, so a worse one may exist; what "
+            "one node adds is for this circuit and not for the model.",
+        ),
+        columns=defined(tables.values(), COLUMNS),
+        configuration={
+            "made": chosen.made,
+            "edges": chosen.n,
+            "ablation": asdict(chosen.ablation),
+            "held_out": task.n,
+            "seed": subject.seed,
+        },
+        tables=tables,
+        figures={"faithfulness": curve.plot()},
+    )
+
+
+def _halves(subject: Subject) -> tuple[Task, Task]:
+    """Prompts to make the circuit from, `analysis.n` of them, and as many others.
+
+    Raises:
+        LensError: fewer than 4 prompts.
+    """
+    task = replace(subject, config=_doubled(subject)).task
+    if task.n < 4:
+        raise LensError(
+            f"the task has {task.n} prompts, and a circuit needs 2 to be made from and 2 others to be "
+            "tried on; raise --n"
+        )
+    rows = torch.arange(task.n)
+    return task.take(rows[::2]), task.take(rows[1::2])
+
+
+def _doubled(subject: Subject) -> RunConfig:
+    settings = subject.settings
+    return replace(subject.config, analysis=replace(settings, n=2 * settings.n))
+
+
+def _choose(subject: Subject, task: Task, scores: EdgeScores) -> tuple[Circuit, pd.DataFrame]:
+    """The circuit of as many edges as asked for, or the smallest one that is faithful enough."""
+    wanted = subject.settings.edges
+    sizes = np.geomspace(max(1.0, _SMALLEST * scores.graph.n), scores.graph.n, _SIZES)
+    counts = [wanted] if wanted else np.unique(sizes.round().astype(int)).tolist()
+    made = [scores.top(count) for count in counts]
+    few = task.take(torch.arange(min(task.n, 2 * _FEW)))
+    kept = np.stack([one.kept for one in made])
+    found = run_circuits(subject.model, few, kept, scores.ablation, progress=subject.progress)
+    values = found.faithfulness()
+    low, high = found.interval(subject.seed)
+    table = pd.DataFrame(
+        {
+            "edges": [one.n for one in made],
+            "writers": [len(one.nodes) for one in made],
+            "faithfulness": values,
+            "low": low,
+            "high": high,
+        }
+    )
+    enough = np.flatnonzero(values >= _ENOUGH)
+    chosen = made[int(enough[0]) if len(enough) else -1]
+    if not any(name.startswith("a") for name in chosen.nodes):
+        raise LensError(
+            f"the best {chosen.n or max(counts):,} edges make no circuit that goes through a head; "
+            "ask for more with --edges"
+        )
+    return chosen, table
+
+
+def _name(task: Task) -> str:
+    return "".join(sign if sign.isalnum() else "-" for sign in task.name.lower()).strip("-")
+
+
+def _scores_in_words(scores: EdgeScores, table: pd.DataFrame) -> list[str]:
+    best = "; ".join(
+        f"{row['edge'].replace('->', ' to ')} {row['value']:+.3g} [{row['low']:+.3g}, {row['high']:+.3g}]"
+        for row in table.head(4).to_dict("records")
+    )
+    said = [
+        f"On {scores.task} ({scores.n} prompts) {scores.method} scores the edges {best} highest by size, "
+        f"in units of {scores.metric}; positive: the task goes worse without the edge."
+    ]
+    if scores.residual is not None and scores.total:
+        share = abs(scores.residual / scores.total)
+        said.append(
+            f"The edges from the input sum to {scores.total + scores.residual:.3g} where they should to "
+            f"{scores.total:.3g}: the integral of {scores.steps} steps is {share:.0%} off"
+            f"{', so more steps would help' if share > 0.05 else ''}."
+        )
+    return said
+
+
+def _chosen_in_words(chosen: Circuit, table: pd.DataFrame) -> str:
+    row = table.loc[(table["edges"] - chosen.n).abs().idxmin()]
+    graph = chosen.graph
+    return (
+        f"The circuit has {chosen.n:,} of {graph.n:,} edges ({chosen.n / graph.n:.2%}) between "
+        f"{len(chosen.nodes)} of {len(graph.writers)} parts; on these prompts its faithfulness is "
+        f"{row['faithfulness']:.2f} [{row['low']:.2f}, {row['high']:.2f}]."
+    )
+
+
+def _stable(stable: Stability) -> str:
+    return (
+        f"Made anew from prompts drawn again, {stable.circuits} times, circuits share {stable.mean:.0%} of "
+        f"their edges (Jaccard index, least {stable.values.min():.0%}; random ones {stable.chance:.1%}) and "
+        f"{stable.nodes.mean():.0%} of their parts."
+    )
+
+
+def _faithful(beside: Control, chosen: Circuit) -> str:
+    rows = beside.table().set_index("circuit")
+    one = rows.loc["circuit"]
+    others = "; ".join(
+        f"{words} {rows.loc[kind, 'faithfulness']:.2f} [{rows.loc[kind, 'low']:.2f}, "
+        f"{rows.loc[kind, 'high']:.2f}] (p = {rows.loc[kind, 'p']:.2f})"
+        for kind, words in _CONTROLS.items()
+    )
+    return (
+        f"On held-out prompts the circuit of {chosen.n:,} edges has a faithfulness of "
+        f"{one['faithfulness']:.2f} [{one['low']:.2f}, {one['high']:.2f}]; of as many edges, {others}."
+    )
+
+
+def _curve_in_words(curve: CircuitEvaluation) -> str:
+    return (
+        f"Over all sizes the circuit performance ratio (CPR, more is better) is {curve.cpr:.2f} and of "
+        f"random circuits {curve.random_cpr.mean():.2f}; the circuit-model distance (CMD, less is better) "
+        f"{curve.cmd:.2f} and {curve.random_cmd.mean():.2f}."
+    )
+
+
+def _complete(found: Completeness) -> str:
+    row = found.table().iloc[found.worst]
+    sets = found.table()
+    drawn = sets.loc[sets["kind"] == "random", "gap"].abs()
+    return (
+        f"It is incomplete by {found.incompleteness:.0%} at worst: without {row['removed'] or 'nothing'} "
+        f"model and circuit differ by {row['gap']:+.3g} [{row['low']:+.3g}, {row['high']:+.3g}] "
+        f"{found.metric} (sets of heads drawn at random: {drawn.mean():.3g} on average)."
+    )
+
+
+def _minimal(found: Minimality) -> str:
+    rows = found.table()
+    clear = int(((rows["low"] > 0) | (rows["high"] < 0)).sum())
+    best = ", ".join(f"{row['node']} {row['share']:.0%}" for row in rows.head(4).to_dict("records"))
+    return (
+        f"{len(found.needed())} of its {len(found.nodes)} heads and MLPs change the task by at least 1 % "
+        f"when they are taken out, {clear} with an interval that excludes 0; most do {best} (a part of a "
+        f"random circuit: {rows['random'].iloc[0] / abs(found.whole):.1%})."
+    )
+
+
+_CONTROLS = {
+    "uniform": "random ones",
+    "degrees": "random ones with the same degrees",
+    "magnitude": "those where activations differ most",
+}
+
+COLUMNS = {
+    "edge": "Writer->reader; a head reads by <q>, <k> and <v>.",
+    "writer": "Input, head or MLP whose output is read.",
+    "reader": "What reads it.",
+    "value": "Score, in units of the metric; positive: the task goes worse without the edge.",
+    "stderr": "Standard error over prompts.",
+    "low": "Low end of the 95 % interval over prompts; of random circuits, 2.5th percentile of the draws.",
+    "high": "High end of it.",
+    "n": "Number of prompts.",
+    "in_circuit": "Whether the circuit has the edge.",
+    "edges": "Number of edges.",
+    "writers": "Number of parts that are read in the circuit.",
+    "faithfulness": "(circuit - all ablated) / (model - all ablated), ratio of means over prompts.",
+    "of": "What is compared between circuits.",
+    "mean": "Jaccard index, shared / in either, mean over pairs of circuits.",
+    "least": "Least of any pair.",
+    "most": "Most of any pair.",
+    "chance": "Expected of random circuits of this size; missing: not known.",
+    "circuits": "Number of circuits.",
+    "ranking": "signed: largest scores first; absolute: largest by size.",
+    "share": "Of the edges that are kept; of minimality: of what ablating everything changes.",
+    "recovered": "Metric of the circuit / metric of the model.",
+    "distance": "|metric of the model - of the circuit|, means (Wang et al. 2022).",
+    "kl": "KL(model || circuit) at the answers, nats.",
+    "random": "Of random circuits of the same size, mean; of minimality: 95th percentile of the sizes.",
+    "random_low": "Least of the random circuits.",
+    "random_high": "Most of the random circuits.",
+    "circuit": "Which circuit; of completeness: metric of the circuit without the set.",
+    "draws": "Number of circuits drawn.",
+    "p": "(1 + draws as faithful) / (1 + draws); missing for the circuit itself.",
+    "kind": "How the set was found: nothing removed, greedily, or at random.",
+    "removed": "Heads that are ablated in circuit and model.",
+    "size": "Number of them.",
+    "model": "Metric of the model without the set.",
+    "gap": "Model - circuit, both without the set, in units of the metric.",
+    "node": "Head or MLP that is taken out of the circuit.",
+    "given": "What is out already.",
+    "drop": "Metric of the circuit with the node - without it.",
+}

@@ -1,0 +1,90 @@
+"""`lens circuit`: which edges carry a task, in the folder of a profile."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from lens import circuits
+from lens.models.loading import load
+from lens.runs import open_run
+from lens.tasks import induction
+from lens.validation import validate
+
+RUN = "circuit --model induction-2l --task induction --n 4 --copied 2"
+
+
+@pytest.fixture(scope="module")
+def run(lens_command, tmp_path_factory):
+    answer = lens_command(*RUN.split(), "--out", tmp_path_factory.mktemp("circuit"), "--json")
+    assert answer.code == 0, answer.err
+    return open_run(answer.json["path"])
+
+
+def test_both_sections_are_there_and_the_folder_is_whole(run):
+    assert run.sections == ["edges", "circuit"]
+    assert validate(run) == []
+    assert "circuits/induction.json" in run.meta["files"]
+    assert "circuits/mib/importances.json" in run.meta["files"]
+    assert "lens circuit --model induction-2l --copied 2 --n 4" in run.meta["command"]
+
+
+def test_scores_are_those_of_the_library_on_every_other_prompt(run):
+    model = load("induction-2l")
+    task = induction(model, 8, 0).take(torch.arange(0, 8, 2))
+    expected = circuits.score_edges(model, task, progress=False)
+    found = circuits.from_mib(run.path / "circuits/mib/importances.json")
+    assert found.values == pytest.approx(expected.values, rel=1e-3, abs=1e-4)
+    table = run.section("edges").tables["edges"]
+    assert (table["value"].abs().diff().dropna() <= 0).all()
+    assert table["edge"][0] == expected.table()["edge"][0]
+
+
+def test_the_circuit_file_is_the_circuit_that_the_tables_are_about(run):
+    circuit = circuits.load_circuit(run.path / "circuits/induction.json")
+    table = run.section("edges").tables["edges"]
+    assert set(table.loc[table["in_circuit"], "edge"]) == set(circuit.edges)
+    assert set(table["edge"]) == set(circuit.graph.edges)
+    content = json.loads((run.path / "circuits/induction.json").read_text())
+    assert len(content["scores"]) == circuit.n
+    curve = run.section("circuit").tables["faithfulness"]
+    absolute = curve.loc[curve["ranking"] == "absolute", "faithfulness"]
+    assert content["faithfulness"]["faithfulness"] == pytest.approx(absolute.tolist())
+    graph = json.loads((run.path / "circuits/attribution-graph/induction.json").read_text())
+    assert {node["node_id"] for node in graph["nodes"]} >= {"a0.h1", "a1.h0", "logits"}
+
+
+def test_the_induction_circuit_is_faithful_and_needs_the_previous_token_head(run):
+    tables = run.section("circuit").tables
+    same = tables["same_size"].set_index("circuit")
+    assert same.loc["circuit", "faithfulness"] > 0.85
+    assert same.loc["uniform", "high"] < same.loc["circuit", "low"]
+    minimal = tables["minimality"].set_index("node")
+    assert minimal.loc["a0.h1", "share"] > 0.5  # the model card's previous-token head
+    assert minimal.loc["a0.h1", "low"] > 0
+    words = " ".join(run.section("circuit").summary)
+    assert "On held-out prompts the circuit of" in words
+    assert "random ones with the same degrees" in words
+    assert np.isfinite(tables["completeness"]["gap"]).all()
+
+
+def test_figures_and_limits_are_on_the_page(run):
+    page = (run.path / "report.html").read_text(encoding="utf-8")
+    assert "The circuit: is it faithful, complete and minimal?" in page
+    assert "prompts that the circuit was not made from" in page
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--edges 1", "make no circuit that goes through a head"),
+        ("--method magic", "unknown method 'magic'"),
+        ("--edges -3", "analysis.edges 0 or more, got 5 and -3"),
+        ("--steps 0", "analysis.steps must be at least 1"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(lens_command, tmp_path, words, message):
+    answer = lens_command(*RUN.split(), *words.split(), "--out", tmp_path)
+    assert answer.code == 1
+    assert message in answer.err
