@@ -19,6 +19,11 @@ if TYPE_CHECKING:
     from lens.redistribution.sink_dims import SinkDims
     from lens.vision import ImageGrid
 
+_MEASURES = {
+    "delta_loss": "Change of loss (nats per token)",
+    "kl": "KL of the edited from the unedited prediction (nats)",
+    "flip_rate": "Share of changed top tokens",
+}
 _KINDS = {"system": BASELINE, "image": ACCENT, "text": LINE, "padding": GRID}
 
 
@@ -254,26 +259,65 @@ def side_effect_line(
     Raises:
         LensError: another measure.
     """
-    names = {
-        "delta_loss": "Change of loss (nats per token)",
-        "kl": "KL of the edited from the unedited prediction (nats)",
-        "flip_rate": "Share of changed top tokens",
-    }
-    if measure not in names:
-        raise LensError(f"measure must be one of {', '.join(names)}, got {measure!r}")
-    middle = table[measure]
-    error = {
-        "type": "data",
-        "symmetric": False,
-        "array": (table[f"{measure}_high"] - middle).fillna(0),
-        "arrayminus": (middle - table[f"{measure}_low"]).fillna(0),
-    }
+    if measure not in _MEASURES:
+        raise LensError(f"measure must be one of {', '.join(_MEASURES)}, got {measure!r}")
     figure = go.Figure(
         go.Scatter(
-            x=table["amount"], y=middle, error_y=error, mode="lines+markers", line={"color": ACCENT}
+            x=table["amount"],
+            y=table[measure],
+            error_y=_whiskers(table, measure),
+            mode="lines+markers",
+            line={"color": ACCENT},
         )
     )
     figure.update_xaxes(title="Amount")
-    figure.update_yaxes(title=names[measure])
+    figure.update_yaxes(title=_MEASURES[measure])
     text = f"Held-out text (n = {table['n'].iloc[0]})"
     return style(figure, title=title or text, width=width, height=height, theme=theme)
+
+
+def knock_out_bars(
+    table: pd.DataFrame,
+    measure: str = "delta_loss",
+    *,
+    title: str | None = None,
+    width: int | None = None,
+    height: int | None = None,
+    theme: Theme = "light",
+) -> go.Figure:
+    """One measure of each condition of a knock-out, with its 95 % interval.
+
+    Args:
+        table: of `lens.vision.KnockOut`.
+        measure: "delta_loss", "kl" or "flip_rate".
+
+    Raises:
+        LensError: another measure.
+    """
+    if measure not in _MEASURES:
+        raise LensError(f"measure must be one of {', '.join(_MEASURES)}, got {measure!r}")
+    figure = go.Figure(
+        go.Bar(
+            x=table["condition"],
+            y=table[measure],
+            error_y=_whiskers(table, measure),
+            marker={"color": [ACCENT, *[BASELINE] * (len(table) - 1)]},
+            customdata=table[["keys", "mass"]],
+            hovertemplate=(
+                "%{x}: %{y:.4f}<br>%{customdata[0]:.1f} keys per layer with "
+                "%{customdata[1]:.1%} of the attention<extra></extra>"
+            ),
+        )
+    )
+    figure.update_yaxes(title=_MEASURES[measure])
+    text = f"Edges from text to image tokens hidden (n = {table['n'].iloc[0]})"
+    return style(figure, title=title or text, width=width, height=height, theme=theme)
+
+
+def _whiskers(table: pd.DataFrame, measure: str) -> dict[str, Any]:
+    return {
+        "type": "data",
+        "symmetric": False,
+        "array": (table[f"{measure}_high"] - table[measure]).fillna(0),
+        "arrayminus": (table[measure] - table[f"{measure}_low"]).fillna(0),
+    }

@@ -47,6 +47,17 @@ def phi(hidden: torch.Tensor, dims: Sequence[int] | None = None) -> torch.Tensor
     return chosen.abs().amax(-1) * scale
 
 
+def check_dims(model: LoadedModel, dims: Sequence[int] | None) -> None:
+    """Raises LensError unless the model has these dimensions; None is all of them."""
+    config = model.model.cfg if model.is_bridge else model.model.config.get_text_config()
+    width = config.d_model if model.is_bridge else config.hidden_size
+    if dims is not None and (not len(dims) or not all(0 <= dim < width for dim in dims)):
+        raise LensError(
+            f"dims must be some of 0 to {width - 1} of {model.name}, got {list(dims)}; find them with "
+            "lens.redistribution.find_sink_dims"
+        )
+
+
 @dataclass(frozen=True, eq=False)
 class SinkDims:
     """The dimensions that pass tau, and how well they single out what attention is parked on.

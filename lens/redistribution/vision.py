@@ -41,7 +41,7 @@ from lens.redistribution.gathered import gathered_states
 from lens.redistribution.keys import Keys, KeysAt, check_keys, members
 from lens.redistribution.residual import decoder_layers, layer_inputs
 from lens.redistribution.selection import HeadSelection
-from lens.redistribution.sink_dims import phi
+from lens.redistribution.sink_dims import check_dims, phi
 
 _REST, _TEXT_SINKS, _IMAGE_SINKS, _RECEIVERS = range(4)
 
@@ -173,20 +173,10 @@ def var(
         with recording(model, edit):
             yield edit
         return
-    _check_dims(model, dims)
+    check_dims(model, dims)
     decoder_layers(model)
     with layer_inputs(model, edit.take), recording(model, edit):
         yield edit
-
-
-def _check_dims(model: LoadedModel, dims: Sequence[int] | None) -> None:
-    config = model.model.cfg if model.is_bridge else model.model.config.get_text_config()
-    width = config.d_model if model.is_bridge else config.hidden_size
-    if dims is not None and (not len(dims) or not all(0 <= dim < width for dim in dims)):
-        raise LensError(
-            f"dims must be some of 0 to {width - 1} of {model.name}, got {list(dims)}; find them with "
-            "lens.redistribution.find_sink_dims"
-        )
 
 
 class VarEdit(AttentionEdit):
