@@ -11,6 +11,7 @@ import pandas as pd
 
 from lens.bootstrap import over_units
 from lens.errors import LensError
+from lens.head_ids import HeadId
 from lens.scores import SINK_EPSILON
 from lens.sinks.alphas import Samples, alpha_at, as_list, check_epsilon, samples_of
 
@@ -67,6 +68,22 @@ class SinkRate:
                 "n": self.samples.n,
             }
         )
+
+    def findings(self) -> list[str]:
+        """The rate, the heads with most, and what the number depends on."""
+        top = self.table().sort_values("alpha", ascending=False, kind="stable").head(3)
+        heads = ", ".join(
+            f"{HeadId(int(row['layer']), int(row['head']))} {row['alpha']:.2f}"
+            for row in top.to_dict("records")
+        )
+        interval = "" if np.isnan(self.low) else f" [{self.low:.1%}, {self.high:.1%}]"
+        place = "The first token" if self.key == 0 else f"Key {self.key}"
+        return [
+            f"{place} is a sink in {self.value:.1%}{interval} of heads (ε = {self.epsilon}, T = "
+            f"{self.samples.tokens}, BOS {self.samples.bos}, n = {self.samples.n}).",
+            f"It receives most in {heads} (mean α).",
+            "The rate is a share of heads, no mass, and compares only at equal ε, T and BOS.",
+        ]
 
     def plot(self) -> go.Figure:
         """Mean alpha of each head, layers down."""

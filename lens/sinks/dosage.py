@@ -35,6 +35,36 @@ class DoseResponse:
         """One row per amount and condition; columns of `SinkEffect.table`."""
         return pd.concat([found.table() for found in self.effects], ignore_index=True)
 
+    def findings(self) -> list[str]:
+        """The effect at each amount, whether it grows, and how it stands to the mass control."""
+        table = self.table()
+        rows = table[table["condition"] == "sources"]
+        first = rows.iloc[0]
+        shown = "; ".join(
+            f"{row['amount']:g}: {row['delta_loss']:+.4f} [{row['delta_loss_low']:+.4f}, "
+            f"{row['delta_loss_high']:+.4f}]"
+            for row in rows.to_dict("records")
+        )
+        sentences = [
+            f"Edit {first['edit']} of {first['scope']} changes the loss by amount (nats per token): {shown}."
+        ]
+        if len(rows) > 1:
+            steps = rows["delta_loss"].diff().iloc[1:]
+            grows = (
+                "grows with every step"
+                if (steps > 0).all()
+                else "falls with every step"
+                if (steps < 0).all()
+                else "does not grow with every step"
+            )
+            sentences.append(f"The loss {grows} of the amount.")
+        last = self.effects[-1].findings()
+        sentences += [text for text in last if "the mass control" in text]
+        return [
+            *sentences,
+            f"{first['n']} prompts, BOS {first['bos']}; 95 % intervals over prompts.",
+        ]
+
     def plot(self, measure: str = "delta_loss") -> go.Figure:
         """One curve over the amount per condition; `measure`: delta_loss, kl, flip_rate or excess."""
         from lens.figures.sink_effects import dose_curves

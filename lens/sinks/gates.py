@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import torch
@@ -17,6 +17,9 @@ from lens.models.loaded import LoadedModel
 from lens.redistribution.editing import attend
 from lens.redistribution.keys import Keys, KeysAt, check_keys, members
 from lens.sinks.losses import bos_policy, two_tokens
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
 
 OFF_BY_ONE = 0.0
 """Logit of softmax-off-by-one, `exp(s) / (1 + sum exp(s))`: a learned sink with this logit."""
@@ -42,6 +45,12 @@ class EffectiveGates:
     def table(self) -> pd.DataFrame:
         """The rows with BOS policy and number of prompts."""
         return self.rows.assign(bos=self.bos, n=len(self.tokens))
+
+    def plot(self) -> go.Figure:
+        """Gate of every head over its layer, a colour per mechanism."""
+        from lens.figures.sink_heads import gate_points
+
+        return gate_points(self.table())
 
     def findings(self) -> list[str]:
         """How far each mechanism closes its heads."""

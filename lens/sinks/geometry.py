@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas as pd
 import torch
 from torch.nn.functional import normalize
@@ -17,7 +18,11 @@ from lens.heads.weights import head_weights
 from lens.models.loaded import LoadedModel
 from lens.redistribution.editing import attend
 from lens.redistribution.keys import Keys, KeysAt, check_keys, members
+from lens.scores import SINK_EPSILON
 from lens.sinks.alphas import alpha_of
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
 
 _COLUMNS = (
     "alpha", "key_norm", "value_norm", "cosine", "cosine_others", "drain", "contribution",
@@ -47,6 +52,37 @@ class SinkMechanism:
     def table(self) -> pd.DataFrame:
         """The rows, with BOS policy and number of prompts."""
         return self.rows.assign(bos=self.bos, n=self.n)
+
+    def findings(self) -> list[str]:
+        """Medians over the heads that park on the sources: keys, directions, values."""
+        heads = self.rows[self.rows["alpha"] > SINK_EPSILON]
+        settings = f"{self.n} prompts, BOS {self.bos}"
+        if heads.empty:
+            return [
+                f"No head gives the sources a mean α above {SINK_EPSILON}, so there is no mechanism "
+                f"to explain ({settings})."
+            ]
+        middle = heads.drop(columns=["layer", "head"]).median()
+        found = [
+            f"{len(heads)} of {len(self.rows)} heads park on the sources (mean α above "
+            f"{SINK_EPSILON}; {settings}). The next numbers are medians over those heads.",
+            f"The sources' keys are {middle['key_norm']:.2f} times as long as the others.",
+            f"Their cosine with the queries is {middle['cosine']:.2f}, that of other keys "
+            f"{middle['cosine_others']:.2f}.",
+            f"Their values are {middle['value_norm']:.2f} times as long as the others.",
+        ]
+        if not np.isnan(middle["drain"]):
+            found.append(
+                f"They write {middle['drain']:.2f} times as much as another token with equal "
+                f"attention, and {middle['contribution']:.0%} of the head's output."
+            )
+        return [*found, "This describes the heads as they are; it proves no cause."]
+
+    def plot(self) -> go.Figure:
+        """Sink mass against what the sink writes, a point per head."""
+        from lens.figures.sink_mechanism import mass_and_value
+
+        return mass_and_value(self.table())
 
 
 def mechanism(model: LoadedModel, prompts: Any, *, sources: Keys = "first") -> SinkMechanism:

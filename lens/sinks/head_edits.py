@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -29,6 +29,9 @@ from lens.sinks.losses import (
     moved,
     two_tokens,
 )
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
 
 DORMANT_ACTIVITY, DORMANT_LOSS = 0.2, 1e-3
 """A head is dormant on a domain where its activity and |change of loss| are below these."""
@@ -140,6 +143,12 @@ class HeadActivity:
         return self.rows.assign(
             bos=self.rows["domain"].map(self.bos), n=self.rows["domain"].map(self.domains)
         )
+
+    def plot(self) -> go.Figure:
+        """Change of loss with a head off against its activity, a colour per domain."""
+        from lens.figures.sink_heads import activity_points
+
+        return activity_points(self.table())
 
     def switching(self) -> list[HeadId]:
         """Edited heads that are dormant on some domain and not on another."""

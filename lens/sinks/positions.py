@@ -11,7 +11,7 @@ import pandas as pd
 
 from lens.errors import LensError
 from lens.head_ids import HeadId
-from lens.scores import SINK_EPSILON
+from lens.scores import FEWEST_VIEWERS, SINK_EPSILON
 from lens.sinks.alphas import Samples, alpha_of, as_list, check_epsilon, samples_of
 
 if TYPE_CHECKING:
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 COMMON = 0.25
 """A key is a common sink where its rate exceeds this."""
+
+_NAMED = 5  # keys that findings name
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,6 +78,31 @@ class SinkKeys:
             }
         )
 
+    def findings(self) -> list[str]:
+        """Which keys, in how many heads, and what was not judged."""
+        settings = (
+            f"(ε = {self.epsilon}, T = {self.samples.tokens}, BOS {self.samples.bos}, one prompt)"
+        )
+        if not len(self.key):
+            found = [f"No key is a sink in any head {settings}."]
+        else:
+            found = [
+                f"Sinks: {_count(len(self.keys), 'key')} in {_count(len(self.heads), 'head')}, from layer "
+                f"{self.first_layer} on {settings}."
+            ]
+            for key in self.keys[:_NAMED]:
+                here = self.key == key
+                token = self.token[int(np.flatnonzero(here)[0])]
+                found.append(
+                    f"Key {key} ({token!r}) is a sink in {_count(int(here.sum()), 'head')}, with α up to "
+                    f"{self.alpha[here].max():.2f}."
+                )
+        return [
+            *found,
+            f"{self.unscored} pairs of layer and key near the end were not judged: fewer than "
+            f"{FEWEST_VIEWERS} queries see them.",
+        ]
+
     def plot(self) -> go.Figure:
         """Sinks as points: position across, layer down."""
         from lens.figures.sinks import sink_map
@@ -121,11 +148,28 @@ class SinkProfile:
             }
         )
 
+    def findings(self) -> list[str]:
+        """Which positions are sinks in common, and how much the strongest receives."""
+        common = self.common()
+        named = ", ".join(map(str, common[:_NAMED])) + (", ..." if len(common) > _NAMED else "")
+        settings = f"(ε = {self.epsilon}, {self.samples})"
+        sentences = [
+            f"No position is a sink in more than {COMMON:.0%} of heads {settings}."
+            if not common
+            else f"Sinks in more than {COMMON:.0%} of heads: position {named} {settings}."
+        ]
+        unscored = int(np.isnan(self.rate).sum())
+        return [*sentences, f"{unscored} positions near the end were not judged."]
+
     def plot(self) -> go.Figure:
         """Mean alpha, layers down and positions across."""
         from lens.figures.sinks import position_map
 
         return position_map(self)
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}{'s' * (number != 1)}"
 
 
 def find(trace: AttentionTrace, *, epsilon: float = SINK_EPSILON) -> SinkKeys:

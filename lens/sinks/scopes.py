@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
@@ -15,6 +15,9 @@ from lens.sinks.causal import effect
 from lens.sinks.clean import CleanRuns, clean_runs
 from lens.sinks.controls import CONTROLS
 from lens.sinks.effects import SinkEffect
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
 
 SCOPES = ("head", "layer", "from_layer", "all")
 
@@ -33,6 +36,12 @@ class ScopedEffects:
         """One row per scope and condition; `reach` names the scope, the rest as `SinkEffect.table`."""
         parts = [found.table().assign(reach=name) for name, found in self.effects.items()]
         return pd.concat(parts, ignore_index=True)
+
+    def plot(self) -> go.Figure:
+        """Change of loss by scope, a colour per condition."""
+        from lens.figures.sink_heads import scope_points
+
+        return scope_points(self.table())
 
     def findings(self) -> list[str]:
         """The first sentence of each scope, then the limits of the widest."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -16,6 +16,9 @@ from lens.errors import LensError
 from lens.heads.weights import head_weights, last_norm
 from lens.models.loaded import LoadedModel
 from lens.sinks.losses import bos_policy, two_tokens
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
 
 BANDS = 20
 
@@ -125,6 +128,12 @@ class BandLosses:
         low, high = over_units(values, np.ones_like(values), self.seed)
         columns = {"band": range(len(low)), "delta_loss": values.mean(0), "low": low, "high": high}
         return pd.DataFrame(columns).assign(bos=self.bos, n=len(self.tokens))
+
+    def plot(self) -> go.Figure:
+        """Change of loss without each band, with its interval."""
+        from lens.figures.sink_heads import band_points
+
+        return band_points(self.table())
 
     def findings(self) -> list[str]:
         """The dearest band and the darkest."""

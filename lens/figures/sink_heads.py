@@ -1,0 +1,163 @@
+"""Figures of sinks by head, scope and band: reach of an edit, activity, gates, losses without a band."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+import plotly.graph_objects as go
+
+from lens.errors import LensError
+from lens.figures.colors import ACCENT, BASELINE, LINE
+from lens.figures.style import Theme, escaped, style
+
+_COLORS = (ACCENT, LINE, "#22a884", "#8250df", BASELINE)
+_LOSS = "Change of loss (nats per token)"
+
+
+def scope_points(
+    table: pd.DataFrame,
+    *,
+    title: str | None = None,
+    width: int | None = None,
+    height: int | None = None,
+    theme: Theme = "light",
+) -> go.Figure:
+    """Change of loss by scope of an edit, a colour per condition, with 95 % intervals.
+
+    Args:
+        table: of `lens.sinks.ScopedEffects`.
+    """
+    figure = go.Figure()
+    for number, (condition, rows) in enumerate(table.groupby("condition", sort=False)):
+        figure.add_scatter(
+            x=rows["delta_loss"],
+            y=[
+                f"{scope} ({reach})"
+                for scope, reach in zip(rows["scope"], rows["reach"], strict=True)
+            ],
+            error_x=_whiskers(rows, "delta_loss", "delta_loss_low", "delta_loss_high"),
+            mode="markers",
+            marker={"color": _COLORS[number % len(_COLORS)], "size": 9},
+            name=str(condition),
+            customdata=rows["mass"],
+            hovertemplate="%{y}: %{x:.4f}<br>mass of the keys %{customdata:.3f}",
+        )
+    figure.add_vline(x=0, line={"color": BASELINE, "dash": "dot"})
+    figure.update_xaxes(title=_LOSS)
+    figure.update_yaxes(autorange="reversed")
+    first = table.iloc[0]
+    text = f"Edit {first['edit']} by reach (BOS {first['bos']}, n = {first['n']})"
+    return style(figure, title=title or escaped(text), width=width, height=height, theme=theme)
+
+
+def activity_points(
+    table: pd.DataFrame,
+    *,
+    title: str | None = None,
+    width: int | None = None,
+    height: int | None = None,
+    theme: Theme = "light",
+) -> go.Figure:
+    """Change of loss with a head off against its activity: a point per edited head and domain.
+
+    Args:
+        table: of `lens.sinks.HeadActivity`.
+
+    Raises:
+        LensError: no head was edited.
+    """
+    edited = table[table["off"].notna()]
+    if edited.empty:
+        raise LensError("the table has no edited head, so there is no change of loss to draw")
+    figure = go.Figure()
+    for number, (domain, rows) in enumerate(edited.groupby("domain", sort=False)):
+        figure.add_scatter(
+            x=rows["activity"],
+            y=rows["off"],
+            error_y=_whiskers(rows, "off", "off_low", "off_high"),
+            mode="markers",
+            marker={"color": _COLORS[number % len(_COLORS)], "size": 9},
+            name=escaped(str(domain)),
+            text=_names(rows),
+            hovertemplate="%{text}: activity %{x:.2f}, off %{y:.4f}",
+        )
+    figure.add_hline(y=0, line={"color": BASELINE, "dash": "dot"})
+    figure.update_xaxes(title="Activity (1 - mean α of the first token)", range=[-0.02, 1.02])
+    figure.update_yaxes(title=f"{_LOSS}, head off")
+    text = "Activity of heads by domain"
+    return style(figure, title=title or text, width=width, height=height, theme=theme)
+
+
+def gate_points(
+    table: pd.DataFrame,
+    *,
+    title: str | None = None,
+    width: int | None = None,
+    height: int | None = None,
+    theme: Theme = "light",
+) -> go.Figure:
+    """Effective gate of every head over its layer, a colour per mechanism.
+
+    Args:
+        table: of `lens.sinks.EffectiveGates`.
+    """
+    figure = go.Figure()
+    for number, (mechanism, rows) in enumerate(table.groupby("mechanism", sort=False)):
+        figure.add_scatter(
+            x=rows["layer"],
+            y=rows["gate"],
+            mode="markers",
+            marker={"color": _COLORS[number % len(_COLORS)], "size": 7, "opacity": 0.7},
+            name=str(mechanism),
+            text=_names(rows),
+            hovertemplate="%{text}: gate %{y:.3f}",
+        )
+    figure.update_xaxes(title="Layer")
+    figure.update_yaxes(title="Effective gate (1 - mass of the sink)", range=[-0.02, 1.02])
+    first = table.iloc[0]
+    text = f"What sinks leave of each head's attention (BOS {first['bos']}, n = {first['n']})"
+    return style(figure, title=title or text, width=width, height=height, theme=theme)
+
+
+def band_points(
+    table: pd.DataFrame,
+    *,
+    title: str | None = None,
+    width: int | None = None,
+    height: int | None = None,
+    theme: Theme = "light",
+) -> go.Figure:
+    """Change of loss without each band of the unembedding's spectrum, with 95 % intervals.
+
+    Args:
+        table: of `lens.sinks.BandLosses`.
+    """
+    figure = go.Figure(
+        go.Scatter(
+            x=table["band"],
+            y=table["delta_loss"],
+            error_y=_whiskers(table, "delta_loss", "low", "high"),
+            mode="lines+markers",
+            line={"color": ACCENT},
+            hovertemplate="band %{x}: %{y:.4f}<extra></extra>",
+        )
+    )
+    figure.update_xaxes(title="Band, strongest first; the last is the darkest")
+    figure.update_yaxes(title=f"{_LOSS} without it")
+    first = table.iloc[0]
+    text = f"What each band of the last stream is worth (BOS {first['bos']}, n = {first['n']})"
+    return style(figure, title=title or text, width=width, height=height, theme=theme)
+
+
+def _names(rows: pd.DataFrame) -> list[str]:
+    return [f"L{layer}H{head}" for layer, head in zip(rows["layer"], rows["head"], strict=True)]
+
+
+def _whiskers(rows: pd.DataFrame, value: str, low: str, high: str) -> dict[str, Any]:
+    return {
+        "type": "data",
+        "symmetric": False,
+        "array": (rows[high] - rows[value]).fillna(0),
+        "arrayminus": (rows[value] - rows[low]).fillna(0),
+    }

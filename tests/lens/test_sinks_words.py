@@ -1,0 +1,109 @@
+"""Every result about sinks says what it found and draws its own numbers."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import lens
+from lens.errors import LensError
+from lens.figures.sink_heads import activity_points
+from lens.sinks import (
+    CleanRuns,
+    activity,
+    band_losses,
+    by_scope,
+    dose_response,
+    effective_gate,
+    mechanism,
+)
+from tests.lens.architectures import build
+from tests.lens.test_sinks import parked
+from tests.lens.traces import trace_of
+
+IDS = torch.randint(3, 97, (2, 29), generator=torch.Generator().manual_seed(5))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return lens.load(build("llama"))
+
+
+@pytest.fixture(scope="module")
+def clean(model):
+    return CleanRuns(model)
+
+
+def _drawn(result: Any) -> Any:
+    return result.plot().data
+
+
+def test_rate_keys_and_profile_in_words():
+    traces = [trace_of(parked(67, mass, key=13), bos="added") for mass in (0.4, 0.5)]
+    rate = lens.sinks.rate(traces, key=13)
+    assert rate.findings()[0] == (
+        "Key 13 is a sink in 100.0% [100.0%, 100.0%] of heads (ε = 0.3, T = 67, BOS added, n = 2)."
+    )
+    assert "[" not in lens.sinks.rate(traces[0], key=13).findings()[0]  # one prompt: no interval
+    found = lens.sinks.find(traces[1])
+    assert found.findings()[0].startswith("Sinks: 1 key in 1 head, from layer 0 on")
+    alpha = (1 + 53 * 0.5) / 54
+    assert f"Key 13 ('t3') is a sink in 1 head, with α up to {alpha:.2f}." in found.findings()
+    assert "15 pairs" in found.findings()[-1]
+    none = lens.sinks.find(trace_of(np.eye(67)[None, None]))
+    assert none.findings()[0].startswith("No key is a sink in any head")
+    assert "heads: position 13 (" in lens.sinks.profile(traces).findings()[0]
+    plain = lens.sinks.profile(trace_of(np.eye(67)[None, None])).findings()
+    assert plain[0].startswith("No position is a sink in more than 25% of heads")
+    assert plain[1] == "15 positions near the end were not judged."
+
+
+def test_mechanism_in_words_and_figure(model):
+    result = mechanism(model, IDS)
+    assert "no mechanism to explain" in result.findings()[0]
+    assert np.array_equal(_drawn(result)[0].y, result.rows["drain"])
+    rows = result.rows.assign(alpha=0.9, key_norm=0.25, drain=0.125, contribution=0.5)
+    found = type(result)(rows, "added", 2).findings()
+    assert found[0].startswith("18 of 18 heads park on the sources")
+    assert "0.25 times as long" in found[1]
+    assert "write 0.12 times as much" in found[4]
+    unknown = type(result)(rows.assign(drain=np.nan), "added", 2).findings()
+    assert len(unknown) == len(found) - 1
+
+
+def test_dose_in_words(model, clean):
+    result = dose_response(model, IDS, amounts=(0.5, 1.0), controls=("mass",), clean=clean)
+    found, values = result.findings(), result.effects[1].values["sources"]["delta_loss"]
+    assert f"1: {values.mean():+.4f}" in found[0]
+    rises = values.mean() > result.effects[0].values["sources"]["delta_loss"].mean()
+    assert found[1] == f"The loss {'grows' if rises else 'falls'} with every step of the amount."
+    assert "the mass control" in found[2]
+    assert len(dose_response(model, IDS, amounts=(1.0,), controls=(), clean=clean).findings()) == 2
+
+
+def test_scopes_and_activity_are_drawn(model, clean):
+    scopes = by_scope(model, IDS, head="L1H4", controls=("mass",), clean=clean)
+    sources, mass = _drawn(scopes)
+    table = scopes.table().set_index("condition")
+    assert sources.x.tolist() == table.loc["sources", "delta_loss"].tolist()
+    assert mass.x.tolist() == table.loc["mass", "delta_loss"].tolist()
+    assert sources.y[2] == "layers 1 to 2 (from_layer)"
+    domains = {"a": IDS, "b": IDS[:1]}
+    result = activity(model, domains, heads=["L1H2", "L2H0"], clean=clean)
+    first, second = _drawn(result)
+    assert (first.name, second.name) == ("a", "b")
+    assert list(first.text) == ["L1H2", "L2H0"]
+    edited = result.rows[result.rows["off"].notna() & (result.rows["domain"] == "a")]
+    assert first.y.tolist() == edited["off"].tolist()
+    with pytest.raises(LensError, match="no edited head"):
+        activity_points(result.table()[result.table()["off"].isna()])
+
+
+def test_gates_and_bands_are_drawn(model):
+    gates = effective_gate(model, IDS)
+    drawn = {trace.name: trace.y.tolist() for trace in _drawn(gates)}
+    for mechanism_name, rows in gates.rows.groupby("mechanism"):
+        assert drawn[mechanism_name] == rows["gate"].tolist()
+    bands = band_losses(model, IDS, count=3)
+    assert _drawn(bands)[0].y.tolist() == bands.table()["delta_loss"].tolist()
