@@ -53,6 +53,7 @@ def slopes(
     replaced: dict[Stage, Tensor] | None = None,
     *,
     blocked: int | None = None,
+    frozen_patterns: bool = False,
     refuse_flat: bool = False,
 ) -> Slopes:
     """Gradients at every reader of the sum over rows of `objective(logits)`, [rows].
@@ -63,12 +64,13 @@ def slopes(
         objective: of the logits.
         replaced: outputs of whole stages that are put in place of the run's own.
         blocked: a layer whose attention and MLP outputs no gradient passes (GradDrop).
+        frozen_patterns: no gradient passes queries and keys.
         refuse_flat: refuse an objective whose gradient by the logits is 0.
 
     Raises:
         LensError: an objective without a gradient, or a flat one.
     """
-    tracing = _Tracing(nodes, replaced or {}, blocked)
+    tracing = _Tracing(nodes, replaced or {}, blocked, frozen_patterns)
     with torch.enable_grad():
         logits = visit(nodes, ids, tracing)
         values = objective(logits)
@@ -102,9 +104,15 @@ def slopes(
 class _Tracing(PlainVisitor):
     """Keeps q, k, v and what MLPs and the last norm read, with their autograd graph."""
 
-    def __init__(self, nodes: Nodes, replaced: dict[Stage, Tensor], blocked: int | None) -> None:
+    def __init__(
+        self,
+        nodes: Nodes,
+        replaced: dict[Stage, Tensor],
+        blocked: int | None,
+        frozen_patterns: bool,
+    ) -> None:
         super().__init__(nodes)
-        self._replaced, self._blocked = replaced, blocked
+        self._replaced, self._blocked, self._frozen = replaced, blocked, frozen_patterns
         self.calls: list[LayerCall] = []
         self.outputs: list[Tensor] = []
         self.residuals: list[Tensor] = []
@@ -119,8 +127,9 @@ class _Tracing(PlainVisitor):
     def project(self, layer: int, residual: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See `Visitor`."""
         self.residuals.append(residual.detach())
-        self.made.append(super().project(layer, residual))
-        return self.made[-1]
+        q, k, v = super().project(layer, residual)
+        self.made.append((q, k, v))
+        return (q.detach(), k.detach(), v) if self._frozen else (q, k, v)
 
     def attention(self, layer: int, call: LayerCall) -> None:
         """See `Visitor`."""

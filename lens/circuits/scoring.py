@@ -18,6 +18,7 @@ from lens.circuits.batch import Batch
 from lens.circuits.edge_scores import EdgeScores
 from lens.circuits.masked_forward import masked_logits
 from lens.circuits.nodes import find_nodes
+from lens.circuits.relp import relevance, relevance_of_values
 from lens.errors import LensError
 from lens.models.loaded import LoadedModel
 from lens.progress import advancing
@@ -52,6 +53,9 @@ def score_edges(
                             position alone (`lens.circuits.atp`)
         atp*-together       the same, all key positions patched at once, as "exact" does
         atp*-grad-drop      mean size of atp* over gradients blocked in one layer after another
+        relp                eap with the backward rules of relevance for norms, activations and gates
+                            (`lens.circuits.relp`)
+        relp-values         the same with constant attention patterns
 
     Args:
         model: as `lens.load` returns it.
@@ -70,7 +74,7 @@ def score_edges(
             exactly, a task without what the method needs, or a metric that is flat for "eap".
 
     Reference: Syed et al. 2023, arXiv 2310.10348 (eap); Hanna et al. 2024, arXiv 2403.17806 (eap-ig);
-        Kramár et al. 2024, arXiv 2403.00745 (atp*).
+        Kramár et al. 2024, arXiv 2403.00745 (atp*); Rezaei Jafari et al. 2025, arXiv 2508.21258 (relp).
 
     Example:
         >>> known = lens.circuits.known.induction_transformer(beta=4)
@@ -189,6 +193,8 @@ METHODS: dict[str, Callable[[Batch], np.ndarray]] = {
     "atp*": atp_star,
     "atp*-together": atp_star_together,
     "atp*-grad-drop": atp_star_grad_drop,
+    "relp": relevance,
+    "relp-values": relevance_of_values,
 }
 
 
