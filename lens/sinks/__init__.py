@@ -20,12 +20,18 @@ if TYPE_CHECKING:
     from lens.sinks.clean import CleanRuns
     from lens.sinks.dosage import DoseResponse, dose_response
     from lens.sinks.effects import SinkEffect
-    from lens.sinks.emergences import SinkEmergence, by_length, control_prompts, emergence
+    from lens.sinks.emergences import (
+        SinkEmergence,
+        bos_pair,
+        by_length,
+        control_prompts,
+        emergence,
+    )
     from lens.sinks.gates import EffectiveGates, effective_gate
     from lens.sinks.geometry import SinkMechanism, mechanism
     from lens.sinks.head_edits import HeadActivity, activity, head_effect
     from lens.sinks.norms import HighNormTokens, high_norm, register_neurons
-    from lens.sinks.scopes import ScopedEffects, by_scope
+    from lens.sinks.scopes import ScopedEffects, by_bos, by_scope
     from lens.sinks.spectral import BandLosses, SpectralBands, band_energies, band_losses, bands
     from lens.sinks.streaming_policies import StreamingPolicies, streaming
 
@@ -51,6 +57,8 @@ __all__ = [
     "band_energies",
     "band_losses",
     "bands",
+    "bos_pair",
+    "by_bos",
     "by_length",
     "by_scope",
     "control_prompts",
@@ -86,6 +94,7 @@ _WITH_TORCH = {  # which reading traces does not need
     "activity": "head_edits",
     "head_effect": "head_edits",
     "SinkEmergence": "emergences",
+    "bos_pair": "emergences",
     "by_length": "emergences",
     "control_prompts": "emergences",
     "emergence": "emergences",
@@ -100,6 +109,7 @@ _WITH_TORCH = {  # which reading traces does not need
     "high_norm": "norms",
     "register_neurons": "norms",
     "ScopedEffects": "scopes",
+    "by_bos": "scopes",
     "by_scope": "scopes",
     "StreamingPolicies": "streaming_policies",
     "streaming": "streaming_policies",

@@ -71,6 +71,36 @@ class SinkEmergence:
         ]
 
 
+def bos_pair(model: LoadedModel, prompts: Any) -> dict[str, list[list[int]]]:
+    """The same tokens with the model's BOS in front and without it, of one length each.
+
+    The two differ in what is the first key; the sink depends on the first token, whatever it is. The
+    last token is left out where the BOS comes in.
+
+    Args:
+        model: one with a BOS token.
+        prompts: as for `lens.capture`, token prompts, with BOS or without.
+
+    Raises:
+        LensError: a model without BOS, prompts of fewer than three tokens.
+
+    Example:
+        >>> lens.sinks.emergence(model, lens.sinks.bos_pair(model, texts)).findings()
+    """
+    if model.bos_id is None:
+        raise LensError(f"{model.name} has no BOS token, so there is no pair to compare")
+    bodies = []
+    for prompt in read_prompts(model, prompts)[0]:
+        ids = two_tokens(prompt.ids)
+        bodies.append(ids[1:] if ids[0] == model.bos_id else ids)
+        if len(bodies[-1]) < 2:
+            raise LensError("bos_pair needs prompts of at least two tokens behind the BOS")
+    return {
+        "with BOS": [[model.bos_id, *body[:-1]] for body in bodies],
+        "without BOS": bodies,
+    }
+
+
 def emergence(
     model: LoadedModel,
     conditions: Mapping[str, Any],

@@ -1,4 +1,4 @@
-"""How the effect of an edit depends on its reach: one head, its layer, all layers from it on, all."""
+"""How the effect of an edit depends on its reach (one head, its layer, all) and on the BOS token."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from lens.sinks.causal import effect
 from lens.sinks.clean import CleanRuns, clean_runs
 from lens.sinks.controls import CONTROLS
 from lens.sinks.effects import SinkEffect
+from lens.sinks.emergences import bos_pair
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -24,10 +25,10 @@ SCOPES = ("head", "layer", "from_layer", "all")
 
 @dataclass(frozen=True, eq=False)
 class ScopedEffects:
-    """`SinkEffect` at each of `SCOPES`, with the same prompts and seed.
+    """`SinkEffect` at each of several scopes, with the same seed.
 
     Attributes:
-        effects: scope -> effect.
+        effects: one of `SCOPES`, or "with BOS" and "without BOS" -> effect; the widest last.
     """
 
     effects: dict[str, SinkEffect] = field(repr=False)
@@ -45,8 +46,8 @@ class ScopedEffects:
 
     def findings(self) -> list[str]:
         """The first sentence of each scope, then the limits of the widest."""
-        first = [found.findings()[0] for found in self.effects.values()]
-        return [*first, *self.effects["all"].findings()[-2:]]
+        first = [f"{name}: {found.findings()[0]}" for name, found in self.effects.items()]
+        return [*first, *list(self.effects.values())[-1].findings()[-2:]]
 
 
 def by_scope(
@@ -93,5 +94,33 @@ def by_scope(
                 **reach[name],
             )
             for name in SCOPES
+        }
+    )
+
+
+def by_bos(
+    model: LoadedModel,
+    prompts: Any,
+    *,
+    edit: str = "mask",
+    controls: Sequence[str] = CONTROLS,
+    seed: int = 0,
+    clean: CleanRuns | None = None,
+) -> ScopedEffects:
+    """`lens.sinks.effect` of the first token on the same text with BOS in front and without.
+
+    Args:
+        model, prompts, edit, controls, seed, clean: as for `effect`.
+
+    Raises:
+        LensError: as `lens.sinks.bos_pair` and `effect`.
+
+    Example:
+        >>> lens.sinks.by_bos(model, texts).table()[["reach", "condition", "delta_loss", "bos"]]
+    """
+    return ScopedEffects(
+        {
+            name: effect(model, ids, edit=edit, controls=controls, seed=seed, clean=clean)
+            for name, ids in bos_pair(model, prompts).items()
         }
     )

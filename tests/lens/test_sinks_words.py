@@ -63,7 +63,7 @@ def test_mechanism_in_words_and_figure(model):
     result = mechanism(model, IDS)
     assert "no mechanism to explain" in result.findings()[0]
     assert np.array_equal(_drawn(result)[0].y, result.rows["drain"])
-    rows = result.rows.assign(alpha=0.9, key_norm=0.25, drain=0.125, contribution=0.5)
+    rows: Any = result.rows.assign(alpha=0.9, key_norm=0.25, drain=0.125, contribution=0.5)
     found = type(result)(rows, "added", 2).findings()
     assert found[0].startswith("18 of 18 heads park on the sources")
     assert "0.25 times as long" in found[1]
@@ -85,7 +85,7 @@ def test_dose_in_words(model, clean):
 def test_scopes_and_activity_are_drawn(model, clean):
     scopes = by_scope(model, IDS, head="L1H4", controls=("mass",), clean=clean)
     sources, mass = _drawn(scopes)
-    table = scopes.table().set_index("condition")
+    table: Any = scopes.table().set_index("condition")
     assert sources.x.tolist() == table.loc["sources", "delta_loss"].tolist()
     assert mass.x.tolist() == table.loc["mass", "delta_loss"].tolist()
     assert sources.y[2] == "layers 1 to 2 (from_layer)"
