@@ -18,6 +18,7 @@ from lens.circuits.exports import from_mib, to_attribution_graph, to_mib
 from lens.circuits.graph import Graph
 from lens.circuits.minimality import Minimality, minimality
 from lens.circuits.nodes import find_nodes
+from lens.circuits.patching import PatchEffects, patch, path_patch
 from lens.circuits.recovery import Recovery, recovery
 from lens.circuits.scoring import score_edges
 from lens.circuits.stability import NoiseFloor, Stability, jaccard, noise_floor, stability
@@ -32,6 +33,7 @@ __all__ = [
     "Graph",
     "Minimality",
     "NoiseFloor",
+    "PatchEffects",
     "Recovery",
     "Stability",
     "acdc",
@@ -46,6 +48,8 @@ __all__ = [
     "make_circuit",
     "minimality",
     "noise_floor",
+    "patch",
+    "path_patch",
     "recovery",
     "run_circuit",
     "score_edges",

@@ -89,6 +89,7 @@ def minimality(
     task: Task,
     circuit: Circuit,
     *,
+    nodes: Sequence[str] | None = None,
     given: Mapping[str, Sequence[str]] | None = None,
     random: int = 20,
     seed: int = 0,
@@ -99,6 +100,7 @@ def minimality(
     Args:
         model, task: those of the circuit, or the same model and other prompts.
         circuit: its ablation replaces what is taken out.
+        nodes: those to try; all of the circuit if not given.
         given: for some nodes a set K that is out already, such as the backups of the same class.
         random: random circuits of as many edges, out of each of which a random node is taken.
         seed: of these draws.
@@ -111,9 +113,14 @@ def minimality(
     """
     if isinstance(random, bool) or not isinstance(random, int) or random < 1:
         raise LensError(f"random must be a positive number of draws, got {random!r}")
-    nodes = tuple(name for name in circuit.nodes if name != "input")
-    if not nodes:
+    inside = tuple(name for name in circuit.nodes if name != "input")
+    if not inside:
         raise LensError("the circuit has no heads and no MLPs, so there is no node to take out")
+    nodes = inside if nodes is None else tuple(nodes)
+    if not nodes or set(nodes) - set(inside):
+        raise LensError(
+            f"nodes must be heads and MLPs of the circuit, such as {inside[0]!r}; got {list(nodes)}"
+        )
     sets = {name: tuple(names) for name, names in (given or {}).items()}
     if unknown := set(sets) - set(nodes):
         raise LensError(f"given names {min(unknown)!r}, which is no node of the circuit")

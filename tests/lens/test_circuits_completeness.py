@@ -131,6 +131,8 @@ def test_a_set_that_is_out_already_shows_what_it_made_up_for():
     assert found.drops[:, 0] == pytest.approx([1, 0, 1], abs=1e-12)
     assert found.given == (("a0.h1",), (), ())
     assert found.needed() == ("a0.h0", "m0")
+    one = minimality(known.model, known.task, circuit, nodes=["m0"], random=2, progress=False)
+    assert (one.nodes, one.drops[0, 0]) == (("m0",), pytest.approx(1))
     table = found.table()
     assert list(table["node"])[-1] == "a0.h1"
     assert table["low"].isna().all()  # one prompt has no interval
@@ -156,6 +158,8 @@ def test_what_has_no_parts_is_refused():
     with pytest.raises(LensError, match="no heads and no MLPs"):
         minimality(known.model, known.task, bare)
     circuit = gate_circuit(known, HALF)
+    with pytest.raises(LensError, match="nodes must be heads and MLPs of the circuit"):
+        minimality(known.model, known.task, circuit, nodes=["a0.h1"])
     with pytest.raises(LensError, match="steps must be a positive integer, got 0"):
         search(known, circuit, steps=0)
     with pytest.raises(LensError, match="random must be a positive number of draws, got 0"):

@@ -22,7 +22,9 @@ FOLDER = "circuits"
 _MOST_EDGES = 1000  # rows of the table of edges
 _ENOUGH = 0.85  # faithfulness that the circuit shall reach on the prompts that it is made from
 _SMALLEST, _SIZES = 0.001, 16  # share of the edges, and number of sizes that are tried
-_FEW = 8  # held-out prompts of the checks that run hundreds of circuits
+_HELD_OUT = 16  # prompts that the circuit is tried on
+_FEW = 8  # of them, for the checks that run hundreds of circuits
+_NODES = 64  # that are taken out one by one
 
 
 def edges(subject: Subject) -> Section:
@@ -87,18 +89,21 @@ def edges(subject: Subject) -> Section:
 
 def circuit(subject: Subject) -> Section:
     """The circuit on prompts that it was not made from, beside others of its size."""
-    _, task = _halves(subject)
+    _, others = _halves(subject)
+    task = others.take(torch.arange(min(others.n, _HELD_OUT)))
     folder = subject.run.path / FOLDER
     scores = circuits.from_mib(folder / "mib" / "importances.json")
     chosen = circuits.load_circuit(folder / f"{_name(task)}.json")
     options = {"seed": subject.seed, "progress": subject.progress}
-    curve = circuits.evaluate(subject.model, task, scores, random=3, **options)
+    curve = circuits.evaluate(subject.model, task, scores, random=2, **options)
     beside = circuits.control(subject.model, task, chosen, draws=10, **options)
     few = task.take(torch.arange(min(task.n, _FEW)))
     complete = circuits.completeness(
         subject.model, few, chosen, runs=2, steps=3, candidates=5, random=5, **options
     )
-    minimal = circuits.minimality(subject.model, few, chosen, random=10, **options)
+    minimal = circuits.minimality(
+        subject.model, few, chosen, nodes=_largest(chosen, scores), random=10, **options
+    )
     table = curve.table()
     absolute = table[table["ranking"] == "absolute"]
     chosen.save(
@@ -128,6 +133,8 @@ def circuit(subject: Subject) -> Section:
             "another ablation, metric or set of prompts it is another number.",
             "Sets of heads for completeness were looked for greedily, so a worse one may exist; what "
             "one node adds is for this circuit and not for the model.",
+            f"Of the heads and MLPs of the circuit the {len(minimal.nodes)} with the largest scores were "
+            "taken out.",
         ),
         columns=defined(tables.values(), COLUMNS),
         configuration={
@@ -191,6 +198,16 @@ def _choose(subject: Subject, task: Task, scores: EdgeScores) -> tuple[Circuit, 
             "ask for more with --edges"
         )
     return chosen, table
+
+
+def _largest(chosen: Circuit, scores: EdgeScores) -> list[str]:
+    """Heads and MLPs whose kept edges have the largest scores by size."""
+    graph = chosen.graph
+    sizes = np.bincount(
+        graph.ends[1], np.abs(scores.values) * chosen.kept, minlength=len(graph.writers)
+    )
+    order = [graph.writers[number] for number in np.argsort(-sizes, kind="stable")]
+    return [name for name in order if name in chosen.nodes and name != "input"][:_NODES]
 
 
 def _name(task: Task) -> str:
@@ -272,8 +289,8 @@ def _minimal(found: Minimality) -> str:
     clear = int(((rows["low"] > 0) | (rows["high"] < 0)).sum())
     best = ", ".join(f"{row['node']} {row['share']:.0%}" for row in rows.head(4).to_dict("records"))
     return (
-        f"{len(found.needed())} of its {len(found.nodes)} heads and MLPs change the task by at least 1 % "
-        f"when they are taken out, {clear} with an interval that excludes 0; most do {best} (a part of a "
+        f"{len(found.needed())} of the {len(found.nodes)} heads and MLPs that were taken out of it change the task by at least 1 %, "
+        f"{clear} with an interval that excludes 0; most do {best} (a part of a "
         f"random circuit: {rows['random'].iloc[0] / abs(found.whole):.1%})."
     )
 

@@ -1,0 +1,52 @@
+"""Figure of `lens.circuits.patch` and `path_patch`: what each node moves, and where."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import plotly.graph_objects as go
+
+from lens.figures.colors import DIVERGING, scale
+from lens.figures.style import Theme, style
+
+if TYPE_CHECKING:
+    from lens.circuits.patching import PatchEffects
+
+
+def patch_map(
+    effects: PatchEffects,
+    *,
+    title: str | None = None,
+    width: int | None = None,
+    height: int | None = None,
+    theme: Theme = "light",
+) -> go.Figure:
+    """Nodes down, positions across: share of the difference between both runs that the patch moves."""
+    values = effects.effects
+    bound = float(np.nanmax(np.abs(values), initial=0.0)) or 1.0
+    figure = go.Figure(
+        go.Heatmap(
+            z=values,
+            x=[str(place) for place in effects.positions],
+            y=list(effects.nodes),
+            colorscale=scale(DIVERGING),
+            zmin=-bound,
+            zmid=0,
+            zmax=bound,
+            colorbar={"title": {"text": "share moved", "side": "right"}, "thickness": 12},
+            hovertemplate="%{y} at %{x}: %{z:.3f}<extra></extra>",
+        )
+    )
+    figure.update_xaxes(title="token", type="category", showgrid=False)
+    figure.update_yaxes(title="node", type="category", autorange="reversed", showgrid=False)
+    node, place = np.unravel_index(int(np.nanargmax(np.abs(values))), values.shape)
+    best = f"{effects.nodes[node]} at {effects.positions[place]}, {values[node, place]:.2f}"
+    return style(
+        figure,
+        title=title or f"{effects.direction} on {effects.task}: most at {best}",
+        width=width,
+        height=height or max(320, 13 * len(effects.nodes) + 110),
+        theme=theme,
+        meta={"task": effects.task, "model": effects.model, "direction": effects.direction},
+    )

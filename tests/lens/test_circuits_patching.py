@@ -1,0 +1,244 @@
+"""Patching: against plain hooks on a GPT-2, and on models whose circuit is known."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from lens.circuits.known import induction_transformer, logic_gate
+from lens.circuits.patching import patch, path_patch
+from lens.errors import LensError
+from tests.lens.circuit_models import ROWS, TOKENS, error, small_model, small_task
+
+HEADS, SIZE, WIDTH = 3, 5, 15
+MARK = torch.tensor([6, 2, 4, 0, 5])
+
+
+@pytest.fixture(scope="module")
+def gpt2():
+    return small_model("gpt2")
+
+
+@pytest.fixture(scope="module")
+def task():
+    return replace(small_task(), marks={"here": MARK})
+
+
+def run(model, ids, hooks: list[tuple[Any, str, Callable]]):
+    """Logits with plain hooks: ("pre", module) gets inputs, ("out", module) outputs."""
+    handles = [
+        module.register_forward_pre_hook(hook)
+        if kind == "pre"
+        else module.register_forward_hook(hook)
+        for module, kind, hook in hooks
+    ]
+    with torch.no_grad():
+        logits = model.model(ids).logits
+    for handle in handles:
+        handle.remove()
+    return logits
+
+
+def read(model, ids) -> dict[str, Tensor]:
+    """z, q, k, v and MLP outputs of a plain run."""
+    found: dict[str, Tensor] = {}
+    hooks: list = []
+    for layer, block in enumerate(model.model.transformer.h):
+
+        def z(_, inputs, layer=layer):
+            found[f"z{layer}"] = inputs[0]
+
+        def qkv(_, __, output, layer=layer):
+            found[f"qkv{layer}"] = output
+
+        def mlp(_, __, output, layer=layer):
+            found[f"m{layer}"] = output
+
+        hooks += [
+            (block.attn.c_proj, "pre", z),
+            (block.attn.c_attn, "out", qkv),
+            (block.mlp, "out", mlp),
+        ]
+    run(model, ids, hooks)
+    return found
+
+
+def put_z(old, new, head, where):
+    part = slice(SIZE * head, SIZE * (head + 1))
+    result = old.clone()
+    result[..., part] = torch.where(where[..., None], new[..., part], old[..., part])
+    return result
+
+
+def by_hooks(model, task, node, where, into, out_of):
+    """Metric [prompts] with one node patched, as one would write it by hand."""
+    other, blocks = read(model, out_of), model.model.transformer.h
+    layer = int(node[1])
+    if node.startswith("m"):
+
+        def write(_, __, output):
+            return torch.where(where[..., None], other[f"m{layer}"], output)
+
+        hooks = [(blocks[layer].mlp, "out", write)]
+    else:
+
+        def hook(_, inputs):
+            return (put_z(inputs[0], other[f"z{layer}"], int(node[4]), where),)
+
+        hooks = [(blocks[layer].attn.c_proj, "pre", hook)]
+    return task.measure(run(model, into, hooks), torch.arange(task.n)).numpy()
+
+
+@pytest.mark.parametrize("direction", ["noising", "denoising"])
+def test_patches_are_those_of_plain_hooks(gpt2, task, direction):
+    pair = (task.clean, task.corrupt)
+    into, out_of = pair if direction == "noising" else pair[::-1]
+    found = patch(gpt2, task, direction=direction, progress=False)
+    assert found.nodes == ("a0.h0", "a0.h1", "a0.h2", "m0", "a1.h0", "a1.h1", "a1.h2", "m1")
+    everywhere = torch.ones(ROWS, TOKENS, dtype=torch.bool)
+    for number, node in enumerate(found.nodes):
+        expected = by_hooks(gpt2, task, node, everywhere, into, out_of)
+        assert error(found.patched[number, 0], expected) < 1e-11, node
+    base = run(gpt2, into, [])
+    assert error(found.base, task.measure(base, torch.arange(ROWS))) < 1e-11
+
+
+def test_patches_at_a_mark_and_at_each_token(gpt2, task):
+    nodes = ["a0.h2", "m0", "a1.h1"]
+    marked = patch(gpt2, task, nodes, positions="here", progress=False)
+    each = patch(gpt2, task, nodes, positions="each", progress=False)
+    assert each.positions == tuple(map(str, range(TOKENS)))
+    at = torch.arange(TOKENS) == MARK[:, None]
+    for number, node in enumerate(nodes):
+        expected = by_hooks(gpt2, task, node, at, task.clean, task.corrupt)
+        assert error(marked.patched[number, 0], expected) < 1e-11
+        for token in (0, 3, 6):
+            there = (torch.arange(TOKENS) == token).expand(ROWS, -1)
+            expected = by_hooks(gpt2, task, node, there, task.clean, task.corrupt)
+            assert error(each.patched[number, token], expected) < 1e-11
+
+
+def four_passes(model, task, sender, receiver, freeze_mlps):
+    """Path patching as Wang et al. do it: cache, freeze, record, overwrite. Receiver: (layer, head, part)."""
+    blocks = model.model.transformer.h
+    clean, corrupt = read(model, task.clean), read(model, task.corrupt)
+    everywhere = torch.ones(ROWS, TOKENS, dtype=torch.bool)
+    recorded: dict[str, Tensor] = {}
+    hooks: list = []
+    for layer, block in enumerate(blocks):
+
+        def freeze(_, __, output, layer=layer):
+            recorded[f"qkv{layer}"] = output
+            return clean[f"qkv{layer}"]
+
+        hooks.append((block.attn.c_attn, "out", freeze))
+        if freeze_mlps:
+
+            def hold(_, __, ___, layer=layer):
+                return clean[f"m{layer}"]
+
+            hooks.append((block.mlp, "out", hold))
+    layer = int(sender[1])
+
+    def send(_, inputs):
+        return (put_z(inputs[0], corrupt[f"z{layer}"], int(sender[4]), everywhere),)
+
+    hooks.append((blocks[layer].attn.c_proj, "pre", send))
+    logits = run(model, task.clean, hooks)
+    if receiver != "logits":
+        at, head, part = receiver
+        place = slice(WIDTH * part + SIZE * head, WIDTH * part + SIZE * (head + 1))
+
+        def receive(_, __, output):
+            result = output.clone()
+            result[..., place] = recorded[f"qkv{at}"][..., place]
+            return result
+
+        logits = run(model, task.clean, [(blocks[at].attn.c_attn, "out", receive)])
+    return task.measure(logits, torch.arange(ROWS)).numpy()
+
+
+@pytest.mark.parametrize("freeze_mlps", [False, True])
+@pytest.mark.parametrize(
+    ("name", "receiver"), [("logits", "logits"), ("a1.h2<q>", (1, 2, 0)), ("a1.h0<v>", (1, 0, 2))]
+)
+def test_paths_are_those_of_the_four_passes(gpt2, task, freeze_mlps, name, receiver):
+    senders = ["a0.h0", "a0.h1", "a0.h2"]
+    found = path_patch(gpt2, task, [name], senders, freeze_mlps=freeze_mlps, progress=False)
+    for number, sender in enumerate(senders):
+        expected = four_passes(gpt2, task, sender, receiver, freeze_mlps)
+        assert error(found.patched[number, 0] - found.base, expected - found.base) < 1e-9
+
+
+def test_a_head_as_receiver_reads_by_all_three_parts(gpt2, task):
+    whole = path_patch(gpt2, task, ["a1.h1"], ["a0.h1"], progress=False)
+    assert whole.receivers == ("a1.h1<q>", "a1.h1<k>", "a1.h1<v>")
+    parts = path_patch(gpt2, task, whole.receivers, ["a0.h1"], progress=False)
+    assert error(whole.patched, parts.patched) < 1e-12
+
+
+def test_what_comes_later_has_no_path_and_mlps_and_the_input_can_send(gpt2, task):
+    late = path_patch(gpt2, task, ["a0.h1"], ["a1.h0", "m1"], progress=False)
+    assert np.abs(late.patched - late.base).max() < 1e-12
+    frozen = path_patch(gpt2, task, ["logits"], ["m1", "input"], freeze_mlps=True, progress=False)
+    only = patch(gpt2, task, ["m1"], progress=False)  # the last MLP has no reader but the logits
+    assert error(frozen.patched[0], only.patched[0]) < 1e-11
+    assert np.abs(frozen.effects[1]).max() > 1e-3
+
+
+def test_and_gates_show_in_noising_and_or_gates_in_denoising():
+    effects = {}
+    for gate in ("and", "or"):
+        known = logic_gate(gate, dtype="float64")
+        for direction in ("noising", "denoising"):
+            found = patch(
+                known.model, known.task, ["a0.h0", "m0"], direction=direction, progress=False
+            )
+            effects[gate, direction] = found.effects[:, 0]
+    assert effects["and", "noising"] == pytest.approx([1, 1])
+    assert effects["and", "denoising"] == pytest.approx([0, 1])
+    assert effects["or", "noising"] == pytest.approx([0, 1])
+    assert effects["or", "denoising"] == pytest.approx([1, 1])
+
+
+def test_the_chain_of_the_induction_transformer():
+    known = induction_transformer(8, dtype="float64")
+    task = known.tasks[next(name for name in known.tasks if name != next(iter(known.tasks)))]
+    found = patch(known.model, task, progress=False)
+    best = found.table().iloc[0]
+    assert best["node"] in ("a0.h0", "a1.h0")
+    assert best["effect"] == pytest.approx(1, abs=0.02)
+    assert "noising on" in repr(found)
+    figure: Any = found.plot()
+    assert figure.data[0].z.shape == (len(found.nodes), 1)
+    table = found.table().set_index("node")
+    assert table.loc["a0.h1", "effect"] == pytest.approx(0, abs=1e-9)  # a decoy
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"direction": "sideways"}, "direction must be noising or denoising, got 'sideways'"),
+        ({"nodes": ["a9.h0"]}, r"nodes must be writers of the graph.*got 'a9\.h0'"),
+        ({"nodes": []}, "nodes must be writers of the graph"),
+        ({"positions": "s2"}, r"a mark of the task \(here\), got 's2'"),
+    ],
+)
+def test_wrong_patches_are_refused(gpt2, task, options, message):
+    with pytest.raises(LensError, match=message):
+        patch(gpt2, task, **options)
+
+
+def test_wrong_paths_are_refused(gpt2, task):
+    with pytest.raises(LensError, match=r"there is no receiver 'a1\.h9'"):
+        path_patch(gpt2, task, ["a1.h9"])
+    with pytest.raises(LensError, match="needs at least one receiver"):
+        path_patch(gpt2, task, [])
+    with pytest.raises(LensError, match="path_patch takes one place at a time"):
+        path_patch(gpt2, task, ["logits"], positions="each")
+    with pytest.raises(LensError, match="has no corrupt prompts"):
+        patch(gpt2, replace(task, corrupt=None))
