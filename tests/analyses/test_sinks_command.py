@@ -27,7 +27,10 @@ def moved_run(lens_command, tmp_path_factory):
 
 
 def test_every_step_leaves_its_section_and_the_folders_are_whole(sinks_run, moved_run):
-    assert sinks_run.sections == ["detection", "mechanism", "effects", "dose", "streaming"]
+    assert sinks_run.sections == [
+        *("detection", "mechanism", "effects", "first_token", "dose"),
+        *("redistribution", "streaming", "spectrum"),
+    ]
     assert moved_run.sections == ["dose", "search"]
     assert validate(sinks_run) == []
     assert validate(moved_run) == []
@@ -52,8 +55,26 @@ def test_the_edit_is_that_of_the_library(sinks_run):
 
 def test_each_edit_has_a_control_and_says_where_the_mass_went(sinks_run):
     section = sinks_run.section("effects")
-    assert all("control" in text and "alpha rose" in text for text in section.summary)
+    summary = section.summary
+    edits = section.tables["edits"][["edit", "scope"]].drop_duplicates()
+    for words in ("mass control", "alpha rose"):
+        assert sum(words in text for text in summary) == len(edits)
+    assert len(set(summary)) == len(summary)
     assert {"source_before", "other_after"} <= set(section.tables["migration"])
+
+
+def test_the_report_goes_from_the_keys_to_the_dark_band(sinks_run):
+    detection = sinks_run.section("detection").tables
+    assert set(detection["keys"]["key"]) == {0}
+    first = sinks_run.section("first_token").tables
+    assert set(first["bos"]["reach"]) == {"with BOS", "without BOS"}
+    assert first["activity"].loc[first["activity"]["off"].notna(), "domain"].nunique() == 3
+    moved = sinks_run.section("redistribution").tables["response"]
+    assert moved["amount"].tolist() == [1.0]
+    energies = sinks_run.section("spectrum").tables["energies"]
+    assert energies.groupby("weight")["energy"].sum().tolist() == pytest.approx([1] * 4)
+    summaries = [text for name in sinks_run.sections for text in sinks_run.section(name).summary]
+    assert len(set(summaries)) == len(summaries)
 
 
 def test_redistribution_reports_the_task_the_side_effects_and_the_held_out_choice(moved_run):

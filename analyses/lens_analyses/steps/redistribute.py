@@ -59,6 +59,36 @@ def dose(subject: Subject) -> Section:
     )
 
 
+def redistribution(subject: Subject) -> Section:
+    """Attention moved from the first token to the others, as part of `lens sinks`: dose and response."""
+    amounts = [amount for amount in subject.amounts if amount]
+    if not amounts:
+        raise LensError(f"analysis.amounts has no amount above 0: {subject.settings.amounts!r}")
+    found = moving.side_effects(
+        subject.model,
+        subject.text_windows,
+        lambda amount: _edit(subject, amount),
+        amounts=amounts,
+        seed=subject.seed,
+    )
+    table = found.table()
+    return Section(
+        name="redistribution",
+        title="Sinks: attention moved to the other keys",
+        summary=found.findings(),
+        limits=(
+            f"Moved by the rule {subject.settings.rule!r} in all heads, from the first token to the keys "
+            "that each row sees, in proportion to what they hold. `lens redistribute` tries single heads "
+            "and judges them on held-out prompts.",
+            "No heads or amounts were chosen on this text.",
+        ),
+        columns=defined([table], COLUMNS | _COLUMNS),
+        configuration={"rule": subject.settings.rule, "amounts": amounts, "sources": "first"},
+        tables={"response": table},
+        figures={"response": side_effect_line(table, "delta_loss")},
+    )
+
+
 def search(subject: Subject) -> Section:
     """Which heads are better off with the edit: chosen on half of the prompts, judged on the others."""
     amount = max(subject.amounts)

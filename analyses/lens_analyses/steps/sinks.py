@@ -1,24 +1,22 @@
-"""Where attention is parked, how a sink works, and whether it matters: detection, mechanism, edits."""
-
-import pandas as pd
+"""Where attention is parked and how a sink works: detection, mechanism, dark directions."""
 
 import lens
 from lens import sinks
-from lens.figures.sink_mechanism import mass_and_value
-from lens.head_ids import HeadId
 from lens.sections import Section
-from lens.sinks.detection import SinkRate
+from lens.sinks.alphas import as_list
 from lens_analyses.steps.columns import defined
 from lens_analyses.steps.subject import Subject
 
 _LENGTHS = (16, 32, 64, 128, 256, 512, 1024)
+_BANDS, _FEW = 10, 3  # bands of the spectrum, and prompts that each is tried on
 
 
 def detection(subject: Subject) -> Section:
     """Which keys are sinks, in how many heads, from which layer on; and on random tokens."""
     texts = subject.text_windows
-    traces = lens.capture(subject.model, texts, statistics=["received"], progress=False)
+    traces = as_list(lens.capture(subject.model, texts, statistics=["received"], progress=False))
     rate, profile = sinks.rate(traces), sinks.profile(traces)
+    keys = sinks.find(traces[0])
     lengths = [length for length in _LENGTHS if length <= len(texts[0])]
     kinds = {"text": texts, **sinks.control_prompts(subject.model, texts, subject.seed)}
     emergence = sinks.emergence(subject.model, kinds, seed=subject.seed)
@@ -28,6 +26,7 @@ def detection(subject: Subject) -> Section:
     sensitivity = sinks.sensitivity(traces)
     tables = {
         "heads": rate.table(),
+        "keys": keys.table(),
         "positions": profile.table(),
         "epsilon": sensitivity.table(),
         "layers": emergence.table(),
@@ -37,14 +36,15 @@ def detection(subject: Subject) -> Section:
         name="detection",
         title="Sinks: where attention is parked",
         summary=(
-            _rate_in_words(rate),
-            _positions(profile),
+            *rate.findings()[:2],
+            profile.findings()[0],
             *emergence.findings()[1:-1],
             *growth.findings()[:-1],
         ),
         limits=(
             f"Every number is for ε = {rate.epsilon}, T = {rate.samples.tokens} tokens, BOS "
             f"{rate.samples.bos}, n = {rate.samples.n}; rates compare only where these agree.",
+            f"The table of keys is of the first prompt alone. {keys.findings()[-1]}",
             "The sink depends on which token comes first, and not on its being a BOS: another first token, "
             "or a chat template, can move it.",
             "Where attention is parked says nothing about what it does: see the edits.",
@@ -58,6 +58,7 @@ def detection(subject: Subject) -> Section:
         tables=tables,
         figures={
             "grid": rate.plot(),
+            "keys": keys.plot(),
             "positions": profile.plot(),
             "epsilon": sensitivity.plot(),
             "layers": emergence.plot(),
@@ -69,15 +70,15 @@ def detection(subject: Subject) -> Section:
 def mechanism(subject: Subject) -> Section:
     """Why heads look there, and what they get: keys, values, massive activations, gates."""
     texts = subject.text_windows
-    geometry = sinks.mechanism(subject.model, texts).table()
+    geometry = sinks.mechanism(subject.model, texts)
     found = sinks.massive(subject.model, texts)
     gates = sinks.effective_gate(subject.model, texts, seed=subject.seed)
-    tables = {"heads": geometry, "massive": found.table(), "gates": gates.table()}
-    figures = {"massive": found.plot(), "mass_and_value": mass_and_value(geometry)}
+    tables = {"heads": geometry.table(), "massive": found.table(), "gates": gates.table()}
+    figures = {"massive": found.plot(), "mass_and_value": geometry.plot(), "gates": gates.plot()}
     return Section(
         name="mechanism",
         title="Sinks: how they work",
-        summary=(_drain(geometry), *found.findings(), *gates.findings()),
+        summary=(*geometry.findings()[:-1], *found.findings(), *gates.findings()),
         limits=(
             "Norms and cosines are of the key and query vectors as they meet; they describe, and prove no cause.",
             "A layer's massive activations are named by thresholds; the largest value is stated where none passes.",
@@ -89,153 +90,30 @@ def mechanism(subject: Subject) -> Section:
     )
 
 
-def effects(subject: Subject) -> Section:
-    """The sink edited away, beside controls of the same size, mass and position; where mass moves."""
-    texts = subject.text_windows
-    strongest = _strongest(subject)
-    found = []
-    for edit in (name.strip() for name in subject.settings.edits.split(",")):
-        found.append(sinks.effect(subject.model, texts, edit=edit, seed=subject.seed))
-    found += [
-        sinks.effect(
-            subject.model,
-            texts,
-            edit="mask",
-            heads=[strongest],
-            controls=("mass",),
-            seed=subject.seed,
-        ),
-        sinks.effect(
-            subject.model,
-            texts,
-            edit="mask",
-            layers=[strongest.layer],
-            controls=("mass",),
-            seed=subject.seed,
-        ),
-        sinks.head_effect(subject.model, texts, heads=[strongest], seed=subject.seed),
-    ]
-    massive = sinks.massive(subject.model, texts)
-    if len(massive.rows):
-        found.append(sinks.massive_effect(subject.model, texts, massive, seed=subject.seed))
-    tables = {
-        "edits": pd.concat([one.table() for one in found], ignore_index=True),
-        "migration": pd.concat(
-            [one.migration.assign(edit=one.edit, scope=one.scope) for one in found],
-            ignore_index=True,
-        ),
-    }
+def spectrum(subject: Subject) -> Section:
+    """What the bands of the unembedding's spectrum are read and written by, and worth."""
+    texts = subject.text_windows[:_FEW]
+    energies = sinks.band_energies(subject.model, count=_BANDS)
+    losses = sinks.band_losses(subject.model, texts, count=_BANDS, seed=subject.seed)
+    mean = energies.groupby(["weight", "band"], as_index=False)["energy"].mean()
+    dark = mean[mean["band"] == _BANDS - 1].set_index("weight")["energy"]
+    shares = ", ".join(f"{name} {share:.1%}" for name, share in dark.items())
+    tables = {"losses": losses.table(), "energies": mean}
     return Section(
-        name="effects",
-        title="Sinks: do they matter?",
-        summary=tuple(_in_short(one) for one in found),
+        name="spectrum",
+        title="Sinks: dark directions",
+        summary=(
+            *losses.findings(),
+            f"Share of the weights in the darkest of {_BANDS} bands, mean over heads: {shares} (by "
+            f"chance {1 / _BANDS:.0%}).",
+        ),
         limits=(
-            "A small change of loss does not prove that a sink is of no use: attention moves to the next key, "
-            "as the migration table says.",
-            "The mass control edits ordinary keys that hold as much attention together; where a prompt has "
-            "no such keys its own column mass says how much it reached.",
+            "Bands are of the unembedding's singular directions, strongest first (arXiv 2402.09221).",
         ),
         columns=defined(tables.values(), COLUMNS),
-        configuration={"sources": "first", "edits": subject.settings.edits, "head": str(strongest)},
+        configuration={"bands": _BANDS, "prompts": len(texts)},
         tables=tables,
-        figures={
-            **{f"edit_{number}": one.plot("excess") for number, one in enumerate(found)},
-            "migration": found[0].plot_migration(),
-        },
-    )
-
-
-def dose(subject: Subject) -> Section:
-    """How the effect grows with the amount that is taken from the sink."""
-    amounts = subject.amounts
-    found = sinks.dose_response(
-        subject.model, subject.text_windows, amounts=amounts, seed=subject.seed
-    )
-    table = found.table()
-    rows = table[table["condition"] == "sources"]
-    shown = "; ".join(
-        f"{row['amount']:g}: {row['delta_loss']:+.4f} [{row['delta_loss_low']:+.4f}, {row['delta_loss_high']:+.4f}]"
-        for row in rows.to_dict("records")
-    )
-    return Section(
-        name="dose",
-        title="Sinks: dose and response",
-        summary=(f"Change of the loss in nats a token by the share masked: {shown}.",),
-        limits=("The same control keys are edited at every amount.",),
-        columns=defined([table], COLUMNS),
-        configuration={"amounts": list(amounts), "edit": "mask", "sources": "first"},
-        tables={"curve": table},
-        figures={"curve": found.plot()},
-    )
-
-
-def streaming(subject: Subject) -> Section:
-    """What a cache of the first few and the last keys keeps, and what the windowed run costs."""
-    texts = subject.text_windows
-    length = len(texts[0])
-    windows = sorted({max(1, length // 8), max(1, length // 4)})
-    found = sinks.streaming(
-        subject.model, texts, n_sink=(0, 1, 4), window=windows, seed=subject.seed
-    )
-    table = found.table()
-    return Section(
-        name="streaming",
-        title="Sinks: a cache of the first and the last keys",
-        summary=tuple(found.findings()[:-1]),
-        limits=(found.findings()[-1],),
-        columns=defined([table], COLUMNS),
-        configuration={"n_sink": [0, 1, 4], "window": windows},
-        tables={"policies": table},
-        figures={"policies": found.plot()},
-    )
-
-
-def _strongest(subject: Subject) -> HeadId:
-    """The head whose first token receives most."""
-    table = subject.run.section("detection").tables["heads"]
-    row = table.sort_values("alpha", ascending=False, kind="stable").iloc[0]
-    return HeadId(int(row["layer"]), int(row["head"]))
-
-
-def _in_short(effect: sinks.SinkEffect) -> str:
-    """What the edit does, and whether that is more than editing as much attention elsewhere does."""
-    sentences = effect.findings()
-    control = [
-        text for text in sentences if "the mass control" in text or "the size control" in text
-    ]
-    moved = [text for text in sentences if "alpha rose" in text]
-    return " ".join((sentences[0], *control[-1:], *moved))
-
-
-def _rate_in_words(rate: SinkRate) -> str:
-    table = rate.table().sort_values("alpha", ascending=False, kind="stable")
-    top = ", ".join(
-        f"L{row['layer']:.0f}H{row['head']:.0f} {row['alpha']:.2f}"
-        for row in table.head(3).to_dict("records")
-    )
-    return (
-        f"The first token is a sink in {rate.value:.1%} [{rate.low:.1%}, {rate.high:.1%}] of heads (ε = "
-        f"{rate.epsilon}, T = {rate.samples.tokens}, BOS {rate.samples.bos}, n = {rate.samples.n}); it "
-        f"receives most in {top} (mean α)."
-    )
-
-
-def _positions(profile: sinks.SinkProfile) -> str:
-    others = [key for key in profile.common() if key]
-    if not others:
-        return "No other position is a sink in common."
-    return f"Other positions that are sinks in common: {', '.join(map(str, others[:8]))}."
-
-
-def _drain(geometry: pd.DataFrame) -> str:
-    heads = geometry[geometry["alpha"] > 0.3]
-    if not len(heads):
-        return "No head has a sink on the first token (mean α above 0.3), so there is no mechanism to explain."
-    return (
-        f"In the {len(heads)} heads with a sink on the first token its key is {heads['key_norm'].median():.2f} "
-        f"times as long as the others' median, its cosine with the queries {heads['cosine'].median():.2f} "
-        f"against {heads['cosine_others'].median():.2f}, and what it writes {heads['drain'].median():.2f} times "
-        "as large as what other tokens write (medians over those heads)."
+        figures={"losses": losses.plot()},
     )
 
 
@@ -246,6 +124,15 @@ COLUMNS = {
     "rate": "Share of heads (and prompts) in which the key is a sink: alpha > epsilon (Gu et al., arXiv 2410.10781).",
     "low": "Low end of the 95 % interval over prompts.",
     "high": "High end of the 95 % interval over prompts.",
+    "reach": "Name of the scope, or whether the text begins with BOS.",
+    "domain": "Which text.",
+    "activity": "1 - mean attention that the first token receives.",
+    "off": "Change of loss with the head's output 0, nats a token.",
+    "first": "Change of loss with all the head's attention on the first token, nats a token.",
+    "dormant": "Activity below 0.2 and a change of loss below 0.001 with the head off (arXiv 2410.13835).",
+    "band": "Of the unembedding's singular directions, 0 the strongest.",
+    "energy": "Share of the weights' squared norm in the band, mean over heads.",
+    "weight": "query, key and value read the residual stream, output writes it.",
     "alpha": "Mean attention that the key receives from the queries that see it.",
     "largest_alpha": "The largest alpha of any head.",
     "epsilon": "Threshold of alpha.",

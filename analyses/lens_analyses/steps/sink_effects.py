@@ -1,0 +1,155 @@
+"""Whether a sink matters: edits beside controls, scopes, doses, the first token, a short cache."""
+
+import pandas as pd
+
+from lens import prompts, sinks
+from lens.head_ids import HeadId
+from lens.sections import Section
+from lens_analyses.steps.columns import defined
+from lens_analyses.steps.sinks import COLUMNS
+from lens_analyses.steps.subject import Subject
+
+_HEADS, _FEW = 3, 3  # heads switched off one at a time, on so many prompts of each text
+_OTHERS = ("pride-and-prejudice", "shakespeare")
+
+
+def effects(subject: Subject) -> Section:
+    """The sink edited away, beside controls of the same size, mass and position; where mass moves."""
+    texts = subject.text_windows
+    strongest, clean = strongest_heads(subject, 1)[0], sinks.CleanRuns(subject.model)
+    model, seed = subject.model, subject.seed
+    edits = [name.strip() for name in subject.settings.edits.split(",")]
+    found = [sinks.effect(model, texts, edit=edit, seed=seed, clean=clean) for edit in edits]
+    scopes = sinks.by_scope(
+        model, texts, head=strongest, edit=edits[0], controls=("mass",), seed=seed, clean=clean
+    )
+    found.append(sinks.head_effect(model, texts, heads=[strongest], seed=seed, clean=clean))
+    massive = sinks.massive(model, texts)
+    if len(massive.rows):
+        found.append(sinks.massive_effect(model, texts, massive, seed=seed, clean=clean))
+    tables = {
+        "edits": pd.concat([one.table() for one in found], ignore_index=True),
+        "scopes": scopes.table(),
+        "migration": pd.concat(
+            [one.migration.assign(edit=one.edit, scope=one.scope) for one in found],
+            ignore_index=True,
+        ),
+    }
+    return Section(
+        name="effects",
+        title="Sinks: do they matter?",
+        summary=(
+            *(sentence for one in found for sentence in _in_short(one)),
+            *(scopes.effects[reach].findings()[0] for reach in ("head", "layer")),
+        ),
+        limits=(
+            "A small change of loss does not prove that a sink is of no use: attention moves to the next key, "
+            "as the migration table says.",
+            "The mass control edits ordinary keys that hold as much attention together; where a prompt has "
+            "no such keys its own column mass says how much it reached.",
+        ),
+        columns=defined(tables.values(), COLUMNS),
+        configuration={"sources": "first", "edits": subject.settings.edits, "head": str(strongest)},
+        tables=tables,
+        figures={
+            **{f"edit_{number}": one.plot("excess") for number, one in enumerate(found)},
+            "scopes": scopes.plot(),
+            "migration": found[0].plot_migration(),
+        },
+    )
+
+
+def dose(subject: Subject) -> Section:
+    """How the effect grows with the amount that is taken from the sink."""
+    amounts = subject.amounts
+    found = sinks.dose_response(
+        subject.model, subject.text_windows, amounts=amounts, controls=("mass",), seed=subject.seed
+    )
+    table = found.table()
+    return Section(
+        name="dose",
+        title="Sinks: dose and response",
+        summary=tuple(found.findings()[:-1]),
+        limits=("The same control keys are edited at every amount.",),
+        columns=defined([table], COLUMNS),
+        configuration={"amounts": list(amounts), "edit": "mask", "sources": "first"},
+        tables={"curve": table},
+        figures={"curve": found.plot()},
+    )
+
+
+def streaming(subject: Subject) -> Section:
+    """What a cache of the first few and the last keys keeps, and what the windowed run costs."""
+    texts = subject.text_windows
+    length = len(texts[0])
+    windows = sorted({max(1, length // 8), max(1, length // 4)})
+    found = sinks.streaming(
+        subject.model, texts, n_sink=(0, 1, 4), window=windows, seed=subject.seed
+    )
+    table = found.table()
+    return Section(
+        name="streaming",
+        title="Sinks: a cache of the first and the last keys",
+        summary=tuple(found.findings()[:-1]),
+        limits=(found.findings()[-1],),
+        columns=defined([table], COLUMNS),
+        configuration={"n_sink": [0, 1, 4], "window": windows},
+        tables={"policies": table},
+        figures={"policies": found.plot()},
+    )
+
+
+def first_token(subject: Subject) -> Section:
+    """What hangs on the first token: with BOS and without, and how active its heads are on other text."""
+    texts, model, seed = subject.text_windows, subject.model, subject.seed
+    heads = strongest_heads(subject, _HEADS)
+    domains = _domains(subject)
+    active = sinks.activity(model, domains, heads=heads, seed=seed)
+    tables, figures = {"activity": active.table()}, {"activity": active.plot()}
+    summary, limits = active.findings()[:-1], [active.findings()[-1]]
+    if model.bos_id is None:
+        limits.append(
+            "The model has no BOS token, so the text was not compared with and without it."
+        )
+    else:
+        pair = sinks.by_bos(model, texts, controls=("mass",), seed=seed)
+        rates = sinks.emergence(model, sinks.bos_pair(model, texts), seed=seed)
+        summary = [*rates.findings()[:-1], *pair.findings()[:2], *summary]
+        tables |= {"bos": pair.table(), "bos_layers": rates.table()}
+        figures |= {"bos": pair.plot(), "bos_layers": rates.plot()}
+    return Section(
+        name="first_token",
+        title="Sinks: the first token, BOS and other texts",
+        summary=tuple(summary),
+        limits=(*limits, f"Only the {len(heads)} heads that park most were switched off."),
+        columns=defined(tables.values(), COLUMNS),
+        configuration={"heads": [str(head) for head in heads], "domains": list(domains)},
+        tables=tables,
+        figures=figures,
+    )
+
+
+def _domains(subject: Subject) -> dict[str, list[list[int]]]:
+    """A few windows of the run's text, of another embedded text, and of random tokens."""
+    texts = subject.text_windows[:_FEW]
+    name = next(one for one in _OTHERS if one != subject.config.prompts.text_name)
+    start = texts[0][:1] if texts[0][0] == subject.model.bos_id else []
+    ids = subject.model.encode(prompts.text(name))
+    body, size = ids[len(start) :], len(texts[0]) - len(start)
+    others = [start + body[at * size : (at + 1) * size] for at in range(len(texts))]
+    random = sinks.control_prompts(subject.model, texts, subject.seed)["random"]
+    return {"the run's text": texts, name: others, "random tokens": random}
+
+
+def strongest_heads(subject: Subject, count: int) -> list[HeadId]:
+    """The heads whose first token receives most, as the detection found."""
+    table = subject.run.section("detection").tables["heads"]
+    rows = table.sort_values("alpha", ascending=False, kind="stable").head(count)
+    return [HeadId(int(row["layer"]), int(row["head"])) for row in rows.to_dict("records")]
+
+
+def _in_short(effect: sinks.SinkEffect) -> list[str]:
+    """What the edit does, and whether that is more than editing as much attention elsewhere does."""
+    sentences = effect.findings()
+    control = [text for text in sentences if "mass control" in text or "size control" in text]
+    return [sentences[0], *control[-1:], *(text for text in sentences if "alpha rose" in text)]
