@@ -14,7 +14,8 @@ from lens.head_ids import AnyHead
 from lens.models.loaded import LoadedModel
 from lens.redistribution.base import AttentionEdit, attend, part_of, selected_heads
 from lens.redistribution.keys import Keys, KeysAt, check_keys, members
-from lens.redistribution.rules import REST, SOURCES, TARGETS, apply, check_rule
+from lens.redistribution.recipes import RECIPES, recipe
+from lens.redistribution.rules import REST, SOURCES, TARGETS, WHOLE_ROWS, apply, check_rule
 
 
 @contextmanager
@@ -23,12 +24,12 @@ def redistribute(
     *,
     sources: Keys | None = None,
     targets: Keys | None = None,
-    amount: float,
+    amount: float | None = None,
     rule: str = "transfer",
     layers: Sequence[int] | None = None,
     heads: Sequence[AnyHead] | None = None,
     backend: str = "auto",
-) -> Iterator[Edit]:
+) -> Iterator[AttentionEdit]:
     """Edit the attention of every forward pass inside the block, generation included.
 
     Prefill and each decoding step are edited alike, from the states of key groups that one kernel
@@ -39,17 +40,21 @@ def redistribute(
         model: as `lens.load` returns it; run `model.model` inside the block as you like.
         sources: keys that lose attention: "first", positions counted from the first real token, a
             bool tensor over the positions, or a function of `KeysAt`, called at each layer and
-            step, that returns bool [keys] or [batch, keys]. Not for "learned_sink".
-        targets: keys that receive it, for "transfer"; None: all others that the row sees.
-        amount: fraction 0..1 for "mask" (and renormalise), "drop" and "transfer"; number added to
-            the logits for "logit_bias"; exp(logit) for "learned_sink" (1: softmax-off-by-one).
-        rule: one of `lens.redistribution.rules.RULES`.
+            step, that returns bool [keys] or [batch, keys]. Not for "learned_sink", "off_by_one",
+            "act" and "pasta"; the sinks for "var", None where it shall look for them.
+        targets: keys that receive it, for "transfer" (None: all others that the row sees), "var" (the
+            image) and "pasta" (positions to emphasise).
+        amount: fraction 0..1 for "mask" (and renormalise), "drop", "transfer" and "off_by_one" (1, all
+            of it, where none is given); number added to the logits for "logit_bias"; exp(logit) for
+            "learned_sink"; of the recipes see `lens.redistribution.recipes`, which have defaults.
+        rule: one of `lens.redistribution.rules.RULES`, or a published recipe in its paper's reading:
+            "var", "act" or "pasta"; `lens.redistribution.var` and its like take all their numbers.
         layers: those to edit; None: all.
         heads: such as "L3H5", those to edit (instead of `layers`); None: all of the layers.
         backend: of `lens_kernels`.
 
     Yields:
-        `Edit`, which counts what was done.
+        `AttentionEdit`, which counts what was done.
 
     Raises:
         LensError: arguments that do not fit each other, layers or heads that the model has not, a
@@ -64,7 +69,15 @@ def redistribute(
         ...     model.model.generate(ids, max_new_tokens=20)
         >>> edit.edited_rows, edit.skipped_rows
     """
+    if rule in RECIPES:
+        places = {"layers": layers, "heads": heads, "backend": backend}
+        with recipe(rule, model, sources, targets, amount, **places) as edit:
+            yield edit
+        return
+    if amount is None and rule == "off_by_one":
+        amount = 1.0
     check_rule(rule, amount, sources is not None, targets is not None)
+    assert amount is not None
     for name, keys in (("sources", sources), ("targets", targets)):
         if keys is not None:
             check_keys(name, keys)
@@ -116,7 +129,7 @@ class Edit(AttentionEdit):
             lse,
             call.sink_logits,
         )
-        moved = SOURCES if self._rule != "learned_sink" else REST
+        moved = REST if self._rule in WHOLE_ROWS else SOURCES
         before, after = edited.mass_before[moved], edited.mass[moved]
         self._count(before, after, edited.skipped, lse > -torch.inf)
         return edited.output

@@ -7,8 +7,9 @@ probabilities become
     drop           P_S (1 - a), and nothing else: rows sum to 1 - a m_S
     logit_bias     softmax of the logits with a added to those of S
     transfer       P_S (1 - a), P_R (1 + a m_S / m_R), the rest as it was
-    learned_sink   all divided by 1 + a exp(-lse): a = 1 is softmax-off-by-one, a = exp(b) a learned
-                   sink with logit b
+    learned_sink   all divided by 1 + a exp(-lse), where a = exp(b) is a learned sink with logit b
+    off_by_one     the same with a fraction a: 1 is softmax-off-by-one, exp(x) / (1 + sum exp(x)), which is
+                   a learned sink with logit 0; 0 is the softmax
 
 In the terms of `edit(kind, renorm)`: `logit_bias` is the logit edit; `drop`, `mask` and `transfer` are
 a scaling of probabilities by 1 - a that renormalises nothing, everything, or the receivers alone. So
@@ -38,20 +39,23 @@ from lens_kernels.redistribution import (
 
 from lens.errors import LensError
 
-RULES = ("mask", "drop", "logit_bias", "transfer", "learned_sink")
+RULES = ("mask", "drop", "logit_bias", "transfer", "learned_sink", "off_by_one")
+WHOLE_ROWS = ("learned_sink", "off_by_one")  # rules without sources
 REST, SOURCES, TARGETS = 0, 1, 2
 
 
-def check_rule(rule: str, amount: float, has_sources: bool, has_targets: bool) -> None:
+def check_rule(rule: str, amount: float | None, has_sources: bool, has_targets: bool) -> None:
     """Raises LensError where the arguments of `lens.redistribute` do not make sense together."""
     if rule not in RULES:
         raise LensError(
-            f"rule must be one of {', '.join(RULES)}, got {rule!r}; the recipes var, act and pasta are "
-            "functions of lens.redistribution"
+            f"rule must be one of {', '.join(RULES)}, or in lens.redistribute a recipe (var, act, pasta); "
+            f"got {rule!r}"
         )
+    if amount is None:
+        raise LensError(f"rule {rule!r} needs an amount, such as amount=0.5")
     if isinstance(amount, bool) or not isinstance(amount, int | float) or math.isnan(amount):
         raise LensError(f"amount must be a number, got {amount!r}")
-    if rule in ("mask", "drop", "transfer") and not 0 <= amount <= 1:
+    if rule in ("mask", "drop", "transfer", "off_by_one") and not 0 <= amount <= 1:
         raise LensError(f"amount of rule {rule!r} is a fraction 0..1, got {amount}")
     if rule == "logit_bias" and amount == math.inf:
         raise LensError("amount of rule 'logit_bias' is added to logits and cannot be +inf")
@@ -59,9 +63,9 @@ def check_rule(rule: str, amount: float, has_sources: bool, has_targets: bool) -
         raise LensError(f"amount of rule 'learned_sink' is exp(its logit), 0 or more, got {amount}")
     if has_targets and rule != "transfer":
         raise LensError(f"rule {rule!r} has no targets; only 'transfer' moves mass to some")
-    if has_sources == (rule == "learned_sink"):
+    if has_sources == (rule in WHOLE_ROWS):
         raise LensError(
-            "rule 'learned_sink' acts on whole rows: leave sources out"
+            f"rule {rule!r} acts on whole rows: leave sources out"
             if has_sources
             else f"rule {rule!r} needs sources"
         )
@@ -88,7 +92,7 @@ def apply(
     Returns:
         With the rows that had nowhere to put the mass in `skipped`.
     """
-    if rule == "learned_sink":
+    if rule in WHOLE_ROWS:
         edit = LearnedSink(math.log(amount))
         return redistribute(groups, edit, output=output, sink_logits=sink_logits)
     if rule == "drop":

@@ -324,7 +324,6 @@ def test_arguments_that_do_not_fit_are_refused():
     model, ids = loaded("llama")
     for match, arguments in (
         ("rule must be one of mask, drop", {"sources": [0], "amount": 1.0, "rule": "zero"}),
-        ("recipes var, act and pasta are functions", {"sources": [0], "amount": 1.0, "rule": "var"}),
         ("amount must be a number, got 'all'", {"sources": [0], "amount": "all"}),
         ("is a fraction 0..1, got 1.5", {"sources": [0], "amount": 1.5}),
         ("cannot be .inf", {"sources": [0], "amount": math.inf, "rule": "logit_bias"}),
