@@ -7,7 +7,7 @@
 >>> lens.circuits.evaluate(known.model, known.task, edges)
 """
 
-from lens.circuits import known
+from lens.circuits import hypothesis, known
 from lens.circuits.acdc import Acdc, acdc
 from lens.circuits.circuit import Circuit, load_circuit, make_circuit
 from lens.circuits.completeness import Completeness, completeness
@@ -16,6 +16,7 @@ from lens.circuits.edge_scores import EdgeScores
 from lens.circuits.evaluation import CircuitEvaluation, evaluate, run_circuit
 from lens.circuits.exports import from_mib, to_attribution_graph, to_mib
 from lens.circuits.graph import Graph
+from lens.circuits.joined import JoinedHeads, join
 from lens.circuits.minimality import Minimality, minimality
 from lens.circuits.nodes import find_nodes
 from lens.circuits.patching import PatchEffects, patch, path_patch
@@ -31,6 +32,7 @@ __all__ = [
     "Control",
     "EdgeScores",
     "Graph",
+    "JoinedHeads",
     "Minimality",
     "NoiseFloor",
     "PatchEffects",
@@ -42,7 +44,9 @@ __all__ = [
     "evaluate",
     "find_nodes",
     "from_mib",
+    "hypothesis",
     "jaccard",
+    "join",
     "known",
     "load_circuit",
     "make_circuit",

@@ -1,0 +1,45 @@
+"""Heads given by name, by a circuit or by a known circuit, as one ordered set."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from lens.circuits.circuit import Circuit
+from lens.circuits.known.circuit import KnownCircuit
+from lens.errors import LensError
+from lens.head_ids import AnyHead, HeadId, head_id
+from lens.models.loaded import LoadedModel
+
+_NODE = re.compile(r"a(\d+)\.h(\d+)")
+
+
+def heads_of(heads: Iterable[AnyHead] | Circuit | KnownCircuit) -> tuple[HeadId, ...]:
+    """The heads that are meant, sorted, each once; of a circuit those that a kept edge leaves from.
+
+    Raises:
+        LensError: one string instead of a list, or something that is no head.
+    """
+    if isinstance(heads, KnownCircuit):
+        return tuple(sorted(heads.heads))
+    if isinstance(heads, Circuit):
+        found = (_NODE.fullmatch(node) for node in heads.nodes)
+        return tuple(sorted(HeadId(int(match[1]), int(match[2])) for match in found if match))
+    if isinstance(heads, str):
+        raise LensError(f"heads must be a list such as ['L3H5'], got the string {heads!r}")
+    return tuple(sorted({head_id(head) for head in heads}))
+
+
+def heads_in(
+    model: LoadedModel, heads: Iterable[AnyHead] | Circuit | KnownCircuit
+) -> tuple[HeadId, ...]:
+    """As `heads_of`, at least one and all in the model.
+
+    Raises:
+        LensError: no head, or one that the model has not got.
+    """
+    info = model.info
+    chosen = heads_of(heads)
+    if not chosen:
+        raise LensError("there are no heads in it; give at least one, such as ['L3H5']")
+    return tuple(head_id(head, layers=info.layers, heads=info.heads) for head in chosen)

@@ -1,0 +1,50 @@
+"""The figure of `lens.circuits.join`: how the effect of each head splits."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import plotly.graph_objects as go
+
+from lens.figures.style import Theme, style
+
+if TYPE_CHECKING:
+    from lens.circuits.joined import JoinedHeads
+
+_PARTS = ("pattern", "value", "interaction")
+
+
+def parts_plot(
+    joined: JoinedHeads,
+    *,
+    title: str | None = None,
+    width: int | None = None,
+    height: int | None = None,
+    theme: Theme = "light",
+) -> go.Figure:
+    """Bars of pattern, value and interaction stacked, and the full effect with its interval."""
+    table = joined.table()
+    figure = go.Figure()
+    for part in _PARTS:
+        figure.add_bar(x=table["head"], y=table[part], name=part)
+    figure.add_scatter(
+        x=table["head"],
+        y=table["full"],
+        mode="markers",
+        name="full effect",
+        marker={"symbol": "line-ew-open", "size": 14},
+        error_y={
+            "type": "data",
+            "array": table["full_high"] - table["full"],
+            "arrayminus": table["full"] - table["full_low"],
+        },
+    )
+    figure.update_layout(barmode="relative")
+    figure.update_yaxes(title=f"lost {joined.metric}")
+    best = table.iloc[int(table["full"].abs().to_numpy().argmax())]
+    finding = (
+        f"{best['head']} matters most ({best['full']:.3g}): pattern {best['pattern']:.3g}, "
+        f"value {best['value']:.3g}"
+    )
+    meta = {"task": joined.task, "model": joined.model}
+    return style(figure, title=title or finding, width=width, height=height, theme=theme, meta=meta)
