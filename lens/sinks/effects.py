@@ -97,10 +97,10 @@ class SinkEffect:
         sources = table.loc["sources"]
         done = f"Edit {self.edit} (amount {self.amount:g}) of {self.scope}"
         sentences = [
-            f"{done} changes the loss by {_with_interval(sources, 'delta_loss')} nats per token, the "
-            f"prediction by a KL of {_with_interval(sources, 'kl')} nats and "
-            f"{sources['flip_rate']:.1%} of the most likely tokens; {sources['mass']:.0%} of the edited "
-            f"heads' attention lay there."
+            f"{done} changes the loss by {_with_interval(sources, 'delta_loss')} nats per token.",
+            f"The prediction moves by a KL of {_with_interval(sources, 'kl')} nats, and "
+            f"{sources['flip_rate']:.1%} of the most likely tokens change; {sources['mass']:.0%} of the "
+            f"edited heads' attention lay there.",
         ]
         for control, row in table.drop(index="sources").iterrows():
             less, more = row["excess_high"] < 0, row["excess_low"] > 0
@@ -113,13 +113,13 @@ class SinkEffect:
         taken = int((rise > TOOK_OVER).sum())
         sentences.append(
             f"In {taken} of {len(rise)} heads another key's alpha rose by more than {TOOK_OVER}"
-            + (
-                ": attention moved to the next sink, so a small change of loss does not show that "
-                "sinks are of no use."
-                if taken
-                else "; no other key took the sources' place."
-            )
+            + ("." if taken else "; no other key took the sources' place.")
         )
+        if taken:
+            sentences.append(
+                "Attention moved to the next sink, so a small change of loss does not show that sinks "
+                "are of no use."
+            )
         lengths = f"{min(self.tokens)} to {max(self.tokens)}"
         sentences.append(
             f"Measured on {len(self.tokens)} prompts of {lengths} tokens, BOS {self.bos}; intervals "

@@ -2,9 +2,11 @@
 
 import numpy as np
 import pytest
+import torch
 
 import lens
 from lens.errors import LensError
+from tests.lens.architectures import build
 from tests.lens.traces import probabilities, trace_of
 
 ALPHA_OF_FIRST = {16: 0.211296, 64: 0.074123, 256: 0.023923, 1024: 0.007333}
@@ -38,6 +40,17 @@ def test_uniform_attention_has_the_alpha_of_the_harmonic_numbers(length):
 def test_uniform_attention_at_64_by_the_published_numbers():
     alpha = lens.sinks.profile(trace_of(uniform(64))).alpha[0, 0]
     assert alpha[[0, 1, 31]] == pytest.approx([0.0741233, 0.0594268, 0.0217165], abs=1e-6)
+
+
+def test_a_model_without_positions_is_uniform_on_a_repeated_token():
+    """METHODS-ATTENTION 9.12: equal states at every position leave each row nothing to choose by."""
+    network = build("gpt2")
+    torch.nn.init.zeros_(network.transformer.wpe.weight)
+    trace = lens.capture(lens.load(network), [[5] * 64], statistics=["received"], progress=False)[0]
+    alpha = lens.sinks.profile(trace).alpha[..., [0, 1, 31]]
+    expected = np.broadcast_to([0.0741233, 0.0594268, 0.0217165], alpha.shape)
+    np.testing.assert_allclose(alpha, expected, atol=1e-6)
+    assert lens.sinks.rate(trace).value == 0
 
 
 @pytest.mark.parametrize(("mass", "expected"), [(0.2885, 0.0), (0.2893, 1.0)])

@@ -39,7 +39,7 @@ def effects(subject: Subject) -> Section:
         name="effects",
         title="Sinks: do they matter?",
         summary=(
-            *(sentence for one in found for sentence in _in_short(one)),
+            *(_in_short(one) for one in found),
             *(scopes.effects[reach].findings()[0] for reach in ("head", "layer")),
         ),
         limits=(
@@ -148,8 +148,9 @@ def strongest_heads(subject: Subject, count: int) -> list[HeadId]:
     return [HeadId(int(row["layer"]), int(row["head"])) for row in rows.to_dict("records")]
 
 
-def _in_short(effect: sinks.SinkEffect) -> list[str]:
+def _in_short(effect: sinks.SinkEffect) -> str:
     """What the edit does, and whether that is more than editing as much attention elsewhere does."""
     sentences = effect.findings()
     control = [text for text in sentences if "mass control" in text or "size control" in text]
-    return [sentences[0], *control[-1:], *(text for text in sentences if "alpha rose" in text)]
+    moved = [text for text in sentences if "alpha rose" in text]
+    return " ".join((sentences[0], *control[-1:], *moved))
