@@ -108,3 +108,19 @@ def same_degrees(graph: Graph, kept: np.ndarray, draw: np.random.Generator) -> n
             present[y, a] = present[x, b] = True
             reader[one], reader[other] = y, x
     return present[graph.allowed]
+
+
+def random_path(graph: Graph, draw: np.random.Generator) -> np.ndarray:
+    """Numbers of the edges of a path from `input` to `logits`, drawn from the logits downwards."""
+    reader, writer = graph.ends
+    inputs: list[list[int]] = [[] for _ in graph.writers]
+    for number, feeds in enumerate(graph.feeds):
+        for fed in feeds:
+            inputs[fed].append(number)
+    found, at = [], len(graph.readers) - 1
+    while True:
+        edge = int(draw.choice(np.flatnonzero(reader == at)))
+        found.append(edge)
+        if writer[edge] == 0:
+            return np.array(found)
+        at = int(draw.choice(inputs[writer[edge]]))
