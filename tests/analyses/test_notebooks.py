@@ -18,6 +18,7 @@ import pytest
 FOLDER = Path(__file__).resolve().parents[2] / "analyses" / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.py"))
 FIGURES = {  # the least number that each shows
+    "circuits": 3,
     "first_look": 4,
     "heads": 6,
     "long_context": 3,
