@@ -321,3 +321,46 @@ def _whiskers(table: pd.DataFrame, measure: str) -> dict[str, Any]:
         "array": (table[f"{measure}_high"] - table[measure]).fillna(0),
         "arrayminus": (table[measure] - table[f"{measure}_low"]).fillna(0),
     }
+
+
+def dose_lines(
+    table: pd.DataFrame,
+    measure: str = "delta_loss",
+    *,
+    metric: str,
+    task: str,
+    title: str | None = None,
+    width: int | None = None,
+    height: int | None = None,
+    theme: Theme = "light",
+) -> go.Figure:
+    """Gain on a task above, a measure of held-out text below, over the amount of an edit.
+
+    Args:
+        table: of `lens.redistribution.Dose`.
+        measure: "delta_loss", "kl" or "flip_rate".
+        metric, task: names.
+
+    Raises:
+        LensError: another measure.
+    """
+    if measure not in _MEASURES:
+        raise LensError(f"measure must be one of {', '.join(_MEASURES)}, got {measure!r}")
+    figure = make_subplots(rows=2, shared_xaxes=True, vertical_spacing=0.08)
+    for row, (name, color) in enumerate((("gain", LINE), (measure, ACCENT)), 1):
+        figure.add_scatter(
+            x=table["amount"],
+            y=table[name],
+            error_y=_whiskers(table, name),
+            mode="lines+markers",
+            line={"color": color},
+            showlegend=False,
+            row=row,
+            col=1,
+        )
+        figure.add_hline(y=0, line={"color": BASELINE, "dash": "dot"}, row=row, col=1)  # type: ignore[arg-type]
+    figure.update_yaxes(title=escaped(f"Gain in {metric}"), row=1)
+    figure.update_yaxes(title=f"Held out: {_MEASURES[measure].lower()}", row=2)
+    figure.update_xaxes(title="Amount", row=2)
+    text = f"{task} (n = {table['n'].iloc[0]}), held-out text (n = {table['held_out_n'].iloc[0]})"
+    return style(figure, title=title or escaped(text), width=width, height=height, theme=theme)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lens.redistribution.calibration import ActEdit, act
+    from lens.redistribution.doses import Dose, dose
     from lens.redistribution.effects import SideEffects, side_effects
     from lens.redistribution.searching import HeadSearch, search_heads
     from lens.redistribution.sink_dims import KNOWN, SinkDims, find_sink_dims, phi
@@ -19,6 +20,7 @@ __all__ = [
     "KNOWN",
     "PRESETS",
     "ActEdit",
+    "Dose",
     "HeadSearch",
     "PastaEdit",
     "SideEffects",
@@ -26,6 +28,7 @@ __all__ = [
     "VarEdit",
     "VarSettings",
     "act",
+    "dose",
     "find_sink_dims",
     "pasta",
     "phi",
@@ -35,6 +38,8 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Dose": "doses",
+    "dose": "doses",
     "HeadSearch": "searching",
     "search_heads": "searching",
     "SideEffects": "effects",
