@@ -128,8 +128,11 @@ def share_grid(
             hovertemplate="L%{y}H%{x}: %{z:.3g}<extra></extra>",
         )
     )
-    figure.update_xaxes(title="head", showgrid=False)
-    figure.update_yaxes(title="layer", autorange="reversed", showgrid=False)
+    layers, heads = values.shape
+    figure.update_xaxes(title="head", dtick=1 if heads <= 32 else None, showgrid=False)
+    figure.update_yaxes(
+        title="layer", dtick=1 if layers <= 32 else None, autorange="reversed", showgrid=False
+    )
     return style(
         figure,
         title=title or label,
