@@ -1,4 +1,4 @@
-"""Figures of circuit discovery: what smaller circuits cost."""
+"""Figures of circuit discovery: what smaller circuits cost, and how gates were learned."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from lens.figures.style import Theme, style
 
 if TYPE_CHECKING:
     from lens.circuits.acdc import Acdc
+    from lens.circuits.hard_concrete import LearnedMasks
 
 
 def loss_over_size(
@@ -41,4 +42,31 @@ def loss_over_size(
         height=height,
         theme=theme,
         meta={"method": "acdc", "task": found.task, "model": found.model},
+    )
+
+
+def training(
+    masks: LearnedMasks,
+    *,
+    title: str | None = None,
+    width: int | None = None,
+    height: int | None = None,
+    theme: Theme = "light",
+) -> go.Figure:
+    """Loss of the drawn gates (left axis) and expected sparsity (right axis) over the steps."""
+    figure = go.Figure()
+    figure.add_scatter(y=masks.losses, mode="lines", name="loss")
+    figure.add_scatter(y=masks.sparsities, mode="lines", name="expected sparsity", yaxis="y2")
+    figure.update_xaxes(title="step")
+    figure.update_yaxes(title=f"loss ({masks.metric})")
+    figure.update_layout(
+        yaxis2={"title": "expected sparsity", "overlaying": "y", "side": "right", "range": [0, 1]}
+    )
+    return style(
+        figure,
+        title=title or f"gates of {len(masks.log_alpha):,} {masks.over} on {masks.task}",
+        width=width,
+        height=height,
+        theme=theme,
+        meta={"task": masks.task, "model": masks.model},
     )
