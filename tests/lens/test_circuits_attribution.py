@@ -151,6 +151,31 @@ def test_the_residual_tells_that_five_left_steps_fail():
     assert score_edges(known.model, known.task, steps=30).residual == pytest.approx(0, abs=0.02)
 
 
+@pytest.mark.parametrize("beta", [4, 30])
+def test_steps_are_doubled_until_the_whole_effect_is_there(beta):
+    known = induction_transformer(beta, dtype="float64")
+    found = score_edges(known.model, known.task, steps="auto")
+    assert found.residual is not None
+    assert found.total is not None
+    assert found.total == pytest.approx(1.66527 if beta == 4 else 2, abs=1e-5)
+    assert abs(found.residual) < 0.01 * found.total
+    assert found.steps is not None
+    if found.steps > 5:
+        before = score_edges(known.model, known.task, steps=found.steps // 2)
+        assert before.residual is not None
+        assert abs(before.residual) >= 0.01 * found.total
+    assert (found.steps > 5) == (beta == 30)
+
+
+def test_steps_that_never_suffice_are_refused(monkeypatch):
+    monkeypatch.setattr("lens.circuits.scoring._MOST", 10)
+    known = induction_transformer(30, dtype="float64")
+    with pytest.raises(LensError, match=r"after 10 steps \d+\.\d% of the effect is still missing"):
+        score_edges(known.model, known.task, steps="auto", rule="left")
+    with pytest.raises(LensError, match="steps='auto' belongs to method='eap-ig', got 'eap'"):
+        score_edges(known.model, known.task, method="eap", steps="auto")
+
+
 def test_differences_are_kept_at_a_sixth_of_the_naive_size():
     import transformers
 
