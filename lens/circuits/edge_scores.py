@@ -106,25 +106,29 @@ class EdgeScores:
             made,
         )
 
-    def table(self, *, seed: int = 0) -> pd.DataFrame:
+    def table(self, *, count: int | None = None, seed: int = 0) -> pd.DataFrame:
         """One row per edge, largest score first.
+
+        Args:
+            count: only so many edges, the largest by size.
+            seed: of the bootstrap.
 
         Columns: `edge`, `writer`, `reader`, `value`, `stderr`, `low`, `high` (95 % bootstrap interval
         over prompts, draws by `seed`; NaN for one prompt), `n`.
         """
-        reader, writer = self.graph.ends
-        units = self.per_prompt.astype(float)
+        values = self.values
+        chosen = np.argsort(-np.abs(values), kind="stable")[:count]
+        reader, writer = (end[chosen] for end in self.graph.ends)
+        units = self.per_prompt[:, chosen].astype(float)
         low, high = over_units(units, np.ones_like(units), seed)
         several = self.n > 1
-        spread = (
-            units.std(0, ddof=1) / np.sqrt(self.n) if several else np.full(self.graph.n, np.nan)
-        )
+        spread = units.std(0, ddof=1) / np.sqrt(self.n) if several else np.full(len(chosen), np.nan)
         rows = pd.DataFrame(
             {
-                "edge": self.graph.edges,
+                "edge": [self.graph.edges[edge] for edge in chosen],
                 "writer": [self.graph.writers[number] for number in writer],
                 "reader": [self.graph.readers[number] for number in reader],
-                "value": self.values,
+                "value": values[chosen],
                 "stderr": spread,
                 "low": low,
                 "high": high,

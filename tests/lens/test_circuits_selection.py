@@ -76,6 +76,10 @@ def test_tables():
     table = scores(chain1=1, chain3=2).table()
     assert list(table.edge[:2]) == [NAMES["chain3"], NAMES["chain1"]]
     assert list(table.iloc[0][["writer", "reader", "value", "n"]]) == ["a1.h0", "logits", 2.0, 3]
+    assert len(table) == GRAPH.n
+    few = scores(chain1=1, chain3=-2, chain2=0.5).table(count=2)
+    assert list(few.edge) == [NAMES["chain1"], NAMES["chain3"]]
+    assert list(few["value"]) == [1, -2]
 
 
 def test_random_circuits_of_the_same_degrees():

@@ -48,9 +48,9 @@ def edges(subject: Subject) -> Section:
     circuits.to_attribution_graph(
         chosen, scores, strings, folder / "attribution-graph" / f"{_name(task)}.json"
     )
-    table = scores.table(seed=subject.seed)
+    table = scores.table(count=_MOST_EDGES, seed=subject.seed)
     order = table["value"].abs().sort_values(ascending=False, kind="stable").index
-    table = table.loc[order].head(_MOST_EDGES).reset_index(drop=True)
+    table = table.loc[order].reset_index(drop=True)
     in_circuit = set(chosen.edges)
     table["in_circuit"] = [name in in_circuit for name in table["edge"]]
     tables = {"edges": table, "sizes": found, "stability": stable.table()}
