@@ -19,8 +19,14 @@ def select(table: pd.DataFrame, metric: str, variant: str = "raw") -> pd.DataFra
     """Rows of one metric and variant.
 
     Raises:
-        LensError: the metric is not in the table, or more than one `prompt_id` is left.
+        LensError: the metric is not in the table, more than one `prompt_id` is left, or the wide
+            table of `lens.profile`.
     """
+    if missing := [name for name in ("metric", "variant", "value") if name not in table]:
+        raise LensError(
+            f"figures of heads take the long table, one row per head and metric; this one lacks "
+            f"{', '.join(missing)}: use lens.profiles.prompt_table(trace, name) instead of lens.profile"
+        )
     chosen = (table["metric"] == metric) & (table["variant"] == variant)
     rows = table.loc[chosen.to_numpy()]
     if rows.empty:

@@ -4,6 +4,7 @@ import inspect
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from lens import figures
@@ -123,6 +124,12 @@ def test_wrong_calls_say_what_would_be_right(trace, table):
     with pytest.raises(ValueError, match="theme must be 'light' or 'dark', got 'blue'"):
         figures.head_grid(table, "entropy", theme="blue")
     both = table.assign(prompt_id=["p000", *["p001"] * (len(table) - 1)])
+    with pytest.raises(
+        LensError, match="lacks metric, variant, value: use lens.profiles.prompt_table"
+    ):
+        figures.head_grid(
+            pd.DataFrame({"layer": [0], "head": [0], "induction": [0.5]}), "induction"
+        )
     with pytest.raises(LensError, match="several prompts; choose one"):
         figures.head_grid(both, "previous_token")
 
