@@ -3,7 +3,9 @@
 The model has the shape of SmolLM2-135M with random weights; 4 positions carry a massive activation, so
 that every layer has sinks. The prompt is 35 system tokens, an image of 576 tokens or of more, and text.
 The captured model is the same model with its attention in the kernel: with nothing asked for but the
-received attention, and, in brackets, with all statistics. Runs alternate; ratios are of medians.
+received attention, and, in brackets, with all statistics. Runs alternate; ratios are of medians, of the
+wall clock and of this process's CPU time: on a machine with other load only the second means anything,
+with one thread (OMP_NUM_THREADS=1), because waiting threads count.
 
     python tests/benchmarks/var_overhead.py [--layers 30] [--tokens 4096] [--image 2880] [--repeats 3]
 """
@@ -25,7 +27,7 @@ SYSTEM = 35
 
 
 def measure(layers: int, tokens: int, image: int, repeats: int) -> dict[str, float]:
-    """Median seconds of each way to run the model, and what VAR edited."""
+    """Median seconds of each way to run the model, "... CPU" of its CPU time, and what VAR edited."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -73,14 +75,15 @@ def measure(layers: int, tokens: int, image: int, repeats: int) -> dict[str, flo
         "all statistics": run_captured("all"),
         "var": run_var,
     }
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    seconds: dict[str, list[float]] = {name + clock: [] for name in ways for clock in ("", " CPU")}
     with torch.no_grad():
         for repeat in range(repeats + 1):
             for name, run in ways.items():
-                start = time.perf_counter()
+                start, start_cpu = time.perf_counter(), time.process_time()
                 run()
                 if repeat:  # the first round only warms up
                     seconds[name].append(time.perf_counter() - start)
+                    seconds[name + " CPU"].append(time.process_time() - start_cpu)
     if edited[-1].calls != layers - 1 or not edited[-1].edited_rows:
         raise SystemExit(f"wrong result: VAR edited {edited[-1].calls} of {layers - 1} layers")
     found = {name: statistics.median(times) for name, times in seconds.items()}
@@ -95,13 +98,14 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     given = parser.parse_args()
     found = measure(given.layers, given.tokens, given.image, given.repeats)
-    ratio = found["var"] / found["captured"]
+    ratio, cpu = (found["var" + of] / found["captured" + of] for of in ("", " CPU"))
     print(
         f"{given.layers} layers, 9 heads, {given.tokens} tokens, image of {given.image}: captured "
         f"{found['captured']:.2f} s ({found['all statistics']:.2f} s with all statistics), VAR "
         f"{found['var']:.2f} s, {found['rows']:,.0f} rows edited; ratio {ratio:.3f} "
-        f"({found['var'] / found['all statistics']:.3f}), goal {GOAL}: "
-        f"{'met' if ratio <= GOAL else 'missed'}"
+        f"({found['var'] / found['all statistics']:.3f}); CPU time {found['captured CPU']:.2f} s and "
+        f"{found['var CPU']:.2f} s, ratio {cpu:.3f}; goal {GOAL}: "
+        f"{'met' if max(ratio, cpu) <= GOAL else 'missed'}"
     )
 
 
