@@ -11,6 +11,7 @@ After Gu et al., "When Attention Sink Emerges", arXiv 2410.10781.
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from lens.sinks.blocks import BlockAlphas, block_bounds
 from lens.sinks.detection import SinkRate, SinkSensitivity, rate, sensitivity
 from lens.sinks.positions import SinkKeys, SinkProfile, find, profile
 
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BandLosses",
+    "BlockAlphas",
     "CleanRuns",
     "DoseResponse",
     "EffectiveGates",
@@ -57,6 +59,7 @@ __all__ = [
     "band_energies",
     "band_losses",
     "bands",
+    "block_bounds",
     "bos_pair",
     "by_bos",
     "by_length",

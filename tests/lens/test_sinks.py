@@ -1,5 +1,7 @@
 """Sink detection: closed forms of METHODS-ATTENTION 1.1, naive twins, known models, refusals."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -46,7 +48,8 @@ def test_a_model_without_positions_is_uniform_on_a_repeated_token():
     """METHODS-ATTENTION 9.12: equal states at every position leave each row nothing to choose by."""
     network = build("gpt2")
     torch.nn.init.zeros_(network.transformer.wpe.weight)
-    trace = lens.capture(lens.load(network), [[5] * 64], statistics=["received"], progress=False)[0]
+    traces: Any = lens.capture(lens.load(network), [[5] * 64], statistics=["received"])
+    trace = traces[0]
     alpha = lens.sinks.profile(trace).alpha[..., [0, 1, 31]]
     expected = np.broadcast_to([0.0741233, 0.0594268, 0.0217165], alpha.shape)
     np.testing.assert_allclose(alpha, expected, atol=1e-6)
