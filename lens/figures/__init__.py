@@ -4,17 +4,36 @@ No file, no network, no torch, and nothing is shown as a side effect. Every func
 keyword arguments: `title`, `width`, `height`, `theme`.
 """
 
+from lens.figures.agreement import agreement_map, measure_scatter
 from lens.figures.head import block_map, distance_profile, received_mass, row_entropy
 from lens.figures.heads import head_grid, head_scatter, metric_by_layer
+from lens.figures.importance import importance_grid
+from lens.figures.layers import influence_bars, removal_curve, skip_scatter
+from lens.figures.patterns import pattern_grid
+from lens.figures.pruning import pruning_plot
+from lens.figures.roles import role_map
+from lens.figures.similarity import similarity_map
+from lens.figures.stability import stability_plot
 from lens.figures.tokens import token_strip
 
 __all__ = [
+    "agreement_map",
     "block_map",
     "distance_profile",
     "head_grid",
     "head_scatter",
+    "importance_grid",
+    "influence_bars",
+    "measure_scatter",
     "metric_by_layer",
+    "pattern_grid",
+    "pruning_plot",
     "received_mass",
+    "removal_curve",
+    "role_map",
     "row_entropy",
+    "similarity_map",
+    "skip_scatter",
+    "stability_plot",
     "token_strip",
 ]

@@ -10,7 +10,7 @@ from lens.figures.colors import ACCENT, LINE
 from lens.figures.style import Theme, style
 
 if TYPE_CHECKING:
-    from lens.layers.scores import GreedyRemoval, SkipSweep
+    from lens.layers.scores import BlockInfluence, GreedyRemoval, SkipSweep
 
 
 def skip_scatter(
@@ -96,4 +96,42 @@ def removal_curve(
         height=height,
         theme=theme,
         meta={"distance": removal.distance, "task": removal.task, "model": removal.model},
+    )
+
+
+def influence_bars(
+    influence: BlockInfluence,
+    *,
+    title: str | None = None,
+    width: int | None = None,
+    height: int | None = None,
+    theme: Theme = "light",
+) -> go.Figure:
+    """One bar per layer: how far it turns the residual stream, with its interval."""
+    table = influence.table()
+    figure = go.Figure(
+        go.Bar(
+            x=table["layer"],
+            y=table["influence"],
+            error_y={
+                "type": "data",
+                "array": table["high"] - table["influence"],
+                "arrayminus": table["influence"] - table["low"],
+                "thickness": 1,
+            },
+            marker={"color": LINE},
+            hovertemplate="layer %{x}: %{y:.4g}<extra></extra>",
+        )
+    )
+    figure.update_xaxes(title="layer", dtick=1)
+    figure.update_yaxes(title="1 - cosine of the stream before and after")
+    least = table.iloc[int(table["influence"].to_numpy().argmin())]
+    return style(
+        figure,
+        title=title
+        or f"{influence.task}: layer {least['layer']:.0f} turns the stream least, {least['influence']:.3g}",
+        width=width,
+        height=height,
+        theme=theme,
+        meta={"task": influence.task, "model": influence.model},
     )

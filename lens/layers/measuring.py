@@ -61,6 +61,7 @@ def greedy_removal(
     *,
     count: int | None = None,
     by: str = "js",
+    spared: float = 0.0,
     progress: bool = True,
 ) -> GreedyRemoval:
     """Take out sub-layers one after another, at each step the one without which the outputs move least.
@@ -71,26 +72,31 @@ def greedy_removal(
     Args:
         model, task, by, progress: as in `importance`.
         count: how many to take out; None: half of them.
+        spared: the first `int(spared * sub-layers) + 1` stay for as long as others are left to take
+            out (FinerCut's option `-x`); 0: none is spared.
 
     Reference: Zhang et al., FinerCut, 2024, arXiv 2405.18218.
 
     Raises:
-        LensError: a count that the model has not, and as in `importance`.
+        LensError: a count that the model has not, a share outside [0, 1), and as in `importance`.
     """
     candidates, whole = _prepared(model, task, by)
     total = len(candidates)
     count = total // 2 if count is None else count
     if not 1 <= count <= total:
         raise LensError(f"count must be 1 to {total}, the sub-layers of {model.name}; got {count}")
+    if not 0 <= spared < 1:
+        raise LensError(f"spared must be a share in [0, 1), got {spared}; use e.g. 0.4")
+    last = list(candidates)[: int(spared * total) + 1] if spared else []
     order: list[str] = []
     found, losses = [], [_metric(task, whole)]
-    steps = sum(total - step for step in range(count))
+    late = min(len(last), total)
+    steps = sum(total - step - late * (step < total - late) for step in range(count))
     with advancing(f"{model.name}: removals", steps, progress) as advance:
         for _ in range(count):
             best: tuple[float, str, np.ndarray, np.ndarray] | None = None
-            for name in candidates:
-                if name in order:
-                    continue
+            left = [name for name in candidates if name not in order]
+            for name in [name for name in left if name not in last] or left:
                 cut = _logits(model, task, [candidates[gone] for gone in (*order, name)])
                 apart = _distance(by, whole, cut)
                 if best is None or apart.mean() < best[0]:

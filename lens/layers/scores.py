@@ -155,6 +155,19 @@ class BlockInfluence:
             }
         )
 
+    def plot(
+        self,
+        *,
+        title: str | None = None,
+        width: int | None = None,
+        height: int | None = None,
+        theme: Theme = "light",
+    ) -> go.Figure:
+        """One bar per layer; see `lens.figures.layers`."""
+        from lens.figures.layers import influence_bars
+
+        return influence_bars(self, title=title, width=width, height=height, theme=theme)
+
     def __repr__(self) -> str:
         shown = ", ".join(f"L{at} {value:.3g}" for at, value in enumerate(self.per_prompt.mean(1)))
         return f"BlockInfluence({self.task!r}, {self.model}: {shown})"

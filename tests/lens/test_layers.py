@@ -134,6 +134,20 @@ def test_block_influence_is_one_minus_the_cosine():
     assert rms_ratio(found.per_prompt[1], 1 - cosine.detach()) < 1e-4
     assert found.table()["layer"].tolist() == [0, 1, 2]
     assert repr(found).startswith("BlockInfluence('random', ")
+    bars = found.plot().data[0]
+    np.testing.assert_allclose(bars.y, found.per_prompt.mean(1))
+
+
+def test_spared_sub_layers_go_last():
+    model, task = lens.load(build("llama")), some_task()
+    names = list(named_sublayers(model))
+    found = greedy_removal(model, task, count=5, by="kl", spared=0.4, progress=False)
+    first = names[: int(0.4 * len(names)) + 1]
+    assert len(first) == 3
+    assert set(found.order[:3]) == set(names) - set(first)
+    assert set(found.order[3:]) < set(first)
+    free = greedy_removal(model, task, count=3, by="kl", progress=False)
+    assert set(free.order) & set(first)  # so that sparing them made a difference
 
 
 def test_layers_of_induction_2l_and_their_figures():
@@ -160,6 +174,8 @@ def test_what_cannot_be_left_out_is_refused():
     for count in (0, 3):
         with pytest.raises(LensError, match="count must be 1 to 2, the sub-layers"):
             greedy_removal(model, task, count=count)
+    with pytest.raises(LensError, match=r"spared must be a share in \[0, 1\), got 1"):
+        greedy_removal(model, task, spared=1)
     object.__setattr__(model.info, "layers", 3)
     with pytest.raises(LensError, match="has no list of 3 layers with a child named self_attn"):
         importance(model, task)
