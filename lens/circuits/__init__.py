@@ -10,6 +10,7 @@
 from lens.circuits import hypothesis, known
 from lens.circuits.acdc import Acdc, acdc
 from lens.circuits.circuit import Circuit, load_circuit, make_circuit
+from lens.circuits.codes import CodeScores, codes
 from lens.circuits.completeness import Completeness, completeness
 from lens.circuits.control import Control, control
 from lens.circuits.edge_scores import EdgeScores
@@ -17,6 +18,7 @@ from lens.circuits.evaluation import CircuitEvaluation, evaluate, run_circuit
 from lens.circuits.exports import from_mib, to_attribution_graph, to_mib
 from lens.circuits.graph import Graph
 from lens.circuits.joined import JoinedHeads, join
+from lens.circuits.hard_concrete import LearnedMasks, learn_masks
 from lens.circuits.minimality import Minimality, minimality
 from lens.circuits.nodes import find_nodes
 from lens.circuits.patching import PatchEffects, patch, path_patch
@@ -28,17 +30,20 @@ __all__ = [
     "Acdc",
     "Circuit",
     "CircuitEvaluation",
+    "CodeScores",
     "Completeness",
     "Control",
     "EdgeScores",
     "Graph",
     "JoinedHeads",
+    "LearnedMasks",
     "Minimality",
     "NoiseFloor",
     "PatchEffects",
     "Recovery",
     "Stability",
     "acdc",
+    "codes",
     "completeness",
     "control",
     "evaluate",
@@ -48,6 +53,7 @@ __all__ = [
     "jaccard",
     "join",
     "known",
+    "learn_masks",
     "load_circuit",
     "make_circuit",
     "minimality",

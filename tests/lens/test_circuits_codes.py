@@ -1,0 +1,119 @@
+"""Discrete codes: the autoencoder, the count by hand, and the circuits that they can and cannot see."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import lens
+from lens.circuits.codes import CodeScores, CodeSettings, codes
+from lens.circuits.known import induction_transformer, tracr
+from lens.circuits.sae import activations, codes_of, train
+from lens.errors import LensError
+from tests.lens.circuit_models import small_model, small_task
+
+SETTINGS = CodeSettings(4, 7, 0.02, 5, "mean", (0, 1))
+
+
+def test_autoencoder_explains_samples_and_repeats_itself():
+    kinds = torch.eye(5) * 3
+    samples = kinds[torch.arange(20) % 5]
+
+    def error(sae):
+        return (activations(sae, samples) @ sae.decoder + sae.centre - samples).square().mean()
+
+    early, sae = (train(samples, 13, penalty=0.001, epochs=n, seed=1) for n in (1, 300))
+    assert error(sae) < 0.5 * error(early)
+    assert torch.equal(early.encoder, train(samples, 13, penalty=0.001, epochs=1, seed=1).encoder)
+    assert not torch.equal(
+        early.encoder, train(samples, 13, penalty=0.001, epochs=1, seed=2).encoder
+    )
+    torch.testing.assert_close(sae.encoder.norm(dim=1), torch.ones(13))
+    torch.testing.assert_close(sae.decoder.norm(dim=1), torch.ones(13))
+    hidden = ((samples - sae.centre) @ sae.encoder.T + sae.bias).clamp(min=0)
+    assert codes_of(sae, samples).tolist() == [int(row.argmax()) for row in hidden]
+
+
+def test_codes_are_counted_as_by_hand():
+    model, task = small_model("gpt2"), small_task(rows=7)
+    found = codes(model, task, examples=4, features=31, epochs=20, seeds=2, seed=3)
+
+    def outputs(ids):
+        kept = []
+        hooks = [
+            block.attn.c_proj.register_forward_pre_hook(lambda _, given: kept.append(given[0]))
+            for block in model.model.transformer.h
+        ]
+        with torch.no_grad():
+            model.model(ids)
+        for hook in hooks:
+            hook.remove()
+        heads = []
+        for block, z in zip(model.model.transformer.h, kept, strict=True):
+            for head in range(3):
+                part = slice(5 * head, 5 * head + 5)
+                heads.append(
+                    (z[..., part] @ block.attn.c_proj.weight.detach()[part]).mean(1).float()
+                )
+        return torch.stack(heads, 1)
+
+    both = outputs(task.clean), outputs(task.corrupt)
+    for place, number in enumerate((3, 4)):
+        order = np.random.default_rng(number).permutation(7)
+        samples = torch.cat([part[order[:2]].reshape(-1, 15) for part in both])
+        sae = train(samples, 31, penalty=0.02, epochs=20, seed=number)
+        clean, other = (codes_of(sae, part[order[2:]]) for part in both)
+        for head in range(6):
+            mine = {int(code) for code in clean[:, head]}
+            wanted = len(mine - {int(code) for code in other[:, head]})
+            assert found.per_seed[place, head // 3, head % 3] == wanted
+    assert found.held_out == 5
+    assert found.values.max() > 0
+
+
+def test_auroc_counts_ties_as_half():
+    scores = CodeScores(np.array([[[3.0, 1.0], [1.0, 0.0]]]), 3, SETTINGS, "drawn", "model")
+    assert scores.auroc(["L0H1", "L0H0"]) == (1 + 1 + 0.5 + 1) / 4
+    with pytest.raises(LensError, match="has 0 of 4 heads"):
+        scores.auroc([])
+    weights = np.exp([3.0, 1.0, 1.0, 0.0])
+    np.testing.assert_allclose(scores.table()["probability"], weights / weights.sum())
+    assert scores.table()["std"].isna().all()
+    assert scores.plot().data[0]["z"].tolist() == [[3, 1], [1, 0]]
+    assert "L0H0 3" in scores.findings()[0]
+
+
+def test_codes_see_the_previous_token_head_of_induction_2l():
+    model = lens.load("induction-2l")
+    found = codes(model, lens.tasks.induction(model, 12, length=11), seeds=3)
+    assert found.table()["head"].iloc[0] == "L0H1"
+    assert found.auroc(["L0H1", "L1H0"]) > 0.7
+
+
+@pytest.mark.parametrize("program", ["reverse"])
+def test_codes_cannot_see_circuits_whose_corrupt_prompts_are_the_clean_ones_in_another_order(
+    program,
+):
+    known = tracr(program)
+    assert {tuple(row) for row in known.task.clean.tolist()} == {
+        tuple(row) for row in known.task.corrupt_or_refuse().tolist()
+    }
+    found = codes(known.model, known.task, examples=4, features=20, epochs=30, seeds=3)
+    assert found.auroc(known) <= 0.75
+    assert "proof" in repr(found) or "No head has a code" in repr(found)
+
+
+def test_refusals():
+    model, task = small_model("gpt2"), small_task()
+    with pytest.raises(LensError, match="positions must be last or mean, got 'first'"):
+        codes(model, task, positions="first")
+    with pytest.raises(LensError, match="features must be at least 1, got 0"):
+        codes(model, task, features=0)
+    with pytest.raises(LensError, match="an even number of 2 to 8"):
+        codes(model, task, examples=10)
+    with pytest.raises(LensError, match="has no corrupt prompts"):
+        codes(model, replace(task, corrupt=None))
+    known = induction_transformer()  # a single prompt: nothing to hold out
+    with pytest.raises(LensError, match="1 pairs of prompts"):
+        codes(known.model, known.task, examples=2)
