@@ -8,6 +8,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lens.redistribution.agreement import DimsAgreement, dims_agreement
     from lens.redistribution.calibration import ActEdit, act
     from lens.redistribution.doses import Dose, dose
     from lens.redistribution.effects import SideEffects, side_effects
@@ -20,6 +21,7 @@ __all__ = [
     "KNOWN",
     "PRESETS",
     "ActEdit",
+    "DimsAgreement",
     "Dose",
     "HeadSearch",
     "PastaEdit",
@@ -28,6 +30,7 @@ __all__ = [
     "VarEdit",
     "VarSettings",
     "act",
+    "dims_agreement",
     "dose",
     "find_sink_dims",
     "pasta",
@@ -38,6 +41,8 @@ __all__ = [
 ]
 
 _HOMES = {
+    "DimsAgreement": "agreement",
+    "dims_agreement": "agreement",
     "Dose": "doses",
     "dose": "doses",
     "HeadSearch": "searching",
