@@ -80,7 +80,7 @@ def test_auroc_counts_ties_as_half():
     weights = np.exp([3.0, 1.0, 1.0, 0.0])
     np.testing.assert_allclose(scores.table()["probability"], weights / weights.sum())
     assert scores.table()["std"].isna().all()
-    assert scores.plot().data[0]["z"].tolist() == [[3, 1], [1, 0]]
+    assert np.asarray(scores.plot().data[0]["z"]).tolist() == [[3, 1], [1, 0]]
     assert "L0H0 3" in scores.findings()[0]
 
 
