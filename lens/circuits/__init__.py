@@ -17,8 +17,8 @@ from lens.circuits.edge_scores import EdgeScores
 from lens.circuits.evaluation import CircuitEvaluation, evaluate, run_circuit
 from lens.circuits.exports import from_mib, to_attribution_graph, to_mib
 from lens.circuits.graph import Graph
-from lens.circuits.joined import JoinedHeads, join
 from lens.circuits.hard_concrete import LearnedMasks, learn_masks
+from lens.circuits.joined import JoinedHeads, join
 from lens.circuits.minimality import Minimality, minimality
 from lens.circuits.nodes import find_nodes
 from lens.circuits.patching import PatchEffects, patch, path_patch
