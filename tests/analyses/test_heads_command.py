@@ -26,8 +26,10 @@ def test_every_step_leaves_its_section_and_the_folder_is_whole(folder):
         "roles",
         "importance",
         "patterns",
+        "retrieval",
         "similarity",
         "pruning",
+        "layers",
         "heads",
     ]
     assert validate(folder) == []
@@ -64,6 +66,9 @@ def test_one_table_joins_all_measures_with_every_column_defined(folder):
     assert len(table) == 8
     assert {"induction", "ablation (mean)", "gradient", "pattern", "redundancy"} <= set(table)
     assert table.loc[table["induction"].idxmax(), "head"] == "L1H0"
+    assert set(table.nlargest(3, "retrieval")["head"]) == {"L1H0", "L1H2", "L1H3"}
+    streaming = table["full_attention_gate"] < 0.5
+    assert table.loc[streaming, "layer"].tolist() == [0, 0, 0, 0]
     assert table.loc[table["previous_token"].idxmax(), "head"] == "L0H1"
 
 

@@ -39,8 +39,10 @@ STEPS: dict[str, tuple[Step, ...]] = {
         Step("roles", "roles"),
         Step("importance", "importance"),
         Step("patterns", "patterns"),
+        Step("retrieval", "retrieval"),
         Step("similarity", "patterns"),
         Step("pruning", "importance"),
+        Step("layers", "layers"),
         Step("heads", "table"),
     ),
     "sinks": (

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lens import heads
 from lens.errors import LensError
+from lens.figures import agreement_map
 from lens.heads.scores import BASELINES, BY, HeadScores
 from lens.sections import Section
 from lens.tasks import Task
@@ -29,6 +30,9 @@ def importance(subject: Subject) -> Section:
     tables = {"scores": joined}
     if agreement is not None:
         tables["agreement"] = agreement.table
+    figures = {f"grid_{number}": score.plot() for number, score in enumerate(scores)}
+    if agreement is not None:
+        figures["agreement"] = agreement_map(agreement)
     joint, sentences = _joint(subject, scores)
     if joint is not None:
         tables["together"] = joint
@@ -39,6 +43,7 @@ def importance(subject: Subject) -> Section:
             *(_best(score) for score in scores),
             *sentences,
             *(_disagreement(agreement) if agreement is not None else ()),
+            *(agreement.findings() if agreement is not None else ()),
         ),
         limits=(
             "Importance is for these prompts and this replacement of the head's output; another "
@@ -70,7 +75,7 @@ def importance(subject: Subject) -> Section:
             "seed": subject.seed,
         },
         tables=tables,
-        figures={f"grid_{number}": score.plot() for number, score in enumerate(scores)},
+        figures=figures,
     )
 
 

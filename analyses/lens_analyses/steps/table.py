@@ -53,6 +53,12 @@ def heads(subject: Subject) -> Section:
         "redundancy": "CKA of its output with the head most like it, 1 = the same up to a rotation.",
         "nearest": "That head.",
     }
+    fetching = run.section("retrieval")
+    for table, column in (("retrieval", "retrieval"), ("streaming", "error"), ("gate", "alpha")):
+        if table in fetching.tables:
+            name = {"error": "streaming_error", "alpha": "full_attention_gate"}.get(column, column)
+            joined[name] = fetching.tables[table].set_index("name")[column]
+            columns[name] = fetching.columns[column]
     limits = []
     try:
         weights = copying(subject.model).set_index("head")
@@ -73,7 +79,9 @@ def heads(subject: Subject) -> Section:
         summary=tuple(_sentences(table, importance.configuration["measures"])),
         limits=(*limits, "NaN means not scored; the section of the score says why."),
         columns=columns,
-        configuration={"joined": ["importance", "roles", "patterns", "similarity", "copying"]},
+        configuration={
+            "joined": ["importance", "roles", "patterns", "retrieval", "similarity", "copying"]
+        },
         tables={"heads": table},
     )
 

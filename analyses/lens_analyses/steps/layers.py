@@ -1,0 +1,75 @@
+"""Which attention and MLP sub-layers the model can do without."""
+
+from lens import layers as measures
+from lens.errors import LensError
+from lens.sections import Section
+from lens_analyses.steps.columns import defined
+from lens_analyses.steps.subject import Subject
+
+_MOST = 24  # sub-layers of a model whose greedy removal is run: its cost grows with their square
+
+
+def layers(subject: Subject) -> Section:
+    """Each sub-layer left out alone, one after another, and how far each layer turns the stream."""
+    model, task = subject.model, subject.task
+    try:
+        sweep = measures.importance(model, task, progress=subject.progress)
+    except LensError as problem:
+        return Section(
+            name="layers",
+            title="Which sub-layers matter",
+            summary=("Not measured.",),
+            limits=(f"{problem}.",),
+            columns={},
+            configuration={"task": task.name},
+        )
+    influence = measures.block_influence(model, task)
+    tables = {
+        "sweep": sweep.table(seed=subject.seed),
+        "influence": influence.table(seed=subject.seed),
+    }
+    figures = {"sweep": sweep.plot(), "influence": influence.plot()}
+    worst, least = sweep.drops.mean(1).argmax(), influence.per_prompt.mean(1).argmin()
+    said = [
+        f"Missed most on {task.name} is {sweep.names[worst]}: {task.metric} is worse by "
+        f"{sweep.drops[worst].mean():.3g} without it.",
+        f"Layer {least} turns the residual stream least (1 - cosine "
+        f"{influence.per_prompt[least].mean():.3g}).",
+    ]
+    limits = ["A sub-layer that is left out adds 0; nothing was trained again."]
+    if len(sweep.names) <= _MOST:
+        removal = measures.greedy_removal(model, task, progress=subject.progress)
+        tables["removal"], figures["removal"] = removal.table(seed=subject.seed), removal.plot()
+        said.append(
+            f"Taken out first by {removal.distance} of the outputs: {', '.join(removal.order)}; "
+            f"{task.metric} goes from {removal.losses[0].mean():.3g} to {removal.losses[-1].mean():.3g}."
+        )
+    else:
+        limits.append(
+            f"No greedy removal: {len(sweep.names)} sub-layers, at most {_MOST} here; use "
+            "lens.layers.greedy_removal."
+        )
+    return Section(
+        name="layers",
+        title="Which sub-layers matter",
+        summary=tuple(said),
+        limits=tuple(limits),
+        columns=defined(tables.values(), _COLUMNS),
+        configuration={"task": task.name, "distance": sweep.distance, "prompts": task.n},
+        tables=tables,
+        figures=figures,
+    )
+
+
+_COLUMNS = {
+    "name": "The sub-layer; in `removal` the last one taken out.",
+    "drop": "What the task loses without it, positive = worse, in units of the metric.",
+    "distance": "Mean distance of the outputs from those of the whole model.",
+    "layer": "Layer, from 0.",
+    "influence": "1 - cosine of the residual stream before and after the layer (ShortGPT).",
+    "removed": "Sub-layers taken out so far.",
+    "metric": "The task's metric.",
+    "low": "Low end of the 95 % interval over prompts.",
+    "high": "High end of the 95 % interval.",
+    "n": "Number of prompts.",
+}

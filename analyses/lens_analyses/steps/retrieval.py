@@ -1,0 +1,83 @@
+"""Which heads fetch from far back, and which see enough with the first and the nearest keys."""
+
+from lens import heads
+from lens.errors import LensError
+from lens.heads.retrieval import copied_needles
+from lens.sections import Section
+from lens_analyses.steps.columns import defined
+from lens_analyses.steps.subject import Subject
+
+_SINK = 1  # first keys of a streaming head
+_GATE = 20_000_000  # weights of the largest model whose gates are trained here
+_TRIALS = 8
+
+
+def retrieval(subject: Subject) -> Section:
+    """Retrieval score on copied needles, kept mass and error of streaming, and the trained gate."""
+    kind = "copied" if subject.prompts("copied") else "text"
+    prompts = [ids[: subject.settings.length] for ids in subject.prompts(kind)]
+    recent = max(4, min(map(len, prompts)) // 6)
+    options = {"sink": _SINK, "recent": recent, "progress": subject.progress}
+    tables, figures, said, limits = {}, {}, [], []
+    try:
+        streaming = heads.streaming(subject.model, prompts, **options)
+        tables["streaming"] = streaming.table(seed=subject.seed)
+        figures["streaming"] = streaming.plot()
+        most = tables["streaming"].sort_values("error", ascending=False).iloc[:3]
+        named = ", ".join(f"{row['name']} {row['error']:.2f}" for row in most.to_dict("records"))
+        said.append(
+            f"With the first key and the {recent} nearest alone, the outputs of {named} change most "
+            "(size of the change over the output's size)."
+        )
+        if subject.model.info.parameters <= _GATE:
+            gate = heads.streaming_gate(subject.model, prompts, seed=subject.seed, **options)
+            tables["gate"] = gate.table()
+            figures["gate"] = gate.plot()
+            need = " ".join(map(str, gate.retrieval_heads())) or "no head"
+            said.append(f"The trained gate keeps {need} in full and lets the others stream.")
+        else:
+            limits.append(
+                "The gate was not trained: the model is large for that here; use lens.heads.streaming_gate."
+            )
+    except LensError as problem:
+        limits.append(f"No streaming scores: {problem}.")
+    try:
+        trials = copied_needles(subject.model, n=_TRIALS, length=32, needle=6, seed=subject.seed)
+        found = heads.retrieval(subject.model, trials, progress=subject.progress)
+        tables["retrieval"] = found.table(seed=subject.seed)
+        figures["retrieval"] = found.plot()
+        best = " ".join(str(head) for head in found.heads()[:6]) or "none"
+        said.append(
+            f"Heads that fetch the needle (score above 0.1): {best}; {found.n} of {len(trials)} needles "
+            "came back."
+        )
+    except LensError as problem:
+        limits.append(f"No retrieval scores: {problem}.")
+    return Section(
+        name="retrieval",
+        title="Which heads fetch from far back",
+        summary=tuple(said),
+        limits=(
+            *limits,
+            f"On {len(prompts)} {kind} prompts and copied random needles, not on questions.",
+        ),
+        columns=defined(tables.values(), _COLUMNS),
+        configuration={"sink": _SINK, "recent": recent, "prompts": kind, "trials": _TRIALS},
+        tables=tables,
+        figures=figures,
+    )
+
+
+_COLUMNS = {
+    "name": "The head.",
+    "layer": "Layer, from 0.",
+    "head": "Head in the layer, from 0.",
+    "n": "Number of prompts, or of needles that came back.",
+    "kept": "Attention on the first and the nearest keys, of all.",
+    "error": "Size of the change of the output without the others, over its size.",
+    "alpha": "Trained gate of its key-value head: 1 needs all keys, 0 streams (DuoAttention, arXiv 2410.10819).",
+    "retrieval": "Share of the needle that was its strongest key while its token was written (arXiv 2404.15574).",
+    "low": "Low end of the 95 % interval over needles.",
+    "high": "High end of the 95 % interval.",
+    "trials": "Number of needles.",
+}
