@@ -14,6 +14,8 @@ from lens.sinks.losses import MEASURES
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
+MATCHED = 0.8
+"""A mass control is one where its keys held at least this share of the sources' mass."""
 TOOK_OVER = 0.1
 """Another key took over in a head where its alpha rose by more than this."""
 
@@ -103,6 +105,12 @@ class SinkEffect:
             f"edited heads' attention lay there.",
         ]
         for control, row in table.drop(index="sources").iterrows():
+            if control == "mass" and row["mass"] < MATCHED * sources["mass"]:
+                sentences.append(
+                    f"There is no mass control to compare with: the other keys hold too little, at most "
+                    f"{row['mass']:.0%} of the attention together."
+                )
+                continue
             less, more = row["excess_high"] < 0, row["excess_low"] > 0
             verdict = "less than" if less else "more than" if more else "not clearly unlike"
             sentences.append(

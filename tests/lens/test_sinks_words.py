@@ -3,6 +3,7 @@
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -18,6 +19,7 @@ from lens.sinks import (
     effective_gate,
     mechanism,
 )
+from lens.sinks.effects import SinkEffect
 from tests.lens.architectures import build
 from tests.lens.test_sinks import parked
 from tests.lens.traces import trace_of
@@ -107,3 +109,19 @@ def test_gates_and_bands_are_drawn(model):
         assert drawn[mechanism_name] == rows["gate"].tolist()
     bands = band_losses(model, IDS, count=3)
     assert _drawn(bands)[0].y.tolist() == bands.table()["delta_loss"].tolist()
+
+
+def test_a_mass_control_that_holds_too_little_is_no_comparison():
+    def effect(mass):
+        shown = {"delta_loss": 0.2, "kl": 0.1, "flip_rate": 0.5, "keys": 1.0}
+        values = {
+            name: {key: np.full(3, value) for key, value in (shown | {"mass": held}).items()}
+            for name, held in (("sources", 0.9), ("mass", mass))
+        }
+        nothing = pd.DataFrame({"other_before": [0.0], "other_after": [0.0]})
+        return SinkEffect(values, nothing, (), "mask", 1.0, "L1H0", (9, 9, 9), "added", 0)
+
+    assert any("not clearly unlike the mass control" in text for text in effect(0.8).findings())
+    said = effect(0.1).findings()
+    assert any("no mass control to compare with" in text and "10%" in text for text in said)
+    assert not any("unlike the mass control" in text for text in said)
