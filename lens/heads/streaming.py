@@ -23,8 +23,8 @@ from lens.captures.layer import LayerCall, make_settings
 from lens.captures.recorder import Recorder, base, recording
 from lens.errors import LensError
 from lens.head_ids import HeadId
-from lens.progress import advancing
 from lens.models.loaded import LoadedModel
+from lens.progress import advancing
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
