@@ -15,7 +15,8 @@ def some_agreement(tau=(0.5, -0.25, np.nan)):
         (*pair, value, value - 0.1, value + 0.1, 0.5, 0.25, 0.75, 0.125)
         for pair, value in zip(pairs, tau, strict=True)
     ]
-    return Agreement(pd.DataFrame(rows, columns=list(COLUMNS)), 4, (7, 7, 7), 0)
+    tops = dict.fromkeys(("a", "b", "c <i>"), ("L0H0", "L0H1", "L0H2", "L0H3"))
+    return Agreement(pd.DataFrame(rows, columns=list(COLUMNS)), 4, (7, 7, 7), 0, tops)
 
 
 def test_the_map_has_every_pair_both_ways():
