@@ -16,6 +16,7 @@ from lens_analyses.steps.subject import Subject
 
 _UNITS = "Positive: the task goes worse without the head, in units of the metric."
 _BEARABLE = 0.05  # of the metric, what pruning may cost
+_PAIRS = 3  # of measures whose disagreement is told; the table has all
 _JOINT = 4  # heads at most that are taken away together
 
 
@@ -43,7 +44,6 @@ def importance(subject: Subject) -> Section:
             *(_best(score) for score in scores),
             *sentences,
             *(_disagreement(agreement) if agreement is not None else ()),
-            *(agreement.findings() if agreement is not None else ()),
         ),
         limits=(
             "Importance is for these prompts and this replacement of the head's output; another "
@@ -221,16 +221,9 @@ def _groups(subject: Subject) -> dict[str, list[str]]:
 
 
 def _disagreement(agreement: heads.Agreement) -> list[str]:
-    """The pair of measures that agrees least on the order of the heads."""
-    table = agreement.table[agreement.table["tau"].notna()]
-    if not len(table):
-        return []
-    row = table.sort_values("tau").iloc[0].to_dict()
-    return [
-        f"The measures that agree least are {row['first']} and {row['second']}: tau {row['tau']:.2f} "
-        f"[{row['tau_low']:.2f}, {row['tau_high']:.2f}] over all heads, {row['overlap']:.0%} of the top "
-        f"{agreement.k} in common ({row['overlap_by_chance']:.0%} by chance)."
-    ]
+    """The pairs of measures that agree least on the order of the heads, and on which heads they differ."""
+    order = agreement.table["tau"].to_numpy(float).argsort()  # NaN last
+    return [agreement.findings()[pair] for pair in order[:_PAIRS]]
 
 
 def _best(score: HeadScores) -> str:
