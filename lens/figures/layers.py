@@ -124,7 +124,7 @@ def influence_bars(
         )
     )
     figure.update_xaxes(title="layer", dtick=1)
-    figure.update_yaxes(title="1 - cosine of the stream before and after")
+    figure.update_yaxes(title="1 - cosine, before and after")
     least = table.iloc[int(table["influence"].to_numpy().argmin())]
     return style(
         figure,
