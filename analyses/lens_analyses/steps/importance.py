@@ -16,6 +16,8 @@ from lens_analyses.steps.subject import Subject
 
 _UNITS = "Positive: the task goes worse without the head, in units of the metric."
 _BEARABLE = 0.05  # of the metric, what pruning may cost
+_DRAWS, _FEW_DRAWS, _POINTS = 8, 2, 24  # random orders of removal, and points of a curve of
+_MANY = 64  # heads and more, where the short curve is run
 _PAIRS = 3  # of measures whose disagreement is told; the table has all
 _JOINT = 4  # heads at most that are taken away together
 
@@ -95,7 +97,13 @@ def pruning(subject: Subject) -> Section:
         progress=subject.progress,
     )
     curve = heads.pruning_curve(
-        subject.model, held_out, order=order, seed=subject.seed, progress=subject.progress
+        subject.model,
+        held_out,
+        order=order,
+        steps=None if order.values.size <= _MANY else _POINTS,
+        random=_DRAWS if order.values.size <= _MANY else _FEW_DRAWS,
+        seed=subject.seed,
+        progress=subject.progress,
     )
     table = curve.table(seed=subject.seed)
     bearable = _BEARABLE * abs(float(curve.values[0]))
