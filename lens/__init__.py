@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lens import (
         circuits,
+        comparison,
         figures,
         heads,
         interchange,
@@ -44,6 +45,7 @@ __all__ = [
     "capture",
     "capturing",
     "circuits",
+    "comparison",
     "figures",
     "heads",
     "interchange",
@@ -62,6 +64,7 @@ __all__ = [
 
 _MODULES = (
     "circuits",
+    "comparison",
     "figures",
     "heads",
     "interchange",

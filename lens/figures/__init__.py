@@ -5,6 +5,7 @@ keyword arguments: `title`, `width`, `height`, `theme`.
 """
 
 from lens.figures.agreement import agreement_map, measure_scatter
+from lens.figures.comparison import comparison_scatter, difference_grid
 from lens.figures.head import block_map, distance_profile, received_mass, row_entropy
 from lens.figures.heads import head_grid, head_scatter, metric_by_layer
 from lens.figures.importance import importance_grid
@@ -19,6 +20,8 @@ from lens.figures.tokens import token_strip
 __all__ = [
     "agreement_map",
     "block_map",
+    "comparison_scatter",
+    "difference_grid",
     "distance_profile",
     "head_grid",
     "head_scatter",
