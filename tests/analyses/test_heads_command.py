@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+import lens
 from lens import heads, tasks
 from lens.models.loading import load
 from lens.runs import open_run
@@ -28,6 +29,7 @@ def test_every_step_leaves_its_section_and_the_folder_is_whole(folder):
         "patterns",
         "retrieval",
         "similarity",
+        "stability",
         "pruning",
         "layers",
         "heads",
@@ -70,6 +72,24 @@ def test_one_table_joins_all_measures_with_every_column_defined(folder):
     streaming = table["full_attention_gate"] < 0.5
     assert table.loc[streaming, "layer"].tolist() == [0, 0, 0, 0]
     assert table.loc[table["previous_token"].idxmax(), "head"] == "L0H1"
+
+
+def test_heads_that_look_at_places_keep_their_pattern_on_other_prompts(folder):
+    section = folder.section("stability")
+    table = section.tables["heads"].set_index("head")
+    copied = folder.prompts
+    assert set(copied["kind"]) == {"copied"}
+    traces = [
+        lens.capture(load("induction-2l"), ids.tolist(), block_size=4, statistics="all")
+        for ids in copied["token_ids"].iloc[:2]
+    ]
+    expected = heads.stability({"some": traces[:1], "others": traces[1:]}).table()
+    jaccard = expected.query(
+        "first == 'some' and metric == 'jaccard' and variant == 'sink_excluded'"
+    )
+    np.testing.assert_allclose(table["jaccard"], jaccard["value"])
+    assert table.loc["L0H1", "jaccard"] > table.loc[["L1H0", "L1H2", "L1H3"], "jaccard"].max()
+    assert section.tables["variance"]["share"].sum() == pytest.approx(1)
 
 
 def test_the_report_shows_what_the_sections_say(folder):

@@ -41,6 +41,7 @@ STEPS: dict[str, tuple[Step, ...]] = {
         Step("patterns", "patterns"),
         Step("retrieval", "retrieval"),
         Step("similarity", "patterns"),
+        Step("stability", "stability"),
         Step("pruning", "importance"),
         Step("layers", "layers"),
         Step("heads", "table"),

@@ -20,6 +20,7 @@ from lens_analyses.steps.subject import Subject
 
 FOLDER = "circuits"
 _MOST_EDGES = 1000  # rows of the table of edges
+RANKINGS = ("absolute", "signed")  # by size, or with what works against the task left out
 _ENOUGH = 0.85  # faithfulness that the circuit shall reach on the prompts that it is made from
 _SMALLEST, _SIZES = 0.001, 16  # share of the edges, and number of sizes that are tried
 _HELD_OUT = 16  # prompts that the circuit is tried on
@@ -39,7 +40,7 @@ def edges(subject: Subject) -> Section:
         ablation="mean" if task.corrupt is None else "counterfactual",
         progress=subject.progress,
     )
-    chosen, found = _choose(subject, task, scores)
+    chosen, ranking, found = _choose(subject, task, scores)
     stable = circuits.stability(scores, chosen.n, seed=subject.seed)
     folder = subject.run.path / FOLDER
     circuits.to_mib(scores, folder / "mib" / "importances.json", circuit=chosen)
@@ -59,7 +60,7 @@ def edges(subject: Subject) -> Section:
         title="Edges: what passes between which parts",
         summary=(
             *_scores_in_words(scores, table),
-            _chosen_in_words(chosen, found),
+            _chosen_in_words(chosen, ranking, found),
             _stable(stable),
         ),
         limits=(
@@ -74,6 +75,7 @@ def edges(subject: Subject) -> Section:
             "method": scores.method,
             "steps": scores.steps,
             "rule": scores.rule,
+            "ranking": ranking,
             "ablation": asdict(scores.ablation),
             "metric": scores.metric,
             "task": scores.task,
@@ -96,7 +98,7 @@ def circuit(subject: Subject) -> Section:
     chosen = circuits.load_circuit(folder / f"{_name(task)}.json")
     options = {"seed": subject.seed, "progress": subject.progress}
     curve = circuits.evaluate(subject.model, task, scores, random=2, **options)
-    beside = circuits.control(subject.model, task, chosen, draws=10, **options)
+    beside = circuits.control(subject.model, task, chosen, draws=20, **options)
     few = task.take(torch.arange(min(task.n, _FEW)))
     complete = circuits.completeness(
         subject.model, few, chosen, runs=2, steps=3, candidates=5, random=5, **options
@@ -105,11 +107,12 @@ def circuit(subject: Subject) -> Section:
         subject.model, few, chosen, nodes=_largest(chosen, scores), random=10, **options
     )
     table = curve.table()
-    absolute = table[table["ranking"] == "absolute"]
+    ranking = subject.run.section("edges").configuration["ranking"]
+    rows = table[(table["ranking"] == ranking).to_numpy()]
     chosen.save(
         folder / f"{_name(task)}.json",
         scores=scores.values,
-        faithfulness={name: absolute[name].tolist() for name in ("share", "edges", "faithfulness")},
+        faithfulness={name: rows[name].tolist() for name in ("share", "edges", "faithfulness")},
     )
     tables = {
         "faithfulness": table,
@@ -170,12 +173,19 @@ def _doubled(subject: Subject) -> RunConfig:
     return replace(subject.config, analysis=replace(settings, n=2 * settings.n))
 
 
-def _choose(subject: Subject, task: Task, scores: EdgeScores) -> tuple[Circuit, pd.DataFrame]:
-    """The circuit of as many edges as asked for, or the smallest one that is faithful enough."""
+def _choose(subject: Subject, task: Task, scores: EdgeScores) -> tuple[Circuit, str, pd.DataFrame]:
+    """The smallest circuit that is faithful enough, else the most faithful one; its ranking; all tried.
+
+    With `analysis.edges` only circuits of that many edges are tried.
+
+    Raises:
+        LensError: a circuit without a head.
+    """
     wanted = subject.settings.edges
     sizes = np.geomspace(max(1.0, _SMALLEST * scores.graph.n), scores.graph.n, _SIZES)
     counts = [wanted] if wanted else np.unique(sizes.round().astype(int)).tolist()
-    made = [scores.top(count) for count in counts]
+    rankings = [(name, count) for count in counts for name in RANKINGS]
+    made = [scores.top(count, absolute=name == "absolute") for name, count in rankings]
     few = task.take(torch.arange(min(task.n, 2 * _FEW)))
     kept = np.stack([one.kept for one in made])
     found = run_circuits(subject.model, few, kept, scores.ablation, progress=subject.progress)
@@ -183,21 +193,24 @@ def _choose(subject: Subject, task: Task, scores: EdgeScores) -> tuple[Circuit, 
     low, high = found.interval(subject.seed)
     table = pd.DataFrame(
         {
+            "ranking": [name for name, _ in rankings],
             "edges": [one.n for one in made],
             "writers": [len(one.nodes) for one in made],
             "faithfulness": values,
             "low": low,
             "high": high,
+            "kl": found.kl.mean(1),
         }
     )
-    enough = np.flatnonzero(values >= _ENOUGH)
-    chosen = made[int(enough[0]) if len(enough) else -1]
+    enough = table[(table["faithfulness"] >= _ENOUGH).to_numpy()]
+    best = enough["edges"].idxmin() if len(enough) else table["faithfulness"].idxmax()
+    chosen, ranking = made[int(best)], rankings[int(best)][0]
     if not any(name.startswith("a") for name in chosen.nodes):
         raise LensError(
             f"the best {chosen.n or max(counts):,} edges make no circuit that goes through a head; "
             "ask for more with --edges"
         )
-    return chosen, table
+    return chosen, ranking, table
 
 
 def _largest(chosen: Circuit, scores: EdgeScores) -> list[str]:
@@ -233,13 +246,19 @@ def _scores_in_words(scores: EdgeScores, table: pd.DataFrame) -> list[str]:
     return said
 
 
-def _chosen_in_words(chosen: Circuit, table: pd.DataFrame) -> str:
-    row = table.loc[(table["edges"] - chosen.n).abs().idxmin()]
+def _chosen_in_words(chosen: Circuit, ranking: str, table: pd.DataFrame) -> str:
+    rows = table[(table["ranking"] == ranking).to_numpy()]
+    row = rows.loc[(rows["edges"] - chosen.n).abs().idxmin()]
+    how = {
+        "absolute": "the largest scores by size, also of what works against the task",
+        "signed": "the largest signed scores, so what works against the task is left out",
+    }
     graph = chosen.graph
     return (
         f"The circuit has {chosen.n:,} of {graph.n:,} edges ({chosen.n / graph.n:.2%}) between "
-        f"{len(chosen.nodes)} of {len(graph.writers)} parts; on these prompts its faithfulness is "
-        f"{row['faithfulness']:.2f} [{row['low']:.2f}, {row['high']:.2f}]."
+        f"{len(chosen.nodes)} of {len(graph.writers)} parts ({how[ranking]}); on these prompts its "
+        f"faithfulness is {row['faithfulness']:.2f} [{row['low']:.2f}, {row['high']:.2f}], its KL divergence "
+        f"from the model {row['kl']:.2g} nats."
     )
 
 

@@ -1,0 +1,163 @@
+"""Whether heads keep their pattern: on other text, and when the same text is longer."""
+
+import numpy as np
+import pandas as pd
+
+import lens
+from lens import heads
+from lens.errors import LensError
+from lens.head_ids import HeadId
+from lens.heads.stability import HeadStability
+from lens.heads.variance import VarianceShares
+from lens.sections import Section
+from lens.trace import AttentionTrace
+from lens_analyses.steps.columns import defined
+from lens_analyses.steps.subject import Subject
+
+_MOST_PROMPTS, _MOST_TOKENS = 8, 512
+_BLOCKS = 12  # along each side of the maps that are compared
+_STABLE = 0.5  # Jaccard index above chance from which a pattern is said to be kept
+_SHOWN = ("jaccard", "recall", "efficiency", "js", "correlation", "drift", "mass_error_p99")
+_COMPARED = "sink_excluded"
+
+
+def stability(subject: Subject) -> Section:
+    """Each head on half of the prompts against itself on the others, and what its entropy varies with."""
+    kind, prompts = _prompts(subject)
+    length = len(prompts[0])
+    block = max(1, length // _BLOCKS)
+    traces = _capture(subject, prompts, block)
+    halves = _capture(subject, [ids[: length // 2] for ids in prompts], block)
+    found = heads.stability({"some": traces[::2], "others": traces[1::2]})
+    shares = heads.variance({"half": halves, "whole": traces}, metric="entropy", seed=subject.seed)
+    by_head = _by_head(found, subject.seed)
+    tables = {"heads": by_head, "variance": shares.table()}
+    return Section(
+        name="stability",
+        title="Which heads keep their pattern",
+        summary=(
+            _patterns(by_head, len(prompts) // 2, kind),
+            _reuse(found),
+            _variance(shares, length),
+        ),
+        limits=(
+            f"Compared are {len(prompts)} {kind} prompts of {length} tokens, in pairs, by blocks of "
+            f"{block} tokens; the first key block and the diagonal ones are left out, which would make "
+            "all heads look stable.",
+            "Other seeds and checkpoints are other models: compare them with lens.heads.stability.",
+        ),
+        columns=defined(tables.values(), COLUMNS),
+        configuration={
+            "prompts": kind,
+            "n": len(prompts),
+            "tokens": length,
+            "block_size": block,
+            "density": found.density,
+            "seed": subject.seed,
+        },
+        tables=tables,
+        figures={"jaccard": found.plot("jaccard", _COMPARED)},
+    )
+
+
+def _prompts(subject: Subject) -> tuple[str, list[list[int]]]:
+    """An even number of prompts of one length, of one kind.
+
+    Raises:
+        LensError: fewer than two.
+    """
+    for kind in ("text", "copied"):
+        prompts = subject.prompts(kind)[:_MOST_PROMPTS]
+        if len(prompts) > 1:
+            shortest = min(min(map(len, prompts)), _MOST_TOKENS)
+            return kind, [ids[:shortest] for ids in prompts[: len(prompts) // 2 * 2]]
+    raise LensError(
+        "whether heads keep their pattern needs two prompts of a kind; give --windows 2 or --copied 2"
+    )
+
+
+def _capture(subject: Subject, prompts: list[list[int]], block: int) -> list[AttentionTrace]:
+    traces = lens.capture(subject.model, prompts, block_size=block, progress=subject.progress)
+    assert isinstance(traces, list)
+    return traces
+
+
+def _by_head(found: HeadStability, seed: int) -> pd.DataFrame:
+    """One row per head, a column per metric, the Jaccard index with its interval."""
+    table = found.table(seed=seed)
+    rows = table[
+        (table["first"] == "some").to_numpy()
+        & (
+            (table["variant"] == _COMPARED) | table["metric"].isin(["drift", "mass_error_p99"])
+        ).to_numpy()
+    ]
+    wide = rows.pivot(index=["layer", "head"], columns="metric", values="value")[list(_SHOWN)]
+    ends = rows[(rows["metric"] == "jaccard").to_numpy()].set_index(["layer", "head"])
+    wide.insert(1, "low", ends["low"])
+    wide.insert(2, "high", ends["high"])
+    wide = wide.reset_index().rename(columns={"head": "number"})
+    names = [str(HeadId(*pair)) for pair in zip(wide["layer"], wide["number"], strict=True)]
+    wide.insert(0, "head", names)
+    return wide
+
+
+def _patterns(table: pd.DataFrame, pairs: int, kind: str) -> str:
+    scored = table.dropna(subset="jaccard").sort_values("jaccard", ascending=False)
+    if scored.empty:
+        return (
+            "No head could be scored: the prompts are too short for blocks away from the diagonal."
+        )
+    kept = int((scored["jaccard"] >= _STABLE).sum())
+    best, worst = scored.iloc[0], scored.iloc[-1]
+    return (
+        f"Between {kind} prompts ({pairs} pairs) {kept} of {len(scored)} heads keep their strongest blocks "
+        f"(Jaccard index above chance at least {_STABLE}): most {best['head']} with {_interval(best)}, "
+        f"least {worst['head']} with {_interval(worst)}; 0 is chance, 1 the same blocks."
+    )
+
+
+def _interval(row: pd.Series) -> str:
+    ends = "" if np.isnan(row["low"]) else f" [{row['low']:.2f}, {row['high']:.2f}]"
+    return f"{row['jaccard']:.2f}{ends}"
+
+
+def _reuse(found: HeadStability) -> str:
+    reusable = found.reusable("some", "others")
+    return (
+        f"The LSE of one prompt serves for another in {int(reusable.sum())} of {reusable.size} heads "
+        "(99 % of rows within 5 %)."
+    )
+
+
+def _variance(shares: VarianceShares, length: int) -> str:
+    largest = sorted(shares.shares.items(), key=lambda one: -one[1])[:3]
+    words = ", ".join(f"{_SOURCES.get(name, name)} {share:.0%}" for name, share in largest)
+    return (
+        f"Of the variance of entropy over heads, prompts and two lengths ({length // 2} and {length} "
+        f"tokens) most belongs to: {words}."
+    )
+
+
+_SOURCES = {
+    "condition": "length",
+    "condition × prompt": "length × prompt",
+    "condition × head": "length × head",
+}
+
+COLUMNS = {
+    "head": "The head.",
+    "layer": "Layer, from 0.",
+    "number": "Head in the layer, from 0.",
+    "jaccard": "Strongest fifth of the blocks, shared / in either, above chance: 0 as random, 1 the same.",
+    "recall": "Mass of the other prompt on the strongest blocks of the one.",
+    "efficiency": "Recall / what the other prompt's own strongest blocks hold.",
+    "js": "JS divergence of the block maps, nats: a lower bound of that of the attention.",
+    "correlation": "Rank correlation of the block masses.",
+    "drift": "Mean over rows of the other prompt's LSE - the one's.",
+    "mass_error_p99": "99th percentile over rows of |exp(drift) - 1|.",
+    "low": "Low end of the 95 % interval over prompts, of the column before it.",
+    "high": "High end of it.",
+    "source": "What varies; condition is the length.",
+    "share": "Of the sum of squares; all sum to 1.",
+    "n": "Number of prompts.",
+}
