@@ -202,9 +202,10 @@ def _choose(subject: Subject, task: Task, scores: EdgeScores) -> tuple[Circuit, 
             "kl": found.kl.mean(1),
         }
     )
-    enough = table[(table["faithfulness"] >= _ENOUGH).to_numpy()]
-    best = enough["edges"].idxmin() if len(enough) else table["faithfulness"].idxmax()
-    chosen, ranking = made[int(best)], rankings[int(best)][0]
+    enough = np.flatnonzero(values >= _ENOUGH)
+    smallest = enough[np.argmin(table["edges"].to_numpy()[enough])] if len(enough) else None
+    best = int(values.argmax() if smallest is None else smallest)
+    chosen, ranking = made[best], rankings[best][0]
     if not any(name.startswith("a") for name in chosen.nodes):
         raise LensError(
             f"the best {chosen.n or max(counts):,} edges make no circuit that goes through a head; "
