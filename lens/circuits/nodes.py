@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from lens.captures.layer import LayerCall, attend, make_settings
-from lens.captures.recorder import Recorder, recording, transformer
+from lens.captures.recorder import Recorder, recording
 from lens.circuits.graph import Graph
 from lens.errors import LensError
+from lens.models.bare import bare
 from lens.models.loaded import LoadedModel
 from lens.tasks.task import logits_of
 
@@ -104,18 +105,14 @@ def find_nodes(model: LoadedModel, *, kv: str = "head") -> Nodes:
     """The graph of a model, and where its nodes are.
 
     Args:
-        model: as `lens.load` returns it.
+        model: as `lens.load` returns it; of a `TransformerBridge` the model that it wraps is taken.
         kv: of `Graph`.
 
     Raises:
-        LensError: a `TransformerBridge`, or blocks that are not known to be pre-norm.
+        LensError: blocks that are not known to be pre-norm, or a bridge whose weights were processed.
     """
-    if model.is_bridge:
-        raise LensError(
-            f"{model.name} is a TransformerBridge, whose hooks would be in the way of these; pass the "
-            "transformers model that it wraps: lens.load(bridge.original_model)"
-        )
-    root: Any = transformer(model)
+    model = bare(model)
+    root: Any = model.model
     kind = root.config.model_type
     if kind not in _LAYOUTS:
         names = {name.rpartition(".")[2] for name, _ in root.named_modules()}
