@@ -3,9 +3,10 @@
 Exit codes: 0 done, 1 error, 2 wrong usage, 3 partly done (the same command completes it).
 """
 
+import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -31,9 +32,6 @@ from lens_analyses.options import (
     Windows,
 )
 from lens_analyses.run_commands import circuit, execute, heads, redistribute, settings_of, sinks
-
-if TYPE_CHECKING:
-    pass
 
 app = typer.Typer(
     name="lens",
@@ -147,6 +145,39 @@ def run(
 
 for analysis in (heads, sinks, redistribute, circuit):
     app.command()(analysis)
+
+
+@app.command()
+def sweep(
+    config: Annotated[
+        Path, typer.Option("--config", "-c", help="TOML file: models, analyses, settings.")
+    ],
+    out: Out = RUNS,
+    again: Again = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only show the plan, with estimates.")
+    ] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Make many runs, models × analyses × tasks; finished ones are reused, the same command continues."""
+    output = Output(json, quiet, debug)
+    with output.session():
+        from lens_analyses.sweeps.forecast import forecast
+        from lens_analyses.sweeps.plan import read_plan
+        from lens_analyses.sweeps.running import run_sweep
+
+        plan = read_plan(config)
+        if dry_run:
+            expected = forecast(plan, out)
+            output.result(expected.text(), expected.as_json())
+            return
+        command = shlex.join(["lens", "sweep", "-c", str(config), "--out", str(out)])
+        done = run_sweep(plan, out, output, command=command, again=again)
+        output.result(done.text(), done.as_json())
+        if done.exit_code:
+            raise SystemExit(done.exit_code)
 
 
 @app.command()

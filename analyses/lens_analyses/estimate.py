@@ -27,6 +27,7 @@ class Estimate:
 
     Attributes:
         model: its name.
+        what: kind of analysis; time and memory are those of its profile.
         prompts: how many.
         tokens: of all prompts together.
         longest: tokens of the longest.
@@ -36,6 +37,7 @@ class Estimate:
     """
 
     model: str
+    what: str
     prompts: int
     tokens: int
     longest: int
@@ -45,11 +47,12 @@ class Estimate:
 
     def text(self) -> str:
         """One line a figure."""
+        rest = "" if self.what == "profile" else f" for the profile; {self.what} comes on top"
         return "\n".join(
             (
                 f"model   {self.model}",
                 f"prompts {self.prompts}, {self.tokens:,} tokens, the longest {self.longest:,}",
-                f"time    about {_time(self.seconds)}",
+                f"time    about {_time(self.seconds)}{rest}",
                 f"memory  about {_size(self.memory)}",
                 f"disk    {_size(self.disk)}",
             )
@@ -73,6 +76,7 @@ def estimate(config: RunConfig) -> Estimate:
     rate = _rate(model)
     return Estimate(
         model=model.name,
+        what=config.what,
         prompts=len(planned),
         tokens=sum(lengths),
         longest=max(lengths),

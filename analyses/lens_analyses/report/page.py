@@ -46,17 +46,8 @@ def page(data: dict[str, Any], maps: list[HeadMap], figures: dict[str, dict[str,
         figures: of `charts`, by name.
     """
     kinds = list(dict.fromkeys(record["prompts"] for record in data["heads"]))
-    environment = Environment(
-        loader=PackageLoader("lens_analyses.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(number=number, percent=percent, interval=interval, value=value)
-    source = environment.loader
-    assert source is not None
-    return environment.get_template("report.html.j2").render(
+    made = environment()
+    return made.get_template("report.html.j2").render(
         report=data,
         kinds=kinds,
         kind_names=NAMES,
@@ -66,11 +57,30 @@ def page(data: dict[str, Any], maps: list[HeadMap], figures: dict[str, dict[str,
         sink_heads=_sink_heads(kinds, data),
         maps=maps,
         most_rows=MOST_ROWS,
-        style=Markup(source.get_source(environment, "report.css")[0]),
-        script=Markup(source.get_source(environment, "report.js")[0]),
+        style=Markup(source_of(made, "report.css")),
+        script=Markup(source_of(made, "report.js")),
         plotly=Markup(get_plotlyjs()),
-        payload=Markup(_json({"template": template(), "figures": figures})),
+        payload=Markup(embedded_json({"template": template(), "figures": figures})),
     )
+
+
+def environment() -> Environment:
+    """The templates of every page, with the filters that write numbers."""
+    made = Environment(
+        loader=PackageLoader("lens_analyses.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    made.filters.update(number=number, percent=percent, interval=interval, value=value)
+    return made
+
+
+def source_of(made: Environment, name: str) -> str:
+    """A style sheet or script that stands beside the templates."""
+    assert made.loader is not None
+    return made.loader.get_source(made, name)[0]
 
 
 def number(value: float | None, unit: str = "") -> str:
@@ -111,7 +121,7 @@ def interval(row: dict[str, Any], unit: str = "") -> str:
     return f"{number(row['low'], unit)}–{number(row['high'], unit)}"
 
 
-def _json(data: Any) -> str:
+def embedded_json(data: Any) -> str:
     """JSON that cannot end the script element it stands in."""
     text = json.dumps(data, cls=PlotlyJSONEncoder, separators=(",", ":"))
     return text.replace("<", "\\u003c")

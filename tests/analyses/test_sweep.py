@@ -1,0 +1,227 @@
+"""`lens sweep`: the plan, what fails, what is reused, and a killed one that ends with the same numbers."""
+
+import json
+import re
+import shutil
+import signal
+import tomllib
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from lens_analyses.sweeps.headlines import summary
+from lens_analyses.sweeps.plan import make_runs, read_plan
+
+from lens.errors import LensError
+from lens.runs import open_run
+from lens.sections import Section
+
+from .conftest import tables
+from .test_interrupted import wait_for_prompts
+
+SWEEP = """
+title = "Two models <b>"
+models = ["text-lm-3l", { name = "induction-2l", prompts = { copied = 2 } }]
+analyses = ["profile", { what = "profile", seed = 3 }]
+[settings]
+prompts = { text_name = "moby-dick", tokens = 61, windows = 2, copied = 1, copied_length = 13 }
+"""
+
+
+def plan_of(text):
+    return make_runs(tomllib.loads(text))
+
+
+def test_every_model_gets_every_analysis_on_every_task():
+    runs = plan_of(
+        """
+        models = ["a", { name = "b", dtype = "bfloat16", prompts = { copied = 7 } }]
+        analyses = ["profile", { what = "circuit", tasks = ["ioi", "induction"], seed = 5 }]
+        [settings]
+        seed = 3
+        capture = { block_size = 16 }
+        analysis = { n = 9 }
+        prompts = { text_name = "moby-dick", tokens = 31 }
+        """
+    )
+    found = [
+        (run.model.name, run.what, run.analysis.task, run.analysis.n, run.seed) for run in runs
+    ]
+    each = [
+        ("profile", "induction", 32, 3),
+        ("circuit", "ioi", 9, 5),
+        ("circuit", "induction", 9, 5),
+    ]
+    assert found == [(model, *one) for model in "ab" for one in each]
+    assert {run.capture.block_size for run in runs} == {16}
+    assert [run.prompts.copied for run in runs] == [4] * 3 + [7] * 3
+    assert [run.prompts.text_name for run in runs] == ["moby-dick"] * 3 + [None] * 3
+    assert [run.model.dtype for run in runs] == [None] * 3 + ["bfloat16"] * 3
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("modes = []", "unknown in a sweep file: modes; known: title, models"),
+        ("models = ['a']", "needs a list analyses, got None"),
+        ("models = 'a'", "needs a list models, got 'a'"),
+        ("models = [3]\nanalyses = ['profile']", "models holds names or tables with name, got 3"),
+        ("models = [{}]\nanalyses = ['profile']", "tables with name, got {}"),
+        ("models = ['a']\nanalyses = ['hats']", "what must be one of profile, heads, .*'hats'"),
+        ("models = ['a', 'a']\nanalyses = ['profile']", "has a run twice: lens run --model a"),
+        ("models = ['a']\nanalyses = [{what = 'sinks', tasks = ['ioi']}]", "sinks has no task; tasks go with heads"),
+        ("models = ['a']\nanalyses = [{what = 'heads', tasks = []}]", "tasks must be a list such as"),
+        ("models = ['a']\nanalyses = [{what = 'heads', analysis = {m = 1}}]", "unknown setting analysis.m"),
+        ("models = ['a']\nanalyses = ['heads']\nsettings = 3", "settings is a section, got 3"),
+    ],
+)  # fmt: skip
+def test_a_plan_that_makes_no_sense_says_why(text, reason):
+    with pytest.raises(LensError, match=reason):
+        plan_of(text)
+
+
+def test_files_that_are_no_plan(tmp_path):
+    with pytest.raises(LensError, match=r"no sweep file .*; e\.g\. models"):
+        read_plan(tmp_path / "none.toml")
+    broken = tmp_path / "broken.toml"
+    broken.write_text("models = [")
+    with pytest.raises(LensError, match="cannot read the sweep file"):
+        read_plan(broken)
+    broken.write_text("title = 3\nmodels = ['a']\nanalyses = ['profile']")
+    with pytest.raises(LensError, match="title must be a string, got 3"):
+        read_plan(broken)
+
+
+def test_the_name_of_a_sweep_follows_its_runs(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text("models = ['a']\nanalyses = ['profile']")
+    name = read_plan(path).name
+    assert re.fullmatch(r"mine-[0-9a-f]{8}", name)
+    path.write_text("title = 'T'\nmodels = ['a']\nanalyses = ['profile']")
+    assert read_plan(path).name == name
+    path.write_text("models = ['b']\nanalyses = ['profile']")
+    assert read_plan(path).name != name
+
+
+@pytest.fixture(scope="module")
+def swept(lens_command, tmp_path_factory):
+    """A sweep of four runs, made once: its file, the folder of runs and the answer."""
+    folder = tmp_path_factory.mktemp("sweep")
+    (folder / "small.toml").write_text(SWEEP)
+    return folder, lens_command(
+        "sweep", "-c", folder / "small.toml", "--out", folder / "runs", "--json"
+    )
+
+
+def test_a_sweep_makes_its_runs_and_a_page(swept):
+    folder, answer = swept
+    assert answer.code == 0, answer.err
+    data = answer.json
+    assert [run["model"] for run in data["runs"]] == ["text-lm-3l"] * 2 + ["induction-2l"] * 2
+    assert len({run["run"] for run in data["runs"]}) == 4
+    assert {(run["what"], run["task"]) for run in data["runs"]} == {("profile", None)}
+    assert {(run["status"], run["error"]) for run in data["runs"]} == {("success", None)}
+    assert all(run["computed"] for run in data["runs"])
+    place = Path(data["folder"])
+    assert json.loads((place / "sweep.json").read_text()) == data
+    page = (place / "index.html").read_text()
+    assert "Two models &lt;b&gt;" in page
+    assert "http" not in re.sub(r'http-equiv="[^"]*"', "", page)
+    for run in data["runs"]:
+        report = place / run["report"]
+        assert f'href="{run["report"]}"' in page
+        assert report.resolve() == folder / "runs" / run["run"] / "report.html"
+        assert json.loads(report.with_suffix(".json").read_text())["run"] == run["run"]
+
+
+def test_the_headline_is_counted_from_the_scores(swept):
+    folder, answer = swept
+    first = answer.json["runs"][0]
+    heads = pd.read_parquet(folder / "runs" / first["run"] / "heads.parquet")
+    scores = heads.query("metric == 'induction' and variant == 'raw' and prompt_id == 'copied'")[
+        "value"
+    ]
+    assert first["headline"]["induction"] == (scores > 0.3).sum() > 0
+    prompts = pd.read_parquet(folder / "runs" / first["run"] / "prompts.parquet")
+    text = prompts[prompts["kind"] == "text"]["loss"]
+    assert first["headline"]["loss"] == pytest.approx(text.mean())
+    assert (first["headline"]["heads"], first["headline"]["prompts"]) == (18, 3)
+    assert answer.json["runs"][2]["headline"]["loss"] is None
+
+
+def test_the_same_sweep_again_computes_nothing(swept, lens_command):
+    folder, before = swept
+    again = lens_command("sweep", "-c", folder / "small.toml", "--out", folder / "runs", "--json")
+    assert again.code == 0
+    assert not any(run["computed"] for run in again.json["runs"])
+    assert [run["run"] for run in again.json["runs"]] == [run["run"] for run in before.json["runs"]]
+    plan = lens_command("sweep", "-c", folder / "small.toml", "--out", folder / "runs", "--dry-run")
+    assert plan.out.count("finished before") == 4
+    assert "4 runs: 4 finished, 0 cannot be made" in plan.out
+
+
+def test_a_failure_is_shown_and_the_others_are_made(lens_command, tmp_path):
+    path = tmp_path / "some.toml"
+    path.write_text(
+        'models = ["no-such-model", "induction-2l"]\nanalyses = ["profile"]\nsettings.prompts.copied = 1'
+    )
+    planned = lens_command("sweep", "-c", path, "--out", tmp_path / "runs", "--dry-run", "--json")
+    assert "unknown model 'no-such-model'" in planned.json["runs"][0]["problem"]
+    assert planned.json["runs"][1]["estimate"]["tokens"] > 10
+    assert not (tmp_path / "runs").exists()
+    answer = lens_command("sweep", "-c", path, "--out", tmp_path / "runs")
+    assert answer.code == 3
+    assert "1 of 2 runs are done" in answer.out
+    assert "failed: lens run --model no-such-model --copied 1: unknown model" in answer.out
+    (page,) = (tmp_path / "runs" / "sweeps").glob("*/index.html")
+    assert "unknown model &#39;no-such-model&#39;" in page.read_text()
+    assert "1 of 2 runs are done, 1 failed" in page.read_text()
+
+
+def test_a_sweep_of_failures_only_is_an_error(lens_command, tmp_path):
+    path = tmp_path / "none.toml"
+    path.write_text('models = ["no-such-model"]\nanalyses = ["profile"]')
+    assert lens_command("sweep", "-c", path, "--out", tmp_path / "runs").code == 1
+
+
+@pytest.mark.slow
+def test_a_killed_sweep_ends_with_the_numbers_of_an_uninterrupted_one(
+    spawn_lens, lens_command, tmp_path
+):
+    path = tmp_path / "killed.toml"
+    path.write_text(
+        'models = ["induction-2l", "text-lm-3l"]\nanalyses = ["profile"]\n'
+        "[settings]\nprompts = { copied = 7 }\ncapture = { keep_qk = false }\n"
+    )
+    out = tmp_path / "killed"
+    process = spawn_lens("sweep", "-c", path, "--out", out)
+    folder = wait_for_prompts(process, out, 2)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    (page,) = out.glob("sweeps/*/index.html")
+    assert "This sweep is not complete" in page.read_text()
+    assert json.loads((folder / "run.json").read_text())["status"] == "started"
+
+    completed = lens_command("sweep", "-c", path, "--out", out, "--json")
+    assert completed.code == 0, completed.err
+    assert "of 7 prompts were finished before" in completed.err
+    straight = lens_command("sweep", "-c", path, "--out", tmp_path / "straight", "--json")
+    names = [[run["run"] for run in answer.json["runs"]] for answer in (completed, straight)]
+    assert names[0] == names[1]
+    for name in names[0]:
+        both = (tables(out / name), tables(tmp_path / "straight" / name))
+        for mine, theirs in zip(*both, strict=True):
+            pd.testing.assert_frame_equal(mine, theirs, check_exact=True)
+    headlines = [
+        [run["headline"] for run in answer.json["runs"]] for answer in (completed, straight)
+    ]
+    assert headlines[0] == headlines[1]
+    assert "This sweep is not complete" not in page.read_text()
+
+
+def test_the_first_sentence_of_each_analysis_is_shown(run_folder, tmp_path):
+    copy = tmp_path / run_folder.name
+    shutil.copytree(run_folder, copy)
+    Section("roles", "Roles", summary=("Three heads copy.", "More.")).save(copy)
+    Section("empty", "Empty").save(copy)
+    assert summary(open_run(copy)) == ["Roles: Three heads copy."]
