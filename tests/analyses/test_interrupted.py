@@ -66,6 +66,36 @@ def test_a_killed_run_is_partial_and_completed_with_the_same_numbers(
 
 
 @pytest.mark.slow
+def test_an_analysis_killed_in_the_middle_of_a_step_ends_with_the_same_numbers(
+    spawn_lens, lens_command, tmp_path
+):
+    heads = "heads --model induction-2l --copied 3 --n 24 --measures ablation/mean,ablation/resample"
+    process = spawn_lens(*heads.split(), "--out", tmp_path / "killed")
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("killed/*/work/*.npz")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    (folder,) = (tmp_path / "killed").iterdir()
+    assert open_run(folder).sections == ["roles"]
+
+    completed = lens_command(*heads.split(), "--out", tmp_path / "killed", "--json")
+    assert completed.code == 0, completed.err
+    assert "roles was finished before" in completed.err
+    straight = lens_command(*heads.split(), "--out", tmp_path / "straight", "--json")
+    mine, theirs = open_run(folder), open_run(straight.json["path"])
+    assert mine.sections == theirs.sections
+    for name in mine.sections:
+        expected = theirs.section(name)
+        assert mine.section(name).summary == expected.summary
+        for table, values in mine.section(name).tables.items():
+            pd.testing.assert_frame_equal(values, expected.tables[table], check_exact=True)
+    assert file_names(folder) == file_names(theirs.path)
+
+
+@pytest.mark.slow
 def test_a_stopped_run_says_how_to_go_on(spawn_lens, lens_command, tmp_path):
     process = spawn_lens(*MANY, "--out", tmp_path)
     folder = wait_for_prompts(process, tmp_path, 2)

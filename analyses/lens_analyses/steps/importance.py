@@ -1,10 +1,10 @@
 """Which heads matter: several measures on one task and on text, where they disagree, what may go."""
 
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict
 
 import numpy as np
 import pandas as pd
-from torch import Tensor
+import torch
 
 from lens import heads
 from lens.errors import LensError
@@ -244,18 +244,8 @@ def _best(score: HeadScores) -> str:
 
 
 def _halves(task: Task) -> tuple[Task, Task]:
-    middle = task.n // 2
-    return _part(task, slice(0, middle)), _part(task, slice(middle, task.n))
-
-
-def _part(task: Task, rows: slice) -> Task:
-    """Some prompts of a task."""
-    tensors = {
-        field.name: value[rows]
-        for field in fields(task)
-        if isinstance(value := getattr(task, field.name), Tensor)
-    }
-    return replace(task, **tensors)
+    rows = torch.arange(task.n)
+    return task.take(rows[: task.n // 2]), task.take(rows[task.n // 2 :])
 
 
 def _score_columns(joined: pd.DataFrame) -> dict[str, str]:
