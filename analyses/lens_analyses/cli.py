@@ -227,6 +227,35 @@ def report(
             raise SystemExit(PARTIAL)
 
 
+@app.command()
+def compare(
+    a: Annotated[str, typer.Argument(help="A run folder, or its id (or the end of it) in --runs.")],
+    b: Annotated[str, typer.Argument(help="Another one; every difference is B - A.")],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="Folder for comparison.html and comparison.json."),
+    ] = None,
+    runs: RunsDir = RUNS,
+    seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Write the comparison report of two runs: heads, scores and sections side by side."""
+    output = Output(json, quiet, debug)
+    with output.session():
+        from lens_analyses.comparing import FOLDER, write_comparison
+        from lens_analyses.listing import resolve
+
+        first, second = resolve(a, runs), resolve(b, runs)
+        place = out or runs / FOLDER / f"{first.id}--{second.id}"
+        words = ["lens", "compare", str(first.path), str(second.path), "--seed", str(seed)]
+        written = write_comparison(first, second, place, command=shlex.join(words), seed=seed)
+        output.result(written.text(), written.as_json())
+        if {first.status, second.status} != {"success"}:
+            raise SystemExit(PARTIAL)
+
+
 @app.command("list")
 def list_(
     runs: Annotated[

@@ -27,6 +27,7 @@ _FOLLOWS = (
     *(f"model.{name}" for name in ("layers", "heads", "kv_heads", "head_dim", "vocab", "context")),
     *(f"model.{name}" for name in ("class", "parameters", "licence")),
 )  # what comes with the model and is no choice of its own
+_SAME_ORDER = 0.995
 _SEEN = 0.005  # a share of attention that two decimals show
 
 
@@ -40,7 +41,7 @@ def sentences(
 ) -> list[str]:
     """Heads of each kind in both, the largest changes, the order of the heads, and the losses."""
     return [
-        *_kinds_of_heads(a, b, aligned=not refusal),
+        *_kinds_of_heads(a, b, heads),
         *(_changes(heads) if not refusal else ()),
         *(_orders(metrics) if not refusal else ()),
         *map(_loss, losses.to_dict("records")),
@@ -78,7 +79,8 @@ def bracket(low: float, high: float) -> str:
     return "" if np.isnan(low) or np.isnan(high) else f" [{signed(low)}, {signed(high)}]"
 
 
-def _kinds_of_heads(a: Run, b: Run, *, aligned: bool) -> list[str]:
+def _kinds_of_heads(a: Run, b: Run, heads: pd.DataFrame) -> list[str]:
+    """Heads above the threshold of `lens.findings`, over the prompts of the comparison."""
     found = [{one.kind: one for one in findings(run.heads)} for run in (a, b)]
     said = []
     for kind, (one, many) in _KINDS.items():
@@ -86,29 +88,38 @@ def _kinds_of_heads(a: Run, b: Run, *, aligned: bool) -> list[str]:
         if first is None or second is None or first.prompt_id != second.prompt_id:
             continue
         where = f"on {NAMES[first.prompt_id]}, above {first.threshold:g}"
-        mine, theirs = _members(first), _members(second)
+        mine, theirs = _above(first, heads, "a"), _above(second, heads, "b")
+        capital = f"{many[0].upper()}{many[1:]}"
         if not mine and not theirs:
             said.append(f"Neither run has a {one} ({where}).")
-        elif aligned:
-            both = [head for head in mine if head in theirs]
+        elif len(heads):
             parts = (
-                (both, "in both"),
+                ([head for head in mine if head in theirs], "in both"),
                 ([head for head in mine if head not in theirs], "only in A"),
                 ([head for head in theirs if head not in mine], "only in B"),
             )
             counted = ", ".join(f"{_count(part)} {words}" for part, words in parts)
-            said.append(f"{many[0].upper()}{many[1:]} ({where}): {counted}.")
+            said.append(f"{capital} ({where}): {counted}.")
         else:
             sizes = [side.meta["model"]["layers"] * side.meta["model"]["heads"] for side in (a, b)]
             said.append(
-                f"{many[0].upper()}{many[1:]} ({where}): {len(mine)} of {sizes[0]} in A, "
+                f"{capital} ({where}): {len(mine)} of {sizes[0]} in A, "
                 f"{len(theirs)} of {sizes[1]} in B."
             )
     return said
 
 
-def _members(finding: Finding) -> list[str]:
-    return [head.name for head in finding.heads] if finding.found else []
+def _above(finding: Finding, heads: pd.DataFrame, side: str) -> list[str]:
+    """Names, highest first; those of the finding itself where heads are not compared."""
+    if heads.empty:
+        return [head.name for head in finding.heads] if finding.found else []
+    rows = heads[
+        (heads["prompts"] == finding.prompt_id)
+        & (heads["metric"] == finding.metric)
+        & (heads["variant"] == "raw")
+        & (heads[side] > finding.threshold)
+    ].sort_values(side, ascending=False, kind="stable")
+    return [str(HeadId(*pair)) for pair in zip(rows["layer"], rows["head"], strict=True)]
 
 
 def _count(heads: Sequence[str]) -> str:
@@ -154,6 +165,11 @@ def _orders(metrics: pd.DataFrame) -> list[str]:
         return []
     rows = rows.sort_values("rank_correlation", kind="stable")
     least, most = rows.iloc[0], rows.iloc[-1]
+    if least["rank_correlation"] >= _SAME_ORDER:
+        return [
+            "Every score puts the heads of both runs into the same order: Spearman's correlation is "
+            f"{least['rank_correlation']:.3f} or more."
+        ]
     return [
         f"Over all heads the two runs agree most on the order by {_ordered(most)} and least by "
         f"{_ordered(least)}; 1 is the same order, 0 none."

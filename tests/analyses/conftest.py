@@ -43,6 +43,22 @@ def file_names(folder):
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
 
 
+def serious_violations(browser, path, ready="h1"):
+    """What axe finds on a page that is a file, once `ready` is there."""
+    from axe_playwright_python.sync_playwright import Axe
+
+    page = browser.new_page(bypass_csp=True)
+    page.goto(f"file://{path}")
+    page.wait_for_selector(ready)
+    found = [
+        (violation["id"], [node["html"][:120] for node in violation["nodes"]])
+        for violation in Axe().run(page).response["violations"]
+        if violation["impact"] in ("serious", "critical")
+    ]
+    page.close()
+    return found
+
+
 @pytest.fixture(scope="session")
 def lens_command():
     """Run `lens ...` in this process."""

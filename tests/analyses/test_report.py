@@ -12,11 +12,13 @@ import pandas as pd
 import pytest
 from lens_analyses.report import render
 from lens_analyses.report.maps import colored, png
-from lens_analyses.report.page import _json, interval, number, percent
+from lens_analyses.report.page import embedded_json, interval, number, percent
 
 from lens.figures.colors import VIRIDIS
 from lens.metrics import METRICS
 from lens.runs import open_run
+
+from .conftest import serious_violations
 
 
 @pytest.fixture(scope="module")
@@ -208,7 +210,7 @@ def test_a_title_from_the_outside_is_escaped(lens_command, tmp_path):
 
 
 def test_data_cannot_end_its_script_element():
-    text = _json({"a": "</script><!--"})
+    text = embedded_json({"a": "</script><!--"})
     assert "<" not in text
     assert json.loads(text) == {"a": "</script><!--"}
 
@@ -347,15 +349,4 @@ def test_in_a_browser(browser, run_folder, report):
 
 @pytest.mark.browser
 def test_accessibility(browser, run_folder):
-    from axe_playwright_python.sync_playwright import Axe
-
-    page = browser.new_page(bypass_csp=True)
-    page.goto(f"file://{run_folder}/report.html")
-    page.wait_for_selector("#grid .main-svg")
-    found = [
-        (violation["id"], [node["html"][:120] for node in violation["nodes"]])
-        for violation in Axe().run(page).response["violations"]
-        if violation["impact"] in ("serious", "critical")
-    ]
-    assert found == []
-    page.close()
+    assert serious_violations(browser, run_folder / "report.html", "#grid .main-svg") == []

@@ -16,7 +16,7 @@ from lens.errors import LensError
 from lens.runs import open_run
 from lens.sections import Section
 
-from .conftest import tables
+from .conftest import serious_violations, tables
 from .test_interrupted import wait_for_prompts
 
 SWEEP = """
@@ -132,6 +132,11 @@ def test_a_sweep_makes_its_runs_and_a_page(swept):
         assert f'href="{run["report"]}"' in page
         assert report.resolve() == folder / "runs" / run["run"] / "report.html"
         assert json.loads(report.with_suffix(".json").read_text())["run"] == run["run"]
+
+
+@pytest.mark.browser
+def test_accessibility(swept, browser):
+    assert serious_violations(browser, f"{swept[1].json['folder']}/index.html") == []
 
 
 def test_the_headline_is_counted_from_the_scores(swept):

@@ -46,13 +46,13 @@ def charts(data: dict[str, Any]) -> dict[str, dict[str, Any]]:
         trend.update_xaxes(dtick=-(-layers // _TICKS), range=[-0.6, layers - 0.4])
         made[f"sinks/{kind}"] = trend
     made["sensitivity"] = _sensitivity(data["sinks"])
-    return {name: _slim(figure) for name, figure in made.items()}
+    return {name: slim(figure) for name, figure in made.items()}
 
 
 def section_charts(run: Run) -> dict[str, dict[str, Any]]:
     """`section/<section>/<figure>` -> the figures of the run's sections, as they were saved."""
     return {
-        f"section/{name}/{part}": _slim(figure)
+        f"section/{name}/{part}": slim(figure)
         for name in run.sections
         for part, figure in run.section(name).figures.items()
     }
@@ -93,7 +93,7 @@ def _sensitivity(sinks: dict[str, Any]) -> go.Figure:
     )
 
 
-def _slim(figure: go.Figure) -> dict[str, Any]:
+def slim(figure: go.Figure) -> dict[str, Any]:
     """Without the template, which the page adds back, and with margins for the page."""
     plain = figure.to_plotly_json()
     plain["layout"].pop("template", None)

@@ -78,13 +78,7 @@ def numbers(run: Run, status: str | None = None) -> dict[str, Any]:
             "citation": CITATION,
         },
     }
-    return finite(_plain(data))
-
-
-def _records(pooled: pd.DataFrame) -> list[dict[Any, Any]]:
-    """Rows of `heads.parquet` that are means over a kind of prompts."""
-    table = pooled.rename(columns={"prompt_id": "prompts"})
-    return table.to_dict(orient="records")
+    return finite(plain(data))
 
 
 def _section(section: Section) -> dict[str, Any]:
@@ -191,12 +185,12 @@ def _interval(values: np.ndarray) -> tuple[float, float]:
     return float(low[0]), float(high[0])
 
 
-def _plain(data: Any) -> Any:
+def plain(data: Any) -> Any:
     """numpy's and pandas' numbers as Python's."""
     if isinstance(data, dict):
-        return {name: _plain(value) for name, value in data.items()}
+        return {name: plain(value) for name, value in data.items()}
     if isinstance(data, (list, tuple)):
-        return [_plain(value) for value in data]
+        return [plain(value) for value in data]
     if isinstance(data, (np.generic,)):
         return data.item()
     return None if data is pd.NA else data

@@ -58,7 +58,7 @@ def page(data: dict[str, Any], maps: list[HeadMap], figures: dict[str, dict[str,
         maps=maps,
         most_rows=MOST_ROWS,
         style=Markup(source_of(made, "report.css")),
-        script=Markup(source_of(made, "report.js")),
+        script=Markup(source_of(made, "shared.js") + source_of(made, "report.js")),
         plotly=Markup(get_plotlyjs()),
         payload=Markup(embedded_json({"template": template(), "figures": figures})),
     )
@@ -107,6 +107,11 @@ def value(given: Any) -> str:
     if isinstance(given, float):
         return f"{given:.3g}" if abs(given) < 1000 else f"{given:,.0f}"
     return str(given)
+
+
+def signed(value: float | None) -> str:
+    """A difference with its sign, three significant digits."""
+    return "–" if value is None else f"{value:+.3g}".replace("-", "−")
 
 
 def percent(value: float | None) -> str:

@@ -1,0 +1,77 @@
+"""The numbers of a comparison: `comparison.json` (docs/schema/comparison.md). The page is made from them."""
+
+from typing import Any
+
+import pandas as pd
+
+import lens
+from lens.comparison import Comparison
+from lens.comparison.comparing import DEFINITIONS
+from lens.metrics import METRICS
+from lens.runs import Run
+from lens_analyses.console import finite
+from lens_analyses.report.numbers import CITATION, plain
+
+SCHEMA, SCHEMA_VERSION = "attention-lens/comparison", 1
+
+
+def numbers(comparison: Comparison, command: str) -> dict[str, Any]:
+    """Everything that the comparison says, as plain values without NaN."""
+    data = {
+        "schema": SCHEMA,
+        "schema_version": SCHEMA_VERSION,
+        "a": _run(comparison.a),
+        "b": _run(comparison.b),
+        "aligned": comparison.aligned,
+        "refusal": comparison.refusal or None,
+        "shared": dict(comparison.shared),
+        "summary": list(comparison.sentences),
+        "settings": _rows(comparison.settings),
+        "losses": _rows(comparison.losses),
+        "metrics": _rows(comparison.metrics),
+        "heads": _rows(comparison.heads),
+        "sections": _sections(comparison),
+        "limits": list(comparison.limits),
+        "definitions": {
+            **DEFINITIONS,
+            **{
+                name: METRICS[name].definition
+                for name in dict.fromkeys(comparison.metrics["metric"])
+            },
+        },
+        "provenance": {
+            "command": command,
+            "seed": comparison.seed,
+            "report_version": lens.__version__,
+            "citation": CITATION,
+        },
+    }
+    return finite(plain(data))
+
+
+def _run(run: Run) -> dict[str, Any]:
+    keys = ("title", "what", "created", "model", "prompts", "command", "versions")
+    return {"run": run.id, "status": run.status, **{key: run.meta.get(key) for key in keys}}
+
+
+def _sections(comparison: Comparison) -> list[dict[str, Any]]:
+    """Each section that both runs have: what either found, and the columns beside each other."""
+    a, b, table = comparison.a, comparison.b, comparison.sections
+    found = []
+    for name in [name for name in a.sections if name in b.sections]:
+        first, second = a.section(name), b.section(name)
+        rows = table[table["section"] == name].drop(columns="section")
+        found.append(
+            {
+                "name": name,
+                "title": first.title,
+                "a": list(first.summary),
+                "b": list(second.summary),
+                "columns": _rows(rows),
+            }
+        )
+    return found
+
+
+def _rows(table: pd.DataFrame) -> list[dict[Any, Any]]:
+    return table.to_dict("records")

@@ -1,0 +1,104 @@
+"""`lens compare`: the page and the JSON say what `compare_runs` found."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from lens.comparison import compare_runs
+from lens.runs import open_run
+
+from .conftest import ARGUMENTS, serious_violations
+
+
+@pytest.fixture(scope="module")
+def other_folder(lens_command, tmp_path_factory) -> Path:
+    """The run of `run_folder` in half the precision."""
+    out = tmp_path_factory.mktemp("other")
+    answer = lens_command(*ARGUMENTS, "--dtype", "bfloat16", "--out", out, "--json")
+    assert answer.code == 0, answer.err
+    return Path(answer.json["path"])
+
+
+@pytest.fixture(scope="module")
+def compared(lens_command, run_folder, other_folder, tmp_path_factory):
+    """Where the comparison lies, and what the command said."""
+    out = tmp_path_factory.mktemp("comparison")
+    return out, lens_command("compare", run_folder, other_folder, "-o", out, "--json")
+
+
+def test_the_json_holds_the_comparison(compared, run_folder, other_folder):
+    out, answer = compared
+    assert answer.code == 0, answer.err
+    data = json.loads((out / "comparison.json").read_text())
+    expected = compare_runs(open_run(run_folder), open_run(other_folder))
+    assert (data["schema"], data["schema_version"]) == ("attention-lens/comparison", 1)
+    assert (data["a"]["run"], data["b"]["run"]) == (run_folder.name, other_folder.name)
+    assert data["summary"] == answer.json["summary"] == list(expected.sentences)
+    assert data["shared"] == {"text": 3, "copied": 2}
+    assert data["limits"] == list(expected.limits)
+    assert len(data["heads"]) == len(expected.heads)
+    for row, wanted in zip(data["heads"], expected.heads.to_dict("records"), strict=True):
+        assert row == {name: None if value != value else value for name, value in wanted.items()}
+    assert [row["setting"] for row in data["settings"]] == ["model.dtype"]
+    columns = [*data["metrics"][0], *data["heads"][0], *data["settings"][0], *data["losses"][0]]
+    assert set(columns) <= set(data["definitions"])
+    assert f"{run_folder} {other_folder}" in data["provenance"]["command"]
+
+
+def test_the_page_asks_for_nothing(compared):
+    page = (compared[0] / "comparison.html").read_text()
+    assert "default-src 'none'" in page
+    tags = re.findall(r"<(?:script|link|img|iframe)\b[^>]*>", page.partition("<script>")[0])
+    assert not [tag for tag in tags if "src=" in tag or "href=" in tag]
+
+
+@pytest.mark.browser
+def test_the_page_draws_the_score_that_is_chosen(compared, browser):
+    out, _ = compared
+    data = json.loads((out / "comparison.json").read_text())
+    tab = browser.new_page()
+    problems = []
+    tab.on("console", lambda message: problems.append(message.text))
+    tab.on("pageerror", lambda error: problems.append(str(error)))
+    tab.goto(f"file://{out / 'comparison.html'}")
+    tab.wait_for_selector("#grid .heatmaplayer")
+    tab.locator("#score").select_option("text/entropy/raw")
+    drawn = "document.getElementById('grid')._fullData[0].z"
+    flat = tab.evaluate(f"Array.from({drawn}, row => Array.from(row)).flat()")
+    wanted = [
+        row["difference"]
+        for row in data["heads"]
+        if (row["prompts"], row["metric"], row["variant"]) == ("text", "entropy", "raw")
+    ]
+    assert flat == pytest.approx(wanted)
+    assert "ln P" in tab.locator("#score-definition").inner_text()
+    tab.close()
+    assert problems == []
+
+
+@pytest.mark.browser
+def test_accessibility(compared, browser):
+    assert serious_violations(browser, compared[0] / "comparison.html", "#grid .main-svg") == []
+
+
+def test_models_of_other_shapes_are_compared_by_means(lens_command, run_folder, tmp_path):
+    made = lens_command(
+        "run", "--model", "induction-2l", "--copied", "2", "--out", tmp_path, "--json"
+    )
+    answer = lens_command("compare", run_folder, made.json["path"], "-o", tmp_path / "c")
+    assert answer.code == 0, answer.err
+    assert (
+        "text-lm-3l has 3 layers of 6 heads and induction-2l has 2 layers of 4 heads" in answer.out
+    )
+    page = (tmp_path / "c" / "comparison.html").read_text()
+    assert "Heads are not compared one by one" in page
+    assert 'id="score"' not in page
+
+
+def test_the_same_run_twice_is_refused(lens_command, run_folder, tmp_path):
+    answer = lens_command("compare", run_folder, run_folder, "-o", tmp_path / "c")
+    assert answer.code == 1
+    assert "A and B are the same run" in answer.err
+    assert not (tmp_path / "c").exists()
