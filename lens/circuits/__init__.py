@@ -21,6 +21,7 @@ from lens.circuits.hard_concrete import LearnedMasks, learn_masks
 from lens.circuits.joined import JoinedHeads, join
 from lens.circuits.minimality import Minimality, minimality
 from lens.circuits.nodes import find_nodes
+from lens.circuits.overlap import Overlap, overlap
 from lens.circuits.patching import PatchEffects, patch, path_patch
 from lens.circuits.recovery import Recovery, recovery
 from lens.circuits.scoring import score_edges
@@ -39,6 +40,7 @@ __all__ = [
     "LearnedMasks",
     "Minimality",
     "NoiseFloor",
+    "Overlap",
     "PatchEffects",
     "Recovery",
     "Stability",
@@ -58,6 +60,7 @@ __all__ = [
     "make_circuit",
     "minimality",
     "noise_floor",
+    "overlap",
     "patch",
     "path_patch",
     "recovery",

@@ -1,0 +1,63 @@
+"""Figures of reuse across tasks: what two circuits share, and what redirected heads do."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import plotly.graph_objects as go
+
+from lens.figures.colors import BASELINE, LINE
+from lens.figures.style import Theme, escaped, style
+
+if TYPE_CHECKING:
+    from lens.circuits.overlap import Overlap
+
+
+def overlap_plot(
+    overlap: Overlap,
+    *,
+    title: str | None = None,
+    width: int | None = None,
+    height: int | None = None,
+    theme: Theme = "light",
+) -> go.Figure:
+    """Each measure with its interval over prompts, on the band of the middle 95 % of the null."""
+    table = overlap.table().iloc[::-1]
+    figure = go.Figure()
+    figure.add_bar(
+        y=table["measure"],
+        x=table["chance_high"] - table["chance_low"],
+        base=table["chance_low"],
+        orientation="h",
+        width=0.5,
+        marker={"color": BASELINE, "opacity": 0.35, "line": {"width": 0}},
+        name="by chance (95 %)",
+        customdata=table[["chance", "chance_low", "chance_high"]],
+        hovertemplate="%{y}: by chance %{customdata[0]:.2f} "
+        "[%{customdata[1]:.2f}, %{customdata[2]:.2f}]<extra></extra>",
+    )
+    figure.add_scatter(
+        x=table["value"],
+        y=table["measure"],
+        mode="markers",
+        name="found",
+        marker={"size": 9, "color": LINE},
+        error_x={
+            "type": "data",
+            "symmetric": False,
+            "array": (table["high"] - table["value"]).clip(lower=0),
+            "arrayminus": (table["value"] - table["low"]).clip(lower=0),
+        },
+        customdata=table[["p"]],
+        hovertemplate="%{y}: %{x:.2f}, p %{customdata[0]:.2g}<extra></extra>",
+    )
+    figure.update_xaxes(title="share in common, or correlation")
+    finding = f"{escaped(overlap.names[0])} and {escaped(overlap.names[1])}: {len(overlap.shared)} heads in both"
+    return style(
+        figure,
+        title=title or finding,
+        width=width,
+        height=height,
+        theme=theme,
+        meta={"figure": "overlap_plot", "tasks": list(overlap.names), "null": overlap.kind},
+    )
