@@ -10,25 +10,21 @@ from lens.circuits.known import PROGRAMS, induction_transformer, logic_gate, tra
 from lens.circuits.nodes import find_nodes
 from lens.circuits.recovery import recovery
 from lens.circuits.scoring import score_edges
+from lens.errors import LensError
 
 METHODS = ("eap", "eap-ig", "atp*", "acdc")
 
 
 def area(known, task, truth, method, ablation):
-    """AUROC of the method's scores, and the edges of the circuit that have none.
+    """AUROC of the method's scores, and the edges of the circuit that have none."""
+    found = recovery(scored(known, task, method, ablation), truth)
+    return found.auroc, set(found.unseen)
 
-    Scores of rounding alone count as 0: they would rank the edges of a circuit above those that are
-    exactly 0, without having seen anything.
-    """
+
+def scored(known, task, method, ablation):
     if method == "acdc":
-        scores = acdc(known.model, task, 0.01, ablation=ablation).scores()
-    else:
-        scores = score_edges(known.model, task, method=method, ablation=ablation)
-    seen = np.where(np.abs(scores.per_prompt) < 1e-9, 0, scores.per_prompt)
-    scores = replace(scores, per_prompt=seen)
-    edges = scores.graph.find(truth)
-    unseen = {edge for edge, at in zip(truth, edges, strict=True) if not scores.values[at]}
-    return recovery(scores, truth).auroc, unseen
+        return acdc(known.model, task, 0.01, ablation=ablation).scores()
+    return score_edges(known.model, task, method=method, ablation=ablation)
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
@@ -45,6 +41,71 @@ def test_compiled_programs_are_found_by_zero_ablation(program, method):
     found, unseen = area(known, known.task, known.edges, method, "zero")
     assert found >= 0.95
     assert not unseen
+
+
+INTO_COUNT = {"input->a0.h0<q>", "input->a0.h0<k>", "input->a0.h0<v>", "a0.h0->m0"}
+HIDDEN = {
+    # what the first head counts goes through steps of an MLP, which are flat nearly everywhere
+    ("sort_unique", "eap"): INTO_COUNT,
+    ("sort_unique", "atp*"): INTO_COUNT,
+    ("reverse", "eap"): {*INTO_COUNT, "input->m1"},
+    ("reverse", "eap-ig"): INTO_COUNT,
+    ("reverse", "atp*"): {*INTO_COUNT, "input->m1"},
+    # a softmax that is saturated at every clean prompt
+    ("induction_causal", "eap"): {"input->a0.h0<q>", "input->a0.h0<k>"},
+    # taken out alone it changes nothing: what is left of the key, or the query, is enough
+    ("sort_unique", "acdc"): {"input->a1.h0<k>"},
+    ("induction_causal", "acdc"): {"input->a1.h0<k>"},
+    ("reverse", "acdc"): {"input->a0.h0<q>", "input->a0.h0<k>", "input->a3.h0<q>"},
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("program", ["reverse", "sort_unique", "induction_causal"])
+def test_programs_with_steps_and_sharp_attention_are_found_but_for_named_edges(program, method):
+    known = tracr(program, dtype="float64")
+    scores = scored(known, first_prompts(known.task, 3), method, "zero")
+    found = recovery(scores, known.edges)
+    hidden = HIDDEN.get((program, method), set())
+    assert set(found.unseen) == hidden
+    assert recovery(scores, set(known.edges) - hidden).auroc >= 0.95
+
+
+def first_prompts(task, count):
+    return replace(
+        task,
+        clean=task.clean[:count],
+        corrupt=task.corrupt_or_refuse()[:count],
+        positions=task.positions[:count],
+        correct=task.correct[:count],
+        wrong=task.wrong[:count],
+    )
+
+
+@pytest.mark.parametrize("program", ["sort_unique", "induction_causal"])
+def test_what_acdc_misses_is_less_than_its_threshold_alone(program):
+    known = tracr(program, dtype="float64")
+    exact = scored(known, first_prompts(known.task, 3), "exact", "zero")
+    missed = exact.graph.find(HIDDEN[program, "acdc"])
+    assert np.abs(exact.values[missed]).max() < 0.01
+    others = exact.graph.find(set(known.edges) - HIDDEN[program, "acdc"])
+    assert exact.values[others].min() > 0.01
+
+
+def test_rounding_finds_nothing():
+    known = induction_transformer(4, dtype="float64")
+    scores = score_edges(known.model, known.task, method="exact")
+    noise = np.random.default_rng(0).normal(size=scores.per_prompt.shape) * 1e-12
+    hidden = scores.graph.find(known.visible["last token"])
+    values = np.where(np.isin(np.arange(scores.graph.n), hidden), 0, noise)
+    values[0, scores.graph.find(["input->a1.h0<q>"])] = 1
+    found = recovery(replace(scores, per_prompt=values), known.visible["last token"])
+    assert found.unseen == ("a1.h0->logits",)
+    assert found.auroc == pytest.approx(0.75)  # one above all, one tied with the rest
+    strict = recovery(replace(scores, per_prompt=values), known.visible["last token"], rounding=0)
+    assert strict.auroc < 0.75  # last of all
+    with pytest.raises(LensError, match="rounding must be a share of 0 or more and below 1, got 1"):
+        recovery(scores, known.edges, rounding=1)
 
 
 @pytest.mark.parametrize("method", METHODS)
