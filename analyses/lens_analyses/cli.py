@@ -194,6 +194,9 @@ def view(
     token: Annotated[
         str | None, typer.Option(help="Ask for it as ?token=...", envvar="LENS_TOKEN")
     ] = None,
+    jobs: Annotated[
+        bool, typer.Option("--jobs", help="Let the page /jobs start analyses; starts a worker.")
+    ] = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
@@ -201,7 +204,21 @@ def view(
     with Output(False, quiet, debug).session():
         from lens_analyses.viewing import view_runs
 
-        view_runs(target or runs, port, host=host, token=token, quiet=quiet)
+        view_runs(target or runs, port, host=host, token=token, jobs=jobs, quiet=quiet)
+
+
+@app.command()
+def worker(
+    runs: RunsDir = RUNS,
+    once: Annotated[bool, typer.Option("--once", help="End when nothing waits.")] = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Compute the analyses that were started from the dashboard, one after the other."""
+    with Output(False, quiet, debug).session():
+        from lens_analyses.jobs.worker import work_until_stopped
+
+        work_until_stopped(runs, once=once)
 
 
 @app.command()

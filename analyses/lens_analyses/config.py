@@ -28,7 +28,7 @@ _SHARED = (
     "prompts.windows",
     "analysis.n",
 )
-_FLAGS = {  # settings that the commands beside `lens run` have a flag for; --set takes the others
+SETTINGS_OF = {  # settings that the commands beside `lens run` have a flag for; --set takes the others
     "heads": (*_SHARED, "prompts.copied", "analysis.task", "analysis.measures"),
     "sinks": (*_SHARED, "analysis.edits", "analysis.amounts"),
     "redistribute": (*_SHARED, "analysis.task", "analysis.rule", "analysis.amounts"),
@@ -321,7 +321,7 @@ def _flag(dotted: str, value: Any, verb: str) -> list[str]:
     name = dotted.rpartition(".")[2].replace("_", "-")
     if dotted == "prompts.batch":
         name = "prompts"
-    if dotted not in _FLAGS.get(verb, ()) and (verb != "run" or dotted == "capture.backend"):
+    if dotted not in SETTINGS_OF.get(verb, ()) and (verb != "run" or dotted == "capture.backend"):
         return ["--set", f"{dotted}={value}"]
     if isinstance(value, bool):
         return [f"--{name}" if value else f"--no-{name}"]

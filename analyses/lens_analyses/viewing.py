@@ -2,6 +2,7 @@
 
 import socket
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from lens.errors import LensError
@@ -32,9 +33,12 @@ def view_runs(
     *,
     host: str = LOOPBACK,
     token: str | None = None,
+    jobs: bool = False,
     quiet: bool = False,
 ) -> None:
     """Serve the dashboard until it is stopped; `target` is a folder of runs or one run.
+
+    With `jobs` its page /jobs starts analyses, which a worker process beside it computes.
 
     Raises:
         LensError: no such folder, a busy port, or no dashboard installed.
@@ -44,6 +48,7 @@ def view_runs(
             f"no folder {target}; make a run first: `lens demo`, or `lens run --out {target}`"
         )
     single = (target / "run.json").exists()
+    folder = target.resolve().parent if single else target.resolve()
     check_port(port, host)
     try:
         from lens_dashboards.server import serve
@@ -56,10 +61,16 @@ def view_runs(
     path = f"/run/{target.resolve().name}" if single else "/"
     if not quiet:
         sys.stderr.write(f"dashboard: http://{host}:{port}{path}   (stop it with Ctrl-C)\n")
-    try:
-        serve(target.resolve().parent if single else target, port=port, host=host, token=token)
-    except KeyboardInterrupt:
+    if not jobs:
+        with suppress(KeyboardInterrupt):
+            serve(folder, port=port, host=host, token=token)
         return
+    from lens_analyses.jobs.desk import JobDesk
+    from lens_analyses.jobs.worker import beside
+
+    desk = JobDesk(folder)
+    with suppress(KeyboardInterrupt), beside(folder):
+        serve(folder, port=port, host=host, token=token, jobs=desk)
 
 
 def _free_port(host: str) -> int:

@@ -1,6 +1,7 @@
 """What the user is looking at, as one value that is a link: a URL restores the view.
 
 /                                     the runs
+/jobs                                 analyses to come
 /run/<id>                             overview        ?group=&metric=&variant=
 /run/<id>/head/<layer>/<head>         one head        ?prompt=&q0=&q1=&k0=&k1=&query=
 /run/<id>/atlas                       every head          ?prompt=
@@ -13,7 +14,7 @@ from urllib.parse import parse_qs, quote, unquote, urlencode
 
 from lens.metrics import METRICS, VARIANTS
 
-PAGES = ("runs", "overview", "head", "atlas", "analysis", "provenance")
+PAGES = ("runs", "jobs", "overview", "head", "atlas", "analysis", "provenance")
 DEFAULT_METRIC = "induction"
 
 
@@ -49,6 +50,8 @@ class Selection:
         """The link that restores the view."""
         if self.page == "runs":
             return "/"
+        if self.page == "jobs":
+            return "/jobs"
         path = f"/run/{quote(self.run, safe='')}"
         if self.page == "provenance":
             return f"{path}/provenance"
@@ -87,6 +90,8 @@ def read_url(path: str, search: str = "") -> tuple[Selection | None, list[str]]:
     match parts:
         case []:
             return Selection(), notes
+        case ["jobs"]:
+            return Selection(page="jobs"), notes
         case ["run", run]:
             return _overview(run, given, notes), notes
         case ["run", run, "provenance"]:

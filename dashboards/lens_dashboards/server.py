@@ -10,6 +10,7 @@ from flask import Flask, Response, abort, redirect, request
 
 from lens.errors import LensError
 from lens_dashboards.api import make_api
+from lens_dashboards.job_routes import Desk, make_job_routes
 from lens_dashboards.library import Library
 from lens_dashboards.views import register
 
@@ -32,7 +33,11 @@ _PAGE = """<!DOCTYPE html>
 
 
 def create_app(
-    runs: str | Path, *, hosts: tuple[str, ...] = LOOPBACK, token: str | None = None
+    runs: str | Path,
+    *,
+    hosts: tuple[str, ...] = LOOPBACK,
+    token: str | None = None,
+    jobs: Desk | None = None,
 ) -> Dash:
     """The app over a folder of runs.
 
@@ -40,6 +45,7 @@ def create_app(
         runs: folder of run folders.
         hosts: names under which it may be asked for; another Host header gets 400.
         token: when given, a request must bring it once as `?token=`, or gets 403.
+        jobs: starts analyses for the page /jobs; None: the dashboard only shows runs.
     """
     flask = Flask("lens_dashboards")
     flask.config["TRUSTED_HOSTS"] = list(hosts)
@@ -59,6 +65,7 @@ def create_app(
     if token is not None:
         _ask_for_token(flask, token)
     flask.register_blueprint(make_api(library))
+    flask.register_blueprint(make_job_routes(jobs))
     register(app, library)
     _harden(app, flask)
     return app
@@ -70,6 +77,7 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 8765,
     token: str | None = None,
+    jobs: Desk | None = None,
     threads: int = 4,
 ) -> None:
     """Serve the dashboard until interrupted.
@@ -77,7 +85,7 @@ def serve(
     Args:
         runs: folder of run folders.
         host, port: where it listens. Another address than this machine's own needs a token.
-        token: see `create_app`.
+        token, jobs: see `create_app`.
         threads: of the server.
 
     Raises:
@@ -91,7 +99,7 @@ def serve(
             " and open the page with ?token=..."
         )
     hosts = LOOPBACK if host in LOOPBACK else (*LOOPBACK, host, socket.gethostname())
-    app = create_app(runs, hosts=hosts, token=token)
+    app = create_app(runs, hosts=hosts, token=token, jobs=jobs)
     listener = _listen(host, port)
     server = create_server(app.server, sockets=[listener], threads=threads, ident="")
     try:

@@ -6,12 +6,13 @@ from dash import ClientsideFunction, Dash, Input, Output, State, dcc, html, no_u
 
 from lens.errors import LensError
 from lens_dashboards.library import Library
-from lens_dashboards.pages import analysis, atlas, head, overview, provenance, runs
+from lens_dashboards.pages import analysis, atlas, head, jobs, overview, provenance, runs
 from lens_dashboards.pages.parts import card, error_card, note_banner
 from lens_dashboards.selection import Selection, read_url
 
 RENDER = {
     "runs": runs.page,
+    "jobs": jobs.page,
     "overview": overview.page,
     "head": head.page,
     "atlas": atlas.page,
@@ -29,6 +30,7 @@ def register(app: Dash, library: Library) -> None:
                 [
                     dcc.Link("attention-lens", href="/", className="brand"),
                     html.Span("what every attention head does", className="tagline"),
+                    dcc.Link("jobs", href="/jobs", className="to-jobs"),
                 ],
                 className="top",
             ),
@@ -36,6 +38,8 @@ def register(app: Dash, library: Library) -> None:
         ],
         id="frame",
     )
+
+    jobs.register(app)
 
     @app.callback(Output("page", "children"), Input("url", "pathname"), Input("url", "search"))
     def show(path: str | None, search: str | None) -> list[Any]:

@@ -1,0 +1,75 @@
+"""What the dashboard may ask of the queue: `lens_dashboards` gets this object and imports nothing of us."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from lens.errors import LensError
+from lens_analyses.config import RunConfig
+from lens_analyses.jobs.form import form
+from lens_analyses.jobs.store import JobStore
+
+_FILES = ("text", "batch", "sha256")
+
+
+class JobDesk:
+    """Submit, list, cancel and retry; every configuration is checked before it is queued."""
+
+    def __init__(self, runs: Path) -> None:
+        self._store = JobStore(runs)
+        self._runs = runs
+
+    def form(self) -> list[dict[str, Any]]:
+        """Settings of a new analysis; see `lens_analyses.jobs.form`."""
+        return form()
+
+    def state(self) -> dict[str, Any]:
+        """Jobs, newest first, and how many workers are there."""
+        return {
+            "workers": self._store.workers(),
+            "start": f"lens worker --runs {self._runs}",
+            "jobs": [asdict(job) for job in self._store.jobs()],
+        }
+
+    def log(self, number: int) -> list[str]:
+        """The last lines of a job's log.
+
+        Raises:
+            LensError: there is no such job.
+        """
+        return self._store.log(number)
+
+    def submit(self, kind: str, settings: Mapping[str, Any]) -> int:
+        """Check dotted settings and queue a run, or an estimate of one.
+
+        Raises:
+            LensError: as `RunConfig.load`, an unknown kind, or a setting that names a file.
+        """
+        for name, value in settings.items():
+            if name in [f"prompts.{one}" for one in _FILES]:
+                raise LensError(
+                    f"{name} names a file of this machine: start that run on the command line"
+                )
+            if name == "analysis.task" and str(value).endswith(".jsonl"):
+                raise LensError(
+                    "a task from a file is started on the command line: lens heads --task FILE"
+                )
+        config = RunConfig.load(None, {k: v for k, v in settings.items() if v is not None})
+        return self._store.submit(kind, config.as_mapping(), config.command())
+
+    def cancel(self, number: int) -> None:
+        """Ask a job to stop.
+
+        Raises:
+            LensError: it cannot be.
+        """
+        self._store.cancel(number)
+
+    def retry(self, number: int) -> None:
+        """Queue a job again; a run goes on where it was left.
+
+        Raises:
+            LensError: it cannot be.
+        """
+        self._store.retry(number)

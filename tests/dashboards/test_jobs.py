@@ -1,0 +1,156 @@
+"""The page of jobs: read-only by default, nothing for other sites, and an analysis started from it."""
+
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+from lens_analyses.jobs.desk import JobDesk
+from lens_dashboards.server import create_app
+from waitress.server import create_server
+
+SMALL = {"model.name": "induction-2l", "prompts.copied": 2}
+
+
+@pytest.fixture
+def client(tmp_path):
+    return create_app(tmp_path, jobs=JobDesk(tmp_path)).server.test_client()
+
+
+def test_a_dashboard_is_read_only_without_a_desk(runs):
+    client = create_app(runs).server.test_client()
+    for path in ("/api/jobs", "/api/jobs/form", "/api/jobs/1/log"):
+        answer = client.get(path)
+        assert (answer.status_code, "lens view --jobs" in answer.json["error"]) == (403, True)
+    assert client.post("/api/jobs", json={"settings": SMALL}).status_code == 403
+    assert not (runs / "jobs.sqlite").exists()
+
+
+def test_a_job_is_queued_listed_and_cancelled(client):
+    assert client.post("/api/jobs", json={"kind": "run", "settings": SMALL}).json == {"id": 1}
+    state = client.get("/api/jobs").json
+    assert state["workers"] == 0
+    assert state["start"].startswith("lens worker --runs ")
+    assert [(job["id"], job["status"]) for job in state["jobs"]] == [(1, "queued")]
+    assert client.get("/api/jobs/1/log").json == {"lines": []}
+    assert client.post("/api/jobs/1/cancel", json={}).json == {"id": 1}
+    assert client.get("/api/jobs").json["jobs"][0]["status"] == "cancelled"
+    assert client.post("/api/jobs/1/retry", json={}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "sent", "status", "reason"),
+    [
+        ("/api/jobs", {"data": "settings=1", "content_type": "application/x-www-form-urlencoded"}, 415, "send JSON"),
+        ("/api/jobs", {"data": "{}", "content_type": "text/plain"}, 415, "send JSON"),
+        ("/api/jobs", {"json": {}, "headers": {"Origin": "http://evil.example"}}, 403, "another site"),
+        ("/api/jobs", {"json": {}, "headers": {"Origin": "null"}}, 403, "another site"),
+        ("/api/jobs", {"json": []}, 400, "a job is"),
+        ("/api/jobs", {"json": {"settings": {"modl.name": 3}}}, 400, "unknown setting modl"),
+        ("/api/jobs", {"json": {"settings": {"prompts.text": "/etc/passwd"}}}, 400, "names a file"),
+        ("/api/jobs", {"json": {"kind": "sh", "settings": {}}}, 400, "a job is one of run, estimate"),
+        ("/api/jobs/4/cancel", {"json": {}}, 400, "there is no job 4"),
+    ],
+)  # fmt: skip
+def test_what_makes_no_sense_or_comes_from_elsewhere_is_refused(client, path, sent, status, reason):
+    answer = client.post(path, **sent)
+    assert answer.status_code == status
+    assert reason in answer.json["error"]
+    assert client.get("/api/jobs").json["jobs"] == []
+
+
+def test_a_foreign_host_is_refused(client):
+    assert client.get("/api/jobs", headers={"Host": "evil.example"}).status_code == 400
+
+
+def test_other_actions_do_not_exist(client):
+    assert client.post("/api/jobs/1/delete", json={}).status_code in (404, 405)
+    assert client.get("/api/jobs/..%2Frun.json/log").status_code == 404
+
+
+@pytest.fixture
+def at_work(tmp_path):
+    """A dashboard with a desk, and a worker; their address."""
+    server = create_server(
+        create_app(tmp_path, jobs=JobDesk(tmp_path)).server, host="127.0.0.1", port=0, threads=8
+    )
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    worker = subprocess.Popen(
+        [sys.executable, "-m", "lens_analyses", "worker", "--runs", str(tmp_path), "--quiet"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+    )
+    yield f"http://127.0.0.1:{server.effective_port}"
+    worker.terminate()
+    worker.wait(60)
+    server.close()
+    server.task_dispatcher.shutdown()
+    thread.join(timeout=10)
+
+
+@pytest.mark.browser
+@pytest.mark.slow
+def test_an_analysis_is_started_watched_and_opened(page, at_work):
+    page.goto(f"{at_work}/jobs")
+    page.get_by_label("model", exact=True).fill("text-lm-3l")
+    page.get_by_label("copied prompts", exact=True).fill("1")
+    page.get_by_label("tokens of each prompt").fill("40")
+    page.get_by_label("windows").fill("2")
+    page.get_by_role("button", name="Start").click()
+    page.wait_for_selector("#job-row-1[data-status=running]", timeout=60_000)
+    page.get_by_role("button", name="log of job 1").click()
+    page.wait_for_selector("#job-row-1[data-status=success]", timeout=120_000)
+    page.wait_for_selector(".job-log:has-text('scoring 18 heads')")
+    page.get_by_role("link", name="open run").click()
+    page.wait_for_selector("#grid .heatmaplayer")
+    assert "text-lm-3l" in page.locator("h1").inner_text()
+
+
+@pytest.mark.browser
+def test_the_page_says_what_is_wrong(page, serve, runs, tmp_path):
+    page.goto(f"{serve(runs)}/jobs")
+    page.wait_for_selector("#jobs-notice:has-text('lens view --jobs')")
+    assert not page.locator("#jobs-form").is_visible()
+    page.problems.clear()  # the browser tells of the 403
+
+
+@pytest.mark.browser
+def test_the_form_follows_the_analysis_and_shows_refusals(page, tmp_path):
+    server = create_server(
+        create_app(tmp_path, jobs=JobDesk(tmp_path)).server, host="127.0.0.1", port=0, threads=4
+    )
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    page.goto(f"http://127.0.0.1:{server.effective_port}/jobs")
+    page.wait_for_selector("#jobs-notice:has-text('No worker is running')")
+    rule = page.locator("#job-analysis-rule")
+    assert not rule.is_visible()
+    page.get_by_label("analysis", exact=True).select_option("redistribute")
+    assert rule.is_visible()
+    page.get_by_label("tokens of each prompt").fill("0")
+    page.get_by_role("button", name="Start").click()
+    page.wait_for_selector("#jobs-problem:has-text('prompts.tokens must be at least 1, got 0')")
+    assert "Nothing waits" in page.locator("#jobs-list").inner_text()
+    page.get_by_label("tokens of each prompt").fill("64")
+    page.get_by_role("button", name="Start").click()
+    page.wait_for_selector("#job-row-1[data-status=queued]")
+    page.get_by_role("button", name="cancel job 1").click()
+    page.wait_for_selector("#job-row-1[data-status=cancelled]")
+    found = axe(page)
+    page.problems[:] = [text for text in page.problems if "400 (BAD REQUEST)" not in text]
+    server.close()
+    server.task_dispatcher.shutdown()
+    thread.join(timeout=10)
+    assert found == []
+
+
+def axe(page):
+    """Serious violations; the policy of the page lets no script in, so axe is evaluated."""
+    from axe_playwright_python.sync_playwright import Axe
+
+    return [
+        (violation["id"], [node["html"][:120] for node in violation["nodes"]])
+        for violation in Axe().run(page).response["violations"]
+        if violation["impact"] in ("serious", "critical")
+    ]
