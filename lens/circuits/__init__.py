@@ -24,6 +24,7 @@ from lens.circuits.nodes import find_nodes
 from lens.circuits.overlap import Overlap, overlap
 from lens.circuits.patching import PatchEffects, patch, path_patch
 from lens.circuits.recovery import Recovery, recovery
+from lens.circuits.reuse import Redirection, redirect
 from lens.circuits.scoring import score_edges
 from lens.circuits.stability import NoiseFloor, Stability, jaccard, noise_floor, stability
 
@@ -43,6 +44,7 @@ __all__ = [
     "Overlap",
     "PatchEffects",
     "Recovery",
+    "Redirection",
     "Stability",
     "acdc",
     "codes",
@@ -64,6 +66,7 @@ __all__ = [
     "patch",
     "path_patch",
     "recovery",
+    "redirect",
     "run_circuit",
     "score_edges",
     "stability",

@@ -10,7 +10,7 @@ from lens.figures.head import block_map, distance_profile, received_mass, row_en
 from lens.figures.heads import head_grid, head_scatter, metric_by_layer
 from lens.figures.importance import importance_grid
 from lens.figures.layers import influence_bars, removal_curve, skip_scatter
-from lens.figures.overlap import overlap_plot
+from lens.figures.overlap import overlap_plot, redirection_plot
 from lens.figures.patterns import pattern_grid
 from lens.figures.pruning import pruning_plot
 from lens.figures.roles import role_map
@@ -34,6 +34,7 @@ __all__ = [
     "pattern_grid",
     "pruning_plot",
     "received_mass",
+    "redirection_plot",
     "removal_curve",
     "role_map",
     "row_entropy",

@@ -11,6 +11,7 @@ from lens.figures.style import Theme, escaped, style
 
 if TYPE_CHECKING:
     from lens.circuits.overlap import Overlap
+    from lens.circuits.reuse import Redirection
 
 
 def overlap_plot(
@@ -60,4 +61,58 @@ def overlap_plot(
         height=height,
         theme=theme,
         meta={"figure": "overlap_plot", "tasks": list(overlap.names), "null": overlap.kind},
+    )
+
+
+def redirection_plot(
+    found: Redirection,
+    *,
+    title: str | None = None,
+    width: int | None = None,
+    height: int | None = None,
+    theme: Theme = "light",
+) -> go.Figure:
+    """Accuracy as it is and redirected with intervals over prompts, and each control as a point."""
+    table = found.table().iloc[:2]
+    means = found.accuracy.mean(1)
+    figure = go.Figure()
+    figure.add_bar(
+        x=table["run"],
+        y=table["accuracy"],
+        marker={"color": [BASELINE, LINE]},
+        error_y={
+            "type": "data",
+            "symmetric": False,
+            "array": table["accuracy_high"] - table["accuracy"],
+            "arrayminus": table["accuracy"] - table["accuracy_low"],
+        },
+        hovertemplate="%{x}: %{y:.1%}<extra></extra>",
+        showlegend=False,
+    )
+    figure.add_box(
+        y=means[2:],
+        name="other heads",
+        boxpoints="all",
+        jitter=0.6,
+        pointpos=0,
+        fillcolor="rgba(0,0,0,0)",
+        line={"width": 0},
+        marker={"color": BASELINE, "size": 7},
+        text=[", ".join(map(str, heads)) for heads in found.controls],
+        hovertemplate="%{text}: %{y:.1%}<extra></extra>",
+        showlegend=False,
+    )
+    figure.update_yaxes(title="accuracy", range=[0, 1.05], tickformat=".0%")
+    figure.update_xaxes(type="category")
+    finding = (
+        f"{len(found.heads)} heads onto {escaped(found.keys)}: {means[0]:.0%} to {means[1]:.0%}, "
+        f"other heads {means[2:].mean():.0%}"
+    )
+    return style(
+        figure,
+        title=title or finding,
+        width=width,
+        height=height,
+        theme=theme,
+        meta={"figure": "redirection_plot", "task": found.task, "model": found.model},
     )

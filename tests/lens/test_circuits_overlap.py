@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from itertools import permutations, product
+from typing import Any
 
 import numpy as np
 import pytest
@@ -166,7 +167,8 @@ def test_two_draws_of_one_task_share_their_heads_and_two_noises_do_not():
 
 def test_plot_shows_values_on_the_band_of_chance():
     found = overlap(head_scores(1), head_scores(2), count=6, draws=40, resamples=9)
-    band, points = found.plot().data
+    drawn: Any = found.plot().data
+    band, points = drawn
     table = found.table().iloc[::-1]
     assert list(points.x) == table["value"].tolist()
     ends = np.array(band.base, float) + np.array(band.x, float)
