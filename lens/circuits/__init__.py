@@ -16,6 +16,7 @@ from lens.circuits.control import Control, control
 from lens.circuits.edge_scores import EdgeScores
 from lens.circuits.evaluation import CircuitEvaluation, evaluate, run_circuit
 from lens.circuits.exports import from_mib, to_attribution_graph, to_mib
+from lens.circuits.flow import FlowRoutes, flow_routes
 from lens.circuits.graph import Graph
 from lens.circuits.hard_concrete import LearnedMasks, learn_masks
 from lens.circuits.joined import JoinedHeads, join
@@ -36,6 +37,7 @@ __all__ = [
     "Completeness",
     "Control",
     "EdgeScores",
+    "FlowRoutes",
     "Graph",
     "JoinedHeads",
     "LearnedMasks",
@@ -52,6 +54,7 @@ __all__ = [
     "control",
     "evaluate",
     "find_nodes",
+    "flow_routes",
     "from_mib",
     "hypothesis",
     "jaccard",

@@ -6,6 +6,7 @@ keyword arguments: `title`, `width`, `height`, `theme`.
 
 from lens.figures.agreement import agreement_map, measure_scatter
 from lens.figures.comparison import comparison_scatter, difference_grid
+from lens.figures.flow import flow_plot
 from lens.figures.head import block_map, distance_profile, received_mass, row_entropy
 from lens.figures.heads import head_grid, head_scatter, metric_by_layer
 from lens.figures.importance import importance_grid
@@ -24,6 +25,7 @@ __all__ = [
     "comparison_scatter",
     "difference_grid",
     "distance_profile",
+    "flow_plot",
     "head_grid",
     "head_scatter",
     "importance_grid",
