@@ -12,7 +12,10 @@ import pandas as pd
 from flask import Blueprint, Response, request
 
 from lens.errors import LensError
+from lens_dashboards.circuit_edges import RANKINGS, circuit_edges
+from lens_dashboards.head_columns import head_columns
 from lens_dashboards.library import Library
+from lens_dashboards.library import section as read_section
 from lens_dashboards.raster import raster, row
 
 _ATLAS = ("layers", "heads", "rows", "columns")
@@ -75,10 +78,37 @@ def make_api(library: Library) -> Blueprint:
     @_refusing
     def get_table(run_id: str, section: str, table: str) -> Response:
         """A table of an analysis as CSV."""
-        tables = library.run(run_id).section(section).tables
+        tables = read_section(library.run(run_id), section).tables
         if table not in tables:
             raise LensError(f"{section} has no table {table!r}; it has: {', '.join(tables)}")
         return _csv(tables[table], f"{section}-{table}.csv")
+
+    @api.get("/run/<run_id>/columns.csv")
+    @_refusing
+    def get_columns(run_id: str) -> Response:
+        """Every score of every head, as the page of heads has them."""
+        run = library.run(run_id)
+        groups = list(dict.fromkeys(run.heads["prompt_id"]))
+        group = request.args.get("group", groups[0])
+        if group not in groups:
+            raise LensError(f"run {run_id} has no prompts {group!r}; it has: {', '.join(groups)}")
+        return _csv(head_columns(run, group, "raw").table, "columns.csv")
+
+    @api.get("/run/<run_id>/circuit.json")
+    @_refusing
+    def get_circuit(run_id: str) -> Response:
+        """A circuit of the best edges, as `lens.circuits.load_circuit` reads it."""
+        edges = circuit_edges(library.run(run_id))
+        count, ranking = request.args.get("edges", ""), request.args.get("ranking", "absolute")
+        if ranking not in RANKINGS or not count.isdigit() or not 0 < int(count) <= len(edges.names):
+            raise LensError(
+                f"give edges=1 to {len(edges.names)} and ranking={' or '.join(RANKINGS)}"
+            )
+        made = f"{ranking} top {count}, pruned"
+        found = edges.circuit(edges.top(int(count), ranking), made)
+        response = Response(json.dumps(found), mimetype="application/json")
+        response.headers["Content-Disposition"] = "attachment; filename=circuit.json"
+        return response
 
     @api.get("/run/<run_id>/report.html")
     @_refusing

@@ -6,11 +6,29 @@ from pathlib import Path
 import numpy as np
 
 from lens.runs import INDEX, BrokenRun, Run, find_run, list_runs
+from lens.sections import FOLDER, Section
+from lens.sections import INDEX as SECTION_INDEX
 from lens.trace import AttentionTrace
 from lens_dashboards.atlas import atlas
 
 _OPEN_TRACES = 16
 _OPEN_ATLASES = 8  # of at most 4 MiB
+_OPEN_SECTIONS = 64
+
+
+def section(run: Run, name: str) -> Section:
+    """A section of a run, kept while its index does not change: copy its figures to add to them.
+
+    Raises:
+        LensError: as `Run.section`.
+    """
+    index = run.path / FOLDER / name / SECTION_INDEX
+    return _section(run, run.path, name, index.stat().st_mtime_ns if index.exists() else 0)
+
+
+@lru_cache(_OPEN_SECTIONS)
+def _section(run: Run, path: Path, name: str, changed: int) -> Section:
+    return run.section(name)
 
 
 class Library:

@@ -5,16 +5,49 @@
 /run/<id>                             overview        ?group=&metric=&variant=
 /run/<id>/head/<layer>/<head>         one head        ?prompt=&q0=&q1=&k0=&k1=&query=
 /run/<id>/atlas                       every head          ?prompt=
+/run/<id>/heads                       heads against each other, by any two scores
+/run/<id>/sinks                       where attention is parked
+/run/<id>/redistribution              what changes when it is moved
+/run/<id>/circuits                    which edges carry a task
 /run/<id>/analysis/<section>          what one analysis found
 /run/<id>/provenance                  how it was made
+/compare                              two runs       ?a=&b=
+
+The options of each page are in `OPTIONS`.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from urllib.parse import parse_qs, quote, unquote, urlencode
 
 from lens.metrics import METRICS, VARIANTS
 
-PAGES = ("runs", "jobs", "overview", "head", "atlas", "analysis", "provenance")
+OPTIONS: dict[str, dict[str, str]] = {
+    "head": {"pin": ""},
+    "heads": {
+        "x": "",
+        "y": "",
+        "color": "",
+        "group": "",
+        "variant": "raw",
+        "show": "scatter",
+        "layers": "",
+        "pattern": "",
+        "sort": "",
+        "heads": "",
+        "only": "",
+    },
+    "sinks": {"epsilon": "", "edit": ""},
+    "redistribution": {"amount": ""},
+    "circuits": {"ranking": "", "edges": "", "node": "", "pins": ""},
+    "compare": {"a": "", "b": "", "metric": "", "variant": "raw", "group": ""},
+}
+"""Options of each page with their defaults; a link holds those that differ."""
+PAGES = (
+    *("runs", "jobs", "overview", "heads", "head", "atlas", "sinks", "redistribution", "circuits"),
+    *("analysis", "compare", "provenance"),
+)
+_PLAIN = ("heads", "sinks", "redistribution", "circuits", "provenance")
 DEFAULT_METRIC = "induction"
 
 
@@ -32,6 +65,7 @@ class Selection:
         window: (q0, q1, k0, k1) in tokens that the block map shows, or None for all of it.
         query: token whose row is shaded, or None.
         section: name of the analysis, "" elsewhere.
+        options: (name, value) of those of `OPTIONS` that are not at their default, sorted.
     """
 
     page: str = "runs"
@@ -45,6 +79,15 @@ class Selection:
     window: tuple[int, int, int, int] | None = None
     query: int | None = None
     section: str = ""
+    options: tuple[tuple[str, str], ...] = ()
+
+    def option(self, name: str) -> str:
+        """The value of an option of this page."""
+        return dict(self.options).get(name, OPTIONS[self.page][name])
+
+    def where(self, **changed: str) -> "Selection":
+        """The same view with other options."""
+        return replace(self, options=_options(self.page, {**dict(self.options), **changed}))
 
     def url(self) -> str:
         """The link that restores the view."""
@@ -52,12 +95,15 @@ class Selection:
             return "/"
         if self.page == "jobs":
             return "/jobs"
+        if self.page == "compare":
+            return f"/compare?{urlencode(self.options)}" if self.options else "/compare"
         path = f"/run/{quote(self.run, safe='')}"
-        if self.page == "provenance":
-            return f"{path}/provenance"
         if self.page == "analysis":
             return f"{path}/analysis/{quote(self.section, safe='')}"
-        query: dict[str, object] = {}
+        query: dict[str, object] = dict(self.options)
+        if self.page in _PLAIN:
+            path += f"/{self.page}"
+            return f"{path}?{urlencode(query)}" if query else path
         if self.page == "overview":
             defaults = Selection()
             for name in ("group", "metric", "variant"):
@@ -94,8 +140,10 @@ def read_url(path: str, search: str = "") -> tuple[Selection | None, list[str]]:
             return Selection(page="jobs"), notes
         case ["run", run]:
             return _overview(run, given, notes), notes
-        case ["run", run, "provenance"]:
-            return Selection(page="provenance", run=run), notes
+        case ["compare"]:
+            return Selection(page="compare", options=_options("compare", given)), notes
+        case ["run", run, page] if page in _PLAIN:
+            return Selection(page=page, run=run, options=_options(page, given)), notes
         case ["run", run, "atlas"]:
             return Selection(page="atlas", run=run, prompt=given.get("prompt", "")), notes
         case ["run", run, "analysis", section]:
@@ -138,6 +186,17 @@ def _head(run: str, layer: int, head: int, given: dict[str, str], notes: list[st
         prompt=given.get("prompt", ""),
         window=window,
         query=int(query) if query else None,
+        options=_options("head", given),
+    )
+
+
+def _options(page: str, given: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
+    """Those that the page has and that are not at their default."""
+    defaults = OPTIONS.get(page, {})
+    return tuple(
+        (name, given[name])
+        for name in sorted(defaults)
+        if given.get(name) and given[name] != defaults[name]
     )
 
 

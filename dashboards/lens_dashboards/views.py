@@ -2,11 +2,24 @@
 
 from typing import Any
 
-from dash import ClientsideFunction, Dash, Input, Output, State, dcc, html, no_update
+from dash import ALL, ClientsideFunction, Dash, Input, Output, State, dcc, html, no_update
 
 from lens.errors import LensError
 from lens_dashboards.library import Library
-from lens_dashboards.pages import analysis, atlas, head, jobs, overview, provenance, runs
+from lens_dashboards.pages import (
+    analysis,
+    atlas,
+    circuits,
+    compare,
+    head,
+    heads,
+    jobs,
+    overview,
+    provenance,
+    redistribution,
+    runs,
+    sinks,
+)
 from lens_dashboards.pages.parts import card, error_card, note_banner
 from lens_dashboards.selection import Selection, read_url
 
@@ -16,6 +29,11 @@ RENDER = {
     "overview": overview.page,
     "head": head.page,
     "atlas": atlas.page,
+    "heads": heads.page,
+    "sinks": sinks.page,
+    "redistribution": redistribution.page,
+    "circuits": circuits.page,
+    "compare": compare.page,
     "analysis": analysis.page,
     "provenance": provenance.page,
 }
@@ -78,6 +96,49 @@ def register(app: Dash, library: Library) -> None:
         prevent_initial_call=True,
     )
     app.clientside_callback(
+        ClientsideFunction("lens", "openPoint"),
+        Output("url", "href", allow_duplicate=True),
+        Input({"points": ALL}, "clickData"),
+        prevent_initial_call=True,
+    )
+
+    @app.callback(
+        Output("url", "search", allow_duplicate=True),
+        Input({"option": ALL}, "value"),
+        State({"option": ALL}, "id"),
+        State("url", "pathname"),
+        State("url", "search"),
+        prevent_initial_call=True,
+    )
+    def choose(values: list[Any], ids: list[dict[str, str]], path: str, search: str) -> Any:
+        """Keep the controls of a page in its link; the page is then drawn from the link."""
+        view, _ = read_url(path, search or "")
+        if view is None:
+            return no_update
+        chosen = {one["option"]: _words(value) for one, value in zip(ids, values, strict=True)}
+        after = view.where(**chosen)
+        return no_update if after == view else f"?{after.url().partition('?')[2]}"
+
+    app.clientside_callback(
+        ClientsideFunction("lens", "chooseEdges"),
+        Output({"option": "edges"}, "value"),
+        Input("edge-slider", "value"),
+        State("edge-steps", "data"),
+        State({"option": "edges"}, "value"),
+        prevent_initial_call=True,
+    )
+
+    @app.callback(
+        Output("loaded-circuit", "children"),
+        Input("circuit-file", "contents"),
+        State("circuit-file", "filename"),
+        State("circuit-run", "data"),
+        prevent_initial_call=True,
+    )
+    def load_circuit(contents: str | None, name: str, run_id: str) -> Any:
+        return circuits.loaded(library, run_id, contents, name) if contents else no_update
+
+    app.clientside_callback(
         ClientsideFunction("lens", "mountMap"),
         Output("map-mounted", "data"),
         Input("map-config", "data"),
@@ -96,6 +157,13 @@ def register(app: Dash, library: Library) -> None:
     )
     def choose_prompt(prompt: str, shown: str) -> Any:
         return no_update if prompt == shown else f"?prompt={prompt}"
+
+
+def _words(value: Any) -> str:
+    """The value of a control as a link holds it."""
+    if isinstance(value, list):
+        return "-".join(map(str, value))
+    return "" if value is None else str(value)
 
 
 def render(library: Library, path: str, search: str) -> list[Any]:

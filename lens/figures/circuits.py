@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import plotly.graph_objects as go
@@ -36,9 +37,51 @@ def layered_graph(
     of the summed score, red that the task goes worse without it, blue better. The largest 300 lines are
     drawn, and the title says of how many.
     """
-    lines = _lines(circuit, scores)
+    graph = circuit.graph
+    reader, writer = graph.ends
+    edges = [
+        (graph.writers[writer[edge]], graph.readers[reader[edge]], float(scores.values[edge]))
+        for edge in np.flatnonzero(circuit.kept)
+    ]
+    return edge_graph(
+        edges,
+        layers=graph.layers,
+        heads=graph.heads,
+        kv_heads=graph.kv_heads,
+        mlps=graph.mlps,
+        of=graph.n,
+        title=title,
+        width=width,
+        height=height,
+        theme=theme,
+        meta={"task": circuit.task, "model": circuit.model, "edges": circuit.n},
+    )
+
+
+def edge_graph(
+    edges: Sequence[tuple[str, str, float]],
+    *,
+    layers: int,
+    heads: int,
+    kv_heads: int,
+    mlps: bool,
+    of: int,
+    title: str | None = None,
+    width: int | None = None,
+    height: int | None = None,
+    theme: Theme = "light",
+    meta: Mapping[str, Any] | None = None,
+) -> go.Figure:
+    """The picture of `layered_graph` from edges by name, which needs no model.
+
+    Args:
+        edges: (writer, reader, score), e.g. ("a0.h1", "a1.h0<k>", 0.3).
+        layers, heads, kv_heads, mlps: of the model.
+        of: number of edges that the model has.
+    """
+    lines = _lines(edges)
     drawn = sorted(lines.items(), key=lambda line: abs(line[1][0]))[-_LINES:]
-    places = _places(circuit)
+    places = _places(layers, heads, kv_heads)
     largest = max((abs(total) for _, (total, _) in drawn), default=0.0) or 1.0
     figure = go.Figure()
     for sign, color in ((1, _POSITIVE), (-1, _NEGATIVE)):
@@ -74,7 +117,6 @@ def layered_graph(
         showlegend=False,
     )
     nodes = list(dict.fromkeys(node for pair in lines for node in pair))
-    total = circuit.graph.layers
     labels = [
         _short(node) if len(nodes) <= 120 or node in ("input", "logits") else "" for node in nodes
     ]
@@ -95,18 +137,17 @@ def layered_graph(
         hovertemplate="%{customdata}<extra></extra>",
         showlegend=False,
     )
-    heads = circuit.graph.heads
     figure.update_xaxes(
-        title="head; MLPs at the right" if circuit.graph.mlps else "head",
+        title="head; MLPs at the right" if mlps else "head",
         tickvals=list(range(heads)),
-        range=[-0.8, heads + (1.3 if circuit.graph.mlps else -0.2)],
+        range=[-0.8, heads + (1.3 if mlps else -0.2)],
         showgrid=False,
         zeroline=False,
     )
     figure.update_yaxes(
         title="layer",
-        tickvals=list(range(0, total, max(1, total // 12))),
-        range=[-1.7, total + 0.7],
+        tickvals=list(range(0, layers, max(1, layers // 12))),
+        range=[-1.7, layers + 0.7],
         showgrid=False,
         zeroline=False,
     )
@@ -114,12 +155,12 @@ def layered_graph(
     return style(
         figure,
         title=title
-        or f"{circuit.n:,} edges of {circuit.graph.n:,} ({shown} lines): red, the task goes worse "
-        "without; blue, better",
+        or f"{len(edges):,} edges of {of:,} ({shown} lines): red, the task goes worse without; blue, "
+        "better",
         width=width,
-        height=height or max(360, 24 * total + 130),
+        height=height or max(360, 24 * layers + 130),
         theme=theme,
-        meta={"task": circuit.task, "model": circuit.model, "edges": circuit.n},
+        meta=meta,
     )
 
 
@@ -170,33 +211,30 @@ def head_map(
     )
 
 
-def _lines(circuit: Circuit, scores: EdgeScores) -> dict[tuple[str, str], tuple[float, str]]:
-    """(writer, reading node) -> summed score of its kept edges, and each of them in words."""
-    graph, values = circuit.graph, scores.values
+def _lines(
+    edges: Sequence[tuple[str, str, float]],
+) -> dict[tuple[str, str], tuple[float, str]]:
+    """(writer, reading node) -> summed score of its edges, and each of them in words."""
     found: dict[tuple[str, str], tuple[float, str]] = {}
-    reader, writer = graph.ends
-    for edge in np.flatnonzero(circuit.kept):
-        start, end = graph.writers[writer[edge]], graph.readers[reader[edge]]
-        node, _, part = end.rstrip(">").partition("<")
+    for start, reader, value in edges:
+        node, _, part = reader.rstrip(">").partition("<")
         total, text = found.get((start, node), (0.0, f"{start} to {node}"))
-        said = f"{text}<br>{part or 'reads'} {values[edge]:+.3g}"
-        found[start, node] = (total + float(values[edge]), said)
+        found[start, node] = (total + value, f"{text}<br>{part or 'reads'} {value:+.3g}")
     return found
 
 
-def _places(circuit: Circuit) -> dict[str, tuple[float, float]]:
+def _places(layers: int, heads: int, kv_heads: int) -> dict[str, tuple[float, float]]:
     """x = head (a group of keys between its heads), y = layer; MLPs stand half a layer higher."""
-    graph = circuit.graph
-    middle = (graph.heads - 1) / 2
-    found = {"input": (middle, -1.0), "logits": (middle, float(graph.layers))}
-    group = graph.heads // graph.kv_heads
-    for layer in range(graph.layers):
-        for head in range(graph.heads):
+    middle = (heads - 1) / 2
+    found = {"input": (middle, -1.0), "logits": (middle, float(layers))}
+    group = heads // kv_heads
+    for layer in range(layers):
+        for head in range(heads):
             found[f"a{layer}.h{head}"] = (float(head), float(layer))
-        for other in range(graph.kv_heads):
+        for other in range(kv_heads):
             place = group * other + (group - 1) / 2
             found[f"a{layer}.kv{other}"] = (place, layer - 0.25)
-        found[f"m{layer}"] = (graph.heads + 0.2, layer + 0.4)
+        found[f"m{layer}"] = (heads + 0.2, layer + 0.4)
     return found
 
 

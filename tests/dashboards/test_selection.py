@@ -3,7 +3,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from lens_dashboards.selection import Selection, read_url
+from lens_dashboards.selection import OPTIONS, Selection, read_url
 
 from lens.metrics import METRICS, VARIANTS
 
@@ -35,10 +35,29 @@ heads = st.builds(
 )
 analyses = st.builds(Selection, page=st.just("analysis"), run=ids, section=ids)
 atlases = st.builds(Selection, page=st.just("atlas"), run=ids, prompt=prompts)
+
+
+def with_options(page, **more):
+    values = {name: st.none() | st.text(min_size=1, max_size=12) for name in OPTIONS[page]}
+    chosen = st.fixed_dictionaries(values).map(
+        lambda found: {name: value for name, value in found.items() if value is not None}
+    )
+    return st.builds(
+        lambda view, found: view.where(**found),
+        st.builds(Selection, page=st.just(page), **more),
+        chosen,
+    )
+
+
+configured = st.one_of(
+    with_options("compare"),
+    *(with_options(page, run=ids) for page in ("heads", "sinks", "redistribution", "circuits")),
+    with_options("head", run=ids, layer=small, head=small),
+)
 others = st.just(Selection()) | st.builds(Selection, page=st.just("provenance"), run=ids)
 
 
-@given(overviews | heads | atlases | analyses | others)
+@given(overviews | heads | atlases | analyses | configured | others)
 def test_a_link_restores_its_view(view):
     path, _, search = view.url().partition("?")
     assert read_url(path, search) == (view, [])

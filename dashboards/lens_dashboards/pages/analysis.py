@@ -1,5 +1,6 @@
 """Page `/run/<id>/analysis/<section>`: what one analysis found, as its command wrote it."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import pandas as pd
@@ -7,8 +8,10 @@ from dash import dcc, html
 
 from lens.errors import LensError
 from lens.head_ids import head_id
+from lens.runs import Run
 from lens.sections import Section
 from lens_dashboards.library import Library
+from lens_dashboards.library import section as read_section
 from lens_dashboards.pages.parts import (
     card,
     crumbs,
@@ -27,7 +30,7 @@ _HEADS = ("head", "name", "nearest", "prototype")
 def page(library: Library, view: Selection) -> list[Any]:
     """Findings, figures, tables with definitions, limits, and where to get the numbers."""
     run = library.run(view.run)
-    section = run.section(view.section)
+    section = read_section(run, view.section)
     return [
         crumbs(run, view),
         html.H1(section.title),
@@ -41,7 +44,14 @@ def page(library: Library, view: Selection) -> list[Any]:
         ),
         html.Div(
             [
-                card(graph(f"figure-{name}", figure, f"{section.title}: {name.replace('_', ' ')}"))
+                card(
+                    graph(
+                        f"figure-{name}",
+                        figure,
+                        f"{section.title}: {name.replace('_', ' ')}",
+                        figure_code(run, section.name, name),
+                    )
+                )
                 for name, figure in section.figures.items()
             ],
             className="halves",
@@ -71,6 +81,30 @@ def others(run_id: str, sections: list[str], current: str = "") -> html.Nav:
             target = Selection(page="analysis", run=run_id, section=name)
             links.append(dcc.Link(words, href=target.url()))
     return html.Nav(links, className="tabs", **named("Analyses of this run"))
+
+
+def figure_code(run: Run, section: str, figure: str) -> str:
+    """Python that has a figure of an analysis, and its numbers, again."""
+    return (
+        "from lens.runs import open_run\n\n"
+        f"section = open_run({str(run.path)!r}).section({section!r})\n"
+        f"section.tables\nsection.figures[{figure!r}]"
+    )
+
+
+def tables_of(run: Run, sections: Iterable[str]) -> html.Section:
+    """Links to the whole of each analysis, with what its tables hold."""
+    items = []
+    for name in sections:
+        if name in run.sections:
+            section = read_section(run, name)
+            target = Selection(page="analysis", run=run.id, section=name)
+            tables = ", ".join(
+                f"{words.replace('_', ' ')} ({len(table):,} rows)"
+                for words, table in section.tables.items()
+            )
+            items.append(html.Li([dcc.Link(section.title, href=target.url()), f": {tables}"]))
+    return card(html.Ul(items), "Tables, and more figures")
 
 
 def _table(run_id: str, section: Section, name: str) -> html.Section:

@@ -11,6 +11,7 @@ from lens.metrics import METRICS
 from lens.runs import Run
 from lens.trace import AttentionTrace
 from lens_dashboards.library import Library
+from lens_dashboards.library import section as read_section
 from lens_dashboards.pages.parts import card, crumbs, graph, named, number, python_call, run_banner
 from lens_dashboards.raster import MOST_CELLS
 from lens_dashboards.selection import Selection
@@ -144,7 +145,7 @@ def _effect(run: Run, name: str) -> list[Any]:
     """What the model loses without this head, beside the picture of its attention."""
     if "importance" not in run.sections:
         return []
-    section = run.section("importance")
+    section = read_section(run, "importance")
     table = section.tables["scores"]
     row = table[table["head"] == name].to_dict("records")[0]
     measures = [str(column) for column in row if f"{column} low" in row]

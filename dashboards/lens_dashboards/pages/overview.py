@@ -12,6 +12,7 @@ from lens.findings import findings
 from lens.metrics import METRICS
 from lens.runs import Run
 from lens_dashboards.library import Library
+from lens_dashboards.library import section as read_section
 from lens_dashboards.pages.parts import card, crumbs, graph, number, python_call, run_banner
 from lens_dashboards.selection import Selection
 
@@ -123,7 +124,7 @@ def _analyses(run: Run) -> list[Any]:
         ]
     items = []
     for name in run.sections:
-        section = run.section(name)
+        section = read_section(run, name)
         target = Selection(page="analysis", run=run.id, section=name)
         first = section.summary[0] if section.summary else ""
         items.append(html.Li([dcc.Link(section.title, href=target.url()), f": {first}"]))

@@ -1,14 +1,27 @@
 """Pieces that all pages share."""
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import plotly.graph_objects as go
 from dash import dcc, html
 
 from lens.runs import Run
+from lens.sections import Section
 from lens_dashboards.selection import Selection
 
 _HEIGHT = 400  # of a figure that names none
+_FIRST = 3  # sentences of an analysis that are not folded
+_MENU = {"full": "full screen", "png": "PNG", "svg": "SVG", "csv": "CSV", "json": "JSON"}
+_TABS = {
+    "overview": "Overview",
+    "heads": "Heads",
+    "atlas": "Atlas",
+    "sinks": "Sinks",
+    "redistribution": "Redistribution",
+    "circuits": "Circuits",
+    "provenance": "Provenance",
+}
 STATUS_WORDS = {
     "success": "complete",
     "started": "running",
@@ -89,8 +102,8 @@ def run_banner(run: Run) -> list[html.Div]:
     return banners
 
 
-def crumbs(run: Run, view: Selection) -> html.Nav:
-    """runs › run › page."""
+def crumbs(run: Run, view: Selection) -> html.Div:
+    """runs › run › page, and the pages of the run."""
     parts: list[Any] = [dcc.Link("runs", href="/"), html.Span("›", className="sep")]
     if view.page == "overview":
         parts.append(html.Span(run.id))
@@ -105,26 +118,87 @@ def crumbs(run: Run, view: Selection) -> html.Nav:
             html.Span(last),
         ]
     parts.append(html.Button("copy link", id="copy-link", className="quiet", type="button"))
-    return html.Nav(parts, className="crumbs", **named("Breadcrumb"))
+    return html.Div([html.Nav(parts, className="crumbs", **named("Breadcrumb")), tabs(run, view)])
 
 
-def graph(graph_id: str, figure: go.Figure, label: str) -> html.Div:
-    """A plotly figure with a text alternative and a short toolbar."""
-    return html.Div(
+def graph(graph_id: str, figure: go.Figure, label: str, python: str = "") -> html.Div:
+    """A plotly figure with a text alternative and a menu: full screen, pictures, numbers, Python.
+
+    Args:
+        graph_id: of the component, and of what is downloaded.
+        figure: with its own height, or 400 pixels.
+        label: what it shows, for those who cannot see it.
+        python: the call that makes it again.
+    """
+    buttons = [
+        html.Button(words, type="button", className="quiet", **{"data-figure": kind})  # pyright: ignore[reportArgumentType]
+        for kind, words in _MENU.items()
+    ]
+    parts: list[Any] = [
         dcc.Graph(
             id=graph_id,
             figure=figure,
             responsive=True,
             style={"height": f"{figure.layout.height or _HEIGHT}px"},  # pyright: ignore[reportAttributeAccessIssue]
-            config={
-                "displaylogo": False,
-                "modeBarButtonsToRemove": ["select2d", "lasso2d", "autoScale2d"],
-                "toImageButtonOptions": {"format": "svg", "filename": f"attention-lens-{graph_id}"},
-            },
+            config={"displayModeBar": False, "displaylogo": False},
         ),
-        className="figure",
-        role="group",
-        **named(label),
+        html.Div(buttons, className="figure-menu", role="group", **named(f"Menu: {label}")),
+    ]
+    if python:
+        parts.append(python_call(python))
+    return html.Div(parts, className="figure", role="group", **named(label))
+
+
+def select(name: str, label: str, options: Mapping[str, str], value: str) -> html.Div:
+    """A dropdown that keeps an option of the page in its link; values -> words."""
+    return html.Div(
+        [
+            html.Label(label, htmlFor=f'{{"option":"{name}"}}'),
+            dcc.Dropdown(
+                id={"option": name},
+                options=[{"value": key, "label": words} for key, words in options.items()],
+                value=value,
+                clearable=False,
+            ),
+        ],
+        className="control",
+    )
+
+
+def tabs(run: Run, view: Selection) -> html.Nav:
+    """Links to the pages of a run."""
+    links: list[Any] = []
+    for page, words in _TABS.items():
+        if page == view.page:
+            links.append(html.Span(words, className="current", **{"aria-current": "page"}))  # pyright: ignore[reportArgumentType]
+        else:
+            links.append(dcc.Link(words, href=Selection(page=page, run=run.id).url()))
+    return html.Nav(links, className="tabs pages", **named("Pages of this run"))
+
+
+def findings(sections: Iterable[Section]) -> html.Section:
+    """The first sentences of each analysis, and the rest folded."""
+    lists: list[list[str]] = [[], []]
+    for section in sections:
+        lists[0] += section.summary[:_FIRST]
+        lists[1] += section.summary[_FIRST:]
+    first, rest = (
+        html.Ul([html.Li(text, className="found") for text in texts], className="findings")
+        for texts in lists
+    )
+    more = [html.Details([html.Summary(f"{len(lists[1])} more findings"), rest])] * bool(lists[1])
+    return card([first, *more], "Findings")
+
+
+def missing(run: Run, what: str, command: str) -> html.Section:
+    """Instead of a figure that the run has nothing for: which command makes it."""
+    model = run.meta["model"]["name"]
+    return card(
+        [
+            html.P(f"This run has no {what}. Make a run that has:"),
+            html.Pre(html.Code(command.format(model=model))),
+        ],
+        className="empty",
     )
 
 

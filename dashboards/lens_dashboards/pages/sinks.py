@@ -1,0 +1,222 @@
+"""Page `/run/<id>/sinks`: where is attention parked, and does it matter?"""
+
+from typing import Any
+
+import pandas as pd
+import plotly.graph_objects as go
+from dash import dcc, html
+
+from lens.figures.columns import column_grid
+from lens.head_ids import HeadId
+from lens.runs import Run
+from lens_dashboards.library import Library
+from lens_dashboards.library import section as read_section
+from lens_dashboards.pages.analysis import figure_code, tables_of
+from lens_dashboards.pages.parts import (
+    card,
+    crumbs,
+    findings,
+    graph,
+    missing,
+    note_banner,
+    run_banner,
+    select,
+)
+from lens_dashboards.selection import Selection
+
+SECTIONS = ("detection", "mechanism", "effects", "first_token", "dose", "streaming", "spectrum")
+_COMMAND = "lens sinks --model {model} --text-name moby-dick --tokens 128 --windows 6"
+_MOST_HEADS = 40
+_MARK = "#c2410c"
+
+
+def page(library: Library, view: Selection) -> list[Any]:
+    """The rate at a threshold of your choice, the heads above it, what edits of the sink do."""
+    run = library.run(view.run)
+    top = [crumbs(run, view), html.H1("Sinks"), *run_banner(run)]
+    if "detection" not in run.sections:
+        return [*top, missing(run, "analysis of sinks", _COMMAND)]
+    section = read_section(run, "detection")
+    notes: list[str] = []
+    curve = section.tables["epsilon"]
+    epsilon = _threshold(view, curve, float(section.configuration["epsilon"]), notes)
+    heads = section.tables["heads"].rename(columns={"head": "number"})
+    heads = heads.assign(above=heads["alpha"] > epsilon)
+    row = curve.loc[(curve["epsilon"] - epsilon).abs().idxmin()]
+    grid = column_grid(
+        heads,
+        "alpha",
+        labels={"alpha": "mass on the sink's key, mean over its rows"},
+        title=f"{int(heads['above'].sum())} of {len(heads)} heads are above ε = {epsilon:g} on average",
+        height=min(620, 150 + 22 * max(5, int(heads["layer"].nunique()))),
+    )
+    heat: Any = grid.data[0]
+    heat.customdata = [[_link(run, layer, head) for head in heat.x] for layer in heat.y]
+    marked = go.Figure(section.figures["epsilon"])
+    marked.add_scatter(
+        x=[row["epsilon"]],
+        y=[row["rate"]],
+        mode="markers",
+        marker={"size": 15, "color": "rgba(0,0,0,0)", "line": {"width": 3, "color": _MARK}},
+        name="chosen",
+        hoverinfo="skip",
+    )
+    grid_code = (
+        "from lens.figures.columns import column_grid\nfrom lens.runs import open_run\n\n"
+        f"section = open_run({str(run.path)!r}).section('detection')\n"
+        "heads = section.tables['heads'].rename(columns={'head': 'number'})\n"
+        "column_grid(heads, 'alpha')"
+    )
+    return [
+        *top,
+        *[note_banner(text) for text in notes],
+        findings(read_section(run, name) for name in SECTIONS if name in run.sections),
+        card(
+            [
+                _slider(epsilon),
+                html.P(
+                    f"At ε = {row['epsilon']:g} a head's key 0 is a sink in {row['rate']:.0%} of heads and "
+                    f"prompts [{row['low']:.0%}, {row['high']:.0%}] ({row['tokens']} tokens, BOS {row['bos']}, "
+                    f"n = {row['n']}); there is no natural threshold, so look at the whole curve.",
+                    className="definition",
+                ),
+                html.Div(
+                    [
+                        graph("epsilon", marked, "Sink rate by threshold", _code(run, "epsilon")),
+                        graph({"points": "sinks"}, grid, "Mass on the sink by head", grid_code),  # pyright: ignore[reportArgumentType]
+                    ],
+                    className="halves",
+                ),
+                _heads(run, heads),
+            ],
+            "Which heads have a sink",
+        ),
+        html.Div(
+            [
+                *[_figure(run, "detection", name) for name in ("positions", "layers", "lengths")],
+                *[_figure(run, "mechanism", name) for name in ("mass_and_value", "massive")],
+            ],
+            className="halves",
+        ),
+        *_effects(run, view, notes),
+        tables_of(run, SECTIONS),
+        _limits(run),
+    ]
+
+
+def _threshold(view: Selection, curve: pd.DataFrame, usual: float, notes: list[str]) -> float:
+    given = view.option("epsilon")
+    try:
+        value = float(given) if given else usual
+    except ValueError:
+        value = float("nan")
+    if not curve["epsilon"].min() <= value <= curve["epsilon"].max():
+        notes.append(f"There is no threshold {given!r}; {usual:g} is shown.")
+        return usual
+    return value
+
+
+def _slider(epsilon: float) -> html.Div:
+    return html.Div(
+        html.Div(
+            [
+                html.Label("Threshold ε", htmlFor='{"option":"epsilon"}'),
+                dcc.Slider(
+                    0.05,
+                    0.95,
+                    0.05,
+                    value=epsilon,
+                    marks={value / 10: f"{value / 10:g}" for value in (1, 3, 5, 7, 9)},
+                    allow_direct_input=False,
+                    id={"option": "epsilon"},
+                ),
+            ],
+            className="control slider",
+        ),
+        className="controls",
+    )
+
+
+def _heads(run: Run, heads: pd.DataFrame) -> html.P:
+    above = heads[heads["above"]].sort_values("alpha", ascending=False)
+    parts: list[Any] = []
+    for row in above.head(_MOST_HEADS).to_dict("records"):
+        name = str(HeadId(row["layer"], row["number"]))
+        parts += [
+            dcc.Link(name, href=_link(run, row["layer"], row["number"])),
+            f" {row['alpha']:.2f}, ",
+        ]
+    if not parts:
+        return html.P("No head is above this threshold on average.", id="sink-heads")
+    left = len(above) - _MOST_HEADS
+    parts[-1] = parts[-1].rstrip(", ") + (f" and {left} more." if left > 0 else ".")
+    return html.P(["Above it: ", *parts], id="sink-heads")
+
+
+def _effects(run: Run, view: Selection, notes: list[str]) -> list[Any]:
+    """What each edit of the sink does, beside controls, one edit at a time."""
+    if "effects" not in run.sections:
+        return []
+    section = read_section(run, "effects")
+    names = [name for name in section.figures if name.startswith("edit_")]
+    titles = {
+        name: str(section.figures[name].layout.title.text or name)  # pyright: ignore[reportAttributeAccessIssue]
+        for name in names
+    }
+    chosen = view.option("edit") or names[0]
+    if chosen not in names:
+        notes.append(f"There is no edit {chosen!r}; the first is shown.")
+        chosen = names[0]
+    shown = [chosen, *(name for name in section.figures if name not in names)]
+    return [
+        card(
+            [
+                html.Div(select("edit", "Edit", titles, chosen), className="controls"),
+                html.Div(
+                    [
+                        graph(
+                            f"effects-{name}",
+                            section.figures[name],
+                            titles.get(name, name),
+                            _code(run, name, "effects"),
+                        )
+                        for name in shown
+                    ],
+                    className="halves",
+                ),
+            ],
+            "Does it matter: edits of the sink beside controls",
+        )
+    ]
+
+
+def _figure(run: Run, section: str, name: str) -> Any:
+    if section not in run.sections or name not in read_section(run, section).figures:
+        return html.Div()
+    found = read_section(run, section)
+    return card(
+        graph(
+            f"{section}-{name}",
+            found.figures[name],
+            f"{found.title}: {name}",
+            _code(run, name, section),
+        )
+    )
+
+
+def _code(run: Run, figure: str, section: str = "detection") -> str:
+    return figure_code(run, section, figure)
+
+
+def _limits(run: Run) -> html.Section:
+    limits = [
+        html.Li(text)
+        for name in SECTIONS
+        if name in run.sections
+        for text in read_section(run, name).limits
+    ]
+    return card(html.Ul(limits), "What this does not show")
+
+
+def _link(run: Run, layer: Any, head: Any) -> str:
+    return Selection(page="head", run=run.id, layer=int(layer), head=int(head)).url()

@@ -1,0 +1,189 @@
+"""Any columns of a table with one row per head: two as axes and one as colour, or one as a grid.
+
+The table has `layer` and `number` (head in the layer) beside the columns; `labels` says what an axis
+is called, the name of the column otherwise.
+"""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+
+from lens.errors import LensError
+from lens.figures.colors import ACCENT, DIVERGING, VIRIDIS, scale
+from lens.figures.style import Theme, escaped, style
+
+_CLASSES = ("#1f5a96", "#c2410c", "#17663a", "#8a5300", "#7a3e9d", "#5c6773")
+
+
+def column_scatter(
+    table: pd.DataFrame,
+    x: str,
+    y: str,
+    color: str | None = None,
+    *,
+    labels: Mapping[str, str] | None = None,
+    marked: Collection[str] = (),
+    title: str | None = None,
+    width: int | None = None,
+    height: int | None = None,
+    theme: Theme = "light",
+) -> go.Figure:
+    """Every head as a point; heads without both values are left out, and the title says how many.
+
+    Args:
+        table: one row per head.
+        x, y: columns of numbers.
+        color: column of numbers or of classes; the layer if None.
+        labels: column -> words for its axis.
+        marked: heads ("L3H5") that get a ring and their name.
+
+    Raises:
+        LensError: a column that is not there, or axes without numbers.
+    """
+    words = dict(labels or {})
+    shade_name = color or "layer"
+    _check(table, (x, y), shade_name)
+    rows = table[table[[x, y]].notna().all(axis=1).to_numpy()]
+    if rows.empty:
+        raise LensError(f"no head has both {x!r} and {y!r}")
+    names = _names(rows)
+    figure = go.Figure()
+    shade = rows[shade_name]
+    common: dict[str, Any] = {"mode": "markers", "hovertemplate": _HOVER}
+    if pd.api.types.is_numeric_dtype(shade):
+        figure.add_scatter(
+            x=rows[x],
+            y=rows[y],
+            text=names,
+            marker={
+                "size": 9,
+                "color": shade,
+                "colorscale": scale(VIRIDIS),
+                "line": {"width": 1, "color": "white"},
+                "colorbar": {
+                    "title": {"text": escaped(words.get(shade_name, shade_name)), "side": "right"},
+                    "thickness": 12,
+                },
+            },
+            showlegend=False,
+            **common,
+        )
+    else:
+        for number, (name, part) in enumerate(rows.groupby(shade.fillna("none"), sort=True)):
+            figure.add_scatter(
+                x=part[x],
+                y=part[y],
+                text=_names(part),
+                name=escaped(str(name).replace("_", " ")),
+                marker={"size": 9, "color": _CLASSES[number % len(_CLASSES)]},
+                **common,
+            )
+    ringed = [name in marked for name in names]
+    if any(ringed):
+        chosen = rows[ringed]
+        figure.add_scatter(
+            x=chosen[x],
+            y=chosen[y],
+            text=_names(chosen),
+            mode="markers+text",
+            textposition="top center",
+            name="selected",
+            marker={
+                "size": 15,
+                "color": "rgba(0,0,0,0)",
+                "line": {"width": 2, "color": ACCENT},
+            },
+            hovertemplate=_HOVER,
+        )
+    figure.update_xaxes(title=escaped(words.get(x, x)))
+    figure.update_yaxes(title=escaped(words.get(y, y)))
+    left = len(table) - len(rows)
+    return style(
+        figure,
+        title=title
+        or f"{len(rows)} heads, one point each"
+        + (f"; {left} without both values are left out" if left else ""),
+        width=width,
+        height=height,
+        theme=theme,
+        meta={"figure": "column_scatter", "x": x, "y": y, "color": shade_name},
+    )
+
+
+def column_grid(
+    table: pd.DataFrame,
+    column: str,
+    *,
+    labels: Mapping[str, str] | None = None,
+    title: str | None = None,
+    width: int | None = None,
+    height: int | None = None,
+    theme: Theme = "light",
+) -> go.Figure:
+    """One column of numbers, layers down and heads across; heads without a value are blank.
+
+    Raises:
+        LensError: a column that is not there or has no numbers.
+    """
+    _check(table, (column,), column)
+    grid = table.pivot(index="layer", columns="number", values=column)
+    values = grid.to_numpy(dtype=float)
+    known = values[np.isfinite(values)]
+    if not known.size:
+        raise LensError(f"no head has {column!r}")
+    signed = bool((known < 0).any())
+    bound = float(np.abs(known).max()) or 1.0
+    words = escaped((labels or {}).get(column, column))
+    figure = go.Figure(
+        go.Heatmap(
+            z=values,
+            x=grid.columns.to_numpy(),
+            y=grid.index.to_numpy(),
+            colorscale=scale(DIVERGING if signed else VIRIDIS),
+            zmin=-bound if signed else 0,
+            zmax=bound,
+            colorbar={"title": {"text": words, "side": "right"}, "thickness": 12},
+            xgap=1,
+            ygap=1,
+            hovertemplate="L%{y}H%{x}: %{z:.4g}<extra></extra>",
+            hoverongaps=False,
+        )
+    )
+    few = len(grid.columns) <= 32
+    figure.update_xaxes(title="head", dtick=1 if few else None, showgrid=False)
+    figure.update_yaxes(
+        title="layer",
+        autorange="reversed",
+        dtick=1 if len(grid.index) <= 32 else None,
+        showgrid=False,
+    )
+    layer, head = map(int, np.unravel_index(np.nanargmax(values), values.shape))
+    best = f"L{grid.index[layer]}H{grid.columns[head]}"
+    return style(
+        figure,
+        title=title or f"{words}: highest at {best}, {values[layer, head]:.3g}",
+        width=width,
+        height=height,
+        theme=theme,
+        meta={"figure": "column_grid", "column": column},
+    )
+
+
+def _check(table: pd.DataFrame, axes: tuple[str, ...], shade: str) -> None:
+    have = [str(name) for name in table.columns]
+    for name in ("layer", "number", *axes, shade):
+        if name not in have:
+            raise LensError(f"the table of heads has no column {name!r}; it has: {', '.join(have)}")
+    for name in axes:
+        if not pd.api.types.is_numeric_dtype(table[name]):
+            raise LensError(f"column {name!r} holds no numbers, so it cannot be an axis")
+
+
+def _names(table: pd.DataFrame) -> list[str]:
+    return [f"L{layer}H{head}" for layer, head in zip(table["layer"], table["number"], strict=True)]
+
+
+_HOVER = "%{text}: %{x:.4g}, %{y:.4g}<extra></extra>"
