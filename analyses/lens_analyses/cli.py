@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from lens_analyses.console import PARTIAL, Output
+from lens_analyses.console import ERROR, PARTIAL, Output
 from lens_analyses.options import (
     RUNS,
     Again,
@@ -271,6 +271,45 @@ def compare(
         output.result(written.text(), written.as_json())
         if {first.status, second.status} != {"success"}:
             raise SystemExit(PARTIAL)
+
+
+@app.command()
+def export(
+    run: Run,
+    form: Annotated[
+        str, typer.Option("--format", "-f", help="headvis, csv, parquet, graph or figures.")
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="Folder; exports/RUN/FORMAT in --runs if not given."),
+    ] = None,
+    pictures: Annotated[
+        str, typer.Option("--as", help="Of figures: svg, pdf, png, with commas.")
+    ] = "svg,pdf,png",
+    width: Annotated[
+        str, typer.Option(help="Of figures: single (3.25 in) or double (6.75 in) column.")
+    ] = "single",
+    require_pictures: Annotated[
+        bool, typer.Option("--require-pictures", help="Fail where no browser can draw them.")
+    ] = False,
+    runs: RunsDir = RUNS,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Write a run for other tools: a HeadVis tree, tables, circuits, or pictures for a paper."""
+    output = Output(json, quiet, debug)
+    with output.session():
+        from lens_analyses.exporting import FOLDER, export_run
+        from lens_analyses.listing import resolve
+
+        found = resolve(run, runs)
+        place = out or runs / FOLDER / found.id / form
+        kinds = tuple(part.strip() for part in pictures.split(",") if part.strip())
+        written = export_run(found, form, place, pictures=kinds, width=width)
+        output.result(written.text(), written.as_json())
+        if written.missing and require_pictures:
+            raise SystemExit(ERROR)
 
 
 @app.command("list")

@@ -1,0 +1,127 @@
+"""`lens export`: what a run found, as files that other tools read."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lens.errors import LensError
+from lens.interchange import to_csv, to_headvis, to_parquet
+from lens.runs import Run
+from lens_analyses.exporting.pictures import write_pictures
+
+FORMATS = ("headvis", "csv", "parquet", "graph", "figures")
+FOLDER = "exports"
+_LISTS = ("token_ids", "token_strings")
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written.
+
+    Attributes:
+        folder: where.
+        files: relative to it.
+        missing: why something was not written, "" if everything was.
+    """
+
+    folder: Path
+    files: tuple[str, ...]
+    missing: str = ""
+
+    def text(self) -> str:
+        """Where it lies."""
+        warning = [f"warning: {self.missing}"] if self.missing else []
+        count = f"{len(self.files)} file{'' if len(self.files) == 1 else 's'}"
+        return "\n".join([*warning, f"{count} in {self.folder}"])
+
+    def as_json(self) -> dict[str, Any]:
+        """For `--json`."""
+        return {
+            "folder": str(self.folder),
+            "files": list(self.files),
+            "missing": self.missing or None,
+        }
+
+
+def export_run(
+    run: Run,
+    kind: str,
+    out: Path,
+    *,
+    pictures: tuple[str, ...] = ("svg", "pdf", "png"),
+    width: str = "single",
+) -> Exported:
+    """Write a run in one format of `FORMATS`.
+
+    Args:
+        run: a finished run, or a partial one that has what the format needs.
+        kind: `headvis` (a tree as Neuronpedia reads it, from traces with q and k), `csv`, `parquet`
+            (every table), `graph` (circuits as JSON) or `figures`.
+        out: folder; for `headvis` one that does not exist.
+        pictures, width: of `figures`, see `write_pictures`.
+
+    Raises:
+        LensError: an unknown format, or nothing of it in the run.
+    """
+    if kind == "figures":
+        written = write_pictures(run, out, pictures, width)
+        return Exported(out, written.files, written.missing)
+    writers: dict[str, Callable[[Run, Path], list[str]]] = {
+        "headvis": _headvis,
+        "csv": _csv,
+        "parquet": _parquet,
+        "graph": _graph,
+    }
+    if kind not in writers:
+        raise LensError(f"format must be one of {', '.join(FORMATS)}, got {kind!r}")
+    return Exported(out, tuple(writers[kind](run, out)))
+
+
+def _headvis(run: Run, out: Path) -> list[str]:
+    to_headvis([run.trace(name) for name in run.traces], out, dataset=run.title)
+    return sorted(path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file())
+
+
+def _csv(run: Run, out: Path) -> list[str]:
+    """As parquet, with the lists of tokens as JSON."""
+    files = []
+    for name, table in _tables(run).items():
+        for column in [column for column in _LISTS if column in table]:
+            table = table.assign(
+                **{
+                    column: [
+                        json.dumps(list(cell), ensure_ascii=False, default=int)
+                        for cell in table[column]
+                    ]
+                }
+            )
+        files.append(to_csv(table, out / f"{name}.csv").name)
+    return files
+
+
+def _parquet(run: Run, out: Path) -> list[str]:
+    return [to_parquet(table, out / f"{name}.parquet").name for name, table in _tables(run).items()]
+
+
+def _tables(run: Run) -> dict[str, Any]:
+    """Scores, prompts, and every table of a section as `<section>-<table>`."""
+    found = {"heads": run.heads, "prompts": run.prompts}
+    for name in run.sections:
+        tables = run.section(name).tables
+        found |= {f"{name}-{part}": table for part, table in tables.items() if len(table)}
+    return found
+
+
+def _graph(run: Run, out: Path) -> list[str]:
+    """Circuits, attribution graphs and edge scores, as the run has them."""
+    folder = run.path / "circuits"
+    files = sorted(path.relative_to(folder) for path in folder.rglob("*.json"))
+    if not files:
+        raise LensError(f"run {run.id} has no circuit; `lens circuit` finds one")
+    for file in files:
+        (out / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(folder / file, out / file)
+    return [file.as_posix() for file in files]
