@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from lens.sinks.geometry import SinkMechanism, mechanism
     from lens.sinks.head_edits import HeadActivity, activity, head_effect
     from lens.sinks.norms import HighNormTokens, high_norm, register_neurons
+    from lens.sinks.persistent import PersistentMemory, persistent_memory
     from lens.sinks.scopes import ScopedEffects, by_bos, by_scope
     from lens.sinks.spectral import BandLosses, SpectralBands, band_energies, band_losses, bands
     from lens.sinks.streaming_policies import StreamingPolicies, streaming
@@ -45,6 +46,7 @@ __all__ = [
     "HeadActivity",
     "HighNormTokens",
     "MassiveActivations",
+    "PersistentMemory",
     "ScopedEffects",
     "SinkEffect",
     "SinkEmergence",
@@ -75,6 +77,7 @@ __all__ = [
     "massive",
     "massive_effect",
     "mechanism",
+    "persistent_memory",
     "profile",
     "rate",
     "register_neurons",
@@ -108,6 +111,8 @@ _WITH_TORCH = {  # which reading traces does not need
     "band_energies": "spectral",
     "band_losses": "spectral",
     "bands": "spectral",
+    "PersistentMemory": "persistent",
+    "persistent_memory": "persistent",
     "HighNormTokens": "norms",
     "high_norm": "norms",
     "register_neurons": "norms",
