@@ -19,6 +19,7 @@ from lens.circuits.exports import from_mib, to_attribution_graph, to_mib
 from lens.circuits.flow import FlowRoutes, flow_routes
 from lens.circuits.graph import Graph
 from lens.circuits.hard_concrete import LearnedMasks, learn_masks
+from lens.circuits.hisp import GateScores, hisp
 from lens.circuits.joined import JoinedHeads, join
 from lens.circuits.minimality import Minimality, minimality
 from lens.circuits.nodes import find_nodes
@@ -38,6 +39,7 @@ __all__ = [
     "Control",
     "EdgeScores",
     "FlowRoutes",
+    "GateScores",
     "Graph",
     "JoinedHeads",
     "LearnedMasks",
@@ -56,6 +58,7 @@ __all__ = [
     "find_nodes",
     "flow_routes",
     "from_mib",
+    "hisp",
     "hypothesis",
     "jaccard",
     "join",

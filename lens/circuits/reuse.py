@@ -51,7 +51,7 @@ class Redirection:
         controls: [draws], the heads of each control.
         accuracy, metric: [runs, prompts] share of right answers, and the task's metric; run 0 is the
             model as it is, run 1 has the heads redirected, each further run one control.
-        mass: [head, prompt] mass that the row of each chosen head had on the keys before it was forced.
+        mass: [head, prompt] mass that the row of each chosen head has on the keys in the model as it is.
         keys: what the mass went to, in words.
         amount: share of the row that was moved.
         split: how the keys shared it, of `SPLITS`.
@@ -231,15 +231,16 @@ def redirect(
     numbers = task if task.metric == "accuracy" else task.with_metric("accuracy")
     accuracy, metric, mass = [], [], np.full((len(chosen), task.n), np.nan)
     with advancing(f"{model.name}: redirect", 2 + controls, progress) as advance:
-        for number, some in enumerate((None, chosen, *draws)):
+        for number, some in enumerate((chosen, chosen, *draws)):
             found: list[tuple[Tensor, Tensor]] = []
             for rows in task.chunks(task.rows_at_once(model)):
                 places = target[rows], query[rows]
-                edit = _redirecting(model, some, *places, amount, split, backend)
+                share = amount if number else 0.0  # of run 0 only the masses are read
+                edit = _redirecting(model, some, *places, share, split, backend)
                 with torch.no_grad(), edit as done:
                     logits = logits_of(model, task.clean[rows])
                 found.append((numbers.measure(logits, rows), task.measure(logits, rows)))
-                if number == 1:
+                if number == 0:
                     mass[:, rows.numpy()] = [done.mass_of[head].numpy() for head in chosen]
             for part, into in zip(zip(*found, strict=True), (accuracy, metric), strict=True):
                 into.append(torch.cat(part).double().cpu().numpy())
@@ -252,9 +253,9 @@ def redirect(
 
 @contextmanager
 def _redirecting(
-    model: LoadedModel, heads: Sequence[HeadId] | None, *settings: object
+    model: LoadedModel, heads: Sequence[HeadId], *settings: object
 ) -> Iterator[_Redirect]:
-    edit = _Redirect(selected_heads(model, None, heads or ()), *settings)  # type: ignore[arg-type]
+    edit = _Redirect(selected_heads(model, None, heads), *settings)  # type: ignore[arg-type]
     with recording(model, edit):
         yield edit
 
@@ -301,6 +302,8 @@ class _Redirect(AttentionEdit):
             weights = (target / target.sum(-1, keepdim=True)).to(call.value.dtype)
             share = call.query.shape[1] // call.value.shape[1]
             forced = (weights[:, None, None] @ call.value[:, chosen // share])[:, :, 0]
+        if not self._amount:
+            return output
         place = row[0][:, None], chosen[None], query[:, None]
         output[place] += self._amount * (forced.to(output.dtype) - output[place])
         return output

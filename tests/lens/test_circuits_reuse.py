@@ -72,16 +72,21 @@ def test_rows_are_those_of_the_whole_pattern(kind, amount, split):
         assert not set(control) & set(HEADS)
 
 
-def test_mass_is_what_the_row_had_before():
+def test_mass_is_that_of_the_model_as_it_is():
     model = lens.load("induction-2l")
     task = lens.tasks.induction(model, 3, length=7)
     keys = [torch.tensor([2, 5, 1]), torch.tensor([4, 0, 3])]
-    found = redirect(model, task, ["L0H2"], keys, controls=1, progress=False)
+    found = redirect(model, task, ["L0H1", "L0H2", "L1H0"], keys, controls=1, match="all",
+                     progress=False)  # fmt: skip
     for prompt in range(task.n):
         ids = task.clean[prompt].tolist()
         trace: Any = lens.capture(model, ids, statistics=["block_mass"], block_size=1)
-        row = trace.dataset["block_mass"].to_numpy()[0, 2, int(task.positions[prompt].max())]
-        assert found.mass[0, prompt] == pytest.approx(sum(row[int(k[prompt])] for k in keys), 1e-4)
+        maps = trace.dataset["block_mass"].to_numpy()[:, :, int(task.positions[prompt].max())]
+        for number, head in enumerate(found.heads):
+            expected = sum(maps[head][int(key[prompt])] for key in keys)
+            assert found.mass[number, prompt] == pytest.approx(expected, 1e-4)
+    plain = task.evaluate(model).double().numpy()
+    np.testing.assert_allclose(found.metric[0], plain, rtol=1e-5)
 
 
 @pytest.mark.parametrize("amount", [1.0, 0.25])

@@ -1,0 +1,49 @@
+"""The figure of `lens.circuits.hisp`: scores of queries, keys, values and MLPs by layer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import plotly.graph_objects as go
+
+from lens.figures.colors import VIRIDIS, scale
+from lens.figures.style import Theme, escaped, style
+
+if TYPE_CHECKING:
+    from lens.circuits.hisp import GateScores
+
+
+def gate_map(
+    scores: GateScores,
+    *,
+    title: str | None = None,
+    width: int | None = None,
+    height: int | None = None,
+    theme: Theme = "light",
+) -> go.Figure:
+    """Layers down, nodes of a layer across: all queries, all keys, all values, the MLP."""
+    layers = scores.graph.layers
+    values = scores.values.reshape(layers, -1)
+    names = [name.partition(".")[2] or "mlp" for name in scores.nodes[: values.shape[1]]]
+    unit = "share of its layer" if scores.normalized else f"slope of {scores.metric}"
+    figure = go.Figure(
+        go.Heatmap(
+            z=values,
+            x=names,
+            colorscale=scale(VIRIDIS),
+            zmin=0,
+            colorbar={"title": unit},
+            hovertemplate="layer %{y}, %{x}: %{z:.3g}<extra></extra>",
+        )
+    )
+    figure.update_xaxes(title="gate", type="category")
+    figure.update_yaxes(title="layer", autorange="reversed", dtick=max(1, layers // 10))
+    best = scores.nodes[int(scores.values.argmax())]
+    return style(
+        figure,
+        title=title or f"hisp on {escaped(scores.task)}: most through {best}",
+        width=width,
+        height=height,
+        theme=theme,
+        meta={"figure": "gate_map", "task": scores.task, "model": scores.model},
+    )
