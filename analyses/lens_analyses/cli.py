@@ -14,24 +14,15 @@ from lens_analyses.console import ERROR, PARTIAL, Output
 from lens_analyses.options import (
     RUNS,
     Again,
-    Assignments,
-    Config,
-    Copied,
     Debug,
     Json,
-    Model,
     Out,
     Port,
     Quiet,
     Run,
     RunsDir,
-    Seed,
-    Text,
-    TextName,
-    Tokens,
-    Windows,
 )
-from lens_analyses.run_commands import circuit, execute, heads, redistribute, settings_of, sinks
+from lens_analyses.run_commands import run_command
 
 app = typer.Typer(
     name="lens",
@@ -75,76 +66,30 @@ def demo(
             view_runs(out, port, quiet=quiet)
 
 
-@app.command()
-def run(
-    model: Model = None,
-    text: Text = None,
-    text_name: TextName = None,
-    prompts: Annotated[
-        Path | None,
-        typer.Option(help='Batch: one prompt a line (.txt), or {"text": ...} a line (.jsonl).'),
-    ] = None,
-    tokens: Tokens = None,
-    windows: Windows = None,
-    copied: Copied = None,
-    copied_length: Annotated[
-        int | None, typer.Option(help="Random tokens in each, before they are repeated. [25]")
-    ] = None,
-    block_size: Annotated[
-        int | None, typer.Option(help="Positions per block of the attention maps. [64]")
-    ] = None,
-    seed: Seed = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1. [cpu]")] = None,
-    revision: Annotated[str | None, typer.Option(help="Of a hub model.")] = None,
-    keep_qk: Annotated[
-        bool | None,
-        typer.Option(
-            "--keep-qk/--no-keep-qk", help="Store q and k for exact zoom in the viewer. [keep]"
-        ),
-    ] = None,
-    config: Config = None,
-    assignments: Assignments = None,
-    out: Out = RUNS,
-    again: Again = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only estimate tokens, time, memory and disk.")
-    ] = False,
-    json: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
-) -> None:
-    """Profile every attention head of a model on a text and on copied random tokens."""
-    output = Output(json, quiet, debug)
-    flags = {
-        "model.name": model,
-        "model.revision": revision,
-        "model.dtype": dtype,
-        "model.device": device,
-        "prompts.text": None if text is None else str(text),
-        "prompts.text_name": text_name,
-        "prompts.batch": None if prompts is None else str(prompts),
-        "prompts.tokens": tokens,
-        "prompts.windows": windows,
-        "prompts.copied": copied,
-        "prompts.copied_length": copied_length,
-        "capture.block_size": block_size,
-        "capture.keep_qk": keep_qk,
-        "seed": seed,
-    }
-    with output.session():
-        settings = settings_of(config, assignments, flags)
-        if dry_run:
-            from lens_analyses.estimate import estimate
-
-            forecast = estimate(settings)
-            output.result(forecast.text(), forecast.as_json())
-            return
-        execute(settings, out, output, again)
-
-
-for analysis in (heads, sinks, redistribute, circuit):
-    app.command()(analysis)
+for verb, text, needs_text in (
+    ("run", "Profile every attention head of a model on a text and on copied random tokens.", True),
+    (
+        "heads",
+        "Profile every head, then: role, importance by several measures, pattern, redundancy, pruning.",
+        True,
+    ),
+    (
+        "sinks",
+        "Profile every head, then: where sinks are, how they work, whether they matter, where mass moves.",
+        True,
+    ),
+    (
+        "redistribute",
+        "Profile every head, then: move attention off the first token; dose, side effects, which heads.",
+        True,
+    ),
+    (
+        "circuit",
+        "Profile every head, then: which edges carry a task; faithful, complete and minimal, beside random.",
+        False,
+    ),
+):
+    app.command(verb)(run_command(verb, text, needs_text=needs_text))
 
 
 @app.command()
@@ -314,8 +259,12 @@ def export(
 
 @app.command("list")
 def list_(
+    folder: Annotated[
+        Path | None, typer.Argument(help="Folder of run folders; --runs if not given.")
+    ] = None,
     runs: Annotated[
-        Path, typer.Argument(help="Folder of run folders.", envvar="LENS_RUNS", show_default=True)
+        Path,
+        typer.Option("--runs", "--out", help="The same.", envvar="LENS_RUNS", show_default=True),
     ] = RUNS,
     json: Json = False,
     quiet: Quiet = False,
@@ -326,7 +275,7 @@ def list_(
     with output.session():
         from lens_analyses.listing import listing_of
 
-        listing = listing_of(runs)
+        listing = listing_of(folder or runs)
         output.result(listing.text(), listing.as_json())
 
 

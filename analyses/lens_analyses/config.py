@@ -21,14 +21,31 @@ from lens.models.catalogue import DEFAULT_MODEL
 WHATS = ("profile", "heads", "sinks", "redistribute", "circuit")
 _SOURCES = ("text", "text_name", "batch")
 _SHARED = (
-    "seed",
+    "model.name",
     "prompts.text",
     "prompts.text_name",
     "prompts.tokens",
     "prompts.windows",
+    "seed",
     "analysis.n",
 )
-SETTINGS_OF = {  # settings that the commands beside `lens run` have a flag for; --set takes the others
+SETTINGS_OF = {
+    "run": (
+        "model.name",
+        "prompts.text",
+        "prompts.text_name",
+        "prompts.batch",
+        "prompts.tokens",
+        "prompts.windows",
+        "prompts.copied",
+        "prompts.copied_length",
+        "capture.block_size",
+        "seed",
+        "model.dtype",
+        "model.device",
+        "model.revision",
+        "capture.keep_qk",
+    ),
     "heads": (*_SHARED, "prompts.copied", "analysis.task", "analysis.measures"),
     "sinks": (*_SHARED, "analysis.edits", "analysis.amounts"),
     "redistribute": (*_SHARED, "analysis.task", "analysis.rule", "analysis.amounts"),
@@ -41,6 +58,7 @@ SETTINGS_OF = {  # settings that the commands beside `lens run` have a flag for;
         "analysis.edges",
     ),
 }
+"""Command -> the settings that it has a flag for; --set takes the others."""
 
 
 @dataclass(frozen=True)
@@ -316,12 +334,17 @@ def _unknown(prefix: str, name: str, known: list[str]) -> str:
     return f"unknown setting {prefix}{name}; {hint}"
 
 
+def flag_name(dotted: str) -> str:
+    """What a setting is called on the command line, without the dashes before it."""
+    if dotted == "prompts.batch":
+        return "prompts"
+    return dotted.rpartition(".")[2].replace("_", "-")
+
+
 def _flag(dotted: str, value: Any, verb: str) -> list[str]:
     """As `lens run`, or another command, takes it."""
-    name = dotted.rpartition(".")[2].replace("_", "-")
-    if dotted == "prompts.batch":
-        name = "prompts"
-    if dotted not in SETTINGS_OF.get(verb, ()) and (verb != "run" or dotted == "capture.backend"):
+    name = flag_name(dotted)
+    if dotted not in SETTINGS_OF[verb]:
         return ["--set", f"{dotted}={value}"]
     if isinstance(value, bool):
         return [f"--{name}" if value else f"--no-{name}"]

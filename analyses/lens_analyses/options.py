@@ -16,19 +16,6 @@ RunsDir = Annotated[
 Run = Annotated[str, typer.Argument(help="A run folder, or its id (or the end of it) in --runs.")]
 Port = Annotated[int, typer.Option(min=1, max=65535, help="Port of the dashboard.")]
 Out = Annotated[Path, typer.Option(help="Folder for the run folder.", envvar="LENS_RUNS")]
-Model = Annotated[
-    str | None, typer.Option("--model", "-m", help="Embedded name, folder or hub id.")
-]
-Text = Annotated[Path | None, typer.Option(help="Text file to analyse.")]
-TextName = Annotated[str | None, typer.Option(help="Embedded text, e.g. moby-dick.")]
-Tokens = Annotated[
-    int | None, typer.Option(help="Take the first N tokens of each text (all of it otherwise).")
-]
-Windows = Annotated[int | None, typer.Option(help="Cut the text into N pieces of --tokens tokens.")]
-Copied = Annotated[
-    int | None, typer.Option(help="Number of copied random prompts, the induction probe. [4]")
-]
-Seed = Annotated[int | None, typer.Option(help="Seed of every draw. [0]")]
 Config = Annotated[
     Path | None, typer.Option("--config", "-c", help="TOML file; flags go on top of it.")
 ]
@@ -36,8 +23,6 @@ Assignments = Annotated[
     list[str] | None, typer.Option("--set", help="Any setting, e.g. capture.block_size=32.")
 ]
 Again = Annotated[bool, typer.Option("--again", help="Compute anew what is already finished.")]
-Task = Annotated[
-    str | None,
-    typer.Option(help="induction, text, ioi, greater_than, ... or a .jsonl file. [induction]"),
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Only estimate tokens, time, memory and disk.")
 ]
-N = Annotated[int | None, typer.Option("--n", help="Prompts of the task. [32]")]

@@ -1,206 +1,122 @@
-"""Commands that make a run: what `lens run`, `lens heads` and their likes have in common."""
+"""Commands that make a run: `lens run`, `lens heads` and their likes, from one table of settings.
 
+Each command has a flag for every setting that `lens_analyses.config.SETTINGS_OF` gives it, and the same
+flags around them; `--set` and `--config` reach all the others.
+"""
+
+import inspect
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lens_analyses.config import SETTINGS_OF, flag_name
 from lens_analyses.console import PARTIAL, Output, UsageError
 from lens_analyses.options import (
     RUNS,
     Again,
     Assignments,
     Config,
-    Copied,
     Debug,
+    DryRun,
     Json,
-    Model,
-    N,
     Out,
     Quiet,
-    Seed,
-    Task,
-    Text,
-    TextName,
-    Tokens,
-    Windows,
 )
 
 if TYPE_CHECKING:
     from lens_analyses.config import RunConfig
 
-
-def heads(
-    model: Model = None,
-    text: Text = None,
-    text_name: TextName = None,
-    tokens: Tokens = None,
-    windows: Windows = None,
-    copied: Copied = None,
-    task: Task = None,
-    n: N = None,
-    measures: Annotated[
-        str | None,
-        typer.Option(help="Of importance, e.g. ablation/mean,gradient; all of them if not given."),
-    ] = None,
-    seed: Seed = None,
-    config: Config = None,
-    assignments: Assignments = None,
-    out: Out = RUNS,
-    again: Again = False,
-    json: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
-) -> None:
-    """Profile every head, then: role, importance by several measures, pattern, redundancy, pruning."""
-    output = Output(json, quiet, debug)
-    flags = {
-        "what": "heads",
-        "model.name": model,
-        "prompts.text": None if text is None else str(text),
-        "prompts.text_name": text_name,
-        "prompts.tokens": tokens,
-        "prompts.windows": windows,
-        "prompts.copied": copied,
-        "analysis.task": task,
-        "analysis.n": n,
-        "analysis.measures": measures,
-        "seed": seed,
-    }
-    with output.session():
-        execute(settings_of(config, assignments, flags), out, output, again)
-
-
-def sinks(
-    model: Model = None,
-    text: Text = None,
-    text_name: TextName = None,
-    tokens: Tokens = None,
-    windows: Windows = None,
-    n: N = None,
-    edits: Annotated[
-        str | None,
-        typer.Option(help="E.g. mask,drop; all of them if not given."),
-    ] = None,
-    amounts: Annotated[
-        str | None, typer.Option(help="Of the dose-response curve, with commas.")
-    ] = None,
-    seed: Seed = None,
-    config: Config = None,
-    assignments: Assignments = None,
-    out: Out = RUNS,
-    again: Again = False,
-    json: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
-) -> None:
-    """Profile every head, then: where sinks are, how they work, whether they matter, where mass moves."""
-    output = Output(json, quiet, debug)
-    flags = {
-        "what": "sinks",
-        "model.name": model,
-        "prompts.text": None if text is None else str(text),
-        "prompts.text_name": text_name,
-        "prompts.tokens": tokens,
-        "prompts.windows": windows,
-        "analysis.n": n,
-        "analysis.edits": edits,
-        "analysis.amounts": amounts,
-        "seed": seed,
-    }
-    with output.session():
-        execute(settings_of(config, assignments, flags), out, output, again)
+_HELP = {
+    "model.name": "Embedded name, folder or hub id.",
+    "model.revision": "Of a hub model.",
+    "model.dtype": "float32, float16 or bfloat16.",
+    "model.device": "cpu, cuda or cuda:1. [cpu]",
+    "prompts.text": "Text file to analyse.",
+    "prompts.text_name": "Embedded text, e.g. moby-dick.",
+    "prompts.batch": 'Batch: one prompt a line (.txt), or {"text": ...} a line (.jsonl).',
+    "prompts.tokens": "Take the first N tokens of each text (all of it otherwise).",
+    "prompts.windows": "Cut the text into N pieces of --tokens tokens.",
+    "prompts.copied": "Number of copied random prompts, the induction probe. [4]",
+    "prompts.copied_length": "Random tokens in each, before they are repeated. [25]",
+    "capture.block_size": "Positions per block of the attention maps. [64]",
+    "capture.keep_qk": "Store q and k for exact zoom in the viewer. [keep]",
+    "seed": "Seed of every draw. [0]",
+    "analysis.task": "induction, text, ioi, greater_than, ... or a .jsonl file. [induction]",
+    "analysis.n": "Prompts of the task. [32]",
+    "analysis.measures": "Of importance, e.g. ablation/mean,gradient; all of them if not given.",
+    "analysis.edits": "E.g. mask,drop; all of them if not given.",
+    "analysis.rule": "transfer, mask, drop, logit_bias or learned_sink. [transfer]",
+    "analysis.amounts": "Of the edit, with commas. [0,0.25,0.5,0.75,1]",
+    "analysis.method": "eap-ig, eap, exact, ...: see lens.circuits.score_edges. [eap-ig]",
+    "analysis.steps": "Of the integrated gradients. [5]",
+    "analysis.edges": "Of the circuit; 0: the smallest one that is faithful enough. [0]",
+}
+_WHOLE = (
+    "tokens",
+    "windows",
+    "copied",
+    "copied_length",
+    "block_size",
+    "seed",
+    "n",
+    "steps",
+    "edges",
+)
+_AROUND: dict[str, tuple[Any, Any]] = {
+    "config": (Config, None),
+    "assignments": (Assignments, None),
+    "out": (Out, RUNS),
+    "again": (Again, False),
+    "dry_run": (DryRun, False),
+    "json": (Json, False),
+    "quiet": (Quiet, False),
+    "debug": (Debug, False),
+}
+"""Flags of every command of this module: name of the parameter -> its type and default."""
 
 
-def redistribute(
-    model: Model = None,
-    text: Text = None,
-    text_name: TextName = None,
-    tokens: Tokens = None,
-    windows: Windows = None,
-    task: Task = None,
-    n: N = None,
-    rule: Annotated[
-        str | None,
-        typer.Option(help="transfer, mask, drop, logit_bias or learned_sink. [transfer]"),
-    ] = None,
-    amounts: Annotated[
-        str | None, typer.Option(help="Of the edit, with commas. [0,0.25,0.5,0.75,1]")
-    ] = None,
-    seed: Seed = None,
-    config: Config = None,
-    assignments: Assignments = None,
-    out: Out = RUNS,
-    again: Again = False,
-    json: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
-) -> None:
-    """Profile every head, then: move attention off the first token; dose, side effects, which heads."""
-    output = Output(json, quiet, debug)
-    flags = {
-        "what": "redistribute",
-        "model.name": model,
-        "prompts.text": None if text is None else str(text),
-        "prompts.text_name": text_name,
-        "prompts.tokens": tokens,
-        "prompts.windows": windows,
-        "analysis.task": task,
-        "analysis.n": n,
-        "analysis.rule": rule,
-        "analysis.amounts": amounts,
-        "seed": seed,
-    }
-    with output.session():
-        execute(settings_of(config, assignments, flags), out, output, again)
+def run_command(verb: str, text: str, *, needs_text: bool = True) -> Callable[..., None]:
+    """The function of a command, for typer: its signature has one parameter a flag.
 
+    Args:
+        verb: `run`, or what the analysis is called.
+        text: help.
+        needs_text: refuse a command that names no prompts; else copied ones are profiled.
+    """
+    flags = {_parameter(dotted): dotted for dotted in SETTINGS_OF[verb]}
+    types = {name: _type(dotted) for name, dotted in flags.items()}
 
-def circuit(
-    model: Model = None,
-    text: Text = None,
-    text_name: TextName = None,
-    tokens: Tokens = None,
-    windows: Windows = None,
-    copied: Copied = None,
-    task: Task = None,
-    n: N = None,
-    method: Annotated[
-        str | None,
-        typer.Option(help="eap-ig, eap, exact, ...: see lens.circuits.score_edges. [eap-ig]"),
-    ] = None,
-    steps: Annotated[int | None, typer.Option(help="Of the integrated gradients. [5]")] = None,
-    edges: Annotated[
-        int | None,
-        typer.Option(help="Of the circuit; 0: the smallest one that is faithful enough. [0]"),
-    ] = None,
-    seed: Seed = None,
-    config: Config = None,
-    assignments: Assignments = None,
-    out: Out = RUNS,
-    again: Again = False,
-    json: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
-) -> None:
-    """Profile every head, then: which edges carry a task; faithful, complete and minimal, beside random."""
-    output = Output(json, quiet, debug)
-    flags = {
-        "what": "circuit",
-        "model.name": model,
-        "prompts.text": None if text is None else str(text),
-        "prompts.text_name": text_name,
-        "prompts.tokens": tokens,
-        "prompts.windows": windows,
-        "prompts.copied": copied,
-        "analysis.task": task,
-        "analysis.n": n,
-        "analysis.method": method,
-        "analysis.steps": steps,
-        "analysis.edges": edges,
-        "seed": seed,
-    }
-    with output.session():
-        execute(settings_of(config, assignments, flags, needs_text=False), out, output, again)
+    def command(**given: Any) -> None:
+        output = Output(given["json"], given["quiet"], given["debug"])
+        with output.session():
+            values = {dotted: _plain(given[name]) for name, dotted in flags.items()}
+            if verb != "run":
+                values["what"] = verb
+            settings = settings_of(
+                given["config"], given["assignments"], values, needs_text=needs_text
+            )
+            if given["dry_run"]:
+                from lens_analyses.estimate import estimate
+
+                forecast = estimate(settings)
+                output.result(forecast.text(), forecast.as_json())
+                return
+            execute(settings, given["out"], output, given["again"])
+
+    parameters = {name: (kind, None) for name, kind in types.items()} | _AROUND
+    command.__name__, command.__doc__ = verb, text
+    command.__annotations__ = {name: kind for name, (kind, _) in parameters.items()}
+    command.__signature__ = inspect.Signature(  # pyright: ignore[reportFunctionMemberAccess]
+        [
+            inspect.Parameter(
+                name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind
+            )
+            for name, (kind, default) in parameters.items()
+        ]
+    )
+    return command
 
 
 def settings_of(
@@ -236,6 +152,31 @@ def execute(settings: "RunConfig", out: Path, output: Output, again: bool) -> No
     output.result(finished.text(), finished.as_json())
     if finished.status != "success":
         raise SystemExit(PARTIAL)
+
+
+def _parameter(dotted: str) -> str:
+    return flag_name(dotted).replace("-", "_")
+
+
+def _type(dotted: str) -> Any:
+    """As typer reads it: a type that may be None, and the option's names and help."""
+    name = flag_name(dotted)
+    if dotted == "capture.keep_qk":
+        return Annotated[bool | None, typer.Option(f"--{name}/--no-{name}", help=_HELP[dotted])]
+    kind = (
+        int
+        if dotted.rpartition(".")[2] in _WHOLE
+        else Path
+        if dotted in ("prompts.text", "prompts.batch")
+        else str
+    )
+    short = ["-m"] if dotted == "model.name" else []
+    flag = "--model" if dotted == "model.name" else f"--{name}"
+    return Annotated[kind | None, typer.Option(flag, *short, help=_HELP[dotted])]
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value
 
 
 def _check_text(config: Path | None, given: dict[str, Any]) -> None:

@@ -11,7 +11,14 @@ import pytest
 from lens_analyses import demo as demo_module
 from lens_analyses import viewing
 from lens_analyses.cli import main
-from lens_analyses.config import CaptureConfig, ModelConfig, PromptConfig, RunConfig
+from lens_analyses.config import (
+    SETTINGS_OF,
+    CaptureConfig,
+    ModelConfig,
+    PromptConfig,
+    RunConfig,
+    flag_name,
+)
 from lens_analyses.doctor import Check, Diagnosis, examine
 from lens_analyses.estimate import estimate
 
@@ -20,7 +27,10 @@ from lens.errors import LensError
 
 from .conftest import ARGUMENTS
 
-COMMANDS = ("demo", "run", "view", "report", "list", "validate", "doctor")
+COMMANDS = (
+    *("demo", "run", "heads", "sinks", "redistribute", "circuit", "sweep", "view", "worker"),
+    *("report", "compare", "export", "list", "validate", "doctor"),
+)
 
 
 def test_help_names_every_command_and_the_exit_codes(lens_command):
@@ -227,6 +237,19 @@ def test_the_estimate_of_grouped_queries_and_half_precision(keep, dtype, tmp_pat
     answer = lens_command(*words, "--out", tmp_path, "--json")
     assert answer.code == 0, answer.err
     assert estimate(config).disk == pytest.approx(sizes(Path(answer.json["path"])), rel=0.05)
+
+
+def test_a_dry_run_of_an_analysis_says_that_it_counts_the_profile(lens_command):
+    answer = lens_command("heads", "--model", "induction-2l", "--copied", "2", "--dry-run")
+    assert answer.code == 0, answer.err
+    assert "for the profile; heads comes on top" in answer.out
+
+
+@pytest.mark.parametrize("verb", SETTINGS_OF)
+def test_every_setting_of_a_command_has_its_flag(lens_command, verb):
+    text = lens_command(verb, "--help").out
+    for dotted in SETTINGS_OF[verb]:
+        assert ("--model" if dotted == "model.name" else f"--{flag_name(dotted)}") in text
 
 
 def test_a_dry_run_refuses_what_the_run_would_and_writes_nothing(lens_command, tmp_path):

@@ -31,6 +31,16 @@ def test_list_shows_status_and_prompts(lens_command, run_folder):
     assert row.endswith("text-lm-3l on 3 text prompts and 2 copied prompts")
 
 
+def test_list_takes_the_folder_in_every_way_that_others_do(lens_command, run_folder):
+    folder = run_folder.parent
+    said = {
+        lens_command("list", *words).out
+        for words in ([folder], ["--runs", folder], ["--out", folder])
+    }
+    assert len(said) == 1
+    assert run_folder.name in said.pop()
+
+
 def test_list_as_json(lens_command, run_folder):
     answer = lens_command("list", run_folder.parent, "--json")
     (run,) = answer.json["runs"]

@@ -60,7 +60,7 @@ def _fields(cls: Any, prefix: str) -> typing.Iterator[dict[str, Any]]:
                 "whats": concerned,
                 "start": _START.get(name, field.default if name == "what" else None),
                 "more": name not in _FIRST
-                and not any(name in flags for flags in SETTINGS_OF.values()),
+                and not any(name in SETTINGS_OF[what] for what in WHATS[1:]),
             }
 
 
@@ -68,7 +68,7 @@ def _concerned(name: str) -> list[str]:
     """Analyses that read a setting."""
     if not name.startswith("analysis."):
         return list(WHATS)
-    return [what for what, names in SETTINGS_OF.items() if name in names] or list(SETTINGS_OF)
+    return [what for what in WHATS[1:] if name in SETTINGS_OF[what]] or list(WHATS[1:])
 
 
 def _choices(name: str) -> list[str]:
