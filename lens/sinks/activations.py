@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from lens.captures.inputs import read_prompts
+from lens.captures.inputs import Prompt, read_prompts
 from lens.errors import LensError
 from lens.models.loaded import LoadedModel
 from lens.sinks.causal import scope_of
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 RATIO, MAGNITUDE = 1000.0, 100.0
+_CONDITIONS = ("sources", "size", "norm", "position")
 
 
 @dataclass(frozen=True, eq=False)
@@ -208,41 +209,38 @@ def massive_effect(
 
     Edit E5 of METHODS-ATTENTION 1.9, experiment 3 of Sun et al. Each (dimension, position) of `found`
     is set at the output of the layer where it emerges. Controls: "size", as many random other
-    dimensions at the same positions and layers; "position", the same dimensions one position later;
-    both are set to 0. `mass` is the attention that the positions receive.
+    dimensions at the same positions and layers, set to 0; "norm", such dimensions changed by as much as
+    the massive ones are, so that the stream is pushed equally far; "position", the same dimensions one
+    position later, set to 0. `mass` is the attention that the positions receive.
 
     Args:
         model, prompts: as for `massive`.
         found: what `massive` found, on these or other prompts.
-        to: "zero" or "mean" (over the prompts of `found`, at the layer of emergence).
+        to: "zero", "mean" (over the prompts of `found`, at the layer of emergence) or "others" (over the
+            other prompts given, each prompt's own left out).
         seed: of control and bootstrap.
         clean: as for `lens.sinks.effect`.
 
     Raises:
-        LensError: nothing was found, another `to`, or prompts shorter than the positions + 2.
+        LensError: nothing was found, another `to`, "others" with one prompt, or prompts shorter than
+            the positions + 2.
 
     Example:
         >>> lens.sinks.massive_effect(model, texts, lens.sinks.massive(model, texts)).table()
     """
-    if to not in ("zero", "mean"):
-        raise LensError(f"to must be 'zero' or 'mean', got {to!r}")
+    if to not in ("zero", "mean", "others"):
+        raise LensError(f"to must be 'zero', 'mean' or 'others', got {to!r}")
     if found.rows.empty:
         raise LensError("no massive activation was found, so there is none to edit")
     chosen = torch.ones(model.info.layers, model.info.heads, dtype=torch.bool)
     runs, random = clean_runs(model, clean), np.random.default_rng(seed)
     places = found.rows[["emergence", "position", "dimension", "value"]].to_dict("records")
-    values = {
-        name: {key: [] for key in (*MEASURES, "keys", "mass")}
-        for name in ("sources", "size", "position")
-    }
+    values = {name: {key: [] for key in (*MEASURES, "keys", "mass")} for name in _CONDITIONS}
     moves, alphas, read = [], [], []
-    for prompt in read_prompts(model, prompts)[0]:
+    asked = read_prompts(model, prompts)[0]
+    given = _values_to_set(model, asked, found, to)
+    for prompt, numbers in zip(asked, given, strict=True):
         ids = two_tokens(prompt.ids)
-        if len(ids) < max(found.positions) + 2:
-            raise LensError(
-                f"massive activations reach position {max(found.positions)}; a prompt has only "
-                f"{len(ids)} tokens, give prompts of at least {max(found.positions) + 2}"
-            )
         before = runs.of(ids)
         mass = before.received[chosen].mean(0).double().numpy() / len(ids)
         source = torch.zeros(len(ids), dtype=torch.bool)
@@ -250,7 +248,7 @@ def massive_effect(
         for condition, kept in values.items():
             shift = int(condition == "position")
             after = WatchedEdit([0], 0.0, "mask", chosen, watch=condition == "sources")
-            edited = _with_changes(model, ids, after, places, to, condition, shift, random)
+            edited = _with_changes(model, ids, after, places, numbers, condition, random)
             for name, value in zip(
                 MEASURES, changes(before.log_probabilities, edited, ids), strict=True
             ):
@@ -277,37 +275,74 @@ def massive_effect(
     )
 
 
+def _values_to_set(
+    model: LoadedModel, prompts: Sequence[Prompt], found: MassiveActivations, to: str
+) -> np.ndarray:
+    """[prompts, places]: what each place is set to.
+
+    Raises:
+        LensError: as `massive_effect`.
+    """
+    longest = max(found.positions)
+    for prompt in prompts:
+        if len(ids := two_tokens(prompt.ids)) < longest + 2:
+            raise LensError(
+                f"massive activations reach position {longest}; a prompt has only {len(ids)} tokens, "
+                f"give prompts of at least {longest + 2}"
+            )
+    zeros = np.zeros((len(prompts), len(found.rows)))
+    if to == "zero":
+        return zeros
+    if to == "mean":
+        return zeros + found.rows["value"].to_numpy()
+    if len(prompts) < 2:
+        raise LensError("to='others' needs at least two prompts: each takes the mean of the others")
+    layer, position, dimension = (
+        found.rows[name].to_numpy() for name in ("emergence", "position", "dimension")
+    )
+    own = np.stack(
+        [stream(model, prompt).numpy()[layer + 1, position, dimension] for prompt in prompts]
+    )
+    return (own.sum(0) - own) / (len(own) - 1)
+
+
 def _with_changes(
     model: LoadedModel,
     ids: list[int],
     watcher: WatchedEdit,
     places: list[dict[Any, Any]],
-    to: str,
+    numbers: np.ndarray,
     condition: str,
-    shift: int,
     random: np.random.Generator,
 ) -> torch.Tensor:
-    """Log-probabilities with the places of a condition set, each at its layer."""
+    """Log-probabilities with the places of a condition set to `numbers`, each at its layer."""
     massive_dimensions = {place["dimension"] for place in places}
 
-    def setter(here: list[dict[Any, Any]]) -> Any:
+    def setter(here: list[tuple[dict[Any, Any], float]]) -> Any:
         def change(hidden: torch.Tensor) -> torch.Tensor:
-            hidden = hidden.clone()
-            drawn = iter(
-                random.permutation(
-                    [d for d in range(hidden.shape[-1]) if d not in massive_dimensions]
-                )
-            )
-            for place in here:
-                dimension = int(next(drawn)) if condition == "size" else place["dimension"]
-                value = place["value"] if to == "mean" and condition == "sources" else 0.0
-                hidden[:, place["position"] + shift, dimension] = value
+            before, hidden = hidden, hidden.clone()
+            others = [d for d in range(hidden.shape[-1]) if d not in massive_dimensions]
+            drawn = iter(random.permutation(others))
+            for place, number in here:
+                position, dimension, other = place["position"], place["dimension"], int(next(drawn))
+                if condition == "sources":
+                    hidden[:, position, dimension] = number
+                elif condition == "norm":
+                    hidden[:, position, other] += number - before[:, position, dimension]
+                elif condition == "size":
+                    hidden[:, position, other] = 0.0
+                else:
+                    hidden[:, position + 1, dimension] = 0.0
             return hidden
 
         return change
 
     with ExitStack() as stack:
         for layer in sorted({place["emergence"] for place in places}):
-            here = [place for place in places if place["emergence"] == layer]
+            here = [
+                (place, float(number))
+                for place, number in zip(places, numbers, strict=True)
+                if place["emergence"] == layer
+            ]
             stack.enter_context(changed(model, layer, setter(here)))
         return log_probabilities(model, ids, watcher)

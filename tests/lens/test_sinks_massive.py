@@ -67,6 +67,8 @@ def test_a_planted_activation_is_found_with_its_layers_and_token(network):
     assert values["sources"]["kl"].min() > 100 * values["size"]["kl"].max()
     assert values["sources"]["kl"].min() > 100 * values["position"]["kl"].max()
     assert "massive activations := zero" in effect.findings()[0]
+    assert list(values) == ["sources", "size", "norm", "position"]
+    assert "the norm control" in " ".join(effect.findings())
 
 
 def test_setting_to_the_mean_of_one_prompt_changes_nothing_and_zero_is_a_hook(network):
@@ -87,6 +89,46 @@ def test_setting_to_the_mean_of_one_prompt_changes_nothing_and_zero_is_a_hook(ne
     assert kept.values["sources"]["kl"][0] == pytest.approx(0, abs=1e-9)
     kl = (base.exp() * (base - edited)).sum(-1).mean().detach()
     assert zeroed.values["sources"]["kl"][0] == pytest.approx(float(kl), rel=1e-3)
+
+
+def test_others_is_the_mean_of_the_other_prompts_and_norm_moves_another_dimension_as_far(network):
+    model = lens.load(network)
+    with planted(network, until=1):
+        found = lens.sinks.massive(model, IDS, ratio=900)
+        effect = lens.sinks.massive_effect(model, IDS, found, to="others")
+        read = [stream(model, prompt)[1, 5, 17] for prompt in read_prompts(model, IDS)[0]]
+        for number in range(3):
+            mean = sum(read[other] for other in range(3) if other != number) / 2
+            base = network(IDS[number : number + 1]).logits[0, :-1].log_softmax(-1)
+
+            def set_to(hidden, mean=mean):
+                hidden = hidden.clone()
+                hidden[:, 5, 17] = mean
+                return hidden
+
+            with changed(model, 0, set_to):
+                edited = network(IDS[number : number + 1]).logits[0, :-1].log_softmax(-1)
+            kl = float((base.exp() * (base - edited)).sum(-1).mean().detach())
+            assert effect.values["sources"]["kl"][number] == pytest.approx(kl, rel=1e-2, abs=1e-9)
+        seen = []
+
+        def watch(_, __, output):
+            seen.append(
+                (output if isinstance(output, torch.Tensor) else output[0]).detach().clone()
+            )
+
+        hook = network.model.layers[1].register_forward_pre_hook(
+            lambda _, args, kwargs: watch(0, 0, args[0] if args else kwargs["hidden_states"]),
+            with_kwargs=True,
+        )
+        lens.sinks.massive_effect(model, IDS[:1], found)
+        hook.remove()
+    plain, *_, normed, _ = seen  # without an edit, then sources, size, norm, position
+    difference = (normed - plain)[0]
+    row, column = (int(place) for place in difference.abs().argmax().unsqueeze(0).expand(2))
+    assert (row // 48, difference.abs().gt(1).sum()) == (5, 1)
+    assert column % 48 != 17
+    assert float(difference.sum()) == pytest.approx(-float(plain[0, 5, 17]), rel=1e-3)
 
 
 def test_a_model_without_them_says_how_far_the_largest_came(network):
@@ -151,8 +193,10 @@ def test_refusals(network):
         lens.sinks.massive(lens.load(build("vit")), {"pixel_values": torch.zeros(1, 1, 10, 10)})
     with planted(network):
         found = lens.sinks.massive(model, IDS)
-    with pytest.raises(LensError, match="to must be 'zero' or 'mean', got 'half'"):
+    with pytest.raises(LensError, match="to must be 'zero', 'mean' or 'others', got 'half'"):
         lens.sinks.massive_effect(model, IDS, found, to="half")
+    with pytest.raises(LensError, match="to='others' needs at least two prompts"):
+        lens.sinks.massive_effect(model, IDS[:1], found, to="others")
     with pytest.raises(LensError, match="reach position 5; a prompt has only 6 tokens"):
         lens.sinks.massive_effect(model, IDS[:, :6], found)
     with pytest.raises(LensError, match="layer must be -1 to 2, got 3"), changed(model, 3, abs):

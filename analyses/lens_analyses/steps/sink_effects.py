@@ -26,7 +26,11 @@ def effects(subject: Subject) -> Section:
     found.append(sinks.head_effect(model, texts, heads=[strongest], seed=seed, clean=clean))
     massive = sinks.massive(model, texts)
     if len(massive.rows):
-        found.append(sinks.massive_effect(model, texts, massive, seed=seed, clean=clean))
+        references = ("zero", "others") if len(texts) > 1 else ("zero",)
+        found += [
+            sinks.massive_effect(model, texts, massive, to=to, seed=seed, clean=clean)
+            for to in references
+        ]
     tables = {
         "edits": pd.concat([one.table() for one in found], ignore_index=True),
         "scopes": scopes.table(),
@@ -151,6 +155,7 @@ def strongest_heads(subject: Subject, count: int) -> list[HeadId]:
 def _in_short(effect: sinks.SinkEffect) -> str:
     """What the edit does, and whether that is more than editing as much attention elsewhere does."""
     sentences = effect.findings()
-    control = [text for text in sentences if "mass control" in text or "size control" in text]
+    matched = ("mass control", "size control", "norm control")
+    control = [text for text in sentences if any(name in text for name in matched)]
     moved = [text for text in sentences if "alpha rose" in text]
     return " ".join((sentences[0], *control[-1:], *moved))
