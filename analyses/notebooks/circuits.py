@@ -107,6 +107,76 @@ if MODEL == "induction-2l":
     assert {"a0.h1", "a1.h0", "a1.h2", "a1.h3"} <= set(heads)  # the model's known circuit
 
 # %% [markdown]
+# ## Is it the same circuit elsewhere?
+#
+# Other prompts, one answer each, and another kind of twin: only the earlier copy of the last symbol is
+# replaced, so that nothing finds what followed it. Heads are compared by what ablating each one costs. A
+# model of few heads leaves chance a lot: here heads are renamed over all layers; in a deep model
+# leave `null` as it is, which renames them within their layers, since like work sits in like layers.
+
+# %%
+from dataclasses import replace
+
+import torch
+
+other = lens.tasks.induction(model, n=PROMPTS, seed=1)
+last = other.positions.max(1).values
+asked = other.clean[torch.arange(other.n), last]
+same = other.clean == asked[:, None]
+earlier = same.int().argmax(1)
+broken = other.clean.clone()
+for row, place in zip(broken, earlier.tolist(), strict=True):
+    row[place] = min(set(range(model.info.vocab)) - set(row.tolist()))
+other = replace(
+    other,
+    name="earlier copy replaced",
+    corrupt=broken,
+    positions=last[:, None],
+    correct=other.correct[:, -1:],
+    marks={"answer": earlier + 1},
+).take((same.sum(1) == 2).nonzero()[:, 0])
+
+# %%
+heads_by_task = [
+    lens.heads.importance(model, one, baseline="counterfactual", progress=False)
+    for one in (task, other)
+]
+shared = circuits.overlap(*heads_by_task, count=3, null="all")
+print(*shared.findings(), sep="\n")
+shared.table().round(2)
+
+# %%
+shared.plot()
+
+# %%
+if MODEL == "induction-2l":
+    assert shared.values["rank correlation"] > 0.5
+    assert shared.p_value("rank correlation") < 0.05
+
+# %% [markdown]
+# ## Heads made to look
+#
+# If the heads that look for what followed only fail to find the place, then forcing them to look
+# there, and nothing else, must repair the broken prompts, and as many other heads must not.
+
+# %%
+joined = circuits.join(model, task, circuit).table()
+finders = joined.nlargest(3, "induction")["head"].tolist()
+asked_in_vain = replace(other, clean=other.corrupt_or_refuse(), corrupt=None)
+repaired = circuits.redirect(model, asked_in_vain, finders, ["answer"], match="all", progress=False)
+print(*repaired.findings(), sep="\n")
+repaired.table().round(2)
+
+# %%
+repaired.plot()
+
+# %%
+if MODEL == "induction-2l":
+    before, after, others = repaired.table()["accuracy"][:3]
+    assert after > 0.9 > 0.2 > before
+    assert others < 0.2
+
+# %% [markdown]
 # ## What this does not say
 #
 # A circuit belongs to a task, a metric and a way of cutting: other twins give other circuits. The
