@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from lens.comparison.circuits import compare_circuits
 from lens.comparison.pairing import compare_losses, compare_scores, paired_prompts
 from lens.comparison.settings import differing_settings
 from lens.comparison.tables import compare_sections
@@ -39,6 +40,14 @@ DEFINITIONS: Mapping[str, str] = {
     "table": "its table",
     "column": "of that table",
     "rows": "rows that both runs have",
+    "circuit_a": "circuit of A",
+    "circuit_b": "circuit of B",
+    "part": "nodes (input, heads and MLPs that write) or edges",
+    "shared": "in both circuits",
+    "only_a": "only in that of A",
+    "only_b": "only in that of B",
+    "jaccard": "shared / in either",
+    "by_chance": "the same for two sets of these sizes drawn from the whole graph",
     "setting": "of the configuration, the model or the versions",
     "what": "loss of a prompt, or of the second copy of random tokens; nats a token",
 }
@@ -56,6 +65,7 @@ class Comparison:
             head that differs most (the last two NaN and "" where heads are not compared).
         losses: of the models on the prompts that both have.
         sections: one row per column of the tables that both runs' sections have.
+        circuits: what the circuits of both share, beside chance; empty without any.
         settings: what differs in configuration, model and versions.
         shared: kind of prompt -> how many both runs have.
         sentences: findings in plain words, most telling first.
@@ -70,6 +80,7 @@ class Comparison:
     metrics: pd.DataFrame
     losses: pd.DataFrame
     sections: pd.DataFrame
+    circuits: pd.DataFrame
     settings: pd.DataFrame
     shared: Mapping[str, int]
     sentences: tuple[str, ...]
@@ -127,6 +138,7 @@ def compare_runs(a: Run, b: Run, *, seed: int = 0) -> Comparison:
     heads, metrics = compare_scores(a, b, aligned=not refusal, seed=seed)
     shared = {kind: len(pairs) for kind, pairs in paired_prompts(a, b).items()}
     tables = compare_sections(a, b, aligned=not refusal)
+    circuits, unread = compare_circuits(a, b)
     settings, losses = differing_settings(a, b), compare_losses(a, b, seed=seed)
     return Comparison(
         a,
@@ -136,10 +148,11 @@ def compare_runs(a: Run, b: Run, *, seed: int = 0) -> Comparison:
         metrics,
         losses,
         tables.table,
+        circuits,
         settings,
         shared,
-        tuple(sentences(a, b, heads, metrics, losses, refusal)),
-        tuple(limits(heads, shared, settings, tables.refused, refusal)),
+        tuple(sentences(a, b, heads, metrics, losses, circuits, refusal)),
+        tuple(limits(heads, shared, settings, circuits, (*tables.refused, *unread), refusal)),
         seed,
     )
 

@@ -37,14 +37,16 @@ def sentences(
     heads: pd.DataFrame,
     metrics: pd.DataFrame,
     losses: pd.DataFrame,
+    circuits: pd.DataFrame,
     refusal: str,
 ) -> list[str]:
-    """Heads of each kind in both, the largest changes, the order of the heads, and the losses."""
+    """Heads of each kind in both, the largest changes, the order of the heads, losses and circuits."""
     return [
         *_kinds_of_heads(a, b, heads),
         *(_changes(heads) if not refusal else ()),
         *(_orders(metrics) if not refusal else ()),
         *map(_loss, losses.to_dict("records")),
+        *map(_circuit, circuits.to_dict("records")),
     ]
 
 
@@ -52,6 +54,7 @@ def limits(
     heads: pd.DataFrame,
     shared: Mapping[str, int],
     settings: pd.DataFrame,
+    circuits: pd.DataFrame,
     refused: Sequence[str],
     refusal: str,
 ) -> list[str]:
@@ -61,6 +64,7 @@ def limits(
         *_confounds(settings),
         *_prompts(shared),
         *_chance(heads),
+        *_sets(circuits),
         "Thresholds only sort heads for reading: one that crosses its threshold may have changed very "
         "little.",
         "Tables of sections are compared without intervals, as runs do not keep their values of each "
@@ -189,6 +193,24 @@ def _loss(row: Mapping[Any, Any]) -> str:
         f"On {what} the loss is {row['a']:.2f} nats a token in A and {row['b']:.2f} in B: "
         f"{signed(row['difference'])}{bracket(row['low'], row['high'])} over {row['n']} shared prompts."
     )
+
+
+def _circuit(row: Mapping[Any, Any]) -> str:
+    either = row["shared"] + row["only_a"] + row["only_b"]
+    chance = "" if np.isnan(row["by_chance"]) else f"; by chance {row['by_chance']:.2f}"
+    return (
+        f"The circuits {row['circuit_a']} of A and {row['circuit_b']} of B share {row['shared']:,} of "
+        f"{either:,} {row['part']} (Jaccard index {row['jaccard']:.2f}{chance})."
+    )
+
+
+def _sets(circuits: pd.DataFrame) -> list[str]:
+    if circuits.empty:
+        return []
+    return [
+        "Chance draws circuits of the same sizes from the whole graph. Circuits in like layers share more "
+        "than that whatever they do: lens.circuits.overlap draws within layers."
+    ]
 
 
 def _alignment(settings: pd.DataFrame, refusal: str) -> list[str]:

@@ -11,6 +11,7 @@ from lens.comparison.pairing import paired_prompts, rank_correlation
 from lens.comparison.tables import side_by_side
 from lens.errors import LensError
 from lens.figures.comparison import comparison_scatter, difference_grid
+from lens.files import write_json
 from lens.run_writer import RunWriter
 from lens.sections import Section
 
@@ -336,3 +337,53 @@ def test_a_score_that_is_not_there_is_named(pair):
 def test_the_repr_says_what_is_compared(pair):
     text = repr(compare_runs(*pair))
     assert "heads aligned, shared prompts: 2 text, 0 copied" in text
+
+
+GRAPH = {"layers": 2, "heads": 3, "kv_heads": 3, "mlps": True, "parallel": False, "kv": "head"}
+
+
+def write_circuit(run, name, nodes, edges, **other):
+    curve = {"share": [0.5, 1.0], "edges": [10.0, 20.0], "faithfulness": [0.5, 1.0]}
+    data = {"format": "lens-circuit", "graph": GRAPH, "faithfulness": curve, **other}
+    write_json(run.path / "circuits" / f"{name}.json", {**data, "nodes": nodes, "edges": edges})
+
+
+def test_circuits_share_what_sets_share_beside_chance(pair):
+    a, b = pair
+    write_circuit(a, "ioi", ["input", "a0.h0", "a0.h1"], list("abcdef"))
+    write_circuit(b, "induction", ["input", "a0.h1"], list("efgh"))
+    comparison = compare_runs(a, b)
+    rows = comparison.circuits.set_index("part")
+    assert rows.loc["edges", ["shared", "only_a", "only_b"]].tolist() == [2, 4, 2]
+    assert rows.loc["edges", "jaccard"] == pytest.approx(2 / 8)
+    # E shared = 6 * 4 / 20
+    assert rows.loc["edges", "by_chance"] == pytest.approx(1.2 / (10 - 1.2))
+    # 9 writers: the input, 6 heads, 2 MLPs
+    assert rows.loc["nodes", "by_chance"] == pytest.approx((6 / 9) / (5 - 6 / 9))
+    assert (
+        "The circuits ioi of A and induction of B share 2 of 8 edges (Jaccard index 0.25; by chance 0.14)."
+        in comparison.sentences
+    )
+    assert any("from the whole graph" in text for text in comparison.limits)
+
+
+def test_the_mean_over_random_sets_is_the_chance(pair):
+    """The formula takes the ratio of means, which lies close to the mean of the ratio."""
+    random = np.random.default_rng(0)
+    found = []
+    for _ in range(4000):
+        x, y = (set(random.choice(20, size, replace=False).tolist()) for size in (6, 4))
+        found.append(len(x & y) / len(x | y))
+    assert np.mean(found) == pytest.approx(1.2 / 8.8, rel=0.1)
+
+
+def test_circuits_that_cannot_be_compared_are_limits(pair):
+    a, b = pair
+    write_circuit(a, "ioi", [], [])
+    write_circuit(b, "ioi", [], [], graph={**GRAPH, "layers": 5})
+    write_json(b.path / "circuits" / "broken.json", {"format": "lens-circuit"})
+    comparison = compare_runs(a, b)
+    assert comparison.circuits.empty
+    text = "\n".join(comparison.limits)
+    assert "circuits ioi and ioi are not compared: their models have differing graphs." in text
+    assert f"circuit broken of {b.id} is not compared: broken.json is no circuit with graph" in text

@@ -30,6 +30,7 @@ def numbers(comparison: Comparison, command: str) -> dict[str, Any]:
         "losses": _rows(comparison.losses),
         "metrics": _rows(comparison.metrics),
         "heads": _rows(comparison.heads),
+        "circuits": _rows(comparison.circuits),
         "sections": _sections(comparison),
         "limits": list(comparison.limits),
         "definitions": {
