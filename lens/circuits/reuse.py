@@ -56,7 +56,8 @@ class Redirection:
         amount: share of the row that was moved.
         split: how the keys shared it, of `SPLITS`.
         match: how controls were drawn, of `MATCHES`.
-        name: of the metric; task, model: their names.
+        name: of the metric; sign: its sign, -1 where less is better.
+        task, model: their names.
         seed: of the draws and of the bootstrap.
     """
 
@@ -70,6 +71,7 @@ class Redirection:
     split: str
     match: str
     name: str
+    sign: int
     task: str
     model: str
     seed: int
@@ -84,15 +86,20 @@ class Redirection:
         """[prompts] accuracy with the heads redirected - as it is."""
         return self.accuracy[1] - self.accuracy[0]
 
-    def p_value(self) -> float:
-        """(1 + controls that are as accurate) / (1 + controls): the least that so few can show."""
-        means = self.accuracy.mean(1)
+    def p_value(self, measure: str = "accuracy") -> float:
+        """(1 + controls that do as well) / (1 + controls): the least that so few can show.
+
+        Args:
+            measure: "accuracy" or "metric".
+        """
+        values = self.accuracy if measure == "accuracy" else self.sign * self.metric
+        means = values.mean(1)
         return float((1 + (means[2:] >= means[1] - 1e-12).sum()) / (1 + len(self.controls)))
 
     def table(self) -> pd.DataFrame:
         """Rows `as it is`, `redirected`, `other heads` and, pairwise by prompt, two differences.
 
-        Columns: `run`; `accuracy` and the metric by its name, each with `_low` and `_high`: 95 %
+        Columns: `run`; `accuracy` and, if it is another, the metric by its name, each with `_low` and `_high`: 95 %
         bootstrap interval over prompts (NaN for one), of `other heads` that of the mean over controls;
         `n`.
         """
@@ -148,15 +155,24 @@ class Redirection:
             else "the heads harm the task"
         )
         names = ", ".join(map(str, self.heads))
-        return (
+        found = [
             f"With {self.amount:.0%} of the attention of {names} on {self.keys}, accuracy on {self.task} "
             f"goes from {self.accuracy[0].mean():.1%} to {self.accuracy[1].mean():.1%} "
-            f"({_interval(change)}): {judged}.",
+            f"({change['accuracy']:+.1%} [{change['accuracy_low']:+.1%}, "
+            f"{change['accuracy_high']:+.1%}]): {judged}.",
             f"As many heads {'of the same layers' if self.match == 'layers' else 'of any layer'} at random "
             f"({len(self.controls)} draws) give {self.accuracy[2:].mean():.1%}; the difference is "
-            f"{_interval(beside)}, p {self.p_value():.2g}. Before, the heads had "
-            f"{self.mass.mean():.1%} of their attention there.",
-        )
+            f"{beside['accuracy']:+.1%} [{beside['accuracy_low']:+.1%}, {beside['accuracy_high']:+.1%}], "
+            f"p {self.p_value():.2g}. Before, the heads had {self.mass.mean():.1%} of their attention there.",
+        ]
+        if self.name != "accuracy":
+            low, high = change[f"{self.name}_low"], change[f"{self.name}_high"]
+            found.append(
+                f"The {self.name.replace('_', ' ')} goes from {self.metric[0].mean():.3g} to "
+                f"{self.metric[1].mean():.3g} ({change[self.name]:+.3g} [{low:+.3g}, {high:+.3g}]), with "
+                f"other heads to {self.metric[2:].mean():.3g}, p {self.p_value('metric'):.2g}."
+            )
+        return tuple(found)
 
     def __repr__(self) -> str:
         means = self.accuracy.mean(1)
@@ -165,10 +181,6 @@ class Redirection:
             f"{self.n} prompts, accuracy {means[0]:.3g} to {means[1]:.3g}, {len(self.controls)} controls "
             f"{means[2:].mean():.3g})"
         )
-
-
-def _interval(row: dict) -> str:
-    return f"{row['accuracy']:+.1%} [{row['accuracy_low']:+.1%}, {row['accuracy_high']:+.1%}]"
 
 
 def redirect(
@@ -247,7 +259,7 @@ def redirect(
             advance(1)
     return Redirection(
         chosen, draws, np.stack(accuracy), np.stack(metric), mass, _words(onto), float(amount), split,
-        match, task.metric, task.name, model.name, seed,
+        match, task.metric, task.sign, task.name, model.name, seed,
     )  # fmt: skip
 
 
@@ -348,7 +360,8 @@ def _positions(task: Task, place: Place) -> Tensor:
 
 
 def _words(onto: Sequence[Place]) -> str:
-    return " and ".join(place if isinstance(place, str) else "given positions" for place in onto)
+    names = [place if isinstance(place, str) else "given positions" for place in onto]
+    return " and ".join(dict.fromkeys(names))
 
 
 def _draw_controls(

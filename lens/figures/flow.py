@@ -34,6 +34,7 @@ def flow_plot(
         raise LensError(f"there are prompts 0 to {routes.n - 1}, got {prompt}")
     edges = routes.edges[(routes.edges["prompt"] == prompt).to_numpy()]
     figure = go.Figure()
+    middle = 0.5 if (routes.edges["sum"] == "mlp").any() else 1.0
     kinds = edges["part"].where(edges["part"].isin(["residual", "mlp"]), "heads")
     for kind, color in _COLORS.items():
         part = edges[(kinds == kind).to_numpy()]
@@ -44,7 +45,7 @@ def flow_plot(
             ]
             x, y = [], []
             for row in some.to_dict("records"):
-                bottom, top = _ends(row)
+                bottom, top = _ends(row, middle)
                 x += [row["key"], row["query"], None]
                 y += [bottom, top, None]
             figure.add_scatter(
@@ -57,7 +58,7 @@ def flow_plot(
                 showlegend=level == 1 and len(part) > 0,
                 hoverinfo="skip",
             )
-        ends = [_ends(row) for row in part.to_dict("records")]
+        ends = [_ends(row, middle) for row in part.to_dict("records")]
         figure.add_scatter(
             x=(part["key"] + part["query"]) / 2,
             y=[(bottom + top) / 2 for bottom, top in ends],
@@ -88,7 +89,7 @@ def flow_plot(
     )
 
 
-def _ends(row: dict) -> tuple[float, float]:
-    """Heights of an edge: a layer's attention is its lower half, its MLP the upper one."""
-    bottom = row["layer"] + 0.5 * (row["sum"] == "mlp")
-    return bottom, row["layer"] + (0.5 if row["sum"] == "attention" else 1.0)
+def _ends(row: dict, middle: float) -> tuple[float, float]:
+    """Heights of an edge: a layer's attention ends in its middle, where its MLP begins."""
+    bottom = row["layer"] + middle * (row["sum"] == "mlp")
+    return bottom, row["layer"] + (middle if row["sum"] == "attention" else 1.0)

@@ -25,7 +25,7 @@ def gate_map(
     layers = scores.graph.layers
     values = scores.values.reshape(layers, -1)
     names = [name.partition(".")[2] or "mlp" for name in scores.nodes[: values.shape[1]]]
-    unit = "share of its layer" if scores.normalized else f"slope of {scores.metric}"
+    unit = "normalised by layer" if scores.normalized else f"slope of {scores.metric}"
     figure = go.Figure(
         go.Heatmap(
             z=values,

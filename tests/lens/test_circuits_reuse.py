@@ -142,6 +142,9 @@ def test_trained_induction_heads_repair_broken_prompts_and_other_heads_do_not():
     assert found.accuracy[2:].mean() < 0.1
     assert found.p_value() == 1 / 7
     assert "the heads repair the task" in found.findings()[0]
+    assert found.p_value("metric") == 1 / 7  # a loss: less is better
+    assert replace(found, sign=1).p_value("metric") == 1
+    assert f"The loss goes from {found.metric[0].mean():.3g}" in found.findings()[2]
     rows = found.table().set_index("run")
     assert rows.loc["redirected - as it is", "accuracy_low"] > 0.5
     gap = rows.loc["redirected - other heads", "loss"]
