@@ -287,7 +287,8 @@ def row_features(problem: Problem) -> tuple[Tensor, dict[str, slice]]:
         y = torch.div(index, width, rounding_mode="floor").to(dtype) * inside
         add("grid_moments", *(f.expand(problem.batch, -1) for f in (x, y, x * x, y * y, inside)))
     if problem.wants("mean_value_norm"):
-        add("mean_value_norm", problem.value.detach().to(dtype).norm(dim=-1))
+        value = problem.value.detach()  # not made float32 first: at 128k tokens that is 2 GiB
+        add("mean_value_norm", torch.linalg.vector_norm(value, dim=-1, dtype=dtype))
     if not columns:
         shape = (problem.batch, problem.kv_heads, problem.keys, 0)
         return position.new_zeros(shape), names

@@ -130,7 +130,9 @@ class AttentionStatistics(Mapping[str, Tensor]):
         """How statistic `name` stands to the attention over all visible keys.
 
         Everything is exact as it is. With a `block_mask` the numbers are exact for the sparse
-        attention that was run, and this says what they are for the attention that was not.
+        attention that was run, and this says what they are for the attention that was not. No
+        statistic is an upper bound as a whole: masses of kept blocks are one, and those of dropped
+        blocks, which are 0, are lower bounds; together "approx".
         """
         from lens_kernels.statistics import STATISTICS
 

@@ -208,7 +208,9 @@ def _flex(case: Case, inputs: tuple[Tensor, Tensor, Tensor]) -> Callable[[], Ten
         seen = query + offset >= key
         return seen if window is None else seen & (query + offset - key < window)
 
-    mask = create_block_mask(visible, None, None, case.queries, case.keys, device=case.device)
+    # compiled, it does not hold the whole mask: 17 GB at 131,072 tokens
+    sizes = (None, None, case.queries, case.keys)
+    mask = create_block_mask(visible, *sizes, device=case.device, _compile=case.device == "cuda")
     compiled = torch.compile(flex_attention, dynamic=False)
     gqa = case.heads != case.kv_heads
 

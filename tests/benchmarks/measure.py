@@ -125,8 +125,8 @@ def measure_case(case: Case, seconds: float, progress: Callable[[str], None]) ->
             continue
         progress(f"{case.name}: {one.name} {one.statistics}")
         check_small(case, one)
-        call = one.prepare(case, inputs)
         try:
+            call = one.prepare(case, inputs)
             errors[one] = error_to_stock(case, call().detach(), stock)
         except (RuntimeError, NotImplementedError) as error:
             notes[one] = f"not measured: {str(error).splitlines()[0][:100]}"
@@ -151,6 +151,9 @@ def _alternate(
     """Milliseconds of each round; in every round each contender runs once."""
     timer = _cuda_milliseconds if case.device == "cuda" else _milliseconds
     times: dict[Contender, list[float]] = {one: [] for one in calls}
+    if case.device == "cuda":  # kernels are compiled at their first call
+        for call in calls.values():
+            call()
     first = sum(timer(call) for call in calls.values())
     rounds = max(3, min(20, int(1000 * seconds / first)))
     for _ in range(rounds):
