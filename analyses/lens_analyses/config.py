@@ -20,6 +20,13 @@ from lens.models.catalogue import DEFAULT_MODEL
 
 WHATS = ("profile", "heads", "sinks", "redistribute", "circuit")
 _SOURCES = ("text", "text_name", "batch")
+RULES = ("transfer", "mask", "drop", "logit_bias", "learned_sink", "off_by_one", "act")
+"""Rules of `lens.redistribute` that need no more than a text."""
+NOT_FROM_A_COMMAND = {
+    "var": "it moves attention to an image, and the prompts here are text; use lens.redistribution.var",
+    "pasta": "it needs the positions to emphasise, which differ from prompt to prompt; use "
+    "lens.redistribution.pasta",
+}
 _SHARED = (
     "model.name",
     "prompts.text",
@@ -129,7 +136,7 @@ class AnalysisConfig:
         length: tokens of each window when the task is `text`.
         measures: of importance, with commas: `ablation/mean`, `gradient`, `attribution/counterfactual`.
         edits: of sinks, with commas.
-        rule: of redistribution.
+        rule: of redistribution, one of `RULES`.
         amounts: of redistribution, with commas; the dose-response curve.
         method: of `lens.circuits.score_edges`.
         steps: of its integrated gradients.
@@ -151,6 +158,14 @@ class AnalysisConfig:
         for name in ("n", "length"):
             if getattr(self, name) < 2:
                 raise LensError(f"analysis.{name} must be at least 2, got {getattr(self, name)}")
+        if self.rule in NOT_FROM_A_COMMAND:
+            raise LensError(
+                f"analysis.rule {self.rule!r} cannot be run from the command: "
+                f"{NOT_FROM_A_COMMAND[self.rule]}"
+            )
+        if self.rule not in RULES:
+            rules = ", ".join(RULES)
+            raise LensError(f"analysis.rule must be one of {rules}; got {self.rule!r}")
         if self.steps < 1 or self.edges < 0:
             raise LensError(
                 f"analysis.steps must be at least 1 and analysis.edges 0 or more, got {self.steps} and "

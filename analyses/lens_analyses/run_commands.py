@@ -47,7 +47,7 @@ _HELP = {
     "analysis.n": "Prompts of the task. [32]",
     "analysis.measures": "Of importance, e.g. ablation/mean,gradient; all of them if not given.",
     "analysis.edits": "E.g. mask,drop; all of them if not given.",
-    "analysis.rule": "transfer, mask, drop, logit_bias or learned_sink. [transfer]",
+    "analysis.rule": "transfer, mask, drop, logit_bias, learned_sink, off_by_one or act. [transfer]",
     "analysis.amounts": "Of the edit, with commas. [0,0.25,0.5,0.75,1]",
     "analysis.method": "eap-ig, eap, exact, ...: see lens.circuits.score_edges. [eap-ig]",
     "analysis.steps": "Of the integrated gradients. [5]",

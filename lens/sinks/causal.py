@@ -54,7 +54,8 @@ def effect(
         prompts: as for `lens.capture`, token prompts.
         sources: "first", positions or a bool mask; the same in every layer.
         edit: "mask" (hide and renormalise), "drop" (leave out what the keys contribute), "mean_value",
-            "zero_value" or "move" (all attention goes to the keys); formulas in `lens.sinks.edits`.
+            "zero_value", "move" (all attention goes to the keys) or "transfer" (their attention goes
+            to all others); formulas in `lens.sinks.edits`.
         amount: 0..1, how much of it.
         layers, heads: what to edit, as in `lens.redistribute`.
         controls: some of "size", "mass", "position", for which see `control_keys`, and "self": the

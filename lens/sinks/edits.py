@@ -7,6 +7,8 @@ With `m_S` the mass of the sources in a row, `o` its output and `v` the values, 
     mean_value    their values replaced by the mean of the other values so far   (E3)
     zero_value    their values replaced by 0; the same number as drop            (E4)
     move          all mass of the row put on the sources, pro rata               (E6)
+    transfer      the sources' mass given to the other keys, pro rata; at a part of the amount rows
+                  keep their sum, which `mask` reaches by dividing the sources' rest too
 
 METHODS-ATTENTION 1.9. The mean of E3 runs over the other keys up to the row itself: one mean over the
 whole prompt would tell a row what comes later.
@@ -26,7 +28,7 @@ from lens.redistribution.keys import KeysAt, members
 from lens.redistribution.rules import REST, SOURCES
 from lens.scores import FEWEST_VIEWERS
 
-EDITS = ("mask", "drop", "mean_value", "zero_value", "move")
+EDITS = ("mask", "drop", "mean_value", "zero_value", "move", "transfer")
 _HIDDEN = -60.0
 """Added to logits instead of -inf: a row that sees nothing else keeps its attention, as in an edit."""
 
@@ -80,7 +82,7 @@ class WatchedEdit(Edit):
 
     def _edited(self, call: LayerCall, groups: torch.Tensor) -> torch.Tensor:
         source = groups == SOURCES  # [batch, keys]
-        if self._rule in ("mask", "drop"):
+        if self._rule in ("mask", "drop", "transfer"):
             edited = super()._edited(call, groups)
         else:
             self.calls += 1
@@ -129,8 +131,14 @@ class WatchedEdit(Edit):
         elif self._rule == "mask" and self._amount:
             weight = torch.where(edited, 1 - self._amount, 1.0)
             found = _received(call, weight.log().clamp(min=_HIDDEN))
-        elif self._rule == "move" and self._amount and bool(source.any()):
-            moved = _received(call, torch.where(chosen & ~source, _HIDDEN, 0.0))
+        elif self._rule in ("move", "transfer") and self._amount and bool(source.any()):
+            if self._rule == "transfer" and call.sink_logits is not None:
+                raise LensError(
+                    "edit 'transfer' is not watched beside a learned sink, which holds mass of its own; "
+                    "use 'drop' or 'mask', or lens.redistribute"
+                )
+            left = edited if self._rule == "transfer" else chosen & ~source
+            moved = _received(call, torch.where(left, _HIDDEN, 0.0))
             found = found + self._amount * (moved - found)
         self.received.append(found.cpu())
         self.visible.append(call.mask.visible(batch, queries, keys)[0].cpu())

@@ -1,9 +1,16 @@
 """`lens sinks` and `lens redistribute`: sections in the folder of a profile."""
 
-import pytest
+from types import SimpleNamespace
 
-from lens import sinks
+import numpy as np
+import pytest
+from lens_analyses.config import NOT_FROM_A_COMMAND, RULES
+from lens_analyses.steps import redistribute
+
+from lens import prompts, sinks
 from lens.models.loading import load
+from lens.redistribution.recipes import RECIPES
+from lens.redistribution.rules import RULES as LIBRARY_RULES
 from lens.runs import open_run
 from lens.validation import validate
 
@@ -45,8 +52,8 @@ def test_the_sink_of_the_model_card_is_found(sinks_run):
 
 def test_the_edit_is_that_of_the_library(sinks_run):
     model = load("text-lm-3l")
-    prompts = [list(map(int, ids)) for ids in sinks_run.prompts["token_ids"]]
-    expected = sinks.effect(model, prompts, edit="mask", seed=0).table()
+    texts = [list(map(int, ids)) for ids in sinks_run.prompts["token_ids"]]
+    expected = sinks.effect(model, texts, edit="mask", seed=0).table()
     table = sinks_run.section("effects").tables["edits"]
     table = table[(table["edit"] == "mask") & (table["scope"] == "all heads")]
     assert table["delta_loss"].tolist() == pytest.approx(expected["delta_loss"].tolist(), rel=1e-4)
@@ -71,6 +78,9 @@ def test_the_report_goes_from_the_keys_to_the_dark_band(sinks_run):
     assert first["activity"].loc[first["activity"]["off"].notna(), "domain"].nunique() == 3
     moved = sinks_run.section("redistribution").tables["response"]
     assert moved["amount"].tolist() == [1.0]
+    control = sinks_run.section("redistribution").tables["control"]
+    assert control["condition"].tolist() == ["sources", "mass"]
+    assert control["delta_loss"][0] == pytest.approx(moved["delta_loss"][0], rel=1e-3)
     energies = sinks_run.section("spectrum").tables["energies"]
     assert energies.groupby("weight")["energy"].sum().tolist() == pytest.approx([1] * 4)
     summaries = [text for name in sinks_run.sections for text in sinks_run.section(name).summary]
@@ -90,7 +100,9 @@ def test_redistribution_reports_the_task_the_side_effects_and_the_held_out_choic
     [
         ("--amounts a,b", "analysis.amounts are numbers with commas"),
         ("--amounts 0", "no amount above 0"),
-        ("--rule magic", "rule must be one of"),
+        ("--rule magic", "analysis.rule must be one of transfer, mask"),
+        ("--rule var", "moves attention to an image, and the prompts here are text"),
+        ("--rule pasta", "needs the positions to emphasise"),
     ],
 )
 def test_what_makes_no_sense_is_refused(lens_command, tmp_path, words, message):
@@ -105,3 +117,37 @@ def test_sinks_need_text(lens_command, tmp_path):
     )
     assert answer.code in (1, 2)
     assert "--text" in answer.err
+
+
+def test_the_rules_of_the_command_are_those_of_the_library():
+    assert set(RULES) | set(NOT_FROM_A_COMMAND) == {*LIBRARY_RULES, *RECIPES}
+
+
+@pytest.mark.parametrize(
+    ("rule", "amount", "words"),
+    [
+        ("act", "0.6", "Keys after the first with alpha above 5 / N"),
+        ("off_by_one", "1", "exp(x) / (1 + sum exp(x))"),
+        ("logit_bias", "-2", "added to the first token's logit"),
+        ("learned_sink", "1", "whose exp(logit) is the amount"),
+        ("drop", "0.5", "sum to less than 1"),
+    ],
+)
+def test_every_other_rule_runs_and_says_what_it_does(rule, amount, words):
+    model = load("text-lm-3l")
+    ids = model.encode(prompts.text("moby-dick"))
+    texts = [[0, *ids[at : at + 40]] for at in (0, 40)]
+    settings = SimpleNamespace(rule=rule, amounts=amount)
+    subject = SimpleNamespace(
+        model=model, text_windows=texts, settings=settings, amounts=[float(amount)], seed=0
+    )
+    section = redistribute.redistribution(subject)
+    assert words in section.limits[0]
+    change = section.tables["response"]["delta_loss"][0]
+    assert np.isfinite(change)
+    assert change != 0
+    expected = (
+        "found by alpha" if rule == "act" else "first" if rule in ("drop", "logit_bias") else "none"
+    )
+    assert section.configuration["sources"] == expected
+    assert ("maps" in section.figures) == (rule == "drop")

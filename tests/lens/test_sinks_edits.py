@@ -58,6 +58,10 @@ def twin(call, sources, amount, rule) -> tuple[np.ndarray, np.ndarray]:
             elif rule == "move" and a[sources].sum() > 0:
                 to = np.where(np.isin(np.arange(LENGTH), sources), a, 0)
                 a += amount * (to / to.sum() - a)
+            elif rule == "transfer" and a[others].sum() > 0:
+                given = amount * a[sources].sum()
+                a[sources] *= 1 - amount
+                a[others] += given * a[others] / a[others].sum()
             output[head, row] = a @ v
             edited[head, row] = a
     return output, edited
@@ -162,6 +166,8 @@ def test_moving_beside_a_learned_sink_is_refused():
     model = lens.load(build("gpt_oss"))
     with pytest.raises(LensError, match="'move' is not defined beside a learned sink"):
         lens.sinks.effect(model, IDS[0], edit="move", controls=())
+    with pytest.raises(LensError, match="'transfer' is not watched beside a learned sink"):
+        lens.sinks.effect(model, IDS[0], edit="transfer", controls=())
 
 
 def test_scopes_in_words():

@@ -206,7 +206,7 @@ def test_the_loss_grows_with_the_amount(text_lm):
 @pytest.mark.parametrize(
     ("match", "arguments"),
     [
-        ("edit must be one of mask, drop, mean_value, zero_value, move, got 'transfer'", {"edit": "transfer"}),
+        ("edit must be one of mask, drop, mean_value, zero_value, move, transfer, got 'act'", {"edit": "act"}),
         ("effect edits at least one head", {"heads": []}),
         (r"is a fraction 0\.\.1, got 2", {"amount": 2}),
         ("sources of effect are the same in every layer", {"sources": lambda at: at.positions == 0}),

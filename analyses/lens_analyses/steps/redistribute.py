@@ -10,11 +10,13 @@ import plotly.graph_objects as go
 
 import lens
 from lens import redistribution as moving
+from lens import sinks
 from lens.bootstrap import over_units
 from lens.errors import LensError
 from lens.figures.redistribution import side_effect_line
 from lens.head_ids import HeadId
 from lens.sections import Section
+from lens.sinks.edits import EDITS
 from lens_analyses.steps.columns import defined
 from lens_analyses.steps.sinks import COLUMNS
 from lens_analyses.steps.subject import Subject
@@ -22,9 +24,7 @@ from lens_analyses.steps.subject import Subject
 
 def dose(subject: Subject) -> Section:
     """The task's metric and the loss on text at each amount of the edit."""
-    amounts = [amount for amount in subject.amounts if amount]
-    if not amounts:
-        raise LensError(f"analysis.amounts has no amount above 0: {subject.settings.amounts!r}")
+    amounts = _amounts(subject)
     response = _response(subject, amounts)
     side = moving.side_effects(
         subject.model,
@@ -45,12 +45,11 @@ def dose(subject: Subject) -> Section:
             *side.findings(),
         ),
         limits=(
-            f"Attention is taken from the first token of each prompt, in all heads, by the rule "
-            f"{subject.settings.rule!r}; other keys and heads were not tried here.",
+            f"{_ACTS[subject.settings.rule]} All heads at once; which heads it helps is judged below.",
             "The text is the run's own: it had no part in choosing anything, but it is one text.",
         ),
         columns=defined([response, table], COLUMNS | _COLUMNS),
-        configuration={"rule": subject.settings.rule, "amounts": amounts, "sources": "first"},
+        configuration=_configuration(subject, amounts),
         tables={"response": response, "side_effects": table},
         figures={
             "response": _response_line(response, subject),
@@ -61,9 +60,7 @@ def dose(subject: Subject) -> Section:
 
 def redistribution(subject: Subject) -> Section:
     """Attention moved from the first token to the others, as part of `lens sinks`: dose and response."""
-    amounts = [amount for amount in subject.amounts if amount]
-    if not amounts:
-        raise LensError(f"analysis.amounts has no amount above 0: {subject.settings.amounts!r}")
+    amounts, rule = _amounts(subject), subject.settings.rule
     found = moving.side_effects(
         subject.model,
         subject.text_windows,
@@ -71,27 +68,43 @@ def redistribution(subject: Subject) -> Section:
         amounts=amounts,
         seed=subject.seed,
     )
-    table = found.table()
+    tables, figures = {"response": found.table()}, {}
+    summary = list(found.findings())
+    figures["response"] = side_effect_line(tables["response"], "delta_loss")
+    if rule in EDITS:
+        at = max(amounts)
+        watched = sinks.effect(
+            subject.model,
+            subject.text_windows,
+            edit=rule,
+            amount=at,
+            controls=("mass",),
+            seed=subject.seed,
+        )
+        tables |= {"control": watched.table(), "migration": watched.migration}
+        figures["maps"] = watched.plot_migration()
+        told = [text for text in watched.findings() if "mass control" in text or "alpha" in text]
+        summary.append(f"At amount {at:g}: {' '.join(told)}")
     return Section(
         name="redistribution",
         title="Sinks: attention moved to the other keys",
-        summary=found.findings(),
+        summary=tuple(summary),
         limits=(
-            f"Moved by the rule {subject.settings.rule!r} in all heads, from the first token to the keys "
-            "that each row sees, in proportion to what they hold. `lens redistribute` tries single heads "
-            "and judges them on held-out prompts.",
-            "No heads or amounts were chosen on this text.",
+            f"{_ACTS[rule]} All heads at once; `lens redistribute` tries single heads and judges them on "
+            "held-out prompts.",
+            "This text is held out in so far as no head and no amount was chosen on it; it is the text that "
+            "the sinks were found on.",
         ),
-        columns=defined([table], COLUMNS | _COLUMNS),
-        configuration={"rule": subject.settings.rule, "amounts": amounts, "sources": "first"},
-        tables={"response": table},
-        figures={"response": side_effect_line(table, "delta_loss")},
+        columns=defined(tables.values(), COLUMNS | _COLUMNS),
+        configuration=_configuration(subject, amounts),
+        tables=tables,
+        figures=figures,
     )
 
 
 def search(subject: Subject) -> Section:
     """Which heads are better off with the edit: chosen on half of the prompts, judged on the others."""
-    amount = max(subject.amounts)
+    amount = max(_amounts(subject), key=abs)
     found = moving.search_heads(
         subject.model,
         subject.task,
@@ -113,13 +126,34 @@ def search(subject: Subject) -> Section:
     )
 
 
+def _amounts(subject: Subject) -> list[float]:
+    """The amounts other than 0, which is no edit.
+
+    Raises:
+        LensError: there is none.
+    """
+    amounts = [amount for amount in subject.amounts if amount]
+    if not amounts:
+        raise LensError(
+            f"analysis.amounts has no amount above 0 (or, of logit_bias, other than 0): "
+            f"{subject.settings.amounts!r}"
+        )
+    return amounts
+
+
+def _configuration(subject: Subject, amounts: list[float]) -> dict[str, Any]:
+    rule = subject.settings.rule
+    keys = "found by alpha" if rule == "act" else "none" if rule in _WITHOUT_SOURCES else "first"
+    return {"rule": rule, "amounts": amounts, "sources": keys}
+
+
 def _edit(
     subject: Subject, amount: float, heads: Sequence[HeadId] | None = None
 ) -> AbstractContextManager[Any]:
     rule = subject.settings.rule
     return lens.redistribute(
         subject.model,
-        sources=None if rule == "learned_sink" else "first",
+        sources=None if rule in _WITHOUT_SOURCES else "first",
         amount=amount,
         rule=rule,
         heads=heads,
@@ -154,6 +188,19 @@ def _response_line(response: pd.DataFrame, subject: Subject) -> go.Figure:
     return figure.update_layout(title={"text": f"{subject.task.name}: gain by amount"})
 
 
+_WITHOUT_SOURCES = ("learned_sink", "off_by_one", "act")
+_ACTS = {
+    "transfer": "The share `amount` of what the first token receives goes to the other keys that a row "
+    "sees, in proportion to what they hold.",
+    "mask": "The first token's weight is multiplied by 1 - amount, and rows are divided by their sum.",
+    "drop": "The first token's weight is multiplied by 1 - amount; rows then sum to less than 1.",
+    "logit_bias": "The amount is added to the first token's logit: above 0 gives it more attention, "
+    "below 0 less.",
+    "learned_sink": "Rows get a learned sink with a value of 0, whose exp(logit) is the amount.",
+    "off_by_one": "The amount is how far the softmax goes towards exp(x) / (1 + sum exp(x)).",
+    "act": "Keys after the first with alpha above 5 / N give the share `amount` of their attention to "
+    "all others (attention calibration, arXiv 2406.15765).",
+}
 _COLUMNS = {
     "metric": "Of the task, with the edit.",
     "gain": "How much better the task goes than without the edit, in units of its metric.",
