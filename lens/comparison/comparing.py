@@ -67,7 +67,7 @@ class Comparison:
         sections: one row per column of the tables that both runs' sections have.
         circuits: what the circuits of both share, beside chance; empty without any.
         settings: what differs in configuration, model and versions.
-        shared: kind of prompt -> how many both runs have.
+        shared: kind of prompt that both runs have -> how many prompts are in both.
         sentences: findings in plain words, most telling first.
         limits: what they do not show.
         seed: of the bootstrap.
@@ -136,7 +136,8 @@ def compare_runs(a: Run, b: Run, *, seed: int = 0) -> Comparison:
         raise LensError(f"A and B are the same run, {a.id}; name two runs: `lens list` shows them")
     refusal = _refusal(a, b)
     heads, metrics = compare_scores(a, b, aligned=not refusal, seed=seed)
-    shared = {kind: len(pairs) for kind, pairs in paired_prompts(a, b).items()}
+    kinds = set(a.prompts["kind"]) & set(b.prompts["kind"])
+    shared = {kind: len(pairs) for kind, pairs in paired_prompts(a, b).items() if kind in kinds}
     tables = compare_sections(a, b, aligned=not refusal)
     circuits, unread = compare_circuits(a, b)
     settings, losses = differing_settings(a, b), compare_losses(a, b, seed=seed)

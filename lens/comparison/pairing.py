@@ -90,7 +90,7 @@ def compare_scores(
                 heads.append(table.assign(prompts=kind, metric=metric, variant=variant))
                 rank = rank_correlation(table["a"].to_numpy(), table["b"].to_numpy())
                 size = np.abs(table["difference"].to_numpy())
-                if np.isfinite(size).any():
+                if np.nan_to_num(size).any():
                     top = int(np.nanargmax(size))
                     largest = str(HeadId(*map(int, x.columns[top])))
                     largest_difference = float(table["difference"].iloc[top])

@@ -171,8 +171,8 @@ def _orders(metrics: pd.DataFrame) -> list[str]:
     least, most = rows.iloc[0], rows.iloc[-1]
     if least["rank_correlation"] >= _SAME_ORDER:
         return [
-            "Every score puts the heads of both runs into the same order: Spearman's correlation is "
-            f"{least['rank_correlation']:.3f} or more."
+            "Every score puts the heads of both runs into the same order: Spearman's correlation is never "
+            f"below {least['rank_correlation']:.3f}."
         ]
     return [
         f"Over all heads the two runs agree most on the order by {_ordered(most)} and least by "
