@@ -29,6 +29,7 @@ from lens.circuits.recovery import Recovery, recovery
 from lens.circuits.reuse import Redirection, redirect
 from lens.circuits.scoring import score_edges
 from lens.circuits.stability import NoiseFloor, Stability, jaccard, noise_floor, stability
+from lens.circuits.transfer import Transfer, transfer
 
 __all__ = [
     "Acdc",
@@ -50,6 +51,7 @@ __all__ = [
     "Recovery",
     "Redirection",
     "Stability",
+    "Transfer",
     "acdc",
     "codes",
     "completeness",
@@ -78,4 +80,5 @@ __all__ = [
     "stability",
     "to_attribution_graph",
     "to_mib",
+    "transfer",
 ]

@@ -418,12 +418,23 @@ def _renaming(side: _Heads, null: str, draw: np.random.Generator) -> np.ndarray:
     groups = heads
     if isinstance(side, _Edges) and side.graph is not None:
         groups = side.graph.kv_readers
+    return _within_layers(layers, heads, groups, draw)
+
+
+def _within_layers(layers: int, heads: int, groups: int, draw: np.random.Generator) -> np.ndarray:
+    """[layers * heads] groups change places in each layer, and heads in each group."""
     found = []
     for layer in range(layers):
-        order = draw.permutation(groups)[:, None]  # groups, then heads inside each
+        order = draw.permutation(groups)[:, None]
         inside = draw.permuted(np.tile(np.arange(heads // groups), (groups, 1)), axis=1)
         found.append(layer * heads + (order * (heads // groups) + inside).ravel())
     return np.concatenate(found)
+
+
+def with_heads_renamed(graph: Graph, kept: np.ndarray, draw: np.random.Generator) -> np.ndarray:
+    """[edges] a circuit whose heads have changed places at random within their layers."""
+    names = _within_layers(graph.layers, graph.heads, graph.kv_readers, draw)
+    return kept[_renamed_edges(graph, names)]
 
 
 def _renamed_edges(graph: Graph, names: np.ndarray) -> np.ndarray:

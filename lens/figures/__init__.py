@@ -11,7 +11,7 @@ from lens.figures.head import block_map, distance_profile, received_mass, row_en
 from lens.figures.heads import head_grid, head_scatter, metric_by_layer
 from lens.figures.importance import importance_grid
 from lens.figures.layers import influence_bars, removal_curve, skip_scatter
-from lens.figures.overlap import overlap_plot, redirection_plot
+from lens.figures.overlap import overlap_plot, redirection_plot, transfer_map
 from lens.figures.patterns import pattern_grid
 from lens.figures.pruning import pruning_plot
 from lens.figures.roles import role_map
@@ -44,4 +44,5 @@ __all__ = [
     "skip_scatter",
     "stability_plot",
     "token_strip",
+    "transfer_map",
 ]

@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING
 
 import plotly.graph_objects as go
 
-from lens.figures.colors import BASELINE, LINE
+from lens.figures.colors import BASELINE, DIVERGING, LINE, scale
 from lens.figures.style import Theme, escaped, style
 
 if TYPE_CHECKING:
     from lens.circuits.overlap import Overlap
     from lens.circuits.reuse import Redirection
+    from lens.circuits.transfer import Transfer
 
 
 def overlap_plot(
@@ -115,4 +116,47 @@ def redirection_plot(
         height=height,
         theme=theme,
         meta={"figure": "redirection_plot", "task": found.task, "model": found.model},
+    )
+
+
+def transfer_map(
+    found: Transfer,
+    *,
+    title: str | None = None,
+    width: int | None = None,
+    height: int | None = None,
+    theme: Theme = "light",
+) -> go.Figure:
+    """Faithfulness of each circuit (down) on each task (across), and with its heads renamed."""
+    drawn = found.renamed.mean(-1)
+    text = [
+        [f"{value:.2f}<br>renamed {other:.2f}" for value, other in zip(*both, strict=True)]
+        for both in zip(found.faithfulness, drawn, strict=True)
+    ]
+    numbers = range(len(found.tasks)), range(len(found.circuits))
+    figure = go.Figure(
+        go.Heatmap(
+            z=found.faithfulness,
+            text=text,
+            texttemplate="%{text}",
+            colorscale=scale(DIVERGING),
+            zmid=0,
+            zmin=-1,
+            zmax=1,
+            colorbar={"title": "faithfulness"},
+            hovertemplate="circuit %{y} on task %{x}: %{z:.3g}<extra></extra>",
+        )
+    )
+    names = [[escaped(name) for name in part] for part in (found.tasks, found.circuits)]
+    figure.update_xaxes(title="task", tickvals=list(numbers[0]), ticktext=names[0])
+    figure.update_yaxes(
+        title="circuit of", tickvals=list(numbers[1]), ticktext=names[1], autorange="reversed"
+    )
+    return style(
+        figure,
+        title=title or "Each circuit on each task: faithfulness, 1 = as good as the whole model",
+        width=width,
+        height=height,
+        theme=theme,
+        meta={"figure": "transfer_map", "tasks": list(found.tasks), "model": found.model},
     )
