@@ -137,7 +137,7 @@ def flow_routes(
         model: as `lens.load` returns it.
         task: its clean prompts; nothing is corrupted.
         at: mark to start from; None: where the last answer is read.
-        threshold: above 0 to below 0.5, so that one way down is left for all but heads that cancel.
+        threshold: above 0 and below 0.5; a state whose parts are all below it ends the route.
         progress: show a bar with the time left, on stderr, if that is a terminal.
 
     Raises:
