@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lens.captures.layer import LayerCall
 from lens.circuits.activations import Activations, PlainVisitor
-from lens.circuits.nodes import Nodes, visit
+from lens.circuits.nodes import Layer, Nodes, visit
 from lens.errors import LensError
 
 _FLAT = 1e-8
@@ -166,13 +166,19 @@ def edge_products(nodes: Nodes, slopes: Slopes, differences: Activations) -> np.
     graph = nodes.graph
     rows = len(differences.input)
     found = slopes.final.new_zeros(rows, len(graph.readers), len(graph.writers))
-    for layers, readers, slope in _by_depth(nodes, slopes):
-        flat = slope.transpose(0, 1).flatten(2)  # [rows, readers, tokens * d_model]
-        found[:, readers, 0] = (flat @ differences.input.flatten(1)[..., None])[..., 0]
+    for layers, parts in _by_depth(nodes, slopes):
+        for readers, slope in parts:
+            found[:, readers, 0] = (slope @ differences.input.flatten(1)[..., None])[..., 0]
         for layer in range(layers):
-            parts = written(nodes, differences, layer)
-            columns = torch.arange(parts.shape[1]) + graph.heads_of(layer).start
-            found[:, readers[:, None], columns] = flat @ parts.flatten(2).mT
+            names = [graph.heads_of(layer)]
+            outputs = [differences.heads[layer] @ nodes.layers[layer].output]
+            if graph.mlps:
+                writer = graph.mlp_writer(layer)
+                names.append(slice(writer, writer + 1))
+                outputs.append(differences.mlps[layer][:, None])
+            for readers, slope in parts:
+                for writers, output in zip(names, outputs, strict=True):
+                    found[:, readers, writers] = slope @ output.flatten(2).mT
     return found.cpu().numpy()[:, graph.allowed]
 
 
@@ -184,36 +190,36 @@ def written(nodes: Nodes, differences: Activations, layer: int) -> Tensor:
     return torch.cat([heads, differences.mlps[layer][:, None]], 1)
 
 
-def _by_depth(nodes: Nodes, slopes: Slopes) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Readers by the number of layers that write to them: that number, the readers' numbers, and the
-    gradients [readers, rows, tokens, d_model] by what they read."""
+def _by_depth(nodes: Nodes, slopes: Slopes) -> Iterator[tuple[int, list[tuple[slice, Tensor]]]]:
+    """Readers by the number of layers that write to them: that number, and readers with the gradients
+    [rows, readers, tokens * d_model] by what they read; queries, keys and values apart, so that no
+    tensor is large."""
     graph = nodes.graph
     for depth in range(graph.layers + 1):
-        numbers: list[int] = []
-        parts: list[Tensor] = []
+        parts: list[tuple[slice, Tensor]] = []
         if depth < graph.layers:
-            attention = graph.attention_readers(depth)
-            numbers += range(attention.start, attention.stop)
-            parts.append(_read_slopes(nodes, depth, *slopes.attention[depth]))
+            start = graph.attention_readers(depth).start
+            residual, made = slopes.attention[depth]
+            for part, slope in enumerate(made):
+                readers = slice(start, start + slope.shape[-2])
+                parts.append((readers, _read_slope(nodes.layers[depth], part, residual, slope)))
+                start = readers.stop
         layer = depth if graph.parallel else depth - 1
         if graph.mlps and 0 <= layer < graph.layers:
-            numbers.append(graph.mlp_reader(layer))
-            parts.append(slopes.mlps[layer][None])
+            reader = graph.mlp_reader(layer)
+            parts.append((slice(reader, reader + 1), slopes.mlps[layer].flatten(1)[:, None]))
         if depth == graph.layers:
-            numbers.append(len(graph.readers) - 1)
-            parts.append(slopes.final[None])
-        yield depth, torch.tensor(numbers), torch.cat(parts)
+            last = len(graph.readers) - 1
+            parts.append((slice(last, last + 1), slopes.final.flatten(1)[:, None]))
+        yield depth, parts
 
 
-def _read_slopes(nodes: Nodes, layer: int, residual: Tensor, made: tuple[Tensor, ...]) -> Tensor:
-    """[readers, rows, tokens, d_model]: from gradients by q, k and v to those by what was read."""
-    parts = nodes.layers[layer]
-    back = [
-        (slope.movedim(-2, 0).flatten(1, 2) @ weight.mT).unflatten(1, residual.shape[:-1])
-        for slope, (weight, _) in zip(made, parts.weights, strict=True)
-    ]
-    slope = torch.cat(back)  # [readers, rows, tokens, d_model]
+def _read_slope(layer: Layer, part: int, residual: Tensor, made: Tensor) -> Tensor:
+    """[rows, readers, tokens * d_model]: from gradients by q, k or v to those by what was read."""
+    weight, _ = layer.weights[part]
+    slope = (made.movedim(-2, 0).flatten(1, 2) @ weight.mT).unflatten(1, residual.shape[:-1])
     with torch.enable_grad():
         read = residual.expand_as(slope).detach().requires_grad_()
-        normed = parts.norm.forward(read)
-        return torch.autograd.grad(normed, read, slope)[0]
+        normed = layer.norm.forward(read)
+        (found,) = torch.autograd.grad(normed, read, slope)
+    return found.flatten(2).transpose(0, 1)
