@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import lens
 from lens.circuits.activations import Ablation, read_activations
 from lens.circuits.circuit import make_circuit
 from lens.circuits.control import control, magnitudes
@@ -84,6 +85,18 @@ def test_the_true_circuit_does_the_task_and_its_complement_does_not():
     assert alone.faithfulness()[0] == pytest.approx(1, abs=1e-3)
     rest = run_circuit(known.model, known.task, replace(circuit, kept=~circuit.kept))
     assert rest.faithfulness()[0] == pytest.approx(0, abs=1e-3)
+
+
+def test_random_circuits_have_a_quarter_and_three_quarters():
+    """Faithful only when whole: the area of the last step, from half of the edges to all, is 0.25."""
+    model = lens.load("induction-2l")
+    task = lens.tasks.induction(model, 6, length=9)
+    scores = score_edges(model, task, method="eap", progress=False)
+    found = evaluate(model, task, scores, random=12, progress=False)
+    assert found.random_cpr.mean() == pytest.approx(0.25, abs=0.04)
+    assert found.random_cmd.mean() == pytest.approx(0.75, abs=0.04)
+    assert found.cpr > found.random_cpr.max() + 0.2
+    assert found.cmd < found.random_cmd.min() - 0.2
 
 
 def test_recovery_of_what_a_corruption_can_show():
