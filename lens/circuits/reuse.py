@@ -7,8 +7,7 @@ layers, forced alike, must not (Merullo et al.). The rest of the model runs on b
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,17 +17,14 @@ import torch
 from torch import Tensor
 
 from lens.bootstrap import over_units
-from lens.captures.layer import LayerCall
-from lens.captures.recorder import recording
 from lens.circuits.circuit import Circuit
 from lens.circuits.head_sets import heads_in
 from lens.circuits.known.circuit import KnownCircuit
+from lens.circuits.redirecting import redirecting
 from lens.errors import LensError
 from lens.head_ids import AnyHead, HeadId
 from lens.models.loaded import LoadedModel
 from lens.progress import advancing
-from lens.redistribution.base import AttentionEdit, attend, part_of, selected_heads
-from lens.redistribution.keys import KeysAt
 from lens.tasks.task import Task, logits_of
 
 if TYPE_CHECKING:
@@ -38,7 +34,6 @@ if TYPE_CHECKING:
 
 SPLITS = ("equal", "own")
 MATCHES = ("layers", "all")
-_OTHERS, _TARGETS = 0, 1
 Place = str | Tensor
 
 
@@ -248,7 +243,7 @@ def redirect(
             for rows in task.chunks(task.rows_at_once(model)):
                 places = target[rows], query[rows]
                 share = amount if number else 0.0  # of run 0 only the masses are read
-                edit = _redirecting(model, some, *places, share, split, backend)
+                edit = redirecting(model, some, *places, share, split, backend)
                 with torch.no_grad(), edit as done:
                     logits = logits_of(model, task.clean[rows])
                 found.append((numbers.measure(logits, rows), task.measure(logits, rows)))
@@ -261,71 +256,6 @@ def redirect(
         chosen, draws, np.stack(accuracy), np.stack(metric), mass, _words(onto), float(amount), split,
         match, task.metric, task.sign, task.name, model.name, seed,
     )  # fmt: skip
-
-
-@contextmanager
-def _redirecting(
-    model: LoadedModel, heads: Sequence[HeadId], *settings: object
-) -> Iterator[_Redirect]:
-    edit = _Redirect(selected_heads(model, None, heads), *settings)  # type: ignore[arg-type]
-    with recording(model, edit):
-        yield edit
-
-
-class _Redirect(AttentionEdit):
-    """Moves attention of one row per prompt to some keys; `mass_of` keeps what was there before."""
-
-    def __init__(
-        self,
-        heads: Tensor,
-        target: Tensor,
-        query: Tensor,
-        amount: float,
-        split: str,
-        backend: str,
-    ) -> None:
-        super().__init__(heads, backend)
-        self._target, self._query = target, query  # bool [rows, tokens], [rows]
-        self._amount, self._split = amount, split
-        self.mass_of: dict[HeadId, Tensor] = {}
-
-    def _edit(self, call: LayerCall, at: KeysAt, heads: Tensor) -> Tensor:
-        output = attend(call, None, self._backend).output.clone()
-        device = output.device
-        chosen = heads.nonzero()[:, 0]
-        target, query = self._target.to(device), self._query.to(device)
-        start = int(query.min())
-        part = part_of(call, chosen, start)  # of the chosen heads, the rows from the first query on
-        result = attend(part, torch.where(target, _TARGETS, _OTHERS).int(), self._backend)
-        assert result.groups is not None
-        row = torch.arange(len(query), device=device), slice(None), query - start
-        seen = result.groups.lse[_TARGETS][row]  # [rows, heads]
-        if not bool(torch.isfinite(seen).all()) or self._out_of_window(call, target, query):
-            raise LensError(
-                f"layer {at.layer} does not see all of the keys from the query (a window or a mask hides "
-                "them), so its heads cannot look there; choose heads of other layers"
-            )
-        mass = (seen - result.statistics["lse"][row]).exp().double().cpu()
-        for number, head in enumerate(chosen.tolist()):
-            self.mass_of[HeadId(at.layer, head)] = mass[:, number]
-        if self._split == "own":
-            forced = result.groups.output[_TARGETS][row]  # [rows, heads, value_dim]
-        else:
-            weights = (target / target.sum(-1, keepdim=True)).to(call.value.dtype)
-            share = call.query.shape[1] // call.value.shape[1]
-            forced = (weights[:, None, None] @ call.value[:, chosen // share])[:, :, 0]
-        if not self._amount:
-            return output
-        place = row[0][:, None], chosen[None], query[:, None]
-        output[place] += self._amount * (forced.to(output.dtype) - output[place])
-        return output
-
-    @staticmethod
-    def _out_of_window(call: LayerCall, target: Tensor, query: Tensor) -> bool:
-        if call.mask.window is None:
-            return False
-        keys = torch.arange(target.shape[1], device=target.device)
-        return bool((target & (query[:, None] - keys >= call.mask.window)).any())
 
 
 def _keys(task: Task, onto: Sequence[Place]) -> Tensor:

@@ -10,8 +10,8 @@ import numpy as np
 import pandas as pd
 
 from lens.circuits.circuit import Circuit
+from lens.circuits.compared import with_heads_renamed
 from lens.circuits.evaluation import run_circuits
-from lens.circuits.overlap import with_heads_renamed
 from lens.errors import LensError
 from lens.models.loaded import LoadedModel
 from lens.tasks.task import Task

@@ -9,9 +9,9 @@ import pytest
 import lens
 from lens.circuits import make_circuit, score_edges, transfer
 from lens.circuits.activations import Ablation
+from lens.circuits.compared import with_heads_renamed
 from lens.circuits.evaluation import run_circuits
 from lens.circuits.known import induction_transformer
-from lens.circuits.overlap import with_heads_renamed
 from lens.errors import LensError
 from tests.lens.circuit_models import small_model, small_task
 
