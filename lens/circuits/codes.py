@@ -84,16 +84,11 @@ class CodeScores:
         Raises:
             LensError: none or all of the heads are in it, or one that the model has not got.
         """
-        layers, heads = self.values.shape
-        true = np.zeros((layers, heads), bool)
-        for head in heads_of(known):
-            true[head_id(head, layers=layers, heads=heads)] = True
-        if not 0 < true.sum() < true.size:
-            raise LensError(
-                f"the known circuit has {true.sum()} of {true.size} heads; a curve needs some in and some out"
-            )
-        difference = np.subtract.outer(self.values[true], self.values[~true])
-        return float(((difference > 0) + 0.5 * (difference == 0)).mean())
+        return float(_areas(self.values[None], known)[0])
+
+    def auroc_per_seed(self, known: Iterable[AnyHead] | Circuit | KnownCircuit) -> np.ndarray:
+        """[seed], `auroc` of each seed alone: their mean and spread say what one run is worth."""
+        return _areas(self.per_seed, known)
 
     def table(self) -> pd.DataFrame:
         """One row per head, most codes first: `head`, `value`, `std` over seeds, `probability`."""
@@ -143,6 +138,20 @@ class CodeScores:
         return f"CodeScores({self.model}: {self.findings()[0]})"
 
 
+def _areas(values: np.ndarray, known: Iterable[AnyHead] | Circuit | KnownCircuit) -> np.ndarray:
+    """[runs] of values [runs, layer, head]."""
+    layers, heads = values.shape[1:]
+    true = np.zeros((layers, heads), bool)
+    for head in heads_of(known):
+        true[head_id(head, layers=layers, heads=heads)] = True
+    if not 0 < true.sum() < true.size:
+        raise LensError(
+            f"the known circuit has {true.sum()} of {true.size} heads; a curve needs some in and some out"
+        )
+    difference = values[:, true][:, :, None] - values[:, ~true][:, None]
+    return ((difference > 0) + 0.5 * (difference == 0)).mean((1, 2))
+
+
 def codes(
     model: LoadedModel,
     task: Task,
@@ -161,6 +170,8 @@ def codes(
     A head scores the number of codes that occur on clean prompts and never on corrupt ones; prompts
     that the autoencoder was trained on are left out, where the paper scores them too. Known limit:
     where clean and corrupt prompts are drawn from the same set, the scores say next to nothing (`tracr`).
+    One seed is no evidence: two known heads of `induction-2l` are found with an area of 0.69 +- 0.13 (10
+    seeds, 12 prompts; `CodeScores.auroc_per_seed`), and 0.59 +- 0.06 with 48 prompts.
 
     Args:
         model: one whose edges can be scored, see `lens.circuits.find_nodes`.
