@@ -61,13 +61,19 @@ class Stability:
 
 
 def stability(
-    scores: EdgeScores, count: int, *, by: str = "top", resamples: int = 10, seed: int = 0
+    scores: EdgeScores,
+    count: int,
+    *,
+    by: str = "top",
+    absolute: bool = True,
+    resamples: int = 10,
+    seed: int = 0,
 ) -> Stability:
     """Draw the prompts again and again, with replacement, and choose the circuit anew each time.
 
     Args:
         scores: with several prompts.
-        count, by: of `EdgeScores.top`; circuits are pruned.
+        count, by, absolute: of `EdgeScores.top`; circuits are pruned.
         resamples: bootstrap samples of the prompts.
         seed: of the draws.
 
@@ -84,7 +90,9 @@ def stability(
     circuits = []
     for _ in range(resamples):
         rows = draw.integers(0, scores.n, scores.n)
-        circuits.append(replace(scores, per_prompt=scores.per_prompt[rows]).top(count, by=by))
+        circuits.append(
+            replace(scores, per_prompt=scores.per_prompt[rows]).top(count, by=by, absolute=absolute)
+        )
     return replace(jaccard(circuits), what="resamples")
 
 

@@ -60,6 +60,15 @@ def test_prompts_that_agree_are_stable_and_noise_is_not():
     assert again.mean < 1
 
 
+def test_the_ranking_is_that_of_the_circuit():
+    """The path by m1 helps, that by m0 harms some prompts: by size it comes and goes, with sign never."""
+    values = np.zeros((12, GRAPH.n))
+    values[:, GRAPH.find(["input->m1", "m1->logits"])] = 1
+    values[::2, GRAPH.find(["input->m0", "m0->logits"])] = -2.05
+    assert stability(scored(values), 2, absolute=False).mean == 1
+    assert stability(scored(values), 2).mean < 1
+
+
 def test_resamples_are_those_of_the_prompts():
     values = np.zeros((40, GRAPH.n))
     values[:, GRAPH.find(["input->logits"])] = 1

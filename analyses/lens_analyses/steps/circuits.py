@@ -41,7 +41,7 @@ def edges(subject: Subject) -> Section:
         progress=subject.progress,
     )
     chosen, ranking, found = _choose(subject, task, scores)
-    stable = circuits.stability(scores, chosen.n, seed=subject.seed)
+    stable = circuits.stability(scores, chosen.n, absolute=ranking == "absolute", seed=subject.seed)
     folder = subject.run.path / FOLDER
     circuits.to_mib(scores, folder / "mib" / "importances.json", circuit=chosen)
     chosen.save(folder / f"{_name(task)}.json", scores=scores.values)
