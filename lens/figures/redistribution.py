@@ -14,6 +14,7 @@ from lens.figures.colors import ACCENT, BASELINE, DIVERGING, GRID, INK, LINE, VI
 from lens.figures.style import Theme, escaped, style
 
 if TYPE_CHECKING:
+    from lens.redistribution.agreement import DimsAgreement
     from lens.redistribution.searching import HeadSearch
     from lens.redistribution.selection import HeadSelection
     from lens.redistribution.sink_dims import SinkDims
@@ -135,6 +136,36 @@ def sink_dim_lines(
     figure.update_xaxes(title="Layer that it enters")
     figure.update_yaxes(title="|x| / RMS", rangemode="tozero")
     text = f"Sink dimensions of {result.model} ({result.counted} tokens)"
+    return style(figure, title=title or escaped(text), width=width, height=height, theme=theme)
+
+
+def agreement_lines(
+    result: DimsAgreement,
+    *,
+    title: str | None = None,
+    width: int | None = None,
+    height: int | None = None,
+    theme: Theme = "light",
+) -> go.Figure:
+    """Precision and recall of sink dimensions in each layer, beside the base rate; gaps: none marked."""
+    rows = result.table()
+    figure = go.Figure()
+    for name, color in (("precision", ACCENT), ("recall", LINE), ("base_rate", BASELINE)):
+        figure.add_scatter(
+            x=rows["layer"],
+            y=rows[name],
+            name=name.replace("_", " "),
+            mode="lines+markers",
+            line={"color": color, "dash": "dot" if name == "base_rate" else "solid"},
+            customdata=rows[["both", "marked", "received"]],
+            hovertemplate=(
+                "layer %{x}: %{y:.3f}<br>%{customdata[0]} of %{customdata[1]} marked and "
+                "%{customdata[2]} most looked at"
+            ),
+        )
+    figure.update_xaxes(title="Layer")
+    figure.update_yaxes(title="Share of tokens", range=[-0.02, 1.02])
+    text = f"φ ≥ {result.tau:g} against the {result.top:.1%} that receive most ({result.model})"
     return style(figure, title=title or escaped(text), width=width, height=height, theme=theme)
 
 

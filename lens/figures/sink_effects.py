@@ -98,14 +98,20 @@ def migration_maps(
             colorscale=scale(VIRIDIS if is_map else DIVERGING),
             zmin=0 if is_map else -1,
             zmax=1,
-            colorbar={"title": "alpha", "len": 0.3, "y": (0.86, 0.5, 0.14)[row - 1]},
+            showscale=row != 2,  # before and after have one scale
+            colorbar={
+                "thickness": 10,
+                "len": 0.62 if is_map else 0.34,
+                "y": 0.69 if is_map else 0.14,
+                "tickvals": [0, 0.5, 1] if is_map else [-1, 0, 1],
+            },
             hovertemplate="layer %{y}, key %{x}<br>%{z:.3f}<extra></extra>",
             row=row,
             col=1,
         )
     figure.update_yaxes(title="Layer", autorange="reversed")
     figure.update_xaxes(title="Key position", row=3, col=1)
-    text = f"Attention received, edit {edit}"
+    text = f"Alpha, largest of each layer's heads, edit {edit}"
     return style(figure, title=title or escaped(text), width=width, height=height, theme=theme)
 
 

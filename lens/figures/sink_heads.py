@@ -84,7 +84,7 @@ def activity_points(
         )
     figure.add_hline(y=0, line={"color": BASELINE, "dash": "dot"})
     figure.update_xaxes(title="Activity (1 - mean α of the first token)", range=[-0.02, 1.02])
-    figure.update_yaxes(title=f"{_LOSS}, head off")
+    figure.update_yaxes(title="Δ loss, head off (nats)")
     text = "Activity of heads by domain"
     return style(figure, title=title or text, width=width, height=height, theme=theme)
 

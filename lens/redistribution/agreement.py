@@ -4,18 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 import torch
 
 from lens.captures.run import capture
+from lens.described import described
 from lens.errors import LensError
 from lens.models.loaded import LoadedModel
 from lens.redistribution.residual import layer_inputs
 from lens.redistribution.sink_dims import check_dims, phi
 from lens.sinks.alphas import alpha_of
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+    from lens.figures.style import Theme
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +58,15 @@ class DimsAgreement:
                 "base_rate": received / self.marked.shape[1],
             }
         )
+
+    def plot(self, *, theme: Theme = "light") -> go.Figure:
+        """Precision, recall and base rate over the layers."""
+        from lens.figures.redistribution import agreement_lines
+
+        return agreement_lines(self, theme=theme)
+
+    def __repr__(self) -> str:
+        return described(self)
 
     def findings(self) -> tuple[str, ...]:
         """Over all layers, in plain words."""

@@ -12,6 +12,7 @@ import pandas as pd
 
 from lens.bootstrap import over_units
 from lens.captures.recorder import capturing
+from lens.described import described
 from lens.models.loaded import LoadedModel
 from lens.redistribution.effects import SideEffects, side_effects
 from lens.tasks.task import Task
@@ -67,6 +68,9 @@ class Dose:
         from lens.figures.redistribution import dose_lines
 
         return dose_lines(self.table(), measure, metric=self.metric, task=self.task, theme=theme)
+
+    def __repr__(self) -> str:
+        return described(self)
 
     def findings(self) -> tuple[str, ...]:
         """What the best amount gives and costs, in plain words."""

@@ -15,6 +15,7 @@ from lens.bootstrap import over_units
 from lens.captures.inputs import Prompt, read_prompts
 from lens.captures.interface import image_token
 from lens.captures.recorder import capturing
+from lens.described import described
 from lens.errors import LensError
 from lens.models.loaded import LoadedModel
 from lens.tasks.task import logits_of
@@ -63,6 +64,9 @@ class SideEffects:
         from lens.figures.redistribution import side_effect_line
 
         return side_effect_line(self.table(), measure, theme=theme)
+
+    def __repr__(self) -> str:
+        return described(self)
 
     def findings(self) -> tuple[str, ...]:
         """What the strongest edit does, in plain words."""

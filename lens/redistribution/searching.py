@@ -12,6 +12,7 @@ import pandas as pd
 import torch
 
 from lens.bootstrap import over_units
+from lens.described import described
 from lens.errors import LensError
 from lens.head_ids import HeadId
 from lens.models.loaded import LoadedModel
@@ -101,6 +102,9 @@ class HeadSearch:
         from lens.figures.redistribution import gain_grid
 
         return gain_grid(self, theme=theme)
+
+    def __repr__(self) -> str:
+        return described(self)
 
     def findings(self) -> tuple[str, ...]:
         """What was chosen and what it is worth, in plain words."""

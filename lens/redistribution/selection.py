@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from lens.described import described
+
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
@@ -58,6 +60,9 @@ class HeadSelection:
         from lens.figures.redistribution import selection_grid
 
         return selection_grid(self, theme=theme)
+
+    def __repr__(self) -> str:
+        return described(self)
 
     def findings(self) -> tuple[str, ...]:
         """What was selected, in plain words."""

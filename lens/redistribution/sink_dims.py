@@ -11,6 +11,7 @@ import pandas as pd
 import torch
 
 from lens.captures.recorder import base
+from lens.described import described
 from lens.errors import LensError
 from lens.models.loaded import LoadedModel
 from lens.redistribution.residual import layer_inputs
@@ -101,6 +102,9 @@ class SinkDims:
         from lens.figures.redistribution import sink_dim_lines
 
         return sink_dim_lines(self, theme=theme)
+
+    def __repr__(self) -> str:
+        return described(self)
 
     def findings(self) -> tuple[str, ...]:
         """What was found, in plain words."""

@@ -12,6 +12,7 @@ import pandas as pd
 import torch
 
 from lens.captures.inputs import Prompt, read_prompts
+from lens.described import described
 from lens.errors import LensError
 from lens.models.loaded import LoadedModel
 from lens.sinks.causal import scope_of
@@ -90,6 +91,9 @@ class MassiveActivations:
         from lens.figures.sink_tokens import magnitudes
 
         return magnitudes(self)
+
+    def __repr__(self) -> str:
+        return described(self)
 
     def findings(self) -> list[str]:
         """What was found, or how far the largest came."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from lens.described import described
 from lens.errors import LensError
 from lens.scores import SINK_EPSILON
 from lens.sinks.alphas import Samples, check_epsilon, samples_of
@@ -55,6 +56,9 @@ class BlockAlphas:
                 "bos": self.samples.bos,
             }
         )
+
+    def __repr__(self) -> str:
+        return described(self)
 
     def findings(self) -> list[str]:
         """How many blocks hold a sink for certain, how many none, how many may."""

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from lens.bootstrap import over_units
+from lens.described import described
 from lens.errors import LensError
 from lens.head_ids import HeadId
 from lens.scores import SINK_EPSILON
@@ -68,6 +69,9 @@ class SinkRate:
                 "n": self.samples.n,
             }
         )
+
+    def __repr__(self) -> str:
+        return described(self)
 
     def findings(self) -> list[str]:
         """The rate, the heads with most, and what the number depends on."""

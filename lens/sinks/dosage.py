@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from lens.described import described
 from lens.errors import LensError
 from lens.head_ids import AnyHead
 from lens.models.loaded import LoadedModel
@@ -34,6 +35,9 @@ class DoseResponse:
     def table(self) -> pd.DataFrame:
         """One row per amount and condition; columns of `SinkEffect.table`."""
         return pd.concat([found.table() for found in self.effects], ignore_index=True)
+
+    def __repr__(self) -> str:
+        return described(self)
 
     def findings(self) -> list[str]:
         """The effect at each amount, whether it grows, and how it stands to the mass control."""

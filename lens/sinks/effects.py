@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from lens.bootstrap import over_units
+from lens.described import described
 from lens.sinks.losses import MEASURES
 
 if TYPE_CHECKING:
@@ -92,6 +93,9 @@ class SinkEffect:
         from lens.figures.sink_effects import migration_maps
 
         return migration_maps(self.alphas[prompt], self.edit)
+
+    def __repr__(self) -> str:
+        return described(self)
 
     def findings(self) -> list[str]:
         """What the numbers say, and what they do not."""

@@ -12,6 +12,7 @@ import torch
 
 from lens.bootstrap import over_units
 from lens.captures.inputs import read_prompts
+from lens.described import described
 from lens.errors import LensError
 from lens.models.loaded import LoadedModel
 from lens.scores import SINK_EPSILON
@@ -54,6 +55,9 @@ class SinkEmergence:
 
         return emergence_curves(self)
 
+    def __repr__(self) -> str:
+        return described(self)
+
     def findings(self) -> list[str]:
         """The rate of each condition, its first layer, and what it depends on."""
         found = []
@@ -61,7 +65,7 @@ class SinkEmergence:
             first = self.first_layer(row["condition"])
             where = "in no layer" if first is None else f"from layer {first} on"
             found.append(
-                f"On {row['condition']} prompts key {self.key} is a sink (alpha > {self.epsilon:g}) in "
+                f'Prompts "{row["condition"]}": key {self.key} is a sink (alpha > {self.epsilon:g}) in '
                 f"{row['rate']:.1%} [{row['low']:.1%}, {row['high']:.1%}] of layers × heads, {where} "
                 f"(T = {row['tokens']}, BOS {row['bos']}, n = {row['n']})."
             )

@@ -12,6 +12,7 @@ from lens.bootstrap import over_units
 from lens.captures.inputs import read_prompts
 from lens.captures.layer import LayerCall, make_settings
 from lens.captures.recorder import Recorder, base, recording
+from lens.described import described
 from lens.errors import LensError
 from lens.models.loaded import LoadedModel
 from lens.redistribution.editing import attend
@@ -23,6 +24,13 @@ if TYPE_CHECKING:
 
 OFF_BY_ONE = 0.0
 """Logit of softmax-off-by-one, `exp(s) / (1 + sum exp(s))`: a learned sink with this logit."""
+
+
+_NAMES = {
+    "keys": "Beside what lies on the sources",
+    "learned": "Beside the model's learned sinks",
+    "off_by_one": "With softmax-off-by-one, which the model does not have,",
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,14 +60,17 @@ class EffectiveGates:
 
         return gate_points(self.table())
 
+    def __repr__(self) -> str:
+        return described(self)
+
     def findings(self) -> list[str]:
         """How far each mechanism closes its heads."""
         found = []
         for mechanism, rows in self.rows.groupby("mechanism", sort=False):
             lowest = rows.sort_values("gate").iloc[0]
             found.append(
-                f"{mechanism}: the heads keep {rows['gate'].mean():.0%} of their attention on average; "
-                f"L{lowest['layer']}H{lowest['head']} least, {lowest['gate']:.1%} "
+                f"{_NAMES[str(mechanism)]} the heads keep {rows['gate'].mean():.0%} of their attention on "
+                f"average (effective gate); L{lowest['layer']}H{lowest['head']} least, {lowest['gate']:.1%} "
                 f"[{lowest['low']:.1%}, {lowest['high']:.1%}]."
             )
         return [

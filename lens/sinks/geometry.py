@@ -13,6 +13,7 @@ from torch.nn.functional import normalize
 from lens.captures.inputs import read_prompts
 from lens.captures.layer import LayerCall, make_settings
 from lens.captures.recorder import Recorder, base, recording
+from lens.described import described
 from lens.errors import LensError
 from lens.heads.weights import head_weights
 from lens.models.loaded import LoadedModel
@@ -52,6 +53,9 @@ class SinkMechanism:
     def table(self) -> pd.DataFrame:
         """The rows, with BOS policy and number of prompts."""
         return self.rows.assign(bos=self.bos, n=self.n)
+
+    def __repr__(self) -> str:
+        return described(self)
 
     def findings(self) -> list[str]:
         """Medians over the heads that park on the sources: keys, directions, values."""

@@ -12,6 +12,7 @@ import torch
 
 from lens.bootstrap import over_units
 from lens.captures.inputs import read_prompts
+from lens.described import described
 from lens.errors import LensError
 from lens.head_ids import AnyHead, HeadId
 from lens.models.loaded import LoadedModel
@@ -156,6 +157,9 @@ class HeadActivity:
         share = edited.groupby(["layer", "head"])["dormant"].mean()
         pairs = share[(share > 0) & (share < 1)].index.tolist()
         return [HeadId(int(layer), int(head)) for layer, head in pairs]
+
+    def __repr__(self) -> str:
+        return described(self)
 
     def findings(self) -> list[str]:
         """Which heads are dormant where, and what that rests on."""

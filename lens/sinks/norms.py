@@ -12,6 +12,7 @@ from torch import nn
 
 from lens.captures.inputs import read_prompts
 from lens.captures.recorder import base
+from lens.described import described
 from lens.errors import LensError
 from lens.models.loaded import LoadedModel
 from lens.sinks.stream import blocks, stream
@@ -64,6 +65,9 @@ class HighNormTokens:
         from lens.figures.sink_tokens import norm_histogram
 
         return norm_histogram(self)
+
+    def __repr__(self) -> str:
+        return described(self)
 
     def findings(self) -> list[str]:
         """What was found, or why there is nothing."""

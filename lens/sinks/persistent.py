@@ -23,6 +23,7 @@ from lens.captures.inputs import read_prompts
 from lens.captures.layer import LayerCall, make_settings
 from lens.captures.masks import MaskStructure
 from lens.captures.recorder import Recorder, base, recording
+from lens.described import described
 from lens.errors import LensError
 from lens.models.loaded import LoadedModel
 from lens.redistribution.editing import attend
@@ -63,6 +64,9 @@ class PersistentMemory:
         from lens.figures.sink_heads import gate_points
 
         return gate_points(self.table())
+
+    def __repr__(self) -> str:
+        return described(self)
 
     def findings(self) -> list[str]:
         """How much the memory takes, and whether that changes along the prompt."""

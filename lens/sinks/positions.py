@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from lens.described import described
 from lens.errors import LensError
 from lens.head_ids import HeadId
 from lens.scores import FEWEST_VIEWERS, SINK_EPSILON
@@ -77,6 +78,9 @@ class SinkKeys:
                 "bos": self.samples.bos,
             }
         )
+
+    def __repr__(self) -> str:
+        return described(self)
 
     def findings(self) -> list[str]:
         """Which keys, in how many heads, and what was not judged."""
@@ -147,6 +151,9 @@ class SinkProfile:
                 "n": self.samples.n,
             }
         )
+
+    def __repr__(self) -> str:
+        return described(self)
 
     def findings(self) -> list[str]:
         """Which positions are sinks in common, and how much the strongest receives."""

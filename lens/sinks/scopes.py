@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from lens.described import described
 from lens.head_ids import AnyHead, head_id
 from lens.models.loaded import LoadedModel
 from lens.redistribution.keys import Keys
@@ -43,6 +44,9 @@ class ScopedEffects:
         from lens.figures.sink_heads import scope_points
 
         return scope_points(self.table())
+
+    def __repr__(self) -> str:
+        return described(self)
 
     def findings(self) -> list[str]:
         """The first sentence of each scope, then the limits of the widest."""

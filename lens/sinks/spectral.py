@@ -12,6 +12,7 @@ import torch
 
 from lens.bootstrap import over_units
 from lens.captures.inputs import read_prompts
+from lens.described import described
 from lens.errors import LensError
 from lens.heads.weights import head_weights, last_norm
 from lens.models.loaded import LoadedModel
@@ -134,6 +135,9 @@ class BandLosses:
         from lens.figures.sink_heads import band_points
 
         return band_points(self.table())
+
+    def __repr__(self) -> str:
+        return described(self)
 
     def findings(self) -> list[str]:
         """The dearest band and the darkest."""

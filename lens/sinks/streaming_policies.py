@@ -24,6 +24,7 @@ from lens.bootstrap import over_units
 from lens.captures.inputs import read_prompts
 from lens.captures.layer import LayerCall, make_settings
 from lens.captures.recorder import Recorder
+from lens.described import described
 from lens.errors import LensError
 from lens.models.loaded import LoadedModel
 from lens.redistribution.editing import attend
@@ -99,6 +100,9 @@ class StreamingPolicies:
         from lens.figures.sink_effects import streaming_curves
 
         return streaming_curves(self.table())
+
+    def __repr__(self) -> str:
+        return described(self)
 
     def findings(self) -> list[str]:
         """One sentence per policy, and what limits them."""

@@ -21,6 +21,10 @@ def test_rates_of_a_small_case_by_hand():
     assert table["base_rate"].tolist() == [0.4, 0.4]
     assert "33.3% are among the 40.0%" in found.findings()[0]
     assert "a blind choice gives 40.0%; 25.0% of those are marked" in found.findings()[0]
+    drawn = {line.name: list(line.y) for line in found.plot().data}
+    assert drawn["recall"] == [0.5, 0]
+    assert drawn["base rate"] == [0.4, 0.4]
+    assert np.isnan(drawn["precision"][1])
     nothing = DimsAgreement(marked & False, received, 20.0, 0.4, "small")
     assert nothing.findings() == ("No token of small reaches phi = 20 in any layer.",)
 

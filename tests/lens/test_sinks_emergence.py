@@ -35,7 +35,7 @@ def test_the_sinks_of_text_lm_vanish_on_random_and_repeated_tokens(text_lm):
     assert result.first_layer("text") == 1
     assert result.first_layer("repeated") is None
     text = result.findings()
-    assert "On repeated prompts key 0 is a sink (alpha > 0.3) in 0.0% [0.0%, 0.0%]" in text[2]
+    assert 'Prompts "repeated": key 0 is a sink (alpha > 0.3) in 0.0% [0.0%, 0.0%]' in text[2]
     assert "in no layer (T = 64, BOS absent, n = 7)" in text[2]
     assert [curve.name for curve in result.plot().data] == ["text", "random", "repeated"]
 

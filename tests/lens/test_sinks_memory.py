@@ -124,7 +124,7 @@ def test_no_memory_changes_nothing_and_the_words_say_what_was_found():
     assert "With 3 pairs of memory the heads keep" in found.findings()[0]
     assert found.findings()[-1] == "3 prompts, BOS absent."
     assert (found.table()["low"] <= found.table()["gate"]).all()
-    assert sum(len(trace["y"]) for trace in found.plot().to_dict()["data"]) == LAYERS * 6
+    assert sum(len(trace.y) for trace in found.plot().data) == LAYERS * 6
 
 
 def test_refusals():

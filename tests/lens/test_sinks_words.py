@@ -125,3 +125,14 @@ def test_a_mass_control_that_holds_too_little_is_no_comparison():
     said = effect(0.1).findings()
     assert any("no mass control to compare with" in text and "10%" in text for text in said)
     assert not any("unlike the mass control" in text for text in said)
+
+
+def test_a_printed_result_is_its_name_and_first_findings(model):
+    gates = effective_gate(model, IDS)
+    lines = repr(gates).split("\n")
+    assert lines[0] == "EffectiveGates"
+    assert [line.strip() for line in lines[1:]] == gates.findings()
+    result = lens.sinks.effect(model, IDS, controls=("mass",))
+    lines = repr(result).split("\n")
+    assert lines[1].strip() == result.findings()[0]
+    assert lines[-1].strip() == f"... {len(result.findings()) - 4} more in .findings()"

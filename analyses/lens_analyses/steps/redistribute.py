@@ -90,7 +90,7 @@ def redistribution(subject: Subject) -> Section:
         title="Sinks: attention moved to the other keys",
         summary=tuple(summary),
         limits=(
-            f"{_ACTS[rule]} All heads at once; `lens redistribute` tries single heads and judges them on "
+            f"{_ACTS[rule]} All heads at once; the command lens redistribute tries single heads and judges them on "
             "held-out prompts.",
             "This text is held out in so far as no head and no amount was chosen on it; it is the text that "
             "the sinks were found on.",
@@ -190,7 +190,7 @@ def _response_line(response: pd.DataFrame, subject: Subject) -> go.Figure:
 
 _WITHOUT_SOURCES = ("learned_sink", "off_by_one", "act")
 _ACTS = {
-    "transfer": "The share `amount` of what the first token receives goes to the other keys that a row "
+    "transfer": "The share (amount) of what the first token receives goes to the other keys that a row "
     "sees, in proportion to what they hold.",
     "mask": "The first token's weight is multiplied by 1 - amount, and rows are divided by their sum.",
     "drop": "The first token's weight is multiplied by 1 - amount; rows then sum to less than 1.",
@@ -198,7 +198,7 @@ _ACTS = {
     "below 0 less.",
     "learned_sink": "Rows get a learned sink with a value of 0, whose exp(logit) is the amount.",
     "off_by_one": "The amount is how far the softmax goes towards exp(x) / (1 + sum exp(x)).",
-    "act": "Keys after the first with alpha above 5 / N give the share `amount` of their attention to "
+    "act": "Keys after the first with alpha above 5 / N give the share (amount) of their attention to "
     "all others (attention calibration, arXiv 2406.15765).",
 }
 _COLUMNS = {

@@ -45,8 +45,8 @@ def detection(subject: Subject) -> Section:
             f"Every number is for ε = {rate.epsilon}, T = {rate.samples.tokens} tokens, BOS "
             f"{rate.samples.bos}, n = {rate.samples.n}; rates compare only where these agree.",
             f"The table of keys is of the first prompt alone. {keys.findings()[-1]}",
-            "The sink depends on which token comes first, and not on its being a BOS: another first token, "
-            "or a chat template, can move it.",
+            "Sinks hang on what comes first: another first token, or a chat template, can move them. Whether "
+            "it must be the BOS token is measured with and without it, below.",
             "Where attention is parked says nothing about what it does: see the edits.",
         ),
         columns=defined(tables.values(), COLUMNS),
