@@ -1,5 +1,6 @@
 """The page frame and its callbacks: read the link, render the page, keep the link true."""
 
+import logging
 from typing import Any
 
 from dash import ALL, ClientsideFunction, Dash, Input, Output, State, dcc, html, no_update
@@ -20,9 +21,10 @@ from lens_dashboards.pages import (
     runs,
     sinks,
 )
-from lens_dashboards.pages.parts import card, error_card, note_banner
+from lens_dashboards.pages.parts import card, error_card, fault_card, note_banner
 from lens_dashboards.selection import Selection, read_url
 
+_LOG = logging.getLogger(__name__)
 RENDER = {
     "runs": runs.page,
     "jobs": jobs.page,
@@ -101,6 +103,12 @@ def register(app: Dash, library: Library) -> None:
         Input({"points": ALL}, "clickData"),
         prevent_initial_call=True,
     )
+    app.clientside_callback(
+        ClientsideFunction("lens", "openPoint"),
+        Output("url", "href", allow_duplicate=True),
+        Input("circuit", "clickData"),
+        prevent_initial_call=True,
+    )
 
     @app.callback(
         Output("url", "search", allow_duplicate=True),
@@ -126,6 +134,12 @@ def register(app: Dash, library: Library) -> None:
         State("edge-steps", "data"),
         State({"option": "edges"}, "value"),
         prevent_initial_call=True,
+    )
+
+    app.clientside_callback(
+        ClientsideFunction("lens", "nameUpload"),
+        Output("circuit-named", "data"),
+        Input("circuit-run", "data"),
     )
 
     @app.callback(
@@ -183,3 +197,6 @@ def render(library: Library, path: str, search: str) -> list[Any]:
         return [*map(note_banner, notes), *RENDER[view.page](library, view)]
     except LensError as error:
         return [html.H1("This cannot be shown"), error_card(str(error), view)]
+    except Exception as fault:  # at the edge: a fault of this program is shown, and logged whole
+        _LOG.exception("page %s?%s failed", path, search)
+        return [html.H1("This page failed"), fault_card(fault, f"{path}?{search.lstrip('?')}")]

@@ -28,6 +28,11 @@
     chooseEdges(step, steps, shown) {
       return steps && steps[step] && steps[step] !== shown ? steps[step] : window.dash_clientside.no_update;
     },
+    nameUpload() {
+      // Dash gives the file input of its upload no name.
+      document.querySelector("#circuit-file input")?.setAttribute("aria-label", "Circuit file");
+      return true;
+    },
     mountMap(config) {
       const root = document.getElementById("map");
       if (root && config) window.lensBlockMap.mount(root, config);

@@ -59,7 +59,13 @@ def page(library: Library, view: Selection) -> list[Any]:
             [
                 card(
                     [
-                        graph("circuit", _graph(edges, shown), "Graph of the circuit", _code(run)),
+                        graph(
+                            "circuit",
+                            _graph(run, edges, shown),
+                            "Graph of the circuit",
+                            _code(run, edges, chosen, ranking, count) if shown is chosen else "",
+                        ),
+                        html.P("Click a head to open it.", className="small"),
                         _files(run, ranking, count),
                         html.Div(id="loaded-circuit", role="status"),
                     ],
@@ -84,7 +90,8 @@ def page(library: Library, view: Selection) -> list[Any]:
 def loaded(library: Library, run_id: str, contents: str, name: str) -> list[Any]:
     """What a circuit file that somebody loaded looks like with the scores of this run."""
     try:
-        edges = circuit_edges(library.run(run_id))
+        run = library.run(run_id)
+        edges = circuit_edges(run)
         text = base64.b64decode(contents.partition(",")[2])
         chosen = edges.read_circuit(json.loads(text))
     except (ValueError, UnicodeDecodeError):
@@ -93,7 +100,7 @@ def loaded(library: Library, run_id: str, contents: str, name: str) -> list[Any]
         return [html.P(f"{name}: {error}", className="problem")]
     return [
         html.H3(f"{name}: {len(chosen):,} edges, with the scores of this run"),
-        graph("loaded", _graph(edges, chosen), f"Graph of the circuit in {name}"),
+        graph("loaded", _graph(run, edges, chosen), f"Graph of the circuit in {name}"),
     ]
 
 
@@ -144,16 +151,28 @@ def _touching(
     return kept or chosen
 
 
-def _graph(edges: CircuitEdges, chosen: list[int]) -> Any:
-    return edge_graph(edges.lines(chosen), of=len(edges.names), **edges.size)
+def _graph(run: Run, edges: CircuitEdges, chosen: list[int]) -> Any:
+    """The layered graph, its heads linked to their pages."""
+    figure = edge_graph(edges.lines(chosen), of=len(edges.names), **edges.size)
+    nodes: Any = figure.data[-1]
+    nodes.customdata = [[node, _link(run, node)] for node in nodes.customdata]
+    nodes.hovertemplate = "%{customdata[0]}<extra></extra>"
+    return figure
 
 
-def _code(run: Run) -> str:
+def _code(run: Run, edges: CircuitEdges, chosen: list[int], ranking: str, count: int) -> str:
+    """Python that draws these edges again, of the run's own circuit or of so many of the best."""
+    own = len(edges.chosen) == len(chosen) and edges.find(edges.chosen) == chosen
+    circuit = (
+        "lens.circuits.load_circuit(next(folder.glob('*.json')))"
+        if own
+        else f"scores.top({count}, absolute={ranking == 'absolute'})"
+    )
     return (
         "import lens\nfrom pathlib import Path\n\n"
         f"folder = Path({str(run.path)!r}) / 'circuits'\n"
         "scores = lens.circuits.from_mib(folder / 'mib' / 'importances.json')\n"
-        "circuit = lens.circuits.load_circuit(next(folder.glob('*.json')))\n"
+        f"circuit = {circuit}\n"
         "lens.figures.circuits.layered_graph(circuit, scores)"
     )
 
@@ -184,6 +203,7 @@ def _controls(run: Run, ranking: str, count: int, curve: pd.DataFrame | None) ->
                         marks=None,
                         id="edge-slider",
                         allow_direct_input=False,
+                        **named("Fewer or more edges"),
                     ),
                     dcc.Store(id="edge-steps", data=steps),
                 ],
@@ -240,6 +260,7 @@ def _files(run: Run, ranking: str, count: int) -> html.Div:
                 href=f"/api/run/{run.id}/circuit.json?ranking={ranking}&edges={count}",
                 download="circuit.json",
             ),
+            dcc.Store(id="circuit-named"),
             dcc.Upload(
                 html.Button("load a circuit", type="button", className="quiet"),
                 id="circuit-file",
@@ -314,10 +335,13 @@ def _paths(run: Run, edges: CircuitEdges, chosen: list[int]) -> Any:
 
 def _node(run: Run, node: str) -> Any:
     """A head leads to its page."""
-    if node.startswith("a") and ".h" in node:
-        layer, head = map(int, node[1:].split(".h"))
-        return dcc.Link(
-            f"L{layer}H{head}",
-            href=Selection(page="head", run=run.id, layer=layer, head=head).url(),
-        )
-    return node
+    link = _link(run, node)
+    return dcc.Link("L" + node[1:].replace(".h", "H"), href=link) if link else node
+
+
+def _link(run: Run, node: str) -> str:
+    """The page of a head, "" for other nodes."""
+    if not (node.startswith("a") and ".h" in node):
+        return ""
+    layer, head = map(int, node[1:].split(".h"))
+    return Selection(page="head", run=run.id, layer=layer, head=head).url()

@@ -36,7 +36,8 @@ def page(library: Library, view: Selection) -> list[Any]:
             ),
         ]
     names = {run.id: f"{run.title} ({run.id})" for run in runs}
-    a, b = view.option("a") or runs[1].id, view.option("b") or runs[0].id
+    b = view.option("b") or next(run.id for run in runs if run.id != view.option("a"))
+    a = view.option("a") or next(run.id for run in runs if run.id != b)
     choose = card(
         html.Div([select("a", "A", names, a), select("b", "B", names, b)], className="controls two")
     )
@@ -54,6 +55,7 @@ def page(library: Library, view: Selection) -> list[Any]:
             "Findings",
         ),
         *_heads(found, view),
+        *([_table("Circuits", found.circuits)] if len(found.circuits) else []),
         _table("Losses", found.losses),
         _table("Scores", found.metrics),
         _table("Tables of the analyses that both have", found.sections),

@@ -1,5 +1,6 @@
 """Page `/run/<id>/head/<layer>/<head>`: what does this head do?"""
 
+from dataclasses import replace
 from typing import Any
 
 from dash import dcc, html
@@ -7,12 +8,22 @@ from dash import dcc, html
 from lens import figures as draw
 from lens.errors import LensError
 from lens.figures.colors import VIRIDIS
+from lens.head_ids import head_id
 from lens.metrics import METRICS
 from lens.runs import Run
 from lens.trace import AttentionTrace
 from lens_dashboards.library import Library
 from lens_dashboards.library import section as read_section
-from lens_dashboards.pages.parts import card, crumbs, graph, named, number, python_call, run_banner
+from lens_dashboards.pages.parts import (
+    card,
+    crumbs,
+    graph,
+    named,
+    note_banner,
+    number,
+    python_call,
+    run_banner,
+)
 from lens_dashboards.raster import MOST_CELLS
 from lens_dashboards.selection import Selection
 
@@ -100,6 +111,7 @@ def page(library: Library, view: Selection) -> list[Any]:
             className="columns",
         ),
         card(html.Div(id="strip", className="strip"), "Tokens"),
+        *_pinned(run, view, trace, prompt),
         html.Div(
             [
                 card(
@@ -195,11 +207,65 @@ def _steps(run: Run, view: Selection, prompt: str, layers: int, heads: int) -> h
                 layer=number_ // heads,
                 head=number_ % heads,
                 prompt=prompt,
+                options=view.options,
             )
             links.append(dcc.Link(text, href=target.url(), id=link_id))
         else:
             links.append(html.Span(text, className="off"))
+    here = f"{view.layer}.{view.head}"
+    pinned = view.option("pin") == here
+    links.append(
+        dcc.Link(
+            "unpin" if pinned else "pin this head",
+            href=replace(view, prompt=prompt).where(pin="" if pinned else here).url(),
+            id="pin",
+        )
+    )
     return html.Nav(links, className="steps", **named("Heads"))
+
+
+def _pinned(run: Run, view: Selection, trace: AttentionTrace, prompt: str) -> list[Any]:
+    """The pinned head beside this one: its map, and where their scores differ."""
+    pin = view.option("pin")
+    if not pin or pin == f"{view.layer}.{view.head}":
+        return []
+    try:
+        other = head_id(pin)
+    except LensError:
+        other = None
+    if other is None or other.layer >= trace.layers or other.head >= trace.heads:
+        return [note_banner(f"There is no head {pin!r} to compare with.")]
+    here = Selection(page="head", run=run.id, layer=other.layer, head=other.head, prompt=prompt)
+    code = (
+        "from lens import figures\nfrom lens.runs import open_run\n\n"
+        f"trace = open_run({str(run.path)!r}).trace({prompt!r})\n"
+        "figures.block_map(trace, {layer}, {head})"
+    )
+    maps = [
+        card(
+            graph(
+                f"map-{name}",
+                draw.block_map(trace, layer, head, height=380),
+                f"Block map of L{layer}H{head}",
+                code.format(layer=layer, head=head),
+            ),
+            words,
+        )
+        for name, layer, head, words in (
+            ("this", view.layer, view.head, f"This head: L{view.layer}H{view.head}"),
+            ("pinned", other.layer, other.head, f"Pinned: {other}"),
+        )
+    ]
+    return [
+        html.Div(maps, className="halves", id="pinned"),
+        card(
+            [
+                _scores(run, prompt, other.layer, other.head),
+                html.P(dcc.Link(f"Open {other}", href=here.url())),
+            ],
+            f"Scores of {other}",
+        ),
+    ]
 
 
 def prompt_control(run: Run, traces: list[str], prompt: str) -> html.Div:

@@ -44,9 +44,11 @@ def page(library: Library, view: Selection) -> list[Any]:
     y = _known(view, "y", numbers, effect or next(n for n in numbers[::-1] if n != x), notes)
     color = _known(view, "color", ["", *numbers, *columns.classes], "", notes)
     shown = _known(view, "show", ["scatter", "grid"], "scatter", notes)
-    rows = _filtered(view, columns.table, notes)
+    rows, query = _filtered(view, columns.table, notes)
     marked = [name for name in view.option("heads").split(",") if name]
-    figure, code = _figure(run, columns, rows, (x, y, color), shown, marked, (group, variant))
+    figure, code = _figure(
+        run, columns, rows, (x, y, color), shown, marked, (group, variant), query
+    )
     sort = _known(view, "sort", numbers, y, notes)
     return [
         *top,
@@ -76,22 +78,26 @@ def _known(view: Selection, option: str, known: list[str], default: str, notes: 
     return value
 
 
-def _filtered(view: Selection, table: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
-    rows = table
+def _filtered(view: Selection, table: pd.DataFrame, notes: list[str]) -> tuple[pd.DataFrame, str]:
+    """The heads that pass the filters, and the pandas query that keeps them."""
+    kept: list[str] = []
     if layers := view.option("layers"):
         first, _, last = layers.partition("-")
         if first.isdigit() and last.isdigit() and int(first) <= int(last):
-            rows = rows[rows["layer"].between(int(first), int(last)).to_numpy()]
+            if int(first) > table["layer"].min() or int(last) < table["layer"].max():
+                kept.append(f"{int(first)} <= layer <= {int(last)}")
         else:
             notes.append(f"Layers are two numbers, e.g. 0-5, not {layers!r}; all are shown.")
-    if (pattern := view.option("pattern")) and PATTERN in rows:
-        rows = rows[(rows[PATTERN] == pattern).to_numpy()]
+    if (pattern := view.option("pattern")) and PATTERN in table:
+        kept.append(f"`{PATTERN}` == {pattern!r}")
     if view.option("only"):
-        rows = rows[rows["head"].isin(view.option("heads").split(",")).to_numpy()]
+        kept.append(f"head in {view.option('heads').split(',')!r}")
+    query = " and ".join(kept)
+    rows = table.query(query, engine="python") if query else table
     if rows.empty:
         notes.append("No head passes these filters; all heads are shown.")
-        return table
-    return rows
+        return table, ""
+    return rows, query
 
 
 def _figure(
@@ -102,13 +108,16 @@ def _figure(
     shown: str,
     marked: list[str],
     source: tuple[str, str],
+    query: str,
 ) -> tuple[Any, str]:
     """The figure, its points linked to their heads, and the Python that makes it."""
     x, y, color = chosen
+    kept = f".query({query!r}, engine='python')" if query else ""
     begin = (
         "from lens.figures.columns import column_grid, column_scatter\n"
         "from lens.runs import open_run\nfrom lens_dashboards.head_columns import head_columns\n\n"
         f"columns = head_columns(open_run({str(run.path)!r}), {source[0]!r}, {source[1]!r})\n"
+        f"rows = columns.table{kept}\n"
     )
     if shown == "grid":
         figure = column_grid(rows, y, labels=columns.labels, height=_height(rows))
@@ -116,14 +125,14 @@ def _figure(
         heat.customdata = [
             [_link(run, int(layer), int(head)) for head in heat.x] for layer in heat.y
         ]
-        return figure, f"{begin}column_grid(columns.table, {y!r}, labels=columns.labels)"
+        return figure, f"{begin}column_grid(rows, {y!r}, labels=columns.labels)"
     figure = column_scatter(
         rows, x, y, color or None, labels=columns.labels, marked=marked, height=520
     )
     for trace in figure.data:
         points: Any = trace
         points.customdata = [_link(run, *map(int, name[1:].split("H"))) for name in points.text]
-    arguments = f"columns.table, {x!r}, {y!r}, {color or None!r}, labels=columns.labels"
+    arguments = f"rows, {x!r}, {y!r}, {color or None!r}, labels=columns.labels, marked={marked!r}"
     return figure, f"{begin}column_scatter({arguments})"
 
 

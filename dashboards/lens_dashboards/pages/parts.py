@@ -1,17 +1,19 @@
 """Pieces that all pages share."""
 
+import traceback
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import plotly.graph_objects as go
 from dash import dcc, html
 
+from lens import __version__
 from lens.runs import Run
 from lens.sections import Section
 from lens_dashboards.selection import Selection
 
 _HEIGHT = 400  # of a figure that names none
-_FIRST = 3  # sentences of an analysis that are not folded
+_FIRST = 8  # sentences that are not folded, shared among analyses
 _MENU = {"full": "full screen", "png": "PNG", "svg": "SVG", "csv": "CSV", "json": "JSON"}
 _TABS = {
     "overview": "Overview",
@@ -63,6 +65,33 @@ def error_card(text: str, view: Selection) -> html.Section:
                     *([f" · run {view.run}"] if view.run else []),
                 ]
             ),
+        ],
+        className="error",
+        role="alert",
+    )
+
+
+def fault_card(fault: Exception, link: str) -> html.Section:
+    """A fault of this program: details to copy into a report of it."""
+    place = traceback.extract_tb(fault.__traceback__)[-1]
+    details = (
+        f"attention-lens {__version__}\npage {link}\n{type(fault).__name__}: {fault}\n"
+        f"{place.name}, line {place.lineno}"
+    )
+    return card(
+        [
+            html.P(
+                "Something in the dashboard went wrong; the run itself is not changed. "
+                "The details below help to find it, and the server's log has all of them.",
+                className="problem",
+            ),
+            html.Div(
+                [
+                    html.Pre(html.Code(details)),
+                    html.Button("copy details", className="quiet copy-code", type="button"),
+                ]
+            ),
+            html.P(dcc.Link("All runs", href="/")),
         ],
         className="error",
         role="alert",
@@ -179,9 +208,11 @@ def tabs(run: Run, view: Selection) -> html.Nav:
 def findings(sections: Iterable[Section]) -> html.Section:
     """The first sentences of each analysis, and the rest folded."""
     lists: list[list[str]] = [[], []]
-    for section in sections:
-        lists[0] += section.summary[:_FIRST]
-        lists[1] += section.summary[_FIRST:]
+    shown = list(sections)
+    first_of_each = max(1, _FIRST // max(1, len(shown)))
+    for section in shown:
+        lists[0] += section.summary[:first_of_each]
+        lists[1] += section.summary[first_of_each:]
     first, rest = (
         html.Ul([html.Li(text, className="found") for text in texts], className="findings")
         for texts in lists

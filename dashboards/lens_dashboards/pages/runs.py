@@ -10,7 +10,7 @@ from lens_dashboards.library import Library
 from lens_dashboards.pages.parts import card, chip, named, number
 from lens_dashboards.selection import Selection
 
-_COLUMNS = ("Run", "Status", "Model", "Heads", "Prompts", "Tokens", "Created", "Seconds")
+_COLUMNS = ("Run", "Status", "Model", "Heads", "Prompts", "Tokens", "Created", "Seconds", "Compare")
 
 
 def page(library: Library, view: Selection) -> list[Any]:
@@ -29,7 +29,13 @@ def page(library: Library, view: Selection) -> list[Any]:
     whole = sum(run.status == "success" for run in runs)
     return [
         html.H1("Runs"),
-        html.P(f"{len(runs)} in {library.folder}, {whole} complete.", className="lead"),
+        html.P(
+            [
+                f"{len(runs)} in {library.folder}, {whole} complete. ",
+                *([dcc.Link("Compare two", href="/compare")] if len(runs) > 1 else []),
+            ],
+            className="lead",
+        ),
         card(html.Div(table, className="scroll", tabIndex=0, role="region", **named("Runs"))),
     ]
 
@@ -55,6 +61,13 @@ def _row(run: Run) -> html.Tr:
             html.Td(tokens, className="number"),
             html.Td(meta["created"].replace("T", " ")[:16]),
             html.Td(number(meta.get("seconds"), 3), className="number"),
+            html.Td(
+                dcc.Link(
+                    "compare",
+                    href=Selection(page="compare").where(a=run.id).url(),
+                    title=f"compare {run.id} with another run",
+                )
+            ),
         ]
     )
 
