@@ -16,6 +16,7 @@ from lens_dashboards.circuit_edges import RANKINGS, circuit_edges
 from lens_dashboards.head_columns import head_columns
 from lens_dashboards.library import Library
 from lens_dashboards.library import section as read_section
+from lens_dashboards.notebook import header
 from lens_dashboards.raster import raster, row
 
 _ATLAS = ("layers", "heads", "rows", "columns")
@@ -34,19 +35,7 @@ def make_api(library: Library) -> Blueprint:
         if pooling not in ("max", "mean"):
             raise LensError(f"pooling must be max or mean, got {pooling!r}")
         found = raster(trace, layer, head, _window(), pooling)  # pyright: ignore[reportArgumentType]
-        rows, columns = found.values.shape
-        header = {
-            "rows": rows,
-            "columns": columns,
-            "level": found.level,
-            "cell": found.cell,
-            "query": [found.query_start, found.query_end],
-            "key": [found.key_start, found.key_end],
-            "length": trace.length,
-            "block": trace.attrs["block_size"],
-            "pooling": pooling,
-        }
-        return _binary(found.values, header)
+        return _binary(found.values, header(trace, found, pooling))
 
     @api.get("/run/<run_id>/atlas/<prompt>")
     @_refusing

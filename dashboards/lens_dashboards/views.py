@@ -136,12 +136,6 @@ def register(app: Dash, library: Library) -> None:
         prevent_initial_call=True,
     )
 
-    app.clientside_callback(
-        ClientsideFunction("lens", "nameUpload"),
-        Output("circuit-named", "data"),
-        Input("circuit-run", "data"),
-    )
-
     @app.callback(
         Output("loaded-circuit", "children"),
         Input("circuit-file", "contents"),

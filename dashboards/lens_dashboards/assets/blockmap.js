@@ -1,5 +1,9 @@
-/* The attention map of one head on a canvas: a rectangle of float32 numbers, fetched at the sharpest
-   level that fits, coloured by the logarithm. Hover shows the number itself, never a colour's. */
+/* The attention map of one head on a canvas: a rectangle of float32 numbers at the sharpest level that
+   fits, coloured by the logarithm. Hover shows the number itself, never a colour's.
+
+   The numbers come from a source: {tokens() -> strings, raster({q0, q1, k0, k1, pooling}) -> {rows, columns,
+   level, cell, query, key, values}, row(query) -> Float32Array}, all of them promises. The dashboard asks
+   its server, a file of its own holds them, a notebook asks its kernel. */
 (function () {
   "use strict";
 
@@ -9,6 +13,7 @@
   class BlockMap {
     constructor(root, config) {
       this.config = config;
+      this.source = config.source || serverSource(config);
       this.tokens = [];
       this.query = config.query;
       this.view = null; // {q0, q1, k0, k1} in tokens, what is on the screen
@@ -31,6 +36,7 @@
         this.pooling.append(option);
       }
       this.pooling.addEventListener("change", () => this.fetch());
+      this.pooling.hidden = Boolean(this.config.held); // a file of its own was pooled when it was written
       const whole = button("show everything", () => this.show(0, this.length, 0, this.length));
       const save = button("PNG", () => this.save());
       const table = button("CSV", () => this.saveTable());
@@ -58,20 +64,9 @@
       window.addEventListener("resize", this.onResize);
     }
 
-    url(kind) {
-      const c = this.config;
-      return `/api/run/${encodeURIComponent(c.run)}/${kind}/${encodeURIComponent(c.prompt)}`;
-    }
-
-    head() {
-      return `${this.config.layer}/${this.config.head}`;
-    }
-
     async start() {
       try {
-        const answer = await fetch(this.url("tokens"));
-        if (!answer.ok) throw new Error(await answer.text());
-        this.tokens = await answer.json();
+        this.tokens = await this.source.tokens();
         this.length = this.tokens.length;
         const w = this.config.window;
         const inside = w && w[1] <= this.length && w[3] <= this.length;
@@ -91,18 +86,19 @@
     async fetch() {
       const ticket = ++this.request;
       const { q0, q1, k0, k1 } = this.view;
-      const query = new URLSearchParams({ q0, q1, k0, k1, pooling: this.pooling.value });
-      const answer = await fetch(`${this.url("raster")}/${this.head()}?${query}`);
+      let found;
+      try {
+        found = await this.source.raster({ q0, q1, k0, k1, pooling: this.pooling.value });
+      } catch (error) {
+        if (ticket === this.request) this.fail(error);
+        return;
+      }
       if (ticket !== this.request) return;
-      if (!answer.ok) { this.fail(new Error(await answer.text())); return; }
-      const header = JSON.parse(answer.headers.get("X-Raster"));
-      const values = new Float32Array(await answer.arrayBuffer());
-      if (ticket !== this.request) return;
-      this.data = { ...header, values };
+      this.data = found;
       this.paint();
       this.draw();
       this.describe();
-      this.root.dataset.ready = `${header.level} ${header.query} ${header.key}`;
+      this.root.dataset.ready = `${found.level} ${found.query} ${found.key}`;
       keepLink(this.config, this.view, this.query, this.length);
     }
 
@@ -361,18 +357,20 @@
 
     /* The row of one query over the tokens before it. */
     async shade(query) {
-      const strip = document.getElementById("strip");
+      const strip = this.config.strip || document.getElementById("strip");
       if (!strip) return;
       if (query >= this.length) query = this.length - 1;
       this.query = query;
       this.draw();
       keepLink(this.config, this.view, query, this.length);
-      const answer = await fetch(`${this.url("row")}/${this.head()}/${query}`);
-      if (!answer.ok) {
-        strip.replaceChildren(element("p", "small", `Rows cannot be shown: ${await answer.text()}`));
+      let values;
+      try {
+        values = await this.source.row(query);
+      } catch (error) {
+        strip.replaceChildren(element("p", "small", `Rows cannot be shown: ${error.message}`));
         return;
       }
-      drawStrip(strip, this.tokens, new Float32Array(await answer.arrayBuffer()), query, (q) => this.shade(q));
+      drawStrip(strip, this.tokens, values, query, (q) => this.shade(q));
     }
 
     save() {
@@ -439,9 +437,82 @@
     }
     strip.replaceChildren(...parts);
     strip.dataset.query = String(query);
+    drawArcs(body, first, query, strongest.map((key) => ({ key, value: values[key] })));
+  }
+
+  /* Curves from the query to its strongest keys, over the tokens; wider is more. */
+  function drawArcs(body, first, query, keys) {
+    const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
+    svg.setAttribute("class", "arcs");
+    svg.setAttribute("aria-hidden", "true");
+    const box = body.getBoundingClientRect();
+    const middle = (index) => {
+      const token = body.querySelectorAll(".token")[index - first];
+      if (!token) return null;
+      const at = token.getClientRects()[0];
+      return at && { x: at.left - box.left + at.width / 2, y: at.top - box.top + body.scrollTop };
+    };
+    const from = middle(query);
+    for (const { key, value } of keys) {
+      const to = middle(key);
+      if (!from || !to || key === query || value < 0.01) continue;
+      const lift = 10 + Math.min(26, Math.hypot(from.x - to.x, from.y - to.y) / 6);
+      const path = document.createElementNS(svg.namespaceURI, "path");
+      const top = Math.min(from.y, to.y) - lift;
+      path.setAttribute("d", `M${from.x},${from.y} C${from.x},${top} ${to.x},${top} ${to.x},${to.y}`);
+      path.setAttribute("stroke-width", String(0.8 + 3.2 * value));
+      svg.append(path);
+    }
+    svg.setAttribute("height", String(body.scrollHeight));
+    body.prepend(svg);
+  }
+
+  /* The dashboard's server, which computes each rectangle when it is asked for. */
+  function serverSource(c) {
+    const url = (kind) => `/api/run/${encodeURIComponent(c.run)}/${kind}/${encodeURIComponent(c.prompt)}`;
+    const ask = async (address) => {
+      const answer = await fetch(address);
+      if (!answer.ok) throw new Error(await answer.text());
+      return answer;
+    };
+    const head = `${c.layer}/${c.head}`;
+    return {
+      tokens: async () => (await ask(url("tokens"))).json(),
+      async raster(window_) {
+        const answer = await ask(`${url("raster")}/${head}?${new URLSearchParams(window_)}`);
+        const header = JSON.parse(answer.headers.get("X-Raster"));
+        return { ...header, values: new Float32Array(await answer.arrayBuffer()) };
+      },
+      row: async (query) => new Float32Array(await (await ask(`${url("row")}/${head}/${query}`)).arrayBuffer()),
+    };
+  }
+
+  /* A file of its own: one raster of the whole prompt, cut here. */
+  function heldSource(held) {
+    const bytes = Uint8Array.from(atob(held.values), (sign) => sign.charCodeAt(0));
+    const values = new Float32Array(bytes.buffer), { rows, columns, cell } = held.header;
+    return {
+      tokens: async () => held.tokens,
+      async raster({ q0, q1, k0, k1 }) {
+        const r0 = Math.floor(q0 / cell), r1 = Math.min(rows, Math.ceil(q1 / cell));
+        const c0 = Math.floor(k0 / cell), c1 = Math.min(columns, Math.ceil(k1 / cell));
+        const cut = new Float32Array((r1 - r0) * (c1 - c0));
+        for (let r = r0; r < r1; r += 1) cut.set(values.subarray(r * columns + c0, r * columns + c1), (r - r0) * (c1 - c0));
+        const length = held.tokens.length;
+        return {
+          ...held.header, values: cut, rows: r1 - r0, columns: c1 - c0,
+          query: [r0 * cell, Math.min(r1 * cell, length)], key: [c0 * cell, Math.min(c1 * cell, length)],
+        };
+      },
+      async row(query) {
+        if (held.header.level !== "tokens") throw new Error("this file holds blocks of tokens, not single ones");
+        return values.subarray(query * columns, (query + 1) * columns);
+      },
+    };
   }
 
   function keepLink(config, view, query, length) {
+    if (config.source) return; // not the dashboard's page
     const search = new URLSearchParams({ prompt: config.prompt });
     const all = view.q0 === 0 && view.k0 === 0 && view.q1 === length && view.k1 === length;
     if (!all) for (const name of ["q0", "q1", "k0", "k1"]) search.set(name, view[name]);
@@ -504,6 +575,8 @@
   let current = null;
   window.lensBlockMap = {
     paletteOf,
+    heldSource,
+    make: (root, config) => new BlockMap(root, config),
     mount(root, config) {
       if (current) current.close();
       current = new BlockMap(root, config);

@@ -28,11 +28,6 @@
     chooseEdges(step, steps, shown) {
       return steps && steps[step] && steps[step] !== shown ? steps[step] : window.dash_clientside.no_update;
     },
-    nameUpload() {
-      // Dash gives the file input of its upload no name.
-      document.querySelector("#circuit-file input")?.setAttribute("aria-label", "Circuit file");
-      return true;
-    },
     mountMap(config) {
       const root = document.getElementById("map");
       if (root && config) window.lensBlockMap.mount(root, config);
@@ -44,6 +39,14 @@
       return true;
     },
   };
+
+  // Dash gives the thumb of a slider and the file input of an upload no name.
+  new MutationObserver(() => {
+    for (const thumb of document.querySelectorAll(".control.slider [role=slider]:not([aria-label])")) {
+      thumb.setAttribute("aria-label", thumb.closest(".control").querySelector("label, legend").textContent);
+    }
+    document.querySelector("#circuit-file input:not([aria-label])")?.setAttribute("aria-label", "Circuit file");
+  }).observe(document.documentElement, { childList: true, subtree: true });
 
   document.addEventListener("click", (event) => {
     const target = event.target;

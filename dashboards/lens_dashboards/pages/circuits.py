@@ -203,7 +203,6 @@ def _controls(run: Run, ranking: str, count: int, curve: pd.DataFrame | None) ->
                         marks=None,
                         id="edge-slider",
                         allow_direct_input=False,
-                        **named("Fewer or more edges"),
                     ),
                     dcc.Store(id="edge-steps", data=steps),
                 ],
@@ -260,7 +259,6 @@ def _files(run: Run, ranking: str, count: int) -> html.Div:
                 href=f"/api/run/{run.id}/circuit.json?ranking={ranking}&edges={count}",
                 download="circuit.json",
             ),
-            dcc.Store(id="circuit-named"),
             dcc.Upload(
                 html.Button("load a circuit", type="button", className="quiet"),
                 id="circuit-file",
