@@ -30,6 +30,7 @@ from lens_kernels.triton_logits import (
     load_rows,
     logits,
     positions,
+    products_of,
     row_ranges,
     store_rows,
     tanh,
@@ -160,7 +161,7 @@ def key_gradients(
                     q = load_rows(query, batch, head, row_first, row_ahead, row_used)  # [BM, D]
                     total = exponent_of_lse(lse_of_head, row, row_used)  # [BM]
                     low, high, anchor = row_ranges(mask, batch, row, shape)  # [BM]
-                    products = tl.dot(k, tl.trans(q), input_precision=scores.precision)  # [BN, BM]
+                    products = products_of(k, q, scores.precision)  # [BN, BM]
                     x = logits(
                         products,
                         row[None, :],
@@ -186,7 +187,7 @@ def key_gradients(
                             p.to(do.dtype), do, dv, input_precision=scores.precision
                         )  # [BN, V]
                     if of_key is not None:
-                        a = tl.dot(v, tl.trans(do), input_precision=scores.precision)  # [BN, BM]
+                        a = products_of(v, do, scores.precision)  # [BN, BM]
                         base = tl.load(level_of_head + row, mask=row_used, other=0.0)  # [BM]
                         ds = p * (a + base[None, :])  # [BN, BM]
                         if scores.cap is not None:

@@ -1,14 +1,15 @@
 """Tile sizes, warps and pipeline stages of each kernel, by input type and head dim: one table each.
 
-Chosen so that nothing spills in half precision on sm_90 and sm_80, and shared memory fits (227 KB,
-163 KB). float32, with its three products for one, costs a few registers here and there, and many in
-gradients of keys at head dims above 128, in the smallest tile there is.
+Chosen by compiling, so that nothing spills on sm_90 and sm_80, and shared memory fits (227 KB,
+163 KB). float32 takes small tiles: its products are three for one.
 tests/kernels/test_triton_compile.py holds the tiles to that without a GPU, and
 tests/benchmarks/COMPILED.md lists what each kernel uses. No autotuning: it needs a GPU, and makes
 results depend on what was timed.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 
@@ -18,6 +19,8 @@ from lens_kernels.triton_launch import Config, capability, power
 _SUMS = ("entropy", "concentration", "distance", "prefix_mass")
 _MANY = ("match_mass", "moments", "grid_moments", "mean_value_norm")
 
+_MOST = 255
+"""Registers that a thread can have."""
 _SMALL = Config(32, 32, 8, 2)
 """Where nothing larger leaves enough registers."""
 _EXACT = Config(32, 32, 8, 1, "ieee")
@@ -35,10 +38,10 @@ _ROWS = {
     ),
     128: (
         Config(128, 64, 8, 3),
-        Config(128, 64, 8, 2),
+        Config(128, 64, 8, 3, registers=_MOST),
         Config(128, 32, 8, 3),
-        Config(128, 16, 8, 2),
-        Config(64, 32, 8, 2),
+        Config(128, 16, 8, 2, registers=_MOST),
+        Config(64, 32, 8, 2, registers=_MOST),
         _SMALL,
         Config(32, 16, 8, 2),
     ),
@@ -58,12 +61,16 @@ _FULL_ROWS = {
         Config(64, 32, 4, 2),
         Config(64, 32, 4, 2),
         Config(32, 32, 4, 2),
-        Config(32, 32, 4, 1),
+        Config(32, 32, 8, 1),
         Config(16, 32, 4, 1),
         Config(16, 16, 4, 1),
     ),
     128: (*(Config(16, 32, 4, 1),) * 5, Config(16, 16, 4, 1)),
-    256: (_EXACT, Config(16, 32, 8, 1, "ieee")),
+    256: (
+        _EXACT,
+        Config(32, 16, 8, 1, "ieee"),
+        Config(16, 16, 8, 1, "ieee", _MOST),
+    ),
 }
 """The same for float32 inputs: products of three tf32 parts, and twice the memory."""
 
@@ -108,7 +115,7 @@ def row_config(problem: Problem) -> Config:
     full, many, hopper = _full(problem), problem.wants(*_MANY), _hopper(problem)
     level = weight + (2 if many else int(problem.wants(*_SUMS)))
     # where the compiler needs more than the sum, found by compiling
-    if many and weight > 1:
+    if many and (weight > 1 or (weight and hopper and full and width == 128)):
         level = 5
     elif hopper:
         level += many and (not weight or width == 256)
@@ -117,7 +124,8 @@ def row_config(problem: Problem) -> Config:
     elif not many or width == 256:
         level += level > 0 or width == 256
     ladder = (_FULL_ROWS if full else _ROWS)[width]
-    return ladder[min(level, len(ladder) - 1)]
+    config = ladder[min(level, len(ladder) - 1)]
+    return replace(config, registers=None) if many and not full else config
 
 
 def split_rows(problem: Problem) -> bool:
@@ -134,7 +142,9 @@ def columns_config(problem: Problem) -> Config:
         return Config(32, 64, 8, 2)
     if _weight(problem) > 1:
         return Config(64, 64, 8, 2)
-    return Config(64, 128, 8, 3 if width < 256 else 2)
+    if width < 256:
+        return Config(64, 128, 8, 3)
+    return Config(64, 128, 8, 2, registers=_MOST if plain(problem) else None)
 
 
 def diagonals_config(problem: Problem) -> Config:
@@ -169,37 +179,61 @@ def split_query_gradients(problem: Problem) -> bool:
 
 
 def backward_config(problem: Problem, of: str) -> Config:
-    """Of the gradients of keys and values in one ("both") or in two launches ("key"), or "query"."""
+    """Of the gradients of keys and values in one launch ("both") or in two, or of queries.
+
+    Args:
+        of: "both", "key", "value" or "query".
+    """
     width, weight, hopper = _width(problem), _weight(problem), _hopper(problem)
     if _full(problem):
-        return _full_backward(width, weight, of)
+        return _full_backward(problem, of)
     if problem.block_mask is not None and width > 64:  # the block holds the tile down
         if width == 256:
-            return Config(16, 32, 8, 2) if of == "key" else Config(32, 16, 8, 2)
+            return Config(32, 16, 8, 2) if of == "query" else Config(16, 32, 8, 2)
         if of == "query" and not hopper:
             return Config(64, 32, 8, 2)
     if of == "both":
         rows = {64: 64, 128: 32}[width]
         return Config(rows if hopper else rows // 2, 128, 8, 2)
-    if of == "key":
+    if of != "query":
         if width == 256:
             wide = Config(16, 128 if hopper else 64, 8, 2)
-            return _SMALL if hopper and weight > 1 else wide
+            return replace(_SMALL, registers=_MOST) if hopper and weight > 1 else wide
         if not hopper:
-            return Config(16, 128 if weight < 2 else 64, 8, 2)
+            return Config(16, 128, 8, 2) if weight < 2 else Config(16, 64, 8, 2, registers=_MOST)
         return Config(32 if weight < 2 else 16, 128, 8, 2)
     if width == 256:
-        return Config(64, 32, 8, 2) if weight < 2 else _SMALL
+        small = _SMALL if hopper else replace(_SMALL, registers=_MOST)
+        return Config(64, 32, 8, 2) if weight < 2 else small
     if weight > 2:
         return Config(64, 32, 8, 2) if hopper else _SMALL
+    if not hopper and width == 128 and problem.plan.allowed is not None:
+        return Config(64, 32, 8, 2)
     wide = hopper and (width == 64 or weight < 2)
-    return Config(128, 64 if wide else 32, 8, 2)
+    return Config(128, 64, 8, 2, registers=_MOST) if wide else Config(128, 32, 8, 2)
 
 
-def _full_backward(width: int, weight: int, of: str) -> Config:
+def _loaded(problem: Problem) -> bool:
+    """Whether a mask or a bias is loaded, entry by entry."""
+    plan = problem.plan
+    return any(part is not None for part in (plan.keep, plan.allowed, plan.bias))
+
+
+def _full_backward(problem: Problem, of: str) -> Config:
+    width, weight, sparse = _width(problem), _weight(problem), problem.block_mask is not None
+    if of == "query":
+        if width == 64 or (width == 128 and not _loaded(problem)):
+            return Config(16, 16 if width == 128 and weight > 1 else 32, 4, 1)
+        if width == 256 and sparse:
+            return Config(16, 16, 4, 1, "ieee")
+        columns = 16 if width == 256 and weight > 1 else 32
+        return Config(16, columns, 8, 1, "ieee", _MOST)
     if width == 256:
-        return Config(16, 32 if of == "query" and weight < 2 else 16, 8, 1, "ieee")
+        return Config(16, 32 if of == "value" and sparse else 16, 8, 1, "ieee")
     if width == 128:
-        ranged = of == "key" and weight == 1
-        return Config(16, 32 if of == "query" and weight < 2 else 16, 8 if ranged else 4, 1)
-    return Config(16, 32, 4, 1)
+        if _loaded(problem):
+            return Config(16, 32, 8, 1, "ieee", _MOST)
+        return Config(16, 16, 4 if sparse or problem.softcap is not None else 8, 1)
+    if max(problem.head_dim, problem.value_dim) <= 32:
+        return Config(32, 32, 4, 1)
+    return Config(16, 16, 4, 1, registers=_MOST) if weight else Config(16, 32, 4, 1)

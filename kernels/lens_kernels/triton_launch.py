@@ -30,6 +30,9 @@ class Config:
 
     `precision` is that of the products of float32 inputs: three products on tensor cores, or
     "ieee", without them, where those would need more registers than there are.
+
+    `registers` is what the compiler may give a thread. Left to itself it may spill a little so that
+    more programs run at once.
     """
 
     rows: int
@@ -37,6 +40,7 @@ class Config:
     warps: int
     stages: int
     precision: str = "tf32x3"
+    registers: int | None = None
 
 
 def launch(kernel: Any, programs: int, config: Config, *arguments: Any, **constants: int) -> None:
@@ -47,6 +51,7 @@ def launch(kernel: Any, programs: int, config: Config, *arguments: Any, **consta
         num_warps=config.warps,
         num_stages=config.stages,
         enable_fp_fusion=True,
+        maxnreg=config.registers,
     )
 
 
@@ -148,7 +153,8 @@ def tiling(
         columns = of_blocks(width, lanes[1], problem.keys, single)
     found, wanted = (rows, config.rows) if tall == "rows" else (columns, config.columns)
     warps = config.warps if found.lanes.value == wanted else min(config.warps, 4)
-    return replace(config, warps=warps), rows, columns
+    real = replace(config, rows=rows.lanes.value, columns=columns.lanes.value, warps=warps)
+    return real, rows, columns
 
 
 def pieces(blocks: Blocks, length: int) -> int:

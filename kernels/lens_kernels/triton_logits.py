@@ -257,6 +257,29 @@ def tanh(x):
 
 
 @triton.jit
+def products_of(left, right, precision: tl.constexpr):
+    """`left @ right'` [L, R] of [L, D] and [R, D].
+
+    Without tensor cores each thread holds whole rows of both, so that wide float32 tiles are cut in
+    halves along D until those are at most twice as wide as `left` is tall, and fit into registers.
+    """
+    if left.dtype == tl.float32 and precision == "ieee" and left.shape[1] > 2 * left.shape[0]:
+        left_half, left_rest = halves(left)
+        right_half, right_rest = halves(right)
+        first = products_of(left_half, right_half, precision)  # [L, R]
+        products = first + products_of(left_rest, right_rest, precision)  # [L, R]
+    else:
+        products = tl.dot(left, tl.trans(right), input_precision=precision)  # [L, R]
+    return products
+
+
+@triton.jit
+def halves(tile):
+    """Every second column of [P, D], and the others: twice [P, D / 2]."""
+    return tl.split(tl.reshape(tile, [tile.shape[0], tile.shape[1] // 2, 2]))
+
+
+@triton.jit
 def exponent_of_lse(pointer, row, used):
     """LSE of rows [R] in base 2; +inf for unused rows and rows without keys, which makes P = 0."""
     lse = tl.load(pointer + row, mask=used, other=float("inf")) * LOG2E  # [R]

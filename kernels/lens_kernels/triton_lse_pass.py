@@ -31,6 +31,7 @@ from lens_kernels.triton_logits import (
     load_rows,
     logits,
     positions,
+    products_of,
     row_ranges,
     tile_of,
 )
@@ -335,7 +336,7 @@ def diagonals_pass(
             k = load_rows(key, batch, head // shape.share, start, lane, column_used)  # [T, D]
             level = exponent_of_lse(lse_of_head, row, row_used)  # [T]
             low, high, anchor = row_ranges(mask, batch, row, shape)  # [T]
-            products = tl.dot(q, tl.trans(k), input_precision=scores.precision)  # [T, T]
+            products = products_of(q, k, scores.precision)  # [T, T]
             x = logits(
                 products,
                 row[:, None],

@@ -41,6 +41,8 @@ _MAPS = {
 _GRADIENT_MAPS = ("block_attribution", "block_logit_gradient", "block_logit_gradient_abs")
 SCRATCH_BYTES = 1 << 28
 """Of block masses that are made for `top_keys` alone, at once."""
+SORT_BYTES = 1 << 25
+"""Of block masses that are sorted at once, which takes several copies."""
 _poison = False
 """Tests set it: outputs start as NaN, so that what is not written shows."""
 
@@ -159,8 +161,8 @@ def run_columns(problem: Problem, lse: Tensor) -> dict[str, Tensor]:
 
 
 def _top(mass: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """`top_blocks` of maps [lines, ...], some lines at a time: sorting needs several copies."""
-    step = max(1, SCRATCH_BYTES // (4 * mass[0].numel()))
+    """`top_blocks` of maps [lines, ...], some lines at a time."""
+    step = max(1, SORT_BYTES // (4 * mass[0].numel()))
     parts = [top_blocks(part, top_k) for part in mass.split(step)]
     keys, masses = zip(*parts, strict=True)
     return torch.cat(keys), torch.cat(masses)
@@ -360,8 +362,8 @@ def _launch_key_gradients(
     saved: Saved, of_output: Tensor, level: Tensor, of_key: Tensor | None, of_value: Tensor | None
 ) -> None:
     problem = saved.problem
-    both = of_key is not None and of_value is not None
-    config = backward_config(problem, "both" if both else "key")
+    of = "both" if of_key is not None and of_value is not None else "key"
+    config = backward_config(problem, "value" if of_key is None else of)
     sparse = problem.block_mask is not None
     config, rows, columns = pack.tiling(problem, config, "columns", sparse)
     tiles = pack.tiles(columns, problem.keys)

@@ -1,8 +1,9 @@
 """Compiles every Triton kernel that ships for sm_90 and sm_80, without a GPU, and writes the tables.
 
 `python tests/benchmarks/compiled.py` writes compiled.csv (one row a kernel) and COMPILED.md (the
-worst of each kernel) beside this file; about a quarter of an hour on two cores. The jobs are those of
-tests/kernels/triton_offline.py, and tests/kernels/test_triton_compile.py holds the table to account.
+worst of each kernel and of each mask) beside this file; half an hour on two cores, less where
+Triton's cache has the kernels. The jobs are those of tests/kernels/triton_offline.py, and
+tests/kernels/test_triton_compile.py holds the table to account.
 """
 
 from __future__ import annotations
@@ -22,35 +23,49 @@ from tests.kernels import triton_offline  # noqa: E402
 ARCHES = (90, 80)
 
 
-def worst(table: pd.DataFrame) -> pd.DataFrame:
-    """Largest use of registers, spilled bytes and shared memory (KB), by kernel."""
+def worst(table: pd.DataFrame, by: list[str]) -> pd.DataFrame:
+    """Largest use of registers, spilled bytes and shared memory (KB), and what multiplies."""
     table = table.assign(shared=(table["shared"] / 1024).round(1), spilled=table["stack"])
-    by = ["arch", "kernel", "dtype", "head_dim"]
-    columns = ["registers", "spilled", "shared"]
-    found = table.groupby(by)[columns].max().reset_index()
-    used = table.groupby(by)["products"].agg(lambda names: ", ".join(sorted(set(names))))
-    return found.assign(products=used.to_numpy())
+    groups = table.groupby(by)
+    used = groups["products"].agg(lambda names: ", ".join(sorted(set(names))))
+    return groups[["registers", "spilled", "shared"]].max().assign(products=used).reset_index()
+
+
+def lines_of(table: pd.DataFrame, by: list[str]) -> list[str]:
+    """Markdown lines of `worst`."""
+    titles = [*by, "registers", "spilled", "shared", "products"]
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(by) + "|--:|--:|--:|---|"]
+    for row in worst(table, by).itertuples(index=False):
+        cells = (f"sm_{row.arch}", *row[1:])
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return lines
 
 
 def markdown(table: pd.DataFrame) -> str:
     """The page."""
-    rows = worst(table)
+    table = table.rename(columns={"dtype": "type", "head_dim": "head dim"})
     lines = [
         "# Compiled kernels",
         "",
         "Made by `python tests/benchmarks/compiled.py` with "
         f"triton {metadata.version('triton')}; nothing here ran on a GPU. Each line is the worst of "
-        "all masks and sets of",
-        "statistics (compiled.csv has them one by one): registers of a thread (255 at most), bytes "
-        "spilled, KB of shared memory",
-        "(227 on sm_90, 163 on sm_80), and what multiplies.",
+        "several kernels",
+        "(compiled.csv has them one by one): registers of a thread (255 at most), bytes spilled, KB "
+        "of shared memory",
+        "(227 on sm_90, 163 on sm_80), and what multiplies. wgmma takes tiles of 64 rows or more; "
+        "`fma` is float32 without",
+        "tensor cores, where three tf32 products would need more registers than there are.",
         "",
-        "| arch | kernel | type | head dim | registers | spilled | shared | products |",
-        "|---|---|---|--:|--:|--:|--:|---|",
+        "## By kernel",
+        "",
+        *lines_of(table, ["arch", "kernel", "type", "head dim"]),
+        "",
+        "## By mask",
+        "",
+        "What each stands for is in tests/kernels/triton_offline.py.",
+        "",
+        *lines_of(table[table["kernel"] != "levels"], ["arch", "mask", "type"]),
     ]
-    for row in rows.itertuples(index=False):
-        cells = (f"sm_{row.arch}", *row[1:])
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines) + "\n"
 
 

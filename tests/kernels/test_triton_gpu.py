@@ -53,6 +53,13 @@ def test_value_dims(head_dim, value_dim):
     checks.check_head_dim("cuda", torch.bfloat16, head_dim, value_dim)
 
 
+@pytest.mark.parametrize("mask", ["window", "padding", "blocks"])
+@pytest.mark.parametrize("dim", [128, 256])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_wide_gradients(dtype, dim, mask):
+    checks.check_wide_gradients("cuda", dtype, dim, mask)
+
+
 @pytest.mark.usefixtures("_nan_in_new_memory")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_many_tiles(dtype):

@@ -43,6 +43,19 @@ def test_head_dims(dtype, head_dim, value_dim):
     checks.check_head_dim("cpu", dtype, head_dim, value_dim)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "dim", "mask"),
+    [
+        (torch.float16, 256, "blocks"),
+        (torch.float32, 256, "blocks"),
+        (torch.float32, 128, "window"),
+    ],
+    ids=str,
+)
+def test_wide_gradients(dtype, dim, mask):
+    checks.check_wide_gradients("cpu", dtype, dim, mask)
+
+
 def test_the_backward_pass_is_its_own():
     checks.check_own_backward("cpu")
 

@@ -70,7 +70,14 @@ def check_surrounded(problem: Problem) -> None:
     check("triton", replace(problem, **parts), LIMITS[dtype], VALUE_LIMITS[dtype])
 
 
-def check_gradients(case: Case, device: str, dtype: torch.dtype, **setting: Any) -> None:
+def check_gradients(
+    case: Case,
+    device: str,
+    dtype: torch.dtype,
+    *,
+    block_mask: Tensor | None = None,
+    **setting: Any,
+) -> None:
     """The kernels' own backward pass, with its statistics, against autograd in float64."""
     found = Setting(
         case,
@@ -80,9 +87,27 @@ def check_gradients(case: Case, device: str, dtype: torch.dtype, **setting: Any)
         **setting,
     )
     found.tensors = {name: part.to(dtype).float() for name, part in found.tensors.items()}
-    expected = found.run("reference")
-    actual = found.run("triton", device, dtype)
+    expected = found.run("reference", block_mask=block_mask)
+    moved = None if block_mask is None else block_mask.to(device)
+    actual = found.run("triton", device, dtype, block_mask=moved)
     compare_gradients(actual, expected, GRADIENT_LIMITS[dtype])
+
+
+def check_wide_gradients(device: str, dtype: torch.dtype, dim: int, mask: str) -> None:
+    """Gradients at head dims where tiles are small and products cut in pieces, with a mask.
+
+    Args:
+        mask: "window", "padding", or "blocks": a block mask with an empty row of blocks.
+    """
+    masks = {
+        "window": AttentionMask(causal=True, window=11),
+        "padding": AttentionMask(causal=True, key_padding=torch.arange(2 * 37).view(2, 37) % 5 > 0),
+    }
+    case = Case(mask, 19, 37, lambda h, q, k: masks.get(mask, CAUSAL))
+    kept = torch.tensor([[True, False], [True, True]]).expand(2, 4, 2, 2).clone()
+    kept[1, 2, 0] = False
+    block_mask = kept if mask == "blocks" else None
+    check_gradients(case, device, dtype, dims=(dim, dim), block_mask=block_mask)
 
 
 def check_head_dim(device: str, dtype: torch.dtype, head_dim: int, value_dim: int) -> None:

@@ -1,9 +1,9 @@
 """Compile the Triton kernels for GPUs that are not here; run as a script, prints one JSON a kernel.
 
 `python triton_offline.py [--list] ARCH [JOB ...]`, all jobs where none is named; `--list` says what
-would be compiled, and with which tiles, at once. A job, "bfloat16-128-window", is every kernel of one input type, head dim and mask; the jobs cover what triton_configs.py tells
-apart, each with the sets of statistics that change a kernel. float16 differs from bfloat16 in the
-type of an instruction alone, and is compiled at two head dims.
+would be compiled, and with which tiles, at once. A job, "bfloat16-128-window", is every kernel of
+one input type, head dim and mask (or what else changes a kernel), with the sets of statistics that
+change it too. What is compiled already comes from Triton's cache.
 
 A process of its own, because Triton reads TRITON_INTERPRET when a kernel is decorated.
 """
@@ -23,16 +23,30 @@ from typing import Any
 import torch
 
 DIMS = (16, 32, 64, 80, 96, 128, 192, 256)
+WIDTHS = (64, 128, 256)
 MASKS = {
-    "causal": {"bfloat16": DIMS, "float32": DIMS, "float16": (64, 128)},
+    "causal": {"bfloat16": DIMS, "float16": (64, 128), "float32": DIMS},
+    "sinks": {"bfloat16": DIMS, "float16": (64, 128), "float32": (128,)},
     **{
-        mask: {"bfloat16": (64, 128, 256), "float32": (128,)}
+        mask: {"bfloat16": WIDTHS, "float32": WIDTHS}
         for mask in ("window", "ragged", "sparse", "everything")
     },
+    **{
+        mask: {"bfloat16": (128,), "float32": (128,)}
+        for mask in ("none", "prefix", "padding", "allowed", "bias", "alibi", "groups", "decoding")
+    },
+    "softcap": {"bfloat16": WIDTHS, "float32": (128,)},
+    "narrow": {"bfloat16": (192,)},
 }
-"""What bears on the logits, and the head dims tried with it: the others share their kernels."""
+"""What changes a kernel, and the head dims tried with it: the others share the tiles of these.
+
+"ragged" stands for whatever loads the range of each row: lengths, packed sequences, left padding.
+"sinks" bear on the forward pass alone. "decoding" has one query, "narrow" values of 128 for keys of
+192.
+"""
 
 ROWS = ("lse", "max_logit", "entropy", "concentration", "distance", "prefix_mass")
+GROUP_ROWS = ("lse", "max_logit", "entropy", "concentration", "distance")
 EXPORTS = (
     "block_attribution",
     "row_attribution",
@@ -67,29 +81,35 @@ JOBS = [
 
 
 def options(mask: str, length: int) -> dict[str, Any]:
-    """The mask and what else bears on the logits, for a batch of one and four heads."""
+    """What bears on the logits, for a batch of one and four heads."""
     from lens_kernels.types import AttentionMask
 
     blocks = -(-length // 64)
     bias = torch.zeros(1, 4, length, length)
-    parts: dict[str, dict[str, Any]] = {
-        "causal": {},
-        "window": {"window": 99},
-        "ragged": {"window": 99, "key_lengths": [131]},
-        "sparse": {},
-        "everything": {
-            "window": 99,
-            "key_lengths": [131],
-            "key_padding": torch.ones(1, length, dtype=torch.bool),
-            "alibi_slopes": torch.ones(4),
-            "bias": bias,
-            "allowed": bias == 0,
-        },
+    several = {
+        "window": 99,
+        "key_lengths": [131],
+        "key_padding": torch.ones(1, length, dtype=torch.bool),
+        "alibi_slopes": torch.ones(4),
+        "bias": bias,
+        "allowed": bias == 0,
     }
+    picked = {
+        "window": ("window",),
+        "ragged": ("window", "key_lengths"),
+        "padding": ("key_padding",),
+        "alibi": ("alibi_slopes",),
+        "bias": ("bias",),
+        "allowed": ("allowed",),
+        "everything": tuple(several),
+    }
+    parts = {name: several[name] for name in picked.get(mask, ())}
+    if mask == "prefix":
+        parts["prefix"] = 13
     return {
-        "mask": AttentionMask(causal=True, **parts[mask]),
-        "softcap": 30.0 if mask == "everything" else None,
-        "sink_logits": torch.zeros(4) if mask in ("causal", "everything") else None,
+        "mask": AttentionMask(causal=mask != "none", **parts),
+        "softcap": 30.0 if mask in ("softcap", "everything") else None,
+        "sink_logits": torch.zeros(4) if mask in ("sinks", "everything") else None,
         "block_mask": torch.ones(1, 1, blocks, blocks).bool() if mask == "sparse" else None,
     }
 
@@ -177,6 +197,7 @@ def main(arch: int, names: list[str], listing: bool) -> None:
                 num_warps=config.warps,
                 num_stages=config.stages,
                 enable_fp_fusion=True,
+                maxnreg=config.registers,
             )
             ptx = made.asm["ptx"]
             row |= usage(made.asm["cubin"])
@@ -198,22 +219,29 @@ def launches(job: Job) -> Iterator[tuple[str, Any]]:
     """The passes of a job, each with a name for its statistics."""
     from lens_kernels import triton_run
     from lens_kernels.backward import Saved, Upstream
+    from lens_kernels.groups import run_by_group
+    from lens_kernels.problem import BackendResult
     from lens_kernels.validation import make_problem
 
-    length = 256 if job.mask == "causal" else 251  # the compiler knows whether 16 divides it
+    keys = (
+        256 if job.mask in ("causal", "sinks") else 251
+    )  # the compiler knows whether 16 divides it
+    queries = 1 if job.mask == "decoding" else keys
+    value_dim = 128 if job.mask == "narrow" else job.dim
     dtype = getattr(torch, job.dtype)
-    query = torch.zeros(1, 4, length, job.dim, dtype=dtype, requires_grad=True)
-    key, value = torch.zeros(2, 1, 2, length, job.dim, dtype=dtype)
-    lse = torch.zeros(1, 4, length)
-    labels = torch.zeros(length, dtype=torch.int64)
+    query = torch.zeros(1, 4, queries, job.dim, dtype=dtype, requires_grad=True)
+    key = torch.zeros(1, 2, keys, job.dim, dtype=dtype)
+    value = torch.zeros(1, 2, keys, value_dim, dtype=dtype)
+    lse = torch.zeros(1, 4, queries)
+    row_labels, labels = torch.zeros(queries, dtype=torch.int64), torch.zeros(keys).long()
     extras = {
-        "match": [(labels, labels)] * 2,
+        "match": [(row_labels, labels)] * 2,
         "grid": (4, 8, 2),
-        "key_weights": torch.ones(1, 2, length),
+        "key_weights": torch.ones(1, 2, keys),
     }
 
     def problem(statistics, **more):
-        known = options(job.mask, length)
+        known = options(job.mask, keys)
         return make_problem(query, key, value, statistics=statistics, **known, **more)
 
     def backward(statistics):
@@ -222,15 +250,26 @@ def launches(job: Job) -> Iterator[tuple[str, Any]]:
             lse,
             None,
             frozenset({"query", "key", "value"}),
-            torch.zeros_like(query),
+            torch.zeros(1, 4, queries, value_dim, dtype=dtype),
         )
-        triton_run.run_gradients(saved, Upstream(torch.zeros_like(query)))
+        triton_run.run_gradients(saved, Upstream(torch.zeros_like(saved.output)))
 
+    def state(part):
+        return BackendResult(*triton_run.run_rows(part, part.compute_dtype))
+
+    if job.mask == "groups":
+        groups = torch.zeros(1, keys, dtype=torch.int64)
+        bare, rows = (problem(names, groups=groups) for names in (("lse",), GROUP_ROWS))
+        yield "lse", lambda: run_by_group(bare, state)
+        yield "rows", lambda: run_by_group(rows, state)
+        return
     with torch.no_grad():
         bare, rows, every = problem(("lse",)), problem(ROWS), problem("all", **extras)
     yield "lse", lambda: triton_run.run_rows(bare, dtype)
     yield "rows", lambda: triton_run.run_rows(rows, dtype)
     yield "all", lambda: triton_run.run_rows(every, dtype)
+    if job.mask == "sinks":
+        return
     yield "all", lambda: triton_run.run_columns(every, lse)
     yield "all", lambda: triton_run.run_diagonals(every, lse)
     yield "none", lambda: backward(("lse",))
