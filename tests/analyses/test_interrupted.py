@@ -69,7 +69,9 @@ def test_a_killed_run_is_partial_and_completed_with_the_same_numbers(
 def test_an_analysis_killed_in_the_middle_of_a_step_ends_with_the_same_numbers(
     spawn_lens, lens_command, tmp_path
 ):
-    heads = "heads --model induction-2l --copied 3 --n 24 --measures ablation/mean,ablation/resample"
+    heads = (
+        "heads --model induction-2l --copied 3 --n 24 --measures ablation/mean,ablation/resample"
+    )
     process = spawn_lens(*heads.split(), "--out", tmp_path / "killed")
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob("killed/*/work/*.npz")):

@@ -3,6 +3,7 @@
 import threading
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from lens.runs import open_run
@@ -30,14 +31,8 @@ def run(runs):
 @pytest.fixture(scope="session")
 def heads_run(tmp_path_factory):
     """A real run of `lens heads` on the model whose induction heads are redundant."""
-    from lens_analyses.cli import main
-
-    folder = tmp_path_factory.mktemp("heads")
     command = "heads --model induction-2l --copied 2 --n 4 --measures ablation/mean,gradient"
-    with pytest.raises(SystemExit) as ended:
-        main([*command.split(), "--out", str(folder), "--quiet"])
-    assert ended.value.code == 0
-    return open_run(next(path.parent for path in folder.glob("*/run.json")))
+    return _run_of(tmp_path_factory, "heads", command)
 
 
 @pytest.fixture(scope="session")
@@ -82,3 +77,79 @@ def page(browser, address):
     yield tab
     context.close()
     assert problems == []
+
+
+def _run_of(tmp_path_factory, name, command, steps=()):
+    """A real run of a command, in a folder of its own; of its analyses only `steps` if given."""
+    from lens_analyses.cli import main
+    from lens_analyses.steps import STEPS
+
+    folder, what = tmp_path_factory.mktemp(name), command.split()[0]
+    with pytest.MonkeyPatch.context() as patch:
+        if steps:
+            patch.setitem(STEPS, what, tuple(step for step in STEPS[what] if step.name in steps))
+        with pytest.raises(SystemExit) as ended:
+            main([*command.split(), "--out", str(folder), "--quiet"])
+    assert ended.value.code == 0
+    return open_run(next(path.parent for path in folder.glob("*/run.json")))
+
+
+@pytest.fixture(scope="session")
+def circuit_run(tmp_path_factory):
+    """A real run of `lens circuit`."""
+    return _run_of(tmp_path_factory, "circuit", "circuit --model induction-2l --copied 2 --n 8")
+
+
+_TEXT = "--text-name moby-dick --tokens 64 --windows 4 --n 4 --set analysis.length=64"
+_ON_TEXT = f"--model text-lm-3l {_TEXT} --set prompts.copied=0"
+
+
+@pytest.fixture(scope="session")
+def sinks_run(tmp_path_factory):
+    """A real run of `lens sinks` on the model whose sink does not matter."""
+    command = f"sinks {_ON_TEXT} --edits mask --amounts 0,1"
+    return _run_of(tmp_path_factory, "sinks", command, ("detection", "mechanism", "effects"))
+
+
+@pytest.fixture(scope="session")
+def redistribute_run(tmp_path_factory):
+    """A real run of `lens redistribute`."""
+    command = f"redistribute {_ON_TEXT} --task text --amounts 0,0.5,1"
+    return _run_of(tmp_path_factory, "moved", command, ("dose",))
+
+
+@pytest.fixture(scope="session")
+def big_run(tmp_path_factory, run):
+    """A run as large as one of 32 layers of 32 heads: the heads of the real run over and over."""
+    from lens.run_writer import RunWriter
+    from lens.trace import AttentionTrace
+
+    layers, heads = run.meta["model"]["layers"], run.meta["model"]["heads"]
+    kept = ("command", "prompts", "versions", "block_size", "bos", "device", "backend")
+    meta = {name: run.meta[name] for name in kept} | {
+        "title": "1,024 heads",
+        "what": "profile",
+        "model": {"name": "repeated", "layers": 32, "heads": 32},
+    }
+    writer = RunWriter.start(tmp_path_factory.mktemp("big"), {"size": 32}, meta)
+    writer.table("prompts", run.prompts)
+    parts = [
+        run.heads[
+            (run.heads["layer"] == layer % layers) & (run.heads["head"] == head % heads)
+        ].assign(layer=layer, head=head)
+        for layer in range(32)
+        for head in range(32)
+    ]
+    writer.table("heads", pd.concat(parts, ignore_index=True))
+    real = run.trace("p000")
+    data = real.dataset.isel(layer=[layer % layers for layer in range(32)])
+    for dim in {"head", "kv_head"} & set(data.dims):
+        data = data.isel({dim: [head % data.sizes[dim] for head in range(32)]})
+        data = data.assign_coords({dim: range(32)})
+    by_layer = {
+        name: [real.attrs[name][layer % layers] for layer in range(32)]
+        for name in ("windows", "scale")
+    }
+    data = data.assign_coords(layer=range(32)).assign_attrs(by_layer)
+    AttentionTrace(data).save(writer.path / "trace" / "p000")
+    return writer.finish()

@@ -517,6 +517,8 @@
     const all = view.q0 === 0 && view.k0 === 0 && view.q1 === length && view.k1 === length;
     if (!all) for (const name of ["q0", "q1", "k0", "k1"]) search.set(name, view[name]);
     if (query !== null && query !== undefined) search.set("query", query);
+    const pin = new URLSearchParams(window.location.search).get("pin");
+    if (pin) search.set("pin", pin);
     window.history.replaceState(window.history.state, "", `${window.location.pathname}?${search}`);
   }
 

@@ -216,7 +216,7 @@ def _steps(run: Run, view: Selection, prompt: str, layers: int, heads: int) -> h
     pinned = view.option("pin") == here
     links.append(
         dcc.Link(
-            "unpin" if pinned else "pin this head",
+            "unpin this head" if pinned else "pin this head",
             href=replace(view, prompt=prompt).where(pin="" if pinned else here).url(),
             id="pin",
         )
