@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         control_prompts,
         emergence,
     )
+    from lens.sinks.gated_outputs import output_gates
     from lens.sinks.gates import EffectiveGates, effective_gate
     from lens.sinks.geometry import SinkMechanism, mechanism
     from lens.sinks.head_edits import HeadActivity, activity, head_effect
@@ -77,6 +78,7 @@ __all__ = [
     "massive",
     "massive_effect",
     "mechanism",
+    "output_gates",
     "persistent_memory",
     "profile",
     "rate",
@@ -115,6 +117,7 @@ _WITH_TORCH = {  # which reading traces does not need
     "persistent_memory": "persistent",
     "HighNormTokens": "norms",
     "high_norm": "norms",
+    "output_gates": "gated_outputs",
     "register_neurons": "norms",
     "ScopedEffects": "scopes",
     "by_bos": "scopes",

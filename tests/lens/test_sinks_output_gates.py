@@ -1,0 +1,74 @@
+"""Gates behind the attention: those of a model's own forward, and none where there are none."""
+
+import pytest
+import torch
+import transformers
+
+import lens
+from lens.errors import LensError
+from lens.sinks import output_gates
+from tests.lens.architectures import TEXT, build
+
+IDS = [[1, 5, 9, 33, 8, 61, 12], [1, 44, 3, 3, 7]]
+
+
+@pytest.fixture(scope="module")
+def gated():
+    torch.manual_seed(3)
+    small = {name: size for name, size in TEXT.items() if name != "intermediate_size"}
+    config = transformers.AfmoeConfig(
+        **small,
+        intermediate_size=56,
+        moe_intermediate_size=16,
+        num_experts=2,
+        num_experts_per_tok=1,
+        num_dense_layers=3,
+        layer_types=["full_attention"] * 3,
+    )
+    network = transformers.AfmoeForCausalLM(config).eval()
+    with torch.no_grad():
+        for layer in network.model.layers:
+            layer.self_attn.gate_proj.weight.mul_(30)  # gates that differ
+    return network
+
+
+def test_the_gate_is_that_of_the_models_own_forward(gated):
+    table = output_gates(lens.load(gated), IDS).table()
+    expected = []
+    for ids in IDS:
+        gates: list[torch.Tensor] = []
+        entered: list[torch.Tensor] = []
+        handles = []
+        for layer in gated.model.layers:
+            part = layer.self_attn
+            handles.append(
+                part.gate_proj.register_forward_hook(lambda m, i, o, gates=gates: gates.append(o))
+            )
+            handles.append(
+                part.o_proj.register_forward_pre_hook(
+                    lambda m, i, entered=entered: entered.append(i[0])
+                )
+            )
+        with torch.no_grad():
+            gated(torch.tensor([ids]))
+        for handle in handles:
+            handle.remove()
+        rows = []
+        for raw, product in zip(gates, entered, strict=True):
+            gate = raw.double().sigmoid().reshape(len(ids), 6, 8)
+            output = product.double().reshape(len(ids), 6, 8) / gate
+            weights = output**2 / (output**2).sum(-1, keepdim=True)
+            rows.append((weights * gate).sum(-1).mean(0))
+        expected.append(torch.stack(rows))
+    mean = torch.stack(expected).mean(0)
+    found = torch.tensor(table["gate"].to_numpy()).reshape(3, 6)
+    torch.testing.assert_close(found, mean, rtol=1e-4, atol=1e-5)
+    assert found.std() > 0.02
+    assert set(table["mechanism"]) == {"output"}
+
+
+def test_a_model_without_gates_is_refused():
+    with pytest.raises(LensError, match="has no output gates"):
+        output_gates(lens.load(build("llama")), IDS)
+    with pytest.raises(LensError, match="has no output gates"):
+        output_gates(lens.load(build("gpt2")), IDS)
