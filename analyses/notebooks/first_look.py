@@ -101,6 +101,18 @@ tile = trace.tile(int(by_token["layer"]), int(by_token["head"]), (0, 8), (0, 8))
 print(tile.round(2))
 assert abs(tile.sum(axis=-1) - 1).max() < 1e-5  # the first 8 queries see these 8 keys only
 
+# %% [markdown]
+# The map of the dashboard, here: wheel or `+` and `-` zoom, hover shows the probability, a click on a row
+# draws where it looks. `.to_html("head.html")` writes it as a file of its own, `.widget()` asks this
+# process for every rectangle, exact at any length.
+
+# %%
+from lens_dashboards.notebook import attention_map
+
+shown = attention_map(trace, int(by_token["layer"]), int(by_token["head"]), query=20)
+assert len(shown._repr_html_()) < 200_000
+shown
+
 # %%
 lens.figures.token_strip(trace, int(by_token["layer"]), int(by_token["head"]), query=20)
 
