@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -79,6 +80,11 @@ def run_folder(lens_command, tmp_path_factory) -> Path:
     return Path(answer.json["path"])
 
 
+def _hears_ctrl_c():
+    """A test run that was put in the background ignores Ctrl-C, and so would what it starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.fixture
 def spawn_lens():
     """Start `lens ...` as a process of its own; killed at the end if it still runs."""
@@ -92,6 +98,7 @@ def spawn_lens():
             stderr=subprocess.PIPE,
             text=True,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, folders))},
+            preexec_fn=_hears_ctrl_c,
         )
         started.append(process)
         return process
