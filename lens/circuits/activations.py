@@ -54,13 +54,6 @@ class Activations:
     heads: list[Tensor] = field(default_factory=list)
     mlps: list[Tensor] = field(default_factory=list)
 
-    def subtract_(self, other: Activations) -> Activations:
-        """The same difference in the memory of this one, which it returns."""
-        self.input.sub_(other.input)
-        for mine, its in zip((*self.heads, *self.mlps), (*other.heads, *other.mlps), strict=True):
-            mine.sub_(its)
-        return self
-
     def minus(self, other: Activations) -> Activations:
         """Writer by writer the difference."""
         return Activations(

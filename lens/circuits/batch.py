@@ -11,7 +11,7 @@ from lens.circuits.activations import Activations
 from lens.circuits.nodes import Nodes
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class Batch:
     """Some prompts of a task, as every method gets them.
 
@@ -36,9 +36,3 @@ class Batch:
         """Where gradients are taken, from the reference (0) to the clean run (1)."""
         shift = 0.5 if self.rule == "midpoint" else 0.0
         return [(step + shift) / self.steps for step in range(self.steps)]
-
-    def spend(self) -> Activations:
-        """`clean - reference` in the memory of `clean`; both are gone afterwards."""
-        difference = self.clean.subtract_(self.reference)
-        del self.clean, self.reference
-        return difference

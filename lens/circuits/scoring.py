@@ -186,9 +186,8 @@ def exact(batch: Batch) -> np.ndarray:
 
 def eap(batch: Batch) -> np.ndarray:
     """Gradient at the clean prompts: [rows, edges]."""
-    differences = batch.spend()
     at = slopes(batch.nodes, batch.ids, batch.measure, refuse_flat=True)
-    return edge_products(batch.nodes, at, differences)
+    return edge_products(batch.nodes, at, batch.clean.minus(batch.reference))
 
 
 def clean_corrupted(batch: Batch) -> np.ndarray:
