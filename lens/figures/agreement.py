@@ -9,6 +9,7 @@ import plotly.graph_objects as go
 
 from lens.errors import LensError
 from lens.figures.colors import DIVERGING, LINE, scale
+from lens.figures.rows import whiskers
 from lens.figures.style import Theme, escaped, style
 
 if TYPE_CHECKING:
@@ -130,11 +131,4 @@ def measure_scatter(
 def _bars(joined: pd.DataFrame, name: str) -> dict[str, object] | None:
     if f"{name} low" not in joined or f"{name} high" not in joined:
         return None
-    return {
-        "type": "data",
-        "symmetric": False,
-        "array": (joined[f"{name} high"] - joined[name]).to_numpy(),
-        "arrayminus": (joined[name] - joined[f"{name} low"]).to_numpy(),
-        "thickness": 1,
-        "width": 0,
-    }
+    return whiskers(joined[name], joined[f"{name} low"], joined[f"{name} high"])

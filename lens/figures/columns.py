@@ -13,6 +13,7 @@ import plotly.graph_objects as go
 
 from lens.errors import LensError
 from lens.figures.colors import ACCENT, DIVERGING, VIRIDIS, scale
+from lens.figures.rows import head_names
 from lens.figures.style import Theme, escaped, style
 
 _CLASSES = ("#1f5a96", "#c2410c", "#17663a", "#8a5300", "#7a3e9d", "#5c6773")
@@ -49,7 +50,7 @@ def column_scatter(
     rows = table[table[[x, y]].notna().all(axis=1).to_numpy()]
     if rows.empty:
         raise LensError(f"no head has both {x!r} and {y!r}")
-    names = _names(rows)
+    names = head_names(rows["layer"], rows["number"])
     figure = go.Figure()
     shade = rows[shade_name]
     common: dict[str, Any] = {"mode": "markers", "hovertemplate": _HOVER}
@@ -76,7 +77,7 @@ def column_scatter(
             figure.add_scatter(
                 x=part[x],
                 y=part[y],
-                text=_names(part),
+                text=head_names(part["layer"], part["number"]),
                 name=escaped(str(name).replace("_", " ")),
                 marker={"size": 9, "color": _CLASSES[number % len(_CLASSES)]},
                 **common,
@@ -87,7 +88,7 @@ def column_scatter(
         figure.add_scatter(
             x=chosen[x],
             y=chosen[y],
-            text=_names(chosen),
+            text=head_names(chosen["layer"], chosen["number"]),
             mode="markers+text",
             textposition="top center",
             name="selected",
@@ -180,10 +181,6 @@ def _check(table: pd.DataFrame, axes: tuple[str, ...], shade: str) -> None:
     for name in axes:
         if not pd.api.types.is_numeric_dtype(table[name]):
             raise LensError(f"column {name!r} holds no numbers, so it cannot be an axis")
-
-
-def _names(table: pd.DataFrame) -> list[str]:
-    return [f"L{layer}H{head}" for layer, head in zip(table["layer"], table["number"], strict=True)]
 
 
 _HOVER = "%{text}: %{x:.4g}, %{y:.4g}<extra></extra>"

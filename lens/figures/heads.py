@@ -11,6 +11,7 @@ import plotly.graph_objects as go
 
 from lens.errors import LensError
 from lens.figures.colors import ACCENT, DIVERGING, LINE, VIRIDIS, scale
+from lens.figures.rows import head_names
 from lens.figures.style import Theme, style
 from lens.metrics import METRICS
 
@@ -159,7 +160,7 @@ def head_scatter(
             x=heads[x],
             y=heads[y],
             mode="markers",
-            text=_names(heads),
+            text=head_names(heads["layer"], heads["head"]),
             marker={
                 "size": 9,
                 "color": shade,
@@ -189,10 +190,6 @@ def head_scatter(
     )
 
 
-def _names(heads: pd.DataFrame) -> list[str]:
-    return [f"L{layer}H{head}" for layer, head in zip(heads["layer"], heads["head"], strict=True)]
-
-
 def metric_by_layer(
     table: pd.DataFrame,
     metric: str,
@@ -216,7 +213,7 @@ def metric_by_layer(
                 y=rows["value"],
                 mode="markers",
                 name="head",
-                text=_names(rows),
+                text=head_names(rows["layer"], rows["head"]),
                 marker={"color": LINE, "size": 6, "opacity": 0.55},
                 hovertemplate="%{text}: %{y:.4g}<extra></extra>",
             ),

@@ -11,6 +11,7 @@ from plotly.subplots import make_subplots
 
 from lens.errors import LensError
 from lens.figures.colors import ACCENT, BASELINE, DIVERGING, GRID, INK, LINE, VIRIDIS, scale
+from lens.figures.rows import whiskers
 from lens.figures.style import Theme, escaped, style
 
 if TYPE_CHECKING:
@@ -296,7 +297,7 @@ def side_effect_line(
         go.Scatter(
             x=table["amount"],
             y=table[measure],
-            error_y=_whiskers(table, measure),
+            error_y=whiskers(table[measure], table[f"{measure}_low"], table[f"{measure}_high"]),
             mode="lines+markers",
             line={"color": ACCENT},
         )
@@ -331,7 +332,7 @@ def knock_out_bars(
         go.Bar(
             x=table["condition"],
             y=table[measure],
-            error_y=_whiskers(table, measure),
+            error_y=whiskers(table[measure], table[f"{measure}_low"], table[f"{measure}_high"]),
             marker={"color": [ACCENT, *[BASELINE] * (len(table) - 1)]},
             customdata=table[["keys", "mass"]],
             hovertemplate=(
@@ -343,15 +344,6 @@ def knock_out_bars(
     figure.update_yaxes(title=_MEASURES[measure])
     text = f"Edges from text to image tokens hidden (n = {table['n'].iloc[0]})"
     return style(figure, title=title or text, width=width, height=height, theme=theme)
-
-
-def _whiskers(table: pd.DataFrame, measure: str) -> dict[str, Any]:
-    return {
-        "type": "data",
-        "symmetric": False,
-        "array": (table[f"{measure}_high"] - table[measure]).fillna(0),
-        "arrayminus": (table[measure] - table[f"{measure}_low"]).fillna(0),
-    }
 
 
 def dose_lines(
@@ -382,7 +374,7 @@ def dose_lines(
         figure.add_scatter(
             x=table["amount"],
             y=table[name],
-            error_y=_whiskers(table, name),
+            error_y=whiskers(table[name], table[f"{name}_low"], table[f"{name}_high"]),
             mode="lines+markers",
             line={"color": color},
             showlegend=False,

@@ -11,6 +11,7 @@ from plotly.subplots import make_subplots
 
 from lens.errors import LensError
 from lens.figures.colors import ACCENT, BASELINE, DIVERGING, LINE, VIRIDIS, scale
+from lens.figures.rows import whiskers
 from lens.figures.style import Theme, escaped, style
 
 if TYPE_CHECKING:
@@ -49,12 +50,7 @@ def effect_points(
         go.Scatter(
             x=rows[measure],
             y=rows["condition"],
-            error_x={
-                "type": "data",
-                "symmetric": False,
-                "array": (rows[f"{measure}_high"] - rows[measure]).fillna(0),
-                "arrayminus": (rows[measure] - rows[f"{measure}_low"]).fillna(0),
-            },
+            error_x=whiskers(rows[measure], rows[f"{measure}_low"], rows[f"{measure}_high"]),
             mode="markers",
             marker={"color": ACCENT, "size": 9},
             customdata=rows["mass"],
@@ -140,19 +136,10 @@ def dose_curves(
     ):
         if rows[measure].isna().all():
             continue
-        above, below = (
-            rows[f"{measure}_high"] - rows[measure],
-            rows[measure] - rows[f"{measure}_low"],
-        )
         figure.add_scatter(
             x=rows["amount"],
             y=rows[measure],
-            error_y={
-                "type": "data",
-                "symmetric": False,
-                "array": above.fillna(0),
-                "arrayminus": below.fillna(0),
-            },
+            error_y=whiskers(rows[measure], rows[f"{measure}_low"], rows[f"{measure}_high"]),
             mode="lines+markers",
             line={"color": color},
             name=str(condition),
@@ -189,12 +176,7 @@ def streaming_curves(
         figure.add_scatter(
             x=rows["n_sink"],
             y=rows["delta_loss"],
-            error_y={
-                "type": "data",
-                "symmetric": False,
-                "array": (rows["delta_loss_high"] - rows["delta_loss"]).fillna(0),
-                "arrayminus": (rows["delta_loss"] - rows["delta_loss_low"]).fillna(0),
-            },
+            error_y=whiskers(rows["delta_loss"], rows["delta_loss_low"], rows["delta_loss_high"]),
             mode="lines+markers",
             line={"color": _CONDITIONS[number % len(_CONDITIONS)]},
             name=f"window {window}",
@@ -223,12 +205,7 @@ def emergence_curves(
         figure.add_scatter(
             x=some["layer"],
             y=some["rate"],
-            error_y={
-                "type": "data",
-                "symmetric": False,
-                "array": (some["high"] - some["rate"]).fillna(0),
-                "arrayminus": (some["rate"] - some["low"]).fillna(0),
-            },
+            error_y=whiskers(some["rate"], some["low"], some["high"]),
             mode="lines+markers",
             line={"color": _CONDITIONS[number % len(_CONDITIONS)]},
             name=str(condition),

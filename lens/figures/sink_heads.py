@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pandas as pd
 import plotly.graph_objects as go
 
 from lens.errors import LensError
 from lens.figures.colors import ACCENT, BASELINE, LINE
+from lens.figures.rows import head_names, whiskers
 from lens.figures.style import Theme, escaped, style
 
 _COLORS = (ACCENT, LINE, "#22a884", "#8250df", BASELINE)
@@ -36,7 +35,7 @@ def scope_points(
                 f"{scope} ({reach})"
                 for scope, reach in zip(rows["scope"], rows["reach"], strict=True)
             ],
-            error_x=_whiskers(rows, "delta_loss", "delta_loss_low", "delta_loss_high"),
+            error_x=whiskers(rows["delta_loss"], rows["delta_loss_low"], rows["delta_loss_high"]),
             mode="markers",
             marker={"color": _COLORS[number % len(_COLORS)], "size": 9},
             name=str(condition),
@@ -75,11 +74,11 @@ def activity_points(
         figure.add_scatter(
             x=rows["activity"],
             y=rows["off"],
-            error_y=_whiskers(rows, "off", "off_low", "off_high"),
+            error_y=whiskers(rows["off"], rows["off_low"], rows["off_high"]),
             mode="markers",
             marker={"color": _COLORS[number % len(_COLORS)], "size": 9},
             name=escaped(str(domain)),
-            text=_names(rows),
+            text=head_names(rows["layer"], rows["head"]),
             hovertemplate="%{text}: activity %{x:.2f}, off %{y:.4f}",
         )
     figure.add_hline(y=0, line={"color": BASELINE, "dash": "dot"})
@@ -110,7 +109,7 @@ def gate_points(
             mode="markers",
             marker={"color": _COLORS[number % len(_COLORS)], "size": 7, "opacity": 0.7},
             name=str(mechanism),
-            text=_names(rows),
+            text=head_names(rows["layer"], rows["head"]),
             hovertemplate="%{text}: gate %{y:.3f}",
         )
     figure.update_xaxes(title="Layer")
@@ -137,7 +136,7 @@ def band_points(
         go.Scatter(
             x=table["band"],
             y=table["delta_loss"],
-            error_y=_whiskers(table, "delta_loss", "low", "high"),
+            error_y=whiskers(table["delta_loss"], table["low"], table["high"]),
             mode="lines+markers",
             line={"color": ACCENT},
             hovertemplate="band %{x}: %{y:.4f}<extra></extra>",
@@ -148,16 +147,3 @@ def band_points(
     first = table.iloc[0]
     text = f"What each band of the last stream is worth (BOS {first['bos']}, n = {first['n']})"
     return style(figure, title=title or text, width=width, height=height, theme=theme)
-
-
-def _names(rows: pd.DataFrame) -> list[str]:
-    return [f"L{layer}H{head}" for layer, head in zip(rows["layer"], rows["head"], strict=True)]
-
-
-def _whiskers(rows: pd.DataFrame, value: str, low: str, high: str) -> dict[str, Any]:
-    return {
-        "type": "data",
-        "symmetric": False,
-        "array": (rows[high] - rows[value]).fillna(0),
-        "arrayminus": (rows[value] - rows[low]).fillna(0),
-    }

@@ -6,6 +6,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from lens.figures.colors import BASELINE, VIRIDIS, scale
+from lens.figures.rows import head_names
 from lens.figures.style import Theme, style
 
 
@@ -24,13 +25,12 @@ def mass_and_value(
     Args:
         table: of `SinkMechanism`: `layer`, `head`, `alpha`, `drain`.
     """
-    names = [f"L{layer}H{head}" for layer, head in zip(table["layer"], table["head"], strict=True)]
     figure = go.Figure(
         go.Scatter(
             x=table["alpha"],
             y=table["drain"],
             mode="markers",
-            text=names,
+            text=head_names(table["layer"], table["head"]),
             marker={
                 "color": table["layer"],
                 "colorscale": scale(VIRIDIS),

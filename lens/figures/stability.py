@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import plotly.graph_objects as go
 
 from lens.errors import LensError
+from lens.figures.rows import head_names, whiskers
 from lens.figures.style import Theme, escaped, style
 
 if TYPE_CHECKING:
@@ -47,21 +48,13 @@ def stability_plot(
         raise LensError(f"no {metric!r} ({variant}) was measured; there are {have}")
     figure = go.Figure()
     for (first, second), part in rows.groupby(["first", "second"], sort=False):
-        names = [f"L{l}H{h}" for l, h in zip(part["layer"], part["head"], strict=True)]
         figure.add_trace(
             go.Scatter(
-                x=names,
+                x=head_names(part["layer"], part["head"]),
                 y=part["value"],
                 mode="markers",
                 name=escaped(f"{first} to {second}"),
-                error_y={
-                    "type": "data",
-                    "symmetric": False,
-                    "array": (part["high"] - part["value"]).to_numpy(),
-                    "arrayminus": (part["value"] - part["low"]).to_numpy(),
-                    "thickness": 1,
-                    "width": 0,
-                },
+                error_y=whiskers(part["value"], part["low"], part["high"]),
                 hovertemplate="%{x}: %{y:.3g}<extra></extra>",
             )
         )
