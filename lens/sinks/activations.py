@@ -15,19 +15,11 @@ from lens.captures.inputs import Prompt, read_prompts
 from lens.described import described
 from lens.errors import LensError
 from lens.models.loaded import LoadedModel
-from lens.sinks.causal import scope_of
 from lens.sinks.clean import CleanRuns, clean_runs
 from lens.sinks.edits import WatchedEdit
 from lens.sinks.effects import SinkEffect
-from lens.sinks.losses import (
-    MEASURES,
-    bos_policy,
-    changes,
-    log_probabilities,
-    migration,
-    moved,
-    two_tokens,
-)
+from lens.sinks.losses import bos_policy, log_probabilities, two_tokens
+from lens.sinks.recording import EffectRecorder
 from lens.sinks.stream import changed, stream
 
 if TYPE_CHECKING:
@@ -239,8 +231,7 @@ def massive_effect(
     chosen = torch.ones(model.info.layers, model.info.heads, dtype=torch.bool)
     runs, random = clean_runs(model, clean), np.random.default_rng(seed)
     places = found.rows[["emergence", "position", "dimension", "value"]].to_dict("records")
-    values = {name: {key: [] for key in (*MEASURES, "keys", "mass")} for name in _CONDITIONS}
-    moves, alphas, read = [], [], []
+    recorder = EffectRecorder(_CONDITIONS)
     asked = read_prompts(model, prompts)[0]
     given = _values_to_set(model, asked, found, to)
     for prompt, numbers in zip(asked, given, strict=True):
@@ -249,34 +240,16 @@ def massive_effect(
         mass = before.received[chosen].mean(0).double().numpy() / len(ids)
         source = torch.zeros(len(ids), dtype=torch.bool)
         source[found.positions] = True
-        for condition, kept in values.items():
+        for condition in recorder.conditions:
             shift = int(condition == "position")
             after = WatchedEdit([0], 0.0, "mask", chosen, watch=condition == "sources")
             edited = _with_changes(model, ids, after, places, numbers, condition, random)
-            for name, value in zip(
-                MEASURES, changes(before.log_probabilities, edited, ids), strict=True
-            ):
-                kept[name].append(value)
-            kept["keys"].append(len(places))
-            kept["mass"].append(mass[[place + shift for place in found.positions]].sum())
+            held = mass[[place + shift for place in found.positions]].sum()
+            recorder.add(condition, ids, before, edited, keys=len(places), mass=held)
             if condition == "sources":
-                alphas.append(torch.stack([before.alpha, after.alpha()]).float().numpy())
-                moves.append(moved(before.alpha, after.alpha(), source))
-        read.append(ids)
-    return SinkEffect(
-        values={
-            name: {key: np.array(numbers, dtype=float) for key, numbers in kept.items()}
-            for name, kept in values.items()
-        },
-        migration=migration(moves),
-        alphas=tuple(alphas),
-        edit=f"massive activations := {to}",
-        amount=1.0,
-        scope=scope_of(chosen),
-        tokens=tuple(len(ids) for ids in read),
-        bos=bos_policy(model, read),
-        seed=seed,
-    )
+                recorder.add_migration(ids, before, after.alpha(), source)
+    edit = f"massive activations := {to}"
+    return recorder.result(model, chosen, edit=edit, amount=1.0, seed=seed)
 
 
 def _values_to_set(

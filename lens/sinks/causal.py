@@ -10,7 +10,7 @@ import torch
 
 from lens.captures.inputs import read_prompts
 from lens.errors import LensError
-from lens.head_ids import AnyHead, HeadId
+from lens.head_ids import AnyHead
 from lens.models.loaded import LoadedModel
 from lens.redistribution.editing import selected_heads
 from lens.redistribution.keys import Keys, KeysAt, check_keys, members
@@ -19,15 +19,8 @@ from lens.sinks.clean import CleanRuns, clean_runs
 from lens.sinks.controls import CONTROLS, control_keys
 from lens.sinks.edits import EDITS, WatchedEdit
 from lens.sinks.effects import SinkEffect
-from lens.sinks.losses import (
-    MEASURES,
-    bos_policy,
-    changes,
-    log_probabilities,
-    migration,
-    moved,
-    two_tokens,
-)
+from lens.sinks.losses import log_probabilities, two_tokens
+from lens.sinks.recording import EffectRecorder
 
 
 def effect(
@@ -85,10 +78,7 @@ def effect(
     if not bool(chosen.any()):
         raise LensError("effect edits at least one head; layers and heads are empty")
     runs, random = clean_runs(model, clean), np.random.default_rng(seed)
-    values = {
-        name: {key: [] for key in (*MEASURES, "keys", "mass")} for name in ("sources", *controls)
-    }
-    moves, alphas, read = [], [], []
+    recorder = EffectRecorder(("sources", *controls))
     for prompt in read_prompts(model, prompts)[0]:
         ids = two_tokens(prompt.ids)
         source = members("sources", sources, KeysAt(0, 0, torch.arange(len(ids))[None], None))[0]
@@ -97,48 +87,14 @@ def effect(
         places = source.nonzero()[:, 0].tolist()
         before = runs.of(ids)
         mass = before.received[chosen].mean(0).double().numpy() / len(ids)
-        for condition, found in values.items():
+        for condition in recorder.conditions:
             keys = places
             if condition not in ("sources", "self"):
                 keys = control_keys(condition, source.numpy(), mass, random)
             is_source, spare = condition == "sources", condition == "self"
             after = WatchedEdit(keys, amount, edit, chosen, watch=is_source, spare_own=spare)
             edited = log_probabilities(model, ids, after)
-            for name, value in zip(
-                MEASURES, changes(before.log_probabilities, edited, ids), strict=True
-            ):
-                found[name].append(value)
-            found["keys"].append(len(keys))
-            found["mass"].append(mass[keys].sum())
+            recorder.add(condition, ids, before, edited, keys=len(keys), mass=mass[keys].sum())
             if is_source:
-                alphas.append(torch.stack([before.alpha, after.alpha()]).float().numpy())
-                moves.append(moved(before.alpha, after.alpha(), source))
-        read.append(ids)
-    return SinkEffect(
-        values={
-            name: {key: np.array(numbers, dtype=float) for key, numbers in found.items()}
-            for name, found in values.items()
-        },
-        migration=migration(moves),
-        alphas=tuple(alphas),
-        edit=edit,
-        amount=amount,
-        scope=scope_of(chosen),
-        tokens=tuple(len(ids) for ids in read),
-        bos=bos_policy(model, read),
-        seed=seed,
-    )
-
-
-def scope_of(chosen: torch.Tensor) -> str:
-    """The chosen heads, bool [layers, heads], in words: "all heads", "layers 1 to 2", "L1H0"."""
-    if bool(chosen.all()):
-        return "all heads"
-    whole = chosen.all(1)
-    if bool((whole == chosen.any(1)).all()):
-        layers = whole.nonzero()[:, 0].tolist()
-        if layers == list(range(layers[0], layers[-1] + 1)) and len(layers) > 1:
-            return f"layers {layers[0]} to {layers[-1]}"
-        return f"layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}"
-    names = [str(HeadId(*pair)) for pair in chosen.nonzero().tolist()]
-    return ", ".join(names) if len(names) < 9 else f"{len(names)} heads"
+                recorder.add_migration(ids, before, after.alpha(), source)
+    return recorder.result(model, chosen, edit=edit, amount=amount, seed=seed)

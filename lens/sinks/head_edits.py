@@ -17,19 +17,11 @@ from lens.errors import LensError
 from lens.head_ids import AnyHead, HeadId
 from lens.models.loaded import LoadedModel
 from lens.redistribution.editing import selected_heads
-from lens.sinks.causal import scope_of
 from lens.sinks.clean import CleanRuns, clean_runs
 from lens.sinks.edits import WatchedEdit
 from lens.sinks.effects import SinkEffect
-from lens.sinks.losses import (
-    MEASURES,
-    bos_policy,
-    changes,
-    log_probabilities,
-    migration,
-    moved,
-    two_tokens,
-)
+from lens.sinks.losses import bos_policy, changes, log_probabilities, two_tokens
+from lens.sinks.recording import EffectRecorder
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -79,45 +71,23 @@ def head_effect(
             f"compare with; got {count}"
         )
     runs, random = clean_runs(model, clean), np.random.default_rng(seed)
-    values = {
-        name: {key: [] for key in (*MEASURES, "keys", "mass")}
-        for name in ("sources", "size", "mass")
-    }
-    moves, alphas, read = [], [], []
+    recorder = EffectRecorder(("sources", "size", "mass"))
     for prompt in read_prompts(model, prompts)[0]:
         ids = two_tokens(prompt.ids)
         before = runs.of(ids)
         mass = before.received[..., 0] / len(ids)  # [layers, heads]
         source = torch.arange(len(ids)) == 0
-        for condition, found in values.items():
+        for condition in recorder.conditions:
             selected = _control(condition, chosen, mass, random)
             is_source = condition == "sources"
             after = _edit(to, selected, len(ids), watch=is_source)
             edited = log_probabilities(model, ids, after)
-            for name, value in zip(
-                MEASURES, changes(before.log_probabilities, edited, ids), strict=True
-            ):
-                found[name].append(value)
-            found["keys"].append(count)
-            found["mass"].append(float(mass[selected].mean()))
+            recorder.add(
+                condition, ids, before, edited, keys=count, mass=float(mass[selected].mean())
+            )
             if is_source:
-                alphas.append(torch.stack([before.alpha, after.alpha()]).float().numpy())
-                moves.append(moved(before.alpha, after.alpha(), source))
-        read.append(ids)
-    return SinkEffect(
-        values={
-            name: {key: np.array(numbers, dtype=float) for key, numbers in found.items()}
-            for name, found in values.items()
-        },
-        migration=migration(moves),
-        alphas=tuple(alphas),
-        edit=f"heads {to}",
-        amount=1.0,
-        scope=scope_of(chosen),
-        tokens=tuple(len(ids) for ids in read),
-        bos=bos_policy(model, read),
-        seed=seed,
-    )
+                recorder.add_migration(ids, before, after.alpha(), source)
+    return recorder.result(model, chosen, edit=f"heads {to}", amount=1.0, seed=seed)
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,8 +10,8 @@ import lens
 from lens.captures.layer import LayerCall
 from lens.captures.masks import MaskStructure
 from lens.errors import LensError
-from lens.sinks.causal import scope_of
 from lens.sinks.edits import EDITS, WatchedEdit
+from lens.sinks.recording import scope_of
 from tests.lens.architectures import build
 from tests.lens.naive import rms_ratio
 
