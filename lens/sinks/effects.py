@@ -10,7 +10,7 @@ import pandas as pd
 
 from lens.bootstrap import over_units
 from lens.described import described
-from lens.sinks.losses import MEASURES
+from lens.redistribution.effects import MEASURES
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go

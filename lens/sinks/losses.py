@@ -11,8 +11,7 @@ import torch
 from lens.captures.recorder import Recorder, recording
 from lens.errors import LensError
 from lens.models.loaded import LoadedModel
-
-MEASURES = ("delta_loss", "kl", "flip_rate")
+from lens.redistribution.effects import changes_of
 
 
 def two_tokens(ids: list[int] | None) -> list[int]:
@@ -43,12 +42,8 @@ def log_probabilities(model: LoadedModel, ids: list[int], recorder: Recorder) ->
 
 
 def changes(base: torch.Tensor, edited: torch.Tensor, ids: list[int]) -> tuple[float, float, float]:
-    """Means over positions of the loss difference, KL(base || edited) and changed top tokens."""
-    target = torch.tensor(ids[1:], device=base.device)[:, None]
-    delta = (base - edited).gather(1, target).mean()
-    kl = (base.exp() * (base - edited)).sum(-1).mean()
-    flips = (base.argmax(-1) != edited.argmax(-1)).float().mean()
-    return float(delta), float(kl), float(flips)
+    """`changes_of` over every next token of a prompt."""
+    return changes_of(base, edited, torch.tensor(ids[1:], device=base.device))
 
 
 def moved(before: torch.Tensor, after: torch.Tensor, source: torch.Tensor) -> np.ndarray:

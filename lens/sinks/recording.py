@@ -9,9 +9,10 @@ import torch
 
 from lens.head_ids import HeadId
 from lens.models.loaded import LoadedModel
+from lens.redistribution.effects import MEASURES
 from lens.sinks.clean import CleanRun
 from lens.sinks.effects import SinkEffect
-from lens.sinks.losses import MEASURES, bos_policy, changes, migration, moved
+from lens.sinks.losses import bos_policy, changes, migration, moved
 
 
 class EffectRecorder:
