@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from lens.heads.redundancy import HeadClusters
     from lens.heads.similarity import HeadSimilarity
 
+MOST_HEADS, MOST_WITH_INTERVALS = 512, 256
+"""A figure stays below 2 MB: of more heads those with the closest partner are drawn."""
 _LABEL = {
     "js": "JS divergence (nats)",
     "log_odds": "cosine of log-odds",
@@ -32,37 +34,35 @@ def similarity_map(
 ) -> go.Figure:
     """Heads × heads; in the order of the clusters with their edges drawn, if clusters are given.
 
-    A divergence is dark where heads are alike; a cosine is red where they are.
+    A divergence is dark where heads are alike; a cosine is red where they are. Of more than 512 heads
+    the 512 with the closest partner are drawn, and the title says so.
     """
-    names, values = similarity.names, similarity.values
-    order = np.arange(len(names)) if clusters is None else clusters.order
-    low, high = (end[np.ix_(order, order)] for end in similarity.interval())
-    shown = [names[index] for index in order]
     is_divergence = similarity.by == "js"
+    order = np.arange(len(similarity.names)) if clusters is None else clusters.order
+    order = order[np.isin(order, _closest(similarity))]
+    square = np.ix_(order, order)
+    names = [similarity.names[index] for index in order]
     limits: dict[str, Any] = (
         {"zmin": 0, "zmax": float(np.log(2))}
         if is_divergence
         else {"zmin": -1, "zmid": 0, "zmax": 1}
     )
-    interval = [
-        [
-            "" if np.isnan(a) else f"<br>95 % interval {a:.3g} to {b:.3g}"
-            for a, b in zip(*pair, strict=True)
-        ]
-        for pair in zip(low, high, strict=True)
-    ]
+    hover = "%{y} and %{x}: %{z:.4g}"
+    if similarity.n > 1 and len(order) <= MOST_WITH_INTERVALS:
+        low, high = similarity.interval()
+        limits["customdata"] = np.stack([low[square], high[square]], -1).astype(np.float32)
+        hover += "<br>95 % interval %{customdata[0]:.3g} to %{customdata[1]:.3g}"
     figure = go.Figure(
         go.Heatmap(
-            z=values[np.ix_(order, order)],
-            x=shown,
-            y=shown,
+            z=similarity.values[square].astype(np.float32),
+            x=names,
+            y=names,
             colorscale=scale(VIRIDIS if is_divergence else DIVERGING),
             colorbar={
                 "title": {"text": _LABEL[similarity.by], "side": "right"},
                 "thickness": 12,
             },
-            text=interval,
-            hovertemplate="%{y} and %{x}: %{z:.4g}%{text}<extra></extra>",
+            hovertemplate=hover + "<extra></extra>",
             hoverongaps=False,
             **limits,
         )
@@ -81,7 +81,7 @@ def similarity_map(
     figure.update_yaxes(type="category", autorange="reversed", showgrid=False)
     return style(
         figure,
-        title=title or _finding(similarity),
+        title=title or _finding(similarity) + _left_out(len(order), len(similarity.names)),
         width=width,
         height=height,
         theme=theme,
@@ -103,6 +103,18 @@ def _finding(similarity: HeadSimilarity) -> str:
         f"{_LABEL[similarity.by]}{without}{bound}: closest {nearest['first']} and "
         f"{nearest['second']}, {nearest['value']:.3g}"
     )
+
+
+def _closest(similarity: HeadSimilarity) -> np.ndarray:
+    """The heads that are drawn, by their number."""
+    closeness = similarity.closeness.astype(float)
+    np.fill_diagonal(closeness, np.nan)
+    best = np.nan_to_num(closeness, nan=-np.inf).max(1)
+    return np.argsort(-best, kind="stable")[:MOST_HEADS]
+
+
+def _left_out(drawn: int, heads: int) -> str:
+    return f" (the {drawn} of {heads} heads with the closest partner)" if drawn < heads else ""
 
 
 def _runs(labels: np.ndarray) -> list[tuple[int, int]]:

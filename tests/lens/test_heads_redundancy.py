@@ -191,3 +191,23 @@ def test_what_cannot_be_grouped_is_refused():
     for call, message in cases:
         with pytest.raises(LensError, match=message):
             call()
+
+
+def test_a_map_of_a_thousand_heads_stays_below_two_megabytes_and_keeps_the_closest():
+    rng, heads = np.random.default_rng(0), 1024
+    distances = 0.3 + rng.random((heads, heads)) / 10
+    distances = (distances + distances.T) / 2
+    np.fill_diagonal(distances, 0)
+    distances[1000, 1010] = distances[1010, 1000] = 0.01
+    figure = of_distances(distances).plot()
+    assert len(figure.to_json()) < 2_000_000
+    assert {"L0H1000", "L0H1010"} < set(figure.data[0].x)
+    assert "the 512 of 1024 heads with the closest partner" in figure.layout.title.text
+
+
+def test_the_map_of_as_many_heads_as_have_intervals_stays_below_two_megabytes():
+    rng = np.random.default_rng(0)
+    distances = rng.random((256, 256))
+    figure = of_distances(distances + distances.T, n=3).plot()
+    assert figure.data[0].customdata.shape == (256, 256, 2)
+    assert len(figure.to_json()) < 2_000_000
