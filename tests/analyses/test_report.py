@@ -327,7 +327,17 @@ def test_in_a_browser(browser, run_folder, report):
     assert "Entropy" in page.locator("#grid .gtitle").text_content()
     assert "ln P" in page.locator("#grid-definition").text_content()
 
-    page.get_by_role("button", name="Induction").click()
+    page.locator(".open-map").first.click()
+    zoomable = page.frame_locator("#map-frame")
+    zoomable.locator("#map[data-ready]").wait_for()
+    zoomable.locator(".map-canvas").focus()
+    page.keyboard.press("+")
+    zoomable.locator("#map:not([data-ready^='tokens 0,'])").wait_for()
+    assert re.search(r"Largest: \d", zoomable.locator(".map-summary").inner_text())
+    page.locator("#map-close").click()
+    assert not page.locator("#map-dialog").is_visible()
+
+    page.get_by_role("button", name="Induction", exact=True).click()
     first = page.locator("#heads-table tbody tr").first.locator("th").text_content()
     best = max(
         (

@@ -1,4 +1,7 @@
-"""Small attention maps for the page, as PNG data URIs: no browser and no imaging library needed."""
+"""Attention maps for the page: small pictures as PNG data URIs, each with the map that can be zoomed.
+
+No browser and no imaging library is needed to make them.
+"""
 
 import base64
 import struct
@@ -6,13 +9,14 @@ import zlib
 from dataclasses import dataclass
 
 import numpy as np
+from lens_dashboards.notebook import attention_map
 
 from lens.errors import LensError
 from lens.figures.colors import VIRIDIS
 from lens.runs import Run
 from lens.trace import AttentionTrace
 
-EXACT_TOKENS = 256
+EXACT_TOKENS = 256  # also the most cells a side of the map that can be zoomed
 FLOOR = 1e-3
 
 
@@ -26,6 +30,7 @@ class HeadMap:
         caption: prompt and resolution.
         alt: what is seen, for those who do not see it.
         image: PNG as a data URI.
+        zoomable: the dashboard's map as a page of its own, which needs nothing but itself.
     """
 
     head: str
@@ -33,6 +38,7 @@ class HeadMap:
     caption: str
     alt: str
     image: str
+    zoomable: str
 
 
 _ROLES = {
@@ -78,6 +84,7 @@ def _map(trace: AttentionTrace, prompt_id: str, finding: dict, head: dict) -> He
         caption=f"{prompt_id}, {trace.length:,} tokens, {grain}",
         alt=f"Attention map of head {name} on prompt {prompt_id}: {role} score {head['value']:.2f}",
         image=png(colored(values, hidden)),
+        zoomable=attention_map(trace, layer, index).to_html(cells=EXACT_TOKENS),
     )
 
 

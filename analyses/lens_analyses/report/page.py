@@ -60,7 +60,15 @@ def page(data: dict[str, Any], maps: list[HeadMap], figures: dict[str, dict[str,
         style=Markup(source_of(made, "report.css")),
         script=Markup(source_of(made, "shared.js") + source_of(made, "report.js")),
         plotly=Markup(get_plotlyjs()),
-        payload=Markup(embedded_json({"template": template(), "figures": figures})),
+        payload=Markup(
+            embedded_json(
+                {
+                    "template": template(),
+                    "figures": figures,
+                    "maps": [shown.zoomable for shown in maps],
+                }
+            )
+        ),
     )
 
 

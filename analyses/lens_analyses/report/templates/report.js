@@ -17,4 +17,15 @@
   });
   for (const select of metrics) select.addEventListener("change", showGrid);
   showGrid();
+
+  const dialog = document.getElementById("map-dialog");
+  for (const button of document.querySelectorAll(".open-map")) {
+    button.addEventListener("click", () => {
+      document.getElementById("map-title").textContent = button.closest("figure").querySelector("figcaption").innerText.replace("\n", ", ");
+      document.getElementById("map-frame").srcdoc = lensPage.payload.maps[Number(button.dataset.map)];
+      dialog.showModal();
+    });
+  }
+  document.getElementById("map-close")?.addEventListener("click", () => dialog.close());
+  dialog?.addEventListener("close", () => { document.getElementById("map-frame").srcdoc = ""; });
 })();

@@ -28,5 +28,5 @@ const lensPage = (() => {
       });
     });
   }
-  return { draw };
+  return { draw, payload };
 })();
