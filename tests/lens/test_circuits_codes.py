@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import lens
-from lens.circuits.codes import CodeScores, CodeSettings, codes
+from lens.circuits.codes import CodeScores, CodeSettings, codes, own_codes
 from lens.circuits.known import induction_transformer, tracr
 from lens.circuits.sae import activations, codes_of, train
 from lens.errors import LensError
@@ -70,6 +70,44 @@ def test_codes_are_counted_as_by_hand():
             assert found.per_seed[place, head // 3, head % 3] == wanted
     assert found.held_out == 5
     assert found.values.max() > 0
+
+
+def said(separable, prompts=40, heads=12, kinds=6, width=31, seed=5):
+    """Clean and corrupt [prompts, heads, width]: every head says one of its kinds of thing, some noise
+    on it; the separable ones choose among other kinds on clean prompts than on corrupt ones."""
+    rng = np.random.default_rng(seed)
+    words = torch.from_numpy(rng.normal(size=(heads, kinds, width))).float()
+    both = []
+    for label in range(2):
+        choice = rng.integers(0, kinds, (prompts, heads))
+        half = rng.integers(0, kinds // 2, (prompts, len(separable))) + label * (kinds // 2)
+        choice[:, separable] = half
+        noise = torch.from_numpy(rng.normal(size=(prompts, heads, width))).float()
+        both.append(words[torch.arange(heads), torch.from_numpy(choice)] + 0.05 * noise)
+    return both
+
+
+def test_heads_that_say_other_things_on_clean_prompts_are_found():
+    true = [1, 4, 7]
+    settings = replace(SETTINGS, examples=10, features=60, epochs=200, seeds=tuple(range(4)))
+    counts = own_codes(*said(true), settings)
+    scores = CodeScores(counts.reshape(4, 3, 4), 35, settings, "planted", "planted")
+    names = ["L0H1", "L1H0", "L1H3"]
+    assert scores.auroc(names) == 1.0
+    assert (scores.auroc_per_seed(names) > 0.9).all()
+
+
+def test_permuted_labels_find_nothing():
+    true, names = [1, 4, 7], ["L0H1", "L1H0", "L1H3"]
+    settings = replace(SETTINGS, examples=10, features=60, epochs=100, seeds=tuple(range(10)))
+    stacked = torch.cat(said(true))
+    order = torch.from_numpy(np.random.default_rng(0).permutation(80))
+    counts = own_codes(*stacked[order].split(40), settings)
+    scores = CodeScores(counts.reshape(10, 3, 4), 35, settings, "permuted", "planted")
+    areas = scores.auroc_per_seed(names)
+    error = areas.std(ddof=1) / np.sqrt(len(areas))
+    assert abs(areas.mean() - 0.5) < 3 * error
+    assert areas.mean() < 0.75
 
 
 def test_auroc_counts_ties_as_half():
