@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+import lens
 from lens.circuits.hard_concrete import draw_gates, learn_masks
 from lens.circuits.known import induction_transformer
 from lens.circuits.recovery import recovery
@@ -62,6 +63,19 @@ def test_nodes(known):
     kept = scores.values[scores.graph.find(["a0.h0->a1.h0<k>", "a0.h1->a1.h0<k>"])]
     expected = found.table().set_index("gate").probability[["a0.h0", "a0.h1"]]
     np.testing.assert_allclose(kept, expected)
+
+
+def test_edge_pruning_finds_the_induction_circuit_of_a_trained_model():
+    """On prompts that it was not trained on, against random circuits of equal size."""
+    model = lens.load("induction-2l")
+    task, fresh = (lens.tasks.induction(model, 16, length=12, seed=seed) for seed in (0, 1))
+    found = learn_masks(model, task, sparsity=0.9, steps=100)
+    edges = found.circuit().edges
+    assert len(edges) < 0.12 * found.graph.n
+    assert {"input->a0.h1<v>", "a0.h1->a1.h0<k>", "a1.h0->logits"} <= set(edges)
+    result = lens.circuits.evaluate(model, fresh, found.scores(), random=5)
+    assert result.cpr > result.random_cpr.max() + 0.3
+    assert result.cmd < result.random_cmd.min() - 0.3
 
 
 def test_the_seed_decides():
