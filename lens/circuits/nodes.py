@@ -196,9 +196,9 @@ def _three(joint: Tensor, heads: int, by_head: bool) -> list[Tensor]:
 
 
 def _by_reader(weight: Tensor, stored: int, wanted: int) -> Tensor:
-    """[wanted, in, head_dim] of [in, stored * head_dim]."""
+    """[wanted, in, head_dim] of [in, stored * head_dim]; a view where no group is opened."""
     found = weight.unflatten(-1, (stored, -1)).movedim(-2, 0)
-    return found.repeat_interleave(wanted // stored, 0)
+    return found if wanted == stored else found.repeat_interleave(wanted // stored, 0)
 
 
 class Visitor:
