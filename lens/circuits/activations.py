@@ -70,6 +70,14 @@ class Activations:
             [part * factor for part in self.mlps],
         )
 
+    def rows(self, rows: slice) -> Activations:
+        """Those of some rows, a view."""
+        return Activations(
+            self.input[rows],
+            [part[rows] for part in self.heads],
+            [part[rows] for part in self.mlps],
+        )
+
     def numbers(self) -> int:
         """How many numbers are kept."""
         return sum(part.numel() for part in (self.input, *self.heads, *self.mlps))

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from lens.captures.layer import LayerCall, attend, kernel_options
 from lens.circuits.activations import Activations, PlainVisitor
-from lens.circuits.attribution import Slopes, edge_products, slopes, written
+from lens.circuits.attribution import edge_products, head_slopes, written
 from lens.circuits.batch import Batch
 from lens.circuits.nodes import Nodes, visit
 from lens.errors import LensError
@@ -39,14 +39,12 @@ _COPIES = 64  # rows of one forward pass
 
 def atp_star(batch: Batch) -> np.ndarray:
     """Key positions one at a time: [rows, edges]."""
-    at = slopes(batch.nodes, batch.ids, batch.measure, refuse_flat=True)
-    return _scores(batch, at, together=False)
+    return _scores(batch, together=False)
 
 
 def atp_star_together(batch: Batch) -> np.ndarray:
     """Key positions all at once: [rows, edges]."""
-    at = slopes(batch.nodes, batch.ids, batch.measure, refuse_flat=True)
-    return _scores(batch, at, together=True)
+    return _scores(batch, together=True)
 
 
 def atp_star_grad_drop(batch: Batch) -> np.ndarray:
@@ -60,8 +58,7 @@ def atp_star_grad_drop(batch: Batch) -> np.ndarray:
         raise LensError("GradDrop blocks one layer at a time and needs another; this model has one")
     found = 0
     for layer in range(layers):
-        at = slopes(batch.nodes, batch.ids, batch.measure, blocked=layer, refuse_flat=True)
-        found = found + np.abs(_scores(batch, at, together=False)) / (layers - 1)
+        found = found + np.abs(_scores(batch, together=False, blocked=layer)) / (layers - 1)
     return np.asarray(found)
 
 
@@ -69,10 +66,10 @@ class _Patching(PlainVisitor):
     """One copy of the rows per writer; every layer reads the clean stream with that writer replaced."""
 
     def __init__(
-        self, nodes: Nodes, slopes: Slopes, differences: Activations, writers: list[int]
+        self, nodes: Nodes, residuals: list[Tensor], differences: Activations, writers: list[int]
     ) -> None:
         super().__init__(nodes)
-        self._slopes, self._differences, self._writers = slopes, differences, writers
+        self._residuals, self._differences, self._writers = residuals, differences, writers
         self._added = torch.empty(0)  # [writers, rows, tokens, d_model], 0 for writers to come
         self.calls: list[LayerCall] = []
 
@@ -88,8 +85,7 @@ class _Patching(PlainVisitor):
         return hidden
 
     def project(self, layer: int, residual: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        clean, _ = self._slopes.attention[layer]
-        made = super().project(layer, (clean + self._added).flatten(0, 1))
+        made = super().project(layer, (self._residuals[layer] + self._added).flatten(0, 1))
         self._add(
             self.nodes.graph.heads_of(layer).start, written(self.nodes, self._differences, layer)
         )
@@ -99,18 +95,20 @@ class _Patching(PlainVisitor):
         self.calls.append(call)
 
 
-def _scores(batch: Batch, at: Slopes, *, together: bool) -> np.ndarray:
-    """[rows, edges] from the gradients: benefit lost by each edge."""
+def _scores(batch: Batch, *, together: bool, blocked: int | None = None) -> np.ndarray:
+    """[rows, edges]: benefit lost by each edge."""
     nodes, graph = batch.nodes, batch.nodes.graph
-    differences = batch.clean.minus(batch.reference)
     found = np.zeros((len(batch.ids), *graph.allowed.shape))
-    found[:, graph.allowed] = edge_products(nodes, at, differences)
-    change = differences.times(-1)  # reference - clean
+    found[:, graph.allowed] = edge_products(
+        nodes, batch.ids, batch.measure, batch.differences, blocked=blocked, refuse_flat=True
+    )
+    at = head_slopes(nodes, batch.ids, batch.measure, blocked=blocked)
+    change = batch.differences.times(-1)  # reference - clean
     last = graph.heads_of(graph.layers - 1).start  # writers before the last attention
     at_once = max(1, _COPIES // len(batch.ids))
     for start in range(0, last, at_once):
         writers = list(range(start, min(start + at_once, last)))
-        patching = _Patching(nodes, at, change, writers)
+        patching = _Patching(nodes, at.residuals, change, writers)
         with torch.no_grad():
             visit(nodes, batch.ids.repeat(len(writers), 1), patching)
             for layer, call in enumerate(patching.calls):

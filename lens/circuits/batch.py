@@ -19,15 +19,16 @@ class Batch:
         nodes: of the model.
         ids: [rows, tokens], clean.
         measure: logits [rows, tokens, vocab] -> [rows], larger is better.
-        clean, reference: outputs of all writers.
+        reference: outputs of all writers that are put in place of the clean ones.
+        differences: clean - reference.
         steps, rule: of integrated gradients.
     """
 
     nodes: Nodes
     ids: Tensor
     measure: Callable[[Tensor], Tensor]
-    clean: Activations
     reference: Activations
+    differences: Activations
     steps: int
     rule: str
 

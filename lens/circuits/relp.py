@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from lens.circuits.attribution import edge_products, slopes
+from lens.circuits.attribution import edge_products
 from lens.circuits.batch import Batch
 from lens.circuits.nodes import Nodes
 from lens.errors import LensError
@@ -48,14 +48,15 @@ def relevance_of_values(batch: Batch) -> np.ndarray:
 
 def _scores(batch: Batch, *, frozen_patterns: bool) -> np.ndarray:
     with relevance_rules(batch.nodes):
-        at = slopes(
+        return edge_products(
             batch.nodes,
             batch.ids,
             batch.measure,
+            batch.differences,
             frozen_patterns=frozen_patterns,
+            norm_rules=_Rules,
             refuse_flat=True,
         )
-        return edge_products(batch.nodes, at, batch.clean.minus(batch.reference))
 
 
 @contextmanager

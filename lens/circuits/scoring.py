@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lens.circuits.activations import Ablation, References, read_activations
+from lens.circuits.activations import Ablation, Activations, References, read_activations
 from lens.circuits.atp import atp_star, atp_star_grad_drop, atp_star_together
-from lens.circuits.attribution import Stage, edge_products, slopes
+from lens.circuits.attribution import Stage, edge_products
 from lens.circuits.batch import Batch
 from lens.circuits.edge_scores import EdgeScores
 from lens.circuits.masked_forward import masked_logits
@@ -139,12 +139,13 @@ def _score(
                 return task.sign * task.measure(logits, rows)
 
             ids = task.clean[rows]
-            logits, clean = read_activations(nodes, ids)
-            batch = Batch(nodes, ids, measure, clean, references.of(rows), steps, rule)
+            reference = references.of(rows)
+            clean, differences = _differences(nodes, ids, measure, reference)
+            batch = Batch(nodes, ids, measure, reference, differences, steps, rule)
             scores = METHODS[method](batch)
             found.append(scores)
             if method == "eap-ig":
-                total = (measure(logits) - measure(_reference_logits(batch))).cpu().numpy()
+                total = (clean - measure(_reference_logits(batch))).cpu().numpy()
                 totals.append(total)
                 gaps.append(scores[:, nodes.graph.ends[1] == 0].sum(1) - total)
             advance(len(rows))
@@ -167,6 +168,14 @@ def _score(
     return result, float(np.abs(gap).mean() / size) if size else float("inf" if gap.any() else 0)
 
 
+def _differences(
+    nodes: Nodes, ids: Tensor, measure: Callable[[Tensor], Tensor], reference: Activations
+) -> tuple[Tensor, Activations]:
+    """The metric of a clean run, and clean - reference; the clean outputs and logits are let go."""
+    logits, clean = read_activations(nodes, ids)
+    return measure(logits), clean.minus(reference)
+
+
 def exact(batch: Batch) -> np.ndarray:
     """Each edge ablated alone, by masked forward passes: [rows, edges]."""
     graph = batch.nodes.graph
@@ -186,8 +195,7 @@ def exact(batch: Batch) -> np.ndarray:
 
 def eap(batch: Batch) -> np.ndarray:
     """Gradient at the clean prompts: [rows, edges]."""
-    at = slopes(batch.nodes, batch.ids, batch.measure, refuse_flat=True)
-    return edge_products(batch.nodes, at, batch.clean.minus(batch.reference))
+    return edge_products(batch.nodes, batch.ids, batch.measure, batch.differences, refuse_flat=True)
 
 
 def clean_corrupted(batch: Batch) -> np.ndarray:
@@ -202,26 +210,25 @@ def eap_ig(batch: Batch) -> np.ndarray:
 
 def eap_ig_activations(batch: Batch) -> np.ndarray:
     """Mean over stages and steps of the gradients after the stage that is interpolated: [rows, edges]."""
-    graph, clean, reference = batch.nodes.graph, batch.clean, batch.reference
+    graph, differences, reference = batch.nodes.graph, batch.differences, batch.reference
     stages: list[tuple[Stage, int, Tensor, Tensor]] = [
-        (("input", 0), 0, clean.input, reference.input)
+        (("input", 0), 0, reference.input, differences.input)
     ]
     for layer in range(graph.layers):
         first = graph.heads_of(layer).start
-        pair = clean.heads[layer], reference.heads[layer]
+        pair = reference.heads[layer], differences.heads[layer]
         stages.append((("heads", layer), first, *pair))
         if graph.mlps:
-            pair = clean.mlps[layer], reference.mlps[layer]
+            pair = reference.mlps[layer], differences.mlps[layer]
             stages.append((("mlp", layer), graph.mlp_writer(layer), *pair))
-    differences = clean.minus(reference)
     found = np.zeros((len(batch.ids), graph.n), differences.input.cpu().numpy().dtype)
-    for stage, writer, to, since in stages:
+    for stage, writer, since, change in stages:
         later = graph.allowed[graph.ends[0], writer]  # edges whose reader comes after this stage
         for fraction in batch.fractions:
-            at = slopes(
-                batch.nodes, batch.ids, batch.measure, {stage: since + fraction * (to - since)}
+            between = {stage: since + fraction * change}
+            found += later * edge_products(
+                batch.nodes, batch.ids, batch.measure, differences, between
             )
-            found += edge_products(batch.nodes, at, differences) * later
     return found / (len(stages) * batch.steps)
 
 
@@ -240,12 +247,12 @@ METHODS: dict[str, Callable[[Batch], np.ndarray]] = {
 
 
 def _mean_over_inputs(batch: Batch, fractions: list[float]) -> np.ndarray:
-    differences = batch.clean.minus(batch.reference)
     total: np.ndarray | float = 0.0
     for fraction in fractions:
-        inputs = batch.reference.input + fraction * differences.input
-        at = slopes(batch.nodes, batch.ids, batch.measure, {("input", 0): inputs})
-        total = total + edge_products(batch.nodes, at, differences)
+        inputs = batch.reference.input + fraction * batch.differences.input
+        total = total + edge_products(
+            batch.nodes, batch.ids, batch.measure, batch.differences, {("input", 0): inputs}
+        )
     return np.asarray(total / len(fractions))
 
 

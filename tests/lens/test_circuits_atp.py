@@ -8,7 +8,7 @@ import torch
 
 from lens.circuits.activations import read_activations
 from lens.circuits.atp import atp_star, atp_star_grad_drop, atp_star_together
-from lens.circuits.attribution import slopes
+from lens.circuits.attribution import head_slopes
 from lens.circuits.batch import Batch
 from lens.circuits.known import induction_transformer, logic_gate
 from lens.circuits.nodes import find_nodes
@@ -31,7 +31,8 @@ def make_batch(model, task, kv="head", share=1.0):
     def measure(logits):
         return task.sign * task.measure(logits, rows)
 
-    return Batch(nodes, task.clean, measure, clean, reference, 1, "midpoint")
+    differences = clean.minus(reference)
+    return Batch(nodes, task.clean, measure, reference, differences, 1, "midpoint")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -58,15 +59,15 @@ def test_effects_are_those_of_a_naive_softmax(kind, edge):
     nodes, graph = batch.nodes, batch.nodes.graph
     writer, reader = edge.split("->")
     layer, head = int(reader[1]), int(reader[-1])
-    at = slopes(nodes, batch.ids, batch.measure)
+    at = head_slopes(nodes, batch.ids, batch.measure)
     parts = nodes.layers[layer]
     if writer[0] == "m":
-        change = batch.reference.mlps[0] - batch.clean.mlps[0]
+        change = -batch.differences.mlps[0]
     else:
         number = int(writer[-1])
-        change = (batch.reference.heads[0] - batch.clean.heads[0])[:, number]
+        change = -batch.differences.heads[0][:, number]
         change = change @ nodes.layers[0].output[number]
-    clean = at.attention[layer][0]
+    clean = at.residuals[layer]
 
     def read(part, residual):
         weight, bias = parts.weights[part]

@@ -9,7 +9,7 @@ from torch import nn
 
 import lens
 from lens.circuits.activations import read_activations
-from lens.circuits.attribution import slopes
+from lens.circuits.attribution import head_slopes
 from lens.circuits.known.program import ProgramConfig, ProgramModel
 from lens.circuits.nodes import find_nodes
 from lens.circuits.scoring import score_edges
@@ -163,7 +163,7 @@ def test_integrated_gradients_of_one_head_are_its_exact_effect(kind):
     steps, found = 64, torch.zeros(task.n, dtype=torch.float64)
     for step in range(steps):
         share = 1 - (step + 0.5) / steps  # from the clean run towards the reference
-        at = slopes(
+        at = head_slopes(
             nodes,
             task.clean,
             lambda logits: task.measure(logits, torch.arange(task.n)),
