@@ -1,9 +1,16 @@
-"""What a result says of itself where it is printed: its name and its first findings."""
+"""What a result says of itself where it is printed, and where a notebook shows it."""
 
+from __future__ import annotations
+
+import html
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 SENTENCES = 4
+ROWS = 8
 
 
 class _Says(Protocol):
@@ -20,3 +27,23 @@ def described(result: _Says) -> str:
     more = len(said) - SENTENCES
     rest = [f"... {more} more in .findings()"] if more > 0 else []
     return "\n  ".join([type(result).__name__, *said[:SENTENCES], *rest])
+
+
+class Result:
+    """Anything that an analysis gives back: in a notebook its sentences and the first rows of its table."""
+
+    def table(self) -> pd.DataFrame:
+        """The numbers, with intervals where there are any."""
+        raise NotImplementedError
+
+    def _repr_html_(self) -> str:
+        return as_html(repr(self), self.table())
+
+
+def as_html(text: str, table: pd.DataFrame) -> str:
+    """A notebook's view of a result: its lines of text, then the first rows of its table."""
+    name, *sentences = text.split("\n")
+    said = "".join(f"<br>{html.escape(sentence.strip())}" for sentence in sentences)
+    shown = table.head(ROWS).to_html(float_format="{:.4g}".format, border=0)
+    rest = f"<p>{len(table):,} rows in <code>.table()</code></p>" if len(table) > ROWS else ""
+    return f"<div><p><b>{html.escape(name)}</b>{said}</p>{shown}{rest}</div>"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 import xarray as xr
@@ -29,6 +29,8 @@ from lens.trace_store import (
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
+
+    from lens.figures.style import Look
 
 MATCH_RULES = ("current_token_position", "previous_token", "same_token", "induction")
 
@@ -199,11 +201,11 @@ class AttentionTrace:
             self._refusals[chosen] = refusal(self, layer, head)
         return self._refusals[chosen]
 
-    def plot(self, head: AnyHead) -> go.Figure:
+    def plot(self, head: AnyHead, **look: Unpack[Look]) -> go.Figure:
         """Block map of one head, as `lens.figures.block_map` draws it."""
         from lens.figures import block_map
 
-        return block_map(self, *self.head_id(head))
+        return block_map(self, *self.head_id(head), **look)
 
     def __repr__(self) -> str:
         size = sum(variable.nbytes for variable in self.dataset.data_vars.values())

@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
 import pandas as pd
@@ -32,6 +32,7 @@ from lens.circuits.edge_scores import EdgeScores
 from lens.circuits.graph import Graph
 from lens.circuits.masked_forward import masked_logits
 from lens.circuits.nodes import Nodes, find_nodes
+from lens.described import Result
 from lens.errors import LensError
 from lens.models.loaded import LoadedModel
 from lens.progress import advancing
@@ -40,14 +41,14 @@ from lens.tasks.task import Task
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-    from lens.figures.style import Theme
+    from lens.figures.style import Look
 
 ORDERS = ("reverse", "forward", "random")
 _ROWS, _COPIES = 16, 128  # prompts of one pass, and rows with copies
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class Acdc:
+class Acdc(Result):
     """Circuits of one or several thresholds.
 
     Attributes:
@@ -120,18 +121,11 @@ class Acdc:
             }
         )
 
-    def plot(
-        self,
-        *,
-        title: str | None = None,
-        width: int | None = None,
-        height: int | None = None,
-        theme: Theme = "light",
-    ) -> go.Figure:
+    def plot(self, **look: Unpack[Look]) -> go.Figure:
         """Loss of the circuits over their size; see `lens.figures.discovery`."""
         from lens.figures.discovery import loss_over_size
 
-        return loss_over_size(self, title=title, width=width, height=height, theme=theme)
+        return loss_over_size(self, **look)
 
     def __repr__(self) -> str:
         sizes = self.kept.sum(1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
 import pandas as pd
@@ -17,6 +17,7 @@ from lens.circuits.head_sets import heads_of
 from lens.circuits.known.circuit import KnownCircuit
 from lens.circuits.nodes import find_nodes
 from lens.circuits.sae import codes_of, train
+from lens.described import Result
 from lens.errors import LensError
 from lens.head_ids import AnyHead, HeadId, head_id
 from lens.models.loaded import LoadedModel
@@ -25,7 +26,7 @@ from lens.tasks.task import Task
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-    from lens.figures.style import Theme
+    from lens.figures.style import Look
 
 POSITIONS = ("last", "mean")
 
@@ -51,7 +52,7 @@ class CodeSettings:
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class CodeScores:
+class CodeScores(Result):
     """How many codes of each head occur on clean prompts and on no corrupt one.
 
     Attributes:
@@ -105,18 +106,11 @@ class CodeScores:
         )
         return rows.sort_values("value", ascending=False, kind="stable", ignore_index=True)
 
-    def plot(
-        self,
-        *,
-        title: str | None = None,
-        width: int | None = None,
-        height: int | None = None,
-        theme: Theme = "light",
-    ) -> go.Figure:
+    def plot(self, **look: Unpack[Look]) -> go.Figure:
         """Layers × heads; see `lens.figures.codes`."""
         from lens.figures.codes import code_map
 
-        return code_map(self, title=title, width=width, height=height, theme=theme)
+        return code_map(self, **look)
 
     def findings(self) -> tuple[str, ...]:
         """Which heads have most codes of their own, or that none has any."""

@@ -15,13 +15,14 @@ from lens.bootstrap import over_units
 from lens.circuits.circuit import Circuit
 from lens.circuits.evaluation import run_circuits
 from lens.circuits.selection import without
+from lens.described import Result
 from lens.errors import LensError
 from lens.models.loaded import LoadedModel
 from lens.tasks.task import Task
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class Completeness:
+class Completeness(Result):
     """Metric of circuit and model without sets of nodes.
 
     Attributes:

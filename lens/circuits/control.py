@@ -12,6 +12,7 @@ from lens.circuits.circuit import Circuit
 from lens.circuits.evaluation import Outcome, run_circuits
 from lens.circuits.nodes import find_nodes
 from lens.circuits.selection import random_edges, same_degrees
+from lens.described import Result
 from lens.errors import LensError
 from lens.models.loaded import LoadedModel
 from lens.tasks.task import Task
@@ -20,7 +21,7 @@ CONTROLS = ("uniform", "degrees", "magnitude")
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class Control:
+class Control(Result):
     """Faithfulness of a circuit and of its controls, on the same prompts.
 
     Attributes:

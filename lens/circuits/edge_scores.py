@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
 import pandas as pd
@@ -13,18 +13,19 @@ from lens.circuits.activations import Ablation
 from lens.circuits.circuit import Circuit
 from lens.circuits.graph import Graph
 from lens.circuits.selection import greedy, pruned, top
+from lens.described import Result
 from lens.errors import LensError
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-    from lens.figures.style import Theme
+    from lens.figures.style import Look
 
 SELECTIONS = ("top", "greedy")
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class EdgeScores:
+class EdgeScores(Result):
     """A score of every edge, in units of the metric: positive = ablating the edge makes the task worse.
 
     Attributes:
@@ -138,18 +139,11 @@ class EdgeScores:
         )
         return rows.sort_values("value", ascending=False, kind="stable", ignore_index=True)
 
-    def plot(
-        self,
-        *,
-        title: str | None = None,
-        width: int | None = None,
-        height: int | None = None,
-        theme: Theme = "light",
-    ) -> go.Figure:
+    def plot(self, **look: Unpack[Look]) -> go.Figure:
         """Writers × readers, signed colours; see `lens.figures.circuits`."""
         from lens.figures.circuits import edge_map
 
-        return edge_map(self, title=title, width=width, height=height, theme=theme)
+        return edge_map(self, **look)
 
     def __repr__(self) -> str:
         values = self.values

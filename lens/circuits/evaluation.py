@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
 import pandas as pd
@@ -16,6 +16,7 @@ from lens.circuits.circuit import Circuit
 from lens.circuits.edge_scores import EdgeScores
 from lens.circuits.masked_forward import masked_logits
 from lens.circuits.nodes import find_nodes
+from lens.described import Result
 from lens.errors import LensError
 from lens.models.loaded import LoadedModel
 from lens.progress import advancing
@@ -24,7 +25,7 @@ from lens.tasks.task import Task
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-    from lens.figures.style import Theme
+    from lens.figures.style import Look
 
 SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 """Shares of the edges of the Mechanistic Interpretability Benchmark (arXiv 2504.13151)."""
@@ -83,7 +84,7 @@ class Outcome:
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class CircuitEvaluation:
+class CircuitEvaluation(Result):
     """Faithfulness of circuits of growing size.
 
     Attributes:
@@ -161,18 +162,11 @@ class CircuitEvaluation:
             )
         return pd.concat(parts, ignore_index=True)
 
-    def plot(
-        self,
-        *,
-        title: str | None = None,
-        width: int | None = None,
-        height: int | None = None,
-        theme: Theme = "light",
-    ) -> go.Figure:
+    def plot(self, **look: Unpack[Look]) -> go.Figure:
         """Faithfulness over size, with the band of random circuits; see `lens.figures.circuits`."""
         from lens.figures.circuits import faithfulness_curve
 
-        return faithfulness_curve(self, title=title, width=width, height=height, theme=theme)
+        return faithfulness_curve(self, **look)
 
     def __repr__(self) -> str:
         return (

@@ -8,7 +8,7 @@ never looked at. Routes say what a state is made of. Whether the task needs it, 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
 import pandas as pd
@@ -19,6 +19,7 @@ from lens.bootstrap import over_units
 from lens.captures.layer import LayerCall, attend
 from lens.circuits.activations import PlainVisitor
 from lens.circuits.nodes import Nodes, find_nodes, visit
+from lens.described import Result
 from lens.errors import LensError
 from lens.head_ids import HeadId
 from lens.models.loaded import LoadedModel
@@ -28,7 +29,7 @@ from lens.tasks.task import Task
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-    from lens.figures.style import Theme
+    from lens.figures.style import Look
 
 THRESHOLD = 0.04
 _COLUMNS = ("prompt", "layer", "sum", "part", "query", "key", "importance")
@@ -36,7 +37,7 @@ _Edge = tuple[int, int, str, str, int, int, float]
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class FlowRoutes:
+class FlowRoutes(Result):
     """The edges that were followed down from where each prompt's answer is read.
 
     Attributes:
@@ -92,19 +93,11 @@ class FlowRoutes:
         )
         return table.sort_values("value", ascending=False, kind="stable", ignore_index=True)
 
-    def plot(
-        self,
-        prompt: int = 0,
-        *,
-        title: str | None = None,
-        width: int | None = None,
-        height: int | None = None,
-        theme: Theme = "light",
-    ) -> go.Figure:
+    def plot(self, prompt: int = 0, **look: Unpack[Look]) -> go.Figure:
         """Routes of one prompt, tokens across and layers up; see `lens.figures.flow`."""
         from lens.figures.flow import flow_plot
 
-        return flow_plot(self, prompt, title=title, width=width, height=height, theme=theme)
+        return flow_plot(self, prompt, **look)
 
     def __repr__(self) -> str:
         best = ", ".join(f"{row.head} {row.value:.2g}" for row in self.table().head(3).itertuples())

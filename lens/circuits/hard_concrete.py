@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import log
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
 import pandas as pd
@@ -29,6 +29,7 @@ from lens.circuits.graph import Graph
 from lens.circuits.masked_forward import masked_logits
 from lens.circuits.nodes import find_nodes
 from lens.circuits.selection import pruned
+from lens.described import Result
 from lens.errors import LensError
 from lens.models.loaded import LoadedModel
 from lens.progress import advancing
@@ -37,7 +38,7 @@ from lens.tasks.task import Task
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-    from lens.figures.style import Theme
+    from lens.figures.style import Look
 
 OVER = {"edges": "edge-pruning", "nodes": "subnetwork-probing"}
 _BETA, _LOW, _HIGH = 2 / 3, -0.1, 1.1
@@ -46,7 +47,7 @@ _START = log(0.9 / 0.1)  # as published: sigmoid(log_alpha) is 0.9
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class LearnedMasks:
+class LearnedMasks(Result):
     """Gates after training.
 
     Attributes:
@@ -128,18 +129,11 @@ class LearnedMasks:
         )
         return rows.sort_values("log_alpha", ascending=False, kind="stable", ignore_index=True)
 
-    def plot(
-        self,
-        *,
-        title: str | None = None,
-        width: int | None = None,
-        height: int | None = None,
-        theme: Theme = "light",
-    ) -> go.Figure:
+    def plot(self, **look: Unpack[Look]) -> go.Figure:
         """Loss and expected sparsity over the steps; see `lens.figures.discovery`."""
         from lens.figures.discovery import training
 
-        return training(self, title=title, width=width, height=height, theme=theme)
+        return training(self, **look)
 
     def __repr__(self) -> str:
         return (

@@ -9,7 +9,7 @@ small step does: where a softmax is saturated, the gates of query and key see no
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
 import pandas as pd
@@ -22,6 +22,7 @@ from lens.circuits.circuit import Circuit
 from lens.circuits.graph import Graph
 from lens.circuits.nodes import Nodes, find_nodes, visit
 from lens.circuits.selection import pruned
+from lens.described import Result
 from lens.errors import LensError
 from lens.models.loaded import LoadedModel
 from lens.progress import advancing
@@ -30,13 +31,13 @@ from lens.tasks.task import Task
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-    from lens.figures.style import Theme
+    from lens.figures.style import Look
 
 BASELINES = ("counterfactual", "zero")
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class GateScores:
+class GateScores(Result):
     """How fast the metric changes when the gate of a node begins to close; without a sign.
 
     Attributes:
@@ -121,18 +122,11 @@ class GateScores:
         table = pd.DataFrame({**columns, "low": low, "high": high, "n": self.n})
         return table.sort_values("value", ascending=False, kind="stable", ignore_index=True)
 
-    def plot(
-        self,
-        *,
-        title: str | None = None,
-        width: int | None = None,
-        height: int | None = None,
-        theme: Theme = "light",
-    ) -> go.Figure:
+    def plot(self, **look: Unpack[Look]) -> go.Figure:
         """Layers × nodes; see `lens.figures.gates`."""
         from lens.figures.gates import gate_map
 
-        return gate_map(self, title=title, width=width, height=height, theme=theme)
+        return gate_map(self, **look)
 
     def __repr__(self) -> str:
         best = ", ".join(f"{row.node} {row.value:.3g}" for row in self.table().head(3).itertuples())

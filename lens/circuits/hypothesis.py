@@ -16,6 +16,7 @@ import pandas as pd
 from lens.circuits.circuit import Circuit
 from lens.circuits.evaluation import run_circuits
 from lens.circuits.selection import random_edges, random_path
+from lens.described import Result
 from lens.errors import LensError
 from lens.models.loaded import LoadedModel
 from lens.tasks.task import Task
@@ -43,7 +44,7 @@ class HypothesisTest:
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class EdgeTests:
+class EdgeTests(Result):
     """Minimality, edge by edge.
 
     Attributes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
 import pandas as pd
@@ -16,6 +16,7 @@ from lens.circuits.circuit import Circuit
 from lens.circuits.head_patching import PARTS, split_effects
 from lens.circuits.head_sets import heads_in
 from lens.circuits.known.circuit import KnownCircuit
+from lens.described import Result
 from lens.errors import LensError
 from lens.head_ids import AnyHead, HeadId
 from lens.heads.editing import read_calls
@@ -27,13 +28,13 @@ from lens.tasks.task import Task
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-    from lens.figures.style import Theme
+    from lens.figures.style import Look
 
 ROLES = ("previous_token", "duplicate_token", "induction", "current_token", "sink_mass")
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class JoinedHeads:
+class JoinedHeads(Result):
     """What each head of a circuit does for a task, and what it looks at.
 
     Attributes:
@@ -79,18 +80,11 @@ class JoinedHeads:
         table["attends_mass"] = [mass for _, mass in most]
         return table.assign(n=len(self.clean))
 
-    def plot(
-        self,
-        *,
-        title: str | None = None,
-        width: int | None = None,
-        height: int | None = None,
-        theme: Theme = "light",
-    ) -> go.Figure:
+    def plot(self, **look: Unpack[Look]) -> go.Figure:
         """Pattern, value and interaction of each head; see `lens.figures.joined`."""
         from lens.figures.joined import parts_plot
 
-        return parts_plot(self, title=title, width=width, height=height, theme=theme)
+        return parts_plot(self, **look)
 
     def findings(self) -> tuple[str, ...]:
         """One sentence per head: its effect, through what, where it looks, and what the sink changes."""

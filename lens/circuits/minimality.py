@@ -12,13 +12,14 @@ from lens.bootstrap import over_units
 from lens.circuits.circuit import Circuit
 from lens.circuits.evaluation import run_circuits
 from lens.circuits.selection import random_edges, without
+from lens.described import Result
 from lens.errors import LensError
 from lens.models.loaded import LoadedModel
 from lens.tasks.task import Task
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class Minimality:
+class Minimality(Result):
     """What each node adds to a circuit.
 
     Attributes:

@@ -8,7 +8,7 @@ which head is which stay as they are.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
 import pandas as pd
@@ -16,6 +16,7 @@ import pandas as pd
 from lens.circuits.circuit import Circuit
 from lens.circuits.compared import Comparable, EdgeSide, measured, renaming, sides
 from lens.circuits.edge_scores import EdgeScores
+from lens.described import Result
 from lens.errors import LensError
 from lens.head_ids import HeadId
 from lens.heads.scores import HeadScores
@@ -23,7 +24,7 @@ from lens.heads.scores import HeadScores
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-    from lens.figures.style import Theme
+    from lens.figures.style import Look
 
 NULLS = ("layers", "all")
 MEASURES = {
@@ -38,7 +39,7 @@ _ENDS = (2.5, 97.5)
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class Overlap:
+class Overlap(Result):
     """What two circuits share.
 
     Attributes:
@@ -122,18 +123,11 @@ class Overlap:
             columns[f"{name}_rank"] = [ranks[a, b] for a, b in places]
         return pd.DataFrame(columns)
 
-    def plot(
-        self,
-        *,
-        title: str | None = None,
-        width: int | None = None,
-        height: int | None = None,
-        theme: Theme = "light",
-    ) -> go.Figure:
+    def plot(self, **look: Unpack[Look]) -> go.Figure:
         """Each measure with its interval on the band that chance gives; see `lens.figures.overlap`."""
         from lens.figures.overlap import overlap_plot
 
-        return overlap_plot(self, title=title, width=width, height=height, theme=theme)
+        return overlap_plot(self, **look)
 
     def findings(self) -> tuple[str, ...]:
         """What is shared beside chance, and what that does not say, in plain words."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
 import pandas as pd
@@ -21,6 +21,7 @@ from lens.circuits.activations import Activations, PlainVisitor, read_activation
 from lens.circuits.graph import Graph
 from lens.circuits.masked_forward import masked_logits
 from lens.circuits.nodes import Nodes, find_nodes, visit
+from lens.described import Result
 from lens.errors import LensError
 from lens.models.loaded import LoadedModel
 from lens.progress import advancing
@@ -29,7 +30,7 @@ from lens.tasks.task import Task
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-    from lens.figures.style import Theme
+    from lens.figures.style import Look
 
 DIRECTIONS = ("noising", "denoising")
 EACH = "each"
@@ -37,7 +38,7 @@ _ROWS, _COPIES = 8, 32
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class PatchEffects:
+class PatchEffects(Result):
     """What patching each node does to the metric.
 
     Attributes:
@@ -97,18 +98,11 @@ class PatchEffects:
         order = rows["effect"].abs().sort_values(ascending=False, kind="stable").index
         return rows.loc[order].reset_index(drop=True)
 
-    def plot(
-        self,
-        *,
-        title: str | None = None,
-        width: int | None = None,
-        height: int | None = None,
-        theme: Theme = "light",
-    ) -> go.Figure:
+    def plot(self, **look: Unpack[Look]) -> go.Figure:
         """Nodes × positions; see `lens.figures.patching`."""
         from lens.figures.patching import patch_map
 
-        return patch_map(self, title=title, width=width, height=height, theme=theme)
+        return patch_map(self, **look)
 
     def __repr__(self) -> str:
         best = ", ".join(

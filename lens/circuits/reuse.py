@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
 import pandas as pd
@@ -21,6 +21,7 @@ from lens.circuits.circuit import Circuit
 from lens.circuits.head_sets import heads_in
 from lens.circuits.known.circuit import KnownCircuit
 from lens.circuits.redirecting import redirecting
+from lens.described import Result
 from lens.errors import LensError
 from lens.head_ids import AnyHead, HeadId
 from lens.models.loaded import LoadedModel
@@ -30,7 +31,7 @@ from lens.tasks.task import Task, logits_of
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-    from lens.figures.style import Theme
+    from lens.figures.style import Look
 
 SPLITS = ("equal", "own")
 MATCHES = ("layers", "all")
@@ -38,7 +39,7 @@ Place = str | Tensor
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class Redirection:
+class Redirection(Result):
     """A task with the attention of some heads forced onto chosen keys, and with other heads forced alike.
 
     Attributes:
@@ -123,18 +124,11 @@ class Redirection:
         }
         return {name: (both[0], both[1]) for name, both in found.items()}
 
-    def plot(
-        self,
-        *,
-        title: str | None = None,
-        width: int | None = None,
-        height: int | None = None,
-        theme: Theme = "light",
-    ) -> go.Figure:
+    def plot(self, **look: Unpack[Look]) -> go.Figure:
         """Accuracy as it is, redirected and of each control; see `lens.figures.overlap`."""
         from lens.figures.overlap import redirection_plot
 
-        return redirection_plot(self, title=title, width=width, height=height, theme=theme)
+        return redirection_plot(self, **look)
 
     def findings(self) -> tuple[str, ...]:
         """What redirecting does beside the controls, in plain words."""

@@ -13,13 +13,14 @@ import torch
 from lens.circuits.circuit import Circuit
 from lens.circuits.edge_scores import EdgeScores
 from lens.circuits.scoring import score_edges
+from lens.described import Result
 from lens.errors import LensError
 from lens.models.loaded import LoadedModel
 from lens.tasks.task import Task
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class Stability:
+class Stability(Result):
     """Overlap of circuits that should be the same one.
 
     Attributes:

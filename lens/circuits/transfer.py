@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
 import pandas as pd
@@ -12,6 +12,7 @@ import pandas as pd
 from lens.circuits.circuit import Circuit
 from lens.circuits.compared import with_heads_renamed
 from lens.circuits.evaluation import run_circuits
+from lens.described import Result
 from lens.errors import LensError
 from lens.models.loaded import LoadedModel
 from lens.tasks.task import Task
@@ -19,11 +20,11 @@ from lens.tasks.task import Task
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-    from lens.figures.style import Theme
+    from lens.figures.style import Look
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class Transfer:
+class Transfer(Result):
     """Faithfulness of circuits on tasks, beside circuits whose heads were renamed within their layers.
 
     Attributes:
@@ -60,18 +61,11 @@ class Transfer:
         columns = ["circuit", "task", "faithfulness", "low", "high", "renamed", "p"]
         return pd.DataFrame(rows, columns=pd.Index(columns))
 
-    def plot(
-        self,
-        *,
-        title: str | None = None,
-        width: int | None = None,
-        height: int | None = None,
-        theme: Theme = "light",
-    ) -> go.Figure:
+    def plot(self, **look: Unpack[Look]) -> go.Figure:
         """Circuits × tasks; see `lens.figures.overlap`."""
         from lens.figures.overlap import transfer_map
 
-        return transfer_map(self, title=title, width=width, height=height, theme=theme)
+        return transfer_map(self, **look)
 
     def __repr__(self) -> str:
         shown = "; ".join(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Unpack
 
 import pandas as pd
 
@@ -13,13 +13,14 @@ from lens.comparison.pairing import compare_losses, compare_scores, paired_promp
 from lens.comparison.settings import differing_settings
 from lens.comparison.tables import compare_sections
 from lens.comparison.words import limits, sentences
+from lens.described import Result
 from lens.errors import LensError
 from lens.runs import Run
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-    from lens.figures.style import Theme
+    from lens.figures.style import Look
 
 DEFINITIONS: Mapping[str, str] = {
     "prompts": "kind of prompt: text, or copied random tokens",
@@ -54,7 +55,7 @@ DEFINITIONS: Mapping[str, str] = {
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Comparison:
+class Comparison(Result):
     """Two runs, A and B; every difference is B - A.
 
     Attributes:
@@ -101,16 +102,11 @@ class Comparison:
         metric: str = "induction",
         variant: str = "raw",
         prompts: str | None = None,
-        *,
-        title: str | None = None,
-        width: int | None = None,
-        height: int | None = None,
-        theme: Theme = "light",
+        **look: Unpack[Look],
     ) -> go.Figure:
         """A against B, one point a head; see `lens.figures.comparison_scatter`."""
         from lens.figures.comparison import comparison_scatter
 
-        look: dict[str, Any] = {"title": title, "width": width, "height": height, "theme": theme}
         return comparison_scatter(self, metric, variant, prompts, **look)
 
     def __repr__(self) -> str:

@@ -25,8 +25,9 @@ def code_map(
     best = scores.table().iloc[0]
     return grid(
         scores.values,
+        f"Most codes of its own: {best['head']} ({best['value']:.3g})",
         unit="codes",
-        title=title or f"Most codes of its own: {best['head']} ({best['value']:.3g})",
+        title=title,
         width=width,
         height=height,
         theme=theme,

@@ -33,9 +33,10 @@ def importance_grid(
     ]
     return grid(
         scores.values,
+        _finding(scores),
         unit=scores.metric,
         text=text,
-        title=title or _finding(scores),
+        title=title,
         width=width,
         height=height,
         theme=theme,
@@ -45,16 +46,20 @@ def importance_grid(
 
 def grid(
     values: np.ndarray,
+    found: str,
     *,
     unit: str,
-    title: str,
-    width: int | None,
-    height: int | None,
-    theme: Theme,
     meta: Mapping[str, Any],
     text: Sequence[Sequence[str]] | None = None,
+    title: str | None = None,
+    width: int | None = None,
+    height: int | None = None,
+    theme: Theme = "light",
 ) -> go.Figure:
-    """A signed number of each head [layer, head]: layers down, heads across; `text` is shown on hover."""
+    """A signed number of each head [layer, head]: layers down, heads across; `text` is shown on hover.
+
+    `found` is the title where none is given.
+    """
     bound = float(np.abs(values).max()) or 1.0
     layers, heads = values.shape
     figure = go.Figure(
@@ -75,7 +80,7 @@ def grid(
     figure.update_yaxes(
         title="layer", autorange="reversed", dtick=1 if layers <= 32 else None, showgrid=False
     )
-    return style(figure, title=title, width=width, height=height, theme=theme, meta=meta)
+    return style(figure, title=title or found, width=width, height=height, theme=theme, meta=meta)
 
 
 def _finding(scores: HeadScores) -> str:

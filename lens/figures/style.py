@@ -1,13 +1,30 @@
 """The layout that every figure shares."""
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import plotly.graph_objects as go
 
 from lens.figures.colors import GRID, INK
 
 Theme = Literal["light", "dark"]
+
+
+class Look(TypedDict, total=False):
+    """How any figure may be made to look.
+
+    Attributes:
+        title: instead of what was found.
+        width, height: pixels; as large as the page allows if None.
+        theme: "light" or "dark".
+    """
+
+    title: str | None
+    width: int | None
+    height: int | None
+    theme: Theme
+
+
 _MARKUP = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;"})
 _FONT = "Inter, 'Helvetica Neue', Arial, sans-serif"
 
@@ -15,6 +32,11 @@ _FONT = "Inter, 'Helvetica Neue', Arial, sans-serif"
 def escaped(text: str) -> str:
     """Text of a model or a user that plotly must not take for markup."""
     return text.translate(_MARKUP)
+
+
+def tick_step(count: int) -> int:
+    """Step between ticks of `count` layers or heads that leaves at most 16 of them."""
+    return max(1, -(-count // 16))
 
 
 def style(

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from lens.described import as_html
 from lens.errors import LensError
 from lens.heads.scores import HeadScores
 
@@ -76,6 +77,9 @@ class Agreement:
             for row in self.table.to_dict("records")
         ]
         return "Agreement(" + "; ".join(rows) + ")"
+
+    def _repr_html_(self) -> str:
+        return as_html(repr(self), self.table)
 
 
 def join(*scores: HeadScores, seed: int = 0) -> pd.DataFrame:

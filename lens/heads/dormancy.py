@@ -15,6 +15,7 @@ import pandas as pd
 
 from lens.bootstrap import over_units
 from lens.captures.run import capture
+from lens.described import Result
 from lens.errors import LensError
 from lens.head_ids import HeadId
 from lens.heads.measuring import importance
@@ -24,7 +25,7 @@ from lens.trace import AttentionTrace
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class Dormancy:
+class Dormancy(Result):
     """Activity of every head, and what the loss loses without it, on each domain.
 
     Attributes:

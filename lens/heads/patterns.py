@@ -11,19 +11,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
 import pandas as pd
 
 from lens.bootstrap import over_units
+from lens.described import Result
 from lens.errors import LensError
 from lens.head_ids import HeadId
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-    from lens.figures.style import Theme
+    from lens.figures.style import Look
     from lens.trace import AttentionTrace
 
 CLASSES = ("a_shape", "vertical_slash", "block_sparse")
@@ -33,7 +34,7 @@ _NEEDED = ("q", "k", "lse", "received", "diagonal", "block_mass")
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class PatternClasses:
+class PatternClasses(Result):
     """Mass that each kind of sparse pattern keeps in every head at one budget.
 
     Attributes:
@@ -104,18 +105,11 @@ class PatternClasses:
             }
         return pd.DataFrame(columns)
 
-    def plot(
-        self,
-        *,
-        title: str | None = None,
-        width: int | None = None,
-        height: int | None = None,
-        theme: Theme = "light",
-    ) -> go.Figure:
+    def plot(self, **look: Unpack[Look]) -> go.Figure:
         """Layers × heads, one colour per class; see `lens.figures.patterns`."""
         from lens.figures.patterns import pattern_grid
 
-        return pattern_grid(self, title=title, width=width, height=height, theme=theme)
+        return pattern_grid(self, **look)
 
     def __repr__(self) -> str:
         names, counts = np.unique(self.classes, return_counts=True)

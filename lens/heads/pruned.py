@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import combinations
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Unpack
 
 import numpy as np
 import pandas as pd
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from lens.bootstrap import over_units
 from lens.captures.recorder import transformer
+from lens.described import Result
 from lens.errors import LensError
 from lens.head_ids import HeadId
 from lens.heads.comparing import kendall_tau
@@ -39,14 +40,14 @@ from lens.tasks.task import Task
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-    from lens.figures.style import Theme
+    from lens.figures.style import Look
 
 METRICS = ("accuracy", "probability", "loss", "js", "cosine", "distance")
 _ROWS = 512  # examples, copies included, in one forward pass
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class PruningMetrics:
+class PruningMetrics(Result):
     """What each head is worth to the outputs, by each metric.
 
     Attributes:
@@ -115,30 +116,15 @@ class PruningMetrics:
         ]
         return pd.DataFrame(rows, columns=["first", "second", "tau"])
 
-    def plot(
-        self,
-        metric: str = "probability",
-        *,
-        title: str | None = None,
-        width: int | None = None,
-        height: int | None = None,
-        theme: Theme = "light",
-    ) -> go.Figure:
+    def plot(self, metric: str = "probability", **look: Unpack[Look]) -> go.Figure:
         """Layers × heads by one metric; see `lens.figures.importance`."""
         from lens.figures.importance import grid
 
         values = self.values(metric)
         layer, number = np.unravel_index(values.argmax(), values.shape)
         found = f"{metric} without each head: most at L{layer}H{number}, {values.max():.3g}"
-        return grid(
-            values,
-            unit=metric,
-            title=title or found,
-            width=width,
-            height=height,
-            theme=theme,
-            meta={"metric": metric, "baseline": self.baseline, "model": self.model},
-        )
+        meta = {"metric": metric, "baseline": self.baseline, "model": self.model}
+        return grid(values, found, unit=metric, meta=meta, **look)
 
     def _of(self, metric: str) -> np.ndarray:
         if metric not in self.per_example:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
 import pandas as pd
 
 from lens.bootstrap import over_units
+from lens.described import Result
 from lens.errors import LensError
 from lens.head_ids import AnyHead, HeadId, head_id
 from lens.heads.measuring import ablate
@@ -23,13 +24,13 @@ from lens.progress import advancing
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-    from lens.figures.style import Theme
+    from lens.figures.style import Look
     from lens.models.loaded import LoadedModel
     from lens.tasks.task import Task
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class PruningCurve:
+class PruningCurve(Result):
     """The metric after each step of taking heads away together.
 
     Attributes:
@@ -105,18 +106,11 @@ class PruningCurve:
             }
         )
 
-    def plot(
-        self,
-        *,
-        title: str | None = None,
-        width: int | None = None,
-        height: int | None = None,
-        theme: Theme = "light",
-    ) -> go.Figure:
+    def plot(self, **look: Unpack[Look]) -> go.Figure:
         """Cost over heads removed, with the band of random orders; see `lens.figures.pruning`."""
         from lens.figures.pruning import pruning_plot
 
-        return pruning_plot(self, title=title, width=width, height=height, theme=theme)
+        return pruning_plot(self, **look)
 
     def __repr__(self) -> str:
         table = self.table()

@@ -7,11 +7,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
 import pandas as pd
 
+from lens.described import Result
 from lens.errors import LensError
 from lens.head_ids import HeadId
 from lens.heads.similarity import HeadSimilarity
@@ -19,13 +20,13 @@ from lens.heads.similarity import HeadSimilarity
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-    from lens.figures.style import Theme
+    from lens.figures.style import Look
 
 _ENDS = (2.5, 97.5)
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class HeadClusters:
+class HeadClusters(Result):
     """Heads grouped by average linkage.
 
     Attributes:
@@ -77,18 +78,11 @@ class HeadClusters:
         ]
         return pd.DataFrame(rows, columns=["cluster", "size", "prototype", "heads", "stability"])
 
-    def plot(
-        self,
-        *,
-        title: str | None = None,
-        width: int | None = None,
-        height: int | None = None,
-        theme: Theme = "light",
-    ) -> go.Figure:
+    def plot(self, **look: Unpack[Look]) -> go.Figure:
         """The tree; see `lens.figures.similarity.dendrogram`."""
         from lens.figures.similarity import dendrogram
 
-        return dendrogram(self, title=title, width=width, height=height, theme=theme)
+        return dendrogram(self, **look)
 
     def __repr__(self) -> str:
         several = [heads for heads in self.members if len(heads) > 1]

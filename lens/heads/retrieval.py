@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
 import pandas as pd
@@ -23,6 +23,7 @@ from lens.bootstrap import over_units
 from lens.captures.inputs import check_ids
 from lens.captures.layer import LayerCall, make_settings
 from lens.captures.recorder import Recorder, base, recording
+from lens.described import Result
 from lens.errors import LensError
 from lens.head_ids import HeadId
 from lens.models.loaded import LoadedModel
@@ -32,7 +33,7 @@ from lens.tasks.task import logits_of
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-    from lens.figures.style import Theme
+    from lens.figures.style import Look
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class RetrievalTrial:
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class RetrievalScores:
+class RetrievalScores(Result):
     """Retrieval score of every head.
 
     Attributes:
@@ -111,18 +112,11 @@ class RetrievalScores:
             }
         )
 
-    def plot(
-        self,
-        *,
-        title: str | None = None,
-        width: int | None = None,
-        height: int | None = None,
-        theme: Theme = "light",
-    ) -> go.Figure:
+    def plot(self, **look: Unpack[Look]) -> go.Figure:
         """Layers × heads; see `lens.figures.roles`."""
         from lens.figures.roles import retrieval_grid
 
-        return retrieval_grid(self, title=title, width=width, height=height, theme=theme)
+        return retrieval_grid(self, **look)
 
     def __repr__(self) -> str:
         shown = ", ".join(f"{head} {self.values[head]:.2f}" for head in self.heads()[:3]) or "none"

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 import pandas as pd
 
 from lens.captures.inputs import Prompt, read_prompts
 from lens.captures.run import capture
+from lens.described import Result
 from lens.errors import LensError
 from lens.head_ids import HeadId
 from lens.heads.random_weights import random_weights
@@ -28,7 +29,7 @@ from lens.trace import AttentionTrace, TraceWriter
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-    from lens.figures.style import Theme
+    from lens.figures.style import Look
 
 BASELINES = ("uniform", "random_weights")
 _KEYS = ["metric", "variant", "layer"]
@@ -36,7 +37,7 @@ _POSITIONS = ("top_key", "positional_distance")  # a place has no baseline
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class HeadRoles:
+class HeadRoles(Result):
     """Role scores of every head of a model on some prompts.
 
     Attributes:
@@ -127,21 +128,11 @@ class HeadRoles:
             for layer, head in table.loc[chosen, ["layer", "head"]].to_numpy()
         ]
 
-    def plot(
-        self,
-        *,
-        columns: Sequence[str] | None = None,
-        title: str | None = None,
-        width: int | None = None,
-        height: int | None = None,
-        theme: Theme = "light",
-    ) -> go.Figure:
+    def plot(self, *, columns: Sequence[str] | None = None, **look: Unpack[Look]) -> go.Figure:
         """Heads × roles; see `lens.figures.roles`."""
         from lens.figures.roles import role_map
 
-        return role_map(
-            self.table(), columns=columns, title=title, width=width, height=height, theme=theme
-        )
+        return role_map(self.table(), columns=columns, **look)
 
     def _wide(self) -> pd.DataFrame:
         tables = [rows for _, rows in self.rows.groupby("prompt_id", sort=False)]

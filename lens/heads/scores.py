@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
 import pandas as pd
 
 from lens.bootstrap import over_units
+from lens.described import Result
 from lens.errors import LensError
 from lens.head_ids import HeadId
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-    from lens.figures.style import Theme
+    from lens.figures.style import Look
 
 BY = ("ablation", "gradient", "attribution", "atp*", "gate", "direct")
 BASELINES = ("zero", "mean", "pooled_mean", "resample", "counterfactual", "optimal")
@@ -56,7 +57,7 @@ class Intervention:
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class HeadScores:
+class HeadScores(Result):
     """Importance of every head for a task.
 
     Sign: positive = ablating the head makes the task worse, in units of the metric, whichever way
@@ -160,18 +161,11 @@ class HeadScores:
         order = np.argsort(-self.values.ravel(), kind="stable")[:count]
         return [HeadId(*divmod(int(index), self.per_prompt.shape[1])) for index in order]
 
-    def plot(
-        self,
-        *,
-        title: str | None = None,
-        width: int | None = None,
-        height: int | None = None,
-        theme: Theme = "light",
-    ) -> go.Figure:
+    def plot(self, **look: Unpack[Look]) -> go.Figure:
         """Layers × heads, signed colours; see `lens.figures.importance`."""
         from lens.figures.importance import importance_grid
 
-        return importance_grid(self, title=title, width=width, height=height, theme=theme)
+        return importance_grid(self, **look)
 
     def __repr__(self) -> str:
         values = self.values

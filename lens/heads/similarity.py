@@ -9,19 +9,20 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 import pandas as pd
 
 from lens.bootstrap import RESAMPLES
+from lens.described import Result
 from lens.errors import LensError
 from lens.head_ids import AnyHead, HeadId, head_id
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-    from lens.figures.style import Theme
+    from lens.figures.style import Look
     from lens.models.loaded import LoadedModel
     from lens.trace import AttentionTrace
 
@@ -35,7 +36,7 @@ _LARGEST = 1 << 24  # resampled numbers that are in memory at a time
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class HeadSimilarity:
+class HeadSimilarity(Result):
     """Every head compared with every other one; heads of all layers in one row, as in `names`.
 
     Attributes:
@@ -170,18 +171,11 @@ class HeadSimilarity:
         order = np.argsort(self.distances[a, b], kind="stable")
         return table.iloc[order].reset_index(drop=True)
 
-    def plot(
-        self,
-        *,
-        title: str | None = None,
-        width: int | None = None,
-        height: int | None = None,
-        theme: Theme = "light",
-    ) -> go.Figure:
+    def plot(self, **look: Unpack[Look]) -> go.Figure:
         """Heads × heads; see `lens.figures.similarity`."""
         from lens.figures.similarity import similarity_map
 
-        return similarity_map(self, title=title, width=width, height=height, theme=theme)
+        return similarity_map(self, **look)
 
     def _finish(self, sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
         if self.by == "js":

@@ -12,19 +12,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import permutations
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
 import pandas as pd
 
 from lens.bootstrap import over_units
+from lens.described import Result
 from lens.errors import LensError
 from lens.trace import AttentionTrace
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-    from lens.figures.style import Theme
+    from lens.figures.style import Look
 
 USABLE = 0.05
 """A cached LSE serves where 99 % of rows have `|exp(drift) - 1|` below this."""
@@ -34,7 +35,7 @@ LSE_METRICS = ("drift", "drift_std", "drift_p99", "mass_error_p99")
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class HeadStability:
+class HeadStability(Result):
     """Every head in one condition against the same head in another, by pairs of prompts.
 
     Attributes:
@@ -97,21 +98,12 @@ class HeadStability:
         return np.all(self.values[key] < USABLE, axis=1).reshape(self.shape)
 
     def plot(
-        self,
-        metric: str = "jaccard",
-        variant: str = "raw",
-        *,
-        title: str | None = None,
-        width: int | None = None,
-        height: int | None = None,
-        theme: Theme = "light",
+        self, metric: str = "jaccard", variant: str = "raw", **look: Unpack[Look]
     ) -> go.Figure:
         """One metric by head, a line per pair of conditions; see `lens.figures.stability`."""
         from lens.figures.stability import stability_plot
 
-        return stability_plot(
-            self, metric, variant, title=title, width=width, height=height, theme=theme
-        )
+        return stability_plot(self, metric, variant, **look)
 
     def __repr__(self) -> str:
         shown = [

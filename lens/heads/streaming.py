@@ -9,7 +9,7 @@ output from the union of two attention states (first keys, nearest keys), so N×
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 import pandas as pd
@@ -21,6 +21,7 @@ from lens.bootstrap import over_units
 from lens.captures.inputs import Prompt, read_prompts
 from lens.captures.layer import LayerCall, make_settings
 from lens.captures.recorder import Recorder, base, recording
+from lens.described import Result
 from lens.errors import LensError
 from lens.head_ids import HeadId
 from lens.models.loaded import LoadedModel
@@ -29,11 +30,11 @@ from lens.progress import advancing
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-    from lens.figures.style import Theme
+    from lens.figures.style import Look
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class StreamingScores:
+class StreamingScores(Result):
     """What each head loses when it sees only the first `sink` and the nearest `recent` keys.
 
     Attributes:
@@ -68,22 +69,15 @@ class StreamingScores:
             columns |= {name: values.mean(-1).ravel(), **ends}
         return pd.DataFrame(columns)
 
-    def plot(
-        self,
-        *,
-        title: str | None = None,
-        width: int | None = None,
-        height: int | None = None,
-        theme: Theme = "light",
-    ) -> go.Figure:
+    def plot(self, **look: Unpack[Look]) -> go.Figure:
         """Layers × heads, error of the streaming output; see `lens.figures.roles`."""
         from lens.figures.roles import share_grid
 
-        named = f"Error with {self.sink} first and {self.recent} recent keys: {self.model}"
-        return share_grid(
-            self.error.mean(-1), "relative error", title=title or named, width=width, height=height,
-            theme=theme,
-        )  # fmt: skip
+        look["title"] = (
+            look.get("title")
+            or f"Error with {self.sink} first and {self.recent} recent keys: {self.model}"
+        )
+        return share_grid(self.error.mean(-1), "relative error", **look)
 
     def __repr__(self) -> str:
         error = self.error.mean(-1)
@@ -95,7 +89,7 @@ class StreamingScores:
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class StreamingGate:
+class StreamingGate(Result):
     """The trained gate of each key-value head: 1 needs all keys, 0 streams.
 
     Attributes:
@@ -133,21 +127,12 @@ class StreamingGate:
         found: dict[str, Any] = _heads(*self.values.shape)
         return pd.DataFrame(found | {"alpha": self.values.ravel(), "n": self.n})
 
-    def plot(
-        self,
-        *,
-        title: str | None = None,
-        width: int | None = None,
-        height: int | None = None,
-        theme: Theme = "light",
-    ) -> go.Figure:
+    def plot(self, **look: Unpack[Look]) -> go.Figure:
         """Layers × heads, the gate; see `lens.figures.roles`."""
         from lens.figures.roles import share_grid
 
-        named = f"Gate: 1 needs all keys, 0 streams ({self.model})"
-        return share_grid(
-            self.values, "gate", title=title or named, width=width, height=height, theme=theme
-        )
+        look["title"] = look.get("title") or f"Gate: 1 needs all keys, 0 streams ({self.model})"
+        return share_grid(self.values, "gate", **look)
 
     def __repr__(self) -> str:
         return (

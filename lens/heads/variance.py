@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from lens.described import Result
 from lens.errors import LensError
 from lens.head_ids import HeadId
 from lens.profiles import prompt_table
@@ -31,7 +32,7 @@ _ENDS = (2.5, 97.5)
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class VarianceShares:
+class VarianceShares(Result):
     """One metric of every head, under several conditions, and the shares of its variance.
 
     Attributes:

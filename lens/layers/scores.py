@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
 import pandas as pd
 
 from lens.bootstrap import over_units
+from lens.described import Result
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-    from lens.figures.style import Theme
+    from lens.figures.style import Look
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class SkipSweep:
+class SkipSweep(Result):
     """Each sub-layer left out alone: two numbers of each prompt.
 
     Attributes:
@@ -46,18 +47,11 @@ class SkipSweep:
             columns |= {name: values.mean(1), f"{name}_low": low, f"{name}_high": high}
         return pd.DataFrame({**columns, "n": len(self.clean)})
 
-    def plot(
-        self,
-        *,
-        title: str | None = None,
-        width: int | None = None,
-        height: int | None = None,
-        theme: Theme = "light",
-    ) -> go.Figure:
+    def plot(self, **look: Unpack[Look]) -> go.Figure:
         """Distance against loss of the task, one point per sub-layer; see `lens.figures.layers`."""
         from lens.figures.layers import skip_scatter
 
-        return skip_scatter(self, title=title, width=width, height=height, theme=theme)
+        return skip_scatter(self, **look)
 
     def __repr__(self) -> str:
         drops = self.drops.mean(1)
@@ -70,7 +64,7 @@ class SkipSweep:
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class GreedyRemoval:
+class GreedyRemoval(Result):
     """Sub-layers taken out one after the other, each time the one that is missed least.
 
     Attributes:
@@ -106,18 +100,11 @@ class GreedyRemoval:
             }
         )
 
-    def plot(
-        self,
-        *,
-        title: str | None = None,
-        width: int | None = None,
-        height: int | None = None,
-        theme: Theme = "light",
-    ) -> go.Figure:
+    def plot(self, **look: Unpack[Look]) -> go.Figure:
         """The metric against the number of sub-layers taken out; see `lens.figures.layers`."""
         from lens.figures.layers import removal_curve
 
-        return removal_curve(self, title=title, width=width, height=height, theme=theme)
+        return removal_curve(self, **look)
 
     def __repr__(self) -> str:
         shown = ", ".join(self.order[:4]) + (", ..." if len(self.order) > 4 else "")
@@ -129,7 +116,7 @@ class GreedyRemoval:
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class BlockInfluence:
+class BlockInfluence(Result):
     """How much each layer turns the residual stream.
 
     Attributes:
@@ -155,18 +142,11 @@ class BlockInfluence:
             }
         )
 
-    def plot(
-        self,
-        *,
-        title: str | None = None,
-        width: int | None = None,
-        height: int | None = None,
-        theme: Theme = "light",
-    ) -> go.Figure:
+    def plot(self, **look: Unpack[Look]) -> go.Figure:
         """One bar per layer; see `lens.figures.layers`."""
         from lens.figures.layers import influence_bars
 
-        return influence_bars(self, title=title, width=width, height=height, theme=theme)
+        return influence_bars(self, **look)
 
     def __repr__(self) -> str:
         shown = ", ".join(f"L{at} {value:.3g}" for at, value in enumerate(self.per_prompt.mean(1)))

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 import pandas as pd
 import torch
 
 from lens.captures.run import capture
-from lens.described import described
+from lens.described import Result, described
 from lens.errors import LensError
 from lens.models.loaded import LoadedModel
 from lens.redistribution.residual import layer_inputs
@@ -21,11 +21,11 @@ from lens.sinks.alphas import alpha_of
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-    from lens.figures.style import Theme
+    from lens.figures.style import Look
 
 
 @dataclass(frozen=True, eq=False)
-class DimsAgreement:
+class DimsAgreement(Result):
     """Tokens marked by `phi >= tau`, beside those that receive most attention, layer by layer.
 
     Attributes:
@@ -59,11 +59,11 @@ class DimsAgreement:
             }
         )
 
-    def plot(self, *, theme: Theme = "light") -> go.Figure:
+    def plot(self, **look: Unpack[Look]) -> go.Figure:
         """Precision, recall and base rate over the layers."""
         from lens.figures.redistribution import agreement_lines
 
-        return agreement_lines(self, theme=theme)
+        return agreement_lines(self, **look)
 
     def __repr__(self) -> str:
         return described(self)

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 import pandas as pd
 
 from lens.bootstrap import over_units
 from lens.captures.recorder import capturing
-from lens.described import described
+from lens.described import Result, described
 from lens.models.loaded import LoadedModel
 from lens.redistribution.effects import SideEffects, side_effects
 from lens.tasks.task import Task
@@ -20,11 +20,11 @@ from lens.tasks.task import Task
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-    from lens.figures.style import Theme
+    from lens.figures.style import Look
 
 
 @dataclass(frozen=True, eq=False)
-class Dose:
+class Dose(Result):
     """Gain on a task and side effects elsewhere, at the same amounts.
 
     Attributes:
@@ -63,11 +63,11 @@ class Dose:
         )
         return gain.merge(side, on="amount", validate="one_to_one")
 
-    def plot(self, measure: str = "delta_loss", *, theme: Theme = "light") -> go.Figure:
+    def plot(self, measure: str = "delta_loss", **look: Unpack[Look]) -> go.Figure:
         """Gain above, one measure of the held-out text below, over the amount."""
         from lens.figures.redistribution import dose_lines
 
-        return dose_lines(self.table(), measure, metric=self.metric, task=self.task, theme=theme)
+        return dose_lines(self.table(), measure, metric=self.metric, task=self.task, **look)
 
     def __repr__(self) -> str:
         return described(self)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 import pandas as pd
@@ -15,7 +15,7 @@ from lens.bootstrap import over_units
 from lens.captures.inputs import Prompt, read_prompts
 from lens.captures.interface import image_token
 from lens.captures.recorder import capturing
-from lens.described import described
+from lens.described import Result, described
 from lens.errors import LensError
 from lens.models.loaded import LoadedModel
 from lens.tasks.task import logits_of
@@ -23,13 +23,13 @@ from lens.tasks.task import logits_of
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-    from lens.figures.style import Theme
+    from lens.figures.style import Look
 
 MEASURES = ("delta_loss", "kl", "flip_rate")
 
 
 @dataclass(frozen=True, eq=False)
-class SideEffects:
+class SideEffects(Result):
     """Predictions with an edit beside those without, at each of its amounts.
 
     Attributes:
@@ -59,11 +59,11 @@ class SideEffects:
             rows.append(row)
         return pd.DataFrame(rows).assign(n=len(self.tokens))
 
-    def plot(self, measure: str = "delta_loss", *, theme: Theme = "light") -> go.Figure:
+    def plot(self, measure: str = "delta_loss", **look: Unpack[Look]) -> go.Figure:
         """One measure over the amount."""
         from lens.figures.redistribution import side_effect_line
 
-        return side_effect_line(self.table(), measure, theme=theme)
+        return side_effect_line(self.table(), measure, **look)
 
     def __repr__(self) -> str:
         return described(self)

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 import pandas as pd
 import torch
 
 from lens.bootstrap import over_units
-from lens.described import described
+from lens.described import Result, described
 from lens.errors import LensError
 from lens.head_ids import HeadId
 from lens.models.loaded import LoadedModel
@@ -21,14 +21,14 @@ from lens.tasks.task import Task
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-    from lens.figures.style import Theme
+    from lens.figures.style import Look
 
 EditOf = Callable[[Sequence[HeadId]], AbstractContextManager[Any]]
 """heads -> the context manager that edits these heads, and no others."""
 
 
 @dataclass(frozen=True, eq=False)
-class HeadSearch:
+class HeadSearch(Result):
     """Heads chosen on validation prompts, and what they are worth on test prompts.
 
     Positive numbers are improvements of the task's metric, whichever way it points.
@@ -97,11 +97,11 @@ class HeadSearch:
             )
         return pd.DataFrame(rows)
 
-    def plot(self, *, theme: Theme = "light") -> go.Figure:
+    def plot(self, **look: Unpack[Look]) -> go.Figure:
         """Mean gain of each head, signed colours."""
         from lens.figures.redistribution import gain_grid
 
-        return gain_grid(self, theme=theme)
+        return gain_grid(self, **look)
 
     def __repr__(self) -> str:
         return described(self)

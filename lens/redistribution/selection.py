@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
 import pandas as pd
 
-from lens.described import described
+from lens.described import Result, described
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-    from lens.figures.style import Theme
+    from lens.figures.style import Look
 
 
 @dataclass(frozen=True, eq=False)
-class HeadSelection:
+class HeadSelection(Result):
     """Rows of text tokens by head.
 
     Attributes:
@@ -55,11 +55,11 @@ class HeadSelection:
         )
         return rows.sort_values("share", ascending=False, kind="stable", ignore_index=True)
 
-    def plot(self, *, theme: Theme = "light") -> go.Figure:
+    def plot(self, **look: Unpack[Look]) -> go.Figure:
         """Share of image-centric rows: layers down, heads across."""
         from lens.figures.redistribution import selection_grid
 
-        return selection_grid(self, theme=theme)
+        return selection_grid(self, **look)
 
     def __repr__(self) -> str:
         return described(self)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 import pandas as pd
 import torch
 
 from lens.captures.recorder import base
-from lens.described import described
+from lens.described import Result, described
 from lens.errors import LensError
 from lens.models.loaded import LoadedModel
 from lens.redistribution.residual import layer_inputs
@@ -19,7 +19,7 @@ from lens.redistribution.residual import layer_inputs
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-    from lens.figures.style import Theme
+    from lens.figures.style import Look
 
 KNOWN = {
     "llava-1.5-7b": (1415, 2533),
@@ -60,7 +60,7 @@ def check_dims(model: LoadedModel, dims: Sequence[int] | None) -> None:
 
 
 @dataclass(frozen=True, eq=False)
-class SinkDims:
+class SinkDims(Result):
     """The dimensions that pass tau, and how well they single out what attention is parked on.
 
     Attributes:
@@ -97,11 +97,11 @@ class SinkDims:
         columns = ["dim", "first_layer", "last_layer", "layers", "largest", "tokens"]
         return pd.DataFrame(rows, columns=columns)
 
-    def plot(self, *, theme: Theme = "light") -> go.Figure:
+    def plot(self, **look: Unpack[Look]) -> go.Figure:
         """Size over the layers, a line per dimension."""
         from lens.figures.redistribution import sink_dim_lines
 
-        return sink_dim_lines(self, theme=theme)
+        return sink_dim_lines(self, **look)
 
     def __repr__(self) -> str:
         return described(self)

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 import pandas as pd
 import torch
 
 from lens.captures.inputs import Prompt, read_prompts
-from lens.described import described
+from lens.described import Result, described
 from lens.errors import LensError
 from lens.models.loaded import LoadedModel
 from lens.sinks.clean import CleanRuns, clean_runs
@@ -25,12 +25,14 @@ from lens.sinks.stream import changed, stream
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
+    from lens.figures.style import Look
+
 RATIO, MAGNITUDE = 1000.0, 100.0
 _CONDITIONS = ("sources", "size", "norm", "position")
 
 
 @dataclass(frozen=True, eq=False)
-class MassiveActivations:
+class MassiveActivations(Result):
     """Massive activations of a model on some prompts.
 
     Attributes:
@@ -78,11 +80,11 @@ class MassiveActivations:
             n=len(self.tokens),
         )
 
-    def plot(self) -> go.Figure:
+    def plot(self, **look: Unpack[Look]) -> go.Figure:
         """The three largest |h| and the median of each layer."""
         from lens.figures.sink_tokens import magnitudes
 
-        return magnitudes(self)
+        return magnitudes(self, **look)
 
     def __repr__(self) -> str:
         return described(self)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from lens.described import described
+from lens.described import Result, described
 from lens.errors import LensError
 from lens.scores import SINK_EPSILON
 from lens.sinks.alphas import Samples, check_epsilon, samples_of
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
-class BlockAlphas:
+class BlockAlphas(Result):
     """Bounds of the largest alpha among the keys of each block; with `received`, alpha is exact.
 
     Attributes:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Unpack
 
 import numpy as np
 import pandas as pd
 
 from lens.bootstrap import over_units
-from lens.described import described
+from lens.described import Result, described
 from lens.errors import LensError
 from lens.head_ids import HeadId
 from lens.scores import SINK_EPSILON
@@ -19,6 +19,7 @@ from lens.sinks.alphas import Samples, alpha_at, as_list, check_epsilon, samples
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
+    from lens.figures.style import Look
     from lens.trace import AttentionTrace
 
 Reduce = Literal["sample_first", "alpha_first"]
@@ -26,7 +27,7 @@ _GRID = tuple(np.round(np.arange(0.05, 1, 0.05), 2).tolist())
 
 
 @dataclass(frozen=True, eq=False)
-class SinkRate:
+class SinkRate(Result):
     """Share of (sample, layer, head) in which one key is a sink. Not a mass.
 
     Attributes:
@@ -89,15 +90,15 @@ class SinkRate:
             "The rate is a share of heads, no mass, and compares only at equal ε, T and BOS.",
         ]
 
-    def plot(self) -> go.Figure:
+    def plot(self, **look: Unpack[Look]) -> go.Figure:
         """Mean alpha of each head, layers down."""
         from lens.figures.sinks import alpha_grid
 
-        return alpha_grid(self)
+        return alpha_grid(self, **look)
 
 
 @dataclass(frozen=True, eq=False)
-class SinkSensitivity:
+class SinkSensitivity(Result):
     """The sink rate of one key as a curve over epsilon.
 
     Attributes:
@@ -129,11 +130,25 @@ class SinkSensitivity:
             }
         )
 
-    def plot(self) -> go.Figure:
+    def plot(self, **look: Unpack[Look]) -> go.Figure:
         """Rate over epsilon with its interval."""
         from lens.figures.sinks import epsilon_curve
 
-        return epsilon_curve(self)
+        return epsilon_curve(self, **look)
+
+    def findings(self) -> list[str]:
+        """How the rate falls from the smallest to the largest epsilon."""
+        points = [
+            f"{self.values[place]:.1%} at ε = {self.epsilons[place]:g}"
+            for place in (0, len(self.epsilons) // 2, -1)
+        ]
+        return [
+            f"The share of heads with a sink on key {self.key} is {', '.join(points)} "
+            f"({self.samples})."
+        ]
+
+    def __repr__(self) -> str:
+        return described(self)
 
 
 def rate(

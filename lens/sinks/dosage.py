@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import pandas as pd
 
-from lens.described import described
+from lens.described import Result, described
 from lens.errors import LensError
 from lens.head_ids import AnyHead
 from lens.models.loaded import LoadedModel
@@ -21,9 +21,11 @@ from lens.sinks.effects import SinkEffect
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
+    from lens.figures.style import Look
+
 
 @dataclass(frozen=True, eq=False)
-class DoseResponse:
+class DoseResponse(Result):
     """`SinkEffect` at several amounts, with the same prompts and the same control keys.
 
     Attributes:
@@ -69,11 +71,11 @@ class DoseResponse:
             f"{first['n']} prompts, BOS {first['bos']}; 95 % intervals over prompts.",
         ]
 
-    def plot(self, measure: str = "delta_loss") -> go.Figure:
+    def plot(self, measure: str = "delta_loss", **look: Unpack[Look]) -> go.Figure:
         """One curve over the amount per condition; `measure`: delta_loss, kl, flip_rate or excess."""
         from lens.figures.sink_effects import dose_curves
 
-        return dose_curves(self.table(), measure)
+        return dose_curves(self.table(), measure, **look)
 
 
 def dose_response(

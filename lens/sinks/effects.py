@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 import pandas as pd
 
 from lens.bootstrap import over_units
-from lens.described import described
+from lens.described import Result, described
 from lens.redistribution.effects import MEASURES
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
+
+    from lens.figures.style import Look
 
 MATCHED = 0.8
 """A mass control is one where its keys held at least this share of the sources' mass."""
@@ -22,7 +24,7 @@ TOOK_OVER = 0.1
 
 
 @dataclass(frozen=True, eq=False)
-class SinkEffect:
+class SinkEffect(Result):
     """What editing the sources did, beside what editing each control did.
 
     Attributes:
@@ -82,11 +84,11 @@ class SinkEffect:
             n=len(self.tokens),
         )
 
-    def plot(self, measure: str = "delta_loss") -> go.Figure:
+    def plot(self, measure: str = "delta_loss", **look: Unpack[Look]) -> go.Figure:
         """One point per condition with its interval; `measure`: delta_loss, kl, flip_rate, excess."""
         from lens.figures.sink_effects import effect_points
 
-        return effect_points(self.table(), measure)
+        return effect_points(self.table(), measure, **look)
 
     def plot_migration(self, prompt: int = 0) -> go.Figure:
         """Alpha of every key before, after and the difference, for one prompt: layer × position."""

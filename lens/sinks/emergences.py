@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 import pandas as pd
@@ -12,7 +12,7 @@ import torch
 
 from lens.bootstrap import over_units
 from lens.captures.inputs import read_prompts
-from lens.described import described
+from lens.described import Result, described
 from lens.errors import LensError
 from lens.models.loaded import LoadedModel
 from lens.scores import SINK_EPSILON
@@ -23,9 +23,11 @@ from lens.sinks.losses import two_tokens
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
+    from lens.figures.style import Look
+
 
 @dataclass(frozen=True, eq=False)
-class SinkEmergence:
+class SinkEmergence(Result):
     """Sink rate of one key by condition and layer.
 
     Attributes:
@@ -49,11 +51,11 @@ class SinkEmergence:
         found = rows.loc[rows["rate"] > threshold, "layer"]
         return None if found.empty else int(found.min())
 
-    def plot(self) -> go.Figure:
+    def plot(self, **look: Unpack[Look]) -> go.Figure:
         """Rate over layers, a curve per condition."""
         from lens.figures.sink_effects import emergence_curves
 
-        return emergence_curves(self)
+        return emergence_curves(self, **look)
 
     def __repr__(self) -> str:
         return described(self)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import pandas as pd
 import torch
@@ -12,7 +12,7 @@ from lens.bootstrap import over_units
 from lens.captures.inputs import read_prompts
 from lens.captures.layer import LayerCall, make_settings
 from lens.captures.recorder import Recorder, base, recording
-from lens.described import described
+from lens.described import Result, described
 from lens.errors import LensError
 from lens.models.loaded import LoadedModel
 from lens.redistribution.editing import attend
@@ -21,6 +21,8 @@ from lens.sinks.losses import bos_policy, two_tokens
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
+
+    from lens.figures.style import Look
 
 OFF_BY_ONE = 0.0
 """Logit of softmax-off-by-one, `exp(s) / (1 + sum exp(s))`: a learned sink with this logit."""
@@ -34,7 +36,7 @@ _NAMES = {
 
 
 @dataclass(frozen=True, eq=False)
-class EffectiveGates:
+class EffectiveGates(Result):
     """`g = 1 - mass of a sink` of every head, means over the rows and prompts.
 
     Attributes:
@@ -54,11 +56,11 @@ class EffectiveGates:
         """The rows with BOS policy and number of prompts."""
         return self.rows.assign(bos=self.bos, n=len(self.tokens))
 
-    def plot(self) -> go.Figure:
+    def plot(self, **look: Unpack[Look]) -> go.Figure:
         """Gate of every head over its layer, a colour per mechanism."""
         from lens.figures.sink_heads import gate_points
 
-        return gate_points(self.table())
+        return gate_points(self.table(), **look)
 
     def __repr__(self) -> str:
         return described(self)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 import pandas as pd
@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 from lens.captures.inputs import read_prompts
 from lens.captures.layer import LayerCall, make_settings
 from lens.captures.recorder import Recorder, base, recording
-from lens.described import described
+from lens.described import Result, described
 from lens.errors import LensError
 from lens.heads.weights import head_weights
 from lens.models.loaded import LoadedModel
@@ -25,13 +25,15 @@ from lens.sinks.alphas import alpha_of
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
+    from lens.figures.style import Look
+
 _COLUMNS = (
     "alpha", "key_norm", "value_norm", "cosine", "cosine_others", "drain", "contribution",
 )  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
-class SinkMechanism:
+class SinkMechanism(Result):
     """Geometry of the sources' keys and values in every head, means over prompts.
 
     Attributes:
@@ -82,11 +84,11 @@ class SinkMechanism:
             )
         return [*found, "This describes the heads as they are; it proves no cause."]
 
-    def plot(self) -> go.Figure:
+    def plot(self, **look: Unpack[Look]) -> go.Figure:
         """Sink mass against what the sink writes, a point per head."""
         from lens.figures.sink_mechanism import mass_and_value
 
-        return mass_and_value(self.table())
+        return mass_and_value(self.table(), **look)
 
 
 def mechanism(model: LoadedModel, prompts: Any, *, sources: Keys = "first") -> SinkMechanism:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 import pandas as pd
@@ -12,7 +12,7 @@ import torch
 
 from lens.bootstrap import over_units
 from lens.captures.inputs import read_prompts
-from lens.described import described
+from lens.described import Result, described
 from lens.errors import LensError
 from lens.head_ids import AnyHead, HeadId
 from lens.models.loaded import LoadedModel
@@ -25,6 +25,8 @@ from lens.sinks.recording import EffectRecorder
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
+
+    from lens.figures.style import Look
 
 DORMANT_ACTIVITY, DORMANT_LOSS = 0.2, 1e-3
 """A head is dormant on a domain where its activity and |change of loss| are below these."""
@@ -91,7 +93,7 @@ def head_effect(
 
 
 @dataclass(frozen=True, eq=False)
-class HeadActivity:
+class HeadActivity(Result):
     """How active each head is on each domain.
 
     Attributes:
@@ -115,11 +117,11 @@ class HeadActivity:
             bos=self.rows["domain"].map(self.bos), n=self.rows["domain"].map(self.domains)
         )
 
-    def plot(self) -> go.Figure:
+    def plot(self, **look: Unpack[Look]) -> go.Figure:
         """Change of loss with a head off against its activity, a colour per domain."""
         from lens.figures.sink_heads import activity_points
 
-        return activity_points(self.table())
+        return activity_points(self.table(), **look)
 
     def switching(self) -> list[HeadId]:
         """Edited heads that are dormant on some domain and not on another."""

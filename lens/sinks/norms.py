@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 import pandas as pd
@@ -12,13 +12,15 @@ from torch import nn
 
 from lens.captures.inputs import read_prompts
 from lens.captures.recorder import base
-from lens.described import described
+from lens.described import Result, described
 from lens.errors import LensError
 from lens.models.loaded import LoadedModel
 from lens.sinks.stream import blocks, stream
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
+
+    from lens.figures.style import Look
 
 LEAST_SEPARATION, LEAST_RATIO = 4.0, 3.0
 """Two modes: Ashman's D of their log norms, and the ratio of their mean norms, at least these.
@@ -28,7 +30,7 @@ would miss rare outliers, and 1 token in 40 is what large vision transformers ha
 
 
 @dataclass(frozen=True, eq=False)
-class HighNormTokens:
+class HighNormTokens(Result):
     """Tokens whose norm after a layer lies beyond the valley between two modes.
 
     Attributes:
@@ -60,11 +62,11 @@ class HighNormTokens:
         """The outliers with layer and cutoff."""
         return self.rows.assign(layer=self.layer, cutoff=self.cutoff)
 
-    def plot(self) -> go.Figure:
+    def plot(self, **look: Unpack[Look]) -> go.Figure:
         """Histogram of the norms with the cutoff."""
         from lens.figures.sink_tokens import norm_histogram
 
-        return norm_histogram(self)
+        return norm_histogram(self, **look)
 
     def __repr__(self) -> str:
         return described(self)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import pandas as pd
 import torch
@@ -23,7 +23,7 @@ from lens.captures.inputs import read_prompts
 from lens.captures.layer import LayerCall, make_settings
 from lens.captures.masks import MaskStructure
 from lens.captures.recorder import Recorder, base, recording
-from lens.described import described
+from lens.described import Result, described
 from lens.errors import LensError
 from lens.models.loaded import LoadedModel
 from lens.redistribution.editing import attend
@@ -32,12 +32,14 @@ from lens.sinks.losses import bos_policy, two_tokens
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
+    from lens.figures.style import Look
+
 Pair = tuple[torch.Tensor, torch.Tensor]
 _MEASURES = ("gate", "contribution", "removal", "early_mass", "late_mass")
 
 
 @dataclass(frozen=True, eq=False)
-class PersistentMemory:
+class PersistentMemory(Result):
     """What memory does to every head of a model that runs with it, means over rows and prompts.
 
     Attributes:
@@ -59,11 +61,11 @@ class PersistentMemory:
         """The rows with the mechanism "memory", as in `EffectiveGates`, BOS policy and prompts."""
         return self.rows.assign(mechanism="memory", bos=self.bos, n=len(self.tokens))
 
-    def plot(self) -> go.Figure:
+    def plot(self, **look: Unpack[Look]) -> go.Figure:
         """Gate of every head over its layer."""
         from lens.figures.sink_heads import gate_points
 
-        return gate_points(self.table())
+        return gate_points(self.table(), **look)
 
     def __repr__(self) -> str:
         return described(self)

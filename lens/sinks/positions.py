@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
 import pandas as pd
 
-from lens.described import described
+from lens.described import Result, described
 from lens.errors import LensError
 from lens.head_ids import HeadId
 from lens.scores import FEWEST_VIEWERS, SINK_EPSILON
@@ -18,6 +18,7 @@ from lens.sinks.alphas import Samples, alpha_of, as_list, check_epsilon, samples
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
+    from lens.figures.style import Look
     from lens.trace import AttentionTrace
 
 COMMON = 0.25
@@ -27,7 +28,7 @@ _NAMED = 5  # keys that findings name
 
 
 @dataclass(frozen=True, eq=False)
-class SinkKeys:
+class SinkKeys(Result):
     """The (layer, head, key) of one prompt whose alpha exceeds epsilon, strongest first.
 
     Attributes:
@@ -107,15 +108,15 @@ class SinkKeys:
             f"{FEWEST_VIEWERS} queries see them.",
         ]
 
-    def plot(self) -> go.Figure:
+    def plot(self, **look: Unpack[Look]) -> go.Figure:
         """Sinks as points: position across, layer down."""
         from lens.figures.sinks import sink_map
 
-        return sink_map(self)
+        return sink_map(self, **look)
 
 
 @dataclass(frozen=True, eq=False)
-class SinkProfile:
+class SinkProfile(Result):
     """Sink rate and mean alpha at every position.
 
     Attributes:
@@ -168,11 +169,11 @@ class SinkProfile:
         unscored = int(np.isnan(self.rate).sum())
         return [*sentences, f"{unscored} positions near the end were not judged."]
 
-    def plot(self) -> go.Figure:
+    def plot(self, **look: Unpack[Look]) -> go.Figure:
         """Mean alpha, layers down and positions across."""
         from lens.figures.sinks import position_map
 
-        return position_map(self)
+        return position_map(self, **look)
 
 
 def _count(number: int, thing: str) -> str:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import pandas as pd
 
-from lens.described import described
+from lens.described import Result, described
 from lens.head_ids import AnyHead, head_id
 from lens.models.loaded import LoadedModel
 from lens.redistribution.keys import Keys
@@ -21,11 +21,13 @@ from lens.sinks.emergences import bos_pair
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
+    from lens.figures.style import Look
+
 SCOPES = ("head", "layer", "from_layer", "all")
 
 
 @dataclass(frozen=True, eq=False)
-class ScopedEffects:
+class ScopedEffects(Result):
     """`SinkEffect` at each of several scopes, with the same seed.
 
     Attributes:
@@ -39,11 +41,11 @@ class ScopedEffects:
         parts = [found.table().assign(reach=name) for name, found in self.effects.items()]
         return pd.concat(parts, ignore_index=True)
 
-    def plot(self) -> go.Figure:
+    def plot(self, **look: Unpack[Look]) -> go.Figure:
         """Change of loss by scope, a colour per condition."""
         from lens.figures.sink_heads import scope_points
 
-        return scope_points(self.table())
+        return scope_points(self.table(), **look)
 
     def __repr__(self) -> str:
         return described(self)

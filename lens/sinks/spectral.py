@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 import pandas as pd
@@ -12,7 +12,7 @@ import torch
 
 from lens.bootstrap import over_units
 from lens.captures.inputs import read_prompts
-from lens.described import described
+from lens.described import Result, described
 from lens.errors import LensError
 from lens.heads.weights import head_weights, last_norm
 from lens.models.loaded import LoadedModel
@@ -20,6 +20,8 @@ from lens.sinks.losses import bos_policy, two_tokens
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
+
+    from lens.figures.style import Look
 
 BANDS = 20
 
@@ -108,7 +110,7 @@ def band_energies(model: LoadedModel, *, count: int = BANDS) -> pd.DataFrame:
 
 
 @dataclass(frozen=True, eq=False)
-class BandLosses:
+class BandLosses(Result):
     """What filtering each band from the last residual stream costs.
 
     Attributes:
@@ -130,11 +132,11 @@ class BandLosses:
         columns = {"band": range(len(low)), "delta_loss": values.mean(0), "low": low, "high": high}
         return pd.DataFrame(columns).assign(bos=self.bos, n=len(self.tokens))
 
-    def plot(self) -> go.Figure:
+    def plot(self, **look: Unpack[Look]) -> go.Figure:
         """Change of loss without each band, with its interval."""
         from lens.figures.sink_heads import band_points
 
-        return band_points(self.table())
+        return band_points(self.table(), **look)
 
     def __repr__(self) -> str:
         return described(self)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 import pandas as pd
@@ -24,7 +24,7 @@ from lens.bootstrap import over_units
 from lens.captures.inputs import read_prompts
 from lens.captures.layer import LayerCall, make_settings
 from lens.captures.recorder import Recorder
-from lens.described import described
+from lens.described import Result, described
 from lens.errors import LensError
 from lens.models.loaded import LoadedModel
 from lens.redistribution.editing import attend
@@ -33,9 +33,11 @@ from lens.sinks.losses import bos_policy, changes, log_probabilities, two_tokens
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
+    from lens.figures.style import Look
+
 
 @dataclass(frozen=True, eq=False)
-class StreamingPolicies:
+class StreamingPolicies(Result):
     """What each (n_sink, window) keeps, and what it costs.
 
     Attributes:
@@ -95,11 +97,11 @@ class StreamingPolicies:
             }
         )
 
-    def plot(self) -> go.Figure:
+    def plot(self, **look: Unpack[Look]) -> go.Figure:
         """Change of loss over n_sink, a curve per window."""
         from lens.figures.sink_effects import streaming_curves
 
-        return streaming_curves(self.table())
+        return streaming_curves(self.table(), **look)
 
     def __repr__(self) -> str:
         return described(self)

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 import pandas as pd
 
+from lens.described import Result, described
 from lens.errors import LensError
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-    from lens.figures.style import Theme
+    from lens.figures.style import Look
     from lens.vision.tokens import Segments
 
 
 @dataclass(frozen=True, eq=False)
-class ImageGrid:
+class ImageGrid(Result):
     """One image, a number per token.
 
     Attributes:
@@ -65,11 +66,14 @@ class ImageGrid:
                 columns[name] = cells.ravel()
         return pd.DataFrame(columns)
 
-    def plot(self, *, theme: Theme = "light") -> go.Figure:
+    def plot(self, **look: Unpack[Look]) -> go.Figure:
         """The image as a heat map, marked tokens with a cross."""
         from lens.figures.redistribution import image_grid
 
-        return image_grid(self, theme=theme)
+        return image_grid(self, **look)
+
+    def __repr__(self) -> str:
+        return described(self)
 
     def findings(self) -> tuple[str, ...]:
         """Where the marked tokens lie, never without the base rate."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 import pandas as pd
@@ -22,6 +22,7 @@ import torch
 from lens.bootstrap import over_units
 from lens.captures.inputs import Prompt, read_prompts
 from lens.captures.recorder import recording
+from lens.described import Result, described
 from lens.errors import LensError
 from lens.head_ids import AnyHead
 from lens.models.loaded import LoadedModel
@@ -36,14 +37,14 @@ from lens.vision.tokens import IMAGE, SYSTEM, TEXT, segments
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-    from lens.figures.style import Theme
+    from lens.figures.style import Look
 
 CONTROLS = ("size", "mass", "position")
 PLACES = ("sinks", "image", "system", "text")
 
 
 @dataclass(frozen=True, eq=False)
-class KnockOut:
+class KnockOut(Result):
     """Predictions of text with edges to image tokens hidden.
 
     Attributes:
@@ -87,11 +88,14 @@ class KnockOut:
             rows.append(row | {"n": len(self.tokens)})
         return pd.DataFrame(rows)
 
-    def plot(self, measure: str = "delta_loss", *, theme: Theme = "light") -> go.Figure:
+    def plot(self, measure: str = "delta_loss", **look: Unpack[Look]) -> go.Figure:
         """One measure by condition, with its interval."""
         from lens.figures.redistribution import knock_out_bars
 
-        return knock_out_bars(self.table(), measure, theme=theme)
+        return knock_out_bars(self.table(), measure, **look)
+
+    def __repr__(self) -> str:
+        return described(self)
 
     def findings(self) -> tuple[str, ...]:
         """What the text misses, in plain words."""

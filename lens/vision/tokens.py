@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import pandas as pd
 import torch
 
 from lens.captures.interface import image_token
+from lens.described import Result, described
 from lens.errors import LensError
 from lens.models.loaded import LoadedModel
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-    from lens.figures.style import Theme
+    from lens.figures.style import Look
     from lens.redistribution.keys import KeysAt
     from lens.trace import AttentionTrace
 
@@ -25,7 +26,7 @@ KINDS = {"system": SYSTEM, "image": IMAGE, "text": TEXT}
 
 
 @dataclass(frozen=True, eq=False)
-class Segments:
+class Segments(Result):
     """What each token of each prompt is.
 
     Attributes:
@@ -97,11 +98,14 @@ class Segments:
             ]
         return pd.DataFrame(rows)
 
-    def plot(self, *, theme: Theme = "light") -> go.Figure:
+    def plot(self, **look: Unpack[Look]) -> go.Figure:
         """Each prompt as a bar of its stretches, token after token."""
         from lens.figures.redistribution import segment_bars
 
-        return segment_bars(self.table(), theme=theme)
+        return segment_bars(self.table(), **look)
+
+    def __repr__(self) -> str:
+        return described(self)
 
     def findings(self) -> tuple[str, ...]:
         """How many tokens are what, in plain words."""

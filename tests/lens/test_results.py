@@ -1,0 +1,114 @@
+"""What every result shares: text, HTML, a figure that takes the same arguments and asks no network."""
+
+import importlib
+import inspect
+import pkgutil
+import socket
+
+import pandas as pd
+import plotly.graph_objects as go
+import pytest
+
+import lens
+from lens.described import ROWS, Result
+
+LOOK = {"title": "T", "width": 410, "height": 310, "theme": "dark"}
+
+
+def classes():
+    """Every public class with a table or a plot."""
+    found = {}
+    for module in pkgutil.walk_packages(lens.__path__, "lens."):
+        for name, one in vars(importlib.import_module(module.name)).items():
+            own = (
+                inspect.isclass(one) and one.__module__ == module.name and not name.startswith("_")
+            )
+            if own and {"plot", "findings"} & vars(one).keys():
+                found[f"{module.name}.{name}"] = one
+    return found
+
+
+CLASSES = classes()
+
+
+def test_the_results_are_found():
+    assert {"lens.heads.scores.HeadScores", "lens.sinks.effects.SinkEffect"} < CLASSES.keys()
+    assert len(CLASSES) > 50
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_every_result_has_text_and_html(name):
+    one = CLASSES[name]
+    assert "__repr__" in vars(one)
+    assert hasattr(one, "_repr_html_")
+
+
+@pytest.mark.parametrize("name", [name for name, one in CLASSES.items() if hasattr(one, "plot")])
+def test_every_plot_takes_the_same_look(name):
+    parameters = inspect.signature(CLASSES[name].plot).parameters
+    if name != "lens.trace.AttentionTrace":  # whose figure is of one head, which has to be named
+        assert all(
+            p.default is not p.empty for p in parameters.values() if p.name not in ("self", "look")
+        )
+    assert list(parameters)[-1] == "look"
+    assert parameters["look"].annotation == "Unpack[Look]"
+
+
+@pytest.fixture(scope="module")
+def results():
+    """One of each kind that takes less than a second."""
+    model = lens.load("text-lm-3l")
+    prompts = [lens.prompts.copied(model, 20, seed=seed) for seed in range(3)]
+    traces = [lens.capture(model, prompt, block_size=16, progress=False) for prompt in prompts]
+    induction = lens.load("induction-2l")
+    task = lens.tasks.induction(induction, 6, length=9)
+    edges = lens.circuits.score_edges(induction, task, method="eap", progress=False)
+
+    def edited(amount):
+        return lens.redistribute(model, sources="first", amount=amount)
+
+    return [
+        lens.heads.importance(model, lens.tasks.induction(model, n=4), by="gradient", progress=False),
+        lens.heads.similarity(model, prompts, progress=False),
+        lens.heads.roles(model, prompts, progress=False),
+        lens.sinks.rate(traces),
+        lens.sinks.sensitivity(traces),
+        lens.sinks.profile(traces),
+        lens.sinks.find(traces[0]),
+        lens.sinks.effect(model, prompts),
+        lens.redistribution.side_effects(model, prompts, edited, amounts=(0.0, 1.0)),
+        edges,
+        lens.circuits.evaluate(induction, task, edges, random=2, progress=False),
+    ]  # fmt: skip
+
+
+def test_results_are_shown_in_a_notebook_without_a_network(results, monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("a result asked the network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    for result in results:
+        assert isinstance(result, Result)
+        assert type(result).__name__ in repr(result)
+        html, table = result._repr_html_(), result.table()
+        assert html.count("<tr") == min(len(table), ROWS) + 1
+        assert (f"{len(table):,} rows in" in html) == (len(table) > ROWS)
+        figure = result.plot(**LOOK)
+        assert isinstance(figure, go.Figure)
+        layout = figure.layout
+        assert (layout.title.text, layout.width, layout.height) == ("T", 410, 310)
+        assert layout.paper_bgcolor == "#161b22"
+
+
+def test_html_of_a_result_is_escaped():
+    class Loud(Result):
+        def table(self):
+            return pd.DataFrame({"token": ["<b>"]})
+
+        def __repr__(self):
+            return "Loud\n  <script>"
+
+    html = Loud()._repr_html_()
+    assert "<script>" not in html
+    assert "<b>&" not in html
+    assert "&lt;b&gt;" in html
