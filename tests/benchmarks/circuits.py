@@ -31,6 +31,7 @@ from lens.tasks import Task
 _ROWS, _TOKENS, _VOCAB = 8, 64, 997
 _EXAMPLES, _SHORT = 64, 32
 _GOALS = {"memory": 5.0, "seconds": 30.0}
+_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": str(2**18), "OMP_WAIT_POLICY": "passive"}
 _TABLE = Path(__file__).with_name("CIRCUITS.md")
 
 
@@ -44,7 +45,7 @@ def main() -> None:
     ratio = own[0] / own[1]
     text = f"""# Edge attribution
 
-`python tests/benchmarks/circuits.py`, 2 CPU threads, float32; each case in a process of its own.
+`python tests/benchmarks/circuits.py`, 2 CPU threads that do not spin while they wait, float32; each case in a process of its own.
 
 Memory: EAP of {_ROWS} prompts of {_TOKENS} tokens in one batch, 12 layers × 12 heads × 768 (the shape of GPT-2 small, 32,491 edges;
 random weights, {_VOCAB} tokens in the vocabulary). Peak resident memory of the process, MiB; freed tensors go back to the system
@@ -73,7 +74,7 @@ Time: EAP on `stories260k`, {_EXAMPLES} examples of {_SHORT} tokens. The goal is
 def _in_a_process(case: str) -> dict[str, float]:
     found = subprocess.run(
         [sys.executable, __file__, case],
-        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**18)},
+        env={**os.environ, **_ENVIRONMENT},
         check=True,
         stdout=subprocess.PIPE,
         text=True,
