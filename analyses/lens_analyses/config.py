@@ -63,6 +63,7 @@ SETTINGS_OF = {
         "analysis.method",
         "analysis.steps",
         "analysis.edges",
+        "analysis.compare",
     ),
 }
 """Command -> the settings that it has a flag for; --set takes the others."""
@@ -141,6 +142,7 @@ class AnalysisConfig:
         method: of `lens.circuits.score_edges`.
         steps: of its integrated gradients.
         edges: of the circuit; 0 takes the smallest one that is faithful enough.
+        compare: folder of another run of `lens circuit`, whose circuit is compared with this one's.
     """
 
     task: str = "induction"
@@ -153,6 +155,7 @@ class AnalysisConfig:
     method: str = "eap-ig"
     steps: int = 5
     edges: int = 0
+    compare: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("n", "length"):

@@ -52,6 +52,7 @@ _HELP = {
     "analysis.method": "eap-ig, eap, exact, ...: see lens.circuits.score_edges. [eap-ig]",
     "analysis.steps": "Of the integrated gradients. [5]",
     "analysis.edges": "Of the circuit; 0: the smallest one that is faithful enough. [0]",
+    "analysis.compare": "Folder of another circuit run: what the two circuits share, beside chance.",
 }
 _WHOLE = (
     "tokens",
@@ -167,7 +168,7 @@ def _type(dotted: str) -> Any:
         int
         if dotted.rpartition(".")[2] in _WHOLE
         else Path
-        if dotted in ("prompts.text", "prompts.batch")
+        if dotted in ("prompts.text", "prompts.batch", "analysis.compare")
         else str
     )
     short = ["-m"] if dotted == "model.name" else []

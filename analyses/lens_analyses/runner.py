@@ -288,6 +288,8 @@ class _Execution:
         """The steps of this kind of run; each finished section stays."""
         subject = Subject(self._model, open_run(self._writer.path), self._config, self._output)
         for step in STEPS[self._config.what]:
+            if not step.is_wanted(self._config.analysis):
+                continue
             if step.name in subject.run.sections:
                 log.info("%s was finished before", step.name)
                 continue

@@ -84,11 +84,20 @@ def _jaccard(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def sides(
-    first: Comparable, second: Comparable, count: int | None, shape: tuple[int, int] | None
+    first: Comparable,
+    second: Comparable,
+    count: int | None,
+    shape: tuple[int, int] | None,
+    scores: tuple[EdgeScores, EdgeScores] | None = None,
 ) -> tuple[Side, Side]:
     """Both sides of a comparison; arguments and errors as in `lens.circuits.overlap`."""
-    scores = isinstance(first, HeadScores | EdgeScores)
-    if (count is not None) != scores or (
+    if scores is not None and not (isinstance(first, Circuit) and isinstance(second, Circuit)):
+        raise LensError(
+            "scores are those that two circuits were made from; EdgeScores and HeadScores are compared "
+            "as first and second"
+        )
+    of_scores = isinstance(first, HeadScores | EdgeScores)
+    if (count is not None) != of_scores or (
         count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1)
     ):
         raise LensError(
@@ -119,7 +128,9 @@ def sides(
                 "the two are of different models or graphs, whose edges cannot be compared; got "
                 f"{first.graph} of {first.model!r} and {second.graph} of {second.model!r}"
             )
-        return _of_edges(first, count), _of_edges(second, count)
+        if scores is None:
+            return _of_edges(first, count), _of_edges(second, count)
+        return _of_circuit(first, scores[0]), _of_circuit(second, scores[1])
     if shape is None:
         raise LensError("names of heads need shape=(layers, heads) of the model")
     return _of_names(first, shape), _of_names(second, shape)
@@ -164,6 +175,22 @@ def _of_edges(given: EdgeScores | Circuit, count: int | None) -> Side:
         return EdgeSide(found, _by_head(graph, leaving), _ranks(values), again, graph, kept)
 
     return _with_redraws(side, given.n)
+
+
+def _of_circuit(given: EdgeScores | Circuit, scores: EdgeScores) -> Side:
+    """A circuit with the scores that it was made from: of all edges, so that they can be ranked."""
+    assert isinstance(given, Circuit)
+    if scores.graph != given.graph or scores.model != given.model:
+        raise LensError(
+            f"the scores are of {scores.graph} of {scores.model!r}, and the circuit of {given.graph} of "
+            f"{given.model!r}"
+        )
+    values = scores.values
+    _no_nan(values)
+    leaving = np.bincount(given.graph.ends[1], values, len(given.graph.writers))
+    by_head = _by_head(given.graph, leaving)
+    heads = _heads_in(given.graph, given.kept)
+    return EdgeSide(heads, by_head, _ranks(np.abs(values)), None, given.graph, given.kept)
 
 
 def _with_redraws(side: Callable[..., Side], n: int) -> Side:

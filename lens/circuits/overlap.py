@@ -161,6 +161,7 @@ def overlap(
     *,
     count: int | None = None,
     shape: tuple[int, int] | None = None,
+    scores: tuple[EdgeScores, EdgeScores] | None = None,
     null: str = "layers",
     draws: int = 1000,
     resamples: int = 200,
@@ -178,6 +179,7 @@ def overlap(
             `Circuit`, or both lists of head names.
         count: edges (chosen as by `EdgeScores.top`) or heads (by size) of each circuit; of scores alone.
         shape: layers and heads of the model; of head names alone.
+        scores: of all edges, those that each of two circuits was made from: adds the rank correlation.
         null: "layers" renames the heads of the second within each layer, so that its depth stays (with
             one key-value reader per group also its groups); "all" renames them over the whole model,
             which edges do not allow, since they go upwards.
@@ -187,7 +189,7 @@ def overlap(
 
     Raises:
         LensError: two kinds of things, two models or graphs, no head on a side, edges under "all",
-            scores that are NaN, or numbers that make no sense.
+            scores that are NaN or not of the circuits' graph, or numbers that make no sense.
 
     Reference: Merullo, Eickhoff, Pavlick 2024, arXiv 2310.08744. That circuits overlap does not mean that
         they do each other's task: Hanna et al. 2024, arXiv 2403.17806.
@@ -198,7 +200,7 @@ def overlap(
     """
     _check(null, draws, resamples)
     draw = np.random.default_rng(seed)
-    a, b = sides(first, second, count, shape)
+    a, b = sides(first, second, count, shape, scores)
     edges = isinstance(a, EdgeSide)
     if edges and null == "all":
         raise LensError(

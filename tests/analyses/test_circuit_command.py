@@ -75,6 +75,37 @@ def test_figures_and_limits_are_on_the_page(run):
     assert "prompts that the circuit was not made from" in page
 
 
+def test_what_two_runs_share_stands_beside_chance(run, lens_command, tmp_path):
+    words = ["--edges", "12", "--seed", "5", "--compare", str(run.path)]
+    answer = lens_command(*RUN.split(), *words, "--out", tmp_path, "--json")
+    assert answer.code == 0, answer.err
+    other = open_run(answer.json["path"])
+    assert other.sections == ["edges", "circuit", "overlap"]
+    assert validate(other) == []
+    section = other.section("overlap")
+    mine, its = (
+        circuits.load_circuit(one.path / "circuits/induction.json") for one in (other, run)
+    )
+    measures = section.tables["measures"].set_index("measure")
+    either = set(mine.edges) | set(its.edges)
+    shared = len(set(mine.edges) & set(its.edges)) / len(either)
+    assert measures.loc["edges", "value"] == pytest.approx(shared)
+    both = [set(one.nodes) - {"input"} for one in (mine, its)]
+    assert measures.loc["heads", "value"] == len(both[0] & both[1]) / len(both[0] | both[1])
+    sizes = [
+        np.abs(circuits.from_mib(one.path / "circuits/mib/importances.json").values)
+        for one in (other, run)
+    ]
+    ranked = [np.argsort(np.argsort(one)) for one in sizes]
+    expected = np.asarray(np.corrcoef(np.stack(ranked)))[0, 1]
+    assert measures.loc["rank correlation", "value"] == pytest.approx(expected, abs=0.01)
+    assert (measures["chance"] < measures["value"]).all()
+    assert section.configuration["with"] == run.id
+    assert "so this says how well a circuit comes back" in " ".join(section.limits)
+    page = (other.path / "report.html").read_text(encoding="utf-8")
+    assert "Overlap: what it shares with the circuit of another run" in page
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -82,9 +113,23 @@ def test_figures_and_limits_are_on_the_page(run):
         ("--method magic", "unknown method 'magic'"),
         ("--edges -3", "analysis.edges 0 or more, got 5 and -3"),
         ("--steps 0", "analysis.steps must be at least 1"),
+        ("--compare nowhere", "nowhere is no run folder"),
     ],
 )
 def test_what_makes_no_sense_is_refused(lens_command, tmp_path, words, message):
     answer = lens_command(*RUN.split(), *words.split(), "--out", tmp_path)
     assert answer.code == 1
     assert message in answer.err
+
+
+def test_another_model_or_a_run_without_a_circuit_is_no_comparison(run, lens_command, tmp_path):
+    words = RUN.replace("induction-2l", "text-lm-3l").split()
+    answer = lens_command(*words, "--compare", str(run.path), "--out", tmp_path)
+    assert answer.code == 1
+    assert "heads of two models are not the same heads" in answer.err
+    plain = lens_command(
+        *["run", "--model", "induction-2l", "--copied", "1"], "--out", tmp_path / "plain", "--json"
+    )
+    answer = lens_command(*RUN.split(), "--compare", plain.json["path"], "--out", tmp_path)
+    assert answer.code == 1
+    assert "has 0 circuits and one is compared" in answer.err

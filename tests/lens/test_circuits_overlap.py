@@ -58,6 +58,25 @@ def test_heads_are_counted_as_sets_of_names():
         assert row["circuit"] == ("both" if all(inside) else "first" if inside[0] else "second")
 
 
+def test_circuits_with_their_scores_are_ranked_too():
+    scores = edge_scores(1), edge_scores(2)
+    circuits = [one.top(count, absolute=False) for one, count in zip(scores, (30, 45), strict=True)]
+    plain = overlap(*circuits, draws=40)
+    found = overlap(*circuits, scores=scores, draws=40)
+    by_scores = overlap(*scores, count=30, draws=40)
+    assert found.values["rank correlation"] == by_scores.values["rank correlation"]
+    assert {name: found.values[name] for name in plain.values} == plain.values
+    assert np.array_equal(found.null["edges"], plain.null["edges"])
+    assert np.array_equal(found.null["rank correlation"], by_scores.null["rank correlation"])
+    assert found.heads()["first"].notna().all()
+    assert plain.heads()["first"].isna().all()
+    with pytest.raises(LensError, match="scores are those that two circuits were made from"):
+        overlap(*scores, count=3, scores=scores)
+    other = edge_scores(2, Graph(2, 6, 2, kv="group"))
+    with pytest.raises(LensError, match=r"the scores are of Graph.*and the circuit of Graph"):
+        overlap(*circuits, scores=(scores[0], other))
+
+
 def test_null_of_layers_is_that_of_all_renamings():
     first = [(0, 0), (0, 1), (1, 2), (1, 0)]
     second = [(0, 1), (1, 0), (1, 1)]

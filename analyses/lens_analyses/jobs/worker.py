@@ -178,10 +178,10 @@ def _share(folder: Path, meta: dict[str, Any]) -> tuple[float, str]:
     from lens.sections import section_names
     from lens_analyses.steps import STEPS
 
-    steps = [step.name for step in STEPS.get(meta["what"], ())]
+    steps = [step.name for step in STEPS.get(meta["what"], ()) if step.setting is None]
     done, total = meta["prompts"]["done"], meta["prompts"]["total"]
     finished = set(section_names(folder))
-    share = (done + len(finished)) / max(1, total + len(steps))
+    share = (done + len(finished.intersection(steps))) / max(1, total + len(steps))
     if done < total:
         return share, f"{done} of {total} prompts"
     left = [name for name in steps if name not in finished]

@@ -21,10 +21,16 @@ class Step:
     Attributes:
         name: of its section.
         module: of this package that has the function of that name.
+        setting: of `analysis` without which the step is left out.
     """
 
     name: str
     module: str
+    setting: str | None = None
+
+    def is_wanted(self, settings: object) -> bool:
+        """Whether a run with these settings, those of `analysis`, takes the step."""
+        return self.setting is None or getattr(settings, self.setting) is not None
 
     def run(self, subject: "Subject") -> "Section":
         """Compute the section."""
@@ -56,7 +62,11 @@ STEPS: dict[str, tuple[Step, ...]] = {
         Step("streaming", "sink_effects"),
         Step("spectrum", "sinks"),
     ),
-    "circuit": (Step("edges", "circuits"), Step("circuit", "circuits")),
+    "circuit": (
+        Step("edges", "circuits"),
+        Step("circuit", "circuits"),
+        Step("overlap", "circuit_overlap", setting="compare"),
+    ),
     "redistribute": (Step("dose", "redistribute"), Step("search", "redistribute")),
 }
 """What a run does -> its steps, in order; later ones may read the sections of earlier ones."""

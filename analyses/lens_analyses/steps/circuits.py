@@ -15,6 +15,7 @@ from lens.figures.circuits import head_map, layered_graph
 from lens.sections import Section
 from lens.tasks import Task
 from lens_analyses.config import RunConfig
+from lens_analyses.steps.circuit_overlap import other_run
 from lens_analyses.steps.columns import defined
 from lens_analyses.steps.subject import Subject
 
@@ -32,6 +33,8 @@ def edges(subject: Subject) -> Section:
     """Scores of every edge on half of the task's prompts, the circuit of the best, its stability."""
     task, _ = _halves(subject)
     settings = subject.settings
+    if settings.compare is not None:
+        other_run(subject)
     scores = circuits.score_edges(
         subject.model,
         task,

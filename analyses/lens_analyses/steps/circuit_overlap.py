@@ -1,0 +1,92 @@
+"""What the circuit of this run shares with that of another one, such as of another task."""
+
+from pathlib import Path
+
+from lens import circuits
+from lens.circuits import Circuit, EdgeScores
+from lens.circuits.overlap import MEASURES
+from lens.errors import LensError
+from lens.runs import Run, open_run
+from lens.sections import Section
+from lens_analyses.steps.columns import defined
+from lens_analyses.steps.subject import Subject
+
+_FOLDER = "circuits"
+COLUMNS = {
+    "measure": "What is compared: "
+    + "; ".join(f"{name}, {text}" for name, text in MEASURES.items()),
+    "value": "Of the two circuits.",
+    "low": "Low end of the 95 % interval over prompts; missing, as the runs keep the mean scores alone.",
+    "high": "High end of it.",
+    "chance": "Mean when the other circuit's heads are renamed at random within their layers.",
+    "p": "(1 + draws with as much or more) / (1 + draws).",
+    "head": "Layer and head.",
+    "circuit": "Which circuit has it: first is this run's.",
+    "first": "Sum of the scores of the edges that leave it, in this run.",
+    "second": "The same in the other run.",
+    "first_rank": "Its place by size in this run, 1 = largest.",
+    "second_rank": "Its place in the other run.",
+}
+
+
+def overlap(subject: Subject) -> Section:
+    """Jaccard indices, rank correlation and shared heads, beside heads renamed at random."""
+    other = other_run(subject)
+    (mine, scores), (its, other_scores) = _circuit_of(subject.run), _circuit_of(other)
+    found = circuits.overlap(mine, its, scores=(scores, other_scores), seed=subject.seed)
+    tables = {"measures": found.table(), "heads": found.heads()}
+    shared = ", ".join(map(str, found.shared)) or "none"
+    same = mine.task == its.task
+    return Section(
+        name="overlap",
+        title="Overlap: what it shares with the circuit of another run",
+        summary=(*found.findings(), f"Heads in both: {shared}."),
+        limits=(
+            f"The other circuit is that of {other.id} ({its.n:,} edges; this one has {mine.n:,}): of two "
+            "sizes, the smaller cannot have more than its share of the larger.",
+            *(
+                [
+                    "Both are of the same task, so this says how well a circuit comes back, not what is reused."
+                ]
+                if same
+                else []
+            ),
+        ),
+        columns=defined(tables.values(), COLUMNS),
+        configuration={"with": other.id, "null": found.kind, "seed": subject.seed},
+        tables=tables,
+        figures={"overlap": found.plot()},
+    )
+
+
+def other_run(subject: Subject) -> Run:
+    """The run to compare with; asked for before anything long is computed, too.
+
+    Raises:
+        LensError: no run, one without a circuit, or one of another model.
+    """
+    other = open_run(Path(subject.settings.compare or ""))
+    circuit, _ = _circuit_of(other)
+    if circuit.model != subject.model.name:
+        raise LensError(
+            f"run {other.id} is of {circuit.model} and this one of {subject.model.name}: heads of two "
+            "models are not the same heads"
+        )
+    return other
+
+
+def _circuit_of(run: Run) -> tuple[Circuit, EdgeScores]:
+    """The circuit of a run, and the scores that it was made from.
+
+    Raises:
+        LensError: a run without exactly one.
+    """
+    folder = run.path / _FOLDER
+    files = sorted(folder.glob("*.json"))
+    if len(files) != 1:
+        raise LensError(
+            f"run {run.id} has {len(files)} circuits and one is compared; `lens circuit` makes a run "
+            "with one"
+        )
+    scores = circuits.from_mib(folder / "mib" / "importances.json")
+    return circuits.load_circuit(files[0]), scores
