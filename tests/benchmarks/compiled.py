@@ -1,7 +1,7 @@
 """Compiles every Triton kernel that ships for sm_90 and sm_80, without a GPU, and writes the tables.
 
 `python tests/benchmarks/compiled.py` writes compiled.csv (one row a kernel) and COMPILED.md (the
-worst of each kernel and of each mask) beside this file; half an hour on two cores, less where
+worst of each kernel and of each mask) beside this file; an hour on two cores, less where
 Triton's cache has the kernels. The jobs are those of tests/kernels/triton_offline.py, and
 tests/kernels/test_triton_compile.py holds the table to account.
 """

@@ -25,18 +25,18 @@ import torch
 DIMS = (16, 32, 64, 80, 96, 128, 192, 256)
 WIDTHS = (64, 128, 256)
 MASKS = {
-    "causal": {"bfloat16": DIMS, "float16": (64, 128), "float32": DIMS},
-    "sinks": {"bfloat16": DIMS, "float16": (64, 128), "float32": (128,)},
+    "causal": {"bfloat16": DIMS, "float16": DIMS, "float32": DIMS},
+    "sinks": {"bfloat16": DIMS, "float16": DIMS, "float32": WIDTHS},
     **{
-        mask: {"bfloat16": WIDTHS, "float32": WIDTHS}
+        mask: {"bfloat16": WIDTHS, "float16": WIDTHS, "float32": WIDTHS}
         for mask in ("window", "ragged", "sparse", "everything")
     },
     **{
-        mask: {"bfloat16": (128,), "float32": (128,)}
+        mask: {"bfloat16": WIDTHS, "float16": (128,), "float32": (128,)}
         for mask in ("none", "prefix", "padding", "allowed", "bias", "alibi", "groups", "decoding")
     },
-    "softcap": {"bfloat16": WIDTHS, "float32": (128,)},
-    "narrow": {"bfloat16": (192,)},
+    "softcap": {"bfloat16": WIDTHS, "float16": (128,), "float32": (128,)},
+    "narrow": {"bfloat16": (192,), "float16": (192,)},
 }
 """What changes a kernel, and the head dims tried with it: the others share the tiles of these.
 
