@@ -28,6 +28,7 @@ from lens.circuits.patching import PatchEffects, patch, path_patch
 from lens.circuits.recovery import Recovery, recovery
 from lens.circuits.reuse import Redirection, redirect
 from lens.circuits.scoring import score_edges
+from lens.circuits.sink_check import SinkCheck, sink_check
 from lens.circuits.stability import NoiseFloor, Stability, jaccard, noise_floor, stability
 from lens.circuits.transfer import Transfer, transfer
 
@@ -50,6 +51,7 @@ __all__ = [
     "PatchEffects",
     "Recovery",
     "Redirection",
+    "SinkCheck",
     "Stability",
     "Transfer",
     "acdc",
@@ -77,6 +79,7 @@ __all__ = [
     "redirect",
     "run_circuit",
     "score_edges",
+    "sink_check",
     "stability",
     "to_attribution_graph",
     "to_mib",

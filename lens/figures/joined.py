@@ -1,4 +1,4 @@
-"""The figure of `lens.circuits.join`: how the effect of each head splits."""
+"""Figures of `lens.circuits.join`, how the effect of each head splits, and of `lens.circuits.sink_check`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from lens.figures.style import Theme, style
 
 if TYPE_CHECKING:
     from lens.circuits.joined import JoinedHeads
+    from lens.circuits.sink_check import SinkCheck
 
 _PARTS = ("pattern", "value", "interaction")
 
@@ -47,4 +48,33 @@ def parts_plot(
         f"value {best['value']:.3g}"
     )
     meta = {"task": joined.task, "model": joined.model}
+    return style(figure, title=title or finding, width=width, height=height, theme=theme, meta=meta)
+
+
+def sink_check_plot(
+    check: SinkCheck,
+    *,
+    title: str | None = None,
+    width: int | None = None,
+    height: int | None = None,
+    theme: Theme = "light",
+) -> go.Figure:
+    """Bars of the change by each edit with intervals over prompts: the circuit's heads beside others."""
+    table = check.table()
+    figure = go.Figure()
+    for name, rows in table.groupby("heads"):
+        figure.add_bar(
+            x=rows["edit"],
+            y=rows["change"],
+            name=f"heads of the {name}" if name == "circuit" else "others of the same layers",
+            error_y={
+                "type": "data",
+                "array": rows["change_high"] - rows["change"],
+                "arrayminus": rows["change"] - rows["change_low"],
+            },
+        )
+    figure.update_layout(barmode="group")
+    figure.update_yaxes(title=f"change of {check.metric} (more is better)")
+    finding = check.findings()[0].partition(" (")[0]
+    meta = {"task": check.task, "model": check.model}
     return style(figure, title=title or finding, width=width, height=height, theme=theme, meta=meta)

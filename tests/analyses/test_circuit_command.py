@@ -23,7 +23,7 @@ def run(lens_command, tmp_path_factory):
 
 
 def test_both_sections_are_there_and_the_folder_is_whole(run):
-    assert run.sections == ["edges", "circuit"]
+    assert run.sections == ["edges", "circuit", "joined"]
     assert validate(run) == []
     assert "circuits/induction.json" in run.meta["files"]
     assert "circuits/mib/importances.json" in run.meta["files"]
@@ -75,12 +75,46 @@ def test_figures_and_limits_are_on_the_page(run):
     assert "prompts that the circuit was not made from" in page
 
 
+def test_each_head_of_the_circuit_shows_its_attention(run):
+    section = run.section("joined")
+    table = section.tables["heads"].set_index("head")
+    chosen = circuits.load_circuit(run.path / "circuits/induction.json")
+    names = {f"L{node[1]}H{node[-1]}" for node in chosen.nodes if node.startswith("a")}
+    assert set(table.index) == names
+    np.testing.assert_allclose(
+        table["full"], table["pattern"] + table["value"] + table["interaction"], atol=1e-6
+    )
+    assert table["previous_token"].idxmax() == "L0H1"  # the model card's heads
+    assert table["induction"].idxmax() == "L1H0"
+    assert table.loc["L1H0", "full"] > 0
+    assert {"sink_mass", "attends_to", "without_sink"} <= set(table)
+    sink = section.tables["sink"]
+    assert set(sink["edit"]) == {"excluded", "redistributed"}
+    words = " ".join(section.summary)
+    assert "mostly through" in words
+    assert "With the first key redistributed in its" in words
+    assert "report.html" in run.meta["files"]
+
+
+def test_a_task_without_corrupt_prompts_is_not_split(lens_command, tmp_path):
+    text = tmp_path / "symbols.txt"
+    symbols = np.random.default_rng(0).integers(0, 64, 12).tolist() * 10
+    text.write_text(" ".join(f"s{one}" for one in symbols))
+    words = RUN.replace("--task induction", "--task text --text").split()
+    words.insert(words.index("--text") + 1, str(text))
+    answer = lens_command(*words, "--set", "analysis.length=24", "--out", tmp_path, "--json")
+    assert answer.code == 0, answer.err
+    section = open_run(answer.json["path"]).section("joined")
+    assert list(section.tables) == ["sink"]
+    assert "has no corrupt prompts, so effects were not split" in section.limits[0]
+
+
 def test_what_two_runs_share_stands_beside_chance(run, lens_command, tmp_path):
     words = ["--edges", "12", "--seed", "5", "--compare", str(run.path)]
     answer = lens_command(*RUN.split(), *words, "--out", tmp_path, "--json")
     assert answer.code == 0, answer.err
     other = open_run(answer.json["path"])
-    assert other.sections == ["edges", "circuit", "overlap"]
+    assert other.sections == ["edges", "circuit", "joined", "overlap"]
     assert validate(other) == []
     section = other.section("overlap")
     mine, its = (

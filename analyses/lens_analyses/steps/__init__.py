@@ -65,6 +65,7 @@ STEPS: dict[str, tuple[Step, ...]] = {
     "circuit": (
         Step("edges", "circuits"),
         Step("circuit", "circuits"),
+        Step("joined", "circuit_heads"),
         Step("overlap", "circuit_overlap", setting="compare"),
     ),
     "redistribute": (Step("dose", "redistribute"), Step("search", "redistribute")),

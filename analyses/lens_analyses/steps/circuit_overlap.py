@@ -32,7 +32,7 @@ COLUMNS = {
 def overlap(subject: Subject) -> Section:
     """Jaccard indices, rank correlation and shared heads, beside heads renamed at random."""
     other = other_run(subject)
-    (mine, scores), (its, other_scores) = _circuit_of(subject.run), _circuit_of(other)
+    (mine, scores), (its, other_scores) = circuit_of(subject.run), circuit_of(other)
     found = circuits.overlap(mine, its, scores=(scores, other_scores), seed=subject.seed)
     tables = {"measures": found.table(), "heads": found.heads()}
     shared = ", ".join(map(str, found.shared)) or "none"
@@ -66,7 +66,7 @@ def other_run(subject: Subject) -> Run:
         LensError: no run, one without a circuit, or one of another model.
     """
     other = open_run(Path(subject.settings.compare or ""))
-    circuit, _ = _circuit_of(other)
+    circuit, _ = circuit_of(other)
     if circuit.model != subject.model.name:
         raise LensError(
             f"run {other.id} is of {circuit.model} and this one of {subject.model.name}: heads of two "
@@ -75,7 +75,7 @@ def other_run(subject: Subject) -> Run:
     return other
 
 
-def _circuit_of(run: Run) -> tuple[Circuit, EdgeScores]:
+def circuit_of(run: Run) -> tuple[Circuit, EdgeScores]:
     """The circuit of a run, and the scores that it was made from.
 
     Raises:

@@ -24,14 +24,14 @@ _MOST_EDGES = 1000  # rows of the table of edges
 RANKINGS = ("absolute", "signed")  # by size, or with what works against the task left out
 _ENOUGH = 0.85  # faithfulness that the circuit shall reach on the prompts that it is made from
 _SMALLEST, _SIZES = 0.001, 16  # share of the edges, and number of sizes that are tried
-_HELD_OUT = 16  # prompts that the circuit is tried on
+HELD_OUT = 16  # prompts that the circuit is tried on
 _FEW = 8  # of them, for the checks that run hundreds of circuits
 _NODES = 64  # that are taken out one by one
 
 
 def edges(subject: Subject) -> Section:
     """Scores of every edge on half of the task's prompts, the circuit of the best, its stability."""
-    task, _ = _halves(subject)
+    task, _ = halves(subject)
     settings = subject.settings
     if settings.compare is not None:
         other_run(subject)
@@ -94,8 +94,8 @@ def edges(subject: Subject) -> Section:
 
 def circuit(subject: Subject) -> Section:
     """The circuit on prompts that it was not made from, beside others of its size."""
-    _, others = _halves(subject)
-    task = others.take(torch.arange(min(others.n, _HELD_OUT)))
+    _, others = halves(subject)
+    task = others.take(torch.arange(min(others.n, HELD_OUT)))
     folder = subject.run.path / FOLDER
     scores = circuits.from_mib(folder / "mib" / "importances.json")
     chosen = circuits.load_circuit(folder / f"{_name(task)}.json")
@@ -107,7 +107,7 @@ def circuit(subject: Subject) -> Section:
         subject.model, few, chosen, runs=2, steps=3, candidates=5, random=5, **options
     )
     minimal = circuits.minimality(
-        subject.model, few, chosen, nodes=_largest(chosen, scores), random=10, **options
+        subject.model, few, chosen, nodes=largest(chosen, scores)[:_NODES], random=10, **options
     )
     table = curve.table()
     ranking = subject.run.section("edges").configuration["ranking"]
@@ -155,7 +155,7 @@ def circuit(subject: Subject) -> Section:
     )
 
 
-def _halves(subject: Subject) -> tuple[Task, Task]:
+def halves(subject: Subject) -> tuple[Task, Task]:
     """Prompts to make the circuit from, `analysis.n` of them, and as many others.
 
     Raises:
@@ -217,14 +217,14 @@ def _choose(subject: Subject, task: Task, scores: EdgeScores) -> tuple[Circuit, 
     return chosen, ranking, table
 
 
-def _largest(chosen: Circuit, scores: EdgeScores) -> list[str]:
-    """Heads and MLPs whose kept edges have the largest scores by size."""
+def largest(chosen: Circuit, scores: EdgeScores) -> list[str]:
+    """Heads and MLPs of the circuit, those first whose kept edges have the largest scores by size."""
     graph = chosen.graph
     sizes = np.bincount(
         graph.ends[1], np.abs(scores.values) * chosen.kept, minlength=len(graph.writers)
     )
     order = [graph.writers[number] for number in np.argsort(-sizes, kind="stable")]
-    return [name for name in order if name in chosen.nodes and name != "input"][:_NODES]
+    return [name for name in order if name in chosen.nodes and name != "input"]
 
 
 def _name(task: Task) -> str:

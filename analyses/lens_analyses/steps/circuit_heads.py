@@ -1,0 +1,86 @@
+"""The heads of a circuit beside their attention: role, sink, what they look at, pattern and value."""
+
+import torch
+
+from lens import circuits
+from lens.circuits.head_sets import heads_of
+from lens.circuits.joined import ROLES
+from lens.head_ids import HeadId
+from lens.sections import Section
+from lens_analyses.steps.circuit_overlap import circuit_of
+from lens_analyses.steps.circuits import HELD_OUT, halves, largest
+from lens_analyses.steps.columns import defined
+from lens_analyses.steps.subject import Subject
+
+_HEADS = 24  # that are looked at, those with the largest scores
+_DRAWS = 5  # of other heads, for the check with the sink taken out
+COLUMNS = {
+    "head": "Layer and head.",
+    "full": "Metric lost when the whole head comes from the corrupt run; positive: the task goes worse.",
+    "pattern": "Metric lost when its queries and keys come from the corrupt run (QK).",
+    "value": "Metric lost when its values come from the corrupt run (OV); of an edit: the metric, turned so that more "
+    "is better.",
+    "interaction": "full - pattern - value.",
+    "without_sink": "full, with the first key taken out of both patterns: far from full, the sink is part of it.",
+    "previous_token": "Mean attention to the token before.",
+    "duplicate_token": "Mean attention to earlier copies of the token.",
+    "induction": "Mean attention to what came after earlier copies of the token.",
+    "current_token": "Mean attention to the token itself.",
+    "sink_mass": "Mean attention to the first key.",
+    "attends_to": "Token that the last answer's row looks at most, in most prompts.",
+    "attends_mass": "Mean attention to it there.",
+    "edit": "excluded: the first key's part is left out; redistributed: its mass goes to the other keys.",
+    "heads": "Those of the circuit, or as many others of the same layers.",
+    "change": "Edited - as it is, of the metric turned so that more is better.",
+    "draws": "Sets of other heads that were drawn.",
+    "n": "Number of prompts.",
+}
+
+
+def joined(subject: Subject) -> Section:
+    """What each head of the circuit looks at, through what it acts, and whether the sink is part of it."""
+    _, others = halves(subject)
+    task = others.take(torch.arange(min(others.n, HELD_OUT)))
+    chosen, scores = circuit_of(subject.run)
+    heads = _largest_heads(largest(chosen, scores))
+    check = circuits.sink_check(subject.model, task, chosen, draws=_DRAWS, seed=subject.seed)
+    tables, figures = {"sink": check.table()}, {"sink": check.plot()}
+    summary, limits = [], ["The sink is the first key; sinks elsewhere are left as they are."]
+    if task.corrupt is None:
+        limits.insert(
+            0,
+            f"{task.name} has no corrupt prompts, so effects were not split into pattern and value; give "
+            "corrupt prompts (a .jsonl file with clean and corrupt).",
+        )
+    else:
+        found = circuits.join(subject.model, task, heads, seed=subject.seed)
+        tables, figures = {"heads": found.table(), **tables}, {"parts": found.plot(), **figures}
+        order = abs(found.effects[:, 0].mean(-1)).argsort()[::-1]
+        summary += [found.findings()[place] for place in order[:6]]
+        limits.insert(
+            0,
+            f"Each head alone, the {len(heads)} of {len(heads_of(chosen))} with the largest scores; a head "
+            "whose work others take over shows no effect.",
+        )
+    return Section(
+        name="joined",
+        title="The circuit's heads: what they look at, how they act, and the sink",
+        summary=(*summary, *check.findings()),
+        limits=tuple(limits),
+        columns=defined(tables.values(), COLUMNS),
+        configuration={
+            "heads": [str(head) for head in heads],
+            "roles": list(ROLES),
+            "held_out": task.n,
+            "draws": _DRAWS,
+            "seed": subject.seed,
+        },
+        tables=tables,
+        figures=figures,
+    )
+
+
+def _largest_heads(nodes: list[str]) -> list[HeadId]:
+    """The first `_HEADS` heads of nodes such as a3.h5, largest first."""
+    pairs = (node[1:].split(".h") for node in nodes if node.startswith("a"))
+    return [HeadId(int(layer), int(head)) for layer, head in pairs][:_HEADS]
