@@ -1,6 +1,7 @@
 """Indirect object identification: "When Mary and John went to the store, John gave a drink to" -> Mary."""
 
 import re
+from collections.abc import Sequence
 from random import Random
 
 from lens.errors import LensError
@@ -32,7 +33,14 @@ TEMPLATES = (
 CORRUPTIONS = ("abc", "s2_io", "s2_random")
 
 
-def ioi(model: LoadedModel, n: int = 32, seed: int = 0, *, corruption: str = "abc") -> Task:
+def ioi(
+    model: LoadedModel,
+    n: int = 32,
+    seed: int = 0,
+    *,
+    corruption: str = "abc",
+    templates: Sequence[str] = TEMPLATES,
+) -> Task:
     """Indirect object identification; the metric is `logit[IO] - logit[S]` after the last "to".
 
     Two people are named and one of them, the subject S, again: the other one, the indirect object IO,
@@ -46,6 +54,7 @@ def ioi(model: LoadedModel, n: int = 32, seed: int = 0, *, corruption: str = "ab
         corruption: "abc", three other names for IO, S and the second S, so nobody is named twice;
             "s2_io", the second S becomes IO, so the answer is turned round; "s2_random", it becomes a
             third name.
+        templates: those of `TEMPLATES` to draw from: one of them for means by template (Wang et al.).
 
     `task.marks` has the positions of `io`, `s1`, `s2` and `end`.
 
@@ -53,17 +62,21 @@ def ioi(model: LoadedModel, n: int = 32, seed: int = 0, *, corruption: str = "ab
         redwoodresearch/Easy-Transformer (MIT).
 
     Raises:
-        LensError: an unknown corruption, a tokenizer that splits the names, or too few prompts that fit.
+        LensError: an unknown corruption or template, a tokenizer that splits the names, or too few prompts that fit.
 
     Example:
         >>> task = ioi(lens.load("smollm2-135m"), n=8, seed=1)
     """
     if corruption not in CORRUPTIONS:
         raise LensError(f"unknown corruption {corruption!r}; known: {', '.join(CORRUPTIONS)}")
+    if not templates or not set(templates) <= set(TEMPLATES):
+        raise LensError(
+            "templates must be those of the module lens.tasks.ioi (TEMPLATES), at least one"
+        )
     names, dropped = usable(model, "names", NAMES, "The drink was given to", 6)
 
     def draw(random: Random) -> Candidate:
-        template, io_first = random.choice(TEMPLATES), random.random() < 0.5
+        template, io_first = random.choice(templates), random.random() < 0.5
         things = {"PLACE": random.choice(PLACES), "OBJECT": random.choice(GIFTS)}
         io, s, first, second, third = random.sample(names, 5)
         people = {"abc": (first, second, third), "s2_io": (io, s, io), "s2_random": (io, s, first)}

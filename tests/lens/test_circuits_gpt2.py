@@ -1,95 +1,118 @@
-"""Published numbers of GPT-2 small, where its weights are.
+"""Published numbers of circuits, where the weights are; and every row's code on a random GPT-2, anywhere.
 
-    LENS_GPT2=/path/to/gpt2 python -m pytest tests/lens/test_circuits_gpt2.py -s
+    LENS_GPT2=/path/to/gpt2 python -m pytest tests/lens/test_circuits_gpt2.py -rs -s
 
-takes a folder of weights and tokenizer, or a hub id where the network may be used. Targets and
-tolerances are of METHODS for circuits: the benchmark's notebooks and EAP-IG's (Hanna et al. 2024, arXiv
-2403.17806; Mueller et al. 2025, arXiv 2504.13151; TransformerLens' demo of activation patching).
+computes the table of `tests/lens/published.py` and prints it; rows whose weights or files are not there are
+skipped with the reason. A hub id may stand for a folder where the network may be used.
 """
 
 import os
+from functools import partial
 
 import pytest
 import torch
+import transformers
 
 import lens
-from lens.circuits import evaluate, find_nodes, path_patch, run_circuit, score_edges
-from lens.tasks import Task, greater_than, ioi
+from lens.circuits import score_edges, to_mib
+from lens.tasks import ioi
+from tests.lens import published
+from tests.lens.published import GPT2, HOURS, ROWS, SCORES, Row
 
-SOURCE = os.environ.get("LENS_GPT2")
-pytestmark = pytest.mark.skipif(
-    SOURCE is None, reason="the weights of GPT-2 are not shipped: set LENS_GPT2 to their folder"
-)
-SENTENCES = {
-    ("John", "Mary"): "When John and Mary went to the shops,{} gave the bag to",
-    ("Tom", "James"): "When Tom and James went to the park,{} gave the ball to",
-    ("Dan", "Sid"): "When Dan and Sid went to the shops,{} gave an apple to",
-    ("Martin", "Amy"): "After Martin and Amy went to the park,{} gave a drink to",
-}
+IDS = [row.name for row in ROWS]
+OTHER_SIZE = (published.acdc, published.repaired)
 
 
 @pytest.fixture(scope="module")
-def gpt2():
-    return lens.load(SOURCE)
+def weights():
+    """Environment variable -> model, loaded when it is first asked for."""
+    loaded = {}
+
+    def load(variable: str):
+        if variable not in loaded:
+            loaded[variable] = lens.load(os.environ[variable])
+        return loaded[variable]
+
+    return load
+
+
+@pytest.mark.parametrize("row", ROWS, ids=IDS)
+def test_published(row: Row, weights):
+    if row.missing:
+        pytest.skip(row.missing)
+    found = row.measure(weights(row.needs[0]), row.prompts)
+    off = []
+    for name, (target, tolerance) in row.targets.items():
+        print(
+            f"{row.name}: {name} {found[name]:.4f}, published {target} ± {tolerance}; {row.other}"
+        )
+        if abs(found[name] - target) > tolerance:
+            off.append(name)
+    assert not off, f"{row.name}: {', '.join(off)} of {found}, published {row.targets}"
 
 
 @pytest.fixture(scope="module")
-def years(gpt2):
-    return greater_than(gpt2, 100, 0)
+def small():
+    """GPT-2 with random weights, as many layers and heads as the small one, and a tokenizer that is here."""
+    tokenizer = lens.load("smollm2-135m").tokenizer
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=len(tokenizer), n_positions=128, n_embd=24, n_layer=12, n_head=12,
+        bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    return lens.load(transformers.GPT2LMHeadModel(config).eval(), tokenizer=tokenizer)
 
 
-def test_sizes_and_the_eight_prompts(gpt2):
-    assert find_nodes(gpt2).graph.n == 32_491
-    ids = gpt2.tokenizer
-    clean, corrupt, correct, wrong = [], [], [], []
-    for names, text in SENTENCES.items():
-        for subject, other in (names, names[::-1]):
-            clean.append([ids.bos_token_id, *ids.encode(text.format(f" {subject}"))])
-            corrupt.append([ids.bos_token_id, *ids.encode(text.format(f" {other}"))])
-            correct.append(ids.encode(f" {other}"))
-            wrong.append(ids.encode(f" {subject}"))
-    task = Task(
-        "eight",
-        torch.tensor(clean),
-        torch.full((8, 1), len(clean[0]) - 1),
-        torch.tensor(correct),
-        "logit_difference",
-        torch.tensor(corrupt),
-        wrong=torch.tensor(wrong),
-    )
-    assert task.evaluate(gpt2).mean().item() == pytest.approx(3.5519, abs=1e-3)
-    assert task.evaluate(gpt2, corrupt=True).mean().item() == pytest.approx(-3.5519, abs=1e-3)
+@pytest.mark.parametrize("name", [row.name for row in ROWS if row.measure not in OTHER_SIZE])
+def test_rows_run_on_random_weights(name, small, monkeypatch, tmp_path):
+    row = ROWS[IDS.index(name)]
+    if SCORES in row.needs:
+        path = tmp_path / "scores.json"
+        to_mib(score_edges(small, ioi(small, 4, 0, corruption="s2_io"), rule="left"), path)
+        monkeypatch.setenv(SCORES, str(path))
+    quick = partial(lens.circuits.codes, epochs=2, seeds=2)
+    monkeypatch.setattr(published.circuits, "codes", quick)
+    prompts = 8 if name.startswith("codes") else 4
+    found = row.measure(small, prompts)
+    assert found.keys() == row.targets.keys()
+    assert all(torch.tensor(list(found.values())).isfinite())
+    if SCORES in row.needs:
+        assert found["spearman"] == pytest.approx(1.0)
+    if name == "edge count":
+        assert found["edges"] == row.targets["edges"][0]
 
 
-@pytest.mark.parametrize(
-    ("method", "published"), [("eap-ig", 0.7449), ("eap", 0.6563), ("clean-corrupted", 0.6858)]
-)
-def test_greater_than_by_the_top_200_edges(gpt2, years, method, published):
-    """EAP-IG's notebook: 0.8143 for the model, on 490 prompts of its own nouns and years."""
-    scores = score_edges(gpt2, years, method=method, steps=5, rule="left")
-    found = run_circuit(gpt2, years, scores.top(200))
-    print(method, found.full.mean(), found.metric.mean())
-    assert found.full.mean() == pytest.approx(0.8143, abs=0.03)
-    assert found.metric.mean() == pytest.approx(published, abs=0.05)
+def test_the_repair_and_acdc_run_on_random_weights():
+    tokenizer = lens.load("smollm2-135m").tokenizer
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=len(tokenizer), n_positions=128, n_embd=8, n_layer=2, n_head=2,
+        bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    tiny = lens.load(transformers.GPT2LMHeadModel(config).eval(), tokenizer=tokenizer)
+    found = published.repaired(tiny, 4, ["L0H1", "L1H0"])
+    assert found.keys() == {"before", "after"}
+    assert 0 <= published.acdc(tiny, 4, thresholds=3)["staircase"] <= 1
 
 
-def test_ioi_by_the_benchmark(gpt2):
-    task = ioi(gpt2, 100, 0, corruption="s2_io")
-    scores = score_edges(gpt2, task, steps=5, rule="left")
-    found = evaluate(gpt2, task, scores, random=3)
-    print(found)
-    assert found.cpr == pytest.approx(1.85, abs=0.1)
-    assert found.cmd == pytest.approx(0.03, abs=0.02)
-    assert found.random_cpr.mean() == pytest.approx(0.25, abs=0.02)
-    assert found.random_cmd.mean() == pytest.approx(0.75, abs=0.02)
+def test_reference_edges_are_those_of_the_paper(small):
+    graph = lens.circuits.find_nodes(small).graph
+    known = published.known_edges(graph)
+    assert "a5.h5->a8.h6<v>" in known  # induction to S-inhibition
+    assert "a5.h5->a8.h6<q>" not in known
+    assert "a9.h9->logits" in known
+    assert "m3->a9.h9<k>" in known
+    assert "a9.h9->m9" in known
+    assert "a2.h2->a5.h5<k>" in known
+    assert not [edge for edge in known if edge.startswith("a6.h0")]
 
 
-def test_name_movers_by_direct_path_patching(gpt2):
-    task = ioi(gpt2, 50, 0, corruption="abc")
-    heads = [name for name in find_nodes(gpt2).graph.writers if name.startswith("a")]
-    found = path_patch(gpt2, task, ["logits"], heads)
-    change = dict(zip(found.nodes, found.relative[:, 0], strict=True))
-    order = sorted(heads, key=lambda name: change[name])
-    print([(name, change[name]) for name in (*order[:3], *order[-2:])])
-    assert set(order[:3]) == {"a9.h9", "a10.h0", "a9.h6"}
-    assert set(order[-2:]) == {"a10.h7", "a11.h10"}
+def test_what_is_missing_is_said(monkeypatch):
+    for name in (GPT2, HOURS):
+        monkeypatch.delenv(name, raising=False)
+    row = next(row for row in ROWS if HOURS in row.needs)
+    assert row.missing is not None
+    assert "set LENS_GPT2 to their folder; ACDC runs 32,491 edges" in row.missing
+    monkeypatch.setenv(GPT2, "here")
+    monkeypatch.setenv(HOURS, "1")
+    assert row.missing is None

@@ -143,6 +143,15 @@ def test_the_published_colored_objects_are_ours():
         assert not colors_seen[0] & colors_seen[1]
 
 
+def test_ioi_of_one_template(by_word):
+    template = TEMPLATES[9]
+    task = ioi(by_word, n=7, seed=3, templates=(template,))
+    texts = [by_word.tokenizer.decode(row) for row in task.clean.tolist()]
+    assert all("commuting" in text for text in texts)
+    several = ioi(by_word, n=11, seed=3)
+    assert not all("commuting" in by_word.tokenizer.decode(row) for row in several.clean.tolist())
+
+
 @pytest.mark.parametrize("corruption", ["abc", "s2_io", "s2_random"])
 def test_ioi(by_word, corruption):
     task = ioi(by_word, n=11, seed=3, corruption=corruption)
@@ -292,6 +301,9 @@ def test_what_a_tokenizer_breaks_is_refused(by_word, short_words):
         ioi(by_word, n=0)
     with pytest.raises(LensError, match="unknown corruption 'swap'; known: abc, s2_io, s2_random"):
         ioi(by_word, corruption="swap")
+    for templates in ((), ("[B] gave [A] a hand",)):
+        with pytest.raises(LensError, match="templates must be those of the module lens.tasks.ioi"):
+            ioi(by_word, templates=templates)
 
 
 @pytest.mark.parametrize("make", [ioi, colored_objects, docstring])
