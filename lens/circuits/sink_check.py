@@ -46,6 +46,7 @@ class SinkCheck(Result):
         edited: edit (of `RULES`) -> [prompt], the same with the heads edited.
         others: edit -> [draw, prompt], with other heads of the same layers edited; no draw where the heads
             are all that these layers have.
+        drawn: how many heads one draw has: as many as were edited, or what is left of their layers.
         metric, task, model: their names.
         seed: of the draws and of the bootstrap.
     """
@@ -54,6 +55,7 @@ class SinkCheck(Result):
     plain: np.ndarray
     edited: dict[str, np.ndarray]
     others: dict[str, np.ndarray]
+    drawn: int
     metric: str
     task: str
     model: str
@@ -93,12 +95,14 @@ class SinkCheck(Result):
             row = rows.iloc[0]
             interval = f"[{row['change_low']:+.3g}, {row['change_high']:+.3g}]"
             words = (
-                f"With the first key {edit} in its {len(self.heads)} heads, {self.task} goes from "
+                f"With the first key {edit} in {len(self.heads)} heads, {self.task} goes from "
                 f"{self.plain.mean():.3g} to {row['value']:.3g} ({row['change']:+.3g} {interval} {self.metric}, "
                 "more is better)"
             )
             if len(rows) > 1:
-                words += f"; in as many others of the same layers by {rows.iloc[1]['change']:+.3g}"
+                words += (
+                    f"; in {self.drawn} others of the same layers by {rows.iloc[1]['change']:+.3g}"
+                )
             found.append(f"{words}.")
         return tuple(found)
 
@@ -148,7 +152,17 @@ def sink_check(
         edited[name] = _measured(model, task, rule, chosen)
         runs = [_measured(model, task, rule, one) for one in sets]
         others[name] = np.array(runs).reshape(-1, task.n)
-    return SinkCheck(chosen, plain, edited, others, task.metric, task.name, model.name, seed)
+    return SinkCheck(
+        chosen,
+        plain,
+        edited,
+        others,
+        len(sets[0]) if sets else 0,
+        task.metric,
+        task.name,
+        model.name,
+        seed,
+    )
 
 
 def _measured(

@@ -59,6 +59,7 @@ def test_edits_are_those_of_whole_patterns(case):
     for edit in ("excluded", "redistributed"):
         assert error(found.edited[edit], naive(model, task, heads, edit)) < 1e-9
     assert error(found.edited["excluded"], found.edited["redistributed"]) > 1e-3
+    assert found.drawn == 2  # one is left of layer 1, where two were chosen
     left = [[HeadId(0, one), HeadId(1, 2)] for one in (0, 1)]
     possible = [naive(model, task, one, "excluded") for one in left]
     for drawn in found.others["excluded"]:
@@ -78,7 +79,8 @@ def test_table_and_figure_have_both_sets_of_heads(case):
         found.table().loc[found.table()["heads"] == heads, "change"].tolist()
         for heads in ("circuit", "others")
     ]
-    assert "as many others of the same layers by" in found.findings()[0]
+    assert "in 1 heads, drawn goes from" in found.findings()[0]
+    assert "; in 1 others of the same layers by" in found.findings()[0]
     assert "L0H1" not in repr(found)
     assert repr(found).startswith("SinkCheck(1 heads on 'drawn'")
 

@@ -30,7 +30,7 @@ COLUMNS = {
     "attends_to": "Token that the last answer's row looks at most, in most prompts.",
     "attends_mass": "Mean attention to it there.",
     "edit": "excluded: the first key's part is left out; redistributed: its mass goes to the other keys.",
-    "heads": "Those of the circuit, or as many others of the same layers.",
+    "heads": "Those of the circuit with the largest scores, or as many others of the same layers.",
     "change": "Edited - as it is, of the metric turned so that more is better.",
     "draws": "Sets of other heads that were drawn.",
     "n": "Number of prompts.",
@@ -43,7 +43,7 @@ def joined(subject: Subject) -> Section:
     task = others.take(torch.arange(min(others.n, HELD_OUT)))
     chosen, scores = circuit_of(subject.run)
     heads = _largest_heads(largest(chosen, scores))
-    check = circuits.sink_check(subject.model, task, chosen, draws=_DRAWS, seed=subject.seed)
+    check = circuits.sink_check(subject.model, task, heads, draws=_DRAWS, seed=subject.seed)
     tables, figures = {"sink": check.table()}, {"sink": check.plot()}
     summary, limits = [], ["The sink is the first key; sinks elsewhere are left as they are."]
     if task.corrupt is None:
