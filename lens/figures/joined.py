@@ -74,7 +74,8 @@ def sink_check_plot(
             },
         )
     figure.update_layout(barmode="group")
-    figure.update_yaxes(title=f"change of {check.metric} (more is better)")
-    finding = check.findings()[0].partition(" (")[0]
+    figure.update_yaxes(title=f"gained {check.metric}")
+    excluded, moved = table.loc[table["heads"] == "circuit", "change"]
+    finding = f"Without the first key in {len(check.heads)} heads: {excluded:+.3g}; its mass moved: {moved:+.3g}"
     meta = {"task": check.task, "model": check.model}
     return style(figure, title=title or finding, width=width, height=height, theme=theme, meta=meta)

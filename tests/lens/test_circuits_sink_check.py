@@ -79,6 +79,8 @@ def test_table_and_figure_have_both_sets_of_heads(case):
         found.table().loc[found.table()["heads"] == heads, "change"].tolist()
         for heads in ("circuit", "others")
     ]
+    title = found.plot().layout.title.text  # type: ignore[attr-defined]
+    assert f"Without the first key in 1 heads: {table['change'].iloc[0]:+.3g}" in title
     assert "in 1 heads, drawn goes from" in found.findings()[0]
     assert "; in 1 others of the same layers by" in found.findings()[0]
     assert "L0H1" not in repr(found)
