@@ -129,7 +129,7 @@ def circuit(subject: Subject) -> Section:
         summary=(
             _faithful(beside, chosen),
             _curve_in_words(curve),
-            _complete(complete),
+            _complete(complete, beside),
             _minimal(minimal),
         ),
         limits=(
@@ -296,14 +296,16 @@ def _curve_in_words(curve: CircuitEvaluation) -> str:
     )
 
 
-def _complete(found: Completeness) -> str:
+def _complete(found: Completeness, beside: Control) -> str:
     row = found.table().iloc[found.worst]
     sets = found.table()
     drawn = sets.loc[sets["kind"] == "random", "gap"].abs()
+    drawn_edges = float(beside.table().set_index("circuit")["faithfulness"]["uniform"])
     return (
         f"It is incomplete by {found.incompleteness:.0%} at worst: without {row['removed'] or 'nothing'} "
         f"model and circuit differ by {row['gap']:+.3g} [{row['low']:+.3g}, {row['high']:+.3g}] "
-        f"{found.metric} (sets of heads drawn at random: {drawn.mean():.3g} on average)."
+        f"{found.metric} (sets of heads drawn at random: {drawn.mean():.3g} on average). As many random edges are "
+        f"incomplete by {abs(1 - drawn_edges):.0%} with nothing taken out."
     )
 
 
