@@ -109,6 +109,11 @@ def _weight(problem: Problem) -> int:
     return 0 if plain(problem) else 1 if not extras else 2 if extras <= 2 else 3
 
 
+def _open(problem: Problem) -> bool:
+    """Whether every query sees every key: wide heads then need a few registers more."""
+    return plain(problem) and not problem.plan.causal
+
+
 def row_config(problem: Problem) -> Config:
     """Of the forward pass, by what it keeps in registers."""
     weight, width = _weight(problem), _width(problem)
@@ -123,8 +128,11 @@ def row_config(problem: Problem) -> Config:
         level += 2
     elif not many or width == 256:
         level += level > 0 or width == 256
+        level += width == 256 and _open(problem)
     ladder = (_FULL_ROWS if full else _ROWS)[width]
     config = ladder[min(level, len(ladder) - 1)]
+    if problem.plan.keep is not None and width == 256 and not hopper and not full:
+        config = replace(config, registers=_MOST)
     return replace(config, registers=None) if many and not full else config
 
 
@@ -141,7 +149,10 @@ def columns_config(problem: Problem) -> Config:
     if _weight(problem) > 2 and width == 256 and not _hopper(problem):
         return Config(32, 64, 8, 2)
     if _weight(problem) > 1:
-        return Config(64, 64, 8, 2)
+        tight = width == 64 and _loaded(problem) and not _hopper(problem)
+        return Config(64, 64, 8, 2, registers=_MOST if tight else None)
+    if width == 256 and _open(problem) and not _hopper(problem):
+        return Config(64, 64, 8, 2, registers=_MOST)
     if width < 256:
         return Config(64, 128, 8, 3)
     return Config(64, 128, 8, 2, registers=_MOST if plain(problem) else None)
@@ -204,7 +215,9 @@ def backward_config(problem: Problem, of: str) -> Config:
         return Config(32 if weight < 2 else 16, 128, 8, 2)
     if width == 256:
         small = _SMALL if hopper else replace(_SMALL, registers=_MOST)
-        return Config(64, 32, 8, 2) if weight < 2 else small
+        if weight < 2:
+            return Config(64, 16 if hopper and _open(problem) else 32, 8, 2)
+        return small
     if weight > 2:
         return Config(64, 32, 8, 2) if hopper else _SMALL
     if not hopper and width == 128 and problem.plan.allowed is not None:
