@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import lens_kernels
 import pytest
 import torch
 from lens_kernels import AttentionMask, cpu, explain, reference, tiled_backward
@@ -626,3 +627,24 @@ def test_another_source_or_compiler_makes_another_library(
     assert build._key(compiler, ("-O3",)) == old
     (changed / "simd.h").write_text((changed / "simd.h").read_text() + "\n")
     assert build._key(compiler, ("-O3",)) != old
+
+
+def test_fifty_runs_give_the_same_bits():
+    generator = torch.Generator().manual_seed(3)
+    query = torch.randn(1, 4, 131, 24, generator=generator, requires_grad=True)
+    key, value = (torch.randn(1, 2, 137, 24, generator=generator) for _ in range(2))
+
+    def run():
+        query.grad = None
+        mask = lens_kernels.AttentionMask(causal=True)
+        names = ("lse", "entropy", "block_mass", "received", "diagonal", "top_keys")
+        result = lens_kernels.attention(
+            query, key, value, mask=mask, statistics=names, block_size=16, backend="cpu"
+        )
+        result.output.sum().backward()
+        return [result.output, query.grad, *(result.statistics[name] for name in names[:-1])]
+
+    first = run()
+    for _ in range(49):
+        same = [torch.equal(one, other) for one, other in zip(first, run(), strict=True)]
+        assert same == [True] * len(first)
