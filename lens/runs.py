@@ -121,10 +121,17 @@ class Run:
 
     @property
     def sections(self) -> list[str]:
-        """Names of the finished sections: what `lens heads`, `lens sinks` and others found."""
-        from lens.sections import section_names
+        """Names of the finished sections, in the order in which they were computed: what `lens heads`,
+        `lens sinks` and others found."""
+        from lens.sections import FOLDER, INDEX, section_names
 
-        return section_names(self.path)
+        written = list(self.meta.get("files", {}))
+        places = {name: place for place, name in enumerate(written)}
+
+        def place(name: str) -> int:
+            return places.get(f"{FOLDER}/{name}/{INDEX}", len(places))
+
+        return sorted(section_names(self.path), key=place)
 
     def section(self, name: str) -> Section:
         """One section with its tables and figures.

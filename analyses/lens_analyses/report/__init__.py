@@ -29,8 +29,9 @@ class Report:
 
     @property
     def headline(self) -> list[str]:
-        """The findings in words."""
-        return [finding["text"] for finding in self.numbers["summary"]]
+        """What the analysis found, a sentence a section, and what the profile found."""
+        sections = [part["summary"][0] for part in self.numbers["sections"] if part["summary"]]
+        return [*sections, *(finding["text"] for finding in self.numbers["summary"])]
 
     def files(self) -> dict[str, str]:
         """Name -> content."""

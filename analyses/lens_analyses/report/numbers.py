@@ -49,6 +49,7 @@ def numbers(run: Run, status: str | None = None) -> dict[str, Any]:
         "schema_version": SCHEMA_VERSION,
         "run": run.id,
         "title": run.title,
+        "what": meta["what"],
         "status": status or run.status,
         "created": meta["created"],
         "seconds": meta["seconds"],

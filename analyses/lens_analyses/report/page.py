@@ -27,6 +27,13 @@ COLUMNS = (
 )
 """Metric, variant and the prompts that show it best: the columns of the table of heads."""
 
+TITLES = {
+    "sinks": "The attention sinks of",
+    "redistribute": "Attention moved elsewhere in",
+    "circuit": "A circuit of",
+}
+"""What a page is called, with the model's name behind it; other runs are about all heads."""
+
 MOST_ROWS = 300  # of a section's table on the page
 
 ROLES = {
@@ -49,6 +56,7 @@ def page(data: dict[str, Any], maps: list[HeadMap], figures: dict[str, dict[str,
     made = environment()
     return made.get_template("report.html.j2").render(
         report=data,
+        title=f"{TITLES.get(data['what'], 'The attention heads of')} {data['setup']['model']['name']}",
         kinds=kinds,
         kind_names=NAMES,
         grids=_choices(figures, data),
