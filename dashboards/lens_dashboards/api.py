@@ -12,7 +12,9 @@ import pandas as pd
 from flask import Blueprint, Response, request
 
 from lens.errors import LensError
+from lens.metrics import VARIANTS
 from lens_dashboards.circuit_edges import RANKINGS, circuit_edges
+from lens_dashboards.circuit_groups import named_groups
 from lens_dashboards.head_columns import head_columns
 from lens_dashboards.library import Library
 from lens_dashboards.library import section as read_section
@@ -30,25 +32,25 @@ def make_api(library: Library) -> Blueprint:
     @_refusing
     def get_raster(run_id: str, prompt: str, layer: int, head: int) -> Response:
         """A rectangle: float32 rows, one after the other; sizes in the header `X-Raster`."""
-        trace = library.trace(run_id, prompt)
+        trace, variant = library.trace(run_id, prompt), _variant()
         pooling = request.args.get("pooling", "max")
         if pooling not in ("max", "mean"):
             raise LensError(f"pooling must be max or mean, got {pooling!r}")
-        found = raster(trace, layer, head, _window(), pooling)  # pyright: ignore[reportArgumentType]
+        found = raster(trace, layer, head, _window(), pooling, variant)  # pyright: ignore[reportArgumentType]
         return _binary(found.values, header(trace, found, pooling))
 
     @api.get("/run/<run_id>/atlas/<prompt>")
     @_refusing
     def get_atlas(run_id: str, prompt: str) -> Response:
         """A small picture of every head: float32 [layers, heads, rows, columns]."""
-        values = library.atlas(run_id, prompt)
+        values = library.atlas(run_id, prompt, _variant())
         return _binary(values, dict(zip(_ATLAS, values.shape, strict=True)))
 
     @api.get("/run/<run_id>/row/<prompt>/<int:layer>/<int:head>/<int:query>")
     @_refusing
     def get_row(run_id: str, prompt: str, layer: int, head: int, query: int) -> Response:
         """Exact probabilities of one query over all keys."""
-        values = row(library.trace(run_id, prompt), layer, head, query)
+        values = row(library.trace(run_id, prompt), layer, head, query, _variant())
         return _binary(values[None], {"rows": 1, "columns": len(values), "query": query})
 
     @api.get("/run/<run_id>/tokens/<prompt>")
@@ -93,8 +95,12 @@ def make_api(library: Library) -> Blueprint:
             raise LensError(
                 f"give edges=1 to {len(edges.names)} and ranking={' or '.join(RANKINGS)}"
             )
+        notes: list[str] = []
+        groups = named_groups(request.args.get("groups", ""), edges, notes)
+        if notes:
+            raise LensError(" ".join(notes))
         made = f"{ranking} top {count}, pruned"
-        found = edges.circuit(edges.top(int(count), ranking), made)
+        found = edges.circuit(edges.top(int(count), ranking), made, groups)
         response = Response(json.dumps(found), mimetype="application/json")
         response.headers["Content-Disposition"] = "attachment; filename=circuit.json"
         return response
@@ -140,6 +146,13 @@ def _refusing(view: Callable[..., Response]) -> Callable[..., Response]:
             return Response(str(error), status=404, mimetype="text/plain")
 
     return guarded
+
+
+def _variant() -> str:
+    given = request.args.get("variant", "raw")
+    if given not in VARIANTS:
+        raise LensError(f"variant must be {' or '.join(VARIANTS)}, got {given!r}")
+    return given
 
 
 def _window() -> tuple[int, int, int, int] | None:

@@ -9,16 +9,16 @@ CELLS = 32
 """Cells a side of a head's picture, at most: 1,024 heads are 4 MiB."""
 
 
-def atlas(trace: AttentionTrace, pooling: Pooling = "max") -> np.ndarray:
+def atlas(trace: AttentionTrace, variant: str = "raw", pooling: Pooling = "max") -> np.ndarray:
     """[layers, heads, rows, columns] float32; NaN where no query may see the key.
 
     Block mass as captured, several blocks pooled into a cell where there are more than `CELLS`. A prompt
     of fewer than four blocks is drawn from exact probabilities where q and k were kept. One layer is
-    read at a time.
+    read at a time. Only these short prompts can leave the first key out, see `no_form`.
     """
     size, blocks = trace.attrs["block_size"], len(trace.dataset["query_block"])
-    if blocks < 4 and not trace.tile_refusal(0, 0):
-        return _from_tokens(trace, pooling)
+    if _is_short(trace):
+        return _from_tokens(trace, variant, pooling)
     step = -(-blocks // CELLS)
     layers = []
     for layer in range(trace.layers):
@@ -28,13 +28,31 @@ def atlas(trace: AttentionTrace, pooling: Pooling = "max") -> np.ndarray:
     return np.array(layers, dtype=np.float32)
 
 
-def _from_tokens(trace: AttentionTrace, pooling: Pooling) -> np.ndarray:
+def no_form(trace: AttentionTrace) -> str:
+    """Why the atlas of a trace has no sink-excluded form; empty if it has."""
+    if _is_short(trace):
+        return ""
+    return (
+        "These pictures are of blocks of tokens, which have no sink-excluded form: the first token is "
+        "counted here. Open a head and zoom in to see single tokens without it."
+    )
+
+
+def _is_short(trace: AttentionTrace) -> bool:
+    return len(trace.dataset["query_block"]) < 4 and not trace.tile_refusal(0, 0)
+
+
+def _from_tokens(trace: AttentionTrace, variant: str, pooling: Pooling) -> np.ndarray:
     step = -(-trace.length // CELLS)
     return np.array(
         [
             [
                 blank(
-                    pool(np.nan_to_num(raster(trace, layer, head).values), step, pooling),
+                    pool(
+                        np.nan_to_num(raster(trace, layer, head, None, pooling, variant).values),
+                        step,
+                        pooling,
+                    ),
                     trace,
                     0,
                     0,

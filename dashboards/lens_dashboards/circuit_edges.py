@@ -1,6 +1,6 @@
 """The edges of a run's model with their scores, as its `importances.json` has them; no torch needed."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -102,11 +102,14 @@ class CircuitEdges:
             best[node] = sorted(found, key=lambda one: -one[0])[:_MOST_PATHS]
         return best.get("logits", [])
 
-    def circuit(self, edges: list[int], made: str) -> dict[str, Any]:
-        """A circuit file of these edges, which `lens.circuits.load_circuit` reads."""
+    def circuit(
+        self, edges: list[int], made: str, groups: Mapping[str, list[str]] | None = None
+    ) -> dict[str, Any]:
+        """A circuit file of these edges, which `lens.circuits.load_circuit` reads; it keeps the groups."""
         return {
             **self.saved,
             "made": made,
+            "groups": {name: list(nodes) for name, nodes in (groups or {}).items()},
             "nodes": [row["node"] for row in self.nodes(edges)],
             "edges": [self.names[edge] for edge in edges],
             "scores": [float(self.scores[edge]) for edge in edges],

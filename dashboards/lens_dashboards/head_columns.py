@@ -1,6 +1,7 @@
 """Everything a run knows about each head, as one table: profile scores and columns of its analyses."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import pandas as pd
 
@@ -24,13 +25,15 @@ class HeadColumns:
         table: `head` ("L3H5"), `layer`, `number`, then the columns, named as in `labels`.
         labels: column -> words for an axis.
         definitions: column -> what it is.
+        sink_excluded: columns that leave the first key out.
     """
 
     table: pd.DataFrame
     labels: dict[str, str]
     definitions: dict[str, str]
+    sink_excluded: frozenset[str]
 
-    @property
+    @cached_property
     def numbers(self) -> list[str]:
         """Columns of numbers that some head has."""
         return [
@@ -39,7 +42,7 @@ class HeadColumns:
             if pd.api.types.is_numeric_dtype(self.table[name]) and self.table[name].notna().any()
         ]
 
-    @property
+    @cached_property
     def classes(self) -> list[str]:
         """Columns of words."""
         return [name for name in self.labels if not pd.api.types.is_numeric_dtype(self.table[name])]
@@ -60,7 +63,7 @@ def head_columns(run: Run, group: str, variant: str) -> HeadColumns:
     heads = sorted(set(zip(long["layer"].tolist(), long["head"].tolist(), strict=True)))
     names = [str(HeadId(*pair)) for pair in heads]
     columns: dict[str, pd.Series] = {}
-    labels, definitions = {}, {}
+    labels, definitions, excluded = {}, {}, []
     for metric in METRICS.values():
         chosen = variant if metric.sink_excluded else "raw"
         rows = long[((long["metric"] == metric.name) & (long["variant"] == chosen)).to_numpy()]
@@ -70,6 +73,7 @@ def head_columns(run: Run, group: str, variant: str) -> HeadColumns:
             without = ", sink excluded" if chosen == "sink_excluded" else ""
             labels[metric.name] = f"{metric.label}{without} ({metric.unit})"
             definitions[metric.name] = f"{metric.definition} Unit: {metric.unit}."
+            excluded += [metric.name] if chosen == "sink_excluded" else []
     for section_name in run.sections:
         if section_name == "heads":  # the others, joined
             continue
@@ -94,7 +98,7 @@ def head_columns(run: Run, group: str, variant: str) -> HeadColumns:
     frame.insert(0, "number", [head for _, head in heads])
     frame.insert(0, "layer", [layer for layer, _ in heads])
     frame.insert(0, "head", names)
-    return HeadColumns(frame.reset_index(drop=True), labels, definitions)
+    return HeadColumns(frame.reset_index(drop=True), labels, definitions, frozenset(excluded))
 
 
 def _heads(table: pd.DataFrame) -> list[str] | None:

@@ -66,13 +66,13 @@ class Library:
         run = self.run(run_id)
         return self._trace(run_id, prompt, self._open[run_id][0], run)
 
-    def atlas(self, run_id: str, prompt: str) -> np.ndarray:
+    def atlas(self, run_id: str, prompt: str, variant: str = "raw") -> np.ndarray:
         """A small picture of every head of a trace; see `lens_dashboards.atlas`.
 
         Raises:
             LensError: as `trace`.
         """
-        return self._atlas(self.trace(run_id, prompt))
+        return self._atlas(self.trace(run_id, prompt), variant)
 
     @staticmethod
     def _load_trace(run_id: str, prompt: str, changed: int, run: Run) -> AttentionTrace:

@@ -208,6 +208,7 @@ def header(trace: AttentionTrace, found: Raster, pooling: str = "max") -> dict[s
         "length": trace.length,
         "block": trace.attrs["block_size"],
         "pooling": pooling,
+        "variant": found.variant,
     }
 
 

@@ -28,7 +28,9 @@ class Raster:
         level: `tokens`, `blocks` or `pooled`.
         query_start, key_start: first token of the first row and column.
         cell: tokens a side of a cell.
-        queries, keys: the last token of the rectangle, exclusive.
+        query_end, key_end: the last token of the rectangle, exclusive.
+        variant: `raw`; `sink_excluded`: key 0 is left out and each row is rescaled to a sum of 1, which
+            only single tokens allow.
     """
 
     values: np.ndarray
@@ -38,6 +40,7 @@ class Raster:
     cell: int
     query_end: int
     key_end: int
+    variant: str = "raw"
 
 
 def raster(
@@ -46,8 +49,9 @@ def raster(
     head: int,
     window: tuple[int, int, int, int] | None = None,
     pooling: Pooling = "max",
+    variant: str = "raw",
 ) -> Raster:
-    """The rectangle (q0, q1, k0, k1) in tokens, or everything.
+    """The rectangle (q0, q1, k0, k1) in tokens, or everything; blocks are always raw.
 
     Raises:
         LensError: a head that is not there, or a rectangle outside the prompt.
@@ -63,20 +67,37 @@ def raster(
     if not (0 <= q0 < q1 and 0 <= k0 < k1):
         raise LensError(f"the prompt has tokens 0 to {length - 1}; got the rectangle {window}")
     if not trace.tile_refusal(layer, head) and max(q1 - q0, k1 - k0) <= MOST_CELLS:
-        values = trace.tile(layer, head, (q0, q1), (k0, k1)).astype(np.float32)
-        return Raster(blank(values, trace, q0, k0, 1), "tokens", q0, k0, 1, q1, k1)
+        values = trace.tile(layer, head, (q0, q1), (k0, k1))
+        if variant != "raw":
+            values = _without_first(values, trace.tile(layer, head, (q0, q1), (0, 1)), k0)
+        shown = blank(values.astype(np.float32), trace, q0, k0, 1)
+        return Raster(shown, "tokens", q0, k0, 1, q1, k1, variant)
     return _blocks(trace, layer, head, (q0, q1, k0, k1), pooling)
 
 
-def row(trace: AttentionTrace, layer: int, head: int, query: int) -> np.ndarray:
-    """[keys] exact probabilities of one query.
+def row(
+    trace: AttentionTrace, layer: int, head: int, query: int, variant: str = "raw"
+) -> np.ndarray:
+    """[keys] exact probabilities of one query; NaN at key 0 when it is left out.
 
     Raises:
         LensError: no such query, or q and k were not kept.
     """
     if not 0 <= query < trace.length:
         raise LensError(f"the prompt has tokens 0 to {trace.length - 1}; there is no query {query}")
-    return trace.tile(layer, head, (query, query + 1), (0, trace.length))[0].astype(np.float32)
+    values = trace.tile(layer, head, (query, query + 1), (0, trace.length))
+    if variant != "raw":
+        values = _without_first(values, values[:, :1], 0)
+    return values[0].astype(np.float32)
+
+
+def _without_first(values: np.ndarray, first: np.ndarray, start: int) -> np.ndarray:
+    """`p_ij / (1 - p_i0)` with key 0 blank; rows that see nothing else are blank."""
+    rest = 1.0 - first
+    found = np.divide(values, rest, out=np.full(values.shape, np.nan), where=rest > 1e-9)
+    if start == 0:
+        found[:, 0] = np.nan
+    return found
 
 
 def _blocks(

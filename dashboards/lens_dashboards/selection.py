@@ -2,17 +2,18 @@
 
 /                                     the runs
 /jobs                                 analyses to come
-/run/<id>                             overview        ?group=&metric=&variant=
+/run/<id>                             overview
 /run/<id>/head/<layer>/<head>         one head        ?prompt=&q0=&q1=&k0=&k1=&query=
-/run/<id>/atlas                       every head          ?prompt=
+/run/<id>/atlas                       every head      ?prompt=
 /run/<id>/heads                       heads against each other, by any two scores
 /run/<id>/sinks                       where attention is parked
 /run/<id>/redistribution              what changes when it is moved
 /run/<id>/circuits                    which edges carry a task
 /run/<id>/analysis/<section>          what one analysis found
 /run/<id>/provenance                  how it was made
-/compare                              two runs       ?a=&b=
+/compare                              two runs        ?a=&b=
 
+Every page of a run, and the comparison, takes `?variant=sink_excluded`, and links between them keep it.
 The options of each page are in `OPTIONS`.
 """
 
@@ -22,14 +23,15 @@ from urllib.parse import parse_qs, quote, unquote, urlencode
 
 from lens.metrics import METRICS, VARIANTS
 
+DEFAULT_METRIC = "induction"
 OPTIONS: dict[str, dict[str, str]] = {
+    "overview": {"group": "", "metric": DEFAULT_METRIC},
     "head": {"pin": ""},
     "heads": {
         "x": "",
         "y": "",
         "color": "",
         "group": "",
-        "variant": "raw",
         "show": "scatter",
         "layers": "",
         "pattern": "",
@@ -38,17 +40,17 @@ OPTIONS: dict[str, dict[str, str]] = {
         "only": "",
     },
     "sinks": {"epsilon": "", "edit": ""},
-    "redistribution": {"amount": ""},
-    "circuits": {"ranking": "", "edges": "", "node": "", "pins": ""},
-    "compare": {"a": "", "b": "", "metric": "", "variant": "raw", "group": ""},
+    "redistribution": {"rule": "", "amount": ""},
+    "circuits": {"ranking": "", "edges": "", "pins": "", "by": "", "groups": ""},
+    "compare": {"a": "", "b": "", "metric": "", "group": ""},
 }
 """Options of each page with their defaults; a link holds those that differ."""
 PAGES = (
     *("runs", "jobs", "overview", "heads", "head", "atlas", "sinks", "redistribution", "circuits"),
     *("analysis", "compare", "provenance"),
 )
-_PLAIN = ("heads", "sinks", "redistribution", "circuits", "provenance")
-DEFAULT_METRIC = "induction"
+_PLAIN = ("heads", "atlas", "sinks", "redistribution", "circuits", "provenance")
+_WITH_PROMPT = ("head", "atlas")
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,7 @@ class Selection:
     Attributes:
         page: one of `PAGES`.
         run: id of the run, "" on the page of runs.
-        group: `prompt_id` of the head table: `text`, `copied`, or one prompt; "" for the default.
-        metric, variant: as in `lens.metrics`.
+        variant: as in `lens.metrics`: is the first key counted, wherever a score can do without it?
         layer, head: of the head page.
         prompt: prompt whose trace the head page and the atlas show; "" for the first.
         window: (q0, q1, k0, k1) in tokens that the block map shows, or None for all of it.
@@ -70,8 +71,6 @@ class Selection:
 
     page: str = "runs"
     run: str = ""
-    group: str = ""
-    metric: str = DEFAULT_METRIC
     variant: str = "raw"
     layer: int = 0
     head: int = 0
@@ -86,37 +85,37 @@ class Selection:
         return dict(self.options).get(name, OPTIONS[self.page][name])
 
     def where(self, **changed: str) -> "Selection":
-        """The same view with other options."""
-        return replace(self, options=_options(self.page, {**dict(self.options), **changed}))
+        """The same view with other options; another prompt starts with the whole of its map."""
+        options = _options(self.page, {**dict(self.options), **changed})
+        after = replace(self, options=options, variant=changed.get("variant") or self.variant)
+        if self.page in _WITH_PROMPT and changed.get("prompt", self.prompt) != self.prompt:
+            after = replace(after, prompt=changed["prompt"], window=None, query=None)
+        return after
+
+    def to(self, page: str, section: str = "") -> "Selection":
+        """Another page of the same run."""
+        return Selection(page=page, run=self.run, variant=self.variant, section=section)
+
+    def to_head(self, layer: int, head: int, prompt: str = "") -> "Selection":
+        """The page of a head of the same run."""
+        return replace(self.to("head"), layer=int(layer), head=int(head), prompt=prompt)
 
     def url(self) -> str:
         """The link that restores the view."""
-        if self.page == "runs":
-            return "/"
-        if self.page == "jobs":
-            return "/jobs"
-        if self.page == "compare":
-            return f"/compare?{urlencode(self.options)}" if self.options else "/compare"
-        path = f"/run/{quote(self.run, safe='')}"
-        if self.page == "analysis":
-            return f"{path}/analysis/{quote(self.section, safe='')}"
+        if self.page in ("runs", "jobs"):
+            return {"runs": "/", "jobs": "/jobs"}[self.page]
         query: dict[str, object] = dict(self.options)
+        if self.variant != "raw":
+            query["variant"] = self.variant
+        if self.page in _WITH_PROMPT and self.prompt:
+            query["prompt"] = self.prompt
+        path = "/compare" if self.page == "compare" else f"/run/{quote(self.run, safe='')}"
         if self.page in _PLAIN:
             path += f"/{self.page}"
-            return f"{path}?{urlencode(query)}" if query else path
-        if self.page == "overview":
-            defaults = Selection()
-            for name in ("group", "metric", "variant"):
-                if getattr(self, name) != getattr(defaults, name):
-                    query[name] = getattr(self, name)
-        elif self.page == "atlas":
-            path += "/atlas"
-            if self.prompt:
-                query["prompt"] = self.prompt
-        else:
+        elif self.page == "analysis":
+            path += f"/analysis/{quote(self.section, safe='')}"
+        elif self.page == "head":
             path += f"/head/{self.layer}/{self.head}"
-            if self.prompt:
-                query["prompt"] = self.prompt
             if self.window is not None:
                 query.update(zip(("q0", "q1", "k0", "k1"), self.window, strict=True))
             if self.query is not None:
@@ -139,30 +138,25 @@ def read_url(path: str, search: str = "") -> tuple[Selection | None, list[str]]:
         case ["jobs"]:
             return Selection(page="jobs"), notes
         case ["run", run]:
-            return _overview(run, given, notes), notes
+            view = Selection(page="overview", run=run)
         case ["compare"]:
-            return Selection(page="compare", options=_options("compare", given)), notes
+            view = Selection(page="compare")
         case ["run", run, page] if page in _PLAIN:
-            return Selection(page=page, run=run, options=_options(page, given)), notes
-        case ["run", run, "atlas"]:
-            return Selection(page="atlas", run=run, prompt=given.get("prompt", "")), notes
+            view = Selection(page=page, run=run)
         case ["run", run, "analysis", section]:
-            return Selection(page="analysis", run=run, section=section), notes
+            view = Selection(page="analysis", run=run, section=section)
         case ["run", run, "head", layer, head] if _whole(layer) and _whole(head):
-            return _head(run, int(layer), int(head), given, notes), notes
+            view = _head(run, int(layer), int(head), given, notes)
         case _:
             return None, notes
-
-
-def _overview(run: str, given: dict[str, str], notes: list[str]) -> Selection:
-    metric, variant = given.get("metric", DEFAULT_METRIC), given.get("variant", "raw")
-    if metric not in METRICS:
-        notes.append(f"There is no metric {metric!r}; {DEFAULT_METRIC} is shown.")
-        metric = DEFAULT_METRIC
-    if variant not in VARIANTS:
+    if (variant := given.get("variant", "raw")) not in VARIANTS:
         notes.append(f"There is no variant {variant!r}; raw is shown.")
         variant = "raw"
-    return Selection("overview", run, given.get("group", ""), metric, variant)
+    prompt = given.get("prompt", "") if view.page in _WITH_PROMPT else ""
+    if view.page == "overview" and given.get("metric", DEFAULT_METRIC) not in METRICS:
+        notes.append(f"There is no metric {given.pop('metric')!r}; {DEFAULT_METRIC} is shown.")
+    options = _options(view.page, given)
+    return replace(view, variant=variant, prompt=prompt, options=options), notes
 
 
 def _head(run: str, layer: int, head: int, given: dict[str, str], notes: list[str]) -> Selection:
@@ -183,10 +177,8 @@ def _head(run: str, layer: int, head: int, given: dict[str, str], notes: list[st
         run=run,
         layer=layer,
         head=head,
-        prompt=given.get("prompt", ""),
         window=window,
         query=int(query) if query else None,
-        options=_options("head", given),
     )
 
 

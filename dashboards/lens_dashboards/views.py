@@ -1,6 +1,7 @@
 """The page frame and its callbacks: read the link, render the page, keep the link true."""
 
 import logging
+import time
 from typing import Any
 
 from dash import ALL, ClientsideFunction, Dash, Input, Output, State, dcc, html, no_update
@@ -46,6 +47,8 @@ def register(app: Dash, library: Library) -> None:
     app.layout = html.Div(
         [
             dcc.Location(id="url", refresh="callback-nav"),
+            dcc.Store(id="go-to"),
+            dcc.Store(id="gone-to"),
             html.Header(
                 [
                     dcc.Link("attention-lens", href="/", className="brand"),
@@ -65,67 +68,53 @@ def register(app: Dash, library: Library) -> None:
     def show(path: str | None, search: str | None) -> list[Any]:
         return render(library, path or "/", search or "")
 
-    @app.callback(
-        Output("grid", "figure"),
-        Output("by-layer", "figure"),
-        Output("findings", "children"),
-        Output("strongest", "children"),
-        Output("metric-definition", "children"),
-        Input("metric", "value"),
-        Input("variant", "value"),
-        Input("group", "value"),
-        State("run-id", "data"),
-    )
-    def draw(metric: str, variant: str, group: str, run_id: str) -> tuple[Any, ...]:
-        view = Selection("overview", run_id, group, metric, variant)
-        return overview.figures(library.run(run_id), view)
-
-    app.clientside_callback(
-        ClientsideFunction("lens", "keepOverviewLink"),
-        Output("overview-link", "data"),
-        Input("metric", "value"),
-        Input("variant", "value"),
-        Input("group", "value"),
-        prevent_initial_call=True,
-    )
-    app.clientside_callback(
-        ClientsideFunction("lens", "openHead"),
-        Output("url", "href"),
-        Input("grid", "clickData"),
-        State("run-id", "data"),
-        State("group", "value"),
-        State("prompts-of-groups", "data"),
-        prevent_initial_call=True,
-    )
     app.clientside_callback(
         ClientsideFunction("lens", "openPoint"),
-        Output("url", "href", allow_duplicate=True),
+        Output("go-to", "data"),
         Input({"points": ALL}, "clickData"),
         prevent_initial_call=True,
     )
     app.clientside_callback(
-        ClientsideFunction("lens", "openPoint"),
-        Output("url", "href", allow_duplicate=True),
-        Input("circuit", "clickData"),
+        ClientsideFunction("lens", "follow"),
+        Output("gone-to", "data"),
+        Input("go-to", "data"),
         prevent_initial_call=True,
     )
 
     @app.callback(
-        Output("url", "search", allow_duplicate=True),
+        Output("go-to", "data", allow_duplicate=True),
         Input({"option": ALL}, "value"),
         State({"option": ALL}, "id"),
+        State({"shown": ALL}, "data"),
+        State({"shown": ALL}, "id"),
         State("url", "pathname"),
         State("url", "search"),
         prevent_initial_call=True,
     )
-    def choose(values: list[Any], ids: list[dict[str, str]], path: str, search: str) -> Any:
-        """Keep the controls of a page in its link; the page is then drawn from the link."""
+    def choose(
+        values: list[Any],
+        ids: list[dict[str, str]],
+        shown: list[Any],
+        shown_ids: list[dict[str, str]],
+        path: str,
+        search: str,
+    ) -> Any:
+        """Keep what was chosen on a page in its link; the page is then drawn from the link.
+
+        A control that still has the value that it was drawn with was not touched: writing it into the
+        link would add a step to the history, from which there is no way back.
+        """
         view, _ = read_url(path, search or "")
         if view is None:
             return no_update
-        chosen = {one["option"]: _words(value) for one, value in zip(ids, values, strict=True)}
+        before = {one["shown"]: value for one, value in zip(shown_ids, shown, strict=True)}
+        chosen = {
+            one["option"]: _words(value)
+            for one, value in zip(ids, values, strict=True)
+            if before.get(one["option"]) != value
+        }
         after = view.where(**chosen)
-        return no_update if after == view else f"?{after.url().partition('?')[2]}"
+        return no_update if after == view else _step(after)
 
     app.clientside_callback(
         ClientsideFunction("lens", "chooseEdges"),
@@ -146,6 +135,26 @@ def register(app: Dash, library: Library) -> None:
     def load_circuit(contents: str | None, name: str, run_id: str) -> Any:
         return circuits.loaded(library, run_id, contents, name) if contents else no_update
 
+    @app.callback(
+        Output("go-to", "data", allow_duplicate=True),
+        Output("group-problem", "children"),
+        Input("make-group", "n_clicks"),
+        State("group-name", "value"),
+        State("url", "pathname"),
+        State("url", "search"),
+        prevent_initial_call=True,
+    )
+    def make_group(clicks: int | None, name: str | None, path: str, search: str) -> Any:
+        """The pinned nodes as a group of the link."""
+        view, _ = read_url(path, search or "")
+        if not clicks or view is None:
+            return no_update, no_update
+        try:
+            groups = circuits.grouped(library, view, name or "")
+        except LensError as error:
+            return no_update, str(error)
+        return _step(view.where(groups=groups, pins="")), ""
+
     app.clientside_callback(
         ClientsideFunction("lens", "mountMap"),
         Output("map-mounted", "data"),
@@ -157,14 +166,10 @@ def register(app: Dash, library: Library) -> None:
         Input("atlas-config", "data"),
     )
 
-    @app.callback(
-        Output("url", "search"),
-        Input("prompt", "value"),
-        State("prompt-shown", "data"),
-        prevent_initial_call=True,
-    )
-    def choose_prompt(prompt: str, shown: str) -> Any:
-        return no_update if prompt == shown else f"?prompt={prompt}"
+
+def _step(view: Selection) -> dict[str, Any]:
+    """Where to go; no two steps are equal, so that each is taken."""
+    return {"link": view.url(), "at": time.monotonic_ns()}
 
 
 def _words(value: Any) -> str:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import plotly.graph_objects as go
 
+from lens.errors import LensError
 from lens.figures.colors import ACCENT, DIVERGING, LINE, scale
-from lens.figures.style import Theme, style
+from lens.figures.style import Theme, escaped, style
 
 if TYPE_CHECKING:
     from lens.circuits.circuit import Circuit
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from lens.circuits.evaluation import CircuitEvaluation
 
 
+_HEAD = re.compile(r"a\d+\.(h|kv)\d+")
 _LINES = 300  # edges that a layered graph draws
 _WIDTHS = (0.6, 1.2, 2.2, 3.6, 6.0)  # pixels, by size of the score
 _POSITIVE, _NEGATIVE = DIVERGING[-2], DIVERGING[1]
@@ -26,6 +29,7 @@ def layered_graph(
     circuit: Circuit,
     scores: EdgeScores,
     *,
+    groups: Mapping[str, Collection[str]] | None = None,
     title: str | None = None,
     width: int | None = None,
     height: int | None = None,
@@ -35,7 +39,7 @@ def layered_graph(
 
     Lines join writer and reader node; the edges by query, key and value are one line. Width is the size
     of the summed score, red that the task goes worse without it, blue better. The largest 300 lines are
-    drawn, and the title says of how many.
+    drawn, and the title says of how many. `groups` (name -> nodes) are drawn as one node each.
     """
     graph = circuit.graph
     reader, writer = graph.ends
@@ -50,6 +54,7 @@ def layered_graph(
         kv_heads=graph.kv_heads,
         mlps=graph.mlps,
         of=graph.n,
+        groups=groups,
         title=title,
         width=width,
         height=height,
@@ -66,6 +71,7 @@ def edge_graph(
     kv_heads: int,
     mlps: bool,
     of: int,
+    groups: Mapping[str, Collection[str]] | None = None,
     title: str | None = None,
     width: int | None = None,
     height: int | None = None,
@@ -78,10 +84,29 @@ def edge_graph(
         edges: (writer, reader, score), e.g. ("a0.h1", "a1.h0<k>", 0.3).
         layers, heads, kv_heads, mlps: of the model.
         of: number of edges that the model has.
+        groups: name -> nodes that are drawn as one, in their middle; edges within a group are left out.
+
+    Raises:
+        LensError: a node in two groups, or a group named as a node or with < or > in its name.
     """
-    lines = _lines(edges)
+    groups = groups or {}
+    member = _members(groups)
+    merged = [
+        (member.get(writer, writer), _regrouped(reader, member), score)
+        for writer, reader, score in edges
+    ]
+    lines = _lines([edge for edge in merged if edge[0] != edge[1].partition("<")[0]])
     drawn = sorted(lines.items(), key=lambda line: abs(line[1][0]))[-_LINES:]
     places = _places(layers, heads, kv_heads)
+    for name in groups:
+        if name in places or set(name) & set("<>"):
+            raise LensError(
+                f"a group cannot have the name of a node, nor < or > in it: {name!r}; choose another"
+            )
+    for name, nodes in groups.items():
+        known = [places[node] for node in nodes if node in places]
+        if known:
+            places[name] = (_middle(known, 0), _middle(known, 1))
     largest = max((abs(total) for _, (total, _) in drawn), default=0.0) or 1.0
     figure = go.Figure()
     for sign, color in ((1, _POSITIVE), (-1, _NEGATIVE)):
@@ -118,19 +143,20 @@ def edge_graph(
     )
     nodes = list(dict.fromkeys(node for pair in lines for node in pair))
     labels = [
-        _short(node) if len(nodes) <= 120 or node in ("input", "logits") else "" for node in nodes
+        _short(node) if len(nodes) <= 120 or node in ("input", "logits", *groups) else ""
+        for node in nodes
     ]
     figure.add_scatter(
         x=[places[node][0] for node in nodes],
         y=[places[node][1] for node in nodes],
         mode="markers+text",
         marker={
-            "size": 13,
-            "symbol": ["square" if node.startswith("m") else "circle" for node in nodes],
+            "size": [20 if node in groups else 13 for node in nodes],
+            "symbol": ["diamond" if node in groups else _symbol(node) for node in nodes],
             "color": "#ffffff" if theme == "light" else "#161b22",
             "line": {"width": 1.4, "color": LINE},
         },
-        text=labels,
+        text=[escaped(label) for label in labels],
         textposition="middle right",
         textfont={"size": 10},
         customdata=nodes,
@@ -151,12 +177,16 @@ def edge_graph(
         showgrid=False,
         zeroline=False,
     )
-    shown = f"{len(drawn)} largest of {len(lines)}" if len(drawn) < len(lines) else f"{len(lines)}"
+    shown = f"{len(lines):,}"
+    if len(drawn) < len(lines):
+        shown = f"{len(drawn)} largest of {shown}"
+    within = len(merged) - sum(edge[0] != edge[1].partition("<")[0] for edge in merged)
     return style(
         figure,
         title=title
-        or f"{len(edges):,} edges of {of:,} ({shown} lines): red, the task goes worse without; blue, "
-        "better",
+        or f"{len(edges):,} edges of {of:,} ({shown} lines"
+        + (f", {within:,} edges within groups left out" if within else "")
+        + "): red, the task goes worse without; blue, better",
         width=width,
         height=height or max(360, 24 * layers + 130),
         theme=theme,
@@ -223,6 +253,33 @@ def _lines(
     return found
 
 
+def _members(groups: Mapping[str, Collection[str]]) -> dict[str, str]:
+    """Node -> the group that it is in."""
+    found: dict[str, str] = {}
+    for name, nodes in groups.items():
+        for node in nodes:
+            if node in found:
+                raise LensError(
+                    f"{node} is in the groups {found[node]!r} and {name!r}; a node can be in one"
+                )
+            found[node] = name
+    return found
+
+
+def _regrouped(reader: str, member: Mapping[str, str]) -> str:
+    """The reader with the group of its node, `movers<k>` of `a3.h5<k>`."""
+    node, mark, part = reader.partition("<")
+    return f"{member.get(node, node)}{mark}{part}"
+
+
+def _middle(places: Sequence[tuple[float, float]], axis: int) -> float:
+    return sum(place[axis] for place in places) / len(places)
+
+
+def _symbol(node: str) -> str:
+    return "square" if node.startswith("m") else "circle"
+
+
 def _places(layers: int, heads: int, kv_heads: int) -> dict[str, tuple[float, float]]:
     """x = head (a group of keys between its heads), y = layer; MLPs stand half a layer higher."""
     middle = (heads - 1) / 2
@@ -240,7 +297,7 @@ def _places(layers: int, heads: int, kv_heads: int) -> dict[str, tuple[float, fl
 
 def _short(node: str) -> str:
     """`L3H5` of `a3.h5`, others as they are."""
-    return node.replace("a", "L").replace(".h", "H") if node.startswith("a") else node
+    return f"L{node[1:].replace('.h', 'H')}" if _HEAD.fullmatch(node) else node
 
 
 def edge_map(

@@ -8,7 +8,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from lens.figures.colors import ACCENT, VIRIDIS, scale
-from lens.figures.style import Theme, escaped, style
+from lens.figures.style import Theme, escaped, style, tick_step
 
 if TYPE_CHECKING:
     from lens.sinks import SinkKeys, SinkProfile, SinkRate, SinkSensitivity
@@ -35,8 +35,9 @@ def alpha_grid(
             hovertemplate="L%{y}H%{x}<br>alpha %{z:.3f}<br>rate %{customdata:.3f}<extra></extra>",
         )
     )
-    figure.update_xaxes(title="Head", dtick=1)
-    figure.update_yaxes(title="Layer", dtick=1, autorange="reversed")
+    layers, heads = result.alpha.shape
+    figure.update_xaxes(title="Head", dtick=tick_step(heads))
+    figure.update_yaxes(title="Layer", dtick=tick_step(layers), autorange="reversed")
     text = f"Key {result.key}: sink rate {result.value:.3f} at ε = {result.epsilon}"
     return style(
         figure,
@@ -105,7 +106,7 @@ def position_map(
         )
     )
     figure.update_xaxes(title="Key position")
-    figure.update_yaxes(title="Layer", dtick=1, autorange="reversed")
+    figure.update_yaxes(title="Layer", dtick=tick_step(len(result.layers)), autorange="reversed")
     return style(
         figure,
         title=title or escaped(f"Attention received by position ({result.samples})"),
@@ -146,7 +147,9 @@ def sink_map(
         )
     )
     figure.update_xaxes(title="Key position", range=[-0.5, result.samples.tokens - 0.5])
-    figure.update_yaxes(title="Layer", dtick=1, autorange="reversed")
+    figure.update_yaxes(
+        title="Layer", dtick=tick_step(len(set(result.layer))), autorange="reversed"
+    )
     return style(
         figure,
         title=title or escaped(f"Keys with alpha > {result.epsilon} ({result.samples})"),

@@ -79,7 +79,7 @@ def test_a_prompt_that_is_not_there_falls_back_with_a_note(runs, run):
 @pytest.mark.browser
 def test_mouse_and_keyboard_lead_to_a_head(page, address, run):
     page.goto(f"{address}/run/{run.id}")
-    page.wait_for_selector("#grid .heatmaplayer")
+    page.wait_for_selector("""[id='{"points":"grid"}'] .heatmaplayer""")
     page.get_by_role("link", name="Maps of all heads").click()
     page.wait_for_selector("#atlas[data-ready='3 6']")
     page.locator("#atlas canvas").focus()

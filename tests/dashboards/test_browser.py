@@ -5,6 +5,7 @@ import re
 import pytest
 
 pytestmark = pytest.mark.browser
+GRID = """[id='{"points":"grid"}']"""
 
 
 def ready(page):
@@ -15,12 +16,12 @@ def ready(page):
 def test_runs_lead_to_overview_to_head_and_back(page, address, run):
     page.goto(address)
     page.get_by_role("link", name=run.title).click()
-    page.wait_for_selector("#grid .heatmaplayer")
-    page.locator("#metric").click()
+    page.wait_for_selector(f"{GRID} .heatmaplayer")
+    page.locator('[id="{\\"option\\":\\"metric\\"}"]').click()
     page.get_by_role("option", name="Previous token").click()
     page.wait_for_url(re.compile("metric=previous_token"))
     page.wait_for_selector("#strongest li:has-text('L0H0')")
-    cell = page.locator("#grid .nsewdrag").bounding_box()
+    cell = page.locator(f"{GRID} .nsewdrag").bounding_box()
     page.mouse.click(cell["x"] + cell["width"] * 2.5 / 6, cell["y"] + cell["height"] * 1.5 / 3)
     ready(page)
     assert "/head/1/2" in page.url
@@ -32,8 +33,8 @@ def test_runs_lead_to_overview_to_head_and_back(page, address, run):
 
 def test_a_link_restores_the_overview(page, address, run):
     page.goto(f"{address}/run/{run.id}?group=text&metric=entropy&variant=sink_excluded")
-    page.wait_for_selector("#grid .heatmaplayer")
-    title = page.locator("#grid .gtitle").first.text_content()
+    page.wait_for_selector(f"{GRID} .heatmaplayer")
+    title = page.locator(f"{GRID} .gtitle").first.text_content()
     assert title.startswith("Entropy, sink excluded (nats)")
     rows = run.heads.query(
         "prompt_id == 'text' and metric == 'entropy' and variant == 'sink_excluded'"
@@ -92,7 +93,7 @@ def test_the_keyboard_goes_from_head_to_head(page, address, run):
 
 def test_the_table_downloads_as_it_is(page, address, run):
     page.goto(f"{address}/run/{run.id}")
-    page.wait_for_selector("#grid .heatmaplayer")
+    page.wait_for_selector(f"{GRID} .heatmaplayer")
     with page.expect_download() as download:
         page.get_by_role("link", name="heads.csv").click()
     text = download.value.path().read_text()

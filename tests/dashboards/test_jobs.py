@@ -103,7 +103,7 @@ def test_an_analysis_is_started_watched_and_opened(page, at_work):
     page.wait_for_selector("#job-row-1[data-status=success]", timeout=120_000)
     page.wait_for_selector(".job-log:has-text('scoring 18 heads')")
     page.get_by_role("link", name="open run").click()
-    page.wait_for_selector("#grid .heatmaplayer")
+    page.wait_for_selector("""[id='{"points":"grid"}'] .heatmaplayer""")
     assert "text-lm-3l" in page.locator("h1").inner_text()
 
 

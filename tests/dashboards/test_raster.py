@@ -31,6 +31,28 @@ def test_a_window_is_a_part_of_the_whole(trace):
     assert (part.query_start, part.query_end, part.key_start, part.key_end) == (30, 61, 7, 50)
 
 
+def test_rows_without_the_first_key_sum_to_one(trace):
+    found = raster(trace, 1, 2, variant="sink_excluded")
+    assert found.variant == "sink_excluded"
+    assert np.isnan(found.values[:, 0]).all()
+    exact = trace.tile(1, 2, (0, 101), (0, 101))
+    for query in (1, 17, 100):
+        expected = exact[query, 1:] / exact[query, 1:].sum()
+        np.testing.assert_allclose(np.nan_to_num(found.values[query, 1:]), expected, rtol=1e-4)
+        shaded = row(trace, 1, 2, query, "sink_excluded")
+        np.testing.assert_allclose(shaded[1:], expected, rtol=1e-4)
+        assert np.isnan(shaded[0])
+    assert np.isnan(found.values[0]).all()  # sees nothing but the first key
+    part = raster(trace, 1, 2, (30, 61, 7, 50), variant="sink_excluded")
+    np.testing.assert_array_equal(part.values, found.values[30:61, 7:50])
+
+
+def test_blocks_have_no_form_without_the_first_key(trace, monkeypatch):
+    monkeypatch.setattr(AttentionTrace, "tile_refusal", lambda *_: "no q and k")
+    found = raster(trace, 1, 2, variant="sink_excluded")
+    assert (found.level, found.variant) == ("blocks", "raw")
+
+
 def test_blocks_are_the_captured_ones(trace, monkeypatch):
     monkeypatch.setattr(AttentionTrace, "tile_refusal", lambda *_: "no q and k")
     found = raster(trace, 1, 2, (20, 60, 0, 40))

@@ -15,26 +15,26 @@ small = st.integers(0, 10**6)
 ranges = st.tuples(small, st.integers(1, 10**6)).map(lambda pair: (pair[0], pair[0] + pair[1]))
 windows = st.none() | st.tuples(ranges, ranges).map(lambda two: (*two[0], *two[1]))
 
+variants = st.sampled_from(VARIANTS)
 overviews = st.builds(
-    Selection,
-    page=st.just("overview"),
-    run=ids,
-    group=prompts | st.sampled_from(["text", "copied"]),
-    metric=st.sampled_from(list(METRICS)),
-    variant=st.sampled_from(VARIANTS),
+    lambda view, metric, group: view.where(metric=metric, group=group),
+    st.builds(Selection, page=st.just("overview"), run=ids, variant=variants),
+    st.sampled_from(list(METRICS)),
+    prompts | st.sampled_from(["text", "copied"]),
 )
 heads = st.builds(
     Selection,
     page=st.just("head"),
     run=ids,
+    variant=variants,
     layer=st.integers(0, 200),
     head=st.integers(0, 200),
     prompt=prompts,
     window=windows,
     query=st.none() | small,
 )
-analyses = st.builds(Selection, page=st.just("analysis"), run=ids, section=ids)
-atlases = st.builds(Selection, page=st.just("atlas"), run=ids, prompt=prompts)
+analyses = st.builds(Selection, page=st.just("analysis"), run=ids, section=ids, variant=variants)
+atlases = st.builds(Selection, page=st.just("atlas"), run=ids, prompt=prompts, variant=variants)
 
 
 def with_options(page, **more):
@@ -44,7 +44,7 @@ def with_options(page, **more):
     )
     return st.builds(
         lambda view, found: view.where(**found),
-        st.builds(Selection, page=st.just(page), **more),
+        st.builds(Selection, page=st.just(page), variant=variants, **more),
         chosen,
     )
 
@@ -75,6 +75,7 @@ def test_no_link_breaks_the_reader(path, search):
     [
         ("/run/a?metric=nonsense", Selection("overview", "a"), "no metric 'nonsense'"),
         ("/run/a?variant=cooked", Selection("overview", "a"), "no variant 'cooked'"),
+        ("/run/a/circuits?variant=x", Selection("circuits", "a"), "no variant 'x'"),
         ("/run/a/head/1/2?q0=5&q1=5&k0=0&k1=3", Selection("head", "a", layer=1, head=2), "zoom"),
         ("/run/a/head/1/2?q0=5", Selection("head", "a", layer=1, head=2), "zoom"),
         ("/run/a/head/1/2?query=x", Selection("head", "a", layer=1, head=2), "no query 'x'"),
@@ -91,3 +92,20 @@ def test_what_cannot_be_read_falls_back_with_a_note(url, expected, note):
 @pytest.mark.parametrize("path", ["/other", "/run", "/run/a/head/x/1", "/run/a/head/1", "/run/a/b"])
 def test_what_is_no_page_is_none(path):
     assert read_url(path) == (None, [])
+
+
+def test_another_prompt_keeps_the_pin_and_drops_the_zoom_of_the_old_one():
+    view, _ = read_url("/run/a/head/1/2", "prompt=p000&q0=3&q1=9&k0=0&k1=6&query=5&pin=0.1")
+    assert view is not None
+    after = view.where(prompt="p001")
+    assert after.option("pin") == "0.1"
+    assert (after.prompt, after.window, after.query) == ("p001", None, None)
+    assert view.where(prompt="p000") == view
+
+
+@given(st.sampled_from(["heads", "atlas", "sinks", "circuits", "provenance"]), variants)
+def test_pages_of_a_run_keep_whether_the_first_token_counts(page, variant):
+    view = Selection("head", "a", variant=variant, layer=3, options=(("pin", "0.1"),))
+    for after in (view.to(page), view.to(page).to_head(2, 5), view.to("analysis", "roles")):
+        assert (after.run, after.variant) == ("a", variant)
+        assert read_url(*after.url().partition("?")[::2]) == (after, [])

@@ -29,8 +29,8 @@
     }
 
     async start() {
-      const { run, prompt } = this.config;
-      const answer = await fetch(`/api/run/${encodeURIComponent(run)}/atlas/${encodeURIComponent(prompt)}`);
+      const { run, prompt, variant } = this.config;
+      const answer = await fetch(`/api/run/${encodeURIComponent(run)}/atlas/${encodeURIComponent(prompt)}?variant=${variant}`);
       if (!answer.ok) {
         const problem = document.createElement("p");
         problem.className = "problem";
@@ -145,9 +145,11 @@
 
     open(head) {
       if (!head) return;
-      const { run, prompt } = this.config;
-      const link = `/run/${encodeURIComponent(run)}/head/${head.layer}/${head.head}?prompt=${encodeURIComponent(prompt)}`;
-      window.dash_clientside.set_props("url", { href: link });
+      const { run, prompt, variant } = this.config;
+      const search = new URLSearchParams({ prompt });
+      if (variant !== "raw") search.set("variant", variant);
+      const link = `/run/${encodeURIComponent(run)}/head/${head.layer}/${head.head}?${search}`;
+      window.lensGo(link);
     }
 
     onKey(event) {

@@ -26,6 +26,8 @@
 
     build(root) {
       root.replaceChildren();
+      delete root.dataset.ready; // of the map before, where the page kept the element
+      root.dataset.prompt = this.config.prompt || "";
       const bar = element("div", "map-bar");
       this.level = element("span", "map-level");
       this.pooling = element("select", "map-pooling");
@@ -40,7 +42,10 @@
       const whole = button("show everything", () => this.show(0, this.length, 0, this.length));
       const save = button("PNG", () => this.save());
       const table = button("CSV", () => this.saveTable());
-      bar.append(this.level, this.pooling, whole, save, table);
+      const numbers = button("JSON", () => this.saveNumbers());
+      const full = button("full screen", () => (document.fullscreenElement ? document.exitFullscreen() : root.requestFullscreen()));
+      full.hidden = !document.fullscreenEnabled;
+      bar.append(this.level, this.pooling, whole, full, save, table, numbers);
       this.canvas = element("canvas", "map-canvas");
       this.canvas.tabIndex = 0;
       this.canvas.setAttribute("role", "img");
@@ -122,7 +127,8 @@
 
     size() {
       const width = Math.max(280, this.canvas.parentElement.clientWidth);
-      const side = Math.min(width - LEFT - RIGHT, 620);
+      const most = document.fullscreenElement === this.root ? window.innerHeight - TOP - BOTTOM - 120 : 620;
+      const side = Math.min(width - LEFT - RIGHT, most);
       return { width, height: side + TOP + BOTTOM, side };
     }
 
@@ -234,7 +240,9 @@
       const size = d.cell === 1 ? "one token a cell, exact probabilities"
         : d.level === "blocks" ? `${d.cell} tokens a cell, block mass`
         : `${d.cell} tokens a cell, ${d.pooling === "max" ? "largest" : "mean"} block mass of each`;
-      this.level.textContent = size;
+      const first = d.variant === "sink_excluded" ? ", first token left out"
+        : this.config.variant === "sink_excluded" ? "; blocks count the first token, zoom in to leave it out" : "";
+      this.level.textContent = size + first;
       this.pooling.hidden = d.level !== "pooled";
       let best = -1;
       for (let i = 0; i < d.values.length; i += 1) {
@@ -245,7 +253,7 @@
         `Queries ${d.query[0]} to ${d.query[1] - 1}, keys ${d.key[0]} to ${d.key[1] - 1}. Largest: ` +
         `${format(d.values[best])} from ${this.span("query", row)} to ${this.span("key", column)}.`;
       this.summary.textContent = text;
-      this.canvas.setAttribute("aria-label", `Attention map, ${size}. ${text}`);
+      this.canvas.setAttribute("aria-label", `Attention map, ${size}${first}. ${text}`);
     }
 
     span(axis, index) {
@@ -389,9 +397,22 @@
           if (!Number.isNaN(value)) lines.push(`${d.query[0] + r * d.cell},${d.key[0] + c * d.cell},${d.cell},${value}`);
         }
       }
+      this.saveText(lines.join("\n"), "csv", "text/csv");
+    }
+
+    /* The rectangle as it was asked for; what no query may see is null. */
+    saveNumbers() {
+      const { values, ...header } = this.data;
+      const rows = Array.from({ length: header.rows }, (_, r) => Array.from(
+        values.subarray(r * header.columns, (r + 1) * header.columns), (value) => (Number.isNaN(value) ? null : value)));
+      const { run, prompt, layer, head } = this.config;
+      this.saveText(JSON.stringify({ run, prompt, layer, head, ...header, values: rows }), "json", "application/json");
+    }
+
+    saveText(text, ending, type) {
       const link = document.createElement("a");
-      link.href = URL.createObjectURL(new Blob([lines.join("\n")], { type: "text/csv" }));
-      link.download = `L${this.config.layer}H${this.config.head}.csv`;
+      link.href = URL.createObjectURL(new Blob([text], { type }));
+      link.download = `L${this.config.layer}H${this.config.head}.${ending}`;
       link.click();
       URL.revokeObjectURL(link.href);
     }
@@ -479,11 +500,11 @@
     return {
       tokens: async () => (await ask(url("tokens"))).json(),
       async raster(window_) {
-        const answer = await ask(`${url("raster")}/${head}?${new URLSearchParams(window_)}`);
+        const answer = await ask(`${url("raster")}/${head}?${new URLSearchParams({ ...window_, variant: c.variant })}`);
         const header = JSON.parse(answer.headers.get("X-Raster"));
         return { ...header, values: new Float32Array(await answer.arrayBuffer()) };
       },
-      row: async (query) => new Float32Array(await (await ask(`${url("row")}/${head}/${query}`)).arrayBuffer()),
+      row: async (query) => new Float32Array(await (await ask(`${url("row")}/${head}/${query}?variant=${c.variant}`)).arrayBuffer()),
     };
   }
 
@@ -517,8 +538,11 @@
     const all = view.q0 === 0 && view.k0 === 0 && view.q1 === length && view.k1 === length;
     if (!all) for (const name of ["q0", "q1", "k0", "k1"]) search.set(name, view[name]);
     if (query !== null && query !== undefined) search.set("query", query);
-    const pin = new URLSearchParams(window.location.search).get("pin");
-    if (pin) search.set("pin", pin);
+    const before = new URLSearchParams(window.location.search);
+    const left = !window.location.pathname.endsWith(`/head/${config.layer}/${config.head}`) ||
+                 ![null, config.prompt].includes(before.get("prompt"));
+    if (left) return; // the address is already that of another map, which is still being drawn
+    for (const name of ["pin", "variant"]) if (before.get(name)) search.set(name, before.get(name));
     window.history.replaceState(window.history.state, "", `${window.location.pathname}?${search}`);
   }
 

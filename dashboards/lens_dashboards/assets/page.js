@@ -2,28 +2,30 @@
 (function () {
   "use strict";
 
+  /* Another page, as a link of Dash does it. Setting a property of Dash's Location would bring back what
+     the link held before a map wrote its zoom there. */
+  function go(link) {
+    const from = window.location.pathname;
+    window.history.pushState({}, "", link);
+    window.dispatchEvent(new CustomEvent("_dashprivate_pushstate"));
+    if (window.location.pathname !== from) window.scrollTo(0, 0);
+  }
+  window.lensGo = go;
+
   window.dash_clientside = window.dash_clientside || {};
   window.dash_clientside.lens = {
-    keepOverviewLink(metric, variant, group) {
-      const search = new URLSearchParams();
-      if (group) search.set("group", group);
-      if (metric) search.set("metric", metric);
-      if (variant && variant !== "raw") search.set("variant", variant);
-      window.history.replaceState(window.history.state, "", `${window.location.pathname}?${search}`);
-      return search.toString();
-    },
-    openHead(click, run, group, prompts) {
-      if (!click || !click.points || !click.points.length) return window.dash_clientside.no_update;
-      const { x, y } = click.points[0];
-      return `/run/${encodeURIComponent(run)}/head/${y}/${x}?prompt=${encodeURIComponent(prompts[group] || "")}`;
-    },
     openPoint(clicks) {
       // Points that stand for a head carry its link as the last of their customdata.
       const clicked = (window.dash_clientside.callback_context.triggered || [])[0];
       const point = clicked && clicked.value && clicked.value.points && clicked.value.points[0];
       const data = point && [].concat(point.customdata || []);
       const link = data && data[data.length - 1];
-      return typeof link === "string" && link.startsWith("/run/") ? link : window.dash_clientside.no_update;
+      if (typeof link === "string" && link.startsWith("/run/")) go(link);
+      return window.dash_clientside.no_update;
+    },
+    follow(step) {
+      if (step) go(step.link);
+      return window.dash_clientside.no_update;
     },
     chooseEdges(step, steps, shown) {
       return steps && steps[step] && steps[step] !== shown ? steps[step] : window.dash_clientside.no_update;
@@ -46,12 +48,28 @@
       thumb.setAttribute("aria-label", thumb.closest(".control").querySelector("label, legend").textContent);
     }
     document.querySelector("#circuit-file input:not([aria-label])")?.setAttribute("aria-label", "Circuit file");
+    for (const plot of document.querySelectorAll(".js-plotly-plot:not([data-fits])")) {
+      if (!plot.on) continue;
+      plot.dataset.fits = "";
+      plot.on("plotly_afterplot", () => fitTitle(plot));
+      fitTitle(plot);
+    }
   }).observe(document.documentElement, { childList: true, subtree: true });
+
+  // The next head at the zoom of this one, which only the address knows.
+  document.addEventListener("click", (event) => {
+    const link = event.target instanceof Element && event.target.closest("#previous-head, #next-head");
+    if (!link || link.tagName !== "A" || event.ctrlKey || event.metaKey || event.shiftKey) return;
+    event.preventDefault();
+    event.stopPropagation();
+    go(new URL(link.href).pathname + window.location.search);
+  }, true);
 
   document.addEventListener("click", (event) => {
     const target = event.target;
     if (!(target instanceof HTMLElement)) return;
     if (target.id === "copy-link") copy(target, window.location.href);
+    if (target.dataset.variant) chooseVariant(target.dataset.variant);
     if (target.dataset.figure) figureMenu(target, target.dataset.figure);
     if (target.classList.contains("copy-code")) copy(target, target.parentElement.querySelector("code").textContent);
   });
@@ -62,6 +80,35 @@
     const link = { n: "next-head", p: "previous-head" }[event.key];
     if (link) document.getElementById(link)?.click();
   });
+
+  /* What the link holds now, the zoom of a map too, with or without the first token. */
+  function chooseVariant(variant) {
+    const search = new URLSearchParams(window.location.search);
+    search.delete("variant");
+    if (variant !== "raw") search.set("variant", variant);
+    go(`${window.location.pathname}${search.size ? "?" : ""}${search}`);
+  }
+
+  /* Titles of figures go on in a second line where one is too narrow. */
+  const ruler = document.createElement("canvas").getContext("2d");
+  function fitTitle(plot) {
+    const layout = plot._fullLayout, text = layout && layout.title && layout.title.text;
+    if (!text || !plot.clientWidth) return;
+    if (plot.fitted !== text) Object.assign(plot, { title: text, top: layout.margin.t });
+    ruler.font = `${layout.title.font.size}px ${layout.title.font.family}`;
+    const room = plot.clientWidth - layout.margin.l - 12;
+    const lines = [""];
+    for (const word of plot.title.split(" ")) {
+      const longer = `${lines.at(-1)} ${word}`.trim();
+      if (lines.at(-1) && ruler.measureText(longer.replace(/<[^>]*>/g, "")).width > room) lines.push(word);
+      else lines[lines.length - 1] = longer;
+    }
+    const fitted = lines.join("<br>");
+    plot.fitted = fitted;
+    const legend = plot.querySelector(".legend"), above = legend && layout.legend.orientation === "h" ? legend.getBBox().height : 0;
+    const top = Math.max(plot.top + 17 * (lines.length - 1), above ? 14 + 17 * lines.length + Math.ceil(above) : 0);
+    if (fitted !== text || top > layout.margin.t) window.Plotly.relayout(plot, { "title.text": fitted, "margin.t": top });
+  }
 
   async function figureMenu(button, kind) {
     const box = button.closest(".figure"), plot = box.querySelector(".js-plotly-plot");

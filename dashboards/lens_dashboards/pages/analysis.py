@@ -8,18 +8,20 @@ from dash import dcc, html
 
 from lens.errors import LensError
 from lens.head_ids import head_id
-from lens.runs import Run
 from lens.sections import Section
 from lens_dashboards.library import Library
 from lens_dashboards.library import section as read_section
 from lens_dashboards.pages.parts import (
+    Cell,
     card,
     crumbs,
-    graph,
+    data_table,
+    limits,
     named,
     number,
     python_call,
     run_banner,
+    section_figure,
 )
 from lens_dashboards.selection import Selection
 
@@ -35,7 +37,7 @@ def page(library: Library, view: Selection) -> list[Any]:
         crumbs(run, view),
         html.H1(section.title),
         *run_banner(run),
-        others(run.id, run.sections, section.name),
+        _others(view, run.sections),
         card(
             html.Ul(
                 [html.Li(text, className="found") for text in section.summary], className="findings"
@@ -44,20 +46,13 @@ def page(library: Library, view: Selection) -> list[Any]:
         ),
         html.Div(
             [
-                card(
-                    graph(
-                        f"figure-{name}",
-                        figure,
-                        f"{section.title}: {name.replace('_', ' ')}",
-                        figure_code(run, section.name, name),
-                    )
-                )
-                for name, figure in section.figures.items()
+                card(section_figure(run, section, name, graph_id=f"figure-{name}"))
+                for name in section.figures
             ],
             className="halves",
         ),
-        *[_table(run.id, section, name) for name in section.tables],
-        card(html.Ul([html.Li(text) for text in section.limits]), "What this does not show"),
+        *[_table(view, section, name) for name in section.tables],
+        limits([section]),
         card(
             python_call(
                 "from lens.runs import open_run\n\n"
@@ -70,82 +65,51 @@ def page(library: Library, view: Selection) -> list[Any]:
     ]
 
 
-def others(run_id: str, sections: list[str], current: str = "") -> html.Nav:
+def _others(view: Selection, sections: list[str]) -> html.Nav:
     """Links to the analyses of a run."""
     links: list[Any] = []
     for name in sections:
         words = name.replace("_", " ")
-        if name == current:
+        if name == view.section:
             links.append(html.Span(words, className="current"))
         else:
-            target = Selection(page="analysis", run=run_id, section=name)
-            links.append(dcc.Link(words, href=target.url()))
+            links.append(dcc.Link(words, href=view.to("analysis", name).url()))
     return html.Nav(links, className="tabs", **named("Analyses of this run"))
 
 
-def figure_code(run: Run, section: str, figure: str) -> str:
-    """Python that has a figure of an analysis, and its numbers, again."""
-    return (
-        "from lens.runs import open_run\n\n"
-        f"section = open_run({str(run.path)!r}).section({section!r})\n"
-        f"section.tables\nsection.figures[{figure!r}]"
-    )
-
-
-def tables_of(run: Run, sections: Iterable[str]) -> html.Section:
+def tables_of(view: Selection, sections: Iterable[Section]) -> html.Section:
     """Links to the whole of each analysis, with what its tables hold."""
     items = []
-    for name in sections:
-        if name in run.sections:
-            section = read_section(run, name)
-            target = Selection(page="analysis", run=run.id, section=name)
-            tables = ", ".join(
-                f"{words.replace('_', ' ')} ({len(table):,} rows)"
-                for words, table in section.tables.items()
-            )
-            items.append(html.Li([dcc.Link(section.title, href=target.url()), f": {tables}"]))
+    for section in sections:
+        tables = ", ".join(
+            f"{words.replace('_', ' ')} ({len(table):,} rows)"
+            for words, table in section.tables.items()
+        )
+        link = dcc.Link(section.title, href=view.to("analysis", section.name).url())
+        items.append(html.Li([link, f": {tables}"]))
     return card(html.Ul(items), "Tables, and more figures")
 
 
-def _table(run_id: str, section: Section, name: str) -> html.Section:
+def _table(view: Selection, section: Section, name: str) -> html.Section:
     table = section.tables[name]
     shown = table.head(MOST_ROWS)
     words = name.replace("_", " ")
-    heading = html.Thead(
-        html.Tr(
-            [
-                html.Th(
-                    str(column).replace("_", " "), scope="col", title=section.columns[str(column)]
-                )
-                for column in table.columns
-            ]
-        )
-    )
+    names = [str(column) for column in table.columns]
+    head = [{"text": name.replace("_", " "), "title": section.columns[name]} for name in names]
     rows = [
-        html.Tr(
-            [
-                html.Td(_cell(run_id, str(column), value))
-                for column, value in zip(table.columns, row, strict=True)
-            ]
-        )
+        [_cell(view, name, value) for name, value in zip(names, row, strict=True)]
         for row in shown.itertuples(index=False)
     ]
     left = len(table) - len(shown)
     return card(
         [
-            html.Div(
-                html.Table([heading, html.Tbody(rows)]),
-                className="scroll tall",
-                tabIndex=0,
-                role="region",
-                **named(f"{section.title}: {words}"),
-            ),
+            data_table(f"{section.title}: {words}", head, rows),
             html.P(
                 [
                     f"{len(table)} rows" + (f", {left} of them not shown. " if left else ". "),
                     html.A(
                         f"{name}.csv",
-                        href=f"/api/run/{run_id}/section/{section.name}/{name}.csv",
+                        href=f"/api/run/{view.run}/section/{section.name}/{name}.csv",
                         download=f"{section.name}-{name}.csv",
                     ),
                 ],
@@ -171,15 +135,14 @@ def _table(run_id: str, section: Section, name: str) -> html.Section:
     )
 
 
-def _cell(run_id: str, column: str, value: Any) -> Any:
+def _cell(view: Selection, column: str, value: Any) -> Cell:
     """A cell for people; the name of a head leads to its page."""
     if column in _HEADS and isinstance(value, str):
         try:
             found = head_id(value)
         except LensError:
             return value
-        target = Selection(page="head", run=run_id, layer=found.layer, head=found.head)
-        return dcc.Link(value, href=target.url())
+        return value, view.to_head(*found).url()
     if value is None or value is pd.NA:
         return "–"
     if isinstance(value, float):

@@ -6,9 +6,10 @@ from dash import dcc, html
 
 from lens.errors import LensError
 from lens.figures.colors import VIRIDIS
+from lens_dashboards.atlas import no_form
 from lens_dashboards.library import Library
-from lens_dashboards.pages.head import prompt_control
-from lens_dashboards.pages.parts import card, crumbs, python_call, run_banner
+from lens_dashboards.pages.head import known_prompt, prompt_control
+from lens_dashboards.pages.parts import card, crumbs, note_banner, python_call, run_banner
 from lens_dashboards.selection import Selection
 
 
@@ -20,26 +21,28 @@ def page(library: Library, view: Selection) -> list[Any]:
         raise LensError(
             f"run {run.id} has no finished trace; complete it: lens run -c {run.path / 'config.toml'}"
         )
-    notes: list[Any] = []
-    prompt = view.prompt or traces[0]
-    if prompt not in traces:
-        text = f"This run has no trace of prompt {prompt!r}; {traces[0]} is shown."
-        notes.append(html.Div(text, className="banner note", role="status"))
-        prompt = traces[0]
+    notes: list[str] = []
+    prompt = known_prompt(view, traces, notes)
     trace = library.trace(run.id, prompt)
-    config = {"run": run.id, "prompt": prompt, "palette": list(VIRIDIS)}
+    if view.variant != "raw" and (why := no_form(trace)):
+        notes.append(why)
+    config = {
+        "run": run.id,
+        "prompt": prompt,
+        "variant": view.variant,
+        "palette": list(VIRIDIS),
+    }
     return [
         crumbs(run, view),
         html.H1(f"{trace.layers * trace.heads} heads of {trace.model}"),
         *run_banner(run),
-        *notes,
+        *map(note_banner, notes),
         dcc.Store(id="atlas-config", data=config),
         dcc.Store(id="atlas-mounted"),
-        dcc.Store(id="prompt-shown", data=prompt),
         prompt_control(run, traces, prompt),
         card(
             [
-                html.Div(id="atlas", className="atlas"),
+                html.Div("Loading …", id="atlas", className="atlas"),
                 html.P(
                     "Layers go down, heads across; in each picture queries go down and keys across, colours "
                     "are logarithmic. Click a head to open it; with the atlas in focus the arrow keys move "

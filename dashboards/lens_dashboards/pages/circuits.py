@@ -3,33 +3,42 @@
 import base64
 import json
 from typing import Any
+from urllib.parse import urlencode
 
 import pandas as pd
-import plotly.graph_objects as go
 from dash import dcc, html
 
 from lens.errors import LensError
 from lens.figures.circuits import edge_graph
 from lens.runs import Run
 from lens_dashboards.circuit_edges import RANKINGS, CircuitEdges, circuit_edges
+from lens_dashboards.circuit_groups import (
+    add_group,
+    drawn_groups,
+    named_groups,
+    read_groups,
+    write_groups,
+)
 from lens_dashboards.library import Library
 from lens_dashboards.library import section as read_section
+from lens_dashboards.pages.circuit_lists import groups_list, node_link, nodes_table, paths_list
 from lens_dashboards.pages.parts import (
     card,
+    choice,
     crumbs,
     findings,
     graph,
+    limits,
+    marked,
     missing,
-    named,
     note_banner,
-    number,
     run_banner,
+    section_figure,
     select,
 )
 from lens_dashboards.selection import Selection
 
-_MOST_NODES = 60
-_MARK = "#c2410c"
+_BY = {"": "your groups only", "layer": "the heads of each layer", "role": "heads by role"}
 
 
 def page(library: Library, view: Selection) -> list[Any]:
@@ -43,14 +52,17 @@ def page(library: Library, view: Selection) -> list[Any]:
     curve = _curve(run)
     chosen, ranking, count, notes = _chosen(run, view, edges, curve)
     pins = [node for node in view.option("pins").split(",") if node]
+    own = named_groups(view.option("groups"), edges, notes)
+    groups = drawn_groups(run, edges, choice(view, "by", _BY, "", notes), own)
     shown = _touching(edges, chosen, pins, notes)
+    sections = [read_section(run, name) for name in ("edges", "circuit") if name in run.sections]
     return [
         *top,
         *[note_banner(text) for text in notes],
-        findings(read_section(run, name) for name in ("edges", "circuit") if name in run.sections),
+        findings(sections),
         card(
             [
-                _controls(run, ranking, count, curve),
+                _controls(view, ranking, count, curve),
                 html.P(_worth(curve, ranking, count), className="definition", id="worth"),
             ],
             "How many edges",
@@ -60,13 +72,13 @@ def page(library: Library, view: Selection) -> list[Any]:
                 card(
                     [
                         graph(
-                            "circuit",
-                            _graph(run, edges, shown),
+                            {"points": "circuit"},
+                            _graph(view, edges, shown, groups),
                             "Graph of the circuit",
-                            _code(run, edges, chosen, ranking, count) if shown is chosen else "",
+                            _code(run, shown, chosen, (ranking, count), edges, pins, groups),
                         ),
                         html.P("Click a head to open it.", className="small"),
-                        _files(run, ranking, count),
+                        _files(view, ranking, count),
                         html.Div(id="loaded-circuit", role="status"),
                     ],
                     "Graph",
@@ -75,14 +87,16 @@ def page(library: Library, view: Selection) -> list[Any]:
                 html.Div(
                     [
                         *_curve_card(run, curve, ranking, count),
-                        card(_nodes(run, view, edges, chosen, pins), "Nodes"),
+                        card(groups_list(view, own, pins), "Groups"),
+                        card(nodes_table(view, edges, chosen, pins), "Nodes"),
                     ],
                     className="side",
                 ),
             ],
             className="columns",
         ),
-        card(_paths(run, edges, chosen), "Strongest paths"),
+        card(paths_list(view, edges, chosen), "Strongest paths"),
+        limits(sections),
         dcc.Store(id="circuit-run", data=run.id),
     ]
 
@@ -93,14 +107,25 @@ def loaded(library: Library, run_id: str, contents: str, name: str) -> list[Any]
         run = library.run(run_id)
         edges = circuit_edges(run)
         text = base64.b64decode(contents.partition(",")[2])
-        chosen = edges.read_circuit(json.loads(text))
+        found = json.loads(text)
+        chosen, groups = edges.read_circuit(found), read_groups(found, edges)
     except (ValueError, UnicodeDecodeError):
         return [html.P(f"{name} is no JSON file.", className="problem")]
     except LensError as error:
         return [html.P(f"{name}: {error}", className="problem")]
+    view = Selection(page="circuits", run=run.id)
     return [
         html.H3(f"{name}: {len(chosen):,} edges, with the scores of this run"),
-        graph("loaded", _graph(run, edges, chosen), f"Graph of the circuit in {name}"),
+        html.P(f"Groups in it: {', '.join(groups) or 'none'}.", className="small"),
+        graph(
+            {"points": "loaded"},
+            _graph(view, edges, chosen, groups),
+            f"Graph of the circuit in {name}",
+            "import lens\n\n"
+            f"circuit = lens.circuits.load_circuit({name!r})  # where you keep it\n"
+            f"scores = lens.circuits.from_mib({str(run.path / 'circuits/mib/importances.json')!r})\n"
+            f"lens.figures.circuits.layered_graph(circuit, scores, groups={groups!r})",
+        ),
     ]
 
 
@@ -151,33 +176,57 @@ def _touching(
     return kept or chosen
 
 
-def _graph(run: Run, edges: CircuitEdges, chosen: list[int]) -> Any:
+def _graph(
+    view: Selection, edges: CircuitEdges, chosen: list[int], groups: dict[str, list[str]]
+) -> Any:
     """The layered graph, its heads linked to their pages."""
-    figure = edge_graph(edges.lines(chosen), of=len(edges.names), **edges.size)
+    lines = edges.lines(chosen)
+    figure = edge_graph(lines, of=len(edges.names), groups=groups, **edges.size)
     nodes: Any = figure.data[-1]
-    nodes.customdata = [[node, _link(run, node)] for node in nodes.customdata]
+    nodes.customdata = [
+        [f"{node}: {', '.join(groups[node])}" if node in groups else node, node_link(view, node)]
+        for node in nodes.customdata
+    ]
     nodes.hovertemplate = "%{customdata[0]}<extra></extra>"
     return figure
 
 
-def _code(run: Run, edges: CircuitEdges, chosen: list[int], ranking: str, count: int) -> str:
+def _code(
+    run: Run,
+    shown: list[int],
+    chosen: list[int],
+    size: tuple[str, int],
+    edges: CircuitEdges,
+    pins: list[str],
+    groups: dict[str, list[str]],
+) -> str:
     """Python that draws these edges again, of the run's own circuit or of so many of the best."""
+    ranking, count = size
     own = len(edges.chosen) == len(chosen) and edges.find(edges.chosen) == chosen
     circuit = (
         "lens.circuits.load_circuit(next(folder.glob('*.json')))"
         if own
         else f"scores.top({count}, absolute={ranking == 'absolute'})"
     )
-    return (
+    begin = (
         "import lens\nfrom pathlib import Path\n\n"
         f"folder = Path({str(run.path)!r}) / 'circuits'\n"
         "scores = lens.circuits.from_mib(folder / 'mib' / 'importances.json')\n"
         f"circuit = {circuit}\n"
-        "lens.figures.circuits.layered_graph(circuit, scores)"
+    )
+    grouped = f", groups={groups!r}" if groups else ""
+    if shown is chosen:
+        return f"{begin}lens.figures.circuits.layered_graph(circuit, scores{grouped})"
+    return (
+        f"{begin}pins = {pins!r}\n"
+        "touching = [e for e in circuit.edges if {p.partition('<')[0] for p in e.split('->')} & set(pins)]\n"
+        "part = lens.circuits.make_circuit(circuit.graph, touching, ablation=circuit.ablation, "
+        "task=circuit.task, model=circuit.model, made='pinned')\n"
+        f"lens.figures.circuits.layered_graph(part, scores{grouped})"
     )
 
 
-def _controls(run: Run, ranking: str, count: int, curve: pd.DataFrame | None) -> html.Div:
+def _controls(view: Selection, ranking: str, count: int, curve: pd.DataFrame | None) -> html.Div:
     words = {"absolute": "largest by size", "signed": "largest with sign"}
     parts: list[Any] = [select("ranking", "Edges", words, ranking)]
     if curve is not None:
@@ -209,6 +258,9 @@ def _controls(run: Run, ranking: str, count: int, curve: pd.DataFrame | None) ->
                 className="control slider",
             )
         )
+    parts.append(
+        select("by", "Draw as one", _BY, view.option("by") if view.option("by") in _BY else "")
+    )
     return html.Div(parts, className="controls")
 
 
@@ -232,31 +284,21 @@ def _curve_card(
 ) -> list[html.Section]:
     if curve is None:
         return []
-    figure = go.Figure(read_section(run, "circuit").figures["faithfulness"])
+    section = read_section(run, "circuit")
     rows = curve[(curve["ranking"] == ranking).to_numpy()]
     row = rows.loc[(rows["edges"] - count).abs().idxmin()]
-    figure.add_scatter(
-        x=[row["share"]],
-        y=[row["faithfulness"]],
-        mode="markers",
-        marker={"size": 16, "color": "rgba(0,0,0,0)", "line": {"width": 3, "color": _MARK}},
-        name="shown",
-        hoverinfo="skip",
-    )
-    code = (
-        "from lens.runs import open_run\n\n"
-        f"section = open_run({str(run.path)!r}).section('circuit')\n"
-        "section.tables['faithfulness'], section.figures['faithfulness']"
-    )
-    return [card(graph("curve", figure, "Faithfulness by size", code), "What so many are worth")]
+    figure = marked(section.figures["faithfulness"], row["share"], row["faithfulness"], "shown")
+    shown = section_figure(run, section, "faithfulness", graph_id="curve", figure=figure)
+    return [card(shown, "What so many are worth")]
 
 
-def _files(run: Run, ranking: str, count: int) -> html.Div:
+def _files(view: Selection, ranking: str, count: int) -> html.Div:
+    query = {"ranking": ranking, "edges": count, "groups": view.option("groups")}
     return html.Div(
         [
             html.A(
                 "save this circuit",
-                href=f"/api/run/{run.id}/circuit.json?ranking={ranking}&edges={count}",
+                href=f"/api/run/{view.run}/circuit.json?{urlencode(query)}",
                 download="circuit.json",
             ),
             dcc.Upload(
@@ -270,76 +312,14 @@ def _files(run: Run, ranking: str, count: int) -> html.Div:
     )
 
 
-def _nodes(
-    run: Run, view: Selection, edges: CircuitEdges, chosen: list[int], pins: list[str]
-) -> list[Any]:
-    rows = edges.nodes(chosen)
-    body = []
-    for row in rows[:_MOST_NODES]:
-        node = row["node"]
-        after = [one for one in pins if one != node] if node in pins else [*pins, node]
-        body.append(
-            html.Tr(
-                [
-                    html.Td(_node(run, node)),
-                    html.Td(f"{row['edges']:,}", className="number"),
-                    html.Td(f"{row['score']:+.3g}", className="number"),
-                    html.Td(
-                        dcc.Link(
-                            "unpin" if node in pins else "pin",
-                            href=view.where(pins=",".join(after)).url(),
-                            title=f"{'unpin' if node in pins else 'pin'} {node}",
-                        )
-                    ),
-                ],
-                className="marked" if node in pins else "",
-            )
-        )
-    head = ("Node", "Edges out", "Sum of scores", "Pinned")
-    left = len(rows) - len(body)
-    return [
-        html.P(
-            "With pinned nodes the graph shows only the edges that leave or enter them."
-            + (f" The {_MOST_NODES} largest of {len(rows)} nodes." if left else ""),
-            className="small",
-        ),
-        html.Div(
-            html.Table(
-                [
-                    html.Thead(html.Tr([html.Th(words, scope="col") for words in head])),
-                    html.Tbody(body),
-                ]
-            ),
-            className="scroll tall",
-            tabIndex=0,
-            role="region",
-            **named("Nodes of the circuit"),
-        ),
-    ]
+def grouped(library: Library, view: Selection, name: str) -> str:
+    """The view's groups with one of its pinned nodes more, for the link.
 
-
-def _paths(run: Run, edges: CircuitEdges, chosen: list[int]) -> Any:
-    paths = edges.paths(chosen)
-    if not paths:
-        return html.P("No path from the input to the logits.")
-    items = []
-    for size, nodes in paths:
-        parts: list[Any] = []
-        for node in nodes:
-            parts += [_node(run, node), " → "]
-        items.append(html.Li([*parts[:-1], html.Span(f": weakest edge {number(size)}")]))
-    return html.Ol(items, className="strongest", id="paths")
-
-
-def _node(run: Run, node: str) -> Any:
-    """A head leads to its page."""
-    link = _link(run, node)
-    return dcc.Link("L" + node[1:].replace(".h", "H"), href=link) if link else node
-
-
-def _link(run: Run, node: str) -> str:
-    """The page of a head, "" for other nodes."""
-    if not (node.startswith("a") and ".h" in node):
-        return ""
-    layer, head = map(int, node[1:].split(".h"))
-    return Selection(page="head", run=run.id, layer=layer, head=head).url()
+    Raises:
+        LensError: a name that cannot be kept, or that is taken.
+    """
+    edges = circuit_edges(library.run(view.run))
+    own = named_groups(view.option("groups"), edges, [])
+    taken = {node for nodes in own.values() for node in nodes}
+    free = [node for node in view.option("pins").split(",") if node and node not in taken]
+    return write_groups(add_group(own, name, free, edges))

@@ -11,18 +11,36 @@ from lens.figures.comparison import comparison_scatter, difference_grid
 from lens.metrics import METRICS
 from lens.runs import BrokenRun, Run
 from lens_dashboards.library import Library
-from lens_dashboards.pages.parts import card, graph, named, note_banner, number, select
-from lens_dashboards.selection import Selection
+from lens_dashboards.pages.parts import (
+    card,
+    choice,
+    copy_link,
+    data_table,
+    graph,
+    limits,
+    named,
+    note_banner,
+    number,
+    select,
+    switch,
+)
+from lens_dashboards.selection import DEFAULT_METRIC, Selection
 
 _MOST_ROWS = 60
-_METRIC = "induction"
 
 
 def page(library: Library, view: Selection) -> list[Any]:
     """Two runs chosen, every head as a point, the differences, the losses, the settings."""
     runs = [run for run in library.runs() if not isinstance(run, BrokenRun)]
+    trail = [
+        dcc.Link("runs", href="/"),
+        html.Span("›", className="sep"),
+        html.Span("compare"),
+        copy_link(),
+    ]
     top: list[Any] = [
-        html.Nav(dcc.Link("runs", href="/"), className="crumbs", **named("Breadcrumb")),
+        html.Nav(trail, className="crumbs", **named("Breadcrumb")),
+        html.Div(switch(view), className="tab-row"),
         html.H1("Compare two runs"),
     ]
     if len(runs) < 2:
@@ -37,7 +55,7 @@ def page(library: Library, view: Selection) -> list[Any]:
         ]
     names = {run.id: f"{run.title} ({run.id})" for run in runs}
     b = view.option("b") or next(run.id for run in runs if run.id != view.option("a"))
-    a = view.option("a") or next(run.id for run in runs if run.id != b)
+    a = view.option("a") or _beside(runs, b)
     choose = card(
         html.Div([select("a", "A", names, a), select("b", "B", names, b)], className="controls two")
     )
@@ -60,8 +78,15 @@ def page(library: Library, view: Selection) -> list[Any]:
         _table("Scores", found.metrics),
         _table("Tables of the analyses that both have", found.sections),
         _table("Settings that differ", found.settings),
-        card(html.Ul([html.Li(text) for text in found.limits]), "What this does not show"),
+        limits([found]),
     ]
+
+
+def _beside(runs: list[Run], b: str) -> str:
+    """The newest other run, of the same model if there is one."""
+    models = {run.id: run.meta["model"]["name"] for run in runs}
+    others = [run.id for run in runs if run.id != b]
+    return next((one for one in others if models[one] == models.get(b)), others[0])
 
 
 @lru_cache(maxsize=4)
@@ -76,15 +101,12 @@ def _heads(found: Comparison, view: Selection) -> list[Any]:
     notes = []
     kinds = list(dict.fromkeys(found.heads["prompts"]))
     metrics = {name: METRICS[name].label for name in dict.fromkeys(found.heads["metric"])}
-    metric = view.option("metric") or (_METRIC if _METRIC in metrics else next(iter(metrics)))
-    kind = view.option("group") or kinds[0]
-    if metric not in metrics:
-        notes.append(f"Not both runs have the score {metric!r}; {_METRIC} is shown.")
-        metric = _METRIC
-    if kind not in kinds:
-        notes.append(f"Not both runs have prompts {kind!r}; {kinds[0]} is shown.")
-        kind = kinds[0]
-    variant = view.option("variant") if METRICS[metric].sink_excluded else "raw"
+    usual = DEFAULT_METRIC if DEFAULT_METRIC in metrics else next(iter(metrics))
+    metric = choice(view, "metric", metrics, usual, notes)
+    kind = choice(view, "group", kinds, kinds[0], notes)
+    variant = view.variant if METRICS[metric].sink_excluded else "raw"
+    if variant != view.variant:
+        notes.append(f"{metrics[metric]} has no sink-excluded form; raw is shown.")
     arguments = f"comparison, {metric!r}, {variant!r}, {kind!r}"
     code = (
         "from lens.comparison import compare_runs\nfrom lens.figures import comparison as draw\n"
@@ -101,12 +123,6 @@ def _heads(found: Comparison, view: Selection) -> list[Any]:
                     [
                         select("metric", "Score", metrics, metric),
                         select("group", "Prompts", {name: name for name in kinds}, kind),
-                        select(
-                            "variant",
-                            "First token",
-                            {"raw": "counted (raw)", "sink_excluded": "left out (sink excluded)"},
-                            variant,
-                        ),
                     ],
                     className="controls",
                 ),
@@ -136,25 +152,14 @@ def _heads(found: Comparison, view: Selection) -> list[Any]:
 def _table(title: str, table: Any) -> html.Section:
     if not len(table):
         return card(html.P("None."), title)
-    head = html.Thead(
-        html.Tr([html.Th(str(name).replace("_", " "), scope="col") for name in table.columns])
-    )
     rows = [
-        html.Tr(
-            [html.Td(number(value) if isinstance(value, float) else str(value)) for value in row]
-        )
+        [number(value) if isinstance(value, float) else str(value) for value in row]
         for row in table.head(_MOST_ROWS).itertuples(index=False)
     ]
     left = len(table) - len(rows)
     return card(
         [
-            html.Div(
-                html.Table([head, html.Tbody(rows)]),
-                className="scroll tall",
-                tabIndex=0,
-                role="region",
-                **named(title),
-            ),
+            data_table(title, [str(name).replace("_", " ") for name in table.columns], rows),
             html.P(
                 f"{len(table)} rows"
                 + (f", {left} not shown: lens compare has all." if left > 0 else "."),

@@ -15,14 +15,18 @@ from lens.trace import AttentionTrace
 from lens_dashboards.library import Library
 from lens_dashboards.library import section as read_section
 from lens_dashboards.pages.parts import (
+    Cell,
     card,
     crumbs,
+    data_table,
     graph,
+    missing,
     named,
     note_banner,
     number,
     python_call,
     run_banner,
+    select,
 )
 from lens_dashboards.raster import MOST_CELLS
 from lens_dashboards.selection import Selection
@@ -37,11 +41,8 @@ def page(library: Library, view: Selection) -> list[Any]:
             f"run {run.id} has no finished trace; complete it: "
             f"lens run -c {run.path / 'config.toml'}"
         )
-    notes = []
-    prompt = view.prompt or traces[0]
-    if prompt not in traces:
-        notes.append(f"This run has no trace of prompt {prompt!r}; {traces[0]} is shown.")
-        prompt = traces[0]
+    notes: list[str] = []
+    prompt = known_prompt(view, traces, notes)
     trace = library.trace(run.id, prompt)
     layer, head = view.layer, view.head
     if not (layer < trace.layers and head < trace.heads):
@@ -59,6 +60,7 @@ def page(library: Library, view: Selection) -> list[Any]:
         "query": view.query,
         "palette": list(VIRIDIS),
         "causal": trace.attrs["causal"],
+        "variant": view.variant,
     }
     return [
         crumbs(run, view),
@@ -70,10 +72,9 @@ def page(library: Library, view: Selection) -> list[Any]:
             className="title-row",
         ),
         *run_banner(run),
-        *[html.Div(text, className="banner note", role="status") for text in notes],
+        *map(note_banner, notes),
         dcc.Store(id="map-config", data=config),
         dcc.Store(id="map-mounted"),
-        dcc.Store(id="prompt-shown", data=prompt),
         prompt_control(run, traces, prompt),
         html.Div(
             [
@@ -87,23 +88,20 @@ def page(library: Library, view: Selection) -> list[Any]:
                             className="small",
                         ),
                         html.P(_sharpness(trace, layer, head), className="small"),
+                        python_call(
+                            f"{_trace_code(run, prompt)}"
+                            f"trace.tile({layer}, {head}, (0, trace.length), (0, trace.length))  # tokens\n"
+                            f"trace.block_mass.sel(layer={layer}, head={head})\n"
+                            f"figures.block_map(trace, {layer}, {head})"
+                        ),
                     ],
                     "Attention",
                     className="wide",
                 ),
                 html.Div(
                     [
-                        *_effect(run, name),
-                        card(_scores(run, prompt, layer, head), "Scores"),
-                        card(
-                            python_call(
-                                "from lens import figures\nfrom lens.runs import open_run\n\n"
-                                f"trace = open_run({str(run.path)!r}).trace({prompt!r})\n"
-                                f"trace.block_mass.sel(layer={layer}, head={head})\n"
-                                f"figures.block_map(trace, {layer}, {head})"
-                            ),
-                            "Take it with you",
-                        ),
+                        *_effect(run, view, name),
+                        card(_scores(run, prompt, (layer, head), view.variant), "Scores"),
                     ],
                     className="side",
                 ),
@@ -112,32 +110,49 @@ def page(library: Library, view: Selection) -> list[Any]:
         ),
         card(html.Div(id="strip", className="strip"), "Tokens"),
         *_pinned(run, view, trace, prompt),
+        *_curves(run, view, trace, prompt),
+    ]
+
+
+def _trace_code(run: Run, prompt: str) -> str:
+    return (
+        "from lens import figures\nfrom lens.runs import open_run\n\n"
+        f"trace = open_run({str(run.path)!r}).trace({prompt!r})\n"
+    )
+
+
+def _curves(run: Run, view: Selection, trace: AttentionTrace, prompt: str) -> list[Any]:
+    """Attention by distance and by key, and the entropy of each row."""
+    name = f"L{view.layer}H{view.head}"
+    curves = (
+        ("distance", draw.distance_profile, f"Attention of {name} by distance", "How far it looks"),
+        (
+            "received",
+            draw.received_mass,
+            f"Mass that each key receives in {name}",
+            "What it looks at",
+        ),
+        ("entropy", draw.row_entropy, f"Row entropy of {name}", "How spread it is"),
+    )
+    counted = (
+        "Distance and received mass have no sink-excluded form: they count the first token. Entropy is "
+        "drawn both ways."
+    )
+    return [
+        *([html.P(counted, className="small", id="no-form")] if view.variant != "raw" else []),
         html.Div(
             [
                 card(
                     graph(
-                        "distance",
-                        draw.distance_profile(trace, layer, head, height=300),
-                        f"Attention of {name} by distance",
+                        graph_id,
+                        make(trace, view.layer, view.head, height=300),
+                        label,
+                        f"{_trace_code(run, prompt)}figures.{make.__name__}"
+                        f"(trace, {view.layer}, {view.head})",
                     ),
-                    "How far it looks",
-                ),
-                card(
-                    graph(
-                        "received",
-                        draw.received_mass(trace, layer, head, height=300),
-                        f"Mass that each key receives in {name}",
-                    ),
-                    "What it looks at",
-                ),
-                card(
-                    graph(
-                        "entropy",
-                        draw.row_entropy(trace, layer, head, height=300),
-                        f"Row entropy of {name}",
-                    ),
-                    "How spread it is",
-                ),
+                    title,
+                )
+                for graph_id, make, label, title in curves
             ],
             className="thirds",
         ),
@@ -153,31 +168,33 @@ def _sharpness(trace: AttentionTrace, layer: int, head: int) -> str:
     )
 
 
-def _effect(run: Run, name: str) -> list[Any]:
+def _effect(run: Run, view: Selection, name: str) -> list[Any]:
     """What the model loses without this head, beside the picture of its attention."""
     if "importance" not in run.sections:
-        return []
+        return [missing(run, "effect of this head", "lens heads --model {model}")]
     section = read_section(run, "importance")
     table = section.tables["scores"]
     row = table[table["head"] == name].to_dict("records")[0]
     measures = [str(column) for column in row if f"{column} low" in row]
-    target = Selection(page="analysis", run=run.id, section="importance")
-    lines = [
-        html.Tr(
-            [
-                html.Th(measure, scope="row", title=section.columns[measure]),
-                html.Td(number(float(row[measure]))),
-                html.Td(
-                    f"{number(float(row[f'{measure} low']))} to {number(float(row[f'{measure} high']))}"
-                ),
-            ]
-        )
+    target = view.to("analysis", "importance")
+    lines: list[list[Cell]] = [
+        [
+            (measure, "", section.columns[measure]),
+            number(float(row[measure])),
+            f"{number(float(row[f'{measure} low']))} to {number(float(row[f'{measure} high']))}",
+        ]
         for measure in measures
     ]
     return [
         card(
             [
-                html.Table(html.Tbody(lines), className="facts-table"),
+                data_table(
+                    f"Effect of {name}",
+                    ("Measure", "Value", "95 % interval"),
+                    lines,
+                    row_heads=True,
+                    className="scroll facts-table",
+                ),
                 html.P(
                     [
                         "Positive: the task goes worse without it. ",
@@ -186,7 +203,7 @@ def _effect(run: Run, name: str) -> list[Any]:
                     className="small",
                 ),
             ],
-            "Effect",
+            f"Effect of {name}",
         )
     ]
 
@@ -201,14 +218,7 @@ def _steps(run: Run, view: Selection, prompt: str, layers: int, heads: int) -> h
     links = []
     for text, number_, link_id in targets:
         if 0 <= number_ < layers * heads:
-            target = Selection(
-                page="head",
-                run=run.id,
-                layer=number_ // heads,
-                head=number_ % heads,
-                prompt=prompt,
-                options=view.options,
-            )
+            target = replace(view, layer=number_ // heads, head=number_ % heads, prompt=prompt)
             links.append(dcc.Link(text, href=target.url(), id=link_id))
         else:
             links.append(html.Span(text, className="off"))
@@ -235,19 +245,14 @@ def _pinned(run: Run, view: Selection, trace: AttentionTrace, prompt: str) -> li
         other = None
     if other is None or other.layer >= trace.layers or other.head >= trace.heads:
         return [note_banner(f"There is no head {pin!r} to compare with.")]
-    here = Selection(page="head", run=run.id, layer=other.layer, head=other.head, prompt=prompt)
-    code = (
-        "from lens import figures\nfrom lens.runs import open_run\n\n"
-        f"trace = open_run({str(run.path)!r}).trace({prompt!r})\n"
-        "figures.block_map(trace, {layer}, {head})"
-    )
+    here = view.to_head(*other, prompt)
     maps = [
         card(
             graph(
                 f"map-{name}",
                 draw.block_map(trace, layer, head, height=380),
                 f"Block map of L{layer}H{head}",
-                code.format(layer=layer, head=head),
+                f"{_trace_code(run, prompt)}figures.block_map(trace, {layer}, {head})",
             ),
             words,
         )
@@ -258,9 +263,10 @@ def _pinned(run: Run, view: Selection, trace: AttentionTrace, prompt: str) -> li
     ]
     return [
         html.Div(maps, className="halves", id="pinned"),
+        *_effect(run, view, str(other)),
         card(
             [
-                _scores(run, prompt, other.layer, other.head),
+                _scores(run, prompt, other, view.variant),
                 html.P(dcc.Link(f"Open {other}", href=here.url())),
             ],
             f"Scores of {other}",
@@ -268,62 +274,51 @@ def _pinned(run: Run, view: Selection, trace: AttentionTrace, prompt: str) -> li
     ]
 
 
+def known_prompt(view: Selection, traces: list[str], notes: list[str]) -> str:
+    """The prompt of a link, or the first and a note."""
+    if view.prompt and view.prompt not in traces:
+        notes.append(f"This run has no trace of prompt {view.prompt!r}; {traces[0]} is shown.")
+    return view.prompt if view.prompt in traces else traces[0]
+
+
 def prompt_control(run: Run, traces: list[str], prompt: str) -> html.Div:
     """The selector of the prompt whose trace is shown."""
     prompts = run.prompts.set_index("prompt_id")
-    options = [
-        {
-            "value": name,
-            "label": f"{name} · {prompts.loc[name, 'kind']} · {prompts.loc[name, 'title']} "
-            f"({prompts.loc[name, 'tokens']} tokens)",
-        }
+    options = {
+        name: f"{name} · {prompts.loc[name, 'kind']} · {prompts.loc[name, 'title']} "
+        f"({prompts.loc[name, 'tokens']} tokens)"
         for name in traces
         if name in prompts.index
-    ]
-    return html.Div(
-        [
-            html.Label("Prompt", htmlFor="prompt"),
-            dcc.Dropdown(id="prompt", options=options, value=prompt, clearable=False),
-        ],
-        className="control prompt",
-    )
+    }
+    return html.Div(select("prompt", "Prompt", options, prompt), className="prompt")
 
 
-def _scores(run: Run, prompt: str, layer: int, head: int) -> Any:
+def _scores(run: Run, prompt: str, which: tuple[int, int], variant: str) -> Any:
+    """Every score in the form that was asked for; those that have no such form say so."""
     try:
         table = run.heads
     except LensError as error:
         return html.P(str(error), className="problem")
-    rows = table[(table["layer"] == layer) & (table["head"] == head)]
+    rows = table[(table["layer"] == which[0]) & (table["head"] == which[1])]
     groups = [g for g in (prompt, "text", "copied") if (rows["prompt_id"] == g).any()]
     values = rows.set_index(["prompt_id", "metric", "variant"])
-    body = []
+    body: list[list[Cell]] = []
     for metric in METRICS.values():
-        for variant in ("raw", "sink_excluded") if metric.sink_excluded else ("raw",):
-            cells = [_cell(values, (group, metric.name, variant)) for group in groups]
-            label = metric.label + (", sink excluded" if variant == "sink_excluded" else "")
-            body.append(html.Tr([html.Th(label, scope="row", title=metric.definition), *cells]))
-    return html.Div(
-        html.Table(
-            [
-                html.Thead(html.Tr([html.Td(), *[html.Th(g, scope="col") for g in groups]])),
-                html.Tbody(body),
-            ],
-            className="scores",
-        ),
-        className="scroll",
-        tabIndex=0,
-        role="region",
-        **named("Scores of this head"),
+        chosen = variant if metric.sink_excluded else "raw"
+        label = metric.label + (" (counts the first token)" if chosen != variant else "")
+        cells = [_cell(values, (group, metric.name, chosen)) for group in groups]
+        body.append([(label, "", metric.definition), *cells])
+    return data_table(
+        "Scores of this head", ["Score", *groups], body, row_heads=True, className="scroll scores"
     )
 
 
-def _cell(values: Any, key: tuple[str, str, str]) -> html.Td:
+def _cell(values: Any, key: tuple[str, str, str]) -> Cell:
     if key not in values.index:
-        return html.Td("–")
+        return "–"
     found = values.loc[key]
     value, low, high = (float(found[name]) for name in ("value", "low", "high"))
     title = f"95 % interval {low:.3g} to {high:.3g}, n = {found['n']}" if low == low else ""
     token = f" {found['detail']!r}" if key[1] == "top_key" and found["detail"] else ""
     reason = str(found["detail"]) if value != value else title
-    return html.Td(number(value) + token, title=reason, className="number")
+    return number(value) + token, "", reason

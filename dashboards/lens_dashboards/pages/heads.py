@@ -12,14 +12,19 @@ from lens_dashboards.library import Library
 from lens_dashboards.library import section as read_section
 from lens_dashboards.pages.overview import best_group
 from lens_dashboards.pages.parts import (
+    Cell,
     card,
+    choice,
     crumbs,
+    data_table,
     graph,
+    link_points,
     missing,
-    named,
     note_banner,
     number,
+    remember,
     run_banner,
+    section_figure,
     select,
 )
 from lens_dashboards.selection import Selection
@@ -35,47 +40,44 @@ def page(library: Library, view: Selection) -> list[Any]:
     top = [crumbs(run, view), html.H1("Heads"), *run_banner(run)]
     groups = list(dict.fromkeys(run.heads["prompt_id"]))
     notes: list[str] = []
-    group = _known(view, "group", groups, best_group(groups), notes)
-    variant = _known(view, "variant", ["raw", "sink_excluded"], "raw", notes)
-    columns = head_columns(run, group, variant)
+    group = choice(view, "group", groups, best_group(groups), notes)
+    columns = head_columns(run, group, view.variant)
     numbers = columns.numbers
-    effect = next((name for name in numbers if name.startswith("importance: ablation")), None)
-    x = _known(view, "x", numbers, next(n for n in (*_USUAL, *numbers) if n in numbers), notes)
-    y = _known(view, "y", numbers, effect or next(n for n in numbers[::-1] if n != x), notes)
-    color = _known(view, "color", ["", *numbers, *columns.classes], "", notes)
-    shown = _known(view, "show", ["scatter", "grid"], "scatter", notes)
+    measures = [name for name in numbers if name.startswith("importance: ")]
+    effect = next((name for name in measures if "ablation" in name), next(iter(measures), None))
+    x = choice(view, "x", numbers, next(n for n in (*_USUAL, *numbers) if n in numbers), notes)
+    y = choice(view, "y", numbers, effect or next(n for n in numbers[::-1] if n != x), notes)
+    color = choice(view, "color", ["", *numbers, *columns.classes], "", notes)
+    shown = choice(view, "show", ["scatter", "grid"], "scatter", notes)
     rows, query = _filtered(view, columns.table, notes)
     marked = [name for name in view.option("heads").split(",") if name]
-    figure, code = _figure(
-        run, columns, rows, (x, y, color), shown, marked, (group, variant), query
-    )
-    sort = _known(view, "sort", numbers, y, notes)
+    figure, code = _figure(run, view, columns, rows, (x, y, color), shown, marked, group, query)
+    sort = choice(view, "sort", numbers, y, notes)
     return [
         *top,
         *[note_banner(text) for text in notes],
         card(
             [
-                _controls(view, columns, groups, (x, y, color, group, variant, shown)),
+                _controls(view, columns, groups, (x, y, color, group, shown)),
                 html.P(f"{columns.labels[y]}: {columns.definitions[y]}", className="definition"),
+                *_without_form(view, columns, [x, y] if shown == "scatter" else [y]),
                 graph({"points": "heads"}, figure, "All heads", code),  # pyright: ignore[reportArgumentType]
                 html.P("Click a head to open it.", className="small"),
             ],
             className="wide",
         ),
         _table(run, view, columns, rows, sort, marked, group),
-        _agreement(run),
+        _agreement(run, view),
     ]
 
 
-def _known(view: Selection, option: str, known: list[str], default: str, notes: list[str]) -> str:
-    """The option, or the default and a note where it is not one of those known here."""
-    value = view.option(option)
-    if not value:
-        return default
-    if value not in known:
-        notes.append(f"This run has no {option} {value!r}; {default or 'none'} is shown.")
-        return default
-    return value
+def _without_form(view: Selection, columns: HeadColumns, axes: list[str]) -> list[html.P]:
+    """Which of the scores on the axes still count the first token."""
+    counted = [columns.labels[name] for name in axes if name not in columns.sink_excluded]
+    if view.variant == "raw" or not counted:
+        return []
+    text = f"No sink-excluded form, so the first token is counted: {', '.join(counted)}."
+    return [html.P(text, className="small", id="no-form")]
 
 
 def _filtered(view: Selection, table: pd.DataFrame, notes: list[str]) -> tuple[pd.DataFrame, str]:
@@ -102,12 +104,13 @@ def _filtered(view: Selection, table: pd.DataFrame, notes: list[str]) -> tuple[p
 
 def _figure(
     run: Run,
+    view: Selection,
     columns: HeadColumns,
     rows: pd.DataFrame,
     chosen: tuple[str, str, str],
     shown: str,
     marked: list[str],
-    source: tuple[str, str],
+    group: str,
     query: str,
 ) -> tuple[Any, str]:
     """The figure, its points linked to their heads, and the Python that makes it."""
@@ -116,22 +119,17 @@ def _figure(
     begin = (
         "from lens.figures.columns import column_grid, column_scatter\n"
         "from lens.runs import open_run\nfrom lens_dashboards.head_columns import head_columns\n\n"
-        f"columns = head_columns(open_run({str(run.path)!r}), {source[0]!r}, {source[1]!r})\n"
+        f"columns = head_columns(open_run({str(run.path)!r}), {group!r}, {view.variant!r})\n"
         f"rows = columns.table{kept}\n"
     )
     if shown == "grid":
         figure = column_grid(rows, y, labels=columns.labels, height=_height(rows))
-        heat: Any = figure.data[0]
-        heat.customdata = [
-            [_link(run, int(layer), int(head)) for head in heat.x] for layer in heat.y
-        ]
+        figure = link_points(figure, lambda *head: view.to_head(*head).url())
         return figure, f"{begin}column_grid(rows, {y!r}, labels=columns.labels)"
     figure = column_scatter(
         rows, x, y, color or None, labels=columns.labels, marked=marked, height=520
     )
-    for trace in figure.data:
-        points: Any = trace
-        points.customdata = [_link(run, *map(int, name[1:].split("H"))) for name in points.text]
+    figure = link_points(figure, lambda *head: view.to_head(*head).url())
     arguments = f"rows, {x!r}, {y!r}, {color or None!r}, labels=columns.labels, marked={marked!r}"
     return figure, f"{begin}column_scatter({arguments})"
 
@@ -140,45 +138,35 @@ def _height(rows: pd.DataFrame) -> int:
     return min(760, 150 + 26 * max(4, int(rows["layer"].nunique())))
 
 
-def _link(run: Run, layer: int, head: int) -> str:
-    return Selection(page="head", run=run.id, layer=layer, head=head).url()
-
-
 def _controls(
     view: Selection, columns: HeadColumns, groups: list[str], chosen: tuple[str, ...]
 ) -> html.Div:
-    x, y, color, group, variant, shown = chosen
+    x, y, color, group, shown = chosen
     axes = {name: columns.labels[name] for name in columns.numbers}
     colors = {"": "layer", **axes, **{name: columns.labels[name] for name in columns.classes}}
     layers = columns.table["layer"]
-    low, _, high = view.option("layers").partition("-")
+    ends = [int(layers.min()), int(layers.max())]
+    given = view.option("layers").partition("-")[::2]
+    between = [int(one) if one.isdigit() else end for one, end in zip(given, ends, strict=True)]
     parts: list[Any] = [
         select("show", "Show", {"scatter": "two scores", "grid": "one score, as a grid"}, shown),
         *([select("x", "Across", axes, x)] if shown == "scatter" else []),
         select("y", "Up" if shown == "scatter" else "Score", axes, y),
         *([select("color", "Colour", colors, color)] if shown == "scatter" else []),
         select("group", "Profile of", {name: name for name in groups}, group),
-        select(
-            "variant",
-            "First token",
-            {"raw": "counted (raw)", "sink_excluded": "left out (sink excluded)"},
-            variant,
-        ),
         html.Fieldset(
             [
                 html.Legend("Layers"),
                 dcc.RangeSlider(
-                    int(layers.min()),
-                    int(layers.max()),
+                    ends[0],
+                    ends[1],
                     1,
-                    value=[
-                        int(low) if low.isdigit() else int(layers.min()),
-                        int(high) if high.isdigit() else int(layers.max()),
-                    ],
-                    marks={int(end): f"{end}" for end in (layers.min(), layers.max())},
+                    value=between,
+                    marks={end: f"{end}" for end in ends},
                     allow_direct_input=False,
                     id={"option": "layers"},
                 ),
+                remember("layers", between),
             ],
             className="control slider",
         ),
@@ -205,44 +193,28 @@ def _table(
     shown = list(dict.fromkeys([sort, *effects, *usual, *columns.numbers]))[:_SHOWN]
     shown += [PATTERN] * (PATTERN in rows)
     ordered = rows.sort_values(sort, ascending=False, kind="stable", na_position="last")
-    head = html.Thead(
-        html.Tr(
-            [
-                html.Th("Head", scope="col"),
-                *[
-                    html.Th(
-                        columns.labels[name]
-                        if name == sort or name not in columns.numbers
-                        else dcc.Link(columns.labels[name], href=view.where(sort=name).url()),
-                        scope="col",
-                        title=columns.definitions[name],
-                        **{"aria-sort": "descending"} if name == sort else {},  # pyright: ignore[reportArgumentType]
-                    )
-                    for name in shown
-                ],
-                html.Th("Selected", scope="col"),
-            ]
+    head = [
+        {"text": columns.labels[name], "title": columns.definitions[name]}
+        | (
+            {"sort": "descending"}
+            if name == sort
+            else {"link": view.where(sort=name).url()}
+            if name in columns.numbers
+            else {}
         )
-    )
-    body = []
+        for name in shown
+    ]
+    body: list[list[Cell]] = []
     for row in ordered.head(MOST_ROWS).to_dict("records"):
         name = str(row["head"])
         after = [one for one in marked if one != name] if name in marked else [*marked, name]
+        act, link = "remove" if name in marked else "select", view.where(heads=",".join(after))
         body.append(
-            html.Tr(
-                [
-                    html.Td(dcc.Link(name, href=_link(run, row["layer"], row["number"]))),
-                    *[html.Td(_cell(row[column]), className="number") for column in shown],
-                    html.Td(
-                        dcc.Link(
-                            "remove" if name in marked else "select",
-                            href=view.where(heads=",".join(after)).url(),
-                            title=f"{'remove' if name in marked else 'select'} {name}",
-                        )
-                    ),
-                ],
-                className="marked" if name in marked else "",
-            )
+            [
+                (name, view.to_head(row["layer"], row["number"]).url()),
+                *[_cell(row[column]) for column in shown],
+                (act, link.url(), f"{act} {name}"),
+            ]
         )
     left = len(ordered) - len(body)
     tail: list[Any] = [
@@ -262,12 +234,11 @@ def _table(
         ]
     return card(
         [
-            html.Div(
-                html.Table([head, html.Tbody(body)], className="runs"),
-                className="scroll tall",
-                tabIndex=0,
-                role="region",
-                **named("Heads and their scores"),
+            data_table(
+                "Heads and their scores",
+                ["Head", *head, "Selected"],
+                body,
+                marked=[number for number, cells in enumerate(body) if cells[0][0] in marked],
             ),
             html.P(tail, className="small"),
         ],
@@ -279,21 +250,17 @@ def _cell(value: Any) -> str:
     return str(value).replace("_", " ") if isinstance(value, str) else number(value)
 
 
-def _agreement(run: Run) -> html.Section:
+def _agreement(run: Run, view: Selection) -> html.Section:
     """Where measures of importance disagree."""
     if "importance" not in run.sections:
         return missing(run, "measures of importance", "lens heads --model {model}")
     section = read_section(run, "importance")
     if "agreement" not in section.figures:
         return card(html.P("This run has no picture of how measures agree: give lens heads two."))
-    target = Selection(page="analysis", run=run.id, section="importance")
-    code = (
-        "from lens.runs import open_run\n\n"
-        f"section = open_run({str(run.path)!r}).section('importance')\nsection.figures['agreement']"
-    )
+    target = view.to("analysis", "importance")
     return card(
         [
-            graph("agreement", section.figures["agreement"], "Agreement of the measures", code),
+            section_figure(run, section, "agreement"),
             html.P(dcc.Link("All of importance", href=target.url())),
         ],
         "Do the measures agree?",

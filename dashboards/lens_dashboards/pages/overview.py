@@ -7,13 +7,24 @@ from dash import dcc, html
 
 from lens import figures as draw
 from lens.errors import LensError
-from lens.figures.heads import select
+from lens.figures.heads import select as rows_of
 from lens.findings import findings
-from lens.metrics import METRICS
+from lens.head_ids import HeadId
+from lens.metrics import METRICS, Metric
 from lens.runs import Run
 from lens_dashboards.library import Library
 from lens_dashboards.library import section as read_section
-from lens_dashboards.pages.parts import card, crumbs, graph, number, python_call, run_banner
+from lens_dashboards.pages.parts import (
+    card,
+    choice,
+    crumbs,
+    graph,
+    link_points,
+    note_banner,
+    number,
+    run_banner,
+    select,
+)
 from lens_dashboards.selection import Selection
 
 _GROUP_WORDS = {"text": "all text prompts", "copied": "all copied prompts"}
@@ -28,39 +39,49 @@ def page(library: Library, view: Selection) -> list[Any]:
         table = run.heads
     except LensError as error:
         return [*top, card(html.P(str(error)), "No head scores yet", className="empty")]
+    notes: list[str] = []
     groups = list(dict.fromkeys(table["prompt_id"]))
-    notes: list[Any] = []
-    group = view.group or best_group(groups)
-    if group not in groups:
-        notes = [
-            html.Div(
-                f"This run has no prompts {group!r}; {best_group(groups)} is shown.",
-                className="banner note",
-                role="status",
-            )
-        ]
-        group = best_group(groups)
-    view = Selection("overview", run.id, group, view.metric, view.variant)
-    grid, trend, found, strongest, definition = figures(run, view)
+    group = choice(view, "group", groups, best_group(groups), notes)
+    metric = METRICS[view.option("metric")]
+    variant = view.variant if metric.sink_excluded else "raw"
+    prompt = _prompt_of(run, group)
+    cut = table[(table["prompt_id"] == group).to_numpy()]
+    rows = rows_of(cut, metric.name, variant)
+    grid = draw.head_grid(cut, metric.name, variant, height=_grid_height(rows))
+    grid = link_points(grid, lambda layer, head: view.to_head(layer, head, prompt).url())
+    code = (
+        "from lens import figures\nfrom lens.runs import open_run\n\n"
+        f"run = open_run({str(run.path)!r})\n"
+        f'table = run.heads.query("prompt_id == {group!r}")\n'
+    )
+    arguments = f"(table, {metric.name!r}, {variant!r})"
     return [
         *top,
-        *notes,
-        dcc.Store(id="run-id", data=run.id),
-        dcc.Store(id="overview-link"),
-        dcc.Store(id="prompts-of-groups", data=_prompts_of_groups(run, groups)),
+        *map(note_banner, notes),
         _cards(run),
-        card(html.Ul(found, id="findings", className="findings"), "Noteworthy heads"),
+        card(
+            html.Ul(_finding_items(table), id="findings", className="findings"), "Noteworthy heads"
+        ),
         html.Div(
             [
                 card(
                     [
-                        _controls(run, view, groups),
-                        html.P(definition, id="metric-definition", className="definition"),
-                        graph("grid", grid, "Grid of heads, layers down, heads across"),
+                        _controls(run, metric.name, groups, group),
+                        html.P(
+                            _definition(view, metric),
+                            id="metric-definition",
+                            className="definition",
+                        ),
+                        graph(
+                            {"points": "grid"},
+                            grid,
+                            "Grid of heads, layers down, heads across",
+                            f"{code}figures.head_grid{arguments}",
+                        ),
                         html.P(
                             [
                                 "Click a head to open it. ",
-                                dcc.Link("Maps of all heads", href=f"/run/{run.id}/atlas"),
+                                dcc.Link("Maps of all heads", href=view.to("atlas").url()),
                             ],
                             className="small",
                         ),
@@ -70,41 +91,55 @@ def page(library: Library, view: Selection) -> list[Any]:
                 ),
                 html.Div(
                     [
-                        card(html.Ol(strongest, id="strongest", className="strongest"), "Highest"),
-                        card(graph("by-layer", trend, "The metric over the layers"), "By layer"),
+                        card(
+                            html.Ol(
+                                _strongest(view, prompt, rows),
+                                id="strongest",
+                                className="strongest",
+                            ),
+                            "Highest",
+                        ),
+                        card(
+                            graph(
+                                "by-layer",
+                                draw.metric_by_layer(cut, metric.name, variant, height=280),
+                                "The metric over the layers",
+                                f"{code}figures.metric_by_layer{arguments}",
+                            ),
+                            "By layer",
+                        ),
                     ],
                     className="side",
                 ),
             ],
             className="columns",
         ),
-        *_analyses(run),
+        *_analyses(run, view),
         card(
-            [
-                html.P(
-                    [
-                        html.A(
-                            "heads.csv", href=f"/api/run/{run.id}/heads.csv", download="heads.csv"
-                        ),
-                        " · ",
-                        html.A("report", href=f"/api/run/{run.id}/report.html", target="_blank"),
-                        " · ",
-                        dcc.Link("provenance", href=f"/run/{run.id}/provenance"),
-                    ]
-                ),
-                python_call(
-                    "from lens import figures\nfrom lens.runs import open_run\n\n"
-                    f"run = open_run({str(run.path)!r})\n"
-                    f'table = run.heads.query("prompt_id == {group!r}")\n'
-                    f"figures.head_grid(table, {view.metric!r}, {view.variant!r})"
-                ),
-            ],
+            html.P(
+                [
+                    html.A("heads.csv", href=f"/api/run/{run.id}/heads.csv", download="heads.csv"),
+                    " · ",
+                    html.A("report", href=f"/api/run/{run.id}/report.html", target="_blank"),
+                    " · ",
+                    dcc.Link("provenance", href=view.to("provenance").url()),
+                ]
+            ),
             "Take it with you",
         ),
     ]
 
 
-def _analyses(run: Run) -> list[Any]:
+def _definition(view: Selection, metric: Metric) -> str:
+    text = f"{metric.definition} Unit: {metric.unit}."
+    if view.variant == "raw":
+        return text
+    if metric.sink_excluded:
+        return f"{text} Shown with the first key left out of each row."
+    return f"{text} This metric has no sink-excluded form; raw is shown."
+
+
+def _analyses(run: Run, view: Selection) -> list[Any]:
     """What else was found in this run, first sentence of each analysis."""
     if not run.sections:
         return [
@@ -125,30 +160,10 @@ def _analyses(run: Run) -> list[Any]:
     items = []
     for name in run.sections:
         section = read_section(run, name)
-        target = Selection(page="analysis", run=run.id, section=name)
+        target = view.to("analysis", name)
         first = section.summary[0] if section.summary else ""
         items.append(html.Li([dcc.Link(section.title, href=target.url()), f": {first}"]))
     return [card(html.Ul(items, id="analyses"), "Analyses")]
-
-
-def figures(run: Run, view: Selection) -> tuple[Any, ...]:
-    """What changes with the selectors: grid, trend, findings, highest heads, definition."""
-    table = run.heads
-    metric = METRICS[view.metric]
-    variant = view.variant if metric.sink_excluded else "raw"
-    cut = table[table["prompt_id"] == view.group]
-    rows = select(cut, metric.name, variant)
-    scored = rows[rows["value"].notna()].sort_values("value", ascending=False, kind="stable")
-    grid = draw.head_grid(cut, metric.name, variant, height=_grid_height(rows))
-    trend = draw.metric_by_layer(cut, metric.name, variant, height=280)
-    definition = f"{metric.definition} Unit: {metric.unit}."
-    if view.variant == "sink_excluded":
-        definition += (
-            " Shown with the first key left out of each row."
-            if metric.sink_excluded
-            else " This metric has no sink-excluded form; raw is shown."
-        )
-    return grid, trend, _finding_items(table), _strongest(run, view, scored), definition
 
 
 def best_group(groups: list[str]) -> str:
@@ -160,34 +175,16 @@ def _grid_height(rows: pd.DataFrame) -> int:
     return min(760, 150 + 26 * max(4, int(rows["layer"].nunique())))
 
 
-def _controls(run: Run, view: Selection, groups: list[str]) -> html.Div:
+def _controls(run: Run, metric: str, groups: list[str], group: str) -> html.Div:
     titles = dict(zip(run.prompts["prompt_id"], run.prompts["title"], strict=True))
-    options = [
-        {"value": name, "label": _GROUP_WORDS.get(name, f"{name}: {titles.get(name, '')}")}
-        for name in groups
-    ]
-    metrics = [{"value": name, "label": metric.label} for name, metric in METRICS.items()]
-    variants = [
-        {"value": "raw", "label": "counted (raw)"},
-        {"value": "sink_excluded", "label": "left out (sink excluded)"},
-    ]
+    prompts = {name: _GROUP_WORDS.get(name, f"{name}: {titles.get(name, '')}") for name in groups}
+    metrics = {name: known.label for name, known in METRICS.items()}
     return html.Div(
         [
-            _select("Metric", "metric", metrics, view.metric),
-            _select("Prompts", "group", options, view.group),
-            _select("First token", "variant", variants, view.variant),
+            select("metric", "Metric", metrics, metric),
+            select("group", "Prompts", prompts, group),
         ],
         className="controls",
-    )
-
-
-def _select(label: str, control: str, options: list[dict[str, str]], value: str) -> html.Div:
-    return html.Div(
-        [
-            html.Label(label, htmlFor=control),
-            dcc.Dropdown(id=control, options=options, value=value, clearable=False),
-        ],
-        className="control",
     )
 
 
@@ -199,7 +196,8 @@ def _finding_items(table: pd.DataFrame) -> list[html.Li]:
     return items or [html.Li("No metric was scored on these prompts.", className="none")]
 
 
-def _strongest(run: Run, view: Selection, scored: pd.DataFrame) -> list[html.Li]:
+def _strongest(view: Selection, prompt: str, rows: pd.DataFrame) -> list[html.Li]:
+    scored = rows[rows["value"].notna()].sort_values("value", ascending=False, kind="stable")
     if scored.empty:
         return [html.Li("not scored on these prompts")]
     items = []
@@ -207,28 +205,18 @@ def _strongest(run: Run, view: Selection, scored: pd.DataFrame) -> list[html.Li]
         between = (
             "" if row["low"] != row["low"] else f" [{number(row['low'])}, {number(row['high'])}]"
         )
-        target = Selection(
-            page="head",
-            run=run.id,
-            layer=row["layer"],
-            head=row["head"],
-            prompt=_prompts_of_groups(run, [view.group])[view.group],
-        )
+        link = view.to_head(row["layer"], row["head"], prompt).url()
+        name = str(HeadId(row["layer"], row["head"]))
         items.append(
-            html.Li(
-                [
-                    dcc.Link(f"L{target.layer}H{target.head}", href=target.url()),
-                    html.Span(f" {number(row['value'])}{between}"),
-                ]
-            )
+            html.Li([dcc.Link(name, href=link), html.Span(f" {number(row['value'])}{between}")])
         )
     return items
 
 
-def _prompts_of_groups(run: Run, groups: list[str]) -> dict[str, str]:
-    """The prompt whose trace stands for each group."""
+def _prompt_of(run: Run, group: str) -> str:
+    """The prompt whose trace stands for a group."""
     first = run.prompts.drop_duplicates("kind").set_index("kind")["prompt_id"].to_dict()
-    return {group: str(first.get(group, group)) for group in groups}
+    return str(first.get(group, group))
 
 
 def _cards(run: Run) -> html.Div:

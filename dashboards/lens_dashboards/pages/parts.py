@@ -1,13 +1,17 @@
 """Pieces that all pages share."""
 
+import json
 import traceback
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import plotly.graph_objects as go
 from dash import dcc, html
 
 from lens import __version__
+from lens.comparison import Comparison
+from lens.figures.colors import ACCENT
+from lens.head_ids import head_id
 from lens.runs import Run
 from lens.sections import Section
 from lens_dashboards.selection import Selection
@@ -24,6 +28,8 @@ _TABS = {
     "circuits": "Circuits",
     "provenance": "Provenance",
 }
+_WITH_VARIANT = ("overview", "heads", "head", "atlas", "compare")
+_VARIANTS = {"raw": "counted (raw)", "sink_excluded": "left out (sink excluded)"}
 STATUS_WORDS = {
     "success": "complete",
     "started": "running",
@@ -104,12 +110,13 @@ def run_banner(run: Run) -> list[html.Div]:
     banners = []
     if run.status in ("partial", "started"):
         state = "is still running" if run.status == "started" else "is unfinished"
+        left = " Its analyses are not." if prompts["done"] == prompts["total"] else ""
         banners.append(
             html.Div(
                 [
-                    f"This run {state}: {prompts['done']} of {prompts['total']} prompts are done. ",
-                    "Complete it with ",
-                    html.Code(f"lens run -c {run.path.name}/config.toml"),
+                    f"This run {state}: {prompts['done']} of {prompts['total']} prompts are done."
+                    f"{left} Complete it with ",
+                    html.Code(f"lens run -c {run.path / 'config.toml'}"),
                 ],
                 className="banner partial",
                 role="status",
@@ -132,7 +139,7 @@ def run_banner(run: Run) -> list[html.Div]:
 
 
 def crumbs(run: Run, view: Selection) -> html.Div:
-    """runs › run › page, and the pages of the run."""
+    """runs › run › page, the pages of the run, and whether the first token counts."""
     parts: list[Any] = [dcc.Link("runs", href="/"), html.Span("›", className="sep")]
     if view.page == "overview":
         parts.append(html.Span(run.id))
@@ -142,15 +149,50 @@ def crumbs(run: Run, view: Selection) -> html.Div:
             "analysis": view.section.replace("_", " "),
         }.get(view.page, view.page)
         parts += [
-            dcc.Link(run.id, href=f"/run/{run.id}"),
+            dcc.Link(run.id, href=view.to("overview").url()),
             html.Span("›", className="sep"),
             html.Span(last),
         ]
-    parts.append(html.Button("copy link", id="copy-link", className="quiet", type="button"))
-    return html.Div([html.Nav(parts, className="crumbs", **named("Breadcrumb")), tabs(run, view)])
+    parts.append(copy_link())
+    return html.Div(
+        [
+            html.Nav(parts, className="crumbs", **named("Breadcrumb")),
+            html.Div([tabs(view), *switch(view)], className="tab-row"),
+        ]
+    )
 
 
-def graph(graph_id: str, figure: go.Figure, label: str, python: str = "") -> html.Div:
+def copy_link() -> html.Button:
+    """Copies the address, which restores the view."""
+    return html.Button("copy link", id="copy-link", className="quiet", type="button")
+
+
+def switch(view: Selection) -> list[html.Div]:
+    """Is the first token counted? The answer is kept in every link; here where it has a meaning."""
+    if view.page not in _WITH_VARIANT:
+        return []
+    buttons = [
+        html.Button(
+            words,
+            type="button",
+            className="quiet",
+            **{"data-variant": variant, "aria-pressed": str(variant == view.variant).lower()},  # pyright: ignore[reportArgumentType]
+        )
+        for variant, words in _VARIANTS.items()
+    ]
+    return [
+        html.Div(
+            [html.Span("First token"), *buttons],
+            className="switch",
+            role="group",
+            **named("First token"),
+        )
+    ]
+
+
+def graph(
+    graph_id: str | dict[str, str], figure: go.Figure, label: str, python: str = ""
+) -> html.Div:
     """A plotly figure with a text alternative and a menu: full screen, pictures, numbers, Python.
 
     Args:
@@ -189,19 +231,25 @@ def select(name: str, label: str, options: Mapping[str, str], value: str) -> htm
                 value=value,
                 clearable=False,
             ),
+            remember(name, value),
         ],
         className="control",
     )
 
 
-def tabs(run: Run, view: Selection) -> html.Nav:
+def remember(option: str, value: Any) -> dcc.Store:
+    """What a control of an option shows at first: only another value changes the link."""
+    return dcc.Store(id={"shown": option}, data=value)
+
+
+def tabs(view: Selection) -> html.Nav:
     """Links to the pages of a run."""
     links: list[Any] = []
     for page, words in _TABS.items():
         if page == view.page:
             links.append(html.Span(words, className="current", **{"aria-current": "page"}))  # pyright: ignore[reportArgumentType]
         else:
-            links.append(dcc.Link(words, href=Selection(page=page, run=run.id).url()))
+            links.append(dcc.Link(words, href=view.to(page).url()))
     return html.Nav(links, className="tabs pages", **named("Pages of this run"))
 
 
@@ -219,6 +267,106 @@ def findings(sections: Iterable[Section]) -> html.Section:
     )
     more = [html.Details([html.Summary(f"{len(lists[1])} more findings"), rest])] * bool(lists[1])
     return card([first, *more], "Findings")
+
+
+def limits(sections: Iterable[Section | Comparison]) -> html.Section:
+    """What these analyses do not show."""
+    items = [html.Li(text) for section in sections for text in section.limits]
+    return card(html.Ul(items), "What this does not show")
+
+
+def figure_code(run: Run, section: str, figure: str) -> str:
+    """Python that has a figure of an analysis, and its numbers, again."""
+    return (
+        "from lens.runs import open_run\n\n"
+        f"section = open_run({str(run.path)!r}).section({section!r})\n"
+        f"section.tables\nsection.figures[{figure!r}]"
+    )
+
+
+def section_figure(
+    run: Run,
+    section: Section,
+    name: str,
+    *,
+    graph_id: str = "",
+    figure: go.Figure | None = None,
+) -> html.Div:
+    """A figure of an analysis, or a marked copy of it, with its menu and its Python."""
+    return graph(
+        graph_id or f"{section.name}-{name}",
+        section.figures[name] if figure is None else figure,
+        f"{section.title}: {name.replace('_', ' ')}",
+        figure_code(run, section.name, name),
+    )
+
+
+def marked(figure: go.Figure, x: float, y: float, name: str) -> go.Figure:
+    """A copy of a curve with a ring around the point that the page shows."""
+    ring = {"size": 16, "color": "rgba(0,0,0,0)", "line": {"width": 3, "color": ACCENT}}
+    found = go.Figure(figure)
+    found.add_scatter(x=[x], y=[y], mode="markers", marker=ring, name=name, hoverinfo="skip")
+    return found
+
+
+def link_points(figure: go.Figure, link: Callable[[int, int], str]) -> go.Figure:
+    """Give every cell of a grid of heads, or every point that is named as a head, its link."""
+    for trace in figure.data:
+        points: Any = trace
+        if points.type == "heatmap":
+            points.customdata = [[link(layer, head) for head in points.x] for layer in points.y]
+        else:
+            points.customdata = [link(*head_id(name)) for name in points.text]
+    return figure
+
+
+def choice(
+    view: Selection, option: str, known: Iterable[str], default: str, notes: list[str]
+) -> str:
+    """The option of a link, or the default and a note where it is not one of those known here."""
+    value = view.option(option)
+    if not value or value in known:
+        return value or default
+    notes.append(f"This run has no {option} {value!r}; {default or 'none'} is shown.")
+    return default
+
+
+Cell = str | tuple[str, str] | tuple[str, str, str]
+"""What a cell says, then where it leads ("" for nowhere) and its title."""
+
+
+def data_table(
+    label: str,
+    head: Iterable[str | Mapping[str, str]],
+    rows: Iterable[Iterable[Cell]],
+    *,
+    marked: Collection[int] = (),
+    row_heads: bool = False,
+    className: str = "scroll tall",
+) -> html.Div:
+    """A table of many rows, which `table.js` draws.
+
+    Args:
+        label: what it holds, for those who cannot see it.
+        head: words of each column, or `text` with `title`, `link` and `sort` (ascending, descending).
+        rows: their cells.
+        marked: numbers of rows that stand out.
+        row_heads: whether the first cell of a row names it.
+        className: of the region around it.
+    """
+    content = {
+        "head": [{"text": one} if isinstance(one, str) else dict(one) for one in head],
+        "rows": [
+            {"cells": list(cells), "marked": number in marked} for number, cells in enumerate(rows)
+        ],
+        "rowHeads": row_heads,
+    }
+    return html.Div(
+        className=className,
+        tabIndex=0,
+        role="region",
+        **{"data-table": json.dumps(content), **named(label)},  # pyright: ignore[reportArgumentType]
+    )
 
 
 def missing(run: Run, what: str, command: str) -> html.Section:

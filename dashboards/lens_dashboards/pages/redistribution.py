@@ -1,123 +1,178 @@
 """Page `/run/<id>/redistribution`: what changes when attention is moved off the sink?"""
 
+from collections.abc import Iterable
 from typing import Any
 
+import pandas as pd
 from dash import html
 
 from lens.runs import Run
+from lens.sections import Section
 from lens_dashboards.library import Library
 from lens_dashboards.library import section as read_section
-from lens_dashboards.pages.analysis import figure_code, tables_of
+from lens_dashboards.pages.analysis import tables_of
 from lens_dashboards.pages.parts import (
     card,
+    choice,
     crumbs,
     findings,
-    graph,
+    limits,
     missing,
+    named,
     note_banner,
     number,
     run_banner,
+    section_figure,
     select,
 )
 from lens_dashboards.selection import Selection
 
 _SECTIONS = ("dose", "search", "redistribution")
+_MEASURED = (*_SECTIONS, "effects")  # that have rows of one rule at one amount
 _COMMAND = "lens redistribute --model {model} --text-name moby-dick --tokens 128 --windows 6"
-_FACTS = {
-    "gain": "What the task gains (positive: better)",
+_MEASURES = {
+    "gain": "Gain of the task (positive: better)",
     "delta_loss": "Loss on held-out text, change in nats a token",
     "kl": "KL divergence on it, nats",
     "flip_rate": "Predictions that change",
 }
+_CONDITIONS = {
+    "sources": "the sink",
+    "size": "as many other keys",
+    "mass": "other keys of the same mass",
+    "position": "keys at the next positions",
+    "self": "the sink, back onto itself",
+}
 
 
 def page(library: Library, view: Selection) -> list[Any]:
-    """One amount at a time: what the task gains and the text loses; then every dose and head."""
+    """One rule and amount at a time, with its controls; then every dose and head."""
     run = library.run(view.run)
     top = [crumbs(run, view), html.H1("Redistribution"), *run_banner(run)]
-    sections = [name for name in _SECTIONS if name in run.sections]
+    sections = [read_section(run, name) for name in _SECTIONS if name in run.sections]
     if not sections:
         return [*top, missing(run, "redistribution", _COMMAND)]
     notes: list[str] = []
+    one = _one_dose(run, view, notes)
     return [
         *top,
-        findings(read_section(run, name) for name in sections),
-        *_amount(run, view, notes),
-        *[note_banner(text) for text in notes],
+        *map(note_banner, notes),
+        findings(sections),
+        *one,
         html.Div(
             [
-                card(
-                    graph(
-                        f"{name}-{figure}",
-                        read_section(run, name).figures[figure],
-                        f"{read_section(run, name).title}: {figure.replace('_', ' ')}",
-                        figure_code(run, name, figure),
-                    )
-                )
-                for name in sections
-                for figure in read_section(run, name).figures
+                card(section_figure(run, section, figure))
+                for section in sections
+                for figure in section.figures
             ],
             className="halves",
         ),
-        tables_of(run, sections),
-        card(
-            html.Ul(
-                [html.Li(text) for name in sections for text in read_section(run, name).limits]
-            ),
-            "What this does not show",
-        ),
+        tables_of(view, sections),
+        limits(sections),
     ]
 
 
-def _amount(run: Run, view: Selection, notes: list[str]) -> list[Any]:
-    """The measured numbers of one amount."""
-    tables = [
-        table
-        for name in _SECTIONS
-        if name in run.sections
-        for table in read_section(run, name).tables.values()
-        if "amount" in table and set(_FACTS) & set(table)
-    ]
-    if not tables:
+def measured(sections: Iterable[Section]) -> pd.DataFrame:
+    """Everything that was measured of whole-model edits: a row per rule, amount, condition and measure.
+
+    Columns: `rule`, `amount`, `condition`, `measure` (of gain, delta_loss, kl, flip_rate), `value`, `low`,
+    `high`, `n`.
+    """
+    rows = []
+    for section in sections:
+        for table in section.tables.values():
+            if "amount" not in table or not set(_MEASURES) & set(table):
+                continue
+            for row in table.to_dict("records"):
+                if row.get("scope", "all heads") != "all heads":
+                    continue
+                rows += [
+                    {
+                        "rule": str(row.get("edit", section.configuration.get("rule", ""))),
+                        "amount": float(row["amount"]),
+                        "condition": str(row.get("condition", "sources")),
+                        "measure": name,
+                        "value": float(row[name]),
+                        "low": float(row.get(f"{name}_low", float("nan"))),
+                        "high": float(row.get(f"{name}_high", float("nan"))),
+                        "n": row.get("n"),
+                    }
+                    for name in _MEASURES
+                    if name in row
+                ]
+    columns = ["rule", "amount", "condition", "measure", "value", "low", "high", "n"]
+    return pd.DataFrame(rows, columns=columns).drop_duplicates(columns[:4])
+
+
+def _one_dose(run: Run, view: Selection, notes: list[str]) -> list[Any]:
+    """The measured numbers of one rule at one amount, beside its controls."""
+    table = measured(read_section(run, name) for name in _MEASURED if name in run.sections)
+    if table.empty:
         return []
-    amounts = sorted({float(value) for table in tables for value in table["amount"]})
-    words = {f"{value:g}": f"{value:g}" for value in amounts}
-    chosen = view.option("amount") or list(words)[-1]
-    if chosen not in words:
-        notes.append(f"Amount {chosen!r} was not run; {list(words)[-1]} is shown.")
-        chosen = list(words)[-1]
-    facts = []
-    for table in tables:
-        rows = table[(table["amount"] == float(chosen)).to_numpy()]
-        if "condition" in rows:
-            rows = rows[(rows["condition"] == "sources").to_numpy()]
-        for row in rows.head(1).to_dict("records"):
-            facts += [
-                html.Tr(
-                    [
-                        html.Th(label, scope="row"),
-                        html.Td(number(row[name]), className="number"),
-                        html.Td(_interval(row, name), className="number"),
-                        html.Td(f"n = {number(row['n'])}" if "n" in row else ""),
-                    ]
-                )
-                for name, label in _FACTS.items()
-                if name in row
+    rules = list(dict.fromkeys(table["rule"]))
+    rule = choice(view, "rule", rules, rules[0], notes)
+    of_rule = table[(table["rule"] == rule).to_numpy()]
+    amounts = [f"{amount:g}" for amount in sorted(set(of_rule["amount"]))]
+    amount = choice(view, "amount", amounts, amounts[-1], notes)
+    rows = of_rule[(of_rule["amount"] == float(amount)).to_numpy()]
+    body = [
+        html.Tr(
+            [
+                html.Th(_MEASURES[row["measure"]], scope="row"),
+                html.Td(_CONDITIONS.get(row["condition"], row["condition"])),
+                html.Td(number(row["value"]), className="number"),
+                html.Td(_interval(row), className="number"),
+                html.Td(number(row["n"]), className="number"),
             ]
+        )
+        for measure in _MEASURES
+        for row in rows[(rows["measure"] == measure).to_numpy()].to_dict("records")
+    ]
+    heading = ("What", "Taken from", "Value", "95 % interval", "n")
     return [
         card(
             [
                 html.Div(
-                    select("amount", "Share of the mass that is moved", words, chosen),
+                    [
+                        select("rule", "Rule", {r: r.replace("_", " ") for r in rules}, rule),
+                        select(
+                            "amount",
+                            "Share of the mass that is moved",
+                            {name: name for name in amounts},
+                            amount,
+                        ),
+                    ],
                     className="controls",
                 ),
-                html.Table(html.Tbody(facts), className="facts-table", id="amount-facts"),
+                html.Div(
+                    html.Table(
+                        [
+                            html.Thead(html.Tr([html.Th(word, scope="col") for word in heading])),
+                            html.Tbody(body, id="dose-rows"),
+                        ]
+                    ),
+                    className="scroll",
+                    tabIndex=0,
+                    role="region",
+                    **named("One rule at one amount"),
+                ),
+                html.P(
+                    "Measured in this run, all heads at once: "
+                    + "; ".join(f"{name} at {_amounts_of(table, name)}" for name in rules),
+                    className="small",
+                ),
             ],
-            "One amount",
+            "One rule, one amount",
         )
     ]
 
 
-def _interval(row: dict[Any, Any], name: str) -> str:
-    low, high = row.get(f"{name}_low"), row.get(f"{name}_high")
-    return "" if low is None or low != low else f"{number(low)} to {number(high)}"
+def _amounts_of(table: pd.DataFrame, rule: str) -> str:
+    amounts = sorted(set(table.loc[(table["rule"] == rule).to_numpy(), "amount"]))
+    return ", ".join(f"{amount:g}" for amount in amounts)
+
+
+def _interval(row: dict[Any, Any]) -> str:
+    if row["low"] != row["low"]:
+        return "–"
+    return f"{number(row['low'])} to {number(row['high'])}"

@@ -3,7 +3,6 @@
 from typing import Any
 
 import pandas as pd
-import plotly.graph_objects as go
 from dash import dcc, html
 
 from lens.figures.columns import column_grid
@@ -11,15 +10,21 @@ from lens.head_ids import HeadId
 from lens.runs import Run
 from lens_dashboards.library import Library
 from lens_dashboards.library import section as read_section
-from lens_dashboards.pages.analysis import figure_code, tables_of
+from lens_dashboards.pages.analysis import tables_of
 from lens_dashboards.pages.parts import (
     card,
+    choice,
     crumbs,
     findings,
     graph,
+    limits,
+    link_points,
+    marked,
     missing,
     note_banner,
+    remember,
     run_banner,
+    section_figure,
     select,
 )
 from lens_dashboards.selection import Selection
@@ -27,7 +32,6 @@ from lens_dashboards.selection import Selection
 SECTIONS = ("detection", "mechanism", "effects", "first_token", "dose", "streaming", "spectrum")
 _COMMAND = "lens sinks --model {model} --text-name moby-dick --tokens 128 --windows 6"
 _MOST_HEADS = 40
-_MARK = "#c2410c"
 
 
 def page(library: Library, view: Selection) -> list[Any]:
@@ -50,27 +54,19 @@ def page(library: Library, view: Selection) -> list[Any]:
         title=f"{int(heads['above'].sum())} of {len(heads)} heads are above ε = {epsilon:g} on average",
         height=min(620, 150 + 22 * max(5, int(heads["layer"].nunique()))),
     )
-    heat: Any = grid.data[0]
-    heat.customdata = [[_link(run, layer, head) for head in heat.x] for layer in heat.y]
-    marked = go.Figure(section.figures["epsilon"])
-    marked.add_scatter(
-        x=[row["epsilon"]],
-        y=[row["rate"]],
-        mode="markers",
-        marker={"size": 15, "color": "rgba(0,0,0,0)", "line": {"width": 3, "color": _MARK}},
-        name="chosen",
-        hoverinfo="skip",
-    )
+    grid = link_points(grid, lambda *head: view.to_head(*head).url())
+    curve_figure = marked(section.figures["epsilon"], row["epsilon"], row["rate"], "chosen")
     grid_code = (
         "from lens.figures.columns import column_grid\nfrom lens.runs import open_run\n\n"
         f"section = open_run({str(run.path)!r}).section('detection')\n"
         "heads = section.tables['heads'].rename(columns={'head': 'number'})\n"
         "column_grid(heads, 'alpha')"
     )
+    held = [read_section(run, name) for name in SECTIONS if name in run.sections]
     return [
         *top,
         *[note_banner(text) for text in notes],
-        findings(read_section(run, name) for name in SECTIONS if name in run.sections),
+        findings(held),
         card(
             [
                 _slider(epsilon),
@@ -82,12 +78,14 @@ def page(library: Library, view: Selection) -> list[Any]:
                 ),
                 html.Div(
                     [
-                        graph("epsilon", marked, "Sink rate by threshold", _code(run, "epsilon")),
+                        section_figure(
+                            run, section, "epsilon", graph_id="epsilon", figure=curve_figure
+                        ),
                         graph({"points": "sinks"}, grid, "Mass on the sink by head", grid_code),  # pyright: ignore[reportArgumentType]
                     ],
                     className="halves",
                 ),
-                _heads(run, heads),
+                _heads(view, heads),
             ],
             "Which heads have a sink",
         ),
@@ -99,8 +97,8 @@ def page(library: Library, view: Selection) -> list[Any]:
             className="halves",
         ),
         *_effects(run, view, notes),
-        tables_of(run, SECTIONS),
-        _limits(run),
+        tables_of(view, held),
+        limits(held),
     ]
 
 
@@ -130,6 +128,7 @@ def _slider(epsilon: float) -> html.Div:
                     allow_direct_input=False,
                     id={"option": "epsilon"},
                 ),
+                remember("epsilon", epsilon),
             ],
             className="control slider",
         ),
@@ -137,13 +136,13 @@ def _slider(epsilon: float) -> html.Div:
     )
 
 
-def _heads(run: Run, heads: pd.DataFrame) -> html.P:
+def _heads(view: Selection, heads: pd.DataFrame) -> html.P:
     above = heads[heads["above"]].sort_values("alpha", ascending=False)
     parts: list[Any] = []
     for row in above.head(_MOST_HEADS).to_dict("records"):
         name = str(HeadId(row["layer"], row["number"]))
         parts += [
-            dcc.Link(name, href=_link(run, row["layer"], row["number"])),
+            dcc.Link(name, href=view.to_head(row["layer"], row["number"]).url()),
             f" {row['alpha']:.2f}, ",
         ]
     if not parts:
@@ -163,25 +162,14 @@ def _effects(run: Run, view: Selection, notes: list[str]) -> list[Any]:
         name: str(section.figures[name].layout.title.text or name)  # pyright: ignore[reportAttributeAccessIssue]
         for name in names
     }
-    chosen = view.option("edit") or names[0]
-    if chosen not in names:
-        notes.append(f"There is no edit {chosen!r}; the first is shown.")
-        chosen = names[0]
+    chosen = choice(view, "edit", names, names[0], notes)
     shown = [chosen, *(name for name in section.figures if name not in names)]
     return [
         card(
             [
                 html.Div(select("edit", "Edit", titles, chosen), className="controls"),
                 html.Div(
-                    [
-                        graph(
-                            f"effects-{name}",
-                            section.figures[name],
-                            titles.get(name, name),
-                            _code(run, name, "effects"),
-                        )
-                        for name in shown
-                    ],
+                    [section_figure(run, section, name) for name in shown],
                     className="halves",
                 ),
             ],
@@ -193,30 +181,4 @@ def _effects(run: Run, view: Selection, notes: list[str]) -> list[Any]:
 def _figure(run: Run, section: str, name: str) -> Any:
     if section not in run.sections or name not in read_section(run, section).figures:
         return html.Div()
-    found = read_section(run, section)
-    return card(
-        graph(
-            f"{section}-{name}",
-            found.figures[name],
-            f"{found.title}: {name}",
-            _code(run, name, section),
-        )
-    )
-
-
-def _code(run: Run, figure: str, section: str = "detection") -> str:
-    return figure_code(run, section, figure)
-
-
-def _limits(run: Run) -> html.Section:
-    limits = [
-        html.Li(text)
-        for name in SECTIONS
-        if name in run.sections
-        for text in read_section(run, name).limits
-    ]
-    return card(html.Ul(limits), "What this does not show")
-
-
-def _link(run: Run, layer: Any, head: Any) -> str:
-    return Selection(page="head", run=run.id, layer=int(layer), head=int(head)).url()
+    return card(section_figure(run, read_section(run, section), name))
