@@ -67,7 +67,7 @@ test: lint types browser
 bench: $(VENV)/.test
 	$(BIN)/python tests/benchmarks/run.py
 
-# Every Triton kernel for sm_80 and sm_90, without a GPU: a quarter of an hour on two idle cores.
+# Every Triton kernel for sm_80 and sm_90, without a GPU: an hour on two idle cores.
 compiled: $(VENV)/.test
 	$(BIN)/python tests/benchmarks/compiled.py
 

@@ -94,36 +94,6 @@ def test_diagonals_know_their_first_distance():
     assert_close(mean, row.statistics.distance.sum(-1), 1e-6)
 
 
-def test_exactness_says_what_a_cut_makes_of_a_number():
-    query, key, value = tensors(1, 2, 1, 37, 41)
-    kept = torch.eye(3, dtype=torch.bool)[None, None]
-    names = ("lse", "max_logit", "entropy", "block_max_logit")
-    options = {"statistics": names, "block_size": 16, "backend": "torch"}
-    whole = attention(query, key, value, **options).statistics
-    cut = attention(query, key, value, block_mask=kept, **options).statistics
-    assert {whole.exactness(name) for name in names} == {"exact"}
-    assert cut.exactness("entropy") == "approx"
-    for name in ("lse", "max_logit", "block_max_logit"):
-        assert cut.exactness(name) == "lower_bound"
-        assert bool((cut[name] <= whole[name] + 1e-6).all())
-    with pytest.raises(KeyError, match="was not asked for"):
-        cut.exactness("received")
-
-
-def test_masses_of_kept_blocks_are_upper_bounds_and_dropped_ones_are_zero():
-    """So the whole map is neither, and says "approx"."""
-    query, key, value = tensors(1, 2, 1, 37, 41)
-    kept = torch.eye(3, dtype=torch.bool)[None, None]
-    names = ("block_mass", "block_max")
-    options = {"statistics": names, "block_size": 16, "backend": "torch"}
-    whole = attention(query, key, value, **options).statistics
-    cut = attention(query, key, value, block_mask=kept, **options).statistics
-    for name in names:
-        assert cut.exactness(name) == "approx"
-        assert bool((cut[name] > whole[name])[kept.expand(1, 2, 3, 3)].all())
-        assert bool((cut[name] == 0)[~kept.expand(1, 2, 3, 3)].all())
-
-
 def test_statistics_of_the_backward_pass_wait_for_it():
     filled: dict[str, torch.Tensor | None] = {"row_attribution": None}
     statistics = AttentionStatistics({}, block_size=(64, 64), from_backward=filled)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from lens_kernels import attention
 from lens_kernels.statistics import STATISTICS
 from lens_kernels.types import AttentionMask
 from lens_kernels.validation import make_problem
@@ -12,6 +13,7 @@ from tests.kernels.helpers import (
     assert_close,
     case_problem,
     check,
+    everything,
     ids,
     run_or_skip,
     tensors,
@@ -48,6 +50,36 @@ def test_block_sparse_runs(backend, device, case):
     kept = torch.rand(shape, generator=generator) > 0.5
     kept[0, 1, 0] = False
     check(backend, case_problem(case, device, block_mask=kept.to(device), block_size=16))
+
+
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
+def test_exactness_says_what_a_cut_makes_of_a_number(backend, device):
+    """A lower bound is nowhere above the dense number, and "approx" is above here and below there."""
+    query, key, value = tensors(2, 4, 2, 37, 41, device=device)
+    kept = torch.rand(2, 4, 5, 6, generator=torch.Generator().manual_seed(1)).to(device) > 0.4
+    options = {"block_size": 8, "backend": backend, **everything(41, 37, 4, device)}
+    whole = attention(query, key, value, **options).statistics
+    cut = attention(query, key, value, block_mask=kept, **options).statistics
+    assert {whole.exactness(name) for name in FORWARD} == {"exact"}
+    for name in set(FORWARD) - {"top_keys"}:
+        above = (cut[name] > whole[name] + 1e-5).any()
+        below = (cut[name] < whole[name] - 1e-5).any()
+        assert below, name
+        assert cut.exactness(name) == ("approx" if above else "lower_bound"), name
+    assert cut.exactness("top_keys") == "approx"
+
+
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
+def test_masses_of_kept_blocks_are_upper_bounds_and_dropped_ones_are_zero(backend, device):
+    """So the whole map is neither, and says "approx"."""
+    query, key, value = tensors(1, 2, 1, 37, 41, device=device)
+    kept = torch.eye(3, dtype=torch.bool, device=device)[None, None]
+    options = {"statistics": ("block_mass", "block_max"), "block_size": 16, "backend": backend}
+    whole = attention(query, key, value, **options).statistics
+    cut = attention(query, key, value, block_mask=kept, **options).statistics
+    for name in options["statistics"]:
+        assert bool((cut[name] > whole[name])[kept.expand(1, 2, 3, 3)].all())
+        assert bool((cut[name] == 0)[~kept.expand(1, 2, 3, 3)].all())
 
 
 @pytest.mark.parametrize(("backend", "device"), BACKENDS)

@@ -2,7 +2,7 @@
 
 A few are compiled here. All that ship stand in tests/benchmarks/compiled.csv, which must list
 exactly the kernels and tiles that triton_configs.py chooses today; `python
-tests/benchmarks/compiled.py` makes it anew, in a quarter of an hour.
+tests/benchmarks/compiled.py` makes it anew, in an hour.
 """
 
 import csv

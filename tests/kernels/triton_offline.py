@@ -29,7 +29,7 @@ MASKS = {
     "sinks": {"bfloat16": DIMS, "float16": DIMS, "float32": WIDTHS},
     **{
         mask: {"bfloat16": WIDTHS, "float16": WIDTHS, "float32": WIDTHS}
-        for mask in ("window", "ragged", "sparse", "everything")
+        for mask in ("odd", "window", "ragged", "sparse", "everything")
     },
     **{
         mask: {"bfloat16": WIDTHS, "float16": (128,), "float32": (128,)}
@@ -40,9 +40,10 @@ MASKS = {
 }
 """What changes a kernel, and the head dims tried with it: the others share the tiles of these.
 
-"ragged" stands for whatever loads the range of each row: lengths, packed sequences, left padding.
-"sinks" bear on the forward pass alone. "decoding" has one query, "narrow" values of 128 for keys of
-192.
+"odd" is causal with a length that 16 does not divide, like every mask after it; "causal" and
+"sinks" have one that it does, as the compiler knows. "ragged" stands for whatever loads the range of
+each row: lengths, packed sequences, left padding. "sinks" bear on the forward pass alone.
+"decoding" has one query, "narrow" values of 128 for keys of 192.
 """
 
 ROWS = ("lse", "max_logit", "entropy", "concentration", "distance", "prefix_mass")
@@ -223,9 +224,7 @@ def launches(job: Job) -> Iterator[tuple[str, Any]]:
     from lens_kernels.problem import BackendResult
     from lens_kernels.validation import make_problem
 
-    keys = (
-        256 if job.mask in ("causal", "sinks") else 251
-    )  # the compiler knows whether 16 divides it
+    keys = 256 if job.mask in ("causal", "sinks") else 251
     queries = 1 if job.mask == "decoding" else keys
     value_dim = 128 if job.mask == "narrow" else job.dim
     dtype = getattr(torch, job.dtype)
