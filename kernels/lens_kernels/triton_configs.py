@@ -114,6 +114,12 @@ def _open(problem: Problem) -> bool:
     return plain(problem) and not problem.plan.causal
 
 
+def _odd(problem: Problem) -> bool:
+    """Whether it is plain and causal, with a length that 16 does not divide: loads then need more."""
+    uneven = problem.query.shape[-2] % 16 or problem.key.shape[-2] % 16
+    return bool(uneven) and plain(problem) and problem.plan.causal
+
+
 def row_config(problem: Problem) -> Config:
     """Of the forward pass, by what it keeps in registers."""
     weight, width = _weight(problem), _width(problem)
@@ -124,11 +130,12 @@ def row_config(problem: Problem) -> Config:
         level = 5
     elif hopper:
         level += many and (not weight or width == 256)
+        level += width == 256 and (many or full) and _odd(problem)
     elif full:
         level += 2
     elif not many or width == 256:
         level += level > 0 or width == 256
-        level += width == 256 and _open(problem)
+        level += width == 256 and (_open(problem) or _odd(problem))
     ladder = (_FULL_ROWS if full else _ROWS)[width]
     config = ladder[min(level, len(ladder) - 1)]
     if problem.plan.keep is not None and width == 256 and not hopper and not full:
@@ -216,7 +223,7 @@ def backward_config(problem: Problem, of: str) -> Config:
     if width == 256:
         small = _SMALL if hopper else replace(_SMALL, registers=_MOST)
         if weight < 2:
-            return Config(64, 16 if hopper and _open(problem) else 32, 8, 2)
+            return Config(64, 16 if hopper and (_open(problem) or _odd(problem)) else 32, 8, 2)
         return small
     if weight > 2:
         return Config(64, 32, 8, 2) if hopper else _SMALL
@@ -249,4 +256,5 @@ def _full_backward(problem: Problem, of: str) -> Config:
         return Config(16, 16, 4 if sparse or problem.softcap is not None else 8, 1)
     if max(problem.head_dim, problem.value_dim) <= 32:
         return Config(32, 32, 4, 1)
-    return Config(16, 16, 4, 1, registers=_MOST) if weight else Config(16, 32, 4, 1)
+    few = weight or _odd(problem)
+    return Config(16, 16, 4, 1, registers=_MOST) if few else Config(16, 32, 4, 1)
