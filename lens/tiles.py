@@ -27,14 +27,13 @@ def exact_tile(
     """[queries, keys] float64 probabilities; only the rectangle's q, k and LSE are read."""
     from lens_kernels.tile import tile
 
-    data = trace.dataset.sel(layer=layer)
     rows, columns = slice(*queries), slice(*keys)
     kv_head = head // (trace.heads // trace.dataset.sizes["kv_head"])
-    position = trace.dataset["layer"].values.tolist().index(layer)
+    position = _position(trace, layer)
     return tile(
-        data["q"].isel(head=head, query=rows).values.astype(np.float64),
-        data["k"].isel(kv_head=kv_head, key=columns).values.astype(np.float64),
-        data["lse"].isel(head=head, query=rows).values.astype(np.float64),
+        _read(trace, "q", layer=position, head=head, query=rows),
+        _read(trace, "k", layer=position, kv_head=kv_head, key=columns),
+        _read(trace, "lse", layer=position, head=head, query=rows),
         query_range=(0, queries[1] - queries[0]),
         key_range=(0, keys[1] - keys[0]),
         scale=trace.attrs["scale"][position],
@@ -43,6 +42,15 @@ def exact_tile(
         window=trace.attrs["windows"][position],
         offset=queries[0] - keys[0],
     )
+
+
+def _position(trace: AttentionTrace, layer: int) -> int:
+    return trace.dataset["layer"].values.tolist().index(layer)
+
+
+def _read(trace: AttentionTrace, name: str, **where: int | slice) -> np.ndarray:
+    """Part of one variable as float64; of `Dataset.isel` most time would go to the others."""
+    return trace.dataset.variables[name].isel(**where).values.astype(np.float64)
 
 
 def refusal(trace: AttentionTrace, layer: int, head: int) -> str:
@@ -69,12 +77,13 @@ def refusal(trace: AttentionTrace, layer: int, head: int) -> str:
 def _gives_back(trace: AttentionTrace, layer: int, head: int, query: int) -> bool:
     """Whether a recomputed row has the measured largest probability, first key and sum."""
     row = exact_tile(trace, layer, head, (query, query + 1), (0, trace.length))[0]
-    measured = trace.dataset.sel(layer=layer).isel(head=head, query=query)
+    at = {"layer": _position(trace, layer), "head": head, "query": query}
     pairs = []
     if not trace.attrs.get("learned_sinks", False):
         pairs.append((row.sum(), 1.0))
-    if "max_logit" in measured:
-        pairs.append((row.max(), np.exp(float(measured["max_logit"]) - float(measured["lse"]))))
-    if "first_mass" in measured:
-        pairs.append((row[0], float(measured["first_mass"])))
+    if "max_logit" in trace.dataset:
+        largest = np.exp(_read(trace, "max_logit", **at) - _read(trace, "lse", **at))
+        pairs.append((row.max(), float(largest)))
+    if "first_mass" in trace.dataset:
+        pairs.append((row[0], float(_read(trace, "first_mass", **at))))
     return all(abs(found - known) <= _TOLERANCE * max(known, 1e-3) for found, known in pairs)
