@@ -95,8 +95,8 @@ class PromptConfig:
         text_name: name of an embedded text.
         batch: path of a file of prompts, one a line (.txt), or JSON objects with "text" (.jsonl).
         sha256: of the file that was read, so that a rerun notices another one; set by the run.
-        tokens: tokens of each text prompt; all of the text if None.
-        windows: consecutive pieces of `tokens` tokens that the text is cut into.
+        tokens: length of each text prompt; without it, all of the text is one prompt.
+        windows: how many consecutive prompts of that length are cut from the text.
         copied: number of copied prompts (BOS + r + r, the probe for induction heads).
         copied_length: tokens of r.
     """

@@ -1,6 +1,7 @@
 """The dashboard's server: Dash over Flask, on this machine only unless a token says otherwise."""
 
 import hmac
+import logging
 import secrets
 import socket
 from pathlib import Path
@@ -101,6 +102,9 @@ def serve(
     hosts = LOOPBACK if host in LOOPBACK else (*LOOPBACK, host, socket.gethostname())
     app = create_app(runs, hosts=hosts, token=token, jobs=jobs)
     listener = _listen(host, port)
+    logging.getLogger("waitress.queue").setLevel(
+        logging.ERROR
+    )  # a page asks for many files at once
     server = create_server(app.server, sockets=[listener], threads=threads, ident="")
     try:
         server.run()

@@ -69,6 +69,7 @@ def epsilon_curve(
             x=result.epsilons,
             y=result.values,
             error_y=error if known.any() else None,
+            name="sink rate",
             mode="lines+markers",
             line={"color": ACCENT},
             hovertemplate="ε %{x}<br>rate %{y:.3f}<extra></extra>",

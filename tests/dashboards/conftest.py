@@ -3,10 +3,10 @@
 import threading
 from pathlib import Path
 
-import pandas as pd
 import pytest
 
 from lens.runs import open_run
+from tests.dashboards.repeated import repeat_run
 
 
 @pytest.fixture(scope="session")
@@ -120,36 +120,5 @@ def redistribute_run(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def big_run(tmp_path_factory, run):
-    """A run as large as one of 32 layers of 32 heads: the heads of the real run over and over."""
-    from lens.run_writer import RunWriter
-    from lens.trace import AttentionTrace
-
-    layers, heads = run.meta["model"]["layers"], run.meta["model"]["heads"]
-    kept = ("command", "prompts", "versions", "block_size", "bos", "device", "backend")
-    meta = {name: run.meta[name] for name in kept} | {
-        "title": "1,024 heads",
-        "what": "profile",
-        "model": {"name": "repeated", "layers": 32, "heads": 32},
-    }
-    writer = RunWriter.start(tmp_path_factory.mktemp("big"), {"size": 32}, meta)
-    writer.table("prompts", run.prompts)
-    parts = [
-        run.heads[
-            (run.heads["layer"] == layer % layers) & (run.heads["head"] == head % heads)
-        ].assign(layer=layer, head=head)
-        for layer in range(32)
-        for head in range(32)
-    ]
-    writer.table("heads", pd.concat(parts, ignore_index=True))
-    real = run.trace("p000")
-    data = real.dataset.isel(layer=[layer % layers for layer in range(32)])
-    for dim in {"head", "kv_head"} & set(data.dims):
-        data = data.isel({dim: [head % data.sizes[dim] for head in range(32)]})
-        data = data.assign_coords({dim: range(32)})
-    by_layer = {
-        name: [real.attrs[name][layer % layers] for layer in range(32)]
-        for name in ("windows", "scale")
-    }
-    data = data.assign_coords(layer=range(32)).assign_attrs(by_layer)
-    AttentionTrace(data).save(writer.path / "trace" / "p000")
-    return writer.finish()
+    """A run as large as one of 32 layers of 32 heads."""
+    return repeat_run(tmp_path_factory.mktemp("big"), run, 32, 32)

@@ -16,6 +16,7 @@ def test_the_way_back_leads_through_pages_with_controls(page, address, run):
     page.get_by_role("link", name="Heads", exact=True).click()
     page.wait_for_selector("h1:has-text('Heads')")
     page.wait_for_selector(".tall tbody a")
+    assert page.title() == f"Heads · {run.id} · attention-lens"
     page.wait_for_timeout(500)  # for a callback that would write the controls into the link
     assert page.url == f"{address}/run/{run.id}/heads"
     page.locator(".tall tbody a").first.click()

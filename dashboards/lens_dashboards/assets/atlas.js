@@ -12,6 +12,7 @@
       this.chosen = null;
       this.root = root;
       root.replaceChildren();
+      delete root.dataset.ready;
       this.canvas = document.createElement("canvas");
       this.canvas.tabIndex = 0;
       this.canvas.setAttribute("role", "img");
@@ -19,6 +20,7 @@
       this.summary = document.createElement("p");
       this.summary.className = "small";
       this.summary.setAttribute("aria-live", "polite");
+      this.summary.textContent = "Loading the picture of every head…";
       root.append(this.canvas, this.summary);
       this.canvas.addEventListener("pointermove", (event) => this.choose(this.at(event)));
       this.canvas.addEventListener("pointerleave", () => this.choose(null));

@@ -28,8 +28,9 @@
       root.replaceChildren();
       delete root.dataset.ready; // of the map before, where the page kept the element
       root.dataset.prompt = this.config.prompt || "";
+      root.dataset.head = `L${this.config.layer}H${this.config.head}`;
       const bar = element("div", "map-bar");
-      this.level = element("span", "map-level");
+      this.level = element("span", "map-level", "loading…");
       this.pooling = element("select", "map-pooling");
       this.pooling.setAttribute("aria-label", "How several blocks become one cell");
       for (const [value, label] of [["max", "largest of the blocks"], ["mean", "mean of the blocks"]]) {

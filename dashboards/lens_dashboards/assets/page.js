@@ -42,8 +42,16 @@
     },
   };
 
+  /* Tabs and history are told apart by the page and the run. */
+  function nameTab() {
+    const heading = document.querySelector("#page h1"), run = window.location.pathname.match(/^\/run\/([^/]+)/);
+    const name = [heading && heading.textContent, run && decodeURIComponent(run[1]), "attention-lens"].filter(Boolean).join(" · ");
+    if (document.title !== name) document.title = name;
+  }
+
   // Dash gives the thumb of a slider and the file input of an upload no name.
   new MutationObserver(() => {
+    nameTab();
     for (const thumb of document.querySelectorAll(".control.slider [role=slider]:not([aria-label])")) {
       thumb.setAttribute("aria-label", thumb.closest(".control").querySelector("label, legend").textContent);
     }

@@ -10,7 +10,10 @@ from lens_dashboards.library import Library
 from lens_dashboards.pages.parts import card, chip, named, number
 from lens_dashboards.selection import Selection
 
-_COLUMNS = ("Run", "Status", "Model", "Heads", "Prompts", "Tokens", "Created", "Seconds", "Compare")
+_COLUMNS = (
+    *("Run", "Status", "Analysis", "Model", "Heads", "Prompts"),
+    *("Tokens", "Created", "Seconds", "Compare"),
+)
 
 
 def page(library: Library, view: Selection) -> list[Any]:
@@ -55,6 +58,7 @@ def _row(run: Run) -> html.Tr:
                 ]
             ),
             html.Td(chip(run.status)),
+            html.Td(meta["what"]),
             html.Td(model["name"]),
             html.Td(f"{model.get('layers', '?')} × {model.get('heads', '?')}"),
             html.Td(f"{prompts['done']} of {prompts['total']}"),

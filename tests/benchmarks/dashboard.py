@@ -1,0 +1,181 @@
+"""How fast the dashboard is: from the command to its first answer, atlas, next head, and its memory.
+
+A run of 32 layers × 32 heads whose trace was captured from a model of random weights (2 layers of 8
+heads, repeated; only sizes matter here) is served by `lens view` in a process of its own, and browsed
+in a real Chromium. Times are what the browser sees, until the picture is drawn. It starts from the
+page's address, so the atlas' figures hold the whole page with Dash's own scripts.
+
+    python tests/benchmarks/dashboard.py [--tokens 4096] [--block-size 16] [--heads 32]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT / part) for part in ("", "kernels", "dashboards", "analyses")]
+
+GOALS = {
+    "viewer answers after": "4 s",
+    "atlas, warm": "1 s",
+    "next head": "0.3 s",
+    "memory of the server": "1,000 MB",
+}
+SWITCHES = 60
+
+
+def make_run(folder: Path, tokens: int, block_size: int, heads: int) -> None:
+    """A run of `heads` × `heads` heads on one prompt of random tokens."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    import lens
+    from lens.runs import open_run
+    from tests.dashboards.repeated import repeat_run
+
+    command = [sys.executable, "-m", "lens_analyses", "run", "--copied", "1"]
+    command += ["--quiet", "--json", "--out", str(folder / "small")]
+    subprocess.run(command, env=_environment(), check=True, stdout=subprocess.DEVNULL)
+    small = open_run(next((folder / "small").glob("*/run.json")).parent)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        vocab_size=1000,
+        max_position_embeddings=tokens,
+    )
+    model = lens.load(LlamaForCausalLM(config).eval())
+    ids = torch.randint(0, 1000, (tokens,)).tolist()
+    trace = lens.capture(model, ids, block_size=block_size, progress=False)
+    assert isinstance(trace, lens.AttentionTrace)
+    repeat_run(folder / "runs", small, heads, heads, trace)
+
+
+def browse(folder: Path) -> dict[str, float]:
+    """Seconds and megabytes by name."""
+    run = next((folder / "runs").glob("*/run.json")).parent.name
+    found: dict[str, float] = {}
+    starts = [_start(folder / "runs") for _ in range(3)]
+    for server, _, _ in starts[:-1]:
+        server.kill()
+    server, address, _ = starts[-1]
+    found["viewer answers after"] = statistics.median(seconds for _, _, seconds in starts)
+    try:
+        found |= _in_browser(f"{address}/run/{run}", server.pid)
+    finally:
+        server.kill()
+    return found
+
+
+def _in_browser(address: str, pid: int) -> dict[str, float]:
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as play:
+        browser = play.chromium.launch(
+            executable_path="/usr/bin/chromium", args=["--no-sandbox", "--disable-gpu"]
+        )
+        page = browser.new_page(viewport={"width": 1440, "height": 900})
+
+        def load(path: str, ready: str) -> float:
+            start = time.perf_counter()
+            page.goto(address + path)
+            page.wait_for_selector(ready)
+            return time.perf_counter() - start
+
+        before = _memory(pid)
+        cold = load("/atlas", "#atlas[data-ready]")
+        warm = [load("/atlas", "#atlas[data-ready]") for _ in range(5)]
+        head = load("/head/0/0", "#map[data-ready]")
+        switches = [page.evaluate(_NEXT) / 1000 for _ in range(SWITCHES)]
+        browser.close()
+    return {
+        "atlas, the first time": cold,
+        "atlas, warm": statistics.median(warm),
+        "a head from its address": head,
+        "next head": statistics.median(switches),
+        "next head, the slowest of 60": max(switches),
+        "memory of the server before": before,
+        "memory of the server": _memory(pid),
+    }
+
+
+_NEXT = """() => new Promise((done) => {
+    const start = performance.now(), before = document.getElementById("map").dataset.head;
+    document.getElementById("next-head").click();
+    const look = () => {
+        const map = document.getElementById("map");
+        const drawn = map && map.dataset.ready && map.dataset.head !== before;
+        if (drawn) done(performance.now() - start); else requestAnimationFrame(look);
+    };
+    look();
+})"""
+
+
+def _start(runs: Path) -> tuple[subprocess.Popen[bytes], str, float]:
+    """A viewer, its address, and how long it took until it answered."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    start = time.perf_counter()
+    command = [sys.executable, "-m", "lens_analyses", "view", str(runs), "--port", str(port)]
+    server = subprocess.Popen([*command, "--quiet"], env=_environment())
+    address = f"http://127.0.0.1:{port}"
+    while server.poll() is None and time.perf_counter() - start < 60:
+        try:
+            with urllib.request.urlopen(address, timeout=5):
+                return server, address, time.perf_counter() - start
+        except OSError:
+            time.sleep(0.02)
+    server.kill()
+    raise SystemExit(f"the viewer on {address} did not answer")
+
+
+def _environment() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+
+
+def _memory(pid: int) -> float:
+    """Megabytes of its own, without files that are mapped and can be dropped."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    found: Any = re.search(r"RssAnon:\s+(\d+) kB", status)
+    return int(found[1]) / 2**10
+
+
+def main() -> None:
+    """Measure and print the lines of DASHBOARD.md's table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--block-size", type=int, default=16)
+    parser.add_argument("--heads", type=int, default=32)
+    asked = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        make_run(Path(folder), asked.tokens, asked.block_size, asked.heads)
+        size = sum(file.stat().st_size for file in Path(folder, "runs").rglob("*.safetensors"))
+        blocks = -(-asked.tokens // asked.block_size)
+        found = browse(Path(folder))
+    sys.stdout.write(
+        f"{asked.heads**2:,} heads, {asked.tokens:,} tokens, {blocks}² blocks a head, "
+        f"{size / 1e9:.1f} GB of traces; load average {os.getloadavg()[0]:.1f}\n\n"
+        "| | measured | goal |\n|---|--:|--:|\n"
+    )
+    for name, value in found.items():
+        shown = f"{value:,.0f} MB" if name.startswith("memory") else f"{value:.2f} s"
+        sys.stdout.write(f"| {name} | {shown} | {GOALS.get(name, '')} |\n")
+
+
+if __name__ == "__main__":
+    main()
