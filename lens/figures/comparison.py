@@ -215,10 +215,14 @@ def _finding(comparison: Comparison, metric: str, variant: str, kind: str) -> st
     )
     row = table[chosen].iloc[0]
     without = ", sink excluded" if variant == "sink_excluded" else ""
-    return escaped(
-        f"{METRICS[metric].label}{without} on {_NAMES[kind]}: most changed {row['largest']}, "
-        f"{row['largest_difference']:+.3g}; same order {row['rank_correlation']:.2f}"
+    changed = (
+        f"most changed {row['largest']}, {row['largest_difference']:+.3g}"
+        if row["largest"]
+        else "no head differs"
     )
+    rank = row["rank_correlation"]
+    order = "" if np.isnan(rank) else f"; rank correlation {rank:.2f}"
+    return escaped(f"{METRICS[metric].label}{without} on {_NAMES[kind]}: {changed}{order}")
 
 
 def _meta(

@@ -224,6 +224,15 @@ def test_equal_scores_are_said_to_be_equal(tmp_path):
     )
 
 
+def test_a_picture_of_equal_runs_says_that_no_head_differs(tmp_path):
+    values = np.random.default_rng(0).random((3, 5, LAYERS, HEADS))
+    comparison = compare_runs(
+        make_run(tmp_path, 1, scores=values), make_run(tmp_path, 2, scores=values)
+    )
+    title = comparison.plot("entropy").layout.title.text
+    assert title.endswith(": no head differs; rank correlation 1.00")
+
+
 def test_settings_that_differ_are_listed(tmp_path):
     a = make_run(tmp_path, 1, capture={"block_size": 7})
     b = make_run(tmp_path, 2, capture={"block_size": 11}, prompts={"tokens": 3})
