@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 
 from lens.errors import LensError
 from lens.figures.colors import ACCENT, DIVERGING, LINE, scale
-from lens.figures.style import Theme, escaped, style
+from lens.figures.style import Theme, escaped, style, tick_step
 
 if TYPE_CHECKING:
     from lens.circuits.circuit import Circuit
@@ -226,9 +226,10 @@ def head_map(
             hovertemplate="L%{y}H%{x}: %{z:.4g} over %{customdata:.0f} edges<extra></extra>",
         )
     )
-    figure.update_xaxes(title="head", dtick=1, showgrid=False)
-    step = max(1, graph.layers // 12)
-    figure.update_yaxes(title="layer", autorange="reversed", dtick=step, showgrid=False)
+    figure.update_xaxes(title="head", dtick=tick_step(graph.heads), showgrid=False)
+    figure.update_yaxes(
+        title="layer", autorange="reversed", dtick=tick_step(graph.layers), showgrid=False
+    )
     inside = int((counts[at] > 0).sum())
     return style(
         figure,

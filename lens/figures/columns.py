@@ -14,7 +14,7 @@ import plotly.graph_objects as go
 from lens.errors import LensError
 from lens.figures.colors import ACCENT, DIVERGING, VIRIDIS, scale
 from lens.figures.rows import head_names
-from lens.figures.style import Theme, escaped, style
+from lens.figures.style import Theme, escaped, style, tick_step
 
 _CLASSES = ("#1f5a96", "#c2410c", "#17663a", "#8a5300", "#7a3e9d", "#5c6773")
 
@@ -153,12 +153,11 @@ def column_grid(
             hoverongaps=False,
         )
     )
-    few = len(grid.columns) <= 32
-    figure.update_xaxes(title="head", dtick=1 if few else None, showgrid=False)
+    figure.update_xaxes(title="head", dtick=tick_step(len(grid.columns), 32), showgrid=False)
     figure.update_yaxes(
         title="layer",
         autorange="reversed",
-        dtick=1 if len(grid.index) <= 32 else None,
+        dtick=tick_step(len(grid.index), 32),
         showgrid=False,
     )
     layer, head = map(int, np.unravel_index(np.nanargmax(values), values.shape))

@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 from lens.errors import LensError
 from lens.figures.colors import ACCENT, BASELINE, DIVERGING, LINE, scale
 from lens.figures.heads import label
-from lens.figures.style import Theme, escaped, style
+from lens.figures.style import Theme, escaped, style, tick_step
 from lens.metrics import METRICS
 
 if TYPE_CHECKING:
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 _ON_COPIES = ("induction", "duplicate_token", "previous_token")
 _NAMES = {"text": "text", "copied": "copied random tokens"}
 _NAMED = 5
-_MOST_TICKS = 32
 
 
 def comparison_scatter(
@@ -158,11 +157,11 @@ def difference_grid(
         )
     )
     layers, heads = values.shape
-    figure.update_xaxes(title="head", dtick=1 if heads <= _MOST_TICKS else None, showgrid=False)
+    figure.update_xaxes(title="head", dtick=tick_step(heads), showgrid=False)
     figure.update_yaxes(
         title="layer",
         autorange="reversed",
-        dtick=1 if layers <= _MOST_TICKS else None,
+        dtick=tick_step(layers),
         showgrid=False,
     )
     return style(

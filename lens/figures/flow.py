@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 
 from lens.errors import LensError
 from lens.figures.colors import ACCENT, BASELINE, LINE
-from lens.figures.style import Theme, escaped, style
+from lens.figures.style import Theme, escaped, style, tick_step
 
 if TYPE_CHECKING:
     from lens.circuits.flow import FlowRoutes
@@ -77,7 +77,7 @@ def flow_plot(
         tickvals=used,
         ticktext=[escaped(f"{place} {tokens[place]}") for place in used],
     )
-    figure.update_yaxes(title="layer", tick0=0, dtick=max(1, routes.per_prompt.shape[0] // 10))
+    figure.update_yaxes(title="layer", tick0=0, dtick=tick_step(routes.per_prompt.shape[0]))
     return style(
         figure,
         title=title

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import plotly.graph_objects as go
 
 from lens.figures.colors import VIRIDIS, scale
-from lens.figures.style import Theme, escaped, style
+from lens.figures.style import Theme, escaped, style, tick_step
 
 if TYPE_CHECKING:
     from lens.circuits.hisp import GateScores
@@ -37,7 +37,7 @@ def gate_map(
         )
     )
     figure.update_xaxes(title="gate", type="category")
-    figure.update_yaxes(title="layer", autorange="reversed", dtick=max(1, layers // 10))
+    figure.update_yaxes(title="layer", autorange="reversed", dtick=tick_step(layers))
     best = scores.nodes[int(scores.values.argmax())]
     return style(
         figure,

@@ -12,7 +12,7 @@ import plotly.graph_objects as go
 from lens.errors import LensError
 from lens.figures.colors import ACCENT, DIVERGING, LINE, VIRIDIS, scale
 from lens.figures.rows import head_names
-from lens.figures.style import Theme, style
+from lens.figures.style import Theme, style, tick_step
 from lens.metrics import METRICS
 
 
@@ -96,11 +96,11 @@ def head_grid(
             **limits,
         )
     )
-    figure.update_xaxes(title="head", dtick=1 if len(grid.columns) <= 32 else None, showgrid=False)
+    figure.update_xaxes(title="head", dtick=tick_step(len(grid.columns), 32), showgrid=False)
     figure.update_yaxes(
         title="layer",
         autorange="reversed",
-        dtick=1 if len(grid.index) <= 32 else None,
+        dtick=tick_step(len(grid.index), 32),
         showgrid=False,
     )
     return style(

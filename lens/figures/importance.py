@@ -9,7 +9,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from lens.figures.colors import DIVERGING, scale
-from lens.figures.style import Theme, style
+from lens.figures.style import Theme, style, tick_step
 
 if TYPE_CHECKING:
     from lens.heads.scores import HeadScores
@@ -76,9 +76,9 @@ def grid(
             hovertemplate="L%{y}H%{x}: %{z:.4g}%{text}<extra></extra>",
         )
     )
-    figure.update_xaxes(title="head", dtick=1 if heads <= 32 else None, showgrid=False)
+    figure.update_xaxes(title="head", dtick=tick_step(heads, 32), showgrid=False)
     figure.update_yaxes(
-        title="layer", autorange="reversed", dtick=1 if layers <= 32 else None, showgrid=False
+        title="layer", autorange="reversed", dtick=tick_step(layers, 32), showgrid=False
     )
     return style(figure, title=title or found, width=width, height=height, theme=theme, meta=meta)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import plotly.graph_objects as go
 
 from lens.figures.colors import ACCENT, LINE
-from lens.figures.style import Theme, style
+from lens.figures.style import Theme, style, tick_step
 
 if TYPE_CHECKING:
     from lens.layers.scores import BlockInfluence, GreedyRemoval, SkipSweep
@@ -123,7 +123,7 @@ def influence_bars(
             hovertemplate="layer %{x}: %{y:.4g}<extra></extra>",
         )
     )
-    figure.update_xaxes(title="layer", dtick=1)
+    figure.update_xaxes(title="layer", dtick=tick_step(len(table)))
     figure.update_yaxes(title="1 - cosine, before and after")
     least = table.iloc[int(table["influence"].to_numpy().argmin())]
     return style(

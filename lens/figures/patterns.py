@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import plotly.graph_objects as go
 
-from lens.figures.style import Theme, style
+from lens.figures.style import Theme, style, tick_step
 
 if TYPE_CHECKING:
     from lens.heads.patterns import PatternClasses
@@ -51,10 +51,8 @@ def pattern_grid(
                 ),
             )
         )
-    figure.update_xaxes(title="head", range=[-0.6, heads - 0.4], dtick=1 if heads <= 32 else None)
-    figure.update_yaxes(
-        title="layer", range=[layers - 0.4, -0.6], dtick=1 if layers <= 32 else None
-    )
+    figure.update_xaxes(title="head", range=[-0.6, heads - 0.4], dtick=tick_step(heads, 32))
+    figure.update_yaxes(title="layer", range=[layers - 0.4, -0.6], dtick=tick_step(layers, 32))
     return style(
         figure,
         title=title or f"Sparse patterns within {result.budget:.0%} of the pairs: {result.model}",

@@ -12,7 +12,7 @@ from plotly.subplots import make_subplots
 from lens.errors import LensError
 from lens.figures.colors import ACCENT, BASELINE, DIVERGING, GRID, INK, LINE, VIRIDIS, scale
 from lens.figures.rows import whiskers
-from lens.figures.style import Theme, escaped, style
+from lens.figures.style import Theme, escaped, style, tick_step
 
 if TYPE_CHECKING:
     from lens.redistribution.agreement import DimsAgreement
@@ -107,8 +107,9 @@ def selection_grid(
             ),
         )
     )
-    figure.update_xaxes(title="Head", dtick=1)
-    figure.update_yaxes(title="Layer", dtick=1, autorange="reversed")
+    layers, heads = result.selected.shape
+    figure.update_xaxes(title="Head", dtick=tick_step(heads))
+    figure.update_yaxes(title="Layer", dtick=tick_step(layers), autorange="reversed")
     text = f"Image-centric rows by head ({result.model})"
     return style(figure, title=title or escaped(text), width=width, height=height, theme=theme)
 
@@ -267,8 +268,9 @@ def gain_grid(
         hoverinfo="skip",
         name="chosen",
     )
-    figure.update_xaxes(title="Head", dtick=1)
-    figure.update_yaxes(title="Layer", dtick=1, autorange="reversed")
+    layers, heads = gains.shape
+    figure.update_xaxes(title="Head", dtick=tick_step(heads))
+    figure.update_yaxes(title="Layer", dtick=tick_step(layers), autorange="reversed")
     text = f"Gain in {result.metric} on {result.task} (validation; test {result.test.mean():.3g})"
     return style(figure, title=title or escaped(text), width=width, height=height, theme=theme)
 

@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 
 from lens.errors import LensError
 from lens.figures.colors import VIRIDIS, scale
-from lens.figures.style import Theme, style
+from lens.figures.style import Theme, style, tick_step
 from lens.metrics import METRICS
 
 if TYPE_CHECKING:
@@ -129,9 +129,9 @@ def share_grid(
         )
     )
     layers, heads = values.shape
-    figure.update_xaxes(title="head", dtick=1 if heads <= 32 else None, showgrid=False)
+    figure.update_xaxes(title="head", dtick=tick_step(heads, 32), showgrid=False)
     figure.update_yaxes(
-        title="layer", dtick=1 if layers <= 32 else None, autorange="reversed", showgrid=False
+        title="layer", dtick=tick_step(layers, 32), autorange="reversed", showgrid=False
     )
     return style(
         figure,

@@ -12,7 +12,7 @@ from plotly.subplots import make_subplots
 from lens.errors import LensError
 from lens.figures.colors import ACCENT, BASELINE, DIVERGING, LINE, VIRIDIS, scale
 from lens.figures.rows import whiskers
-from lens.figures.style import Theme, escaped, style
+from lens.figures.style import Theme, escaped, style, tick_step
 
 if TYPE_CHECKING:
     from lens.sinks.emergences import SinkEmergence
@@ -210,7 +210,7 @@ def emergence_curves(
             line={"color": _CONDITIONS[number % len(_CONDITIONS)]},
             name=str(condition),
         )
-    figure.update_xaxes(title="Layer", dtick=1)
+    figure.update_xaxes(title="Layer", dtick=tick_step(rows["layer"].nunique()))
     figure.update_yaxes(title="Sink rate (share of heads)", range=[-0.02, 1.02])
     text = f"Key {result.key}: alpha > {result.epsilon:g}"
     return style(figure, title=title or text, width=width, height=height, theme=theme)

@@ -34,9 +34,9 @@ def escaped(text: str) -> str:
     return text.translate(_MARKUP)
 
 
-def tick_step(count: int) -> int:
-    """Step between ticks of `count` layers or heads that leaves at most 16 of them."""
-    return max(1, -(-count // 16))
+def tick_step(count: int, most: int = 16) -> int:
+    """Step between ticks of `count` layers or heads that leaves at most `most` of them."""
+    return max(1, -(-count // most))
 
 
 def style(
