@@ -50,7 +50,7 @@ def _position(trace: AttentionTrace, layer: int) -> int:
 
 def _read(trace: AttentionTrace, name: str, **where: int | slice) -> np.ndarray:
     """Part of one variable as float64; of `Dataset.isel` most time would go to the others."""
-    return trace.dataset.variables[name].isel(**where).values.astype(np.float64)
+    return trace.dataset.variables[name].isel(where).values.astype(np.float64)
 
 
 def refusal(trace: AttentionTrace, layer: int, head: int) -> str:

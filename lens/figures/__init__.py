@@ -1,7 +1,7 @@
 """Pure functions from results to plotly figures: the same in notebook, report and dashboard.
 
-No file, no network, no torch, and nothing is shown as a side effect. Every function ends in the same
-keyword arguments: `title`, `width`, `height`, `theme`.
+No file, no network, no torch, and nothing is shown as a side effect. Every function ends in the
+keyword arguments of `lens.figures.style.Look`: `title`, `width`, `height`, `theme`.
 """
 
 from lens.figures.agreement import agreement_map, measure_scatter

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
 import plotly.graph_objects as go
@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 from lens.errors import LensError
 from lens.figures.colors import DIVERGING, LINE, scale
 from lens.figures.rows import whiskers
-from lens.figures.style import Theme, escaped, style
+from lens.figures.style import Look, escaped, style
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -18,14 +18,7 @@ if TYPE_CHECKING:
     from lens.heads.comparing import Agreement
 
 
-def agreement_map(
-    agreement: Agreement,
-    *,
-    title: str | None = None,
-    width: int | None = None,
-    height: int | None = None,
-    theme: Theme = "light",
-) -> go.Figure:
+def agreement_map(agreement: Agreement, **look: Unpack[Look]) -> go.Figure:
     """Kendall's tau of every pair of measures; hovering gives intervals and the top-k overlap."""
     rows = agreement.table
     labels = list(dict.fromkeys([*rows["first"], *rows["second"]]))
@@ -59,14 +52,7 @@ def agreement_map(
     )
     figure.update_xaxes(type="category", showgrid=False)
     figure.update_yaxes(type="category", autorange="reversed", showgrid=False)
-    return style(
-        figure,
-        title=title or _finding(rows),
-        width=width,
-        height=height,
-        theme=theme,
-        meta={"figure": "agreement_map", "k": agreement.k},
-    )
+    return style(figure, _finding(rows), look, meta={"figure": "agreement_map", "k": agreement.k})
 
 
 def _finding(rows: pd.DataFrame) -> str:
@@ -80,16 +66,7 @@ def _finding(rows: pd.DataFrame) -> str:
     )
 
 
-def measure_scatter(
-    joined: pd.DataFrame,
-    x: str,
-    y: str,
-    *,
-    title: str | None = None,
-    width: int | None = None,
-    height: int | None = None,
-    theme: Theme = "light",
-) -> go.Figure:
+def measure_scatter(joined: pd.DataFrame, x: str, y: str, **look: Unpack[Look]) -> go.Figure:
     """Every head as a point, any two measures of `lens.heads.join` as axes, with their intervals.
 
     Args:
@@ -120,10 +97,8 @@ def measure_scatter(
     figure.update_yaxes(title=escaped(y))
     return style(
         figure,
-        title=title or escaped(f"{y} against {x}, one point a head"),
-        width=width,
-        height=height,
-        theme=theme,
+        escaped(f"{y} against {x}, one point a head"),
+        look,
         meta={"figure": "measure_scatter", "x": x, "y": y},
     )
 

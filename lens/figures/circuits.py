@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 import plotly.graph_objects as go
 
 from lens.errors import LensError
 from lens.figures.colors import ACCENT, DIVERGING, LINE, scale
-from lens.figures.style import Theme, escaped, style, tick_step
+from lens.figures.style import Look, escaped, style, tick_step
 
 if TYPE_CHECKING:
     from lens.circuits.circuit import Circuit
@@ -30,10 +30,7 @@ def layered_graph(
     scores: EdgeScores,
     *,
     groups: Mapping[str, Collection[str]] | None = None,
-    title: str | None = None,
-    width: int | None = None,
-    height: int | None = None,
-    theme: Theme = "light",
+    **look: Unpack[Look],
 ) -> go.Figure:
     """A circuit from `input` below to `logits` above: heads at (head, layer), MLPs to their right.
 
@@ -55,11 +52,8 @@ def layered_graph(
         mlps=graph.mlps,
         of=graph.n,
         groups=groups,
-        title=title,
-        width=width,
-        height=height,
-        theme=theme,
         meta={"task": circuit.task, "model": circuit.model, "edges": circuit.n},
+        **look,
     )
 
 
@@ -72,11 +66,8 @@ def edge_graph(
     mlps: bool,
     of: int,
     groups: Mapping[str, Collection[str]] | None = None,
-    title: str | None = None,
-    width: int | None = None,
-    height: int | None = None,
-    theme: Theme = "light",
     meta: Mapping[str, Any] | None = None,
+    **look: Unpack[Look],
 ) -> go.Figure:
     """The picture of `layered_graph` from edges by name, which needs no model.
 
@@ -153,7 +144,7 @@ def edge_graph(
         marker={
             "size": [20 if node in groups else 13 for node in nodes],
             "symbol": ["diamond" if node in groups else _symbol(node) for node in nodes],
-            "color": "#ffffff" if theme == "light" else "#161b22",
+            "color": "#161b22" if look.get("theme") == "dark" else "#ffffff",
             "line": {"width": 1.4, "color": LINE},
         },
         text=[escaped(label) for label in labels],
@@ -183,26 +174,16 @@ def edge_graph(
     within = len(merged) - sum(edge[0] != edge[1].partition("<")[0] for edge in merged)
     return style(
         figure,
-        title=title
-        or f"{len(edges):,} edges of {of:,} ({shown} lines"
+        f"{len(edges):,} edges of {of:,} ({shown} lines"
         + (f", {within:,} edges within groups left out" if within else "")
         + "): red, the task goes worse without; blue, better",
-        width=width,
-        height=height or max(360, 24 * layers + 130),
-        theme=theme,
+        look,
+        height=max(360, 24 * layers + 130),
         meta=meta,
     )
 
 
-def head_map(
-    circuit: Circuit,
-    scores: EdgeScores,
-    *,
-    title: str | None = None,
-    width: int | None = None,
-    height: int | None = None,
-    theme: Theme = "light",
-) -> go.Figure:
+def head_map(circuit: Circuit, scores: EdgeScores, **look: Unpack[Look]) -> go.Figure:
     """Layer × head: summed score of the kept edges that leave each head; blank = not in the circuit."""
     graph = circuit.graph
     writer = graph.ends[1]
@@ -233,11 +214,9 @@ def head_map(
     inside = int((counts[at] > 0).sum())
     return style(
         figure,
-        title=title
-        or f"{inside} of {values.size} heads are in the circuit: score of what they write",
-        width=width,
-        height=height or max(300, 16 * graph.layers + 110),
-        theme=theme,
+        f"{inside} of {values.size} heads are in the circuit: score of what they write",
+        look,
+        height=max(300, 16 * graph.layers + 110),
         meta={"task": circuit.task, "model": circuit.model, "edges": circuit.n},
     )
 
@@ -301,14 +280,7 @@ def _short(node: str) -> str:
     return f"L{node[1:].replace('.h', 'H')}" if _HEAD.fullmatch(node) else node
 
 
-def edge_map(
-    scores: EdgeScores,
-    *,
-    title: str | None = None,
-    width: int | None = None,
-    height: int | None = None,
-    theme: Theme = "light",
-) -> go.Figure:
+def edge_map(scores: EdgeScores, **look: Unpack[Look]) -> go.Figure:
     """Scores of all edges: writers across, readers down; red = the task goes worse without the edge."""
     graph, values = scores.graph, scores.values
     bound = float(np.nanmax(np.abs(values), initial=0.0)) or 1.0
@@ -331,22 +303,13 @@ def edge_map(
     name = graph.edges[best].replace("<", "·").replace("->", " to ").rstrip(">")
     return style(
         figure,
-        title=title or f"{scores.method} on {scores.task}: most at {name}, {values[best]:.3g}",
-        width=width,
-        height=height,
-        theme=theme,
+        f"{scores.method} on {scores.task}: most at {name}, {values[best]:.3g}",
+        look,
         meta={"method": scores.method, "task": scores.task, "model": scores.model},
     )
 
 
-def faithfulness_curve(
-    evaluation: CircuitEvaluation,
-    *,
-    title: str | None = None,
-    width: int | None = None,
-    height: int | None = None,
-    theme: Theme = "light",
-) -> go.Figure:
+def faithfulness_curve(evaluation: CircuitEvaluation, **look: Unpack[Look]) -> go.Figure:
     """Faithfulness over the share of edges, with intervals, and the band of random circuits."""
     table = evaluation.table()
     figure = go.Figure()
@@ -382,10 +345,7 @@ def faithfulness_curve(
     figure.update_yaxes(title="faithfulness")
     return style(
         figure,
-        title=title
-        or f"{evaluation.method} on {evaluation.task}: CPR {evaluation.cpr:.3g}, CMD {evaluation.cmd:.3g}",
-        width=width,
-        height=height,
-        theme=theme,
+        f"{evaluation.method} on {evaluation.task}: CPR {evaluation.cpr:.3g}, CMD {evaluation.cmd:.3g}",
+        look,
         meta={"method": evaluation.method, "task": evaluation.task, "model": evaluation.model},
     )

@@ -5,7 +5,7 @@ is called, the name of the column otherwise.
 """
 
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import pandas as pd
@@ -14,7 +14,7 @@ import plotly.graph_objects as go
 from lens.errors import LensError
 from lens.figures.colors import ACCENT, DIVERGING, VIRIDIS, scale
 from lens.figures.rows import head_names
-from lens.figures.style import Theme, escaped, style, tick_step
+from lens.figures.style import Look, escaped, style, tick_step
 
 _CLASSES = ("#1f5a96", "#c2410c", "#17663a", "#8a5300", "#7a3e9d", "#5c6773")
 
@@ -27,10 +27,7 @@ def column_scatter(
     *,
     labels: Mapping[str, str] | None = None,
     marked: Collection[str] = (),
-    title: str | None = None,
-    width: int | None = None,
-    height: int | None = None,
-    theme: Theme = "light",
+    **look: Unpack[Look],
 ) -> go.Figure:
     """Every head as a point; heads without both values are left out, and the title says how many.
 
@@ -104,12 +101,9 @@ def column_scatter(
     left = len(table) - len(rows)
     return style(
         figure,
-        title=title
-        or f"{len(rows)} heads, one point each"
+        f"{len(rows)} heads, one point each"
         + (f"; {left} without both values are left out" if left else ""),
-        width=width,
-        height=height,
-        theme=theme,
+        look,
         meta={"figure": "column_scatter", "x": x, "y": y, "color": shade_name},
     )
 
@@ -119,10 +113,7 @@ def column_grid(
     column: str,
     *,
     labels: Mapping[str, str] | None = None,
-    title: str | None = None,
-    width: int | None = None,
-    height: int | None = None,
-    theme: Theme = "light",
+    **look: Unpack[Look],
 ) -> go.Figure:
     """One column of numbers, layers down and heads across; heads without a value are blank.
 
@@ -164,10 +155,8 @@ def column_grid(
     best = f"L{grid.index[layer]}H{grid.columns[head]}"
     return style(
         figure,
-        title=title or f"{words}: highest at {best}, {values[layer, head]:.3g}",
-        width=width,
-        height=height,
-        theme=theme,
+        f"{words}: highest at {best}, {values[layer, head]:.3g}",
+        look,
         meta={"figure": "column_grid", "column": column},
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 import plotly.graph_objects as go
@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 from lens.errors import LensError
 from lens.figures.colors import ACCENT, BASELINE, DIVERGING, LINE, scale
 from lens.figures.heads import label
-from lens.figures.style import Theme, escaped, style, tick_step
+from lens.figures.style import Look, escaped, style, tick_step
 from lens.metrics import METRICS
 
 if TYPE_CHECKING:
@@ -28,11 +28,7 @@ def comparison_scatter(
     metric: str = "induction",
     variant: str = "raw",
     prompts: str | None = None,
-    *,
-    title: str | None = None,
-    width: int | None = None,
-    height: int | None = None,
-    theme: Theme = "light",
+    **look: Unpack[Look],
 ) -> go.Figure:
     """Every head as a point, its score in A across and in B up, with the line on which they are equal.
 
@@ -98,10 +94,8 @@ def comparison_scatter(
     figure.update_yaxes(title=f"B: {axis}", range=ends)
     return style(
         figure,
-        title=title or _finding(comparison, metric, variant, kind),
-        width=width,
-        height=height,
-        theme=theme,
+        _finding(comparison, metric, variant, kind),
+        look,
         meta=_meta(comparison, "comparison_scatter", metric, variant, kind),
     )
 
@@ -111,11 +105,7 @@ def difference_grid(
     metric: str = "induction",
     variant: str = "raw",
     prompts: str | None = None,
-    *,
-    title: str | None = None,
-    width: int | None = None,
-    height: int | None = None,
-    theme: Theme = "light",
+    **look: Unpack[Look],
 ) -> go.Figure:
     """B - A of every head: layers down, heads across, colours centred at 0; arguments as `comparison_scatter`.
 
@@ -166,10 +156,8 @@ def difference_grid(
     )
     return style(
         figure,
-        title=title or _finding(comparison, metric, variant, kind),
-        width=width,
-        height=height,
-        theme=theme,
+        _finding(comparison, metric, variant, kind),
+        look,
         meta=_meta(comparison, "difference_grid", metric, variant, kind),
     )
 

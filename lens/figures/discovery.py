@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 import plotly.graph_objects as go
 
-from lens.figures.style import Theme, style
+from lens.figures.style import Look, style
 
 if TYPE_CHECKING:
     from lens.circuits.acdc import Acdc
     from lens.circuits.hard_concrete import LearnedMasks
 
 
-def loss_over_size(
-    found: Acdc,
-    *,
-    title: str | None = None,
-    width: int | None = None,
-    height: int | None = None,
-    theme: Theme = "light",
-) -> go.Figure:
+def loss_over_size(found: Acdc, **look: Unpack[Look]) -> go.Figure:
     """Loss of each threshold's circuit over its number of edges, and the loss of the model."""
     table = found.table()
     figure = go.Figure()
@@ -37,22 +30,13 @@ def loss_over_size(
     figure.update_yaxes(title=f"loss ({found.metric})")
     return style(
         figure,
-        title=title or f"acdc on {found.task}: {len(table)} thresholds",
-        width=width,
-        height=height,
-        theme=theme,
+        f"acdc on {found.task}: {len(table)} thresholds",
+        look,
         meta={"method": "acdc", "task": found.task, "model": found.model},
     )
 
 
-def training(
-    masks: LearnedMasks,
-    *,
-    title: str | None = None,
-    width: int | None = None,
-    height: int | None = None,
-    theme: Theme = "light",
-) -> go.Figure:
+def training(masks: LearnedMasks, **look: Unpack[Look]) -> go.Figure:
     """Loss of the drawn gates (left axis) and expected sparsity (right axis) over the steps."""
     figure = go.Figure()
     figure.add_scatter(y=masks.losses, mode="lines", name="loss")
@@ -64,9 +48,7 @@ def training(
     )
     return style(
         figure,
-        title=title or f"gates of {len(masks.log_alpha):,} {masks.over} on {masks.task}",
-        width=width,
-        height=height,
-        theme=theme,
+        f"gates of {len(masks.log_alpha):,} {masks.over} on {masks.task}",
+        look,
         meta={"task": masks.task, "model": masks.model},
     )

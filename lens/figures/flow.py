@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 import plotly.graph_objects as go
 
 from lens.errors import LensError
 from lens.figures.colors import ACCENT, BASELINE, LINE
-from lens.figures.style import Theme, escaped, style, tick_step
+from lens.figures.style import Look, escaped, style, tick_step
 
 if TYPE_CHECKING:
     from lens.circuits.flow import FlowRoutes
@@ -16,15 +16,7 @@ if TYPE_CHECKING:
 _COLORS = {"residual": BASELINE, "mlp": ACCENT, "heads": LINE}
 
 
-def flow_plot(
-    routes: FlowRoutes,
-    prompt: int = 0,
-    *,
-    title: str | None = None,
-    width: int | None = None,
-    height: int | None = None,
-    theme: Theme = "light",
-) -> go.Figure:
+def flow_plot(routes: FlowRoutes, prompt: int = 0, **look: Unpack[Look]) -> go.Figure:
     """Edges of one prompt: tokens across, layers up, width by importance; a dot on each edge tells more.
 
     Raises:
@@ -80,11 +72,8 @@ def flow_plot(
     figure.update_yaxes(title="layer", tick0=0, dtick=tick_step(routes.per_prompt.shape[0]))
     return style(
         figure,
-        title=title
-        or f"{escaped(routes.task)}: {len(edges)} edges of at least {routes.threshold:g}",
-        width=width,
-        height=height,
-        theme=theme,
+        f"{escaped(routes.task)}: {len(edges)} edges of at least {routes.threshold:g}",
+        look,
         meta={"figure": "flow_plot", "task": routes.task, "model": routes.model, "prompt": prompt},
     )
 

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 import plotly.graph_objects as go
 
 from lens.figures.colors import VIRIDIS, scale
-from lens.figures.style import Theme, escaped, style, tick_step
+from lens.figures.style import Look, escaped, style, tick_step
 
 if TYPE_CHECKING:
     from lens.circuits.hisp import GateScores
 
 
-def gate_map(
-    scores: GateScores,
-    *,
-    title: str | None = None,
-    width: int | None = None,
-    height: int | None = None,
-    theme: Theme = "light",
-) -> go.Figure:
+def gate_map(scores: GateScores, **look: Unpack[Look]) -> go.Figure:
     """Layers down, nodes of a layer across: all queries, all keys, all values, the MLP."""
     layers = scores.graph.layers
     values = scores.values.reshape(layers, -1)
@@ -41,9 +34,7 @@ def gate_map(
     best = scores.nodes[int(scores.values.argmax())]
     return style(
         figure,
-        title=title or f"hisp on {escaped(scores.task)}: most through {best}",
-        width=width,
-        height=height,
-        theme=theme,
+        f"hisp on {escaped(scores.task)}: most through {best}",
+        look,
         meta={"figure": "gate_map", "task": scores.task, "model": scores.model},
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
 import plotly.graph_objects as go
@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 from lens.errors import LensError
 from lens.figures import uniform
 from lens.figures.colors import ACCENT, BASELINE, LINE, VIRIDIS, scale
-from lens.figures.style import Theme, escaped, style
+from lens.figures.style import Look, escaped, style
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -25,14 +25,7 @@ _KEPT = ("revision", "text_sha256", "dtype", "backend", "block_size", "seed")
 
 
 def distance_profile(
-    trace: AttentionTrace,
-    layer: int,
-    head: int,
-    *,
-    title: str | None = None,
-    width: int | None = None,
-    height: int | None = None,
-    theme: Theme = "light",
+    trace: AttentionTrace, layer: int, head: int, **look: Unpack[Look]
 ) -> go.Figure:
     """Mean attention at each distance `query - key`, beside that of uniform attention.
 
@@ -69,22 +62,10 @@ def distance_profile(
         if total > 0
         else f"L{layer}H{head}: no attention at all"
     )
-    return style(
-        figure, title=title or found, width=width, height=height, theme=theme,
-        meta=provenance(trace, layer, head, "distance_profile"),
-    )  # fmt: skip
+    return style(figure, found, look, meta=provenance(trace, layer, head, "distance_profile"))  # fmt: skip
 
 
-def row_entropy(
-    trace: AttentionTrace,
-    layer: int,
-    head: int,
-    *,
-    title: str | None = None,
-    width: int | None = None,
-    height: int | None = None,
-    theme: Theme = "light",
-) -> go.Figure:
+def row_entropy(trace: AttentionTrace, layer: int, head: int, **look: Unpack[Look]) -> go.Figure:
     """Entropy of every row, with and without the first key, below the largest possible one."""
     data = head_data(trace, layer, head, "entropy")
     raw, size = _means(data["entropy"].values)
@@ -105,22 +86,10 @@ def row_entropy(
     figure.update_yaxes(title="row entropy (nats)", rangemode="tozero")
     later = data["entropy"].values[1:]
     found = f"L{layer}H{head}: mean row entropy {later.mean() if len(later) else 0.0:.2f} nats"
-    return style(
-        figure, title=title or found, width=width, height=height, theme=theme,
-        meta=provenance(trace, layer, head, "row_entropy"),
-    )  # fmt: skip
+    return style(figure, found, look, meta=provenance(trace, layer, head, "row_entropy"))  # fmt: skip
 
 
-def received_mass(
-    trace: AttentionTrace,
-    layer: int,
-    head: int,
-    *,
-    title: str | None = None,
-    width: int | None = None,
-    height: int | None = None,
-    theme: Theme = "light",
-) -> go.Figure:
+def received_mass(trace: AttentionTrace, layer: int, head: int, **look: Unpack[Look]) -> go.Figure:
     """alpha of every key: mean attention from the queries that see it, beside uniform attention."""
     data = head_data(trace, layer, head, "received")
     visible = data["visible"].values
@@ -142,22 +111,10 @@ def received_mass(
     figure.update_xaxes(title="key position" + _binned(size))
     figure.update_yaxes(title="mean over the queries that see it", rangemode="tozero")
     found = f"L{layer}H{head}: the first token receives {alpha[0]:.1%}"
-    return style(
-        figure, title=title or found, width=width, height=height, theme=theme,
-        meta=provenance(trace, layer, head, "received_mass"),
-    )  # fmt: skip
+    return style(figure, found, look, meta=provenance(trace, layer, head, "received_mass"))  # fmt: skip
 
 
-def block_map(
-    trace: AttentionTrace,
-    layer: int,
-    head: int,
-    *,
-    title: str | None = None,
-    width: int | None = None,
-    height: int | None = None,
-    theme: Theme = "light",
-) -> go.Figure:
+def block_map(trace: AttentionTrace, layer: int, head: int, **look: Unpack[Look]) -> go.Figure:
     """Block mass on a log scale, max-pooled to at most 256 × 256 cells; the title says so."""
     data = head_data(trace, layer, head, "block_mass")["block_mass"].values
     step = -(-len(data) // MOST_CELLS)
@@ -184,10 +141,7 @@ def block_map(
     figure.update_yaxes(title="query", autorange="reversed", scaleanchor="x", showgrid=False)
     pooled = f", largest of {step} × {step} blocks" if step > 1 else ""
     found = f"L{layer}H{head}: block mass, {size} tokens a cell{pooled}"
-    return style(
-        figure, title=title or found, width=width, height=height, theme=theme,
-        meta=provenance(trace, layer, head, "block_map") | {"pooled": step},
-    )  # fmt: skip
+    return style(figure, found, look, meta=provenance(trace, layer, head, "block_map") | {"pooled": step})  # fmt: skip
 
 
 def head_data(trace: AttentionTrace, layer: int, head: int, needed: str) -> xr.Dataset:

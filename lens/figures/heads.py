@@ -3,7 +3,7 @@
 All take the long table of `heads.parquet` (docs/schema/run-folder.md), cut to one `prompt_id`.
 """
 
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import pandas as pd
@@ -12,7 +12,7 @@ import plotly.graph_objects as go
 from lens.errors import LensError
 from lens.figures.colors import ACCENT, DIVERGING, LINE, VIRIDIS, scale
 from lens.figures.rows import head_names
-from lens.figures.style import Theme, style, tick_step
+from lens.figures.style import Look, style, tick_step
 from lens.metrics import METRICS
 
 
@@ -48,14 +48,7 @@ def label(metric: str, variant: str) -> str:
 
 
 def head_grid(
-    table: pd.DataFrame,
-    metric: str,
-    variant: str = "raw",
-    *,
-    title: str | None = None,
-    width: int | None = None,
-    height: int | None = None,
-    theme: Theme = "light",
+    table: pd.DataFrame, metric: str, variant: str = "raw", **look: Unpack[Look]
 ) -> go.Figure:
     """One metric of every head: layers down, heads across.
 
@@ -105,10 +98,8 @@ def head_grid(
     )
     return style(
         figure,
-        title=title or _finding(rows, metric, variant),
-        width=width,
-        height=height,
-        theme=theme,
+        _finding(rows, metric, variant),
+        look,
         meta=_meta(rows, "head_grid", metric=metric, variant=variant),
     )
 
@@ -133,11 +124,7 @@ def head_scatter(
     y: str,
     color: str | None = None,
     variant: str = "raw",
-    *,
-    title: str | None = None,
-    width: int | None = None,
-    height: int | None = None,
-    theme: Theme = "light",
+    **look: Unpack[Look],
 ) -> go.Figure:
     """Every head as a point: two metrics as axes, a third as colour (the layer if None).
 
@@ -182,23 +169,14 @@ def head_scatter(
     figure.update_yaxes(title=label(y, used[y]))
     return style(
         figure,
-        title=title or f"{METRICS[y].label} against {METRICS[x].label.lower()}, one point a head",
-        width=width,
-        height=height,
-        theme=theme,
+        f"{METRICS[y].label} against {METRICS[x].label.lower()}, one point a head",
+        look,
         meta=_meta(parts[x], "head_scatter", x=x, y=y, color=color, variant=variant),
     )
 
 
 def metric_by_layer(
-    table: pd.DataFrame,
-    metric: str,
-    variant: str = "raw",
-    *,
-    title: str | None = None,
-    width: int | None = None,
-    height: int | None = None,
-    theme: Theme = "light",
+    table: pd.DataFrame, metric: str, variant: str = "raw", **look: Unpack[Look]
 ) -> go.Figure:
     """One metric over the layers: every head a point, the mean a line."""
     rows = select(table, metric, variant)
@@ -231,9 +209,7 @@ def metric_by_layer(
     figure.update_yaxes(title=label(metric, variant))
     return style(
         figure,
-        title=title or f"{METRICS[metric].label} over the layers",
-        width=width,
-        height=height,
-        theme=theme,
+        f"{METRICS[metric].label} over the layers",
+        look,
         meta=_meta(rows, "metric_by_layer", metric=metric, variant=variant),
     )

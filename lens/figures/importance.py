@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 import plotly.graph_objects as go
 
 from lens.figures.colors import DIVERGING, scale
-from lens.figures.style import Theme, style, tick_step
+from lens.figures.style import Look, style, tick_step
 
 if TYPE_CHECKING:
     from lens.heads.scores import HeadScores
 
 
-def importance_grid(
-    scores: HeadScores,
-    *,
-    title: str | None = None,
-    width: int | None = None,
-    height: int | None = None,
-    theme: Theme = "light",
-) -> go.Figure:
+def importance_grid(scores: HeadScores, **look: Unpack[Look]) -> go.Figure:
     """Importance of every head: layers down, heads across; red = the task goes worse without it."""
     text = [
         [
@@ -36,11 +29,8 @@ def importance_grid(
         _finding(scores),
         unit=scores.metric,
         text=text,
-        title=title,
-        width=width,
-        height=height,
-        theme=theme,
         meta={"by": scores.label, "task": scores.task, "model": scores.model},
+        **look,
     )
 
 
@@ -51,10 +41,7 @@ def grid(
     unit: str,
     meta: Mapping[str, Any],
     text: Sequence[Sequence[str]] | None = None,
-    title: str | None = None,
-    width: int | None = None,
-    height: int | None = None,
-    theme: Theme = "light",
+    **look: Unpack[Look],
 ) -> go.Figure:
     """A signed number of each head [layer, head]: layers down, heads across; `text` is shown on hover.
 
@@ -80,7 +67,7 @@ def grid(
     figure.update_yaxes(
         title="layer", autorange="reversed", dtick=tick_step(layers, 32), showgrid=False
     )
-    return style(figure, title=title or found, width=width, height=height, theme=theme, meta=meta)
+    return style(figure, found, look, meta=meta)
 
 
 def _finding(scores: HeadScores) -> str:

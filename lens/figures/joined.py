@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 import plotly.graph_objects as go
 
-from lens.figures.style import Theme, style
+from lens.figures.style import Look, style
 
 if TYPE_CHECKING:
     from lens.circuits.joined import JoinedHeads
@@ -15,14 +15,7 @@ if TYPE_CHECKING:
 _PARTS = ("pattern", "value", "interaction")
 
 
-def parts_plot(
-    joined: JoinedHeads,
-    *,
-    title: str | None = None,
-    width: int | None = None,
-    height: int | None = None,
-    theme: Theme = "light",
-) -> go.Figure:
+def parts_plot(joined: JoinedHeads, **look: Unpack[Look]) -> go.Figure:
     """Bars of pattern, value and interaction stacked, and the full effect with its interval."""
     table = joined.table()
     figure = go.Figure()
@@ -48,17 +41,10 @@ def parts_plot(
         f"value {best['value']:.3g}"
     )
     meta = {"task": joined.task, "model": joined.model}
-    return style(figure, title=title or finding, width=width, height=height, theme=theme, meta=meta)
+    return style(figure, finding, look, meta=meta)
 
 
-def sink_check_plot(
-    check: SinkCheck,
-    *,
-    title: str | None = None,
-    width: int | None = None,
-    height: int | None = None,
-    theme: Theme = "light",
-) -> go.Figure:
+def sink_check_plot(check: SinkCheck, **look: Unpack[Look]) -> go.Figure:
     """Bars of the change by each edit with intervals over prompts: the circuit's heads beside others."""
     table = check.table()
     figure = go.Figure()
@@ -78,4 +64,4 @@ def sink_check_plot(
     excluded, moved = table.loc[table["heads"] == "circuit", "change"]
     finding = f"Without the first key in {len(check.heads)} heads: {excluded:+.3g}; its mass moved: {moved:+.3g}"
     meta = {"task": check.task, "model": check.model}
-    return style(figure, title=title or finding, width=width, height=height, theme=theme, meta=meta)
+    return style(figure, finding, look, meta=meta)

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 import plotly.graph_objects as go
 
 from lens.figures.colors import ACCENT, LINE
-from lens.figures.style import Theme, style, tick_step
+from lens.figures.style import Look, style, tick_step
 
 if TYPE_CHECKING:
     from lens.layers.scores import BlockInfluence, GreedyRemoval, SkipSweep
 
 
-def skip_scatter(
-    sweep: SkipSweep,
-    *,
-    title: str | None = None,
-    width: int | None = None,
-    height: int | None = None,
-    theme: Theme = "light",
-) -> go.Figure:
+def skip_scatter(sweep: SkipSweep, **look: Unpack[Look]) -> go.Figure:
     """One point per sub-layer: how far the outputs move without it, and what the task loses."""
     table = sweep.table()
     figure = go.Figure()
@@ -51,22 +44,13 @@ def skip_scatter(
     worst = table.iloc[int(table["drop"].to_numpy().argmax())]
     return style(
         figure,
-        title=title or f"{sweep.task}: missed most is {worst['name']}, {worst['drop']:.3g}",
-        width=width,
-        height=height,
-        theme=theme,
+        f"{sweep.task}: missed most is {worst['name']}, {worst['drop']:.3g}",
+        look,
         meta={"distance": sweep.distance, "task": sweep.task, "model": sweep.model},
     )
 
 
-def removal_curve(
-    removal: GreedyRemoval,
-    *,
-    title: str | None = None,
-    width: int | None = None,
-    height: int | None = None,
-    theme: Theme = "light",
-) -> go.Figure:
+def removal_curve(removal: GreedyRemoval, **look: Unpack[Look]) -> go.Figure:
     """The task's metric against the number of sub-layers taken out, with its interval."""
     table = removal.table()
     figure = go.Figure(
@@ -89,24 +73,14 @@ def removal_curve(
     figure.update_yaxes(title=removal.metric)
     return style(
         figure,
-        title=title
-        or f"{removal.task}: {removal.metric} without {len(removal.order)} sub-layers, "
+        f"{removal.task}: {removal.metric} without {len(removal.order)} sub-layers, "
         f"first {removal.order[0]}",
-        width=width,
-        height=height,
-        theme=theme,
+        look,
         meta={"distance": removal.distance, "task": removal.task, "model": removal.model},
     )
 
 
-def influence_bars(
-    influence: BlockInfluence,
-    *,
-    title: str | None = None,
-    width: int | None = None,
-    height: int | None = None,
-    theme: Theme = "light",
-) -> go.Figure:
+def influence_bars(influence: BlockInfluence, **look: Unpack[Look]) -> go.Figure:
     """One bar per layer: how far it turns the residual stream, with its interval."""
     table = influence.table()
     figure = go.Figure(
@@ -128,10 +102,7 @@ def influence_bars(
     least = table.iloc[int(table["influence"].to_numpy().argmin())]
     return style(
         figure,
-        title=title
-        or f"{influence.task}: layer {least['layer']:.0f} turns the stream least, {least['influence']:.3g}",
-        width=width,
-        height=height,
-        theme=theme,
+        f"{influence.task}: layer {least['layer']:.0f} turns the stream least, {least['influence']:.3g}",
+        look,
         meta={"task": influence.task, "model": influence.model},
     )

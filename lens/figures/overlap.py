@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 import plotly.graph_objects as go
 
 from lens.figures.colors import BASELINE, DIVERGING, LINE, scale
-from lens.figures.style import Theme, escaped, style
+from lens.figures.style import Look, escaped, style
 
 if TYPE_CHECKING:
     from lens.circuits.overlap import Overlap
@@ -15,14 +15,7 @@ if TYPE_CHECKING:
     from lens.circuits.transfer import Transfer
 
 
-def overlap_plot(
-    overlap: Overlap,
-    *,
-    title: str | None = None,
-    width: int | None = None,
-    height: int | None = None,
-    theme: Theme = "light",
-) -> go.Figure:
+def overlap_plot(overlap: Overlap, **look: Unpack[Look]) -> go.Figure:
     """Each measure with its interval over prompts, on the band of the middle 95 % of the null."""
     table = overlap.table().iloc[::-1]
     figure = go.Figure()
@@ -57,22 +50,13 @@ def overlap_plot(
     finding = f"{escaped(overlap.names[0])} and {escaped(overlap.names[1])}: {len(overlap.shared)} heads in both"
     return style(
         figure,
-        title=title or finding,
-        width=width,
-        height=height,
-        theme=theme,
+        finding,
+        look,
         meta={"figure": "overlap_plot", "tasks": list(overlap.names), "null": overlap.kind},
     )
 
 
-def redirection_plot(
-    found: Redirection,
-    *,
-    title: str | None = None,
-    width: int | None = None,
-    height: int | None = None,
-    theme: Theme = "light",
-) -> go.Figure:
+def redirection_plot(found: Redirection, **look: Unpack[Look]) -> go.Figure:
     """Accuracy as it is and redirected with intervals over prompts, and each control as a point."""
     table = found.table().iloc[:2]
     means = found.accuracy.mean(1)
@@ -111,22 +95,13 @@ def redirection_plot(
     )
     return style(
         figure,
-        title=title or finding,
-        width=width,
-        height=height,
-        theme=theme,
+        finding,
+        look,
         meta={"figure": "redirection_plot", "task": found.task, "model": found.model},
     )
 
 
-def transfer_map(
-    found: Transfer,
-    *,
-    title: str | None = None,
-    width: int | None = None,
-    height: int | None = None,
-    theme: Theme = "light",
-) -> go.Figure:
+def transfer_map(found: Transfer, **look: Unpack[Look]) -> go.Figure:
     """Faithfulness of each circuit (down) on each task (across), and with its heads renamed."""
     drawn = found.renamed.mean(-1)
     text = [
@@ -154,9 +129,7 @@ def transfer_map(
     )
     return style(
         figure,
-        title=title or "Each circuit on each task: faithfulness, 1 = as good as the whole model",
-        width=width,
-        height=height,
-        theme=theme,
+        "Each circuit on each task: faithfulness, 1 = as good as the whole model",
+        look,
         meta={"figure": "transfer_map", "tasks": list(found.tasks), "model": found.model},
     )

@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
 import plotly.graph_objects as go
 
 from lens.figures.colors import DIVERGING, scale
-from lens.figures.style import Theme, style
+from lens.figures.style import Look, style
 
 if TYPE_CHECKING:
     from lens.circuits.patching import PatchEffects
 
 
-def patch_map(
-    effects: PatchEffects,
-    *,
-    title: str | None = None,
-    width: int | None = None,
-    height: int | None = None,
-    theme: Theme = "light",
-) -> go.Figure:
+def patch_map(effects: PatchEffects, **look: Unpack[Look]) -> go.Figure:
     """Nodes down, positions across: share of the difference between both runs that the patch moves."""
     values = effects.effects
     bound = float(np.nanmax(np.abs(values), initial=0.0)) or 1.0
@@ -44,9 +37,8 @@ def patch_map(
     best = f"{effects.nodes[node]} at {effects.positions[place]}, {values[node, place]:.2f}"
     return style(
         figure,
-        title=title or f"{effects.direction} on {effects.task}: most at {best}",
-        width=width,
-        height=height or max(320, 13 * len(effects.nodes) + 110),
-        theme=theme,
+        f"{effects.direction} on {effects.task}: most at {best}",
+        look,
+        height=max(320, 13 * len(effects.nodes) + 110),
         meta={"task": effects.task, "model": effects.model, "direction": effects.direction},
     )

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
 import plotly.graph_objects as go
 
-from lens.figures.style import Theme, style, tick_step
+from lens.figures.style import Look, style, tick_step
 
 if TYPE_CHECKING:
     from lens.heads.patterns import PatternClasses
@@ -20,14 +20,7 @@ _COLORS = {
 }
 
 
-def pattern_grid(
-    result: PatternClasses,
-    *,
-    title: str | None = None,
-    width: int | None = None,
-    height: int | None = None,
-    theme: Theme = "light",
-) -> go.Figure:
+def pattern_grid(result: PatternClasses, **look: Unpack[Look]) -> go.Figure:
     """Layers down, heads across, one colour per class; kept masses on hover."""
     table = result.table()
     layers, heads = result.classes.shape
@@ -55,9 +48,7 @@ def pattern_grid(
     figure.update_yaxes(title="layer", range=[layers - 0.4, -0.6], dtick=tick_step(layers, 32))
     return style(
         figure,
-        title=title or f"Sparse patterns within {result.budget:.0%} of the pairs: {result.model}",
-        width=width,
-        height=height,
-        theme=theme,
+        f"Sparse patterns within {result.budget:.0%} of the pairs: {result.model}",
+        look,
         meta={"figure": "pattern_grid", "budget": result.budget, "prompts": result.n},
     )

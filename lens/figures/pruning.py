@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
 import plotly.graph_objects as go
 
 from lens.figures.colors import ACCENT, BASELINE
-from lens.figures.style import Theme, escaped, style
+from lens.figures.style import Look, escaped, style
 
 if TYPE_CHECKING:
     from lens.heads.pruning import PruningCurve
 
 
-def pruning_plot(
-    curve: PruningCurve,
-    *,
-    title: str | None = None,
-    width: int | None = None,
-    height: int | None = None,
-    theme: Theme = "light",
-) -> go.Figure:
+def pruning_plot(curve: PruningCurve, **look: Unpack[Look]) -> go.Figure:
     """Cost over the number of heads removed, with its interval and the range of random orders."""
     table = curve.table()
     x = table["removed"].to_numpy()
@@ -58,10 +51,8 @@ def pruning_plot(
     figure.update_yaxes(title=f"cost ({curve.metric})")
     return style(
         figure,
-        title=title or _finding(curve),
-        width=width,
-        height=height,
-        theme=theme,
+        _finding(curve),
+        look,
         meta={
             "figure": "pruning_plot",
             "ranking": curve.ranking,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 import pandas as pd
@@ -12,7 +12,7 @@ from plotly.subplots import make_subplots
 from lens.errors import LensError
 from lens.figures.colors import ACCENT, BASELINE, DIVERGING, GRID, INK, LINE, VIRIDIS, scale
 from lens.figures.rows import whiskers
-from lens.figures.style import Theme, escaped, style, tick_step
+from lens.figures.style import Look, escaped, style, tick_step
 
 if TYPE_CHECKING:
     from lens.redistribution.agreement import DimsAgreement
@@ -30,15 +30,7 @@ _KINDS = {"system": BASELINE, "image": ACCENT, "text": LINE, "padding": GRID}
 
 
 def change_maps(
-    before: Any,
-    after: Any,
-    *,
-    x: str = "Key block",
-    y: str = "Query block",
-    title: str | None = None,
-    width: int | None = None,
-    height: int | None = None,
-    theme: Theme = "light",
+    before: Any, after: Any, *, x: str = "Key block", y: str = "Query block", **look: Unpack[Look]
 ) -> go.Figure:
     """Three maps: before, after, and the difference in signed colours about 0.
 
@@ -82,17 +74,10 @@ def change_maps(
     figure.update_yaxes(autorange="reversed")
     figure.update_yaxes(title=y, col=1)
     text = f"Largest change {reach:.3g}"
-    return style(figure, title=title or text, width=width, height=height, theme=theme)
+    return style(figure, text, look)
 
 
-def selection_grid(
-    result: HeadSelection,
-    *,
-    title: str | None = None,
-    width: int | None = None,
-    height: int | None = None,
-    theme: Theme = "light",
-) -> go.Figure:
+def selection_grid(result: HeadSelection, **look: Unpack[Look]) -> go.Figure:
     """Share of image-centric rows in every head; blank where a head could not be edited."""
     figure = go.Figure(
         go.Heatmap(
@@ -111,17 +96,10 @@ def selection_grid(
     figure.update_xaxes(title="Head", dtick=tick_step(heads))
     figure.update_yaxes(title="Layer", dtick=tick_step(layers), autorange="reversed")
     text = f"Image-centric rows by head ({result.model})"
-    return style(figure, title=title or escaped(text), width=width, height=height, theme=theme)
+    return style(figure, escaped(text), look)
 
 
-def sink_dim_lines(
-    result: SinkDims,
-    *,
-    title: str | None = None,
-    width: int | None = None,
-    height: int | None = None,
-    theme: Theme = "light",
-) -> go.Figure:
+def sink_dim_lines(result: SinkDims, **look: Unpack[Look]) -> go.Figure:
     """Largest size of each sink dimension over the layers, and the bound tau."""
     figure = go.Figure()
     layers = list(range(len(result.largest)))
@@ -138,17 +116,10 @@ def sink_dim_lines(
     figure.update_xaxes(title="Layer that it enters")
     figure.update_yaxes(title="|x| / RMS", rangemode="tozero")
     text = f"Sink dimensions of {result.model} ({result.counted} tokens)"
-    return style(figure, title=title or escaped(text), width=width, height=height, theme=theme)
+    return style(figure, escaped(text), look)
 
 
-def agreement_lines(
-    result: DimsAgreement,
-    *,
-    title: str | None = None,
-    width: int | None = None,
-    height: int | None = None,
-    theme: Theme = "light",
-) -> go.Figure:
+def agreement_lines(result: DimsAgreement, **look: Unpack[Look]) -> go.Figure:
     """Precision and recall of sink dimensions in each layer, beside the base rate; gaps: none marked."""
     rows = result.table()
     figure = go.Figure()
@@ -168,17 +139,10 @@ def agreement_lines(
     figure.update_xaxes(title="Layer")
     figure.update_yaxes(title="Share of tokens", range=[-0.02, 1.02])
     text = f"φ ≥ {result.tau:g} against the {result.top:.1%} that receive most ({result.model})"
-    return style(figure, title=title or escaped(text), width=width, height=height, theme=theme)
+    return style(figure, escaped(text), look)
 
 
-def image_grid(
-    result: ImageGrid,
-    *,
-    title: str | None = None,
-    width: int | None = None,
-    height: int | None = None,
-    theme: Theme = "light",
-) -> go.Figure:
+def image_grid(result: ImageGrid, **look: Unpack[Look]) -> go.Figure:
     """The tokens of one image where they lie; marked ones with a cross."""
     figure = go.Figure(
         go.Heatmap(
@@ -203,17 +167,10 @@ def image_grid(
     text = f"Image {result.image}: {result.name}"
     if not np.isnan(result.enrichment):
         text += f"; marked in the region {result.rate:.1%}, all tokens {result.base_rate:.1%}"
-    return style(figure, title=title or escaped(text), width=width, height=height, theme=theme)
+    return style(figure, escaped(text), look)
 
 
-def segment_bars(
-    table: pd.DataFrame,
-    *,
-    title: str | None = None,
-    width: int | None = None,
-    height: int | None = None,
-    theme: Theme = "light",
-) -> go.Figure:
+def segment_bars(table: pd.DataFrame, **look: Unpack[Look]) -> go.Figure:
     """What the tokens of each prompt are, one bar of stretches per prompt.
 
     Args:
@@ -236,17 +193,10 @@ def segment_bars(
     figure.update_layout(barmode="overlay", showlegend=True)
     figure.update_xaxes(title="Token")
     figure.update_yaxes(autorange="reversed")
-    return style(figure, title=title or "Tokens by kind", width=width, height=height, theme=theme)
+    return style(figure, "Tokens by kind", look)
 
 
-def gain_grid(
-    result: HeadSearch,
-    *,
-    title: str | None = None,
-    width: int | None = None,
-    height: int | None = None,
-    theme: Theme = "light",
-) -> go.Figure:
+def gain_grid(result: HeadSearch, **look: Unpack[Look]) -> go.Figure:
     """Mean gain of editing each head alone on the validation prompts; chosen heads with a cross."""
     gains = result.gains.mean(-1)
     reach = float(np.abs(gains).max()) or 1.0
@@ -272,17 +222,11 @@ def gain_grid(
     figure.update_xaxes(title="Head", dtick=tick_step(heads))
     figure.update_yaxes(title="Layer", dtick=tick_step(layers), autorange="reversed")
     text = f"Gain in {result.metric} on {result.task} (validation; test {result.test.mean():.3g})"
-    return style(figure, title=title or escaped(text), width=width, height=height, theme=theme)
+    return style(figure, escaped(text), look)
 
 
 def side_effect_line(
-    table: pd.DataFrame,
-    measure: str = "delta_loss",
-    *,
-    title: str | None = None,
-    width: int | None = None,
-    height: int | None = None,
-    theme: Theme = "light",
+    table: pd.DataFrame, measure: str = "delta_loss", **look: Unpack[Look]
 ) -> go.Figure:
     """One measure of held-out text over the amount of an edit, with its 95 % interval.
 
@@ -307,17 +251,11 @@ def side_effect_line(
     figure.update_xaxes(title="Amount")
     figure.update_yaxes(title=_MEASURES[measure])
     text = f"Held-out text (n = {table['n'].iloc[0]})"
-    return style(figure, title=title or text, width=width, height=height, theme=theme)
+    return style(figure, text, look)
 
 
 def knock_out_bars(
-    table: pd.DataFrame,
-    measure: str = "delta_loss",
-    *,
-    title: str | None = None,
-    width: int | None = None,
-    height: int | None = None,
-    theme: Theme = "light",
+    table: pd.DataFrame, measure: str = "delta_loss", **look: Unpack[Look]
 ) -> go.Figure:
     """One measure of each condition of a knock-out, with its 95 % interval.
 
@@ -345,7 +283,7 @@ def knock_out_bars(
     )
     figure.update_yaxes(title=_MEASURES[measure])
     text = f"Edges from text to image tokens hidden (n = {table['n'].iloc[0]})"
-    return style(figure, title=title or text, width=width, height=height, theme=theme)
+    return style(figure, text, look)
 
 
 def dose_lines(
@@ -354,10 +292,7 @@ def dose_lines(
     *,
     metric: str,
     task: str,
-    title: str | None = None,
-    width: int | None = None,
-    height: int | None = None,
-    theme: Theme = "light",
+    **look: Unpack[Look],
 ) -> go.Figure:
     """Gain on a task above, a measure of held-out text below, over the amount of an edit.
 
@@ -388,4 +323,4 @@ def dose_lines(
     figure.update_yaxes(title=f"Held out: {_MEASURES[measure].lower()}", row=2)
     figure.update_xaxes(title="Amount", row=2)
     text = f"{task} (n = {table['n'].iloc[0]}), held-out text (n = {table['held_out_n'].iloc[0]})"
-    return style(figure, title=title or escaped(text), width=width, height=height, theme=theme)
+    return style(figure, escaped(text), look)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
 import pandas as pd
@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 
 from lens.errors import LensError
 from lens.figures.colors import VIRIDIS, scale
-from lens.figures.style import Theme, style, tick_step
+from lens.figures.style import Look, style, tick_step
 from lens.metrics import METRICS
 
 if TYPE_CHECKING:
@@ -32,13 +32,7 @@ _SHOWN = (
 
 
 def role_map(
-    table: pd.DataFrame,
-    *,
-    columns: Sequence[str] | None = None,
-    title: str | None = None,
-    width: int | None = None,
-    height: int | None = None,
-    theme: Theme = "light",
+    table: pd.DataFrame, *, columns: Sequence[str] | None = None, **look: Unpack[Look]
 ) -> go.Figure:
     """Heads down, roles across; interval and baseline on hover, blank where not scored.
 
@@ -74,10 +68,9 @@ def role_map(
     figure.update_yaxes(autorange="reversed", showgrid=False)
     return style(
         figure,
-        title=title or f"Roles of {len(table)} heads",
-        width=width,
-        height=height or max(320, 14 * len(table) + 140),
-        theme=theme,
+        f"Roles of {len(table)} heads",
+        look,
+        height=max(320, 14 * len(table) + 140),
         meta={"figure": "role_map", "columns": chosen},
     )
 
@@ -89,40 +82,26 @@ def _detail(row: pd.Series, name: str) -> str:
     return interval if base is None else f"{interval}<br>baseline {base:.3g}"
 
 
-def retrieval_grid(
-    scores: RetrievalScores,
-    *,
-    title: str | None = None,
-    width: int | None = None,
-    height: int | None = None,
-    theme: Theme = "light",
-) -> go.Figure:
+def retrieval_grid(scores: RetrievalScores, **look: Unpack[Look]) -> go.Figure:
     """Retrieval score of every head: layers down, heads across, 0 to 1."""
     values = scores.values
     best = np.unravel_index(values.argmax(), values.shape)
     found = f"Retrieval: most at L{best[0]}H{best[1]}, {values[best]:.2f} ({scores.n} trials)"
-    return share_grid(
-        values, "share of the needle", title=title or found, width=width, height=height, theme=theme
-    )
+    return share_grid(values, found, unit="share of the needle", **look)
 
 
-def share_grid(
-    values: np.ndarray,
-    label: str,
-    *,
-    title: str | None = None,
-    width: int | None = None,
-    height: int | None = None,
-    theme: Theme = "light",
-) -> go.Figure:
-    """Numbers [layer, head] from 0 on: layers down, heads across; the scale ends at 1 or above."""
+def share_grid(values: np.ndarray, found: str, *, unit: str, **look: Unpack[Look]) -> go.Figure:
+    """Numbers [layer, head] from 0 on: layers down, heads across; the scale ends at 1 or above.
+
+    `found` is the title where none is given.
+    """
     figure = go.Figure(
         go.Heatmap(
             z=values,
             zmin=0,
             zmax=max(1.0, float(values.max())),
             colorscale=scale(VIRIDIS),
-            colorbar={"title": {"text": label, "side": "right"}, "thickness": 12},
+            colorbar={"title": {"text": unit, "side": "right"}, "thickness": 12},
             xgap=1,
             ygap=1,
             hovertemplate="L%{y}H%{x}: %{z:.3g}<extra></extra>",
@@ -133,11 +112,4 @@ def share_grid(
     figure.update_yaxes(
         title="layer", dtick=tick_step(layers, 32), autorange="reversed", showgrid=False
     )
-    return style(
-        figure,
-        title=title or label,
-        width=width,
-        height=height,
-        theme=theme,
-        meta={"figure": "share_grid", "label": label},
-    )
+    return style(figure, found, look, meta={"figure": "share_grid", "unit": unit})

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 import plotly.graph_objects as go
 
 from lens.figures.colors import ACCENT, DIVERGING, GRID, LINE, VIRIDIS, scale
-from lens.figures.style import Theme, style
+from lens.figures.style import Look, style
 
 if TYPE_CHECKING:
     from lens.heads.redundancy import HeadClusters
@@ -24,13 +24,7 @@ _LABEL = {
 
 
 def similarity_map(
-    similarity: HeadSimilarity,
-    clusters: HeadClusters | None = None,
-    *,
-    title: str | None = None,
-    width: int | None = None,
-    height: int | None = None,
-    theme: Theme = "light",
+    similarity: HeadSimilarity, clusters: HeadClusters | None = None, **look: Unpack[Look]
 ) -> go.Figure:
     """Heads × heads; in the order of the clusters with their edges drawn, if clusters are given.
 
@@ -81,10 +75,8 @@ def similarity_map(
     figure.update_yaxes(type="category", autorange="reversed", showgrid=False)
     return style(
         figure,
-        title=title or _finding(similarity) + _left_out(len(order), len(similarity.names)),
-        width=width,
-        height=height,
-        theme=theme,
+        _finding(similarity) + _left_out(len(order), len(similarity.names)),
+        look,
         meta={
             "figure": "similarity_map",
             "by": similarity.by,
@@ -124,14 +116,7 @@ def _runs(labels: np.ndarray) -> list[tuple[int, int]]:
     return [(int(part[0]), int(part[-1])) for part in parts if len(part) > 1]
 
 
-def dendrogram(
-    clusters: HeadClusters,
-    *,
-    title: str | None = None,
-    width: int | None = None,
-    height: int | None = None,
-    theme: Theme = "light",
-) -> go.Figure:
+def dendrogram(clusters: HeadClusters, **look: Unpack[Look]) -> go.Figure:
     """Which heads merge at which distance (average linkage); the dashed line is where it was cut."""
     place = {int(head): float(at) for at, head in enumerate(clusters.order)}
     tops = dict.fromkeys(place, 0.0)
@@ -160,9 +145,7 @@ def dendrogram(
     count = len(clusters.members)
     return style(
         figure,
-        title=title or f"{heads} heads of {clusters.model} in {count} clusters by {clusters.by}",
-        width=width,
-        height=height,
-        theme=theme,
+        f"{heads} heads of {clusters.model} in {count} clusters by {clusters.by}",
+        look,
         meta={"figure": "dendrogram", "by": clusters.by, "model": clusters.model},
     )

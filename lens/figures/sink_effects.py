@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
 import pandas as pd
@@ -12,7 +12,7 @@ from plotly.subplots import make_subplots
 from lens.errors import LensError
 from lens.figures.colors import ACCENT, BASELINE, DIVERGING, LINE, VIRIDIS, scale
 from lens.figures.rows import whiskers
-from lens.figures.style import Theme, escaped, style, tick_step
+from lens.figures.style import Look, escaped, style, tick_step
 
 if TYPE_CHECKING:
     from lens.sinks.emergences import SinkEmergence
@@ -27,13 +27,7 @@ _MEASURES = {
 
 
 def effect_points(
-    table: pd.DataFrame,
-    measure: str = "delta_loss",
-    *,
-    title: str | None = None,
-    width: int | None = None,
-    height: int | None = None,
-    theme: Theme = "light",
+    table: pd.DataFrame, measure: str = "delta_loss", **look: Unpack[Look]
 ) -> go.Figure:
     """One measure of an edit: a point per condition with its 95 % interval.
 
@@ -62,18 +56,10 @@ def effect_points(
     figure.update_yaxes(autorange="reversed")
     first = table.iloc[0]
     text = f"Edit {first['edit']} of {first['scope']} (BOS {first['bos']}, n = {first['n']})"
-    return style(figure, title=title or escaped(text), width=width, height=height, theme=theme)
+    return style(figure, escaped(text), look)
 
 
-def migration_maps(
-    alpha: np.ndarray,
-    edit: str,
-    *,
-    title: str | None = None,
-    width: int | None = None,
-    height: int | None = None,
-    theme: Theme = "light",
-) -> go.Figure:
+def migration_maps(alpha: np.ndarray, edit: str, **look: Unpack[Look]) -> go.Figure:
     """Alpha before, after, and the difference: layers down, positions across, largest over heads.
 
     The difference is that of the largest alphas, from -1 to 1.
@@ -108,17 +94,11 @@ def migration_maps(
     figure.update_yaxes(title="Layer", autorange="reversed")
     figure.update_xaxes(title="Key position", row=3, col=1)
     text = f"Alpha, largest of each layer's heads, edit {edit}"
-    return style(figure, title=title or escaped(text), width=width, height=height, theme=theme)
+    return style(figure, escaped(text), look)
 
 
 def dose_curves(
-    table: pd.DataFrame,
-    measure: str = "delta_loss",
-    *,
-    title: str | None = None,
-    width: int | None = None,
-    height: int | None = None,
-    theme: Theme = "light",
+    table: pd.DataFrame, measure: str = "delta_loss", **look: Unpack[Look]
 ) -> go.Figure:
     """One measure over the amount of an edit, a curve per condition, with 95 % intervals.
 
@@ -150,7 +130,7 @@ def dose_curves(
     figure.update_yaxes(title=_MEASURES[measure])
     first = table.iloc[0]
     text = f"Edit {first['edit']} (BOS {first['bos']}, n = {first['n']})"
-    return style(figure, title=title or text, width=width, height=height, theme=theme)
+    return style(figure, text, look)
 
 
 def _check(measure: str) -> None:
@@ -158,14 +138,7 @@ def _check(measure: str) -> None:
         raise LensError(f"measure must be one of {', '.join(_MEASURES)}, got {measure!r}")
 
 
-def streaming_curves(
-    table: pd.DataFrame,
-    *,
-    title: str | None = None,
-    width: int | None = None,
-    height: int | None = None,
-    theme: Theme = "light",
-) -> go.Figure:
+def streaming_curves(table: pd.DataFrame, **look: Unpack[Look]) -> go.Figure:
     """Change of loss over the number of first keys kept, a curve per window.
 
     Args:
@@ -187,17 +160,10 @@ def streaming_curves(
     figure.update_yaxes(title=_MEASURES["delta_loss"])
     first = table.iloc[0]
     text = f"First and last keys only (BOS {first['bos']}, n = {first['n']})"
-    return style(figure, title=title or text, width=width, height=height, theme=theme)
+    return style(figure, text, look)
 
 
-def emergence_curves(
-    result: SinkEmergence,
-    *,
-    title: str | None = None,
-    width: int | None = None,
-    height: int | None = None,
-    theme: Theme = "light",
-) -> go.Figure:
+def emergence_curves(result: SinkEmergence, **look: Unpack[Look]) -> go.Figure:
     """Sink rate over layers, a curve per kind of prompt, with 95 % intervals."""
     rows = result.rows[result.rows["layer"].notna()]
     figure = go.Figure()
@@ -213,4 +179,4 @@ def emergence_curves(
     figure.update_xaxes(title="Layer", dtick=tick_step(rows["layer"].nunique()))
     figure.update_yaxes(title="Sink rate (share of heads)", range=[-0.02, 1.02])
     text = f"Key {result.key}: alpha > {result.epsilon:g}"
-    return style(figure, title=title or text, width=width, height=height, theme=theme)
+    return style(figure, text, look)

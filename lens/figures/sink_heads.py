@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Unpack
+
 import pandas as pd
 import plotly.graph_objects as go
 
 from lens.errors import LensError
 from lens.figures.colors import ACCENT, BASELINE, LINE
 from lens.figures.rows import head_names, whiskers
-from lens.figures.style import Theme, escaped, style
+from lens.figures.style import Look, escaped, style
 
 _COLORS = (ACCENT, LINE, "#22a884", "#8250df", BASELINE)
 _LOSS = "Change of loss (nats per token)"
 
 
-def scope_points(
-    table: pd.DataFrame,
-    *,
-    title: str | None = None,
-    width: int | None = None,
-    height: int | None = None,
-    theme: Theme = "light",
-) -> go.Figure:
+def scope_points(table: pd.DataFrame, **look: Unpack[Look]) -> go.Figure:
     """Change of loss by scope of an edit, a colour per condition, with 95 % intervals.
 
     Args:
@@ -47,17 +42,10 @@ def scope_points(
     figure.update_yaxes(autorange="reversed")
     first = table.iloc[0]
     text = f"Edit {first['edit']} by reach (BOS {first['bos']}, n = {first['n']})"
-    return style(figure, title=title or escaped(text), width=width, height=height, theme=theme)
+    return style(figure, escaped(text), look)
 
 
-def activity_points(
-    table: pd.DataFrame,
-    *,
-    title: str | None = None,
-    width: int | None = None,
-    height: int | None = None,
-    theme: Theme = "light",
-) -> go.Figure:
+def activity_points(table: pd.DataFrame, **look: Unpack[Look]) -> go.Figure:
     """Change of loss with a head off against its activity: a point per edited head and domain.
 
     Args:
@@ -85,17 +73,10 @@ def activity_points(
     figure.update_xaxes(title="Activity (1 - mean α of the first token)", range=[-0.02, 1.02])
     figure.update_yaxes(title="Δ loss, head off (nats)")
     text = "Activity of heads by domain"
-    return style(figure, title=title or text, width=width, height=height, theme=theme)
+    return style(figure, text, look)
 
 
-def gate_points(
-    table: pd.DataFrame,
-    *,
-    title: str | None = None,
-    width: int | None = None,
-    height: int | None = None,
-    theme: Theme = "light",
-) -> go.Figure:
+def gate_points(table: pd.DataFrame, **look: Unpack[Look]) -> go.Figure:
     """Effective gate of every head over its layer, a colour per mechanism.
 
     Args:
@@ -116,17 +97,10 @@ def gate_points(
     figure.update_yaxes(title="Effective gate (1 - mass of the sink)", range=[-0.02, 1.02])
     first = table.iloc[0]
     text = f"What sinks leave of each head's attention (BOS {first['bos']}, n = {first['n']})"
-    return style(figure, title=title or text, width=width, height=height, theme=theme)
+    return style(figure, text, look)
 
 
-def band_points(
-    table: pd.DataFrame,
-    *,
-    title: str | None = None,
-    width: int | None = None,
-    height: int | None = None,
-    theme: Theme = "light",
-) -> go.Figure:
+def band_points(table: pd.DataFrame, **look: Unpack[Look]) -> go.Figure:
     """Change of loss without each band of the unembedding's spectrum, with 95 % intervals.
 
     Args:
@@ -146,4 +120,4 @@ def band_points(
     figure.update_yaxes(title=f"{_LOSS} without it")
     first = table.iloc[0]
     text = f"What each band of the last stream is worth (BOS {first['bos']}, n = {first['n']})"
-    return style(figure, title=title or text, width=width, height=height, theme=theme)
+    return style(figure, text, look)

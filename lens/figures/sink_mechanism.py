@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Unpack
+
 import pandas as pd
 import plotly.graph_objects as go
 
 from lens.figures.colors import BASELINE, VIRIDIS, scale
 from lens.figures.rows import head_names
-from lens.figures.style import Theme, style
+from lens.figures.style import Look, style
 
 
-def mass_and_value(
-    table: pd.DataFrame,
-    *,
-    title: str | None = None,
-    width: int | None = None,
-    height: int | None = None,
-    theme: Theme = "light",
-) -> go.Figure:
+def mass_and_value(table: pd.DataFrame, **look: Unpack[Look]) -> go.Figure:
     """Sink mass against the norm of what the sink writes, one point per head, coloured by layer.
 
     Below 1 the sink writes less than other tokens do: the head does little where it parks.
@@ -49,11 +44,4 @@ def mass_and_value(
         if len(parked)
         else "No head parks on the sink (α above 0.3)"
     )
-    return style(
-        figure,
-        title=title or found,
-        width=width,
-        height=height,
-        theme=theme,
-        meta={"figure": "mass_and_value"},
-    )
+    return style(figure, found, look, meta={"figure": "mass_and_value"})

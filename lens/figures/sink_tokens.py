@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
 import plotly.graph_objects as go
 
 from lens.figures.colors import ACCENT, BASELINE, LINE
-from lens.figures.style import Theme, style
+from lens.figures.style import Look, style
 
 if TYPE_CHECKING:
     from lens.sinks.activations import MassiveActivations
     from lens.sinks.norms import HighNormTokens
 
 
-def magnitudes(
-    result: MassiveActivations,
-    *,
-    title: str | None = None,
-    width: int | None = None,
-    height: int | None = None,
-    theme: Theme = "light",
-) -> go.Figure:
+def magnitudes(result: MassiveActivations, **look: Unpack[Look]) -> go.Figure:
     """The three largest |h| and the median after each layer, means over prompts, logarithmic."""
     layers = np.arange(-1, result.median.shape[1] - 1)
     figure = go.Figure()
@@ -36,17 +29,10 @@ def magnitudes(
     figure.update_xaxes(title="After layer (-1: embedding)")
     figure.update_yaxes(title="|activation|", type="log")
     text = f"Largest activations (BOS {result.bos}, n = {len(result.tokens)})"
-    return style(figure, title=title or text, width=width, height=height, theme=theme)
+    return style(figure, text, look)
 
 
-def norm_histogram(
-    result: HighNormTokens,
-    *,
-    title: str | None = None,
-    width: int | None = None,
-    height: int | None = None,
-    theme: Theme = "light",
-) -> go.Figure:
+def norm_histogram(result: HighNormTokens, **look: Unpack[Look]) -> go.Figure:
     """Histogram of the tokens' log10 norms, with the cutoff where there is one."""
     known = result.norms[~np.isnan(result.norms)]
     figure = go.Figure(go.Histogram(x=np.log10(known), nbinsx=60, marker={"color": LINE}))
@@ -55,4 +41,4 @@ def norm_histogram(
     figure.update_xaxes(title=f"log10 norm after layer {result.layer}")
     figure.update_yaxes(title="Tokens")
     text = f"Norms of {len(known)} tokens"
-    return style(figure, title=title or text, width=width, height=height, theme=theme)
+    return style(figure, text, look)

@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
 import plotly.graph_objects as go
 
 from lens.figures.colors import ACCENT, VIRIDIS, scale
-from lens.figures.style import Theme, escaped, style, tick_step
+from lens.figures.style import Look, escaped, style, tick_step
 
 if TYPE_CHECKING:
     from lens.sinks import SinkKeys, SinkProfile, SinkRate, SinkSensitivity
 
 
-def alpha_grid(
-    result: SinkRate,
-    *,
-    title: str | None = None,
-    width: int | None = None,
-    height: int | None = None,
-    theme: Theme = "light",
-) -> go.Figure:
+def alpha_grid(result: SinkRate, **look: Unpack[Look]) -> go.Figure:
     """Mean alpha of one key in every head: layers down, heads across; rate on hover."""
     figure = go.Figure(
         go.Heatmap(
@@ -39,23 +32,10 @@ def alpha_grid(
     figure.update_xaxes(title="Head", dtick=tick_step(heads))
     figure.update_yaxes(title="Layer", dtick=tick_step(layers), autorange="reversed")
     text = f"Key {result.key}: sink rate {result.value:.3f} at ε = {result.epsilon}"
-    return style(
-        figure,
-        title=title or escaped(f"{text} ({result.samples})"),
-        width=width,
-        height=height,
-        theme=theme,
-    )
+    return style(figure, escaped(f"{text} ({result.samples})"), look)
 
 
-def epsilon_curve(
-    result: SinkSensitivity,
-    *,
-    title: str | None = None,
-    width: int | None = None,
-    height: int | None = None,
-    theme: Theme = "light",
-) -> go.Figure:
+def epsilon_curve(result: SinkSensitivity, **look: Unpack[Look]) -> go.Figure:
     """Sink rate over epsilon, with its 95 % interval where there is one."""
     known = ~np.isnan(result.low)
     error = {
@@ -77,23 +57,10 @@ def epsilon_curve(
     )
     figure.update_xaxes(title="ε", range=[0, 1])
     figure.update_yaxes(title="Sink rate (share of layers × heads)", range=[0, 1.02])
-    return style(
-        figure,
-        title=title or escaped(f"Key {result.key} ({result.samples})"),
-        width=width,
-        height=height,
-        theme=theme,
-    )
+    return style(figure, escaped(f"Key {result.key} ({result.samples})"), look)
 
 
-def position_map(
-    result: SinkProfile,
-    *,
-    title: str | None = None,
-    width: int | None = None,
-    height: int | None = None,
-    theme: Theme = "light",
-) -> go.Figure:
+def position_map(result: SinkProfile, **look: Unpack[Look]) -> go.Figure:
     """Mean alpha over a layer's heads: layers down, positions across; blank where not scored."""
     figure = go.Figure(
         go.Heatmap(
@@ -108,23 +75,10 @@ def position_map(
     )
     figure.update_xaxes(title="Key position")
     figure.update_yaxes(title="Layer", dtick=tick_step(len(result.layers)), autorange="reversed")
-    return style(
-        figure,
-        title=title or escaped(f"Attention received by position ({result.samples})"),
-        width=width,
-        height=height,
-        theme=theme,
-    )
+    return style(figure, escaped(f"Attention received by position ({result.samples})"), look)
 
 
-def sink_map(
-    result: SinkKeys,
-    *,
-    title: str | None = None,
-    width: int | None = None,
-    height: int | None = None,
-    theme: Theme = "light",
-) -> go.Figure:
+def sink_map(result: SinkKeys, **look: Unpack[Look]) -> go.Figure:
     """The sinks of one prompt as points: position across, layer down, coloured by alpha."""
     figure = go.Figure(
         go.Scatter(
@@ -151,10 +105,4 @@ def sink_map(
     figure.update_yaxes(
         title="Layer", dtick=tick_step(len(set(result.layer))), autorange="reversed"
     )
-    return style(
-        figure,
-        title=title or escaped(f"Keys with alpha > {result.epsilon} ({result.samples})"),
-        width=width,
-        height=height,
-        theme=theme,
-    )
+    return style(figure, escaped(f"Keys with alpha > {result.epsilon} ({result.samples})"), look)

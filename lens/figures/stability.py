@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 import plotly.graph_objects as go
 
 from lens.errors import LensError
 from lens.figures.rows import head_names, whiskers
-from lens.figures.style import Theme, escaped, style
+from lens.figures.style import Look, escaped, style
 
 if TYPE_CHECKING:
     from lens.heads.stability import HeadStability
@@ -27,14 +27,7 @@ _LABEL = {
 
 
 def stability_plot(
-    stability: HeadStability,
-    metric: str = "jaccard",
-    variant: str = "raw",
-    *,
-    title: str | None = None,
-    width: int | None = None,
-    height: int | None = None,
-    theme: Theme = "light",
+    stability: HeadStability, metric: str = "jaccard", variant: str = "raw", **look: Unpack[Look]
 ) -> go.Figure:
     """One metric of every head with its interval, one series per pair of conditions.
 
@@ -63,9 +56,7 @@ def stability_plot(
     without = ", first key block and diagonal left out" if variant == "sink_excluded" else ""
     return style(
         figure,
-        title=title or f"Stability of heads: {_LABEL[metric]}{without}",
-        width=width,
-        height=height,
-        theme=theme,
+        f"Stability of heads: {_LABEL[metric]}{without}",
+        look,
         meta={"figure": "stability_plot", "metric": metric, "variant": variant},
     )

@@ -41,14 +41,31 @@ def tick_step(count: int, most: int = 16) -> int:
 
 def style(
     figure: go.Figure,
-    *,
     title: str,
-    width: int | None,
-    height: int | None,
-    theme: Theme,
+    look: Look,
+    *,
+    height: int | None = None,
     meta: Mapping[str, Any] | None = None,
 ) -> go.Figure:
-    """Set title, size, theme and provenance of a figure, and return it."""
+    """Set title, size, theme and provenance of a figure, and return it.
+
+    Args:
+        figure: to be changed.
+        title: what was found, where `look` has no other.
+        look: what the caller asked for.
+        height: where `look` has none.
+        meta: what the figure was made from.
+
+    Raises:
+        TypeError: `look` has another key.
+        ValueError: another theme.
+    """
+    if unknown := look.keys() - Look.__annotations__:
+        raise TypeError(
+            f"unknown argument {', '.join(sorted(unknown))}; every figure takes "
+            f"{', '.join(Look.__annotations__)}"
+        )
+    theme = look.get("theme", "light")
     if theme not in ("light", "dark"):
         raise ValueError(f"theme must be 'light' or 'dark', got {theme!r}")
     light = theme == "light"
@@ -56,7 +73,7 @@ def style(
     drawn: Any = figure.data
     figure.update_layout(
         title={
-            "text": title,
+            "text": look.get("title") or title,
             "font": {"size": 13},
             "x": 0,
             "xref": "paper",
@@ -66,8 +83,8 @@ def style(
             "yanchor": "top",
             "pad": {"t": 10},
         },
-        width=width,
-        height=height,
+        width=look.get("width"),
+        height=look.get("height") or height,
         font={"family": _FONT, "size": 12, "color": ink},
         paper_bgcolor=paper,
         plot_bgcolor=paper,

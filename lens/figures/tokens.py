@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
 import plotly.graph_objects as go
@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 from lens.errors import LensError
 from lens.figures.colors import VIRIDIS, scale
 from lens.figures.head import head_data, provenance
-from lens.figures.style import Theme, escaped, style
+from lens.figures.style import Look, escaped, style
 
 if TYPE_CHECKING:
     from lens.trace import AttentionTrace
@@ -22,15 +22,7 @@ _VISIBLE = str.maketrans({"\n": "↵", "\t": "→", " ": "␣"})
 
 
 def token_strip(
-    trace: AttentionTrace,
-    layer: int,
-    head: int,
-    query: int | None = None,
-    *,
-    title: str | None = None,
-    width: int | None = None,
-    height: int | None = None,
-    theme: Theme = "light",
+    trace: AttentionTrace, layer: int, head: int, query: int | None = None, **look: Unpack[Look]
 ) -> go.Figure:
     """Tokens in reading order, coloured by what one query gives them, or by what all queries give.
 
@@ -88,10 +80,9 @@ def token_strip(
     figure.update_yaxes(visible=False, autorange="reversed")
     return style(
         figure,
-        title=title or found,
-        width=width,
-        height=height or 90 + 28 * lines,
-        theme=theme,
+        found,
+        look,
+        height=90 + 28 * lines,
         meta=provenance(trace, layer, head, "token_strip") | {"query": query},
     )
 

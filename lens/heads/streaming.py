@@ -73,11 +73,8 @@ class StreamingScores(Result):
         """Layers × heads, error of the streaming output; see `lens.figures.roles`."""
         from lens.figures.roles import share_grid
 
-        look["title"] = (
-            look.get("title")
-            or f"Error with {self.sink} first and {self.recent} recent keys: {self.model}"
-        )
-        return share_grid(self.error.mean(-1), "relative error", **look)
+        found = f"Error with {self.sink} first and {self.recent} recent keys: {self.model}"
+        return share_grid(self.error.mean(-1), found, unit="relative error", **look)
 
     def __repr__(self) -> str:
         error = self.error.mean(-1)
@@ -131,8 +128,8 @@ class StreamingGate(Result):
         """Layers × heads, the gate; see `lens.figures.roles`."""
         from lens.figures.roles import share_grid
 
-        look["title"] = look.get("title") or f"Gate: 1 needs all keys, 0 streams ({self.model})"
-        return share_grid(self.values, "gate", **look)
+        found = f"Gate: 1 needs all keys, 0 streams ({self.model})"
+        return share_grid(self.values, found, unit="gate", **look)
 
     def __repr__(self) -> str:
         return (

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+from typing import Unpack
 
 import numpy as np
 import pandas as pd
@@ -9,6 +10,7 @@ import pytest
 
 from lens import figures
 from lens.errors import LensError
+from lens.figures.style import Look
 from lens.profiles import prompt_table
 from tests.lens.traces import LENGTH, probabilities, trace_of
 
@@ -245,10 +247,15 @@ def test_tokens_are_no_markup(p):
 
 
 @pytest.mark.parametrize("name", figures.__all__)
-def test_every_figure_ends_in_the_same_arguments(name):
-    parameters = inspect.signature(getattr(figures, name)).parameters
-    tail = [part.name for part in parameters.values() if part.kind is part.KEYWORD_ONLY]
-    assert tail[-4:] == ["title", "width", "height", "theme"]
+def test_every_figure_takes_the_same_look(name):
+    *_, last = inspect.signature(getattr(figures, name)).parameters.values()
+    assert last.kind is last.VAR_KEYWORD
+    assert last.annotation in (Unpack[Look], "Unpack[Look]")
+
+
+def test_a_look_that_no_figure_has_is_named(trace):
+    with pytest.raises(TypeError, match="unknown argument titel; every figure takes title, width"):
+        figures.block_map(trace, 1, 2, titel="T")
 
 
 OF_TRACES_AND_HEADS = [

@@ -88,9 +88,7 @@ def _sensitivity(sinks: dict[str, Any]) -> go.Figure:
     figure.update_xaxes(title="threshold ε", range=[0, 1])
     figure.update_yaxes(title="share of heads", tickformat=".0%", rangemode="tozero")
     figure.update_layout(legend={"orientation": "h", "y": 1.02, "yanchor": "bottom"})
-    return style(
-        figure, title="Sink rate by threshold", width=None, height=320, theme="light", meta={}
-    )
+    return style(figure, "Sink rate by threshold", {"height": 320})
 
 
 def slim(figure: go.Figure) -> dict[str, Any]:
