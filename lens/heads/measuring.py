@@ -201,24 +201,45 @@ def ablate(
     Raises:
         LensError: no heads, one named twice, one that the model has not, and as in `importance`.
     """
-    group = [head_id(head, layers=model.info.layers, heads=model.info.heads) for head in heads]
-    if not group:
+    return ablate_each(
+        model, task, groups=[heads], baseline=baseline, seed=seed, progress=progress
+    )[0]
+
+
+def ablate_each(
+    model: LoadedModel,
+    task: Task,
+    *,
+    groups: Sequence[Sequence[AnyHead]],
+    baseline: str = "mean",
+    seed: int = 0,
+    progress: bool = True,
+) -> list[GroupAblation]:
+    """`ablate` for many groups, with one pass for the clean metric and one for the means of them all."""
+    info = model.info
+    named = [
+        [head_id(head, layers=info.layers, heads=info.heads) for head in one] for one in groups
+    ]
+    if not all(named):
         raise LensError("no heads were given; name at least one, such as 'L1H0'")
-    if twice := sorted({str(head) for head in group if group.count(head) > 1}):
+    if twice := sorted({str(head) for one in named for head in one if one.count(head) > 1}):
         raise LensError(f"{', '.join(twice)} is named twice; name each head once")
     task.check(model)
     replacement = Baseline(model, task, baseline, seed)
-    clean, drops = _drops(model, task, [group], replacement, progress, Checkpoint(None, {}))
-    return GroupAblation(
-        heads=tuple(group),
-        per_prompt=drops[0],
-        clean=clean,
-        intervention=replacement.intervention,
-        metric=task.metric,
-        sign=task.sign,
-        task=task.name,
-        model=model.name,
-    )
+    clean, drops = _drops(model, task, named, replacement, progress, Checkpoint(None, {}))
+    return [
+        GroupAblation(
+            heads=tuple(one),
+            per_prompt=drop,
+            clean=clean,
+            intervention=replacement.intervention,
+            metric=task.metric,
+            sign=task.sign,
+            task=task.name,
+            model=model.name,
+        )
+        for one, drop in zip(named, drops, strict=True)
+    ]
 
 
 def _all_heads(model: LoadedModel) -> list[HeadId]:

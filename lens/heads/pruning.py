@@ -17,9 +17,8 @@ from lens.bootstrap import over_units
 from lens.described import Result
 from lens.errors import LensError
 from lens.head_ids import AnyHead, HeadId, head_id
-from lens.heads.measuring import ablate
+from lens.heads.measuring import ablate_each
 from lens.heads.scores import HeadScores, Intervention
-from lens.progress import advancing
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -165,16 +164,8 @@ def pruning_curve(
     removed = np.unique(np.linspace(0, len(heads), count + 1).round().astype(int))
     draw = np.random.default_rng(seed)
     orders = [heads, *([heads[i] for i in draw.permutation(len(heads))] for _ in range(random))]
-    parts = []  # per order and step, the ablation of the heads gone so far
-    with advancing(f"{model.name}: pruning", len(orders) * count, progress) as advance:
-        for one in orders:
-            for gone in removed[1:]:
-                parts.append(
-                    ablate(
-                        model, task, heads=one[:gone], baseline=baseline, seed=seed, progress=False
-                    )
-                )
-                advance(1)
+    gone = [one[:count] for one in orders for count in removed[1:]]
+    parts = ablate_each(model, task, groups=gone, baseline=baseline, seed=seed, progress=progress)
     first = parts[0]
     found = np.stack([part.ablated for part in parts]).reshape(len(orders), -1, first.n)
     whole = np.broadcast_to(first.clean, (len(orders), 1, first.n))
