@@ -1,7 +1,8 @@
 """`lens run --dry-run`: tokens, time, memory and disk of a run before it is made.
 
 Disk follows from the sizes of the trace's variables. Time and memory are rough: time comes from one
-matrix product that is timed here, memory from the weights and the largest layer.
+matrix product that is timed here and from what each step computes (`steps.costs`), memory from the
+weights and the largest layer.
 """
 
 import math
@@ -11,12 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 from lens_analyses.config import RunConfig
 from lens_analyses.inputs import PlannedPrompt, load_model, plan, read_sources
+from lens_analyses.steps import STEPS
+from lens_analyses.steps.costs import COSTS, Load
+from lens_analyses.steps.subject import analysed
 
 if TYPE_CHECKING:
     from lens.models.loaded import LoadedModel
 
 BASE_MEMORY = 600 << 20  # Python with torch and transformers
 SLOWDOWN = 3.0  # of a whole model against one large matrix product, measured
+PASS_OF_A_LAYER = 0.004  # seconds, where one prompt passes alone: Python and edited attention
 _ROW_VARIABLES = 10  # with the dimensions layer, head, query
 _MATCH_RULES = 4
 
@@ -27,11 +32,12 @@ class Estimate:
 
     Attributes:
         model: its name.
-        what: kind of analysis; time and memory are those of its profile.
+        what: kind of analysis.
         prompts: how many.
         tokens: of all prompts together.
         longest: tokens of the longest.
-        seconds: about.
+        seconds: about, of everything.
+        steps: of these, the seconds of the profile and of each step of the analysis.
         memory: bytes of main memory at the peak, about.
         disk: bytes of the run folder.
     """
@@ -42,12 +48,15 @@ class Estimate:
     tokens: int
     longest: int
     seconds: float
+    steps: dict[str, float]
     memory: int
     disk: int
 
     def text(self) -> str:
         """One line a figure."""
-        rest = "" if self.what == "profile" else f" for the profile; {self.what} comes on top"
+        longest = sorted(self.steps, key=lambda step: -self.steps[step])[:3]
+        parts = ", ".join(f"{step} {_time(self.steps[step])}" for step in longest)
+        rest = "" if self.what == "profile" else f" (most for {parts})"
         return "\n".join(
             (
                 f"model   {self.model}",
@@ -74,16 +83,44 @@ def estimate(config: RunConfig) -> Estimate:
     planned = plan(model, config, sources)
     lengths = [len(prompt.ids) for prompt in planned]
     rate = _rate(model)
+    steps = {"profile": SLOWDOWN * sum(work(model, prompt) for prompt in planned) / rate}
+    steps |= _analysis(config, model, planned, rate)
     return Estimate(
         model=model.name,
         what=config.what,
         prompts=len(planned),
         tokens=sum(lengths),
         longest=max(lengths),
-        seconds=SLOWDOWN * sum(work(model, prompt) for prompt in planned) / rate,
+        seconds=sum(steps.values()),
+        steps=steps,
         memory=_memory(model, config, max(lengths)),
         disk=sum(model.info.layers * layer_bytes(model, config, length) for length in lengths),
     )
+
+
+def _analysis(
+    config: RunConfig, model: "LoadedModel", planned: list[PlannedPrompt], rate: float
+) -> dict[str, float]:
+    """Seconds of each step after the profile."""
+    settings, info, what = config.analysis, model.info, config.what
+    task, windows = analysed(config, model, planned)
+    load = Load(
+        settings=settings,
+        layers=info.layers,
+        heads=info.layers * info.heads,
+        parameters=info.parameters,
+        prompts=sum(len(prompt.ids) for prompt in planned),
+        task=sum(map(len, task)),
+        windows=sum(map(len, windows)),
+    )
+    found = {}
+    for step in STEPS[what]:
+        if step.is_wanted(settings):
+            cost = COSTS[what][step.name](load)
+            computing = SLOWDOWN * 2 * info.parameters * cost.tokens / rate
+            alone = PASS_OF_A_LAYER * info.layers * cost.passes
+            found[step.name] = computing + alone + cost.seconds
+    return found
 
 
 def work(model: "LoadedModel", prompt: PlannedPrompt) -> float:

@@ -30,7 +30,7 @@ from lens_analyses.inputs import PlannedPrompt, load_model, plan, read_sources
 from lens_analyses.provenance import versions
 from lens_analyses.report import render
 from lens_analyses.steps import STEPS
-from lens_analyses.steps.subject import Subject
+from lens_analyses.steps.subject import Subject, analysed
 
 if TYPE_CHECKING:
     from lens.models.loaded import LoadedModel
@@ -102,6 +102,7 @@ def execute(config: RunConfig, runs: Path, output: Output, *, again: bool = Fals
     log.info("loading %s", config.model.name)
     model = load_model(config)
     planned = plan(model, config, sources)
+    analysed(config, model, planned)
     if again and earlier is not None and not (run and run.status == "started"):
         shutil.rmtree(earlier)
     fresh_parent = not runs.exists()

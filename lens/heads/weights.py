@@ -112,19 +112,22 @@ def last_norm(model: LoadedModel) -> nn.Module:
     return transformer(model).get_submodule(_layout(model).last_norm)
 
 
-def copying(model: LoadedModel, *, top: int = 5, seed: int = 0) -> pd.DataFrame:
+def copying(
+    model: LoadedModel, *, top: int = 5, tokens: int | None = 2048, seed: int = 0
+) -> pd.DataFrame:
     """How far each head writes the token that it reads: one row per head.
 
     Of the circuit `M = W_E W_V W_O W_U` [vocab, vocab], from the token read to the logits written:
     `eigenvalue`, `sum of eigenvalues / sum of their absolute values`, in [-1, 1] (Elhage et al. 2021,
     A Mathematical Framework for Transformer Circuits); `top_share`, the share of tokens whose own
-    logit is among the `top` largest of their row; `top_by_chance`, top / vocab. `eigenvalue_random` and
+    logit is among the `top` largest of their row, over at most `tokens` tokens drawn by `seed` (None:
+    all; their number is in `tokens`); `top_by_chance`, top / vocab. `eigenvalue_random` and
     `top_share_random` are those of one random head of the layer, the entries of its first head's W_V
     and W_O shuffled by `seed`, between the model's own embeddings. M is never built:
     its eigenvalues other than 0 are those of `W_V W_O W_U W_E` [head_dim, head_dim].
 
     Raises:
-        LensError: an architecture whose weights are not known here, or a `top` that is none.
+        LensError: an architecture whose weights are not known here, a `top` that is none, or no tokens.
 
     Example:
         >>> table = copying(load("induction-2l"))
@@ -135,14 +138,20 @@ def copying(model: LoadedModel, *, top: int = 5, seed: int = 0) -> pd.DataFrame:
     vocab = len(weights.embedding)
     if not 1 <= top <= vocab:
         raise LensError(f"top must be 1 to {vocab}, the size of the vocabulary, got {top}")
+    if tokens is not None and tokens < 1:
+        raise LensError(f"tokens must be at least 1, or None for all, got {tokens}")
     across = weights.unembedding @ weights.embedding  # [d_model, d_model]
     generator = torch.Generator().manual_seed(seed)
+    read = torch.arange(vocab)
+    if tokens is not None and tokens < vocab:
+        drawing = torch.Generator().manual_seed(seed)
+        read = torch.randperm(vocab, generator=drawing)[:tokens].sort().values
     rows: list[dict[str, Any]] = []
     for layer, (values, outputs) in enumerate(zip(weights.value, weights.output, strict=True)):
         drawn, written = (_shuffled(matrix[0], generator) for matrix in (values, outputs))
-        random_eigenvalue, random_share = _copied(drawn, written, across, weights, top)
+        random_eigenvalue, random_share = _copied(drawn, written, across, weights, read, top)
         for head, (value, output) in enumerate(zip(values, outputs, strict=True)):
-            eigenvalue, share = _copied(value, output, across, weights, top)
+            eigenvalue, share = _copied(value, output, across, weights, read, top)
             rows.append(
                 {
                     "head": f"L{layer}H{head}",
@@ -153,6 +162,7 @@ def copying(model: LoadedModel, *, top: int = 5, seed: int = 0) -> pd.DataFrame:
                     "top_share": share,
                     "top_share_random": random_share,
                     "top_by_chance": top / vocab,
+                    "tokens": len(read),
                 }
             )
     return pd.DataFrame(rows)
@@ -237,12 +247,11 @@ def _fold(norm: nn.Module, matrix: Tensor) -> Tensor:
 
 
 def _copied(
-    value: Tensor, output: Tensor, across: Tensor, weights: HeadWeights, top: int
+    value: Tensor, output: Tensor, across: Tensor, weights: HeadWeights, read: Tensor, top: int
 ) -> tuple[float, float]:
-    """`eigenvalue` and `top_share` of one head, with `across = W_U W_E`."""
+    """`eigenvalue` and `top_share` of one head over the tokens `read`, with `across = W_U W_E`."""
     eigenvalues = torch.linalg.eigvals((output @ across @ value).double())
-    read = weights.embedding @ value  # [vocab, head_dim]
-    share = _top_share(read, output @ weights.unembedding, top)
+    share = _top_share(weights.embedding[read] @ value, output @ weights.unembedding, read, top)
     return float(eigenvalues.real.sum() / eigenvalues.abs().sum()), share
 
 
@@ -251,15 +260,15 @@ def _shuffled(matrix: Tensor, generator: torch.Generator) -> Tensor:
     return matrix.flatten()[torch.randperm(matrix.numel(), generator=generator)].view_as(matrix)
 
 
-def _top_share(read: Tensor, write: Tensor, top: int) -> float:
-    """Share of rows of `read @ write` [vocab, vocab] whose diagonal is among the `top` largest.
+def _top_share(read: Tensor, write: Tensor, tokens: Tensor, top: int) -> float:
+    """Share of rows of `read @ write` [tokens, vocab] whose own token is among the `top` largest.
 
     Ties count against it: a token whose embedding is 0 copies nothing.
     """
     among = 0
     for start in range(0, len(read), 1024):
         logits = read[start : start + 1024] @ write
-        own = logits.diagonal(start)[:, None]
+        own = logits.gather(1, tokens[start : start + 1024, None])
         among += int(((logits >= own).sum(1) <= top).sum())
     return among / len(read)
 

@@ -13,6 +13,7 @@ from lens_analyses import viewing
 from lens_analyses.cli import main
 from lens_analyses.config import (
     SETTINGS_OF,
+    AnalysisConfig,
     CaptureConfig,
     ModelConfig,
     PromptConfig,
@@ -21,6 +22,8 @@ from lens_analyses.config import (
 )
 from lens_analyses.doctor import Check, Diagnosis, examine
 from lens_analyses.estimate import estimate
+from lens_analyses.steps import STEPS
+from lens_analyses.steps.costs import COSTS, Load
 
 import lens
 from lens.errors import LensError
@@ -239,10 +242,58 @@ def test_the_estimate_of_grouped_queries_and_half_precision(keep, dtype, tmp_pat
     assert estimate(config).disk == pytest.approx(sizes(Path(answer.json["path"])), rel=0.05)
 
 
-def test_a_dry_run_of_an_analysis_says_that_it_counts_the_profile(lens_command):
-    answer = lens_command("heads", "--model", "induction-2l", "--copied", "2", "--dry-run")
+def test_a_dry_run_of_an_analysis_counts_its_steps(lens_command):
+    words = ("heads", "--model", "induction-2l", "--copied", "2", "--dry-run")
+    answer = lens_command(*words, "--json")
     assert answer.code == 0, answer.err
-    assert "for the profile; heads comes on top" in answer.out
+    steps = answer.json["steps"]
+    assert list(steps) == ["profile", *(step.name for step in STEPS["heads"])]
+    assert answer.json["seconds"] == pytest.approx(sum(steps.values()))
+    assert min(steps.values()) > 0
+    assert "(most for " in lens_command(*words).out
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (("heads", "--copied", "2", "--task", "nonsense"), "unknown task 'nonsense'"),
+        (
+            ("sinks", "--text-name", "moby-dick", "--tokens", "90"),
+            "the text gives 0 windows of 128 tokens",
+        ),
+        (("circuit", "--copied", "2", "--model", "induction-2l", "--task", "ioi"), "reads symbols"),
+    ],
+)
+def test_what_an_analysis_cannot_do_is_refused_before_any_work(
+    words, problem, tmp_path, lens_command
+):
+    for last in (("--dry-run",), ("--out", tmp_path / "runs")):
+        answer = lens_command(*words, *last)
+        assert answer.code == 1, answer.err
+        assert problem in answer.err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_every_step_has_a_cost_that_grows_with_its_settings():
+    assert {what: list(costs) for what, costs in COSTS.items()} == {
+        what: [step.name for step in steps] for what, steps in STEPS.items() if steps
+    }
+
+    def tokens(what, step, heads=8, prompts=100, **settings):
+        load = Load(AnalysisConfig(**settings), 2, heads, 50_000, prompts, prompts, prompts)
+        return COSTS[what][step](load).tokens
+
+    more = {
+        ("heads", "importance"): ({"measures": "gradient"}, {"measures": "gradient,ablation"}),
+        ("heads", "pruning"): ({"heads": 8}, {"heads": 16}),
+        ("sinks", "effects"): ({"edits": "mask"}, {"edits": "mask,drop"}),
+        ("sinks", "dose"): ({"amounts": "0,1"}, {"amounts": "0,0.5,1"}),
+        ("redistribute", "search"): ({"heads": 8}, {"heads": 16}),
+        ("circuit", "edges"): ({"steps": 5}, {"steps": 10}),
+        ("circuit", "circuit"): ({"prompts": 100}, {"prompts": 200}),
+    }
+    for (what, step), (few, many) in more.items():
+        assert 0 < tokens(what, step, **few) < tokens(what, step, **many), (what, step)
 
 
 @pytest.mark.parametrize("verb", SETTINGS_OF)

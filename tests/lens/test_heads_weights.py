@@ -149,6 +149,18 @@ def test_unknown_architectures_and_tops_are_refused():
     for top in (0, 66):
         with pytest.raises(LensError, match=f"top must be 1 to 65, .* got {top}"):
             copying(lens.load("induction-2l"), top=top)
+    with pytest.raises(LensError, match="tokens must be at least 1, or None for all, got 0"):
+        copying(lens.load("induction-2l"), tokens=0)
+
+
+def test_a_draw_of_tokens_is_near_all_of_them():
+    model = lens.load("induction-2l")
+    every, some = copying(model, tokens=None), copying(model, tokens=40)
+    assert set(every["tokens"]) == {65}
+    assert set(some["tokens"]) == {40}
+    assert every["top_share"].min() < 0.2 < 0.9 < every["top_share"].max()
+    assert (some["top_share"] - every["top_share"]).abs().max() < 0.1
+    assert some["eigenvalue"].equals(every["eigenvalue"])
 
 
 def test_a_random_head_copies_less_than_the_induction_heads():

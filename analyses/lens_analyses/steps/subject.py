@@ -9,6 +9,7 @@ from lens.errors import LensError
 from lens.runs import Run
 from lens_analyses.config import AnalysisConfig, RunConfig
 from lens_analyses.console import Output
+from lens_analyses.inputs import PlannedPrompt
 
 if TYPE_CHECKING:
     from lens.models.loaded import LoadedModel
@@ -74,23 +75,8 @@ class Subject:
         """
         from lens.tasks import language_modelling
 
-        texts, length = self.prompts("text"), self.settings.length
-        if not texts:
-            raise LensError(
-                "this analysis needs text, and the run has copied prompts alone; give --text FILE or "
-                "--text-name moby-dick"
-            )
-        found = []
-        for ids in texts:
-            start = ids[:1] if ids[0] == self.model.bos_id else []
-            body, size = ids[len(start) :], length - len(start)
-            found += [start + body[at : at + size] for at in range(0, len(body) - size + 1, size)]
-        if len(found) < 2:
-            raise LensError(
-                f"the text gives {len(found)} windows of {length} tokens, at least 2 are needed; give "
-                "more text (--tokens), or shorter windows with --set analysis.length=32"
-            )
-        return language_modelling(self.model, found[: self.settings.n])
+        found = windows_of(self.prompts("text"), self.model.bos_id, self.settings)
+        return language_modelling(self.model, found)
 
     @property
     def text_windows(self) -> list[list[int]]:
@@ -118,20 +104,74 @@ class Subject:
         Raises:
             LensError: an unknown task, or as that task for this model.
         """
-        from lens import tasks
-
-        name, n = self.settings.task, self.settings.n
-        if name == "text":
+        if self.settings.task == "text":
             return self.windows
-        if Path(name).suffix in (".jsonl", ".ndjson"):
-            return tasks.from_jsonl(self.model, name)
-        known: dict[str, Any] = {one: getattr(tasks, one) for one in TASKS if hasattr(tasks, one)}
-        if name not in known:
-            raise LensError(
-                f"unknown task {name!r}; known: {', '.join((*known, 'text'))}, or a .jsonl file"
-            )
-        return known[name](self.model, n, self.seed)
+        return named_task(self.model, self.settings, self.seed)
 
 
 TASKS = ("induction", "ioi", "greater_than", "docstring", "colored_objects")
 """Tasks that `lens.tasks` makes from a model, a number of prompts and a seed."""
+
+
+def analysed(
+    config: RunConfig, model: "LoadedModel", planned: list[PlannedPrompt]
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Token ids of the prompts of the task and of the windows of text that an analysis will run on.
+
+    Raises:
+        LensError: as `windows_of` and `named_task`, so that a run is refused before its profile.
+    """
+    settings, what = config.analysis, config.what
+    if what == "profile":
+        return [], []
+    texts = [prompt.ids for prompt in planned if prompt.kind == "text"]
+    reads_text = what == "sinks" or settings.task == "text" or (texts and what != "circuit")
+    windows = windows_of(texts, model.bos_id, settings) if reads_text else []
+    if what == "sinks" or settings.task == "text":
+        return windows, windows
+    return named_task(model, settings, config.seed).clean.tolist(), windows
+
+
+def windows_of(
+    texts: list[list[int]], bos_id: int | None, settings: AnalysisConfig
+) -> list[list[int]]:
+    """Token ids of at most `n` windows of `length` tokens, each after the texts' own BOS.
+
+    Raises:
+        LensError: no text, or one that is too short for two windows.
+    """
+    if not texts:
+        raise LensError(
+            "this analysis needs text, and the run has copied prompts alone; give --text FILE or "
+            "--text-name moby-dick"
+        )
+    length, found = settings.length, []
+    for ids in texts:
+        start = ids[:1] if ids[0] == bos_id else []
+        body, size = ids[len(start) :], length - len(start)
+        found += [start + body[at : at + size] for at in range(0, len(body) - size + 1, size)]
+    if len(found) < 2:
+        raise LensError(
+            f"the text gives {len(found)} windows of {length} tokens, at least 2 are needed; give "
+            "more text (--tokens), or shorter windows with --set analysis.length=32"
+        )
+    return found[: settings.n]
+
+
+def named_task(model: "LoadedModel", settings: AnalysisConfig, seed: int) -> "Task":
+    """The task that the configuration names, if that is not its own text.
+
+    Raises:
+        LensError: an unknown task, or as that task for this model.
+    """
+    from lens import tasks
+
+    name = settings.task
+    if Path(name).suffix in (".jsonl", ".ndjson"):
+        return tasks.from_jsonl(model, name)
+    known: dict[str, Any] = {one: getattr(tasks, one) for one in TASKS if hasattr(tasks, one)}
+    if name not in known:
+        raise LensError(
+            f"unknown task {name!r}; known: {', '.join((*known, 'text'))}, or a .jsonl file"
+        )
+    return known[name](model, settings.n, seed)

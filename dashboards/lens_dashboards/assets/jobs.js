@@ -121,11 +121,16 @@
     return bytes < 1e9 ? `${Math.round(bytes / 1e6)} MB` : `${(bytes / 1e9).toFixed(1)} GB`;
   }
 
+  function time(seconds) {
+    return seconds < 100 ? `${Math.max(1, Math.round(seconds))} s` : `${Math.round(seconds / 60)} min`;
+  }
+
   function words(job) {
     if (job.kind === "estimate" && job.result) {
       const one = job.result;
-      const rest = one.what === "profile" ? "" : ` for the profile; ${one.what} comes on top`;
-      return `about ${Math.max(1, Math.round(one.seconds))} s${rest}, ${size(one.memory)} of memory, ${size(one.disk)} on disk; ${one.prompts} prompts, ${one.tokens} tokens`;
+      const longest = Object.entries(one.steps).sort((a, b) => b[1] - a[1]).slice(0, 3);
+      const rest = one.what === "profile" ? "" : ` (most for ${longest.map(([name, seconds]) => `${name} ${time(seconds)}`).join(", ")})`;
+      return `about ${time(one.seconds)}${rest}, ${size(one.memory)} of memory, ${size(one.disk)} on disk; ${one.prompts} prompts, ${one.tokens} tokens`;
     }
     if (job.status === "success") return `in ${Math.round((new Date(job.ended) - new Date(job.started)) / 1000)} s`;
     return job.error || job.step || "";

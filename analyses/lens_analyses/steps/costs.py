@@ -1,0 +1,134 @@
+"""About what each step takes, for `--dry-run`: tokens through the model, and seconds beside it.
+
+Counted with hooks on the layers of text-lm-3l, induction-2l and smollm2-135m; a backward pass counts as
+two. What depends on what is found (how many heads have a role, how large a circuit is) stands in as what
+those models had, so an estimate is good to about a factor of two.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from lens_analyses.config import AnalysisConfig
+
+_GATE = 20_000_000  # weights of the largest model whose streaming gates are trained
+_MANY = 64  # heads and more, where the pruning curve has few points
+
+
+@dataclass(frozen=True)
+class Load:
+    """What there is to do.
+
+    Attributes:
+        settings: the section `analysis` of the configuration.
+        layers, heads, parameters: of the model; heads of all layers together.
+        prompts: tokens of the run's own prompts.
+        task: tokens of the prompts of the task.
+        windows: tokens of the windows of text; 0 without text.
+    """
+
+    settings: AnalysisConfig
+    layers: int
+    heads: int
+    parameters: int
+    prompts: int
+    task: int
+    windows: int
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a step takes.
+
+    Attributes:
+        tokens: through the whole model.
+        passes: of the model over one prompt alone, of which small models feel each.
+        seconds: beside that, in tables, statistics and figures.
+    """
+
+    tokens: float
+    passes: float = 0.0
+    seconds: float = 1.0
+
+
+def _importance(load: Load) -> Cost:
+    passes = 6.0  # of heads of one role together, and the clean model
+    for measure in load.settings.measures.split(","):
+        by = measure.strip().partition("/")[0]
+        passes += load.heads + 2 if by == "ablation" else 4
+    both = load.task if load.settings.task == "text" else load.task + load.windows
+    return Cost(passes * both)
+
+
+def _pruning(load: Load) -> Cost:
+    orders, points = (9, load.heads) if load.heads < _MANY else (3, 24)
+    held_out = (load.windows or load.task) / 2
+    return Cost((orders * points + 5) * held_out)
+
+
+def _of_windows(passes: float) -> Callable[[Load], Cost]:
+    """Prompt by prompt: so many passes over each window."""
+
+    def cost(load: Load) -> Cost:
+        return Cost(passes * load.windows, passes * load.settings.n)
+
+    return cost
+
+
+def _amounts(load: Load) -> int:
+    return len(load.settings.amounts.split(","))
+
+
+def _effects(load: Load) -> Cost:
+    return _of_windows(18 + 6 * len(load.settings.edits.split(",")))(load)
+
+
+def _first_token(load: Load) -> Cost:
+    fixed = 63  # prompts that do not depend on the windows
+    tokens = fixed * load.settings.length + 8 * load.windows
+    return Cost(tokens, fixed + 8 * load.settings.n)
+
+
+def _edges(load: Load) -> Cost:
+    integrated = 3 * load.settings.steps if load.settings.method.startswith("eap-ig") else 3
+    return Cost((34 + integrated) * load.task * _circuit_factor(load))
+
+
+def _circuit_factor(load: Load) -> float:
+    """A pass in which every edge can be cut, over a plain one: each part reads its own sum."""
+    return 1 + 0.1 * load.layers
+
+
+COSTS: dict[str, dict[str, Callable[[Load], Cost]]] = {
+    "heads": {
+        "roles": lambda load: Cost(2 * load.prompts, seconds=2 + 0.08 * load.heads),
+        "importance": _importance,
+        "patterns": lambda load: Cost(0, seconds=1 + 0.03 * load.heads),
+        "retrieval": lambda load: Cost(16_000 if load.parameters <= _GATE else 1_000, seconds=2),
+        "similarity": lambda load: Cost(load.prompts, seconds=0.0016 * load.heads**2),
+        "stability": lambda load: Cost(2 * load.prompts),
+        "pruning": _pruning,
+        "layers": lambda load: Cost(min(8 * load.layers, 2 * load.layers + 20) * load.task),
+        "heads": lambda load: Cost(0),
+    },
+    "sinks": {
+        "detection": _of_windows(6),
+        "mechanism": _of_windows(4),
+        "effects": _effects,
+        "first_token": _first_token,
+        "dose": lambda load: _of_windows(2 * _amounts(load) + 1)(load),
+        "redistribution": lambda load: _of_windows(_amounts(load) + 3)(load),
+        "streaming": _of_windows(7),
+        "spectrum": lambda load: Cost(33 * load.settings.length, 33),
+    },
+    "redistribute": {
+        "dose": lambda load: Cost(_amounts(load) * (load.task + load.windows)),
+        "search": lambda load: Cost((load.heads + 5) * load.task / 2),
+    },
+    "circuit": {
+        "edges": _edges,
+        "circuit": lambda load: Cost(200 * load.task * _circuit_factor(load)),
+        "joined": lambda load: Cost(50 * load.task),
+        "overlap": lambda load: Cost(0),
+    },
+}
+"""Analysis -> step -> its cost."""
