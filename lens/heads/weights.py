@@ -113,7 +113,7 @@ def last_norm(model: LoadedModel) -> nn.Module:
 
 
 def copying(
-    model: LoadedModel, *, top: int = 5, tokens: int | None = 2048, seed: int = 0
+    model: LoadedModel, *, top: int = 5, tokens: int | None = 1024, seed: int = 0
 ) -> pd.DataFrame:
     """How far each head writes the token that it reads: one row per head.
 
@@ -265,11 +265,13 @@ def _top_share(read: Tensor, write: Tensor, tokens: Tensor, top: int) -> float:
 
     Ties count against it: a token whose embedding is 0 copies nothing.
     """
+    if top == write.shape[1]:
+        return 1.0
     among = 0
     for start in range(0, len(read), 1024):
         logits = read[start : start + 1024] @ write
         own = logits.gather(1, tokens[start : start + 1024, None])
-        among += int(((logits >= own).sum(1) <= top).sum())
+        among += int((own > logits.topk(top + 1, 1).values[:, -1:]).sum())
     return among / len(read)
 
 

@@ -69,7 +69,7 @@ def heads(subject: Subject) -> Section:
         columns |= {
             "copying_eigenvalue": "Sum of eigenvalues over sum of their sizes of W_E W_V W_O W_U, in [-1, 1].",
             "copying_top5": "Share of tokens that the head writes among its 5 strongest when it reads them, of "
-            "at most 2,048 tokens.",
+            "at most 1,024 tokens.",
         }
     except LensError as problem:
         limits.append(f"No copying scores: {problem}.")
