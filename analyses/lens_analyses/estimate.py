@@ -108,6 +108,7 @@ def _analysis(
         settings=settings,
         layers=info.layers,
         heads=info.layers * info.heads,
+        vocab=info.vocab or 0,
         parameters=info.parameters,
         prompts=sum(len(prompt.ids) for prompt in planned),
         task=sum(map(len, task)),

@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 
 from lens.errors import LensError
 from lens.figures.colors import ACCENT, DIVERGING, LINE, scale
-from lens.figures.style import Look, escaped, style, tick_step
+from lens.figures.style import Look, escaped, grid_height, style, tick_step
 
 if TYPE_CHECKING:
     from lens.circuits.circuit import Circuit
@@ -216,7 +216,7 @@ def head_map(circuit: Circuit, scores: EdgeScores, **look: Unpack[Look]) -> go.F
         figure,
         f"{inside} of {values.size} heads are in the circuit: score of what they write",
         look,
-        height=max(300, 16 * graph.layers + 110),
+        height=grid_height(graph.layers),
         meta={"task": circuit.task, "model": circuit.model, "edges": circuit.n},
     )
 

@@ -14,7 +14,7 @@ import plotly.graph_objects as go
 from lens.errors import LensError
 from lens.figures.colors import ACCENT, DIVERGING, VIRIDIS, scale
 from lens.figures.rows import head_names
-from lens.figures.style import Look, escaped, style, tick_step
+from lens.figures.style import Look, escaped, grid_height, style, tick_step
 
 _CLASSES = ("#1f5a96", "#c2410c", "#17663a", "#8a5300", "#7a3e9d", "#5c6773")
 
@@ -157,6 +157,7 @@ def column_grid(
         figure,
         f"{words}: highest at {best}, {values[layer, head]:.3g}",
         look,
+        height=grid_height(len(grid.index)),
         meta={"figure": "column_grid", "column": column},
     )
 

@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 from lens.errors import LensError
 from lens.figures.colors import ACCENT, BASELINE, DIVERGING, LINE, scale
 from lens.figures.heads import label
-from lens.figures.style import Look, escaped, style, tick_step
+from lens.figures.style import Look, escaped, grid_height, style, tick_step
 from lens.metrics import METRICS
 
 if TYPE_CHECKING:
@@ -158,6 +158,7 @@ def difference_grid(
         figure,
         _finding(comparison, metric, variant, kind),
         look,
+        height=grid_height(layers),
         meta=_meta(comparison, "difference_grid", metric, variant, kind),
     )
 

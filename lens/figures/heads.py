@@ -12,7 +12,7 @@ import plotly.graph_objects as go
 from lens.errors import LensError
 from lens.figures.colors import ACCENT, DIVERGING, LINE, VIRIDIS, scale
 from lens.figures.rows import head_names
-from lens.figures.style import Look, style, tick_step
+from lens.figures.style import Look, grid_height, style, tick_step
 from lens.metrics import METRICS
 
 
@@ -100,6 +100,7 @@ def head_grid(
         figure,
         _finding(rows, metric, variant),
         look,
+        height=grid_height(len(grid.index), 26),
         meta=_meta(rows, "head_grid", metric=metric, variant=variant),
     )
 

@@ -9,7 +9,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from lens.figures.colors import DIVERGING, scale
-from lens.figures.style import Look, style, tick_step
+from lens.figures.style import Look, grid_height, style, tick_step
 
 if TYPE_CHECKING:
     from lens.heads.scores import HeadScores
@@ -63,11 +63,11 @@ def grid(
             hovertemplate="L%{y}H%{x}: %{z:.4g}%{text}<extra></extra>",
         )
     )
-    figure.update_xaxes(title="head", dtick=tick_step(heads, 32), showgrid=False)
+    figure.update_xaxes(title="head", dtick=tick_step(heads), showgrid=False)
     figure.update_yaxes(
-        title="layer", autorange="reversed", dtick=tick_step(layers, 32), showgrid=False
+        title="layer", autorange="reversed", dtick=tick_step(layers), showgrid=False
     )
-    return style(figure, found, look, meta=meta)
+    return style(figure, found, look, height=grid_height(layers), meta=meta)
 
 
 def _finding(scores: HeadScores) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Unpack
 import numpy as np
 import plotly.graph_objects as go
 
-from lens.figures.style import Look, style, tick_step
+from lens.figures.style import Look, grid_height, style, tick_step
 
 if TYPE_CHECKING:
     from lens.heads.patterns import PatternClasses
@@ -44,11 +44,12 @@ def pattern_grid(result: PatternClasses, **look: Unpack[Look]) -> go.Figure:
                 ),
             )
         )
-    figure.update_xaxes(title="head", range=[-0.6, heads - 0.4], dtick=tick_step(heads, 32))
-    figure.update_yaxes(title="layer", range=[layers - 0.4, -0.6], dtick=tick_step(layers, 32))
+    figure.update_xaxes(title="head", range=[-0.6, heads - 0.4], dtick=tick_step(heads))
+    figure.update_yaxes(title="layer", range=[layers - 0.4, -0.6], dtick=tick_step(layers))
     return style(
         figure,
         f"Sparse patterns within {result.budget:.0%} of the pairs: {result.model}",
         look,
+        height=grid_height(layers),
         meta={"figure": "pattern_grid", "budget": result.budget, "prompts": result.n},
     )

@@ -12,7 +12,7 @@ from plotly.subplots import make_subplots
 from lens.errors import LensError
 from lens.figures.colors import ACCENT, BASELINE, DIVERGING, GRID, INK, LINE, VIRIDIS, scale
 from lens.figures.rows import whiskers
-from lens.figures.style import Look, escaped, style, tick_step
+from lens.figures.style import Look, escaped, grid_height, style, tick_step
 
 if TYPE_CHECKING:
     from lens.redistribution.agreement import DimsAgreement
@@ -96,7 +96,7 @@ def selection_grid(result: HeadSelection, **look: Unpack[Look]) -> go.Figure:
     figure.update_xaxes(title="Head", dtick=tick_step(heads))
     figure.update_yaxes(title="Layer", dtick=tick_step(layers), autorange="reversed")
     text = f"Image-centric rows by head ({result.model})"
-    return style(figure, escaped(text), look)
+    return style(figure, escaped(text), look, height=grid_height(layers))
 
 
 def sink_dim_lines(result: SinkDims, **look: Unpack[Look]) -> go.Figure:
@@ -222,7 +222,7 @@ def gain_grid(result: HeadSearch, **look: Unpack[Look]) -> go.Figure:
     figure.update_xaxes(title="Head", dtick=tick_step(heads))
     figure.update_yaxes(title="Layer", dtick=tick_step(layers), autorange="reversed")
     text = f"Gain in {result.metric} on {result.task} (validation; test {result.test.mean():.3g})"
-    return style(figure, escaped(text), look)
+    return style(figure, escaped(text), look, height=grid_height(layers))
 
 
 def side_effect_line(

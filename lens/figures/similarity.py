@@ -77,6 +77,7 @@ def similarity_map(
         figure,
         _finding(similarity) + _left_out(len(order), len(similarity.names)),
         look,
+        height=480,
         meta={
             "figure": "similarity_map",
             "by": similarity.by,

@@ -39,6 +39,11 @@ def tick_step(count: int, most: int = 16) -> int:
     return max(1, -(-count // most))
 
 
+def grid_height(rows: int, cell: int = 18) -> int:
+    """Pixels at which `rows` rows of `cell` pixels and their names can be told apart."""
+    return min(760, max(260, 150 + cell * rows))
+
+
 def style(
     figure: go.Figure,
     title: str,

@@ -50,14 +50,14 @@ class Agreement:
 
     def findings(self) -> list[str]:
         """One sentence per pair: which heads one puts among its k most important and the other does
-        not, and whether their orders agree beyond chance (the interval of tau lies above 0)."""
+        not (the first six), and whether their orders agree beyond chance (tau's interval lies above 0)."""
         return [self._finding(row) for row in self.table.to_dict("records")]
 
     def _finding(self, row: Mapping[Hashable, Any]) -> str:
         first, second = row["first"], row["second"]
         tops = [self.tops[first], self.tops[second]]
         sides = [
-            f"{', '.join(only)} only by {label}"
+            f"{_few(only)} only by {label}"
             for label, mine, other in ((first, *tops), (second, *reversed(tops)))
             if (only := [head for head in mine if head not in other])
         ]
@@ -80,6 +80,11 @@ class Agreement:
 
     def _repr_html_(self) -> str:
         return as_html(repr(self), self.table)
+
+
+def _few(heads: list[str], most: int = 6) -> str:
+    more = f" and {len(heads) - most} more" if len(heads) > most else ""
+    return ", ".join(heads[:most]) + more
 
 
 def join(*scores: HeadScores, seed: int = 0) -> pd.DataFrame:

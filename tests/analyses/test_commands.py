@@ -280,7 +280,7 @@ def test_every_step_has_a_cost_that_grows_with_its_settings():
     }
 
     def tokens(what, step, heads=8, prompts=100, **settings):
-        load = Load(AnalysisConfig(**settings), 2, heads, 50_000, prompts, prompts, prompts)
+        load = Load(AnalysisConfig(**settings), 2, heads, 65, 50_000, prompts, prompts, prompts)
         return COSTS[what][step](load).tokens
 
     more = {

@@ -10,6 +10,7 @@ import pytest
 
 from lens import figures
 from lens.errors import LensError
+from lens.figures.roles import share_grid
 from lens.figures.style import Look
 from lens.profiles import prompt_table
 from tests.lens.traces import LENGTH, probabilities, trace_of
@@ -251,6 +252,13 @@ def test_every_figure_takes_the_same_look(name):
     *_, last = inspect.signature(getattr(figures, name)).parameters.values()
     assert last.kind is last.VAR_KEYWORD
     assert last.annotation in (Unpack[Look], "Unpack[Look]")
+
+
+def test_many_layers_make_a_grid_taller_until_a_look_says_otherwise():
+    deep = np.linspace(0, 1, 90).reshape(30, 3)
+    figure = share_grid(deep, "found", unit="share")
+    assert figure.layout.height > 30 * 14
+    assert share_grid(deep, "found", unit="share", height=210).layout.height == 210
 
 
 def test_a_look_that_no_figure_has_is_named(trace):

@@ -1,5 +1,7 @@
 """Figures of measures against each other show the numbers of their tables."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -17,6 +19,13 @@ def some_agreement(tau=(0.5, -0.25, np.nan)):
     ]
     tops = dict.fromkeys(("a", "b", "c <i>"), ("L0H0", "L0H1", "L0H2", "L0H3"))
     return Agreement(pd.DataFrame(rows, columns=list(COLUMNS)), 4, (7, 7, 7), 0, tops)
+
+
+def test_a_sentence_names_six_of_many_heads():
+    names = {"a": tuple(f"L0H{i}" for i in range(9)), "b": tuple(f"L1H{i}" for i in range(9))}
+    first, *_ = replace(some_agreement(), k=9, tops={**names, "c <i>": names["a"]}).findings()
+    assert "L0H0, L0H1, L0H2, L0H3, L0H4, L0H5 and 3 more only by a; " in first
+    assert "L1H5 and 3 more only by b; " in first
 
 
 def test_the_map_has_every_pair_both_ways():

@@ -1,5 +1,6 @@
 """The interactive figures of a report, as plain plotly JSON that shares one template."""
 
+from textwrap import wrap
 from typing import Any
 
 import pandas as pd
@@ -13,6 +14,7 @@ from lens.runs import Run
 
 _COLORS = {"text": LINE, "copied": ACCENT}
 _TICKS = 15
+_TITLE = 64  # characters of a title that a figure beside another has room for
 NAMES = {"text": "text", "copied": "copied random tokens"}
 
 
@@ -95,7 +97,14 @@ def slim(figure: go.Figure) -> dict[str, Any]:
     """Without the template, which the page adds back, and with margins for the page."""
     plain = figure.to_plotly_json()
     plain["layout"].pop("template", None)
-    has_legend = "legend" in plain["layout"]
-    plain["layout"]["margin"] = {"l": 56, "r": 12, "t": 72 if has_legend else 44, "b": 44}
-    plain["layout"]["title"] |= {"y": 1, "yref": "container", "yanchor": "top", "pad": {"t": 12}}
+    lines = wrap(plain["layout"]["title"]["text"], _TITLE)
+    above = (56 if len(plain["data"]) > 1 else 28) + 17 * len(lines)
+    plain["layout"]["margin"] = {"l": 56, "r": 12, "t": above, "b": 44}
+    plain["layout"]["title"] |= {
+        "text": "<br>".join(lines),
+        "y": 1,
+        "yref": "container",
+        "yanchor": "top",
+        "pad": {"t": 12},
+    }
     return plain

@@ -20,7 +20,7 @@ class Load:
 
     Attributes:
         settings: the section `analysis` of the configuration.
-        layers, heads, parameters: of the model; heads of all layers together.
+        layers, heads, vocab, parameters: of the model; heads of all layers together.
         prompts: tokens of the run's own prompts.
         task: tokens of the prompts of the task.
         windows: tokens of the windows of text; 0 without text.
@@ -29,6 +29,7 @@ class Load:
     settings: AnalysisConfig
     layers: int
     heads: int
+    vocab: int
     parameters: int
     prompts: int
     task: int
@@ -108,7 +109,7 @@ COSTS: dict[str, dict[str, Callable[[Load], Cost]]] = {
         "stability": lambda load: Cost(2 * load.prompts),
         "pruning": _pruning,
         "layers": lambda load: Cost(min(8 * load.layers, 2 * load.layers + 20) * load.task),
-        "heads": lambda load: Cost(0),
+        "heads": lambda load: Cost(0, seconds=1 + 6e-6 * load.heads * load.vocab),
     },
     "sinks": {
         "detection": _of_windows(6),
