@@ -96,7 +96,7 @@ def _edges(load: Load) -> Cost:
 
 def _circuit_factor(load: Load) -> float:
     """A pass in which every edge can be cut, over a plain one: each part reads its own sum."""
-    return 1 + 0.1 * load.layers
+    return 1 + 0.04 * load.layers
 
 
 COSTS: dict[str, dict[str, Callable[[Load], Cost]]] = {
@@ -127,7 +127,7 @@ COSTS: dict[str, dict[str, Callable[[Load], Cost]]] = {
     },
     "circuit": {
         "edges": _edges,
-        "circuit": lambda load: Cost(200 * load.task * _circuit_factor(load)),
+        "circuit": lambda load: Cost(180 * load.task * _circuit_factor(load)),
         "joined": lambda load: Cost(50 * load.task),
         "overlap": lambda load: Cost(0),
     },
