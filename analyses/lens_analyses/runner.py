@@ -102,7 +102,7 @@ def execute(config: RunConfig, runs: Path, output: Output, *, again: bool = Fals
     log.info("loading %s", config.model.name)
     model = load_model(config)
     planned = plan(model, config, sources)
-    analysed(config, model, planned)
+    analysed(config, model, planned)  # what cannot be done is refused now, not after the profile
     if again and earlier is not None and not (run and run.status == "started"):
         shutil.rmtree(earlier)
     fresh_parent = not runs.exists()

@@ -109,7 +109,7 @@ def received_mass(trace: AttentionTrace, layer: int, head: int, **look: Unpack[L
         lines.append(_baseline(at, even[at]))
     figure = go.Figure(lines)
     figure.update_xaxes(title="key position" + _binned(size))
-    figure.update_yaxes(title="mean over the queries that see it", rangemode="tozero")
+    figure.update_yaxes(title="mean probability received", rangemode="tozero")
     found = f"L{layer}H{head}: the first token receives {alpha[0]:.1%}"
     return style(figure, found, look, meta=provenance(trace, layer, head, "received_mass"))  # fmt: skip
 
