@@ -102,9 +102,11 @@ def slim(figure: go.Figure) -> dict[str, Any]:
     plain["layout"]["margin"] = {"l": 56, "r": 12, "t": above, "b": 44}
     plain["layout"]["title"] |= {
         "text": "<br>".join(lines),
+        "x": 0,  # of the whole figure: the names of rows can be long
+        "xref": "container",
         "y": 1,
         "yref": "container",
         "yanchor": "top",
-        "pad": {"t": 12},
+        "pad": {"t": 12, "l": 8},
     }
     return plain
