@@ -49,9 +49,14 @@
     if (document.title !== name) document.title = name;
   }
 
-  // Dash gives the thumb of a slider and the file input of an upload no name.
+  // Dash gives the thumb of a slider and the file input of an upload no name, and leads the keyboard to a
+  // dropdown through an input that is hidden from readers; here it goes to the button itself.
   new MutationObserver(() => {
     nameTab();
+    for (const hidden of document.querySelectorAll(".dash-dropdown-focus-target[tabindex='0']")) {
+      hidden.tabIndex = -1;
+      hidden.parentElement.querySelector("button.dash-dropdown")?.setAttribute("tabindex", "0");
+    }
     for (const thumb of document.querySelectorAll(".control.slider [role=slider]:not([aria-label])")) {
       thumb.setAttribute("aria-label", thumb.closest(".control").querySelector("label, legend").textContent);
     }
