@@ -3,6 +3,7 @@
 import ast
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -59,6 +60,21 @@ def test_the_arrow_check_sees_a_nested_import(tmp_path):
     file = tmp_path / "module.py"
     file.write_text("def f():\n    from lens_dashboards.app import make\n    import torch.nn\n")
     assert imported_packages(file) == {"lens_dashboards", "torch"}
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_nothing_reads_a_pickle(package):
+    """Only the error of one may be named; `allow_pickle` and `weights_only` are never the open way."""
+    readers = re.compile(
+        r"\b(import (pickle|dill|cloudpickle|joblib|shelve|marshal)\b|from (dill|cloudpickle|joblib|shelve|marshal) "
+        r"|from pickle import (?!UnpicklingError\n)|allow_pickle=True|weights_only=False|torch\.load\(|read_pickle)"
+    )
+    found = [
+        f"{file.relative_to(ROOT)}: {match[0]}"
+        for file in PACKAGES[package].rglob("*.py")
+        for match in readers.finditer(file.read_text())
+    ]
+    assert found == []
 
 
 @pytest.mark.parametrize("folder", ["kernels", "analyses", "dashboards"])

@@ -50,6 +50,7 @@ def create_app(
     """
     flask = Flask("lens_dashboards")
     flask.config["TRUSTED_HOSTS"] = list(hosts)
+    flask.debug = False  # whatever FLASK_DEBUG says
     app = Dash(
         "lens_dashboards",
         server=flask,  # pyright: ignore[reportArgumentType]

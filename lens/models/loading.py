@@ -6,11 +6,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import huggingface_hub
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -56,7 +58,8 @@ def load(
         model's own `eager` attention and through capture must agree, and captured rows must sum to 1.
 
     Raises:
-        LensError: unknown name, missing package, unreachable hub, or attention that cannot be reached.
+        LensError: unknown name, missing package, unreachable hub, weights that are damaged or not all there, or
+            attention that cannot be reached.
 
     Example:
         >>> load("text-lm-3l").info.heads
@@ -210,14 +213,45 @@ def _pretrained(
             raise ValueError(f"transformers {transformers.__version__} has no class {class_name}")
         if dtype is None:
             dtype = torch.float32 if device.type == "cpu" else None
-        model = model_class.from_pretrained(
-            name, revision=revision, dtype=dtype or "auto", local_files_only=local
+        model: Any = _trained(
+            model_class, name, revision=revision, dtype=dtype or "auto", local_files_only=local
         )
     if _has_decoder_input(model):
         raise ValueError(
             f"{class_name} is an encoder-decoder; load it yourself and pass model.get_encoder()"
         )
     return model.to(device).eval()
+
+
+def _trained(model_class: Any, name: str, **options: Any) -> PreTrainedModel:
+    """The model with its weights, all of them: what a checkpoint lacks, transformers makes random and goes on.
+
+    Raises:
+        LensError: weights are damaged, missing, of another shape, or a pickle of more than tensors.
+    """
+    try:
+        model, found = model_class.from_pretrained(
+            name, ignore_mismatched_sizes=True, output_loading_info=True, **options
+        )
+    except UnpicklingError as error:
+        raise LensError(
+            f"the weights of {name} are a pickle that holds more than tensors, and could run code: refused; save "
+            "the model with save_pretrained, which writes safetensors"
+        ) from error
+    except (SafetensorError, KeyError, EOFError) as error:
+        raise LensError(
+            f"the weights of {name} are damaged or not all there ({_first_line(error)}); get the files again"
+        ) from error
+    for weight, has, needs in sorted(found["mismatched_keys"]):
+        raise LensError(
+            f"{weight} of {name} is {tuple(has)} where config.json makes {tuple(needs)}: config.json is of another model"
+        )
+    if missing := sorted(found["missing_keys"]):
+        raise LensError(
+            f"the checkpoint of {name} lacks {missing[0]}{f' and {len(missing) - 1} more' if missing[1:] else ''}, which "
+            "would be random; get all of it, or, if this does not matter, load it yourself and pass the model"
+        )
+    return model
 
 
 def _has_decoder_input(model: PreTrainedModel) -> bool:

@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+from dash import Dash, html
 from lens_dashboards.library import Library
 from lens_dashboards.server import create_app, serve
 from lens_dashboards.views import render
@@ -107,6 +108,21 @@ def test_every_answer_is_locked_down(client, run):
         assert "unsafe" not in script
         assert headers["X-Content-Type-Options"] == "nosniff"
         assert headers["X-Frame-Options"] == "SAMEORIGIN"
+
+
+def test_no_setting_of_the_environment_opens_tools_for_others(runs, monkeypatch):
+    asked = {"jsonrpc": "2.0", "id": 1, "method": "tools/list"}
+    for name in ("DASH_MCP_ENABLED", "DASH_DEBUG", "FLASK_DEBUG"):
+        monkeypatch.setenv(name, "true")
+    bare = Dash("bare")
+    bare.layout = html.Div()
+    answer = bare.server.test_client().post("/_mcp", json=asked)
+    assert answer.status_code == 200  # what Dash alone would do
+    app = create_app(runs)
+    client = app.server.test_client()
+    assert client.post("/_mcp", json=asked).status_code == 405
+    assert app.server.debug is False
+    assert b'"ui":false' in client.get("/").data  # no tools of Dash on the page
 
 
 def test_the_page_names_nothing_outside(client):

@@ -2,11 +2,13 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import huggingface_hub
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lens
@@ -169,6 +171,63 @@ def test_folders_that_hold_no_model_are_refused(tmp_path):
     )
     with pytest.raises(LensError, match=r"cannot load the model in .*has no class Nix"):
         lens.load(tmp_path)
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A folder with the trained text-lm-3l, its file of weights, and the weights."""
+    folder = shutil.copytree(KNOWN["text-lm-3l"].folder, tmp_path / "model")
+    file = folder / "model.safetensors"
+    return folder, file, load_file(file)
+
+
+def test_a_checkpoint_that_lacks_weights_is_refused_and_not_filled_at_random(checkpoint):
+    folder, file, weights = checkpoint
+    name = "model.layers.0.self_attn.q_proj.weight"
+    kept = weights.pop(name)
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(LensError, match=rf"lacks {name}, which would be random; get all of it"):
+        lens.load(folder)
+    del weights["model.norm.weight"]
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(LensError, match=rf"lacks {name} and 1 more"):
+        lens.load(folder)
+    save_file({**weights, name: kept[:8].clone()}, file, metadata={"format": "pt"})
+    with pytest.raises(
+        LensError, match=rf"{name} of .* is \(8, 96\) where config\.json makes \(96, 96\)"
+    ):
+        lens.load(folder)
+
+
+@pytest.mark.parametrize("share", [0, 0.5, 0.999])
+def test_half_a_download_is_refused(checkpoint, share):
+    folder, file, _ = checkpoint
+    whole = file.read_bytes()
+    file.write_bytes(whole[: int(share * len(whole))])
+    with pytest.raises(LensError, match=r"the weights of .* are damaged or not all there"):
+        lens.load(folder)
+
+
+def test_a_pickle_that_would_run_code_is_refused_and_runs_none(checkpoint, tmp_path):
+    folder, file, weights = checkpoint
+    file.unlink()
+    torch.save(weights, folder / "pytorch_model.bin")  # of tensors alone: read as tensors alone
+    assert lens.load(folder).check < 1e-5
+    mark = tmp_path / "ran"
+    torch.save({**weights, "lm_head.weight": _Hostile(mark)}, folder / "pytorch_model.bin")
+    with pytest.raises(LensError, match="a pickle that holds more than tensors"):
+        lens.load(folder)
+    assert not mark.exists()
+    torch.load(folder / "pytorch_model.bin", weights_only=False)
+    assert mark.exists()  # it would have
+
+
+class _Hostile:
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return Path.touch, (self.mark,)
 
 
 def test_an_encoder_decoder_is_refused_with_the_way_out(tmp_path):
