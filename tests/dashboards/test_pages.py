@@ -342,6 +342,12 @@ def test_an_empty_page_says_which_command_fills_it(every_run, run, page_name, co
     assert command in words(render(Library(every_run), f"/run/{run.id}/{page_name}", ""))
 
 
+@pytest.mark.parametrize("option", ["edit", "epsilon"])
+def test_what_a_link_asks_of_sinks_and_cannot_have_is_said(every_run, sinks_run, option):
+    shown = words(render(Library(every_run), f"/run/{sinks_run.id}/sinks", f"?{option}=nothing"))
+    assert "'nothing'" in shown
+
+
 @pytest.mark.browser
 @pytest.mark.parametrize("kind", ["heads", "circuits", "sinks", "redistribution", "compare"])
 def test_axe_finds_nothing_serious_on_a_narrow_page(

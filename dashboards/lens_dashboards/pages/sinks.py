@@ -62,10 +62,11 @@ def page(library: Library, view: Selection) -> list[Any]:
         "heads = section.tables['heads'].rename(columns={'head': 'number'})\n"
         "column_grid(heads, 'alpha')"
     )
+    effects = _effects(run, view, notes)
     held = [read_section(run, name) for name in SECTIONS if name in run.sections]
     return [
         *top,
-        *[note_banner(text) for text in notes],
+        *map(note_banner, notes),
         findings(held),
         card(
             [
@@ -96,7 +97,7 @@ def page(library: Library, view: Selection) -> list[Any]:
             ],
             className="halves",
         ),
-        *_effects(run, view, notes),
+        *effects,
         tables_of(view, held),
         limits(held),
     ]
