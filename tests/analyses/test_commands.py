@@ -294,6 +294,8 @@ def test_every_step_has_a_cost_that_grows_with_its_settings():
     }
     for (what, step), (few, many) in more.items():
         assert 0 < tokens(what, step, **few) < tokens(what, step, **many), (what, step)
+    longest, short = (tokens("heads", "pruning", heads=heads) for heads in (64, 65))
+    assert short < longest  # as `pruning` itself: the curve of 65 heads is cut short
 
 
 @pytest.mark.parametrize("verb", SETTINGS_OF)

@@ -9,9 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from lens_analyses.config import AnalysisConfig
-
-_GATE = 20_000_000  # weights of the largest model whose streaming gates are trained
-_MANY = 64  # heads and more, where the pruning curve has few points
+from lens_analyses.steps.sizes import GATE_PARAMETERS, pruning_size
 
 
 @dataclass(frozen=True)
@@ -61,18 +59,14 @@ def _importance(load: Load) -> Cost:
 
 
 def _pruning(load: Load) -> Cost:
-    orders, points = (9, load.heads) if load.heads < _MANY else (3, 24)
+    points, draws = pruning_size(load.heads)
     held_out = (load.windows or load.task) / 2
-    return Cost((orders * points + 5) * held_out)
+    return Cost(((1 + draws) * (points or load.heads) + 5) * held_out)
 
 
-def _of_windows(passes: float) -> Callable[[Load], Cost]:
+def _of_windows(load: Load, passes: float) -> Cost:
     """Prompt by prompt: so many passes over each window."""
-
-    def cost(load: Load) -> Cost:
-        return Cost(passes * load.windows, passes * load.settings.n)
-
-    return cost
+    return Cost(passes * load.windows, passes * load.settings.n)
 
 
 def _amounts(load: Load) -> int:
@@ -80,7 +74,7 @@ def _amounts(load: Load) -> int:
 
 
 def _effects(load: Load) -> Cost:
-    return _of_windows(18 + 6 * len(load.settings.edits.split(",")))(load)
+    return _of_windows(load, 18 + 6 * len(load.settings.edits.split(",")))
 
 
 def _first_token(load: Load) -> Cost:
@@ -104,7 +98,9 @@ COSTS: dict[str, dict[str, Callable[[Load], Cost]]] = {
         "roles": lambda load: Cost(2 * load.prompts, seconds=2 + 0.08 * load.heads),
         "importance": _importance,
         "patterns": lambda load: Cost(0, seconds=1 + 0.03 * load.heads),
-        "retrieval": lambda load: Cost(16_000 if load.parameters <= _GATE else 1_000, seconds=2),
+        "retrieval": lambda load: Cost(
+            16_000 if load.parameters <= GATE_PARAMETERS else 1_000, seconds=2
+        ),
         "similarity": lambda load: Cost(load.prompts, seconds=0.0016 * load.heads**2),
         "stability": lambda load: Cost(2 * load.prompts),
         "pruning": _pruning,
@@ -112,13 +108,13 @@ COSTS: dict[str, dict[str, Callable[[Load], Cost]]] = {
         "heads": lambda load: Cost(0, seconds=1 + 6e-6 * load.heads * load.vocab),
     },
     "sinks": {
-        "detection": _of_windows(6),
-        "mechanism": _of_windows(4),
+        "detection": lambda load: _of_windows(load, 6),
+        "mechanism": lambda load: _of_windows(load, 4),
         "effects": _effects,
         "first_token": _first_token,
-        "dose": lambda load: _of_windows(2 * _amounts(load) + 1)(load),
-        "redistribution": lambda load: _of_windows(_amounts(load) + 3)(load),
-        "streaming": _of_windows(7),
+        "dose": lambda load: _of_windows(load, 2 * _amounts(load) + 1),
+        "redistribution": lambda load: _of_windows(load, _amounts(load) + 3),
+        "streaming": lambda load: _of_windows(load, 7),
         "spectrum": lambda load: Cost(33 * load.settings.length, 33),
     },
     "redistribute": {

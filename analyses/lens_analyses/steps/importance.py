@@ -12,12 +12,11 @@ from lens.figures import agreement_map
 from lens.heads.scores import BASELINES, BY, HeadScores
 from lens.sections import Section
 from lens.tasks import Task
+from lens_analyses.steps.sizes import pruning_size
 from lens_analyses.steps.subject import Subject
 
 _UNITS = "Positive: the task goes worse without the head, in units of the metric."
 _BEARABLE = 0.05  # of the metric, what pruning may cost
-_DRAWS, _FEW_DRAWS, _POINTS = 8, 2, 24  # random orders of removal, and points of a curve of
-_MANY = 64  # heads and more, where the short curve is run
 _PAIRS = 3  # of measures whose disagreement is told; the table has all
 _JOINT = 4  # heads at most that are taken away together
 
@@ -96,12 +95,13 @@ def pruning(subject: Subject) -> Section:
         seed=subject.seed,
         progress=subject.progress,
     )
+    points, draws = pruning_size(order.values.size)
     curve = heads.pruning_curve(
         subject.model,
         held_out,
         order=order,
-        steps=None if order.values.size <= _MANY else _POINTS,
-        random=_DRAWS if order.values.size <= _MANY else _FEW_DRAWS,
+        steps=points,
+        random=draws,
         seed=subject.seed,
         progress=subject.progress,
     )

@@ -5,10 +5,10 @@ from lens.errors import LensError
 from lens.heads.retrieval import copied_needles
 from lens.sections import Section
 from lens_analyses.steps.columns import defined
+from lens_analyses.steps.sizes import GATE_PARAMETERS
 from lens_analyses.steps.subject import Subject
 
 _SINK = 1  # first keys of a streaming head
-_GATE = 20_000_000  # weights of the largest model whose gates are trained here
 _TRIALS = 8
 
 
@@ -29,7 +29,7 @@ def retrieval(subject: Subject) -> Section:
             f"With the first key and the {recent} nearest alone, the outputs of {named} change most "
             "(size of the change over the output's size)."
         )
-        if subject.model.info.parameters <= _GATE:
+        if subject.model.info.parameters <= GATE_PARAMETERS:
             gate = heads.streaming_gate(subject.model, prompts, seed=subject.seed, **options)
             tables["gate"] = gate.table()
             figures["gate"] = gate.plot()

@@ -1,0 +1,11 @@
+"""What steps cut short on large models. No torch: `--dry-run` reads it too."""
+
+GATE_PARAMETERS = 20_000_000
+"""Of the largest model whose streaming gates are trained."""
+
+_MANY = 64  # heads; beyond, the pruning curve is short
+
+
+def pruning_size(heads: int) -> tuple[int | None, int]:
+    """Points of the pruning curve (None: one a head) and random orders beside it."""
+    return (None, 8) if heads <= _MANY else (24, 2)
