@@ -37,29 +37,16 @@ SWITCHES = 60
 
 def make_run(folder: Path, tokens: int, block_size: int, heads: int) -> None:
     """A run of `heads` × `heads` heads on one prompt of random tokens."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     import lens
     from lens.runs import open_run
+    from tests.benchmarks.long_prompt import random_llama
     from tests.dashboards.repeated import repeat_run
 
     command = [sys.executable, "-m", "lens_analyses", "run", "--copied", "1"]
     command += ["--quiet", "--json", "--out", str(folder / "small")]
     subprocess.run(command, env=_environment(), check=True, stdout=subprocess.DEVNULL)
     small = open_run(next((folder / "small").glob("*/run.json")).parent)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-        vocab_size=1000,
-        max_position_embeddings=tokens,
-    )
-    model = lens.load(LlamaForCausalLM(config).eval())
-    ids = torch.randint(0, 1000, (tokens,)).tolist()
+    model, ids = random_llama(128, tokens)
     trace = lens.capture(model, ids, block_size=block_size, progress=False)
     assert isinstance(trace, lens.AttentionTrace)
     repeat_run(folder / "runs", small, heads, heads, trace)

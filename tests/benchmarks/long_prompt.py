@@ -15,6 +15,10 @@ import resource
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import lens
 
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
@@ -22,8 +26,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 GOAL_MB = 2000
 
 
-def measure(tokens: int) -> dict[str, float]:
-    """Seconds of the capture and megabytes of the process at its highest point."""
+def random_llama(hidden: int, tokens: int) -> tuple[lens.LoadedModel, list[int]]:
+    """A Llama of 2 layers of 8 heads with random weights, and a prompt of random tokens."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -31,8 +35,8 @@ def measure(tokens: int) -> dict[str, float]:
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        hidden_size=512,
-        intermediate_size=1024,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
         num_hidden_layers=2,
         num_attention_heads=8,
         num_key_value_heads=8,
@@ -41,6 +45,14 @@ def measure(tokens: int) -> dict[str, float]:
     )
     model = lens.load(LlamaForCausalLM(config).eval())
     ids = torch.randint(0, 1000, (tokens,)).tolist()
+    return model, ids
+
+
+def measure(tokens: int) -> dict[str, float]:
+    """Seconds of the capture and megabytes of the process at its highest point."""
+    import lens
+
+    model, ids = random_llama(512, tokens)
     start = time.perf_counter()
     trace = lens.capture(model, ids, progress=False)
     seconds = time.perf_counter() - start
