@@ -29,6 +29,12 @@ def described(result: _Says) -> str:
     return "\n  ".join([type(result).__name__, *said[:SENTENCES], *rest])
 
 
+def few(names: Sequence[object], most: int = 6, joint: str = ", ") -> str:
+    """The first names and how many more there are: `L0H1, L0H2 and 3 more`."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return joint.join(map(str, names[:most])) + more
+
+
 class Result:
     """Anything that an analysis gives back: in a notebook its sentences and the first rows of its table."""
 

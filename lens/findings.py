@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lens.described import few
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -169,8 +171,7 @@ def _apply(rule: _Rule, table: pd.DataFrame, most: int) -> Finding | None:
 
 
 def _found(rule: _Rule, heads: Sequence[HeadScore], total: int, prompt_id: str, most: int) -> str:
-    named = ", ".join(str(head) for head in heads[:most])
-    more = f" and {len(heads) - most} more" if len(heads) > most else ""
+    named = few(heads, most)
     where = _ON[prompt_id].capitalize()
     if len(heads) == 1:
         return (
@@ -181,5 +182,5 @@ def _found(rule: _Rule, heads: Sequence[HeadScore], total: int, prompt_id: str, 
     between = low if low == high else f"{low} to {high}"
     return (
         f"{len(heads)} {rule.many} (of {total} heads) score above {rule.threshold:g}. {where} they "
-        f"{rule.verb} {between} of their attention {rule.on}: {named}{more}."
+        f"{rule.verb} {between} of their attention {rule.on}: {named}."
     )

@@ -9,6 +9,7 @@ from typing import NamedTuple, TypeAlias
 from lens.errors import LensError
 
 _NAMED = re.compile(r"\s*[Ll](\d+)[Hh](\d+)\s*")
+_NODE = re.compile(r"a(\d+)\.h(\d+)")
 _DOTTED = re.compile(r"\s*(\d+)\.(\d+)\s*")
 
 
@@ -46,6 +47,12 @@ def head_id(head: AnyHead, *, layers: int | None = None, heads: int | None = Non
         if count is not None and value >= count:
             raise LensError(f"there is no {found}: {name} must be 0 to {count - 1}, got {value}")
     return found
+
+
+def head_of_node(node: str) -> HeadId | None:
+    """The head that a node of a circuit is, `L3H5` of `a3.h5`; None for other nodes."""
+    match = _NODE.fullmatch(node)
+    return HeadId(int(match[1]), int(match[2])) if match else None
 
 
 def _parse(head: AnyHead) -> HeadId:

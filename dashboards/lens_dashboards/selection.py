@@ -86,8 +86,7 @@ class Selection:
 
     def where(self, **changed: str) -> "Selection":
         """The same view with other options; another prompt starts with the whole of its map."""
-        options = _options(self.page, {**dict(self.options), **changed})
-        after = replace(self, options=options, variant=changed.get("variant") or self.variant)
+        after = replace(self, options=_options(self.page, {**dict(self.options), **changed}))
         if self.page in _WITH_PROMPT and changed.get("prompt", self.prompt) != self.prompt:
             after = replace(after, prompt=changed["prompt"], window=None, query=None)
         return after

@@ -103,9 +103,8 @@ def serve(
     hosts = LOOPBACK if host in LOOPBACK else (*LOOPBACK, host, socket.gethostname())
     app = create_app(runs, hosts=hosts, token=token, jobs=jobs)
     listener = _listen(host, port)
-    logging.getLogger("waitress.queue").setLevel(
-        logging.ERROR
-    )  # a page asks for many files at once
+    # A page asks for many files at once, which waitress warns of.
+    logging.getLogger("waitress.queue").setLevel(logging.ERROR)
     server = create_server(app.server, sockets=[listener], threads=threads, ident="")
     try:
         server.run()

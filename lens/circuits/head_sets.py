@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 
 from lens.circuits.circuit import Circuit
 from lens.circuits.known.circuit import KnownCircuit
 from lens.errors import LensError
-from lens.head_ids import AnyHead, HeadId, head_id
+from lens.head_ids import AnyHead, HeadId, head_id, head_of_node
 from lens.models.loaded import LoadedModel
-
-_NODE = re.compile(r"a(\d+)\.h(\d+)")
 
 
 def heads_of(heads: Iterable[AnyHead] | Circuit | KnownCircuit) -> tuple[HeadId, ...]:
@@ -23,8 +20,7 @@ def heads_of(heads: Iterable[AnyHead] | Circuit | KnownCircuit) -> tuple[HeadId,
     if isinstance(heads, KnownCircuit):
         return tuple(sorted(heads.heads))
     if isinstance(heads, Circuit):
-        found = (_NODE.fullmatch(node) for node in heads.nodes)
-        return tuple(sorted(HeadId(int(match[1]), int(match[2])) for match in found if match))
+        return tuple(sorted(filter(None, map(head_of_node, heads.nodes))))
     if isinstance(heads, str):
         raise LensError(f"heads must be a list such as ['L3H5'], got the string {heads!r}")
     return tuple(sorted({head_id(head) for head in heads}))

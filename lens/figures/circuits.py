@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 
 from lens.errors import LensError
 from lens.figures.colors import ACCENT, DIVERGING, LINE, scale
-from lens.figures.style import Look, escaped, grid_height, style, tick_step
+from lens.figures.style import Look, escaped, grid_axes, grid_height, style
 
 if TYPE_CHECKING:
     from lens.circuits.circuit import Circuit
@@ -86,7 +86,8 @@ def edge_graph(
         (member.get(writer, writer), _regrouped(reader, member), score)
         for writer, reader, score in edges
     ]
-    lines = _lines([edge for edge in merged if edge[0] != edge[1].partition("<")[0]])
+    between = [edge for edge in merged if edge[0] != edge[1].partition("<")[0]]
+    lines = _lines(between)
     drawn = sorted(lines.items(), key=lambda line: abs(line[1][0]))[-_LINES:]
     places = _places(layers, heads, kv_heads)
     for name in groups:
@@ -171,7 +172,7 @@ def edge_graph(
     shown = f"{len(lines):,}"
     if len(drawn) < len(lines):
         shown = f"{len(drawn)} largest of {shown}"
-    within = len(merged) - sum(edge[0] != edge[1].partition("<")[0] for edge in merged)
+    within = len(merged) - len(between)
     return style(
         figure,
         f"{len(edges):,} edges of {of:,} ({shown} lines"
@@ -207,10 +208,7 @@ def head_map(circuit: Circuit, scores: EdgeScores, **look: Unpack[Look]) -> go.F
             hovertemplate="L%{y}H%{x}: %{z:.4g} over %{customdata:.0f} edges<extra></extra>",
         )
     )
-    figure.update_xaxes(title="head", dtick=tick_step(graph.heads), showgrid=False)
-    figure.update_yaxes(
-        title="layer", autorange="reversed", dtick=tick_step(graph.layers), showgrid=False
-    )
+    grid_axes(figure, graph.layers, graph.heads)
     inside = int((counts[at] > 0).sum())
     return style(
         figure,

@@ -14,7 +14,7 @@ import plotly.graph_objects as go
 from lens.errors import LensError
 from lens.figures.colors import ACCENT, DIVERGING, VIRIDIS, scale
 from lens.figures.rows import head_names
-from lens.figures.style import Look, escaped, grid_height, style, tick_step
+from lens.figures.style import Look, escaped, grid_axes, grid_height, style
 
 _CLASSES = ("#1f5a96", "#c2410c", "#17663a", "#8a5300", "#7a3e9d", "#5c6773")
 
@@ -144,13 +144,7 @@ def column_grid(
             hoverongaps=False,
         )
     )
-    figure.update_xaxes(title="head", dtick=tick_step(len(grid.columns), 32), showgrid=False)
-    figure.update_yaxes(
-        title="layer",
-        autorange="reversed",
-        dtick=tick_step(len(grid.index), 32),
-        showgrid=False,
-    )
+    grid_axes(figure, *grid.shape, most=32)
     layer, head = map(int, np.unravel_index(np.nanargmax(values), values.shape))
     best = f"L{grid.index[layer]}H{grid.columns[head]}"
     return style(

@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 from lens.errors import LensError
 from lens.figures.colors import ACCENT, BASELINE, DIVERGING, LINE, scale
 from lens.figures.heads import label
-from lens.figures.style import Look, escaped, grid_height, style, tick_step
+from lens.figures.style import Look, escaped, grid_axes, grid_height, style
 from lens.metrics import METRICS
 
 if TYPE_CHECKING:
@@ -147,13 +147,7 @@ def difference_grid(
         )
     )
     layers, heads = values.shape
-    figure.update_xaxes(title="head", dtick=tick_step(heads), showgrid=False)
-    figure.update_yaxes(
-        title="layer",
-        autorange="reversed",
-        dtick=tick_step(layers),
-        showgrid=False,
-    )
+    grid_axes(figure, layers, heads)
     return style(
         figure,
         _finding(comparison, metric, variant, kind),

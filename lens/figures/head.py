@@ -62,7 +62,7 @@ def distance_profile(
         if total > 0
         else f"L{layer}H{head}: no attention at all"
     )
-    return style(figure, found, look, meta=provenance(trace, layer, head, "distance_profile"))  # fmt: skip
+    return style(figure, found, look, meta=provenance(trace, layer, head, "distance_profile"))
 
 
 def row_entropy(trace: AttentionTrace, layer: int, head: int, **look: Unpack[Look]) -> go.Figure:
@@ -86,7 +86,7 @@ def row_entropy(trace: AttentionTrace, layer: int, head: int, **look: Unpack[Loo
     figure.update_yaxes(title="row entropy (nats)", rangemode="tozero")
     later = data["entropy"].values[1:]
     found = f"L{layer}H{head}: mean row entropy {later.mean() if len(later) else 0.0:.2f} nats"
-    return style(figure, found, look, meta=provenance(trace, layer, head, "row_entropy"))  # fmt: skip
+    return style(figure, found, look, meta=provenance(trace, layer, head, "row_entropy"))
 
 
 def received_mass(trace: AttentionTrace, layer: int, head: int, **look: Unpack[Look]) -> go.Figure:
@@ -111,7 +111,7 @@ def received_mass(trace: AttentionTrace, layer: int, head: int, **look: Unpack[L
     figure.update_xaxes(title="key position" + _binned(size))
     figure.update_yaxes(title="mean probability received", rangemode="tozero")
     found = f"L{layer}H{head}: the first token receives {alpha[0]:.1%}"
-    return style(figure, found, look, meta=provenance(trace, layer, head, "received_mass"))  # fmt: skip
+    return style(figure, found, look, meta=provenance(trace, layer, head, "received_mass"))
 
 
 def block_map(trace: AttentionTrace, layer: int, head: int, **look: Unpack[Look]) -> go.Figure:
@@ -128,20 +128,29 @@ def block_map(trace: AttentionTrace, layer: int, head: int, **look: Unpack[Look]
     edges = np.minimum(np.arange(len(shown) + 1) * size, trace.length)
     figure = go.Figure(
         go.Heatmap(
-            z=shown.astype(np.float32), x=edges, y=edges, zmin=np.log10(FLOOR), zmax=0,
-            colorscale=scale(VIRIDIS), hoverongaps=False,
+            z=shown.astype(np.float32),
+            x=edges,
+            y=edges,
+            zmin=np.log10(FLOOR),
+            zmax=0,
+            colorscale=scale(VIRIDIS),
+            hoverongaps=False,
             colorbar={
-                "title": {"text": "block mass", "side": "right"}, "thickness": 12,
-                "tickvals": [-6, -4, -2, 0], "ticktext": ["≤ 1e-6", "1e-4", "0.01", "1"],
+                "title": {"text": "block mass", "side": "right"},
+                "thickness": 12,
+                "tickvals": [-6, -4, -2, 0],
+                "ticktext": ["≤ 1e-6", "1e-4", "0.01", "1"],
             },
             hovertemplate="queries round %{y:.0f}, keys round %{x:.0f}: 10^%{z:.2f}<extra></extra>",
         )
-    )  # fmt: skip
+    )
     figure.update_xaxes(title="key", constrain="domain", showgrid=False)
     figure.update_yaxes(title="query", autorange="reversed", scaleanchor="x", showgrid=False)
     pooled = f", largest of {step} × {step} blocks" if step > 1 else ""
     found = f"L{layer}H{head}: block mass, {size} tokens a cell{pooled}"
-    return style(figure, found, look, meta=provenance(trace, layer, head, "block_map") | {"pooled": step})  # fmt: skip
+    return style(
+        figure, found, look, meta=provenance(trace, layer, head, "block_map") | {"pooled": step}
+    )
 
 
 def head_data(trace: AttentionTrace, layer: int, head: int, needed: str) -> xr.Dataset:

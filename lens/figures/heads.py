@@ -12,7 +12,7 @@ import plotly.graph_objects as go
 from lens.errors import LensError
 from lens.figures.colors import ACCENT, DIVERGING, LINE, VIRIDIS, scale
 from lens.figures.rows import head_names
-from lens.figures.style import Look, grid_height, style, tick_step
+from lens.figures.style import Look, grid_axes, grid_height, style
 from lens.metrics import METRICS
 
 
@@ -89,13 +89,7 @@ def head_grid(
             **limits,
         )
     )
-    figure.update_xaxes(title="head", dtick=tick_step(len(grid.columns), 32), showgrid=False)
-    figure.update_yaxes(
-        title="layer",
-        autorange="reversed",
-        dtick=tick_step(len(grid.index), 32),
-        showgrid=False,
-    )
+    grid_axes(figure, *grid.shape, most=32)
     return style(
         figure,
         _finding(rows, metric, variant),

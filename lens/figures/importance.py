@@ -9,7 +9,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from lens.figures.colors import DIVERGING, scale
-from lens.figures.style import Look, grid_height, style, tick_step
+from lens.figures.style import Look, grid_axes, grid_height, style
 
 if TYPE_CHECKING:
     from lens.heads.scores import HeadScores
@@ -63,10 +63,7 @@ def grid(
             hovertemplate="L%{y}H%{x}: %{z:.4g}%{text}<extra></extra>",
         )
     )
-    figure.update_xaxes(title="head", dtick=tick_step(heads), showgrid=False)
-    figure.update_yaxes(
-        title="layer", autorange="reversed", dtick=tick_step(layers), showgrid=False
-    )
+    grid_axes(figure, layers, heads)
     return style(figure, found, look, height=grid_height(layers), meta=meta)
 
 

@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 
 from lens.errors import LensError
 from lens.figures.colors import VIRIDIS, scale
-from lens.figures.style import Look, grid_height, style, tick_step
+from lens.figures.style import Look, grid_axes, grid_height, style
 from lens.metrics import METRICS
 
 if TYPE_CHECKING:
@@ -108,10 +108,7 @@ def share_grid(values: np.ndarray, found: str, *, unit: str, **look: Unpack[Look
         )
     )
     layers, heads = values.shape
-    figure.update_xaxes(title="head", dtick=tick_step(heads), showgrid=False)
-    figure.update_yaxes(
-        title="layer", dtick=tick_step(layers), autorange="reversed", showgrid=False
-    )
+    grid_axes(figure, layers, heads)
     return style(
         figure,
         found,

@@ -44,6 +44,14 @@ def grid_height(rows: int, cell: int = 18) -> int:
     return min(760, max(260, 150 + cell * rows))
 
 
+def grid_axes(figure: go.Figure, layers: int, heads: int, most: int = 16) -> None:
+    """Heads across and layers down, with at most `most` ticks on each axis."""
+    figure.update_xaxes(title="head", dtick=tick_step(heads, most), showgrid=False)
+    figure.update_yaxes(
+        title="layer", autorange="reversed", dtick=tick_step(layers, most), showgrid=False
+    )
+
+
 def style(
     figure: go.Figure,
     title: str,

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lens.described import as_html
+from lens.described import as_html, few
 from lens.errors import LensError
 from lens.heads.scores import HeadScores
 
@@ -57,7 +57,7 @@ class Agreement:
         first, second = row["first"], row["second"]
         tops = [self.tops[first], self.tops[second]]
         sides = [
-            f"{_few(only)} only by {label}"
+            f"{few(only)} only by {label}"
             for label, mine, other in ((first, *tops), (second, *reversed(tops)))
             if (only := [head for head in mine if head not in other])
         ]
@@ -80,11 +80,6 @@ class Agreement:
 
     def _repr_html_(self) -> str:
         return as_html(repr(self), self.table)
-
-
-def _few(heads: list[str], most: int = 6) -> str:
-    more = f" and {len(heads) - most} more" if len(heads) > most else ""
-    return ", ".join(heads[:most]) + more
 
 
 def join(*scores: HeadScores, seed: int = 0) -> pd.DataFrame:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lens.bootstrap import over_units
+from lens.described import few
 from lens.errors import LensError
 from lens.head_ids import HeadId
 from lens.heads.scores import HeadScores, Intervention
@@ -99,10 +100,8 @@ class GroupAblation:
 
     def __repr__(self) -> str:
         low, high = self.interval()
-        shown = "+".join(map(str, self.heads[:6]))
-        more = f" and {len(self.heads) - 6} more" if len(self.heads) > 6 else ""
         return (
-            f"GroupAblation({shown}{more} by {self.intervention.baseline} on {self.task!r}, "
+            f"GroupAblation({few(self.heads, joint='+')} by {self.intervention.baseline} on {self.task!r}, "
             f"{self.model}: {self.metric} {self.clean.mean():.3g} -> {self.ablated.mean():.3g}, "
             f"worth {self.value:.3g} [{low:.3g}, {high:.3g}], {self.n} prompts)"
         )

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from lens.described import few
 from lens.errors import LensError
 from lens.models import smollm2
 from lens.models.attention_only import AttentionOnlyConfig, AttentionOnlyModel
@@ -242,13 +243,14 @@ def _trained(model_class: Any, name: str, **options: Any) -> PreTrainedModel:
         raise LensError(
             f"the weights of {name} are damaged or not all there ({_first_line(error)}); get the files again"
         ) from error
-    for weight, has, needs in sorted(found["mismatched_keys"]):
+    if mismatched := sorted(found["mismatched_keys"]):
+        weight, has, needs = mismatched[0]
         raise LensError(
             f"{weight} of {name} is {tuple(has)} where config.json makes {tuple(needs)}: config.json is of another model"
         )
     if missing := sorted(found["missing_keys"]):
         raise LensError(
-            f"the checkpoint of {name} lacks {missing[0]}{f' and {len(missing) - 1} more' if missing[1:] else ''}, which "
+            f"the checkpoint of {name} lacks {few(missing, 1)}, which "
             "would be random; get all of it, or, if this does not matter, load it yourself and pass the model"
         )
     return model

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from lens.errors import LensError
-from lens.head_ids import HeadId, head_id
+from lens.head_ids import HeadId, head_id, head_of_node
 
 
 @pytest.mark.parametrize(
@@ -16,6 +16,12 @@ def test_every_way_to_write_a_head(written):
     assert (found.layer, found.head) == (3, 15)
     assert str(found) == "L3H15"
     assert [type(part) for part in found] == [int, int]
+
+
+def test_a_node_of_a_circuit_is_a_head_or_none():
+    assert head_of_node("a3.h15") == HeadId(3, 15)
+    for other in ("input", "logits", "m3", "a3.kv1", "a3.h15<q>", "a3"):
+        assert head_of_node(other) is None
 
 
 def test_one_and_ten_are_two_heads():

@@ -5,7 +5,7 @@ import torch
 from lens import circuits
 from lens.circuits.head_sets import heads_of
 from lens.circuits.joined import ROLES
-from lens.head_ids import HeadId
+from lens.head_ids import HeadId, head_of_node
 from lens.sections import Section
 from lens_analyses.steps.circuit_overlap import circuit_of
 from lens_analyses.steps.circuits import HELD_OUT, halves, largest
@@ -82,5 +82,4 @@ def joined(subject: Subject) -> Section:
 
 def _largest_heads(nodes: list[str]) -> list[HeadId]:
     """The first `_HEADS` heads of nodes such as a3.h5, largest first."""
-    pairs = (node[1:].split(".h") for node in nodes if node.startswith("a"))
-    return [HeadId(int(layer), int(head)) for layer, head in pairs][:_HEADS]
+    return list(filter(None, map(head_of_node, nodes)))[:_HEADS]

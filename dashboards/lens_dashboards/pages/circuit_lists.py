@@ -4,6 +4,7 @@ from typing import Any
 
 from dash import dcc, html
 
+from lens.head_ids import head_of_node
 from lens_dashboards.circuit_edges import CircuitEdges
 from lens_dashboards.circuit_groups import MOST_LETTERS, write_groups
 from lens_dashboards.pages.parts import Cell, data_table, number
@@ -66,10 +67,10 @@ def nodes_table(
         node = row["node"]
         after = [one for one in pins if one != node] if node in pins else [*pins, node]
         act = "unpin" if node in pins else "pin"
-        link = node_link(view, node)
+        head = head_of_node(node)
         body.append(
             [
-                (_name(node), link) if link else node,
+                (str(head), view.to_head(*head).url()) if head else node,
                 f"{row['edges']:,}",
                 f"{row['score']:+.3g}",
                 (act, view.where(pins=",".join(after)).url(), f"{act} {node}"),
@@ -107,18 +108,11 @@ def paths_list(view: Selection, edges: CircuitEdges, chosen: list[int]) -> Any:
 
 def _node(view: Selection, node: str) -> Any:
     """A head leads to its page."""
-    link = node_link(view, node)
-    return dcc.Link(_name(node), href=link) if link else node
-
-
-def _name(node: str) -> str:
-    """`L3H5` of `a3.h5`."""
-    return "L" + node[1:].replace(".h", "H")
+    head = head_of_node(node)
+    return dcc.Link(str(head), href=view.to_head(*head).url()) if head else node
 
 
 def node_link(view: Selection, node: str) -> str:
     """The page of a head, "" for other nodes."""
-    if not (node.startswith("a") and ".h" in node):
-        return ""
-    layer, head = map(int, node[1:].split(".h"))
-    return view.to_head(layer, head).url()
+    head = head_of_node(node)
+    return view.to_head(*head).url() if head else ""

@@ -53,7 +53,8 @@ def page(library: Library, view: Selection) -> list[Any]:
     chosen, ranking, count, notes = _chosen(run, view, edges, curve)
     pins = [node for node in view.option("pins").split(",") if node]
     own = named_groups(view.option("groups"), edges, notes)
-    groups = drawn_groups(run, edges, choice(view, "by", _BY, "", notes), own)
+    by = choice(view, "by", _BY, "", notes)
+    groups = drawn_groups(run, edges, by, own)
     shown = _touching(edges, chosen, pins, notes)
     sections = [read_section(run, name) for name in ("edges", "circuit") if name in run.sections]
     return [
@@ -62,7 +63,7 @@ def page(library: Library, view: Selection) -> list[Any]:
         findings(sections),
         card(
             [
-                _controls(view, ranking, count, curve),
+                _controls(ranking, count, curve, by),
                 html.P(_worth(curve, ranking, count), className="definition", id="worth"),
             ],
             "How many edges",
@@ -226,7 +227,7 @@ def _code(
     )
 
 
-def _controls(view: Selection, ranking: str, count: int, curve: pd.DataFrame | None) -> html.Div:
+def _controls(ranking: str, count: int, curve: pd.DataFrame | None, by: str) -> html.Div:
     words = {"absolute": "largest by size", "signed": "largest with sign"}
     parts: list[Any] = [select("ranking", "Edges", words, ranking)]
     if curve is not None:
@@ -258,9 +259,7 @@ def _controls(view: Selection, ranking: str, count: int, curve: pd.DataFrame | N
                 className="control slider",
             )
         )
-    parts.append(
-        select("by", "Draw as one", _BY, view.option("by") if view.option("by") in _BY else "")
-    )
+    parts.append(select("by", "Draw as one", _BY, by))
     return html.Div(parts, className="controls")
 
 

@@ -3,7 +3,7 @@
 from functools import lru_cache
 from typing import Any
 
-from dash import dcc, html
+from dash import html
 
 from lens.comparison import Comparison, compare_runs
 from lens.errors import LensError
@@ -14,15 +14,13 @@ from lens_dashboards.library import Library
 from lens_dashboards.pages.parts import (
     card,
     choice,
-    copy_link,
     data_table,
     graph,
     limits,
-    named,
     note_banner,
     number,
     select,
-    switch,
+    trail,
 )
 from lens_dashboards.selection import DEFAULT_METRIC, Selection
 
@@ -32,15 +30,8 @@ _MOST_ROWS = 60
 def page(library: Library, view: Selection) -> list[Any]:
     """Two runs chosen, every head as a point, the differences, the losses, the settings."""
     runs = [run for run in library.runs() if not isinstance(run, BrokenRun)]
-    trail = [
-        dcc.Link("runs", href="/"),
-        html.Span("›", className="sep"),
-        html.Span("compare"),
-        copy_link(),
-    ]
     top: list[Any] = [
-        html.Nav(trail, className="crumbs", **named("Breadcrumb")),
-        html.Div(switch(view), className="tab-row"),
+        trail(view, html.Span("compare")),
         html.H1("Compare two runs"),
     ]
     if len(runs) < 2:

@@ -6,6 +6,7 @@ import pandas as pd
 from dash import dcc, html
 
 from lens.figures.columns import column_grid, column_scatter
+from lens.figures.style import grid_height
 from lens.runs import Run
 from lens_dashboards.head_columns import PATTERN, HeadColumns, head_columns
 from lens_dashboards.library import Library
@@ -123,7 +124,9 @@ def _figure(
         f"rows = columns.table{kept}\n"
     )
     if shown == "grid":
-        figure = column_grid(rows, y, labels=columns.labels, height=_height(rows))
+        figure = column_grid(
+            rows, y, labels=columns.labels, height=grid_height(rows["layer"].nunique(), 26)
+        )
         figure = link_points(figure, lambda *head: view.to_head(*head).url())
         return figure, f"{begin}column_grid(rows, {y!r}, labels=columns.labels)"
     figure = column_scatter(
@@ -132,10 +135,6 @@ def _figure(
     figure = link_points(figure, lambda *head: view.to_head(*head).url())
     arguments = f"rows, {x!r}, {y!r}, {color or None!r}, labels=columns.labels, marked={marked!r}"
     return figure, f"{begin}column_scatter({arguments})"
-
-
-def _height(rows: pd.DataFrame) -> int:
-    return min(760, 150 + 26 * max(4, int(rows["layer"].nunique())))
 
 
 def _controls(

@@ -47,7 +47,7 @@ def page(library: Library, view: Selection) -> list[Any]:
     prompt = _prompt_of(run, group)
     cut = table[(table["prompt_id"] == group).to_numpy()]
     rows = rows_of(cut, metric.name, variant)
-    grid = draw.head_grid(cut, metric.name, variant, height=_grid_height(rows))
+    grid = draw.head_grid(cut, metric.name, variant)
     grid = link_points(grid, lambda layer, head: view.to_head(layer, head, prompt).url())
     code = (
         "from lens import figures\nfrom lens.runs import open_run\n\n"
@@ -169,10 +169,6 @@ def _analyses(run: Run, view: Selection) -> list[Any]:
 def best_group(groups: list[str]) -> str:
     """The group shown first: copied prompts (they show most kinds of heads), else text."""
     return next((name for name in ("copied", "text") if name in groups), groups[0])
-
-
-def _grid_height(rows: pd.DataFrame) -> int:
-    return min(760, 150 + 26 * max(4, int(rows["layer"].nunique())))
 
 
 def _controls(run: Run, metric: str, groups: list[str], group: str) -> html.Div:

@@ -140,34 +140,31 @@ def run_banner(run: Run) -> list[html.Div]:
 
 def crumbs(run: Run, view: Selection) -> html.Div:
     """runs › run › page, the pages of the run, and whether the first token counts."""
-    parts: list[Any] = [dcc.Link("runs", href="/"), html.Span("›", className="sep")]
     if view.page == "overview":
-        parts.append(html.Span(run.id))
-    else:
-        last = {
-            "head": f"L{view.layer}H{view.head}",
-            "analysis": view.section.replace("_", " "),
-        }.get(view.page, view.page)
-        parts += [
-            dcc.Link(run.id, href=view.to("overview").url()),
-            html.Span("›", className="sep"),
-            html.Span(last),
-        ]
-    parts.append(copy_link())
+        return trail(view, html.Span(run.id), pages=[tabs(view)])
+    last = {
+        "head": f"L{view.layer}H{view.head}",
+        "analysis": view.section.replace("_", " "),
+    }.get(view.page, view.page)
+    home = dcc.Link(run.id, href=view.to("overview").url())
+    return trail(view, home, html.Span(last), pages=[tabs(view)])
+
+
+def trail(view: Selection, *steps: Any, pages: Iterable[Any] = ()) -> html.Div:
+    """runs › step › step with a button that copies the link; then pages, and the switch where it has a meaning."""
+    parts: list[Any] = [dcc.Link("runs", href="/")]
+    for step in steps:
+        parts += [html.Span("›", className="sep"), step]
+    parts.append(html.Button("copy link", id="copy-link", className="quiet", type="button"))
     return html.Div(
         [
             html.Nav(parts, className="crumbs", **named("Breadcrumb")),
-            html.Div([tabs(view), *switch(view)], className="tab-row"),
+            html.Div([*pages, *_switch(view)], className="tab-row"),
         ]
     )
 
 
-def copy_link() -> html.Button:
-    """Copies the address, which restores the view."""
-    return html.Button("copy link", id="copy-link", className="quiet", type="button")
-
-
-def switch(view: Selection) -> list[html.Div]:
+def _switch(view: Selection) -> list[html.Div]:
     """Is the first token counted? The answer is kept in every link; here where it has a meaning."""
     if view.page not in _WITH_VARIANT:
         return []

@@ -4,11 +4,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from lens.head_ids import HeadId
+from lens.head_ids import HeadId, head_of_node
 from lens.models.loaded import LoadedModel
 from lens.tasks.task import Task
-
-_HEAD = re.compile(r"a(\d+)\.h(\d+)")
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -71,5 +69,4 @@ class KnownCircuit:
 
 
 def _heads(names: tuple[str, ...]) -> tuple[HeadId, ...]:
-    found = (_HEAD.fullmatch(name) for name in names)
-    return tuple(HeadId(int(match[1]), int(match[2])) for match in found if match)
+    return tuple(filter(None, map(head_of_node, names)))
