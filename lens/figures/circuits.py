@@ -78,7 +78,8 @@ def edge_graph(
         groups: name -> nodes that are drawn as one, in their middle; edges within a group are left out.
 
     Raises:
-        LensError: a node in two groups, or a group named as a node or with < or > in its name.
+        LensError: a node in two groups or in none of the model's, or a group named as a node or with < or >
+            in its name.
     """
     groups = groups or {}
     member = _members(groups)
@@ -90,14 +91,18 @@ def edge_graph(
     lines = _lines(between)
     drawn = sorted(lines.items(), key=lambda line: abs(line[1][0]))[-_LINES:]
     places = _places(layers, heads, kv_heads)
-    for name in groups:
+    for name, nodes in groups.items():
         if name in places or set(name) & set("<>"):
             raise LensError(
                 f"a group cannot have the name of a node, nor < or > in it: {name!r}; choose another"
             )
+        if unknown := [node for node in nodes if node not in places]:
+            raise LensError(
+                f"the model has no node {unknown[0]!r} of the group {name!r}; nodes are named as 'a0.h1' or 'm0'"
+            )
     for name, nodes in groups.items():
-        known = [places[node] for node in nodes if node in places]
-        if known:
+        if nodes:
+            known = [places[node] for node in nodes]
             places[name] = (_middle(known, 0), _middle(known, 1))
     largest = max((abs(total) for _, (total, _) in drawn), default=0.0) or 1.0
     figure = go.Figure()

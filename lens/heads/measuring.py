@@ -217,6 +217,8 @@ def ablate_each(
 ) -> list[GroupAblation]:
     """`ablate` for many groups, with one pass for the clean metric and one for the means of them all."""
     info = model.info
+    if one := next((one for one in groups if isinstance(one, str)), None):
+        raise LensError(f"heads must be a list such as ['L1H0'], got the string {one!r}")
     named = [
         [head_id(head, layers=info.layers, heads=info.heads) for head in one] for one in groups
     ]

@@ -49,6 +49,10 @@ def test_a_group_is_one_node_with_the_edges_of_its_nodes():
         ({"a0.h1": ["a0.h0"]}, r"name of a node, nor < or > in it: 'a0\.h1'"),
         ({"a<b": ["a0.h0"]}, "nor < or > in it"),
         ({"x": ["a0.h0"], "y": ["a0.h0"]}, r"a0\.h0 is in the groups 'x' and 'y'"),
+        (
+            {"x": ["a0.h0", "L0H1"]},
+            r"has no node 'L0H1' of the group 'x'; nodes are named as 'a0\.h1'",
+        ),
     ],
 )
 def test_groups_that_cannot_be_drawn_are_refused(groups, message):

@@ -315,6 +315,8 @@ def test_heads_of_a_group_are_checked():
         ablate(model, task, heads=["L1H0", (1, 0)])
     with pytest.raises(LensError, match="there is no L1H4"):
         ablate(model, task, heads=["1.4"])
+    with pytest.raises(LensError, match=r"a list such as \['L1H0'\], got the string 'L0H1'"):
+        ablate(model, task, heads="L0H1")
 
 
 def made(values, **changes):
