@@ -150,7 +150,8 @@ def test_the_keyboard_reaches_a_dropdown_and_chooses(page, address, run):
     page.keyboard.press("Tab")
     assert dropdown.evaluate("one => one === document.activeElement")
     page.keyboard.press("Enter")
-    page.wait_for_selector("[role=option]")
+    page.wait_for_selector("[role=option] input[value=scatter]:focus")  # a slow page opens late
     page.keyboard.press("ArrowDown")
+    page.wait_for_selector("[role=option] input[value=grid]:focus")
     page.keyboard.press("Enter")
     page.wait_for_url(re.compile("show=grid"))
