@@ -1,0 +1,62 @@
+"""What is shipped and what checks a change: the wheel, the hooks before a commit, the workflow."""
+
+import os
+import re
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("lens", "lens_kernels", "lens_analyses", "lens_dashboards")
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """The files of the wheel that a release would ship."""
+    folder = tmp_path_factory.mktemp("wheel")
+    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)]
+    done = subprocess.run(build, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    [path] = folder.glob("*.whl")
+    with zipfile.ZipFile(path) as file:
+        return set(file.namelist())
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_the_wheel_says_that_it_is_typed(wheel, package):
+    assert f"{package}/py.typed" in wheel
+
+
+def test_the_wheel_holds_the_four_packages_and_nothing_else(wheel):
+    folders = {name.partition("/")[0] for name in wheel}
+    assert {name for name in folders if not name.endswith(".dist-info")} == set(PACKAGES)
+
+
+def test_the_hooks_before_a_commit_are_valid_and_those_of_ci():
+    config = ROOT / ".pre-commit-config.yaml"
+    check = [sys.executable, "-m", "pre_commit", "validate-config", str(config)]
+    done = subprocess.run(check, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    [repo] = yaml.safe_load(config.read_text())["repos"]
+    commands = {hook["id"]: hook["entry"] for hook in repo["hooks"]}
+    assert list(commands) == ["ruff-check", "ruff-format", "pyright"]
+    test_extra = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]["test"]
+    installed = {re.split(r"[\[>=<]", name)[0] for name in test_extra}
+    for entry in commands.values():
+        assert entry.split()[0].removeprefix(".venv/bin/") in installed
+
+
+def test_the_workflow_calls_what_ci_runs():
+    job = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"]["test"]
+    assert [step["run"] for step in job["steps"] if "run" in step][-1] == ".ci/run"
+    assert os.access(ROOT / ".ci/run", os.X_OK)
+    python = next(step["with"] for step in job["steps"] if "setup-python" in step.get("uses", ""))
+    for file in python["cache-dependency-path"].split():
+        assert (ROOT / file).is_file()
