@@ -82,18 +82,42 @@ def run(problem: Problem) -> BackendResult:
 def _run(problem: Problem, dtype: torch.dtype) -> BackendResult:
     from lens_kernels.triton_run import run_columns, run_diagonals, run_rows
 
-    problem = replace(
-        problem,
-        query=problem.query.detach(),
-        key=problem.key.detach(),
-        value=problem.value.detach(),
-    )
+    problem = _dense(problem)
     with _device(problem):
         output, tensors = run_rows(problem, dtype)
         lse = tensors["lse"]
         tensors |= run_columns(problem, lse)
         tensors |= run_diagonals(problem, lse)
     return BackendResult(output, tensors)
+
+
+def _dense(problem: Problem) -> Problem:
+    """Detached, and dense in memory where the kernels read without strides.
+
+    The batch rows of a `decode` piece are views, and learned sinks may be a column of a matrix.
+    """
+
+    def dense(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.detach().contiguous()
+
+    plan = problem.plan
+    return replace(
+        problem,
+        query=problem.query.detach(),
+        key=problem.key.detach(),
+        value=problem.value.detach(),
+        sink_logits=dense(problem.sink_logits),
+        key_weights=dense(problem.key_weights),
+        block_mask=dense(problem.block_mask),
+        plan=replace(
+            plan,
+            low=plan.low.contiguous(),
+            high=plan.high.contiguous(),
+            anchor=plan.anchor.contiguous(),
+            keep=dense(plan.keep),
+            slopes=dense(plan.slopes),
+        ),
+    )
 
 
 def supports_gradients(problem: Problem) -> str | None:

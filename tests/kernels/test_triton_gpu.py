@@ -97,6 +97,11 @@ def test_decoding(dtype, queries):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_tensors_with_gaps_in_memory(dtype):
+    checks.check_strided("cuda", dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_groups(dtype):
     checks.check_groups("cuda", 257, 389, dtype)
 

@@ -79,6 +79,10 @@ def test_decoding(queries):
     checks.check_decoding("cpu", 67, 32, queries, FLOAT)
 
 
+def test_tensors_with_gaps_in_memory():
+    checks.check_strided("cpu", FLOAT)
+
+
 def test_two_runs_give_the_same_bits():
     checks.check_repeats(checks.full_problem("cpu", 23, 29), 2)
 

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.kernels.gradient_setting import EXPORTS, Setting
 from tests.kernels.gradient_setting import compare as compare_gradients
-from tests.kernels.helpers import Case, assert_close, check, everything, tensors
+from tests.kernels.helpers import Case, assert_close, check, everything, tensors, to_device
 
 CAUSAL = AttentionMask(causal=True)
 OWN_EXPORTS = tuple(name for name in EXPORTS if name != "block_influence")
@@ -210,6 +210,34 @@ def check_decoding(device: str, keys: int, piece: int, queries: int, dtype: torc
         assert_close(result.output, expected.output, VALUE_LIMITS[dtype], "output")
         for name in ("lse", "entropy", "block_mass", "received", "diagonal", "top_mass", "moments"):
             assert_close(result.statistics[name], expected.tensors[name], LIMITS[dtype], name)
+
+
+def check_strided(device: str, dtype: torch.dtype) -> None:
+    """Learned sinks, weights and block masks that lie in memory with gaps, whole and in pieces."""
+    query, key, value = tensors(2, 4, 2, 3, 67, 32, 32, dtype=dtype, device=device)
+    sinks = torch.tensor([[0.5, 90.0], [-1.0, 90.0], [3.0, 90.0], [1.0, 90.0]], device=device)[:, 0]
+    seed = torch.Generator().manual_seed(5)
+    weights = torch.rand(67, 4, 2, generator=seed).to(device).permute(2, 1, 0)
+    kept = (torch.rand(5, 1, 4, 2, generator=seed) > 0.4).to(device).permute(3, 2, 1, 0)
+    options = {
+        "mask": AttentionMask(causal=True, key_padding=torch.arange(2 * 67).view(2, 67) % 7 > 0),
+        "statistics": ("lse", "block_weighted", "block_mass", "received", "entropy"),
+        "block_size": (16, 16),
+        "sink_logits": sinks,
+        "key_weights": weights,
+    }
+    options["mask"] = to_device(options["mask"], device)
+    for block_mask in (None, kept):
+        options["block_mask"] = block_mask
+        expected = reference.run(make_problem(query, key, value, **options))
+        for result in (
+            attention(query, key, value, backend="triton", **options),
+            decode(query, key, value, piece=32, backend="triton", **options),
+        ):
+            assert_close(result.output, expected.output, VALUE_LIMITS[dtype], "output")
+            for name in options["statistics"]:
+                found = result.statistics[name]
+                assert_close(found, expected.tensors[name], LIMITS[dtype], name)
 
 
 def check_groups(device: str, queries: int, keys: int, dtype: torch.dtype) -> None:
