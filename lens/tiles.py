@@ -25,7 +25,7 @@ def exact_tile(
     keys: tuple[int, int],
 ) -> np.ndarray:
     """[queries, keys] float64 probabilities; only the rectangle's q, k and LSE are read."""
-    from lens_kernels.tile import tile
+    from lens_kernels import tile
 
     rows, columns = slice(*queries), slice(*keys)
     kv_head = head // (trace.heads // trace.dataset.sizes["kv_head"])

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from lens_kernels.api import attention, explain
     from lens_kernels.decoding import decode
     from lens_kernels.dispatch import Explanation
+    from lens_kernels.patching import patch_effects
+    from lens_kernels.rectangles import tile
     from lens_kernels.redistribution import redistribute
     from lens_kernels.states import AttentionState, merge
     from lens_kernels.statistics import STATISTICS, Statistic
@@ -41,7 +43,9 @@ __all__ = [
     "decode",
     "explain",
     "merge",
+    "patch_effects",
     "redistribute",
+    "tile",
 ]
 
 _MODULES = {
@@ -57,7 +61,9 @@ _MODULES = {
     "decode": "decoding",
     "explain": "api",
     "merge": "states",
+    "patch_effects": "patching",
     "redistribute": "redistribution",
+    "tile": "rectangles",
 }
 
 
@@ -70,4 +76,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted(__all__)

@@ -163,13 +163,14 @@ def _state(result: BackendResult, problem: Problem, number: int) -> AttentionSta
         result.output[number].to(problem.compute_dtype),
         result.tensors["lse"][number],
         {name: result.tensors[name][number] for name in sorted(problem.statistics & MERGEABLE)},
+        placed=True,
     )
 
 
 def _group_state(groups: AttentionGroups, number: int) -> AttentionState:
     """[groups, heads, queries, ...] of one piece."""
     statistics = {name: tensor[:, number] for name, tensor in groups.statistics.items()}
-    return AttentionState(groups.output[:, number], groups.lse[:, number], statistics)
+    return AttentionState(groups.output[:, number], groups.lse[:, number], statistics, placed=True)
 
 
 def _row_wise(

@@ -68,7 +68,7 @@ def _state(
         mean = result.tensors["moments"][..., 0]
         distance = problem.plan.anchor[:, None].to(mean.dtype) - mean
         statistics["distance"] = torch.where(lse > -_INF, distance, 0)
-    return AttentionState(result.output.to(problem.compute_dtype), lse, statistics)
+    return AttentionState(result.output.to(problem.compute_dtype), lse, statistics, placed=True)
 
 
 def _plain(problem: Problem, plan: MaskPlan) -> Problem:

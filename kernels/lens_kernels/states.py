@@ -25,13 +25,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from lens_kernels.types import AttentionResult
 
 _INF = float("inf")
 
@@ -50,6 +46,9 @@ LINEAR = frozenset(
 
 MERGEABLE = LINEAR | {"concentration", "entropy", "max_logit", "value_norm"}
 """Statistics that a state can carry."""
+
+BY_POSITION = frozenset({"distance", "prefix_mass", "moments", "grid_moments"})
+"""Statistics that count positions: from slices of the keys they differ from those of the whole."""
 
 _ROW_SUMS = frozenset(
     {
@@ -75,14 +74,17 @@ class AttentionState:
         lse: [..., queries], natural log-sum-exp over those keys, -inf where it has none.
         statistics: name -> tensor [..., queries] or [..., queries, more], of the names in
             `MERGEABLE`, each over the state's own keys.
+        placed: True says that the statistics `BY_POSITION` count among the keys of the union, not
+            among those of a slice. They are refused without it; `AttentionResult.state` places them.
 
     Raises:
-        ValueError: shapes that do not fit, a statistic that cannot merge.
+        ValueError: shapes that do not fit, a statistic that cannot merge or is not placed.
     """
 
     output: Tensor
     lse: Tensor
     statistics: Mapping[str, Tensor] = field(default_factory=dict)
+    placed: bool = False
 
     def __post_init__(self) -> None:
         rows = tuple(self.lse.shape)
@@ -98,25 +100,14 @@ class AttentionState:
                     f"statistic {name!r} must start with the axes of lse {list(rows)}, got "
                     f"{list(tensor.shape)}"
                 )
-        object.__setattr__(self, "statistics", MappingProxyType(dict(self.statistics)))
-
-    @classmethod
-    def of(cls, result: AttentionResult) -> AttentionState:
-        """The state of what `attention` returned for some of the keys, with what can merge of it.
-
-        Leave learned sinks to `merge`: with `sink_logits` in each part they would count twice.
-
-        Raises:
-            ValueError: `lse` was not asked for.
-        """
-        found = result.statistics
-        if "lse" not in found:
+        unplaced = [] if self.placed else sorted(BY_POSITION & self.statistics.keys())
+        if unplaced:
             raise ValueError(
-                f"a state needs 'lse', the result has {', '.join(found) or 'no statistics'}; "
-                "add 'lse' to statistics="
+                f"{', '.join(unplaced)} of slices count from each slice and merge to wrong values: "
+                "make the state with result.state(keys_before=, keys_after=), or give placed=True "
+                "where they count among all the keys"
             )
-        carried = {name: found[name] for name in found if name in MERGEABLE}
-        return cls(result.output, found["lse"], carried)
+        object.__setattr__(self, "statistics", MappingProxyType(dict(self.statistics)))
 
     @classmethod
     def empty_like(cls, state: AttentionState) -> AttentionState:
@@ -129,6 +120,7 @@ class AttentionState:
                 name: torch.full_like(tensor, fills.get(name, 0.0))
                 for name, tensor in state.statistics.items()
             },
+            state.placed,
         )
 
 
@@ -171,7 +163,7 @@ def merge(*states: AttentionState, sink_logits: Tensor | None = None) -> Attenti
             continue
         parts = torch.stack([state.statistics[name] for state in states])
         statistics[name] = _merge_statistic(name, parts, weights)
-    return AttentionState(output, lse, statistics)
+    return AttentionState(output, lse, statistics, all(state.placed for state in states))
 
 
 def merge_weights(lses: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,8 +11,10 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
-from lens_kernels.types import Exactness
+Exactness = Literal["exact", "lower_bound", "upper_bound", "approx"]
+"""How a number stands to the true one: equal, never above it, never below it, or near it."""
 
 _ROW = ("batch", "heads", "queries")
 _KEY = ("batch", "heads", "keys")

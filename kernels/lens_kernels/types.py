@@ -6,16 +6,14 @@ key_blocks, pairs, groups.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from typing import Literal
 
+import torch
 from torch import Tensor
 
-from lens_kernels.states import AttentionState
-
-Exactness = Literal["exact", "lower_bound", "upper_bound", "approx"]
-"""How a number stands to the true one: equal, never above it, never below it, or near it."""
+from lens_kernels.states import BY_POSITION, MERGEABLE, AttentionState
+from lens_kernels.statistics import STATISTICS, Exactness
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,8 +132,6 @@ class AttentionStatistics(Mapping[str, Tensor]):
         statistic is an upper bound as a whole: masses of kept blocks are one, and those of dropped
         blocks, which are 0, are lower bounds; together "approx".
         """
-        from lens_kernels.statistics import STATISTICS
-
         self[name]
         return STATISTICS[name].sparse_exactness if self.block_sparse else "exact"
 
@@ -165,6 +161,7 @@ class AttentionGroups:
                 self.output[group],
                 self.lse[group],
                 {name: tensor[group] for name, tensor in self.statistics.items()},
+                placed=True,
             )
             for group in range(len(self.lse))
         )
@@ -186,6 +183,83 @@ class AttentionResult:
     groups: AttentionGroups | None
     backend: str
 
+    def state(
+        self, *, keys_before: int | None = None, keys_after: int | None = None
+    ) -> AttentionState:
+        """What this result is for `merge`, when it saw some of the keys only.
+
+        Carried is what can merge of the statistics. `distance` and `moments` are moved to where they
+        would be among all the keys; `prefix_mass` and `grid_moments` cannot be moved.
+
+        Leave learned sinks to `merge`: with `sink_logits` in each part they would count twice.
+
+        Args:
+            keys_before: keys of the whole sequence in front of the slice that `attention` got; 0
+                when it got all keys and a mask hid the others.
+            keys_after: keys of the whole sequence behind the slice, likewise.
+
+        Raises:
+            ValueError: `lse` was not asked for; statistics that count positions, and it is not
+                said where the slice lies, or they cannot be moved there.
+
+        Example:
+            >>> import torch
+            >>> from lens_kernels import attention, merge
+            >>> key = torch.zeros(1, 1, 6, 4)
+            >>> asked = {"statistics": ("lse", "distance")}
+            >>> left = attention(key[:, :, 5:], key[:, :, :2], key[:, :, :2], **asked)
+            >>> right = attention(key[:, :, 5:], key[:, :, 2:], key[:, :, 2:], **asked)
+            >>> states = left.state(keys_before=0, keys_after=4), right.state(keys_before=2, keys_after=0)
+            >>> merge(*states).statistics["distance"]
+            tensor([[[2.5000]]])
+        """
+        found = self.statistics
+        if "lse" not in found:
+            raise ValueError(
+                f"a state needs 'lse', the result has {', '.join(found) or 'no statistics'}; "
+                "add 'lse' to statistics="
+            )
+        carried = {name: found[name] for name in found if name in MERGEABLE}
+        placed = BY_POSITION & carried.keys()
+        if placed:
+            _check_place(placed, keys_before, keys_after)
+            assert keys_before is not None
+            assert keys_after is not None
+            carried |= _moved(carried, found["lse"], keys_before, keys_after)
+        return AttentionState(self.output, found["lse"], carried, placed=bool(placed))
+
     def __repr__(self) -> str:
         shape = list(self.output.shape)
         return f"AttentionResult(output={shape}, backend={self.backend!r}, {self.statistics!r})"
+
+
+def _check_place(names: Set[str], before: int | None, after: int | None) -> None:
+    listed = ", ".join(sorted(names))
+    if before is None or after is None:
+        raise ValueError(
+            f"{listed} count positions: say keys_before= and keys_after=, the keys in front of and "
+            "behind the slice (0 and 0 where attention got all the keys)"
+        )
+    if before < 0 or after < 0:
+        raise ValueError(f"keys_before and keys_after must be 0 or more, got {before} and {after}")
+    fixed = ", ".join(sorted(names & {"prefix_mass", "grid_moments"}))
+    if fixed and before:
+        raise ValueError(
+            f"{fixed} of a slice with {before} keys before it are about its own first keys and "
+            "cannot be moved: leave them out, or give attention all the keys and hide some"
+        )
+
+
+def _moved(
+    statistics: Mapping[str, Tensor], lse: Tensor, before: int, after: int
+) -> dict[str, Tensor]:
+    """`distance` and `moments` of a slice as they are among all the keys; 0 for empty rows."""
+    seen = lse > -float("inf")
+    found = {}
+    if "distance" in statistics:
+        found["distance"] = statistics["distance"] + after * seen
+    if "moments" in statistics:
+        first, second = statistics["moments"].unbind(-1)
+        moved = (first + before * seen, second + 2 * before * first + before * before * seen)
+        found["moments"] = torch.stack(moved, -1)
+    return found

@@ -24,7 +24,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from lens_kernels.patch_effects import patch_effects
+from lens_kernels import patch_effects
 from torch import Tensor
 
 from lens.captures.layer import LayerCall, attend, kernel_options

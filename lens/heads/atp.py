@@ -16,7 +16,7 @@ shows it (Kramár et al., AtP*, 2024, arXiv 2403.00745).
 
 import numpy as np
 import torch
-from lens_kernels.patch_effects import patch_effects
+from lens_kernels import patch_effects
 from torch import Tensor
 
 from lens.captures.layer import LayerCall, kernel_options

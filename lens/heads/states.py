@@ -7,8 +7,7 @@ memory is that of one chunk of rows, never [heads, N, N].
 from dataclasses import dataclass, replace
 
 import torch
-from lens_kernels import attention
-from lens_kernels.tile import tile
+from lens_kernels import attention, tile
 from torch import Tensor
 
 from lens.captures.inputs import Prompt

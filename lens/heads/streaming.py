@@ -295,7 +295,7 @@ class _Streamer(Recorder):
 
     def _state(self, call: LayerCall, keys: Tensor | None, window: int | None) -> AttentionState:
         padding = None if keys is None else keys[None].expand(len(call.key), -1)
-        result = attention(
+        return attention(
             call.query,
             call.key,
             call.value,
@@ -303,8 +303,7 @@ class _Streamer(Recorder):
             scale=call.scale,
             softcap=call.softcap,
             statistics=("lse",),
-        )
-        return AttentionState.of(result)
+        ).state()
 
 
 class _Watcher(_Streamer):

@@ -2,6 +2,7 @@
 
 import doctest
 import importlib
+import inspect
 import subprocess
 import sys
 
@@ -19,11 +20,19 @@ CAUSAL = AttentionMask(causal=True)
 
 
 def test_the_public_names_are_few_and_exist():
-    assert len(lens_kernels.__all__) <= 25
+    assert len(lens_kernels.__all__) <= 15
     assert all(hasattr(lens_kernels, name) for name in lens_kernels.__all__)
+    assert dir(lens_kernels) == sorted(lens_kernels.__all__)
 
 
-EXAMPLES = ("api", "decoding", "patch_effects", "redistribution", "states", "tile")
+def test_a_public_function_has_an_example():
+    found = [getattr(lens_kernels, name) for name in lens_kernels.__all__]
+    functions = [each for each in found if inspect.isfunction(each)]
+    assert len(functions) >= 7
+    assert [each.__name__ for each in functions if ">>> " not in (each.__doc__ or "")] == []
+
+
+EXAMPLES = ("api", "decoding", "patching", "rectangles", "redistribution", "states", "types")
 
 
 @pytest.mark.parametrize("module", ["lens_kernels", *(f"lens_kernels.{name}" for name in EXAMPLES)])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from lens_kernels import AttentionMask, reference
 from lens_kernels.complements import complements, removal_effect
-from lens_kernels.patch_effects import PatchEffects, patch_effects
+from lens_kernels.patching import PatchEffects, patch_effects
 from lens_kernels.validation import make_problem
 
 from tests.kernels.helpers import CASES, Case, assert_close, ids, tensors

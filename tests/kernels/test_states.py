@@ -1,5 +1,6 @@
 """Merging states of disjoint key sets: the laws of a commutative monoid, and equality with dense."""
 
+import itertools
 import math
 
 import pytest
@@ -36,6 +37,7 @@ def dense(scores, value, shown):
             "row_block_mass": blocks.sum(-1),
             "value_norm": output.norm(dim=-1),
         },
+        placed=True,
     )
 
 
@@ -118,12 +120,59 @@ def test_parts_are_attention_over_key_chunks():
     for start, stop in ((0, 19), (19, 41), (41, 53)):
         keep = (torch.arange(53) >= start) & (torch.arange(53) < stop)
         mask = AttentionMask(causal=True, key_padding=keep.expand(2, -1))
-        states.append(AttentionState.of(attention(query, key, value, mask=mask, **options)))
+        states.append(
+            attention(query, key, value, mask=mask, **options).state(keys_before=0, keys_after=0)
+        )
         assert set(states[-1].statistics) == {*ROWS, "mean_value_norm"}
     merged = merge(*states)
     assert_close(merged.output, whole.output, 1e-6)
     for name in ROWS:
         assert_close(merged.statistics[name], whole.statistics[name], 1e-5, name)
+
+
+SLICED = ("lse", "max_logit", "entropy", "concentration", "distance", "moments", "match_mass")
+
+
+@pytest.mark.parametrize("cuts", [(0, 19, 53), (0, 1, 7, 52, 53)], ids=str)
+def test_states_of_sliced_keys_carry_their_positions(cuts):
+    """Each slice counts from its own first key; merged, they count as the whole does."""
+    query, key, value = tensors(2, 4, 2, 37, 53)
+    allowed = torch.ones(37, 53, dtype=torch.bool).tril(16)
+    query_labels, key_labels = torch.arange(37) % 5, torch.arange(53) % 5
+    options = {"statistics": SLICED, "backend": "torch"}
+    match = [(query_labels, key_labels)]
+    mask = AttentionMask(allowed=allowed)
+    whole = attention(query, key, value, mask=mask, match=match, **options)
+    states = []
+    for start, stop in itertools.pairwise(cuts):
+        part = attention(
+            query,
+            key[:, :, start:stop],
+            value[:, :, start:stop],
+            mask=AttentionMask(allowed=allowed[:, start:stop]),
+            match=[(query_labels, key_labels[start:stop])],
+            **options,
+        )
+        states.append(part.state(keys_before=start, keys_after=53 - stop))
+    merged = merge(*states)
+    assert_close(merged.output, whole.output, 1e-5)
+    assert merged.statistics.keys() == {*SLICED} - {"lse"}
+    for name, found in merged.statistics.items():
+        assert_close(found, whole.statistics[name], 1e-5, name)
+
+
+def test_first_keys_of_a_slice_are_not_those_of_the_whole():
+    query, key, value = tensors(1, 2, 1, 7, 11)
+    result = attention(query, key, value, statistics=("lse", "prefix_mass"))
+    assert "prefix_mass" in result.state(keys_before=0, keys_after=5).statistics
+    for place, message in (
+        ({"keys_before": 3, "keys_after": 0}, "prefix_mass of a slice with 3 keys before it"),
+        ({"keys_before": -1, "keys_after": 0}, "must be 0 or more, got -1 and 0"),
+        ({"keys_before": 0}, "prefix_mass count positions: say keys_before= and keys_after="),
+        ({}, "prefix_mass count positions: say keys_before= and keys_after="),
+    ):
+        with pytest.raises(ValueError, match=message):
+            result.state(**place)
 
 
 def test_a_block_map_comes_from_row_masses():
@@ -153,7 +202,9 @@ def test_a_learned_sink_is_part_of_the_denominator(sink):
         attention(query, key, value, sink_logits=s, **options) for s in (None, sinks)
     )
     found = plain.statistics
-    state = AttentionState(plain.output, found.lse, {name: found[name] for name in ROWS})
+    state = AttentionState(
+        plain.output, found.lse, {name: found[name] for name in ROWS}, placed=True
+    )
     merged = merge(state, sink_logits=sinks)
     assert_close(merged.output, expected.output, 1e-6)
     assert_close(merged.lse, expected.statistics.lse, 1e-6)
@@ -236,6 +287,14 @@ STATE = AttentionState(torch.zeros(2, 5, 3), torch.zeros(2, 5), {"entropy": torc
         (
             lambda: AttentionState(torch.zeros(5, 3), torch.zeros(5), {"entropy": torch.zeros(7)}),
             r"'entropy' must start with the axes of lse \[5\], got \[7\]",
+        ),
+        (
+            lambda: AttentionState(torch.zeros(5, 3), torch.zeros(5), {"distance": torch.zeros(5)}),
+            "distance of slices count from each slice and merge to wrong values: make the state",
+        ),
+        (
+            lambda: attention(*tensors(1, 2, 1, 3, 5), statistics=("entropy",)).state(),
+            "a state needs 'lse', the result has entropy; add",
         ),
         (
             lambda: merge(STATE, AttentionState(STATE.output, STATE.lse)),

@@ -7,8 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from lens_kernels import AttentionMask, attention, reference
-from lens_kernels.tile import tile
+from lens_kernels import AttentionMask, attention, reference, tile
 from lens_kernels.validation import make_problem
 
 from tests.kernels.helpers import assert_close, tensors
@@ -165,7 +164,7 @@ def test_numpy_is_enough():
     root = Path(__file__).parents[2]
     code = (
         "import sys, numpy as np\n"
-        "from lens_kernels.tile import tile\n"
+        "from lens_kernels import tile\n"
         "q = np.zeros((3, 2)); p = tile(q, q, np.log([3.0, 3, 3]), (0, 2), (0, 3))\n"
         "assert abs(p - 1 / 3).max() < 1e-12, p\n"
         "assert 'torch' not in sys.modules\n"

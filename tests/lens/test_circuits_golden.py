@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from lens_kernels.patch_effects import patch_effects
+from lens_kernels import patch_effects
 from torch import nn
 
 import lens
