@@ -1,0 +1,155 @@
+"""Recorded numbers of sinks and of edits to attention; recorded_numbers.py says what they are for."""
+
+from typing import Any
+
+import pandas as pd
+import torch
+
+import lens
+from tests.lens.recorded_inputs import Numbers, by_head, cells, reader, reading, symbols
+from tests.lens.vision_models import QUESTION, SYSTEM, build, planted
+
+
+def sinks() -> Numbers:
+    """Where sinks are and what they are made of."""
+    model, prompts, traces = reader()
+    room = lens.sinks
+    found: Numbers = {}
+    for epsilon in (0.1, 0.3, 0.5):
+        rate = room.rate(traces, epsilon=epsilon)
+        for name in ("value", "low", "high"):
+            found[f"sinks.rate.{epsilon}.{name}"] = getattr(rate, name)
+    found |= cells("sinks.rate", by_head(rate.table()), "alpha", "L1H0 L2H4")
+    table = room.sensitivity(traces, epsilons=(0.2, 0.4)).table().set_index("epsilon")
+    found |= cells("sinks.sensitivity", table, "rate low high", [0.2, 0.4])
+    table = by_head(room.find(traces[0]).table())
+    found |= cells("sinks.find", table, "key alpha", "L1H0 L2H4")
+    table = room.profile(traces).table().set_index("key")
+    found |= cells("sinks.profile", table, "rate alpha largest_alpha", [0, 2])
+    table = by_head(room.activity(model, {"a": prompts[:2], "b": prompts[2:]}).table())
+    columns = "activity off off_low off_high first first_low first_high"
+    found |= cells("sinks.activity", table.query("domain == 'a'"), columns, "L1H0")
+    table = room.massive(model, prompts, ratio=30, magnitude=1).table()
+    table = table.set_index(["dimension", "position"])
+    found |= cells("sinks.massive", table, "value ratio prompts emergence", [(88, 0)])
+    table = by_head(room.mechanism(model, prompts).table())
+    columns = "alpha key_norm value_norm cosine cosine_others drain contribution"
+    found |= cells("sinks.mechanism", table, columns, "L1H0")
+    table = by_head(room.effective_gate(model, prompts).table())
+    table = table.set_index("mechanism", append=True)
+    at = [("L1H0", "keys"), ("L1H0", "off_by_one")]
+    found |= cells("sinks.effective_gate", table, "gate low high", at)
+    table = by_head(room.band_energies(model, count=4))
+    table = table.set_index(["weight", "band"], append=True)
+    at = [("L1H0", "query", 0), ("L2H4", "output", 3)]
+    found |= cells("sinks.band_energies", table, "energy", at)
+    bounds = by_head(room.block_bounds(symbols()[2][0]).table())
+    found |= cells("sinks.block_bounds", bounds, "alpha_lower_bound alpha_upper_bound", "L1H0")
+    conditions = {"text": prompts, **room.control_prompts(model, prompts)}
+    table = room.emergence(model, conditions).table().set_index(["condition", "layer"])
+    at = [("text", 1), ("text", 2), ("random", 1)]
+    return found | cells("sinks.emergence", table, "rate alpha", at)
+
+
+def sink_effects() -> Numbers:
+    """What edits of sinks change, beside controls."""
+    model, prompts, _ = reader()
+    room = lens.sinks
+    columns = (
+        "mass delta_loss delta_loss_low delta_loss_high kl kl_low kl_high flip_rate excess_low "
+        "excess_high excess"
+    )
+    own = "mass delta_loss delta_loss_low delta_loss_high kl flip_rate"
+    found: Numbers = {}
+
+    def add(name: str, table: pd.DataFrame, *controls: str) -> None:
+        table = table.set_index("condition")
+        found.update(cells(f"sinks.{name}", table, own, ["sources"]))
+        found.update(cells(f"sinks.{name}", table, columns, controls))
+
+    whole = room.effect(model, prompts, controls=("size", "mass", "position"))
+    add("effect.mask", whole.table(), "mass", "position")
+    migration = by_head(whole.migration)
+    moved = "source_before source_after other_before other_after"
+    found |= cells("sinks.effect.migration", migration, moved, "L2H4")
+    dropped = room.effect(model, prompts, heads=["L1H0"], edit="drop", controls=("mass",))
+    add("effect.drop", dropped.table(), "mass")
+    add("head_effect", room.head_effect(model, prompts, heads=["L1H0"]).table(), "mass")
+    massive = room.massive(model, prompts, ratio=30, magnitude=1)
+    add("massive_effect", room.massive_effect(model, prompts, massive).table(), "norm")
+    scoped = room.by_scope(model, prompts, head="L1H0", controls=("size",)).table()
+    for reach in ("head", "layer", "from_layer"):
+        add(f"by_scope.{reach}", scoped[scoped["reach"] == reach])
+    bare = room.by_bos(model, prompts, controls=("size",)).table()
+    add("by_bos.without", bare[bare["reach"] == "without BOS"])
+    doses = room.dose_response(model, prompts, amounts=(0.5, 1.0), controls=("mass",)).table()
+    add("dose_response.0.5", doses[doses["amount"] == 0.5], "mass")
+    table = room.streaming(model, prompts, n_sink=(0, 2), window=(8,)).table().set_index("n_sink")
+    kept = "kept least_kept error largest_error delta_loss delta_loss_low delta_loss_high"
+    found |= cells("sinks.streaming", table, kept, [0, 2])
+    table = room.band_losses(model, prompts, count=4).table().set_index("band")
+    return found | cells("sinks.band_losses", table, "delta_loss low high", [0, 3])
+
+
+def redistribution() -> Numbers:
+    """Losses under every rule and recipe, doses, side effects, dimensions."""
+    model, prompts, _ = reader()
+    room, ids = lens.redistribution, prompts[0]
+
+    def loss(edit: Any = None) -> float:
+        if edit is None:
+            return lens.prompts.loss(model, ids)
+        with edit:
+            return lens.prompts.loss(model, ids)
+
+    found = {"redistribute.none": loss()}
+    for rule in ("transfer", "mask", "drop", "logit_bias"):
+        edit = lens.redistribute(model, sources="first", amount=0.5, rule=rule)
+        found[f"redistribute.{rule}"] = loss(edit)
+    found |= {
+        "redistribute.targets": loss(
+            lens.redistribute(
+                model, sources="first", targets=range(2, 6), amount=0.5, heads=["L1H0", "L2H4"]
+            )
+        ),
+        "redistribute.learned_sink": loss(
+            lens.redistribute(model, amount=0.5, rule="learned_sink", layers=[1])
+        ),
+        "redistribute.off_by_one": loss(lens.redistribute(model, rule="off_by_one")),
+        "redistribution.act": loss(room.act(model, beta=0.4, threshold=0.1)),
+        "redistribution.pasta": loss(room.pasta(model, [(5, 9)])),
+        "redistribution.var": loss(
+            room.var(model, range(5, 30), dims=[3], tau=2.0, rho=0.1, least_visual=0.0)
+        ),
+    }
+
+    def moved(amount: float) -> Any:
+        return lens.redistribute(model, sources="first", amount=amount)
+
+    columns = "delta_loss delta_loss_low delta_loss_high kl kl_low kl_high flip_rate"
+    table = room.side_effects(model, prompts, moved, amounts=(0.5, 1.0)).table().set_index("amount")
+    found |= cells("redistribution.side_effects", table, columns, [0.5])
+    dose = room.dose(model, reading(), moved, held_out=prompts[:2], amounts=(0.5, 1.0))
+    found |= cells(
+        "redistribution.dose", dose.table().set_index("amount"), "gain gain_low gain_high", [0.5]
+    )
+    dims = room.find_sink_dims(model, {"input_ids": torch.tensor(prompts)}, tau=3.0)
+    table = dims.table().set_index("dim")
+    return found | cells("redistribution.find_sink_dims", table, "largest tokens layers", [8, 88])
+
+
+def vision() -> Numbers:
+    """A small model of random weights with a planted activation: its segments, edges knocked out."""
+    network, inputs, _ = build("llava")
+    model = lens.load(network)
+    segments = lens.vision.segments(model, inputs).table().set_index("kind")
+    found = cells("vision.segments", segments, "start tokens", "image text")
+    assert found["vision.segments.start.image"] == SYSTEM
+    assert found["vision.segments.tokens.text"] == QUESTION
+    with planted(network, 7, [0, SYSTEM + 2, SYSTEM + 7]):
+        knocked = lens.vision.knock_out(model, [inputs], layers=[0], dims=[7], tau=4.0)
+    for condition in ("sinks", "mass"):
+        for column in ("delta_loss", "kl"):
+            value = knocked.values[condition][column].mean()
+            found[f"vision.knock_out.{condition}.{column}"] = float(value)
+    return found
