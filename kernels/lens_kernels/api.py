@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TypedDict, Unpack
+from typing import TYPE_CHECKING, TypedDict, Unpack
 
 from torch import Tensor
 
@@ -11,27 +11,32 @@ from lens_kernels.backward import attach
 from lens_kernels.dispatch import Explanation, choose_gradients, explain_problem, load
 from lens_kernels.problem import BackendResult, Problem
 from lens_kernels.types import AttentionMask, AttentionResult, AttentionStatistics
-from lens_kernels.validation import LabelPairs, make_problem
+from lens_kernels.validation import make_problem
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
+
+    from lens_kernels.validation import KeyWeights, LabelPairs
 
 
 def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    query: Float[Tensor, "batch heads queries head_dim"],
+    key: Float[Tensor, "batch kv_heads keys head_dim"],
+    value: Float[Tensor, "batch kv_heads keys value_dim"],
     *,
     mask: AttentionMask | None = None,
     scale: float | None = None,
     softcap: float | None = None,
-    sink_logits: Tensor | None = None,
+    sink_logits: Float[Tensor, "heads"] | None = None,
     block_size: int | tuple[int, int] = 64,
     statistics: str | Iterable[str] = ("lse",),
     match: LabelPairs | None = None,
     prefix: int = 4,
     top_k: int = 8,
     grid: tuple[int, ...] | None = None,
-    groups: Tensor | None = None,
-    block_mask: Tensor | None = None,
-    key_weights: Tensor | None = None,
+    groups: Int[Tensor, "batch keys"] | None = None,
+    block_mask: Bool[Tensor, "#batch #heads query_blocks key_blocks"] | None = None,
+    key_weights: KeyWeights | None = None,
     differentiable: Iterable[str] = (),
     backend: str = "auto",
 ) -> AttentionResult:
@@ -131,23 +136,23 @@ class AttentionOptions(TypedDict, total=False):
     mask: AttentionMask | None
     scale: float | None
     softcap: float | None
-    sink_logits: Tensor | None
+    sink_logits: Float[Tensor, "heads"] | None
     block_size: int | tuple[int, int]
     statistics: str | Iterable[str]
     match: LabelPairs | None
     prefix: int
     top_k: int
     grid: tuple[int, ...] | None
-    groups: Tensor | None
-    block_mask: Tensor | None
-    key_weights: Tensor | None
+    groups: Int[Tensor, "batch keys"] | None
+    block_mask: Bool[Tensor, "#batch #heads query_blocks key_blocks"] | None
+    key_weights: KeyWeights | None
     differentiable: Iterable[str]
 
 
 def explain(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    query: Float[Tensor, "batch heads queries head_dim"],
+    key: Float[Tensor, "batch kv_heads keys head_dim"],
+    value: Float[Tensor, "batch kv_heads keys value_dim"],
     *,
     backend: str = "auto",
     **options: Unpack[AttentionOptions],

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Unpack
+from typing import TYPE_CHECKING, Unpack
 
 import torch
 from torch import Tensor
@@ -31,6 +31,9 @@ from lens_kernels.states import MERGEABLE, AttentionState, merge
 from lens_kernels.types import AttentionGroups, AttentionResult
 from lens_kernels.validation import make_problem
 
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
 PIECE = 4096
 """Keys of a piece by default."""
 
@@ -42,9 +45,9 @@ _MAPS = ("block_mass", "block_weighted", "block_max", "block_max_logit")
 
 
 def decode(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    query: Float[Tensor, "batch heads queries head_dim"],
+    key: Float[Tensor, "batch kv_heads keys head_dim"],
+    value: Float[Tensor, "batch kv_heads keys value_dim"],
     *,
     piece: int = PIECE,
     backend: str = "auto",

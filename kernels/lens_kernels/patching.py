@@ -19,6 +19,7 @@ O(positions * dim). For the effect on some rows only, set `dO` to 0 in the other
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -28,6 +29,9 @@ from lens_kernels.panels import Panel, sink_share, strips
 from lens_kernels.problem import Problem
 from lens_kernels.types import AttentionMask
 from lens_kernels.validation import make_problem
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 _HUGE = 1e30
 
@@ -50,29 +54,29 @@ class PatchEffects:
             each block of queries, rows renormalised.
     """
 
-    query: Tensor | None
-    key: Tensor | None
-    value: Tensor | None
-    knock_out: Tensor | None
-    drop: Tensor | None
-    block_knock_out: Tensor | None
+    query: Float[Tensor, "batch heads queries"] | None
+    key: Float[Tensor, "batch heads keys"] | None
+    value: Float[Tensor, "batch heads keys"] | None
+    knock_out: Float[Tensor, "batch heads keys"] | None
+    drop: Float[Tensor, "batch heads keys"] | None
+    block_knock_out: Float[Tensor, "batch heads query_blocks key_blocks"] | None
 
 
 @torch.no_grad()
 def patch_effects(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    output_gradient: Tensor,
+    query: Float[Tensor, "batch heads queries head_dim"],
+    key: Float[Tensor, "batch kv_heads keys head_dim"],
+    value: Float[Tensor, "batch kv_heads keys value_dim"],
+    output_gradient: Float[Tensor, "batch heads queries value_dim"],
     *,
-    patched_query: Tensor | None = None,
-    patched_key: Tensor | None = None,
-    patched_value: Tensor | None = None,
+    patched_query: Float[Tensor, "batch heads queries head_dim"] | None = None,
+    patched_key: Float[Tensor, "batch kv_heads keys head_dim"] | None = None,
+    patched_value: Float[Tensor, "batch kv_heads keys value_dim"] | None = None,
     knock_out: bool = False,
     mask: AttentionMask | None = None,
     scale: float | None = None,
     softcap: float | None = None,
-    sink_logits: Tensor | None = None,
+    sink_logits: Float[Tensor, "heads"] | None = None,
     block_size: int | tuple[int, int] = 64,
 ) -> PatchEffects:
     """The effects of everything that is given; see the module for the formulas.

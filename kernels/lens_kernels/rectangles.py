@@ -8,18 +8,21 @@ read (memory-mapped arrays stay on disk). numpy is enough; torch tensors give a 
 from __future__ import annotations
 
 import sys
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float
 
 Array = TypeVar("Array", bound=Any)
 """`numpy.ndarray` or `torch.Tensor`; all arguments of one call are of the same kind."""
 
 
 def tile(
-    query: Array,
-    key: Array,
-    lse: Array,
+    query: Float[Array, "*heads queries head_dim"],
+    key: Float[Array, "*kv_heads keys head_dim"],
+    lse: Float[Array, "*heads queries"],
     query_range: tuple[int, int],
     key_range: tuple[int, int],
     *,
@@ -31,10 +34,10 @@ def tile(
     key_start: int = 0,
     key_end: int | None = None,
     offset: int | None = None,
-    alibi_slopes: Array | None = None,
-    bias: Array | None = None,
-    allowed: Array | None = None,
-) -> Array:
+    alibi_slopes: Float[Array, "heads"] | None = None,
+    bias: Float[Array, "... #keys"] | None = None,
+    allowed: Bool[Array, "... #keys"] | None = None,
+) -> Float[Array, "*heads rows columns"]:
     """The exact probabilities of queries `query_range` on keys `key_range`.
 
     The mask means what it means in `AttentionMask`. Batch rows that are padded differently take one

@@ -21,12 +21,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from lens_kernels.states import AttentionState, merge_weights, sinks_of_rows
 from lens_kernels.types import AttentionGroups
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float
 
 _INF = float("inf")
 SMALLEST_TARGET = 1e-8
@@ -126,11 +130,11 @@ class Redistribution:
             hold less than `SMALLEST_TARGET` of the mass.
     """
 
-    output: Tensor
-    lse: Tensor
-    mass: Tensor
-    mass_before: Tensor
-    skipped: Tensor
+    output: Float[Tensor, "*rows queries value_dim"]
+    lse: Float[Tensor, "*rows queries"]
+    mass: Float[Tensor, "groups *rows queries"]
+    mass_before: Float[Tensor, "groups *rows queries"]
+    skipped: Bool[Tensor, "*rows queries"]
 
     @property
     def skipped_rows(self) -> int:
@@ -142,8 +146,8 @@ def redistribute(
     states: AttentionGroups | Sequence[AttentionState],
     rule: Rule,
     *,
-    output: Tensor | None = None,
-    sink_logits: Tensor | None = None,
+    output: Float[Tensor, "*rows queries value_dim"] | None = None,
+    sink_logits: Float[Tensor, "heads"] | None = None,
 ) -> Redistribution:
     """Applies `rule` to attention given as one state per key group; differentiable.
 

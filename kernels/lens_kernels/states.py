@@ -25,9 +25,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 _INF = float("inf")
 
@@ -81,9 +85,9 @@ class AttentionState:
         ValueError: shapes that do not fit, a statistic that cannot merge or is not placed.
     """
 
-    output: Tensor
-    lse: Tensor
-    statistics: Mapping[str, Tensor] = field(default_factory=dict)
+    output: Float[Tensor, "*rows queries value_dim"]
+    lse: Float[Tensor, "*rows queries"]
+    statistics: Mapping[str, Float[Tensor, "..."]] = field(default_factory=dict)
     placed: bool = False
 
     def __post_init__(self) -> None:
@@ -124,7 +128,9 @@ class AttentionState:
         )
 
 
-def merge(*states: AttentionState, sink_logits: Tensor | None = None) -> AttentionState:
+def merge(
+    *states: AttentionState, sink_logits: Float[Tensor, "heads"] | None = None
+) -> AttentionState:
     """Attention over the union of disjoint key sets; see the module for the formulas.
 
     Differentiable in outputs, LSEs and statistics, also where some or all LSEs are -inf.

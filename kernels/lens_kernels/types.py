@@ -8,12 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from lens_kernels.states import BY_POSITION, MERGEABLE, AttentionState
 from lens_kernels.statistics import STATISTICS, Exactness
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,15 +58,21 @@ class AttentionMask:
 
     causal: bool = False
     window: int | None = None
-    key_lengths: Tensor | Sequence[int] | None = None
-    query_lengths: Tensor | Sequence[int] | None = None
-    key_start: Tensor | Sequence[int] | None = None
-    key_padding: Tensor | None = None
-    prefix: int | Tensor | Sequence[int] | None = None
-    cu_seqlens: Tensor | Sequence[int] | Sequence[Sequence[int]] | None = None
-    alibi_slopes: Tensor | None = None
-    bias: Tensor | None = None
-    allowed: Tensor | None = None
+    key_lengths: Int[Tensor, "batch"] | Sequence[int] | None = None
+    query_lengths: Int[Tensor, "batch"] | Sequence[int] | None = None
+    key_start: Int[Tensor, "batch"] | Sequence[int] | None = None
+    key_padding: Bool[Tensor, "batch keys"] | None = None
+    prefix: int | Int[Tensor, ""] | Int[Tensor, "batch"] | Sequence[int] | None = None
+    cu_seqlens: (
+        Int[Tensor, "bounds"]
+        | Int[Tensor, "batch bounds"]
+        | Sequence[int]
+        | Sequence[Sequence[int]]
+        | None
+    ) = None
+    alibi_slopes: Float[Tensor, "heads"] | None = None
+    bias: Float[Tensor, "... #keys"] | None = None
+    allowed: Bool[Tensor, "... #keys"] | None = None
 
 
 class AttentionStatistics(Mapping[str, Tensor]):
@@ -149,9 +159,11 @@ class AttentionGroups:
             renormalised: what they are with all other keys hidden.
     """
 
-    output: Tensor
-    lse: Tensor
-    statistics: Mapping[str, Tensor] = field(default_factory=dict)
+    output: Float[Tensor, "groups batch heads queries value_dim"]
+    lse: Float[Tensor, "groups batch heads queries"]
+    statistics: Mapping[str, Float[Tensor, "groups batch heads queries"]] = field(
+        default_factory=dict
+    )
 
     @property
     def states(self) -> tuple[AttentionState, ...]:
@@ -178,7 +190,7 @@ class AttentionResult:
         backend: the name of the backend that ran.
     """
 
-    output: Tensor
+    output: Float[Tensor, "batch heads queries value_dim"]
     statistics: AttentionStatistics
     groups: AttentionGroups | None
     backend: str

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -20,7 +21,13 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAX_GROUPS = 4
 DIFFERENTIABLE = frozenset({"entropy", "block_mass", "received"})
 
-LabelPairs = Sequence[tuple[Tensor, Tensor]]
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+    QueryLabels = Int[Tensor, "queries"] | Int[Tensor, "batch queries"]
+    KeyLabels = Int[Tensor, "keys"] | Int[Tensor, "batch keys"]
+    LabelPairs = Sequence[tuple[QueryLabels, KeyLabels]]
+    KeyWeights = Float[Tensor, "batch heads keys"] | Float[Tensor, "batch kv_heads keys"]
 
 
 def make_problem(

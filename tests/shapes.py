@@ -1,0 +1,63 @@
+"""Runs code whose functions check the shapes in their signatures; nothing is checked elsewhere.
+
+`outcomes` imports modules in a process of its own, so that jaxtyping and beartype check every call of
+what they define, and makes each call in the dictionary `CALLS` of a module of the tests.
+
+Shapes are written for type checkers (`if TYPE_CHECKING: from jaxtyping import Float`), so users
+import neither; here `TYPE_CHECKING` is True while the modules are imported.
+"""
+
+import functools
+import importlib
+import json
+import os
+import subprocess
+import sys
+import typing
+from pathlib import Path
+
+import beartype
+import jaxtyping
+
+ROOT = Path(__file__).parents[1]
+
+checked = beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))
+"""The checker that the import hook puts around each function; an int is a float."""
+
+
+@functools.cache
+def outcomes(calls: str, *modules: str) -> dict[str, str | None]:
+    """Name of each call in `calls.CALLS` -> None, or the error that it raised, in one line.
+
+    Args:
+        calls: a module of the tests.
+        modules: those whose signatures are checked, and no others.
+    """
+    start = "import sys; from tests import shapes; shapes.main(sys.argv[1], sys.argv[2:])"
+    command = [sys.executable, "-c", start, calls, *modules]
+    paths = os.pathsep.join(str(ROOT / part) for part in ("", "kernels", "analyses", "dashboards"))
+    environment = {**os.environ, "PYTHONPATH": paths}
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def main(calls: str, modules: list[str]) -> None:
+    """Makes the calls in this process and prints their outcomes as JSON."""
+    for module in ("torch", "numpy"):  # their own type-checking imports stay off
+        importlib.import_module(module)
+    typing.TYPE_CHECKING = True
+    with jaxtyping.install_import_hook(modules, "tests.shapes.checked"):
+        for module in modules:
+            importlib.import_module(module)
+    typing.TYPE_CHECKING = False
+    found = {name: _outcome(call) for name, call in importlib.import_module(calls).CALLS.items()}
+    print(json.dumps(found))
+
+
+def _outcome(call: typing.Callable[[], object]) -> str | None:
+    try:
+        call()
+    except Exception as error:
+        return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return None
