@@ -176,8 +176,10 @@ def kinds_of_heads() -> Numbers:
     table = by_head(table).set_index("metric", append=True)
     at = [("L1H0", metric) for metric in table.loc["L1H0"].index if "p99" not in metric]
     found |= cells("heads.stability", table, "value", at)
-    table = heads.variance(halves, resamples=20).table().set_index("source")
-    return found | cells("heads.variance", table, "share", ["head", "prompt × head"])
+    more = [lens.prompts.copied(model, 25, seed=seed) for seed in range(4, 8)]
+    eight = {"a": traces, "b": lens.capture(model, more, **QUIET)}
+    table = heads.variance(eight, resamples=50).table().set_index("source")
+    return found | cells("heads.variance", table, "share low high", ["head", "condition × head"])
 
 
 def circuit_scores() -> Numbers:
