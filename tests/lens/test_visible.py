@@ -1,11 +1,8 @@
 """How many queries see each key: counts of a window against a mask that is written out."""
 
-import lens
 import numpy as np
 import pytest
 import torch
-from lens.captures.masks import MaskStructure, structured_mask
-from lens.trace import visible_queries
 from lens_kernels import attention
 from transformers.masking_utils import (
     sdpa_mask,
@@ -13,6 +10,9 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
 )
 
+import lens
+from lens.captures.masks import MaskStructure, structured_mask
+from lens.trace import visible_queries
 from tests.lens.architectures import build
 
 WINDOWS = [None, 1, 2, 3, 4, 7, 8, 16, 17, 18, 40]
