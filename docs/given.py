@@ -1,0 +1,59 @@
+"""The names that the examples of the reference use. A test runs every example with them.
+
+Small models and short prompts: numbers that an example prints are those of these, not of a study.
+"""
+
+import torch
+import transformers
+
+import lens
+
+# A small trained language model, what it reads, and what its attention did.
+model = lens.load("text-lm-3l")
+texts = [
+    lens.prompts.take(model, lens.prompts.text("moby-dick"), 24),
+    lens.prompts.take(model, lens.prompts.text("lily"), 24),
+]
+ids = torch.tensor([texts[0]])
+traces = [lens.capture(model, prompt, keep_qk=True, progress=False) for prompt in texts]
+trace = traces[0]
+
+# Two tasks: prompts with a metric, and other prompts of the same kind to check a choice on.
+task = lens.tasks.induction(model, n=8)
+held_out = lens.tasks.induction(model, n=8, seed=1)
+
+# A vision-language model with random weights, with the inputs of one prompt: 5 tokens, 16 of the image, 11 tokens.
+torch.manual_seed(0)
+vlm = lens.load(
+    transformers.LlavaForConditionalGeneration(
+        transformers.LlavaConfig(
+            vision_config=transformers.CLIPVisionConfig(
+                hidden_size=32,
+                intermediate_size=40,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                image_size=16,
+                patch_size=4,
+            ),
+            text_config=transformers.LlamaConfig(
+                vocab_size=97,
+                hidden_size=48,
+                intermediate_size=56,
+                num_hidden_layers=3,
+                num_attention_heads=6,
+                num_key_value_heads=2,
+                bos_token_id=1,
+                eos_token_id=2,
+                pad_token_id=0,
+            ),
+            image_token_index=90,
+            vision_feature_layer=-1,
+        )
+    ).eval()
+)
+images = torch.randn(1, 3, 16, 16)
+inputs = {
+    "input_ids": torch.tensor([[*range(3, 8), *[90] * 16, *range(20, 31)]]),
+    "pixel_values": images,
+    "attention_mask": torch.ones(1, 32, dtype=torch.long),
+}
