@@ -20,7 +20,7 @@ from typing import Any
 import lens_kernels
 import pytest
 import torch
-from lens_kernels import AttentionMask, cpu, explain, reference, tiled_backward
+from lens_kernels import AttentionMask, attention, cpu, explain, reference, tiled_backward
 from lens_kernels.backward import Gradients, Saved, Upstream
 from lens_kernels.cpu import build, calls, library
 from lens_kernels.problem import Problem, statistic_shape
@@ -569,6 +569,52 @@ def test_the_default_folder_is_private(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
 
 
+@needs_library
+def test_half_a_library_is_made_anew(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Loading it would end the process."""
+    whole = build.library_path()
+    content = whole.read_bytes()
+    whole.write_bytes(content[: len(content) // 2])
+    assert build.library_path() == whole
+    assert whole.read_bytes() == content
+    whole.write_bytes(content[: len(content) // 2])
+    monkeypatch.setenv("PATH", str(folder))
+    monkeypatch.delenv("CC", raising=False)
+    with pytest.raises(build.BuildError, match="no C compiler was found"):
+        build.library_path()
+
+
+@needs_library
+def test_a_library_that_was_made_needs_no_compiler(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, folder: Path
+) -> None:
+    monkeypatch.delenv("CC", raising=False)
+    made = build.library_path()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert build.library_path() == made
+    folder.chmod(0o500)
+    assert build.library_path() == made
+    assert library.open_library(str(made))
+
+
+def test_a_folder_that_cannot_be_written_says_so(
+    monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> None:
+    def refuse(**options: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(build.tempfile, "mkstemp", refuse)
+    message = r"cache cannot be written \(Permission denied\); set LENS_KERNELS_CACHE"
+    with pytest.raises(build.BuildError, match=message):
+        build.library_path()
+    library.load.cache_clear()
+    try:
+        query = torch.zeros(1, 1, 3, 4)
+        assert attention(query, query, query).backend == "torch"
+    finally:
+        library.load.cache_clear()
+
+
 def test_a_damaged_library_is_named(tmp_path: Path) -> None:
     path = tmp_path / "kernels-0.so"
     path.write_text("half")
@@ -598,7 +644,7 @@ def test_processes_that_start_together_make_one_library(folder: Path, tmp_path: 
     running = [subprocess.Popen([sys.executable, "-c", program], env=environment) for _ in range(2)]
     assert [process.wait(timeout=100) for process in running] == [0, 0]
     (made,) = folder.iterdir()
-    assert re.fullmatch(r"kernels-[0-9a-f]{20}\.so", made.name)
+    assert re.fullmatch(r"kernels(-[0-9a-f]{20}){3}\.so", made.name)
 
 
 @needs_library
@@ -618,15 +664,20 @@ def test_a_library_is_made_once(
 def test_another_source_or_compiler_makes_another_library(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, folder: Path
 ) -> None:
-    compiler = build.find_compiler()
-    old = build._key(compiler, ("-O3",))
-    assert build._key(compiler, ("-O3",)) == old
-    assert build._key(compiler, ("-O2",)) != old
+    old = build._key(("-O3",))
+    assert build._key(("-O3",)) == old
+    assert build._key(("-O2",)) != old
     changed = shutil.copytree(build.SOURCES, tmp_path / "sources")
     monkeypatch.setattr(build, "SOURCES", changed)
-    assert build._key(compiler, ("-O3",)) == old
+    assert build._key(("-O3",)) == old
     (changed / "simd.h").write_text((changed / "simd.h").read_text() + "\n")
-    assert build._key(compiler, ("-O3",)) != old
+    assert build._key(("-O3",)) != old
+    made = []
+    for name in ("cc", "other"):
+        body = '[ "$1" = --version ] && exit; while [ "$1" != -o ]; do shift; done; echo x > "$2"'
+        monkeypatch.setenv("CC", _script(tmp_path / name, body))
+        made.append(build.library_path())
+    assert made[0] != made[1]
 
 
 def test_fifty_runs_give_the_same_bits():

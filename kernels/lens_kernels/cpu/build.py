@@ -1,9 +1,11 @@
 """Compiles the C sources once per machine and keeps the library in the user's cache folder.
 
-The file name carries a hash of everything that the result depends on: source, compiler with
-version, flags, processor. A library is compiled under a temporary name and renamed when complete,
-so that processes that start together, or are killed, never leave half a file. The folder must
-belong to the user and be writable by nobody else, because what lies in it is executed.
+The file is called `kernels-SOURCES-COMPILER-CONTENT.so`, three hashes: of the source, flags and
+processor; of the compiler with its version; of the file itself. So a file that is not whole is
+never loaded, another compiler makes another file, and where there is no compiler any more, one that
+was made before still serves. A library is compiled under a temporary name and renamed when
+complete, so that processes that start together, or are killed, never leave half a file. The folder
+must belong to the user and be writable by nobody else, because what lies in it is executed.
 
 Environment: `LENS_KERNELS_CACHE` is the folder (default: `attention-lens/kernels` in the user's
 cache folder), `CC` the compiler (default: the first of cc, gcc, clang).
@@ -91,24 +93,48 @@ def library_path(target: str | None = None) -> Path:
     """
     if os.name != "posix":
         raise BuildError(f"the compiled path needs Linux or macOS, not {platform.system()}")
-    compiler, folder = find_compiler(), cache_folder()
+    folder = cache_folder()
     targets = _TARGETS if target is None else (target or None,)
-    failure = ""
-    for flag in targets:
-        flags = _COMMON if flag is None else (*_COMMON, flag)
-        path = folder / f"kernels-{_key(compiler, flags)}.so"
-        if path.exists():
-            return path
-        failure = _compile(compiler, flags, path)
-        if not failure:
+    settings = [_COMMON if flag is None else (*_COMMON, flag) for flag in targets]
+    try:
+        compiler = find_compiler()
+    except BuildError:
+        if os.environ.get("CC"):
+            raise
+        for flags in settings:
+            if found := _made(folder, _key(flags), "*"):
+                return found
+        raise
+    failure, made_by = "", _hash(_version(compiler))
+    for flags in settings:
+        key = _key(flags)
+        if found := _made(folder, key, made_by):
+            return found
+        path, failure = _compile(compiler, flags, folder, f"kernels-{key}-{made_by}")
+        if path is not None:
             return path
     raise BuildError(f"{compiler} could not compile the kernels: {failure}")
 
 
-def _key(compiler: str, flags: tuple[str, ...]) -> str:
+def _made(folder: Path, key: str, compiler: str) -> Path | None:
+    """A whole library of that key in the folder; what is not whole is removed."""
+    for path in sorted(folder.glob(f"kernels-{key}-{compiler}-*.so")):
+        try:
+            if path.stem.rpartition("-")[2] == _hash(path.read_bytes()):
+                return path
+            path.unlink()
+        except OSError:
+            continue
+    return None
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:20]
+
+
+def _key(flags: tuple[str, ...]) -> str:
     sources = (path.read_bytes() for path in sorted(SOURCES.glob("*.[ch]")))
-    parts = (*sources, _version(compiler), " ".join(flags).encode(), _processor())
-    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:20]
+    return _hash(b"\0".join((*sources, " ".join(flags).encode(), _processor())))
 
 
 def _version(compiler: str) -> bytes:
@@ -129,21 +155,40 @@ def _processor() -> bytes:
     return b"\n".join(dict.fromkeys(lines))
 
 
-def _compile(compiler: str, flags: tuple[str, ...], path: Path) -> str:
-    """Compiles to `path`; returns "" or the reason why not."""
-    handle, name = tempfile.mkstemp(prefix=".building-", suffix=".so", dir=path.parent)
-    os.close(handle)
+def _compile(
+    compiler: str, flags: tuple[str, ...], folder: Path, stem: str
+) -> tuple[Path | None, str]:
+    """The library in the folder, its name beginning with `stem`; or None and the reason why not.
+
+    Raises:
+        BuildError: when the folder cannot be written or the compiler not be run.
+    """
+    try:
+        handle, name = tempfile.mkstemp(prefix=".building-", suffix=".so", dir=folder)
+        os.close(handle)
+    except OSError as error:
+        raise BuildError(_unwritable(folder, error)) from error
     try:
         sources = map(str, sorted(SOURCES.glob("*.c")))
         result = _run([compiler, *flags, *sources, "-o", name, "-lm", "-lpthread"])
         if result.returncode:
             lines = result.stderr.decode(errors="replace").splitlines()
             errors = [line for line in lines if "error" in line] or lines
-            return errors[0].strip() if errors else f"exit status {result.returncode}"
+            return None, errors[0].strip() if errors else f"exit status {result.returncode}"
+        path = folder / f"{stem}-{_hash(Path(name).read_bytes())}.so"
         os.replace(name, path)
-        return ""
+        return path, ""
+    except OSError as error:
+        raise BuildError(_unwritable(folder, error)) from error
     finally:
         Path(name).unlink(missing_ok=True)
+
+
+def _unwritable(folder: Path, error: OSError) -> str:
+    return (
+        f"the cache folder {folder} cannot be written ({error.strerror}); "
+        "set LENS_KERNELS_CACHE to a folder of your own"
+    )
 
 
 def _run(command: list[str]) -> subprocess.CompletedProcess[bytes]:
