@@ -29,7 +29,7 @@ def lower_mask(mask: AttentionMask, query: Tensor, key: Tensor) -> MaskPlan:
     batch, heads, queries, _ = query.shape
     keys = key.shape[2]
     device = query.device
-    window = _window(mask.window)
+    window = _window(mask.window, queries + keys)
     row = torch.arange(queries, dtype=torch.int32, device=device).expand(batch, -1)
     column = torch.arange(keys, dtype=torch.int32, device=device).expand(batch, -1)
 
@@ -38,7 +38,7 @@ def lower_mask(mask: AttentionMask, query: Tensor, key: Tensor) -> MaskPlan:
     if mask.causal:
         reach = anchor + 1
         if mask.prefix is not None:
-            bidirectional = origin + _prefix(mask.prefix, batch, device)
+            bidirectional = origin + _prefix(mask.prefix, batch, keys, device)
             if window is not None:
                 bidirectional = torch.minimum(bidirectional, anchor + window)
             reach = torch.maximum(reach, bidirectional)
@@ -112,7 +112,8 @@ def _sequences(
     return origin.expand(shape), key_end.expand(shape), anchor, column - origin, row < query_end
 
 
-def _window(window: int | None) -> int | None:
+def _window(window: int | None, longest: int) -> int | None:
+    """The window, at most twice `longest`: no distance is larger, and 32 bits hold the sums."""
     if window is None:
         return None
     if isinstance(window, bool) or not isinstance(window, int):
@@ -121,12 +122,12 @@ def _window(window: int | None) -> int | None:
         raise ValueError(
             f"window must be at least 1 (a query's own key), got {window}; use None for no window"
         )
-    return window
+    return min(window, 2 * longest)
 
 
 def _integers(
     name: str,
-    values: Tensor | Sequence[int] | Sequence[Sequence[int]],
+    values: int | Tensor | Sequence[int] | Sequence[Sequence[int]],
     device: torch.device,
     dims: tuple[int, ...],
 ) -> Tensor:
@@ -135,7 +136,10 @@ def _integers(
             raise TypeError(f"{name} must hold integers, got {values.dtype}")
         if values.device != device:
             raise ValueError(f"{name} is on {values.device}, the query on {device}; move it there")
-    tensor = torch.as_tensor(values, dtype=torch.int32, device=device)
+    try:
+        tensor = torch.as_tensor(values, dtype=torch.int64, device=device)
+    except (RuntimeError, ValueError, OverflowError) as error:
+        raise ValueError(f"{name} must hold integers of 64 bits: {error}") from None
     if tensor.dim() not in dims:
         expected = " or ".join(f"{dim}-dimensional" for dim in dims)
         raise ValueError(f"{name} must be {expected}, got shape {list(tensor.shape)}")
@@ -158,18 +162,22 @@ def _row_integers(
         raise ValueError(f"{name} must have one entry per batch row ({batch}), got {len(tensor)}")
     if bool(((tensor < 0) | (tensor > limit)).any()):
         raise ValueError(f"{name} must lie in 0..{limit}, got {tensor.tolist()}")
-    return tensor[:, None]
+    return tensor[:, None].to(torch.int32)
 
 
-def _prefix(prefix: int | Tensor | Sequence[int], batch: int, device: torch.device) -> Tensor:
-    tensor = _integers("mask prefix", torch.as_tensor(prefix, device=device), device, (0, 1))
+def _prefix(
+    prefix: int | Tensor | Sequence[int], batch: int, keys: int, device: torch.device
+) -> Tensor:
+    """[1 | batch, 1], at most all keys."""
+    given = min(prefix, keys) if isinstance(prefix, int) else prefix
+    tensor = _integers("mask prefix", given, device, (0, 1))
     if tensor.dim() == 1 and tensor.shape[0] != batch:
         raise ValueError(
             f"mask prefix must be one integer or one per batch row ({batch}), got {len(tensor)}"
         )
     if bool((tensor < 0).any()):
         raise ValueError(f"mask prefix must be 0 or more, got {tensor.tolist()}")
-    return tensor.reshape(-1, 1)
+    return tensor.clamp(max=keys).reshape(-1, 1).to(torch.int32)
 
 
 def _bounds(
@@ -194,7 +202,7 @@ def _bounds(
             f"cu_seqlens must rise from 0 to at most {queries} (the number of queries), got "
             f"{bounds.tolist()}"
         )
-    return bounds
+    return bounds.to(torch.int32)
 
 
 def _key_padding(

@@ -79,6 +79,9 @@ def tile(
     queries, keys = query.shape[-2], key.shape[-2]
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1 (a query's own key), got {window}")
+    longest = 2 * (queries + keys + abs(offset or 0))  # no distance and no key is beyond it
+    window = None if window is None else min(window, longest)
+    prefix = None if prefix is None else min(prefix, longest)
     rows = _range("query_range", query_range, queries)
     columns = _range("key_range", key_range, keys)
     xp = _module(query)

@@ -19,6 +19,12 @@ from lens_kernels.types import AttentionMask
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAX_GROUPS = 4
+LARGEST = 2**31 - 1
+"""Of what counts positions: kernels hold them in 32 bits."""
+LONG_BLOCK = 4096
+"""A block beyond it is cut where the sequence ends, which changes no map."""
+FURTHEST_CAP = 1e30
+"""A softcap beyond it (below its inverse) caps as it does: logits in float32 show no difference."""
 DIFFERENTIABLE = frozenset({"entropy", "block_mass", "received"})
 
 if TYPE_CHECKING:
@@ -58,7 +64,7 @@ def make_problem(
     _check_inputs(query, key, value)
     batch, head_dim = query.shape[0], query.shape[3]
     keys = key.shape[2]
-    blocks = _block_size(block_size)
+    blocks = _block_size(block_size, query.shape[2], keys)
     compute_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     if mask is not None and not isinstance(mask, AttentionMask):
         raise TypeError(
@@ -86,13 +92,13 @@ def make_problem(
         value=value,
         plan=plan,
         scale=_scale(scale, head_dim),
-        softcap=_softcap(softcap),
+        softcap=_softcap(softcap, compute_dtype),
         sink_logits=sinks,
         block_size=blocks,
         statistics=names,
         query_labels=query_labels,
         key_labels=key_labels,
-        prefix=_positive("prefix", prefix),
+        prefix=min(_positive("prefix", prefix), keys),
         top_k=min(_positive("top_k", top_k), math.ceil(keys / blocks[1])),
         grid=_grid(grid, keys),
         groups=group_ids,
@@ -161,15 +167,24 @@ def _positive(name: str, value: int) -> int:
     return value
 
 
-def _block_size(block_size: int | tuple[int, int]) -> tuple[int, int]:
+def _block_size(block_size: int | tuple[int, int], queries: int, keys: int) -> tuple[int, int]:
     if isinstance(block_size, tuple | list):
         if len(block_size) != 2:
             raise ValueError(
                 f"block_size must be one integer or (query_block, key_block), got {block_size!r}"
             )
-        return _positive("block_size", block_size[0]), _positive("block_size", block_size[1])
-    size = _positive("block_size", block_size)
-    return size, size
+        return _block_side(block_size[0], queries), _block_side(block_size[1], keys)
+    return _block_side(block_size, queries), _block_side(block_size, keys)
+
+
+def _block_side(size: int, length: int) -> int:
+    """The side; of one block for the whole sequence no more than backends can fill up to."""
+    if _positive("block_size", size) > LARGEST:
+        raise ValueError(
+            f"block_size must be at most {LARGEST}, got {size}; one of the length of the sequence "
+            "makes a single block"
+        )
+    return min(size, max(length, LONG_BLOCK))
 
 
 def _scale(scale: float | None, head_dim: int) -> float:
@@ -180,12 +195,14 @@ def _scale(scale: float | None, head_dim: int) -> float:
     return float(scale)
 
 
-def _softcap(softcap: float | None) -> float | None:
+def _softcap(softcap: float | None, dtype: torch.dtype) -> float | None:
     if softcap is None:
         return None
     if not (math.isfinite(softcap) and softcap > 0):
         raise ValueError(f"softcap must be positive and finite, got {softcap}; None means no cap")
-    return float(softcap)
+    if dtype == torch.float64:
+        return float(softcap)
+    return min(max(float(softcap), 1 / FURTHEST_CAP), FURTHEST_CAP)
 
 
 def _sink_logits(sinks: Tensor | None, query: Tensor, dtype: torch.dtype) -> Tensor | None:
@@ -239,7 +256,8 @@ def _label_vector(name: str, labels: Tensor, query: Tensor, count: int) -> Tenso
             f"{list(labels.shape)}"
         )
     limit = torch.iinfo(torch.int32)
-    if labels.dtype == torch.int64 and bool((labels.abs() > limit.max).any()):
+    labels = labels.clamp(min=-1) if labels.dtype.is_signed else labels  # those never match
+    if labels.dtype == torch.int64 and bool((labels > limit.max).any()):
         raise ValueError(
             f"{name} must fit 32 bits (below {limit.max + 1}); number the distinct labels with "
             "torch.unique(labels, return_inverse=True)"

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from lens_kernels import AttentionMask, attention
+from lens_kernels import AttentionMask, attention, tile
 
 from tests.kernels.helpers import tensors
 
@@ -402,3 +402,65 @@ def test_the_arguments_above_fit_when_they_are_right():
 def test_unknown_keywords_are_not_swallowed():
     with pytest.raises(TypeError, match="unexpected keyword argument 'dropout'"):
         call(dropout=0.1)
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch", "cpu"])
+@pytest.mark.parametrize("size", [10**6, 2**31 - 1, 2**31, 2**31 + 5, 2**32, 2**40, 2**63, 2**70])
+def test_windows_and_prefixes_beyond_all_keys_hide_nothing(backend, size):
+    query, key, value = tensors(2, 4, 2, 7, 11)
+    options = {"statistics": ("lse", "prefix_mass"), "backend": backend, "block_size": 4}
+
+    def seen(mask=None, **more):
+        result = attention(query, key, value, mask=mask, **options, **more)
+        return result.output, result.statistics.lse, result.statistics.prefix_mass
+
+    causal = seen(M(causal=True))
+    both = seen()
+    for found, expected in (
+        (seen(M(causal=True, window=size)), causal),
+        (seen(M(window=size)), both),
+        (seen(M(causal=True, prefix=size)), both),
+        (seen(M(causal=True, prefix=torch.tensor([min(size, 2**62)] * 2))), both),
+        (seen(M(window=size, key_lengths=[5, 11], query_lengths=[7, 1])), None),
+    ):
+        for one, other in zip(found, expected or found, strict=True):
+            torch.testing.assert_close(one, other)
+    whole = seen(M(key_lengths=[5, 11], query_lengths=[7, 1]))
+    for one, other in zip(found, whole, strict=True):
+        torch.testing.assert_close(one, other)
+    assert (seen(prefix=size)[2] - 1).abs().max() < 1e-5
+    logits = tile(query, key, both[1], (0, 7), (0, 11), window=size, prefix=size, causal=True)
+    torch.testing.assert_close(logits, tile(query, key, both[1], (0, 7), (0, 11)))
+
+
+@pytest.mark.parametrize("size", [2**31, 2**61, 2**63 - 1, 2**70, (4, 2**40), (2**40, 4)])
+def test_blocks_beyond_32_bits_are_refused(size):
+    with pytest.raises(ValueError, match=r"block_size must be at most 2147483647, got \d+; one of"):
+        call(block_size=size)
+    call(block_size=2**31 - 1, statistics=("block_mass",))
+
+
+@pytest.mark.parametrize("name", ["key_lengths", "query_lengths", "key_start", "cu_seqlens"])
+@pytest.mark.parametrize("size", [2**32, 2**32 + 3, 2**70])
+def test_lengths_beyond_32_bits_are_refused(name, size):
+    given = [0, size] if name == "cu_seqlens" else [1, size]
+    with pytest.raises(ValueError, match=f"{name} must"):
+        attention(*tensors(2, 4, 2, 7, 7), mask=M(**{name: given}), backend="torch")
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch", "cpu"])
+@pytest.mark.parametrize("cap", [5e-324, 1e-46, 1e-38, 1e38, 1e39, 1e308])
+def test_extreme_softcaps_cap_or_do_nothing(backend, cap):
+    query, key, value = tensors(2, 4, 2, 7, 11)
+    options = {"statistics": ("lse", "received"), "backend": backend}
+    found = attention(query, key, value, softcap=cap, **options)
+    expected = attention(query * (cap > 1), key, value, **options)
+    torch.testing.assert_close(found.output, expected.output)
+    torch.testing.assert_close(found.statistics.received, expected.statistics.received)
+
+
+def test_the_smallest_label_matches_nothing():
+    labels = torch.full((7,), -(2**63)), torch.zeros(11, dtype=torch.int64)
+    query, key, value = tensors(2, 4, 2, 7, 11)
+    result = attention(query, key, value, match=[labels], statistics=("match_mass",))
+    assert result.statistics.match_mass.abs().max() == 0
