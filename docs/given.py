@@ -11,8 +11,8 @@ import lens
 # A small trained language model, what it reads, and what its attention did.
 model = lens.load("text-lm-3l")
 texts = [
-    lens.prompts.take(model, lens.prompts.text("moby-dick"), 24),
-    lens.prompts.take(model, lens.prompts.text("lily"), 24),
+    lens.tasks.take(model, lens.tasks.text("moby-dick"), 24),
+    lens.tasks.take(model, lens.tasks.text("lily"), 24),
 ]
 ids = torch.tensor([texts[0]])
 traces = [lens.capture(model, prompt, keep_qk=True, progress=False) for prompt in texts]

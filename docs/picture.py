@@ -12,7 +12,7 @@ from lens_dashboards.server import create_app
 from playwright.sync_api import sync_playwright
 from waitress.server import create_server
 
-from lens.runs import list_runs
+from lens.runs.folders import list_runs
 
 OUT = Path(__file__).parent / "head.png"
 VIEW = "head/1/3?prompt=p012&query=75"

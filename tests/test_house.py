@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import networkx as nx
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -60,6 +61,101 @@ def test_the_arrow_check_sees_a_nested_import(tmp_path):
     file = tmp_path / "module.py"
     file.write_text("def f():\n    from lens_dashboards.app import make\n    import torch.nn\n")
     assert imported_packages(file) == {"lens_dashboards", "torch"}
+
+
+ORDER = (
+    ("lens_kernels",),
+    ("lens.common",),
+    ("lens.stats", "lens.models"),
+    ("lens.passes",),
+    ("lens.traces",),
+    ("lens.tasks",),
+    ("lens.edits",),
+    ("lens.heads", "lens.circuits", "lens.sinks", "lens.policies", "lens.mixers", "lens.reading", "lens.vision"),
+    ("lens.figures",),
+    ("lens.runs",),
+    ("lens_analyses", "lens_dashboards"),
+)  # fmt: skip
+"""Rooms from the lowest floor up: a file imports from its own floor or from one below."""
+
+
+def module_files() -> dict[str, list[Path]]:
+    """Dotted name -> its file, and the stub that says what it loads on first use."""
+    found: dict[str, list[Path]] = {}
+    for package, folder in PACKAGES.items():
+        for file in [*folder.rglob("*.py"), *folder.rglob("*.pyi")]:
+            parts = [package, *file.relative_to(folder).with_suffix("").parts]
+            found.setdefault(".".join(parts).removesuffix(".__init__"), []).append(file)
+    return found
+
+
+def imported_modules(name: str, files: list[Path], known: set[str]) -> set[str]:
+    """Modules of ours that a module imports, anywhere in it: lazily and for types too."""
+    found = set()
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                # a relative import stands in the stub of a package alone, and means its inside
+                home = ".".join(filter(None, [name if node.level else "", node.module]))
+                names = [f"{home}.{alias.name}" for alias in node.names]
+            else:
+                continue
+            for one in names:
+                while one and one not in known:
+                    one = one.rpartition(".")[0]
+                found.add(one)
+    return found - {"", name}
+
+
+def circles(arrows: dict[str, set[str]]) -> list[list[str]]:
+    """Every group of modules that reach each other."""
+    graph = nx.DiGraph([(name, one) for name, ones in arrows.items() for one in ones])
+    return [sorted(group) for group in nx.strongly_connected_components(graph) if len(group) > 1]
+
+
+def against_the_order(arrows: dict[str, set[str]]) -> list[str]:
+    """Arrows that go up a floor."""
+    floors = {room: floor for floor, rooms in enumerate(ORDER) for room in rooms}
+
+    def floor(name: str) -> int:
+        return floors[".".join(name.split(".")[: 2 if name.startswith("lens.") else 1])]
+
+    return [
+        f"{name} -> {one}"
+        for name, ones in sorted(arrows.items())
+        for one in sorted(ones)
+        if "lens" not in (name, one) and floor(name) < floor(one)
+    ]
+
+
+@pytest.fixture(scope="module")
+def arrows():
+    """Module -> modules that it imports, over all four packages."""
+    files = module_files()
+    return {name: imported_modules(name, paths, set(files)) for name, paths in files.items()}
+
+
+def test_no_files_import_each_other_in_a_circle(arrows):
+    assert len(arrows) > 250
+    assert circles(arrows) == []
+
+
+def test_no_arrow_goes_up(arrows):
+    assert against_the_order(arrows) == []
+
+
+def test_a_circle_and_an_arrow_upwards_are_seen(tmp_path):
+    one, two = tmp_path / "one.py", tmp_path / "two.py"
+    one.write_text("def f():\n    from lens.figures.two import g\n")
+    two.write_text(
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import lens.heads.one\n"
+    )
+    known = {"lens.heads.one": [one], "lens.figures.two": [two]}
+    found = {name: imported_modules(name, files, set(known)) for name, files in known.items()}
+    assert circles(found) == [["lens.figures.two", "lens.heads.one"]]
+    assert against_the_order(found) == ["lens.heads.one -> lens.figures.two"]
 
 
 @pytest.mark.parametrize("package", PACKAGES)
@@ -131,7 +227,7 @@ def test_help_is_light():
 
 
 def test_what_the_dashboard_reads_needs_no_torch():
-    code = "import lens.trace, lens.runs, lens.metrics, lens.findings, lens.figures"
+    code = "import lens.traces.trace, lens.runs.folders, lens.traces.metrics, lens.traces.findings, lens.figures.heads, lens.runs.comparison.comparing"
     assert loaded_modules(code) & HEAVY == set()
 
 

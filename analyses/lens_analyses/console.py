@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from lens.errors import LensError
+from lens.common.errors import LensError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,18 +23,7 @@ log = logging.getLogger("lens_analyses")
 
 
 class UsageError(LensError):
-    """What was asked for makes no sense, or does not fit the model or the text; exit code 2."""
-
-
-@contextmanager
-def refused_as_usage() -> Iterator[None]:
-    """What is refused inside is the fault of what was asked for, and nothing was computed: exit code 2."""
-    try:
-        yield
-    except UsageError:
-        raise
-    except LensError as error:
-        raise UsageError(str(error)) from error
+    """The command line itself makes no sense; exit code 2."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from lens_analyses.config import RunConfig
-from lens_analyses.console import refused_as_usage
 from lens_analyses.inputs import PlannedPrompt, load_model, plan, read_sources
 from lens_analyses.steps import STEPS
 from lens_analyses.steps.costs import COSTS, Load
@@ -79,16 +78,13 @@ def estimate(config: RunConfig) -> Estimate:
     Raises:
         LensError: as the run itself would, for any input that makes no sense.
     """
-    with refused_as_usage():
-        config, sources = read_sources(config)
+    config, sources = read_sources(config)
     model = load_model(config)
-    with refused_as_usage():
-        planned = plan(model, config, sources)
-        task, windows = analysed(config, model, planned)
+    planned = plan(model, config, sources)
     lengths = [len(prompt.ids) for prompt in planned]
     rate = _rate(model)
     steps = {"profile": SLOWDOWN * sum(work(model, prompt) for prompt in planned) / rate}
-    steps |= _analysis(config, model, planned, task, windows, rate)
+    steps |= _analysis(config, model, planned, rate)
     return Estimate(
         model=model.name,
         what=config.what,
@@ -103,15 +99,11 @@ def estimate(config: RunConfig) -> Estimate:
 
 
 def _analysis(
-    config: RunConfig,
-    model: "LoadedModel",
-    planned: list[PlannedPrompt],
-    task: list[list[int]],
-    windows: list[list[int]],
-    rate: float,
+    config: RunConfig, model: "LoadedModel", planned: list[PlannedPrompt], rate: float
 ) -> dict[str, float]:
     """Seconds of each step after the profile."""
     settings, info, what = config.analysis, model.info, config.what
+    task, windows = analysed(config, model, planned)
     load = Load(
         settings=settings,
         layers=info.layers,

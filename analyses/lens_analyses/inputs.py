@@ -6,21 +6,16 @@ Everything that can be wrong with the input is found here, before a run folder e
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
-from lens.errors import LensError
+from lens.common.errors import LensError
 from lens.models.catalogue import KNOWN
 from lens_analyses.config import RunConfig
-from lens_analyses.config.settings import Section
-from lens_analyses.console import UsageError
 
 if TYPE_CHECKING:
     from lens.models.loaded import LoadedModel
-
-
-_S = TypeVar("_S", bound=Section)
 
 
 @dataclass(frozen=True)
@@ -58,7 +53,7 @@ def read_sources(config: RunConfig) -> tuple[RunConfig, list[Source]]:
     """
     config, prompts = _absolute_model(config), config.prompts
     if prompts.text_name is not None:
-        from lens import prompts as embedded
+        from lens.tasks import prompts as embedded
 
         return config, [_embedded(embedded, prompts.text_name)]
     name = prompts.text or prompts.batch
@@ -74,10 +69,10 @@ def read_sources(config: RunConfig) -> tuple[RunConfig, list[Source]]:
         )
     if prompts.text is not None:
         sources = [Source(path.name, content)]
-        config = _with(config, prompts=_with(prompts, text=str(path), sha256=sha256))
+        config = replace(config, prompts=replace(prompts, text=str(path), sha256=sha256))
     else:
         sources = _batch(path, content)
-        config = _with(config, prompts=_with(prompts, batch=str(path), sha256=sha256))
+        config = replace(config, prompts=replace(prompts, batch=str(path), sha256=sha256))
     return config, sources
 
 
@@ -85,7 +80,7 @@ def load_model(config: RunConfig) -> "LoadedModel":
     """The model of the run, on its device.
 
     Raises:
-        LensError: as `lens.load`; UsageError: a device that is not there.
+        LensError: as `lens.load`, or a device that is not there.
     """
     import torch
 
@@ -96,7 +91,7 @@ def load_model(config: RunConfig) -> "LoadedModel":
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".")
-        raise UsageError(
+        raise LensError(
             f"device {name!r} cannot be used ({reason}); use cpu, or see `lens doctor`"
         ) from None
     model = config.model
@@ -125,7 +120,7 @@ def _absolute_model(config: RunConfig) -> RunConfig:
     folder = Path(config.model.name).expanduser()
     if config.model.name in KNOWN or not folder.is_dir():
         return config
-    return _with(config, model=_with(config.model, name=str(folder.resolve())))
+    return replace(config, model=replace(config.model, name=str(folder.resolve())))
 
 
 def _read(path: Path) -> str:
@@ -228,7 +223,7 @@ def _piece(model: "LoadedModel", title: str, ids: list[int]) -> PlannedPrompt:
 def _copied(model: "LoadedModel", config: RunConfig) -> list[PlannedPrompt]:
     if not config.prompts.copied:
         return []
-    from lens.prompts import copied
+    from lens.tasks.prompts import copied
 
     length = config.prompts.copied_length
     say = _say(model)
@@ -251,7 +246,3 @@ def _say(model: "LoadedModel") -> Callable[[list[int]], str]:
         return model.tokenizer.decode(body)
 
     return say
-
-
-def _with(section: _S, **changed: Any) -> _S:
-    return section.model_copy(update=changed)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lens.errors import LensError
+from lens.common.errors import LensError
 from lens.runs import BrokenRun, Run, list_runs, open_run
 from lens_analyses.console import ERROR, OK, PARTIAL
 
@@ -73,7 +73,7 @@ def listing_of(folder: Path) -> Listing:
 
 def verdict_on(run: Run) -> Verdict:
     """Check a run folder: schema, files, row sums, NaN."""
-    from lens.validation import validate
+    from lens.runs.validation import validate
 
     return Verdict(run, validate(run))
 

@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 import lens
-from lens.errors import LensError
-from lens.findings import findings
-from lens.run_writer import RunWriter, find_by_config
+from lens.common.errors import LensError
 from lens.runs import Run, open_run
+from lens.runs.writer import RunWriter, find_by_config
+from lens.traces.findings import findings
 from lens_analyses.config import RunConfig
-from lens_analyses.console import Output, log, progress_bar, refused_as_usage
+from lens_analyses.console import Output, log, progress_bar
 from lens_analyses.estimate import work
 from lens_analyses.inputs import PlannedPrompt, load_model, plan, read_sources
 from lens_analyses.provenance import versions
@@ -91,11 +91,9 @@ def execute(config: RunConfig, runs: Path, output: Output, *, again: bool = Fals
     """Make the run, or complete it, or find it finished.
 
     Raises:
-        UsageError: the input makes no sense; then no folder is left.
-        LensError: the model cannot be loaded, or another process is at this run.
+        LensError: the input makes no sense (then no folder is left), or another process is at it.
     """
-    with refused_as_usage():
-        config, sources = read_sources(config)
+    config, sources = read_sources(config)
     mapping = config.as_mapping()
     earlier = find_by_config(runs, mapping)
     run = _readable(earlier)
@@ -103,9 +101,8 @@ def execute(config: RunConfig, runs: Path, output: Output, *, again: bool = Fals
         return Finished(run, [one.text for one in findings(run.heads)], computed=False)
     log.info("loading %s", config.model.name)
     model = load_model(config)
-    with refused_as_usage():  # what cannot be done is refused now, not after the profile
-        planned = plan(model, config, sources)
-        analysed(config, model, planned)
+    planned = plan(model, config, sources)
+    analysed(config, model, planned)  # what cannot be done is refused now, not after the profile
     if again and earlier is not None and not (run and run.status == "started"):
         shutil.rmtree(earlier)
     fresh_parent = not runs.exists()
@@ -247,7 +244,7 @@ class _Execution:
 
         The second copy's first token cannot be known from the first copy, so it does not count.
         """
-        from lens.prompts import token_losses
+        from lens.tasks.prompts import token_losses
 
         if len(prompt.ids) < 2:
             return float("nan"), float("nan")
@@ -268,7 +265,7 @@ class _Execution:
 
     def _score(self) -> None:
         """Head metrics of each prompt and of each kind of prompt, from the traces on disk."""
-        from lens.profiles import pooled_table, prompt_table
+        from lens.traces.profiles import pooled_table, prompt_table
 
         info = self._model.info
         log.info("scoring %s heads", f"{info.layers * info.heads:,}")

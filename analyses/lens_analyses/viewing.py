@@ -5,7 +5,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-from lens.errors import LensError
+from lens.common.errors import LensError
 
 LOOPBACK = "127.0.0.1"
 

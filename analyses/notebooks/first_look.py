@@ -32,12 +32,12 @@ model
 # that before anything else. Now the model reads, and `capture` writes down what each head did.
 
 # %%
-tokens = lens.prompts.take(model, lens.prompts.text("moby-dick"), TOKENS)
+tokens = lens.tasks.take(model, lens.tasks.text("moby-dick"), TOKENS)
 trace = lens.capture(model, tokens, block_size=16, keep_qk=True, progress=False)
 trace
 
 # %%
-loss = lens.prompts.loss(model, tokens)
+loss = lens.tasks.loss(model, tokens)
 print(f"{model.name} pays {loss:.2f} nats for the average token of this text.")
 print("It reads: " + "".join(trace.tokens[1:20]))
 assert 0 < loss < 10
@@ -75,7 +75,7 @@ if MODEL == "text-lm-3l":
 # Figures of all heads read the same scores in long form, one row per head and metric.
 
 # %%
-from lens.profiles import prompt_table
+from lens.traces.profiles import prompt_table
 
 long = prompt_table(trace, "moby-dick")
 lens.figures.head_grid(long, "first_token")
@@ -127,7 +127,7 @@ lens.figures.distance_profile(trace, int(by_token["layer"]), int(by_token["head"
 
 # %%
 copied = lens.capture(
-    model, [lens.prompts.copied(model, 50, seed=seed) for seed in range(4)], progress=False
+    model, [lens.tasks.copied(model, 50, seed=seed) for seed in range(4)], progress=False
 )
 probed = lens.profile(copied)
 copying = probed.nlargest(3, "induction")

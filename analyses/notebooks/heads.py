@@ -24,7 +24,7 @@ MODEL = "text-lm-3l"  # of the last section; the sections before it are about tw
 heads = lens.heads
 
 known = lens.load("induction-2l")
-copied = [lens.prompts.copied(known, 25, seed=seed) for seed in range(8)]
+copied = [lens.tasks.copied(known, 25, seed=seed) for seed in range(8)]
 known
 
 # %% [markdown]
@@ -187,7 +187,7 @@ streaming.plot()
 # %%
 reader = lens.load("text-lm-3l")
 copying = lens.tasks.induction(reader, n=8, length=50)
-reading = lens.tasks.language_modelling(reader, lens.prompts.text("moby-dick"), length=128, n=12)
+reading = lens.tasks.language_modelling(reader, lens.tasks.text("moby-dick"), length=128, n=12)
 for_copying = heads.importance(reader, copying, progress=False)
 for_reading = heads.importance(reader, reading, progress=False)
 both = for_copying.table().merge(for_reading.table(), on="head", suffixes=("_copying", "_reading"))
@@ -212,7 +212,7 @@ assert abs(for_reading.values[l1h3]) < 0.02
 mine = reader if MODEL == "text-lm-3l" else lens.load(MODEL)
 window = min(mine.info.context or 128, 128)
 mine_task = lens.tasks.language_modelling(
-    mine, lens.prompts.text("pride-and-prejudice"), length=window, n=4
+    mine, lens.tasks.text("pride-and-prejudice"), length=window, n=4
 )
 mine_importance = heads.importance(mine, mine_task, by="gradient", progress=False)
 mine_importance.plot()
@@ -220,7 +220,7 @@ mine_importance.plot()
 # %%
 traces = lens.capture(
     mine,
-    [lens.prompts.take(mine, lens.prompts.text(name), window) for name in ("moby-dick", "lily")],
+    [lens.tasks.take(mine, lens.tasks.text(name), window) for name in ("moby-dick", "lily")],
     keep_qk=True,
     progress=False,
 )
@@ -235,8 +235,8 @@ patterns.table().head(8)
 
 # %%
 with tempfile.TemporaryDirectory() as folder:
-    csv = lens.interchange.to_csv(mine_importance, Path(folder) / "importance.csv")
-    lens.interchange.to_headvis(traces, Path(folder) / "headvis")
+    csv = lens.runs.to_csv(mine_importance, Path(folder) / "importance.csv")
+    lens.runs.to_headvis(traces, Path(folder) / "headvis")
     written = sorted(
         str(path.relative_to(folder)) for path in Path(folder).rglob("*") if path.is_file()
     )

@@ -93,10 +93,10 @@ def watched() -> Iterator[dict[str, float]]:
         seen["seconds"] = time.perf_counter() - seen["seconds"]
 
 
-text = lens.prompts.text("moby-dick")
+text = lens.tasks.text("moby-dick")
 rows = []
 for tokens in LENGTHS:
-    ids = lens.prompts.take(model, text, tokens)
+    ids = lens.tasks.take(model, text, tokens)
     with watched() as seen:
         trace = lens.capture(model, ids, progress=False)
     rows.append(
@@ -154,7 +154,7 @@ lens.figures.distance_profile(trace, layer=1, head=0)
 # received mass and entropy that the pass itself wrote down.
 
 # %%
-ids = lens.prompts.take(model, text, LENGTHS[0])
+ids = lens.tasks.take(model, text, LENGTHS[0])
 kept = lens.capture(model, ids, keep_qk=True, progress=False)
 last = (LENGTHS[0] - 8, LENGTHS[0])
 tile = kept.tile(1, 0, last, (0, LENGTHS[0])).astype(np.float64)
@@ -177,7 +177,7 @@ table.set_index(["layer", "head"])[
 ].round(3)
 
 # %%
-lens.figures.metric_by_layer(lens.profiles.prompt_table(trace, "moby-dick"), "entropy")
+lens.figures.metric_by_layer(lens.traces.profiles.prompt_table(trace, "moby-dick"), "entropy")
 
 # %% [markdown]
 # ## What this does not say

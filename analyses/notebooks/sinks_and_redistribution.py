@@ -36,7 +36,7 @@ def windows(model: lens.LoadedModel, text: str, count: int) -> list[list[int]]:
     return [start + ids[i * step : (i + 1) * step] for i in range(count)]
 
 
-prompts = windows(model, lens.prompts.text("moby-dick"), WINDOWS)
+prompts = windows(model, lens.tasks.text("moby-dick"), WINDOWS)
 traces = lens.capture(model, prompts, progress=False)
 model
 
@@ -151,9 +151,7 @@ masked.plot()
 
 # %%
 dropped = sinks.effect(model, prompts, heads=[head], edit="drop", controls=("mass",))
-task = lens.tasks.language_modelling(
-    model, lens.prompts.text("moby-dick"), length=TOKENS, n=WINDOWS
-)
+task = lens.tasks.language_modelling(model, lens.tasks.text("moby-dick"), length=TOKENS, n=WINDOWS)
 replaced = lens.heads.importance(model, task, by="ablation", baseline="mean", progress=False)
 
 
@@ -185,7 +183,7 @@ if is_default:
 everywhere = sinks.effect(model, prompts, controls=("mass",))
 for sentence in everywhere.findings():
     print("-", sentence)
-everywhere.plot_migration()
+lens.figures.migration_maps(everywhere)
 
 # %% [markdown]
 # ### Dose and response
@@ -212,7 +210,7 @@ if is_default:
 
 # %%
 known = lens.load("induction-2l")
-copied = [lens.prompts.copied(known, 25, seed=seed) for seed in range(8)]
+copied = [lens.tasks.copied(known, 25, seed=seed) for seed in range(8)]
 bos_sink = sinks.rate(lens.capture(known, copied, progress=False)).table()
 print(
     "Sinks: "
@@ -290,13 +288,13 @@ if is_default:
 # lasts. Here half of what the first key gets is spread over the other keys that each query sees.
 
 # %%
-before = lens.prompts.loss(model, prompts[0])
+before = lens.tasks.loss(model, prompts[0])
 losses = {}
 for rule in ("transfer", "mask"):
     for amount in (0.0, 0.5):
         with lens.redistribute(model, sources="first", amount=amount, rule=rule):
-            losses[rule, amount] = lens.prompts.loss(model, prompts[0])
-after = lens.prompts.loss(model, prompts[0])
+            losses[rule, amount] = lens.tasks.loss(model, prompts[0])
+after = lens.tasks.loss(model, prompts[0])
 for (rule, amount), loss in losses.items():
     print(f"{rule:>8}, amount {amount}: loss {loss:.4f} (before {before:.4f})")
 assert (
@@ -304,9 +302,9 @@ assert (
 )  # nothing moved, nothing left
 
 # %%
-side = lens.redistribution.side_effects(
+side = lens.edits.side_effects(
     model,
-    windows(model, lens.prompts.text("pride-and-prejudice"), 4),
+    windows(model, lens.tasks.text("pride-and-prejudice"), 4),
     lambda amount: lens.redistribute(model, sources="first", amount=amount, rule="transfer"),
     amounts=(0.25, 0.5, 1.0),
 )

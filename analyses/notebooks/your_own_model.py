@@ -87,7 +87,7 @@ print(f"Read from a folder, {loaded.info.class_name} gives the same attention, b
 
 # %%
 model = lens.load(MODEL) if MODEL else loaded
-copied = [lens.prompts.copied(model, 40, seed=seed) for seed in range(4)]
+copied = [lens.tasks.copied(model, 40, seed=seed) for seed in range(4)]
 table = lens.profile(lens.capture(model, copied, progress=False))
 table.set_index(["layer", "head"])[["previous_token", "induction", "first_token", "entropy"]].head(
     15

@@ -11,8 +11,8 @@ import numpy as np
 import pandas as pd
 from flask import Blueprint, Response, request
 
-from lens.errors import LensError
-from lens.metrics import VARIANTS
+from lens.common.errors import LensError
+from lens.traces.metrics import VARIANTS
 from lens_dashboards.circuit_edges import RANKINGS, circuit_edges
 from lens_dashboards.circuit_groups import named_groups
 from lens_dashboards.head_columns import head_columns

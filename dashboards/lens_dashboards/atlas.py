@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from lens.trace import AttentionTrace
+from lens.traces.trace import AttentionTrace
 from lens_dashboards.raster import Pooling, blank, pool, raster
 
 CELLS = 32

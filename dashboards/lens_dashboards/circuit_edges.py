@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from lens.errors import LensError
-from lens.files import read_json
+from lens.common.errors import LensError
+from lens.common.files import read_json
 from lens.runs import Run
 
 RANKINGS = ("absolute", "signed")

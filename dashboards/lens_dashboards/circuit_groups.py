@@ -6,9 +6,9 @@ A link and a saved circuit keep those that somebody named: `movers=a9.h6+a9.h9;g
 from collections.abc import Mapping
 from typing import Any
 
-from lens.errors import LensError
-from lens.findings import findings
+from lens.common.errors import LensError
 from lens.runs import Run
+from lens.traces.findings import findings
 from lens_dashboards.circuit_edges import CircuitEdges
 
 MOST_LETTERS = 40

@@ -5,10 +5,10 @@ from functools import cached_property
 
 import pandas as pd
 
-from lens.errors import LensError
-from lens.head_ids import HeadId, head_id
-from lens.metrics import METRICS
+from lens.common.errors import LensError
+from lens.common.head_ids import HeadId, head_id
 from lens.runs import Run
+from lens.traces.metrics import METRICS
 from lens_dashboards.library import section as read_section
 
 PATTERN = "patterns: pattern"

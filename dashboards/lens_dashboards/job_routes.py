@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 from flask import Blueprint, Response, jsonify, request
 
-from lens.errors import LensError
+from lens.common.errors import LensError
 
 READ_ONLY = (
     "This dashboard only shows runs. Start it with `lens view --jobs` to start analyses here."

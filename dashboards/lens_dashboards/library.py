@@ -5,10 +5,11 @@ from pathlib import Path
 
 import numpy as np
 
-from lens.runs import INDEX, BrokenRun, Run, find_run, list_runs
-from lens.sections import FOLDER, Section
-from lens.sections import INDEX as SECTION_INDEX
-from lens.trace import AttentionTrace
+from lens.runs import BrokenRun, Run, find_run, list_runs
+from lens.runs.folders import INDEX
+from lens.runs.sections import FOLDER, Section
+from lens.runs.sections import INDEX as SECTION_INDEX
+from lens.traces.trace import AttentionTrace
 from lens_dashboards.atlas import atlas
 
 _OPEN_TRACES = 16

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lens.errors import LensError
-from lens.figures.colors import VIRIDIS
-from lens.trace import AttentionTrace
+from lens.common.colors import VIRIDIS
+from lens.common.errors import LensError
+from lens.traces.trace import AttentionTrace
 from lens_dashboards.raster import MOST_CELLS, Raster, pool, raster, row
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from typing import Literal
 
 import numpy as np
 
-from lens.errors import LensError
-from lens.trace import AttentionTrace
+from lens.common.errors import LensError
+from lens.traces.trace import AttentionTrace
 
 MOST_CELLS = 512
 """Cells a side that are sent at once."""

@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from urllib.parse import parse_qs, quote, unquote, urlencode
 
-from lens.metrics import METRICS, VARIANTS
+from lens.traces.metrics import METRICS, VARIANTS
 
 DEFAULT_METRIC = "induction"
 OPTIONS: dict[str, dict[str, str]] = {
@@ -60,7 +60,7 @@ class Selection:
     Attributes:
         page: one of `PAGES`.
         run: id of the run, "" on the page of runs.
-        variant: as in `lens.metrics`: is the first key counted, wherever a score can do without it?
+        variant: as in `lens.traces.metrics`: is the first key counted, wherever a score can do without it?
         layer, head: of the head page.
         prompt: prompt whose trace the head page and the atlas show; "" for the first.
         window: (q0, q1, k0, k1) in tokens that the block map shows, or None for all of it.

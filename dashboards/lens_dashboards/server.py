@@ -9,7 +9,7 @@ from pathlib import Path
 from dash import Dash
 from flask import Flask, Response, abort, redirect, request
 
-from lens.errors import LensError
+from lens.common.errors import LensError
 from lens_dashboards.api import make_api
 from lens_dashboards.job_routes import Desk, make_job_routes
 from lens_dashboards.library import Library

@@ -6,7 +6,7 @@ from typing import Any
 
 from dash import ALL, ClientsideFunction, Dash, Input, Output, State, dcc, html, no_update
 
-from lens.errors import LensError
+from lens.common.errors import LensError
 from lens_dashboards.library import Library
 from lens_dashboards.pages import (
     analysis,

@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from lens.circuits.activations import Ablation
-from lens.circuits.circuit import Circuit
-from lens.circuits.edge_scores import EdgeScores
-from lens.circuits.graph import Graph
-from lens.errors import LensError
-from lens.files import read_json, write_json
+from lens.circuits.graph.activations import Ablation
+from lens.circuits.graph.circuit import Circuit
+from lens.circuits.graph.edge_scores import EdgeScores
+from lens.circuits.graph.graph import Graph
+from lens.common.errors import LensError
+from lens.common.files import read_json, write_json
 
 _CFG = ("n_layers", "n_heads", "parallel_attn_mlp")
 

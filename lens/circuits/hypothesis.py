@@ -13,11 +13,11 @@ from math import comb
 import numpy as np
 import pandas as pd
 
-from lens.circuits.circuit import Circuit
-from lens.circuits.evaluation import run_circuits
-from lens.circuits.selection import random_edges, random_path
-from lens.described import Result
-from lens.errors import LensError
+from lens.circuits.checks.evaluation import run_circuits
+from lens.circuits.graph.circuit import Circuit
+from lens.circuits.graph.selection import random_edges, random_path
+from lens.common.errors import LensError
+from lens.common.results import Result
 from lens.models.loaded import LoadedModel
 from lens.tasks.task import Task
 

@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Unpack
 import numpy as np
 import plotly.graph_objects as go
 
-from lens.errors import LensError
-from lens.figures.colors import DIVERGING, LINE, scale
+from lens.common.colors import DIVERGING, LINE, scale
+from lens.common.errors import LensError
 from lens.figures.rows import whiskers
 from lens.figures.style import Look, escaped, style
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from lens.heads.comparing import Agreement
+    from lens.heads.measures.agreements import Agreement
 
 
 def agreement_map(agreement: Agreement, **look: Unpack[Look]) -> go.Figure:

@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Any, Unpack
 import numpy as np
 import plotly.graph_objects as go
 
-from lens.errors import LensError
-from lens.figures.colors import ACCENT, DIVERGING, LINE, scale
+from lens.common.colors import ACCENT, DIVERGING, LINE, scale
+from lens.common.errors import LensError
+from lens.common.plots import draws
 from lens.figures.style import Look, escaped, grid_axes, grid_height, style
 
 if TYPE_CHECKING:
-    from lens.circuits.circuit import Circuit
-    from lens.circuits.edge_scores import EdgeScores
-    from lens.circuits.evaluation import CircuitEvaluation
+    from lens.circuits.checks.evaluation import CircuitEvaluation
+    from lens.circuits.graph.circuit import Circuit
+    from lens.circuits.graph.edge_scores import EdgeScores
 
 
 _HEAD = re.compile(r"a\d+\.(h|kv)\d+")
@@ -283,6 +284,7 @@ def _short(node: str) -> str:
     return f"L{node[1:].replace('.h', 'H')}" if _HEAD.fullmatch(node) else node
 
 
+@draws("EdgeScores")
 def edge_map(scores: EdgeScores, **look: Unpack[Look]) -> go.Figure:
     """Scores of all edges: writers across, readers down; red = the task goes worse without the edge."""
     graph, values = scores.graph, scores.values
@@ -312,6 +314,7 @@ def edge_map(scores: EdgeScores, **look: Unpack[Look]) -> go.Figure:
     )
 
 
+@draws("CircuitEvaluation")
 def faithfulness_curve(evaluation: CircuitEvaluation, **look: Unpack[Look]) -> go.Figure:
     """Faithfulness over the share of edges, with intervals, and the band of random circuits."""
     table = evaluation.table()

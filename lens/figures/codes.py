@@ -6,13 +6,15 @@ from typing import TYPE_CHECKING, Unpack
 
 import plotly.graph_objects as go
 
+from lens.common.plots import draws
 from lens.figures.importance import grid
 from lens.figures.style import Look
 
 if TYPE_CHECKING:
-    from lens.circuits.codes import CodeScores
+    from lens.circuits.scores.sae_codes import CodeScores
 
 
+@draws("CodeScores")
 def code_map(scores: CodeScores, **look: Unpack[Look]) -> go.Figure:
     """Layers down, heads across; the number of codes that clean prompts alone use."""
     best = scores.table().iloc[0]

@@ -11,8 +11,8 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from lens.errors import LensError
-from lens.figures.colors import ACCENT, DIVERGING, VIRIDIS, scale
+from lens.common.colors import ACCENT, DIVERGING, VIRIDIS, scale
+from lens.common.errors import LensError
 from lens.figures.rows import head_names
 from lens.figures.style import Look, escaped, grid_axes, grid_height, style
 

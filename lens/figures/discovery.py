@@ -6,13 +6,15 @@ from typing import TYPE_CHECKING, Unpack
 
 import plotly.graph_objects as go
 
+from lens.common.plots import draws
 from lens.figures.style import Look, style
 
 if TYPE_CHECKING:
-    from lens.circuits.acdc import Acdc
-    from lens.circuits.hard_concrete import LearnedMasks
+    from lens.circuits.discovery.acdc import Acdc
+    from lens.circuits.discovery.hard_concrete import LearnedMasks
 
 
+@draws("Acdc")
 def loss_over_size(found: Acdc, **look: Unpack[Look]) -> go.Figure:
     """Loss of each threshold's circuit over its number of edges, and the loss of the model."""
     table = found.table()
@@ -36,6 +38,7 @@ def loss_over_size(found: Acdc, **look: Unpack[Look]) -> go.Figure:
     )
 
 
+@draws("LearnedMasks")
 def training(masks: LearnedMasks, **look: Unpack[Look]) -> go.Figure:
     """Loss of the drawn gates (left axis) and expected sparsity (right axis) over the steps."""
     figure = go.Figure()

@@ -6,16 +6,18 @@ from typing import TYPE_CHECKING, Unpack
 
 import plotly.graph_objects as go
 
-from lens.errors import LensError
-from lens.figures.colors import ACCENT, BASELINE, LINE
+from lens.common.colors import ACCENT, BASELINE, LINE
+from lens.common.errors import LensError
+from lens.common.plots import draws
 from lens.figures.style import Look, escaped, style, tick_step
 
 if TYPE_CHECKING:
-    from lens.circuits.flow import FlowRoutes
+    from lens.circuits.scores.flow import FlowRoutes
 
 _COLORS = {"residual": BASELINE, "mlp": ACCENT, "heads": LINE}
 
 
+@draws("FlowRoutes")
 def flow_plot(routes: FlowRoutes, prompt: int = 0, **look: Unpack[Look]) -> go.Figure:
     """Edges of one prompt: tokens across, layers up, width by importance; a dot on each edge tells more.
 

@@ -6,13 +6,15 @@ from typing import TYPE_CHECKING, Unpack
 
 import plotly.graph_objects as go
 
-from lens.figures.colors import VIRIDIS, scale
+from lens.common.colors import VIRIDIS, scale
+from lens.common.plots import draws
 from lens.figures.style import Look, escaped, style, tick_step
 
 if TYPE_CHECKING:
-    from lens.circuits.hisp import GateScores
+    from lens.circuits.scores.hisp import GateScores
 
 
+@draws("GateScores")
 def gate_map(scores: GateScores, **look: Unpack[Look]) -> go.Figure:
     """Layers down, nodes of a layer across: all queries, all keys, all values, the MLP."""
     layers = scores.graph.layers

@@ -7,15 +7,16 @@ from typing import TYPE_CHECKING, Unpack
 import numpy as np
 import plotly.graph_objects as go
 
-from lens.errors import LensError
+from lens.common.colors import ACCENT, BASELINE, LINE, VIRIDIS, scale
+from lens.common.errors import LensError
+from lens.common.plots import draws
 from lens.figures import uniform
-from lens.figures.colors import ACCENT, BASELINE, LINE, VIRIDIS, scale
 from lens.figures.style import Look, escaped, style
 
 if TYPE_CHECKING:
     import xarray as xr
 
-    from lens.trace import AttentionTrace
+    from lens.traces.trace import AttentionTrace
 
 MOST_POINTS = 2000
 MOST_CELLS = 256
@@ -114,6 +115,7 @@ def received_mass(trace: AttentionTrace, layer: int, head: int, **look: Unpack[L
     return style(figure, found, look, meta=provenance(trace, layer, head, "received_mass"))
 
 
+@draws("AttentionTrace")
 def block_map(trace: AttentionTrace, layer: int, head: int, **look: Unpack[Look]) -> go.Figure:
     """Block mass on a log scale, max-pooled to at most 256 × 256 cells; the title says so."""
     data = head_data(trace, layer, head, "block_mass")["block_mass"].values

@@ -9,11 +9,11 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from lens.errors import LensError
-from lens.figures.colors import ACCENT, DIVERGING, LINE, VIRIDIS, scale
+from lens.common.colors import ACCENT, DIVERGING, LINE, VIRIDIS, scale
+from lens.common.errors import LensError
 from lens.figures.rows import head_names
 from lens.figures.style import Look, grid_axes, grid_height, style
-from lens.metrics import METRICS
+from lens.traces.metrics import METRICS
 
 
 def select(table: pd.DataFrame, metric: str, variant: str = "raw") -> pd.DataFrame:
@@ -26,7 +26,7 @@ def select(table: pd.DataFrame, metric: str, variant: str = "raw") -> pd.DataFra
     if missing := [name for name in ("metric", "variant", "value") if name not in table]:
         raise LensError(
             f"figures of heads take the long table, one row per head and metric; this one lacks "
-            f"{', '.join(missing)}: use lens.profiles.prompt_table(trace, name) instead of lens.profile"
+            f"{', '.join(missing)}: use lens.traces.profiles.prompt_table(trace, name) instead of lens.profile"
         )
     chosen = (table["metric"] == metric) & (table["variant"] == variant)
     rows = table.loc[chosen.to_numpy()]

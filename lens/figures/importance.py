@@ -8,13 +8,16 @@ from typing import TYPE_CHECKING, Any, Unpack
 import numpy as np
 import plotly.graph_objects as go
 
-from lens.figures.colors import DIVERGING, scale
+from lens.common.colors import DIVERGING, scale
+from lens.common.plots import draws
 from lens.figures.style import Look, grid_axes, grid_height, style
 
 if TYPE_CHECKING:
-    from lens.heads.scores import HeadScores
+    from lens.heads.measures.scores import HeadScores
+    from lens.heads.removal.metrics import PruningMetrics
 
 
+@draws("HeadScores")
 def importance_grid(scores: HeadScores, **look: Unpack[Look]) -> go.Figure:
     """Importance of every head: layers down, heads across; red = the task goes worse without it."""
     text = [
@@ -74,3 +77,15 @@ def _finding(scores: HeadScores) -> str:
     return (
         f"{what[0].upper()}{what[1:]}: most at {scores.names[best]}, {value:.3g} ({scores.metric})"
     )
+
+
+@draws("PruningMetrics")
+def pruning_grid(
+    metrics: PruningMetrics, metric: str = "probability", **look: Unpack[Look]
+) -> go.Figure:
+    """Layers × heads by one metric of `lens.heads.pruning_metrics`."""
+    values = metrics.values(metric)
+    layer, number = np.unravel_index(values.argmax(), values.shape)
+    found = f"{metric} without each head: most at L{layer}H{number}, {values.max():.3g}"
+    meta = {"metric": metric, "baseline": metrics.baseline, "model": metrics.model}
+    return grid(values, found, unit=metric, meta=meta, **look)

@@ -6,15 +6,17 @@ from typing import TYPE_CHECKING, Unpack
 
 import plotly.graph_objects as go
 
+from lens.common.plots import draws
 from lens.figures.style import Look, style
 
 if TYPE_CHECKING:
-    from lens.circuits.joined import JoinedHeads
-    from lens.circuits.sink_check import SinkCheck
+    from lens.circuits.checks.sink_check import SinkCheck
+    from lens.circuits.patches.head_parts import JoinedHeads
 
 _PARTS = ("pattern", "value", "interaction")
 
 
+@draws("JoinedHeads")
 def parts_plot(joined: JoinedHeads, **look: Unpack[Look]) -> go.Figure:
     """Bars of pattern, value and interaction stacked, and the full effect with its interval."""
     table = joined.table()
@@ -44,6 +46,7 @@ def parts_plot(joined: JoinedHeads, **look: Unpack[Look]) -> go.Figure:
     return style(figure, finding, look, meta=meta)
 
 
+@draws("SinkCheck")
 def sink_check_plot(check: SinkCheck, **look: Unpack[Look]) -> go.Figure:
     """Bars of the change by each edit with intervals over prompts: the circuit's heads beside others."""
     table = check.table()

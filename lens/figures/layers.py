@@ -1,4 +1,4 @@
-"""Figures of `lens.layers`: what sub-layers are worth, and how many can go."""
+"""Figures of `lens.heads.sublayers`: what sub-layers are worth, and how many can go."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ from typing import TYPE_CHECKING, Unpack
 
 import plotly.graph_objects as go
 
-from lens.figures.colors import ACCENT, LINE
+from lens.common.colors import ACCENT, LINE
+from lens.common.plots import draws
 from lens.figures.style import Look, style, tick_step
 
 if TYPE_CHECKING:
-    from lens.layers.scores import BlockInfluence, GreedyRemoval, SkipSweep
+    from lens.heads.removal.sublayer_scores import BlockInfluence, GreedyRemoval, SkipSweep
 
 
+@draws("SkipSweep")
 def skip_scatter(sweep: SkipSweep, **look: Unpack[Look]) -> go.Figure:
     """One point per sub-layer: how far the outputs move without it, and what the task loses."""
     table = sweep.table()
@@ -50,6 +52,7 @@ def skip_scatter(sweep: SkipSweep, **look: Unpack[Look]) -> go.Figure:
     )
 
 
+@draws("GreedyRemoval")
 def removal_curve(removal: GreedyRemoval, **look: Unpack[Look]) -> go.Figure:
     """The task's metric against the number of sub-layers taken out, with its interval."""
     table = removal.table()
@@ -80,6 +83,7 @@ def removal_curve(removal: GreedyRemoval, **look: Unpack[Look]) -> go.Figure:
     )
 
 
+@draws("BlockInfluence")
 def influence_bars(influence: BlockInfluence, **look: Unpack[Look]) -> go.Figure:
     """One bar per layer: how far it turns the residual stream, with its interval."""
     table = influence.table()

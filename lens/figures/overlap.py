@@ -6,15 +6,17 @@ from typing import TYPE_CHECKING, Unpack
 
 import plotly.graph_objects as go
 
-from lens.figures.colors import BASELINE, DIVERGING, LINE, scale
+from lens.common.colors import BASELINE, DIVERGING, LINE, scale
+from lens.common.plots import draws
 from lens.figures.style import Look, escaped, style
 
 if TYPE_CHECKING:
-    from lens.circuits.overlap import Overlap
-    from lens.circuits.reuse import Redirection
-    from lens.circuits.transfer import Transfer
+    from lens.circuits.reuse.overlap import Overlap
+    from lens.circuits.reuse.redirection import Redirection
+    from lens.circuits.reuse.transfer import Transfer
 
 
+@draws("Overlap")
 def overlap_plot(overlap: Overlap, **look: Unpack[Look]) -> go.Figure:
     """Each measure with its interval over prompts, on the band of the middle 95 % of the null."""
     table = overlap.table().iloc[::-1]
@@ -56,6 +58,7 @@ def overlap_plot(overlap: Overlap, **look: Unpack[Look]) -> go.Figure:
     )
 
 
+@draws("Redirection")
 def redirection_plot(found: Redirection, **look: Unpack[Look]) -> go.Figure:
     """Accuracy as it is and redirected with intervals over prompts, and each control as a point."""
     table = found.table().iloc[:2]
@@ -101,6 +104,7 @@ def redirection_plot(found: Redirection, **look: Unpack[Look]) -> go.Figure:
     )
 
 
+@draws("Transfer")
 def transfer_map(found: Transfer, **look: Unpack[Look]) -> go.Figure:
     """Faithfulness of each circuit (down) on each task (across), and with its heads renamed."""
     drawn = found.renamed.mean(-1)

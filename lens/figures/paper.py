@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import plotly.graph_objects as go
 
-from lens.errors import LensError
+from lens.common.errors import LensError
 
 WIDTHS: dict[str, float] = {"single": 3.25, "double": 6.75}
 """Inches of one column and of two."""

@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING, Unpack
 import numpy as np
 import plotly.graph_objects as go
 
-from lens.figures.colors import DIVERGING, scale
+from lens.common.colors import DIVERGING, scale
+from lens.common.plots import draws
 from lens.figures.style import Look, style
 
 if TYPE_CHECKING:
-    from lens.circuits.patching import PatchEffects
+    from lens.circuits.patches.patching import PatchEffects
 
 
+@draws("PatchEffects")
 def patch_map(effects: PatchEffects, **look: Unpack[Look]) -> go.Figure:
     """Nodes down, positions across: share of the difference between both runs that the patch moves."""
     values = effects.effects

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Unpack
 import numpy as np
 import plotly.graph_objects as go
 
+from lens.common.plots import draws
 from lens.figures.style import Look, grid_height, style, tick_step
 
 if TYPE_CHECKING:
-    from lens.heads.patterns import PatternClasses
+    from lens.heads.behaviour.patterns import PatternClasses
 
 _COLORS = {
     "a_shape": "#355f8d",
@@ -20,6 +21,7 @@ _COLORS = {
 }
 
 
+@draws("PatternClasses")
 def pattern_grid(result: PatternClasses, **look: Unpack[Look]) -> go.Figure:
     """Layers down, heads across, one colour per class; kept masses on hover."""
     table = result.table()

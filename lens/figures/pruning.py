@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING, Unpack
 import numpy as np
 import plotly.graph_objects as go
 
-from lens.figures.colors import ACCENT, BASELINE
+from lens.common.colors import ACCENT, BASELINE
+from lens.common.plots import draws
 from lens.figures.style import Look, escaped, style
 
 if TYPE_CHECKING:
-    from lens.heads.pruning import PruningCurve
+    from lens.heads.removal.curve import PruningCurve
 
 
+@draws("PruningCurve")
 def pruning_plot(curve: PruningCurve, **look: Unpack[Look]) -> go.Figure:
     """Cost over the number of heads removed, with its interval and the range of random orders."""
     table = curve.table()

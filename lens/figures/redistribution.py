@@ -9,17 +9,19 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from lens.errors import LensError
-from lens.figures.colors import ACCENT, BASELINE, DIVERGING, GRID, INK, LINE, VIRIDIS, scale
+from lens.common.colors import ACCENT, BASELINE, DIVERGING, GRID, INK, LINE, VIRIDIS, scale
+from lens.common.errors import LensError
+from lens.common.plots import draws
 from lens.figures.rows import whiskers
 from lens.figures.style import Look, escaped, grid_height, style, tick_step
 
 if TYPE_CHECKING:
-    from lens.redistribution.agreement import DimsAgreement
-    from lens.redistribution.searching import HeadSearch
-    from lens.redistribution.selection import HeadSelection
-    from lens.redistribution.sink_dims import SinkDims
-    from lens.vision import ImageGrid
+    from lens.edits.doses import Dose
+    from lens.edits.searching import HeadSearch
+    from lens.edits.selection import HeadSelection
+    from lens.edits.sink_dims import SinkDims
+    from lens.sinks.activations.dims_agreement import DimsAgreement
+    from lens.vision.images import ImageGrid
 
 _MEASURES = {
     "delta_loss": "Change of loss (nats per token)",
@@ -77,6 +79,7 @@ def change_maps(
     return style(figure, text, look)
 
 
+@draws("HeadSelection")
 def selection_grid(result: HeadSelection, **look: Unpack[Look]) -> go.Figure:
     """Share of image-centric rows in every head; blank where a head could not be edited."""
     figure = go.Figure(
@@ -99,6 +102,7 @@ def selection_grid(result: HeadSelection, **look: Unpack[Look]) -> go.Figure:
     return style(figure, escaped(text), look, height=grid_height(layers))
 
 
+@draws("SinkDims")
 def sink_dim_lines(result: SinkDims, **look: Unpack[Look]) -> go.Figure:
     """Largest size of each sink dimension over the layers, and the bound tau."""
     figure = go.Figure()
@@ -119,6 +123,7 @@ def sink_dim_lines(result: SinkDims, **look: Unpack[Look]) -> go.Figure:
     return style(figure, escaped(text), look)
 
 
+@draws("DimsAgreement")
 def agreement_lines(result: DimsAgreement, **look: Unpack[Look]) -> go.Figure:
     """Precision and recall of sink dimensions in each layer, beside the base rate; gaps: none marked."""
     rows = result.table()
@@ -142,6 +147,7 @@ def agreement_lines(result: DimsAgreement, **look: Unpack[Look]) -> go.Figure:
     return style(figure, escaped(text), look)
 
 
+@draws("ImageGrid")
 def image_grid(result: ImageGrid, **look: Unpack[Look]) -> go.Figure:
     """The tokens of one image where they lie; marked ones with a cross."""
     figure = go.Figure(
@@ -170,6 +176,7 @@ def image_grid(result: ImageGrid, **look: Unpack[Look]) -> go.Figure:
     return style(figure, escaped(text), look)
 
 
+@draws("Segments", of="table")
 def segment_bars(table: pd.DataFrame, **look: Unpack[Look]) -> go.Figure:
     """What the tokens of each prompt are, one bar of stretches per prompt.
 
@@ -196,6 +203,7 @@ def segment_bars(table: pd.DataFrame, **look: Unpack[Look]) -> go.Figure:
     return style(figure, "Tokens by kind", look)
 
 
+@draws("HeadSearch")
 def gain_grid(result: HeadSearch, **look: Unpack[Look]) -> go.Figure:
     """Mean gain of editing each head alone on the validation prompts; chosen heads with a cross."""
     gains = result.gains.mean(-1)
@@ -225,13 +233,14 @@ def gain_grid(result: HeadSearch, **look: Unpack[Look]) -> go.Figure:
     return style(figure, escaped(text), look, height=grid_height(layers))
 
 
+@draws("SideEffects", of="table")
 def side_effect_line(
     table: pd.DataFrame, measure: str = "delta_loss", **look: Unpack[Look]
 ) -> go.Figure:
     """One measure of held-out text over the amount of an edit, with its 95 % interval.
 
     Args:
-        table: of `lens.redistribution.SideEffects`.
+        table: of `lens.edits.SideEffects`.
         measure: "delta_loss", "kl" or "flip_rate".
 
     Raises:
@@ -254,6 +263,7 @@ def side_effect_line(
     return style(figure, text, look)
 
 
+@draws("KnockOut", of="table")
 def knock_out_bars(
     table: pd.DataFrame, measure: str = "delta_loss", **look: Unpack[Look]
 ) -> go.Figure:
@@ -286,26 +296,20 @@ def knock_out_bars(
     return style(figure, text, look)
 
 
-def dose_lines(
-    table: pd.DataFrame,
-    measure: str = "delta_loss",
-    *,
-    metric: str,
-    task: str,
-    **look: Unpack[Look],
-) -> go.Figure:
+@draws("Dose")
+def dose_lines(dose: Dose, measure: str = "delta_loss", **look: Unpack[Look]) -> go.Figure:
     """Gain on a task above, a measure of held-out text below, over the amount of an edit.
 
     Args:
-        table: of `lens.redistribution.Dose`.
+        dose: as `lens.edits.dose` returns it.
         measure: "delta_loss", "kl" or "flip_rate".
-        metric, task: names.
 
     Raises:
         LensError: another measure.
     """
     if measure not in _MEASURES:
         raise LensError(f"measure must be one of {', '.join(_MEASURES)}, got {measure!r}")
+    table = dose.table()
     figure = make_subplots(rows=2, shared_xaxes=True, vertical_spacing=0.08)
     for row, (name, color) in enumerate((("gain", LINE), (measure, ACCENT)), 1):
         figure.add_scatter(
@@ -319,8 +323,10 @@ def dose_lines(
             col=1,
         )
         figure.add_hline(y=0, line={"color": BASELINE, "dash": "dot"}, row=row, col=1)  # type: ignore[arg-type]
-    figure.update_yaxes(title=escaped(f"Gain in {metric}"), row=1)
+    figure.update_yaxes(title=escaped(f"Gain in {dose.metric}"), row=1)
     figure.update_yaxes(title=f"Held out: {_MEASURES[measure].lower()}", row=2)
     figure.update_xaxes(title="Amount", row=2)
-    text = f"{task} (n = {table['n'].iloc[0]}), held-out text (n = {table['held_out_n'].iloc[0]})"
+    text = (
+        f"{dose.task} (n = {table['n'].iloc[0]}), held-out text (n = {table['held_out_n'].iloc[0]})"
+    )
     return style(figure, escaped(text), look)

@@ -9,13 +9,15 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from lens.errors import LensError
-from lens.figures.colors import VIRIDIS, scale
+from lens.common.colors import VIRIDIS, scale
+from lens.common.errors import LensError
+from lens.common.plots import draws
 from lens.figures.style import Look, grid_axes, grid_height, style
-from lens.metrics import METRICS
+from lens.traces.metrics import METRICS
 
 if TYPE_CHECKING:
-    from lens.heads.retrieval import RetrievalScores
+    from lens.heads.behaviour.retrieval import RetrievalScores
+    from lens.heads.behaviour.streaming import StreamingGate, StreamingScores
 
 _SHOWN = (
     "previous_token",
@@ -31,6 +33,7 @@ _SHOWN = (
 )
 
 
+@draws("HeadRoles", of="table")
 def role_map(
     table: pd.DataFrame, *, columns: Sequence[str] | None = None, **look: Unpack[Look]
 ) -> go.Figure:
@@ -82,6 +85,7 @@ def _detail(row: pd.Series, name: str) -> str:
     return interval if base is None else f"{interval}<br>baseline {base:.3g}"
 
 
+@draws("RetrievalScores")
 def retrieval_grid(scores: RetrievalScores, **look: Unpack[Look]) -> go.Figure:
     """Retrieval score of every head: layers down, heads across, 0 to 1."""
     values = scores.values
@@ -116,3 +120,17 @@ def share_grid(values: np.ndarray, found: str, *, unit: str, **look: Unpack[Look
         height=grid_height(layers),
         meta={"figure": "share_grid", "unit": unit},
     )
+
+
+@draws("StreamingScores")
+def streaming_grid(scores: StreamingScores, **look: Unpack[Look]) -> go.Figure:
+    """Layers × heads, error of the streaming output."""
+    found = f"Error with {scores.sink} first and {scores.recent} recent keys: {scores.model}"
+    return share_grid(scores.error.mean(-1), found, unit="relative error", **look)
+
+
+@draws("StreamingGate")
+def gate_grid(gate: StreamingGate, **look: Unpack[Look]) -> go.Figure:
+    """Layers × heads, the gate: 1 needs all keys, 0 streams."""
+    found = f"Gate: 1 needs all keys, 0 streams ({gate.model})"
+    return share_grid(gate.values, found, unit="gate", **look)

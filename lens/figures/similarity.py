@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any, Unpack
 import numpy as np
 import plotly.graph_objects as go
 
-from lens.figures.colors import ACCENT, DIVERGING, GRID, LINE, VIRIDIS, scale
+from lens.common.colors import ACCENT, DIVERGING, GRID, LINE, VIRIDIS, scale
+from lens.common.plots import draws
 from lens.figures.style import Look, style
 
 if TYPE_CHECKING:
-    from lens.heads.redundancy import HeadClusters
-    from lens.heads.similarity import HeadSimilarity
+    from lens.heads.likeness.redundancy import HeadClusters
+    from lens.heads.likeness.similarity import HeadSimilarity
 
 MOST_HEADS, MOST_WITH_INTERVALS = 512, 256
 """A figure stays below 2 MB: of more heads those with the closest partner are drawn."""
@@ -23,6 +24,7 @@ _LABEL = {
 }
 
 
+@draws("HeadSimilarity")
 def similarity_map(
     similarity: HeadSimilarity, clusters: HeadClusters | None = None, **look: Unpack[Look]
 ) -> go.Figure:
@@ -117,6 +119,7 @@ def _runs(labels: np.ndarray) -> list[tuple[int, int]]:
     return [(int(part[0]), int(part[-1])) for part in parts if len(part) > 1]
 
 
+@draws("HeadClusters")
 def dendrogram(clusters: HeadClusters, **look: Unpack[Look]) -> go.Figure:
     """Which heads merge at which distance (average linkage); the dashed line is where it was cut."""
     place = {int(head): float(at) for at, head in enumerate(clusters.order)}

@@ -9,13 +9,15 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from lens.errors import LensError
-from lens.figures.colors import ACCENT, BASELINE, DIVERGING, LINE, VIRIDIS, scale
+from lens.common.colors import ACCENT, BASELINE, DIVERGING, LINE, VIRIDIS, scale
+from lens.common.errors import LensError
+from lens.common.plots import draws
 from lens.figures.rows import whiskers
 from lens.figures.style import Look, escaped, style, tick_step
 
 if TYPE_CHECKING:
-    from lens.sinks.emergences import SinkEmergence
+    from lens.sinks.detection.emergences import SinkEmergence
+    from lens.sinks.effects.results import SinkEffect
 
 _CONDITIONS = (ACCENT, LINE, BASELINE, "#22a884", "#8250df")
 _MEASURES = {
@@ -26,6 +28,7 @@ _MEASURES = {
 }
 
 
+@draws("SinkEffect", of="table")
 def effect_points(
     table: pd.DataFrame, measure: str = "delta_loss", **look: Unpack[Look]
 ) -> go.Figure:
@@ -59,15 +62,16 @@ def effect_points(
     return style(figure, escaped(text), look)
 
 
-def migration_maps(alpha: np.ndarray, edit: str, **look: Unpack[Look]) -> go.Figure:
+def migration_maps(effect: SinkEffect, prompt: int = 0, **look: Unpack[Look]) -> go.Figure:
     """Alpha before, after, and the difference: layers down, positions across, largest over heads.
 
     The difference is that of the largest alphas, from -1 to 1.
 
     Args:
-        alpha: [2, layers, heads, keys], before and after; NaN where not scored.
-        edit: its name.
+        effect: as `lens.sinks.effect` returns it.
+        prompt: which of its prompts.
     """
+    alpha, edit = effect.alphas[prompt], effect.edit
     known = ~np.isnan(alpha).all(2)
     largest = np.where(known, np.nan_to_num(alpha, nan=-1).max(2), np.nan)  # [2, layers, keys]
     figure = make_subplots(
@@ -97,6 +101,7 @@ def migration_maps(alpha: np.ndarray, edit: str, **look: Unpack[Look]) -> go.Fig
     return style(figure, escaped(text), look)
 
 
+@draws("DoseResponse", of="table")
 def dose_curves(
     table: pd.DataFrame, measure: str = "delta_loss", **look: Unpack[Look]
 ) -> go.Figure:
@@ -138,6 +143,7 @@ def _check(measure: str) -> None:
         raise LensError(f"measure must be one of {', '.join(_MEASURES)}, got {measure!r}")
 
 
+@draws("StreamingPolicies", of="table")
 def streaming_curves(table: pd.DataFrame, **look: Unpack[Look]) -> go.Figure:
     """Change of loss over the number of first keys kept, a curve per window.
 
@@ -163,6 +169,7 @@ def streaming_curves(table: pd.DataFrame, **look: Unpack[Look]) -> go.Figure:
     return style(figure, text, look)
 
 
+@draws("SinkEmergence")
 def emergence_curves(result: SinkEmergence, **look: Unpack[Look]) -> go.Figure:
     """Sink rate over layers, a curve per kind of prompt, with 95 % intervals."""
     rows = result.rows[result.rows["layer"].notna()]

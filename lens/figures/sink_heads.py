@@ -7,8 +7,9 @@ from typing import Unpack
 import pandas as pd
 import plotly.graph_objects as go
 
-from lens.errors import LensError
-from lens.figures.colors import ACCENT, BASELINE, LINE
+from lens.common.colors import ACCENT, BASELINE, LINE
+from lens.common.errors import LensError
+from lens.common.plots import draws
 from lens.figures.rows import head_names, whiskers
 from lens.figures.style import Look, escaped, style
 
@@ -16,6 +17,7 @@ _COLORS = (ACCENT, LINE, "#22a884", "#8250df", BASELINE)
 _LOSS = "Change of loss (nats per token)"
 
 
+@draws("ScopedEffects", of="table")
 def scope_points(table: pd.DataFrame, **look: Unpack[Look]) -> go.Figure:
     """Change of loss by scope of an edit, a colour per condition, with 95 % intervals.
 
@@ -45,6 +47,7 @@ def scope_points(table: pd.DataFrame, **look: Unpack[Look]) -> go.Figure:
     return style(figure, escaped(text), look)
 
 
+@draws("HeadActivity", of="table")
 def activity_points(table: pd.DataFrame, **look: Unpack[Look]) -> go.Figure:
     """Change of loss with a head off against its activity: a point per edited head and domain.
 
@@ -76,6 +79,7 @@ def activity_points(table: pd.DataFrame, **look: Unpack[Look]) -> go.Figure:
     return style(figure, text, look)
 
 
+@draws("EffectiveGates", "PersistentMemory", of="table")
 def gate_points(table: pd.DataFrame, **look: Unpack[Look]) -> go.Figure:
     """Effective gate of every head over its layer, a colour per mechanism.
 
@@ -100,6 +104,7 @@ def gate_points(table: pd.DataFrame, **look: Unpack[Look]) -> go.Figure:
     return style(figure, text, look)
 
 
+@draws("BandLosses", of="table")
 def band_points(table: pd.DataFrame, **look: Unpack[Look]) -> go.Figure:
     """Change of loss without each band of the unembedding's spectrum, with 95 % intervals.
 

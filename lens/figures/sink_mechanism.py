@@ -7,11 +7,13 @@ from typing import Unpack
 import pandas as pd
 import plotly.graph_objects as go
 
-from lens.figures.colors import BASELINE, VIRIDIS, scale
+from lens.common.colors import BASELINE, VIRIDIS, scale
+from lens.common.plots import draws
 from lens.figures.rows import head_names
 from lens.figures.style import Look, style
 
 
+@draws("SinkMechanism", of="table")
 def mass_and_value(table: pd.DataFrame, **look: Unpack[Look]) -> go.Figure:
     """Sink mass against the norm of what the sink writes, one point per head, coloured by layer.
 

@@ -7,14 +7,16 @@ from typing import TYPE_CHECKING, Unpack
 import numpy as np
 import plotly.graph_objects as go
 
-from lens.figures.colors import ACCENT, BASELINE, LINE
+from lens.common.colors import ACCENT, BASELINE, LINE
+from lens.common.plots import draws
 from lens.figures.style import Look, style
 
 if TYPE_CHECKING:
-    from lens.sinks.activations import MassiveActivations
-    from lens.sinks.norms import HighNormTokens
+    from lens.sinks.activations.massive import MassiveActivations
+    from lens.sinks.activations.norms import HighNormTokens
 
 
+@draws("MassiveActivations")
 def magnitudes(result: MassiveActivations, **look: Unpack[Look]) -> go.Figure:
     """The three largest |h| and the median after each layer, means over prompts, logarithmic."""
     layers = np.arange(-1, result.median.shape[1] - 1)
@@ -32,6 +34,7 @@ def magnitudes(result: MassiveActivations, **look: Unpack[Look]) -> go.Figure:
     return style(figure, text, look)
 
 
+@draws("HighNormTokens")
 def norm_histogram(result: HighNormTokens, **look: Unpack[Look]) -> go.Figure:
     """Histogram of the tokens' log10 norms, with the cutoff where there is one."""
     known = result.norms[~np.isnan(result.norms)]

@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING, Unpack
 import numpy as np
 import plotly.graph_objects as go
 
-from lens.figures.colors import ACCENT, VIRIDIS, scale
+from lens.common.colors import ACCENT, VIRIDIS, scale
+from lens.common.plots import draws
 from lens.figures.style import Look, escaped, style, tick_step
 
 if TYPE_CHECKING:
     from lens.sinks import SinkKeys, SinkProfile, SinkRate, SinkSensitivity
 
 
+@draws("SinkRate")
 def alpha_grid(result: SinkRate, **look: Unpack[Look]) -> go.Figure:
     """Mean alpha of one key in every head: layers down, heads across; rate on hover."""
     figure = go.Figure(
@@ -35,6 +37,7 @@ def alpha_grid(result: SinkRate, **look: Unpack[Look]) -> go.Figure:
     return style(figure, escaped(f"{text} ({result.samples})"), look)
 
 
+@draws("SinkSensitivity")
 def epsilon_curve(result: SinkSensitivity, **look: Unpack[Look]) -> go.Figure:
     """Sink rate over epsilon, with its 95 % interval where there is one."""
     known = ~np.isnan(result.low)
@@ -60,6 +63,7 @@ def epsilon_curve(result: SinkSensitivity, **look: Unpack[Look]) -> go.Figure:
     return style(figure, escaped(f"Key {result.key} ({result.samples})"), look)
 
 
+@draws("SinkProfile")
 def position_map(result: SinkProfile, **look: Unpack[Look]) -> go.Figure:
     """Mean alpha over a layer's heads: layers down, positions across; blank where not scored."""
     figure = go.Figure(
@@ -78,6 +82,7 @@ def position_map(result: SinkProfile, **look: Unpack[Look]) -> go.Figure:
     return style(figure, escaped(f"Attention received by position ({result.samples})"), look)
 
 
+@draws("SinkKeys")
 def sink_map(result: SinkKeys, **look: Unpack[Look]) -> go.Figure:
     """The sinks of one prompt as points: position across, layer down, coloured by alpha."""
     figure = go.Figure(

@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING, Unpack
 
 import plotly.graph_objects as go
 
-from lens.errors import LensError
+from lens.common.errors import LensError
+from lens.common.plots import draws
 from lens.figures.rows import head_names, whiskers
 from lens.figures.style import Look, escaped, style
 
 if TYPE_CHECKING:
-    from lens.heads.stability import HeadStability
+    from lens.heads.likeness.stability import HeadStability
 
 _LABEL = {
     "jaccard": "top blocks shared, above chance",
@@ -26,6 +27,7 @@ _LABEL = {
 }
 
 
+@draws("HeadStability")
 def stability_plot(
     stability: HeadStability, metric: str = "jaccard", variant: str = "raw", **look: Unpack[Look]
 ) -> go.Figure:

@@ -5,7 +5,7 @@ from typing import Any, Literal, TypedDict
 
 import plotly.graph_objects as go
 
-from lens.figures.colors import GRID, INK
+from lens.common.colors import GRID, INK
 
 Theme = Literal["light", "dark"]
 

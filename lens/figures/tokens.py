@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Unpack
 import numpy as np
 import plotly.graph_objects as go
 
-from lens.errors import LensError
-from lens.figures.colors import VIRIDIS, scale
+from lens.common.colors import VIRIDIS, scale
+from lens.common.errors import LensError
 from lens.figures.head import head_data, provenance
 from lens.figures.style import Look, escaped, style
 
 if TYPE_CHECKING:
-    from lens.trace import AttentionTrace
+    from lens.traces.trace import AttentionTrace
 
 MOST_TOKENS = 512
 PER_LINE = 16

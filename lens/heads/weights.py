@@ -13,9 +13,9 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from lens.captures.recorder import transformer
-from lens.errors import LensError
+from lens.common.errors import LensError
 from lens.models.loaded import LoadedModel
+from lens.passes.sessions import transformer
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,4 +1,5 @@
-"""Models in: what the project knows by name, and how any model becomes a `LoadedModel`.
+"""Models in: what the project knows by name, and how any model becomes a `LoadedModel`."""
 
-`catalogue` needs no torch; `loading.load` is the public `lens.load`.
-"""
+from lens.common.lazy import attach
+
+__getattr__, __dir__, __all__ = attach(__name__, __file__)

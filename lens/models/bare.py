@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from lens.errors import LensError
+from lens.common.errors import LensError
 from lens.models.loaded import LoadedModel
 from lens.models.sizes import describe
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lens.errors import LensError
+from lens.common.errors import LensError
 
 
 @dataclass(frozen=True)

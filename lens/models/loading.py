@@ -1,6 +1,7 @@
-"""`lens.load`: a name, a folder, a hub id, a model object or a bridge becomes a `LoadedModel`."""
+"""A name, a folder, a hub id, a model object or a bridge becomes a `LoadedModel`: `lens.load` before its check."""
 
 import inspect
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,15 +16,16 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from lens.described import few
-from lens.errors import LensError
+from lens.common.errors import LensError
+from lens.common.results import few
 from lens.models import smollm2
 from lens.models.attention_only import AttentionOnlyConfig, AttentionOnlyModel
-from lens.models.catalogue import DEFAULT_MODEL, KNOWN, is_hub_id, unknown_model
+from lens.models.catalogue import DEFAULT_MODEL, KNOWN, nearest
 from lens.models.loaded import LoadedModel, is_bridge
 from lens.models.sizes import describe, describe_bridge
 from lens.models.symbols import SymbolTokenizer
 
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -33,7 +35,7 @@ _TOKENIZER_FILES = (
 )
 
 
-def load(
+def load_unchecked(
     name_or_model: Any = DEFAULT_MODEL,
     *,
     revision: str | None = None,
@@ -41,44 +43,16 @@ def load(
     device: str | torch.device | None = None,
     tokenizer: Any = None,
 ) -> LoadedModel:
-    """Load a model, and prove that capture reaches its attention.
-
-    Args:
-        name_or_model: an embedded name (`text-lm-3l`, `stories260k`, `induction-2l`), `smollm2-135m`,
-            a folder with `config.json`, a hub id `owner/name` (the only case that uses the network),
-            a transformers model in eval mode, or a `TransformerBridge` of TransformerLens 4.
-        revision: branch, tag or commit of a hub model.
-        dtype: type of the weights; float32 on a CPU, else the checkpoint's own, if None.
-        device: where to put the weights; the CPU if None.
-        tokenizer: instead of the model's own; needed for text when a model object is passed.
-
-    Returns:
-        The model with its tokenizer, sizes and the result of the self-check: one tiny prompt through the
-        model's own `eager` attention and through capture must agree, and captured rows must sum to 1.
-
-    Raises:
-        LensError: unknown name, missing package, unreachable hub, weights that are damaged or not all there, or
-            attention that cannot be reached.
-
-    Example:
-        >>> load("text-lm-3l").info.heads
-        6
-    """
-    if isinstance(name_or_model, LoadedModel):
-        return name_or_model
+    """`lens.load` without its self-check, which needs a forward pass; arguments and errors are its own."""
     if isinstance(name_or_model, (str, Path)):
         loaded = _from_name(str(name_or_model), revision, _dtype(dtype), _device(device))
-        loaded = replace(loaded, tokenizer=tokenizer or loaded.tokenizer)
-    else:
-        if revision is not None or dtype is not None or device is not None:
-            raise LensError(
-                "revision, dtype and device go with a name; a model object is taken as it is "
-                "(use model.to(device, dtype) before lens.load)"
-            )
-        loaded = _from_object(name_or_model, tokenizer)
-    from lens.captures.check import self_check
-
-    return replace(loaded, check=self_check(loaded))
+        return replace(loaded, tokenizer=tokenizer or loaded.tokenizer)
+    if revision is not None or dtype is not None or device is not None:
+        raise LensError(
+            "revision, dtype and device go with a name; a model object is taken as it is "
+            "(use model.to(device, dtype) before lens.load)"
+        )
+    return _from_object(name_or_model, tokenizer)
 
 
 def _from_object(model: Any, tokenizer: Any) -> LoadedModel:
@@ -113,13 +87,13 @@ def _from_name(
     name: str, revision: str | None, dtype: torch.dtype | None, device: torch.device
 ) -> LoadedModel:
     known, folder = KNOWN.get(name), Path(name).expanduser()
-    if known is None and is_hub_id(name) and not folder.is_dir():
+    if known is None and _HUB_ID.fullmatch(name) and not folder.is_dir():
         return _from_hub(name, revision, dtype, device)
     if revision is not None:
         raise LensError(f"revision goes with a hub id such as owner/name, not with {name}")
     if known is None:
         if not folder.is_dir():
-            raise LensError(unknown_model(name))
+            raise LensError(_unknown(name))
         return _from_folder(folder, dtype, device)
     if name == "induction-2l":
         loaded = replace(_from_folder(known.folder, dtype, device), tokenizer=SymbolTokenizer())
@@ -128,6 +102,14 @@ def _from_name(
     else:
         loaded = _from_folder(known.folder, dtype, device)
     return replace(loaded, name=name, info=replace(loaded.info, licence=known.licence))
+
+
+def _unknown(name: str) -> str:
+    guess = nearest(name)
+    return (
+        f"unknown model {name!r}{f'; did you mean {guess!r}?' if guess else ';'} "
+        f"known: {', '.join(KNOWN)}; or give a folder with config.json, or a hub id such as openai-community/gpt2"
+    )
 
 
 def _from_folder(folder: Path, dtype: torch.dtype | None, device: torch.device) -> LoadedModel:

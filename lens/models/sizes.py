@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import nn
 
-from lens.errors import LensError
+from lens.common.errors import LensError
 from lens.models.loaded import ModelInfo
 
 _SIZES = ("num_hidden_layers", "num_attention_heads", "hidden_size")

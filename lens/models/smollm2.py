@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from lens.errors import LensError
+from lens.common.errors import LensError
 from lens.models.catalogue import KNOWN
 
 NAME = "smollm2-135m"

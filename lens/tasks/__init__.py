@@ -4,24 +4,6 @@
 >>> task.evaluate(model).mean()
 """
 
-from lens.tasks.colored_objects import colored_objects
-from lens.tasks.docstring import docstring
-from lens.tasks.greater_than import greater_than
-from lens.tasks.ioi import ioi
-from lens.tasks.jsonl import from_jsonl
-from lens.tasks.making import induction, language_modelling
-from lens.tasks.metrics import METRICS, AnswerSets
-from lens.tasks.task import Task
+from lens.common.lazy import attach
 
-__all__ = [
-    "METRICS",
-    "AnswerSets",
-    "Task",
-    "colored_objects",
-    "docstring",
-    "from_jsonl",
-    "greater_than",
-    "induction",
-    "ioi",
-    "language_modelling",
-]
+__getattr__, __dir__, __all__ = attach(__name__, __file__)

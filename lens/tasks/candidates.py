@@ -10,7 +10,7 @@ from random import Random
 
 import torch
 
-from lens.errors import LensError
+from lens.common.errors import LensError
 from lens.models.loaded import LoadedModel
 from lens.tasks.metrics import PADDING, AnswerSets
 from lens.tasks.task import Task

@@ -2,7 +2,7 @@
 
 from random import Random
 
-from lens.errors import LensError
+from lens.common.errors import LensError
 from lens.models.loaded import LoadedModel
 from lens.tasks.candidates import Candidate, Misfit, following, make_task
 from lens.tasks.task import Task

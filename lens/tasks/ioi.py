@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from random import Random
 
-from lens.errors import LensError
+from lens.common.errors import LensError
 from lens.models.loaded import LoadedModel
 from lens.tasks.candidates import Candidate, make_task, usable
 from lens.tasks.task import Task

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lens.errors import LensError
+from lens.common.errors import LensError
 from lens.models.loaded import LoadedModel
 from lens.tasks.candidates import Misfit, following
 from lens.tasks.task import Task

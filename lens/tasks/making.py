@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 import torch
 
-from lens.errors import LensError
+from lens.common.errors import LensError
 from lens.models.loaded import LoadedModel
-from lens.prompts import copied
+from lens.tasks.prompts import copied
 from lens.tasks.task import Task
 
 _SEEDS = 1_000_003  # a prime: prompts of different seeds share no draw

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from lens.errors import LensError
+from lens.common.errors import LensError
 
 METRICS = {
     "loss": -1,

@@ -2,14 +2,14 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from lens.captures.inputs import check_ids
-from lens.errors import LensError
+from lens.common.errors import LensError
 from lens.models.loaded import LoadedModel
+from lens.passes.inputs import check_ids
+from lens.passes.logits import logits_of
 from lens.tasks import metrics
 from lens.tasks.metrics import METRICS, AnswerSets
 
@@ -277,19 +277,6 @@ class Task:
             f"Task({self.name}: {self.n} prompts of {self.length} tokens, {corrupt} corrupt ones"
             f"{dropped}; {self.metric}, {better} is better)"
         )
-
-
-def logits_of(model: LoadedModel, ids: Tensor) -> Tensor:
-    """Logits [prompts, tokens, vocab] of token ids [prompts, tokens].
-
-    Raises:
-        LensError: the model returns none.
-    """
-    result: Any = model.model(ids.to(model.device))
-    logits = result if isinstance(result, Tensor) else getattr(result, "logits", None)
-    if not isinstance(logits, Tensor) or logits.dim() != 3:
-        raise LensError(f"{model.info.class_name} returns no logits [prompts, tokens, vocab]")
-    return logits
 
 
 def _same_shape(name: str, tensor: Tensor | None, other_name: str, other: Tensor) -> None:

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
-from lens.described import Result, described
-from lens.errors import LensError
+from lens.common.errors import LensError
+from lens.common.results import Result, described
 
 if TYPE_CHECKING:
-    import plotly.graph_objects as go
-
-    from lens.figures.style import Look
-    from lens.vision.tokens import Segments
+    from lens.traces.segments import Segments
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,12 +62,6 @@ class ImageGrid(Result):
             if (cells := getattr(self, name)) is not None:
                 columns[name] = cells.ravel()
         return pd.DataFrame(columns)
-
-    def plot(self, **look: Unpack[Look]) -> go.Figure:
-        """The image as a heat map, marked tokens with a cross."""
-        from lens.figures.redistribution import image_grid
-
-        return image_grid(self, **look)
 
     def __repr__(self) -> str:
         return described(self)

@@ -13,31 +13,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 
-from lens.bootstrap import over_units
-from lens.captures.inputs import Prompt, read_prompts
-from lens.captures.recorder import recording
-from lens.described import Result, described
-from lens.errors import LensError
-from lens.head_ids import AnyHead
+from lens.common.errors import LensError
+from lens.common.head_ids import AnyHead
+from lens.common.results import Result, described
+from lens.edits.base import selected_heads
+from lens.edits.controls import control_keys
+from lens.edits.side_effects import MEASURES, changes_of, log_probabilities, scored_tokens
+from lens.edits.sink_dims import check_dims, phi
 from lens.models.loaded import LoadedModel
-from lens.redistribution.base import selected_heads
-from lens.redistribution.effects import MEASURES, changes_of, log_probabilities, scored_tokens
-from lens.redistribution.residual import layer_inputs
-from lens.redistribution.sink_dims import check_dims, phi
-from lens.sinks.controls import control_keys
+from lens.passes.inputs import Prompt, read_prompts
+from lens.passes.residual import layer_inputs
+from lens.passes.sessions import listening
+from lens.stats.bootstrap import over_units
+from lens.traces.segments import IMAGE, SYSTEM, TEXT, segments
 from lens.vision.text_rows import TextRows
-from lens.vision.tokens import IMAGE, SYSTEM, TEXT, segments
-
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
-
-    from lens.figures.style import Look
 
 CONTROLS = ("size", "mass", "position")
 PLACES = ("sinks", "image", "system", "text")
@@ -87,12 +82,6 @@ class KnockOut(Result):
             row |= {f"on_{name}": share for name, share in zip(PLACES, shares, strict=True)}
             rows.append(row | {"n": len(self.tokens)})
         return pd.DataFrame(rows)
-
-    def plot(self, measure: str = "delta_loss", **look: Unpack[Look]) -> go.Figure:
-        """One measure by condition, with its interval."""
-        from lens.figures.redistribution import knock_out_bars
-
-        return knock_out_bars(self.table(), measure, **look)
 
     def __repr__(self) -> str:
         return described(self)
@@ -202,7 +191,7 @@ def knock_out(
             largest = max(float(size[kind == IMAGE].max()) for size in phis.values())
             raise LensError(
                 f"no image token is a sink: phi reaches {largest:.1f}, tau is {tau:g}; lower tau or look "
-                "for other dims (lens.redistribution.find_sink_dims)"
+                "for other dims (lens.edits.find_sink_dims)"
             )
         places["before"].append(_shares(before, kind, sinks))
         for condition in conditions:
@@ -243,7 +232,11 @@ def _run(
     def take(layer: int, hidden: torch.Tensor) -> None:
         phis[layer] = phi(hidden, dims)[0].cpu()
 
-    with torch.no_grad(), layer_inputs(model, take), recording(model, edit):
+    with (
+        torch.no_grad(),
+        layer_inputs(model, take),
+        listening(model, edit.on_layer, exclusive=True),
+    ):
         return log_probabilities(model, prompt)
 
 

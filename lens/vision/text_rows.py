@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from lens_kernels import attention
 
-from lens.captures.layer import LayerCall
-from lens.errors import LensError
-from lens.redistribution.base import BLOCK, AttentionEdit, attend, kernel_mask, part_of
-from lens.redistribution.keys import KeysAt
+from lens.common.errors import LensError
+from lens.edits.base import AttentionEdit, part_of
+from lens.passes.calls import LayerCall, attend
+from lens.passes.keys import KeysAt
 
 
 class TextRows(AttentionEdit):
@@ -42,23 +41,12 @@ class TextRows(AttentionEdit):
         none = torch.zeros(keys, dtype=torch.bool, device=call.key.device)
         hidden = none if self._hidden is None else self._hidden[at.layer].to(none.device)
         chosen = heads.nonzero()[:, 0]
-        output = attend(call, None, self._backend).output.clone()
+        output = attend(call, backend=self._backend).output.clone()
         self.received[at.layer] = torch.zeros(len(chosen), keys, device=call.key.device)
         part = part_of(call, chosen)
         for first, end in self._runs:
             rows = _rows(part, first, end, hidden if bool(hidden.any()) else None)
-            result = attention(
-                rows.query,
-                rows.key,
-                rows.value,
-                mask=kernel_mask(rows),
-                scale=rows.scale,
-                softcap=rows.softcap,
-                sink_logits=rows.sink_logits,
-                statistics=("received",),
-                block_size=BLOCK,
-                backend=self._backend,
-            )
+            result = attend(rows, statistics=("received",), backend=self._backend)
             self.received[at.layer][:, :end] += result.statistics["received"][0]
             if bool(hidden.any()):
                 output[:, chosen, first:end] = result.output

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lens.comparison import compare_runs
-from lens.runs import open_run
+from lens.runs import compare_runs, open_run
 
 from .conftest import ARGUMENTS, serious_violations
 

@@ -6,7 +6,7 @@ import math
 import pytest
 from lens_analyses.console import Output, UsageError, finite, log, progress_bar, to_json
 
-from lens.errors import LensError
+from lens.common.errors import LensError
 
 
 def leave(output, error):

@@ -11,7 +11,7 @@ import pytest
 from lens_analyses.exporting import pictures
 from lens_analyses.exporting.pictures import paper_figures
 
-from lens.errors import LensError
+from lens.common.errors import LensError
 from lens.figures.paper import for_paper
 from lens.runs import open_run
 

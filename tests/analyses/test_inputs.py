@@ -5,7 +5,7 @@ from lens_analyses.config import ModelConfig, PromptConfig, RunConfig
 from lens_analyses.inputs import load_model, plan, read_sources
 
 import lens
-from lens.errors import LensError
+from lens.common.errors import LensError
 
 
 @pytest.fixture(scope="module")
@@ -33,14 +33,14 @@ def test_a_whole_text_keeps_its_tokens(model, tmp_path):
 
 def test_a_cut_is_recorded(model):
     (prompt,) = prompts_of(model, text_name="moby-dick", tokens=37)
-    whole = model.encode(lens.prompts.text("moby-dick"))
+    whole = model.encode(lens.tasks.text("moby-dick"))
     assert prompt.ids == whole[:37]
     assert prompt.title.endswith(f"first 37 of {len(whole):,} tokens")
-    assert lens.prompts.text("moby-dick").startswith(prompt.text)
+    assert lens.tasks.text("moby-dick").startswith(prompt.text)
 
 
 def test_windows_are_consecutive_and_each_has_the_bos(model):
-    whole = model.encode(lens.prompts.text("moby-dick"))
+    whole = model.encode(lens.tasks.text("moby-dick"))
     windows = prompts_of(model, text_name="moby-dick", tokens=11, windows=3)
     assert [len(window.ids) for window in windows] == [11, 11, 11]
     assert all(window.ids[0] == model.bos_id for window in windows)
@@ -61,7 +61,7 @@ def test_copied_prompts_have_one_seed_each(model):
     config = RunConfig(seed=5, prompts=PromptConfig(copied=3, copied_length=7))
     found = plan(model, config, [])
     assert [prompt.ids for prompt in found] == [
-        lens.prompts.copied(model, 7, seed) for seed in (5, 6, 7)
+        lens.tasks.copied(model, 7, seed) for seed in (5, 6, 7)
     ]
     assert [prompt.seed for prompt in found] == [5, 6, 7]
     assert {prompt.kind for prompt in found} == {"copied"}
@@ -168,7 +168,7 @@ def test_relative_paths_become_absolute(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text("one")
     (tmp_path / "mine").mkdir()
-    given = RunConfig(model=ModelConfig(name="mine"), prompts=PromptConfig(text="text.txt"))
+    given = RunConfig(model=ModelConfig("mine"), prompts=PromptConfig(text="text.txt"))
     config, _ = read_sources(given)
     assert config.prompts.text == str(tmp_path / "text.txt")
     assert config.model.name == str(tmp_path / "mine")

@@ -7,7 +7,7 @@ import shutil
 import pytest
 from lens_analyses.listing import resolve
 
-from lens.errors import LensError
+from lens.common.errors import LensError
 from lens.runs import open_run
 
 

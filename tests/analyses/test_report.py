@@ -14,9 +14,9 @@ from lens_analyses.report import render
 from lens_analyses.report.maps import colored, png
 from lens_analyses.report.page import embedded_json, interval, number, percent
 
-from lens.figures.colors import VIRIDIS
-from lens.metrics import METRICS
+from lens.common.colors import VIRIDIS
 from lens.runs import open_run
+from lens.traces.metrics import METRICS
 
 from .conftest import serious_violations
 
@@ -298,7 +298,7 @@ def test_lens_report_keeps_the_run_valid(lens_command, tmp_path):
 
 
 def test_a_run_that_is_being_written_gets_no_report(lens_command, run_folder, monkeypatch):
-    monkeypatch.setattr("lens.runs.Run.status", property(lambda self: "started"))
+    monkeypatch.setattr("lens.runs.folders.Run.status", property(lambda self: "started"))
     answer = lens_command("report", run_folder)
     assert answer.code == 1
     assert "is being computed right now" in answer.err

@@ -13,8 +13,8 @@ from lens_analyses.console import Output
 from lens_analyses.runner import execute
 
 import lens
-from lens.profiles import pooled_table, prompt_table
 from lens.runs import open_run
+from lens.traces.profiles import pooled_table, prompt_table
 
 from .conftest import ARGUMENTS, file_names, tables
 
@@ -61,7 +61,7 @@ def test_losses_are_the_models_own(run_folder):
     run = open_run(run_folder)
     model = lens.load("text-lm-3l")
     for row in run.prompts.to_dict("records"):
-        losses = lens.prompts.token_losses(model, list(row["token_ids"]))
+        losses = lens.tasks.token_losses(model, list(row["token_ids"]))
         assert row["loss"] == pytest.approx(float(losses.mean()), rel=1e-6)
         if row["kind"] == "text":
             assert np.isnan(row["loss_repeat"])

@@ -21,10 +21,10 @@ from torch import Tensor
 
 import lens
 from lens.circuits import find_nodes
-from lens.circuits.activations import Activations, PlainVisitor, read_activations
-from lens.circuits.attribution import written
-from lens.circuits.nodes import Nodes, project, visit
-from lens.circuits.scoring import score_edges
+from lens.circuits.graph.activations import Activations, PlainVisitor, read_activations
+from lens.circuits.graph.nodes import Nodes, project, visit
+from lens.circuits.scores.attribution import written
+from lens.circuits.scores.scoring import score_edges
 from lens.models.loaded import LoadedModel
 from lens.tasks import Task
 

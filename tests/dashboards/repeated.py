@@ -5,9 +5,9 @@ from typing import Any
 
 import pandas as pd
 
-from lens.run_writer import RunWriter
 from lens.runs import Run
-from lens.trace import AttentionTrace
+from lens.runs.writer import RunWriter
+from lens.traces.trace import AttentionTrace
 
 
 def repeat_heads(trace: AttentionTrace, layers: int, heads: int) -> AttentionTrace:

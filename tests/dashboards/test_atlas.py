@@ -35,7 +35,7 @@ def visible(length, step):
 @pytest.mark.parametrize("size", [1, 7, 16])
 def test_every_head_is_its_block_map_pooled(size):
     model = lens.load("text-lm-3l")
-    ids = lens.prompts.copied(model, 51, seed=3)
+    ids = lens.tasks.copied(model, 51, seed=3)
     trace = lens.capture(model, ids, block_size=size, progress=False)
     found = atlas(trace)
     blocks = len(trace.dataset["query_block"])
@@ -51,7 +51,7 @@ def test_every_head_is_its_block_map_pooled(size):
 
 def test_a_short_prompt_is_drawn_from_exact_probabilities():
     model = lens.load("text-lm-3l")
-    ids = lens.prompts.copied(model, 24, seed=3)
+    ids = lens.tasks.copied(model, 24, seed=3)
     trace = lens.capture(model, ids, block_size=64, keep_qk=True, progress=False)
     found = atlas(trace)
     exact = trace.tile(1, 3, (0, len(ids)), (0, len(ids)))

@@ -14,7 +14,7 @@ from lens_dashboards.circuit_groups import (
     write_groups,
 )
 
-from lens.errors import LensError
+from lens.common.errors import LensError
 from lens.figures.circuits import edge_graph
 
 CIRCUIT = """[id='{"points":"circuit"}']"""

@@ -9,14 +9,14 @@ from lens_dashboards.notebook import answer_to, attention_map, make_widget
 from lens_dashboards.raster import raster, row
 
 import lens
-from lens.errors import LensError
+from lens.common.errors import LensError
 
 
 @pytest.fixture(scope="module")
 def shown():
     model = lens.load("text-lm-3l")
     trace = lens.capture(
-        model, lens.prompts.copied(model, 30), keep_qk=True, block_size=16, progress=False
+        model, lens.tasks.copied(model, 30), keep_qk=True, block_size=16, progress=False
     )
     return attention_map(trace, 1, 3, query=40)
 
@@ -57,7 +57,7 @@ def test_the_file_opens_offline_and_hover_shows_the_probability(browser, shown, 
 def test_the_inline_map_is_small_pooled_and_has_no_address(shown):
     model = lens.load("text-lm-3l")
     long = lens.capture(
-        model, lens.prompts.copied(model, 60), keep_qk=True, block_size=16, progress=False
+        model, lens.tasks.copied(model, 60), keep_qk=True, block_size=16, progress=False
     )
     page = attention_map(long, 0, 0)._repr_html_()
     assert len(page) < 200_000

@@ -15,7 +15,7 @@ from lens_dashboards.library import Library
 from lens_dashboards.server import create_app
 from lens_dashboards.views import RENDER, render
 
-from lens.errors import LensError
+from lens.common.errors import LensError
 
 CIRCUIT = """[id='{"points":"circuit"}']"""
 WORTH = re.compile(r"([\d,]+) edges.*faithfulness (-?[\d.]+)")

@@ -5,8 +5,8 @@ import pytest
 from lens_dashboards import raster as module
 from lens_dashboards.raster import raster, row
 
-from lens.errors import LensError
-from lens.trace import AttentionTrace
+from lens.common.errors import LensError
+from lens.traces.trace import AttentionTrace
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lens_dashboards.selection import OPTIONS, Selection, read_url
 
-from lens.metrics import METRICS, VARIANTS
+from lens.traces.metrics import METRICS, VARIANTS
 
 ids = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=20).filter(
     lambda text: text.strip("/. ") == text and text

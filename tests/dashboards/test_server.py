@@ -12,8 +12,8 @@ from lens_dashboards.library import Library
 from lens_dashboards.server import create_app, serve
 from lens_dashboards.views import render
 
-from lens.errors import LensError
-from lens.files import write_json
+from lens.common.errors import LensError
+from lens.common.files import write_json
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ import transformers
 from torch import Tensor, nn
 
 import lens
-from lens.circuits.activations import Activations
-from lens.circuits.graph import Graph
+from lens.circuits.graph.activations import Activations
+from lens.circuits.graph.graph import Graph
 from lens.models.attention_only import AttentionOnlyConfig, AttentionOnlyModel
 from lens.models.loaded import LoadedModel
 from lens.tasks import Task

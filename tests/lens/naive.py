@@ -1,4 +1,4 @@
-"""The statistics again, from a whole probability matrix in float64: the twin of `lens.captures.layer`.
+"""The statistics again, from a whole probability matrix in float64: the twin of `lens.traces.statistics`.
 
 P is [heads, queries, keys], of one prompt; nothing here is shared with the code under test.
 """

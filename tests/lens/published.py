@@ -16,8 +16,8 @@ import torch
 
 from lens import circuits
 from lens.circuits import Graph
-from lens.circuits.activations import Activations, read_activations
-from lens.circuits.masked_forward import masked_logits
+from lens.circuits.graph.activations import Activations, read_activations
+from lens.circuits.graph.masked_forward import masked_logits
 from lens.models.loaded import LoadedModel
 from lens.tasks import Task, colored_objects, docstring, greater_than, ioi
 from lens.tasks.ioi import TEMPLATES

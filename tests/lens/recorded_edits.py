@@ -94,13 +94,13 @@ def sink_effects() -> Numbers:
 def redistribution() -> Numbers:
     """Losses under every rule and recipe, doses, side effects, dimensions."""
     model, prompts, _ = reader()
-    room, ids = lens.redistribution, prompts[0]
+    room, ids = lens.edits, prompts[0]
 
     def loss(edit: Any = None) -> float:
         if edit is None:
-            return lens.prompts.loss(model, ids)
+            return lens.tasks.loss(model, ids)
         with edit:
-            return lens.prompts.loss(model, ids)
+            return lens.tasks.loss(model, ids)
 
     found = {"redistribute.none": loss()}
     for rule in ("transfer", "mask", "drop", "logit_bias"):

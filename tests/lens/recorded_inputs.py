@@ -16,7 +16,7 @@ QUIET: dict[str, Any] = {"progress": False}
 def symbols():
     """`induction-2l`, four prompts of symbols that come twice, and their traces."""
     model = lens.load("induction-2l")
-    prompts = [lens.prompts.copied(model, 25, seed=seed) for seed in range(4)]
+    prompts = [lens.tasks.copied(model, 25, seed=seed) for seed in range(4)]
     return model, prompts, lens.capture(model, prompts, keep_qk=True, **QUIET)
 
 
@@ -24,7 +24,7 @@ def symbols():
 def reader():
     """`text-lm-3l`, four windows of 48 tokens of Moby-Dick behind BOS, and their traces."""
     model = lens.load("text-lm-3l")
-    ids = [i for i in model.encode(lens.prompts.text("moby-dick")) if i != model.bos_id]
+    ids = [i for i in model.encode(lens.tasks.text("moby-dick")) if i != model.bos_id]
     prompts = [[model.bos_id, *ids[47 * i : 47 * (i + 1)]] for i in range(4)]
     return model, prompts, lens.capture(model, prompts, **QUIET)
 
@@ -33,7 +33,7 @@ def reader():
 def grouped():
     """`stories260k`, whose query heads share key heads, and a task of two windows of 32 tokens."""
     model = lens.load("stories260k")
-    return model, lens.tasks.language_modelling(model, lens.prompts.text("lily"), length=32, n=2)
+    return model, lens.tasks.language_modelling(model, lens.tasks.text("lily"), length=32, n=2)
 
 
 @cache
@@ -45,9 +45,7 @@ def copying():
 @cache
 def reading():
     """The windows of `reader` in shape of a task: predict the next token."""
-    return lens.tasks.language_modelling(
-        reader()[0], lens.prompts.text("moby-dick"), length=48, n=4
-    )
+    return lens.tasks.language_modelling(reader()[0], lens.tasks.text("moby-dick"), length=48, n=4)
 
 
 @cache

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 import lens
-from lens.comparison import compare_runs
+from lens.runs import compare_runs
 from tests.lens.recorded_edits import redistribution, sink_effects, sinks, vision
 from tests.lens.recorded_inputs import (
     QUIET,
@@ -176,7 +176,7 @@ def kinds_of_heads() -> Numbers:
     table = by_head(table).set_index("metric", append=True)
     at = [("L1H0", metric) for metric in table.loc["L1H0"].index if "p99" not in metric]
     found |= cells("heads.stability", table, "value", at)
-    more = [lens.prompts.copied(model, 25, seed=seed) for seed in range(4, 8)]
+    more = [lens.tasks.copied(model, 25, seed=seed) for seed in range(4, 8)]
     eight = {"a": traces, "b": lens.capture(model, more, **QUIET)}
     table = heads.variance(eight, resamples=50).table().set_index("source")
     return found | cells("heads.variance", table, "share low high", ["head", "condition × head"])
@@ -256,7 +256,7 @@ def circuit_checks() -> Numbers:
 
 def layers() -> Numbers:
     """Sub-layers skipped one by one and one after the other."""
-    model, task, room = reader()[0], reading(), lens.layers
+    model, task, room = reader()[0], reading(), lens.heads.sublayers
     table = room.importance(model, task, **QUIET).table().set_index("name")
     columns = "drop drop_low drop_high distance distance_low distance_high"
     found = cells("layers.importance", table, columns, "L1.attention L2.mlp")
@@ -298,7 +298,7 @@ def imported() -> Numbers:
     for _ in range(2):
         rows = np.tril(random.random((1, 3, 19, 19)) ** 4)
         layers.append(torch.tensor(rows / rows.sum(-1, keepdims=True), dtype=torch.float32))
-    trace = lens.interchange.from_attentions(layers, token_ids=[*range(10), *range(9)])
+    trace = lens.runs.from_attentions(layers, token_ids=[*range(10), *range(9)])
     table = by_head(lens.profile(trace))
     columns = "previous_token induction duplicate_token entropy distance first_token sink_mass"
     return cells("interchange.from_attentions", table, columns, "L0H2 L1H1")

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from lens.captures.interface import IMPLEMENTATION, switched
-from lens.captures.recorder import capturing
-from lens.models.loading import load
+from lens.passes.interface import IMPLEMENTATION, switched
+from lens.passes.loading import load
+from lens.traces.recorder import capturing
 from tests.lens import naive
 from tests.lens.architectures import BUILDERS, VOCAB, build
 

@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import load_file
 
 import lens
-from lens.captures import bridge as bridges
-from lens.errors import LensError
+from lens.common.errors import LensError
 from lens.models.catalogue import KNOWN
 from lens.models.symbols import SymbolTokenizer
+from lens.passes import bridge as bridges
 from tests.lens import naive
 from tests.lens.architectures import build
 
@@ -115,7 +115,7 @@ def test_a_bridge_with_folded_weights_has_the_same_attention(boot):
 def test_induction_2l_loads_natively_with_the_same_logits_and_trace(transformer_bridge):
     bridge = _native(transformer_bridge)
     ours = lens.load("induction-2l")
-    ids = lens.prompts.copied(ours, 25)
+    ids = lens.tasks.copied(ours, 25)
     with torch.no_grad():
         expected = ours.model(torch.tensor([ids])).logits
         assert naive.rms_ratio(bridge(torch.tensor([ids])), expected) < 1e-4
@@ -133,7 +133,7 @@ def test_induction_2l_loads_natively_with_the_same_logits_and_trace(transformer_
 def test_a_bridge_has_no_loss_here(transformer_bridge):
     model = lens.load(_native(transformer_bridge), tokenizer=SymbolTokenizer())
     with pytest.raises(LensError, match="has no next-token loss"):
-        lens.prompts.loss(model, [64, 1, 2])
+        lens.tasks.loss(model, [64, 1, 2])
 
 
 def test_bridges_that_capture_does_not_know_are_refused(transformer_bridge):

@@ -13,9 +13,9 @@ from safetensors.numpy import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lens
-from lens.captures import interface, masks, run
-from lens.captures.interface import lens_attention
-from lens.errors import LensError
+from lens.common.errors import LensError
+from lens.passes import interface, masks
+from lens.passes.interface import lens_attention
 from tests.lens import naive
 from tests.lens.architectures import build
 
@@ -31,7 +31,7 @@ def _second_copy(trace, rule: str) -> np.ndarray:
 
 def _mean_over_copied(name: str, length: int, rule: str, prompts: int = 8) -> np.ndarray:
     model = lens.load(name)
-    ids = [lens.prompts.copied(model, length, seed) for seed in range(prompts)]
+    ids = [lens.tasks.copied(model, length, seed) for seed in range(prompts)]
     traces = lens.capture(model, ids, statistics=["match_mass"])
     return np.mean([_second_copy(trace, rule) for trace in traces], axis=0)
 
@@ -54,7 +54,7 @@ def test_known_heads_of_induction_2l():
 
 def test_heads_of_induction_2l_park_on_bos_when_nothing_matches():
     model = lens.load("induction-2l")
-    ids = [lens.prompts.copied(model, 25, seed) for seed in range(8)]
+    ids = [lens.tasks.copied(model, 25, seed) for seed in range(8)]
     traces = lens.capture(model, ids, statistics=["first_mass"])
     mass = np.mean([trace.first_mass.sel(layer=1).values for trace in traces], axis=0)
     first, second = mass[:, 1:26].mean(-1), mass[:, 26:].mean(-1)
@@ -75,16 +75,16 @@ def test_known_heads_of_text_lm_3l():
 
 def test_sinks_of_text_lm_3l_depend_on_the_input():
     model = lens.load("text-lm-3l")
-    text = lens.prompts.text("moby-dick")
+    text = lens.tasks.text("moby-dick")
     parts = [text[start : start + 400] for start in range(0, 8000, 1000)]
-    ids = [lens.prompts.take(model, part, 128) for part in parts]
+    ids = [lens.tasks.take(model, part, 128) for part in parts]
     traces = lens.capture(model, ids, statistics=["first_mass"])
     mass = np.mean(
         [t.first_mass.isel(query=slice(20, None)).mean("query").values for t in traces], axis=0
     )
     assert mass[1, [0, 5, 3, 1, 2]] == pytest.approx([0.86, 0.74, 0.44, 0.31, 0.25], abs=0.1)
     assert mass[[0, 2]].max() < 0.12
-    copied = [lens.prompts.copied(model, 50, seed) for seed in range(4)]
+    copied = [lens.tasks.copied(model, 50, seed) for seed in range(4)]
     random = [
         t.first_mass.isel(query=slice(20, None)).mean("query").values
         for t in lens.capture(model, copied, statistics=["first_mass"])
@@ -95,7 +95,7 @@ def test_sinks_of_text_lm_3l_depend_on_the_input():
 def test_stories260k_has_no_induction_head_and_no_sink():
     assert _mean_over_copied("stories260k", 50, "induction").max() < 0.03
     model = lens.load("stories260k")
-    trace = lens.capture(model, lens.prompts.text("lily"), statistics=["received"])
+    trace = lens.capture(model, lens.tasks.text("lily"), statistics=["received"])
     alpha = (trace.received / trace.visible).isel(key=0)
     assert float(alpha.max()) < 0.3
     assert _mean_over_copied("stories260k", 50, "previous_token")[3, 6] > 0.6
@@ -376,9 +376,9 @@ def test_options_that_do_not_exist(options, expected):
 
 
 def test_blocks_too_small_for_memory_are_refused_with_a_size_that_fits(monkeypatch):
-    monkeypatch.setattr(run, "LARGEST_MAPS", 6 * 8 * 10 * 10)
+    monkeypatch.setattr("lens.traces.capturing.LARGEST_MAPS", 6 * 8 * 10 * 10)
     model = lens.load()
-    ids = lens.prompts.copied(model, 50)
+    ids = lens.tasks.copied(model, 50)
     with pytest.raises(LensError, match="for 101 tokens; use at least 11"):
         lens.capture(model, ids, block_size=4)
     assert lens.capture(model, ids, block_size=11).attrs["block_size"] == 11
@@ -483,7 +483,7 @@ def test_holes_in_a_prompt_are_refused():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
 def test_a_gpu_gives_the_same_trace():
-    text = lens.prompts.text("lily")[:800]
+    text = lens.tasks.text("lily")[:800]
     expected = lens.capture(lens.load("stories260k"), text)
     found = lens.capture(lens.load("stories260k", device="cuda"), text)
     assert found.attrs["device"] == "cuda:0"

@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from lens.circuits.acdc import acdc, visiting_order
-from lens.circuits.activations import Ablation, References
-from lens.circuits.graph import Graph
+from lens.circuits.checks.recovery import recovery
+from lens.circuits.discovery.acdc import acdc, visiting_order
+from lens.circuits.graph.activations import Ablation, References
+from lens.circuits.graph.graph import Graph
+from lens.circuits.graph.masked_forward import masked_logits
+from lens.circuits.graph.nodes import find_nodes
 from lens.circuits.known import induction_transformer, logic_gate
-from lens.circuits.masked_forward import masked_logits
-from lens.circuits.nodes import find_nodes
-from lens.circuits.recovery import recovery
-from lens.errors import LensError
+from lens.common.errors import LensError
 from tests.lens.circuit_models import small_model, small_task
 
 

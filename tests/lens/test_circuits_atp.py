@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from lens.circuits.activations import read_activations
-from lens.circuits.atp import atp_star, atp_star_grad_drop, atp_star_together
-from lens.circuits.attribution import head_slopes
-from lens.circuits.batch import Batch
+from lens.circuits.checks.recovery import recovery
+from lens.circuits.graph.activations import read_activations
+from lens.circuits.graph.nodes import find_nodes
 from lens.circuits.known import induction_transformer, logic_gate
-from lens.circuits.nodes import find_nodes
-from lens.circuits.recovery import recovery
-from lens.circuits.scoring import eap, score_edges
-from lens.errors import LensError
+from lens.circuits.scores.atp import atp_star, atp_star_grad_drop, atp_star_together
+from lens.circuits.scores.attribution import head_slopes
+from lens.circuits.scores.batch import Batch
+from lens.circuits.scores.scoring import eap, score_edges
+from lens.common.errors import LensError
 from tests.lens.circuit_models import KINDS, error, small_model, small_task
 
 QUERY = "input->a1.h0<q>"

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from lens.circuits.activations import read_activations
+from lens.circuits.graph.activations import read_activations
+from lens.circuits.graph.masked_forward import masked_logits
+from lens.circuits.graph.nodes import find_nodes
 from lens.circuits.known import induction_transformer
-from lens.circuits.masked_forward import masked_logits
-from lens.circuits.nodes import find_nodes
-from lens.circuits.scoring import score_edges
-from lens.errors import LensError
+from lens.circuits.scores.scoring import score_edges
+from lens.common.errors import LensError
 from tests.lens.circuit_models import KINDS, ROWS, error, small_model, small_task
 
 QUERY, OUT = "input->a1.h0<q>", "a1.h0->logits"
@@ -168,7 +168,7 @@ def test_steps_are_doubled_until_the_whole_effect_is_there(beta):
 
 
 def test_steps_that_never_suffice_are_refused(monkeypatch):
-    monkeypatch.setattr("lens.circuits.scoring._MOST", 10)
+    monkeypatch.setattr("lens.circuits.scores.scoring._MOST", 10)
     known = induction_transformer(30, dtype="float64")
     with pytest.raises(LensError, match=r"after 10 steps \d+\.\d% of the effect is still missing"):
         score_edges(known.model, known.task, steps="auto", rule="left")

@@ -8,8 +8,8 @@ import torch
 
 import lens
 from lens.circuits import acdc, evaluate, find_nodes, learn_masks, patch, path_patch
-from lens.circuits.scoring import score_edges
-from lens.errors import LensError
+from lens.circuits.scores.scoring import score_edges
+from lens.common.errors import LensError
 from lens.models.bare import bare
 from lens.models.catalogue import KNOWN
 from lens.models.symbols import SymbolTokenizer

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 import lens
-from lens.circuits.codes import CodeScores, CodeSettings, codes, own_codes
 from lens.circuits.known import induction_transformer, tracr
-from lens.circuits.sae import activations, codes_of, train
-from lens.errors import LensError
+from lens.circuits.scores.sae import activations, codes_of, train
+from lens.circuits.scores.sae_codes import CodeScores, CodeSettings, codes, own_codes
+from lens.common.errors import LensError
 from tests.lens.circuit_models import small_model, small_task
 
 SETTINGS = CodeSettings(4, 7, 0.02, 5, "mean", (0, 1))

@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from lens.circuits.activations import Ablation
-from lens.circuits.circuit import make_circuit
-from lens.circuits.completeness import completeness
-from lens.circuits.evaluation import run_circuit
+from lens.circuits.checks.completeness import completeness
+from lens.circuits.checks.evaluation import run_circuit
+from lens.circuits.checks.minimality import minimality
+from lens.circuits.graph.activations import Ablation
+from lens.circuits.graph.circuit import make_circuit
+from lens.circuits.graph.nodes import find_nodes
 from lens.circuits.known import induction_transformer, logic_gate
-from lens.circuits.minimality import minimality
-from lens.circuits.nodes import find_nodes
-from lens.circuits.scoring import score_edges
-from lens.errors import LensError
+from lens.circuits.scores.scoring import score_edges
+from lens.common.errors import LensError
 from tests.lens.circuit_models import error, small_model, small_task
 
 HALF = ("input->a0.h0<v>", "a0.h0->m0", "m0->logits")

@@ -7,17 +7,17 @@ import numpy as np
 import pytest
 
 import lens
-from lens.circuits.activations import Ablation, read_activations
-from lens.circuits.circuit import make_circuit
-from lens.circuits.control import control, magnitudes
-from lens.circuits.edge_scores import EdgeScores
-from lens.circuits.evaluation import SHARES, Outcome, cmd, cpr, evaluate, run_circuit
-from lens.circuits.graph import Graph
+from lens.circuits.checks.control import control, magnitudes
+from lens.circuits.checks.evaluation import SHARES, Outcome, cmd, cpr, evaluate, run_circuit
+from lens.circuits.checks.recovery import recovery
+from lens.circuits.graph.activations import Ablation, read_activations
+from lens.circuits.graph.circuit import make_circuit
+from lens.circuits.graph.edge_scores import EdgeScores
+from lens.circuits.graph.graph import Graph
+from lens.circuits.graph.nodes import find_nodes
 from lens.circuits.known import induction_transformer
-from lens.circuits.nodes import find_nodes
-from lens.circuits.recovery import recovery
-from lens.circuits.scoring import score_edges
-from lens.errors import LensError
+from lens.circuits.scores.scoring import score_edges
+from lens.common.errors import LensError
 from lens.figures import circuits as circuit_figures
 from tests.lens.circuit_models import error, small_model, small_task
 

@@ -5,12 +5,12 @@ import json
 import numpy as np
 import pytest
 
-from lens.circuits.activations import Ablation
-from lens.circuits.circuit import load_circuit, make_circuit
-from lens.circuits.edge_scores import EdgeScores
 from lens.circuits.exports import from_mib, to_attribution_graph, to_mib
-from lens.circuits.graph import Graph
-from lens.errors import LensError
+from lens.circuits.graph.activations import Ablation
+from lens.circuits.graph.circuit import load_circuit, make_circuit
+from lens.circuits.graph.edge_scores import EdgeScores
+from lens.circuits.graph.graph import Graph
+from lens.common.errors import LensError
 
 GRAPH = Graph(3, 4, 2, mlps=True)
 CHAIN = ("input->a0.h1<v>", "input->a0.h1<q>", "a0.h1->m1", "m1->a2.h3<k>", "a2.h3->logits")

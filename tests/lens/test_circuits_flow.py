@@ -9,9 +9,9 @@ from transformers import AttentionInterface
 
 import lens
 from lens.circuits import flow_routes
-from lens.circuits.flow import proximity
 from lens.circuits.known import induction_transformer
-from lens.errors import LensError
+from lens.circuits.scores.flow import proximity
+from lens.common.errors import LensError
 from tests.lens.circuit_models import small_model, small_task
 
 

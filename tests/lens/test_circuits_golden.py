@@ -12,17 +12,17 @@ from lens_kernels import patch_effects
 from torch import nn
 
 import lens
-from lens.circuits.activations import Ablation, References, read_activations
-from lens.circuits.circuit import make_circuit
-from lens.circuits.edge_scores import EdgeScores
-from lens.circuits.evaluation import run_circuit, run_circuits
-from lens.circuits.graph import Graph
+from lens.circuits.checks.evaluation import run_circuit, run_circuits
+from lens.circuits.checks.recovery import recovery
+from lens.circuits.graph.activations import Ablation, References, read_activations
+from lens.circuits.graph.circuit import make_circuit
+from lens.circuits.graph.edge_scores import EdgeScores
+from lens.circuits.graph.graph import Graph
+from lens.circuits.graph.masked_forward import masked_logits
+from lens.circuits.graph.nodes import find_nodes
 from lens.circuits.known import induction_transformer, logic_gate
 from lens.circuits.known.program import ProgramConfig, ProgramModel
-from lens.circuits.masked_forward import masked_logits
-from lens.circuits.nodes import find_nodes
-from lens.circuits.recovery import recovery
-from lens.circuits.scoring import score_edges
+from lens.circuits.scores.scoring import score_edges
 
 QUERY, OUT = "input->a1.h0<q>", "a1.h0->logits"
 COPY, KEY = "input->a0.h0<v>", "a0.h0->a1.h0<k>"

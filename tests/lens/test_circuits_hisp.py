@@ -10,7 +10,7 @@ import torch
 import lens
 from lens.circuits import hisp, score_edges
 from lens.circuits.known import induction_transformer
-from lens.errors import LensError
+from lens.common.errors import LensError
 from tests.lens.circuit_models import error, small_model, small_task
 
 

@@ -5,10 +5,12 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from lens.circuits.activations import Ablation
-from lens.circuits.circuit import make_circuit
-from lens.circuits.evaluation import run_circuit
-from lens.circuits.graph import Graph
+from lens.circuits.checks.evaluation import run_circuit
+from lens.circuits.graph.activations import Ablation
+from lens.circuits.graph.circuit import make_circuit
+from lens.circuits.graph.graph import Graph
+from lens.circuits.graph.nodes import find_nodes
+from lens.circuits.graph.selection import random_path
 from lens.circuits.hypothesis import (
     _tail,
     equivalence,
@@ -18,9 +20,7 @@ from lens.circuits.hypothesis import (
     sufficiency,
 )
 from lens.circuits.known import induction_transformer
-from lens.circuits.nodes import find_nodes
-from lens.circuits.selection import random_path
-from lens.errors import LensError
+from lens.common.errors import LensError
 
 
 @pytest.fixture(scope="module")

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 import lens
-from lens.circuits.head_patching import PARTS, split_effects
-from lens.circuits.head_sets import heads_of
-from lens.circuits.joined import join
+from lens.circuits.graph.head_sets import heads_of
 from lens.circuits.known import induction_transformer
-from lens.errors import LensError
-from lens.head_ids import HeadId
-from lens.trace import AttentionTrace
+from lens.circuits.patches.head_parts import join
+from lens.circuits.patches.head_patching import PARTS, split_effects
+from lens.common.errors import LensError
+from lens.common.head_ids import HeadId
+from lens.traces.trace import AttentionTrace
 from tests.lens.circuit_models import TOKENS, error, small_model, small_task
 
 HEADS, SIZE = 3, 5

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 import lens
-from lens.circuits.activations import Ablation, References, read_activations
-from lens.circuits.graph import Graph
-from lens.circuits.masked_forward import masked_logits
-from lens.circuits.nodes import find_nodes
-from lens.errors import LensError
+from lens.circuits.graph.activations import Ablation, References, read_activations
+from lens.circuits.graph.graph import Graph
+from lens.circuits.graph.masked_forward import masked_logits
+from lens.circuits.graph.nodes import find_nodes
+from lens.common.errors import LensError
 from tests.lens.circuit_models import KINDS, VOCAB, Naive, error, small_model, small_task
 
 
@@ -95,8 +95,8 @@ def test_all_edges_from_a_writer_are_that_head_replaced():
     mask[:, :, nodes.graph.writers.index("a1.h4")] = 1
     with torch.no_grad():
         found = masked_logits(nodes, task.clean, reference, mask)[0]
-    from lens.head_ids import HeadId
-    from lens.heads.editing import edited_logits
+    from lens.common.head_ids import HeadId
+    from lens.passes.head_outputs import edited_logits
 
     expected = edited_logits(
         model, task.clean, [[HeadId(1, 4)]], [lambda layer, _: reference.heads[layer]]

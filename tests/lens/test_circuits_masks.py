@@ -5,10 +5,10 @@ import pytest
 import torch
 
 import lens
-from lens.circuits.hard_concrete import draw_gates, learn_masks
+from lens.circuits.checks.recovery import recovery
+from lens.circuits.discovery.hard_concrete import draw_gates, learn_masks
 from lens.circuits.known import induction_transformer
-from lens.circuits.recovery import recovery
-from lens.errors import LensError
+from lens.common.errors import LensError
 from tests.lens.circuit_models import small_model, small_task
 
 

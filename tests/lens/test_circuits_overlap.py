@@ -9,10 +9,10 @@ import pytest
 
 import lens
 from lens.circuits import EdgeScores, Graph, make_circuit, overlap
-from lens.circuits.activations import Ablation
+from lens.circuits.graph.activations import Ablation
 from lens.circuits.known import induction_transformer
-from lens.errors import LensError
-from lens.heads.scores import HeadScores, Intervention
+from lens.common.errors import LensError
+from lens.heads.measures.scores import HeadScores, Intervention
 
 LAYERS, HEADS, GRAPH = 3, 5, Graph(3, 6, 2, kv="group")
 

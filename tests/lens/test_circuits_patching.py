@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from lens.circuits.known import induction_transformer, logic_gate
-from lens.circuits.patching import patch, path_patch
-from lens.errors import LensError
+from lens.circuits.patches.patching import patch, path_patch
+from lens.common.errors import LensError
 from tests.lens.circuit_models import ROWS, TOKENS, error, small_model, small_task
 
 HEADS, SIZE, WIDTH = 3, 5, 15

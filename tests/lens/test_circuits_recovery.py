@@ -5,12 +5,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from lens.circuits.acdc import acdc
+from lens.circuits.checks.recovery import recovery
+from lens.circuits.discovery.acdc import acdc
+from lens.circuits.graph.nodes import find_nodes
 from lens.circuits.known import PROGRAMS, induction_transformer, logic_gate, tracr
-from lens.circuits.nodes import find_nodes
-from lens.circuits.recovery import recovery
-from lens.circuits.scoring import score_edges
-from lens.errors import LensError
+from lens.circuits.scores.scoring import score_edges
+from lens.common.errors import LensError
 
 METHODS = ("eap", "eap-ig", "atp*", "acdc")
 

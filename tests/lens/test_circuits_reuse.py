@@ -11,8 +11,8 @@ from transformers import AttentionInterface
 import lens
 from lens.circuits import redirect
 from lens.circuits.known import induction_transformer
-from lens.errors import LensError
-from lens.head_ids import HeadId
+from lens.common.errors import LensError
+from lens.common.head_ids import HeadId
 from tests.lens.circuit_models import TOKENS, error, small_model, small_task
 
 HEADS = (HeadId(0, 1), HeadId(1, 0), HeadId(1, 2))

@@ -5,12 +5,12 @@ import json
 import numpy as np
 import pytest
 
-from lens.circuits.activations import Ablation
-from lens.circuits.circuit import load_circuit, make_circuit
-from lens.circuits.edge_scores import EdgeScores
-from lens.circuits.graph import Graph
-from lens.circuits.selection import random_edges, same_degrees, without
-from lens.errors import LensError
+from lens.circuits.graph.activations import Ablation
+from lens.circuits.graph.circuit import load_circuit, make_circuit
+from lens.circuits.graph.edge_scores import EdgeScores
+from lens.circuits.graph.graph import Graph
+from lens.circuits.graph.selection import random_edges, same_degrees, without
+from lens.common.errors import LensError
 
 GRAPH = Graph(2, 2, 2, mlps=False)
 

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 import lens
-from lens.circuits.sink_check import sink_check
-from lens.errors import LensError
-from lens.head_ids import HeadId
+from lens.circuits.checks.sink_check import sink_check
+from lens.common.errors import LensError
+from lens.common.head_ids import HeadId
 from tests.lens.circuit_models import TOKENS, error, small_model, small_task
 
 HEADS, SIZE = 3, 5

@@ -5,13 +5,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from lens.circuits.activations import Ablation
-from lens.circuits.circuit import make_circuit
-from lens.circuits.edge_scores import EdgeScores
-from lens.circuits.graph import Graph
-from lens.circuits.scoring import score_edges
-from lens.circuits.stability import jaccard, noise_floor, stability
-from lens.errors import LensError
+from lens.circuits.checks.stability import jaccard, noise_floor, stability
+from lens.circuits.graph.activations import Ablation
+from lens.circuits.graph.circuit import make_circuit
+from lens.circuits.graph.edge_scores import EdgeScores
+from lens.circuits.graph.graph import Graph
+from lens.circuits.scores.scoring import score_edges
+from lens.common.errors import LensError
 from tests.lens.circuit_models import small_model, small_task
 
 GRAPH = Graph(2, 3, 3)

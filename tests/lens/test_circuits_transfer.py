@@ -8,11 +8,11 @@ import pytest
 
 import lens
 from lens.circuits import make_circuit, score_edges, transfer
-from lens.circuits.activations import Ablation
-from lens.circuits.compared import with_heads_renamed
-from lens.circuits.evaluation import run_circuits
+from lens.circuits.checks.evaluation import run_circuits
+from lens.circuits.graph.activations import Ablation
 from lens.circuits.known import induction_transformer
-from lens.errors import LensError
+from lens.circuits.reuse.sides import with_heads_renamed
+from lens.common.errors import LensError
 from tests.lens.circuit_models import small_model, small_task
 
 

@@ -6,14 +6,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lens.comparison import compare_runs
-from lens.comparison.pairing import paired_prompts, rank_correlation
-from lens.comparison.tables import side_by_side
-from lens.errors import LensError
-from lens.figures.comparison import comparison_scatter, difference_grid
-from lens.files import write_json
-from lens.run_writer import RunWriter
-from lens.sections import Section
+from lens.common.errors import LensError
+from lens.common.files import write_json
+from lens.runs import compare_runs
+from lens.runs.comparison.pairing import paired_prompts, rank_correlation
+from lens.runs.comparison.pictures import comparison_scatter, difference_grid
+from lens.runs.comparison.tables import side_by_side
+from lens.runs.sections import Section
+from lens.runs.writer import RunWriter
 
 LAYERS, HEADS = 2, 3
 TEXTS = (("a", "b"), ("c", "d"), ("e", "f"))

@@ -9,10 +9,10 @@ import pandas as pd
 import pytest
 
 from lens import figures
-from lens.errors import LensError
+from lens.common.errors import LensError
 from lens.figures.roles import share_grid
 from lens.figures.style import Look
-from lens.profiles import prompt_table
+from lens.traces.profiles import prompt_table
 from tests.lens.traces import LENGTH, probabilities, trace_of
 
 
@@ -128,7 +128,7 @@ def test_wrong_calls_say_what_would_be_right(trace, table):
         figures.head_grid(table, "entropy", theme="blue")
     both = table.assign(prompt_id=["p000", *["p001"] * (len(table) - 1)])
     with pytest.raises(
-        LensError, match=r"lacks metric, variant, value: use lens\.profiles\.prompt_table"
+        LensError, match=r"lacks metric, variant, value: use lens\.traces\.profiles\.prompt_table"
     ):
         figures.head_grid(
             pd.DataFrame({"layer": [0], "head": [0], "induction": [0.5]}), "induction"

@@ -6,9 +6,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lens.errors import LensError
+from lens.common.errors import LensError
 from lens.figures.agreement import agreement_map, measure_scatter
-from lens.heads.comparing import COLUMNS, Agreement
+from lens.heads.measures.agreements import COLUMNS, Agreement
 
 
 def some_agreement(tau=(0.5, -0.25, np.nan)):

@@ -7,8 +7,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lens.findings import HeadScore, findings
-from lens.profiles import pooled_table, prompt_table
+from lens.traces.findings import HeadScore, findings
+from lens.traces.profiles import pooled_table, prompt_table
 from tests.lens.traces import LENGTH, probabilities, trace_of
 
 

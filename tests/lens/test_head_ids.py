@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from lens.errors import LensError
-from lens.head_ids import HeadId, head_id, head_of_node
+from lens.common.errors import LensError
+from lens.common.head_ids import HeadId, head_id, head_of_node
 
 
 @pytest.mark.parametrize(

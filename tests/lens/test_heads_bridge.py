@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import lens
-from lens.errors import LensError
+from lens.common.errors import LensError
 from lens.heads import copying, importance
 from lens.models.catalogue import KNOWN
 from lens.tasks import Task

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 import lens
-import lens.heads.measuring as measuring
-from lens.errors import LensError
+import lens.heads.measures.importances as measuring
+from lens.common.errors import LensError
 from lens.heads import importance
 from lens.tasks import induction
 

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from lens.errors import LensError
+from lens.common.errors import LensError
 from lens.heads import HeadScores, Intervention, agreement, join
-from lens.heads.comparing import kendall_tau, top_overlap
+from lens.heads.measures.agreements import kendall_tau, top_overlap
 
 
 def naive_tau(a, b):

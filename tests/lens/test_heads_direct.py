@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import lens
-from lens.errors import LensError
+from lens.common.errors import LensError
 from lens.heads import importance
 from lens.tasks import Task, induction
 from tests.lens.architectures import build

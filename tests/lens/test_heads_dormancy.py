@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import lens
-from lens.errors import LensError
+from lens.common.errors import LensError
 from lens.heads import dormancy, roles
 
 
@@ -16,15 +16,15 @@ def model():
 
 @pytest.fixture(scope="module")
 def found(model):
-    copied = [lens.prompts.copied(model, 31, seed=seed) for seed in range(4)]
-    domains = {"text": lens.prompts.text("moby-dick"), "copied": copied}
+    copied = [lens.tasks.copied(model, 31, seed=seed) for seed in range(4)]
+    domains = {"text": lens.tasks.text("moby-dick"), "copied": copied}
     return dormancy(model, domains, length=63, n=4, tolerance=0.02, progress=False)
 
 
 def test_the_strongest_sink_rests_on_text_and_not_on_copies(model):
     """Its page: L1H0 has no effect on text under mean ablation; on random tokens it looks elsewhere."""
-    copied = [lens.prompts.copied(model, 31, seed=seed) for seed in range(8)]
-    domains = {"text": lens.prompts.text("moby-dick"), "copied": copied}
+    copied = [lens.tasks.copied(model, 31, seed=seed) for seed in range(8)]
+    domains = {"text": lens.tasks.text("moby-dick"), "copied": copied}
     found = dormancy(
         model, domains, length=63, n=8, tolerance=0.01, baseline="mean", progress=False
     )
@@ -49,7 +49,7 @@ def test_a_constant_output_is_missed_under_zero_ablation(found):
 
 def test_activity_and_loss_are_those_of_the_model_itself(model, found):
     """From eager attention, and by a projection whose columns of the head are zero."""
-    ids = torch.tensor([lens.prompts.copied(model, 31, seed=2)])
+    ids = torch.tensor([lens.tasks.copied(model, 31, seed=2)])
     module = model.model.model.layers[1].self_attn.o_proj
 
     def loss():
@@ -72,7 +72,7 @@ def test_activity_and_loss_are_those_of_the_model_itself(model, found):
 
 
 def test_sink_heads_by_the_rule_of_two_entropies(model):
-    text = lens.prompts.take(model, lens.prompts.text("lily"), 128)
+    text = lens.tasks.take(model, lens.tasks.text("lily"), 128)
     result = roles(model, text, progress=False)
     names = [str(head) for head in result.sink_heads(rows_below=0.25, column_above=0.9)]
     assert names == ["L1H0", "L1H5"]  # its page: the two strongest sinks

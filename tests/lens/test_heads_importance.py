@@ -6,9 +6,9 @@ import torch
 from torch import nn
 
 import lens
-from lens.errors import LensError
+from lens.common.errors import LensError
 from lens.heads import HeadScores, Intervention, ablate, importance
-from lens.heads.editing import read_heads, with_gradients
+from lens.passes.head_outputs import read_heads, with_gradients
 from lens.tasks import Task, induction, language_modelling
 from tests.lens.architectures import VOCAB, build
 
@@ -118,7 +118,7 @@ def pair(request):
 
 
 def donors(seed):
-    from lens.heads.baselines import _other_rows
+    from lens.heads.measures.baselines import _other_rows
 
     return _other_rows(PROMPTS, seed)
 

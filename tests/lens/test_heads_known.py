@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import lens
-from lens.errors import LensError
+from lens.common.errors import LensError
 from lens.heads import ablate, agreement, importance
 from lens.tasks import induction, language_modelling
 
@@ -146,7 +146,7 @@ def test_what_matters_depends_on_the_task():
     """text-lm-3l: L1H3 is needed for copying and not for text; L1H0, the strongest sink, for neither."""
     model = lens.load("text-lm-3l")
     copying = induction(model, n=32, length=50)
-    held_out = lens.prompts.text("moby-dick")
+    held_out = lens.tasks.text("moby-dick")
     text = language_modelling(model, held_out, length=96, n=8)
     on_copies = importance(model, copying, progress=False)
     on_text = importance(model, text, progress=False)

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 import lens
-from lens.errors import LensError
+from lens.common.errors import LensError
 from lens.heads import ablate, importance
-from lens.heads.optimal import split
+from lens.heads.measures.optimal import split
 from lens.models.attention_only import AttentionOnlyConfig, AttentionOnlyModel
 from lens.tasks import Task, induction
 
@@ -41,8 +41,8 @@ def test_the_best_constant_predicts_the_frequencies_of_the_labels():
     labels = LABELS[fitted_on]
     share = torch.stack([(labels == label).float().mean() for label in labels])
     entropy = float(-share.log().mean())
-    from lens.head_ids import HeadId
-    from lens.heads.optimal import Constants, _source
+    from lens.common.head_ids import HeadId
+    from lens.heads.measures.optimal import Constants, _source
 
     group = [[HeadId(0, 0)]]
     constants = Constants(model, task, fitted_on, 300, 1)

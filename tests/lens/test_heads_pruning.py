@@ -5,10 +5,11 @@ import pandas as pd
 import pytest
 
 import lens
-from lens.errors import LensError
+from lens.common.errors import LensError
+from lens.common.head_ids import HeadId
 from lens.heads import ablate, importance, pruning_curve, redundancy, similarity
-from lens.heads.pruning import PruningCurve
-from lens.heads.scores import Intervention
+from lens.heads.measures.scores import Intervention
+from lens.heads.removal.curve import PruningCurve
 from lens.tasks import induction
 
 
@@ -76,7 +77,7 @@ def test_redundant_heads_can_be_the_order(small):
 
 def curve_of(values, sign=-1, random=()):
     values = np.asarray(values, float)[:, None]
-    heads = tuple(lens.heads.scores.HeadId(0, head) for head in range(len(values) - 1))
+    heads = tuple(HeadId(0, head) for head in range(len(values) - 1))
     return PruningCurve(
         removed=np.arange(len(values)),
         order=heads,

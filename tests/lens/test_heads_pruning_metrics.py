@@ -6,7 +6,7 @@ import torch
 import transformers
 
 import lens
-from lens.errors import LensError
+from lens.common.errors import LensError
 from lens.heads import importance, pruning_metrics
 from lens.tasks import induction
 from tests.lens.naive import rms_ratio
@@ -97,7 +97,7 @@ def test_in_batches_or_at_once(monkeypatch):
     inputs, labels = images()
     model = lens.load(vit())
     whole = pruning_metrics(model, inputs, labels, baseline="mean")
-    monkeypatch.setattr("lens.heads.pruned._ROWS", 5)
+    monkeypatch.setattr("lens.heads.removal.metrics._ROWS", 5)
     parts = pruning_metrics(model, inputs, labels, baseline="mean")
     for name in ("probability", "js", "distance"):
         assert rms_ratio(parts.per_example[name], whole.per_example[name]) < 1e-3

@@ -7,9 +7,9 @@ import plotly.graph_objects as go
 import pytest
 
 import lens
-from lens.errors import LensError
+from lens.common.errors import LensError
 from lens.figures.similarity import similarity_map
-from lens.heads.redundancy import (
+from lens.heads.likeness.redundancy import (
     adjusted_rand,
     average_linkage,
     clusters,
@@ -17,7 +17,7 @@ from lens.heads.redundancy import (
     redundancy,
     silhouette,
 )
-from lens.heads.similarity import HeadSimilarity, similarity
+from lens.heads.likeness.similarity import HeadSimilarity, similarity
 
 INDUCTION = ["L1H0", "L1H2", "L1H3"]
 
@@ -127,7 +127,7 @@ def test_a_head_that_was_not_scored_is_nan_and_in_no_cluster():
 @pytest.fixture(scope="module")
 def small():
     model = lens.load("induction-2l")
-    prompts = [lens.prompts.copied(model, 25, seed) for seed in range(8)]
+    prompts = [lens.tasks.copied(model, 25, seed) for seed in range(8)]
     return {
         excluded: similarity(model, prompts, sink_excluded=excluded, floor=True)
         for excluded in (False, True)
@@ -152,7 +152,7 @@ def test_what_induction_heads_share_is_above_what_position_alone_gives(small):
 
 def test_the_induction_heads_of_the_text_model_are_one_cluster():
     model = lens.load("text-lm-3l")
-    prompts = [lens.prompts.copied(model, 25, seed) for seed in range(6)]
+    prompts = [lens.tasks.copied(model, 25, seed) for seed in range(6)]
     assert ["L1H2", "L1H3", "L1H5"] in clusters(similarity(model, prompts)).members
 
 

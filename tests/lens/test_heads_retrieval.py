@@ -5,9 +5,9 @@ import pytest
 import torch
 
 import lens
-from lens.errors import LensError
+from lens.common.errors import LensError
 from lens.heads import RetrievalTrial, copied_needles, retrieval, text_needles
-from lens.heads.retrieval import _fetched, _greedy
+from lens.heads.behaviour.retrieval import _fetched, _greedy
 
 
 def twin(model, trial):
@@ -68,7 +68,7 @@ def test_a_position_counts_once_and_only_with_its_own_token():
 
 def test_a_text_needle_lies_where_it_says():
     model = lens.load("text-lm-3l")
-    hay = lens.prompts.text("moby-dick")
+    hay = lens.tasks.text("moby-dick")
     trials = text_needles(
         model, hay, needle=" eat a pie", question=" You should", lengths=[40, 61], depths=[0.2, 0.9]
     )
@@ -99,4 +99,4 @@ def test_trials_that_cannot_be_are_said():
     with pytest.raises(LensError, match="the haystack has 4 tokens, 30 were asked for"):
         text_needles(model, " the cat", **options)
     with pytest.raises(LensError, match=r"depth must lie between 0 and 1, got 1\.2"):
-        text_needles(model, lens.prompts.text("lily"), depths=[1.2], **options)
+        text_needles(model, lens.tasks.text("lily"), depths=[1.2], **options)

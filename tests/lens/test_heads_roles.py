@@ -8,11 +8,12 @@ import torch
 from transformer_lens import head_detector
 
 import lens
-from lens.errors import LensError
-from lens.heads import detect, random_weights, roles
-from lens.heads.detector import PATTERNS
-from lens.heads.role_metrics import COLUMNS, ROLE_METRICS
-from lens.heads.role_scores import sentences
+from lens.common.errors import LensError
+from lens.heads import detect, roles
+from lens.heads.behaviour.detector import PATTERNS
+from lens.heads.behaviour.role_metrics import COLUMNS, ROLE_METRICS
+from lens.heads.behaviour.role_scores import sentences
+from lens.models import random_weights
 from tests.lens.architectures import build
 from tests.lens.naive import rms_ratio
 from tests.lens.traces import probabilities, trace_of
@@ -145,7 +146,7 @@ def toy():
 
 @pytest.fixture(scope="module")
 def toy_roles(toy):
-    prompts = [lens.prompts.copied(toy, 25, seed=seed) for seed in range(5)]
+    prompts = [lens.tasks.copied(toy, 25, seed=seed) for seed in range(5)]
     return roles(toy, prompts, progress=False)
 
 
@@ -163,10 +164,10 @@ def test_the_known_heads_of_induction_2l_rank_first(toy_roles):
 def test_the_known_heads_of_text_lm_rank_first():
     """Its page: previous token L0H0, L0H5; induction L1H2, L1H3, L1H5; strongest sinks L1H0, L1H5."""
     model = lens.load("text-lm-3l")
-    copied = roles(model, lens.prompts.copied(model, 50), progress=False)
+    copied = roles(model, lens.tasks.copied(model, 50), progress=False)
     assert copied.top("previous_token", 2)["name"].tolist() == ["L0H0", "L0H5"]
     assert set(copied.top("induction", 3)["name"]) == {"L1H2", "L1H3", "L1H5"}
-    text = roles(model, lens.prompts.take(model, lens.prompts.text("lily"), 128), progress=False)
+    text = roles(model, lens.tasks.take(model, lens.tasks.text("lily"), 128), progress=False)
     assert text.top("first_token", 2)["name"].tolist() == ["L1H0", "L1H5"]
     assert set(text.table().nsmallest(2, "activity")["name"]) == {"L1H0", "L1H5"}
 
@@ -213,7 +214,7 @@ def test_a_model_before_training_has_no_induction_heads(toy, toy_roles):
     assert not torch.equal(other.model.state_dict()["blocks.0.attn.q.weight"], before)
     again = random_weights(toy, seed=1).model.state_dict()
     assert all(torch.equal(again[name], value) for name, value in other.model.state_dict().items())
-    prompts = [lens.prompts.copied(toy, 25, seed=seed) for seed in range(2)]
+    prompts = [lens.tasks.copied(toy, 25, seed=seed) for seed in range(2)]
     table = roles(toy, prompts, baseline="random_weights", seed=1, progress=False).table()
     direct = roles(other, prompts, progress=False).table()
     for column in ("induction", "noop", "drain"):
@@ -260,7 +261,7 @@ def test_the_detector_is_that_of_transformer_lens(pattern, bos, current):
 
 
 def test_the_detector_agrees_on_a_real_model(toy):
-    ids = lens.prompts.copied(toy, 13)
+    ids = lens.tasks.copied(toy, 13)
     trace = lens.capture(toy, ids, progress=False)
     found = detect(trace, "induction_head")
     tiles = lens.capture(toy, ids, keep_qk=True, progress=False)

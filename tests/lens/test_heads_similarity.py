@@ -8,12 +8,12 @@ import pytest
 import torch
 
 import lens
-from lens.captures.inputs import read_prompts
-from lens.errors import LensError
-from lens.heads import pairs
-from lens.heads.pairs import dependence
-from lens.heads.similarity import HeadSimilarity, similarity, trace_similarity
-from lens.heads.states import HeadStates, read_states
+from lens.common.errors import LensError
+from lens.heads.likeness import pairs
+from lens.heads.likeness.pairs import dependence
+from lens.heads.likeness.similarity import HeadSimilarity, similarity, trace_similarity
+from lens.heads.likeness.states import HeadStates, read_states
+from lens.passes.inputs import read_prompts
 from tests.lens.architectures import VOCAB, build
 from tests.lens.naive import rms_ratio
 from tests.lens.traces import probabilities, trace_of
@@ -169,7 +169,7 @@ def test_divergence_is_symmetric_bounded_and_0_for_a_head_with_itself():
 
 
 def induction_prompts(model, n=6):
-    return [lens.prompts.copied(model, 25, seed) for seed in range(n)]
+    return [lens.tasks.copied(model, 25, seed) for seed in range(n)]
 
 
 def test_the_three_induction_heads_are_closest_to_each_other_and_above_the_floor():

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 import lens
-from lens.errors import LensError
-from lens.heads.stability import HeadStability, map_scores, stability
+from lens.common.errors import LensError
+from lens.heads.likeness.stability import HeadStability, map_scores, stability
 from tests.lens.traces import probabilities, trace_of
 
 METRICS = {"jaccard", "recall", "efficiency", "js", "correlation"}

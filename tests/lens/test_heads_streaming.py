@@ -5,10 +5,10 @@ import pytest
 import torch
 
 import lens
-from lens.captures.inputs import read_prompts
-from lens.errors import LensError
+from lens.common.errors import LensError
 from lens.heads import streaming, streaming_gate
-from lens.heads.streaming import _Gate, _last_hidden
+from lens.heads.behaviour.streaming import _Gate, _last_hidden
+from lens.passes.inputs import read_prompts
 from tests.lens.architectures import build
 from tests.lens.naive import rms_ratio
 
@@ -21,7 +21,7 @@ def near_keys(length=LENGTH):
 
 
 def prompt_of(model, length=LENGTH):
-    return lens.prompts.take(model, lens.prompts.text("moby-dick"), length)
+    return lens.tasks.take(model, lens.tasks.text("moby-dick"), length)
 
 
 @pytest.mark.parametrize("name", ["text-lm-3l", "stories260k"])
@@ -98,7 +98,7 @@ def test_the_gradient_of_a_gate_is_the_difference_quotient():
 def test_the_gate_keeps_the_heads_of_induction_2l_that_look_far_back():
     """Its page: L0 heads look one or two back; L1H0, L1H2, L1H3 (induction) and L1H1 look 24, 25 back."""
     model = lens.load("induction-2l")
-    prompts = [lens.prompts.copied(model, 25, seed=seed) for seed in range(4)]
+    prompts = [lens.tasks.copied(model, 25, seed=seed) for seed in range(4)]
     options = {"sink": 1, "recent": 8, "steps": 50, "rate": 0.05, "progress": False}
     gate = streaming_gate(model, prompts, **options)
     alpha = gate.table().set_index("name")["alpha"]

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 import lens
-from lens.errors import LensError
-from lens.heads.variance import SOURCES, shares_of, variance
+from lens.common.errors import LensError
+from lens.heads.likeness.variance import SOURCES, shares_of, variance
 from tests.lens.traces import probabilities, trace_of
 
 
@@ -56,11 +56,11 @@ def test_the_same_traces_twice_leave_nothing_to_the_condition():
 
 def test_heads_differ_more_than_lengths_do():
     model = lens.load("text-lm-3l")
-    text = lens.prompts.text("moby-dick")
+    text = lens.tasks.text("moby-dick")
     starts = (0, 2000, 5000)
     traces = {
         f"{tokens} tokens": lens.capture(
-            model, [lens.prompts.take(model, text[start:], tokens) for start in starts]
+            model, [lens.tasks.take(model, text[start:], tokens) for start in starts]
         )
         for tokens in (48, 96)
     }

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import lens
-from lens.errors import LensError
+from lens.common.errors import LensError
 from lens.heads import composition, copying, head_weights
 from tests.lens.architectures import build
 

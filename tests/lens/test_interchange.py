@@ -5,9 +5,9 @@ import pytest
 import torch
 
 import lens
-from lens.errors import LensError
-from lens.interchange import from_attentions, from_transformer_lens
-from lens.trace import AttentionTrace
+from lens.common.errors import LensError
+from lens.runs import from_attentions, from_transformer_lens
+from lens.traces.trace import AttentionTrace
 from tests.lens.architectures import build
 from tests.lens.naive import rms_ratio
 from tests.lens.naive import statistics as naive

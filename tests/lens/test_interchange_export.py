@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 
 import lens
-from lens.errors import LensError
-from lens.interchange import from_attentions, to_csv, to_headvis, to_parquet
+from lens.common.errors import LensError
+from lens.runs import from_attentions, to_csv, to_headvis, to_parquet
 from tests.lens.traces import probabilities, trace_of
 
 CONFIG = {
@@ -42,7 +42,7 @@ LENGTHS = (51, 31, 41)
 @pytest.fixture(scope="module")
 def traces():
     model = lens.load("induction-2l")
-    prompts = [lens.prompts.copied(model, length // 2, length) for length in LENGTHS]
+    prompts = [lens.tasks.copied(model, length // 2, length) for length in LENGTHS]
     return lens.capture(model, prompts, keep_qk=True)
 
 
@@ -123,7 +123,7 @@ def test_derived_numbers_follow_from_the_sequences(tree):
 
 
 def test_long_heads_are_read_in_pieces(traces, tree, tmp_path, monkeypatch):
-    monkeypatch.setattr("lens.interchange.headvis._ROWS", 7)
+    monkeypatch.setattr("lens.runs.exchange.headvis._ROWS", 7)
     again = to_headvis(traces, tmp_path / "again", dataset="copied")
     for name in ("L0H0.json", "L1H3.json"):
         assert read(again / "heads" / name) == read(tree / "heads" / name)

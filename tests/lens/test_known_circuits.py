@@ -9,7 +9,6 @@ import math
 import pytest
 import torch
 
-from lens.captures.interface import switched
 from lens.circuits.known import (
     GATES,
     PROGRAMS,
@@ -20,8 +19,9 @@ from lens.circuits.known import (
 )
 from lens.circuits.known.compiled import cases
 from lens.circuits.known.words import WordTokenizer
-from lens.errors import LensError
+from lens.common.errors import LensError
 from lens.heads import ablate, composition, copying, importance
+from lens.passes.interface import switched
 
 GOLDEN = {  # beta: clean, corrupt last token, attention to the previous token, of the induction head
     4: (0.844013, -0.821261, 0.932826, 0.863494),

@@ -6,10 +6,10 @@ import torch
 
 import lens
 from lens.circuits.known import tracr
-from lens.errors import LensError
-from lens.layers import block_influence, greedy_removal, importance
-from lens.layers.distances import DISTANCES, distance
-from lens.layers.sublayers import named_sublayers
+from lens.common.errors import LensError
+from lens.heads.removal.distances import DISTANCES, distance
+from lens.heads.sublayers import block_influence, greedy_removal, importance
+from lens.passes.sublayers import named_sublayers
 from lens.tasks import Task, induction
 from tests.lens.architectures import VOCAB, build
 from tests.lens.naive import rms_ratio

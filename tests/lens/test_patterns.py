@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 import lens
-from lens.errors import LensError
+from lens.common.errors import LensError
 from lens.heads import pattern_classes
-from lens.trace import AttentionTrace, TraceWriter
+from lens.traces.trace import AttentionTrace, TraceWriter
 from tests.lens.naive import rms_ratio
 from tests.lens.traces import BLOCK, LENGTH, probabilities, trace_of
 
@@ -122,7 +122,7 @@ def test_kept_mass_grows_with_the_budget_and_is_one_in_the_end():
 def test_previous_token_and_induction_heads_of_induction_2l():
     """L0H1 looks one back (A-shape); the induction heads look 24 back (a slash) or at BOS."""
     model = lens.load("induction-2l")
-    prompts = [lens.prompts.copied(model, 25, seed=seed) for seed in range(3)]
+    prompts = [lens.tasks.copied(model, 25, seed=seed) for seed in range(3)]
     traces = [
         lens.capture(model, ids, keep_qk=True, block_size=8, progress=False) for ids in prompts
     ]

@@ -4,11 +4,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lens.errors import LensError
-from lens.metrics import METRICS
-from lens.profiles import COLUMNS, pooled_table, profile, prompt_table
-from lens.scores import is_delimiter
-from lens.trace import AttentionTrace
+from lens.common.errors import LensError
+from lens.traces.metrics import METRICS
+from lens.traces.profiles import COLUMNS, pooled_table, profile, prompt_table
+from lens.traces.scores import is_delimiter
+from lens.traces.trace import AttentionTrace
 from tests.lens.naive import rms_ratio
 from tests.lens.traces import LENGTH, probabilities, token_ids, trace_of
 
@@ -16,7 +16,7 @@ MARKS = {0: ",", 3: " ?!"}  # the first key is one of them
 
 
 def twin(p, ids) -> dict[str, float]:
-    """Scores of one head from its causal matrix [queries, keys], by the words of `lens.metrics`."""
+    """Scores of one head from its causal matrix [queries, keys], by the words of `lens.traces.metrics`."""
     n = len(ids)
     rest = p[:, 1:] / np.maximum(p[:, 1:].sum(-1, keepdims=True), 1e-300)
     rest = np.concatenate([np.zeros((n, 1)), rest], axis=1)

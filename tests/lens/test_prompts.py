@@ -5,8 +5,8 @@ import torch
 import transformers
 
 import lens
-from lens import prompts
-from lens.errors import LensError
+from lens.common.errors import LensError
+from lens.tasks import prompts
 from tests.lens.architectures import build
 
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 import lens
-from lens.captures.layer import LayerCall
-from lens.captures.masks import MaskStructure
-from lens.errors import LensError
-from lens.redistribution.editing import Edit
+from lens.common.errors import LensError
+from lens.edits.editing import Edit
+from lens.passes.calls import LayerCall
+from lens.passes.masks import MaskStructure
 from tests.lens.architectures import build
 from tests.lens.naive import rms_ratio
 
@@ -110,7 +110,7 @@ def test_every_rule_equals_its_twin_on_whole_probabilities(rule, amount, shape):
     sources, targets = [0, 7, 23], [5, 19] if rule == "transfer" else []
     heads = [0, 1, 3, 5]
     edit = edit_of(rule, amount, sources, targets, heads)
-    output = edit.attend(call)
+    output = edit.on_layer(call).transpose(1, 2)
     expected, skipped = twin(call, rule, amount, sources, targets, heads)
     unedited, _ = twin(call, "drop", 0.0, sources, [], heads)
     assert rms_ratio(output, expected) < 1e-5
@@ -121,7 +121,7 @@ def test_every_rule_equals_its_twin_on_whole_probabilities(rule, amount, shape):
 
 def test_targets_left_out_are_all_other_keys():
     call = call_of()
-    output = edit_of("transfer", 0.7, [0]).attend(call)
+    output = edit_of("transfer", 0.7, [0]).on_layer(call).transpose(1, 2)
     expected, skipped = twin(call, "transfer", 0.7, [0], [], range(6))
     assert rms_ratio(output, expected) < 1e-5
     assert skipped.sum() == 2 * 6  # the first query sees nothing else
@@ -130,8 +130,8 @@ def test_targets_left_out_are_all_other_keys():
 @pytest.mark.parametrize(("rule", "amount"), CASES)
 def test_heads_that_are_not_chosen_keep_their_bits(rule, amount):
     call = call_of()
-    plain = edit_of("mask", 0.0, [0]).attend(call)
-    edited = edit_of(rule, amount, [0, 7], heads=[1, 4]).attend(call)
+    plain = edit_of("mask", 0.0, [0]).on_layer(call).transpose(1, 2)
+    edited = edit_of(rule, amount, [0, 7], heads=[1, 4]).on_layer(call).transpose(1, 2)
     others = [0, 2, 3, 5]
     assert torch.equal(edited[:, :, others], plain[:, :, others])
     assert not torch.equal(edited[:, :, [1, 4]], plain[:, :, [1, 4]])
@@ -140,7 +140,7 @@ def test_heads_that_are_not_chosen_keep_their_bits(rule, amount):
 def test_masses_are_counted():
     call = call_of(kv_heads=6)
     edit = edit_of("transfer", 0.25, [0], [5])
-    edit.attend(call)
+    edit.on_layer(call).transpose(1, 2)
     scores = call.scale * call.query @ call.key.transpose(-1, -2)
     hidden = ~torch.from_numpy(visible(37, 37, True, None))
     sink = scores.masked_fill(hidden, -math.inf).softmax(-1)[..., 0]
@@ -157,14 +157,14 @@ def test_masses_are_counted():
 def test_rows_with_nowhere_to_put_the_mass_stay_and_are_counted(rule, amount):
     """With every key a source (or no target at all) nothing may become NaN, and nothing changes."""
     call = call_of()
-    plain = edit_of("mask", 0.0, [0]).attend(call)
+    plain = edit_of("mask", 0.0, [0]).on_layer(call).transpose(1, 2)
     targets = [99] if rule == "transfer" else []
     edit = edit_of(rule, amount, range(37), targets)
-    assert rms_ratio(edit.attend(call), plain) < 1e-6
+    assert rms_ratio(edit.on_layer(call).transpose(1, 2), plain) < 1e-6
     assert edit.skipped_rows == 2 * 6 * 37
     assert edit.edited_rows == 0
     none = edit_of(rule, amount, [])
-    assert torch.equal(none.attend(call), plain)
+    assert torch.equal(none.on_layer(call).transpose(1, 2), plain)
     assert (none.empty_calls, none.calls, none.skipped_rows) == (1, 0, 0)
     assert math.isnan(none.mass_before)
 
@@ -180,7 +180,7 @@ def test_a_planted_sink_in_bfloat16_is_edited_without_loss():
         parts = [tensor.bfloat16() for tensor in (query, key, value)]
         call = LayerCall(*parts, MaskStructure(True), 1.0)
         chosen = torch.ones(1, 1, dtype=torch.bool)
-        output = Edit([0], None, 1.0, "mask", chosen, "auto").attend(call)
+        output = Edit([0], None, 1.0, "mask", chosen, "auto").on_layer(call).transpose(1, 2)
         expected = parts[2][0, 0, 1:].float().mean(0)
         assert rms_ratio(output[0, 0, 0].float(), expected) < 3e-3
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 import lens
-from lens.errors import LensError
-from lens.redistribution.agreement import DimsAgreement
+from lens.common.errors import LensError
+from lens.sinks.activations.dims_agreement import DimsAgreement
 from tests.lens.vision_models import BUILDERS, HEADS, LAYERS, SYSTEM, build, planted
 
 
@@ -35,7 +35,7 @@ def test_marks_and_received_attention_are_those_of_the_model(name):
     model = lens.load(network)
     places = [SYSTEM + 2, SYSTEM + 3]
     with planted(network, 7, places):
-        found = lens.redistribution.dims_agreement(model, inputs, dims=[7], tau=4.0, top=0.2)
+        found = lens.sinks.dims_agreement(model, inputs, dims=[7], tau=4.0, top=0.2)
         network.set_attn_implementation("eager")
         with torch.no_grad():
             maps = network(**inputs, output_attentions=True).attentions
@@ -60,4 +60,4 @@ def test_what_cannot_be_compared_is_refused():
         ("reads one prompt, got 2; pass them one by one", [inputs, inputs], {}),
     ):
         with pytest.raises(LensError, match=match):
-            lens.redistribution.dims_agreement(model, given, **options)
+            lens.sinks.dims_agreement(model, given, **options)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import lens
-from lens.errors import LensError
+from lens.common.errors import LensError
 from lens.tasks.task import Task
 from tests.lens.architectures import build
 
@@ -39,8 +39,8 @@ def a_task(ids, metric):
 def test_gains_are_those_of_the_task_and_costs_those_of_held_out_text(metric):
     model, ids, held_out, edit = a_setting()
     task = a_task(ids, metric)
-    found = lens.redistribution.dose(model, task, edit, held_out=held_out, amounts=AMOUNTS)
-    side = lens.redistribution.side_effects(model, held_out, edit, amounts=AMOUNTS)
+    found = lens.edits.dose(model, task, edit, held_out=held_out, amounts=AMOUNTS)
+    side = lens.edits.side_effects(model, held_out, edit, amounts=AMOUNTS)
     assert found.amounts == (0.0, 0.4, 1.0)
     for name, values in side.values.items():
         assert np.array_equal(found.held_out.values[name], values)
@@ -75,10 +75,10 @@ def test_gains_are_those_of_the_task_and_costs_those_of_held_out_text(metric):
 def test_of_prompts_the_loss_is_the_metric():
     model, ids, held_out, edit = a_setting()
     prompts = [row.tolist() for row in ids]
-    found = lens.redistribution.dose(model, prompts, edit, held_out=held_out, amounts=(0.5, 1.0))
-    known = lens.redistribution.side_effects(model, prompts, edit, amounts=(0.5, 1.0))
+    found = lens.edits.dose(model, prompts, edit, held_out=held_out, amounts=(0.5, 1.0))
+    known = lens.edits.side_effects(model, prompts, edit, amounts=(0.5, 1.0))
     assert np.array_equal(found.gains, -known.values["delta_loss"])
     assert found.gains.shape == (2, 5)
     assert found.metric == "loss"
     with pytest.raises(LensError, match=r"at least one; got \[1, 1\]"):
-        lens.redistribution.dose(model, prompts, edit, held_out=held_out, amounts=(1, 1))
+        lens.edits.dose(model, prompts, edit, held_out=held_out, amounts=(1, 1))

@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lens.captures.layer import LayerCall
-from lens.captures.masks import MaskStructure
-from lens.redistribution.gathered import MOST_MASKED, gathered_states
+from lens.edits.gathered import MOST_MASKED, gathered_states
+from lens.passes.calls import LayerCall
+from lens.passes.masks import MaskStructure
 from tests.lens.naive import rms_ratio
 
 BATCH, HEADS, KV_HEADS, QUERIES, KEYS, DIM, VALUE_DIM = 2, 6, 3, 29, 37, 8, 5

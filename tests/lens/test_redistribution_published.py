@@ -8,12 +8,12 @@ import pytest
 import torch
 
 import lens
-from lens.captures.layer import LayerCall
-from lens.captures.masks import MaskStructure
-from lens.errors import LensError
-from lens.redistribution.calibration import ActEdit
-from lens.redistribution.steering import PastaEdit
-from lens.redistribution.vision import VarEdit, VarSettings
+from lens.common.errors import LensError
+from lens.edits.calibration import ActEdit
+from lens.edits.steering import PastaEdit
+from lens.edits.visual import VarEdit, VarSettings
+from lens.passes.calls import LayerCall
+from lens.passes.masks import MaskStructure
 from tests.lens.architectures import build
 from tests.lens.naive import rms_ratio
 from tests.lens.test_redistribution import call_of, edit_of
@@ -76,7 +76,7 @@ def test_act_equals_its_twin_in_the_prompt_and_in_a_step(preset, beta):
     p, v = probabilities(call)
     heads = [0, 1, 3, 4]
     edit = ActEdit(preset, beta, None, chosen(heads), "auto")
-    output = edit.attend(call).transpose(1, 2)
+    output = edit.on_layer(call)
     threshold = 5 / SIZE if preset == "paper" else 0.1
     new, sinks = act_twin(p, preset, beta, threshold)
     assert sinks[:, heads].any(-1).any()
@@ -86,11 +86,11 @@ def test_act_equals_its_twin_in_the_prompt_and_in_a_step(preset, beta):
     assert (new >= 0).all()
     assert rms_ratio(output, new @ v) < 1e-5
     assert rms_ratio(output, p @ v) > 1e-3
-    plain = edit_of("mask", 0.0, [0]).attend(call).transpose(1, 2)
+    plain = edit_of("mask", 0.0, [0]).on_layer(call)
     assert torch.equal(output[:, [2, 5]], plain[:, [2, 5]])
     step = grown(call)
     edit._layer = 0
-    found = edit.attend(step).transpose(1, 2)
+    found = edit.on_layer(step)
     p, v = probabilities(step)
     if preset == "paper":
         longer = np.pad(sinks, ((0, 0), (0, 0), (0, 1)))
@@ -101,12 +101,12 @@ def test_act_equals_its_twin_in_the_prompt_and_in_a_step(preset, beta):
 
 def test_act_without_sinks_or_with_beta_one_keeps_every_bit():
     call = call_of()
-    plain = edit_of("mask", 0.0, [0]).attend(call)
+    plain = edit_of("mask", 0.0, [0]).on_layer(call)
     nothing = ActEdit("paper", 0.4, 1.0, chosen(), "auto")
-    assert torch.equal(nothing.attend(call), plain)
+    assert torch.equal(nothing.on_layer(call), plain)
     assert (nothing.calls, nothing.empty_calls, nothing.skipped_rows) == (0, 1, 0)
     kept = ActEdit("paper", 1.0, None, chosen(), "auto")
-    assert torch.equal(kept.attend(call), plain)
+    assert torch.equal(kept.on_layer(call), plain)
     assert (kept.calls, kept.empty_calls) == (0, 0)
 
 
@@ -134,28 +134,28 @@ def test_pasta_equals_its_twin_in_the_prompt_and_in_a_step(released, spans):
         p, v = probabilities(call)
         expected = pasta_twin(p, spans, alpha, SIZE, released)
         expected[:, [1, 4, 5]] = p[:, [1, 4, 5]]
-        output = edit.attend(call).transpose(1, 2)
+        output = edit.on_layer(call)
         assert rms_ratio(output, expected @ v) < 1e-5
         assert rms_ratio(output, p @ v) > 1e-2
-        plain = edit_of("mask", 0.0, [0]).attend(call).transpose(1, 2)
+        plain = edit_of("mask", 0.0, [0]).on_layer(call)
         assert torch.equal(output[:, [1, 4, 5]], plain[:, [1, 4, 5]])
 
 
 def test_rules_agree_where_they_are_the_same_edit():
     call = call_of()
     sources = [0, 7, 23]
-    masked = edit_of("mask", 0.7, sources).attend(call)
-    biased = edit_of("logit_bias", math.log(0.3), sources).attend(call)
+    masked = edit_of("mask", 0.7, sources).on_layer(call)
+    biased = edit_of("logit_bias", math.log(0.3), sources).on_layer(call)
     assert rms_ratio(biased, masked) < 1e-6  # prob_scale(w, renorm=all)
-    hidden = edit_of("logit_bias", -math.inf, sources).attend(call)
-    assert rms_ratio(edit_of("mask", 1.0, sources).attend(call), hidden) < 1e-6
-    moved = edit_of("transfer", 0.7, sources).attend(call)
+    hidden = edit_of("logit_bias", -math.inf, sources).on_layer(call)
+    assert rms_ratio(edit_of("mask", 1.0, sources).on_layer(call), hidden) < 1e-6
+    moved = edit_of("transfer", 0.7, sources).on_layer(call)
     assert rms_ratio(moved, masked) > 1e-3  # renorm=receivers is not renorm=all
-    all_moved = edit_of("transfer", 1.0, sources).attend(call)
+    all_moved = edit_of("transfer", 1.0, sources).on_layer(call)
     assert rms_ratio(all_moved, hidden) < 1e-6  # but at 1 it is
     steered = PastaEdit([(0, 1), (7, 8), (23, 24)], (math.log(0.3), 0.0), chosen(), "auto")
     others = [place for place in range(SIZE) if place not in sources]
-    assert rms_ratio(steered.attend(call), edit_of("mask", 0.7, others).attend(call)) < 1e-6
+    assert rms_ratio(steered.on_layer(call), edit_of("mask", 0.7, others).on_layer(call)) < 1e-6
 
 
 @pytest.mark.parametrize("mass", [0.5, 0.9, 0.99, 0.999])
@@ -172,7 +172,7 @@ def test_var_in_bfloat16_is_right_for_any_mass_of_the_sink(mass):
         settings = VarSettings(amount=1.0, rho=0.5, least_visual=0.0)
         heads = torch.ones(1, 1, dtype=torch.bool)
         edit = VarEdit(range(1, 50), settings, None, [0], heads, "auto")
-        last = edit.attend(call)[0, -1, 0].float()
+        last = edit.on_layer(call)[0, 0, -1].float()
         p = (parts[0].double() @ parts[1].double().mT).softmax(-1)[0, 0, -1]
         v = parts[2][0, 0].double()
         expected = (p[0] / p[1:50].sum() + 1) * (p[1:50] @ v[1:50]) + p[50:] @ v[50:]
@@ -186,15 +186,15 @@ def test_published_recipes_run_in_a_model_and_refuse_what_does_not_fit():
     ids = torch.randint(3, 97, (1, 29), generator=torch.Generator().manual_seed(5))
     with torch.no_grad():
         own = network(input_ids=ids).logits
-        with lens.redistribution.act(model, threshold=0.08) as edit:
+        with lens.edits.act(model, threshold=0.08) as edit:
             acted = network(input_ids=ids).logits
         assert edit.calls > 0
         assert rms_ratio(acted, own) > 1e-4
-        with lens.redistribution.act(model, preset="released", threshold=0.0) as edit:
+        with lens.edits.act(model, preset="released", threshold=0.0) as edit:
             network(input_ids=ids)
         assert edit.calls == 0  # layers 2 to the last but one: none of 3
         for steps in (1, 2):  # cached steps give what the whole sequence gives
-            with lens.redistribution.pasta(model, [(4, 9)], heads=["L0H1", "L2H0"]) as edit:
+            with lens.edits.pasta(model, [(4, 9)], heads=["L0H1", "L2H0"]) as edit:
                 first = network(input_ids=ids[:, : 29 - steps], use_cache=True)
                 rest = network(
                     input_ids=ids[:, 29 - steps :], past_key_values=first.past_key_values
@@ -211,8 +211,8 @@ def test_published_recipes_run_in_a_model_and_refuse_what_does_not_fit():
             assert rms_ratio(rest, whole[:, 29 - steps :]) < 1e-5
         cache = network(input_ids=ids, use_cache=True).past_key_values
         for recipe, match in (
-            (lens.redistribution.act(model), "sinks of its prompt are not known"),
-            (lens.redistribution.pasta(model, [(1, 3)]), "end of its prompt is not known"),
+            (lens.edits.act(model), "sinks of its prompt are not known"),
+            (lens.edits.pasta(model, [(1, 3)]), "end of its prompt is not known"),
         ):
             with recipe, pytest.raises(LensError, match=match):
                 network(input_ids=ids[:, :1], past_key_values=cache)
@@ -227,7 +227,7 @@ def test_published_recipes_run_in_a_model_and_refuse_what_does_not_fit():
     ):
         with (
             pytest.raises(LensError, match=match),
-            getattr(lens.redistribution, recipe)(model, **arguments),
+            getattr(lens.edits, recipe)(model, **arguments),
         ):
             pass
     looking = replace(call_of(causal=False))
@@ -236,4 +236,4 @@ def test_published_recipes_run_in_a_model_and_refuse_what_does_not_fit():
         (VarEdit([1], VarSettings(0.5, 0.5), None, [0], chosen(), "auto"), "VAR"),
     ):
         with pytest.raises(LensError, match=f"sees later tokens; {name} is defined for causal"):
-            edit.attend(looking)
+            edit.on_layer(looking)

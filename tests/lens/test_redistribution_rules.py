@@ -6,8 +6,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
 import lens
-from lens.captures.interface import switched
-from lens.errors import LensError
+from lens.common.errors import LensError
+from lens.passes.interface import switched
 from tests.lens.architectures import build
 from tests.lens.naive import rms_ratio
 
@@ -40,14 +40,12 @@ def test_a_recipe_by_name_is_the_function_of_that_name(rule, amount):
     keys, block = {
         "var": (
             {"sources": SINKS, "targets": IMAGE},
-            lens.redistribution.var(model, IMAGE, sinks=SINKS, amount=amount, layers=[0, 1]),
+            lens.edits.var(model, IMAGE, sinks=SINKS, amount=amount, layers=[0, 1]),
         ),
-        "act": ({}, lens.redistribution.act(model, beta=1 - (amount or 0.6), layers=[0, 1])),
+        "act": ({}, lens.edits.act(model, beta=1 - (amount or 0.6), layers=[0, 1])),
         "pasta": (
             {"targets": [4, 5, 9]},
-            lens.redistribution.pasta(
-                model, [(4, 6), (9, 10)], alpha=1 - (amount or 0.99), layers=[0, 1]
-            ),
+            lens.edits.pasta(model, [(4, 6), (9, 10)], alpha=1 - (amount or 0.99), layers=[0, 1]),
         ),
     }[rule]
     expected, edit = logits(model, block)
@@ -72,7 +70,7 @@ def test_spans_of_pasta_may_be_a_mask_positions_or_first():
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
     first = logits(model, lens.redistribute(model, rule="pasta", targets="first"))[0]
-    span = logits(model, lens.redistribution.pasta(model, [(0, 1)]))[0]
+    span = logits(model, lens.edits.pasta(model, [(0, 1)]))[0]
     assert rms_ratio(first, span) < 1e-6
 
 

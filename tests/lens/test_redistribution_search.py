@@ -8,11 +8,11 @@ import pytest
 import torch
 
 import lens
-from lens.errors import LensError
+from lens.common.errors import LensError
+from lens.common.head_ids import HeadId
+from lens.edits.searching import HeadSearch
+from lens.edits.selection import HeadSelection
 from lens.figures.redistribution import change_maps
-from lens.head_ids import HeadId
-from lens.redistribution.searching import HeadSearch
-from lens.redistribution.selection import HeadSelection
 from tests.lens.architectures import build
 
 RANDOM = torch.Generator().manual_seed(5)
@@ -32,7 +32,7 @@ def test_the_search_chooses_on_some_prompts_and_judges_on_the_others(induction):
         edited.append(tuple(heads))
         return lens.redistribute(model, sources="first", amount=1.0, rule="mask", heads=heads)
 
-    found = lens.redistribution.search_heads(model, task, edit, most=3, validation=0.6, seed=1)
+    found = lens.edits.search_heads(model, task, edit, most=3, validation=0.6, seed=1)
     layers, heads = model.info.layers, model.info.heads
     everyone = [HeadId(layer, head) for layer in range(layers) for head in range(heads)]
     assert found.gains.shape == (layers, heads, 8)
@@ -84,8 +84,8 @@ def test_choosing_among_noise_flatters_and_the_report_says_so():
         return Editing()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lens.redistribution.searching._subset", lambda _, rows: Noise(rows.numpy()))
-        found = lens.redistribution.search_heads(model, Noise(np.arange(40)), edit, most=5)
+        patch.setattr("lens.edits.searching._subset", lambda _, rows: Noise(rows.numpy()))
+        found = lens.edits.search_heads(model, Noise(np.arange(40)), edit, most=5)
     assert len(found.chosen) == 5
     assert found.validation.mean() > 0.2
     assert found.bias > 0.2
@@ -105,7 +105,7 @@ def test_a_search_that_finds_no_head_says_so_and_bad_splits_are_refused(inductio
         ("leaves 13 to choose with and 1 to judge by; each side needs two", {"validation": 0.95}),
     ):
         with pytest.raises(LensError, match=match):
-            lens.redistribution.search_heads(model, task, lambda _: nullcontext(), **options)
+            lens.edits.search_heads(model, task, lambda _: nullcontext(), **options)
 
 
 def test_side_effects_are_those_of_the_sink_test_where_the_edit_is_the_same():
@@ -118,7 +118,7 @@ def test_side_effects_are_those_of_the_sink_test_where_the_edit_is_the_same():
     def edit(amount):
         return lens.redistribute(model, sources="first", amount=amount, rule="mask")
 
-    found = lens.redistribution.side_effects(model, prompts, edit, amounts=[1.0, 0.0, 0.5])
+    found = lens.edits.side_effects(model, prompts, edit, amounts=[1.0, 0.0, 0.5])
     assert found.amounts == (0.0, 0.5, 1.0)
     assert found.tokens == (28, 22, 30)
     for name, values in found.values.items():
@@ -131,14 +131,14 @@ def test_side_effects_are_those_of_the_sink_test_where_the_edit_is_the_same():
     figure = found.plot("kl")
     assert figure.data[0].x.tolist() == [0, 0.5, 1]
     assert "on 3 held-out prompts (80 predictions)" in found.findings()[0]
-    one = lens.redistribution.side_effects(model, prompts[:1], edit, amounts=[1.0])
+    one = lens.edits.side_effects(model, prompts[:1], edit, amounts=[1.0])
     assert "one prompt has no interval" in one.findings()[0]
     for match, given, amounts in (
         ("amounts must be different, at least one", prompts, []),
         ("each prompt needs at least two tokens", [[5]], [1.0]),
     ):
         with pytest.raises(LensError, match=match):
-            lens.redistribution.side_effects(model, given, edit, amounts=amounts)
+            lens.edits.side_effects(model, given, edit, amounts=amounts)
     with pytest.raises(LensError, match="measure must be one of delta_loss, kl, flip_rate"):
         found.plot("excess")
 

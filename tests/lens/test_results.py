@@ -10,7 +10,9 @@ import plotly.graph_objects as go
 import pytest
 
 import lens
-from lens.described import ROWS, Result
+from lens.common import plots
+from lens.common.errors import LensError
+from lens.common.results import ROWS, Result
 
 LOOK = {"title": "T", "width": 410, "height": 310, "theme": "dark"}
 
@@ -23,7 +25,7 @@ def classes():
             own = (
                 inspect.isclass(one) and one.__module__ == module.name and not name.startswith("_")
             )
-            if own and {"plot", "findings"} & vars(one).keys():
+            if own and (issubclass(one, Result) or "plot" in vars(one)) and one is not Result:
                 found[f"{module.name}.{name}"] = one
     return found
 
@@ -32,7 +34,10 @@ CLASSES = classes()
 
 
 def test_the_results_are_found():
-    assert {"lens.heads.scores.HeadScores", "lens.sinks.effects.SinkEffect"} < CLASSES.keys()
+    assert {
+        "lens.heads.measures.scores.HeadScores",
+        "lens.sinks.effects.results.SinkEffect",
+    } < CLASSES.keys()
     assert len(CLASSES) > 50
 
 
@@ -43,22 +48,43 @@ def test_every_result_has_text_and_html(name):
     assert hasattr(one, "_repr_html_")
 
 
-@pytest.mark.parametrize("name", [name for name, one in CLASSES.items() if hasattr(one, "plot")])
-def test_every_plot_takes_the_same_look(name):
-    parameters = inspect.signature(CLASSES[name].plot).parameters
-    if name != "lens.trace.AttentionTrace":  # whose figure is of one head, which has to be named
-        assert all(
-            p.default is not p.empty for p in parameters.values() if p.name not in ("self", "look")
-        )
+plots._load()
+
+
+@pytest.mark.parametrize("name", plots._DRAWN)
+def test_every_figure_function_takes_the_same_look(name):
+    """A result may be plotted without arguments; that of a trace is of one head, which has to be named."""
+    parameters = inspect.signature(plots._DRAWN[name][0]).parameters
+    if name != "AttentionTrace":
+        others = [p for key, p in parameters.items() if key != "look"][1:]
+        assert all(p.default is not p.empty for p in others)
     assert list(parameters)[-1] == "look"
     assert parameters["look"].annotation == "Unpack[Look]"
+
+
+def test_every_figure_draws_a_class_that_there_is():
+    assert {name.rpartition(".")[2] for name in CLASSES} >= plots._DRAWN.keys()
+
+
+def test_a_class_is_drawn_once():
+    with pytest.raises(ValueError, match="HeadScores is drawn by importance_grid already"):
+        plots.draws("HeadScores")(lambda result, **look: None)
+
+
+def test_a_result_without_a_figure_says_so():
+    class Plain(Result):
+        def table(self):
+            return pd.DataFrame()
+
+    with pytest.raises(LensError, match=r"Plain has no figure; its numbers are in \.table\(\)"):
+        Plain().plot()
 
 
 @pytest.fixture(scope="module")
 def results():
     """One of each kind that takes less than a second."""
     model = lens.load("text-lm-3l")
-    prompts = [lens.prompts.copied(model, 20, seed=seed) for seed in range(3)]
+    prompts = [lens.tasks.copied(model, 20, seed=seed) for seed in range(3)]
     traces = [lens.capture(model, prompt, block_size=16, progress=False) for prompt in prompts]
     induction = lens.load("induction-2l")
     task = lens.tasks.induction(induction, 6, length=9)
@@ -76,7 +102,7 @@ def results():
         lens.sinks.profile(traces),
         lens.sinks.find(traces[0]),
         lens.sinks.effect(model, prompts),
-        lens.redistribution.side_effects(model, prompts, edited, amounts=(0.0, 1.0)),
+        lens.edits.side_effects(model, prompts, edited, amounts=(0.0, 1.0)),
         edges,
         lens.circuits.evaluate(induction, task, edges, random=2, progress=False),
     ]  # fmt: skip

@@ -10,10 +10,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from lens.errors import LensError
-from lens.files import write_json, write_text
-from lens.run_writer import RunWriter, config_hash, find_by_config
+from lens.common.errors import LensError
+from lens.common.files import write_json, write_text
 from lens.runs import BrokenRun, find_run, list_runs, open_run
+from lens.runs.writer import RunWriter, config_hash, find_by_config
 
 ABSENT = object()
 CONFIG = {"model": {"name": "text-lm-3l"}, "seed": 0}

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from lens.bootstrap import over_rows, over_units
-from lens.errors import LensError
-from lens.profiles import profile
-from lens.scores import nearest_copy
+from lens.common.errors import LensError
+from lens.stats.bootstrap import over_rows, over_units
+from lens.traces.profiles import profile
+from lens.traces.scores import nearest_copy
 from tests.lens.naive import rms_ratio
 from tests.lens.traces import probabilities, trace_of
 
@@ -106,10 +106,10 @@ def test_rows_whose_rest_is_lost_in_rounding_do_not_count():
 
 
 def test_a_sink_lies_strictly_above_the_threshold(monkeypatch):
-    monkeypatch.setattr("lens.scores.SINK_EPSILON", 0.25)
+    monkeypatch.setattr("lens.traces.scores.SINK_EPSILON", 0.25)
     diagonal = np.eye(4)[None, None]  # alpha_0 = 1 / 4
     assert profile(trace_of(diagonal))["sink_rate"].tolist() == [0.0]
-    monkeypatch.setattr("lens.scores.SINK_EPSILON", 0.2499)
+    monkeypatch.setattr("lens.traces.scores.SINK_EPSILON", 0.2499)
     assert profile(trace_of(diagonal))["sink_rate"].tolist() == [1.0]
 
 

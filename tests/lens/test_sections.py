@@ -5,8 +5,8 @@ import pandas as pd
 import plotly.graph_objects as go
 import pytest
 
-from lens.errors import LensError
-from lens.sections import Section, load_section, section_names
+from lens.common.errors import LensError
+from lens.runs.sections import Section, load_section, section_names
 
 TABLE = pd.DataFrame({"head": ["L0H1", "L1H0"], "value": [0.25, np.nan]})
 COLUMNS = {"head": "The head.", "value": "Its score."}

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import lens
-from lens.errors import LensError
+from lens.common.errors import LensError
 from tests.lens.architectures import build
 from tests.lens.traces import probabilities, trace_of
 
@@ -182,7 +182,7 @@ def test_figures_show_the_numbers():
 
 def _chunks(model, name: str, tokens: int, count: int) -> list[list[int]]:
     """`count` prompts of a text, each beginning with the model's BOS where it has one."""
-    ids = model.encode(lens.prompts.text(name))
+    ids = model.encode(lens.tasks.text(name))
     start, bos = (1, ids[:1]) if ids[0] == model.bos_id else (0, [])
     body = tokens - len(bos)
     return [bos + ids[start + 40 * i * body : start + (40 * i + 1) * body] for i in range(count)]
@@ -208,7 +208,7 @@ def test_text_lm_has_its_sinks_on_text_and_none_on_random_tokens():
 
 def test_induction_2l_parks_on_bos_while_nothing_repeats():
     model = lens.load("induction-2l")
-    found = _rate("induction-2l", [lens.prompts.copied(model, 25, seed)[:26] for seed in range(6)])
+    found = _rate("induction-2l", [lens.tasks.copied(model, 25, seed)[:26] for seed in range(6)])
     assert found.by_head[1, [0, 2, 3]].tolist() == [1, 1, 1]
     assert found.by_head[0, 1] == 0  # its previous-token head
 

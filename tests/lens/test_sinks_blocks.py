@@ -8,7 +8,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lens
-from lens.errors import LensError
+from lens.common.errors import LensError
 from lens.sinks import block_bounds
 from tests.lens.test_sinks import parked
 from tests.lens.traces import BLOCK, probabilities, trace_of

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import lens
-from lens.errors import LensError
+from lens.common.errors import LensError
 from lens.sinks import CleanRuns, activity, by_scope, dose_response, effect, head_effect
 from tests.lens.architectures import build
 
@@ -32,7 +32,9 @@ def test_shared_runs_give_the_same_table_without_running_the_prompts_again(
     clean = CleanRuns(model)
     effect(model, IDS, controls=(), clean=clean)
     assert len(clean) == 2
-    monkeypatch.setattr("lens.sinks.clean.log_probabilities", None)  # any clean run would fail
+    monkeypatch.setattr(
+        "lens.sinks.effects.clean.log_probabilities", None
+    )  # any clean run would fail
     assert test(model, IDS, clean=clean, **arguments).table().equals(plain)
 
 
@@ -40,7 +42,7 @@ def test_activity_shares_them_too(model, monkeypatch):
     plain = activity(model, {"a": IDS}, heads=["L1H2"]).table()
     clean = CleanRuns(model)
     effect(model, IDS, controls=(), clean=clean)
-    monkeypatch.setattr("lens.sinks.clean.log_probabilities", None)
+    monkeypatch.setattr("lens.sinks.effects.clean.log_probabilities", None)
     assert activity(model, {"a": IDS}, heads=["L1H2"], clean=clean).table().equals(plain)
 
 

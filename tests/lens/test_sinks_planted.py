@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from lens.captures.layer import LayerCall
-from lens.captures.masks import MaskStructure
-from lens.sinks.edits import WatchedEdit
+from lens.passes.calls import LayerCall
+from lens.passes.masks import MaskStructure
+from lens.sinks.effects.watched import WatchedEdit
 from tests.lens.naive import rms_ratio
 
 HEADS, LENGTH, DIM = 3, 257, 16
@@ -25,7 +25,7 @@ def test_the_error_of_the_group_path_is_that_of_bfloat16(mass, rule):
     call = LayerCall(query.bfloat16(), key.bfloat16(), value, MaskStructure(True), scale=1.0)
     heads = torch.ones(1, HEADS, dtype=torch.bool)
     edit = WatchedEdit([0], 1.0, rule, heads, watch=True)
-    found = edit.attend(call)[0].transpose(0, 1)[:, 1:].double()
+    found = edit.on_layer(call)[0][:, 1:].double()
     exact = call.value[0].double()
     logits = (call.query[0].double() @ call.key[0].double().mT).masked_fill(
         ~torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril(), -torch.inf

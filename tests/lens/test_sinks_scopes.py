@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import lens
-from lens.errors import LensError
+from lens.common.errors import LensError
 from lens.sinks import bos_pair, by_bos, by_scope
 from tests.lens.architectures import build
 
@@ -36,7 +36,7 @@ def test_a_head_that_is_not_there_is_refused():
 def test_with_and_without_bos_are_run_in_one_call():
     model = lens.load("induction-2l")
     bos = model.bos_id
-    text = lens.prompts.copied(model, 13, 2)
+    text = lens.tasks.copied(model, 13, 2)
     assert text[0] == bos
     pair = bos_pair(model, [text])
     assert pair == {"with BOS": [text[:-1]], "without BOS": [text[1:]]}

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import lens
-from lens.errors import LensError
+from lens.common.errors import LensError
 from lens.sinks import band_energies, band_losses, bands
 from tests.lens.architectures import build
 from tests.lens.naive import rms_ratio

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import lens
-from lens.errors import LensError
+from lens.common.errors import LensError
 from lens.models import smollm2
 from lens.sinks import streaming
 from tests.lens.architectures import build
@@ -98,7 +98,7 @@ def test_table_findings_and_figure(result):
 def test_smollm2_needs_its_first_token():
     """As Xiao et al. found: the window alone loses far more than with one more key, the first."""
     model = lens.load(smollm2.NAME)
-    ids = model.encode(lens.prompts.text("moby-dick"))[:96]
+    ids = model.encode(lens.tasks.text("moby-dick"))[:96]
     result = streaming(model, [ids], n_sink=(0, 1), window=(32,))
     without, with_first = result.delta_loss[:, 0]
     assert without > 1

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import lens
-from lens.errors import LensError
+from lens.common.errors import LensError
 from lens.figures.sink_heads import activity_points
 from lens.sinks import (
     CleanRuns,
@@ -19,7 +19,7 @@ from lens.sinks import (
     effective_gate,
     mechanism,
 )
-from lens.sinks.effects import SinkEffect
+from lens.sinks.effects.results import SinkEffect
 from tests.lens.architectures import build
 from tests.lens.test_sinks import parked
 from tests.lens.traces import trace_of

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import lens
-from lens.errors import LensError
+from lens.common.errors import LensError
 from lens.models import smollm2
 
 pytestmark = [
@@ -34,8 +34,8 @@ def test_it_is_the_model_it_says_it_is(model):
 
 
 def test_it_knows_english_and_who_was_given_the_drink(model):
-    text = lens.prompts.take(model, lens.prompts.text("sherlock-holmes"), 200)
-    assert lens.prompts.loss(model, text) < 3.5
+    text = lens.tasks.take(model, lens.tasks.text("sherlock-holmes"), 200)
+    assert lens.tasks.loss(model, text) < 3.5
     ids = model.encode("When Mary and John went to the store, John gave a drink to")
     with torch.no_grad():
         logits = model.model(torch.tensor([ids])).logits[0, -1]
@@ -59,15 +59,15 @@ def test_the_tokenizer_splits_digits_and_knows_control_tokens(model, text, token
 
 
 def test_it_has_sinks_and_induction_heads(model):
-    chapter = lens.prompts.take(model, lens.prompts.text("moby-dick"), 192)
+    chapter = lens.tasks.take(model, lens.tasks.text("moby-dick"), 192)
     trace = lens.capture(model, chapter, statistics=["received"])
     alpha = (trace.received / trace.visible).isel(key=0).values
     assert (alpha > 0.3).sum() > 60
     assert alpha.max() > 0.95
-    copied = lens.capture(model, lens.prompts.copied(model, 60), statistics=["match_mass"])
+    copied = lens.capture(model, lens.tasks.copied(model, 60), statistics=["match_mass"])
     mass = copied.match_mass.sel(match="induction").isel(query=slice(61, None)).mean("query")
     assert (mass.values > 0.3).sum() >= 5
-    assert lens.prompts.token_losses(model, lens.prompts.copied(model, 60))[61:].mean() < 4
+    assert lens.tasks.token_losses(model, lens.tasks.copied(model, 60))[61:].mean() < 4
 
 
 def test_rotary_rows_are_put_back():

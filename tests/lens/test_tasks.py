@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import lens
-from lens.errors import LensError
+from lens.common.errors import LensError
 from lens.tasks import AnswerSets, Task, from_jsonl, induction, language_modelling
 from tests.lens.architectures import build
 
@@ -117,11 +117,11 @@ def test_evaluation_in_pieces_is_the_same(toy, monkeypatch):
 
 
 def test_language_modelling_is_the_loss_of_each_window(reader):
-    text = lens.prompts.text("lily")
+    text = lens.tasks.text("lily")
     task = language_modelling(reader, text, length=31, n=3)
     ids = reader.encode(text)
     assert task.clean[1].tolist() == [ids[0], *ids[31:61]]
-    expected = [lens.prompts.loss(reader, row) for row in task.clean.tolist()]
+    expected = [lens.tasks.loss(reader, row) for row in task.clean.tolist()]
     assert task.evaluate(reader).tolist() == pytest.approx(expected, rel=1e-5)
     windows = language_modelling(reader, task.clean.tolist())
     assert torch.equal(windows.clean, task.clean)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import lens
-from lens.errors import LensError
+from lens.common.errors import LensError
 from lens.heads import importance
 from lens.tasks import METRICS, AnswerSets, Task, induction
 from tests.lens.architectures import build

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import lens
-from lens.errors import LensError
+from lens.common.errors import LensError
 from lens.tasks import colored_objects, docstring, from_jsonl, greater_than, ioi
 from lens.tasks.candidates import Candidate, Misfit, following, make_task
 from lens.tasks.colored_objects import SURFACES, _Scene

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from lens.errors import LensError
-from lens.trace import AttentionTrace, TraceWriter
-from lens.trace_store import LayeredArray
+from lens.common.errors import LensError
+from lens.traces.store import LayeredArray
+from lens.traces.trace import AttentionTrace, TraceWriter
 from tests.lens.naive import rms_ratio, statistics
 from tests.lens.traces import ATTRIBUTES, BLOCK
 

@@ -7,9 +7,9 @@ import pytest
 import xarray as xr
 from safetensors.numpy import save_file
 
-from lens.errors import LensError
-from lens.trace import AttentionTrace, TraceWriter, visible_queries
-from lens.trace_store import LayeredArray, layer_file
+from lens.common.errors import LensError
+from lens.traces.store import LayeredArray, layer_file
+from lens.traces.trace import AttentionTrace, TraceWriter, visible_queries
 from tests.lens.traces import ATTRIBUTES, LENGTH, layer_variables, probabilities, trace_of
 
 

@@ -7,13 +7,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lens.files import write_json
-from lens.profiles import pooled_table, prompt_table
-from lens.run_writer import RunWriter
+from lens.common.files import write_json
 from lens.runs import open_run
-from lens.trace import AttentionTrace, TraceWriter
-from lens.trace_store import DIMENSIONS
-from lens.validation import validate
+from lens.runs.validation import validate
+from lens.runs.writer import RunWriter
+from lens.traces.profiles import pooled_table, prompt_table
+from lens.traces.store import DIMENSIONS
+from lens.traces.trace import AttentionTrace, TraceWriter
 from tests.lens.traces import LENGTH, probabilities, token_ids, trace_of
 
 META = {

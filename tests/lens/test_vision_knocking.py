@@ -9,10 +9,10 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
 import lens
-from lens.captures.interface import switched
-from lens.captures.recorder import recording
-from lens.errors import LensError
-from lens.redistribution.base import selected_heads
+from lens.common.errors import LensError
+from lens.edits.base import selected_heads
+from lens.passes.interface import switched
+from lens.passes.sessions import listening
 from lens.vision.text_rows import TextRows
 from tests.lens.naive import rms_ratio
 from tests.lens.vision_models import (
@@ -78,12 +78,12 @@ def test_hidden_edges_are_those_of_the_text_alone(name):
     with twin.running(network):
         expected = network(**inputs).logits
     edit = TextRows(runs, list(hidden), heads)
-    with recording(model, edit), torch.no_grad():
+    with listening(model, edit.on_layer), torch.no_grad():
         found = network(**inputs).logits
     with lens.capturing(model, statistics=()), torch.no_grad():
         own = network(**inputs).logits
     watching = TextRows(runs, None, heads)
-    with recording(model, watching), torch.no_grad():
+    with listening(model, watching.on_layer), torch.no_grad():
         assert torch.equal(network(**inputs).logits, own)  # nothing hidden: every bit is kept
     assert rms_ratio(found, expected) < 1e-5
     assert rms_ratio(found, own) > 1e-3

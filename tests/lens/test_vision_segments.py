@@ -5,9 +5,9 @@ import pytest
 import torch
 
 import lens
-from lens.errors import LensError
-from lens.redistribution.keys import KeysAt
-from lens.vision.tokens import Segments
+from lens.common.errors import LensError
+from lens.passes.keys import KeysAt
+from lens.traces.segments import Segments
 from tests.lens.vision_models import BUILDERS, IMAGE, LAYERS, QUESTION, SYSTEM, build, planted
 
 
@@ -134,12 +134,12 @@ def test_a_planted_massive_activation_is_found_where_it_was_planted(name):
     model = lens.load(network)
     places = [SYSTEM + 2, SYSTEM + 7]
     with planted(network, 7, places), torch.no_grad():
-        found = lens.redistribution.find_sink_dims(model, inputs, tau=4.0)
+        found = lens.edits.find_sink_dims(model, inputs, tau=4.0)
         hidden = network(**inputs, output_hidden_states=True).hidden_states[0]
     assert 7 in found.dims[:1]
     assert found.table().loc[0, "first_layer"] == 0
     assert found.table().loc[0, "tokens"] == 2
-    size = lens.redistribution.phi(hidden, [7])
+    size = lens.edits.phi(hidden, [7])
     marked = size[0] >= 4.0
     assert marked.nonzero()[:, 0].tolist() == places
     segments = lens.vision.segments(model, inputs)
@@ -148,7 +148,7 @@ def test_a_planted_massive_activation_is_found_where_it_was_planted(name):
     assert [int(r * width + c) for r, c in zip(rows, columns, strict=True)] == [2, 7]
     assert "sink dimension" in found.findings()[0]
     assert found.plot().data[0].name == f"dim {found.dims[0]}"
-    nothing = lens.redistribution.find_sink_dims(model, inputs, tau=20.0)
+    nothing = lens.edits.find_sink_dims(model, inputs, tau=20.0)
     assert nothing.dims == ()
     assert "with 48 dimensions none can" in nothing.findings()[0]
 
@@ -157,12 +157,12 @@ def test_phi_is_the_published_formula():
     hidden = torch.randn(2, 5, 19, generator=torch.Generator().manual_seed(1))
     expected = torch.stack([hidden[..., d].abs() for d in (3, 11)]).amax(0)
     expected = expected / (hidden.double().pow(2).mean(-1) + 1e-6).sqrt()
-    assert torch.allclose(lens.redistribution.phi(hidden, [3, 11]).double(), expected, atol=1e-6)
-    assert (lens.redistribution.phi(hidden) <= 19**0.5).all()
+    assert torch.allclose(lens.edits.phi(hidden, [3, 11]).double(), expected, atol=1e-6)
+    assert (lens.edits.phi(hidden) <= 19**0.5).all()
     model = lens.load("text-lm-3l")
     for match, inputs, options in (
         ("tau must be above 0 and largest_share in 0..1", {}, {"tau": 0}),
         ("reads prompts without padding", {"attention_mask": torch.tensor([[0, 1]])}, {}),
     ):
         with pytest.raises(LensError, match=match):
-            lens.redistribution.find_sink_dims(model, inputs, **options)
+            lens.edits.find_sink_dims(model, inputs, **options)

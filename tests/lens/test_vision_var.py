@@ -10,9 +10,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
 import lens
-from lens.captures.interface import language_model, switched
-from lens.errors import LensError
-from lens.redistribution.vision import PRESETS, VarSettings
+from lens.common.errors import LensError
+from lens.edits.visual import PRESETS, VarSettings
+from lens.passes.interface import language_model, switched
 from tests.lens.naive import rms_ratio
 from tests.lens.vision_models import (
     BUILDERS,
@@ -124,9 +124,7 @@ def test_var_equals_its_twin_on_whole_probabilities(name, preset):
         with twin.running(inputs["input_ids"]):
             expected = network(**inputs).logits
         own = network(**inputs).logits
-        with lens.redistribution.var(
-            model, image, preset=preset, amount=0.7, dims=DIMS, **NUMBERS
-        ) as edit:
+        with lens.edits.var(model, image, preset=preset, amount=0.7, dims=DIMS, **NUMBERS) as edit:
             found = network(**inputs).logits
     assert rms_ratio(found, expected) < 1e-5
     assert rms_ratio(found, own) > 1e-3
@@ -153,9 +151,7 @@ def test_generation_is_what_recomputing_the_whole_prefix_gives(name, preset):
     with torch.no_grad():  # whatever is generated is a sink, so that a step must look for new ones
         embedding.weight[:, 30] += 0.2
     with planted(network, DIM, PLACES), torch.no_grad():
-        with lens.redistribution.var(
-            model, image, preset=preset, amount=0.8, dims=DIMS, **numbers
-        ) as edit:
+        with lens.edits.var(model, image, preset=preset, amount=0.8, dims=DIMS, **numbers) as edit:
             found = network.generate(**inputs, **options)
         plain = network.generate(**inputs, **options)
         ids = found.sequences
@@ -179,20 +175,18 @@ def test_nothing_moved_keeps_every_bit():
         with lens.capturing(model, statistics=["received"]):
             captured = network(**inputs).logits
         for preset, amount in (("paper", 0.0), ("released", 1.0)):
-            with lens.redistribution.var(
-                model, image, preset=preset, amount=amount, **NUMBERS
-            ) as edit:
+            with lens.edits.var(model, image, preset=preset, amount=amount, **NUMBERS) as edit:
                 assert torch.equal(network(**inputs).logits, captured)
             assert edit.calls == 0
-        with lens.redistribution.var(model, image, dims=DIMS, tau=7.0) as edit:  # no sink
+        with lens.edits.var(model, image, dims=DIMS, tau=7.0) as edit:  # no sink
             assert torch.equal(network(**inputs).logits, captured)
         assert (edit.calls, edit.empty_calls) == (0, 2)
-        with lens.redistribution.var(model, image, sinks=range(32)) as edit:  # no receiver
+        with lens.edits.var(model, image, sinks=range(32)) as edit:  # no receiver
             assert torch.equal(network(**inputs).logits, captured)
         assert (edit.calls, edit.empty_calls, edit.skipped_rows) == (0, 2, 0)
         assert math.isnan(edit.mass_before)
         assert "No row" in edit.selection().findings()[0]
-        with lens.redistribution.var(model, image, sinks=PLACES, rho=1.0) as edit:  # no head
+        with lens.edits.var(model, image, sinks=PLACES, rho=1.0) as edit:  # no head
             assert torch.equal(network(**inputs).logits, captured)
         assert edit.edited_rows == 0
 
@@ -210,7 +204,7 @@ def test_heads_that_are_not_image_centric_keep_their_bits():
     with planted(network, DIM, PLACES), torch.no_grad():
         with lens.capturing(model, statistics=["received"]):
             network(**inputs)
-        with lens.redistribution.var(model, image, sinks=PLACES, rho=0.99) as edit:
+        with lens.edits.var(model, image, sinks=PLACES, rho=0.99) as edit:
             network(**inputs)
     captured, edited = seen
     untouched = edit.selection().selected[0] == 0
@@ -236,7 +230,7 @@ def test_left_padding_does_not_change_what_var_does():
         with (
             planted(network, DIM, places),
             torch.no_grad(),
-            lens.redistribution.var(model, image, dims=DIMS, **NUMBERS),
+            lens.edits.var(model, image, dims=DIMS, **NUMBERS),
         ):
             found.append(network(**given).logits[:, -QUESTION:])
     assert rms_ratio(found[1], found[0]) < 1e-5
@@ -248,7 +242,7 @@ def test_the_paper_and_the_released_code_differ_where_the_table_says():
     assert (paper.layers(5), released.layers(5)) == (range(4), range(2, 5))
     hidden = torch.zeros(1, 1, 16)
     hidden[..., 3] = 8.0  # |x| / RMS = sqrt(16) but for the epsilon
-    exactly = float(lens.redistribution.phi(hidden, [3]))
+    exactly = float(lens.edits.phi(hidden, [3]))
     assert exactly == pytest.approx(4.0, rel=1e-5)
     at_tau = VarSettings(0.5, 0.5, tau=exactly)
     assert bool(at_tau.is_sink(hidden, [3]))
@@ -291,7 +285,7 @@ def test_what_does_not_fit_is_refused():
     ):
         with (
             pytest.raises(LensError, match=match),
-            lens.redistribution.var(model, image, **options),
+            lens.edits.var(model, image, **options),
         ):
             pass
 
@@ -307,11 +301,11 @@ def test_a_cache_that_the_block_did_not_see_grow_is_refused():
     with torch.no_grad():
         cache = network(**two, use_cache=True).past_key_values
         with (
-            lens.redistribution.var(model, image, **options),
+            lens.edits.var(model, image, **options),
             pytest.raises(LensError, match="began outside the block, or was cut"),
         ):
             network(**last, past_key_values=cache)
-        with lens.redistribution.var(model, image, **options):
+        with lens.edits.var(model, image, **options):
             cache = network(**two, use_cache=True).past_key_values
             cache.reorder_cache(torch.tensor([1, 0]))
             with pytest.raises(LensError, match="put into another order since the last step"):

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from lens.trace import AttentionTrace, TraceWriter
+from lens.traces.trace import AttentionTrace, TraceWriter
 from tests.lens.naive import statistics
 
 LENGTH = 67

@@ -7,7 +7,7 @@ import torch
 import transformers
 from torch import nn
 
-from lens.captures.interface import language_model
+from lens.passes.interface import language_model
 
 IMAGE, VOCAB, WIDTH, LAYERS, HEADS = 90, 97, 48, 3, 6
 TEXT = {

@@ -4,10 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lens.comparison import compare_runs
-from lens.errors import LensError
-from lens.files import write_text
-from lens.runs import Run
+from lens.common.errors import LensError
+from lens.common.files import write_text
+from lens.runs import Run, compare_runs
 from lens_analyses.comparing.numbers import numbers
 from lens_analyses.comparing.page import figures, page
 from lens_analyses.console import to_json

@@ -5,10 +5,9 @@ from typing import Any
 import pandas as pd
 
 import lens
-from lens.comparison import Comparison
-from lens.comparison.comparing import DEFINITIONS
-from lens.metrics import METRICS
-from lens.runs import Run
+from lens.runs import Comparison, Run
+from lens.runs.comparison.comparing import DEFINITIONS
+from lens.traces.metrics import METRICS
 from lens_analyses.console import finite
 from lens_analyses.report.numbers import CITATION, plain
 

@@ -5,10 +5,10 @@ from typing import Any
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from lens.comparison import Comparison
-from lens.comparison.words import NAMES
-from lens.figures import comparison_scatter, difference_grid
-from lens.metrics import METRICS
+from lens.runs import Comparison
+from lens.runs.comparison.pictures import comparison_scatter, difference_grid
+from lens.runs.comparison.words import NAMES
+from lens.traces.metrics import METRICS
 from lens_analyses.report.charts import slim, template
 from lens_analyses.report.page import COLUMNS, embedded_json, environment, signed, source_of
 

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lens.errors import LensError
-from lens.interchange import to_csv, to_headvis, to_parquet
-from lens.runs import Run
+from lens.common.errors import LensError
+from lens.runs import Run, to_csv, to_headvis, to_parquet
 from lens_analyses.exporting.pictures import write_pictures
 
 FORMATS = ("headvis", "csv", "parquet", "graph", "figures")

@@ -8,7 +8,7 @@ from pathlib import Path
 import plotly.graph_objects as go
 import plotly.io as pio
 
-from lens.errors import LensError
+from lens.common.errors import LensError
 from lens.figures import head_grid, metric_by_layer
 from lens.figures.paper import PIXELS_PER_INCH, WIDTHS, for_paper
 from lens.runs import Run

@@ -9,8 +9,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from lens.errors import LensError
-from lens.processes import is_writing, this_process
+from lens.common.errors import LensError
+from lens.runs.processes import is_writing, this_process
 
 FILE, FOLDER = "jobs.sqlite", "jobs"
 KINDS = ("run", "estimate")

@@ -4,10 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lens.errors import LensError
-from lens.files import write_text
-from lens.run_writer import RunWriter
+from lens.common.errors import LensError
+from lens.common.files import write_text
 from lens.runs import Run
+from lens.runs.writer import RunWriter
 from lens_analyses.console import to_json
 from lens_analyses.report.charts import charts, section_charts
 from lens_analyses.report.maps import head_maps

@@ -7,8 +7,8 @@ import pandas as pd
 import plotly.graph_objects as go
 import plotly.io as pio
 
+from lens.common.colors import ACCENT, BASELINE, LINE
 from lens.figures import head_grid, metric_by_layer
-from lens.figures.colors import ACCENT, BASELINE, LINE
 from lens.figures.style import style
 from lens.runs import Run
 

@@ -1,7 +1,7 @@
 """What a report does not show, and on what its numbers depend: said for this very run."""
 
-from lens.profiles import SINK_EPSILON
 from lens.runs import Run
+from lens.traces.profiles import SINK_EPSILON
 
 _UNTOUCHED = "Nothing was changed inside the model, so nothing here is about cause: a score says"
 

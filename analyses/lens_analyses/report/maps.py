@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 from lens_dashboards.notebook import attention_map
 
-from lens.errors import LensError
-from lens.figures.colors import VIRIDIS
+from lens.common.colors import VIRIDIS
+from lens.common.errors import LensError
 from lens.runs import Run
-from lens.trace import AttentionTrace
+from lens.traces.trace import AttentionTrace
 
 EXACT_TOKENS = 256  # also the most cells a side of the map that can be zoomed
 FLOOR = 1e-3

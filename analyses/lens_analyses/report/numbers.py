@@ -9,12 +9,12 @@ import numpy as np
 import pandas as pd
 
 import lens
-from lens.bootstrap import over_units
-from lens.findings import Finding, findings
-from lens.metrics import METRICS
-from lens.profiles import SINK_EPSILON
 from lens.runs import Run
-from lens.sections import Section
+from lens.runs.sections import Section
+from lens.stats.bootstrap import over_units
+from lens.traces.findings import Finding, findings
+from lens.traces.metrics import METRICS
+from lens.traces.profiles import SINK_EPSILON
 from lens_analyses.console import finite
 from lens_analyses.report.limits import limits
 

@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lens.sections import Section
+    from lens.runs.sections import Section
     from lens_analyses.steps.subject import Subject
 
 

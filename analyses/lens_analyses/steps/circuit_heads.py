@@ -3,10 +3,10 @@
 import torch
 
 from lens import circuits
-from lens.circuits.head_sets import heads_of
-from lens.circuits.joined import ROLES
-from lens.head_ids import HeadId, head_of_node
-from lens.sections import Section
+from lens.circuits.graph.head_sets import heads_of
+from lens.circuits.patches.head_parts import ROLES
+from lens.common.head_ids import HeadId, head_of_node
+from lens.runs.sections import Section
 from lens_analyses.steps.circuit_overlap import circuit_of
 from lens_analyses.steps.circuits import HELD_OUT, halves, largest
 from lens_analyses.steps.columns import defined

@@ -7,8 +7,8 @@ those models had, so an estimate is good to about a factor of two.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
+from lens_analyses.config import AnalysisConfig
 from lens_analyses.steps.sizes import GATE_PARAMETERS, pruning_size
 
 
@@ -17,14 +17,14 @@ class Load:
     """What there is to do.
 
     Attributes:
-        settings: the section `analysis` of the configuration, of the model of its command.
+        settings: the section `analysis` of the configuration.
         layers, heads, vocab, parameters: of the model; heads of all layers together.
         prompts: tokens of the run's own prompts.
         task: tokens of the prompts of the task.
         windows: tokens of the windows of text; 0 without text.
     """
 
-    settings: Any
+    settings: AnalysisConfig
     layers: int
     heads: int
     vocab: int
@@ -51,7 +51,8 @@ class Cost:
 
 def _importance(load: Load) -> Cost:
     passes = 6.0  # of heads of one role together, and the clean model
-    for by, _ in load.settings.measured:
+    for measure in load.settings.measures.split(","):
+        by = measure.strip().partition("/")[0]
         passes += load.heads + 2 if by == "ablation" else 4
     both = load.task if load.settings.task == "text" else load.task + load.windows
     return Cost(passes * both)
@@ -69,11 +70,11 @@ def _of_windows(load: Load, passes: float) -> Cost:
 
 
 def _amounts(load: Load) -> int:
-    return len(load.settings.doses)
+    return len(load.settings.amounts.split(","))
 
 
 def _effects(load: Load) -> Cost:
-    return _of_windows(load, 18 + 6 * len(load.settings.edited))
+    return _of_windows(load, 18 + 6 * len(load.settings.edits.split(",")))
 
 
 def _first_token(load: Load) -> Cost:

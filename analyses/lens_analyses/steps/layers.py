@@ -1,8 +1,8 @@
 """Which attention and MLP sub-layers the model can do without."""
 
-from lens import layers as measures
-from lens.errors import LensError
-from lens.sections import Section
+from lens.common.errors import LensError
+from lens.heads import sublayers as measures
+from lens.runs.sections import Section
 from lens_analyses.steps.columns import defined
 from lens_analyses.steps.subject import Subject
 
@@ -47,7 +47,7 @@ def layers(subject: Subject) -> Section:
     else:
         limits.append(
             f"No greedy removal: {len(sweep.names)} sub-layers, at most {_MOST} here; use "
-            "lens.layers.greedy_removal."
+            "lens.heads.sublayers.greedy_removal."
         )
     return Section(
         name="layers",

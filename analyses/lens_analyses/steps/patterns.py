@@ -1,8 +1,8 @@
 """Which sparse pattern a head has, and which heads are alike."""
 
 from lens import heads
-from lens.heads.patterns import CLASSES, DIFFUSE
-from lens.sections import Section
+from lens.heads.behaviour.patterns import CLASSES, DIFFUSE
+from lens.runs.sections import Section
 from lens_analyses.steps.columns import defined
 from lens_analyses.steps.subject import Subject
 

@@ -9,13 +9,15 @@ import pandas as pd
 import plotly.graph_objects as go
 
 import lens
-from lens import redistribution as moving
+from lens import edits as moving
 from lens import sinks
-from lens.bootstrap import over_units
+from lens.common.errors import LensError
+from lens.common.head_ids import HeadId
 from lens.figures.redistribution import side_effect_line
-from lens.head_ids import HeadId
-from lens.sections import Section
-from lens.sinks.edits import EDITS
+from lens.figures.sink_effects import migration_maps
+from lens.runs.sections import Section
+from lens.sinks.effects.watched import EDITS
+from lens.stats.bootstrap import over_units
 from lens_analyses.steps.columns import defined
 from lens_analyses.steps.sinks import COLUMNS
 from lens_analyses.steps.subject import Subject
@@ -81,7 +83,7 @@ def redistribution(subject: Subject) -> Section:
             seed=subject.seed,
         )
         tables |= {"control": watched.table(), "migration": watched.migration}
-        figures["maps"] = watched.plot_migration()
+        figures["maps"] = migration_maps(watched)
         told = [text for text in watched.findings() if "mass control" in text or "alpha" in text]
         summary.append(f"At amount {at:g}: {' '.join(told)}")
     return Section(
@@ -126,8 +128,18 @@ def search(subject: Subject) -> Section:
 
 
 def _amounts(subject: Subject) -> list[float]:
-    """The amounts other than 0, which is no edit."""
-    return [amount for amount in subject.settings.doses if amount]
+    """The amounts other than 0, which is no edit.
+
+    Raises:
+        LensError: there is none.
+    """
+    amounts = [amount for amount in subject.amounts if amount]
+    if not amounts:
+        raise LensError(
+            f"analysis.amounts has no amount above 0 (or, of logit_bias, other than 0): "
+            f"{subject.settings.amounts!r}"
+        )
+    return amounts
 
 
 def _configuration(subject: Subject, amounts: list[float]) -> dict[str, Any]:

@@ -1,9 +1,9 @@
 """Which heads fetch from far back, and which see enough with the first and the nearest keys."""
 
 from lens import heads
-from lens.errors import LensError
-from lens.heads.retrieval import copied_needles
-from lens.sections import Section
+from lens.common.errors import LensError
+from lens.heads.behaviour.retrieval import copied_needles
+from lens.runs.sections import Section
 from lens_analyses.steps.columns import defined
 from lens_analyses.steps.sizes import GATE_PARAMETERS
 from lens_analyses.steps.subject import Subject

@@ -3,8 +3,8 @@
 import pandas as pd
 
 from lens import heads
-from lens.heads.roles import HeadRoles
-from lens.sections import Section
+from lens.heads.behaviour.roles import HeadRoles
+from lens.runs.sections import Section
 from lens_analyses.steps.columns import defined
 from lens_analyses.steps.subject import Subject
 

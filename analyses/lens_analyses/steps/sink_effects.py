@@ -2,9 +2,11 @@
 
 import pandas as pd
 
-from lens import prompts, sinks
-from lens.head_ids import HeadId
-from lens.sections import Section
+from lens import sinks
+from lens.common.head_ids import HeadId
+from lens.figures.sink_effects import migration_maps
+from lens.runs.sections import Section
+from lens.tasks import prompts
 from lens_analyses.steps.columns import defined
 from lens_analyses.steps.sinks import COLUMNS
 from lens_analyses.steps.subject import Subject
@@ -18,7 +20,7 @@ def effects(subject: Subject) -> Section:
     texts = subject.text_windows
     strongest, clean = strongest_heads(subject, 1)[0], sinks.CleanRuns(subject.model)
     model, seed = subject.model, subject.seed
-    edits = subject.settings.edited
+    edits = [name.strip() for name in subject.settings.edits.split(",")]
     found = [sinks.effect(model, texts, edit=edit, seed=seed, clean=clean) for edit in edits]
     scopes = sinks.by_scope(
         model, texts, head=strongest, edit=edits[0], controls=("mass",), seed=seed, clean=clean
@@ -58,14 +60,14 @@ def effects(subject: Subject) -> Section:
         figures={
             **{f"edit_{number}": one.plot("excess") for number, one in enumerate(found)},
             "scopes": scopes.plot(),
-            "migration": found[0].plot_migration(),
+            "migration": migration_maps(found[0]),
         },
     )
 
 
 def dose(subject: Subject) -> Section:
     """How the effect grows with the amount that is taken from the sink."""
-    amounts = subject.settings.doses
+    amounts = subject.amounts
     found = sinks.dose_response(
         subject.model, subject.text_windows, amounts=amounts, controls=("mass",), seed=subject.seed
     )

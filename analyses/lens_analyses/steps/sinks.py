@@ -2,8 +2,8 @@
 
 import lens
 from lens import sinks
-from lens.sections import Section
-from lens.sinks.alphas import as_list
+from lens.runs.sections import Section
+from lens.sinks.detection.alphas import as_list
 from lens_analyses.steps.columns import defined
 from lens_analyses.steps.subject import Subject
 

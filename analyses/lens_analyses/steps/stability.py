@@ -5,12 +5,12 @@ import pandas as pd
 
 import lens
 from lens import heads
-from lens.errors import LensError
-from lens.head_ids import HeadId
-from lens.heads.stability import HeadStability
-from lens.heads.variance import VarianceShares
-from lens.sections import Section
-from lens.trace import AttentionTrace
+from lens.common.errors import LensError
+from lens.common.head_ids import HeadId
+from lens.heads.likeness.stability import HeadStability
+from lens.heads.likeness.variance import VarianceShares
+from lens.runs.sections import Section
+from lens.traces.trace import AttentionTrace
 from lens_analyses.steps.columns import defined
 from lens_analyses.steps.subject import Subject
 

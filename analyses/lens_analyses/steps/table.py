@@ -2,9 +2,9 @@
 
 import pandas as pd
 
-from lens.errors import LensError
+from lens.common.errors import LensError
 from lens.heads.weights import copying
-from lens.sections import Section
+from lens.runs.sections import Section
 from lens_analyses.steps.subject import Subject
 
 _ROLES = (

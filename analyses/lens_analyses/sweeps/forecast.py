@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lens.errors import LensError
-from lens.run_writer import find_by_config
+from lens.common.errors import LensError
 from lens.runs import open_run
+from lens.runs.writer import find_by_config
 from lens_analyses.config import RunConfig
 from lens_analyses.estimate import Estimate, estimate
 from lens_analyses.inputs import read_sources

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from lens.findings import findings
 from lens.runs import Run
+from lens.traces.findings import findings
 
 _LOSSES = {"loss": "text", "loss_repeat": "copied"}
 LABELS = {

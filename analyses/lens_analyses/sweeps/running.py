@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lens.errors import LensError
-from lens.files import write_json, write_text
-from lens.run_writer import find_by_config
+from lens.common.errors import LensError
+from lens.common.files import write_json, write_text
 from lens.runs import Run, open_run
+from lens.runs.writer import find_by_config
 from lens_analyses.config import RunConfig
 from lens_analyses.console import ERROR, OK, PARTIAL, Output, finite, log, one_line
 from lens_analyses.inputs import read_sources
@@ -56,7 +56,7 @@ class Item:
         return {
             "model": config.model.name,
             "what": config.what,
-            "task": getattr(config.analysis, "task", None),
+            "task": None if config.what in ("profile", "sinks") else config.analysis.task,
             "status": self.status,
             "run": None if run is None else run.id,
             "report": os.path.relpath(report, folder) if report and report.exists() else None,

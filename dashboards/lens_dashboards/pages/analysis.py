@@ -6,9 +6,9 @@ from typing import Any
 import pandas as pd
 from dash import dcc, html
 
-from lens.errors import LensError
-from lens.head_ids import head_id
-from lens.sections import Section
+from lens.common.errors import LensError
+from lens.common.head_ids import head_id
+from lens.runs.sections import Section
 from lens_dashboards.library import Library
 from lens_dashboards.library import section as read_section
 from lens_dashboards.pages.parts import (

@@ -4,8 +4,8 @@ from typing import Any
 
 from dash import dcc, html
 
-from lens.errors import LensError
-from lens.figures.colors import VIRIDIS
+from lens.common.colors import VIRIDIS
+from lens.common.errors import LensError
 from lens_dashboards.atlas import no_form
 from lens_dashboards.library import Library
 from lens_dashboards.pages.head import known_prompt, prompt_control

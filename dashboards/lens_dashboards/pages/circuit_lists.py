@@ -4,7 +4,7 @@ from typing import Any
 
 from dash import dcc, html
 
-from lens.head_ids import head_of_node
+from lens.common.head_ids import head_of_node
 from lens_dashboards.circuit_edges import CircuitEdges
 from lens_dashboards.circuit_groups import MOST_LETTERS, write_groups
 from lens_dashboards.pages.parts import Cell, data_table, number

@@ -8,7 +8,7 @@ from urllib.parse import urlencode
 import pandas as pd
 from dash import dcc, html
 
-from lens.errors import LensError
+from lens.common.errors import LensError
 from lens.figures.circuits import edge_graph
 from lens.runs import Run
 from lens_dashboards.circuit_edges import RANKINGS, CircuitEdges, circuit_edges

@@ -5,11 +5,10 @@ from typing import Any
 
 from dash import html
 
-from lens.comparison import Comparison, compare_runs
-from lens.errors import LensError
-from lens.figures.comparison import comparison_scatter, difference_grid
-from lens.metrics import METRICS
-from lens.runs import BrokenRun, Run
+from lens.common.errors import LensError
+from lens.runs import BrokenRun, Comparison, Run, compare_runs
+from lens.runs.comparison.pictures import comparison_scatter, difference_grid
+from lens.traces.metrics import METRICS
 from lens_dashboards.library import Library
 from lens_dashboards.pages.parts import (
     card,
@@ -100,7 +99,7 @@ def _heads(found: Comparison, view: Selection) -> list[Any]:
         notes.append(f"{metrics[metric]} has no sink-excluded form; raw is shown.")
     arguments = f"comparison, {metric!r}, {variant!r}, {kind!r}"
     code = (
-        "from lens.comparison import compare_runs\nfrom lens.figures import comparison as draw\n"
+        "from lens.runs import compare_runs\nfrom lens.runs.comparison import pictures as draw\n"
         "from lens.runs import open_run\n\n"
         f"comparison = compare_runs(open_run({str(found.a.path)!r}), open_run({str(found.b.path)!r}))\n"
     )

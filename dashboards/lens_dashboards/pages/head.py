@@ -6,12 +6,12 @@ from typing import Any
 from dash import dcc, html
 
 from lens import figures as draw
-from lens.errors import LensError
-from lens.figures.colors import VIRIDIS
-from lens.head_ids import head_id
-from lens.metrics import METRICS
+from lens.common.colors import VIRIDIS
+from lens.common.errors import LensError
+from lens.common.head_ids import head_id
 from lens.runs import Run
-from lens.trace import AttentionTrace
+from lens.traces.metrics import METRICS
+from lens.traces.trace import AttentionTrace
 from lens_dashboards.library import Library
 from lens_dashboards.library import section as read_section
 from lens_dashboards.pages.parts import (

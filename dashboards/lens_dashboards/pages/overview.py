@@ -6,12 +6,12 @@ import pandas as pd
 from dash import dcc, html
 
 from lens import figures as draw
-from lens.errors import LensError
+from lens.common.errors import LensError
+from lens.common.head_ids import HeadId
 from lens.figures.heads import select as rows_of
-from lens.findings import findings
-from lens.head_ids import HeadId
-from lens.metrics import METRICS, Metric
 from lens.runs import Run
+from lens.traces.findings import findings
+from lens.traces.metrics import METRICS, Metric
 from lens_dashboards.library import Library
 from lens_dashboards.library import section as read_section
 from lens_dashboards.pages.parts import (

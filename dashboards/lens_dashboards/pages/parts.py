@@ -8,12 +8,11 @@ from typing import Any
 import plotly.graph_objects as go
 from dash import dcc, html
 
-from lens import __version__
-from lens.comparison import Comparison
-from lens.figures.colors import ACCENT
-from lens.head_ids import head_id
-from lens.runs import Run
-from lens.sections import Section
+from lens.common.colors import ACCENT
+from lens.common.head_ids import head_id
+from lens.common.version import __version__
+from lens.runs import Comparison, Run
+from lens.runs.sections import Section
 from lens_dashboards.selection import Selection
 
 _HEIGHT = 400  # of a figure that names none

@@ -4,7 +4,7 @@ from typing import Any
 
 from dash import html
 
-from lens.errors import LensError
+from lens.common.errors import LensError
 from lens.runs import Run
 from lens_dashboards.library import Library
 from lens_dashboards.pages.parts import card, crumbs, named, number, run_banner

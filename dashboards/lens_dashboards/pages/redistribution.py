@@ -7,7 +7,7 @@ import pandas as pd
 from dash import html
 
 from lens.runs import Run
-from lens.sections import Section
+from lens.runs.sections import Section
 from lens_dashboards.library import Library
 from lens_dashboards.library import section as read_section
 from lens_dashboards.pages.analysis import tables_of

@@ -5,8 +5,8 @@ from typing import Any
 import pandas as pd
 from dash import dcc, html
 
+from lens.common.head_ids import HeadId
 from lens.figures.columns import column_grid
-from lens.head_ids import HeadId
 from lens.runs import Run
 from lens_dashboards.library import Library
 from lens_dashboards.library import section as read_section

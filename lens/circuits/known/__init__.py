@@ -8,9 +8,6 @@ each kind of corrupt prompt can show of it.
 ('a1.h0', 'a2.h0', 'm3')
 """
 
-from lens.circuits.known.circuit import KnownCircuit
-from lens.circuits.known.compiled import PROGRAMS, tracr
-from lens.circuits.known.gates import GATES, logic_gate
-from lens.circuits.known.induction import induction_transformer
+from lens.common.lazy import attach
 
-__all__ = ["GATES", "PROGRAMS", "KnownCircuit", "induction_transformer", "logic_gate", "tracr"]
+__getattr__, __dir__, __all__ = attach(__name__, __file__)

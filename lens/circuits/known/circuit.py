@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from lens.head_ids import HeadId, head_of_node
+from lens.common.head_ids import HeadId, head_of_node
 from lens.models.loaded import LoadedModel
 from lens.tasks.task import Task
 

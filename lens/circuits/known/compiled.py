@@ -16,7 +16,7 @@ from lens.circuits.known.circuit import KnownCircuit
 from lens.circuits.known.making import loaded
 from lens.circuits.known.program import ProgramConfig, ProgramModel
 from lens.circuits.known.words import WordTokenizer
-from lens.errors import LensError
+from lens.common.errors import LensError
 from lens.models.catalogue import ASSETS
 from lens.tasks.task import Task
 

@@ -8,9 +8,9 @@ from torch import nn
 
 from lens.circuits.known.program import ProgramModel
 from lens.circuits.known.words import WordTokenizer
-from lens.errors import LensError
+from lens.common.errors import LensError
 from lens.models.loaded import LoadedModel
-from lens.models.loading import load
+from lens.passes.loading import load
 from lens.tasks.task import Task
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}

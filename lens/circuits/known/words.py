@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from lens.errors import LensError
+from lens.common.errors import LensError
 
 
 class WordTokenizer:

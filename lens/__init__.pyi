@@ -1,0 +1,17 @@
+from . import circuits as circuits
+from . import edits as edits
+from . import figures as figures
+from . import heads as heads
+from . import runs as runs
+from . import sinks as sinks
+from . import tasks as tasks
+from . import vision as vision
+from .common.errors import LensError as LensError
+from .common.version import __version__ as __version__
+from .edits.editing import redistribute as redistribute
+from .models.loaded import LoadedModel as LoadedModel
+from .passes.loading import load as load
+from .traces.capturing import capture as capture
+from .traces.profiles import profile as profile
+from .traces.recorder import capturing as capturing
+from .traces.trace import AttentionTrace as AttentionTrace

@@ -1,0 +1,1 @@
+"""Whether a circuit is what is claimed of it."""

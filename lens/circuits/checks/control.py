@@ -1,0 +1,137 @@
+"""A circuit beside others of as many edges that nobody chose for the task."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from lens.circuits.checks.evaluation import Outcome, run_circuits
+from lens.circuits.graph.activations import Ablation, References, read_activations
+from lens.circuits.graph.circuit import Circuit
+from lens.circuits.graph.nodes import find_nodes
+from lens.circuits.graph.selection import random_edges, same_degrees
+from lens.common.errors import LensError
+from lens.common.results import Result
+from lens.models.loaded import LoadedModel
+from lens.tasks.task import Task
+
+CONTROLS = ("uniform", "degrees", "magnitude")
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Control(Result):
+    """Faithfulness of a circuit and of its controls, on the same prompts.
+
+    Attributes:
+        outcome: of the circuit.
+        faithfulness: control -> [draws].
+        edges: number in each circuit.
+        task: its name.
+        seed: of draws and bootstrap.
+    """
+
+    outcome: Outcome
+    faithfulness: dict[str, np.ndarray]
+    edges: int
+    task: str
+    seed: int
+
+    def p_value(self, control: str) -> float:
+        """(1 + draws that are as faithful) / (1 + draws): the least that so few draws can show."""
+        drawn = self.faithfulness[control]
+        return float((1 + (drawn >= self.outcome.faithfulness()[0]).sum()) / (1 + len(drawn)))
+
+    def table(self) -> pd.DataFrame:
+        """One row for the circuit, and one per control.
+
+        Columns: `circuit`, `edges`, `faithfulness` with `low` and `high` (of the circuit the 95 %
+        bootstrap interval over prompts, of a control the 2.5th and 97.5th percentile of its draws),
+        `draws`, `p` (NaN for the circuit).
+        """
+        low, high = self.outcome.interval(self.seed)
+        rows = [("circuit", self.outcome.faithfulness()[0], low[0], high[0], 1, np.nan)]
+        for name, drawn in self.faithfulness.items():
+            ends = np.percentile(drawn, (2.5, 97.5))
+            rows.append((name, drawn.mean(), *ends, len(drawn), self.p_value(name)))
+        columns = ["circuit", "faithfulness", "low", "high", "draws", "p"]
+        return pd.DataFrame(rows, columns=columns).assign(edges=self.edges)
+
+    def __repr__(self) -> str:
+        drawn = ", ".join(
+            f"{name} {values.mean():.3g}" for name, values in self.faithfulness.items()
+        )
+        return (
+            f"Control({self.task!r}: {self.edges:,} edges, faithfulness "
+            f"{self.outcome.faithfulness()[0]:.3g}; of controls {drawn})"
+        )
+
+
+def control(
+    model: LoadedModel,
+    task: Task,
+    circuit: Circuit,
+    *,
+    kinds: tuple[str, ...] = CONTROLS,
+    draws: int = 20,
+    seed: int = 0,
+    progress: bool = True,
+) -> Control:
+    """Run a circuit and circuits of as many edges.
+
+        uniform    edges drawn alike
+        degrees    each writer is read, and each reader reads, as often as in the circuit
+        magnitude  the edges of the writers whose output the ablation changes most (mean norm over
+                   prompts and tokens), in random order: what looks only at sizes, not at the task
+
+    Args:
+        model, task: those of the circuit, or the same model and other prompts.
+        circuit: its ablation is theirs.
+        kinds: of controls.
+        draws: of each kind.
+        seed: of all draws.
+        progress: show a bar with the time left, on stderr, if that is a terminal.
+
+    Raises:
+        LensError: an unknown kind, no draw, another graph, or a task that ablation does not change.
+    """
+    if unknown := [kind for kind in kinds if kind not in CONTROLS]:
+        raise LensError(f"unknown control {unknown[0]!r}; known: {', '.join(CONTROLS)}")
+    if isinstance(draws, bool) or not isinstance(draws, int) or draws < 1:
+        raise LensError(f"draws must be a positive integer, got {draws!r}")
+    graph, draw = circuit.graph, np.random.default_rng(seed)
+    sizes = None
+    if "magnitude" in kinds:
+        sizes = magnitudes(model, task, circuit.ablation)
+    kept = [circuit.kept]
+    for kind in kinds:
+        for _ in range(draws):
+            if kind == "uniform":
+                kept.append(random_edges(graph, circuit.n, draw))
+            elif kind == "degrees":
+                kept.append(same_degrees(graph, circuit.kept, draw))
+            else:
+                assert sizes is not None
+                order = np.lexsort((draw.random(graph.n), -sizes[graph.ends[1]]))
+                kept.append(np.isin(np.arange(graph.n), order[: circuit.n]))
+    found = run_circuits(model, task, np.stack(kept), circuit.ablation, progress=progress)
+    values = found.faithfulness()[1:].reshape(len(kinds), draws)
+    one = Outcome(found.metric[:1], found.kl[:1], found.full, found.empty)
+    return Control(one, dict(zip(kinds, values, strict=True)), circuit.n, task.name, seed)
+
+
+def magnitudes(model: LoadedModel, task: Task, ablation: Ablation) -> np.ndarray:
+    """[writers], mean over prompts and tokens of the norm of (output - its reference)."""
+    nodes = find_nodes(model, kv=ablation.kv)
+    references, total = References(nodes, task, ablation), 0.0
+    for rows in task.chunks(min(8, task.rows_at_once(model))):
+        _, found = read_activations(nodes, task.clean[rows])
+        change = found.minus(references.of(rows))
+        norms = [change.input.norm(dim=-1).sum()[None]]
+        for number, layer in enumerate(nodes.layers):
+            written = change.heads[number] @ layer.output  # [rows, heads, tokens, d_model]
+            norms.append(written.norm(dim=-1).sum((0, 2)))
+            norms += [part.norm(dim=-1).sum()[None] for part in change.mlps[number : number + 1]]
+        total = total + np.concatenate([part.cpu().double().numpy() for part in norms])
+    return np.asarray(total) / task.clean.numel()

@@ -1,0 +1,277 @@
+"""`evaluate`: how well circuits of every size do the task, beside random circuits of the same sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+
+from lens.circuits.graph.activations import Ablation, References
+from lens.circuits.graph.circuit import Circuit
+from lens.circuits.graph.edge_scores import EdgeScores
+from lens.circuits.graph.masked_forward import masked_logits
+from lens.circuits.graph.nodes import find_nodes
+from lens.common.errors import LensError
+from lens.common.progress import advancing
+from lens.common.results import Result
+from lens.models.loaded import LoadedModel
+from lens.stats.bootstrap import RESAMPLES
+from lens.tasks.task import Task
+
+SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+"""Shares of the edges of the Mechanistic Interpretability Benchmark (arXiv 2504.13151)."""
+_ROWS, _COPIES = 8, 32
+
+
+def cpr(shares: Sequence[float], faithfulness: np.ndarray) -> np.ndarray:
+    """Circuit performance ratio: area under faithfulness [..., shares] over the share of edges."""
+    return np.trapezoid(faithfulness, shares)
+
+
+def cmd(shares: Sequence[float], faithfulness: np.ndarray) -> np.ndarray:
+    """Circuit-model distance: area of `|1 - faithfulness|` [..., shares] over the share of edges."""
+    return np.trapezoid(np.abs(1 - faithfulness), shares)
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """What circuits did, prompt by prompt.
+
+    Attributes:
+        metric: [circuits, prompts], larger is better.
+        kl: [circuits, prompts], KL(model || circuit) in nats, mean over the answers.
+        full, empty: [prompts], metric of the model and with every edge ablated.
+    """
+
+    metric: np.ndarray
+    kl: np.ndarray
+    full: np.ndarray
+    empty: np.ndarray
+
+    def faithfulness(self) -> np.ndarray:
+        """[circuits], ratio of means `(circuit - empty) / (full - empty)`.
+
+        Raises:
+            LensError: ablating everything does not change the metric.
+        """
+        return _ratio(self.metric.mean(1) - self.empty.mean(), self.full.mean() - self.empty.mean())
+
+    def interval(self, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """95 % percentile bootstrap interval of `faithfulness` over prompts: low and high, [circuits].
+
+        NaN for a single prompt. The denominator is drawn along with the numerator, so the interval is
+        wide where prompts disagree on what ablation does. `lens.stats` has no negative counts.
+        """
+        units = len(self.full)
+        if units < 2:
+            return np.full(len(self.metric), np.nan), np.full(len(self.metric), np.nan)
+        draws = np.random.default_rng(seed).multinomial(
+            units, np.full(units, 1 / units), size=RESAMPLES
+        )
+        whole = draws @ (self.full - self.empty)
+        drawn = (draws @ (self.metric - self.empty).T)[whole != 0] / whole[whole != 0][:, None]
+        low, high = np.percentile(drawn, (2.5, 97.5), axis=0)
+        return low, high
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class CircuitEvaluation(Result):
+    """Faithfulness of circuits of growing size.
+
+    Attributes:
+        shares: of the edges that are kept.
+        signed: outcome of the circuits of the largest scores; `cpr` is of these.
+        absolute: of the largest scores by size; `cmd` is of these.
+        random: [draws, shares], faithfulness of random edges of the same number.
+        edges: [shares], number of edges.
+        ablation: what replaces the other edges.
+        method, metric, task, model: names.
+        seed: of the random circuits and the bootstrap.
+    """
+
+    shares: tuple[float, ...]
+    signed: Outcome
+    absolute: Outcome
+    random: np.ndarray
+    edges: np.ndarray
+    ablation: Ablation
+    method: str
+    metric: str
+    task: str
+    model: str
+    seed: int
+
+    @property
+    def cpr(self) -> float:
+        """Area under the signed curve; about 0.25 for random circuits, and may exceed 1."""
+        return float(cpr(self.shares, self.signed.faithfulness()))
+
+    @property
+    def cmd(self) -> float:
+        """Area between the absolute curve and 1; about 0.75 for random circuits."""
+        return float(cmd(self.shares, self.absolute.faithfulness()))
+
+    @property
+    def random_cpr(self) -> np.ndarray:
+        """[draws] of the random circuits."""
+        return cpr(self.shares, self.random)
+
+    @property
+    def random_cmd(self) -> np.ndarray:
+        """[draws] of the random circuits."""
+        return cmd(self.shares, self.random)
+
+    def table(self) -> pd.DataFrame:
+        """One row per share and ranking.
+
+        Columns: `ranking` ("signed", "absolute"), `share`, `edges`, `faithfulness` with `low` and
+        `high` (bootstrap over prompts), `recovered` (metric / that of the model), `distance`
+        (`|metric of the model - of the circuit|`, means; Wang et al. 2022), `kl` (nats), and of the
+        random circuits `random` (mean), `random_low` and `random_high` (least and most).
+        """
+        parts = []
+        for ranking, outcome in (("signed", self.signed), ("absolute", self.absolute)):
+            low, high = outcome.interval(self.seed)
+            metric, full = outcome.metric.mean(1), outcome.full.mean()
+            parts.append(
+                pd.DataFrame(
+                    {
+                        "ranking": ranking,
+                        "share": self.shares,
+                        "edges": self.edges,
+                        "faithfulness": outcome.faithfulness(),
+                        "low": low,
+                        "high": high,
+                        "recovered": metric / full if full else np.nan,
+                        "distance": np.abs(full - metric),
+                        "kl": outcome.kl.mean(1),
+                        "random": self.random.mean(0),
+                        "random_low": self.random.min(0),
+                        "random_high": self.random.max(0),
+                    }
+                )
+            )
+        return pd.concat(parts, ignore_index=True)
+
+    def __repr__(self) -> str:
+        return (
+            f"CircuitEvaluation({self.method} on {self.task!r}, {self.model}, {self.ablation.value} "
+            f"ablation: CPR {self.cpr:.3g}, CMD {self.cmd:.3g}; {len(self.random)} random circuits: "
+            f"CPR {self.random_cpr.mean():.3g}, CMD {self.random_cmd.mean():.3g}; "
+            f"{len(self.signed.full)} prompts)"
+        )
+
+
+def evaluate(
+    model: LoadedModel,
+    task: Task,
+    edges: EdgeScores,
+    *,
+    random: int = 5,
+    seed: int = 0,
+    progress: bool = True,
+) -> CircuitEvaluation:
+    """Run the circuits of the best-scored edges, from 0.1 % to all of them, and random ones.
+
+        faithfulness = (metric of the circuit - all ablated) / (metric of the model - all ablated)
+
+    Args:
+        model, task: those of the scores, or others of the same graph (other prompts, say).
+        edges: scores; the ablation is theirs.
+        random: draws of random circuits at each size.
+        seed: of these draws and of the bootstrap.
+        progress: show a bar with the time left, on stderr, if that is a terminal.
+
+    Raises:
+        LensError: another graph than the model's, edges without a score, no random draw, or a task
+            that ablating every edge does not change.
+
+    Reference: Mueller et al. 2025, arXiv 2504.13151 (CPR and CMD); Hanna et al. 2024, arXiv 2403.17806.
+    """
+    if isinstance(random, bool) or not isinstance(random, int) or random < 1:
+        raise LensError(f"random must be a positive number of draws, got {random!r}")
+    graph = edges.graph
+    counts = [max(1, round(share * graph.n)) for share in SHARES]
+    draw = np.random.default_rng(seed)
+    chosen = [
+        edges.top(count, absolute=absolute, prune=False).kept
+        for absolute in (False, True)
+        for count in counts
+    ]
+    for _ in range(random):
+        order = draw.permutation(graph.n)
+        chosen += [np.isin(np.arange(graph.n), order[:count]) for count in counts]
+    found = run_circuits(model, task, np.stack(chosen), edges.ablation, progress=progress)
+    size = len(SHARES)
+    drawn = _part(found, 2 * size, len(chosen)).faithfulness().reshape(random, size)
+    return CircuitEvaluation(
+        SHARES,
+        _part(found, 0, size),
+        _part(found, size, 2 * size),
+        drawn,
+        np.array(counts),
+        edges.ablation,
+        edges.method,
+        task.metric,
+        task.name,
+        model.name,
+        seed,
+    )
+
+
+def run_circuit(
+    model: LoadedModel, task: Task, circuit: Circuit, *, progress: bool = True
+) -> Outcome:
+    """Metric and KL of one circuit, prompt by prompt; errors as in `evaluate`."""
+    return run_circuits(model, task, circuit.kept[None], circuit.ablation, progress=progress)
+
+
+def run_circuits(
+    model: LoadedModel, task: Task, kept: np.ndarray, ablation: Ablation, *, progress: bool = True
+) -> Outcome:
+    """Metric and KL of circuits [circuits, edges] bool, prompt by prompt; errors as in `evaluate`."""
+    nodes = find_nodes(model, kv=ablation.kv)
+    graph = nodes.graph
+    if kept.shape[1] != graph.n:
+        raise LensError(
+            f"the circuits are of a graph of {kept.shape[1]:,} edges, and {model.name} has "
+            f"{graph.n:,}; evaluate them on the model that they were made for"
+        )
+    ends = np.stack([np.ones(graph.n, bool), np.zeros(graph.n, bool)])
+    masks = torch.as_tensor(graph.dense((~np.concatenate([ends, kept])).astype(np.float32)))
+    references = References(nodes, task, ablation)
+    metric, kl = [], []
+    at_most = task.rows_at_once(model)
+    with torch.no_grad(), advancing(f"{model.name}: circuits", task.n, progress) as advance:
+        for rows in task.chunks(min(_ROWS, at_most)):
+            reference, ids = references.of(rows), task.clean[rows]
+            at = torch.arange(len(rows))[:, None], task.positions[rows]
+            values, divergences, clean = [], [], None
+            for some in masks.split(max(1, min(_COPIES, at_most) // len(rows))):
+                for logits in masked_logits(nodes, ids, reference, some):
+                    read = logits[at].double().log_softmax(-1)  # [rows, answers, vocab]
+                    clean = read if clean is None else clean
+                    gap = (clean.exp() * (clean - read)).sum(-1).mean(1)
+                    values.append(task.sign * task.measure(logits, rows).double().cpu())
+                    divergences.append(gap.cpu())
+            metric.append(torch.stack(values).numpy())
+            kl.append(torch.stack(divergences).numpy())
+            advance(len(rows))
+    metrics, divergence = np.concatenate(metric, 1), np.concatenate(kl, 1)
+    return Outcome(metrics[2:], divergence[2:], metrics[0], metrics[1])
+
+
+def _part(outcome: Outcome, start: int, stop: int) -> Outcome:
+    return Outcome(outcome.metric[start:stop], outcome.kl[start:stop], outcome.full, outcome.empty)
+
+
+def _ratio(gain: np.ndarray, whole: float) -> np.ndarray:
+    if abs(whole) < 1e-9:
+        raise LensError(
+            "ablating every edge does not change the metric, so there is nothing to be faithful to; "
+            "use other corrupt prompts, another ablation or another metric"
+        )
+    return gain / whole

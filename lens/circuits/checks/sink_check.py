@@ -1,0 +1,179 @@
+"""Whether a circuit's heads work through the attention sink: the task with the first key's mass gone or moved.
+
+A head that keeps most of its attention on the first key moves little from elsewhere, and what looks like
+its work may be the sink's. Two edits of chosen heads, each beside as many other heads of the same layers:
+
+    excluded        the first key's part of the output is left out, nothing is put in its place
+    redistributed   its mass goes to the other keys of the row, in proportion to what they have
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from lens.circuits.graph.circuit import Circuit
+from lens.circuits.graph.head_sets import heads_in
+from lens.circuits.known.circuit import KnownCircuit
+from lens.common.errors import LensError
+from lens.common.head_ids import AnyHead, HeadId
+from lens.common.results import Result
+from lens.edits.editing import redistribute
+from lens.models.bare import bare
+from lens.models.loaded import LoadedModel
+from lens.stats.bootstrap import over_units
+from lens.tasks.task import Task
+
+RULES = {"excluded": "drop", "redistributed": "transfer"}
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class SinkCheck(Result):
+    """A task with the first key taken out of some heads.
+
+    Attributes:
+        heads: those that were edited.
+        plain: [prompt], the metric of the model as it is, turned so that more is better.
+        edited: edit (of `RULES`) -> [prompt], the same with the heads edited.
+        others: edit -> [draw, prompt], with other heads of the same layers edited; no draw where the heads
+            are all that these layers have.
+        drawn: how many heads one draw has: as many as were edited, or what is left of their layers.
+        metric, task, model: their names.
+        seed: of the draws and of the bootstrap.
+    """
+
+    heads: tuple[HeadId, ...]
+    plain: np.ndarray
+    edited: dict[str, np.ndarray]
+    others: dict[str, np.ndarray]
+    drawn: int
+    metric: str
+    task: str
+    model: str
+    seed: int
+
+    def table(self) -> pd.DataFrame:
+        """One row per edit and set of heads.
+
+        Columns: `edit`, `heads` ("circuit" or "others"), `value` (metric, more is better), `change`
+        (edited - as it is) with `change_low` and `change_high` (95 % bootstrap interval over prompts),
+        `draws` (of heads, NaN for the circuit's own), `n`.
+        """
+        rows = []
+        for edit in RULES:
+            sets = {"circuit": self.edited[edit][None], "others": self.others[edit]}
+            for heads, values in sets.items():
+                if len(values):
+                    change = values.mean(0) - self.plain
+                    low, high = over_units(change, np.ones(len(change)), self.seed)
+                    draws = len(values) if heads == "others" else np.nan
+                    rows.append(
+                        (edit, heads, values.mean(), change.mean(), float(low), float(high), draws)
+                    )
+        columns = ["edit", "heads", "value", "change", "change_low", "change_high", "draws"]
+        return pd.DataFrame(rows, columns=pd.Index(columns)).assign(n=len(self.plain))
+
+    def findings(self) -> tuple[str, ...]:
+        """One sentence per edit: what changes, and what it does to other heads."""
+        found = []
+        for edit, rows in self.table().groupby("edit", sort=False):
+            row = rows.iloc[0]
+            interval = f"[{row['change_low']:+.3g}, {row['change_high']:+.3g}]"
+            words = (
+                f"With the first key {edit} in {len(self.heads)} heads, {self.task} goes from "
+                f"{self.plain.mean():.3g} to {row['value']:.3g} ({row['change']:+.3g} {interval} {self.metric}, "
+                "more is better)"
+            )
+            if len(rows) > 1:
+                words += (
+                    f"; in {self.drawn} others of the same layers by {rows.iloc[1]['change']:+.3g}"
+                )
+            found.append(f"{words}.")
+        return tuple(found)
+
+    def __repr__(self) -> str:
+        changes = ", ".join(
+            f"{edit} {(values - self.plain).mean():+.3g}" for edit, values in self.edited.items()
+        )
+        return f"SinkCheck({len(self.heads)} heads on {self.task!r}, {self.model}: {changes})"
+
+
+def sink_check(
+    model: LoadedModel,
+    task: Task,
+    heads: Iterable[AnyHead] | Circuit | KnownCircuit,
+    *,
+    draws: int = 5,
+    seed: int = 0,
+) -> SinkCheck:
+    """Measure a task with the first key excluded from chosen heads, and with its mass moved to other keys.
+
+    Where the task stands as it is, the heads do not work through the sink; where it falls, and with other
+    heads does not, the sink is part of the circuit. A row that sees no other key stays as it is when
+    mass is moved, and gives nothing when it is left out.
+
+    Args:
+        model: as `lens.load` returns it.
+        task: what is measured.
+        heads: names such as "L3H5", or a circuit.
+        draws: of other heads of the same layers, as many as are left there at most.
+        seed: of the draws and of the bootstrap.
+
+    Raises:
+        LensError: no heads, heads that the model has not got, or no draw.
+
+    Example:
+        >>> lens.circuits.sink_check(model, lens.tasks.induction(model, 16), ["L0H1", "L1H0"]).table()
+    """
+    if isinstance(draws, bool) or not isinstance(draws, int) or draws < 1:
+        raise LensError(f"draws must be a positive integer, got {draws!r}")
+    model = bare(model)
+    task.check(model)
+    chosen = heads_in(model, heads)
+    sets = _others(model, chosen, draws, np.random.default_rng(seed))
+    plain = _measured(model, task)
+    edited, others = {}, {}
+    for name, rule in RULES.items():
+        edited[name] = _measured(model, task, rule, chosen)
+        runs = [_measured(model, task, rule, one) for one in sets]
+        others[name] = np.array(runs).reshape(-1, task.n)
+    return SinkCheck(
+        chosen,
+        plain,
+        edited,
+        others,
+        len(sets[0]) if sets else 0,
+        task.metric,
+        task.name,
+        model.name,
+        seed,
+    )
+
+
+def _measured(
+    model: LoadedModel, task: Task, rule: str | None = None, heads: tuple[HeadId, ...] = ()
+) -> np.ndarray:
+    if rule is None:
+        return task.sign * task.evaluate(model).double().numpy()
+    with redistribute(model, sources="first", amount=1.0, rule=rule, heads=heads):
+        return task.sign * task.evaluate(model).double().numpy()
+
+
+def _others(
+    model: LoadedModel, chosen: tuple[HeadId, ...], draws: int, draw: np.random.Generator
+) -> list[tuple[HeadId, ...]]:
+    """Sets of heads of the same layers that were not chosen; of a layer with too few, those that it has."""
+    sets = []
+    for _ in range(draws):
+        found: list[HeadId] = []
+        for layer in sorted({head.layer for head in chosen}):
+            mine = {head.head for head in chosen if head.layer == layer}
+            left = [head for head in range(model.info.heads) if head not in mine]
+            some = draw.permutation(left)[: len(mine)]
+            found += [HeadId(layer, int(head)) for head in some]
+        if found:
+            sets.append(tuple(sorted(found)))
+    return sets

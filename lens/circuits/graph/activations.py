@@ -1,0 +1,166 @@
+"""What every writer of a graph writes in one run, kept small, and what is put in its place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lens.circuits.graph.nodes import Nodes, Visitor, project, visit
+from lens.common.errors import LensError
+from lens.tasks.task import Task
+
+ABLATIONS = ("counterfactual", "mean", "zero")
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """How edges are ablated, in the terms in which such numbers are compared.
+
+    Attributes:
+        value: what a reader gets instead of a writer's output: "counterfactual", that of the paired
+            corrupt prompt; "mean", the mean over the clean prompts at each position; "zero".
+        kv: of the graph: whether query heads of a group have keys and values of their own.
+        granularity: always "edge".
+        positions: always "all".
+        direction: always "noising": clean prompts, references put in.
+        aggregation: always "mean over prompts".
+    """
+
+    value: str = "counterfactual"
+    kv: str = "head"
+    granularity: str = "edge"
+    positions: str = "all"
+    direction: str = "noising"
+    aggregation: str = "mean over prompts"
+
+    def __post_init__(self) -> None:
+        if self.value not in ABLATIONS:
+            raise LensError(f"unknown ablation {self.value!r}; known: {', '.join(ABLATIONS)}")
+
+
+@dataclass(eq=False)
+class Activations:
+    """Outputs of all writers, `d_model (2 layers + 1)` numbers per token: heads as `z`, before W_O.
+
+    Attributes:
+        input: [rows, tokens, d_model], what enters the first layer.
+        heads: per layer [rows, heads, tokens, head_dim].
+        mlps: per layer [rows, tokens, d_model]; empty without MLPs.
+    """
+
+    input: Tensor
+    heads: list[Tensor] = field(default_factory=list)
+    mlps: list[Tensor] = field(default_factory=list)
+
+    def minus(self, other: Activations) -> Activations:
+        """Writer by writer the difference."""
+        return Activations(
+            self.input - other.input,
+            [mine - its for mine, its in zip(self.heads, other.heads, strict=True)],
+            [mine - its for mine, its in zip(self.mlps, other.mlps, strict=True)],
+        )
+
+    def times(self, factor: float) -> Activations:
+        """Every output multiplied."""
+        return Activations(
+            self.input * factor,
+            [part * factor for part in self.heads],
+            [part * factor for part in self.mlps],
+        )
+
+    def rows(self, rows: slice) -> Activations:
+        """Those of some rows, a view."""
+        return Activations(
+            self.input[rows],
+            [part[rows] for part in self.heads],
+            [part[rows] for part in self.mlps],
+        )
+
+    def numbers(self) -> int:
+        """How many numbers are kept."""
+        return sum(part.numel() for part in (self.input, *self.heads, *self.mlps))
+
+
+class PlainVisitor(Visitor):
+    """Runs the model as it is; each query head reads key and value for itself where the graph says so."""
+
+    def __init__(self, nodes: Nodes) -> None:
+        self.nodes = nodes
+
+    def project(self, layer: int, residual: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """See `Visitor`."""
+        parts = self.nodes.layers[layer]
+        normed = parts.norm.forward(residual)[None]
+        q, k, v = (project(parts, part, normed).movedim(0, -2) for part in range(3))
+        return q, k, v
+
+
+class _Reading(PlainVisitor):
+    """Keeps what is written."""
+
+    def __init__(self, nodes: Nodes) -> None:
+        super().__init__(nodes)
+        self.found = Activations(torch.empty(0))
+
+    def enter(self, hidden: Tensor) -> Tensor:
+        self.found.input = hidden
+        return hidden
+
+    def heads(self, layer: int, z: Tensor) -> Tensor:
+        self.found.heads.append(z)
+        return z
+
+    def mlp(self, layer: int, output: Tensor) -> Tensor:
+        self.found.mlps.append(output)
+        return output
+
+
+def read_activations(nodes: Nodes, ids: Tensor) -> tuple[Tensor, Activations]:
+    """Logits [rows, tokens, vocab] of a plain run, and what every writer wrote.
+
+    Raises:
+        LensError: prompts that the model does not take.
+    """
+    reading = _Reading(nodes)
+    with torch.no_grad():
+        logits = visit(nodes, ids, reading)
+    return logits, reading.found
+
+
+class References:
+    """What is put in place of each writer's output, for any rows of a task.
+
+    Raises:
+        LensError: no corrupt prompts for the counterfactual ablation.
+    """
+
+    def __init__(self, nodes: Nodes, task: Task, ablation: Ablation) -> None:
+        self._nodes, self._task, self._ablation = nodes, task, ablation
+        self._mean: Activations | None = None
+        if ablation.value == "counterfactual":
+            task.corrupt_or_refuse()
+
+    def of(self, rows: Tensor) -> Activations:
+        """Reference outputs of these prompts, or one row for all."""
+        if self._ablation.value == "counterfactual":
+            return read_activations(self._nodes, self._task.corrupt_or_refuse()[rows])[1]
+        if self._mean is None:
+            self._mean = self._over_prompts()
+        return self._mean
+
+    def _over_prompts(self) -> Activations:
+        task, total = self._task, None
+        for rows in task.chunks(min(16, task.rows_at_once(self._nodes.model))):
+            _, found = read_activations(self._nodes, task.clean[rows])
+            summed = Activations(
+                found.input.sum(0, keepdim=True),
+                [part.sum(0, keepdim=True) for part in found.heads],
+                [part.sum(0, keepdim=True) for part in found.mlps],
+            )
+            total = summed if total is None else summed.minus(total.times(-1))
+            if self._ablation.value == "zero":
+                return total.times(0)
+        assert total is not None
+        return total.times(1 / task.n)

@@ -1,0 +1,117 @@
+"""The one primitive of this package: a forward pass in which each edge carries what its mask says.
+
+    in_reader = sum over writers of [out_writer + alpha_edge (ref_writer - out_writer)]
+
+`out` is what the writer gives in this very run, `ref` a stored output. alpha 0 on all edges is the clean
+run, 1 on all edges the reference run; the gradient by alpha at 0 is edge attribution patching.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lens.circuits.graph.activations import Activations
+from lens.circuits.graph.nodes import Nodes, Visitor, project, visit
+from lens.common.errors import LensError
+
+
+def masked_logits(nodes: Nodes, ids: Tensor, reference: Activations, masks: Tensor) -> Tensor:
+    """Logits [masks, rows, tokens, vocab] of one forward pass with edges replaced.
+
+    Differentiable by `masks` (where grad is enabled).
+
+    Args:
+        nodes: of the model.
+        ids: [rows, tokens].
+        reference: of the same rows, or one row for all.
+        masks: [masks, readers, writers], alpha of each edge; what stands where there is no edge is
+            not read.
+
+    Raises:
+        LensError: masks or references of other shapes, or alphas that are NaN.
+    """
+    wanted = (len(nodes.graph.readers), len(nodes.graph.writers))
+    if masks.dim() != 3 or masks.shape[1:] != wanted:
+        raise LensError(
+            f"masks must be [masks, readers {wanted[0]}, writers {wanted[1]}], got the shape "
+            f"{list(masks.shape)}; graph.dense(values) makes them from values of the edges"
+        )
+    if reference.input.shape[0] not in (1, len(ids)) or (reference.input.shape[1] != ids.shape[1]):
+        raise LensError(
+            f"the reference is of {reference.input.shape[0]} prompts of "
+            f"{reference.input.shape[1]} tokens, and there are {len(ids)} of {ids.shape[1]}"
+        )
+    allowed = torch.as_tensor(nodes.graph.allowed, device=masks.device)
+    masks = masks.where(allowed, 0)
+    if masks.isnan().any():
+        raise LensError("masks has NaN on an edge; give each edge a number of 0 to 1")
+    visitor = _Masking(nodes, reference, masks.to(nodes.model.device, nodes.model.dtype))
+    return visit(nodes, ids.repeat(len(masks), 1), visitor).unflatten(0, (len(masks), -1))
+
+
+class _Masking(Visitor):
+    """Adds `sum alpha (ref - out)` to what each reader reads; differences are kept writer by writer."""
+
+    def __init__(self, nodes: Nodes, reference: Activations, masks: Tensor) -> None:
+        self._nodes, self._graph = nodes, nodes.graph
+        self._reference = reference
+        self._masks = masks  # [masks, readers, writers]
+        self._written = 0
+        self._differences = torch.empty(0)  # [masks, writers, rows, tokens, d_model]
+
+    def _copies(self, tensor: Tensor) -> Tensor:
+        """[masks, rows, ...] of [masks * rows, ...]."""
+        return tensor.unflatten(0, (len(self._masks), -1))
+
+    def _read(self, residual: Tensor, readers: slice) -> Tensor:
+        """[masks, readers, rows, tokens, d_model], what these readers get instead of the residual."""
+        alphas = self._masks[:, readers, : self._written]
+        added = alphas @ self._differences[:, : self._written].flatten(2)
+        copies = self._copies(residual)
+        return added.unflatten(2, copies.shape[1:]) + copies[:, None]
+
+    def _keep(self, differences: Tensor) -> None:
+        """Differences of the next writers, [masks, writers, rows, tokens, d_model]."""
+        start, self._written = self._written, self._written + differences.shape[1]
+        if torch.is_grad_enabled():
+            parts = [self._differences, differences] if start else [differences]
+            self._differences = torch.cat(parts, 1)
+            return
+        if not start:
+            shape = (len(self._masks), len(self._graph.writers), *differences.shape[2:])
+            self._differences = differences.new_empty(shape)
+        self._differences[:, start : self._written] = differences
+
+    def enter(self, hidden: Tensor) -> Tensor:
+        self._keep((self._reference.input - self._copies(hidden))[:, None])
+        return hidden
+
+    def project(self, layer: int, residual: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        parts = self._nodes.layers[layer]
+        readers = self._graph.attention_readers(layer)
+        heads, others = self._graph.heads, self._graph.kv_readers
+        normed = parts.norm.forward(self._read(residual, readers)).transpose(0, 1)
+        q, k, v = (
+            project(parts, part, some).flatten(1, 2).movedim(0, -2)
+            for part, some in enumerate(normed.split([heads, others, others]))
+        )
+        return q, k, v  # [masks * rows, tokens, readers, head_dim]
+
+    def heads(self, layer: int, z: Tensor) -> Tensor:
+        difference = self._reference.heads[layer] - self._copies(z)
+        written = difference @ self._nodes.layers[layer].output
+        self._keep(written.transpose(1, 2))
+        return z
+
+    def mlp_input(self, layer: int, residual: Tensor) -> Tensor:
+        reader = self._graph.mlp_reader(layer)
+        return self._read(residual, slice(reader, reader + 1)).flatten(0, 2)
+
+    def mlp(self, layer: int, output: Tensor) -> Tensor:
+        self._keep((self._reference.mlps[layer] - self._copies(output))[:, None])
+        return output
+
+    def final(self, residual: Tensor) -> Tensor:
+        last = len(self._graph.readers) - 1
+        return self._read(residual, slice(last, last + 1)).flatten(0, 2)

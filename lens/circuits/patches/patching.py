@@ -1,0 +1,351 @@
+"""Activation patching and path patching: outputs of one run put into another, on the masked forward pass.
+
+Noising puts what the corrupt prompt makes into the clean run and asks what is necessary; denoising puts
+what the clean prompt makes into the corrupt run and asks what is enough. They differ: of two inputs that
+are both needed, noising either breaks the task and denoising either repairs nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from lens.circuits.graph.activations import Activations, PlainVisitor, read_activations
+from lens.circuits.graph.graph import Graph
+from lens.circuits.graph.masked_forward import masked_logits
+from lens.circuits.graph.nodes import Nodes, find_nodes, visit
+from lens.common.errors import LensError
+from lens.common.progress import advancing
+from lens.common.results import Result
+from lens.models.loaded import LoadedModel
+from lens.stats.bootstrap import over_units
+from lens.tasks.task import Task
+
+DIRECTIONS = ("noising", "denoising")
+EACH = "each"
+_ROWS, _COPIES = 8, 32
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class PatchEffects(Result):
+    """What patching each node does to the metric.
+
+    Attributes:
+        nodes: writers that were patched; of path patching, senders.
+        positions: where: "all", the name of a mark, or the number of a token.
+        patched: [nodes, positions, prompts] metric, larger is better.
+        base: [prompts] of the run that is patched.
+        source: [prompts] of the run that the patches come from.
+        direction: "noising" or "denoising".
+        receivers: of path patching, else empty.
+        metric, task, model: names.
+        seed: of the bootstrap.
+    """
+
+    nodes: tuple[str, ...]
+    positions: tuple[str, ...]
+    patched: np.ndarray
+    base: np.ndarray
+    source: np.ndarray
+    direction: str
+    receivers: tuple[str, ...]
+    metric: str
+    task: str
+    model: str
+    seed: int = 0
+
+    @property
+    def effects(self) -> np.ndarray:
+        """[nodes, positions], (patched - base) / (source - base), ratio of means: 1 moves all of it."""
+        return (self.patched - self.base).mean(2) / (self.source - self.base).mean()
+
+    @property
+    def relative(self) -> np.ndarray:
+        """[nodes, positions], patched / base - 1, ratio of means, as in Wang et al."""
+        return self.patched.mean(2) / self.base.mean() - 1
+
+    def table(self) -> pd.DataFrame:
+        """One row per node and position, largest effect by size first.
+
+        Columns: `node`, `position`, `change` (patched - base, in units of the metric) with `low` and
+        `high` (95 % bootstrap interval over prompts), `effect`, `relative`, `n`.
+        """
+        changes = np.moveaxis(self.patched - self.base, 2, 0)
+        low, high = over_units(changes, np.ones_like(changes), self.seed)
+        rows = pd.DataFrame(
+            {
+                "node": np.repeat(self.nodes, len(self.positions)),
+                "position": list(self.positions) * len(self.nodes),
+                "change": changes.mean(0).ravel(),
+                "low": low.ravel(),
+                "high": high.ravel(),
+                "effect": self.effects.ravel(),
+                "relative": self.relative.ravel(),
+                "n": len(self.base),
+            }
+        )
+        order = rows["effect"].abs().sort_values(ascending=False, kind="stable").index
+        return rows.loc[order].reset_index(drop=True)
+
+    def __repr__(self) -> str:
+        best = ", ".join(
+            f"{row['node']}{'' if row['position'] == 'all' else '@' + row['position']} {row['effect']:.2f}"
+            for row in self.table().head(3).to_dict("records")
+        )
+        to = f" to {', '.join(self.receivers)}" if self.receivers else ""
+        return (
+            f"PatchEffects({self.direction}{to} on {self.task!r}, {self.model}: {len(self.nodes)} nodes, "
+            f"{len(self.base)} prompts; largest {best})"
+        )
+
+
+def patch(
+    model: LoadedModel,
+    task: Task,
+    nodes: Iterable[str] | None = None,
+    *,
+    direction: str = "noising",
+    positions: str | None = None,
+    progress: bool = True,
+) -> PatchEffects:
+    """Replace what one head or MLP writes by what it writes for the paired prompt, each alone.
+
+        effect = (metric patched - metric of the run) / (metric of the other run - metric of the run)
+
+    Args:
+        model: as `lens.load` returns it.
+        task: with corrupt prompts.
+        nodes: such as "a9.h6", "m0" and "input"; all heads and MLPs if not given.
+        direction: "noising" or "denoising".
+        positions: None patches all tokens at once; a mark of the task (such as "s2") the token
+            there; "each" every token by itself.
+        progress: show a bar with the time left, on stderr, if that is a terminal.
+
+    Raises:
+        LensError: an unknown direction, node or mark, no corrupt prompts, or a model whose parts are not
+            known.
+
+    Reference: Zhang, Nanda 2023, arXiv 2309.16042; Heimersheim, Nanda 2024, arXiv 2404.15255.
+    """
+    found, graph, names = _begin(model, task, nodes, direction)
+    places = _places(task, positions)
+    masks = torch.zeros(len(names), *graph.allowed.shape)
+    for number, name in enumerate(names):
+        masks[number, :, graph.writers.index(name)] = 1
+    values = []
+    with torch.no_grad(), advancing(f"{model.name}: patching", task.n, progress) as advance:
+        for rows, ids, own, source in _pairs(found, task, direction):
+            read = []
+            for _, where in places:
+                reference = _mixed(own, source, where[rows])
+                parts = masks.split(max(1, _COPIES // len(rows)))
+                logits = (
+                    one for some in parts for one in masked_logits(found, ids, reference, some)
+                )
+                read.append(torch.stack([_measure(task, one, rows) for one in logits]))
+            values.append(torch.stack(read, 1).numpy())
+            advance(len(rows))
+    return _effects(model, task, names, places, values, direction, ())
+
+
+def path_patch(
+    model: LoadedModel,
+    task: Task,
+    receivers: Iterable[str],
+    senders: Iterable[str] | None = None,
+    *,
+    freeze_mlps: bool = False,
+    direction: str = "noising",
+    positions: str | None = None,
+    progress: bool = True,
+) -> PatchEffects:
+    """What a sender tells receivers directly, all other heads held as they are.
+
+    The sender's output is that of the paired prompt, every other head's that of the run itself, and
+    MLPs are computed anew (`freeze_mlps` holds them too); what the receivers then read is put into the
+    run, in which everything behind them is free. Receivers do not see each other change.
+
+    Args:
+        model, task, direction, progress: as in `patch`.
+        receivers: "logits", MLPs, heads ("a9.h9" reads by all three) or parts of them ("a9.h9<q>").
+        senders: writers, each alone; all heads and MLPs if not given.
+        freeze_mlps: whether paths through MLPs do not count as direct.
+        positions: where the sender is replaced: None for all tokens, or a mark of the task.
+
+    Raises:
+        LensError: as `patch`, or an unknown receiver or none, or positions="each".
+
+    Reference: Wang et al. 2022, arXiv 2211.00593 (not the general path patching of Goldowsky-Dill et
+        al., which treats every path as its own).
+    """
+    if positions == EACH:
+        raise LensError("path_patch takes one place at a time: None, or a mark of the task")
+    found, graph, names = _begin(model, task, senders, direction)
+    into = _receivers(graph, receivers)
+    places = _places(task, positions)
+    mask = torch.zeros(1, *graph.allowed.shape)
+    mask[0, [graph.readers.index(name) for name in into]] = 1
+    values = []
+    with torch.no_grad(), advancing(f"{model.name}: path patching", task.n, progress) as advance:
+        for rows, ids, own, source in _pairs(found, task, direction):
+            where, read = places[0][1][rows], []
+            for name in names:
+                reference = _replaced(graph, own, source, name, where)
+                if not freeze_mlps:
+                    reference = _with_mlps(found, ids, reference, name)
+                logits = masked_logits(found, ids, reference, mask)[0]
+                read.append(_measure(task, logits, rows))
+            values.append(torch.stack(read)[:, None].numpy())
+            advance(len(rows))
+    return _effects(model, task, names, places, values, direction, into)
+
+
+class _Frozen(PlainVisitor):
+    """Heads write what is given; MLPs are computed, but for one that is held."""
+
+    def __init__(self, nodes: Nodes, given: Activations, held: int | None) -> None:
+        super().__init__(nodes)
+        self._given, self._held = given, held
+        self.mlps: list[Tensor] = []
+
+    def enter(self, hidden: Tensor) -> Tensor:
+        """See `Visitor`."""
+        return self._given.input
+
+    def heads(self, layer: int, z: Tensor) -> Tensor:
+        """See `Visitor`."""
+        return self._given.heads[layer]
+
+    def mlp(self, layer: int, output: Tensor) -> Tensor:
+        """See `Visitor`."""
+        self.mlps.append(self._given.mlps[layer] if layer == self._held else output)
+        return self.mlps[-1]
+
+
+def _with_mlps(nodes: Nodes, ids: Tensor, given: Activations, sender: str) -> Activations:
+    """The same with what the MLPs write when they read it."""
+    frozen = _Frozen(nodes, given, int(sender[1:]) if sender.startswith("m") else None)
+    visit(nodes, ids, frozen)
+    return Activations(given.input, given.heads, frozen.mlps)
+
+
+def _begin(
+    model: LoadedModel, task: Task, nodes: Iterable[str] | None, direction: str
+) -> tuple[Nodes, Graph, tuple[str, ...]]:
+    if direction not in DIRECTIONS:
+        raise LensError(f"direction must be {' or '.join(DIRECTIONS)}, got {direction!r}")
+    task.corrupt_or_refuse()
+    found = find_nodes(model)
+    names = found.graph.writers[1:] if nodes is None else tuple(nodes)
+    known = set(found.graph.writers)
+    if not names or (unknown := [name for name in names if name not in known]):
+        raise LensError(
+            f"nodes must be writers of the graph, such as {found.graph.writers[1]!r} or 'input'; got "
+            f"{unknown[0] if names else 'none'!r}"
+        )
+    return found, found.graph, names
+
+
+def _receivers(graph: Graph, names: Iterable[str]) -> tuple[str, ...]:
+    found: list[str] = []
+    for name in names:
+        parts = [reader for reader in graph.readers if reader.partition("<")[0] == name]
+        parts = parts or [reader for reader in graph.readers if reader == name]
+        if not parts:
+            raise LensError(
+                f"there is no receiver {name!r}; give 'logits', an MLP, a head such as "
+                f"{graph.writers[1]!r}, or a part of it such as {graph.readers[0]!r}"
+            )
+        found += parts
+    if not found:
+        raise LensError("path_patch needs at least one receiver, such as 'logits'")
+    return tuple(dict.fromkeys(found))
+
+
+def _places(task: Task, positions: str | None) -> list[tuple[str, Tensor]]:
+    """Name of a place, and [prompts, tokens] bool where it is."""
+    tokens = torch.arange(task.length)
+    if positions is None:
+        return [("all", torch.ones(task.n, task.length, dtype=torch.bool))]
+    if positions == EACH:
+        return [(str(int(at)), (tokens == at).expand(task.n, -1)) for at in tokens]
+    if positions not in task.marks:
+        raise LensError(
+            f"positions must be None, 'each' or a mark of the task ({', '.join(task.marks) or 'it has none'}), "
+            f"got {positions!r}"
+        )
+    return [(positions, tokens == task.marks[positions][:, None])]
+
+
+def _pairs(
+    nodes: Nodes, task: Task, direction: str
+) -> Iterator[tuple[Tensor, Tensor, Activations, Activations]]:
+    """Rows, prompts that are run, what they make, and what the other prompts make."""
+    pair = (task.clean, task.corrupt_or_refuse())
+    into, out_of = pair if direction == "noising" else pair[::-1]
+    for rows in task.chunks(min(_ROWS, task.rows_at_once(nodes.model))):
+        own, source = (read_activations(nodes, ids[rows])[1] for ids in (into, out_of))
+        yield rows, into[rows], own, source
+
+
+def _mixed(own: Activations, source: Activations, where: Tensor) -> Activations:
+    """`source` at [rows, tokens], `own` elsewhere."""
+    flat, by_head = where[:, :, None], where[:, None, :, None]
+    return Activations(
+        source.input.where(flat, own.input),
+        [s.where(by_head, o) for s, o in zip(source.heads, own.heads, strict=True)],
+        [s.where(flat, o) for s, o in zip(source.mlps, own.mlps, strict=True)],
+    )
+
+
+def _replaced(
+    graph: Graph, own: Activations, source: Activations, name: str, where: Tensor
+) -> Activations:
+    """`own`, with one writer as in `source` at [rows, tokens]."""
+    mixed = _mixed(own, source, where)
+    heads, mlps = list(own.heads), list(own.mlps)
+    if name == "input":
+        return Activations(mixed.input, heads, mlps)
+    layer, _, head = name[1:].partition(".h")
+    if head:
+        heads[int(layer)] = heads[int(layer)].clone()
+        heads[int(layer)][:, int(head)] = mixed.heads[int(layer)][:, int(head)]
+    else:
+        mlps[int(layer)] = mixed.mlps[int(layer)]
+    return Activations(own.input, heads, mlps)
+
+
+def _measure(task: Task, logits: Tensor, rows: Tensor) -> Tensor:
+    return task.sign * task.measure(logits, rows).double().cpu()
+
+
+def _effects(
+    model: LoadedModel,
+    task: Task,
+    names: tuple[str, ...],
+    places: Sequence[tuple[str, Tensor]],
+    values: list[np.ndarray],
+    direction: str,
+    receivers: tuple[str, ...],
+) -> PatchEffects:
+    noising = direction == "noising"
+    clean, corrupt = (
+        task.sign * task.evaluate(model, corrupt=other).double().numpy() for other in (False, True)
+    )
+    return PatchEffects(
+        names,
+        tuple(name for name, _ in places),
+        np.concatenate(values, 2),
+        clean if noising else corrupt,
+        corrupt if noising else clean,
+        direction,
+        receivers,
+        task.metric,
+        task.name,
+        model.name,
+    )

@@ -1,0 +1,1 @@
+"""What circuits of different tasks share."""

@@ -1,0 +1,131 @@
+"""Each circuit run on each task: does the circuit of one do the other's, which overlap does not say?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from lens.circuits.checks.evaluation import run_circuits
+from lens.circuits.graph.circuit import Circuit
+from lens.circuits.reuse.sides import with_heads_renamed
+from lens.common.errors import LensError
+from lens.common.results import Result
+from lens.models.loaded import LoadedModel
+from lens.tasks.task import Task
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Transfer(Result):
+    """Faithfulness of circuits on tasks, beside circuits whose heads were renamed within their layers.
+
+    Attributes:
+        faithfulness, low, high: [circuits, tasks], with the 95 % bootstrap interval over prompts (NaN for
+            one prompt).
+        renamed: [circuits, tasks, draws], faithfulness with the heads of the circuit renamed.
+        shared: [circuits, circuits], Jaccard index of the edges.
+        circuits, tasks: names; a circuit is called after the task that it was made for.
+        model: its name.
+    """
+
+    faithfulness: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    renamed: np.ndarray
+    shared: np.ndarray
+    circuits: tuple[str, ...]
+    tasks: tuple[str, ...]
+    model: str
+
+    def table(self) -> pd.DataFrame:
+        """One row per circuit and task.
+
+        Columns: `circuit`, `task`, `faithfulness`, `low`, `high`, `renamed` (mean over draws), `p`:
+        (1 + renamed circuits that are as faithful) / (1 + draws).
+        """
+        rows = []
+        for number, circuit in enumerate(self.circuits):
+            for other, task in enumerate(self.tasks):
+                at = number, other
+                drawn, value = self.renamed[at], self.faithfulness[at]
+                p = (1 + (drawn >= value - 1e-12).sum()) / (1 + len(drawn))
+                rows.append((circuit, task, value, self.low[at], self.high[at], drawn.mean(), p))
+        columns = ["circuit", "task", "faithfulness", "low", "high", "renamed", "p"]
+        return pd.DataFrame(rows, columns=pd.Index(columns))
+
+    def __repr__(self) -> str:
+        shown = "; ".join(
+            f"{row['circuit']!r} on {row['task']!r} {row['faithfulness']:.2f}"
+            for row in self.table().head(4).to_dict("records")
+        )
+        return f"Transfer({len(self.circuits)} circuits × {len(self.tasks)} tasks, {self.model}: {shown})"
+
+
+def transfer(
+    model: LoadedModel,
+    tasks: Sequence[Task],
+    circuits: Sequence[Circuit],
+    *,
+    draws: int = 10,
+    seed: int = 0,
+    progress: bool = True,
+) -> Transfer:
+    """Run every circuit on every task.
+
+    Args:
+        model: that of the circuits.
+        tasks: prompts that the circuits were not made from, if the numbers shall say more than the fit.
+        circuits: of one graph and one ablation.
+        draws: of circuits with renamed heads, the same ones for all tasks.
+        seed: of these and of the bootstrap.
+        progress: show a bar with the time left, on stderr, if that is a terminal.
+
+    Raises:
+        LensError: no task, no circuit, no draw, circuits of several graphs or ablations, another model's,
+            or a task that ablation does not change.
+
+    Reference: Hanna, Pezzelle, Belinkov 2024, arXiv 2403.17806: overlap of nodes does not predict
+        faithfulness on the other task.
+
+    Example:
+        >>> lens.circuits.transfer(model, [ioi, greater_than], [a.top(800), b.top(800)]).table()
+    """
+    if not len(tasks) or not len(circuits):
+        raise LensError(
+            f"transfer needs tasks and circuits, got {len(tasks)} tasks and {len(circuits)} circuits"
+        )
+    if isinstance(draws, bool) or not isinstance(draws, int) or draws < 1:
+        raise LensError(f"draws must be a positive integer, got {draws!r}")
+    graph, ablation = circuits[0].graph, circuits[0].ablation
+    if any(one.graph != graph or one.ablation != ablation for one in circuits):
+        raise LensError(
+            "the circuits are of different graphs or ablations, so their numbers do not compare"
+        )
+    draw = np.random.default_rng(seed)
+    kept = [one.kept for one in circuits]
+    kept += [with_heads_renamed(graph, one.kept, draw) for one in circuits for _ in range(draws)]
+    values, ends = [], []
+    for task in tasks:
+        found = run_circuits(model, task, np.stack(kept), ablation, progress=progress)
+        values.append(found.faithfulness())
+        ends.append(found.interval(seed))
+    stacked, between = (
+        np.stack(values, 1),
+        np.moveaxis(np.array(ends), 0, -1),
+    )  # [2, circuits, tasks]
+    count = len(circuits)
+    both = np.stack([one.kept for one in circuits]).astype(int)
+    shared = both @ both.T
+    either = both.sum(1)[:, None] + both.sum(1) - shared
+    return Transfer(
+        stacked[:count],
+        between[0, :count],
+        between[1, :count],
+        np.moveaxis(stacked[count:].reshape(count, draws, len(tasks)), 1, 2),
+        np.where(either, shared / np.where(either, either, 1), 1.0),
+        tuple(one.task for one in circuits),
+        tuple(task.name for task in tasks),
+        model.name,
+    )

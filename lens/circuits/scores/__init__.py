@@ -1,0 +1,1 @@
+"""Every way to score edges, heads and routes."""

@@ -1,0 +1,284 @@
+"""First-order scores of all edges at once: gradients where readers read times what writers differ by.
+
+A gradient is met with the differences as soon as the backward pass gives it, and then forgotten. That of
+what one head reads is made from the gradient by its own q, k or v, and differences are kept as `z` and
+projected by W_O where they are met, a few prompts and one layer at a time: no tensor of all writers ×
+tokens × d_model is ever built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.autograd.graph import register_multi_grad_hook
+
+from lens.circuits.graph.activations import Activations, PlainVisitor
+from lens.circuits.graph.nodes import Layer, Nodes, visit
+from lens.common.errors import LensError
+from lens.passes.calls import LayerCall
+
+_FLAT = 1e-8
+_NUMBERS = 2**22  # in one tensor while gradients meet differences
+Stage = tuple[str, int]
+"""("input", 0), ("heads", layer) or ("mlp", layer)."""
+Objective = Callable[[Tensor], Tensor]
+
+
+def edge_products(
+    nodes: Nodes,
+    ids: Tensor,
+    objective: Objective,
+    differences: Activations,
+    replaced: dict[Stage, Tensor] | None = None,
+    *,
+    blocked: int | None = None,
+    frozen_patterns: bool = False,
+    norm_rules: Callable[[], AbstractContextManager[object]] = nullcontext,
+    refuse_flat: bool = False,
+) -> np.ndarray:
+    """[rows, edges]: gradient at the reader · difference of the writer, summed over the tokens.
+
+    Args:
+        nodes: of the model.
+        ids: [rows, tokens].
+        objective: of the logits, [rows]; what the gradients are of.
+        differences: of all writers, of the same rows.
+        replaced: outputs of whole stages that are put in place of the run's own.
+        blocked: a layer whose attention and MLP outputs no gradient passes (GradDrop).
+        frozen_patterns: no gradient passes queries and keys.
+        norm_rules: entered where norms are computed once more for the gradient of single heads, as
+            modes that surround this call do not reach the backward pass (RelP).
+        refuse_flat: refuse an objective whose gradient by the logits is 0.
+
+    Raises:
+        LensError: an objective without a gradient, or a flat one.
+    """
+    meeting = _Meeting(nodes, differences, replaced or {}, blocked, frozen_patterns, norm_rules)
+    with torch.enable_grad():
+        logits = visit(nodes, ids, meeting)
+        slope = _slope(logits, objective, refuse_flat)
+        torch.autograd.grad(logits, meeting.entered, slope, materialize_grads=True)
+    return meeting.finish().cpu().numpy()[:, nodes.graph.allowed]
+
+
+@dataclass(frozen=True, eq=False)
+class HeadSlopes:
+    """Gradients of a number by what heads give, and what they were given.
+
+    Attributes:
+        residuals: per layer what its attention reads, [rows, tokens, d_model].
+        calls: per layer what z was made from.
+        heads: per layer the gradient by z, [rows, heads, tokens, head_dim].
+    """
+
+    residuals: list[Tensor]
+    calls: list[LayerCall]
+    heads: list[Tensor]
+
+
+def head_slopes(
+    nodes: Nodes,
+    ids: Tensor,
+    objective: Objective,
+    replaced: dict[Stage, Tensor] | None = None,
+    *,
+    blocked: int | None = None,
+) -> HeadSlopes:
+    """Gradients by every head's output; the arguments are those of `edge_products`."""
+    keeping = _Keeping(nodes, replaced or {}, blocked)
+    with torch.enable_grad():
+        logits = visit(nodes, ids, keeping)
+        slope = _slope(logits, objective, refuse_flat=False)
+        found = torch.autograd.grad(logits, keeping.outputs, slope, materialize_grads=True)
+    return HeadSlopes(keeping.residuals, keeping.calls, list(found))
+
+
+def written(nodes: Nodes, differences: Activations, layer: int) -> Tensor:
+    """[rows, writers of the layer, tokens, d_model] of the differences."""
+    heads = differences.heads[layer] @ nodes.layers[layer].output
+    if not nodes.graph.mlps:
+        return heads
+    return torch.cat([heads, differences.mlps[layer][:, None]], 1)
+
+
+def _slope(logits: Tensor, objective: Objective, refuse_flat: bool) -> Tensor:
+    """Gradient of the sum of the objective by the logits."""
+    values = objective(logits)
+    if not values.requires_grad:
+        raise LensError("the metric has no gradient; use 'logit_difference' or 'loss'")
+    (slope,) = torch.autograd.grad(values.sum(), logits)
+    if refuse_flat and slope.norm() < _FLAT:
+        raise LensError(
+            "the metric is flat at the clean prompts (its gradient by the logits has the norm "
+            f"{slope.norm():.1e}), so that plain 'eap' is 0 everywhere and says nothing; use "
+            "method='eap-ig', whose gradients are taken on the way to the corrupt prompts"
+        )
+    return slope
+
+
+class _Tracing(PlainVisitor):
+    """A run with a gradient by what enters it, some stages replaced, one blocked for gradients."""
+
+    def __init__(self, nodes: Nodes, replaced: dict[Stage, Tensor], blocked: int | None) -> None:
+        super().__init__(nodes)
+        self._replaced, self._blocked = replaced, blocked
+        self.entered = torch.empty(0)
+
+    def enter(self, hidden: Tensor) -> Tensor:
+        """See `Visitor`."""
+        self.entered = self._replaced.get(("input", 0), hidden).detach().requires_grad_()
+        return self.entered
+
+    def heads(self, layer: int, z: Tensor) -> Tensor:
+        """See `Visitor`."""
+        z = self._replaced.get(("heads", layer), z)
+        return z.detach() if layer == self._blocked else z
+
+    def mlp(self, layer: int, output: Tensor) -> Tensor:
+        """See `Visitor`."""
+        output = self._replaced.get(("mlp", layer), output)
+        return output.detach() if layer == self._blocked else output
+
+
+class _Keeping(_Tracing):
+    """Keeps what each head reads, works with and gives."""
+
+    def __init__(self, nodes: Nodes, replaced: dict[Stage, Tensor], blocked: int | None) -> None:
+        super().__init__(nodes, replaced, blocked)
+        self.calls: list[LayerCall] = []
+        self.outputs: list[Tensor] = []
+        self.residuals: list[Tensor] = []
+
+    def project(self, layer: int, residual: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """See `Visitor`."""
+        self.residuals.append(residual.detach())
+        return super().project(layer, residual)
+
+    def attention(self, layer: int, call: LayerCall) -> None:
+        """See `Visitor`."""
+        names = ("query", "key", "value")
+        self.calls.append(replace(call, **{name: getattr(call, name).detach() for name in names}))
+
+    def heads(self, layer: int, z: Tensor) -> Tensor:
+        """See `Visitor`."""
+        z = self._replaced.get(("heads", layer), z)
+        self.outputs.append(z if z.requires_grad else z.detach().requires_grad_())
+        return self.outputs[-1].detach() if layer == self._blocked else self.outputs[-1]
+
+
+_Read = Callable[[slice], Tensor]
+"""Of some rows: the gradients by what some readers read, [rows, readers, tokens * d_model]."""
+
+
+class _Meeting(_Tracing):
+    """Meets each gradient with the differences when it comes.
+
+    Readers that come after as many layers wait for each other, so that the differences of a layer are
+    projected once for all of them.
+    """
+
+    def __init__(
+        self,
+        nodes: Nodes,
+        differences: Activations,
+        replaced: dict[Stage, Tensor],
+        blocked: int | None,
+        frozen_patterns: bool,
+        norm_rules: Callable[[], AbstractContextManager[object]],
+    ) -> None:
+        super().__init__(nodes, replaced, blocked)
+        self._differences, self._frozen, self._rules = differences, frozen_patterns, norm_rules
+        rows, graph = len(differences.input), nodes.graph
+        size = (rows, len(graph.readers), len(graph.writers))
+        self._found = differences.input.new_zeros(size)
+        self._layers = 0  # layers that write to those who wait
+        self._waiting: list[tuple[slice, _Read]] = []
+
+    def project(self, layer: int, residual: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """See `Visitor`."""
+        q, k, v = super().project(layer, residual)
+        clean = residual.detach()
+
+        def meet(slopes: Sequence[Tensor | None]) -> None:
+            self._attention(layer, clean, slopes)
+
+        register_multi_grad_hook((q, k, v), meet)
+        return (q.detach(), k.detach(), v) if self._frozen else (q, k, v)
+
+    def _attention(self, layer: int, residual: Tensor, slopes: Sequence[Tensor | None]) -> None:
+        graph = self.nodes.graph
+        start, counts = graph.attention_readers(layer).start, (graph.heads, *[graph.kv_readers] * 2)
+        for part, (count, slope) in enumerate(zip(counts, slopes, strict=True)):
+            if slope is not None:
+                read = self._reading(self.nodes.layers[layer], part, residual, slope)
+                self._wait(layer, slice(start, start + count), read)
+            start += count
+
+    def _reading(self, layer: Layer, part: int, residual: Tensor, made: Tensor) -> _Read:
+        """From gradients by q, k or v, [rows, tokens, readers, head_dim], to those by what was read."""
+
+        def read(rows: slice) -> Tensor:
+            weight, _ = layer.weights[part]
+            slope = made[rows].movedim(-2, 1) @ weight.mT  # [rows, readers, tokens, d_model]
+            with torch.enable_grad(), self._rules():
+                own = residual[rows, None].expand_as(slope).detach().requires_grad_()
+                normed = layer.norm.forward(own)
+            (found,) = torch.autograd.grad(normed, own, slope)
+            return found.flatten(2)
+
+        return read
+
+    def mlp_input(self, layer: int, residual: Tensor) -> Tensor:
+        """See `Visitor`."""
+        reader, graph = self.nodes.graph.mlp_reader(layer), self.nodes.graph
+        return self._watched(residual, layer if graph.parallel else layer + 1, reader)
+
+    def final(self, residual: Tensor) -> Tensor:
+        """See `Visitor`."""
+        graph = self.nodes.graph
+        return self._watched(residual, graph.layers, len(graph.readers) - 1)
+
+    def _watched(self, residual: Tensor, layers: int, reader: int) -> Tensor:
+        """A name of its own for what one reader reads, so that its gradient comes alone."""
+        read = residual.view_as(residual)
+
+        def meet(slope: Tensor) -> None:
+            self._wait(
+                layers, slice(reader, reader + 1), lambda rows: slope[rows].flatten(1)[:, None]
+            )
+
+        read.register_hook(meet)
+        return read
+
+    def _wait(self, layers: int, readers: slice, read: _Read) -> None:
+        if layers != self._layers:
+            self._meet()
+        self._layers = layers
+        self._waiting.append((readers, read))
+
+    def _meet(self) -> None:
+        """Scores of all edges to those who wait."""
+        graph, inputs = self.nodes.graph, self._differences.input
+        readers = sum(places.stop - places.start for places, _ in self._waiting)
+        at_once = max(1, _NUMBERS // max(1, readers * inputs[0].numel()))
+        for start in range(0, len(inputs) if self._waiting else 0, at_once):
+            rows = slice(start, start + at_once)
+            own = self._differences.rows(rows)
+            slopes = [(places, read(rows)) for places, read in self._waiting]
+            for layer in range(-1, self._layers):
+                first = 0 if layer < 0 else graph.heads_of(layer).start
+                output = own.input[:, None] if layer < 0 else written(self.nodes, own, layer)
+                writers = slice(first, first + output.shape[1])
+                for places, slope in slopes:
+                    self._found[rows, places, writers] = slope @ output.flatten(2).mT
+        self._waiting.clear()
+
+    def finish(self) -> Tensor:
+        """[rows, readers, writers], after the backward pass."""
+        self._meet()
+        return self._found

@@ -1,0 +1,39 @@
+"""`Batch`: what every method of scoring edges is given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lens.circuits.graph.activations import Activations
+from lens.circuits.graph.nodes import Nodes
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Some prompts of a task, as every method gets them.
+
+    Attributes:
+        nodes: of the model.
+        ids: [rows, tokens], clean.
+        measure: logits [rows, tokens, vocab] -> [rows], larger is better.
+        reference: outputs of all writers that are put in place of the clean ones.
+        differences: clean - reference.
+        steps, rule: of integrated gradients.
+    """
+
+    nodes: Nodes
+    ids: Tensor
+    measure: Callable[[Tensor], Tensor]
+    reference: Activations
+    differences: Activations
+    steps: int
+    rule: str
+
+    @property
+    def fractions(self) -> list[float]:
+        """Where gradients are taken, from the reference (0) to the clean run (1)."""
+        shift = 0.5 if self.rule == "midpoint" else 0.0
+        return [(step + shift) / self.steps for step in range(self.steps)]

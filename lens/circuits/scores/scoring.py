@@ -1,0 +1,265 @@
+"""`score_edges`: every way to score the edges of a model on a task, behind one call.
+
+Each method is a function from the nodes, a batch of prompts and their references to [rows, edges].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lens.circuits.graph.activations import Ablation, Activations, References, read_activations
+from lens.circuits.graph.edge_scores import EdgeScores
+from lens.circuits.graph.masked_forward import masked_logits
+from lens.circuits.graph.nodes import Nodes, find_nodes
+from lens.circuits.scores.atp import atp_star, atp_star_grad_drop, atp_star_together
+from lens.circuits.scores.attribution import Stage, edge_products
+from lens.circuits.scores.batch import Batch
+from lens.circuits.scores.relp import relevance, relevance_of_values
+from lens.common.errors import LensError
+from lens.common.progress import advancing
+from lens.models.loaded import LoadedModel
+from lens.tasks.task import Task
+
+RULES = ("midpoint", "left")
+_ROWS = 8
+_FIRST, _MOST, _ENOUGH = 5, 640, 0.01  # steps of "auto", and the share of the effect it may miss
+_COPIES = 64  # rows of one masked forward pass
+
+
+def score_edges(
+    model: LoadedModel,
+    task: Task,
+    *,
+    method: str = "eap-ig",
+    steps: int | str = 5,
+    rule: str = "midpoint",
+    ablation: str = "counterfactual",
+    kv: str = "head",
+    batch_size: int = _ROWS,
+    progress: bool = True,
+) -> EdgeScores:
+    """Score every edge of a model on a task; positive = ablating the edge makes the task worse.
+
+        exact               metric clean - metric with the edge ablated (one forward pass per edge)
+        eap                 (out - ref) · gradient at the reader, at the clean prompts
+        clean-corrupted     the same with the mean of the gradients at both prompts
+        eap-ig              the same with the mean gradient over `steps` inputs between them
+        eap-ig-activations  the same with each stage's outputs in turn between theirs, gradients of all
+                            later readers summed and divided by the number of stages and steps
+        atp*                eap with the softmax recomputed for edges into queries and keys, each key
+                            position alone (`lens.circuits.atp`)
+        atp*-together       the same, all key positions patched at once, as "exact" does
+        atp*-grad-drop      mean size of atp* over gradients blocked in one layer after another
+        relp                eap with the backward rules of relevance for norms, activations and gates
+                            (`lens.circuits.relp`)
+        relp-values         the same with constant attention patterns
+
+    Args:
+        model: as `lens.load` returns it.
+        task: its metric is differentiated ("exact" needs no gradient); all but "exact" and "eap" need
+            corrupt prompts.
+        method: one of the above.
+        steps: of integrated gradients; "auto" (of "eap-ig") doubles 5 until what is missing of the whole
+            effect, mean size over the prompts, is below 1 % of it.
+        rule: "midpoint", or "left", which starts at the reference as published code does.
+        ablation: what replaces a writer: "counterfactual" (the corrupt prompt), "mean" or "zero".
+        kv: "head" gives query heads of a group keys and values of their own, "group" does not.
+        batch_size: prompts in one pass; changes memory and no score.
+        progress: show a bar with the time left, on stderr, if that is a terminal.
+
+    Raises:
+        LensError: an unknown method, rule or ablation, no step, a model whose edges cannot be replaced
+            exactly, a task without what the method needs, a metric that is flat for "eap", or
+            integration that is not done after 640 steps.
+
+    Reference: Syed et al. 2023, arXiv 2310.10348 (eap); Hanna et al. 2024, arXiv 2403.17806 (eap-ig);
+        Kramár et al. 2024, arXiv 2403.00745 (atp*); Rezaei Jafari et al. 2025, arXiv 2508.21258 (relp).
+
+    Example:
+        >>> known = lens.circuits.known.induction_transformer(beta=4)
+        >>> score_edges(known.model, known.task, method="exact").top(2).edges
+        ('input->a1.h0<q>', 'a1.h0->logits')
+    """
+    if method not in METHODS:
+        raise LensError(f"unknown method {method!r}; known: {', '.join(METHODS)}")
+    if rule not in RULES:
+        raise LensError(f"rule must be {' or '.join(RULES)}, got {rule!r}")
+    if steps == "auto" and method != "eap-ig":
+        raise LensError(f"steps='auto' belongs to method='eap-ig', got {method!r}; give a number")
+    counts = {"batch_size": batch_size} | ({} if steps == "auto" else {"steps": steps})
+    for name, number in counts.items():
+        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+            raise LensError(f"{name} must be a positive integer, got {number!r}")
+    if method == "clean-corrupted":
+        task.corrupt_or_refuse()
+    chosen = Ablation(ablation, kv=kv)
+    nodes = find_nodes(model, kv=kv)
+    references = References(nodes, task, chosen)
+    rows = min(batch_size, task.rows_at_once(model))
+
+    def scored(count: int) -> tuple[EdgeScores, float]:
+        return _score(nodes, task, references, chosen, method, count, rule, rows, progress)
+
+    if isinstance(steps, int):
+        return scored(steps)[0]
+    count, missing = _FIRST, np.inf
+    while count <= _MOST:
+        found, missing = scored(count)
+        if missing < _ENOUGH:
+            return found
+        count *= 2
+    raise LensError(
+        f"after {count // 2} steps {missing:.1%} of the effect is still missing, so the gradients say "
+        "little; look at method='atp*' or 'exact', or give a number of steps"
+    )
+
+
+def _score(
+    nodes: Nodes,
+    task: Task,
+    references: References,
+    ablation: Ablation,
+    method: str,
+    steps: int,
+    rule: str,
+    rows_at_once: int,
+    progress: bool,
+) -> tuple[EdgeScores, float]:
+    """Scores, and what integration misses of the whole effect: mean size over mean size."""
+    model = nodes.model
+    found, gaps, totals = [], [], []
+    with advancing(f"{model.name}: {method}", task.n, progress) as advance:
+        for rows in task.chunks(rows_at_once):
+
+            def measure(logits: Tensor, rows: Tensor = rows) -> Tensor:
+                return task.sign * task.measure(logits, rows)
+
+            ids = task.clean[rows]
+            reference = references.of(rows)
+            clean, differences = _differences(nodes, ids, measure, reference)
+            batch = Batch(nodes, ids, measure, reference, differences, steps, rule)
+            scores = METHODS[method](batch)
+            found.append(scores)
+            if method == "eap-ig":
+                total = (clean - measure(_reference_logits(batch))).cpu().numpy()
+                totals.append(total)
+                gaps.append(scores[:, nodes.graph.ends[1] == 0].sum(1) - total)
+            advance(len(rows))
+    integrated = method.startswith("eap-ig")
+    gap, total = (np.concatenate(part) if part else np.zeros(1) for part in (gaps, totals))
+    result = EdgeScores(
+        nodes.graph,
+        np.concatenate(found),
+        method,
+        ablation,
+        task.metric,
+        task.name,
+        model.name,
+        steps if integrated else None,
+        rule if integrated else None,
+        float(gap.mean()) if gaps else None,
+        float(total.mean()) if totals else None,
+    )
+    size = np.abs(total).mean()
+    return result, float(np.abs(gap).mean() / size) if size else float("inf" if gap.any() else 0)
+
+
+def _differences(
+    nodes: Nodes, ids: Tensor, measure: Callable[[Tensor], Tensor], reference: Activations
+) -> tuple[Tensor, Activations]:
+    """The metric of a clean run, and clean - reference; the clean outputs and logits are let go."""
+    logits, clean = read_activations(nodes, ids)
+    return measure(logits), clean.minus(reference)
+
+
+def exact(batch: Batch) -> np.ndarray:
+    """Each edge ablated alone, by masked forward passes: [rows, edges]."""
+    graph = batch.nodes.graph
+    reader, writer = graph.ends
+    found, at_once = [], max(1, _COPIES // len(batch.ids))
+    with torch.no_grad():
+        for start in range(-1, graph.n, at_once):  # -1: no edge, the clean run
+            edges = np.arange(start, min(start + at_once, graph.n))
+            masks = torch.zeros(len(edges), *graph.allowed.shape)
+            for number, edge in enumerate(edges):
+                if edge >= 0:
+                    masks[number, reader[edge], writer[edge]] = 1
+            logits = masked_logits(batch.nodes, batch.ids, batch.reference, masks)
+            found += [batch.measure(part).cpu().numpy() for part in logits]
+    return (found[0] - np.stack(found[1:])).T
+
+
+def eap(batch: Batch) -> np.ndarray:
+    """Gradient at the clean prompts: [rows, edges]."""
+    return edge_products(batch.nodes, batch.ids, batch.measure, batch.differences, refuse_flat=True)
+
+
+def clean_corrupted(batch: Batch) -> np.ndarray:
+    """Mean of the gradients at the clean prompts and with the reference as input: [rows, edges]."""
+    return _mean_over_inputs(batch, [0.0, 1.0])
+
+
+def eap_ig(batch: Batch) -> np.ndarray:
+    """Mean gradient over inputs between reference and clean: [rows, edges]."""
+    return _mean_over_inputs(batch, batch.fractions)
+
+
+def eap_ig_activations(batch: Batch) -> np.ndarray:
+    """Mean over stages and steps of the gradients after the stage that is interpolated: [rows, edges]."""
+    graph, differences, reference = batch.nodes.graph, batch.differences, batch.reference
+    stages: list[tuple[Stage, int, Tensor, Tensor]] = [
+        (("input", 0), 0, reference.input, differences.input)
+    ]
+    for layer in range(graph.layers):
+        first = graph.heads_of(layer).start
+        pair = reference.heads[layer], differences.heads[layer]
+        stages.append((("heads", layer), first, *pair))
+        if graph.mlps:
+            pair = reference.mlps[layer], differences.mlps[layer]
+            stages.append((("mlp", layer), graph.mlp_writer(layer), *pair))
+    found = np.zeros((len(batch.ids), graph.n), differences.input.cpu().numpy().dtype)
+    for stage, writer, since, change in stages:
+        later = graph.allowed[graph.ends[0], writer]  # edges whose reader comes after this stage
+        for fraction in batch.fractions:
+            between = {stage: since + fraction * change}
+            found += later * edge_products(
+                batch.nodes, batch.ids, batch.measure, differences, between
+            )
+    return found / (len(stages) * batch.steps)
+
+
+METHODS: dict[str, Callable[[Batch], np.ndarray]] = {
+    "exact": exact,
+    "eap": eap,
+    "eap-ig": eap_ig,
+    "eap-ig-activations": eap_ig_activations,
+    "clean-corrupted": clean_corrupted,
+    "atp*": atp_star,
+    "atp*-together": atp_star_together,
+    "atp*-grad-drop": atp_star_grad_drop,
+    "relp": relevance,
+    "relp-values": relevance_of_values,
+}
+
+
+def _mean_over_inputs(batch: Batch, fractions: list[float]) -> np.ndarray:
+    total: np.ndarray | float = 0.0
+    for fraction in fractions:
+        inputs = batch.reference.input + fraction * batch.differences.input
+        total = total + edge_products(
+            batch.nodes, batch.ids, batch.measure, batch.differences, {("input", 0): inputs}
+        )
+    return np.asarray(total / len(fractions))
+
+
+def _reference_logits(batch: Batch) -> Tensor:
+    """Logits when only the input is replaced by its reference: where the integration begins."""
+    graph = batch.nodes.graph
+    masks = torch.zeros(1, *graph.allowed.shape)
+    masks[:, :, 0] = 1
+    with torch.no_grad():
+        return masked_logits(batch.nodes, batch.ids, batch.reference, masks)[0]

@@ -1,0 +1,71 @@
+"""Names of heads: `L3H5`, `(3, 5)` and `"3.5"` all mean head 5 of layer 3, both counted from 0."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import NamedTuple, TypeAlias
+
+from lens.common.errors import LensError
+
+_NAMED = re.compile(r"\s*[Ll](\d+)[Hh](\d+)\s*")
+_NODE = re.compile(r"a(\d+)\.h(\d+)")
+_DOTTED = re.compile(r"\s*(\d+)\.(\d+)\s*")
+
+
+class HeadId(NamedTuple):
+    """A head of a model; `str()` gives `L3H5`."""
+
+    layer: int
+    head: int
+
+    def __str__(self) -> str:
+        return f"L{self.layer}H{self.head}"
+
+
+AnyHead: TypeAlias = str | Sequence[int]
+"""What `head_id` takes: `"L3H5"`, `"3.5"`, `(3, 5)` or a `HeadId`."""
+
+
+def head_id(head: AnyHead, *, layers: int | None = None, heads: int | None = None) -> HeadId:
+    """The head that is meant.
+
+    Args:
+        head: `"L3H5"` (case does not matter), `"3.5"` or `(3, 5)`. The float 3.5 is refused, since
+            3.1 and 3.10 are one float and two heads.
+        layers, heads: sizes of the model, to check against.
+
+    Raises:
+        LensError: not a head, or not one of this model.
+
+    Example:
+        >>> str(head_id("3.5"))
+        'L3H5'
+    """
+    found = _parse(head)
+    for name, value, count in (("layer", found.layer, layers), ("head", found.head, heads)):
+        if count is not None and value >= count:
+            raise LensError(f"there is no {found}: {name} must be 0 to {count - 1}, got {value}")
+    return found
+
+
+def head_of_node(node: str) -> HeadId | None:
+    """The head that a node of a circuit is, `L3H5` of `a3.h5`; None for other nodes."""
+    match = _NODE.fullmatch(node)
+    return HeadId(int(match[1]), int(match[2])) if match else None
+
+
+def _parse(head: AnyHead) -> HeadId:
+    if isinstance(head, str):
+        match = _NAMED.fullmatch(head) or _DOTTED.fullmatch(head)
+        if match:
+            return HeadId(int(match[1]), int(match[2]))
+    elif isinstance(head, Sequence) and not isinstance(head, bytes) and len(head) == 2:
+        try:
+            layer, number = (part.__index__() for part in head)
+        except AttributeError:
+            pass
+        else:
+            if not any(isinstance(part, bool) for part in head) and layer >= 0 and number >= 0:
+                return HeadId(layer, number)
+    raise LensError(f"a head is written 'L3H5', '3.5' or (3, 5), counted from 0; got {head!r}")

@@ -1,0 +1,66 @@
+"""What a result says of itself where it is printed, and where a notebook shows it."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from lens.common.plots import draw
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
+
+SENTENCES = 4
+ROWS = 8
+
+
+class _Says(Protocol):
+    def findings(self) -> Sequence[str]: ...
+
+
+def described(result: _Says) -> str:
+    """`Name`, then up to `SENTENCES` findings, one a line; how many more there are.
+
+    Example:
+        >>> print(described(lens.sinks.effect(model, texts)))
+    """
+    said = list(result.findings())
+    more = len(said) - SENTENCES
+    rest = [f"... {more} more in .findings()"] if more > 0 else []
+    return "\n  ".join([type(result).__name__, *said[:SENTENCES], *rest])
+
+
+def few(names: Sequence[object], most: int = 6, joint: str = ", ") -> str:
+    """The first names and how many more there are: `L0H1, L0H2 and 3 more`."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return joint.join(map(str, names[:most])) + more
+
+
+class Result:
+    """Anything that an analysis gives back: in a notebook its sentences and the first rows of its table."""
+
+    def table(self) -> pd.DataFrame:
+        """The numbers, with intervals where there are any."""
+        raise NotImplementedError
+
+    def plot(self, *args: Any, **options: Any) -> go.Figure:
+        """The figure of this result; `title`, `width`, `height` and `theme` are options of every figure.
+
+        Raises:
+            LensError: it has none.
+        """
+        return draw(self, *args, **options)
+
+    def _repr_html_(self) -> str:
+        return as_html(repr(self), self.table())
+
+
+def as_html(text: str, table: pd.DataFrame) -> str:
+    """A notebook's view of a result: its lines of text, then the first rows of its table."""
+    name, *sentences = text.split("\n")
+    said = "".join(f"<br>{html.escape(sentence.strip())}" for sentence in sentences)
+    shown = table.head(ROWS).to_html(float_format="{:.4g}".format, border=0)
+    rest = f"<p>{len(table):,} rows in <code>.table()</code></p>" if len(table) > ROWS else ""
+    return f"<div><p><b>{html.escape(name)}</b>{said}</p>{shown}{rest}</div>"

@@ -1,0 +1,170 @@
+"""What every edit of attention has in common: it stands in the model's place and counts what it did."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from lens_kernels import AttentionResult
+
+from lens.common.errors import LensError
+from lens.common.head_ids import AnyHead, head_id
+from lens.models.loaded import LoadedModel
+from lens.passes.calls import LayerCall, attend
+from lens.passes.keys import KeysAt
+
+BLOCK = 64
+
+
+def selected_heads(
+    model: LoadedModel, layers: Sequence[int] | None, heads: Sequence[AnyHead] | None
+) -> torch.Tensor:
+    """bool [layers, heads] of the model.
+
+    Raises:
+        LensError: both are given, or the model has not got them.
+    """
+    info = model.info
+    chosen = torch.zeros(info.layers, info.heads, dtype=torch.bool)
+    if heads is not None:
+        if layers is not None:
+            raise LensError("give layers or heads, not both; heads name their layer: 'L3H5'")
+        for head in heads:
+            chosen[head_id(head, layers=info.layers, heads=info.heads)] = True
+        return chosen
+    for layer in range(info.layers) if layers is None else layers:
+        if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < info.layers:
+            raise LensError(f"layers must be numbers 0 to {info.layers - 1}, got {layer!r}")
+        chosen[layer] = True
+    return chosen
+
+
+class AttentionEdit(ABC):
+    """One edit of a model's attention, and what it has done so far.
+
+    Attributes:
+        steps: forward passes so far.
+        calls: attention calls that were edited.
+        empty_calls: those of selected layers with no key to move attention from or to; they were left
+            as they are.
+        edited_rows: rows (queries of a head) whose sources lost or gained something.
+        skipped_rows: rows with nowhere to put the mass; they were left as they are.
+        mass_before, mass_after: mean mass of the sources over the rows that the edit looked at, before
+            and after, so far; NaN while there is none.
+    """
+
+    def __init__(self, heads: torch.Tensor, backend: str) -> None:
+        self.calls = self.empty_calls = self.edited_rows = self.skipped_rows = self.steps = 0
+        self._heads = heads
+        self._backend = backend
+        self._places: dict[int, tuple[int, torch.Tensor]] = {}
+        self._masses = torch.zeros(3, dtype=torch.float64)  # rows, before, after
+
+    @abstractmethod
+    def _edit(self, call: LayerCall, at: KeysAt, heads: torch.Tensor) -> torch.Tensor | None:
+        """The output [batch, heads, queries, value_dim] with the heads (at least one) edited.
+
+        None where there is nothing to edit: the call then keeps its bits, and so does a head that is
+        not in `heads`.
+        """
+
+    @property
+    def mass_before(self) -> float:
+        """See the class."""
+        return float(self._masses[1] / self._masses[0])
+
+    @property
+    def mass_after(self) -> float:
+        """See the class."""
+        return float(self._masses[2] / self._masses[0])
+
+    def on_layer(self, call: LayerCall) -> torch.Tensor:
+        """See `lens.passes.sessions.listening`."""
+        self.steps = call.step + 1
+        at = self._keys_at(call)
+        heads = self._heads[call.layer].to(call.query.device)
+        output = self._edit(call, at, heads) if bool(heads.any()) else None
+        return attend(call, backend=self._backend).output if output is None else output
+
+    def _count(
+        self, before: torch.Tensor, after: torch.Tensor, skipped: torch.Tensor, rows: torch.Tensor
+    ) -> None:
+        """Count one call, all arguments [batch, heads, queries].
+
+        Args:
+            before, after: mass of the sources.
+            skipped: bool, rows that had nowhere to put it.
+            rows: bool, those that the edit looked at.
+        """
+        skipped = skipped & rows
+        self.calls += 1
+        self.skipped_rows += int(skipped.sum())
+        self.edited_rows += int(((before > 0) & rows & ~skipped).sum())
+        sums = [rows.sum(dtype=torch.float64)]
+        sums += [torch.where(rows, mass, 0).sum(dtype=torch.float64) for mass in (before, after)]
+        self._masses += torch.stack(sums).cpu()
+
+    def _keys_at(self, call: LayerCall) -> KeysAt:
+        """Where each key stands in its prompt, also when a window has dropped older ones."""
+        batch, _, queries, _ = call.query.shape
+        layer, keys = call.layer, call.key.shape[2]
+        device = call.key.device
+        if queries == keys or (call.mask.window is None and layer not in self._places):
+            total = keys
+            before = call.mask.first_key(batch).to(device)  # padding before the first real token
+        elif layer not in self._places or len(self._places[layer][1]) != batch:
+            raise LensError(
+                f"layer {layer} has a window and a cache that began outside of the block, so that the "
+                "positions of its keys are not known; start the generation inside"
+            )
+        else:
+            seen, before = self._places[layer]
+            total = keys if call.mask.window is None else seen + queries
+        self._places[layer] = (total, before)
+        place = torch.arange(total - keys, total, device=device)
+        return KeysAt(layer, call.step, place - before[:, None], call.tokens)
+
+
+def part_of(call: LayerCall, heads: torch.Tensor, start: int = 0) -> LayerCall:
+    """The call of some heads only, each with its own keys, from query `start` on."""
+    share = call.query.shape[1] // call.key.shape[1]
+    bias, sinks, mask = call.position_bias, call.sink_logits, call.mask
+    if bias is not None:
+        bias = bias if bias.shape[1] == 1 else bias[:, heads]
+        bias = bias if bias.shape[2] == 1 else bias[:, :, start:]
+    if mask.allowed is not None:
+        mask = replace(mask, allowed=mask.allowed[:, :, start:])
+    everything = len(heads) == call.query.shape[1]
+    return replace(
+        call,
+        query=(call.query if everything else call.query[:, heads])[:, :, start:],
+        key=call.key if everything else call.key[:, heads // share],
+        value=call.value if everything else call.value[:, heads // share],
+        mask=mask,
+        sink_logits=None if sinks is None else sinks[heads],
+        position_bias=bias,
+    )
+
+
+def grouped(
+    call: LayerCall,
+    groups: torch.Tensor,
+    backend: str,
+    *,
+    only: torch.Tensor | None = None,
+) -> AttentionResult:
+    """Attention of one call, with a state per key group.
+
+    Args:
+        call, groups, backend: see `lens_kernels.attention`.
+        only: bool [batch, keys]; only blocks of `BLOCK` keys that hold one of these are visited, so
+            that only groups made of these alone are complete, and the output is not the call's.
+    """
+    block_mask = None
+    if only is not None:
+        blocks = torch.nn.functional.pad(only, (0, -only.shape[1] % BLOCK))
+        blocks = blocks.unflatten(-1, (-1, BLOCK)).any(-1)[:, None, None]
+        block_mask = blocks.expand(-1, -1, -(-call.query.shape[2] // BLOCK), -1)
+    return attend(call, groups=groups, block_size=BLOCK, block_mask=block_mask, backend=backend)

@@ -1,0 +1,200 @@
+"""Which heads an edit helps, chosen on some prompts and judged on others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from lens.common.errors import LensError
+from lens.common.head_ids import HeadId
+from lens.common.results import Result, described
+from lens.models.loaded import LoadedModel
+from lens.stats.bootstrap import over_units
+from lens.tasks.task import Task
+
+EditOf = Callable[[Sequence[HeadId]], AbstractContextManager[Any]]
+"""heads -> the context manager that edits these heads, and no others."""
+
+
+@dataclass(frozen=True, eq=False)
+class HeadSearch(Result):
+    """Heads chosen on validation prompts, and what they are worth on test prompts.
+
+    Positive numbers are improvements of the task's metric, whichever way it points.
+
+    Attributes:
+        gains: [layer, head, validation prompt], gain of editing that head alone.
+        chosen: heads with the largest mean gain above 0, largest first.
+        validation, test: [prompts], gain of editing all chosen heads together; 0 where none are.
+        everywhere: [test prompts], gain of editing all heads, for comparison.
+        metric, task, model: names.
+        seed: of the split and the bootstrap.
+    """
+
+    gains: np.ndarray = field(repr=False)
+    chosen: tuple[HeadId, ...]
+    validation: np.ndarray = field(repr=False)
+    test: np.ndarray = field(repr=False)
+    everywhere: np.ndarray = field(repr=False)
+    metric: str
+    task: str
+    model: str
+    seed: int
+
+    @property
+    def bias(self) -> float:
+        """Mean gain on the validation prompts minus that on the test prompts: what choosing flatters."""
+        return float(self.validation.mean() - self.test.mean())
+
+    def table(self) -> pd.DataFrame:
+        """One row per head, largest gain first: `head`, `gain`, `low`, `high` (95 %), `chosen`, `n`."""
+        layers, heads, prompts = self.gains.shape
+        low, high = over_units(
+            np.moveaxis(self.gains, -1, 0), np.ones((prompts, layers, heads)), self.seed
+        )
+        names = [HeadId(layer, head) for layer in range(layers) for head in range(heads)]
+        rows = pd.DataFrame(
+            {
+                "head": [str(name) for name in names],
+                "gain": self.gains.mean(-1).ravel(),
+                "low": low.ravel(),
+                "high": high.ravel(),
+                "chosen": [name in self.chosen for name in names],
+                "n": prompts,
+            }
+        )
+        return rows.sort_values("gain", ascending=False, kind="stable", ignore_index=True)
+
+    def summary(self) -> pd.DataFrame:
+        """Gain with a 95 % interval over prompts: chosen heads on both sets, and all heads on the test set."""
+        rows = []
+        for heads, prompts, values in (
+            ("chosen", "validation", self.validation),
+            ("chosen", "test", self.test),
+            ("all", "test", self.everywhere),
+        ):
+            low, high = over_units(values, np.ones(len(values)), self.seed)
+            rows.append(
+                {
+                    "heads": heads,
+                    "prompts": prompts,
+                    "gain": values.mean(),
+                    "low": float(low),
+                    "high": float(high),
+                    "n": len(values),
+                }
+            )
+        return pd.DataFrame(rows)
+
+    def __repr__(self) -> str:
+        return described(self)
+
+    def findings(self) -> tuple[str, ...]:
+        """What was chosen and what it is worth, in plain words."""
+        layers, heads, prompts = self.gains.shape
+        if not self.chosen:
+            return (
+                f"No head of {self.model} helps {self.task!r} when it is edited alone: the largest gain "
+                f"of {layers * heads} heads on {prompts} validation prompts is {self.gains.mean(-1).max():.4f} "
+                f"({self.metric}).",
+            )
+        rows = self.summary().to_dict("records")
+        shown = [f"{row['gain']:.4f} [{row['low']:.4f}, {row['high']:.4f}]" for row in rows]
+        low = rows[1]["low"]
+        return (
+            f"{len(self.chosen)} of {layers * heads} heads were chosen on {prompts} validation prompts: "
+            f"{', '.join(map(str, self.chosen[:6]))}{' and more' if len(self.chosen) > 6 else ''}.",
+            f"Edited together they gain {shown[1]} in {self.metric} on {rows[1]['n']} test prompts and "
+            f"{shown[0]} on those that chose them: choosing flatters by {self.bias:.4f}. All heads "
+            f"together gain {shown[2]}.",
+            "The gain on the test prompts is above 0."
+            if low > 0
+            else "The interval on the test prompts holds 0 or less: these prompts do not show that the "
+            "chosen heads help.",
+        )
+
+
+def search_heads(
+    model: LoadedModel,
+    task: Task,
+    edit: EditOf,
+    *,
+    most: int = 10,
+    validation: float = 0.5,
+    seed: int = 0,
+) -> HeadSearch:
+    """Edit each head alone on validation prompts, choose the best, judge them on the others.
+
+    One pass over the validation prompts per head. The test prompts are never used to choose.
+
+    Args:
+        model, task: the prompts are split at random by `seed`.
+        edit: heads -> context manager, such as
+            `lambda heads: lens.redistribute(model, sources="first", amount=0.6, heads=heads)`.
+        most: heads chosen at most; only those with a positive mean gain are.
+        validation: share of the prompts that choose.
+
+    Raises:
+        LensError: fewer than two prompts on a side, or `most` below 1.
+
+    Reference:
+        The offline search of ACT (arXiv 2406.15765) and PASTA (arXiv 2311.02262).
+
+    Example:
+        >>> lens.edits.search_heads(model, task, edit).findings()
+    """
+    info = model.info
+    if most < 1:
+        raise LensError(f"most must be at least one head, got {most}")
+    count = round(validation * task.n)
+    if not 2 <= count <= task.n - 2:
+        raise LensError(
+            f"validation={validation} of {task.n} prompts leaves {count} to choose with and "
+            f"{task.n - count} to judge by; each side needs two"
+        )
+    order = torch.from_numpy(np.random.default_rng(seed).permutation(task.n))
+    choosing, judging = (
+        _subset(task, rows.sort().values) for rows in order.split([count, task.n - count])
+    )
+    base, base_test = (part.evaluate(model) for part in (choosing, judging))
+
+    def gain(part: Task, clean: torch.Tensor, heads: Sequence[HeadId]) -> np.ndarray:
+        if not heads:
+            return np.zeros(part.n)
+        with edit(heads):
+            edited = part.evaluate(model)
+        return (part.sign * (edited - clean)).double().numpy()
+
+    everyone = [HeadId(layer, head) for layer in range(info.layers) for head in range(info.heads)]
+    gains = np.stack([gain(choosing, base, [head]) for head in everyone])
+    means = gains.mean(-1)
+    best = [index for index in np.argsort(-means, kind="stable")[:most] if means[index] > 0]
+    chosen = tuple(everyone[index] for index in best)
+    return HeadSearch(
+        gains=gains.reshape(info.layers, info.heads, -1),
+        chosen=chosen,
+        validation=gain(choosing, base, chosen),
+        test=gain(judging, base_test, chosen),
+        everywhere=gain(judging, base_test, everyone),
+        metric=task.metric,
+        task=task.name,
+        model=model.name,
+        seed=seed,
+    )
+
+
+def _subset(task: Task, rows: torch.Tensor) -> Task:
+    return replace(
+        task,
+        clean=task.clean[rows],
+        positions=task.positions[rows],
+        correct=task.correct[rows],
+        corrupt=None if task.corrupt is None else task.corrupt[rows],
+        wrong=None if task.wrong is None else task.wrong[rows],
+    )

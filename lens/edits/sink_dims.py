@@ -1,0 +1,168 @@
+"""Sink dimensions: coordinates of the residual stream that are huge at sink tokens, and nowhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from lens.common.errors import LensError
+from lens.common.results import Result, described
+from lens.models.loaded import LoadedModel
+from lens.passes.residual import layer_inputs
+from lens.passes.sessions import base
+
+KNOWN = {
+    "llava-1.5-7b": (1415, 2533),
+    "llava-1.5-13b": (2100, 4743),
+    "qwen2-vl-7b": (458, 2570),
+    "internvl2-8b": (3584,),
+}
+"""Published sink dimensions (arXiv 2503.03321 and its released code), by the model's usual name."""
+
+_EPSILON = 1e-6
+
+
+def phi(hidden: torch.Tensor, dims: Sequence[int] | None = None) -> torch.Tensor:
+    """[..., tokens]: `max_d |x_d| / RMS(x)` over the dimensions, which never passes `sqrt(width)`.
+
+    Args:
+        hidden: [..., tokens, width], what enters a layer.
+        dims: the sink dimensions; None: all, where they are not known.
+
+    Reference:
+        Kang et al., arXiv 2503.03321.
+    """
+    values = hidden.float()
+    scale = values.pow(2).mean(-1).add(_EPSILON).rsqrt()
+    chosen = values if dims is None else values[..., list(dims)]
+    return chosen.abs().amax(-1) * scale
+
+
+def check_dims(model: LoadedModel, dims: Sequence[int] | None) -> None:
+    """Raises LensError unless the model has these dimensions; None is all of them."""
+    config = model.model.cfg if model.is_bridge else model.model.config.get_text_config()
+    width = config.d_model if model.is_bridge else config.hidden_size
+    if dims is not None and (not len(dims) or not all(0 <= dim < width for dim in dims)):
+        raise LensError(
+            f"dims must be some of 0 to {width - 1} of {model.name}, got {list(dims)}; find them with "
+            "lens.edits.find_sink_dims"
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class SinkDims(Result):
+    """The dimensions that pass tau, and how well they single out what attention is parked on.
+
+    Attributes:
+        dims: found, the most frequent first.
+        largest: [layers, width], largest `|x_d| / RMS(x)` of any token in what enters each layer.
+        tokens: [layers, width], number of tokens at which it passes tau.
+        tau: of the search.
+        counted: tokens that were looked at.
+        model: its name.
+    """
+
+    dims: tuple[int, ...]
+    largest: np.ndarray = field(repr=False)
+    tokens: np.ndarray = field(repr=False)
+    tau: float
+    counted: int
+    model: str
+
+    def table(self) -> pd.DataFrame:
+        """One row per dimension found: where it emerges and vanishes, how large it gets."""
+        rows = []
+        for dim in self.dims:
+            layers = np.flatnonzero(self.tokens[:, dim])
+            rows.append(
+                {
+                    "dim": dim,
+                    "first_layer": int(layers[0]),
+                    "last_layer": int(layers[-1]),
+                    "layers": len(layers),
+                    "largest": float(self.largest[:, dim].max()),
+                    "tokens": int(self.tokens[:, dim].max()),
+                }
+            )
+        columns = ["dim", "first_layer", "last_layer", "layers", "largest", "tokens"]
+        return pd.DataFrame(rows, columns=columns)
+
+    def __repr__(self) -> str:
+        return described(self)
+
+    def findings(self) -> tuple[str, ...]:
+        """What was found, in plain words."""
+        if not self.dims:
+            width = self.largest.shape[1]
+            bound = "" if width**0.5 > self.tau else f" (with {width} dimensions none can)"
+            return (
+                f"No dimension of {self.model} passes {self.tau:g} times the RMS on {self.counted} "
+                f"tokens: the largest reaches {self.largest.max():.1f}{bound}.",
+            )
+        found = ", ".join(
+            f"{row['dim']} (up to {row['largest']:.0f} times the RMS, at most {row['tokens']} of "
+            f"{self.counted} tokens, entering layers {row['first_layer']} to {row['last_layer']})"
+            for row in self.table().to_dict("records")
+        )
+        return (
+            f"{len(self.dims)} sink dimension{'s' * (len(self.dims) > 1)} of {self.model}: {found}. "
+            "A large coordinate marks candidates; whether attention is parked there is another "
+            "measurement (lens.sinks).",
+        )
+
+
+def find_sink_dims(
+    model: LoadedModel, inputs: Any, *, tau: float = 20.0, largest_share: float = 0.1
+) -> SinkDims:
+    """Dimensions with `|x_d| / RMS(x) >= tau` at few tokens, in what enters at least one layer.
+
+    Args:
+        model: as `lens.load` returns it.
+        inputs: keyword arguments of the model (a processor's output); one prompt or more, unpadded.
+        tau: as in VAR.
+        largest_share: a dimension that passes at more than this share of the tokens is a constant
+            offset of the model and no mark of a sink; it is left out.
+
+    Raises:
+        LensError: tau or share out of range, padding, or layers that cannot be read.
+
+    Example:
+        >>> lens.edits.find_sink_dims(model, {"input_ids": ids}).table()
+    """
+    if not tau > 0 or not 0 < largest_share <= 1:
+        raise LensError(
+            f"tau must be above 0 and largest_share in 0..1, got {tau} and {largest_share}"
+        )
+    real = inputs.get("attention_mask")
+    if real is not None and not bool(torch.as_tensor(real).bool().all()):
+        raise LensError("find_sink_dims reads prompts without padding; pass them one by one")
+    largest: dict[int, torch.Tensor] = {}
+    passing: dict[int, torch.Tensor] = {}
+    counted = 0
+
+    def take(layer: int, hidden: torch.Tensor) -> None:
+        nonlocal counted
+        size = hidden.float().flatten(0, -2)
+        size = size.abs() * size.pow(2).mean(-1, keepdim=True).add(_EPSILON).rsqrt()
+        counted = len(size)
+        largest[layer], passing[layer] = size.amax(0).cpu(), (size >= tau).sum(0).cpu()
+
+    with torch.no_grad(), layer_inputs(model, take):
+        base(model)(**inputs)
+    tokens = torch.stack([passing[layer] for layer in sorted(passing)])
+    most = tokens.amax(0)
+    chosen = ((most > 0) & (most <= largest_share * counted)).nonzero()[:, 0]
+    order = tokens.gt(0).sum(0)[chosen].argsort(descending=True, stable=True)
+    return SinkDims(
+        tuple(chosen[order].tolist()),
+        torch.stack([largest[layer] for layer in sorted(largest)]).numpy(),
+        tokens.numpy(),
+        float(tau),
+        counted,
+        model.name,
+    )

@@ -1,0 +1,226 @@
+"""What each head does, in one table: every role score with its interval and its baseline.
+
+A score says little alone: a head that looks at all keys alike has a sink mass, a locality and a
+same-sentence share too, and so has a model before training. Both are there to compare with.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from lens.common.errors import LensError
+from lens.common.head_ids import HeadId
+from lens.common.progress import advancing
+from lens.common.results import Result
+from lens.heads.behaviour.role_metrics import COLUMNS
+from lens.heads.behaviour.role_scores import STATISTICS, RoleRecorder, role_scores
+from lens.models.loaded import LoadedModel
+from lens.models.random_weights import random_weights
+from lens.passes.inputs import Prompt, read_prompts
+from lens.traces.capturing import capture
+from lens.traces.profiles import pooled_table, prompt_table, scores_table, wide
+from lens.traces.trace import AttentionTrace, TraceWriter
+
+BASELINES = ("uniform", "random_weights")
+_KEYS = ["metric", "variant", "layer"]
+_POSITIONS = ("top_key", "positional_distance")  # a place has no baseline
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class HeadRoles(Result):
+    """Role scores of every head of a model on some prompts.
+
+    Attributes:
+        rows: long, with the columns of `heads.parquet`: every score of every head on every prompt.
+        baseline_rows: the same of the baseline, whose `head` says nothing.
+        baseline: "uniform", one head that looks at all keys that it sees alike, through the very same
+            definitions (NaN for what an output is worth); or "random_weights", the mean over the heads
+            of the layer in the model before training.
+        prompts: their number.
+        model: its name.
+        seed: of the bootstrap and of the random weights.
+    """
+
+    rows: pd.DataFrame = field(repr=False)
+    baseline_rows: pd.DataFrame = field(repr=False)
+    baseline: str
+    prompts: int
+    model: str
+    seed: int
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """Definition of each column of `table()` that holds a score."""
+        return {
+            f"{name}{suffix}": metric.definition + what
+            for name, metric in COLUMNS.items()
+            for suffix, what in (
+                ("", ""),
+                ("_sink_excluded", " Keys from 1 on, renormalised."),
+            )[: 1 + metric.sink_excluded]
+        }
+
+    @property
+    def reasons(self) -> dict[str, str]:
+        """Why a column has NaN, for those that have."""
+        return dict(self._wide().attrs["reasons"])
+
+    def table(self) -> pd.DataFrame:
+        """One row per head.
+
+        Columns: `name` (`L1H0`), `layer`, `head`, `prompts`, and for each of `columns` the mean over
+        prompts, its 95 % interval `<column>_low` and `<column>_high` (bootstrap over prompts, over
+        blocks of rows where there is one prompt), and `<column>_baseline`. NaN means "not scored".
+        """
+        result = self._wide()
+        base = self.baseline_rows.groupby(_KEYS, sort=False)["value"].mean()
+        added: dict[str, list[float]] = {}
+        for column in self.columns:
+            metric = column.removesuffix("_sink_excluded")
+            variant = "raw" if metric == column else "sink_excluded"
+            if metric not in _POSITIONS:
+                added[f"{column}_baseline"] = [
+                    float(base.get((metric, variant, layer), np.nan)) for layer in result["layer"]
+                ]
+        names = [
+            str(HeadId(int(layer), int(head)))
+            for layer, head in zip(result["layer"], result["head"], strict=True)
+        ]
+        parts = [pd.DataFrame({"name": names}), result, pd.DataFrame(added)]
+        return pd.concat(parts, axis=1)
+
+    def top(self, column: str, count: int = 5) -> pd.DataFrame:
+        """The heads with the largest score: `name`, `value`, `low`, `high`, `baseline`.
+
+        Raises:
+            LensError: no such column.
+        """
+        if column not in self.columns:
+            raise LensError(f"unknown column {column!r}; known: {', '.join(self.columns)}")
+        table = self.table().sort_values(column, ascending=False, kind="stable").head(count)
+        found = table[["name", column, f"{column}_low", f"{column}_high"]].copy()
+        found.columns = ["name", "value", "low", "high"]
+        found["baseline"] = table.get(f"{column}_baseline", np.nan)
+        return found.reset_index(drop=True)
+
+    def sink_heads(self, *, rows_below: float, column_above: float) -> list[HeadId]:
+        """Heads that all rows send to the first key: Guo et al.'s rule with its two thresholds.
+
+        `normalized_entropy < rows_below` and `first_column_entropy > column_above`; the authors
+        give no defaults, and take the largest column where this takes the first.
+        """
+        table = self._wide()
+        chosen = (table["normalized_entropy"] < rows_below) & (
+            table["first_column_entropy"] > column_above
+        )
+        return [
+            HeadId(int(layer), int(head))
+            for layer, head in table.loc[chosen, ["layer", "head"]].to_numpy()
+        ]
+
+    def _wide(self) -> pd.DataFrame:
+        tables = [rows for _, rows in self.rows.groupby("prompt_id", sort=False)]
+        pooled = tables[0] if len(tables) == 1 else pooled_table(tables, "all", seed=self.seed)
+        return wide(pooled, prompts=self.prompts)
+
+    def __repr__(self) -> str:
+        table = self._wide()
+        shown = []
+        for column in ("previous_token", "induction", "first_token"):
+            if table[column].notna().any():
+                best = table.iloc[int(np.nanargmax(table[column].to_numpy(float)))]
+                name = HeadId(int(best["layer"]), int(best["head"]))
+                shown.append(f"{column} {name} {best[column]:.2f}")
+        return (
+            f"HeadRoles({self.model}: {len(table)} heads, {self.prompts} prompts, baseline "
+            f"{self.baseline}; most: {', '.join(shown)})"
+        )
+
+
+def roles(
+    model: LoadedModel,
+    texts: Any,
+    *,
+    baseline: str = "uniform",
+    seed: int = 0,
+    progress: bool = True,
+) -> HeadRoles:
+    """Every role score of every head: the profile of `lens.profile`, and what needs the model itself.
+
+    Beside previous, current, duplicate and first token, induction, fixed distance, locality and
+    delimiters these are the query's own sentence, confidence, entropies as Guo et al. define them,
+    activity, output norm, no-op score and value drain (`HeadRoles.columns` defines each).
+
+    Args:
+        model: as `lens.load` returns it.
+        texts: as the prompts of `lens.capture`; they must be token prompts. Induction and duplicate
+            scores are best seen on `lens.tasks.copied`.
+        baseline: "uniform" or "random_weights" (`HeadRoles.baseline`).
+        seed: of the bootstrap and of the random weights.
+        progress: show a bar, on stderr, if that is a terminal.
+
+    Raises:
+        LensError: an unknown baseline, a prompt without tokens, and as `lens.capture`.
+
+    Example:
+        >>> lens.heads.roles(model, lens.tasks.copied(model, 25)).top("induction", 1)["name"].tolist()
+        ['L1H0']
+    """
+    if baseline not in BASELINES:
+        raise LensError(f"unknown baseline {baseline!r}; known: {', '.join(BASELINES)}")
+    prompts, _ = read_prompts(model, texts)
+    if any(prompt.ids is None for prompt in prompts):
+        raise LensError("roles needs prompts of tokens; use lens.profile for images")
+    found, uniform = [], []
+    of_rows = seed if len(prompts) == 1 else None  # with several, the intervals are over prompts
+    with advancing(f"{model.name}: prompts", len(prompts), progress) as advance:
+        for number, prompt in enumerate(prompts):
+            rows, of_uniform = _of_prompt(model, prompt, f"p{number:03d}", of_rows)
+            found.append(rows)
+            uniform.append(of_uniform)
+            advance(1)
+    if baseline == "random_weights":
+        other = roles(random_weights(model, seed), texts, seed=seed, progress=progress).rows
+    else:
+        other = pd.concat(uniform, ignore_index=True)
+    return HeadRoles(
+        rows=pd.concat(found, ignore_index=True),
+        baseline_rows=other,
+        baseline=baseline,
+        prompts=len(prompts),
+        model=model.name,
+        seed=seed,
+    )
+
+
+def _of_prompt(
+    model: LoadedModel, prompt: Prompt, prompt_id: str, seed: int | None
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    trace = capture(model, prompt.ids, statistics=STATISTICS, progress=False)
+    assert isinstance(trace, AttentionTrace)
+    recorder = role_scores(model, prompt, trace.tokens, seed)
+    layers = list(range(len(recorder.scores)))
+    parts = []
+    for of, scores, rows in (
+        (trace, recorder.scores, seed),
+        (_uniform_trace(trace, recorder), recorder.uniform, None),
+    ):
+        tables = [prompt_table(of, prompt_id, seed=rows), scores_table(scores, layers, prompt_id)]
+        parts.append(pd.concat(tables, ignore_index=True))
+    return parts[0], parts[1]
+
+
+def _uniform_trace(trace: AttentionTrace, recorder: RoleRecorder) -> AttentionTrace:
+    """The trace of a model with one head per layer that looks at all keys alike."""
+    writer = TraceWriter()
+    for layer, variables in enumerate(recorder.uniform_layers):
+        writer.add_layer(layer, variables)
+    return writer.finish(
+        token_ids=trace.dataset["token_id"].values.tolist(),
+        tokens=trace.tokens,
+        attributes=trace.attrs | {"learned_sinks": False},
+    )

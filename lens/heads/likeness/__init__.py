@@ -1,0 +1,1 @@
+"""Which heads are alike, and which keep their pattern."""

@@ -1,0 +1,285 @@
+"""Clusters of heads that are alike, how stable they are, and how redundant each head is.
+
+>>> similar = lens.heads.similarity(model, texts, by="js")
+>>> lens.heads.clusters(similar).table()
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from lens.common.errors import LensError
+from lens.common.head_ids import HeadId
+from lens.common.results import Result
+from lens.heads.likeness.similarity import HeadSimilarity
+
+_ENDS = (2.5, 97.5)
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class HeadClusters(Result):
+    """Heads grouped by average linkage.
+
+    Attributes:
+        labels: [head] int, number of the cluster; clusters are numbered by size, the largest first.
+        merges: [heads - 1, 3], the tree: the two parts and the distance at which they merge; part k
+            below the number of heads is that head, above it the merge `k - heads`.
+        cut: distance at which the tree was cut: halfway between the last merge kept and the next.
+        order: [head], heads such that every part of the tree stands together.
+        stability: [head], share of a head's cluster-mates that it keeps when prompts are drawn
+            again, mean over draws; NaN for a head alone, and for a single prompt.
+        rand: [draw], adjusted Rand index of the clusters of each draw with these; 1 = the same
+            groups, 0 = as by chance (Hubert and Arabie 1985). Empty for a single prompt.
+        silhouette: mean silhouette of the heads (Rousseeuw 1987), heads alone counting 0.
+        medoids: prototype of each cluster: the head with the smallest mean distance to the others.
+        names: of the heads; by, model: what was compared.
+    """
+
+    labels: np.ndarray
+    merges: np.ndarray
+    cut: float
+    order: np.ndarray
+    stability: np.ndarray
+    rand: np.ndarray
+    silhouette: float
+    medoids: tuple[HeadId, ...]
+    names: tuple[str, ...]
+    by: str
+    model: str
+
+    @property
+    def members(self) -> list[list[str]]:
+        """Names of the heads of each cluster."""
+        return [
+            [self.names[head] for head in np.flatnonzero(self.labels == label)]
+            for label in range(len(self.medoids))
+        ]
+
+    def table(self) -> pd.DataFrame:
+        """One row per cluster: `cluster`, `size`, `prototype`, `heads`, `stability`."""
+        rows = [
+            (
+                label,
+                len(heads),
+                str(self.medoids[label]),
+                " ".join(heads),
+                float(self.stability[self.labels == label].mean()),
+            )
+            for label, heads in enumerate(self.members)
+        ]
+        return pd.DataFrame(rows, columns=["cluster", "size", "prototype", "heads", "stability"])
+
+    def __repr__(self) -> str:
+        several = [heads for heads in self.members if len(heads) > 1]
+        shown = "; ".join("+".join(heads) for heads in several[:4]) or "every head alone"
+        rand = f", adjusted Rand {self.rand.mean():.2f} over draws" if len(self.rand) else ""
+        return (
+            f"HeadClusters({len(self.members)} of {len(self.names)} heads by {self.by}, "
+            f"{self.model}: {shown}{rand})"
+        )
+
+
+def clusters(
+    similarity: HeadSimilarity, *, count: int | None = None, resamples: int = 200, seed: int = 0
+) -> HeadClusters:
+    """Group heads by average linkage on `similarity.distances`.
+
+    Two parts merge at the mean distance between their heads; the tree is cut into `count` clusters.
+    Stability comes from the same clustering on prompts drawn again.
+
+    Args:
+        similarity: of `lens.heads.similarity`.
+        count: clusters; None: the number with the largest mean silhouette.
+        resamples: draws for the stability.
+        seed: of the draws.
+
+    Raises:
+        LensError: heads that were not scored, a count that the model has not, or no resamples.
+    """
+    distances = similarity.distances
+    heads = len(distances)
+    names = similarity.names
+    if unscored := [names[head] for head in np.flatnonzero(np.isnan(distances.diagonal()))]:
+        raise LensError(
+            f"{', '.join(unscored)} has nothing to compare (an output that is the same everywhere), "
+            "so it is in no cluster; use by='js'"
+        )
+    if heads < 3:
+        raise LensError(f"clusters need at least 3 heads, {similarity.model} has {heads}")
+    if count is not None and not 1 <= count <= heads:
+        raise LensError(f"count must be 1 to {heads}, the number of heads, got {count}")
+    if resamples < 1:
+        raise LensError(f"resamples must be at least 1, got {resamples}")
+    merges = average_linkage(distances)
+    if count is None:
+        scored = {k: silhouette(distances, cut_tree(merges, k)) for k in range(2, heads)}
+        count = max(scored, key=lambda k: scored[k])
+    labels = cut_tree(merges, count)
+    stability, rand = _again(similarity, labels, count, resamples, seed)
+    medoids = []
+    for label in range(count):
+        inside = np.flatnonzero(labels == label)
+        best = inside[distances[np.ix_(inside, inside)].sum(1).argmin()]
+        medoids.append(HeadId(*divmod(int(best), similarity.shape[1])))
+    heights = np.concatenate([[0.0], merges[:, 2], [merges[-1, 2] * 1.05]])
+    return HeadClusters(
+        labels=labels,
+        merges=merges,
+        cut=float(heights[heads - count : heads - count + 2].mean()),
+        order=_leaves(merges),
+        stability=stability,
+        rand=rand,
+        silhouette=silhouette(distances, labels),
+        medoids=tuple(medoids),
+        names=tuple(names),
+        by=similarity.by,
+        model=similarity.model,
+    )
+
+
+def redundancy(similarity: HeadSimilarity, *, resamples: int = 300, seed: int = 0) -> pd.DataFrame:
+    """How replaceable each head looks: one row per head, most redundant first.
+
+    Columns: `head`, `layer`, `number`; `value`, the closeness to the head most like it (1 = there is
+    another one that does the same; `1 - JS / ln 2`, or the cosine); `low`, `high`, 95 % bootstrap
+    interval over prompts; `nearest`, that head; `floor`, the closeness of the two across prompts;
+    `above_floor`, `(value - floor) / (1 - floor)`, 0 = no more alike than on different prompts; `n`.
+    The floor is NaN where it was not measured. A head that was not scored has NaN.
+
+    Redundant is not useless: of two heads alike one may go, not both. `lens.heads.pruning_curve` says
+    what really happens.
+
+    Raises:
+        LensError: no resamples.
+    """
+    if resamples < 1:
+        raise LensError(f"resamples must be at least 1, got {resamples}")
+    closeness = similarity.closeness
+    heads = len(closeness)
+    value, nearest = _nearest(closeness)
+    low = high = np.full(heads, np.nan)
+    if similarity.n > 1:
+        drawn = similarity.closeness_of(similarity.resampled(resamples, seed))
+        again = np.stack([_nearest(one)[0] for one in drawn])
+        low, high = np.percentile(again, _ENDS, axis=0)
+    floor = np.full(heads, np.nan)
+    if similarity.floor is not None:
+        both = similarity.closeness_of((similarity.floor + similarity.floor.T) / 2)
+        floor = both[np.arange(heads), nearest]
+    names = np.array(similarity.names)
+    table = pd.DataFrame(
+        {
+            "head": names,
+            "layer": np.arange(heads) // similarity.shape[1],
+            "number": np.arange(heads) % similarity.shape[1],
+            "value": value,
+            "low": low,
+            "high": high,
+            "nearest": np.where(np.isnan(value), "", names[nearest]),
+            "floor": floor,
+            "above_floor": (value - floor) / np.where(floor < 1, 1 - floor, np.nan),
+            "n": similarity.n,
+        }
+    )
+    return table.sort_values("value", ascending=False, kind="stable", ignore_index=True)
+
+
+def average_linkage(distances: np.ndarray) -> np.ndarray:
+    """The tree [heads - 1, 3] of agglomerative clustering, see `HeadClusters.merges`.
+
+    The distance of two parts is the mean over all pairs of their heads (UPGMA, Sokal and Michener
+    1958), so merges never come below earlier ones.
+    """
+    heads = len(distances)
+    between = distances.astype(float).copy()
+    np.fill_diagonal(between, np.inf)
+    part = np.arange(heads)
+    size = np.ones(heads)
+    merges = np.empty((heads - 1, 3))
+    for step in range(heads - 1):
+        a, b = np.unravel_index(between.argmin(), between.shape)
+        a, b = min(a, b), max(a, b)
+        merges[step] = (*sorted((part[a], part[b])), between[a, b])
+        joined = (size[a] * between[a] + size[b] * between[b]) / (size[a] + size[b])
+        between[a], between[:, a] = joined, joined
+        between[a, a] = np.inf
+        between[b], between[:, b] = np.inf, np.inf
+        part[a], size[a] = heads + step, size[a] + size[b]
+    return merges
+
+
+def cut_tree(merges: np.ndarray, count: int) -> np.ndarray:
+    """[head] labels of `count` clusters, the largest first (of equal ones that with the first head)."""
+    heads = len(merges) + 1
+    inside = {head: [head] for head in range(heads)}
+    for step, (left, right, _) in enumerate(merges[: heads - count]):
+        inside[heads + step] = inside.pop(int(left)) + inside.pop(int(right))
+    labels = np.empty(heads, int)
+    ranked = sorted(inside.values(), key=lambda members: (-len(members), min(members)))
+    for label, members in enumerate(ranked):
+        labels[members] = label
+    return labels
+
+
+def silhouette(distances: np.ndarray, labels: np.ndarray) -> float:
+    """Mean over heads of `(b - a) / max(a, b)`: a the mean distance inside, b to the nearest other."""
+    scores = np.zeros(len(labels))
+    for head, label in enumerate(labels):
+        inside = labels == label
+        if inside.sum() < 2 or inside.all():
+            continue
+        a = distances[head, inside].sum() / (inside.sum() - 1)
+        b = min(distances[head, labels == other].mean() for other in set(labels) - {label})
+        scores[head] = (b - a) / max(a, b) if max(a, b) > 0 else 0
+    return float(scores.mean())
+
+
+def adjusted_rand(a: np.ndarray, b: np.ndarray) -> float:
+    """Agreement of two groupings above chance, 1 = the same; 1 too where both leave no choice."""
+    together = np.zeros((a.max() + 1, b.max() + 1))
+    np.add.at(together, (a, b), 1)
+    pairs = (together * (together - 1) / 2).sum()
+    of_a, of_b = ((together.sum(axis) * (together.sum(axis) - 1) / 2).sum() for axis in (1, 0))
+    chance = of_a * of_b / (len(a) * (len(a) - 1) / 2)
+    most = (of_a + of_b) / 2
+    return 1.0 if most == chance else float((pairs - chance) / (most - chance))
+
+
+def _again(
+    similarity: HeadSimilarity, labels: np.ndarray, count: int, resamples: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Stability [head] and adjusted Rand [draw] of the clusters on prompts drawn again."""
+    heads = len(labels)
+    if similarity.n < 2:
+        return np.full(heads, np.nan), np.empty(0)
+    together = labels[:, None] == labels
+    np.fill_diagonal(together, False)
+    mates = together.sum(1)
+    kept, rand = np.zeros(heads), []
+    for values in similarity.resampled(resamples, seed):
+        again = cut_tree(average_linkage(similarity.distances_of(values)), count)
+        kept += (together & (again[:, None] == again)).sum(1)
+        rand.append(adjusted_rand(labels, again))
+    stability = kept / resamples / np.where(mates, mates, np.nan)
+    return stability, np.array(rand)
+
+
+def _nearest(closeness: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Closeness to the head most like each, and its number; NaN where nothing was scored."""
+    others = np.where(np.isnan(closeness), -np.inf, closeness)
+    np.fill_diagonal(others, -np.inf)
+    nearest = others.argmax(1)
+    value = others[np.arange(len(others)), nearest]
+    return np.where(np.isinf(value), np.nan, value), nearest
+
+
+def _leaves(merges: np.ndarray) -> np.ndarray:
+    """Heads in the order in which the tree is drawn."""
+    heads = len(merges) + 1
+    below = {head: [head] for head in range(heads)}
+    for step, (left, right, _) in enumerate(merges):
+        below[heads + step] = below.pop(int(left)) + below.pop(int(right))
+    return np.array(below[2 * heads - 2])

@@ -1,0 +1,256 @@
+"""Whether a head keeps its pattern when something changes: prompt, seed, checkpoint, paraphrase.
+
+A sparse pattern or a cached log-sum-exp can be reused only where it is stable. Block maps and LSE of
+traces are compared, trace by trace, so nothing is run again.
+
+>>> found = lens.heads.stability({"seed 0": traces_a, "seed 1": traces_b})
+>>> found.table().query("metric == 'jaccard'")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import permutations
+
+import numpy as np
+import pandas as pd
+
+from lens.common.errors import LensError
+from lens.common.results import Result
+from lens.stats.bootstrap import over_units
+from lens.traces.trace import AttentionTrace
+
+USABLE = 0.05
+"""A cached LSE serves where 99 % of rows have `|exp(drift) - 1|` below this."""
+
+MAP_METRICS = ("jaccard", "recall", "efficiency", "js", "correlation")
+LSE_METRICS = ("drift", "drift_std", "drift_p99", "mass_error_p99")
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class HeadStability(Result):
+    """Every head in one condition against the same head in another, by pairs of prompts.
+
+    Attributes:
+        values: (first, second, metric, variant) -> [head, prompt], heads of all layers in one row;
+            NaN where a head cannot be scored.
+        density: share of the blocks that are in a top set.
+        shape: layers and heads.
+    """
+
+    values: dict[tuple[str, str, str, str], np.ndarray]
+    density: float
+    shape: tuple[int, int]
+
+    def table(self, *, seed: int = 0) -> pd.DataFrame:
+        """One row per pair of conditions, metric, variant and head.
+
+        Columns: `first`, `second`, `metric`, `variant` ("raw", or "sink_excluded": first key block
+        and diagonal blocks left out), `layer`, `head`, `value`, `low`, `high` (95 % bootstrap interval
+        over prompts, NaN for one), `n`.
+        """
+        parts = []
+        layers, heads = self.shape
+        for (first, second, metric, variant), values in self.values.items():
+            scored = ~np.isnan(values)
+            n = scored.sum(1)
+            sums = np.where(scored, values, 0)
+            low, high = over_units(sums.T, scored.T, seed)
+            parts.append(
+                pd.DataFrame(
+                    {
+                        "first": first,
+                        "second": second,
+                        "metric": metric,
+                        "variant": variant,
+                        "layer": np.repeat(np.arange(layers), heads),
+                        "head": np.tile(np.arange(heads), layers),
+                        "value": sums.sum(1) / np.where(n > 0, n, np.nan),
+                        "low": low,
+                        "high": high,
+                        "n": n,
+                    }
+                )
+            )
+        return pd.concat(parts, ignore_index=True)
+
+    def reusable(self, first: str, second: str) -> np.ndarray:
+        """[layer, head] bool: whether the LSE of `first` serves for `second` on every prompt.
+
+        The rule: the 99th percentile over rows of `|exp(LSE_second - LSE_first) - 1|` is below 0.05.
+
+        Raises:
+            LensError: a condition that was not compared, or traces without LSE.
+        """
+        key = (first, second, "mass_error_p99", "raw")
+        if key not in self.values:
+            raise LensError(
+                f"there is no LSE drift from {first!r} to {second!r}; compared are "
+                f"{sorted({pair[:2] for pair in self.values})}, and traces need lse"
+            )
+        return np.all(self.values[key] < USABLE, axis=1).reshape(self.shape)
+
+    def __repr__(self) -> str:
+        shown = [
+            f"{first} to {second} {np.nanmean(values):.2f}"
+            for (first, second, metric, variant), values in self.values.items()
+            if metric == "jaccard" and variant == "raw" and np.isfinite(values).any()
+        ]
+        layers, heads = self.shape
+        return (
+            f"HeadStability({layers} × {heads} heads, top {self.density:.0%} of blocks; Jaccard above "
+            f"chance, mean over heads: {', '.join(shown[:6])})"
+        )
+
+
+def stability(
+    conditions: Mapping[str, Sequence[AttentionTrace]], *, density: float = 0.2
+) -> HeadStability:
+    """Compare each head across conditions; prompt number i of one with number i of the other.
+
+    With M the block masses and I the top `density` of the blocks that can be seen:
+
+        jaccard      (J - J0) / (1 - J0), J = |Ia & Ib| / |Ia | Ib|, J0 = d / (2 - d) what random sets
+                     of density d share; 1 = the same blocks, 0 = as by chance
+        recall       mass of b on the blocks of a: sum over Ia of M_b / sum of M_b
+        efficiency   recall / what b's own top blocks hold; 1 = a's pattern serves b as well
+        js           mean over block rows of the divergence of M, nats: a lower bound of that of the
+                     attention itself
+        correlation  Spearman's, of the block masses
+        drift        mean over rows of LSE_b - LSE_a; drift_std its standard deviation, drift_p99 the
+                     99th percentile of its size, mass_error_p99 that of |exp(drift) - 1|
+
+    The first five also without the first key block and the diagonal blocks, which dominate them
+    ("sink_excluded"); recall and efficiency are not symmetric, so both orders are given. A prompt
+    against itself must give 1 and drift 0; different prompts show how much a head varies at all.
+
+    Args:
+        conditions: name -> traces. Lengths, blocks and heads must be the same; for prompts of several
+            lengths use `lens.heads.variance`.
+        density: share of the blocks in a top set.
+
+    Reference: AdaSpa, 2025, arXiv 2502.21079 (patterns and LSE that last over denoising steps).
+
+    Raises:
+        LensError: fewer than two conditions, traces that do not fit each other, no block maps, or a
+            density that leaves no choice.
+    """
+    _check(conditions, density)
+    found: dict[tuple[str, str, str, str], list[np.ndarray]] = {}
+    for first, second in permutations(conditions, 2):
+        for a, b in zip(conditions[first], conditions[second], strict=True):
+            for (metric, variant), values in _compare(a, b, density).items():
+                found.setdefault((first, second, metric, variant), []).append(values)
+    some = next(iter(conditions.values()))[0]
+    return HeadStability(
+        values={key: np.stack(parts, 1) for key, parts in found.items()},
+        density=density,
+        shape=(some.layers, some.heads),
+    )
+
+
+def _compare(
+    a: AttentionTrace, b: AttentionTrace, density: float
+) -> dict[tuple[str, str], np.ndarray]:
+    """(metric, variant) -> [heads]."""
+    found: dict[tuple[str, str], np.ndarray] = {}
+    masses = [trace.dataset["block_mass"].values.astype(float) for trace in (a, b)]
+    maps_a, maps_b = (mass.reshape(-1, *mass.shape[2:]) for mass in masses)
+    blocks = maps_a.shape[-1]
+    row, column = np.mgrid[:blocks, :blocks]
+    seen = column <= row if a.attrs["causal"] else np.ones((blocks, blocks), bool)
+    rest = seen & (column > 0) & (column != row)
+    for variant, allowed in (("raw", seen), ("sink_excluded", rest)):
+        if round(density * int(allowed.sum())) < 1:
+            for metric in MAP_METRICS:
+                found[metric, variant] = np.full(len(maps_a), np.nan)
+            continue
+        scores = [map_scores(x, y, allowed, density) for x, y in zip(maps_a, maps_b, strict=True)]
+        for metric in MAP_METRICS:
+            found[metric, variant] = np.array([score[metric] for score in scores])
+    if "lse" in a.dataset and "lse" in b.dataset:
+        for metric, values in _drift(a, b).items():
+            found[metric, "raw"] = values
+    return found
+
+
+def map_scores(
+    a: np.ndarray, b: np.ndarray, allowed: np.ndarray, density: float
+) -> dict[str, float]:
+    """The map metrics of `stability` of two block maps [query_block, key_block], on the allowed blocks.
+
+    Rows are renormalised to the allowed blocks for "js"; NaN where there is no mass to compare.
+    """
+    x, y = a[allowed], b[allowed]
+    count = max(1, round(density * len(x)))
+    top_a, top_b = (set(np.argsort(-values, kind="stable")[:count].tolist()) for values in (x, y))
+    share = count / len(x)
+    by_chance = share / (2 - share)
+    jaccard = len(top_a & top_b) / len(top_a | top_b)
+    total = y.sum()
+    recall = y[sorted(top_a)].sum() / total if total > 0 else np.nan
+    own = y[sorted(top_b)].sum()
+    return {
+        "jaccard": (jaccard - by_chance) / (1 - by_chance) if by_chance < 1 else np.nan,
+        "recall": float(recall),
+        "efficiency": float(recall * total / own) if own > 0 else np.nan,
+        "js": _row_divergence(np.where(allowed, a, 0), np.where(allowed, b, 0)),
+        "correlation": _spearman(x, y),
+    }
+
+
+def _row_divergence(a: np.ndarray, b: np.ndarray) -> float:
+    """Mean over the rows in which both have mass."""
+    sums = a.sum(1), b.sum(1)
+    both = (sums[0] > 0) & (sums[1] > 0)
+    if not both.any():
+        return float("nan")
+    p, q = (x[both] / total[both, None] for x, total in zip((a, b), sums, strict=True))
+    js = _entropy((p + q) / 2) - (_entropy(p) + _entropy(q)) / 2
+    return float(js.clip(0).mean())
+
+
+def _entropy(p: np.ndarray) -> np.ndarray:
+    return -np.where(p > 0, p * np.log(np.where(p > 0, p, 1)), 0).sum(-1)
+
+
+def _spearman(x: np.ndarray, y: np.ndarray) -> float:
+    """Rank correlation, ties at their mean rank; NaN where one of them is constant."""
+    ranks = [pd.Series(values).rank().to_numpy() for values in (x, y)]
+    a, b = (rank - rank.mean() for rank in ranks)
+    norm = np.sqrt((a @ a) * (b @ b))
+    return float(a @ b / norm) if norm > 0 else float("nan")
+
+
+def _drift(a: AttentionTrace, b: AttentionTrace) -> dict[str, np.ndarray]:
+    """LSE metrics [heads] of `b` against `a`."""
+    drift = (b.dataset["lse"].values.astype(float) - a.dataset["lse"].values).reshape(-1, a.length)
+    return {
+        "drift": drift.mean(1),
+        "drift_std": drift.std(1),
+        "drift_p99": np.percentile(np.abs(drift), 99, axis=1),
+        "mass_error_p99": np.percentile(np.abs(np.expm1(drift)), 99, axis=1),
+    }
+
+
+def _check(conditions: Mapping[str, Sequence[AttentionTrace]], density: float) -> None:
+    if len(conditions) < 2:
+        raise LensError(f"stability compares at least two conditions, got {len(conditions)}")
+    if not 0 < density < 1:
+        raise LensError(f"density must lie between 0 and 1, got {density}")
+    counts = {name: len(traces) for name, traces in conditions.items()}
+    if len(set(counts.values())) > 1 or 0 in counts.values():
+        raise LensError(f"conditions must have equally many traces, at least one; got {counts}")
+    for traces in zip(*conditions.values(), strict=True):
+        for trace in traces:
+            if "block_mass" not in trace.dataset:
+                raise LensError("a trace has no block_mass; capture it with statistics='all'")
+        sizes = {
+            (trace.layers, trace.heads, trace.length, trace.attrs["block_size"]) for trace in traces
+        }
+        if len(sizes) > 1:
+            raise LensError(
+                "paired traces must have the same layers, heads, tokens and block size, got "
+                f"{sorted(sizes)}; for several lengths use lens.heads.variance"
+            )

@@ -1,0 +1,1 @@
+"""What each head is worth to a task, by every measure, and how far the measures agree."""

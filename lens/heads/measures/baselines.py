@@ -1,0 +1,124 @@
+"""What is put in place of a head: zero, a mean, another prompt's output, the corrupt prompt's, a constant."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lens.common.errors import LensError
+from lens.common.head_ids import HeadId
+from lens.heads.measures import optimal
+from lens.heads.measures.scores import BASELINES, Intervention
+from lens.models.loaded import LoadedModel
+from lens.passes.head_outputs import Source, read_heads
+from lens.tasks.task import Task
+
+
+class Baseline:
+    """Replacement of head outputs for the prompts of one task.
+
+    Means are taken once, over all prompts; what comes from single prompts is run when it is needed,
+    so memory is that of the prompts in one forward pass.
+
+    Args:
+        model, task: what is ablated, and on what.
+        name: one of `BASELINES`.
+        seed: of the draw of "resample", and of the halves and batches of "optimal".
+        steps: of the fit of "optimal"; None: 25.
+
+    Raises:
+        LensError: an unknown name, no corrupt prompts, nothing to draw from, no loss to fit to, or
+            steps where nothing is fitted.
+    """
+
+    def __init__(
+        self, model: LoadedModel, task: Task, name: str, seed: int, steps: int | None = None
+    ) -> None:
+        if name not in BASELINES:
+            raise LensError(f"unknown baseline {name!r}; known: {', '.join(BASELINES)}")
+        if steps is not None and name != "optimal":
+            raise LensError(f"steps belong to baseline='optimal', got the baseline {name!r}")
+        self._model = model
+        self.rows = torch.arange(task.n)  # the prompts that are scored
+        self._constants: optimal.Constants | None = None
+        self._fitted: dict[tuple[tuple[HeadId, ...], ...], list[Source]] = {}
+        self._latest: tuple[tuple[int, ...], Source] | None = None
+        self.intervention = Intervention(name, seed if name == "resample" else None)
+        self.donors: Tensor | None = None  # [prompts, tokens], whose outputs are put in
+        self._means: list[Tensor] = []
+        if name == "counterfactual":
+            self.donors = task.corrupt_or_refuse()
+        elif name == "resample":
+            self.donors = task.clean[_other_rows(task.n, seed)]
+        elif name in ("mean", "pooled_mean"):
+            if name == "mean" and task.n < 2:
+                raise LensError(
+                    "the mean over one prompt is that prompt, so nothing would change; take more "
+                    "prompts, or baseline='pooled_mean', the mean over positions too"
+                )
+            self._means = _means(model, task, keep_positions=name == "mean")
+        elif name == "optimal":
+            steps = optimal.STEPS if steps is None else steps
+            if steps < 1:
+                raise LensError(f"steps must be at least 1, got {steps}")
+            optimal.check_metric(task)
+            fitted_on, self.rows = optimal.split(task.n, seed)
+            self._constants = optimal.Constants(model, task, fitted_on, steps, seed)
+            self.intervention = Intervention(name, seed, tuple(fitted_on.tolist()), steps)
+
+    def groups_at_once(self, rows_at_once: int) -> int:
+        """How many groups run in one forward pass of at most `rows_at_once` rows."""
+        if self._constants is not None:
+            return self._constants.groups_at_once()
+        return max(1, rows_at_once // min(rows_at_once, len(self.rows)))
+
+    def sources(self, groups: Sequence[Sequence[HeadId]], rows: Tensor) -> list[Source]:
+        """What stands in for each group of heads on the prompts `rows`."""
+        if self._constants is not None:
+            key = tuple(map(tuple, groups))
+            if key not in self._fitted:
+                self._fitted[key] = self._constants.fit(groups)
+            return self._fitted[key]
+        key = tuple(rows.tolist())
+        if self._latest is None or self._latest[0] != key:
+            self._latest = (key, self.source(rows))
+        return [self._latest[1]] * len(groups)
+
+    def source(self, rows: Tensor) -> Source:
+        """What stands in for all heads on the prompts `rows`; an optimal constant has its own for each."""
+        if self.donors is not None:
+            outputs: list[Tensor] = []
+            read_heads(self._model, self.donors[rows], lambda _, output: outputs.append(output))
+            return lambda layer, _: outputs[layer]
+        if self._means:
+            return lambda layer, _: self._means[layer]
+        return lambda _, output: torch.zeros_like(output)
+
+
+def _means(model: LoadedModel, task: Task, *, keep_positions: bool) -> list[Tensor]:
+    """Mean z per layer, [1, heads, queries | 1, value_dim], over the prompts (and positions)."""
+    sums: dict[int, Tensor] = {}
+
+    def add(layer: int, output: Tensor) -> None:
+        total = output.double().sum(0, keepdim=True)
+        if not keep_positions:
+            total = total.mean(2, keepdim=True)
+        sums[layer] = sums[layer] + total if layer in sums else total
+
+    for rows in task.chunks(task.rows_at_once(model)):
+        read_heads(model, task.clean[rows], add)
+    return [sums[layer] / task.n for layer in sorted(sums)]
+
+
+def _other_rows(n: int, seed: int) -> Tensor:
+    """For each prompt the number of another one; every prompt is drawn once.
+
+    Raises:
+        LensError: there is no other prompt.
+    """
+    if n < 2:
+        raise LensError("resample needs at least two prompts to take another's output; got 1")
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    others = torch.empty_like(order)
+    others[order] = order.roll(1)  # one cycle through all: nobody draws itself
+    return others

@@ -1,0 +1,107 @@
+"""`GroupAblation`: several heads taken away together."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from lens.common.errors import LensError
+from lens.common.head_ids import HeadId
+from lens.common.results import few
+from lens.heads.measures.scores import HeadScores, Intervention
+from lens.stats.bootstrap import over_units
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class GroupAblation:
+    """What a group of heads is worth to a task, all replaced at once.
+
+    Sign as in `HeadScores`: positive = without them the task goes worse.
+
+    Attributes:
+        heads: of the group.
+        per_prompt: [prompt], loss of benefit of each prompt; float64.
+        clean: [prompt], the metric of the model as it is.
+        intervention: the full ablation configuration.
+        metric: of the task; sign: its sign, -1 where less is better.
+        task, model: their names.
+    """
+
+    heads: tuple[HeadId, ...]
+    per_prompt: np.ndarray
+    clean: np.ndarray
+    intervention: Intervention
+    metric: str
+    sign: int
+    task: str
+    model: str
+
+    @property
+    def n(self) -> int:
+        """Number of prompts."""
+        return len(self.per_prompt)
+
+    @property
+    def value(self) -> float:
+        """Mean over the prompts."""
+        return float(self.per_prompt.mean())
+
+    @property
+    def ablated(self) -> np.ndarray:
+        """[prompt], the metric without the heads."""
+        return self.clean - self.sign * self.per_prompt
+
+    def interval(self, *, seed: int = 0) -> tuple[float, float]:
+        """95 % bootstrap interval of `value` over prompts; NaN for a single prompt."""
+        low, high = over_units(self.per_prompt, np.ones(self.n), seed)
+        return float(low), float(high)
+
+    def interaction(self, single: HeadScores) -> float:
+        """`value` minus the sum of what the heads are worth alone.
+
+        Positive: alone they look less important than they are together, as heads that stand in for
+        each other do. Negative: they work one after the other, so that losing one is losing all.
+
+        Raises:
+            LensError: single heads measured in another way.
+        """
+        for name, mine, other in (
+            ("by", "ablation", single.by),
+            ("intervention", self.intervention, single.intervention),
+            ("metric", self.metric, single.metric),
+            ("task", self.task, single.task),
+            ("model", self.model, single.model),
+            ("clean", self.clean.tolist(), single.clean.tolist()),
+        ):
+            if mine != other:
+                raise LensError(
+                    f"the group and the single heads differ in {name}, so they cannot be compared; "
+                    "measure both on the same task, model and baseline"
+                )
+        return self.value - float(sum(single.values[head] for head in self.heads))
+
+    def finding(self, single: HeadScores, *, seed: int = 0) -> str:
+        """One sentence: whether single heads understate or overstate what the group is worth.
+
+        By the 95 % bootstrap interval of `interaction` over prompts. Errors as in `interaction`.
+        """
+        self.interaction(single)
+        alone = np.sum([single.per_prompt[head] for head in self.heads], axis=0)
+        low, high = (float(x) for x in over_units(self.per_prompt - alone, np.ones(self.n), seed))
+        if low > 0:
+            verdict = "single-head importance understates them: they stand in for each other"
+        elif high < 0:
+            verdict = "single-head importance counts them more than once: each needs the others"
+        else:
+            verdict = "single heads tell no more and no less than the group, as far as can be seen"
+        return (
+            f"Together {', '.join(map(str, self.heads))} are worth {self.value:.3g} ({self.metric}), "
+            f"alone {alone.mean():.3g} in sum (difference {low:.3g} to {high:.3g}); {verdict}."
+        )
+
+    def __repr__(self) -> str:
+        low, high = self.interval()
+        return (
+            f"GroupAblation({few(self.heads, joint='+')} by {self.intervention.baseline} on {self.task!r}, "
+            f"{self.model}: {self.metric} {self.clean.mean():.3g} -> {self.ablated.mean():.3g}, "
+            f"worth {self.value:.3g} [{low:.3g}, {high:.3g}], {self.n} prompts)"
+        )

@@ -1,0 +1,379 @@
+"""Importance of heads for a task: ablated for real, or estimated from one backward pass.
+
+A gradient sees what an infinitely small change would do. Where the model is saturated (a logic gate, a
+softmax near one key) or heads stand in for each other, that is not what an ablation does, so the two
+are worth comparing: `lens.heads.agreement`.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lens.common.errors import LensError
+from lens.common.head_ids import AnyHead, HeadId, head_id
+from lens.common.progress import advancing
+from lens.heads.measures.atp import atp_star, check_reads, granularity
+from lens.heads.measures.baselines import Baseline
+from lens.heads.measures.checkpoint import Checkpoint, configuration
+from lens.heads.measures.direct import direct_effects
+from lens.heads.measures.group import GroupAblation
+from lens.heads.measures.scores import BY, HeadScores
+from lens.models.loaded import LoadedModel
+from lens.passes.head_outputs import HeadGradient, edited_logits, with_gradients
+from lens.tasks.task import Task
+
+_DEFAULT_BASELINE = {
+    "ablation": "mean",
+    "gradient": "zero",
+    "atp*": "counterfactual",
+    "gate": "zero",
+    "attribution": "counterfactual",
+    "direct": "zero",
+}
+_DIRECT = "direct path from the head to the logits, last norm's size frozen"
+_ABSOLUTE = (None, "prompt", "token")
+
+
+def importance(
+    model: LoadedModel,
+    task: Task,
+    *,
+    by: str = "ablation",
+    baseline: str | None = None,
+    absolute: str | None = None,
+    reads: str = "qkv",
+    grad_drop: bool = False,
+    steps: int | None = None,
+    seed: int = 0,
+    checkpoint: str | Path | None = None,
+    progress: bool = True,
+) -> HeadScores:
+    """What each head is worth to a task; positive = ablating it makes the task worse.
+
+    With m the metric turned so that more is better, z the output of a head (before the output
+    projection) and b what is put in its place, the score of a prompt is
+
+        ablation      m(z) - m(b), one forward pass per head, many heads stacked in each
+        attribution   sum of dm/dz * (z - b), its first-order estimate (attribution patching)
+        gradient      sum of dm/dz * z, the estimate for zero: `dO . O` of the attention kernel's
+                      backward pass, so it runs at the length that the model runs at
+        atp*          the query, key and value of the head patched, each position alone, the softmax
+                      recomputed (`lens.heads.atp`); not the sum of dm/dz over z: where a softmax is
+                      saturated the slope by a query or key is 0 and this is not
+        gate          the gradient minus its mean over the heads of the layer: dm/dr of a
+                      mixture-of-head router with the gates `heads * softmax(r)` at r = 0, which is
+                      the dense model (Jin et al., MoH, 2024, arXiv 2410.11842)
+        direct        z W_O (W_U[correct] - W_U[wrong]) / size of the last norm: what the head writes
+                      straight into the logit difference (direct logit attribution)
+
+    Args:
+        model: as `lens.load` returns it.
+        task: prompts and metric; "accuracy" has no gradient.
+        by: "ablation", "attribution", "atp*", "gradient", "gate" or "direct".
+        baseline: "zero", "mean", "pooled_mean", "resample", "counterfactual" or, for ablation alone,
+            "optimal" (`Intervention`, `lens.heads.optimal`); None: "mean" for ablation,
+            "counterfactual" for attribution, "zero" for the others, which know no other.
+        absolute: of the gradient: "token" takes |dO . O| of each token before the sum, as Michel et
+            al.'s code does, "prompt" that of the sum, as they write it. Both lose the sign.
+        reads: of "atp*", which of query, key and value are patched, some of "qkv".
+        grad_drop: of "atp*", average absolute effects over passes with one layer's gradient blocked.
+        steps: of the fit of "optimal"; None: 25.
+        seed: of the draw of "resample", and of the halves and batches of "optimal".
+        checkpoint: a file (.npz) for numbers as they come; the same call goes on from it with the
+            same result. A file of another computation is refused.
+        progress: show a bar with the time left, on stderr, if that is a terminal.
+
+    Reference: Michel, Levy, Neubig, Are Sixteen Heads Really Better than One?, 2019, arXiv 1905.10650;
+        Syed, Rager, Conmy, Attribution Patching Outperforms Automated Circuit Discovery, 2023,
+        arXiv 2310.10348.
+
+    Raises:
+        LensError: an unknown `by`, `baseline` or `absolute`, ones that do not go together, a metric
+            without a gradient, or prompts that the model does not take.
+
+    Example:
+        >>> importance(model, lens.tasks.induction(model)).top(1)
+        [HeadId(layer=0, head=1)]
+    """
+    if by not in BY:
+        raise LensError(f"unknown by={by!r}; known: {', '.join(BY)}")
+    if absolute not in _ABSOLUTE:
+        raise LensError(f"absolute must be None, 'prompt' or 'token', got {absolute!r}")
+    if absolute is not None and by not in ("gradient", "atp*"):
+        raise LensError(f"absolute belongs to by='gradient' and 'atp*', got by={by!r}")
+    check_reads(reads)
+    if by != "atp*" and (reads != "qkv" or grad_drop):
+        raise LensError(f"reads and grad_drop belong to by='atp*', got by={by!r}")
+    if grad_drop and absolute == "prompt":
+        raise LensError(
+            "grad_drop takes absolute values of each position: absolute='token' or None"
+        )
+    absolute = "token" if grad_drop else absolute
+    name = _DEFAULT_BASELINE[by] if baseline is None else baseline
+    if by in ("gradient", "gate", "direct") and name != "zero":
+        raise LensError(
+            f"by={by!r} compares with zero alone, got the baseline {name!r}; "
+            "use by='attribution' for it"
+        )
+    if by == "atp*" and name not in ("counterfactual", "resample"):
+        raise LensError(
+            f"by='atp*' patches queries and keys of another prompt, got the baseline {name!r}; "
+            "use counterfactual or resample"
+        )
+    if by == "attribution" and name == "optimal":
+        raise LensError("an optimal constant is fitted to the real ablation; use by='ablation'")
+    if task.is_flat and by not in ("ablation", "direct"):
+        raise LensError(
+            f"the metric {task.metric!r} is at its best where the model is as it is, so that its gradient "
+            f"there is 0 and by={by!r} says nothing about the heads; use by='ablation'"
+        )
+    task.check(model)
+    kept = Checkpoint(
+        checkpoint,
+        {}
+        if checkpoint is None
+        else configuration(
+            model,
+            task,
+            by=by,
+            baseline=name,
+            absolute=absolute,
+            reads=reads,
+            grad_drop=grad_drop,
+            steps=steps,
+            seed=seed,
+        ),
+    )
+    replacement = Baseline(model, task, name, seed, steps)
+    if by == "ablation":
+        groups = [[head] for head in _all_heads(model)]
+        clean, drops = _drops(model, task, groups, replacement, progress, kept)
+    else:
+        if by == "direct":
+            compute = partial(direct_effects, model, task)
+        elif replacement.donors is not None and by == "atp*":
+            compute = partial(atp_star, model, task, replacement.donors, reads, absolute, grad_drop)
+        else:
+            compute = partial(_estimates, model, task, replacement, by, absolute)
+        clean, drops = _by_rows(model, task, compute, by, progress, kept)
+    intervention = replacement.intervention
+    if by == "direct":
+        intervention = replace(intervention, granularity=_DIRECT)
+    if by == "atp*":
+        intervention = replace(intervention, granularity=granularity(reads), grad_drop=grad_drop)
+    return HeadScores(
+        per_prompt=drops.reshape(model.info.layers, model.info.heads, -1),
+        clean=clean,
+        by=by,
+        intervention=intervention,
+        metric=task.metric,
+        sign=task.sign,
+        task=task.name,
+        model=model.name,
+        absolute=absolute,
+    )
+
+
+def ablate(
+    model: LoadedModel,
+    task: Task,
+    *,
+    heads: Sequence[AnyHead],
+    baseline: str = "mean",
+    seed: int = 0,
+    progress: bool = True,
+) -> GroupAblation:
+    """Replace several heads at once.
+
+    Heads that do the same work hide each other: each alone may be spared, all of them may not.
+    `GroupAblation.interaction` compares with single heads.
+
+    Args:
+        model, task, baseline, seed, progress: as in `importance`.
+        heads: `L1H0`, `"1.0"` or `(1, 0)` each.
+
+    Raises:
+        LensError: no heads, one named twice, one that the model has not, and as in `importance`.
+    """
+    return ablate_each(
+        model, task, groups=[heads], baseline=baseline, seed=seed, progress=progress
+    )[0]
+
+
+def ablate_each(
+    model: LoadedModel,
+    task: Task,
+    *,
+    groups: Sequence[Sequence[AnyHead]],
+    baseline: str = "mean",
+    seed: int = 0,
+    progress: bool = True,
+) -> list[GroupAblation]:
+    """`ablate` for many groups, with one pass for the clean metric and one for the means of them all."""
+    info = model.info
+    if one := next((one for one in groups if isinstance(one, str)), None):
+        raise LensError(f"heads must be a list such as ['L1H0'], got the string {one!r}")
+    named = [
+        [head_id(head, layers=info.layers, heads=info.heads) for head in one] for one in groups
+    ]
+    if not all(named):
+        raise LensError("no heads were given; name at least one, such as 'L1H0'")
+    if twice := sorted({str(head) for one in named for head in one if one.count(head) > 1}):
+        raise LensError(f"{', '.join(twice)} is named twice; name each head once")
+    task.check(model)
+    replacement = Baseline(model, task, baseline, seed)
+    clean, drops = _drops(model, task, named, replacement, progress, Checkpoint(None, {}))
+    return [
+        GroupAblation(
+            heads=tuple(one),
+            per_prompt=drop,
+            clean=clean,
+            intervention=replacement.intervention,
+            metric=task.metric,
+            sign=task.sign,
+            task=task.name,
+            model=model.name,
+        )
+        for one, drop in zip(named, drops, strict=True)
+    ]
+
+
+def _all_heads(model: LoadedModel) -> list[HeadId]:
+    info = model.info
+    return [HeadId(layer, head) for layer in range(info.layers) for head in range(info.heads)]
+
+
+def _drops(
+    model: LoadedModel,
+    task: Task,
+    groups: list[list[HeadId]],
+    replacement: Baseline,
+    progress: bool,
+    checkpoint: Checkpoint,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Metric [prompts] of the model as it is, and loss of benefit [groups, prompts] by each group."""
+    capacity = task.rows_at_once(model)
+    stack = replacement.groups_at_once(capacity)
+    scored = replacement.rows
+    clean = np.empty(len(scored))
+    ablated = np.empty((len(groups), len(scored)))
+    zero = Baseline(model, task, "zero", 0)
+    with _advancing(model, "ablations", len(groups) * len(scored), progress, checkpoint) as advance:
+        for at in torch.arange(len(scored)).split(max(1, capacity // stack)):
+            rows, where = scored[at], at.numpy()
+
+            def measured(
+                chosen: list[list[HeadId]], by: Baseline = replacement, rows: Tensor = rows
+            ) -> np.ndarray:
+                sources = by.sources(chosen, rows)
+                logits = edited_logits(model, task.clean[rows], chosen, sources)
+                return np.stack([_measured(task, one, rows) for one in logits])
+
+            name = f"prompts from {int(at[0])}"
+            clean[where] = checkpoint.remember(name, lambda of=measured: of([[]], zero)[0])
+            for start in range(0, len(groups), stack):
+                some = groups[start : start + stack]
+                ablated[start : start + stack, where] = checkpoint.remember(
+                    f"{name}, groups from {start}", lambda of=measured, some=some: of(some)
+                )
+                advance(len(some) * len(rows))
+    return clean, task.sign * (clean - ablated)
+
+
+def _measured(task: Task, logits: Tensor, rows: Tensor) -> np.ndarray:
+    return task.measure(logits, rows).double().cpu().numpy()
+
+
+def _by_rows(
+    model: LoadedModel,
+    task: Task,
+    compute: Callable[[Tensor], tuple[np.ndarray, np.ndarray]],
+    title: str,
+    progress: bool,
+    checkpoint: Checkpoint,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Metric [prompts] and scores [layers, heads, prompts], some prompts at a time."""
+    clean, scores = [], []
+    with _advancing(model, title, task.n, progress, checkpoint) as advance:
+        for rows in task.chunks(task.rows_at_once(model)):
+            found: list[tuple[np.ndarray, np.ndarray]] = []
+
+            def both(
+                rows: Tensor = rows, found: list[tuple[np.ndarray, np.ndarray]] = found
+            ) -> tuple[np.ndarray, np.ndarray]:
+                if not found:
+                    found.append(compute(rows))
+                return found[0]
+
+            name = f"prompts from {int(rows[0])}"
+            clean.append(checkpoint.remember(name, lambda both=both: both()[0]))
+            scores.append(checkpoint.remember(f"{name}, heads", lambda both=both: both()[1]))
+            advance(len(rows))
+    return np.concatenate(clean), np.concatenate(scores, axis=-1)
+
+
+@contextmanager
+def _advancing(
+    model: LoadedModel, what: str, total: int, progress: bool, checkpoint: Checkpoint
+) -> Iterator[Callable[[int], None]]:
+    """A progress bar; at its end, by an exception perhaps, the checkpoint is written."""
+    try:
+        with advancing(f"{model.name}: {what}", total, progress) as advance:
+            yield advance
+    finally:
+        checkpoint.write()
+
+
+def _estimates(
+    model: LoadedModel,
+    task: Task,
+    replacement: Baseline,
+    by: str,
+    absolute: str | None,
+    rows: Tensor,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Metric [rows], and first-order estimates [layers, heads, rows]."""
+    clean, benefit = differentiable_benefit(task, rows)
+    gradients = with_gradients(model, task.clean[rows], benefit)
+    source = replacement.source(rows) if by == "attribution" else None
+    found = []
+    for layer, gradient in enumerate(gradients):
+        if source is None:
+            scores = _michel(gradient, absolute)
+        else:
+            change = gradient.output - source(layer, gradient.output)
+            scores = (gradient.slope * change).double().sum((2, 3))  # [rows, heads]
+        found.append(scores.T.cpu().numpy())
+    found = np.stack(found)
+    if by == "gate":
+        found = found - found.mean(1, keepdims=True)
+    return clean[0], found
+
+
+def differentiable_benefit(
+    task: Task, rows: Tensor
+) -> tuple[list[np.ndarray], Callable[[Tensor], Tensor]]:
+    """A list that will hold the metric [rows], and the function of the logits that puts it there."""
+    clean: list[np.ndarray] = []
+
+    def benefit(logits: Tensor) -> Tensor:
+        values = task.measure(logits, rows)
+        clean.append(values.detach().double().cpu().numpy())
+        return task.sign * values
+
+    return clean, benefit
+
+
+def _michel(gradient: HeadGradient, absolute: str | None) -> Tensor:
+    """[rows, heads] sum of dO . O over the tokens."""
+    per_token = gradient.attribution.double()
+    if absolute == "token":
+        per_token = per_token.abs()
+    total = per_token.sum(2)
+    return total.abs() if absolute == "prompt" else total

@@ -1,0 +1,165 @@
+"""`HeadScores`: what each head is worth to a task, with the configuration that says what was done."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from lens.common.errors import LensError
+from lens.common.head_ids import HeadId
+from lens.common.results import Result
+from lens.stats.bootstrap import over_units
+
+BY = ("ablation", "gradient", "attribution", "atp*", "gate", "direct")
+BASELINES = ("zero", "mean", "pooled_mean", "resample", "counterfactual", "optimal")
+
+
+@dataclass(frozen=True)
+class Intervention:
+    """What is put in place of a head, in the terms in which such numbers are compared.
+
+    Attributes:
+        baseline: "zero"; "mean" over the prompts (its own included) at each position; "pooled_mean"
+            over prompts and positions together; "resample", another prompt's output drawn by
+            `seed`; "counterfactual", that of the corrupt prompt; "optimal", the constant (one for all
+            positions) with which the metric stays best.
+        seed: of the draw, None where nothing is drawn.
+        fitted_on: numbers of the prompts that the optimal constant was fitted to; the others, in
+            their order, are the scored ones. None where nothing is fitted and all are scored.
+        steps: of that fit.
+        grad_drop: whether the gradient of one layer after another was blocked (AtP*).
+        granularity: "head output before the output projection"; of direct logit attribution, only
+            the path from there to the logits.
+        positions: always "all".
+        direction: always "noising": clean run, baseline put in.
+        ablated: always "the named heads"; the rest of the model runs on.
+        aggregation: always "mean over prompts of the difference".
+    """
+
+    baseline: str
+    seed: int | None = None
+    fitted_on: tuple[int, ...] | None = None
+    steps: int | None = None
+    grad_drop: bool = False
+    granularity: str = "head output before the output projection"
+    positions: str = "all"
+    direction: str = "noising"
+    ablated: str = "the named heads"
+    aggregation: str = "mean over prompts of the difference"
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class HeadScores(Result):
+    """Importance of every head for a task.
+
+    Sign: positive = ablating the head makes the task worse, in units of the metric, whichever way
+    the metric points. With `absolute` the sign is gone, and only the order of size is left.
+
+    Attributes:
+        per_prompt: [layer, head, prompt], the score of each prompt; float64.
+        clean: [prompt], the metric of the model as it is.
+        by: "ablation" (measured), "gradient" or "attribution" (first-order estimates of it), "direct"
+            (what the head writes straight into the logits).
+        intervention: the full ablation configuration.
+        absolute: None, "prompt" or "token": where absolute values were taken (Michel et al.).
+        metric: of the task; sign: its sign, -1 where less is better.
+        task, model: their names.
+    """
+
+    per_prompt: np.ndarray
+    clean: np.ndarray
+    by: str
+    intervention: Intervention
+    metric: str
+    sign: int
+    task: str
+    model: str
+    absolute: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.per_prompt.ndim != 3 or self.per_prompt.shape[2] != len(self.clean):
+            raise LensError(
+                f"per_prompt must be [layer, head, prompt] with {len(self.clean)} prompts, got the "
+                f"shape {list(self.per_prompt.shape)}"
+            )
+
+    @property
+    def n(self) -> int:
+        """Number of prompts."""
+        return self.per_prompt.shape[2]
+
+    @property
+    def values(self) -> np.ndarray:
+        """[layer, head] mean over the prompts."""
+        return self.per_prompt.mean(-1)
+
+    @property
+    def stderr(self) -> np.ndarray:
+        """[layer, head] standard error of `values` over prompts; NaN for a single prompt."""
+        if self.n < 2:
+            return np.full(self.per_prompt.shape[:2], np.nan)
+        return self.per_prompt.std(-1, ddof=1) / np.sqrt(self.n)
+
+    @property
+    def label(self) -> str:
+        """How it was measured, for axes and tables: `ablation (mean)`, `gradient (absolute per token)`."""
+        if self.by == "gradient":
+            return (
+                "gradient" if self.absolute is None else f"gradient (absolute per {self.absolute})"
+            )
+        return (
+            self.by
+            if self.by in ("direct", "gate")
+            else f"{self.by} ({self.intervention.baseline})"
+        )
+
+    @property
+    def names(self) -> list[str]:
+        """`L0H0`, `L0H1`, ... in the order of `values.ravel()`."""
+        layers, heads = self.per_prompt.shape[:2]
+        return [str(HeadId(layer, head)) for layer in range(layers) for head in range(heads)]
+
+    def table(self, *, seed: int = 0) -> pd.DataFrame:
+        """One row per head, most important first.
+
+        Columns: `head`, `layer`, `number`, `value`, `stderr`, `low`, `high` (95 % bootstrap interval
+        over prompts, draws by `seed`; NaN for one prompt), `n`.
+        """
+        layers, heads = self.per_prompt.shape[:2]
+        units = np.moveaxis(self.per_prompt, -1, 0)
+        low, high = over_units(units, np.ones_like(units), seed)
+        columns = {
+            "head": self.names,
+            "layer": np.repeat(np.arange(layers), heads),
+            "number": np.tile(np.arange(heads), layers),
+            "value": self.values.ravel(),
+            "stderr": self.stderr.ravel(),
+            "low": low.ravel(),
+            "high": high.ravel(),
+            "n": self.n,
+        }
+        rows = pd.DataFrame(columns)
+        return rows.sort_values("value", ascending=False, kind="stable", ignore_index=True)
+
+    def top(self, count: int = 10) -> list[HeadId]:
+        """The most important heads, first the most important one.
+
+        Raises:
+            LensError: not a number of heads that the model has.
+        """
+        total = self.values.size
+        if not 1 <= count <= total:
+            raise LensError(f"top takes 1 to {total} heads of {self.model}, got {count}")
+        order = np.argsort(-self.values.ravel(), kind="stable")[:count]
+        return [HeadId(*divmod(int(index), self.per_prompt.shape[1])) for index in order]
+
+    def __repr__(self) -> str:
+        values = self.values
+        shown = ", ".join(f"{head} {values[head]:.3g}" for head in self.top(min(3, values.size)))
+        layers, heads = values.shape
+        return (
+            f"HeadScores({self.label} on {self.task!r}, {self.model}: {layers} × {heads} heads, "
+            f"{self.n} prompts, {self.metric} {self.clean.mean():.3g} clean; top {shown})"
+        )

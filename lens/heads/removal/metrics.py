@@ -1,0 +1,275 @@
+"""What the outputs of a classifier lose when one head is pruned, by six metrics (images, texts, next tokens).
+
+With p the distribution of the whole model, q that without the head, y the label and e the vector that
+the classifier reads ([CLS] of a vision transformer):
+
+    accuracy      [argmax p = y] - [argmax q = y]
+    probability   p_y - q_y
+    loss          log p_y - log q_y, nats
+    js            Jensen-Shannon divergence of p and q, nats, at most log 2
+    cosine        1 - cos(e, e')
+    distance      |e - e'|
+
+Positive = the head was needed (the first three) or does something (the others, which take no label).
+Spec after Li et al., How Does Attention Work in Vision Transformers?, 2023, arXiv 2303.13731.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from lens.common.errors import LensError
+from lens.common.head_ids import HeadId
+from lens.common.results import Result
+from lens.heads.measures.agreements import kendall_tau
+from lens.heads.removal.distances import jensen_shannon
+from lens.models.loaded import LoadedModel
+from lens.passes.head_outputs import Source, edited_outputs
+from lens.passes.sessions import transformer
+from lens.stats.bootstrap import over_units
+from lens.tasks.task import Task
+
+METRICS = ("accuracy", "probability", "loss", "js", "cosine", "distance")
+_ROWS = 512  # examples, copies included, in one forward pass
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class PruningMetrics(Result):
+    """What each head is worth to the outputs, by each metric.
+
+    Attributes:
+        per_example: metric -> [layer, head, example], float64; sign and units as in the module.
+        labels: [example], class of each, or None where examples have several answers (a task), whose
+            mean is taken.
+        accuracy: of the whole model.
+        baseline: "zero" or "mean", what was put in place of the head's output.
+        model: its name.
+    """
+
+    per_example: Mapping[str, np.ndarray]
+    labels: np.ndarray | None
+    accuracy: float
+    baseline: str
+    model: str
+
+    @property
+    def n(self) -> int:
+        """Number of examples."""
+        return self.per_example["loss"].shape[-1]
+
+    def values(self, metric: str) -> np.ndarray:
+        """[layer, head] mean over the examples.
+
+        Raises:
+            LensError: an unknown metric.
+        """
+        return self._of(metric).mean(-1)
+
+    def table(self, *, seed: int = 0) -> pd.DataFrame:
+        """One row per head and metric: `head`, `layer`, `number`, `metric`, `value`, `low`, `high`
+        (95 % bootstrap interval over examples) and `n`."""
+        rows = []
+        for metric, values in self.per_example.items():
+            units = np.moveaxis(values, -1, 0)
+            low, high = over_units(units, np.ones_like(units), seed)
+            for layer, number in np.ndindex(values.shape[:2]):
+                at = (layer, number)
+                mean = values[at].mean()
+                rows.append(
+                    (str(HeadId(*at)), layer, number, metric, mean, low[at], high[at], self.n)
+                )
+        columns = ["head", "layer", "number", "metric", "value", "low", "high", "n"]
+        return pd.DataFrame(rows, columns=columns)
+
+    def by_class(self, metric: str) -> dict[int, np.ndarray]:
+        """[layer, head] mean over the examples of each class.
+
+        Raises:
+            LensError: an unknown metric, or examples without one class each.
+        """
+        values = self._of(metric)
+        if self.labels is None:
+            raise LensError("these examples have several answers each, so there are no classes")
+        return {
+            int(label): values[..., self.labels == label].mean(-1)
+            for label in np.unique(self.labels)
+        }
+
+    def agreement(self) -> pd.DataFrame:
+        """Kendall's tau-b over the heads of each pair of metrics: `first`, `second`, `tau`."""
+        rows = [
+            (a, b, kendall_tau(self.values(a).ravel(), self.values(b).ravel()))
+            for a, b in combinations(self.per_example, 2)
+        ]
+        return pd.DataFrame(rows, columns=["first", "second", "tau"])
+
+    def _of(self, metric: str) -> np.ndarray:
+        if metric not in self.per_example:
+            raise LensError(f"unknown metric {metric!r}; known: {', '.join(METRICS)}")
+        return self.per_example[metric]
+
+    def __repr__(self) -> str:
+        drop = self.values("probability")
+        layer, number = np.unravel_index(drop.argmax(), drop.shape)
+        return (
+            f"PruningMetrics({self.baseline} on {self.n} examples, {self.model}: accuracy "
+            f"{self.accuracy:.3g}; probability falls most by L{layer}H{number}, {drop.max():.3g})"
+        )
+
+
+def pruning_metrics(
+    model: LoadedModel,
+    inputs: Mapping[str, Tensor] | Task,
+    labels: Any = None,
+    *,
+    baseline: str = "zero",
+) -> PruningMetrics:
+    """Prune each head alone and compare the outputs with those of the whole model.
+
+    Args:
+        model: a classifier of images or texts, or, with a task, a language model.
+        inputs: what the model takes, tensors [examples, ...] such as `pixel_values` or `input_ids`;
+            or a task, whose answers are the labels of the next-token distributions.
+        labels: [examples] classes; a task has its own.
+        baseline: "zero", or "mean", the head's mean over the examples at each position.
+
+    Raises:
+        LensError: labels that do not fit, an unknown baseline, or a model whose outputs cannot be read.
+    """
+    if baseline not in ("zero", "mean"):
+        raise LensError(f"baseline must be 'zero' or 'mean', got {baseline!r}")
+    capacity = min(_ROWS, inputs.rows_at_once(model)) if isinstance(inputs, Task) else _ROWS
+    inputs, positions, correct = _examples(model, inputs, labels)
+    info, n = model.info, len(correct)
+    heads = [HeadId(layer, head) for layer in range(info.layers) for head in range(info.heads)]
+    sums: dict[int, Tensor] = {}
+
+    def keep(layer: int, z: Tensor) -> Tensor:
+        sums[layer] = sums.get(layer, 0) + z.double().sum(0, keepdim=True)
+        return z
+
+    def instead(layer: int, z: Tensor) -> Tensor:
+        return torch.zeros_like(z[:1]) if baseline == "zero" else sums[layer] / n
+
+    (whole,) = _outputs(model, inputs, positions, [heads], keep, capacity)
+    found = {metric: np.empty((info.layers, info.heads, n)) for metric in METRICS}
+    stack = max(1, capacity // n)
+    for start in range(0, len(heads), stack):
+        some = heads[start : start + stack]
+        pruned = _outputs(model, inputs, positions, [[head] for head in some], instead, capacity)
+        for head, outputs in zip(some, pruned, strict=True):
+            for metric, values in _compared(whole, outputs, correct).items():
+                found[metric][head] = values.mean(1).numpy()
+    right = (whole.log_probabilities.argmax(-1) == correct).double().mean()
+    classes = correct[:, 0].numpy() if positions is None else None
+    return PruningMetrics(found, classes, float(right), baseline, model.name)
+
+
+class _Outputs(NamedTuple):
+    """Of one model: [examples, answers, ...], float64."""
+
+    log_probabilities: Tensor
+    embeddings: Tensor
+
+
+def _examples(
+    model: LoadedModel, inputs: Mapping[str, Tensor] | Task, labels: Any
+) -> tuple[Mapping[str, Tensor], Tensor | None, Tensor]:
+    """What the model takes, positions of the answers or None, and labels [examples, answers]."""
+    if isinstance(inputs, Task):
+        if labels is not None:
+            raise LensError("a task has its own answers; leave out the labels")
+        inputs.check(model)
+        return {"input_ids": inputs.clean}, inputs.positions, inputs.correct
+    lengths = {len(tensor) for tensor in inputs.values()}
+    correct = torch.as_tensor([] if labels is None else labels)
+    if len(lengths) != 1 or correct.dim() != 1 or lengths != {len(correct)}:
+        raise LensError(
+            f"labels must be one class for each example; got {list(correct.shape)} for "
+            f"{', '.join(map(str, sorted(lengths))) or 'no'} examples"
+        )
+    if not len(correct):
+        raise LensError("no examples were given; pass at least one with its label")
+    return inputs, None, correct[:, None]
+
+
+def _outputs(
+    model: LoadedModel,
+    inputs: Mapping[str, Tensor],
+    positions: Tensor | None,
+    groups: list[list[HeadId]],
+    source: Source,
+    capacity: int,
+) -> list[_Outputs]:
+    """What the model gives with each group replaced."""
+    parts: list[tuple[Tensor, Tensor]] = []
+    n = len(next(iter(inputs.values())))
+    for rows in torch.arange(n).split(max(1, capacity // len(groups))):
+        read: list[Tensor] = []
+
+        def keep(_: nn.Module, given: tuple[Tensor, ...], to: list[Tensor] = read) -> None:
+            to.append(given[0])
+
+        hook = _classifier(model).register_forward_pre_hook(keep)
+        some = {name: tensor[rows] for name, tensor in inputs.items()}
+        try:
+            result = edited_outputs(model, some, groups, [source] * len(groups))
+        finally:
+            hook.remove()
+        at = None if positions is None else positions[rows]
+        shape = (len(groups), len(rows))
+        parts.append((_read(result.logits, shape, at), _read(read[0], shape, at)))
+    logits, embeddings = (torch.cat(part, 1) for part in zip(*parts, strict=True))
+    return [_Outputs(*both) for both in zip(logits.log_softmax(-1), embeddings, strict=True)]
+
+
+def _read(values: Tensor, shape: tuple[int, int], positions: Tensor | None) -> Tensor:
+    """[groups, rows, answers, ...], float64 on the CPU."""
+    values = values.double().cpu().unflatten(0, shape)
+    if positions is None:
+        if values.dim() != 3:
+            raise LensError(
+                "the model gives an output for each token, not one for each example; pass a task"
+            )
+        return values[:, :, None]
+    return values[:, torch.arange(shape[1])[:, None], positions]
+
+
+def _classifier(model: LoadedModel) -> nn.Module:
+    """The module that makes logits."""
+    root: Any = transformer(model)
+    for module in (
+        root.get_output_embeddings(),
+        getattr(root, "classifier", None),
+        getattr(root, "score", None),
+    ):
+        if isinstance(module, nn.Module):
+            return module
+    raise LensError(
+        f"{model.info.class_name} has no classifier or unembedding, so there are no outputs to "
+        "compare; load a model with its head"
+    )
+
+
+def _compared(whole: _Outputs, pruned: _Outputs, correct: Tensor) -> dict[str, Tensor]:
+    """metric -> [examples, answers]."""
+    p, q = whole.log_probabilities, pruned.log_probabilities
+    p_right, q_right = (x.gather(-1, correct[..., None])[..., 0] for x in (p, q))
+    e, f = whole.embeddings, pruned.embeddings
+    cosine = torch.cosine_similarity(e, f, dim=-1)
+    return {
+        "accuracy": (p.argmax(-1) == correct).double() - (q.argmax(-1) == correct).double(),
+        "probability": p_right.exp() - q_right.exp(),
+        "loss": p_right - q_right,
+        "js": jensen_shannon(p, q),
+        "cosine": (1 - cosine).masked_fill((e == f).all(-1), 0),
+        "distance": (e - f).norm(dim=-1),
+    }

@@ -1,0 +1,129 @@
+"""Results of `lens.heads.sublayers`: what each sub-layer is worth, how many can go, how far a layer moves the stream."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from lens.common.results import Result
+from lens.stats.bootstrap import over_units
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class SkipSweep(Result):
+    """Each sub-layer left out alone: two numbers of each prompt.
+
+    Attributes:
+        names: `L0.attention`, `L0.mlp`, ...
+        drops: [sub-layer, prompt], positive = the task goes worse without it, in units of the metric.
+        distances: [sub-layer, prompt] between the outputs with it and without it (`lens.heads.sublayers.distances`).
+        clean: [prompt], the metric of the whole model.
+        distance, metric, task, model: names.
+    """
+
+    names: tuple[str, ...]
+    drops: np.ndarray
+    distances: np.ndarray
+    clean: np.ndarray
+    distance: str
+    metric: str
+    task: str
+    model: str
+
+    def table(self, *, seed: int = 0) -> pd.DataFrame:
+        """One row per sub-layer, in order: `name`, `drop`, `drop_low`, `drop_high`, `distance`,
+        `distance_low`, `distance_high` (95 % bootstrap intervals over prompts) and `n`."""
+        columns: dict[str, object] = {"name": list(self.names)}
+        for name, values in (("drop", self.drops), ("distance", self.distances)):
+            low, high = over_units(values.T, np.ones_like(values.T), seed)
+            columns |= {name: values.mean(1), f"{name}_low": low, f"{name}_high": high}
+        return pd.DataFrame({**columns, "n": len(self.clean)})
+
+    def __repr__(self) -> str:
+        drops = self.drops.mean(1)
+        most, least = int(drops.argmax()), int(drops.argmin())
+        return (
+            f"SkipSweep({self.task!r}, {self.model}: {len(self.names)} sub-layers, "
+            f"{len(self.clean)} prompts; {self.metric} {self.clean.mean():.3g}, worth most "
+            f"{self.names[most]} {drops[most]:.3g}, least {self.names[least]} {drops[least]:.3g})"
+        )
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class GreedyRemoval(Result):
+    """Sub-layers taken out one after the other, each time the one that is missed least.
+
+    Attributes:
+        order: names, first the one taken out first.
+        distances: [step, prompt] from the whole model after each step.
+        losses: [step + 1, prompt] the task's metric, that of the whole model first.
+        sublayers: how many the model has.
+        distance, metric, task, model: names.
+    """
+
+    order: tuple[str, ...]
+    distances: np.ndarray
+    losses: np.ndarray
+    sublayers: int
+    distance: str
+    metric: str
+    task: str
+    model: str
+
+    def table(self, *, seed: int = 0) -> pd.DataFrame:
+        """One row per step: `removed` (how many), `name` (the last, "" at first), `metric`, `low`,
+        `high` (95 % bootstrap interval over prompts), `distance` and `n`."""
+        low, high = over_units(self.losses.T, np.ones_like(self.losses.T), seed)
+        return pd.DataFrame(
+            {
+                "removed": np.arange(len(self.losses)),
+                "name": ["", *self.order],
+                "metric": self.losses.mean(1),
+                "low": low,
+                "high": high,
+                "distance": [0.0, *self.distances.mean(1)],
+                "n": self.losses.shape[1],
+            }
+        )
+
+    def __repr__(self) -> str:
+        shown = ", ".join(self.order[:4]) + (", ..." if len(self.order) > 4 else "")
+        return (
+            f"GreedyRemoval({self.distance} on {self.task!r}, {self.model}: {shown}; {self.metric} "
+            f"{self.losses[0].mean():.3g} -> {self.losses[-1].mean():.3g} without "
+            f"{len(self.order)} of {self.sublayers} sub-layers)"
+        )
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class BlockInfluence(Result):
+    """How much each layer turns the residual stream.
+
+    Attributes:
+        per_prompt: [layer, prompt], mean over positions of `1 - cos(stream before, stream after)`.
+        task, model: names.
+    """
+
+    per_prompt: np.ndarray
+    task: str
+    model: str
+
+    def table(self, *, seed: int = 0) -> pd.DataFrame:
+        """One row per layer: `layer`, `influence`, `low`, `high` (95 % bootstrap over prompts), `n`."""
+        low, high = over_units(self.per_prompt.T, np.ones_like(self.per_prompt.T), seed)
+        layers, n = self.per_prompt.shape
+        return pd.DataFrame(
+            {
+                "layer": np.arange(layers),
+                "influence": self.per_prompt.mean(1),
+                "low": low,
+                "high": high,
+                "n": n,
+            }
+        )
+
+    def __repr__(self) -> str:
+        shown = ", ".join(f"L{at} {value:.3g}" for at, value in enumerate(self.per_prompt.mean(1)))
+        return f"BlockInfluence({self.task!r}, {self.model}: {shown})"

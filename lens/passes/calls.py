@@ -1,0 +1,64 @@
+"""One call of an attention layer: what the model handed to it, and its attention."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from lens_kernels import AttentionResult, attention
+
+from lens.common.errors import LensError
+from lens.passes.masks import MaskStructure
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """One call of an attention layer: what the model handed to it.
+
+    Attributes:
+        query: [batch, heads, queries, head_dim], after rotary position embedding.
+        key, value: [batch, kv_heads, keys, head_dim].
+        mask: which keys each query sees.
+        scale, softcap: of the logits.
+        sink_logits: [heads], learned sinks, or None.
+        position_bias: added to the logits, broadcastable to [batch, heads, queries, keys], or None.
+        tokens: [batch, keys], token ids of the keys, or None where there are none.
+        layer: attention layer, from 0.
+        step: forward pass of the session, from 0; generation has one for the prompt and one per token.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    mask: MaskStructure
+    scale: float
+    softcap: float | None = None
+    sink_logits: torch.Tensor | None = None
+    position_bias: torch.Tensor | None = None
+    tokens: torch.Tensor | None = None
+    layer: int = 0
+    step: int = 0
+
+
+def kernel_options(call: LayerCall) -> dict[str, Any]:
+    """Mask, scale, softcap and learned sinks of a call, as `lens_kernels` takes them."""
+    mask = call.mask.for_kernel(call.query.shape[2])
+    if call.position_bias is not None:
+        mask = replace(mask, bias=call.position_bias)
+    return {
+        "mask": mask,
+        "scale": call.scale,
+        "softcap": call.softcap,
+        "sink_logits": call.sink_logits,
+    }
+
+
+def attend(call: LayerCall, **asked: Any) -> AttentionResult:
+    """The attention of a call; `asked` is what `lens_kernels.attention` takes beside or instead.
+
+    Raises:
+        LensError: a backend that does not exist, or cannot do it.
+    """
+    try:
+        return attention(call.query, call.key, call.value, **{**kernel_options(call), **asked})
+    except (TypeError, ValueError) as error:  # a backend that does not exist, or cannot do it
+        raise LensError(str(error)) from error

@@ -1,0 +1,266 @@
+"""Head outputs read, replaced and differentiated while the model runs.
+
+The output `z = P v` of each head, before the output projection, is where all of this happens: inside
+the attention function that capture registers, so it works for every model that can be captured. N×N
+is never built.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from lens_kernels import AttentionResult
+from torch import Tensor, nn
+
+from lens.common.errors import LensError
+from lens.common.head_ids import HeadId
+from lens.models.loaded import LoadedModel
+from lens.passes.calls import LayerCall, attend
+from lens.passes.logits import logits_of
+from lens.passes.sessions import listening
+
+Source = Callable[[int, Tensor], Tensor]
+"""(layer, z [rows, heads, queries, value_dim]) -> what to put in place of z, broadcastable to it."""
+
+
+@dataclass(frozen=True, eq=False)
+class HeadGradient:
+    """Heads of one layer and the gradient of a number with respect to them.
+
+    Attributes:
+        output: z [rows, heads, queries, value_dim].
+        slope: of the same shape, the derivative by z.
+        attribution: [rows, heads, queries], `sum of slope * z` as the kernel's backward pass gives it.
+        call: what the layer computed z from, without its graph.
+    """
+
+    output: Tensor
+    slope: Tensor
+    attribution: Tensor
+    call: LayerCall
+
+
+def read_calls(model: LoadedModel, ids: Tensor) -> list[LayerCall]:
+    """What each attention layer is given on token ids [rows, tokens]; errors as in `read_heads`."""
+    caller = _Caller()
+    with torch.no_grad():
+        _run(model, ids, caller)
+    return caller.calls
+
+
+def read_heads(model: LoadedModel, ids: Tensor, keep: Callable[[int, Tensor], None]) -> Tensor:
+    """Logits of token ids [rows, tokens]; z [rows, heads, queries, value_dim] of each layer goes to `keep`.
+
+    Raises:
+        LensError: as `lens.capture`, or layers that are not those of `model.info`.
+    """
+    with torch.no_grad():
+        return _run(model, ids, _Reader(keep))
+
+
+def edited_logits(
+    model: LoadedModel,
+    ids: Tensor,
+    groups: Sequence[Sequence[HeadId]],
+    sources: Sequence[Source],
+    *,
+    differentiable: bool = False,
+) -> Tensor:
+    """Logits [groups, rows, tokens, vocab] with the heads of each group replaced, in one forward pass.
+
+    Args:
+        model: as `lens.load` returns it.
+        ids: [rows, tokens].
+        groups: heads that are replaced together; each group runs on a copy of the rows.
+        sources: of each group, what to put in their place; it sees z of the rows of that group.
+        differentiable: keep the graph from what the sources return to the logits.
+
+    Raises:
+        LensError: as in `read_heads`.
+    """
+    with torch.set_grad_enabled(differentiable):
+        logits = _run(model, ids.repeat(len(groups), 1), _Editor(groups, sources))
+    return logits.unflatten(0, (len(groups), len(ids)))
+
+
+def edited_outputs(
+    model: LoadedModel,
+    inputs: Mapping[str, Tensor],
+    groups: Sequence[Sequence[HeadId]],
+    sources: Sequence[Source],
+) -> Any:
+    """What the model returns, [groups * rows, ...], as in `edited_logits`, for any inputs [rows, ...]."""
+    copies = {
+        name: tensor.to(model.device).repeat(len(groups), *[1] * (tensor.dim() - 1))
+        for name, tensor in inputs.items()
+    }
+    with torch.no_grad():
+        return _run(model, copies, _Editor(groups, sources), lambda _, given: model.model(**given))
+
+
+def with_gradients(
+    model: LoadedModel,
+    ids: Tensor,
+    objective: Callable[[Tensor], Tensor],
+    *,
+    blocked: Sequence[nn.Module] = (),
+) -> list[HeadGradient]:
+    """Head outputs of every layer with the gradient of a number that depends on the logits.
+
+    Args:
+        model: as `lens.load` returns it.
+        ids: [rows, tokens].
+        objective: logits [rows, tokens, vocab] -> [rows]; their sum is differentiated.
+        blocked: sub-layers whose outputs no gradient passes (GradDrop).
+
+    Raises:
+        LensError: as in `read_heads`, or a number that has no gradient here.
+    """
+    differentiated = _Differentiated()
+    with torch.enable_grad(), _blocking(blocked):
+        logits = _run(model, ids, differentiated)
+        values = objective(logits)
+        if not values.requires_grad:
+            raise LensError("the metric has no gradient; use 'loss' or 'logit_difference'")
+        (slope,) = torch.autograd.grad(values.sum(), logits, retain_graph=True)
+        if slope.norm() < _FLAT:
+            raise LensError(
+                f"the metric is flat here (its gradient at the logits has the norm {slope.norm():.1e}),"
+                " so a gradient says nothing about its heads; use by='ablation'"
+            )
+        results = differentiated.results
+        targets = [*differentiated.starts, *(result.output for result in results)]
+        found = torch.autograd.grad(values.sum(), targets, allow_unused=True)
+    gradients = []
+    for result, slope, call in zip(
+        results, found[len(differentiated.starts) :], differentiated.calls, strict=True
+    ):
+        z = result.output.detach()
+        slope = torch.zeros_like(z) if slope is None else slope
+        # behind a blocked layer the kernel's backward pass has nothing to pass on and does not run
+        per_token = (slope * z).sum(-1) if blocked else result.statistics.row_attribution
+        gradients.append(HeadGradient(z, slope, per_token, call))
+    return gradients
+
+
+@contextmanager
+def _blocking(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """No gradient passes what these modules return."""
+
+    def cut(_: nn.Module, __: Any, output: Any) -> Any:
+        if isinstance(output, tuple):
+            return (output[0].detach(), *output[1:])
+        return output.detach()
+
+    handles = [module.register_forward_hook(cut) for module in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+_FLAT = 1e-8
+
+
+class _Reader:
+    """Hands every head output over and keeps nothing."""
+
+    def __init__(self, keep: Callable[[int, Tensor], None]) -> None:
+        self._keep = keep
+
+    def on_layer(self, call: LayerCall) -> Tensor:
+        """z [rows, heads, queries, value_dim] that the model goes on with."""
+        output = attend(call, statistics=()).output
+        self._keep(call.layer, output)
+        return output
+
+
+class _Editor(_Reader):
+    """Replaces the heads of each group on that group's copy of the rows."""
+
+    def __init__(self, groups: Sequence[Sequence[HeadId]], sources: Sequence[Source]) -> None:
+        super().__init__(lambda *_: None)
+        self._groups = groups
+        self._sources = sources
+
+    def on_layer(self, call: LayerCall) -> Tensor:
+        """See `_Reader`."""
+        output = attend(call, statistics=()).output
+        chosen = torch.zeros(len(self._groups), output.shape[1], dtype=torch.bool)
+        for number, group in enumerate(self._groups):
+            for layer, head in group:
+                if layer == call.layer:
+                    chosen[number, head] = True
+        if not chosen.any():
+            return output
+        groups = output.unflatten(0, (len(self._groups), -1)).clone()
+        for number in chosen.any(1).nonzero().flatten().tolist():
+            mine = groups[number]  # [rows, heads, queries, value_dim]
+            instead = self._sources[number](call.layer, mine).expand_as(mine).to(mine.dtype)
+            mine[:, chosen[number]] = instead[:, chosen[number]]
+        return groups.flatten(0, 1)
+
+
+class _Caller(_Reader):
+    """Keeps what each layer is given."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda *_: None)
+        self.calls: list[LayerCall] = []
+
+    def on_layer(self, call: LayerCall) -> Tensor:
+        """See `_Reader`."""
+        self.calls.append(_detached(call))
+        return attend(call, statistics=()).output
+
+
+class _Differentiated(_Caller):
+    """Keeps what each layer's attention is given and returns, with its autograd graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.results: list[AttentionResult] = []
+        self.starts: list[Tensor] = []
+
+    def on_layer(self, call: LayerCall) -> Tensor:
+        """See `_Reader`."""
+        self.calls.append(_detached(call))
+        if call.layer == 0 or not call.query.requires_grad:
+            # the graph begins here: weights before it need no gradient
+            self.starts.append(call.query.detach().requires_grad_())
+            call = replace(call, query=self.starts[-1])
+        result = attend(call, statistics=("row_attribution",))
+        self.results.append(result)
+        return result.output
+
+
+def _run(
+    model: LoadedModel,
+    inputs: Any,
+    reader: _Reader,
+    forward: Callable[[LoadedModel, Any], Any] = logits_of,
+) -> Any:
+    """What `forward` returns (logits of token ids), with the reader's attention."""
+    seen = 0
+
+    def on_layer(call: LayerCall) -> Tensor:
+        nonlocal seen
+        seen += 1
+        return reader.on_layer(call)
+
+    with listening(model, on_layer):
+        result = forward(model, inputs)
+    if seen != model.info.layers:
+        raise LensError(
+            f"{model.info.class_name} ran {seen} attention layers through the registry, "
+            f"{model.info.layers} were expected; its heads cannot be edited"
+        )
+    return result
+
+
+def _detached(call: LayerCall) -> LayerCall:
+    tensors = {name: getattr(call, name).detach() for name in ("query", "key", "value")}
+    return replace(call, **tensors)

@@ -1,0 +1,184 @@
+"""Our attention in the model's place, for the length of a `with` block.
+
+transformers looks up the attention function by `config._attn_implementation`, at each call. One
+function is registered under one name, with its mask function; `switched` points every configuration
+of a model to that name and puts everything back afterwards. Of a model that reads images inside its
+text, that is the language model alone: its vision tower has positions of its own.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
+
+from lens.common.errors import LensError
+from lens.passes.calls import LayerCall
+from lens.passes.masks import structure_of, structured_mask
+
+IMPLEMENTATION = "attention_lens"
+
+# What models pass along that does not change which keys are read or with what weight.
+_HARMLESS = frozenset(
+    {
+        "cache_position",
+        "deterministic",
+        "layer_idx",
+        "max_length_k",
+        "max_length_q",
+        "num_items_in_batch",
+        "output_hidden_states",
+        "output_router_logits",
+        "position_embeddings",
+        "position_ids",
+        "return_dict",
+        "token_type_ids",
+        "use_cache",
+    }
+)
+
+
+class Listener(Protocol):
+    """Computes the attention of one layer and keeps what it wants to know."""
+
+    def attend(self, call: LayerCall) -> torch.Tensor:
+        """Output [batch, queries, heads, value_dim] of the call."""
+        ...
+
+    def tokens(self, keys: int, window: int | None) -> torch.Tensor | None:
+        """Ids [batch, keys] of the last `keys` tokens, or None; a window may drop older ones."""
+        ...
+
+
+_LISTENER: ContextVar[Listener] = ContextVar("lens_listener")
+
+
+def current_listener() -> Listener | None:
+    """Who receives the attention calls of this thread; None outside of `received_by`."""
+    return _LISTENER.get(None)
+
+
+def lens_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    is_causal: bool | None = None,
+    s_aux: torch.Tensor | None = None,
+    position_bias: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """The attention function that is registered with `AttentionInterface`.
+
+    Raises:
+        LensError: outside of a capture, dropout, or an argument that capture does not understand.
+    """
+    listener = current_listener()
+    if listener is None:
+        raise LensError(
+            f"{type(module).__name__} was left on the attention implementation {IMPLEMENTATION!r}; "
+            "it works only inside lens.capture and lens.capturing: model.set_attn_implementation('sdpa')"
+        )
+    if dropout:
+        raise LensError(
+            f"{type(module).__name__} drops out attention (p={dropout}); call model.eval() first"
+        )
+    for name, given in kwargs.items():
+        if given is not None and given is not False and name not in _HARMLESS:
+            raise LensError(
+                f"{type(module).__name__} passes {name}={_brief(given)} to its attention, which "
+                "capture does not understand; the result would not be this model's"
+            )
+    if is_causal is None:
+        is_causal = bool(getattr(module, "is_causal", True))
+    mask = structure_of(attention_mask, is_causal, sliding_window)
+    call = LayerCall(
+        query=query,
+        key=key,
+        value=value,
+        mask=mask,
+        scale=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
+        softcap=softcap or None,
+        sink_logits=s_aux,
+        position_bias=position_bias,
+        tokens=listener.tokens(key.shape[2], mask.window),
+    )
+    return listener.attend(call), None
+
+
+AttentionInterface.register(IMPLEMENTATION, lens_attention)
+AttentionMaskInterface.register(IMPLEMENTATION, structured_mask)
+
+
+@contextmanager
+def received_by(listener: Listener) -> Iterator[None]:
+    """`listener` receives the attention calls of this thread inside the block."""
+    token = _LISTENER.set(listener)
+    try:
+        yield
+    finally:
+        _LISTENER.reset(token)
+
+
+@contextmanager
+def switched(model: nn.Module, implementation: str = IMPLEMENTATION) -> Iterator[None]:
+    """Every configuration inside `model` uses `implementation` inside the block."""
+    configs = _configs(language_model(model))
+    before = [config._attn_implementation_internal for config in configs]
+    try:
+        for config in configs:
+            config._attn_implementation_internal = implementation
+        yield
+    finally:
+        for config, previous in zip(configs, before, strict=True):
+            config._attn_implementation_internal = previous
+
+
+def language_model(model: nn.Module) -> nn.Module:
+    """The part that reads the text, of a model whose text holds image tokens; else `model` itself."""
+    config = getattr(model, "config", None)
+    if not isinstance(config, PreTrainedConfig) or image_token(config) is None:
+        return model
+    text = config.get_text_config()
+    if text is config:
+        return model
+    return next((part for part in model.modules() if getattr(part, "config", None) is text), model)
+
+
+def image_token(config: PreTrainedConfig) -> int | None:
+    """Id of the token that stands for a piece of an image in the text, or None."""
+    for name in ("image_token_id", "image_token_index"):
+        number = getattr(config, name, None)
+        if isinstance(number, int):
+            return number
+    return None
+
+
+def _configs(model: nn.Module) -> list[PreTrainedConfig]:
+    """All configurations that modules of `model` look at, each once."""
+    found: dict[int, PreTrainedConfig] = {}
+
+    def add(config: Any) -> None:
+        if not isinstance(config, PreTrainedConfig) or id(config) in found:
+            return
+        found[id(config)] = config
+        for name in config.sub_configs:
+            add(getattr(config, name, None))
+
+    for module in model.modules():
+        add(getattr(module, "config", None))
+    return list(found.values())
+
+
+def _brief(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"<tensor {list(value.shape)}>"
+    return repr(value)[:60]

@@ -1,0 +1,50 @@
+"""`lens.load`: a model, and the proof that capture reaches its attention."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from lens.models.catalogue import DEFAULT_MODEL
+from lens.models.loaded import LoadedModel
+from lens.models.loading import load_unchecked
+from lens.passes.check import self_check
+
+
+def load(
+    name_or_model: Any = DEFAULT_MODEL,
+    *,
+    revision: str | None = None,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    tokenizer: Any = None,
+) -> LoadedModel:
+    """Load a model, and prove that capture reaches its attention.
+
+    Args:
+        name_or_model: an embedded name (`text-lm-3l`, `stories260k`, `induction-2l`), `smollm2-135m`,
+            a folder with `config.json`, a hub id `owner/name` (the only case that uses the network),
+            a transformers model in eval mode, or a `TransformerBridge` of TransformerLens 4.
+        revision: branch, tag or commit of a hub model.
+        dtype: type of the weights; float32 on a CPU, else the checkpoint's own, if None.
+        device: where to put the weights; the CPU if None.
+        tokenizer: instead of the model's own; needed for text when a model object is passed.
+
+    Returns:
+        The model with its tokenizer, sizes and the result of the self-check: one tiny prompt through the
+        model's own `eager` attention and through capture must agree, and captured rows must sum to 1.
+
+    Raises:
+        LensError: unknown name, missing package, unreachable hub, weights that are damaged or not all there, or
+            attention that cannot be reached.
+
+    Example:
+        >>> load("text-lm-3l").info.heads
+        6
+    """
+    if isinstance(name_or_model, LoadedModel):
+        return name_or_model
+    loaded = load_unchecked(
+        name_or_model, revision=revision, dtype=dtype, device=device, tokenizer=tokenizer
+    )
+    return replace(loaded, check=self_check(loaded))

@@ -1,0 +1,118 @@
+"""Forward passes through a model with a listener in place of its attention.
+
+`listening` is the one way to it: `on_layer(call)` is asked at each attention layer of each pass and
+returns the output that the model goes on with. Capture, gradients, edits and circuits are such functions.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import Any, TypeAlias
+
+import torch
+from torch import nn
+
+from lens.common.errors import LensError
+from lens.models.loaded import LoadedModel
+from lens.passes.bridge import replaced_attention
+from lens.passes.calls import LayerCall
+from lens.passes.interface import current_listener, received_by, switched
+
+OnLayer: TypeAlias = Callable[[LayerCall], torch.Tensor]
+"""A call -> its output [batch, heads, queries, value_dim], of any floating type."""
+
+
+class Session:
+    """The passes inside one `with` block: which one runs, which layer comes, which tokens were read."""
+
+    def __init__(self, on_layer: OnLayer, exclusive: bool) -> None:
+        self._on_layer = on_layer
+        self._exclusive = exclusive
+        self._step = -1
+        self._layer = 0
+        self._depth = 0
+        self._past: torch.Tensor | None = None  # [batch, keys], tokens of the passes before
+        self._new: torch.Tensor | None = None  # [batch, queries], of this pass
+        self._seen: torch.Tensor | None = None  # both together
+
+    def attend(self, call: LayerCall) -> torch.Tensor:
+        """See `interface.Listener`."""
+        output = self._on_layer(replace(call, layer=self._layer, step=max(self._step, 0)))
+        self._layer += 1
+        return output.to(call.value.dtype).transpose(1, 2).contiguous()
+
+    def tokens(self, keys: int, window: int | None) -> torch.Tensor | None:
+        """See `interface.Listener`; tokens of earlier passes are remembered for cached keys."""
+        seen, past = self._new, self._past
+        if seen is not None and past is not None and keys > seen.shape[1]:
+            seen = torch.cat([past, seen], dim=1) if len(past) == len(seen) else None
+        if seen is None or seen.shape[1] < keys:
+            return None
+        if window is None and seen.shape[1] != keys:
+            return None  # somebody cut the cache: which tokens are left is not known
+        if self._seen is None or seen.shape[1] > self._seen.shape[1]:
+            self._seen = seen
+        return seen[:, -keys:]
+
+    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A forward pass starts (a model inside a model starts no new one).
+
+        Raises:
+            LensError: the session is exclusive, and the pass will ask somebody else for its attention.
+        """
+        self._depth += 1  # first: `end` follows in any case
+        if self._exclusive and current_listener() is not self:
+            raise LensError(
+                "the attention of this pass would not be edited: something inside the block "
+                "(lens.capture, lens.capturing, another lens.redistribute) takes its place; run it "
+                "outside"
+            )
+        if self._depth > 1:
+            return
+        self._step += 1
+        self._layer = 0
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        is_ids = isinstance(ids, torch.Tensor) and ids.dim() == 2 and not ids.is_floating_point()
+        self._new = ids if is_ids else None
+        self._past, self._seen = self._seen, None
+
+    def end(self) -> None:
+        """The forward pass is over, by an exception perhaps."""
+        self._depth -= 1
+
+
+@contextmanager
+def listening(model: LoadedModel, on_layer: OnLayer, *, exclusive: bool = False) -> Iterator[None]:
+    """`on_layer` computes every attention layer of `model` inside the block; all is put back after.
+
+    Args:
+        model: as `lens.load` returns it.
+        on_layer: what each layer's attention gives, [batch, heads, queries, value_dim].
+        exclusive: refuse passes in which a block inside this one would take its place.
+    """
+    root = transformer(model)
+    session = Session(on_layer, exclusive)
+    with ExitStack() as stack:
+        stack.enter_context(received_by(session))
+        stack.enter_context(switched(root))
+        if model.is_bridge:
+            stack.enter_context(replaced_attention(model.model))
+        for module in {id(module): module for module in (root, base(model))}.values():
+            before = module.register_forward_pre_hook(
+                lambda _, args, kwargs: session.begin(args, kwargs), with_kwargs=True
+            )
+            after = module.register_forward_hook(lambda *_: session.end(), always_call=True)
+            stack.callback(before.remove)
+            stack.callback(after.remove)
+        yield
+
+
+def transformer(model: LoadedModel) -> nn.Module:
+    """The module with the weights: of a bridge, the model that it wraps."""
+    return model.model.original_model if model.is_bridge else model.model
+
+
+def base(model: LoadedModel) -> nn.Module:
+    """The model without its head, so that no logits [tokens, vocab] are built."""
+    root = transformer(model)
+    return getattr(root, "base_model", root)

@@ -1,0 +1,1 @@
+"""Two runs side by side: what differs head by head, with intervals over the prompts that both have."""

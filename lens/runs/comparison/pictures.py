@@ -1,0 +1,222 @@
+"""Two runs against each other: A and B as axes, and the difference of every head as a grid."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Unpack
+
+import numpy as np
+import plotly.graph_objects as go
+
+from lens.common.colors import ACCENT, BASELINE, DIVERGING, LINE, scale
+from lens.common.errors import LensError
+from lens.common.plots import draws
+from lens.figures.heads import label
+from lens.figures.style import Look, escaped, grid_axes, grid_height, style
+from lens.traces.metrics import METRICS
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from lens.runs import Comparison
+
+_ON_COPIES = ("induction", "duplicate_token", "previous_token")
+_NAMES = {"text": "text", "copied": "copied random tokens"}
+_NAMED = 5
+
+
+@draws("Comparison")
+def comparison_scatter(
+    comparison: Comparison,
+    metric: str = "induction",
+    variant: str = "raw",
+    prompts: str | None = None,
+    **look: Unpack[Look],
+) -> go.Figure:
+    """Every head as a point, its score in A across and in B up, with the line on which they are equal.
+
+    Heads whose difference lies beyond its interval are set off; the farthest have their names.
+
+    Args:
+        comparison: of `lens.runs.compare_runs`.
+        metric, variant: of `lens.traces.metrics`.
+        prompts: `text` or `copied`; None: the kind that shows the metric best.
+
+    Raises:
+        LensError: heads are not compared, or no such score.
+    """
+    rows, kind = _select(comparison, metric, variant, prompts)
+    names = np.array([f"L{a}H{b}" for a, b in zip(rows["layer"], rows["head"], strict=True)])
+    differs = ((rows["low"] > 0) | (rows["high"] < 0)).to_numpy()
+    farthest = set(np.argsort(-np.abs(rows["difference"].fillna(0).to_numpy()))[:_NAMED].tolist())
+    ends = _ends(rows)
+    figure = go.Figure(
+        go.Scatter(
+            x=ends,
+            y=ends,
+            mode="lines",
+            name="equal in both",
+            line={"color": BASELINE, "dash": "dot", "width": 1},
+            hoverinfo="skip",
+        )
+    )
+    for chosen, name, color, symbol in (
+        (~differs, "head", LINE, "circle"),
+        (differs, "differs beyond its interval", ACCENT, "diamond"),
+    ):
+        if not chosen.any():
+            continue
+        part = rows[chosen]
+        figure.add_scatter(
+            x=part["a"],
+            y=part["b"],
+            mode="markers+text",
+            name=name,
+            text=[
+                names[index] if index in farthest and differs[index] else ""
+                for index in np.flatnonzero(chosen)
+            ],
+            textposition="top center",
+            textfont={"size": 10},
+            hovertext=[
+                _hover(*row)
+                for row in zip(
+                    names[chosen], part["difference"], part["low"], part["high"], strict=True
+                )
+            ],
+            hovertemplate="%{hovertext}<br>A %{x:.4g}, B %{y:.4g}<extra></extra>",
+            marker={
+                "size": 8,
+                "color": color,
+                "symbol": symbol,
+                "line": {"width": 1, "color": "white"},
+            },
+        )
+    axis = label(metric, variant)
+    figure.update_xaxes(title=f"A: {axis}", range=ends)
+    figure.update_yaxes(title=f"B: {axis}", range=ends)
+    return style(
+        figure,
+        _finding(comparison, metric, variant, kind),
+        look,
+        meta=_meta(comparison, "comparison_scatter", metric, variant, kind),
+    )
+
+
+def difference_grid(
+    comparison: Comparison,
+    metric: str = "induction",
+    variant: str = "raw",
+    prompts: str | None = None,
+    **look: Unpack[Look],
+) -> go.Figure:
+    """B - A of every head: layers down, heads across, colours centred at 0; arguments as `comparison_scatter`.
+
+    Raises:
+        LensError: heads are not compared, or no such score.
+    """
+    rows, kind = _select(comparison, metric, variant, prompts)
+    grids = [
+        rows.pivot(index="layer", columns="head", values=name)
+        for name in ("difference", "low", "high", "a", "b")
+    ]
+    values, low, high, a, b = (grid.to_numpy(dtype=float) for grid in grids)
+    bound = float(np.nanmax(np.abs(values), initial=0.0)) or 1.0
+    if METRICS[metric].unit == "probability":
+        bound = max(bound, 0.1)  # 0.002 must not look like a find
+    text = [
+        [_hover(f"L{layer}H{head}", *cell) + f"<br>A {cell_a:.4g}, B {cell_b:.4g}"
+         for head, *cell, cell_a, cell_b in zip(grids[0].columns, *row, strict=True)]
+        for layer, *row in zip(grids[0].index, values, low, high, a, b, strict=True)
+    ]  # fmt: skip
+    figure = go.Figure(
+        go.Heatmap(
+            z=values,
+            x=grids[0].columns.to_numpy(),
+            y=grids[0].index.to_numpy(),
+            zmid=0,
+            zmin=-bound,
+            zmax=bound,
+            colorscale=scale(DIVERGING),
+            colorbar={
+                "title": {"text": f"B - A, {METRICS[metric].unit}", "side": "right"},
+                "thickness": 12,
+            },
+            xgap=1,
+            ygap=1,
+            text=text,
+            hovertemplate="%{text}<extra></extra>",
+            hoverongaps=False,
+        )
+    )
+    layers, heads = values.shape
+    grid_axes(figure, layers, heads)
+    return style(
+        figure,
+        _finding(comparison, metric, variant, kind),
+        look,
+        height=grid_height(layers),
+        meta=_meta(comparison, "difference_grid", metric, variant, kind),
+    )
+
+
+def _select(
+    comparison: Comparison, metric: str, variant: str, prompts: str | None
+) -> tuple[pd.DataFrame, str]:
+    if comparison.refusal:
+        raise LensError(f"{comparison.refusal} There is no difference of a head to draw.")
+    table = comparison.heads
+    rows = table[(table["metric"] == metric) & (table["variant"] == variant)]
+    rows = rows[rows["difference"].notna()]
+    have = list(dict.fromkeys(rows["prompts"]))
+    if not have or (prompts is not None and prompts not in have):
+        on = f" on {prompts}" if prompts is not None else ""
+        known = ", ".join(dict.fromkeys(table.loc[table["difference"].notna(), "metric"]))
+        raise LensError(
+            f"no head has a difference of {metric!r} ({variant}){on}; compared are: {known}"
+        )
+    best = "copied" if metric in _ON_COPIES else "text"
+    kind = prompts or (best if best in have else have[0])
+    return rows[rows["prompts"] == kind], kind
+
+
+def _ends(rows: pd.DataFrame) -> list[float]:
+    """Of both axes: all values with a margin."""
+    low = min(0.0, float(rows[["a", "b"]].min().min()))
+    high = float(rows[["a", "b"]].max().max())
+    margin = 0.05 * (high - low) or 1.0
+    return [low - margin, high + margin]
+
+
+def _hover(name: str, difference: float, low: float, high: float) -> str:
+    interval = "" if np.isnan(low) else f" [{low:.3g}, {high:.3g}]"
+    return f"{name}: B - A {difference:.4g}{interval}"
+
+
+def _finding(comparison: Comparison, metric: str, variant: str, kind: str) -> str:
+    table = comparison.metrics
+    chosen = (
+        (table["metric"] == metric) & (table["variant"] == variant) & (table["prompts"] == kind)
+    )
+    row = table[chosen].iloc[0]
+    without = ", sink excluded" if variant == "sink_excluded" else ""
+    changed = (
+        f"most changed {row['largest']}, {row['largest_difference']:+.3g}"
+        if row["largest"]
+        else "no head differs"
+    )
+    rank = row["rank_correlation"]
+    order = "" if np.isnan(rank) else f"; rank correlation {rank:.2f}"
+    return escaped(f"{METRICS[metric].label}{without} on {_NAMES[kind]}: {changed}{order}")
+
+
+def _meta(
+    comparison: Comparison, figure: str, metric: str, variant: str, kind: str
+) -> dict[str, Any]:
+    return {
+        "figure": figure,
+        "a": comparison.a.id,
+        "b": comparison.b.id,
+        "metric": metric,
+        "variant": variant,
+        "prompts": kind,
+    }

@@ -1,0 +1,259 @@
+"""What a comparison of two runs found, in sentences, and what it does not show."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from lens.common.head_ids import HeadId
+from lens.runs.folders import Run
+from lens.traces.findings import Finding, findings
+from lens.traces.metrics import METRICS
+
+NAMES = {"text": "text", "copied": "copied random tokens"}
+_KINDS = {
+    "induction": ("induction head", "induction heads"),
+    "sink": ("head with a sink on the first token", "heads with a sink on the first token"),
+    "previous_token": ("previous-token head", "previous-token heads"),
+    "duplicate_token": ("duplicate-token head", "duplicate-token heads"),
+}
+_NAMED = 6
+_CHANGES = 3
+_FOLLOWS = (
+    "versions.",
+    *(f"model.{name}" for name in ("layers", "heads", "kv_heads", "head_dim", "vocab", "context")),
+    *(f"model.{name}" for name in ("class", "parameters", "licence")),
+)  # what comes with the model and is no choice of its own
+_SAME_ORDER = 0.995
+_SEEN = 0.005  # a share of attention that two decimals show
+
+
+def sentences(
+    a: Run,
+    b: Run,
+    heads: pd.DataFrame,
+    metrics: pd.DataFrame,
+    losses: pd.DataFrame,
+    circuits: pd.DataFrame,
+    refusal: str,
+) -> list[str]:
+    """Heads of each kind in both, the largest changes, the order of the heads, losses and circuits."""
+    return [
+        *_kinds_of_heads(a, b, heads),
+        *(_changes(heads) if not refusal else ()),
+        *(_orders(metrics) if not refusal else ()),
+        *map(_loss, losses.to_dict("records")),
+        *map(_circuit, circuits.to_dict("records")),
+    ]
+
+
+def limits(
+    heads: pd.DataFrame,
+    shared: Mapping[str, int],
+    settings: pd.DataFrame,
+    circuits: pd.DataFrame,
+    refused: Sequence[str],
+    refusal: str,
+) -> list[str]:
+    """One sentence each, most important first."""
+    return [
+        *_alignment(settings, refusal),
+        *_confounds(settings),
+        *_prompts(shared),
+        *_chance(heads),
+        *_sets(circuits),
+        "Thresholds only sort heads for reading: one that crosses its threshold may have changed very "
+        "little.",
+        "Tables of sections are compared without intervals, as runs do not keep their values of each "
+        "prompt.",
+        *(f"{sentence}." for sentence in refused),
+    ]
+
+
+def signed(value: float) -> str:
+    """A difference with its sign, three significant digits."""
+    return f"{value:+.3g}".replace("-", "−")
+
+
+def bracket(low: float, high: float) -> str:
+    """The interval of a difference, or "" where there is none."""
+    return "" if np.isnan(low) or np.isnan(high) else f" [{signed(low)}, {signed(high)}]"
+
+
+def _kinds_of_heads(a: Run, b: Run, heads: pd.DataFrame) -> list[str]:
+    """Heads above the threshold of `lens.findings`, over the prompts of the comparison."""
+    found = [{one.kind: one for one in findings(run.heads)} for run in (a, b)]
+    said = []
+    for kind, (one, many) in _KINDS.items():
+        first, second = (side.get(kind) for side in found)
+        if first is None or second is None or first.prompt_id != second.prompt_id:
+            continue
+        where = f"on {NAMES[first.prompt_id]}, above {first.threshold:g}"
+        mine, theirs = _above(first, heads, "a"), _above(second, heads, "b")
+        capital = f"{many[0].upper()}{many[1:]}"
+        if not mine and not theirs:
+            said.append(f"Neither run has a {one} ({where}).")
+        elif len(heads):
+            parts = (
+                ([head for head in mine if head in theirs], "in both"),
+                ([head for head in mine if head not in theirs], "only in A"),
+                ([head for head in theirs if head not in mine], "only in B"),
+            )
+            counted = ", ".join(f"{_count(part)} {words}" for part, words in parts)
+            said.append(f"{capital} ({where}): {counted}.")
+        else:
+            sizes = [side.meta["model"]["layers"] * side.meta["model"]["heads"] for side in (a, b)]
+            said.append(
+                f"{capital} ({where}): {len(mine)} of {sizes[0]} in A, "
+                f"{len(theirs)} of {sizes[1]} in B."
+            )
+    return said
+
+
+def _above(finding: Finding, heads: pd.DataFrame, side: str) -> list[str]:
+    """Names, highest first; those of the finding itself where heads are not compared."""
+    if heads.empty:
+        return [head.name for head in finding.heads] if finding.found else []
+    rows = heads[
+        (heads["prompts"] == finding.prompt_id)
+        & (heads["metric"] == finding.metric)
+        & (heads["variant"] == "raw")
+        & (heads[side] > finding.threshold)
+    ].sort_values(side, ascending=False, kind="stable")
+    return [str(HeadId(*pair)) for pair in zip(rows["layer"], rows["head"], strict=True)]
+
+
+def _count(heads: Sequence[str]) -> str:
+    if not heads:
+        return "0"
+    more = ", ..." if len(heads) > _NAMED else ""
+    return f"{len(heads)} ({', '.join(heads[:_NAMED])}{more})"
+
+
+def _changes(heads: pd.DataFrame) -> list[str]:
+    """The largest differences between probabilities, one a head."""
+    shares = [name for name, metric in METRICS.items() if metric.unit == "probability"]
+    rows = heads[heads["metric"].isin(shares) & (heads["metric"] != "sink_rate")]
+    rows = rows[rows["difference"].abs() >= _SEEN]
+    if rows.empty:
+        return [f"No head's share of attention differs by {_SEEN:g} or more."]
+    if heads["low"].notna().any():
+        rows = rows[(rows["low"] > 0) | (rows["high"] < 0)]
+    if rows.empty:
+        return ["No head's share of attention differs beyond its interval."]
+    rows = rows.reindex(rows["difference"].abs().sort_values(ascending=False, kind="stable").index)
+    rows = rows.drop_duplicates(["layer", "head"]).head(_CHANGES)
+    return [
+        "Largest changes of a share of attention, one a head: "
+        + "; ".join(map(_change, rows.to_dict("records")))
+        + "."
+    ]
+
+
+def _change(row: Mapping[Any, Any]) -> str:
+    metric = METRICS[row["metric"]].label.lower()
+    without = ", sink excluded" if row["variant"] == "sink_excluded" else ""
+    return (
+        f"{HeadId(row['layer'], row['head'])} {metric}{without} on {NAMES[row['prompts']]} from "
+        f"{row['a']:.2f} to {row['b']:.2f}, {signed(row['difference'])}"
+        f"{bracket(row['low'], row['high'])}"
+    )
+
+
+def _orders(metrics: pd.DataFrame) -> list[str]:
+    rows = metrics[(metrics["variant"] == "raw") & metrics["rank_correlation"].notna()]
+    if rows.empty:
+        return []
+    rows = rows.sort_values("rank_correlation", kind="stable")
+    least, most = rows.iloc[0], rows.iloc[-1]
+    if least["rank_correlation"] >= _SAME_ORDER:
+        return [
+            "Every score puts the heads of both runs into the same order: Spearman's correlation is never "
+            f"below {least['rank_correlation']:.3f}."
+        ]
+    return [
+        f"Over all heads the two runs agree most on the order by {_ordered(most)} and least by "
+        f"{_ordered(least)}; 1 is the same order, 0 none."
+    ]
+
+
+def _ordered(row: pd.Series) -> str:
+    return (
+        f"{METRICS[row['metric']].label.lower()} on {NAMES[row['prompts']]} "
+        f"(Spearman {row['rank_correlation']:.2f})"
+    )
+
+
+def _loss(row: Mapping[Any, Any]) -> str:
+    what = "the second copy of random tokens" if row["what"] == "loss_repeat" else "text"
+    return (
+        f"On {what} the loss is {row['a']:.2f} nats a token in A and {row['b']:.2f} in B: "
+        f"{signed(row['difference'])}{bracket(row['low'], row['high'])} over {row['n']} shared prompts."
+    )
+
+
+def _circuit(row: Mapping[Any, Any]) -> str:
+    either = row["shared"] + row["only_a"] + row["only_b"]
+    chance = "" if np.isnan(row["by_chance"]) else f"; by chance {row['by_chance']:.2f}"
+    return (
+        f"The circuits {row['circuit_a']} of A and {row['circuit_b']} of B share {row['shared']:,} of "
+        f"{either:,} {row['part']} (Jaccard index {row['jaccard']:.2f}{chance})."
+    )
+
+
+def _sets(circuits: pd.DataFrame) -> list[str]:
+    if circuits.empty:
+        return []
+    return [
+        "Chance draws circuits of the same sizes from the whole graph. Circuits in like layers share more "
+        "than that whatever they do: lens.circuits.overlap draws within layers."
+    ]
+
+
+def _alignment(settings: pd.DataFrame, refusal: str) -> list[str]:
+    if refusal:
+        return [f"{refusal} Only means over all heads are compared."]
+    if not {"model.name", "model.revision"} & set(settings["setting"]):
+        return []
+    return [
+        "Heads are matched by their number. In two models that were trained apart, L3H5 of one need "
+        "not do the work of L3H5 of the other; numbers match in checkpoints, fine-tunes and other "
+        "precisions of one model."
+    ]
+
+
+def _confounds(settings: pd.DataFrame) -> list[str]:
+    names = [name for name in settings["setting"] if not name.startswith(_FOLLOWS)]
+    if len(names) < 2:
+        return []
+    return [
+        f"The runs differ in {len(names)} settings ({', '.join(names[:_NAMED])}"
+        f"{', ...' if len(names) > _NAMED else ''}): a difference can come from any of them."
+    ]
+
+
+def _prompts(shared: Mapping[str, int]) -> list[str]:
+    said = []
+    if none := [NAMES[kind] for kind, count in shared.items() if not count]:
+        said.append(
+            f"On {' and '.join(none)} the runs share no prompt of the same tokens: each run's own mean "
+            "is shown, and the difference has no interval."
+        )
+    if one := [NAMES[kind] for kind, count in shared.items() if count == 1]:
+        said.append(
+            f"On {' and '.join(one)} the runs share a single prompt: the difference has no interval."
+        )
+    return said
+
+
+def _chance(heads: pd.DataFrame) -> list[str]:
+    tested = int(heads["low"].notna().sum()) if len(heads) else 0
+    if not tested:
+        return []
+    return [
+        f"Each interval stands for itself: of {tested:,} differences about {tested * 0.05:,.0f} would "
+        "lie outside of theirs by chance alone if nothing differed."
+    ]

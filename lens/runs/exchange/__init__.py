@@ -1,0 +1,1 @@
+"""Traces from the attention matrices of other tools, and heads as files that other tools read."""

@@ -1,0 +1,58 @@
+"""Head metrics as CSV or parquet files, for spreadsheets and other tools."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+import pandas as pd
+
+from lens.common.errors import LensError
+from lens.common.files import write_atomically, write_text
+
+
+class HasTable(Protocol):
+    """Any result with a table, such as `HeadScores` or `HeadSimilarity`."""
+
+    def table(self) -> pd.DataFrame:
+        """The rows to write."""
+        ...
+
+
+def to_csv(result: pd.DataFrame | HasTable, path: str | Path) -> Path:
+    """Write a table, or the table of a result, as UTF-8 CSV; numbers keep all their digits, NaN is empty.
+
+    Raises:
+        LensError: neither a table nor a result with one, or no rows.
+    """
+    path = Path(path)
+    write_text(path, _table(result).to_csv(index=False, lineterminator="\n"))
+    return path
+
+
+def to_parquet(result: pd.DataFrame | HasTable, path: str | Path) -> Path:
+    """Write a table, or the table of a result, as parquet with its column types.
+
+    Raises:
+        LensError: neither a table nor a result with one, or no rows.
+    """
+    path = Path(path)
+    table = _table(result)
+    table.attrs = {}  # notes for people, which are not all JSON
+    write_atomically(path, lambda temporary: table.to_parquet(temporary, index=False))
+    return path
+
+
+def _table(result: pd.DataFrame | HasTable) -> pd.DataFrame:
+    if isinstance(result, pd.DataFrame):
+        table = result.copy()
+    elif callable(getattr(result, "table", None)):
+        table = result.table()
+    else:
+        raise LensError(
+            f"expected a DataFrame or a result with table(), got {type(result).__name__}; pass "
+            "lens.profile(traces) for the head metrics of traces"
+        )
+    if table.empty:
+        raise LensError("the table has no rows; there is nothing to write")
+    return table

@@ -1,0 +1,148 @@
+"""Sections of a run: what one analysis found, as sentences, tables and figures, in the run folder.
+
+An analysis writes `sections/<name>/`; report, dashboard and notebook read it from there, so that none
+of them can say something else. Nothing here needs torch; nothing is loaded from a pickle.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lens.common.errors import LensError
+from lens.common.files import read_json, write_atomically, write_json, write_text
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
+
+FOLDER = "sections"
+INDEX = "section.json"
+_NAME = re.compile(r"[a-z][a-z0-9_]*")
+_REQUIRED = ("name", "title", "summary", "limits", "columns", "configuration", "tables", "figures")
+
+
+@dataclass(frozen=True, eq=False)
+class Section:
+    """What one analysis found.
+
+    Attributes:
+        name: of its folder: small letters, digits and underscores.
+        title: heading for people.
+        summary: findings in plain words, with numbers and intervals, most important first.
+        limits: what they do not show.
+        columns: column of a table -> its definition with unit; every column has one.
+        configuration: plain values: what was done, so that it can be done again.
+        tables: name -> table, in the order to be shown.
+        figures: name -> plotly figure, in the order to be shown.
+    """
+
+    name: str
+    title: str
+    summary: tuple[str, ...] = ()
+    limits: tuple[str, ...] = ()
+    columns: Mapping[str, str] = field(default_factory=dict)
+    configuration: Mapping[str, Any] = field(default_factory=dict)
+    tables: Mapping[str, pd.DataFrame] = field(default_factory=dict)
+    figures: Mapping[str, go.Figure] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in (self.name, *self.tables, *self.figures):
+            if not _NAME.fullmatch(name):
+                raise LensError(
+                    f"names of sections, tables and figures are small letters, digits and "
+                    f"underscores, got {name!r}"
+                )
+        used = [str(column) for table in self.tables.values() for column in table.columns]
+        if missing := sorted(set(used) - set(self.columns)):
+            raise LensError(
+                f"section {self.name!r}: the columns {', '.join(missing)} have no definition; "
+                "add them to columns"
+            )
+
+    def save(self, run: Path) -> list[str]:
+        """Write the section into a run folder; the index last, so that a half one is not there.
+
+        Returns:
+            The files, relative to the run folder.
+        """
+        folder = run / FOLDER / self.name
+        for name, table in self.tables.items():
+            write_atomically(
+                folder / f"{name}.parquet", lambda path, table=table: table.to_parquet(path)
+            )
+        for name, figure in self.figures.items():
+            text = figure.to_json()
+            assert text is not None
+            write_text(folder / f"{name}.json", text)
+        index = {
+            "name": self.name,
+            "title": self.title,
+            "summary": list(self.summary),
+            "limits": list(self.limits),
+            "columns": dict(self.columns),
+            "configuration": dict(self.configuration),
+            "tables": list(self.tables),
+            "figures": list(self.figures),
+        }
+        write_json(folder / INDEX, index)
+        parts = (INDEX, *(f"{name}.parquet" for name in self.tables))
+        parts += tuple(f"{name}.json" for name in self.figures)
+        return [f"{FOLDER}/{self.name}/{part}" for part in parts]
+
+
+def load_section(run: Path, name: str) -> Section:
+    """Read a section of a run folder.
+
+    Raises:
+        LensError: there is none of this name, or it is damaged.
+    """
+    import pandas as pd
+    import plotly.graph_objects as go
+    import plotly.io as pio
+
+    have = section_names(run)
+    if name not in have:
+        raise LensError(
+            f"{run} has no section {name!r}; it has: {', '.join(have) or 'none'}; "
+            "`lens heads`, `lens sinks`, `lens redistribute` and `lens circuit` write sections"
+        )
+    folder = run / FOLDER / name
+    index = read_json(folder / INDEX)
+    if missing := [key for key in _REQUIRED if key not in index]:
+        raise LensError(
+            f"{folder / INDEX} lacks {', '.join(missing)}; delete the folder {folder} and run again"
+        )
+    try:
+        return Section(
+            name=index["name"],
+            title=index["title"],
+            summary=tuple(index["summary"]),
+            limits=tuple(index["limits"]),
+            columns=index["columns"],
+            configuration=index["configuration"],
+            tables={part: pd.read_parquet(folder / f"{part}.parquet") for part in index["tables"]},
+            figures={
+                part: go.Figure(
+                    pio.from_json((folder / f"{part}.json").read_text(encoding="utf-8"))
+                )
+                for part in index["figures"]
+            },
+        )
+    except (OSError, ValueError) as error:
+        raise LensError(
+            f"section {name!r} of {run} is damaged ({error}); delete {folder} and run the same command again"
+        ) from error
+
+
+def section_names(run: Path) -> list[str]:
+    """Names of the finished sections of a run folder, oldest first."""
+    folder = run / FOLDER
+    if not folder.is_dir():
+        return []
+    found = [entry for entry in folder.iterdir() if (entry / INDEX).is_file()]
+    found.sort(key=lambda entry: ((entry / INDEX).stat().st_mtime_ns, entry.name))
+    return [entry.name for entry in found if _NAME.fullmatch(entry.name)]

@@ -1,0 +1,1 @@
+"""Massive activations and tokens of high norm."""

@@ -1,0 +1,229 @@
+"""Tokens of unusually high norm, as vision transformers have them, and the neurons that write them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import nn
+
+from lens.common.errors import LensError
+from lens.common.results import Result, described
+from lens.models.loaded import LoadedModel
+from lens.passes.inputs import read_prompts
+from lens.passes.sessions import base
+from lens.passes.stream import blocks, stream
+
+LEAST_SEPARATION, LEAST_RATIO = 4.0, 3.0
+"""Two modes: Ashman's D of their log norms, and the ratio of their mean norms, at least these.
+
+Halves of one normal distribution have D = 2.7, of a uniform one 3.5. Otsu's share of explained variance
+would miss rare outliers, and 1 token in 40 is what large vision transformers have."""
+
+
+@dataclass(frozen=True, eq=False)
+class HighNormTokens(Result):
+    """Tokens whose norm after a layer lies beyond the valley between two modes.
+
+    Attributes:
+        norms: [prompts, tokens] after the layer; NaN behind the end of shorter prompts and for
+            tokens that were left out.
+        layer: the layer.
+        cutoff: norm at the valley, or as given; NaN where there are no two modes.
+        separation: Ashman's D between the two sides, `|difference of means| / sqrt(mean variance)` of
+            log norms; NaN where a side is empty.
+        ratio: geometric mean norm above the cutoff over that below.
+        is_given: whether the cutoff was given.
+        rows: one per outlier: `prompt`, `position`, `norm`.
+    """
+
+    norms: np.ndarray = field(repr=False)
+    layer: int
+    cutoff: float
+    separation: float
+    ratio: float
+    is_given: bool
+    rows: pd.DataFrame = field(repr=False)
+
+    @property
+    def share(self) -> float:
+        """Share of the tokens that are outliers."""
+        return len(self.rows) / int((~np.isnan(self.norms)).sum())
+
+    def table(self) -> pd.DataFrame:
+        """The outliers with layer and cutoff."""
+        return self.rows.assign(layer=self.layer, cutoff=self.cutoff)
+
+    def __repr__(self) -> str:
+        return described(self)
+
+    def findings(self) -> list[str]:
+        """What was found, or why there is nothing."""
+        known = self.norms[~np.isnan(self.norms)]
+        seen = f"{len(known)} tokens of {len(self.norms)} prompts, after layer {self.layer}"
+        if np.isnan(self.cutoff):
+            return [
+                f"None found: the norms have one mode ({seen}). The best cut separates "
+                f"their logarithms by D = {self.separation:.2f} and norms by a factor of {self.ratio:.2f}; "
+                f"two modes need {LEAST_SEPARATION:g} and {LEAST_RATIO:g}."
+            ]
+        how = "given" if self.is_given else "the valley between two modes"
+        return [
+            f"{len(self.rows)} tokens ({self.share:.2%}) have a norm above {self.cutoff:.3g} ({how}; "
+            f"{seen}), {self.ratio:.1f} times the others' mean."
+        ]
+
+
+def high_norm(
+    model: LoadedModel,
+    prompts: Any,
+    *,
+    layer: int = -1,
+    cutoff: float | None = None,
+    skip: int = 0,
+) -> HighNormTokens:
+    """Find tokens whose norm after a layer is beyond a cutoff, or beyond the valley of two modes.
+
+    The valley is Otsu's threshold of the log norms. Where it does not part two modes (see
+    `LEAST_SEPARATION` and `LEAST_RATIO`) nothing is returned as an outlier.
+
+    Reference: Darcet et al., Vision Transformers Need Registers, arXiv 2309.16588.
+
+    Args:
+        model: as `lens.load` returns it; a vision transformer or any other.
+        prompts: as for `lens.capture`, such as `{"pixel_values": images}`.
+        layer: after which; negative numbers count from the end.
+        cutoff: norm, or None for the valley.
+        skip: tokens at the start that are no patches, such as 1 for CLS.
+
+    Raises:
+        LensError: a layer that is not there, a cutoff that is not positive, nothing left to look at.
+
+    Example:
+        >>> lens.sinks.high_norm(model, {"pixel_values": images}, skip=1).findings()
+    """
+    layers = model.info.layers
+    if not -layers <= layer < layers:
+        raise LensError(f"layer must be {-layers} to {layers - 1}, got {layer}")
+    if cutoff is not None and not cutoff > 0:
+        raise LensError(f"cutoff must be a positive norm, got {cutoff}")
+    if isinstance(skip, bool) or not isinstance(skip, int) or skip < 0:
+        raise LensError(f"skip must be a number of tokens, 0 or more, got {skip!r}")
+    layer %= layers
+    found = [
+        stream(model, prompt)[layer + 1].norm(dim=-1) for prompt in read_prompts(model, prompts)[0]
+    ]
+    norms = nn.utils.rnn.pad_sequence(found, batch_first=True, padding_value=torch.nan).numpy()
+    norms[:, :skip] = np.nan
+    known = norms[norms > 0]
+    if len(known) < 2:
+        raise LensError(
+            f"high_norm needs at least two tokens behind the first {skip}, got {len(known)}"
+        )
+    threshold = otsu(np.log(known))[0] if cutoff is None else np.log(cutoff)
+    above, below = (
+        np.log(known[known > np.exp(threshold)]),
+        np.log(known[known <= np.exp(threshold)]),
+    )
+    ratio = separation = np.nan
+    if len(above) and len(below):
+        gap, spread = above.mean() - below.mean(), np.sqrt((above.var() + below.var()) / 2)
+        ratio, separation = float(np.exp(gap)), float(gap / spread) if spread else np.inf
+    is_one = cutoff is None and not (separation >= LEAST_SEPARATION and ratio >= LEAST_RATIO)
+    limit = np.nan if is_one else float(np.exp(threshold))
+    places = np.argwhere(np.nan_to_num(norms) > limit)
+    rows = pd.DataFrame(
+        {
+            "prompt": places[:, 0],
+            "position": places[:, 1],
+            "norm": norms[tuple(places.T)],
+        }
+    )
+    return HighNormTokens(norms, layer, limit, separation, ratio, cutoff is not None, rows)
+
+
+def otsu(values: np.ndarray) -> tuple[float, float]:
+    """The cut with the largest variance between its sides, midway between two values, and its share.
+
+    Exact, over all cuts between different values. All values equal: their value and a share of 0.
+    """
+    ordered = np.sort(np.asarray(values, float))
+    ordered_mean, total = ordered.mean(), ordered.var()
+    if total == 0:
+        return float(ordered[0]), 0.0
+    count = np.arange(1, len(ordered))
+    low = np.cumsum(ordered)[:-1] / count
+    high = (ordered.sum() - np.cumsum(ordered)[:-1]) / (len(ordered) - count)
+    weight = count / len(ordered)
+    between = weight * (low - ordered_mean) ** 2 + (1 - weight) * (high - ordered_mean) ** 2
+    between = np.where(np.diff(ordered) > 0, between, -1)
+    best = int(between.argmax())
+    return float((ordered[best] + ordered[best + 1]) / 2), float(between[best] / total)
+
+
+def register_neurons(
+    model: LoadedModel, prompts: Any, found: HighNormTokens, *, top: int = 10
+) -> pd.DataFrame:
+    """MLP neurons by their mean |activation| at the outliers, strongest first.
+
+    Columns `layer`, `neuron`, `outliers` (mean |activation| there), `others`, `ratio`. Layers up to the
+    one where the outliers were found. Jiang et al., Vision Transformers Don't Need Trained Registers,
+    arXiv 2506.08010. Neurons are what the last linear module of a layer reads.
+
+    Args:
+        model, prompts: as in `high_norm`, the same prompts.
+        found: its result, with at least one outlier.
+        top: how many neurons.
+
+    Raises:
+        LensError: no outlier, other prompts, or a layer without a linear module behind its attention.
+
+    Example:
+        >>> lens.sinks.register_neurons(model, images, lens.sinks.high_norm(model, images))
+    """
+    if found.rows.empty:
+        raise LensError("no token of high norm was found, so no neuron can be said to write one")
+    inputs: list[torch.Tensor] = []
+    hooks = []
+    for layer in list(blocks(model))[: found.layer + 1]:
+        linear = [module for module in layer.modules() if isinstance(module, nn.Linear)]
+        if not linear:
+            raise LensError(
+                f"{model.info.class_name} has no linear module in its layers; its neurons are not known"
+            )
+        hooks.append(
+            linear[-1].register_forward_pre_hook(
+                lambda _, args: inputs.append(args[0][0].detach().float().abs().cpu())
+            )
+        )
+    read = read_prompts(model, prompts)[0]
+    if len(read) != len(found.norms):
+        raise LensError(
+            f"found has {len(found.norms)} prompts and {len(read)} were given; give the same ones"
+        )
+    sums: dict[bool, Any] = {True: 0.0, False: 0.0}
+    counts = {True: 0, False: 0}
+    outlier = np.nan_to_num(found.norms) > found.cutoff
+    try:
+        for number, prompt in enumerate(read):
+            inputs.clear()
+            with torch.no_grad():
+                base(model)(**prompt.inputs)
+            size = torch.stack(inputs).double()  # [layers, tokens, neurons]
+            scored = ~np.isnan(found.norms[number, : size.shape[1]])
+            for side in (True, False):
+                rows = torch.from_numpy((outlier[number, : size.shape[1]] == side) & scored)
+                sums[side] = sums[side] + size[:, rows].sum(1)
+                counts[side] += int(rows.sum())
+    finally:
+        for hook in hooks:
+            hook.remove()
+    at = torch.as_tensor(sums[True]) / counts[True]
+    others = torch.as_tensor(sums[False]) / max(1, counts[False])
+    layer, neuron = np.unravel_index(at.flatten().argsort(descending=True)[:top].numpy(), at.shape)
+    table = pd.DataFrame({"layer": layer, "neuron": neuron})
+    table["outliers"], table["others"] = at[layer, neuron].numpy(), others[layer, neuron].numpy()
+    return table.assign(ratio=table["outliers"] / table["others"])

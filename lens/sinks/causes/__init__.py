@@ -1,0 +1,1 @@
+"""How a sink works: keys, gates, spectra, memory."""

@@ -1,0 +1,205 @@
+"""How a sink works: small keys that point where all queries look, and values that say little."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch.nn.functional import normalize
+
+from lens.common.errors import LensError
+from lens.common.results import Result, described
+from lens.heads.weights import head_weights
+from lens.models.loaded import LoadedModel
+from lens.passes.calls import LayerCall, attend
+from lens.passes.inputs import read_prompts
+from lens.passes.keys import Keys, KeysAt, check_keys, members
+from lens.passes.sessions import base, listening
+from lens.sinks.detection.alphas import alpha_of
+from lens.traces.scores import SINK_EPSILON
+
+_COLUMNS = (
+    "alpha", "key_norm", "value_norm", "cosine", "cosine_others", "drain", "contribution",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class SinkMechanism(Result):
+    """Geometry of the sources' keys and values in every head, means over prompts.
+
+    Attributes:
+        rows: one per layer and head. `alpha`: mean over the sources. `key_norm`: mean norm of their
+            keys over the median norm of the other keys; `value_norm` likewise (raw values, before
+            the output projection). `cosine`: mean cosine between a source's key and the queries
+            after it; `cosine_others` the same for all other keys. `drain`: mean `|W_O v|` of the
+            sources over that of the other keys. `contribution`: `c = sum_S |A W_O v| / sum |A W_O v|`,
+            mean over the rows behind the last source. Both are NaN where the architecture's output
+            weights are not known.
+        bos: "added", "absent" or "mixed".
+        n: number of prompts.
+    """
+
+    rows: pd.DataFrame = field(repr=False)
+    bos: str
+    n: int
+
+    def table(self) -> pd.DataFrame:
+        """The rows, with BOS policy and number of prompts."""
+        return self.rows.assign(bos=self.bos, n=self.n)
+
+    def __repr__(self) -> str:
+        return described(self)
+
+    def findings(self) -> list[str]:
+        """Medians over the heads that park on the sources: keys, directions, values."""
+        heads = self.rows[self.rows["alpha"] > SINK_EPSILON]
+        settings = f"{self.n} prompts, BOS {self.bos}"
+        if heads.empty:
+            return [
+                f"No head gives the sources a mean α above {SINK_EPSILON}, so there is no mechanism "
+                f"to explain ({settings})."
+            ]
+        middle = heads.drop(columns=["layer", "head"]).median()
+        found = [
+            f"{len(heads)} of {len(self.rows)} heads park on the sources (mean α above "
+            f"{SINK_EPSILON}; {settings}). The next numbers are medians over those heads.",
+            f"The sources' keys are {middle['key_norm']:.2f} times as long as the others.",
+            f"Their cosine with the queries is {middle['cosine']:.2f}, that of other keys "
+            f"{middle['cosine_others']:.2f}.",
+            f"Their values are {middle['value_norm']:.2f} times as long as the others.",
+        ]
+        if not np.isnan(middle["drain"]):
+            found.append(
+                f"They write {middle['drain']:.2f} times as much as another token with equal "
+                f"attention, and {middle['contribution']:.0%} of the head's output."
+            )
+        return [*found, "This describes the heads as they are; it proves no cause."]
+
+
+def mechanism(model: LoadedModel, prompts: Any, *, sources: Keys = "first") -> SinkMechanism:
+    """Measure why heads look at `sources`: norm, direction or position, and what they get for it.
+
+    A logit is `|q| |k| cos(q, k)` (times the scale): sinks are found to have small keys and large
+    cosines, and small values (Gu et al., arXiv 2410.10781). Keys and queries are taken as they meet,
+    after rotary position embedding.
+
+    Args:
+        model: as `lens.load` returns it; causal.
+        prompts: as for `lens.capture`, token prompts.
+        sources: "first", positions or a bool mask.
+
+    Raises:
+        LensError: a source that is missing, the last token, or too near the end for an alpha; a model
+            that looks ahead.
+
+    Example:
+        >>> lens.sinks.mechanism(model, texts).table().sort_values("alpha").tail()
+    """
+    from lens.traces.capturing import capture
+
+    check_keys("sources", sources)
+    if callable(sources) and not isinstance(sources, torch.Tensor):
+        raise LensError("sources of mechanism are the same in every layer; give positions")
+    found, policies = [], set()
+    try:
+        output = head_weights(model).output
+    except LensError:  # an architecture whose weights are not known: its columns say so by NaN
+        output = None
+    for prompt in read_prompts(model, prompts)[0]:
+        if prompt.ids is None:
+            raise LensError("mechanism needs prompts of tokens")
+        places = torch.arange(len(prompt.ids))
+        source = members("sources", sources, KeysAt(0, 0, places[None], None))[0]
+        trace = capture(model, prompt.ids, statistics=["received"], progress=False)
+        assert not isinstance(trace, list)
+        alpha = torch.from_numpy(alpha_of(trace))[..., source].mean(-1)
+        if not bool(source.any()) or bool(source[-1]) or bool(alpha.isnan().any()):
+            raise LensError(
+                f"sources must be in the prompt of {len(places)} tokens and seen by 16 queries "
+                f"(the first key by one more); got positions {source.nonzero()[:, 0].tolist()}"
+            )
+        policies.add(trace.attrs["bos"])
+        geometry = _Geometry(source, output)
+        with torch.no_grad(), listening(model, geometry.on_layer):
+            base(model)(**prompt.inputs)
+        found.append(torch.cat([alpha[None], torch.stack(geometry.layers, 1)]))
+    mean = torch.stack(found).mean(0)
+    _, layers, heads = mean.shape
+    rows = pd.DataFrame(
+        {
+            "layer": torch.arange(layers).repeat_interleave(heads).numpy(),
+            "head": torch.arange(heads).repeat(layers).numpy(),
+            **{name: mean[place].flatten().numpy() for place, name in enumerate(_COLUMNS)},
+        }
+    )
+    bos = policies.pop() if len(policies) == 1 else "mixed"
+    return SinkMechanism(rows, bos, len(found))
+
+
+class _Geometry:
+    """Takes norms and cosines while the model runs as it is; `layers` are [6, heads] each."""
+
+    def __init__(self, source: torch.Tensor, output: torch.Tensor | None) -> None:
+        self.layers: list[torch.Tensor] = []
+        self._source = source
+        self._output = output  # [layers, heads, head_dim, d_model]
+
+    def on_layer(self, call: LayerCall) -> torch.Tensor:
+        """See `lens.passes.sessions.listening`.
+
+        Raises:
+            LensError: the layer looks ahead.
+        """
+        if not call.mask.causal:
+            raise LensError(
+                f"layer {call.layer} sees later tokens; mechanism is defined for causal models"
+            )
+        share = call.query.shape[1] // call.key.shape[1]
+        key, value = (
+            tensor[0].double().repeat_interleave(share, 0) for tensor in (call.key, call.value)
+        )
+        source = self._source.to(key.device)
+        norms = [tensor.norm(dim=-1) for tensor in (key, value)]
+        ratios = [
+            norm[:, source].mean(-1) / norm[:, ~source].quantile(0.5, dim=-1) for norm in norms
+        ]
+        cosines = _cosines(call.query[0].double(), key)
+        self.layers.append(
+            torch.stack(
+                [
+                    *ratios,
+                    cosines[:, source].mean(-1),
+                    cosines[:, ~source].nanmean(-1),
+                    *self._drained(call, value, source),
+                ]
+            ).cpu()
+        )
+        return attend(call, statistics=()).output
+
+    def _drained(
+        self, call: LayerCall, value: torch.Tensor, source: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """[heads] each: drain and contribution of the sources; `value` is [heads, keys, head_dim]."""
+        if self._output is None:
+            return value.new_full((len(value),), torch.nan), value.new_full(
+                (len(value),), torch.nan
+            )
+        norm = (value @ self._output[call.layer].to(value)).norm(dim=-1)  # [heads, keys]
+        both = torch.stack([norm * source, norm], -1)[None].to(call.value.dtype)
+        share = call.query.shape[1] // call.key.shape[1]
+        key = call.key.repeat_interleave(share, 1)
+        weighed = attend(replace(call, key=key, value=both)).output[0].double()
+        after = slice(int(source.nonzero()[-1]) + 1, None)
+        contribution = (weighed[:, after, 0] / weighed[:, after, 1]).mean(-1)
+        return norm[:, source].mean(-1) / norm[:, ~source].mean(-1), contribution
+
+
+def _cosines(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """[heads, keys]: mean cosine between each key and the queries after it; NaN for the last key."""
+    summed = normalize(query, dim=-1).flip(1).cumsum(1).flip(1)  # of this query and all later ones
+    after = torch.nn.functional.pad(summed[:, 1:], (0, 0, 0, 1))
+    count = torch.arange(key.shape[1] - 1, -1, -1, device=key.device)
+    return (after * normalize(key, dim=-1)).sum(-1) / count.where(count > 0, torch.nan)

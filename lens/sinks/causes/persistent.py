@@ -1,0 +1,191 @@
+"""Persistent memory: learned keys and values that every query sees, on the scale of the effective gate.
+
+A KV bias is memory of one pair per head (Sun et al., arXiv 2402.17762); Titans prepends several (Behrouz
+et al., arXiv 2501.00663). Neither has a position. With `m` the mass of the memory, `o_P` and `o` the
+attention over the memory and over the tokens alone,
+
+    output = (1 - m) o + m o_P,      effective gate = 1 - m,
+
+which is softmax-off-by-one for one pair of zeros (METHODS-ATTENTION 1.8).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pandas as pd
+import torch
+
+from lens.common.errors import LensError
+from lens.common.results import Result, described
+from lens.edits.losses import bos_policy, two_tokens
+from lens.models.loaded import LoadedModel
+from lens.passes.calls import LayerCall, attend
+from lens.passes.inputs import read_prompts
+from lens.passes.masks import MaskStructure
+from lens.passes.sessions import base, listening
+from lens.stats.bootstrap import over_units
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+_MEASURES = ("gate", "contribution", "removal", "early_mass", "late_mass")
+
+
+@dataclass(frozen=True, eq=False)
+class PersistentMemory(Result):
+    """What memory does to every head of a model that runs with it, means over rows and prompts.
+
+    Attributes:
+        rows: one per layer and head that has memory: `gate`, `1 - m`, with `low` and `high` (95 % over
+            prompts); `contribution`, the share `|m o_P| / (|m o_P| + |(1 - m) o|)` of the head's output;
+            `removal`, `|o - output| / |output|`, what masking the memory changes; `early_mass` and
+            `late_mass`, m in the first and the last quarter of the rows (drift with the context).
+        pairs: of memory in the layer that has most.
+        tokens: [prompts], T of each.
+        bos: "added", "absent" or "mixed".
+    """
+
+    rows: pd.DataFrame = field(repr=False)
+    pairs: int
+    tokens: tuple[int, ...]
+    bos: str
+
+    def table(self) -> pd.DataFrame:
+        """The rows with the mechanism "memory", as in `EffectiveGates`, BOS policy and prompts."""
+        return self.rows.assign(mechanism="memory", bos=self.bos, n=len(self.tokens))
+
+    def __repr__(self) -> str:
+        return described(self)
+
+    def findings(self) -> list[str]:
+        """How much the memory takes, and whether that changes along the prompt."""
+        lowest = self.rows.sort_values("gate").iloc[0]
+        early, late = self.rows["early_mass"].mean(), self.rows["late_mass"].mean()
+        return [
+            f"With {self.pairs} pairs of memory the heads keep {self.rows['gate'].mean():.0%} of their "
+            f"attention on average; L{lowest['layer']:.0f}H{lowest['head']:.0f} least, {lowest['gate']:.1%} "
+            f"[{lowest['low']:.1%}, {lowest['high']:.1%}].",
+            f"The mass of the memory goes from {early:.1%} in the first quarter of the rows to {late:.1%} in "
+            f"the last; masking it changes a head's output by {self.rows['removal'].mean():.0%} of its size.",
+            f"{len(self.tokens)} prompts, BOS {self.bos}.",
+        ]
+
+
+def persistent_memory(
+    model: LoadedModel, prompts: Any, pairs: Sequence[Pair | None], *, seed: int = 0
+) -> PersistentMemory:
+    """Run a model with persistent memory in its attention, and measure what the memory takes and gives.
+
+    Every query sees the memory, in windows too; it has no position, and scale, soft-cap and learned
+    sinks are the layer's own.
+
+    Args:
+        model: as `lens.load` returns it; causal.
+        prompts: as for `lens.capture`, token prompts.
+        pairs: per layer (keys [kv_heads, P, head_dim], values [kv_heads, P, value_dim]) as the layer
+            sees them (keys behind any rotation or norm), or None for a layer without.
+        seed: of the bootstrap.
+
+    Raises:
+        LensError: a number of layers or shapes that the model has not, memory in no layer, prompts of
+            one token, or a model that looks ahead.
+
+    Example:
+        >>> zeros = torch.zeros(model.info.kv_heads, 1, model.info.head_dim)
+        >>> lens.sinks.persistent_memory(model, texts, [(zeros, zeros)] * model.info.layers).table()
+    """
+    if len(pairs) != model.info.layers or all(pair is None for pair in pairs):
+        raise LensError(
+            f"pairs must have one entry for each of the {model.info.layers} layers, at least one of them "
+            f"(keys, values); got {len(pairs)} entries"
+        )
+    found, read = [], []
+    for prompt in read_prompts(model, prompts)[0]:
+        read.append(two_tokens(prompt.ids))
+        runner = WithMemory(pairs)
+        with torch.no_grad(), listening(model, runner.on_layer):
+            base(model)(**prompt.inputs)
+        found.append(torch.stack(runner.measured))
+    values = torch.stack(found).double().numpy()  # [prompts, layers, heads, measures]
+    low, high = over_units(values[..., 0], (values[..., 0] == values[..., 0]).astype(float), seed)
+    rows = [
+        {"layer": layer, "head": head}
+        | dict(zip(_MEASURES, values[:, layer, head].mean(0), strict=True))
+        | {"low": low[layer, head], "high": high[layer, head]}
+        for layer, pair in enumerate(pairs)
+        if pair is not None
+        for head in range(values.shape[2])
+    ]
+    most = max(pair[0].shape[1] for pair in pairs if pair is not None)
+    lengths = tuple(len(ids) for ids in read)
+    return PersistentMemory(pd.DataFrame(rows), most, lengths, bos_policy(model, read))
+
+
+class WithMemory:
+    """Joins the attention over the memory to that over the tokens; `measured`: [heads, measures] each."""
+
+    def __init__(self, pairs: Sequence[Pair | None]) -> None:
+        self.measured: list[torch.Tensor] = []
+        self._pairs = pairs
+
+    def on_layer(self, call: LayerCall) -> torch.Tensor:
+        """See `lens.passes.sessions.listening`.
+
+        Raises:
+            LensError: the layer looks ahead, or its memory has another shape.
+        """
+        layer = call.layer
+        if not call.mask.causal:
+            raise LensError(
+                f"layer {layer} sees later tokens; persistent_memory is for causal models"
+            )
+        tokens, pair = attend(call), self._pairs[layer]
+        own, own_lse = tokens.output, tokens.statistics["lse"]
+        if pair is None:
+            self.measured.append(torch.full((own.shape[1], len(_MEASURES)), torch.nan))
+            return own
+        keys, values = (tensor.to(call.key)[None] for tensor in pair)
+        self._check(layer, call, keys, values)
+        batch = len(call.query)
+        alone = replace(
+            call,
+            key=keys.expand(batch, -1, -1, -1),
+            value=values.expand(batch, -1, -1, -1),
+            mask=MaskStructure(causal=False),
+            sink_logits=None,
+            position_bias=None,
+            tokens=None,
+        )
+        remembered = attend(alone)
+        lse = torch.logaddexp(own_lse, remembered.statistics["lse"])
+        mass, kept = (
+            (part - lse).exp()[..., None] for part in (remembered.statistics["lse"], own_lse)
+        )
+        given, rest = mass * remembered.output.float(), kept * own.float()
+        output = given + rest
+        sizes = [part.norm(dim=-1) for part in (given, rest, output, own.float() - output)]
+        quarter = max(1, mass.shape[2] // 4)
+        self.measured.append(
+            torch.stack(
+                [
+                    kept[0, ..., 0].mean(-1),
+                    (sizes[0] / (sizes[0] + sizes[1]))[0].mean(-1),
+                    (sizes[3] / sizes[2])[0].mean(-1),
+                    mass[0, :, :quarter, 0].mean(-1),
+                    mass[0, :, -quarter:, 0].mean(-1),
+                ],
+                -1,
+            ).cpu()
+        )
+        return output
+
+    def _check(self, layer: int, call: LayerCall, keys: torch.Tensor, values: torch.Tensor) -> None:
+        heads, count = call.key.shape[1], keys.shape[2] if keys.dim() == 4 else 0
+        wanted = [[heads, count, tensor.shape[-1]] for tensor in (call.key, call.value)]
+        got = [list(tensor.shape[1:]) for tensor in (keys, values)]
+        if count < 1 or got != wanted:
+            raise LensError(
+                f"memory of layer {layer} must be keys [{heads}, P, {call.key.shape[-1]}] and values "
+                f"[{heads}, P, {call.value.shape[-1]}] with P of at least 1, got {got[0]} and {got[1]}"
+            )

@@ -1,0 +1,1 @@
+"""Where sinks are, how often, and since when."""

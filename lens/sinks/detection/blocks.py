@@ -1,0 +1,116 @@
+"""How large alpha can be in a block of keys, where only the block map of a long prompt was kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from lens.common.errors import LensError
+from lens.common.results import Result, described
+from lens.sinks.detection.alphas import Samples, check_epsilon, samples_of
+from lens.traces.scores import SINK_EPSILON
+
+if TYPE_CHECKING:
+    from lens.traces.trace import AttentionTrace
+
+
+@dataclass(frozen=True, eq=False)
+class BlockAlphas(Result):
+    """Bounds of the largest alpha among the keys of each block; with `received`, alpha is exact.
+
+    Attributes:
+        lower, upper: [layers, heads, key_blocks]: the largest alpha of the block lies between them.
+        start, stop: [key_blocks], the block's first key and the one behind its last.
+        layers: numbers of the layers.
+        epsilon: threshold of a sink.
+        samples: model, dtype, T and BOS policy; n is 1.
+    """
+
+    lower: np.ndarray = field(repr=False)
+    upper: np.ndarray = field(repr=False)
+    start: np.ndarray = field(repr=False)
+    stop: np.ndarray = field(repr=False)
+    layers: tuple[int, ...]
+    epsilon: float
+    samples: Samples
+
+    def table(self) -> pd.DataFrame:
+        """One row per layer, head and block; `sink` is "yes", "no" or "undecided" by the bounds."""
+        layers, heads, blocks = self.lower.shape
+        lower, upper = self.lower.ravel(), self.upper.ravel()
+        sink = np.where(lower > self.epsilon, "yes", "undecided")
+        return pd.DataFrame(
+            {
+                "layer": np.repeat(self.layers, heads * blocks),
+                "head": np.tile(np.repeat(np.arange(heads), blocks), layers),
+                "start": np.tile(self.start, layers * heads),
+                "stop": np.tile(self.stop, layers * heads),
+                "alpha_lower_bound": lower,
+                "alpha_upper_bound": upper,
+                "sink": np.where(upper <= self.epsilon, "no", sink),
+                "epsilon": self.epsilon,
+                "tokens": self.samples.tokens,
+                "bos": self.samples.bos,
+            }
+        )
+
+    def __repr__(self) -> str:
+        return described(self)
+
+    def findings(self) -> list[str]:
+        """How many blocks hold a sink for certain, how many none, how many may."""
+        counts = self.table()["sink"].value_counts()
+        yes, no, open_ = (int(counts.get(name, 0)) for name in ("yes", "no", "undecided"))
+        return [
+            f"Of {yes + no + open_} blocks of keys (all heads) {yes} hold a sink for certain and {no} "
+            f"hold none (ε = {self.epsilon}, {self.samples}).",
+            f"{open_} are undecided: the block map bounds alpha and does not give it. Capture "
+            "`received` for exact numbers.",
+        ]
+
+
+def block_bounds(trace: AttentionTrace, *, epsilon: float = SINK_EPSILON) -> BlockAlphas:
+    """`R_J / sum_J v_k <= max_J alpha_k <= R_J / min_J v_k`, from block mass alone.
+
+    R_J is what the block's keys receive together (block mass times the rows of each query block,
+    summed over the query blocks) and v_k the number of queries that see key k: R_J is the sum of
+    `alpha_k v_k`. Keys near the end count too, so their own attention can look like a sink there.
+
+    Args:
+        trace: with `block_mass`, of one prompt.
+        epsilon: threshold of a sink.
+
+    Raises:
+        LensError: no block mass, or an epsilon outside 0 to 1.
+
+    Example:
+        >>> lens.sinks.block_bounds(trace).findings()
+    """
+    check_epsilon(epsilon)
+    if "block_mass" not in trace.dataset:
+        raise LensError(
+            "block_bounds needs block_mass; capture it: lens.capture(..., statistics=['block_mass'])"
+        )
+    mass = trace.dataset["block_mass"]
+    starts = mass["key_block_start"].values
+    stops = np.append(starts[1:], trace.length)
+    rows = np.diff(np.append(mass["query_block_start"].values, trace.length))
+    received = np.einsum("lhqk,q->lhk", mass.values.astype(float), rows.astype(float))
+    visible = trace.visible.values.astype(float)  # [layers, keys]
+    together = np.add.reduceat(visible, starts, axis=1)[:, None]
+    fewest = np.minimum.reduceat(visible, starts, axis=1)[:, None]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        lower = np.where(together > 0, received / together, np.nan)
+        upper = np.where(fewest > 0, received / fewest, 1.0)
+    return BlockAlphas(
+        lower=lower,
+        upper=np.minimum(upper, 1.0),
+        start=starts,
+        stop=stops,
+        layers=tuple(trace.dataset["layer"].values.tolist()),
+        epsilon=epsilon,
+        samples=samples_of([trace]),
+    )

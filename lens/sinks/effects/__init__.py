@@ -1,0 +1,1 @@
+"""What a sink does: edits of it beside controls."""

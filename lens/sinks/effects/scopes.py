@@ -1,0 +1,121 @@
+"""How the effect of an edit depends on its reach (one head, its layer, all) and on the BOS token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pandas as pd
+
+from lens.common.head_ids import AnyHead, head_id
+from lens.common.results import Result, described
+from lens.edits.controls import CONTROLS
+from lens.models.loaded import LoadedModel
+from lens.passes.keys import Keys
+from lens.sinks.detection.emergences import bos_pair
+from lens.sinks.effects.causal import effect
+from lens.sinks.effects.clean import CleanRuns, clean_runs
+from lens.sinks.effects.results import SinkEffect
+
+SCOPES = ("head", "layer", "from_layer", "all")
+
+
+@dataclass(frozen=True, eq=False)
+class ScopedEffects(Result):
+    """`SinkEffect` at each of several scopes, with the same seed.
+
+    Attributes:
+        effects: one of `SCOPES`, or "with BOS" and "without BOS" -> effect; the widest last.
+    """
+
+    effects: dict[str, SinkEffect] = field(repr=False)
+
+    def table(self) -> pd.DataFrame:
+        """One row per scope and condition; `reach` names the scope, the rest as `SinkEffect.table`."""
+        parts = [found.table().assign(reach=name) for name, found in self.effects.items()]
+        return pd.concat(parts, ignore_index=True)
+
+    def __repr__(self) -> str:
+        return described(self)
+
+    def findings(self) -> list[str]:
+        """The first sentence of each scope, then the limits of the widest."""
+        first = [f"{name}: {found.findings()[0]}" for name, found in self.effects.items()]
+        return [*first, *list(self.effects.values())[-1].findings()[-2:]]
+
+
+def by_scope(
+    model: LoadedModel,
+    prompts: Any,
+    *,
+    head: AnyHead,
+    sources: Keys = "first",
+    edit: str = "mask",
+    controls: Sequence[str] = CONTROLS,
+    seed: int = 0,
+    clean: CleanRuns | None = None,
+) -> ScopedEffects:
+    """`lens.sinks.effect` of one head, its layer, all layers from it on, and all layers.
+
+    Args:
+        model, prompts, sources, edit, controls, seed, clean: as for `effect`.
+        head: such as "L1H0".
+
+    Raises:
+        LensError: a head that is not there, and as `effect`.
+
+    Example:
+        >>> lens.sinks.by_scope(model, texts, head="L1H0").table()
+    """
+    found = head_id(head, layers=model.info.layers, heads=model.info.heads)
+    reach: dict[str, dict[str, Any]] = {
+        "head": {"heads": [found]},
+        "layer": {"layers": [found.layer]},
+        "from_layer": {"layers": range(found.layer, model.info.layers)},
+        "all": {},
+    }
+    runs = clean_runs(model, clean)
+    return ScopedEffects(
+        {
+            name: effect(
+                model,
+                prompts,
+                sources=sources,
+                edit=edit,
+                controls=controls,
+                seed=seed,
+                clean=runs,
+                **reach[name],
+            )
+            for name in SCOPES
+        }
+    )
+
+
+def by_bos(
+    model: LoadedModel,
+    prompts: Any,
+    *,
+    edit: str = "mask",
+    controls: Sequence[str] = CONTROLS,
+    seed: int = 0,
+    clean: CleanRuns | None = None,
+) -> ScopedEffects:
+    """`lens.sinks.effect` of the first token on the same text with BOS in front and without.
+
+    Args:
+        model, prompts, edit, controls, seed, clean: as for `effect`.
+
+    Raises:
+        LensError: as `lens.sinks.bos_pair` and `effect`.
+
+    Example:
+        >>> lens.sinks.by_bos(model, texts).table()[["reach", "condition", "delta_loss", "bos"]]
+    """
+    return ScopedEffects(
+        {
+            name: effect(model, ids, edit=edit, controls=controls, seed=seed, clean=clean)
+            for name, ids in bos_pair(model, prompts).items()
+        }
+    )

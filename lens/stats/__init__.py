@@ -1,0 +1,5 @@
+"""Intervals, ranks and clusters: statistics on plain arrays."""
+
+from lens.common.lazy import attach
+
+__getattr__, __dir__, __all__ = attach(__name__, __file__)

@@ -1,0 +1,204 @@
+"""`lens.capture`: prompts in, traces out, one layer in memory at a time."""
+
+import time
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lens.common.errors import LensError
+from lens.common.progress import advancing
+from lens.common.version import __version__
+from lens.models.loaded import LoadedModel
+from lens.passes.inputs import Prompt, read_prompts
+from lens.passes.sessions import base, listening
+from lens.traces.recorder import Recorder
+from lens.traces.segments import segments
+from lens.traces.statistics import PREFIX, LayerRecord, Settings, make_settings
+from lens.traces.trace import AttentionTrace, TraceWriter
+
+LARGEST_MAPS = 4 << 30  # bytes of block maps of one layer
+_PACKAGES = ("torch", "transformers", "transformer-lens", "numpy", "xarray")
+
+
+def capture(
+    model: LoadedModel,
+    prompts: Any,
+    *,
+    block_size: int = 64,
+    statistics: str | Sequence[str] = "all",
+    keep_qk: bool = False,
+    backend: str = "auto",
+    out: str | Path | None = None,
+    progress: bool = True,
+    seed: int | None = None,
+) -> AttentionTrace | list[AttentionTrace]:
+    """Run the model once per prompt and keep what its attention did, without ever building N×N.
+
+    Args:
+        model: as `lens.load` returns it.
+        prompts: a text; token ids (a list of integers, a 1-D tensor); a list of these, or a 2-D
+            tensor; a tokenizer's or an image processor's output; one prompt of a vision-language
+            processor (text with images), or a list of these: the trace is that of the language
+            model, `lens.vision.trace_segments(trace)` says which tokens are the image. Each prompt
+            is run on its own, so padding is left out.
+        block_size: positions per block of the maps.
+        statistics: "all", or names of trace variables (docs/schema/trace.md).
+        keep_qk: keep q and k too, for exact tiles; 2 × positions × head_dim numbers per head.
+        backend: of `lens_kernels`: "auto", "cpu", "triton", "torch" or "reference".
+        out: folder for the trace (for several prompts `out/p000`, `out/p001`, ...): each layer is
+            written when it is done and leaves memory. In memory if None.
+        progress: show a bar with the time left, on stderr, if that is a terminal.
+        seed: that made the prompts, if any; only noted in the trace.
+
+    Returns:
+        The trace; a list of traces for a list of prompts or a batch of more than one.
+
+    Raises:
+        LensError: empty or too long prompts, a bad block size, or attention that capture does not
+            understand. A text is never cut: `lens.tasks.take` does that.
+
+    Example:
+        >>> trace = capture(load(), "It was the best of times, it was the worst of times")
+        >>> trace.received.dims
+        ('layer', 'head', 'key')
+    """
+    settings = make_settings(
+        statistics=statistics, block_size=block_size, keep_qk=keep_qk, backend=backend
+    )
+    found, is_single = read_prompts(model, prompts, with_images=True)
+    for prompt in found:
+        _check_size(model, prompt, settings)
+    total = len(found) * model.info.layers
+    traces = []
+    with advancing(f"{model.name}: layers", total, progress) as advance:
+        for number, prompt in enumerate(found):
+            folder = out if out is None or is_single else Path(out) / f"p{number:03d}"
+            traces.append(_capture_one(model, prompt, settings, folder, seed, advance))
+    return traces[0] if is_single else traces
+
+
+def _capture_one(
+    model: LoadedModel,
+    prompt: Prompt,
+    settings: Settings,
+    out: str | Path | None,
+    seed: int | None,
+    advance: Callable[[int], None],
+) -> AttentionTrace:
+    start = time.perf_counter()
+    tokens_of = _segments(model, prompt)
+    writer = TraceWriter(out)
+    layers: list[LayerRecord] = []
+
+    def take(record: LayerRecord) -> None:
+        """Hand the arrays to the writer and keep only the numbers that describe the layer."""
+        if layers and (record.queries, record.keys) != (layers[0].queries, layers[0].keys):
+            raise LensError(
+                f"layer {record.layer} of {model.info.class_name} attends from {record.queries} to "
+                f"{record.keys} positions, layer 0 from {layers[0].queries} to {layers[0].keys}; a "
+                "trace holds one sequence: capture one tower, or use lens.capturing(model)"
+            )
+        writer.add_layer(
+            record.layer, {name: tensor[0].numpy() for name, tensor in record.variables.items()}
+        )
+        record.variables.clear()
+        layers.append(record)
+        advance(1)
+
+    with torch.no_grad(), listening(model, Recorder(settings, take).on_layer):
+        base(model)(**prompt.inputs)
+    if not layers:
+        raise LensError(
+            f"cannot reach the attention of {model.info.class_name}: no layer asked for its "
+            "attention function on this prompt"
+        )
+    length = layers[0].keys
+    return writer.finish(
+        token_ids=prompt.ids or [-1] * length,
+        tokens=model.token_strings(prompt.ids) if prompt.ids else _patches(model, length),
+        attributes=_attributes(model, prompt, settings, layers, seed)
+        | {"segments": tokens_of, "seconds": time.perf_counter() - start},
+    )
+
+
+def _attributes(
+    model: LoadedModel,
+    prompt: Prompt,
+    settings: Settings,
+    layers: list[LayerRecord],
+    seed: int | None,
+) -> dict[str, Any]:
+    """Provenance, as in docs/schema/trace.md."""
+    first = layers[0]
+    starts_with_bos = (
+        bool(prompt.ids) and model.bos_id is not None and prompt.ids[0] == model.bos_id
+    )
+    return {
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "model": model.name,
+        "model_class": model.info.class_name,
+        "revision": model.revision,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": str(model.device),
+        "backend": first.backend,
+        "block_size": settings.block_size,
+        "causal": all(layer.causal for layer in layers),
+        "windows": [layer.window for layer in layers],
+        "softcap": first.softcap,
+        "scale": [layer.scale for layer in layers],
+        "learned_sinks": any(layer.sink_logits is not None for layer in layers),
+        "kv_heads": first.kv_heads,
+        "prefix": PREFIX,
+        "bos": "added" if starts_with_bos else "absent",
+        "seed": seed,
+        "tokens": first.keys,
+        "text_sha256": prompt.sha256,
+        "versions": _versions(),
+        "check": model.check,
+    }
+
+
+def _segments(model: LoadedModel, prompt: Prompt) -> dict[str, Any] | None:
+    """What the tokens of a prompt with images are; None for any other prompt."""
+    if prompt.ids is None or "pixel_values" not in prompt.inputs:
+        return None
+    return segments(model, prompt.inputs).to_dict()
+
+
+def _check_size(model: LoadedModel, prompt: Prompt, settings: Settings) -> None:
+    if prompt.ids is None or not settings.variables & {"block_mass", "block_max"}:
+        return
+    blocks = -(-len(prompt.ids) // settings.block_size)
+    size = 8 * model.info.heads * blocks**2
+    if size > LARGEST_MAPS:
+        fits = int(len(prompt.ids) / (LARGEST_MAPS / (8 * model.info.heads)) ** 0.5) + 1
+        raise LensError(
+            f"block_size {settings.block_size} makes block maps of {size / 2**30:.0f} GiB per layer for "
+            f"{len(prompt.ids):,} tokens; use at least {fits}"
+        )
+
+
+def _patches(model: LoadedModel, length: int) -> list[str]:
+    """Names of image positions: special ones first, then `row,column`; numbers if unsure."""
+    config = model.model.config
+    size, patch = getattr(config, "image_size", None), getattr(config, "patch_size", None)
+    side = size // patch if isinstance(size, int) and isinstance(patch, int) else 0
+    special = length - side * side
+    if side == 0 or not 0 <= special <= 16:
+        return [str(position) for position in range(length)]
+    names = ["[CLS]"] if special == 1 else [f"[{index}]" for index in range(special)]
+    return names + [f"{row},{column}" for row in range(side) for column in range(side)]
+
+
+def _versions() -> dict[str, str]:
+    found = {"attention-lens": __version__}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,86 @@
+"""The picture of a trace in a notebook: a static page of thumbnails, no script, no network."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import struct
+import zlib
+
+import numpy as np
+import xarray as xr
+
+from lens.common.colors import VIRIDIS
+
+_MOST_HEADS = 144
+_CELL = 24
+
+
+def trace_html(text: str, dataset: xr.Dataset) -> str:
+    """HTML of a trace's size, as its `text` says it, provenance and one thumbnail per head (at most 144)."""
+    summary = html.escape(text.split("\n")[0].strip("<>"))
+    rows = "".join(
+        f"<tr><th style='text-align:left'>{html.escape(str(name))}</th>"
+        f"<td>{html.escape(str(value))}</td></tr>"
+        for name, value in dataset.attrs.items()
+        if not isinstance(value, dict | list)
+    )
+    pictures = _thumbnails(dataset) if "block_mass" in dataset else ""
+    return (
+        f"<div><p><b>{summary}</b></p>{pictures}"
+        f"<details><summary>Provenance</summary><table>{rows}</table></details></div>"
+    )
+
+
+def _thumbnails(dataset: xr.Dataset) -> str:
+    total = dataset.sizes["layer"]
+    layers = max(1, min(total, _MOST_HEADS // dataset.sizes["head"]))
+    picture = atlas(dataset, range(layers))
+    data = base64.b64encode(png(picture)).decode()
+    more = "" if layers == total else f" (layers 0 to {layers - 1} of {total})"
+    return (
+        f"<p>Block mass, layers down, heads across{more}; each map on its own log scale.</p>"
+        f"<img alt='Block mass of each head' style='image-rendering:pixelated' "
+        f"src='data:image/png;base64,{data}'>"
+    )
+
+
+def atlas(dataset: xr.Dataset, layers: range) -> np.ndarray:
+    """[height, width, 3] uint8 picture of the block maps, max-pooled to 24 cells a side."""
+    step = _CELL + 2
+    picture = np.full((step * len(layers), step * dataset.sizes["head"], 3), 255, np.uint8)
+    palette = np.array([[int(c[i : i + 2], 16) for i in (1, 3, 5)] for c in VIRIDIS], np.uint8)
+    blocks = dataset.sizes["query_block"]
+    cells = min(_CELL, blocks)
+    edges = np.linspace(0, blocks, cells + 1).astype(int)[:-1]
+    grow = np.arange(_CELL) * cells // _CELL
+    for row, layer in enumerate(layers):
+        for head in range(dataset.sizes["head"]):
+            values = dataset["block_mass"].isel(layer=layer, head=head).values
+            pooled = np.maximum.reduceat(np.maximum.reduceat(values, edges, 0), edges, 1)
+            scaled = np.clip(
+                1 + np.log10(np.maximum(pooled, 1e-9) / max(pooled.max(), 1e-9)) / 3, 0, 1
+            )
+            colors = palette[(scaled * (len(palette) - 1)).astype(int)]
+            if dataset.attrs["causal"]:
+                colors = np.where(np.tri(cells, dtype=bool)[..., None], colors, 255)
+            picture[row * step :, head * step :][:_CELL, :_CELL] = colors[grow][:, grow]
+    return picture
+
+
+def png(picture: np.ndarray) -> bytes:
+    """A PNG file of a [height, width, 3] uint8 picture."""
+    height, width, _ = picture.shape
+    lines = np.concatenate([np.zeros((height, 1), np.uint8), picture.reshape(height, -1)], axis=1)
+    out = io.BytesIO(b"\x89PNG\r\n\x1a\n")
+    out.seek(0, io.SEEK_END)
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    for kind, data in (
+        (b"IHDR", header),
+        (b"IDAT", zlib.compress(lines.tobytes())),
+        (b"IEND", b""),
+    ):
+        out.write(struct.pack(">I", len(data)) + kind + data)
+        out.write(struct.pack(">I", zlib.crc32(kind + data)))
+    return out.getvalue()

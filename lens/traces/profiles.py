@@ -1,0 +1,156 @@
+"""The profile of a model's heads: every score of `lens.traces.metrics`, one row per head.
+
+Scores come from the statistics that a trace holds, so they are exact at any length. Each is a mean
+over the rows (queries) of a prompt that can show it; a batch averages the prompts' means. Intervals
+are 95 % percentile bootstraps: over prompts where there are several, else over contiguous blocks of
+about sqrt(rows) rows of the one prompt, because neighbouring rows depend on each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from lens.common.errors import LensError
+from lens.stats.bootstrap import over_units
+from lens.traces.scores import SINK_EPSILON, Score, layer_scores
+
+if TYPE_CHECKING:
+    from lens.traces.trace import AttentionTrace
+
+__all__ = ["COLUMNS", "SINK_EPSILON", "pooled_table", "profile", "prompt_table", "wide"]
+
+COLUMNS = (
+    "prompt_id",
+    "layer",
+    "head",
+    "metric",
+    "variant",
+    "value",
+    "low",
+    "high",
+    "n",
+    "detail",
+)
+
+_POSITIONS = ("top_key", "positional_distance")  # their mean says nothing
+
+
+def profile(traces: AttentionTrace | Sequence[AttentionTrace], *, seed: int = 0) -> pd.DataFrame:
+    """Every score of every head: one row per head.
+
+    Args:
+        traces: one trace, or several of the same model.
+        seed: of the bootstrap.
+
+    Returns:
+        Columns `layer`, `head`, and for each metric of `lens.traces.metrics.METRICS` the value, its 95 %
+        interval `<metric>_low` and `<metric>_high`, and the same for `<metric>_sink_excluded` where
+        that exists; `top_key_token`; `prompts`. NaN means not scored; `.attrs["reasons"]` says why.
+
+    Raises:
+        LensError: no trace, or traces of models of different sizes.
+
+    Example:
+        >>> table = lens.profile(trace)
+        >>> table.sort_values("induction", ascending=False).head(3)
+    """
+    several = [traces] if not isinstance(traces, Sequence) else list(traces)
+    if not several:
+        raise LensError("profile needs at least one trace, got an empty list")
+    sizes = {(trace.layers, trace.heads) for trace in several}
+    if len(sizes) > 1:
+        raise LensError(
+            f"traces must come from one model; got layers × heads {sorted(sizes)}: profile them apart"
+        )
+    of_rows = seed if len(several) == 1 else None  # with several, the intervals are over prompts
+    tables = [
+        prompt_table(trace, f"p{number:03d}", seed=of_rows) for number, trace in enumerate(several)
+    ]
+    table = tables[0] if len(tables) == 1 else pooled_table(tables, "all", seed=seed)
+    return wide(table, prompts=len(several))
+
+
+def wide(table: pd.DataFrame, *, prompts: int) -> pd.DataFrame:
+    """The long table of one `prompt_id` with one row per head."""
+    suffix = np.where(table["variant"] == "sink_excluded", "_sink_excluded", "")
+    base = table.assign(column=table["metric"] + suffix)
+    heads = pd.MultiIndex.from_frame(table[["layer", "head"]].drop_duplicates())
+    columns: dict[str, pd.Series] = {}
+    for name, rows in base.groupby("column", sort=False):
+        rows = rows.set_index(["layer", "head"]).reindex(heads)
+        columns[str(name)] = rows["value"]
+        columns[f"{name}_low"] = rows["low"]
+        columns[f"{name}_high"] = rows["high"]
+        if name == "top_key":
+            columns["top_key_token"] = rows["detail"].where(rows["value"].notna(), "")
+    result = pd.DataFrame(columns, index=heads).reset_index().assign(prompts=prompts)
+    missing = base[base["value"].isna() & (base["detail"] != "")]
+    result.attrs["reasons"] = dict(zip(missing["column"], missing["detail"], strict=True))
+    return result
+
+
+def prompt_table(trace: AttentionTrace, prompt_id: str, *, seed: int | None = 0) -> pd.DataFrame:
+    """The long table of one prompt: columns of `heads.parquet` (docs/schema/run-folder.md).
+
+    The trace is read one layer at a time. No intervals over rows for the seed None.
+    """
+    layers = trace.dataset["layer"].values.tolist()
+    by_layer = [layer_scores(trace, layer, seed=seed) for layer in layers]
+    return scores_table(by_layer, layers, prompt_id)
+
+
+def scores_table(
+    by_layer: Sequence[Sequence[Score]], layers: Sequence[int], prompt_id: str
+) -> pd.DataFrame:
+    """The long table of the scores of each layer, which are the same ones in the same order."""
+    metrics, heads = len(by_layer[0]), len(by_layer[0][0].value)
+    scores = [score for of_metric in zip(*by_layer, strict=True) for score in of_metric]
+
+    def column(name: str) -> np.ndarray:
+        return np.concatenate([getattr(score, name) for score in scores])
+
+    return pd.DataFrame(
+        {
+            "prompt_id": prompt_id,
+            "layer": np.tile(np.repeat(layers, heads), metrics),
+            "head": np.tile(np.arange(heads), metrics * len(layers)),
+            "metric": np.repeat([score.metric for score in scores], heads),
+            "variant": np.repeat([score.variant for score in scores], heads),
+            **{name: column(name) for name in ("value", "low", "high", "n", "detail")},
+        },
+        columns=list(COLUMNS),
+    )
+
+
+def pooled_table(tables: Sequence[pd.DataFrame], prompt_id: str, *, seed: int = 0) -> pd.DataFrame:
+    """Mean over prompts of their long tables, with a bootstrap over prompts.
+
+    `top_key` and `positional_distance` are the most frequent one, the key named where its token is the same in all prompts that have
+    it; it has no interval.
+    """
+    keys = ["metric", "variant", "layer", "head"]
+    first = tables[0].set_index(keys)
+    aligned = [table.set_index(keys).reindex(first.index) for table in tables]
+    values = np.stack([table["value"].to_numpy(float) for table in aligned])
+    scored = ~np.isnan(values)
+    n = scored.sum(0)
+    mean = np.where(scored, values, 0).sum(0) / np.where(n == 0, np.nan, n)
+    low, high = over_units(np.where(scored, values, 0), scored, seed)
+    result = first.reset_index()
+    result["value"], result["low"], result["high"], result["n"] = mean, low, high, n
+    result["detail"] = np.where(n == 0, result["detail"], "")
+    result["prompt_id"] = prompt_id
+    for row in np.flatnonzero(result["metric"].isin(_POSITIONS) & (n > 0)):
+        positions, counts = np.unique(values[scored[:, row], row], return_counts=True)
+        position = positions[counts.argmax()]
+        there = [
+            table for table, value in zip(aligned, values[:, row], strict=True) if value == position
+        ]
+        tokens = {table["detail"].iloc[row] for table in there}
+        result.loc[row, ["value", "low", "high"]] = [position, np.nan, np.nan]
+        result.loc[row, "detail"] = tokens.pop() if len(tokens) == 1 else ""
+    return result[list(COLUMNS)]

@@ -1,0 +1,319 @@
+"""Scores of the heads of one layer on one prompt, from its trace: the definitions of `lens.traces.metrics`.
+
+Row scores are means over the rows (queries) that can show the pattern; a row that cannot, because it
+sees no matching key, does not count as 0. Without the sink, a row is restricted to the keys from 1 on
+and renormalised, and counts if what is left can still show the pattern.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lens.common.errors import LensError
+from lens.stats.bootstrap import over_rows
+from lens.traces.metrics import METRICS
+
+if TYPE_CHECKING:
+    from lens.traces.trace import AttentionTrace
+
+SINK_EPSILON = 0.3
+FEWEST_VIEWERS = 16
+LOCAL = 8
+_SMALLEST_REST = 1e-6  # of a row without key 0, below which it says nothing
+_SMALLEST_DIFFERENCE = 1e-3  # the same where float32 masses are subtracted to get there
+_SHORT = "the prompt is too short"
+_NO_ATTENTION = "no attention at all"
+_NO_REST = "no attention to keys from 1 on"
+_OF_THE_WHOLE = (
+    "locality",
+    "positional",
+    "positional_distance",
+    "delimiter",
+    "sink_rate",
+    "top_key",
+    "top_key_mass",
+)
+
+
+@dataclass(frozen=True)
+class Score:
+    """One metric of the heads of one layer; every array is [heads].
+
+    Attributes:
+        metric, variant: which score.
+        value: NaN where it was not scored.
+        low, high: 95 % interval over rows, NaN where there is none.
+        n: rows that entered.
+        detail: why it was not scored; the token of `top_key`; else "".
+    """
+
+    metric: str
+    variant: str
+    value: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    n: np.ndarray
+    detail: np.ndarray
+
+
+def layer_scores(trace: AttentionTrace, layer: int, *, seed: int | None = 0) -> list[Score]:
+    """All scores of one layer, in the order of `lens.traces.metrics.METRICS`, raw before sink-excluded.
+
+    The seed is that of the intervals over rows; None leaves them out (they are most of the time).
+
+    Raises:
+        LensError: the trace lacks a statistic that they need.
+    """
+    return list(_Layer(trace, layer).scores(seed))
+
+
+def row_score(metric: str, variant: str, rows: np.ndarray, reason: str, seed: int | None) -> Score:
+    """Mean and interval over rows [heads, queries], NaN where a row does not count; `reason` if none does.
+
+    No interval for the seed None.
+    """
+    n = (~np.isnan(rows)).sum(-1)
+    value = np.where(np.isnan(rows), 0, rows).sum(-1) / np.where(n == 0, np.nan, n)
+    if seed is None:
+        low = high = np.full(value.shape, np.nan)
+    else:
+        low, high = over_rows(rows, seed)
+    return Score(metric, variant, value, low, high, n, _reason(value, reason))
+
+
+def whole_score(metric: str, variant: str, value: np.ndarray, reason: str, n: int) -> Score:
+    """A score [heads] that is no mean over rows, so that it has no interval on one prompt."""
+    unknown = np.full(value.shape, np.nan)
+    count = np.where(np.isnan(value), 0, n)
+    return Score(metric, variant, value, unknown, unknown, count, _reason(value, reason))
+
+
+class _Layer:
+    """One layer of a trace, with what decides which rows count."""
+
+    def __init__(self, trace: AttentionTrace, layer: int) -> None:
+        self._data = trace.dataset.sel(layer=layer)
+        self._tokens = trace.tokens
+        self._length = trace.length
+        self._position = np.arange(trace.length)
+        self._causal = bool(trace.attrs["causal"])
+        self._prefix = int(trace.attrs["prefix"])
+        self._window = trace.window(layer)
+        self._plain = trace.has_plain_mask(layer)
+        ids = self._data["token_id"].values
+        self._ids = None if (ids < 0).any() else ids
+
+    def scores(self, seed: int | None) -> Iterator[Score]:
+        for metric in METRICS.values():
+            for variant in ("raw", "sink_excluded") if metric.sink_excluded else ("raw",):
+                if metric.name in _OF_THE_WHOLE:
+                    yield self._whole(metric.name, variant)
+                    continue
+                rows, reason = self._rows(metric.name, variant == "sink_excluded")
+                yield row_score(metric.name, variant, rows, reason, seed)
+
+    def _rows(self, metric: str, excluded: bool) -> tuple[np.ndarray, str]:
+        """[heads, queries], NaN for rows that do not count, and why none does if none does."""
+        later = self._position >= 1
+        match metric:
+            case "previous_token":
+                rows = self._position >= (2 if excluded else 1)
+                return self._mass(self._match(metric), rows, excluded), _SHORT
+            case "current_token":
+                return self._mass(self._match("current_token_position"), later, excluded), _SHORT
+            case "duplicate_token":
+                return self._duplicates(excluded)
+            case "induction":
+                return self._induction(excluded)
+            case "first_token":
+                return self._where(later, self._variable("first_mass")), _SHORT
+            case "sink_mass":
+                first = self._variable("first_mass")
+                return self._where(self._sees_first(first), first), "no row sees the first token"
+            case "prefix_mass":
+                rows = self._position >= self._prefix
+                why = f"the prompt has no more than {self._prefix} tokens"
+                return self._where(rows, self._variable(metric)), why
+            case "effective_keys":
+                concentration = self._variable("concentration")
+                with np.errstate(divide="ignore"):
+                    return self._where(later & (concentration > 0), 1 / concentration), _SHORT
+            case _:
+                name = f"{metric}_sink_excluded" if excluded else metric
+                return self._where(later, self._variable(name)), _SHORT
+
+    def _duplicates(self, excluded: bool) -> tuple[np.ndarray, str]:
+        if self._ids is None:
+            return self._nothing(), "the prompt has no token ids"
+        mass = self._match("same_token") - self._match("current_token_position")
+        smallest: float | np.ndarray = _SMALLEST_REST
+        if excluded:
+            like_first = (self._ids == self._ids[0]) & (self._position >= 1)
+            mass = mass - np.where(like_first, self._variable("first_mass"), 0)
+            smallest = np.where(like_first, _SMALLEST_DIFFERENCE, _SMALLEST_REST)
+        distance = nearest_copy(self._ids, skip_first=excluded, both_ways=not self._causal)
+        rows = distance < (np.inf if self._window is None else self._window)
+        why = "no row sees another copy of its token"
+        return self._mass(np.maximum(mass, 0), rows, excluded, smallest), why
+
+    def _induction(self, excluded: bool) -> tuple[np.ndarray, str]:
+        if not self._causal:
+            return self._nothing(), "induction looks back only; this model also looks ahead"
+        if self._ids is None:
+            return self._nothing(), "the prompt has no token ids"
+        distance = nearest_copy(self._ids) - 1  # of the key after the copy
+        rows = distance < (np.inf if self._window is None else self._window)
+        why = "no row sees a key that followed a copy of its token"
+        return self._mass(self._match("induction"), rows, excluded), why
+
+    def _sees_first(self, first: np.ndarray) -> np.ndarray:
+        """Which rows see key 0; for a mask without compact form, those that have mass on it."""
+        if not self._plain:
+            return first > 0
+        return self._position < (self._length if self._window is None else self._window)
+
+    def _variable(self, name: str) -> np.ndarray:
+        if name not in self._data:
+            raise LensError(
+                f"the profile needs {name}, which this trace lacks; capture it with statistics='all'"
+            )
+        return self._data[name].values.astype(np.float64)
+
+    def _match(self, rule: str) -> np.ndarray:
+        self._variable("match_mass")
+        return self._data["match_mass"].sel(match=rule).values.astype(np.float64)
+
+    def _mass(
+        self,
+        mass: np.ndarray,
+        rows: np.ndarray,
+        excluded: bool,
+        smallest: float | np.ndarray = _SMALLEST_REST,
+    ) -> np.ndarray:
+        if not excluded:
+            return self._where(rows, mass)
+        rest = self._variable("rest_mass")
+        enough = rest > smallest
+        return self._where(rows & enough, mass / np.where(enough, rest, 1))
+
+    def _where(self, rows: np.ndarray, values: np.ndarray) -> np.ndarray:
+        return np.where(rows, values, np.nan)
+
+    def _nothing(self) -> np.ndarray:
+        return np.full((self._data.sizes["head"], self._length), np.nan)
+
+    def _whole(self, metric: str, variant: str) -> Score:
+        """The scores that are no mean over rows."""
+        detail, excluded = None, variant == "sink_excluded"
+        match metric:
+            case "locality":
+                value, reason = self._locality(excluded), _NO_REST if excluded else _NO_ATTENTION
+            case "delimiter":
+                value, reason = self._delimiters(excluded)
+            case "positional":
+                reason = f"no distance is seen by {FEWEST_VIEWERS} queries"
+                _, value = self._best_distance()
+            case "positional_distance":
+                reason = f"no distance is seen by {FEWEST_VIEWERS} queries"
+                value, _ = self._best_distance()
+            case "sink_rate":
+                value, reason = (self._alpha()[:, 0] > SINK_EPSILON).astype(np.float64), ""
+            case _:
+                reason = f"no key is seen by {FEWEST_VIEWERS} queries"
+                position, value = self._strongest()
+                if metric == "top_key":
+                    value = position
+                    names = [reason if np.isnan(at) else self._tokens[int(at)] for at in position]
+                    detail = np.array(names, dtype=object)
+        unknown = np.full(value.shape, np.nan)
+        n = np.where(np.isnan(value), 0, self._length)
+        detail = _reason(value, reason) if detail is None else detail
+        return Score(metric, variant, value, unknown, unknown, n, detail)
+
+    def _alpha(self) -> np.ndarray:
+        """alpha_k = received[k] / visible[k], [heads, keys] (Gu et al., arXiv 2410.10781)."""
+        visible = self._variable("visible")
+        return self._variable("received") / np.where(visible > 0, visible, np.nan)
+
+    def _strongest(self) -> tuple[np.ndarray, np.ndarray]:
+        """Position and alpha of the strongest key; the last keys have too few viewers to count."""
+        seen = self._variable("visible") >= FEWEST_VIEWERS
+        alpha = np.where(seen, self._alpha(), -np.inf)
+        mass = alpha.max(-1)
+        none = np.isneginf(mass)
+        return np.where(none, np.nan, alpha.argmax(-1)), np.where(none, np.nan, mass)
+
+    def _locality(self, excluded: bool) -> np.ndarray:
+        diagonal = self._variable("diagonal")
+        near = np.abs(self._data["offset"].values) <= LOCAL
+        mass, total = diagonal[:, near].sum(-1), diagonal.sum(-1)
+        if excluded:
+            first = self._variable("first_mass")
+            mass, total = mass - first[:, : LOCAL + 1].sum(-1), self._variable("rest_mass").sum(-1)
+        return self._share(mass, total)
+
+    def _delimiters(self, excluded: bool) -> tuple[np.ndarray, str]:
+        if self._ids is None:
+            return np.full(self._data.sizes["head"], np.nan), "the prompt has no token ids"
+        received = self._variable("received")
+        chosen = np.array([is_delimiter(token) for token in self._tokens])
+        if excluded:
+            chosen, received = chosen[1:], received[:, 1:]
+        if not chosen.any():
+            return np.full(len(received), np.nan), "the prompt has no punctuation and no line break"
+        total = received.sum(-1)
+        reason = _NO_REST if excluded else _NO_ATTENTION
+        return self._share(received[:, chosen].sum(-1), total), reason
+
+    def _share(self, mass: np.ndarray, total: np.ndarray) -> np.ndarray:
+        enough = total > _SMALLEST_DIFFERENCE * self._length
+        return np.where(enough, np.maximum(mass, 0) / np.where(enough, total, 1), np.nan)
+
+    def _best_distance(self) -> tuple[np.ndarray, np.ndarray]:
+        """Distance with the largest mean mass, and that mass, [heads] each."""
+        distance = self._data["offset"].values
+        queries = self._length - np.abs(distance)
+        if self._window is not None:
+            queries = np.where(np.abs(distance) < self._window, queries, 0)
+        mean = self._variable("diagonal") / np.maximum(queries, 1)
+        mean = np.where(queries >= FEWEST_VIEWERS, mean, -np.inf)
+        best = mean.max(-1)
+        none = np.isneginf(best)
+        return np.where(none, np.nan, distance[mean.argmax(-1)]), np.where(none, np.nan, best)
+
+
+def is_delimiter(token: str) -> bool:
+    """Whether a token is punctuation alone, or a line break; spaces around do not matter."""
+    marks = token.strip()
+    if not marks:
+        return "\n" in token
+    return all(unicodedata.category(mark).startswith("P") for mark in marks)
+
+
+def nearest_copy(
+    ids: np.ndarray, *, skip_first: bool = False, both_ways: bool = False
+) -> np.ndarray:
+    """[tokens] distance to the nearest earlier copy of each token, inf where there is none.
+
+    Args:
+        ids: token ids.
+        skip_first: a copy at position 0 does not count.
+        both_ways: later copies count too.
+    """
+    order = np.argsort(ids, kind="stable")
+    same = ids[order][1:] == ids[order][:-1]
+    gap = np.where(same, np.diff(order), np.inf)
+    distance = np.full(len(ids), np.inf)
+    distance[order[1:]] = np.where((order[:-1] == 0) & skip_first, np.inf, gap)
+    if both_ways:
+        distance[order[:-1]] = np.minimum(distance[order[:-1]], gap)
+    return distance
+
+
+def _reason(value: np.ndarray, reason: str) -> np.ndarray:
+    return np.where(np.isnan(value), reason, "").astype(object)

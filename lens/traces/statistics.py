@@ -1,0 +1,224 @@
+"""The statistics of one attention layer, from its query, key and value, in one pass.
+
+The first key is a key group of its own, so that the same pass gives the row without it: entropy,
+distance and mass of the rest, exactly. Taking the first key's part off the whole would lose most
+digits where it holds nearly all the mass.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from lens_kernels import AttentionGroups, AttentionResult
+
+from lens.common.errors import LensError
+from lens.passes.calls import LayerCall, attend
+from lens.traces.trace import MATCH_RULES
+
+PREFIX = 4
+
+_KERNEL = (
+    "lse",
+    "max_logit",
+    "entropy",
+    "concentration",
+    "distance",
+    "prefix_mass",
+    "received",
+    "diagonal",
+    "block_mass",
+    "block_max",
+)
+_BY_GROUP = {
+    "entropy_sink_excluded": "entropy",
+    "distance_sink_excluded": "distance",
+    "first_mass": "lse",
+    "rest_mass": "lse",
+}
+VARIABLES = (*_KERNEL, "match_mass", *_BY_GROUP)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to measure.
+
+    Attributes:
+        variables: names out of `VARIABLES`.
+        block_size: positions per block of the maps.
+        keep_qk: also keep q and k.
+        backend: of `lens_kernels`.
+    """
+
+    variables: frozenset[str]
+    block_size: int
+    keep_qk: bool
+    backend: str
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """What one layer did in one forward pass.
+
+    Attributes:
+        step: forward pass, from 0; generation has one for the prompt and one per token.
+        layer: attention layer, from 0.
+        query_start: position of the first query; above 0 when the keys before it were cached.
+        queries, keys, heads, kv_heads, head_dim: sizes.
+        causal, window, scale, softcap: of the layer; `window` counts the query itself.
+        sink_logits: [heads], float32, or None.
+        backend: the one that ran.
+        variables: name -> [batch, ...] tensor on the CPU: what was asked for, float32, and always
+            `visible` (int32 [batch, keys], the number of queries that see a key).
+    """
+
+    step: int
+    layer: int
+    query_start: int
+    queries: int
+    keys: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    causal: bool
+    window: int | None
+    scale: float
+    softcap: float | None
+    sink_logits: torch.Tensor | None
+    backend: str
+    variables: dict[str, torch.Tensor]
+
+
+def make_settings(
+    *, statistics: str | Sequence[str], block_size: int, keep_qk: bool, backend: str
+) -> Settings:
+    """Checked settings.
+
+    Raises:
+        LensError: a statistic or backend that does not exist, or a block size that is none.
+    """
+    names = VARIABLES if statistics == "all" else statistics
+    if isinstance(names, str):
+        raise LensError(f"statistics must be 'all' or a list of names, got the string {names!r}")
+    unknown = [str(name) for name in names if name not in VARIABLES]
+    if unknown:
+        raise LensError(f"unknown statistics {', '.join(unknown)}; known: {', '.join(VARIABLES)}")
+    if isinstance(block_size, bool) or not isinstance(block_size, int) or block_size < 1:
+        raise LensError(f"block_size must be a positive integer, got {block_size!r}; e.g. 64")
+    return Settings(frozenset(names), block_size, keep_qk, backend)
+
+
+def measure(call: LayerCall, settings: Settings) -> tuple[torch.Tensor, LayerRecord]:
+    """Attention output [batch, heads, queries, value_dim] and the record of the layer."""
+    batch, _, queries, _ = call.query.shape
+    keys = call.key.shape[2]
+    names = settings.variables
+    result = _attention(call, settings)
+    found = {name: result.statistics[name] for name in _KERNEL if name in names}
+    if "match_mass" in names:
+        found["match_mass"] = _matched(result.statistics["match_mass"], call)
+    if result.groups is not None:
+        found.update(_by_group(result.statistics["lse"], result.groups, names))
+    variables = {name: _to_cpu(tensor, torch.float32) for name, tensor in found.items()}
+    visible = call.mask.visible(batch, queries, keys)
+    variables["visible"] = _to_cpu(visible, torch.int32)
+    if settings.keep_qk:
+        variables["q"] = _to_cpu(call.query, _storable(call.query.dtype))
+        variables["k"] = _to_cpu(call.key, _storable(call.key.dtype))
+    sinks = call.sink_logits
+    record = LayerRecord(
+        step=call.step,
+        layer=call.layer,
+        query_start=keys - queries if call.mask.causal else 0,
+        queries=queries,
+        keys=keys,
+        heads=call.query.shape[1],
+        kv_heads=call.key.shape[1],
+        head_dim=call.query.shape[3],
+        causal=call.mask.causal,
+        window=call.mask.window,
+        scale=call.scale,
+        softcap=call.softcap,
+        sink_logits=None if sinks is None else _to_cpu(sinks, torch.float32),
+        backend=result.backend,
+        variables=variables,
+    )
+    return result.output, record
+
+
+def _attention(call: LayerCall, settings: Settings) -> AttentionResult:
+    batch = len(call.query)
+    keys, names = call.key.shape[2], settings.variables
+    statistics = {"lse", *names.intersection(_KERNEL)}
+    statistics.update(kernel for variable, kernel in _BY_GROUP.items() if variable in names)
+    match = groups = None
+    if "match_mass" in names:
+        match = _labels(call)
+        statistics.add("match_mass")
+    if names.intersection(_BY_GROUP):
+        first = call.mask.first_key(batch).to(call.key.device)
+        groups = (torch.arange(keys, device=call.key.device) != first[:, None]).int()
+    return attend(
+        call,
+        block_size=settings.block_size,
+        statistics=statistics,
+        match=match,
+        prefix=PREFIX,
+        groups=groups,
+        backend=settings.backend,
+    )
+
+
+def _labels(call: LayerCall) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """(query labels, key labels) for each of `MATCH_RULES`; -1 never matches."""
+    queries, keys = call.query.shape[2], call.key.shape[2]
+    key_position = torch.arange(keys, device=call.key.device)
+    position = key_position[keys - queries :]
+    tokens = torch.full_like(key_position, -1)[None] if call.tokens is None else call.tokens
+    own = tokens[:, keys - queries :].expand(len(call.query), -1)
+    tokens = tokens.expand(len(call.query), -1)
+    token_before = torch.nn.functional.pad(tokens[:, :-1], (1, 0), value=-1)
+    pairs = {
+        "current_token_position": (position, key_position),
+        "previous_token": (position - 1, key_position),
+        "same_token": (own, tokens),
+        "induction": (own, token_before),
+    }
+    return [pairs[rule] for rule in MATCH_RULES]
+
+
+def _matched(mass: torch.Tensor, call: LayerCall) -> torch.Tensor:
+    """`match_mass` with NaN for the rules that this layer cannot have."""
+    absent = set()
+    if call.tokens is None:
+        absent = {"same_token", "induction"}
+    elif not call.mask.causal:  # induction looks back only; here a row sees later keys too
+        absent = {"induction"}
+    columns = torch.tensor([rule in absent for rule in MATCH_RULES], device=mass.device)
+    return mass.masked_fill(columns, torch.nan)
+
+
+def _by_group(
+    lse: torch.Tensor, groups: AttentionGroups, names: frozenset[str]
+) -> dict[str, torch.Tensor]:
+    """Mass of the first key and of the rest; entropy and distance of the rest, NaN where none is."""
+    first = groups.lse[0]
+    rest = groups.lse[1] if len(groups.lse) > 1 else torch.full_like(first, -torch.inf)
+    is_empty = torch.isneginf(lse)
+    found = {
+        "first_mass": (first - lse).exp().masked_fill(is_empty, 0),
+        "rest_mass": (rest - lse).exp().masked_fill(is_empty, 0),
+    }
+    for variable in ("entropy_sink_excluded", "distance_sink_excluded"):
+        if variable in names:
+            of_rest = groups.statistics[_BY_GROUP[variable]][-1]
+            found[variable] = of_rest.masked_fill(torch.isneginf(rest), torch.nan)
+    return {name: tensor for name, tensor in found.items() if name in names}
+
+
+def _storable(dtype: torch.dtype) -> torch.dtype:
+    """Type in which q and k are kept: numpy has no bfloat16."""
+    return torch.float16 if dtype == torch.float16 else torch.float32
+
+
+def _to_cpu(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return tensor.detach().to("cpu", dtype)

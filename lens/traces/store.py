@@ -1,0 +1,241 @@
+"""A trace on disk: one safetensors file per layer and one JSON file, read a slice at a time.
+
+The layout is docs/schema/trace.md. A layer's file appears whole or not at all (temporary name, then
+rename) and `trace.json` comes last, so a killed capture leaves whole layers and no trace.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from xarray.backends import BackendArray
+from xarray.core import indexing
+
+from lens.common.errors import LensError
+from lens.common.files import read_json, write_atomically, write_json
+
+SCHEMA_VERSION = 1
+INDEX = "trace.json"
+
+_ROW = ("head", "query")
+_BLOCK = ("head", "query_block", "key_block")
+DIMENSIONS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(
+        (
+            "lse",
+            "max_logit",
+            "entropy",
+            "entropy_sink_excluded",
+            "concentration",
+            "distance",
+            "distance_sink_excluded",
+            "prefix_mass",
+            "first_mass",
+            "rest_mass",
+        ),
+        _ROW,
+    ),
+    "match_mass": (*_ROW, "match"),
+    "received": ("head", "key"),
+    "diagonal": ("head", "offset"),
+    "block_mass": _BLOCK,
+    "block_max": _BLOCK,
+    "visible": ("key",),
+    "q": (*_ROW, "dim"),
+    "k": ("kv_head", "key", "dim"),
+}
+"""Dimensions of every variable that a layer may have, without `layer`."""
+
+REQUIRED = (
+    "model",
+    "dtype",
+    "backend",
+    "block_size",
+    "causal",
+    "windows",
+    "scale",
+    "softcap",
+    "prefix",
+    "bos",
+)
+"""Attributes that a trace cannot do without."""
+
+
+def layer_file(layer: int) -> str:
+    """Name of a layer's file."""
+    return f"layer-{layer:02d}.safetensors"
+
+
+def write_layer(folder: Path, layer: int, variables: Mapping[str, np.ndarray]) -> None:
+    """Write one layer, whole or not at all."""
+    check_variables(layer, variables)
+    contiguous = {name: np.ascontiguousarray(array) for name, array in variables.items()}
+    write_atomically(folder / layer_file(layer), lambda path: save_file(contiguous, path))
+
+
+def check_variables(layer: int, variables: Mapping[str, np.ndarray]) -> None:
+    """Every variable is known and has its number of dimensions.
+
+    Raises:
+        ValueError: an unknown name or a wrong number of dimensions.
+    """
+    for name, array in variables.items():
+        if name not in DIMENSIONS:
+            raise ValueError(f"layer {layer}: unknown variable {name!r}; known: {[*DIMENSIONS]}")
+        if array.ndim != len(DIMENSIONS[name]):
+            raise ValueError(
+                f"layer {layer}: {name} must have the dimensions {DIMENSIONS[name]}, "
+                f"got shape {array.shape}"
+            )
+
+
+def write_index(
+    folder: Path,
+    layers: Sequence[int],
+    coordinates: Mapping[str, Any],
+    attributes: Mapping[str, Any],
+) -> None:
+    """Write `trace.json`, which makes the folder a trace."""
+    files = {layer_file(layer): (folder / layer_file(layer)).stat().st_size for layer in layers}
+    write_json(
+        folder / INDEX,
+        {
+            "schema": "attention-lens/trace",
+            "schema_version": SCHEMA_VERSION,
+            "layers": list(layers),
+            "files": files,
+            "coordinates": dict(coordinates),
+            "attributes": dict(attributes),
+        },
+    )
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """The checked contents of `trace.json`.
+
+    Raises:
+        LensError: missing or damaged, of another schema version, or a layer's file is missing or
+            has another size than when it was written.
+    """
+    path = folder / INDEX
+    if not path.exists():
+        raise LensError(f"{folder} holds no finished trace ({INDEX} is missing); capture it again")
+    index = read_json(path)
+    version = index.get("schema_version")
+    if version != SCHEMA_VERSION:
+        writer = index.get("attributes", {}).get("versions", {}).get("attention-lens", "unknown")
+        raise LensError(
+            f"{path} has schema version {version}, this attention-lens reads {SCHEMA_VERSION}; "
+            f"it was written by attention-lens {writer}: read it with that version"
+        )
+    if damage := _index_damage(index):
+        raise LensError(f"{path} is damaged ({damage}); capture this prompt again")
+    for name, size in index["files"].items():
+        file = folder / name
+        found = file.stat().st_size if file.exists() else None
+        if found != size:
+            what = "is missing" if found is None else f"has {found} bytes instead of {size}"
+            raise LensError(f"{file} {what}; capture this prompt again")
+    return index
+
+
+def _index_damage(index: Mapping[str, Any]) -> str:
+    """What makes the contents of `trace.json` unusable, or nothing."""
+    layers = index.get("layers")
+    if not isinstance(layers, list) or not layers or not all(type(i) is int for i in layers):
+        return "layers must be a list of integers"
+    files = index.get("files")
+    if not isinstance(files, dict) or sorted(files) != sorted(map(layer_file, layers)):
+        return "files must name one file per layer"
+    tokens = [index.get("coordinates", {}).get(name) for name in ("token", "token_id")]
+    if not all(isinstance(part, list) and len(part) == len(tokens[0] or ()) for part in tokens):
+        return "coordinates must hold token and token_id, equally long"
+    return missing_attributes(index.get("attributes", {}), len(layers))
+
+
+def missing_attributes(attributes: Mapping[str, Any], layers: int) -> str:
+    """Which attributes are missing or do not fit the number of layers; nothing if all do."""
+    missing = [name for name in REQUIRED if name not in attributes]
+    if missing:
+        return f"attributes lack {', '.join(missing)}"
+    counts = {name: len(attributes[name]) for name in ("windows", "scale")}
+    if set(counts.values()) != {layers}:
+        return f"attributes must have one entry per layer ({layers}), got {counts}"
+    return ""
+
+
+class LayeredArray(BackendArray):
+    """One variable of all layers, of which only what is indexed is read from disk."""
+
+    def __init__(self, folder: Path, layers: Sequence[int], name: str) -> None:
+        self._paths = [folder / layer_file(layer) for layer in layers]
+        self._name = name
+        with _opened(self._paths[0]) as file:
+            stored = file.get_slice(name)
+            self.shape = (len(layers), *stored.get_shape())
+            self.dtype = stored[tuple(slice(0, 0) for _ in stored.get_shape())].dtype
+
+    def __getitem__(self, key: indexing.ExplicitIndexer) -> Any:
+        return indexing.explicit_indexing_adapter(
+            key, self.shape, indexing.IndexingSupport.BASIC, self._read
+        )
+
+    def _read(self, key: tuple[int | slice, ...]) -> np.ndarray:
+        layers, *rest = key
+        if not isinstance(layers, slice):
+            return self._read_layer(self._paths[layers], rest)
+        parts = [self._read_layer(path, rest) for path in self._paths[layers]]
+        if not parts:
+            return np.empty(self.shape, self.dtype)[key]
+        return np.stack(parts)
+
+    def _read_layer(self, path: Path, key: Sequence[int | slice]) -> np.ndarray:
+        """`array[key]`, reading the smallest box round it."""
+        boxes, within = zip(*map(_box, key, self.shape[1:]), strict=True)
+        with _opened(path) as file:
+            stored = file.get_slice(self._name)
+            if tuple(stored.get_shape()) != self.shape[1:]:
+                raise LensError(
+                    f"{path} has {self._name} of shape {stored.get_shape()}, the first layer "
+                    f"{list(self.shape[1:])}; capture this prompt again"
+                )
+            return stored[boxes][within]
+
+
+def _box(key: int | slice, size: int) -> tuple[slice, int | slice]:
+    """The contiguous range that holds `range(size)[key]`, and the key within it."""
+    if not isinstance(key, slice):
+        start = int(key) % size
+        return slice(start, start + 1), 0
+    chosen = range(size)[key]
+    if not chosen:
+        return slice(0, 0), slice(None)
+    low, high = min(chosen[0], chosen[-1]), max(chosen[0], chosen[-1])
+    return slice(low, high + 1), slice(None, None, chosen.step)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="numpy") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise LensError(f"{path} is damaged ({error}); capture this prompt again") from error
+
+
+def lazy_variables(folder: Path, layers: Sequence[int]) -> dict[str, xr.Variable]:
+    """Every stored variable, with `layer` first, reading nothing but the headers."""
+    with _opened(folder / layer_file(layers[0])) as file:
+        names = [name for name in DIMENSIONS if name in set(file.keys())]
+    return {
+        name: xr.Variable(
+            ("layer", *DIMENSIONS[name]),
+            indexing.LazilyIndexedArray(LayeredArray(folder, layers, name)),
+        )
+        for name in names
+    }

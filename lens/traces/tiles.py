@@ -1,0 +1,82 @@
+"""Exact probabilities of any rectangle of a stored head, and when they cannot be had.
+
+`P[i, j] = exp(s_ij - lse_i)` needs nothing but q, k and LSE of the rectangle's rows and keys. A trace
+keeps neither additive biases (ALiBi, T5) nor masks that are no window, so two rows of a head are
+recomputed and held against what was measured; a head that fails is refused.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import xarray as xr
+from lens_kernels import tile
+
+from lens.common.head_ids import HeadId
+
+_TOLERANCE = 1e-2
+
+
+def exact_tile(
+    dataset: xr.Dataset,
+    head: HeadId,
+    queries: tuple[int, int],
+    keys: tuple[int, int],
+) -> np.ndarray:
+    """[queries, keys] float64 probabilities; only the rectangle's q, k and LSE are read."""
+    rows, columns = slice(*queries), slice(*keys)
+    layer, number = head
+    kv_head = number // (dataset.sizes["head"] // dataset.sizes["kv_head"])
+    position = _position(dataset, layer)
+    return tile(
+        _read(dataset, "q", layer=position, head=number, query=rows),
+        _read(dataset, "k", layer=position, kv_head=kv_head, key=columns),
+        _read(dataset, "lse", layer=position, head=number, query=rows),
+        query_range=(0, queries[1] - queries[0]),
+        key_range=(0, keys[1] - keys[0]),
+        scale=dataset.attrs["scale"][position],
+        softcap=dataset.attrs["softcap"],
+        causal=dataset.attrs["causal"],
+        window=dataset.attrs["windows"][position],
+        offset=queries[0] - keys[0],
+    )
+
+
+def _position(dataset: xr.Dataset, layer: int) -> int:
+    return dataset["layer"].values.tolist().index(layer)
+
+
+def _read(dataset: xr.Dataset, name: str, **where: int | slice) -> np.ndarray:
+    """Part of one variable as float64; of `Dataset.isel` most time would go to the others."""
+    return dataset.variables[name].isel(where).values.astype(np.float64)
+
+
+def refusal(dataset: xr.Dataset, head: HeadId) -> str:
+    """Why a head whose mask is plain has no exact tiles, with the remedy; empty if it has."""
+    if not {"q", "k", "lse"} <= set(dataset):
+        return (
+            "exact tiles need q, k and lse, which this trace did not keep; "
+            "capture it again with keep_qk=True (lens run --keep-qk)"
+        )
+    length = dataset.sizes["key"]
+    for query in {length // 2, length - 1}:
+        if not _gives_back(dataset, head, query):
+            return (
+                f"q and k of {head} of {dataset.attrs['model']} do not give back what was measured (a "
+                "position bias, perhaps), so there are no exact tiles; use block_mass"
+            )
+    return ""
+
+
+def _gives_back(dataset: xr.Dataset, head: HeadId, query: int) -> bool:
+    """Whether a recomputed row has the measured largest probability, first key and sum."""
+    row = exact_tile(dataset, head, (query, query + 1), (0, dataset.sizes["key"]))[0]
+    at = {"layer": _position(dataset, head.layer), "head": head.head, "query": query}
+    pairs = []
+    if not dataset.attrs.get("learned_sinks", False):
+        pairs.append((row.sum(), 1.0))
+    if "max_logit" in dataset:
+        largest = np.exp(_read(dataset, "max_logit", **at) - _read(dataset, "lse", **at))
+        pairs.append((row.max(), float(largest)))
+    if "first_mass" in dataset:
+        pairs.append((row[0], float(_read(dataset, "first_mass", **at))))
+    return all(abs(found - known) <= _TOLERANCE * max(known, 1e-3) for found, known in pairs)

@@ -1,0 +1,369 @@
+"""What one prompt did in every head of a model: labelled arrays with their provenance.
+
+`AttentionTrace` is a thin shell round an `xarray.Dataset` (docs/schema/trace.md). It is written layer
+by layer, read one layer and head at a time, and needs neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import xarray as xr
+
+from lens.common.errors import LensError
+from lens.common.head_ids import AnyHead, HeadId, head_id
+from lens.common.plots import draw
+from lens.traces.html import trace_html
+from lens.traces.store import (
+    DIMENSIONS,
+    INDEX,
+    SCHEMA_VERSION,
+    check_variables,
+    lazy_variables,
+    missing_attributes,
+    read_index,
+    write_index,
+    write_layer,
+)
+from lens.traces.tiles import exact_tile, refusal
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+MATCH_RULES = ("current_token_position", "previous_token", "same_token", "induction")
+
+
+class AttentionTrace:
+    """The attention of one prompt, by layer, head, query and key.
+
+    Every variable of the dataset is an attribute: `trace.block_mass.sel(layer=3, head=5)`.
+
+    Attributes:
+        dataset: the `xarray.Dataset`; dimensions and variables as in docs/schema/trace.md.
+        path: the folder that it is read from, or None in memory.
+    """
+
+    def __init__(self, dataset: xr.Dataset, path: Path | None = None) -> None:
+        self.dataset = dataset
+        self.path = path
+        self._refusals: dict[HeadId, str] = {}
+
+    def __getattr__(self, name: str) -> xr.DataArray:
+        if name.startswith("_") or name == "dataset":
+            raise AttributeError(name)
+        if name in self.dataset.variables:
+            return self.dataset[name]
+        if name in DIMENSIONS:
+            have = ", ".join(str(variable) for variable in self.dataset.data_vars)
+            hint = "keep_qk=True" if name in ("q", "k") else f"statistics including {name!r}"
+            raise AttributeError(f"this trace has no {name}; capture it with {hint}; it has {have}")
+        raise AttributeError(f"AttentionTrace has no attribute {name!r}")
+
+    @property
+    def attrs(self) -> dict[str, Any]:
+        """Provenance: model, versions, block size and the rest."""
+        return dict(self.dataset.attrs)
+
+    @property
+    def model(self) -> str:
+        """Name of the model."""
+        return self.dataset.attrs["model"]
+
+    @property
+    def layers(self) -> int:
+        """Number of attention layers."""
+        return self.dataset.sizes["layer"]
+
+    @property
+    def heads(self) -> int:
+        """Number of query heads in each layer."""
+        return self.dataset.sizes["head"]
+
+    @property
+    def length(self) -> int:
+        """Number of tokens."""
+        return self.dataset.sizes["key"]
+
+    @property
+    def tokens(self) -> list[str]:
+        """Token strings."""
+        return [str(token) for token in self.dataset["key_token"].values]
+
+    def head_id(self, head: AnyHead) -> HeadId:
+        """The head that is meant: `"L3H5"`, `"3.5"` or `(3, 5)`.
+
+        Raises:
+            LensError: not a head, or not one of this trace.
+        """
+        found = head_id(head)
+        layers = self.dataset["layer"].values.tolist()
+        if found.layer not in layers or found.head >= self.heads:
+            raise LensError(
+                f"there is no {found} in this trace of {self.model}: it has the layers "
+                f"{layers[0]} to {layers[-1]} and the heads 0 to {self.heads - 1}"
+            )
+        return found
+
+    def select(self, head: AnyHead) -> xr.Dataset:
+        """Every variable of one head, named as in `head_id`; read when it is used."""
+        layer, number = self.head_id(head)
+        return self.dataset.sel(layer=layer, head=number)
+
+    def window(self, layer: int) -> int | None:
+        """Sliding window of a layer: keys at a distance below it are seen; None for all."""
+        return self.attrs["windows"][self._position(layer)]
+
+    def has_plain_mask(self, layer: int) -> bool:
+        """Whether `causal` and `window` say all about which keys the layer's queries see."""
+        expected = visible_queries(
+            self.length, causal=self.attrs["causal"], window=self.window(layer)
+        )
+        return bool((self.dataset["visible"].sel(layer=layer).values == expected).all())
+
+    def _position(self, layer: int) -> int:
+        return self.dataset["layer"].values.tolist().index(layer)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the trace into a new folder.
+
+        Raises:
+            LensError: the folder holds a trace already.
+        """
+        folder = Path(folder)
+        writer = TraceWriter(folder)
+        names = [name for name in DIMENSIONS if name in self.dataset.data_vars]
+        for position, layer in enumerate(self.dataset["layer"].values):
+            part = self.dataset.isel(layer=position)
+            writer.add_layer(int(layer), {name: part[name].values for name in names})
+        writer.finish(
+            token_ids=self.dataset["token_id"].values.tolist(),
+            tokens=self.tokens,
+            attributes=self.attrs,
+        )
+        return folder
+
+    @classmethod
+    def load(cls, folder: str | Path) -> AttentionTrace:
+        """Open a trace folder; arrays are read when they are used.
+
+        Raises:
+            LensError: missing, damaged or of another schema version.
+        """
+        folder = Path(folder)
+        index = read_index(folder)
+        variables = lazy_variables(folder, index["layers"])
+        try:
+            dataset = _dataset(
+                variables, index["layers"], index["coordinates"], index["attributes"]
+            )
+        except ValueError as error:
+            raise LensError(
+                f"{folder} is damaged (its arrays do not fit each other: {error}); "
+                "capture this prompt again"
+            ) from error
+        return cls(dataset, folder)
+
+    def tile(
+        self, layer: int, head: int, queries: tuple[int, int], keys: tuple[int, int]
+    ) -> np.ndarray:
+        """Exact probabilities of one rectangle, from the stored q, k and LSE.
+
+        Args:
+            layer, head: which head.
+            queries, keys: ranges (first, past the last).
+
+        Returns:
+            [queries, keys] float64.
+
+        Raises:
+            LensError: q and k were not kept, they do not give back what the layer did (it adds a
+                bias or has a mask of its own), or a range leaves the prompt.
+        """
+        if why := self.tile_refusal(layer, head):
+            raise LensError(why)
+        for name, (first, last) in (("queries", queries), ("keys", keys)):
+            if not 0 <= first < last <= self.length:
+                raise LensError(
+                    f"{name} must be a range within 0..{self.length}, got {(first, last)}"
+                )
+        return exact_tile(self.dataset, (layer, head), queries, keys)
+
+    def tile_refusal(self, layer: int, head: int) -> str:
+        """Why `tile` refuses this head, with the remedy; empty if it does not."""
+        chosen = self.head_id((layer, head))
+        if chosen not in self._refusals:
+            self._refusals[chosen] = (
+                refusal(self.dataset, chosen)
+                if self.has_plain_mask(layer)
+                else f"layer {layer} of {self.model} has a mask that is neither causal nor a window, "
+                "which a trace does not keep, so there are no exact tiles; use block_mass"
+            )
+        return self._refusals[chosen]
+
+    def plot(self, head: AnyHead, **look: Any) -> go.Figure:
+        """Block map of one head, as `lens.figures.block_map` draws it."""
+        return draw(self, *self.head_id(head), **look)
+
+    def __repr__(self) -> str:
+        size = sum(variable.nbytes for variable in self.dataset.data_vars.values())
+        names = ", ".join(str(name) for name in self.dataset.data_vars)
+        where = f" in {self.path}" if self.path else ""
+        return (
+            f"<AttentionTrace of {self.model}: {self.length:,} tokens, "
+            f"{self.layers} layers × {self.heads} heads, {size / 1e6:.1f} MB{where}>\n"
+            f"  blocks of {self.attrs['block_size']}, {self.attrs['dtype']}, "
+            f"backend {self.attrs['backend']}, BOS {self.attrs['bos']}\n"
+            f"  {names}"
+        )
+
+    def _repr_html_(self) -> str:
+        return trace_html(repr(self), self.dataset)
+
+
+class TraceWriter:
+    """Takes a trace layer by layer, in memory or into a folder.
+
+    With a folder each layer is written when it comes and then forgotten, so that memory does not
+    grow with the number of layers.
+
+    Raises:
+        LensError: the folder holds a finished trace.
+    """
+
+    def __init__(self, folder: str | Path | None = None) -> None:
+        self._folder = None if folder is None else Path(folder)
+        self._layers: dict[int, dict[str, np.ndarray]] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        if self._folder is not None and (self._folder / INDEX).exists():
+            raise LensError(
+                f"{self._folder} holds a trace already; choose another folder or delete it"
+            )
+
+    def add_layer(self, layer: int, variables: Mapping[str, np.ndarray]) -> None:
+        """Take one layer: name -> array with the dimensions of `DIMENSIONS`.
+
+        Raises:
+            ValueError: unknown variable, wrong number of dimensions, another shape than in the first
+                layer, or a layer that came before.
+        """
+        check_variables(layer, variables)
+        shapes = {name: array.shape for name, array in variables.items()}
+        if self._layers and shapes != self._shapes:
+            raise ValueError(
+                f"layer {layer} must have the variables of the layers before: expected "
+                f"{self._shapes}, got {shapes}"
+            )
+        self._shapes = shapes
+        if layer in self._layers:
+            raise ValueError(f"layer {layer} was added twice")
+        if self._folder is None:
+            self._layers[layer] = dict(variables)
+        else:
+            write_layer(self._folder, layer, variables)
+            self._layers[layer] = {}
+
+    def finish(
+        self, *, token_ids: Sequence[int], tokens: Sequence[str], attributes: Mapping[str, Any]
+    ) -> AttentionTrace:
+        """The finished trace.
+
+        Args:
+            token_ids, tokens: of every position, as numbers and as text.
+            attributes: as in docs/schema/trace.md; `schema_version` is added.
+
+        Raises:
+            ValueError: no layer came, an attribute is missing, or sizes do not fit each other.
+        """
+        if not self._layers:
+            raise ValueError("a trace needs at least one layer; none was added")
+        layers = sorted(self._layers)
+        if wrong := missing_attributes(attributes, len(layers)):
+            raise ValueError(f"the trace's {wrong}")
+        if len(token_ids) != len(tokens):
+            raise ValueError(
+                f"token_ids and tokens must be equally long, got {len(token_ids)} and {len(tokens)}"
+            )
+        lengths = {
+            shape[DIMENSIONS[name].index("query")]
+            for name, shape in self._shapes.items()
+            if "query" in DIMENSIONS[name]
+        }
+        if lengths - {len(tokens)}:
+            raise ValueError(f"{len(tokens)} tokens for {lengths.pop()} positions")
+        attributes = {**attributes, "schema_version": SCHEMA_VERSION}
+        coordinates = {"token_id": [int(i) for i in token_ids], "token": list(tokens)}
+        if self._folder is not None:
+            write_index(self._folder, layers, coordinates, attributes)
+            return AttentionTrace.load(self._folder)
+        variables = {
+            name: xr.Variable(
+                ("layer", *DIMENSIONS[name]),
+                np.stack([self._layers[layer][name] for layer in layers]),
+            )
+            for name in DIMENSIONS
+            if name in self._layers[layers[0]]
+        }
+        return AttentionTrace(_dataset(variables, layers, coordinates, attributes))
+
+
+def visible_queries(length: int, *, causal: bool, window: int | None) -> np.ndarray:
+    """[keys] int: how many queries of a prompt see each key."""
+    position = np.arange(length)
+    before = 0 if causal else position
+    after = length - 1 - position
+    if window is not None:
+        before, after = np.minimum(before, window - 1), np.minimum(after, window - 1)
+    return (before + after + 1).astype(np.int32)
+
+
+def _dataset(
+    variables: Mapping[str, xr.Variable],
+    layers: Sequence[int],
+    coordinates: Mapping[str, Any],
+    attributes: Mapping[str, Any],
+) -> xr.Dataset:
+    """Name the dimensions and add the coordinates."""
+    variables = dict(variables)
+    length, block = len(coordinates["token"]), attributes["block_size"]
+    starts = np.arange(0, length, block)
+    causal = attributes["causal"]
+    tokens = np.array(coordinates["token"], dtype=object)  # str_ would drop a trailing NUL
+    position = np.arange(length)
+    if "visible" not in variables:
+        counts = [
+            visible_queries(length, causal=causal, window=attributes["windows"][index])
+            for index in range(len(layers))
+        ]
+        variables["visible"] = xr.Variable(("layer", "key"), np.stack(counts))
+    sizes = {
+        dimension: size
+        for variable in variables.values()
+        for dimension, size in zip(variable.dims, variable.shape, strict=True)
+    }
+    coords: dict[str, Any] = {
+        "layer": list(layers),
+        "head": np.arange(sizes.get("head", 0)),
+        "query": position,
+        "key": position,
+        "query_block": np.arange(len(starts)),
+        "key_block": np.arange(len(starts)),
+        "query_token": ("query", tokens),
+        "key_token": ("key", tokens),
+        "token_id": ("key", np.array(coordinates["token_id"], dtype=np.int64)),
+        "query_block_start": ("query_block", starts),
+        "key_block_start": ("key_block", starts),
+        "match": list(MATCH_RULES),
+        "offset": np.arange(0 if causal else 1 - length, length),
+    }
+    if "kv_head" in sizes:
+        coords["kv_head"] = np.arange(sizes["kv_head"])
+    used = {"query", "key", *sizes}
+    kept = {
+        name: value
+        for name, value in coords.items()
+        if (value[0] if isinstance(value, tuple) else name) in used
+    }
+    return xr.Dataset(variables, coords=kept, attrs=dict(attributes))
