@@ -6,9 +6,10 @@ Exit codes: 0 done, 1 error, 2 wrong usage, 3 partly done (the same command comp
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from lens_analyses.console import ERROR, PARTIAL, Output
 from lens_analyses.options import (
@@ -22,15 +23,39 @@ from lens_analyses.options import (
     Run,
     RunsDir,
 )
-from lens_analyses.run_commands import run_command
 
+RUN_COMMANDS = {
+    "run": "Profile every attention head of a model on a text and on copied random tokens.",
+    "heads": "Profile every head, then: role, importance by several measures, pattern, redundancy, pruning.",
+    "sinks": "Profile every head, then: where sinks are, how they work, whether they matter, where mass moves.",
+    "redistribute": "Profile every head, then: move attention off the first token; dose, side effects, which heads.",
+    "circuit": "Profile every head, then: which edges carry a task; faithful, complete and minimal, beside random.",
+}
+"""Commands that make a run -> their help."""
+
+
+class _Commands(TyperGroup):
+    """All commands; those that make a run get their many flags only when one of them is called."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name, command, rest = super().resolve_command(ctx, args)
+        if name in RUN_COMMANDS:
+            from lens_analyses.run_commands import run_command
+
+            alone = typer.Typer(add_completion=False, **_LOOKS)
+            alone.command(name, help=RUN_COMMANDS[name])(run_command(name))
+            command = typer.main.get_command(alone)
+        return name, command, rest
+
+
+_LOOKS: dict[str, Any] = {"rich_markup_mode": None, "pretty_exceptions_enable": False}
 app = typer.Typer(
     name="lens",
+    cls=_Commands,
     help="See what every attention head of a real model does.",
     epilog="Exit codes: 0 done, 1 error, 2 wrong usage, 3 partly done (the same command completes it).",
     add_completion=False,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
+    **_LOOKS,
 )
 
 
@@ -66,30 +91,8 @@ def demo(
             view_runs(out, port, quiet=quiet)
 
 
-for verb, text, needs_text in (
-    ("run", "Profile every attention head of a model on a text and on copied random tokens.", True),
-    (
-        "heads",
-        "Profile every head, then: role, importance by several measures, pattern, redundancy, pruning.",
-        True,
-    ),
-    (
-        "sinks",
-        "Profile every head, then: where sinks are, how they work, whether they matter, where mass moves.",
-        True,
-    ),
-    (
-        "redistribute",
-        "Profile every head, then: move attention off the first token; dose, side effects, which heads.",
-        True,
-    ),
-    (
-        "circuit",
-        "Profile every head, then: which edges carry a task; faithful, complete and minimal, beside random.",
-        False,
-    ),
-):
-    app.command(verb)(run_command(verb, text, needs_text=needs_text))
+for _verb, _text in RUN_COMMANDS.items():
+    app.command(_verb, help=_text)(lambda: None)  # listed here, and made when it is called
 
 
 @app.command()

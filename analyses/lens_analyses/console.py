@@ -23,7 +23,18 @@ log = logging.getLogger("lens_analyses")
 
 
 class UsageError(LensError):
-    """The command line itself makes no sense; exit code 2."""
+    """What was asked for makes no sense, or does not fit the model or the text; exit code 2."""
+
+
+@contextmanager
+def refused_as_usage() -> Iterator[None]:
+    """What is refused inside is the fault of what was asked for, and nothing was computed: exit code 2."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except LensError as error:
+        raise UsageError(str(error)) from error
 
 
 @dataclass(frozen=True)

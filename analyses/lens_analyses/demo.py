@@ -5,25 +5,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lens_analyses.config import CaptureConfig, ModelConfig, PromptConfig, RunConfig
+from lens_analyses.config import (
+    CaptureConfig,
+    ModelConfig,
+    PromptConfig,
+    RunConfig,
+    make_config,
+)
 from lens_analyses.console import PARTIAL, Output, log
 from lens_analyses.runner import Finished, execute
 
 EMBEDDED = (
     RunConfig(
-        model=ModelConfig("text-lm-3l"),
+        model=ModelConfig(name="text-lm-3l"),
         prompts=PromptConfig(
             text_name="moby-dick", tokens=128, windows=12, copied=8, copied_length=50
         ),
         capture=CaptureConfig(block_size=16),
     ),
     RunConfig(
-        model=ModelConfig("induction-2l"),
+        model=ModelConfig(name="induction-2l"),
         prompts=PromptConfig(copied=16, copied_length=25),
         capture=CaptureConfig(block_size=16),
     ),
     RunConfig(
-        model=ModelConfig("stories260k"),
+        model=ModelConfig(name="stories260k"),
         prompts=PromptConfig(text_name="lily", copied=4, copied_length=50),
         capture=CaptureConfig(block_size=16),
     ),
@@ -79,12 +85,8 @@ def _recipe(model: str) -> RunConfig:
     for config in EMBEDDED:
         if config.model.name == model:
             return config
-    return RunConfig(
-        model=ModelConfig(model),
-        prompts=PromptConfig(
-            text_name="moby-dick", tokens=LARGE_TOKENS, copied=4, copied_length=64
-        ),
-    )
+    prompts = {"text_name": "moby-dick", "tokens": LARGE_TOKENS, "copied": 4, "copied_length": 64}
+    return make_config({"model": {"name": model}, "prompts": prompts})
 
 
 def _indented(text: str) -> str:

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from lens_analyses.config import RunConfig
+from lens_analyses.console import refused_as_usage
 from lens_analyses.inputs import PlannedPrompt, load_model, plan, read_sources
 from lens_analyses.steps import STEPS
 from lens_analyses.steps.costs import COSTS, Load
@@ -78,13 +79,16 @@ def estimate(config: RunConfig) -> Estimate:
     Raises:
         LensError: as the run itself would, for any input that makes no sense.
     """
-    config, sources = read_sources(config)
+    with refused_as_usage():
+        config, sources = read_sources(config)
     model = load_model(config)
-    planned = plan(model, config, sources)
+    with refused_as_usage():
+        planned = plan(model, config, sources)
+        task, windows = analysed(config, model, planned)
     lengths = [len(prompt.ids) for prompt in planned]
     rate = _rate(model)
     steps = {"profile": SLOWDOWN * sum(work(model, prompt) for prompt in planned) / rate}
-    steps |= _analysis(config, model, planned, rate)
+    steps |= _analysis(config, model, planned, task, windows, rate)
     return Estimate(
         model=model.name,
         what=config.what,
@@ -99,11 +103,15 @@ def estimate(config: RunConfig) -> Estimate:
 
 
 def _analysis(
-    config: RunConfig, model: "LoadedModel", planned: list[PlannedPrompt], rate: float
+    config: RunConfig,
+    model: "LoadedModel",
+    planned: list[PlannedPrompt],
+    task: list[list[int]],
+    windows: list[list[int]],
+    rate: float,
 ) -> dict[str, float]:
     """Seconds of each step after the profile."""
     settings, info, what = config.analysis, model.info, config.what
-    task, windows = analysed(config, model, planned)
     load = Load(
         settings=settings,
         layers=info.layers,

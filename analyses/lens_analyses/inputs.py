@@ -6,16 +6,21 @@ Everything that can be wrong with the input is found here, before a run folder e
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lens.common.errors import LensError
 from lens.models.catalogue import KNOWN
 from lens_analyses.config import RunConfig
+from lens_analyses.config.settings import Section
+from lens_analyses.console import UsageError
 
 if TYPE_CHECKING:
     from lens.models.loaded import LoadedModel
+
+
+_S = TypeVar("_S", bound=Section)
 
 
 @dataclass(frozen=True)
@@ -69,10 +74,10 @@ def read_sources(config: RunConfig) -> tuple[RunConfig, list[Source]]:
         )
     if prompts.text is not None:
         sources = [Source(path.name, content)]
-        config = replace(config, prompts=replace(prompts, text=str(path), sha256=sha256))
+        config = _with(config, prompts=_with(prompts, text=str(path), sha256=sha256))
     else:
         sources = _batch(path, content)
-        config = replace(config, prompts=replace(prompts, batch=str(path), sha256=sha256))
+        config = _with(config, prompts=_with(prompts, batch=str(path), sha256=sha256))
     return config, sources
 
 
@@ -80,7 +85,7 @@ def load_model(config: RunConfig) -> "LoadedModel":
     """The model of the run, on its device.
 
     Raises:
-        LensError: as `lens.load`, or a device that is not there.
+        LensError: as `lens.load`; UsageError: a device that is not there.
     """
     import torch
 
@@ -91,7 +96,7 @@ def load_model(config: RunConfig) -> "LoadedModel":
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".")
-        raise LensError(
+        raise UsageError(
             f"device {name!r} cannot be used ({reason}); use cpu, or see `lens doctor`"
         ) from None
     model = config.model
@@ -120,7 +125,7 @@ def _absolute_model(config: RunConfig) -> RunConfig:
     folder = Path(config.model.name).expanduser()
     if config.model.name in KNOWN or not folder.is_dir():
         return config
-    return replace(config, model=replace(config.model, name=str(folder.resolve())))
+    return _with(config, model=_with(config.model, name=str(folder.resolve())))
 
 
 def _read(path: Path) -> str:
@@ -246,3 +251,7 @@ def _say(model: "LoadedModel") -> Callable[[list[int]], str]:
         return model.tokenizer.decode(body)
 
     return say
+
+
+def _with(section: _S, **changed: Any) -> _S:
+    return section.model_copy(update=changed)

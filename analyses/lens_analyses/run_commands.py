@@ -1,17 +1,24 @@
-"""Commands that make a run: `lens run`, `lens heads` and their likes, from one table of settings.
+"""Commands that make a run: `lens run`, `lens heads` and their likes, from the fields of their configurations.
 
-Each command has a flag for every setting that `lens_analyses.config.SETTINGS_OF` gives it, and the same
-flags around them; `--set` and `--config` reach all the others.
+Each command has a flag for every setting of its configuration, and the same flags around them; `--config`
+reads them from a file, `--set` takes them by their dotted names.
 """
 
 import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from lens_analyses.config import SETTINGS_OF, flag_name
+from lens_analyses.config import (
+    CONFIGS,
+    RunConfig,
+    Setting,
+    load_config,
+    parse_assignments,
+    settings_of,
+)
 from lens_analyses.console import PARTIAL, Output, UsageError
 from lens_analyses.options import (
     RUNS,
@@ -25,46 +32,6 @@ from lens_analyses.options import (
     Quiet,
 )
 
-if TYPE_CHECKING:
-    from lens_analyses.config import RunConfig
-
-_HELP = {
-    "model.name": "Embedded name, folder or hub id.",
-    "model.revision": "Of a hub model.",
-    "model.dtype": "float32, float16 or bfloat16.",
-    "model.device": "cpu, cuda or cuda:1. [cpu]",
-    "prompts.text": "Text file to analyse.",
-    "prompts.text_name": "Embedded text, e.g. moby-dick.",
-    "prompts.batch": 'Batch: one prompt a line (.txt), or {"text": ...} a line (.jsonl).',
-    "prompts.tokens": "Take the first N tokens of each text (all of it otherwise).",
-    "prompts.windows": "Cut the text into N pieces of --tokens tokens.",
-    "prompts.copied": "Number of copied random prompts, the induction probe. [4]",
-    "prompts.copied_length": "Random tokens in each, before they are repeated. [25]",
-    "capture.block_size": "Positions per block of the attention maps. [64]",
-    "capture.keep_qk": "Store q and k for exact zoom in the viewer. [keep]",
-    "seed": "Seed of every draw. [0]",
-    "analysis.task": "induction, text, ioi, greater_than, ... or a .jsonl file. [induction]",
-    "analysis.n": "Prompts of the task. [32]",
-    "analysis.measures": "Of importance, e.g. ablation/mean,gradient; all of them if not given.",
-    "analysis.edits": "E.g. mask,drop; all of them if not given.",
-    "analysis.rule": "transfer, mask, drop, logit_bias, learned_sink, off_by_one or act. [transfer]",
-    "analysis.amounts": "Of the edit, with commas. [0,0.25,0.5,0.75,1]",
-    "analysis.method": "eap-ig, eap, exact, ...: see lens.circuits.score_edges. [eap-ig]",
-    "analysis.steps": "Of the integrated gradients. [5]",
-    "analysis.edges": "Of the circuit; 0: the smallest one that is faithful enough. [0]",
-    "analysis.compare": "Folder of another circuit run: what the two circuits share, beside chance.",
-}
-_WHOLE = (
-    "tokens",
-    "windows",
-    "copied",
-    "copied_length",
-    "block_size",
-    "seed",
-    "n",
-    "steps",
-    "edges",
-)
 _AROUND: dict[str, tuple[Any, Any]] = {
     "config": (Config, None),
     "assignments": (Assignments, None),
@@ -76,28 +43,33 @@ _AROUND: dict[str, tuple[Any, Any]] = {
     "debug": (Debug, False),
 }
 """Flags of every command of this module: name of the parameter -> its type and default."""
+_SHORT = {"--model": "-m"}
+_WITHOUT_TEXT = ("circuit",)  # a task is enough; copied prompts are profiled
+_NO_FLAG = ("what",)  # the command itself says it
 
 
-def run_command(verb: str, text: str, *, needs_text: bool = True) -> Callable[..., None]:
-    """The function of a command, for typer: its signature has one parameter a flag.
+def flags_of(verb: str) -> list[Setting]:
+    """The settings that a command has flags for."""
+    found = settings_of(CONFIGS["profile" if verb == "run" else verb])
+    return [one for one in found if not one.shown.internal and one.name not in _NO_FLAG]
 
-    Args:
-        verb: `run`, or what the analysis is called.
-        text: help.
-        needs_text: refuse a command that names no prompts; else copied ones are profiled.
-    """
-    flags = {_parameter(dotted): dotted for dotted in SETTINGS_OF[verb]}
-    types = {name: _type(dotted) for name, dotted in flags.items()}
+
+def run_command(verb: str) -> Callable[..., None]:
+    """The function of a command, `run` or an analysis, for typer: its signature has one parameter a flag."""
+    flags = {_parameter(one): one for one in flags_of(verb)}
 
     def command(**given: Any) -> None:
         output = Output(given["json"], given["quiet"], given["debug"])
         with output.session():
-            values = {dotted: _plain(given[name]) for name, dotted in flags.items()}
+            named = {name: one for name, one in flags.items() if given[name] is not None}
+            values = {one.name: _value(one, given[name]) for name, one in named.items()}
             if verb != "run":
                 values["what"] = verb
-            settings = settings_of(
-                given["config"], given["assignments"], values, needs_text=needs_text
-            )
+            values = {**parse_assignments(given["assignments"] or []), **values}
+            if verb not in _WITHOUT_TEXT:
+                _check_text(given["config"], values)
+            names = {one.name: one.flag for one in named.values()}
+            settings = load_config(given["config"], values, names)
             if given["dry_run"]:
                 from lens_analyses.estimate import estimate
 
@@ -106,8 +78,8 @@ def run_command(verb: str, text: str, *, needs_text: bool = True) -> Callable[..
                 return
             execute(settings, given["out"], output, given["again"])
 
-    parameters = {name: (kind, None) for name, kind in types.items()} | _AROUND
-    command.__name__, command.__doc__ = verb, text
+    parameters = {name: (_type(one), None) for name, one in flags.items()} | _AROUND
+    command.__name__ = verb
     command.__annotations__ = {name: kind for name, (kind, _) in parameters.items()}
     command.__signature__ = inspect.Signature(  # pyright: ignore[reportFunctionMemberAccess]
         [
@@ -120,32 +92,7 @@ def run_command(verb: str, text: str, *, needs_text: bool = True) -> Callable[..
     return command
 
 
-def settings_of(
-    config: Path | None,
-    assignments: list[str] | None,
-    flags: dict[str, Any],
-    *,
-    needs_text: bool = True,
-) -> "RunConfig":
-    """The configuration of the file, with the assignments and then the flags on top.
-
-    Args:
-        config, assignments, flags: of the command line.
-        needs_text: refuse a command that names no prompts; else copied ones are profiled.
-
-    Raises:
-        LensError: as `RunConfig.load`; UsageError: no text is named.
-    """
-    from lens_analyses.config import RunConfig, parse_assignments
-
-    given = {name: value for name, value in flags.items() if value is not None}
-    given = {**parse_assignments(assignments or []), **given}
-    if needs_text:
-        _check_text(config, given)
-    return RunConfig.load(config, given)
-
-
-def execute(settings: "RunConfig", out: Path, output: Output, again: bool) -> None:
+def execute(settings: RunConfig, out: Path, output: Output, again: bool) -> None:
     """Make the run and say what came of it."""
     from lens_analyses import runner
 
@@ -155,29 +102,27 @@ def execute(settings: "RunConfig", out: Path, output: Output, again: bool) -> No
         raise SystemExit(PARTIAL)
 
 
-def _parameter(dotted: str) -> str:
-    return flag_name(dotted).replace("-", "_")
+def _parameter(one: Setting) -> str:
+    return one.flag.strip("-").replace("-", "_")
 
 
-def _type(dotted: str) -> Any:
-    """As typer reads it: a type that may be None, and the option's names and help."""
-    name = flag_name(dotted)
-    if dotted == "capture.keep_qk":
-        return Annotated[bool | None, typer.Option(f"--{name}/--no-{name}", help=_HELP[dotted])]
-    kind = (
-        int
-        if dotted.rpartition(".")[2] in _WHOLE
-        else Path
-        if dotted in ("prompts.text", "prompts.batch", "analysis.compare")
-        else str
-    )
-    short = ["-m"] if dotted == "model.name" else []
-    flag = "--model" if dotted == "model.name" else f"--{name}"
-    return Annotated[kind | None, typer.Option(flag, *short, help=_HELP[dotted])]
+def _type(one: Setting) -> Any:
+    """As typer reads it: words, which the configuration checks, or a switch; names, and help."""
+    if one.kind == "boolean":
+        switch = f"{one.flag}/--no-{one.flag[2:]}"
+        return Annotated[bool | None, typer.Option(switch, help=_help(one))]
+    names = [one.flag, *([_SHORT[one.flag]] if one.flag in _SHORT else [])]
+    metavar = one.kind.upper() if one.kind == "integer" else "TEXT"
+    return Annotated[str | None, typer.Option(*names, help=_help(one), metavar=metavar)]
 
 
-def _plain(value: Any) -> Any:
-    return str(value) if isinstance(value, Path) else value
+def _help(one: Setting) -> str:
+    choices = f" One of {', '.join(one.choices)}." if one.choices else ""
+    return one.help + choices + ("" if one.default is None else f" [{one.default}]")
+
+
+def _value(one: Setting, given: Any) -> Any:
+    return one.parse(given) if isinstance(given, str) else given
 
 
 def _check_text(config: Path | None, given: dict[str, Any]) -> None:

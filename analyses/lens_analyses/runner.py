@@ -24,7 +24,7 @@ from lens.runs import Run, open_run
 from lens.runs.writer import RunWriter, find_by_config
 from lens.traces.findings import findings
 from lens_analyses.config import RunConfig
-from lens_analyses.console import Output, log, progress_bar
+from lens_analyses.console import Output, log, progress_bar, refused_as_usage
 from lens_analyses.estimate import work
 from lens_analyses.inputs import PlannedPrompt, load_model, plan, read_sources
 from lens_analyses.provenance import versions
@@ -91,9 +91,11 @@ def execute(config: RunConfig, runs: Path, output: Output, *, again: bool = Fals
     """Make the run, or complete it, or find it finished.
 
     Raises:
-        LensError: the input makes no sense (then no folder is left), or another process is at it.
+        UsageError: the input makes no sense; then no folder is left.
+        LensError: the model cannot be loaded, or another process is at this run.
     """
-    config, sources = read_sources(config)
+    with refused_as_usage():
+        config, sources = read_sources(config)
     mapping = config.as_mapping()
     earlier = find_by_config(runs, mapping)
     run = _readable(earlier)
@@ -101,8 +103,9 @@ def execute(config: RunConfig, runs: Path, output: Output, *, again: bool = Fals
         return Finished(run, [one.text for one in findings(run.heads)], computed=False)
     log.info("loading %s", config.model.name)
     model = load_model(config)
-    planned = plan(model, config, sources)
-    analysed(config, model, planned)  # what cannot be done is refused now, not after the profile
+    with refused_as_usage():  # what cannot be done is refused now, not after the profile
+        planned = plan(model, config, sources)
+        analysed(config, model, planned)
     if again and earlier is not None and not (run and run.status == "started"):
         shutil.rmtree(earlier)
     fresh_parent = not runs.exists()

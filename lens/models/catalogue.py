@@ -1,6 +1,7 @@
 """The models that the project knows by name, without torch: what they are, where they lie, their licence."""
 
 import difflib
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,3 +70,17 @@ KNOWN: dict[str, KnownModel] = {model.name: model for model in _TABLE}
 def nearest(name: str) -> str:
     """The known name that looks most like `name`, or ""."""
     return next(iter(difflib.get_close_matches(name.lower(), KNOWN, n=1, cutoff=0.5)), "")
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name looks like `owner/name` on the hub."""
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
+
+
+def unknown_model(name: str) -> str:
+    """Why there is no model of this name, and what would be one."""
+    guess = nearest(name)
+    return (
+        f"unknown model {name!r}{f'; did you mean {guess!r}?' if guess else ';'} "
+        f"known: {', '.join(KNOWN)}; or give a folder with config.json, or a hub id such as openai-community/gpt2"
+    )

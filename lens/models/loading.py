@@ -1,7 +1,6 @@
 """A name, a folder, a hub id, a model object or a bridge becomes a `LoadedModel`: `lens.load` before its check."""
 
 import inspect
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,12 +19,11 @@ from lens.common.errors import LensError
 from lens.common.results import few
 from lens.models import smollm2
 from lens.models.attention_only import AttentionOnlyConfig, AttentionOnlyModel
-from lens.models.catalogue import DEFAULT_MODEL, KNOWN, nearest
+from lens.models.catalogue import DEFAULT_MODEL, KNOWN, is_hub_id, unknown_model
 from lens.models.loaded import LoadedModel, is_bridge
 from lens.models.sizes import describe, describe_bridge
 from lens.models.symbols import SymbolTokenizer
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -87,13 +85,13 @@ def _from_name(
     name: str, revision: str | None, dtype: torch.dtype | None, device: torch.device
 ) -> LoadedModel:
     known, folder = KNOWN.get(name), Path(name).expanduser()
-    if known is None and _HUB_ID.fullmatch(name) and not folder.is_dir():
+    if known is None and is_hub_id(name) and not folder.is_dir():
         return _from_hub(name, revision, dtype, device)
     if revision is not None:
         raise LensError(f"revision goes with a hub id such as owner/name, not with {name}")
     if known is None:
         if not folder.is_dir():
-            raise LensError(_unknown(name))
+            raise LensError(unknown_model(name))
         return _from_folder(folder, dtype, device)
     if name == "induction-2l":
         loaded = replace(_from_folder(known.folder, dtype, device), tokenizer=SymbolTokenizer())
@@ -102,14 +100,6 @@ def _from_name(
     else:
         loaded = _from_folder(known.folder, dtype, device)
     return replace(loaded, name=name, info=replace(loaded.info, licence=known.licence))
-
-
-def _unknown(name: str) -> str:
-    guess = nearest(name)
-    return (
-        f"unknown model {name!r}{f'; did you mean {guess!r}?' if guess else ';'} "
-        f"known: {', '.join(KNOWN)}; or give a folder with config.json, or a hub id such as openai-community/gpt2"
-    )
 
 
 def _from_folder(folder: Path, dtype: torch.dtype | None, device: torch.device) -> LoadedModel:

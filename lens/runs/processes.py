@@ -4,8 +4,9 @@ import os
 import socket
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Any
+
+import psutil
 
 SILENCE = timedelta(days=1)
 """A run written on another machine counts as abandoned when it has not changed for this long."""
@@ -16,7 +17,7 @@ def this_process() -> dict[str, Any]:
     return {
         "pid": os.getpid(),
         "host": socket.gethostname(),
-        "process_started": _start_time(os.getpid()),
+        "process_started": _started(psutil.Process()),
     }
 
 
@@ -32,12 +33,15 @@ def is_writing(meta: Mapping[str, Any]) -> bool:
     if not isinstance(pid, int) or pid < 1:
         return False
     try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
+        process = psutil.Process(pid)
+        is_there = (
+            process.status() != psutil.STATUS_ZOMBIE
+        )  # exited, and its parent has not noticed
+        return is_there and meta.get("process_started") in (None, _started(process))
+    except (psutil.NoSuchProcess, OverflowError):
         return False
-    except PermissionError:
-        pass
-    return meta.get("process_started") in (None, _start_time(pid)) and not _is_zombie(pid)
+    except psutil.AccessDenied:
+        return True
 
 
 def _silent(updated: Any) -> bool:
@@ -47,19 +51,6 @@ def _silent(updated: Any) -> bool:
         return True
 
 
-def _start_time(pid: int) -> int | None:
-    """Clock ticks between boot and the start of the process; None where /proc does not tell."""
-    fields = _stat(pid)
-    return int(fields[19]) if len(fields) > 19 else None
-
-
-def _is_zombie(pid: int) -> bool:
-    """It has exited and only its parent has not noticed."""
-    return _stat(pid)[:1] == ["Z"]
-
-
-def _stat(pid: int) -> list[str]:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return []
+def _started(process: psutil.Process) -> int:
+    """Hundredths of a second between boot and the start of the process; a changed clock changes nothing."""
+    return round(100 * (process.create_time() - psutil.boot_time()))

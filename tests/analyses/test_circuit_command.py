@@ -141,30 +141,21 @@ def test_what_two_runs_share_stands_beside_chance(run, lens_command, tmp_path):
     assert "Overlap: what it shares with the circuit of another run" in page
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ("--edges 1", "make no circuit that goes through a head"),
-        ("--method magic", "unknown method 'magic'"),
-        ("--edges -3", "analysis.edges 0 or more, got 5 and -3"),
-        ("--steps 0", "analysis.steps must be at least 1"),
-        ("--compare nowhere", "nowhere is no run folder"),
-    ],
-)
-def test_what_makes_no_sense_is_refused(lens_command, tmp_path, words, message):
-    answer = lens_command(*RUN.split(), *words.split(), "--out", tmp_path)
+def test_a_circuit_without_a_head_is_refused(lens_command, tmp_path):
+    answer = lens_command(*RUN.split(), "--edges", "1", "--out", tmp_path)
     assert answer.code == 1
-    assert message in answer.err
+    assert "make no circuit that goes through a head" in answer.err
 
 
 def test_another_model_or_a_run_without_a_circuit_is_no_comparison(run, lens_command, tmp_path):
     words = RUN.replace("induction-2l", "text-lm-3l").split()
     answer = lens_command(*words, "--compare", str(run.path), "--out", tmp_path)
-    assert answer.code == 1
+    assert answer.code == 2
     assert "heads of two models are not the same heads" in answer.err
     plain = lens_command(
         *["run", "--model", "induction-2l", "--copied", "1"], "--out", tmp_path / "plain", "--json"
     )
     answer = lens_command(*RUN.split(), "--compare", plain.json["path"], "--out", tmp_path)
-    assert answer.code == 1
+    assert answer.code == 2
     assert "has 0 circuits and one is compared" in answer.err
+    assert [folder.name for folder in tmp_path.iterdir()] == ["plain"]  # before the profile

@@ -1,19 +1,28 @@
-"""The configuration of a run: checked, written, read back, and said as a command line."""
+"""The configuration of a run: one model for each command, checked, written, read back, said as a command."""
 
 import shlex
 import tomllib
+import typing
 
 import pytest
 import tomli_w
 from lens_analyses.config import (
+    CONFIGS,
+    WHATS,
     CaptureConfig,
     ModelConfig,
     PromptConfig,
     RunConfig,
+    load_config,
+    make_config,
+    models,
     parse_assignments,
+    settings_of,
 )
+from lens_analyses.console import UsageError
 
 from lens.common.errors import LensError
+from lens.runs.writer import config_hash
 
 
 def test_defaults_are_a_copied_run_of_the_embedded_model():
@@ -30,15 +39,33 @@ def test_defaults_are_a_copied_run_of_the_embedded_model():
         ({"prompts": {"token": 3}}, "unknown setting prompts.token; did you mean prompts.tokens"),
         ({"prompts": {"zzz": 3}}, "unknown setting prompts.zzz; known: text, text_name"),
         ({"prompts": 3}, "prompts is a section, got the value 3"),
-        ({"prompts": {"tokens": "many"}}, "prompts.tokens must be an integer, got 'many'"),
-        ({"prompts": {"tokens": True}}, "prompts.tokens must be an integer, got True"),
+        (
+            {"prompts": {"tokens": "many"}},
+            "prompts.tokens must be an integer of at least 1, got 'many'",
+        ),
+        (
+            {"prompts": {"tokens": True}},
+            "prompts.tokens must be an integer of at least 1, got True",
+        ),
+        ({"prompts": {"tokens": 3.0}}, "prompts.tokens must be an integer of at least 1, got 3.0"),
+        ({"model": {"device": ""}}, "model.device must not be empty"),
+        ({"model": {"name": "text-lm-3"}}, "unknown model 'text-lm-3'; did you mean 'text-lm-3l'"),
+        (
+            {"model": {"dtype": "int8"}},
+            "model.dtype must be one of float32, float16, bfloat16, float64, got 'int8'",
+        ),
+        ({"seed": -1}, "seed must be at least 0 and at most 4294967295, got -1"),
+        (
+            {"prompts": {"tokens": 0, "copied": -1}},
+            "got 0; prompts.copied must be at least 0, got -1",
+        ),
         ({"capture": {"keep_qk": 1}}, "capture.keep_qk must be true or false, got 1"),
-        ({"seed": "x"}, "seed must be an integer, got 'x'"),
+        ({"seed": "x"}, "seed must be an integer of at least 0 and at most 4294967295, got 'x'"),
         ({"prompts": {"tokens": 0}}, "prompts.tokens must be at least 1, got 0"),
-        ({"prompts": {"copied": -1}}, "prompts.copied must be 0 or more, got -1"),
+        ({"prompts": {"copied": -1}}, "prompts.copied must be at least 0, got -1"),
         ({"prompts": {"copied": 0}}, "no prompt: give a text"),
-        ({"capture": {"block_size": 0}}, "capture.block_size must be at least 1, got 0; e.g. 64"),
-        ({"prompts": {"text": "a", "text_name": "b"}}, "only one source of text at a time"),
+        ({"capture": {"block_size": 0}}, "capture.block_size must be at least 1, got 0"),
+        ({"prompts": {"text": "a", "text_name": "lily"}}, "only one source of text at a time"),
         ({"prompts": {"text": "a", "windows": 2}}, "it needs prompts.tokens"),
         (
             {"prompts": {"batch": "a", "windows": 2, "tokens": 5}},
@@ -51,19 +78,112 @@ def test_defaults_are_a_copied_run_of_the_embedded_model():
     ],
 )
 def test_what_makes_no_sense_is_refused(values, message):
-    with pytest.raises(LensError, match=message.replace("(", r"\(")):
-        RunConfig.from_mapping(values)
+    with pytest.raises(UsageError) as refused:
+        make_config(values)
+    assert message in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("what", "analysis", "message"),
+    [
+        ("heads", {"n": 1}, "analysis.n must be at least 2, got 1"),
+        ("heads", {"task": "iot"}, "unknown task 'iot'; known: induction, ioi"),
+        ("heads", {"measures": "ablation/meen"}, "unknown measure 'ablation/meen'; give ablation"),
+        ("heads", {"measures": "gradient,,direct"}, "unknown measure ''"),
+        ("heads", {"rule": "mask"}, "is a setting of lens sinks and lens redistribute, and lens heads"),
+        ("heads", {"rules": "mask"}, "unknown setting analysis.rules; "),
+        ("sinks", {"edits": "mask,dorp"}, "unknown edit 'dorp'; known: mask, drop, mean_value"),
+        ("sinks", {"amounts": "0,2"}, "analysis.amounts of transfer must be 0..1, got 2"),
+        ("sinks", {"rule": "logit_bias", "amounts": "-1"}, "must be 0..1, got -1"),
+        ("redistribute", {"rule": "magic"}, "analysis.rule must be one of transfer, mask, drop"),
+        ("redistribute", {"rule": "pasta"}, "analysis.rule 'pasta' cannot be run from the command: it"),
+        ("redistribute", {"amounts": "0,a"}, "analysis.amounts must be numbers with commas"),
+        ("redistribute", {"amounts": "nan"}, "analysis.amounts must be numbers with commas"),
+        ("redistribute", {"amounts": "0,0.0"}, "analysis.amounts has no amount other than 0"),
+        ("redistribute", {"rule": "learned_sink", "amounts": "-1"}, "of learned_sink must be 0 or more"),
+        ("circuit", {"method": "magic"}, "analysis.method must be one of exact, eap, eap-ig"),
+        ("circuit", {"steps": 0}, "analysis.steps must be at least 1, got 0"),
+        ("circuit", {"edges": -3}, "analysis.edges must be at least 0, got -3"),
+        ("circuit", 3, "analysis is a section, got the value 3"),
+        ("profile", {"n": 5}, "the section analysis belongs to `lens heads`"),
+    ],
+)  # fmt: skip
+def test_wrong_settings_of_an_analysis_are_refused(what, analysis, message):
+    with pytest.raises(UsageError) as refused:
+        make_config({"what": what, "analysis": analysis})
+    assert message in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("rule", "amounts"), [("logit_bias", "-8,2"), ("learned_sink", "0,7"), ("mask", "0, 1")]
+)
+def test_amounts_have_the_range_of_their_rule(rule, amounts):
+    config = make_config({"what": "redistribute", "analysis": {"rule": rule, "amounts": amounts}})
+    assert config.analysis.doses == tuple(float(word) for word in amounts.split(","))
+
+
+def test_words_of_measures_and_edits_are_told_apart():
+    heads = make_config({"what": "heads", "analysis": {"measures": "ablation/mean, atp*"}})
+    assert heads.analysis.measured == (("ablation", "mean"), ("atp*", ""))
+    assert make_config({"what": "sinks", "analysis": {"edits": "move, drop"}}).analysis.edited == (
+        "move",
+        "drop",
+    )
+
+
+def test_the_names_of_the_configuration_are_those_of_the_library():
+    from lens_kernels.dispatch import MODULES
+
+    from lens import tasks
+    from lens.circuits.scores.scoring import METHODS
+    from lens.edits.rules import RULES
+    from lens.heads.measures.scores import BASELINES, BY
+    from lens.sinks.effects.watched import EDITS
+
+    assert typing.get_args(models.Method) == tuple(METHODS)
+    assert (models.MEASURES, models.BASELINES, models.EDITS) == (BY, BASELINES, EDITS)
+    assert set(RULES) <= set(typing.get_args(models.Rule))
+    assert typing.get_args(models.Backend) == ("auto", *MODULES)
+    assert all(callable(getattr(tasks, task)) for task in models.TASKS)
+
+
+@pytest.mark.parametrize("what", WHATS)
+def test_every_setting_says_what_it_is(what):
+    found = {one.name: one for one in settings_of(CONFIGS[what])}
+    assert {"what", "seed", "model.name", "prompts.tokens", "capture.block_size"} <= set(found)
+    assert any(name.startswith("analysis.") for name in found) == (what != "profile")
+    assert all(one.help.endswith(".") for one in found.values())
+    assert found["what"].default == what
+    assert len({one.flag for one in found.values()}) == len(found)
+    assert (found["prompts.tokens"].kind, found["prompts.tokens"].least) == ("integer", 1)
+
+
+def test_a_file_with_the_settings_of_every_analysis_stays_readable():
+    """As written when all analyses shared one section: what says the default of another one is left out."""
+    written = {"task": "ioi", "method": "eap-ig", "edits": "mask,drop,mean_value", "steps": 5}
+    config = make_config({"what": "heads", "analysis": written})
+    assert config == make_config({"what": "heads", "analysis": {"task": "ioi"}})
+    assert "method" not in config.as_mapping()["analysis"]
+    with pytest.raises(UsageError, match=r"analysis\.steps is a setting of lens circuit, and"):
+        make_config({"what": "heads", "analysis": {**written, "steps": 6}})
+
+
+def test_the_hash_of_a_profile_is_pinned():
+    """Folders of earlier runs are found by it."""
+    prompts = {"text_name": "lily", "tokens": 40, "windows": 2}
+    assert config_hash(make_config({"prompts": prompts}).as_mapping()) == "1467a092"
 
 
 def test_a_configuration_survives_toml():
     config = RunConfig(
         seed=7,
-        model=ModelConfig("stories260k", dtype="float64"),
+        model=ModelConfig(name="stories260k", dtype="float64"),
         prompts=PromptConfig(text_name="lily", tokens=31, windows=3, copied=2, copied_length=13),
         capture=CaptureConfig(block_size=17, keep_qk=False),
     )
     mapping = tomllib.loads(tomli_w.dumps(config.as_mapping()))
-    assert RunConfig.from_mapping(mapping) == config
+    assert make_config(mapping) == config
 
 
 def test_assignments_are_toml_or_plain_words():
@@ -80,7 +200,7 @@ def test_an_assignment_needs_a_name_and_a_value(assignment):
 def test_overrides_go_on_top_of_the_file(tmp_path):
     file = tmp_path / "run.toml"
     file.write_text('seed = 3\n[prompts]\ntext = "a.txt"\nsha256 = "00"\ntokens = 5\n')
-    config = RunConfig.load(file, {"prompts.tokens": 9, "capture.block_size": 8})
+    config = load_config(file, {"prompts.tokens": 9, "capture.block_size": 8})
     assert (config.seed, config.prompts.tokens, config.capture.block_size) == (3, 9, 8)
     assert config.prompts.text == "a.txt"
 
@@ -88,7 +208,7 @@ def test_overrides_go_on_top_of_the_file(tmp_path):
 def test_another_text_replaces_the_file_and_its_hash(tmp_path):
     file = tmp_path / "run.toml"
     file.write_text('[prompts]\ntext = "a.txt"\nsha256 = "00"\n')
-    prompts = RunConfig.load(file, {"prompts.text_name": "lily"}).prompts
+    prompts = load_config(file, {"prompts.text_name": "lily"}).prompts
     assert (prompts.text, prompts.text_name, prompts.sha256) == (None, "lily", None)
 
 
@@ -101,12 +221,12 @@ def test_a_file_that_cannot_be_read(tmp_path, content, message):
     if content is not None:
         file.write_text(content)
     with pytest.raises(LensError, match=message):
-        RunConfig.load(file, {})
+        load_config(file, {})
 
 
 def test_an_override_cannot_enter_a_value(tmp_path):
     with pytest.raises(LensError, match="seed is a value, not a section"):
-        RunConfig.load(None, {"seed": 3, "seed.deep": 4})
+        load_config(None, {"seed": 3, "seed.deep": 4})
 
 
 @pytest.mark.parametrize(
@@ -116,11 +236,14 @@ def test_an_override_cannot_enter_a_value(tmp_path):
         RunConfig(prompts=PromptConfig(text_name="lily")),
         RunConfig(
             seed=3,
-            model=ModelConfig("some folder/model", revision="main", dtype="float16", device="cpu"),
+            model=ModelConfig(name="owner/model", revision="main", dtype="float16", device="cpu"),
             prompts=PromptConfig(text="a b.txt", tokens=12, windows=2, copied=0),
             capture=CaptureConfig(block_size=16, keep_qk=False, backend="torch"),
         ),
         RunConfig(prompts=PromptConfig(batch="p.jsonl", copied_length=3)),
+        make_config({"what": "heads", "analysis": {"measures": "gradient,direct", "n": 5}}),
+        make_config({"what": "redistribute", "analysis": {"rule": "logit_bias", "amounts": "-8"}}),
+        make_config({"what": "circuit", "analysis": {"compare": "a b", "method": "atp*"}}),
     ],
 )
 def test_the_command_line_makes_the_same_configuration(config, lens_command, monkeypatch):
@@ -136,3 +259,58 @@ def test_the_command_line_makes_the_same_configuration(config, lens_command, mon
     answer = lens_command(*words[1:], "--dry-run")
     assert "enough" in answer.err, answer.err
     assert seen == [config]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("run --copied 2 --tokens many", "--tokens must be an integer of at least 1, got 'many'"),
+        ("run --copied 2 --tokens 0", "--tokens must be at least 1, got 0"),
+        ("run --copied -2", "--copied must be at least 0, got -2"),
+        ("run --copied 2 --seed 1e3", "--seed must be an integer"),
+        ("run --copied 2 --dtype int8", "--dtype must be one of float32, float16, bfloat16, float64, got 'int8'"),
+        ("run --copied 2 --backend cude", "--backend must be one of auto, triton, cpu, torch"),
+        ("run --copied 2 --device abacus", "device 'abacus' cannot be used"),
+        ("run --copied 2 --model text-lm-3", "unknown model 'text-lm-3'; did you mean 'text-lm-3l'?"),
+        ("run --copied 2 --set capture.blocksize=3", "unknown setting capture.blocksize; did you mean capture.block_size?"),
+        ("run --copied 2 --set capture.block_size=x", "capture.block_size must be an integer of at least 1, got 'x'"),
+        ("run --copied 2 --set nothing", "--set takes name=value, got 'nothing'"),
+        ("run --copied 2 --set analysis.n=5", "the section analysis belongs to `lens heads`"),
+        ("run --text-name moby-dik", "unknown text 'moby-dik'; known: moby-dick"),
+        ("run --text-name lily --text x.txt", "only one source of text at a time, got --text and --text-name"),
+        ("run --text-name lily --windows 3", "--windows cuts one text into pieces"),
+        ("run --text nowhere.txt", "nowhere.txt; give a text file"),
+        ("run -c nowhere.toml", "no configuration file nowhere.toml"),
+        ("run --text-name moby-dick", "takes 128"),
+        ("run --text-name moby-dick --tokens 200", "--tokens 200 is more than the 128"),
+        ("run --copied 2 --copied-length 200", "200"),
+        ("heads --copied 2 --task nonsense", "unknown task 'nonsense'"),
+        ("heads --copied 2 --task nowhere.jsonl", "nowhere.jsonl"),
+        ("heads --copied 2 --measures abblation", "unknown measure 'abblation'"),
+        ("heads --copied 2 --n 1", "--n must be at least 2, got 1"),
+        ("sinks --text-name lily --edits mask,dorp", "unknown edit 'dorp'"),
+        ("sinks --text-name lily --amounts 0,3", "--amounts of transfer must be 0..1, got 3"),
+        ("sinks --text-name moby-dick --tokens 90", "the text gives 0 windows of 128 tokens"),
+        ("redistribute --text-name lily --rule pasta", "--rule 'pasta' cannot be run from the command"),
+        ("redistribute --text-name lily --rule var", "moves attention to an image"),
+        ("redistribute --text-name lily --amounts 0", "--amounts has no amount other than 0"),
+        ("redistribute --text-name lily --rule magic", "--rule must be one of transfer"),
+        ("redistribute --text-name lily --amounts 0,x", "--amounts must be numbers with commas"),
+        ("circuit --method magic", "--method must be one of exact, eap"),
+        ("circuit --steps 0 --edges -3", "--steps must be at least 1, got 0; --edges must be at least 0, got -3"),
+        ("circuit --model induction-2l --compare nowhere", "nowhere is no run folder"),
+        ("circuit --model induction-2l --task ioi", "reads symbols"),
+    ],
+)  # fmt: skip
+def test_a_wrong_value_is_refused_before_any_work(
+    lens_command, tmp_path, monkeypatch, words, message
+):
+    """Exit code 2, one line, no folder: for a run and for its estimate."""
+    monkeypatch.chdir(tmp_path)
+    for last in (("--dry-run",), ("--out", "runs")):
+        answer = lens_command(*words.split(), *last)
+        assert answer.code == 2, answer.err
+        said = [line for line in answer.err.splitlines() if not line.startswith("loading ")]
+        assert len(said) == 1
+        assert message in said[0]
+    assert list(tmp_path.iterdir()) == []

@@ -119,30 +119,5 @@ def test_the_same_command_takes_up_the_sections_that_are_there(lens_command, fol
     assert again.section("pruning").tables["curve"].equals(curve)
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ("--measures magic", "unknown measure 'magic'"),
-        ("--task magic", "unknown task 'magic'; known: induction"),
-        ("--n 1", "analysis.n must be at least 2, got 1"),
-    ],
-)
-def test_what_is_not_known_is_refused(lens_command, tmp_path, words, message):
-    answer = lens_command(
-        *["heads", "--model", "induction-2l", "--copied", "2", "--n", "4"],
-        *words.split(),
-        "--out",
-        tmp_path,
-    )
-    assert answer.code == 1
-    assert message in answer.err
-
-
-def test_a_profile_has_no_analysis(lens_command, tmp_path):
-    answer = lens_command("run", "--copied", 2, "--set", "analysis.n=5", "--out", tmp_path)
-    assert answer.code == 1
-    assert "the section analysis belongs to `lens heads`" in answer.err
-
-
 def _changed(run, name):
     return (run.path / "sections" / name / "section.json").stat().st_mtime_ns

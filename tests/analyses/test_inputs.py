@@ -168,7 +168,7 @@ def test_relative_paths_become_absolute(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text("one")
     (tmp_path / "mine").mkdir()
-    given = RunConfig(model=ModelConfig("mine"), prompts=PromptConfig(text="text.txt"))
+    given = RunConfig(model=ModelConfig(name="mine"), prompts=PromptConfig(text="text.txt"))
     config, _ = read_sources(given)
     assert config.prompts.text == str(tmp_path / "text.txt")
     assert config.model.name == str(tmp_path / "mine")

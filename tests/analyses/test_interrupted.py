@@ -18,8 +18,7 @@ MANY = ["run", *TEXT.split(), "--copied", "3", "--no-keep-qk"]
 
 def wait_for_prompts(process, out, count):
     """The run folder, once `count` prompts are done and more are to come."""
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
+    while True:
         for meta in out.glob("*/run.json"):
             prompts = json.loads(meta.read_text())["prompts"]
             if prompts["done"] >= count:
@@ -27,7 +26,6 @@ def wait_for_prompts(process, out, count):
                 return meta.parent
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.005)
-    raise AssertionError("the run did not start")
 
 
 @pytest.mark.slow
@@ -73,10 +71,8 @@ def test_an_analysis_killed_in_the_middle_of_a_step_ends_with_the_same_numbers(
         "heads --model induction-2l --copied 3 --n 24 --measures ablation/mean,ablation/resample"
     )
     process = spawn_lens(*heads.split(), "--out", tmp_path / "killed")
-    deadline = time.monotonic() + 120
     while not list(tmp_path.glob("killed/*/work/*.npz")):
         assert process.poll() is None
-        assert time.monotonic() < deadline
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.communicate()

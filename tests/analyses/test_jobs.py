@@ -1,28 +1,38 @@
 """The queue, the desk and the worker: order, refusals, cancelling, a killed worker, the same numbers."""
 
+import json
 import os
 import re
-import signal
 import sqlite3
 import subprocess
 import sys
-import time
-from pathlib import Path
+import threading
 
 import pandas as pd
 import pytest
-from lens_analyses.config import RunConfig
+from lens_analyses.config import WHATS, RunConfig, load_config, make_config
+from lens_analyses.jobs import worker as worker_module
 from lens_analyses.jobs.desk import JobDesk
 from lens_analyses.jobs.form import form
 from lens_analyses.jobs.store import LOG_LINES, JobStore
-from lens_analyses.jobs.worker import work
+from lens_analyses.jobs.worker import share, work
+from lens_analyses.steps import STEPS
 
+import lens
 from lens.common.errors import LensError
+from lens.runs import open_run
+from lens.runs.sections import Section
+from lens.runs.writer import RunWriter
 
 from .conftest import tables
+from .stub_worker import STUB
 
 SMALL = {"model.name": "induction-2l", "prompts.copied": 2}
-MANY = {"model.name": "text-lm-3l", "prompts.copied": 40, "capture.keep_qk": False}
+
+
+def environment():
+    """Where a process of its own finds the packages, as this one does."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
 
 
 @pytest.fixture
@@ -117,9 +127,13 @@ def test_the_log_is_bounded(store):
     [
         ({"prompts.text": "/etc/passwd"}, "prompts.text names a file of this machine"),
         ({"prompts.batch": "x"}, "prompts.batch names a file"),
+        ({"prompts": {"text": "/etc/passwd"}}, "prompts.text names a file of this machine"),
+        ({"what": "heads", "analysis": {"task": "x.jsonl"}}, "a task from a file is started"),
+        ({"model.name": "no-such-model"}, "unknown model 'no-such-model'"),
+        ({"what": "heads", "analysis.task": "iot"}, "unknown task 'iot'"),
         ({"what": "heads", "analysis.task": "x.jsonl"}, "a task from a file is started on the command line"),
         ({"model.nam": "x"}, "unknown setting model.nam; did you mean model.name?"),
-        ({"prompts.tokens": "3"}, "prompts.tokens must be an integer"),
+        ({"prompts.tokens": "3"}, "prompts.tokens must be an integer of at least 1, got '3'"),
         ({"what": "rm -rf"}, "what must be one of"),
     ],
 )  # fmt: skip
@@ -130,98 +144,217 @@ def test_the_desk_refuses_what_the_command_would(desk, settings, reason):
 
 
 def test_a_job_is_the_command_that_a_person_would_type(desk):
-    desk.submit("run", {**SMALL, "model.name": "$(touch x); '", "seed": None})
+    desk.submit("run", {**SMALL, "model.revision": "$(touch x); '", "seed": None})
     (job,) = desk.state()["jobs"]
-    assert job["command"] == """lens run --model '$(touch x); '"'"'' --copied 2"""
-    assert job["config"]["model"] == {"name": "$(touch x); '"}
+    assert job["command"] == (
+        """lens run --model induction-2l --revision '$(touch x); '"'"'' --copied 2"""
+    )
+    assert job["config"]["model"] == {"name": "induction-2l", "revision": "$(touch x); '"}
 
 
-def test_the_form_has_every_setting_but_files():
+def test_the_form_has_every_setting_and_says_what_it_is():
     names = [field["name"] for field in form()]
     assert names[:2] == ["what", "model.name"]
-    config = RunConfig().as_mapping() | {"analysis": {}}
-    flat = [f"{s}.{n}" for s, values in config.items() if isinstance(values, dict) for n in values]
+    flat = [
+        f"{section}.{name}"
+        for section, values in RunConfig().as_mapping().items()
+        if isinstance(values, dict)
+        for name in values
+    ]
     assert set(flat) <= set(names)
-    assert not {"prompts.text", "prompts.batch", "prompts.sha256"} & set(names)
+    assert all(field["help"] for field in form())
     fields = {field["name"]: field for field in form()}
-    assert all(field["help"] for field in fields.values())
-    assert fields["analysis.rule"]["whats"] == ["redistribute"]
+    assert fields["analysis.rule"]["whats"] == ["sinks", "redistribute"]
     assert fields["prompts.copied"]["kind"] == "integer"
     assert fields["capture.keep_qk"]["kind"] == "boolean"
     assert "text-lm-3l" in fields["model.name"]["choices"]
-    started = {name: field["start"] for name, field in fields.items() if field["start"] is not None}
-    RunConfig.load(None, started)
 
 
-@pytest.mark.slow
-def test_a_worker_computes_runs_and_estimates_and_goes_on_after_a_failure(
-    desk, tmp_path, lens_command
-):
-    desk.submit("estimate", SMALL)
-    desk.submit("run", {**SMALL, "model.name": "no-such-model"})
-    desk.submit("run", SMALL)
-    assert work(tmp_path, once=True) == 3
-    run, failed, estimate = desk.state()["jobs"]
-    assert (estimate["status"], estimate["result"]["prompts"], estimate["run"]) == (
-        "success",
-        2,
-        None,
+def test_a_form_names_no_file_and_its_settings_go_with_their_analysis():
+    fields = {field["name"]: field for field in form()}
+    assert not {"prompts.text", "prompts.batch", "prompts.sha256"} & set(fields)
+    assert fields["analysis.n"]["whats"] == ["heads", "sinks", "redistribute", "circuit"]
+    assert fields["analysis.task"]["whats"] == ["heads", "redistribute", "circuit"]
+    assert fields["analysis.rule"]["choices"][0] == fields["analysis.rule"]["start"] == "transfer"
+    assert (fields["prompts.tokens"]["least"], fields["analysis.n"]["least"]) == (1, 2)
+    assert fields["model.dtype"]["default"] is None
+    assert [name for name in fields if fields[name]["more"]] == [
+        *("model.revision", "model.dtype", "model.device", "prompts.copied_length"),
+        *("capture.block_size", "capture.keep_qk", "capture.backend", "analysis.length"),
+    ]
+
+
+@pytest.mark.parametrize("what", WHATS)
+def test_the_start_of_the_form_is_a_run_of_every_analysis(what):
+    started = {
+        field["name"]: field["start"]
+        for field in form()
+        if field["start"] is not None and what in field["whats"]
+    }
+    config = load_config(None, {**started, "what": what})
+    assert (config.what, config.prompts.text_name) == (what, "moby-dick")
+
+
+def test_the_run_to_compare_with_is_one_of_the_folder(desk, tmp_path):
+    circuit = {"what": "circuit", "model.name": "induction-2l"}
+    desk.submit("run", {**circuit, "analysis.compare": "other"})
+    (job,) = desk.state()["jobs"]
+    assert job["config"]["analysis"]["compare"] == str((tmp_path / "other").resolve())
+    for outside in ("../other", "/etc", "a/b"):
+        with pytest.raises(LensError, match=r"analysis\.compare must be the id of a run in"):
+            desk.submit("run", {**circuit, "analysis.compare": outside})
+
+
+def profile(tmp_path, done):
+    """A run with so many of three prompts done."""
+    meta = {"title": "t", "what": "heads", "model": {"name": "m"}}
+    writer = RunWriter.start(tmp_path, {"what": "heads"}, meta)
+    writer.update(prompts={"total": 3, "done": done})
+    return writer
+
+
+def test_progress_counts_prompts_and_then_sections(tmp_path):
+    settings = make_config({"what": "heads"}).analysis
+    steps = [step.name for step in STEPS["heads"]]
+    writer = profile(tmp_path, done=1)
+    whole = 3 + len(steps)
+    assert share(writer.path, writer.meta, settings) == (1 / whole, "1 of 3 prompts")
+    writer.update(prompts={"total": 3, "done": 3})
+    assert share(writer.path, writer.meta, settings) == (3 / whole, "roles")
+    for number, name in enumerate(steps, 1):
+        Section(name, name, ("s",), (), {}, {}, {}).save(writer.path)
+        part, words = share(writer.path, writer.meta, settings)
+        assert part == (3 + number) / whole
+        assert words == (steps[number] if number < len(steps) else "writing the report")
+    assert part == 1
+
+
+def test_progress_counts_a_step_only_where_it_is_wanted(tmp_path):
+    writer = profile(tmp_path, done=3)
+    meta = {**writer.meta, "what": "circuit"}
+    plain, compared = (
+        make_config({"what": "circuit", "analysis": analysis}).analysis
+        for analysis in ({}, {"compare": "other"})
     )
-    assert failed["status"] == "error"
-    assert "unknown model 'no-such-model'" in failed["error"]
+    assert share(writer.path, meta, plain) == (3 / 6, "edges")
+    assert share(writer.path, meta, compared) == (3 / 7, "edges")
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(worker_module, "_POLL", 0.02)
+
+
+@pytest.fixture
+def told(tmp_path_factory, monkeypatch):
+    """A FIFO on which the stub says that it is half done; closed when it is gone."""
+    fifo = tmp_path_factory.mktemp("told") / "fifo"
+    os.mkfifo(fifo)
+    monkeypatch.setenv("STUB_TELLS", str(fifo))
+    return fifo
+
+
+def test_a_worker_makes_every_job_and_goes_on_after_a_failure(desk, tmp_path, quick):
+    desk.submit("estimate", SMALL)
+    desk.submit("run", {**SMALL, "seed": 13})
+    desk.submit("run", SMALL)
+    assert work(tmp_path, once=True, child=STUB) == 3
+    run, failed, estimate = desk.state()["jobs"]
+    assert (estimate["status"], estimate["run"]) == ("success", None)
+    assert estimate["result"] == {"prompts": 2, "seconds": 1.5}
+    assert (failed["status"], failed["error"], failed["run"]) == ("error", "no luck", None)
     assert run["status"] == "success", desk.log(run["id"])
-    assert "scoring 8 heads" in desk.log(run["id"])
-    straight = lens_command(*run["command"].split()[1:], "--out", tmp_path / "straight", "--json")
-    for mine, theirs in zip(
-        tables(tmp_path / run["run"]), tables(straight.json["path"]), strict=True
-    ):
+    assert open_run(tmp_path / run["run"]).status == "success"
+    assert desk.log(run["id"]) == ["begun"]
+
+
+def test_a_job_that_cannot_be_read_is_an_error_and_no_process(desk, store, tmp_path):
+    store.submit("run", {"what": "heads", "analysis": {"n": "many"}}, "lens heads")
+    assert work(tmp_path, once=True, child=("no such program",)) == 1
+    (job,) = desk.state()["jobs"]
+    assert (job["status"], job["error"]) == (
+        "error",
+        "analysis.n must be an integer of at least 2, got 'many'",
+    )
+
+
+def test_a_running_job_is_cancelled_in_order(desk, tmp_path, quick, told):
+    number = desk.submit("run", SMALL)
+    worker = threading.Thread(target=work, args=(tmp_path,), kwargs={"once": True, "child": STUB})
+    worker.start()
+    with told.open() as stub:
+        assert stub.readline() == "half\n"
+        desk.cancel(number)
+        assert stub.read() == ""  # it is gone
+    worker.join()
+    (job,) = desk.state()["jobs"]
+    assert (job["status"], job["error"]) == ("cancelled", "cancelled; it can be resumed")
+    assert open_run(tmp_path / job["run"]).status == "partial"
+
+
+def test_a_stopped_worker_ends_its_job_in_order(desk, tmp_path, quick, told):
+    desk.submit("run", SMALL)
+    stopped = threading.Event()
+    how = {"stopped": stopped.is_set, "child": STUB}
+    worker = threading.Thread(target=work, args=(tmp_path,), kwargs=how)
+    worker.start()
+    with told.open() as stub:
+        assert stub.readline() == "half\n"
+        stopped.set()
+        assert stub.read() == ""
+    worker.join()
+    (job,) = desk.state()["jobs"]
+    assert job["error"] == "the worker was stopped; it can be resumed"
+    assert open_run(tmp_path / job["run"]).status == "partial"
+
+
+def test_a_killed_worker_is_seen_its_child_ends_and_the_job_is_resumed(
+    desk, tmp_path, quick, told, monkeypatch
+):
+    number = desk.submit("run", SMALL)
+    words = [sys.executable, STUB[1].replace("child", "worker"), str(tmp_path)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=environment()) as worker:
+        with told.open() as stub:
+            assert stub.readline() == "half\n"
+            for line in worker.stdout:
+                if json.loads(line)["progress"] == 0.5:
+                    break
+            (job,) = desk.state()["jobs"]
+            assert (job["status"], job["step"]) == ("running", "1 of 2 prompts")
+            assert (job["progress"], desk.state()["workers"]) == (0.5, 1)
+            worker.kill()
+            worker.wait()
+            assert stub.read() == ""  # the child ended, too, and
+        assert open_run(tmp_path / job["run"]).status == "partial"  # in order
+    assert desk.state()["jobs"][0]["status"] == "lost"
+    assert desk.state()["workers"] == 0
+    monkeypatch.delenv("STUB_TELLS")
+    desk.retry(number)
+    assert work(tmp_path, once=True, child=STUB) == 1
+    done = desk.state()["jobs"][0]
+    assert (done["status"], done["run"]) == ("success", job["run"])
+    assert desk.log(number) == ["begun", "resumed"]
+
+
+def test_a_job_ends_with_the_numbers_of_the_command(desk, tmp_path, run_folder, lens_command):
+    """The words that its process gets, said here."""
+    config = load_config(run_folder / "config.toml", {})
+    desk.submit("run", {name: config.value(name) for name in config.settings()})
+    echo = "import json, sys; print(json.dumps(sys.argv[2:]), file=sys.stderr)"
+    work(tmp_path, once=True, child=(sys.executable, "-c", echo))
+    answer = lens_command(*json.loads(desk.log(1)[0]))
+    assert answer.code == 0, answer.err
+    made = tmp_path / answer.json["id"]
+    assert made.name.rpartition("-")[2] == run_folder.name.rpartition("-")[2]
+    for mine, theirs in zip(tables(made), tables(run_folder), strict=True):
         pd.testing.assert_frame_equal(mine, theirs, check_exact=True)
 
 
-def wait_for(desk, condition, what):
-    deadline = time.monotonic() + 90
-    while time.monotonic() < deadline:
-        job = desk.state()["jobs"][0]
-        if condition(job):
-            return job
-        time.sleep(0.05)
-    raise AssertionError(f"{what}: {job}, {desk.log(job['id'])}")
+def test_the_process_of_a_job_is_the_command_and_ends_without_its_worker():
+    def child(parent):
+        words = [*worker_module.CHILD, str(parent), "--version"]
+        return subprocess.run(words, capture_output=True, text=True, env=environment())
 
-
-def half_done(job):
-    return job["run"] is not None and (job["progress"] or 0) > 0
-
-
-@pytest.mark.slow
-def test_a_killed_worker_is_seen_its_child_ends_and_the_job_is_resumed(desk, tmp_path, spawn_lens):
-    number = desk.submit("run", MANY)
-    worker = spawn_lens("worker", "--runs", tmp_path)
-    job = wait_for(desk, half_done, "the job did not start")
-    assert desk.state()["workers"] == 1
-    worker.send_signal(signal.SIGKILL)
-    worker.communicate()
-    job = wait_for(desk, lambda job: job["status"] == "lost", "the dead worker was not seen")
-    assert desk.state()["workers"] == 0
-    index = tmp_path / job["run"] / "run.json"
-    deadline = time.monotonic() + 60
-    while '"status": "partial"' not in index.read_text():  # the child ended in order
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    desk.retry(number)
-    assert work(tmp_path, once=True) == 1
-    done = desk.state()["jobs"][0]
-    assert (done["status"], done["run"]) == ("success", job["run"])
-    assert any("of 40 prompts were finished before" in line for line in desk.log(number))
-
-
-@pytest.mark.slow
-def test_a_running_job_is_cancelled_in_order(desk, tmp_path, spawn_lens):
-    number = desk.submit("run", MANY)
-    worker = spawn_lens("worker", "--runs", tmp_path, "--once")
-    wait_for(desk, half_done, "the job did not start")
-    desk.cancel(number)
-    job = wait_for(desk, lambda job: job["status"] == "cancelled", "it was not cancelled")
-    assert "it can be resumed" in job["error"]
-    assert '"status": "partial"' in (Path(tmp_path) / job["run"] / "run.json").read_text()
-    worker.communicate(timeout=60)
-    assert worker.returncode == 0
+    mine, orphan = child(os.getpid()), child(os.getppid())
+    assert (mine.returncode, mine.stdout) == (0, f"attention-lens {lens.__version__}\n"), mine
+    assert (orphan.returncode, orphan.stdout) == (1, "")

@@ -1,10 +1,12 @@
 """`lens sinks` and `lens redistribute`: sections in the folder of a profile."""
 
 from types import SimpleNamespace
+from typing import get_args
 
 import numpy as np
 import pytest
-from lens_analyses.config import NOT_FROM_A_COMMAND, RULES
+from lens_analyses.config import make_config
+from lens_analyses.config.models import NOT_FROM_A_COMMAND, Rule
 from lens_analyses.steps import redistribute
 
 from lens import sinks
@@ -96,32 +98,16 @@ def test_redistribution_reports_the_task_the_side_effects_and_the_held_out_choic
     assert search.tables["judged"]["prompts"].tolist() == ["validation", "test", "test"]
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ("--amounts a,b", "analysis.amounts are numbers with commas"),
-        ("--amounts 0", "no amount above 0"),
-        ("--rule magic", "analysis.rule must be one of transfer, mask"),
-        ("--rule var", "moves attention to an image, and the prompts here are text"),
-        ("--rule pasta", "needs the positions to emphasise"),
-    ],
-)
-def test_what_makes_no_sense_is_refused(lens_command, tmp_path, words, message):
-    answer = lens_command(*MOVE.split(), *words.split(), "--out", tmp_path)
-    assert answer.code == 1
-    assert message in answer.err
-
-
 def test_sinks_need_text(lens_command, tmp_path):
     answer = lens_command(
         *["sinks", "--model", "induction-2l", "--set", "prompts.copied=2", "--out"], tmp_path
     )
-    assert answer.code in (1, 2)
+    assert answer.code == 2
     assert "--text" in answer.err
 
 
 def test_the_rules_of_the_command_are_those_of_the_library():
-    assert set(RULES) | set(NOT_FROM_A_COMMAND) == {*LIBRARY_RULES, *RECIPES}
+    assert set(get_args(Rule)) | set(NOT_FROM_A_COMMAND) == {*LIBRARY_RULES, *RECIPES}
 
 
 @pytest.mark.parametrize(
@@ -138,10 +124,9 @@ def test_every_other_rule_runs_and_says_what_it_does(rule, amount, words):
     model = load("text-lm-3l")
     ids = model.encode(prompts.text("moby-dick"))
     texts = [[0, *ids[at : at + 40]] for at in (0, 40)]
-    settings = SimpleNamespace(rule=rule, amounts=amount)
-    subject = SimpleNamespace(
-        model=model, text_windows=texts, settings=settings, amounts=[float(amount)], seed=0
-    )
+    config = {"what": "redistribute", "analysis": {"rule": rule, "amounts": amount}}
+    settings = make_config(config).analysis
+    subject = SimpleNamespace(model=model, text_windows=texts, settings=settings, seed=0)
     section = redistribute.redistribution(subject)
     assert words in section.limits[0]
     change = section.tables["response"]["delta_loss"][0]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from lens_analyses.console import UsageError
 from lens_analyses.sweeps.headlines import summary
 from lens_analyses.sweeps.plan import make_runs, read_plan
 
@@ -32,10 +33,28 @@ def plan_of(text):
     return make_runs(tomllib.loads(text))
 
 
+def _analysis(run):
+    return (run.analysis.task, run.analysis.n) if run.analysis else (None, None)
+
+
+def test_settings_that_all_analyses_share_go_to_those_that_have_them():
+    heads, circuit = plan_of(
+        """
+        models = ["text-lm-3l"]
+        analyses = ["heads", "circuit"]
+        settings = { analysis = { n = 9, steps = 3, measures = "gradient" } }
+        """
+    )
+    assert (heads.analysis.n, heads.analysis.measures) == (9, "gradient")
+    assert (circuit.analysis.n, circuit.analysis.steps) == (9, 3)
+    with pytest.raises(UsageError, match=r"analysis\.steps is a setting of lens circuit"):
+        plan_of("models = ['o/a']\nanalyses = [{what = 'heads', analysis = {steps = 3}}]")
+
+
 def test_every_model_gets_every_analysis_on_every_task():
     runs = plan_of(
         """
-        models = ["a", { name = "b", dtype = "bfloat16", prompts = { copied = 7 } }]
+        models = ["o/a", { name = "o/b", dtype = "bfloat16", prompts = { copied = 7 } }]
         analyses = ["profile", { what = "circuit", tasks = ["ioi", "induction"], seed = 5 }]
         [settings]
         seed = 3
@@ -44,15 +63,13 @@ def test_every_model_gets_every_analysis_on_every_task():
         prompts = { text_name = "moby-dick", tokens = 31 }
         """
     )
-    found = [
-        (run.model.name, run.what, run.analysis.task, run.analysis.n, run.seed) for run in runs
-    ]
+    found = [(run.model.name, run.what, *_analysis(run), run.seed) for run in runs]
     each = [
-        ("profile", "induction", 32, 3),
+        ("profile", None, None, 3),
         ("circuit", "ioi", 9, 5),
         ("circuit", "induction", 9, 5),
     ]
-    assert found == [(model, *one) for model in "ab" for one in each]
+    assert found == [(model, *one) for model in ("o/a", "o/b") for one in each]
     assert {run.capture.block_size for run in runs} == {16}
     assert [run.prompts.copied for run in runs] == [4] * 3 + [7] * 3
     assert [run.prompts.text_name for run in runs] == ["moby-dick"] * 3 + [None] * 3
@@ -63,16 +80,16 @@ def test_every_model_gets_every_analysis_on_every_task():
     ("text", "reason"),
     [
         ("modes = []", "unknown in a sweep file: modes; known: title, models"),
-        ("models = ['a']", "needs a list analyses, got None"),
-        ("models = 'a'", "needs a list models, got 'a'"),
+        ("models = ['o/a']", "needs a list analyses, got None"),
+        ("models = 'o/a'", "needs a list models, got 'o/a'"),
         ("models = [3]\nanalyses = ['profile']", "models holds names or tables with name, got 3"),
         ("models = [{}]\nanalyses = ['profile']", "tables with name, got {}"),
-        ("models = ['a']\nanalyses = ['hats']", "what must be one of profile, heads, .*'hats'"),
-        ("models = ['a', 'a']\nanalyses = ['profile']", "has a run twice: lens run --model a"),
-        ("models = ['a']\nanalyses = [{what = 'sinks', tasks = ['ioi']}]", "sinks has no task; tasks go with heads"),
-        ("models = ['a']\nanalyses = [{what = 'heads', tasks = []}]", "tasks must be a list such as"),
-        ("models = ['a']\nanalyses = [{what = 'heads', analysis = {m = 1}}]", "unknown setting analysis.m"),
-        ("models = ['a']\nanalyses = ['heads']\nsettings = 3", "settings is a section, got 3"),
+        ("models = ['o/a']\nanalyses = ['hats']", "what must be one of profile, heads, .*'hats'"),
+        ("models = ['o/a', 'o/a']\nanalyses = ['profile']", "has a run twice: lens run --model o/a"),
+        ("models = ['o/a']\nanalyses = [{what = 'sinks', tasks = ['ioi']}]", "sinks has no task; tasks go with heads"),
+        ("models = ['o/a']\nanalyses = [{what = 'heads', tasks = []}]", "tasks must be a list such as"),
+        ("models = ['o/a']\nanalyses = [{what = 'heads', analysis = {m = 1}}]", "unknown setting analysis.m"),
+        ("models = ['o/a']\nanalyses = ['heads']\nsettings = 3", "settings is a section, got 3"),
     ],
 )  # fmt: skip
 def test_a_plan_that_makes_no_sense_says_why(text, reason):
@@ -87,19 +104,19 @@ def test_files_that_are_no_plan(tmp_path):
     broken.write_text("models = [")
     with pytest.raises(LensError, match="cannot read the sweep file"):
         read_plan(broken)
-    broken.write_text("title = 3\nmodels = ['a']\nanalyses = ['profile']")
+    broken.write_text("title = 3\nmodels = ['o/a']\nanalyses = ['profile']")
     with pytest.raises(LensError, match="title must be a string, got 3"):
         read_plan(broken)
 
 
 def test_the_name_of_a_sweep_follows_its_runs(tmp_path):
     path = tmp_path / "mine.toml"
-    path.write_text("models = ['a']\nanalyses = ['profile']")
+    path.write_text("models = ['o/a']\nanalyses = ['profile']")
     name = read_plan(path).name
     assert re.fullmatch(r"mine-[0-9a-f]{8}", name)
-    path.write_text("title = 'T'\nmodels = ['a']\nanalyses = ['profile']")
+    path.write_text("title = 'T'\nmodels = ['o/a']\nanalyses = ['profile']")
     assert read_plan(path).name == name
-    path.write_text("models = ['b']\nanalyses = ['profile']")
+    path.write_text("models = ['o/b']\nanalyses = ['profile']")
     assert read_plan(path).name != name
 
 
@@ -165,28 +182,48 @@ def test_the_same_sweep_again_computes_nothing(swept, lens_command):
     assert "4 runs: 4 finished, 0 cannot be made" in plan.out
 
 
-def test_a_failure_is_shown_and_the_others_are_made(lens_command, tmp_path):
+@pytest.fixture
+def broken(tmp_path):
+    """A folder without a model."""
+    folder = tmp_path / "broken"
+    folder.mkdir()
+    return folder
+
+
+def test_a_failure_is_shown_and_the_others_are_made(lens_command, tmp_path, broken):
     path = tmp_path / "some.toml"
     path.write_text(
-        'models = ["no-such-model", "induction-2l"]\nanalyses = ["profile"]\nsettings.prompts.copied = 1'
+        f'models = ["{broken}", "induction-2l"]\nanalyses = ["profile"]\nsettings.prompts.copied = 1'
     )
     planned = lens_command("sweep", "-c", path, "--out", tmp_path / "runs", "--dry-run", "--json")
-    assert "unknown model 'no-such-model'" in planned.json["runs"][0]["problem"]
+    assert f"{broken} holds no model: config.json" in planned.json["runs"][0]["problem"]
     assert planned.json["runs"][1]["estimate"]["tokens"] > 10
     assert not (tmp_path / "runs").exists()
     answer = lens_command("sweep", "-c", path, "--out", tmp_path / "runs")
     assert answer.code == 3
     assert "1 of 2 runs are done" in answer.out
-    assert "failed: lens run --model no-such-model --copied 1: unknown model" in answer.out
+    assert (
+        f"failed: lens run --model {broken} --copied 1: {broken} holds no model: config.json"
+        in answer.out
+    )
     (page,) = (tmp_path / "runs" / "sweeps").glob("*/index.html")
-    assert "unknown model &#39;no-such-model&#39;" in page.read_text()
+    assert f"{broken} holds no model: config.json" in page.read_text()
     assert "1 of 2 runs are done, 1 failed" in page.read_text()
 
 
-def test_a_sweep_of_failures_only_is_an_error(lens_command, tmp_path):
+def test_a_sweep_of_failures_only_is_an_error(lens_command, tmp_path, broken):
     path = tmp_path / "none.toml"
-    path.write_text('models = ["no-such-model"]\nanalyses = ["profile"]')
+    path.write_text(f'models = ["{broken}"]\nanalyses = ["profile"]')
     assert lens_command("sweep", "-c", path, "--out", tmp_path / "runs").code == 1
+
+
+def test_a_wrong_sweep_is_refused_whole(lens_command, tmp_path):
+    path = tmp_path / "wrong.toml"
+    path.write_text('models = ["induction-2l", "no-such-model"]\nanalyses = ["profile"]')
+    answer = lens_command("sweep", "-c", path, "--out", tmp_path / "runs")
+    assert answer.code == 2
+    assert answer.err.startswith("error: unknown model 'no-such-model'")
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.slow

@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from lens.common.errors import LensError
-from lens_analyses.config import RunConfig
+from lens_analyses.config import CircuitSettings, RunConfig, load_config
+from lens_analyses.config.models import is_task_file
 from lens_analyses.jobs.form import form
 from lens_analyses.jobs.store import JobStore
-
-_FILES = ("text", "batch", "sha256")
 
 
 class JobDesk:
@@ -44,19 +43,37 @@ class JobDesk:
         """Check dotted settings and queue a run, or an estimate of one.
 
         Raises:
-            LensError: as `RunConfig.load`, an unknown kind, or a setting that names a file.
+            LensError: as `load_config`, an unknown kind, or a setting that names a file.
         """
-        for name, value in settings.items():
-            if name in [f"prompts.{one}" for one in _FILES]:
+        config = load_config(None, {k: v for k, v in settings.items() if v is not None})
+        config = self._without_files(config)
+        return self._store.submit(kind, config.as_mapping(), config.command())
+
+    def _without_files(self, config: RunConfig) -> RunConfig:
+        """The same; looks at what the settings came to, however they were written.
+
+        Raises:
+            LensError: a file of this machine, or a run to compare with that is not in the folder of runs.
+        """
+        for name, one in config.settings().items():
+            if one.shown.file and config.value(name) is not None:
                 raise LensError(
                     f"{name} names a file of this machine: start that run on the command line"
                 )
-            if name == "analysis.task" and str(value).endswith(".jsonl"):
-                raise LensError(
-                    "a task from a file is started on the command line: lens heads --task FILE"
-                )
-        config = RunConfig.load(None, {k: v for k, v in settings.items() if v is not None})
-        return self._store.submit(kind, config.as_mapping(), config.command())
+        if is_task_file(getattr(config.analysis, "task", "")):
+            raise LensError(
+                "a task from a file is started on the command line: lens heads --task FILE"
+            )
+        if not isinstance(config.analysis, CircuitSettings) or config.analysis.compare is None:
+            return config
+        other = (self._runs / config.analysis.compare).resolve()
+        if other.parent != self._runs.resolve():
+            raise LensError(
+                f"analysis.compare must be the id of a run in {self._runs}, got "
+                f"{config.analysis.compare!r}"
+            )
+        analysis = config.analysis.model_copy(update={"compare": str(other)})
+        return config.model_copy(update={"analysis": analysis})
 
     def cancel(self, number: int) -> None:
         """Ask a job to stop.

@@ -1,15 +1,9 @@
-"""The form of a new analysis, made from the configuration's own types, defaults and docstrings."""
+"""The form of a new analysis, made from the same fields as flags and TOML."""
 
-import dataclasses
-import inspect
-import re
-import typing
 from typing import Any
 
-from lens.models.catalogue import DEFAULT_MODEL, KNOWN
-from lens_analyses.config import SETTINGS_OF, WHATS, RunConfig
+from lens_analyses.config import CONFIGS, WHATS, Setting, settings_of
 
-_HIDDEN = ("prompts.text", "prompts.batch", "prompts.sha256")  # files are named on the command line
 _FIRST = (
     "what",
     "model.name",
@@ -18,69 +12,37 @@ _FIRST = (
     "prompts.windows",
     "prompts.copied",
 )
-_ENTRY = re.compile(r"^ {4}(\w+(?:, \w+)*): (.*(?:\n {8,}.*)*)", re.MULTILINE)
-_START = {
-    "model.name": DEFAULT_MODEL,
-    "prompts.text_name": "moby-dick",
-    "prompts.tokens": 128,
-    "prompts.windows": 4,
-}
-_KINDS = {int: "integer", bool: "boolean", str: "text"}
 
 
 def form() -> list[dict[str, Any]]:
-    """One entry a setting, the most used first.
+    """One entry a setting, the most used first; none that names a file of this machine.
 
     `name` (dotted), `kind` (`text`, `integer`, `boolean`, `choice`), `default` (None: not set), `help`,
-    `choices` (for `choice`; suggestions for `text`), `whats` (analyses that it concerns), `start` (what
-    the form begins with), `more` (rarely needed).
+    `choices` (for `choice`; suggestions for `text`), `least` and `most` (of an integer), `whats` (analyses
+    that it concerns), `start` (what the form begins with), `more` (rarely needed).
     """
-    fields = list(_fields(RunConfig, ""))
-    known = [name for name in _FIRST if any(field["name"] == name for field in fields)]
-    order = {name: place for place, name in enumerate(known)}
-    fields.sort(key=lambda field: order.get(field["name"], len(order)))
-    return fields
+    settings: dict[str, Setting] = {}
+    whats: dict[str, list[str]] = {}
+    for what, config in CONFIGS.items():
+        for one in settings_of(config):
+            if not one.shown.file:
+                settings.setdefault(one.name, one)
+                whats.setdefault(one.name, []).append(what)
+    ordered = dict.fromkeys((*_FIRST, *settings))
+    return [_entry(settings[name], whats[name]) for name in ordered]
 
 
-def _fields(cls: Any, prefix: str) -> typing.Iterator[dict[str, Any]]:
-    hints, texts = typing.get_type_hints(cls), _docs(cls)
-    for field in dataclasses.fields(cls):
-        name, hint = f"{prefix}{field.name}", hints[field.name]
-        if dataclasses.is_dataclass(hint):
-            yield from _fields(hint, f"{name}.")
-        elif name not in _HIDDEN:
-            concerned = _concerned(name)
-            kinds = [kind for kind in (typing.get_args(hint) or (hint,)) if kind in _KINDS]
-            yield {
-                "name": name,
-                "kind": "choice" if name == "what" else _KINDS[kinds[0]],
-                "default": field.default,
-                "help": texts.get(field.name, ""),
-                "choices": _choices(name),
-                "whats": concerned,
-                "start": _START.get(name, field.default if name == "what" else None),
-                "more": name not in _FIRST
-                and not any(name in SETTINGS_OF[what] for what in WHATS[1:]),
-            }
-
-
-def _concerned(name: str) -> list[str]:
-    """Analyses that read a setting."""
-    if not name.startswith("analysis."):
-        return list(WHATS)
-    return [what for what in WHATS[1:] if name in SETTINGS_OF[what]] or list(WHATS[1:])
-
-
-def _choices(name: str) -> list[str]:
-    from lens.tasks import prompts
-
-    found = {"what": WHATS, "model.name": KNOWN, "prompts.text_name": prompts.TEXTS}
-    return list(found.get(name, ()))
-
-
-def _docs(cls: Any) -> dict[str, str]:
-    """Attribute -> its text in the docstring."""
-    found = {}
-    for names, text in _ENTRY.findall(inspect.getdoc(cls) or ""):
-        found |= dict.fromkeys(names.split(", "), " ".join(text.replace("`", "").split()))
-    return found
+def _entry(one: Setting, whats: list[str]) -> dict[str, Any]:
+    choices = WHATS if one.name == "what" else one.choices or tuple(one.shown.suggestions())
+    return {
+        "name": one.name,
+        "kind": one.kind,
+        "default": one.default,
+        "help": one.help,
+        "choices": list(choices),
+        "least": one.least,
+        "most": one.most,
+        "whats": whats,
+        "start": one.default if one.kind == "choice" else one.shown.start,
+        "more": one.shown.rare,
+    }

@@ -47,7 +47,7 @@ class Job:
         error: why it failed.
         result: what an estimate says.
         created, started, ended: ISO 8601, UTC.
-        worker: process that computes it, as in `lens.processes`.
+        worker: process that computes it, as in `lens.runs.processes`.
     """
 
     id: int

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,21 +19,31 @@ import tomli_w
 
 from lens.common.errors import LensError
 from lens.common.files import read_json, write_text
-from lens.runs.folders import INDEX
+from lens.runs import INDEX
+from lens_analyses.config import make_config
 from lens_analyses.console import OK, PARTIAL, log
 from lens_analyses.jobs.store import Job, JobStore
 
+CHILD = (sys.executable, "-m", "lens_analyses.jobs.child")
+"""What a job's process is started with, before this process's number and the words of the command."""
 _POLL = 0.5  # seconds
 _GRACE = 30.0  # seconds that a process has to end in order
 
 
-def work(runs: Path, *, once: bool = False, stopped: Callable[[], bool] = lambda: False) -> int:
+def work(
+    runs: Path,
+    *,
+    once: bool = False,
+    stopped: Callable[[], bool] = lambda: False,
+    child: Sequence[str] = CHILD,
+) -> int:
     """Compute jobs until stopped, or until the queue is empty.
 
     Args:
         runs: folder of run folders with the queue.
         once: end when nothing waits.
         stopped: asked twice a second; a running job is then ended in order, to be resumed.
+        child: what a job's process is started with.
 
     Returns:
         How many jobs were taken.
@@ -50,7 +60,7 @@ def work(runs: Path, *, once: bool = False, stopped: Callable[[], bool] = lambda
         taken += 1
         log.info("job %d: %s", job.id, job.command)
         try:
-            _compute(store, runs, job, stopped)
+            _compute(store, runs, job, stopped, child)
         except LensError as error:
             store.finish(job.id, "error", error=str(error))
         log.info("job %d: %s", job.id, store.job(job.id).status)
@@ -69,9 +79,8 @@ def work_until_stopped(runs: Path, *, once: bool = False) -> None:
 @contextmanager
 def beside(runs: Path) -> Iterator[int]:
     """A worker process that lives as long as the block; its number."""
-    words = [sys.executable, "-m", "lens_analyses.jobs.child", str(os.getpid())]
     process = subprocess.Popen(
-        [*words, "worker", "--runs", str(runs), "--quiet"],
+        [*CHILD, str(os.getpid()), "worker", "--runs", str(runs), "--quiet"],
         stdin=subprocess.DEVNULL,
         env=_environment(),
         start_new_session=True,  # Ctrl-C comes to this process alone, which then ends the worker
@@ -86,17 +95,25 @@ def beside(runs: Path) -> Iterator[int]:
             process.kill()
 
 
-def _compute(store: JobStore, runs: Path, job: Job, stopped: Callable[[], bool]) -> None:
+def _compute(
+    store: JobStore, runs: Path, job: Job, stopped: Callable[[], bool], child: Sequence[str]
+) -> None:
+    settings = make_config(job.config).analysis
     write_text(store.config_path(job.id), tomli_w.dumps(dict(job.config)))
     arguments = ["run", "-c", str(store.config_path(job.id)), "--out", str(runs), "--json"]
     if job.kind == "estimate":
         arguments.append("--dry-run")
-    words = [sys.executable, "-m", "lens_analyses.jobs.child", str(os.getpid()), *arguments]
+    words = [*child, str(os.getpid()), *arguments]
     with store.log_path(job.id).open("ab") as said, store.answer_path(job.id).open("wb") as answer:
         process = subprocess.Popen(
             words, stdin=subprocess.DEVNULL, stdout=answer, stderr=said, env=_environment()
         )
-        ended = _watch(store, runs, job, process, stopped)
+        try:
+            ended = _watch(store, runs, job, process, stopped, settings)
+        except BaseException:
+            process.kill()  # nobody would follow it
+            process.wait()
+            raise
     _close(store, job, process.returncode, ended)
 
 
@@ -106,6 +123,7 @@ def _watch(
     job: Job,
     process: subprocess.Popen[bytes],
     stopped: Callable[[], bool],
+    settings: object,
 ) -> str:
     """Follow the process to its end; why it was ended, "" when it was not."""
     reason, patience = "", float("inf")
@@ -129,7 +147,7 @@ def _watch(
                 patience = time.monotonic() + _GRACE
         elif time.monotonic() > patience:
             process.kill()
-        progress, step, run = _progress(runs, process.pid)
+        progress, step, run = _progress(runs, process.pid, settings)
         store.advance(job.id, progress=progress, step=reason or step, run=run)
 
 
@@ -162,7 +180,7 @@ def _unexplained(code: int) -> str:
     return f"its process ended with code {code}; the log has its last words"
 
 
-def _progress(runs: Path, pid: int) -> tuple[float | None, str, str | None]:
+def _progress(runs: Path, pid: int, settings: object) -> tuple[float | None, str, str | None]:
     """Share done, what is being done, and the run's id: from the run that the process writes."""
     for index in runs.glob(f"*/{INDEX}"):
         try:
@@ -170,22 +188,32 @@ def _progress(runs: Path, pid: int) -> tuple[float | None, str, str | None]:
         except LensError:
             continue
         if meta.get("pid") == pid and meta.get("status") == "started":
-            return (*_share(index.parent, meta), index.parent.name)
+            return (*share(index.parent, meta, settings), index.parent.name)
     return None, "loading the model", None
 
 
-def _share(folder: Path, meta: dict[str, Any]) -> tuple[float, str]:
+def share(folder: Path, meta: Mapping[str, Any], settings: object) -> tuple[float, str]:
+    """How much of a run is done, and what is done now.
+
+    Args:
+        folder: of the run.
+        meta: its `run.json`.
+        settings: the section `analysis` of its configuration, or None.
+
+    Returns:
+        Finished prompts and sections among all that there will be, 0 to 1; words.
+    """
     from lens.runs.sections import section_names
     from lens_analyses.steps import STEPS
 
-    steps = [step.name for step in STEPS.get(meta["what"], ()) if step.setting is None]
+    steps = [step.name for step in STEPS.get(meta["what"], ()) if step.is_wanted(settings)]
     done, total = meta["prompts"]["done"], meta["prompts"]["total"]
     finished = set(section_names(folder))
-    share = (done + len(finished.intersection(steps))) / max(1, total + len(steps))
+    part = (done + len(finished.intersection(steps))) / max(1, total + len(steps))
     if done < total:
-        return share, f"{done} of {total} prompts"
+        return part, f"{done} of {total} prompts"
     left = [name for name in steps if name not in finished]
-    return share, left[0].replace("_", " ") if left else "writing the report"
+    return part, left[0].replace("_", " ") if left else "writing the report"
 
 
 def _environment() -> dict[str, str]:

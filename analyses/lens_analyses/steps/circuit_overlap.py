@@ -31,7 +31,7 @@ COLUMNS = {
 
 def overlap(subject: Subject) -> Section:
     """Jaccard indices, rank correlation and shared heads, beside heads renamed at random."""
-    other = other_run(subject)
+    other = other_run(subject.settings.compare, subject.model.name)
     (mine, scores), (its, other_scores) = circuit_of(subject.run), circuit_of(other)
     found = circuits.overlap(mine, its, scores=(scores, other_scores), seed=subject.seed)
     tables = {"measures": found.table(), "heads": found.heads()}
@@ -59,17 +59,17 @@ def overlap(subject: Subject) -> Section:
     )
 
 
-def other_run(subject: Subject) -> Run:
-    """The run to compare with; asked for before anything long is computed, too.
+def other_run(folder: str, model: str) -> Run:
+    """The run to compare with, of the same model; asked for before anything long is computed, too.
 
     Raises:
         LensError: no run, one without a circuit, or one of another model.
     """
-    other = open_run(Path(subject.settings.compare or ""))
+    other = open_run(Path(folder).expanduser())
     circuit, _ = circuit_of(other)
-    if circuit.model != subject.model.name:
+    if circuit.model != model:
         raise LensError(
-            f"run {other.id} is of {circuit.model} and this one of {subject.model.name}: heads of two "
+            f"run {other.id} is of {circuit.model} and this one of {model}: heads of two "
             "models are not the same heads"
         )
     return other

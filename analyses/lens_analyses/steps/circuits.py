@@ -15,7 +15,6 @@ from lens.figures.circuits import head_map, layered_graph
 from lens.runs.sections import Section
 from lens.tasks import Task
 from lens_analyses.config import RunConfig
-from lens_analyses.steps.circuit_overlap import other_run
 from lens_analyses.steps.columns import defined
 from lens_analyses.steps.subject import Subject
 
@@ -33,8 +32,6 @@ def edges(subject: Subject) -> Section:
     """Scores of every edge on half of the task's prompts, the circuit of the best, its stability."""
     task, _ = halves(subject)
     settings = subject.settings
-    if settings.compare is not None:
-        other_run(subject)
     scores = circuits.score_edges(
         subject.model,
         task,
@@ -172,8 +169,8 @@ def halves(subject: Subject) -> tuple[Task, Task]:
 
 
 def _doubled(subject: Subject) -> RunConfig:
-    settings = subject.settings
-    return replace(subject.config, analysis=replace(settings, n=2 * settings.n))
+    settings = subject.settings.model_copy(update={"n": 2 * subject.settings.n})
+    return subject.config.model_copy(update={"analysis": settings})
 
 
 def _choose(subject: Subject, task: Task, scores: EdgeScores) -> tuple[Circuit, str, pd.DataFrame]:

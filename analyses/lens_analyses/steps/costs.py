@@ -7,8 +7,8 @@ those models had, so an estimate is good to about a factor of two.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
-from lens_analyses.config import AnalysisConfig
 from lens_analyses.steps.sizes import GATE_PARAMETERS, pruning_size
 
 
@@ -17,14 +17,14 @@ class Load:
     """What there is to do.
 
     Attributes:
-        settings: the section `analysis` of the configuration.
+        settings: the section `analysis` of the configuration, of the model of its command.
         layers, heads, vocab, parameters: of the model; heads of all layers together.
         prompts: tokens of the run's own prompts.
         task: tokens of the prompts of the task.
         windows: tokens of the windows of text; 0 without text.
     """
 
-    settings: AnalysisConfig
+    settings: Any
     layers: int
     heads: int
     vocab: int
@@ -51,8 +51,7 @@ class Cost:
 
 def _importance(load: Load) -> Cost:
     passes = 6.0  # of heads of one role together, and the clean model
-    for measure in load.settings.measures.split(","):
-        by = measure.strip().partition("/")[0]
+    for by, _ in load.settings.measured:
         passes += load.heads + 2 if by == "ablation" else 4
     both = load.task if load.settings.task == "text" else load.task + load.windows
     return Cost(passes * both)
@@ -70,11 +69,11 @@ def _of_windows(load: Load, passes: float) -> Cost:
 
 
 def _amounts(load: Load) -> int:
-    return len(load.settings.amounts.split(","))
+    return len(load.settings.doses)
 
 
 def _effects(load: Load) -> Cost:
-    return _of_windows(load, 18 + 6 * len(load.settings.edits.split(",")))
+    return _of_windows(load, 18 + 6 * len(load.settings.edited))
 
 
 def _first_token(load: Load) -> Cost:

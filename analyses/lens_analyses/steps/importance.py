@@ -9,7 +9,7 @@ import torch
 from lens import heads
 from lens.common.errors import LensError
 from lens.figures import agreement_map
-from lens.heads.measures.scores import BASELINES, BY, HeadScores
+from lens.heads.measures.scores import HeadScores
 from lens.runs.sections import Section
 from lens.tasks import Task
 from lens_analyses.steps.sizes import pruning_size
@@ -141,11 +141,11 @@ def _measure(subject: Subject, tasks: list[Task]) -> tuple[list[HeadScores], lis
     """Scores of each task by each measure, and why some could not be had.
 
     Raises:
-        LensError: an unknown measure, or none that can be had.
+        LensError: none that can be had.
     """
     scores, refused = [], []
     for task in tasks:
-        for by, baseline in _named(subject.settings.measures):
+        for by, baseline in subject.settings.measured:
             if by == "attribution" and not baseline and task.corrupt is None:
                 baseline = "mean"
             try:
@@ -166,24 +166,6 @@ def _measure(subject: Subject, tasks: list[Task]) -> tuple[list[HeadScores], lis
     if not scores:
         raise LensError(f"no measure could be had: {' '.join(refused)}")
     return scores, refused
-
-
-def _named(measures: str) -> list[tuple[str, str]]:
-    """`"ablation/mean,gradient"` as `[("ablation", "mean"), ("gradient", "")]`.
-
-    Raises:
-        LensError: an unknown measure or baseline.
-    """
-    found = []
-    for measure in measures.split(","):
-        by, _, baseline = measure.strip().partition("/")
-        if by not in BY or (baseline and baseline not in BASELINES):
-            raise LensError(
-                f"unknown measure {measure.strip()!r}; give {', '.join(BY)}, with a baseline after a slash "
-                f"where one is chosen ({', '.join(BASELINES)}), e.g. ablation/mean"
-            )
-        found.append((by, baseline))
-    return found
 
 
 def _joint(subject: Subject, scores: list[HeadScores]) -> tuple[pd.DataFrame | None, list[str]]:

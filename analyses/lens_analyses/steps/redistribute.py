@@ -11,8 +11,6 @@ import plotly.graph_objects as go
 import lens
 from lens import edits as moving
 from lens import sinks
-from lens.common.errors import LensError
-from lens.common.head_ids import HeadId
 from lens.figures.redistribution import side_effect_line
 from lens.figures.sink_effects import migration_maps
 from lens.runs.sections import Section
@@ -128,18 +126,8 @@ def search(subject: Subject) -> Section:
 
 
 def _amounts(subject: Subject) -> list[float]:
-    """The amounts other than 0, which is no edit.
-
-    Raises:
-        LensError: there is none.
-    """
-    amounts = [amount for amount in subject.amounts if amount]
-    if not amounts:
-        raise LensError(
-            f"analysis.amounts has no amount above 0 (or, of logit_bias, other than 0): "
-            f"{subject.settings.amounts!r}"
-        )
-    return amounts
+    """The amounts other than 0, which is no edit."""
+    return [amount for amount in subject.settings.doses if amount]
 
 
 def _configuration(subject: Subject, amounts: list[float]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ def effects(subject: Subject) -> Section:
     texts = subject.text_windows
     strongest, clean = strongest_heads(subject, 1)[0], sinks.CleanRuns(subject.model)
     model, seed = subject.model, subject.seed
-    edits = [name.strip() for name in subject.settings.edits.split(",")]
+    edits = subject.settings.edited
     found = [sinks.effect(model, texts, edit=edit, seed=seed, clean=clean) for edit in edits]
     scopes = sinks.by_scope(
         model, texts, head=strongest, edit=edits[0], controls=("mass",), seed=seed, clean=clean
@@ -67,7 +67,7 @@ def effects(subject: Subject) -> Section:
 
 def dose(subject: Subject) -> Section:
     """How the effect grows with the amount that is taken from the sink."""
-    amounts = subject.amounts
+    amounts = subject.settings.doses
     found = sinks.dose_response(
         subject.model, subject.text_windows, amounts=amounts, controls=("mass",), seed=subject.seed
     )

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from lens.common.errors import LensError
 from lens.runs import Run
-from lens_analyses.config import AnalysisConfig, RunConfig
+from lens_analyses.config import CircuitSettings, RunConfig
+from lens_analyses.config.models import AnalysisSettings, is_task_file
 from lens_analyses.console import Output
 from lens_analyses.inputs import PlannedPrompt
 
@@ -33,8 +34,8 @@ class Subject:
     output: Output
 
     @property
-    def settings(self) -> AnalysisConfig:
-        """The section `analysis` of the configuration."""
+    def settings(self) -> Any:
+        """The section `analysis` of the configuration, of the model of its command."""
         return self.config.analysis
 
     @property
@@ -83,20 +84,6 @@ class Subject:
         """Token ids of `windows`."""
         return self.windows.clean.tolist()
 
-    @property
-    def amounts(self) -> list[float]:
-        """Of an edit, from `analysis.amounts`.
-
-        Raises:
-            LensError: no numbers.
-        """
-        try:
-            return [float(word) for word in self.settings.amounts.split(",")]
-        except ValueError:
-            raise LensError(
-                f"analysis.amounts are numbers with commas, e.g. 0,0.5,1; got {self.settings.amounts!r}"
-            ) from None
-
     @cached_property
     def task(self) -> "Task":
         """The task that the configuration names.
@@ -106,11 +93,7 @@ class Subject:
         """
         if self.settings.task == "text":
             return self.windows
-        return named_task(self.model, self.settings, self.seed)
-
-
-TASKS = ("induction", "ioi", "greater_than", "docstring", "colored_objects")
-"""Tasks that `lens.tasks` makes from a model, a number of prompts and a seed."""
+        return named_task(self.model, self.settings.task, self.settings.n, self.seed)
 
 
 def analysed(
@@ -119,21 +102,27 @@ def analysed(
     """Token ids of the prompts of the task and of the windows of text that an analysis will run on.
 
     Raises:
-        LensError: as `windows_of` and `named_task`, so that a run is refused before its profile.
+        LensError: as `windows_of`, `named_task` and `other_run`, so that a run is refused before its
+            profile.
     """
     settings, what = config.analysis, config.what
-    if what == "profile":
+    if settings is None:
         return [], []
+    if isinstance(settings, CircuitSettings) and settings.compare is not None:
+        from lens_analyses.steps.circuit_overlap import other_run
+
+        other_run(settings.compare, model.name)
     texts = [prompt.ids for prompt in planned if prompt.kind == "text"]
-    reads_text = what == "sinks" or settings.task == "text" or (texts and what != "circuit")
+    task = getattr(settings, "task", "text")  # a sink is looked for in the text itself
+    reads_text = task == "text" or (texts and what != "circuit")
     windows = windows_of(texts, model.bos_id, settings) if reads_text else []
-    if what == "sinks" or settings.task == "text":
+    if task == "text":
         return windows, windows
-    return named_task(model, settings, config.seed).clean.tolist(), windows
+    return named_task(model, task, settings.n, config.seed).clean.tolist(), windows
 
 
 def windows_of(
-    texts: list[list[int]], bos_id: int | None, settings: AnalysisConfig
+    texts: list[list[int]], bos_id: int | None, settings: AnalysisSettings
 ) -> list[list[int]]:
     """Token ids of at most `n` windows of `length` tokens, each after the texts' own BOS.
 
@@ -158,20 +147,16 @@ def windows_of(
     return found[: settings.n]
 
 
-def named_task(model: "LoadedModel", settings: AnalysisConfig, seed: int) -> "Task":
-    """The task that the configuration names, if that is not its own text.
+def named_task(model: "LoadedModel", name: str, n: int, seed: int) -> "Task":
+    """A task of `lens.tasks`, or of a file, that is not the run's own text.
 
     Raises:
-        LensError: an unknown task, or as that task for this model.
+        LensError: as that task for this model, or a file that cannot be used.
     """
     from lens import tasks
 
-    name = settings.task
-    if Path(name).suffix in (".jsonl", ".ndjson"):
+    if is_task_file(name):
+        if not Path(name).is_file():
+            raise LensError(f"no file {name}; give a task, or a .jsonl file of prompts")
         return tasks.from_jsonl(model, name)
-    known: dict[str, Any] = {one: getattr(tasks, one) for one in TASKS if hasattr(tasks, one)}
-    if name not in known:
-        raise LensError(
-            f"unknown task {name!r}; known: {', '.join((*known, 'text'))}, or a .jsonl file"
-        )
-    return known[name](model, settings.n, seed)
+    return getattr(tasks, name)(model, n, seed)

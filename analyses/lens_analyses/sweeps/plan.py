@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lens.common.errors import LensError
 from lens.runs.writer import config_hash
-from lens_analyses.config import WHATS, RunConfig
+from lens_analyses.config import CONFIGS, WHATS, RunConfig, make_config, settings_of
+from lens_analyses.console import UsageError
 
 _KEYS = ("title", "models", "analyses", "settings")
 _WITH_TASK = ("heads", "redistribute", "circuit")
@@ -43,18 +43,18 @@ def read_plan(path: Path) -> SweepPlan:
     """The plan of a TOML file.
 
     Raises:
-        LensError: no such file, no TOML, unknown or missing keys, or a run that makes no sense.
+        UsageError: no such file, no TOML, unknown or missing keys, or a run that makes no sense.
     """
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise LensError(f"no sweep file {path}; {_EXAMPLE}") from None
+        raise UsageError(f"no sweep file {path}; {_EXAMPLE}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
-        raise LensError(f"cannot read the sweep file {path}: {error}") from None
+        raise UsageError(f"cannot read the sweep file {path}: {error}") from None
     runs = make_runs(values)
     title = values.get("title", path.stem)
     if not isinstance(title, str):
-        raise LensError(f"title must be a string, got {title!r}")
+        raise UsageError(f"title must be a string, got {title!r}")
     mappings = {"runs": [run.as_mapping() for run in runs]}
     return SweepPlan(title, f"{path.stem}-{config_hash(mappings)}", runs)
 
@@ -63,13 +63,15 @@ def make_runs(values: Mapping[str, Any]) -> tuple[RunConfig, ...]:
     """The runs of a sweep file's contents.
 
     Raises:
-        LensError: as `read_plan`.
+        UsageError: as `read_plan`.
     """
     if unknown := [key for key in values if key not in _KEYS]:
-        raise LensError(f"unknown in a sweep file: {', '.join(unknown)}; known: {', '.join(_KEYS)}")
+        raise UsageError(
+            f"unknown in a sweep file: {', '.join(unknown)}; known: {', '.join(_KEYS)}"
+        )
     settings = values.get("settings", {})
     if not isinstance(settings, Mapping):
-        raise LensError(f"settings is a section, got {settings!r}")
+        raise UsageError(f"settings is a section, got {settings!r}")
     models = [_named(one, "name", "models") for one in _listed(values, "models")]
     analyses = [_named(one, "what", "analyses") for one in _listed(values, "analyses")]
     found: dict[str, RunConfig] = {}
@@ -78,7 +80,7 @@ def make_runs(values: Mapping[str, Any]) -> tuple[RunConfig, ...]:
             for run in _runs(model, analysis, settings):
                 twice = config_hash(run.as_mapping())
                 if twice in found:
-                    raise LensError(f"the sweep has a run twice: {run.command()}")
+                    raise UsageError(f"the sweep has a run twice: {run.command()}")
                 found[twice] = run
     return tuple(found.values())
 
@@ -86,14 +88,14 @@ def make_runs(values: Mapping[str, Any]) -> tuple[RunConfig, ...]:
 def _listed(values: Mapping[str, Any], key: str) -> list[Any]:
     listed = values.get(key)
     if not isinstance(listed, list) or not listed:
-        raise LensError(f"a sweep file needs a list {key}, got {listed!r}; {_EXAMPLE}")
+        raise UsageError(f"a sweep file needs a list {key}, got {listed!r}; {_EXAMPLE}")
     return listed
 
 
 def _named(one: Any, key: str, where: str) -> dict[str, Any]:
     table = {key: one} if isinstance(one, str) else one
     if not isinstance(table, dict) or not isinstance(table.get(key), str):
-        raise LensError(f"{where} holds names or tables with {key}, got {one!r}")
+        raise UsageError(f"{where} holds names or tables with {key}, got {one!r}")
     return table
 
 
@@ -104,21 +106,21 @@ def _runs(
     own = {name: value for name, value in analysis.items() if name != "tasks"}
     what, tasks = own["what"], analysis.get("tasks")
     if what not in WHATS:
-        raise LensError(f"what must be one of {', '.join(WHATS)}, got {what!r}")
+        raise UsageError(f"what must be one of {', '.join(WHATS)}, got {what!r}")
     shared = {name: value for name, value in settings.items() if name != "analysis"}
     if what != "profile":
-        shared["analysis"] = settings.get("analysis", {})
+        shared["analysis"] = _of_this(what, settings.get("analysis", {}))
     if "prompts" in model:
         shared["prompts"] = model["prompts"]
     named = {name: value for name, value in model.items() if name != "prompts"}
     base = _merged(_merged(shared, own), {"model": named})
     if tasks is None:
-        return [RunConfig.from_mapping(base)]
+        return [make_config(base)]
     if what not in _WITH_TASK:
-        raise LensError(f"{what} has no task; tasks go with {', '.join(_WITH_TASK)}")
+        raise UsageError(f"{what} has no task; tasks go with {', '.join(_WITH_TASK)}")
     if not isinstance(tasks, list) or not tasks:
-        raise LensError(f'tasks must be a list such as ["induction"], got {tasks!r}')
-    return [RunConfig.from_mapping(_merged(base, {"analysis": {"task": task}})) for task in tasks]
+        raise UsageError(f'tasks must be a list such as ["induction"], got {tasks!r}')
+    return [make_config(_merged(base, {"analysis": {"task": task}})) for task in tasks]
 
 
 def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -130,3 +132,12 @@ def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
             value = _merged(before, value)
         result[name] = value
     return result
+
+
+def _of_this(what: str, shared: Any) -> Any:
+    """The shared settings of analyses without those that only other analyses have."""
+    if not isinstance(shared, Mapping):
+        return shared
+    names = {one: {setting.name for setting in settings_of(CONFIGS[one])} for one in WHATS}
+    others = set().union(*names.values()) - names[what]
+    return {name: value for name, value in shared.items() if f"analysis.{name}" not in others}

@@ -56,7 +56,7 @@ class Item:
         return {
             "model": config.model.name,
             "what": config.what,
-            "task": None if config.what in ("profile", "sinks") else config.analysis.task,
+            "task": getattr(config.analysis, "task", None),
             "status": self.status,
             "run": None if run is None else run.id,
             "report": os.path.relpath(report, folder) if report and report.exists() else None,

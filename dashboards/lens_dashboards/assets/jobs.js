@@ -50,7 +50,8 @@
     const start = field.start ?? "";
     const hint = field.default === null || field.default === undefined ? "" : String(field.default);
     if (field.kind === "choice") {
-      const options = field.choices.map((one) => make("option", { value: one, selected: one === start }, one));
+      const none = field.default === null ? [make("option", { value: "" }, "as usual")] : [];
+      const options = [...none, ...field.choices.map((one) => make("option", { value: one, selected: one === start }, one))];
       return [id, make("select", { id, name: field.name }, ...options)];
     }
     if (field.kind === "boolean") {
@@ -59,7 +60,7 @@
     }
     const element = make("input", {
       id, name: field.name, value: start, placeholder: hint, autocomplete: "off",
-      type: field.kind === "integer" ? "number" : "text", min: field.kind === "integer" ? 0 : null,
+      type: field.kind === "integer" ? "number" : "text", min: field.least, max: field.most,
     });
     if (!field.choices.length) return [id, element];
     element.setAttribute("list", `${id}-known`);

@@ -1,0 +1,393 @@
+"""The configuration of each command as a pydantic model: types, defaults, bounds and what a setting means."""
+
+import math
+import shlex
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, field_validator, model_validator
+
+from lens.models.catalogue import DEFAULT_MODEL, KNOWN, is_hub_id, unknown_model
+from lens_analyses.config.settings import Section, Setting, Shown, setting, settings_of
+
+Backend = Literal["auto", "triton", "cpu", "torch", "reference"]
+Rule = Literal["transfer", "mask", "drop", "logit_bias", "learned_sink", "off_by_one", "act"]
+"""Rules of `lens.redistribute` that need no more than a text."""
+Method = Literal[
+    "exact",
+    "eap",
+    "eap-ig",
+    "eap-ig-activations",
+    "clean-corrupted",
+    "atp*",
+    "atp*-together",
+    "atp*-grad-drop",
+    "relp",
+    "relp-values",
+]
+TASKS = ("induction", "ioi", "greater_than", "docstring", "colored_objects")
+"""Tasks that `lens.tasks` makes from a model, a number of prompts and a seed."""
+MEASURES = ("ablation", "gradient", "attribution", "atp*", "gate", "direct")
+BASELINES = ("zero", "mean", "pooled_mean", "resample", "counterfactual", "optimal")
+EDITS = ("mask", "drop", "mean_value", "zero_value", "move", "transfer")
+NOT_FROM_A_COMMAND = {
+    "var": "it moves attention to an image, and the prompts here are text; use lens.edits.var",
+    "pasta": "it needs the positions to emphasise, which differ from prompt to prompt; use "
+    "lens.edits.pasta",
+}
+SOURCES = ("text", "text_name", "batch")
+_LARGEST_SEED = 2**32 - 1
+_BOUNDED = ("transfer", "mask", "drop", "off_by_one", "act")  # their amounts are fractions
+
+
+def _texts() -> tuple[str, ...]:
+    from lens.tasks import prompts
+
+    return tuple(prompts.TEXTS)
+
+
+def _known_text(name: str) -> str:
+    if name not in _texts():
+        raise ValueError(f"unknown text {name!r}; known: {', '.join(_texts())}")
+    return name
+
+
+def _known_model(name: str) -> str:
+    if name not in KNOWN and not is_hub_id(name) and not Path(name).expanduser().is_dir():
+        raise ValueError(unknown_model(name))
+    return name
+
+
+def _known_task(name: str) -> str:
+    if name not in (*TASKS, "text") and not is_task_file(name):
+        known = ", ".join((*TASKS, "text"))
+        raise ValueError(f"unknown task {name!r}; known: {known}, or a .jsonl file")
+    return name
+
+
+def _measures(words: str) -> str:
+    for word in _listed(words):
+        by, slash, baseline = word.partition("/")
+        if by not in MEASURES or (slash and baseline not in BASELINES):
+            raise ValueError(
+                f"unknown measure {word!r}; give {', '.join(MEASURES)}, with a baseline after a slash "
+                f"where one is chosen ({', '.join(BASELINES)}), e.g. ablation/mean"
+            )
+    return words
+
+
+def _edits(words: str) -> str:
+    for word in _listed(words):
+        if word not in EDITS:
+            raise ValueError(f"unknown edit {word!r}; known: {', '.join(EDITS)}")
+    return words
+
+
+def _amounts(words: str) -> str:
+    try:
+        amounts = [float(word) for word in _listed(words)]
+    except ValueError:
+        amounts = [math.nan]
+    if not all(map(math.isfinite, amounts)):
+        raise ValueError(f"must be numbers with commas, e.g. 0,0.5,1; got {words!r}")
+    if not any(amounts):
+        raise ValueError(f"has no amount other than 0, which is no edit; got {words!r}")
+    return words
+
+
+def _listed(words: str) -> list[str]:
+    return [word.strip() for word in words.split(",")]
+
+
+def is_task_file(name: str) -> bool:
+    """Whether a task is a file of prompts rather than one that `lens.tasks` makes."""
+    return Path(name).suffix in (".jsonl", ".ndjson")
+
+
+class ModelConfig(Section):
+    """Which model."""
+
+    name: Annotated[str, AfterValidator(_known_model)] = setting(
+        DEFAULT_MODEL,
+        "Embedded name, folder or hub id.",
+        shown=Shown(flag="--model", start=DEFAULT_MODEL, suggestions=lambda: KNOWN),
+    )
+    revision: str | None = setting(None, "Of a hub model.", shown=Shown(rare=True), min_length=1)
+    dtype: Literal["float32", "float16", "bfloat16", "float64"] | None = setting(
+        None, "Of the weights; float32 on a CPU if not given.", shown=Shown(rare=True)
+    )
+    device: str | None = setting(
+        None,
+        "Where it runs: cpu, cuda or cuda:1; the CPU if not given.",
+        shown=Shown(rare=True),
+        min_length=1,
+    )
+
+
+class PromptConfig(Section):
+    """Which prompts; at most one of `text`, `text_name` and `batch`."""
+
+    text: str | None = setting(None, "Text file to analyse.", shown=Shown(file=True), min_length=1)
+    text_name: Annotated[str, AfterValidator(_known_text)] | None = setting(
+        None,
+        "Embedded text, e.g. moby-dick.",
+        shown=Shown(start="moby-dick", suggestions=_texts),
+    )
+    batch: str | None = setting(
+        None,
+        'File of prompts, one a line (.txt), or {"text": ...} a line (.jsonl).',
+        shown=Shown(flag="--prompts", file=True),
+        min_length=1,
+    )
+    sha256: str | None = setting(
+        None,
+        "Of the file that was read, so that a rerun notices another one.",
+        shown=Shown(file=True, internal=True),
+    )
+    tokens: int | None = setting(
+        None,
+        "Length of each text prompt; all of the text if not given.",
+        shown=Shown(start=128),
+        ge=1,
+    )
+    windows: int | None = setting(
+        None, "Consecutive prompts of that length, cut from the text.", shown=Shown(start=4), ge=1
+    )
+    copied: int = setting(
+        4, "Number of copied random prompts (BOS + r + r), the probe for induction heads.", ge=0
+    )
+    copied_length: int = setting(25, "Random tokens in r.", shown=Shown(rare=True), ge=1)
+
+    @model_validator(mode="after")
+    def _go_together(self) -> Self:
+        given = [name for name in SOURCES if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(
+                f"only one source of text at a time, got prompts.{' and prompts.'.join(given)}"
+            )
+        if self.windows is not None and (self.tokens is None or self.batch is not None):
+            raise ValueError(
+                "prompts.windows cuts one text into pieces of prompts.tokens tokens: it needs "
+                "prompts.tokens, and does not go with prompts.batch"
+            )
+        if not given and not self.copied:
+            raise ValueError("no prompt: give a text, or prompts.copied of at least 1")
+        return self
+
+
+class CaptureConfig(Section):
+    """How to look."""
+
+    block_size: int = setting(
+        64, "Positions per block of the attention maps.", shown=Shown(rare=True), ge=1
+    )
+    keep_qk: bool = setting(
+        True, "Store q and k, for exact zoom in the viewer.", shown=Shown(rare=True)
+    )
+    backend: Backend = setting("auto", "Of the attention kernel.", shown=Shown(rare=True))
+
+
+class AnalysisSettings(Section):
+    """What is done beyond the profile."""
+
+    n: int = setting(32, "Prompts of the task, or windows of text, at most.", ge=2)
+    length: int = setting(
+        128, "Tokens of each window, where text is predicted.", shown=Shown(rare=True), ge=2
+    )
+
+
+class _OnTask(AnalysisSettings):
+    task: Annotated[str, AfterValidator(_known_task)] = setting(
+        "induction",
+        f"{', '.join(TASKS)}, text (the run's own), or a .jsonl file of prompts.",
+        shown=Shown(suggestions=lambda: (*TASKS, "text")),
+    )
+
+
+class _WithRule(AnalysisSettings):
+    rule: Rule = setting("transfer", "How attention is moved.")
+    amounts: Annotated[str, AfterValidator(_amounts)] = setting(
+        "0,0.25,0.5,0.75,1", "Of the edit, with commas: the dose-response curve."
+    )
+
+    @field_validator("rule", mode="before")
+    @classmethod
+    def _runs_from_a_command(cls, rule: Any) -> Any:
+        if isinstance(rule, str) and rule in NOT_FROM_A_COMMAND:
+            raise ValueError(f"{rule!r} cannot be run from the command: {NOT_FROM_A_COMMAND[rule]}")
+        return rule
+
+    @model_validator(mode="after")
+    def _in_range(self) -> Self:
+        least, most = self._range()
+        for amount in self.doses:
+            if not least <= amount <= most:
+                bounds = "0..1" if most == 1 else "0 or more"
+                raise ValueError(
+                    f"analysis.amounts of {self.rule} must be {bounds}, got {amount:g}"
+                )
+        return self
+
+    def _range(self) -> tuple[float, float]:
+        if self.rule in _BOUNDED:
+            return 0.0, 1.0
+        return (0.0 if self.rule == "learned_sink" else -math.inf), math.inf
+
+    @property
+    def doses(self) -> tuple[float, ...]:
+        """The amounts as numbers, in the given order."""
+        return tuple(map(float, _listed(self.amounts)))
+
+
+class HeadsSettings(_OnTask):
+    """Of `lens heads`."""
+
+    measures: Annotated[str, AfterValidator(_measures)] = setting(
+        "ablation/mean,ablation/zero,ablation/resample,gradient,attribution,direct",
+        "Of importance, with commas, e.g. ablation/mean,gradient.",
+    )
+
+    @property
+    def measured(self) -> tuple[tuple[str, str], ...]:
+        """`"ablation/mean,gradient"` as `(("ablation", "mean"), ("gradient", ""))`."""
+        parts = (word.partition("/") for word in _listed(self.measures))
+        return tuple((by, baseline) for by, _, baseline in parts)
+
+
+class SinksSettings(_WithRule):
+    """Of `lens sinks`."""
+
+    edits: Annotated[str, AfterValidator(_edits)] = setting(
+        "mask,drop,mean_value", f"With commas, of {', '.join(EDITS)}."
+    )
+
+    def _range(self) -> tuple[float, float]:
+        return 0.0, 1.0  # the edits of a sink share the amounts, and theirs are fractions
+
+    @property
+    def edited(self) -> tuple[str, ...]:
+        """The edits one by one."""
+        return tuple(_listed(self.edits))
+
+
+class RedistributeSettings(_OnTask, _WithRule):
+    """Of `lens redistribute`."""
+
+
+class CircuitSettings(_OnTask):
+    """Of `lens circuit`."""
+
+    method: Method = setting("eap-ig", "Of lens.circuits.score_edges.")
+    steps: int = setting(5, "Of the integrated gradients.", ge=1)
+    edges: int = setting(
+        0, "Of the circuit; 0 takes the smallest one that is faithful enough.", ge=0
+    )
+    compare: str | None = setting(
+        None,
+        "Folder of another circuit run: what the two circuits share, beside chance.",
+        min_length=1,
+    )
+
+
+def _what(what: str) -> Any:
+    return setting(what, "A profile of every head, or a profile and then this analysis.")
+
+
+class RunConfig(Section):
+    """The exact input of a run, as in its `config.toml`; this one of a profile, `lens run`."""
+
+    what: Literal["profile"] = _what("profile")
+    seed: int = setting(
+        0, "Of every draw; copied prompt number i uses seed + i.", ge=0, le=_LARGEST_SEED
+    )
+    model: ModelConfig = ModelConfig()
+    prompts: PromptConfig = PromptConfig()
+    capture: CaptureConfig = CaptureConfig()
+    analysis: AnalysisSettings | None = None
+
+    @field_validator("analysis", mode="before")
+    @classmethod
+    def _has_an_analysis(cls, value: Any) -> Any:
+        if value is not None and cls is RunConfig:
+            raise ValueError(
+                "the section analysis belongs to `lens heads`, `lens sinks`, `lens redistribute` and "
+                "`lens circuit`; a profile has none"
+            )
+        return value
+
+    @property
+    def has_text(self) -> bool:
+        """Whether a text is named, rather than copied prompts alone."""
+        return any(getattr(self.prompts, name) is not None for name in SOURCES)
+
+    def value(self, name: str) -> Any:
+        """Of a setting by its dotted name."""
+        found: Any = self
+        for part in name.split("."):
+            found = getattr(found, part)
+        return found
+
+    def settings(self) -> dict[str, Setting]:
+        """Dotted name -> setting, of this command."""
+        return {one.name: one for one in settings_of(type(self))}
+
+    def as_mapping(self) -> dict[str, Any]:
+        """Nested mapping without the values that are None, as TOML has none."""
+        return self.model_dump(exclude_none=True)
+
+    def command(self) -> str:
+        """The command line that makes this run: the settings that are not the defaults, as flags."""
+        words = ["lens", "run" if self.what == "profile" else self.what]
+        for name, one in self.settings().items():
+            value = self.value(name)
+            alone = name == "prompts.copied" and not self.has_text
+            if one.shown.internal or name == "what":
+                continue
+            if value != one.default or alone or name == "model.name":
+                words += _flag(one, value)
+        return shlex.join(words)
+
+
+class HeadsConfig(RunConfig):
+    """Of `lens heads`."""
+
+    what: Literal["heads"] = _what("heads")
+    analysis: HeadsSettings = HeadsSettings()
+
+
+class SinksConfig(RunConfig):
+    """Of `lens sinks`."""
+
+    what: Literal["sinks"] = _what("sinks")
+    analysis: SinksSettings = SinksSettings()
+
+
+class RedistributeConfig(RunConfig):
+    """Of `lens redistribute`."""
+
+    what: Literal["redistribute"] = _what("redistribute")
+    analysis: RedistributeSettings = RedistributeSettings()
+
+
+class CircuitConfig(RunConfig):
+    """Of `lens circuit`."""
+
+    what: Literal["circuit"] = _what("circuit")
+    analysis: CircuitSettings = CircuitSettings()
+
+
+CONFIGS: dict[str, type[RunConfig]] = {
+    "profile": RunConfig,
+    "heads": HeadsConfig,
+    "sinks": SinksConfig,
+    "redistribute": RedistributeConfig,
+    "circuit": CircuitConfig,
+}
+"""What a run does -> its configuration."""
+WHATS = tuple(CONFIGS)
+
+
+def _flag(one: Setting, value: Any) -> list[str]:
+    if isinstance(value, bool):
+        return [one.flag if value else f"--no-{one.flag[2:]}"]
+    return [one.flag, str(value)]
