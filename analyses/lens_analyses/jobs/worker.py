@@ -19,7 +19,7 @@ import tomli_w
 
 from lens.common.errors import LensError
 from lens.common.files import read_json, write_text
-from lens.runs import INDEX
+from lens.runs.folders import INDEX
 from lens_analyses.config import make_config
 from lens_analyses.console import OK, PARTIAL, log
 from lens_analyses.jobs.store import Job, JobStore

@@ -7,9 +7,9 @@ from lens.circuits.graph.head_sets import heads_of
 from lens.circuits.patches.head_parts import ROLES
 from lens.common.head_ids import HeadId, head_of_node
 from lens.runs.sections import Section
-from lens_analyses.steps.circuit_overlap import circuit_of
 from lens_analyses.steps.circuits import HELD_OUT, halves, largest
 from lens_analyses.steps.columns import defined
+from lens_analyses.steps.run_circuits import circuit_of
 from lens_analyses.steps.subject import Subject
 
 _HEADS = 24  # that are looked at, those with the largest scores

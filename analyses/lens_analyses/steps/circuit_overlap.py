@@ -1,17 +1,12 @@
 """What the circuit of this run shares with that of another one, such as of another task."""
 
-from pathlib import Path
-
 from lens import circuits
-from lens.circuits import Circuit, EdgeScores
 from lens.circuits.reuse.overlap import MEASURES
-from lens.common.errors import LensError
-from lens.runs import Run, open_run
 from lens.runs.sections import Section
 from lens_analyses.steps.columns import defined
+from lens_analyses.steps.run_circuits import circuit_of, other_run
 from lens_analyses.steps.subject import Subject
 
-_FOLDER = "circuits"
 COLUMNS = {
     "measure": "What is compared: "
     + "; ".join(f"{name}, {text}" for name, text in MEASURES.items()),
@@ -57,36 +52,3 @@ def overlap(subject: Subject) -> Section:
         tables=tables,
         figures={"overlap": found.plot()},
     )
-
-
-def other_run(folder: str, model: str) -> Run:
-    """The run to compare with, of the same model; asked for before anything long is computed, too.
-
-    Raises:
-        LensError: no run, one without a circuit, or one of another model.
-    """
-    other = open_run(Path(folder).expanduser())
-    circuit, _ = circuit_of(other)
-    if circuit.model != model:
-        raise LensError(
-            f"run {other.id} is of {circuit.model} and this one of {model}: heads of two "
-            "models are not the same heads"
-        )
-    return other
-
-
-def circuit_of(run: Run) -> tuple[Circuit, EdgeScores]:
-    """The circuit of a run, and the scores that it was made from.
-
-    Raises:
-        LensError: a run without exactly one.
-    """
-    folder = run.path / _FOLDER
-    files = sorted(folder.glob("*.json"))
-    if len(files) != 1:
-        raise LensError(
-            f"run {run.id} has {len(files)} circuits and one is compared; `lens circuit` makes a run "
-            "with one"
-        )
-    scores = circuits.from_mib(folder / "mib" / "importances.json")
-    return circuits.load_circuit(files[0]), scores

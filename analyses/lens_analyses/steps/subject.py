@@ -11,6 +11,7 @@ from lens_analyses.config import CircuitSettings, RunConfig
 from lens_analyses.config.models import AnalysisSettings, is_task_file
 from lens_analyses.console import Output
 from lens_analyses.inputs import PlannedPrompt
+from lens_analyses.steps.run_circuits import other_run
 
 if TYPE_CHECKING:
     from lens.models.loaded import LoadedModel
@@ -109,8 +110,6 @@ def analysed(
     if settings is None:
         return [], []
     if isinstance(settings, CircuitSettings) and settings.compare is not None:
-        from lens_analyses.steps.circuit_overlap import other_run
-
         other_run(settings.compare, model.name)
     texts = [prompt.ids for prompt in planned if prompt.kind == "text"]
     task = getattr(settings, "task", "text")  # a sink is looked for in the text itself
