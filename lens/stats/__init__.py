@@ -1,5 +1,9 @@
-"""Intervals, ranks and clusters: statistics on plain arrays."""
+"""Intervals, ranks and clusters on plain numbers: what every room says about its own numbers.
 
-from lens.common.lazy import attach
+>>> low, high = lens.stats.interval(draws)
+>>> lens.stats.kendall(measures)
+"""
 
-__getattr__, __dir__, __all__ = attach(__name__, __file__)
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

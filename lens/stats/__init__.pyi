@@ -1,2 +1,15 @@
-from .bootstrap import over_rows as over_rows
-from .bootstrap import over_units as over_units
+from .clusters import adjusted_rand as adjusted_rand
+from .clusters import average_linkage as average_linkage
+from .clusters import cut_tree as cut_tree
+from .clusters import silhouettes as silhouettes
+from .intervals import LEVEL as LEVEL
+from .intervals import draws as draws
+from .intervals import interval as interval
+from .intervals import over_rows as over_rows
+from .intervals import over_units as over_units
+from .intervals import quantile as quantile
+from .orders import kendall as kendall
+from .orders import ranks as ranks
+from .orders import spearman as spearman
+from .orders import top as top
+from .orders import top_overlap as top_overlap

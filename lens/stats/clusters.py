@@ -1,0 +1,148 @@
+"""Groups by average linkage, how well separated they are, and how far two groupings agree."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from lens.errors import LensError
+
+
+def average_linkage(distances: np.ndarray) -> np.ndarray:
+    """The tree of agglomerative clustering by mean distance (UPGMA, Sokal and Michener 1958).
+
+    Args:
+        distances: [n, n], symmetric, or the pairs above its diagonal [n (n - 1) / 2], row by row.
+
+    Returns:
+        [n - 1, 3], one row per merge: its two parts, the smaller number first, and the mean over all
+        pairs of their members, which never falls. Part k below n is that member, above it the merge
+        `k - n`.
+
+    Raises:
+        LensError: fewer than two members, distances that are not square or not finite.
+    """
+    from scipy.cluster.hierarchy import linkage
+
+    pairs = np.asarray(distances, float)
+    if pairs.ndim != 1:
+        pairs = _square(pairs)[np.triu_indices(len(pairs), 1)]
+    members = round((1 + np.sqrt(1 + 8 * len(pairs))) / 2)
+    if members < 2 or members * (members - 1) // 2 != len(pairs):
+        raise LensError(
+            f"a tree needs at least two members and the distance of every pair, got {len(pairs)} pairs; "
+            "n members have n (n - 1) / 2"
+        )
+    if not np.isfinite(pairs).all():
+        raise LensError(
+            f"{int((~np.isfinite(pairs)).sum())} of {len(pairs)} distances are not finite, so nothing "
+            "can be grouped by them; leave out the members that have no distance"
+        )
+    return linkage(pairs, "average")[:, :3]
+
+
+def cut_tree(merges: np.ndarray, count: int) -> np.ndarray:
+    """[n] labels of `count` clusters, the largest first (of equal ones that with the first member).
+
+    Args:
+        merges: of `average_linkage`.
+        count: clusters, 1 to n.
+
+    Raises:
+        LensError: a count that is not 1 to n.
+    """
+    members = len(merges) + 1
+    if not 1 <= count <= members:
+        raise LensError(f"count must be 1 to {members}, the number of members, got {count}")
+    part = np.arange(2 * members - 1)  # of each part the cluster that it is in
+    for step in range(members - count - 1, -1, -1):  # from the root of each cluster downwards
+        part[merges[step, :2].astype(int)] = part[members + step]
+    _, first, inside, sizes = np.unique(
+        part[:members], return_index=True, return_inverse=True, return_counts=True
+    )
+    labels = np.empty(count, int)
+    labels[np.lexsort((first, -sizes))] = np.arange(count)
+    return labels[inside]
+
+
+def silhouettes(distances: np.ndarray, merges: np.ndarray) -> np.ndarray:
+    """[n] mean silhouette of the clusters into which the tree falls: place k of `cut_tree(merges, k + 1)`.
+
+        (b - a) / max(a, b),  a the mean distance to the others inside, b that to the nearest other cluster
+
+    A member alone counts 0, and so does a single cluster. One merge after the other changes two columns
+    of the mean distances, so all cuts together cost about as much as one.
+
+    Args:
+        distances: [n, n] with zeros on the diagonal; merges: its tree, of `average_linkage`.
+
+    Raises:
+        LensError: distances that are not square, or a tree of another number of members.
+
+    Reference: Rousseeuw 1987, J. Comput. Appl. Math. 20.
+    """
+    sums = _square(distances).astype(float).copy()  # [member, cluster]
+    members = len(sums)
+    if len(merges) != members - 1:
+        raise LensError(
+            f"a tree of {members} members has {members - 1} merges, got {len(merges)}; give the tree of "
+            "these distances"
+        )
+    means, each = sums.copy(), np.arange(members)
+    own, size, column = each.copy(), np.ones(members), np.arange(2 * members - 1)
+    np.fill_diagonal(means, np.inf)
+    nearest = means.argmin(1)
+    found = np.zeros(members)
+    for step, (left, right) in enumerate(merges[:-1, :2].astype(int)):
+        kept, gone = column[left], column[right]
+        column[members + step] = kept
+        sums[:, kept] += sums[:, gone]
+        size[kept] += size[gone]
+        own[own == gone] = kept
+        means[:, kept], means[:, gone] = sums[:, kept] / size[kept], np.inf
+        means[own == kept, kept] = np.inf  # only other clusters
+        # the mean to what merged lies between the two that it was: no other nearest one changes
+        changed = np.flatnonzero((nearest == kept) | (nearest == gone))
+        nearest[changed] = means[changed].argmin(1)
+        several = size[own] > 1
+        a = sums[each, own] / np.where(several, size[own] - 1, 1)
+        b = means[each, nearest]
+        widest = np.maximum(a, b)
+        scores = np.where(several & (widest > 0), (b - a) / np.where(widest > 0, widest, 1), 0)
+        found[members - step - 2] = scores.mean()
+    return found
+
+
+def adjusted_rand(a: np.ndarray, b: np.ndarray) -> float:
+    """Agreement of two groupings above chance: 1 = the same, 0 = as by chance; it can be below 0.
+
+    1 too where both leave no choice: all together, or each alone.
+
+    Args:
+        a, b: [n] labels, whole numbers from 0.
+
+    Raises:
+        LensError: groupings of different or fewer than two members.
+
+    Reference: Hubert and Arabie 1985, J. Classification 2.
+    """
+    if len(a) != len(b) or len(a) < 2:
+        raise LensError(
+            f"two groupings of the same members, at least two, are compared; got {len(a)} and {len(b)}"
+        )
+    together = np.zeros((a.max() + 1, b.max() + 1))
+    np.add.at(together, (a, b), 1)
+    pairs = _pairs(together).sum()
+    of_a, of_b = (_pairs(together.sum(axis)).sum() for axis in (1, 0))
+    chance = of_a * of_b / _pairs(len(a))
+    most = (of_a + of_b) / 2
+    return 1.0 if most == chance else float((pairs - chance) / (most - chance))
+
+
+def _pairs(members):
+    return members * (members - 1) / 2
+
+
+def _square(distances: np.ndarray) -> np.ndarray:
+    if distances.ndim != 2 or distances.shape[0] != distances.shape[1]:
+        raise LensError(f"distances must be [n, n], got shape {distances.shape}")
+    return distances

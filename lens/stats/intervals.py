@@ -1,0 +1,148 @@
+"""Intervals of means from units drawn again, for many heads at a time, and quantiles."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from lens.errors import LensError
+
+LEVEL = 0.95  # of every interval: this share of the draws lies inside
+_ENDS = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)
+_RESAMPLES = 1000
+
+
+def quantile(values: ArrayLike, share: float, *, axis: int = -1) -> np.ndarray:
+    """The number below which `share` of the values lie, linear between the two next to it.
+
+    Args:
+        values: [..., n] along `axis`.
+        share: 0 to 1.
+
+    Returns:
+        [...], NaN where one of the values is.
+
+    Raises:
+        LensError: no values, or a share outside of 0 to 1.
+    """
+    if not 0 <= share <= 1:
+        raise LensError(f"share must be 0 to 1, got {share}; 0.5 is the median")
+    return np.quantile(_last(values, axis), share, axis=-1)
+
+
+def interval(draws: ArrayLike, *, axis: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Low and high end of the middle `LEVEL` of draws: the percentile interval (Efron 1979).
+
+    Args:
+        draws: [draws, ...] along `axis`; NaN for a draw from which nothing could be computed, which
+            is left out.
+
+    Returns:
+        [...] each; NaN where there is no draw.
+
+    Raises:
+        LensError: a number instead of draws.
+    """
+    values = _last(draws, axis, least=0)
+    ordered = np.sort(values, axis=-1)  # NaN at the end
+    found = np.count_nonzero(~np.isnan(ordered), axis=-1)
+    if not ordered.shape[-1]:
+        return np.full(found.shape, np.nan), np.full(found.shape, np.nan)
+    low, high = (_at(ordered, end * (found - 1).clip(0)) for end in _ENDS)
+    return low, high
+
+
+def draws(units: int, seed: int | np.random.Generator, resamples: int = _RESAMPLES) -> np.ndarray:
+    """[resamples, units] how often each unit (such as a prompt) is drawn, `units` times in all.
+
+    Args:
+        units: that there are; seed: of the draws, or a generator that goes on.
+
+    Raises:
+        LensError: no unit, or no resample.
+    """
+    if units < 1 or resamples < 1:
+        raise LensError(
+            f"units and resamples must be at least 1, got {units} and {resamples}; nothing is drawn "
+            "from nothing"
+        )
+    if isinstance(seed, np.random.Generator):
+        return _drawn(units, seed, resamples)
+    return _drawn_before(units, seed, resamples)
+
+
+def over_units(sums: np.ndarray, counts: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Interval of `sum(sums) / sum(counts)` when whole units (such as prompts) are drawn again.
+
+    Args:
+        sums, counts: [units, ...] of each unit; counts are not negative.
+        seed: of the draws.
+
+    Returns:
+        Low and high end, [...] each; NaN where fewer than two units have a count.
+
+    Raises:
+        LensError: sums and counts of two shapes, or no unit.
+    """
+    if np.shape(sums) != np.shape(counts):
+        raise LensError(
+            f"sums and counts must have one shape, got {np.shape(sums)} and {np.shape(counts)}; give "
+            "each unit its sum and how many values are in it"
+        )
+    units, shape = len(sums), sums.shape[1:]
+    sums, counts = sums.reshape(units, -1), counts.reshape(units, -1).astype(float)
+    drawn = draws(units, seed)
+    few = (counts > 0).sum(0) < 2
+    total = drawn @ np.where(few, 1, counts)
+    some = total > 0  # a resample may miss every unit that has a count
+    means = np.where(some, drawn @ sums / np.where(some, total, 1), np.nan)
+    low, high = np.where(few, np.nan, interval(means))
+    return low.reshape(shape), high.reshape(shape)
+
+
+def over_rows(values: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Interval of the mean over the rows of one prompt, [..., rows] with NaN for rows that have none.
+
+    Neighbouring rows depend on each other, so contiguous blocks of about sqrt(rows) rows are drawn
+    (block bootstrap, Künsch 1989). It says how the mean varies along this prompt, and nothing about
+    other prompts.
+    """
+    scored = ~np.isnan(values)
+    starts = np.arange(0, values.shape[-1], max(1, int(np.sqrt(values.shape[-1]))))
+    sums = np.add.reduceat(np.where(scored, values, 0), starts, axis=-1)
+    counts = np.add.reduceat(scored.astype(float), starts, axis=-1)
+    return over_units(np.moveaxis(sums, -1, 0), np.moveaxis(counts, -1, 0), seed)
+
+
+@lru_cache(maxsize=8)
+def _drawn_before(units: int, seed: int, resamples: int) -> np.ndarray:
+    """The same draws again: the tables of one prompt set ask for them many times."""
+    found = _drawn(units, np.random.default_rng(seed), resamples)
+    found.flags.writeable = False
+    return found
+
+
+def _drawn(units: int, random: np.random.Generator, resamples: int) -> np.ndarray:
+    return random.multinomial(units, np.full(units, 1 / units), resamples).astype(float)
+
+
+def _last(values: ArrayLike, axis: int, *, least: int = 1) -> np.ndarray:
+    """The values as floats, `axis` the last one."""
+    array = np.asarray(values, float)
+    if array.ndim == 0:
+        raise LensError("expected several numbers, got a single one; give an array")
+    if array.shape[axis] < least:
+        raise LensError(f"expected at least {least} value along axis {axis}, got {array.shape}")
+    return np.moveaxis(array, axis, -1)
+
+
+def _at(ordered: np.ndarray, place: np.ndarray) -> np.ndarray:
+    """Value at a place [...] between those of `ordered` [..., n], linear between its neighbours."""
+    below = np.floor(place).astype(int)
+    above = np.ceil(place).astype(int)
+    left, right = (
+        np.take_along_axis(ordered, one[..., None], -1)[..., 0] for one in (below, above)
+    )
+    return left + (right - left) * (place - below)

@@ -1,0 +1,117 @@
+"""Intervals against closed forms, which pin their level, and against numpy's; refusals."""
+
+import numpy as np
+import pytest
+
+from lens import stats
+from lens.errors import LensError
+
+Z = 1.959964  # of a normal: 2.5 % lie above it
+
+
+def test_the_middle_95_percent_of_even_draws():
+    assert stats.LEVEL == 0.95
+    low, high = stats.interval(np.arange(10001)[::-1])
+    assert (low, high) == pytest.approx((250, 9750))
+    assert stats.interval(np.arange(5)) == pytest.approx((0.1, 3.9))  # between two draws
+
+
+def test_the_interval_of_a_mean_is_that_of_the_normal_limit():
+    """Means of units drawn again are normal, with the variance of the units over their number."""
+    units, seeds = 41, 200
+    values = np.linspace(2.0, 5.0, units)
+    error = values.std() / np.sqrt(units)
+    ends = np.mean(
+        [stats.over_units(values, np.ones(units), seed) for seed in range(seeds)], axis=0
+    )
+    # 200,000 draws place an end to 0.006 errors; 90 % instead of 95 % moves it by 0.32
+    assert (ends - values.mean()) / error == pytest.approx([-Z, Z], abs=0.03)
+
+
+def test_the_interval_of_a_share_is_that_of_the_binomial():
+    """With a 1 in 5 of 9 units the ones of a draw are binomial: P(< 2) = 0.8 %, P(< 3) = 4.6 %,
+    P(> 7) = 4.1 %, P(> 8) = 0.5 %, so that 2.5 % end at 2 and at 8, and 5 % at 3 and at 7."""
+    ones = np.arange(9) < 5
+    drawn = [stats.over_units(ones, np.ones(9), seed) for seed in range(10)]
+    assert np.array(drawn) == pytest.approx(np.tile([2 / 9, 8 / 9], (10, 1)))
+
+
+def test_quantiles_are_those_of_numpy():
+    random = np.random.default_rng(0)
+    values = random.normal(size=(101, 7, 3))
+    outside = (1 - stats.LEVEL) / 2
+    expected = np.quantile(values, [outside, 1 - outside], axis=0)
+    assert np.array(stats.interval(values)) == pytest.approx(expected)
+    assert np.array(stats.interval(np.moveaxis(values, 0, 1), axis=1)) == pytest.approx(expected)
+    assert stats.quantile(values, 0.99, axis=0) == pytest.approx(np.quantile(values, 0.99, axis=0))
+    assert stats.quantile([4, 1, 3, 2], 0.5) == 2.5
+
+
+def test_draws_that_could_not_be_computed_are_left_out():
+    random = np.random.default_rng(0)
+    values = random.normal(size=(53, 11))
+    values[random.random(values.shape) < 0.3] = np.nan
+    values[1:, 2], values[0, 2] = np.nan, 7.0
+    outside = (1 - stats.LEVEL) / 2
+    expected = np.nanquantile(values, [outside, 1 - outside], axis=0)
+    assert np.array(stats.interval(values)) == pytest.approx(expected)
+    assert [ends[2] for ends in stats.interval(values)] == [7, 7]
+    values[:, 3] = np.nan
+    assert np.isnan([ends[3] for ends in stats.interval(values)]).all()
+    assert np.isnan(stats.interval(np.empty((0, 3)))).all()
+
+
+def test_every_draw_has_as_many_units_as_there_are():
+    drawn = stats.draws(7, 3)
+    assert drawn.shape == (1000, 7)
+    assert (drawn.sum(1) == 7).all()
+    assert drawn.mean(0) == pytest.approx(np.ones(7), abs=0.15)
+    assert (drawn == stats.draws(7, 3)).all()
+    assert (drawn != stats.draws(7, 4)).any()
+    with pytest.raises(ValueError, match="read-only"):
+        drawn[0, 0] = 1  # it is the one that the next caller gets
+    random = np.random.default_rng(3)
+    assert (drawn[:19] == stats.draws(7, random, 19)).all()
+    assert (drawn[:19] != stats.draws(7, random, 19)).any()
+
+
+def test_the_mean_weighs_units_by_their_counts():
+    sums, counts = np.array([[10.0], [0.0], [3.0]]), np.array([[1], [9], [2]])
+    low, high = stats.over_units(sums, counts, 0)
+    drawn = stats.draws(3, 0)
+    ratios = sorted((drawn @ sums / (drawn @ counts))[:, 0])
+    assert low[0] == pytest.approx(np.quantile(ratios, 0.025))
+    assert high[0] == pytest.approx(np.quantile(ratios, 0.975))
+
+
+def test_one_unit_has_no_interval():
+    low, high = stats.over_units(np.array([[0.5, 0.5], [0.0, 0.7]]), np.array([[1, 1], [0, 1]]), 0)
+    assert np.isnan([low[0], high[0]]).all()
+    assert 0.5 <= low[1] < high[1] <= 0.7
+
+
+def test_intervals_of_dependent_rows_are_wider_than_if_they_were_independent():
+    """Rows that repeat 16 times carry 1/16 of the information: the interval must be about 4 times wider."""
+    random = np.random.default_rng(0)
+    low, high = stats.over_rows(random.normal(size=256), 0)
+    repeated_low, repeated_high = stats.over_rows(np.repeat(random.normal(size=16), 16), 0)
+    assert 2 < (repeated_high - repeated_low) / (high - low) < 7
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: stats.interval(3.0), "expected several numbers, got a single one"),
+        (lambda: stats.quantile([], 0.5), r"at least 1 value along axis -1, got \(0,\)"),
+        (lambda: stats.quantile([1, 2], 95), "share must be 0 to 1, got 95"),
+        (lambda: stats.draws(0, 0), "units and resamples must be at least 1, got 0 and 1000"),
+        (lambda: stats.draws(3, 0, 0), "units and resamples must be at least 1, got 3 and 0"),
+        (
+            lambda: stats.over_units(np.ones((3, 2)), np.ones(3), 0),
+            r"sums and counts must have one shape, got \(3, 2\) and \(3,\)",
+        ),
+    ],
+)
+def test_what_has_no_interval_is_refused(call, message):
+    with pytest.raises(LensError, match=message):
+        call()
