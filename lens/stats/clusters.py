@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from lens.errors import LensError
+from lens.common.errors import LensError
 
 
 def average_linkage(distances: np.ndarray) -> np.ndarray:

@@ -7,7 +7,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import ArrayLike
 
-from lens.errors import LensError
+from lens.common.errors import LensError
 
 LEVEL = 0.95  # of every interval: this share of the draws lies inside
 _ENDS = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike
 
-from lens.errors import LensError
+from lens.common.errors import LensError
 
 
 def ranks(values: ArrayLike) -> np.ndarray:

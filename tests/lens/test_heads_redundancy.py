@@ -1,6 +1,6 @@
 """Clusters of heads: closed forms, naive twins, known groups of real models, refusals."""
 
-from itertools import combinations, pairwise
+from itertools import pairwise
 
 import numpy as np
 import plotly.graph_objects as go
@@ -9,14 +9,7 @@ import pytest
 import lens
 from lens.common.errors import LensError
 from lens.figures.similarity import similarity_map
-from lens.heads.likeness.redundancy import (
-    adjusted_rand,
-    average_linkage,
-    clusters,
-    cut_tree,
-    redundancy,
-    silhouette,
-)
+from lens.heads.likeness.redundancy import clusters, redundancy
 from lens.heads.likeness.similarity import HeadSimilarity, similarity
 
 INDUCTION = ["L1H0", "L1H2", "L1H3"]
@@ -32,50 +25,6 @@ def of_distances(distances, n=1):
 
 def line(*places):
     return np.abs(np.subtract.outer(places, places)).astype(float)
-
-
-def naive_linkage(distances, count):
-    """Groups by always merging the two with the smallest mean distance over all pairs of members."""
-    groups = [{head} for head in range(len(distances))]
-    heights = []
-
-    def apart(pair):
-        return np.mean([distances[a, b] for a in pair[0] for b in pair[1]])
-
-    while len(groups) > count:
-        a, b = min(combinations(groups, 2), key=apart)
-        heights.append(apart((a, b)))
-        groups = [group for group in groups if group not in (a, b)] + [a | b]
-    return {frozenset(group) for group in groups}, heights
-
-
-@pytest.mark.parametrize("count", [1, 2, 3, 5, 11])
-def test_linkage_is_that_of_means_over_all_pairs(count):
-    points = np.random.default_rng(5).normal(size=(11, 3))
-    distances = np.linalg.norm(points[:, None] - points, axis=-1)
-    merges = average_linkage(distances)
-    labels = cut_tree(merges, count)
-    groups, heights = naive_linkage(distances, count)
-    assert {frozenset(np.flatnonzero(labels == label)) for label in set(labels)} == groups
-    assert merges[: 11 - count, 2] == pytest.approx(heights)
-    sizes = np.bincount(labels)
-    assert (np.diff(sizes) <= 0).all()
-
-
-def test_silhouette_and_rand_in_closed_form():
-    distances = line(0, 1, 5, 6)
-    # a = 1 for all; b = 5.5 at the ends, 4.5 inside
-    expected = (2 * (4.5 / 5.5) + 2 * (3.5 / 4.5)) / 4
-    assert silhouette(distances, np.array([0, 0, 1, 1])) == pytest.approx(expected)
-    assert silhouette(distances, np.arange(4)) == 0
-    a = np.array([0, 0, 1, 1])
-    assert adjusted_rand(a, np.array([1, 1, 0, 0])) == 1
-    assert adjusted_rand(a, np.array([0, 1, 0, 1])) == pytest.approx(-0.5)
-    random = np.random.default_rng(0)
-    by_chance = [
-        adjusted_rand(random.integers(3, size=23), random.integers(3, size=23)) for _ in range(400)
-    ]
-    assert abs(np.mean(by_chance)) < 0.02
 
 
 def test_clusters_of_points_on_a_line():

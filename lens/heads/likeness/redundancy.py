@@ -11,12 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from lens import stats
 from lens.common.errors import LensError
 from lens.common.head_ids import HeadId
 from lens.common.results import Result
 from lens.heads.likeness.similarity import HeadSimilarity
-
-_ENDS = (2.5, 97.5)
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -113,11 +112,11 @@ def clusters(
         raise LensError(f"count must be 1 to {heads}, the number of heads, got {count}")
     if resamples < 1:
         raise LensError(f"resamples must be at least 1, got {resamples}")
-    merges = average_linkage(distances)
+    merges = stats.average_linkage(distances)
+    scores = stats.silhouettes(distances, merges)  # place k: of k + 1 clusters
     if count is None:
-        scored = {k: silhouette(distances, cut_tree(merges, k)) for k in range(2, heads)}
-        count = max(scored, key=lambda k: scored[k])
-    labels = cut_tree(merges, count)
+        count = 2 + int(scores[1:-1].argmax())
+    labels = stats.cut_tree(merges, count)
     stability, rand = _again(similarity, labels, count, resamples, seed)
     medoids = []
     for label in range(count):
@@ -132,7 +131,7 @@ def clusters(
         order=_leaves(merges),
         stability=stability,
         rand=rand,
-        silhouette=silhouette(distances, labels),
+        silhouette=float(scores[count - 1]),
         medoids=tuple(medoids),
         names=tuple(names),
         by=similarity.by,
@@ -162,9 +161,13 @@ def redundancy(similarity: HeadSimilarity, *, resamples: int = 300, seed: int = 
     value, nearest = _nearest(closeness)
     low = high = np.full(heads, np.nan)
     if similarity.n > 1:
-        drawn = similarity.closeness_of(similarity.resampled(resamples, seed))
-        again = np.stack([_nearest(one)[0] for one in drawn])
-        low, high = np.percentile(again, _ENDS, axis=0)
+        pairs = np.triu_indices(heads, 1)
+        again = np.full((heads, heads), np.nan)
+        drawn = []
+        for values in similarity.resampled(resamples, seed):
+            again[pairs] = again.T[pairs] = similarity.closeness_of(values)
+            drawn.append(_nearest(again)[0])
+        low, high = stats.interval(drawn)
     floor = np.full(heads, np.nan)
     if similarity.floor is not None:
         both = similarity.closeness_of((similarity.floor + similarity.floor.T) / 2)
@@ -187,67 +190,6 @@ def redundancy(similarity: HeadSimilarity, *, resamples: int = 300, seed: int = 
     return table.sort_values("value", ascending=False, kind="stable", ignore_index=True)
 
 
-def average_linkage(distances: np.ndarray) -> np.ndarray:
-    """The tree [heads - 1, 3] of agglomerative clustering, see `HeadClusters.merges`.
-
-    The distance of two parts is the mean over all pairs of their heads (UPGMA, Sokal and Michener
-    1958), so merges never come below earlier ones.
-    """
-    heads = len(distances)
-    between = distances.astype(float).copy()
-    np.fill_diagonal(between, np.inf)
-    part = np.arange(heads)
-    size = np.ones(heads)
-    merges = np.empty((heads - 1, 3))
-    for step in range(heads - 1):
-        a, b = np.unravel_index(between.argmin(), between.shape)
-        a, b = min(a, b), max(a, b)
-        merges[step] = (*sorted((part[a], part[b])), between[a, b])
-        joined = (size[a] * between[a] + size[b] * between[b]) / (size[a] + size[b])
-        between[a], between[:, a] = joined, joined
-        between[a, a] = np.inf
-        between[b], between[:, b] = np.inf, np.inf
-        part[a], size[a] = heads + step, size[a] + size[b]
-    return merges
-
-
-def cut_tree(merges: np.ndarray, count: int) -> np.ndarray:
-    """[head] labels of `count` clusters, the largest first (of equal ones that with the first head)."""
-    heads = len(merges) + 1
-    inside = {head: [head] for head in range(heads)}
-    for step, (left, right, _) in enumerate(merges[: heads - count]):
-        inside[heads + step] = inside.pop(int(left)) + inside.pop(int(right))
-    labels = np.empty(heads, int)
-    ranked = sorted(inside.values(), key=lambda members: (-len(members), min(members)))
-    for label, members in enumerate(ranked):
-        labels[members] = label
-    return labels
-
-
-def silhouette(distances: np.ndarray, labels: np.ndarray) -> float:
-    """Mean over heads of `(b - a) / max(a, b)`: a the mean distance inside, b to the nearest other."""
-    scores = np.zeros(len(labels))
-    for head, label in enumerate(labels):
-        inside = labels == label
-        if inside.sum() < 2 or inside.all():
-            continue
-        a = distances[head, inside].sum() / (inside.sum() - 1)
-        b = min(distances[head, labels == other].mean() for other in set(labels) - {label})
-        scores[head] = (b - a) / max(a, b) if max(a, b) > 0 else 0
-    return float(scores.mean())
-
-
-def adjusted_rand(a: np.ndarray, b: np.ndarray) -> float:
-    """Agreement of two groupings above chance, 1 = the same; 1 too where both leave no choice."""
-    together = np.zeros((a.max() + 1, b.max() + 1))
-    np.add.at(together, (a, b), 1)
-    pairs = (together * (together - 1) / 2).sum()
-    of_a, of_b = ((together.sum(axis) * (together.sum(axis) - 1) / 2).sum() for axis in (1, 0))
-    chance = of_a * of_b / (len(a) * (len(a) - 1) / 2)
-    most = (of_a + of_b) / 2
-    return 1.0 if most == chance else float((pairs - chance) / (most - chance))
-
-
 def _again(
     similarity: HeadSimilarity, labels: np.ndarray, count: int, resamples: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -260,10 +202,13 @@ def _again(
     mates = together.sum(1)
     kept, rand = np.zeros(heads), []
     for values in similarity.resampled(resamples, seed):
-        again = cut_tree(average_linkage(similarity.distances_of(values)), count)
+        distances = similarity.distances_of(values)
+        if np.isnan(distances).any():  # a head has nothing to compare on these prompts
+            continue
+        again = stats.cut_tree(stats.average_linkage(distances), count)
         kept += (together & (again[:, None] == again)).sum(1)
-        rand.append(adjusted_rand(labels, again))
-    stability = kept / resamples / np.where(mates, mates, np.nan)
+        rand.append(stats.adjusted_rand(labels, again))
+    stability = kept / np.where(mates, mates, np.nan) / (len(rand) or np.nan)
     return stability, np.array(rand)
 
 

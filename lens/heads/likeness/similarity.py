@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from lens import stats
 from lens.common.errors import LensError
 from lens.common.head_ids import AnyHead, HeadId, head_id
 from lens.common.results import Result
-from lens.stats.bootstrap import RESAMPLES
 
 if TYPE_CHECKING:
     from lens.models.loaded import LoadedModel
@@ -28,8 +28,7 @@ SIMILARITIES = {
     "log_odds": "cosine of attention log-odds",
     "cka": "CKA of head outputs",
 }
-_ENDS = (2.5, 97.5)
-_LARGEST = 1 << 24  # resampled numbers that are in memory at a time
+_LARGEST = 1 << 22  # resampled numbers that are in memory at a time
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -76,7 +75,11 @@ class HeadSimilarity(Result):
 
         NaN where a head has nothing to compare: an output that is the same at every position.
         """
-        return self._finish(self.sums.sum(0), self.counts.sum(0))
+        sums = self.sums.sum(0)
+        if self.by == "js":
+            return _ratio(sums, self.counts.sum(0))
+        own = np.diagonal(sums)
+        return _cosine(sums, own, own)
 
     @property
     def distances(self) -> np.ndarray:
@@ -88,44 +91,40 @@ class HeadSimilarity(Result):
         """[head, head], 1 = the same: `1 - JS / ln 2`, or the cosine."""
         return self.closeness_of(self.values)
 
-    def resampled(self, resamples: int, seed: int) -> np.ndarray:
-        """[resamples, head, head]: `values` on prompts drawn again.
+    def resampled(self, resamples: int, seed: int) -> Iterator[np.ndarray]:
+        """`resamples` times the values of the pairs above the diagonal, row by row, on prompts drawn again.
 
         Raises:
-            LensError: a single prompt.
+            LensError: a single prompt, or no resample.
         """
         if self.n < 2:
             raise LensError("one prompt cannot be resampled; compare the heads on several")
-        weights = np.random.default_rng(seed).multinomial(
-            self.n, np.full(self.n, 1 / self.n), resamples
-        )
-        return self._finish(
-            np.einsum("rp,pab->rab", weights, self.sums),
-            np.einsum("rp,pab->rab", weights, self.counts),
-        )
+        weights = stats.draws(self.n, seed, resamples)
+        pairs = np.triu_indices(len(self.names), 1)
+        step = max(1, _LARGEST // len(pairs[0]))
+        parts = (weights[start : start + step] for start in range(0, resamples, step))
+        return (values for part in parts for values in self._of_pairs(part, *pairs))
 
     def interval(self, *, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
         """Low and high end [head, head] of the 95 % bootstrap interval over prompts; NaN for one."""
-        if self.n < 2:
-            nothing = np.full(self.sums.shape[1:], np.nan)
-            return nothing, nothing.copy()
-        weights = np.random.default_rng(seed).multinomial(
-            self.n, np.full(self.n, 1 / self.n), RESAMPLES
-        )
-        heads = len(self.names)
-        own = np.einsum("rp,paa->ra", weights, self.sums)  # of each head with itself
-        ends = np.full((2, heads, heads), np.nan)
-        step = max(1, _LARGEST // (RESAMPLES * heads))
-        for start in range(0, heads, step):
-            rows = slice(start, start + step)
-            sums = np.einsum("rp,pab->rab", weights, self.sums[:, rows])
-            if self.by == "js":
-                counts = np.einsum("rp,pab->rab", weights, self.counts[:, rows])
-                drawn = _ratio(sums, counts)
-            else:
-                drawn = _cosine(sums, own[:, rows], own)
-            ends[:, rows] = np.percentile(drawn, _ENDS, axis=0)
+        ends = np.full((2, *self.sums.shape[1:]), np.nan)
+        if self.n > 1:
+            weights = stats.draws(self.n, seed)
+            rows, columns = np.triu_indices(len(self.names))
+            step = max(1, _LARGEST // len(weights))
+            for start in range(0, len(rows), step):
+                a, b = rows[start : start + step], columns[start : start + step]
+                ends[:, a, b] = ends[:, b, a] = stats.interval(self._of_pairs(weights, a, b))
         return ends[0], ends[1]
+
+    def _of_pairs(self, weights: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        """[draw, pair] values of heads `a` and `b` on prompts weighed by [draw, prompt]."""
+        sums = weights @ self.sums[:, a, b]
+        if self.by == "js":
+            return _ratio(sums, weights @ self.counts[:, a, b])
+        own = weights @ np.diagonal(self.sums, axis1=1, axis2=2)
+        norm = np.sqrt(np.where(own > 0, own, np.nan))
+        return sums / (norm[:, a] * norm[:, b])
 
     def neighbours(self, head: AnyHead, count: int = 5) -> pd.DataFrame:
         """The heads most like one head: columns `head`, `value`, `low`, `high`, `n`, closest first.
@@ -167,12 +166,6 @@ class HeadSimilarity(Result):
         )
         order = np.argsort(self.distances[a, b], kind="stable")
         return table.iloc[order].reset_index(drop=True)
-
-    def _finish(self, sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
-        if self.by == "js":
-            return _ratio(sums, counts)
-        own = np.diagonal(sums, axis1=-2, axis2=-1)
-        return _cosine(sums, own, own)
 
     def distances_of(self, values: np.ndarray) -> np.ndarray:
         """`distances` of other values, such as resampled ones."""
@@ -355,10 +348,10 @@ def _entropy(p: np.ndarray) -> np.ndarray:
 
 
 def _ratio(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    return np.where(counts > 0, sums / np.where(counts > 0, counts, 1), np.nan)
+    return np.divide(sums, counts, out=np.full(sums.shape, np.nan), where=counts > 0)
 
 
 def _cosine(sums: np.ndarray, own: np.ndarray, other: np.ndarray) -> np.ndarray:
     """`sums / sqrt(own other)`, NaN where a head's product with itself is not positive."""
-    norm = np.sqrt(np.where(own > 0, own, np.nan))[..., :, None]
-    return sums / (norm * np.sqrt(np.where(other > 0, other, np.nan))[..., None, :])
+    left, right = (np.sqrt(np.where(one > 0, one, np.nan)) for one in (own, other))
+    return sums / np.outer(left, right)

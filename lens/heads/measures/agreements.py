@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from lens import stats
 from lens.common.errors import LensError
 from lens.common.results import as_html, few
 from lens.heads.measures.scores import HeadScores
@@ -23,7 +24,6 @@ COLUMNS = (
     "overlap_high",
     "overlap_by_chance",
 )
-_ENDS = (2.5, 97.5)
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -130,41 +130,23 @@ def agreement(
     if resamples < 1:
         raise LensError(f"resamples must be at least 1, got {resamples}")
     labels = _labels(scores)
-    drawn = _draws(scores, resamples, seed)
-    rows = []
-    for a, b in combinations(range(len(scores)), 2):
-        first, second = scores[a].values.ravel(), scores[b].values.ravel()
-        again = list(zip(drawn[a], drawn[b], strict=True))
-        taus = [kendall_tau(x, y) for x, y in again]
-        overlaps = [top_overlap(x, y, k) for x, y in again]
-        numbers = (
-            kendall_tau(first, second),
-            *_interval(taus),
-            top_overlap(first, second, k),
-            *_interval(overlaps),
-            k / heads,
-        )
-        rows.append((labels[a], labels[b], *numbers))
+    values = np.stack([score.values.ravel() for score in scores])
+    again = _drawn(scores, resamples, seed)
+    matrices = (
+        stats.kendall(values),
+        *stats.interval(stats.kendall(again)),
+        stats.top_overlap(values, k),
+        *stats.interval(stats.top_overlap(again, k)),
+    )
+    rows = [
+        (labels[a], labels[b], *(float(matrix[a, b]) for matrix in matrices), k / heads)
+        for a, b in combinations(range(len(scores)), 2)
+    ]
     table = pd.DataFrame(rows, columns=list(COLUMNS))
     tops = {
         label: tuple(map(str, score.top(k))) for label, score in zip(labels, scores, strict=True)
     }
     return Agreement(table, k, tuple(score.n for score in scores), seed, tops)
-
-
-def kendall_tau(a: np.ndarray, b: np.ndarray) -> float:
-    """Kendall's tau-b of two vectors; NaN where one of them is constant."""
-    upper = np.triu_indices(len(a), 1)
-    x = np.sign(np.subtract.outer(a, a))[upper]
-    y = np.sign(np.subtract.outer(b, b))[upper]
-    norm = np.sqrt(float((x != 0).sum()) * float((y != 0).sum()))
-    return float(x @ y / norm) if norm else float("nan")
-
-
-def top_overlap(a: np.ndarray, b: np.ndarray, k: int) -> float:
-    """Share of the k largest entries of `a` that are among the k largest of `b`; ties by position."""
-    tops = [set(np.argsort(-values, kind="stable")[:k].tolist()) for values in (a, b)]
-    return len(tops[0] & tops[1]) / k
 
 
 def _order_in_words(row: Mapping[Hashable, Any]) -> str:
@@ -199,25 +181,17 @@ def _labels(scores: tuple[HeadScores, ...]) -> list[str]:
     return labels
 
 
-def _draws(scores: tuple[HeadScores, ...], resamples: int, seed: int) -> list[np.ndarray]:
-    """Values [resamples, heads] of each measure on prompts drawn again; none for a single prompt."""
+def _drawn(scores: tuple[HeadScores, ...], resamples: int, seed: int) -> np.ndarray:
+    """Values [resamples, measures, heads] on prompts drawn again; no resamples for a single prompt."""
     random = np.random.default_rng(seed)
     weights: dict[tuple[str, int], np.ndarray] = {}
     if min(score.n for score in scores) < 2:
-        return [np.empty((0, score.values.size)) for score in scores]
+        return np.empty((0, len(scores), scores[0].values.size))
     found = []
     for score in scores:
         key = (score.task, score.n)
         if key not in weights:
-            weights[key] = random.multinomial(score.n, np.full(score.n, 1 / score.n), resamples)
+            weights[key] = stats.draws(score.n, random, resamples)
         flat = score.per_prompt.reshape(-1, score.n)
         found.append(weights[key] @ flat.T / score.n)
-    return found
-
-
-def _interval(values: list[float]) -> tuple[float, float]:
-    kept = [value for value in values if not np.isnan(value)]
-    if not kept:
-        return float("nan"), float("nan")
-    low, high = np.percentile(kept, _ENDS)
-    return float(low), float(high)
+    return np.stack(found, axis=1)

@@ -26,10 +26,10 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from lens import stats
 from lens.common.errors import LensError
 from lens.common.head_ids import HeadId
 from lens.common.results import Result
-from lens.heads.measures.agreements import kendall_tau
 from lens.heads.removal.distances import jensen_shannon
 from lens.models.loaded import LoadedModel
 from lens.passes.head_outputs import Source, edited_outputs
@@ -105,9 +105,10 @@ class PruningMetrics(Result):
 
     def agreement(self) -> pd.DataFrame:
         """Kendall's tau-b over the heads of each pair of metrics: `first`, `second`, `tau`."""
+        names = list(self.per_example)
+        tau = stats.kendall(np.stack([self.values(name).ravel() for name in names]))
         rows = [
-            (a, b, kendall_tau(self.values(a).ravel(), self.values(b).ravel()))
-            for a, b in combinations(self.per_example, 2)
+            (names[a], names[b], float(tau[a, b])) for a, b in combinations(range(len(names)), 2)
         ]
         return pd.DataFrame(rows, columns=["first", "second", "tau"])
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lens import stats
-from lens.errors import LensError
+from lens.common.errors import LensError
 
 
 def line(*places):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from lens import stats
-from lens.errors import LensError
+from lens.common.errors import LensError
 
 Z = 1.959964  # of a normal: 2.5 % lie above it
 

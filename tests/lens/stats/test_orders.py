@@ -5,7 +5,7 @@ import pytest
 from scipy.stats import kendalltau
 
 from lens import stats
-from lens.errors import LensError
+from lens.common.errors import LensError
 
 
 def naive_tau(a, b):
