@@ -13,6 +13,7 @@ from math import comb
 import numpy as np
 import pandas as pd
 
+from lens import stats
 from lens.circuits.checks.evaluation import run_circuits
 from lens.circuits.graph.circuit import Circuit
 from lens.circuits.graph.selection import random_edges, random_path
@@ -70,7 +71,7 @@ class EdgeTests(Result):
             {
                 "edge": self.edges,
                 "change": self.changes,
-                "null": np.quantile(self.null, QUANTILE),
+                "null": stats.quantile(self.null, QUANTILE),
                 "p": self.p,
             }
         )

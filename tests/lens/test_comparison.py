@@ -6,10 +6,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from lens import stats
 from lens.common.errors import LensError
 from lens.common.files import write_json
 from lens.runs import compare_runs
-from lens.runs.comparison.pairing import paired_prompts, rank_correlation
+from lens.runs.comparison.pairing import paired_prompts
 from lens.runs.comparison.pictures import comparison_scatter, difference_grid
 from lens.runs.comparison.tables import side_by_side
 from lens.runs.sections import Section
@@ -121,7 +122,7 @@ def test_a_score_over_all_heads_has_its_largest_change(pair):
         assert row["largest"] == f"L{worst['layer']}H{worst['head']}"
         assert row["largest_difference"] == worst["difference"]
         assert row["rank_correlation"] == pytest.approx(
-            rank_correlation(part["a"].to_numpy(), part["b"].to_numpy())
+            stats.spearman(part["a"].to_numpy(), part["b"].to_numpy())
         )
 
 
@@ -240,23 +241,6 @@ def test_settings_that_differ_are_listed(tmp_path):
     assert settings.loc["capture.block_size"].tolist() == ["7", "11"]
     assert settings.loc["prompts.tokens"].tolist() == ["", "3"]
     assert "model.name" not in settings.index
-
-
-def naive_rank_correlation(x, y):
-    """1 - 6 sum d^2 / (n (n^2 - 1)), for values without ties."""
-    ranks = [[sorted(values).index(value) for value in values] for values in (x, y)]
-    d = sum((a - b) ** 2 for a, b in zip(*ranks, strict=True))
-    return 1 - 6 * d / (len(x) * (len(x) ** 2 - 1))
-
-
-def test_rank_correlation_is_the_textbook_formula():
-    random = np.random.default_rng(3)
-    x, y = random.normal(size=17), random.normal(size=17)
-    assert rank_correlation(x, y) == pytest.approx(naive_rank_correlation(x, y))
-    assert rank_correlation(x, np.exp(x)) == pytest.approx(1)
-    assert rank_correlation(np.r_[x, np.nan], np.r_[y, 9]) == pytest.approx(rank_correlation(x, y))
-    assert np.isnan(rank_correlation(x, np.ones(17)))
-    assert np.isnan(rank_correlation(np.array([]), np.array([])))
 
 
 def section(name, table):

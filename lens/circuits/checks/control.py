@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from lens import stats
 from lens.circuits.checks.evaluation import Outcome, run_circuits
 from lens.circuits.graph.activations import Ablation, References, read_activations
 from lens.circuits.graph.circuit import Circuit
@@ -53,8 +54,9 @@ class Control(Result):
         low, high = self.outcome.interval(self.seed)
         rows = [("circuit", self.outcome.faithfulness()[0], low[0], high[0], 1, np.nan)]
         for name, drawn in self.faithfulness.items():
-            ends = np.percentile(drawn, (2.5, 97.5))
-            rows.append((name, drawn.mean(), *ends, len(drawn), self.p_value(name)))
+            rows.append(
+                (name, drawn.mean(), *stats.interval(drawn), len(drawn), self.p_value(name))
+            )
         columns = ["circuit", "faithfulness", "low", "high", "draws", "p"]
         return pd.DataFrame(rows, columns=columns).assign(edges=self.edges)
 

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from lens import stats
 from lens.circuits.graph.activations import Ablation, References
 from lens.circuits.graph.circuit import Circuit
 from lens.circuits.graph.edge_scores import EdgeScores
@@ -18,7 +19,6 @@ from lens.common.errors import LensError
 from lens.common.progress import advancing
 from lens.common.results import Result
 from lens.models.loaded import LoadedModel
-from lens.stats.bootstrap import RESAMPLES
 from lens.tasks.task import Task
 
 SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
@@ -68,13 +68,10 @@ class Outcome:
         units = len(self.full)
         if units < 2:
             return np.full(len(self.metric), np.nan), np.full(len(self.metric), np.nan)
-        draws = np.random.default_rng(seed).multinomial(
-            units, np.full(units, 1 / units), size=RESAMPLES
-        )
+        draws = stats.draws(units, seed)
         whole = draws @ (self.full - self.empty)
         drawn = (draws @ (self.metric - self.empty).T)[whole != 0] / whole[whole != 0][:, None]
-        low, high = np.percentile(drawn, (2.5, 97.5), axis=0)
-        return low, high
+        return stats.interval(drawn)
 
 
 @dataclass(frozen=True, repr=False, eq=False)

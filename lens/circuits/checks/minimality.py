@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from lens import stats
 from lens.circuits.checks.evaluation import run_circuits
 from lens.circuits.graph.circuit import Circuit
 from lens.circuits.graph.selection import random_edges, without
@@ -73,7 +74,7 @@ class Minimality(Result):
                 "low": low,
                 "high": high,
                 "share": self.shares,
-                "random": np.percentile(np.abs(self.random), 95),
+                "random": stats.quantile(np.abs(self.random), 0.95),
             }
         )
         return rows.sort_values("drop", ascending=False, kind="stable", ignore_index=True)

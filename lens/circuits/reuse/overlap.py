@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from lens import stats
 from lens.circuits.graph.circuit import Circuit
 from lens.circuits.graph.edge_scores import EdgeScores
 from lens.circuits.reuse.sides import Comparable, EdgeSide, measured, renaming, sides
@@ -29,7 +30,6 @@ MEASURES = {
     "edges": "shared edges / edges in either",
     "rank correlation": "Spearman's, of the sizes of all scores",
 }
-_ENDS = (2.5, 97.5)
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -77,18 +77,14 @@ class Overlap(Result):
         """
         rows = []
         for name, value in self.values.items():
-            drawn = self.resampled.get(name, np.full(1, np.nan))
-            drawn = drawn[~np.isnan(drawn)]
-            low, high = np.percentile(drawn, _ENDS) if len(drawn) else (np.nan, np.nan)
             null = self.null[name]
             rows.append(
                 (
                     name,
                     value,
-                    low,
-                    high,
+                    *stats.interval(self.resampled.get(name, [])),
                     null.mean(),
-                    *np.percentile(null, _ENDS),
+                    *stats.interval(null),
                     self.p_value(name),
                 )
             )

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
-import pandas as pd
 
+from lens import stats
 from lens.circuits.graph.circuit import Circuit
 from lens.circuits.graph.edge_scores import EdgeScores
 from lens.circuits.graph.graph import Graph
@@ -150,7 +150,7 @@ def _of_heads(scores: HeadScores, count: int) -> Side:
         values = np.abs(np.tensordot(weights, units, 1))
         _no_nan(values)
         heads = np.zeros(values.size, bool)
-        heads[np.argsort(-values.ravel(), kind="stable")[:count]] = True
+        heads[stats.top(values.ravel(), count)] = True
         return Side(heads.reshape(values.shape), scores.values, _ranks(values.ravel()), again)
 
     return _with_redraws(side, scores.n)
@@ -197,7 +197,7 @@ def _with_redraws(side: Callable[..., Side], n: int) -> Side:
     """The side of all prompts, which can be made anew from prompts drawn with replacement."""
 
     def again(draw: np.random.Generator) -> Side:
-        return side(draw.multinomial(n, np.full(n, 1 / n)) / n)
+        return side(stats.draws(n, draw, 1)[0] / n)
 
     return side(np.full(n, 1 / n), again if n > 1 else None)
 
@@ -209,7 +209,7 @@ def _no_nan(values: np.ndarray) -> None:
 
 def _ranks(values: np.ndarray) -> np.ndarray:
     """Centred ranks of length 1, ties at their mean rank: products are Spearman's correlation."""
-    ranks = pd.Series(values).rank().to_numpy()
+    ranks = stats.ranks(values)
     ranks = ranks - ranks.mean()
     size = np.linalg.norm(ranks)
     return ranks / size if size else np.full(len(ranks), np.nan)

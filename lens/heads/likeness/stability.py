@@ -16,6 +16,7 @@ from itertools import permutations
 import numpy as np
 import pandas as pd
 
+from lens import stats
 from lens.common.errors import LensError
 from lens.common.results import Result
 from lens.stats.bootstrap import over_units
@@ -184,7 +185,7 @@ def map_scores(
     """
     x, y = a[allowed], b[allowed]
     count = max(1, round(density * len(x)))
-    top_a, top_b = (set(np.argsort(-values, kind="stable")[:count].tolist()) for values in (x, y))
+    top_a, top_b = (set(stats.top(values, count).tolist()) for values in (x, y))
     share = count / len(x)
     by_chance = share / (2 - share)
     jaccard = len(top_a & top_b) / len(top_a | top_b)
@@ -196,7 +197,7 @@ def map_scores(
         "recall": float(recall),
         "efficiency": float(recall * total / own) if own > 0 else np.nan,
         "js": _row_divergence(np.where(allowed, a, 0), np.where(allowed, b, 0)),
-        "correlation": _spearman(x, y),
+        "correlation": stats.spearman(x, y),
     }
 
 
@@ -215,22 +216,14 @@ def _entropy(p: np.ndarray) -> np.ndarray:
     return -np.where(p > 0, p * np.log(np.where(p > 0, p, 1)), 0).sum(-1)
 
 
-def _spearman(x: np.ndarray, y: np.ndarray) -> float:
-    """Rank correlation, ties at their mean rank; NaN where one of them is constant."""
-    ranks = [pd.Series(values).rank().to_numpy() for values in (x, y)]
-    a, b = (rank - rank.mean() for rank in ranks)
-    norm = np.sqrt((a @ a) * (b @ b))
-    return float(a @ b / norm) if norm > 0 else float("nan")
-
-
 def _drift(a: AttentionTrace, b: AttentionTrace) -> dict[str, np.ndarray]:
     """LSE metrics [heads] of `b` against `a`."""
     drift = (b.dataset["lse"].values.astype(float) - a.dataset["lse"].values).reshape(-1, a.length)
     return {
         "drift": drift.mean(1),
         "drift_std": drift.std(1),
-        "drift_p99": np.percentile(np.abs(drift), 99, axis=1),
-        "mass_error_p99": np.percentile(np.abs(np.expm1(drift)), 99, axis=1),
+        "drift_p99": stats.quantile(np.abs(drift), 0.99),
+        "mass_error_p99": stats.quantile(np.abs(np.expm1(drift)), 0.99),
     }
 
 

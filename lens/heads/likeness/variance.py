@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from lens import stats
 from lens.common.errors import LensError
 from lens.common.head_ids import HeadId
 from lens.common.results import Result
@@ -27,8 +28,6 @@ SOURCES = {
     "residual": (0, 1, 2),
 }
 """Each source of variance, and the axes of [condition, prompt, head] that it runs over."""
-
-_ENDS = (2.5, 97.5)
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -55,9 +54,7 @@ class VarianceShares(Result):
 
     def table(self) -> pd.DataFrame:
         """One row per source: `source`, `share`, `low`, `high` (95 % bootstrap over prompts), `n`."""
-        low = high = np.full(len(SOURCES), np.nan)
-        if len(self.drawn):
-            low, high = np.percentile(self.drawn, _ENDS, axis=0)
+        low, high = stats.interval(self.drawn)
         return pd.DataFrame(
             {
                 "source": list(SOURCES),

@@ -11,6 +11,7 @@ from collections import defaultdict
 import numpy as np
 import pandas as pd
 
+from lens import stats
 from lens.common.head_ids import HeadId
 from lens.runs.folders import Run
 from lens.stats.bootstrap import over_units
@@ -88,7 +89,7 @@ def compare_scores(
             if aligned:
                 table = _by_head(x, y, n, seed)
                 heads.append(table.assign(prompts=kind, metric=metric, variant=variant))
-                rank = rank_correlation(table["a"].to_numpy(), table["b"].to_numpy())
+                rank = stats.spearman(table["a"].to_numpy(), table["b"].to_numpy())
                 size = np.abs(table["difference"].to_numpy())
                 if np.nan_to_num(size).any():
                     top = int(np.nanargmax(size))
@@ -118,18 +119,6 @@ def compare_losses(a: Run, b: Run, *, seed: int) -> pd.DataFrame:
             rows.append((kind, what, *(float(one[0]) for one in _paired(x, y, n, seed)), n))
     columns = ["prompts", "what", "a", "b", "difference", "low", "high", "n"]
     return pd.DataFrame(rows, columns=columns)
-
-
-def rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
-    """Spearman's correlation: Pearson's of the ranks, ties sharing their mean rank.
-
-    NaN entries of either are left out; NaN where fewer than two are left or one side is constant.
-    """
-    both = np.isfinite(x) & np.isfinite(y)
-    ranks = [pd.Series(values[both]).rank().to_numpy() for values in (x, y)]
-    left, right = (values - values.mean() if len(values) else values for values in ranks)
-    norm = np.sqrt((left @ left) * (right @ right))
-    return float(left @ right / norm) if norm else float("nan")
 
 
 def _values(run: Run, kind: str, prompts: list[str]) -> dict[tuple[str, str], pd.DataFrame]:

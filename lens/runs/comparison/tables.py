@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from lens import stats
 from lens.common.errors import LensError
-from lens.runs.comparison.pairing import rank_correlation
 from lens.runs.folders import Run
 from lens.runs.sections import Section
 
@@ -135,7 +135,7 @@ def _columns(keys: list[str], merged: pd.DataFrame) -> list[tuple[object, ...]]:
                 float(x[both].mean()),
                 float(y[both].mean()),
                 float(difference[both].mean()),
-                rank_correlation(x, y),
+                stats.spearman(x, y),
                 ", ".join(
                     f"{value:g}" if isinstance(value, float) else str(value)
                     for value in merged[keys].iloc[top]

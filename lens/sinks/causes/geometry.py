@@ -10,6 +10,7 @@ import pandas as pd
 import torch
 from torch.nn.functional import normalize
 
+from lens import stats
 from lens.common.errors import LensError
 from lens.common.results import Result, described
 from lens.heads.weights import head_weights
@@ -163,8 +164,10 @@ class _Geometry:
         )
         source = self._source.to(key.device)
         norms = [tensor.norm(dim=-1) for tensor in (key, value)]
+        medians = [stats.quantile(norm[:, ~source].cpu(), 0.5) for norm in norms]
         ratios = [
-            norm[:, source].mean(-1) / norm[:, ~source].quantile(0.5, dim=-1) for norm in norms
+            norm[:, source].mean(-1) / torch.as_tensor(median, device=norm.device)
+            for norm, median in zip(norms, medians, strict=True)
         ]
         cosines = _cosines(call.query[0].double(), key)
         self.layers.append(
