@@ -49,7 +49,8 @@ def interval(draws: ArrayLike, *, axis: int = 0) -> tuple[np.ndarray, np.ndarray
     ordered = np.sort(values, axis=-1)  # NaN at the end
     found = np.count_nonzero(~np.isnan(ordered), axis=-1)
     if not ordered.shape[-1]:
-        return np.full(found.shape, np.nan), np.full(found.shape, np.nan)
+        nothing = np.full(found.shape, np.nan)[()]
+        return nothing, nothing
     low, high = (_at(ordered, end * (found - 1).clip(0)) for end in _ENDS)
     return low, high
 

@@ -59,6 +59,7 @@ def test_draws_that_could_not_be_computed_are_left_out():
     values[:, 3] = np.nan
     assert np.isnan([ends[3] for ends in stats.interval(values)]).all()
     assert np.isnan(stats.interval(np.empty((0, 3)))).all()
+    assert all(isinstance(end, float) for end in (*stats.interval([]), *stats.interval([1, 2])))
 
 
 def test_every_draw_has_as_many_units_as_there_are():
