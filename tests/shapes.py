@@ -44,7 +44,7 @@ def outcomes(calls: str, *modules: str) -> dict[str, str | None]:
 
 def main(calls: str, modules: list[str]) -> None:
     """Makes the calls in this process and prints their outcomes as JSON."""
-    for module in ("torch", "numpy"):  # their own type-checking imports stay off
+    for module in ("torch", "numpy", "lens"):  # their own type-checking imports stay off
         importlib.import_module(module)
     typing.TYPE_CHECKING = True
     with jaxtyping.install_import_hook(modules, "tests.shapes.checked"):

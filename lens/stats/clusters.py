@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from lens.common.errors import LensError
 
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int, Real
 
-def average_linkage(distances: np.ndarray) -> np.ndarray:
+
+def average_linkage(
+    distances: Real[np.ndarray, "members members"] | Real[np.ndarray, "pairs"],
+) -> Float[np.ndarray, "merges 3"]:
     """The tree of agglomerative clustering by mean distance (UPGMA, Sokal and Michener 1958).
 
     Args:
@@ -40,7 +47,7 @@ def average_linkage(distances: np.ndarray) -> np.ndarray:
     return linkage(pairs, "average")[:, :3]
 
 
-def cut_tree(merges: np.ndarray, count: int) -> np.ndarray:
+def cut_tree(merges: Float[np.ndarray, "merges 3"], count: int) -> Int[np.ndarray, "merges+1"]:
     """[n] labels of `count` clusters, the largest first (of equal ones that with the first member).
 
     Args:
@@ -64,7 +71,9 @@ def cut_tree(merges: np.ndarray, count: int) -> np.ndarray:
     return labels[inside]
 
 
-def silhouettes(distances: np.ndarray, merges: np.ndarray) -> np.ndarray:
+def silhouettes(
+    distances: Real[np.ndarray, "members members"], merges: Float[np.ndarray, "members-1 3"]
+) -> Float[np.ndarray, "members"]:
     """[n] mean silhouette of the clusters into which the tree falls: place k of `cut_tree(merges, k + 1)`.
 
         (b - a) / max(a, b),  a the mean distance to the others inside, b that to the nearest other cluster
@@ -112,7 +121,7 @@ def silhouettes(distances: np.ndarray, merges: np.ndarray) -> np.ndarray:
     return found
 
 
-def adjusted_rand(a: np.ndarray, b: np.ndarray) -> float:
+def adjusted_rand(a: Int[np.ndarray, "members"], b: Int[np.ndarray, "members"]) -> float:
     """Agreement of two groupings above chance: 1 = the same, 0 = as by chance; it can be below 0.
 
     1 too where both leave no choice: all together, or each alone.

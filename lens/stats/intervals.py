@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from lens.common.errors import LensError
 
+if TYPE_CHECKING:
+    from jaxtyping import Float, Shaped
+
 LEVEL = 0.95  # of every interval: this share of the draws lies inside
 _ENDS = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)
 _RESAMPLES = 1000
 
 
-def quantile(values: ArrayLike, share: float, *, axis: int = -1) -> np.ndarray:
+def quantile(values: ArrayLike, share: float, *, axis: int = -1) -> Any:
     """The number below which `share` of the values lie, linear between the two next to it.
 
     Args:
@@ -32,7 +36,7 @@ def quantile(values: ArrayLike, share: float, *, axis: int = -1) -> np.ndarray:
     return np.quantile(_last(values, axis), share, axis=-1)
 
 
-def interval(draws: ArrayLike, *, axis: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def interval(draws: ArrayLike, *, axis: int = 0) -> tuple[Any, Any]:
     """Low and high end of the middle `LEVEL` of draws: the percentile interval (Efron 1979).
 
     Args:
@@ -40,7 +44,7 @@ def interval(draws: ArrayLike, *, axis: int = 0) -> tuple[np.ndarray, np.ndarray
             is left out.
 
     Returns:
-        [...] each; NaN where there is no draw.
+        [...] each, numbers where there is one axis; NaN where there is no draw.
 
     Raises:
         LensError: a number instead of draws.
@@ -55,8 +59,10 @@ def interval(draws: ArrayLike, *, axis: int = 0) -> tuple[np.ndarray, np.ndarray
     return low, high
 
 
-def draws(units: int, seed: int | np.random.Generator, resamples: int = _RESAMPLES) -> np.ndarray:
-    """[resamples, units] how often each unit (such as a prompt) is drawn, `units` times in all.
+def draws(
+    units: int, seed: int | np.random.Generator, resamples: int = _RESAMPLES
+) -> Float[np.ndarray, "draws units"]:
+    """[draws, units] how often each unit (such as a prompt) is drawn, `units` times in all.
 
     Args:
         units: that there are; seed: of the draws, or a generator that goes on.
@@ -74,7 +80,9 @@ def draws(units: int, seed: int | np.random.Generator, resamples: int = _RESAMPL
     return _drawn_before(units, seed, resamples)
 
 
-def over_units(sums: np.ndarray, counts: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def over_units(
+    sums: Shaped[np.ndarray, "units *rest"], counts: Shaped[np.ndarray, "units *rest"], seed: int
+) -> tuple[Float[np.ndarray, "*rest"], Float[np.ndarray, "*rest"]]:
     """Interval of `sum(sums) / sum(counts)` when whole units (such as prompts) are drawn again.
 
     Args:
@@ -103,7 +111,9 @@ def over_units(sums: np.ndarray, counts: np.ndarray, seed: int) -> tuple[np.ndar
     return low.reshape(shape), high.reshape(shape)
 
 
-def over_rows(values: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def over_rows(
+    values: Float[np.ndarray, "*rest rows"], seed: int
+) -> tuple[Float[np.ndarray, "*rest"], Float[np.ndarray, "*rest"]]:
     """Interval of the mean over the rows of one prompt, [..., rows] with NaN for rows that have none.
 
     Neighbouring rows depend on each other, so contiguous blocks of about sqrt(rows) rows are drawn
@@ -139,10 +149,9 @@ def _last(values: ArrayLike, axis: int, *, least: int = 1) -> np.ndarray:
     return np.moveaxis(array, axis, -1)
 
 
-def _at(ordered: np.ndarray, place: np.ndarray) -> np.ndarray:
+def _at(ordered: np.ndarray, place: ArrayLike) -> Any:
     """Value at a place [...] between those of `ordered` [..., n], linear between its neighbours."""
-    below = np.floor(place).astype(int)
-    above = np.ceil(place).astype(int)
+    below, above = np.floor(place).astype(int), np.ceil(place).astype(int)
     left, right = (
         np.take_along_axis(ordered, one[..., None], -1)[..., 0] for one in (below, above)
     )

@@ -5,13 +5,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 from numpy.typing import ArrayLike
 
 from lens.common.errors import LensError
 
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
 
-def ranks(values: ArrayLike) -> np.ndarray:
+
+def ranks(values: ArrayLike) -> Float[np.ndarray, "*rest n"]:
     """[..., n] rank along the last axis, the smallest 1, ties at their mean rank; NaN where one is."""
     from scipy.stats import rankdata
 
@@ -41,7 +46,7 @@ def spearman(a: ArrayLike, b: ArrayLike) -> float:
     return float(left @ right / norm) if norm else float("nan")
 
 
-def kendall(values: ArrayLike) -> np.ndarray:
+def kendall(values: ArrayLike) -> Float[np.ndarray, "*rest measures measures"]:
     """Kendall's tau-b between all pairs of measures.
 
         tau = (concordant - discordant) / sqrt((pairs - ties in a) (pairs - ties in b))
@@ -66,7 +71,7 @@ def kendall(values: ArrayLike) -> np.ndarray:
     return found.reshape(*array.shape[:-1], array.shape[-2])
 
 
-def top(values: ArrayLike, k: int) -> np.ndarray:
+def top(values: ArrayLike, k: int) -> Int[np.ndarray, "*rest {k}"]:
     """[..., k] places of the k largest along the last axis, the largest first; ties by place.
 
     NaN comes after every number.
@@ -80,7 +85,7 @@ def top(values: ArrayLike, k: int) -> np.ndarray:
     return np.argsort(-array, axis=-1, kind="stable")[..., :k]
 
 
-def top_overlap(values: ArrayLike, k: int) -> np.ndarray:
+def top_overlap(values: ArrayLike, k: int) -> Float[np.ndarray, "*rest measures measures"]:
     """Share of the k largest of one measure that are among the k largest of another one.
 
     Args:
