@@ -13,7 +13,7 @@ import pandas as pd
 from lens.common.results import Result, described
 from lens.edits.side_effects import SideEffects, side_effects
 from lens.models.loaded import LoadedModel
-from lens.stats.bootstrap import over_units
+from lens.stats import over_units
 from lens.tasks.task import Task
 from lens.traces.recorder import capturing
 

@@ -15,7 +15,7 @@ from lens.common.errors import LensError
 from lens.common.head_ids import HeadId
 from lens.common.results import Result, described
 from lens.models.loaded import LoadedModel
-from lens.stats.bootstrap import over_units
+from lens.stats import over_units
 from lens.tasks.task import Task
 
 EditOf = Callable[[Sequence[HeadId]], AbstractContextManager[Any]]

@@ -17,7 +17,7 @@ from lens.models.loaded import LoadedModel
 from lens.passes.inputs import Prompt, read_prompts
 from lens.passes.interface import image_token
 from lens.passes.logits import logits_of
-from lens.stats.bootstrap import over_units
+from lens.stats import over_units
 from lens.traces.recorder import capturing
 
 MEASURES = ("delta_loss", "kl", "flip_rate")

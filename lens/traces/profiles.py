@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from lens.common.errors import LensError
-from lens.stats.bootstrap import over_units
+from lens.stats import over_units
 from lens.traces.scores import SINK_EPSILON, Score, layer_scores
 
 if TYPE_CHECKING:

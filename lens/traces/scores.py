@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lens.common.errors import LensError
-from lens.stats.bootstrap import over_rows
+from lens.stats import over_rows
 from lens.traces.metrics import METRICS
 
 if TYPE_CHECKING:

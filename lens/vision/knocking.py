@@ -30,7 +30,7 @@ from lens.models.loaded import LoadedModel
 from lens.passes.inputs import Prompt, read_prompts
 from lens.passes.residual import layer_inputs
 from lens.passes.sessions import listening
-from lens.stats.bootstrap import over_units
+from lens.stats import over_units
 from lens.traces.segments import IMAGE, SYSTEM, TEXT, segments
 from lens.vision.text_rows import TextRows
 

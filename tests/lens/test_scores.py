@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from lens.common.errors import LensError
-from lens.stats.bootstrap import over_rows, over_units
 from lens.traces.profiles import profile
 from lens.traces.scores import nearest_copy
 from tests.lens.naive import rms_ratio
@@ -160,19 +159,3 @@ def test_nearest_copy_equals_its_twin():
             ]
             found = nearest_copy(ids, skip_first=skip_first, both_ways=both_ways)
             np.testing.assert_array_equal(found, expected)
-
-
-def test_intervals_of_dependent_rows_are_wider_than_if_they_were_independent():
-    """Rows that repeat 16 times carry 1/16 of the information: the interval must be about 4 times wider."""
-    random = np.random.default_rng(0)
-    values = random.normal(size=256)
-    low, high = over_rows(values, 0)
-    repeated_low, repeated_high = over_rows(np.repeat(random.normal(size=16), 16), 0)
-    assert 2 < (repeated_high - repeated_low) / (high - low) < 7
-
-
-def test_one_unit_has_no_interval():
-    low, high = over_units(np.array([[0.5, 0.5], [0.0, 0.7]]), np.array([[1, 1], [0, 1]]), seed=0)
-    assert np.isnan(low[0])
-    assert np.isnan(high[0])
-    assert 0.5 <= low[1] < high[1] <= 0.7

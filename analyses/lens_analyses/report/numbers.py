@@ -11,7 +11,7 @@ import pandas as pd
 import lens
 from lens.runs import Run
 from lens.runs.sections import Section
-from lens.stats.bootstrap import over_units
+from lens.stats import over_units
 from lens.traces.findings import Finding, findings
 from lens.traces.metrics import METRICS
 from lens.traces.profiles import SINK_EPSILON

@@ -15,7 +15,7 @@ from lens.figures.redistribution import side_effect_line
 from lens.figures.sink_effects import migration_maps
 from lens.runs.sections import Section
 from lens.sinks.effects.watched import EDITS
-from lens.stats.bootstrap import over_units
+from lens.stats import over_units
 from lens_analyses.steps.columns import defined
 from lens_analyses.steps.sinks import COLUMNS
 from lens_analyses.steps.subject import Subject

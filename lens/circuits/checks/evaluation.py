@@ -63,7 +63,7 @@ class Outcome:
         """95 % percentile bootstrap interval of `faithfulness` over prompts: low and high, [circuits].
 
         NaN for a single prompt. The denominator is drawn along with the numerator, so the interval is
-        wide where prompts disagree on what ablation does. `lens.stats` has no negative counts.
+        wide where prompts disagree on what ablation does. `lens.stats.over_units` takes no negative counts.
         """
         units = len(self.full)
         if units < 2:

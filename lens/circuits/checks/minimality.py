@@ -15,7 +15,7 @@ from lens.circuits.graph.selection import random_edges, without
 from lens.common.errors import LensError
 from lens.common.results import Result
 from lens.models.loaded import LoadedModel
-from lens.stats.bootstrap import over_units
+from lens.stats import over_units
 from lens.tasks.task import Task
 
 

@@ -24,7 +24,7 @@ from lens.common.results import Result
 from lens.edits.editing import redistribute
 from lens.models.bare import bare
 from lens.models.loaded import LoadedModel
-from lens.stats.bootstrap import over_units
+from lens.stats import over_units
 from lens.tasks.task import Task
 
 RULES = {"excluded": "drop", "redistributed": "transfer"}

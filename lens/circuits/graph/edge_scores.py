@@ -13,7 +13,7 @@ from lens.circuits.graph.graph import Graph
 from lens.circuits.graph.selection import greedy, pruned, top
 from lens.common.errors import LensError
 from lens.common.results import Result
-from lens.stats.bootstrap import over_units
+from lens.stats import over_units
 
 SELECTIONS = ("top", "greedy")
 

@@ -21,7 +21,7 @@ from lens.heads.behaviour.roles import roles
 from lens.models.loaded import LoadedModel
 from lens.passes.calls import attend
 from lens.passes.head_outputs import read_calls
-from lens.stats.bootstrap import over_units
+from lens.stats import over_units
 from lens.tasks.task import Task
 
 ROLES = ("previous_token", "duplicate_token", "induction", "current_token", "sink_mass")

@@ -25,7 +25,7 @@ from lens.common.results import Result
 from lens.edits.redirecting import redirecting
 from lens.models.loaded import LoadedModel
 from lens.passes.logits import logits_of
-from lens.stats.bootstrap import over_units
+from lens.stats import over_units
 from lens.tasks.task import Task
 
 SPLITS = ("equal", "own")

@@ -22,7 +22,7 @@ from lens.common.progress import advancing
 from lens.common.results import Result
 from lens.models.loaded import LoadedModel
 from lens.passes.calls import LayerCall, attend
-from lens.stats.bootstrap import over_units
+from lens.stats import over_units
 from lens.tasks.task import Task
 
 THRESHOLD = 0.04

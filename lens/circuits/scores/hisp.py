@@ -24,7 +24,7 @@ from lens.common.errors import LensError
 from lens.common.progress import advancing
 from lens.common.results import Result
 from lens.models.loaded import LoadedModel
-from lens.stats.bootstrap import over_units
+from lens.stats import over_units
 from lens.tasks.task import Task
 
 BASELINES = ("counterfactual", "zero")

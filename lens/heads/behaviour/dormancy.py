@@ -18,7 +18,7 @@ from lens.common.head_ids import HeadId
 from lens.common.results import Result
 from lens.heads.measures.importances import importance
 from lens.models.loaded import LoadedModel
-from lens.stats.bootstrap import over_units
+from lens.stats import over_units
 from lens.tasks.making import language_modelling
 from lens.traces.capturing import capture
 from lens.traces.trace import AttentionTrace

@@ -19,7 +19,7 @@ import pandas as pd
 from lens.common.errors import LensError
 from lens.common.head_ids import HeadId
 from lens.common.results import Result
-from lens.stats.bootstrap import over_units
+from lens.stats import over_units
 
 if TYPE_CHECKING:
     from lens.traces.trace import AttentionTrace

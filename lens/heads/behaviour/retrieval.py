@@ -27,7 +27,7 @@ from lens.passes.calls import LayerCall, attend
 from lens.passes.inputs import check_ids
 from lens.passes.logits import logits_of
 from lens.passes.sessions import base, listening
-from lens.stats.bootstrap import over_units
+from lens.stats import over_units
 
 
 @dataclass(frozen=True)

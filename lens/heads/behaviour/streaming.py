@@ -25,7 +25,7 @@ from lens.models.loaded import LoadedModel
 from lens.passes.calls import LayerCall, attend
 from lens.passes.inputs import Prompt, read_prompts
 from lens.passes.sessions import base, listening
-from lens.stats.bootstrap import over_units
+from lens.stats import over_units
 
 
 @dataclass(frozen=True, repr=False, eq=False)

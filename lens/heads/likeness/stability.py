@@ -19,7 +19,7 @@ import pandas as pd
 from lens import stats
 from lens.common.errors import LensError
 from lens.common.results import Result
-from lens.stats.bootstrap import over_units
+from lens.stats import over_units
 from lens.traces.trace import AttentionTrace
 
 USABLE = 0.05

@@ -8,7 +8,7 @@ from lens.common.errors import LensError
 from lens.common.head_ids import HeadId
 from lens.common.results import few
 from lens.heads.measures.scores import HeadScores, Intervention
-from lens.stats.bootstrap import over_units
+from lens.stats import over_units
 
 
 @dataclass(frozen=True, repr=False, eq=False)

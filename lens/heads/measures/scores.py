@@ -10,7 +10,7 @@ import pandas as pd
 from lens.common.errors import LensError
 from lens.common.head_ids import HeadId
 from lens.common.results import Result
-from lens.stats.bootstrap import over_units
+from lens.stats import over_units
 
 BY = ("ablation", "gradient", "attribution", "atp*", "gate", "direct")
 BASELINES = ("zero", "mean", "pooled_mean", "resample", "counterfactual", "optimal")

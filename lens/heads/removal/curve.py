@@ -18,7 +18,7 @@ from lens.common.head_ids import AnyHead, HeadId, head_id
 from lens.common.results import Result
 from lens.heads.measures.importances import ablate_each
 from lens.heads.measures.scores import HeadScores, Intervention
-from lens.stats.bootstrap import over_units
+from lens.stats import over_units
 
 if TYPE_CHECKING:
     from lens.models.loaded import LoadedModel

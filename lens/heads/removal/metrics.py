@@ -34,7 +34,7 @@ from lens.heads.removal.distances import jensen_shannon
 from lens.models.loaded import LoadedModel
 from lens.passes.head_outputs import Source, edited_outputs
 from lens.passes.sessions import transformer
-from lens.stats.bootstrap import over_units
+from lens.stats import over_units
 from lens.tasks.task import Task
 
 METRICS = ("accuracy", "probability", "loss", "js", "cosine", "distance")

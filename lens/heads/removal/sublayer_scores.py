@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from lens.common.results import Result
-from lens.stats.bootstrap import over_units
+from lens.stats import over_units
 
 
 @dataclass(frozen=True, repr=False, eq=False)

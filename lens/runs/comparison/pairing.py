@@ -14,7 +14,7 @@ import pandas as pd
 from lens import stats
 from lens.common.head_ids import HeadId
 from lens.runs.folders import Run
-from lens.stats.bootstrap import over_units
+from lens.stats import over_units
 
 KINDS = ("text", "copied")
 _POSITIONS = ("top_key", "positional_distance")  # which key it is, not how much: no difference

@@ -15,7 +15,7 @@ from lens.passes.calls import LayerCall, attend
 from lens.passes.inputs import read_prompts
 from lens.passes.sessions import base, listening
 from lens.sinks.causes.gates import EffectiveGates
-from lens.stats.bootstrap import over_units
+from lens.stats import over_units
 
 PROJECTIONS = ("o_proj", "out_proj", "c_proj", "dense", "wo")
 """Last part of the names under which models keep the projection of their heads' outputs."""

@@ -17,7 +17,7 @@ from lens.passes.calls import LayerCall
 from lens.passes.inputs import read_prompts
 from lens.passes.keys import Keys, KeysAt, check_keys, members
 from lens.passes.sessions import base, listening
-from lens.stats.bootstrap import over_units
+from lens.stats import over_units
 
 OFF_BY_ONE = 0.0
 """Logit of softmax-off-by-one, `exp(s) / (1 + sum exp(s))`: a learned sink with this logit."""

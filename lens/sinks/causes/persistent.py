@@ -26,7 +26,7 @@ from lens.passes.calls import LayerCall, attend
 from lens.passes.inputs import read_prompts
 from lens.passes.masks import MaskStructure
 from lens.passes.sessions import base, listening
-from lens.stats.bootstrap import over_units
+from lens.stats import over_units
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 _MEASURES = ("gate", "contribution", "removal", "early_mass", "late_mass")

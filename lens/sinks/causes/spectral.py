@@ -16,7 +16,7 @@ from lens.edits.losses import bos_policy, two_tokens
 from lens.heads.weights import head_weights, last_norm
 from lens.models.loaded import LoadedModel
 from lens.passes.inputs import read_prompts
-from lens.stats.bootstrap import over_units
+from lens.stats import over_units
 
 BANDS = 20
 

@@ -26,7 +26,7 @@ from lens.edits.losses import bos_policy, changes, log_probabilities, two_tokens
 from lens.models.loaded import LoadedModel
 from lens.passes.calls import LayerCall, attend
 from lens.passes.inputs import read_prompts
-from lens.stats.bootstrap import over_units
+from lens.stats import over_units
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,7 +17,7 @@ from lens.models.loaded import LoadedModel
 from lens.passes.inputs import read_prompts
 from lens.sinks.detection.alphas import Samples, alpha_at, as_list, samples_of
 from lens.sinks.detection.rates import rate
-from lens.stats.bootstrap import over_units
+from lens.stats import over_units
 from lens.traces.scores import SINK_EPSILON
 
 

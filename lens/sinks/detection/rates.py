@@ -13,7 +13,7 @@ from lens.common.errors import LensError
 from lens.common.head_ids import HeadId
 from lens.common.results import Result, described
 from lens.sinks.detection.alphas import Samples, alpha_at, as_list, check_epsilon, samples_of
-from lens.stats.bootstrap import over_units
+from lens.stats import over_units
 from lens.traces.scores import SINK_EPSILON
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from lens.sinks.effects.clean import CleanRuns, clean_runs
 from lens.sinks.effects.recording import EffectRecorder
 from lens.sinks.effects.results import SinkEffect
 from lens.sinks.effects.watched import WatchedEdit
-from lens.stats.bootstrap import over_units
+from lens.stats import over_units
 
 DORMANT_ACTIVITY, DORMANT_LOSS = 0.2, 1e-3
 """A head is dormant on a domain where its activity and |change of loss| are below these."""

@@ -10,7 +10,7 @@ import pandas as pd
 
 from lens.common.results import Result, described
 from lens.edits.side_effects import MEASURES
-from lens.stats.bootstrap import over_units
+from lens.stats import over_units
 
 MATCHED = 0.8
 """A mass control is one where its keys held at least this share of the sources' mass."""
