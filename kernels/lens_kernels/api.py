@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lens_kernels.backward import attach
 from lens_kernels.dispatch import Explanation, choose_gradients, explain_problem, load
+from lens_kernels.nonfinite import guarded
 from lens_kernels.problem import BackendResult, Problem
 from lens_kernels.types import AttentionMask, AttentionResult, AttentionStatistics
 from lens_kernels.validation import make_problem
@@ -46,7 +47,8 @@ def attention(
     memory is O(positions * dim + blocks^2) per head (the reference backend excepted). Statistics
     are in natural logarithms and float32 (float64 for float64 inputs); what each one is stands in
     `lens_kernels.STATISTICS`. A row that sees no key has output 0, LSE and max_logit -inf, every
-    other number 0, and is left out of block means.
+    other number 0, and is left out of block means. A row that sees a key with a NaN or an infinity
+    in it is NaN; what no query sees leaves no trace (`lens_kernels/nonfinite.py`).
 
     Args:
         query: [batch, heads, queries, head_dim]; float16, bfloat16, float32 or float64.
@@ -107,7 +109,7 @@ def attention(
 
 def run_problem(problem: Problem, backend: str) -> AttentionResult:
     """Runs a validated problem on the named backend, with gradients where inputs ask for them."""
-    return finish(problem, load(backend).run(problem), backend)
+    return finish(problem, guarded(problem, load(backend).run), backend)
 
 
 def finish(problem: Problem, result: BackendResult, backend: str) -> AttentionResult:

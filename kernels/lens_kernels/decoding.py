@@ -21,6 +21,7 @@ from torch import Tensor
 
 from lens_kernels.api import AttentionOptions, finish
 from lens_kernels.dispatch import explain_problem, load
+from lens_kernels.nonfinite import guarded
 from lens_kernels.problem import (
     BackendResult,
     Problem,
@@ -75,7 +76,8 @@ def decode(
             f"piece must be a multiple of the key block {problem.block_size[1]}, got {piece}"
         )
     chosen = explain_problem(problem, backend).chosen
-    return finish(problem, run_split(problem, load(chosen).run, piece), chosen)
+    run = load(chosen).run
+    return finish(problem, guarded(problem, lambda part: run_split(part, run, piece)), chosen)
 
 
 @torch.no_grad()

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from lens_kernels.masks import lower_mask
-from lens_kernels.problem import MaskPlan, Problem
+from lens_kernels.nonfinite import clean_padding
+from lens_kernels.problem import Problem
 from lens_kernels.statistics import resolve_statistics
 from lens_kernels.types import AttentionMask
 
@@ -85,7 +86,9 @@ def make_problem(
     available = frozenset(name for name, value in given.items() if value is not None)
     names = resolve_statistics(statistics, available)
     if mask is not None:
-        query, key, value, weights = _clean_padding(mask, plan, query, key, value, weights)
+        query, key, value, weights = clean_padding(mask, plan, query, key, value, weights)
+    if weights is not None and not bool(weights.isfinite().all()):
+        raise ValueError("key_weights must be finite, got NaN or an infinity at a key that is seen")
     return Problem(
         query=query,
         key=key,
@@ -217,6 +220,10 @@ def _sink_logits(sinks: Tensor | None, query: Tensor, dtype: torch.dtype) -> Ten
     if sinks.device != query.device:
         raise ValueError(
             f"sink_logits is on {sinks.device}, the query on {query.device}; move it there"
+        )
+    if not bool((sinks < math.inf).all()):
+        raise ValueError(
+            "sink_logits must hold no NaN and no +inf; -inf means no sink in that head"
         )
     return sinks.to(dtype)
 
@@ -363,40 +370,3 @@ def _differentiable(names: Iterable[str], statistics: frozenset[str]) -> frozens
             "not ask for; add it there"
         )
     return asked
-
-
-def _clean_padding(
-    mask: AttentionMask,
-    plan: MaskPlan,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    weights: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Zeros where no query may look, so that what lies there (NaN) cannot reach a sum."""
-    parts = (
-        mask.key_lengths,
-        mask.query_lengths,
-        mask.key_start,
-        mask.key_padding,
-        mask.cu_seqlens,
-    )
-    if all(part is None for part in parts):
-        return query, key, value, weights
-    query = query.masked_fill((plan.high <= plan.low)[:, None, :, None], 0)
-    hidden = _hidden_keys(plan)[:, None]
-    key = key.masked_fill(hidden[..., None], 0)
-    value = value.masked_fill(hidden[..., None], 0)
-    weights = None if weights is None else weights.masked_fill(hidden, 0)
-    return query, key, value, weights
-
-
-def _hidden_keys(plan: MaskPlan) -> Tensor:
-    """bool [batch, keys], True where no query row's interval holds the key."""
-    batch, keys = plan.key_position.shape
-    steps = torch.zeros(batch, keys + 1, dtype=torch.int32, device=plan.low.device)
-    one = torch.ones_like(plan.low)
-    steps.scatter_add_(1, plan.low.long(), one)
-    steps.scatter_add_(1, plan.high.long(), -one)
-    hidden = steps.cumsum(1)[:, :keys] <= 0
-    return hidden if plan.keep is None else hidden | ~plan.keep
