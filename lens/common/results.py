@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lens.common.plots import draw
@@ -14,6 +14,39 @@ if TYPE_CHECKING:
 
 SENTENCES = 4
 ROWS = 8
+
+
+class Sentence(str):
+    """One thing that a result says, in plain words; it is a string, and knows what it speaks of.
+
+    Attributes:
+        kind: what it says, such as "effect" or "limit": by this it is found, never by its place or words.
+
+    Example:
+        >>> said = Sentence("Of 18 heads 4 have a sink.", kind="rate")
+        >>> said.kind, said.text
+        ('rate', 'Of 18 heads 4 have a sink.')
+    """
+
+    kind: str
+
+    def __new__(cls, text: str, kind: str) -> Sentence:
+        sentence = super().__new__(cls, text)
+        sentence.kind = kind
+        return sentence
+
+    @property
+    def text(self) -> str:
+        """The words alone."""
+        return self[:]
+
+    def __getnewargs__(self) -> tuple[str, str]:
+        return self.text, self.kind
+
+
+def of_kind(sentences: Iterable[Sentence], *kinds: str) -> tuple[Sentence, ...]:
+    """Those of these kinds, in their order."""
+    return tuple(sentence for sentence in sentences if sentence.kind in kinds)
 
 
 class _Says(Protocol):
