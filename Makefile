@@ -9,7 +9,7 @@ DEMO := $(BIN)/lens demo --port $(PORT) $(if $(MODEL),--model $(MODEL))
 SOURCES := lens kernels analyses dashboards tests $(wildcard docs/*.py)
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format types browser models bench compiled picture docs clean
+.PHONY: help demo test lint format types browser models bench compiled picture docs architecture clean
 
 help:
 	@echo "make demo [MODEL=smollm2-135m] [PORT=8765]   analyse a real model on a real text, then serve the dashboard"
@@ -18,6 +18,7 @@ help:
 	@echo "make bench                                   speed and memory table, tests/benchmarks/RESULTS.md"
 	@echo "make compiled                                registers, spills and shared memory of each kernel, no GPU needed"
 	@echo "make docs                                    guides and reference as one offline site, build/docs/index.html"
+	@echo "make architecture                            the picture in docs/architecture.md, from the imports"
 	@echo "make lint | format | types | browser | clean"
 
 $(BIN)/python:
@@ -80,6 +81,9 @@ picture: $(VENV)/.test browser
 docs: $(VENV)/.test
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
 	@echo "build/docs/index.html"
+
+architecture: $(VENV)/.test
+	$(BIN)/python docs/architecture.py
 
 clean:
 	rm -rf build $(VENV) .pytest_cache .ruff_cache .hypothesis

@@ -18,6 +18,9 @@ ids = torch.tensor([texts[0]])
 traces = [lens.capture(model, prompt, keep_qk=True, progress=False) for prompt in texts]
 trace = traces[0]
 
+# A still smaller one, attention only, which knows how to copy.
+small = lens.load("induction-2l")
+
 # Two tasks: prompts with a metric, and other prompts of the same kind to check a choice on.
 task = lens.tasks.induction(model, n=8)
 held_out = lens.tasks.induction(model, n=8, seed=1)
@@ -57,3 +60,18 @@ inputs = {
     "pixel_values": images,
     "attention_mask": torch.ones(1, 32, dtype=torch.long),
 }
+
+# A vision tower with random weights.
+vit = lens.load(
+    transformers.ViTModel(
+        transformers.ViTConfig(
+            hidden_size=32,
+            intermediate_size=40,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            image_size=16,
+            patch_size=4,
+        ),
+        add_pooling_layer=False,
+    ).eval()
+)

@@ -130,7 +130,7 @@ def copying(
         LensError: an architecture whose weights are not known here, a `top` that is none, or no tokens.
 
     Example:
-        >>> table = copying(load("induction-2l"))
+        >>> table = lens.heads.copying(small)
         >>> table[table.top_share == 1]["head"].tolist()
         ['L1H0', 'L1H2', 'L1H3']
     """

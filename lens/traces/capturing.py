@@ -62,7 +62,7 @@ def capture(
             understand. A text is never cut: `lens.tasks.take` does that.
 
     Example:
-        >>> trace = capture(load(), "It was the best of times, it was the worst of times")
+        >>> trace = lens.capture(model, "It was the best of times, it was the worst of times")
         >>> trace.received.dims
         ('layer', 'head', 'key')
     """

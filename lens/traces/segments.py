@@ -135,7 +135,7 @@ def segments(
             `grid` that does not fit the image tokens.
 
     Example:
-        >>> lens.vision.segments(model, processor(images=image, text=text)).findings()
+        >>> lens.vision.segments(vlm, inputs).findings()
     """
     ids, config = inputs.get("input_ids"), model.model.config
     if not isinstance(ids, torch.Tensor) or ids.dim() != 2:
@@ -174,7 +174,7 @@ def trace_segments(trace: AttentionTrace) -> Segments:
         LensError: the trace is of a prompt without images.
 
     Example:
-        >>> trace = lens.capture(model, processor(images=image, text=text, return_tensors="pt"))
+        >>> trace = lens.capture(vlm, inputs)
         >>> lens.vision.trace_segments(trace).plot()
     """
     noted = trace.attrs.get("segments")

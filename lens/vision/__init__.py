@@ -1,10 +1,9 @@
 """Vision-language models: which tokens are system, image and text, and images as grids.
 
->>> segments = lens.vision.segments(model, inputs)
->>> with lens.edits.var(model, segments.keys("image")) as edit:
-...     model.model.generate(**inputs, max_new_tokens=20)
->>> lens.vision.grid(segments, values).findings()
->>> lens.vision.knock_out(model, inputs).findings()
+>>> segments = lens.vision.segments(vlm, inputs)
+>>> trace = lens.capture(vlm, inputs)
+>>> lens.vision.grid(segments, trace.received.mean(("layer", "head"))).findings()
+>>> lens.vision.knock_out(vlm, inputs, dims=(3, 7), tau=2).findings()
 """
 
 from lens.common.lazy import attach

@@ -106,6 +106,7 @@ def grid(
         LensError: no grids, no such image, or shapes that do not fit.
 
     Example:
+        >>> trace, segments = lens.capture(vlm, inputs), lens.vision.segments(vlm, inputs)
         >>> lens.vision.grid(segments, trace.received.mean(("layer", "head"))).plot()
     """
     if not segments.grids:

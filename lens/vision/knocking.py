@@ -156,7 +156,7 @@ def knock_out(
         arXiv 2503.03321, figure 3b.
 
     Example:
-        >>> found = lens.vision.knock_out(model, inputs, dims=(1415, 2533))
+        >>> found = lens.vision.knock_out(vlm, inputs, dims=(3, 7), tau=2)
         >>> found.table()[["condition", "mass", "delta_loss", "excess_low", "excess_high"]]
     """
     if unknown := [name for name in controls if name not in CONTROLS]:

@@ -179,7 +179,7 @@ def overlap(
         they do each other's task: Hanna et al. 2024, arXiv 2403.17806.
 
     Example:
-        >>> first, second = (lens.circuits.score_edges(model, task) for task in tasks)
+        >>> first, second = (lens.circuits.score_edges(model, one) for one in (task, held_out))
         >>> lens.circuits.overlap(first, second, count=300).table()
     """
     _check(null, draws, resamples)

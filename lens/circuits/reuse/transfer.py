@@ -90,7 +90,8 @@ def transfer(
         faithfulness on the other task.
 
     Example:
-        >>> lens.circuits.transfer(model, [ioi, greater_than], [a.top(800), b.top(800)]).table()
+        >>> circuits = [lens.circuits.score_edges(model, one).top(80) for one in (task, held_out)]
+        >>> lens.circuits.transfer(model, [task, held_out], circuits).table()
     """
     if not len(tasks) or not len(circuits):
         raise LensError(

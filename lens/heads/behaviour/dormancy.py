@@ -121,7 +121,8 @@ def dormancy(
         LensError: no domains, or as `language_modelling` and `importance`.
 
     Example:
-        >>> dormancy(model, {"prose": prose, "code": code}, length=64, n=20).dormant("prose")
+        >>> prose = [lens.tasks.text("moby-dick"), lens.tasks.text("lily")]
+        >>> lens.heads.dormancy(model, {"prose": prose}, length=32, n=4).dormant("prose")
     """
     if not domains:
         raise LensError("dormancy needs at least one domain: a name with its texts")

@@ -136,7 +136,7 @@ def pattern_classes(
             a head whose probabilities cannot be recomputed, or numbers out of range.
 
     Example:
-        >>> pattern_classes(lens.capture(model, text, keep_qk=True)).table()["pattern"]
+        >>> lens.heads.pattern_classes(trace).table()["pattern"]
     """
     several = list(traces) if isinstance(traces, Sequence) else [traces]
     _check(several, budget, enough, sink)

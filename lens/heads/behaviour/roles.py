@@ -168,7 +168,7 @@ def roles(
 
     Example:
         >>> lens.heads.roles(model, lens.tasks.copied(model, 25)).top("induction", 1)["name"].tolist()
-        ['L1H0']
+        ['L1H3']
     """
     if baseline not in BASELINES:
         raise LensError(f"unknown baseline {baseline!r}; known: {', '.join(BASELINES)}")

@@ -145,7 +145,7 @@ def streaming(
             nor a window.
 
     Example:
-        >>> streaming(model, text).table().sort_values("error").tail()
+        >>> lens.heads.streaming(model, texts[0], sink=1, recent=8).table().sort_values("error").tail()
     """
     prompts = _prompts(model, texts, sink, recent)
     kept, error = [], []
@@ -193,7 +193,7 @@ def streaming_gate(
         LensError: as in `streaming`, or fewer than one step.
 
     Example:
-        >>> streaming_gate(model, prompts, sink=1, recent=8).retrieval_heads()
+        >>> lens.heads.streaming_gate(model, texts, sink=1, recent=8).retrieval_heads()
     """
     if steps < 1:
         raise LensError(f"steps must be at least 1, got {steps}")

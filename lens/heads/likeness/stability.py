@@ -3,7 +3,8 @@
 A sparse pattern or a cached log-sum-exp can be reused only where it is stable. Block maps and LSE of
 traces are compared, trace by trace, so nothing is run again.
 
->>> found = lens.heads.stability({"seed 0": traces_a, "seed 1": traces_b})
+>>> untrained = lens.capture(lens.models.random_weights(model), texts)
+>>> found = lens.heads.stability({"trained": traces, "untrained": untrained})
 >>> found.table().query("metric == 'jaccard'")
 """
 

@@ -1,6 +1,7 @@
 """Where the variance of a head score comes from: the head, the prompt, or the condition.
 
->>> lens.heads.variance({"64 tokens": short, "128 tokens": long}, metric="entropy").table()
+>>> short = lens.capture(model, [text[:12] for text in texts])
+>>> lens.heads.variance({"12 tokens": short, "24 tokens": traces}, metric="entropy").table()
 """
 
 from __future__ import annotations

@@ -98,8 +98,8 @@ def importance(
             without a gradient, or prompts that the model does not take.
 
     Example:
-        >>> importance(model, lens.tasks.induction(model)).top(1)
-        [HeadId(layer=0, head=1)]
+        >>> str(lens.heads.importance(small, lens.tasks.induction(small, n=8)).top(1)[0])
+        'L0H1'
     """
     if by not in BY:
         raise LensError(f"unknown by={by!r}; known: {', '.join(BY)}")

@@ -91,7 +91,7 @@ def dims_agreement(
         LensError: top out of range, several prompts, or dims that the model has not.
 
     Example:
-        >>> lens.sinks.dims_agreement(model, inputs, dims=found.dims).table()
+        >>> lens.sinks.dims_agreement(vlm, inputs, dims=(3, 7)).table()
     """
     if not 0 < top < 1:
         raise LensError(f"top is a share between 0 and 1, got {top}")

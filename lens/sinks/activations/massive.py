@@ -213,7 +213,8 @@ def massive_effect(
             the positions + 2.
 
     Example:
-        >>> lens.sinks.massive_effect(model, texts, lens.sinks.massive(model, texts)).table()
+        >>> found = lens.sinks.massive(model, texts, ratio=20, magnitude=1)
+        >>> lens.sinks.massive_effect(model, texts, found).table()
     """
     if to not in ("zero", "mean", "others"):
         raise LensError(f"to must be 'zero', 'mean' or 'others', got {to!r}")

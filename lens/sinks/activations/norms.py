@@ -103,7 +103,7 @@ def high_norm(
         LensError: a layer that is not there, a cutoff that is not positive, nothing left to look at.
 
     Example:
-        >>> lens.sinks.high_norm(model, {"pixel_values": images}, skip=1).findings()
+        >>> lens.sinks.high_norm(vit, {"pixel_values": images}, skip=1).findings()
     """
     layers = model.info.layers
     if not -layers <= layer < layers:
@@ -182,7 +182,9 @@ def register_neurons(
         LensError: no outlier, other prompts, or a layer without a linear module behind its attention.
 
     Example:
-        >>> lens.sinks.register_neurons(model, images, lens.sinks.high_norm(model, images))
+        >>> pixels = {"pixel_values": images}
+        >>> found = lens.sinks.high_norm(vit, pixels, cutoff=1, skip=1)
+        >>> lens.sinks.register_neurons(vit, pixels, found)
     """
     if found.rows.empty:
         raise LensError("no token of high norm was found, so no neuron can be said to write one")

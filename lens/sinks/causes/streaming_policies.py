@@ -134,7 +134,7 @@ def streaming(
             a layer with a window or a bias of its own.
 
     Example:
-        >>> lens.sinks.streaming(model, texts, n_sink=(0, 4), window=(32, 64)).table()
+        >>> lens.sinks.streaming(model, texts, n_sink=(0, 4), window=(4, 8)).table()
     """
     for name, numbers, least in (("n_sink", n_sink, 0), ("window", window, 1)):
         if not len(numbers) or not all(

@@ -149,7 +149,7 @@ def by_length(
         LensError: no length, or a prompt shorter than the longest.
 
     Example:
-        >>> lens.sinks.emergence(model, lens.sinks.by_length(model, texts, (16, 32, 64)))
+        >>> lens.sinks.emergence(model, lens.sinks.by_length(model, texts, (8, 16, 24)))
     """
     read = [two_tokens(prompt.ids) for prompt in read_prompts(model, prompts)[0]]
     shortest = min(len(ids) for ids in read)

@@ -169,7 +169,7 @@ def activity(
         LensError: fewer than one domain, no heads, prompts of one token, and as `lens.sinks.effect`.
 
     Example:
-        >>> lens.sinks.activity(model, {"prose": texts, "random": random}, heads=["L1H0"]).table()
+        >>> lens.sinks.activity(model, {"prose": texts}, heads=["L1H0"]).table()
     """
     if not domains:
         raise LensError("activity needs at least one domain: {'prose': prompts}")

