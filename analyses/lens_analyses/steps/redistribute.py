@@ -11,6 +11,7 @@ import plotly.graph_objects as go
 import lens
 from lens import edits as moving
 from lens import sinks
+from lens.common.head_ids import HeadId
 from lens.figures.redistribution import side_effect_line
 from lens.figures.sink_effects import migration_maps
 from lens.runs.sections import Section
