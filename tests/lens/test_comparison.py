@@ -9,10 +9,12 @@ import pytest
 from lens import stats
 from lens.common.errors import LensError
 from lens.common.files import write_json
+from lens.common.results import of_kind
 from lens.runs import compare_runs
 from lens.runs.comparison.pairing import paired_prompts
 from lens.runs.comparison.pictures import comparison_scatter, difference_grid
 from lens.runs.comparison.tables import side_by_side
+from lens.runs.comparison.words import signed
 from lens.runs.sections import Section
 from lens.runs.writer import RunWriter
 
@@ -170,6 +172,37 @@ def test_without_shared_prompts_there_is_no_interval(tmp_path):
     assert comparison.heads[["low", "high"]].isna().all(axis=None)
     assert comparison.losses.empty
     assert any("share no prompt of the same tokens" in text for text in comparison.limits)
+
+
+def test_runs_that_share_no_prompt_are_not_said_to_be_alike(tmp_path):
+    """Equal scores on other prompts: neither "no difference" nor a head of one run alone may be claimed."""
+    values = np.full((4, 5, LAYERS, HEADS), 0.1)
+    values[:, 0, 1, 2] = 0.9
+    a = make_run(tmp_path, 1, texts=[("q", "r"), ("s", "t"), ("u", "v"), ("w", "x")], scores=values)
+    b = make_run(tmp_path, 2, texts=[("a",), ("b",), ("c",), ("d",)], scores=values)
+    said = compare_runs(a, b).findings()
+    assert of_kind(said, "change") == (
+        "Whether a head's share of attention differs cannot be said: the runs share no prompt of the same "
+        "tokens.",
+    )
+    assert (
+        "Induction heads (on text, above 0.3; no shared prompt, tokens a prompt: 2 in A, 1 in B, so prompts "
+        "may differ where heads do not): 1 (L1H2) in both, 0 only in A, 0 only in B."
+    ) in of_kind(said, "heads")
+
+
+def test_the_sentence_on_losses_names_each_run_with_its_own(tmp_path):
+    a, b = make_run(tmp_path, 1), make_run(tmp_path, 2)
+    comparison = compare_runs(a, b)
+    (row,) = comparison.losses[comparison.losses["what"] == "loss"].to_dict("records")
+    means = [run.prompts["loss"].mean() for run in (a, b)]
+    assert (row["a"], row["b"]) == pytest.approx(means)
+    assert abs(means[0] - means[1]) > 0.01
+    (said,) = of_kind(comparison.findings(), "loss")
+    assert said.startswith(
+        f"On text the loss is {means[0]:.2f} nats a token in A and {means[1]:.2f} in B: "
+        f"{signed(means[1] - means[0])} ["
+    )
 
 
 def test_models_of_other_shapes_are_refused_by_head_and_compared_by_mean(tmp_path):

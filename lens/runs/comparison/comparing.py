@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from lens.common.errors import LensError
-from lens.common.results import Result
+from lens.common.results import Result, Sentence
 from lens.runs.comparison.circuits import compare_circuits
 from lens.runs.comparison.pairing import compare_losses, compare_scores, paired_prompts
 from lens.runs.comparison.settings import differing_settings
@@ -78,8 +78,8 @@ class Comparison(Result):
     circuits: pd.DataFrame
     settings: pd.DataFrame
     shared: Mapping[str, int]
-    sentences: tuple[str, ...]
-    limits: tuple[str, ...]
+    sentences: tuple[Sentence, ...]
+    limits: tuple[Sentence, ...]
     seed: int
 
     @property
@@ -90,6 +90,10 @@ class Comparison(Result):
     def table(self) -> pd.DataFrame:
         """`heads`, or `metrics` where heads are not compared."""
         return self.heads if self.aligned else self.metrics
+
+    def findings(self) -> tuple[Sentence, ...]:
+        """`sentences`: what differs, most telling first."""
+        return self.sentences
 
     def __repr__(self) -> str:
         shared = ", ".join(f"{count} {kind}" for kind, count in self.shared.items())
@@ -130,7 +134,7 @@ def compare_runs(a: Run, b: Run, *, seed: int = 0) -> Comparison:
         circuits,
         settings,
         shared,
-        tuple(sentences(a, b, heads, metrics, losses, circuits, refusal)),
+        tuple(sentences(a, b, heads, metrics, losses, circuits, shared, refusal)),
         tuple(limits(heads, shared, settings, circuits, (*tables.refused, *unread), refusal)),
         seed,
     )

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from lens.common.head_ids import HeadId
+from lens.common.results import Sentence
 from lens.runs.folders import Run
 from lens.traces.findings import Finding, findings
 from lens.traces.metrics import METRICS
@@ -38,16 +39,21 @@ def sentences(
     metrics: pd.DataFrame,
     losses: pd.DataFrame,
     circuits: pd.DataFrame,
+    shared: Mapping[str, int],
     refusal: str,
-) -> list[str]:
-    """Heads of each kind in both, the largest changes, the order of the heads, losses and circuits."""
-    return [
-        *_kinds_of_heads(a, b, heads),
-        *(_changes(heads) if not refusal else ()),
-        *(_orders(metrics) if not refusal else ()),
-        *map(_loss, losses.to_dict("records")),
-        *map(_circuit, circuits.to_dict("records")),
-    ]
+) -> list[Sentence]:
+    """Heads of each kind in both, the largest changes, the order of the heads, losses and circuits.
+
+    Kinds: `heads`, `change`, `order`, `loss`, `circuit`.
+    """
+    found = {
+        "heads": _kinds_of_heads(a, b, heads, shared),
+        "change": [] if refusal else _changes(heads, shared),
+        "order": [] if refusal else _orders(metrics),
+        "loss": map(_loss, losses.to_dict("records")),
+        "circuit": map(_circuit, circuits.to_dict("records")),
+    }
+    return [Sentence(text, kind=kind) for kind, texts in found.items() for text in texts]
 
 
 def limits(
@@ -57,9 +63,9 @@ def limits(
     circuits: pd.DataFrame,
     refused: Sequence[str],
     refusal: str,
-) -> list[str]:
-    """One sentence each, most important first."""
-    return [
+) -> list[Sentence]:
+    """One sentence each, most important first; of the kind `limit`."""
+    said = [
         *_alignment(settings, refusal),
         *_confounds(settings),
         *_prompts(shared),
@@ -71,6 +77,7 @@ def limits(
         "prompt.",
         *(f"{sentence}." for sentence in refused),
     ]
+    return [Sentence(text, kind="limit") for text in said]
 
 
 def signed(value: float) -> str:
@@ -83,8 +90,8 @@ def bracket(low: float, high: float) -> str:
     return "" if np.isnan(low) or np.isnan(high) else f" [{signed(low)}, {signed(high)}]"
 
 
-def _kinds_of_heads(a: Run, b: Run, heads: pd.DataFrame) -> list[str]:
-    """Heads above the threshold of `lens.findings`, over the prompts of the comparison."""
+def _kinds_of_heads(a: Run, b: Run, heads: pd.DataFrame, shared: Mapping[str, int]) -> list[str]:
+    """Heads above the threshold of `lens.traces.findings`, over the prompts of the comparison."""
     found = [{one.kind: one for one in findings(run.heads)} for run in (a, b)]
     said = []
     for kind, (one, many) in _KINDS.items():
@@ -92,6 +99,8 @@ def _kinds_of_heads(a: Run, b: Run, heads: pd.DataFrame) -> list[str]:
         if first is None or second is None or first.prompt_id != second.prompt_id:
             continue
         where = f"on {NAMES[first.prompt_id]}, above {first.threshold:g}"
+        if not shared.get(first.prompt_id):
+            where += f"; no shared prompt, {_lengths(a, b, first.prompt_id)}"
         mine, theirs = _above(first, heads, "a"), _above(second, heads, "b")
         capital = f"{many[0].upper()}{many[1:]}"
         if not mine and not theirs:
@@ -111,6 +120,16 @@ def _kinds_of_heads(a: Run, b: Run, heads: pd.DataFrame) -> list[str]:
                 f"{len(theirs)} of {sizes[1]} in B."
             )
     return said
+
+
+def _lengths(a: Run, b: Run, kind: str) -> str:
+    """How long the prompts of one kind are in each run, where they are not the same ones."""
+    said = []
+    for name, run in (("A", a), ("B", b)):
+        tokens = run.prompts.loc[run.prompts["kind"] == kind, "token_strings"].map(len)
+        span = f"{tokens.min():,}"
+        said.append(f"{span if tokens.nunique() == 1 else f'{span} to {tokens.max():,}'} in {name}")
+    return f"tokens a prompt: {said[0]}, {said[1]}, so prompts may differ where heads do not"
 
 
 def _above(finding: Finding, heads: pd.DataFrame, side: str) -> list[str]:
@@ -133,10 +152,17 @@ def _count(heads: Sequence[str]) -> str:
     return f"{len(heads)} ({', '.join(heads[:_NAMED])}{more})"
 
 
-def _changes(heads: pd.DataFrame) -> list[str]:
-    """The largest differences between probabilities, one a head."""
+def _changes(heads: pd.DataFrame, shared: Mapping[str, int]) -> list[str]:
+    """The largest differences between probabilities on shared prompts, one a head."""
+    paired = [kind for kind, count in shared.items() if count]
+    if not paired:
+        return [
+            "Whether a head's share of attention differs cannot be said: the runs share no prompt of the "
+            "same tokens."
+        ]
     shares = [name for name, metric in METRICS.items() if metric.unit == "probability"]
     rows = heads[heads["metric"].isin(shares) & (heads["metric"] != "sink_rate")]
+    rows = rows[rows["prompts"].isin(paired)]
     rows = rows[rows["difference"].abs() >= _SEEN]
     if rows.empty:
         return [f"No head's share of attention differs by {_SEEN:g} or more."]
