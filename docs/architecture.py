@@ -1,26 +1,23 @@
 """Draw the house from its imports: `make architecture` writes `docs/house.svg`.
 
-A room is a first-level folder of `lens/`, or one of the other packages; `lens` is the front door, the
-files beside the rooms. An arrow says that a file of the upper room imports one of the lower, whether at
-the top, inside a function, for type checking only or in a stub. Arrows that longer ways imply are left
-out of the drawing; the title of a box names all of them. Rooms in a circle are drawn in red.
+A room is a first-level folder of `lens/`, or one of the other packages; `lens` is the front door. An
+arrow says that a file of the upper room imports one of the lower, whether at the top, inside a function,
+for type checking only or in a stub. Arrows that longer ways imply are left out of the drawing; the title
+of a box names all of them. Rooms in a circle are drawn in red.
 """
 
-import ast
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import fmean
 from xml.sax.saxutils import escape
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from docs.imports import arrows_of, module_files
+
 PICTURE = Path(__file__).parent / "house.svg"
-ROOT = Path(__file__).parents[1]
-SOURCES = {
-    "lens": ROOT,
-    "lens_kernels": ROOT / "kernels",
-    "lens_analyses": ROOT / "analyses",
-    "lens_dashboards": ROOT / "dashboards",
-}
 Arrows = dict[str, set[str]]  # room -> the rooms that it imports
 Node = tuple[str, str, int]  # a room and its storey; or a point of an arrow: from, to, storey
 
@@ -34,36 +31,17 @@ path.circle { stroke: #c62828; stroke-width: 2 }
 """
 
 
-def arrows(sources: Mapping[str, Path] = SOURCES) -> Arrows:
-    """Which room imports which, from all files of the packages (name -> the folder that holds it)."""
-    rooms: dict[tuple[str, ...], str] = {}
-    files: list[tuple[Path, tuple[str, ...], str]] = []
-    for package, folder in sources.items():
-        for file in sorted((folder / package).rglob("*.py*")):
-            if file.suffix in (".py", ".pyi"):
-                parts = file.relative_to(folder).with_suffix("").parts
-                room = parts[1] if package == "lens" and len(parts) > 2 else package
-                rooms[parts[:-1] if parts[-1] == "__init__" else parts] = room
-                files.append((file, parts[:-1], room))
-    found: Arrows = {room: set() for room in rooms.values()}
-    for file, package, room in files:
-        for target in _imported(ast.parse(file.read_text()), package):
-            while target and target not in rooms:  # a name of a module -> the module
-                target = target[:-1]
-            if target and rooms[target] != room:
-                found[room].add(rooms[target])
-    return found
+def arrows(files: Mapping[str, list[Path]]) -> Arrows:
+    """Which room imports which, from the files of each module."""
+    found: Arrows = {}
+    for name, targets in arrows_of(files).items():
+        found.setdefault(_room(name), set()).update(map(_room, targets))
+    return {room: targets - {room} for room, targets in found.items()}
 
 
-def _imported(tree: ast.AST, package: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
-    """Dotted parts of everything that a file imports, anywhere in it; `package` is where it stands."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from (tuple(alias.name.split(".")) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            base = package[: len(package) - node.level + 1] if node.level else ()
-            base += tuple(node.module.split(".")) if node.module else ()
-            yield from ((*base, alias.name) for alias in node.names)
+def _room(module: str) -> str:
+    package, _, inside = module.partition(".")
+    return inside.partition(".")[0] if package == "lens" and inside else package
 
 
 def reached(found: Arrows) -> Arrows:
@@ -259,7 +237,7 @@ def _curve(
 
 def main() -> None:
     """Write the picture."""
-    PICTURE.write_text(drawn(arrows()))
+    PICTURE.write_text(drawn(arrows(module_files())))
     print(PICTURE)
 
 

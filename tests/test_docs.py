@@ -7,6 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("tests/benchmarks/*.md")]
+HISTORY = {ROOT / "CHANGELOG.md", ROOT / "docs/renames.md"}
 
 
 def test_every_example_runs(run_folder_of_examples, capsys):
@@ -27,6 +28,17 @@ def test_links_between_pages_lead_somewhere(page):
             assert (page.parent / target.partition("#")[0]).exists(), (
                 f"{page.name} links to {target}"
             )
+
+
+PATH = re.compile(r"`((?:lens|kernels|analyses|dashboards|tests|docs)/[\w/.-]+)`")
+
+
+@pytest.mark.parametrize(
+    "page", sorted({*PAGES} - HISTORY), ids=lambda path: path.relative_to(ROOT).as_posix()
+)
+def test_files_that_a_page_names_are_there(page):
+    gone = [path for path in PATH.findall(page.read_text()) if not (ROOT / path).exists()]
+    assert gone == []
 
 
 @pytest.fixture

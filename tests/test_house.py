@@ -11,13 +11,10 @@ from pathlib import Path
 import networkx as nx
 import pytest
 
+from docs.imports import arrows_of, module_files
+from docs.public import PACKAGES
+
 ROOT = Path(__file__).parents[1]
-PACKAGES = {
-    "lens_kernels": ROOT / "kernels" / "lens_kernels",
-    "lens": ROOT / "lens",
-    "lens_analyses": ROOT / "analyses" / "lens_analyses",
-    "lens_dashboards": ROOT / "dashboards" / "lens_dashboards",
-}
 FORBIDDEN = {
     "lens_kernels": {
         "lens",
@@ -79,36 +76,6 @@ ORDER = (
 """Rooms from the lowest floor up: a file imports from its own floor or from one below."""
 
 
-def module_files() -> dict[str, list[Path]]:
-    """Dotted name -> its file, and the stub that says what it loads on first use."""
-    found: dict[str, list[Path]] = {}
-    for package, folder in PACKAGES.items():
-        for file in [*folder.rglob("*.py"), *folder.rglob("*.pyi")]:
-            parts = [package, *file.relative_to(folder).with_suffix("").parts]
-            found.setdefault(".".join(parts).removesuffix(".__init__"), []).append(file)
-    return found
-
-
-def imported_modules(name: str, files: list[Path], known: set[str]) -> set[str]:
-    """Modules of ours that a module imports, anywhere in it: lazily and for types too."""
-    found = set()
-    for file in files:
-        for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.Import):
-                names = [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom):
-                # a relative import stands in the stub of a package alone, and means its inside
-                home = ".".join(filter(None, [name if node.level else "", node.module]))
-                names = [f"{home}.{alias.name}" for alias in node.names]
-            else:
-                continue
-            for one in names:
-                while one and one not in known:
-                    one = one.rpartition(".")[0]
-                found.add(one)
-    return found - {"", name}
-
-
 def circles(arrows: dict[str, set[str]]) -> list[list[str]]:
     """Every group of modules that reach each other."""
     graph = nx.DiGraph([(name, one) for name, ones in arrows.items() for one in ones])
@@ -133,8 +100,7 @@ def against_the_order(arrows: dict[str, set[str]]) -> list[str]:
 @pytest.fixture(scope="module")
 def arrows():
     """Module -> modules that it imports, over all four packages."""
-    files = module_files()
-    return {name: imported_modules(name, paths, set(files)) for name, paths in files.items()}
+    return arrows_of(module_files())
 
 
 def test_no_files_import_each_other_in_a_circle(arrows):
@@ -152,8 +118,7 @@ def test_a_circle_and_an_arrow_upwards_are_seen(tmp_path):
     two.write_text(
         "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import lens.heads.one\n"
     )
-    known = {"lens.heads.one": [one], "lens.figures.two": [two]}
-    found = {name: imported_modules(name, files, set(known)) for name, files in known.items()}
+    found = arrows_of({"lens.heads.one": [one], "lens.figures.two": [two]})
     assert circles(found) == [["lens.figures.two", "lens.heads.one"]]
     assert against_the_order(found) == ["lens.heads.one -> lens.figures.two"]
 

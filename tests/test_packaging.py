@@ -6,13 +6,11 @@ import subprocess
 import sys
 import tomllib
 import zipfile
-from pathlib import Path
 
 import pytest
 import yaml
 
-ROOT = Path(__file__).parents[1]
-PACKAGES = ("lens", "lens_kernels", "lens_analyses", "lens_dashboards")
+from docs.public import PACKAGES, ROOT
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +33,17 @@ def test_the_wheel_says_that_it_is_typed(wheel, package):
 def test_the_wheel_holds_the_four_packages_and_nothing_else(wheel):
     folders = {name.partition("/")[0] for name in wheel}
     assert {name for name in folders if not name.endswith(".dist-info")} == set(PACKAGES)
+
+
+def test_the_wheel_ships_every_source_and_the_stubs_that_load_the_rooms(wheel):
+    sources = {
+        file.relative_to(folder.parent).as_posix()
+        for folder in PACKAGES.values()
+        for kind in ("py", "pyi")
+        for file in folder.rglob(f"*.{kind}")
+    }
+    assert {"lens/__init__.pyi", "lens/heads/__init__.pyi"} <= sources
+    assert sources - wheel == set()
 
 
 def test_the_hooks_before_a_commit_are_valid_and_those_of_ci():
