@@ -81,7 +81,7 @@ def test_circuits_are_copied_whole(lens_command, run_folder, tmp_path):
 )
 def test_what_is_not_there_is_refused(lens_command, run_folder, tmp_path, words, reason):
     answer = lens_command("export", run_folder, *words.split(), "-o", tmp_path / "x")
-    assert answer.code == 1
+    assert answer.code == 2
     assert reason in answer.err
     assert not (tmp_path / "x").exists()
 

@@ -63,7 +63,8 @@ def export_run(
         pictures, width: of `figures`, see `write_pictures`.
 
     Raises:
-        LensError: an unknown format, or nothing of it in the run.
+        UsageError: an unknown format.
+        LensError: nothing of it in the run.
     """
     if kind == "figures":
         written = write_pictures(run, out, pictures, width)
@@ -75,7 +76,7 @@ def export_run(
         "graph": _graph,
     }
     if kind not in writers:
-        raise LensError(f"format must be one of {', '.join(FORMATS)}, got {kind!r}")
+        raise UsageError(f"format must be one of {', '.join(FORMATS)}, got {kind!r}")
     return Exported(out, tuple(writers[kind](run, out)))
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 import plotly.graph_objects as go
 import plotly.io as pio
 
-from lens.common.errors import LensError
 from lens.figures import head_grid, metric_by_layer
 from lens.figures.paper import PIXELS_PER_INCH, WIDTHS, for_paper
 from lens.runs import Run
@@ -40,12 +39,13 @@ def write_pictures(run: Run, out: Path, kinds: Sequence[str], width: str) -> Pic
         width: `single` or `double` column; print is 8 pt, PNG has 300 dots an inch.
 
     Raises:
-        LensError: an unknown kind or width, or no figure in the run.
+        UsageError: an unknown kind or width.
+        LensError: no figure in the run.
     """
     if unknown := [kind for kind in kinds if kind not in PICTURES]:
-        raise LensError(f"pictures are {', '.join(PICTURES)}, got {', '.join(unknown)}")
+        raise UsageError(f"pictures are {', '.join(PICTURES)}, got {', '.join(unknown)}")
     if width not in WIDTHS:
-        raise LensError(f"width must be {' or '.join(WIDTHS)}, got {width!r}")
+        raise UsageError(f"width must be {' or '.join(WIDTHS)}, got {width!r}")
     figures = {
         name: for_paper(figure, width=width)  # pyright: ignore[reportArgumentType]
         for name, figure in paper_figures(run).items()
