@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from lens_analyses.config import RunConfig
+from lens_analyses.config import make_config
 from lens_analyses.console import Output
 from lens_analyses.runner import execute
 
@@ -238,7 +238,7 @@ def test_a_real_model_has_sinks_and_induction_heads(lens_command, tmp_path):
 
 
 def test_execute_is_a_plain_function(tmp_path):
-    config = RunConfig.from_mapping({"model": {"name": "induction-2l"}, "prompts": {"copied": 1}})
+    config = make_config({"model": {"name": "induction-2l"}, "prompts": {"copied": 1}})
     finished = execute(config, tmp_path, Output(quiet=True))
     assert finished.status == "success"
     assert finished.run.path.parent == tmp_path

@@ -1,6 +1,8 @@
 """A real run, its server and a real browser."""
 
 import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -35,26 +37,35 @@ def heads_run(tmp_path_factory):
     return _run_of(tmp_path_factory, "heads", command)
 
 
+@contextmanager
+def served(app) -> Iterator[str]:
+    """The address of a Dash app on a free port, as long as the block lasts."""
+    from waitress import wasyncore
+    from waitress.server import create_server
+
+    server = create_server(app.server, host="127.0.0.1", port=0, threads=8)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+
+    def close() -> None:
+        """In the server's own loop, which ends when nothing is open: browsers keep their connections."""
+        for channel in list(server.active_channels.values()):
+            channel.handle_close()
+        wasyncore.close_all(server._map, ignore_all=True)
+
+    yield f"http://127.0.0.1:{server.effective_port}"
+    server.task_dispatcher.shutdown()
+    server.trigger.pull_trigger(close)
+    thread.join()
+
+
 @pytest.fixture(scope="session")
 def serve():
     """Serves folders of runs on free ports; returns the address of each."""
     from lens_dashboards.server import create_app
-    from waitress.server import create_server
 
-    servers = []
-
-    def start(folder: Path) -> str:
-        server = create_server(create_app(folder).server, host="127.0.0.1", port=0, threads=8)
-        thread = threading.Thread(target=server.run, daemon=True)
-        thread.start()
-        servers.append((server, thread))
-        return f"http://127.0.0.1:{server.effective_port}"
-
-    yield start
-    for server, thread in servers:
-        server.close()
-        server.task_dispatcher.shutdown()
-        thread.join(timeout=10)
+    with ExitStack() as servers:
+        yield lambda folder: servers.enter_context(served(create_app(folder)))
 
 
 @pytest.fixture(scope="session")

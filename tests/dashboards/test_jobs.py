@@ -1,14 +1,14 @@
 """The page of jobs: read-only by default, nothing for other sites, and an analysis started from it."""
 
-import os
-import subprocess
 import sys
 import threading
 
 import pytest
 from lens_analyses.jobs.desk import JobDesk
+from lens_analyses.jobs.worker import work
 from lens_dashboards.server import create_app
-from waitress.server import create_server
+
+from .conftest import served
 
 SMALL = {"model.name": "induction-2l", "prompts.copied": 2}
 
@@ -69,28 +69,30 @@ def test_other_actions_do_not_exist(client):
     assert client.get("/api/jobs/..%2Frun.json/log").status_code == 404
 
 
+COPY = """
+import json, shutil, sys
+from pathlib import Path
+print("scoring 18 heads", file=sys.stderr, flush=True)
+made = Path(sys.argv[1])
+shutil.copytree(made, Path(sys.argv[sys.argv.index("--out") + 1]) / made.name)
+print(json.dumps({"id": made.name}))
+"""
+
+
 @pytest.fixture
-def at_work(tmp_path):
-    """A dashboard with a desk, and a worker; their address."""
-    server = create_server(
-        create_app(tmp_path, jobs=JobDesk(tmp_path)).server, host="127.0.0.1", port=0, threads=8
-    )
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    worker = subprocess.Popen(
-        [sys.executable, "-m", "lens_analyses", "worker", "--runs", str(tmp_path), "--quiet"],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
-    )
-    yield f"http://127.0.0.1:{server.effective_port}"
-    worker.terminate()
-    worker.wait(60)
-    server.close()
-    server.task_dispatcher.shutdown()
-    thread.join(timeout=10)
+def at_work(tmp_path, run):
+    """A dashboard with a desk, and a worker whose jobs are a run that was made before; their address."""
+    stopped = threading.Event()
+    how = {"stopped": stopped.is_set, "child": (sys.executable, "-c", COPY, str(run.path))}
+    worker = threading.Thread(target=work, args=(tmp_path,), kwargs=how)
+    worker.start()
+    with served(create_app(tmp_path, jobs=JobDesk(tmp_path))) as address:
+        yield address
+    stopped.set()
+    worker.join()
 
 
 @pytest.mark.browser
-@pytest.mark.slow
 def test_an_analysis_is_started_watched_and_opened(page, at_work):
     page.goto(f"{at_work}/jobs")
     page.get_by_label("model", exact=True).fill("text-lm-3l")
@@ -98,9 +100,9 @@ def test_an_analysis_is_started_watched_and_opened(page, at_work):
     page.get_by_label("tokens of each prompt").fill("40")
     page.get_by_label("windows").fill("2")
     page.get_by_role("button", name="Start").click()
-    page.wait_for_selector("#job-row-1[data-status=running]", timeout=0)
+    page.wait_for_selector("#job-row-1")
     page.get_by_role("button", name="log of job 1").click()
-    page.wait_for_selector("#job-row-1[data-status=success]", timeout=0)
+    page.wait_for_selector("#job-row-1[data-status=success]")
     page.wait_for_selector(".job-log:has-text('scoring 18 heads')")
     page.get_by_role("link", name="open run").click()
     page.wait_for_selector("""[id='{"points":"grid"}'] .heatmaplayer""")
@@ -117,31 +119,24 @@ def test_the_page_says_what_is_wrong(page, serve, runs, tmp_path):
 
 @pytest.mark.browser
 def test_the_form_follows_the_analysis_and_shows_refusals(page, tmp_path):
-    server = create_server(
-        create_app(tmp_path, jobs=JobDesk(tmp_path)).server, host="127.0.0.1", port=0, threads=4
-    )
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    page.goto(f"http://127.0.0.1:{server.effective_port}/jobs")
-    page.wait_for_selector("#jobs-notice:has-text('No worker is running')")
-    rule = page.locator("#job-analysis-rule")
-    assert not rule.is_visible()
-    page.get_by_label("analysis", exact=True).select_option("redistribute")
-    assert rule.is_visible()
-    page.get_by_label("tokens of each prompt").fill("0")
-    page.get_by_role("button", name="Start").click()
-    page.wait_for_selector("#jobs-problem:has-text('prompts.tokens must be at least 1, got 0')")
-    assert "Nothing waits" in page.locator("#jobs-list").inner_text()
-    page.get_by_label("tokens of each prompt").fill("64")
-    page.get_by_role("button", name="Start").click()
-    page.wait_for_selector("#job-row-1[data-status=queued]")
-    page.get_by_role("button", name="cancel job 1").click()
-    page.wait_for_selector("#job-row-1[data-status=cancelled]")
-    found = axe(page)
-    page.problems[:] = [text for text in page.problems if "400 (BAD REQUEST)" not in text]
-    server.close()
-    server.task_dispatcher.shutdown()
-    thread.join(timeout=10)
+    with served(create_app(tmp_path, jobs=JobDesk(tmp_path))) as address:
+        page.goto(f"{address}/jobs")
+        page.wait_for_selector("#jobs-notice:has-text('No worker is running')")
+        rule = page.locator("#job-analysis-rule")
+        assert not rule.is_visible()
+        page.get_by_label("analysis", exact=True).select_option("redistribute")
+        assert rule.is_visible()
+        page.get_by_label("tokens of each prompt").fill("0")
+        page.get_by_role("button", name="Start").click()
+        page.wait_for_selector("#jobs-problem:has-text('prompts.tokens must be at least 1, got 0')")
+        assert "Nothing waits" in page.locator("#jobs-list").inner_text()
+        page.get_by_label("tokens of each prompt").fill("64")
+        page.get_by_role("button", name="Start").click()
+        page.wait_for_selector("#job-row-1[data-status=queued]")
+        page.get_by_role("button", name="cancel job 1").click()
+        page.wait_for_selector("#job-row-1[data-status=cancelled]")
+        found = axe(page)
+        page.problems[:] = [text for text in page.problems if "400 (BAD REQUEST)" not in text]
     assert found == []
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from lens.common.errors import LensError
 from lens.runs import Run, to_csv, to_headvis, to_parquet
+from lens_analyses.console import UsageError
 from lens_analyses.exporting.pictures import write_pictures
 
 FORMATS = ("headvis", "csv", "parquet", "graph", "figures")

@@ -11,6 +11,7 @@ import plotly.io as pio
 from lens.figures import head_grid, metric_by_layer
 from lens.figures.paper import PIXELS_PER_INCH, WIDTHS, for_paper
 from lens.runs import Run
+from lens_analyses.console import UsageError
 from lens_analyses.report.page import COLUMNS
 
 PICTURES = ("svg", "pdf", "png")
