@@ -9,9 +9,6 @@ from . import vision as vision
 from .common.errors import LensError as LensError
 from .common.version import __version__ as __version__
 from .edits.editing import redistribute as redistribute
-from .models.loaded import LoadedModel as LoadedModel
 from .passes.loading import load as load
-from .traces.capturing import capture as capture
+from .traces.captures import capture as capture
 from .traces.profiles import profile as profile
-from .traces.recorder import capturing as capturing
-from .traces.trace import AttentionTrace as AttentionTrace

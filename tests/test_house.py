@@ -1,6 +1,7 @@
 """House rules that a machine can check: import arrows, lazy imports, no package `kernels`."""
 
 import ast
+import importlib
 import importlib.util
 import json
 import re
@@ -212,3 +213,28 @@ def test_every_module_keeps_its_length():
         if "triton" not in file.name
     }
     assert {name: lines for name, lines in lengths.items() if lines > 400} == {}
+
+
+MOST_NAMES = {"lens": 14}
+WIDE = {"lens.circuits": 51, "lens.edits": 19, "lens.heads": 43, "lens.sinks": 48}
+"""Rooms that have more names than a user remembers, and how many: these numbers only fall."""
+
+
+@pytest.mark.parametrize(
+    "name", sorted(name for name, ones in module_files().items() if len(ones) > 1)
+)
+def test_a_room_has_few_names_and_shows_them_all(name):
+    room = importlib.import_module(name)
+    most = WIDE.get(name, MOST_NAMES.get(name, 15))
+    assert len(room.__all__) <= most
+    assert name not in WIDE or len(room.__all__) > 15, f"{name} is small enough: take it off WIDE"
+    assert dir(room) == room.__all__
+    for public in room.__all__:
+        assert getattr(room, public) is not None
+
+
+def test_a_name_that_a_room_lacks_is_answered_with_those_it_has():
+    lens = importlib.import_module("lens")
+    with pytest.raises(AttributeError, match="no attribute 'captur'; it has LensError, capture"):
+        lens.captur  # noqa: B018
+    assert lens.stats.LEVEL  # not advertised, and there

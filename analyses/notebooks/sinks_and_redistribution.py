@@ -28,7 +28,7 @@ model = lens.load(MODEL)
 is_default = MODEL == "text-lm-3l"
 
 
-def windows(model: lens.LoadedModel, text: str, count: int) -> list[list[int]]:
+def windows(model: lens.models.LoadedModel, text: str, count: int) -> list[list[int]]:
     """The first `count` pieces of a text, each with the BOS token in front if the model has one."""
     start = [] if model.bos_id is None else [model.bos_id]
     ids = [token for token in model.encode(text) if token not in start]

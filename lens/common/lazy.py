@@ -1,5 +1,7 @@
 """Names of a room, loaded on first use: its `__init__.pyi` lists them, for type checkers and for us."""
 
+import importlib
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -14,13 +16,16 @@ def attach(
     Args:
         module, file: its `__name__` and `__file__`.
     """
-    load, names, public = lazy_loader.attach_stub(module, file)
+    load, _, listed = lazy_loader.attach_stub(module, file)
+    public = [name for name in listed if not name.startswith("__")]
 
     def get(name: str) -> Any:
-        if name not in public:
-            raise AttributeError(
-                f"module {module!r} has no attribute {name!r}; it has {', '.join(public)}"
-            )
-        return load(name)
+        if name in public:
+            return load(name)
+        if not name.startswith("_") and importlib.util.find_spec(f"{module}.{name}"):
+            return importlib.import_module(f"{module}.{name}")  # a room that is not advertised
+        raise AttributeError(
+            f"module {module!r} has no attribute {name!r}; it has {', '.join(public)}"
+        )
 
-    return get, names, public
+    return get, lambda: list(public), public

@@ -1,6 +1,5 @@
 from .agreement import agreement_map as agreement_map
 from .agreement import measure_scatter as measure_scatter
-from .flow import flow_plot as flow_plot
 from .head import block_map as block_map
 from .head import distance_profile as distance_profile
 from .head import received_mass as received_mass
@@ -9,16 +8,7 @@ from .heads import head_grid as head_grid
 from .heads import head_scatter as head_scatter
 from .heads import metric_by_layer as metric_by_layer
 from .importance import importance_grid as importance_grid
-from .layers import influence_bars as influence_bars
-from .layers import removal_curve as removal_curve
-from .layers import skip_scatter as skip_scatter
-from .overlap import overlap_plot as overlap_plot
-from .overlap import redirection_plot as redirection_plot
-from .overlap import transfer_map as transfer_map
-from .patterns import pattern_grid as pattern_grid
-from .pruning import pruning_plot as pruning_plot
+from .paper import for_paper as for_paper
 from .roles import role_map as role_map
-from .similarity import similarity_map as similarity_map
 from .sink_effects import migration_maps as migration_maps
-from .stability import stability_plot as stability_plot
 from .tokens import token_strip as token_strip

@@ -131,7 +131,7 @@ def _from_mapping(model: LoadedModel, inputs: Mapping[str, Any]) -> list[Prompt]
     if extra:
         raise LensError(
             f"this takes input_ids and attention_mask, got {', '.join(sorted(extra))} too; images with "
-            "text go to lens.capture, or run the model yourself inside lens.capturing(model)"
+            "text go to lens.capture, or run the model yourself inside lens.traces.capturing(model)"
         )
     return [
         _from_ids(model, [token for token, keep in zip(row, kept, strict=True) if keep], None)

@@ -85,7 +85,7 @@ def lens_attention(
     if listener is None:
         raise LensError(
             f"{type(module).__name__} was left on the attention implementation {IMPLEMENTATION!r}; "
-            "it works only inside lens.capture and lens.capturing: model.set_attn_implementation('sdpa')"
+            "it works only inside lens.capture and lens.traces.capturing: model.set_attn_implementation('sdpa')"
         )
     if dropout:
         raise LensError(

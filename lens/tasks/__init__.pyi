@@ -5,12 +5,8 @@ from .ioi import ioi as ioi
 from .jsonl import from_jsonl as from_jsonl
 from .making import induction as induction
 from .making import language_modelling as language_modelling
-from .metrics import METRICS as METRICS
-from .metrics import AnswerSets as AnswerSets
-from .prompts import Text as Text
 from .prompts import copied as copied
 from .prompts import loss as loss
 from .prompts import take as take
 from .prompts import text as text
-from .prompts import token_losses as token_losses
 from .task import Task as Task

@@ -1,4 +1,4 @@
-"""`lens.capturing`: records every attention layer of whatever runs inside the block."""
+"""`lens.traces.capturing`: records every attention layer of whatever runs inside the block."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager

@@ -61,7 +61,7 @@ def test_losses_are_the_models_own(run_folder):
     run = open_run(run_folder)
     model = lens.load("text-lm-3l")
     for row in run.prompts.to_dict("records"):
-        losses = lens.tasks.token_losses(model, list(row["token_ids"]))
+        losses = lens.tasks.prompts.token_losses(model, list(row["token_ids"]))
         assert row["loss"] == pytest.approx(float(losses.mean()), rel=1e-6)
         if row["kind"] == "text":
             assert np.isnan(row["loss_repeat"])

@@ -48,7 +48,7 @@ def make_run(folder: Path, tokens: int, block_size: int, heads: int) -> None:
     small = open_run(next((folder / "small").glob("*/run.json")).parent)
     model, ids = random_llama(128, tokens)
     trace = lens.capture(model, ids, block_size=block_size, progress=False)
-    assert isinstance(trace, lens.AttentionTrace)
+    assert isinstance(trace, lens.traces.AttentionTrace)
     repeat_run(folder / "runs", small, heads, heads, trace)
 
 

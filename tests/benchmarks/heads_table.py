@@ -67,7 +67,7 @@ def main() -> None:
     sys.stdout.write(f"{total:8.1f} s  whole table, goal {_GOAL} s\n")
 
 
-def _stories(model: lens.LoadedModel, texts: int, length: int) -> torch.Tensor:
+def _stories(model: lens.models.LoadedModel, texts: int, length: int) -> torch.Tensor:
     """[texts, length]: sampled from the model itself, so that no file is needed."""
     torch.manual_seed(0)
     start = torch.full((texts, 1), model.bos_id or 1)

@@ -26,7 +26,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 GOAL_MB = 2000
 
 
-def random_llama(hidden: int, tokens: int) -> tuple[lens.LoadedModel, list[int]]:
+def random_llama(hidden: int, tokens: int) -> tuple[lens.models.LoadedModel, list[int]]:
     """A Llama of 2 layers of 8 heads with random weights, and a prompt of random tokens."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM

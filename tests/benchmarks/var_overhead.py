@@ -65,7 +65,7 @@ def measure(layers: int, tokens: int, image: int, repeats: int) -> dict[str, flo
 
     def run_captured(names: list[str] | str) -> Callable[[], None]:
         def run() -> None:
-            with lens.capturing(model, statistics=names):
+            with lens.traces.capturing(model, statistics=names):
                 model.model.model(input_ids=ids)
 
         return run

@@ -91,7 +91,7 @@ def test_the_bridge_is_itself_again_afterwards_and_its_hooks_fire_inside(boot):
     seen = []
     hook = bridge.blocks[1].attn.hook_z
     hook.add_hook(lambda z, hook: seen.append(tuple(z.shape)))
-    with lens.capturing(lens.load(bridge)):
+    with lens.traces.capturing(lens.load(bridge)):
         seen.clear()
         captured = bridge(ids)
     assert seen == [(1, 37, 6, 8)]
@@ -124,7 +124,7 @@ def test_induction_2l_loads_natively_with_the_same_logits_and_trace(transformer_
     for variable in expected.dataset.data_vars:
         values = expected.dataset[variable].values
         assert naive.rms_ratio(found.dataset[variable].values, values) < 1e-4, variable
-    with lens.capturing(model), pytest.raises(LensError, match="takes no attention_mask"):
+    with lens.traces.capturing(model), pytest.raises(LensError, match="takes no attention_mask"):
         bridge.original_model.layers[0].attn.original_component(
             torch.zeros(1, 3, 64), attention_mask=torch.ones(1, 3)
         )

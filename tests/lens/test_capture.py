@@ -153,7 +153,7 @@ def test_models_with_windows_and_softcap_say_so(tmp_path):
     visible = trace.visible.values
     assert visible[0].tolist() == [11] * 27 + list(range(10, 0, -1))
     assert visible[1].tolist() == list(range(37, 0, -1))
-    reopened = lens.AttentionTrace.load(tmp_path / "trace")
+    reopened = lens.traces.AttentionTrace.load(tmp_path / "trace")
     assert (reopened.lse.values == trace.lse.values).all()
     sinks = lens.capture(lens.load(build("gpt_oss")), ids, statistics=["lse"])
     assert sinks.attrs["learned_sinks"] is True
@@ -215,7 +215,7 @@ def test_every_form_of_a_prompt_gives_the_same_trace():
     )
     for prompt in single:
         trace = lens.capture(model, prompt)
-        assert isinstance(trace, lens.AttentionTrace)
+        assert isinstance(trace, lens.traces.AttentionTrace)
         assert np.array_equal(trace.lse.values, expected)
     for prompts in ([text, ids], [torch.tensor(ids)] * 2, torch.tensor([ids, ids])):
         traces = lens.capture(model, prompts)
@@ -235,7 +235,7 @@ def test_padding_is_left_out():
 def test_several_prompts_go_into_numbered_folders(tmp_path):
     lens.capture(lens.load(), ["one", "another"], out=tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["p000", "p001"]
-    assert "".join(lens.AttentionTrace.load(tmp_path / "p001").tokens[1:]) == "another"
+    assert "".join(lens.traces.AttentionTrace.load(tmp_path / "p001").tokens[1:]) == "another"
 
 
 def test_a_single_token_has_no_rest():
@@ -371,12 +371,15 @@ def test_options_that_do_not_exist(options, expected):
     with pytest.raises(LensError, match=expected):
         lens.capture(lens.load(), "Call me Ishmael.", **options)
     if "backend" not in options:
-        with pytest.raises(LensError, match=expected), lens.capturing(lens.load(), **options):
+        with (
+            pytest.raises(LensError, match=expected),
+            lens.traces.capturing(lens.load(), **options),
+        ):
             pytest.fail("the block must not be entered")
 
 
 def test_blocks_too_small_for_memory_are_refused_with_a_size_that_fits(monkeypatch):
-    monkeypatch.setattr("lens.traces.capturing.LARGEST_MAPS", 6 * 8 * 10 * 10)
+    monkeypatch.setattr("lens.traces.captures.LARGEST_MAPS", 6 * 8 * 10 * 10)
     model = lens.load()
     ids = lens.tasks.copied(model, 50)
     with pytest.raises(LensError, match="for 101 tokens; use at least 11"):
@@ -426,13 +429,13 @@ def test_attention_outside_of_a_capture_is_refused():
 )
 def test_what_is_not_understood_is_refused_by_name(arguments, expected):
     model = lens.load("induction-2l")
-    with lens.capturing(model), pytest.raises(LensError, match=expected):
+    with lens.traces.capturing(model), pytest.raises(LensError, match=expected):
         lens_attention(*_attention_arguments(), **arguments)
 
 
 def test_harmless_arguments_pass():
     model = lens.load("induction-2l")
-    with lens.capturing(model) as recorder:
+    with lens.traces.capturing(model) as recorder:
         lens_attention(
             *_attention_arguments(), use_cache=True, position_ids=torch.zeros(1), foo=None
         )
@@ -448,7 +451,7 @@ def test_a_mask_that_the_model_made_itself(monkeypatch):
     with interface.switched(model.model, "eager"), torch.no_grad():
         expected = model.model(ids, attention_mask=additive[None, None]).logits
     for mask in (allowed, additive):
-        with lens.capturing(model) as recorder, torch.no_grad():
+        with lens.traces.capturing(model) as recorder, torch.no_grad():
             found = model.model(ids, attention_mask=mask[None, None]).logits
         assert naive.rms_ratio(found, expected) < 1e-5
         assert recorder.records[0].causal
@@ -469,14 +472,14 @@ def test_a_large_mask_of_unknown_pattern_is_refused(monkeypatch):
 def test_a_cache_of_fixed_size_is_refused():
     model = lens.load(build("llama"))
     options = {"max_new_tokens": 2, "cache_implementation": "static", "pad_token_id": 0}
-    with lens.capturing(model), pytest.raises(LensError, match="needs a cache that grows"):
+    with lens.traces.capturing(model), pytest.raises(LensError, match="needs a cache that grows"):
         model.model.generate(torch.arange(3, 12)[None], **options)
 
 
 def test_holes_in_a_prompt_are_refused():
     model = lens.load(build("llama"))
     mask = torch.tensor([[1, 1, 0, 1, 1]])
-    with lens.capturing(model), pytest.raises(LensError, match="hides tokens in the middle"):
+    with lens.traces.capturing(model), pytest.raises(LensError, match="hides tokens in the middle"):
         model.model(torch.arange(3, 8)[None], attention_mask=mask)
 
 

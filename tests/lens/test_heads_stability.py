@@ -80,7 +80,7 @@ def test_sink_and_diagonal_are_left_out():
 def shifted(trace, by):
     changed = trace.dataset.copy()
     changed["lse"] = changed["lse"] + by
-    return lens.AttentionTrace(changed)
+    return lens.traces.AttentionTrace(changed)
 
 
 def test_drift_of_the_lse_in_closed_form():

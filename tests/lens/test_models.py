@@ -308,7 +308,7 @@ def test_rows_that_do_not_sum_to_one_are_refused(monkeypatch):
 
 
 def _record(model):
-    with lens.capturing(model) as recorder, torch.no_grad():
+    with lens.traces.capturing(model) as recorder, torch.no_grad():
         model.model(torch.tensor([[64, 1, 2, 1, 2]]))
     return recorder.records[0]
 

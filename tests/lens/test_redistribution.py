@@ -203,7 +203,7 @@ def logits_of(model, ids, **edit):
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "gpt2", "gpt_oss", "gemma2"])
 def test_an_amount_of_zero_keeps_the_bits_of_the_captured_model(architecture):
     model, ids = loaded(architecture)
-    with torch.no_grad(), lens.capturing(model, statistics=["received"]):
+    with torch.no_grad(), lens.traces.capturing(model, statistics=["received"]):
         captured = model.model(input_ids=ids).logits
     for rule in AMOUNTS:
         sources = None if rule == "learned_sink" else "first"
@@ -233,7 +233,7 @@ def test_masking_the_first_key_is_what_the_model_does_with_a_mask():
 
 def test_layers_and_heads_select_what_is_edited():
     model, ids = loaded("llama")
-    with torch.no_grad(), lens.capturing(model, statistics=["received"]):
+    with torch.no_grad(), lens.traces.capturing(model, statistics=["received"]):
         captured = model.model(input_ids=ids, output_hidden_states=True).hidden_states
     with torch.no_grad(), lens.redistribute(model, sources=[3], amount=0.9, layers=[1]) as edit:
         edited = model.model(input_ids=ids, output_hidden_states=True).hidden_states
@@ -356,7 +356,7 @@ def test_a_capture_inside_is_refused_because_it_would_undo_the_edit():
 
 def test_a_cache_from_outside_is_refused_where_a_window_may_have_cut_it():
     model, ids = loaded("mistral")
-    with torch.no_grad(), lens.capturing(model, statistics=["received"]):
+    with torch.no_grad(), lens.traces.capturing(model, statistics=["received"]):
         cache = model.model(input_ids=ids, use_cache=True).past_key_values
     with (
         pytest.raises(LensError, match="layer 0 has a window and a cache that began outside"),

@@ -55,7 +55,7 @@ def test_a_recipe_by_name_is_the_function_of_that_name(rule, amount):
     assert torch.equal(found, expected)
     assert type(named) is type(edit)
     assert named.edited_rows == edit.edited_rows > 0
-    own, _ = logits(model, lens.capturing(model, statistics=()))
+    own, _ = logits(model, lens.traces.capturing(model, statistics=()))
     assert rms_ratio(found, own) > 1e-4
 
 
@@ -81,7 +81,7 @@ def test_off_by_one_is_a_learned_sink_with_logit_0():
         sink, _ = logits(model, lens.redistribute(model, rule="learned_sink", amount=amount))
         assert torch.equal(found, sink)
         assert 0 < edit.mass_after < edit.mass_before <= 1.0001
-    own, _ = logits(model, lens.capturing(model, statistics=()))
+    own, _ = logits(model, lens.traces.capturing(model, statistics=()))
     nothing, _ = logits(model, lens.redistribute(model, rule="off_by_one", amount=0))
     assert torch.equal(nothing, own)
 

@@ -67,7 +67,7 @@ def test_it_has_sinks_and_induction_heads(model):
     copied = lens.capture(model, lens.tasks.copied(model, 60), statistics=["match_mass"])
     mass = copied.match_mass.sel(match="induction").isel(query=slice(61, None)).mean("query")
     assert (mass.values > 0.3).sum() >= 5
-    assert lens.tasks.token_losses(model, lens.tasks.copied(model, 60))[61:].mean() < 4
+    assert lens.tasks.prompts.token_losses(model, lens.tasks.copied(model, 60))[61:].mean() < 4
 
 
 def test_rotary_rows_are_put_back():

@@ -7,7 +7,8 @@ import torch
 
 import lens
 from lens.common.errors import LensError
-from lens.tasks import AnswerSets, Task, from_jsonl, induction, language_modelling
+from lens.tasks import Task, from_jsonl, induction, language_modelling
+from lens.tasks.metrics import AnswerSets
 from tests.lens.architectures import build
 
 N, LENGTH, ANSWERS, VOCAB = 3, 7, 2, 11

@@ -8,7 +8,8 @@ import torch
 import lens
 from lens.common.errors import LensError
 from lens.heads import importance
-from lens.tasks import METRICS, AnswerSets, Task, induction
+from lens.tasks import Task, induction
+from lens.tasks.metrics import METRICS, AnswerSets
 from tests.lens.architectures import build
 
 N, LENGTH, ANSWERS, VOCAB = 3, 7, 2, 11

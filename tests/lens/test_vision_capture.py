@@ -38,7 +38,7 @@ def test_the_trace_is_of_the_language_model_and_knows_its_segments(name, tmp_pat
     other = lens.capture(model, blank, progress=False)  # the image is looked at
     assert rms_ratio(torch.tensor(other.received.values), expected) > 1e-2
     lens.capture(model, inputs, out=tmp_path / "trace", progress=False)
-    for found in (trace, lens.AttentionTrace.load(tmp_path / "trace")):
+    for found in (trace, lens.traces.AttentionTrace.load(tmp_path / "trace")):
         segments = lens.vision.trace_segments(found)
         assert segments.kind.tolist() == [[0] * SYSTEM + [1] * (height * width) + [2] * QUESTION]
         assert segments.grids == ((0, SYSTEM, height, width),)

@@ -80,7 +80,7 @@ def test_hidden_edges_are_those_of_the_text_alone(name):
     edit = TextRows(runs, list(hidden), heads)
     with listening(model, edit.on_layer), torch.no_grad():
         found = network(**inputs).logits
-    with lens.capturing(model, statistics=()), torch.no_grad():
+    with lens.traces.capturing(model, statistics=()), torch.no_grad():
         own = network(**inputs).logits
     watching = TextRows(runs, None, heads)
     with listening(model, watching.on_layer), torch.no_grad():

@@ -29,7 +29,7 @@ def test_capture_reaches_the_language_model_alone(name):
     model = lens.load(network)
     with torch.no_grad():
         own = network(**inputs).logits
-        with lens.capturing(model, statistics=["received"]) as recorder:
+        with lens.traces.capturing(model, statistics=["received"]) as recorder:
             captured = network(**inputs).logits
     assert (own - captured).abs().max() < 1e-5
     assert [record.layer for record in recorder.records] == list(range(LAYERS))

@@ -172,7 +172,7 @@ def test_nothing_moved_keeps_every_bit():
     model = lens.load(network)
     image = lens.vision.segments(model, inputs).keys("image")
     with planted(network, DIM, PLACES), torch.no_grad():
-        with lens.capturing(model, statistics=["received"]):
+        with lens.traces.capturing(model, statistics=["received"]):
             captured = network(**inputs).logits
         for preset, amount in (("paper", 0.0), ("released", 1.0)):
             with lens.edits.var(model, image, preset=preset, amount=amount, **NUMBERS) as edit:
@@ -202,7 +202,7 @@ def test_heads_that_are_not_image_centric_keep_their_bits():
         lambda _, args: seen.append(args[0].unflatten(-1, (6, -1)))
     )
     with planted(network, DIM, PLACES), torch.no_grad():
-        with lens.capturing(model, statistics=["received"]):
+        with lens.traces.capturing(model, statistics=["received"]):
             network(**inputs)
         with lens.edits.var(model, image, sinks=PLACES, rho=0.99) as edit:
             network(**inputs)

@@ -20,7 +20,7 @@ from lens.heads.measures.importances import importance
 from lens.models.loaded import LoadedModel
 from lens.stats import over_units
 from lens.tasks.making import language_modelling
-from lens.traces.capturing import capture
+from lens.traces.captures import capture
 from lens.traces.trace import AttentionTrace
 
 

@@ -21,7 +21,7 @@ from lens.heads.behaviour.role_scores import STATISTICS, RoleRecorder, role_scor
 from lens.models.loaded import LoadedModel
 from lens.models.random_weights import random_weights
 from lens.passes.inputs import Prompt, read_prompts
-from lens.traces.capturing import capture
+from lens.traces.captures import capture
 from lens.traces.profiles import pooled_table, prompt_table, scores_table, wide
 from lens.traces.trace import AttentionTrace, TraceWriter
 

@@ -16,7 +16,7 @@ from lens.edits.sink_dims import check_dims, phi
 from lens.models.loaded import LoadedModel
 from lens.passes.residual import layer_inputs
 from lens.sinks.detection.alphas import alpha_of
-from lens.traces.capturing import capture
+from lens.traces.captures import capture
 
 
 @dataclass(frozen=True, eq=False)

@@ -99,7 +99,7 @@ def mechanism(model: LoadedModel, prompts: Any, *, sources: Keys = "first") -> S
     Example:
         >>> lens.sinks.mechanism(model, texts).table().sort_values("alpha").tail()
     """
-    from lens.traces.capturing import capture
+    from lens.traces.captures import capture
 
     check_keys("sources", sources)
     if callable(sources) and not isinstance(sources, torch.Tensor):

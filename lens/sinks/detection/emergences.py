@@ -119,7 +119,7 @@ def emergence(
         >>> prompts = {"text": texts} | lens.sinks.control_prompts(model, texts)
         >>> lens.sinks.emergence(model, prompts).findings()
     """
-    from lens.traces.capturing import capture
+    from lens.traces.captures import capture
 
     if not conditions:
         raise LensError("emergence needs at least one kind of prompts: {'text': prompts}")

@@ -100,7 +100,7 @@ def _capture_one(
             raise LensError(
                 f"layer {record.layer} of {model.info.class_name} attends from {record.queries} to "
                 f"{record.keys} positions, layer 0 from {layers[0].queries} to {layers[0].keys}; a "
-                "trace holds one sequence: capture one tower, or use lens.capturing(model)"
+                "trace holds one sequence: capture one tower, or use lens.traces.capturing(model)"
             )
         writer.add_layer(
             record.layer, {name: tensor[0].numpy() for name, tensor in record.variables.items()}
