@@ -40,7 +40,7 @@ class Prompt:
 def read_prompts(
     model: LoadedModel, prompts: Any, *, with_images: bool = False
 ) -> tuple[list[Prompt], bool]:
-    """The prompts, and whether there was only one (so that one trace is returned).
+    """The prompts, and whether one prompt was passed and not a list or a batch, of one row or many.
 
     Args:
         model: the model that they are for.
@@ -62,12 +62,11 @@ def read_prompts(
     ):
         return [_from_processor(model, inputs) for inputs in prompts], False
     if isinstance(prompts, Mapping):
-        found = _from_mapping(model, prompts)
-        return found, len(found) == 1
+        return _from_mapping(model, prompts), _is_ids(prompts.get("input_ids"))
     if isinstance(prompts, str) or _is_ids(prompts):
         return [_from_one(model, prompts)], True
     if isinstance(prompts, torch.Tensor) and prompts.dim() == 2 and not prompts.is_floating_point():
-        return [_from_one(model, row) for row in prompts], len(prompts) == 1
+        return [_from_one(model, row) for row in prompts], False
     if isinstance(prompts, Sequence) and not isinstance(prompts, bytes):
         if not len(prompts):
             raise LensError("no prompts were given; pass a text, token ids, or a list of them")

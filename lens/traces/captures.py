@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack, overload
 
 import torch
 
@@ -24,6 +24,30 @@ LARGEST_MAPS = 4 << 30  # bytes of block maps of one layer
 _PACKAGES = ("torch", "transformers", "transformer-lens", "numpy", "xarray")
 
 
+class CaptureOptions(TypedDict, total=False):
+    """The options of `capture`, which its overloads share."""
+
+    block_size: int
+    statistics: str | Sequence[str]
+    keep_qk: bool
+    backend: str
+    out: str | Path | None
+    progress: bool
+    seed: int | None
+
+
+@overload
+def capture(
+    model: LoadedModel, prompts: str | Sequence[int], **options: Unpack[CaptureOptions]
+) -> AttentionTrace: ...
+@overload
+def capture(
+    model: LoadedModel,
+    prompts: list[str] | list[list[int]] | list[torch.Tensor],
+    **options: Unpack[CaptureOptions],
+) -> list[AttentionTrace]: ...
+@overload
+def capture(model: LoadedModel, prompts: Any, **options: Unpack[CaptureOptions]) -> Any: ...
 def capture(
     model: LoadedModel,
     prompts: Any,
@@ -40,11 +64,11 @@ def capture(
 
     Args:
         model: as `lens.load` returns it.
-        prompts: a text; token ids (a list of integers, a 1-D tensor); a list of these, or a 2-D
-            tensor; a tokenizer's or an image processor's output; one prompt of a vision-language
-            processor (text with images), or a list of these: the trace is that of the language
-            model, `lens.vision.trace_segments(trace)` says which tokens are the image. Each prompt
-            is run on its own, so padding is left out.
+        prompts: one prompt: a text, token ids (a list of integers, a 1-D tensor), a tokenizer's output
+            without a batch axis, or that of a vision-language processor (text with images: the trace is
+            that of the language model, `lens.vision.trace_segments(trace)` says which tokens are the
+            image). Or several: a list of these, a 2-D tensor, a tokenizer's or an image processor's
+            batch. Each prompt is run on its own, so padding is left out.
         block_size: positions per block of the maps.
         statistics: "all", or names of trace variables (docs/schema/trace.md).
         keep_qk: keep q and k too, for exact tiles; 2 × positions × head_dim numbers per head.
@@ -55,7 +79,7 @@ def capture(
         seed: that made the prompts, if any; only noted in the trace.
 
     Returns:
-        The trace; a list of traces for a list of prompts or a batch of more than one.
+        The trace of one prompt; a list of traces for a list or a batch, also for one of a single prompt.
 
     Raises:
         LensError: empty or too long prompts, a bad block size, or attention that capture does not

@@ -205,22 +205,17 @@ def test_every_form_of_a_prompt_gives_the_same_trace():
     ids = model.encode(text)
     expected = lens.capture(model, text).lse.values
     batch = model.tokenizer(text, return_tensors="pt")
-    single = (
-        ids,
-        torch.tensor(ids),
-        torch.tensor([ids]),
-        batch,
-        dict(batch),
-        model.tokenizer(text),
-    )
-    for prompt in single:
+    for prompt in (ids, torch.tensor(ids), model.tokenizer(text)):
         trace = lens.capture(model, prompt)
         assert isinstance(trace, lens.traces.AttentionTrace)
         assert np.array_equal(trace.lse.values, expected)
     for prompts in ([text, ids], [torch.tensor(ids)] * 2, torch.tensor([ids, ids])):
         traces = lens.capture(model, prompts)
         assert [np.array_equal(trace.lse.values, expected) for trace in traces] == [True, True]
-    assert isinstance(lens.capture(model, [text]), list)
+    for prompts in ([text], torch.tensor([ids]), batch, dict(batch)):  # a batch of one is a batch
+        traces = lens.capture(model, prompts)
+        assert isinstance(traces, list)
+        assert [np.array_equal(trace.lse.values, expected) for trace in traces] == [True]
 
 
 def test_padding_is_left_out():

@@ -104,7 +104,11 @@ def dims_agreement(
     with layer_inputs(model, take):
         trace = capture(model, inputs, statistics=["received"], progress=False)
     if isinstance(trace, list):
-        raise LensError(f"dims_agreement reads one prompt, got {len(trace)}; pass them one by one")
+        if len(trace) != 1:
+            raise LensError(
+                f"dims_agreement reads one prompt, got {len(trace)}; pass them one by one"
+            )
+        trace = trace[0]
     alpha = alpha_of(trace)
     counted = ~np.isnan(alpha).any((0, 1))
     mean = alpha[..., counted].mean(1)  # [layers, tokens]
