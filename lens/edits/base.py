@@ -51,9 +51,12 @@ class AttentionEdit(ABC):
             as they are.
         edited_rows: rows (queries of a head) whose sources lost or gained something.
         skipped_rows: rows with nowhere to put the mass; they were left as they are.
+        word: what it is called in messages.
         mass_before, mass_after: mean mass of the sources over the rows that the edit looked at, before
             and after, so far; NaN while there is none.
     """
+
+    word = "an edit"
 
     def __init__(self, heads: torch.Tensor, backend: str) -> None:
         self.calls = self.empty_calls = self.edited_rows = self.skipped_rows = self.steps = 0
@@ -80,13 +83,21 @@ class AttentionEdit(ABC):
         """See the class."""
         return float(self._masses[2] / self._masses[0])
 
+    @property
+    def heads(self) -> torch.Tensor:
+        """bool [layers, heads] of the model: those that are edited."""
+        return self._heads
+
     def on_layer(self, call: LayerCall) -> torch.Tensor:
         """See `lens.passes.sessions.listening`."""
-        self.steps = call.step + 1
-        at = self._keys_at(call)
-        heads = self._heads[call.layer].to(call.query.device)
-        output = self._edit(call, at, heads) if bool(heads.any()) else None
+        output = self.edited(call, self.keys_at(call))
         return attend(call, backend=self._backend).output if output is None else output
+
+    def edited(self, call: LayerCall, at: KeysAt) -> torch.Tensor | None:
+        """The output of a call, or None where there is nothing to edit."""
+        self.steps = call.step + 1
+        heads = self._heads[call.layer].to(call.query.device)
+        return self._edit(call, at, heads) if bool(heads.any()) else None
 
     def _count(
         self, before: torch.Tensor, after: torch.Tensor, skipped: torch.Tensor, rows: torch.Tensor
@@ -106,7 +117,7 @@ class AttentionEdit(ABC):
         sums += [torch.where(rows, mass, 0).sum(dtype=torch.float64) for mass in (before, after)]
         self._masses += torch.stack(sums).cpu()
 
-    def _keys_at(self, call: LayerCall) -> KeysAt:
+    def keys_at(self, call: LayerCall) -> KeysAt:
         """Where each key stands in its prompt, also when a window has dropped older ones."""
         batch, _, queries, _ = call.query.shape
         layer, keys = call.layer, call.key.shape[2]

@@ -240,7 +240,7 @@ def side_effect_line(
     """One measure of held-out text over the amount of an edit, with its 95 % interval.
 
     Args:
-        table: of `lens.edits.SideEffects`.
+        table: of `lens.edits.side_effects`.
         measure: "delta_loss", "kl" or "flip_rate".
 
     Raises:

@@ -98,6 +98,77 @@ class LoadedModel:
         tokens = self.tokenizer.convert_ids_to_tokens([int(index) for index in ids])
         return [_readable(self.tokenizer, token) for token in tokens]
 
+    @torch.no_grad()
+    def logits(self, prompts: Any) -> Any:
+        """Logits [tokens, vocab] of a prompt (a text, or token ids); a list of them for a list of prompts.
+
+        Raises:
+            LensError: no tokenizer for a text, or a model without logits.
+
+        Example:
+            >>> model.logits("It was the best").shape[1] == model.info.vocab
+            True
+        """
+        return self._each(prompts, self._logits)
+
+    @torch.no_grad()
+    def hidden_states(self, prompts: Any) -> Any:
+        """[layers + 1, tokens, width] of a prompt: what enters layer 0, then after each layer; a list for a list.
+
+        As transformers returns it: after the last layer most models normalise it.
+
+        Raises:
+            LensError: no tokenizer for a text, or a model that returns none.
+
+        Example:
+            >>> len(model.hidden_states("It was the best")) == model.info.layers + 1
+            True
+        """
+        return self._each(prompts, self._hidden_states)
+
+    @torch.no_grad()
+    def generate(self, prompt: Any, **options: Any) -> torch.Tensor:
+        """Token ids [1, tokens] of a prompt (a text, or token ids) and what the model writes after it.
+
+        Args:
+            prompt: one.
+            options: of `transformers`' `generate`, such as `max_new_tokens=20`; nothing is sampled unless
+                `do_sample=True`.
+
+        Raises:
+            LensError: no tokenizer for a text.
+
+        Example:
+            >>> model.generate("It was the best", max_new_tokens=5)
+        """
+        if not self.is_bridge:
+            options = {"do_sample": False, "pad_token_id": self.bos_id or 0} | options
+        return self.model.generate(self._ids(prompt), **options)
+
+    def _each(self, prompts: Any, run: Any) -> Any:
+        one = isinstance(prompts, str) or (isinstance(prompts, torch.Tensor) and prompts.dim() == 1)
+        one = one or (len(prompts) > 0 and isinstance(prompts[0], int))
+        return run(prompts) if one else [run(prompt) for prompt in prompts]
+
+    def _ids(self, prompt: Any) -> torch.Tensor:
+        ids = self.encode(prompt) if isinstance(prompt, str) else prompt
+        return torch.as_tensor(ids, device=self.device).reshape(1, -1)
+
+    def _logits(self, prompt: Any) -> torch.Tensor:
+        result = self.model(self._ids(prompt))
+        logits = result if isinstance(result, torch.Tensor) else getattr(result, "logits", None)
+        if not isinstance(logits, torch.Tensor) or logits.dim() != 3:
+            raise LensError(f"{self.info.class_name} returns no logits [prompts, tokens, vocab]")
+        return logits[0]
+
+    def _hidden_states(self, prompt: Any) -> torch.Tensor:
+        if self.is_bridge:
+            raise LensError(
+                "a TransformerBridge returns no hidden states; use run_with_cache, or load its model"
+            )
+        found = self.model(self._ids(prompt), output_hidden_states=True).hidden_states
+        return torch.stack([states[0] for states in found])
+
     def describe(self) -> dict[str, Any]:
         """The `model` entry of `run.json` (docs/schema/run-folder.md)."""
         info = self.info

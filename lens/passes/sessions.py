@@ -64,7 +64,7 @@ class Session:
         if self._exclusive and current_listener() is not self:
             raise LensError(
                 "the attention of this pass would not be edited: something inside the block "
-                "(lens.capture, lens.traces.capturing, another lens.redistribute) takes its place; run it "
+                "(lens.capture, lens.traces.capturing, another lens.edit) takes its place; run it "
                 "outside"
             )
         if self._depth > 1:

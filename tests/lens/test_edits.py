@@ -1,0 +1,407 @@
+"""`lens.edit`: equal to a twin on whole probabilities, one edit or several in order, at every step."""
+
+import dataclasses
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import lens
+from lens import edits
+from lens.common.errors import LensError
+from lens.edits.running import Together
+from tests.lens.architectures import build
+from tests.lens.naive import rms_ratio
+from tests.lens.test_redistribution import call_of, visible
+
+SIZES = SimpleNamespace(info=SimpleNamespace(layers=1, heads=6))
+
+
+def run(call, *several):
+    """Output [batch, heads, queries, dim] and counters."""
+    started = [one.start(SIZES, "auto").attention for one in several]
+    return Together(started, "auto").on_layer(call), started
+
+
+def is_in(keys, count):
+    return np.isin(np.arange(count), [0] if keys == "first" else keys)
+
+
+def twin(call, *several):
+    """Output [batch, heads, queries, dim] in float64: each edit on the whole P that the last one left.
+
+    `gone` is what a row gives to no key: learned sinks, and what was dropped.
+    """
+    q, k, v = (x.double().numpy() for x in (call.query, call.key, call.value))
+    share = q.shape[1] // k.shape[1]
+    k, v = k.repeat(share, 1), v.repeat(share, 1)
+    queries, keys = q.shape[2], k.shape[2]
+    s = call.scale * q @ k.swapaxes(-1, -2)
+    seen = visible(queries, keys, call.mask.causal, call.mask.window)
+    s[..., ~seen] = -np.inf
+    weight = np.exp(s)
+    model_sink = 0 if call.sink_logits is None else np.exp(call.sink_logits.numpy())[:, None, None]
+    total = weight.sum(-1, keepdims=True) + model_sink
+    p, gone = weight / total, model_sink / total
+    values = np.broadcast_to(v[:, :, None], (*p.shape, v.shape[-1])).copy()
+    for one in several:
+        a = one.amount
+        mine = np.zeros(6, bool)
+        for head in range(6) if one.heads is None else one.heads:
+            mine[head if isinstance(head, int) else int(head[3:])] = True
+        rows = np.ones(queries, bool)
+        if hasattr(one, "queries"):
+            rows = is_in(one.queries, keys)[-queries:]
+        active = mine[:, None, None] & rows[:, None]
+        source = is_in(one.keys, keys) if hasattr(one, "keys") else np.ones(keys, bool)
+        held = (p * source).sum(-1, keepdims=True)
+        other = (p * ~source).sum(-1, keepdims=True)
+        new, left, nv = p.copy(), gone * np.ones_like(held), values.copy()
+        match one:
+            case edits.Mask() | edits.Knockout() | edits.Bias():
+                factor = math.exp(a) if isinstance(one, edits.Bias) else 1 - a
+                if factor == 0:
+                    active = active & ~((held > 0) & (other < 1e-8))
+                new = np.where(source, p * factor, p)
+                norm = new.sum(-1, keepdims=True) + left
+                new, left = new / np.where(norm == 0, 1, norm), left / np.where(norm == 0, 1, norm)
+            case edits.Drop():
+                new, left = np.where(source, p * (1 - a), p), left + a * held
+            case edits.Move():
+                target = ~source if one.to is None else is_in(one.to, keys)
+                takes = (p * target).sum(-1, keepdims=True)
+                active = active & (takes >= 1e-8)
+                gain = 1 + a * held / np.where(takes < 1e-8, 1, takes)
+                new = np.where(source, p * (1 - a), np.where(target, p * gain, p))
+            case edits.LearnedSink():
+                z = (
+                    1 / p.max(-1, keepdims=True) * weight.max(-1, keepdims=True)
+                )  # of one edit alone
+                new, left = p / (1 + a / z), (left + a / z) / (1 + a / z)
+            case edits.Force():
+                w = (
+                    p * source / np.maximum(held, 1e-300)
+                    if one.split == "own"
+                    else source / source.sum() + 0 * p
+                )
+                new, left = (1 - a) * p + a * w, (1 - a) * left
+            case edits.Value():
+                mean = np.zeros_like(values)
+                for i in range(queries):
+                    fine = seen[i] & ~source
+                    if one.baseline == "mean" and not fine.any():
+                        mean[:, :, i] = values[:, :, i]
+                    elif one.baseline == "mean":
+                        mean[:, :, i] = v[:, :, fine].mean(2)[:, :, None]
+                nv = np.where(source[:, None], (1 - a) * values + a * mean, values)
+        p, gone = np.where(active, new, p), np.where(active, left, gone)
+        values = np.where(active[..., None], nv, values)
+    return np.einsum("bhqk,bhqkd->bhqd", p, values)
+
+
+HEADS = [(0, 0), (0, 1), (0, 3), (0, 5)]
+SINGLE = [
+    edits.Mask([0, 7], 0.3),
+    edits.Mask([0, 7, 23]),
+    edits.Drop([0, 7, 23], 0.4),
+    edits.Drop([0, 7]),
+    edits.Bias([0, 23], -4.6),
+    edits.Bias([7], 1.3),
+    edits.Bias([0], -math.inf),
+    edits.Move([0, 7], [5, 19], 0.6),
+    edits.Move("first", None, 0.7),
+    edits.LearnedSink(7.5),
+    edits.Value([0, 7]),
+    edits.Knockout([33, 36], [0, 7, 30]),
+    edits.Force([34, 36], [0, 7, 30], 0.4),
+    edits.Force([34, 36], [0, 7, 30], split="own"),
+]
+SHAPES = [{}, {"kv_heads": 6}, {"causal": False}, {"window": 13}, {"queries": 5}, {"sinks": True}]
+
+
+def placed(one, heads=HEADS):
+    return dataclasses.replace(one, heads=[f"L{layer}H{head}" for layer, head in heads])
+
+
+@pytest.mark.parametrize(
+    ("one", "shape"),
+    [
+        (one, shape)
+        for one in SINGLE
+        for shape in SHAPES
+        if not (isinstance(one, edits.Force) and "window" in shape)  # refused: keys out of sight
+    ],
+    ids=str,
+)
+def test_every_edit_equals_its_twin_on_whole_probabilities(one, shape):
+    call, one = call_of(**shape), placed(one)
+    output, (done,) = run(call, one)
+    assert rms_ratio(output, twin(call, one)) < 1e-5
+    plain = twin(call)
+    rows = slice(None) if not hasattr(one, "queries") else slice(-5, None)
+    chosen = [head for _, head in HEADS]
+    assert rms_ratio(output[:, chosen, rows], plain[:, chosen, rows]) > 1e-3
+    assert done.calls == 1
+
+
+@pytest.mark.parametrize("shape", [{}, {"window": 13}, {"queries": 5}], ids=str)
+def test_a_value_becomes_the_mean_of_the_others_that_the_row_sees(shape):
+    call, one = call_of(**shape), edits.Value([0, 7, 30], "mean", 0.8, heads=["L0H1", "L0H2"])
+    output, _ = run(call, one)
+    assert rms_ratio(output, twin(call, one)) < 1e-5
+    assert rms_ratio(output[:, 1], twin(call)[:, 1]) > 1e-3
+
+
+ORDERS = [
+    (edits.Drop([0, 7], 0.6), edits.Mask([0, 23], 0.5)),
+    (edits.Mask([0, 23], 0.5), edits.Drop([0, 7], 0.6)),
+    (edits.LearnedSink(3.0), edits.Mask([0, 7]), edits.Move([1, 2], [5, 19], 0.5)),
+    (edits.Move("first", [5, 19]), edits.Move([5], [20], 0.5), edits.Bias([20, 21], 1.0)),
+    (edits.Value([0, 5]), edits.Move("first", None, 0.9), edits.Drop([5], 0.3)),
+    (edits.Force([34, 35], [0, 7, 30], 0.5), edits.Mask([7]), edits.Value([30, 12])),
+    (edits.Knockout([36], [0, 3]), edits.Force([35, 36], [3, 7], 0.4, split="own")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", [{}, {"queries": 5}, {"sinks": True}], ids=str)
+@pytest.mark.parametrize(
+    "several", ORDERS, ids=lambda some: "-".join(type(one).__name__ for one in some)
+)
+def test_several_edits_act_one_after_another_on_what_the_last_one_left(several, shape):
+    """The second on fewer heads than the first: each head has its own sequence."""
+    call = call_of(**shape)
+    several = [placed(one, HEADS[number:]) for number, one in enumerate(several)]
+    output, done = run(call, *several)
+    assert rms_ratio(output, twin(call, *several)) < 1e-5
+    back = (
+        twin(call, *several[::-1]) if not isinstance(several[0], edits.LearnedSink) else twin(call)
+    )
+    assert rms_ratio(output, back) > 1e-4
+    assert [one.calls for one in done] == [1] * len(several)
+
+
+def test_the_order_of_drop_and_mask_matters_and_masks_among_themselves_do_not():
+    call = call_of()
+    one, other = edits.Mask([0], 0.5), edits.Mask([0, 7], 0.4)
+    assert rms_ratio(run(call, one, other)[0], run(call, other, one)[0]) < 1e-6
+    joint = run(call, edits.Mask([0], 0.7), edits.Mask([7], 0.4))[0]
+    assert rms_ratio(run(call, one, other)[0], joint) < 1e-6
+    drop = edits.Drop([0], 0.5)
+    assert rms_ratio(run(call, drop, other)[0], run(call, other, drop)[0]) > 1e-3
+
+
+def test_edits_of_different_heads_leave_each_other_and_the_rest_alone():
+    call = call_of()
+    mask, sink = edits.Mask("first", heads=["L0H1"]), edits.LearnedSink(2.0, heads=["L0H4"])
+    both, _ = run(call, mask, sink)
+    plain, _ = run(call, edits.Mask([], heads=["L0H1"]))
+    assert torch.equal(both[:, 1], run(call, mask)[0][:, 1])
+    assert torch.equal(both[:, 4], run(call, sink)[0][:, 4])
+    assert torch.equal(both[:, [0, 2, 3, 5]], plain[:, [0, 2, 3, 5]])
+    assert not torch.equal(both[:, [1, 4]], plain[:, [1, 4]])
+
+
+def test_masses_and_rows_are_counted_per_edit():
+    call = call_of(kv_heads=6)
+    _, (drop, move) = run(call, edits.Drop("first", 0.5), edits.Move("first", [5], 0.25))
+    scores = call.scale * call.query @ call.key.transpose(-1, -2)
+    hidden = ~torch.from_numpy(visible(37, 37, True, None))
+    sink = scores.masked_fill(hidden, -math.inf).softmax(-1)[..., 0]
+    assert drop.mass_before == pytest.approx(float(sink.mean()), rel=1e-5)
+    assert drop.mass_after == pytest.approx(float(sink.mean()) / 2, rel=1e-5)
+    assert move.mass_before == pytest.approx(float(sink.mean()) / 2, rel=1e-5)
+    assert (move.skipped_rows, move.edited_rows) == (2 * 6 * 5, 2 * 6 * 32)
+    assert (drop.skipped_rows, drop.edited_rows) == (0, 2 * 6 * 37)
+
+
+@pytest.mark.parametrize(
+    "one", [edits.Mask(range(37)), edits.Move(range(37), [99]), edits.Bias(range(37), -math.inf)], ids=str
+)  # fmt: skip
+def test_rows_with_nowhere_to_put_the_mass_stay_and_are_counted(one):
+    call = call_of()
+    plain, (none,) = run(call, edits.Mask([]))
+    output, (done,) = run(call, one)
+    assert torch.equal(output, plain)
+    assert (done.skipped_rows, done.edited_rows) == (2 * 6 * 37, 0)
+    assert (none.empty_calls, none.calls) == (1, 0)
+    assert math.isnan(none.mass_before)
+
+
+def test_a_planted_sink_in_bfloat16_is_edited_without_loss():
+    """Mass 0.9 to 0.9999 on key 0: masked, the row is the mean of the other values."""
+    for mass in (0.9, 0.99, 0.9999):
+        value = torch.randn(1, 6, 64, 16, generator=torch.Generator().manual_seed(1))
+        key, query = torch.zeros(1, 6, 64, 16), torch.zeros(1, 6, 1, 16)
+        key[..., 0, 0] = math.log(mass / (1 - mass) * 63)
+        query[..., 0] = 1
+        call = dataclasses.replace(
+            call_of(), query=query.bfloat16(), key=key.bfloat16(), value=value.bfloat16(), scale=1.0
+        )
+        expected = call.value[:, :, 1:].float().mean(2)
+        assert rms_ratio(run(call, edits.Mask("first"))[0][:, :, 0].float(), expected) < 3e-3
+
+
+# --- in models ------------------------------------------------------------------------------------
+
+
+def loaded(architecture="llama"):
+    ids = torch.randint(3, 97, (1, 29), generator=torch.Generator().manual_seed(5))
+    return lens.load(build(architecture)), ids
+
+
+def logits(model, ids, *several):
+    with torch.no_grad(), lens.edit(model, *several) as done:
+        return model.model(input_ids=ids).logits, done
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma2", "gpt_oss"])
+def test_each_decoding_step_is_edited_as_the_whole_sequence_is(architecture):
+    model, ids = loaded(architecture)
+    several = [
+        edits.Move([0, 4, 21], [2, 24, 25], 0.8),
+        edits.Drop([2, 20], 0.5, heads=["L0H1", "L1H0"]),
+        edits.Knockout([22, 23, 26], [21], layers=[1]),
+        edits.Value([3, 20], "mean"),
+    ]
+    whole, _ = logits(model, ids, *several)
+    with torch.no_grad(), lens.edit(model, *several) as done:
+        first = model.model(input_ids=ids[:, :19], use_cache=True)
+        rows, cache = [first.logits], first.past_key_values
+        for place in range(19, 29):
+            token = ids[:, place : place + 1]
+            step = model.model(input_ids=token, past_key_values=cache, use_cache=True)
+            rows.append(step.logits)
+    assert [one.steps for one in done] == [11] * 4
+    assert rms_ratio(torch.cat(rows, 1), whole) < 1e-5
+
+
+def test_masking_the_first_key_is_what_the_model_does_with_a_mask():
+    """transformers itself, with key 0 hidden from all rows but its own; from two rows only."""
+    model, ids = loaded()
+    allowed = torch.ones(1, 1, 29, 29, dtype=torch.bool).tril()
+    few = allowed.clone()
+    allowed[..., 1:, 0] = False
+    few[..., [7, 20], 0] = False
+    with torch.no_grad():
+        hidden = model.model(input_ids=ids, attention_mask=allowed).logits
+        cut = model.model(input_ids=ids, attention_mask=few).logits
+    for keys in ("first", [0], torch.arange(29) == 0, lambda at: at.positions == 0):
+        found, (done,) = logits(model, ids, edits.Mask(keys))
+        assert rms_ratio(found, hidden) < 1e-5
+        assert done.skipped_rows == 3 * 6  # the first query of each head
+    assert rms_ratio(logits(model, ids, edits.Knockout([7, 20], "first"))[0], cut) < 1e-5
+    assert rms_ratio(hidden, cut) > 1e-3
+
+
+def test_nothing_to_do_keeps_the_bits_of_the_captured_model():
+    model, ids = loaded()
+    with torch.no_grad(), lens.traces.capturing(model, statistics=()):
+        captured = model.model(input_ids=ids).logits
+    for several in ((), (edits.Mask(amount=0), edits.Move("first", amount=0)), (edits.Drop([]),)):
+        found, done = logits(model, ids, *several)
+        assert torch.equal(found, captured)
+        assert all(one.calls == 0 for one in done)
+    assert not torch.equal(logits(model, ids, edits.Mask("first", 0.1))[0], captured)
+
+
+def test_an_edited_model_gives_logits_hidden_states_and_texts():
+    model = lens.load("text-lm-3l")
+    text = "It was the best of times, it was the worst of"
+    ids = model.encode(text)
+    mask = edits.Mask("first", layers=[1])
+    plain, states = model.logits(text), model.hidden_states(text)
+    with torch.no_grad():
+        own = model.model(torch.tensor([ids]), output_hidden_states=True)
+    assert torch.equal(plain, own.logits[0])
+    assert torch.equal(states, torch.stack(own.hidden_states)[:, 0])
+    assert [len(one) for one in model.logits([text, ids[:5]])] == [len(ids), 5]
+    with lens.edit(model, mask) as (done,):
+        edited, changed = model.logits(text), model.hidden_states(text)
+        made = model.generate(text, max_new_tokens=6)
+        assert (done.steps, done.calls) == (8, 8)
+    assert made.shape == (1, len(ids) + 6)
+    assert rms_ratio(edited, plain) > 1e-3
+    assert rms_ratio(changed[1], states[1]) < 1e-5 < 1e-3 < rms_ratio(changed[2], states[2])
+    assert torch.equal(model.logits(text), plain)
+
+
+def test_a_capture_inside_is_refused_because_it_would_show_the_attention_unedited():
+    model, ids = loaded()
+    with torch.no_grad(), lens.edit(model, edits.Mask([0])) as (done,):
+        with pytest.raises(LensError, match=r"would not be edited: something inside the block"):
+            lens.capture(model, [3, 4, 5, 6])
+        steps = done.steps
+        model.model(input_ids=ids)  # the block goes on as before
+        assert (done.steps - steps, done.calls) == (1, 3)
+
+
+# --- refusals -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: edits.Mask("bos"), "keys by name can only be 'first', got 'bos'"),
+        (lambda: edits.Mask([-1]), "keys must be 'first', positions from 0"),
+        (lambda: edits.Mask(torch.ones(1, 29) > 0), r"as a mask must be .positions., got \[1, 29\]"),
+        (lambda: edits.Mask(amount=1.5), "amount of Mask is a fraction 0..1, got 1.5"),
+        (lambda: edits.Drop(amount="all"), "amount of Drop must be a number, got 'all'"),
+        (lambda: edits.Bias([0], math.inf), "amount of Bias .* cannot be .inf"),
+        (lambda: edits.LearnedSink(-1), "is exp.its logit., 0 or more, got -1"),
+        (lambda: edits.Move([0], "bos"), "to by name can only be 'first'"),
+        (lambda: edits.Value([0], "median"), "baseline of Value must be one of 'zero', 'mean'"),
+        (lambda: edits.Force([0], [0], split="half"), "split of Force must be one of 'equal', 'own'"),
+        (lambda: edits.Knockout(["a"], [0]), "queries must be 'first', positions"),
+        (lambda: edits.Mask(heads=["L0H0"], layers=[0]), "give layers or heads, not both"),
+        (lambda: edits.Mask(heads="L0H0"), r"must be a list of heads, got 'L0H0'; write \['L0H0'\]"),
+        (lambda: edits.Mask(layers=1), r"layers must be a list of numbers, got 1; write \[1\]"),
+    ],
+)  # fmt: skip
+def test_an_edit_that_makes_no_sense_cannot_be_made(make, match):
+    with pytest.raises(LensError, match=match):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("one", "match"),
+    [
+        (edits.Mask(layers=[3]), "layers must be numbers 0 to 2, got 3"),
+        (edits.Mask(heads=["L0H6"]), "there is no L0H6"),
+        (edits.Move([2, 3], [3, 4]), "keys and to must differ; both hold the positions .3."),
+        (edits.Mask(lambda at: [0]), "must return a bool tensor .1, 29. or .29., got list"),
+        (edits.Force([2], [5]), "layer 0 does not see all of the keys from the query"),
+        ("mask", r"lens.edit takes edits such as lens.edits.Mask\('first'\), got str"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_an_edit_that_does_not_fit_the_model_is_refused(one, match):
+    model, ids = loaded()
+    with pytest.raises(LensError, match=match):
+        logits(model, ids, one)
+
+
+def test_keys_in_any_form_are_the_same_edit():
+    mask = torch.zeros(9, dtype=torch.bool)
+    mask[[2, 5]] = True
+    forms = [
+        edits.Mask([2, 5]),
+        edits.Mask(range(2, 6, 3)),
+        edits.Mask(mask),
+        edits.Mask(torch.tensor([2, 5])),
+    ]
+    assert len({*forms}) == 1
+    assert forms[0].keys == (2, 5)
+
+
+def test_a_cache_from_outside_is_refused_where_a_window_may_have_cut_it():
+    model, ids = loaded("mistral")
+    with torch.no_grad(), lens.traces.capturing(model, statistics=()):
+        cache = model.model(input_ids=ids, use_cache=True).past_key_values
+    with (
+        pytest.raises(LensError, match="layer 0 has a window and a cache that began outside"),
+        torch.no_grad(),
+        lens.edit(model, edits.Mask([0])),
+    ):
+        model.model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True)
