@@ -53,6 +53,11 @@ def head_grid(
     """One metric of every head: layers down, heads across.
 
     Signed values get a scale centred at 0. Heads that were not scored stay blank.
+
+    Example:
+        >>> from lens.traces.profiles import prompt_table
+        >>> lens.figures.head_grid(prompt_table(trace, "text"), "sink_rate").layout.title.text
+        'Sink rate (probability): highest at L1H0, 1'
     """
     rows = select(table, metric, variant)
     grid, low, high = (
@@ -124,6 +129,12 @@ def head_scatter(
     """Every head as a point: two metrics as axes, a third as colour (the layer if None).
 
     `variant` holds for the metrics that have it.
+
+    Example:
+        >>> from lens.traces.profiles import prompt_table
+        >>> figure = lens.figures.head_scatter(prompt_table(trace, "text"), "entropy", "distance")
+        >>> len(figure.data[0].x)  # 3 layers of 6 heads
+        18
     """
     names = [name for name in (x, y, color) if name is not None]
     used = {
@@ -173,7 +184,14 @@ def head_scatter(
 def metric_by_layer(
     table: pd.DataFrame, metric: str, variant: str = "raw", **look: Unpack[Look]
 ) -> go.Figure:
-    """One metric over the layers: every head a point, the mean a line."""
+    """One metric over the layers: every head a point, the mean a line.
+
+    Example:
+        >>> from lens.traces.profiles import prompt_table
+        >>> figure = lens.figures.metric_by_layer(prompt_table(trace, "text"), "entropy")
+        >>> [line.name for line in figure.data]
+        ['head', 'mean of the layer']
+    """
     rows = select(table, metric, variant)
     layers = sorted(set(rows["layer"]))
     means = [

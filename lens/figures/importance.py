@@ -19,7 +19,13 @@ if TYPE_CHECKING:
 
 @draws("HeadScores")
 def importance_grid(scores: HeadScores, **look: Unpack[Look]) -> go.Figure:
-    """Importance of every head: layers down, heads across; red = the task goes worse without it."""
+    """Importance of every head: layers down, heads across; red = the task goes worse without it.
+
+    Example:
+        >>> scores = lens.heads.importance(model, task, by="ablation")
+        >>> lens.figures.importance_grid(scores).layout.title.text
+        'Ablation (mean) on induction: most at L0H0, 5.09 (loss)'
+    """
     text = [
         [
             "" if np.isnan(error) else f" ± {error:.2g} (standard error, {scores.n} prompts)"

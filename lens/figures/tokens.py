@@ -32,6 +32,10 @@ def token_strip(
 
     Raises:
         LensError: no such query, or exact probabilities cannot be had.
+
+    Example:
+        >>> lens.figures.token_strip(trace, 1, 0).layout.title.text
+        'L1H0: attention that each token receives'
     """
     name = f"L{layer}H{head}"
     if query is None:

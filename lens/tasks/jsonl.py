@@ -34,9 +34,16 @@ def from_jsonl(model: LoadedModel, path: str | Path, *, name: str | None = None)
         LensError: a line that is no such object, corrupt prompts in some lines only, or no prompt
             left.
 
-    Example:
+    A line of the file:
         {"clean": "The cat and the dog sat; the cat ran to the",
          "corrupt": "The cat and the dog sat; the dog ran to the", "correct": " dog", "wrong": " cat"}
+
+    Example:
+        >>> from pathlib import Path
+        >>> line = '{"clean": [47, 78, 322], "correct": 408, "wrong": 78}'
+        >>> _ = Path("mine.jsonl").write_text(line)
+        >>> lens.tasks.from_jsonl(model, "mine.jsonl")
+        Task(mine: 1 prompts of 3 tokens...
     """
     path = Path(path)
     found: list[dict[str, Any]] = []

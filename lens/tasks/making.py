@@ -31,6 +31,11 @@ def induction(
 
     Raises:
         LensError: no prompts, or a length that does not fit the model.
+
+    Example:
+        >>> task = lens.tasks.induction(small, n=8, metric="accuracy")
+        >>> float(task.evaluate(small).mean())
+        1.0
     """
     _positive("n", n)
     if length < 2:
@@ -64,6 +69,10 @@ def language_modelling(
 
     Raises:
         LensError: no whole window, windows of differing lengths, or no length to cut to.
+
+    Example:
+        >>> lens.tasks.language_modelling(model, lens.tasks.text("lily"), length=32, n=4)
+        Task(language modelling: 4 prompts of 32 tokens, without corrupt ones; loss, less is better)
     """
     if isinstance(texts, str):
         texts = [texts]

@@ -48,6 +48,10 @@ def text(name: str) -> str:
 
     Raises:
         LensError: no such text.
+
+    Example:
+        >>> lens.tasks.text("lily")[:17]
+        'Once upon a time,'
     """
     if name not in TEXTS:
         raise LensError(f"unknown text {name!r}; known: {', '.join(TEXTS)}")
@@ -61,6 +65,10 @@ def take(model: "LoadedModel", text: str, tokens: int) -> list[int]:
 
     Raises:
         LensError: the text has fewer tokens, or `tokens` is no positive number that the model takes.
+
+    Example:
+        >>> lens.tasks.take(model, lens.tasks.text("lily"), 5)
+        [0, 47, 78, 322, 408]
     """
     context = model.info.context
     if tokens < 1 or (context is not None and tokens > context):
@@ -82,6 +90,11 @@ def copied(model: "LoadedModel", length: int, seed: int = 0) -> list[int]:
 
     Raises:
         LensError: the model has no vocabulary, or the prompt would be longer than it takes.
+
+    Example:
+        >>> ids = lens.tasks.copied(small, 3)
+        >>> len(ids), ids[-3:] == ids[-6:-3]  # this model has a BOS
+        (7, True)
     """
     import torch
 
@@ -108,6 +121,11 @@ def token_losses(model: "LoadedModel", tokens: Sequence[int]) -> "torch.Tensor":
 
     Raises:
         LensError: the model predicts no next token, or the tokens do not fit it.
+
+    Example:
+        >>> ids = lens.tasks.take(model, lens.tasks.text("lily"), 24)
+        >>> lens.tasks.token_losses(model, ids).shape
+        torch.Size([23])
     """
     import torch
 
@@ -143,7 +161,12 @@ def token_losses(model: "LoadedModel", tokens: Sequence[int]) -> "torch.Tensor":
 
 
 def loss(model: "LoadedModel", tokens: Sequence[int]) -> float:
-    """Mean next-token cross-entropy in nats; errors as in `token_losses`."""
+    """Mean next-token cross-entropy in nats; errors as in `token_losses`.
+
+    Example:
+        >>> round(lens.tasks.loss(model, lens.tasks.take(model, lens.tasks.text("lily"), 24)), 1)
+        2.9
+    """
     return float(token_losses(model, tokens).mean())
 
 

@@ -141,6 +141,12 @@ def findings(table: pd.DataFrame, *, most: int = 6) -> list[Finding]:
 
     Returns:
         One finding per kind that was scored, those that found heads first.
+
+    Example:
+        >>> from lens.traces.profiles import prompt_table
+        >>> first = lens.traces.findings(prompt_table(trace, "text"))[0]
+        >>> first.kind, len(first.heads)
+        ('sink', 6)
     """
     made = [finding for rule in _RULES if (finding := _apply(rule, table, most)) is not None]
     return sorted(made, key=lambda finding: not finding.found)

@@ -53,6 +53,11 @@ def from_attentions(
     Raises:
         LensError: not probabilities (NaN, negative, rows that do not sum to 1), shapes that do not
             fit, a batch without a row, or attention outside of the windows.
+
+    Example:
+        >>> layers = [torch.eye(3).expand(1, 2, 3, 3)] * 4  # in place of `outputs.attentions`
+        >>> lens.runs.from_attentions(layers, tokens=["a", "b", "c"])
+        <AttentionTrace of imported: 3 tokens, 4 layers × 2 heads...
     """
     if isinstance(attentions, (str, bytes)) or not isinstance(attentions, Sequence):
         raise LensError(
@@ -133,6 +138,11 @@ def from_transformer_lens(
 
     Raises:
         LensError: no patterns, a layer that is missing, and as `from_attentions`.
+
+    Example:
+        >>> cache = {"blocks.0.attn.hook_pattern": torch.eye(3).expand(1, 2, 3, 3)}
+        >>> lens.runs.from_transformer_lens(cache, tokens=["a", "b", "c"])
+        <AttentionTrace of imported: 3 tokens, 1 layers × 2 heads...
     """
     if not isinstance(cache, Mapping) and not hasattr(cache, "keys"):
         raise LensError(

@@ -58,6 +58,10 @@ def to_headvis(
     Raises:
         LensError: no traces, of differing models, a folder that exists, heads without exact tiles, or
             limits that keep nothing.
+
+    Example:
+        >>> lens.runs.to_headvis(traces, "headvis", dataset="two beginnings").is_dir()
+        True
     """
     from lens.traces.profiles import profile
 

@@ -24,6 +24,10 @@ def to_csv(result: pd.DataFrame | HasTable, path: str | Path) -> Path:
 
     Raises:
         LensError: neither a table nor a result with one, or no rows.
+
+    Example:
+        >>> lens.runs.to_csv(lens.profile(traces), "heads.csv").name
+        'heads.csv'
     """
     path = Path(path)
     write_text(path, _table(result).to_csv(index=False, lineterminator="\n"))
@@ -35,6 +39,12 @@ def to_parquet(result: pd.DataFrame | HasTable, path: str | Path) -> Path:
 
     Raises:
         LensError: neither a table nor a result with one, or no rows.
+
+    Example:
+        >>> import pandas
+        >>> path = lens.runs.to_parquet(lens.profile(traces), "heads.parquet")
+        >>> pandas.read_parquet(path).equals(lens.profile(traces))
+        True
     """
     path = Path(path)
     table = _table(result)
