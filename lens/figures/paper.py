@@ -42,6 +42,11 @@ def for_paper(
 
     Raises:
         LensError: another width, or a ratio or size that is not positive.
+
+    Example:
+        >>> figure = lens.figures.for_paper(lens.figures.row_entropy(trace, 1, 0), title=False)
+        >>> figure.layout.width / 96
+        3.25
     """
     if width not in WIDTHS:
         raise LensError(f"width must be {' or '.join(WIDTHS)}, got {width!r}")

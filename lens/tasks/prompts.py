@@ -124,7 +124,7 @@ def token_losses(model: "LoadedModel", tokens: Sequence[int]) -> "torch.Tensor":
 
     Example:
         >>> ids = lens.tasks.take(model, lens.tasks.text("lily"), 24)
-        >>> lens.tasks.token_losses(model, ids).shape
+        >>> token_losses(model, ids).shape
         torch.Size([23])
     """
     import torch
