@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lens.common.results import Result, described
+from lens.common.results import Result, Sentence, described
 from lens.edits.side_effects import SideEffects, side_effects
 from lens.models.loaded import LoadedModel
 from lens.stats import over_units
@@ -61,8 +61,8 @@ class Dose(Result):
     def __repr__(self) -> str:
         return described(self)
 
-    def findings(self) -> tuple[str, ...]:
-        """What the best amount gives and costs, in plain words."""
+    def findings(self) -> tuple[Sentence, ...]:
+        """What the best amount gives (`gain`) and costs (`cost`)."""
         rows = self.table()
         best = rows.iloc[int(rows["gain"].to_numpy().argmax())]
         shown = f"{best['gain']:+.4f} [{best['gain_low']:+.4f}, {best['gain_high']:+.4f}]"
@@ -74,13 +74,16 @@ class Dose(Result):
             else "the interval holds 0 or less"
         )
         cost = f"{best['delta_loss']:+.4f} [{best['delta_loss_low']:+.4f}, {best['delta_loss_high']:+.4f}]"
-        return (
+        gain = (
             f"Of {len(rows)} amounts {best['amount']:g} gains most in {self.metric} of {self.task}: "
             f"{shown} on {int(best['n'])} prompts ({helps}). It was chosen on these prompts, which "
-            "flatters it.",
-            f"On {int(best['held_out_n'])} held-out prompts that amount changes the loss by {cost} nats "
-            f"per token and {best['flip_rate']:.1%} of the top tokens.",
+            "flatters it."
         )
+        price = (
+            f"On {int(best['held_out_n'])} held-out prompts that amount changes the loss by {cost} nats "
+            f"per token and {best['flip_rate']:.1%} of the top tokens."
+        )
+        return Sentence(gain, kind="gain"), Sentence(price, kind="cost")
 
 
 def dose(

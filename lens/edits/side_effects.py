@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 
 from lens.common.errors import LensError
-from lens.common.results import Result, described
+from lens.common.results import Result, Sentence, described
 from lens.models.loaded import LoadedModel
 from lens.passes.inputs import Prompt, read_prompts
 from lens.passes.interface import image_token
@@ -57,8 +57,8 @@ class SideEffects(Result):
     def __repr__(self) -> str:
         return described(self)
 
-    def findings(self) -> tuple[str, ...]:
-        """What the strongest edit does, in plain words."""
+    def findings(self) -> tuple[Sentence, ...]:
+        """What the strongest edit does; the kind `cost`."""
         row = self.table().iloc[-1]
         delta = f"{row['delta_loss']:+.4f} [{row['delta_loss_low']:+.4f}, {row['delta_loss_high']:+.4f}]"
         judged = (
@@ -70,11 +70,12 @@ class SideEffects(Result):
             if row["delta_loss"] > 0
             else "the text is predicted better"
         )
-        return (
+        text = (
             f"With amount {row['amount']:g}, {self.model} changes its loss on {len(self.tokens)} held-out "
             f"prompts ({sum(self.tokens):,} predictions) by {delta} nats per token: {judged}. KL "
-            f"{row['kl']:.4f} nats, {row['flip_rate']:.1%} of the top tokens change.",
+            f"{row['kl']:.4f} nats, {row['flip_rate']:.1%} of the top tokens change."
         )
+        return (Sentence(text, kind="cost"),)
 
 
 def side_effects(

@@ -6,6 +6,8 @@ import torch
 
 import lens
 from lens.common.errors import LensError
+from lens.edits.doses import Dose
+from lens.edits.side_effects import SideEffects
 from lens.tasks.task import Task
 from tests.lens.architectures import build
 
@@ -82,3 +84,23 @@ def test_of_prompts_the_loss_is_the_metric():
     assert found.metric == "loss"
     with pytest.raises(LensError, match=r"at least one; got \[1, 1\]"):
         lens.edits.dose(model, prompts, edit, held_out=held_out, amounts=(1, 1))
+
+
+def test_the_sentence_names_the_amount_that_gains_most_and_what_that_one_costs():
+    """The middle amount gains most; the last gains least and costs most."""
+    gains = np.array([[0.1, 0.1, 0.1], [0.5, 0.7, 0.6], [-0.2, -0.4, -0.3]])
+    costs = np.array([[0.01, 0.01], [0.02, 0.04], [0.9, 0.9]])
+    values = {"delta_loss": costs, "kl": costs, "flip_rate": costs}
+    side = SideEffects(
+        amounts=(0.25, 0.5, 1.0), values=values, tokens=(9, 9), model="made-up", seed=0
+    )
+    gain, cost = Dose(gains, side, "accuracy", "toy").findings()
+    assert (gain.kind, cost.kind) == ("gain", "cost")
+    assert gain == (
+        "Of 3 amounts 0.5 gains most in accuracy of toy: +0.6000 [+0.5000, +0.7000] on 3 prompts (above 0). "
+        "It was chosen on these prompts, which flatters it."
+    )
+    assert cost == (
+        "On 2 held-out prompts that amount changes the loss by +0.0300 [+0.0200, +0.0400] nats per token and "
+        "3.0% of the top tokens."
+    )

@@ -12,6 +12,7 @@ import lens
 from lens import edits as moving
 from lens import sinks
 from lens.common.head_ids import HeadId
+from lens.common.results import of_kind
 from lens.figures.redistribution import side_effect_line
 from lens.figures.sink_effects import migration_maps
 from lens.runs.sections import Section
@@ -83,7 +84,7 @@ def redistribution(subject: Subject) -> Section:
         )
         tables |= {"control": watched.table(), "migration": watched.migration}
         figures["maps"] = migration_maps(watched)
-        told = [text for text in watched.findings() if "mass control" in text or "alpha" in text]
+        told = of_kind(watched.findings(), "mass", "moved")
         summary.append(f"At amount {at:g}: {' '.join(told)}")
     return Section(
         name="redistribution",

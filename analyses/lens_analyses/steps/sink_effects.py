@@ -4,6 +4,7 @@ import pandas as pd
 
 from lens import sinks
 from lens.common.head_ids import HeadId
+from lens.common.results import of_kind
 from lens.figures.sink_effects import migration_maps
 from lens.runs.sections import Section
 from lens.tasks import prompts
@@ -46,7 +47,11 @@ def effects(subject: Subject) -> Section:
         title="Sinks: do they matter?",
         summary=(
             *(_in_short(one) for one in found),
-            *(scopes.effects[reach].findings()[0] for reach in ("head", "layer")),
+            *(
+                text
+                for reach in ("head", "layer")
+                for text in of_kind(scopes.effects[reach].findings(), "effect")
+            ),
         ),
         limits=(
             "A small change of loss does not prove that a sink is of no use: attention moves to the next key, "
@@ -75,7 +80,7 @@ def dose(subject: Subject) -> Section:
     return Section(
         name="dose",
         title="Sinks: dose and response",
-        summary=tuple(found.findings()[:-1]),
+        summary=of_kind(found.findings(), "dose", "trend", "mass"),
         limits=("The same control keys are edited at every amount.",),
         columns=defined([table], COLUMNS),
         configuration={"amounts": list(amounts), "edit": "mask", "sources": "first"},
@@ -112,7 +117,8 @@ def first_token(subject: Subject) -> Section:
     domains = _domains(subject)
     active = sinks.activity(model, domains, heads=heads, seed=seed)
     tables, figures = {"activity": active.table()}, {"activity": active.plot()}
-    summary, limits = active.findings()[:-1], [active.findings()[-1]]
+    summary = of_kind(active.findings(), "dormant", "switching")
+    limits = list(of_kind(active.findings(), "limit"))
     if model.bos_id is None:
         limits.append(
             "The model has no BOS token, so the text was not compared with and without it."
@@ -120,7 +126,7 @@ def first_token(subject: Subject) -> Section:
     else:
         pair = sinks.by_bos(model, texts, controls=("mass",), seed=seed)
         rates = sinks.emergence(model, sinks.bos_pair(model, texts), seed=seed)
-        summary = [*rates.findings()[:-1], *pair.findings()[:2], *summary]
+        summary = [*rates.findings()[:-1], *of_kind(pair.findings(), "effect"), *summary]
         tables |= {"bos": pair.table(), "bos_layers": rates.table()}
         figures |= {"bos": pair.plot(), "bos_layers": rates.plot()}
     return Section(
@@ -156,8 +162,6 @@ def strongest_heads(subject: Subject, count: int) -> list[HeadId]:
 
 def _in_short(effect: sinks.SinkEffect) -> str:
     """What the edit does, and whether that is more than editing as much attention elsewhere does."""
-    sentences = effect.findings()
-    matched = ("mass control", "size control", "norm control")
-    control = [text for text in sentences if any(name in text for name in matched)]
-    moved = [text for text in sentences if "alpha rose" in text]
-    return " ".join((sentences[0], *control[-1:], *moved))
+    said = effect.findings()
+    controls = of_kind(said, "mass", "size", "norm")
+    return " ".join((*of_kind(said, "effect"), *controls[-1:], *of_kind(said, "moved")))

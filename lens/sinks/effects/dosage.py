@@ -10,7 +10,7 @@ import pandas as pd
 
 from lens.common.errors import LensError
 from lens.common.head_ids import AnyHead
-from lens.common.results import Result, described
+from lens.common.results import Result, Sentence, described, of_kind
 from lens.edits.controls import CONTROLS
 from lens.models.loaded import LoadedModel
 from lens.passes.keys import Keys
@@ -36,8 +36,11 @@ class DoseResponse(Result):
     def __repr__(self) -> str:
         return described(self)
 
-    def findings(self) -> list[str]:
-        """The effect at each amount, whether it grows, and how it stands to the mass control."""
+    def findings(self) -> tuple[Sentence, ...]:
+        """The effect at each amount, whether it grows, and how it stands to the mass control.
+
+        Kinds: `dose`, `trend`, `mass`, `limit`.
+        """
         table = self.table()
         rows = table[table["condition"] == "sources"]
         first = rows.iloc[0]
@@ -46,9 +49,8 @@ class DoseResponse(Result):
             f"{row['delta_loss_high']:+.4f}]"
             for row in rows.to_dict("records")
         )
-        sentences = [
-            f"Edit {first['edit']} of {first['scope']} changes the loss by amount (nats per token): {shown}."
-        ]
+        text = f"Edit {first['edit']} of {first['scope']} changes the loss by amount (nats per token): {shown}."
+        sentences = [Sentence(text, kind="dose")]
         if len(rows) > 1:
             steps = rows["delta_loss"].diff().iloc[1:]
             grows = (
@@ -58,13 +60,13 @@ class DoseResponse(Result):
                 if (steps < 0).all()
                 else "does not grow with every step"
             )
-            sentences.append(f"The loss {grows} of the amount.")
-        last = self.effects[-1].findings()
-        sentences += [text for text in last if "the mass control" in text]
-        return [
+            sentences.append(Sentence(f"The loss {grows} of the amount.", kind="trend"))
+        limit = f"{first['n']} prompts, BOS {first['bos']}; 95 % intervals over prompts."
+        return (
             *sentences,
-            f"{first['n']} prompts, BOS {first['bos']}; 95 % intervals over prompts.",
-        ]
+            *of_kind(self.effects[-1].findings(), "mass"),
+            Sentence(limit, kind="limit"),
+        )
 
 
 def dose_response(

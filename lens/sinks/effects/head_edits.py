@@ -12,7 +12,7 @@ import torch
 
 from lens.common.errors import LensError
 from lens.common.head_ids import AnyHead, HeadId
-from lens.common.results import Result, described
+from lens.common.results import Result, Sentence, described
 from lens.edits.editing import selected_heads
 from lens.edits.losses import bos_policy, changes, log_probabilities, two_tokens
 from lens.models.loaded import LoadedModel
@@ -122,8 +122,8 @@ class HeadActivity(Result):
     def __repr__(self) -> str:
         return described(self)
 
-    def findings(self) -> list[str]:
-        """Which heads are dormant where, and what that rests on."""
+    def findings(self) -> tuple[Sentence, ...]:
+        """Which heads are dormant where (`dormant`, `switching`), and what that rests on (`limit`)."""
         edited = self.rows[self.rows["off"].notna()]
         found = []
         for domain, rows in edited.groupby("domain", sort=False):
@@ -131,19 +131,21 @@ class HeadActivity(Result):
                 str(HeadId(row["layer"], row["head"]))
                 for row in rows[rows["dormant"]].to_dict("records")
             ]
-            found.append(
+            text = (
                 f"On {domain} {len(names)} of {len(rows)} edited heads are dormant"
                 + (f": {', '.join(names)}" if names else "")
                 + f" ({self.domains[str(domain)]} prompts, BOS {self.bos[str(domain)]})."
             )
+            found.append(Sentence(text, kind="dormant"))
         switching = ", ".join(map(str, self.switching())) or "No head"
-        found.append(f"{switching}: dormant on one domain and not on another.")
-        found.append(
+        text = f"{switching}: dormant on one domain and not on another."
+        found.append(Sentence(text, kind="switching"))
+        text = (
             f"Dormant means activity below {DORMANT_ACTIVITY} and a loss that changes by less than "
             f"{DORMANT_LOSS} nats per token with the head off; heads were switched off one at a time, "
             "so heads that stand in for each other may all look dormant."
         )
-        return found
+        return (*found, Sentence(text, kind="limit"))
 
 
 def activity(

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lens.common.results import Result, described
+from lens.common.results import Result, Sentence, described
 from lens.edits.side_effects import MEASURES
 from lens.stats import over_units
 
@@ -82,48 +82,56 @@ class SinkEffect(Result):
     def __repr__(self) -> str:
         return described(self)
 
-    def findings(self) -> list[str]:
-        """What the numbers say, and what they do not."""
+    def findings(self) -> tuple[Sentence, ...]:
+        """What the numbers say, and what they do not.
+
+        Kinds: `effect`, `prediction`, `mass`, `random` and the like (a control each), `moved`, `limit`.
+        """
         table = self.table().set_index("condition")
         sources = table.loc["sources"]
         done = f"Edit {self.edit} (amount {self.amount:g}) of {self.scope}"
-        sentences = [
-            f"{done} changes the loss by {_with_interval(sources, 'delta_loss')} nats per token.",
+        loss = f"{done} changes the loss by {_with_interval(sources, 'delta_loss')} nats per token."
+        prediction = (
             f"The prediction moves by a KL of {_with_interval(sources, 'kl')} nats, and "
             f"{sources['flip_rate']:.1%} of the most likely tokens change; {sources['mass']:.0%} of the "
-            f"edited heads' attention lay there.",
-        ]
+            f"edited heads' attention lay there."
+        )
+        sentences = [Sentence(loss, kind="effect"), Sentence(prediction, kind="prediction")]
         for control, row in table.drop(index="sources").iterrows():
             if control == "mass" and row["mass"] < MATCHED * sources["mass"]:
-                sentences.append(
+                text = (
                     f"There is no mass control to compare with: the other keys hold too little, at most "
                     f"{row['mass']:.0%} of the attention together."
                 )
+                sentences.append(Sentence(text, kind="mass"))
                 continue
             less, more = row["excess_high"] < 0, row["excess_low"] > 0
             verdict = "less than" if less else "more than" if more else "not clearly unlike"
-            sentences.append(
+            text = (
                 f"That is {verdict} the {control} control ({row['mass']:.0%} of the attention): the "
                 f"difference is {_with_interval(row, 'excess')} nats."
             )
+            sentences.append(Sentence(text, kind=str(control)))
         rise = self.migration["other_after"] - self.migration["other_before"]
         taken = int((rise > TOOK_OVER).sum())
-        sentences.append(
+        text = (
             f"In {taken} of {len(rise)} heads another key's alpha rose by more than {TOOK_OVER}"
             + ("." if taken else "; no other key took the sources' place.")
         )
+        sentences.append(Sentence(text, kind="moved"))
         if taken:
-            sentences.append(
+            text = (
                 "Attention moved to the next sink, so a small change of loss does not show that sinks "
                 "are of no use."
             )
+            sentences.append(Sentence(text, kind="limit"))
         lengths = f"{min(self.tokens)} to {max(self.tokens)}"
-        sentences.append(
+        text = (
             f"Measured on {len(self.tokens)} prompts of {lengths} tokens, BOS {self.bos}; intervals "
             "are 95 % over prompts"
             + (", and there is none for one prompt." if len(self.tokens) == 1 else ".")
         )
-        return sentences
+        return (*sentences, Sentence(text, kind="limit"))
 
 
 def _with_interval(row: Any, name: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from lens.common.head_ids import AnyHead, head_id
-from lens.common.results import Result, described
+from lens.common.results import Result, Sentence, described, of_kind
 from lens.edits.controls import CONTROLS
 from lens.models.loaded import LoadedModel
 from lens.passes.keys import Keys
@@ -39,10 +39,15 @@ class ScopedEffects(Result):
     def __repr__(self) -> str:
         return described(self)
 
-    def findings(self) -> list[str]:
-        """The first sentence of each scope, then the limits of the widest."""
-        first = [f"{name}: {found.findings()[0]}" for name, found in self.effects.items()]
-        return [*first, *list(self.effects.values())[-1].findings()[-2:]]
+    def findings(self) -> tuple[Sentence, ...]:
+        """The effect of each scope, as the kind `effect`, then the limits of the widest."""
+        said = [
+            Sentence(f"{name}: {text}", kind="effect")
+            for name, found in self.effects.items()
+            for text in of_kind(found.findings(), "effect")
+        ]
+        widest = list(self.effects.values())[-1]
+        return (*said, *of_kind(widest.findings(), "moved", "limit"))
 
 
 def by_scope(
