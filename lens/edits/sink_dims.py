@@ -13,8 +13,8 @@ import torch
 from lens.common.errors import LensError
 from lens.common.results import Result, described
 from lens.models.loaded import LoadedModel
-from lens.passes.residual import layer_inputs
 from lens.passes.sessions import base
+from lens.passes.stream import layer_inputs
 
 KNOWN = {
     "llava-1.5-7b": (1415, 2533),

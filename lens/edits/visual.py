@@ -40,8 +40,8 @@ from lens.edits.sink_dims import check_dims, phi
 from lens.models.loaded import LoadedModel
 from lens.passes.calls import LayerCall, attend
 from lens.passes.keys import Keys, KeysAt, check_keys, members
-from lens.passes.residual import decoder_layers, layer_inputs
 from lens.passes.sessions import listening
+from lens.passes.stream import layer_inputs
 
 _REST, _TEXT_SINKS, _IMAGE_SINKS, _RECEIVERS = range(4)
 
@@ -174,7 +174,6 @@ def var(
             yield edit
         return
     check_dims(model, dims)
-    decoder_layers(model)
     with layer_inputs(model, edit.take), listening(model, edit.on_layer, exclusive=True):
         yield edit
 

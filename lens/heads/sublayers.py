@@ -10,9 +10,10 @@ from lens.common.errors import LensError
 from lens.common.progress import advancing
 from lens.heads.removal.distances import check_distance, distance
 from lens.heads.removal.sublayer_scores import BlockInfluence, GreedyRemoval, SkipSweep
+from lens.models.layout import blocks, named_sublayers
 from lens.models.loaded import LoadedModel
 from lens.passes.logits import logits_of
-from lens.passes.sublayers import blocks, named_sublayers, without
+from lens.passes.stream import without
 from lens.tasks.task import Task
 
 
@@ -141,7 +142,7 @@ def block_influence(model: LoadedModel, task: Task) -> BlockInfluence:
             cosine = torch.cosine_similarity(inputs[0].double(), after.double(), dim=-1)
             to.append(1 - cosine.mean(1))  # [rows]
 
-        handles = [layer.register_forward_hook(keep) for layer in layers]
+        handles = [layer.register_forward_hook(keep) for layer in dict.fromkeys(layers)]
         try:
             with torch.no_grad():
                 logits_of(model, task.clean[rows])

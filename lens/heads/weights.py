@@ -1,21 +1,23 @@
 """What a head's weights say without any input: copying, and composition with later heads.
 
-Weights are taken as the residual stream meets them: the scale of the norm before the attention and of
-the last norm is folded in, and for LayerNorm the mean is taken off, as TransformerLens' `fold_ln` and
-`center_writing_weights` do. Biases, and the division by the norm, which depend on the input, are left
-out; so are rotary positions.
+Weights are taken as the residual stream meets them: the scales of norms are folded in (of those before the
+attention, of queries and keys, after the heads, and of the last one), and where a norm takes the mean off,
+so is it here, as TransformerLens' `fold_ln` and `center_writing_weights` do. Biases, and the division by
+what norms divide by, which depend on the input, are left out; so are rotary positions and softcaps.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lens.common.errors import LensError
 from lens.models.loaded import LoadedModel
-from lens.passes.sessions import transformer
+from lens.models.parts import Layout, Norm
+from lens.passes.replay import proved
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,93 +25,70 @@ class HeadWeights:
     """Weights of every head, float32, on the CPU; a vector x is a row: `v = x W_V`.
 
     Attributes:
-        query, key, value: [layer, head, d_model, head_dim], the norm's scale folded in; heads of one
+        query, key, value: [layer, head, d_model, head_dim], scales of norms folded in; heads of one
             group have the same key and value.
         output: [layer, head, head_dim, d_model].
-        embedding: [vocab, d_model].
-        unembedding: [d_model, vocab], the last norm's scale folded in.
     """
 
     query: Tensor
     key: Tensor
     value: Tensor
     output: Tensor
-    embedding: Tensor
-    unembedding: Tensor
+    _layout: Layout = field(repr=False)
 
+    @cached_property
+    def embedding(self) -> Tensor:
+        """[vocab, d_model] of the tokens, without positions.
 
-@dataclass(frozen=True)
-class _Layout:
-    """Where an architecture keeps its weights, as attribute paths."""
+        Raises:
+            LensError: a model that reads no tokens.
+        """
+        vocab = self._layout.model.info.vocab or 0
+        with torch.no_grad():
+            ids = torch.arange(vocab, device=self._layout.model.device)
+            return self._layout.embedding(ids).float().cpu()
 
-    layers: str
-    norm: str
-    attention: str
-    output: str
-    last_norm: str
-    joint: str | None = None
-    separate: tuple[str, ...] = ()
+    @cached_property
+    def unembedding(self) -> Tensor:
+        """[d_model, vocab], the last norm's scale folded in.
 
-
-_LLAMA = _Layout(
-    "model.layers", "input_layernorm", "self_attn", "o_proj", "model.norm",
-    separate=("q_proj", "k_proj", "v_proj"),
-)  # fmt: skip
-_TOY = _Layout("blocks", "ln1", "attn", "o", "ln_final", separate=("q", "k", "v"))
-_LAYOUTS = {
-    "llama": _LLAMA,
-    "mistral": _LLAMA,
-    "qwen2": _LLAMA,
-    "gpt2": _Layout("transformer.h", "ln_1", "attn", "c_proj", "transformer.ln_f", joint="c_attn"),
-    "lens-attention-only": _TOY,
-    "lens-program": _TOY,
-}
+        Raises:
+            LensError: no unembedding, or one behind a layer of its own.
+        """
+        return self._layout.final_norm.fold(self._layout.unembed_weight()).cpu()
 
 
 def head_weights(model: LoadedModel) -> HeadWeights:
     """Weights of every head of a model.
 
     Raises:
-        LensError: an architecture whose weights are not known here.
+        LensError: parts that are not known, or do not make this model (`lens.passes.replay`).
     """
-    root: Any = transformer(model)
-    layout = _layout(model)
-    with torch.no_grad():
-        layers = [_of_layer(layer, layout, model) for layer in root.get_submodule(layout.layers)]
-        query, key, value, output = (torch.stack(parts) for parts in zip(*layers, strict=True))
-        unembedding = root.get_output_embeddings().weight.float().T
-        return HeadWeights(
-            query=query.cpu(),
-            key=key.cpu(),
-            value=value.cpu(),
-            output=output.cpu(),
-            embedding=root.get_input_embeddings().weight.float().cpu().clone(),
-            unembedding=_fold(root.get_submodule(layout.last_norm), unembedding).cpu(),
-        )
+    layout = proved(model)
+    layers = []
+    for block in layout.blocks:
+        norms = (*block.head_norms, Norm())
+        parts = []
+        for (weight, _), norm in zip(block.weights, norms, strict=True):
+            read = _of_heads(norm, torch.stack([block.norm.fold(part.float()) for part in weight]))
+            parts.append(read.repeat_interleave(model.info.heads // len(read), 0))
+        output = block.output.float()
+        if block.after.scale is not None:
+            output = output * block.after.scale
+        if layout.final_norm.centred:  # every reader takes the mean off, so it is never seen
+            output = output - output.mean(-1, keepdim=True)
+        layers.append((*parts, output))
+    query, key, value, output = (torch.stack(parts).cpu() for parts in zip(*layers, strict=True))
+    return HeadWeights(query, key, value, output, layout)
 
 
-def output_weights(model: LoadedModel) -> Tensor:
-    """W_O of every head as it is stored: [layer, head, head_dim, d_model]; errors as in `head_weights`."""
-    root: Any = transformer(model)
-    layout, heads = _layout(model), model.info.heads
-    with torch.no_grad():
-        parts = [
-            _matrix(layer.get_submodule(layout.attention).get_submodule(layout.output))
-            for layer in root.get_submodule(layout.layers)
-        ]
-        return torch.stack(parts).unflatten(1, (heads, -1))
-
-
-def input_norms(model: LoadedModel) -> list[nn.Module]:
-    """Of each layer the norm that reads the residual stream; errors as in `head_weights`."""
-    root: Any = transformer(model)
-    layout = _layout(model)
-    return [layer.get_submodule(layout.norm) for layer in root.get_submodule(layout.layers)]
-
-
-def last_norm(model: LoadedModel) -> nn.Module:
-    """The norm before the unembedding; errors as in `head_weights`."""
-    return transformer(model).get_submodule(_layout(model).last_norm)
+def _of_heads(norm: Norm, weight: Tensor) -> Tensor:
+    """[heads, d_model, head_dim] of a projection, with the scale of the norm after it folded in."""
+    if norm.centred:
+        weight = weight - weight.mean(-1, keepdim=True)
+    if norm.scale is None:
+        return weight
+    return weight * norm.scale.float().reshape(-1, 1, weight.shape[-1])
 
 
 def copying(
@@ -127,7 +106,7 @@ def copying(
     its eigenvalues other than 0 are those of `W_V W_O W_U W_E` [head_dim, head_dim].
 
     Raises:
-        LensError: an architecture whose weights are not known here, a `top` that is none, or no tokens.
+        LensError: as in `head_weights`, no linear way from heads to logits, a `top` that is none, or no tokens.
 
     Example:
         >>> table = lens.heads.copying(small)
@@ -177,7 +156,7 @@ def composition(model: LoadedModel) -> pd.DataFrame:
     something. NaN where a head has no weights. All from factors [d_model, head_dim]; no [d_model, d_model] product is kept.
 
     Raises:
-        LensError: an architecture whose weights are not known here.
+        LensError: as in `head_weights`.
     """
     weights = head_weights(model)
     layers, heads, width, _ = weights.value.shape
@@ -200,50 +179,6 @@ def composition(model: LoadedModel) -> pd.DataFrame:
                             (f"L{earlier}H{other}", f"L{layer}H{head}", kind, score, width**-0.5)
                         )
     return pd.DataFrame(rows, columns=["earlier", "later", "kind", "score", "by_chance"])
-
-
-def _layout(model: LoadedModel) -> _Layout:
-    root = transformer(model)
-    kind = getattr(getattr(root, "config", None), "model_type", type(root).__name__)
-    layout = _LAYOUTS.get(kind)
-    if layout is None or model.is_bridge:
-        shown = "a TransformerBridge" if model.is_bridge else f"{kind!r}"
-        raise LensError(
-            f"where {shown} keeps the weights of its heads is not known; known are the "
-            f"transformers models {', '.join(_LAYOUTS)}"
-        )
-    return layout
-
-
-def _of_layer(layer: Any, layout: _Layout, model: LoadedModel) -> tuple[Tensor, ...]:
-    """Query, key and value [head, d_model, head_dim] and output [head, head_dim, d_model]."""
-    info = model.info
-    attention = layer.get_submodule(layout.attention)
-    norm = layer.get_submodule(layout.norm)
-    if layout.joint:
-        read = _matrix(attention.get_submodule(layout.joint)).chunk(3, dim=1)
-    else:
-        read = tuple(_matrix(attention.get_submodule(name)) for name in layout.separate)
-    parts = []
-    for matrix in read:
-        by_head = _fold(norm, matrix).unflatten(1, (-1, info.head_dim)).transpose(0, 1)
-        parts.append(by_head.repeat_interleave(info.heads // len(by_head), 0))
-    output = _matrix(attention.get_submodule(layout.output)).unflatten(0, (info.heads, -1))
-    if isinstance(norm, nn.LayerNorm):  # every reader takes the mean off, so it is never seen
-        output = output - output.mean(-1, keepdim=True)
-    return (*parts, output)
-
-
-def _matrix(module: nn.Module) -> Tensor:
-    """Weight [in, out] of a projection, float32."""
-    weight = module.get_parameter("weight").float()
-    return weight.T if isinstance(module, nn.Linear) else weight  # GPT-2's Conv1D is [in, out]
-
-
-def _fold(norm: nn.Module, matrix: Tensor) -> Tensor:
-    """What a normalised vector meets: the norm's scale times `matrix` [d_model, out]."""
-    folded = norm.get_parameter("weight").float()[:, None] * matrix
-    return folded - folded.mean(0) if isinstance(norm, nn.LayerNorm) else folded
 
 
 def _copied(

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import torch
 
-from lens.common.errors import LensError
+from lens.models.bare import bare
 from lens.models.loaded import LoadedModel
 
 
@@ -14,18 +14,16 @@ def random_weights(model: LoadedModel, seed: int = 0) -> LoadedModel:
     They are drawn by the architecture's own initialisation. The model itself and the state of torch's
     random numbers stay as they are.
 
+    Of a `TransformerBridge` it is the model that it wraps, drawn anew.
+
     Raises:
-        LensError: a `TransformerBridge`, whose initialisation is not known here.
+        LensError: a bridge that computes something else than the model that it wraps.
 
     Example:
         >>> random_weights(lens.load("induction-2l")).name
         'induction-2l (random weights, seed 0)'
     """
-    if model.is_bridge:
-        raise LensError(
-            f"{model.name} is a TransformerBridge, whose weights cannot be drawn anew; "
-            "load the transformers model instead"
-        )
+    model = bare(model)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         drawn = type(model.model)(model.model.config)

@@ -25,7 +25,7 @@ def self_check(model: LoadedModel) -> float:
     Raises:
         LensError: no attention was reached, the outputs differ, or captured rows do not sum to 1.
     """
-    inputs = _tiny_inputs(model)
+    inputs = tiny_inputs(model)
     excesses: list[float] = []
 
     def on_layer(call: LayerCall) -> torch.Tensor:
@@ -68,7 +68,8 @@ def _output(model: LoadedModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor
     return (output if isinstance(output, torch.Tensor) else output[0]).double()
 
 
-def _tiny_inputs(model: LoadedModel) -> dict[str, torch.Tensor]:
+def tiny_inputs(model: LoadedModel) -> dict[str, torch.Tensor]:
+    """A short prompt of drawn tokens, or an image of noise."""
     generator = torch.Generator().manual_seed(0)
     config = None if model.is_bridge else model.model.config
     if config is not None and model.info.vocab is None:

@@ -204,7 +204,8 @@ def _parts(mask_function: Callable) -> _Parts | None:
     if parts.backward_window is not None:
         if not parts.causal:
             return None
-        parts.window = min(filter(None, (parts.window, parts.backward_window)))
+        windows = (parts.window, parts.backward_window)
+        parts.window = min(window for window in windows if window is not None)
     return parts
 
 

@@ -2,69 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lens.common.errors import LensError
+from lens.models.layout import blocks
 from lens.models.loaded import LoadedModel
 from lens.passes.inputs import Prompt
-from lens.passes.sessions import base, transformer
+from lens.passes.sessions import base
+from lens.passes.visit import Hooks
 
 
-def blocks(model: LoadedModel) -> nn.ModuleList:
-    """The layers of a model, in order: the one list of modules that has as many as `model.info`.
+@contextmanager
+def layer_inputs(model: LoadedModel, take: Callable[[int, Tensor], None]) -> Iterator[None]:
+    """`take(layer, hidden [batch, queries, width])` is called with what enters each layer.
 
     Raises:
-        LensError: there is no such list, or there are several.
+        LensError: layers that are not found (`lens.models.layout.blocks`).
     """
-    layers = model.info.layers
-    lists = [
-        module
-        for name, module in transformer(model).named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == layers
-    ]
-    outer = [one for one in lists if not any(_inside(one, other) for other in lists)]
-    if len(outer) != 1:
-        raise LensError(
-            f"{model.info.class_name} has {len(outer)} lists of {layers} modules, and exactly one must "
-            "be its layers; its residual stream cannot be found"
-        )
-    return outer[0]
+    layers = blocks(model)
+    with ExitStack() as stack:
+        hooks = Hooks(stack)
+        for number, layer in enumerate(layers):
+            hooks.before(layer, "enter", lambda hidden, number=number: take(number, hidden))
+        yield
 
 
-def stream(model: LoadedModel, prompt: Prompt) -> torch.Tensor:
+def stream(model: LoadedModel, prompt: Prompt) -> Tensor:
     """[layers + 1, tokens, width]: what enters layer 0, then what leaves each layer; float32, CPU.
 
     Raises:
-        LensError: as in `blocks`.
+        LensError: layers that are not found.
     """
-    found: list[torch.Tensor] = []
+    found: list[Tensor] = []
 
-    def keep(tensor: torch.Tensor) -> None:
+    def keep(tensor: Tensor) -> None:
         found.append(tensor[0].detach().float().cpu())
 
     layers = blocks(model)
     with ExitStack() as stack, torch.no_grad():
-        before = layers[0].register_forward_pre_hook(
-            lambda _, args, kwargs: keep(args[0] if args else kwargs["hidden_states"]),
-            with_kwargs=True,
-        )
-        stack.callback(before.remove)
-        for layer in layers:
-            hook = layer.register_forward_hook(lambda _, __, output: keep(_tensor(output)))
-            stack.callback(hook.remove)
+        hooks = Hooks(stack)
+        for number, layer in enumerate(layers):
+            if number == 0:
+                hooks.before(layer, "enter", keep)
+            else:
+                hooks.before(layer, "enter", lambda _: None)
+            hooks.after(layer, "leave", lambda _, __, output: keep(_tensor(output)))
         base(model)(**prompt.inputs)
     return torch.stack(found)
 
 
 @contextmanager
-def changed(
-    model: LoadedModel, layer: int, change: Callable[[torch.Tensor], torch.Tensor]
-) -> Iterator[None]:
+def changed(model: LoadedModel, layer: int, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Inside the block, what leaves `layer` (-1: what enters layer 0) is `change` of it.
 
     Args:
@@ -73,35 +66,43 @@ def changed(
         change: [batch, tokens, width] -> the same shape.
 
     Raises:
-        LensError: a layer that is not there, and as in `blocks`.
+        LensError: a layer that is not there, or layers that are not found.
     """
     layers = blocks(model)
     if not -1 <= layer < len(layers):
         raise LensError(f"layer must be -1 to {len(layers) - 1}, got {layer}")
 
     def after(_: nn.Module, __: Any, output: Any) -> Any:
-        if isinstance(output, torch.Tensor):
+        if isinstance(output, Tensor):
             return change(output)
         return (change(output[0]), *output[1:])
 
-    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if args:
-            return (change(args[0]), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": change(kwargs["hidden_states"])}
+    with ExitStack() as stack:
+        hooks = Hooks(stack)
+        for number, module in enumerate(layers):
+            if layer < 0:
+                hooks.before(module, "enter", change if number == 0 else lambda _: None)
+            else:
+                hooks.after(module, "leave", after if number == layer else lambda *_: None)
+        yield
 
-    if layer < 0:
-        hook = layers[0].register_forward_pre_hook(before, with_kwargs=True)
-    else:
-        hook = layers[layer].register_forward_hook(after)
+
+@contextmanager
+def without(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """What these sub-layers return is 0 inside the block, so that the residual stream passes them by."""
+
+    def zero(_: nn.Module, __: Any, output: Any) -> Any:
+        if isinstance(output, tuple):
+            return (torch.zeros_like(output[0]), *output[1:])
+        return torch.zeros_like(output)
+
+    handles = [module.register_forward_hook(zero) for module in modules]
     try:
         yield
     finally:
-        hook.remove()
+        for handle in handles:
+            handle.remove()
 
 
-def _tensor(output: Any) -> torch.Tensor:
-    return output if isinstance(output, torch.Tensor) else output[0]
-
-
-def _inside(module: nn.Module, other: nn.Module) -> bool:
-    return module is not other and any(module is child for child in other.modules())
+def _tensor(output: Any) -> Tensor:
+    return output if isinstance(output, Tensor) else output[0]

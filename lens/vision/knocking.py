@@ -28,8 +28,8 @@ from lens.edits.side_effects import MEASURES, changes_of, log_probabilities, sco
 from lens.edits.sink_dims import check_dims, phi
 from lens.models.loaded import LoadedModel
 from lens.passes.inputs import Prompt, read_prompts
-from lens.passes.residual import layer_inputs
 from lens.passes.sessions import listening
+from lens.passes.stream import layer_inputs
 from lens.stats import over_units
 from lens.traces.segments import IMAGE, SYSTEM, TEXT, segments
 from lens.vision.text_rows import TextRows

@@ -146,7 +146,7 @@ class _Copying(PlainVisitor):
     def project(self, layer: int, residual: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         parts, graph = self.nodes.layers[layer], self.nodes.graph
         copies = self._read(residual, graph.attention_readers(layer))
-        normed = parts.norm.forward(copies).split(graph.heads)
+        normed = parts.block.norm.forward(copies).split(graph.heads)
         q, k, v = (project(parts, part, some).movedim(0, -2) for part, some in enumerate(normed))
         return q, k, v
 

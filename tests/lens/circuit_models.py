@@ -24,9 +24,10 @@ class _Rms(nn.Module):
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight.double())
+        self.eps = 1e-6
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return self.weight * hidden * (hidden.pow(2).mean(-1, keepdim=True) + 1e-6).rsqrt()
+        return self.weight * hidden * (hidden.pow(2).mean(-1, keepdim=True) + self.eps).rsqrt()
 
 
 def small_model(kind: str) -> LoadedModel:

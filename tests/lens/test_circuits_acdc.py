@@ -173,6 +173,7 @@ def test_wrong_options_are_refused(thresholds, options, message):
 
 def test_a_metric_that_is_not_a_number_is_refused():
     model = small_model("gpt2")
+    find_nodes(model)  # sees nothing wrong yet
     with torch.no_grad():
         model.model.transformer.h[1].mlp.c_fc.weight[0, 0] = torch.nan
     with pytest.raises(LensError, match="the metric is NaN with edges ablated"):

@@ -66,12 +66,14 @@ def test_effects_are_those_of_a_naive_softmax(kind, edge):
     else:
         number = int(writer[-1])
         change = -batch.differences.heads[0][:, number]
-        change = change @ nodes.layers[0].output[number]
+        change = change @ nodes.layers[0].block.output[number]
     clean = at.residuals[layer]
 
     def read(part, residual):
         weight, bias = parts.weights[part]
-        return parts.norm(residual) @ weight[head] + (0 if bias is None else bias[head])
+        return parts.block.norm.forward(residual) @ weight[head] + (
+            0 if bias is None else bias[head]
+        )
 
     q, k, v = (read(part, clean) for part in range(3))
     slope = at.heads[layer][:, head]

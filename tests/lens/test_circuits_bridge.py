@@ -112,8 +112,10 @@ def test_the_tensors_are_those_of_the_bridge(pair, task):
     nodes = find_nodes(lens.load(bridge))
     assert not nodes.model.is_bridge
     wrapped = bridge.original_model.transformer.h[1].mlp.c_fc.weight
-    assert nodes.layers[1].mlp is not None
-    assert nodes.layers[1].mlp.get_parameter("c_fc.weight").data_ptr() == wrapped.data_ptr()
+    assert nodes.layers[1].block.mlp
+    assert (
+        nodes.layers[1].block.mlp[0].get_parameter("c_fc.weight").data_ptr() == wrapped.data_ptr()
+    )
 
 
 @pytest.mark.parametrize("pair", ["gpt2"], indirect=True)

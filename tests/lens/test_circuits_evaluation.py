@@ -171,7 +171,7 @@ def test_magnitudes_are_norms_of_what_writers_change():
     for number, layer in enumerate(nodes.layers):
         for head in range(nodes.graph.heads):
             change = clean.heads[number][:, head] - corrupt.heads[number][:, head]
-            expected.append(float((change @ layer.output[head]).norm(dim=-1).mean()))
+            expected.append(float((change @ layer.block.output[head]).norm(dim=-1).mean()))
         expected.append(float((clean.mlps[number] - corrupt.mlps[number]).norm(dim=-1).mean()))
     assert error(sizes, expected) < 1e-12
     circuit = make_circuit(nodes.graph, nodes.graph.edges[:40])

@@ -195,5 +195,5 @@ def test_norms_behind_the_attention_are_refused():
         num_attention_heads=3, num_key_value_heads=1, max_position_embeddings=16,
     )  # fmt: skip
     model = lens.load(transformers.Gemma2ForCausalLM(config).eval())
-    with pytest.raises(LensError, match="normalises what its attention and MLPs write"):
+    with pytest.raises(LensError, match=r"flow_routes takes what is read .* gemma2 norms it in"):
         flow_routes(model, small_task(), progress=False)

@@ -1,7 +1,5 @@
 """The masked forward pass: its two ends, and a naive model in between."""
 
-from typing import Any
-
 import pytest
 import torch
 
@@ -11,7 +9,9 @@ from lens.circuits.graph.graph import Graph
 from lens.circuits.graph.masked_forward import masked_logits
 from lens.circuits.graph.nodes import find_nodes
 from lens.common.errors import LensError
-from tests.lens.circuit_models import KINDS, VOCAB, Naive, error, small_model, small_task
+from tests.lens.architectures import build
+from tests.lens.circuit_models import KINDS, Naive, error, small_model, small_task
+from tests.lens.layouts import layout_model
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -132,20 +132,13 @@ def test_wrong_shapes_are_refused():
 
 
 def test_models_whose_edges_cannot_be_replaced_are_refused():
-    import transformers
-
-    sizes: Any = {
-        "vocab_size": VOCAB, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2,
-        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4,
-    }  # fmt: skip
-    gemma = transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**sizes)).eval()
-    with pytest.raises(LensError, match="gemma2 normalises what its attention and MLPs write"):
-        find_nodes(lens.load(gemma))
-    phi = transformers.PhiForCausalLM(
-        transformers.PhiConfig(
-            vocab_size=VOCAB, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
-            num_attention_heads=2, num_key_value_heads=2,
-        )
-    ).eval()  # fmt: skip
-    with pytest.raises(LensError, match="the blocks of 'phi' are not known here"):
-        find_nodes(lens.load(phi))
+    with pytest.raises(LensError, match="where 'llama4_text' keeps its parts is not known here"):
+        find_nodes(lens.load(build("llama4")))
+    with pytest.raises(
+        LensError, match=r"its 2 key heads, so query heads cannot have .* kv='group'"
+    ):
+        find_nodes(lens.load(layout_model("olmo2")))
+    with pytest.raises(
+        LensError, match=r"flow_routes takes what is read .* gemma2 norms it in between"
+    ):
+        lens.circuits.flow_routes(lens.load(layout_model("gemma2")), small_task())

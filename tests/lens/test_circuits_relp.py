@@ -131,5 +131,5 @@ def test_unknown_parts_are_refused():
         score_edges(model, task, method="relp")
     model = small_model("gpt2")
     model.model.transformer.ln_f = Wrapped(model.model.transformer.ln_f)
-    with pytest.raises(LensError, match="no relevance rule is known for the norm Wrapped"):
+    with pytest.raises(LensError, match="GPT2LMHeadModel does not compute what its parts say"):
         score_edges(model, task, method="relp")

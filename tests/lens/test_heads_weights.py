@@ -140,12 +140,12 @@ def test_the_known_heads_of_induction_2l():
 
 
 def test_unknown_architectures_and_tops_are_refused():
-    with pytest.raises(
-        LensError, match="where 'gemma2' keeps the weights of its heads is not known"
-    ):
-        copying(lens.load(build("gemma2")))
-    with pytest.raises(LensError, match="known are the transformers models llama, mistral, qwen2"):
-        composition(lens.load(build("bert")))
+    with pytest.raises(LensError, match="where 'modernbert' keeps its parts is not known here"):
+        composition(lens.load(build("modernbert")))
+    with pytest.raises(LensError, match="BertModel has no unembedding that is known here"):
+        copying(lens.load(build("bert")))
+    with pytest.raises(LensError, match="ViTModel reads no tokens"):
+        _ = head_weights(lens.load(build("vit"))).embedding
     for top in (0, 66):
         with pytest.raises(LensError, match=f"top must be 1 to 65, .* got {top}"):
             copying(lens.load("induction-2l"), top=top)

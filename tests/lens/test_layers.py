@@ -9,7 +9,7 @@ from lens.circuits.known import tracr
 from lens.common.errors import LensError
 from lens.heads.removal.distances import DISTANCES, distance
 from lens.heads.sublayers import block_influence, greedy_removal, importance
-from lens.passes.sublayers import named_sublayers
+from lens.models.layout import named_sublayers
 from lens.tasks import Task, induction
 from tests.lens.architectures import VOCAB, build
 from tests.lens.naive import rms_ratio
@@ -177,5 +177,5 @@ def test_what_cannot_be_left_out_is_refused():
     with pytest.raises(LensError, match=r"spared must be a share in \[0, 1\), got 1"):
         greedy_removal(model, task, spared=1)
     object.__setattr__(model.info, "layers", 3)
-    with pytest.raises(LensError, match="has no list of 3 layers with a child named self_attn"):
+    with pytest.raises(LensError, match="has 2 blocks and 3 layers of attention"):
         importance(model, task)

@@ -97,7 +97,7 @@ def test_drain_and_contribution_equal_those_of_whole_probabilities():
 
 
 def test_weights_that_are_not_known_leave_the_drain_unscored():
-    table = lens.sinks.mechanism(lens.load(build("gpt_oss")), IDS[0], sources="first").table()
+    table = lens.sinks.mechanism(lens.load(build("llama4")), IDS[0], sources="first").table()
     assert table["drain"].isna().all()
     assert table["contribution"].isna().all()
     assert table["value_norm"].notna().all()

@@ -9,8 +9,9 @@ import torch
 import lens
 from lens.common.errors import LensError
 from lens.models import smollm2
+from lens.models.layout import blocks
 from lens.passes.inputs import read_prompts
-from lens.passes.stream import blocks, changed, stream
+from lens.passes.stream import changed, stream
 from tests.lens.architectures import build
 from tests.lens.naive import rms_ratio
 
@@ -201,9 +202,10 @@ def test_refusals(network):
         lens.sinks.massive_effect(model, IDS[:, :6], found)
     with pytest.raises(LensError, match="layer must be -1 to 2, got 3"), changed(model, 3, abs):
         pass
-    network.more = torch.nn.ModuleList(torch.nn.Identity() for _ in range(3))
+    other = build("modernbert")
+    other.more = torch.nn.ModuleList(torch.nn.Identity() for _ in range(3))
     with pytest.raises(LensError, match="has 2 lists of 3 modules"):
-        blocks(model)
+        blocks(lens.load(other))
 
 
 def test_intervals_are_over_prompts(network):

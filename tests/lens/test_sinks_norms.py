@@ -6,7 +6,7 @@ import torch
 
 import lens
 from lens.common.errors import LensError
-from lens.passes.stream import blocks
+from lens.models.layout import blocks
 from lens.sinks import high_norm, register_neurons
 from lens.sinks.activations.norms import otsu
 from tests.lens.architectures import build

@@ -132,7 +132,7 @@ def magnitudes(model: LoadedModel, task: Task, ablation: Ablation) -> np.ndarray
         change = found.minus(references.of(rows))
         norms = [change.input.norm(dim=-1).sum()[None]]
         for number, layer in enumerate(nodes.layers):
-            written = change.heads[number] @ layer.output  # [rows, heads, tokens, d_model]
+            written = change.heads[number] @ layer.block.output  # [rows, heads, tokens, d_model]
             norms.append(written.norm(dim=-1).sum((0, 2)))
             norms += [part.norm(dim=-1).sum()[None] for part in change.mlps[number : number + 1]]
         total = total + np.concatenate([part.cpu().double().numpy() for part in norms])

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lens.circuits.graph.nodes import Nodes, Visitor, project, visit
+from lens.circuits.graph.nodes import Nodes, project, visit
 from lens.common.errors import LensError
+from lens.passes.visit import Visitor
 from lens.tasks.task import Task
 
 ABLATIONS = ("counterfactual", "mean", "zero")
@@ -92,7 +93,7 @@ class PlainVisitor(Visitor):
     def project(self, layer: int, residual: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See `Visitor`."""
         parts = self.nodes.layers[layer]
-        normed = parts.norm.forward(residual)[None]
+        normed = parts.block.norm.forward(residual)[None]
         q, k, v = (project(parts, part, normed).movedim(0, -2) for part in range(3))
         return q, k, v
 

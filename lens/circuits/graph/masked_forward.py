@@ -3,7 +3,8 @@
     in_reader = sum over writers of [out_writer + alpha_edge (ref_writer - out_writer)]
 
 `out` is what the writer gives in this very run, `ref` a stored output. alpha 0 on all edges is the clean
-run, 1 on all edges the reference run; the gradient by alpha at 0 is edge attribution patching.
+run, 1 on all edges the reference run; the gradient by alpha at 0 is edge attribution patching. Where norms
+come between writers and readers, "sum" is the way through them (`lens.circuits.nodes`).
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ import torch
 from torch import Tensor
 
 from lens.circuits.graph.activations import Activations
-from lens.circuits.graph.nodes import Nodes, Visitor, project, visit
+from lens.circuits.graph.nodes import Nodes, project, visit
 from lens.common.errors import LensError
+from lens.passes.visit import Visitor
 
 
 def masked_logits(nodes: Nodes, ids: Tensor, reference: Activations, masks: Tensor) -> Tensor:
@@ -59,6 +61,10 @@ class _Masking(Visitor):
         self._masks = masks  # [masks, readers, writers]
         self._written = 0
         self._differences = torch.empty(0)  # [masks, writers, rows, tokens, d_model]
+        self._walks = nodes.layout.bends
+        self._outputs: list[
+            Tensor
+        ] = []  # input, sum of heads, MLP, ...: [masks, rows, tokens, d_model]
 
     def _copies(self, tensor: Tensor) -> Tensor:
         """[masks, rows, ...] of [masks * rows, ...]."""
@@ -67,9 +73,35 @@ class _Masking(Visitor):
     def _read(self, residual: Tensor, readers: slice) -> Tensor:
         """[masks, readers, rows, tokens, d_model], what these readers get instead of the residual."""
         alphas = self._masks[:, readers, : self._written]
+        if self._walks:
+            return self._walk(alphas)
         added = alphas @ self._differences[:, : self._written].flatten(2)
         copies = self._copies(residual)
         return added.unflatten(2, copies.shape[1:]) + copies[:, None]
+
+    def _walk(self, alphas: Tensor) -> Tensor:
+        """`_read`, through the norms between: of alphas [masks, readers, writers so far]."""
+        normed, graph = self._nodes.layout.normed, self._graph
+        outputs, writers = iter(self._outputs), 0
+
+        def replaced(count: int) -> Tensor:
+            nonlocal writers
+            part = slice(writers, writers + count)
+            writers += count
+            own = next(outputs)[:, None]
+            added = alphas[..., part] @ self._differences[:, part].flatten(2)
+            return own + added.unflatten(2, own.shape[2:])
+
+        stream = replaced(1)
+        for layer in self._nodes.layers:
+            block = layer.block
+            if writers < alphas.shape[-1]:
+                stream = block.norm.forward(stream) if normed else stream
+                stream = stream + block.after.forward(replaced(graph.heads))
+            if writers < alphas.shape[-1] and graph.mlps:
+                stream = block.mlp_norm.forward(stream) if normed else stream
+                stream = stream + replaced(1)
+        return stream
 
     def _keep(self, differences: Tensor) -> None:
         """Differences of the next writers, [masks, writers, rows, tokens, d_model]."""
@@ -84,6 +116,7 @@ class _Masking(Visitor):
         self._differences[:, start : self._written] = differences
 
     def enter(self, hidden: Tensor) -> Tensor:
+        self._outputs.append(self._copies(hidden))
         self._keep((self._reference.input - self._copies(hidden))[:, None])
         return hidden
 
@@ -91,7 +124,7 @@ class _Masking(Visitor):
         parts = self._nodes.layers[layer]
         readers = self._graph.attention_readers(layer)
         heads, others = self._graph.heads, self._graph.kv_readers
-        normed = parts.norm.forward(self._read(residual, readers)).transpose(0, 1)
+        normed = parts.block.norm.forward(self._read(residual, readers)).transpose(0, 1)
         q, k, v = (
             project(parts, part, some).flatten(1, 2).movedim(0, -2)
             for part, some in enumerate(normed.split([heads, others, others]))
@@ -100,7 +133,10 @@ class _Masking(Visitor):
 
     def heads(self, layer: int, z: Tensor) -> Tensor:
         difference = self._reference.heads[layer] - self._copies(z)
-        written = difference @ self._nodes.layers[layer].output
+        block = self._nodes.layers[layer].block
+        if self._walks:
+            self._outputs.append(self._copies(block.attended(z)))
+        written = difference @ block.output
         self._keep(written.transpose(1, 2))
         return z
 
@@ -109,6 +145,7 @@ class _Masking(Visitor):
         return self._read(residual, slice(reader, reader + 1)).flatten(0, 2)
 
     def mlp(self, layer: int, output: Tensor) -> Tensor:
+        self._outputs.append(self._copies(output))
         self._keep((self._reference.mlps[layer] - self._copies(output))[:, None])
         return output
 

@@ -98,6 +98,11 @@ class _Patching(PlainVisitor):
 def _scores(batch: Batch, *, together: bool, blocked: int | None = None) -> np.ndarray:
     """[rows, edges]: benefit lost by each edge."""
     nodes, graph = batch.nodes, batch.nodes.graph
+    if nodes.layout.bends:
+        raise LensError(
+            f"atp* takes what is read for the sum of what is written, and {nodes.layout.kind} norms it "
+            "in between; use method='eap-ig' or 'exact'"
+        )
     found = np.zeros((len(batch.ids), *graph.allowed.shape))
     found[:, graph.allowed] = edge_products(
         nodes, batch.ids, batch.measure, batch.differences, blocked=blocked, refuse_flat=True

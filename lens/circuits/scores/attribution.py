@@ -20,6 +20,7 @@ from torch.autograd.graph import register_multi_grad_hook
 from lens.circuits.graph.activations import Activations, PlainVisitor
 from lens.circuits.graph.nodes import Layer, Nodes, visit
 from lens.common.errors import LensError
+from lens.models.parts import Norm
 from lens.passes.calls import LayerCall
 
 _FLAT = 1e-8
@@ -100,7 +101,7 @@ def head_slopes(
 
 def written(nodes: Nodes, differences: Activations, layer: int) -> Tensor:
     """[rows, writers of the layer, tokens, d_model] of the differences."""
-    heads = differences.heads[layer] @ nodes.layers[layer].output
+    heads = differences.heads[layer] @ nodes.layers[layer].block.output
     if not nodes.graph.mlps:
         return heads
     return torch.cat([heads, differences.mlps[layer][:, None]], 1)
@@ -197,12 +198,13 @@ class _Meeting(_Tracing):
         size = (rows, len(graph.readers), len(graph.writers))
         self._found = differences.input.new_zeros(size)
         self._layers = 0  # layers that write to those who wait
-        self._waiting: list[tuple[slice, _Read]] = []
+        self._waiting: list[tuple[slice, _Read, bool]] = []  # the last: between heads and MLP
+        self._read: dict[tuple[int, str], Tensor] = {}  # what the norms between have read
 
     def project(self, layer: int, residual: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See `Visitor`."""
         q, k, v = super().project(layer, residual)
-        clean = residual.detach()
+        clean = self._read[layer, "attention"] = residual.detach()
 
         def meet(slopes: Sequence[Tensor | None]) -> None:
             self._attention(layer, clean, slopes)
@@ -225,58 +227,104 @@ class _Meeting(_Tracing):
         def read(rows: slice) -> Tensor:
             weight, _ = layer.weights[part]
             slope = made[rows].movedim(-2, 1) @ weight.mT  # [rows, readers, tokens, d_model]
-            with torch.enable_grad(), self._rules():
-                own = residual[rows, None].expand_as(slope).detach().requires_grad_()
-                normed = layer.norm.forward(own)
-            (found,) = torch.autograd.grad(normed, own, slope)
-            return found.flatten(2)
+            return self._before(layer.block.norm, residual[rows], slope).flatten(2)
 
         return read
+
+    def _before(self, norm: Norm, read: Tensor, slope: Tensor) -> Tensor:
+        """From gradients by what a norm gave, [rows, readers, tokens, d_model], to those by what it read."""
+        if not norm.changes:
+            return slope
+        with torch.enable_grad(), self._rules():
+            own = read[:, None].expand_as(slope).detach().requires_grad_()
+            normed = norm.forward(own)
+        (found,) = torch.autograd.grad(normed, own, slope)
+        return found
 
     def mlp_input(self, layer: int, residual: Tensor) -> Tensor:
         """See `Visitor`."""
         reader, graph = self.nodes.graph.mlp_reader(layer), self.nodes.graph
-        return self._watched(residual, layer if graph.parallel else layer + 1, reader)
+        self._read[layer, "mlp"] = residual.detach()
+        layers = layer if graph.parallel else layer + 1
+        return self._watched(residual, layers, reader, between=not graph.parallel)
+
+    def heads(self, layer: int, z: Tensor) -> Tensor:
+        """See `Visitor`."""
+        z = super().heads(layer, z)
+        if self.nodes.layout.bends:
+            self._read[layer, "after"] = self.nodes.layers[layer].block.attended(z).detach()
+        return z
 
     def final(self, residual: Tensor) -> Tensor:
         """See `Visitor`."""
         graph = self.nodes.graph
         return self._watched(residual, graph.layers, len(graph.readers) - 1)
 
-    def _watched(self, residual: Tensor, layers: int, reader: int) -> Tensor:
+    def _watched(
+        self, residual: Tensor, layers: int, reader: int, *, between: bool = False
+    ) -> Tensor:
         """A name of its own for what one reader reads, so that its gradient comes alone."""
         read = residual.view_as(residual)
 
         def meet(slope: Tensor) -> None:
-            self._wait(
-                layers, slice(reader, reader + 1), lambda rows: slope[rows].flatten(1)[:, None]
-            )
+            places = slice(reader, reader + 1)
+            self._wait(layers, places, lambda rows: slope[rows].flatten(1)[:, None], between)
 
         read.register_hook(meet)
         return read
 
-    def _wait(self, layers: int, readers: slice, read: _Read) -> None:
+    def _wait(self, layers: int, readers: slice, read: _Read, between: bool = False) -> None:
         if layers != self._layers:
             self._meet()
         self._layers = layers
-        self._waiting.append((readers, read))
+        self._waiting.append((readers, read, between))
 
     def _meet(self) -> None:
         """Scores of all edges to those who wait."""
         graph, inputs = self.nodes.graph, self._differences.input
-        readers = sum(places.stop - places.start for places, _ in self._waiting)
+        readers = sum(places.stop - places.start for places, _, _ in self._waiting)
         at_once = max(1, _NUMBERS // max(1, readers * inputs[0].numel()))
         for start in range(0, len(inputs) if self._waiting else 0, at_once):
             rows = slice(start, start + at_once)
             own = self._differences.rows(rows)
-            slopes = [(places, read(rows)) for places, read in self._waiting]
-            for layer in range(-1, self._layers):
-                first = 0 if layer < 0 else graph.heads_of(layer).start
-                output = own.input[:, None] if layer < 0 else written(self.nodes, own, layer)
-                writers = slice(first, first + output.shape[1])
-                for places, slope in slopes:
-                    self._found[rows, places, writers] = slope @ output.flatten(2).mT
+            slopes = [read(rows) for _, read, _ in self._waiting]
+            for layer in reversed(range(self._layers)):
+                first, output = graph.heads_of(layer).start, written(self.nodes, own, layer)
+                for number, (places, _, between) in enumerate(self._waiting):
+                    found = self._found[rows, places, first : first + output.shape[1]]
+                    is_last = between and layer == self._layers - 1
+                    slopes[number] = self._pass(layer, rows, slopes[number], output, found, is_last)
+            for (places, _, _), slope in zip(self._waiting, slopes, strict=True):
+                self._found[rows, places, :1] = slope @ own.input[:, None].flatten(2).mT
         self._waiting.clear()
+
+    def _pass(
+        self, layer: int, rows: slice, slope: Tensor, output: Tensor, found: Tensor, between: bool
+    ) -> Tensor:
+        """Scores of a layer's writers into `found`; the gradient by what enters the layer.
+
+        `slope` [rows, readers, tokens * d_model] is by what leaves it, or `between`: by the sum that its
+        MLP reads. Without norms between it is the same all the way.
+        """
+        block, normed = self.nodes.layers[layer].block, self.nodes.layout.normed
+        if not self.nodes.layout.bends:
+            found[:] = slope @ output.flatten(2).mT
+            return slope
+        heads = self.nodes.graph.heads
+        wide = (-1, output.shape[-1])
+        if not between:
+            found[..., heads:] = slope @ output[:, heads:].flatten(2).mT
+            if normed:
+                read = self._read[layer, "mlp"][rows]
+                slope = self._before(block.mlp_norm, read, slope.unflatten(2, wide)).flatten(2)
+        after = self._before(
+            block.after, self._read[layer, "after"][rows], slope.unflatten(2, wide)
+        )
+        found[..., :heads] = after.flatten(2) @ output[:, :heads].flatten(2).mT
+        if normed:
+            read = self._read[layer, "attention"][rows]
+            slope = self._before(block.norm, read, slope.unflatten(2, wide)).flatten(2)
+        return slope
 
     def finish(self) -> Tensor:
         """[rows, readers, writers], after the backward pass."""

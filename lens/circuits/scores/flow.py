@@ -123,7 +123,7 @@ def flow_routes(
 
     Raises:
         LensError: a threshold that is none, a mark that the task has not got, or a model whose states are
-            no such sums (`find_nodes`: unknown blocks, norms after attention or MLP).
+            no such sums (`find_nodes`: unknown blocks, norms between heads and stream).
 
     Reference: Ferrando, Voita, Information Flow Routes, 2024, arXiv 2403.00824. The authors' tool takes
         1e-5 where a proximity is 0 or less, here it is 0.
@@ -138,7 +138,7 @@ def flow_routes(
             f"the task {task.name!r} has no mark {at!r}; it has {', '.join(task.marks) or 'none'}"
         )
     task.check(model)
-    nodes = find_nodes(model)
+    nodes = find_nodes(model, sums="flow_routes")
     starts = task.positions.max(1).values if at is None else task.marks[at]
     found: list[_Edge] = []
     with advancing(f"{model.name}: flow routes", task.n, progress) as advance:
@@ -232,7 +232,7 @@ def _routes(streams: _Streams, prompt: int, start: int, threshold: float) -> lis
 
 def _written(streams: _Streams, layer: int, last: int) -> Tensor:
     """[heads, keys, d_model], `v W_O` of the keys up to the last one."""
-    output = streams.nodes.layers[layer].output
+    output = streams.nodes.layers[layer].block.output
     value = streams.calls[layer].value[0, :, : last + 1]
     return value.repeat_interleave(len(output) // len(value), 0) @ output
 

@@ -32,7 +32,7 @@ from lens.circuits.scores.attribution import edge_products
 from lens.circuits.scores.batch import Batch
 from lens.common.errors import LensError
 
-_ACTIVATIONS = ("act", "act_fn")
+_ACTIVATIONS = ("act", "act_fn", "activation_fn", "intermediate_act_fn")
 _BY_SLOPE = ("lens-program",)  # a ReLU, whose slope is act(x) / x already
 
 
@@ -64,18 +64,8 @@ def relevance_rules(nodes: Nodes) -> Iterator[None]:
     """Backward passes of what runs inside follow the rules; what is computed stays the same.
 
     Raises:
-        LensError: a norm or an activation function that is not known here.
+        LensError: an activation function that is not known here.
     """
-    norms = [nodes.last_norm, *(layer.norm for layer in nodes.layers)]
-    for norm in norms:
-        kind = type(norm).__name__
-        if not (
-            isinstance(norm, nn.LayerNorm) or kind.lower().endswith(("rms", "rmsnorm", "unnormed"))
-        ):
-            raise LensError(
-                f"no relevance rule is known for the norm {kind}; known: LayerNorm and RMSNorm. Use "
-                "method='eap-ig'"
-            )
     with ExitStack() as stack:
         for activation in _activations(nodes):
             stack.callback(activation.register_forward_hook(_as_factor).remove)
@@ -88,13 +78,13 @@ def _activations(nodes: Nodes) -> list[nn.Module]:
     if root.config.model_type in _BY_SLOPE:
         return []
     found = []
-    for layer in nodes.layers:
-        if layer.mlp is None:
-            continue
-        parts = [part for name, part in layer.mlp.named_children() if name in _ACTIVATIONS]
-        if not parts:
+    for block in nodes.layout.blocks:
+        children = [child for part in block.mlp for child in part.named_children()]
+        parts = [part for name, part in children if name in _ACTIVATIONS]
+        parts += block.mlp[1:-1]  # modules of the block itself: between the two projections
+        if block.mlp and not parts:
             raise LensError(
-                f"no activation function was found in {type(layer.mlp).__name__} under the names "
+                f"no activation function was found in {type(block.mlp[0]).__name__} under the names "
                 f"{' or '.join(_ACTIVATIONS)}, so it has no relevance rule; use method='eap-ig'"
             )
         found += parts

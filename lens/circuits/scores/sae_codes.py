@@ -226,7 +226,7 @@ def _outputs(model: LoadedModel, task: Task, ids: Tensor, positions: str) -> Ten
         last = task.positions[rows].amax(1)
         at = torch.arange(len(rows))
         parts = [
-            (z.mean(2) if positions == "mean" else z[at, :, last])[:, :, None] @ layer.output
+            (z.mean(2) if positions == "mean" else z[at, :, last])[:, :, None] @ layer.block.output
             for z, layer in zip(written.heads, nodes.layers, strict=True)
         ]
         found.append(torch.cat(parts, 1)[:, :, 0].detach().float().cpu())

@@ -16,9 +16,9 @@ from lens_kernels import AttentionResult
 from torch import Tensor
 
 from lens.common.errors import LensError
-from lens.heads.weights import input_norms, output_weights
 from lens.models.loaded import LoadedModel
 from lens.passes.calls import LayerCall, attend
+from lens.passes.replay import proved
 from lens.passes.sessions import base, listening
 from lens.traces.scores import Score, is_delimiter, row_score, whole_score
 from lens.traces.statistics import VARIABLES, make_settings, measure
@@ -114,14 +114,18 @@ def role_scores(
     model: LoadedModel, prompt: Any, tokens: Sequence[str], seed: int | None
 ) -> RoleRecorder:
     """The scores of one prompt, as `read_prompts` gives it; no intervals over rows for the seed None."""
-    output, norms, why = None, [], ""
+    blocks, why = (), ""
     try:
-        output, norms = output_weights(model), input_norms(model)
+        layout = proved(model)
+        model, blocks = layout.model, () if layout.bends else layout.blocks
+        why = f"{layout.kind} norms what its heads write before it reaches the stream"
     except LensError as error:
         why = str(error)
+    output = torch.stack([block.output for block in blocks]) if blocks else None
     recorder = RoleRecorder(sentences(tokens), output, why, seed)
     with ExitStack() as stack, torch.no_grad(), listening(model, recorder.on_layer):
-        for norm in norms:
+        for norm in (block.norm.module for block in blocks):
+            assert norm is not None
             hook = norm.register_forward_pre_hook(
                 lambda _, args: recorder.residual.append(args[0][0].double().norm(dim=-1))
             )

@@ -1,18 +1,23 @@
 """Direct logit attribution: what each head writes straight into the answer's logits.
 
 Exact for the path from a head to the logits past every later layer, with the size that the last norm
-divided by held at its clean value. What a head does through later heads or MLPs is not in it: a
+divided by held at its clean value (and, where heads write through a norm, what that divided by). What a head does through later heads or MLPs is not in it: a
 previous-token head that only feeds induction heads has none.
 """
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lens.common.errors import LensError
-from lens.heads.weights import head_weights, last_norm
+from lens.heads.weights import head_weights
 from lens.models.loaded import LoadedModel
+from lens.models.parts import Norm
 from lens.passes.head_outputs import read_heads
+from lens.passes.replay import proved
 from lens.tasks.task import Task
 
 
@@ -21,7 +26,8 @@ def direct_effects(model: LoadedModel, task: Task, rows: Tensor) -> tuple[np.nda
 
         z W_O (W_U[correct] - W_U[wrong]) / size, the mean over the answers
 
-    with the last norm folded into W_U as in `head_weights`, and `size` what that norm divided by.
+    with the last norm folded into W_U as in `head_weights`, and `size` what that norm divided by; of logits before a
+    softcap.
 
     Raises:
         LensError: a metric that is not the logit difference, or weights that are not known.
@@ -31,35 +37,40 @@ def direct_effects(model: LoadedModel, task: Task, rows: Tensor) -> tuple[np.nda
             f"direct logit attribution needs the metric 'logit_difference', got {task.metric!r}: "
             "only differences of logits are sums over heads"
         )
-    weights = head_weights(model)
+    layout, weights = proved(model), head_weights(model)
     positions, correct, wrong = (
         tensor[rows] for tensor in (task.positions, task.correct, task.wrong)
     )
+    unembedding = weights.unembedding.T
     at = torch.arange(len(rows))[:, None]
     outputs: list[Tensor] = []  # per layer [rows, heads, answers, head_dim]
 
     def keep(_: int, output: Tensor) -> None:
         outputs.append(output.cpu().transpose(1, 2)[at, positions].transpose(1, 2).float())
 
-    sizes: list[Tensor] = []  # [rows, tokens]
-    hook = last_norm(model).register_forward_hook(
-        lambda norm, inputs, output: sizes.append(_size(norm, inputs[0], output).cpu())
-    )
+    norms = [layout.final_norm, *(block.after for block in layout.blocks)]
+    with ExitStack() as stack:
+        sizes = [stack.enter_context(_sizes(norm)) for norm in norms]
+        logits = read_heads(layout.model, task.clean[rows], keep)
+    last, *after = (size[0][at, positions].cpu() if size else torch.ones(1) for size in sizes)
+    answers = (unembedding[correct] - unembedding[wrong]) / last  # [rows, answers, d_model]
+    effects = [
+        torch.einsum("rhak,hkd,rad->hra", z, output, answers / size)
+        for z, output, size in zip(outputs, weights.output, after, strict=True)
+    ]
+    clean = task.measure(logits, rows)
+    return clean.double().cpu().numpy(), torch.stack(effects).mean(-1).double().numpy()
+
+
+@contextmanager
+def _sizes(norm: Norm) -> Iterator[list[Tensor]]:
+    """What the norm divides by in the passes inside, [rows, tokens, 1]; nothing where there is no norm."""
+    found: list[Tensor] = []
+    if norm.module is None or not norm.changes:
+        yield found
+        return
+    hook = norm.module.register_forward_pre_hook(lambda _, args: found.append(norm.size(args[0])))
     try:
-        logits = read_heads(model, task.clean[rows], keep)
+        yield found
     finally:
         hook.remove()
-    answers = weights.unembedding.T[correct] - weights.unembedding.T[wrong]  # [rows, answers, d]
-    answers = answers / sizes[0][at, positions][..., None]
-    effects = torch.einsum("lrhak,lhkd,rad->lhra", torch.stack(outputs), weights.output, answers)
-    clean = task.measure(logits, rows)
-    return clean.double().cpu().numpy(), effects.mean(-1).double().numpy()
-
-
-def _size(norm: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """[rows, tokens] that a norm divided by, from what went in and what came out."""
-    x, y = x.float(), y.float()
-    if isinstance(norm, nn.LayerNorm):
-        x = x - x.mean(-1, keepdim=True)
-        y = y if norm.bias is None else y - norm.bias
-    return (x * norm.get_parameter("weight")).norm(dim=-1) / y.norm(dim=-1)

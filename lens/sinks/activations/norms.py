@@ -12,10 +12,11 @@ from torch import nn
 
 from lens.common.errors import LensError
 from lens.common.results import Result, described
+from lens.models.layout import blocks
 from lens.models.loaded import LoadedModel
 from lens.passes.inputs import read_prompts
 from lens.passes.sessions import base
-from lens.passes.stream import blocks, stream
+from lens.passes.stream import stream
 
 LEAST_SEPARATION, LEAST_RATIO = 4.0, 3.0
 """Two modes: Ashman's D of their log norms, and the ratio of their mean norms, at least these.

@@ -13,9 +13,10 @@ import torch
 from lens.common.errors import LensError
 from lens.common.results import Result, described
 from lens.edits.losses import bos_policy, two_tokens
-from lens.heads.weights import head_weights, last_norm
+from lens.heads.weights import head_weights
 from lens.models.loaded import LoadedModel
 from lens.passes.inputs import read_prompts
+from lens.passes.replay import proved
 from lens.stats import over_units
 
 BANDS = 20
@@ -162,7 +163,9 @@ def band_losses(
     """
     from lens.tasks.prompts import loss
 
-    found, norm, read, deltas = bands(model, count=count), last_norm(model), [], []
+    found, layout, read, deltas = bands(model, count=count), proved(model), [], []
+    model, norm = layout.model, layout.final_norm.module
+    assert norm is not None
     for prompt in read_prompts(model, prompts)[0]:
         ids = two_tokens(prompt.ids)
         plain, row = loss(model, ids), []
