@@ -51,7 +51,7 @@ def proved(model: LoadedModel) -> Layout:
                 f"{model.info.class_name} does not compute what its parts say: its output differs by "
                 f"{error:.1e} of its largest from the one computed again from its embedding, norms, "
                 f"heads, MLPs and unembedding (allowed {_TOLERANCE[model.dtype]:.0e}), so numbers about "
-                f"its heads would be wrong. {_reason(root)}"
+                f"its heads would be wrong. {_reason(root, error)}"
             )
         _proved[root] = state
     return found
@@ -60,7 +60,8 @@ def proved(model: LoadedModel) -> Layout:
 def replay_error(layout: Layout, inputs: Mapping[str, Tensor] | None = None) -> float:
     """Largest difference of the replayed from the model's own logits, over the largest of these.
 
-    So are values, and lengths of queries and keys, of every head. Of a model without an unembedding it is that of what its last norm gives.
+    So are values, and lengths of queries and keys, of every head. Of a model without an unembedding it is
+    that of what its last norm gives. NaN where a number is none.
     """
     inputs = tiny_inputs(layout.model) if inputs is None else inputs
     with torch.no_grad():
@@ -71,7 +72,7 @@ def replay_error(layout: Layout, inputs: Mapping[str, Tensor] | None = None) -> 
         found = layout.final_norm.recomputed(replay.stream)
         found = found if layout.unembedding is None else layout.logits(found)
     found = found[:, 0] if own.dim() == 2 else found  # of images: the class token's
-    return max(_difference(found, own), *replay.errors)
+    return float(torch.tensor([_difference(found, own), *replay.errors]).max())  # NaN if one is
 
 
 class _Replay(Visitor):
@@ -132,22 +133,30 @@ def _output(result: Any) -> Tensor:
 
 
 def _difference(found: Tensor, own: Tensor) -> float:
-    """Largest difference over the largest of `own`."""
-    return float((found.double() - own.double()).abs().max() / own.double().abs().max())
+    """Largest difference over the largest of `own`; 0 where both are 0 all over."""
+    difference = float((found.double() - own.double()).abs().max())
+    return difference and difference / float(own.double().abs().max() or torch.nan)
 
 
 def _state(root: nn.Module) -> int:
     """Changes when a module or a hook is put in or taken out."""
     return hash(
         tuple(
-            (id(part), tuple(part._forward_hooks), tuple(part._forward_pre_hooks))
+            (
+                id(part),
+                tuple(part._forward_hooks),
+                tuple(part._forward_pre_hooks),
+                id(vars(part).get("forward")),  # put over that of its class
+            )
             for part in root.modules()
         )
     )
 
 
-def _reason(root: nn.Module) -> str:
+def _reason(root: nn.Module, error: float) -> str:
     """What is known to make a model another than its weights say."""
+    if error != error:
+        return "Some of its numbers are NaN or infinite; look at its weights"
     hooked = [
         name or type(part).__name__
         for name, part in root.named_modules()
