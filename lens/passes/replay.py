@@ -11,6 +11,7 @@ these parts would give numbers of another model, so it is refused.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -51,7 +52,7 @@ def proved(model: LoadedModel) -> Layout:
                 f"{model.info.class_name} does not compute what its parts say: its output differs by "
                 f"{error:.1e} of its largest from the one computed again from its embedding, norms, "
                 f"heads, MLPs and unembedding (allowed {_TOLERANCE[model.dtype]:.0e}), so numbers about "
-                f"its heads would be wrong. {_reason(root, error)}"
+                f"its heads would be wrong. {_reason(root)}"
             )
         _proved[root] = state
     return found
@@ -134,8 +135,8 @@ def _output(result: Any) -> Tensor:
 
 def _difference(found: Tensor, own: Tensor) -> float:
     """Largest difference over the largest of `own`; 0 where both are 0 all over."""
-    difference = float((found.double() - own.double()).abs().max())
-    return difference and difference / float(own.double().abs().max() or torch.nan)
+    scale = float(own.double().abs().max())
+    return float((found.double() - own.double()).abs().max()) / max(scale, sys.float_info.min)
 
 
 def _state(root: nn.Module) -> int:
@@ -153,10 +154,8 @@ def _state(root: nn.Module) -> int:
     )
 
 
-def _reason(root: nn.Module, error: float) -> str:
+def _reason(root: nn.Module) -> str:
     """What is known to make a model another than its weights say."""
-    if error != error:
-        return "Some of its numbers are NaN or infinite; look at its weights"
     hooked = [
         name or type(part).__name__
         for name, part in root.named_modules()
