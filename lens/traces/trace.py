@@ -189,7 +189,7 @@ class AttentionTrace:
                 raise LensError(
                     f"{name} must be a range within 0..{self.length}, got {(first, last)}"
                 )
-        return exact_tile(self.dataset, (layer, head), queries, keys)
+        return exact_tile(self.dataset, self.head_id((layer, head)), queries, keys)
 
     def tile_refusal(self, layer: int, head: int) -> str:
         """Why `tile` refuses this head, with the remedy; empty if it does not."""

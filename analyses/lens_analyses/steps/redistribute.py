@@ -70,7 +70,7 @@ def redistribution(subject: Subject) -> Section:
         seed=subject.seed,
     )
     tables, figures = {"response": found.table()}, {}
-    summary = list(found.findings())
+    summary: list[str] = [*found.findings()]
     figures["response"] = side_effect_line(tables["response"], "delta_loss")
     if rule in EDITS:
         at = max(amounts)

@@ -118,7 +118,7 @@ def first_token(subject: Subject) -> Section:
     active = sinks.activity(model, domains, heads=heads, seed=seed)
     tables, figures = {"activity": active.table()}, {"activity": active.plot()}
     summary = of_kind(active.findings(), "dormant", "switching")
-    limits = list(of_kind(active.findings(), "limit"))
+    limits: list[str] = [*of_kind(active.findings(), "limit")]
     if model.bos_id is None:
         limits.append(
             "The model has no BOS token, so the text was not compared with and without it."
