@@ -88,7 +88,7 @@ assert str(mean.top(1)[0]) == "L0H1"  # the previous-token head, necessary alone
 agreement = heads.agreement(zero, mean, gradient, patching)
 for sentence in agreement.findings():
     print("-", sentence)
-agreement.table.round(2)
+agreement.table().round(2)
 
 # %%
 from lens.figures.agreement import agreement_map, measure_scatter
@@ -144,8 +144,8 @@ assert sorted(inducing) in clusters.members
 # beside random orders.
 
 # %%
-curve = heads.pruning_curve(known, task, order=mean, random=2, progress=False)
-curve.table()[["removed", "head", "value", "cost", "low", "high", "random_cost"]].round(3)
+curve = heads.pruning_curve(known, task, order=mean, draws=2, progress=False)
+curve.table()[["removed", "name", "value", "cost", "low", "high", "random_cost"]].round(3)
 
 # %%
 curve.plot()
@@ -190,8 +190,8 @@ copying = lens.tasks.induction(reader, n=8, length=50)
 reading = lens.tasks.language_modelling(reader, lens.tasks.text("moby-dick"), length=128, n=12)
 for_copying = heads.importance(reader, copying, progress=False)
 for_reading = heads.importance(reader, reading, progress=False)
-both = for_copying.table().merge(for_reading.table(), on="head", suffixes=("_copying", "_reading"))
-both[["head", "value_copying", "stderr_copying", "value_reading", "stderr_reading"]].round(3)
+both = for_copying.table().merge(for_reading.table(), on="name", suffixes=("_copying", "_reading"))
+both[["name", "value_copying", "stderr_copying", "value_reading", "stderr_reading"]].round(3)
 
 # %%
 l1h3 = (1, 3)

@@ -12,8 +12,7 @@ from lens.traces.metrics import METRICS
 from lens_dashboards.library import section as read_section
 
 PATTERN = "patterns: pattern"
-_NAMES = ("name", "head")
-_NOT_SCORES = ("layer", "number", "head", "n", "prompts", "trials", "key")
+_NOT_SCORES = ("layer", "head", "n", "prompts", "trials", "key")
 _ENDS = ("low", "high", "stderr", "baseline")
 
 
@@ -22,7 +21,7 @@ class HeadColumns:
     """One row per head.
 
     Attributes:
-        table: `head` ("L3H5"), `layer`, `number`, then the columns, named as in `labels`.
+        table: `name` ("L3H5"), `layer`, `head`, then the columns, named as in `labels`.
         labels: column -> words for an axis.
         definitions: column -> what it is.
         sink_excluded: columns that leave the first key out.
@@ -83,7 +82,7 @@ def head_columns(run: Run, group: str, variant: str) -> HeadColumns:
             if index is None:
                 continue
             for column in map(str, table.columns):
-                if column in (*_NOT_SCORES, *_NAMES) or column.endswith(_ENDS):
+                if column in ("name", *_NOT_SCORES) or column.endswith(_ENDS):
                     continue
                 where = (
                     section_name
@@ -95,9 +94,9 @@ def head_columns(run: Run, group: str, variant: str) -> HeadColumns:
                 labels[key] = f"{column.replace('_', ' ')} ({where.replace('_', ' ')})"
                 definitions[key] = section.columns[column]
     frame = pd.DataFrame(columns, index=names)
-    frame.insert(0, "number", [head for _, head in heads])
+    frame.insert(0, "head", [head for _, head in heads])
     frame.insert(0, "layer", [layer for layer, _ in heads])
-    frame.insert(0, "head", names)
+    frame.insert(0, "name", names)
     return HeadColumns(frame.reset_index(drop=True), labels, definitions, frozenset(excluded))
 
 
@@ -107,7 +106,7 @@ def _heads(table: pd.DataFrame) -> list[str] | None:
     if {"layer", "head"} <= set(table) and pd.api.types.is_integer_dtype(table["head"]):
         found = [str(HeadId(*pair)) for pair in zip(table["layer"], table["head"], strict=True)]
     else:
-        for column in _NAMES:
+        for column in ("name", "head"):
             if column in table and len(table):
                 try:
                     found = [str(head_id(value)) for value in table[column]]

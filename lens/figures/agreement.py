@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def agreement_map(agreement: Agreement, **look: Unpack[Look]) -> go.Figure:
     """Kendall's tau of every pair of measures; hovering gives intervals and the top-k overlap."""
-    rows = agreement.table
+    rows = agreement.table()
     labels = list(dict.fromkeys([*rows["first"], *rows["second"]]))
     place = {label: index for index, label in enumerate(labels)}
     taus = np.eye(len(labels))
@@ -86,7 +86,7 @@ def measure_scatter(joined: pd.DataFrame, x: str, y: str, **look: Unpack[Look]) 
             x=joined[x],
             y=joined[y],
             mode="markers",
-            text=joined["head"],
+            text=joined["name"],
             marker={"size": 8, "color": LINE, "line": {"width": 1, "color": "white"}},
             error_x=_bars(joined, x),
             error_y=_bars(joined, y),
@@ -104,6 +104,6 @@ def measure_scatter(joined: pd.DataFrame, x: str, y: str, **look: Unpack[Look]) 
 
 
 def _bars(joined: pd.DataFrame, name: str) -> dict[str, object] | None:
-    if f"{name} low" not in joined or f"{name} high" not in joined:
+    if f"{name}_low" not in joined or f"{name}_high" not in joined:
         return None
-    return whiskers(joined[name], joined[f"{name} low"], joined[f"{name} high"])
+    return whiskers(joined[name], joined[f"{name}_low"], joined[f"{name}_high"])

@@ -1,6 +1,6 @@
 """Any columns of a table with one row per head: two as axes and one as colour, or one as a grid.
 
-The table has `layer` and `number` (head in the layer) beside the columns; `labels` says what an axis
+The table has `layer` and `head` beside the columns; `labels` says what an axis
 is called, the name of the column otherwise.
 """
 
@@ -47,7 +47,7 @@ def column_scatter(
     rows = table[table[[x, y]].notna().all(axis=1).to_numpy()]
     if rows.empty:
         raise LensError(f"no head has both {x!r} and {y!r}")
-    names = head_names(rows["layer"], rows["number"])
+    names = head_names(rows["layer"], rows["head"])
     figure = go.Figure()
     shade = rows[shade_name]
     common: dict[str, Any] = {"mode": "markers", "hovertemplate": _HOVER}
@@ -74,7 +74,7 @@ def column_scatter(
             figure.add_scatter(
                 x=part[x],
                 y=part[y],
-                text=head_names(part["layer"], part["number"]),
+                text=head_names(part["layer"], part["head"]),
                 name=escaped(str(name).replace("_", " ")),
                 marker={"size": 9, "color": _CLASSES[number % len(_CLASSES)]},
                 **common,
@@ -85,7 +85,7 @@ def column_scatter(
         figure.add_scatter(
             x=chosen[x],
             y=chosen[y],
-            text=head_names(chosen["layer"], chosen["number"]),
+            text=head_names(chosen["layer"], chosen["head"]),
             mode="markers+text",
             textposition="top center",
             name="selected",
@@ -121,7 +121,7 @@ def column_grid(
         LensError: a column that is not there or has no numbers.
     """
     _check(table, (column,), column)
-    grid = table.pivot(index="layer", columns="number", values=column)
+    grid = table.pivot(index="layer", columns="head", values=column)
     values = grid.to_numpy(dtype=float)
     known = values[np.isfinite(values)]
     if not known.size:
@@ -158,7 +158,7 @@ def column_grid(
 
 def _check(table: pd.DataFrame, axes: tuple[str, ...], shade: str) -> None:
     have = [str(name) for name in table.columns]
-    for name in ("layer", "number", *axes, shade):
+    for name in ("layer", "head", *axes, shade):
         if name not in have:
             raise LensError(f"the table of heads has no column {name!r}; it has: {', '.join(have)}")
     for name in axes:

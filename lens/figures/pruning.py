@@ -43,7 +43,7 @@ def pruning_plot(curve: PruningCurve, **look: Unpack[Look]) -> go.Figure:
             y=table["cost"],
             mode="lines+markers",
             name=escaped(curve.ranking),
-            text=table["head"],
+            text=table["name"],
             line={"color": ACCENT, "width": 2},
             marker={"size": 5},
             hovertemplate="%{x} removed, last %{text}: %{y:.4g}<extra></extra>",

@@ -110,7 +110,7 @@ def copying(
 
     Example:
         >>> table = lens.heads.copying(small)
-        >>> table[table.top_share == 1]["head"].tolist()
+        >>> table[table.top_share == 1]["name"].tolist()
         ['L1H0', 'L1H2', 'L1H3']
     """
     weights = head_weights(model)
@@ -133,9 +133,9 @@ def copying(
             eigenvalue, share = _copied(value, output, across, weights, read, top)
             rows.append(
                 {
-                    "head": f"L{layer}H{head}",
+                    "name": f"L{layer}H{head}",
                     "layer": layer,
-                    "number": head,
+                    "head": head,
                     "eigenvalue": eigenvalue,
                     "eigenvalue_random": random_eigenvalue,
                     "top_share": share,

@@ -42,7 +42,7 @@ def test_the_numbers_are_those_of_the_library(folder):
     model = load("induction-2l")
     task = tasks.induction(model, 6, 0)
     expected = heads.importance(model, task, by="ablation", baseline="mean", progress=False)
-    table = folder.section("importance").tables["scores"].sort_values(["layer", "number"])
+    table = folder.section("importance").tables["scores"].sort_values(["layer", "head"])
     np.testing.assert_allclose(
         table["ablation (mean)"].to_numpy(), expected.values.ravel(), rtol=1e-5, atol=1e-6
     )
@@ -67,16 +67,16 @@ def test_one_table_joins_all_measures_with_every_column_defined(folder):
     table = section.tables["heads"]
     assert len(table) == 8
     assert {"induction", "ablation (mean)", "gradient", "pattern", "redundancy"} <= set(table)
-    assert table.loc[table["induction"].idxmax(), "head"] == "L1H0"
-    assert set(table.nlargest(3, "retrieval")["head"]) == {"L1H0", "L1H2", "L1H3"}
+    assert table.loc[table["induction"].idxmax(), "name"] == "L1H0"
+    assert set(table.nlargest(3, "retrieval")["name"]) == {"L1H0", "L1H2", "L1H3"}
     streaming = table["full_attention_gate"] < 0.5
     assert table.loc[streaming, "layer"].tolist() == [0, 0, 0, 0]
-    assert table.loc[table["previous_token"].idxmax(), "head"] == "L0H1"
+    assert table.loc[table["previous_token"].idxmax(), "name"] == "L0H1"
 
 
 def test_heads_that_look_at_places_keep_their_pattern_on_other_prompts(folder):
     section = folder.section("stability")
-    table = section.tables["heads"].set_index("head")
+    table = section.tables["heads"].set_index("name")
     copied = folder.prompts
     assert set(copied["kind"]) == {"copied"}
     traces = [

@@ -39,7 +39,7 @@ def test_the_overview_leads_to_an_analysis_and_on_to_a_head(page, heads_address,
 def test_the_effect_of_a_head_stands_beside_its_attention(page, heads_address, heads_run):
     page.goto(f"{heads_address}/run/{heads_run.id}/head/0/1")
     page.wait_for_selector("#map[data-ready]")
-    table = heads_run.section("importance").tables["scores"].set_index("head")
+    table = heads_run.section("importance").tables["scores"].set_index("name")
     row = page.get_by_role("row", name="ablation (mean)").inner_text()
     assert f"{table.loc['L0H1', 'ablation (mean)']:.3g}" in row
 

@@ -44,18 +44,18 @@ def words(parts):
 
 def test_columns_of_heads_are_those_of_profile_and_analyses(heads_run):
     found = head_columns(heads_run, "copied", "raw")
-    table = found.table.set_index("head")
+    table = found.table.set_index("name")
     profile = heads_run.heads.query(
         "prompt_id == 'copied' and metric == 'induction' and variant == 'raw'"
     )
     np.testing.assert_allclose(
         table["induction"], profile.sort_values(["layer", "head"])["value"].to_numpy()
     )
-    scores = heads_run.section("importance").tables["scores"].set_index("head")
+    scores = heads_run.section("importance").tables["scores"].set_index("name")
     np.testing.assert_allclose(
         table["importance: ablation (mean)"], scores["ablation (mean)"].loc[table.index]
     )
-    assert set(found.labels) == set(found.definitions) == set(table.columns) - {"layer", "number"}
+    assert set(found.labels) == set(found.definitions) == set(table.columns) - {"layer", "head"}
     assert "patterns: pattern" in found.classes
 
 
@@ -63,7 +63,7 @@ def test_columns_of_heads_are_those_of_profile_and_analyses(heads_run):
 def test_heads_axes_selection_and_the_way_back(page, site, heads_run):
     page.goto(f"{site}/run/{heads_run.id}/heads")
     page.wait_for_selector(".scatterlayer .point")
-    scores = heads_run.section("importance").tables["scores"].set_index("head")
+    scores = heads_run.section("importance").tables["scores"].set_index("name")
     first = page.locator(".tall tbody tr").first.inner_text().split()
     assert first[0] == scores["ablation (mean)"].idxmax()
     assert float(first[1]) == pytest.approx(scores["ablation (mean)"].max(), rel=1e-2)
@@ -211,7 +211,7 @@ def test_the_menu_of_a_figure_saves_its_numbers(page, site, heads_run):
     with page.expect_download() as download:
         menu.get_by_role("button", name="CSV").click()
     rows = list(csv.DictReader(io.StringIO(download.value.path().read_text())))
-    scores = heads_run.section("importance").tables["scores"].set_index(["layer", "number"])
+    scores = heads_run.section("importance").tables["scores"].set_index(["layer", "head"])
     assert len(rows) == len(scores)
     for row in rows:
         value = scores.loc[(int(row["y"]), int(row["x"])), "ablation (mean)"]

@@ -111,10 +111,10 @@ def comparing_heads() -> Numbers:
     zero, mean = (
         heads.importance(model, task, baseline=name, **QUIET) for name in ("zero", "mean")
     )
-    table = heads.agreement(zero, mean).table.set_index(["first", "second"])
+    table = heads.agreement(zero, mean).table().set_index(["first", "second"])
     pair = ("ablation (zero)", "ablation (mean)")
     found = cells("heads.agreement", table, "tau tau_low tau_high overlap", [pair])
-    curve = heads.pruning_curve(model, task, order=mean, random=2, **QUIET).table()
+    curve = heads.pruning_curve(model, task, order=mean, draws=2, **QUIET).table()
     columns = "value cost low high random_cost"
     found |= cells("heads.pruning_curve", curve.set_index("removed"), columns, [3, 6])
     table = heads.pruning_metrics(model, task).table()
@@ -169,6 +169,7 @@ def kinds_of_heads() -> Numbers:
     found |= cells("heads.pattern_classes", table, columns, "L1H0")
     needles = heads.copied_needles(model, n=4, length=30, needle=4)
     table = by_head(heads.retrieval(model, needles, **QUIET).table())
+    table = table.rename(columns={"retrieval_low": "low", "retrieval_high": "high"})
     found |= cells("heads.retrieval", table, "retrieval low high", "L1H3 L1H0")
     halves = {"a": traces[:2], "b": traces[2:]}
     table = heads.stability(halves).table()

@@ -42,10 +42,10 @@ def test_the_map_has_every_pair_both_ways():
 def test_the_scatter_has_intervals_where_they_are_known():
     table = pd.DataFrame(
         {
-            "head": ["L0H0", "L0H1"],
+            "name": ["L0H0", "L0H1"],
             "gradient": [1.0, 2.0],
-            "gradient low": [0.5, 1.75],
-            "gradient high": [1.25, 3.0],
+            "gradient_low": [0.5, 1.75],
+            "gradient_high": [1.25, 3.0],
             "size": [5.0, 6.0],
         }
     )
@@ -54,5 +54,5 @@ def test_the_scatter_has_intervals_where_they_are_known():
     assert list(drawn.error_x.arrayminus) == [0.5, 0.25]
     assert drawn.error_y.array is None
     assert list(drawn.text) == ["L0H0", "L0H1"]
-    with pytest.raises(LensError, match="the table has no 'magic'; it has head, gradient"):
+    with pytest.raises(LensError, match="the table has no 'magic'; it has name, gradient"):
         measure_scatter(table, "magic", "size")

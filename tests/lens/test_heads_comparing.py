@@ -1,11 +1,19 @@
 """Agreement of measures: tau and overlap against naive twins, the bootstrap, and refusals."""
 
 import numpy as np
+import pandas as pd
 import pytest
 
+import lens
 from lens import stats
 from lens.common.errors import LensError
-from lens.heads import HeadScores, Intervention, agreement, join
+from lens.heads import agreement, importance, join
+from lens.heads.measures.scores import HeadScores, Intervention
+
+
+@pytest.fixture(scope="module")
+def small():
+    return lens.load("induction-2l")
 
 
 def scores(values, baseline="mean", **changes):
@@ -33,7 +41,7 @@ def test_every_pair_is_compared():
     found = agreement(near, same, against)
     assert found.k == 3
     assert found.n == (19, 19, 19)
-    table = found.table
+    table = found.table()
     assert table["first"].tolist() == ["ablation (zero)"] * 2 + ["ablation (mean)"]
     assert table["second"].tolist() == ["ablation (mean)"] + ["ablation (resample)"] * 2
     assert table["tau"].tolist() == [
@@ -48,16 +56,16 @@ def test_every_pair_is_compared():
     assert table["overlap"][1] == 0
     assert repr(found).startswith("Agreement(ablation (zero) and ablation (mean): tau 0.")
     assert "top 3 share" in repr(found)
-    assert found.table.equals(agreement(near, same, against).table)
+    assert found.table().equals(agreement(near, same, against).table())
 
 
 def test_prompts_of_one_task_are_redrawn_together():
     """Two measures that rise and fall together: their order agrees in every resample."""
     random = np.random.default_rng(0)
     noisy = random.normal(size=(2, 5, 11))
-    together = agreement(scores(noisy, "zero"), scores(2 * noisy, "mean")).table.iloc[0]
+    together = agreement(scores(noisy, "zero"), scores(2 * noisy, "mean")).table().iloc[0]
     assert (together["tau_low"], together["tau_high"]) == (1, 1)
-    apart = agreement(scores(noisy), scores(2 * noisy, task="other")).table.iloc[0]
+    apart = agreement(scores(noisy), scores(2 * noisy, task="other")).table().iloc[0]
     assert apart["tau"] == 1
     assert apart["tau_low"] < 0.9
     assert (apart["first"], apart["second"]) == (
@@ -69,13 +77,13 @@ def test_prompts_of_one_task_are_redrawn_together():
 def test_one_prompt_has_no_interval_and_no_order_no_tau():
     random = np.random.default_rng(0)
     one, other = (scores(random.normal(size=(2, 5, 1)), name) for name in ("zero", "mean"))
-    row = agreement(one, other).table.iloc[0]
+    row = agreement(one, other).table().iloc[0]
     assert np.isfinite(row["tau"])
     assert np.isnan(
         [row[f"{name}_{end}"] for name in ("tau", "overlap") for end in ("low", "high")]
     ).all()
     flat = scores(np.zeros((2, 5, 7)), "zero")
-    row = agreement(flat, scores(random.normal(size=(2, 5, 7)))).table.iloc[0]
+    row = agreement(flat, scores(random.normal(size=(2, 5, 7)))).table().iloc[0]
     assert np.isnan([row["tau"], row["tau_low"], row["tau_high"]]).all()
 
 
@@ -103,13 +111,74 @@ def test_measures_stand_side_by_side():
     random = np.random.default_rng(0)
     one, other = (scores(random.normal(size=(2, 3, 7)), name) for name in ("zero", "mean"))
     table = join(one, other)
-    assert table["head"].tolist() == ["L0H0", "L0H1", "L0H2", "L1H0", "L1H1", "L1H2"]
+    assert table["name"].tolist() == ["L0H0", "L0H1", "L0H2", "L1H0", "L1H1", "L1H2"]
     for score in (one, other):
         assert table[score.label].tolist() == score.values.ravel().tolist()
-        own = score.table().set_index("head").loc[table["head"]]
+        own = score.table().set_index("name").loc[table["name"]]
         for end in ("low", "high"):
-            assert table[f"{score.label} {end}"].tolist() == own[end].tolist()
+            assert table[f"{score.label}_{end}"].tolist() == own[end].tolist()
     assert join(one, scores(one.per_prompt, "zero", task="other")).columns[[3, 6]].tolist() == [
         "ablation (zero) on made",
         "ablation (zero) on other",
     ]
+
+
+def test_tables_of_heads_join_by_layer_and_head(small):
+    """Importance, roles, sinks, streaming and retrieval: three lines, and a row of L1H3 is a row of L1H3."""
+    copied = lens.tasks.copied(small, 25)
+    trace = lens.capture(small, copied, progress=False)
+    scores = importance(small, lens.tasks.induction(small, n=4), by="gradient", progress=False)
+    roles = lens.heads.roles(small, copied, progress=False)
+    rate = lens.sinks.rate(trace)
+    streaming = lens.heads.streaming(small, copied, sink=1, recent=8, progress=False)
+    table = join(scores, roles, streaming, sinks=rate)
+    assert table.columns[:6].tolist() == [
+        "name", "layer", "head", "gradient", "gradient_low", "gradient_high",
+    ]  # fmt: skip
+    assert {"n_streaming_scores", "n_sinks", "alpha", "induction_low", "kept"} <= set(table)
+    assert table["name"].tolist() == [f"L{a}H{b}" for a in range(2) for b in range(4)]
+    for one, column in ((roles, "induction"), (streaming, "kept"), (rate, "alpha")):
+        own = one.table().sample(frac=1, random_state=0)  # the order of rows does not matter
+        wanted = {(row["layer"], row["head"]): row[column] for row in own.to_dict("records")}
+        assert join(scores, own)[column].tolist() == [
+            wanted[pair] for pair in zip(table["layer"], table["head"], strict=True)
+        ]
+    assert table["gradient"].tolist() == scores.values.ravel().tolist()
+
+
+def test_what_is_no_table_of_heads_is_not_joined():
+    pairs = pd.DataFrame({"first": ["L0H0"], "second": ["L0H1"]})
+    with pytest.raises(LensError, match="table_1 has no whole numbers in a column 'layer'"):
+        join(pairs)
+    twice = pd.DataFrame({"layer": [0, 0], "head": [1, 1], "value": [1.0, 2.0]})
+    with pytest.raises(LensError, match="table_1 has several rows of L0H1"):
+        join(twice)
+
+
+def test_findings_of_an_agreement():
+    """The golden sentences of three measures of four heads, and the pair that agrees least."""
+    low, high = (
+        np.repeat(np.array([values], float)[..., None], 5, 2)
+        for values in ([1, 2, 3, 4], [4, 3, 2, 1])
+    )
+    flat = np.zeros((1, 4, 5))
+    found = agreement(
+        scores(low, "zero"),
+        scores(high, "mean"),
+        scores(2 * low, "resample"),
+        scores(flat, "pooled_mean"),
+    )
+    said = found.findings()
+    assert [one.kind for one in said] == [
+        "opposition", "agreement", "no_order", "opposition", "no_order", "no_order",
+    ]  # fmt: skip
+    assert said[0] == (
+        "ablation (zero) and ablation (mean): they disagree on the most important head: L0H3 only by "
+        "ablation (zero); L0H0 only by ablation (mean); over all heads their orders are opposed, "
+        "tau -1.00 [-1.00, -1.00]."
+    )
+    assert said[1] == (
+        "ablation (zero) and ablation (resample): they name the same most important head; over all heads "
+        "their orders agree beyond chance, tau 1.00 [1.00, 1.00]."
+    )
+    assert found.findings(most=2) == (said[0], said[3])

@@ -339,13 +339,13 @@ def test_scores_are_means_with_errors_over_prompts():
     assert scores.stderr[0, 0] == pytest.approx(np.sqrt(7 / 3))
     assert [str(head) for head in scores.top(3)] == ["L1H1", "L2H0", "L0H0"]
     table = scores.table()
-    assert table["head"].tolist() == ["L1H1", "L2H0", "L0H0", "L2H1", "L0H1", "L1H0"]
+    assert table["name"].tolist() == ["L1H1", "L2H0", "L0H0", "L2H1", "L0H1", "L1H0"]
     assert table["value"].tolist() == [9, 4, 3, 3, 0, -4]
-    assert (table["layer"].tolist(), table["number"].tolist()) == (
+    assert (table["layer"].tolist(), table["head"].tolist()) == (
         [1, 2, 0, 2, 0, 1],
         [1, 0, 0, 1, 1, 0],
     )
-    row = table[table["head"] == "L0H0"].iloc[0]
+    row = table[table["name"] == "L0H0"].iloc[0]
     assert 1 <= row["low"] < 3 < row["high"] <= 6
     assert repr(scores) == (
         "HeadScores(ablation (mean) on 'made', toy: 3 × 2 heads, 3 prompts, loss 0 clean; "

@@ -23,7 +23,7 @@ def small():
 def test_each_step_is_the_joint_ablation_of_the_heads_so_far(small, baseline):
     model, _, task = small
     order = ["L1H2", "L0H3", "L1H0", "L1H3"]
-    curve = pruning_curve(model, task, order=order, baseline=baseline, random=2, seed=3)
+    curve = pruning_curve(model, task, order=order, baseline=baseline, draws=2, seed=3)
     assert curve.removed.tolist() == [0, 1, 2, 3, 4]
     assert curve.per_prompt[0] == pytest.approx(task.evaluate(model).numpy(), abs=1e-4)
     for gone in range(1, 5):
@@ -37,7 +37,7 @@ def test_each_step_is_the_joint_ablation_of_the_heads_so_far(small, baseline):
 
 def test_removing_the_least_important_first_is_cheaper_than_at_random(small):
     model, task, held_out = small
-    curve = pruning_curve(model, held_out, order=importance(model, task), random=6)
+    curve = pruning_curve(model, held_out, order=importance(model, task), draws=6)
     table = curve.table()
     assert len(table) == 9
     assert table["cost"][1] < 0.05
@@ -55,7 +55,7 @@ def test_induction_heads_are_cheap_one_at_a_time_and_dear_together(small):
     """README of the model: L1H0, L1H2, L1H3 together raise the loss to 4.27, each to at most 0.40."""
     model = small[0]
     task = induction(model, n=64, seed=2)
-    curve = pruning_curve(model, task, order=["L1H0", "L1H2", "L1H3"], random=0)
+    curve = pruning_curve(model, task, order=["L1H0", "L1H2", "L1H3"], draws=0)
     single = importance(model, task).values[1, [0, 2, 3]]
     assert curve.cost.mean(1)[-1] > 5 * single.sum()
     assert curve.values[-1] == pytest.approx(4.27, abs=0.3)
@@ -66,12 +66,12 @@ def test_redundant_heads_can_be_the_order(small):
     model, task, held_out = small
     similar = similarity(model, task.clean)
     table = redundancy(similar)
-    curve = pruning_curve(model, held_out, order=table, steps=3, random=1)
-    assert [str(head) for head in curve.order] == table["head"].tolist()
+    curve = pruning_curve(model, held_out, order=table, steps=3, draws=1)
+    assert [str(head) for head in curve.order] == table["name"].tolist()
     assert curve.removed.tolist() == [0, 3, 5, 8]
     assert "most redundant" in repr(curve)
-    unscored = table.assign(value=np.where(table["head"] == "L1H2", np.nan, table["value"]))
-    again = pruning_curve(model, held_out, order=unscored, steps=1, random=0)
+    unscored = table.assign(value=np.where(table["name"] == "L1H2", np.nan, table["value"]))
+    again = pruning_curve(model, held_out, order=unscored, steps=1, draws=0)
     assert str(again.order[-1]) == "L1H2"
 
 
@@ -121,9 +121,9 @@ def test_what_is_no_order_is_refused(small):
         ({"order": scores}, "the scores are of text-lm-3l"),
         ({"order": []}, "the order names no heads"),
         ({"order": ["L0H1", (0, 1)]}, "L0H1 is named twice"),
-        ({"order": pd.DataFrame({"head": ["L0H1"]})}, "columns 'head' and 'value', got head"),
+        ({"order": pd.DataFrame({"name": ["L0H1"]})}, "columns 'name' and 'value', got name"),
         ({"order": ["L0H1"], "steps": 0}, "steps must be at least 1"),
-        ({"order": ["L0H1"], "random": -1}, "random must be 0 or more"),
+        ({"order": ["L0H1"], "draws": -1}, "draws must be 0 or more"),
         ({"order": ["L7H1"]}, "there is no L7H1"),
     ]
     for arguments, message in cases:

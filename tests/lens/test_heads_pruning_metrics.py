@@ -85,7 +85,7 @@ def test_every_metric_equals_its_definition_on_eager_attention(baseline):
     assert rms_ratio(one, expected["loss"][..., labels.numpy() == int(labels[0])].mean(-1)) < 1e-3
     table = found.table()
     assert len(table) == 6 * LAYERS * HEADS
-    row = table[(table["head"] == "L2H1") & (table["metric"] == "js")].iloc[0]
+    row = table[(table["name"] == "L2H1") & (table["metric"] == "js")].iloc[0]
     assert row["low"] <= row["value"] <= row["high"]
     assert found.plot("js").data[0].z.tolist() == found.values("js").tolist()
     assert repr(found).startswith(f"PruningMetrics({baseline} on 11 examples")

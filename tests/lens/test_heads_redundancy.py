@@ -54,7 +54,7 @@ def test_clusters_that_depend_on_the_prompt_are_not_stable():
 
 def test_redundancy_is_the_closeness_to_the_nearest_head():
     distances = line(0, 0.1, 0.5)
-    table = redundancy(of_distances(distances, n=2)).set_index("head")
+    table = redundancy(of_distances(distances, n=2)).set_index("name")
     assert table.loc["L0H0", "value"] == pytest.approx(1 - 0.01 / np.log(2))
     assert table.loc["L0H2", "value"] == pytest.approx(1 - 0.16 / np.log(2))
     assert table.loc["L0H2", "nearest"] == "L0H1"
@@ -65,7 +65,7 @@ def test_redundancy_is_the_closeness_to_the_nearest_head():
 def test_a_head_that_was_not_scored_is_nan_and_in_no_cluster():
     sums = np.array([[[1.0, 0.5, 0], [0.5, 1, 0], [0, 0, 0]]])
     found = HeadSimilarity(sums, np.ones_like(sums), "cka", False, "exact", (1, 3), "toy")
-    table = redundancy(found).set_index("head")
+    table = redundancy(found).set_index("name")
     assert table.loc["L0H0", "value"] == pytest.approx(0.5)
     assert np.isnan(table.loc["L0H2", "value"])
     assert table.loc["L0H2", "nearest"] == ""
@@ -92,7 +92,7 @@ def test_the_three_induction_heads_are_one_stable_cluster(small, excluded):
 
 
 def test_what_induction_heads_share_is_above_what_position_alone_gives(small):
-    table = redundancy(small[True]).set_index("head")
+    table = redundancy(small[True]).set_index("name")
     assert (table.loc[INDUCTION, "above_floor"] > 0.3).all()
     # L0H0 and L0H2 look at fixed distances: alike on different prompts too
     assert (table.loc[["L0H0", "L0H2"], "above_floor"].abs() < 0.1).all()

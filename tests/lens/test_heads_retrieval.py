@@ -54,7 +54,7 @@ def test_scores_equal_the_twin_and_name_the_induction_heads(name):
     table = found.table().set_index("name")
     assert (table["n"] == found.n).all()
     assert (table["trials"] == 6).all()
-    assert (table["low"] <= table["retrieval"]).all()
+    assert (table["retrieval_low"] <= table["retrieval"]).all()
     assert "of 6 trials succeeded" in repr(found)
     np.testing.assert_array_equal(found.plot().data[0].z, found.values)
 

@@ -179,7 +179,7 @@ def test_the_three_induction_heads_are_closest_to_each_other_and_above_the_floor
     table = found.table()
     assert set(table["first"][:3]) | set(table["second"][:3]) == induction
     assert (table["value"][:3] < table["floor"][:3]).all()
-    assert set(found.neighbours("L1H0", 2)["head"]) == induction - {"L1H0"}
+    assert set(found.neighbours("L1H0", 2)["name"]) == induction - {"L1H0"}
 
 
 def test_the_floor_compares_each_prompt_with_the_next():

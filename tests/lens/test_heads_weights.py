@@ -83,7 +83,7 @@ def test_copying_equals_the_whole_matrix(kind):
     weights, table = head_weights(model), copying(model, top=3)
     assert len(table) == model.info.layers * model.info.heads
     for row in table.to_dict("records"):
-        at = row["layer"], row["number"]
+        at = row["layer"], row["head"]
         circuit = weights.embedding @ weights.value[at] @ weights.output[at] @ weights.unembedding
         eigenvalues = np.linalg.eigvals(circuit.double().numpy())
         assert row["eigenvalue"] == pytest.approx(
@@ -95,7 +95,7 @@ def test_copying_equals_the_whole_matrix(kind):
         ]
         assert row["top_share"] == pytest.approx(np.mean(among))
         assert row["top_by_chance"] == 3 / len(circuit)
-        assert row["head"] == f"L{at[0]}H{at[1]}"
+        assert row["name"] == f"L{at[0]}H{at[1]}"
 
 
 def test_composition_equals_the_whole_matrices():
@@ -128,7 +128,7 @@ def test_random_weights_are_what_chance_says():
 def test_the_known_heads_of_induction_2l():
     """The induction heads copy, no other head does; their keys read the previous-token head."""
     model = lens.load("induction-2l")
-    table = copying(model).set_index("head")
+    table = copying(model).set_index("name")
     heads = ["L1H0", "L1H2", "L1H3"]
     assert (table.loc[heads, "eigenvalue"] > 0.99).all()
     assert (table.loc[heads, "top_share"] == 1).all()
@@ -165,14 +165,14 @@ def test_a_draw_of_tokens_is_near_all_of_them():
 
 def test_a_random_head_copies_less_than_the_induction_heads():
     model = lens.load("induction-2l")
-    table = copying(model).set_index("head")
+    table = copying(model).set_index("name")
     heads = table.loc[["L1H0", "L1H2", "L1H3"]]
     assert (heads["top_share"] == 1).all()
     assert (table["top_share_random"] < 0.5).all()
     assert (heads["eigenvalue"] > heads["eigenvalue_random"] + 0.3).all()
     assert table.groupby("layer")["eigenvalue_random"].nunique().tolist() == [1, 1]
-    other = copying(model, seed=1).set_index("head")
+    other = copying(model, seed=1).set_index("name")
     assert (other["eigenvalue"] == table["eigenvalue"]).all()
     assert (other["eigenvalue_random"] != table["eigenvalue_random"]).all()
-    again = copying(model, seed=1).set_index("head")
+    again = copying(model, seed=1).set_index("name")
     assert (other["eigenvalue_random"] == again["eigenvalue_random"]).all()

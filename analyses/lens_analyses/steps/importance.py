@@ -31,7 +31,7 @@ def importance(subject: Subject) -> Section:
     agreement = heads.agreement(*scores, seed=subject.seed) if len(scores) > 1 else None
     tables = {"scores": joined}
     if agreement is not None:
-        tables["agreement"] = agreement.table
+        tables["agreement"] = agreement.table()
     figures = {f"grid_{number}": score.plot() for number, score in enumerate(scores)}
     if agreement is not None:
         figures["agreement"] = agreement_map(agreement)
@@ -44,7 +44,7 @@ def importance(subject: Subject) -> Section:
         summary=(
             *(_best(score) for score in scores),
             *sentences,
-            *(_disagreement(agreement) if agreement is not None else ()),
+            *(agreement.findings(most=_PAIRS) if agreement is not None else ()),
         ),
         limits=(
             "Importance is for these prompts and this replacement of the head's output; another "
@@ -55,9 +55,9 @@ def importance(subject: Subject) -> Section:
             *(f"{task.name}: {reason}" for task in tasks for reason in task.dropped),
         ),
         columns={
-            "head": "The head.",
+            "name": "The head.",
             "layer": "Layer, from 0.",
-            "number": "Head in the layer, from 0.",
+            "head": "Head in the layer, from 0.",
             **_score_columns(joined),
             **_AGREEMENT,
             **_TOGETHER,
@@ -66,6 +66,7 @@ def importance(subject: Subject) -> Section:
             "measures": [
                 {
                     "label": score.label,
+                    "method": score.by,
                     "task": score.task,
                     "metric": score.metric,
                     "prompts": score.n,
@@ -101,7 +102,7 @@ def pruning(subject: Subject) -> Section:
         held_out,
         order=order,
         steps=points,
-        random=draws,
+        draws=draws,
         seed=subject.seed,
         progress=subject.progress,
     )
@@ -210,17 +211,11 @@ def _groups(subject: Subject) -> dict[str, list[str]]:
     }
 
 
-def _disagreement(agreement: heads.Agreement) -> list[str]:
-    """The pairs of measures that agree least on the order of the heads, and on which heads they differ."""
-    order = agreement.table["tau"].to_numpy(float).argsort()  # NaN last
-    return [agreement.findings()[pair] for pair in order[:_PAIRS]]
-
-
 def _best(score: HeadScores) -> str:
     top = score.table().iloc[0]
     ends = "" if np.isnan(top["low"]) else f" [{top['low']:.3g}, {top['high']:.3g}]"
     return (
-        f"By {score.label} on {score.task}, {top['head']} matters most: {top['value']:.3g}{ends} "
+        f"By {score.label} on {score.task}, {top['name']} matters most: {top['value']:.3g}{ends} "
         f"({score.metric}, {score.n} prompts)."
     )
 
@@ -233,7 +228,7 @@ def _halves(task: Task) -> tuple[Task, Task]:
 def _score_columns(joined: pd.DataFrame) -> dict[str, str]:
     made = {}
     for column in map(str, joined.columns[3:]):
-        name = column.removesuffix(" low").removesuffix(" high")
+        name = column.removesuffix("_low").removesuffix("_high")
         made[column] = (
             f"Importance by {name}. {_UNITS}"
             if name == column
@@ -265,7 +260,7 @@ _TOGETHER = {
 }
 _PRUNING = {
     "removed": "Heads removed so far, least important first.",
-    "head": "The last of them.",
+    "name": "The last of them.",
     "value": "The metric.",
     "cost": "How much worse than the whole model.",
     "low": "Low end of its 95 % interval over prompts.",

@@ -107,7 +107,6 @@ _CLUSTERS = {
     "stability": "Share of its group that a head keeps on prompts drawn again, mean over heads.",
 }
 _REDUNDANCY = {
-    "number": "Head in the layer, from 0.",
     "value": "Closeness to the head most like it, 1 = another one does the same.",
     "low": "Low end of its 95 % interval over prompts.",
     "high": "High end of its 95 % interval.",

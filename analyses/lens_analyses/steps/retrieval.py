@@ -77,7 +77,7 @@ _COLUMNS = {
     "error": "Size of the change of the output without the others, over its size.",
     "alpha": "Trained gate of its key-value head: 1 needs all keys, 0 streams (DuoAttention, arXiv 2410.10819).",
     "retrieval": "Share of the needle that was its strongest key while its token was written (arXiv 2404.15574).",
-    "low": "Low end of the 95 % interval over needles.",
-    "high": "High end of the 95 % interval.",
+    "retrieval_low": "Low end of its 95 % interval over needles.",
+    "retrieval_high": "High end of it.",
     "trials": "Number of needles.",
 }

@@ -95,9 +95,9 @@ def _by_head(found: HeadStability, seed: int) -> pd.DataFrame:
     ends = rows[(rows["metric"] == "jaccard").to_numpy()].set_index(["layer", "head"])
     wide.insert(1, "low", ends["low"])
     wide.insert(2, "high", ends["high"])
-    wide = wide.reset_index().rename(columns={"head": "number"})
-    names = [str(HeadId(*pair)) for pair in zip(wide["layer"], wide["number"], strict=True)]
-    wide.insert(0, "head", names)
+    wide = wide.reset_index()
+    names = [str(HeadId(*pair)) for pair in zip(wide["layer"], wide["head"], strict=True)]
+    wide.insert(0, "name", names)
     return wide
 
 
@@ -111,8 +111,8 @@ def _patterns(table: pd.DataFrame, pairs: int, kind: str) -> str:
     best, worst = scored.iloc[0], scored.iloc[-1]
     return (
         f"Between {kind} prompts ({pairs} pairs) {kept} of {len(scored)} heads keep their strongest blocks "
-        f"(Jaccard index above chance at least {_STABLE}): most {best['head']} with {_interval(best)}, "
-        f"least {worst['head']} with {_interval(worst)}; 0 is chance, 1 the same blocks."
+        f"(Jaccard index above chance at least {_STABLE}): most {best['name']} with {_interval(best)}, "
+        f"least {worst['name']} with {_interval(worst)}; 0 is chance, 1 the same blocks."
     )
 
 
@@ -145,9 +145,9 @@ _SOURCES = {
 }
 
 COLUMNS = {
-    "head": "The head.",
+    "name": "The head.",
     "layer": "Layer, from 0.",
-    "number": "Head in the layer, from 0.",
+    "head": "Head in the layer, from 0.",
     "jaccard": "Strongest fifth of the blocks, shared / in either, above chance: 0 as random, 1 the same.",
     "recall": "Mass of the other prompt on the strongest blocks of the one.",
     "efficiency": "Recall / what the other prompt's own strongest blocks hold.",

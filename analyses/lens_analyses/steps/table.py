@@ -28,12 +28,12 @@ def heads(subject: Subject) -> Section:
     """The sections before this one, joined by layer and head."""
     run = subject.run
     columns = {
-        "head": "The head.",
+        "name": "The head.",
         "layer": "Layer, from 0.",
-        "number": "Head in the layer, from 0.",
+        "head": "Head in the layer, from 0.",
     }
     importance = run.section("importance")
-    joined = importance.tables["scores"].set_index("head")
+    joined = importance.tables["scores"].set_index("name")
     columns |= {str(name): importance.columns[str(name)] for name in joined.columns}
     roles = run.section("roles")
     for role in _ROLES:
@@ -45,7 +45,7 @@ def heads(subject: Subject) -> Section:
                 columns[name] = roles.columns[name]
     patterns = run.section("patterns").tables["heads"].set_index("name")
     joined["pattern"], joined["pattern_margin"] = patterns["pattern"], patterns["margin"]
-    alike = run.section("similarity").tables["cka_redundancy"].set_index("head")
+    alike = run.section("similarity").tables["cka_redundancy"].set_index("name")
     joined["redundancy"], joined["nearest"] = alike["value"], alike["nearest"]
     columns |= {
         "pattern": "Simplest class of sparse pattern that keeps most of its mass.",
@@ -61,7 +61,7 @@ def heads(subject: Subject) -> Section:
             columns[name] = fetching.columns[column]
     limits = []
     try:
-        weights = copying(subject.model).set_index("head")
+        weights = copying(subject.model).set_index("name")
         joined["copying_eigenvalue"], joined["copying_top5"] = (
             weights["eigenvalue"],
             weights["top_share"],
@@ -73,7 +73,7 @@ def heads(subject: Subject) -> Section:
         }
     except LensError as problem:
         limits.append(f"No copying scores: {problem}.")
-    table = joined.reset_index().sort_values(["layer", "number"], ignore_index=True)
+    table = joined.reset_index().sort_values(["layer", "head"], ignore_index=True)
     return Section(
         name="heads",
         title="Every head, all measures",
@@ -90,7 +90,7 @@ def heads(subject: Subject) -> Section:
 def _sentences(table: pd.DataFrame, measures: list[dict]) -> list[str]:
     """Where what a head does and what it is worth do not go together."""
     several = len({one["task"] for one in measures}) > 1
-    measured = [one for one in measures if one["label"].startswith("ablation")]
+    measured = [one for one in measures if one["method"] == "ablation"]
     if not measured:
         return []
     first = measured[0]
@@ -101,11 +101,11 @@ def _sentences(table: pd.DataFrame, measures: list[dict]) -> list[str]:
     if "induction" in table:
         known = table.sort_values("induction", ascending=False, kind="stable").iloc[0]
         said.append(
-            f"{known['head']} has the highest induction score, {known['induction']:.2f}; by {name} it is "
+            f"{known['name']} has the highest induction score, {known['induction']:.2f}; by {name} it is "
             f"number {int((table[name] > known[name]).sum()) + 1} of {len(table)} heads."
         )
     said.append(
-        f"{best['head']} matters most by {name}; the head that writes most like it is {best['nearest']} "
+        f"{best['name']} matters most by {name}; the head that writes most like it is {best['nearest']} "
         f"(CKA {best['redundancy']:.2f})."
     )
     return said

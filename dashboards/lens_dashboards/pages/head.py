@@ -174,14 +174,14 @@ def _effect(run: Run, view: Selection, name: str) -> list[Any]:
         return [missing(run, "effect of this head", "lens heads --model {model}")]
     section = read_section(run, "importance")
     table = section.tables["scores"]
-    row = table[table["head"] == name].to_dict("records")[0]
-    measures = [str(column) for column in row if f"{column} low" in row]
+    row = table[table["name"] == name].to_dict("records")[0]
+    measures = [str(column) for column in row if f"{column}_low" in row]
     target = view.to("analysis", "importance")
     lines: list[list[Cell]] = [
         [
             (measure, "", section.columns[measure]),
             number(float(row[measure])),
-            f"{number(float(row[f'{measure} low']))} to {number(float(row[f'{measure} high']))}",
+            f"{number(float(row[f'{measure}_low']))} to {number(float(row[f'{measure}_high']))}",
         ]
         for measure in measures
     ]

@@ -205,12 +205,12 @@ def _table(
     ]
     body: list[list[Cell]] = []
     for row in ordered.head(MOST_ROWS).to_dict("records"):
-        name = str(row["head"])
+        name = str(row["name"])
         after = [one for one in marked if one != name] if name in marked else [*marked, name]
         act, link = "remove" if name in marked else "select", view.where(heads=",".join(after))
         body.append(
             [
-                (name, view.to_head(row["layer"], row["number"]).url()),
+                (name, view.to_head(row["layer"], row["head"]).url()),
                 *[_cell(row[column]) for column in shown],
                 (act, link.url(), f"{act} {name}"),
             ]

@@ -44,7 +44,7 @@ def page(library: Library, view: Selection) -> list[Any]:
     notes: list[str] = []
     curve = section.tables["epsilon"]
     epsilon = _threshold(view, curve, float(section.configuration["epsilon"]), notes)
-    heads = section.tables["heads"].rename(columns={"head": "number"})
+    heads = section.tables["heads"]
     heads = heads.assign(above=heads["alpha"] > epsilon)
     row = curve.loc[(curve["epsilon"] - epsilon).abs().idxmin()]
     grid = column_grid(
@@ -59,7 +59,7 @@ def page(library: Library, view: Selection) -> list[Any]:
     grid_code = (
         "from lens.figures.columns import column_grid\nfrom lens.runs import open_run\n\n"
         f"section = open_run({str(run.path)!r}).section('detection')\n"
-        "heads = section.tables['heads'].rename(columns={'head': 'number'})\n"
+        "heads = section.tables['heads']\n"
         "column_grid(heads, 'alpha')"
     )
     effects = _effects(run, view, notes)
@@ -141,9 +141,9 @@ def _heads(view: Selection, heads: pd.DataFrame) -> html.P:
     above = heads[heads["above"]].sort_values("alpha", ascending=False)
     parts: list[Any] = []
     for row in above.head(_MOST_HEADS).to_dict("records"):
-        name = str(HeadId(row["layer"], row["number"]))
+        name = str(HeadId(row["layer"], row["head"]))
         parts += [
-            dcc.Link(name, href=view.to_head(row["layer"], row["number"]).url()),
+            dcc.Link(name, href=view.to_head(row["layer"], row["head"]).url()),
             f" {row['alpha']:.2f}, ",
         ]
     if not parts:

@@ -86,8 +86,8 @@ class RetrievalScores(Result):
         return sorted(found, key=lambda head: -self.values[head])
 
     def table(self, *, seed: int = 0) -> pd.DataFrame:
-        """One row per head: `name`, `layer`, `head`, `retrieval`, `low`, `high` (95 % bootstrap over
-        trials), `n` trials that count of `trials`."""
+        """One row per head: `name`, `layer`, `head`, `retrieval`, `retrieval_low`, `retrieval_high`
+        (95 % bootstrap over trials), `n` trials that count of `trials`."""
         layers, heads = self.values.shape
         units = np.moveaxis(self.per_trial, -1, 0)
         low, high = over_units(units, np.ones_like(units), seed)
@@ -99,8 +99,8 @@ class RetrievalScores(Result):
                 "layer": np.repeat(np.arange(layers), heads),
                 "head": np.tile(np.arange(heads), layers),
                 "retrieval": self.values.ravel(),
-                "low": low.ravel(),
-                "high": high.ravel(),
+                "retrieval_low": low.ravel(),
+                "retrieval_high": high.ravel(),
                 "n": self.n,
                 "trials": len(self.recall),
             }

@@ -142,7 +142,7 @@ def clusters(
 def redundancy(similarity: HeadSimilarity, *, resamples: int = 300, seed: int = 0) -> pd.DataFrame:
     """How replaceable each head looks: one row per head, most redundant first.
 
-    Columns: `head`, `layer`, `number`; `value`, the closeness to the head most like it (1 = there is
+    Columns: `name`, `layer`, `head`; `value`, the closeness to the head most like it (1 = there is
     another one that does the same; `1 - JS / ln 2`, or the cosine); `low`, `high`, 95 % bootstrap
     interval over prompts; `nearest`, that head; `floor`, the closeness of the two across prompts;
     `above_floor`, `(value - floor) / (1 - floor)`, 0 = no more alike than on different prompts; `n`.
@@ -175,9 +175,9 @@ def redundancy(similarity: HeadSimilarity, *, resamples: int = 300, seed: int = 
     names = np.array(similarity.names)
     table = pd.DataFrame(
         {
-            "head": names,
+            "name": names,
             "layer": np.arange(heads) // similarity.shape[1],
-            "number": np.arange(heads) % similarity.shape[1],
+            "head": np.arange(heads) % similarity.shape[1],
             "value": value,
             "low": low,
             "high": high,

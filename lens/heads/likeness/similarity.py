@@ -127,7 +127,8 @@ class HeadSimilarity(Result):
         return sums / (norm[:, a] * norm[:, b])
 
     def neighbours(self, head: AnyHead, count: int = 5) -> pd.DataFrame:
-        """The heads most like one head: columns `head`, `value`, `low`, `high`, `n`, closest first.
+        """The heads most like one head: columns `name`, `layer`, `head`, `value`, `low`,
+        `high`, `n`, closest first.
 
         Raises:
             LensError: not a head of this model.
@@ -137,7 +138,9 @@ class HeadSimilarity(Result):
         low, high = self.interval()
         table = pd.DataFrame(
             {
-                "head": self.names,
+                "name": self.names,
+                "layer": np.repeat(np.arange(self.shape[0]), self.shape[1]),
+                "head": np.tile(np.arange(self.shape[1]), self.shape[0]),
                 "value": self.values[row],
                 "low": low[row],
                 "high": high[row],

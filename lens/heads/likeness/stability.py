@@ -19,6 +19,7 @@ import pandas as pd
 
 from lens import stats
 from lens.common.errors import LensError
+from lens.common.head_ids import HeadId
 from lens.common.results import Result
 from lens.stats import over_units
 from lens.traces.trace import AttentionTrace
@@ -49,11 +50,12 @@ class HeadStability(Result):
         """One row per pair of conditions, metric, variant and head.
 
         Columns: `first`, `second`, `metric`, `variant` ("raw", or "sink_excluded": first key block
-        and diagonal blocks left out), `layer`, `head`, `value`, `low`, `high` (95 % bootstrap interval
-        over prompts, NaN for one), `n`.
+        and diagonal blocks left out), `name`, `layer`, `head`, `value`, `low`, `high` (95 % bootstrap
+        interval over prompts, NaN for one), `n`.
         """
         parts = []
         layers, heads = self.shape
+        names = [str(HeadId(*at)) for at in np.ndindex(layers, heads)]
         for (first, second, metric, variant), values in self.values.items():
             scored = ~np.isnan(values)
             n = scored.sum(1)
@@ -66,6 +68,7 @@ class HeadStability(Result):
                         "second": second,
                         "metric": metric,
                         "variant": variant,
+                        "name": names,
                         "layer": np.repeat(np.arange(layers), heads),
                         "head": np.tile(np.arange(heads), layers),
                         "value": sums.sum(1) / np.where(n > 0, n, np.nan),

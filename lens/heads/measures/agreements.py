@@ -1,5 +1,6 @@
 """Measures of importance side by side, and how far they agree on the order of the heads."""
 
+import re
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from itertools import combinations
@@ -10,7 +11,8 @@ import pandas as pd
 
 from lens import stats
 from lens.common.errors import LensError
-from lens.common.results import as_html, few
+from lens.common.head_ids import HeadId
+from lens.common.results import Result, Sentence, few
 from lens.heads.measures.scores import HeadScores
 
 COLUMNS = (
@@ -24,14 +26,15 @@ COLUMNS = (
     "overlap_high",
     "overlap_by_chance",
 )
+_HEAD = ("layer", "head")
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class Agreement:
+class Agreement(Result):
     """Agreement of each pair of measures.
 
     Attributes:
-        table: one row per pair: `first`, `second` (labels of the measures); `tau`, Kendall's tau-b
+        rows: one row per pair: `first`, `second` (labels of the measures); `tau`, Kendall's tau-b
             over all heads; `overlap`, the share of the k most important heads that both have;
             `overlap_by_chance`, k / number of heads; `_low` and `_high`, 95 % bootstrap intervals
             over prompts, NaN for a single prompt. Tau is NaN where a measure gives all heads one
@@ -42,16 +45,30 @@ class Agreement:
         tops: label of each measure -> the k most important heads, first the most important one.
     """
 
-    table: pd.DataFrame
+    rows: pd.DataFrame
     k: int
     n: tuple[int, ...]
     seed: int
     tops: Mapping[str, tuple[str, ...]]
 
-    def findings(self) -> list[str]:
+    def table(self) -> pd.DataFrame:
+        """The rows."""
+        return self.rows
+
+    def findings(self, most: int | None = None) -> tuple[Sentence, ...]:
         """One sentence per pair: which heads one puts among its k most important and the other does
-        not (the first six), and whether their orders agree beyond chance (tau's interval lies above 0)."""
-        return [self._finding(row) for row in self.table.to_dict("records")]
+        not (the first six), and whether their orders agree beyond chance (tau's interval lies above 0).
+
+        Kinds: "agreement", "opposition", "chance", or "no_order" where that cannot be said.
+
+        Args:
+            most: only so many pairs, those that agree least, by tau; None: all, in the order of the table.
+        """
+        pairs = self.rows.to_dict("records")
+        if most is not None:
+            order = self.rows["tau"].to_numpy(float).argsort(kind="stable")  # NaN last
+            pairs = [pairs[at] for at in order[:most]]
+        return tuple(Sentence(self._finding(row), kind=_verdict(row)) for row in pairs)
 
     def _finding(self, row: Mapping[Hashable, Any]) -> str:
         first, second = row["first"], row["second"]
@@ -74,33 +91,93 @@ class Agreement:
             f"{row['first']} and {row['second']}: tau {row['tau']:.2f} "
             f"[{row['tau_low']:.2f}, {row['tau_high']:.2f}], top {self.k} share {row['overlap']:.0%} "
             f"(by chance {row['overlap_by_chance']:.0%})"
-            for row in self.table.to_dict("records")
+            for row in self.rows.to_dict("records")
         ]
         return "Agreement(" + "; ".join(rows) + ")"
 
-    def _repr_html_(self) -> str:
-        return as_html(repr(self), self.table)
 
-
-def join(*scores: HeadScores, seed: int = 0) -> pd.DataFrame:
+def join(
+    *tables: HeadScores | Result | pd.DataFrame, seed: int = 0, **named: HeadScores | Result
+) -> pd.DataFrame:
     """One row per head, in the order of the model, with every measure side by side.
 
-    Columns: `head`, `layer`, `number`, and of each measure its label (the value) and the label with
-    ` low` and ` high` behind it, as in `HeadScores.table`. Measures on several tasks have the task in
-    their label. Values of different metrics have different units: compare orders (`agreement`).
+    Joined by `layer` and `head`; `name` comes before them. Importance has a column of its label, with
+    `_low` and `_high` behind it for the ends of the interval; measures on several tasks have the task
+    in their label. Other results have their own columns. A column that two of them have (such as `n`)
+    gets the name of the result behind it: `n_streaming_scores`, or the name given here. NaN where a
+    table has no such head. Values of different metrics have different units: compare orders
+    (`agreement`).
+
+    Args:
+        tables: results with one row per head, or such tables.
+        seed: of the intervals of importance; other results have their own.
+        named: the same, under a name of your own.
 
     Raises:
-        LensError: none, of differing models, or one given twice.
+        LensError: none, of differing models, one given twice, or a table that has not one row per head.
+
+    Example:
+        >>> scores = lens.heads.importance(small, lens.tasks.induction(small, n=8), by="gradient")
+        >>> table = lens.heads.join(scores, lens.heads.roles(small, lens.tasks.copied(small, 25)))
+        >>> table.nlargest(1, "induction")["name"].item()
+        'L1H0'
     """
-    _check_models(scores, least=1)
-    joined: pd.DataFrame | None = None
-    for score, label in zip(scores, _labels(scores), strict=True):
-        names = {"value": label, "low": f"{label} low", "high": f"{label} high"}
-        rows = score.table(seed=seed).sort_values(["layer", "number"], ignore_index=True)
-        columns = rows[["head", "layer", "number", *names]].rename(columns=names)
-        joined = columns if joined is None else joined.join(columns[list(names.values())])
-    assert joined is not None
+    scores = tuple(one for one in (*tables, *named.values()) if isinstance(one, HeadScores))
+    if not tables and not named:
+        raise LensError("too few measures: at least 1 must be given, got 0")
+    _check_models(scores, least=0)
+    labels = iter(_labels(scores))
+    words = [*map(_word, tables, range(1, len(tables) + 1)), *named]
+    parts: list[pd.DataFrame] = []
+    for one, word in zip((*tables, *named.values()), words, strict=True):
+        if isinstance(one, HeadScores):
+            label = next(labels)
+            names = {"value": label, "low": f"{label}_low", "high": f"{label}_high"}
+            rows = one.table(seed=seed)[[*_HEAD, *names]].rename(columns=names)
+        else:
+            rows = one if isinstance(one, pd.DataFrame) else one.table()
+        parts.append(_one_row_each(rows, word))
+    return _side_by_side(parts, words)
+
+
+def _one_row_each(table: pd.DataFrame, word: str) -> pd.DataFrame:
+    """The columns but `name`, indexed by layer and head."""
+    for column in _HEAD:
+        if column not in table or not pd.api.types.is_integer_dtype(table[column]):
+            raise LensError(
+                f"{word} has no whole numbers in a column {column!r}; only tables of heads are joined, by "
+                f"layer and head; it has {few(list(table.columns))}"
+            )
+    found = table.drop(columns="name", errors="ignore").set_index(list(_HEAD))
+    if not found.index.is_unique:
+        raise LensError(
+            f"{word} has several rows of L{found.index[0][0]}H{found.index[0][1]} or another head; choose "
+            "those of one condition and give the table"
+        )
+    return found
+
+
+def _side_by_side(parts: list[pd.DataFrame], words: list[str]) -> pd.DataFrame:
+    columns = [str(column) for part in parts for column in part]
+    if twice := {word for word in words if words.count(word) > 1}:
+        words = [f"{word}_{at}" if word in twice else word for at, word in enumerate(words, 1)]
+    renamed = [
+        part.rename(
+            columns={name: f"{name}_{word}" for name in part if columns.count(str(name)) > 1}
+        )
+        for part, word in zip(parts, words, strict=True)
+    ]
+    joined = pd.concat(renamed, axis=1).sort_index().reset_index()
+    names = [str(HeadId(int(a), int(b))) for a, b in joined[list(_HEAD)].to_numpy().tolist()]
+    joined.insert(0, "name", names)
     return joined
+
+
+def _word(result: HeadScores | Result | pd.DataFrame, place: int) -> str:
+    """What a result is called in the name of a column: `streaming_scores`, or `table_2`."""
+    if isinstance(result, pd.DataFrame):
+        return f"table_{place}"
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", type(result).__name__).lower()
 
 
 def agreement(
@@ -149,6 +226,15 @@ def agreement(
     return Agreement(table, k, tuple(score.n for score in scores), seed, tops)
 
 
+def _verdict(row: Mapping[Hashable, Any]) -> str:
+    """The kind of what is said of a pair."""
+    if np.isnan(row["tau_low"]):
+        return "no_order"
+    if row["tau_low"] > 0:
+        return "agreement"
+    return "opposition" if row["tau_high"] < 0 else "chance"
+
+
 def _order_in_words(row: Mapping[Hashable, Any]) -> str:
     tau, low, high = row["tau"], row["tau_low"], row["tau_high"]
     if np.isnan(tau):
@@ -156,9 +242,10 @@ def _order_in_words(row: Mapping[Hashable, Any]) -> str:
     if np.isnan(low):
         return f"over all heads tau is {tau:.2f}, without an interval (a single prompt)"
     shown = f"tau {tau:.2f} [{low:.2f}, {high:.2f}]"
-    if low > 0:
+    verdict = _verdict(row)
+    if verdict == "agreement":
         return f"over all heads their orders agree beyond chance, {shown}"
-    if high < 0:
+    if verdict == "opposition":
         return f"over all heads their orders are opposed, {shown}"
     return f"over all heads their orders agree no better than chance, {shown}"
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from lens.common.errors import LensError
 from lens.common.head_ids import HeadId
-from lens.common.results import few
+from lens.common.results import Sentence, few
 from lens.heads.measures.scores import HeadScores, Intervention
 from lens.stats import over_units
 
@@ -79,23 +79,34 @@ class GroupAblation:
                 )
         return self.value - float(sum(single.values[head] for head in self.heads))
 
-    def finding(self, single: HeadScores, *, seed: int = 0) -> str:
+    def finding(self, single: HeadScores, *, seed: int = 0) -> Sentence:
         """One sentence: whether single heads understate or overstate what the group is worth.
 
-        By the 95 % bootstrap interval of `interaction` over prompts. Errors as in `interaction`.
+        By the 95 % bootstrap interval of `interaction` over prompts: kind "understated", "overstated" or
+        "same". Errors as in `interaction`.
         """
         self.interaction(single)
         alone = np.sum([single.per_prompt[head] for head in self.heads], axis=0)
         low, high = (float(x) for x in over_units(self.per_prompt - alone, np.ones(self.n), seed))
         if low > 0:
-            verdict = "single-head importance understates them: they stand in for each other"
+            kind, verdict = (
+                "understated",
+                "single-head importance understates them: they stand in for each other",
+            )
         elif high < 0:
-            verdict = "single-head importance counts them more than once: each needs the others"
+            kind, verdict = (
+                "overstated",
+                "single-head importance counts them more than once: each needs the others",
+            )
         else:
-            verdict = "single heads tell no more and no less than the group, as far as can be seen"
-        return (
+            kind, verdict = (
+                "same",
+                "single heads tell no more and no less than the group, as far as can be seen",
+            )
+        return Sentence(
             f"Together {', '.join(map(str, self.heads))} are worth {self.value:.3g} ({self.metric}), "
-            f"alone {alone.mean():.3g} in sum (difference {low:.3g} to {high:.3g}); {verdict}."
+            f"alone {alone.mean():.3g} in sum (difference {low:.3g} to {high:.3g}); {verdict}.",
+            kind=kind,
         )
 
     def __repr__(self) -> str:

@@ -124,16 +124,16 @@ class HeadScores(Result):
     def table(self, *, seed: int = 0) -> pd.DataFrame:
         """One row per head, most important first.
 
-        Columns: `head`, `layer`, `number`, `value`, `stderr`, `low`, `high` (95 % bootstrap interval
+        Columns: `name`, `layer`, `head`, `value`, `stderr`, `low`, `high` (95 % bootstrap interval
         over prompts, draws by `seed`; NaN for one prompt), `n`.
         """
         layers, heads = self.per_prompt.shape[:2]
         units = np.moveaxis(self.per_prompt, -1, 0)
         low, high = over_units(units, np.ones_like(units), seed)
         columns = {
-            "head": self.names,
+            "name": self.names,
             "layer": np.repeat(np.arange(layers), heads),
-            "number": np.tile(np.arange(heads), layers),
+            "head": np.tile(np.arange(heads), layers),
             "value": self.values.ravel(),
             "stderr": self.stderr.ravel(),
             "low": low.ravel(),

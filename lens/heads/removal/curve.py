@@ -79,7 +79,7 @@ class PruningCurve(Result):
     def table(self, *, seed: int = 0) -> pd.DataFrame:
         """One row per step.
 
-        Columns: `removed`, `head` (the last one removed), `value`, `cost`, `low` and `high` (95 %
+        Columns: `removed`, `name` (the last one removed), `value`, `cost`, `low` and `high` (95 %
         bootstrap interval of the cost over prompts, NaN for one), `random_cost` (mean over random
         orders), `random_low` and `random_high` (the lowest and highest of them; NaN without), `n`.
         """
@@ -90,7 +90,7 @@ class PruningCurve(Result):
         return pd.DataFrame(
             {
                 "removed": self.removed,
-                "head": ["", *(str(self.order[count - 1]) for count in self.removed[1:])],
+                "name": ["", *(str(self.order[count - 1]) for count in self.removed[1:])],
                 "value": self.values,
                 "cost": self.cost.mean(1),
                 "low": low,
@@ -121,7 +121,7 @@ def pruning_curve(
     order: HeadScores | pd.DataFrame | Sequence[AnyHead],
     baseline: str = "mean",
     steps: int | None = None,
-    random: int = 8,
+    draws: int = 8,
     seed: int = 0,
     progress: bool = True,
 ) -> PruningCurve:
@@ -136,7 +136,7 @@ def pruning_curve(
             first; not-scored heads last), or heads in the order in which they go.
         baseline: what stands in for a removed head, as in `lens.heads.importance`.
         steps: measure at most so many points, evenly spread, all heads gone the last; None: each.
-        random: random orders to compare with.
+        draws: random orders to compare with.
         seed: of the random orders, and of the draw of "resample".
         progress: show a bar with the time left, on stderr, if that is a terminal.
 
@@ -147,14 +147,14 @@ def pruning_curve(
             `lens.heads.importance` refuses.
     """
     heads, ranking = _order(model, order)
-    if random < 0:
-        raise LensError(f"random must be 0 or more orders, got {random}")
+    if draws < 0:
+        raise LensError(f"draws must be 0 or more random orders, got {draws}")
     if steps is not None and steps < 1:
         raise LensError(f"steps must be at least 1, got {steps}")
     count = len(heads) if steps is None else min(steps, len(heads))
     removed = np.unique(np.linspace(0, len(heads), count + 1).round().astype(int))
-    draw = np.random.default_rng(seed)
-    orders = [heads, *([heads[i] for i in draw.permutation(len(heads))] for _ in range(random))]
+    random = np.random.default_rng(seed)
+    orders = [heads, *([heads[i] for i in random.permutation(len(heads))] for _ in range(draws))]
     gone = [one[:count] for one in orders for count in removed[1:]]
     parts = ablate_each(model, task, groups=gone, baseline=baseline, seed=seed, progress=progress)
     first = parts[0]
@@ -190,12 +190,12 @@ def _order(
         heads = [HeadId(*divmod(int(index), info.heads)) for index in ranked]
         return heads, f"least by {order.label} on {order.task}"
     if isinstance(order, pd.DataFrame):
-        if not {"head", "value"} <= set(order):
+        if not {"name", "value"} <= set(order):
             raise LensError(
-                f"a table must have the columns 'head' and 'value', got {', '.join(map(str, order))}"
+                f"a table must have the columns 'name' and 'value', got {', '.join(map(str, order))}"
             )
         ranked = order.sort_values("value", ascending=False, kind="stable", na_position="last")
-        names, ranking = ranked["head"].tolist(), "most redundant"
+        names, ranking = ranked["name"].tolist(), "most redundant"
     else:
         names, ranking = list(order), "as given"
     heads = [head_id(head, layers=info.layers, heads=info.heads) for head in names]

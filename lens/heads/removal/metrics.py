@@ -74,19 +74,19 @@ class PruningMetrics(Result):
         return self._of(metric).mean(-1)
 
     def table(self, *, seed: int = 0) -> pd.DataFrame:
-        """One row per head and metric: `head`, `layer`, `number`, `metric`, `value`, `low`, `high`
+        """One row per head and metric: `name`, `layer`, `head`, `metric`, `value`, `low`, `high`
         (95 % bootstrap interval over examples) and `n`."""
         rows = []
         for metric, values in self.per_example.items():
             units = np.moveaxis(values, -1, 0)
             low, high = over_units(units, np.ones_like(units), seed)
-            for layer, number in np.ndindex(values.shape[:2]):
-                at = (layer, number)
+            for layer, head in np.ndindex(values.shape[:2]):
+                at = (layer, head)
                 mean = values[at].mean()
                 rows.append(
-                    (str(HeadId(*at)), layer, number, metric, mean, low[at], high[at], self.n)
+                    (str(HeadId(*at)), layer, head, metric, mean, low[at], high[at], self.n)
                 )
-        columns = ["head", "layer", "number", "metric", "value", "low", "high", "n"]
+        columns = ["name", "layer", "head", "metric", "value", "low", "high", "n"]
         return pd.DataFrame(rows, columns=columns)
 
     def by_class(self, metric: str) -> dict[int, np.ndarray]:
