@@ -40,7 +40,7 @@ class Prompt:
 def read_prompts(
     model: LoadedModel, prompts: Any, *, with_images: bool = False
 ) -> tuple[list[Prompt], bool]:
-    """The prompts, and whether one prompt was passed and not a list or a batch, of one row or many.
+    """The prompts, and whether one prompt was passed and not a list or a batch.
 
     Args:
         model: the model that they are for.
@@ -62,7 +62,8 @@ def read_prompts(
     ):
         return [_from_processor(model, inputs) for inputs in prompts], False
     if isinstance(prompts, Mapping):
-        return _from_mapping(model, prompts), _is_ids(prompts.get("input_ids"))
+        found = _from_mapping(model, prompts)
+        return found, len(found) == 1
     if isinstance(prompts, str) or _is_ids(prompts):
         return [_from_one(model, prompts)], True
     if isinstance(prompts, torch.Tensor) and prompts.dim() == 2 and not prompts.is_floating_point():

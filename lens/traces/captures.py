@@ -64,11 +64,11 @@ def capture(
 
     Args:
         model: as `lens.load` returns it.
-        prompts: one prompt: a text, token ids (a list of integers, a 1-D tensor), a tokenizer's output
-            without a batch axis, or that of a vision-language processor (text with images: the trace is
-            that of the language model, `lens.vision.trace_segments(trace)` says which tokens are the
-            image). Or several: a list of these, a 2-D tensor, a tokenizer's or an image processor's
-            batch. Each prompt is run on its own, so padding is left out.
+        prompts: one prompt: a text, token ids (a list of integers, a 1-D tensor), what a tokenizer or a
+            processor makes of one text or image (of text with images the trace is that of the language
+            model, `lens.vision.trace_segments(trace)` says which tokens are the image). Or several: a
+            list of these, a 2-D tensor of ids, what a tokenizer or an image processor makes of several.
+            Each prompt is run on its own, so padding is left out.
         block_size: positions per block of the maps.
         statistics: "all", or names of trace variables (docs/schema/trace.md).
         keep_qk: keep q and k too, for exact tiles; 2 × positions × head_dim numbers per head.
@@ -79,7 +79,7 @@ def capture(
         seed: that made the prompts, if any; only noted in the trace.
 
     Returns:
-        The trace of one prompt; a list of traces for a list or a batch, also for one of a single prompt.
+        The trace of one prompt; a list of traces for a list or a 2-D tensor, also for one of a single row.
 
     Raises:
         LensError: empty or too long prompts, a bad block size, or attention that capture does not

@@ -205,14 +205,14 @@ def test_every_form_of_a_prompt_gives_the_same_trace():
     ids = model.encode(text)
     expected = lens.capture(model, text).lse.values
     batch = model.tokenizer(text, return_tensors="pt")
-    for prompt in (ids, torch.tensor(ids), model.tokenizer(text)):
+    for prompt in (ids, torch.tensor(ids), model.tokenizer(text), batch, dict(batch)):
         trace = lens.capture(model, prompt)
         assert isinstance(trace, lens.traces.AttentionTrace)
         assert np.array_equal(trace.lse.values, expected)
     for prompts in ([text, ids], [torch.tensor(ids)] * 2, torch.tensor([ids, ids])):
         traces = lens.capture(model, prompts)
         assert [np.array_equal(trace.lse.values, expected) for trace in traces] == [True, True]
-    for prompts in ([text], torch.tensor([ids]), batch, dict(batch)):  # a batch of one is a batch
+    for prompts in ([text], [batch["input_ids"][0]], torch.tensor([ids])):  # a list of one is a list
         traces = lens.capture(model, prompts)
         assert isinstance(traces, list)
         assert [np.array_equal(trace.lse.values, expected) for trace in traces] == [True]
