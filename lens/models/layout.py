@@ -35,6 +35,8 @@ def layout(model: LoadedModel) -> Layout:
     names = {name: row.head[:-1] for name in row.head[-1:] if _part(root, name) is not None}
     head = tuple(root.get_submodule(name) for parts in names.values() for name in parts)
     unembedding = root.get_submodule(row.head[-1]) if names else None
+    if isinstance(unembedding, nn.Identity):  # an image classifier without classes
+        unembedding = None
     blocks: list[Block] = []
     for module in modules:
         norm = _norm(module, row.before_attention, row.norm)

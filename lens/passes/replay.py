@@ -25,6 +25,7 @@ from lens.models.loaded import LoadedModel
 from lens.models.parts import Layout
 from lens.passes.calls import LayerCall
 from lens.passes.check import tiny_inputs
+from lens.passes.sessions import base
 from lens.passes.visit import Visitor, visiting
 
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -65,11 +66,13 @@ def replay_error(layout: Layout, inputs: Mapping[str, Tensor] | None = None) -> 
     that of what its last norm gives. NaN where a number is none.
     """
     inputs = tiny_inputs(layout.model) if inputs is None else inputs
+    # With a head that is none of tokens (of classes, pixels) the stream is what can be compared.
+    run: Any = base(layout.model) if layout.unembedding is None else layout.model.model
     with torch.no_grad():
-        own = _output(layout.model.model(**inputs))
+        own = _output(run(**inputs))
         replay = _Replay(layout, inputs)
         with visiting(layout, len(own), replay):
-            layout.model.model(**inputs)
+            run(**inputs)
         found = layout.final_norm.recomputed(replay.stream)
         found = found if layout.unembedding is None else layout.logits(found)
     found = found[:, 0] if own.dim() == 2 else found  # of images: the class token's

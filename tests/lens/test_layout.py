@@ -1,9 +1,11 @@
 """The table of architectures: each row is proved by replay, and a wrong one is caught."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 import lens
@@ -238,3 +240,23 @@ def test_a_head_that_is_not_linear_has_no_unembedding_matrix(models):
     assert replay_error(layout(headless)) < 5e-6
     with pytest.raises(LensError, match="GPT2Model has no unembedding that is known here"):
         layout(headless).unembed_weight()
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "changed"),
+    [
+        ("llama", "LlamaForSequenceClassification", {}),
+        ("gpt2", "GPT2ForTokenClassification", {}),
+        ("bert", "BertForSequenceClassification", {}),
+        ("vit", "ViTForMaskedImageModeling", {}),
+        ("vit", "ViTForImageClassification", {"num_labels": 0}),
+    ],
+)
+def test_models_with_another_head_are_proved_up_to_it(kind, name, changed):
+    library: Any = transformers
+    config = layout_model(kind, **changed).config
+    model = lens.load(getattr(library, name)(config).eval())
+    assert replay_error(proved(model)) < 5e-6
+    assert len(lens.heads.composition(model)) > 0
+    with pytest.raises(LensError, match="has no unembedding that is known here"):
+        proved(model).unembed_weight()
