@@ -55,10 +55,10 @@ assert inducing == {"L1H0", "L1H2", "L1H3"}
 
 # %%
 task = lens.tasks.induction(known, n=32)
-zero = heads.importance(known, task, by="ablation", baseline="zero", progress=False)
-mean = heads.importance(known, task, by="ablation", baseline="mean", progress=False)
-gradient = heads.importance(known, task, by="gradient", progress=False)
-patching = heads.importance(known, task, by="attribution", progress=False)
+zero = heads.importance(known, task, method="ablation", baseline="zero", progress=False)
+mean = heads.importance(known, task, method="ablation", baseline="mean", progress=False)
+gradient = heads.importance(known, task, method="gradient", progress=False)
+patching = heads.importance(known, task, method="attribution", progress=False)
 mean.table().round(3)
 
 # %%
@@ -214,7 +214,7 @@ window = min(mine.info.context or 128, 128)
 mine_task = lens.tasks.language_modelling(
     mine, lens.tasks.text("pride-and-prejudice"), length=window, n=4
 )
-mine_importance = heads.importance(mine, mine_task, by="gradient", progress=False)
+mine_importance = heads.importance(mine, mine_task, method="gradient", progress=False)
 mine_importance.plot()
 
 # %%

@@ -152,7 +152,7 @@ masked.plot()
 # %%
 dropped = sinks.effect(model, prompts, heads=[head], edit="drop", controls=("mass",))
 task = lens.tasks.language_modelling(model, lens.tasks.text("moby-dick"), length=TOKENS, n=WINDOWS)
-replaced = lens.heads.importance(model, task, by="ablation", baseline="mean", progress=False)
+replaced = lens.heads.importance(model, task, method="ablation", baseline="mean", progress=False)
 
 
 def delta_loss(effect: sinks.SinkEffect, condition: str = "sources") -> float:

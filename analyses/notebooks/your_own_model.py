@@ -116,7 +116,7 @@ lens.figures.block_map(trace, 1, 3)
 
 # %%
 task = lens.tasks.language_modelling(model, copied)
-importance = lens.heads.importance(model, task, by="ablation", baseline="mean", progress=False)
+importance = lens.heads.importance(model, task, method="ablation", baseline="mean", progress=False)
 importance.table().head(5).round(4)
 
 # %%

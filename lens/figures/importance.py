@@ -22,7 +22,7 @@ def importance_grid(scores: HeadScores, **look: Unpack[Look]) -> go.Figure:
     """Importance of every head: layers down, heads across; red = the task goes worse without it.
 
     Example:
-        >>> scores = lens.heads.importance(model, task, by="ablation")
+        >>> scores = lens.heads.importance(model, task, method="ablation")
         >>> lens.figures.importance_grid(scores).layout.title.text
         'Ablation (mean) on induction: most at L0H0, 5.09 (loss)'
     """

@@ -33,7 +33,7 @@ def similarity_map(
     A divergence is dark where heads are alike; a cosine is red where they are. Of more than 512 heads
     the 512 with the closest partner are drawn, and the title says so.
     """
-    is_divergence = similarity.by == "js"
+    is_divergence = similarity.method == "js"
     order = np.arange(len(similarity.names)) if clusters is None else clusters.order
     order = order[np.isin(order, _closest(similarity))]
     square = np.ix_(order, order)
@@ -55,7 +55,7 @@ def similarity_map(
             y=names,
             colorscale=scale(VIRIDIS if is_divergence else DIVERGING),
             colorbar={
-                "title": {"text": _LABEL[similarity.by], "side": "right"},
+                "title": {"text": _LABEL[similarity.method], "side": "right"},
                 "thickness": 12,
             },
             hovertemplate=hover + "<extra></extra>",
@@ -82,7 +82,7 @@ def similarity_map(
         height=480,
         meta={
             "figure": "similarity_map",
-            "by": similarity.by,
+            "by": similarity.method,
             "variant": "sink_excluded" if similarity.sink_excluded else "raw",
             "exactness": similarity.exactness,
             "model": similarity.model,
@@ -95,7 +95,7 @@ def _finding(similarity: HeadSimilarity) -> str:
     without = ", sink excluded" if similarity.sink_excluded else ""
     bound = "" if similarity.exactness == "exact" else f", {similarity.exactness}"
     return (
-        f"{_LABEL[similarity.by]}{without}{bound}: closest {nearest['first']} and "
+        f"{_LABEL[similarity.method]}{without}{bound}: closest {nearest['first']} and "
         f"{nearest['second']}, {nearest['value']:.3g}"
     )
 
@@ -149,7 +149,7 @@ def dendrogram(clusters: HeadClusters, **look: Unpack[Look]) -> go.Figure:
     count = len(clusters.members)
     return style(
         figure,
-        f"{heads} heads of {clusters.model} in {count} clusters by {clusters.by}",
+        f"{heads} heads of {clusters.model} in {count} clusters by {clusters.method}",
         look,
-        meta={"figure": "dendrogram", "by": clusters.by, "model": clusters.model},
+        meta={"figure": "dendrogram", "by": clusters.method, "model": clusters.model},
     )

@@ -128,7 +128,7 @@ def with_gradients(
         if slope.norm() < _FLAT:
             raise LensError(
                 f"the metric is flat here (its gradient at the logits has the norm {slope.norm():.1e}),"
-                " so a gradient says nothing about its heads; use by='ablation'"
+                " so a gradient says nothing about its heads; use method='ablation'"
             )
         results = differentiated.results
         targets = [*differentiated.starts, *(result.output for result in results)]

@@ -124,8 +124,8 @@ def test_amounts_have_the_range_of_their_rule(rule, amounts):
 
 
 def test_words_of_measures_and_edits_are_told_apart():
-    heads = make_config({"what": "heads", "analysis": {"measures": "ablation/mean, atp*"}})
-    assert heads.analysis.measured == (("ablation", "mean"), ("atp*", ""))
+    heads = make_config({"what": "heads", "analysis": {"measures": "ablation/mean, atp"}})
+    assert heads.analysis.measured == (("ablation", "mean"), ("atp", ""))
     assert make_config({"what": "sinks", "analysis": {"edits": "move, drop"}}).analysis.edited == (
         "move",
         "drop",
@@ -138,11 +138,15 @@ def test_the_names_of_the_configuration_are_those_of_the_library():
     from lens import tasks
     from lens.circuits.scores.scoring import METHODS
     from lens.edits.rules import RULES
-    from lens.heads.measures.scores import BASELINES, BY
+    from lens.heads.measures.methods import Baseline, Method
     from lens.sinks.effects.watched import EDITS
 
     assert typing.get_args(models.Method) == tuple(METHODS)
-    assert (models.MEASURES, models.BASELINES, models.EDITS) == (BY, BASELINES, EDITS)
+    assert (typing.get_args(Method), typing.get_args(Baseline)) == (
+        models.MEASURES,
+        models.BASELINES,
+    )
+    assert models.EDITS == EDITS
     assert set(RULES) <= set(typing.get_args(models.Rule))
     assert typing.get_args(models.Backend) == ("auto", *MODULES)
     assert all(callable(getattr(tasks, task)) for task in models.TASKS)

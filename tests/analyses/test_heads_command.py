@@ -41,7 +41,7 @@ def test_every_step_leaves_its_section_and_the_folder_is_whole(folder):
 def test_the_numbers_are_those_of_the_library(folder):
     model = load("induction-2l")
     task = tasks.induction(model, 6, 0)
-    expected = heads.importance(model, task, by="ablation", baseline="mean", progress=False)
+    expected = heads.importance(model, task, method="ablation", baseline="mean", progress=False)
     table = folder.section("importance").tables["scores"].sort_values(["layer", "head"])
     np.testing.assert_allclose(
         table["ablation (mean)"].to_numpy(), expected.values.ravel(), rtol=1e-5, atol=1e-6

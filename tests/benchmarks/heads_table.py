@@ -27,7 +27,7 @@ MEASURES: tuple[tuple[str, str | None], ...] = (
     ("gradient", None),
     ("gate", None),
     ("attribution", None),
-    ("atp*", None),
+    ("atp", None),
 )
 _GOAL = 180
 
@@ -48,7 +48,7 @@ def main() -> None:
     total, found = 0.0, []
     for by, baseline in MEASURES:
         start, busy = time.perf_counter(), time.process_time()
-        found.append(importance(model, task, by=by, baseline=baseline, progress=False))
+        found.append(importance(model, task, method=by, baseline=baseline, progress=False))
         seconds = time.perf_counter() - start
         total += seconds
         busy = time.process_time() - busy

@@ -13,7 +13,9 @@ import time
 
 import numpy as np
 
-from lens.heads import HeadScores, HeadSimilarity, Intervention, agreement, clusters, redundancy
+from lens.heads import agreement, clusters, redundancy
+from lens.heads.likeness.similarity import HeadSimilarity
+from lens.heads.measures.scores import HeadScores, Intervention
 
 
 def main() -> None:

@@ -82,16 +82,17 @@ def importance() -> Numbers:
     """Every method and every baseline, single heads and a group."""
     model, task = symbols()[0], copying()
     found: Numbers = {}
-    for method in ("gradient", "gate", "attribution", "atp*"):
-        table = by_head(lens.heads.importance(model, task, by=method, **QUIET).table())
-        found |= cells(f"heads.importance.{method}", table, "value low high", "L0H1 L1H0")
+    for method in ("gradient", "gate", "attribution", "atp"):
+        table = by_head(lens.heads.importance(model, task, method=method, **QUIET).table())
+        name = "atp*" if method == "atp" else method
+        found |= cells(f"heads.importance.{name}", table, "value low high", "L0H1 L1H0")
     for baseline in ("zero", "mean", "pooled_mean", "resample", "counterfactual", "optimal"):
-        scores = lens.heads.importance(model, task, by="ablation", baseline=baseline, **QUIET)
+        scores = lens.heads.importance(model, task, method="ablation", baseline=baseline, **QUIET)
         table = by_head(scores.table())
         found |= cells(f"heads.importance.ablation.{baseline}", table, "value low high", "L1H3")
     wrong = (task.correct + 1) % 64
     direct = replace(task, metric="logit_difference", wrong=wrong)
-    table = by_head(lens.heads.importance(model, direct, by="direct", **QUIET).table())
+    table = by_head(lens.heads.importance(model, direct, method="direct", **QUIET).table())
     found |= cells("heads.importance.direct", table, "value low high", "L1H0 L1H2")
     table = by_head(lens.heads.importance(*grouped(), **QUIET).table())
     found |= cells("heads.importance.stories260k", table, "value low high", "L0H3 L4H6")
@@ -122,7 +123,7 @@ def comparing_heads() -> Numbers:
     at = [("L0H1", "accuracy"), ("L1H0", "distance")]
     found |= cells("heads.pruning_metrics", table, "value low high", at)
     for measure in ("js", "log_odds", "cka"):
-        alike = heads.similarity(model, prompts, by=measure, **QUIET)
+        alike = heads.similarity(model, prompts, method=measure, **QUIET)
         table = alike.table().set_index(["first", "second"])
         at = [("L1H0", "L1H3"), ("L0H0", "L0H2")]
         found |= cells(f"heads.similarity.{measure}", table, "value low high", at)

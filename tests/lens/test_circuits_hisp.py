@@ -71,7 +71,7 @@ def test_scores_are_slopes_by_gates(kind, kv, ablation):
 def test_values_closed_to_zero_give_the_score_of_michel():
     model, task = small_model("llama"), small_task()
     gates = hisp(model, task, ablation="zero", normalize=False, progress=False)
-    heads = lens.heads.importance(model, task, by="gradient", absolute="prompt", progress=False)
+    heads = lens.heads.importance(model, task, method=lens.heads.Gradient("prompt"), progress=False)
     layers, count = heads.values.shape
     mine = [
         gates.per_prompt[:, gates.nodes.index(f"a{layer}.h{head}<v>")]

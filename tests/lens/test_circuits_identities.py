@@ -78,7 +78,7 @@ def test_a_head_is_worth_the_sum_of_what_leaves_it(model):
     task = small_task()
     found = score_edges(model, task, method="eap")
     by_node = importance(
-        model, task, by="attribution", baseline="counterfactual", progress=False
+        model, task, method="attribution", baseline="counterfactual", progress=False
     ).values
     graph = found.graph
     summed = np.zeros_like(by_node)
@@ -170,11 +170,11 @@ def test_integrated_gradients_of_one_head_are_its_exact_effect(kind):
             {("heads", layer): clean.heads[layer] - share * change},
         )
         found += (at.heads[layer] * change).sum((1, 2, 3)) / steps
-    exact = importance(model, task, by="ablation", baseline="counterfactual", progress=False)
+    exact = importance(model, task, method="ablation", baseline="counterfactual", progress=False)
     expected = exact.per_prompt[layer, head]
     assert error(found, expected) < 2e-4
     by_gradient = importance(
-        model, task, by="attribution", baseline="counterfactual", progress=False
+        model, task, method="attribution", baseline="counterfactual", progress=False
     )
     assert error(by_gradient.per_prompt[layer, head], expected) > 0.01
 

@@ -75,7 +75,7 @@ def test_full_effect_is_the_ablation_to_the_corrupt_prompt(metric):
     heads = (HeadId(0, 1), HeadId(1, 5), HeadId(2, 3))
     found = split_effects(model, task, heads)
     scores = lens.heads.importance(
-        model, task, by="ablation", baseline="counterfactual", progress=False
+        model, task, method="ablation", baseline="counterfactual", progress=False
     )
     for number, head in enumerate(heads):
         assert error(torch.tensor(found[number, 0]), torch.tensor(scores.per_prompt[head])) < 1e-9

@@ -7,7 +7,7 @@ import torch
 import lens
 from lens.circuits.known import induction_transformer
 from lens.common.errors import LensError
-from lens.heads import importance
+from lens.heads import AtP, importance
 from lens.heads.measures.atp import _scores
 from lens.models.layout import sublayers
 from lens.passes.head_outputs import read_calls, with_gradients
@@ -77,7 +77,7 @@ def test_a_saturated_softmax_hides_from_the_slope_and_not_from_atp_star(reads):
     known = induction_transformer(beta=30, dtype="float64")
     task = list(known.tasks.values())["qk".index(reads)]
     ablated = importance(known.model, task, baseline="counterfactual", progress=False)
-    exact = importance(known.model, task, by="atp*", reads=reads, progress=False)
+    exact = importance(known.model, task, method=AtP(reads), progress=False)
     assert ablated.values[1, 0] == pytest.approx(2, abs=1e-6)
     assert exact.values[1, 0] == pytest.approx(ablated.values[1, 0], abs=1e-6)
     assert abs(exact.values[1, 1]) < 1e-12
@@ -96,7 +96,7 @@ def test_a_saturated_softmax_hides_from_the_slope_and_not_from_atp_star(reads):
 
 def test_grad_drop_is_the_mean_over_passes_without_one_layer():
     model, task = lens.load(build("llama")), some_task()
-    found = importance(model, task, by="atp*", grad_drop=True, progress=False)
+    found = importance(model, task, method=AtP(grad_drop=True), progress=False)
     donors = read_calls(model, task.corrupt)
     total = np.zeros_like(found.per_prompt)
     for dropped, parts in enumerate(sublayers(model)):
@@ -129,15 +129,25 @@ def test_blocking_a_layer_is_what_detaching_its_outputs_does():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"by": "atp*", "reads": "qz"}, "reads must be some of 'q', 'k' and 'v'"),
-        ({"by": "atp*", "reads": "qq"}, "reads must be some of"),
-        ({"by": "gradient", "reads": "q"}, "reads and grad_drop belong to by='atp*'"),
-        ({"grad_drop": True}, "reads and grad_drop belong to by='atp*'"),
-        ({"by": "atp*", "baseline": "mean"}, "use counterfactual or resample"),
-        ({"by": "atp*", "grad_drop": True, "absolute": "prompt"}, "absolute='token' or None"),
+        ({"reads": "qz"}, "reads must be some of 'q', 'k' and 'v'"),
+        ({"reads": "qq"}, "reads must be some of"),
+        ({"reads": ""}, "reads must be some of"),
+        ({"absolute": "head"}, "absolute must be one of 'prompt', 'token', got 'head'"),
+        ({"grad_drop": True, "absolute": "prompt"}, "absolute='token' or None"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(arguments, message):
+    with pytest.raises(LensError, match=message):
+        AtP(**arguments)
+
+
+def test_a_word_is_the_method_with_its_usual_arguments():
     model = lens.load("induction-2l")
-    with pytest.raises(LensError, match=message.replace("*", r"\*")):
-        importance(model, induction(model, n=2), progress=False, **arguments)
+    task = induction(model, n=2)
+    word = importance(model, task, method="atp", progress=False)
+    np.testing.assert_array_equal(
+        word.per_prompt, importance(model, task, method=AtP(), progress=False).per_prompt
+    )
+    assert word.label == "atp (counterfactual)"
+    with pytest.raises(LensError, match="use counterfactual or resample"):
+        importance(model, task, method=AtP("q"), baseline="mean", progress=False)

@@ -31,7 +31,7 @@ def test_a_bridge_gives_the_scores_of_the_bare_model(name, tmp_path, monkeypatch
     positions = torch.arange(12).expand(3, -1)
     task = Task("random", clean, positions, clean[:, 1:], "loss", corrupt)
     for by in ("ablation", "gradient", "attribution"):
-        expected = importance(bare, task, by=by, progress=False).per_prompt
-        found = importance(bridged, task, by=by, progress=False).per_prompt
+        expected = importance(bare, task, method=by, progress=False).per_prompt
+        found = importance(bridged, task, method=by, progress=False).per_prompt
         assert np.sqrt(((found - expected) ** 2).mean() / (expected**2).mean()) < 1e-3
     assert np.allclose(copying(bridged)["eigenvalue"], copying(bare)["eigenvalue"], atol=1e-4)

@@ -25,9 +25,9 @@ def task(toy, monkeypatch):
 @pytest.mark.parametrize(
     "arguments",
     [
-        {"by": "ablation", "baseline": "mean"},
-        {"by": "ablation", "baseline": "resample", "seed": 4},
-        {"by": "ablation", "baseline": "optimal", "steps": 3},
+        {"method": "ablation", "baseline": "mean"},
+        {"method": "ablation", "baseline": "resample", "seed": 4},
+        {"method": "ablation", "baseline": "optimal", "steps": 3},
     ],
 )
 def test_a_killed_ablation_goes_on_where_it_was(toy, task, tmp_path, monkeypatch, arguments):
@@ -62,34 +62,36 @@ def test_a_killed_ablation_goes_on_where_it_was(toy, task, tmp_path, monkeypatch
 
 def test_gradients_are_kept_too(toy, task, tmp_path, monkeypatch):
     path = tmp_path / "gradient.npz"
-    whole = importance(toy, task, by="gradient", checkpoint=path, progress=False)
+    whole = importance(toy, task, method="gradient", checkpoint=path, progress=False)
     monkeypatch.setattr(measuring, "with_gradients", None)  # would fail when called
-    again = importance(toy, task, by="gradient", checkpoint=path, progress=False)
+    again = importance(toy, task, method="gradient", checkpoint=path, progress=False)
     np.testing.assert_array_equal(again.per_prompt, whole.per_prompt)
     assert list(tmp_path.iterdir()) == [path]
 
 
 def test_the_file_of_another_computation_is_refused(toy, task, tmp_path):
     path = tmp_path / "heads.npz"
-    importance(toy, task, by="gradient", checkpoint=path, progress=False)
-    with pytest.raises(LensError, match=r"another computation .by 'gradient' there, 'gate' now"):
-        importance(toy, task, by="gate", checkpoint=path, progress=False)
+    importance(toy, task, method="gradient", checkpoint=path, progress=False)
+    with pytest.raises(
+        LensError, match=r"another computation .method 'gradient' there, 'gate' now"
+    ):
+        importance(toy, task, method="gate", checkpoint=path, progress=False)
     other = induction(toy, n=7, seed=1)
     with pytest.raises(LensError, match=r"prompts '[0-9a-f]+' there"):
-        importance(toy, other, by="gradient", checkpoint=path, progress=False)
+        importance(toy, other, method="gradient", checkpoint=path, progress=False)
     changed = lens.load("induction-2l")
     changed.model.blocks[0].attn.o.weight.data[0, 0] += 1
     with pytest.raises(LensError, match=r"weights '[0-9a-f]+' there"):
-        importance(changed, task, by="gradient", checkpoint=path, progress=False)
+        importance(changed, task, method="gradient", checkpoint=path, progress=False)
     path.write_bytes(b"no zip")
     with pytest.raises(LensError, match="is no checkpoint of"):
-        importance(toy, task, by="gradient", checkpoint=path, progress=False)
+        importance(toy, task, method="gradient", checkpoint=path, progress=False)
 
 
 def test_the_gate_is_the_derivative_of_a_softmax_router(toy, task):
     """dm/dr at r = 0, gates = heads * softmax(r), by finite differences of the gates' Jacobian."""
-    gradient = importance(toy, task, by="gradient", progress=False).per_prompt
-    gate = importance(toy, task, by="gate", progress=False)
+    gradient = importance(toy, task, method="gradient", progress=False).per_prompt
+    gate = importance(toy, task, method="gate", progress=False)
     heads, step = gradient.shape[1], 1e-6
     for head in range(heads):
         router = np.zeros(heads)

@@ -21,10 +21,10 @@ def test_inactive_heads_score_exactly_zero_by_every_ablation(program, baseline):
         assert np.abs(scores.per_prompt[head]).max() == 0
 
 
-@pytest.mark.parametrize("by", ["gradient", "attribution", "atp*"])
+@pytest.mark.parametrize("by", ["gradient", "attribution", "atp"])
 def test_inactive_heads_score_exactly_zero_by_every_estimate(by):
     known = tracr("frac_prevs")
-    scores = importance(known.model, known.task, by=by, progress=False)
+    scores = importance(known.model, known.task, method=by, progress=False)
     for head in known.inactive_heads:
         assert np.abs(scores.per_prompt[head]).max() == 0
 
@@ -62,7 +62,7 @@ def test_gates_and_the_measures_that_cannot_see_them():
         )
         assert both.value == pytest.approx(pair)
         for by in ("ablation", "gradient"):
-            single = importance(known.model, known.task, by=by, baseline="zero", progress=False)
+            single = importance(known.model, known.task, method=by, baseline="zero", progress=False)
             np.testing.assert_allclose(single.values, [[alone, alone]], atol=1e-6)
 
 
@@ -71,8 +71,8 @@ def test_a_saturated_softmax_hides_the_head_before_it_from_every_estimate():
     known = induction_transformer(beta=30, dtype="float64")
     task = list(known.tasks.values())[1]  # the first of the two equal tokens
     ablated = importance(known.model, task, baseline="counterfactual", progress=False)
-    plain = importance(known.model, task, by="attribution", progress=False)
-    fixed = importance(known.model, task, by="atp*", progress=False)
+    plain = importance(known.model, task, method="attribution", progress=False)
+    fixed = importance(known.model, task, method="atp", progress=False)
     assert ablated.values[0, 0] == pytest.approx(2, abs=1e-6)
     assert abs(plain.values[0, 0]) < 1e-6
     assert abs(fixed.values[0, 0]) < 1e-6
@@ -85,7 +85,7 @@ def test_disagreement_and_redundancy_are_said_in_words():
     task = induction(model, n=16)
     zero = importance(model, task, baseline="zero", progress=False)
     mean = importance(model, task, baseline="mean", progress=False)
-    gradient = importance(model, task, by="gradient", progress=False)
+    gradient = importance(model, task, method="gradient", progress=False)
     first, *_, last = agreement(zero, mean, gradient, k=1, resamples=50).findings()
     assert "ablation (zero) and ablation (mean): they name the same most important head" in first
     assert "L0H1 only by ablation (mean)" in last

@@ -22,7 +22,7 @@ def scores(values, baseline="mean", **changes):
     fields = {
         "per_prompt": values,
         "clean": np.zeros(values.shape[2]),
-        "by": "ablation",
+        "method": "ablation",
         "intervention": Intervention(baseline),
         "metric": "loss",
         "sign": -1,
@@ -127,7 +127,7 @@ def test_tables_of_heads_join_by_layer_and_head(small):
     """Importance, roles, sinks, streaming and retrieval: three lines, and a row of L1H3 is a row of L1H3."""
     copied = lens.tasks.copied(small, 25)
     trace = lens.capture(small, copied, progress=False)
-    scores = importance(small, lens.tasks.induction(small, n=4), by="gradient", progress=False)
+    scores = importance(small, lens.tasks.induction(small, n=4), method="gradient", progress=False)
     roles = lens.heads.roles(small, copied, progress=False)
     rate = lens.sinks.rate(trace)
     streaming = lens.heads.streaming(small, copied, sink=1, recent=8, progress=False)

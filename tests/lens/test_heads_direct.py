@@ -82,7 +82,7 @@ def by_hand(kind, model, task):
 def test_direct_effects_are_what_each_head_wrote(kind, monkeypatch):
     model, task = loaded(kind), some_task()
     monkeypatch.setattr("lens.tasks.task._LOGITS", 3 * 1024 * task.length)  # in two pieces
-    scores = importance(model, task, by="direct", progress=False)
+    scores = importance(model, task, method="direct", progress=False)
     expected = by_hand(kind, model, task)
     error = scores.per_prompt - expected
     assert np.sqrt((error**2).mean() / (expected**2).mean()) < 1e-4
@@ -97,7 +97,7 @@ def test_it_sees_the_induction_heads_and_not_the_head_that_feeds_them():
     wrong = (copying.correct + 1) % 64
     task = Task("copying", copying.clean, copying.positions, copying.correct,
                 "logit_difference", wrong=wrong)  # fmt: skip
-    scores = importance(model, task, by="direct", progress=False)
+    scores = importance(model, task, method="direct", progress=False)
     names = [str(head) for head in scores.top(3)]
     assert set(names) == {"L1H0", "L1H2", "L1H3"}
     assert abs(scores.values[0, 1]) < 0.05 * scores.values.max()
@@ -106,8 +106,10 @@ def test_it_sees_the_induction_heads_and_not_the_head_that_feeds_them():
 def test_refusals():
     model = lens.load("induction-2l")
     with pytest.raises(LensError, match="needs the metric 'logit_difference', got 'loss'"):
-        importance(model, induction(model, n=2), by="direct", progress=False)
-    with pytest.raises(LensError, match="by='direct' compares with zero alone, got the baseline"):
-        importance(model, some_task(), by="direct", baseline="mean", progress=False)
+        importance(model, induction(model, n=2), method="direct", progress=False)
+    with pytest.raises(
+        LensError, match="method='direct' compares with zero alone, got the baseline"
+    ):
+        importance(model, some_task(), method="direct", baseline="mean", progress=False)
     with pytest.raises(LensError, match="where 'llama4_text' keeps its parts"):
-        importance(lens.load(build("llama4")), some_task(), by="direct", progress=False)
+        importance(lens.load(build("llama4")), some_task(), method="direct", progress=False)

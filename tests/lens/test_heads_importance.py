@@ -7,7 +7,8 @@ from torch import nn
 
 import lens
 from lens.common.errors import LensError
-from lens.heads import HeadScores, Intervention, ablate, importance
+from lens.heads import ablate, importance
+from lens.heads.measures.scores import HeadScores, Intervention
 from lens.passes.head_outputs import read_heads, with_gradients
 from lens.tasks import Task, induction, language_modelling
 from tests.lens.architectures import VOCAB, build
@@ -165,21 +166,21 @@ def test_gradient_importance_equals_autograd_on_eager_attention(pair):
         "token": per_token.abs().sum(-1),
     }
     for absolute, values in expected.items():
-        scores = importance(model, task, by="gradient", absolute=absolute, progress=False)
+        scores = importance(model, task, method=lens.heads.Gradient(absolute), progress=False)
         assert rms_ratio(scores.per_prompt, values) < 1e-5
     instead = eager.replacement("counterfactual", None)
     for layer in range(LAYERS):
         change = (z[layer] - instead[layer]) * slopes[layer]
         expected_layer = change.sum((1, 3)).T.detach()
-        scores = importance(model, task, by="attribution", progress=False)
+        scores = importance(model, task, method="attribution", progress=False)
         assert rms_ratio(scores.per_prompt[layer], expected_layer) < 1e-5
 
 
 def test_attribution_by_zero_is_the_gradient():
     model = lens.load(build("qwen3"))
     task = some_task()
-    zero = importance(model, task, by="attribution", baseline="zero", progress=False)
-    gradient = importance(model, task, by="gradient", progress=False)
+    zero = importance(model, task, method="attribution", baseline="zero", progress=False)
+    gradient = importance(model, task, method="gradient", progress=False)
     assert rms_ratio(zero.per_prompt, gradient.per_prompt) < 1e-5
 
 
@@ -189,7 +190,7 @@ def test_a_small_change_is_what_the_gradient_says():
     task = some_task()
     twin.set_attn_implementation("eager")
     eager = Eager(twin.double(), task)
-    predicted = importance(model, task, by="gradient", progress=False).values
+    predicted = importance(model, task, method="gradient", progress=False).values
     with torch.no_grad():
         clean = eager.benefit(eager.run(task.clean)[0])
         z = eager.run(task.clean)[1]
@@ -209,12 +210,12 @@ def test_a_small_change_is_what_the_gradient_says():
 def test_one_forward_pass_or_many_give_the_same(monkeypatch):
     model, task = lens.load(build("llama")), some_task()
     whole = {
-        by: importance(model, task, by=by, progress=False) for by in ("ablation", "attribution")
+        by: importance(model, task, method=by, progress=False) for by in ("ablation", "attribution")
     }
     monkeypatch.setattr("lens.tasks.task._LOGITS", 2 * 1024 * LENGTH)
     assert task.rows_at_once(model) == 2
     for by, scores in whole.items():
-        again = importance(model, task, by=by, progress=False)
+        again = importance(model, task, method=by, progress=False)
         assert rms_ratio(again.per_prompt, scores.per_prompt) < 1e-4
         assert rms_ratio(again.clean, scores.clean) < 1e-5
 
@@ -223,17 +224,17 @@ def test_everything_is_put_back_and_no_weight_gets_a_gradient():
     model, task = lens.load(build("llama")), some_task()
     before = model.model(task.clean).logits
     for by in ("ablation", "gradient", "attribution"):
-        importance(model, task, by=by, progress=False)
+        importance(model, task, method=by, progress=False)
     assert torch.equal(model.model(task.clean).logits, before)
     assert all(parameter.grad is None for parameter in model.model.parameters())
 
 
 def test_frozen_weights_and_no_grad_make_no_difference():
     model, task = lens.load(build("llama")), some_task()
-    expected = importance(model, task, by="gradient", progress=False)
+    expected = importance(model, task, method="gradient", progress=False)
     model.model.requires_grad_(False)
     with torch.no_grad():
-        found = importance(model, task, by="gradient", progress=False)
+        found = importance(model, task, method="gradient", progress=False)
     assert rms_ratio(found.per_prompt, expected.per_prompt) < 1e-6
 
 
@@ -249,7 +250,7 @@ def test_a_long_prompt_has_a_gradient_too():
     model = lens.load(LlamaForCausalLM(config).eval())
     window = torch.randint(3, VOCAB, (1, 4099), generator=torch.Generator().manual_seed(1))
     scores = importance(
-        model, language_modelling(model, window.tolist()), by="gradient", progress=False
+        model, language_modelling(model, window.tolist()), method="gradient", progress=False
     )
     assert np.isfinite(scores.values).all()
     assert np.abs(scores.values).min() > 0
@@ -260,25 +261,28 @@ def test_a_long_prompt_has_a_gradient_too():
     ("arguments", "message"),
     [
         (
-            {"by": "magic"},
-            "unknown by='magic'; known: ablation, gradient, attribution, atp\\*, gate, direct",
-        ),
-        ({"baseline": "none"}, "unknown baseline 'none'; known: zero, mean, pooled_mean"),
-        (
-            {"by": "gradient", "baseline": "mean"},
-            "by='gradient' compares with zero alone, got the baseline 'mean'",
+            {"method": "magic"},
+            "method must be one of 'ablation', 'gradient', 'attribution', 'atp', 'gate', 'direct', got 'magic'",
         ),
         (
-            {"absolute": "token"},
-            "absolute belongs to by='gradient' and 'atp\\*', got by='ablation'",
+            {"baseline": "none"},
+            "baseline must be one of 'zero', 'mean', 'pooled_mean', .* got 'none'",
         ),
-        ({"by": "gradient", "absolute": True}, "absolute must be None, 'prompt' or 'token'"),
+        (
+            {"method": "gradient", "baseline": "mean"},
+            "method='gradient' compares with zero alone, got the baseline 'mean'",
+        ),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(arguments, message):
     model = lens.load("induction-2l")
     with pytest.raises(LensError, match=message):
         importance(model, induction(model, n=2), progress=False, **arguments)
+
+
+def test_absolute_values_are_of_a_token_or_a_prompt():
+    with pytest.raises(LensError, match="absolute must be one of 'prompt', 'token', got 'head'"):
+        lens.heads.Gradient("head")
 
 
 def test_what_a_baseline_or_a_gradient_cannot_do_is_refused():
@@ -290,9 +294,9 @@ def test_what_a_baseline_or_a_gradient_cannot_do_is_refused():
         importance(model, one, baseline="resample", progress=False)
     text = language_modelling(model, one.clean.tolist())
     with pytest.raises(LensError, match="has no corrupt prompts"):
-        importance(model, text, by="attribution", progress=False)
+        importance(model, text, method="attribution", progress=False)
     with pytest.raises(LensError, match="the metric has no gradient"):
-        importance(model, one.with_metric("accuracy"), by="gradient", progress=False)
+        importance(model, one.with_metric("accuracy"), method="gradient", progress=False)
     with pytest.raises(LensError, match="the metric is flat here"):
         with_gradients(model, one.clean, lambda logits: (0 * logits).sum((1, 2)))
     with pytest.raises(LensError, match="token ids of induction-2l go from 0 to 64"):
@@ -323,7 +327,7 @@ def made(values, **changes):
     fields = {
         "per_prompt": np.asarray(values, float),
         "clean": np.zeros(np.asarray(values).shape[2]),
-        "by": "ablation",
+        "method": "ablation",
         "intervention": Intervention("mean"),
         "metric": "loss",
         "sign": -1,

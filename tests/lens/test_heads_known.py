@@ -85,7 +85,7 @@ def test_the_gradient_misses_the_previous_token_head(toy, copying):
     counterfactual.
     """
     for by in ("gradient", "attribution"):
-        scores = importance(toy, copying, by=by, progress=False)
+        scores = importance(toy, copying, method=by, progress=False)
         assert abs(scores.values[0, 1]) < 0.08
 
 
@@ -126,7 +126,7 @@ def test_a_group_of_one_is_the_head_alone(toy, copying, by_mean):
     ("name", "message"),
     [
         ("zero", "differ in intervention"),
-        ("gradient", "differ in by"),
+        ("gradient", "differ in method"),
         ("other", "differ in clean"),
     ],
 )
@@ -135,7 +135,7 @@ def test_a_group_is_not_compared_with_other_measurements(toy, copying, by_zero, 
     if name == "zero":
         other = by_zero
     elif name == "gradient":
-        other = importance(toy, copying, by="gradient", progress=False)
+        other = importance(toy, copying, method="gradient", progress=False)
     else:
         other = importance(toy, induction(toy, n=64, seed=1), progress=False)
     with pytest.raises(LensError, match=message):
@@ -162,5 +162,5 @@ def test_what_matters_depends_on_the_task():
     assert abs(on_text.values[1, 0]) < 0.02
     assert on_text.values[0, 2] == pytest.approx(4.73 - 2.93, abs=0.35)
     assert np.abs(on_text.values[1:]).max() < 0.1 < on_text.values[0].min()
-    together = agreement(on_copies, on_text).table.iloc[0]
+    together = agreement(on_copies, on_text).table().iloc[0]
     assert together["tau"] < 0.6

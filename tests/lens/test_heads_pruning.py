@@ -116,7 +116,7 @@ def test_the_figure_shows_cost_and_the_band_of_random_orders():
 def test_what_is_no_order_is_refused(small):
     model, task, _ = small
     other = lens.load("text-lm-3l")
-    scores = importance(other, induction(other, n=2, length=5), by="gradient")
+    scores = importance(other, induction(other, n=2, length=5), method="gradient")
     cases = [
         ({"order": scores}, "the scores are of text-lm-3l"),
         ({"order": []}, "the order names no heads"),

@@ -6,8 +6,8 @@ import torch
 
 import lens
 from lens.common.errors import LensError
-from lens.heads import RetrievalTrial, copied_needles, retrieval, text_needles
-from lens.heads.behaviour.retrieval import _fetched, _greedy
+from lens.heads import copied_needles, retrieval, text_needles
+from lens.heads.behaviour.retrieval import RetrievalTrial, _fetched, _greedy
 
 
 def twin(model, trial):

@@ -104,8 +104,8 @@ def test_attention_is_compared_as_whole_matrices_would_be(name, excluded, monkey
     model = lens.load(bare)
     first = 2 if excluded else 1
     texts = prompts()
-    js = similarity(model, texts, by="js", sink_excluded=excluded)
-    odds = similarity(model, texts, by="log_odds", sink_excluded=excluded)
+    js = similarity(model, texts, method="js", sink_excluded=excluded)
+    odds = similarity(model, texts, method="log_odds", sink_excluded=excluded)
     for number, ids in enumerate(texts):
         whole = Whole(bare, ids, excluded)
         sums, count = naive_js(whole.p, first)
@@ -119,7 +119,7 @@ def test_attention_is_compared_as_whole_matrices_would_be(name, excluded, monkey
 def test_outputs_are_compared_as_whole_gram_matrices_would_be(name):
     bare = build(name)
     model = lens.load(bare)
-    found = similarity(model, prompts(), by="cka")
+    found = similarity(model, prompts(), method="cka")
     for number, ids in enumerate(prompts()):
         z = Whole(bare, ids, sink_excluded=False).z[:, 1:]
         expected = [[naive_hsic(x, y) for y in z] for x in z]
@@ -204,7 +204,7 @@ def test_the_floor_compares_each_prompt_with_the_next():
 @pytest.mark.parametrize("by", BYS)
 def test_the_interval_holds_the_value_and_comes_from_whole_prompts(by):
     model = lens.load("induction-2l")
-    found = similarity(model, induction_prompts(model, 5), by=by)
+    found = similarity(model, induction_prompts(model, 5), method=by)
     low, high = found.interval(seed=1)
     off = ~np.eye(8, dtype=bool)
     assert (low <= found.values + 1e-9).all()
@@ -214,7 +214,7 @@ def test_the_interval_holds_the_value_and_comes_from_whole_prompts(by):
     above = np.triu_indices(8, 1)
     assert rms_ratio(low[above], np.percentile(drawn, 2.5, axis=0)) < 1e-9
     assert rms_ratio(low.T, low) < 1e-12
-    one = similarity(model, induction_prompts(model, 1), by=by)
+    one = similarity(model, induction_prompts(model, 1), method=by)
     assert np.isnan(one.interval()[0]).all()
     with pytest.raises(LensError, match="one prompt cannot be resampled"):
         one.resampled(3, 0)
@@ -245,9 +245,12 @@ def test_what_cannot_be_compared_is_refused():
     model = lens.load("induction-2l")
     one, two = [64, *range(9)], [64, *range(12)]
     cases = [
-        (lambda: similarity(model, one, by="kl"), "unknown by='kl'; known: js, log_odds, cka"),
+        (
+            lambda: similarity(model, one, method="kl"),
+            "method must be one of 'js', 'log_odds', 'cka', got 'kl'",
+        ),
         (lambda: similarity(model, [64]), "a prompt of 1 tokens has no query"),
-        (lambda: similarity(model, [64, 1, 2], by="cka"), "CKA needs 4 rows"),
+        (lambda: similarity(model, [64, 1, 2], method="cka"), "CKA needs 4 rows"),
         (lambda: similarity(model, one, floor=True), "give at least two"),
         (lambda: similarity(model, [one, two], floor=True), "prompts of one length, got 10 and 13"),
         (lambda: trace_similarity([]), "no traces were given"),

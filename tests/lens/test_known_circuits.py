@@ -35,9 +35,9 @@ def program(request):
     return tracr(request.param)
 
 
-def scores(known, baseline="zero", by="ablation", task=None):
+def scores(known, baseline="zero", method="ablation", task=None):
     return importance(
-        known.model, task or known.task, by=by, baseline=baseline, progress=False
+        known.model, task or known.task, method=method, baseline=baseline, progress=False
     ).values
 
 
@@ -128,8 +128,8 @@ def test_what_single_ablations_and_gradients_see_of_gates():
         assert scores(logic_gate("and"), baseline).tolist() == [[1, 1]]  # more than there is
         assert scores(logic_gate("or"), baseline).tolist() == [[0, 0]]  # blind
         assert scores(logic_gate("sum"), baseline).tolist() == [[1, 1]]
-    assert scores(logic_gate("or"), by="gradient").tolist() == [[0, 0]]
-    assert scores(logic_gate("and"), by="gradient").tolist() == [[1, 1]]
+    assert scores(logic_gate("or"), method="gradient").tolist() == [[0, 0]]
+    assert scores(logic_gate("and"), method="gradient").tolist() == [[1, 1]]
     for gate, total in (("and", 1), ("or", 1), ("sum", 2)):
         known = logic_gate(gate)
         both = ablate(

@@ -94,7 +94,7 @@ def results():
         return lens.redistribute(model, sources="first", amount=amount)
 
     return [
-        lens.heads.importance(model, lens.tasks.induction(model, n=4), by="gradient", progress=False),
+        lens.heads.importance(model, lens.tasks.induction(model, n=4), method="gradient", progress=False),
         lens.heads.similarity(model, prompts, progress=False),
         lens.heads.roles(model, prompts, progress=False),
         lens.sinks.rate(traces),

@@ -124,8 +124,8 @@ def test_kl_of_an_ablation_is_never_negative_and_finds_the_known_head(toy):
     assert scores.per_prompt.min() > -1e-5
     assert str(scores.top(1)[0]) == "L0H1"
     for by in ("gradient", "attribution"):
-        with pytest.raises(LensError, match=f"'kl' is at its best .* by='{by}' says nothing"):
-            importance(toy, task, by=by, progress=False)
+        with pytest.raises(LensError, match=f"'kl' is at its best .* method='{by}' says nothing"):
+            importance(toy, task, method=by, progress=False)
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ Method = Literal[
 ]
 TASKS = ("induction", "ioi", "greater_than", "docstring", "colored_objects")
 """Tasks that `lens.tasks` makes from a model, a number of prompts and a seed."""
-MEASURES = ("ablation", "gradient", "attribution", "atp*", "gate", "direct")
+MEASURES = ("ablation", "gradient", "attribution", "atp", "gate", "direct")
 BASELINES = ("zero", "mean", "pooled_mean", "resample", "counterfactual", "optimal")
 EDITS = ("mask", "drop", "mean_value", "zero_value", "move", "transfer")
 NOT_FROM_A_COMMAND = {

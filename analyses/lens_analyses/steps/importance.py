@@ -66,7 +66,7 @@ def importance(subject: Subject) -> Section:
             "measures": [
                 {
                     "label": score.label,
-                    "method": score.by,
+                    "method": score.method,
                     "task": score.task,
                     "metric": score.metric,
                     "prompts": score.n,
@@ -91,7 +91,7 @@ def pruning(subject: Subject) -> Section:
     order = heads.importance(
         subject.model,
         fitted,
-        by="attribution",
+        method="attribution",
         baseline="mean",
         seed=subject.seed,
         progress=subject.progress,
@@ -146,23 +146,23 @@ def _measure(subject: Subject, tasks: list[Task]) -> tuple[list[HeadScores], lis
     """
     scores, refused = [], []
     for task in tasks:
-        for by, baseline in subject.settings.measured:
-            if by == "attribution" and not baseline and task.corrupt is None:
+        for method, baseline in subject.settings.measured:
+            if method == "attribution" and not baseline and task.corrupt is None:
                 baseline = "mean"
             try:
                 score = heads.importance(
                     subject.model,
                     task,
-                    by=by,
+                    method=method,
                     baseline=baseline or None,
                     seed=subject.seed,
                     progress=subject.progress,
-                    checkpoint=subject.work / f"{len(scores)}-{by}.npz",
+                    checkpoint=subject.work / f"{len(scores)}-{method}.npz",
                 )
                 scores.append(score)
             except LensError as problem:
                 refused.append(
-                    f"{by}{' ' if baseline else ''}{baseline} on {task.name}: {problem}."
+                    f"{method}{' ' if baseline else ''}{baseline} on {task.name}: {problem}."
                 )
     if not scores:
         raise LensError(f"no measure could be had: {' '.join(refused)}")
@@ -171,7 +171,7 @@ def _measure(subject: Subject, tasks: list[Task]) -> tuple[list[HeadScores], lis
 
 def _joint(subject: Subject, scores: list[HeadScores]) -> tuple[pd.DataFrame | None, list[str]]:
     """Heads of one role taken away together: those that stand in for each other look small alone."""
-    single = next((score for score in scores if score.by == "ablation"), None)
+    single = next((score for score in scores if score.method == "ablation"), None)
     if single is None:
         return None, []
     rows, said = [], []

@@ -57,19 +57,19 @@ def similarity(subject: Subject) -> Section:
     prompts = [ids[: subject.settings.length] for ids in prompts[:_ALIKE_PROMPTS]]
     alike = len(prompts) > 1 and len({len(ids) for ids in prompts}) == 1
     tables, figures, said = {}, {}, []
-    for by in ("js", "cka"):
+    for method in ("js", "cka"):
         found = heads.similarity(
             subject.model,
             prompts,
-            by=by,
-            sink_excluded=by == "js",
+            method=method,
+            sink_excluded=method == "js",
             floor=alike,
             progress=subject.progress,
         )
         grouped = heads.clusters(found, seed=subject.seed)
-        tables[f"{by}_clusters"] = grouped.table()
-        tables[f"{by}_redundancy"] = heads.redundancy(found, seed=subject.seed)
-        figures[by] = found.plot()
+        tables[f"{method}_clusters"] = grouped.table()
+        tables[f"{method}_redundancy"] = heads.redundancy(found, seed=subject.seed)
+        figures[method] = found.plot()
         several = [heads_ for heads_ in grouped.members if len(heads_) > 1]
         stability = (
             f", adjusted Rand {grouped.rand.mean():.2f} on prompts drawn again"
@@ -77,7 +77,7 @@ def similarity(subject: Subject) -> Section:
             else ""
         )
         shown = "; ".join(" ".join(one[:6]) for one in several[:3]) or "no two heads"
-        what = "attend" if by == "js" else "write"
+        what = "attend" if method == "js" else "write"
         said.append(f"Heads that {what} alike: {shown} ({len(grouped.members)} groups{stability}).")
     return Section(
         name="similarity",
@@ -89,7 +89,7 @@ def similarity(subject: Subject) -> Section:
             "Heads that are alike can still differ in what they do to the model: see importance.",
         ),
         columns=defined(tables.values(), _HEAD | _CLUSTERS | _REDUNDANCY),
-        configuration={"by": ["js", "cka"], "prompts": kind, "seed": subject.seed},
+        configuration={"methods": ["js", "cka"], "prompts": kind, "seed": subject.seed},
         tables=tables,
         figures=figures,
     )

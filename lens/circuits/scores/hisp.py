@@ -1,6 +1,6 @@
 """HISP: head importance scores for pruning, from gates on what each head reads and each MLP writes.
 
-Michel et al. put a gate on each head's output; that score is `lens.heads.importance(by="gradient",
+Michel et al. put a gate on each head's output; that score is `lens.heads.importance(method="gradient",
 absolute="prompt")`. To find circuits, Conmy et al. put gates on query, key and value of each head and on
 each MLP, which lead from the task's prompt (1) to the corrupt one (0). A gate at 1 sees what an infinitely
 small step does: where a softmax is saturated, the gates of query and key see nothing.

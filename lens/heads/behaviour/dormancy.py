@@ -17,6 +17,7 @@ from lens.common.errors import LensError
 from lens.common.head_ids import HeadId
 from lens.common.results import Result
 from lens.heads.measures.importances import importance
+from lens.heads.measures.methods import Baseline
 from lens.models.loaded import LoadedModel
 from lens.stats import over_units
 from lens.tasks.making import language_modelling
@@ -32,7 +33,7 @@ class Dormancy(Result):
         activity: domain -> [layer, head, window], `1 - mean over queries i >= 1 of P[i, 0]`.
         loss: domain -> [layer, head, window], loss without the head less the loss as it is, nats per
             token; positive = the head helps.
-        baseline: what was put in the head's place (`lens.heads.Intervention`).
+        baseline: what was put in the head's place (`Intervention`).
         rest: activity below which a head may be dormant.
         tolerance: |loss| below which it is spared.
         model: its name.
@@ -99,7 +100,7 @@ def dormancy(
     n: int | None = None,
     rest: float = 0.2,
     tolerance: float = 1e-3,
-    baseline: str = "zero",
+    baseline: Baseline = "zero",
     progress: bool = True,
 ) -> Dormancy:
     """Which heads rest on the first key, and may, in each of several domains.
@@ -135,6 +136,6 @@ def dormancy(
             assert isinstance(trace, AttentionTrace)
             found.append(1 - trace.first_mass.values[..., 1:].astype(np.float64).mean(-1))
         activity[domain] = np.stack(found, -1)
-        scores = importance(model, task, by="ablation", baseline=baseline, progress=progress)
+        scores = importance(model, task, method="ablation", baseline=baseline, progress=progress)
         loss[domain] = scores.per_prompt
     return Dormancy(activity, loss, rest, tolerance, baseline, model.name)

@@ -75,7 +75,7 @@ def dependence(left: HeadStates, right: HeadStates) -> Tensor:
     if n < _FEWEST:
         raise LensError(
             f"CKA needs {_FEWEST} rows of each prompt and {left.length} tokens leave {n}; take longer "
-            "prompts, or by='js'"
+            "prompts, or method='js'"
         )
     x, own_x, sums_x = _features(left.output[:, first:])
     y, own_y, sums_y = _features(right.output[:, first:])

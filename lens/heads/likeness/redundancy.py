@@ -1,6 +1,6 @@
 """Clusters of heads that are alike, how stable they are, and how redundant each head is.
 
->>> similar = lens.heads.similarity(model, texts, by="js")
+>>> similar = lens.heads.similarity(model, texts, method="js")
 >>> lens.heads.clusters(similar).table()
 """
 
@@ -34,7 +34,7 @@ class HeadClusters(Result):
             groups, 0 = as by chance (Hubert and Arabie 1985). Empty for a single prompt.
         silhouette: mean silhouette of the heads (Rousseeuw 1987), heads alone counting 0.
         medoids: prototype of each cluster: the head with the smallest mean distance to the others.
-        names: of the heads; by, model: what was compared.
+        names: of the heads; method, model: what was compared.
     """
 
     labels: np.ndarray
@@ -46,7 +46,7 @@ class HeadClusters(Result):
     silhouette: float
     medoids: tuple[HeadId, ...]
     names: tuple[str, ...]
-    by: str
+    method: str
     model: str
 
     @property
@@ -76,7 +76,7 @@ class HeadClusters(Result):
         shown = "; ".join("+".join(heads) for heads in several[:4]) or "every head alone"
         rand = f", adjusted Rand {self.rand.mean():.2f} over draws" if len(self.rand) else ""
         return (
-            f"HeadClusters({len(self.members)} of {len(self.names)} heads by {self.by}, "
+            f"HeadClusters({len(self.members)} of {len(self.names)} heads by {self.method}, "
             f"{self.model}: {shown}{rand})"
         )
 
@@ -104,7 +104,7 @@ def clusters(
     if unscored := [names[head] for head in np.flatnonzero(np.isnan(distances.diagonal()))]:
         raise LensError(
             f"{', '.join(unscored)} has nothing to compare (an output that is the same everywhere), "
-            "so it is in no cluster; use by='js'"
+            "so it is in no cluster; use method='js'"
         )
     if heads < 3:
         raise LensError(f"clusters need at least 3 heads, {similarity.model} has {heads}")
@@ -134,7 +134,7 @@ def clusters(
         silhouette=float(scores[count - 1]),
         medoids=tuple(medoids),
         names=tuple(names),
-        by=similarity.by,
+        method=similarity.method,
         model=similarity.model,
     )
 

@@ -1,6 +1,6 @@
 """How alike the heads of a model are: by what they attend to, or by what they write.
 
->>> similar = lens.heads.similarity(model, texts, by="cka")
+>>> similar = lens.heads.similarity(model, texts, method="cka")
 >>> similar.neighbours("L1H0")
 """
 
@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
 
 from lens import stats
+from lens.common.choices import check_choice
 from lens.common.errors import LensError
 from lens.common.head_ids import AnyHead, HeadId, head_id
 from lens.common.results import Result
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from lens.models.loaded import LoadedModel
     from lens.traces.trace import AttentionTrace
 
+Likeness = Literal["js", "log_odds", "cka"]
 SIMILARITIES = {
     "js": "Jensen-Shannon divergence of attention (nats)",
     "log_odds": "cosine of attention log-odds",
@@ -38,7 +40,7 @@ class HeadSimilarity(Result):
     Attributes:
         sums, counts: [prompt, head, head], what each prompt adds. "js": sum over queries of the
             divergence, and the number of queries. "log_odds" and "cka": inner products, and 1.
-        by: "js", "log_odds" or "cka".
+        method: "js", "log_odds" or "cka".
         sink_excluded: whether the first key (and a learned sink) was left out and rows renormalised.
         exactness: "exact", or "lower bound" where only block maps were compared.
         floor: [head, head], the same value between a head on one prompt and a head on the next: what
@@ -48,7 +50,7 @@ class HeadSimilarity(Result):
 
     sums: np.ndarray
     counts: np.ndarray
-    by: str
+    method: str
     sink_excluded: bool
     exactness: str
     shape: tuple[int, int]
@@ -76,7 +78,7 @@ class HeadSimilarity(Result):
         NaN where a head has nothing to compare: an output that is the same at every position.
         """
         sums = self.sums.sum(0)
-        if self.by == "js":
+        if self.method == "js":
             return _ratio(sums, self.counts.sum(0))
         own = np.diagonal(sums)
         return _cosine(sums, own, own)
@@ -120,7 +122,7 @@ class HeadSimilarity(Result):
     def _of_pairs(self, weights: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
         """[draw, pair] values of heads `a` and `b` on prompts weighed by [draw, prompt]."""
         sums = weights @ self.sums[:, a, b]
-        if self.by == "js":
+        if self.method == "js":
             return _ratio(sums, weights @ self.counts[:, a, b])
         own = weights @ np.diagonal(self.sums, axis1=1, axis2=2)
         norm = np.sqrt(np.where(own > 0, own, np.nan))
@@ -172,18 +174,18 @@ class HeadSimilarity(Result):
 
     def distances_of(self, values: np.ndarray) -> np.ndarray:
         """`distances` of other values, such as resampled ones."""
-        return np.sqrt(values.clip(0)) if self.by == "js" else (1 - values).clip(0)
+        return np.sqrt(values.clip(0)) if self.method == "js" else (1 - values).clip(0)
 
     def closeness_of(self, values: np.ndarray) -> np.ndarray:
         """`closeness` of other values, such as resampled ones."""
-        return 1 - values / np.log(2) if self.by == "js" else values
+        return 1 - values / np.log(2) if self.method == "js" else values
 
     def __repr__(self) -> str:
         nearest = self.table().iloc[0]
         without = ", sink excluded" if self.sink_excluded else ""
         exact = "" if self.exactness == "exact" else f", {self.exactness}"
         return (
-            f"HeadSimilarity({SIMILARITIES[self.by]}{without}{exact}; {self.model}, "
+            f"HeadSimilarity({SIMILARITIES[self.method]}{without}{exact}; {self.model}, "
             f"{len(self.names)} heads, {self.n} prompts; closest {nearest['first']} and "
             f"{nearest['second']}, {nearest['value']:.3g})"
         )
@@ -193,7 +195,7 @@ def similarity(
     model: LoadedModel,
     texts: Any,
     *,
-    by: str = "js",
+    method: Likeness = "js",
     sink_excluded: bool = False,
     floor: bool = False,
     progress: bool = True,
@@ -212,7 +214,7 @@ def similarity(
     Args:
         model: as `lens.load` returns it.
         texts: prompts as in `lens.capture`.
-        by: "js", "log_odds" or "cka".
+        method: "js", "log_odds" or "cka".
         sink_excluded: leave out the first key (and a learned sink) and renormalise, in the attention
             and in the outputs.
         floor: also compare heads across prompts (each with the next), which must be equally long.
@@ -222,15 +224,14 @@ def similarity(
         arXiv 1905.00414; Nguyen et al. (CKA from parts), 2021, arXiv 2010.15327.
 
     Raises:
-        LensError: an unknown `by`, prompts that are too short, or a floor of one prompt or of prompts
+        LensError: an unknown `method`, prompts that are too short, or a floor of one prompt or of prompts
             that differ in length.
     """
     from lens.common.progress import advancing
     from lens.heads.likeness.states import read_states
     from lens.passes.inputs import read_prompts
 
-    if by not in SIMILARITIES:
-        raise LensError(f"unknown by={by!r}; known: {', '.join(SIMILARITIES)}")
+    check_choice("method", method, Likeness)
     prompts, _ = read_prompts(model, texts)
     parts, across = [], []
     first = before = None
@@ -242,19 +243,19 @@ def similarity(
                     f"a prompt of {states.length} tokens has no query that sees two of the keys "
                     "compared; take longer prompts"
                 )
-            parts.append(_sums(by, states, states))
+            parts.append(_sums(method, states, states))
             if floor and before is not None:
-                across.append(_across(by, before, states))
+                across.append(_across(method, before, states))
             first, before = first or states, states
             advance(1)
         if floor:
             if len(prompts) < 2 or first is None or before is None:
                 raise LensError("a floor compares each prompt with the next; give at least two")
-            across.append(_across(by, before, first))
+            across.append(_across(method, before, first))
     found = HeadSimilarity(
         sums=np.stack([sums for sums, _ in parts]),
         counts=np.stack([counts for _, counts in parts]),
-        by=by,
+        method=method,
         sink_excluded=sink_excluded,
         exactness="exact",
         shape=(model.info.layers, model.info.heads),
@@ -264,7 +265,7 @@ def similarity(
 
 
 def trace_similarity(traces: AttentionTrace | Iterable[AttentionTrace]) -> HeadSimilarity:
-    """Divergence of heads from the block maps of traces: a lower bound of `similarity(by="js")`.
+    """Divergence of heads from the block maps of traces: a lower bound of `similarity(method="js")`.
 
     Merging keys into blocks and rows into their mean can only bring two heads closer (data
     processing, joint convexity), so heads that are far apart here are at least that far apart.
@@ -284,7 +285,7 @@ def trace_similarity(traces: AttentionTrace | Iterable[AttentionTrace]) -> HeadS
     return HeadSimilarity(
         sums=np.stack([sums for sums, _ in parts]),
         counts=np.stack([counts for _, counts in parts]),
-        by="js",
+        method="js",
         sink_excluded=False,
         exactness="lower bound",
         shape=(several[0].layers, several[0].heads),
@@ -292,30 +293,30 @@ def trace_similarity(traces: AttentionTrace | Iterable[AttentionTrace]) -> HeadS
     )
 
 
-def _sums(by: str, left: Any, right: Any) -> tuple[np.ndarray, np.ndarray]:
+def _sums(method: str, left: Any, right: Any) -> tuple[np.ndarray, np.ndarray]:
     from lens.heads.likeness.pairs import dependence, divergence, log_odds
 
-    if by == "js":
+    if method == "js":
         sums, counts = divergence(left, right)
         return sums.numpy(), counts.numpy()
-    sums = (log_odds if by == "log_odds" else dependence)(left, right).numpy()
+    sums = (log_odds if method == "log_odds" else dependence)(left, right).numpy()
     return sums, np.ones_like(sums)
 
 
-def _across(by: str, left: Any, right: Any) -> tuple[np.ndarray, np.ndarray]:
+def _across(method: str, left: Any, right: Any) -> tuple[np.ndarray, np.ndarray]:
     if left.length != right.length:
         raise LensError(
             f"a floor needs prompts of one length, got {left.length} and {right.length} tokens; cut "
             "them: lens.tasks.take(model, text, tokens)"
         )
-    return _sums(by, left, right)
+    return _sums(method, left, right)
 
 
 def _with_floor(
     found: HeadSimilarity, across: list[tuple[np.ndarray, np.ndarray]]
 ) -> HeadSimilarity:
     sums = np.sum([part for part, _ in across], axis=0)
-    if found.by == "js":
+    if found.method == "js":
         return replace(found, floor=_ratio(sums, np.sum([part for _, part in across], axis=0)))
     own = np.diagonal(found.sums.sum(0))
     return replace(found, floor=_cosine(sums, own, own))

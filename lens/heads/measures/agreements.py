@@ -117,7 +117,7 @@ def join(
         LensError: none, of differing models, one given twice, or a table that has not one row per head.
 
     Example:
-        >>> scores = lens.heads.importance(small, lens.tasks.induction(small, n=8), by="gradient")
+        >>> scores = lens.heads.importance(small, lens.tasks.induction(small, n=8), method="gradient")
         >>> table = lens.heads.join(scores, lens.heads.roles(small, lens.tasks.copied(small, 25)))
         >>> table.nlargest(1, "induction")["name"].item()
         'L1H0'

@@ -20,34 +20,19 @@ from lens_kernels import patch_effects
 from torch import Tensor
 
 from lens.common.errors import LensError
+from lens.heads.measures.methods import READS, AtP
 from lens.models.layout import sublayers
 from lens.models.loaded import LoadedModel
 from lens.passes.calls import LayerCall, kernel_options
 from lens.passes.head_outputs import HeadGradient, read_calls, with_gradients
 from lens.tasks.task import Task
 
-READS = {"q": "query", "k": "key", "v": "value"}
-
-
-def check_reads(reads: str) -> None:
-    """Raises: LensError: not some of "q", "k" and "v"."""
-    if not reads or set(reads) - set(READS) or len(set(reads)) < len(reads):
-        raise LensError(f"reads must be some of 'q', 'k' and 'v', such as 'qk'; got {reads!r}")
-
-
-def granularity(reads: str) -> str:
-    """What is patched, in words."""
-    names = " and ".join(READS[letter] for letter in reads)
-    return f"{names} of the head, each position alone, softmax recomputed"
-
 
 def atp_star(
     model: LoadedModel,
     task: Task,
     donors: Tensor,
-    reads: str,
-    absolute: str | None,
-    grad_drop: bool,
+    method: AtP,
     rows: Tensor,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Metric [rows], and the sum over positions of what patching costs [layers, heads, rows].
@@ -55,10 +40,8 @@ def atp_star(
     Args:
         model, task: as in `importance`.
         donors: [prompts, tokens], the prompts whose queries, keys and values are put in.
-        reads: which of them, some of "qkv".
-        absolute: None, "token" (of each position's effect) or "prompt" (of their sum).
-        grad_drop: average the absolute effects over passes with one layer's gradient blocked,
-            `1 / (layers - 1)` times their sum.
+        method: what is patched and how it is added up; GradDrop averages the absolute effects over
+            passes with one layer's gradient blocked, `1 / (layers - 1)` times their sum.
         rows: numbers of the prompts.
 
     Raises:
@@ -72,9 +55,12 @@ def atp_star(
         return task.sign * values
 
     instead = read_calls(model, donors[rows])
-    if not grad_drop:
+    reads = method.reads
+    if not method.grad_drop:
         gradients = with_gradients(model, task.clean[rows], benefit)
-        found = [_scores(*both, reads, absolute) for both in zip(gradients, instead, strict=True)]
+        found = [
+            _scores(*both, reads, method.absolute) for both in zip(gradients, instead, strict=True)
+        ]
         return clean[0], torch.stack(found).double().cpu().numpy()
     layers = model.info.layers
     if layers < 2:

@@ -5,10 +5,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lens.common.choices import check_choice
 from lens.common.errors import LensError
 from lens.common.head_ids import HeadId
 from lens.heads.measures import optimal
-from lens.heads.measures.scores import BASELINES, Intervention
+from lens.heads.measures.methods import Baseline as BaselineName
+from lens.heads.measures.scores import Intervention
 from lens.models.loaded import LoadedModel
 from lens.passes.head_outputs import Source, read_heads
 from lens.tasks.task import Task
@@ -22,7 +24,7 @@ class Baseline:
 
     Args:
         model, task: what is ablated, and on what.
-        name: one of `BASELINES`.
+        name: one of `methods.Baseline`.
         seed: of the draw of "resample", and of the halves and batches of "optimal".
         steps: of the fit of "optimal"; None: 25.
 
@@ -34,8 +36,7 @@ class Baseline:
     def __init__(
         self, model: LoadedModel, task: Task, name: str, seed: int, steps: int | None = None
     ) -> None:
-        if name not in BASELINES:
-            raise LensError(f"unknown baseline {name!r}; known: {', '.join(BASELINES)}")
+        check_choice("baseline", name, BaselineName)
         if steps is not None and name != "optimal":
             raise LensError(f"steps belong to baseline='optimal', got the baseline {name!r}")
         self._model = model

@@ -65,7 +65,7 @@ class GroupAblation:
             LensError: single heads measured in another way.
         """
         for name, mine, other in (
-            ("by", "ablation", single.by),
+            ("method", "ablation", single.method),
             ("intervention", self.intervention, single.intervention),
             ("metric", self.metric, single.metric),
             ("task", self.task, single.task),

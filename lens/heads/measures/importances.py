@@ -7,7 +7,7 @@ are worth comparing: `lens.heads.agreement`.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -15,15 +15,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lens.common.choices import check_choice
 from lens.common.errors import LensError
 from lens.common.head_ids import AnyHead, HeadId, head_id
 from lens.common.progress import advancing
-from lens.heads.measures.atp import atp_star, check_reads, granularity
+from lens.heads.measures.atp import atp_star
 from lens.heads.measures.baselines import Baseline
 from lens.heads.measures.checkpoint import Checkpoint, configuration
 from lens.heads.measures.direct import direct_effects
 from lens.heads.measures.group import GroupAblation
-from lens.heads.measures.scores import BY, HeadScores
+from lens.heads.measures.methods import AtP, Gradient, Method, named
+from lens.heads.measures.methods import Baseline as BaselineName
+from lens.heads.measures.scores import HeadScores
 from lens.models.loaded import LoadedModel
 from lens.passes.head_outputs import HeadGradient, edited_logits, with_gradients
 from lens.tasks.task import Task
@@ -31,24 +34,20 @@ from lens.tasks.task import Task
 _DEFAULT_BASELINE = {
     "ablation": "mean",
     "gradient": "zero",
-    "atp*": "counterfactual",
+    "atp": "counterfactual",
     "gate": "zero",
     "attribution": "counterfactual",
     "direct": "zero",
 }
 _DIRECT = "direct path from the head to the logits, last norm's size frozen"
-_ABSOLUTE = (None, "prompt", "token")
 
 
 def importance(
     model: LoadedModel,
     task: Task,
     *,
-    by: str = "ablation",
-    baseline: str | None = None,
-    absolute: str | None = None,
-    reads: str = "qkv",
-    grad_drop: bool = False,
+    method: Method | Gradient | AtP = "ablation",
+    baseline: BaselineName | None = None,
     steps: int | None = None,
     seed: int = 0,
     checkpoint: str | Path | None = None,
@@ -63,7 +62,7 @@ def importance(
         attribution   sum of dm/dz * (z - b), its first-order estimate (attribution patching)
         gradient      sum of dm/dz * z, the estimate for zero: `dO . O` of the attention kernel's
                       backward pass, so it runs at the length that the model runs at
-        atp*          the query, key and value of the head patched, each position alone, the softmax
+        atp           the query, key and value of the head patched, each position alone, the softmax
                       recomputed (`lens.heads.atp`); not the sum of dm/dz over z: where a softmax is
                       saturated the slope by a query or key is 0 and this is not
         gate          the gradient minus its mean over the heads of the layer: dm/dr of a
@@ -75,14 +74,11 @@ def importance(
     Args:
         model: as `lens.load` returns it.
         task: prompts and metric; "accuracy" has no gradient.
-        by: "ablation", "attribution", "atp*", "gradient", "gate" or "direct".
+        method: "ablation", "attribution", "atp", "gradient", "gate" or "direct"; `lens.heads.AtP` and
+            `lens.heads.Gradient` are "atp" and "gradient" with arguments of their own.
         baseline: "zero", "mean", "pooled_mean", "resample", "counterfactual" or, for ablation alone,
             "optimal" (`Intervention`, `lens.heads.optimal`); None: "mean" for ablation,
             "counterfactual" for attribution, "zero" for the others, which know no other.
-        absolute: of the gradient: "token" takes |dO . O| of each token before the sum, as Michel et
-            al.'s code does, "prompt" that of the sum, as they write it. Both lose the sign.
-        reads: of "atp*", which of query, key and value are patched, some of "qkv".
-        grad_drop: of "atp*", average absolute effects over passes with one layer's gradient blocked.
         steps: of the fit of "optimal"; None: 25.
         seed: of the draw of "resample", and of the halves and batches of "optimal".
         checkpoint: a file (.npz) for numbers as they come; the same call goes on from it with the
@@ -94,44 +90,33 @@ def importance(
         arXiv 2310.10348.
 
     Raises:
-        LensError: an unknown `by`, `baseline` or `absolute`, ones that do not go together, a metric
+        LensError: an unknown `method` or `baseline`, ones that do not go together, a metric
             without a gradient, or prompts that the model does not take.
 
     Example:
         >>> str(lens.heads.importance(small, lens.tasks.induction(small, n=8)).top(1)[0])
         'L0H1'
     """
-    if by not in BY:
-        raise LensError(f"unknown by={by!r}; known: {', '.join(BY)}")
-    if absolute not in _ABSOLUTE:
-        raise LensError(f"absolute must be None, 'prompt' or 'token', got {absolute!r}")
-    if absolute is not None and by not in ("gradient", "atp*"):
-        raise LensError(f"absolute belongs to by='gradient' and 'atp*', got by={by!r}")
-    check_reads(reads)
-    if by != "atp*" and (reads != "qkv" or grad_drop):
-        raise LensError(f"reads and grad_drop belong to by='atp*', got by={by!r}")
-    if grad_drop and absolute == "prompt":
+    word, arguments = named(method)
+    if baseline is not None:
+        check_choice("baseline", baseline, BaselineName)
+    name = _DEFAULT_BASELINE[word] if baseline is None else baseline
+    if word in ("gradient", "gate", "direct") and name != "zero":
         raise LensError(
-            "grad_drop takes absolute values of each position: absolute='token' or None"
+            f"method={word!r} compares with zero alone, got the baseline {name!r}; "
+            "use method='attribution' for it"
         )
-    absolute = "token" if grad_drop else absolute
-    name = _DEFAULT_BASELINE[by] if baseline is None else baseline
-    if by in ("gradient", "gate", "direct") and name != "zero":
+    if word == "atp" and name not in ("counterfactual", "resample"):
         raise LensError(
-            f"by={by!r} compares with zero alone, got the baseline {name!r}; "
-            "use by='attribution' for it"
-        )
-    if by == "atp*" and name not in ("counterfactual", "resample"):
-        raise LensError(
-            f"by='atp*' patches queries and keys of another prompt, got the baseline {name!r}; "
+            f"method='atp' patches queries and keys of another prompt, got the baseline {name!r}; "
             "use counterfactual or resample"
         )
-    if by == "attribution" and name == "optimal":
-        raise LensError("an optimal constant is fitted to the real ablation; use by='ablation'")
-    if task.is_flat and by not in ("ablation", "direct"):
+    if word == "attribution" and name == "optimal":
+        raise LensError("an optimal constant is fitted to the real ablation; use method='ablation'")
+    if task.is_flat and word not in ("ablation", "direct"):
         raise LensError(
             f"the metric {task.metric!r} is at its best where the model is as it is, so that its gradient "
-            f"there is 0 and by={by!r} says nothing about the heads; use by='ablation'"
+            f"there is 0 and method={word!r} says nothing about the heads; use method='ablation'"
         )
     task.check(model)
     kept = Checkpoint(
@@ -141,42 +126,42 @@ def importance(
         else configuration(
             model,
             task,
-            by=by,
+            method=word,
             baseline=name,
-            absolute=absolute,
-            reads=reads,
-            grad_drop=grad_drop,
+            **asdict(arguments),
             steps=steps,
             seed=seed,
         ),
     )
     replacement = Baseline(model, task, name, seed, steps)
-    if by == "ablation":
+    if word == "ablation":
         groups = [[head] for head in _all_heads(model)]
         clean, drops = _drops(model, task, groups, replacement, progress, kept)
     else:
-        if by == "direct":
+        if word == "direct":
             compute = partial(direct_effects, model, task)
-        elif replacement.donors is not None and by == "atp*":
-            compute = partial(atp_star, model, task, replacement.donors, reads, absolute, grad_drop)
+        elif isinstance(arguments, AtP):
+            assert replacement.donors is not None
+            compute = partial(atp_star, model, task, replacement.donors, arguments)
         else:
-            compute = partial(_estimates, model, task, replacement, by, absolute)
-        clean, drops = _by_rows(model, task, compute, by, progress, kept)
+            compute = partial(_estimates, model, task, replacement, word, arguments.absolute)
+        clean, drops = _by_rows(model, task, compute, word, progress, kept)
     intervention = replacement.intervention
-    if by == "direct":
+    if word == "direct":
         intervention = replace(intervention, granularity=_DIRECT)
-    if by == "atp*":
-        intervention = replace(intervention, granularity=granularity(reads), grad_drop=grad_drop)
+    if isinstance(arguments, AtP):
+        patched, dropped = arguments.granularity, arguments.grad_drop
+        intervention = replace(intervention, granularity=patched, grad_drop=dropped)
     return HeadScores(
         per_prompt=drops.reshape(model.info.layers, model.info.heads, -1),
         clean=clean,
-        by=by,
+        method=word,
         intervention=intervention,
         metric=task.metric,
         sign=task.sign,
         task=task.name,
         model=model.name,
-        absolute=absolute,
+        absolute=arguments.absolute,
     )
 
 
@@ -334,14 +319,14 @@ def _estimates(
     model: LoadedModel,
     task: Task,
     replacement: Baseline,
-    by: str,
+    method: str,
     absolute: str | None,
     rows: Tensor,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Metric [rows], and first-order estimates [layers, heads, rows]."""
     clean, benefit = differentiable_benefit(task, rows)
     gradients = with_gradients(model, task.clean[rows], benefit)
-    source = replacement.source(rows) if by == "attribution" else None
+    source = replacement.source(rows) if method == "attribution" else None
     found = []
     for layer, gradient in enumerate(gradients):
         if source is None:
@@ -351,7 +336,7 @@ def _estimates(
             scores = (gradient.slope * change).double().sum((2, 3))  # [rows, heads]
         found.append(scores.T.cpu().numpy())
     found = np.stack(found)
-    if by == "gate":
+    if method == "gate":
         found = found - found.mean(1, keepdims=True)
     return clean[0], found
 

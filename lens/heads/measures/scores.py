@@ -12,9 +12,6 @@ from lens.common.head_ids import HeadId
 from lens.common.results import Result
 from lens.stats import over_units
 
-BY = ("ablation", "gradient", "attribution", "atp*", "gate", "direct")
-BASELINES = ("zero", "mean", "pooled_mean", "resample", "counterfactual", "optimal")
-
 
 @dataclass(frozen=True)
 class Intervention:
@@ -60,7 +57,7 @@ class HeadScores(Result):
     Attributes:
         per_prompt: [layer, head, prompt], the score of each prompt; float64.
         clean: [prompt], the metric of the model as it is.
-        by: "ablation" (measured), "gradient" or "attribution" (first-order estimates of it), "direct"
+        method: "ablation" (measured), "gradient" or "attribution" (first-order estimates of it), "direct"
             (what the head writes straight into the logits).
         intervention: the full ablation configuration.
         absolute: None, "prompt" or "token": where absolute values were taken (Michel et al.).
@@ -70,7 +67,7 @@ class HeadScores(Result):
 
     per_prompt: np.ndarray
     clean: np.ndarray
-    by: str
+    method: str
     intervention: Intervention
     metric: str
     sign: int
@@ -105,14 +102,14 @@ class HeadScores(Result):
     @property
     def label(self) -> str:
         """How it was measured, for axes and tables: `ablation (mean)`, `gradient (absolute per token)`."""
-        if self.by == "gradient":
+        if self.method == "gradient":
             return (
                 "gradient" if self.absolute is None else f"gradient (absolute per {self.absolute})"
             )
         return (
-            self.by
-            if self.by in ("direct", "gate")
-            else f"{self.by} ({self.intervention.baseline})"
+            self.method
+            if self.method in ("direct", "gate")
+            else f"{self.method} ({self.intervention.baseline})"
         )
 
     @property
