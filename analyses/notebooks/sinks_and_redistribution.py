@@ -249,7 +249,7 @@ assert not low <= 0 <= high  # the verdict is one of the first two
 # %%
 copy_task = lens.tasks.induction(known, n=16)
 clean_copy = copy_task.evaluate(known).mean()
-with lens.redistribute(known, sources="first", amount=1.0, rule="mask"):
+with lens.edit(known, lens.edits.Mask("first")):
     masked_copy = copy_task.evaluate(known).mean()
 print(
     f"In the second copy the loss goes from {clean_copy:.3f} to {masked_copy:.3f}. Over the whole prompt "
@@ -284,28 +284,26 @@ if is_default:
 # %% [markdown]
 # ## Redistribution
 #
-# `lens.redistribute` edits the attention inside the pass, in any model, for as long as the `with` block
+# `lens.edit` edits the attention inside the pass, in any model, for as long as the `with` block
 # lasts. Here half of what the first key gets is spread over the other keys that each query sees.
 
 # %%
 before = lens.tasks.loss(model, prompts[0])
 losses = {}
-for rule in ("transfer", "mask"):
+for rule, kind in {"move": lens.edits.Move, "mask": lens.edits.Mask}.items():
     for amount in (0.0, 0.5):
-        with lens.redistribute(model, sources="first", amount=amount, rule=rule):
+        with lens.edit(model, kind("first", amount=amount)):
             losses[rule, amount] = lens.tasks.loss(model, prompts[0])
 after = lens.tasks.loss(model, prompts[0])
 for (rule, amount), loss in losses.items():
     print(f"{rule:>8}, amount {amount}: loss {loss:.4f} (before {before:.4f})")
-assert (
-    losses["transfer", 0.0] == losses["mask", 0.0] == before == after
-)  # nothing moved, nothing left
+assert losses["move", 0.0] == losses["mask", 0.0] == before == after  # nothing moved, nothing left
 
 # %%
 side = lens.edits.side_effects(
     model,
     windows(model, lens.tasks.text("pride-and-prejudice"), 4),
-    lambda amount: lens.redistribute(model, sources="first", amount=amount, rule="transfer"),
+    lambda amount: lens.edit(model, lens.edits.Move("first", amount=amount)),
     amounts=(0.25, 0.5, 1.0),
 )
 for sentence in side.findings():

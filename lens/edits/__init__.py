@@ -1,7 +1,7 @@
-"""Attention moved while the model runs.
+"""One language of interventions: small frozen objects, run together by `lens.edit`.
 
-`lens.redistribute` moves it between chosen keys; `var`, `act` and `pasta` are published recipes. `base` is what all edits have in common, `keys` says which keys are meant,
-`rules` what an edit does with the states of key groups.
+`attention` edits what heads pay to chosen keys, `parts` takes out heads and sub-layers, `published` are
+recipes that find their keys themselves; `running` carries them out.
 """
 
 from lens.common.lazy import attach

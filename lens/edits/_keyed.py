@@ -16,6 +16,7 @@ from lens_kernels import AttentionResult
 from torch import Tensor
 
 from lens.common.errors import LensError
+from lens.common.head_ids import HeadId
 from lens.edits._rows import Rows, dropped, forced, moved, revalued, scaled, sunk
 from lens.edits.base import AttentionEdit, grouped, part_of
 from lens.passes.calls import LayerCall, attend
@@ -61,14 +62,14 @@ class KeyedEdit(AttentionEdit):
     """One plan; see `AttentionEdit` for what it counts.
 
     Attributes:
-        before: after a forward pass, per layer [batch, heads, queries] mass of the keys before the edit,
-            where it has chosen rows (`Force`, `Knockout`); its heads only.
+        before: where it has chosen rows (`Force`, `Knockout`), of each head the mass [rows] that these
+            gave to the keys before, in the last forward pass; also with an amount that changes nothing.
     """
 
     def __init__(self, plan: Plan, heads: Tensor, backend: str, word: str = "") -> None:
         super().__init__(heads, backend)
         self.plan, self.word = plan, word or plan.rule
-        self.before: dict[int, Tensor] = {}
+        self.before: dict[HeadId, Tensor] = {}
 
     def _edit(self, call: LayerCall, at: KeysAt, heads: Tensor) -> Tensor | None:
         return edited_together([self], call, at, self._backend)
@@ -80,7 +81,8 @@ class KeyedEdit(AttentionEdit):
             LensError: a key that is source and target, or a rule that needs a causal model.
         """
         plan, heads = self.plan, self._heads[call.layer].to(call.query.device)
-        if plan.amount == plan.nothing or not bool(heads.any()):
+        nothing = plan.amount == plan.nothing and plan.queries is None
+        if nothing or not bool(heads.any()):
             return None
         if plan.keys is None:
             return _Asked(self, torch.zeros_like(at.positions, dtype=torch.bool), None, None, heads)
@@ -119,11 +121,17 @@ class KeyedEdit(AttentionEdit):
             chosen &= given.rows[:, None, -chosen.shape[-1] :]
         counted = list(range(len(rows.content))) if plan.keys is None else where.source
         before = rows.mass(counted)
+        if given.rows is not None:
+            mine = given.rows[:, -chosen.shape[-1] :]
+            held = before.transpose(1, 2)[mine].double().cpu()  # [rows, heads]
+            numbers = given.heads.nonzero()[:, 0].tolist()
+            for number, mass in zip(numbers, held[:, own.cpu()].T, strict=True):
+                self.before[HeadId(call.layer, number)] = mass
+            if plan.amount == plan.nothing:
+                return rows, torch.zeros_like(chosen)
         result = new.where(chosen & ~stuck, rows)
         after = result.mass(counted)
         self._count(before[:, own], after[:, own], stuck[:, own], chosen[:, own])
-        if plan.queries is not None:
-            self.before[call.layer] = before[:, own]
         takes = (before > 0) | (plan.rule in ("sink", "equal", "own"))
         return result, chosen & ~stuck & takes
 
@@ -149,6 +157,8 @@ def edited_together(
         own = given.heads[chosen]
         rows, found = given.edit.changed(rows, given, where, part, own)
         touched = touched | found
+    if not bool(touched.any()):
+        return output
     edited = torch.where(touched[..., None], rows.output().to(result.output.dtype), result.output)
     if output is None:
         return edited

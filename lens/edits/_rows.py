@@ -119,7 +119,9 @@ def forced(
         equal: share of all targets [groups, batch, 1, 1] and mean value [groups, batch, heads, 1,
             value_dim] of each group; None: as the row looks at them.
     """
-    stuck = rows.mass(target) < SMALLEST_TARGET
+    stuck = torch.zeros_like(rows.seen)
+    if equal is None:
+        stuck = (rows.logits[target] == -torch.inf).all(0)
     whole = rows.logits.logsumexp(0)
     logits = rows.logits + _log(1 - amount)
     content = rows.content.clone() if equal is not None else rows.content

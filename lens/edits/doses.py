@@ -101,7 +101,7 @@ def dose(
         model: a causal language model.
         task: a `lens.tasks.Task`, or prompts as for `lens.capture`, whose loss is the metric.
         edit: amount -> context manager, such as
-            `lambda amount: lens.redistribute(model, sources="first", amount=amount)`.
+            `lambda amount: lens.edit(model, lens.edits.Move("first", amount=amount))`.
         held_out: prompts as for `lens.capture` that the edit is not meant for.
         amounts: each once.
         seed: of the bootstrap.

@@ -45,12 +45,9 @@ REST, SOURCES, TARGETS = 0, 1, 2
 
 
 def check_rule(rule: str, amount: float | None, has_sources: bool, has_targets: bool) -> None:
-    """Raises LensError where the arguments of `lens.redistribute` do not make sense together."""
+    """Raises LensError where rule, amount and keys do not make sense together."""
     if rule not in RULES:
-        raise LensError(
-            f"rule must be one of {', '.join(RULES)}, or in lens.redistribute a recipe (var, act, pasta); "
-            f"got {rule!r}"
-        )
+        raise LensError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
     if amount is None:
         raise LensError(f"rule {rule!r} needs an amount, such as amount=0.5")
     if isinstance(amount, bool) or not isinstance(amount, int | float) or math.isnan(amount):

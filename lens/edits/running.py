@@ -76,8 +76,8 @@ class Together:
                 if len(others) > 1 and not all(isinstance(one, KeyedEdit) for one in others):
                     raise LensError(
                         f"{' and '.join(one.word for one in others)} edit the same heads of layer {layer}; "
-                        "what finds its keys itself (Var, Act, Pasta) runs alone on its heads: give the "
-                        "others other heads or layers"
+                        "Var, Act, Pasta and Ablate run alone on their heads: give the others other heads or "
+                        "layers"
                     )
 
     def on_layer(self, call: LayerCall) -> torch.Tensor:

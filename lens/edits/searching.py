@@ -136,7 +136,7 @@ def search_heads(
     Args:
         model, task: the prompts are split at random by `seed`.
         edit: heads -> context manager, such as
-            `lambda heads: lens.redistribute(model, sources="first", amount=0.6, heads=heads)`.
+            `lambda heads: lens.edit(model, lens.edits.Move("first", amount=0.6, heads=heads))`.
         most: heads chosen at most; only those with a positive mean gain are.
         validation: share of the prompts that choose.
 

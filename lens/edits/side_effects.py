@@ -93,7 +93,7 @@ def side_effects(
         prompts: as for `lens.capture`, with images or without, that had no part in choosing the edit;
             of an image no token is predicted.
         edit: amount -> context manager, such as
-            `lambda amount: lens.redistribute(model, sources="first", amount=amount)`.
+            `lambda amount: lens.edit(model, lens.edits.Move("first", amount=amount))`.
         amounts: each once.
         seed: of the bootstrap.
 

@@ -8,12 +8,13 @@ from torch import Tensor
 
 from lens.common.errors import LensError
 from lens.common.progress import advancing
+from lens.edits.parts import Ablate
+from lens.edits.running import edit
 from lens.heads.removal.distances import check_distance, distance
 from lens.heads.removal.sublayer_scores import BlockInfluence, GreedyRemoval, SkipSweep
 from lens.models.layout import blocks, named_sublayers
 from lens.models.loaded import LoadedModel
 from lens.passes.logits import logits_of
-from lens.passes.stream import without
 from lens.tasks.task import Task
 
 
@@ -41,7 +42,7 @@ def importance(
     clean = _metric(task, whole)
     with advancing(f"{model.name}: sub-layers", len(names), progress) as advance:
         for name in names:
-            cut = _logits(model, task, [candidates[name]])
+            cut = _logits(model, task, [name])
             drops.append(task.sign * (clean - _metric(task, cut)))
             distances.append(_distance(by, whole, cut))
             advance(1)
@@ -99,7 +100,7 @@ def greedy_removal(
             best: tuple[float, str, np.ndarray, np.ndarray] | None = None
             left = [name for name in candidates if name not in order]
             for name in [name for name in left if name not in last] or left:
-                cut = _logits(model, task, [candidates[gone] for gone in (*order, name)])
+                cut = _logits(model, task, [*order, name])
                 apart = _distance(by, whole, cut)
                 if best is None or apart.mean() < best[0]:
                     best = (float(apart.mean()), name, apart, _metric(task, cut))
@@ -163,9 +164,10 @@ def _prepared(
     return candidates, _logits(model, task, [])
 
 
-def _logits(model: LoadedModel, task: Task, gone: Sequence[torch.nn.Module]) -> list[Tensor]:
+def _logits(model: LoadedModel, task: Task, gone: Sequence[str]) -> list[Tensor]:
     """[rows, tokens, vocab] of each chunk, with the sub-layers `gone` left out."""
-    with torch.no_grad(), without(gone):
+    out = [Ablate(gone)] if gone else []
+    with torch.no_grad(), edit(model, *out):
         return [
             logits_of(model, task.clean[rows]) for rows in task.chunks(task.rows_at_once(model))
         ]

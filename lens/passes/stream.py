@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -85,23 +85,6 @@ def changed(model: LoadedModel, layer: int, change: Callable[[Tensor], Tensor]) 
             else:
                 hooks.after(module, "leave", after if number == layer else lambda *_: None)
         yield
-
-
-@contextmanager
-def without(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """What these sub-layers return is 0 inside the block, so that the residual stream passes them by."""
-
-    def zero(_: nn.Module, __: Any, output: Any) -> Any:
-        if isinstance(output, tuple):
-            return (torch.zeros_like(output[0]), *output[1:])
-        return torch.zeros_like(output)
-
-    handles = [module.register_forward_hook(zero) for module in modules]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _tensor(output: Any) -> Tensor:

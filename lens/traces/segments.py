@@ -48,7 +48,7 @@ class Segments(Result):
         return self.kind == KINDS[kind]
 
     def keys(self, kind: str) -> Callable[[KeysAt], torch.Tensor]:
-        """For `lens.redistribute`: the keys of one kind; generated tokens are text.
+        """For `lens.edits`: the keys of one kind; generated tokens are text.
 
         Batch rows may be repeated (several sequences per prompt), as `generate` does it.
         """

@@ -143,7 +143,7 @@ def knock_out(
         prompts: one prompt of its processor, or a list of these.
         dims: sink dimensions, from `find_sink_dims` or `KNOWN`; None: all are looked at.
         tau: bound of phi.
-        layers, heads: what is edited, as in `lens.redistribute`.
+        layers, heads: what is edited, as in `lens.edits.Mask`.
         controls: some of "size" (as many random image tokens), "mass" (random ones, added until their
             attention comes nearest to the sinks') and "position" (as many, the nearest in the prompt).
         seed: of controls and bootstrap.

@@ -137,7 +137,6 @@ def test_the_names_of_the_configuration_are_those_of_the_library():
 
     from lens import tasks
     from lens.circuits.scores.scoring import METHODS
-    from lens.edits.rules import RULES
     from lens.heads.measures.methods import Baseline, Method
     from lens.sinks.effects.watched import EDITS
 
@@ -147,7 +146,6 @@ def test_the_names_of_the_configuration_are_those_of_the_library():
         models.BASELINES,
     )
     assert models.EDITS == EDITS
-    assert set(RULES) <= set(typing.get_args(models.Rule))
     assert typing.get_args(models.Backend) == ("auto", *MODULES)
     assert all(callable(getattr(tasks, task)) for task in models.TASKS)
 

@@ -59,7 +59,7 @@ def measure(layers: int, tokens: int, image: int, repeats: int) -> dict[str, flo
     edited = []
 
     def run_var() -> None:
-        with lens.edits.var(model, keys, **var) as edit:
+        with lens.edit(model, lens.edits.Var(keys, **var)) as (edit,):
             model.model.model(input_ids=ids)
         edited.append(edit)
 

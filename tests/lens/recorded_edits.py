@@ -103,28 +103,24 @@ def redistribution() -> Numbers:
             return lens.tasks.loss(model, ids)
 
     found = {"redistribute.none": loss()}
-    for rule in ("transfer", "mask", "drop", "logit_bias"):
-        edit = lens.redistribute(model, sources="first", amount=0.5, rule=rule)
-        found[f"redistribute.{rule}"] = loss(edit)
+    rules = {"transfer": room.Move, "mask": room.Mask, "drop": room.Drop, "logit_bias": room.Bias}
+    for rule, kind in rules.items():
+        found[f"redistribute.{rule}"] = loss(lens.edit(model, kind("first", amount=0.5)))
     found |= {
         "redistribute.targets": loss(
-            lens.redistribute(
-                model, sources="first", targets=range(2, 6), amount=0.5, heads=["L1H0", "L2H4"]
-            )
+            lens.edit(model, room.Move("first", range(2, 6), 0.5, heads=["L1H0", "L2H4"]))
         ),
-        "redistribute.learned_sink": loss(
-            lens.redistribute(model, amount=0.5, rule="learned_sink", layers=[1])
-        ),
-        "redistribute.off_by_one": loss(lens.redistribute(model, rule="off_by_one")),
-        "redistribution.act": loss(room.act(model, beta=0.4, threshold=0.1)),
-        "redistribution.pasta": loss(room.pasta(model, [(5, 9)])),
+        "redistribute.learned_sink": loss(lens.edit(model, room.LearnedSink(0.5, layers=[1]))),
+        "redistribute.off_by_one": loss(lens.edit(model, room.LearnedSink())),
+        "redistribution.act": loss(lens.edit(model, room.Act(beta=0.4, threshold=0.1))),
+        "redistribution.pasta": loss(lens.edit(model, room.Pasta([(5, 9)]))),
         "redistribution.var": loss(
-            room.var(model, range(5, 30), dims=[3], tau=2.0, rho=0.1, least_visual=0.0)
+            lens.edit(model, room.Var(range(5, 30), dims=[3], tau=2.0, rho=0.1, least_visual=0.0))
         ),
     }
 
     def moved(amount: float) -> Any:
-        return lens.redistribute(model, sources="first", amount=amount)
+        return lens.edit(model, room.Move("first", amount=amount))
 
     columns = "delta_loss delta_loss_low delta_loss_high kl kl_low kl_high flip_rate"
     table = room.side_effects(model, prompts, moved, amounts=(0.5, 1.0)).table().set_index("amount")

@@ -374,7 +374,6 @@ def test_an_edit_that_makes_no_sense_cannot_be_made(make, match):
         (edits.Force([2], [5]), "layer 0 does not see all of the keys from the query"),
         ("mask", r"lens.edit takes edits such as lens.edits.Mask\('first'\), got str"),
     ],
-    ids=str,
 )  # fmt: skip
 def test_an_edit_that_does_not_fit_the_model_is_refused(one, match):
     model, ids = loaded()
@@ -405,3 +404,241 @@ def test_a_cache_from_outside_is_refused_where_a_window_may_have_cut_it():
         lens.edit(model, edits.Mask([0])),
     ):
         model.model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True)
+
+
+# --- what was done, where -------------------------------------------------------------------------
+
+
+def test_layers_and_heads_select_what_is_edited():
+    model, ids = loaded()
+
+    def states(*several):
+        with torch.no_grad(), lens.edit(model, *several) as done:
+            return model.model(input_ids=ids, output_hidden_states=True).hidden_states, done
+
+    captured, _ = states()
+    by_layer, (done,) = states(edits.Move([3], amount=0.9, layers=[1]))
+    assert torch.equal(by_layer[1], captured[1])
+    assert not torch.equal(by_layer[2], captured[2])
+    assert done.calls == 1
+    by_head, _ = states(edits.Move([3], amount=0.9, heads=[(1, head) for head in range(6)]))
+    one, _ = states(edits.Move([3], amount=0.9, heads=["L1H2"]))
+    assert torch.equal(by_head[2], by_layer[2])
+    assert not torch.equal(one[2], by_layer[2])
+
+
+def test_a_function_of_the_layer_sees_positions_and_tokens():
+    model, ids = loaded()
+    seen = []
+
+    def where(at):
+        seen.append((at.layer, at.step, at.positions.tolist(), at.tokens.tolist()))
+        return at.positions == 2 + at.layer
+
+    _, (done,) = logits(model, ids, edits.Mask(where))
+    assert seen == [(layer, 0, [list(range(29))], ids.tolist()) for layer in range(3)]
+    assert done.mass_after == 0
+
+
+def test_left_padding_does_not_move_positions():
+    model, ids = loaded()
+    several = (
+        edits.Move("first", [2, 5], 0.8),
+        edits.Knockout([7], [3], layers=[1]),
+        edits.Activation(0, [0, 6], 5, 3.0),
+        edits.Value([1], "mean"),
+    )
+    plain, _ = logits(model, ids, *several)
+    padded = torch.cat([torch.zeros(1, 4, dtype=torch.long), ids], 1)
+    real = (torch.arange(33) >= 4).long()[None]
+    places = (torch.arange(33) - 4).clamp(min=0)[None]
+    with torch.no_grad(), lens.edit(model, *several):
+        found = model.model(input_ids=padded, attention_mask=real, position_ids=places).logits
+    assert rms_ratio(found[:, 4:], plain) < 1e-5
+
+
+def test_generation_works_and_the_model_is_put_back():
+    model = lens.load("text-lm-3l")
+    text = "It was the best of times, it was the worst of"
+    before = model.model.config._attn_implementation
+    plain = model.generate(text, max_new_tokens=8)
+    several = (
+        edits.Mask("first", layers=[1, 2]),
+        edits.Ablate(["L0H1", "L1.mlp"]),
+        edits.Activation(0, 1, 3),
+    )
+    with lens.edit(model, *several) as (mask, (heads, mlp), place):
+        edited = model.generate(text, max_new_tokens=8)
+    assert edited.shape == plain.shape
+    assert (mask.steps, mask.calls, heads.calls, mlp.calls, place.calls) == (8, 16, 8, 8, 1)
+    with pytest.raises(RuntimeError, match="mine"), lens.edit(model, *several):
+        raise RuntimeError("mine")
+    assert model.model.config._attn_implementation == before
+    assert torch.equal(model.generate(text, max_new_tokens=8), plain)
+
+
+def test_forced_rows_tell_what_they_gave_to_the_keys_before():
+    model, ids = loaded()
+    force = edits.Force([20, 25], [3, 7], 0.4, heads=["L1H2"])
+    nothing = dataclasses.replace(force, amount=0)
+    own, _ = logits(model, ids)
+    same, (read,) = logits(model, ids, nothing)
+    _, (done,) = logits(model, ids, force)
+    assert torch.equal(same, own)
+    trace = lens.capture(model, ids[0].tolist(), statistics=["block_mass"], block_size=1)
+    mass = trace.dataset["block_mass"].to_numpy()[1, 2]
+    for one in (read, done):
+        ((head, found),) = one.before.items()
+        assert str(head) == "L1H2"
+        assert found.tolist() == pytest.approx(mass[[20, 25]][:, [3, 7]].sum(1).tolist(), rel=1e-4)
+
+
+# --- parts of the model ---------------------------------------------------------------------------
+
+
+def hooked(module, change):
+    return module.register_forward_pre_hook(lambda _, args: (change(args[0].clone()),))
+
+
+def heads_of(module, model, ids):
+    """What enters an output projection on ids, [prompts, tokens, heads, dim]."""
+    found = []
+    hook = module.register_forward_pre_hook(lambda _, args: found.append(args[0].clone()))
+    with torch.no_grad():
+        model.model(input_ids=ids)
+    hook.remove()
+    return found[0].unflatten(-1, (model.info.heads, -1))
+
+
+@pytest.mark.parametrize("baseline", ["zero", "mean", "pooled_mean"])
+def test_an_ablated_head_is_its_output_set_before_the_projection(baseline):
+    model, ids = loaded()
+    other = torch.randint(3, 97, (4, 29), generator=torch.Generator().manual_seed(8))
+    projection = model.model.model.layers[1].self_attn.o_proj
+    z = heads_of(projection, model, other)
+    mean = {
+        "zero": 0 * z[:1],
+        "mean": z.mean(0, keepdim=True),
+        "pooled_mean": z.mean((0, 1), keepdim=True),
+    }
+
+    def change(given):
+        given = given.unflatten(-1, (6, -1))
+        given[:, :, [0, 4]] = mean[baseline].expand_as(given)[:, :, [0, 4]]
+        return given.flatten(-2)
+
+    hook = hooked(projection, change)
+    with torch.no_grad():
+        expected = model.model(input_ids=ids).logits
+    hook.remove()
+    over = None if baseline == "zero" else [row.tolist() for row in other]
+    one = edits.Ablate(["L1H0", "L1H4"], baseline, over)
+    found, (done,) = logits(model, ids, one)
+    assert rms_ratio(found, expected) < 1e-5
+    assert rms_ratio(found, logits(model, ids)[0]) > 1e-3
+    assert done.calls == 1
+    with torch.no_grad(), lens.edit(model, one):  # and in cached steps
+        first = model.model(input_ids=ids[:, :27], use_cache=True)
+        rest = model.model(input_ids=ids[:, 27:], past_key_values=first.past_key_values)
+    assert rms_ratio(rest.logits, expected[:, 27:]) < 1e-5
+
+
+def test_an_ablated_sublayer_adds_nothing_or_its_mean():
+    model, ids = loaded()
+    mlp = model.model.model.layers[1].mlp
+    outputs = []
+    hook = mlp.register_forward_hook(lambda _, __, output: outputs.append(output))
+    own, _ = logits(model, ids)
+    hook.remove()
+    mean = outputs[0].mean(1, keepdim=True)
+    for instead, one in (
+        (0 * mean, edits.Ablate("L1.mlp")),
+        (mean, edits.Ablate(["L1.mlp"], "pooled_mean", over=ids)),
+    ):
+        hook = mlp.register_forward_hook(lambda _, __, out, instead=instead: instead.expand_as(out))
+        expected, _ = logits(model, ids)
+        hook.remove()
+        found, (done,) = logits(model, ids, one)
+        assert rms_ratio(found, expected) < 1e-5
+        assert rms_ratio(found, own) > 1e-4
+        assert done.calls == 1
+
+
+@pytest.mark.parametrize("layer", [-1, 0, 2])
+def test_a_coordinate_is_set_where_it_is_said_and_in_cached_steps_too(layer):
+    model, ids = loaded()
+    one = edits.Activation(layer, [3, 27], [5, 8], 11.0)
+    layers = model.model.model.layers
+
+    def change(hidden):
+        hidden = hidden.clone()
+        for position in (3, 27):
+            hidden[:, position, [5, 8]] = 11.0
+        return hidden
+
+    if layer < 0:
+        hook = layers[0].register_forward_pre_hook(
+            lambda _, args, kwargs: ((change(args[0]), *args[1:]), kwargs), with_kwargs=True
+        )
+    else:
+        hook = layers[layer].register_forward_hook(lambda _, __, output: change(output))
+    expected, _ = logits(model, ids)
+    hook.remove()
+    found, (done,) = logits(model, ids, one)
+    assert rms_ratio(found, expected) < 1e-6
+    assert rms_ratio(found, logits(model, ids)[0]) > 1e-3
+    assert done.calls == 1
+    with torch.no_grad(), lens.edit(model, one) as (done,):
+        first = model.model(input_ids=ids[:, :26], use_cache=True)
+        rest = model.model(input_ids=ids[:, 26:], past_key_values=first.past_key_values)
+    assert rms_ratio(rest.logits, expected[:, 26:]) < 1e-5
+    assert done.calls == 2
+
+
+def test_a_capture_inside_shows_the_model_without_its_parts():
+    model, ids = loaded()
+    prompt = ids[0].tolist()
+    plain = lens.capture(model, prompt).received
+    with lens.edit(model, edits.Ablate("L0.mlp"), edits.Activation(1, 4, 3, 40.0)):
+        edited = lens.capture(model, prompt).received
+    assert np.array_equal(edited[0], plain[0])
+    assert not np.allclose(edited[1], plain[1], rtol=1e-3)
+    assert not np.allclose(edited[2], plain[2], rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: edits.Ablate([]), "takes out at least one head or sub-layer"),
+        (lambda: edits.Ablate("L0H0", "median"), "baseline of Ablate must be one of 'zero', 'mean'"),
+        (lambda: edits.Ablate("L0H0", over=[[1, 2]]), "over belongs to a mean"),
+        (lambda: edits.Ablate("L0.mlp", "mean"), "use 'pooled_mean' for L0.mlp"),
+        (lambda: edits.Activation(0, [], 3), "position of Activation must be one or more numbers"),
+        (lambda: edits.Activation(0, 1, 3, math.nan), "value of Activation must be a number"),
+        (lambda: edits.Var([1], sinks=[0], tau=3.0), "give sinks, or dims and tau"),
+        (lambda: edits.Var([1], rho=2.0), "rho of VAR is a fraction 0..1"),
+    ],
+)  # fmt: skip
+def test_parts_and_recipes_that_make_no_sense_cannot_be_made(make, match):
+    with pytest.raises(LensError, match=match):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("one", "match"),
+    [
+        (edits.Ablate("L0H0", "mean"), "needs the prompts that the mean is taken over: over=texts"),
+        (edits.Ablate("L0H0", "mean", [[3, 4, 5]]), "the mean over one prompt is that prompt"),
+        (edits.Ablate("L0H0", "mean", [[3, 4], [3, 5]]), "position 28 has no mean: fewer than 2 of"),
+        (edits.Ablate("L3.mlp"), "has no sub-layer L3.mlp; it has L0.attention, L0.mlp"),
+        (edits.Ablate("L3H0"), "there is no L3H0"),
+        (edits.Activation(3, 0, 0), "layer must be -1 to 2, got 3"),
+        (edits.Activation(0, 0, 48), "dim must be 0 to 47, got 48"),
+        (edits.Var([1], dims=[48]), "dims must be some of 0 to 47"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_parts_that_the_model_has_not_got_are_refused(one, match):
+    model, ids = loaded()
+    with pytest.raises(LensError, match=match):
+        logits(model, ids, one)

@@ -21,7 +21,7 @@ def a_setting():
     held_out = [row.tolist() for row in ids[:3, :13]]
 
     def edit(amount):
-        return lens.redistribute(model, sources="first", amount=amount, rule="mask")
+        return lens.edit(model, lens.edits.Mask("first", amount))
 
     return model, ids, held_out, edit
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lens.edits.gathered import MOST_MASKED, gathered_states
+from lens.edits._gathered import MOST_MASKED, gathered_states
 from lens.passes.calls import LayerCall
 from lens.passes.masks import MaskStructure
 from tests.lens.naive import rms_ratio

@@ -9,9 +9,9 @@ import torch
 
 import lens
 from lens.common.errors import LensError
-from lens.edits.calibration import ActEdit
-from lens.edits.steering import PastaEdit
-from lens.edits.visual import VarEdit, VarSettings
+from lens.edits._act import ActEdit
+from lens.edits._pasta import PastaEdit
+from lens.edits._var import VarEdit, VarSettings
 from lens.passes.calls import LayerCall
 from lens.passes.masks import MaskStructure
 from tests.lens.architectures import build
@@ -186,15 +186,15 @@ def test_published_recipes_run_in_a_model_and_refuse_what_does_not_fit():
     ids = torch.randint(3, 97, (1, 29), generator=torch.Generator().manual_seed(5))
     with torch.no_grad():
         own = network(input_ids=ids).logits
-        with lens.edits.act(model, threshold=0.08) as edit:
+        with lens.edit(model, lens.edits.Act(threshold=0.08)) as (edit,):
             acted = network(input_ids=ids).logits
         assert edit.calls > 0
         assert rms_ratio(acted, own) > 1e-4
-        with lens.edits.act(model, preset="released", threshold=0.0) as edit:
+        with lens.edit(model, lens.edits.Act(preset="released", threshold=0.0)) as (edit,):
             network(input_ids=ids)
         assert edit.calls == 0  # layers 2 to the last but one: none of 3
         for steps in (1, 2):  # cached steps give what the whole sequence gives
-            with lens.edits.pasta(model, [(4, 9)], heads=["L0H1", "L2H0"]) as edit:
+            with lens.edit(model, lens.edits.Pasta([(4, 9)], heads=["L0H1", "L2H0"])) as (edit,):
                 first = network(input_ids=ids[:, : 29 - steps], use_cache=True)
                 rest = network(
                     input_ids=ids[:, 29 - steps :], past_key_values=first.past_key_values
@@ -204,32 +204,28 @@ def test_published_recipes_run_in_a_model_and_refuse_what_does_not_fit():
             def outside(at, prompt=29 - steps):
                 return ((at.positions < 4) | (at.positions >= 9)) & (at.positions < prompt)
 
-            options = {"amount": math.log(0.01), "rule": "logit_bias"}
-            heads = ["L0H1", "L2H0"]
-            with lens.redistribute(model, sources=outside, heads=heads, **options):
+            bias = lens.edits.Bias(outside, math.log(0.01), heads=["L0H1", "L2H0"])
+            with lens.edit(model, bias):
                 whole = network(input_ids=ids).logits
             assert rms_ratio(rest, whole[:, 29 - steps :]) < 1e-5
         cache = network(input_ids=ids, use_cache=True).past_key_values
         for recipe, match in (
-            (lens.edits.act(model), "sinks of its prompt are not known"),
-            (lens.edits.pasta(model, [(1, 3)]), "end of its prompt is not known"),
+            (lens.edits.Act(), "sinks of its prompt are not known"),
+            (lens.edits.Pasta([(1, 3)]), "end of its prompt is not known"),
         ):
-            with recipe, pytest.raises(LensError, match=match):
+            with lens.edit(model, recipe), pytest.raises(LensError, match=match):
                 network(input_ids=ids[:, :1], past_key_values=cache)
     for match, recipe, arguments in (
-        ("preset of ACT must be one of paper, released", "act", {"preset": "code"}),
-        ("beta of ACT is a fraction 0..1, got 2", "act", {"beta": 2}),
-        ("threshold of ACT is a share of attention 0..1, got 5", "act", {"threshold": 5}),
-        ("preset of PASTA must be one of", "pasta", {"spans": [(0, 1)], "preset": "code"}),
-        ("alpha of PASTA must be above 0, got 0", "pasta", {"spans": [(0, 1)], "alpha": 0}),
-        ("0 <= start < end, got ..3, 3", "pasta", {"spans": [(3, 3)]}),
-        ("spans must not overlap", "pasta", {"spans": [(0, 4), (3, 5)]}),
+        ("preset of ACT must be one of 'paper', 'released', got 'code'", "Act", {"preset": "code"}),
+        ("beta of ACT is a fraction 0..1, got 2", "Act", {"beta": 2}),
+        ("threshold of ACT is a fraction 0..1, got 5", "Act", {"threshold": 5}),
+        ("preset of PASTA must be one of", "Pasta", {"spans": [(0, 1)], "preset": "code"}),
+        ("alpha of PASTA must be above 0, got 0", "Pasta", {"spans": [(0, 1)], "alpha": 0}),
+        ("0 <= start < end, got ..3, 3", "Pasta", {"spans": [(3, 3)]}),
+        ("spans must not overlap", "Pasta", {"spans": [(0, 4), (3, 5)]}),
     ):
-        with (
-            pytest.raises(LensError, match=match),
-            getattr(lens.edits, recipe)(model, **arguments),
-        ):
-            pass
+        with pytest.raises(LensError, match=match):
+            getattr(lens.edits, recipe)(**arguments)
     looking = replace(call_of(causal=False))
     for edit, name in (
         (ActEdit("paper", 0.4, None, chosen(), "auto"), "ACT"),

@@ -1,4 +1,4 @@
-"""Every rule by its name in `lens.redistribute`: the recipes, off-by-one, and generation under them."""
+"""Recipes beside other edits, off-by-one, and generation under them."""
 
 import pytest
 import torch
@@ -32,79 +32,58 @@ def logits(model, block):
         return model.model(IDS).logits, edit
 
 
-@pytest.mark.parametrize("amount", [None, 0.3])
-@pytest.mark.parametrize("rule", ["var", "act", "pasta"])
-def test_a_recipe_by_name_is_the_function_of_that_name(rule, amount):
-    model = a_model()
-    given = {} if amount is None else {"amount": amount}
-    keys, block = {
-        "var": (
-            {"sources": SINKS, "targets": IMAGE},
-            lens.edits.var(model, IMAGE, sinks=SINKS, amount=amount, layers=[0, 1]),
-        ),
-        "act": ({}, lens.edits.act(model, beta=1 - (amount or 0.6), layers=[0, 1])),
-        "pasta": (
-            {"targets": [4, 5, 9]},
-            lens.edits.pasta(model, [(4, 6), (9, 10)], alpha=1 - (amount or 0.99), layers=[0, 1]),
-        ),
-    }[rule]
-    expected, edit = logits(model, block)
-    found, named = logits(
-        model, lens.redistribute(model, rule=rule, layers=[0, 1], **keys, **given)
-    )
-    assert torch.equal(found, expected)
-    assert type(named) is type(edit)
-    assert named.edited_rows == edit.edited_rows > 0
-    own, _ = logits(model, lens.traces.capturing(model, statistics=()))
-    assert rms_ratio(found, own) > 1e-4
-
-
-def test_spans_of_pasta_may_be_a_mask_positions_or_first():
-    model = a_model()
-    mask = torch.zeros(19, dtype=torch.bool)
-    mask[[4, 5, 9]] = True
-    found = [
-        logits(model, lens.redistribute(model, rule="pasta", targets=targets))[0]
-        for targets in ([9, 5, 4], mask, torch.tensor([4, 5, 9]))
-    ]
-    assert torch.equal(found[0], found[1])
-    assert torch.equal(found[0], found[2])
-    first = logits(model, lens.redistribute(model, rule="pasta", targets="first"))[0]
-    span = logits(model, lens.edits.pasta(model, [(0, 1)]))[0]
-    assert rms_ratio(first, span) < 1e-6
-
-
 def test_off_by_one_is_a_learned_sink_with_logit_0():
     model = a_model()
-    for amount, given in ((1.0, {}), (0.25, {"amount": 0.25})):
-        found, edit = logits(model, lens.redistribute(model, rule="off_by_one", **given))
-        sink, _ = logits(model, lens.redistribute(model, rule="learned_sink", amount=amount))
-        assert torch.equal(found, sink)
-        assert 0 < edit.mass_after < edit.mass_before <= 1.0001
+    found, (edit,) = logits(model, lens.edit(model, lens.edits.LearnedSink()))
+    assert 0 < edit.mass_after < edit.mass_before <= 1.0001
+    with torch.no_grad(), switched(model.model, "off_by_one_twin"):
+        whole = model.model(IDS).logits
+    assert rms_ratio(found, whole) < 1e-5
     own, _ = logits(model, lens.traces.capturing(model, statistics=()))
-    nothing, _ = logits(model, lens.redistribute(model, rule="off_by_one", amount=0))
-    assert torch.equal(nothing, own)
+    assert rms_ratio(found, own) > 1e-3
 
 
-@pytest.mark.parametrize(
-    ("options", "match"),
-    [
-        ({"rule": "var"}, "rule 'var' needs targets, the image keys"),
-        ({"rule": "pasta"}, "rule 'pasta' needs targets, the positions to emphasise"),
-        ({"rule": "pasta", "targets": lambda at: at}, "targets of rule 'pasta' are positions"),
-        ({"rule": "pasta", "targets": [1], "amount": 1}, "amount of rule 'pasta' must be below 1"),
-        ({"rule": "act", "targets": [1]}, "rule 'act' gives to all other keys"),
-        ({"rule": "act", "sources": [1]}, "rule 'act' finds its sources itself"),
-        ({"rule": "act", "amount": 1.5}, "amount of rule 'act' is a fraction 0..1, got 1.5"),
-        ({"rule": "mask", "sources": [1]}, "rule 'mask' needs an amount, such as amount=0.5"),
-        ({"rule": "off_by_one", "sources": [1]}, "rule 'off_by_one' acts on whole rows"),
-        ({"rule": "off_by_one", "amount": 2}, "amount of rule 'off_by_one' is a fraction 0..1"),
-        ({"rule": "zero", "amount": 1}, r"off_by_one, or in lens.redistribute a recipe \(var"),
-    ],
-)
-def test_what_does_not_fit_a_rule_is_refused(options, match):
-    with pytest.raises(LensError, match=match), lens.redistribute(a_model(), **options):
-        pass
+def off_by_one(module, query, key, value, attention_mask, scaling=None, **_):
+    share = query.shape[1] // key.shape[1]
+    k, v = (x.double().repeat_interleave(share, 1) for x in (key, value))
+    weight = (query.double() @ k.transpose(-1, -2) * scaling + attention_mask.double()).exp()
+    p = weight / (1 + weight.sum(-1, keepdim=True))
+    return (p @ v).to(query.dtype).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register("off_by_one_twin", off_by_one)
+AttentionMaskInterface.register("off_by_one_twin", eager_mask)
+
+
+def test_recipes_of_different_heads_run_beside_other_edits():
+    model = a_model()
+    several = [
+        lens.edits.Act(heads=["L0H1", "L1H0"]),
+        lens.edits.Mask([2, 3], heads=["L0H2", "L1H0"][:1]),
+        lens.edits.Var(IMAGE, sinks=SINKS, rho=0.0, least_visual=0.0, heads=["L0H4"]),
+    ]
+    _, done = logits(model, lens.edit(model, *several))
+    assert [one.calls > 0 for one in done] == [True] * 3
+    first = []
+    for one in several:
+        with lens.edit(model, one), torch.no_grad():
+            first.append(attention_of_layer_0(model))
+    with lens.edit(model, *several), torch.no_grad():
+        both = attention_of_layer_0(model)
+    for head, alone in zip((1, 2, 4), first, strict=True):
+        assert torch.equal(both[..., head, :], alone[..., head, :])
+    with pytest.raises(LensError, match="Act and Mask edit the same heads of layer 1"):
+        logits(model, lens.edit(model, several[0], lens.edits.Mask(layers=[1])))
+
+
+def attention_of_layer_0(model):
+    """What enters the output projection, [1, tokens, heads, value_dim]."""
+    found = []
+    projection = model.model.model.layers[0].self_attn.o_proj
+    hook = projection.register_forward_pre_hook(lambda _, args: found.append(args[0]))
+    model.model(IDS)
+    hook.remove()
+    return found[0].unflatten(-1, (model.info.heads, -1))
 
 
 STEPS = 5
@@ -148,9 +127,9 @@ def test_generate_is_what_recomputing_the_whole_prefix_gives(rule):
     model, length = a_model(), IDS.shape[1]
     options = {"max_new_tokens": STEPS, "do_sample": False, "output_logits": True}
     options |= {"return_dict_in_generate": True, "pad_token_id": 0, "eos_token_id": None}
-    keys = {"targets": [4, 5, 9]} if rule == "pasta" else {}
+    edits = {"act": lens.edits.Act(), "pasta": lens.edits.Pasta([(4, 6), (9, 10)])}
     with torch.no_grad():
-        with lens.redistribute(model, rule=rule, **keys) as edit:
+        with lens.edit(model, edits[rule]) as (edit,):
             found = model.model.generate(IDS, **options)
         plain = model.model.generate(IDS, **options)
         twin = WholePrefix(rule, length)

@@ -30,7 +30,7 @@ def test_the_search_chooses_on_some_prompts_and_judges_on_the_others(induction):
 
     def edit(heads):
         edited.append(tuple(heads))
-        return lens.redistribute(model, sources="first", amount=1.0, rule="mask", heads=heads)
+        return lens.edit(model, lens.edits.Mask("first", heads=heads))
 
     found = lens.edits.search_heads(model, task, edit, most=3, validation=0.6, seed=1)
     layers, heads = model.info.layers, model.info.heads
@@ -40,7 +40,7 @@ def test_the_search_chooses_on_some_prompts_and_judges_on_the_others(induction):
     order = np.random.default_rng(1).permutation(14)
     clean = task.evaluate(model).double().numpy()
     for head in everyone:
-        with lens.redistribute(model, sources="first", amount=1.0, rule="mask", heads=[head]):
+        with lens.edit(model, lens.edits.Mask("first", heads=[head])):
             alone = task.sign * (task.evaluate(model).double().numpy() - clean)
         assert found.gains[head] == pytest.approx(alone[np.sort(order[:8])], abs=1e-5)
     means = found.gains.mean(-1)
@@ -116,7 +116,7 @@ def test_side_effects_are_those_of_the_sink_test_where_the_edit_is_the_same():
     prompts = [torch.randint(3, 97, (n,), generator=RANDOM) for n in (29, 23, 31)]
 
     def edit(amount):
-        return lens.redistribute(model, sources="first", amount=amount, rule="mask")
+        return lens.edit(model, lens.edits.Mask("first", amount))
 
     found = lens.edits.side_effects(model, prompts, edit, amounts=[1.0, 0.0, 0.5])
     assert found.amounts == (0.0, 0.5, 1.0)

@@ -91,7 +91,7 @@ def results():
     edges = lens.circuits.score_edges(induction, task, method="eap", progress=False)
 
     def edited(amount):
-        return lens.redistribute(model, sources="first", amount=amount)
+        return lens.edit(model, lens.edits.Move("first", amount=amount))
 
     return [
         lens.heads.importance(model, lens.tasks.induction(model, n=4), method="gradient", progress=False),

@@ -85,7 +85,7 @@ def test_one_pair_of_zeros_is_softmax_off_by_one():
     network = build("llama")
     model = lens.load(network)
     zeros = [(torch.zeros(KV_HEADS, 1, DIM), torch.zeros(KV_HEADS, 1, DIM))] * LAYERS
-    with torch.no_grad(), lens.redistribute(model, rule="off_by_one"):
+    with torch.no_grad(), lens.edit(model, lens.edits.LearnedSink()):
         expected = network(IDS[:1]).logits
     assert rms_ratio(logits(network, IDS[:1], WithMemory(zeros)), expected) < 1e-5
     found = lens.sinks.persistent_memory(model, IDS, zeros).table()

@@ -119,19 +119,19 @@ def test_capture_segments_sink_dimensions_var_and_its_effect(name):
         dims = lens.edits.find_sink_dims(model, inputs, tau=4.0).dims
         assert dims[0] == DIM
         options = {"dims": dims[:1], "tau": 4.0, "rho": 0.0, "least_visual": 0.1}
-        with lens.edits.var(model, image, **options) as edit, torch.no_grad():
+        with lens.edit(model, lens.edits.Var(image, **options)) as (edit,), torch.no_grad():
             network(**inputs)
         assert edit.edited_rows > 0
         assert edit.mass_after == pytest.approx(0.4 * edit.mass_before, rel=1e-5)
         found = lens.edits.side_effects(
             model,
             [inputs, inputs],
-            lambda amount: lens.edits.var(model, image, amount=amount, **options),
+            lambda amount: lens.edit(model, lens.edits.Var(image, amount=amount, **options)),
             amounts=(0.0, 0.6),
         )
         with torch.no_grad():
             own = network(**inputs).logits[0, :-1].log_softmax(-1)
-            with lens.edits.var(model, image, **options):
+            with lens.edit(model, lens.edits.Var(image, **options)):
                 edited = network(**inputs).logits[0, :-1].log_softmax(-1)
     target = inputs["input_ids"][0, 1:]
     scored = target != IMAGE

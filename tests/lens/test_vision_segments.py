@@ -6,6 +6,7 @@ import torch
 
 import lens
 from lens.common.errors import LensError
+from lens.edits.sink_dims import phi
 from lens.passes.keys import KeysAt
 from lens.traces.segments import Segments
 from tests.lens.vision_models import BUILDERS, IMAGE, LAYERS, QUESTION, SYSTEM, build, planted
@@ -34,8 +35,7 @@ def test_capture_reaches_the_language_model_alone(name):
     assert (own - captured).abs().max() < 1e-5
     assert [record.layer for record in recorder.records] == list(range(LAYERS))
     assert {record.keys for record in recorder.records} == {inputs["input_ids"].shape[1]}
-    edits = {"sources": "first", "amount": 1.0, "rule": "mask"}
-    with torch.no_grad(), lens.redistribute(model, **edits) as edit:
+    with torch.no_grad(), lens.edit(model, lens.edits.Mask("first")) as (edit,):
         assert (network(**inputs).logits - own).abs().max() > 1e-3
     assert edit.calls == LAYERS
 
@@ -139,7 +139,7 @@ def test_a_planted_massive_activation_is_found_where_it_was_planted(name):
     assert 7 in found.dims[:1]
     assert found.table().loc[0, "first_layer"] == 0
     assert found.table().loc[0, "tokens"] == 2
-    size = lens.edits.phi(hidden, [7])
+    size = phi(hidden, [7])
     marked = size[0] >= 4.0
     assert marked.nonzero()[:, 0].tolist() == places
     segments = lens.vision.segments(model, inputs)
@@ -157,8 +157,8 @@ def test_phi_is_the_published_formula():
     hidden = torch.randn(2, 5, 19, generator=torch.Generator().manual_seed(1))
     expected = torch.stack([hidden[..., d].abs() for d in (3, 11)]).amax(0)
     expected = expected / (hidden.double().pow(2).mean(-1) + 1e-6).sqrt()
-    assert torch.allclose(lens.edits.phi(hidden, [3, 11]).double(), expected, atol=1e-6)
-    assert (lens.edits.phi(hidden) <= 19**0.5).all()
+    assert torch.allclose(phi(hidden, [3, 11]).double(), expected, atol=1e-6)
+    assert (phi(hidden) <= 19**0.5).all()
     model = lens.load("text-lm-3l")
     for match, inputs, options in (
         ("tau must be above 0 and largest_share in 0..1", {}, {"tau": 0}),

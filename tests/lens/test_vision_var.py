@@ -11,7 +11,8 @@ from transformers.masking_utils import eager_mask
 
 import lens
 from lens.common.errors import LensError
-from lens.edits.visual import PRESETS, VarSettings
+from lens.edits._var import PRESETS, VarSettings
+from lens.edits.sink_dims import phi
 from lens.passes.interface import language_model, switched
 from tests.lens.naive import rms_ratio
 from tests.lens.vision_models import (
@@ -124,7 +125,9 @@ def test_var_equals_its_twin_on_whole_probabilities(name, preset):
         with twin.running(inputs["input_ids"]):
             expected = network(**inputs).logits
         own = network(**inputs).logits
-        with lens.edits.var(model, image, preset=preset, amount=0.7, dims=DIMS, **NUMBERS) as edit:
+        with lens.edit(
+            model, lens.edits.Var(image, preset=preset, amount=0.7, dims=DIMS, **NUMBERS)
+        ) as (edit,):
             found = network(**inputs).logits
     assert rms_ratio(found, expected) < 1e-5
     assert rms_ratio(found, own) > 1e-3
@@ -151,7 +154,9 @@ def test_generation_is_what_recomputing_the_whole_prefix_gives(name, preset):
     with torch.no_grad():  # whatever is generated is a sink, so that a step must look for new ones
         embedding.weight[:, 30] += 0.2
     with planted(network, DIM, PLACES), torch.no_grad():
-        with lens.edits.var(model, image, preset=preset, amount=0.8, dims=DIMS, **numbers) as edit:
+        with lens.edit(
+            model, lens.edits.Var(image, preset=preset, amount=0.8, dims=DIMS, **numbers)
+        ) as (edit,):
             found = network.generate(**inputs, **options)
         plain = network.generate(**inputs, **options)
         ids = found.sequences
@@ -175,18 +180,20 @@ def test_nothing_moved_keeps_every_bit():
         with lens.traces.capturing(model, statistics=["received"]):
             captured = network(**inputs).logits
         for preset, amount in (("paper", 0.0), ("released", 1.0)):
-            with lens.edits.var(model, image, preset=preset, amount=amount, **NUMBERS) as edit:
+            with lens.edit(
+                model, lens.edits.Var(image, preset=preset, amount=amount, **NUMBERS)
+            ) as (edit,):
                 assert torch.equal(network(**inputs).logits, captured)
             assert edit.calls == 0
-        with lens.edits.var(model, image, dims=DIMS, tau=7.0) as edit:  # no sink
+        with lens.edit(model, lens.edits.Var(image, dims=DIMS, tau=7.0)) as (edit,):  # no sink
             assert torch.equal(network(**inputs).logits, captured)
         assert (edit.calls, edit.empty_calls) == (0, 2)
-        with lens.edits.var(model, image, sinks=range(32)) as edit:  # no receiver
+        with lens.edit(model, lens.edits.Var(image, sinks=range(32))) as (edit,):  # no receiver
             assert torch.equal(network(**inputs).logits, captured)
         assert (edit.calls, edit.empty_calls, edit.skipped_rows) == (0, 2, 0)
         assert math.isnan(edit.mass_before)
         assert "No row" in edit.selection().findings()[0]
-        with lens.edits.var(model, image, sinks=PLACES, rho=1.0) as edit:  # no head
+        with lens.edit(model, lens.edits.Var(image, sinks=PLACES, rho=1.0)) as (edit,):  # no head
             assert torch.equal(network(**inputs).logits, captured)
         assert edit.edited_rows == 0
 
@@ -204,7 +211,7 @@ def test_heads_that_are_not_image_centric_keep_their_bits():
     with planted(network, DIM, PLACES), torch.no_grad():
         with lens.traces.capturing(model, statistics=["received"]):
             network(**inputs)
-        with lens.edits.var(model, image, sinks=PLACES, rho=0.99) as edit:
+        with lens.edit(model, lens.edits.Var(image, sinks=PLACES, rho=0.99)) as (edit,):
             network(**inputs)
     captured, edited = seen
     untouched = edit.selection().selected[0] == 0
@@ -230,7 +237,7 @@ def test_left_padding_does_not_change_what_var_does():
         with (
             planted(network, DIM, places),
             torch.no_grad(),
-            lens.edits.var(model, image, dims=DIMS, **NUMBERS),
+            lens.edit(model, lens.edits.Var(image, dims=DIMS, **NUMBERS)),
         ):
             found.append(network(**given).logits[:, -QUESTION:])
     assert rms_ratio(found[1], found[0]) < 1e-5
@@ -242,7 +249,7 @@ def test_the_paper_and_the_released_code_differ_where_the_table_says():
     assert (paper.layers(5), released.layers(5)) == (range(4), range(2, 5))
     hidden = torch.zeros(1, 1, 16)
     hidden[..., 3] = 8.0  # |x| / RMS = sqrt(16) but for the epsilon
-    exactly = float(lens.edits.phi(hidden, [3]))
+    exactly = float(phi(hidden, [3]))
     assert exactly == pytest.approx(4.0, rel=1e-5)
     at_tau = VarSettings(0.5, 0.5, tau=exactly)
     assert bool(at_tau.is_sink(hidden, [3]))
@@ -276,7 +283,7 @@ def test_what_does_not_fit_is_refused():
     model = lens.load(network)
     image = lens.vision.segments(model, inputs).keys("image")
     for match, options in (
-        ("preset of VAR must be one of paper, released, got 'code'", {"preset": "code"}),
+        ("preset of VAR must be one of 'paper', 'released', got 'code'", {"preset": "code"}),
         ("rho of VAR is a fraction 0..1, got 1.5", {"rho": 1.5}),
         ("tau of VAR must be above 0, got 0", {"tau": 0}),
         ("give sinks, or dims and tau", {"sinks": [0], "dims": [3]}),
@@ -285,7 +292,7 @@ def test_what_does_not_fit_is_refused():
     ):
         with (
             pytest.raises(LensError, match=match),
-            lens.edits.var(model, image, **options),
+            lens.edit(model, lens.edits.Var(image, **options)),
         ):
             pass
 
@@ -301,11 +308,11 @@ def test_a_cache_that_the_block_did_not_see_grow_is_refused():
     with torch.no_grad():
         cache = network(**two, use_cache=True).past_key_values
         with (
-            lens.edits.var(model, image, **options),
+            lens.edit(model, lens.edits.Var(image, **options)),
             pytest.raises(LensError, match="began outside the block, or was cut"),
         ):
             network(**last, past_key_values=cache)
-        with lens.edits.var(model, image, **options):
+        with lens.edit(model, lens.edits.Var(image, **options)):
             cache = network(**two, use_cache=True).past_key_values
             cache.reorder_cache(torch.tensor([1, 0]))
             with pytest.raises(LensError, match="put into another order since the last step"):

@@ -12,7 +12,7 @@ from lens_analyses.config.settings import Section, Setting, Shown, setting, sett
 
 Backend = Literal["auto", "triton", "cpu", "torch", "reference"]
 Rule = Literal["transfer", "mask", "drop", "logit_bias", "learned_sink", "off_by_one", "act"]
-"""Rules of `lens.redistribute` that need no more than a text."""
+"""Edits of the first token, by the names in the configuration, that need no more than a text."""
 Method = Literal[
     "exact",
     "eap",
@@ -31,9 +31,9 @@ MEASURES = ("ablation", "gradient", "attribution", "atp", "gate", "direct")
 BASELINES = ("zero", "mean", "pooled_mean", "resample", "counterfactual", "optimal")
 EDITS = ("mask", "drop", "mean_value", "zero_value", "move", "transfer")
 NOT_FROM_A_COMMAND = {
-    "var": "it moves attention to an image, and the prompts here are text; use lens.edits.var",
+    "var": "it moves attention to an image, and the prompts here are text; use lens.edits.Var",
     "pasta": "it needs the positions to emphasise, which differ from prompt to prompt; use "
-    "lens.edits.pasta",
+    "lens.edits.Pasta",
 }
 SOURCES = ("text", "text_name", "batch")
 _LARGEST_SEED = 2**32 - 1

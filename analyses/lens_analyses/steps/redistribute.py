@@ -1,7 +1,8 @@
 """What changes when attention is moved: on a task, on held-out text, and in which heads it helps."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -141,14 +142,7 @@ def _configuration(subject: Subject, amounts: list[float]) -> dict[str, Any]:
 def _edit(
     subject: Subject, amount: float, heads: Sequence[HeadId] | None = None
 ) -> AbstractContextManager[Any]:
-    rule = subject.settings.rule
-    return lens.redistribute(
-        subject.model,
-        sources=None if rule in _WITHOUT_SOURCES else "first",
-        amount=amount,
-        rule=rule,
-        heads=heads,
-    )
+    return lens.edit(subject.model, replace(EDIT_OF[subject.settings.rule](amount), heads=heads))
 
 
 def _response(subject: Subject, amounts: list[float]) -> pd.DataFrame:
@@ -179,6 +173,16 @@ def _response_line(response: pd.DataFrame, subject: Subject) -> go.Figure:
     return figure.update_layout(title={"text": f"{subject.task.name}: gain by amount"})
 
 
+EDIT_OF: dict[str, Callable[[float], Any]] = {
+    "transfer": lambda amount: moving.Move("first", amount=amount),
+    "mask": lambda amount: moving.Mask("first", amount),
+    "drop": lambda amount: moving.Drop("first", amount),
+    "logit_bias": lambda amount: moving.Bias("first", amount),
+    "learned_sink": moving.LearnedSink,
+    "off_by_one": moving.LearnedSink,
+    "act": lambda amount: moving.Act(beta=1 - amount),
+}
+"""Rule of the configuration -> amount -> the edit of all heads."""
 _WITHOUT_SOURCES = ("learned_sink", "off_by_one", "act")
 _ACTS = {
     "transfer": "The share (amount) of what the first token receives goes to the other keys that a row "

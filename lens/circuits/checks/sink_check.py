@@ -21,13 +21,14 @@ from lens.circuits.known.circuit import KnownCircuit
 from lens.common.errors import LensError
 from lens.common.head_ids import AnyHead, HeadId
 from lens.common.results import Result
-from lens.edits.editing import redistribute
+from lens.edits.attention import Drop, Move
+from lens.edits.running import edit
 from lens.models.bare import bare
 from lens.models.loaded import LoadedModel
 from lens.stats import over_units
 from lens.tasks.task import Task
 
-RULES = {"excluded": "drop", "redistributed": "transfer"}
+EDITS = {"excluded": Drop, "redistributed": Move}
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -37,7 +38,7 @@ class SinkCheck(Result):
     Attributes:
         heads: those that were edited.
         plain: [prompt], the metric of the model as it is, turned so that more is better.
-        edited: edit (of `RULES`) -> [prompt], the same with the heads edited.
+        edited: edit (of `EDITS`) -> [prompt], the same with the heads edited.
         others: edit -> [draw, prompt], with other heads of the same layers edited; no draw where the heads
             are all that these layers have.
         drawn: how many heads one draw has: as many as were edited, or what is left of their layers.
@@ -63,15 +64,15 @@ class SinkCheck(Result):
         `draws` (of heads, NaN for the circuit's own), `n`.
         """
         rows = []
-        for edit in RULES:
-            sets = {"circuit": self.edited[edit][None], "others": self.others[edit]}
+        for name in EDITS:
+            sets = {"circuit": self.edited[name][None], "others": self.others[name]}
             for heads, values in sets.items():
                 if len(values):
                     change = values.mean(0) - self.plain
                     low, high = over_units(change, np.ones(len(change)), self.seed)
                     draws = len(values) if heads == "others" else np.nan
                     rows.append(
-                        (edit, heads, values.mean(), change.mean(), float(low), float(high), draws)
+                        (name, heads, values.mean(), change.mean(), float(low), float(high), draws)
                     )
         columns = ["edit", "heads", "value", "change", "change_low", "change_high", "draws"]
         return pd.DataFrame(rows, columns=pd.Index(columns)).assign(n=len(self.plain))
@@ -79,11 +80,11 @@ class SinkCheck(Result):
     def findings(self) -> tuple[str, ...]:
         """One sentence per edit: what changes, and what it does to other heads."""
         found = []
-        for edit, rows in self.table().groupby("edit", sort=False):
+        for name, rows in self.table().groupby("edit", sort=False):
             row = rows.iloc[0]
             interval = f"[{row['change_low']:+.3g}, {row['change_high']:+.3g}]"
             words = (
-                f"With the first key {edit} in {len(self.heads)} heads, {self.task} goes from "
+                f"With the first key {name} in {len(self.heads)} heads, {self.task} goes from "
                 f"{self.plain.mean():.3g} to {row['value']:.3g} ({row['change']:+.3g} {interval} {self.metric}, "
                 "more is better)"
             )
@@ -96,7 +97,7 @@ class SinkCheck(Result):
 
     def __repr__(self) -> str:
         changes = ", ".join(
-            f"{edit} {(values - self.plain).mean():+.3g}" for edit, values in self.edited.items()
+            f"{name} {(values - self.plain).mean():+.3g}" for name, values in self.edited.items()
         )
         return f"SinkCheck({len(self.heads)} heads on {self.task!r}, {self.model}: {changes})"
 
@@ -136,9 +137,9 @@ def sink_check(
     sets = _others(model, chosen, draws, np.random.default_rng(seed))
     plain = _measured(model, task)
     edited, others = {}, {}
-    for name, rule in RULES.items():
-        edited[name] = _measured(model, task, rule, chosen)
-        runs = [_measured(model, task, rule, one) for one in sets]
+    for name in EDITS:
+        edited[name] = _measured(model, task, name, chosen)
+        runs = [_measured(model, task, name, one) for one in sets]
         others[name] = np.array(runs).reshape(-1, task.n)
     return SinkCheck(
         chosen,
@@ -154,11 +155,11 @@ def sink_check(
 
 
 def _measured(
-    model: LoadedModel, task: Task, rule: str | None = None, heads: tuple[HeadId, ...] = ()
+    model: LoadedModel, task: Task, name: str | None = None, heads: tuple[HeadId, ...] = ()
 ) -> np.ndarray:
-    if rule is None:
+    if name is None:
         return task.sign * task.evaluate(model).double().numpy()
-    with redistribute(model, sources="first", amount=1.0, rule=rule, heads=heads):
+    with edit(model, EDITS[name]("first", heads=heads)):
         return task.sign * task.evaluate(model).double().numpy()
 
 

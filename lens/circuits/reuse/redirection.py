@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -22,7 +23,8 @@ from lens.common.errors import LensError
 from lens.common.head_ids import AnyHead, HeadId
 from lens.common.progress import advancing
 from lens.common.results import Result
-from lens.edits.redirecting import redirecting
+from lens.edits.attention import Force
+from lens.edits.running import edit
 from lens.models.loaded import LoadedModel
 from lens.passes.logits import logits_of
 from lens.stats import over_units
@@ -226,12 +228,12 @@ def redirect(
             for rows in task.chunks(task.rows_at_once(model)):
                 places = target[rows], query[rows]
                 share = amount if number else 0.0  # of run 0 only the masses are read
-                edit = redirecting(model, some, *places, share, split, backend)
-                with torch.no_grad(), edit as done:
+                force = _force(*places, share, split, some)
+                with torch.no_grad(), edit(model, force, backend=backend) as (done,):
                     logits = logits_of(model, task.clean[rows])
                 found.append((numbers.measure(logits, rows), task.measure(logits, rows)))
                 if number == 0:
-                    mass[:, rows.numpy()] = [done.mass_of[head].numpy() for head in chosen]
+                    mass[:, rows.numpy()] = [done.before[head].numpy() for head in chosen]
             for part, into in zip(zip(*found, strict=True), (accuracy, metric), strict=True):
                 into.append(torch.cat(part).double().cpu().numpy())
             advance(1)
@@ -239,6 +241,19 @@ def redirect(
         chosen, draws, np.stack(accuracy), np.stack(metric), mass, _words(onto), float(amount), split,
         match, task.metric, task.sign, task.name, model.name, seed,
     )  # fmt: skip
+
+
+def _force(
+    keys: Tensor, query: Tensor, amount: float, split: Any, heads: Sequence[HeadId]
+) -> Force:
+    """Keys [prompts, tokens] and one query of each prompt."""
+    return Force(
+        queries=lambda at: at.positions == query[:, None].to(at.positions),
+        keys=lambda at: keys.to(at.positions.device),
+        amount=amount,
+        split=split,
+        heads=heads,
+    )
 
 
 def _keys(task: Task, onto: Sequence[Place]) -> Tensor:

@@ -10,8 +10,8 @@ import torch
 
 from lens.common.errors import LensError
 from lens.common.head_ids import AnyHead
+from lens.edits.base import selected_heads
 from lens.edits.controls import CONTROLS, control_keys
-from lens.edits.editing import selected_heads
 from lens.edits.losses import log_probabilities, two_tokens
 from lens.edits.rules import check_rule
 from lens.models.loaded import LoadedModel
@@ -50,7 +50,7 @@ def effect(
             "zero_value", "move" (all attention goes to the keys) or "transfer" (their attention goes
             to all others); formulas in `lens.sinks.edits`.
         amount: 0..1, how much of it.
-        layers, heads: what to edit, as in `lens.redistribute`.
+        layers, heads: what to edit, as in `lens.edits.Mask`.
         controls: some of "size", "mass", "position", for which see `control_keys`, and "self": the
             sources, while their own rows are left as they are.
         seed: of controls and bootstrap.
@@ -58,16 +58,14 @@ def effect(
 
     Raises:
         LensError: prompts of one token or without the sources, a model that predicts no next token,
-            unknown edits or controls, `clean` of another model, and as `lens.redistribute`.
+            unknown edits or controls, `clean` of another model, and as `lens.edit`.
 
     Example:
         >>> result = lens.sinks.effect(model, texts, sources="first", heads=["L1H0"])
         >>> result.table()[["condition", "mass", "delta_loss", "delta_loss_low", "delta_loss_high"]]
     """
     if edit not in EDITS:
-        raise LensError(
-            f"edit must be one of {', '.join(EDITS)}, got {edit!r}; others: lens.redistribute"
-        )
+        raise LensError(f"edit must be one of {', '.join(EDITS)}, got {edit!r}; others: lens.edit")
     check_rule("drop", amount, True, False)  # of all these edits the amount is a fraction
     check_keys("sources", sources)
     if callable(sources) and not isinstance(sources, torch.Tensor):

@@ -13,7 +13,7 @@ import torch
 from lens.common.errors import LensError
 from lens.common.head_ids import AnyHead, HeadId
 from lens.common.results import Result, Sentence, described
-from lens.edits.editing import selected_heads
+from lens.edits.base import selected_heads
 from lens.edits.losses import bos_policy, changes, log_probabilities, two_tokens
 from lens.models.loaded import LoadedModel
 from lens.passes.inputs import read_prompts

@@ -97,7 +97,7 @@ class WatchedEdit(Edit):
         return torch.where(own, attend(call, backend=self._backend).output, edited)
 
     def _instead(self, call: LayerCall, groups: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
-        """The output at amount 1 of the rules that `lens.redistribute` has not."""
+        """The output at amount 1 of the rules that `lens.edits.editing` has not."""
         if self._rule == "zero_value":
             value = call.value.masked_fill(source[:, None, :, None], 0)
             return attend(replace(call, value=value), backend=self._backend).output
@@ -135,7 +135,7 @@ class WatchedEdit(Edit):
             if self._rule == "transfer" and call.sink_logits is not None:
                 raise LensError(
                     "edit 'transfer' is not watched beside a learned sink, which holds mass of its own; "
-                    "use 'drop' or 'mask', or lens.redistribute"
+                    "use 'drop' or 'mask', or lens.edit"
                 )
             left = edited if self._rule == "transfer" else chosen & ~source
             moved = _received(call, torch.where(left, _HIDDEN, 0.0))

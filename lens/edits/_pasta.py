@@ -11,83 +11,24 @@ Zhang et al., "Tell Your Model Where to Attend", arXiv 2311.02262; released code
 
 from __future__ import annotations
 
-import itertools
-import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from lens_kernels.redistribution import LogitBias
 from lens_kernels.redistribution import redistribute as recombine
 
 from lens.common.errors import LensError
-from lens.common.head_ids import AnyHead
-from lens.edits.base import AttentionEdit, grouped, part_of, selected_heads
-from lens.models.loaded import LoadedModel
+from lens.edits.base import AttentionEdit, grouped, part_of
 from lens.passes.calls import LayerCall, attend
 from lens.passes.keys import KeysAt
-from lens.passes.sessions import listening
 
-PRESETS = ("paper", "released")
 _GENERATED, _OUTSIDE, _SPANS = range(3)
-
-
-@contextmanager
-def pasta(
-    model: LoadedModel,
-    spans: Sequence[tuple[int, int]],
-    *,
-    preset: str = "paper",
-    alpha: float = 0.01,
-    layers: Sequence[int] | None = None,
-    heads: Sequence[AnyHead] | None = None,
-    backend: str = "auto",
-) -> Iterator[PastaEdit]:
-    """Steer attention to spans of the prompt in every forward pass inside the block.
-
-    Args:
-        model: as `lens.load` returns it.
-        spans: (start, end) positions from the first real token, the end not included; the same in
-            each prompt of a batch.
-        preset: "paper" or "released"; they differ where there are several spans.
-        alpha: factor, above 0, of what is not emphasised; 1 changes nothing.
-        layers, heads: what is steered; the paper profiles heads first (`search_heads`).
-        backend: of `lens_kernels`.
-
-    Yields:
-        `PastaEdit`, which counts what was done; its sources are the prompt outside the spans.
-
-    Raises:
-        LensError: an unknown preset, an alpha or spans that make no sense, or a cache that began
-            outside the block.
-
-    Reference:
-        arXiv 2311.02262.
-
-    Example:
-        >>> with lens.edits.pasta(model, [(4, 9)], heads=["L3H5", "L4H0"]):
-        ...     model.model.generate(ids, max_new_tokens=20)
-    """
-    if preset not in PRESETS:
-        raise LensError(f"preset of PASTA must be one of {', '.join(PRESETS)}, got {preset!r}")
-    if not 0 < alpha < math.inf:
-        raise LensError(f"alpha of PASTA must be above 0, got {alpha}; hide keys with rule='mask'")
-    ends = sorted((int(start), int(end)) for start, end in spans)
-    if not ends or any(not 0 <= start < end for start, end in ends):
-        raise LensError(f"spans must be (start, end) with 0 <= start < end, got {list(spans)}")
-    if any(start < end for (_, end), (start, _) in itertools.pairwise(ends)):
-        raise LensError(f"spans must not overlap, got {list(spans)}")
-    count = len(ends) if preset == "released" else 1
-    log = math.log(alpha)
-    edit = PastaEdit(
-        ends, (count * log, (count - 1) * log), selected_heads(model, layers, heads), backend
-    )
-    with listening(model, edit.on_layer, exclusive=True):
-        yield edit
 
 
 class PastaEdit(AttentionEdit):
     """See `AttentionEdit`."""
+
+    word = "Pasta"
 
     def __init__(
         self,

@@ -2,7 +2,7 @@
 
 A key `k` is a sink of a head where it receives `alpha_k > threshold` of the attention of the rows that
 see it (Gu's measure). Its probabilities keep the fraction beta, the rest of its mass goes to all other
-visible keys pro rata. `PRESETS`:
+visible keys pro rata. The presets:
 
     ==============  =====================  ============================================
     item            paper                  released
@@ -21,75 +21,21 @@ GATECH-EIC/ACT.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-
 import torch
 from lens_kernels.redistribution import Transfer
 from lens_kernels.redistribution import redistribute as recombine
 
 from lens.common.errors import LensError
-from lens.common.head_ids import AnyHead
-from lens.edits.base import AttentionEdit, grouped, part_of, selected_heads
+from lens.edits.base import AttentionEdit, grouped, part_of
 from lens.edits.rules import REST, SOURCES
-from lens.models.loaded import LoadedModel
 from lens.passes.calls import LayerCall, attend
 from lens.passes.keys import KeysAt
-from lens.passes.sessions import listening
-
-PRESETS = ("paper", "released")
-
-
-@contextmanager
-def act(
-    model: LoadedModel,
-    *,
-    preset: str = "paper",
-    beta: float = 0.4,
-    threshold: float | None = None,
-    layers: Sequence[int] | None = None,
-    heads: Sequence[AnyHead] | None = None,
-    backend: str = "auto",
-) -> Iterator[ActEdit]:
-    """Attention calibration of every forward pass inside the block; sinks are found in the prompt.
-
-    Args:
-        model: a causal language model.
-        preset: "paper" or "released"; see the module for what they differ in.
-        beta: fraction of their mass that sinks keep.
-        threshold: of alpha; None: 5 / N ("paper") or 0.1 ("released").
-        layers, heads: what is edited, instead of the preset's layers.
-        backend: of `lens_kernels`.
-
-    Yields:
-        `ActEdit`, which counts what was done.
-
-    Raises:
-        LensError: an unknown preset, numbers out of range, a layer that looks ahead, or a cache that
-            began outside the block.
-
-    Reference:
-        arXiv 2406.15765.
-
-    Example:
-        >>> with lens.edits.act(model, heads=["L3H5"]) as edit:
-        ...     model.model.generate(ids, max_new_tokens=20)
-    """
-    if preset not in PRESETS:
-        raise LensError(f"preset of ACT must be one of {', '.join(PRESETS)}, got {preset!r}")
-    if not 0 <= beta <= 1:
-        raise LensError(f"beta of ACT is a fraction 0..1, got {beta}")
-    if threshold is not None and not 0 <= threshold <= 1:
-        raise LensError(f"threshold of ACT is a share of attention 0..1, got {threshold}")
-    if layers is None and heads is None and preset == "released":
-        layers = range(2, model.info.layers - 1)
-    edit = ActEdit(preset, beta, threshold, selected_heads(model, layers, heads), backend)
-    with listening(model, edit.on_layer, exclusive=True):
-        yield edit
 
 
 class ActEdit(AttentionEdit):
     """See `AttentionEdit`; rows that it looks at are those of heads with sinks."""
+
+    word = "Act"
 
     def __init__(
         self, preset: str, beta: float, threshold: float | None, heads: torch.Tensor, backend: str

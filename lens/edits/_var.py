@@ -24,24 +24,19 @@ Kang et al., "See What You Are Told: Visual Attention Sink in Large Multimodal M
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from lens_kernels.redistribution import SMALLEST_TARGET
 
 from lens.common.errors import LensError
-from lens.common.head_ids import AnyHead
-from lens.edits.base import AttentionEdit, grouped, part_of, selected_heads
-from lens.edits.gathered import gathered_states
+from lens.edits._gathered import gathered_states
+from lens.edits.base import AttentionEdit, grouped, part_of
 from lens.edits.selection import HeadSelection
-from lens.edits.sink_dims import check_dims, phi
-from lens.models.loaded import LoadedModel
+from lens.edits.sink_dims import phi
 from lens.passes.calls import LayerCall, attend
-from lens.passes.keys import Keys, KeysAt, check_keys, members
-from lens.passes.sessions import listening
-from lens.passes.stream import layer_inputs
+from lens.passes.keys import Keys, KeysAt, members
 
 _REST, _TEXT_SINKS, _IMAGE_SINKS, _RECEIVERS = range(4)
 
@@ -108,80 +103,11 @@ PRESETS = {
 shipped. p = 0.6 is shipped; which p the paper's tables used is not known."""
 
 
-@contextmanager
-def var(
-    model: LoadedModel,
-    image: Keys,
-    *,
-    preset: str = "paper",
-    amount: float | None = None,
-    rho: float | None = None,
-    tau: float | None = None,
-    least_visual: float | None = None,
-    dims: Sequence[int] | None = None,
-    sinks: Keys | None = None,
-    layers: Sequence[int] | None = None,
-    heads: Sequence[AnyHead] | None = None,
-    backend: str = "auto",
-) -> Iterator[VarEdit]:
-    """Visual attention redistribution of every forward pass inside the block, generation included.
-
-    Rows of image tokens are never edited. A row without an image key or with nothing to give keeps
-    its bits, and so does a head none of whose rows is image-centric.
-
-    Args:
-        model: a causal language model, most often inside a vision-language model.
-        image: the image keys, such as `lens.vision.segments(model, inputs).keys("image")`.
-        preset: "paper" or "released"; see the module for all they differ in.
-        amount, rho, tau, least_visual: instead of the preset's.
-        dims: sink dimensions, from `find_sink_dims` or `KNOWN`; None: all are looked at.
-        sinks: the sinks themselves, instead of looking for them.
-        layers, heads: what may be edited, instead of the preset's layers.
-        backend: of `lens_kernels`.
-
-    Yields:
-        `VarEdit`, which counts what was done and knows which heads were image-centric.
-
-    Raises:
-        LensError: an unknown preset, numbers out of range, dimensions that the model has not, a layer
-            that looks ahead, and as `lens.redistribute`.
-
-    Reference:
-        arXiv 2503.03321.
-
-    Example:
-        >>> image = lens.vision.segments(model, inputs).keys("image")
-        >>> with lens.edits.var(model, image, dims=(1415, 2533)) as edit:
-        ...     model.model.generate(**inputs, max_new_tokens=20)
-        >>> edit.selection().findings()
-    """
-    if preset not in PRESETS:
-        raise LensError(f"preset of VAR must be one of {', '.join(PRESETS)}, got {preset!r}")
-    numbers = {"amount": amount, "rho": rho, "tau": tau, "least_visual": least_visual}
-    given = {name: float(number) for name, number in numbers.items() if number is not None}
-    settings = replace(PRESETS[preset], **given)
-    check_keys("image", image)
-    if sinks is not None:
-        check_keys("sinks", sinks)
-        if dims is not None or tau is not None:
-            raise LensError("give sinks, or dims and tau to look for them, not both")
-    if layers is None and heads is None:
-        layers = settings.layers(model.info.layers)
-    edit = VarEdit(image, settings, dims, sinks, selected_heads(model, layers, heads), backend)
-    edit.name = model.name
-    if sinks is not None:
-        with listening(model, edit.on_layer, exclusive=True):
-            yield edit
-        return
-    check_dims(model, dims)
-    with layer_inputs(model, edit.take), listening(model, edit.on_layer, exclusive=True):
-        yield edit
-
-
 class VarEdit(AttentionEdit):
     """See `AttentionEdit`; rows that it looks at are those of text tokens that see the image."""
 
     name = ""
+    word = "Var"
 
     def __init__(
         self,

@@ -1,0 +1,209 @@
+"""Heads and sub-layers replaced by a constant, coordinates set: what `lens.edits.parts` runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lens.common.errors import LensError
+from lens.edits.base import AttentionEdit
+from lens.models.loaded import LoadedModel
+from lens.passes.calls import LayerCall, attend
+from lens.passes.head_outputs import read_heads
+from lens.passes.inputs import Prompt, read_prompts
+from lens.passes.keys import KeysAt
+from lens.passes.sessions import base
+from lens.passes.stream import changed
+
+FEWEST = 2
+"""Prompts that a mean at a position is taken over at least."""
+
+
+class HeadsOut(AttentionEdit):
+    """Outputs of heads replaced; `calls` is counted, no mass is moved.
+
+    Args:
+        means: per layer [heads, positions | 1, value_dim], NaN where there is none; None: 0.
+    """
+
+    word = "Ablate"
+
+    def __init__(self, means: Sequence[Tensor] | None, heads: Tensor, backend: str) -> None:
+        super().__init__(heads, backend)
+        self._means = means
+
+    def _edit(self, call: LayerCall, at: KeysAt, heads: Tensor) -> Tensor:
+        output = attend(call, backend=self._backend).output.clone()
+        instead = torch.zeros((), dtype=output.dtype, device=output.device)
+        if self._means is not None:
+            mean = self._means[call.layer].to(output.device)
+            places = torch.zeros_like(at.positions)
+            if mean.shape[1] > 1:
+                places = at.positions.clamp(min=0)
+            places = places[:, -output.shape[2] :]
+            if int(places.max()) >= mean.shape[1]:
+                raise LensError(
+                    f"position {int(places.max())} has no mean: fewer than {FEWEST} of the prompts that "
+                    f"it was taken over reach {mean.shape[1]}; give longer ones, or use 'pooled_mean'"
+                )
+            instead = mean[heads][:, places].transpose(0, 1).to(output.dtype)
+        output[:, heads] = instead.expand(output[:, heads].shape)
+        self.calls += 1
+        return output
+
+
+class Hooked:
+    """What an edit outside of attention did.
+
+    Attributes:
+        calls: how often it changed what a module gave.
+    """
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+
+class SubLayersOut(Hooked):
+    """What sub-layers return, replaced by 0 or a mean [width]."""
+
+    def __init__(self, modules: Mapping[str, nn.Module], means: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self._modules, self._means = modules, means
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """The sub-layers are out inside the block."""
+        with ExitStack() as stack:
+            for name, module in self._modules.items():
+
+                def hook(_: nn.Module, __: Any, output: Any, name: str = name) -> Any:
+                    self.calls += 1
+                    first = _first(output)
+                    instead = torch.zeros_like(first)
+                    if name in self._means:
+                        instead += self._means[name].to(first)
+                    return (instead, *output[1:]) if isinstance(output, tuple) else instead
+
+                stack.callback(module.register_forward_hook(hook).remove)
+            yield
+
+
+def mean_heads(
+    model: LoadedModel, prompts: Any, heads: Tensor, keep_positions: bool
+) -> list[Tensor]:
+    """Per layer [heads, positions | 1, value_dim], mean output of every head over prompts.
+
+    Raises:
+        LensError: no position that `FEWEST` prompts reach, or prompts without tokens.
+    """
+    ids = [_ids(prompt) for prompt in read_prompts(model, prompts)[0]]
+    lengths = sorted((len(one) for one in ids), reverse=True)
+    longest = lengths[FEWEST - 1] if len(lengths) >= FEWEST else 0
+    if keep_positions and not longest:
+        raise LensError(
+            "the mean over one prompt is that prompt, so nothing would change; take more prompts, or "
+            "baseline='pooled_mean', the mean over positions too"
+        )
+    sums: list[Tensor] = [torch.zeros(())] * model.info.layers
+    counts = torch.zeros(longest if keep_positions else 1, dtype=torch.float64)
+    for one in ids:
+
+        def add(layer: int, output: Tensor) -> None:
+            z = output[0].double().cpu()  # [heads, queries, value_dim]
+            if not keep_positions:
+                sums[layer] = sums[layer] + z.sum(1, keepdim=True)
+                return
+            z = z[:, :longest]
+            sums[layer] = sums[layer] + nn.functional.pad(z, (0, 0, 0, longest - z.shape[1]))
+
+        read_heads(model, torch.tensor([one]), add)
+        counts[: len(one)] += 1 if keep_positions else len(one)
+    return [total / counts[None, :, None] for total in sums]
+
+
+def mean_sublayers(
+    model: LoadedModel, prompts: Any, modules: Mapping[str, nn.Module]
+) -> dict[str, Tensor]:
+    """[width] of each sub-layer: the mean of what it returns, over all tokens of the prompts."""
+    sums: dict[str, Tensor] = {}
+    tokens = 0
+    with ExitStack() as stack, torch.no_grad():
+        for name, module in modules.items():
+
+            def hook(_: nn.Module, __: Any, output: Any, name: str = name) -> None:
+                total = _first(output)[0].double().sum(0)
+                sums[name] = sums[name] + total if name in sums else total
+
+            stack.callback(module.register_forward_hook(hook).remove)
+        for prompt in read_prompts(model, prompts)[0]:
+            base(model)(**prompt.inputs)
+            tokens += len(_ids(prompt))
+    return {name: total / tokens for name, total in sums.items()}
+
+
+@contextmanager
+def setting(
+    model: LoadedModel,
+    layer: int,
+    places: Tensor,
+    dims: Sequence[int],
+    value: float,
+    done: Hooked,
+) -> Iterator[None]:
+    """Coordinates of what leaves `layer` (-1: enters layer 0) at some positions are `value` in the block.
+
+    Raises:
+        LensError: a layer that the model has not got; in the first pass, such dims.
+    """
+    positions: Tensor | None = None
+
+    def begin(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        nonlocal positions
+        positions = _positions(args, kwargs).to(model.device)
+
+    def change(hidden: Tensor) -> Tensor:
+        assert positions is not None
+        if max(dims) >= hidden.shape[-1]:
+            raise LensError(f"dim must be 0 to {hidden.shape[-1] - 1}, got {max(dims)}")
+        chosen = torch.isin(positions, places.to(positions)).expand(hidden.shape[:2])
+        if not bool(chosen.any()):
+            return hidden
+        done.calls += 1
+        hidden = hidden.clone()
+        for dim in dims:
+            hidden[..., dim] = hidden[..., dim].masked_fill(chosen, value)
+        return hidden
+
+    with ExitStack() as stack:
+        stack.callback(base(model).register_forward_pre_hook(begin, with_kwargs=True).remove)
+        stack.enter_context(changed(model, layer, change))
+        yield
+
+
+def _positions(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """[batch, tokens]: places of the tokens of a forward pass from the first real one of each prompt."""
+    given = [kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args[:1]]
+    tokens = next((one for one in given if one is not None), None)
+    if tokens is None:
+        raise LensError("Activation reads input_ids or inputs_embeds, and this pass has neither")
+    cache = kwargs.get("past_key_values")
+    past = 0 if cache is None else int(cache.get_seq_length())
+    places = torch.arange(past, past + tokens.shape[1], device=tokens.device)[None]
+    real = kwargs.get("attention_mask")
+    if isinstance(real, Tensor) and real.dim() == 2:
+        places = places - real.int().argmax(-1)[:, None]
+    return places
+
+
+def _ids(prompt: Prompt) -> list[int]:
+    if prompt.ids is None:
+        raise LensError("a mean is taken over prompts of tokens")
+    return prompt.ids
+
+
+def _first(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output

@@ -1,0 +1,159 @@
+"""Edits of parts of the model: heads and sub-layers taken out, coordinates of the residual stream set."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from lens.common.choices import check_choice
+from lens.common.errors import LensError
+from lens.common.head_ids import AnyHead
+from lens.edits._parts import (
+    HeadsOut,
+    Hooked,
+    SubLayersOut,
+    mean_heads,
+    mean_sublayers,
+    setting,
+)
+from lens.edits.base import selected_heads
+from lens.edits.language import Edit, Running, check_number
+from lens.models.layout import named_sublayers
+from lens.models.loaded import LoadedModel
+
+
+@dataclass(frozen=True)
+class Ablate(Edit):
+    """Heads or sub-layers are taken out: what they give is replaced by a constant.
+
+    Of a head that is its output `z = P v`, before the output projection; of a sub-layer ("L2.mlp",
+    "L0.attention") what it adds to the residual stream.
+
+    Attributes:
+        what: heads and sub-layers, such as `["L1H3", "L2.mlp"]`; one alone may be a string.
+        baseline: "zero"; "mean" over the prompts `over` at each position (heads alone; a position that
+            fewer than two of them reach is refused); "pooled_mean" over their positions too.
+        over: prompts as for `lens.capture`, for the means; `lens.effect` takes its own where none are
+            given.
+
+    Raises:
+        LensError: nothing to take out, an unknown baseline, prompts without a mean; when it starts, a
+            mean without prompts, heads or sub-layers that the model has not got.
+
+    Reference: Michel, Levy, Neubig 2019, arXiv 1905.10650.
+
+    Example:
+        >>> with lens.edit(model, lens.edits.Ablate(["L1H3", "L2.mlp"], "pooled_mean", over=texts)):
+        ...     model.logits("It was the best of times")
+    """
+
+    what: AnyHead | Sequence[AnyHead]
+    baseline: Literal["zero", "mean", "pooled_mean"] = "zero"
+    over: Any = field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        check_choice("baseline of Ablate", self.baseline, ("zero", "mean", "pooled_mean"))
+        one = isinstance(self.what, str) or (
+            len(self.what) == 2 and all(isinstance(part, int) for part in self.what)
+        )
+        what = (self.what,) if one else tuple(self.what)
+        if not what:
+            raise LensError("Ablate takes out at least one head or sub-layer; none was given")
+        object.__setattr__(self, "what", what)
+        if self.baseline == "zero" and self.over is not None:
+            raise LensError("over belongs to a mean; Ablate(..., 'zero') needs no prompts")
+        if self.baseline == "mean" and self.sublayers:
+            raise LensError(
+                f"the mean at each position is defined for heads; use 'pooled_mean' for "
+                f"{', '.join(self.sublayers)}"
+            )
+
+    @property
+    def heads(self) -> tuple[AnyHead, ...]:
+        """Those of `what` that are heads."""
+        return tuple(one for one in self.what if not _is_sublayer(one))  # type: ignore[union-attr]
+
+    @property
+    def sublayers(self) -> tuple[str, ...]:
+        """Those of `what` that are sub-layers."""
+        return tuple(one for one in self.what if _is_sublayer(one))  # type: ignore[union-attr]
+
+    def start(self, model: LoadedModel, backend: str) -> Running:
+        """See `Edit`."""
+        if self.baseline != "zero" and self.over is None:
+            raise LensError(
+                f"Ablate(..., {self.baseline!r}) needs the prompts that the mean is taken over: over=texts"
+            )
+        heads = hooked = None
+        if self.heads:
+            chosen = selected_heads(model, None, self.heads)
+            means = None
+            if self.baseline != "zero":
+                means = mean_heads(model, self.over, chosen, self.baseline == "mean")
+            heads = HeadsOut(means, chosen, backend)
+        if self.sublayers:
+            known = named_sublayers(model)
+            if unknown := [name for name in self.sublayers if name not in known]:
+                raise LensError(
+                    f"{model.name} has no sub-layer {', '.join(unknown)}; it has {', '.join(known)}"
+                )
+            modules = {name: known[name] for name in self.sublayers}
+            means = {} if self.baseline == "zero" else mean_sublayers(model, self.over, modules)
+            hooked = SubLayersOut(modules, means)
+        done = heads if hooked is None else hooked if heads is None else (heads, hooked)
+        return Running(done, heads, ExitStack() if hooked is None else hooked.open())
+
+
+@dataclass(frozen=True)
+class Activation(Edit):
+    """A coordinate of the residual stream is set to a number: massive activations, for one.
+
+        h[position, dim] = value in what leaves `layer`
+
+    Attributes:
+        layer: whose output it is; -1 is what enters layer 0.
+        position: from the first real token; or several.
+        dim: of the residual stream; or several.
+        value: what they become.
+
+    Raises:
+        LensError: numbers that make no sense; when it starts, a layer or dim that the model has not got.
+
+    Reference: Sun et al., Massive Activations in Large Language Models, arXiv 2402.17762.
+
+    Example:
+        >>> with lens.edit(model, lens.edits.Activation(0, 0, [3, 8], 0.0)):
+        ...     model.logits("It was the best of times")
+    """
+
+    layer: int
+    position: int | Sequence[int]
+    dim: int | Sequence[int]
+    value: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("position", "dim"):
+            given = getattr(self, name)
+            numbers = (given,) if isinstance(given, int) else tuple(given)
+            if not numbers or not all(isinstance(one, int) and one >= 0 for one in numbers):
+                raise LensError(
+                    f"{name} of Activation must be one or more numbers from 0, got {given!r}"
+                )
+            object.__setattr__(self, name, numbers)
+        check_number("value of Activation", self.value)
+
+    def start(self, model: LoadedModel, backend: str) -> Running:
+        """See `Edit`."""
+        assert not isinstance(self.dim, int)
+        done = Hooked()
+        places = torch.tensor(self.position, device=model.device)
+        hooks = setting(model, self.layer, places, list(self.dim), self.value, done)
+        return Running(done, hooks=hooks)
+
+
+def _is_sublayer(one: AnyHead) -> bool:
+    return isinstance(one, str) and one.endswith((".attention", ".mlp"))

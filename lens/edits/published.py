@@ -1,0 +1,213 @@
+"""Published recipes that find out for themselves which keys they edit: VAR, ACT and PASTA."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from lens.common.choices import check_choice
+from lens.common.errors import LensError
+from lens.common.head_ids import AnyHead
+from lens.edits._act import ActEdit
+from lens.edits._pasta import PastaEdit
+from lens.edits._var import PRESETS, VarEdit, VarSettings
+from lens.edits.base import selected_heads
+from lens.edits.language import Edit, Running, check_number, plain_keys, plain_places
+from lens.edits.sink_dims import check_dims
+from lens.models.loaded import LoadedModel
+from lens.passes.keys import Keys
+from lens.passes.stream import layer_inputs
+
+Preset = Literal["paper", "released"]
+
+
+@dataclass(frozen=True)
+class Var(Edit):
+    """Visual attention redistribution: heads that look at the image give it their sinks' attention.
+
+    With p the amount, S the sinks, V the image keys, R = V without S, in rows of text after the image:
+
+        m(V) >= least_visual  and  m(R) / m(V) >= rho      the row of this head is image-centric
+        P_S (1 - p),   P_R (1 + p m(S) / m(R))             and nothing else changes
+
+    Rows of image tokens are never edited. A row without an image key or with nothing to give keeps
+    its bits, and so does a head none of whose rows is image-centric.
+
+    Attributes:
+        image: the image keys, such as `lens.vision.segments(model, inputs).keys("image")`.
+        preset: "paper", or "released" for what the released code does; `lens.edits._var` has a table of
+            all that they differ in.
+        amount, rho, tau, least_visual: instead of the preset's.
+        dims: sink dimensions, from `lens.edits.find_sink_dims`; None: all are looked at.
+        sinks: the sinks themselves, instead of looking for them.
+        heads, layers: what may be edited, instead of the preset's layers.
+
+    Raises:
+        LensError: an unknown preset, numbers out of range; when it starts, dimensions that the model has
+            not; while it runs, a layer that looks ahead, or a cache that began outside of the block.
+
+    Reference: Kang et al., See What You Are Told, arXiv 2503.03321.
+
+    Example:
+        >>> image = lens.vision.segments(vlm, inputs).keys("image")
+        >>> with lens.edit(vlm, lens.edits.Var(image, sinks=[0, 6], rho=0.0, least_visual=0.0)) as (done,):
+        ...     vlm.model(**inputs).logits.shape
+        torch.Size([1, 32, 97])
+        >>> done.selection().findings()
+    """
+
+    image: Keys
+    preset: Preset = "paper"
+    amount: float | None = None
+    rho: float | None = None
+    tau: float | None = None
+    least_visual: float | None = None
+    dims: Sequence[int] | None = None
+    sinks: Keys | None = None
+    heads: Sequence[AnyHead] | None = None
+    layers: Sequence[int] | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("preset of VAR", self.preset, Preset)
+        object.__setattr__(self, "image", plain_keys("image", self.image))
+        if self.sinks is not None:
+            object.__setattr__(self, "sinks", plain_keys("sinks", self.sinks))
+            if self.dims is not None or self.tau is not None:
+                raise LensError("give sinks, or dims and tau to look for them, not both")
+        if self.dims is not None:
+            object.__setattr__(self, "dims", tuple(self.dims))
+        _settle(self)
+        self.settings  # noqa: B018 - checks the numbers
+
+    @property
+    def settings(self) -> VarSettings:
+        """The numbers of the preset with the given ones in their place."""
+        numbers = {name: getattr(self, name) for name in ("amount", "rho", "tau", "least_visual")}
+        given = {name: float(number) for name, number in numbers.items() if number is not None}
+        return replace(PRESETS[self.preset], **given)
+
+    def start(self, model: LoadedModel, backend: str) -> Running:
+        """See `Edit`."""
+        layers = self.layers
+        if layers is None and self.heads is None:
+            layers = self.settings.layers(model.info.layers)
+        chosen = selected_heads(model, layers, self.heads)
+        edit = VarEdit(self.image, self.settings, self.dims, self.sinks, chosen, backend)
+        edit.name = model.name
+        if self.sinks is not None:
+            return Running(edit, edit, nullcontext())
+        check_dims(model, self.dims)
+        return Running(edit, edit, layer_inputs(model, edit.take))
+
+
+@dataclass(frozen=True)
+class Act(Edit):
+    """Attention calibration: sink tokens after the first give most of their mass to all other keys.
+
+    A key is a sink of a head where it receives `alpha > threshold` of the attention of the rows that see
+    it; its probabilities keep the fraction beta, the rest goes to all other visible keys pro rata.
+
+        P_S beta,   P_R (1 + (1 - beta) m_S / m_R)
+
+    Attributes:
+        preset: "paper", or "released" for what the released code does; `lens.edits._act` has a table.
+        beta: fraction of their mass that sinks keep.
+        threshold: of alpha; None: 5 / N ("paper") or 0.1 ("released").
+        heads, layers: what is edited, instead of the preset's layers.
+
+    Raises:
+        LensError: an unknown preset, numbers out of range; while it runs, a layer that looks ahead, or a
+            cache that began outside of the block.
+
+    Reference: Yu et al., Unveiling and Harnessing Hidden Attention Sinks, arXiv 2406.15765.
+
+    Example:
+        >>> with lens.edit(model, lens.edits.Act(heads=["L1H3"])):
+        ...     model.logits("It was the best of times")
+    """
+
+    preset: Preset = "paper"
+    beta: float = 0.4
+    threshold: float | None = None
+    heads: Sequence[AnyHead] | None = None
+    layers: Sequence[int] | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("preset of ACT", self.preset, Preset)
+        check_number("beta of ACT", self.beta, 0, 1)
+        if self.threshold is not None:
+            check_number("threshold of ACT", self.threshold, 0, 1)
+        _settle(self)
+
+    def start(self, model: LoadedModel, backend: str) -> Running:
+        """See `Edit`."""
+        layers = self.layers
+        if layers is None and self.heads is None and self.preset == "released":
+            layers = range(2, model.info.layers - 1)
+        chosen = selected_heads(model, layers, self.heads)
+        edit = ActEdit(self.preset, self.beta, self.threshold, chosen, backend)
+        return Running(edit, edit)
+
+
+@dataclass(frozen=True)
+class Pasta(Edit):
+    """Post-hoc attention steering: the prompt outside the spans that matter is scaled down.
+
+    `log alpha` is added to the logits of all keys of the prompt that are in no span, and rows are
+    normalised again; generated tokens are left as they are. With n spans the released code adds
+    `(n - 1) log alpha` to spans and `n log alpha` to the rest.
+
+    Attributes:
+        spans: (start, end) positions from the first real token, the end not included; the same in
+            each prompt of a batch.
+        preset: "paper" or "released"; they differ where there are several spans.
+        alpha: factor, above 0, of what is not emphasised; 1 changes nothing.
+        heads, layers: what is steered; the paper profiles heads first (`lens.edits.search_heads`).
+
+    Raises:
+        LensError: an unknown preset, an alpha or spans that make no sense; while it runs, a cache that
+            began outside of the block.
+
+    Reference: Zhang et al., Tell Your Model Where to Attend, arXiv 2311.02262.
+
+    Example:
+        >>> with lens.edit(model, lens.edits.Pasta([(2, 4)], heads=["L1H3", "L2H0"])):
+        ...     model.generate("It was the best of times", max_new_tokens=5)
+    """
+
+    spans: Sequence[tuple[int, int]]
+    preset: Preset = "paper"
+    alpha: float = 0.01
+    heads: Sequence[AnyHead] | None = None
+    layers: Sequence[int] | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("preset of PASTA", self.preset, Preset)
+        if not 0 < self.alpha < math.inf:
+            raise LensError(
+                f"alpha of PASTA must be above 0, got {self.alpha}; hide keys with lens.edits.Mask"
+            )
+        ends = tuple(sorted((int(start), int(end)) for start, end in self.spans))
+        if not ends or any(not 0 <= start < end for start, end in ends):
+            raise LensError(f"spans must be (start, end) with 0 <= start < end, got {self.spans}")
+        if any(start < end for (_, end), (start, _) in itertools.pairwise(ends)):
+            raise LensError(f"spans must not overlap, got {self.spans}")
+        object.__setattr__(self, "spans", ends)
+        _settle(self)
+
+    def start(self, model: LoadedModel, backend: str) -> Running:
+        """See `Edit`."""
+        count, log = (len(self.spans) if self.preset == "released" else 1), math.log(self.alpha)
+        chosen = selected_heads(model, self.layers, self.heads)
+        edit = PastaEdit(self.spans, (count * log, (count - 1) * log), chosen, backend)
+        return Running(edit, edit)
+
+
+def _settle(edit: Var | Act | Pasta) -> None:
+    heads, layers = plain_places(edit.heads, edit.layers)
+    object.__setattr__(edit, "heads", heads)
+    object.__setattr__(edit, "layers", layers)
