@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -14,12 +12,11 @@ import torch
 from lens.common.errors import LensError
 from lens.common.head_ids import HeadId
 from lens.common.results import Result, described
+from lens.edits.language import Edit
+from lens.edits.running import edit as run
 from lens.models.loaded import LoadedModel
 from lens.stats import over_units
 from lens.tasks.task import Task
-
-EditOf = Callable[[Sequence[HeadId]], AbstractContextManager[Any]]
-"""heads -> the context manager that edits these heads, and no others."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,7 +120,7 @@ class HeadSearch(Result):
 def search_heads(
     model: LoadedModel,
     task: Task,
-    edit: EditOf,
+    edit: Edit,
     *,
     most: int = 10,
     validation: float = 0.5,
@@ -135,21 +132,29 @@ def search_heads(
 
     Args:
         model, task: the prompts are split at random by `seed`.
-        edit: heads -> context manager, such as
-            `lambda heads: lens.edit(model, lens.edits.Move("first", amount=0.6, heads=heads))`.
+        edit: of attention, such as `lens.edits.Move("first", amount=0.6)`; its heads are tried one by one.
         most: heads chosen at most; only those with a positive mean gain are.
         validation: share of the prompts that choose.
 
     Raises:
-        LensError: fewer than two prompts on a side, or `most` below 1.
+        LensError: an edit that is not one of heads, or that names some; fewer than two prompts on a side,
+            or `most` below 1.
 
     Reference:
         The offline search of ACT (arXiv 2406.15765) and PASTA (arXiv 2311.02262).
 
     Example:
-        >>> lens.edits.search_heads(model, task, edit).findings()
+        >>> lens.edits.search_heads(model, task, lens.edits.Mask("first"), most=3).findings()
     """
     info = model.info
+    if not isinstance(edit, Edit) or not hasattr(edit, "layers"):
+        raise LensError(
+            f"search_heads tries an edit of attention, such as lens.edits.Mask('first'), got {edit!r}"
+        )
+    if edit.heads is not None or edit.layers is not None:  # type: ignore[attr-defined]
+        raise LensError(
+            "search_heads chooses the heads itself: leave heads and layers of the edit out"
+        )
     if most < 1:
         raise LensError(f"most must be at least one head, got {most}")
     count = round(validation * task.n)
@@ -167,7 +172,7 @@ def search_heads(
     def gain(part: Task, clean: torch.Tensor, heads: Sequence[HeadId]) -> np.ndarray:
         if not heads:
             return np.zeros(part.n)
-        with edit(heads):
+        with run(model, replace(edit, heads=heads)):  # type: ignore[type-var]
             edited = part.evaluate(model)
         return (part.sign * (edited - clean)).double().numpy()
 

@@ -29,10 +29,16 @@ def test_the_search_chooses_on_some_prompts_and_judges_on_the_others(induction):
     edited = []
 
     def edit(heads):
-        edited.append(tuple(heads))
         return lens.edit(model, lens.edits.Mask("first", heads=heads))
 
-    found = lens.edits.search_heads(model, task, edit, most=3, validation=0.6, seed=1)
+    def seen(model, one):
+        edited.append(one.heads)
+        return lens.edit(model, one)
+
+    mask = lens.edits.Mask("first")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lens.edits.searching.run", seen)
+        found = lens.edits.search_heads(model, task, mask, most=3, validation=0.6, seed=1)
     layers, heads = model.info.layers, model.info.heads
     everyone = [HeadId(layer, head) for layer in range(layers) for head in range(heads)]
     assert found.gains.shape == (layers, heads, 8)
@@ -79,13 +85,14 @@ def test_choosing_among_noise_flatters_and_the_report_says_so():
 
     effects = random.normal(size=(35, 40))
 
-    def edit(heads):
-        state["heads"] = tuple(layer * 7 + head for layer, head in heads)
+    def edit(_, one):
+        state["heads"] = tuple(layer * 7 + head for layer, head in one.heads)
         return Editing()
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lens.edits.searching._subset", lambda _, rows: Noise(rows.numpy()))
-        found = lens.edits.search_heads(model, Noise(np.arange(40)), edit, most=5)
+        patch.setattr("lens.edits.searching.run", edit)
+        found = lens.edits.search_heads(model, Noise(np.arange(40)), lens.edits.Mask(), most=5)
     assert len(found.chosen) == 5
     assert found.validation.mean() > 0.2
     assert found.bias > 0.2
@@ -105,7 +112,16 @@ def test_a_search_that_finds_no_head_says_so_and_bad_splits_are_refused(inductio
         ("leaves 13 to choose with and 1 to judge by; each side needs two", {"validation": 0.95}),
     ):
         with pytest.raises(LensError, match=match):
-            lens.edits.search_heads(model, task, lambda _: nullcontext(), **options)
+            lens.edits.search_heads(model, task, lens.edits.Mask(), **options)
+    for match, edit in (
+        (
+            "search_heads tries an edit of attention, such as lens.edits.Mask",
+            lens.edits.Ablate("L0H0"),
+        ),
+        ("chooses the heads itself: leave heads and layers", lens.edits.Mask(layers=[0])),
+    ):
+        with pytest.raises(LensError, match=match):
+            lens.edits.search_heads(model, task, edit)
 
 
 def test_side_effects_are_those_of_the_sink_test_where_the_edit_is_the_same():

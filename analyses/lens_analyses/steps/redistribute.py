@@ -1,8 +1,7 @@
 """What changes when attention is moved: on a task, on held-out text, and in which heads it helps."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,6 @@ import plotly.graph_objects as go
 import lens
 from lens import edits as moving
 from lens import sinks
-from lens.common.head_ids import HeadId
 from lens.common.results import of_kind
 from lens.figures.redistribution import side_effect_line
 from lens.figures.sink_effects import migration_maps
@@ -110,7 +108,7 @@ def search(subject: Subject) -> Section:
     found = moving.search_heads(
         subject.model,
         subject.task,
-        lambda heads: _edit(subject, amount, heads),
+        EDIT_OF[subject.settings.rule](amount),
         seed=subject.seed,
     )
     return Section(
@@ -139,10 +137,8 @@ def _configuration(subject: Subject, amounts: list[float]) -> dict[str, Any]:
     return {"rule": rule, "amounts": amounts, "sources": keys}
 
 
-def _edit(
-    subject: Subject, amount: float, heads: Sequence[HeadId] | None = None
-) -> AbstractContextManager[Any]:
-    return lens.edit(subject.model, replace(EDIT_OF[subject.settings.rule](amount), heads=heads))
+def _edit(subject: Subject, amount: float) -> AbstractContextManager[Any]:
+    return lens.edit(subject.model, EDIT_OF[subject.settings.rule](amount))
 
 
 def _response(subject: Subject, amounts: list[float]) -> pd.DataFrame:
