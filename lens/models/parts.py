@@ -156,6 +156,11 @@ class Layout:
         """Whether a norm comes between what a head writes and the stream that others read."""
         return self.normed or any(block.after.changes for block in self.blocks)
 
+    @property
+    def adds_positions(self) -> bool:
+        """Whether what enters the first block is more than the embedded tokens: learned positions, say."""
+        return self._row.positions is not None or self._row.embedding is not None
+
     def embed(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """What enters the first block, [rows, tokens, d_model]."""
         row, base = self._row, self._base

@@ -189,14 +189,15 @@ def circuit_scores() -> Numbers:
     model, task, circuits = symbols()[0], copying(), lens.circuits
     found: Numbers = {}
     methods = (
-        "exact eap eap-ig eap-ig-activations clean-corrupted atp* atp*-together atp*-grad-drop "
+        "exact eap eap-ig eap-ig-stages clean-corrupted atp* atp*-together atp*-grad-drop "
         "relp relp-values"
     )
     for method in methods.split():
         scored = circuits.score_edges(model, task, method=method, **QUIET)
         table = scored.table().set_index("edge")
         at = ["a1.h0->logits", "a0.h1->a1.h0<k>"]
-        found |= cells(f"circuits.score_edges.{method}", table, "value", at)
+        name = method.replace("stages", "activations")  # as it was called when it was recorded
+        found |= cells(f"circuits.score_edges.{name}", table, "value", at)
     table = edges().table().set_index("edge")
     found |= cells("circuits.score_edges.eap-ig", table, "low high stderr", ["a1.h0->logits"])
     columns = "change low high effect relative"

@@ -18,6 +18,7 @@ Method = Literal[
     "eap",
     "eap-ig",
     "eap-ig-activations",
+    "eap-ig-stages",
     "clean-corrupted",
     "atp*",
     "atp*-together",

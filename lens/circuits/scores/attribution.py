@@ -23,7 +23,6 @@ from lens.common.errors import LensError
 from lens.models.parts import Norm
 from lens.passes.calls import LayerCall
 
-_FLAT = 1e-8
 _NUMBERS = 2**22  # in one tensor while gradients meet differences
 Stage = tuple[str, int]
 """("input", 0), ("heads", layer) or ("mlp", layer)."""
@@ -113,11 +112,11 @@ def _slope(logits: Tensor, objective: Objective, refuse_flat: bool) -> Tensor:
     if not values.requires_grad:
         raise LensError("the metric has no gradient; use 'logit_difference' or 'loss'")
     (slope,) = torch.autograd.grad(values.sum(), logits)
-    if refuse_flat and slope.norm() < _FLAT:
+    if refuse_flat and not bool(slope.any()):
         raise LensError(
-            "the metric is flat at the clean prompts (its gradient by the logits has the norm "
-            f"{slope.norm():.1e}), so that plain 'eap' is 0 everywhere and says nothing; use "
-            "method='eap-ig', whose gradients are taken on the way to the corrupt prompts"
+            "the metric is flat at the clean prompts (its gradient by the logits is 0), so that every "
+            "score is 0 and says nothing; use method='eap-ig', whose gradients are taken on the way "
+            "to the corrupt prompts"
         )
     return slope
 

@@ -35,5 +35,13 @@ class Batch:
     @property
     def fractions(self) -> list[float]:
         """Where gradients are taken, from the reference (0) to the clean run (1)."""
-        shift = 0.5 if self.rule == "midpoint" else 0.0
+        return self._fractions(0.0)
+
+    @property
+    def later_fractions(self) -> list[float]:
+        """The same, but "left" begins one step after the reference and ends at the clean run."""
+        return self._fractions(1.0)
+
+    def _fractions(self, shift: float) -> list[float]:
+        shift = 0.5 if self.rule == "midpoint" else shift
         return [(step + shift) / self.steps for step in range(self.steps)]

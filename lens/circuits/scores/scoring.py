@@ -28,6 +28,7 @@ RULES = ("midpoint", "left")
 _ROWS = 8
 _FIRST, _MOST, _ENOUGH = 5, 640, 0.01  # steps of "auto", and the share of the effect it may miss
 _COPIES = 64  # rows of one masked forward pass
+_AT_CLEAN = ("eap", "atp*", "atp*-together", "atp*-grad-drop", "relp", "relp-values")
 
 
 def score_edges(
@@ -48,8 +49,11 @@ def score_edges(
         eap                 (out - ref) · gradient at the reader, at the clean prompts
         clean-corrupted     the same with the mean of the gradients at both prompts
         eap-ig              the same with the mean gradient over `steps` inputs between them
-        eap-ig-activations  the same with each stage's outputs in turn between theirs, gradients of all
-                            later readers summed and divided by the number of stages and steps
+        eap-ig-activations  the same with each stage's outputs in turn (input, heads of a layer, its MLP)
+                            between theirs, summed and divided by the number of stages and steps;
+                            with rule="left" what EAP-IG's own code gives: there readers of the input
+                            alone get no share of its stage where no positions are added to it
+        eap-ig-stages       our own form of it: of a stage only the gradients of readers that come after
         atp*                eap with the softmax recomputed for edges into queries and keys, each key
                             position alone (`lens.circuits.atp`)
         atp*-together       the same, all key positions patched at once, as "exact" does
@@ -65,7 +69,8 @@ def score_edges(
         method: one of the above.
         steps: of integrated gradients; "auto" (of "eap-ig") doubles 5 until what is missing of the whole
             effect, mean size over the prompts, is below 1 % of it.
-        rule: "midpoint", or "left", which starts at the reference as published code does.
+        rule: "midpoint", or "left", as published code does: "eap-ig" starts at the reference, and
+            "eap-ig-activations" one step after it.
         ablation: what replaces a writer: "counterfactual" (the corrupt prompt), "mean" or "zero".
         kv: "head" gives query heads of a group keys and values of their own, "group" does not.
         batch_size: prompts in one pass; changes memory and no score.
@@ -73,8 +78,8 @@ def score_edges(
 
     Raises:
         LensError: an unknown method, rule or ablation, no step, a model whose edges cannot be replaced
-            exactly, a task without what the method needs, a metric that is flat for "eap", or
-            integration that is not done after 640 steps.
+            exactly, a task without what the method needs, a metric that is flat at the clean
+            prompts for a method with gradients there alone, or integration that is not done after 640 steps.
 
     Reference: Syed et al. 2023, arXiv 2310.10348 (eap); Hanna et al. 2024, arXiv 2403.17806 (eap-ig);
         Kramár et al. 2024, arXiv 2403.00745 (atp*); Rezaei Jafari et al. 2025, arXiv 2508.21258 (relp).
@@ -96,6 +101,12 @@ def score_edges(
             raise LensError(f"{name} must be a positive integer, got {number!r}")
     if method == "clean-corrupted":
         task.corrupt_or_refuse()
+    if task.is_flat and method in _AT_CLEAN:
+        raise LensError(
+            f"the metric {task.metric!r} is flat at the clean prompts, where it is at its best, and "
+            f"method={method!r} takes its gradient there, so that its scores are rounding; use "
+            "method='eap-ig', whose gradients are taken on the way to the corrupt prompts"
+        )
     chosen = Ablation(ablation, kv=kv)
     nodes = find_nodes(model, kv=kv)
     references = References(nodes, task, chosen)
@@ -209,7 +220,34 @@ def eap_ig(batch: Batch) -> np.ndarray:
 
 
 def eap_ig_activations(batch: Batch) -> np.ndarray:
+    """Mean over stages and steps of the gradients at all readers: [rows, edges].
+
+    Of published code (hannamw/EAP-IG) this keeps that no gradient is seen where all that is read is a
+    constant: behind an interpolated embedding that nothing is added to.
+    """
+    graph = batch.nodes.graph
+    every = np.ones(graph.n, bool)
+    others = graph.allowed.sum(1)[graph.ends[0]] > 1  # edges whose reader reads more than the input
+    of_input = every if batch.nodes.layout.adds_positions else others
+
+    def seen(stage: Stage, _: int) -> np.ndarray:
+        return of_input if stage[0] == "input" else every
+
+    return _over_stages(batch, batch.later_fractions, seen)
+
+
+def eap_ig_stages(batch: Batch) -> np.ndarray:
     """Mean over stages and steps of the gradients after the stage that is interpolated: [rows, edges]."""
+    graph = batch.nodes.graph
+    return _over_stages(
+        batch, batch.fractions, lambda _, writer: graph.allowed[graph.ends[0], writer]
+    )
+
+
+def _over_stages(
+    batch: Batch, fractions: list[float], seen: Callable[[Stage, int], np.ndarray]
+) -> np.ndarray:
+    """[rows, edges]: mean over stages and fractions; `seen` (stage, its first writer): which edges count."""
     graph, differences, reference = batch.nodes.graph, batch.differences, batch.reference
     stages: list[tuple[Stage, int, Tensor, Tensor]] = [
         (("input", 0), 0, reference.input, differences.input)
@@ -223,10 +261,10 @@ def eap_ig_activations(batch: Batch) -> np.ndarray:
             stages.append((("mlp", layer), graph.mlp_writer(layer), *pair))
     found = np.zeros((len(batch.ids), graph.n), differences.input.cpu().numpy().dtype)
     for stage, writer, since, change in stages:
-        later = graph.allowed[graph.ends[0], writer]  # edges whose reader comes after this stage
-        for fraction in batch.fractions:
+        counted = seen(stage, writer)
+        for fraction in fractions:
             between = {stage: since + fraction * change}
-            found += later * edge_products(
+            found += counted * edge_products(
                 batch.nodes, batch.ids, batch.measure, differences, between
             )
     return found / (len(stages) * batch.steps)
@@ -237,6 +275,7 @@ METHODS: dict[str, Callable[[Batch], np.ndarray]] = {
     "eap": eap,
     "eap-ig": eap_ig,
     "eap-ig-activations": eap_ig_activations,
+    "eap-ig-stages": eap_ig_stages,
     "clean-corrupted": clean_corrupted,
     "atp*": atp_star,
     "atp*-together": atp_star_together,
