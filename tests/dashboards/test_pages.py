@@ -97,6 +97,21 @@ def test_filters_of_heads_hold_and_say_when_they_cannot(every_run, heads_run):
     assert "No head passes these filters" in words(render(library, where, "layers=7-9"))
 
 
+def test_the_page_of_circuits_quotes_the_circuit_and_no_neighbour_of_its_size(
+    every_run, circuit_run
+):
+    section = circuit_run.section("circuit")
+    own = section.tables["same_size"].set_index("circuit").loc["circuit"]
+    curve = section.tables["faithfulness"]
+    assert own["edges"] not in set(curve["edges"])  # so a neighbour would be another circuit
+    shown = words(render(Library(every_run), f"/run/{circuit_run.id}/circuits", ""))
+    quoted = f"{own['edges']:,.0f} edges, the circuit of this run: faithfulness {own['faithfulness']:.2f} "
+    assert quoted in shown
+    assert "the nearest size that was run" not in shown
+    usual = section.summary[0]
+    assert f"faithfulness of {own['faithfulness']:.2f} " in usual
+
+
 @pytest.mark.browser
 def test_the_number_of_edges_moves_graph_and_curve_together(page, site, circuit_run):
     page.goto(f"{site}/run/{circuit_run.id}/circuits")

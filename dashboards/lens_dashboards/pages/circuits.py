@@ -51,6 +51,7 @@ def page(library: Library, view: Selection) -> list[Any]:
         return [*top, missing(run, "circuit", "lens circuit --model {model} --task induction")]
     curve = _curve(run)
     chosen, ranking, count, notes = _chosen(run, view, edges, curve)
+    own_worth = _own_worth(run) if chosen == edges.find(edges.chosen) else None
     pins = [node for node in view.option("pins").split(",") if node]
     own = named_groups(view.option("groups"), edges, notes)
     by = choice(view, "by", _BY, "", notes)
@@ -64,7 +65,9 @@ def page(library: Library, view: Selection) -> list[Any]:
         card(
             [
                 _controls(ranking, count, curve, by),
-                html.P(_worth(curve, ranking, count), className="definition", id="worth"),
+                html.P(
+                    _worth(curve, own_worth, ranking, count), className="definition", id="worth"
+                ),
             ],
             "How many edges",
         ),
@@ -87,7 +90,9 @@ def page(library: Library, view: Selection) -> list[Any]:
                 ),
                 html.Div(
                     [
-                        *_curve_card(run, curve, ranking, count),
+                        *_curve_card(
+                            run, curve, own_worth, ranking, count / len(edges.names), count
+                        ),
                         card(groups_list(view, own, pins), "Groups"),
                         card(nodes_table(view, edges, chosen, pins), "Nodes"),
                     ],
@@ -263,10 +268,24 @@ def _controls(ranking: str, count: int, curve: pd.DataFrame | None, by: str) -> 
     return html.Div(parts, className="controls")
 
 
-def _worth(curve: pd.DataFrame | None, ranking: str, count: int) -> str:
-    """What circuits of about this size are worth, from the curve."""
+def _own_worth(run: Run) -> pd.DataFrame | None:
+    """What the run's own circuit was worth, beside others of its size: one row each, by `circuit`."""
+    if "circuit" not in run.sections:
+        return None
+    return read_section(run, "circuit").tables["same_size"].set_index("circuit")
+
+
+def _worth(curve: pd.DataFrame | None, own: pd.DataFrame | None, ranking: str, count: int) -> str:
+    """What the run's own circuit is worth, or circuits of about this size, from the curve."""
     if curve is None:
         return "How faithful circuits are was not measured in this run."
+    if own is not None:
+        row, drawn = own.loc["circuit"], own.loc["uniform"]
+        return (
+            f"{count:,} edges, the circuit of this run: faithfulness {row['faithfulness']:.2f} "
+            f"[{row['low']:.2f}, {row['high']:.2f}] on held-out prompts; random circuits of that size "
+            f"{drawn['faithfulness']:.2f} [{drawn['low']:.2f}, {drawn['high']:.2f}]."
+        )
     rows = curve[(curve["ranking"] == ranking).to_numpy()]
     row = rows.loc[(rows["edges"] - count).abs().idxmin()]
     exact = "" if int(row["edges"]) == count else f", the nearest size that was run to {count:,}"
@@ -279,14 +298,22 @@ def _worth(curve: pd.DataFrame | None, ranking: str, count: int) -> str:
 
 
 def _curve_card(
-    run: Run, curve: pd.DataFrame | None, ranking: str, count: int
+    run: Run,
+    curve: pd.DataFrame | None,
+    own: pd.DataFrame | None,
+    ranking: str,
+    share: float,
+    count: int,
 ) -> list[html.Section]:
     if curve is None:
         return []
     section = read_section(run, "circuit")
     rows = curve[(curve["ranking"] == ranking).to_numpy()]
     row = rows.loc[(rows["edges"] - count).abs().idxmin()]
-    figure = marked(section.figures["faithfulness"], row["share"], row["faithfulness"], "shown")
+    at = row["share"], row["faithfulness"]
+    if own is not None:
+        at = share, float(own["faithfulness"]["circuit"])
+    figure = marked(section.figures["faithfulness"], *at, "shown")
     shown = section_figure(run, section, "faithfulness", graph_id="curve", figure=figure)
     return [card(shown, "What so many are worth")]
 
