@@ -8,6 +8,7 @@ from . import tasks as tasks
 from . import vision as vision
 from .common.errors import LensError as LensError
 from .common.version import __version__ as __version__
+from .edits.effects import effect as effect
 from .edits.running import edit as edit
 from .passes.loading import load as load
 from .traces.captures import capture as capture

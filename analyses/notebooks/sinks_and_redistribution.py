@@ -19,6 +19,7 @@
 
 # %%
 import lens
+from lens.edits.effect_results import Effect
 
 MODEL = "text-lm-3l"
 TOKENS, WINDOWS = 128, 8
@@ -144,18 +145,18 @@ print(
 # same number, of the same attention mass, at near positions.
 
 # %%
-masked = sinks.effect(model, prompts, heads=[head])
+masked = lens.effect(model, prompts, lens.edits.Mask("first", heads=[head]))
 for sentence in masked.findings():
     print("-", sentence)
 masked.plot()
 
 # %%
-dropped = sinks.effect(model, prompts, heads=[head], edit="drop", controls=("mass",))
+dropped = lens.effect(model, prompts, lens.edits.Drop("first", heads=[head]), controls=("mass",))
 task = lens.tasks.language_modelling(model, lens.tasks.text("moby-dick"), length=TOKENS, n=WINDOWS)
 replaced = lens.heads.importance(model, task, method="ablation", baseline="mean", progress=False)
 
 
-def delta_loss(effect: sinks.SinkEffect, condition: str = "sources") -> float:
+def delta_loss(effect: Effect, condition: str = "edit") -> float:
     """Change of the loss under one condition, in nats per token."""
     return float(effect.table().set_index("condition").loc[condition, "delta_loss"])
 
@@ -180,7 +181,8 @@ if is_default:
 # nothing about whether sinks are needed.
 
 # %%
-everywhere = sinks.effect(model, prompts, controls=("mass",))
+mask = lens.edits.Mask("first")
+everywhere = lens.effect(model, prompts, mask, controls=("mass",))
 for sentence in everywhere.findings():
     print("-", sentence)
 lens.figures.migration_maps(everywhere)
@@ -189,18 +191,18 @@ lens.figures.migration_maps(everywhere)
 # ### Dose and response
 
 # %%
-doses = sinks.dose_response(model, prompts, amounts=(0.0, 0.5, 0.9, 1.0), controls=("mass",))
+doses = lens.effect(model, prompts, mask, amounts=(0.0, 0.5, 0.9, 1.0), controls=("mass",))
 doses.plot()
 
 # %%
 at = doses.table().set_index(["condition", "amount"])["delta_loss"]
 print(
-    f"Half of the mask costs {at['sources', 0.5]:.3f} nats per token, all of it "
-    f"{at['sources', 1.0]:.3f}; hiding as much attention elsewhere costs {at['mass', 1.0]:.3f}."
+    f"Half of the mask costs {at['edit', 0.5]:.3f} nats per token, all of it "
+    f"{at['edit', 1.0]:.3f}; hiding as much attention elsewhere costs {at['mass', 1.0]:.3f}."
 )
-assert at["sources", 0.0] == 0
+assert at["edit", 0.0] == 0
 if is_default:
-    assert at["sources", 1.0] < at["mass", 1.0]
+    assert at["edit", 1.0] < at["mass", 1.0]
 
 # %% [markdown]
 # ## A second model: what follows from masking the BOS sink of `induction-2l`
@@ -219,7 +221,7 @@ print(
         for row in bos_sink.sort_values("alpha", ascending=False).head(4).itertuples()
     )
 )
-known_effect = sinks.effect(known, copied, controls=("mass", "size"))
+known_effect = lens.effect(known, copied, mask, controls=("mass", "size"))
 for sentence in known_effect.findings():
     print("-", sentence)
 known_effect.plot()
@@ -253,7 +255,7 @@ with lens.edit(known, lens.edits.Mask("first")):
     masked_copy = copy_task.evaluate(known).mean()
 print(
     f"In the second copy the loss goes from {clean_copy:.3f} to {masked_copy:.3f}. Over the whole prompt "
-    f"{rows.loc['sources', 'flip_rate']:.0%} of the most likely symbols change."
+    f"{rows.loc['edit', 'flip_rate']:.0%} of the most likely symbols change."
 )
 if masked_copy - clean_copy < delta_loss(known_effect) / 2:
     print(

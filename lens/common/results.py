@@ -57,7 +57,7 @@ def described(result: _Says) -> str:
     """`Name`, then up to `SENTENCES` findings, one a line; how many more there are.
 
     Example:
-        >>> print(described(lens.sinks.effect(model, texts)))
+        >>> print(described(lens.effect(model, texts, lens.edits.Mask("first"))))
     """
     said = list(result.findings())
     more = len(said) - SENTENCES

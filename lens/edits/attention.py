@@ -33,7 +33,7 @@ from lens.edits._keyed import KeyedEdit, Plan, Rule
 from lens.edits.base import selected_heads
 from lens.edits.language import Edit, Running, check_number, plain_keys, plain_places
 from lens.models.loaded import LoadedModel
-from lens.passes.keys import Keys
+from lens.passes.keys import Keys, members
 
 
 class AttentionOfKeys(Edit):
@@ -43,13 +43,14 @@ class AttentionOfKeys(Edit):
     heads: Sequence[AnyHead] | None
     layers: Sequence[int] | None
 
-    def _plan(self) -> Plan:
+    def plan(self) -> Plan:
+        """What is done to the attention."""
         raise NotImplementedError
 
     def start(self, model: LoadedModel, backend: str) -> Running:
         """See `Edit`."""
         chosen = selected_heads(model, self.layers, self.heads)
-        edit = KeyedEdit(self._plan(), chosen, backend, type(self).__name__)
+        edit = KeyedEdit(self.plan(), chosen, backend, type(self).__name__)
         return Running(edit, edit)
 
     def _check(self, *names: str, low: float = 0, high: float = 1) -> None:
@@ -91,7 +92,7 @@ class Mask(AttentionOfKeys):
     def __post_init__(self) -> None:
         self._check("keys")
 
-    def _plan(self) -> Plan:
+    def plan(self) -> Plan:
         return Plan("mask", self.amount, self.keys)
 
 
@@ -118,7 +119,7 @@ class Drop(AttentionOfKeys):
     def __post_init__(self) -> None:
         self._check("keys")
 
-    def _plan(self) -> Plan:
+    def plan(self) -> Plan:
         return Plan("drop", self.amount, self.keys)
 
 
@@ -148,7 +149,7 @@ class Bias(AttentionOfKeys):
         if self.amount == math.inf:
             raise LensError("amount of Bias is added to logits and cannot be +inf")
 
-    def _plan(self) -> Plan:
+    def plan(self) -> Plan:
         return Plan("bias", self.amount, self.keys)
 
 
@@ -159,12 +160,13 @@ class Move(AttentionOfKeys):
         P_S (1 - a), P_T (1 + a m_S / m_T)
 
     Attributes:
-        keys, heads, layers: as of `Mask`.
+        keys, heads, layers: as of `Mask`; keys of None: all that do not receive, so that with an amount
+            of 1 rows look at `to` alone.
         to: keys that receive, in the same forms; None: all others that the row sees.
         amount: share, 0 to 1.
 
     Raises:
-        LensError: as `Mask`; while it runs, a key that is in both.
+        LensError: as `Mask`, or neither keys nor to; while it runs, a key that is in both.
 
     Reference: VAR, arXiv 2503.03321.
 
@@ -173,17 +175,23 @@ class Move(AttentionOfKeys):
         ...     model.logits("It was the best of times")
     """
 
-    keys: Keys = "first"
+    keys: Keys | None = "first"
     to: Keys | None = None
     amount: float = 1.0
     heads: Sequence[AnyHead] | None = None
     layers: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
-        self._check("keys", *([] if self.to is None else ["to"]))
+        if self.keys is None and self.to is None:
+            raise LensError("Move needs keys that lose, or keys (to) that receive, or both")
+        self._check(*(name for name in ("keys", "to") if getattr(self, name) is not None))
 
-    def _plan(self) -> Plan:
-        return Plan("move", self.amount, self.keys, self.to)
+    def plan(self) -> Plan:
+        keys, to = self.keys, self.to
+        if keys is None:
+            assert to is not None
+            return Plan("move", self.amount, lambda at: ~members("to", to, at), to)
+        return Plan("move", self.amount, keys, to)
 
 
 @dataclass(frozen=True)
@@ -217,7 +225,7 @@ class LearnedSink(AttentionOfKeys):
                 f"amount of LearnedSink is exp(its logit), 0 or more, got {self.amount}"
             )
 
-    def _plan(self) -> Plan:
+    def plan(self) -> Plan:
         return Plan("sink", self.amount, None)
 
 
@@ -251,7 +259,7 @@ class Value(AttentionOfKeys):
         check_choice("baseline of Value", self.baseline, ("zero", "mean"))
         self._check("keys")
 
-    def _plan(self) -> Plan:
+    def plan(self) -> Plan:
         return Plan(self.baseline, self.amount, self.keys)
 
 
@@ -282,7 +290,7 @@ class Knockout(AttentionOfKeys):
     def __post_init__(self) -> None:
         self._check("queries", "keys")
 
-    def _plan(self) -> Plan:
+    def plan(self) -> Plan:
         return Plan("mask", self.amount, self.keys, queries=self.queries)
 
 
@@ -319,6 +327,6 @@ class Force(AttentionOfKeys):
         check_choice("split of Force", self.split, ("equal", "own"))
         self._check("queries", "keys")
 
-    def _plan(self) -> Plan:
+    def plan(self) -> Plan:
         rule: Rule = self.split
         return Plan(rule, self.amount, self.keys, queries=self.queries)

@@ -10,7 +10,11 @@ CONTROLS = ("size", "mass", "position", "self")
 
 
 def control_keys(
-    control: str, sources: np.ndarray, mass: np.ndarray, random: np.random.Generator
+    control: str,
+    sources: np.ndarray,
+    mass: np.ndarray,
+    random: np.random.Generator,
+    free: np.ndarray | None = None,
 ) -> list[int]:
     """Keys that are no sources.
 
@@ -21,11 +25,12 @@ def control_keys(
         sources: bool [keys].
         mass: [keys], share of all attention that each key receives.
         random: draws the keys.
+        free: bool [keys], those that may be drawn; None: all that are no sources.
 
     Raises:
         LensError: fewer other keys than sources.
     """
-    others = np.flatnonzero(~sources)
+    others = np.flatnonzero(~sources if free is None else free)
     count = int(sources.sum())
     if len(others) < count:
         raise LensError(

@@ -47,7 +47,7 @@ def changes(base: torch.Tensor, edited: torch.Tensor, ids: list[int]) -> tuple[f
 
 
 def moved(before: torch.Tensor, after: torch.Tensor, source: torch.Tensor) -> np.ndarray:
-    """[5, layers, heads]: the columns of `SinkEffect.migration` for one prompt."""
+    """[5, layers, heads]: the columns of `Effect.migration` for one prompt."""
 
     def largest(alpha: torch.Tensor, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         found = alpha.nan_to_num(nan=-1).masked_fill(~keys, -1).max(-1)

@@ -9,15 +9,15 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from lens.common.choices import check_choice
 from lens.common.colors import ACCENT, BASELINE, DIVERGING, LINE, VIRIDIS, scale
-from lens.common.errors import LensError
 from lens.common.plots import draws
 from lens.figures.rows import whiskers
 from lens.figures.style import Look, escaped, style, tick_step
 
 if TYPE_CHECKING:
+    from lens.edits.effect_results import Effect
     from lens.sinks.detection.emergences import SinkEmergence
-    from lens.sinks.effects.results import SinkEffect
 
 _CONDITIONS = (ACCENT, LINE, BASELINE, "#22a884", "#8250df")
 _MEASURES = {
@@ -28,20 +28,25 @@ _MEASURES = {
 }
 
 
-@draws("SinkEffect", of="table")
-def effect_points(
+@draws("Effect", of="table")
+def effect_figure(
     table: pd.DataFrame, measure: str = "delta_loss", **look: Unpack[Look]
 ) -> go.Figure:
-    """One measure of an edit: a point per condition with its 95 % interval.
+    """One measure of an edit with 95 % intervals: a point per condition, or a curve over its amounts.
 
     Args:
-        table: of `lens.sinks.SinkEffect`.
+        table: of `lens.effect`.
         measure: "delta_loss", "kl", "flip_rate" or "excess".
 
     Raises:
         LensError: an unknown measure.
     """
-    _check(measure)
+    check_choice("measure", measure, tuple(_MEASURES))
+    several = table["amount"].nunique() > 1
+    return (_curves if several else _points)(table, measure, look)
+
+
+def _points(table: pd.DataFrame, measure: str, look: Look) -> go.Figure:
     rows = table[table[measure].notna()]
     figure = go.Figure(
         go.Scatter(
@@ -62,13 +67,13 @@ def effect_points(
     return style(figure, escaped(text), look)
 
 
-def migration_maps(effect: SinkEffect, prompt: int = 0, **look: Unpack[Look]) -> go.Figure:
+def migration_maps(effect: Effect, prompt: int = 0, **look: Unpack[Look]) -> go.Figure:
     """Alpha before, after, and the difference: layers down, positions across, largest over heads.
 
     The difference is that of the largest alphas, from -1 to 1.
 
     Args:
-        effect: as `lens.sinks.effect` returns it.
+        effect: as `lens.effect` returns it.
         prompt: which of its prompts.
     """
     alpha, edit = effect.alphas[prompt], effect.edit
@@ -101,20 +106,7 @@ def migration_maps(effect: SinkEffect, prompt: int = 0, **look: Unpack[Look]) ->
     return style(figure, escaped(text), look)
 
 
-@draws("DoseResponse", of="table")
-def dose_curves(
-    table: pd.DataFrame, measure: str = "delta_loss", **look: Unpack[Look]
-) -> go.Figure:
-    """One measure over the amount of an edit, a curve per condition, with 95 % intervals.
-
-    Args:
-        table: of `lens.sinks.DoseResponse`.
-        measure: "delta_loss", "kl", "flip_rate" or "excess".
-
-    Raises:
-        LensError: an unknown measure.
-    """
-    _check(measure)
+def _curves(table: pd.DataFrame, measure: str, look: Look) -> go.Figure:
     figure = go.Figure()
     for color, (condition, rows) in zip(
         _CONDITIONS, table.groupby("condition", sort=False), strict=False
@@ -136,11 +128,6 @@ def dose_curves(
     first = table.iloc[0]
     text = f"Edit {first['edit']} (BOS {first['bos']}, n = {first['n']})"
     return style(figure, text, look)
-
-
-def _check(measure: str) -> None:
-    if measure not in _MEASURES:
-        raise LensError(f"measure must be one of {', '.join(_MEASURES)}, got {measure!r}")
 
 
 @draws("StreamingPolicies", of="table")

@@ -3,7 +3,7 @@
 >>> traces = lens.capture(model, texts, statistics=["received"])
 >>> lens.sinks.rate(traces).value
 >>> lens.sinks.find(traces[0]).table()
->>> lens.sinks.effect(model, texts, heads=["L1H0"]).findings()
+>>> lens.effect(model, texts, lens.edits.Mask("first", heads=["L1H0"])).findings()
 
 After Gu et al., "When Attention Sink Emerges", arXiv 2410.10781.
 """

@@ -35,14 +35,9 @@ from .detection.rates import SinkRate as SinkRate
 from .detection.rates import SinkSensitivity as SinkSensitivity
 from .detection.rates import rate as rate
 from .detection.rates import sensitivity as sensitivity
-from .effects.causal import effect as effect
-from .effects.clean import CleanRuns as CleanRuns
-from .effects.dosage import DoseResponse as DoseResponse
-from .effects.dosage import dose_response as dose_response
 from .effects.head_edits import HeadActivity as HeadActivity
 from .effects.head_edits import activity as activity
 from .effects.head_edits import head_effect as head_effect
-from .effects.results import SinkEffect as SinkEffect
 from .effects.scopes import ScopedEffects as ScopedEffects
 from .effects.scopes import by_bos as by_bos
 from .effects.scopes import by_scope as by_scope

@@ -133,19 +133,19 @@ def test_words_of_measures_and_edits_are_told_apart():
 
 
 def test_the_names_of_the_configuration_are_those_of_the_library():
+    from lens_analyses.steps.sink_effects import EDITS
     from lens_kernels.dispatch import MODULES
 
     from lens import tasks
     from lens.circuits.scores.scoring import METHODS
     from lens.heads.measures.methods import Baseline, Method
-    from lens.sinks.effects.watched import EDITS
 
     assert typing.get_args(models.Method) == tuple(METHODS)
     assert (typing.get_args(Method), typing.get_args(Baseline)) == (
         models.MEASURES,
         models.BASELINES,
     )
-    assert models.EDITS == EDITS
+    assert tuple(EDITS) == models.EDITS
     assert typing.get_args(models.Backend) == ("auto", *MODULES)
     assert all(callable(getattr(tasks, task)) for task in models.TASKS)
 

@@ -9,7 +9,7 @@ from lens_analyses.config import make_config
 from lens_analyses.config.models import NOT_FROM_A_COMMAND, Rule
 from lens_analyses.steps import redistribute
 
-from lens import sinks
+import lens
 from lens.passes.loading import load
 from lens.runs import open_run
 from lens.runs.validation import validate
@@ -54,7 +54,7 @@ def test_the_sink_of_the_model_card_is_found(sinks_run):
 def test_the_edit_is_that_of_the_library(sinks_run):
     model = load("text-lm-3l")
     texts = [list(map(int, ids)) for ids in sinks_run.prompts["token_ids"]]
-    expected = sinks.effect(model, texts, edit="mask", seed=0).table()
+    expected = lens.effect(model, texts, lens.edits.Mask("first"), seed=0).table()
     table = sinks_run.section("effects").tables["edits"]
     table = table[(table["edit"] == "mask") & (table["scope"] == "all heads")]
     assert table["delta_loss"].tolist() == pytest.approx(expected["delta_loss"].tolist(), rel=1e-4)
@@ -80,7 +80,7 @@ def test_the_report_goes_from_the_keys_to_the_dark_band(sinks_run):
     moved = sinks_run.section("redistribution").tables["response"]
     assert moved["amount"].tolist() == [1.0]
     control = sinks_run.section("redistribution").tables["control"]
-    assert control["condition"].tolist() == ["sources", "mass"]
+    assert control["condition"].tolist() == ["edit", "mass"]
     assert control["delta_loss"][0] == pytest.approx(moved["delta_loss"][0], rel=1e-3)
     energies = sinks_run.section("spectrum").tables["energies"]
     assert energies.groupby("weight")["energy"].sum().tolist() == pytest.approx([1] * 4)

@@ -63,16 +63,18 @@ def sink_effects() -> Numbers:
     found: Numbers = {}
 
     def add(name: str, table: pd.DataFrame, *controls: str) -> None:
-        table = table.set_index("condition")
+        table = table.set_index("condition").rename(index={"edit": "sources"})
         found.update(cells(f"sinks.{name}", table, own, ["sources"]))
         found.update(cells(f"sinks.{name}", table, columns, controls))
 
-    whole = room.effect(model, prompts, controls=("size", "mass", "position"))
+    mask = lens.edits.Mask("first")
+    whole = lens.effect(model, prompts, mask, controls=("size", "mass", "position"))
     add("effect.mask", whole.table(), "mass", "position")
     migration = by_head(whole.migration)
     moved = "source_before source_after other_before other_after"
     found |= cells("sinks.effect.migration", migration, moved, "L2H4")
-    dropped = room.effect(model, prompts, heads=["L1H0"], edit="drop", controls=("mass",))
+    drop = lens.edits.Drop("first", heads=["L1H0"])
+    dropped = lens.effect(model, prompts, drop, controls=("mass",))
     add("effect.drop", dropped.table(), "mass")
     add("head_effect", room.head_effect(model, prompts, heads=["L1H0"]).table(), "mass")
     massive = room.massive(model, prompts, ratio=30, magnitude=1)
@@ -82,7 +84,7 @@ def sink_effects() -> Numbers:
         add(f"by_scope.{reach}", scoped[scoped["reach"] == reach])
     bare = room.by_bos(model, prompts, controls=("size",)).table()
     add("by_bos.without", bare[bare["reach"] == "without BOS"])
-    doses = room.dose_response(model, prompts, amounts=(0.5, 1.0), controls=("mass",)).table()
+    doses = lens.effect(model, prompts, mask, amounts=(0.5, 1.0), controls=("mass",)).table()
     add("dose_response.0.5", doses[doses["amount"] == 0.5], "mass")
     table = room.streaming(model, prompts, n_sink=(0, 2), window=(8,)).table().set_index("n_sink")
     kept = "kept least_kept error largest_error delta_loss delta_loss_low delta_loss_high"

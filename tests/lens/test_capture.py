@@ -212,7 +212,11 @@ def test_every_form_of_a_prompt_gives_the_same_trace():
     for prompts in ([text, ids], [torch.tensor(ids)] * 2, torch.tensor([ids, ids])):
         traces = lens.capture(model, prompts)
         assert [np.array_equal(trace.lse.values, expected) for trace in traces] == [True, True]
-    for prompts in ([text], [batch["input_ids"][0]], torch.tensor([ids])):  # a list of one is a list
+    for prompts in (
+        [text],
+        [batch["input_ids"][0]],
+        torch.tensor([ids]),
+    ):  # a list of one is a list
         traces = lens.capture(model, prompts)
         assert isinstance(traces, list)
         assert [np.array_equal(trace.lse.values, expected) for trace in traces] == [True]

@@ -125,7 +125,7 @@ def test_a_search_that_finds_no_head_says_so_and_bad_splits_are_refused(inductio
 
 
 def test_side_effects_are_those_of_the_sink_test_where_the_edit_is_the_same():
-    """`lens.sinks.effect` is compared with transformers itself in its own tests."""
+    """`lens.effect` is compared with transformers itself in its own tests."""
     network = build("llama")
     torch.nn.init.normal_(network.lm_head.weight, std=0.7)
     model = lens.load(network)
@@ -140,8 +140,8 @@ def test_side_effects_are_those_of_the_sink_test_where_the_edit_is_the_same():
     for name, values in found.values.items():
         assert (values[0] == 0).all(), name  # nothing moved: the same bits
         for place, amount in ((1, 0.5), (2, 1.0)):
-            known = lens.sinks.effect(model, prompts, amount=amount, controls=())
-            assert values[place] == pytest.approx(known.values["sources"][name], abs=1e-6)
+            known = lens.effect(model, prompts, lens.edits.Mask("first", amount), controls=())
+            assert values[place] == pytest.approx(known.values["edit"][name][0], abs=1e-6)
     assert found.values["kl"][2].min() > 0
     assert found.table()["n"].tolist() == [3, 3, 3]
     figure = found.plot("kl")

@@ -36,7 +36,7 @@ CLASSES = classes()
 def test_the_results_are_found():
     assert {
         "lens.heads.measures.scores.HeadScores",
-        "lens.sinks.effects.results.SinkEffect",
+        "lens.edits.effect_results.Effect",
     } < CLASSES.keys()
     assert len(CLASSES) > 50
 
@@ -101,7 +101,7 @@ def results():
         lens.sinks.sensitivity(traces),
         lens.sinks.profile(traces),
         lens.sinks.find(traces[0]),
-        lens.sinks.effect(model, prompts),
+        lens.effect(model, prompts, lens.edits.Mask("first")),
         lens.edits.side_effects(model, prompts, edited, amounts=(0.0, 1.0)),
         edges,
         lens.circuits.evaluate(induction, task, edges, random=2, progress=False),

@@ -4,8 +4,11 @@ import pytest
 import torch
 
 import lens
+from lens import effect
 from lens.common.errors import LensError
-from lens.sinks import CleanRuns, activity, by_scope, dose_response, effect, head_effect
+from lens.edits import Drop, Mask
+from lens.edits.clean_runs import CleanRuns
+from lens.sinks import activity, by_scope, head_effect
 from tests.lens.architectures import build
 
 IDS = torch.randint(3, 97, (2, 29), generator=torch.Generator().manual_seed(5))
@@ -19,10 +22,10 @@ def model():
 @pytest.mark.parametrize(
     ("test", "arguments"),
     [
-        (effect, {"edit": "drop"}),
+        (effect, {"edit": Drop()}),
         (head_effect, {"heads": ["L1H2"]}),
         (by_scope, {"head": "L1H2", "controls": ("mass",)}),
-        (dose_response, {"amounts": (0.5, 1.0), "controls": ("size",)}),
+        (effect, {"edit": Mask(), "amounts": (0.5, 1.0), "controls": ("size",)}),
     ],
 )
 def test_shared_runs_give_the_same_table_without_running_the_prompts_again(
@@ -30,22 +33,20 @@ def test_shared_runs_give_the_same_table_without_running_the_prompts_again(
 ):
     plain = test(model, IDS, **arguments).table()
     clean = CleanRuns(model)
-    effect(model, IDS, controls=(), clean=clean)
+    effect(model, IDS, Mask(), controls=(), clean=clean)
     assert len(clean) == 2
-    monkeypatch.setattr(
-        "lens.sinks.effects.clean.log_probabilities", None
-    )  # any clean run would fail
+    monkeypatch.setattr("lens.edits.clean_runs.log_probabilities", None)  # any clean run would fail
     assert test(model, IDS, clean=clean, **arguments).table().equals(plain)
 
 
 def test_activity_shares_them_too(model, monkeypatch):
     plain = activity(model, {"a": IDS}, heads=["L1H2"]).table()
     clean = CleanRuns(model)
-    effect(model, IDS, controls=(), clean=clean)
-    monkeypatch.setattr("lens.sinks.effects.clean.log_probabilities", None)
+    effect(model, IDS, Mask(), controls=(), clean=clean)
+    monkeypatch.setattr("lens.edits.clean_runs.log_probabilities", None)
     assert activity(model, {"a": IDS}, heads=["L1H2"], clean=clean).table().equals(plain)
 
 
 def test_runs_of_another_model_are_refused(model):
     with pytest.raises(LensError, match="clean holds runs of another model; make one CleanRuns"):
-        effect(model, IDS, clean=CleanRuns(lens.load(build("llama"))))
+        effect(model, IDS, Mask(), clean=CleanRuns(lens.load(build("llama"))))

@@ -1,5 +1,6 @@
-"""Every edit of `lens.sinks.edits` equals its naive twin on whole probabilities; identities of 1.9."""
+"""Every edit that `lens.effect` watches equals its naive twin on whole probabilities; identities of 1.9."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -7,14 +8,25 @@ import pytest
 import torch
 
 import lens
+from lens import edits
 from lens.common.errors import LensError
+from lens.edits._keyed import KeyedEdit
+from lens.edits.effects import named
+from lens.edits.recording import scope_of
+from lens.edits.watching import Watch
 from lens.passes.calls import LayerCall
 from lens.passes.masks import MaskStructure
-from lens.sinks.effects.recording import scope_of
-from lens.sinks.effects.watched import EDITS, WatchedEdit
 from tests.lens.architectures import build
 from tests.lens.naive import rms_ratio
 
+EDITS = {
+    "mask": lambda keys, amount: edits.Mask(keys, amount),
+    "drop": lambda keys, amount: edits.Drop(keys, amount),
+    "mean_value": lambda keys, amount: edits.Value(keys, "mean", amount),
+    "zero_value": lambda keys, amount: edits.Value(keys, "zero", amount),
+    "move": lambda keys, amount: edits.Move(None, keys, amount),
+    "transfer": lambda keys, amount: edits.Move(keys, None, amount),
+}
 HEADS, KV_HEADS, LENGTH, DIM = 6, 2, 29, 8
 IDS = torch.randint(3, 97, (1, 37), generator=torch.Generator().manual_seed(5))
 
@@ -45,7 +57,7 @@ def twin(call, sources, amount, rule) -> tuple[np.ndarray, np.ndarray]:
     for head in range(HEADS):
         for row in range(LENGTH):
             a, v = p[head, row].copy(), value[head].copy()
-            before = [j for j in others if j <= row]
+            before = [j for j in others if 0 <= row - j < (call.mask.window or LENGTH)]
             if rule == "mask" and a[others].sum() > 0:
                 a[sources] *= 1 - amount
                 a /= a.sum()
@@ -67,9 +79,12 @@ def twin(call, sources, amount, rule) -> tuple[np.ndarray, np.ndarray]:
     return output, edited
 
 
-def run(call, sources, amount, rule, **options) -> tuple[np.ndarray, WatchedEdit]:
+def run(call, sources, amount, rule, spare_own=False) -> tuple[np.ndarray, Watch]:
     heads = torch.ones(1, HEADS, dtype=torch.bool)
-    edit = WatchedEdit(sources, amount, rule, heads, watch=True, **options)
+    plan = EDITS[rule](sources, amount).plan()
+    if spare_own:
+        plan = replace(plan, queries=[i for i in range(LENGTH) if i not in sources])
+    edit = Watch(KeyedEdit(plan, heads, "auto"), record=not spare_own)
     return edit.on_layer(call)[0].numpy(), edit
 
 
@@ -130,8 +145,9 @@ def test_each_edit_runs_in_a_model_and_says_what_it_did(edit):
     network = build("llama")
     torch.nn.init.normal_(network.lm_head.weight, std=0.7)
     model = lens.load(network)
-    result = lens.sinks.effect(model, [IDS[0], IDS[0, :31]], edit=edit, heads=["L0H1"])
-    assert abs(result.values["sources"]["delta_loss"]).min() > 0
+    one = replace(EDITS[edit]("first", 1.0), heads=["L0H1"])
+    result = lens.effect(model, [IDS[0], IDS[0, :31]], one)
+    assert abs(result.values["edit"]["delta_loss"]).min() > 0
     assert [maps.shape for maps in result.alphas] == [(2, 3, 6, 37), (2, 3, 6, 31)]
     before, after = result.alphas[0]
     same = np.ones(6, bool)
@@ -140,7 +156,7 @@ def test_each_edit_runs_in_a_model_and_says_what_it_did(edit):
     if edit == "move":
         assert after[0, 1, 0] == pytest.approx(1, abs=1e-5)
     text = " ".join(result.findings())
-    assert f"Edit {edit} (amount 1) of L0H1" in text
+    assert f"Edit {named(one)} (amount 1) of L0H1" in text
     assert "2 prompts of 31 to 37 tokens, BOS absent" in text
     assert text.count("control") == 4
     maps: Any = lens.figures.migration_maps(result, 1).data
@@ -152,22 +168,22 @@ def test_each_edit_runs_in_a_model_and_says_what_it_did(edit):
         "position",
         "self",
     ]
-    with pytest.raises(LensError, match="measure must be one of delta_loss"):
+    with pytest.raises(LensError, match="measure must be one of 'delta_loss'"):
         result.plot("loss")
 
 
 def test_one_prompt_has_no_interval_and_says_so():
-    result = lens.sinks.effect(lens.load(build("llama")), IDS[0], controls=())
+    result = lens.effect(lens.load(build("llama")), IDS[0], edits.Mask(), controls=())
     assert "there is none for one prompt" in result.findings()[-1]
     assert "[nan, nan]" in result.findings()[0]
 
 
-def test_moving_beside_a_learned_sink_is_refused():
+def test_where_mass_moves_beside_a_learned_sink_is_not_watched():
     model = lens.load(build("gpt_oss"))
-    with pytest.raises(LensError, match="'move' is not defined beside a learned sink"):
-        lens.sinks.effect(model, IDS[0], edit="move", controls=())
-    with pytest.raises(LensError, match="'transfer' is not watched beside a learned sink"):
-        lens.sinks.effect(model, IDS[0], edit="transfer", controls=())
+    for rule in ("move", "transfer"):
+        result = lens.effect(model, IDS[0], EDITS[rule]("first", 1.0), controls=())
+        assert np.isnan(result.alphas[0][1]).all()
+        assert abs(result.values["edit"]["kl"]).min() > 0
 
 
 def test_scopes_in_words():

@@ -1,4 +1,4 @@
-"""`lens.sinks.effect`: equal to transformers with the keys hidden, controls, migration, known models."""
+"""`lens.effect`: equal to transformers with the keys hidden, controls, migration, known models."""
 
 import numpy as np
 import pytest
@@ -6,9 +6,10 @@ import torch
 
 import lens
 from lens.common.errors import LensError
+from lens.edits import Bias, Drop, LearnedSink, Mask, Move
 from lens.edits.controls import control_keys
+from lens.edits.watching import Watch
 from lens.passes.sessions import listening
-from lens.sinks.effects.watched import WatchedEdit
 from tests.lens.architectures import build
 from tests.lens.naive import rms_ratio
 
@@ -34,8 +35,8 @@ def test_loss_kl_and_flips_equal_those_of_transformers_with_the_key_hidden():
     torch.nn.init.normal_(network.lm_head.weight, std=0.7)
     base, _ = hidden_by_transformers(network, [])
     edited, _ = hidden_by_transformers(network, [0])
-    result = lens.sinks.effect(lens.load(network), IDS[0], controls=())
-    values = result.values["sources"]
+    result = lens.effect(lens.load(network), IDS[0], Mask("first"), controls=())
+    values = {name: found[0] for name, found in result.values["edit"].items()}
     target = IDS[0, 1:]
     losses = [torch.nn.functional.nll_loss(logits, target) for logits in (base, edited)]
     assert abs(losses[1] - losses[0]) > 1e-4
@@ -51,8 +52,7 @@ def test_alpha_after_masking_is_that_of_transformers_with_the_keys_hidden(keys):
     network = build("llama")
     model = lens.load(network)
     _, p = hidden_by_transformers(network, keys)
-    chosen = torch.ones(3, 6, dtype=torch.bool)
-    edit = WatchedEdit(keys, 1.0, "mask", chosen, watch=True)
+    edit = Watch(Mask(keys).start(model, "auto").done)
     with torch.no_grad(), listening(model, edit.on_layer):
         model.model(input_ids=IDS)
     expected = p.sum(-2)[..., : LENGTH - 15] / torch.arange(LENGTH, 15, -1)
@@ -63,7 +63,7 @@ def test_alpha_after_masking_is_that_of_transformers_with_the_keys_hidden(keys):
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "gpt_oss"])
 def test_without_an_edit_alpha_is_that_of_a_trace(architecture):
     model = lens.load(build(architecture))
-    edit = WatchedEdit([0], 0.0, "mask", torch.ones(3, 6, dtype=torch.bool), watch=True)
+    edit = Watch()
     with torch.no_grad(), listening(model, edit.on_layer):
         model.model(input_ids=IDS)
     trace = lens.capture(model, IDS[0], statistics=["received"])
@@ -76,10 +76,8 @@ def test_without_an_edit_alpha_is_that_of_a_trace(architecture):
 
 def test_dropping_takes_the_keys_part_only_from_the_chosen_heads():
     model = lens.load(build("llama"))
-    chosen = torch.zeros(3, 6, dtype=torch.bool)
-    chosen[0, 2] = True
     plain = lens.sinks.profile(lens.capture(model, IDS[0], statistics=["received"])).alpha
-    edit = WatchedEdit([0, 5], 0.25, "drop", chosen, watch=True)
+    edit = Watch(Drop([0, 5], 0.25, heads=["L0H2"]).start(model, "auto").done)
     with torch.no_grad(), listening(model, edit.on_layer):
         model.model(input_ids=IDS)
     expected = plain[0].copy()
@@ -90,8 +88,8 @@ def test_dropping_takes_the_keys_part_only_from_the_chosen_heads():
 
 def test_nothing_moves_at_amount_zero():
     model = lens.load(build("llama"))
-    result = lens.sinks.effect(model, [IDS[0], IDS[0, :31]], amount=0.0)
-    for condition in ("sources", "size", "mass", "position", "self"):
+    result = lens.effect(model, [IDS[0], IDS[0, :31]], Mask("first", 0.0))
+    for condition in ("edit", "size", "mass", "position", "self"):
         for measure in ("delta_loss", "kl", "flip_rate"):
             assert (result.values[condition][measure] == 0).all(), (condition, measure)
     moved = result.migration
@@ -141,11 +139,11 @@ def test_the_strongest_sink_of_text_lm_hardly_matters(text_lm):
     """
     model, prompts = text_lm
     assert len(prompts) == 7
-    result = lens.sinks.effect(model, prompts, heads=["L1H0"])
+    result = lens.effect(model, prompts, Mask("first", heads=["L1H0"]))
     table = result.table().set_index("condition")
-    assert table.loc["sources", "mass"] > 0.85
-    assert 0 < table.loc["sources", "delta_loss"] < 0.03
-    assert table.loc["sources", "delta_loss_low"] < table.loc["sources", "delta_loss"]
+    assert table.loc["edit", "mass"] > 0.85
+    assert 0 < table.loc["edit", "delta_loss"] < 0.03
+    assert table.loc["edit", "delta_loss_low"] < table.loc["edit", "delta_loss"]
     assert table.loc["mass", "mass"] < 0.15  # the rest cannot match the sink's mass, and says so
     assert (table["bos"] == "added").all()
     assert (table["n"] == 7).all()
@@ -156,37 +154,36 @@ def test_the_strongest_sink_of_text_lm_hardly_matters(text_lm):
     assert moved["other_key"] == 1  # the next token becomes the sink
     others = result.migration.query("layer == 1 and head != 0")
     assert (others["source_before"] == others["source_after"]).all()
-    dropped = lens.sinks.effect(model, prompts, heads=["L1H0"], edit="drop", controls=())
-    assert dropped.values["sources"]["delta_loss"].mean() > 0.05
+    dropped = lens.effect(model, prompts, Drop("first", heads=["L1H0"]), controls=())
+    assert dropped.values["edit"]["delta_loss"].mean() > 0.05
 
 
 def test_the_sink_of_induction_2l_matters_less_than_as_much_mass_elsewhere():
     model = lens.load("induction-2l")
     prompts = [lens.tasks.copied(model, 25, seed) for seed in range(8)]
-    table = lens.sinks.effect(model, prompts).table().set_index("condition")
-    assert table.loc["mass", "mass"] == pytest.approx(table.loc["sources", "mass"], rel=0.1)
+    table = lens.effect(model, prompts, Mask("first")).table().set_index("condition")
+    assert table.loc["mass", "mass"] == pytest.approx(table.loc["edit", "mass"], rel=0.1)
     assert table.loc["mass", "keys"] > 10
     assert table.loc["mass", "excess_high"] < 0
     assert table.loc["size", "excess_low"] > 0
-    assert table.loc["sources", "delta_loss_low"] > 0.2
-    assert np.isnan(table.loc["sources", "excess"])
+    assert table.loc["edit", "delta_loss_low"] > 0.2
+    assert np.isnan(table.loc["edit", "excess"])
 
 
 def test_the_loss_grows_with_the_amount(text_lm):
     model, prompts = text_lm
-    result = lens.sinks.dose_response(
-        model, prompts[:3], heads=["L1H0"], edit="drop", amounts=[1.0, 0.0, 0.5]
-    )
+    drop = Drop("first", heads=["L1H0"])
+    result = lens.effect(model, prompts[:3], drop, amounts=[1.0, 0.0, 0.5])
     table = result.table()
-    sources = table[table["condition"] == "sources"]
+    sources = table[table["condition"] == "edit"]
     assert sources["amount"].tolist() == [0, 0.5, 1]
     assert sources["delta_loss"].iloc[0] == 0
     assert sources["delta_loss"].is_monotonic_increasing
-    alone = lens.sinks.effect(model, prompts[:3], heads=["L1H0"], edit="drop", amount=0.5)
+    alone = lens.effect(model, prompts[:3], Drop("first", 0.5, heads=["L1H0"]))
     half = table[table["amount"] == 0.5].reset_index(drop=True)
     assert half.equals(alone.table())  # the same control keys, too
     figure = result.plot("kl")
-    assert [curve.name for curve in figure.data] == ["sources", "size", "mass", "position", "self"]
+    assert [curve.name for curve in figure.data] == ["edit", "size", "mass", "position", "self"]
     assert np.array_equal(figure.data[0].y, sources["kl"])
     assert [curve.name for curve in result.plot("excess").data] == [
         "size",
@@ -194,41 +191,80 @@ def test_the_loss_grows_with_the_amount(text_lm):
         "position",
         "self",
     ]
-    with pytest.raises(LensError, match=r"measure must be one of delta_loss, kl, .* got 'mass'"):
+    with pytest.raises(
+        LensError, match=r"measure must be one of 'delta_loss', 'kl', .* got 'mass'"
+    ):
         result.plot("mass")
-    with pytest.raises(LensError, match="amounts must be different fractions"):
-        lens.sinks.dose_response(model, prompts, amounts=[0.5, 0.5])
+    with pytest.raises(LensError, match="amounts must be different, at least one"):
+        lens.effect(model, prompts, drop, amounts=[0.5, 0.5])
 
 
 # --- refusals -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("match", "arguments"),
+    ("match", "edit", "arguments"),
     [
-        ("edit must be one of mask, drop, mean_value, zero_value, move, transfer, got 'act'", {"edit": "act"}),
-        ("effect edits at least one head", {"heads": []}),
-        (r"is a fraction 0\.\.1, got 2", {"amount": 2}),
-        ("sources of effect are the same in every layer", {"sources": lambda at: at.positions == 0}),
-        ("controls must be some of size, mass, position, self, got .'random'.", {"controls": ["random"]}),
-        ("none of the sources is in a prompt of 37 tokens", {"sources": [40]}),
-        ("20 of 37 keys are sources; use longer", {"sources": range(20)}),
-        ("sources by name can only be 'first'", {"sources": "bos"}),
+        ("must be a Mask, Drop, Bias, Move or Value of keys, got LearnedSink", LearnedSink(), {}),
+        ("must be a Mask, .* got 'mask'", "mask", {}),
+        ("effect edits at least one head", Mask(heads=[]), {}),
+        (r"is a fraction 0\.\.1, got 2", Mask(), {"amounts": [2]}),
+        ("amounts must be different, at least one", Mask(), {"amounts": []}),
+        ("keys of effect are the same in every layer", Mask(lambda at: at.positions == 0), {}),
+        ("controls must be some of size, mass, position, self, got .'few'.", Mask(), {"controls": ["few"]}),
+        ("none of the keys is in a prompt of 37 tokens", Mask([40]), {}),
+        ("20 of 37 keys are sources; use longer", Mask(range(20)), {}),
     ],
 )  # fmt: skip
-def test_refusals(match, arguments):
+def test_refusals(match, edit, arguments):
     model = lens.load(build("llama"))
     with pytest.raises(LensError, match=match):
-        lens.sinks.effect(model, IDS[0], **arguments)
+        lens.effect(model, IDS[0], edit, **arguments)
+
+
+def test_a_bias_is_a_mask_by_the_logarithm_and_so_are_its_alphas():
+    model = lens.load(build("llama"))
+    masked = lens.effect(model, IDS[0], Mask([0, 7], 0.75), controls=("mass",))
+    biased = lens.effect(model, IDS[0], Bias([0, 7], float(np.log(0.25))), controls=("mass",))
+    assert rms_ratio(masked.alphas[0][1], biased.alphas[0][1]) < 1e-5
+    for condition in ("edit", "mass"):
+        expected = masked.values[condition]["kl"]
+        assert biased.values[condition]["kl"] == pytest.approx(expected, rel=1e-3)
+        assert expected.min() > 0
+
+
+def test_control_keys_of_a_move_are_none_that_receive():
+    """A receiver moved onto itself would change nothing: no control."""
+    random, sources, mass = np.random.default_rng(2), np.arange(9) == 0, np.full(9, 0.1)
+    free = np.isin(np.arange(9), [4, 8])
+    for control in ("size", "mass", "position"):
+        assert set(control_keys(control, sources, mass, random, free)) <= {4, 8}
+    model = lens.load(build("llama"))
+    result = lens.effect(model, IDS[0, :6], Move("first", to=[2, 3, 4, 5]), controls=("size",))
+    alone = lens.effect(model, IDS[0, :6], Move([1], to=[2, 3, 4, 5]), controls=())
+    found = result.values["size"]["delta_loss"]
+    assert found == pytest.approx(alone.values["edit"]["delta_loss"], abs=1e-7)
+    assert result.alphas[0][1].shape == (3, 6, 6)
+    assert np.isnan(result.alphas[0][1]).all()
+    assert "Where the attention went is not known" in " ".join(result.findings())
+
+
+def test_a_control_that_is_the_edit_itself_is_said_to_be_none():
+    """The first row sees nothing but the first key, so sparing it changes nothing of a mask."""
+    model = lens.load(build("llama"))
+    said = lens.effect(model, IDS, Mask("first"), controls=("size", "self")).findings()
+    texts = {sentence.kind: str(sentence) for sentence in said}
+    assert texts["self"].startswith("The self control changes the same as the edit")
+    assert "the size control (" in texts["size"]
 
 
 def test_prompts_and_models_without_a_next_token_are_refused():
     with pytest.raises(LensError, match="at least two tokens"):
-        lens.sinks.effect(lens.load(build("llama")), [5])
+        lens.effect(lens.load(build("llama")), [5], Mask())
     with pytest.raises(LensError, match="sees later tokens, so there is no next-token loss"):
-        lens.sinks.effect(lens.load(build("bert")), IDS[0])
+        lens.effect(lens.load(build("bert")), IDS[0], Mask())
     with pytest.raises(LensError, match=r"gives no logits \[1, tokens, vocab\]"):
-        lens.sinks.effect(lens.load(build("llama").model), IDS[0])
+        lens.effect(lens.load(build("llama").model), IDS[0], Mask())
 
 
 def test_sinks_has_no_other_names():

@@ -48,7 +48,7 @@ def test_the_loss_is_that_of_transformers_with_the_head_replaced(network, to):
     result = head_effect(model, IDS, heads=[HEAD], to=to)
     expected = [losses_with(network, ids, to) - losses_with(network, ids, None) for ids in IDS]
     assert np.abs(expected).min() > 1e-5
-    assert result.values["sources"]["delta_loss"] == pytest.approx(expected, abs=2e-6)
+    assert result.values["edit"]["delta_loss"][0] == pytest.approx(expected, abs=2e-6)
     table = activity(model, {"a": IDS, "b": IDS[1]}, heads=[HEAD]).table()
     row = table.query("domain == 'a' and layer == 1 and head == 4")
     assert row[to].to_numpy() == pytest.approx([np.mean(expected)], abs=2e-6)
@@ -72,7 +72,7 @@ def test_control_heads():
         drawn = _control("size", chosen, mass, random)
         assert drawn.sum() == 2
         assert not (drawn & chosen).any()
-    assert torch.equal(_control("sources", chosen, mass, random), chosen)
+    assert torch.equal(_control("edit", chosen, mass, random), chosen)
 
 
 def test_the_sink_head_of_text_lm_is_no_dormant_head():

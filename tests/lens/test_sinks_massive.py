@@ -65,10 +65,10 @@ def test_a_planted_activation_is_found_with_its_layers_and_token(network):
     assert len(found.plot().to_dict()["data"]) == 4
     # the layer that takes it off now adds 4000, which is no small matter for the prediction
     values = effect.values
-    assert values["sources"]["kl"].min() > 100 * values["size"]["kl"].max()
-    assert values["sources"]["kl"].min() > 100 * values["position"]["kl"].max()
+    assert values["edit"]["kl"].min() > 100 * values["size"]["kl"].max()
+    assert values["edit"]["kl"].min() > 100 * values["position"]["kl"].max()
     assert "massive activations := zero" in effect.findings()[0]
-    assert list(values) == ["sources", "size", "norm", "position"]
+    assert list(values) == ["edit", "size", "norm", "position"]
     assert "the norm control" in " ".join(effect.findings())
 
 
@@ -87,9 +87,9 @@ def test_setting_to_the_mean_of_one_prompt_changes_nothing_and_zero_is_a_hook(ne
             ),
         ):
             edited = network(IDS[:1]).logits[0, :-1].log_softmax(-1)
-    assert kept.values["sources"]["kl"][0] == pytest.approx(0, abs=1e-9)
+    assert kept.values["edit"]["kl"][0, 0] == pytest.approx(0, abs=1e-9)
     kl = (base.exp() * (base - edited)).sum(-1).mean().detach()
-    assert zeroed.values["sources"]["kl"][0] == pytest.approx(float(kl), rel=1e-3)
+    assert zeroed.values["edit"]["kl"][0, 0] == pytest.approx(float(kl), rel=1e-3)
 
 
 def test_others_is_the_mean_of_the_other_prompts_and_norm_moves_another_dimension_as_far(network):
@@ -110,7 +110,7 @@ def test_others_is_the_mean_of_the_other_prompts_and_norm_moves_another_dimensio
             with changed(model, 0, set_to):
                 edited = network(IDS[number : number + 1]).logits[0, :-1].log_softmax(-1)
             kl = float((base.exp() * (base - edited)).sum(-1).mean().detach())
-            assert effect.values["sources"]["kl"][number] == pytest.approx(kl, rel=1e-2, abs=1e-9)
+            assert effect.values["edit"]["kl"][0, number] == pytest.approx(kl, rel=1e-2, abs=1e-9)
         seen = []
 
         def watch(_, __, output):

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+from lens.edits import Drop, Mask, Value
+from lens.edits._keyed import KeyedEdit
 from lens.passes.calls import LayerCall
 from lens.passes.masks import MaskStructure
-from lens.sinks.effects.watched import WatchedEdit
 from tests.lens.naive import rms_ratio
 
 HEADS, LENGTH, DIM = 3, 257, 16
@@ -24,7 +25,13 @@ def test_the_error_of_the_group_path_is_that_of_bfloat16(mass, rule):
     value = torch.randn(1, HEADS, LENGTH, DIM, generator=random).bfloat16()
     call = LayerCall(query.bfloat16(), key.bfloat16(), value, MaskStructure(True), scale=1.0)
     heads = torch.ones(1, HEADS, dtype=torch.bool)
-    edit = WatchedEdit([0], 1.0, rule, heads, watch=True)
+    one = {
+        "mask": Mask(),
+        "drop": Drop(),
+        "zero_value": Value(),
+        "mean_value": Value("first", "mean"),
+    }
+    edit = KeyedEdit(one[rule].plan(), heads, "auto")
     found = edit.on_layer(call)[0][:, 1:].double()
     exact = call.value[0].double()
     logits = (call.query[0].double() @ call.key[0].double().mT).masked_fill(

@@ -5,6 +5,7 @@ import torch
 
 import lens
 from lens.common.errors import LensError
+from lens.edits import Drop, Mask
 from lens.sinks import bos_pair, by_bos, by_scope
 from tests.lens.architectures import build
 
@@ -13,18 +14,19 @@ IDS = torch.randint(3, 97, (2, 29), generator=torch.Generator().manual_seed(5))
 
 def test_each_scope_edits_what_it_says():
     model = lens.load(build("llama"))
-    result = by_scope(model, IDS, head="L1H4", edit="drop", seed=3)
+    result = by_scope(model, IDS, head="L1H4", edit=Drop("first"), seed=3)
     table = result.table().set_index(["reach", "condition"])
     assert [found.scope for found in result.effects.values()] == [
         "L1H4", "layer 1", "layers 1 to 2", "all heads",
     ]  # fmt: skip
-    expected = lens.sinks.effect(model, IDS, layers=[1, 2], edit="drop", seed=3).table()
+    expected = lens.effect(model, IDS, Drop("first", layers=[1, 2]), seed=3).table()
     for name in ("delta_loss", "kl", "mass"):
         found = table.loc["from_layer"][name].to_numpy()
         assert found == pytest.approx(expected[name].to_numpy(), abs=1e-12)
     assert len(result.findings()) == 6
     assert (
-        "from_layer: Edit drop (amount 1) of layers 1 to 2 changes the loss" in result.findings()[2]
+        "from_layer: Edit Drop first (amount 1) of layers 1 to 2 changes the loss"
+        in result.findings()[2]
     )
 
 
@@ -43,8 +45,8 @@ def test_with_and_without_bos_are_run_in_one_call():
     assert bos_pair(model, [text[1:]]) == pair
     table = by_bos(model, [text, text], controls=()).table().set_index("reach")
     assert table["bos"].to_dict() == {"with BOS": "added", "without BOS": "absent"}
-    expected = lens.sinks.effect(model, [text[1:]], controls=()).values["sources"]["delta_loss"]
-    assert table.loc["without BOS", "delta_loss"] == pytest.approx(expected[0], abs=1e-6)
+    expected = lens.effect(model, [text[1:]], Mask(), controls=()).values["edit"]["delta_loss"]
+    assert table.loc["without BOS", "delta_loss"] == pytest.approx(expected[0, 0], abs=1e-6)
 
 
 def test_pairs_without_a_bos_or_text_are_refused():

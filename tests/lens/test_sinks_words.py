@@ -9,17 +9,17 @@ import torch
 
 import lens
 from lens.common.errors import LensError
+from lens.edits import Mask
+from lens.edits.clean_runs import CleanRuns
+from lens.edits.effect_results import Effect
 from lens.figures.sink_heads import activity_points
 from lens.sinks import (
-    CleanRuns,
     activity,
     band_losses,
     by_scope,
-    dose_response,
     effective_gate,
     mechanism,
 )
-from lens.sinks.effects.results import SinkEffect
 from tests.lens.architectures import build
 from tests.lens.test_sinks import parked
 from tests.lens.traces import trace_of
@@ -75,20 +75,23 @@ def test_mechanism_in_words_and_figure(model):
 
 
 def test_dose_in_words(model, clean):
-    result = dose_response(model, IDS, amounts=(0.5, 1.0), controls=("mass",), clean=clean)
-    found, values = result.findings(), result.effects[1].values["sources"]["delta_loss"]
-    assert f"1: {values.mean():+.4f}" in found[0]
-    rises = values.mean() > result.effects[0].values["sources"]["delta_loss"].mean()
-    assert found[1] == f"The loss {'grows' if rises else 'falls'} with every step of the amount."
-    assert "the mass control" in found[2]
-    assert len(dose_response(model, IDS, amounts=(1.0,), controls=(), clean=clean).findings()) == 2
+    result = lens.effect(model, IDS, Mask(), amounts=(0.5, 1.0), controls=("mass",), clean=clean)
+    found = {sentence.kind: str(sentence) for sentence in result.findings()}
+    half, whole = result.values["edit"]["delta_loss"].mean(1)
+    assert f"0.5: {half:+.4f}" in found["dose"]
+    assert f"1: {whole:+.4f}" in found["dose"]
+    rises = "grows" if whole > half else "falls"
+    assert found["trend"] == f"The loss {rises} with every step of the amount."
+    assert "the mass control" in found["mass"]
+    kinds = {one.kind for one in lens.effect(model, IDS, Mask(), clean=clean).findings()}
+    assert not kinds & {"dose", "trend"}
 
 
 def test_scopes_and_activity_are_drawn(model, clean):
     scopes = by_scope(model, IDS, head="L1H4", controls=("mass",), clean=clean)
     sources, mass = _drawn(scopes)
     table: Any = scopes.table().set_index("condition")
-    assert sources.x.tolist() == table.loc["sources", "delta_loss"].tolist()
+    assert sources.x.tolist() == table.loc["edit", "delta_loss"].tolist()
     assert mass.x.tolist() == table.loc["mass", "delta_loss"].tolist()
     assert sources.y[2] == "layers 1 to 2 (from_layer)"
     domains = {"a": IDS, "b": IDS[:1]}
@@ -115,11 +118,12 @@ def test_a_mass_control_that_holds_too_little_is_no_comparison():
     def effect(mass):
         shown = {"delta_loss": 0.2, "kl": 0.1, "flip_rate": 0.5, "keys": 1.0}
         values = {
-            name: {key: np.full(3, value) for key, value in (shown | {"mass": held}).items()}
-            for name, held in (("sources", 0.9), ("mass", mass))
+            name: {key: np.full((1, 3), value) for key, value in (shown | {"mass": held}).items()}
+            for name, held in (("edit", 0.9), ("mass", mass))
         }
+        values["mass"]["delta_loss"] = np.array([[0.1, 0.2, 0.3]])
         nothing = pd.DataFrame({"other_before": [0.0], "other_after": [0.0]})
-        return SinkEffect(values, nothing, (), "mask", 1.0, "L1H0", (9, 9, 9), "added", 0)
+        return Effect(values, nothing, (), "Mask first", (1.0,), "L1H0", (9, 9, 9), "added", 0)
 
     assert any("not clearly unlike the mass control" in text for text in effect(0.8).findings())
     said = effect(0.1).findings()
@@ -132,7 +136,7 @@ def test_a_printed_result_is_its_name_and_first_findings(model):
     lines = repr(gates).split("\n")
     assert lines[0] == "EffectiveGates"
     assert [line.strip() for line in lines[1:]] == gates.findings()
-    result = lens.sinks.effect(model, IDS, controls=("mass",))
+    result = lens.effect(model, IDS, Mask(), controls=("mass",))
     lines = repr(result).split("\n")
     assert lines[1].strip() == result.findings()[0]
     assert lines[-1].strip() == f"... {len(result.findings()) - 4} more in .findings()"

@@ -76,7 +76,9 @@ def test_what_cannot_be_captured_or_has_no_segments_is_refused():
     with pytest.raises(
         LensError, match=r"got .*pixel_values too; images with text go to lens\.capture"
     ):
-        lens.sinks.effect(model, inputs)  # it would run the text without its image
+        lens.effect(
+            model, inputs, lens.edits.Mask("first")
+        )  # it would run the text without its image
     trace = lens.capture(lens.load("text-lm-3l"), "It was the best of times", progress=False)
     assert trace.attrs["segments"] is None
     with pytest.raises(

@@ -10,14 +10,13 @@ import plotly.graph_objects as go
 
 import lens
 from lens import edits as moving
-from lens import sinks
 from lens.common.results import of_kind
 from lens.figures.redistribution import side_effect_line
 from lens.figures.sink_effects import migration_maps
 from lens.runs.sections import Section
-from lens.sinks.effects.watched import EDITS
 from lens.stats import over_units
 from lens_analyses.steps.columns import defined
+from lens_analyses.steps.sink_effects import EDITS, by_word
 from lens_analyses.steps.sinks import COLUMNS
 from lens_analyses.steps.subject import Subject
 
@@ -73,15 +72,16 @@ def redistribution(subject: Subject) -> Section:
     figures["response"] = side_effect_line(tables["response"], "delta_loss")
     if rule in EDITS:
         at = max(amounts)
-        watched = sinks.effect(
+        watched = lens.effect(
             subject.model,
             subject.text_windows,
-            edit=rule,
-            amount=at,
+            EDITS[rule],
+            amounts=[at],
             controls=("mass",),
             seed=subject.seed,
+            progress=False,
         )
-        tables |= {"control": watched.table(), "migration": watched.migration}
+        tables |= {"control": by_word(watched.table()), "migration": watched.migration}
         figures["maps"] = migration_maps(watched)
         told = of_kind(watched.findings(), "mass", "moved")
         summary.append(f"At amount {at:g}: {' '.join(told)}")

@@ -2,9 +2,13 @@
 
 import pandas as pd
 
-from lens import sinks
+import lens
+from lens import edits, sinks
 from lens.common.head_ids import HeadId
 from lens.common.results import of_kind
+from lens.edits.clean_runs import CleanRuns
+from lens.edits.effect_results import Effect
+from lens.edits.effects import named
 from lens.figures.sink_effects import migration_maps
 from lens.runs.sections import Section
 from lens.tasks import prompts
@@ -13,18 +17,30 @@ from lens_analyses.steps.sinks import COLUMNS
 from lens_analyses.steps.subject import Subject
 
 _HEADS, _FEW = 3, 3  # heads switched off one at a time, on so many prompts of each text
+EDITS = {
+    "mask": edits.Mask("first"),
+    "drop": edits.Drop("first"),
+    "mean_value": edits.Value("first", "mean"),
+    "zero_value": edits.Value("first", "zero"),
+    "move": edits.Move(None, to="first"),
+    "transfer": edits.Move("first"),
+}
+"""What the words of the configuration do with the first token."""
+_WORDS = {named(edit): word for word, edit in EDITS.items()}
 _OTHERS = ("pride-and-prejudice", "shakespeare")
 
 
 def effects(subject: Subject) -> Section:
     """The sink edited away, beside controls of the same size, mass and position; where mass moves."""
     texts = subject.text_windows
-    strongest, clean = strongest_heads(subject, 1)[0], sinks.CleanRuns(subject.model)
+    strongest, clean = strongest_heads(subject, 1)[0], CleanRuns(subject.model)
     model, seed = subject.model, subject.seed
-    edits = subject.settings.edited
-    found = [sinks.effect(model, texts, edit=edit, seed=seed, clean=clean) for edit in edits]
+    done = [EDITS[word] for word in subject.settings.edited]
+    found = [
+        lens.effect(model, texts, edit, seed=seed, clean=clean, progress=False) for edit in done
+    ]
     scopes = sinks.by_scope(
-        model, texts, head=strongest, edit=edits[0], controls=("mass",), seed=seed, clean=clean
+        model, texts, head=strongest, edit=done[0], controls=("mass",), seed=seed, clean=clean
     )
     found.append(sinks.head_effect(model, texts, heads=[strongest], seed=seed, clean=clean))
     massive = sinks.massive(model, texts)
@@ -35,11 +51,13 @@ def effects(subject: Subject) -> Section:
             for to in references
         ]
     tables = {
-        "edits": pd.concat([one.table() for one in found], ignore_index=True),
-        "scopes": scopes.table(),
-        "migration": pd.concat(
-            [one.migration.assign(edit=one.edit, scope=one.scope) for one in found],
-            ignore_index=True,
+        "edits": by_word(pd.concat([one.table() for one in found], ignore_index=True)),
+        "scopes": by_word(scopes.table()),
+        "migration": by_word(
+            pd.concat(
+                [one.migration.assign(edit=one.edit, scope=one.scope) for one in found],
+                ignore_index=True,
+            )
         ),
     }
     return Section(
@@ -73,10 +91,16 @@ def effects(subject: Subject) -> Section:
 def dose(subject: Subject) -> Section:
     """How the effect grows with the amount that is taken from the sink."""
     amounts = subject.settings.doses
-    found = sinks.dose_response(
-        subject.model, subject.text_windows, amounts=amounts, controls=("mass",), seed=subject.seed
+    found = lens.effect(
+        subject.model,
+        subject.text_windows,
+        edits.Mask("first"),
+        amounts=amounts,
+        controls=("mass",),
+        seed=subject.seed,
+        progress=False,
     )
-    table = found.table()
+    table = by_word(found.table())
     return Section(
         name="dose",
         title="Sinks: dose and response",
@@ -127,7 +151,7 @@ def first_token(subject: Subject) -> Section:
         pair = sinks.by_bos(model, texts, controls=("mass",), seed=seed)
         rates = sinks.emergence(model, sinks.bos_pair(model, texts), seed=seed)
         summary = [*rates.findings()[:-1], *of_kind(pair.findings(), "effect"), *summary]
-        tables |= {"bos": pair.table(), "bos_layers": rates.table()}
+        tables |= {"bos": by_word(pair.table()), "bos_layers": rates.table()}
         figures |= {"bos": pair.plot(), "bos_layers": rates.plot()}
     return Section(
         name="first_token",
@@ -160,7 +184,12 @@ def strongest_heads(subject: Subject, count: int) -> list[HeadId]:
     return [HeadId(int(row["layer"]), int(row["head"])) for row in rows.to_dict("records")]
 
 
-def _in_short(effect: sinks.SinkEffect) -> str:
+def by_word(table: pd.DataFrame) -> pd.DataFrame:
+    """The table with the configuration's words for edits."""
+    return table.assign(edit=table["edit"].replace(_WORDS))
+
+
+def _in_short(effect: Effect) -> str:
     """What the edit does, and whether that is more than editing as much attention elsewhere does."""
     said = effect.findings()
     controls = of_kind(said, "mass", "size", "norm")

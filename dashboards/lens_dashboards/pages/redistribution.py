@@ -37,7 +37,7 @@ _MEASURES = {
     "flip_rate": "Predictions that change",
 }
 _CONDITIONS = {
-    "sources": "the sink",
+    "edit": "the sink",
     "size": "as many other keys",
     "mass": "other keys of the same mass",
     "position": "keys at the next positions",
@@ -90,7 +90,7 @@ def measured(sections: Iterable[Section]) -> pd.DataFrame:
                     {
                         "rule": str(row.get("edit", section.configuration.get("rule", ""))),
                         "amount": float(row["amount"]),
-                        "condition": str(row.get("condition", "sources")),
+                        "condition": str(row.get("condition", "edit")),
                         "measure": name,
                         "value": float(row[name]),
                         "low": float(row.get(f"{name}_low", float("nan"))),

@@ -13,17 +13,17 @@ import torch
 
 from lens.common.errors import LensError
 from lens.common.results import Result, described
+from lens.edits.clean_runs import CleanRuns, clean_runs
+from lens.edits.effect_results import Effect
 from lens.edits.losses import bos_policy, log_probabilities, two_tokens
+from lens.edits.recording import EffectRecorder
+from lens.edits.watching import Watch
 from lens.models.loaded import LoadedModel
 from lens.passes.inputs import Prompt, read_prompts
 from lens.passes.stream import changed, stream
-from lens.sinks.effects.clean import CleanRuns, clean_runs
-from lens.sinks.effects.recording import EffectRecorder
-from lens.sinks.effects.results import SinkEffect
-from lens.sinks.effects.watched import WatchedEdit
 
 RATIO, MAGNITUDE = 1000.0, 100.0
-_CONDITIONS = ("sources", "size", "norm", "position")
+_CONDITIONS = ("edit", "size", "norm", "position")
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,7 +191,7 @@ def massive_effect(
     to: str = "zero",
     seed: int = 0,
     clean: CleanRuns | None = None,
-) -> SinkEffect:
+) -> Effect:
     """Set massive activations to 0 or to their mean where they emerge; all later layers run on.
 
     Edit E5 of METHODS-ATTENTION 1.9, experiment 3 of Sun et al. Each (dimension, position) of `found`
@@ -206,7 +206,7 @@ def massive_effect(
         to: "zero", "mean" (over the prompts of `found`, at the layer of emergence) or "others" (over the
             other prompts given, each prompt's own left out).
         seed: of control and bootstrap.
-        clean: as for `lens.sinks.effect`.
+        clean: as for `lens.effect`.
 
     Raises:
         LensError: nothing was found, another `to`, "others" with one prompt, or prompts shorter than
@@ -234,14 +234,14 @@ def massive_effect(
         source[found.positions] = True
         for condition in recorder.conditions:
             shift = int(condition == "position")
-            after = WatchedEdit([0], 0.0, "mask", chosen, watch=condition == "sources")
+            after = Watch(record=condition == "edit")
             edited = _with_changes(model, ids, after, places, numbers, condition, random)
             held = mass[[place + shift for place in found.positions]].sum()
             recorder.add(condition, ids, before, edited, keys=len(places), mass=held)
-            if condition == "sources":
+            if condition == "edit":
                 recorder.add_migration(ids, before, after.alpha(), source)
     edit = f"massive activations := {to}"
-    return recorder.result(model, chosen, edit=edit, amount=1.0, seed=seed)
+    return recorder.result(model, chosen, edit=edit, seed=seed)
 
 
 def _values_to_set(
@@ -278,7 +278,7 @@ def _values_to_set(
 def _with_changes(
     model: LoadedModel,
     ids: list[int],
-    watcher: WatchedEdit,
+    watcher: Watch,
     places: list[dict[Any, Any]],
     numbers: np.ndarray,
     condition: str,
@@ -294,7 +294,7 @@ def _with_changes(
             drawn = iter(random.permutation(others))
             for place, number in here:
                 position, dimension, other = place["position"], place["dimension"], int(next(drawn))
-                if condition == "sources":
+                if condition == "edit":
                     hidden[:, position, dimension] = number
                 elif condition == "norm":
                     hidden[:, position, other] += number - before[:, position, dimension]

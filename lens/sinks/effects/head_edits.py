@@ -13,19 +13,21 @@ import torch
 from lens.common.errors import LensError
 from lens.common.head_ids import AnyHead, HeadId
 from lens.common.results import Result, Sentence, described
+from lens.edits._keyed import KeyedEdit
+from lens.edits.attention import Drop, Move
 from lens.edits.base import selected_heads
+from lens.edits.clean_runs import CleanRuns, clean_runs
+from lens.edits.effect_results import Effect
 from lens.edits.losses import bos_policy, changes, log_probabilities, two_tokens
+from lens.edits.recording import EffectRecorder
+from lens.edits.watching import Watch
 from lens.models.loaded import LoadedModel
 from lens.passes.inputs import read_prompts
-from lens.sinks.effects.clean import CleanRuns, clean_runs
-from lens.sinks.effects.recording import EffectRecorder
-from lens.sinks.effects.results import SinkEffect
-from lens.sinks.effects.watched import WatchedEdit
 from lens.stats import over_units
 
 DORMANT_ACTIVITY, DORMANT_LOSS = 0.2, 1e-3
 """A head is dormant on a domain where its activity and |change of loss| are below these."""
-_RULES = {"off": "drop", "first": "move"}
+_EDITS = {"off": Drop(lambda at: at.positions >= 0), "first": Move(None, to="first")}
 
 
 def head_effect(
@@ -36,7 +38,7 @@ def head_effect(
     to: str = "off",
     seed: int = 0,
     clean: CleanRuns | None = None,
-) -> SinkEffect:
+) -> Effect:
     """Set the outputs of heads to 0, or put all their attention on the first token (E6).
 
     The two interventions of Guo et al. (arXiv 2410.13835). Controls: "size", as many random other
@@ -49,16 +51,16 @@ def head_effect(
         heads: such as "L1H0".
         to: "off" or "first".
         seed: of control and bootstrap.
-        clean: as for `effect`.
+        clean: as for `lens.effect`.
 
     Raises:
         LensError: no head, more than half of the heads (no controls are left), another `to`, prompts
-            of one token, and as `lens.sinks.effect`.
+            of one token, and as `lens.effect`.
 
     Example:
         >>> lens.sinks.head_effect(model, texts, heads=["L1H0"], to="first").table()
     """
-    if to not in _RULES:
+    if to not in _EDITS:
         raise LensError(f"to must be 'off' or 'first', got {to!r}")
     chosen = selected_heads(model, None, heads)
     count, total = int(chosen.sum()), chosen.numel()
@@ -68,7 +70,7 @@ def head_effect(
             f"compare with; got {count}"
         )
     runs, random = clean_runs(model, clean), np.random.default_rng(seed)
-    recorder = EffectRecorder(("sources", "size", "mass"))
+    recorder = EffectRecorder(("edit", "size", "mass"))
     for prompt in read_prompts(model, prompts)[0]:
         ids = two_tokens(prompt.ids)
         before = runs.of(ids)
@@ -76,15 +78,15 @@ def head_effect(
         source = torch.arange(len(ids)) == 0
         for condition in recorder.conditions:
             selected = _control(condition, chosen, mass, random)
-            is_source = condition == "sources"
-            after = _edit(to, selected, len(ids), watch=is_source)
+            is_source = condition == "edit"
+            after = _edit(to, selected, watch=is_source)
             edited = log_probabilities(model, ids, after.on_layer)
             recorder.add(
                 condition, ids, before, edited, keys=count, mass=float(mass[selected].mean())
             )
             if is_source:
                 recorder.add_migration(ids, before, after.alpha(), source)
-    return recorder.result(model, chosen, edit=f"heads {to}", amount=1.0, seed=seed)
+    return recorder.result(model, chosen, edit=f"heads {to}", seed=seed)
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,10 +167,10 @@ def activity(
         domains: name -> prompts, as for `lens.capture`; token prompts.
         heads: those to edit; None: all.
         seed: of the bootstrap over prompts.
-        clean: as for `effect`.
+        clean: as for `lens.effect`.
 
     Raises:
-        LensError: fewer than one domain, no heads, prompts of one token, and as `lens.sinks.effect`.
+        LensError: fewer than one domain, no heads, prompts of one token, and as `lens.effect`.
 
     Example:
         >>> lens.sinks.activity(model, {"prose": texts}, heads=["L1H0"]).table()
@@ -188,15 +190,15 @@ def activity(
             for layer, head in edited:
                 one = torch.zeros(model.info.layers, model.info.heads, dtype=torch.bool)
                 one[layer, head] = True
-                for to in _RULES:
-                    edit = _edit(to, one, len(ids), watch=False)
+                for to in _EDITS:
+                    edit = _edit(to, one, watch=False)
                     after = log_probabilities(model, ids, edit.on_layer)
                     deltas.setdefault((layer, head, to), []).append(
                         changes(before.log_probabilities, after, ids)[0]
                     )
         for (layer, head), received in np.ndenumerate(np.mean(alpha, 0)):
             row = {"domain": domain, "layer": layer, "head": head, "activity": 1 - received}
-            for to in _RULES:
+            for to in _EDITS:
                 values = np.array(deltas.get((layer, head, to), [np.nan]))
                 low, high = over_units(values, np.ones(len(values)), seed)
                 row |= {to: values.mean(), f"{to}_low": float(low), f"{to}_high": float(high)}
@@ -208,16 +210,16 @@ def activity(
     return HeadActivity(pd.DataFrame(rows), counts, lengths, policies)
 
 
-def _edit(to: str, heads: torch.Tensor, length: int, *, watch: bool) -> WatchedEdit:
-    keys = list(range(length)) if to == "off" else [0]
-    return WatchedEdit(keys, 1.0, _RULES[to], heads, watch=watch)
+def _edit(to: str, heads: torch.Tensor, *, watch: bool) -> Watch:
+    plan = _EDITS[to].plan()
+    return Watch(KeyedEdit(plan, heads, "auto"), record=watch)
 
 
 def _control(
     condition: str, chosen: torch.Tensor, mass: torch.Tensor, random: np.random.Generator
 ) -> torch.Tensor:
     """bool [layers, heads]: the heads of a condition."""
-    if condition == "sources":
+    if condition == "edit":
         return chosen
     others = (~chosen).flatten().nonzero()[:, 0].numpy()
     free, picked = list(random.permutation(others)), []

@@ -3,36 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pandas as pd
 
 from lens.common.head_ids import AnyHead, head_id
 from lens.common.results import Result, Sentence, described, of_kind
+from lens.edits.attention import Mask
+from lens.edits.clean_runs import CleanRuns, clean_runs
 from lens.edits.controls import CONTROLS
+from lens.edits.effect_results import Effect
+from lens.edits.effects import OfKeys, effect
 from lens.models.loaded import LoadedModel
-from lens.passes.keys import Keys
 from lens.sinks.detection.emergences import bos_pair
-from lens.sinks.effects.causal import effect
-from lens.sinks.effects.clean import CleanRuns, clean_runs
-from lens.sinks.effects.results import SinkEffect
 
 SCOPES = ("head", "layer", "from_layer", "all")
 
 
 @dataclass(frozen=True, eq=False)
 class ScopedEffects(Result):
-    """`SinkEffect` at each of several scopes, with the same seed.
+    """`Effect` at each of several scopes, with the same seed.
 
     Attributes:
         effects: one of `SCOPES`, or "with BOS" and "without BOS" -> effect; the widest last.
     """
 
-    effects: dict[str, SinkEffect] = field(repr=False)
+    effects: dict[str, Effect] = field(repr=False)
 
     def table(self) -> pd.DataFrame:
-        """One row per scope and condition; `reach` names the scope, the rest as `SinkEffect.table`."""
+        """One row per scope and condition; `reach` names the scope, the rest as `Effect.table`."""
         parts = [found.table().assign(reach=name) for name, found in self.effects.items()]
         return pd.concat(parts, ignore_index=True)
 
@@ -55,20 +55,20 @@ def by_scope(
     prompts: Any,
     *,
     head: AnyHead,
-    sources: Keys = "first",
-    edit: str = "mask",
+    edit: OfKeys | None = None,
     controls: Sequence[str] = CONTROLS,
     seed: int = 0,
     clean: CleanRuns | None = None,
 ) -> ScopedEffects:
-    """`lens.sinks.effect` of one head, its layer, all layers from it on, and all layers.
+    """`lens.effect` of one head, its layer, all layers from it on, and all layers.
 
     Args:
-        model, prompts, sources, edit, controls, seed, clean: as for `effect`.
+        model, prompts, controls, seed, clean: as for `lens.effect`.
+        edit: likewise, its heads and layers aside; None: `Mask("first")`.
         head: such as "L1H0".
 
     Raises:
-        LensError: a head that is not there, and as `effect`.
+        LensError: a head that is not there, and as `lens.effect`.
 
     Example:
         >>> lens.sinks.by_scope(model, texts, head="L1H0").table()
@@ -86,12 +86,10 @@ def by_scope(
             name: effect(
                 model,
                 prompts,
-                sources=sources,
-                edit=edit,
+                replace(edit or Mask(), **({"heads": None, "layers": None} | reach[name])),
                 controls=controls,
                 seed=seed,
                 clean=runs,
-                **reach[name],
             )
             for name in SCOPES
         }
@@ -102,25 +100,26 @@ def by_bos(
     model: LoadedModel,
     prompts: Any,
     *,
-    edit: str = "mask",
+    edit: OfKeys | None = None,
     controls: Sequence[str] = CONTROLS,
     seed: int = 0,
     clean: CleanRuns | None = None,
 ) -> ScopedEffects:
-    """`lens.sinks.effect` of the first token on the same text with BOS in front and without.
+    """`lens.effect` of the first token on the same text with BOS in front and without.
 
     Args:
-        model, prompts, edit, controls, seed, clean: as for `effect`.
+        model, prompts, controls, seed, clean: as for `lens.effect`.
+        edit: likewise; None: `Mask("first")`.
 
     Raises:
-        LensError: as `lens.sinks.bos_pair` and `effect`.
+        LensError: as `lens.sinks.bos_pair` and `lens.effect`.
 
     Example:
         >>> lens.sinks.by_bos(model, texts).table()[["reach", "condition", "delta_loss", "bos"]]
     """
     return ScopedEffects(
         {
-            name: effect(model, ids, edit=edit, controls=controls, seed=seed, clean=clean)
+            name: effect(model, ids, edit or Mask(), controls=controls, seed=seed, clean=clean)
             for name, ids in bos_pair(model, prompts).items()
         }
     )

@@ -1,24 +1,28 @@
-"""Collects what edits did to one prompt after the other, until it is a `SinkEffect`."""
+"""Collects what edits did to one prompt after the other, until it is an `Effect`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
 
 from lens.common.head_ids import HeadId
+from lens.edits.clean_runs import CleanRun
+from lens.edits.effect_results import Effect
 from lens.edits.losses import bos_policy, changes, migration, moved
 from lens.edits.side_effects import MEASURES
 from lens.models.loaded import LoadedModel
-from lens.sinks.effects.clean import CleanRun
-from lens.sinks.effects.results import SinkEffect
 
 
 class EffectRecorder:
-    """The numbers of every condition, prompt by prompt, and where attention went in "sources"."""
+    """The numbers of every condition, prompt by prompt, and where attention went in "edit".
 
-    def __init__(self, conditions: Iterable[str]) -> None:
+    Prompts come one after the other; of each, every condition comes at every amount, these in order.
+    """
+
+    def __init__(self, conditions: Iterable[str], amounts: Sequence[float] = (1.0,)) -> None:
+        self._amounts = tuple(float(amount) for amount in amounts)
         self._values: dict[str, dict[str, list[float]]] = {
             name: {key: [] for key in (*MEASURES, "keys", "mass")} for name in conditions
         }
@@ -28,7 +32,7 @@ class EffectRecorder:
 
     @property
     def conditions(self) -> tuple[str, ...]:
-        """ "sources" and the controls."""
+        """ "edit" and the controls."""
         return tuple(self._values)
 
     def add(
@@ -68,24 +72,26 @@ class EffectRecorder:
         self._moves.append(moved(before.alpha, alpha, source))
         self._read.append(ids)
 
-    def result(
-        self, model: LoadedModel, chosen: torch.Tensor, *, edit: str, amount: float, seed: int
-    ) -> SinkEffect:
+    def result(self, model: LoadedModel, chosen: torch.Tensor, *, edit: str, seed: int) -> Effect:
         """All of it; `chosen`: bool [layers, heads], the heads that were edited."""
-        return SinkEffect(
+        return Effect(
             values={
-                name: {key: np.array(numbers) for key, numbers in found.items()}
+                name: {key: self._by_amount(numbers) for key, numbers in found.items()}
                 for name, found in self._values.items()
             },
             migration=migration(self._moves),
             alphas=tuple(self._alphas),
             edit=edit,
-            amount=amount,
+            amounts=self._amounts,
             scope=scope_of(chosen),
             tokens=tuple(len(ids) for ids in self._read),
             bos=bos_policy(model, self._read),
             seed=seed,
         )
+
+    def _by_amount(self, numbers: list[float]) -> np.ndarray:
+        """[amounts, prompts]"""
+        return np.array(numbers).reshape(-1, len(self._amounts)).T
 
 
 def scope_of(chosen: torch.Tensor) -> str:

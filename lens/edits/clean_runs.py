@@ -8,8 +8,8 @@ import torch
 
 from lens.common.errors import LensError
 from lens.edits.losses import log_probabilities
+from lens.edits.watching import Watch
 from lens.models.loaded import LoadedModel
-from lens.sinks.effects.watched import WatchedEdit
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,8 +33,8 @@ class CleanRuns:
     Give the same object to several tests of one model and its prompts are run without an edit once.
 
     Example:
-        >>> clean = lens.sinks.CleanRuns(model)
-        >>> effects = [lens.sinks.effect(model, texts, edit=e, clean=clean) for e in ("mask", "drop")]
+        >>> clean = CleanRuns(model)
+        >>> found = [lens.effect(model, texts, e, clean=clean) for e in (lens.edits.Mask(), lens.edits.Drop())]
     """
 
     def __init__(self, model: LoadedModel) -> None:
@@ -46,10 +46,9 @@ class CleanRuns:
         return len(self._runs)
 
     def of(self, ids: list[int]) -> CleanRun:
-        """The run of a prompt. Errors as in `lens.sinks.effect`."""
+        """The run of a prompt. Errors as in `lens.effect`."""
         if tuple(ids) not in self._runs:
-            heads = torch.zeros(self.model.info.layers, self.model.info.heads, dtype=torch.bool)
-            watcher = WatchedEdit([0], 0.0, "mask", heads, watch=True)
+            watcher = Watch()
             base = log_probabilities(self.model, ids, watcher.on_layer)
             self._runs[tuple(ids)] = CleanRun(base, torch.stack(watcher.received), watcher.alpha())
         return self._runs[tuple(ids)]

@@ -1,0 +1,174 @@
+"""`Effect`: what an edit did to the predictions, beside what the same edit of controls did."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from lens.common.results import Result, Sentence, described
+from lens.edits.side_effects import MEASURES
+from lens.stats import over_units
+
+MATCHED = 0.8
+"""A mass control is one where its keys held at least this share of the edited keys' mass."""
+TOOK_OVER = 0.1
+"""Another key took over in a head where its alpha rose by more than this."""
+
+
+@dataclass(frozen=True, eq=False)
+class Effect(Result):
+    """What an edit did to the predictions, beside what the same edit of each control did.
+
+    Attributes:
+        values: condition ("edit", what was edited, and the controls) -> measure -> [amounts,
+            prompts]. Measures: delta_loss
+            (nats per token), kl (of the edited from the unedited prediction, nats), flip_rate
+            (share of positions whose most likely token changed), keys (number edited), mass (share
+            of all attention of the edited heads that those keys held before).
+        migration: at the largest amount, a row per layer and head, means over prompts: `source_before` and
+            `source_after`, largest alpha among the edited keys; `other_before` and `other_after`,
+            largest alpha among other keys; `other_key`, the position most often strongest after. NaN
+            after edits that have no softmax with fixed weights (`lens.edits.watching.Watch`).
+        alphas: at the largest amount, per prompt, [2, layers, heads, keys]: alpha of every key before and after, NaN where
+            too few queries see a key.
+        edit: what was done, in words.
+        amounts: how much of it, ascending.
+        scope: the heads that were edited, in words.
+        tokens: [prompts], T of each.
+        bos: "added", "absent" or "mixed".
+        seed: of controls and bootstrap.
+    """
+
+    values: dict[str, dict[str, np.ndarray]] = field(repr=False)
+    migration: pd.DataFrame = field(repr=False)
+    alphas: tuple[np.ndarray, ...] = field(repr=False)
+    edit: str
+    amounts: tuple[float, ...]
+    scope: str
+    tokens: tuple[int, ...]
+    bos: str
+    seed: int
+
+    def table(self) -> pd.DataFrame:
+        """A row per condition and amount: means over prompts, 95 % bootstrap intervals over prompts.
+
+        `excess` is the edit's delta_loss minus the control's, prompt by prompt, NaN for the edit
+        itself ("edit"). Intervals are NaN for one prompt.
+        """
+        rows = [
+            self._row(condition, place)
+            for place in range(len(self.amounts))
+            for condition in self.values
+        ]
+        return pd.DataFrame(rows).assign(
+            edit=self.edit, scope=self.scope, bos=self.bos, n=len(self.tokens)
+        )
+
+    def _row(self, condition: str, place: int) -> dict[str, Any]:
+        values = {name: numbers[place] for name, numbers in self.values[condition].items()}
+        row: dict[str, Any] = {"condition": condition, "amount": self.amounts[place]}
+        row |= {name: values[name].mean() for name in ("keys", "mass")}
+        shown = {name: values[name] for name in MEASURES}
+        excess = self.values["edit"]["delta_loss"][place] - values["delta_loss"]
+        shown["excess"] = excess if condition != "edit" else np.full_like(excess, np.nan)
+        for name, numbers in shown.items():
+            low, high = over_units(numbers, np.ones(len(numbers)), self.seed)
+            row |= {name: numbers.mean(), f"{name}_low": float(low), f"{name}_high": float(high)}
+        return row
+
+    def __repr__(self) -> str:
+        return described(self)
+
+    def findings(self) -> tuple[Sentence, ...]:
+        """What the largest amount does, how that came about with several, and what the numbers do not say.
+
+        Kinds: `effect`, `prediction`, `dose` and `trend` (several amounts), the name of each control
+        such as `mass`, `moved`, `limit`.
+        """
+        table = self.table()
+        whole = table[table["amount"] == self.amounts[-1]].set_index("condition")
+        edited = whole.loc["edit"]
+        done = f"Edit {self.edit} (amount {self.amounts[-1]:g}) of {self.scope}"
+        loss = f"{done} changes the loss by {_with_interval(edited, 'delta_loss')} nats per token."
+        prediction = (
+            f"The prediction moves by a KL of {_with_interval(edited, 'kl')} nats, and "
+            f"{edited['flip_rate']:.1%} of the most likely tokens change; {edited['mass']:.0%} of the "
+            f"edited heads' attention lay there."
+        )
+        sentences = [Sentence(loss, kind="effect"), Sentence(prediction, kind="prediction")]
+        sentences += self._doses(table[table["condition"] == "edit"])
+        for control, row in whole.drop(index="edit").iterrows():
+            sentences.append(self._beside(str(control), row, edited))
+        sentences += self._moved()
+        lengths = f"{min(self.tokens)} to {max(self.tokens)}"
+        text = (
+            f"Measured on {len(self.tokens)} prompts of {lengths} tokens, BOS {self.bos}; intervals "
+            "are 95 % over prompts"
+            + (", and there is none for one prompt." if len(self.tokens) == 1 else ".")
+        )
+        return (*sentences, Sentence(text, kind="limit"))
+
+    def _doses(self, rows: pd.DataFrame) -> list[Sentence]:
+        """The change at each amount, and whether it grows."""
+        if len(rows) < 2:
+            return []
+        shown = "; ".join(
+            f"{row['amount']:g}: {row['delta_loss']:+.4f} [{row['delta_loss_low']:+.4f}, "
+            f"{row['delta_loss_high']:+.4f}]"
+            for row in rows.to_dict("records")
+        )
+        steps = rows["delta_loss"].diff().iloc[1:]
+        rises, falls = bool((steps > 0).all()), bool((steps < 0).all())
+        grows = "grows" if rises else "falls" if falls else "does not grow"
+        dose = f"By amount the loss changes by (nats per token) {shown}."
+        trend = f"The loss {grows} with every step of the amount."
+        return [Sentence(dose, kind="dose"), Sentence(trend, kind="trend")]
+
+    def _beside(self, control: str, row: Any, edited: Any) -> Sentence:
+        """How the edit stands to a control."""
+        own, other = (self.values[name]["delta_loss"][-1] for name in ("edit", control))
+        if control == "mass" and row["mass"] < MATCHED * edited["mass"]:
+            text = (
+                f"There is no mass control to compare with: the other keys hold too little, at most "
+                f"{row['mass']:.0%} of the attention together."
+            )
+        elif own.any() and np.allclose(own, other, rtol=1e-4, atol=1e-7):
+            text = (
+                f"The {control} control changes the same as the edit, in every prompt, so there is nothing "
+                "to compare with."
+            )
+        else:
+            less, more = row["excess_high"] < 0, row["excess_low"] > 0
+            verdict = "less than" if less else "more than" if more else "not clearly unlike"
+            text = (
+                f"That is {verdict} the {control} control ({row['mass']:.0%} of the attention): the "
+                f"difference is {_with_interval(row, 'excess')} nats."
+            )
+        return Sentence(text, kind=control)
+
+    def _moved(self) -> list[Sentence]:
+        """Whether another key took over."""
+        rise = self.migration["other_after"] - self.migration["other_before"]
+        if rise.isna().all():
+            text = "Where the attention went is not known for this edit."
+            return [Sentence(text, kind="limit")]
+        taken = int((rise > TOOK_OVER).sum())
+        text = (
+            f"In {taken} of {len(rise)} heads another key's alpha rose by more than {TOOK_OVER}"
+            + ("." if taken else "; no other key took their place.")
+        )
+        sentences = [Sentence(text, kind="moved")]
+        if taken:
+            text = (
+                "Attention moved to the next sink, so a small change of loss does not show that sinks "
+                "are of no use."
+            )
+            sentences.append(Sentence(text, kind="limit"))
+        return sentences
+
+
+def _with_interval(row: Any, name: str) -> str:
+    return f"{row[name]:.4f} [{row[f'{name}_low']:.4f}, {row[f'{name}_high']:.4f}]"
