@@ -141,7 +141,7 @@ heads_by_task = [
     lens.heads.importance(model, one, baseline="counterfactual", progress=False)
     for one in (task, other)
 ]
-shared = circuits.overlap(*heads_by_task, count=3, null="all")
+shared = circuits.reuse.overlap(*heads_by_task, count=3, null="all")
 print(*shared.findings(), sep="\n")
 shared.table().round(2)
 
@@ -160,10 +160,12 @@ if MODEL == "induction-2l":
 # there, and nothing else, must repair the broken prompts, and as many other heads must not.
 
 # %%
-joined = circuits.join(model, task, circuit).table()
+joined = circuits.head_parts(model, task, circuit).table()
 finders = joined.nlargest(3, "induction")["head"].tolist()
 asked_in_vain = replace(other, clean=other.corrupt_or_refuse(), corrupt=None)
-repaired = circuits.redirect(model, asked_in_vain, finders, ["answer"], match="all", progress=False)
+repaired = circuits.reuse.redirect(
+    model, asked_in_vain, finders, ["answer"], match="all", progress=False
+)
 print(*repaired.findings(), sep="\n")
 repaired.table().round(2)
 

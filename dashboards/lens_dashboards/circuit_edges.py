@@ -13,7 +13,7 @@ from lens.common.files import read_json
 from lens.runs import Run
 
 RANKINGS = ("absolute", "signed")
-_FORMAT, _VERSION = "lens-circuit", 1  # as `lens.circuits.Circuit.save` writes
+_FORMAT, _VERSION = "lens-circuit", 1  # as `lens.circuits.graph.circuit.Circuit.save` writes
 _FILE = Path("circuits") / "mib" / "importances.json"
 _PATH_EDGES, _MOST_PATHS = 2000, 10
 

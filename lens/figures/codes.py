@@ -1,4 +1,4 @@
-"""The figure of `lens.circuits.codes`: how many codes of its own each head has."""
+"""The figure of `lens.circuits.scores.codes`: how many codes of its own each head has."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lens.figures.importance import grid
 from lens.figures.style import Look
 
 if TYPE_CHECKING:
-    from lens.circuits.scores.sae_codes import CodeScores
+    from lens.circuits.scores._sae_codes import CodeScores
 
 
 @draws("CodeScores")

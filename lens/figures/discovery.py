@@ -10,8 +10,8 @@ from lens.common.plots import draws
 from lens.figures.style import Look, style
 
 if TYPE_CHECKING:
-    from lens.circuits.discovery.acdc import Acdc
-    from lens.circuits.discovery.hard_concrete import LearnedMasks
+    from lens.circuits.discovery._acdc import Acdc
+    from lens.circuits.discovery._hard_concrete import LearnedMasks
 
 
 @draws("Acdc")

@@ -1,4 +1,4 @@
-"""The figure of `lens.circuits.flow_routes`: the routes of one prompt."""
+"""The figure of `lens.circuits.scores.flow_routes`: the routes of one prompt."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lens.common.plots import draws
 from lens.figures.style import Look, escaped, style, tick_step
 
 if TYPE_CHECKING:
-    from lens.circuits.scores.flow import FlowRoutes
+    from lens.circuits.scores._flow import FlowRoutes
 
 _COLORS = {"residual": BASELINE, "mlp": ACCENT, "heads": LINE}
 

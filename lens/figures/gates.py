@@ -1,4 +1,4 @@
-"""The figure of `lens.circuits.hisp`: scores of queries, keys, values and MLPs by layer."""
+"""The figure of `lens.circuits.scores.hisp`: scores of queries, keys, values and MLPs by layer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lens.common.plots import draws
 from lens.figures.style import Look, escaped, style, tick_step
 
 if TYPE_CHECKING:
-    from lens.circuits.scores.hisp import GateScores
+    from lens.circuits.scores._hisp import GateScores
 
 
 @draws("GateScores")

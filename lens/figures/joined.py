@@ -1,4 +1,4 @@
-"""Figures of `lens.circuits.join`, how the effect of each head splits, and of `lens.circuits.sink_check`."""
+"""Figures of `lens.circuits.head_parts`, how the effect of each head splits, and of `lens.circuits.checks.sink_check`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lens.common.plots import draws
 from lens.figures.style import Look, style
 
 if TYPE_CHECKING:
-    from lens.circuits.checks.sink_check import SinkCheck
+    from lens.circuits.checks._sink_check import SinkCheck
     from lens.circuits.patches.head_parts import JoinedHeads
 
 _PARTS = ("pattern", "value", "interaction")

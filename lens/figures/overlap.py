@@ -11,9 +11,9 @@ from lens.common.plots import draws
 from lens.figures.style import Look, escaped, style
 
 if TYPE_CHECKING:
-    from lens.circuits.reuse.overlap import Overlap
-    from lens.circuits.reuse.redirection import Redirection
-    from lens.circuits.reuse.transfer import Transfer
+    from lens.circuits.reuse._overlap import Overlap
+    from lens.circuits.reuse._redirection import Redirection
+    from lens.circuits.reuse._transfer import Transfer
 
 
 @draws("Overlap")

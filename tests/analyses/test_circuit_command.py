@@ -34,7 +34,7 @@ def test_scores_are_those_of_the_library_on_every_other_prompt(run):
     model = load("induction-2l")
     task = induction(model, 8, 0).take(torch.arange(0, 8, 2))
     expected = circuits.score_edges(model, task, progress=False)
-    found = circuits.from_mib(run.path / "circuits/mib/importances.json")
+    found = circuits.exports.from_mib(run.path / "circuits/mib/importances.json")
     assert found.values == pytest.approx(expected.values, rel=1e-3, abs=1e-4)
     table = run.section("edges").tables["edges"]
     assert (table["value"].abs().diff().dropna() <= 0).all()
@@ -128,7 +128,7 @@ def test_what_two_runs_share_stands_beside_chance(run, lens_command, tmp_path):
     both = [set(one.nodes) - {"input"} for one in (mine, its)]
     assert measures.loc["heads", "value"] == len(both[0] & both[1]) / len(both[0] | both[1])
     sizes = [
-        np.abs(circuits.from_mib(one.path / "circuits/mib/importances.json").values)
+        np.abs(circuits.exports.from_mib(one.path / "circuits/mib/importances.json").values)
         for one in (other, run)
     ]
     ranked = [np.argsort(np.argsort(one)) for one in sizes]

@@ -20,9 +20,8 @@ import transformers
 from torch import Tensor
 
 import lens
-from lens.circuits import find_nodes
 from lens.circuits.graph.activations import Activations, PlainVisitor, read_activations
-from lens.circuits.graph.nodes import Nodes, project, visit
+from lens.circuits.graph.nodes import Nodes, find_nodes, project, visit
 from lens.circuits.scores.attribution import written
 from lens.circuits.scores.scoring import score_edges
 from lens.models.loaded import LoadedModel

@@ -157,7 +157,7 @@ def test_edges_of_the_page_are_those_of_the_library(circuit_run):
     from lens import circuits
 
     edges = circuit_edges(circuit_run)
-    scores = circuits.from_mib(circuit_run.path / "circuits" / "mib" / "importances.json")
+    scores = circuits.exports.from_mib(circuit_run.path / "circuits" / "mib" / "importances.json")
     for count in (5, 16, 33):
         for ranking in ("absolute", "signed"):
             expected = scores.top(count, absolute=ranking == "absolute")

@@ -15,8 +15,8 @@ import pandas as pd
 import torch
 
 from lens import circuits
-from lens.circuits import Graph
 from lens.circuits.graph.activations import Activations, read_activations
+from lens.circuits.graph.graph import Graph
 from lens.circuits.graph.masked_forward import masked_logits
 from lens.models.loaded import LoadedModel
 from lens.tasks import Task, colored_objects, docstring, greater_than, ioi
@@ -204,7 +204,7 @@ def known_edges(graph: Graph) -> list[str]:
 def acdc(model: LoadedModel, prompts: int, thresholds: int = 31) -> dict[str, float]:
     task = ioi(model, prompts, 0).with_kl(model)
     limits = np.geomspace(1e-6, 1.0, thresholds).tolist()
-    found = circuits.acdc(model, task, limits)
+    found = circuits.discovery.acdc(model, task, limits)
     return {"staircase": circuits.recovery(found.scores(), known_edges(found.graph)).staircase}
 
 
@@ -212,7 +212,7 @@ def name_movers(model: LoadedModel, prompts: int) -> dict[str, float]:
     """1.0 where the three largest and the two most negative direct effects are the published heads."""
     task = ioi(model, prompts, 0, corruption="abc")
     heads = [name for name in circuits.find_nodes(model).graph.writers if name.startswith("a")]
-    found = circuits.path_patch(model, task, ["logits"], heads)
+    found = circuits.patch(model, task, ["logits"], heads)
     change = dict(zip(found.nodes, found.relative[:, 0], strict=True))
     order = sorted(heads, key=lambda name: change[name])
     return {
@@ -222,7 +222,7 @@ def name_movers(model: LoadedModel, prompts: int) -> dict[str, float]:
 
 
 def ranking(model: LoadedModel, prompts: int) -> dict[str, float]:
-    theirs = circuits.from_mib(os.environ[SCORES])
+    theirs = circuits.exports.from_mib(os.environ[SCORES])
     task = ioi(model, prompts, 0, corruption="s2_io")
     mine = circuits.score_edges(model, task, steps=5, rule="left", progress=False)
     return {"spearman": spearman(mine.values, theirs.values)}
@@ -236,7 +236,9 @@ def spearman(first: np.ndarray, second: np.ndarray) -> float:
 
 def repaired(model: LoadedModel, prompts: int, heads: list[str] = MERULLO) -> dict[str, float]:
     task = colored_objects(model, prompts)
-    found = circuits.redirect(model, task, heads, ["wrong", "other"], controls=1, progress=False)
+    found = circuits.reuse.redirect(
+        model, task, heads, ["wrong", "other"], controls=1, progress=False
+    )
     before, after = found.accuracy[:2].mean(1)
     return {"before": float(before), "after": float(after)}
 
@@ -247,7 +249,7 @@ def codes_of(task: str, model: LoadedModel, prompts: int) -> dict[str, float]:
         " ".join(MOVERS.values()).replace("9.0 ", "11.3 ") if task == "ioi" else OTHER_HEADS[task]
     )
     penalty = 0.05 if task == "docstring" else 0.02
-    found = circuits.codes(model, makers[task](model, prompts), penalty=penalty)
+    found = circuits.scores.codes(model, makers[task](model, prompts), penalty=penalty)
     return {"auc": float(found.auroc_per_seed(heads_in(words)).mean())}
 
 

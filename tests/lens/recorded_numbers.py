@@ -203,11 +203,11 @@ def circuit_scores() -> Numbers:
     columns = "change low high effect relative"
     table = circuits.patch(model, task, **QUIET).table().set_index("node")
     found |= cells("circuits.patch", table, columns, ["a1.h0"])
-    table = circuits.path_patch(model, task, ["a1.h0"], **QUIET).table().set_index("node")
+    table = circuits.patch(model, task, receivers=["a1.h0"], **QUIET).table().set_index("node")
     found |= cells("circuits.path_patch", table, columns, ["a0.h1"])
-    table = circuits.hisp(model, task, **QUIET).table().set_index("node")
+    table = circuits.scores.hisp(model, task, **QUIET).table().set_index("node")
     found |= cells("circuits.hisp", table, "value low high", ["a1.h0<k>"])
-    table = by_head(circuits.flow_routes(model, task, **QUIET).table())
+    table = by_head(circuits.scores.flow_routes(model, task, **QUIET).table())
     found |= cells("circuits.flow_routes", table, "value low high used", "L1H2")
     known = circuits.known.induction_transformer(beta=30)
     exact = circuits.score_edges(known.model, known.task, method="exact", **QUIET)
@@ -230,29 +230,39 @@ def circuit_checks() -> Numbers:
     at = [("signed", 0.2), ("absolute", 0.2)]
     columns = "faithfulness low high recovered distance kl"
     found |= cells("circuits.evaluate", table, columns, at)
-    table = circuits.acdc(model, task, [0.05, 0.2], **QUIET).table().set_index("threshold")
+    table = (
+        circuits.discovery.acdc(model, task, [0.05, 0.2], **QUIET).table().set_index("threshold")
+    )
     found |= cells("circuits.acdc", table, "edges loss whole", [0.05, 0.2])
     circuit = edges().top(30)
     outcome = circuits.run_circuit(model, task, circuit, **QUIET)
     found["circuits.run_circuit.metric"] = float(outcome.metric.mean())
     found["circuits.run_circuit.kl"] = float(outcome.kl.mean())
-    result = circuits.completeness(
+    result = circuits.checks.completeness(
         model, task, circuit, runs=2, steps=2, candidates=3, random=2, **QUIET
     )
     table = result.table().set_index("kind")
     found |= cells("circuits.completeness", table, "model circuit gap low high", ["none"])
-    found["circuits.completeness.incompleteness"] = result.incompleteness
-    table = circuits.minimality(model, task, circuit, random=3, **QUIET).table().set_index("node")
+    found["circuits.checks.completeness.incompleteness"] = result.incompleteness
+    table = (
+        circuits.checks.minimality(model, task, circuit, random=3, **QUIET)
+        .table()
+        .set_index("node")
+    )
     found |= cells("circuits.minimality", table, "drop low high share", "a0.h1 a1.h2")
-    table = circuits.stability(edges(), 40, resamples=6).table().set_index("of")
+    table = circuits.checks.stability(edges(), 40, resamples=6).table().set_index("of")
     found |= cells("circuits.stability", table, "mean least chance", ["edges"])
     other = circuits.score_edges(model, task, method="eap", **QUIET).top(20)
-    shared = circuits.overlap(edges().top(20), other, draws=20, resamples=10)
+    shared = circuits.reuse.overlap(edges().top(20), other, draws=20, resamples=10)
     found |= cells("circuits.overlap", shared.table().set_index("measure"), "value", "heads edges")
-    table = circuits.join(model, task, ["L1H0"]).table().set_index("head")
+    table = circuits.head_parts(model, task, ["L1H0"]).table().set_index("head")
     columns = "full full_low full_high pattern value interaction without_sink induction sink_mass"
-    found |= cells("circuits.join", table, columns, ["L1H0"])
-    table = circuits.sink_check(model, task, ["L1H0"], draws=2).table().set_index(["edit", "heads"])
+    found |= cells("circuits.head_parts", table, columns, ["L1H0"])
+    table = (
+        circuits.checks.sink_check(model, task, ["L1H0"], draws=2)
+        .table()
+        .set_index(["edit", "heads"])
+    )
     at = [("excluded", "circuit"), ("redistributed", "circuit")]
     return found | cells("circuits.sink_check", table, "value change change_low change_high", at)
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from lens.circuits.checks.recovery import recovery
-from lens.circuits.discovery.acdc import acdc, visiting_order
+from lens.circuits.discovery._acdc import acdc, visiting_order
 from lens.circuits.graph.activations import Ablation, References
 from lens.circuits.graph.graph import Graph
 from lens.circuits.graph.masked_forward import masked_logits

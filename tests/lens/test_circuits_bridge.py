@@ -7,7 +7,9 @@ import pytest
 import torch
 
 import lens
-from lens.circuits import acdc, evaluate, find_nodes, learn_masks, patch, path_patch
+from lens.circuits import evaluate, patch
+from lens.circuits.discovery import acdc, learn_masks
+from lens.circuits.graph.nodes import find_nodes
 from lens.circuits.scores.scoring import score_edges
 from lens.common.errors import LensError
 from lens.models.bare import bare
@@ -85,7 +87,7 @@ def test_every_way_to_find_a_circuit_takes_a_bridge(pair, task):
     model = lens.load(bridge)
     ways = (
         lambda it: patch(it, task, progress=False).patched,
-        lambda it: path_patch(it, task, ["logits"], progress=False).patched,
+        lambda it: patch(it, task, receivers=["logits"], progress=False).patched,
         lambda it: acdc(it, task, 0.001, progress=False).kept,
         lambda it: learn_masks(it, task, penalty=1, steps=2, progress=False).log_alpha,
     )

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from lens.circuits.checks.completeness import completeness
+from lens.circuits.checks._completeness import completeness
+from lens.circuits.checks._minimality import minimality
 from lens.circuits.checks.evaluation import run_circuit
-from lens.circuits.checks.minimality import minimality
 from lens.circuits.graph.activations import Ablation
 from lens.circuits.graph.circuit import make_circuit
 from lens.circuits.graph.nodes import find_nodes

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import lens
-from lens.circuits.checks.control import control, magnitudes
+from lens.circuits.checks._control import control, magnitudes
 from lens.circuits.checks.evaluation import SHARES, Outcome, cmd, cpr, evaluate, run_circuit
 from lens.circuits.checks.recovery import recovery
 from lens.circuits.graph.activations import Ablation, read_activations

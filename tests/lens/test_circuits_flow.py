@@ -8,9 +8,9 @@ import torch
 from transformers import AttentionInterface
 
 import lens
-from lens.circuits import flow_routes
 from lens.circuits.known import induction_transformer
-from lens.circuits.scores.flow import proximity
+from lens.circuits.scores import flow_routes
+from lens.circuits.scores._flow import proximity
 from lens.common.errors import LensError
 from tests.lens.circuit_models import small_model, small_task
 

@@ -14,7 +14,8 @@ import torch
 import transformers
 
 import lens
-from lens.circuits import score_edges, to_mib
+from lens.circuits import score_edges
+from lens.circuits.exports import to_mib
 from lens.tasks import ioi
 from tests.lens import published
 from tests.lens.published import GPT2, HOURS, ROWS, SCORES, Row
@@ -70,7 +71,7 @@ def test_rows_run_on_random_weights(name, small, monkeypatch, tmp_path):
         path = tmp_path / "scores.json"
         to_mib(score_edges(small, ioi(small, 4, 0, corruption="s2_io"), rule="left"), path)
         monkeypatch.setenv(SCORES, str(path))
-    quick = partial(lens.circuits.codes, epochs=2, seeds=2)
+    quick = partial(lens.circuits.scores.codes, epochs=2, seeds=2)
     monkeypatch.setattr(published.circuits, "codes", quick)
     prompts = 8 if name.startswith("codes") else 4
     found = row.measure(small, prompts)

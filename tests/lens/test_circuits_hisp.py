@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import lens
-from lens.circuits import hisp, score_edges
+from lens.circuits import score_edges
 from lens.circuits.known import induction_transformer
+from lens.circuits.scores import hisp
 from lens.common.errors import LensError
 from tests.lens.circuit_models import error, small_model, small_task
 

@@ -6,12 +6,7 @@ import numpy as np
 import pytest
 
 from lens.circuits.checks.evaluation import run_circuit
-from lens.circuits.graph.activations import Ablation
-from lens.circuits.graph.circuit import make_circuit
-from lens.circuits.graph.graph import Graph
-from lens.circuits.graph.nodes import find_nodes
-from lens.circuits.graph.selection import random_path
-from lens.circuits.hypothesis import (
+from lens.circuits.checks.hypothesis import (
     _tail,
     equivalence,
     independence,
@@ -19,6 +14,11 @@ from lens.circuits.hypothesis import (
     necessity,
     sufficiency,
 )
+from lens.circuits.graph.activations import Ablation
+from lens.circuits.graph.circuit import make_circuit
+from lens.circuits.graph.graph import Graph
+from lens.circuits.graph.nodes import find_nodes
+from lens.circuits.graph.selection import random_path
 from lens.circuits.known import induction_transformer
 from lens.common.errors import LensError
 

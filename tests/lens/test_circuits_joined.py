@@ -9,7 +9,7 @@ import torch
 import lens
 from lens.circuits.graph.head_sets import heads_of
 from lens.circuits.known import induction_transformer
-from lens.circuits.patches.head_parts import join
+from lens.circuits.patches.head_parts import head_parts
 from lens.circuits.patches.head_patching import PARTS, split_effects
 from lens.common.errors import LensError
 from lens.common.head_ids import HeadId
@@ -85,7 +85,7 @@ def test_full_effect_is_the_ablation_to_the_corrupt_prompt(metric):
 @pytest.fixture(scope="module")
 def joined():
     model = lens.load("induction-2l")
-    return join(model, lens.tasks.induction(model, 5, length=11), ["L1H0", "L0H1"], keys=2)
+    return head_parts(model, lens.tasks.induction(model, 5, length=11), ["L1H0", "L0H1"], keys=2)
 
 
 def test_previous_token_head_acts_through_values_and_induction_head_through_its_pattern(joined):
@@ -140,7 +140,7 @@ def test_plot_shows_every_part(joined):
 def test_heads_of_a_circuit():
     known = induction_transformer()
     assert heads_of(known) == (HeadId(0, 0), HeadId(1, 0))
-    found = join(known.model, known.task, known)
+    found = head_parts(known.model, known.task, known)
     assert found.heads == known.heads
     assert "one prompt, no interval" in " ".join(found.findings())
     scores = lens.circuits.score_edges(known.model, known.task, method="exact")
@@ -150,12 +150,12 @@ def test_heads_of_a_circuit():
 def test_refusals():
     model, task = small_model("gpt2"), small_task()
     with pytest.raises(LensError, match="there are no heads in it"):
-        join(model, task, [])
+        head_parts(model, task, [])
     with pytest.raises(LensError, match="must be a list such as"):
-        join(model, task, "L0H0")
+        head_parts(model, task, "L0H0")
     with pytest.raises(LensError, match="there is no L0H3"):
-        join(model, task, ["L0H3"])
+        head_parts(model, task, ["L0H3"])
     with pytest.raises(LensError, match="keys must be an integer of at least 1, got 0"):
-        join(model, task, ["L0H1"], keys=0)
+        head_parts(model, task, ["L0H1"], keys=0)
     with pytest.raises(LensError, match="has no corrupt prompts"):
-        join(model, replace(task, corrupt=None), ["L0H1"])
+        head_parts(model, replace(task, corrupt=None), ["L0H1"])

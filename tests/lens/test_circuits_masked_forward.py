@@ -141,4 +141,4 @@ def test_models_whose_edges_cannot_be_replaced_are_refused():
     with pytest.raises(
         LensError, match=r"flow_routes takes what is read .* gemma2 norms it in between"
     ):
-        lens.circuits.flow_routes(lens.load(layout_model("gemma2")), small_task())
+        lens.circuits.scores.flow_routes(lens.load(layout_model("gemma2")), small_task())

@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 
 import lens
-from lens.circuits import EdgeScores, Graph, make_circuit, overlap
+from lens.circuits import make_circuit
 from lens.circuits.graph.activations import Ablation
+from lens.circuits.graph.edge_scores import EdgeScores
+from lens.circuits.graph.graph import Graph
 from lens.circuits.known import induction_transformer
+from lens.circuits.reuse import overlap
 from lens.common.errors import LensError
 from lens.heads.measures.scores import HeadScores, Intervention
 

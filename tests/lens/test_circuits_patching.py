@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lens.circuits.known import induction_transformer, logic_gate
-from lens.circuits.patches.patching import patch, path_patch
+from lens.circuits.patches.patching import patch
 from lens.common.errors import LensError
 from tests.lens.circuit_models import ROWS, TOKENS, error, small_model, small_task
 
@@ -168,23 +168,25 @@ def four_passes(model, task, sender, receiver, freeze_mlps):
 )
 def test_paths_are_those_of_the_four_passes(gpt2, task, freeze_mlps, name, receiver):
     senders = ["a0.h0", "a0.h1", "a0.h2"]
-    found = path_patch(gpt2, task, [name], senders, freeze_mlps=freeze_mlps, progress=False)
+    found = patch(gpt2, task, senders, receivers=[name], freeze_mlps=freeze_mlps, progress=False)
     for number, sender in enumerate(senders):
         expected = four_passes(gpt2, task, sender, receiver, freeze_mlps)
         assert error(found.patched[number, 0] - found.base, expected - found.base) < 1e-9
 
 
 def test_a_head_as_receiver_reads_by_all_three_parts(gpt2, task):
-    whole = path_patch(gpt2, task, ["a1.h1"], ["a0.h1"], progress=False)
+    whole = patch(gpt2, task, ["a0.h1"], receivers=["a1.h1"], progress=False)
     assert whole.receivers == ("a1.h1<q>", "a1.h1<k>", "a1.h1<v>")
-    parts = path_patch(gpt2, task, whole.receivers, ["a0.h1"], progress=False)
+    parts = patch(gpt2, task, ["a0.h1"], receivers=whole.receivers, progress=False)
     assert error(whole.patched, parts.patched) < 1e-12
 
 
 def test_what_comes_later_has_no_path_and_mlps_and_the_input_can_send(gpt2, task):
-    late = path_patch(gpt2, task, ["a0.h1"], ["a1.h0", "m1"], progress=False)
+    late = patch(gpt2, task, ["a1.h0", "m1"], receivers=["a0.h1"], progress=False)
     assert np.abs(late.patched - late.base).max() < 1e-12
-    frozen = path_patch(gpt2, task, ["logits"], ["m1", "input"], freeze_mlps=True, progress=False)
+    frozen = patch(
+        gpt2, task, ["m1", "input"], receivers=["logits"], freeze_mlps=True, progress=False
+    )
     only = patch(gpt2, task, ["m1"], progress=False)  # the last MLP has no reader but the logits
     assert error(frozen.patched[0], only.patched[0]) < 1e-11
     assert np.abs(frozen.effects[1]).max() > 1e-3
@@ -235,10 +237,12 @@ def test_wrong_patches_are_refused(gpt2, task, options, message):
 
 def test_wrong_paths_are_refused(gpt2, task):
     with pytest.raises(LensError, match=r"there is no receiver 'a1\.h9'"):
-        path_patch(gpt2, task, ["a1.h9"])
+        patch(gpt2, task, receivers=["a1.h9"])
     with pytest.raises(LensError, match="needs at least one receiver"):
-        path_patch(gpt2, task, [])
-    with pytest.raises(LensError, match="path_patch takes one place at a time"):
-        path_patch(gpt2, task, ["logits"], positions="each")
+        patch(gpt2, task, receivers=[])
+    with pytest.raises(LensError, match="with receivers patch takes one place at a time"):
+        patch(gpt2, task, receivers=["logits"], positions="each")
+    with pytest.raises(LensError, match="freeze_mlps is for patching with receivers"):
+        patch(gpt2, task, freeze_mlps=True)
     with pytest.raises(LensError, match="has no corrupt prompts"):
         patch(gpt2, replace(task, corrupt=None))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lens.circuits.checks.recovery import recovery
-from lens.circuits.discovery.acdc import acdc
+from lens.circuits.discovery._acdc import acdc
 from lens.circuits.graph.nodes import find_nodes
 from lens.circuits.known import PROGRAMS, induction_transformer, logic_gate, tracr
 from lens.circuits.scores.scoring import score_edges

@@ -9,8 +9,8 @@ import torch
 from transformers import AttentionInterface
 
 import lens
-from lens.circuits import redirect
 from lens.circuits.known import induction_transformer
+from lens.circuits.reuse import redirect
 from lens.common.errors import LensError
 from lens.common.head_ids import HeadId
 from tests.lens.circuit_models import TOKENS, error, small_model, small_task

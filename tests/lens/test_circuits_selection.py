@@ -5,12 +5,14 @@ import json
 import numpy as np
 import pytest
 
+import lens
 from lens.circuits.graph.activations import Ablation
 from lens.circuits.graph.circuit import load_circuit, make_circuit
 from lens.circuits.graph.edge_scores import EdgeScores
 from lens.circuits.graph.graph import Graph
 from lens.circuits.graph.selection import random_edges, same_degrees, without
 from lens.common.errors import LensError
+from lens.common.results import of_kind
 
 GRAPH = Graph(2, 2, 2, mlps=False)
 
@@ -117,3 +119,36 @@ def test_wrong_choices_are_refused():
         EdgeScores(GRAPH, np.zeros((3, 4)), "eap", Ablation(), "m", "t", "toy")
     with pytest.raises(LensError, match="kept must be 29 booleans"):
         type(make_circuit(GRAPH, []))(GRAPH, np.zeros(4, bool), Ablation(), "", "", "")
+
+
+def test_find_takes_the_smallest_circuit_that_is_faithful_enough():
+    known = lens.circuits.known.induction_transformer(beta=30)
+    found = lens.circuits.find(known.model, known.task, method="exact", progress=False)
+    tried = found.table()
+    enough = tried[tried["faithfulness"] >= 0.85]
+    assert found.circuit.n == enough["edges"].min() == tried.loc[tried["chosen"], "edges"].item()
+    assert found.circuit.n < found.circuit.graph.n
+    (said,) = of_kind(found.findings(), "enough")
+    assert said == f"It is the smallest of {len(tried)} circuits tried that reaches 0.85."
+    (size,) = of_kind(found.findings(), "circuit")
+    assert size.startswith(
+        f"The circuit has {found.circuit.n:,} of {found.circuit.graph.n:,} edges"
+    )
+
+
+def test_find_says_when_no_circuit_is_faithful_enough():
+    model = lens.load("induction-2l")
+    task = lens.tasks.induction(model, 6, length=9)
+    found = lens.circuits.find(model, task, method="eap", edges=6, progress=False)
+    assert found.table()["edges"].max() <= 6
+    assert found.table()["faithfulness"].max() < 0.85
+    (said,) = of_kind(found.findings(), "enough")
+    assert said == "None of 2 circuits tried reaches 0.85; this is the most faithful."
+
+
+def test_find_refuses_shares_and_sizes_that_are_none():
+    known = lens.circuits.known.induction_transformer(beta=30)
+    with pytest.raises(LensError, match=r"faithfulness must be above 0 and at most 1, got 1\.5"):
+        lens.circuits.find(known.model, known.task, faithfulness=1.5)
+    with pytest.raises(LensError, match="edges must be at least 1, got 0"):
+        lens.circuits.find(known.model, known.task, edges=0)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from lens.circuits.checks.stability import jaccard, noise_floor, stability
+from lens.circuits.checks._stability import jaccard, noise_floor, stability
 from lens.circuits.graph.activations import Ablation
 from lens.circuits.graph.circuit import make_circuit
 from lens.circuits.graph.edge_scores import EdgeScores

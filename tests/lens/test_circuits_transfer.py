@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 
 import lens
-from lens.circuits import make_circuit, score_edges, transfer
+from lens.circuits import make_circuit, score_edges
 from lens.circuits.checks.evaluation import run_circuits
 from lens.circuits.graph.activations import Ablation
 from lens.circuits.known import induction_transformer
-from lens.circuits.reuse.sides import with_heads_renamed
+from lens.circuits.reuse import transfer
+from lens.circuits.reuse._sides import with_heads_renamed
 from lens.common.errors import LensError
 from tests.lens.circuit_models import small_model, small_task
 

@@ -43,7 +43,7 @@ def joined(subject: Subject) -> Section:
     task = others.take(torch.arange(min(others.n, HELD_OUT)))
     chosen, scores = circuit_of(subject.run)
     heads = _largest_heads(largest(chosen, scores))
-    check = circuits.sink_check(subject.model, task, heads, draws=_DRAWS, seed=subject.seed)
+    check = circuits.checks.sink_check(subject.model, task, heads, draws=_DRAWS, seed=subject.seed)
     tables, figures = {"sink": check.table()}, {"sink": check.plot()}
     summary, limits = [], ["The sink is the first key; sinks elsewhere are left as they are."]
     if task.corrupt is None:
@@ -53,7 +53,7 @@ def joined(subject: Subject) -> Section:
             "corrupt prompts (a .jsonl file with clean and corrupt).",
         )
     else:
-        found = circuits.join(subject.model, task, heads, seed=subject.seed)
+        found = circuits.head_parts(subject.model, task, heads, seed=subject.seed)
         tables, figures = {"heads": found.table(), **tables}, {"parts": found.plot(), **figures}
         order = abs(found.effects[:, 0].mean(-1)).argsort()[::-1]
         summary += [found.findings()[place] for place in order[:6]]

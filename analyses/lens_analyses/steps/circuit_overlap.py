@@ -1,7 +1,7 @@
 """What the circuit of this run shares with that of another one, such as of another task."""
 
 from lens import circuits
-from lens.circuits.reuse.overlap import MEASURES
+from lens.circuits.reuse._overlap import MEASURES
 from lens.runs.sections import Section
 from lens_analyses.steps.columns import defined
 from lens_analyses.steps.run_circuits import circuit_of, other_run
@@ -28,7 +28,7 @@ def overlap(subject: Subject) -> Section:
     """Jaccard indices, rank correlation and shared heads, beside heads renamed at random."""
     other = other_run(subject.settings.compare, subject.model.name)
     (mine, scores), (its, other_scores) = circuit_of(subject.run), circuit_of(other)
-    found = circuits.overlap(mine, its, scores=(scores, other_scores), seed=subject.seed)
+    found = circuits.reuse.overlap(mine, its, scores=(scores, other_scores), seed=subject.seed)
     tables = {"measures": found.table(), "heads": found.heads()}
     shared = ", ".join(map(str, found.shared)) or "none"
     same = mine.task == its.task

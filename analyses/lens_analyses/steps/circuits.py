@@ -7,9 +7,13 @@ import pandas as pd
 import torch
 
 from lens import circuits
-from lens.circuits import Circuit, Completeness, Control, EdgeScores, Minimality
-from lens.circuits.checks.evaluation import CircuitEvaluation, run_circuits
-from lens.circuits.checks.stability import Stability
+from lens.circuits.checks._completeness import Completeness
+from lens.circuits.checks._control import Control
+from lens.circuits.checks._minimality import Minimality
+from lens.circuits.checks._stability import Stability
+from lens.circuits.checks.evaluation import CircuitEvaluation
+from lens.circuits.graph.circuit import Circuit
+from lens.circuits.graph.edge_scores import EdgeScores
 from lens.common.errors import LensError
 from lens.figures.circuits import head_map, layered_graph
 from lens.runs.sections import Section
@@ -20,9 +24,6 @@ from lens_analyses.steps.subject import Subject
 
 FOLDER = "circuits"
 _MOST_EDGES = 1000  # rows of the table of edges
-RANKINGS = ("absolute", "signed")  # by size, or with what works against the task left out
-_ENOUGH = 0.85  # faithfulness that the circuit shall reach on the prompts that it is made from
-_SMALLEST, _SIZES = 0.001, 16  # share of the edges, and number of sizes that are tried
 HELD_OUT = 16  # prompts that the circuit is tried on
 _FEW = 8  # of them, for the checks that run hundreds of circuits
 _NODES = 64  # that are taken out one by one
@@ -32,21 +33,24 @@ def edges(subject: Subject) -> Section:
     """Scores of every edge on half of the task's prompts, the circuit of the best, its stability."""
     task, _ = halves(subject)
     settings = subject.settings
-    scores = circuits.score_edges(
+    found = circuits.find(
         subject.model,
         task,
         method=settings.method,
         steps=settings.steps,
-        ablation="mean" if task.corrupt is None else "counterfactual",
+        edges=settings.edges or None,
+        seed=subject.seed,
         progress=subject.progress,
     )
-    chosen, ranking, found = _choose(subject, task, scores)
-    stable = circuits.stability(scores, chosen.n, absolute=ranking == "absolute", seed=subject.seed)
+    scores, chosen, ranking = found.scores, found.circuit, found.ranking
+    stable = circuits.checks.stability(
+        scores, chosen.n, absolute=ranking == "absolute", seed=subject.seed
+    )
     folder = subject.run.path / FOLDER
-    circuits.to_mib(scores, folder / "mib" / "importances.json", circuit=chosen)
+    circuits.exports.to_mib(scores, folder / "mib" / "importances.json", circuit=chosen)
     chosen.save(folder / f"{_name(task)}.json", scores=scores.values)
     strings = subject.model.token_strings(task.clean[0].tolist())
-    circuits.to_attribution_graph(
+    circuits.exports.to_attribution_graph(
         chosen, scores, strings, folder / "attribution-graph" / f"{_name(task)}.json"
     )
     table = scores.table(count=_MOST_EDGES, seed=subject.seed)
@@ -54,13 +58,13 @@ def edges(subject: Subject) -> Section:
     table = table.loc[order].reset_index(drop=True)
     in_circuit = set(chosen.edges)
     table["in_circuit"] = [name in in_circuit for name in table["edge"]]
-    tables = {"edges": table, "sizes": found, "stability": stable.table()}
+    tables = {"edges": table, "sizes": found.table(), "stability": stable.table()}
     return Section(
         name="edges",
         title="Edges: what passes between which parts",
         summary=(
             *_scores_in_words(scores, table),
-            _chosen_in_words(chosen, ranking, found),
+            *found.findings(),
             _stable(stable),
         ),
         limits=(
@@ -94,16 +98,16 @@ def circuit(subject: Subject) -> Section:
     _, others = halves(subject)
     task = others.take(torch.arange(min(others.n, HELD_OUT)))
     folder = subject.run.path / FOLDER
-    scores = circuits.from_mib(folder / "mib" / "importances.json")
+    scores = circuits.exports.from_mib(folder / "mib" / "importances.json")
     chosen = circuits.load_circuit(folder / f"{_name(task)}.json")
     options = {"seed": subject.seed, "progress": subject.progress}
     curve = circuits.evaluate(subject.model, task, scores, random=2, **options)
-    beside = circuits.control(subject.model, task, chosen, draws=20, **options)
+    beside = circuits.checks.control(subject.model, task, chosen, draws=20, **options)
     few = task.take(torch.arange(min(task.n, _FEW)))
-    complete = circuits.completeness(
+    complete = circuits.checks.completeness(
         subject.model, few, chosen, runs=2, steps=3, candidates=5, random=5, **options
     )
-    minimal = circuits.minimality(
+    minimal = circuits.checks.minimality(
         subject.model, few, chosen, nodes=largest(chosen, scores)[:_NODES], random=10, **options
     )
     table = curve.table()
@@ -173,47 +177,6 @@ def _doubled(subject: Subject) -> RunConfig:
     return subject.config.model_copy(update={"analysis": settings})
 
 
-def _choose(subject: Subject, task: Task, scores: EdgeScores) -> tuple[Circuit, str, pd.DataFrame]:
-    """The smallest circuit that is faithful enough, else the most faithful one; its ranking; all tried.
-
-    With `analysis.edges` only circuits of that many edges are tried.
-
-    Raises:
-        LensError: a circuit without a head.
-    """
-    wanted = subject.settings.edges
-    sizes = np.geomspace(max(1.0, _SMALLEST * scores.graph.n), scores.graph.n, _SIZES)
-    counts = [wanted] if wanted else np.unique(sizes.round().astype(int)).tolist()
-    rankings = [(name, count) for count in counts for name in RANKINGS]
-    made = [scores.top(count, absolute=name == "absolute") for name, count in rankings]
-    few = task.take(torch.arange(min(task.n, 2 * _FEW)))
-    kept = np.stack([one.kept for one in made])
-    found = run_circuits(subject.model, few, kept, scores.ablation, progress=subject.progress)
-    values = found.faithfulness()
-    low, high = found.interval(subject.seed)
-    table = pd.DataFrame(
-        {
-            "ranking": [name for name, _ in rankings],
-            "edges": [one.n for one in made],
-            "writers": [len(one.nodes) for one in made],
-            "faithfulness": values,
-            "low": low,
-            "high": high,
-            "kl": found.kl.mean(1),
-        }
-    )
-    enough = np.flatnonzero(values >= _ENOUGH)
-    smallest = enough[np.argmin(table["edges"].to_numpy()[enough])] if len(enough) else None
-    best = int(values.argmax() if smallest is None else smallest)
-    chosen, ranking = made[best], rankings[best][0]
-    if not any(name.startswith("a") for name in chosen.nodes):
-        raise LensError(
-            f"the best {chosen.n or max(counts):,} edges make no circuit that goes through a head; "
-            "ask for more with --edges"
-        )
-    return chosen, ranking, table
-
-
 def largest(chosen: Circuit, scores: EdgeScores) -> list[str]:
     """Heads and MLPs of the circuit, those first whose kept edges have the largest scores by size."""
     graph = chosen.graph
@@ -245,22 +208,6 @@ def _scores_in_words(scores: EdgeScores, table: pd.DataFrame) -> list[str]:
             f"{', so more steps would help' if share > 0.05 else ''}."
         )
     return said
-
-
-def _chosen_in_words(chosen: Circuit, ranking: str, table: pd.DataFrame) -> str:
-    rows = table[(table["ranking"] == ranking).to_numpy()]
-    row = rows.loc[(rows["edges"] - chosen.n).abs().idxmin()]
-    how = {
-        "absolute": "the largest scores by size, also of what works against the task",
-        "signed": "the largest signed scores, so what works against the task is left out",
-    }
-    graph = chosen.graph
-    return (
-        f"The circuit has {chosen.n:,} of {graph.n:,} edges ({chosen.n / graph.n:.2%}) between "
-        f"{len(chosen.nodes)} of {len(graph.writers)} parts ({how[ranking]}); on these prompts its "
-        f"faithfulness is {row['faithfulness']:.2f} [{row['low']:.2f}, {row['high']:.2f}], its KL divergence "
-        f"from the model {row['kl']:.2g} nats."
-    )
 
 
 def _stable(stable: Stability) -> str:

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from lens import circuits
-from lens.circuits import Circuit, EdgeScores
+from lens.circuits.graph.circuit import Circuit
+from lens.circuits.graph.edge_scores import EdgeScores
 from lens.common.errors import LensError
 from lens.runs import Run, open_run
 
@@ -39,5 +40,5 @@ def circuit_of(run: Run) -> tuple[Circuit, EdgeScores]:
             f"run {run.id} has {len(files)} circuits and one is compared; `lens circuit` makes a run "
             "with one"
         )
-    scores = circuits.from_mib(folder / "mib" / "importances.json")
+    scores = circuits.exports.from_mib(folder / "mib" / "importances.json")
     return circuits.load_circuit(files[0]), scores

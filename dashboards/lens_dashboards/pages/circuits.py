@@ -129,7 +129,7 @@ def loaded(library: Library, run_id: str, contents: str, name: str) -> list[Any]
             f"Graph of the circuit in {name}",
             "import lens\n\n"
             f"circuit = lens.circuits.load_circuit({name!r})  # where you keep it\n"
-            f"scores = lens.circuits.from_mib({str(run.path / 'circuits/mib/importances.json')!r})\n"
+            f"scores = lens.circuits.exports.from_mib({str(run.path / 'circuits/mib/importances.json')!r})\n"
             f"lens.figures.circuits.layered_graph(circuit, scores, groups={groups!r})",
         ),
     ]
@@ -217,7 +217,7 @@ def _code(
     begin = (
         "import lens\nfrom pathlib import Path\n\n"
         f"folder = Path({str(run.path)!r}) / 'circuits'\n"
-        "scores = lens.circuits.from_mib(folder / 'mib' / 'importances.json')\n"
+        "scores = lens.circuits.exports.from_mib(folder / 'mib' / 'importances.json')\n"
         f"circuit = {circuit}\n"
     )
     grouped = f", groups={groups!r}" if groups else ""

@@ -1,1 +1,5 @@
-"""Searches for a circuit that are no scores: edges taken out, gates learned."""
+"""Circuits by search instead of by scores: edges taken out one after another, gates learned."""
+
+from lens.common.lazy import attach
+
+__getattr__, __dir__, __all__ = attach(__name__, __file__)

@@ -110,7 +110,7 @@ class JoinedHeads(Result):
         )
 
 
-def join(
+def head_parts(
     model: LoadedModel,
     task: Task,
     heads: Iterable[AnyHead] | Circuit | KnownCircuit,
@@ -137,7 +137,7 @@ def join(
             that is none.
 
     Example:
-        >>> lens.circuits.join(model, lens.tasks.induction(model, 16), ["L0H1", "L1H0"]).table()
+        >>> lens.circuits.head_parts(model, lens.tasks.induction(model, 16), ["L0H1", "L1H0"]).table()
     """
     chosen = heads_in(model, heads)
     if isinstance(keys, bool) or not isinstance(keys, int) or keys < 1:

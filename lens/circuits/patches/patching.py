@@ -109,6 +109,8 @@ def patch(
     task: Task,
     nodes: Iterable[str] | None = None,
     *,
+    receivers: Iterable[str] | None = None,
+    freeze_mlps: bool = False,
     direction: str = "noising",
     positions: str | None = None,
     progress: bool = True,
@@ -117,21 +119,40 @@ def patch(
 
         effect = (metric patched - metric of the run) / (metric of the other run - metric of the run)
 
+    With `receivers` (path patching) the node is replaced for these alone, all other heads held as they
+    are: what a sender tells receivers directly. MLPs are computed anew (`freeze_mlps` holds them too);
+    what the receivers then read is put into the run, in which everything behind them is free. Receivers
+    do not see each other change.
+
     Args:
         model: as `lens.load` returns it.
         task: with corrupt prompts.
         nodes: such as "a9.h6", "m0" and "input"; all heads and MLPs if not given.
+        receivers: "logits", MLPs, heads ("a9.h9" reads by all three) or parts of them ("a9.h9<q>"); None:
+            everything that reads the node.
+        freeze_mlps: with receivers: whether paths through MLPs do not count as direct.
         direction: "noising" or "denoising".
         positions: None patches all tokens at once; a mark of the task (such as "s2") the token
-            there; "each" every token by itself.
+            there; "each" every token by itself (not with receivers).
         progress: show a bar with the time left, on stderr, if that is a terminal.
 
     Raises:
-        LensError: an unknown direction, node or mark, no corrupt prompts, or a model whose parts are not
-            known.
+        LensError: an unknown direction, node, receiver or mark, no corrupt prompts, or a model whose parts
+            are not known.
 
-    Reference: Zhang, Nanda 2023, arXiv 2309.16042; Heimersheim, Nanda 2024, arXiv 2404.15255.
+    Reference: Zhang, Nanda 2023, arXiv 2309.16042; Heimersheim, Nanda 2024, arXiv 2404.15255. Path
+        patching: Wang et al. 2022, arXiv 2211.00593 (not the general one of Goldowsky-Dill et al., which
+        treats every path as its own).
+
+    Example:
+        >>> lens.circuits.patch(model, task, ["a0.h1"], receivers=["logits"], progress=False).table()
     """
+    if receivers is not None:
+        return _patch_paths(
+            model, task, receivers, nodes, freeze_mlps, direction, positions, progress
+        )
+    if freeze_mlps:
+        raise LensError("freeze_mlps is for patching with receivers; give receivers")
     found, graph, names = _begin(model, task, nodes, direction)
     places = _places(task, positions)
     masks = torch.zeros(len(names), *graph.allowed.shape)
@@ -153,38 +174,21 @@ def patch(
     return _effects(model, task, names, places, values, direction, ())
 
 
-def path_patch(
+def _patch_paths(
     model: LoadedModel,
     task: Task,
     receivers: Iterable[str],
-    senders: Iterable[str] | None = None,
-    *,
-    freeze_mlps: bool = False,
-    direction: str = "noising",
-    positions: str | None = None,
-    progress: bool = True,
+    senders: Iterable[str] | None,
+    freeze_mlps: bool,
+    direction: str,
+    positions: str | None,
+    progress: bool,
 ) -> PatchEffects:
-    """What a sender tells receivers directly, all other heads held as they are.
-
-    The sender's output is that of the paired prompt, every other head's that of the run itself, and
-    MLPs are computed anew (`freeze_mlps` holds them too); what the receivers then read is put into the
-    run, in which everything behind them is free. Receivers do not see each other change.
-
-    Args:
-        model, task, direction, progress: as in `patch`.
-        receivers: "logits", MLPs, heads ("a9.h9" reads by all three) or parts of them ("a9.h9<q>").
-        senders: writers, each alone; all heads and MLPs if not given.
-        freeze_mlps: whether paths through MLPs do not count as direct.
-        positions: where the sender is replaced: None for all tokens, or a mark of the task.
-
-    Raises:
-        LensError: as `patch`, or an unknown receiver or none, or positions="each".
-
-    Reference: Wang et al. 2022, arXiv 2211.00593 (not the general path patching of Goldowsky-Dill et
-        al., which treats every path as its own).
-    """
+    """`patch` with receivers."""
     if positions == EACH:
-        raise LensError("path_patch takes one place at a time: None, or a mark of the task")
+        raise LensError(
+            "with receivers patch takes one place at a time: None, or a mark of the task"
+        )
     found, graph, names = _begin(model, task, senders, direction)
     into = _receivers(graph, receivers)
     places = _places(task, positions)
@@ -263,7 +267,7 @@ def _receivers(graph: Graph, names: Iterable[str]) -> tuple[str, ...]:
             )
         found += parts
     if not found:
-        raise LensError("path_patch needs at least one receiver, such as 'logits'")
+        raise LensError("patch needs at least one receiver, such as 'logits'")
     return tuple(dict.fromkeys(found))
 
 

@@ -235,7 +235,7 @@ def _sets(circuits: pd.DataFrame) -> list[str]:
         return []
     return [
         "Chance draws circuits of the same sizes from the whole graph. Circuits in like layers share more "
-        "than that whatever they do: lens.circuits.overlap draws within layers."
+        "than that whatever they do: lens.circuits.reuse.overlap draws within layers."
     ]
 
 

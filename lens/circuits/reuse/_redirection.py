@@ -209,7 +209,7 @@ def redirect(
 
     Example:
         >>> task = lens.tasks.colored_objects(model)
-        >>> lens.circuits.redirect(model, task, ["L12H3", "L19H1"], ["wrong", "other"]).table()
+        >>> lens.circuits.reuse.redirect(model, task, ["L12H3", "L19H1"], ["wrong", "other"]).table()
     """
     chosen = heads_in(model, heads)
     _check(amount, split, controls, match)

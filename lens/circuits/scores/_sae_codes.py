@@ -15,7 +15,7 @@ from lens.circuits.graph.circuit import Circuit
 from lens.circuits.graph.head_sets import heads_of
 from lens.circuits.graph.nodes import find_nodes
 from lens.circuits.known.circuit import KnownCircuit
-from lens.circuits.scores.sae import codes_of, train
+from lens.circuits.scores._sae import codes_of, train
 from lens.common.errors import LensError
 from lens.common.head_ids import AnyHead, HeadId, head_id
 from lens.common.results import Result

@@ -10,7 +10,7 @@ import pandas as pd
 
 from lens.circuits.checks.evaluation import run_circuits
 from lens.circuits.graph.circuit import Circuit
-from lens.circuits.reuse.sides import with_heads_renamed
+from lens.circuits.reuse._sides import with_heads_renamed
 from lens.common.errors import LensError
 from lens.common.results import Result
 from lens.models.loaded import LoadedModel
@@ -91,7 +91,7 @@ def transfer(
 
     Example:
         >>> circuits = [lens.circuits.score_edges(model, one).top(80) for one in (task, held_out)]
-        >>> lens.circuits.transfer(model, [task, held_out], circuits).table()
+        >>> lens.circuits.reuse.transfer(model, [task, held_out], circuits).table()
     """
     if not len(tasks) or not len(circuits):
         raise LensError(

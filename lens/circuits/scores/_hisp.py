@@ -160,7 +160,7 @@ def hisp(
         2304.14997.
 
     Example:
-        >>> lens.circuits.hisp(model, task).top(40)
+        >>> lens.circuits.scores.hisp(model, task).top(40)
     """
     if ablation not in BASELINES:
         raise LensError(f"ablation must be {' or '.join(BASELINES)}, got {ablation!r}")

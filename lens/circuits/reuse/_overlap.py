@@ -15,7 +15,7 @@ import pandas as pd
 from lens import stats
 from lens.circuits.graph.circuit import Circuit
 from lens.circuits.graph.edge_scores import EdgeScores
-from lens.circuits.reuse.sides import Comparable, EdgeSide, measured, renaming, sides
+from lens.circuits.reuse._sides import Comparable, EdgeSide, measured, renaming, sides
 from lens.common.errors import LensError
 from lens.common.head_ids import HeadId
 from lens.common.results import Result
@@ -130,7 +130,7 @@ class Overlap(Result):
             )
         found.append(
             "Shared heads do not say that one circuit does the other's task: run it on the other task "
-            "(lens.circuits.control), or redirect its heads (lens.circuits.redirect)."
+            "(lens.circuits.checks.control), or redirect its heads (lens.circuits.reuse.redirect)."
         )
         return tuple(found)
 
@@ -180,7 +180,7 @@ def overlap(
 
     Example:
         >>> first, second = (lens.circuits.score_edges(model, one) for one in (task, held_out))
-        >>> lens.circuits.overlap(first, second, count=300).table()
+        >>> lens.circuits.reuse.overlap(first, second, count=300).table()
     """
     _check(null, draws, resamples)
     draw = np.random.default_rng(seed)

@@ -129,7 +129,7 @@ def flow_routes(
         1e-5 where a proximity is 0 or less, here it is 0.
 
     Example:
-        >>> lens.circuits.flow_routes(model, task).table().head()
+        >>> lens.circuits.scores.flow_routes(model, task).table().head()
     """
     if isinstance(threshold, bool) or not 0 < threshold < 0.5:
         raise LensError(f"threshold is a share above 0 and below 0.5, got {threshold!r}")

@@ -127,7 +127,7 @@ def sink_check(
         LensError: no heads, heads that the model has not got, or no draw.
 
     Example:
-        >>> lens.circuits.sink_check(model, lens.tasks.induction(model, 16), ["L0H1", "L1H0"]).table()
+        >>> lens.circuits.checks.sink_check(model, lens.tasks.induction(model, 16), ["L0H1", "L1H0"]).table()
     """
     if isinstance(draws, bool) or not isinstance(draws, int) or draws < 1:
         raise LensError(f"draws must be a positive integer, got {draws!r}")

@@ -64,7 +64,7 @@ class EdgeSide(Side):
 
 
 def measured(a: Side, b: Side) -> dict[str, float]:
-    """Measure of `lens.circuits.overlap` -> its value; NaN where neither side has anything."""
+    """Measure of `lens.circuits.reuse.overlap` -> its value; NaN where neither side has anything."""
     mine, its = a.sets(), b.sets()
     shared = (a.heads & b.heads).sum()
     found = {
@@ -90,7 +90,7 @@ def sides(
     shape: tuple[int, int] | None,
     scores: tuple[EdgeScores, EdgeScores] | None = None,
 ) -> tuple[Side, Side]:
-    """Both sides of a comparison; arguments and errors as in `lens.circuits.overlap`."""
+    """Both sides of a comparison; arguments and errors as in `lens.circuits.reuse.overlap`."""
     if scores is not None and not (isinstance(first, Circuit) and isinstance(second, Circuit)):
         raise LensError(
             "scores are those that two circuits were made from; EdgeScores and HeadScores are compared "

@@ -1,0 +1,146 @@
+"""`find`: edges scored, circuits of many sizes made of the scores, the smallest faithful one taken."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+import torch
+
+from lens.circuits.checks.evaluation import run_circuits
+from lens.circuits.graph.circuit import Circuit
+from lens.circuits.graph.edge_scores import EdgeScores
+from lens.circuits.scores.scoring import score_edges
+from lens.common.errors import LensError
+from lens.common.results import Result, Sentence, described
+from lens.models.loaded import LoadedModel
+from lens.tasks.task import Task
+
+Ranking = Literal["absolute", "signed"]
+"""By size, or with what works against the task left out."""
+_RANKINGS: dict[Ranking, str] = {
+    "absolute": "the largest scores by size, also of what works against the task",
+    "signed": "the largest signed scores, so what works against the task is left out",
+}
+_SMALLEST, _SIZES = 0.001, 16  # share of the edges, and number of sizes that are tried
+_PROMPTS = 16  # on which the sizes are tried
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class FoundCircuit(Result):
+    """A circuit with the scores that it was made of, and the circuits that it was chosen from.
+
+    Attributes:
+        circuit: the smallest one that is faithful enough, else the most faithful one.
+        scores: of every edge of the graph.
+        ranking: how its edges were chosen from them.
+        tried: one row per circuit that was tried.
+        least: faithfulness that was asked for.
+    """
+
+    circuit: Circuit
+    scores: EdgeScores
+    ranking: Ranking
+    tried: pd.DataFrame = field(repr=False)
+    least: float
+
+    def table(self) -> pd.DataFrame:
+        """One row per circuit tried: `ranking`, `edges`, `writers`, `faithfulness`, `low`, `high`, `kl`, `chosen`."""
+        return self.tried
+
+    def __repr__(self) -> str:
+        return described(self)
+
+    def findings(self) -> tuple[Sentence, ...]:
+        """Its size and faithfulness (`circuit`), and whether that is what was asked for (`enough`)."""
+        graph, chosen = self.circuit.graph, self.circuit
+        (row,) = self.tried[self.tried["chosen"]].to_dict("records")
+        interval = f"{row['faithfulness']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
+        size = (
+            f"The circuit has {chosen.n:,} of {graph.n:,} edges ({chosen.n / graph.n:.2%}) between "
+            f"{len(chosen.nodes)} of {len(graph.writers)} parts ({_RANKINGS[self.ranking]}); on these "
+            f"prompts its faithfulness is {interval}, its KL divergence from the model {row['kl']:.2g} nats."
+        )
+        enough = (
+            f"It is the smallest of {len(self.tried)} circuits tried that reaches {self.least:g}."
+            if row["faithfulness"] >= self.least
+            else f"None of {len(self.tried)} circuits tried reaches {self.least:g}; this is the most faithful."
+        )
+        return Sentence(size, kind="circuit"), Sentence(enough, kind="enough")
+
+
+def find(
+    model: LoadedModel,
+    task: Task,
+    *,
+    method: str = "eap-ig",
+    steps: int | str = 5,
+    ablation: str | None = None,
+    edges: int | None = None,
+    faithfulness: float = 0.85,
+    seed: int = 0,
+    progress: bool = True,
+) -> FoundCircuit:
+    """The circuit of a task: edges scored, and the smallest set of the best that does the task.
+
+    Edges are scored on the task's prompts; circuits of 16 sizes, by size of the scores and by their sign,
+    are run on up to 16 of these prompts. What it is worth, other prompts say: `lens.circuits.evaluate`
+    and `lens.circuits.checks`.
+
+    Args:
+        model, task, method, steps, progress: as in `lens.circuits.score_edges`.
+        ablation: what replaces an edge that is left out; None: the corrupt prompt, or the mean where the
+            task has none.
+        edges: try circuits of this many edges alone.
+        faithfulness: share of the task that the circuit shall do.
+        seed: of the bootstrap.
+
+    Raises:
+        LensError: as `score_edges`, or no circuit through a head.
+
+    Example:
+        >>> lens.circuits.find(small, lens.tasks.induction(small, 8), progress=False).circuit.n > 0
+        True
+    """
+    if not 0 < faithfulness <= 1:
+        raise LensError(f"faithfulness must be above 0 and at most 1, got {faithfulness}")
+    if edges is not None and edges < 1:
+        raise LensError(f"edges must be at least 1, got {edges}")
+    ablation = ablation or ("mean" if task.corrupt is None else "counterfactual")
+    scores = score_edges(
+        model, task, method=method, steps=steps, ablation=ablation, progress=progress
+    )
+    sizes = np.geomspace(max(1.0, _SMALLEST * scores.graph.n), scores.graph.n, _SIZES)
+    counts = [edges] if edges else np.unique(sizes.round().astype(int)).tolist()
+    rankings = [(name, count) for count in counts for name in _RANKINGS]
+    made = [scores.top(count, absolute=name == "absolute") for name, count in rankings]
+    few = task.take(torch.arange(min(task.n, _PROMPTS)))
+    found = run_circuits(
+        model, few, np.stack([one.kept for one in made]), scores.ablation, progress=progress
+    )
+    values = found.faithfulness()
+    low, high = found.interval(seed)
+    sizes_made = np.array([one.n for one in made])
+    enough = np.flatnonzero(values >= faithfulness)
+    best = int(enough[np.argmin(sizes_made[enough])] if len(enough) else values.argmax())
+    tried = pd.DataFrame(
+        {
+            "ranking": [name for name, _ in rankings],
+            "edges": sizes_made,
+            "writers": [len(one.nodes) for one in made],
+            "faithfulness": values,
+            "low": low,
+            "high": high,
+            "kl": found.kl.mean(1),
+            "chosen": np.arange(len(made)) == best,
+        }
+    )
+    chosen = made[best]
+    if not any(name.startswith("a") for name in chosen.nodes):
+        raise LensError(
+            f"the best {chosen.n or max(counts):,} edges make no circuit that goes through a head; "
+            "ask for more edges"
+        )
+    return FoundCircuit(chosen, scores, rankings[best][0], tried, faithfulness)

@@ -1,0 +1,3 @@
+from ._flow import flow_routes as flow_routes
+from ._hisp import hisp as hisp
+from ._sae_codes import codes as codes
