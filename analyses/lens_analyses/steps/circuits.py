@@ -280,6 +280,7 @@ COLUMNS = {
     "high": "High end of it.",
     "n": "Number of prompts.",
     "in_circuit": "Whether the circuit has the edge.",
+    "chosen": "Whether this circuit of those tried was taken.",
     "edges": "Number of edges.",
     "writers": "Number of parts that are read in the circuit.",
     "faithfulness": "(circuit - all ablated) / (model - all ablated), ratio of means over prompts.",

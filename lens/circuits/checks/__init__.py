@@ -1,8 +1,4 @@
-"""Whether a circuit is what is claimed of it.
-
->>> circuit = lens.circuits.score_edges(model, task, progress=False).top(40)
->>> lens.circuits.checks.control(model, held_out, circuit, draws=2, progress=False).findings()
-"""
+"""Whether a circuit is what is claimed of it."""
 
 from lens.common.lazy import attach
 
