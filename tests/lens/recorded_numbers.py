@@ -243,7 +243,7 @@ def circuit_checks() -> Numbers:
     )
     table = result.table().set_index("kind")
     found |= cells("circuits.completeness", table, "model circuit gap low high", ["none"])
-    found["circuits.checks.completeness.incompleteness"] = result.incompleteness
+    found["circuits.completeness.incompleteness"] = result.incompleteness
     table = (
         circuits.checks.minimality(model, task, circuit, random=3, **QUIET)
         .table()
@@ -257,7 +257,7 @@ def circuit_checks() -> Numbers:
     found |= cells("circuits.overlap", shared.table().set_index("measure"), "value", "heads edges")
     table = circuits.head_parts(model, task, ["L1H0"]).table().set_index("head")
     columns = "full full_low full_high pattern value interaction without_sink induction sink_mass"
-    found |= cells("circuits.head_parts", table, columns, ["L1H0"])
+    found |= cells("circuits.join", table, columns, ["L1H0"])
     table = (
         circuits.checks.sink_check(model, task, ["L1H0"], draws=2)
         .table()
