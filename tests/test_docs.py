@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("tests/benchmarks/*.md")]
-HISTORY = {ROOT / "CHANGELOG.md", ROOT / "docs/renames.md"}
+HISTORY = {ROOT / "CHANGELOG.md"}
 
 
 def test_every_example_runs(run_folder_of_examples, capsys):
