@@ -181,7 +181,7 @@ def segment_bars(table: pd.DataFrame, **look: Unpack[Look]) -> go.Figure:
     """What the tokens of each prompt are, one bar of stretches per prompt.
 
     Args:
-        table: of `lens.vision.Segments`.
+        table: of `Segments`.
     """
     figure = go.Figure()
     for kind, color in _KINDS.items():
@@ -270,7 +270,7 @@ def knock_out_bars(
     """One measure of each condition of a knock-out, with its 95 % interval.
 
     Args:
-        table: of `lens.vision.KnockOut`.
+        table: of `KnockOut`.
         measure: "delta_loss", "kl" or "flip_rate".
 
     Raises:

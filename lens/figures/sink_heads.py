@@ -84,7 +84,7 @@ def gate_points(table: pd.DataFrame, **look: Unpack[Look]) -> go.Figure:
     """Effective gate of every head over its layer, a colour per mechanism.
 
     Args:
-        table: of `lens.sinks.EffectiveGates`.
+        table: of `EffectiveGates`.
     """
     figure = go.Figure()
     for number, (mechanism, rows) in enumerate(table.groupby("mechanism", sort=False)):
@@ -109,7 +109,7 @@ def band_points(table: pd.DataFrame, **look: Unpack[Look]) -> go.Figure:
     """Change of loss without each band of the unembedding's spectrum, with 95 % intervals.
 
     Args:
-        table: of `lens.sinks.BandLosses`.
+        table: of `BandLosses`.
     """
     figure = go.Figure(
         go.Scatter(

@@ -12,7 +12,8 @@ from lens.common.plots import draws
 from lens.figures.style import Look, escaped, style, tick_step
 
 if TYPE_CHECKING:
-    from lens.sinks import SinkKeys, SinkProfile, SinkRate, SinkSensitivity
+    from lens.sinks.detection.positions import SinkKeys, SinkProfile
+    from lens.sinks.detection.rates import SinkRate, SinkSensitivity
 
 
 @draws("SinkRate")

@@ -1,7 +1,4 @@
-from .images import ImageGrid as ImageGrid
 from .images import grid as grid
-from .knocking import KnockOut as KnockOut
 from .knocking import knock_out as knock_out
-from .tokens import Segments as Segments
 from .tokens import segments as segments
 from .tokens import trace_segments as trace_segments

@@ -150,7 +150,11 @@ def first_token(subject: Subject) -> Section:
     else:
         pair = sinks.by_bos(model, texts, controls=("mass",), seed=seed)
         rates = sinks.emergence(model, sinks.bos_pair(model, texts), seed=seed)
-        summary = [*rates.findings()[:-1], *of_kind(pair.findings(), "effect"), *summary]
+        summary = [
+            *of_kind(rates.findings(), "rate"),
+            *of_kind(pair.findings(), "effect"),
+            *summary,
+        ]
         tables |= {"bos": by_word(pair.table()), "bos_layers": rates.table()}
         figures |= {"bos": pair.plot(), "bos_layers": rates.plot()}
     return Section(

@@ -2,6 +2,7 @@
 
 import lens
 from lens import sinks
+from lens.common.results import of_kind
 from lens.runs.sections import Section
 from lens.sinks.detection.alphas import as_list
 from lens_analyses.steps.columns import defined
@@ -32,19 +33,20 @@ def detection(subject: Subject) -> Section:
         "layers": emergence.table(),
         "lengths": growth.table(),
     }
+    (unjudged,) = of_kind(keys.findings(), "limit")
     return Section(
         name="detection",
         title="Sinks: where attention is parked",
         summary=(
-            *rate.findings()[:2],
-            profile.findings()[0],
-            *emergence.findings()[1:-1],
-            *growth.findings()[:-1],
+            *of_kind(rate.findings(), "rate", "heads"),
+            *of_kind(profile.findings(), "positions"),
+            *of_kind(emergence.findings(), "rate"),
+            *of_kind(growth.findings(), "rate"),
         ),
         limits=(
             f"Every number is for ε = {rate.epsilon}, T = {rate.samples.tokens} tokens, BOS "
             f"{rate.samples.bos}, n = {rate.samples.n}; rates compare only where these agree.",
-            f"The table of keys is of the first prompt alone. {keys.findings()[-1]}",
+            f"The table of keys is of the first prompt alone. {unjudged}",
             "Sinks hang on what comes first: another first token, or a chat template, can move them. Whether "
             "it must be the BOS token is measured with and without it, below.",
             "Where attention is parked says nothing about what it does: see the edits.",
@@ -133,6 +135,7 @@ COLUMNS = {
     "band": "Of the unembedding's singular directions, 0 the strongest.",
     "energy": "Share of the weights' squared norm in the band, mean over heads.",
     "weight": "query, key and value read the residual stream, output writes it.",
+    "name": "The head: L3H5 is head 5 of layer 3.",
     "alpha": "Mean attention that the key receives from the queries that see it.",
     "largest_alpha": "The largest alpha of any head.",
     "epsilon": "Threshold of alpha.",

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from lens.common.errors import LensError
-from lens.common.results import Result, described
+from lens.common.results import Result, Sentence, described
 from lens.sinks.detection.alphas import Samples, check_epsilon, samples_of
 from lens.traces.scores import SINK_EPSILON
 
@@ -60,16 +60,19 @@ class BlockAlphas(Result):
     def __repr__(self) -> str:
         return described(self)
 
-    def findings(self) -> list[str]:
+    def findings(self) -> tuple[Sentence, ...]:
         """How many blocks hold a sink for certain, how many none, how many may."""
         counts = self.table()["sink"].value_counts()
         yes, no, open_ = (int(counts.get(name, 0)) for name in ("yes", "no", "undecided"))
-        return [
+        counted = (
             f"Of {yes + no + open_} blocks of keys (all heads) {yes} hold a sink for certain and {no} "
-            f"hold none (ε = {self.epsilon}, {self.samples}).",
+            f"hold none (ε = {self.epsilon}, {self.samples})."
+        )
+        limit = (
             f"{open_} are undecided: the block map bounds alpha and does not give it. Capture "
-            "`received` for exact numbers.",
-        ]
+            "`received` for exact numbers."
+        )
+        return (Sentence(counted, kind="blocks"), Sentence(limit, kind="limit"))
 
 
 def block_bounds(trace: AttentionTrace, *, epsilon: float = SINK_EPSILON) -> BlockAlphas:

@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 
 from lens.common.errors import LensError
-from lens.common.results import Result, described
+from lens.common.results import Result, Sentence, described
 from lens.edits.losses import two_tokens
 from lens.models.loaded import LoadedModel
 from lens.passes.inputs import read_prompts
@@ -49,21 +49,20 @@ class SinkEmergence(Result):
     def __repr__(self) -> str:
         return described(self)
 
-    def findings(self) -> list[str]:
+    def findings(self) -> tuple[Sentence, ...]:
         """The rate of each condition, its first layer, and what it depends on."""
         found = []
         for row in self.rows[self.rows["layer"].isna()].to_dict("records"):
             first = self.first_layer(row["condition"])
             where = "in no layer" if first is None else f"from layer {first} on"
-            found.append(
+            text = (
                 f'Prompts "{row["condition"]}": key {self.key} is a sink (alpha > {self.epsilon:g}) in '
                 f"{row['rate']:.1%} [{row['low']:.1%}, {row['high']:.1%}] of layers × heads, {where} "
                 f"(T = {row['tokens']}, BOS {row['bos']}, n = {row['n']})."
             )
-        return [
-            *found,
-            "The rate is a share of heads, no mass, and does not compare between lengths or epsilons.",
-        ]
+            found.append(Sentence(text, kind="rate"))
+        limit = "The rate is a share of heads, no mass, and does not compare between lengths or epsilons."
+        return (*found, Sentence(limit, kind="limit"))
 
 
 def bos_pair(model: LoadedModel, prompts: Any) -> dict[str, list[list[int]]]:

@@ -11,7 +11,7 @@ import pandas as pd
 
 from lens.common.errors import LensError
 from lens.common.head_ids import HeadId
-from lens.common.results import Result, described
+from lens.common.results import Result, Sentence, described
 from lens.sinks.detection.alphas import Samples, alpha_of, as_list, check_epsilon, samples_of
 from lens.traces.scores import FEWEST_VIEWERS, SINK_EPSILON
 
@@ -80,30 +80,34 @@ class SinkKeys(Result):
     def __repr__(self) -> str:
         return described(self)
 
-    def findings(self) -> list[str]:
+    def findings(self) -> tuple[Sentence, ...]:
         """Which keys, in how many heads, and what was not judged."""
         settings = (
             f"(ε = {self.epsilon}, T = {self.samples.tokens}, BOS {self.samples.bos}, one prompt)"
         )
         if not len(self.key):
-            found = [f"No key is a sink in any head {settings}."]
+            found = [Sentence(f"No key is a sink in any head {settings}.", kind="heads")]
         else:
             found = [
-                f"Sinks: {_count(len(self.keys), 'key')} in {_count(len(self.heads), 'head')}, from layer "
-                f"{self.first_layer} on {settings}."
+                Sentence(
+                    f"Sinks: {_count(len(self.keys), 'key')} in {_count(len(self.heads), 'head')}, from "
+                    f"layer {self.first_layer} on {settings}.",
+                    kind="heads",
+                )
             ]
             for key in self.keys[:_NAMED]:
                 here = self.key == key
                 token = self.token[int(np.flatnonzero(here)[0])]
-                found.append(
+                text = (
                     f"Key {key} ({token!r}) is a sink in {_count(int(here.sum()), 'head')}, with α up to "
                     f"{self.alpha[here].max():.2f}."
                 )
-        return [
-            *found,
+                found.append(Sentence(text, kind="key"))
+        limit = (
             f"{self.unscored} pairs of layer and key near the end were not judged: fewer than "
-            f"{FEWEST_VIEWERS} queries see them.",
-        ]
+            f"{FEWEST_VIEWERS} queries see them."
+        )
+        return (*found, Sentence(limit, kind="limit"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,18 +151,19 @@ class SinkProfile(Result):
     def __repr__(self) -> str:
         return described(self)
 
-    def findings(self) -> list[str]:
+    def findings(self) -> tuple[Sentence, ...]:
         """Which positions are sinks in common, and how much the strongest receives."""
         common = self.common()
         named = ", ".join(map(str, common[:_NAMED])) + (", ..." if len(common) > _NAMED else "")
         settings = f"(ε = {self.epsilon}, {self.samples})"
-        sentences = [
+        text = (
             f"No position is a sink in more than {COMMON:.0%} of heads {settings}."
             if not common
             else f"Sinks in more than {COMMON:.0%} of heads: position {named} {settings}."
-        ]
+        )
         unscored = int(np.isnan(self.rate).sum())
-        return [*sentences, f"{unscored} positions near the end were not judged."]
+        limit = f"{unscored} positions near the end were not judged."
+        return (Sentence(text, kind="positions"), Sentence(limit, kind="limit"))
 
 
 def _count(number: int, thing: str) -> str:

@@ -11,7 +11,7 @@ import pandas as pd
 
 from lens.common.errors import LensError
 from lens.common.head_ids import HeadId
-from lens.common.results import Result, described
+from lens.common.results import Result, Sentence, described
 from lens.sinks.detection.alphas import Samples, alpha_at, as_list, check_epsilon, samples_of
 from lens.stats import over_units
 from lens.traces.scores import SINK_EPSILON
@@ -57,6 +57,9 @@ class SinkRate(Result):
             {
                 "layer": np.repeat(self.layers, heads),
                 "head": np.tile(np.arange(heads), layers),
+                "name": [
+                    str(HeadId(layer, head)) for layer in self.layers for head in range(heads)
+                ],
                 "rate": self.by_head.ravel(),
                 "alpha": self.alpha.ravel(),
                 "key": self.key,
@@ -71,7 +74,7 @@ class SinkRate(Result):
     def __repr__(self) -> str:
         return described(self)
 
-    def findings(self) -> list[str]:
+    def findings(self) -> tuple[Sentence, ...]:
         """The rate, the heads with most, and what the number depends on."""
         top = self.table().sort_values("alpha", ascending=False, kind="stable").head(3)
         heads = ", ".join(
@@ -80,12 +83,18 @@ class SinkRate(Result):
         )
         interval = "" if np.isnan(self.low) else f" [{self.low:.1%}, {self.high:.1%}]"
         place = "The first token" if self.key == 0 else f"Key {self.key}"
-        return [
-            f"{place} is a sink in {self.value:.1%}{interval} of heads (ε = {self.epsilon}, T = "
-            f"{self.samples.tokens}, BOS {self.samples.bos}, n = {self.samples.n}).",
-            f"It receives most in {heads} (mean α).",
-            "The rate is a share of heads, no mass, and compares only at equal ε, T and BOS.",
-        ]
+        return (
+            Sentence(
+                f"{place} is a sink in {self.value:.1%}{interval} of heads (ε = {self.epsilon}, T = "
+                f"{self.samples.tokens}, BOS {self.samples.bos}, n = {self.samples.n}).",
+                kind="rate",
+            ),
+            Sentence(f"It receives most in {heads} (mean α).", kind="heads"),
+            Sentence(
+                "The rate is a share of heads, no mass, and compares only at equal ε, T and BOS.",
+                kind="limit",
+            ),
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,16 +130,14 @@ class SinkSensitivity(Result):
             }
         )
 
-    def findings(self) -> list[str]:
+    def findings(self) -> tuple[Sentence, ...]:
         """How the rate falls from the smallest to the largest epsilon."""
         points = [
             f"{self.values[place]:.1%} at ε = {self.epsilons[place]:g}"
             for place in (0, len(self.epsilons) // 2, -1)
         ]
-        return [
-            f"The share of heads with a sink on key {self.key} is {', '.join(points)} "
-            f"({self.samples})."
-        ]
+        text = f"The share of heads with a sink on key {self.key} is {', '.join(points)} ({self.samples})."
+        return (Sentence(text, kind="rate"),)
 
     def __repr__(self) -> str:
         return described(self)
