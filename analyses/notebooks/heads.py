@@ -111,7 +111,7 @@ assert rank["L0H1"] > 0
 # dispensable.
 
 # %%
-group = heads.ablate(known, task, heads=sorted(inducing), progress=False)
+group = heads.pruning.ablate(known, task, heads=sorted(inducing), progress=False)
 print(group.finding(mean))
 group
 
@@ -127,9 +127,9 @@ assert "understates" in group.finding(mean)
 
 # %%
 similarity = heads.similarity(known, copied, progress=False)
-clusters = heads.clusters(similarity)
+clusters = similarity.clusters()
 print(clusters)
-heads.redundancy(similarity).round(3)
+similarity.redundancy().round(3)
 
 # %%
 similarity.plot()
@@ -144,7 +144,7 @@ assert sorted(inducing) in clusters.members
 # beside random orders.
 
 # %%
-curve = heads.pruning_curve(known, task, order=mean, draws=2, progress=False)
+curve = heads.pruning.curve(known, task, order=mean, draws=2, progress=False)
 curve.table()[["removed", "name", "value", "cost", "low", "high", "random_cost"]].round(3)
 
 # %%
@@ -165,9 +165,9 @@ assert row["cost"] < 0.05 < row["random_cost"]
 # far is not the same as retrieving.
 
 # %%
-retrieval = heads.retrieval(known, heads.copied_needles(known, n=16), progress=False)
+retrieval = heads.retrieval(known, lens.tasks.needles.copied(known, n=16), progress=False)
 print(retrieval)
-streaming = heads.streaming(known, copied, sink=4, recent=16, progress=False)
+streaming = heads.streaming(known, copied, first=4, last=16, progress=False)
 streaming.table().round(2)
 
 # %%
@@ -224,7 +224,7 @@ traces = lens.capture(
     keep_qk=True,
     progress=False,
 )
-patterns = heads.pattern_classes(traces)
+patterns = heads.patterns(traces)
 patterns.table().head(8)
 
 # %% [markdown]

@@ -18,6 +18,8 @@
 # sink belongs to a prompt's first token and not to the model.
 
 # %%
+import pandas as pd
+
 import lens
 from lens.edits.effect_results import Effect
 
@@ -269,17 +271,20 @@ else:
 # %% [markdown]
 # ## What a cache may forget
 #
-# Keep the first `n_sink` keys and the last `window` ones, as StreamingLLM does: how much attention is
+# Keep the first 0, 1 or 4 keys and the last 32 ones, as StreamingLLM does: how much attention is
 # kept, how far off the outputs are, and what the loss says.
 
 # %%
-streaming = sinks.streaming(model, prompts, window=(32,))
-for sentence in streaming.findings():
-    print("-", sentence)
-streaming.plot()
+streaming = [
+    lens.heads.streaming(model, prompts, first=first, last=32, progress=False)
+    for first in (0, 1, 4)
+]
+for one in streaming:
+    print("-", *one.findings(), sep="\n  ")
+kept = pd.concat([one.summary() for one in streaming], ignore_index=True)
+kept.round(3)
 
 # %%
-kept = streaming.table()
 if is_default:
     assert kept["delta_loss"].iloc[0] > 0.02 > abs(kept["delta_loss"].iloc[1])
 

@@ -14,7 +14,7 @@ from lens.figures.style import Look, grid_axes, grid_height, style
 
 if TYPE_CHECKING:
     from lens.heads.measures.scores import HeadScores
-    from lens.heads.removal.metrics import PruningMetrics
+    from lens.heads.pruning.outputs import PruningMetrics
 
 
 @draws("HeadScores")
@@ -89,7 +89,7 @@ def _finding(scores: HeadScores) -> str:
 def pruning_grid(
     metrics: PruningMetrics, metric: str = "probability", **look: Unpack[Look]
 ) -> go.Figure:
-    """Layers × heads by one metric of `lens.heads.pruning_metrics`."""
+    """Layers × heads by one metric of `lens.heads.pruning.metrics`."""
     values = metrics.values(metric)
     layer, number = np.unravel_index(values.argmax(), values.shape)
     found = f"{metric} without each head: most at L{layer}H{number}, {values.max():.3g}"

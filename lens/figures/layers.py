@@ -11,7 +11,7 @@ from lens.common.plots import draws
 from lens.figures.style import Look, style, tick_step
 
 if TYPE_CHECKING:
-    from lens.heads.removal.sublayer_scores import BlockInfluence, GreedyRemoval, SkipSweep
+    from lens.heads.pruning.sublayer_scores import BlockInfluence, GreedyRemoval, SkipSweep
 
 
 @draws("SkipSweep")

@@ -1,4 +1,4 @@
-"""Figure of `lens.heads.pattern_classes`: which sparse pattern each head would survive."""
+"""Figure of `lens.heads.patterns`: which sparse pattern each head would survive."""
 
 from __future__ import annotations
 

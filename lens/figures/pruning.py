@@ -1,4 +1,4 @@
-"""The figure of `lens.heads.pruning_curve`: what it costs to take heads away."""
+"""The figure of `lens.heads.pruning.curve`: what it costs to take heads away."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lens.common.plots import draws
 from lens.figures.style import Look, escaped, style
 
 if TYPE_CHECKING:
-    from lens.heads.removal.curve import PruningCurve
+    from lens.heads.pruning.curves import PruningCurve
 
 
 @draws("PruningCurve")

@@ -17,7 +17,8 @@ from lens.traces.metrics import METRICS
 
 if TYPE_CHECKING:
     from lens.heads.behaviour.retrieval import RetrievalScores
-    from lens.heads.behaviour.streaming import StreamingGate, StreamingScores
+    from lens.heads.behaviour.streaming import StreamingScores
+    from lens.heads.pruning.gates import StreamingGate
 
 _SHOWN = (
     "previous_token",
@@ -124,9 +125,9 @@ def share_grid(values: np.ndarray, found: str, *, unit: str, **look: Unpack[Look
 
 @draws("StreamingScores")
 def streaming_grid(scores: StreamingScores, **look: Unpack[Look]) -> go.Figure:
-    """Layers × heads, error of the streaming output."""
-    found = f"Error with {scores.sink} first and {scores.recent} recent keys: {scores.model}"
-    return share_grid(scores.error.mean(-1), found, unit="relative error", **look)
+    """Layers × heads, row error of the streaming output."""
+    found = f"Row error with {scores.first} first and {scores.last} last keys: {scores.model}"
+    return share_grid(scores.row_error.mean(-1), found, unit="relative error", **look)
 
 
 @draws("StreamingGate")

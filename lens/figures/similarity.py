@@ -1,4 +1,4 @@
-"""Figures of `lens.heads.similarity` and `lens.heads.clusters`: which heads are alike."""
+"""Figures of `lens.heads.similarity` and of its clusters: which heads are alike."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from lens.common.plots import draws
 from lens.figures.style import Look, style
 
 if TYPE_CHECKING:
+    from lens.heads.likeness.compared import HeadSimilarity
     from lens.heads.likeness.redundancy import HeadClusters
-    from lens.heads.likeness.similarity import HeadSimilarity
 
 MOST_HEADS, MOST_WITH_INTERVALS = 512, 256
 """A figure stays below 2 MB: of more heads those with the closest partner are drawn."""

@@ -130,22 +130,21 @@ def _curves(table: pd.DataFrame, measure: str, look: Look) -> go.Figure:
     return style(figure, text, look)
 
 
-@draws("StreamingPolicies", of="table")
 def streaming_curves(table: pd.DataFrame, **look: Unpack[Look]) -> go.Figure:
-    """Change of loss over the number of first keys kept, a curve per window.
+    """Change of loss over the number of first keys kept, a curve per number of last ones.
 
     Args:
-        table: of `lens.sinks.StreamingPolicies`.
+        table: `StreamingScores.summary()` of several calls of `lens.heads.streaming`, one below the other.
     """
     figure = go.Figure()
-    for number, (window, rows) in enumerate(table.groupby("window")):
+    for number, (last, rows) in enumerate(table.groupby("last")):
         figure.add_scatter(
-            x=rows["n_sink"],
+            x=rows["first"],
             y=rows["delta_loss"],
             error_y=whiskers(rows["delta_loss"], rows["delta_loss_low"], rows["delta_loss_high"]),
             mode="lines+markers",
             line={"color": _CONDITIONS[number % len(_CONDITIONS)]},
-            name=f"window {window}",
+            name=f"last {last}",
             customdata=rows["kept"],
             hovertemplate="first %{x}<br>%{y:.4f}<br>mass kept %{customdata:.3f}",
         )

@@ -52,29 +52,29 @@ def activity_points(table: pd.DataFrame, **look: Unpack[Look]) -> go.Figure:
     """Change of loss with a head off against its activity: a point per edited head and domain.
 
     Args:
-        table: of `lens.sinks.HeadActivity`.
+        table: of `lens.heads.activity`.
 
     Raises:
         LensError: no head was edited.
     """
-    edited = table[table["off"].notna()]
+    edited = table[table["loss"].notna()]
     if edited.empty:
         raise LensError("the table has no edited head, so there is no change of loss to draw")
     figure = go.Figure()
     for number, (domain, rows) in enumerate(edited.groupby("domain", sort=False)):
         figure.add_scatter(
             x=rows["activity"],
-            y=rows["off"],
-            error_y=whiskers(rows["off"], rows["off_low"], rows["off_high"]),
+            y=rows["loss"],
+            error_y=whiskers(rows["loss"], rows["loss_low"], rows["loss_high"]),
             mode="markers",
             marker={"color": _COLORS[number % len(_COLORS)], "size": 9},
             name=escaped(str(domain)),
             text=head_names(rows["layer"], rows["head"]),
-            hovertemplate="%{text}: activity %{x:.2f}, off %{y:.4f}",
+            hovertemplate="%{text}: activity %{x:.2f}, without it %{y:.4f}",
         )
     figure.add_hline(y=0, line={"color": BASELINE, "dash": "dot"})
     figure.update_xaxes(title="Activity (1 - mean α of the first token)", range=[-0.02, 1.02])
-    figure.update_yaxes(title="Δ loss, head off (nats)")
+    figure.update_yaxes(title="Δ loss without the head (nats)")
     text = "Activity of heads by domain"
     return style(figure, text, look)
 

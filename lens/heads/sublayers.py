@@ -10,8 +10,8 @@ from lens.common.errors import LensError
 from lens.common.progress import advancing
 from lens.edits.parts import Ablate
 from lens.edits.running import edit
-from lens.heads.removal.distances import check_distance, distance
-from lens.heads.removal.sublayer_scores import BlockInfluence, GreedyRemoval, SkipSweep
+from lens.heads.pruning.distances import check_distance, distance
+from lens.heads.pruning.sublayer_scores import BlockInfluence, GreedyRemoval, SkipSweep
 from lens.models.layout import blocks, named_sublayers
 from lens.models.loaded import LoadedModel
 from lens.passes.logits import logits_of

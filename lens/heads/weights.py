@@ -109,7 +109,7 @@ def copying(
         LensError: as in `head_weights`, no linear way from heads to logits, a `top` that is none, or no tokens.
 
     Example:
-        >>> table = lens.heads.copying(small)
+        >>> table = lens.heads.weights.copying(small)
         >>> table[table.top_share == 1]["name"].tolist()
         ['L1H0', 'L1H2', 'L1H3']
     """

@@ -10,8 +10,6 @@ from .causes.persistent import persistent_memory as persistent_memory
 from .causes.spectral import band_energies as band_energies
 from .causes.spectral import band_losses as band_losses
 from .causes.spectral import bands as bands
-from .causes.streaming_policies import StreamingPolicies as StreamingPolicies
-from .causes.streaming_policies import streaming as streaming
 from .detection.blocks import block_bounds as block_bounds
 from .detection.emergences import bos_pair as bos_pair
 from .detection.emergences import by_length as by_length
@@ -21,8 +19,6 @@ from .detection.positions import find as find
 from .detection.positions import profile as profile
 from .detection.rates import rate as rate
 from .detection.rates import sensitivity as sensitivity
-from .effects.head_edits import HeadActivity as HeadActivity
-from .effects.head_edits import activity as activity
 from .effects.head_edits import head_effect as head_effect
 from .effects.scopes import ScopedEffects as ScopedEffects
 from .effects.scopes import by_bos as by_bos

@@ -1,3 +1,4 @@
+from . import needles as needles
 from .colored_objects import colored_objects as colored_objects
 from .docstring import docstring as docstring
 from .greater_than import greater_than as greater_than

@@ -76,7 +76,7 @@ def test_the_report_goes_from_the_keys_to_the_dark_band(sinks_run):
     assert set(detection["keys"]["key"]) == {0}
     first = sinks_run.section("first_token").tables
     assert set(first["bos"]["reach"]) == {"with BOS", "without BOS"}
-    assert first["activity"].loc[first["activity"]["off"].notna(), "domain"].nunique() == 3
+    assert first["activity"].loc[first["activity"]["loss"].notna(), "domain"].nunique() == 3
     moved = sinks_run.section("redistribution").tables["response"]
     assert moved["amount"].tolist() == [1.0]
     control = sinks_run.section("redistribution").tables["control"]

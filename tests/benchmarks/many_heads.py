@@ -13,8 +13,8 @@ import time
 
 import numpy as np
 
-from lens.heads import agreement, clusters, redundancy
-from lens.heads.likeness.similarity import HeadSimilarity
+from lens.heads import agreement
+from lens.heads.likeness.compared import HeadSimilarity
 from lens.heads.measures.scores import HeadScores, Intervention
 
 
@@ -33,9 +33,9 @@ def main() -> None:
     ]
     agreement(*(_scores(3, 2, name, random) for name in "ab"), resamples=1)  # loads what is lazy
     for name, step, goal in (
-        ("clusters", lambda: clusters(similar), 10),
+        ("clusters", lambda: similar.clusters(), 10),
         ("agreement", lambda: agreement(*measures), 5),
-        ("redundancy", lambda: redundancy(similar), None),
+        ("redundancy", lambda: similar.redundancy(), None),
         ("table of similarity", similar.table, None),
     ):
         start, busy = time.perf_counter(), time.process_time()

@@ -26,9 +26,12 @@ def sinks() -> Numbers:
     found |= cells("sinks.find", table, "key alpha", "L1H0 L2H4")
     table = room.profile(traces).table().set_index("key")
     found |= cells("sinks.profile", table, "rate alpha largest_alpha", [0, 2])
-    table = by_head(room.activity(model, {"a": prompts[:2], "b": prompts[2:]}).table())
-    columns = "activity off off_low off_high first first_low first_high"
-    found |= cells("sinks.activity", table.query("domain == 'a'"), columns, "L1H0")
+    windows = torch.as_tensor(prompts[:2]).tolist()
+    table = by_head(
+        lens.heads.activity(model, {"a": windows}, heads=["L1H0"], progress=False).table()
+    )
+    table = table.rename(columns=lambda name: name.replace("loss", "off"))
+    found |= cells("sinks.activity", table, "off off_low off_high", "L1H0")
     table = room.massive(model, prompts, ratio=30, magnitude=1).table()
     table = table.set_index(["dimension", "position"])
     found |= cells("sinks.massive", table, "value ratio prompts emergence", [(88, 0)])
@@ -86,7 +89,11 @@ def sink_effects() -> Numbers:
     add("by_bos.without", bare[bare["reach"] == "without BOS"])
     doses = lens.effect(model, prompts, mask, amounts=(0.5, 1.0), controls=("mass",)).table()
     add("dose_response.0.5", doses[doses["amount"] == 0.5], "mass")
-    table = room.streaming(model, prompts, n_sink=(0, 2), window=(8,)).table().set_index("n_sink")
+    policies = [
+        lens.heads.streaming(model, prompts, first=n, last=8, progress=False) for n in (0, 2)
+    ]
+    table = pd.concat([one.summary() for one in policies]).set_index("first")
+    table = table.rename(columns=lambda name: name.replace("rms_error", "error"))
     kept = "kept least_kept error largest_error delta_loss delta_loss_low delta_loss_high"
     found |= cells("sinks.streaming", table, kept, [0, 2])
     table = room.band_losses(model, prompts, count=4).table().set_index("band")

@@ -96,7 +96,7 @@ def importance() -> Numbers:
     found |= cells("heads.importance.direct", table, "value low high", "L1H0 L1H2")
     table = by_head(lens.heads.importance(*grouped(), **QUIET).table())
     found |= cells("heads.importance.stories260k", table, "value low high", "L0H3 L4H6")
-    group = lens.heads.ablate(model, task, heads=["L1H0", "L1H2", "L1H3"], **QUIET)
+    group = lens.heads.pruning.ablate(model, task, heads=["L1H0", "L1H2", "L1H3"], **QUIET)
     low, high = group.interval()
     return found | {
         "heads.group.value": group.value,
@@ -115,10 +115,10 @@ def comparing_heads() -> Numbers:
     table = heads.agreement(zero, mean).table().set_index(["first", "second"])
     pair = ("ablation (zero)", "ablation (mean)")
     found = cells("heads.agreement", table, "tau tau_low tau_high overlap", [pair])
-    curve = heads.pruning_curve(model, task, order=mean, draws=2, **QUIET).table()
+    curve = heads.pruning.curve(model, task, order=mean, draws=2, **QUIET).table()
     columns = "value cost low high random_cost"
     found |= cells("heads.pruning_curve", curve.set_index("removed"), columns, [3, 6])
-    table = heads.pruning_metrics(model, task).table()
+    table = heads.pruning.metrics(model, task).table()
     table = by_head(table).set_index("metric", append=True)
     at = [("L0H1", "accuracy"), ("L1H0", "distance")]
     found |= cells("heads.pruning_metrics", table, "value low high", at)
@@ -128,9 +128,9 @@ def comparing_heads() -> Numbers:
         at = [("L1H0", "L1H3"), ("L0H0", "L0H2")]
         found |= cells(f"heads.similarity.{measure}", table, "value low high", at)
     alike = heads.similarity(model, prompts, **QUIET)
-    table = by_head(heads.redundancy(alike, resamples=20))
+    table = by_head(alike.redundancy(resamples=20))
     found |= cells("heads.redundancy", table, "value low high", "L1H2 L0H1")
-    clusters = heads.clusters(alike, resamples=20)
+    clusters = alike.clusters(resamples=20)
     found |= {
         "heads.clusters.silhouette": clusters.silhouette,
         "heads.clusters.cut": clusters.cut,
@@ -144,9 +144,9 @@ def kinds_of_heads() -> Numbers:
     """What single heads do: weights, roles, retrieval, short windows, stability over prompts."""
     model, prompts, traces = symbols()
     heads = lens.heads
-    table = by_head(heads.copying(model))
+    table = by_head(heads.weights.copying(model))
     found = cells("heads.copying", table, "eigenvalue eigenvalue_random top_share", "L0H1 L1H2")
-    table = heads.composition(model).set_index(["earlier", "later", "kind"])
+    table = heads.weights.composition(model).set_index(["earlier", "later", "kind"])
     at = [("L0H1", "L1H0", kind) for kind in "qkv"]
     found |= cells("heads.composition", table, "score", at)
     table = by_head(heads.roles(model, prompts, **QUIET).table())
@@ -157,18 +157,19 @@ def kinds_of_heads() -> Numbers:
     )
     found |= cells("heads.roles", table, columns, "L1H0")
     domains = {"a": prompts[:2], "b": prompts[2:]}
-    table = by_head(heads.dormancy(model, domains, **QUIET).table())
+    table = by_head(heads.activity(model, domains, **QUIET).table())
     table = table.set_index("domain", append=True)
     columns = "activity activity_low activity_high loss loss_low loss_high"
     found |= cells("heads.dormancy", table, columns, [("L1H0", "a")])
-    table = by_head(heads.streaming(model, prompts, sink=2, recent=8, **QUIET).table())
+    table = by_head(heads.streaming(model, prompts, first=2, last=8, **QUIET).table())
+    table = table.rename(columns=lambda name: name.replace("row_error", "error"))
     found |= cells(
         "heads.streaming", table, "kept kept_low kept_high error error_low error_high", "L1H2"
     )
-    table = by_head(heads.pattern_classes(traces).table())
+    table = by_head(heads.patterns(traces).table())
     columns = "a_shape vertical_slash block_sparse vertical_slash_low margin"
     found |= cells("heads.pattern_classes", table, columns, "L1H0")
-    needles = heads.copied_needles(model, n=4, length=30, needle=4)
+    needles = lens.tasks.needles.copied(model, n=4, length=30, needle=4)
     table = by_head(heads.retrieval(model, needles, **QUIET).table())
     table = table.rename(columns={"retrieval_low": "low", "retrieval_high": "high"})
     found |= cells("heads.retrieval", table, "retrieval low high", "L1H3 L1H0")
@@ -180,7 +181,7 @@ def kinds_of_heads() -> Numbers:
     found |= cells("heads.stability", table, "value", at)
     more = [lens.tasks.copied(model, 25, seed=seed) for seed in range(4, 8)]
     eight = {"a": traces, "b": lens.capture(model, more, **QUIET)}
-    table = heads.variance(eight, resamples=50).table().set_index("source")
+    table = lens.traces.variance(eight, resamples=50).table().set_index("source")
     return found | cells("heads.variance", table, "share low high", ["head", "condition × head"])
 
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import lens
-from lens.heads import copying, importance
+from lens.heads import importance
+from lens.heads.weights import copying
 from lens.models.catalogue import KNOWN
 from lens.tasks import Task
 from tests.lens.architectures import build

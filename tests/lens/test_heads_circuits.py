@@ -5,7 +5,8 @@ import pytest
 
 import lens
 from lens.circuits.known import induction_transformer, logic_gate, tracr
-from lens.heads import ablate, agreement, importance
+from lens.heads import agreement, importance
+from lens.heads.pruning import ablate
 from lens.tasks import induction
 
 BASELINES = ("zero", "mean", "resample", "counterfactual")

@@ -130,7 +130,7 @@ def test_tables_of_heads_join_by_layer_and_head(small):
     scores = importance(small, lens.tasks.induction(small, n=4), method="gradient", progress=False)
     roles = lens.heads.roles(small, copied, progress=False)
     rate = lens.sinks.rate(trace)
-    streaming = lens.heads.streaming(small, copied, sink=1, recent=8, progress=False)
+    streaming = lens.heads.streaming(small, copied, first=1, last=8, progress=False)
     table = join(scores, roles, streaming, sinks=rate)
     assert table.columns[:6].tolist() == [
         "name", "layer", "head", "gradient", "gradient_low", "gradient_high",

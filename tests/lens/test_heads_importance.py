@@ -7,8 +7,9 @@ from torch import nn
 
 import lens
 from lens.common.errors import LensError
-from lens.heads import ablate, importance
+from lens.heads import importance
 from lens.heads.measures.scores import HeadScores, Intervention
+from lens.heads.pruning import ablate
 from lens.passes.head_outputs import read_heads, with_gradients
 from lens.tasks import Task, induction, language_modelling
 from tests.lens.architectures import VOCAB, build

@@ -9,7 +9,8 @@ import pytest
 
 import lens
 from lens.common.errors import LensError
-from lens.heads import ablate, agreement, importance
+from lens.heads import agreement, importance
+from lens.heads.pruning import ablate
 from lens.tasks import induction, language_modelling
 
 INDUCTION_HEADS = ("L1H0", "L1H2", "L1H3")

@@ -6,8 +6,9 @@ import torch
 
 import lens
 from lens.common.errors import LensError
-from lens.heads import ablate, importance
+from lens.heads import importance
 from lens.heads.measures.optimal import split
+from lens.heads.pruning import ablate
 from lens.models.attention_only import AttentionOnlyConfig, AttentionOnlyModel
 from lens.tasks import Task, induction
 

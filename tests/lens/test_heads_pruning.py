@@ -7,9 +7,11 @@ import pytest
 import lens
 from lens.common.errors import LensError
 from lens.common.head_ids import HeadId
-from lens.heads import ablate, importance, pruning_curve, redundancy, similarity
+from lens.heads import importance, similarity
 from lens.heads.measures.scores import Intervention
-from lens.heads.removal.curve import PruningCurve
+from lens.heads.pruning import ablate
+from lens.heads.pruning import curve as pruned
+from lens.heads.pruning.curves import PruningCurve
 from lens.tasks import induction
 
 
@@ -23,7 +25,7 @@ def small():
 def test_each_step_is_the_joint_ablation_of_the_heads_so_far(small, baseline):
     model, _, task = small
     order = ["L1H2", "L0H3", "L1H0", "L1H3"]
-    curve = pruning_curve(model, task, order=order, baseline=baseline, draws=2, seed=3)
+    curve = pruned(model, task, order=order, baseline=baseline, draws=2, seed=3)
     assert curve.removed.tolist() == [0, 1, 2, 3, 4]
     assert curve.per_prompt[0] == pytest.approx(task.evaluate(model).numpy(), abs=1e-4)
     for gone in range(1, 5):
@@ -37,7 +39,7 @@ def test_each_step_is_the_joint_ablation_of_the_heads_so_far(small, baseline):
 
 def test_removing_the_least_important_first_is_cheaper_than_at_random(small):
     model, task, held_out = small
-    curve = pruning_curve(model, held_out, order=importance(model, task), draws=6)
+    curve = pruned(model, held_out, order=importance(model, task), draws=6)
     table = curve.table()
     assert len(table) == 9
     assert table["cost"][1] < 0.05
@@ -55,7 +57,7 @@ def test_induction_heads_are_cheap_one_at_a_time_and_dear_together(small):
     """README of the model: L1H0, L1H2, L1H3 together raise the loss to 4.27, each to at most 0.40."""
     model = small[0]
     task = induction(model, n=64, seed=2)
-    curve = pruning_curve(model, task, order=["L1H0", "L1H2", "L1H3"], draws=0)
+    curve = pruned(model, task, order=["L1H0", "L1H2", "L1H3"], draws=0)
     single = importance(model, task).values[1, [0, 2, 3]]
     assert curve.cost.mean(1)[-1] > 5 * single.sum()
     assert curve.values[-1] == pytest.approx(4.27, abs=0.3)
@@ -65,13 +67,13 @@ def test_induction_heads_are_cheap_one_at_a_time_and_dear_together(small):
 def test_redundant_heads_can_be_the_order(small):
     model, task, held_out = small
     similar = similarity(model, task.clean)
-    table = redundancy(similar)
-    curve = pruning_curve(model, held_out, order=table, steps=3, draws=1)
+    table = similar.redundancy()
+    curve = pruned(model, held_out, order=table, steps=3, draws=1)
     assert [str(head) for head in curve.order] == table["name"].tolist()
     assert curve.removed.tolist() == [0, 3, 5, 8]
     assert "most redundant" in repr(curve)
     unscored = table.assign(value=np.where(table["name"] == "L1H2", np.nan, table["value"]))
-    again = pruning_curve(model, held_out, order=unscored, steps=1, draws=0)
+    again = pruned(model, held_out, order=unscored, steps=1, draws=0)
     assert str(again.order[-1]) == "L1H2"
 
 
@@ -128,4 +130,4 @@ def test_what_is_no_order_is_refused(small):
     ]
     for arguments, message in cases:
         with pytest.raises(LensError, match=message):
-            pruning_curve(model, task, **arguments)
+            pruned(model, task, **arguments)

@@ -7,7 +7,8 @@ import transformers
 
 import lens
 from lens.common.errors import LensError
-from lens.heads import importance, pruning_metrics
+from lens.heads import importance
+from lens.heads.pruning import metrics
 from lens.tasks import induction
 from tests.lens.naive import rms_ratio
 
@@ -57,7 +58,7 @@ def eager(baseline, head=None, z_means=None):
 @pytest.mark.parametrize("baseline", ["zero", "mean"])
 def test_every_metric_equals_its_definition_on_eager_attention(baseline):
     inputs, labels = images()
-    found = pruning_metrics(lens.load(vit()), inputs, labels, baseline=baseline)
+    found = metrics(lens.load(vit()), inputs, labels, baseline=baseline)
     p, e, z = eager(baseline)
     means = [layer.mean(0, keepdim=True) for layer in z]
     at = np.arange(IMAGES), labels.numpy()
@@ -96,9 +97,9 @@ def test_every_metric_equals_its_definition_on_eager_attention(baseline):
 def test_in_batches_or_at_once(monkeypatch):
     inputs, labels = images()
     model = lens.load(vit())
-    whole = pruning_metrics(model, inputs, labels, baseline="mean")
-    monkeypatch.setattr("lens.heads.removal.metrics._ROWS", 5)
-    parts = pruning_metrics(model, inputs, labels, baseline="mean")
+    whole = metrics(model, inputs, labels, baseline="mean")
+    monkeypatch.setattr("lens.heads.pruning.outputs._ROWS", 5)
+    parts = metrics(model, inputs, labels, baseline="mean")
     for name in ("probability", "js", "distance"):
         assert rms_ratio(parts.per_example[name], whole.per_example[name]) < 1e-3
 
@@ -110,7 +111,7 @@ def test_a_head_that_writes_nothing_scores_exactly_zero():
     projection = layer.o_proj if hasattr(layer, "o_proj") else layer.output.dense
     with torch.no_grad():
         projection.weight[:, 2 * DIM : 3 * DIM] = 0
-    found = pruning_metrics(lens.load(model), inputs, labels)
+    found = metrics(lens.load(model), inputs, labels)
     for name, values in found.per_example.items():
         assert np.abs(values[1, 2]).max() == 0, name
     assert np.abs(found.per_example["distance"][1, 1]).min() > 0
@@ -119,28 +120,28 @@ def test_a_head_that_writes_nothing_scores_exactly_zero():
 def test_a_language_model_by_its_next_tokens():
     model = lens.load("induction-2l")
     task = induction(model, n=5, length=9)
-    found = pruning_metrics(model, task)
+    found = metrics(model, task)
     by_loss = importance(model, task, baseline="zero", progress=False)
     assert rms_ratio(found.per_example["loss"], by_loss.per_prompt) < 1e-3
     with pytest.raises(LensError, match="several answers each, so there are no classes"):
         found.by_class("loss")
     with pytest.raises(LensError, match="a task has its own answers"):
-        pruning_metrics(model, task, [1])
+        metrics(model, task, [1])
     with pytest.raises(LensError, match="unknown metric 'f1'; known: accuracy, probability"):
         found.values("f1")
     with pytest.raises(LensError, match="an output for each token"):
-        pruning_metrics(model, {"input_ids": task.clean}, [0] * 5)
+        metrics(model, {"input_ids": task.clean}, [0] * 5)
 
 
 def test_what_does_not_fit_is_refused():
     inputs, labels = images()
     model = lens.load(vit())
     with pytest.raises(LensError, match="baseline must be 'zero' or 'mean', got 'resample'"):
-        pruning_metrics(model, inputs, labels, baseline="resample")
+        metrics(model, inputs, labels, baseline="resample")
     with pytest.raises(LensError, match=r"one class for each example; got \[3\] for 11"):
-        pruning_metrics(model, inputs, labels[:3])
+        metrics(model, inputs, labels[:3])
     with pytest.raises(LensError, match="no examples were given"):
-        pruning_metrics(model, {"pixel_values": inputs["pixel_values"][:0]}, [])
+        metrics(model, {"pixel_values": inputs["pixel_values"][:0]}, [])
     bare = lens.load(vit(transformers.ViTModel))
     with pytest.raises(LensError, match="has no classifier or unembedding"):
-        pruning_metrics(bare, inputs, labels)
+        metrics(bare, inputs, labels)

@@ -9,8 +9,9 @@ import pytest
 import lens
 from lens.common.errors import LensError
 from lens.figures.similarity import similarity_map
+from lens.heads.likeness.compared import HeadSimilarity
 from lens.heads.likeness.redundancy import clusters, redundancy
-from lens.heads.likeness.similarity import HeadSimilarity, similarity
+from lens.heads.likeness.similarity import similarity
 
 INDUCTION = ["L1H0", "L1H2", "L1H3"]
 

@@ -6,8 +6,9 @@ import torch
 
 import lens
 from lens.common.errors import LensError
-from lens.heads import copied_needles, retrieval, text_needles
-from lens.heads.behaviour.retrieval import RetrievalTrial, _fetched, _greedy
+from lens.heads import retrieval
+from lens.heads.behaviour.retrieval import _fetched, _greedy
+from lens.tasks import needles
 
 
 def twin(model, trial):
@@ -36,7 +37,7 @@ def twin(model, trial):
 def test_scores_equal_the_twin_and_name_the_induction_heads(name):
     """Their pages: induction heads L1H0, L1H2, L1H3 and L1H2, L1H3, L1H5."""
     model = lens.load(name)
-    trials = copied_needles(model, n=6, length=45, needle=7, seed=3)
+    trials = needles.copied(model, n=6, length=45, needle=7, seed=3)
     found = retrieval(model, trials, progress=False)
     expected, recall = [], []
     for trial in trials:
@@ -60,7 +61,7 @@ def test_scores_equal_the_twin_and_name_the_induction_heads(name):
 
 
 def test_a_position_counts_once_and_only_with_its_own_token():
-    trial = RetrievalTrial((9, 5, 6, 5, 9), (1, 4), 0.3)
+    trial = needles.Trial((9, 5, 6, 5, 9), (1, 4), 0.3)
     keys = np.array([[[1, 1, 3], [3, 2, 4], [2, 1, 1]]])  # [layer, head, step]
     found = _fetched(keys, trial, [5, 5, 5])
     np.testing.assert_allclose(found, [[2 / 3, 1 / 3, 1 / 3]])
@@ -69,7 +70,7 @@ def test_a_position_counts_once_and_only_with_its_own_token():
 def test_a_text_needle_lies_where_it_says():
     model = lens.load("text-lm-3l")
     hay = lens.tasks.text("moby-dick")
-    trials = text_needles(
+    trials = needles.text(
         model, hay, needle=" eat a pie", question=" You should", lengths=[40, 61], depths=[0.2, 0.9]
     )
     assert [trial.depth for trial in trials] == [0.2, 0.9, 0.2, 0.9]
@@ -84,7 +85,7 @@ def test_a_text_needle_lies_where_it_says():
 def test_a_model_that_does_not_retrieve_is_not_scored():
     model = lens.load("stories260k")  # its page: no induction head
     with pytest.raises(LensError, match="there is no retrieval to attribute to heads"):
-        retrieval(model, copied_needles(model, n=3, length=40), progress=False)
+        retrieval(model, needles.copied(model, n=3, length=40), progress=False)
 
 
 def test_trials_that_cannot_be_are_said():
@@ -92,11 +93,11 @@ def test_trials_that_cannot_be_are_said():
     with pytest.raises(LensError, match="needs at least one trial"):
         retrieval(model, [])
     with pytest.raises(LensError, match="the needle must lie within the prompt of 3 tokens"):
-        RetrievalTrial((1, 2, 3), (2, 4), 0.5)
-    with pytest.raises(LensError, match="copied_needles needs n and needle of at least 1"):
-        copied_needles(model, length=200)
+        needles.Trial((1, 2, 3), (2, 4), 0.5)
+    with pytest.raises(LensError, match="copied needs n and needle of at least 1"):
+        needles.copied(model, length=200)
     options = {"needle": " a pie", "question": " Eat", "lengths": [30]}
     with pytest.raises(LensError, match="the haystack has 4 tokens, 30 were asked for"):
-        text_needles(model, " the cat", **options)
+        needles.text(model, " the cat", **options)
     with pytest.raises(LensError, match=r"depth must lie between 0 and 1, got 1\.2"):
-        text_needles(model, lens.tasks.text("lily"), depths=[1.2], **options)
+        needles.text(model, lens.tasks.text("lily"), depths=[1.2], **options)

@@ -9,11 +9,12 @@ from transformer_lens import head_detector
 
 import lens
 from lens.common.errors import LensError
-from lens.heads import detect, roles
-from lens.heads.behaviour.detector import PATTERNS
+from lens.heads import roles
 from lens.heads.behaviour.role_metrics import COLUMNS, ROLE_METRICS
 from lens.heads.behaviour.role_scores import sentences
 from lens.models import random_weights
+from lens.traces import detect
+from lens.traces.detector import PATTERNS
 from tests.lens.architectures import build
 from tests.lens.naive import rms_ratio
 from tests.lens.traces import probabilities, trace_of

@@ -10,8 +10,9 @@ import torch
 import lens
 from lens.common.errors import LensError
 from lens.heads.likeness import pairs
+from lens.heads.likeness.compared import HeadSimilarity
 from lens.heads.likeness.pairs import dependence
-from lens.heads.likeness.similarity import HeadSimilarity, similarity, trace_similarity
+from lens.heads.likeness.similarity import similarity
 from lens.heads.likeness.states import HeadStates, read_states
 from lens.passes.inputs import read_prompts
 from tests.lens.architectures import VOCAB, build
@@ -225,7 +226,7 @@ def test_block_maps_give_a_lower_bound_and_the_value_itself_at_blocks_of_one():
     texts = induction_prompts(model, 2)
     exact = similarity(model, texts).values
     for size, tolerance in ((1, 1e-4), (7, None)):
-        found = trace_similarity(lens.capture(model, texts, block_size=size))
+        found = similarity(lens.capture(model, texts, block_size=size))
         assert found.exactness == "lower bound"
         if tolerance:
             assert rms_ratio(found.values, exact) < tolerance
@@ -253,18 +254,18 @@ def test_what_cannot_be_compared_is_refused():
         (lambda: similarity(model, [64, 1, 2], method="cka"), "CKA needs 4 rows"),
         (lambda: similarity(model, one, floor=True), "give at least two"),
         (lambda: similarity(model, [one, two], floor=True), "prompts of one length, got 10 and 13"),
-        (lambda: trace_similarity([]), "no traces were given"),
+        (lambda: similarity([]), "takes a loaded model and prompts, or traces"),
     ]
     for call, message in cases:
         with pytest.raises(LensError, match=message):
             call()
     p = probabilities(1, 2, 17, 0)
     with pytest.raises(LensError, match="no block_mass"):
-        trace_similarity(trace_of(p, without=("block_mass",)))
+        similarity(trace_of(p, without=("block_mass",)))
     with pytest.raises(LensError, match="has learned sinks"):
-        trace_similarity(trace_of(p, learned_sinks=True))
+        similarity(trace_of(p, learned_sinks=True))
     with pytest.raises(LensError, match="must come from one model"):
-        trace_similarity([trace_of(p), trace_of(p, model="other")])
+        similarity([trace_of(p), trace_of(p, model="other")])
 
 
 def test_it_says_what_was_compared():

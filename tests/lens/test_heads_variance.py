@@ -5,7 +5,7 @@ import pytest
 
 import lens
 from lens.common.errors import LensError
-from lens.heads.likeness.variance import SOURCES, shares_of, variance
+from lens.traces.variance import SOURCES, shares_of, variance
 from tests.lens.traces import probabilities, trace_of
 
 

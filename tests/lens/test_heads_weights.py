@@ -7,7 +7,7 @@ from torch import nn
 
 import lens
 from lens.common.errors import LensError
-from lens.heads import composition, copying, head_weights
+from lens.heads.weights import composition, copying, head_weights
 from tests.lens.architectures import build
 
 KINDS = {

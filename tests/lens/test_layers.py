@@ -7,7 +7,7 @@ import torch
 import lens
 from lens.circuits.known import tracr
 from lens.common.errors import LensError
-from lens.heads.removal.distances import DISTANCES, distance
+from lens.heads.pruning.distances import DISTANCES, distance
 from lens.heads.sublayers import block_influence, greedy_removal, importance
 from lens.models.layout import named_sublayers
 from lens.tasks import Task, induction

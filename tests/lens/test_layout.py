@@ -257,6 +257,6 @@ def test_models_with_another_head_are_proved_up_to_it(kind, name, changed):
     config = layout_model(kind, **changed).config
     model = lens.load(getattr(library, name)(config).eval())
     assert replay_error(proved(model)) < 5e-6
-    assert len(lens.heads.composition(model)) > 0
+    assert len(lens.heads.weights.composition(model)) > 0
     with pytest.raises(LensError, match="has no unembedding that is known here"):
         proved(model).unembed_weight()

@@ -195,11 +195,11 @@ def test_no_direct_path_through_a_head_that_is_not_linear(kind):
 def test_weights_of_every_architecture(kind):
     """Composition of all, copying and bands where heads write straight into logits of tokens."""
     model = lens.load(layout_model(kind))
-    table = lens.heads.composition(model)
+    table = lens.heads.weights.composition(model)
     assert len(table) == 3 * model.info.heads**2 * sum(range(model.info.layers))
     assert table["score"].between(0, 1).all()
     if kind in LINEAR:
-        assert lens.heads.copying(model, tokens=None)["top_share"].between(0, 1).all()
+        assert lens.heads.weights.copying(model, tokens=None)["top_share"].between(0, 1).all()
         energies = lens.sinks.band_energies(model, count=4)
         assert np.allclose(energies.groupby(["layer", "head", "weight"])["energy"].sum(), 1)
         losses = lens.sinks.band_losses(model, [[3, 5, 9, 11]], count=2)
@@ -210,7 +210,7 @@ def test_weights_of_every_architecture(kind):
 def test_folded_weights_do_what_the_parts_do(kind):
     """Queries, and what heads write, are the folded weights up to what norms divide by."""
     model = lens.load(layout_model(kind))
-    layout, weights = proved(model), lens.heads.head_weights(model)
+    layout, weights = proved(model), lens.heads.weights.head_weights(model)
     block = layout.blocks[1]
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(5, weights.query.shape[2], generator=generator)

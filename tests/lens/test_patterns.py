@@ -5,7 +5,7 @@ import pytest
 
 import lens
 from lens.common.errors import LensError
-from lens.heads import pattern_classes
+from lens.heads import patterns
 from lens.traces.trace import AttentionTrace, TraceWriter
 from tests.lens.naive import rms_ratio
 from tests.lens.traces import BLOCK, LENGTH, probabilities, trace_of
@@ -72,7 +72,7 @@ def twin(p, budget, sink):
 @pytest.mark.parametrize(("budget", "sink"), [(0.25, 4), (0.4, 1), (0.15, 2)])
 def test_kept_masses_equal_the_twin(budget, sink):
     p = probabilities(layers=1, heads=3, length=LENGTH, seed=5)
-    found = pattern_classes(with_qk(p), budget=budget, sink=sink)
+    found = patterns(with_qk(p), budget=budget, sink=sink)
     expected = np.array([twin(head, budget, sink) for head in p[0]]).T
     assert rms_ratio(found.kept[:, 0, :, 0], expected) < 1e-5
     assert (found.density <= budget).all()
@@ -92,7 +92,7 @@ def planted():
 
 
 def test_planted_patterns_are_recovered():
-    result = pattern_classes(with_qk(planted()))
+    result = patterns(with_qk(planted()))
     table = result.table()
     assert table["pattern"].tolist() == ["a_shape", "vertical_slash", "block_sparse", "diffuse"]
     assert table.loc[0, "a_shape"] == pytest.approx(1, abs=1e-5)
@@ -114,7 +114,7 @@ def test_planted_patterns_are_recovered():
 
 def test_kept_mass_grows_with_the_budget_and_is_one_in_the_end():
     trace = with_qk(probabilities(layers=1, heads=2, length=LENGTH, seed=2))
-    kept = [pattern_classes(trace, budget=budget).kept for budget in (0.2, 0.5, 0.999)]
+    kept = [patterns(trace, budget=budget).kept for budget in (0.2, 0.5, 0.999)]
     assert (np.diff(np.stack(kept), axis=0) > 0).all()
     assert (kept[-1] > 0.97).all()
 
@@ -126,7 +126,7 @@ def test_previous_token_and_induction_heads_of_induction_2l():
     traces = [
         lens.capture(model, ids, keep_qk=True, block_size=8, progress=False) for ids in prompts
     ]
-    table = pattern_classes(traces, budget=0.25).table().set_index("name")
+    table = patterns(traces, budget=0.25).table().set_index("name")
     assert table.loc["L0H1", "pattern"] == "a_shape"
     assert (table.loc[["L1H0", "L1H2", "L1H3"], "pattern"] == "vertical_slash").all()
     low, high = table["a_shape_low"], table["a_shape_high"]
@@ -136,23 +136,23 @@ def test_previous_token_and_induction_heads_of_induction_2l():
 def test_what_cannot_be_classified_is_said():
     p = probabilities(layers=1, heads=2, length=LENGTH, seed=2)
     with pytest.raises(LensError, match="need q, k, which this trace lacks"):
-        pattern_classes(trace_of(p))
+        patterns(trace_of(p))
     with pytest.raises(LensError, match="at least one trace"):
-        pattern_classes([])
+        patterns([])
     with pytest.raises(LensError, match=r"budget must lie between 0 and 1, got 1\.5"):
-        pattern_classes(with_qk(p), budget=1.5)
+        patterns(with_qk(p), budget=1.5)
     with pytest.raises(LensError, match="enough must lie between 0 and 1, got 0"):
-        pattern_classes(with_qk(p), enough=0)
+        patterns(with_qk(p), enough=0)
     with pytest.raises(LensError, match="sink is a number of keys, got -1"):
-        pattern_classes(with_qk(p), sink=-1)
+        patterns(with_qk(p), sink=-1)
     other = with_qk(probabilities(layers=1, heads=3, length=LENGTH, seed=2))
     with pytest.raises(LensError, match="must come from one model"):
-        pattern_classes([with_qk(p), other])
+        patterns([with_qk(p), other])
     ahead = with_qk(p)
     ahead.dataset.attrs["causal"] = False
     with pytest.raises(LensError, match="analytic looks ahead"):
-        pattern_classes(ahead)
+        patterns(ahead)
     odd = with_qk(p)
     odd.dataset["visible"] = odd.dataset["visible"] - 1
     with pytest.raises(LensError, match="neither causal nor a window"):
-        pattern_classes(odd)
+        patterns(odd)

@@ -8,7 +8,7 @@ from lens import effect
 from lens.common.errors import LensError
 from lens.edits import Drop, Mask
 from lens.edits.clean_runs import CleanRuns
-from lens.sinks import activity, by_scope, head_effect
+from lens.sinks import by_scope, head_effect
 from tests.lens.architectures import build
 
 IDS = torch.randint(3, 97, (2, 29), generator=torch.Generator().manual_seed(5))
@@ -37,14 +37,6 @@ def test_shared_runs_give_the_same_table_without_running_the_prompts_again(
     assert len(clean) == 2
     monkeypatch.setattr("lens.edits.clean_runs.log_probabilities", None)  # any clean run would fail
     assert test(model, IDS, clean=clean, **arguments).table().equals(plain)
-
-
-def test_activity_shares_them_too(model, monkeypatch):
-    plain = activity(model, {"a": IDS}, heads=["L1H2"]).table()
-    clean = CleanRuns(model)
-    effect(model, IDS, Mask(), controls=(), clean=clean)
-    monkeypatch.setattr("lens.edits.clean_runs.log_probabilities", None)
-    assert activity(model, {"a": IDS}, heads=["L1H2"], clean=clean).table().equals(plain)
 
 
 def test_runs_of_another_model_are_refused(model):

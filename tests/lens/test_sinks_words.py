@@ -8,13 +8,10 @@ import pytest
 import torch
 
 import lens
-from lens.common.errors import LensError
 from lens.edits import Mask
 from lens.edits.clean_runs import CleanRuns
 from lens.edits.effect_results import Effect
-from lens.figures.sink_heads import activity_points
 from lens.sinks import (
-    activity,
     band_losses,
     by_scope,
     effective_gate,
@@ -94,15 +91,6 @@ def test_scopes_and_activity_are_drawn(model, clean):
     assert sources.x.tolist() == table.loc["edit", "delta_loss"].tolist()
     assert mass.x.tolist() == table.loc["mass", "delta_loss"].tolist()
     assert sources.y[2] == "layers 1 to 2 (from_layer)"
-    domains = {"a": IDS, "b": IDS[:1]}
-    result = activity(model, domains, heads=["L1H2", "L2H0"], clean=clean)
-    first, second = _drawn(result)
-    assert (first.name, second.name) == ("a", "b")
-    assert list(first.text) == ["L1H2", "L2H0"]
-    edited = result.rows[result.rows["off"].notna() & (result.rows["domain"] == "a")]
-    assert first.y.tolist() == edited["off"].tolist()
-    with pytest.raises(LensError, match="no edited head"):
-        activity_points(result.table()[result.table()["off"].isna()])
 
 
 def test_gates_and_bands_are_drawn(model):

@@ -97,7 +97,7 @@ def pruning(subject: Subject) -> Section:
         progress=subject.progress,
     )
     points, draws = pruning_size(order.values.size)
-    curve = heads.pruning_curve(
+    curve = heads.pruning.curve(
         subject.model,
         held_out,
         order=order,
@@ -176,7 +176,7 @@ def _joint(subject: Subject, scores: list[HeadScores]) -> tuple[pd.DataFrame | N
         return None, []
     rows, said = [], []
     for role, group in _groups(subject).items():
-        found = heads.ablate(
+        found = heads.pruning.ablate(
             subject.model,
             subject.task,
             heads=group,

@@ -19,7 +19,7 @@ def patterns(subject: Subject) -> Section:
     """The class of sparse pattern that keeps most of each head's mass at one budget."""
     kind = "text" if subject.prompts("text") else "copied"
     traces = [subject.run.trace(name) for name in subject.prompt_ids(kind)]
-    found = heads.pattern_classes(traces)
+    found = heads.patterns(traces)
     table = found.table(seed=subject.seed)
     counts = table["pattern"].value_counts()
     shown = ", ".join(
@@ -66,9 +66,9 @@ def similarity(subject: Subject) -> Section:
             floor=alike,
             progress=subject.progress,
         )
-        grouped = heads.clusters(found, seed=subject.seed)
+        grouped = found.clusters(seed=subject.seed)
         tables[f"{method}_clusters"] = grouped.table()
-        tables[f"{method}_redundancy"] = heads.redundancy(found, seed=subject.seed)
+        tables[f"{method}_redundancy"] = found.redundancy(seed=subject.seed)
         figures[method] = found.plot()
         several = [heads_ for heads_ in grouped.members if len(heads_) > 1]
         stability = (

@@ -2,13 +2,13 @@
 
 from lens import heads
 from lens.common.errors import LensError
-from lens.heads.behaviour.retrieval import copied_needles
 from lens.runs.sections import Section
+from lens.tasks import needles
 from lens_analyses.steps.columns import defined
 from lens_analyses.steps.sizes import GATE_PARAMETERS
 from lens_analyses.steps.subject import Subject
 
-_SINK = 1  # first keys of a streaming head
+_FIRST = 1  # first keys of a streaming head
 _TRIALS = 8
 
 
@@ -16,33 +16,35 @@ def retrieval(subject: Subject) -> Section:
     """Retrieval score on copied needles, kept mass and error of streaming, and the trained gate."""
     kind = "copied" if subject.prompts("copied") else "text"
     prompts = [ids[: subject.settings.length] for ids in subject.prompts(kind)]
-    recent = max(4, min(map(len, prompts)) // 6)
-    options = {"sink": _SINK, "recent": recent, "progress": subject.progress}
+    last = max(4, min(map(len, prompts)) // 6)
+    options = {"first": _FIRST, "last": last, "progress": subject.progress}
     tables, figures, said, limits = {}, {}, [], []
     try:
-        streaming = heads.streaming(subject.model, prompts, **options)
+        streaming = heads.streaming(subject.model, prompts, loss=False, **options)
         tables["streaming"] = streaming.table(seed=subject.seed)
         figures["streaming"] = streaming.plot()
-        most = tables["streaming"].sort_values("error", ascending=False).iloc[:3]
-        named = ", ".join(f"{row['name']} {row['error']:.2f}" for row in most.to_dict("records"))
+        most = tables["streaming"].sort_values("row_error", ascending=False).iloc[:3]
+        named = ", ".join(
+            f"{row['name']} {row['row_error']:.2f}" for row in most.to_dict("records")
+        )
         said.append(
-            f"With the first key and the {recent} nearest alone, the outputs of {named} change most "
+            f"With the first key and the {last} last alone, the outputs of {named} change most "
             "(size of the change over the output's size)."
         )
         if subject.model.info.parameters <= GATE_PARAMETERS:
-            gate = heads.streaming_gate(subject.model, prompts, seed=subject.seed, **options)
+            gate = heads.pruning.gate(subject.model, prompts, seed=subject.seed, **options)
             tables["gate"] = gate.table()
             figures["gate"] = gate.plot()
             need = " ".join(map(str, gate.retrieval_heads())) or "no head"
             said.append(f"The trained gate keeps {need} in full and lets the others stream.")
         else:
             limits.append(
-                "The gate was not trained: the model is large for that here; use lens.heads.streaming_gate."
+                "The gate was not trained: the model is large for that here; use lens.heads.pruning.gate."
             )
     except LensError as problem:
         limits.append(f"No streaming scores: {problem}.")
     try:
-        trials = copied_needles(subject.model, n=_TRIALS, length=32, needle=6, seed=subject.seed)
+        trials = needles.copied(subject.model, n=_TRIALS, length=32, needle=6, seed=subject.seed)
         found = heads.retrieval(subject.model, trials, progress=subject.progress)
         tables["retrieval"] = found.table(seed=subject.seed)
         figures["retrieval"] = found.plot()
@@ -62,7 +64,7 @@ def retrieval(subject: Subject) -> Section:
             f"On {len(prompts)} {kind} prompts and copied random needles, not on questions.",
         ),
         columns=defined(tables.values(), _COLUMNS),
-        configuration={"sink": _SINK, "recent": recent, "prompts": kind, "trials": _TRIALS},
+        configuration={"first": _FIRST, "last": last, "prompts": kind, "trials": _TRIALS},
         tables=tables,
         figures=figures,
     )
@@ -73,8 +75,10 @@ _COLUMNS = {
     "layer": "Layer, from 0.",
     "head": "Head in the layer, from 0.",
     "n": "Number of prompts, or of needles that came back.",
-    "kept": "Attention on the first and the nearest keys, of all.",
-    "error": "Size of the change of the output without the others, over its size.",
+    "kept": "Attention on the first and the last keys, of all.",
+    "row_error": "Size of the change of a row's output without the others, over its size; mean over rows.",
+    "rms_error": "Root mean square of that change over all rows, over that of the outputs.",
+    "delta_loss": "Change of the loss with all heads streaming, nats per token; NaN: not measured.",
     "alpha": "Trained gate of its key-value head: 1 needs all keys, 0 streams (DuoAttention, arXiv 2410.10819).",
     "retrieval": "Share of the needle that was its strongest key while its token was written (arXiv 2404.15574).",
     "retrieval_low": "Low end of its 95 % interval over needles.",

@@ -3,19 +3,20 @@
 import pandas as pd
 
 import lens
-from lens import edits, sinks
+from lens import edits, heads, sinks
 from lens.common.head_ids import HeadId
 from lens.common.results import of_kind
 from lens.edits.clean_runs import CleanRuns
 from lens.edits.effect_results import Effect
 from lens.edits.effects import named
-from lens.figures.sink_effects import migration_maps
+from lens.figures.sink_effects import migration_maps, streaming_curves
 from lens.runs.sections import Section
 from lens.tasks import prompts
 from lens_analyses.steps.columns import defined
 from lens_analyses.steps.sinks import COLUMNS
 from lens_analyses.steps.subject import Subject
 
+_FIRST = (0, 1, 4)  # first keys that a cache keeps
 _HEADS, _FEW = 3, 3  # heads switched off one at a time, on so many prompts of each text
 EDITS = {
     "mask": edits.Mask("first"),
@@ -118,28 +119,32 @@ def streaming(subject: Subject) -> Section:
     texts = subject.text_windows
     length = len(texts[0])
     windows = sorted({max(1, length // 8), max(1, length // 4)})
-    found = sinks.streaming(
-        subject.model, texts, n_sink=(0, 1, 4), window=windows, seed=subject.seed
-    )
-    table = found.table()
+    found = [
+        heads.streaming(subject.model, texts, first=first, last=last, progress=subject.progress)
+        for last in windows
+        for first in _FIRST
+    ]
+    table = pd.concat([one.summary(seed=subject.seed) for one in found], ignore_index=True)
     return Section(
         name="streaming",
         title="Sinks: a cache of the first and the last keys",
-        summary=tuple(found.findings()[:-1]),
-        limits=(found.findings()[-1],),
+        summary=tuple(
+            sentence for one in found for sentence in of_kind(one.findings(), "kept", "loss")
+        ),
+        limits=of_kind(found[0].findings(), "limit"),
         columns=defined([table], COLUMNS),
-        configuration={"n_sink": [0, 1, 4], "window": windows},
+        configuration={"first": list(_FIRST), "last": windows},
         tables={"policies": table},
-        figures={"policies": found.plot()},
+        figures={"policies": streaming_curves(table)},
     )
 
 
 def first_token(subject: Subject) -> Section:
     """What hangs on the first token: with BOS and without, and how active its heads are on other text."""
     texts, model, seed = subject.text_windows, subject.model, subject.seed
-    heads = strongest_heads(subject, _HEADS)
+    chosen = strongest_heads(subject, _HEADS)
     domains = _domains(subject)
-    active = sinks.activity(model, domains, heads=heads, seed=seed)
+    active = heads.activity(model, domains, heads=chosen, progress=subject.progress)
     tables, figures = {"activity": active.table()}, {"activity": active.plot()}
     summary = of_kind(active.findings(), "dormant", "switching")
     limits: list[str] = [*of_kind(active.findings(), "limit")]
@@ -161,9 +166,9 @@ def first_token(subject: Subject) -> Section:
         name="first_token",
         title="Sinks: the first token, BOS and other texts",
         summary=tuple(summary),
-        limits=(*limits, f"Only the {len(heads)} heads that park most were switched off."),
+        limits=(*limits, f"Only the {len(chosen)} heads that park most were switched off."),
         columns=defined(tables.values(), COLUMNS),
-        configuration={"heads": [str(head) for head in heads], "domains": list(domains)},
+        configuration={"heads": [str(head) for head in chosen], "domains": list(domains)},
         tables=tables,
         figures=figures,
     )

@@ -8,9 +8,9 @@ from lens import heads
 from lens.common.errors import LensError
 from lens.common.head_ids import HeadId
 from lens.heads.likeness.stability import HeadStability
-from lens.heads.likeness.variance import VarianceShares
 from lens.runs.sections import Section
 from lens.traces.trace import AttentionTrace
+from lens.traces.variance import VarianceShares, variance
 from lens_analyses.steps.columns import defined
 from lens_analyses.steps.subject import Subject
 
@@ -29,7 +29,7 @@ def stability(subject: Subject) -> Section:
     traces = _capture(subject, prompts, block)
     halves = _capture(subject, [ids[: length // 2] for ids in prompts], block)
     found = heads.stability({"some": traces[::2], "others": traces[1::2]})
-    shares = heads.variance({"half": halves, "whole": traces}, metric="entropy", seed=subject.seed)
+    shares = variance({"half": halves, "whole": traces}, metric="entropy", seed=subject.seed)
     by_head = _by_head(found, subject.seed)
     tables = {"heads": by_head, "variance": shares.table()}
     return Section(

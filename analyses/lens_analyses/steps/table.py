@@ -54,9 +54,15 @@ def heads(subject: Subject) -> Section:
         "nearest": "That head.",
     }
     fetching = run.section("retrieval")
-    for table, column in (("retrieval", "retrieval"), ("streaming", "error"), ("gate", "alpha")):
+    for table, column in (
+        ("retrieval", "retrieval"),
+        ("streaming", "row_error"),
+        ("gate", "alpha"),
+    ):
         if table in fetching.tables:
-            name = {"error": "streaming_error", "alpha": "full_attention_gate"}.get(column, column)
+            name = {"row_error": "streaming_error", "alpha": "full_attention_gate"}.get(
+                column, column
+            )
             joined[name] = fetching.tables[table].set_index("name")[column]
             columns[name] = fetching.columns[column]
     limits = []

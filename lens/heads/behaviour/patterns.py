@@ -108,7 +108,7 @@ class PatternClasses(Result):
         return f"PatternClasses({self.model}: {shown}; {self.budget:.0%} of the pairs, {self.n} prompts)"
 
 
-def pattern_classes(
+def patterns(
     traces: AttentionTrace | Sequence[AttentionTrace],
     *,
     budget: float = 0.25,
@@ -136,7 +136,7 @@ def pattern_classes(
             a head whose probabilities cannot be recomputed, or numbers out of range.
 
     Example:
-        >>> lens.heads.pattern_classes(trace).table()["pattern"]
+        >>> lens.heads.patterns(trace).table()["pattern"]
     """
     several = list(traces) if isinstance(traces, Sequence) else [traces]
     _check(several, budget, enough, sink)

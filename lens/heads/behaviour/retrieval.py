@@ -28,28 +28,7 @@ from lens.passes.inputs import check_ids
 from lens.passes.logits import logits_of
 from lens.passes.sessions import base, listening
 from lens.stats import over_units
-
-
-@dataclass(frozen=True)
-class RetrievalTrial:
-    """A prompt that asks for its needle.
-
-    Attributes:
-        prompt: token ids; the next tokens should be those of the needle.
-        needle: (first, past the last) position of the tokens that should come back.
-        depth: place of the needle in the prompt, 0 to 1.
-    """
-
-    prompt: tuple[int, ...]
-    needle: tuple[int, int]
-    depth: float
-
-    def __post_init__(self) -> None:
-        first, last = self.needle
-        if not 0 <= first < last <= len(self.prompt):
-            raise LensError(
-                f"the needle must lie within the prompt of {len(self.prompt)} tokens, got {self.needle}"
-            )
+from lens.tasks.needles import Trial
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -114,93 +93,9 @@ class RetrievalScores(Result):
         )
 
 
-def copied_needles(
-    model: LoadedModel, *, n: int = 16, length: int = 60, needle: int = 8, seed: int = 0
-) -> list[RetrievalTrial]:
-    """Trials of random tokens: haystack, needle at depth 0.1 to 0.9, and its first token once more.
-
-    For models that know no questions. Special tokens are never drawn; where the vocabulary allows, no
-    token comes twice.
-
-    Args:
-        model: as `lens.load` returns it.
-        n: number of trials.
-        length: tokens of the haystack, the needle among them.
-        needle: tokens to bring back, after the one that is repeated.
-        seed: of the draws.
-
-    Raises:
-        LensError: no vocabulary, fewer than one trial or token, or more than the model takes.
-    """
-    if model.info.vocab is None:
-        raise LensError(f"{model.name} has no vocabulary, so no tokens can be drawn")
-    context = model.info.context or length + needle + 2
-    if n < 1 or needle < 1 or length < needle + 4 or length + needle + 2 > context:
-        raise LensError(
-            f"copied_needles needs n and needle of at least 1 and a length of needle + 4 to "
-            f"{context - needle - 2}; got n={n}, needle={needle}, length={length}"
-        )
-    special = set(getattr(model.tokenizer, "all_special_ids", ()))
-    ordinary = np.array([index for index in range(model.info.vocab) if index not in special])
-    start = [] if model.bos_id is None else [model.bos_id]
-    random = np.random.default_rng(seed)
-    trials = []
-    for depth in np.linspace(0.1, 0.9, n) if n > 1 else [0.5]:
-        drawn = random.choice(ordinary, length, replace=len(ordinary) < length).tolist()
-        cue = len(start) + round(float(depth) * (length - needle - 2))
-        prompt = [*start, *drawn]
-        prompt.append(prompt[cue])
-        trials.append(RetrievalTrial(tuple(prompt), (cue + 1, cue + 1 + needle), float(depth)))
-    return trials
-
-
-def text_needles(
-    model: LoadedModel,
-    haystack: str,
-    *,
-    needle: str,
-    question: str,
-    lengths: Sequence[int],
-    depths: Sequence[float] = (0.1, 0.3, 0.5, 0.7, 0.9),
-) -> list[RetrievalTrial]:
-    """Trials of real text: a sentence hidden in a haystack, and a question that it answers.
-
-    Args:
-        model: as `lens.load` returns it.
-        haystack: text that is cut to each length.
-        needle: what should come back, such as " eat a sandwich in Dolores Park"; what leads to it is
-            in `question`.
-        question: put before the needle in the haystack and at the end of the prompt, such as
-            " The best thing to do in San Francisco is".
-        lengths: tokens of the haystack.
-        depths: places of the needle in it, 0 to 1.
-
-    Raises:
-        LensError: a haystack that is too short, a depth outside of 0 to 1, or a prompt longer than
-            the model takes.
-    """
-    hay = model.encode(haystack)
-    plain = [model.encode(text) for text in (question, needle)]
-    lead, answer = (ids[1:] if ids[:1] == [model.bos_id] else ids for ids in plain)
-    trials = []
-    for length in lengths:
-        if length > len(hay):
-            raise LensError(f"the haystack has {len(hay):,} tokens, {length:,} were asked for")
-        for depth in depths:
-            if not 0 <= depth <= 1:
-                raise LensError(f"depth must lie between 0 and 1, got {depth}")
-            at = max(1, round(depth * length))
-            before = [*hay[:at], *lead]
-            prompt = [*before, *answer, *hay[at:length], *lead]
-            check_ids(model, [*prompt, *answer])
-            needle_at = (len(before), len(before) + len(answer))
-            trials.append(RetrievalTrial(tuple(prompt), needle_at, float(depth)))
-    return trials
-
-
 def retrieval(
     model: LoadedModel,
-    trials: Sequence[RetrievalTrial],
+    trials: Sequence[Trial],
     *,
     needed: float = 0.5,
     progress: bool = True,
@@ -213,7 +108,7 @@ def retrieval(
 
     Args:
         model: as `lens.load` returns it; causal.
-        trials: of `copied_needles`, `text_needles`, or your own.
+        trials: of `lens.tasks.needles`, or your own.
         needed: only trials with a larger recall of the needle's tokens count.
         progress: show a bar, on stderr, if that is a terminal.
 
@@ -225,7 +120,8 @@ def retrieval(
             heads to score), or attention that is neither causal nor a window.
 
     Example:
-        >>> retrieval(model, copied_needles(model)).heads()
+        >>> lens.heads.retrieval(small, lens.tasks.needles.copied(small)).heads()[0].layer
+        1
     """
     if not trials:
         raise LensError("retrieval needs at least one trial")
@@ -248,7 +144,7 @@ def retrieval(
     return RetrievalScores(np.stack(found, -1), np.array(recalls), needed, model.name)
 
 
-def _fetched(keys: np.ndarray, trial: RetrievalTrial, answer: Sequence[int]) -> np.ndarray:
+def _fetched(keys: np.ndarray, trial: Trial, answer: Sequence[int]) -> np.ndarray:
     """[layer, head]: share of the needle whose positions are among `keys` [layer, head, step] in time."""
     first, last = trial.needle
     hit = np.zeros((*keys.shape[:2], last - first))

@@ -1,12 +1,14 @@
 """Clusters of heads that are alike, how stable they are, and how redundant each head is.
 
 >>> similar = lens.heads.similarity(model, texts, method="js")
->>> lens.heads.clusters(similar).table()
+>>> similar.clusters().table()
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import pandas as pd
@@ -15,7 +17,30 @@ from lens import stats
 from lens.common.errors import LensError
 from lens.common.head_ids import HeadId
 from lens.common.results import Result
-from lens.heads.likeness.similarity import HeadSimilarity
+
+
+class _Compared(Protocol):
+    """What is needed of `HeadSimilarity`, whose methods these functions are."""
+
+    @property
+    def method(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, int]: ...
+    @property
+    def model(self) -> str: ...
+    @property
+    def floor(self) -> np.ndarray | None: ...
+    @property
+    def n(self) -> int: ...
+    @property
+    def names(self) -> list[str]: ...
+    @property
+    def distances(self) -> np.ndarray: ...
+    @property
+    def closeness(self) -> np.ndarray: ...
+    def resampled(self, resamples: int, seed: int) -> Iterator[np.ndarray]: ...
+    def distances_of(self, values: np.ndarray) -> np.ndarray: ...
+    def closeness_of(self, values: np.ndarray) -> np.ndarray: ...
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -82,22 +107,9 @@ class HeadClusters(Result):
 
 
 def clusters(
-    similarity: HeadSimilarity, *, count: int | None = None, resamples: int = 200, seed: int = 0
+    similarity: _Compared, *, count: int | None = None, resamples: int = 200, seed: int = 0
 ) -> HeadClusters:
-    """Group heads by average linkage on `similarity.distances`.
-
-    Two parts merge at the mean distance between their heads; the tree is cut into `count` clusters.
-    Stability comes from the same clustering on prompts drawn again.
-
-    Args:
-        similarity: of `lens.heads.similarity`.
-        count: clusters; None: the number with the largest mean silhouette.
-        resamples: draws for the stability.
-        seed: of the draws.
-
-    Raises:
-        LensError: heads that were not scored, a count that the model has not, or no resamples.
-    """
+    """See `HeadSimilarity.clusters`."""
     distances = similarity.distances
     heads = len(distances)
     names = similarity.names
@@ -139,21 +151,8 @@ def clusters(
     )
 
 
-def redundancy(similarity: HeadSimilarity, *, resamples: int = 300, seed: int = 0) -> pd.DataFrame:
-    """How replaceable each head looks: one row per head, most redundant first.
-
-    Columns: `name`, `layer`, `head`; `value`, the closeness to the head most like it (1 = there is
-    another one that does the same; `1 - JS / ln 2`, or the cosine); `low`, `high`, 95 % bootstrap
-    interval over prompts; `nearest`, that head; `floor`, the closeness of the two across prompts;
-    `above_floor`, `(value - floor) / (1 - floor)`, 0 = no more alike than on different prompts; `n`.
-    The floor is NaN where it was not measured. A head that was not scored has NaN.
-
-    Redundant is not useless: of two heads alike one may go, not both. `lens.heads.pruning_curve` says
-    what really happens.
-
-    Raises:
-        LensError: no resamples.
-    """
+def redundancy(similarity: _Compared, *, resamples: int = 300, seed: int = 0) -> pd.DataFrame:
+    """See `HeadSimilarity.redundancy`."""
     if resamples < 1:
         raise LensError(f"resamples must be at least 1, got {resamples}")
     closeness = similarity.closeness
@@ -191,7 +190,7 @@ def redundancy(similarity: HeadSimilarity, *, resamples: int = 300, seed: int = 
 
 
 def _again(
-    similarity: HeadSimilarity, labels: np.ndarray, count: int, resamples: int, seed: int
+    similarity: _Compared, labels: np.ndarray, count: int, resamples: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Stability [head] and adjusted Rand [draw] of the clusters on prompts drawn again."""
     heads = len(labels)

@@ -6,194 +6,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 
-from lens import stats
 from lens.common.choices import check_choice
 from lens.common.errors import LensError
-from lens.common.head_ids import AnyHead, HeadId, head_id
-from lens.common.results import Result
+from lens.heads.likeness.compared import HeadSimilarity, Likeness, cosine, ratio
 
 if TYPE_CHECKING:
     from lens.models.loaded import LoadedModel
     from lens.traces.trace import AttentionTrace
 
-Likeness = Literal["js", "log_odds", "cka"]
-SIMILARITIES = {
-    "js": "Jensen-Shannon divergence of attention (nats)",
-    "log_odds": "cosine of attention log-odds",
-    "cka": "CKA of head outputs",
-}
-_LARGEST = 1 << 22  # resampled numbers that are in memory at a time
-
-
-@dataclass(frozen=True, repr=False, eq=False)
-class HeadSimilarity(Result):
-    """Every head compared with every other one; heads of all layers in one row, as in `names`.
-
-    Attributes:
-        sums, counts: [prompt, head, head], what each prompt adds. "js": sum over queries of the
-            divergence, and the number of queries. "log_odds" and "cka": inner products, and 1.
-        method: "js", "log_odds" or "cka".
-        sink_excluded: whether the first key (and a learned sink) was left out and rows renormalised.
-        exactness: "exact", or "lower bound" where only block maps were compared.
-        floor: [head, head], the same value between a head on one prompt and a head on the next: what
-            position, mask and sinks alone make alike. None if it was not measured.
-        shape: layers and heads; model: its name.
-    """
-
-    sums: np.ndarray
-    counts: np.ndarray
-    method: str
-    sink_excluded: bool
-    exactness: str
-    shape: tuple[int, int]
-    model: str
-    floor: np.ndarray | None = None
-
-    @property
-    def n(self) -> int:
-        """Number of prompts."""
-        return len(self.sums)
-
-    @property
-    def names(self) -> list[str]:
-        """`L0H0`, `L0H1`, ... in the order of the rows."""
-        return [
-            str(HeadId(layer, head))
-            for layer in range(self.shape[0])
-            for head in range(self.shape[1])
-        ]
-
-    @property
-    def values(self) -> np.ndarray:
-        """[head, head]: divergence in nats ("js", 0 = the same), or cosine ("log_odds", "cka").
-
-        NaN where a head has nothing to compare: an output that is the same at every position.
-        """
-        sums = self.sums.sum(0)
-        if self.method == "js":
-            return _ratio(sums, self.counts.sum(0))
-        own = np.diagonal(sums)
-        return _cosine(sums, own, own)
-
-    @property
-    def distances(self) -> np.ndarray:
-        """[head, head] for clustering: root of the divergence (a metric), or `1 - cosine`."""
-        return self.distances_of(self.values)
-
-    @property
-    def closeness(self) -> np.ndarray:
-        """[head, head], 1 = the same: `1 - JS / ln 2`, or the cosine."""
-        return self.closeness_of(self.values)
-
-    def resampled(self, resamples: int, seed: int) -> Iterator[np.ndarray]:
-        """`resamples` times the values of the pairs above the diagonal, row by row, on prompts drawn again.
-
-        Raises:
-            LensError: a single prompt, or no resample.
-        """
-        if self.n < 2:
-            raise LensError("one prompt cannot be resampled; compare the heads on several")
-        weights = stats.draws(self.n, seed, resamples)
-        pairs = np.triu_indices(len(self.names), 1)
-        step = max(1, _LARGEST // len(pairs[0]))
-        parts = (weights[start : start + step] for start in range(0, resamples, step))
-        return (values for part in parts for values in self._of_pairs(part, *pairs))
-
-    def interval(self, *, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-        """Low and high end [head, head] of the 95 % bootstrap interval over prompts; NaN for one."""
-        ends = np.full((2, *self.sums.shape[1:]), np.nan)
-        if self.n > 1:
-            weights = stats.draws(self.n, seed)
-            rows, columns = np.triu_indices(len(self.names))
-            step = max(1, _LARGEST // len(weights))
-            for start in range(0, len(rows), step):
-                a, b = rows[start : start + step], columns[start : start + step]
-                ends[:, a, b] = ends[:, b, a] = stats.interval(self._of_pairs(weights, a, b))
-        return ends[0], ends[1]
-
-    def _of_pairs(self, weights: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        """[draw, pair] values of heads `a` and `b` on prompts weighed by [draw, prompt]."""
-        sums = weights @ self.sums[:, a, b]
-        if self.method == "js":
-            return _ratio(sums, weights @ self.counts[:, a, b])
-        own = weights @ np.diagonal(self.sums, axis1=1, axis2=2)
-        norm = np.sqrt(np.where(own > 0, own, np.nan))
-        return sums / (norm[:, a] * norm[:, b])
-
-    def neighbours(self, head: AnyHead, count: int = 5) -> pd.DataFrame:
-        """The heads most like one head: columns `name`, `layer`, `head`, `value`, `low`,
-        `high`, `n`, closest first.
-
-        Raises:
-            LensError: not a head of this model.
-        """
-        found = head_id(head, layers=self.shape[0], heads=self.shape[1])
-        row = found.layer * self.shape[1] + found.head
-        low, high = self.interval()
-        table = pd.DataFrame(
-            {
-                "name": self.names,
-                "layer": np.repeat(np.arange(self.shape[0]), self.shape[1]),
-                "head": np.tile(np.arange(self.shape[1]), self.shape[0]),
-                "value": self.values[row],
-                "low": low[row],
-                "high": high[row],
-                "n": self.n,
-            }
-        )
-        order = np.argsort(self.distances[row], kind="stable")
-        return table.iloc[order[order != row][:count]].reset_index(drop=True)
-
-    def table(self, *, seed: int = 0) -> pd.DataFrame:
-        """One row per pair: `first`, `second`, `value`, `low`, `high`, `floor`, `n`; closest first."""
-        low, high = self.interval(seed=seed)
-        a, b = np.triu_indices(len(self.names), 1)
-        floor = np.full(low.shape, np.nan) if self.floor is None else self.floor
-        names = np.array(self.names)
-        table = pd.DataFrame(
-            {
-                "first": names[a],
-                "second": names[b],
-                "value": self.values[a, b],
-                "low": low[a, b],
-                "high": high[a, b],
-                "floor": (floor[a, b] + floor[b, a]) / 2,
-                "n": self.n,
-            }
-        )
-        order = np.argsort(self.distances[a, b], kind="stable")
-        return table.iloc[order].reset_index(drop=True)
-
-    def distances_of(self, values: np.ndarray) -> np.ndarray:
-        """`distances` of other values, such as resampled ones."""
-        return np.sqrt(values.clip(0)) if self.method == "js" else (1 - values).clip(0)
-
-    def closeness_of(self, values: np.ndarray) -> np.ndarray:
-        """`closeness` of other values, such as resampled ones."""
-        return 1 - values / np.log(2) if self.method == "js" else values
-
-    def __repr__(self) -> str:
-        nearest = self.table().iloc[0]
-        without = ", sink excluded" if self.sink_excluded else ""
-        exact = "" if self.exactness == "exact" else f", {self.exactness}"
-        return (
-            f"HeadSimilarity({SIMILARITIES[self.method]}{without}{exact}; {self.model}, "
-            f"{len(self.names)} heads, {self.n} prompts; closest {nearest['first']} and "
-            f"{nearest['second']}, {nearest['value']:.3g})"
-        )
-
 
 def similarity(
-    model: LoadedModel,
-    texts: Any,
+    model: LoadedModel | AttentionTrace | Sequence[AttentionTrace],
+    prompts: Any = None,
     *,
     method: Likeness = "js",
     sink_excluded: bool = False,
@@ -211,9 +42,13 @@ def similarity(
     `heads^2 * tokens^2` for "js", with `heads * tokens^2` for the others; memory is that of one chunk
     of rows, never [heads, tokens, tokens].
 
+    Of traces alone, only their block maps are compared, by "js": a lower bound. Merging keys into blocks
+    and rows into their mean can only bring two heads closer (data processing, joint convexity), so heads
+    that are far apart there are at least that far apart.
+
     Args:
-        model: as `lens.load` returns it.
-        texts: prompts as in `lens.capture`.
+        model: as `lens.load` returns it; or a trace or several of one model, with `block_mass`.
+        prompts: as in `lens.capture`; none for traces.
         method: "js", "log_odds" or "cka".
         sink_excluded: leave out the first key (and a learned sink) and renormalise, in the attention
             and in the outputs.
@@ -224,19 +59,37 @@ def similarity(
         arXiv 1905.00414; Nguyen et al. (CKA from parts), 2021, arXiv 2010.15327.
 
     Raises:
-        LensError: an unknown `method`, prompts that are too short, or a floor of one prompt or of prompts
-            that differ in length.
+        LensError: an unknown `method`, prompts that are too short, a floor of one prompt or of prompts
+            that differ in length, or traces of differing models, without `block_mass`, with learned sinks.
+
+    Example:
+        >>> prompts = [lens.tasks.copied(small, 25, seed=seed) for seed in range(4)]
+        >>> similar = lens.heads.similarity(small, prompts)
+        >>> similar.redundancy()["name"].nunique(), similar.clusters(count=2).members[0][0]
+        (8, 'L0H0')
     """
     from lens.common.progress import advancing
     from lens.heads.likeness.states import read_states
+    from lens.models.loaded import LoadedModel
     from lens.passes.inputs import read_prompts
+    from lens.traces.trace import AttentionTrace
 
     check_choice("method", method, Likeness)
-    prompts, _ = read_prompts(model, texts)
+    if not isinstance(model, LoadedModel):
+        traces = [model] if isinstance(model, AttentionTrace) else list(model)
+        if not traces or not all(isinstance(trace, AttentionTrace) for trace in traces):
+            raise LensError("similarity takes a loaded model and prompts, or traces; got neither")
+        if prompts is not None or method != "js" or sink_excluded or floor:
+            raise LensError(
+                "of traces only the block maps are compared, by method='js'; give the model and prompts for "
+                "other methods, a floor or sink_excluded"
+            )
+        return _of_traces(traces)
+    read, _ = read_prompts(model, prompts)
     parts, across = [], []
     first = before = None
-    with advancing(f"{model.name}: similarity", len(prompts), progress) as advance:
-        for prompt in prompts:
+    with advancing(f"{model.name}: similarity", len(read), progress) as advance:
+        for prompt in read:
             states = read_states(model, prompt, sink_excluded=sink_excluded)
             if states.length - states.first_row < 1:
                 raise LensError(
@@ -249,7 +102,7 @@ def similarity(
             first, before = first or states, states
             advance(1)
         if floor:
-            if len(prompts) < 2 or first is None or before is None:
+            if len(read) < 2 or first is None or before is None:
                 raise LensError("a floor compares each prompt with the next; give at least two")
             across.append(_across(method, before, first))
     found = HeadSimilarity(
@@ -264,20 +117,7 @@ def similarity(
     return _with_floor(found, across) if floor else found
 
 
-def trace_similarity(traces: AttentionTrace | Iterable[AttentionTrace]) -> HeadSimilarity:
-    """Divergence of heads from the block maps of traces: a lower bound of `similarity(method="js")`.
-
-    Merging keys into blocks and rows into their mean can only bring two heads closer (data
-    processing, joint convexity), so heads that are far apart here are at least that far apart.
-
-    Raises:
-        LensError: no traces, of differing models, without `block_mass`, or with learned sinks.
-    """
-    from lens.traces.trace import AttentionTrace
-
-    several = [traces] if isinstance(traces, AttentionTrace) else list(traces)
-    if not several:
-        raise LensError("no traces were given; pass at least one")
+def _of_traces(several: list[AttentionTrace]) -> HeadSimilarity:
     sizes = {(trace.model, trace.layers, trace.heads) for trace in several}
     if len(sizes) > 1:
         raise LensError(f"traces must come from one model; got {sorted(sizes)}")
@@ -317,9 +157,9 @@ def _with_floor(
 ) -> HeadSimilarity:
     sums = np.sum([part for part, _ in across], axis=0)
     if found.method == "js":
-        return replace(found, floor=_ratio(sums, np.sum([part for _, part in across], axis=0)))
+        return replace(found, floor=ratio(sums, np.sum([part for _, part in across], axis=0)))
     own = np.diagonal(found.sums.sum(0))
-    return replace(found, floor=_cosine(sums, own, own))
+    return replace(found, floor=cosine(sums, own, own))
 
 
 def _block_sums(trace: AttentionTrace) -> tuple[np.ndarray, np.ndarray]:
@@ -349,13 +189,3 @@ def _block_sums(trace: AttentionTrace) -> tuple[np.ndarray, np.ndarray]:
 
 def _entropy(p: np.ndarray) -> np.ndarray:
     return -np.where(p > 0, p * np.log(np.where(p > 0, p, 1)), 0).sum(-1)
-
-
-def _ratio(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    return np.divide(sums, counts, out=np.full(sums.shape, np.nan), where=counts > 0)
-
-
-def _cosine(sums: np.ndarray, own: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """`sums / sqrt(own other)`, NaN where a head's product with itself is not positive."""
-    left, right = (np.sqrt(np.where(one > 0, one, np.nan)) for one in (own, other))
-    return sums / np.outer(left, right)

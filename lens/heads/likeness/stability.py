@@ -132,7 +132,7 @@ def stability(
 
     Args:
         conditions: name -> traces. Lengths, blocks and heads must be the same; for prompts of several
-            lengths use `lens.heads.variance`.
+            lengths use `lens.traces.variance`.
         density: share of the blocks in a top set.
 
     Reference: AdaSpa, 2025, arXiv 2502.21079 (patterns and LSE that last over denoising steps).
@@ -249,5 +249,5 @@ def _check(conditions: Mapping[str, Sequence[AttentionTrace]], density: float) -
         if len(sizes) > 1:
             raise LensError(
                 "paired traces must have the same layers, heads, tokens and block size, got "
-                f"{sorted(sizes)}; for several lengths use lens.heads.variance"
+                f"{sorted(sizes)}; for several lengths use lens.traces.variance"
             )

@@ -5,7 +5,7 @@ softmax near one key) or heads stand in for each other, that is not what an abla
 are worth comparing: `lens.heads.agreement`.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
@@ -17,13 +17,12 @@ from torch import Tensor
 
 from lens.common.choices import check_choice
 from lens.common.errors import LensError
-from lens.common.head_ids import AnyHead, HeadId, head_id
+from lens.common.head_ids import HeadId
 from lens.common.progress import advancing
 from lens.heads.measures.atp import atp_star
 from lens.heads.measures.baselines import Baseline
 from lens.heads.measures.checkpoint import Checkpoint, configuration
 from lens.heads.measures.direct import direct_effects
-from lens.heads.measures.group import GroupAblation
 from lens.heads.measures.methods import AtP, Gradient, Method, named
 from lens.heads.measures.methods import Baseline as BaselineName
 from lens.heads.measures.scores import HeadScores
@@ -136,7 +135,7 @@ def importance(
     replacement = Baseline(model, task, name, seed, steps)
     if word == "ablation":
         groups = [[head] for head in _all_heads(model)]
-        clean, drops = _drops(model, task, groups, replacement, progress, kept)
+        clean, drops = drops_of(model, task, groups, replacement, progress, kept)
     else:
         if word == "direct":
             compute = partial(direct_effects, model, task)
@@ -165,76 +164,12 @@ def importance(
     )
 
 
-def ablate(
-    model: LoadedModel,
-    task: Task,
-    *,
-    heads: Sequence[AnyHead],
-    baseline: str = "mean",
-    seed: int = 0,
-    progress: bool = True,
-) -> GroupAblation:
-    """Replace several heads at once.
-
-    Heads that do the same work hide each other: each alone may be spared, all of them may not.
-    `GroupAblation.interaction` compares with single heads.
-
-    Args:
-        model, task, baseline, seed, progress: as in `importance`.
-        heads: `L1H0`, `"1.0"` or `(1, 0)` each.
-
-    Raises:
-        LensError: no heads, one named twice, one that the model has not, and as in `importance`.
-    """
-    return ablate_each(
-        model, task, groups=[heads], baseline=baseline, seed=seed, progress=progress
-    )[0]
-
-
-def ablate_each(
-    model: LoadedModel,
-    task: Task,
-    *,
-    groups: Sequence[Sequence[AnyHead]],
-    baseline: str = "mean",
-    seed: int = 0,
-    progress: bool = True,
-) -> list[GroupAblation]:
-    """`ablate` for many groups, with one pass for the clean metric and one for the means of them all."""
-    info = model.info
-    if one := next((one for one in groups if isinstance(one, str)), None):
-        raise LensError(f"heads must be a list such as ['L1H0'], got the string {one!r}")
-    named = [
-        [head_id(head, layers=info.layers, heads=info.heads) for head in one] for one in groups
-    ]
-    if not all(named):
-        raise LensError("no heads were given; name at least one, such as 'L1H0'")
-    if twice := sorted({str(head) for one in named for head in one if one.count(head) > 1}):
-        raise LensError(f"{', '.join(twice)} is named twice; name each head once")
-    task.check(model)
-    replacement = Baseline(model, task, baseline, seed)
-    clean, drops = _drops(model, task, named, replacement, progress, Checkpoint(None, {}))
-    return [
-        GroupAblation(
-            heads=tuple(one),
-            per_prompt=drop,
-            clean=clean,
-            intervention=replacement.intervention,
-            metric=task.metric,
-            sign=task.sign,
-            task=task.name,
-            model=model.name,
-        )
-        for one, drop in zip(named, drops, strict=True)
-    ]
-
-
 def _all_heads(model: LoadedModel) -> list[HeadId]:
     info = model.info
     return [HeadId(layer, head) for layer in range(info.layers) for head in range(info.heads)]
 
 
-def _drops(
+def drops_of(
     model: LoadedModel,
     task: Task,
     groups: list[list[HeadId]],

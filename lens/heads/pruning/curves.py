@@ -1,7 +1,7 @@
 """What a model loses when heads are taken away one after another, run for real.
 
 >>> scores = lens.heads.importance(model, task)
->>> lens.heads.pruning_curve(model, held_out, order=scores).plot()
+>>> lens.heads.pruning.curve(model, held_out, order=scores).plot()
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import pandas as pd
 from lens.common.errors import LensError
 from lens.common.head_ids import AnyHead, HeadId, head_id
 from lens.common.results import Result
-from lens.heads.measures.importances import ablate_each
 from lens.heads.measures.scores import HeadScores, Intervention
+from lens.heads.pruning.groups import ablate_each
 from lens.stats import over_units
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ class PruningCurve(Result):
         )
 
 
-def pruning_curve(
+def curve(
     model: LoadedModel,
     task: Task,
     *,
@@ -132,13 +132,20 @@ def pruning_curve(
     Args:
         model: as `lens.load` returns it.
         task: prompts and metric.
-        order: scores (least important first), the table of `lens.heads.redundancy` (most redundant
+        order: scores (least important first), the table of `HeadSimilarity.redundancy` (most redundant
             first; not-scored heads last), or heads in the order in which they go.
         baseline: what stands in for a removed head, as in `lens.heads.importance`.
         steps: measure at most so many points, evenly spread, all heads gone the last; None: each.
         draws: random orders to compare with.
         seed: of the random orders, and of the draw of "resample".
         progress: show a bar with the time left, on stderr, if that is a terminal.
+
+    Example:
+        >>> task = lens.tasks.induction(small, n=4)
+        >>> scores = lens.heads.importance(small, task, method="gradient")
+        >>> found = lens.heads.pruning.curve(small, task, order=scores, steps=2, draws=0)
+        >>> found.removed.tolist()
+        [0, 4, 8]
 
     Reference: Michel, Levy, Neubig, Are Sixteen Heads Really Better than One?, 2019, arXiv 1905.10650.
 

@@ -30,7 +30,7 @@ from lens import stats
 from lens.common.errors import LensError
 from lens.common.head_ids import HeadId
 from lens.common.results import Result
-from lens.heads.removal.distances import jensen_shannon
+from lens.heads.pruning.distances import jensen_shannon
 from lens.models.loaded import LoadedModel
 from lens.passes.head_outputs import Source, edited_outputs
 from lens.passes.sessions import transformer
@@ -126,7 +126,7 @@ class PruningMetrics(Result):
         )
 
 
-def pruning_metrics(
+def metrics(
     model: LoadedModel,
     inputs: Mapping[str, Tensor] | Task,
     labels: Any = None,
@@ -141,6 +141,11 @@ def pruning_metrics(
             or a task, whose answers are the labels of the next-token distributions.
         labels: [examples] classes; a task has its own.
         baseline: "zero", or "mean", the head's mean over the examples at each position.
+
+    Example:
+        >>> found = lens.heads.pruning.metrics(small, lens.tasks.induction(small, n=4))
+        >>> found.values("js").shape
+        (2, 4)
 
     Raises:
         LensError: labels that do not fit, an unknown baseline, or a model whose outputs cannot be read.

@@ -1,7 +1,7 @@
 """Where the variance of a head score comes from: the head, the prompt, or the condition.
 
 >>> short = lens.capture(model, [text[:12] for text in texts])
->>> lens.heads.variance({"12 tokens": short, "24 tokens": traces}, metric="entropy").table()
+>>> lens.traces.variance({"12 tokens": short, "24 tokens": traces}, metric="entropy").table()
 """
 
 from __future__ import annotations
@@ -95,6 +95,12 @@ def variance(
         metric, variant: of `lens.traces.metrics`.
         resamples: draws of prompts for the intervals.
         seed: of the draws.
+
+    Example:
+        >>> texts = [lens.tasks.copied(small, 25, seed=seed) for seed in range(2)]
+        >>> whole, half = (lens.capture(small, [ids[:n] for ids in texts]) for n in (51, 25))
+        >>> list(lens.traces.variance({"whole": whole, "half": half}).shares)[:3]
+        ['condition', 'prompt', 'head']
 
     Raises:
         LensError: fewer than two conditions, unequal numbers of traces, models of differing sizes, a

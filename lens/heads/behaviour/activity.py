@@ -3,6 +3,9 @@
 Activity alone says where a head looks; that it rests is shown by taking it out, which must cost
 nothing. Both are measured on the same windows, domain by domain. A head that always adds the same
 vector is missed under zero ablation, as the authors do it, and not under mean ablation.
+
+Activity is a mean over queries i >= 1: query 0 sees key 0 alone, so its weight there is 1 in every head, no
+choice of the head's, and would make activity fall with the shortness of the prompt.
 """
 
 from __future__ import annotations
@@ -14,10 +17,10 @@ import numpy as np
 import pandas as pd
 
 from lens.common.errors import LensError
-from lens.common.head_ids import HeadId
-from lens.common.results import Result
-from lens.heads.measures.importances import importance
+from lens.common.head_ids import AnyHead, HeadId
+from lens.common.results import Result, Sentence
 from lens.heads.measures.methods import Baseline
+from lens.heads.pruning.groups import ablate_each
 from lens.models.loaded import LoadedModel
 from lens.stats import over_units
 from lens.tasks.making import language_modelling
@@ -26,13 +29,13 @@ from lens.traces.trace import AttentionTrace
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class Dormancy(Result):
+class HeadActivity(Result):
     """Activity of every head, and what the loss loses without it, on each domain.
 
     Attributes:
         activity: domain -> [layer, head, window], `1 - mean over queries i >= 1 of P[i, 0]`.
         loss: domain -> [layer, head, window], loss without the head less the loss as it is, nats per
-            token; positive = the head helps.
+            token; positive = the head helps. NaN where the head was not taken out.
         baseline: what was put in the head's place (`Intervention`).
         rest: activity below which a head may be dormant.
         tolerance: |loss| below which it is spared.
@@ -45,6 +48,11 @@ class Dormancy(Result):
     tolerance: float
     baseline: str
     model: str
+
+    @staticmethod
+    def of_first_mass(mass: np.ndarray) -> np.ndarray:
+        """[layer, head]: `1 - mean over queries i >= 1` of the mass on key 0 [layer, head, query]."""
+        return 1 - mass[..., 1:].astype(np.float64).mean(-1)
 
     def dormant(self, domain: str) -> list[HeadId]:
         """Heads that rest on the first key in this domain, and are not missed.
@@ -84,31 +92,64 @@ class Dormancy(Result):
             parts.append(pd.DataFrame(columns | {"dormant": [head in dormant for head in names]}))
         return pd.concat(parts, ignore_index=True)
 
+    def switching(self) -> list[HeadId]:
+        """Heads that are dormant on some domain and not on another."""
+        found = [set(self.dormant(domain)) for domain in self.activity]
+        return sorted(set.union(*found) - set.intersection(*found))
+
+    def findings(self) -> tuple[Sentence, ...]:
+        """Which heads are dormant where ("dormant"), which switch ("switching"), what that rests on ("limit")."""
+        said = []
+        for domain, loss in self.loss.items():
+            names = [str(head) for head in self.dormant(domain)]
+            taken = int((~np.isnan(loss).all(-1)).sum())
+            said.append(
+                Sentence(
+                    f"On {domain} {len(names)} of {taken} heads taken out are dormant"
+                    + (f": {', '.join(names)}" if names else "")
+                    + f" ({loss.shape[-1]} windows).",
+                    kind="dormant",
+                )
+            )
+        switching = ", ".join(map(str, self.switching())) or "No head"
+        limit = (
+            f"Dormant means activity below {self.rest} and a loss that changes by less than {self.tolerance} "
+            f"nats per token with {self.baseline} in the head's place; heads were taken out one at a time, so "
+            "heads that stand in for each other may all look dormant."
+        )
+        return (
+            *said,
+            Sentence(f"{switching}: dormant on one domain and not on another.", kind="switching"),
+            Sentence(limit, kind="limit"),
+        )
+
     def __repr__(self) -> str:
         shown = "; ".join(
             f"{domain}: {', '.join(map(str, self.dormant(domain))) or 'none'}"
             for domain in self.activity
         )
-        return f"Dormancy({self.model}, dormant on {shown})"
+        return f"HeadActivity({self.model}, dormant on {shown})"
 
 
-def dormancy(
+def activity(
     model: LoadedModel,
     domains: Mapping[str, str | Sequence[str] | Sequence[Sequence[int]]],
     *,
+    heads: Sequence[AnyHead] | None = None,
     length: int | None = None,
     n: int | None = None,
     rest: float = 0.2,
     tolerance: float = 1e-3,
     baseline: Baseline = "zero",
     progress: bool = True,
-) -> Dormancy:
+) -> HeadActivity:
     """Which heads rest on the first key, and may, in each of several domains.
 
     Args:
         model: as `lens.load` returns it; causal.
         domains: name -> a text, several, or windows of token ids, as `lens.tasks.language_modelling`
             takes them.
+        heads: those to take out, one at a time; None: all.
         length: tokens of a window of text; None: what the model takes.
         n: use only the first n windows of each domain; None: all.
         rest: activity below which a head may be dormant.
@@ -119,14 +160,19 @@ def dormancy(
     Reference: Guo et al., Active-Dormant Attention Heads, 2024, arXiv 2410.13835.
 
     Raises:
-        LensError: no domains, or as `language_modelling` and `importance`.
+        LensError: no domains, no heads, or as `language_modelling` and `importance`.
 
     Example:
         >>> prose = [lens.tasks.text("moby-dick"), lens.tasks.text("lily")]
-        >>> lens.heads.dormancy(model, {"prose": prose}, length=32, n=4).dormant("prose")
+        >>> lens.heads.activity(model, {"prose": prose}, length=32, n=4).dormant("prose")
     """
     if not domains:
-        raise LensError("dormancy needs at least one domain: a name with its texts")
+        raise LensError("activity needs at least one domain: a name with its texts")
+    info = model.info
+    everywhere = [HeadId(*at) for at in np.ndindex(info.layers, info.heads)]
+    chosen = everywhere if heads is None else list(heads)
+    if not chosen:
+        raise LensError("activity takes out at least one head; heads is empty")
     activity, loss = {}, {}
     for domain, texts in domains.items():
         task = language_modelling(model, texts, length=length, n=n)
@@ -134,8 +180,12 @@ def dormancy(
         for ids in task.clean.tolist():
             trace = capture(model, ids, statistics=["first_mass"], progress=False)
             assert isinstance(trace, AttentionTrace)
-            found.append(1 - trace.first_mass.values[..., 1:].astype(np.float64).mean(-1))
+            found.append(HeadActivity.of_first_mass(trace.first_mass.values))
         activity[domain] = np.stack(found, -1)
-        scores = importance(model, task, method="ablation", baseline=baseline, progress=progress)
-        loss[domain] = scores.per_prompt
-    return Dormancy(activity, loss, rest, tolerance, baseline, model.name)
+        groups = ablate_each(
+            model, task, groups=[[head] for head in chosen], baseline=baseline, progress=progress
+        )
+        loss[domain] = np.full(activity[domain].shape, np.nan)
+        for one in groups:
+            loss[domain][one.heads[0]] = one.per_prompt
+    return HeadActivity(activity, loss, rest, tolerance, baseline, model.name)

@@ -6,7 +6,8 @@ import torch
 
 import lens
 from lens.common.errors import LensError
-from lens.heads import dormancy, roles
+from lens.heads import activity, roles
+from lens.heads.behaviour.activity import HeadActivity
 
 
 @pytest.fixture(scope="module")
@@ -18,14 +19,14 @@ def model():
 def found(model):
     copied = [lens.tasks.copied(model, 31, seed=seed) for seed in range(4)]
     domains = {"text": lens.tasks.text("moby-dick"), "copied": copied}
-    return dormancy(model, domains, length=63, n=4, tolerance=0.02, progress=False)
+    return activity(model, domains, length=63, n=4, tolerance=0.02, progress=False)
 
 
 def test_the_strongest_sink_rests_on_text_and_not_on_copies(model):
     """Its page: L1H0 has no effect on text under mean ablation; on random tokens it looks elsewhere."""
     copied = [lens.tasks.copied(model, 31, seed=seed) for seed in range(8)]
     domains = {"text": lens.tasks.text("moby-dick"), "copied": copied}
-    found = dormancy(
+    found = activity(
         model, domains, length=63, n=8, tolerance=0.01, baseline="mean", progress=False
     )
     table = found.table().set_index(["domain", "name"])
@@ -82,6 +83,44 @@ def test_sink_heads_by_the_rule_of_two_entropies(model):
 
 def test_what_has_no_domain_is_said(model, found):
     with pytest.raises(LensError, match="needs at least one domain"):
-        dormancy(model, {})
+        activity(model, {})
     with pytest.raises(LensError, match="unknown domain 'code'; known: text, copied"):
         found.dormant("code")
+
+
+def test_activity_leaves_query_0_out_and_keeps_its_sign():
+    """By hand: rows 1 to 3 give key 0 a half, a quarter and nothing, so activity is 1 - 0.75 / 3."""
+    first = np.array([[[1.0, 0.5, 0.25, 0.0]]])
+    assert HeadActivity.of_first_mass(first) == pytest.approx(0.75)
+    assert HeadActivity.of_first_mass(np.array([[[1.0, 1.0, 1.5]]])) == pytest.approx(-0.25)
+
+
+def test_findings_say_which_heads_switch():
+    quiet, loss = np.array([[[0.1, 0.1], [0.9, 0.9]]]), np.zeros((1, 2, 2))
+    busy = np.array([[[0.5, 0.5], [0.9, 0.9]]])
+    found = HeadActivity(
+        {"prose": quiet, "code": busy}, {"prose": loss, "code": loss}, 0.2, 1e-3, "zero", "made"
+    )
+    assert [(one.kind, one.text) for one in found.findings()] == [
+        ("dormant", "On prose 1 of 2 heads taken out are dormant: L0H0 (2 windows)."),
+        ("dormant", "On code 0 of 2 heads taken out are dormant (2 windows)."),
+        ("switching", "L0H0: dormant on one domain and not on another."),
+        (
+            "limit",
+            "Dormant means activity below 0.2 and a loss that changes by less than 0.001 nats per token with "
+            "zero in the head's place; heads were taken out one at a time, so heads that stand in for each "
+            "other may all look dormant.",
+        ),
+    ]
+
+
+def test_only_the_heads_that_are_named_are_taken_out(model, found):
+    copied = [lens.tasks.copied(model, 31, seed=seed) for seed in range(4)]
+    some = activity(model, {"copied": copied}, heads=["L1H3"], length=63, n=4, progress=False)
+    loss = some.loss["copied"]
+    np.testing.assert_allclose(loss[1, 3], found.loss["copied"][1, 3], atol=1e-6)
+    assert np.isnan(np.delete(loss.reshape(-1, 4), 1 * loss.shape[1] + 3, 0)).all()
+    np.testing.assert_array_equal(some.activity["copied"], found.activity["copied"])
+    with pytest.raises(LensError, match="heads is empty"):
+        activity(model, {"copied": copied}, heads=[], progress=False)
+    assert list(some.plot().data[0].text) == ["L1H3"]

@@ -1,0 +1,4 @@
+from .curves import curve as curve
+from .gates import gate as gate
+from .groups import ablate as ablate
+from .outputs import metrics as metrics

@@ -1,0 +1,169 @@
+"""A gate on every key-value head, learned: 1 needs all keys, 0 sees enough with the first and the last ones.
+
+Each key-value head mixes its full and its streaming output (`lens.heads.streaming`); what the model's own
+last hidden states do not need is closed, as in DuoAttention.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from lens.common.errors import LensError
+from lens.common.head_ids import HeadId
+from lens.common.progress import advancing
+from lens.common.results import Result
+from lens.heads.behaviour.near_keys import Streamer, head_names, read_long_prompts
+from lens.models.loaded import LoadedModel
+from lens.passes.calls import LayerCall
+from lens.passes.inputs import Prompt
+from lens.passes.sessions import base, listening
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class StreamingGate(Result):
+    """The trained gate of each key-value head: 1 needs all keys, 0 streams.
+
+    Attributes:
+        alpha: [layer, kv_head].
+        losses: [step], of the training: distance of the last hidden states + penalty × mean gate.
+        heads: query heads of a layer.
+        first, last: numbers of keys that a streaming head sees.
+        penalty, rate, seed: of the training.
+        n: number of prompts.
+        model: its name.
+    """
+
+    alpha: np.ndarray
+    losses: np.ndarray
+    heads: int
+    first: int
+    last: int
+    penalty: float
+    rate: float
+    seed: int
+    n: int
+    model: str
+
+    @property
+    def values(self) -> np.ndarray:
+        """[layer, head]: the gate of the key-value head that each head reads."""
+        return self.alpha.repeat(self.heads // self.alpha.shape[1], 1)
+
+    def retrieval_heads(self, threshold: float = 0.5) -> list[HeadId]:
+        """Heads whose gate lies above the threshold, in order of layer and head."""
+        return [HeadId(int(a), int(b)) for a, b in np.argwhere(self.values > threshold)]
+
+    def table(self) -> pd.DataFrame:
+        """One row per head: `name`, `layer`, `head`, `alpha`, `n`."""
+        found: dict[str, Any] = head_names(*self.values.shape)
+        return pd.DataFrame(found | {"alpha": self.values.ravel(), "n": self.n})
+
+    def __repr__(self) -> str:
+        return (
+            f"StreamingGate({self.model}: {len(self.retrieval_heads())} of {self.values.size} heads above "
+            f"0.5 with {self.first} first + {self.last} last keys; {len(self.losses)} steps, loss "
+            f"{self.losses[0]:.3g} to {self.losses[-1]:.3g})"
+        )
+
+
+def gate(
+    model: LoadedModel,
+    prompts: Any,
+    *,
+    first: int = 4,
+    last: int = 32,
+    steps: int = 100,
+    rate: float = 0.02,
+    penalty: float = 0.05,
+    seed: int = 0,
+    progress: bool = True,
+) -> StreamingGate:
+    """Learn which key-value heads the model needs in full, with its weights as they are.
+
+        z = alpha z_full + (1 - alpha) z_streaming;  loss = mean (h - h')^2 / mean h^2 + penalty mean alpha
+
+    over the last hidden states h of the model as it is and h' with the gates. alpha starts at 1, is
+    trained by Adam on one prompt a step, and stays in [0, 1]. The authors do not divide by the size
+    of h; it makes `penalty` mean the same for all models.
+
+    Args:
+        model, prompts, first, last, progress: as in `streaming`; prompts must hold something to
+            retrieve, such as `lens.tasks.copied`.
+        steps, rate: of Adam.
+        penalty: what an open gate costs.
+        seed: of the order of the prompts.
+
+    Reference: Xiao et al., DuoAttention, 2024, arXiv 2410.10819.
+
+    Raises:
+        LensError: as in `streaming`, or fewer than one step.
+
+    Example:
+        >>> lens.heads.pruning.gate(model, texts, first=1, last=8).retrieval_heads()
+    """
+    if steps < 1:
+        raise LensError(f"steps must be at least 1, got {steps}")
+    read = read_long_prompts(model, prompts, first, last)
+    info = model.info
+    alpha = torch.ones(info.layers, info.kv_heads, device=model.device, requires_grad=True)
+    optimiser = torch.optim.Adam([alpha], lr=rate)
+    order = np.random.default_rng(seed).integers(len(read), size=steps)
+    clean: dict[int, Tensor] = {}
+    losses = np.empty(steps)
+    with advancing(f"{model.name}: gate", steps, progress) as advance:
+        for step, number in enumerate(order.tolist()):
+            if number not in clean:
+                with torch.no_grad():
+                    clean[number] = _last_hidden(model, read[number], None)
+            wanted = clean[number]
+            with torch.enable_grad():
+                found = _last_hidden(model, read[number], _Gate(first, last, alpha))
+                distance = (found - wanted).square().mean() / wanted.square().mean()
+                loss = distance + penalty * alpha.mean()
+                (alpha.grad,) = torch.autograd.grad(loss, [alpha])
+            optimiser.step()
+            with torch.no_grad():
+                alpha.clamp_(0, 1)
+            losses[step] = loss.item()
+            advance(1)
+    return StreamingGate(
+        alpha=alpha.detach().cpu().numpy(),
+        losses=losses,
+        heads=info.heads,
+        first=first,
+        last=last,
+        penalty=penalty,
+        rate=rate,
+        seed=seed,
+        n=len(read),
+        model=model.name,
+    )
+
+
+class _Gate(Streamer):
+    """Mixes both outputs by the gates."""
+
+    def __init__(self, first: int, last: int, alpha: Tensor) -> None:
+        super().__init__(first, last)
+        self._alpha = alpha
+
+    def on_layer(self, call: LayerCall) -> Tensor:
+        """See `lens.passes.sessions.listening`."""
+        full, near, _ = self.states(call)
+        share = call.query.shape[1] // call.key.shape[1]
+        alpha = self._alpha[call.layer].repeat_interleave(share)[:, None, None]
+        return alpha * full.output + (1 - alpha) * near.output
+
+
+def _last_hidden(model: LoadedModel, prompt: Prompt, gate: _Gate | None) -> Tensor:
+    """[tokens, d_model] after the last norm (logits of a model that has nothing apart from its head)."""
+    if gate is None:
+        return base(model)(**prompt.inputs)[0][0].float()
+    with listening(model, gate.on_layer):
+        return base(model)(**prompt.inputs)[0][0].float()

@@ -1,1 +1,0 @@
-"""What a model can do without: heads and sub-layers taken away."""
