@@ -135,7 +135,6 @@ COLUMNS = {
     "band": "Of the unembedding's singular directions, 0 the strongest.",
     "energy": "Share of the weights' squared norm in the band, mean over heads.",
     "weight": "query, key and value read the residual stream, output writes it.",
-    "name": "The head: L3H5 is head 5 of layer 3.",
     "alpha": "Mean attention that the key receives from the queries that see it.",
     "largest_alpha": "The largest alpha of any head.",
     "epsilon": "Threshold of alpha.",
