@@ -124,3 +124,11 @@ def test_only_the_heads_that_are_named_are_taken_out(model, found):
     with pytest.raises(LensError, match="heads is empty"):
         activity(model, {"copied": copied}, heads=[], progress=False)
     assert list(some.plot().data[0].text) == ["L1H3"]
+
+
+def test_a_head_that_the_model_is_better_without_is_not_dormant():
+    """The change of loss counts by its size: -0.5 is no rest."""
+    quiet = np.full((1, 2, 3), 0.05)
+    loss = np.stack([np.full(3, -0.5), np.full(3, -0.0004)])[None]
+    found = HeadActivity({"prose": quiet}, {"prose": loss}, 0.2, 1e-3, "zero", "made")
+    assert [str(head) for head in found.dormant("prose")] == ["L0H1"]

@@ -81,7 +81,7 @@ def test_the_weights_of_the_induction_transformer():
     table = composition(known.model).set_index(["earlier", "later", "kind"])["score"]
     assert table["L0H0", "L1H0", "k"] == pytest.approx(7**-0.5, rel=1e-6)
     assert table["L0H0", "L1H0", "q"] == table["L0H0", "L1H0", "v"] == 0
-    heads = copying(known.model).set_index("head")["eigenvalue"]
+    heads = copying(known.model).set_index("name")["eigenvalue"]
     assert heads["L1H0"] == pytest.approx(1)
     assert math.isnan(heads["L0H0"])  # writes nothing that the unembedding reads
 
