@@ -114,7 +114,7 @@ def find(
     )
     sizes = np.geomspace(max(1.0, _SMALLEST * scores.graph.n), scores.graph.n, _SIZES)
     counts = [edges] if edges else np.unique(sizes.round().astype(int)).tolist()
-    rankings = [(name, count) for count in counts for name in _RANKINGS]
+    rankings: list[tuple[Ranking, int]] = [(name, count) for count in counts for name in _RANKINGS]
     made = [scores.top(count, absolute=name == "absolute") for name, count in rankings]
     few = task.take(torch.arange(min(task.n, _PROMPTS)))
     found = run_circuits(
