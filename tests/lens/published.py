@@ -18,6 +18,7 @@ from lens import circuits
 from lens.circuits.graph.activations import Activations, read_activations
 from lens.circuits.graph.graph import Graph
 from lens.circuits.graph.masked_forward import masked_logits
+from lens.circuits.graph.nodes import find_nodes
 from lens.models.loaded import LoadedModel
 from lens.tasks import Task, colored_objects, docstring, greater_than, ioi
 from lens.tasks.ioi import TEMPLATES
@@ -88,7 +89,7 @@ def heads_in(words: str) -> list[tuple[int, int]]:
 
 
 def edge_count(model: LoadedModel, prompts: int) -> dict[str, float]:
-    return {"edges": circuits.find_nodes(model).graph.n}
+    return {"edges": find_nodes(model).graph.n}
 
 
 def eight_prompts(model: LoadedModel, prompts: int) -> dict[str, float]:
@@ -144,7 +145,7 @@ def benchmark_of_chance(model: LoadedModel, prompts: int) -> dict[str, float]:
 
 def wang(model: LoadedModel, prompts: int) -> dict[str, float]:
     """The circuit's 26 heads and all MLPs kept, other heads at their mean over ABC prompts of the template."""
-    nodes = circuits.find_nodes(model)
+    nodes = find_nodes(model)
     graph = nodes.graph
     out = np.zeros(len(graph.writers), bool)
     for layer in range(graph.layers):
@@ -211,8 +212,8 @@ def acdc(model: LoadedModel, prompts: int, thresholds: int = 31) -> dict[str, fl
 def name_movers(model: LoadedModel, prompts: int) -> dict[str, float]:
     """1.0 where the three largest and the two most negative direct effects are the published heads."""
     task = ioi(model, prompts, 0, corruption="abc")
-    heads = [name for name in circuits.find_nodes(model).graph.writers if name.startswith("a")]
-    found = circuits.patch(model, task, ["logits"], heads)
+    heads = [name for name in find_nodes(model).graph.writers if name.startswith("a")]
+    found = circuits.patch(model, task, heads, receivers=["logits"])
     change = dict(zip(found.nodes, found.relative[:, 0], strict=True))
     order = sorted(heads, key=lambda name: change[name])
     return {

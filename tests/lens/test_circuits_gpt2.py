@@ -16,6 +16,7 @@ import transformers
 import lens
 from lens.circuits import score_edges
 from lens.circuits.exports import to_mib
+from lens.circuits.graph.nodes import find_nodes
 from lens.tasks import ioi
 from tests.lens import published
 from tests.lens.published import GPT2, HOURS, ROWS, SCORES, Row
@@ -72,7 +73,7 @@ def test_rows_run_on_random_weights(name, small, monkeypatch, tmp_path):
         to_mib(score_edges(small, ioi(small, 4, 0, corruption="s2_io"), rule="left"), path)
         monkeypatch.setenv(SCORES, str(path))
     quick = partial(lens.circuits.scores.codes, epochs=2, seeds=2)
-    monkeypatch.setattr(published.circuits, "codes", quick)
+    monkeypatch.setattr(published.circuits.scores, "codes", quick)
     prompts = 8 if name.startswith("codes") else 4
     found = row.measure(small, prompts)
     assert found.keys() == row.targets.keys()
@@ -97,7 +98,7 @@ def test_the_repair_and_acdc_run_on_random_weights():
 
 
 def test_reference_edges_are_those_of_the_paper(small):
-    graph = lens.circuits.find_nodes(small).graph
+    graph = find_nodes(small).graph
     known = published.known_edges(graph)
     assert "a5.h5->a8.h6<v>" in known  # induction to S-inhibition
     assert "a5.h5->a8.h6<q>" not in known

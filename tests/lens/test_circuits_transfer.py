@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-import lens
 from lens.circuits import make_circuit, score_edges
 from lens.circuits.checks.evaluation import run_circuits
 from lens.circuits.graph.activations import Ablation
+from lens.circuits.graph.nodes import find_nodes
 from lens.circuits.known import induction_transformer
 from lens.circuits.reuse import transfer
 from lens.circuits.reuse._sides import with_heads_renamed
@@ -54,7 +54,7 @@ def test_a_circuit_serves_the_tasks_whose_edges_it_has():
     """Ablating only the two edges that a task sees breaks it, whatever else is kept."""
     known = induction_transformer(beta=30)
     names = list(known.tasks)
-    graph = lens.circuits.find_nodes(known.model).graph
+    graph = find_nodes(known.model).graph
     circuits = [
         make_circuit(graph, known.visible[name], task=name, model=known.model.name)
         for name in names

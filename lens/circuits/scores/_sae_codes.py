@@ -157,7 +157,7 @@ def codes(
     200 epochs.
 
     Args:
-        model: one whose edges can be scored, see `lens.circuits.find_nodes`.
+        model: one whose edges can be scored, see `lens.circuits.graph.nodes.find_nodes`.
         task: with corrupt prompts, its negatives.
         examples: training prompts, half of them corrupt: an even number of at least 2.
         features, penalty, epochs: of the autoencoder.
