@@ -152,3 +152,8 @@ def test_find_refuses_shares_and_sizes_that_are_none():
         lens.circuits.find(known.model, known.task, faithfulness=1.5)
     with pytest.raises(LensError, match="edges must be at least 1, got 0"):
         lens.circuits.find(known.model, known.task, edges=0)
+    for wrong in ("12", True, 2.5):
+        with pytest.raises(LensError, match=f"edges must be at least 1, got {wrong!r}"):
+            lens.circuits.find(known.model, known.task, edges=wrong)
+    with pytest.raises(LensError, match="faithfulness must be above 0 and at most 1, got 'all'"):
+        lens.circuits.find(known.model, known.task, faithfulness="all")

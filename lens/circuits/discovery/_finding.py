@@ -104,10 +104,10 @@ def find(
         >>> lens.circuits.find(small, lens.tasks.induction(small, 8), progress=False).circuit.n > 0
         True
     """
-    if not 0 < faithfulness <= 1:
-        raise LensError(f"faithfulness must be above 0 and at most 1, got {faithfulness}")
-    if edges is not None and edges < 1:
-        raise LensError(f"edges must be at least 1, got {edges}")
+    if not isinstance(faithfulness, int | float) or not 0 < faithfulness <= 1:
+        raise LensError(f"faithfulness must be above 0 and at most 1, got {faithfulness!r}")
+    if edges is not None and (isinstance(edges, bool) or not isinstance(edges, int) or edges < 1):
+        raise LensError(f"edges must be at least 1, got {edges!r}; None tries many sizes")
     ablation = ablation or ("mean" if task.corrupt is None else "counterfactual")
     scores = score_edges(
         model, task, method=method, steps=steps, ablation=ablation, progress=progress
