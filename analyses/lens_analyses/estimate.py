@@ -135,11 +135,12 @@ def _analysis(
 def work(model: "LoadedModel", prompt: PlannedPrompt) -> float:
     """Floating-point operations of one prompt: weights × tokens, and attention × tokens².
 
-    Two passes over the weights (capture and loss); attention runs once plainly, and as a forward pass, an
-    LSE pass and a sink-excluded pass under capture, each of 4 operations a pair and dimension, half of them masked.
+    Three passes over weights (capture, loss, random weights); attention runs once plainly, as a forward
+    pass, an LSE pass and a sink-excluded pass under capture, and as two of these with random weights, each
+    of 4 operations a pair and dimension, half of them masked.
     """
     tokens, info = len(prompt.ids), model.info
-    return 4 * info.parameters * tokens + 8 * info.layers * info.heads * info.head_dim * tokens**2
+    return 6 * info.parameters * tokens + 12 * info.layers * info.heads * info.head_dim * tokens**2
 
 
 def layer_bytes(model: "LoadedModel", config: RunConfig, tokens: int) -> int:
@@ -155,6 +156,7 @@ def layer_bytes(model: "LoadedModel", config: RunConfig, tokens: int) -> int:
 
 def _memory(model: "LoadedModel", config: RunConfig, tokens: int) -> int:
     weights = sum(weight.numel() * weight.element_size() for weight in model.model.parameters())
+    weights *= 2  # those of random weights beside them
     hidden = model.info.heads * model.info.head_dim
     activations = 16 * 4 * tokens * hidden
     logits = 3 * 4 * min(tokens * (model.info.vocab or 1), 1 << 25)

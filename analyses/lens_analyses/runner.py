@@ -268,25 +268,12 @@ class _Execution:
 
     def _score(self) -> None:
         """Head metrics of each prompt and of each kind of prompt, from the traces on disk."""
-        from lens.traces.profiles import pooled_table, prompt_table
+        from lens_analyses.scoring import head_table
 
-        info = self._model.info
-        log.info("scoring %s heads", f"{info.layers * info.heads:,}")
-        run, seed = open_run(self._writer.path), self._config.seed
-        tables: dict[str, list[pd.DataFrame]] = {kind: [] for kind in KINDS}
-        for row in self._rows:
-            name = row["prompt_id"]
-            tables[row["kind"]].append(prompt_table(run.trace(name), name, seed=seed))
-        pooled = [
-            pooled_table(members, kind, seed=seed)
-            if len(members) > 1
-            else members[0].assign(prompt_id=kind)
-            for kind, members in tables.items()
-            if members
-        ]
-        single = [table for members in tables.values() for table in members]
+        run = open_run(self._writer.path)
         self._writer.update(backend=run.trace(run.traces[0]).attrs["backend"])
-        self._writer.table("heads", pd.concat([*pooled, *single], ignore_index=True))
+        table = head_table(self._model, run, self._rows, self._config, self._writer.warn)
+        self._writer.table("heads", table)
 
     def _analyse(self) -> None:
         """The steps of this kind of run; each finished section stays."""

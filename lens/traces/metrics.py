@@ -155,3 +155,7 @@ _TABLE = (
 
 METRICS: dict[str, Metric] = {metric.name: metric for metric in _TABLE}
 VARIANTS = ("raw", "sink_excluded")
+HEADLINES = ("induction", "sink_mass", "previous_token", "duplicate_token")
+"""Those by which heads are counted."""
+HEADLINE_STATISTICS = ("first_mass", "rest_mass", "match_mass")
+"""Statistics of a trace that those need."""

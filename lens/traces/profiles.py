@@ -4,11 +4,15 @@ Scores come from the statistics that a trace holds, so they are exact at any len
 over the rows (queries) of a prompt that can show it; a batch averages the prompts' means. Intervals
 are 95 % percentile bootstraps: over prompts where there are several, else over contiguous blocks of
 about sqrt(rows) rows of the one prompt, because neighbouring rows depend on each other.
+
+A score says little alone: a head that looks at all keys alike has one too, and so has a model before
+training. Both stand beside it: `uniform` in closed form from mask and labels, `random_weights` from one
+more pass over the same prompts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,12 +20,21 @@ import pandas as pd
 
 from lens.common.errors import LensError
 from lens.stats import over_units
-from lens.traces.scores import SINK_EPSILON, Score, layer_scores
+from lens.traces.metrics import HEADLINES, METRICS
+from lens.traces.scores import SINK_EPSILON, Score, layer_scores, uniform_scores
 
 if TYPE_CHECKING:
     from lens.traces.trace import AttentionTrace
 
-__all__ = ["COLUMNS", "SINK_EPSILON", "pooled_table", "profile", "prompt_table", "wide"]
+__all__ = [
+    "COLUMNS",
+    "SINK_EPSILON",
+    "beside_random",
+    "pooled_table",
+    "profile",
+    "prompt_table",
+    "wide",
+]
 
 COLUMNS = (
     "prompt_id",
@@ -34,22 +47,33 @@ COLUMNS = (
     "high",
     "n",
     "detail",
+    "uniform",
+    "random_weights",
 )
 
 _POSITIONS = ("top_key", "positional_distance")  # their mean says nothing
 
 
-def profile(traces: AttentionTrace | Sequence[AttentionTrace], *, seed: int = 0) -> pd.DataFrame:
+def profile(
+    traces: AttentionTrace | Sequence[AttentionTrace],
+    *,
+    random_weights: AttentionTrace | Sequence[AttentionTrace] = (),
+    seed: int = 0,
+) -> pd.DataFrame:
     """Every score of every head: one row per head.
 
     Args:
         traces: one trace, or several of the same model.
+        random_weights: traces of `lens.models.random_weights(model)` on the same prompts.
         seed: of the bootstrap.
 
     Returns:
         Columns `layer`, `head`, and for each metric of `lens.traces.metrics.METRICS` the value, its 95 %
-        interval `<metric>_low` and `<metric>_high`, and the same for `<metric>_sink_excluded` where
-        that exists; `top_key_token`; `prompts`. NaN means not scored; `.attrs["reasons"]` says why.
+        interval `<metric>_low` and `<metric>_high`, what uniform attention scores `<metric>_uniform`,
+        and the same for `<metric>_sink_excluded` where that exists; for those of
+        `lens.traces.metrics.HEADLINES` the highest score with random weights
+        `<metric>_random_weights`, where they were given; `top_key_token`; `prompts`. NaN means not
+        scored; `.attrs["reasons"]` says why.
 
     Raises:
         LensError: no trace, or traces of models of different sizes.
@@ -61,7 +85,15 @@ def profile(traces: AttentionTrace | Sequence[AttentionTrace], *, seed: int = 0)
     several = [traces] if not isinstance(traces, Sequence) else list(traces)
     if not several:
         raise LensError("profile needs at least one trace, got an empty list")
-    sizes = {(trace.layers, trace.heads) for trace in several}
+    beside = list(random_weights) if isinstance(random_weights, Sequence) else [random_weights]
+    if beside and [one.dataset["token_id"].values.tolist() for one in beside] != [
+        one.dataset["token_id"].values.tolist() for one in several
+    ]:
+        raise LensError(
+            "random_weights must be traces of the same prompts in the same order; capture "
+            "lens.models.random_weights(model) on them"
+        )
+    sizes = {(trace.layers, trace.heads) for trace in [*several, *beside]}
     if len(sizes) > 1:
         raise LensError(
             f"traces must come from one model; got layers × heads {sorted(sizes)}: profile them apart"
@@ -71,6 +103,9 @@ def profile(traces: AttentionTrace | Sequence[AttentionTrace], *, seed: int = 0)
         prompt_table(trace, f"p{number:03d}", seed=of_rows) for number, trace in enumerate(several)
     ]
     table = tables[0] if len(tables) == 1 else pooled_table(tables, "all", seed=seed)
+    if beside:
+        scored = [prompt_table(one, "all", seed=None, metrics=HEADLINES) for one in beside]
+        table = beside_random(table, pooled_table(scored, str(table["prompt_id"].iloc[0])))
     return wide(table, prompts=len(several))
 
 
@@ -85,6 +120,9 @@ def wide(table: pd.DataFrame, *, prompts: int) -> pd.DataFrame:
         columns[str(name)] = rows["value"]
         columns[f"{name}_low"] = rows["low"]
         columns[f"{name}_high"] = rows["high"]
+        for baseline in ("uniform", "random_weights"):
+            if rows[baseline].notna().any():
+                columns[f"{name}_{baseline}"] = rows[baseline]
         if name == "top_key":
             columns["top_key_token"] = rows["detail"].where(rows["value"].notna(), "")
     result = pd.DataFrame(columns, index=heads).reset_index().assign(prompts=prompts)
@@ -93,14 +131,39 @@ def wide(table: pd.DataFrame, *, prompts: int) -> pd.DataFrame:
     return result
 
 
-def prompt_table(trace: AttentionTrace, prompt_id: str, *, seed: int | None = 0) -> pd.DataFrame:
+def prompt_table(
+    trace: AttentionTrace,
+    prompt_id: str,
+    *,
+    seed: int | None = 0,
+    metrics: Collection[str] = tuple(METRICS),
+    uniform: bool = True,
+) -> pd.DataFrame:
     """The long table of one prompt: columns of `heads.parquet` (docs/schema/run-folder.md).
 
-    The trace is read one layer at a time. No intervals over rows for the seed None.
+    The trace is read one layer at a time. No intervals over rows for the seed None; `random_weights` is
+    NaN (`beside_random`), and so is `uniform` where it is not asked for.
     """
     layers = trace.dataset["layer"].values.tolist()
-    by_layer = [layer_scores(trace, layer, seed=seed) for layer in layers]
-    return scores_table(by_layer, layers, prompt_id)
+    by_layer = [layer_scores(trace, layer, seed=seed, metrics=metrics) for layer in layers]
+    table = scores_table(by_layer, layers, prompt_id)
+    if uniform:
+        found = np.array([uniform_scores(trace, layer, metrics) for layer in layers])
+        table["uniform"] = np.repeat(found.T.ravel(), trace.heads)
+    return table
+
+
+def beside_random(table: pd.DataFrame, random: pd.DataFrame) -> pd.DataFrame:
+    """The long table with the highest score of any head of a model with random weights beside it.
+
+    Args:
+        table: of some `prompt_id`s.
+        random: the same prompts through random weights; metrics that it lacks stay NaN.
+    """
+    keys = ["prompt_id", "metric", "variant"]
+    highest = random.groupby(keys)["value"].max().rename("random_weights").reset_index()
+    merged = table.drop(columns="random_weights").merge(highest, "left", on=keys)
+    return merged[list(COLUMNS)]
 
 
 def scores_table(
@@ -121,6 +184,8 @@ def scores_table(
             "metric": np.repeat([score.metric for score in scores], heads),
             "variant": np.repeat([score.variant for score in scores], heads),
             **{name: column(name) for name in ("value", "low", "high", "n", "detail")},
+            "uniform": np.nan,
+            "random_weights": np.nan,
         },
         columns=list(COLUMNS),
     )
@@ -130,7 +195,8 @@ def pooled_table(tables: Sequence[pd.DataFrame], prompt_id: str, *, seed: int = 
     """Mean over prompts of their long tables, with a bootstrap over prompts.
 
     `top_key` and `positional_distance` are the most frequent one, the key named where its token is the same in all prompts that have
-    it; it has no interval.
+    it; it has no interval. `uniform` is the mean over the same prompts; `random_weights` is left to
+    `beside_random`.
     """
     keys = ["metric", "variant", "layer", "head"]
     first = tables[0].set_index(keys)
@@ -143,6 +209,10 @@ def pooled_table(tables: Sequence[pd.DataFrame], prompt_id: str, *, seed: int = 
     result = first.reset_index()
     result["value"], result["low"], result["high"], result["n"] = mean, low, high, n
     result["detail"] = np.where(n == 0, result["detail"], "")
+    even = np.stack([table["uniform"].to_numpy(float) for table in aligned])
+    known = (scored & ~np.isnan(even)).sum(0)
+    even = np.where(scored & ~np.isnan(even), even, 0).sum(0) / np.where(known == 0, np.nan, known)
+    result["uniform"], result["random_weights"] = np.where(known == n, even, np.nan), np.nan
     result["prompt_id"] = prompt_id
     for row in np.flatnonzero(result["metric"].isin(_POSITIONS) & (n > 0)):
         positions, counts = np.unique(values[scored[:, row], row], return_counts=True)

@@ -8,7 +8,7 @@ and renormalised, and counts if what is left can still show the pattern.
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,7 @@ import numpy as np
 from lens.common.errors import LensError
 from lens.stats import over_rows
 from lens.traces.metrics import METRICS
+from lens.traces.uniform import UniformRows
 
 if TYPE_CHECKING:
     from lens.traces.trace import AttentionTrace
@@ -61,15 +62,37 @@ class Score:
     detail: np.ndarray
 
 
-def layer_scores(trace: AttentionTrace, layer: int, *, seed: int | None = 0) -> list[Score]:
-    """All scores of one layer, in the order of `lens.traces.metrics.METRICS`, raw before sink-excluded.
+def layer_scores(
+    trace: AttentionTrace,
+    layer: int,
+    *,
+    seed: int | None = 0,
+    metrics: Collection[str] = tuple(METRICS),
+) -> list[Score]:
+    """The scores of one layer, in the order of `lens.traces.metrics.METRICS`, raw before sink-excluded.
 
     The seed is that of the intervals over rows; None leaves them out (they are most of the time).
 
     Raises:
         LensError: the trace lacks a statistic that they need.
     """
-    return list(_Layer(trace, layer).scores(seed))
+    return list(_Layer(trace, layer).scores(seed, metrics))
+
+
+def uniform_scores(
+    trace: AttentionTrace, layer: int, metrics: Collection[str] = tuple(METRICS)
+) -> list[float]:
+    """What uniform attention over the keys that the layer sees has in `layer_scores`, exactly.
+
+    NaN throughout where the layer's mask is neither causal nor a window, and where nothing is scored.
+    """
+    scores = list(_Uniform(trace, layer).scores(None, metrics))
+    known = trace.has_plain_mask(layer)
+    places = ("top_key", "positional_distance")
+    return [
+        float(score.value[0]) if known and score.metric not in places else np.nan
+        for score in scores
+    ]
 
 
 def row_score(metric: str, variant: str, rows: np.ndarray, reason: str, seed: int | None) -> Score:
@@ -100,6 +123,7 @@ class _Layer:
         self._data = trace.dataset.sel(layer=layer)
         self._tokens = trace.tokens
         self._length = trace.length
+        self._heads = trace.heads
         self._position = np.arange(trace.length)
         self._causal = bool(trace.attrs["causal"])
         self._prefix = int(trace.attrs["prefix"])
@@ -108,8 +132,8 @@ class _Layer:
         ids = self._data["token_id"].values
         self._ids = None if (ids < 0).any() else ids
 
-    def scores(self, seed: int | None) -> Iterator[Score]:
-        for metric in METRICS.values():
+    def scores(self, seed: int | None, metrics: Collection[str]) -> Iterator[Score]:
+        for metric in (METRICS[name] for name in METRICS if name in metrics):
             for variant in ("raw", "sink_excluded") if metric.sink_excluded else ("raw",):
                 if metric.name in _OF_THE_WHOLE:
                     yield self._whole(metric.name, variant)
@@ -205,7 +229,7 @@ class _Layer:
         return np.where(rows, values, np.nan)
 
     def _nothing(self) -> np.ndarray:
-        return np.full((self._data.sizes["head"], self._length), np.nan)
+        return np.full((self._heads, self._length), np.nan)
 
     def _whole(self, metric: str, variant: str) -> Score:
         """The scores that are no mean over rows."""
@@ -259,7 +283,7 @@ class _Layer:
 
     def _delimiters(self, excluded: bool) -> tuple[np.ndarray, str]:
         if self._ids is None:
-            return np.full(self._data.sizes["head"], np.nan), "the prompt has no token ids"
+            return np.full(self._heads, np.nan), "the prompt has no token ids"
         received = self._variable("received")
         chosen = np.array([is_delimiter(token) for token in self._tokens])
         if excluded:
@@ -285,6 +309,26 @@ class _Layer:
         best = mean.max(-1)
         none = np.isneginf(best)
         return np.where(none, np.nan, distance[mean.argmax(-1)]), np.where(none, np.nan, best)
+
+
+class _Uniform(_Layer):
+    """The same layer with one head that looks at all keys that it sees alike."""
+
+    def __init__(self, trace: AttentionTrace, layer: int) -> None:
+        super().__init__(trace, layer)
+        self._heads = 1
+        self._even = UniformRows(
+            self._data["token_id"].values,
+            causal=self._causal,
+            window=self._window,
+            prefix=self._prefix,
+        )
+
+    def _variable(self, name: str) -> np.ndarray:
+        return self._even.variable(name)
+
+    def _match(self, rule: str) -> np.ndarray:
+        return self._even.match(rule)
 
 
 def is_delimiter(token: str) -> bool:

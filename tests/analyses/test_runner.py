@@ -13,8 +13,10 @@ from lens_analyses.console import Output
 from lens_analyses.runner import execute
 
 import lens
+from lens.models.random_weights import random_weights
 from lens.runs import open_run
-from lens.traces.profiles import pooled_table, prompt_table
+from lens.traces.metrics import HEADLINES
+from lens.traces.profiles import pooled_table, profile, prompt_table
 
 from .conftest import ARGUMENTS, file_names, tables
 
@@ -54,7 +56,21 @@ def test_head_metrics_are_those_of_the_traces(run_folder):
         for kind, members in (("text", (0, 1, 2)), ("copied", (3, 4)))
     ]
     expected = pd.concat([*pooled, *every.values()], ignore_index=True)
-    pd.testing.assert_frame_equal(run.heads, expected, check_dtype=False)
+    beside = "random_weights"
+    pd.testing.assert_frame_equal(
+        run.heads.drop(columns=beside), expected.drop(columns=beside), check_dtype=False
+    )
+
+
+def test_random_weights_on_the_same_prompts_stand_beside_the_heads(run_folder):
+    run = open_run(run_folder)
+    texts = [ids.tolist() for ids in run.prompts.loc[run.prompts["kind"] == "text", "token_ids"]]
+    random = random_weights(lens.load("text-lm-3l"), 0)
+    expected = profile(lens.capture(random, texts))
+    pooled = run.heads[(run.heads["prompt_id"] == "text") & (run.heads["variant"] == "raw")]
+    for metric in HEADLINES:
+        found = pooled.loc[pooled["metric"] == metric, "random_weights"]
+        assert found.to_numpy() == pytest.approx(expected[metric].max(), rel=1e-5)
 
 
 def test_losses_are_the_models_own(run_folder):

@@ -17,6 +17,7 @@ from lens.runs.comparison.tables import side_by_side
 from lens.runs.comparison.words import signed
 from lens.runs.sections import Section
 from lens.runs.writer import RunWriter
+from lens.traces.profiles import COLUMNS
 
 LAYERS, HEADS = 2, 3
 TEXTS = (("a", "b"), ("c", "d"), ("e", "f"))
@@ -56,25 +57,12 @@ def make_run(folder, seed, *, texts=TEXTS, copied=(), shape=(LAYERS, HEADS), sco
         if members:
             named.insert(0, (kind, values[members].mean(0)))
         rows += [
-            (name, layer, head, metric, "raw", table[place, layer, head], np.nan, np.nan, 1, "")
+            (name, layer, head, metric, "raw", value, value - 0.01, value + 0.01, 1, "", 0.2, 0.2)
             for name, table in named
             for place, metric in enumerate(METRICS)
-            for layer in range(shape[0])
-            for head in range(shape[1])
+            for (layer, head), value in np.ndenumerate(table[place])
         ]
-    columns = [
-        "prompt_id",
-        "layer",
-        "head",
-        "metric",
-        "variant",
-        "value",
-        "low",
-        "high",
-        "n",
-        "detail",
-    ]
-    writer.table("heads", pd.DataFrame(rows, columns=columns))
+    writer.table("heads", pd.DataFrame(rows, columns=list(COLUMNS)))
     return writer.finish()
 
 
@@ -186,8 +174,8 @@ def test_runs_that_share_no_prompt_are_not_said_to_be_alike(tmp_path):
         "tokens.",
     )
     assert (
-        "Induction heads (on text, above 0.3; no shared prompt, tokens a prompt: 2 in A, 1 in B, so prompts "
-        "may differ where heads do not): 1 (L1H2) in both, 0 only in A, 0 only in B."
+        "Induction heads (on text, above 0.3, uniform attention and random weights): 1 of 6 in A, 1 of 6 in "
+        "B; not compared head by head, as the runs share no prompt (tokens a prompt: 2 in A, 1 in B)."
     ) in of_kind(said, "heads")
 
 
@@ -237,8 +225,8 @@ def test_sentences_count_the_heads_of_each_kind(tmp_path):
     comparison = compare_runs(make_run(tmp_path, 1, scores=low), make_run(tmp_path, 2, scores=high))
     text = "\n".join(comparison.sentences)
     assert (
-        "Induction heads (on text, above 0.3): 1 (L1H2) in both, 1 (L0H1) only in A, 0 only in B."
-        in text
+        "Induction heads (on text, above 0.3, uniform attention and random weights): 1 (L1H2) in both, 1 "
+        "(L0H1) only in A, 0 only in B." in text
     )
     assert "0 in both, 0 only in A, 1 (L0H0) only in B." in text
     assert "L0H1 induction on text from 0.80 to 0.10, −0.7 [−0.7, −0.7]" in text

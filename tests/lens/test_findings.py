@@ -8,14 +8,15 @@ import pandas as pd
 import pytest
 
 from lens.traces.findings import HeadScore, findings
-from lens.traces.profiles import pooled_table, prompt_table
+from lens.traces.profiles import beside_random, pooled_table, prompt_table
 from tests.lens.traces import LENGTH, probabilities, trace_of
 
 
 @pytest.fixture(scope="module")
 def table():
     """Scores of six heads of random attention, which does nothing in particular."""
-    return prompt_table(trace_of(probabilities(layers=2, heads=3, length=LENGTH, seed=2)), "p000")
+    trace = trace_of(probabilities(layers=2, heads=3, length=LENGTH, seed=2))
+    return prompt_table(trace, "p000").assign(uniform=0.052, random_weights=0.071)
 
 
 def plant(table, metric, heads, low=0.85, high=0.95):
@@ -34,13 +35,14 @@ def of_kind(table, kind):
 
 
 def test_heads_above_the_threshold_are_named_and_only_those(table):
-    copied = pooled_table([table, table], "copied")
+    copied = pooled_table([table, table], "copied").assign(random_weights=0.071)
     planted = plant(copied, "induction", {(1, 0): 0.9, (1, 2): 0.88, (0, 1): 0.3})
     first = findings(planted)[0]
     assert (first.kind, first.found, first.prompt_id) == ("induction", True, "copied")
     assert [head.name for head in first.heads] == ["L1H0", "L1H2"]
     assert first.text == (
-        "2 induction heads (of 6 heads) score above 0.3. On copied random tokens they put 88% to 90% "
+        "2 induction heads (of 6 heads) score above 0.3 and, with the whole interval, above uniform "
+        "attention (0.05) and random weights (0.07). On copied random tokens they put 88% to 90% "
         "of their attention on the token that followed the last time: L1H0 0.90 [0.85, 0.95], "
         "L1H2 0.88 [0.85, 0.95]."
     )
@@ -51,7 +53,8 @@ def test_none_is_said_with_the_highest_score(table):
     finding = of_kind(plant(copied, "induction", {(0, 1): 0.1}, np.nan, np.nan), "induction")
     assert not finding.found
     assert finding.text == (
-        "No induction head: the highest score on copied random tokens is L0H1 0.10, not above 0.3."
+        "No induction head: the highest score on copied random tokens is L0H1 0.10; a head needs more than "
+        "0.3 and an interval above uniform attention (0.05) and random weights (0.07)."
     )
     assert [head.name for head in finding.heads] == ["L0H1"]
 
@@ -59,8 +62,8 @@ def test_none_is_said_with_the_highest_score(table):
 def test_one_head_is_one(table):
     text = plant(table.assign(prompt_id="text"), "sink_mass", {(1, 1): 0.856})
     assert of_kind(text, "sink").text == (
-        "1 head with a sink on the first token (of 6 heads) scores above 0.3. On text it parks 86% of "
-        "its attention on the first token: L1H1 0.86 [0.85, 0.95]."
+        "1 head with a sink on the first token (of 6 heads) scores above 0.3 and, with the whole interval, "
+        "above uniform attention (0.05) and random weights (0.07). On text it parks 86% of its attention on the first token: L1H1 0.86 [0.85, 0.95]."
     )
 
 
@@ -107,3 +110,40 @@ def test_uniform_attention_on_the_probe_is_far_below_every_threshold(length):
     assert len(found) == 4
     assert not any(finding.found for finding in found)
     assert max(finding.heads[0].value for finding in found) < 0.1
+
+
+def test_heads_that_do_no_more_than_uniform_attention_are_not_counted():
+    """Nine heads near uniform on prompts of 11 tokens of 3 symbols all pass 0.3; a planted one counts."""
+    random = np.random.default_rng(0)
+    traces, untrained = [], []
+    for seed in range(8):
+        ids = [0, *(2 * random.integers(1, 4, 5).tolist())]
+        for kept, planted in ((traces, True), (untrained, False)):
+            logits = 0.1 * np.random.default_rng([seed, planted]).normal(size=(3, 3, 11, 11))
+            if planted:  # L1H2 looks at what followed the last time
+                logits[1, 2] += 9 * (np.array([-1, *ids[:-1]]) == np.array(ids)[:, None])
+            weights = np.exp(logits) * np.tri(11)
+            kept.append(trace_of(weights / weights.sum(-1, keepdims=True), ids=ids))
+    copied, beside = (
+        pooled_table([prompt_table(trace, "p") for trace in some], "copied")
+        for some in (traces, untrained)
+    )
+    assert (copied.loc[copied["metric"] == "induction", "value"] > 0.3).all()
+    for table in (copied, beside_random(copied, beside)):
+        finding = of_kind(table, "induction")
+        assert [head.name for head in finding.heads] == ["L1H2"]
+        assert finding.uniform > 0.3
+    assert finding.random_weights > finding.uniform
+    assert not of_kind(beside_random(beside, beside), "induction").found
+
+
+def test_a_head_is_not_counted_on_a_guess(table):
+    """Without an interval, or where neither baseline is known, no head is above it."""
+    text = plant(table.assign(prompt_id="text"), "induction", {(0, 0): 0.7})
+    assert of_kind(text, "induction").found
+    assert of_kind(text.assign(random_weights=np.nan), "induction").found
+    assert not of_kind(text.assign(random_weights=0.86), "induction").found
+    assert not of_kind(text.assign(uniform=np.nan, random_weights=np.nan), "induction").found
+    assert not of_kind(text.assign(low=np.nan), "induction").found
+    said = of_kind(text.assign(random_weights=np.nan), "induction").text
+    assert "above uniform attention (0.05) and random weights (not known)" in said

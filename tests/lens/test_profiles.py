@@ -234,3 +234,52 @@ def test_a_trace_without_what_it_takes_says_so():
     p = probabilities(layers=1, heads=2, length=19, seed=0)
     with pytest.raises(LensError, match="needs match_mass, which this trace lacks"):
         profile(trace_of(p, without=("match_mass",)))
+
+
+@pytest.mark.parametrize(
+    ("causal", "window"), [(True, None), (True, 11), (False, None), (False, 11)]
+)
+def test_uniform_attention_is_scored_exactly(causal, window):
+    """Counts over mask and labels give what the very definitions give on the whole matrix."""
+    distance = np.subtract.outer(np.arange(LENGTH), np.arange(LENGTH))
+    reach = LENGTH if window is None else window
+    seen = (np.abs(distance) < reach) & ((distance >= 0) | (not causal))
+    even = seen / seen.sum(-1, keepdims=True)
+    p = probabilities(layers=2, heads=3, length=LENGTH, seed=5, causal=causal)
+    table = prompt_table(trace_of(p, causal=causal, windows=[window] * 2), "p", seed=None)
+    known = prompt_table(
+        trace_of(even[None, None], causal=causal, windows=[window]), "p", seed=None
+    )
+    expected = known[~known["metric"].isin(["top_key", "positional_distance"])]
+    assert len(expected) == 23
+    for row in expected.to_dict("records"):
+        same = (table["metric"] == row["metric"]) & (table["variant"] == row["variant"])
+        found = table.loc[same, "uniform"]
+        np.testing.assert_allclose(found, row["value"], atol=2e-6, err_msg=row["metric"])
+    assert (
+        table.loc[table["metric"].isin(["top_key", "positional_distance"]), "uniform"].isna().all()
+    )
+
+
+def test_no_uniform_score_is_invented_for_a_mask_of_another_form():
+    p = probabilities(layers=1, heads=2, length=LENGTH, seed=5)
+    holed = np.arange(LENGTH, 0, -1)
+    holed[3] = 0  # a key that nobody sees
+    assert prompt_table(trace_of(p, visible=holed), "p", seed=None)["uniform"].isna().all()
+
+
+def test_the_highest_head_with_random_weights_stands_beside_every_head():
+    first, second, third, fourth = (
+        trace_of(probabilities(layers=2, heads=3, length=LENGTH, seed=seed)) for seed in range(4)
+    )
+    table = profile([first, second], random_weights=[third, fourth])
+    random = profile([third, fourth])
+    for metric in ("induction", "sink_mass", "previous_token", "duplicate_token"):
+        assert table[f"{metric}_random_weights"].tolist() == [random[metric].max()] * 6
+        even = [profile(trace)[f"{metric}_uniform"].iloc[0] for trace in (first, second)]
+        np.testing.assert_allclose(table[f"{metric}_uniform"], np.mean(even))
+    assert "entropy_random_weights" not in table
+    assert not any(name.endswith("_random_weights") for name in random)
+    other = trace_of(probabilities(layers=2, heads=3, length=LENGTH, seed=0), ids=[0] * LENGTH)
+    with pytest.raises(LensError, match="traces of the same prompts"):
+        profile([first], random_weights=[other])

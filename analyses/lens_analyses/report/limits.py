@@ -16,6 +16,9 @@ def limits(run: Run) -> list[str]:
         *_prompts(run),
         "Brackets are 95 % bootstrap intervals: over prompts where there are several, else over "
         "contiguous stretches of the one prompt. They do not cover the choice of the text.",
+        "Heads are counted above uniform attention, which is exact for these prompts, and above the highest "
+        "head of the same architecture with random weights, which is one draw (seed "
+        f"{run.meta['seed']}): another draw has another highest head.",
         "Thresholds only sort heads for reading; the scores themselves are in the table, the grid and "
         "report.json.",
         "Not measured: "

@@ -103,6 +103,8 @@ def _finding(one: Finding) -> dict[str, Any]:
         "metric": one.metric,
         "prompts": one.prompt_id,
         "threshold": one.threshold,
+        "uniform": one.uniform,
+        "random_weights": one.random_weights,
         "heads": [
             {
                 "layer": head.layer,

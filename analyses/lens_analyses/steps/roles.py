@@ -35,7 +35,7 @@ def roles(subject: Subject) -> Section:
     return Section(
         name="roles",
         title="What each head does",
-        summary=tuple(_sentences(found)),
+        summary=tuple(_sentences(found, subject.run.heads)),
         limits=(
             "A role says where a head looks or how large its output is, not what the model loses "
             "without it: see importance.",
@@ -55,7 +55,7 @@ def roles(subject: Subject) -> Section:
     )
 
 
-def _sentences(found: dict[str, HeadRoles]) -> list[str]:
+def _sentences(found: dict[str, HeadRoles], heads: pd.DataFrame) -> list[str]:
     said = []
     for column in _NAMED:
         kind = _SEEN_ON.get(column, "text")
@@ -65,13 +65,22 @@ def _sentences(found: dict[str, HeadRoles]) -> list[str]:
         top = one.top(column, 3)
         top = top[top["value"].notna()]
         if len(top):
-            shown = ", ".join(_with_interval(row) for row in top.to_dict("records"))
+            rows = heads[(heads["prompt_id"] == kind) & (heads["metric"] == column)]
+            random = rows.loc[rows["variant"] == "raw", "random_weights"].max()
+            shown = ", ".join(_with_interval(row, random) for row in top.to_dict("records"))
             said.append(f"{column.replace('_', ' ').capitalize()} is highest in {shown}.")
     return said
 
 
-def _with_interval(row: dict) -> str:
-    low, high, base = row["low"], row["high"], row["baseline"]
+def _with_interval(row: dict, random: float) -> str:
+    """A head with what uniform attention and the highest head with random weights would have."""
+    low, high, known = (
+        row["low"],
+        row["high"],
+        {"uniform": row["baseline"], "random weights": random},
+    )
+    known = {name: value for name, value in known.items() if not pd.isna(value)}
     ends = "" if pd.isna(low) else f" [{low:.2f}, {high:.2f}]"
-    chance = "" if pd.isna(base) else f" (uniform {base:.2f})"
-    return f"{row['name']} {row['value']:.2f}{ends}{chance}"
+    chance = ", ".join(f"{name} {value:.2f}" for name, value in known.items())
+    above = "" if not known or low > max(known.values()) else "not above "
+    return f"{row['name']} {row['value']:.2f}{ends}" + (f" ({above}{chance})" if known else "")

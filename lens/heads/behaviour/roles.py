@@ -209,7 +209,10 @@ def _of_prompt(
         (trace, recorder.scores, seed),
         (_uniform_trace(trace, recorder), recorder.uniform, None),
     ):
-        tables = [prompt_table(of, prompt_id, seed=rows), scores_table(scores, layers, prompt_id)]
+        tables = [
+            prompt_table(of, prompt_id, seed=rows, uniform=False),
+            scores_table(scores, layers, prompt_id),
+        ]
         parts.append(pd.concat(tables, ignore_index=True))
     return parts[0], parts[1]
 

@@ -91,21 +91,19 @@ def bracket(low: float, high: float) -> str:
 
 
 def _kinds_of_heads(a: Run, b: Run, heads: pd.DataFrame, shared: Mapping[str, int]) -> list[str]:
-    """Heads above the threshold of `lens.traces.findings`, over the prompts of the comparison."""
+    """Heads that `lens.traces.findings` names: one by one where the runs share prompts, else counted."""
     found = [{one.kind: one for one in findings(run.heads)} for run in (a, b)]
     said = []
     for kind, (one, many) in _KINDS.items():
         first, second = (side.get(kind) for side in found)
         if first is None or second is None or first.prompt_id != second.prompt_id:
             continue
-        where = f"on {NAMES[first.prompt_id]}, above {first.threshold:g}"
-        if not shared.get(first.prompt_id):
-            where += f"; no shared prompt, {_lengths(a, b, first.prompt_id)}"
+        where = f"on {NAMES[first.prompt_id]}, above {first.threshold:g}, uniform attention and random weights"
         mine, theirs = _above(first, heads, "a"), _above(second, heads, "b")
         capital = f"{many[0].upper()}{many[1:]}"
         if not mine and not theirs:
             said.append(f"Neither run has a {one} ({where}).")
-        elif len(heads):
+        elif len(heads) and shared.get(first.prompt_id):
             parts = (
                 ([head for head in mine if head in theirs], "in both"),
                 ([head for head in mine if head not in theirs], "only in A"),
@@ -115,9 +113,15 @@ def _kinds_of_heads(a: Run, b: Run, heads: pd.DataFrame, shared: Mapping[str, in
             said.append(f"{capital} ({where}): {counted}.")
         else:
             sizes = [side.meta["model"]["layers"] * side.meta["model"]["heads"] for side in (a, b)]
+            apart = (
+                ""
+                if shared.get(first.prompt_id)
+                else "; not compared head by head, as the runs share no prompt "
+                f"({_lengths(a, b, first.prompt_id)})"
+            )
             said.append(
                 f"{capital} ({where}): {len(mine)} of {sizes[0]} in A, "
-                f"{len(theirs)} of {sizes[1]} in B."
+                f"{len(theirs)} of {sizes[1]} in B{apart}."
             )
     return said
 
@@ -129,20 +133,22 @@ def _lengths(a: Run, b: Run, kind: str) -> str:
         tokens = run.prompts.loc[run.prompts["kind"] == kind, "token_strings"].map(len)
         span = f"{tokens.min():,}"
         said.append(f"{span if tokens.nunique() == 1 else f'{span} to {tokens.max():,}'} in {name}")
-    return f"tokens a prompt: {said[0]}, {said[1]}, so prompts may differ where heads do not"
+    return f"tokens a prompt: {said[0]}, {said[1]}"
 
 
 def _above(finding: Finding, heads: pd.DataFrame, side: str) -> list[str]:
-    """Names, highest first; those of the finding itself where heads are not compared."""
+    """Names, highest first; where heads are compared, of those still above on the shared prompts."""
+    named = [head.name for head in finding.heads] if finding.found else []
     if heads.empty:
-        return [head.name for head in finding.heads] if finding.found else []
+        return named
     rows = heads[
         (heads["prompts"] == finding.prompt_id)
         & (heads["metric"] == finding.metric)
         & (heads["variant"] == "raw")
         & (heads[side] > finding.threshold)
     ].sort_values(side, ascending=False, kind="stable")
-    return [str(HeadId(*pair)) for pair in zip(rows["layer"], rows["head"], strict=True)]
+    above = [str(HeadId(*pair)) for pair in zip(rows["layer"], rows["head"], strict=True)]
+    return [name for name in above if name in named]
 
 
 def _count(heads: Sequence[str]) -> str:

@@ -1,0 +1,101 @@
+"""What a head scores that looks at all keys that it sees alike, in closed form from mask and labels.
+
+Query i sees the keys low_i to high_i (causal, sliding window, or all), s_i of them, and gives each
+1 / s_i: masses on labels are counts of matching keys over s_i. No attention is computed.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+class UniformRows:
+    """The variables of a trace's layer (docs/schema/trace.md) for one head of uniform attention.
+
+    Args:
+        ids: [tokens].
+        causal, window: of the layer, as in a trace; other masks have no closed form.
+        prefix: first keys that `prefix_mass` counts.
+    """
+
+    def __init__(self, ids: np.ndarray, *, causal: bool, window: int | None, prefix: int) -> None:
+        self._ids, self._prefix = ids, prefix
+        self._position = np.arange(len(ids))
+        self._causal = causal
+        reach = len(ids) if window is None else window
+        self._low = np.maximum(self._position - reach + 1, 0)
+        self._high = (
+            self._position if causal else np.minimum(self._position + reach - 1, len(ids) - 1)
+        )
+        self._seen = self._high - self._low + 1
+
+    def variable(self, name: str) -> np.ndarray:
+        """[1, queries] `first_mass`, `rest_mass`, `prefix_mass`, `entropy`, `concentration`, `distance`
+        or a form of them without the first key, [1, keys] `received`, [1, offsets] `diagonal`, or [keys]
+        `visible`.
+
+        Raises:
+            KeyError: another name.
+        """
+        low, high, seen = self._low, self._high, self._seen
+        with np.errstate(divide="ignore", invalid="ignore"):
+            match name:
+                case "first_mass":
+                    found = (low == 0) / seen
+                case "rest_mass":
+                    found = 1 - (low == 0) / seen
+                case "prefix_mass":
+                    found = np.clip(np.minimum(high + 1, self._prefix) - low, 0, None) / seen
+                case "entropy":
+                    found = np.log(seen)
+                case "concentration":
+                    found = 1 / seen
+                case "distance":
+                    found = self._position - (low + high) / 2
+                case "entropy_sink_excluded":
+                    rest = seen - (low == 0)
+                    found = np.where(rest > 0, np.log(rest), np.nan)
+                case "distance_sink_excluded":
+                    first, rest = np.maximum(low, 1), seen - (low == 0)
+                    found = np.where(rest > 0, self._position - (first + high) / 2, np.nan)
+                case "received":
+                    found = self._spread(low, high, 1 / seen, len(seen))
+                case "visible":
+                    return self._spread(low, high, np.ones(len(seen)), len(seen))
+                case "diagonal":
+                    before = 0 if self._causal else len(seen) - 1
+                    nearest = self._position - high + before
+                    farthest = self._position - low + before
+                    found = self._spread(nearest, farthest, 1 / seen, len(seen) + before)
+                case _:
+                    raise KeyError(name)
+        return found[None]
+
+    def match(self, rule: str) -> np.ndarray:
+        """[1, queries] `match_mass` by one of the trace's rules.
+
+        Raises:
+            KeyError: another rule.
+        """
+        before = np.concatenate([[-1], self._ids[:-1]])
+        query, key = {
+            "current_token_position": (self._position, self._position),
+            "previous_token": (self._position - 1, self._position),
+            "same_token": (self._ids, self._ids),
+            "induction": (self._ids, before),
+        }[rule]
+        # keys ordered by (label, position): those of one label within low..high stand together
+        base, width = min(int(query.min()), int(key.min())), len(key)
+        ordered = np.sort((key - base) * width + self._position)
+        at = (query - base) * width
+        count = np.searchsorted(ordered, at + self._high, "right")
+        count = count - np.searchsorted(ordered, at + self._low, "left")
+        return (count / self._seen)[None]
+
+    @staticmethod
+    def _spread(first: np.ndarray, last: np.ndarray, amount: np.ndarray, size: int) -> np.ndarray:
+        """[size]: the sum of the amounts of all ranges first..last that a place is in."""
+        change = np.zeros(size + 1)
+        np.add.at(change, first, amount)
+        np.add.at(change, last + 1, -amount)
+        return change.cumsum()[:-1]
