@@ -6,7 +6,6 @@ that was interrupted ends with the same numbers as one that was not.
 """
 
 import logging
-import shutil
 import signal
 import time
 import traceback
@@ -21,8 +20,10 @@ import pandas as pd
 import lens
 from lens.common.errors import LensError
 from lens.runs import Run, open_run
+from lens.runs.manifest import remove_own
 from lens.runs.writer import RunWriter, find_by_config
 from lens.traces.findings import findings
+from lens.traces.store import remove_trace, trace_files
 from lens_analyses.config import RunConfig
 from lens_analyses.console import Output, log, progress_bar, refused_as_usage
 from lens_analyses.estimate import work
@@ -106,16 +107,14 @@ def execute(config: RunConfig, runs: Path, output: Output, *, again: bool = Fals
     with refused_as_usage():  # what cannot be done is refused now, not after the profile
         planned = plan(model, config, sources)
         analysed(config, model, planned)
-    if again and earlier is not None and not (run and run.status == "started"):
-        shutil.rmtree(earlier)
     fresh_parent = not runs.exists()
-    writer = RunWriter.start(runs, mapping, _meta(config, model, planned))
+    writer = RunWriter.start(runs, mapping, _meta(config, model, planned), again=again)
     try:
         with _log_file(writer.path / "log.txt"), _stoppable():
             return _Execution(config, model, planned, writer, output).run()
     except LensError:
         if not writer.resumed and not writer.meta["prompts"]["done"]:
-            shutil.rmtree(writer.path)
+            remove_own(writer.path, writer.meta["files"])
             if fresh_parent:
                 with suppress(OSError):
                     runs.rmdir()
@@ -211,7 +210,7 @@ class _Execution:
             for count, (index, cost) in enumerate(zip(pending, costs, strict=True), 1):
                 row = self._rows[index]
                 current = self._writer.path / "trace" / row["prompt_id"]
-                shutil.rmtree(current, ignore_errors=True)
+                remove_trace(current)
                 self._capture(row, self._planned[index], current)
                 finished, current = finished + cost, Path()
                 log.log(
@@ -239,7 +238,7 @@ class _Execution:
         )
         row["loss"], row["loss_repeat"] = self._losses(prompt)
         row.update(status="done", seconds=round(time.monotonic() - start, 3))
-        self._writer.record(folder.relative_to(self._writer.path).as_posix())
+        self._writer.record(*(f"trace/{folder.name}/{name}" for name in trace_files(folder)))
         self._save_prompts()
 
     def _losses(self, prompt: PlannedPrompt) -> tuple[float, float]:
@@ -286,11 +285,24 @@ class _Execution:
                 continue
             start = time.monotonic()
             log.info("%s", step.name)
+            before = self._circuits()
             section = step.run(subject)
-            beside = ["circuits"] if (self._writer.path / "circuits").is_dir() else []
-            self._writer.record(*beside, *section.save(self._writer.path))
+            made = [name for name, state in self._circuits().items() if before.get(name) != state]
+            self._writer.record(*made, *section.save(self._writer.path))
             log.debug("%s took %.1f s", step.name, time.monotonic() - start)
-        shutil.rmtree(self._writer.path / "work", ignore_errors=True)
+        work = self._writer.path / "work"
+        for half_done in work.glob("*.npz"):
+            half_done.unlink()
+        with suppress(OSError):  # not there, or it holds what is somebody else's
+            work.rmdir()
+
+    def _circuits(self) -> dict[str, tuple[int, int]]:
+        """Files that steps write beside their sections -> when they changed, and the size."""
+        found = {path: path.stat() for path in (self._writer.path / "circuits").rglob("*.json")}
+        return {
+            path.relative_to(self._writer.path).as_posix(): (state.st_mtime_ns, state.st_size)
+            for path, state in found.items()
+        }
 
 
 def _meta(config: RunConfig, model: "LoadedModel", planned: list[PlannedPrompt]) -> dict[str, Any]:

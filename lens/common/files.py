@@ -1,20 +1,34 @@
-"""Files that appear whole or not at all, and JSON without NaN."""
+"""Files that appear whole or not at all, and files read with care: regular ones of a bounded size, JSON without NaN.
+
+What is read may be damaged, or made by somebody else: a pipe would be waited for without end, a link could
+lead anywhere, a number of brackets or bytes could take all memory. Each is refused in one line.
+"""
 
 import contextlib
 import json
 import os
+import re
+import stat
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NoReturn
 
 from lens.common.errors import LensError
+
+PART = ".lens-part"
+"""End of the name of a file that is not whole yet."""
+MOST_JSON = 32 * 2**20
+_DEEPEST = 64
+_HALF = re.compile("[\ud800-\udfff]")
+_NOT_TEXT = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_PLAIN = {int, float, bool, type(None)}
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Call `write` with a temporary path beside `path`, then rename it; nothing is left on failure."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:200]}.", suffix=PART)
     os.close(handle)
     temporary = Path(name)
     try:
@@ -39,16 +53,90 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
+def open_regular(path: Path, *, most: int, within: Path | None = None) -> BinaryIO:
+    """A regular file of at most `most` bytes, open for reading.
+
+    Args:
+        path: of the file.
+        most: bytes.
+        within: folder that the file must lie in, links followed.
 
     Raises:
-        LensError: it cannot be read or is not an object.
+        LensError: it is not there, a folder, pipe or device, larger, or a link out of `within`.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        real = path.resolve(strict=True)
+        if within is not None and not real.is_relative_to(within.resolve()):
+            raise LensError(f"{path} is a link out of {within}; it is not followed")
+        handle = os.open(real, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+    ) as error:  # ValueError: a NUL; RuntimeError: a circle of links
+        raise LensError(f"{path} cannot be read ({error}); restore it or make it again") from error
+    found = os.fstat(handle)
+    if not stat.S_ISREG(found.st_mode) or found.st_size > most:
+        os.close(handle)
+        if not stat.S_ISREG(found.st_mode):
+            raise LensError(
+                f"{path} is no regular file but a folder, pipe or device; make it again"
+            )
+        raise LensError(
+            f"{path} has {found.st_size:,} bytes, more than the {most:,} that are read; make it again"
+        )
+    return os.fdopen(handle, "rb")
+
+
+def read_text(path: Path, *, most: int = MOST_JSON, within: Path | None = None) -> str:
+    """The text of a UTF-8 file.
+
+    Raises:
+        LensError: as `open_regular`, or it is not UTF-8.
+    """
+    with open_regular(path, most=most, within=within) as file:
+        try:
+            return file.read(most).decode()
+        except (OSError, UnicodeDecodeError) as error:
+            raise LensError(
+                f"{path} cannot be read ({error}); restore it or make it again"
+            ) from error
+
+
+def read_json(path: Path, *, most: int = MOST_JSON, within: Path | None = None) -> dict[str, Any]:
+    """Read a JSON object; halves of characters in its strings, which nothing can write, become U+FFFD.
+
+    Raises:
+        LensError: as `read_text`, or it is no JSON object, has NaN, or nests deeper than 64.
+    """
+    text = read_text(path, most=most, within=within)
+    try:
+        value = _settled(json.loads(text, parse_constant=_no_number))
+    except (ValueError, RecursionError) as error:
         raise LensError(f"{path} cannot be read ({error}); restore it or make it again") from error
     if not isinstance(value, dict):
         raise LensError(f"{path} must hold a JSON object, got {type(value).__name__}")
     return value
+
+
+def shown(text: str) -> str:
+    """A text as it may be shown: control characters and changes of direction become U+FFFD."""
+    return _NOT_TEXT.sub("\ufffd", text)
+
+
+def _settled(value: Any, depth: int = 0) -> Any:
+    if isinstance(value, str):
+        return _HALF.sub("\ufffd", value)
+    if depth > _DEEPEST and isinstance(value, (list, dict)):
+        raise ValueError(f"nested deeper than {_DEEPEST}")
+    if isinstance(value, list):
+        if set(map(type, value)) <= _PLAIN:
+            return value
+        return [_settled(one, depth + 1) for one in value]
+    if isinstance(value, dict):
+        return {_HALF.sub("\ufffd", name): _settled(one, depth + 1) for name, one in value.items()}
+    return value
+
+
+def _no_number(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number in JSON")

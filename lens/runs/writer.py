@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 import tomli_w
 
 from lens.common.errors import LensError
-from lens.common.files import write_atomically, write_json, write_text
+from lens.common.files import PART, read_json, write_atomically, write_json, write_text
 from lens.runs.folders import INDEX, SCHEMA, SCHEMA_VERSION, Run, open_run
+from lens.runs.manifest import MANIFEST, read_manifest, remove_own, write_manifest
 from lens.runs.processes import this_process
 
 if TYPE_CHECKING:
@@ -29,14 +30,37 @@ def config_hash(config: Mapping[str, Any]) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()[:8]
 
 
+_DATED = re.compile(r"\d{4}-\d\d-\d\d-.+-[0-9a-f]{8}")
+
+
 def find_by_config(runs: str | Path, config: Mapping[str, Any]) -> Path | None:
-    """The folder of an earlier run of this configuration, or None."""
+    """The folder of an earlier run of this configuration, or None.
+
+    A copy under another name, or a folder of something else whose name ends alike, is not it.
+    """
     runs = Path(runs)
     if not runs.is_dir():
         return None
     suffix = f"-{config_hash(config)}"
-    found = [entry for entry in runs.iterdir() if entry.name.endswith(suffix) and entry.is_dir()]
+    found = [
+        entry
+        for entry in runs.iterdir()
+        if entry.name.endswith(suffix) and _DATED.fullmatch(entry.name) and _is_its_own(entry)
+    ]
     return max(found, key=lambda entry: entry.name, default=None)
+
+
+def _is_its_own(folder: Path) -> bool:
+    """Whether `run.json` is of a run of this name; a damaged one is, as nothing says otherwise."""
+    return (folder / INDEX).exists() and _identity(folder) in (folder.name, None)
+
+
+def _identity(folder: Path) -> str | None:
+    """The id in `run.json`, of whatever version; None where it cannot be read."""
+    try:
+        return str(read_json(folder / INDEX, within=folder).get("id"))
+    except LensError:
+        return None
 
 
 class RunWriter:
@@ -60,7 +84,12 @@ class RunWriter:
 
     @classmethod
     def start(
-        cls, runs: str | Path, config: Mapping[str, Any], meta: Mapping[str, Any]
+        cls,
+        runs: str | Path,
+        config: Mapping[str, Any],
+        meta: Mapping[str, Any],
+        *,
+        again: bool = False,
     ) -> RunWriter:
         """Begin or resume the run of `config`.
 
@@ -69,6 +98,7 @@ class RunWriter:
             config: plain values, without None (TOML has none).
             meta: entries of `run.json` known from the start: title, what, command, model, device,
                 backend, block_size, seed, bos, prompts, versions.
+            again: begin anew: what the earlier run wrote is removed first, and nothing else.
 
         Raises:
             LensError: another process is writing this run, or it is damaged or of another version.
@@ -76,19 +106,9 @@ class RunWriter:
         runs = Path(runs)
         path = find_by_config(runs, config)
         earlier: dict[str, Any] = {}
-        if path is not None and (path / INDEX).exists():
-            try:
-                run = open_run(path)
-            except LensError as error:
-                raise LensError(f"{error}, or delete {path} to start afresh") from error
-            if run.status == "started" and run.meta.get("pid") != os.getpid():
-                raise LensError(
-                    f"process {run.meta.get('pid')} is writing {path} right now on "
-                    f"{run.meta.get('host')}; wait for it or stop it, or delete the folder if that "
-                    "machine is gone"
-                )
-            earlier = run.meta
-        elif path is None:
+        if path is not None:
+            earlier = _earlier(path, again)
+        else:
             date = datetime.now(UTC).date().isoformat()
             slug = re.sub(r"[^A-Za-z0-9.]+", "-", str(meta["model"]["name"])).strip("-.") or "model"
             path = runs / f"{date}-{slug[:60]}-{meta['what']}-{config_hash(config)}"
@@ -100,18 +120,19 @@ class RunWriter:
             "status": "started",
             "created": earlier.get("created", _now()),
             "seconds": earlier.get("seconds", 0.0),
-            "files": earlier.get("files", {}),
+            "files": _still_whole(path, earlier.get("files", {})),
             "warnings": [],
             "error": None,
+            "manifest": MANIFEST,
             **this_process(),
         }
         path.mkdir(parents=True, exist_ok=True)
-        for leftover in path.rglob(".*"):
-            if leftover.is_file():
-                leftover.unlink()
+        for leftover in (path / MANIFEST, *path.rglob(f".*{PART}")):
+            leftover.unlink(missing_ok=True)
         writer = cls(path, entries, resumed=bool(earlier))
+        writer.update()
         write_text(path / "config.toml", tomli_w.dumps(dict(config)))
-        writer.update(files={**entries["files"], **writer._size("config.toml")})
+        writer.record("config.toml")
         return writer
 
     def update(self, **entries: Any) -> None:
@@ -138,26 +159,55 @@ class RunWriter:
         self.record(name)
 
     def record(self, *names: str) -> None:
-        """Enter finished files (relative paths; folders with all they hold) in `run.json`."""
-        files = dict(self.meta["files"])
-        for name in names:
-            files.update(self._size(name))
-        self.update(files=files)
+        """Enter finished files (relative paths) in `run.json`, and in the manifest of a finished run."""
+        sizes = {name: (self.path / name).stat().st_size for name in names}
+        self.update(files={**self.meta["files"], **sizes})
+        if (self.path / MANIFEST).exists():
+            write_manifest(self.path, [*names, INDEX])
 
     def finish(self, status: str = "success", error: BaseException | None = None) -> Run:
-        """Close the run with its last status."""
+        """Close the run with its last status, and write its manifest."""
         self.update(
             status=status,
             error=None if error is None else {"type": type(error).__name__, "message": str(error)},
         )
+        write_manifest(self.path, [*self.meta["files"], INDEX])
         return open_run(self.path)
 
-    def _size(self, name: str) -> dict[str, int]:
-        path = self.path / name
-        parts = (
-            sorted(part for part in path.rglob("*") if part.is_file()) if path.is_dir() else [path]
+
+def _earlier(folder: Path, again: bool) -> dict[str, Any]:
+    """Entries of the run that is there; none where it is to be made again, and then its files are gone.
+
+    Raises:
+        LensError: another process is writing it, or it is damaged or of another version.
+    """
+    try:
+        run = open_run(folder)
+    except LensError as error:
+        if not again or _identity(folder) is None:
+            raise LensError(f"{error}, or move {folder} away to start afresh") from error
+        remove_own(folder, read_manifest(folder) or ())
+        return {}
+    if run.status == "started" and run.meta.get("pid") != os.getpid():
+        raise LensError(
+            f"process {run.meta.get('pid')} is writing {folder} right now on {run.meta.get('host')}; "
+            "wait for it or stop it, or move the folder away if that machine is gone"
         )
-        return {part.relative_to(self.path).as_posix(): part.stat().st_size for part in parts}
+    if not again:
+        return run.meta
+    remove_own(folder, run.meta["files"])
+    return {}
+
+
+def _still_whole(folder: Path, files: Mapping[str, int]) -> dict[str, int]:
+    """Those of the recorded files that are there in their size."""
+    root = folder.resolve()
+    paths = {name: (folder / name).resolve() for name in files}
+    return {
+        name: files[name]
+        for name, path in paths.items()
+        if path.is_relative_to(root) and path.is_file() and path.stat().st_size == files[name]
+    }
 
 
 def _now() -> str:

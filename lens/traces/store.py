@@ -17,7 +17,7 @@ from xarray.backends import BackendArray
 from xarray.core import indexing
 
 from lens.common.errors import LensError
-from lens.common.files import read_json, write_atomically, write_json
+from lens.common.files import PART, read_json, write_atomically, write_json
 
 SCHEMA_VERSION = 1
 INDEX = "trace.json"
@@ -113,6 +113,17 @@ def write_index(
             "attributes": dict(attributes),
         },
     )
+
+
+def trace_files(folder: Path) -> list[str]:
+    """Names of the files of a finished trace."""
+    return [INDEX, *read_index(folder)["files"]]
+
+
+def remove_trace(folder: Path) -> None:
+    """Remove the files of a trace, finished or not; all else that lies there stays."""
+    for path in [folder / INDEX, *folder.glob("layer-*.safetensors"), *folder.glob(f".*{PART}")]:
+        path.unlink(missing_ok=True)
 
 
 def read_index(folder: Path) -> dict[str, Any]:

@@ -27,7 +27,7 @@ def test_a_run_has_all_its_files(run_folder):
     assert run.traces == ["p000", "p001", "p002", "p003", "p004"]
     assert list(run.prompts["kind"]) == ["text"] * 3 + ["copied"] * 2
     written = {name for name in file_names(run_folder) if (run_folder / name).is_file()}
-    assert written == {*run.meta["files"], "run.json"}
+    assert written == {*run.meta["files"], "run.json", "manifest.json"}
     assert {"config.toml", "report.html", "report.json", "log.txt"} <= written
     assert all(
         (run_folder / name).stat().st_size == size for name, size in run.meta["files"].items()
@@ -231,7 +231,7 @@ def test_an_earlier_run_of_another_version_is_left_alone(lens_command, tmp_path)
     answer = lens_command(*arguments)
     assert answer.code == 1
     assert "version 99" in answer.err
-    assert f"or delete {folder} to start afresh" in answer.err
+    assert f"or move {folder} away to start afresh" in answer.err
     assert (folder / "heads.parquet").exists()
     assert lens_command(*arguments, "--again").code == 0
 

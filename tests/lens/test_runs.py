@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -81,17 +82,58 @@ def test_the_same_configuration_resumes_its_own_folder(tmp_path):
     first.update(pid=None, seconds=5.0)
     stored = json.loads((first.path / "run.json").read_text())
     write_json(first.path / "run.json", {**stored, "seconds": 5.0})
-    (first.path / ".heads.parquet.tmp").write_text("half")
+    (first.path / ".heads.parquet.x1y2z3a4.lens-part").write_text("half")
+    (first.path / ".gitignore").write_text("mine")
     second = RunWriter.start(tmp_path, CONFIG, META)
     assert second.path == first.path
     assert second.resumed
     assert second.meta["created"] == stored["created"]
     assert second.meta["seconds"] >= 5.0
     assert "log.txt" in second.meta["files"]
-    assert not (first.path / ".heads.parquet.tmp").exists()
+    assert not (first.path / ".heads.parquet.x1y2z3a4.lens-part").exists()
+    assert (first.path / ".gitignore").exists()
     other = RunWriter.start(tmp_path, {**CONFIG, "seed": 1}, META)
     assert other.path != first.path
     assert not other.resumed
+
+
+def test_again_removes_what_the_run_wrote_and_nothing_else(tmp_path):
+    run = finished(tmp_path)
+    (run.path / "trace/p000").mkdir(parents=True)
+    for name in ("trace/p000/layer-00.safetensors", "trace/p000/notes.txt", "mine.parquet"):
+        (run.path / name).write_text(name)
+    backup = tmp_path / f"2020-01-01-copy-of-{run.id}"
+    shutil.copytree(run.path, backup)
+    kept = {path: path.read_bytes() for path in backup.rglob("*") if path.is_file()}
+    assert find_by_config(tmp_path, CONFIG) == run.path
+    writer = RunWriter.start(tmp_path, CONFIG, META, again=True)
+    assert (writer.path, writer.resumed) == (run.path, False)
+    left = {path.relative_to(run.path).as_posix() for path in run.path.rglob("*") if path.is_file()}
+    assert left == {"run.json", "config.toml", "trace/p000/notes.txt", "mine.parquet"}
+    assert set(writer.meta["files"]) == {"config.toml"}
+    assert {path: path.read_bytes() for path in backup.rglob("*") if path.is_file()} == kept
+
+
+def test_a_folder_of_notes_with_the_same_ending_is_no_run(tmp_path):
+    notes = tmp_path / f"2026-01-01-notes-{config_hash(CONFIG)}"
+    notes.mkdir()
+    (notes / "config.toml").write_text("mine")
+    assert find_by_config(tmp_path, CONFIG) is None
+    assert RunWriter.start(tmp_path, CONFIG, META).path != notes
+    assert (notes / "config.toml").read_text() == "mine"
+
+
+def test_again_never_follows_a_name_out_of_the_folder(tmp_path):
+    run = finished(tmp_path / "runs")
+    for name in ("outside.txt", "elsewhere/file.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("mine")
+    (run.path / "link").symlink_to(tmp_path / "elsewhere")
+    named = dict.fromkeys(("../../outside.txt", "link/file.txt", str(tmp_path / "outside.txt")), 4)
+    write_json(run.path / "run.json", {**run.meta, "files": {**run.meta["files"], **named}})
+    RunWriter.start(tmp_path / "runs", CONFIG, META, again=True)
+    assert (tmp_path / "outside.txt").exists()
+    assert (tmp_path / "elsewhere/file.txt").exists()
 
 
 def test_a_run_that_is_being_written_is_left_alone(tmp_path):
@@ -157,7 +199,7 @@ def test_what_the_schema_does_not_allow_is_refused_and_listed(tmp_path, change, 
     [listed] = list_runs(tmp_path)
     assert isinstance(listed, BrokenRun)
     assert re.search(message, listed.problem)
-    with pytest.raises(LensError, match=f"{message}.*or delete .* to start afresh"):
+    with pytest.raises(LensError, match=f"{message}.*or move .* away to start afresh"):
         RunWriter.start(tmp_path, CONFIG, META)
     with pytest.raises(LensError, match=message):
         find_run(tmp_path, run.id)

@@ -12,7 +12,7 @@ from lens.runs import open_run
 from lens.runs.validation import validate
 from lens.runs.writer import RunWriter
 from lens.traces.profiles import pooled_table, prompt_table
-from lens.traces.store import DIMENSIONS
+from lens.traces.store import DIMENSIONS, trace_files
 from lens.traces.trace import AttentionTrace, TraceWriter
 from tests.lens.traces import LENGTH, probabilities, token_ids, trace_of
 
@@ -35,7 +35,9 @@ def make_run(runs, scale=1.0, status="success", **attributes):
     tables = [prompt_table(trace, prompt_id) for prompt_id, trace in traces.items()]
     for prompt_id, trace in traces.items():
         trace.save(writer.path / "trace" / prompt_id)
-        writer.record(f"trace/{prompt_id}")
+        writer.record(
+            *(f"trace/{prompt_id}/{n}" for n in trace_files(writer.path / "trace" / prompt_id))
+        )
     writer.table("prompts", prompts())
     writer.table("heads", pd.concat([*tables, pooled_table(tables, "text")], ignore_index=True))
     return writer.finish(status)
