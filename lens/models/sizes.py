@@ -24,13 +24,14 @@ def describe(model: Any, licence: str = "unknown") -> ModelInfo:
             f"cannot read the sizes of {type(model).__name__}: its {type(config).__name__} must have "
             f"the integers {', '.join(_SIZES)}; pass one tower of the model"
         )
+    context = getattr(config, "max_position_embeddings", None)  # -1 in XLNet: any length
     return ModelInfo(
         layers=layers,
         heads=heads,
         kv_heads=getattr(config, "num_key_value_heads", None) or heads,
         head_dim=getattr(config, "head_dim", None) or hidden // heads,
         vocab=getattr(config, "vocab_size", None),
-        context=getattr(config, "max_position_embeddings", None),
+        context=context if isinstance(context, int) and context > 0 else None,
         parameters=_parameters(model),
         licence=licence,
         class_name=type(model).__name__,

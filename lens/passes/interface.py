@@ -99,7 +99,9 @@ def lens_attention(
             )
     if is_causal is None:
         is_causal = bool(getattr(module, "is_causal", True))
-    mask = structure_of(attention_mask, is_causal, sliding_window)
+    mask, added = structure_of(attention_mask, is_causal, sliding_window, query.shape[2])
+    if added is not None:
+        position_bias = added if position_bias is None else position_bias + added
     call = LayerCall(
         query=query,
         key=key,
@@ -112,6 +114,21 @@ def lens_attention(
         tokens=listener.tokens(key.shape[2], mask.window),
     )
     return listener.attend(call), None
+
+
+def own_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """That of a module that asks no registry (`lens.passes.computed`): no mask lets everything through."""
+    return lens_attention(
+        module, query, key, value, mask, scaling=scale, is_causal=False, position_bias=bias
+    )[0]
 
 
 AttentionInterface.register(IMPLEMENTATION, lens_attention)

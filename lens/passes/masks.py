@@ -2,26 +2,32 @@
 
 transformers builds one mask per layer type by composing small functions (causal, window, padding) and
 asks the registered mask function to turn them into a tensor. Ours reads the composition and hands on
-a 2-D padding mask that carries the structure; patterns that it does not know are spelled out as a
-boolean tensor, up to `LARGEST_SPELLED_OUT` entries, never guessed.
+a tensor that has the shape of that mask, takes no memory and carries the structure. A model that
+computes with it gets `eager`'s own mask. That mask, and patterns that are not known here, are spelled
+out, up to `LARGEST_SPELLED_OUT` entries, never guessed.
 """
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from lens_kernels import AttentionMask
+from torch.utils._pytree import tree_map_only
 from transformers.masking_utils import (
     bidirectional_mask_function,
     causal_mask_function,
+    eager_mask,
     sdpa_mask,
 )
 
 from lens.common.errors import LensError
 
 LARGEST_SPELLED_OUT = 8192 * 8192
+HIDDEN = (
+    -9e3
+)  # what is added to a logit to hide its key: -10000 in some models, the least number in most
 
 
 @dataclass(frozen=True)
@@ -81,9 +87,40 @@ class MaskStructure:
 
 
 class StructuredMask(torch.Tensor):
-    """The 2-D padding mask that travels through the model, with its structure."""
+    """Stands for `eager`'s mask, [batch, 1, queries, keys] of 0 and the least number, in no memory."""
 
     structure: MaskStructure
+    spelled_out: Callable[[], torch.Tensor]
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        """Sizes and moves are answered without it; whatever reads its entries gets the mask itself."""
+        kwargs, name = kwargs or {}, getattr(func, "__name__", "")
+        if name in _SIZES or name in _MOVES:
+            with torch._C.DisableTorchFunctionSubclass():
+                found = func(*args, **kwargs)
+            mask = args[0]
+            if not isinstance(found, torch.Tensor):
+                return found
+            if name in _MOVES and (found.shape, found.dtype) == (mask.shape, mask.dtype):
+                return mask
+        args, kwargs = tree_map_only(
+            StructuredMask, lambda mask: mask.spelled_out(), (args, kwargs)
+        )
+        return func(*args, **kwargs)
+
+
+_SIZES = {
+    "__get__",
+    "__len__",
+    "__hash__",
+    "dim",
+    "size",
+    "numel",
+    "is_floating_point",
+    "get_device",
+}
+_MOVES = {"__getitem__", "to", "float", "contiguous", "detach", "type_as", "requires_grad_"}
 
 
 def structured_mask(
@@ -104,56 +141,63 @@ def structured_mask(
     when a mask may be skipped.
 
     Raises:
-        LensError: a static cache, padding inside a prompt, or a large mask of unknown pattern.
+        LensError: a static cache, or a large mask of unknown pattern.
     """
     if int(q_offset) + q_length != int(kv_offset) + kv_length:
         raise LensError(
-            f"the cache holds {kv_length} places for {int(q_offset) + q_length} tokens; capture needs "
-            "a cache that grows: use cache_implementation='dynamic'"
+            f"{int(q_offset) + q_length} tokens attend to {kv_length} places: another sequence, or a cache "
+            "of fixed size; capture needs one sequence and a cache that grows "
+            "(cache_implementation='dynamic')"
         )
     padding = None
     if attention_mask is not None:
         padding = attention_mask[:, kv_offset : kv_offset + kv_length].to(device, torch.bool)
         padding = None if bool(padding.all()) else padding
-        if padding is not None and q_length == kv_length and bool(_has_holes(padding)):
-            raise LensError(
-                "attention_mask hides tokens in the middle of a prompt; pad at its start or end only"
-            )
+    arguments = (
+        *(batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask),
+    )
     parts = _parts(mask_function)
-    if parts is not None:
+    has_holes = padding is not None and q_length == kv_length and bool(_has_holes(padding))
+    if parts is not None and not has_holes:
         structure = MaskStructure(parts.causal, parts.window, padding)
     else:
-        if q_length * kv_length > LARGEST_SPELLED_OUT:
-            raise LensError(
-                f"a mask of {q_length} × {kv_length} with the pattern {_name(mask_function)} has no "
-                f"compact form; capture at most {int(LARGEST_SPELLED_OUT**0.5)} tokens of this model"
-            )
+        what = "holes" if has_holes else f"the pattern {_name(mask_function)}"
+        _refuse_large(q_length, kv_length, what)
         allowed = sdpa_mask(
-            batch_size,
-            q_length,
-            kv_length,
-            q_offset,
-            kv_offset,
-            mask_function,
-            attention_mask,
-            allow_is_causal_skip=False,
-            use_vmap=use_vmap,
-            device=device,
+            *arguments, allow_is_causal_skip=False, use_vmap=use_vmap, device=device
         )
         assert allowed is not None  # only skipped masks are None
-        structure = _spelled_out(allowed)
-    carrier = (
-        padding if padding is not None else torch.ones(batch_size, kv_length, dtype=torch.bool)
-    )
-    mask = carrier.to(device).as_subclass(StructuredMask)
-    mask.structure = structure
+        structure = replace(_spelled_out(allowed), padding=padding)
+    dtype = kwargs.get("dtype", torch.float32)
+    made: list[torch.Tensor] = []
+
+    def spelled_out() -> torch.Tensor:
+        if not made:
+            _refuse_large(q_length, kv_length, "its entries, which the model asks for,")
+            made.append(eager_mask(*arguments, dtype=dtype, use_vmap=use_vmap, device=device))
+        return made[0]
+
+    stub = torch.zeros((), dtype=dtype, device=device).expand(batch_size, 1, q_length, kv_length)
+    mask = stub.as_subclass(StructuredMask)
+    mask.structure, mask.spelled_out = structure, spelled_out
     return mask
 
 
+def _refuse_large(queries: int, keys: int, what: str) -> None:
+    if queries * keys > LARGEST_SPELLED_OUT:
+        raise LensError(
+            f"a mask of {queries} × {keys} with {what} has no compact form; capture at most "
+            f"{int(LARGEST_SPELLED_OUT**0.5)} tokens of this model"
+        )
+
+
 def structure_of(
-    attention_mask: torch.Tensor | None, is_causal: bool, sliding_window: int | None
-) -> MaskStructure:
-    """Structure of the mask that reached a layer.
+    attention_mask: torch.Tensor | None,
+    is_causal: bool,
+    sliding_window: int | None,
+    queries: int,
+) -> tuple[MaskStructure, torch.Tensor | None]:
+    """Structure of the mask that reached a layer, and what it adds to logits besides, if anything.
 
     Without a mask, `is_causal` and `sliding_window` of the layer say it, as for flash attention.
 
@@ -161,21 +205,36 @@ def structure_of(
         LensError: a mask that the model made itself and that is not a boolean or additive 4-D tensor.
     """
     if attention_mask is None:
-        return MaskStructure(is_causal, sliding_window)
+        return MaskStructure(is_causal, sliding_window), None
     structure = getattr(attention_mask, "structure", None)
     if structure is not None:
-        return structure
-    if attention_mask.dim() == 4:
-        if attention_mask.dtype == torch.bool:
-            return _spelled_out(attention_mask)
-        hidden = attention_mask <= torch.finfo(attention_mask.dtype).min / 2
-        if bool((hidden | (attention_mask == 0)).all()):
-            return _spelled_out(~hidden)
-    raise LensError(
-        f"the model made an attention mask of its own, {attention_mask.dtype} of shape "
-        f"{tuple(attention_mask.shape)}, that capture does not understand; it reads masks made by "
-        "transformers.masking_utils, and boolean or 0/-inf masks [batch, 1, queries, keys]"
-    )
+        return structure, None
+    if attention_mask.dim() != 4 or not (
+        attention_mask.dtype == torch.bool or attention_mask.is_floating_point()
+    ):
+        raise LensError(
+            f"the model made an attention mask of its own, {attention_mask.dtype} of shape "
+            f"{tuple(attention_mask.shape)}, that capture does not understand; it reads masks made by "
+            "transformers.masking_utils, and boolean or additive masks [batch, heads, queries, keys]"
+        )
+    allowed, added = split(attention_mask)
+    if allowed is None or bool(allowed.all()):
+        return MaskStructure(causal=False), added
+    allowed = allowed.expand(-1, -1, queries, -1)
+    if bool((allowed != allowed[:, :1]).any()):
+        raise LensError(
+            "the model hides other keys from one head than from another, and a trace has one mask per layer"
+        )
+    return _spelled_out(allowed[:, :1]), added
+
+
+def split(mask: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """A boolean or additive mask as what it lets through and what it adds there; None for nothing."""
+    if mask.dtype == torch.bool:
+        return mask, None
+    hidden = mask <= HIDDEN
+    added = mask.masked_fill(hidden, 0)
+    return (~hidden if bool(hidden.any()) else None), (added if bool(added.any()) else None)
 
 
 def _has_holes(padding: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,14 @@ from lens.common.errors import LensError
 from lens.models.loaded import LoadedModel
 from lens.passes.bridge import replaced_attention
 from lens.passes.calls import LayerCall
-from lens.passes.interface import current_listener, received_by, switched
+from lens.passes.computed import following
+from lens.passes.interface import (
+    current_listener,
+    language_model,
+    own_attention,
+    received_by,
+    switched,
+)
 
 OnLayer: TypeAlias = Callable[[LayerCall], torch.Tensor]
 """A call -> its output [batch, heads, queries, value_dim], of any floating type."""
@@ -95,6 +102,7 @@ def listening(model: LoadedModel, on_layer: OnLayer, *, exclusive: bool = False)
     with ExitStack() as stack:
         stack.enter_context(received_by(session))
         stack.enter_context(switched(root))
+        stack.enter_context(following(language_model(root), own_attention))
         if model.is_bridge:
             stack.enter_context(replaced_attention(model.model))
         for module in {id(module): module for module in (root, base(model))}.values():

@@ -248,7 +248,7 @@ def test_a_single_token_has_no_rest():
 
 
 class _LargestTensor(TorchDispatchMode):
-    """Remembers the largest tensor that any operation made."""
+    """Remembers the largest memory, in numbers, of a tensor that any operation made."""
 
     numel = 0
 
@@ -256,7 +256,8 @@ class _LargestTensor(TorchDispatchMode):
         found = function(*args, **(kwargs or {}))
         for tensor in found if isinstance(found, tuple | list) else [found]:
             if isinstance(tensor, torch.Tensor):
-                self.numel = max(self.numel, tensor.numel())
+                numbers = tensor.untyped_storage().nbytes() // tensor.element_size()
+                self.numel = max(self.numel, numbers)
         return found
 
 
@@ -455,10 +456,14 @@ def test_a_mask_that_the_model_made_itself(monkeypatch):
         assert naive.rms_ratio(found, expected) < 1e-5
         assert recorder.records[0].causal
         assert recorder.records[0].variables["visible"][0].tolist() == allowed.sum(0).tolist()
-    with pytest.raises(
-        LensError, match=r"mask of its own, torch\.float32 of shape \(1, 1, 37, 37\)"
-    ):
-        masks.structure_of(additive[None, None] + 0.5, True, None)
+    structure, added = masks.structure_of(additive[None, None] + 0.5, True, None, 37)
+    assert torch.equal(structure.allowed[0, 0], allowed)
+    assert torch.equal(added[0, 0], 0.5 * allowed)
+    with pytest.raises(LensError, match=r"mask of its own, torch\.float32 of shape \(37, 37\)"):
+        masks.structure_of(additive, True, None, 37)
+    of_heads = torch.stack([allowed, ~allowed])[None]
+    with pytest.raises(LensError, match="hides other keys from one head than from another"):
+        masks.structure_of(of_heads, True, None, 37)
 
 
 def test_a_large_mask_of_unknown_pattern_is_refused(monkeypatch):
@@ -471,15 +476,21 @@ def test_a_large_mask_of_unknown_pattern_is_refused(monkeypatch):
 def test_a_cache_of_fixed_size_is_refused():
     model = lens.load(build("llama"))
     options = {"max_new_tokens": 2, "cache_implementation": "static", "pad_token_id": 0}
-    with lens.traces.capturing(model), pytest.raises(LensError, match="needs a cache that grows"):
+    with lens.traces.capturing(model), pytest.raises(LensError, match="a cache that grows"):
         model.model.generate(torch.arange(3, 12)[None], **options)
 
 
-def test_holes_in_a_prompt_are_refused():
+@torch.no_grad()
+def test_holes_in_a_prompt_are_left_holes():
     model = lens.load(build("llama"))
-    mask = torch.tensor([[1, 1, 0, 1, 1]])
-    with lens.traces.capturing(model), pytest.raises(LensError, match="hides tokens in the middle"):
-        model.model(torch.arange(3, 8)[None], attention_mask=mask)
+    ids, mask = torch.arange(3, 14)[None], torch.ones(1, 11, dtype=torch.long)
+    mask[0, 4:6] = 0
+    with interface.switched(model.model, "eager"):
+        eager = model.model(ids, attention_mask=mask, output_attentions=True).attentions
+    with lens.traces.capturing(model, block_size=1) as recorder:
+        model.model(ids, attention_mask=mask)
+    for record, weights in zip(recorder.records, eager, strict=True):
+        assert (record.variables["block_mass"][0] - weights[0]).abs().max() < 1e-5
 
 
 @pytest.mark.gpu
