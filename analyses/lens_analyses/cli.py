@@ -145,6 +145,10 @@ def view(
     jobs: Annotated[
         bool, typer.Option("--jobs", help="Let the page /jobs start analyses; starts a worker.")
     ] = False,
+    files: Annotated[
+        Path | None,
+        typer.Option(help="With --jobs: a folder that they may read texts and models from."),
+    ] = None,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
@@ -152,7 +156,8 @@ def view(
     with Output(False, quiet, debug).session():
         from lens_analyses.viewing import view_runs
 
-        view_runs(target or runs, port, host=host, token=token, jobs=jobs, quiet=quiet)
+        where = {"host": host, "token": token}
+        view_runs(target or runs, port, **where, jobs=jobs, files=files, quiet=quiet)
 
 
 @app.command()

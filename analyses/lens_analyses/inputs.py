@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from lens.common.errors import LensError
 from lens.models.catalogue import KNOWN
 from lens_analyses.config import RunConfig
+from lens_analyses.config.paths import local
 from lens_analyses.config.settings import Section
 from lens_analyses.console import UsageError
 
@@ -64,7 +65,7 @@ def read_sources(config: RunConfig) -> tuple[RunConfig, list[Source]]:
     name = prompts.text or prompts.batch
     if name is None:
         return config, []
-    path = Path(name).expanduser().resolve()
+    path = local(name)
     content = _read(path)
     sha256 = hashlib.sha256(content.encode()).hexdigest()
     if prompts.sha256 not in (None, sha256):
@@ -122,10 +123,10 @@ def plan(model: "LoadedModel", config: RunConfig, sources: list[Source]) -> list
 
 def _absolute_model(config: RunConfig) -> RunConfig:
     """A model folder by its full path, so that the run can be made again from anywhere."""
-    folder = Path(config.model.name).expanduser()
+    folder = local(config.model.name)
     if config.model.name in KNOWN or not folder.is_dir():
         return config
-    return _with(config, model=_with(config.model, name=str(folder.resolve())))
+    return _with(config, model=_with(config.model, name=str(folder)))
 
 
 def _read(path: Path) -> str:

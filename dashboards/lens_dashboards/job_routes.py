@@ -10,9 +10,12 @@ from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from flask import Blueprint, Response, jsonify, request
+from werkzeug.exceptions import BadRequest
 
 from lens.common.errors import LensError
 
+LARGEST_BODY = 64 << 10
+"""Bytes of a job: a form of settings is a few hundred."""
 READ_ONLY = (
     "This dashboard only shows runs. Start it with `lens view --jobs` to start analyses here."
 )
@@ -55,6 +58,7 @@ def make_job_routes(desk: Desk | None) -> Blueprint:
         if desk is None:
             return _refusal(READ_ONLY, 403)
         if request.method == "POST":
+            request.max_content_length = LARGEST_BODY
             if not request.is_json:
                 return _refusal("send JSON (Content-Type: application/json)", 415)
             origin = request.headers.get("Origin")
@@ -94,7 +98,7 @@ def make_job_routes(desk: Desk | None) -> Blueprint:
     @api.post("")
     @answer
     def post_job() -> dict[str, int]:
-        given = request.get_json()
+        given = _sent()
         if not isinstance(given, dict) or not isinstance(given.get("settings"), dict):
             raise LensError('a job is {"kind": "run", "settings": {"model.name": ...}}')
         return {"id": the_desk().submit(str(given.get("kind", "run")), given["settings"])}
@@ -106,6 +110,18 @@ def make_job_routes(desk: Desk | None) -> Blueprint:
         return {"id": number}
 
     return api
+
+
+def _sent() -> Any:
+    """The JSON of this request.
+
+    Raises:
+        LensError: it is none, or it is nested too deeply.
+    """
+    try:
+        return request.get_json()
+    except (BadRequest, RecursionError):
+        raise LensError('this is no JSON; a job is {"settings": {"model.name": ...}}') from None
 
 
 def _refusal(reason: str, status: int) -> Response:

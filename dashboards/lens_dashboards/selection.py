@@ -1,6 +1,6 @@
 """What the user is looking at, as one value that is a link: a URL restores the view.
 
-/                                     the runs
+/                                     the runs, newest first  ?part=
 /jobs                                 analyses to come
 /run/<id>                             overview
 /run/<id>/head/<layer>/<head>         one head        ?prompt=&q0=&q1=&k0=&k1=&query=
@@ -25,6 +25,7 @@ from lens.traces.metrics import METRICS, VARIANTS
 
 DEFAULT_METRIC = "induction"
 OPTIONS: dict[str, dict[str, str]] = {
+    "runs": {"part": "1"},
     "overview": {"group": "", "metric": DEFAULT_METRIC},
     "head": {"pin": ""},
     "heads": {
@@ -101,9 +102,11 @@ class Selection:
 
     def url(self) -> str:
         """The link that restores the view."""
-        if self.page in ("runs", "jobs"):
-            return {"runs": "/", "jobs": "/jobs"}[self.page]
+        if self.page == "jobs":
+            return "/jobs"
         query: dict[str, object] = dict(self.options)
+        if self.page == "runs":
+            return f"/?{urlencode(query)}" if query else "/"
         if self.variant != "raw":
             query["variant"] = self.variant
         if self.page in _WITH_PROMPT and self.prompt:
@@ -133,7 +136,10 @@ def read_url(path: str, search: str = "") -> tuple[Selection | None, list[str]]:
     notes: list[str] = []
     match parts:
         case []:
-            return Selection(), notes
+            if not _whole(given.get("part", "1")):
+                notes.append("There is no such part of the list; the newest runs are shown.")
+                given.pop("part")
+            return Selection(options=_options("runs", given)), notes
         case ["jobs"]:
             return Selection(page="jobs"), notes
         case ["run", run]:

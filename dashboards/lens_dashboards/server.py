@@ -1,22 +1,25 @@
 """The dashboard's server: Dash over Flask, on this machine only unless a token says otherwise."""
 
-import hmac
-import logging
 import secrets
-import socket
 from pathlib import Path
 
 from dash import Dash
-from flask import Flask, Response, abort, redirect, request
+from flask import Flask, Response
 
 from lens.common.errors import LensError
 from lens_dashboards.api import make_api
+from lens_dashboards.guard import (
+    LOOPBACK,
+    answer_only,
+    ask_for_token,
+    is_loopback,
+    names_of,
+    refuse_nonsense,
+)
 from lens_dashboards.job_routes import Desk, make_job_routes
 from lens_dashboards.library import Library
 from lens_dashboards.views import register
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
-_COOKIE = "lens_token"
 _PAGE = """<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -49,7 +52,6 @@ def create_app(
         jobs: starts analyses for the page /jobs; None: the dashboard only shows runs.
     """
     flask = Flask("lens_dashboards")
-    flask.config["TRUSTED_HOSTS"] = list(hosts)
     flask.debug = False  # whatever FLASK_DEBUG says
     app = Dash(
         "lens_dashboards",
@@ -64,11 +66,13 @@ def create_app(
         enable_mcp=False,
     )
     library = Library(runs)
+    answer_only(flask, hosts)
     if token is not None:
-        _ask_for_token(flask, token)
+        ask_for_token(flask, token)
     flask.register_blueprint(make_api(library))
     flask.register_blueprint(make_job_routes(jobs))
     register(app, library)
+    refuse_nonsense(flask)
     _harden(app, flask)
     return app
 
@@ -93,50 +97,19 @@ def serve(
     Raises:
         LensError: the port is busy, or a foreign address without a token.
     """
-    from waitress.server import create_server
+    from lens_dashboards.listening import listen, make_server
 
-    if host not in LOOPBACK and not token:
+    if not is_loopback(host) and not token:
         raise LensError(
             f"{host} can be reached by others: give a token, e.g. token={secrets.token_urlsafe(16)!r},"
             " and open the page with ?token=..."
         )
-    hosts = LOOPBACK if host in LOOPBACK else (*LOOPBACK, host, socket.gethostname())
-    app = create_app(runs, hosts=hosts, token=token, jobs=jobs)
-    listener = _listen(host, port)
-    # A page asks for many files at once, which waitress warns of.
-    logging.getLogger("waitress.queue").setLevel(logging.ERROR)
-    server = create_server(app.server, sockets=[listener], threads=threads, ident="")
+    app = create_app(runs, hosts=names_of(host), token=token, jobs=jobs)
+    server = make_server(app.server, listen(host, port), threads)
     try:
         server.run()
     finally:
         server.close()
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-    except OSError as error:
-        listener.close()
-        raise LensError(
-            f"port {port} on {host} cannot be used ({error.strerror}); choose another with --port"
-        ) from error
-    return listener
-
-
-def _ask_for_token(flask: Flask, token: str) -> None:
-    @flask.before_request
-    def check() -> Response | None:
-        given = request.args.get("token") or request.cookies.get(_COOKIE, "")
-        if not hmac.compare_digest(given.encode(), token.encode()):
-            abort(403, "this dashboard needs its token: open it with ?token=...")
-        if "token" in request.args:
-            answer = redirect(request.path)
-            answer.set_cookie(_COOKIE, token, httponly=True, samesite="Strict")
-            return answer  # pyright: ignore[reportReturnType]
-        return None
 
 
 def _harden(app: Dash, flask: Flask) -> None:

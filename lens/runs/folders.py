@@ -256,11 +256,10 @@ def find_run(folder: str | Path, run_id: str) -> Run:
     Raises:
         LensError: there is none, or it cannot be read.
     """
-    for run in list_runs(folder):
-        if run.id == run_id:
-            if isinstance(run, BrokenRun):
-                raise LensError(run.problem)
-            return run
+    folder = Path(folder)
+    for entry in folder.iterdir() if folder.is_dir() else ():
+        if entry.name == run_id and (entry / INDEX).exists():
+            return open_run(entry)
     raise LensError(f"there is no run {run_id!r} in {folder}; `lens list` shows the runs")
 
 

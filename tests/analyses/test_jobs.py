@@ -14,7 +14,7 @@ from lens_analyses.config import WHATS, RunConfig, load_config, make_config
 from lens_analyses.jobs import worker as worker_module
 from lens_analyses.jobs.desk import JobDesk
 from lens_analyses.jobs.form import form
-from lens_analyses.jobs.store import LOG_LINES, JobStore
+from lens_analyses.jobs.store import LOG_LINES, MOST_WAITING, JobStore
 from lens_analyses.jobs.worker import share, work
 from lens_analyses.steps import STEPS
 
@@ -128,10 +128,16 @@ def test_the_log_is_bounded(store):
         ({"prompts.text": "/etc/passwd"}, "prompts.text names a file of this machine"),
         ({"prompts.batch": "x"}, "prompts.batch names a file"),
         ({"prompts": {"text": "/etc/passwd"}}, "prompts.text names a file of this machine"),
-        ({"what": "heads", "analysis": {"task": "x.jsonl"}}, "a task from a file is started"),
+        ({"what": "heads", "analysis": {"task": "x.jsonl"}}, "analysis.task names a file of this"),
+        ({"model": {"name": "/etc"}}, "model.name names a file of this machine"),
+        ({"model.name": "~"}, "model.name names a file of this machine"),
+        ({"model.name": "a" * 5000}, "unknown model 'aaa"),
+        ({"model.revision": "a" * 5000}, "model.revision must be text of at most 4,096 characters"),
+        ({"model.revision": "a\0b"}, "model.revision must be text without control characters"),
+        ({"prompts.copied": 10**30}, "prompts.copied must be at most 9,007,199,254,740,992"),
         ({"model.name": "no-such-model"}, "unknown model 'no-such-model'"),
         ({"what": "heads", "analysis.task": "iot"}, "unknown task 'iot'"),
-        ({"what": "heads", "analysis.task": "x.jsonl"}, "a task from a file is started on the command line"),
+        ({"what": "heads", "analysis.task": "x.jsonl"}, "start that run on the command line"),
         ({"model.nam": "x"}, "unknown setting model.nam; did you mean model.name?"),
         ({"prompts.tokens": "3"}, "prompts.tokens must be an integer of at least 1, got '3'"),
         ({"what": "rm -rf"}, "what must be one of"),
@@ -358,3 +364,57 @@ def test_the_process_of_a_job_is_the_command_and_ends_without_its_worker():
     mine, orphan = child(os.getpid()), child(os.getppid())
     assert (mine.returncode, mine.stdout) == (0, f"attention-lens {lens.__version__}\n"), mine
     assert (orphan.returncode, orphan.stdout) == (1, "")
+
+
+@pytest.fixture
+def files(tmp_path):
+    """A folder that jobs may read, with a text and a link out of it, and what is outside."""
+    folder, secret = tmp_path / "files", tmp_path / "secret.txt"
+    folder.mkdir()
+    secret.write_text("not for a job")
+    (folder / "text.txt").write_text("It was the best of times.")
+    (folder / "link.txt").symlink_to(secret)
+    return folder
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_jobs_read_from_one_folder_and_nothing_that_leads_out_of_it(tmp_path, files, nested):
+    desk, store = JobDesk(tmp_path / "runs", files), JobStore(tmp_path / "runs")
+
+    def asked(section, name, value):
+        return desk.submit(
+            "run", {section: {name: str(value)}} if nested else {f"{section}.{name}": str(value)}
+        )
+
+    assert store.job(asked("prompts", "text", files / "text.txt")).config["prompts"]["text"] == str(
+        files / "text.txt"
+    )
+    outside = [
+        ("prompts", "text", files / "link.txt"),
+        ("prompts", "text", files / ".." / "secret.txt"),
+        ("prompts", "batch", tmp_path / "secret.txt"),
+        ("model", "name", tmp_path),
+        ("model", "name", files / ".."),
+    ]
+    for section, name, value in outside:
+        with pytest.raises(LensError, match=rf"{section}\.{name} must be in "):
+            asked(section, name, value)
+    assert len(store.jobs()) == 1
+
+
+def test_the_form_offers_files_only_where_jobs_may_read_them(tmp_path, files):
+    assert "prompts.text" not in {entry["name"] for entry in JobDesk(tmp_path).form()}
+    assert "prompts.text" in {entry["name"] for entry in JobDesk(tmp_path, files).form()}
+
+
+def test_the_queue_is_bounded(store):
+    for number in range(MOST_WAITING):
+        store.submit("run", {}, f"c{number}")
+    store.cancel(1)
+    store.retry(1)
+    store.cancel(2)
+    store.submit("run", {}, "the last")
+    with pytest.raises(LensError, match="100 jobs wait already"):
+        store.submit("run", {}, "too many")
+    with pytest.raises(LensError, match="100 jobs wait already"):
+        store.retry(2)

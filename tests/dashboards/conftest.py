@@ -40,10 +40,12 @@ def heads_run(tmp_path_factory):
 @contextmanager
 def served(app) -> Iterator[str]:
     """The address of a Dash app on a free port, as long as the block lasts."""
+    from lens_dashboards.listening import listen, make_server
     from waitress import wasyncore
-    from waitress.server import create_server
 
-    server = create_server(app.server, host="127.0.0.1", port=0, threads=8)
+    # boards.listening import listen, make_server
+
+    server = make_server(app.server, listen("127.0.0.1", 0), threads=8)
     thread = threading.Thread(target=server.run)
     thread.start()
 

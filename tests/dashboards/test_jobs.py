@@ -6,6 +6,7 @@ import threading
 import pytest
 from lens_analyses.jobs.desk import JobDesk
 from lens_analyses.jobs.worker import work
+from lens_dashboards.job_routes import LARGEST_BODY
 from lens_dashboards.server import create_app
 
 from .conftest import served
@@ -51,6 +52,9 @@ def test_a_job_is_queued_listed_and_cancelled(client):
         ("/api/jobs", {"json": {"settings": {"prompts.text": "/etc/passwd"}}}, 400, "names a file"),
         ("/api/jobs", {"json": {"kind": "sh", "settings": {}}}, 400, "a job is one of run, estimate"),
         ("/api/jobs/4/cancel", {"json": {}}, 400, "there is no job 4"),
+        (f"/api/jobs/{10**20}/retry", {"json": {}}, 400, f"there is no job {10**20}"),
+        ("/api/jobs", {"data": "{", "content_type": "application/json"}, 400, "this is no JSON"),
+        ("/api/jobs", {"data": "[" * 60000, "content_type": "application/json"}, 400, "this is no JSON"),
     ],
 )  # fmt: skip
 def test_what_makes_no_sense_or_comes_from_elsewhere_is_refused(client, path, sent, status, reason):
@@ -58,6 +62,11 @@ def test_what_makes_no_sense_or_comes_from_elsewhere_is_refused(client, path, se
     assert answer.status_code == status
     assert reason in answer.json["error"]
     assert client.get("/api/jobs").json["jobs"] == []
+
+
+def test_a_body_that_is_too_large_is_refused(client):
+    sent = {"settings": {"model.name": "a" * LARGEST_BODY}}
+    assert client.post("/api/jobs", json=sent).status_code == 413
 
 
 def test_a_foreign_host_is_refused(client):

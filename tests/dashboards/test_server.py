@@ -4,13 +4,21 @@ import json
 import socket
 import subprocess
 import sys
+import threading
+import time
+import urllib.request
+from contextlib import ExitStack, suppress
 
 import numpy as np
 import pytest
 from dash import Dash, html
+from lens_dashboards import listening
+from lens_dashboards.guard import LARGEST_BODY, names_of
 from lens_dashboards.library import Library
+from lens_dashboards.pages.runs import PART
 from lens_dashboards.server import create_app, serve
 from lens_dashboards.views import render
+from waitress import wasyncore
 
 from lens.common.errors import LensError
 from lens.common.files import write_json
@@ -99,6 +107,91 @@ def test_only_this_machine_is_answered(client):
     assert client.get("/", headers={"Host": "127.0.0.1:8765"}).status_code == 200
 
 
+@pytest.mark.parametrize(
+    ("host", "asked", "foreign"),
+    [
+        ("127.0.0.1", ["127.0.0.1", "localhost", "[::1]", "LOCALHOST."], ["10.1.2.3", "[::2]", "", "a:b:c"]),
+        ("::1", ["[::1]", "[0:0:0:0:0:0:0:1]", "localhost"], ["[::2]", "::1"]),
+        ("10.1.2.3", ["10.1.2.3", "[::1]"], ["10.1.2.4"]),
+        ("0.0.0.0", ["127.0.0.1", socket.gethostname(), "[::1]"], ["example.org", "10.1.2.3.example.org"]),
+    ],
+)  # fmt: skip
+def test_it_is_asked_for_by_the_address_that_it_listens_on(runs, host, asked, foreign):
+    client = create_app(runs, hosts=names_of(host)).server.test_client()
+    for port in ("", ":8765"):
+        assert {client.get("/", headers={"Host": name + port}).status_code for name in asked} == {
+            200
+        }
+        assert {client.get("/", headers={"Host": name + port}).status_code for name in foreign} == {
+            400
+        }
+
+
+CALLBACK = "/_dash-update-component"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "{}",
+        "[]",
+        "5",
+        "null",
+        "{",
+        "[" * 100_000,
+        '{"output": "x"}',
+        '{"output": []}',
+        '{"output": "page.children", "inputs": 3}',
+        '{"output": "page.children", "inputs": [{"id": "url", "property": "pathname", "value": 5}]}',
+        '{"output": "page.children", "inputs": [{"value": "/"}, {"value": []}], "changedPropIds": 7}',
+        '{"output": "loaded-circuit.children", "inputs": [{"id": "circuit-file", "property": "contents",'
+        ' "value": "x"}], "state": [{"id": "a", "property": "b", "value": {}}]}',
+    ],
+)
+def test_a_callback_that_makes_no_sense_is_refused(client, body):
+    answer = client.post(CALLBACK, data=body, content_type="application/json")
+    assert (answer.status_code, b"Traceback" in answer.data) == (400, False)
+
+
+def test_a_callback_of_the_page_is_answered(client):
+    ids = {"pathname": "/", "search": ""}
+    inputs = [{"id": "url", "property": name, "value": value} for name, value in ids.items()]
+    outputs = {"id": "page", "property": "children"}
+    sent = {"output": "page.children", "outputs": outputs, "inputs": inputs, "changedPropIds": []}
+    answer = client.post(CALLBACK, json=sent)
+    assert (answer.status_code, b"text-lm-3l" in answer.data) == (200, True)
+
+
+def test_a_body_that_is_too_large_is_refused(client):
+    sent = b"x" * (LARGEST_BODY + 1)
+    assert client.post(CALLBACK, data=sent, content_type="application/json").status_code == 413
+
+
+def test_connections_without_a_request_do_not_block_others(runs, monkeypatch):
+    monkeypatch.setattr(listening, "PATIENCE", 1)
+    server = listening.make_server(create_app(runs).server, listening.listen("127.0.0.1", 0), 2)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    address = ("127.0.0.1", server.effective_port)
+    with ExitStack() as silent:
+        for _ in range(120):
+            connection = silent.enter_context(socket.create_connection(address))
+            connection.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n")
+        with urllib.request.urlopen(f"http://127.0.0.1:{address[1]}/", timeout=20) as answer:
+            assert answer.status == 200
+        connection.settimeout(20)
+        slow = silent.enter_context(socket.create_connection(address))
+        with suppress(OSError):  # closed, although it never rests
+            for sent in range(200):  # noqa: B007
+                slow.sendall(b"G")
+                time.sleep(0.1)
+        assert sent < 199
+        assert connection.recv(1) == b""
+    server.task_dispatcher.shutdown()
+    server.trigger.pull_trigger(lambda: wasyncore.close_all(server._map, ignore_all=True))
+    thread.join()
+
+
 def test_every_answer_is_locked_down(client, run):
     for path in ("/", f"/api/run/{run.id}/tokens/p000", "/_dash-layout"):
         headers = client.get(path).headers
@@ -136,8 +229,12 @@ def test_a_token_is_asked_for_once(runs):
     client = create_app(runs, token="secret").server.test_client()
     assert client.get("/").status_code == 403
     assert client.get("/?token=wrong").status_code == 403
-    assert client.get("/?token=secret").status_code == 302
+    answer = client.get("/compare?a=1&token=secret&b=%2F")
+    assert (answer.status_code, answer.headers["Location"]) == (302, "/compare?a=1&b=%2F")
     assert client.get("/").status_code == 200
+    elsewhere = {"PATH_INFO": "//example.org/\\"}
+    answer = client.get("/?token=secret", environ_overrides=elsewhere)
+    assert answer.headers["Location"] == "/example.org/%5C"
 
 
 def test_a_foreign_address_needs_a_token(runs):
@@ -192,3 +289,17 @@ def test_a_run_that_changes_is_read_again(run, tmp_path):
     for title in ("one", "another title"):
         write_json(copy / "run.json", {**run.meta, "title": title})
         assert library.run(run.id).title == title
+
+
+def test_many_runs_are_shown_in_parts(run, tmp_path):
+    for number in range(PART + 2):
+        copy = tmp_path / f"2026-01-01-{number:04d}"
+        copy.mkdir()
+        write_json(copy / "run.json", {**run.meta, "id": copy.name, "title": f"run {number}"})
+    library = Library(tmp_path)
+    first, second = (text_of(render(library, "/", search)) for search in ("", "?part=2"))
+    assert (first.count("/run/2026"), second.count("/run/2026")) == (PART, 2)
+    assert "part 1 of 2" in first
+    assert '"href": "/?part=2"' in first
+    assert text_of(render(library, "/", "?part=99")) == second
+    assert "no such part" in text_of(render(library, "/", "?part=x"))

@@ -2,12 +2,12 @@
 
 import math
 import shlex
-from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, field_validator, model_validator
 
 from lens.models.catalogue import DEFAULT_MODEL, KNOWN, is_hub_id, unknown_model
+from lens_analyses.config.paths import is_folder, is_task_file, shorten
 from lens_analyses.config.settings import Section, Setting, Shown, setting, settings_of
 
 Backend = Literal["auto", "triton", "cpu", "torch", "reference"]
@@ -49,20 +49,20 @@ def _texts() -> tuple[str, ...]:
 
 def _known_text(name: str) -> str:
     if name not in _texts():
-        raise ValueError(f"unknown text {name!r}; known: {', '.join(_texts())}")
+        raise ValueError(f"unknown text {shorten(name)!r}; known: {', '.join(_texts())}")
     return name
 
 
 def _known_model(name: str) -> str:
-    if name not in KNOWN and not is_hub_id(name) and not Path(name).expanduser().is_dir():
-        raise ValueError(unknown_model(name))
+    if name not in KNOWN and not is_hub_id(name) and not is_folder(name):
+        raise ValueError(unknown_model(shorten(name)))
     return name
 
 
 def _known_task(name: str) -> str:
     if name not in (*TASKS, "text") and not is_task_file(name):
         known = ", ".join((*TASKS, "text"))
-        raise ValueError(f"unknown task {name!r}; known: {known}, or a .jsonl file")
+        raise ValueError(f"unknown task {shorten(name)!r}; known: {known}, or a .jsonl file")
     return name
 
 
@@ -98,11 +98,6 @@ def _amounts(words: str) -> str:
 
 def _listed(words: str) -> list[str]:
     return [word.strip() for word in words.split(",")]
-
-
-def is_task_file(name: str) -> bool:
-    """Whether a task is a file of prompts rather than one that `lens.tasks` makes."""
-    return Path(name).suffix in (".jsonl", ".ndjson")
 
 
 class ModelConfig(Section):

@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from lens_analyses.config.models import CONFIGS, SOURCES, RunConfig
+from lens_analyses.config.paths import shorten
 from lens_analyses.config.settings import settings_of
 from lens_analyses.console import UsageError
 
@@ -139,14 +140,14 @@ def _explain(model: type[RunConfig], problem: Any) -> str:
     if kind == "extra_forbidden":
         return _unknown(dotted, settings)
     if dotted not in settings:
-        return f"{dotted} is a section, got the value {value!r}"
+        return f"{dotted} is a section, got the value {shorten(repr(value))}"
     one = settings[dotted]
     if kind == "string_too_short":
         return f"{dotted} must not be empty"
     expected = one.expected
     if kind in ("greater_than_equal", "less_than_equal"):
         expected = one.bounds.removeprefix("of ")
-    return f"{dotted} must be {expected}, got {value!r}"
+    return f"{dotted} must be {expected}, got {shorten(repr(value))}"
 
 
 def _unknown(dotted: str, settings: Iterable[str]) -> str:
@@ -156,7 +157,7 @@ def _unknown(dotted: str, settings: Iterable[str]) -> str:
     known = list(dict.fromkeys(one.partition(".")[0] for one in inside))
     close = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {prefix}{close[0]}?" if close else f"known: {', '.join(known)}"
-    return f"unknown setting {dotted}; {hint}"
+    return f"unknown setting {shorten(dotted)}; {hint}"
 
 
 def _renamed(message: str, flags: Mapping[str, str]) -> str:

@@ -2,14 +2,19 @@
 
 import types
 import typing
+import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Le
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from pydantic.fields import FieldInfo
 
+from lens_analyses.config.paths import shorten
+
+_LONGEST = 4096  # characters of a text: the longest path
+_LARGEST = 2**53  # that every reader of JSON keeps
 Kind = Literal["text", "integer", "boolean", "choice"]
 _KINDS: dict[Any, Kind] = {str: "text", int: "integer", bool: "boolean"}
 _EXPECTED = {
@@ -93,9 +98,27 @@ class Setting:
 
 
 class Section(BaseModel):
-    """A frozen group of settings; unknown names and values of another type are refused."""
+    """A frozen group of settings; unknown names and values of another type are refused.
+
+    So are text that no file can hold, and numbers that no other program reads.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _can_be_written(cls, value: Any) -> Any:
+        if isinstance(value, str) and len(value) > _LONGEST:
+            raise ValueError(f"must be text of at most {_LONGEST:,} characters, got {len(value):,}")
+        if isinstance(value, str) and not _is_written_as_it_is(value):
+            raise ValueError(f"must be text without control characters, got {value!r}")
+        if isinstance(value, int) and abs(value) > _LARGEST:
+            raise ValueError(f"must be at most {_LARGEST:,}, got {shorten(f'{value}')}")
+        return value
+
+
+def _is_written_as_it_is(text: str) -> bool:
+    return not any(unicodedata.category(character) in ("Cc", "Cs") for character in text)
 
 
 def setting(default: Any, text: str, *, shown: Shown | None = None, **bounds: Any) -> Any:

@@ -1,27 +1,34 @@
 """What the dashboard may ask of the queue: `lens_dashboards` gets this object and imports nothing of us."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from lens.common.errors import LensError
-from lens_analyses.config import CircuitSettings, RunConfig, load_config
-from lens_analyses.config.models import is_task_file
+from lens.models.catalogue import KNOWN
+from lens_analyses.config import CircuitSettings, RunConfig, load_config, make_config
+from lens_analyses.config.paths import is_task_file, local
 from lens_analyses.jobs.form import form
 from lens_analyses.jobs.store import JobStore
 
 
 class JobDesk:
-    """Submit, list, cancel and retry; every configuration is checked before it is queued."""
+    """Submit, list, cancel and retry; every configuration is checked before it is queued.
 
-    def __init__(self, runs: Path) -> None:
+    Args:
+        runs: folder of runs, with the queue.
+        files: the one folder from which a job may read texts, prompts, tasks and models; None: no folder.
+    """
+
+    def __init__(self, runs: Path, files: Path | None = None) -> None:
         self._store = JobStore(runs)
         self._runs = runs
+        self._files = None if files is None else files.resolve()
 
     def form(self) -> list[dict[str, Any]]:
         """Settings of a new analysis; see `lens_analyses.jobs.form`."""
-        return form()
+        return form(files=self._files is not None)
 
     def state(self) -> dict[str, Any]:
         """Jobs, newest first, and how many workers are there."""
@@ -43,37 +50,50 @@ class JobDesk:
         """Check dotted settings and queue a run, or an estimate of one.
 
         Raises:
-            LensError: as `load_config`, an unknown kind, or a setting that names a file.
+            LensError: as `load_config`, an unknown kind, a full queue, or a setting that names a file or
+                folder outside of what jobs may read.
         """
         config = load_config(None, {k: v for k, v in settings.items() if v is not None})
-        config = self._without_files(config)
+        values = config.as_mapping()
+        for name, path in self._paths(config):
+            section, _, field = name.partition(".")
+            values[section][field] = str(path)
+        config = make_config(values)
         return self._store.submit(kind, config.as_mapping(), config.command())
 
-    def _without_files(self, config: RunConfig) -> RunConfig:
-        """The same; looks at what the settings came to, however they were written.
+    def _paths(self, config: RunConfig) -> Iterator[tuple[str, Path]]:
+        """Settings that name a path, and which: looks at what the settings came to, however they were written.
 
         Raises:
-            LensError: a file of this machine, or a run to compare with that is not in the folder of runs.
+            LensError: one of them is outside of what jobs may read, links followed.
         """
         for name, one in config.settings().items():
-            if one.shown.file and config.value(name) is not None:
+            if one.shown.file and not one.shown.internal and config.value(name) is not None:
+                yield name, self._inside(name, config.value(name))
+        task = getattr(config.analysis, "task", "")
+        if is_task_file(task):
+            yield "analysis.task", self._inside("analysis.task", task)
+        if config.model.name not in KNOWN and local(config.model.name).exists():
+            yield "model.name", self._inside("model.name", config.model.name)
+        if isinstance(config.analysis, CircuitSettings) and config.analysis.compare is not None:
+            other = local(self._runs / config.analysis.compare)
+            if other.parent != self._runs.resolve():
                 raise LensError(
-                    f"{name} names a file of this machine: start that run on the command line"
+                    f"analysis.compare must be the id of a run in {self._runs}, got "
+                    f"{config.analysis.compare!r}"
                 )
-        if is_task_file(getattr(config.analysis, "task", "")):
+            yield "analysis.compare", other
+
+    def _inside(self, name: str, value: str) -> Path:
+        if self._files is None:
             raise LensError(
-                "a task from a file is started on the command line: lens heads --task FILE"
+                f"{name} names a file of this machine: start that run on the command line, or let jobs read "
+                "one folder with `lens view --jobs --files FOLDER`"
             )
-        if not isinstance(config.analysis, CircuitSettings) or config.analysis.compare is None:
-            return config
-        other = (self._runs / config.analysis.compare).resolve()
-        if other.parent != self._runs.resolve():
-            raise LensError(
-                f"analysis.compare must be the id of a run in {self._runs}, got "
-                f"{config.analysis.compare!r}"
-            )
-        analysis = config.analysis.model_copy(update={"compare": str(other)})
-        return config.model_copy(update={"analysis": analysis})
+        path = local(value)
+        if not path.is_relative_to(self._files):
+            raise LensError(f"{name} must be in {self._files}, got {value!r}")
+        return path
 
     def cancel(self, number: int) -> None:
         """Ask a job to stop.

@@ -14,8 +14,8 @@ _FIRST = (
 )
 
 
-def form() -> list[dict[str, Any]]:
-    """One entry a setting, the most used first; none that names a file of this machine.
+def form(files: bool = False) -> list[dict[str, Any]]:
+    """One entry a setting, the most used first; `files`: those too that name a file of this machine.
 
     `name` (dotted), `kind` (`text`, `integer`, `boolean`, `choice`), `default` (None: not set), `help`,
     `choices` (for `choice`; suggestions for `text`), `least` and `most` (of an integer), `whats` (analyses
@@ -25,7 +25,7 @@ def form() -> list[dict[str, Any]]:
     whats: dict[str, list[str]] = {}
     for what, config in CONFIGS.items():
         for one in settings_of(config):
-            if not one.shown.file:
+            if not one.shown.internal and (files or not one.shown.file):
                 settings.setdefault(one.name, one)
                 whats.setdefault(one.name, []).append(what)
     ordered = dict.fromkeys((*_FIRST, *settings))

@@ -19,6 +19,9 @@ LOG_LINES = 500
 _LOG_BYTES = 256 << 10
 _WAIT = 10.0  # seconds for another process to finish its write
 _MOST = 200
+MOST_WAITING = 100
+"""Jobs in the queue."""
+_LARGEST = 2**63 - 1  # of a number in SQLite
 _SCHEMA = """
 create table if not exists jobs (
     id integer primary key, kind text not null, config text not null, command text not null,
@@ -86,11 +89,12 @@ class JobStore:
         """Add a job at the end of the queue and return its number.
 
         Raises:
-            LensError: an unknown kind.
+            LensError: an unknown kind, or too many wait already.
         """
         if kind not in KINDS:
             raise LensError(f"a job is one of {', '.join(KINDS)}, got {kind!r}")
         with self._open() as rows:
+            self._check_room(rows)
             made = rows.execute(
                 "insert into jobs (kind, config, command, status, created) values (?, ?, ?, 'queued', ?)",
                 (kind, json.dumps(config), command, _now()),
@@ -111,7 +115,8 @@ class JobStore:
             LensError: there is none of this number.
         """
         with self._open() as rows:
-            row = rows.execute("select * from jobs where id = ?", (number,)).fetchone()
+            known = (min(number, _LARGEST),)
+            row = rows.execute("select * from jobs where id = ?", known).fetchone()
         if row is None:
             raise LensError(f"there is no job {number}")
         return _job(row)
@@ -182,8 +187,10 @@ class JobStore:
         """Put a job back into the queue; a run goes on where it was left.
 
         Raises:
-            LensError: there is none, or it waits or runs or is done.
+            LensError: there is none, or it waits or runs or is done, or too many wait already.
         """
+        with self._open() as rows:
+            self._check_room(rows)
         self._change(
             number,
             ("partial", "error", "cancelled", "lost"),
@@ -235,6 +242,14 @@ class JobStore:
         except FileNotFoundError:
             return []
         return text.splitlines()[-LOG_LINES:]
+
+    @staticmethod
+    def _check_room(rows: sqlite3.Connection) -> None:
+        (waiting,) = rows.execute("select count(*) from jobs where status = 'queued'").fetchone()
+        if waiting >= MOST_WAITING:
+            raise LensError(
+                f"{waiting} jobs wait already; cancel some, or wait until they are done"
+            )
 
     def _change(self, number: int, allowed: tuple[str, ...], what: str, statement: str) -> None:
         job = self.job(number)

@@ -1,12 +1,11 @@
 """Circuits that runs hold: this run's own, and that of another run to compare it with."""
 
-from pathlib import Path
-
 from lens import circuits
 from lens.circuits.graph.circuit import Circuit
 from lens.circuits.graph.edge_scores import EdgeScores
 from lens.common.errors import LensError
 from lens.runs import Run, open_run
+from lens_analyses.config.paths import local
 
 _FOLDER = "circuits"
 
@@ -17,7 +16,7 @@ def other_run(folder: str, model: str) -> Run:
     Raises:
         LensError: no run, one without a circuit, or one of another model.
     """
-    other = open_run(Path(folder).expanduser())
+    other = open_run(local(folder))
     circuit, _ = circuit_of(other)
     if circuit.model != model:
         raise LensError(

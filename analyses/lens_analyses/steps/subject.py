@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from lens.common.errors import LensError
 from lens.runs import Run
 from lens_analyses.config import CircuitSettings, RunConfig
-from lens_analyses.config.models import AnalysisSettings, is_task_file
+from lens_analyses.config.models import AnalysisSettings
+from lens_analyses.config.paths import is_task_file
 from lens_analyses.console import Output
 from lens_analyses.inputs import PlannedPrompt
 from lens_analyses.steps.run_circuits import other_run

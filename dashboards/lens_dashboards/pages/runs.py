@@ -14,6 +14,8 @@ _COLUMNS = (
     *("Run", "Status", "Analysis", "Model", "Heads", "Prompts"),
     *("Tokens", "Created", "Seconds", "Compare"),
 )
+PART = 50
+"""Runs that the page shows at once."""
 
 
 def page(library: Library, view: Selection) -> list[Any]:
@@ -24,7 +26,10 @@ def page(library: Library, view: Selection) -> list[Any]:
         return [html.H1("Runs"), _empty(str(error))]
     if not runs:
         return [html.H1("Runs"), _empty(f"The folder {library.folder} holds no run yet.")]
-    rows = [_broken_row(run) if isinstance(run, BrokenRun) else _row(run) for run in runs]
+    parts = -(-len(runs) // PART)
+    part = min(max(int(view.option("part")), 1), parts)
+    shown = runs[(part - 1) * PART : part * PART]
+    rows = [_broken_row(run) if isinstance(run, BrokenRun) else _row(run) for run in shown]
     table = html.Table(
         [html.Thead(html.Tr([html.Th(name, scope="col") for name in _COLUMNS])), html.Tbody(rows)],
         className="runs",
@@ -40,7 +45,20 @@ def page(library: Library, view: Selection) -> list[Any]:
             className="lead",
         ),
         card(html.Div(table, className="scroll", tabIndex=0, role="region", **named("Runs"))),
+        *([_steps(view, part, parts)] if parts > 1 else []),
     ]
+
+
+def _steps(view: Selection, part: int, parts: int) -> html.Nav:
+    """Links to the newer and the older runs."""
+    near = {"newer": part - 1, "older": part + 1}
+    links = [
+        [dcc.Link(name, href=view.where(part=str(to)).url()), " "]
+        for name, to in near.items()
+        if 1 <= to <= parts
+    ]
+    words = f"part {part} of {parts}, {PART} runs each. "
+    return html.Nav([words, *(piece for link in links for piece in link)], **named("Parts"))
 
 
 def _row(run: Run) -> html.Tr:

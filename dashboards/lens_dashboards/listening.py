@@ -1,0 +1,95 @@
+"""The socket of the dashboard, and a server that a connection without a request cannot hold up."""
+
+import logging
+import socket
+from contextlib import suppress
+from typing import Any
+
+from waitress.adjustments import Adjustments
+from waitress.channel import HTTPChannel
+from waitress.server import TcpWSGIServer
+
+from lens.common.errors import LensError
+from lens_dashboards.guard import LARGEST_BODY
+
+PATIENCE = 20
+"""Seconds that a connection may take for one request, or be idle."""
+_CONNECTIONS = 1000  # files of this process allowing
+_OTHER_FILES = 100
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A bound socket.
+
+    Raises:
+        LensError: the port or the address cannot be used.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except (OSError, UnicodeError) as error:
+        listener.close()
+        reason = getattr(error, "strerror", None) or str(error)
+        raise LensError(
+            f"port {port} on {host} cannot be used ({reason}); choose another with --port"
+        ) from error
+    return listener
+
+
+def make_server(application: Any, listener: socket.socket, threads: int) -> TcpWSGIServer:
+    """A server of a WSGI application on a bound socket, to be run."""
+    # A page asks for many files at once, which waitress warns of.
+    logging.getLogger("waitress.queue").setLevel(logging.ERROR)
+    how = Adjustments(
+        sockets=[listener],
+        threads=threads,
+        ident="",
+        channel_timeout=PATIENCE,
+        cleanup_interval=1,
+        connection_limit=_most_connections(),
+        asyncore_use_poll=True,  # select() knows 1,024 files
+        max_request_body_size=LARGEST_BODY,
+    )
+    kind, address = listener.type, listener.getsockname()
+    where = (listener.family, kind, listener.proto, address)
+    return _Server(application, _sock=listener, adj=how, sockinfo=where, bind_socket=False)
+
+
+class _Channel(HTTPChannel):
+    """A connection whose time does not start anew with every byte of an unfinished request."""
+
+    _since = 0.0
+
+    @property
+    def last_activity(self) -> float:
+        return self._since
+
+    @last_activity.setter
+    def last_activity(self, now: float) -> None:
+        if self.request is None:
+            self._since = now
+
+
+class _Server(TcpWSGIServer):
+    """Closes who has waited longest where there are too many, so that others are answered."""
+
+    channel_class = _Channel
+
+    def readable(self) -> bool:
+        if len(self._map) >= self.adj.connection_limit - 1:
+            waiting = [one for one in self.active_channels.values() if not one.requests]
+            if waiting:
+                min(waiting, key=lambda one: one.creation_time).handle_close()
+        return super().readable()
+
+
+def _most_connections() -> int:
+    with suppress(ImportError):
+        import resource
+
+        files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        if files != resource.RLIM_INFINITY:
+            return max(50, min(_CONNECTIONS, files - _OTHER_FILES))
+    return _CONNECTIONS
