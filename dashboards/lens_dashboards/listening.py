@@ -38,8 +38,8 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def make_server(application: Any, listener: socket.socket, threads: int) -> TcpWSGIServer:
-    """A server of a WSGI application on a bound socket, to be run."""
+def make_server(application: Any, listener: socket.socket, threads: int) -> Any:
+    """A waitress server of a WSGI application on a bound socket, to be run."""
     # A page asks for many files at once, which waitress warns of.
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)
     how = Adjustments(
@@ -78,8 +78,9 @@ class _Server(TcpWSGIServer):
     channel_class = _Channel
 
     def readable(self) -> bool:
-        if len(self._map) >= self.adj.connection_limit - 1:
-            waiting = [one for one in self.active_channels.values() if not one.requests]
+        channels: Any = self.active_channels
+        if len(channels) >= self.adj.connection_limit - 10:  # the map holds other files too
+            waiting = [one for one in channels.values() if not one.requests]
             if waiting:
                 min(waiting, key=lambda one: one.creation_time).handle_close()
         return super().readable()
