@@ -79,10 +79,11 @@ class _Server(TcpWSGIServer):
 
     def readable(self) -> bool:
         channels: Any = self.active_channels
-        if len(channels) >= self.adj.connection_limit - 10:  # the map holds other files too
-            waiting = [one for one in channels.values() if not one.requests]
-            if waiting:
-                min(waiting, key=lambda one: one.creation_time).handle_close()
+        staying = [one for one in channels.values() if not one.will_close]
+        if len(staying) >= self.adj.connection_limit - 10:  # the loop watches some other files too
+            waiting = [one for one in staying if not one.requests]
+            if waiting:  # closed by the loop: its file may be taken by another one only after that
+                min(waiting, key=lambda one: one.creation_time).will_close = True
         return super().readable()
 
 

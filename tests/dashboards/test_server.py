@@ -169,6 +169,7 @@ def test_a_body_that_is_too_large_is_refused(client):
 
 def test_connections_without_a_request_do_not_block_others(runs, monkeypatch):
     monkeypatch.setattr(listening, "PATIENCE", 1)
+    monkeypatch.setattr(listening, "_CONNECTIONS", 100)
     server = listening.make_server(create_app(runs).server, listening.listen("127.0.0.1", 0), 2)
     thread = threading.Thread(target=server.run)
     thread.start()
