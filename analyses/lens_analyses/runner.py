@@ -275,7 +275,7 @@ class _Execution:
         self._writer.table("heads", table)
 
     def _analyse(self) -> None:
-        """The steps of this kind of run; each finished section stays."""
+        """The steps of this kind of run; each finished section stays, one that cannot be has its reason."""
         subject = Subject(self._model, open_run(self._writer.path), self._config, self._output)
         for step in STEPS[self._config.what]:
             if not step.is_wanted(self._config.analysis):
@@ -286,7 +286,13 @@ class _Execution:
             start = time.monotonic()
             log.info("%s", step.name)
             before = self._circuits()
-            section = step.run(subject)
+            try:
+                section = step.run(subject)
+            except LensError as reason:
+                log.info("%s is unsupported: %s", step.name, reason)
+                reasons = {**self._writer.meta["unsupported"], step.name: str(reason)}
+                self._writer.update(unsupported=reasons)
+                continue
             made = [name for name, state in self._circuits().items() if before.get(name) != state]
             self._writer.record(*made, *section.save(self._writer.path))
             log.debug("%s took %.1f s", step.name, time.monotonic() - start)

@@ -133,6 +133,11 @@ class Run:
 
         return sorted(section_names(self.path), key=place)
 
+    @property
+    def unsupported(self) -> dict[str, str]:
+        """Name of each section that this model or its prompts do not allow -> why not."""
+        return self.meta.get("unsupported", {})
+
     def section(self, name: str) -> Section:
         """One section with its tables and figures.
 
@@ -141,6 +146,8 @@ class Run:
         """
         from lens.runs.sections import load_section
 
+        if name in self.unsupported:
+            raise LensError(f"the section {name} is unsupported here: {self.unsupported[name]}")
         return load_section(self.path, name)
 
     def _table(self, name: str) -> pd.DataFrame:

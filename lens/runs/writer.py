@@ -122,6 +122,7 @@ class RunWriter:
             "seconds": earlier.get("seconds", 0.0),
             "files": _still_whole(path, earlier.get("files", {})),
             "warnings": [],
+            "unsupported": {},
             "error": None,
             "manifest": MANIFEST,
             **this_process(),

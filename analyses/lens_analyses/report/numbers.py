@@ -68,6 +68,7 @@ def numbers(run: Run, status: str | None = None) -> dict[str, Any]:
         ),
         "sinks": _sinks(run),
         "sections": [_section(run.section(name)) for name in run.sections],
+        "unsupported": run.unsupported,
         "limits": limits(run),
         "warnings": meta.get("warnings", []),
         "provenance": {

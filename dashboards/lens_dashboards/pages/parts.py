@@ -132,7 +132,7 @@ def run_banner(run: Run) -> list[html.Div]:
         )
     banners += [
         html.Div(text, className="banner partial", role="status")
-        for text in run.meta.get("warnings", [])
+        for text in (*run.meta.get("warnings", []), *map(": ".join, run.unsupported.items()))
     ]
     return banners
 
