@@ -307,11 +307,12 @@ for (rule, amount), loss in losses.items():
 assert losses["move", 0.0] == losses["mask", 0.0] == before == after  # nothing moved, nothing left
 
 # %%
-side = lens.edits.side_effects(
+side = lens.effect(
     model,
     windows(model, lens.tasks.text("pride-and-prejudice"), 4),
-    lambda amount: lens.edit(model, lens.edits.Move("first", amount=amount)),
+    lens.edits.Move("first"),
     amounts=(0.25, 0.5, 1.0),
+    controls=(),
 )
 for sentence in side.findings():
     print("-", sentence)

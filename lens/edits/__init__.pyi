@@ -6,12 +6,9 @@ from .attention import LearnedSink as LearnedSink
 from .attention import Mask as Mask
 from .attention import Move as Move
 from .attention import Value as Value
-from .doses import dose as dose
 from .parts import Ablate as Ablate
 from .parts import Activation as Activation
 from .published import Act as Act
 from .published import Pasta as Pasta
 from .published import Var as Var
 from .searching import search_heads as search_heads
-from .side_effects import side_effects as side_effects
-from .sink_dims import find_sink_dims as find_sink_dims

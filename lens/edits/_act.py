@@ -27,9 +27,10 @@ from lens_kernels.redistribution import redistribute as recombine
 
 from lens.common.errors import LensError
 from lens.edits.base import AttentionEdit, grouped, part_of
-from lens.edits.rules import REST, SOURCES
 from lens.passes.calls import LayerCall, attend
 from lens.passes.keys import KeysAt
+
+_REST, _SOURCES = range(2)
 
 
 class ActEdit(AttentionEdit):
@@ -68,16 +69,16 @@ class ActEdit(AttentionEdit):
         calls = self.calls
         for head in with_sinks:  # sinks differ from head to head, key groups do not
             part = part_of(call, head[None])
-            groups = torch.where(sinks[:, head], SOURCES, REST).int()
+            groups = torch.where(sinks[:, head], _SOURCES, _REST).int()
             result = grouped(part, groups, self._backend)
             assert result.groups is not None
             edited = recombine(
                 result.groups,
-                Transfer([SOURCES], [REST], 1 - self._beta),
+                Transfer([_SOURCES], [_REST], 1 - self._beta),
                 output=output[:, head[None]],
                 sink_logits=part.sink_logits,
             )
-            before, after = edited.mass_before[SOURCES], edited.mass[SOURCES]
+            before, after = edited.mass_before[_SOURCES], edited.mass[_SOURCES]
             self._count(before, after, edited.skipped, result.statistics["lse"] > -torch.inf)
             output[:, head[None]] = edited.output
         self.calls = calls + 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -92,9 +93,38 @@ class SubLayersOut(Hooked):
             yield
 
 
-def mean_heads(
-    model: LoadedModel, prompts: Any, heads: Tensor, keep_positions: bool
-) -> list[Tensor]:
+@dataclass(frozen=True, eq=False)
+class Means:
+    """Means over prompts of what heads and sub-layers give.
+
+    Attributes:
+        heads: per layer [heads, positions | 1, value_dim].
+        sublayers: [width] of each sub-layer, over all tokens.
+    """
+
+    heads: list[Tensor]
+    sublayers: dict[str, Tensor]
+
+    @staticmethod
+    def of(
+        model: LoadedModel,
+        prompts: Any,
+        baseline: str,
+        heads: bool,
+        modules: Mapping[str, nn.Module],
+    ) -> Means:
+        """Of all heads, or none, and of these sub-layers.
+
+        Raises:
+            LensError: no position that `FEWEST` prompts reach, or prompts without tokens.
+        """
+        return Means(
+            mean_heads(model, prompts, baseline == "mean") if heads else [],
+            mean_sublayers(model, prompts, modules) if modules else {},
+        )
+
+
+def mean_heads(model: LoadedModel, prompts: Any, keep_positions: bool) -> list[Tensor]:
     """Per layer [heads, positions | 1, value_dim], mean output of every head over prompts.
 
     Raises:

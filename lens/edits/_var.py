@@ -32,9 +32,9 @@ from lens_kernels.redistribution import SMALLEST_TARGET
 
 from lens.common.errors import LensError
 from lens.edits._gathered import gathered_states
+from lens.edits._phi import phi
 from lens.edits.base import AttentionEdit, grouped, part_of
 from lens.edits.selection import HeadSelection
-from lens.edits.sink_dims import phi
 from lens.passes.calls import LayerCall, attend
 from lens.passes.keys import Keys, KeysAt, members
 

@@ -22,45 +22,56 @@ by a sum that counts it, as that of a model with learned sinks does.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
 
 from lens.common.choices import check_choice
 from lens.common.errors import LensError
-from lens.common.head_ids import AnyHead
 from lens.edits._keyed import KeyedEdit, Plan, Rule
-from lens.edits.base import selected_heads
-from lens.edits.language import Edit, Running, check_number, plain_keys, plain_places
+from lens.edits.language import OfHeads, Running, check_number, plain_keys
 from lens.models.loaded import LoadedModel
 from lens.passes.keys import Keys, members
 
 
-class AttentionOfKeys(Edit):
-    """An edit of the attention of `heads` (or of all heads of `layers`; neither: of all)."""
+@dataclass(frozen=True)
+class AttentionOfKeys(OfHeads):
+    """An edit of the attention that heads pay to keys."""
 
-    amount: float
-    heads: Sequence[AnyHead] | None
-    layers: Sequence[int] | None
+    _rule: ClassVar[Rule]
+    _keys: ClassVar[tuple[str, ...]] = ("keys",)
+    _range: ClassVar[tuple[float, float]] = (0, 1)
+
+    def __post_init__(self) -> None:
+        for name in self._keys:
+            if (keys := getattr(self, name)) is not None:
+                object.__setattr__(self, name, plain_keys(name, keys))
+        super().__post_init__()
+        check_number(f"amount of {type(self).__name__}", self.dose, *self._range)
+
+    @property
+    def asked(self) -> str:
+        """The field with the keys that controls stand in for."""
+        return "keys"
+
+    @property
+    def words(self) -> str:
+        """See `Edit`: "Mask first", "Value [0, 5] to mean", "Move to first"."""
+        if not self._keys:
+            return super().words
+        keys = getattr(self, self.asked)
+        shown = keys if isinstance(keys, str) else list(keys) if isinstance(keys, tuple) else "keys"
+        return f"{type(self).__name__} {'to ' * (self.asked == 'to')}{shown}"
 
     def plan(self) -> Plan:
         """What is done to the attention."""
-        raise NotImplementedError
+        given: dict[str, Any] = {name: getattr(self, name) for name in self._keys}
+        keys = given.pop("keys", None)
+        return Plan(self._rule, self.dose, keys, **given)
 
     def start(self, model: LoadedModel, backend: str) -> Running:
         """See `Edit`."""
-        chosen = selected_heads(model, self.layers, self.heads)
-        edit = KeyedEdit(self.plan(), chosen, backend, type(self).__name__)
+        edit = KeyedEdit(self.plan(), self.chosen(model), backend, type(self).__name__)
         return Running(edit, edit)
-
-    def _check(self, *names: str, low: float = 0, high: float = 1) -> None:
-        """Keys under these names, heads, layers and the amount."""
-        for name in names:
-            object.__setattr__(self, name, plain_keys(name, getattr(self, name)))
-        heads, layers = plain_places(self.heads, self.layers)
-        object.__setattr__(self, "heads", heads)
-        object.__setattr__(self, "layers", layers)
-        check_number(f"amount of {type(self).__name__}", self.amount, low, high)
 
 
 @dataclass(frozen=True)
@@ -84,16 +95,9 @@ class Mask(AttentionOfKeys):
         ...     model.logits("It was the best of times")
     """
 
+    _rule = "mask"
     keys: Keys = "first"
     amount: float = 1.0
-    heads: Sequence[AnyHead] | None = None
-    layers: Sequence[int] | None = None
-
-    def __post_init__(self) -> None:
-        self._check("keys")
-
-    def plan(self) -> Plan:
-        return Plan("mask", self.amount, self.keys)
 
 
 @dataclass(frozen=True)
@@ -111,16 +115,9 @@ class Drop(AttentionOfKeys):
         ...     model.logits("It was the best of times")
     """
 
+    _rule = "drop"
     keys: Keys = "first"
     amount: float = 1.0
-    heads: Sequence[AnyHead] | None = None
-    layers: Sequence[int] | None = None
-
-    def __post_init__(self) -> None:
-        self._check("keys")
-
-    def plan(self) -> Plan:
-        return Plan("drop", self.amount, self.keys)
 
 
 @dataclass(frozen=True)
@@ -139,18 +136,15 @@ class Bias(AttentionOfKeys):
         ...     model.logits("It was the best of times")
     """
 
+    _rule = "bias"
+    _range = (-math.inf, math.inf)
     keys: Keys
     amount: float
-    heads: Sequence[AnyHead] | None = None
-    layers: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
-        self._check("keys", low=-math.inf, high=math.inf)
+        super().__post_init__()
         if self.amount == math.inf:
             raise LensError("amount of Bias is added to logits and cannot be +inf")
-
-    def plan(self) -> Plan:
-        return Plan("bias", self.amount, self.keys)
 
 
 @dataclass(frozen=True)
@@ -175,23 +169,28 @@ class Move(AttentionOfKeys):
         ...     model.logits("It was the best of times")
     """
 
+    _rule = "move"
+    _keys = ("keys", "to")
     keys: Keys | None = "first"
     to: Keys | None = None
     amount: float = 1.0
-    heads: Sequence[AnyHead] | None = None
-    layers: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         if self.keys is None and self.to is None:
             raise LensError("Move needs keys that lose, or keys (to) that receive, or both")
-        self._check(*(name for name in ("keys", "to") if getattr(self, name) is not None))
+        super().__post_init__()
+
+    @property
+    def asked(self) -> str:
+        """See `AttentionOfKeys`; where all others lose, those that receive."""
+        return "to" if self.keys is None else "keys"
 
     def plan(self) -> Plan:
-        keys, to = self.keys, self.to
-        if keys is None:
-            assert to is not None
-            return Plan("move", self.amount, lambda at: ~members("to", to, at), to)
-        return Plan("move", self.amount, keys, to)
+        """See `AttentionOfKeys`."""
+        found, to = super().plan(), self.to
+        if self.keys is None and to is not None:
+            return replace(found, keys=lambda at: ~members("to", to, at))
+        return found
 
 
 @dataclass(frozen=True)
@@ -214,19 +213,17 @@ class LearnedSink(AttentionOfKeys):
         ...     model.logits("It was the best of times")
     """
 
+    _rule = "sink"
+    _keys = ()
+    _range = (-math.inf, math.inf)
     amount: float = 1.0
-    heads: Sequence[AnyHead] | None = None
-    layers: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
-        self._check(low=-math.inf, high=math.inf)
+        super().__post_init__()
         if not 0 <= self.amount < math.inf:
             raise LensError(
                 f"amount of LearnedSink is exp(its logit), 0 or more, got {self.amount}"
             )
-
-    def plan(self) -> Plan:
-        return Plan("sink", self.amount, None)
 
 
 @dataclass(frozen=True)
@@ -252,14 +249,17 @@ class Value(AttentionOfKeys):
     keys: Keys = "first"
     baseline: Literal["zero", "mean"] = "zero"
     amount: float = 1.0
-    heads: Sequence[AnyHead] | None = None
-    layers: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         check_choice("baseline of Value", self.baseline, ("zero", "mean"))
-        self._check("keys")
+        super().__post_init__()
+
+    @property
+    def words(self) -> str:
+        return f"{super().words} to {self.baseline}"
 
     def plan(self) -> Plan:
+        """See `AttentionOfKeys`."""
         return Plan(self.baseline, self.amount, self.keys)
 
 
@@ -281,17 +281,11 @@ class Knockout(AttentionOfKeys):
         ...     model.logits("It was the best of times")
     """
 
+    _rule = "mask"
+    _keys = ("queries", "keys")
     queries: Keys
     keys: Keys
     amount: float = 1.0
-    heads: Sequence[AnyHead] | None = None
-    layers: Sequence[int] | None = None
-
-    def __post_init__(self) -> None:
-        self._check("queries", "keys")
-
-    def plan(self) -> Plan:
-        return Plan("mask", self.amount, self.keys, queries=self.queries)
 
 
 @dataclass(frozen=True)
@@ -316,17 +310,16 @@ class Force(AttentionOfKeys):
         ...     model.logits("It was the best of times")
     """
 
+    _keys = ("queries", "keys")
     queries: Keys
     keys: Keys
     amount: float = 1.0
     split: Literal["equal", "own"] = "equal"
-    heads: Sequence[AnyHead] | None = None
-    layers: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         check_choice("split of Force", self.split, ("equal", "own"))
-        self._check("queries", "keys")
+        super().__post_init__()
 
     def plan(self) -> Plan:
-        rule: Rule = self.split
-        return Plan(rule, self.amount, self.keys, queries=self.queries)
+        """See `AttentionOfKeys`."""
+        return Plan(self.split, self.amount, self.keys, queries=self.queries)

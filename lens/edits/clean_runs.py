@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import torch
 
 from lens.common.errors import LensError
-from lens.edits.losses import log_probabilities
+from lens.edits.losses import predictions
 from lens.edits.watching import Watch
 from lens.models.loaded import LoadedModel
+from lens.passes.inputs import Prompt
 
 
 @dataclass(frozen=True, eq=False)
@@ -17,12 +18,12 @@ class CleanRun:
     """What one prompt gives without an edit.
 
     Attributes:
-        log_probabilities: [tokens - 1, vocab], of every next token.
+        predictions: [tokens, vocab], log probabilities of what follows each token.
         received: [layers, heads, keys], attention that each key receives, summed over the queries.
         alpha: [layers, heads, keys], mean over the queries that see it; NaN where too few do.
     """
 
-    log_probabilities: torch.Tensor
+    predictions: torch.Tensor
     received: torch.Tensor
     alpha: torch.Tensor
 
@@ -39,19 +40,25 @@ class CleanRuns:
 
     def __init__(self, model: LoadedModel) -> None:
         self.model = model
-        self._runs: dict[tuple[int, ...], CleanRun] = {}
+        self._runs: dict[tuple[tuple[int, ...], str], CleanRun] = {}
 
     def __len__(self) -> int:
         """Prompts run so far."""
         return len(self._runs)
 
-    def of(self, ids: list[int]) -> CleanRun:
+    def of(self, prompt: Prompt) -> CleanRun:
         """The run of a prompt. Errors as in `lens.effect`."""
-        if tuple(ids) not in self._runs:
-            watcher = Watch()
-            base = log_probabilities(self.model, ids, watcher.on_layer)
-            self._runs[tuple(ids)] = CleanRun(base, torch.stack(watcher.received), watcher.alpha())
-        return self._runs[tuple(ids)]
+        picture = prompt.sha256 if "pixel_values" in prompt.inputs else ""
+        name = tuple(prompt.ids or ()), picture
+        if name not in self._runs:
+            self._runs[name] = self.run(prompt)
+        return self._runs[name]
+
+    def run(self, prompt: Prompt, rows: torch.Tensor | None = None) -> CleanRun:
+        """The prompt run now; `rows`: bool [tokens], whose attention is looked at; None: all."""
+        watch = Watch(rows=rows)
+        found = predictions(self.model, prompt, watch.on_layer)
+        return CleanRun(found, torch.stack(watch.received), watch.alpha())
 
 
 def clean_runs(model: LoadedModel, clean: CleanRuns | None) -> CleanRuns:

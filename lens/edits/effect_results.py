@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from lens.common.results import Result, Sentence, described
-from lens.edits.side_effects import MEASURES
+from lens.edits.losses import MEASURES
 from lens.stats import over_units
 
 MATCHED = 0.8
@@ -26,8 +26,10 @@ class Effect(Result):
         values: condition ("edit", what was edited, and the controls) -> measure -> [amounts,
             prompts]. Measures: delta_loss
             (nats per token), kl (of the edited from the unedited prediction, nats), flip_rate
-            (share of positions whose most likely token changed), keys (number edited), mass (share
-            of all attention of the edited heads that those keys held before).
+            (share of positions whose most likely token changed), keys (number of keys, heads,
+            sub-layers or coordinates that are edited), mass (share of all attention of the edited heads
+            that those keys held before; of whole heads their attention to the first key; NaN where
+            there is none). Of a task also metric (with the edit) and gain (how much better it got).
         migration: at the largest amount, a row per layer and head, means over prompts: `source_before` and
             `source_after`, largest alpha among the edited keys; `other_before` and `other_after`,
             largest alpha among other keys; `other_key`, the position most often strongest after. NaN
@@ -40,6 +42,8 @@ class Effect(Result):
         tokens: [prompts], T of each.
         bos: "added", "absent" or "mixed".
         seed: of controls and bootstrap.
+        missing: control -> why there is none.
+        metric, task: names, of a task.
     """
 
     values: dict[str, dict[str, np.ndarray]] = field(repr=False)
@@ -51,12 +55,15 @@ class Effect(Result):
     tokens: tuple[int, ...]
     bos: str
     seed: int
+    missing: dict[str, str] = field(default_factory=dict)
+    metric: str = ""
+    task: str = ""
 
     def table(self) -> pd.DataFrame:
         """A row per condition and amount: means over prompts, 95 % bootstrap intervals over prompts.
 
         `excess` is the edit's delta_loss minus the control's, prompt by prompt, NaN for the edit
-        itself ("edit"). Intervals are NaN for one prompt.
+        itself ("edit"); of a task `excess_gain` likewise. Intervals are NaN for one prompt.
         """
         rows = [
             self._row(condition, place)
@@ -70,10 +77,12 @@ class Effect(Result):
     def _row(self, condition: str, place: int) -> dict[str, Any]:
         values = {name: numbers[place] for name, numbers in self.values[condition].items()}
         row: dict[str, Any] = {"condition": condition, "amount": self.amounts[place]}
-        row |= {name: values[name].mean() for name in ("keys", "mass")}
-        shown = {name: values[name] for name in MEASURES}
-        excess = self.values["edit"]["delta_loss"][place] - values["delta_loss"]
-        shown["excess"] = excess if condition != "edit" else np.full_like(excess, np.nan)
+        row |= {name: values[name].mean() for name in ("keys", "mass", "metric") if name in values}
+        shown = {name: values[name] for name in (*MEASURES, "gain") if name in values}
+        for name, measure in (("excess", "delta_loss"), ("excess_gain", "gain")):
+            if measure in values:
+                more = self.values["edit"][measure][place] - values[measure]
+                shown[name] = more if condition != "edit" else np.full_like(more, np.nan)
         for name, numbers in shown.items():
             low, high = over_units(numbers, np.ones(len(numbers)), self.seed)
             row |= {name: numbers.mean(), f"{name}_low": float(low), f"{name}_high": float(high)}
@@ -85,8 +94,8 @@ class Effect(Result):
     def findings(self) -> tuple[Sentence, ...]:
         """What the largest amount does, how that came about with several, and what the numbers do not say.
 
-        Kinds: `effect`, `prediction`, `dose` and `trend` (several amounts), the name of each control
-        such as `mass`, `moved`, `limit`.
+        Kinds: `effect`, `gain` (of a task), `prediction`, `dose` and `trend` (several amounts), `best` (of
+        a task), the name of each control such as `mass`, `moved`, `limit`.
         """
         table = self.table()
         whole = table[table["amount"] == self.amounts[-1]].set_index("condition")
@@ -95,11 +104,19 @@ class Effect(Result):
         loss = f"{done} changes the loss by {_with_interval(edited, 'delta_loss')} nats per token."
         prediction = (
             f"The prediction moves by a KL of {_with_interval(edited, 'kl')} nats, and "
-            f"{edited['flip_rate']:.1%} of the most likely tokens change; {edited['mass']:.0%} of the "
-            f"edited heads' attention lay there."
+            f"{edited['flip_rate']:.1%} of the most likely tokens change"
+            + (
+                "."
+                if np.isnan(edited["mass"])
+                else f"; {edited['mass']:.0%} of the edited heads' attention lay there."
+            )
         )
         sentences = [Sentence(loss, kind="effect"), Sentence(prediction, kind="prediction")]
+        if self.task:
+            sentences.insert(1, self._gain(edited))
         sentences += self._doses(table[table["condition"] == "edit"])
+        for control, why in self.missing.items():
+            sentences.append(Sentence(f"There is no {control} control: {why}.", kind=control))
         for control, row in whole.drop(index="edit").iterrows():
             sentences.append(self._beside(str(control), row, edited))
         sentences += self._moved()
@@ -110,6 +127,24 @@ class Effect(Result):
             + (", and there is none for one prompt." if len(self.tokens) == 1 else ".")
         )
         return (*sentences, Sentence(text, kind="limit"))
+
+    def _gain(self, row: Any) -> Sentence:
+        """What the task gains or loses."""
+        low, high = row["gain_low"], row["gain_high"]
+        judged = (
+            "one prompt has no interval"
+            if np.isnan(low)
+            else "it goes better"
+            if low > 0
+            else "it goes worse"
+            if high < 0
+            else "the interval holds 0"
+        )
+        text = (
+            f"{self.task} gains {row['gain']:+.4f} [{low:+.4f}, {high:+.4f}] in {self.metric}, which is then "
+            f"{row['metric']:.4f}: {judged}."
+        )
+        return Sentence(text, kind="gain")
 
     def _doses(self, rows: pd.DataFrame) -> list[Sentence]:
         """The change at each amount, and whether it grows."""
@@ -125,7 +160,16 @@ class Effect(Result):
         grows = "grows" if rises else "falls" if falls else "does not grow"
         dose = f"By amount the loss changes by (nats per token) {shown}."
         trend = f"The loss {grows} with every step of the amount."
-        return [Sentence(dose, kind="dose"), Sentence(trend, kind="trend")]
+        found = [Sentence(dose, kind="dose"), Sentence(trend, kind="trend")]
+        if self.task:
+            row = rows.iloc[int(rows["gain"].to_numpy().argmax())]
+            best = (
+                f"Of {len(rows)} amounts {row['amount']:g} gains most in {self.metric} of {self.task}: "
+                f"{row['gain']:+.4f} [{row['gain_low']:+.4f}, {row['gain_high']:+.4f}]. It was chosen on "
+                "these prompts, which flatters it."
+            )
+            found.append(Sentence(best, kind="best"))
+        return found
 
     def _beside(self, control: str, row: Any, edited: Any) -> Sentence:
         """How the edit stands to a control."""
@@ -143,10 +187,13 @@ class Effect(Result):
         else:
             less, more = row["excess_high"] < 0, row["excess_low"] > 0
             verdict = "less than" if less else "more than" if more else "not clearly unlike"
+            held = "" if np.isnan(row["mass"]) else f" ({row['mass']:.0%} of the attention)"
             text = (
-                f"That is {verdict} the {control} control ({row['mass']:.0%} of the attention): the "
-                f"difference is {_with_interval(row, 'excess')} nats."
+                f"That is {verdict} the {control} control{held}: the difference is "
+                f"{_with_interval(row, 'excess')} nats."
             )
+            if self.task:
+                text = f"{text[:-1]} and {_with_interval(row, 'excess_gain')} in {self.metric}."
         return Sentence(text, kind=control)
 
     def _moved(self) -> list[Sentence]:

@@ -1,141 +1,296 @@
-"""`lens.effect`: what an edit changes, beside the same edit of other keys."""
+"""`lens.effect`: what edits change, beside the same done to others."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
+import pandas as pd
 import torch
+from torch import Tensor
 
+from lens.common.choices import check_choice
 from lens.common.errors import LensError
 from lens.common.progress import advancing
-from lens.edits._keyed import KeyedEdit, Plan
-from lens.edits.attention import Bias, Drop, Mask, Move, Value
-from lens.edits.base import selected_heads
 from lens.edits.clean_runs import CleanRuns, clean_runs
-from lens.edits.controls import CONTROLS, control_keys
+from lens.edits.controls import CONTROLS, DRAWN, Case, Control, Kind, Trial, kinds_of
 from lens.edits.effect_results import Effect
-from lens.edits.losses import log_probabilities, two_tokens
-from lens.edits.recording import EffectRecorder
+from lens.edits.language import Edit
+from lens.edits.losses import MEASURES, bos_policy, changes_of, predicted, predictions, two_tokens
+from lens.edits.parts import Ablate
 from lens.edits.watching import Watch
 from lens.models.loaded import LoadedModel
-from lens.passes.inputs import read_prompts
-from lens.passes.keys import KeysAt, members
+from lens.passes.inputs import Prompt, read_prompts
+from lens.passes.keys import Keys
+from lens.tasks.task import Task
 
-OfKeys = Mask | Drop | Bias | Move | Value
+Edits: TypeAlias = Edit | Sequence[Edit] | Callable[[Prompt], Edit | Sequence[Edit]]
 
 
 def effect(
     model: LoadedModel,
     prompts: Any,
-    edit: OfKeys,
+    edit: Edits,
     *,
-    controls: Sequence[str] = CONTROLS,
+    controls: Sequence[Control] | None = None,
+    draws: int = 1,
     amounts: Sequence[float] | None = None,
+    among: Keys | None = None,
+    scored: Keys | None = None,
     seed: int = 0,
     clean: CleanRuns | None = None,
     progress: bool = True,
 ) -> Effect:
-    """Run prompts with an edit, with the same edit of control keys, and without; compare predictions.
+    """Run prompts with an edit, with the same edit of others, and without; compare predictions.
 
-    A small effect does not prove that the keys are irrelevant: `migration` says whether another key
-    took their place. Where the mass control could not reach the keys' mass, its row says so in `mass`.
+    A small effect does not prove that what was edited is irrelevant: `migration` says whether another
+    key took its place. Where the mass control could not reach the keys' mass, its row says so in `mass`.
 
     Args:
         model: a causal language model, as `lens.load` returns it.
-        prompts: as for `lens.capture`, token prompts.
-        edit: one of `lens.edits` that names keys: `Mask`, `Drop`, `Bias`, `Move` or `Value`, with
-            the same keys in every layer. Of `Move(None, to=keys)` the controls receive instead.
-        controls: some of "size", "mass", "position", for which see `control_keys`, and "self": the
-            same keys, while their own rows are left as they are.
-        amounts: of the edit, each once, instead of its own; the control keys are the same at each.
+        prompts: as for `lens.capture`, texts with images too (of an image no token is predicted); or a
+            `lens.tasks.Task`, whose metric is measured beside the loss of its clean prompts.
+        edit: one of `lens.edits`, several that act together, or a function of the prompt (its `ids` and
+            `inputs`) that returns these. `Ablate` takes its mean over these prompts if it names none.
+        controls: some of "size", "mass", "position", "self", "layer", "norm", for which see
+            `lens.edits.controls`; None: those of its kind. Where one makes no sense the result says why
+            there is none.
+        draws: of each random control; their mean counts.
+        amounts: of the edit, each once, instead of its own; the controls edit the same at each.
+        among: keys that controls may take; None: all.
+        scored: positions whose next token is measured; None: all.
         seed: of controls and bootstrap.
         clean: runs without an edit that other tests share with this one.
         progress: show a bar.
 
     Raises:
-        LensError: prompts of one token or without the keys, a model that predicts no next token, another
-            edit, unknown controls, no amount or one twice, `clean` of another model, and as `lens.edit`.
+        LensError: prompts of one token or without the keys, a model that predicts no next token, what is
+            no edit, unknown controls, no amount or one twice or of an edit that has none, `clean` of
+            another model, and as `lens.edit`.
 
     Example:
         >>> found = lens.effect(model, texts, lens.edits.Mask("first", heads=["L1H0"]))
         >>> found.table()[["condition", "amount", "mass", "delta_loss", "delta_loss_low"]]
+        >>> lens.effect(model, task, lens.edits.Ablate("L1H0", "mean"), draws=3).findings()
     """
-    if not isinstance(edit, OfKeys):
-        raise LensError(f"edit must be a Mask, Drop, Bias, Move or Value of keys, got {edit!r}")
-    if unknown := [name for name in controls if name not in CONTROLS]:
-        raise LensError(f"controls must be some of {', '.join(CONTROLS)}, got {unknown}")
-    doses = [edit.amount] if amounts is None else sorted(amounts)
-    if not doses or len(set(doses)) < len(doses):
+    named = [check_choice("controls", one, CONTROLS) for one in controls or ()]
+    if isinstance(draws, bool) or not isinstance(draws, int) or draws < 1:
+        raise LensError(f"draws must be a positive integer, got {draws!r}")
+    doses = None if amounts is None else sorted(float(amount) for amount in amounts)
+    if doses is not None and (not doses or len(set(doses)) < len(doses)):
         raise LensError(f"amounts must be different, at least one; got {list(amounts or ())}")
-    chosen, keys = selected_heads(model, edit.layers, edit.heads), edited_keys(edit)
-    if not bool(chosen.any()):
-        raise LensError("effect edits at least one head; layers and heads are empty")
-    plans = [replace(edit, amount=amount).plan() for amount in doses]
-    runs, random = clean_runs(model, clean), np.random.default_rng(seed)
-    recorder = EffectRecorder(("edit", *controls), doses)
-    read = [two_tokens(prompt.ids) for prompt in read_prompts(model, prompts)[0]]
+    task = prompts if isinstance(prompts, Task) else None
+    if task is not None:
+        task.check(model)
+    read = read_prompts(model, prompts if task is None else task.clean, with_images=True)[0]
+    for prompt in read:
+        two_tokens(prompt.ids)
+    whole = prompts if task is None else task.clean
+    edits_of = _edits_of(model, edit, whole)
+    first = edits_of(read[0])
+    kinds = kinds_of(model, first)
+    missing = {}
+    usual = list(dict.fromkeys(name for kind in kinds for name in kind.usual))
+    for name in usual if controls is None else named:
+        reasons = [kind.missing(name) for kind in kinds]
+        if all(reasons):
+            missing[name] = "; ".join(dict.fromkeys(map(str, reasons)))
+    conditions = [
+        "edit",
+        *(one for one in (usual if controls is None else named) if one not in missing),
+    ]
+    if doses is not None:
+        for one in first:
+            one.at(doses[-1])  # refused before anything runs
+    run = _Run(model, clean_runs(model, clean), np.random.default_rng(seed), task, scored, doses)
     with advancing("effect", len(read), progress) as advance:
-        for ids in read:
-            at = KeysAt(0, 0, torch.arange(len(ids))[None], None)
-            source = members("keys", keys, at)[0]
-            if not bool(source.any()):
-                raise LensError(f"none of the keys is in a prompt of {len(ids)} tokens")
-            before = runs.of(ids)
-            mass = before.received[chosen].mean(0).double().numpy() / len(ids)
-            for condition in recorder.conditions:
-                of_control = condition not in ("edit", "self")
-                places = source.nonzero()[:, 0].tolist()
-                if of_control:
-                    free = ~source if edit.keys is None else ~(source | _receivers(edit, at))
-                    places = control_keys(condition, source.numpy(), mass, random, free.numpy())
-                for place, plan in enumerate(plans):
-                    if of_control:
-                        plan = _instead(edit, doses[place], places)
-                    elif condition == "self":
-                        plan = replace(plan, queries=tuple((~source).nonzero()[:, 0].tolist()))
-                    watch = Watch(KeyedEdit(plan, chosen, "auto"), record=condition == "edit")
-                    edited = log_probabilities(model, ids, watch.on_layer)
-                    recorder.add(
-                        condition, ids, before, edited, keys=len(places), mass=mass[places].sum()
-                    )
-                    if condition == "edit" and place == len(plans) - 1:
-                        recorder.add_migration(ids, before, watch.alpha(), source)
+        for number, prompt in enumerate(read):
+            own = kinds_of(model, edits_of(prompt)) if number else kinds
+            run.prompt(number, prompt, own, conditions, draws, among)
             advance(1)
-    return recorder.result(model, chosen, edit=named(edit), seed=seed)
+    ids = [two_tokens(prompt.ids) for prompt in read]
+    several = [doses] if doses else [[one.dose for one in first][:1]]
+    return Effect(
+        values=run.values(conditions),
+        migration=migration(run.moves),
+        alphas=tuple(run.alphas),
+        edit=_said(first),
+        amounts=tuple(several[0]),
+        scope=", ".join(dict.fromkeys(kind.scope for kind in kinds)),
+        tokens=tuple(map(len, ids)),
+        bos=bos_policy(model, ids),
+        seed=seed,
+        missing=missing,
+        metric="" if task is None else task.metric,
+        task="" if task is None else task.name,
+    )
 
 
-def edited_keys(edit: OfKeys) -> str | Sequence[int]:
-    """The keys whose importance is asked for, which controls stand in for.
+class _Run:
+    """The numbers of every condition, prompt by prompt."""
 
-    Raises:
-        LensError: they may differ from layer to layer.
-    """
-    keys = edit.to if isinstance(edit, Move) and edit.keys is None else edit.keys
-    if not isinstance(keys, str | tuple):
-        raise LensError("keys of effect are the same in every layer; give positions")
-    return keys
+    def __init__(
+        self,
+        model: LoadedModel,
+        runs: CleanRuns,
+        random: np.random.Generator,
+        task: Task | None,
+        scored: Keys | None,
+        doses: list[float] | None,
+    ) -> None:
+        self._model, self._runs, self._random, self._task = model, runs, random, task
+        self._scored, self._doses = scored, doses
+        self._found: dict[tuple[str, str], list[np.ndarray]] = {}
+        self.moves: list[np.ndarray] = []
+        self.alphas: list[np.ndarray] = []
+
+    def prompt(
+        self,
+        number: int,
+        prompt: Prompt,
+        kinds: list[Kind],
+        conditions: Sequence[str],
+        draws: int,
+        among: Keys | None,
+    ) -> None:
+        """All conditions of one prompt at all amounts."""
+        before = self._runs.of(prompt)
+        everywhere = torch.ones(self._model.info.layers, len(prompt.ids or ()), dtype=torch.bool)
+        case = Case(prompt, before, self._runs, everywhere, self._random)
+        if among is not None:
+            case = replace(case, free=case.members("among", among))
+        kept = predicted(self._model, prompt)
+        if self._scored is not None:
+            kept = kept & case.members("scored", self._scored)[0, :-1].to(kept.device)
+            if not bool(kept.any()):
+                raise LensError("scored holds no position of a prompt whose next token is text")
+        for condition in conditions:
+            rows = []
+            for _ in range(draws if condition in DRAWN else 1):
+                trials = [
+                    kind.trial("edit" if kind.missing(condition) else condition, case)
+                    for kind in kinds
+                ]
+                rows.append(self._measured(number, case, kept, condition, trials, kinds))
+            for name in rows[0][0]:
+                values = np.array([[dose[name] for dose in row] for row in rows]).mean(0)
+                self._found.setdefault((condition, name), []).append(values)
+
+    def _measured(
+        self,
+        number: int,
+        case: Case,
+        kept: Tensor,
+        condition: str,
+        trials: Sequence[Trial],
+        kinds: Sequence[Kind],
+    ) -> list[dict[str, float]]:
+        """Every measure at each amount."""
+        given = [trial.mass for trial in trials if trial.mass == trial.mass]
+        known = {
+            "keys": float(sum(trial.count for trial in trials)),
+            "mass": float(np.mean(given)) if given else float("nan"),
+        }
+        found = []
+        edits = [one for trial in trials for one in trial.edits]
+        for dose in self._doses or [None]:
+            last = condition == "edit" and (dose is None or dose == (self._doses or [0])[-1])
+            at = edits if dose is None else [one.at(dose) for one in edits]
+            after = self._edited(case, at, kinds, record=last)
+            found.append(known | self._compared(number, case, kept, after))
+        return found
+
+    def _edited(
+        self, case: Case, edits: Sequence[Edit], kinds: Sequence[Kind], *, record: bool
+    ) -> Tensor:
+        """Predictions [tokens, vocab] with the edits."""
+        running = [one.start(self._model, "auto") for one in edits]
+        attention = [one.attention for one in running if one.attention is not None]
+        rows = kinds[0].rows(case) if len(kinds) == 1 and record else None
+        watch = Watch(*attention, rows=rows, record=record)
+        with ExitStack() as stack:
+            for one in running:
+                stack.enter_context(one.hooks)
+            after = predictions(self._model, case.prompt, watch.on_layer)
+        if record:
+            alpha = case.before.alpha
+            if rows is not None:
+                alpha = self._runs.run(case.prompt, rows).alpha
+            source = torch.stack([kind.sources(case) for kind in kinds]).any(0)
+            self.alphas.append(torch.stack([alpha, watch.alpha()]).float().numpy())
+            self.moves.append(moved(alpha, watch.alpha(), source[:, None]))
+        return after
+
+    def _compared(self, number: int, case: Case, kept: Tensor, after: Tensor) -> dict[str, float]:
+        before, ids = case.before.predictions, torch.tensor(case.prompt.ids, device=after.device)
+        changed = changes_of(before[:-1][kept], after[:-1][kept], ids[1:][kept])
+        found: dict[str, float] = dict(zip(MEASURES, changed, strict=True))
+        if self._task is not None:
+            row = torch.tensor([number])
+            was, now = (float(self._task.measure(one[None], row)) for one in (before, after))
+            found |= {"metric": now, "gain": self._task.sign * (now - was)}
+        return found
+
+    def values(self, conditions: Sequence[str]) -> dict[str, dict[str, np.ndarray]]:
+        """condition -> measure -> [amounts, prompts]."""
+        found: dict[str, dict[str, np.ndarray]] = {name: {} for name in conditions}
+        for (condition, name), rows in self._found.items():
+            found[condition][name] = np.stack(rows, 1)
+        return found
 
 
-def named(edit: OfKeys) -> str:
-    """The edit in a few words: "Mask first", "Value [0, 5] to mean", "Move to first"."""
-    keys = edited_keys(edit)
-    shown = keys if isinstance(keys, str) else str(list(keys))
-    if isinstance(edit, Move) and edit.keys is None:
-        return f"Move to {shown}"
-    ending = f" to {edit.baseline}" if isinstance(edit, Value) else ""
-    return f"{type(edit).__name__} {shown}{ending}"
+def _edits_of(
+    model: LoadedModel, edit: Edits, prompts: Any
+) -> Callable[[Prompt], tuple[Edit, ...]]:
+    """The edits of a prompt, their means taken once."""
+
+    def ready(given: Edit | Sequence[Edit]) -> tuple[Edit, ...]:
+        several = (given,) if isinstance(given, Edit) else given
+        if isinstance(several, str) or not isinstance(several, Sequence) or not several:
+            raise LensError(
+                f"edit must be one of lens.edits, such as Mask('first'), or several; got {given!r}"
+            )
+        return tuple(
+            one.ready(model, prompts) if isinstance(one, Ablate) else one for one in several
+        )
+
+    if callable(edit) and not isinstance(edit, Edit):
+        return lambda prompt: ready(edit(prompt))
+    once = ready(edit)
+    return lambda _: once
 
 
-def _receivers(edit: OfKeys, at: KeysAt) -> torch.Tensor:
-    """bool [keys]: where a `Move` puts its mass; moved onto themselves they would be no control."""
-    to = edit.to if isinstance(edit, Move) else None
-    return members("to", () if to is None else to, at)[0]
+def _said(edits: Sequence[Edit]) -> str:
+    """The edits in a few words: "Mask first", "2 × Activation to 0 and Ablate to mean"."""
+    counted = Counter(one.words for one in edits)
+    return " and ".join(f"{n} × {words}" if n > 1 else words for words, n in counted.items())
 
 
-def _instead(edit: OfKeys, amount: float, keys: Sequence[int]) -> Plan:
-    """The same edit of other keys."""
-    field = "to" if edit.keys is None else "keys"
-    return replace(edit, amount=amount, **{field: tuple(keys)}).plan()
+def moved(before: Tensor, after: Tensor, source: Tensor) -> np.ndarray:
+    """[5, layers, heads]: the columns of `Effect.migration` for one prompt."""
+
+    def largest(alpha: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+        found = alpha.nan_to_num(nan=-1).masked_fill(~keys, -1).max(-1)
+        return found.values.masked_fill(found.values < 0, torch.nan), found.indices
+
+    columns = [largest(alpha, keys) for keys in (source, ~source) for alpha in (before, after)]
+    return torch.stack([*(value for value, _ in columns), columns[-1][1]]).double().numpy()
+
+
+def migration(moves: Sequence[np.ndarray]) -> pd.DataFrame:
+    """One row per layer and head out of `moved` of every prompt."""
+    stacked = np.stack(moves)
+    _, _, layers, heads = stacked.shape
+    names = ("source_before", "source_after", "other_before", "other_after")
+    table = pd.DataFrame(
+        {"layer": np.repeat(np.arange(layers), heads), "head": np.tile(np.arange(heads), layers)}
+    )
+    for place, name in enumerate(names):
+        table[name] = stacked[:, place].mean(0).ravel()
+    places = stacked[:, 4].reshape(len(moves), -1).astype(int)
+    table["other_key"] = [np.bincount(column).argmax() for column in places.T]
+    return table

@@ -6,20 +6,40 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Self
 
 import torch
 
 from lens.common.errors import LensError
 from lens.common.head_ids import AnyHead
-from lens.edits.base import AttentionEdit
+from lens.edits.base import AttentionEdit, selected_heads
 from lens.models.loaded import LoadedModel
 from lens.passes.keys import Keys, check_keys
 
 
 class Edit(ABC):
     """One intervention; `lens.edit(model, ...)` runs it."""
+
+    @property
+    def dose(self) -> float:
+        """How much of it: its amount; 1 where it has none."""
+        return getattr(self, "amount", 1.0)
+
+    def at(self, amount: float) -> Self:
+        """The same by another amount.
+
+        Raises:
+            LensError: it has none, or not this one.
+        """
+        if "amount" not in {one.name for one in fields(self)}:  # type: ignore[arg-type]
+            raise LensError(f"{self.words} has no amount; leave amounts out")
+        return replace(self, amount=amount)  # type: ignore[type-var]
+
+    @property
+    def words(self) -> str:
+        """What it does, in a few words, such as "Mask first"; not where."""
+        return type(self).__name__
 
     @abstractmethod
     def start(self, model: LoadedModel, backend: str) -> Running:
@@ -28,6 +48,37 @@ class Edit(ABC):
         Raises:
             LensError: layers, heads or dimensions that the model has not got.
         """
+
+
+@dataclass(frozen=True)
+class OfHeads(Edit):
+    """An edit of the attention of `heads`, or of all heads of `layers`; neither: of all."""
+
+    heads: Sequence[AnyHead] | None = field(default=None, kw_only=True)
+    layers: Sequence[int] | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if self.heads is not None and self.layers is not None:
+            raise LensError("give layers or heads, not both; heads name their layer: 'L3H5'")
+        if isinstance(self.heads, str):
+            raise LensError(
+                f"heads must be a list of heads, got {self.heads!r}; write [{self.heads!r}]"
+            )
+        if isinstance(self.layers, int):
+            raise LensError(
+                f"layers must be a list of numbers, got {self.layers!r}; write [{self.layers}]"
+            )
+        for name in ("heads", "layers"):
+            if (given := getattr(self, name)) is not None:
+                object.__setattr__(self, name, tuple(given))
+
+    def chosen(self, model: LoadedModel) -> torch.Tensor:
+        """bool [layers, heads]: those that it edits.
+
+        Raises:
+            LensError: the model has not got them.
+        """
+        return selected_heads(model, self.layers, self.heads)
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,23 +108,6 @@ def plain_keys(name: str, keys: Keys) -> Keys:
     if isinstance(keys, torch.Tensor):
         return tuple((keys.nonzero()[:, 0] if keys.dtype == torch.bool else keys).tolist())
     return tuple(keys)
-
-
-def plain_places(
-    heads: Sequence[AnyHead] | None, layers: Sequence[int] | None
-) -> tuple[tuple[AnyHead, ...] | None, tuple[int, ...] | None]:
-    """Heads and layers as tuples.
-
-    Raises:
-        LensError: both are given, or one name where a list of names belongs.
-    """
-    if heads is not None and layers is not None:
-        raise LensError("give layers or heads, not both; heads name their layer: 'L3H5'")
-    if isinstance(heads, str):
-        raise LensError(f"heads must be a list of heads, got {heads!r}; write [{heads!r}]")
-    if isinstance(layers, int):
-        raise LensError(f"layers must be a list of numbers, got {layers!r}; write [{layers}]")
-    return None if heads is None else tuple(heads), None if layers is None else tuple(layers)
 
 
 def check_number(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> None:

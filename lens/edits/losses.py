@@ -1,17 +1,19 @@
-"""What an edit does to the predictions of a prompt, and how alpha moves: shared by the causal tests."""
+"""Predictions of a prompt with an edit and without, and what lies between them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-import pandas as pd
 import torch
+from torch import Tensor
 
 from lens.common.errors import LensError
-from lens.edits.side_effects import changes_of
 from lens.models.loaded import LoadedModel
+from lens.passes.inputs import Prompt
+from lens.passes.interface import image_token
 from lens.passes.sessions import OnLayer, listening
+
+MEASURES: tuple[str, ...] = ("delta_loss", "kl", "flip_rate")
 
 
 def two_tokens(ids: list[int] | None) -> list[int]:
@@ -25,51 +27,65 @@ def two_tokens(ids: list[int] | None) -> list[int]:
     return ids
 
 
-def log_probabilities(model: LoadedModel, ids: list[int], on_layer: OnLayer) -> torch.Tensor:
-    """[tokens - 1, vocab] of every next token, with `on_layer` in place of the model's attention.
+def predictions(model: LoadedModel, prompt: Prompt, on_layer: OnLayer) -> Tensor:
+    """Log probabilities [tokens, vocab] with `on_layer` in place of the model's attention.
 
     Raises:
         LensError: a model without a language model's logits.
     """
-    with torch.no_grad(), listening(model, on_layer):
-        output = model.model(torch.tensor([ids], device=model.device))
-    logits = output if isinstance(output, torch.Tensor) else getattr(output, "logits", None)
+    ids = prompt.ids or []
+    with torch.no_grad(), listening(model, on_layer, exclusive=True):
+        if "pixel_values" in prompt.inputs:
+            output = model.model(**prompt.inputs)
+        else:
+            output = model.model(torch.tensor([ids], device=model.device))
+    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
     if logits is None or logits.shape[:2] != (1, len(ids)):
         raise LensError(
             f"{model.info.class_name} gives no logits [1, tokens, vocab]; effect needs a language model"
         )
-    return logits[0, :-1].float().log_softmax(-1)
+    return logits[0].float().log_softmax(-1)
 
 
-def changes(base: torch.Tensor, edited: torch.Tensor, ids: list[int]) -> tuple[float, float, float]:
-    """`changes_of` over every next token of a prompt."""
+def log_probabilities(model: LoadedModel, ids: list[int], on_layer: OnLayer) -> Tensor:
+    """[tokens - 1, vocab] of every next token; see `predictions`."""
+    return predictions(model, Prompt({}, ids), on_layer)[:-1]
+
+
+def predicted(model: LoadedModel, prompt: Prompt) -> Tensor:
+    """bool [tokens - 1]: positions whose next token is text; those of an image are not predicted.
+
+    Raises:
+        LensError: there is none.
+    """
+    target = torch.tensor((prompt.ids or [])[1:], device=model.device)
+    scored = torch.ones_like(target, dtype=torch.bool)
+    if "pixel_values" in prompt.inputs:
+        scored = target != image_token(model.model.config)
+    if not bool(scored.any()):
+        raise LensError(
+            "effects are measured on the loss of next tokens; each prompt needs at least two tokens, "
+            "the second or a later one of text"
+        )
+    return scored
+
+
+def changes(base: Tensor, edited: Tensor, ids: Sequence[int]) -> tuple[float, float, float]:
+    """`changes_of` over every next token of a prompt; [tokens - 1, vocab] each."""
     return changes_of(base, edited, torch.tensor(ids[1:], device=base.device))
 
 
-def moved(before: torch.Tensor, after: torch.Tensor, source: torch.Tensor) -> np.ndarray:
-    """[5, layers, heads]: the columns of `Effect.migration` for one prompt."""
+def changes_of(base: Tensor, edited: Tensor, target: Tensor) -> tuple[float, float, float]:
+    """Change of the loss, KL of the edited from the unedited prediction, share of changed top tokens.
 
-    def largest(alpha: torch.Tensor, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        found = alpha.nan_to_num(nan=-1).masked_fill(~keys, -1).max(-1)
-        return found.values.masked_fill(found.values < 0, torch.nan), found.indices
-
-    columns = [largest(alpha, keys) for keys in (source, ~source) for alpha in (before, after)]
-    return torch.stack([*(value for value, _ in columns), columns[-1][1]]).double().numpy()
-
-
-def migration(moves: Sequence[np.ndarray]) -> pd.DataFrame:
-    """One row per layer and head out of `moved` of every prompt."""
-    stacked = np.stack(moves)
-    _, _, layers, heads = stacked.shape
-    names = ("source_before", "source_after", "other_before", "other_after")
-    table = pd.DataFrame(
-        {"layer": np.repeat(np.arange(layers), heads), "head": np.tile(np.arange(heads), layers)}
-    )
-    for place, name in enumerate(names):
-        table[name] = stacked[:, place].mean(0).ravel()
-    places = stacked[:, 4].reshape(len(moves), -1).astype(int)
-    table["other_key"] = [np.bincount(column).argmax() for column in places.T]
-    return table
+    Args:
+        base, edited: log probabilities [tokens, vocab].
+        target: [tokens].
+    """
+    delta = (base - edited).gather(1, target[:, None]).mean()
+    kl = (base.exp() * (base - edited)).sum(-1).mean()
+    flips = (base.argmax(-1) != edited.argmax(-1)).float().mean()
+    return float(delta), float(kl), float(flips)
 
 
 def bos_policy(model: LoadedModel, prompts: Sequence[Sequence[int]]) -> str:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
+from torch import Tensor, nn
 
 from lens.common.choices import check_choice
 from lens.common.errors import LensError
@@ -15,9 +16,8 @@ from lens.common.head_ids import AnyHead
 from lens.edits._parts import (
     HeadsOut,
     Hooked,
+    Means,
     SubLayersOut,
-    mean_heads,
-    mean_sublayers,
     setting,
 )
 from lens.edits.base import selected_heads
@@ -82,6 +82,25 @@ class Ablate(Edit):
         """Those of `what` that are sub-layers."""
         return tuple(one for one in self.what if _is_sublayer(one))  # type: ignore[union-attr]
 
+    @property
+    def words(self) -> str:
+        """See `Edit`."""
+        return f"Ablate to {self.baseline}"
+
+    def chosen(self, model: LoadedModel) -> Tensor:
+        """bool [layers, heads]: those that it takes out. Errors as in `start`."""
+        return selected_heads(model, None, self.heads)
+
+    def ready(self, model: LoadedModel, prompts: Any) -> Ablate:
+        """The same with its means taken, over `prompts` where it names none; copies share them."""
+        if self.baseline == "zero" or isinstance(self.over, Means):
+            return self
+        over, modules = prompts if self.over is None else self.over, self.modules(model)
+        if modules:  # those of controls, too
+            modules = named_sublayers(model)
+        means = Means.of(model, over, self.baseline, bool(self.heads), modules)
+        return replace(self, over=means)
+
     def start(self, model: LoadedModel, backend: str) -> Running:
         """See `Edit`."""
         if self.baseline != "zero" and self.over is None:
@@ -89,23 +108,25 @@ class Ablate(Edit):
                 f"Ablate(..., {self.baseline!r}) needs the prompts that the mean is taken over: over=texts"
             )
         heads = hooked = None
+        chosen, modules = self.chosen(model), self.modules(model)
+        over = self.over
+        if over is not None and not isinstance(over, Means):
+            over = Means.of(model, over, self.baseline, bool(self.heads), modules)
         if self.heads:
-            chosen = selected_heads(model, None, self.heads)
-            means = None
-            if self.baseline != "zero":
-                means = mean_heads(model, self.over, chosen, self.baseline == "mean")
-            heads = HeadsOut(means, chosen, backend)
-        if self.sublayers:
-            known = named_sublayers(model)
-            if unknown := [name for name in self.sublayers if name not in known]:
-                raise LensError(
-                    f"{model.name} has no sub-layer {', '.join(unknown)}; it has {', '.join(known)}"
-                )
-            modules = {name: known[name] for name in self.sublayers}
-            means = {} if self.baseline == "zero" else mean_sublayers(model, self.over, modules)
-            hooked = SubLayersOut(modules, means)
+            heads = HeadsOut(None if over is None else over.heads, chosen, backend)
+        if modules:
+            hooked = SubLayersOut(modules, {} if over is None else over.sublayers)
         done = heads if hooked is None else hooked if heads is None else (heads, hooked)
         return Running(done, heads, ExitStack() if hooked is None else hooked.open())
+
+    def modules(self, model: LoadedModel) -> dict[str, nn.Module]:
+        """Its sub-layers. Errors as in `start`."""
+        known = named_sublayers(model) if self.sublayers else {}
+        if unknown := [name for name in self.sublayers if name not in known]:
+            raise LensError(
+                f"{model.name} has no sub-layer {', '.join(unknown)}; it has {', '.join(known)}"
+            )
+        return {name: known[name] for name in self.sublayers}
 
 
 @dataclass(frozen=True)
@@ -146,12 +167,26 @@ class Activation(Edit):
             object.__setattr__(self, name, numbers)
         check_number("value of Activation", self.value)
 
+    @property
+    def places(self) -> tuple[int, ...]:
+        """Its positions."""
+        return self.position  # type: ignore[return-value] - made a tuple above
+
+    @property
+    def dims(self) -> tuple[int, ...]:
+        """Its dimensions."""
+        return self.dim  # type: ignore[return-value]
+
+    @property
+    def words(self) -> str:
+        """See `Edit`."""
+        return f"Activation to {self.value:g}"
+
     def start(self, model: LoadedModel, backend: str) -> Running:
         """See `Edit`."""
-        assert not isinstance(self.dim, int)
         done = Hooked()
-        places = torch.tensor(self.position, device=model.device)
-        hooks = setting(model, self.layer, places, list(self.dim), self.value, done)
+        places = torch.tensor(self.places, device=model.device)
+        hooks = setting(model, self.layer, places, list(self.dims), self.value, done)
         return Running(done, hooks=hooks)
 
 

@@ -7,17 +7,18 @@ import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, Self
+
+from torch import Tensor
 
 from lens.common.choices import check_choice
 from lens.common.errors import LensError
-from lens.common.head_ids import AnyHead
 from lens.edits._act import ActEdit
 from lens.edits._pasta import PastaEdit
+from lens.edits._phi import check_dims
 from lens.edits._var import PRESETS, VarEdit, VarSettings
 from lens.edits.base import selected_heads
-from lens.edits.language import Edit, Running, check_number, plain_keys, plain_places
-from lens.edits.sink_dims import check_dims
+from lens.edits.language import OfHeads, Running, check_number, plain_keys
 from lens.models.loaded import LoadedModel
 from lens.passes.keys import Keys
 from lens.passes.stream import layer_inputs
@@ -26,7 +27,7 @@ Preset = Literal["paper", "released"]
 
 
 @dataclass(frozen=True)
-class Var(Edit):
+class Var(OfHeads):
     """Visual attention redistribution: heads that look at the image give it their sinks' attention.
 
     With p the amount, S the sinks, V the image keys, R = V without S, in rows of text after the image:
@@ -42,7 +43,7 @@ class Var(Edit):
         preset: "paper", or "released" for what the released code does; `lens.edits._var` has a table of
             all that they differ in.
         amount, rho, tau, least_visual: instead of the preset's.
-        dims: sink dimensions, from `lens.edits.find_sink_dims`; None: all are looked at.
+        dims: sink dimensions, from `lens.sinks.dims`; None: all are looked at.
         sinks: the sinks themselves, instead of looking for them.
         heads, layers: what may be edited, instead of the preset's layers.
 
@@ -68,8 +69,6 @@ class Var(Edit):
     least_visual: float | None = None
     dims: Sequence[int] | None = None
     sinks: Keys | None = None
-    heads: Sequence[AnyHead] | None = None
-    layers: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         check_choice("preset of VAR", self.preset, Preset)
@@ -80,7 +79,7 @@ class Var(Edit):
                 raise LensError("give sinks, or dims and tau to look for them, not both")
         if self.dims is not None:
             object.__setattr__(self, "dims", tuple(self.dims))
-        _settle(self)
+        super().__post_init__()
         self.settings  # noqa: B018 - checks the numbers
 
     @property
@@ -90,12 +89,20 @@ class Var(Edit):
         given = {name: float(number) for name, number in numbers.items() if number is not None}
         return replace(PRESETS[self.preset], **given)
 
+    @property
+    def dose(self) -> float:
+        """See `Edit`."""
+        return self.settings.amount
+
+    def chosen(self, model: LoadedModel) -> Tensor:
+        """See `OfHeads`; of no heads and layers those of the preset."""
+        layers = self.settings.layers(model.info.layers)
+        named = self.heads is not None or self.layers is not None
+        return super().chosen(model) if named else selected_heads(model, layers, None)
+
     def start(self, model: LoadedModel, backend: str) -> Running:
         """See `Edit`."""
-        layers = self.layers
-        if layers is None and self.heads is None:
-            layers = self.settings.layers(model.info.layers)
-        chosen = selected_heads(model, layers, self.heads)
+        chosen = self.chosen(model)
         edit = VarEdit(self.image, self.settings, self.dims, self.sinks, chosen, backend)
         edit.name = model.name
         if self.sinks is not None:
@@ -105,7 +112,7 @@ class Var(Edit):
 
 
 @dataclass(frozen=True)
-class Act(Edit):
+class Act(OfHeads):
     """Attention calibration: sink tokens after the first give most of their mass to all other keys.
 
     A key is a sink of a head where it receives `alpha > threshold` of the attention of the rows that see
@@ -133,28 +140,37 @@ class Act(Edit):
     preset: Preset = "paper"
     beta: float = 0.4
     threshold: float | None = None
-    heads: Sequence[AnyHead] | None = None
-    layers: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         check_choice("preset of ACT", self.preset, Preset)
         check_number("beta of ACT", self.beta, 0, 1)
         if self.threshold is not None:
             check_number("threshold of ACT", self.threshold, 0, 1)
-        _settle(self)
+        super().__post_init__()
+
+    @property
+    def dose(self) -> float:
+        """See `Edit`: the share that sinks give away, 1 - beta."""
+        return 1 - self.beta
+
+    def at(self, amount: float) -> Self:
+        """See `Edit`."""
+        return replace(self, beta=1 - amount)
+
+    def chosen(self, model: LoadedModel) -> Tensor:
+        """See `OfHeads`; of no heads and layers those of the preset."""
+        if self.preset == "paper" or self.heads is not None or self.layers is not None:
+            return super().chosen(model)
+        return selected_heads(model, range(2, model.info.layers - 1), None)
 
     def start(self, model: LoadedModel, backend: str) -> Running:
         """See `Edit`."""
-        layers = self.layers
-        if layers is None and self.heads is None and self.preset == "released":
-            layers = range(2, model.info.layers - 1)
-        chosen = selected_heads(model, layers, self.heads)
-        edit = ActEdit(self.preset, self.beta, self.threshold, chosen, backend)
+        edit = ActEdit(self.preset, self.beta, self.threshold, self.chosen(model), backend)
         return Running(edit, edit)
 
 
 @dataclass(frozen=True)
-class Pasta(Edit):
+class Pasta(OfHeads):
     """Post-hoc attention steering: the prompt outside the spans that matter is scaled down.
 
     `log alpha` is added to the logits of all keys of the prompt that are in no span, and rows are
@@ -182,8 +198,6 @@ class Pasta(Edit):
     spans: Sequence[tuple[int, int]]
     preset: Preset = "paper"
     alpha: float = 0.01
-    heads: Sequence[AnyHead] | None = None
-    layers: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         check_choice("preset of PASTA", self.preset, Preset)
@@ -197,17 +211,11 @@ class Pasta(Edit):
         if any(start < end for (_, end), (start, _) in itertools.pairwise(ends)):
             raise LensError(f"spans must not overlap, got {self.spans}")
         object.__setattr__(self, "spans", ends)
-        _settle(self)
+        super().__post_init__()
 
     def start(self, model: LoadedModel, backend: str) -> Running:
         """See `Edit`."""
         count, log = (len(self.spans) if self.preset == "released" else 1), math.log(self.alpha)
-        chosen = selected_heads(model, self.layers, self.heads)
-        edit = PastaEdit(self.spans, (count * log, (count - 1) * log), chosen, backend)
+        biases = (count * log, (count - 1) * log)
+        edit = PastaEdit(self.spans, biases, self.chosen(model), backend)
         return Running(edit, edit)
-
-
-def _settle(edit: Var | Act | Pasta) -> None:
-    heads, layers = plain_places(edit.heads, edit.layers)
-    object.__setattr__(edit, "heads", heads)
-    object.__setattr__(edit, "layers", layers)

@@ -12,7 +12,7 @@ import torch
 from lens.common.errors import LensError
 from lens.common.head_ids import HeadId
 from lens.common.results import Result, described
-from lens.edits.language import Edit
+from lens.edits.language import OfHeads
 from lens.edits.running import edit as run
 from lens.models.loaded import LoadedModel
 from lens.stats import over_units
@@ -120,7 +120,7 @@ class HeadSearch(Result):
 def search_heads(
     model: LoadedModel,
     task: Task,
-    edit: Edit,
+    edit: OfHeads,
     *,
     most: int = 10,
     validation: float = 0.5,
@@ -147,11 +147,11 @@ def search_heads(
         >>> lens.edits.search_heads(model, task, lens.edits.Mask("first"), most=3).findings()
     """
     info = model.info
-    if not isinstance(edit, Edit) or not hasattr(edit, "layers"):
+    if not isinstance(edit, OfHeads):
         raise LensError(
             f"search_heads tries an edit of attention, such as lens.edits.Mask('first'), got {edit!r}"
         )
-    if edit.heads is not None or edit.layers is not None:  # type: ignore[attr-defined]
+    if edit.heads is not None or edit.layers is not None:
         raise LensError(
             "search_heads chooses the heads itself: leave heads and layers of the edit out"
         )
@@ -172,7 +172,7 @@ def search_heads(
     def gain(part: Task, clean: torch.Tensor, heads: Sequence[HeadId]) -> np.ndarray:
         if not heads:
             return np.zeros(part.n)
-        with run(model, replace(edit, heads=heads)):  # type: ignore[type-var]
+        with run(model, replace(edit, heads=heads)):
             edited = part.evaluate(model)
         return (part.sign * (edited - clean)).double().numpy()
 

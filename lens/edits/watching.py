@@ -1,13 +1,18 @@
-"""Where attention goes while an edit of keys acts: what each key receives after it."""
+"""Where attention goes while edits act: what each key receives after them."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from lens.common.errors import LensError
 from lens.edits._keyed import KeyedEdit
+from lens.edits._parts import HeadsOut
+from lens.edits.base import AttentionEdit
+from lens.edits.running import Together
 from lens.passes.calls import LayerCall, attend
 from lens.passes.keys import KeysAt, members
 from lens.traces.scores import FEWEST_VIEWERS
@@ -17,20 +22,25 @@ _HIDDEN = -60.0
 
 
 class Watch:
-    """Stands in the model's attention, for prompts in one pass each; lets an edit act, or none.
+    """Stands in the model's attention, for prompts in one pass each; lets edits act, or none.
 
     Attributes:
-        received: per layer [heads, keys], sum over the queries of the edited attention; NaN where the
-            edit leaves it no softmax with fixed weights (`Move` to some of the others, chosen rows).
-        visible: per layer [keys], number of queries that see each key.
+        received: per layer [heads, keys], sum over the queries (or `rows`) of the edited attention; NaN
+            where edits leave it no softmax with fixed weights (`Move` to some of the others, a recipe,
+            several on one head); 0 of heads that are taken out.
+        visible: per layer [keys], number of these queries that see each key.
     """
 
-    def __init__(self, edit: KeyedEdit | None = None, *, record: bool = True) -> None:
-        self.received: list[torch.Tensor] = []
-        self.visible: list[torch.Tensor] = []
-        self._edit, self._record = edit, record
+    def __init__(
+        self, *edits: AttentionEdit, rows: Tensor | None = None, record: bool = True
+    ) -> None:
+        """`rows`: bool [tokens], those that are looked at, and the only ones edited; None: all."""
+        self.received: list[Tensor] = []
+        self.visible: list[Tensor] = []
+        self._edits, self._rows, self._record = edits, rows, record
+        self._together = Together(list(edits), "auto")
 
-    def on_layer(self, call: LayerCall) -> torch.Tensor:
+    def on_layer(self, call: LayerCall) -> Tensor:
         """See `lens.passes.sessions.listening`.
 
         Raises:
@@ -41,59 +51,117 @@ class Watch:
                 f"layer {call.layer} sees later tokens, so there is no next-token loss to change; "
                 "effect needs a causal language model"
             )
-        batch, _, queries, _ = call.query.shape
-        keys = call.key.shape[2]
         if self._record:
-            at = KeysAt(call.layer, 0, torch.arange(keys, device=call.key.device)[None], None)
+            keys = call.key.shape[2]
+            at = KeysAt(
+                call.layer, 0, torch.arange(keys, device=call.key.device)[None], call.tokens
+            )
             self.received.append(self._after(call, at).cpu())
-            self.visible.append(call.mask.visible(batch, queries, keys)[0].cpu())
-        return attend(call).output if self._edit is None else self._edit.on_layer(call)
+            parts = _stretches(call, self._rows)
+            seen = [part.mask.visible(1, part.query.shape[2], part.key.shape[2]) for part in parts]
+            self.visible.append(sum(_to(one[0], keys) for one in seen).cpu())  # type: ignore[union-attr]
+        return self._together.on_layer(call)
 
-    def alpha(self) -> torch.Tensor:
+    def alpha(self) -> Tensor:
         """[layers, heads, keys]: `received / visible`, NaN as in `lens.sinks.detection.alphas.alpha_of`."""
         received, visible = torch.stack(self.received), torch.stack(self.visible)[:, None]
         fewest = torch.full_like(visible, FEWEST_VIEWERS)
         fewest[..., 0] = 1
         return torch.where(visible >= fewest, received / visible.clamp(min=1), torch.nan)
 
-    def _after(self, call: LayerCall, at: KeysAt) -> torch.Tensor:
-        """[heads, keys]: what each key receives once the edit has acted."""
-        found = _received(call, None)
-        if self._edit is None or self._edit.plan.amount == self._edit.plan.nothing:
+    def _after(self, call: LayerCall, at: KeysAt) -> Tensor:
+        """[heads, keys]: what each key receives once the edits have acted."""
+        found = _received(call, self._rows)
+        before, mine = found, [one for one in self._edits if bool(one.heads[call.layer].any())]
+        for one in mine:
+            heads = one.heads[call.layer].to(found.device)
+            others = [o.heads[call.layer] for o in mine if o is not one]
+            alone = not any(bool((heads & o.to(heads)).any()) for o in others)
+            if isinstance(one, HeadsOut):
+                found = found.masked_fill(heads[:, None], 0.0)
+            elif alone and isinstance(one, KeyedEdit):
+                found = torch.where(heads[:, None], self._keyed(one, call, at, before), found)
+            else:
+                found = found.masked_fill(heads[:, None], torch.nan)
+        return found
+
+    def _keyed(self, edit: KeyedEdit, call: LayerCall, at: KeysAt, found: Tensor) -> Tensor:
+        """[heads, keys] after one edit of keys in all heads; NaN where that is not known."""
+        plan, unknown = edit.plan, torch.full_like(found, torch.nan)
+        if plan.amount == plan.nothing:
             return found
-        plan, heads = self._edit.plan, self._edit.heads[call.layer].to(found.device)[:, None]
-        assert plan.keys is not None
+        if plan.keys is None or (plan.queries is not None and self._rows is None):
+            return unknown
         source = members("keys", plan.keys, at)[0]
-        edited = heads & source
-        weight = torch.where(edited, 1 - plan.amount, 1.0)
+        weight = torch.where(source, 1 - plan.amount, 1.0)
         match plan.rule:
             case "zero" | "mean":
                 return found
             case "drop":
                 return found * weight
             case "mask":
-                return _received(call, weight.log().clamp(min=_HIDDEN))
+                return _received(call, self._rows, weight.log().clamp(min=_HIDDEN))
             case "bias":
-                return _received(call, torch.where(edited, max(plan.amount, _HIDDEN), 0.0))
-            case "move" if call.sink_logits is None and self._to_all_others(source, at):
-                if not bool(source.any()):
-                    return found
-                moved = _received(call, torch.where(edited, _HIDDEN, 0.0))
-                return found + plan.amount * (moved - found)
-        return found.masked_fill(heads, torch.nan)
+                return _received(
+                    call, self._rows, torch.where(source, max(plan.amount, _HIDDEN), 0.0)
+                )
+            case "equal" if self._rows is not None:
+                share = source * (int(self._rows.sum()) / source.sum())
+                return found + plan.amount * (share - found)
+        if call.sink_logits is not None:
+            return unknown
+        if plan.rule == "own" or (plan.rule == "move" and _to_all_others(edit, source, at)):
+            if not bool(source.any()):
+                return found
+            hidden = ~source if plan.rule == "own" else source
+            moved = _received(call, self._rows, torch.where(hidden, _HIDDEN, 0.0))
+            return found + plan.amount * (moved - found)
+        return unknown
 
-    def _to_all_others(self, source: torch.Tensor, at: KeysAt) -> bool:
-        assert self._edit is not None
-        to = self._edit.plan.to
-        return to is None or torch.equal(members("to", to, at)[0], ~source)
+
+def _to_all_others(edit: KeyedEdit, source: Tensor, at: KeysAt) -> bool:
+    to = edit.plan.to
+    return to is None or torch.equal(members("to", to, at)[0], ~source)
 
 
-def _received(call: LayerCall, extra: torch.Tensor | None) -> torch.Tensor:
-    """[heads, keys]: attention that each key receives, with `extra` [heads, keys] on its logits."""
-    mask = call.mask.for_kernel(call.query.shape[2])
-    bias = call.position_bias
-    if extra is not None:
-        extra = extra[None, :, None]
-        bias = extra if bias is None else bias + extra
-    mask = mask if bias is None else replace(mask, bias=bias.to(call.query.dtype))
-    return attend(call, mask=mask, statistics=("received",)).statistics["received"][0]
+def _received(call: LayerCall, rows: Tensor | None, extra: Tensor | None = None) -> Tensor:
+    """[heads, keys]: attention that each key receives, with `extra` [keys] on its logits."""
+    total = torch.zeros(call.query.shape[1], call.key.shape[2], device=call.key.device)
+    for part in _stretches(call, rows):
+        mask, keys = part.mask.for_kernel(part.query.shape[2]), part.key.shape[2]
+        bias = part.position_bias
+        if extra is not None:
+            bias = extra[:keys] if bias is None else bias + extra[:keys]
+        if bias is not None:
+            bias = bias.to(part.query.dtype)
+            mask = replace(mask, bias=bias.expand(*[1] * (4 - bias.dim()), *bias.shape))
+        found = attend(part, mask=mask, statistics=("received",)).statistics["received"][0]
+        total = total + _to(found, total.shape[1])
+    return total
+
+
+def _stretches(call: LayerCall, rows: Tensor | None) -> Iterator[LayerCall]:
+    """The call of each stretch of chosen queries and the keys up to it; of one prompt, in one pass."""
+    if rows is None:
+        yield call
+        return
+    steps = torch.nn.functional.pad(rows.int(), (1, 1)).diff()
+    starts, ends = ((steps == sign).nonzero()[:, 0].tolist() for sign in (1, -1))
+    for first, end in zip(starts, ends, strict=True):
+        mask, bias = call.mask, call.position_bias
+        if mask.allowed is not None:
+            mask = replace(mask, allowed=mask.allowed[:, :, first:end, :end])
+        if mask.padding is not None:
+            mask = replace(mask, padding=mask.padding[:, :end])
+        if bias is not None:
+            bias = (bias if bias.shape[2] == 1 else bias[:, :, first:end])[..., :end]
+        query, key, value = (
+            call.query[:, :, first:end],
+            call.key[:, :, :end],
+            call.value[:, :, :end],
+        )
+        yield replace(call, query=query, key=key, value=value, mask=mask, position_bias=bias)
+
+
+def _to(received: Tensor, keys: int) -> Tensor:
+    return torch.nn.functional.pad(received, (0, keys - received.shape[-1]))

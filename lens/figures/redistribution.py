@@ -12,14 +12,12 @@ from plotly.subplots import make_subplots
 from lens.common.colors import ACCENT, BASELINE, DIVERGING, GRID, INK, LINE, VIRIDIS, scale
 from lens.common.errors import LensError
 from lens.common.plots import draws
-from lens.figures.rows import whiskers
 from lens.figures.style import Look, escaped, grid_height, style, tick_step
 
 if TYPE_CHECKING:
-    from lens.edits.doses import Dose
     from lens.edits.searching import HeadSearch
     from lens.edits.selection import HeadSelection
-    from lens.edits.sink_dims import SinkDims
+    from lens.sinks.activations.dims import SinkDims
     from lens.sinks.activations.dims_agreement import DimsAgreement
     from lens.vision.images import ImageGrid
 
@@ -231,102 +229,3 @@ def gain_grid(result: HeadSearch, **look: Unpack[Look]) -> go.Figure:
     figure.update_yaxes(title="Layer", dtick=tick_step(layers), autorange="reversed")
     text = f"Gain in {result.metric} on {result.task} (validation; test {result.test.mean():.3g})"
     return style(figure, escaped(text), look, height=grid_height(layers))
-
-
-@draws("SideEffects", of="table")
-def side_effect_line(
-    table: pd.DataFrame, measure: str = "delta_loss", **look: Unpack[Look]
-) -> go.Figure:
-    """One measure of held-out text over the amount of an edit, with its 95 % interval.
-
-    Args:
-        table: of `lens.edits.side_effects`.
-        measure: "delta_loss", "kl" or "flip_rate".
-
-    Raises:
-        LensError: another measure.
-    """
-    if measure not in _MEASURES:
-        raise LensError(f"measure must be one of {', '.join(_MEASURES)}, got {measure!r}")
-    figure = go.Figure(
-        go.Scatter(
-            x=table["amount"],
-            y=table[measure],
-            error_y=whiskers(table[measure], table[f"{measure}_low"], table[f"{measure}_high"]),
-            mode="lines+markers",
-            line={"color": ACCENT},
-        )
-    )
-    figure.update_xaxes(title="Amount")
-    figure.update_yaxes(title=_MEASURES[measure])
-    text = f"Held-out text (n = {table['n'].iloc[0]})"
-    return style(figure, text, look)
-
-
-@draws("KnockOut", of="table")
-def knock_out_bars(
-    table: pd.DataFrame, measure: str = "delta_loss", **look: Unpack[Look]
-) -> go.Figure:
-    """One measure of each condition of a knock-out, with its 95 % interval.
-
-    Args:
-        table: of `KnockOut`.
-        measure: "delta_loss", "kl" or "flip_rate".
-
-    Raises:
-        LensError: another measure.
-    """
-    if measure not in _MEASURES:
-        raise LensError(f"measure must be one of {', '.join(_MEASURES)}, got {measure!r}")
-    figure = go.Figure(
-        go.Bar(
-            x=table["condition"],
-            y=table[measure],
-            error_y=whiskers(table[measure], table[f"{measure}_low"], table[f"{measure}_high"]),
-            marker={"color": [ACCENT, *[BASELINE] * (len(table) - 1)]},
-            customdata=table[["keys", "mass"]],
-            hovertemplate=(
-                "%{x}: %{y:.4f}<br>%{customdata[0]:.1f} keys per layer with "
-                "%{customdata[1]:.1%} of the attention<extra></extra>"
-            ),
-        )
-    )
-    figure.update_yaxes(title=_MEASURES[measure])
-    text = f"Edges from text to image tokens hidden (n = {table['n'].iloc[0]})"
-    return style(figure, text, look)
-
-
-@draws("Dose")
-def dose_lines(dose: Dose, measure: str = "delta_loss", **look: Unpack[Look]) -> go.Figure:
-    """Gain on a task above, a measure of held-out text below, over the amount of an edit.
-
-    Args:
-        dose: as `lens.edits.dose` returns it.
-        measure: "delta_loss", "kl" or "flip_rate".
-
-    Raises:
-        LensError: another measure.
-    """
-    if measure not in _MEASURES:
-        raise LensError(f"measure must be one of {', '.join(_MEASURES)}, got {measure!r}")
-    table = dose.table()
-    figure = make_subplots(rows=2, shared_xaxes=True, vertical_spacing=0.08)
-    for row, (name, color) in enumerate((("gain", LINE), (measure, ACCENT)), 1):
-        figure.add_scatter(
-            x=table["amount"],
-            y=table[name],
-            error_y=whiskers(table[name], table[f"{name}_low"], table[f"{name}_high"]),
-            mode="lines+markers",
-            line={"color": color},
-            showlegend=False,
-            row=row,
-            col=1,
-        )
-        figure.add_hline(y=0, line={"color": BASELINE, "dash": "dot"}, row=row, col=1)  # type: ignore[arg-type]
-    figure.update_yaxes(title=escaped(f"Gain in {dose.metric}"), row=1)
-    figure.update_yaxes(title=f"Held out: {_MEASURES[measure].lower()}", row=2)
-    figure.update_xaxes(title="Amount", row=2)
-    text = (
-        f"{dose.task} (n = {table['n'].iloc[0]}), held-out text (n = {table['held_out_n'].iloc[0]})"
-    )
-    return style(figure, escaped(text), look)

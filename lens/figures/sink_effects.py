@@ -25,10 +25,12 @@ _MEASURES = {
     "kl": "KL of the edited from the unedited prediction (nats)",
     "flip_rate": "Share of changed top tokens",
     "excess": "Change of loss beyond the control's (nats per token)",
+    "gain": "How much better the task goes",
+    "excess_gain": "Gain beyond the control's",
 }
 
 
-@draws("Effect", of="table")
+@draws("Effect", "KnockOut", of="table")
 def effect_figure(
     table: pd.DataFrame, measure: str = "delta_loss", **look: Unpack[Look]
 ) -> go.Figure:
@@ -36,12 +38,12 @@ def effect_figure(
 
     Args:
         table: of `lens.effect`.
-        measure: "delta_loss", "kl", "flip_rate" or "excess".
+        measure: "delta_loss", "kl", "flip_rate" or "excess"; of a task "gain" or "excess_gain", too.
 
     Raises:
         LensError: an unknown measure.
     """
-    check_choice("measure", measure, tuple(_MEASURES))
+    check_choice("measure", measure, [name for name in _MEASURES if name in table])
     several = table["amount"].nunique() > 1
     return (_curves if several else _points)(table, measure, look)
 

@@ -17,12 +17,11 @@ _COLORS = (ACCENT, LINE, "#22a884", "#8250df", BASELINE)
 _LOSS = "Change of loss (nats per token)"
 
 
-@draws("ScopedEffects", of="table")
-def scope_points(table: pd.DataFrame, **look: Unpack[Look]) -> go.Figure:
-    """Change of loss by scope of an edit, a colour per condition, with 95 % intervals.
+def reach_points(table: pd.DataFrame, **look: Unpack[Look]) -> go.Figure:
+    """Change of loss by reach of an edit, a colour per condition, with 95 % intervals.
 
     Args:
-        table: of `lens.sinks.ScopedEffects`.
+        table: of several calls of `lens.effect`, one below the other; `reach` says which it is of.
     """
     figure = go.Figure()
     for number, (condition, rows) in enumerate(table.groupby("condition", sort=False)):

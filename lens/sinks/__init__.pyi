@@ -1,6 +1,6 @@
+from .activations.dims import dims as dims
 from .activations.dims_agreement import dims_agreement as dims_agreement
 from .activations.massive import massive as massive
-from .activations.massive import massive_effect as massive_effect
 from .activations.norms import high_norm as high_norm
 from .activations.norms import register_neurons as register_neurons
 from .causes.gated_outputs import output_gates as output_gates
@@ -19,7 +19,3 @@ from .detection.positions import find as find
 from .detection.positions import profile as profile
 from .detection.rates import rate as rate
 from .detection.rates import sensitivity as sensitivity
-from .effects.head_edits import head_effect as head_effect
-from .effects.scopes import ScopedEffects as ScopedEffects
-from .effects.scopes import by_bos as by_bos
-from .effects.scopes import by_scope as by_scope

@@ -79,14 +79,20 @@ def sink_effects() -> Numbers:
     drop = lens.edits.Drop("first", heads=["L1H0"])
     dropped = lens.effect(model, prompts, drop, controls=("mass",))
     add("effect.drop", dropped.table(), "mass")
-    add("head_effect", room.head_effect(model, prompts, heads=["L1H0"]).table(), "mass")
-    massive = room.massive(model, prompts, ratio=30, magnitude=1)
-    add("massive_effect", room.massive_effect(model, prompts, massive).table(), "norm")
-    scoped = room.by_scope(model, prompts, head="L1H0", controls=("size",)).table()
-    for reach in ("head", "layer", "from_layer"):
-        add(f"by_scope.{reach}", scoped[scoped["reach"] == reach])
-    bare = room.by_bos(model, prompts, controls=("size",)).table()
-    add("by_bos.without", bare[bare["reach"] == "without BOS"])
+    off = lens.effect(model, prompts, lens.edits.Ablate("L1H0"), controls=("size", "mass"))
+    add("head_effect", off.table(), "mass")
+    massive = room.massive(model, prompts, ratio=30, magnitude=1).edits()
+    add("massive_effect", lens.effect(model, prompts, massive).table(), "norm")
+    reaches = {
+        "head": {"heads": ["L1H0"]},
+        "layer": {"layers": [1]},
+        "from_layer": {"layers": [1, 2]},
+    }
+    for reach, where in reaches.items():
+        one = lens.edits.Mask("first", **where)
+        add(f"by_scope.{reach}", lens.effect(model, prompts, one, controls=("size",)).table())
+    bare = room.bos_pair(model, prompts)["without BOS"]
+    add("by_bos.without", lens.effect(model, bare, mask, controls=("size",)).table())
     doses = lens.effect(model, prompts, mask, amounts=(0.5, 1.0), controls=("mass",)).table()
     add("dose_response.0.5", doses[doses["amount"] == 0.5], "mass")
     policies = [
@@ -128,17 +134,15 @@ def redistribution() -> Numbers:
         ),
     }
 
-    def moved(amount: float) -> Any:
-        return lens.edit(model, room.Move("first", amount=amount))
-
     columns = "delta_loss delta_loss_low delta_loss_high kl kl_low kl_high flip_rate"
-    table = room.side_effects(model, prompts, moved, amounts=(0.5, 1.0)).table().set_index("amount")
-    found |= cells("redistribution.side_effects", table, columns, [0.5])
-    dose = room.dose(model, reading(), moved, held_out=prompts[:2], amounts=(0.5, 1.0))
+    move = room.Move("first")
+    side = lens.effect(model, prompts, move, amounts=(0.5, 1.0), controls=()).table()
+    found |= cells("redistribution.side_effects", side.set_index("amount"), columns, [0.5])
+    dose = lens.effect(model, reading(), move, amounts=(0.5, 1.0), controls=()).table()
     found |= cells(
-        "redistribution.dose", dose.table().set_index("amount"), "gain gain_low gain_high", [0.5]
+        "redistribution.dose", dose.set_index("amount"), "gain gain_low gain_high", [0.5]
     )
-    dims = room.find_sink_dims(model, {"input_ids": torch.tensor(prompts)}, tau=3.0)
+    dims = lens.sinks.dims(model, {"input_ids": torch.tensor(prompts)}, tau=3.0)
     table = dims.table().set_index("dim")
     return found | cells("redistribution.find_sink_dims", table, "largest tokens layers", [8, 88])
 
@@ -153,8 +157,8 @@ def vision() -> Numbers:
     assert found["vision.segments.tokens.text"] == QUESTION
     with planted(network, 7, [0, SYSTEM + 2, SYSTEM + 7]):
         knocked = lens.vision.knock_out(model, [inputs], layers=[0], dims=[7], tau=4.0)
-    for condition in ("sinks", "mass"):
+    for name, condition in (("sinks", "edit"), ("mass", "mass")):
         for column in ("delta_loss", "kl"):
             value = knocked.values[condition][column].mean()
-            found[f"vision.knock_out.{condition}.{column}"] = float(value)
+            found[f"vision.knock_out.{name}.{column}"] = float(value)
     return found

@@ -12,11 +12,30 @@ import lens
 from lens import edits
 from lens.common.errors import LensError
 from lens.edits.running import Together
+from lens.passes.calls import LayerCall
+from lens.passes.masks import MaskStructure
 from tests.lens.architectures import build
 from tests.lens.naive import rms_ratio
-from tests.lens.test_redistribution import call_of, visible
 
 SIZES = SimpleNamespace(info=SimpleNamespace(layers=1, heads=6))
+
+
+def visible(queries: int, keys: int, causal: bool, window: int | None) -> np.ndarray:
+    i = np.arange(keys - queries, keys)[:, None]
+    j = np.arange(keys)[None]
+    far = np.abs(i - j) if not causal else i - j
+    return ((j <= i) | (not causal)) & (far < (window or keys + 1))
+
+
+def call_of(kv_heads=2, queries=37, keys=37, causal=True, window=None, sinks=False, seed=0):
+    """One attention call of 6 heads, with a key that takes most of the mass."""
+    random = torch.Generator().manual_seed(seed)
+    query = torch.randn(2, 6, queries, 11, generator=random)
+    key, value = (torch.randn(2, kv_heads, keys, 11, generator=random) for _ in range(2))
+    key[:, :, 0] = 2 * query[:, :kv_heads].mean(2)
+    logits = torch.randn(6, generator=random) if sinks else None
+    mask = MaskStructure(causal, window)
+    return LayerCall(query, key, value, mask, 11**-0.5, sink_logits=logits)
 
 
 def run(call, *several):

@@ -8,15 +8,16 @@ import pytest
 import torch
 
 import lens
+from lens import edits
 from lens.common.errors import LensError
 from lens.edits._act import ActEdit
 from lens.edits._pasta import PastaEdit
 from lens.edits._var import VarEdit, VarSettings
-from lens.passes.calls import LayerCall
+from lens.passes.calls import LayerCall, attend
 from lens.passes.masks import MaskStructure
 from tests.lens.architectures import build
 from tests.lens.naive import rms_ratio
-from tests.lens.test_redistribution import call_of, edit_of
+from tests.lens.test_edits import call_of, run
 
 SIZE = 37
 
@@ -86,7 +87,7 @@ def test_act_equals_its_twin_in_the_prompt_and_in_a_step(preset, beta):
     assert (new >= 0).all()
     assert rms_ratio(output, new @ v) < 1e-5
     assert rms_ratio(output, p @ v) > 1e-3
-    plain = edit_of("mask", 0.0, [0]).on_layer(call)
+    plain = attend(call).output
     assert torch.equal(output[:, [2, 5]], plain[:, [2, 5]])
     step = grown(call)
     edit._layer = 0
@@ -101,7 +102,7 @@ def test_act_equals_its_twin_in_the_prompt_and_in_a_step(preset, beta):
 
 def test_act_without_sinks_or_with_beta_one_keeps_every_bit():
     call = call_of()
-    plain = edit_of("mask", 0.0, [0]).on_layer(call)
+    plain = attend(call).output
     nothing = ActEdit("paper", 0.4, 1.0, chosen(), "auto")
     assert torch.equal(nothing.on_layer(call), plain)
     assert (nothing.calls, nothing.empty_calls, nothing.skipped_rows) == (0, 1, 0)
@@ -137,25 +138,8 @@ def test_pasta_equals_its_twin_in_the_prompt_and_in_a_step(released, spans):
         output = edit.on_layer(call)
         assert rms_ratio(output, expected @ v) < 1e-5
         assert rms_ratio(output, p @ v) > 1e-2
-        plain = edit_of("mask", 0.0, [0]).on_layer(call)
+        plain = attend(call).output
         assert torch.equal(output[:, [1, 4, 5]], plain[:, [1, 4, 5]])
-
-
-def test_rules_agree_where_they_are_the_same_edit():
-    call = call_of()
-    sources = [0, 7, 23]
-    masked = edit_of("mask", 0.7, sources).on_layer(call)
-    biased = edit_of("logit_bias", math.log(0.3), sources).on_layer(call)
-    assert rms_ratio(biased, masked) < 1e-6  # prob_scale(w, renorm=all)
-    hidden = edit_of("logit_bias", -math.inf, sources).on_layer(call)
-    assert rms_ratio(edit_of("mask", 1.0, sources).on_layer(call), hidden) < 1e-6
-    moved = edit_of("transfer", 0.7, sources).on_layer(call)
-    assert rms_ratio(moved, masked) > 1e-3  # renorm=receivers is not renorm=all
-    all_moved = edit_of("transfer", 1.0, sources).on_layer(call)
-    assert rms_ratio(all_moved, hidden) < 1e-6  # but at 1 it is
-    steered = PastaEdit([(0, 1), (7, 8), (23, 24)], (math.log(0.3), 0.0), chosen(), "auto")
-    others = [place for place in range(SIZE) if place not in sources]
-    assert rms_ratio(steered.on_layer(call), edit_of("mask", 0.7, others).on_layer(call)) < 1e-6
 
 
 @pytest.mark.parametrize("mass", [0.5, 0.9, 0.99, 0.999])
@@ -233,3 +217,25 @@ def test_published_recipes_run_in_a_model_and_refuse_what_does_not_fit():
     ):
         with pytest.raises(LensError, match=f"sees later tokens; {name} is defined for causal"):
             edit.on_layer(looking)
+
+
+def test_rules_agree_where_they_are_the_same_edit():
+    call, sources = call_of(), [0, 7, 23]
+    masked, biased, hidden, whole, moved, all_moved = (
+        run(call, one)[0]
+        for one in (
+            edits.Mask(sources, 0.7),
+            edits.Bias(sources, math.log(0.3)),
+            edits.Bias(sources, -math.inf),
+            edits.Mask(sources),
+            edits.Move(sources, amount=0.7),
+            edits.Move(sources),
+        )
+    )
+    assert rms_ratio(biased, masked) < 1e-6
+    assert rms_ratio(whole, hidden) < 1e-6
+    assert rms_ratio(moved, masked) > 1e-3  # not the same
+    assert rms_ratio(all_moved, hidden) < 1e-6  # but at 1 it is
+    steered = PastaEdit([(0, 1), (7, 8), (23, 24)], (math.log(0.3), 0.0), chosen(), "auto")
+    others = [place for place in range(SIZE) if place not in sources]
+    assert rms_ratio(steered.on_layer(call), run(call, edits.Mask(others, 0.7))[0]) < 1e-6

@@ -1,4 +1,4 @@
-"""Head search with held-out prompts, side effects on held-out text, and the figures of redistribution."""
+"""Head search with held-out prompts, and the figures of redistribution."""
 
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -13,9 +13,6 @@ from lens.common.head_ids import HeadId
 from lens.edits.searching import HeadSearch
 from lens.edits.selection import HeadSelection
 from lens.figures.redistribution import change_maps
-from tests.lens.architectures import build
-
-RANDOM = torch.Generator().manual_seed(5)
 
 
 @pytest.fixture(scope="module")
@@ -122,41 +119,6 @@ def test_a_search_that_finds_no_head_says_so_and_bad_splits_are_refused(inductio
     ):
         with pytest.raises(LensError, match=match):
             lens.edits.search_heads(model, task, edit)
-
-
-def test_side_effects_are_those_of_the_sink_test_where_the_edit_is_the_same():
-    """`lens.effect` is compared with transformers itself in its own tests."""
-    network = build("llama")
-    torch.nn.init.normal_(network.lm_head.weight, std=0.7)
-    model = lens.load(network)
-    prompts = [torch.randint(3, 97, (n,), generator=RANDOM) for n in (29, 23, 31)]
-
-    def edit(amount):
-        return lens.edit(model, lens.edits.Mask("first", amount))
-
-    found = lens.edits.side_effects(model, prompts, edit, amounts=[1.0, 0.0, 0.5])
-    assert found.amounts == (0.0, 0.5, 1.0)
-    assert found.tokens == (28, 22, 30)
-    for name, values in found.values.items():
-        assert (values[0] == 0).all(), name  # nothing moved: the same bits
-        for place, amount in ((1, 0.5), (2, 1.0)):
-            known = lens.effect(model, prompts, lens.edits.Mask("first", amount), controls=())
-            assert values[place] == pytest.approx(known.values["edit"][name][0], abs=1e-6)
-    assert found.values["kl"][2].min() > 0
-    assert found.table()["n"].tolist() == [3, 3, 3]
-    figure = found.plot("kl")
-    assert figure.data[0].x.tolist() == [0, 0.5, 1]
-    assert "on 3 held-out prompts (80 predictions)" in found.findings()[0]
-    one = lens.edits.side_effects(model, prompts[:1], edit, amounts=[1.0])
-    assert "one prompt has no interval" in one.findings()[0]
-    for match, given, amounts in (
-        ("amounts must be different, at least one", prompts, []),
-        ("each prompt needs at least two tokens", [[5]], [1.0]),
-    ):
-        with pytest.raises(LensError, match=match):
-            lens.edits.side_effects(model, given, edit, amounts=amounts)
-    with pytest.raises(LensError, match="measure must be one of delta_loss, kl, flip_rate"):
-        found.plot("excess")
 
 
 def test_figures_show_the_numbers():

@@ -90,9 +90,6 @@ def results():
     task = lens.tasks.induction(induction, 6, length=9)
     edges = lens.circuits.score_edges(induction, task, method="eap", progress=False)
 
-    def edited(amount):
-        return lens.edit(model, lens.edits.Move("first", amount=amount))
-
     return [
         lens.heads.importance(model, lens.tasks.induction(model, n=4), method="gradient", progress=False),
         lens.heads.similarity(model, prompts, progress=False),
@@ -102,7 +99,7 @@ def results():
         lens.sinks.profile(traces),
         lens.sinks.find(traces[0]),
         lens.effect(model, prompts, lens.edits.Mask("first")),
-        lens.edits.side_effects(model, prompts, edited, amounts=(0.0, 1.0)),
+        lens.effect(model, prompts, lens.edits.Mask("first"), amounts=(0.0, 1.0), controls=()),
         edges,
         lens.circuits.evaluate(induction, task, edges, random=2, progress=False),
     ]  # fmt: skip

@@ -6,9 +6,8 @@ import torch
 import lens
 from lens import effect
 from lens.common.errors import LensError
-from lens.edits import Drop, Mask
+from lens.edits import Ablate, Drop, Mask
 from lens.edits.clean_runs import CleanRuns
-from lens.sinks import by_scope, head_effect
 from tests.lens.architectures import build
 
 IDS = torch.randint(3, 97, (2, 29), generator=torch.Generator().manual_seed(5))
@@ -23,8 +22,7 @@ def model():
     ("test", "arguments"),
     [
         (effect, {"edit": Drop()}),
-        (head_effect, {"heads": ["L1H2"]}),
-        (by_scope, {"head": "L1H2", "controls": ("mass",)}),
+        (effect, {"edit": Ablate("L1H2")}),
         (effect, {"edit": Mask(), "amounts": (0.5, 1.0), "controls": ("size",)}),
     ],
 )
@@ -35,7 +33,7 @@ def test_shared_runs_give_the_same_table_without_running_the_prompts_again(
     clean = CleanRuns(model)
     effect(model, IDS, Mask(), controls=(), clean=clean)
     assert len(clean) == 2
-    monkeypatch.setattr("lens.edits.clean_runs.log_probabilities", None)  # any clean run would fail
+    monkeypatch.setattr("lens.edits.clean_runs.predictions", None)  # any clean run would fail
     assert test(model, IDS, clean=clean, **arguments).table().equals(plain)
 
 

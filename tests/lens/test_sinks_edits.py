@@ -11,8 +11,7 @@ import lens
 from lens import edits
 from lens.common.errors import LensError
 from lens.edits._keyed import KeyedEdit
-from lens.edits.effects import named
-from lens.edits.recording import scope_of
+from lens.edits._others import scope_of
 from lens.edits.watching import Watch
 from lens.passes.calls import LayerCall
 from lens.passes.masks import MaskStructure
@@ -156,7 +155,7 @@ def test_each_edit_runs_in_a_model_and_says_what_it_did(edit):
     if edit == "move":
         assert after[0, 1, 0] == pytest.approx(1, abs=1e-5)
     text = " ".join(result.findings())
-    assert f"Edit {named(one)} (amount 1) of L0H1" in text
+    assert f"Edit {one.words} (amount 1) of L0H1" in text
     assert "2 prompts of 31 to 37 tokens, BOS absent" in text
     assert text.count("control") == 4
     maps: Any = lens.figures.migration_maps(result, 1).data

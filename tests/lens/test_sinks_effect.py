@@ -6,8 +6,8 @@ import torch
 
 import lens
 from lens.common.errors import LensError
-from lens.edits import Bias, Drop, LearnedSink, Mask, Move
-from lens.edits.controls import control_keys
+from lens.edits import Ablate, Bias, Drop, Mask, Move
+from lens.edits._others import control_keys
 from lens.edits.watching import Watch
 from lens.passes.sessions import listening
 from tests.lens.architectures import build
@@ -115,7 +115,7 @@ def test_controls():
     assert len(control_keys("mass", sources, mass, random)) == 21
     draws = {tuple(control_keys("size", sources, mass, random)) for _ in range(20)}
     assert len(draws) > 10
-    with pytest.raises(LensError, match="12 of 23 keys are sources"):
+    with pytest.raises(LensError, match="12 are, and 11 others may stand in"):
         control_keys("size", np.arange(23) < 12, mass, random)
 
 
@@ -205,15 +205,16 @@ def test_the_loss_grows_with_the_amount(text_lm):
 @pytest.mark.parametrize(
     ("match", "edit", "arguments"),
     [
-        ("must be a Mask, Drop, Bias, Move or Value of keys, got LearnedSink", LearnedSink(), {}),
-        ("must be a Mask, .* got 'mask'", "mask", {}),
+        ("edit must be one of lens.edits, such as Mask.'first'., or several; got 'mask'", "mask", {}),
+        ("or several; got .'mask': 1", lambda prompt: {"mask": 1}, {}),
+        ("Ablate to zero has no amount", Ablate("L0H1"), {"amounts": [0.5]}),
+        ("draws must be a positive integer, got 0", Mask(), {"draws": 0}),
         ("effect edits at least one head", Mask(heads=[]), {}),
         (r"is a fraction 0\.\.1, got 2", Mask(), {"amounts": [2]}),
         ("amounts must be different, at least one", Mask(), {"amounts": []}),
-        ("keys of effect are the same in every layer", Mask(lambda at: at.positions == 0), {}),
-        ("controls must be some of size, mass, position, self, got .'few'.", Mask(), {"controls": ["few"]}),
+        ("controls must be one of 'size', 'mass', .* got 'few'", Mask(), {"controls": ["few"]}),
         ("none of the keys is in a prompt of 37 tokens", Mask([40]), {}),
-        ("20 of 37 keys are sources; use longer", Mask(range(20)), {}),
+        ("20 are, and 17 others may stand in; use longer", Mask(range(20)), {}),
     ],
 )  # fmt: skip
 def test_refusals(match, edit, arguments):

@@ -50,7 +50,7 @@ def test_a_planted_activation_is_found_with_its_layers_and_token(network):
     model = lens.load(network)
     with planted(network):
         found = lens.sinks.massive(model, IDS)
-        effect = lens.sinks.massive_effect(model, IDS, found)
+        effect = lens.effect(model, IDS, found.edits())
     (row,) = found.table().to_dict("records")
     assert (row["dimension"], row["position"]) == (17, 5)
     assert (row["emergence"], row["vanishing"]) == (0, 2)
@@ -67,8 +67,9 @@ def test_a_planted_activation_is_found_with_its_layers_and_token(network):
     values = effect.values
     assert values["edit"]["kl"].min() > 100 * values["size"]["kl"].max()
     assert values["edit"]["kl"].min() > 100 * values["position"]["kl"].max()
-    assert "massive activations := zero" in effect.findings()[0]
+    assert "Edit Activation to 0 (amount 1) of 1 coordinate after layer 0" in effect.findings()[0]
     assert list(values) == ["edit", "size", "norm", "position"]
+    assert not effect.missing
     assert "the norm control" in " ".join(effect.findings())
 
 
@@ -76,8 +77,8 @@ def test_setting_to_the_mean_of_one_prompt_changes_nothing_and_zero_is_a_hook(ne
     model = lens.load(network)
     with planted(network, until=1):
         found = lens.sinks.massive(model, IDS[0], ratio=900)
-        kept = lens.sinks.massive_effect(model, IDS[0], found, to="mean")
-        zeroed = lens.sinks.massive_effect(model, IDS[0], found)
+        kept = lens.effect(model, IDS[0], found.edits("mean"))
+        zeroed = lens.effect(model, IDS[0], found.edits())
         base = network(IDS[:1]).logits[0, :-1].log_softmax(-1)
         with changed(
             model,
@@ -96,7 +97,7 @@ def test_others_is_the_mean_of_the_other_prompts_and_norm_moves_another_dimensio
     model = lens.load(network)
     with planted(network, until=1):
         found = lens.sinks.massive(model, IDS, ratio=900)
-        effect = lens.sinks.massive_effect(model, IDS, found, to="others")
+        effect = lens.effect(model, IDS, found.others(model, IDS))
         read = [stream(model, prompt)[1, 5, 17] for prompt in read_prompts(model, IDS)[0]]
         for number in range(3):
             mean = sum(read[other] for other in range(3) if other != number) / 2
@@ -122,7 +123,7 @@ def test_others_is_the_mean_of_the_other_prompts_and_norm_moves_another_dimensio
             lambda _, args, kwargs: watch(0, 0, args[0] if args else kwargs["hidden_states"]),
             with_kwargs=True,
         )
-        lens.sinks.massive_effect(model, IDS[:1], found)
+        lens.effect(model, IDS[:1], found.edits())
         hook.remove()
     plain, *_, normed, _ = seen  # without an edit, then sources, size, norm, position
     difference = (normed - plain)[0]
@@ -144,7 +145,7 @@ def test_a_model_without_them_says_how_far_the_largest_came(network):
         assert rms_ratio(found.median[:, layer], size.median(1).values) < 1e-6
     assert found.findings()[0].startswith("No activation is massive (|h| > 100 and |h| ≥ 1000 ×")
     with pytest.raises(LensError, match="no massive activation was found"):
-        lens.sinks.massive_effect(lens.load(network), IDS, found)
+        found.edits()
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2", "vit", "bert"])
@@ -194,12 +195,12 @@ def test_refusals(network):
         lens.sinks.massive(lens.load(build("vit")), {"pixel_values": torch.zeros(1, 1, 10, 10)})
     with planted(network):
         found = lens.sinks.massive(model, IDS)
-    with pytest.raises(LensError, match="to must be 'zero', 'mean' or 'others', got 'half'"):
-        lens.sinks.massive_effect(model, IDS, found, to="half")
-    with pytest.raises(LensError, match="to='others' needs at least two prompts"):
-        lens.sinks.massive_effect(model, IDS[:1], found, to="others")
+    with pytest.raises(LensError, match="to must be one of 'zero', 'mean', got 'half'"):
+        found.edits("half")
+    with pytest.raises(LensError, match="others needs at least two prompts"):
+        found.others(model, IDS[:1])
     with pytest.raises(LensError, match="reach position 5; a prompt has only 6 tokens"):
-        lens.sinks.massive_effect(model, IDS[:, :6], found)
+        lens.effect(model, IDS[:, :6], found.edits())
     with pytest.raises(LensError, match="layer must be -1 to 2, got 3"), changed(model, 3, abs):
         pass
     other = build("modernbert")
@@ -211,6 +212,6 @@ def test_refusals(network):
 def test_intervals_are_over_prompts(network):
     model = lens.load(network)
     with planted(network):
-        table = lens.sinks.massive_effect(model, IDS, lens.sinks.massive(model, IDS)).table()
+        table = lens.effect(model, IDS, lens.sinks.massive(model, IDS).edits()).table()
     assert (table["n"] == 3).all()
     assert np.isfinite(table["delta_loss_low"]).all()

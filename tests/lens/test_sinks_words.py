@@ -11,9 +11,9 @@ import lens
 from lens.edits import Mask
 from lens.edits.clean_runs import CleanRuns
 from lens.edits.effect_results import Effect
+from lens.figures.sink_heads import reach_points
 from lens.sinks import (
     band_losses,
-    by_scope,
     effective_gate,
     mechanism,
 )
@@ -84,13 +84,18 @@ def test_dose_in_words(model, clean):
     assert not kinds & {"dose", "trend"}
 
 
-def test_scopes_and_activity_are_drawn(model, clean):
-    scopes = by_scope(model, IDS, head="L1H4", controls=("mass",), clean=clean)
-    sources, mass = _drawn(scopes)
-    table: Any = scopes.table().set_index("condition")
+def test_reaches_are_drawn(model, clean):
+    reaches = {"head": Mask(heads=["L1H4"]), "from_layer": Mask(layers=[1, 2])}
+    tables = [
+        lens.effect(model, IDS, one, controls=("mass",), clean=clean).table().assign(reach=name)
+        for name, one in reaches.items()
+    ]
+    table: Any = pd.concat(tables, ignore_index=True)
+    sources, mass = reach_points(table).data
+    table = table.set_index("condition")
     assert sources.x.tolist() == table.loc["edit", "delta_loss"].tolist()
     assert mass.x.tolist() == table.loc["mass", "delta_loss"].tolist()
-    assert sources.y[2] == "layers 1 to 2 (from_layer)"
+    assert sources.y == ("L1H4 (head)", "layers 1 to 2 (from_layer)")
 
 
 def test_gates_and_bands_are_drawn(model):

@@ -76,9 +76,7 @@ def test_what_cannot_be_captured_or_has_no_segments_is_refused():
     with pytest.raises(
         LensError, match=r"got .*pixel_values too; images with text go to lens\.capture"
     ):
-        lens.effect(
-            model, inputs, lens.edits.Mask("first")
-        )  # it would run the text without its image
+        lens.sinks.massive(model, inputs)  # it would run the text without its image
     trace = lens.capture(lens.load("text-lm-3l"), "It was the best of times", progress=False)
     assert trace.attrs["segments"] is None
     with pytest.raises(
@@ -118,27 +116,24 @@ def test_capture_segments_sink_dimensions_var_and_its_effect(name):
     with planted(network, DIM, places):
         trace = lens.capture(model, inputs, progress=False)
         image = lens.vision.trace_segments(trace).keys("image")
-        dims = lens.edits.find_sink_dims(model, inputs, tau=4.0).dims
+        dims = lens.sinks.dims(model, inputs, tau=4.0).dims
         assert dims[0] == DIM
         options = {"dims": dims[:1], "tau": 4.0, "rho": 0.0, "least_visual": 0.1}
         with lens.edit(model, lens.edits.Var(image, **options)) as (edit,), torch.no_grad():
             network(**inputs)
         assert edit.edited_rows > 0
         assert edit.mass_after == pytest.approx(0.4 * edit.mass_before, rel=1e-5)
-        found = lens.edits.side_effects(
-            model,
-            [inputs, inputs],
-            lambda amount: lens.edit(model, lens.edits.Var(image, amount=amount, **options)),
-            amounts=(0.0, 0.6),
-        )
+        var = lens.edits.Var(image, **options)
+        found = lens.effect(model, [inputs, inputs], var, amounts=(0.0, 0.6))
         with torch.no_grad():
             own = network(**inputs).logits[0, :-1].log_softmax(-1)
             with lens.edit(model, lens.edits.Var(image, **options)):
                 edited = network(**inputs).logits[0, :-1].log_softmax(-1)
     target = inputs["input_ids"][0, 1:]
     scored = target != IMAGE
-    assert found.tokens == (SYSTEM - 1 + QUESTION,) * 2
+    assert set(found.missing) == {"size", "mass", "layer"}
     loss = (own - edited).gather(1, target[:, None])[scored].mean()
-    assert found.values["delta_loss"][1] == pytest.approx([float(loss)] * 2, rel=1e-3, abs=1e-6)
-    assert (found.values["delta_loss"][0] == 0).all()
-    assert (found.values["kl"][1] > 0).all()
+    values = found.values["edit"]
+    assert values["delta_loss"][1] == pytest.approx([float(loss)] * 2, rel=1e-3, abs=1e-6)
+    assert (values["delta_loss"][0] == 0).all()
+    assert (values["kl"][1] > 0).all()

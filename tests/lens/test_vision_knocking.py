@@ -10,10 +10,14 @@ from transformers.masking_utils import eager_mask
 
 import lens
 from lens.common.errors import LensError
+from lens.common.results import of_kind
+from lens.edits._others import by_layer
 from lens.edits.base import selected_heads
+from lens.edits.watching import Watch
 from lens.passes.interface import switched
 from lens.passes.sessions import listening
-from lens.vision.text_rows import TextRows
+from lens.traces.segments import SYSTEM as SYSTEM_KIND
+from lens.traces.segments import TEXT as TEXT_KIND
 from tests.lens.naive import rms_ratio
 from tests.lens.vision_models import (
     BUILDERS,
@@ -67,31 +71,37 @@ def test_hidden_edges_are_those_of_the_text_alone(name):
     network, inputs, _ = build(name)
     model = lens.load(network)
     tokens = inputs["input_ids"].shape[1]
-    heads = selected_heads(model, None, ["L0H1", "L0H4", "L1H0", "L2H5"])
+    names = ["L0H1", "L0H4", "L1H0", "L2H5"]
+    heads = selected_heads(model, None, names)
     hidden = an_edit(tokens)
     # two stretches of text, as between images: the rows between keep their edges
-    runs = [(tokens - QUESTION, tokens - 7), (tokens - 4, tokens)]
     rows = torch.zeros(tokens, dtype=torch.bool)
-    for first, end in runs:
-        rows[first:end] = True
+    rows[tokens - QUESTION : tokens - 7] = rows[tokens - 4 :] = True
     twin = Twin(rows, hidden, heads)
     with twin.running(network):
         expected = network(**inputs).logits
-    edit = TextRows(runs, list(hidden), heads)
-    with listening(model, edit.on_layer), torch.no_grad():
+    edit = lens.edits.Knockout(rows, by_layer(hidden), heads=names)
+    with torch.no_grad(), lens.edit(model, edit) as (done,):
         found = network(**inputs).logits
-    with lens.traces.capturing(model, statistics=()), torch.no_grad():
+    with torch.no_grad(), lens.edit(model):
         own = network(**inputs).logits
-    watching = TextRows(runs, None, heads)
-    with listening(model, watching.on_layer), torch.no_grad():
-        assert torch.equal(network(**inputs).logits, own)  # nothing hidden: every bit is kept
     assert rms_ratio(found, expected) < 1e-5
     assert rms_ratio(found, own) > 1e-3
     assert torch.equal(found[:, : tokens - QUESTION], own[:, : tokens - QUESTION])
-    for layer, received in edit.received.items():
-        assert rms_ratio(received, twin.shares[layer]) < 1e-5
-        assert (received[:, hidden[layer]] == 0).all()
-        assert (watching.received[layer][:, hidden[layer]] > 0).all()
+    for hides in (False, True):
+        watch = Watch(*[done] * hides, rows=rows)
+        with torch.no_grad(), listening(model, watch.on_layer):
+            network(**inputs)
+        bare = Twin(rows, hidden & hides, heads)
+        with bare.running(network):
+            network(**inputs)
+        for layer, shares in enumerate(bare.shares):
+            received = watch.received[layer][heads[layer]]
+            assert rms_ratio(received, shares) < 1e-5
+            assert ((received[:, hidden[layer]] < 1e-20).all()) == hides
+    visible = watch.visible[0]
+    assert visible[: tokens - QUESTION].tolist() == [QUESTION - 3] * (tokens - QUESTION)
+    assert visible[-1] == 1
 
 
 @pytest.mark.parametrize("name", list(BUILDERS))
@@ -115,28 +125,33 @@ def test_sinks_and_controls_of_a_planted_activation(name):
     scored = rows[:-1]
     target = inputs["input_ids"][0, 1:, None]
     delta = float((base - edited).gather(1, target)[scored].mean())
-    assert found.tokens == (QUESTION - 1,) * 2
-    assert found.values["sinks"]["delta_loss"] == pytest.approx([delta] * 2, abs=1e-5)
+    values = {key: numbers[0] for key, numbers in found.values["edit"].items()}
+    assert values["delta_loss"] == pytest.approx([delta] * 2, abs=1e-5)
     kl = float((base.exp() * (base - edited)).sum(-1)[scored].mean())
-    assert found.values["sinks"]["kl"] == pytest.approx([kl] * 2, abs=1e-5)
+    assert values["kl"] == pytest.approx([kl] * 2, abs=1e-5)
     mass = float(bare.shares[0][:, hidden[0]].sum() / bare.shares[0].sum())
-    assert found.values["sinks"]["mass"] == pytest.approx([mass] * 2, rel=1e-5)
-    for name_ in ("size", "position"):
-        assert (found.values[name_]["keys"] == 2).all()
-    assert (found.values["sinks"]["keys"] == 2).all()
-    for place, shares in found.places.items():
-        assert shares.sum(1) == pytest.approx([1, 1], abs=1e-5)
-        assert (shares[:, 0] == 0).all() == (place == "sinks")
+    assert values["mass"] == pytest.approx([mass] * 2, rel=1e-5)
+    for condition in ("edit", "size", "position"):
+        assert (found.values[condition]["keys"] == 2).all()
+    before, after = found.places
+    assert before[:, 0] == pytest.approx([mass] * 2, rel=1e-5)
+    assert (after[:, 0] == 0).all()
+    kinds = lens.vision.segments(model, inputs).kind[0]
+    for place, kind in ((2, SYSTEM_KIND), (3, TEXT_KIND)):
+        for shares, runs in ((before, bare), (after, twin)):
+            expected = float(runs.shares[0][:, kinds == kind].sum() / runs.shares[0].sum())
+            assert shares[:, place] == pytest.approx([expected] * 2, rel=1e-4)
+    assert found.places.sum(-1) == pytest.approx(np.ones((2, 2)), abs=1e-5)
     table = found.table()
-    assert table["condition"].tolist() == ["sinks", "size", "mass", "position"]
-    excess = found.values["sinks"]["delta_loss"] - found.values["position"]["delta_loss"]
+    assert table["condition"].tolist() == ["edit", "size", "mass", "position"]
+    excess = values["delta_loss"] - found.values["position"]["delta_loss"][0]
     assert table.loc[3, "excess"] == pytest.approx(excess.mean())
     assert np.isnan(table.loc[0, "excess"])
-    words = found.findings()
-    assert "2.0 keys per layer" in words[0]
-    assert "a small effect alone does not prove" in words[-1]
-    figure = found.plot("kl")
-    assert list(figure.data[0].x) == ["sinks", "size", "mass", "position"]
+    (went,) = of_kind(found.findings(), "went")
+    gained = (after - before).mean(0)[1:]
+    place = ("other image tokens", "tokens before the image", "the text")[gained.argmax()]
+    assert f"went most to {place} ({gained.max():+.1%})" in went
+    assert list(found.plot("kl").data[0].y) == ["edit", "size", "mass", "position"]
 
 
 def test_what_cannot_be_knocked_out_is_refused():
@@ -145,23 +160,17 @@ def test_what_cannot_be_knocked_out_is_refused():
     ends = {name: tensor[:, : SYSTEM + 17] for name, tensor in inputs.items() if tensor.dim() == 2}
     ends["pixel_values"] = inputs["pixel_values"]
     for match, given, options in (
-        ("controls must be some of size, mass, position, got .'self'.", inputs, {"controls": ["self"]}),
+        ("controls must be one of 'size', 'mass', 'position', got 'self'", inputs, {"controls": ["self"]}),
         ("edits at least one head", inputs, {"layers": []}),
         ("prompts with images: pass what a vision-language", inputs["input_ids"], {}),
         ("dims must be some of 0 to 47 of", inputs, {"dims": [48]}),
         ("no image token is a sink: phi reaches .*, tau is 20; lower tau", inputs, {}),
-        ("measures text after the image; a prompt has none", ends, {}),
+        ("scored holds no position of a prompt whose next token is text", ends, {"dims": [DIM], "tau": 0.01}),
     ):  # fmt: skip
         with pytest.raises(LensError, match=match):
             lens.vision.knock_out(model, given, **options)
     with (
         planted(network, DIM, list(range(SYSTEM, SYSTEM + 12))),
-        pytest.raises(LensError, match="controls need as many other keys as sources: 12 of 16"),
+        pytest.raises(LensError, match="12 are, and 4 others may stand in"),
     ):
         lens.vision.knock_out(model, inputs, **KNOBS)
-    with planted(network, DIM, PLACES):
-        found = lens.vision.knock_out(model, inputs, controls=[], **KNOBS)
-    with pytest.raises(
-        LensError, match="measure must be one of delta_loss, kl, flip_rate, got 'x'"
-    ):
-        found.plot("x")

@@ -6,7 +6,7 @@ import torch
 
 import lens
 from lens.common.errors import LensError
-from lens.edits.sink_dims import phi
+from lens.edits._phi import phi
 from lens.passes.keys import KeysAt
 from lens.traces.segments import Segments
 from tests.lens.vision_models import BUILDERS, IMAGE, LAYERS, QUESTION, SYSTEM, build, planted
@@ -134,7 +134,7 @@ def test_a_planted_massive_activation_is_found_where_it_was_planted(name):
     model = lens.load(network)
     places = [SYSTEM + 2, SYSTEM + 7]
     with planted(network, 7, places), torch.no_grad():
-        found = lens.edits.find_sink_dims(model, inputs, tau=4.0)
+        found = lens.sinks.dims(model, inputs, tau=4.0)
         hidden = network(**inputs, output_hidden_states=True).hidden_states[0]
     assert 7 in found.dims[:1]
     assert found.table().loc[0, "first_layer"] == 0
@@ -148,7 +148,7 @@ def test_a_planted_massive_activation_is_found_where_it_was_planted(name):
     assert [int(r * width + c) for r, c in zip(rows, columns, strict=True)] == [2, 7]
     assert "sink dimension" in found.findings()[0]
     assert found.plot().data[0].name == f"dim {found.dims[0]}"
-    nothing = lens.edits.find_sink_dims(model, inputs, tau=20.0)
+    nothing = lens.sinks.dims(model, inputs, tau=20.0)
     assert nothing.dims == ()
     assert "with 48 dimensions none can" in nothing.findings()[0]
 
@@ -165,4 +165,4 @@ def test_phi_is_the_published_formula():
         ("reads prompts without padding", {"attention_mask": torch.tensor([[0, 1]])}, {}),
     ):
         with pytest.raises(LensError, match=match):
-            lens.edits.find_sink_dims(model, inputs, **options)
+            lens.sinks.dims(model, inputs, **options)

@@ -11,8 +11,8 @@ from transformers.masking_utils import eager_mask
 
 import lens
 from lens.common.errors import LensError
+from lens.edits._phi import phi
 from lens.edits._var import PRESETS, VarSettings
-from lens.edits.sink_dims import phi
 from lens.passes.interface import language_model, switched
 from tests.lens.naive import rms_ratio
 from tests.lens.vision_models import (

@@ -1,20 +1,12 @@
 """What changes when attention is moved: on a task, on held-out text, and in which heads it helps."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any
-
-import numpy as np
-import pandas as pd
-import plotly.graph_objects as go
 
 import lens
 from lens import edits as moving
 from lens.common.results import of_kind
-from lens.figures.redistribution import side_effect_line
 from lens.figures.sink_effects import migration_maps
 from lens.runs.sections import Section
-from lens.stats import over_units
 from lens_analyses.steps.columns import defined
 from lens_analyses.steps.sink_effects import EDITS, by_word
 from lens_analyses.steps.sinks import COLUMNS
@@ -24,52 +16,42 @@ from lens_analyses.steps.subject import Subject
 def dose(subject: Subject) -> Section:
     """The task's metric and the loss on text at each amount of the edit."""
     amounts = _amounts(subject)
-    response = _response(subject, amounts)
-    side = moving.side_effects(
-        subject.model,
-        subject.text_windows,
-        lambda amount: _edit(subject, amount),
-        amounts=amounts,
-        seed=subject.seed,
+    edit, at = EDIT_OF[subject.settings.rule], {"amounts": amounts, "controls": ()}
+    model, seed = subject.model, subject.seed
+    response, side = (
+        lens.effect(model, prompts, edit, **at, seed=seed, progress=False)
+        for prompts in (subject.task, subject.text_windows)
     )
-    table = side.table()
-    last = response.to_dict("records")[-1]
-    ends = f" [{last['gain_low']:+.4f}, {last['gain_high']:+.4f}]"
+    table = side.table().assign(edit=subject.settings.rule)
+    gains = response.table()[["amount", "metric", "gain", "gain_low", "gain_high", "n"]]
     return Section(
         name="dose",
         title="Redistribution: dose, response and side effects",
         summary=(
-            f"With amount {last['amount']:g} of {subject.settings.rule}, {subject.task.name} changes by "
-            f"{last['gain']:+.4f}{ends} in {subject.task.metric} (positive: better; {last['n']} prompts).",
-            *side.findings(),
+            *of_kind(response.findings(), "gain", "best"),
+            *of_kind(side.findings(), "effect", "prediction", "dose", "trend"),
         ),
         limits=(
             f"{_ACTS[subject.settings.rule]} All heads at once; which heads it helps is judged below.",
             "The text is the run's own: it had no part in choosing anything, but it is one text.",
         ),
-        columns=defined([response, table], COLUMNS | _COLUMNS),
+        columns=defined([gains, table], COLUMNS | _COLUMNS),
         configuration=_configuration(subject, amounts),
-        tables={"response": response, "side_effects": table},
-        figures={
-            "response": _response_line(response, subject),
-            "loss": side_effect_line(table, "delta_loss"),
-        },
+        tables={"response": gains, "side_effects": table},
+        figures={"response": response.plot("gain"), "loss": side.plot()},
     )
 
 
 def redistribution(subject: Subject) -> Section:
     """Attention moved from the first token to the others, as part of `lens sinks`: dose and response."""
     amounts, rule = _amounts(subject), subject.settings.rule
-    found = moving.side_effects(
-        subject.model,
-        subject.text_windows,
-        lambda amount: _edit(subject, amount),
-        amounts=amounts,
-        seed=subject.seed,
+    alike = {"seed": subject.seed, "progress": False}
+    found = lens.effect(
+        subject.model, subject.text_windows, EDIT_OF[rule], amounts=amounts, controls=(), **alike
     )
-    tables, figures = {"response": found.table()}, {}
-    summary: list[str] = [*found.findings()]
-    figures["response"] = side_effect_line(tables["response"], "delta_loss")
+    tables = {"response": found.table().assign(edit=rule)}
+    figures = {"response": found.plot()}
+    summary: list[str] = [*of_kind(found.findings(), "effect", "prediction", "dose", "trend")]
     if rule in EDITS:
         at = max(amounts)
         watched = lens.effect(
@@ -78,8 +60,7 @@ def redistribution(subject: Subject) -> Section:
             EDITS[rule],
             amounts=[at],
             controls=("mass",),
-            seed=subject.seed,
-            progress=False,
+            **alike,
         )
         tables |= {"control": by_word(watched.table()), "migration": watched.migration}
         figures["maps"] = migration_maps(watched)
@@ -108,7 +89,7 @@ def search(subject: Subject) -> Section:
     found = moving.search_heads(
         subject.model,
         subject.task,
-        EDIT_OF[subject.settings.rule](amount),
+        EDIT_OF[subject.settings.rule].at(amount),
         seed=subject.seed,
     )
     return Section(
@@ -137,48 +118,16 @@ def _configuration(subject: Subject, amounts: list[float]) -> dict[str, Any]:
     return {"rule": rule, "amounts": amounts, "sources": keys}
 
 
-def _edit(subject: Subject, amount: float) -> AbstractContextManager[Any]:
-    return lens.edit(subject.model, EDIT_OF[subject.settings.rule](amount))
-
-
-def _response(subject: Subject, amounts: list[float]) -> pd.DataFrame:
-    """Gain of the task's metric at each amount, with an interval over prompts."""
-    task = subject.task
-    clean = task.evaluate(subject.model).double().numpy()
-    rows = []
-    for amount in sorted(amounts):
-        with _edit(subject, amount):
-            edited = task.evaluate(subject.model).double().numpy()
-        gain = task.sign * (edited - clean)
-        low, high = over_units(gain, np.ones(len(gain)), subject.seed)
-        rows.append((amount, edited.mean(), gain.mean(), float(low), float(high), len(gain)))
-    names = ["amount", "metric", "gain", "gain_low", "gain_high", "n"]
-    return pd.DataFrame(rows, columns=names)
-
-
-def _response_line(response: pd.DataFrame, subject: Subject) -> go.Figure:
-    renamed = response.rename(
-        columns={
-            "gain": "delta_loss",
-            "gain_low": "delta_loss_low",
-            "gain_high": "delta_loss_high",
-        }
-    )
-    figure = side_effect_line(renamed, "delta_loss")
-    figure.update_yaxes(title=f"gain in {subject.task.metric}")
-    return figure.update_layout(title={"text": f"{subject.task.name}: gain by amount"})
-
-
-EDIT_OF: dict[str, Callable[[float], Any]] = {
-    "transfer": lambda amount: moving.Move("first", amount=amount),
-    "mask": lambda amount: moving.Mask("first", amount),
-    "drop": lambda amount: moving.Drop("first", amount),
-    "logit_bias": lambda amount: moving.Bias("first", amount),
-    "learned_sink": moving.LearnedSink,
-    "off_by_one": moving.LearnedSink,
-    "act": lambda amount: moving.Act(beta=1 - amount),
+EDIT_OF = {
+    "transfer": moving.Move("first"),
+    "mask": moving.Mask("first"),
+    "drop": moving.Drop("first"),
+    "logit_bias": moving.Bias("first", 0.0),
+    "learned_sink": moving.LearnedSink(),
+    "off_by_one": moving.LearnedSink(),
+    "act": moving.Act(),
 }
-"""Rule of the configuration -> amount -> the edit of all heads."""
+"""Rule of the configuration -> the edit of all heads, by any amount."""
 _WITHOUT_SOURCES = ("learned_sink", "off_by_one", "act")
 _ACTS = {
     "transfer": "The share (amount) of what the first token receives goes to the other keys that a row "

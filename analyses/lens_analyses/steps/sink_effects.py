@@ -1,5 +1,8 @@
 """Whether a sink matters: edits beside controls, scopes, doses, the first token, a short cache."""
 
+from dataclasses import replace
+from typing import Any
+
 import pandas as pd
 
 import lens
@@ -8,8 +11,8 @@ from lens.common.head_ids import HeadId
 from lens.common.results import of_kind
 from lens.edits.clean_runs import CleanRuns
 from lens.edits.effect_results import Effect
-from lens.edits.effects import named
 from lens.figures.sink_effects import migration_maps, streaming_curves
+from lens.figures.sink_heads import reach_points
 from lens.runs.sections import Section
 from lens.tasks import prompts
 from lens_analyses.steps.columns import defined
@@ -27,7 +30,7 @@ EDITS = {
     "transfer": edits.Move("first"),
 }
 """What the words of the configuration do with the first token."""
-_WORDS = {named(edit): word for word, edit in EDITS.items()}
+_WORDS = {edit.words: word for word, edit in EDITS.items()}
 _OTHERS = ("pride-and-prejudice", "shakespeare")
 
 
@@ -40,20 +43,30 @@ def effects(subject: Subject) -> Section:
     found = [
         lens.effect(model, texts, edit, seed=seed, clean=clean, progress=False) for edit in done
     ]
-    scopes = sinks.by_scope(
-        model, texts, head=strongest, edit=done[0], controls=("mass",), seed=seed, clean=clean
-    )
-    found.append(sinks.head_effect(model, texts, heads=[strongest], seed=seed, clean=clean))
+    layer, layers = strongest.layer, model.info.layers
+    reaches = {
+        "head": replace(done[0], heads=[strongest]),
+        "layer": replace(done[0], layers=[layer]),
+        "from_layer": replace(done[0], layers=range(layer, layers)),
+        "all": done[0],
+    }
+    mass = {"controls": ("mass",), "seed": seed, "clean": clean, "progress": False}
+    scopes = {name: lens.effect(model, texts, edit, **mass) for name, edit in reaches.items()}
+    alike = {"seed": seed, "clean": clean, "progress": False}
+    off = lens.effect(model, texts, edits.Ablate(strongest), controls=("size", "mass"), **alike)
+    found.append(replace(off, edit="head off"))
     massive = sinks.massive(model, texts)
     if len(massive.rows):
-        references = ("zero", "others") if len(texts) > 1 else ("zero",)
-        found += [
-            sinks.massive_effect(model, texts, massive, to=to, seed=seed, clean=clean)
-            for to in references
-        ]
+        references: dict[str, Any] = {"zero": massive.edits()}
+        if len(texts) > 1:
+            references["others"] = massive.others(model, texts)
+        for to, edit in references.items():
+            one = lens.effect(model, texts, edit, **alike)
+            found.append(replace(one, edit=f"massive activations := {to}"))
+    scoped = by_reach(scopes)
     tables = {
         "edits": by_word(pd.concat([one.table() for one in found], ignore_index=True)),
-        "scopes": by_word(scopes.table()),
+        "scopes": by_word(scoped),
         "migration": by_word(
             pd.concat(
                 [one.migration.assign(edit=one.edit, scope=one.scope) for one in found],
@@ -66,11 +79,7 @@ def effects(subject: Subject) -> Section:
         title="Sinks: do they matter?",
         summary=(
             *(_in_short(one) for one in found),
-            *(
-                text
-                for reach in ("head", "layer")
-                for text in of_kind(scopes.effects[reach].findings(), "effect")
-            ),
+            *(text for reach in ("head", "layer") for text in reach_words(scopes, reach)),
         ),
         limits=(
             "A small change of loss does not prove that a sink is of no use: attention moves to the next key, "
@@ -83,7 +92,7 @@ def effects(subject: Subject) -> Section:
         tables=tables,
         figures={
             **{f"edit_{number}": one.plot("excess") for number, one in enumerate(found)},
-            "scopes": scopes.plot(),
+            "scopes": reach_points(scoped),
             "migration": migration_maps(found[0]),
         },
     )
@@ -153,15 +162,21 @@ def first_token(subject: Subject) -> Section:
             "The model has no BOS token, so the text was not compared with and without it."
         )
     else:
-        pair = sinks.by_bos(model, texts, controls=("mass",), seed=seed)
-        rates = sinks.emergence(model, sinks.bos_pair(model, texts), seed=seed)
+        both = sinks.bos_pair(model, texts)
+        pair = {
+            name: lens.effect(
+                model, ids, edits.Mask(), controls=("mass",), seed=seed, progress=False
+            )
+            for name, ids in both.items()
+        }
+        rates = sinks.emergence(model, both, seed=seed)
         summary = [
             *of_kind(rates.findings(), "rate"),
-            *of_kind(pair.findings(), "effect"),
+            *(text for reach in pair for text in reach_words(pair, reach)),
             *summary,
         ]
-        tables |= {"bos": by_word(pair.table()), "bos_layers": rates.table()}
-        figures |= {"bos": pair.plot(), "bos_layers": rates.plot()}
+        tables |= {"bos": by_word(by_reach(pair)), "bos_layers": rates.table()}
+        figures |= {"bos": reach_points(by_reach(pair)), "bos_layers": rates.plot()}
     return Section(
         name="first_token",
         title="Sinks: the first token, BOS and other texts",
@@ -191,6 +206,17 @@ def strongest_heads(subject: Subject, count: int) -> list[HeadId]:
     table = subject.run.section("detection").tables["heads"]
     rows = table.sort_values("alpha", ascending=False, kind="stable").head(count)
     return [HeadId(int(row["layer"]), int(row["head"])) for row in rows.to_dict("records")]
+
+
+def by_reach(effects: dict[str, Effect]) -> pd.DataFrame:
+    """The tables of several effects, one below the other; `reach` names them."""
+    tables = [found.table().assign(reach=name) for name, found in effects.items()]
+    return pd.concat(tables, ignore_index=True)
+
+
+def reach_words(effects: dict[str, Effect], reach: str) -> list[str]:
+    """What one of them does."""
+    return [f"{reach}: {text}" for text in of_kind(effects[reach].findings(), "effect")]
 
 
 def by_word(table: pd.DataFrame) -> pd.DataFrame:

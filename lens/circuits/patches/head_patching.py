@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from lens.common.head_ids import HeadId
-from lens.edits.base import grouped
-from lens.edits.rules import REST, SOURCES, apply
+from lens.edits._keyed import KeyedEdit
+from lens.edits.attention import Mask
 from lens.models.loaded import LoadedModel
 from lens.passes.calls import LayerCall, attend
 from lens.passes.head_outputs import edited_logits, read_calls
@@ -79,12 +79,8 @@ def _outputs(clean: LayerCall, corrupt: LayerCall) -> list[Tensor]:
 
 def without_first_key(call: LayerCall) -> Tensor:
     """z of a call with the first key taken out of each row and the rest renormalised."""
-    first = torch.arange(call.key.shape[2], device=call.key.device) == 0
-    groups = torch.where(first, SOURCES, REST).int().expand(len(call.key), -1)
-    result = grouped(call, groups, "auto")
-    assert result.groups is not None
-    lse = result.statistics["lse"]
-    return apply("mask", 1.0, result.groups, False, result.output, lse, call.sink_logits).output
+    heads = torch.ones(call.layer + 1, call.query.shape[1], dtype=torch.bool)
+    return KeyedEdit(Mask("first").plan(), heads, "auto").on_layer(call)
 
 
 def _better(task: Task, logits: Tensor, rows: Tensor) -> Tensor:

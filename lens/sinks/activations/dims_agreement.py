@@ -12,7 +12,7 @@ import torch
 
 from lens.common.errors import LensError
 from lens.common.results import Result, described
-from lens.edits.sink_dims import check_dims, phi
+from lens.edits._phi import check_dims, phi
 from lens.models.loaded import LoadedModel
 from lens.passes.stream import layer_inputs
 from lens.sinks.detection.alphas import alpha_of

@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 import torch
 
+from lens.common.choices import check_choice
 from lens.common.errors import LensError
 from lens.common.results import Result, described
-from lens.edits.clean_runs import CleanRuns, clean_runs
-from lens.edits.effect_results import Effect
-from lens.edits.losses import bos_policy, log_probabilities, two_tokens
-from lens.edits.recording import EffectRecorder
-from lens.edits.watching import Watch
+from lens.edits.losses import bos_policy
+from lens.edits.parts import Activation
 from lens.models.loaded import LoadedModel
 from lens.passes.inputs import Prompt, read_prompts
-from lens.passes.stream import changed, stream
+from lens.passes.stream import stream
 
 RATIO, MAGNITUDE = 1000.0, 100.0
-_CONDITIONS = ("edit", "size", "norm", "position")
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +69,56 @@ class MassiveActivations(Result):
             threshold_magnitude=self.magnitude,
             bos=self.bos,
             n=len(self.tokens),
+        )
+
+    def edits(self, to: Literal["zero", "mean"] = "zero") -> tuple[Activation, ...]:
+        """For `lens.edit` and `lens.effect`: each one set where it emerges; all later layers run on.
+
+        Edit E5 of METHODS-ATTENTION 1.9, experiment 3 of Sun et al.
+
+        Args:
+            to: "zero", or "mean", that of these prompts.
+
+        Raises:
+            LensError: none was found, another `to`.
+
+        Example:
+            >>> found = lens.sinks.massive(model, texts, ratio=20, magnitude=1)
+            >>> lens.effect(model, texts, found.edits()).table()
+        """
+        values = {"zero": np.zeros(len(self.rows)), "mean": self.rows["value"].to_numpy()}
+        return self._set_to(values[check_choice("to", to, ("zero", "mean"))])
+
+    def others(
+        self, model: LoadedModel, prompts: Any
+    ) -> Callable[[Prompt], tuple[Activation, ...]]:
+        """For `lens.effect` of these prompts: each one set to its mean over the other prompts.
+
+        Raises:
+            LensError: none was found, one prompt alone.
+        """
+        layer, position, dimension = (
+            self.rows[name].to_numpy() for name in ("emergence", "position", "dimension")
+        )
+        read = read_prompts(model, prompts)[0]
+        if len(read) < 2:
+            raise LensError("others needs at least two prompts: each takes the mean of the others")
+        streams = (stream(model, prompt).numpy() for prompt in read)
+        own = np.stack([one[layer + 1, position, dimension] for one in streams])
+        means = (own.sum(0) - own) / (len(own) - 1)
+        edits = {
+            tuple(prompt.ids or ()): self._set_to(values)
+            for prompt, values in zip(read, means, strict=True)
+        }
+        return lambda prompt: edits[tuple(prompt.ids or ())]
+
+    def _set_to(self, values: np.ndarray) -> tuple[Activation, ...]:
+        if self.rows.empty:
+            raise LensError("no massive activation was found, so there is none to edit")
+        places = self.rows[["emergence", "position", "dimension"]].to_numpy().tolist()
+        return tuple(
+            Activation(int(layer), int(position), int(dimension), float(value))
+            for (layer, position, dimension), value in zip(places, values, strict=True)
         )
 
     def __repr__(self) -> str:
@@ -181,137 +227,3 @@ def _rows(hits: pd.DataFrame, model: LoadedModel, ids: Sequence[Sequence[int]]) 
         )
     table = pd.DataFrame(rows, columns=list(columns))
     return table.sort_values("ratio", ascending=False, ignore_index=True)
-
-
-def massive_effect(
-    model: LoadedModel,
-    prompts: Any,
-    found: MassiveActivations,
-    *,
-    to: str = "zero",
-    seed: int = 0,
-    clean: CleanRuns | None = None,
-) -> Effect:
-    """Set massive activations to 0 or to their mean where they emerge; all later layers run on.
-
-    Edit E5 of METHODS-ATTENTION 1.9, experiment 3 of Sun et al. Each (dimension, position) of `found`
-    is set at the output of the layer where it emerges. Controls: "size", as many random other
-    dimensions at the same positions and layers, set to 0; "norm", such dimensions changed by as much as
-    the massive ones are, so that the stream is pushed equally far; "position", the same dimensions one
-    position later, set to 0. `mass` is the attention that the positions receive.
-
-    Args:
-        model, prompts: as for `massive`.
-        found: what `massive` found, on these or other prompts.
-        to: "zero", "mean" (over the prompts of `found`, at the layer of emergence) or "others" (over the
-            other prompts given, each prompt's own left out).
-        seed: of control and bootstrap.
-        clean: as for `lens.effect`.
-
-    Raises:
-        LensError: nothing was found, another `to`, "others" with one prompt, or prompts shorter than
-            the positions + 2.
-
-    Example:
-        >>> found = lens.sinks.massive(model, texts, ratio=20, magnitude=1)
-        >>> lens.sinks.massive_effect(model, texts, found).table()
-    """
-    if to not in ("zero", "mean", "others"):
-        raise LensError(f"to must be 'zero', 'mean' or 'others', got {to!r}")
-    if found.rows.empty:
-        raise LensError("no massive activation was found, so there is none to edit")
-    chosen = torch.ones(model.info.layers, model.info.heads, dtype=torch.bool)
-    runs, random = clean_runs(model, clean), np.random.default_rng(seed)
-    places = found.rows[["emergence", "position", "dimension", "value"]].to_dict("records")
-    recorder = EffectRecorder(_CONDITIONS)
-    asked = read_prompts(model, prompts)[0]
-    given = _values_to_set(model, asked, found, to)
-    for prompt, numbers in zip(asked, given, strict=True):
-        ids = two_tokens(prompt.ids)
-        before = runs.of(ids)
-        mass = before.received[chosen].mean(0).double().numpy() / len(ids)
-        source = torch.zeros(len(ids), dtype=torch.bool)
-        source[found.positions] = True
-        for condition in recorder.conditions:
-            shift = int(condition == "position")
-            after = Watch(record=condition == "edit")
-            edited = _with_changes(model, ids, after, places, numbers, condition, random)
-            held = mass[[place + shift for place in found.positions]].sum()
-            recorder.add(condition, ids, before, edited, keys=len(places), mass=held)
-            if condition == "edit":
-                recorder.add_migration(ids, before, after.alpha(), source)
-    edit = f"massive activations := {to}"
-    return recorder.result(model, chosen, edit=edit, seed=seed)
-
-
-def _values_to_set(
-    model: LoadedModel, prompts: Sequence[Prompt], found: MassiveActivations, to: str
-) -> np.ndarray:
-    """[prompts, places]: what each place is set to.
-
-    Raises:
-        LensError: as `massive_effect`.
-    """
-    longest = max(found.positions)
-    for prompt in prompts:
-        if len(ids := two_tokens(prompt.ids)) < longest + 2:
-            raise LensError(
-                f"massive activations reach position {longest}; a prompt has only {len(ids)} tokens, "
-                f"give prompts of at least {longest + 2}"
-            )
-    zeros = np.zeros((len(prompts), len(found.rows)))
-    if to == "zero":
-        return zeros
-    if to == "mean":
-        return zeros + found.rows["value"].to_numpy()
-    if len(prompts) < 2:
-        raise LensError("to='others' needs at least two prompts: each takes the mean of the others")
-    layer, position, dimension = (
-        found.rows[name].to_numpy() for name in ("emergence", "position", "dimension")
-    )
-    own = np.stack(
-        [stream(model, prompt).numpy()[layer + 1, position, dimension] for prompt in prompts]
-    )
-    return (own.sum(0) - own) / (len(own) - 1)
-
-
-def _with_changes(
-    model: LoadedModel,
-    ids: list[int],
-    watcher: Watch,
-    places: list[dict[Any, Any]],
-    numbers: np.ndarray,
-    condition: str,
-    random: np.random.Generator,
-) -> torch.Tensor:
-    """Log-probabilities with the places of a condition set to `numbers`, each at its layer."""
-    massive_dimensions = {place["dimension"] for place in places}
-
-    def setter(here: list[tuple[dict[Any, Any], float]]) -> Any:
-        def change(hidden: torch.Tensor) -> torch.Tensor:
-            before, hidden = hidden, hidden.clone()
-            others = [d for d in range(hidden.shape[-1]) if d not in massive_dimensions]
-            drawn = iter(random.permutation(others))
-            for place, number in here:
-                position, dimension, other = place["position"], place["dimension"], int(next(drawn))
-                if condition == "edit":
-                    hidden[:, position, dimension] = number
-                elif condition == "norm":
-                    hidden[:, position, other] += number - before[:, position, dimension]
-                elif condition == "size":
-                    hidden[:, position, other] = 0.0
-                else:
-                    hidden[:, position + 1, dimension] = 0.0
-            return hidden
-
-        return change
-
-    with ExitStack() as stack:
-        for layer in sorted({place["emergence"] for place in places}):
-            here = [
-                (place, float(number))
-                for place, number in zip(places, numbers, strict=True)
-                if place["emergence"] == layer
-            ]
-            stack.enter_context(changed(model, layer, setter(here)))
-        return log_probabilities(model, ids, watcher.on_layer)

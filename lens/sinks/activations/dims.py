@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,47 +10,11 @@ import pandas as pd
 import torch
 
 from lens.common.errors import LensError
-from lens.common.results import Result, described
+from lens.common.results import Result, Sentence, described
+from lens.edits._phi import EPSILON
 from lens.models.loaded import LoadedModel
 from lens.passes.sessions import base
 from lens.passes.stream import layer_inputs
-
-KNOWN = {
-    "llava-1.5-7b": (1415, 2533),
-    "llava-1.5-13b": (2100, 4743),
-    "qwen2-vl-7b": (458, 2570),
-    "internvl2-8b": (3584,),
-}
-"""Published sink dimensions (arXiv 2503.03321 and its released code), by the model's usual name."""
-
-_EPSILON = 1e-6
-
-
-def phi(hidden: torch.Tensor, dims: Sequence[int] | None = None) -> torch.Tensor:
-    """[..., tokens]: `max_d |x_d| / RMS(x)` over the dimensions, which never passes `sqrt(width)`.
-
-    Args:
-        hidden: [..., tokens, width], what enters a layer.
-        dims: the sink dimensions; None: all, where they are not known.
-
-    Reference:
-        Kang et al., arXiv 2503.03321.
-    """
-    values = hidden.float()
-    scale = values.pow(2).mean(-1).add(_EPSILON).rsqrt()
-    chosen = values if dims is None else values[..., list(dims)]
-    return chosen.abs().amax(-1) * scale
-
-
-def check_dims(model: LoadedModel, dims: Sequence[int] | None) -> None:
-    """Raises LensError unless the model has these dimensions; None is all of them."""
-    config = model.model.cfg if model.is_bridge else model.model.config.get_text_config()
-    width = config.d_model if model.is_bridge else config.hidden_size
-    if dims is not None and (not len(dims) or not all(0 <= dim < width for dim in dims)):
-        raise LensError(
-            f"dims must be some of 0 to {width - 1} of {model.name}, got {list(dims)}; find them with "
-            "lens.edits.find_sink_dims"
-        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,28 +58,35 @@ class SinkDims(Result):
     def __repr__(self) -> str:
         return described(self)
 
-    def findings(self) -> tuple[str, ...]:
-        """What was found, in plain words."""
+    def findings(self) -> tuple[Sentence, ...]:
+        """Which dimensions were found, as the kind `dims`, and the `limit`."""
         if not self.dims:
             width = self.largest.shape[1]
             bound = "" if width**0.5 > self.tau else f" (with {width} dimensions none can)"
-            return (
+            text = (
                 f"No dimension of {self.model} passes {self.tau:g} times the RMS on {self.counted} "
-                f"tokens: the largest reaches {self.largest.max():.1f}{bound}.",
+                f"tokens: the largest reaches {self.largest.max():.1f}{bound}."
             )
+            return (Sentence(text, kind="dims"),)
         found = ", ".join(
             f"{row['dim']} (up to {row['largest']:.0f} times the RMS, at most {row['tokens']} of "
             f"{self.counted} tokens, entering layers {row['first_layer']} to {row['last_layer']})"
             for row in self.table().to_dict("records")
         )
+        several = "s" * (len(self.dims) > 1)
+        limit = (
+            "A large coordinate marks candidates; whether attention is parked there is another measurement "
+            "(lens.sinks.dims_agreement)."
+        )
         return (
-            f"{len(self.dims)} sink dimension{'s' * (len(self.dims) > 1)} of {self.model}: {found}. "
-            "A large coordinate marks candidates; whether attention is parked there is another "
-            "measurement (lens.sinks).",
+            Sentence(
+                f"{len(self.dims)} sink dimension{several} of {self.model}: {found}.", kind="dims"
+            ),
+            Sentence(limit, kind="limit"),
         )
 
 
-def find_sink_dims(
+def dims(
     model: LoadedModel, inputs: Any, *, tau: float = 20.0, largest_share: float = 0.1
 ) -> SinkDims:
     """Dimensions with `|x_d| / RMS(x) >= tau` at few tokens, in what enters at least one layer.
@@ -132,7 +102,7 @@ def find_sink_dims(
         LensError: tau or share out of range, padding, or layers that cannot be read.
 
     Example:
-        >>> lens.edits.find_sink_dims(model, {"input_ids": ids}).table()
+        >>> lens.sinks.dims(model, {"input_ids": ids}).table()
     """
     if not tau > 0 or not 0 < largest_share <= 1:
         raise LensError(
@@ -140,7 +110,7 @@ def find_sink_dims(
         )
     real = inputs.get("attention_mask")
     if real is not None and not bool(torch.as_tensor(real).bool().all()):
-        raise LensError("find_sink_dims reads prompts without padding; pass them one by one")
+        raise LensError("dims reads prompts without padding; pass them one by one")
     largest: dict[int, torch.Tensor] = {}
     passing: dict[int, torch.Tensor] = {}
     counted = 0
@@ -148,7 +118,7 @@ def find_sink_dims(
     def take(layer: int, hidden: torch.Tensor) -> None:
         nonlocal counted
         size = hidden.float().flatten(0, -2)
-        size = size.abs() * size.pow(2).mean(-1, keepdim=True).add(_EPSILON).rsqrt()
+        size = size.abs() * size.pow(2).mean(-1, keepdim=True).add(EPSILON).rsqrt()
         counted = len(size)
         largest[layer], passing[layer] = size.amax(0).cpu(), (size >= tau).sum(0).cpu()
 

@@ -1,1 +1,0 @@
-"""What a sink does: edits of it beside controls."""

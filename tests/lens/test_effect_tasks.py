@@ -1,0 +1,120 @@
+"""`lens.effect` of a task: its metric beside the loss, at each amount."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import lens
+from lens import edits
+from lens.edits.effect_results import Effect
+from lens.tasks.task import Task
+from tests.lens.architectures import build
+
+AMOUNTS = (1.0, 0.0, 0.4)  # not in order
+
+
+def a_setting():
+    torch.manual_seed(0)
+    model = lens.load(build("llama"))
+    return model, torch.randint(3, 97, (5, 17), generator=torch.Generator().manual_seed(2))
+
+
+def a_task(ids, metric):
+    return Task(
+        name="next",
+        clean=ids[:, :-1],
+        positions=torch.full((5, 1), 15),
+        correct=ids[:, -1:],
+        wrong=ids[:, :1] if metric == "logit_difference" else None,
+        metric=metric,
+    )
+
+
+@pytest.mark.parametrize("metric", ["loss", "logit_difference"])
+def test_gains_are_those_of_the_task_beside_the_loss_of_its_prompts(metric):
+    model, ids = a_setting()
+    mask = edits.Mask("first")
+    found = lens.effect(model, a_task(ids, metric), mask, amounts=AMOUNTS, controls=("size",))
+    texts = lens.effect(model, ids[:, :-1], mask, amounts=AMOUNTS, controls=("size",))
+    assert found.amounts == (0.0, 0.4, 1.0)
+    for condition, values in texts.values.items():
+        for name, numbers in values.items():
+            assert np.array_equal(found.values[condition][name], numbers)
+    own = model.model(ids[:, :-1]).logits[:, -1].detach()
+    with lens.edit(model, mask), torch.no_grad():
+        edited = model.model(ids[:, :-1]).logits[:, -1]
+    if metric == "loss":
+        own, edited = own.log_softmax(-1), edited.log_softmax(-1)
+    change, after = (
+        logits.gather(1, ids[:, -1:])[:, 0]
+        - (logits.gather(1, ids[:, :1])[:, 0] if metric == "logit_difference" else 0)
+        for logits in (edited - own, edited)
+    )
+    gains = found.values["edit"]["gain"]
+    assert gains[2] == pytest.approx(change.numpy(), abs=1e-5)
+    sign = 1 if metric == "logit_difference" else -1
+    assert found.values["edit"]["metric"][2] == pytest.approx(sign * after.numpy(), abs=1e-5)
+    assert (gains[0] == 0).all()
+    assert np.abs(gains[2]).max() > 1e-4
+    table = found.table()
+    rows = table[table["condition"] == "edit"]
+    assert rows["gain"].tolist() == pytest.approx(gains.mean(1).tolist())
+    assert ((rows["gain_low"] <= rows["gain"]) & (rows["gain"] <= rows["gain_high"])).all()
+    more = (gains - found.values["size"]["gain"]).mean(1)
+    beside = table[table["condition"] == "size"]
+    assert beside["excess_gain"].tolist() == pytest.approx(more.tolist())
+    figure = found.plot("gain")
+    assert list(figure.data[0].y) == pytest.approx(rows["gain"].tolist())
+
+
+def an_effect(gains, metrics=None):
+    """Three amounts of an edit on three prompts of a task; the control gains nothing."""
+    nothing = np.zeros((3, 3))
+    values = {
+        "edit": dict.fromkeys(("delta_loss", "kl", "flip_rate", "mass", "metric"), nothing)
+        | {"gain": gains, "keys": nothing + 1},
+        "size": dict.fromkeys(("delta_loss", "kl", "flip_rate", "mass", "metric"), nothing)
+        | {"gain": nothing, "keys": nothing + 1},
+    }
+    empty = pd.DataFrame({"other_before": [0.0], "other_after": [0.0]})
+    return Effect(
+        values, empty, (), "Mask first", (0.25, 0.5, 1.0), "L1H0", (9, 9, 9), "added", 0,
+        metric="accuracy", task="toy",
+    )  # fmt: skip
+
+
+def test_the_sentences_name_the_amount_that_gains_most_and_what_the_last_one_does():
+    """The middle amount gains most, the last loses."""
+    gains = np.array([[0.1, 0.1, 0.1], [0.5, 0.7, 0.6], [-0.2, -0.4, -0.3]])
+    said = {one.kind: str(one) for one in an_effect(gains).findings()}
+    assert said["best"] == (
+        "Of 3 amounts 0.5 gains most in accuracy of toy: +0.6000 [+0.5000, +0.7000]. It was chosen on "
+        "these prompts, which flatters it."
+    )
+    assert said["gain"] == (
+        "toy gains -0.3000 [-0.4000, -0.2000] in accuracy, which is then 0.0000: it goes worse."
+    )
+    assert "and -0.3000 [-0.4000, -0.2000] in accuracy." in said["size"]
+
+
+@pytest.mark.parametrize(
+    ("last", "words"),
+    [((0.2, 0.4, 0.3), "it goes better"), ((-0.2, 0.4, 0.0), "the interval holds 0")],
+)
+def test_a_gain_is_judged_by_its_interval(last, words):
+    gains = np.array([[0.1] * 3, [0.2] * 3, last])
+    said = {one.kind: str(one) for one in an_effect(gains).findings()}
+    assert words in said["gain"]
+
+
+def test_heads_of_a_task_are_compared_with_as_many_others():
+    model, ids = a_setting()
+    found = lens.effect(model, a_task(ids, "loss"), edits.Ablate(["L1H3"], "mean"), draws=2)
+    importance = lens.heads.importance(
+        model, a_task(ids, "loss"), method="ablation", progress=False
+    )
+    drop = float(importance.values[1, 3])
+    assert abs(drop) > 1e-4
+    assert found.values["edit"]["gain"].mean() == pytest.approx(-drop, abs=1e-5)
+    assert list(found.values) == ["edit", "size", "mass", "layer"]
