@@ -13,6 +13,7 @@ from lens.figures.style import Look, escaped, style
 
 if TYPE_CHECKING:
     from lens.heads.pruning.curves import PruningCurve
+    from lens.heads.pruning.orders import PruningOrders
 
 
 @draws("PruningCurve")
@@ -62,6 +63,25 @@ def pruning_plot(curve: PruningCurve, **look: Unpack[Look]) -> go.Figure:
             "model": curve.model,
         },
     )
+
+
+@draws("PruningOrders")
+def orders_plot(found: PruningOrders, **look: Unpack[Look]) -> go.Figure:
+    """Cost of the best order as `pruning_plot` shows it, and of the others as lines."""
+    figure = pruning_plot(found.best, **look)
+    for one in found.curves:
+        if one is not found.best:
+            figure.add_trace(
+                go.Scatter(
+                    x=one.removed,
+                    y=one.cost.mean(1),
+                    mode="lines",
+                    name=escaped(one.ranking),
+                    text=["", *map(str, (one.order[count - 1] for count in one.removed[1:]))],
+                    hovertemplate="%{x} removed, last %{text}: %{y:.4g}<extra></extra>",
+                )
+            )
+    return figure
 
 
 def _band(x: np.ndarray, low: object, high: object, color: str) -> go.Scatter:

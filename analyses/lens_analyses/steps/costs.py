@@ -59,8 +59,8 @@ def _importance(load: Load) -> Cost:
 
 def _pruning(load: Load) -> Cost:
     points, draws = pruning_size(load.heads)
-    held_out = (load.windows or load.task) / 2
-    return Cost(((1 + draws) * (points or load.heads) + 5) * held_out)
+    half = (load.windows or load.task) / 2  # orders are made on one and run on the other
+    return Cost(((3 + draws) * (points or load.heads) + load.heads + 12) * half)
 
 
 def _of_windows(load: Load, passes: float) -> Cost:

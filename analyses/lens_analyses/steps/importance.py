@@ -9,6 +9,7 @@ import torch
 from lens import heads
 from lens.common.errors import LensError
 from lens.figures import agreement_map
+from lens.heads.measures.methods import Baseline, Method
 from lens.heads.measures.scores import HeadScores
 from lens.runs.sections import Section
 from lens.tasks import Task
@@ -16,7 +17,11 @@ from lens_analyses.steps.sizes import pruning_size
 from lens_analyses.steps.subject import Subject
 
 _UNITS = "Positive: the task goes worse without the head, in units of the metric."
-_BEARABLE = 0.05  # of the metric, what pruning may cost
+_ORDERS: tuple[tuple[Method, Baseline], ...] = (
+    ("ablation", "mean"),
+    ("attribution", "mean"),
+    ("gradient", "zero"),
+)
 _PAIRS = 3  # of measures whose disagreement is told; the table has all
 _JOINT = 4  # heads at most that are taken away together
 
@@ -82,59 +87,48 @@ def importance(subject: Subject) -> Section:
 
 
 def pruning(subject: Subject) -> Section:
-    """What it costs when heads go, least important first, against random orders.
+    """What it costs when heads go, in several orders, against random ones.
 
     On the run's text, or on the task where there is none.
     """
     task = subject.windows if subject.prompts("text") else subject.task
     fitted, held_out = _halves(task)
-    order = heads.importance(
-        subject.model,
-        fitted,
-        method="attribution",
-        baseline="mean",
-        seed=subject.seed,
-        progress=subject.progress,
+    options = {"seed": subject.seed, "progress": subject.progress}
+    orders, refused = [], []
+    for method, baseline in _ORDERS:
+        try:
+            order = heads.importance(
+                subject.model, fitted, method=method, baseline=baseline, **options
+            )
+            orders.append(order)
+        except LensError as problem:
+            refused.append(f"No order by {method}: {problem}.")
+    if not orders:
+        raise LensError(f"no order of the heads could be had: {' '.join(refused)}")
+    points, draws = pruning_size(orders[0].values.size)
+    found = heads.pruning.orders(
+        subject.model, held_out, orders=orders, steps=points, draws=draws, **options
     )
-    points, draws = pruning_size(order.values.size)
-    curve = heads.pruning.curve(
-        subject.model,
-        held_out,
-        order=order,
-        steps=points,
-        draws=draws,
-        seed=subject.seed,
-        progress=subject.progress,
-    )
-    table = curve.table(seed=subject.seed)
-    bearable = _BEARABLE * abs(float(curve.values[0]))
-    spared = curve.prunable(bearable)
     return Section(
         name="pruning",
         title="What may be pruned",
-        summary=(
-            f"{len(spared)} of {len(curve.order)} heads can go, least important first, before the {task.metric} "
-            f"on held-out prompts of {task.name} is more than {_BEARABLE:.0%} worse{_cost(table, len(spared))}.",
-        ),
+        summary=tuple(found.findings()),
         limits=(
             f"Heads were ordered on {fitted.n} prompts and removed on {held_out.n} others; nothing was "
             "trained again.",
+            f"The best of {len(orders)} orders was chosen on the prompts that its cost is from, which "
+            "flatters it a little; an order that nobody tried may be better.",
+            *refused,
         ),
         columns=_PRUNING,
-        configuration={"order": order.label, "intervention": asdict(curve.intervention)},
-        tables={"curve": table},
-        figures={"curve": curve.plot()},
-    )
-
-
-def _cost(table: pd.DataFrame, removed: int) -> str:
-    if not removed:
-        return ", so not even the first"
-    last = table.loc[table["removed"] == removed].iloc[0]
-    ends = "" if np.isnan(last["low"]) else f" [{last['low']:.3f}, {last['high']:.3f}]"
-    return (
-        f": it is then worse by {last['cost']:.3f}{ends}, and by {last['random_cost']:.3f} without as many "
-        "in random orders"
+        configuration={
+            "orders": [one.ranking for one in found.curves],
+            "best": found.best.ranking,
+            "bearable": found.bearable,
+            "intervention": asdict(found.best.intervention),
+        },
+        tables={"curve": found.table(seed=subject.seed)},
+        figures={"curve": found.plot()},
     )
 
 
@@ -259,6 +253,7 @@ _TOGETHER = {
     "n": "Number of prompts.",
 }
 _PRUNING = {
+    "order": "Order in which heads go.",
     "removed": "Heads removed so far, least important first.",
     "name": "The last of them.",
     "value": "The metric.",

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -76,6 +76,10 @@ class PruningCurve(Result):
         last = len(self.removed) - 1 if not len(over) else over[0] - 1
         return self.order[: int(self.removed[last])] if last >= 0 else ()
 
+    def beside(self, other: PruningCurve) -> PruningCurve:
+        """The same with the random orders of another curve of these prompts and heads."""
+        return replace(self, random=other.random)
+
     def table(self, *, seed: int = 0) -> pd.DataFrame:
         """One row per step.
 
@@ -132,7 +136,8 @@ def curve(
     Args:
         model: as `lens.load` returns it.
         task: prompts and metric.
-        order: scores (least important first), the table of `HeadSimilarity.redundancy` (most redundant
+        order: scores (least important first; an estimate of first order by its size, as its sign is no
+            promise that the model gets better), the table of `HeadSimilarity.redundancy` (most redundant
             first; not-scored heads last), or heads in the order in which they go.
         baseline: what stands in for a removed head, as in `lens.heads.importance`.
         steps: measure at most so many points, evenly spread, all heads gone the last; None: each.
@@ -193,9 +198,12 @@ def _order(
                 f"the scores are of {order.model} with layers × heads {order.values.shape}, "
                 f"{model.name} has {(info.layers, info.heads)}; score this model"
             )
-        ranked = np.argsort(order.values.ravel(), kind="stable")
+        measured = order.method == "ablation"
+        values = order.values if measured else np.abs(order.values)
+        ranked = np.argsort(values.ravel(), kind="stable")
+        label = order.label if measured else f"size of {order.label}"
         heads = [HeadId(*divmod(int(index), info.heads)) for index in ranked]
-        return heads, f"least by {order.label} on {order.task}"
+        return heads, f"least by {label} on {order.task}"
     if isinstance(order, pd.DataFrame):
         if not {"name", "value"} <= set(order):
             raise LensError(
