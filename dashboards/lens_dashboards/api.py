@@ -42,9 +42,10 @@ def make_api(library: Library) -> Blueprint:
     @api.get("/run/<run_id>/atlas/<prompt>")
     @_refusing
     def get_atlas(run_id: str, prompt: str) -> Response:
-        """A small picture of every head: float32 [layers, heads, rows, columns]."""
+        """A small picture of every head: float32 [layers, heads, rows, columns]; `numbers` of the layers."""
         values = library.atlas(run_id, prompt, _variant())
-        return _binary(values, dict(zip(_ATLAS, values.shape, strict=True)))
+        numbers = {"numbers": library.trace(run_id, prompt).layers}
+        return _binary(values, dict(zip(_ATLAS, values.shape, strict=True)) | numbers)
 
     @api.get("/run/<run_id>/row/<prompt>/<int:layer>/<int:head>/<int:query>")
     @_refusing

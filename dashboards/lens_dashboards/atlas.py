@@ -21,8 +21,8 @@ def atlas(trace: AttentionTrace, variant: str = "raw", pooling: Pooling = "max")
         return _from_tokens(trace, variant, pooling)
     step = -(-blocks // CELLS)
     layers = []
-    for layer in range(trace.layers):
-        values = trace.dataset["block_mass"].isel(layer=layer).values.astype(np.float32)
+    for layer in trace.layers:
+        values = trace.dataset["block_mass"].sel(layer=layer).values.astype(np.float32)
         heads = [pool(head, step, pooling) if step > 1 else head for head in values]
         layers.append([blank(head, trace, 0, 0, size * step) for head in heads])
     return np.array(layers, dtype=np.float32)
@@ -39,7 +39,7 @@ def no_form(trace: AttentionTrace) -> str:
 
 
 def _is_short(trace: AttentionTrace) -> bool:
-    return len(trace.dataset["query_block"]) < 4 and not trace.tile_refusal(0, 0)
+    return len(trace.dataset["query_block"]) < 4 and not trace.tile_refusal(trace.layers[0], 0)
 
 
 def _from_tokens(trace: AttentionTrace, variant: str, pooling: Pooling) -> np.ndarray:
@@ -60,7 +60,7 @@ def _from_tokens(trace: AttentionTrace, variant: str, pooling: Pooling) -> np.nd
                 )
                 for head in range(trace.heads)
             ]
-            for layer in range(trace.layers)
+            for layer in trace.layers
         ],
         dtype=np.float32,
     )

@@ -56,11 +56,7 @@ def raster(
     Raises:
         LensError: a head that is not there, or a rectangle outside the prompt.
     """
-    if not (0 <= layer < trace.layers and 0 <= head < trace.heads):
-        raise LensError(
-            f"{trace.model} has layers 0 to {trace.layers - 1} and heads 0 to {trace.heads - 1}; "
-            f"there is no L{layer}H{head}"
-        )
+    trace.head_id((layer, head))
     length = trace.length
     q0, q1, k0, k1 = window or (0, length, 0, length)
     q1, k1 = min(q1, length), min(k1, length)
@@ -112,7 +108,8 @@ def _blocks(
     rows, columns = slice(q0 // size, -(-q1 // size)), slice(k0 // size, -(-k1 // size))
     values = (
         trace.dataset["block_mass"]
-        .isel(layer=layer, head=head, query_block=rows, key_block=columns)
+        .sel(layer=layer, head=head)
+        .isel(query_block=rows, key_block=columns)
         .values.astype(np.float32)
     )
     step = -(-max(values.shape) // MOST_CELLS)

@@ -49,6 +49,16 @@ def head_id(head: AnyHead, *, layers: int | None = None, heads: int | None = Non
     return found
 
 
+def layers_in_words(layers: Sequence[int]) -> str:
+    """`layer 3`, `layers 0 to 5`, `layers 3, 7 and 11`, in rising order."""
+    numbers = [str(layer) for layer in layers]
+    if len(numbers) == 1:
+        return f"layer {numbers[0]}"
+    if len(numbers) > 2 and layers[-1] - layers[0] == len(layers) - 1:
+        return f"layers {numbers[0]} to {numbers[-1]}"
+    return f"layers {', '.join(numbers[:-1])} and {numbers[-1]}"
+
+
 def head_of_node(node: str) -> HeadId | None:
     """The head that a node of a circuit is, `L3H5` of `a3.h5`; None for other nodes."""
     match = _NODE.fullmatch(node)

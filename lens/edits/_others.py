@@ -101,20 +101,20 @@ def control_keys(
     return sorted(drawn[: 1 + np.abs(reached - mass[sources].sum()).argmin()].tolist())
 
 
-def other_heads(
-    control: str, chosen: Tensor, random: np.random.Generator, mass: Tensor | None = None
-) -> Tensor:
-    """bool [layers, heads]: as many heads that are not chosen, for "size", "mass" or "layer"."""
+def other_heads(control: str, chosen: Tensor, random: np.random.Generator, mass: Tensor) -> Tensor:
+    """bool [layers, heads]: as many heads that are not chosen, for "size", "mass" or "layer".
+
+    A head without attention, whose `mass` [layers, heads] is NaN, stands in for none.
+    """
     found = torch.zeros_like(chosen)
     if control == "layer":
         for layer, heads in enumerate(chosen):
             others = random.permutation((~heads).nonzero()[:, 0].numpy())
             found[layer, others[: int(heads.sum())].tolist()] = True
         return found
-    free = list(random.permutation((~chosen).flatten().nonzero()[:, 0].numpy()))
+    free = list(random.permutation((~chosen & ~mass.isnan()).flatten().nonzero()[:, 0].numpy()))
     picked = free[: int(chosen.sum())]
     if control == "mass":
-        assert mass is not None
         flat, picked = mass.flatten().numpy(), []
         for wanted in flat[chosen.flatten().numpy()]:
             free.sort(key=lambda head: abs(flat[head] - wanted))
@@ -123,9 +123,9 @@ def other_heads(
     return found
 
 
-def too_many(chosen: Tensor, *controls: str) -> dict[str, str]:
-    """Of these controls those that would need more other heads than there are, and why."""
-    count, total = int(chosen.sum()), chosen.numel()
+def too_many(chosen: Tensor, total: int, *controls: str) -> dict[str, str]:
+    """Of these controls those that would need more other heads than the `total` has, and why."""
+    count = int(chosen.sum())
     why = {}
     if 2 * count > total:
         reason = f"{count} of {total} heads are edited, so that as many others are not left"

@@ -10,7 +10,7 @@ import torch
 from lens_kernels import AttentionResult
 
 from lens.common.errors import LensError
-from lens.common.head_ids import AnyHead, head_id
+from lens.common.head_ids import AnyHead
 from lens.models.loaded import LoadedModel
 from lens.passes.calls import LayerCall, attend
 from lens.passes.keys import KeysAt
@@ -32,11 +32,12 @@ def selected_heads(
         if layers is not None:
             raise LensError("give layers or heads, not both; heads name their layer: 'L3H5'")
         for head in heads:
-            chosen[head_id(head, layers=info.layers, heads=info.heads)] = True
+            chosen[info.head(head)] = True
         return chosen
-    for layer in range(info.layers) if layers is None else layers:
+    for layer in info.attending if layers is None else layers:
         if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < info.layers:
             raise LensError(f"layers must be numbers 0 to {info.layers - 1}, got {layer!r}")
+        info.check_layer(layer, f"attention to edit in layer {layer}")
         chosen[layer] = True
     return chosen
 

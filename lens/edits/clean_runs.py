@@ -58,7 +58,13 @@ class CleanRuns:
         """The prompt run now; `rows`: bool [tokens], whose attention is looked at; None: all."""
         watch = Watch(rows=rows)
         found = predictions(self.model, prompt, watch.on_layer)
-        return CleanRun(found, torch.stack(watch.received), watch.alpha())
+        received = of_layers(self.model, torch.stack(watch.received))
+        return CleanRun(found, received, of_layers(self.model, watch.alpha()))
+
+
+def of_layers(model: LoadedModel, values: torch.Tensor) -> torch.Tensor:
+    """[attending layers, ...] as [layers, ...], with NaN where a layer has no softmax attention."""
+    return torch.from_numpy(model.info.by_layer(values.float().numpy())).to(values.dtype)
 
 
 def clean_runs(model: LoadedModel, clean: CleanRuns | None) -> CleanRuns:

@@ -37,6 +37,7 @@ from lens.edits._others import (
 )
 from lens.edits._phi import width_of
 from lens.edits.attention import AttentionOfKeys, Force, Knockout, Move
+from lens.edits.base import selected_heads
 from lens.edits.clean_runs import CleanRun, CleanRuns
 from lens.edits.language import Edit, OfHeads
 from lens.edits.parts import Ablate, Activation
@@ -142,7 +143,7 @@ class OfKeys(Kind):
         self.chosen, self.scope = edit.chosen(model), scope_of(edit.chosen(model))
         self._keys: Keys = getattr(edit, edit.asked)
         self.why = {"norm": "keys have no dimension to change by as much"} | too_many(
-            self.chosen, "layer"
+            self.chosen, len(model.info.every_head), "layer"
         )
         if isinstance(edit, Knockout | Force):
             self.usual = self.usual[:-1]
@@ -210,7 +211,9 @@ class OfWholeHeads(Kind):
         heads = scope_of(self.chosen) if bool(self.chosen.any()) else ""
         self.scope = ", ".join(filter(None, (heads, *self._parts)))
         self.why = dict.fromkeys(("position", "self"), "whole heads or sub-layers are edited")
-        self.why |= {"norm": "no dimension is set"} | too_many(self.chosen, "size", "mass", "layer")
+        self.why |= {"norm": "no dimension is set"} | too_many(
+            self.chosen, len(model.info.every_head), "size", "mass", "layer"
+        )
         if self._parts:
             self.why |= dict.fromkeys(("mass", "layer"), "sub-layers pay no attention")
             self._names = [one for one in named_sublayers(model) if one not in self._parts]
@@ -256,7 +259,7 @@ class OfCoordinates(Kind):
 
     def __init__(self, model: LoadedModel, edits: Sequence[Activation]) -> None:
         self._edits = tuple(sorted(edits, key=lambda one: one.layer))
-        self.chosen = torch.ones(model.info.layers, model.info.heads, dtype=torch.bool)
+        self.chosen = selected_heads(model, None, None)
         count = sum(len(one.places) * len(one.dims) for one in edits)
         layers = sorted({one.layer for one in edits})
         self.scope = (

@@ -16,7 +16,7 @@ from torch import Tensor
 from lens.common.choices import check_choice
 from lens.common.errors import LensError
 from lens.common.progress import advancing
-from lens.edits.clean_runs import CleanRuns, clean_runs
+from lens.edits.clean_runs import CleanRuns, clean_runs, of_layers
 from lens.edits.controls import CONTROLS, DRAWN, Case, Control, Kind, Trial, kinds_of
 from lens.edits.effect_results import Effect
 from lens.edits.language import Edit
@@ -221,8 +221,9 @@ class _Run:
             if rows is not None:
                 alpha = self._runs.run(case.prompt, rows).alpha
             source = torch.stack([kind.sources(case) for kind in kinds]).any(0)
-            self.alphas.append(torch.stack([alpha, watch.alpha()]).float().numpy())
-            self.moves.append(moved(alpha, watch.alpha(), source[:, None]))
+            later = of_layers(self._model, watch.alpha())
+            self.alphas.append(torch.stack([alpha, later]).float().numpy())
+            self.moves.append(moved(alpha, later, source[:, None]))
         return after
 
     def _compared(self, number: int, case: Case, kept: Tensor, after: Tensor) -> dict[str, float]:
@@ -293,4 +294,4 @@ def migration(moves: Sequence[np.ndarray]) -> pd.DataFrame:
         table[name] = stacked[:, place].mean(0).ravel()
     places = stacked[:, 4].reshape(len(moves), -1).astype(int)
     table["other_key"] = [np.bincount(column).argmax() for column in places.T]
-    return table
+    return table.dropna(how="all", subset=list(names)).reset_index(drop=True)

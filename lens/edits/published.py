@@ -98,7 +98,8 @@ class Var(OfHeads):
         """See `OfHeads`; of no heads and layers those of the preset."""
         layers = self.settings.layers(model.info.layers)
         named = self.heads is not None or self.layers is not None
-        return super().chosen(model) if named else selected_heads(model, layers, None)
+        there = [layer for layer in layers if layer in model.info.attending]
+        return super().chosen(model) if named else selected_heads(model, there, None)
 
     def start(self, model: LoadedModel, backend: str) -> Running:
         """See `Edit`."""
@@ -161,7 +162,8 @@ class Act(OfHeads):
         """See `OfHeads`; of no heads and layers those of the preset."""
         if self.preset == "paper" or self.heads is not None or self.layers is not None:
             return super().chosen(model)
-        return selected_heads(model, range(2, model.info.layers - 1), None)
+        there = [at for at in model.info.attending if 2 <= at < model.info.layers - 1]
+        return selected_heads(model, there, None)
 
     def start(self, model: LoadedModel, backend: str) -> Running:
         """See `Edit`."""

@@ -51,19 +51,18 @@ class HeadSearch(Result):
 
     def table(self) -> pd.DataFrame:
         """One row per head, largest gain first: `head`, `gain`, `low`, `high` (95 %), `chosen`, `n`."""
-        layers, heads, prompts = self.gains.shape
-        low, high = over_units(
-            np.moveaxis(self.gains, -1, 0), np.ones((prompts, layers, heads)), self.seed
-        )
-        names = [HeadId(layer, head) for layer in range(layers) for head in range(heads)]
+        places = np.argwhere(~np.isnan(self.gains).all(-1))
+        gains = self.gains[tuple(places.T)]
+        low, high = over_units(gains.T, np.ones_like(gains.T), self.seed)
+        names = [HeadId(*place) for place in places.tolist()]
         rows = pd.DataFrame(
             {
                 "head": [str(name) for name in names],
-                "gain": self.gains.mean(-1).ravel(),
-                "low": low.ravel(),
-                "high": high.ravel(),
+                "gain": gains.mean(-1),
+                "low": low,
+                "high": high,
                 "chosen": [name in self.chosen for name in names],
-                "n": prompts,
+                "n": gains.shape[1],
             }
         )
         return rows.sort_values("gain", ascending=False, kind="stable", ignore_index=True)
@@ -176,13 +175,13 @@ def search_heads(
             edited = part.evaluate(model)
         return (part.sign * (edited - clean)).double().numpy()
 
-    everyone = [HeadId(layer, head) for layer in range(info.layers) for head in range(info.heads)]
+    everyone = info.every_head
     gains = np.stack([gain(choosing, base, [head]) for head in everyone])
     means = gains.mean(-1)
     best = [index for index in np.argsort(-means, kind="stable")[:most] if means[index] > 0]
     chosen = tuple(everyone[index] for index in best)
     return HeadSearch(
-        gains=gains.reshape(info.layers, info.heads, -1),
+        gains=info.by_layer(gains.reshape(len(info.attending), info.heads, -1)),
         chosen=chosen,
         validation=gain(choosing, base, chosen),
         test=gain(judging, base_test, chosen),

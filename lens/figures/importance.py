@@ -56,7 +56,7 @@ def grid(
 
     `found` is the title where none is given.
     """
-    bound = float(np.abs(values).max()) or 1.0
+    bound = float(np.nanmax(np.abs(values))) or 1.0
     layers, heads = values.shape
     figure = go.Figure(
         go.Heatmap(
@@ -77,12 +77,10 @@ def grid(
 
 
 def _finding(scores: HeadScores) -> str:
-    best = int(scores.values.argmax())
-    value = scores.values.ravel()[best]
+    best = scores.top(1)[0]
+    value = scores.values[best]
     what = f"{scores.label} on {scores.task}"
-    return (
-        f"{what[0].upper()}{what[1:]}: most at {scores.names[best]}, {value:.3g} ({scores.metric})"
-    )
+    return f"{what[0].upper()}{what[1:]}: most at {best}, {value:.3g} ({scores.metric})"
 
 
 @draws("PruningMetrics")

@@ -46,7 +46,12 @@ def bare(model: LoadedModel) -> LoadedModel:
             f"wraps, by {difference:.1e}: it has hooks, or weights that were processed in a way that is "
             "not known here; remove them, or pass the bridge as it was booted"
         )
-    return replace(model, model=clone, info=describe(clone, model.info.licence))
+    info = replace(
+        describe(clone, model.info.licence),
+        attending=model.info.attending,
+        twice=model.info.twice,
+    )
+    return replace(model, model=clone, info=info)
 
 
 def _without_bridges(module: nn.Module, made: dict[int, nn.Module]) -> nn.Module:

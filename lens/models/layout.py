@@ -20,12 +20,13 @@ def layout(model: LoadedModel) -> Layout:
     """The parts of a model; not yet proved (`lens.passes.replay.proved` does).
 
     Raises:
-        LensError: an architecture that is not in the table, or whose configuration is none of it; a
+        LensError: layers without softmax attention; an architecture that is not in the table, or whose configuration is none of it; a
             `TransformerBridge` whose weights were processed.
     """
     model = bare(model)
     root: Any = model.model
     row, kind, base = _row(model)
+    model.info.check_all_attend("taking a model apart into its heads and MLPs")
     if row is None:
         raise LensError(
             f"where {kind!r} keeps its parts is not known here; known: {', '.join(ARCHITECTURES)}"

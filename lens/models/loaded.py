@@ -5,9 +5,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from lens.common.errors import LensError
+from lens.common.head_ids import AnyHead, HeadId, head_id, layers_in_words
 
 
 @dataclass(frozen=True)
@@ -15,12 +17,16 @@ class ModelInfo:
     """Sizes and origin of a model; None where the model has no such thing (a vision model has no vocabulary).
 
     Attributes:
-        layers, heads, kv_heads, head_dim: of the attention; `kv_heads < heads` is grouped-query attention.
+        layers: of the model, with attention or without.
+        heads, kv_heads, head_dim: of the attention; `kv_heads < heads` is grouped-query attention.
         vocab: size of the vocabulary.
         context: most tokens that it takes.
         parameters: number of weights.
         licence: of the weights, "unknown" where nothing says it.
         class_name: Python class of the model.
+        attending: layers with softmax attention, by the model's own number; the others (linear
+            attention, recurrence, convolution) have no heads here.
+        twice: those of them that attend twice, with two parts of the values (DiffLlama).
     """
 
     layers: int
@@ -32,6 +38,52 @@ class ModelInfo:
     parameters: int
     licence: str
     class_name: str
+    attending: tuple[int, ...]
+    twice: tuple[int, ...] = ()
+
+    @property
+    def without_attention(self) -> tuple[int, ...]:
+        """Layers without softmax attention."""
+        return tuple(sorted(set(range(self.layers)) - set(self.attending)))
+
+    @property
+    def every_head(self) -> list[HeadId]:
+        """Every head of every layer that has softmax attention."""
+        return [HeadId(layer, head) for layer in self.attending for head in range(self.heads)]
+
+    def head(self, head: AnyHead) -> HeadId:
+        """The head that is meant: `"L3H5"`, `"3.5"` or `(3, 5)`.
+
+        Raises:
+            LensError: not a head, or not one of this model.
+        """
+        found = head_id(head, layers=self.layers, heads=self.heads)
+        self.check_layer(found.layer, str(found))
+        return found
+
+    def check_layer(self, layer: int, what: str) -> None:
+        """Raises LensError, which says what was asked for, where a layer has no softmax attention."""
+        if layer not in self.attending:
+            raise LensError(
+                f"there is no {what}: layer {layer} of {self.class_name} has no softmax attention; "
+                f"{layers_in_words(self.attending)} have"
+            )
+
+    def check_all_attend(self, what: str) -> None:
+        """Raises LensError, which says what was asked for, where some layer has no softmax attention."""
+        if self.without_attention:
+            raise LensError(
+                f"{what} takes models with softmax attention in every layer; "
+                f"{layers_in_words(self.without_attention)} of {self.class_name} have none"
+            )
+
+    def by_layer(self, found: np.ndarray) -> np.ndarray:
+        """[attending layers, ...] as [layers, ...], with NaN where a layer has no softmax attention."""
+        if len(self.attending) == self.layers:
+            return found
+        whole = np.full((self.layers, *found.shape[1:]), np.nan)
+        whole[list(self.attending)] = found
+        return whole
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -191,6 +243,11 @@ class LoadedModel:
         info = self.info
         kv_heads = f" ({info.kv_heads} KV)" if info.kv_heads != info.heads else ""
         context = f", context {info.context}" if info.context else ""
+        attention = (
+            f", softmax attention in {layers_in_words(info.attending)}"
+            if info.without_attention
+            else ""
+        )
         check = (
             "not self-checked"
             if self.check is None
@@ -198,7 +255,7 @@ class LoadedModel:
         )
         return (
             f"LoadedModel({self.name}: {info.class_name}, {info.layers} layers × {info.heads} heads{kv_heads}"
-            f" of {info.head_dim}{context}, {info.parameters:,} weights, {info.licence}; {check})"
+            f" of {info.head_dim}{attention}{context}, {info.parameters:,} weights, {info.licence}; {check})"
         )
 
 

@@ -35,6 +35,7 @@ def describe(model: Any, licence: str = "unknown") -> ModelInfo:
         parameters=_parameters(model),
         licence=licence,
         class_name=type(model).__name__,
+        attending=tuple(range(layers)),
     )
 
 
@@ -51,6 +52,7 @@ def describe_bridge(bridge: Any) -> ModelInfo:
         parameters=_parameters(bridge.original_model),
         licence="unknown",
         class_name=f"TransformerBridge of {type(bridge.original_model).__name__}",
+        attending=tuple(range(config.n_layers)),
     )
 
 

@@ -22,7 +22,8 @@ class LayerCall:
         sink_logits: [heads], learned sinks, or None.
         position_bias: added to the logits, broadcastable to [batch, heads, queries, keys], or None.
         tokens: [batch, keys], token ids of the keys, or None where there are none.
-        layer: attention layer, from 0.
+        layer: the model's own number of it, from 0.
+        part: which of a layer's calls in this pass; above 0 where it attends twice.
         step: forward pass of the session, from 0; generation has one for the prompt and one per token.
     """
 
@@ -36,6 +37,7 @@ class LayerCall:
     position_bias: torch.Tensor | None = None
     tokens: torch.Tensor | None = None
     layer: int = 0
+    part: int = 0
     step: int = 0
 
 

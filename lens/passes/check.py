@@ -1,6 +1,6 @@
 """The self-check at load: capture reproduces this very model, or says that it does not."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lens_kernels import AttentionResult
@@ -16,10 +16,24 @@ _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 2e-2, tor
 _ROW_SUM_TOLERANCE = 1e-4
 
 
-def self_check(model: LoadedModel) -> float:
-    """Largest relative difference of the captured from the model's own output, on a tiny prompt.
+class Checked(NamedTuple):
+    """What a tiny prompt shows.
 
-    `max |captured - own| / max |own|`, of the last hidden state; the model's own attention is
+    Attributes:
+        difference: `max |captured - own| / max |own|`, of the last hidden state.
+        attending: layers that attended.
+        twice: those that did so more than once.
+    """
+
+    difference: float
+    attending: tuple[int, ...]
+    twice: tuple[int, ...]
+
+
+def self_check(model: LoadedModel) -> Checked:
+    """Largest relative difference of the captured from the model's own output, and the layers seen.
+
+    On a tiny prompt; the model's own attention is
     transformers' `eager`, or the bridge's.
 
     Raises:
@@ -27,10 +41,12 @@ def self_check(model: LoadedModel) -> float:
     """
     inputs = tiny_inputs(model)
     excesses: list[float] = []
+    parts: dict[int, int] = {}
 
     def on_layer(call: LayerCall) -> torch.Tensor:
         result = attend(call, statistics=("lse", "received"))
         excesses.append(_row_sum_error(result, call.sink_logits))
+        parts[call.layer] = call.part
         return result.output
 
     with torch.no_grad():
@@ -60,7 +76,8 @@ def self_check(model: LoadedModel) -> float:
             f"captured attention rows of {model.info.class_name} do not sum to 1 (off by "
             f"{excess:.1e}); please report this"
         )
-    return difference
+    twice = tuple(sorted(layer for layer, part in parts.items() if part))
+    return Checked(difference, tuple(sorted(parts)), twice)
 
 
 def _output(model: LoadedModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:

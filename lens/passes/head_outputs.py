@@ -228,7 +228,7 @@ class _Differentiated(_Caller):
     def on_layer(self, call: LayerCall) -> Tensor:
         """See `_Reader`."""
         self.calls.append(_detached(call))
-        if call.layer == 0 or not call.query.requires_grad:
+        if not self.starts or not call.query.requires_grad:
             # the graph begins here: weights before it need no gradient
             self.starts.append(call.query.detach().requires_grad_())
             call = replace(call, query=self.starts[-1])
@@ -253,10 +253,10 @@ def _run(
 
     with listening(model, on_layer):
         result = forward(model, inputs)
-    if seen != model.info.layers:
+    if seen != len(model.info.attending):
         raise LensError(
             f"{model.info.class_name} ran {seen} attention layers through the registry, "
-            f"{model.info.layers} were expected; its heads cannot be edited"
+            f"{len(model.info.attending)} were expected; its heads cannot be edited"
         )
     return result
 

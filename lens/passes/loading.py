@@ -47,4 +47,6 @@ def load(
     loaded = load_unchecked(
         name_or_model, revision=revision, dtype=dtype, device=device, tokenizer=tokenizer
     )
-    return replace(loaded, check=self_check(loaded))
+    checked = self_check(loaded)
+    info = replace(loaded.info, attending=checked.attending, twice=checked.twice)
+    return replace(loaded, info=info, check=checked.difference)

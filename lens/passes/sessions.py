@@ -4,7 +4,8 @@
 returns the output that the model goes on with. Capture, gradients, edits and circuits are such functions.
 """
 
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any, TypeAlias
@@ -13,6 +14,8 @@ import torch
 from torch import nn
 
 from lens.common.errors import LensError
+from lens.common.head_ids import layers_in_words
+from lens.models.layout import blocks
 from lens.models.loaded import LoadedModel
 from lens.passes.bridge import replaced_attention
 from lens.passes.calls import LayerCall
@@ -36,7 +39,9 @@ class Session:
         self._on_layer = on_layer
         self._exclusive = exclusive
         self._step = -1
-        self._layer = 0
+        self._layer: int | None = None  # whose block runs now
+        self._parts: Counter[int] = Counter()  # calls of each layer in this pass
+        self._turns: Counter[int] = Counter()  # of blocks that several layers share
         self._depth = 0
         self._past: torch.Tensor | None = None  # [batch, keys], tokens of the passes before
         self._new: torch.Tensor | None = None  # [batch, queries], of this pass
@@ -44,8 +49,11 @@ class Session:
 
     def attend(self, call: LayerCall) -> torch.Tensor:
         """See `interface.Listener`."""
-        output = self._on_layer(replace(call, layer=self._layer, step=max(self._step, 0)))
-        self._layer += 1
+        # Of a model without one list of layers, the calls are counted.
+        layer = len(self._parts) if self._layer is None else self._layer
+        part, self._parts[layer] = self._parts[layer], self._parts[layer] + 1
+        call = replace(call, layer=layer, part=part, step=max(self._step, 0))
+        output = self._on_layer(call)
         return output.to(call.value.dtype).transpose(1, 2).contiguous()
 
     def tokens(self, keys: int, window: int | None) -> torch.Tensor | None:
@@ -60,6 +68,15 @@ class Session:
         if self._seen is None or seen.shape[1] > self._seen.shape[1]:
             self._seen = seen
         return seen[:, -keys:]
+
+    def enter(self, block: nn.Module, numbers: Sequence[int]) -> None:
+        """The block of these layers, one unless they share it, runs."""
+        self._layer = numbers[self._turns[id(block)] % len(numbers)]
+        self._turns[id(block)] += 1
+
+    def leave(self) -> None:
+        """No block runs any more."""
+        self._layer = None
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A forward pass starts (a model inside a model starts no new one).
@@ -77,7 +94,9 @@ class Session:
         if self._depth > 1:
             return
         self._step += 1
-        self._layer = 0
+        self._layer = None
+        self._parts.clear()
+        self._turns.clear()
         ids = kwargs.get("input_ids", args[0] if args else None)
         is_ids = isinstance(ids, torch.Tensor) and ids.dim() == 2 and not ids.is_floating_point()
         self._new = ids if is_ids else None
@@ -89,14 +108,26 @@ class Session:
 
 
 @contextmanager
-def listening(model: LoadedModel, on_layer: OnLayer, *, exclusive: bool = False) -> Iterator[None]:
+def listening(
+    model: LoadedModel, on_layer: OnLayer, *, exclusive: bool = False, parts: bool = False
+) -> Iterator[None]:
     """`on_layer` computes every attention layer of `model` inside the block; all is put back after.
 
     Args:
         model: as `lens.load` returns it.
         on_layer: what each layer's attention gives, [batch, heads, queries, value_dim].
         exclusive: refuse passes in which a block inside this one would take its place.
+        parts: `on_layer` knows that a layer may attend twice, as `call.part` says.
+
+    Raises:
+        LensError: layers that attend twice, and a function that does not know.
     """
+    if model.info.twice and not parts:
+        raise LensError(
+            f"each head of {model.info.class_name} gives its output in two parts (it attends twice in "
+            f"{layers_in_words(model.info.twice)}), which this does not put together; lens.capture, "
+            "lens.traces.capturing and lens.edit take such models"
+        )
     root = transformer(model)
     session = Session(on_layer, exclusive)
     with ExitStack() as stack:
@@ -112,7 +143,26 @@ def listening(model: LoadedModel, on_layer: OnLayer, *, exclusive: bool = False)
             after = module.register_forward_hook(lambda *_: session.end(), always_call=True)
             stack.callback(before.remove)
             stack.callback(after.remove)
+        _number(model, session, stack)
         yield
+
+
+def _number(model: LoadedModel, session: Session, stack: ExitStack) -> None:
+    """Tell the session which layer's block runs: layers without attention count too."""
+    try:
+        found = blocks(model)
+    except LensError:  # stages of a vision tower: not one list
+        return
+    numbers: dict[nn.Module, list[int]] = {}
+    for number, block in enumerate(found):
+        numbers.setdefault(block, []).append(number)
+    for block, layers in numbers.items():
+        before = block.register_forward_pre_hook(
+            lambda block, _, layers=layers: session.enter(block, layers)
+        )
+        after = block.register_forward_hook(lambda *_: session.leave(), always_call=True)
+        stack.callback(before.remove)
+        stack.callback(after.remove)
 
 
 def transformer(model: LoadedModel) -> nn.Module:

@@ -13,6 +13,7 @@ from lens.common.errors import LensError
 from lens.common.progress import advancing
 from lens.common.version import __version__
 from lens.models.loaded import LoadedModel
+from lens.passes.calls import LayerCall, attend
 from lens.passes.inputs import Prompt, read_prompts
 from lens.passes.sessions import base, listening
 from lens.traces.recorder import Recorder
@@ -96,7 +97,7 @@ def capture(
     found, is_single = read_prompts(model, prompts, with_images=True)
     for prompt in found:
         _check_size(model, prompt, settings)
-    total = len(found) * model.info.layers
+    total = len(found) * len(model.info.attending)
     traces = []
     with advancing(f"{model.name}: layers", total, progress) as advance:
         for number, prompt in enumerate(found):
@@ -123,7 +124,8 @@ def _capture_one(
         if layers and (record.queries, record.keys) != (layers[0].queries, layers[0].keys):
             raise LensError(
                 f"layer {record.layer} of {model.info.class_name} attends from {record.queries} to "
-                f"{record.keys} positions, layer 0 from {layers[0].queries} to {layers[0].keys}; a "
+                f"{record.keys} positions, layer {layers[0].layer} from {layers[0].queries} to "
+                f"{layers[0].keys}; a "
                 "trace holds one sequence: capture one tower, or use lens.traces.capturing(model)"
             )
         writer.add_layer(
@@ -133,7 +135,8 @@ def _capture_one(
         layers.append(record)
         advance(1)
 
-    with torch.no_grad(), listening(model, Recorder(settings, take).on_layer):
+    once = _Once(Recorder(settings, take), model.info.class_name)
+    with torch.no_grad(), listening(model, once.on_layer, parts=True):
         base(model)(**prompt.inputs)
     if not layers:
         raise LensError(
@@ -147,6 +150,28 @@ def _capture_one(
         attributes=_attributes(model, prompt, settings, layers, seed)
         | {"segments": tokens_of, "seconds": time.perf_counter() - start},
     )
+
+
+class _Once:
+    """Records a layer that attends twice with one pattern (DiffLlama) once."""
+
+    def __init__(self, recorder: Recorder, name: str) -> None:
+        self._recorder = recorder
+        self._name = name
+        self._before: LayerCall | None = None
+
+    def on_layer(self, call: LayerCall) -> torch.Tensor:
+        before, self._before = self._before, call
+        if not call.part:
+            return self._recorder.on_layer(call)
+        pairs = [] if before is None else [(before.query, call.query), (before.key, call.key)]
+        if not pairs or not all(torch.equal(*pair) for pair in pairs):
+            raise LensError(
+                f"layer {call.layer} of {self._name} attends {call.part + 1} times with other queries or "
+                "keys, and a trace holds one pattern a layer; use lens.traces.capturing(model), whose "
+                "records have a part"
+            )
+        return attend(call, statistics=()).output
 
 
 def _attributes(
@@ -176,6 +201,8 @@ def _attributes(
         "scale": [layer.scale for layer in layers],
         "learned_sinks": any(layer.sink_logits is not None for layer in layers),
         "kv_heads": first.kv_heads,
+        "without_attention": list(model.info.without_attention),
+        "twice": list(model.info.twice),
         "prefix": PREFIX,
         "bos": "added" if starts_with_bos else "absent",
         "seed": seed,

@@ -12,6 +12,7 @@ import numpy as np
 import xarray as xr
 
 from lens.common.colors import VIRIDIS
+from lens.common.head_ids import layers_in_words
 
 _MOST_HEADS = 144
 _CELL = 24
@@ -38,7 +39,8 @@ def _thumbnails(dataset: xr.Dataset) -> str:
     layers = max(1, min(total, _MOST_HEADS // dataset.sizes["head"]))
     picture = atlas(dataset, range(layers))
     data = base64.b64encode(png(picture)).decode()
-    more = "" if layers == total else f" (layers 0 to {layers - 1} of {total})"
+    shown = layers_in_words(dataset["layer"].values[:layers].tolist())
+    more = f" ({shown}{'' if layers == total else f' of {total}'})"
     return (
         f"<p>Block mass, layers down, heads across{more}; each map on its own log scale.</p>"
         f"<img alt='Block mass of each head' style='image-rendering:pixelated' "

@@ -144,7 +144,7 @@ def prompt_table(
     The trace is read one layer at a time. No intervals over rows for the seed None; `random_weights` is
     NaN (`beside_random`), and so is `uniform` where it is not asked for.
     """
-    layers = trace.dataset["layer"].values.tolist()
+    layers = trace.layers
     by_layer = [layer_scores(trace, layer, seed=seed, metrics=metrics) for layer in layers]
     table = scores_table(by_layer, layers, prompt_id)
     if uniform:

@@ -74,5 +74,5 @@ def capturing(
         statistics=statistics, block_size=block_size, keep_qk=keep_qk, backend=backend
     )
     recorder = Recorder(settings)
-    with listening(model, recorder.on_layer):
+    with listening(model, recorder.on_layer, parts=True):
         yield recorder

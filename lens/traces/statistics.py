@@ -61,7 +61,8 @@ class LayerRecord:
 
     Attributes:
         step: forward pass, from 0; generation has one for the prompt and one per token.
-        layer: attention layer, from 0.
+        layer: the model's own number of it, from 0.
+        part: which of the layer's calls in this pass; above 0 where it attends twice.
         query_start: position of the first query; above 0 when the keys before it were cached.
         queries, keys, heads, kv_heads, head_dim: sizes.
         causal, window, scale, softcap: of the layer; `window` counts the query itself.
@@ -73,6 +74,7 @@ class LayerRecord:
 
     step: int
     layer: int
+    part: int
     query_start: int
     queries: int
     keys: int
@@ -128,6 +130,7 @@ def measure(call: LayerCall, settings: Settings) -> tuple[torch.Tensor, LayerRec
     record = LayerRecord(
         step=call.step,
         layer=call.layer,
+        part=call.part,
         query_start=keys - queries if call.mask.causal else 0,
         queries=queries,
         keys=keys,

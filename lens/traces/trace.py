@@ -14,7 +14,7 @@ import numpy as np
 import xarray as xr
 
 from lens.common.errors import LensError
-from lens.common.head_ids import AnyHead, HeadId, head_id
+from lens.common.head_ids import AnyHead, HeadId, head_id, layers_in_words
 from lens.common.plots import draw
 from lens.traces.html import trace_html
 from lens.traces.store import (
@@ -73,14 +73,24 @@ class AttentionTrace:
         return self.dataset.attrs["model"]
 
     @property
-    def layers(self) -> int:
-        """Number of attention layers."""
-        return self.dataset.sizes["layer"]
+    def layers(self) -> tuple[int, ...]:
+        """Layers with softmax attention, by the model's own number."""
+        return tuple(self.dataset["layer"].values.tolist())
+
+    @property
+    def without_attention(self) -> tuple[int, ...]:
+        """Layers of the model without softmax attention, which a trace does not hold."""
+        return tuple(self.dataset.attrs.get("without_attention", ()))
 
     @property
     def heads(self) -> int:
         """Number of query heads in each layer."""
         return self.dataset.sizes["head"]
+
+    @property
+    def every_head(self) -> list[HeadId]:
+        """Every head, layer by layer."""
+        return [HeadId(layer, head) for layer in self.layers for head in range(self.heads)]
 
     @property
     def length(self) -> int:
@@ -99,13 +109,17 @@ class AttentionTrace:
             LensError: not a head, or not one of this trace.
         """
         found = head_id(head)
-        layers = self.dataset["layer"].values.tolist()
-        if found.layer not in layers or found.head >= self.heads:
+        if found.layer not in self.layers or found.head >= self.heads:
             raise LensError(
-                f"there is no {found} in this trace of {self.model}: it has the layers "
-                f"{layers[0]} to {layers[-1]} and the heads 0 to {self.heads - 1}"
+                f"there is no {found} in this trace of {self.model}: it has the "
+                f"{layers_in_words(self.layers)} and the heads 0 to {self.heads - 1}"
+                + self._without_in_words()
             )
         return found
+
+    def _without_in_words(self) -> str:
+        without = self.without_attention
+        return f"; {layers_in_words(without)}: no softmax attention" if without else ""
 
     def select(self, head: AnyHead) -> xr.Dataset:
         """Every variable of one head, named as in `head_id`; read when it is used."""
@@ -124,7 +138,7 @@ class AttentionTrace:
         return bool((self.dataset["visible"].sel(layer=layer).values == expected).all())
 
     def _position(self, layer: int) -> int:
-        return self.dataset["layer"].values.tolist().index(layer)
+        return self.layers.index(layer)
 
     def save(self, folder: str | Path) -> Path:
         """Write the trace into a new folder.
@@ -135,9 +149,9 @@ class AttentionTrace:
         folder = Path(folder)
         writer = TraceWriter(folder)
         names = [name for name in DIMENSIONS if name in self.dataset.data_vars]
-        for position, layer in enumerate(self.dataset["layer"].values):
-            part = self.dataset.isel(layer=position)
-            writer.add_layer(int(layer), {name: part[name].values for name in names})
+        for layer in self.layers:
+            part = self.dataset.sel(layer=layer)
+            writer.add_layer(layer, {name: part[name].values for name in names})
         writer.finish(
             token_ids=self.dataset["token_id"].values.tolist(),
             tokens=self.tokens,
@@ -213,9 +227,10 @@ class AttentionTrace:
         where = f" in {self.path}" if self.path else ""
         return (
             f"<AttentionTrace of {self.model}: {self.length:,} tokens, "
-            f"{self.layers} layers × {self.heads} heads, {size / 1e6:.1f} MB{where}>\n"
+            f"{len(self.layers)} layers × {self.heads} heads, {size / 1e6:.1f} MB{where}>\n"
             f"  blocks of {self.attrs['block_size']}, {self.attrs['dtype']}, "
             f"backend {self.attrs['backend']}, BOS {self.attrs['bos']}\n"
+            f"  {layers_in_words(self.layers)}{self._without_in_words()}\n"
             f"  {names}"
         )
 

@@ -13,6 +13,7 @@ import time
 
 import numpy as np
 
+from lens.common.head_ids import HeadId
 from lens.heads import agreement
 from lens.heads.likeness.compared import HeadSimilarity
 from lens.heads.measures.scores import HeadScores, Intervention
@@ -52,7 +53,13 @@ def _similarity(heads: int, prompts: int, random: np.random.Generator) -> HeadSi
     places = places + 0.3 * random.normal(size=(prompts, heads, 5))
     squares = ((places[:, :, None] - places[:, None]) ** 2).sum(-1) / 100
     return HeadSimilarity(
-        squares * 64, np.full_like(squares, 64), "js", False, "exact", (1, heads), "random"
+        squares * 64,
+        np.full_like(squares, 64),
+        "js",
+        False,
+        "exact",
+        tuple(HeadId(0, at) for at in range(heads)),
+        "random",
     )
 
 

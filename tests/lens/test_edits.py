@@ -16,8 +16,9 @@ from lens.passes.calls import LayerCall
 from lens.passes.masks import MaskStructure
 from tests.lens.architectures import build
 from tests.lens.naive import rms_ratio
+from tests.lens.traces import sizes
 
-SIZES = SimpleNamespace(info=SimpleNamespace(layers=1, heads=6))
+SIZES = SimpleNamespace(info=sizes(1, 6))
 
 
 def visible(queries: int, keys: int, causal: bool, window: int | None) -> np.ndarray:

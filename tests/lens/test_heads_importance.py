@@ -306,7 +306,7 @@ def test_what_a_baseline_or_a_gradient_cannot_do_is_refused():
 
 def test_layers_that_do_not_ask_the_registry_are_refused():
     model = lens.load("induction-2l")
-    object.__setattr__(model.info, "layers", 3)
+    object.__setattr__(model.info, "attending", (0, 1, 2))
     with pytest.raises(LensError, match="ran 2 attention layers through the registry, 3 were"):
         read_heads(model, torch.tensor([[64, 1, 2]]), lambda *_: None)
 

@@ -8,19 +8,21 @@ import pytest
 
 import lens
 from lens.common.errors import LensError
+from lens.common.head_ids import HeadId
 from lens.figures.similarity import similarity_map
 from lens.heads.likeness.compared import HeadSimilarity
 from lens.heads.likeness.redundancy import clusters, redundancy
 from lens.heads.likeness.similarity import similarity
 
 INDUCTION = ["L1H0", "L1H2", "L1H3"]
+_HEADS = tuple(HeadId(0, at) for at in range(1024))
 
 
 def of_distances(distances, n=1):
     """A similarity by divergence whose distances are these, the same for each prompt."""
     sums = np.repeat(np.square(distances)[None], n, 0).astype(float)
     return HeadSimilarity(
-        sums, np.ones_like(sums), "js", False, "exact", (1, len(distances)), "toy"
+        sums, np.ones_like(sums), "js", False, "exact", _HEADS[: len(distances)], "toy"
     )
 
 
@@ -45,7 +47,7 @@ def test_clusters_of_points_on_a_line():
 def test_clusters_that_depend_on_the_prompt_are_not_stable():
     near, far = line(0, 0.1, 5, 9), line(0, 5, 0.1, 9)
     sums = np.stack([near, far]) ** 2
-    mixed = HeadSimilarity(sums, np.ones_like(sums), "js", False, "exact", (1, 4), "toy")
+    mixed = HeadSimilarity(sums, np.ones_like(sums), "js", False, "exact", _HEADS[:4], "toy")
     found = clusters(mixed, count=3, seed=1)
     assert found.rand.mean() < 0.9
     one = clusters(of_distances(near), count=3)
@@ -65,7 +67,7 @@ def test_redundancy_is_the_closeness_to_the_nearest_head():
 
 def test_a_head_that_was_not_scored_is_nan_and_in_no_cluster():
     sums = np.array([[[1.0, 0.5, 0], [0.5, 1, 0], [0, 0, 0]]])
-    found = HeadSimilarity(sums, np.ones_like(sums), "cka", False, "exact", (1, 3), "toy")
+    found = HeadSimilarity(sums, np.ones_like(sums), "cka", False, "exact", _HEADS[:3], "toy")
     table = redundancy(found).set_index("name")
     assert table.loc["L0H0", "value"] == pytest.approx(0.5)
     assert np.isnan(table.loc["L0H2", "value"])

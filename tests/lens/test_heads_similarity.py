@@ -9,6 +9,7 @@ import torch
 
 import lens
 from lens.common.errors import LensError
+from lens.common.head_ids import HeadId
 from lens.heads.likeness import pairs
 from lens.heads.likeness.compared import HeadSimilarity
 from lens.heads.likeness.pairs import dependence
@@ -237,7 +238,9 @@ def test_block_maps_give_a_lower_bound_and_the_value_itself_at_blocks_of_one():
 
 def test_a_constant_output_is_not_scored():
     sums = np.array([[[2.0, 0.0], [0.0, 0.0]]])
-    found = HeadSimilarity(sums, np.ones_like(sums), "cka", False, "exact", (1, 2), "toy")
+    found = HeadSimilarity(
+        sums, np.ones_like(sums), "cka", False, "exact", (HeadId(0, 0), HeadId(0, 1)), "toy"
+    )
     assert found.values[0, 0] == pytest.approx(1)
     assert np.isnan(found.values[1]).all()
 

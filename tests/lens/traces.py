@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from lens.models.loaded import ModelInfo
 from lens.traces.trace import AttentionTrace, TraceWriter
 from tests.lens.naive import statistics
 
@@ -17,6 +18,11 @@ ATTRIBUTES = {
     "bos": "absent",
     "prefix": 4,
 }
+
+
+def sizes(layers: int, heads: int) -> ModelInfo:
+    """What is known of a model that is only its sizes."""
+    return ModelInfo(layers, heads, heads, 8, None, None, 0, "none", "Made", tuple(range(layers)))
 
 
 def probabilities(layers: int, heads: int, length: int, seed: int, causal: bool = True):

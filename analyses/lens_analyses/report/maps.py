@@ -74,7 +74,7 @@ def _map(trace: AttentionTrace, prompt_id: str, finding: dict, head: dict) -> He
         values = trace.tile(layer, index, (0, trace.length), (0, trace.length))
         grain = "one pixel a token pair"
     else:
-        values = trace.block_mass.isel(layer=layer, head=index).values
+        values = trace.block_mass.sel(layer=layer, head=index).values
         grain = f"blocks of {trace.attrs['block_size']} tokens"
     hidden = ~np.tri(*values.shape, dtype=bool) if trace.attrs["causal"] else None
     role = _ROLES.get(finding["kind"], finding["kind"])

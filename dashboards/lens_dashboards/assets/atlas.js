@@ -99,7 +99,7 @@
         const y = TOP + layer * pitch;
         g.fillStyle = "#4a5462";
         g.textAlign = "right";
-        g.fillText(String(layer), LEFT - 6, y + side / 2);
+        g.fillText(String(this.shape.numbers[layer]), LEFT - 6, y + side / 2);
         for (let head = 0; head < heads; head += 1) {
           const x = LEFT + head * pitch;
           g.fillStyle = "#f4f5f7";
@@ -128,8 +128,13 @@
       return inside ? { layer, head } : null;
     }
 
+    /* A head by the model's own number of its layer; `layer` is a row of the picture. */
+    name(head) {
+      return `L${this.shape.numbers[head.layer]}H${head.head}`;
+    }
+
     choose(head) {
-      const name = (one) => (one ? `L${one.layer}H${one.head}` : "");
+      const name = (one) => (one ? this.name(one) : "");
       if (name(head) === name(this.chosen)) return;
       this.chosen = head;
       this.canvas.style.cursor = head ? "pointer" : "default";
@@ -140,7 +145,7 @@
     describe() {
       const { layers, heads } = this.shape;
       const all = `${layers} layers of ${heads} heads.`;
-      const text = this.chosen ? `L${this.chosen.layer}H${this.chosen.head}` : all;
+      const text = this.chosen ? this.name(this.chosen) : all;
       this.summary.textContent = text;
       this.canvas.setAttribute("aria-label", `Attention maps of ${all} ${this.chosen ? text : ""}`);
     }
@@ -150,7 +155,7 @@
       const { run, prompt, variant } = this.config;
       const search = new URLSearchParams({ prompt });
       if (variant !== "raw") search.set("variant", variant);
-      const link = `/run/${encodeURIComponent(run)}/head/${head.layer}/${head.head}?${search}`;
+      const link = `/run/${encodeURIComponent(run)}/head/${this.shape.numbers[head.layer]}/${head.head}?${search}`;
       window.lensGo(link);
     }
 

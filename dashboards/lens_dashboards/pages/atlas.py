@@ -34,7 +34,7 @@ def page(library: Library, view: Selection) -> list[Any]:
     }
     return [
         crumbs(run, view),
-        html.H1(f"{trace.layers * trace.heads} heads of {trace.model}"),
+        html.H1(f"{len(trace.layers) * trace.heads} heads of {trace.model}"),
         *run_banner(run),
         *map(note_banner, notes),
         dcc.Store(id="atlas-config", data=config),

@@ -8,7 +8,6 @@ from dash import dcc, html
 from lens import figures as draw
 from lens.common.colors import VIRIDIS
 from lens.common.errors import LensError
-from lens.common.head_ids import head_id
 from lens.runs import Run
 from lens.traces.metrics import METRICS
 from lens.traces.trace import AttentionTrace
@@ -45,12 +44,7 @@ def page(library: Library, view: Selection) -> list[Any]:
     prompt = known_prompt(view, traces, notes)
     trace = library.trace(run.id, prompt)
     layer, head = view.layer, view.head
-    if not (layer < trace.layers and head < trace.heads):
-        raise LensError(
-            f"{trace.model} has layers 0 to {trace.layers - 1} and heads 0 to {trace.heads - 1}; "
-            f"there is no L{layer}H{head}"
-        )
-    name = f"L{layer}H{head}"
+    name = str(trace.head_id((layer, head)))
     config = {
         "run": run.id,
         "prompt": prompt,
@@ -67,7 +61,7 @@ def page(library: Library, view: Selection) -> list[Any]:
         html.Div(
             [
                 html.H1(f"{name} of {trace.model}"),
-                _steps(run, view, prompt, trace.layers, trace.heads),
+                _steps(run, view, prompt, trace),
             ],
             className="title-row",
         ),
@@ -208,17 +202,19 @@ def _effect(run: Run, view: Selection, name: str) -> list[Any]:
     ]
 
 
-def _steps(run: Run, view: Selection, prompt: str, layers: int, heads: int) -> html.Nav:
+def _steps(run: Run, view: Selection, prompt: str, trace: AttentionTrace) -> html.Nav:
     """Links to the heads around this one."""
-    index = view.layer * heads + view.head
+    layers, heads = trace.layers, trace.heads
+    index = layers.index(view.layer) * heads + view.head
     targets = (
         ("‹ previous head", index - 1, "previous-head"),
         ("next head ›", index + 1, "next-head"),
     )
     links = []
     for text, number_, link_id in targets:
-        if 0 <= number_ < layers * heads:
-            target = replace(view, layer=number_ // heads, head=number_ % heads, prompt=prompt)
+        if 0 <= number_ < len(layers) * heads:
+            layer = layers[number_ // heads]
+            target = replace(view, layer=layer, head=number_ % heads, prompt=prompt)
             links.append(dcc.Link(text, href=target.url(), id=link_id))
         else:
             links.append(html.Span(text, className="off"))
@@ -240,10 +236,8 @@ def _pinned(run: Run, view: Selection, trace: AttentionTrace, prompt: str) -> li
     if not pin or pin == f"{view.layer}.{view.head}":
         return []
     try:
-        other = head_id(pin)
+        other = trace.head_id(pin)
     except LensError:
-        other = None
-    if other is None or other.layer >= trace.layers or other.head >= trace.heads:
         return [note_banner(f"There is no head {pin!r} to compare with.")]
     here = view.to_head(*other, prompt)
     maps = [

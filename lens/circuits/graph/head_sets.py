@@ -38,4 +38,4 @@ def heads_in(
     chosen = heads_of(heads)
     if not chosen:
         raise LensError("there are no heads in it; give at least one, such as ['L3H5']")
-    return tuple(head_id(head, layers=info.layers, heads=info.heads) for head in chosen)
+    return tuple(info.head(head) for head in chosen)

@@ -71,23 +71,24 @@ class HeadActivity(Result):
         `loss` with their 95 % bootstrap intervals over windows, and `dormant`."""
         parts = []
         for domain, activity in self.activity.items():
-            layers, heads, n = activity.shape
-            names = [HeadId(layer, head) for layer in range(layers) for head in range(heads)]
+            places = np.argwhere(~np.isnan(activity).all(-1))
+            layer, head = places.T
+            names = [HeadId(*place) for place in places.tolist()]
             dormant = set(self.dormant(domain))
             columns: dict[str, object] = {
                 "domain": domain,
                 "name": [str(head) for head in names],
-                "layer": np.repeat(np.arange(layers), heads),
-                "head": np.tile(np.arange(heads), layers),
-                "n": n,
+                "layer": layer,
+                "head": head,
+                "n": activity.shape[-1],
             }
             for name, values in (("activity", activity), ("loss", self.loss[domain])):
-                units = np.moveaxis(values, -1, 0)
+                units = values[layer, head].T
                 low, high = over_units(units, np.ones_like(units), seed)
                 columns |= {
-                    name: values.mean(-1).ravel(),
-                    f"{name}_low": low.ravel(),
-                    f"{name}_high": high.ravel(),
+                    name: units.mean(0),
+                    f"{name}_low": low,
+                    f"{name}_high": high,
                 }
             parts.append(pd.DataFrame(columns | {"dormant": [head in dormant for head in names]}))
         return pd.concat(parts, ignore_index=True)
@@ -169,7 +170,7 @@ def activity(
     if not domains:
         raise LensError("activity needs at least one domain: a name with its texts")
     info = model.info
-    everywhere = [HeadId(*at) for at in np.ndindex(info.layers, info.heads)]
+    everywhere = info.every_head
     chosen = everywhere if heads is None else list(heads)
     if not chosen:
         raise LensError("activity takes out at least one head; heads is empty")
@@ -181,7 +182,7 @@ def activity(
             trace = capture(model, ids, statistics=["first_mass"], progress=False)
             assert isinstance(trace, AttentionTrace)
             found.append(HeadActivity.of_first_mass(trace.first_mass.values))
-        activity[domain] = np.stack(found, -1)
+        activity[domain] = info.by_layer(np.stack(found, -1))
         groups = ablate_each(
             model, task, groups=[[head] for head in chosen], baseline=baseline, progress=progress
         )

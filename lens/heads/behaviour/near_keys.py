@@ -60,6 +60,7 @@ def read_long_prompts(model: LoadedModel, prompts: Any, first: int, last: int) -
     for name, count, least in (("first", first, 0), ("last", last, 1)):
         if not isinstance(count, int) or isinstance(count, bool) or count < least:
             raise LensError(f"{name} must be a whole number of keys from {least}, got {count!r}")
+    model.info.check_all_attend("streaming")
     read, _ = read_prompts(model, prompts)
     for prompt in read:
         if prompt.ids is None or len(prompt.ids) <= first + last:

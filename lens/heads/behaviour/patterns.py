@@ -44,6 +44,7 @@ class PatternClasses(Result):
         tolerance: a simpler pattern that keeps this much less is preferred (every A-shape is
             a vertical-slash pattern too).
         sink: first keys of the A-shape.
+        layers: their numbers.
         model: its name.
     """
 
@@ -53,6 +54,7 @@ class PatternClasses(Result):
     enough: float
     tolerance: float
     sink: int
+    layers: tuple[int, ...]
     model: str
 
     @property
@@ -83,11 +85,11 @@ class PatternClasses(Result):
         """One row per head: `name`, `layer`, `head`, `pattern`, `margin`, `n`, and for each of `CLASSES`
         the kept mass with its 95 % bootstrap interval over prompts (`_low`, `_high`; NaN for one).
         """
-        layers, heads = self.kept.shape[1:3]
+        heads = self.kept.shape[2]
         columns: dict[str, object] = {
-            "name": [str(HeadId(layer, head)) for layer in range(layers) for head in range(heads)],
-            "layer": np.repeat(np.arange(layers), heads),
-            "head": np.tile(np.arange(heads), layers),
+            "name": [str(HeadId(layer, head)) for layer in self.layers for head in range(heads)],
+            "layer": np.repeat(self.layers, heads),
+            "head": np.tile(np.arange(heads), len(self.layers)),
             "pattern": self.classes.ravel(),
             "margin": self.margin.ravel(),
             "n": self.n,
@@ -148,6 +150,7 @@ def patterns(
         enough=enough,
         tolerance=tolerance,
         sink=sink,
+        layers=several[0].layers,
         model=several[0].model,
     )
 
@@ -176,9 +179,9 @@ def _check(traces: list[AttentionTrace], budget: float, enough: float, sink: int
 
 def _of_trace(trace: AttentionTrace, budget: float, sink: int) -> tuple[np.ndarray, np.ndarray]:
     """Kept mass [class, layer, head], and the largest density of each class."""
-    kept = np.empty((len(CLASSES), trace.layers, trace.heads))
+    kept = np.empty((len(CLASSES), len(trace.layers), trace.heads))
     density = np.zeros(len(CLASSES))
-    for place, layer in enumerate(trace.dataset["layer"].values.tolist()):
+    for place, layer in enumerate(trace.layers):
         if not trace.has_plain_mask(layer):
             raise LensError(
                 f"layer {layer} of {trace.model} has a mask that is neither causal nor a window"

@@ -123,6 +123,7 @@ def retrieval(
         >>> lens.heads.retrieval(small, lens.tasks.needles.copied(small)).heads()[0].layer
         1
     """
+    model.info.check_all_attend("retrieval")
     if not trials:
         raise LensError("retrieval needs at least one trial")
     found, recalls = [], []

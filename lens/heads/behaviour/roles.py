@@ -203,7 +203,6 @@ def _of_prompt(
     trace = capture(model, prompt.ids, statistics=STATISTICS, progress=False)
     assert isinstance(trace, AttentionTrace)
     recorder = role_scores(model, prompt, trace.tokens, seed)
-    layers = list(range(len(recorder.scores)))
     parts = []
     for of, scores, rows in (
         (trace, recorder.scores, seed),
@@ -211,7 +210,7 @@ def _of_prompt(
     ):
         tables = [
             prompt_table(of, prompt_id, seed=rows, uniform=False),
-            scores_table(scores, layers, prompt_id),
+            scores_table(scores, of.layers, prompt_id),
         ]
         parts.append(pd.concat(tables, ignore_index=True))
     return parts[0], parts[1]
@@ -220,7 +219,7 @@ def _of_prompt(
 def _uniform_trace(trace: AttentionTrace, recorder: RoleRecorder) -> AttentionTrace:
     """The trace of a model with one head per layer that looks at all keys alike."""
     writer = TraceWriter()
-    for layer, variables in enumerate(recorder.uniform_layers):
+    for layer, variables in zip(trace.layers, recorder.uniform_layers, strict=True):
         writer.add_layer(layer, variables)
     return writer.finish(
         token_ids=trace.dataset["token_id"].values.tolist(),

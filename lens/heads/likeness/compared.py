@@ -36,7 +36,7 @@ class HeadSimilarity(Result):
         exactness: "exact", or "lower bound" where only block maps were compared.
         floor: [head, head], the same value between a head on one prompt and a head on the next: what
             position, mask and sinks alone make alike. None if it was not measured.
-        shape: layers and heads; model: its name.
+        heads: what the rows are; model: its name.
     """
 
     sums: np.ndarray
@@ -44,7 +44,7 @@ class HeadSimilarity(Result):
     method: str
     sink_excluded: bool
     exactness: str
-    shape: tuple[int, int]
+    heads: tuple[HeadId, ...]
     model: str
     floor: np.ndarray | None = None
 
@@ -56,11 +56,7 @@ class HeadSimilarity(Result):
     @property
     def names(self) -> list[str]:
         """`L0H0`, `L0H1`, ... in the order of the rows."""
-        return [
-            str(HeadId(layer, head))
-            for layer in range(self.shape[0])
-            for head in range(self.shape[1])
-        ]
+        return [str(head) for head in self.heads]
 
     @property
     def values(self) -> np.ndarray:
@@ -126,14 +122,16 @@ class HeadSimilarity(Result):
         Raises:
             LensError: not a head of this model.
         """
-        found = head_id(head, layers=self.shape[0], heads=self.shape[1])
-        row = found.layer * self.shape[1] + found.head
+        found = head_id(head)
+        if found not in self.heads:
+            raise LensError(f"there is no {found} among the compared heads of {self.model}")
+        row = self.heads.index(found)
         low, high = self.interval()
         table = pd.DataFrame(
             {
                 "name": self.names,
-                "layer": np.repeat(np.arange(self.shape[0]), self.shape[1]),
-                "head": np.tile(np.arange(self.shape[1]), self.shape[0]),
+                "layer": [one.layer for one in self.heads],
+                "head": [one.head for one in self.heads],
                 "value": self.values[row],
                 "low": low[row],
                 "high": high[row],

@@ -134,7 +134,7 @@ def clusters(
     for label in range(count):
         inside = np.flatnonzero(labels == label)
         best = inside[distances[np.ix_(inside, inside)].sum(1).argmin()]
-        medoids.append(HeadId(*divmod(int(best), similarity.shape[1])))
+        medoids.append(similarity.heads[best])
     heights = np.concatenate([[0.0], merges[:, 2], [merges[-1, 2] * 1.05]])
     return HeadClusters(
         labels=labels,
@@ -175,8 +175,8 @@ def redundancy(similarity: _Compared, *, resamples: int = 300, seed: int = 0) ->
     table = pd.DataFrame(
         {
             "name": names,
-            "layer": np.arange(heads) // similarity.shape[1],
-            "head": np.arange(heads) % similarity.shape[1],
+            "layer": [one.layer for one in similarity.heads],
+            "head": [one.head for one in similarity.heads],
             "value": value,
             "low": low,
             "high": high,

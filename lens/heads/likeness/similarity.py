@@ -111,7 +111,7 @@ def similarity(
         method=method,
         sink_excluded=sink_excluded,
         exactness="exact",
-        shape=(model.info.layers, model.info.heads),
+        heads=tuple(model.info.every_head),
         model=model.name,
     )
     return _with_floor(found, across) if floor else found
@@ -128,7 +128,7 @@ def _of_traces(several: list[AttentionTrace]) -> HeadSimilarity:
         method="js",
         sink_excluded=False,
         exactness="lower bound",
-        shape=(several[0].layers, several[0].heads),
+        heads=tuple(several[0].every_head),
         model=several[0].model,
     )
 

@@ -39,12 +39,12 @@ class HeadStability(Result):
         values: (first, second, metric, variant) -> [head, prompt], heads of all layers in one row;
             NaN where a head cannot be scored.
         density: share of the blocks that are in a top set.
-        shape: layers and heads.
+        heads: what the values are of.
     """
 
     values: dict[tuple[str, str, str, str], np.ndarray]
     density: float
-    shape: tuple[int, int]
+    heads: tuple[HeadId, ...]
 
     def table(self, *, seed: int = 0) -> pd.DataFrame:
         """One row per pair of conditions, metric, variant and head.
@@ -54,8 +54,6 @@ class HeadStability(Result):
         interval over prompts, NaN for one), `n`.
         """
         parts = []
-        layers, heads = self.shape
-        names = [str(HeadId(*at)) for at in np.ndindex(layers, heads)]
         for (first, second, metric, variant), values in self.values.items():
             scored = ~np.isnan(values)
             n = scored.sum(1)
@@ -68,9 +66,9 @@ class HeadStability(Result):
                         "second": second,
                         "metric": metric,
                         "variant": variant,
-                        "name": names,
-                        "layer": np.repeat(np.arange(layers), heads),
-                        "head": np.tile(np.arange(heads), layers),
+                        "name": [str(head) for head in self.heads],
+                        "layer": [head.layer for head in self.heads],
+                        "head": [head.head for head in self.heads],
                         "value": sums.sum(1) / np.where(n > 0, n, np.nan),
                         "low": low,
                         "high": high,
@@ -81,7 +79,7 @@ class HeadStability(Result):
         return pd.concat(parts, ignore_index=True)
 
     def reusable(self, first: str, second: str) -> np.ndarray:
-        """[layer, head] bool: whether the LSE of `first` serves for `second` on every prompt.
+        """[head] bool, in the order of `heads`: whether the LSE of `first` serves for `second` on every prompt.
 
         The rule: the 99th percentile over rows of `|exp(LSE_second - LSE_first) - 1|` is below 0.05.
 
@@ -94,7 +92,7 @@ class HeadStability(Result):
                 f"there is no LSE drift from {first!r} to {second!r}; compared are "
                 f"{sorted({pair[:2] for pair in self.values})}, and traces need lse"
             )
-        return np.all(self.values[key] < USABLE, axis=1).reshape(self.shape)
+        return np.all(self.values[key] < USABLE, axis=1)
 
     def __repr__(self) -> str:
         shown = [
@@ -102,9 +100,8 @@ class HeadStability(Result):
             for (first, second, metric, variant), values in self.values.items()
             if metric == "jaccard" and variant == "raw" and np.isfinite(values).any()
         ]
-        layers, heads = self.shape
         return (
-            f"HeadStability({layers} × {heads} heads, top {self.density:.0%} of blocks; Jaccard above "
+            f"HeadStability({len(self.heads)} heads, top {self.density:.0%} of blocks; Jaccard above "
             f"chance, mean over heads: {', '.join(shown[:6])})"
         )
 
@@ -151,7 +148,7 @@ def stability(
     return HeadStability(
         values={key: np.stack(parts, 1) for key, parts in found.items()},
         density=density,
-        shape=(some.layers, some.heads),
+        heads=tuple(some.every_head),
     )
 
 

@@ -92,10 +92,10 @@ def read_states(model: LoadedModel, prompt: Prompt, *, sink_excluded: bool) -> H
     keeper = _Keeper(sink_excluded)
     with torch.no_grad(), listening(model, keeper.on_layer):
         base(model)(**prompt.inputs)
-    if len(keeper.layers) != model.info.layers:
+    if len(keeper.layers) != len(model.info.attending):
         raise LensError(
             f"{model.info.class_name} ran {len(keeper.layers)} attention layers through the registry, "
-            f"{model.info.layers} were expected; its heads cannot be compared"
+            f"{len(model.info.attending)} were expected; its heads cannot be compared"
         )
     sizes = {tuple(output.shape[1:]) for output in keeper.outputs}
     learned = {call.sink_logits is None for call, _ in keeper.layers}

@@ -200,14 +200,14 @@ def agreement(
             model has not, or no resamples.
     """
     _check_models(scores, least=2)
-    heads = scores[0].values.size
+    heads = len(scores[0].names)
     k = max(1, heads // 4) if k is None else k
     if not 1 <= k <= heads:
         raise LensError(f"k must be 1 to {heads}, got {k}")
     if resamples < 1:
         raise LensError(f"resamples must be at least 1, got {resamples}")
     labels = _labels(scores)
-    values = np.stack([score.values.ravel() for score in scores])
+    values = np.stack([score.rows.mean(-1) for score in scores])
     again = _drawn(scores, resamples, seed)
     matrices = (
         stats.kendall(values),
@@ -273,12 +273,11 @@ def _drawn(scores: tuple[HeadScores, ...], resamples: int, seed: int) -> np.ndar
     random = np.random.default_rng(seed)
     weights: dict[tuple[str, int], np.ndarray] = {}
     if min(score.n for score in scores) < 2:
-        return np.empty((0, len(scores), scores[0].values.size))
+        return np.empty((0, len(scores), len(scores[0].names)))
     found = []
     for score in scores:
         key = (score.task, score.n)
         if key not in weights:
             weights[key] = stats.draws(score.n, random, resamples)
-        flat = score.per_prompt.reshape(-1, score.n)
-        found.append(weights[key] @ flat.T / score.n)
+        found.append(weights[key] @ score.rows.T / score.n)
     return np.stack(found, axis=1)

@@ -46,7 +46,7 @@ class Baseline:
         self._latest: tuple[tuple[int, ...], Source] | None = None
         self.intervention = Intervention(name, seed if name == "resample" else None)
         self.donors: Tensor | None = None  # [prompts, tokens], whose outputs are put in
-        self._means: list[Tensor] = []
+        self._means: dict[int, Tensor] = {}
         if name == "counterfactual":
             self.donors = task.corrupt_or_refuse()
         elif name == "resample":
@@ -88,16 +88,16 @@ class Baseline:
     def source(self, rows: Tensor) -> Source:
         """What stands in for all heads on the prompts `rows`; an optimal constant has its own for each."""
         if self.donors is not None:
-            outputs: list[Tensor] = []
-            read_heads(self._model, self.donors[rows], lambda _, output: outputs.append(output))
+            outputs: dict[int, Tensor] = {}
+            read_heads(self._model, self.donors[rows], outputs.__setitem__)
             return lambda layer, _: outputs[layer]
         if self._means:
             return lambda layer, _: self._means[layer]
         return lambda _, output: torch.zeros_like(output)
 
 
-def _means(model: LoadedModel, task: Task, *, keep_positions: bool) -> list[Tensor]:
-    """Mean z per layer, [1, heads, queries | 1, value_dim], over the prompts (and positions)."""
+def _means(model: LoadedModel, task: Task, *, keep_positions: bool) -> dict[int, Tensor]:
+    """Mean z of each layer, [1, heads, queries | 1, value_dim], over the prompts (and positions)."""
     sums: dict[int, Tensor] = {}
 
     def add(layer: int, output: Tensor) -> None:
@@ -108,7 +108,7 @@ def _means(model: LoadedModel, task: Task, *, keep_positions: bool) -> list[Tens
 
     for rows in task.chunks(task.rows_at_once(model)):
         read_heads(model, task.clean[rows], add)
-    return [sums[layer] / task.n for layer in sorted(sums)]
+    return {layer: total / task.n for layer, total in sums.items()}
 
 
 def _other_rows(n: int, seed: int) -> Tensor:

@@ -134,7 +134,7 @@ def importance(
     )
     replacement = Baseline(model, task, name, seed, steps)
     if word == "ablation":
-        groups = [[head] for head in _all_heads(model)]
+        groups = [[head] for head in model.info.every_head]
         clean, drops = drops_of(model, task, groups, replacement, progress, kept)
     else:
         if word == "direct":
@@ -152,7 +152,9 @@ def importance(
         patched, dropped = arguments.granularity, arguments.grad_drop
         intervention = replace(intervention, granularity=patched, grad_drop=dropped)
     return HeadScores(
-        per_prompt=drops.reshape(model.info.layers, model.info.heads, -1),
+        per_prompt=model.info.by_layer(
+            drops.reshape(len(model.info.attending), model.info.heads, -1)
+        ),
         clean=clean,
         method=word,
         intervention=intervention,
@@ -162,11 +164,6 @@ def importance(
         model=model.name,
         absolute=arguments.absolute,
     )
-
-
-def _all_heads(model: LoadedModel) -> list[HeadId]:
-    info = model.info
-    return [HeadId(layer, head) for layer in range(info.layers) for head in range(info.heads)]
 
 
 def drops_of(
@@ -263,7 +260,7 @@ def _estimates(
     gradients = with_gradients(model, task.clean[rows], benefit)
     source = replacement.source(rows) if method == "attribution" else None
     found = []
-    for layer, gradient in enumerate(gradients):
+    for layer, gradient in zip(model.info.attending, gradients, strict=True):
         if source is None:
             scores = _michel(gradient, absolute)
         else:

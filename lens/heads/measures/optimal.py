@@ -156,7 +156,9 @@ def _source(group: Sequence[HeadId], constants: Sequence[Tensor]) -> Source:
     return source
 
 
-def _moments(model: LoadedModel, task: Task, rows: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+def _moments(
+    model: LoadedModel, task: Task, rows: Tensor
+) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
     """Of each layer the mean z [heads, value_dim] over prompts and positions, and its RMS deviation [heads, 1]."""
     sums: dict[int, Tensor] = {}
     squares: dict[int, Tensor] = {}
@@ -168,10 +170,10 @@ def _moments(model: LoadedModel, task: Task, rows: Tensor) -> tuple[list[Tensor]
 
     for chunk in rows.split(task.rows_at_once(model)):
         read_heads(model, task.clean[chunk], add)
-    means = [sums[layer] / len(rows) for layer in sorted(sums)]
-    spreads = [
-        (squares[layer] / len(rows) - mean.square()).clamp(min=0).mean(-1, keepdim=True).sqrt()
-        for layer, mean in enumerate(means)
-    ]
-    dtype = model.dtype
-    return [mean.to(dtype) for mean in means], [spread.to(dtype) for spread in spreads]
+    means, spreads = {}, {}
+    for layer, total in sums.items():
+        mean = total / len(rows)
+        variance = (squares[layer] / len(rows) - mean.square()).clamp(min=0)
+        means[layer] = mean.to(model.dtype)
+        spreads[layer] = variance.mean(-1, keepdim=True).sqrt().to(model.dtype)
+    return means, spreads

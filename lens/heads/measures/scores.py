@@ -55,7 +55,8 @@ class HeadScores(Result):
     the metric points. With `absolute` the sign is gone, and only the order of size is left.
 
     Attributes:
-        per_prompt: [layer, head, prompt], the score of each prompt; float64.
+        per_prompt: [layer, head, prompt], the score of each prompt; float64; NaN in layers without
+            softmax attention, which have no row in tables.
         clean: [prompt], the metric of the model as it is.
         method: "ablation" (measured), "gradient" or "attribution" (first-order estimates of it), "direct"
             (what the head writes straight into the logits).
@@ -114,9 +115,18 @@ class HeadScores(Result):
 
     @property
     def names(self) -> list[str]:
-        """`L0H0`, `L0H1`, ... in the order of `values.ravel()`."""
-        layers, heads = self.per_prompt.shape[:2]
-        return [str(HeadId(layer, head)) for layer in range(layers) for head in range(heads)]
+        """`L0H0`, `L0H1`, ... of the layers that have heads."""
+        return [str(HeadId(*place)) for place in self._places.tolist()]
+
+    @property
+    def rows(self) -> np.ndarray:
+        """[head, prompt] in the order of `names`."""
+        return self.per_prompt[tuple(self._places.T)]
+
+    @property
+    def _places(self) -> np.ndarray:
+        """[heads, 2]: layer and head of each row."""
+        return np.argwhere(~np.isnan(self.per_prompt).all(-1))
 
     def table(self, *, seed: int = 0) -> pd.DataFrame:
         """One row per head, most important first.
@@ -124,17 +134,17 @@ class HeadScores(Result):
         Columns: `name`, `layer`, `head`, `value`, `stderr`, `low`, `high` (95 % bootstrap interval
         over prompts, draws by `seed`; NaN for one prompt), `n`.
         """
-        layers, heads = self.per_prompt.shape[:2]
-        units = np.moveaxis(self.per_prompt, -1, 0)
+        layer, head = self._places.T
+        units = self.rows.T
         low, high = over_units(units, np.ones_like(units), seed)
         columns = {
             "name": self.names,
-            "layer": np.repeat(np.arange(layers), heads),
-            "head": np.tile(np.arange(heads), layers),
-            "value": self.values.ravel(),
-            "stderr": self.stderr.ravel(),
-            "low": low.ravel(),
-            "high": high.ravel(),
+            "layer": layer,
+            "head": head,
+            "value": self.values[layer, head],
+            "stderr": self.stderr[layer, head],
+            "low": low,
+            "high": high,
             "n": self.n,
         }
         rows = pd.DataFrame(columns)
@@ -146,16 +156,20 @@ class HeadScores(Result):
         Raises:
             LensError: not a number of heads that the model has.
         """
-        total = self.values.size
+        places = self._places
+        total = len(places)
         if not 1 <= count <= total:
             raise LensError(f"top takes 1 to {total} heads of {self.model}, got {count}")
-        order = np.argsort(-self.values.ravel(), kind="stable")[:count]
-        return [HeadId(*divmod(int(index), self.per_prompt.shape[1])) for index in order]
+        order = np.argsort(-self.values[tuple(places.T)], kind="stable")[:count]
+        return [HeadId(*place) for place in places[order].tolist()]
 
     def __repr__(self) -> str:
         values = self.values
-        shown = ", ".join(f"{head} {values[head]:.3g}" for head in self.top(min(3, values.size)))
-        layers, heads = values.shape
+        shown = ", ".join(
+            f"{head} {values[head]:.3g}" for head in self.top(min(3, len(self.names)))
+        )
+        heads = values.shape[1]
+        layers = len(self.names) // heads
         return (
             f"HeadScores({self.label} on {self.task!r}, {self.model}: {layers} × {heads} heads, "
             f"{self.n} prompts, {self.metric} {self.clean.mean():.3g} clean; top {shown})"

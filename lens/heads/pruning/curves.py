@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from lens.common.errors import LensError
-from lens.common.head_ids import AnyHead, HeadId, head_id
+from lens.common.head_ids import AnyHead, HeadId
 from lens.common.results import Result
 from lens.heads.measures.scores import HeadScores, Intervention
 from lens.heads.pruning.groups import ablate_each
@@ -200,9 +200,8 @@ def _order(
             )
         measured = order.method == "ablation"
         values = order.values if measured else np.abs(order.values)
-        ranked = np.argsort(values.ravel(), kind="stable")
         label = order.label if measured else f"size of {order.label}"
-        heads = [HeadId(*divmod(int(index), info.heads)) for index in ranked]
+        heads = sorted(info.every_head, key=lambda head: values[head])
         return heads, f"least by {label} on {order.task}"
     if isinstance(order, pd.DataFrame):
         if not {"name", "value"} <= set(order):
@@ -213,7 +212,7 @@ def _order(
         names, ranking = ranked["name"].tolist(), "most redundant"
     else:
         names, ranking = list(order), "as given"
-    heads = [head_id(head, layers=info.layers, heads=info.heads) for head in names]
+    heads = [info.head(head) for head in names]
     if not heads:
         raise LensError("the order names no heads; give at least one")
     if twice := sorted({str(head) for head in heads if heads.count(head) > 1}):

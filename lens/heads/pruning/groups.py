@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from lens.common.errors import LensError
-from lens.common.head_ids import AnyHead, head_id
+from lens.common.head_ids import AnyHead
 from lens.heads.measures.baselines import Baseline
 from lens.heads.measures.checkpoint import Checkpoint
 from lens.heads.measures.importances import drops_of
@@ -56,9 +56,7 @@ def ablate_each(
     info = model.info
     if one := next((one for one in groups if isinstance(one, str)), None):
         raise LensError(f"heads must be a list such as ['L1H0'], got the string {one!r}")
-    named = [
-        [head_id(head, layers=info.layers, heads=info.heads) for head in one] for one in groups
-    ]
+    named = [[info.head(head) for head in one] for one in groups]
     if not all(named):
         raise LensError("no heads were given; name at least one, such as 'L1H0'")
     if twice := sorted({str(head) for one in named for head in one if one.count(head) > 1}):

@@ -150,6 +150,7 @@ def metrics(
     Raises:
         LensError: labels that do not fit, an unknown baseline, or a model whose outputs cannot be read.
     """
+    model.info.check_all_attend("pruning.metrics")
     if baseline not in ("zero", "mean"):
         raise LensError(f"baseline must be 'zero' or 'mean', got {baseline!r}")
     capacity = min(_ROWS, inputs.rows_at_once(model)) if isinstance(inputs, Task) else _ROWS

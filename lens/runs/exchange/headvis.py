@@ -77,9 +77,7 @@ def to_headvis(
             f"keys={keys}, intervals={intervals}, least={least}"
         )
     first = several[0]
-    heads = [
-        (int(layer), head) for layer in first.dataset["layer"].values for head in range(first.heads)
-    ]
+    heads = [(layer, head) for layer in first.layers for head in range(first.heads)]
     for trace in several:
         for layer, head in heads:
             if why := trace.tile_refusal(layer, head):
@@ -115,7 +113,7 @@ def _config(
         "model_name": first.model,
         "dataset_name": dataset,
         "heads": [list(head) for head in heads],
-        "n_layers": first.layers,
+        "n_layers": max((*first.layers, *first.without_attention)) + 1,
         "n_heads": first.heads,
         "n_intervals": intervals,
         "metrics": metrics,

@@ -38,6 +38,7 @@ def output_gates(model: LoadedModel, prompts: Any, *, seed: int = 0) -> Effectiv
     Raises:
         LensError: a model without such gates, or whose projection is not found.
     """
+    model.info.check_all_attend("output_gates")
     found, read = [], []
     for prompt in read_prompts(model, prompts)[0]:
         ids = two_tokens(prompt.ids)

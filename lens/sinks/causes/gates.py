@@ -114,7 +114,8 @@ def effective_gate(
                 if (values[:, layer, head] == values[:, layer, head]).all():
                     ends = {"low": low[layer, head], "high": high[layer, head]}
                     gate = {"gate": values[:, layer, head].mean(), **ends}
-                    rows.append({"mechanism": mechanism, "layer": layer, "head": head, **gate})
+                    place = {"layer": model.info.attending[layer], "head": head}
+                    rows.append({"mechanism": mechanism} | place | gate)
     lengths = tuple(len(ids) for ids in read)
     return EffectiveGates(pd.DataFrame(rows), lengths, bos_policy(model, read))
 

@@ -128,11 +128,11 @@ def mechanism(model: LoadedModel, prompts: Any, *, sources: Keys = "first") -> S
             base(model)(**prompt.inputs)
         found.append(torch.cat([alpha[None], torch.stack(geometry.layers, 1)]))
     mean = torch.stack(found).mean(0)
-    _, layers, heads = mean.shape
+    heads, attending = mean.shape[2], torch.tensor(model.info.attending)
     rows = pd.DataFrame(
         {
-            "layer": torch.arange(layers).repeat_interleave(heads).numpy(),
-            "head": torch.arange(heads).repeat(layers).numpy(),
+            "layer": attending.repeat_interleave(heads).numpy(),
+            "head": torch.arange(heads).repeat(len(attending)).numpy(),
             **{name: mean[place].flatten().numpy() for place, name in enumerate(_COLUMNS)},
         }
     )

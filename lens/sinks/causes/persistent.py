@@ -95,6 +95,7 @@ def persistent_memory(
         >>> zeros = torch.zeros(model.info.kv_heads, 1, model.info.head_dim)
         >>> lens.sinks.persistent_memory(model, texts, [(zeros, zeros)] * model.info.layers).table()
     """
+    model.info.check_all_attend("persistent_memory")
     if len(pairs) != model.info.layers or all(pair is None for pair in pairs):
         raise LensError(
             f"pairs must have one entry for each of the {model.info.layers} layers, at least one of them "

@@ -113,7 +113,7 @@ def block_bounds(trace: AttentionTrace, *, epsilon: float = SINK_EPSILON) -> Blo
         upper=np.minimum(upper, 1.0),
         start=starts,
         stop=stops,
-        layers=tuple(trace.dataset["layer"].values.tolist()),
+        layers=trace.layers,
         epsilon=epsilon,
         samples=samples_of([trace]),
     )

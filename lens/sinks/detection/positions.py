@@ -195,7 +195,7 @@ def find(trace: AttentionTrace, *, epsilon: float = SINK_EPSILON) -> SinkKeys:
     order = np.argsort(-strength, kind="stable")
     layer, head, key = found[order].T
     return SinkKeys(
-        layer=trace.dataset["layer"].values[layer],
+        layer=np.array(trace.layers)[layer],
         head=head,
         key=key,
         alpha=strength[order],
@@ -223,7 +223,7 @@ def profile(
     return SinkProfile(
         rate=np.where(unscored, np.nan, is_sink.mean((0, 1, 2))),
         alpha=alpha.mean(0),
-        layers=tuple(several[0].dataset["layer"].values.tolist()),
+        layers=several[0].layers,
         epsilon=epsilon,
         samples=samples,
     )

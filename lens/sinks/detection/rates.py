@@ -179,7 +179,7 @@ def rate(
         high=high,
         by_head=by_head,
         alpha=alpha.mean(0),
-        layers=tuple(several[0].dataset["layer"].values.tolist()),
+        layers=several[0].layers,
         key=key,
         epsilon=epsilon,
         reduce=reduce,
