@@ -26,7 +26,9 @@ def layout(model: LoadedModel) -> Layout:
     model = bare(model)
     root: Any = model.model
     row, kind, base = _row(model)
-    model.info.check_all_attend("taking a model apart into its heads and MLPs")
+    model.info.check_all_attend(
+        "what rests on the parts of each layer (circuits, direct attribution, weights)"
+    )
     if row is None:
         raise LensError(
             f"where {kind!r} keeps its parts is not known here; known: {', '.join(ARCHITECTURES)}"

@@ -64,6 +64,7 @@ def test_the_server_sends_the_atlas_of_a_prompt(runs, run):
     client = create_app(runs).server.test_client()
     answer = client.get(f"/api/run/{run.id}/atlas/p000")
     shape = json.loads(answer.headers["X-Raster"])
+    assert tuple(shape.pop("numbers")) == run.trace("p000").layers
     values = np.frombuffer(answer.data, "<f4").reshape(*shape.values())
     np.testing.assert_array_equal(values, atlas(run.trace("p000")))
     refused = client.get(f"/api/run/{run.id}/atlas/p999")

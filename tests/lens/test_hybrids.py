@@ -173,6 +173,4 @@ def test_circuits_refuse_a_hybrid_with_the_reason():
     with pytest.raises(LensError, match=words):
         lens.circuits.find(model, task, progress=False)
     with pytest.raises(LensError, match=words):
-        lens.heads.importance(model, task, method="direct", progress=False)
-    with pytest.raises(LensError, match=words):
         lens.heads.retrieval(model, lens.tasks.needles.copied(model))
