@@ -164,7 +164,7 @@ class OfKeys(Kind):
         source, edit, chosen = self.sources(case), self._edit, self.chosen
         received, queries = self._received(case)
         if condition == "layer":
-            chosen = other_heads("layer", chosen, case.random)
+            chosen = other_heads("layer", chosen, case.random, case.before.received[..., 0])
             edit = replace(edit, heads=ids_of(chosen), layers=None)
         elif condition == "self":
             edit = InRows(edit, ~source)

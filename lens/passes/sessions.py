@@ -158,7 +158,7 @@ def _number(model: LoadedModel, session: Session, stack: ExitStack) -> None:
         numbers.setdefault(block, []).append(number)
     for block, layers in numbers.items():
         before = block.register_forward_pre_hook(
-            lambda block, _, layers=layers: session.enter(block, layers)
+            lambda *given, layers=layers: session.enter(given[0], layers)
         )
         after = block.register_forward_hook(lambda *_: session.leave(), always_call=True)
         stack.callback(before.remove)

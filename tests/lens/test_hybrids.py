@@ -174,3 +174,22 @@ def test_circuits_refuse_a_hybrid_with_the_reason():
         lens.circuits.find(model, task, progress=False)
     with pytest.raises(LensError, match=words):
         lens.heads.retrieval(model, lens.tasks.needles.copied(model))
+
+
+@pytest.mark.parametrize("kind", ["qwen3_next", "nemotron_h", "zamba"])
+def test_effects_and_controls_are_of_the_layers_that_have_heads(kind):
+    model = lens.load(hybrids.hybrid(kind))
+    prompts = [IDS, IDS[5:] + IDS[:5]]
+    found = lens.effect(model, prompts, edits.Mask("first", layers=[3]), progress=False)
+    assert set(found.migration["layer"]) == {1, 3}
+    one = lens.effect(model, prompts, edits.Ablate(["L3H0"]), controls=("size", "layer"))
+    with lens.edit(model, edits.Ablate(["L3H0"])), torch.no_grad():
+        edited = [model.logits(ids).log_softmax(-1) for ids in prompts]
+    whole = [model.logits(ids).log_softmax(-1) for ids in prompts]
+    ids = [torch.tensor(one[1:]) for one in prompts]
+    change = [
+        float((a - b)[:-1].gather(1, to[:, None]).mean())
+        for a, b, to in zip(whole, edited, ids, strict=True)
+    ]
+    row = one.table().set_index("condition").loc["edit"]
+    assert row["delta_loss"] == pytest.approx(np.mean(change), abs=1e-5)

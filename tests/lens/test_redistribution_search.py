@@ -13,6 +13,7 @@ from lens.common.head_ids import HeadId
 from lens.edits.searching import HeadSearch
 from lens.edits.selection import HeadSelection
 from lens.figures.redistribution import change_maps
+from tests.lens.traces import sizes
 
 
 @pytest.fixture(scope="module")

@@ -71,7 +71,9 @@ def test_control_heads():
         assert drawn.sum() == 2
         assert not (drawn & chosen).any()
     few = torch.tensor([[True, False, False], [False, True, False]])
-    layers = {tuple(other_heads("layer", few, random).nonzero()[:, 0].tolist()) for _ in range(9)}
+    layers = {
+        tuple(other_heads("layer", few, random, mass).nonzero()[:, 0].tolist()) for _ in range(9)
+    }
     assert layers == {(0, 1)}
 
 
