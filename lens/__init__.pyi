@@ -2,6 +2,7 @@ from . import circuits as circuits
 from . import edits as edits
 from . import figures as figures
 from . import heads as heads
+from . import policies as policies
 from . import runs as runs
 from . import sinks as sinks
 from . import tasks as tasks
@@ -13,3 +14,20 @@ from .edits.running import edit as edit
 from .passes.loading import load as load
 from .traces.captures import capture as capture
 from .traces.profiles import profile as profile
+
+__all__ = [
+    "LensError",
+    "capture",
+    "circuits",
+    "edit",
+    "edits",
+    "effect",
+    "heads",
+    "load",
+    "policies",
+    "profile",
+    "runs",
+    "sinks",
+    "tasks",
+    "vision",
+]

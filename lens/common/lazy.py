@@ -1,8 +1,13 @@
-"""Names of a room, loaded on first use: its `__init__.pyi` lists them, for type checkers and for us."""
+"""Names of a room, loaded on first use: its `__init__.pyi` lists them, for type checkers and for us.
 
+A stub with an `__all__` advertises those alone: what it imports beside them is there, and not in `dir()`.
+"""
+
+import ast
 import importlib
 import importlib.util
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import lazy_loader
@@ -17,10 +22,11 @@ def attach(
         module, file: its `__name__` and `__file__`.
     """
     load, _, listed = lazy_loader.attach_stub(module, file)
-    public = [name for name in listed if not name.startswith("__")]
+    known = [name for name in listed if not name.startswith("__")]
+    public = _advertised(Path(file).with_suffix(".pyi")) or known
 
     def get(name: str) -> Any:
-        if name in public:
+        if name in known:
             return load(name)
         if not name.startswith("_") and importlib.util.find_spec(f"{module}.{name}"):
             return importlib.import_module(f"{module}.{name}")  # a room that is not advertised
@@ -29,3 +35,11 @@ def attach(
         )
 
     return get, lambda: list(public), public
+
+
+def _advertised(stub: Path) -> list[str]:
+    """The `__all__` of a stub, or nothing."""
+    for node in ast.parse(stub.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__":
+            return ast.literal_eval(node.value)
+    return []

@@ -12,3 +12,4 @@ from .published import Act as Act
 from .published import Pasta as Pasta
 from .published import Var as Var
 from .searching import search_heads as search_heads
+from .sparse import Sparse as Sparse

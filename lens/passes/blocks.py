@@ -1,0 +1,171 @@
+"""One attention call as blocks of queries and keys: what a sparse policy may look at to choose blocks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from lens_kernels import AttentionResult
+from lens_kernels.masks import lower_mask
+from torch import Tensor
+from torch.nn.functional import pad
+
+from lens.passes.calls import LayerCall, attend, kernel_options
+
+
+@dataclass(frozen=True, eq=False)
+class BlockView:
+    """A call cut into blocks; everything that costs a pass over all pairs is computed once, when asked for.
+
+    Query block I holds rows `I * query_block` on, key block J keys `J * key_block` on; the last ones
+    may be short.
+
+    Attributes:
+        call: the call.
+        query_block, key_block: sizes, tokens.
+        backend: of `lens_kernels`.
+    """
+
+    call: LayerCall
+    query_block: int
+    key_block: int
+    backend: str = "auto"
+
+    @property
+    def query(self) -> Tensor:
+        """[batch, heads, queries, head_dim], after rotary embedding."""
+        return self.call.query
+
+    @cached_property
+    def key(self) -> Tensor:
+        """[batch, heads, keys, head_dim]: each query head beside the keys that it reads."""
+        return self.call.key.repeat_interleave(self.share, 1)
+
+    @property
+    def share(self) -> int:
+        """Query heads that read one key head."""
+        return self.call.query.shape[1] // self.call.key.shape[1]
+
+    @property
+    def queries(self) -> int:
+        return self.call.query.shape[2]
+
+    @property
+    def keys(self) -> int:
+        return self.call.key.shape[2]
+
+    @property
+    def offset(self) -> int:
+        """Keys before the first query: 0 at prefill, the cache's length in decoding."""
+        return self.keys - self.queries
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """batch, heads, query blocks, key blocks."""
+        batch, heads = self.call.query.shape[:2]
+        return batch, heads, -(-self.queries // self.query_block), -(-self.keys // self.key_block)
+
+    def sees(self, start: int = 0, end: int | None = None) -> Tensor:
+        """bool [batch, 1 | heads, rows, keys]: which keys the rows `start` to `end` see."""
+        plan = self._plan
+        key = torch.arange(self.keys, device=plan.low.device)
+        rows = slice(start, self.queries if end is None else end)
+        seen = (plan.low[:, rows, None] <= key) & (key < plan.high[:, rows, None])
+        if plan.keep is not None:
+            seen = seen & plan.keep[:, None]
+        seen = seen[:, None]
+        if plan.allowed is not None:
+            allowed = plan.allowed if plan.allowed.shape[2] == 1 else plan.allowed[:, :, rows]
+            seen = seen & allowed
+        return seen
+
+    @cached_property
+    def visible(self) -> Tensor:
+        """bool [batch, heads, query_blocks, key_blocks]: blocks with a pair that is seen."""
+        plan, (batch, heads, rows, columns) = self._plan, self.shape
+        if plan.keep is None and plan.allowed is None:
+            far = torch.iinfo(torch.int32).max
+            empty = plan.high <= plan.low
+            low = self._by_rows(plan.low.masked_fill(empty, far), far).amin(-1)[..., None]
+            high = self._by_rows(plan.high.masked_fill(empty, 0), 0).amax(-1)[..., None]
+            first = torch.arange(columns, device=low.device) * self.key_block
+            seen = ((low < first + self.key_block) & (first < high))[:, None]
+        else:
+            step = self.query_block
+            parts = [self.any_pair(self.sees(at, at + step)) for at in range(0, self.queries, step)]
+            seen = torch.cat(parts, 2)
+        return seen.expand(batch, heads, rows, columns)
+
+    def any_pair(self, pairs: Tensor) -> Tensor:
+        """bool [..., rows, keys] of whole query blocks -> [..., query_blocks, key_blocks] with one True pair."""
+        blocks = pad(pairs, (0, -pairs.shape[-1] % self.key_block)).unflatten(
+            -1, (-1, self.key_block)
+        )
+        blocks = blocks.any(-1)
+        blocks = pad(blocks, (0, 0, 0, -blocks.shape[-2] % self.query_block))
+        return blocks.unflatten(-2, (-1, self.query_block)).any(-2)
+
+    def probabilities(self, start: int = 0, end: int | None = None) -> Tensor:
+        """Exact P [batch, heads, rows, keys], float32, of the rows `start` to `end`: meant for a few probes."""
+        end = self.queries if end is None else end
+        logits = self.query[:, :, start:end].float() @ self.key.float().transpose(-1, -2)
+        logits = logits * self.call.scale
+        if self.call.softcap is not None:
+            logits = self.call.softcap * torch.tanh(logits / self.call.softcap)
+        bias = self.call.position_bias
+        if bias is not None:
+            logits = logits + (bias if bias.shape[2] == 1 else bias[:, :, start:end]).float()
+        logits = logits.masked_fill(~self.sees(start, end), -torch.inf)
+        if self.call.sink_logits is None:
+            return logits.softmax(-1).nan_to_num(nan=0)
+        sink = self.call.sink_logits.float()[None, :, None, None].expand(*logits.shape[:3], 1)
+        return torch.cat([logits, sink], -1).softmax(-1)[..., :-1]
+
+    @cached_property
+    def row_masses(self) -> Tensor:
+        """Exact mass [batch, heads, queries, key_blocks] that each row gives to each key block: a dense pass."""
+        asked = {"block_size": (1, self.key_block), "statistics": ("block_mass",)}
+        found = attend(self.call, backend=self.backend, **asked)
+        return found.statistics.block_mass
+
+    @cached_property
+    def masses(self) -> Tensor:
+        """Exact mass [batch, heads, query_blocks, key_blocks], mean over the rows of the block."""
+        rows = torch.zeros_like(self.row_masses[..., :1]) + 1
+        sums = self._by_rows(self.row_masses.transpose(-1, -2), 0).sum(-1).transpose(-1, -2)
+        count = self._by_rows(rows.transpose(-1, -2), 0).sum(-1).transpose(-1, -2)
+        return sums / count
+
+    def pooled(self) -> tuple[Tensor, Tensor]:
+        """Mean query of each query block, mean key of each key block: [batch, heads, blocks, head_dim]."""
+        return _means(self.query, self.query_block), _means(self.key, self.key_block)
+
+    def attended(self, blocks: Tensor | None = None, **asked: object) -> AttentionResult:
+        """The attention over `blocks` (bool [batch | 1, heads | 1, query_blocks, key_blocks]); None: all."""
+        return attend(
+            self.call,
+            block_mask=blocks,
+            block_size=(self.query_block, self.key_block),
+            backend=self.backend,
+            **asked,
+        )
+
+    @cached_property
+    def _plan(self):
+        return lower_mask(kernel_options(self.call)["mask"], self.call.query, self.call.key)
+
+    def _by_rows(self, values: Tensor, empty: float) -> Tensor:
+        """[..., queries] -> [..., query_blocks, query_block]."""
+        return pad(values, (0, -values.shape[-1] % self.query_block), value=empty).unflatten(
+            -1, (-1, self.query_block)
+        )
+
+
+def _means(values: Tensor, size: int) -> Tensor:
+    """Mean of each `size` rows of [batch, heads, rows, dim], a short last block over its own rows."""
+    rows = values.shape[2]
+    blocks = pad(values.float(), (0, 0, 0, -rows % size)).unflatten(2, (-1, size)).sum(3)
+    count = torch.full((blocks.shape[2], 1), float(size), device=values.device)
+    count[-1] = rows - (blocks.shape[2] - 1) * size
+    return blocks / count

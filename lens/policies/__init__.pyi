@@ -1,0 +1,37 @@
+from .a_shape import AShape as AShape
+from .base import Full as Full
+from .base import Policy as Policy
+from .block_sparse import BlockSparse as BlockSparse
+from .chunks import Hierarchical as Hierarchical
+from .chunks import Landmark as Landmark
+from .chunks import LongHeads as LongHeads
+from .evaluating import evaluate as evaluate
+from .flex_prefill import FlexPrefill as FlexPrefill
+from .grids import Grid as Grid
+from .grids import Regions as Regions
+from .oracle import LargestEntry as LargestEntry
+from .oracle import Oracle as Oracle
+from .oracle import RandomBlocks as RandomBlocks
+from .per_head import PerHead as PerHead
+from .quest import Quest as Quest
+from .routing import Routing as Routing
+from .sparge import Sparge as Sparge
+from .strided import Strided as Strided
+from .vertical_slash import VerticalSlash as VerticalSlash
+from .xattention import XAttention as XAttention
+
+__all__ = [
+    "AShape",
+    "BlockSparse",
+    "FlexPrefill",
+    "Full",
+    "Grid",
+    "Oracle",
+    "PerHead",
+    "Quest",
+    "RandomBlocks",
+    "Sparge",
+    "VerticalSlash",
+    "XAttention",
+    "evaluate",
+]

@@ -1,0 +1,181 @@
+"""What all policies have in common: a small frozen object that chooses blocks of keys for blocks of queries."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from lens.common.errors import LensError
+from lens.passes.blocks import BlockView
+
+
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """What a policy chose.
+
+    Attributes:
+        blocks: bool [batch, heads, query_blocks, key_blocks]; blocks that nobody sees count nothing.
+        predicted: [batch, heads], the share of the mass that the policy itself expects to keep, or None
+            where it makes no such claim.
+    """
+
+    blocks: Tensor
+    predicted: Tensor | None = None
+
+
+class Policy(ABC):
+    """Which blocks of keys each block of queries may see.
+
+    Attributes:
+        block_size: (query_block, key_block) of the published policy, tokens: the default of `evaluate`.
+        decodes: whether it also chooses for a single query with cached keys; where it does not, decoding
+            stays dense, as published.
+    """
+
+    block_size: tuple[int, int] = (64, 64)
+    decodes: bool = True
+
+    @abstractmethod
+    def keep(self, view: BlockView) -> Kept:
+        """The blocks that stay.
+
+        Args:
+            view: of a call; its attributes give q, k, the mask and probes of P.
+        """
+
+    def choose(self, view: BlockView) -> Kept:
+        """`keep`; every block where a single query decodes and this policy has no form for that."""
+        return (
+            self.keep(view)
+            if self.decodes or view.queries > 1 or not view.offset
+            else Full().keep(view)
+        )
+
+    def cost(self, view: BlockView) -> float:
+        """Products q·k that choosing takes, as a share of those of dense causal attention; 0 where none."""
+        return 0.0
+
+    def __str__(self) -> str:
+        """The name with every number that is not the default."""
+        changed = [
+            f"{one.name}={getattr(self, one.name)!r}"
+            for one in fields(self)  # type: ignore[arg-type]  # every policy is a dataclass
+            if getattr(self, one.name) != one.default
+        ]
+        return f"{type(self).__name__}({', '.join(changed)})"
+
+
+@dataclass(frozen=True)
+class Full(Policy):
+    """Every block: dense attention.
+
+    Example:
+        >>> str(lens.policies.Full())
+        'Full()'
+    """
+
+    def keep(self, view: BlockView) -> Kept:
+        """See `Policy`."""
+        ones = torch.ones(view.shape, dtype=torch.bool, device=view.query.device)
+        return Kept(ones, ones.new_ones(view.shape[:2], dtype=torch.float32))
+
+
+def pairs(view: BlockView) -> float:
+    """Pairs of a query and a key that dense attention looks at in one head, from the visible blocks."""
+    return float(view.visible[0, 0].sum()) * view.query_block * view.key_block
+
+
+def by_distance(view: BlockView, kept: Tensor) -> Tensor:
+    """bool [..., query_blocks, key_blocks] with one pair at a kept distance.
+
+    Args:
+        kept: bool [..., keys], by query position less key position.
+    """
+    _, _, rows, columns = view.shape
+    row = torch.arange(rows, device=kept.device)[:, None] * view.query_block + view.offset
+    column = torch.arange(columns, device=kept.device) * view.key_block
+    last = (row + view.query_block).clamp(max=view.keys) - 1
+    low = row - (column + view.key_block - 1)  # smallest distance of a pair of the block
+    high = last - column
+    before = torch.nn.functional.pad(kept.cumsum(-1), (1, 0))  # [..., keys + 1]
+    found = before[..., (high + 1).clamp(0, view.keys)] - before[..., low.clamp(0, view.keys)]
+    return (found > 0) & (high >= 0)
+
+
+def by_key(view: BlockView, kept: Tensor) -> Tensor:
+    """bool [..., 1, key_blocks] with one kept key, from bool [..., keys]."""
+    padded = torch.nn.functional.pad(kept, (0, -kept.shape[-1] % view.key_block))
+    return padded.unflatten(-1, (-1, view.key_block)).any(-1)[..., None, :]
+
+
+def largest(scores: Tensor, count: Tensor | int, among: Tensor) -> Tensor:
+    """bool of the `count` largest `scores` [..., n] among those that may be taken; all where these are fewer.
+
+    Of equal ones the first are taken.
+
+    Args:
+        count: number, or [..., 1] of each row.
+    """
+    order = (
+        scores.float().masked_fill(~among, -torch.inf).argsort(dim=-1, descending=True, stable=True)
+    )
+    place = torch.empty_like(order)
+    numbers = torch.arange(scores.shape[-1], device=scores.device).expand_as(order)
+    place.scatter_(-1, order, numbers)
+    return (place < count) & among
+
+
+def covering(shares: Tensor, needed: Tensor | float, *, over: bool = True) -> Tensor:
+    """bool of the fewest largest `shares` [..., n] whose sum reaches `needed`.
+
+    Args:
+        shares: not negative.
+        needed: a number or [..., 1].
+        over: the one that reaches it is taken too; without, the sum does not pass `needed`.
+    """
+    ordered = shares.sort(dim=-1, descending=True, stable=True)
+    total = ordered.values.cumsum(-1)
+    taken = (total - ordered.values < needed) if over else (total <= needed)
+    taken = taken & (ordered.values > 0)
+    return torch.zeros_like(taken).scatter(-1, ordered.indices, taken)
+
+
+def check_counts(policy: Policy, *names: str, least: int = 0) -> None:
+    """Raises LensError unless these fields are integers of `least` or more."""
+    for name in names:
+        value = getattr(policy, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise LensError(
+                f"{name} of {type(policy).__name__} must be an integer of {least} or more, got {value!r}"
+            )
+
+
+def check_shares(policy: Policy, *names: str) -> None:
+    """Raises LensError unless these fields are numbers above 0 and at most 1."""
+    for name in names:
+        value = getattr(policy, name)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+            raise LensError(
+                f"{name} of {type(policy).__name__} must be above 0 and at most 1, got {value!r}"
+            )
+
+
+def check_block_size(block_size: int | Sequence[int]) -> tuple[int, int]:
+    """(query_block, key_block).
+
+    Raises:
+        LensError: not one or two positive integers.
+    """
+    sizes = (block_size, block_size) if isinstance(block_size, int) else tuple(block_size)
+    fine = len(sizes) == 2 and all(
+        isinstance(one, int) and not isinstance(one, bool) and one >= 1 for one in sizes
+    )
+    if not fine:
+        raise LensError(
+            f"block_size must be a positive integer or (query_block, key_block), got {block_size!r}"
+        )
+    return sizes[0], sizes[1]

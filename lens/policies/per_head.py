@@ -1,0 +1,89 @@
+"""A policy of its own for each head, as MInference and DuoAttention choose them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from lens.common.errors import LensError
+from lens.common.head_ids import AnyHead, HeadId, head_id
+from lens.edits.base import part_of
+from lens.passes.blocks import BlockView
+from lens.policies.base import Full, Kept, Policy
+
+
+@dataclass(frozen=True, eq=False)
+class PerHead(Policy):
+    """Each head has its own policy.
+
+    Attributes:
+        policies: head ("L3H5") -> policy.
+        default: of heads that are not named.
+
+    Raises:
+        LensError: what is no head or no policy.
+
+    Example:
+        >>> streaming = lens.policies.PerHead({"L0H1": lens.policies.AShape(16, 64)})
+    """
+
+    policies: Mapping[AnyHead, Policy]
+    default: Policy = field(default_factory=Full)
+
+    def __post_init__(self) -> None:
+        for policy in (*self.policies.values(), self.default):
+            if not isinstance(policy, Policy):
+                raise LensError(f"PerHead takes policies, got {policy!r}")
+        named = {head_id(head): policy for head, policy in self.policies.items()}
+        object.__setattr__(self, "policies", named)
+
+    def of(self, head: HeadId) -> Policy:
+        """The policy of a head."""
+        return self.policies.get(head, self.default)
+
+    def keep(self, view: BlockView) -> Kept:
+        """See `Policy`; heads that share a policy are asked together."""
+        blocks = torch.zeros(view.shape, dtype=torch.bool, device=view.query.device)
+        predicted = torch.full(view.shape[:2], torch.nan, device=view.query.device)
+        for policy, heads in self._groups(view):
+            found = policy.choose(_of_heads(view, heads))
+            blocks[:, heads] = found.blocks
+            if found.predicted is not None:
+                predicted[:, heads] = found.predicted.float()
+        return Kept(blocks, predicted)
+
+    def cost(self, view: BlockView) -> float:
+        """See `Policy`: mean over the heads."""
+        costs = [
+            (policy.cost(_of_heads(view, heads)), len(heads))
+            for policy, heads in self._groups(view)
+        ]
+        return sum(cost * count for cost, count in costs) / view.shape[1]
+
+    def _groups(self, view: BlockView) -> list[tuple[Policy, torch.Tensor]]:
+        found: list[tuple[Policy, list[int]]] = []
+        for head in range(view.shape[1]):
+            policy = self.of(HeadId(view.call.layer, head))
+            same = next(
+                (heads for other, heads in found if other is policy or other == policy), None
+            )
+            if same is None:
+                found.append((policy, [head]))
+            else:
+                same.append(head)
+        device = view.query.device
+        return [(policy, torch.tensor(heads, device=device)) for policy, heads in found]
+
+    def __str__(self) -> str:
+        kinds = sorted(
+            {type(policy).__name__ for policy in (*self.policies.values(), self.default)}
+        )
+        return f"PerHead({len(self.policies)} heads: {', '.join(kinds)})"
+
+
+def _of_heads(view: BlockView, heads: torch.Tensor) -> BlockView:
+    if len(heads) == view.shape[1]:
+        return view
+    return BlockView(part_of(view.call, heads), view.query_block, view.key_block, view.backend)

@@ -1,0 +1,187 @@
+"""What `lens.policies.evaluate` found, as tables and sentences."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from lens.common.head_ids import HeadId
+from lens.common.results import Result, Sentence, few
+from lens.stats import over_units
+
+_NAMES = [
+    "density",
+    "recall",
+    "recall_p5",
+    "recall_min",
+    "oracle_recall",
+    "random_recall",
+    "output_error",
+    "projected_error",
+    "budget_90",
+    "budget_95",
+    "budget_99",
+    "predicted",
+    "cost",
+]
+POOR = 0.9
+"""Heads with a recall below this are named."""
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class PolicyScores(Result):
+    """What each head keeps under each policy.
+
+    Attributes:
+        values: [policies, columns, layers, heads, prompts], the columns of `lens.policies.measures`.
+        dense_loss: [prompts], mean next-token loss of the model as it is, nats; NaN where not measured.
+        sparse_loss: [policies, prompts], with the policy in all heads.
+        policies: as they write themselves.
+        block_sizes: (query_block, key_block) of each.
+        tokens: length of each prompt.
+        unprojected: why the error after the output projection is not known, or "".
+        seed: of the intervals.
+        model: its name.
+    """
+
+    values: np.ndarray
+    dense_loss: np.ndarray
+    sparse_loss: np.ndarray
+    policies: tuple[str, ...]
+    block_sizes: tuple[tuple[int, int], ...]
+    tokens: tuple[int, ...]
+    unprojected: str
+    seed: int
+    model: str
+
+    @property
+    def n(self) -> int:
+        """Number of prompts."""
+        return self.values.shape[-1]
+
+    def of(self, column: str) -> np.ndarray:
+        """[policies, layers, heads, prompts] of a column."""
+        return self.values[:, _NAMES.index(column)]
+
+    def table(self) -> pd.DataFrame:
+        """One row per policy and head: `policy`, `layer`, `head`, `name`, `n`, every column as its mean over
+        prompts with the 95 % interval (`_low`, `_high`, NaN for one prompt), `gap` (oracle_recall - recall)
+        and `calibration` (recall - predicted)."""
+        policies, _, layers, heads, _ = self.values.shape
+        places = [HeadId(layer, head) for layer in range(layers) for head in range(heads)]
+        columns: dict[str, Any] = {
+            "policy": np.repeat(self.policies, layers * heads),
+            "layer": [place.layer for place in places] * policies,
+            "head": [place.head for place in places] * policies,
+            "name": [str(place) for place in places] * policies,
+            "n": self.n,
+        }
+        found = {name: self.of(name) for name in _NAMES}
+        found["gap"] = found["oracle_recall"] - found["recall"]
+        found["calibration"] = found["recall"] - found["predicted"]
+        for name, values in found.items():
+            mean, low, high = self._interval(values)
+            columns |= {
+                name: mean.ravel(),
+                f"{name}_low": low.ravel(),
+                f"{name}_high": high.ravel(),
+            }
+        return pd.DataFrame(columns)
+
+    def summary(self) -> pd.DataFrame:
+        """One row per policy: `policy`, `block_size`, the means over heads of every column with intervals over
+        prompts, and `loss_change` (sparse - dense, nats per token, paired) with its interval."""
+        rows = []
+        for place, policy in enumerate(self.policies):
+            row: dict[str, Any] = {
+                "policy": policy,
+                "block_size": self.block_sizes[place],
+                "n": self.n,
+            }
+            for name in _NAMES:
+                per_prompt = self.of(name)[place].mean((0, 1))
+                mean, low, high = self._interval(per_prompt)
+                row |= {name: float(mean), f"{name}_low": float(low), f"{name}_high": float(high)}
+            mean, low, high = self._interval(self.sparse_loss[place] - self.dense_loss)
+            row |= {
+                "loss_change": float(mean),
+                "loss_change_low": float(low),
+                "loss_change_high": float(high),
+            }
+            rows.append(row)
+        return pd.DataFrame(rows)
+
+    def findings(self) -> tuple[Sentence, ...]:
+        """What each policy keeps ("recall"), which heads lose ("heads"), the loss ("loss"), limits ("limit")."""
+        said: list[Sentence] = []
+        for place, row in self.summary().iterrows():
+            assert isinstance(place, int)
+            said += self._of_policy(place, row)
+        lengths = f"{min(self.tokens)} to {max(self.tokens)}"
+        said.append(
+            Sentence(
+                f"Measured on {self.n} prompt{'s' if self.n != 1 else ''} of {lengths} tokens; recall and errors "
+                "are those of a dense pass, one layer at a time"
+                + ("; with one prompt there are no intervals." if self.n == 1 else "."),
+                kind="limit",
+            )
+        )
+        if self.unprojected:
+            said.append(
+                Sentence(
+                    f"Errors after the output projection are not known: {self.unprojected}",
+                    kind="limit",
+                )
+            )
+        return tuple(said)
+
+    def _of_policy(self, place: int, row: pd.Series) -> list[Sentence]:
+        said = [
+            Sentence(
+                f"{row['policy']} keeps {row['density']:.1%} of the blocks and "
+                f"{row['recall']:.1%}{_ends(row, 'recall')} of the attention; the best choice of as many blocks "
+                f"keeps {row['oracle_recall']:.1%}, a random one {row['random_recall']:.1%}.",
+                kind="recall",
+            )
+        ]
+        recall = self.of("recall")[place].mean(-1)
+        poor = [HeadId(*map(int, at)) for at in np.argwhere(recall < POOR)]
+        if poor:
+            poor.sort(key=lambda head: recall[head])
+            error = self.of("output_error")[place].mean(-1)
+            said.append(
+                Sentence(
+                    f"{len(poor)} of {recall.size} heads keep less than {POOR:.0%} under {row['policy']}: "
+                    f"{few(poor)}; the poorest keeps {recall[poor[0]]:.1%}, and its output is off by "
+                    f"{error[poor[0]]:.1%}.",
+                    kind="heads",
+                )
+            )
+        if not np.isnan(row["loss_change"]):
+            said.append(
+                Sentence(
+                    f"With {row['policy']} in all heads the loss changes by "
+                    f"{row['loss_change']:+.4f}{_ends(row, 'loss_change', '.4f')} nats per token from "
+                    f"{self.dense_loss.mean():.4f}.",
+                    kind="loss",
+                )
+            )
+        return said
+
+    def _interval(self, values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Mean over prompts [..., prompts] and its 95 % interval; NaN only where a value is."""
+        units = np.moveaxis(values, -1, 0)
+        known = ~np.isnan(units)
+        low, high = over_units(np.where(known, units, 0), known.astype(float), self.seed)
+        return values.mean(-1), low, high
+
+    def __repr__(self) -> str:
+        return f"PolicyScores({self.model}: {few(self.policies, 3)}; {self.n} prompts)"
+
+
+def _ends(row: pd.Series, name: str, form: str = ".1%") -> str:
+    low, high = row[f"{name}_low"], row[f"{name}_high"]
+    return "" if np.isnan(low) else f" [{format(low, form)}, {format(high, form)}]"

@@ -1,0 +1,73 @@
+"""S2-Attention: every head keeps its own stripes of blocks, and all heads together see everything."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lens.passes.blocks import BlockView
+from lens.policies.base import Kept, Policy, check_counts
+
+
+@dataclass(frozen=True)
+class Strided(Policy):
+    """Near blocks, and every `stride`-th block of keys, shifted from head to head.
+
+    Block J is kept for block I where `I - J < last`, or `(J + head * step + offset) mod stride == 0` with
+    `step = max(1, stride // heads)`.
+
+    Attributes:
+        last: near blocks, the query's own among them.
+        stride: of the stripes, blocks.
+        offset: of head 0.
+
+    Raises:
+        LensError: numbers that are none.
+
+    Reference: Lin et al., S2-Attention, arXiv 2407.17678; linxihui/dkernel.
+
+    Example:
+        >>> str(lens.policies.Strided(stride=8))
+        'Strided(stride=8)'
+    """
+
+    last: int = 16
+    stride: int = 16
+    offset: int = 0
+
+    def __post_init__(self) -> None:
+        check_counts(self, "last", "stride", least=1)
+        check_counts(self, "offset")
+
+    def keep(self, view: BlockView) -> Kept:
+        """See `Policy`."""
+        _, heads, rows, blocks = view.shape
+        device = view.query.device
+        step = max(1, self.stride // heads)
+        at = torch.arange(blocks, device=device)
+        shift = torch.arange(heads, device=device)[:, None] * step + self.offset
+        stripes = ((at + shift) % self.stride == 0)[:, None]  # [heads, 1, blocks]
+        row = (torch.arange(rows, device=device) * view.query_block + view.offset) // view.key_block
+        back = row[:, None] - at
+        return Kept((((back >= 0) & (back < self.last)) | stripes).expand(view.shape))
+
+
+def union_coverage(blocks: Tensor, visible: Tensor) -> float:
+    """Share of the visible blocks that at least one head keeps, both bool [batch, heads, rows, columns]."""
+    seen = visible.any(1)
+    return float(((blocks & visible).any(1) & seen).sum() / seen.sum())
+
+
+def is_cache_efficient(blocks: Tensor, last: int) -> bool:
+    """Whether a far block that a row uses was used by the row before: a cache may forget the rest.
+
+    Args:
+        blocks: bool [batch, heads, rows, columns].
+        last: near blocks, which do not count.
+    """
+    _, _, rows, columns = blocks.shape
+    back = torch.arange(1, rows)[:, None] - torch.arange(columns)
+    fresh = blocks[:, :, 1:] & ~blocks[:, :, :-1]
+    return not bool((fresh & (back >= last)).any())

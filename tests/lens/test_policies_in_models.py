@@ -1,0 +1,227 @@
+"""Policies measured in a model and run in it: against the model's own eager attention, and dense runs."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+import lens
+from lens.passes.head_outputs import read_calls
+from lens.policies.scores import _NAMES, PolicyScores
+from lens.tasks.prompts import token_losses
+
+P = lens.policies
+
+
+@pytest.fixture(scope="module")
+def model():
+    return lens.load("text-lm-3l")
+
+
+@pytest.fixture(scope="module")
+def prompts(model):
+    return [
+        lens.tasks.take(model, lens.tasks.text(name), 96)
+        for name in ("moby-dick", "lily", "shakespeare")
+    ]
+
+
+def eager(model, ids):
+    """P [layers, heads, tokens, tokens] as transformers computes it."""
+    model.model.set_attn_implementation("eager")
+    try:
+        with torch.no_grad():
+            found = model.model(torch.tensor([ids]), output_attentions=True).attentions
+    finally:
+        model.model.set_attn_implementation("sdpa")
+    return torch.cat(found).double().numpy()
+
+
+def test_a_shape_keeps_what_the_models_own_attention_says(model, prompts):
+    table = P.evaluate(model, prompts, P.AShape(first=16, last=16), block_size=16).table()
+    expected = []
+    for ids in prompts:
+        p = eager(model, ids)
+        block = np.arange(96) // 16
+        kept = np.zeros((96, 96), bool)
+        for i in range(96):
+            for j in range(96):
+                near = any(
+                    0 <= a - b < 16
+                    for a in (i // 16 * 16, i // 16 * 16 + 15)
+                    for b in range(j // 16 * 16, j // 16 * 16 + 16)
+                )
+                kept[i, j] = block[j] == 0 or near
+        expected.append((p * kept).sum(-1))
+    rows = np.stack(expected)  # [prompts, layers, heads, rows]
+    assert np.allclose(table["recall"], rows.mean((0, -1)).ravel(), atol=1e-5)
+    assert np.allclose(table["recall_min"], rows.min(-1).mean(0).ravel(), atol=1e-5)
+    assert np.allclose(
+        table["recall_p5"], np.percentile(rows, 5, axis=-1).mean(0).ravel(), atol=1e-5
+    )
+    kept_blocks, blocks = 6 + 5 + 4, 21  # the diagonal, the one beside it, the first column
+    assert np.allclose(table["density"], kept_blocks / blocks)
+    assert list(table.columns[:5]) == ["policy", "layer", "head", "name", "n"]
+    assert (
+        table["name"] == [f"L{a}H{b}" for a, b in zip(table["layer"], table["head"], strict=True)]
+    ).all()
+    assert (table["recall_low"] <= table["recall"]).all()
+    assert (table["recall"] <= table["recall_high"]).all()
+    assert (table["oracle_recall"] >= table["recall"] - 1e-6).all()
+    assert (table["gap"] > -1e-6).all()
+    assert table["projected_error"].between(0, 2).all()
+
+
+def test_output_errors_are_those_of_masked_attention(model, prompts):
+    found = P.evaluate(model, prompts[:1], P.AShape(4, 8), block_size=8)
+    values = []
+    i = torch.arange(96)
+    near = (i // 8 * 8)[:, None] - (i // 8 * 8 + 7)[None] < 8
+    kept = (near | (i[None] < 8)) & (i[None] <= i[:, None])
+    p = torch.from_numpy(eager(model, prompts[0]))
+    for call in read_calls(model, torch.tensor([prompts[0]])):
+        value = call.value[0].double().repeat_interleave(6 // call.value.shape[1], 0)
+        sparse = p[call.layer] * kept
+        sparse = sparse / sparse.sum(-1, keepdim=True)
+        whole, less = p[call.layer] @ value, sparse @ value
+        values.append(((less - whole).norm(dim=-1) / whole.norm(dim=-1)).mean(-1))
+    assert np.allclose(found.of("output_error")[0, ..., 0], torch.stack(values), atol=1e-4)
+
+
+def test_a_policy_that_keeps_all_leaves_every_bit(model, prompts):
+    plain = model.logits(prompts[0])
+    with lens.edit(model):
+        ours = model.logits(prompts[0])
+    assert torch.allclose(plain, ours, atol=1e-3)
+    for policy in (P.Full(), P.AShape(96, 96), P.Oracle(share=1.0), P.PerHead({})):
+        with lens.edit(model, lens.edits.Sparse(policy, 16)) as (done,):
+            assert torch.equal(model.logits(prompts[0]), ours)
+        assert done.density == 1
+        assert done.calls == 0
+
+
+def test_a_run_is_that_of_attention_with_the_blocks_cut_off(model, prompts):
+    """Against the model's own eager attention with a mask of the kept pairs."""
+    ids = torch.tensor([prompts[1]])
+    i = torch.arange(96)
+    near = (i // 8 * 8)[:, None] - (i // 8 * 8 + 7)[None] < 8
+    kept = (near | (i[None] < 8)) & (i[None] <= i[:, None])
+    mask = torch.zeros(1, 1, 96, 96).masked_fill(~kept, -torch.inf)
+    model.model.set_attn_implementation("eager")
+    with torch.no_grad():
+        expected = model.model(ids, attention_mask=mask).logits[0]
+    model.model.set_attn_implementation("sdpa")
+    with lens.edit(model, lens.edits.Sparse(P.AShape(4, 8), 8)) as (done,):
+        found = model.logits(prompts[1])
+    assert torch.allclose(found, expected, atol=2e-3)
+    assert not torch.allclose(found, model.logits(prompts[1]), atol=1e-1)
+    blocks, kept_blocks = 12 * 13 // 2, 12 + 11 + 10
+    assert done.density == pytest.approx(kept_blocks / blocks)
+    assert done.calls == 3
+    assert done.skipped_rows == 0
+
+
+def test_dense_context_and_a_sparse_question(model, prompts):
+    ids = prompts[0]
+    with lens.edit(model):
+        dense = model.logits(ids)
+    with lens.edit(model, lens.edits.Sparse(P.AShape(2, 4), 4, first_row=60)):
+        late = model.logits(ids)
+    assert torch.equal(late[:60], dense[:60])
+    assert not torch.allclose(late[70:], dense[70:], atol=1e-2)
+    with lens.edit(model, lens.edits.Sparse(P.AShape(2, 4), 4, first_row=len(ids))) as (done,):
+        assert torch.equal(model.logits(ids), dense)
+    assert done.calls == 0
+
+
+def test_single_heads_and_their_own_policies(model, prompts):
+    """A head edited alone, and by `PerHead`, is one thing; other heads of the layer keep their bits."""
+    alone = lens.edits.Sparse(P.AShape(2, 4), 4, heads=["L2H3"])
+    mixed = lens.edits.Sparse(P.PerHead({"L2H3": P.AShape(2, 4)}), 4)
+    with lens.edit(model, alone) as (one,):
+        first = model.logits(prompts[0])
+    with lens.edit(model, mixed) as (_,):
+        second = model.logits(prompts[0])
+    assert one.calls == 1
+    assert torch.allclose(first, second, atol=1e-5)
+    assert not torch.allclose(first, model.logits(prompts[0]), atol=1e-3)
+
+
+def test_every_decoding_step_is_sparse_where_the_policy_has_a_form_for_it(model, prompts):
+    ids = prompts[1][:40]
+    with lens.edit(model, lens.edits.Sparse(P.AShape(2, 4), (1, 1))) as (done,):
+        written = model.generate(ids, max_new_tokens=6)[0].tolist()
+    assert done.steps == 6
+    assert done.calls == 18
+    # Token by token from scratch, the same rows see the same keys.
+    again = list(ids)
+    for _ in range(6):
+        with lens.edit(model, lens.edits.Sparse(P.AShape(2, 4), (1, 1))):
+            again.append(int(model.logits(again)[-1].argmax()))
+    assert written == again
+    lines = P.VerticalSlash(2, 2, first=1, last=1, probe=8)
+    with lens.edit(model, lens.edits.Sparse(lines, (8, 1))) as (done,):
+        model.generate(ids, max_new_tokens=4)
+    assert done.calls == 3  # the prompt alone: it does not decode
+
+
+def test_the_loss_is_that_of_a_run_and_paired(model, prompts):
+    policy = P.AShape(4, 8)
+    found = P.evaluate(model, prompts, [policy, P.Full()], block_size=8, loss=True)
+    for place, ids in enumerate(prompts):
+        with lens.edit(model, lens.edits.Sparse(policy, 8)):
+            expected = float(token_losses(model, ids).mean())
+        assert found.sparse_loss[0, place] == pytest.approx(expected, abs=1e-5)
+    change = found.summary()["loss_change"].to_numpy()
+    assert change[1] == pytest.approx(0, abs=1e-5)
+    assert change[0] == pytest.approx(float((found.sparse_loss[0] - found.dense_loss).mean()))
+
+
+def test_sentences_follow_the_numbers():
+    values = np.zeros((1, 13, 1, 2, 2))
+    names = ["density", "recall", "oracle_recall", "random_recall", "output_error"]
+    for name, numbers in zip(
+        names, ([0.25, 0.25], [0.8, 1.0], [0.95, 1.0], [0.3, 0.3], [0.4, 0.0]), strict=True
+    ):
+        values[0, _NAMES.index(name), 0] = np.array(numbers)[:, None]
+    found = PolicyScores(
+        values=values,
+        dense_loss=np.array([2.0, 3.0]),
+        sparse_loss=np.array([[2.5, 3.5]]),
+        policies=("AShape(first=1)",),
+        block_sizes=((16, 16),),
+        tokens=(64, 96),
+        unprojected="",
+        seed=0,
+        model="m",
+    )
+    said = {sentence.kind: str(sentence) for sentence in found.findings()}
+    assert said["recall"] == (
+        "AShape(first=1) keeps 25.0% of the blocks and 90.0% [90.0%, 90.0%] of the attention; the best choice of "
+        "as many blocks keeps 97.5%, a random one 30.0%."
+    )
+    assert said["heads"].startswith(
+        "1 of 2 heads keep less than 90% under AShape(first=1): L0H0; the poorest"
+    )
+    assert "80.0%, and its output is off by 40.0%" in said["heads"]
+    assert "changes by +0.5000 [0.5000, 0.5000] nats per token from 2.5000" in said["loss"]
+    assert said["limit"].startswith("Measured on 2 prompts of 64 to 96 tokens")
+    better = dataclasses.replace(
+        found, values=np.where(values == 0.8, 0.99, values), dense_loss=np.full(2, np.nan)
+    )
+    assert {sentence.kind for sentence in better.findings()} == {"recall", "limit"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"policy": "AShape"}, "policy must be one of lens.policies"),
+        ({"policy": []}, "at least one policy"),
+        ({"policy": P.Full(), "block_size": 0}, "block_size must be"),
+        ({"policy": P.Full(), "block_size": (8, 8, 8)}, "block_size must be"),
+    ],
+)
+def test_bad_arguments_are_refused_before_any_pass(model, prompts, arguments, said):
+    with pytest.raises(lens.LensError, match=said):
+        P.evaluate(model, prompts, **arguments)
