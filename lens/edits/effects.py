@@ -86,7 +86,7 @@ def effect(
     task = prompts if isinstance(prompts, Task) else None
     if task is not None:
         task.check(model)
-    read = read_prompts(model, prompts if task is None else task.clean, with_images=True)[0]
+    read = read_prompts(model, prompts if task is None else task.clean, whole=True)[0]
     for prompt in read:
         two_tokens(prompt.ids)
     whole = prompts if task is None else task.clean

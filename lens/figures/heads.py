@@ -12,8 +12,10 @@ import plotly.graph_objects as go
 from lens.common.colors import ACCENT, DIVERGING, LINE, VIRIDIS, scale
 from lens.common.errors import LensError
 from lens.figures.rows import head_names
-from lens.figures.style import Look, grid_axes, grid_height, style
-from lens.traces.metrics import METRICS
+from lens.figures.style import Look, escaped, grid_axes, grid_height, style
+from lens.traces.metrics import metric_of
+
+_COLUMNS = ("prompt_id", "layer", "head", "metric", "variant", "value", "low", "high", "detail")
 
 
 def select(table: pd.DataFrame, metric: str, variant: str = "raw") -> pd.DataFrame:
@@ -23,7 +25,7 @@ def select(table: pd.DataFrame, metric: str, variant: str = "raw") -> pd.DataFra
         LensError: the metric is not in the table, more than one `prompt_id` is left, or the wide
             table of `lens.profile`.
     """
-    if missing := [name for name in ("metric", "variant", "value") if name not in table]:
+    if missing := [name for name in _COLUMNS if name not in table]:
         raise LensError(
             f"figures of heads take the long table, one row per head and metric; this one lacks "
             f"{', '.join(missing)}: use lens.traces.profiles.prompt_table(trace, name) instead of lens.profile"
@@ -42,9 +44,9 @@ def select(table: pd.DataFrame, metric: str, variant: str = "raw") -> pd.DataFra
 
 def label(metric: str, variant: str) -> str:
     """Name of a metric for an axis, with its unit."""
-    known = METRICS[metric]
+    known = metric_of(metric)
     without = ", sink excluded" if variant == "sink_excluded" else ""
-    return f"{known.label}{without} ({known.unit})"
+    return escaped(f"{known.label}{without} ({known.unit})")
 
 
 def head_grid(
@@ -67,7 +69,7 @@ def head_grid(
     known = values[np.isfinite(values)]
     signed = bool((known < 0).any())
     bound = float(np.abs(known).max(initial=0)) or 1.0
-    if METRICS[metric].unit == "probability":
+    if metric_of(metric).unit == "probability":
         bound = 1.0  # 0.02 must not look like a find
     limits: dict[str, Any] = (
         {"zmid": 0, "zmin": -bound, "zmax": bound} if signed else {"zmin": 0, "zmax": bound}
@@ -85,7 +87,7 @@ def head_grid(
             x=grid.columns.to_numpy(),
             y=grid.index.to_numpy(),
             colorscale=scale(DIVERGING if signed else VIRIDIS),
-            colorbar={"title": {"text": METRICS[metric].unit, "side": "right"}, "thickness": 12},
+            colorbar={"title": {"text": metric_of(metric).unit, "side": "right"}, "thickness": 12},
             xgap=1,
             ygap=1,
             text=interval,
@@ -137,10 +139,7 @@ def head_scatter(
         18
     """
     names = [name for name in (x, y, color) if name is not None]
-    used = {
-        name: variant if name in METRICS and METRICS[name].sink_excluded else "raw"
-        for name in names
-    }
+    used = {name: variant if metric_of(name).sink_excluded else "raw" for name in names}
     parts = {name: select(table, name, used[name]) for name in names}
     columns = {
         name: rows.set_index(["layer", "head"])["value"].astype(float)
@@ -175,7 +174,7 @@ def head_scatter(
     figure.update_yaxes(title=label(y, used[y]))
     return style(
         figure,
-        f"{METRICS[y].label} against {METRICS[x].label.lower()}, one point a head",
+        escaped(f"{metric_of(y).label} against {metric_of(x).label.lower()}, one point a head"),
         look,
         meta=_meta(parts[x], "head_scatter", x=x, y=y, color=color, variant=variant),
     )
@@ -222,7 +221,7 @@ def metric_by_layer(
     figure.update_yaxes(title=label(metric, variant))
     return style(
         figure,
-        f"{METRICS[metric].label} over the layers",
+        escaped(f"{metric_of(metric).label} over the layers"),
         look,
         meta=_meta(rows, "metric_by_layer", metric=metric, variant=variant),
     )

@@ -114,8 +114,13 @@ class LoadedModel:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of the weights."""
-        return next(self.model.parameters()).dtype
+        """Type of the weights; of quantised ones that of what is computed from them."""
+        settings = getattr(getattr(self.model, "config", None), "quantization_config", None)
+        computed = getattr(settings, "bnb_4bit_compute_dtype", None)
+        if isinstance(computed, torch.dtype):
+            return computed
+        types = (parameter.dtype for parameter in self.model.parameters())
+        return next((dtype for dtype in types if dtype.is_floating_point), torch.float32)
 
     @property
     def is_bridge(self) -> bool:
@@ -257,6 +262,15 @@ class LoadedModel:
             f"LoadedModel({self.name}: {info.class_name}, {info.layers} layers × {info.heads} heads{kv_heads}"
             f" of {info.head_dim}{attention}{context}, {info.parameters:,} weights, {info.licence}; {check})"
         )
+
+
+def check_loaded(model: Any) -> None:
+    """Raises LensError: something else than a `LoadedModel`; the line says how it becomes one."""
+    if isinstance(model, LoadedModel):
+        return
+    what = repr(model) if isinstance(model, str) else f"a {type(model).__name__}"
+    how = f"lens.load({model!r})" if isinstance(model, str) else "lens.load(it)"
+    raise LensError(f"model must be what lens.load returns, got {what}; pass {how}")
 
 
 def is_bridge(model: Any) -> bool:

@@ -15,13 +15,13 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from lens.common.errors import LensError
+from lens.common.errors import LensError, first_line
 from lens.common.results import few
 from lens.models import smollm2
 from lens.models.attention_only import AttentionOnlyConfig, AttentionOnlyModel
 from lens.models.catalogue import DEFAULT_MODEL, KNOWN, is_hub_id, unknown_model
 from lens.models.loaded import LoadedModel, is_bridge
-from lens.models.sizes import describe, describe_bridge
+from lens.models.sizes import describe, describe_bridge, image_token
 from lens.models.symbols import SymbolTokenizer
 
 _TOKENIZER_FILES = (
@@ -65,6 +65,8 @@ def _from_object(model: Any, tokenizer: Any) -> LoadedModel:
                 f"{type(model).__name__} is an encoder-decoder, whose cross-attention has no place in a trace; "
                 "pass one half: lens.load(model.get_encoder())"
             )
+        _refuse_absent_weights(model)
+        _refuse_towers(model)
         name = str(model.config.name_or_path or type(model).__name__)
         return LoadedModel(model, tokenizer, Path(name).name, None, describe(model))
     if is_bridge(model):
@@ -112,7 +114,7 @@ def _from_folder(folder: Path, dtype: torch.dtype | None, device: torch.device) 
         has_tokenizer = any((folder / file).is_file() for file in _TOKENIZER_FILES)
         tokenizer = AutoTokenizer.from_pretrained(folder) if has_tokenizer else None
     except (OSError, ValueError, KeyError) as error:
-        raise LensError(f"cannot load the model in {folder}: {_first_line(error)}") from error
+        raise LensError(f"cannot load the model in {folder}: {first_line(error)}") from error
     return LoadedModel(model, tokenizer, folder.name, None, describe(model))
 
 
@@ -126,7 +128,7 @@ def _from_hub(
         if getattr(model.config.get_text_config(), "vocab_size", None) is not None:
             tokenizer = AutoTokenizer.from_pretrained(name, revision=commit, local_files_only=local)
     except (OSError, ValueError, KeyError) as error:
-        raise LensError(_no_hub(name, _first_line(error))) from error
+        raise LensError(_no_hub(name, first_line(error))) from error
     return LoadedModel(model, tokenizer, name, commit, describe(model))
 
 
@@ -145,7 +147,7 @@ def _commit(name: str, revision: str | None) -> tuple[str, bool]:
             name, "config.json", huggingface_hub.constants.HF_HUB_CACHE, revision
         )
         if not isinstance(cached, str):
-            raise LensError(_no_hub(name, _first_line(error))) from error
+            raise LensError(_no_hub(name, first_line(error))) from error
         return Path(cached).parent.name, True
     return commit or revision or "main", False
 
@@ -203,7 +205,7 @@ def _trained(model_class: Any, name: str, **options: Any) -> PreTrainedModel:
         ) from error
     except (SafetensorError, KeyError, EOFError) as error:
         raise LensError(
-            f"the weights of {name} are damaged or not all there ({_first_line(error)}); get the files again"
+            f"the weights of {name} are damaged or not all there ({first_line(error)}); get the files again"
         ) from error
     if mismatched := sorted(found["mismatched_keys"]):
         weight, has, needs = mismatched[0]
@@ -223,12 +225,40 @@ def _has_decoder_input(model: PreTrainedModel) -> bool:
     return "decoder_input_ids" in inspect.signature(model.forward).parameters
 
 
+def _refuse_absent_weights(model: PreTrainedModel) -> None:
+    absent = next((name for name, one in model.named_parameters() if one.is_meta), None)
+    if absent is not None:
+        raise LensError(
+            f"weights of {type(model).__name__} are not in memory ({absent} is on the meta device, or "
+            "offloaded to disk); load the whole model on one device: from_pretrained(...) without "
+            "device_map"
+        )
+
+
+def _refuse_towers(model: PreTrainedModel) -> None:
+    """Raises LensError: a text and an image encoder side by side, which read nothing of each other."""
+    config = model.config
+    subs = [getattr(config, name, None) for name in config.sub_configs]
+    if image_token(config) is not None or sum(sub is not None for sub in subs) < 2:
+        return
+    towers = [
+        name
+        for name, part in model.named_children()
+        if any(getattr(part, "config", None) is sub for sub in subs)
+    ]
+    if len(towers) > 1:
+        raise LensError(
+            f"{type(model).__name__} has {len(towers)} towers ({', '.join(towers)}), and a trace holds one "
+            f"sequence; load one: lens.load(model.{towers[0]})"
+        )
+
+
 def _device(device: str | torch.device | None) -> torch.device:
     try:
         return torch.empty(0, device=device or "cpu").device
     except (RuntimeError, AssertionError) as error:
         raise LensError(
-            f"device {str(device)!r} cannot be used ({_first_line(error)}); use cpu, or see "
+            f"device {str(device)!r} cannot be used ({first_line(error)}); use cpu, or see "
             "what is there with `lens doctor`"
         ) from error
 
@@ -240,11 +270,6 @@ def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     if dtype is not None and found is None:
         raise LensError(f"dtype must be float32, float16 or bfloat16, got {dtype!r}")
     return found
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip().splitlines()
-    return text[0].rstrip(".") if text else type(error).__name__
 
 
 @contextmanager

@@ -17,26 +17,44 @@ def describe(model: Any, licence: str = "unknown") -> ModelInfo:
         LensError: the configuration does not say how many layers and heads there are.
     """
     config = model.config.get_text_config()
-    sizes = [getattr(config, name, None) for name in _SIZES]
+    sizes = [_setting(config, name) for name in _SIZES]
     layers, heads, hidden = (size if isinstance(size, int) else 0 for size in sizes)
     if not (layers and heads and hidden):
         raise LensError(
             f"cannot read the sizes of {type(model).__name__}: its {type(config).__name__} must have "
             f"the integers {', '.join(_SIZES)}; pass one tower of the model"
         )
-    context = getattr(config, "max_position_embeddings", None)  # -1 in XLNet: any length
+    context = _setting(config, "max_position_embeddings")  # -1 in XLNet: any length
     return ModelInfo(
         layers=layers,
         heads=heads,
-        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-        head_dim=getattr(config, "head_dim", None) or hidden // heads,
-        vocab=getattr(config, "vocab_size", None),
+        kv_heads=_setting(config, "num_key_value_heads") or heads,
+        head_dim=_setting(config, "head_dim") or hidden // heads,
+        vocab=_setting(config, "vocab_size"),
         context=context if isinstance(context, int) and context > 0 else None,
         parameters=_parameters(model),
         licence=licence,
         class_name=type(model).__name__,
         attending=tuple(range(layers)),
     )
+
+
+def _setting(config: Any, name: str) -> Any:
+    """None where there is none; that of the first layer where layers have their own (Gemma 4)."""
+    try:
+        found = getattr(config, name, None)
+    except RuntimeError:  # transformers' AmbiguousGlobalPerLayerAttributeError
+        found = getattr(config.per_layer_config[0], name, None)
+    return found[0] if isinstance(found, list | tuple) and len(found) else found
+
+
+def image_token(config: Any) -> int | None:
+    """Id of the token that stands for a piece of an image in the text, or None."""
+    for name in ("image_token_id", "image_token_index"):
+        number = getattr(config, name, None)
+        if isinstance(number, int):
+            return number
+    return None
 
 
 def describe_bridge(bridge: Any) -> ModelInfo:

@@ -8,12 +8,15 @@ from lens_kernels import AttentionResult
 from lens.common.errors import LensError
 from lens.models.loaded import LoadedModel
 from lens.passes.calls import LayerCall, attend
+from lens.passes.inputs import model_input
 from lens.passes.interface import switched
-from lens.passes.sessions import base, listening, transformer
+from lens.passes.sessions import listening, run, transformer
 
 LENGTH = 24
-_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+# The softmax of transformers' eager attention is float32, whatever the type of the model.
+_TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 _ROW_SUM_TOLERANCE = 1e-4
+_PROMPT = "a tiny prompt"
 
 
 class Checked(NamedTuple):
@@ -37,7 +40,8 @@ def self_check(model: LoadedModel) -> Checked:
     transformers' `eager`, or the bridge's.
 
     Raises:
-        LensError: no attention was reached, the outputs differ, or captured rows do not sum to 1.
+        LensError: no attention was reached, the outputs differ, captured rows do not sum to 1, or the
+            model cannot be run.
     """
     inputs = tiny_inputs(model)
     excesses: list[float] = []
@@ -50,23 +54,26 @@ def self_check(model: LoadedModel) -> Checked:
         return result.output
 
     with torch.no_grad():
-        if model.is_bridge:
-            own = _output(model, inputs)
-        else:
-            with switched(transformer(model), "eager"):
-                own = _output(model, inputs)
+        own = _own(model, inputs)
         with listening(model, on_layer):
-            captured = _output(model, inputs)
+            captured = _output(model, inputs, f"{_PROMPT} while it is captured")
     if not excesses:
         raise LensError(
-            f"cannot reach the attention of {model.info.class_name}: none of its layers asks "
-            "transformers' AttentionInterface (ALL_ATTENTION_FUNCTIONS) for its attention function"
+            f"cannot reach the attention of {model.info.class_name}: none of its layers asks transformers' "
+            "AttentionInterface (ALL_ATTENTION_FUNCTIONS) for its attention function, or computes a "
+            "softmax over scores in a way that can be followed"
         )
-    difference = float((captured - own).abs().max() / own.abs().max())
-    tolerance = _TOLERANCE[model.dtype]
-    if not difference <= tolerance:
+    if not bool(own.isfinite().all()):
         raise LensError(
-            f"capture does not reproduce {model.info.class_name}: on a tiny prompt its output differs "
+            f"{model.info.class_name} gives values that are not numbers on {_PROMPT}; its weights are "
+            "damaged, or too large for their type"
+        )
+    difference = float((captured - own).abs().max() / own.abs().max().clamp(min=1e-30))
+    tolerance = _TOLERANCE.get(model.dtype, _TOLERANCE[torch.bfloat16])
+    if not difference <= tolerance:
+        _refuse_random(model, inputs, own)
+        raise LensError(
+            f"capture does not reproduce {model.info.class_name}: on {_PROMPT} its output differs "
             f"by {difference:.1e} (allowed {tolerance:.0e}); its attention does something that capture "
             "does not know"
         )
@@ -80,26 +87,86 @@ def self_check(model: LoadedModel) -> Checked:
     return Checked(difference, tuple(sorted(parts)), twice)
 
 
-def _output(model: LoadedModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    output: Any = base(model)(**inputs)
-    return (output if isinstance(output, torch.Tensor) else output[0]).double()
+def _own(model: LoadedModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    if model.is_bridge:
+        return _output(model, inputs)
+    with switched(transformer(model), "eager"):
+        return _output(model, inputs)
+
+
+def _refuse_random(model: LoadedModel, inputs: dict[str, torch.Tensor], own: torch.Tensor) -> None:
+    with torch.no_grad():
+        again = _own(model, inputs)
+    if again.shape != own.shape or bool((again != own).any()):
+        raise LensError(
+            f"{model.info.class_name} is random: run twice on {_PROMPT} it gives two different outputs "
+            "(random masking, as in ViT-MAE, or sampling inside), so that a trace would be of one draw; "
+            "load a model without it (the weights of ViTMAEModel go into ViTModel)"
+        )
+
+
+def _output(
+    model: LoadedModel, inputs: dict[str, torch.Tensor], what: str = _PROMPT
+) -> torch.Tensor:
+    output: Any = run(model, inputs, what)
+    if isinstance(output, torch.Tensor):
+        return output.double()
+    found = output[0] if len(output) else None
+    if not isinstance(found, torch.Tensor):
+        raise LensError(
+            f"{model.info.class_name} gives no tensor first but {type(found).__name__}: it has several "
+            "parts; load one of them"
+        )
+    return found.double()
 
 
 def tiny_inputs(model: LoadedModel) -> dict[str, torch.Tensor]:
-    """A short prompt of drawn tokens, or an image of noise."""
+    """A short prompt of drawn tokens, or noise where the model reads none: an image, frames, a sound."""
     generator = torch.Generator().manual_seed(0)
-    config = None if model.is_bridge else model.model.config
-    if config is not None and model.info.vocab is None:
-        size = config.image_size
-        height, width = size if isinstance(size, (list, tuple)) else (size, size)
-        pixels = torch.randn(1, config.num_channels, height, width, generator=generator)
-        return {"pixel_values": pixels.to(model.device, model.dtype)}
-    vocab = model.info.vocab or 2
+    name = "input_ids" if model.is_bridge else model_input(model)
+    if name not in ("input_ids", "inputs_embeds"):
+        shape = _noise(model, name)
+        pixels = torch.randn(1, *shape, generator=generator)
+        return {name: pixels.to(model.device, model.dtype)}
+    vocab = model.info.vocab or _CHARACTERS
     length = min(LENGTH, model.info.context or LENGTH)
     ids = torch.randint(vocab, (1, length), generator=generator)
     if model.bos_id is not None:
         ids[0, 0] = model.bos_id
     return {"input_ids": ids.to(model.device)}
+
+
+def _noise(model: LoadedModel, name: str) -> tuple[int, ...]:
+    """Shape, without the batch, of what a model of images, videos or sounds reads.
+
+    Raises:
+        LensError: the configuration does not say it.
+    """
+    config = model.model.config
+    found: Any = {key: getattr(config, key, None) for key in _SIZES}
+    if name == "pixel_values" and found["image_size"] and found["num_channels"]:
+        size = found["image_size"]
+        height, width = size if isinstance(size, list | tuple) else (size, size)
+        frames = found["num_frames"]
+        return (*([frames] if frames else []), found["num_channels"], height, width)
+    if name == "input_values" and found["max_length"] and found["num_mel_bins"]:
+        return found["max_length"], found["num_mel_bins"]  # a spectrogram
+    if name == "input_values":
+        return (_SOUND,)
+    if name == "input_features" and found["num_mel_bins"] and found["max_source_positions"]:
+        return found["num_mel_bins"], 2 * found["max_source_positions"]  # Whisper halves its time
+    raise LensError(
+        f"what {model.info.class_name} reads ({name}) cannot be drawn from its configuration, so capture "
+        "of it cannot be checked; load the part of it that reads tokens or images"
+    )
+
+
+_SOUND = 4000  # a quarter of a second
+_CHARACTERS = 128  # of models that read characters and have no vocabulary (Canine)
+_SIZES = (
+    *("image_size", "num_channels", "num_frames", "max_length", "num_mel_bins"),
+    "max_source_positions",
+)
 
 
 def _row_sum_error(result: AttentionResult, sink_logits: torch.Tensor | None) -> float:

@@ -1,14 +1,21 @@
-"""What people pass to `lens.capture`, as one prompt after another: each with its own length, no padding."""
+"""What people pass to `lens.capture`, as one prompt after another: each with its own length, no padding.
+
+What a mapping holds reaches the model as it is: padding at the ends of a prompt is cut off, of every
+input; holes stay holes. A name that the model's forward pass does not have is refused, never dropped.
+"""
 
 import hashlib
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from lens.common.errors import LensError
-from lens.models.loaded import LoadedModel
+from lens.models.loaded import LoadedModel, check_loaded
+from lens.passes.sessions import base
 
 
 @dataclass(frozen=True)
@@ -33,59 +40,81 @@ class Prompt:
             digest.update(self.text.encode())
         else:
             for name in sorted(self.inputs):
-                digest.update(self.inputs[name].contiguous().cpu().numpy().tobytes())
+                numbers = self.inputs[name].contiguous().cpu().flatten()
+                digest.update(numbers.view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
 
 def read_prompts(
-    model: LoadedModel, prompts: Any, *, with_images: bool = False
+    model: LoadedModel, prompts: Any, *, whole: bool = False
 ) -> tuple[list[Prompt], bool]:
     """The prompts, and whether one prompt was passed and not a list or a batch.
 
     Args:
         model: the model that they are for.
-        prompts: a text; token ids (a list of integers or a 1-D tensor); a list of these; a 2-D
-            tensor of ids; a tokenizer's or image processor's output, with padding or without.
-        with_images: the caller runs all inputs of a prompt, so that text with images (one prompt of
-            a vision-language processor, or a list of such) can be read; others would drop the image.
+        prompts: a text; token ids (a list of integers or a 1-D tensor); a tokenizer's or processor's
+            output, with padding or without; a list of these, or of pairs (text, text); a 2-D tensor of
+            ids.
+        whole: the caller runs all inputs of a prompt and not its ids alone, so that segments,
+            positions, images and masks with holes can be read; for others these are refused by name.
 
     Raises:
-        LensError: empty, too long, ids outside the vocabulary, or none of the above.
+        LensError: empty, too long, ids outside the vocabulary, an input that the model does not take,
+            or none of the above.
     """
-    if with_images and _has_images(prompts):
-        return [_from_processor(model, prompts)], True
-    if (
-        with_images
-        and isinstance(prompts, Sequence)
-        and len(prompts)
-        and all(map(_has_images, prompts))
-    ):
-        return [_from_processor(model, inputs) for inputs in prompts], False
+    check_loaded(model)
     if isinstance(prompts, Mapping):
-        found = _from_mapping(model, prompts)
+        found = _from_mapping(model, prompts, whole)
         return found, len(found) == 1
     if isinstance(prompts, str) or _is_ids(prompts):
-        return [_from_one(model, prompts)], True
+        return [_from_one(model, prompts, whole)], True
     if isinstance(prompts, torch.Tensor) and prompts.dim() == 2 and not prompts.is_floating_point():
-        return [_from_one(model, row) for row in prompts], False
+        return [_from_one(model, row, whole) for row in prompts], False
     if isinstance(prompts, Sequence) and not isinstance(prompts, bytes):
         if not len(prompts):
             raise LensError("no prompts were given; pass a text, token ids, or a list of them")
-        return [_from_one(model, prompt) for prompt in prompts], False
+        return [_from_one(model, prompt, whole) for prompt in prompts], False
     raise LensError(
         "a prompt must be a text, token ids, a list of these or a tokenizer's output, got "
         f"{_shape_of(prompts)}"
     )
 
 
-def _from_one(model: LoadedModel, prompt: Any) -> Prompt:
+def _from_one(model: LoadedModel, prompt: Any, whole: bool) -> Prompt:
     if isinstance(prompt, str):
-        return _from_ids(model, model.encode(prompt), prompt)
+        return _from_text(model, prompt, whole)
     if _is_ids(prompt):
         return _from_ids(model, [int(index) for index in prompt], None)
+    if isinstance(prompt, Mapping):
+        found = _from_mapping(model, prompt, whole)
+        if len(found) != 1:
+            raise LensError(
+                f"a mapping in a list must hold one prompt, got {len(found)}; pass it alone"
+            )
+        return found[0]
+    if isinstance(prompt, tuple) and len(prompt) == 2 and all(isinstance(t, str) for t in prompt):
+        model.encode(prompt[0])  # says what is missing
+        return _from_mapping(model, _of_tokenizer(model, *prompt), whole)[0]
     raise LensError(
-        f"a prompt must be a text or token ids (a list of integers), got {_shape_of(prompt)}"
+        "a prompt must be a text or token ids (a list of integers), a pair of texts or a mapping, got "
+        f"{_shape_of(prompt)}"
     )
+
+
+def _from_text(model: LoadedModel, text: str, whole: bool) -> Prompt:
+    """Its segments are handed on where the tokenizer gives other than the default (XLNet)."""
+    ids = model.encode(text)
+    given = _of_tokenizer(model, text) if whole else {}
+    if any(given.get("token_type_ids", ())):
+        return Prompt(_from_mapping(model, given, whole)[0].inputs, ids, text)
+    return _from_ids(model, ids, text)
+
+
+def _of_tokenizer(model: LoadedModel, *texts: str) -> dict[str, Any]:
+    """Ids, and segments where the model takes them: a tokenizer of several models gives them to all."""
+    given = model.tokenizer(*texts, verbose=False)
+    names = {"input_ids", "token_type_ids"} & {"input_ids", *_accepted(model)}
+    return {name: given[name] for name in names if name in given}
 
 
 def _from_ids(model: LoadedModel, ids: list[int], text: str | None) -> Prompt:
@@ -113,73 +142,163 @@ def check_ids(model: LoadedModel, ids: Sequence[int]) -> None:
         )
 
 
-def _from_mapping(model: LoadedModel, inputs: Mapping[str, Any]) -> list[Prompt]:
-    ids = inputs.get("input_ids")
-    if ids is None:
-        return _from_features(model, inputs)
-    if isinstance(ids, torch.Tensor):
-        ids = ids.tolist()
-    rows = ids if ids and not isinstance(ids[0], int) else [ids]
-    real = inputs.get("attention_mask")
-    if isinstance(real, torch.Tensor):
-        real = real.tolist()
-    if real is None:
-        real = [[1] * len(row) for row in rows]
-    elif not isinstance(real[0], (list, tuple)):
-        real = [real]
-    extra = set(inputs) - {"input_ids", "attention_mask", "token_type_ids"}
-    if extra:
+def _from_mapping(model: LoadedModel, given: Mapping[str, Any], whole: bool) -> list[Prompt]:
+    """One prompt per row.
+
+    Raises:
+        LensError: an input by its name: one that the model does not take, or that is no tensor, has other
+            rows than the rest, or cannot be cut where padding is.
+    """
+    given = {str(name): value for name, value in given.items() if value is not None}
+    if "input_ids" not in given:
+        return _from_features(model, given)
+    ids = given["input_ids"]
+    if not whole and (extra := sorted(set(given) - {"input_ids", "attention_mask"})):
         raise LensError(
-            f"this takes input_ids and attention_mask, got {', '.join(sorted(extra))} too; images with "
-            "text go to lens.capture, or run the model yourself inside lens.traces.capturing(model)"
+            f"this takes input_ids and attention_mask, got {', '.join(extra)} too; images, segments and "
+            "positions with text go to lens.capture, or run the model yourself inside "
+            "lens.traces.capturing(model)"
         )
-    return [
-        _from_ids(model, [token for token, keep in zip(row, kept, strict=True) if keep], None)
-        for row, kept in zip(rows, real, strict=True)
-    ]
-
-
-def _has_images(prompt: Any) -> bool:
-    return isinstance(prompt, Mapping) and {"input_ids", "pixel_values"} <= set(prompt)
-
-
-def _from_processor(model: LoadedModel, inputs: Mapping[str, Any]) -> Prompt:
-    """One prompt of a vision-language processor, all its tensors kept and its padding cut off."""
-    ids = inputs["input_ids"]
-    if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or len(ids) != 1:
+    _check_names(model, given)
+    if not isinstance(ids, torch.Tensor | np.ndarray):
+        ids = ids if len(ids) and not isinstance(ids[0], int) else [ids]
+    elif ids.ndim == 1:
+        ids = ids[None]
+    if isinstance(ids, list | tuple) and len({len(row) for row in ids}) > 1:  # of several lengths
+        return [
+            prompt
+            for number in range(len(ids))
+            for prompt in _from_mapping(
+                model, {name: value[number] for name, value in given.items()}, whole
+            )
+        ]
+    tensors = {name: _tensor(name, value) for name, value in given.items()}
+    tensors["input_ids"] = rows = _tensor("input_ids", ids)
+    for name, tensor in tensors.items():
+        if tensor.dim() == 1 and tensor.shape == rows.shape[1:]:
+            tensors[name] = tensor[None]
+    if len(rows) != 1 and any(t.is_floating_point() and t.dim() > 2 for t in tensors.values()):
         raise LensError(
-            "a prompt with images needs input_ids [1, tokens] as a tensor, got "
-            f"{_shape_of(ids)}; process prompts one by one (return_tensors='pt') and pass a list: which "
-            "image belongs to which prompt of a batch differs from model to model"
+            f"a prompt with images needs input_ids [1, tokens] as a tensor, got {_shape_of(rows)}; process "
+            "prompts one by one (return_tensors='pt') and pass a list: which image belongs to which "
+            "prompt of a batch differs from model to model"
         )
-    real = torch.as_tensor(inputs.get("attention_mask", torch.ones_like(ids))).bool().cpu()[0]
-    tensors = {
-        name: (tensor[:, real.to(tensor.device)] if tensor.shape == ids.shape else tensor).to(
-            model.device, model.dtype if tensor.is_floating_point() else None
+    return [_from_row(model, tensors, row, whole) for row in range(len(rows))]
+
+
+def _from_row(
+    model: LoadedModel, tensors: Mapping[str, torch.Tensor], row: int, whole: bool
+) -> Prompt:
+    """One row of each input, without the padding at its ends."""
+    rows, length = tensors["input_ids"].shape
+    mask = tensors.get("attention_mask", torch.ones(rows, length))
+    is_square = mask.dim() == 4
+    if not is_square and mask.shape != (rows, length):
+        raise LensError(
+            f"attention_mask must be [prompts, tokens] = {[rows, length]}, got {list(mask.shape)}"
         )
-        for name, tensor in inputs.items()
-        if isinstance(tensor, torch.Tensor)
-    }
-    kept = tensors["input_ids"][0].tolist()
+    if not is_square and not bool(((mask == 0) | (mask == 1)).all()):
+        raise LensError("attention_mask must hold 0 and 1 only: which tokens are padding")
+    real = torch.ones(length) if is_square else mask[row]
+    places = real.nonzero()[:, 0]
+    if not len(places):
+        raise LensError("the prompt has no tokens; pass at least one")
+    start, end = int(places[0]), int(places[-1]) + 1
+    found: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        axis = 1 if name == "position_ids" and tensor.dim() == 3 else 0  # [3, prompts, tokens]
+        if rows > 1 and tensor.shape[axis] != rows:
+            raise LensError(
+                f"{name} {list(tensor.shape)} has other rows than input_ids [{rows}, {length}]; pass "
+                "prompts one by one"
+            )
+        part = tensor.narrow(axis, row, 1) if rows > 1 else tensor
+        if part.shape[axis : axis + 2] == (1, length) and not tensor.dtype.is_floating_point:
+            part = part.narrow(axis + 1, start, end - start)
+        elif end - start < length and length in part.shape[1:]:
+            raise LensError(f"padding cannot be cut from {name} {list(part.shape)}; leave it out")
+        found[name] = _placed(model, part)
+    if not is_square and len(places) == end - start:
+        if set(found) <= {"input_ids", "attention_mask", "token_type_ids"}:
+            found.pop("attention_mask", None)  # it says nothing
+    elif not whole:
+        raise LensError(
+            "attention_mask hides tokens in the middle of a prompt; this takes token ids alone, and "
+            "lens.capture takes such masks"
+        )
+    kept = found["input_ids"][0].tolist()
     check_ids(model, kept)
-    return Prompt(tensors, kept)
+    return Prompt(found, kept)
 
 
-def _from_features(model: LoadedModel, inputs: Mapping[str, Any]) -> list[Prompt]:
-    tensors = {
-        name: tensor.to(model.device, model.dtype if tensor.is_floating_point() else None)
-        for name, tensor in inputs.items()
-        if isinstance(tensor, torch.Tensor)
-    }
-    if "pixel_values" not in tensors:
+def _from_features(model: LoadedModel, given: Mapping[str, Any]) -> list[Prompt]:
+    """Images, sounds or embeddings: one prompt per row."""
+    main = next(
+        (n for n in ("inputs_embeds", model_input(model), "pixel_values") if n in given), None
+    )
+    if main is None:
+        expected = dict.fromkeys(["input_ids", "pixel_values", model_input(model)])
         raise LensError(
-            f"inputs must hold input_ids or pixel_values, got {', '.join(inputs) or 'nothing'}"
+            f"inputs must hold {' or '.join(expected)}, got {', '.join(given) or 'nothing'}"
         )
-    rows = len(tensors["pixel_values"])
+    _check_names(model, given)
+    tensors = {name: _tensor(name, value) for name, value in given.items()}
+    rows = len(tensors[main])
+    for name, tensor in tensors.items():
+        if tensor.dim() == 0 or len(tensor) != rows:
+            raise LensError(
+                f"{name} {list(tensor.shape)} has other rows than {main} {list(tensors[main].shape)}; pass "
+                "one prompt at a time"
+            )
+        if name.endswith("mask") and tensor.dim() < 4 and not bool((tensor == 1).all()):
+            raise LensError(f"{name} hides a part of {main}; cut that part off instead")
     return [
-        Prompt({name: tensor[row : row + 1] for name, tensor in tensors.items()}, None)
+        Prompt({name: _placed(model, part[row : row + 1]) for name, part in tensors.items()}, None)
         for row in range(rows)
     ]
+
+
+def model_input(model: LoadedModel) -> str:
+    """The name of what the model reads, as transformers notes it."""
+    return str(getattr(base(model), "main_input_name", "input_ids"))
+
+
+def _accepted(model: LoadedModel) -> list[str]:
+    """Inputs that the forward pass names; what it hands on unseen (`**kwargs`) may reach nobody."""
+    parameters = inspect.signature(base(model).forward).parameters.values()
+    return [one.name for one in parameters if one.kind not in (one.VAR_KEYWORD, one.VAR_POSITIONAL)]
+
+
+def _check_names(model: LoadedModel, given: Mapping[str, Any]) -> None:
+    accepted = _accepted(model)
+    unknown = sorted(set(given) - {"input_ids", *accepted})
+    if unknown:
+        names = ", ".join(name for name in accepted if name in _USUAL)
+        raise LensError(
+            f"{model.info.class_name} takes no {', '.join(unknown)} (of inputs it takes {names}); leave "
+            "out what is not for it"
+        )
+
+
+_USUAL = {
+    *("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds", "bbox"),
+    *("pixel_values", "input_features", "input_values", "image_sizes", "image_grid_thw"),
+}
+
+
+def _tensor(name: str, value: Any) -> torch.Tensor:
+    if isinstance(value, bool | str):
+        raise LensError(f"{name}={value!r} is no tensor; leave it out")
+    try:
+        return torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise LensError(
+            f"{name} must be a tensor or lists of numbers, got {_shape_of(value)}"
+        ) from error
+
+
+def _placed(model: LoadedModel, tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to(model.device, model.dtype if tensor.is_floating_point() else None)
 
 
 def _is_ids(prompt: Any) -> bool:

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 
 from lens.common.errors import LensError
+from lens.models.sizes import image_token
 from lens.passes.calls import LayerCall
 from lens.passes.masks import structure_of, structured_mask
 
@@ -168,15 +169,6 @@ def language_model(model: nn.Module) -> nn.Module:
     if text is config:
         return model
     return next((part for part in model.modules() if getattr(part, "config", None) is text), model)
-
-
-def image_token(config: PreTrainedConfig) -> int | None:
-    """Id of the token that stands for a piece of an image in the text, or None."""
-    for name in ("image_token_id", "image_token_index"):
-        number = getattr(config, name, None)
-        if isinstance(number, int):
-            return number
-    return None
 
 
 def _configs(model: nn.Module) -> list[PreTrainedConfig]:

@@ -4,8 +4,9 @@
 returns the output that the model goes on with. Capture, gradients, edits and circuits are such functions.
 """
 
+import inspect
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any, TypeAlias
@@ -13,10 +14,10 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
-from lens.common.errors import LensError
+from lens.common.errors import LensError, first_line
 from lens.common.head_ids import layers_in_words
 from lens.models.layout import blocks
-from lens.models.loaded import LoadedModel
+from lens.models.loaded import LoadedModel, check_loaded
 from lens.passes.bridge import replaced_attention
 from lens.passes.calls import LayerCall
 from lens.passes.computed import following
@@ -122,6 +123,7 @@ def listening(
     Raises:
         LensError: layers that attend twice, and a function that does not know.
     """
+    check_loaded(model)
     if model.info.twice and not parts:
         raise LensError(
             f"each head of {model.info.class_name} gives its output in two parts (it attends twice in "
@@ -172,5 +174,32 @@ def transformer(model: LoadedModel) -> nn.Module:
 
 def base(model: LoadedModel) -> nn.Module:
     """The model without its head, so that no logits [tokens, vocab] are built."""
-    root = transformer(model)
-    return getattr(root, "base_model", root)
+    root: Any = transformer(model)
+    inner = getattr(root, "base_model", root)
+    reads = getattr(
+        root, "main_input_name", None
+    )  # its inner part may read something else (DINOv3)
+    takes = inspect.signature(inner.forward).parameters
+    return inner if reads is None or reads in takes else root
+
+
+def run(model: LoadedModel, inputs: Mapping[str, Any], what: str = "this prompt") -> Any:
+    """What the model without its head gives.
+
+    Raises:
+        LensError: the forward pass failed, by whatever error.
+    """
+    try:
+        return base(model)(**inputs)
+    except LensError:
+        raise
+    except Exception as error:  # of somebody else's code: any kind
+        given = ", ".join(
+            f"{name} {list(value.shape)}"
+            for name, value in inputs.items()
+            if isinstance(value, torch.Tensor)
+        )
+        raise LensError(
+            f"{model.info.class_name} cannot run {what} ({given}): {type(error).__name__}: "
+            f"{first_line(error)}"
+        ) from error

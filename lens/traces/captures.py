@@ -13,9 +13,10 @@ from lens.common.errors import LensError
 from lens.common.progress import advancing
 from lens.common.version import __version__
 from lens.models.loaded import LoadedModel
+from lens.models.sizes import image_token
 from lens.passes.calls import LayerCall, attend
 from lens.passes.inputs import Prompt, read_prompts
-from lens.passes.sessions import base, listening
+from lens.passes.sessions import listening, run
 from lens.traces.recorder import Recorder
 from lens.traces.segments import segments
 from lens.traces.statistics import PREFIX, LayerRecord, Settings, make_settings
@@ -94,7 +95,7 @@ def capture(
     settings = make_settings(
         statistics=statistics, block_size=block_size, keep_qk=keep_qk, backend=backend
     )
-    found, is_single = read_prompts(model, prompts, with_images=True)
+    found, is_single = read_prompts(model, prompts, whole=True)
     for prompt in found:
         _check_size(model, prompt, settings)
     total = len(found) * len(model.info.attending)
@@ -121,13 +122,8 @@ def _capture_one(
 
     def take(record: LayerRecord) -> None:
         """Hand the arrays to the writer and keep only the numbers that describe the layer."""
-        if layers and (record.queries, record.keys) != (layers[0].queries, layers[0].keys):
-            raise LensError(
-                f"layer {record.layer} of {model.info.class_name} attends from {record.queries} to "
-                f"{record.keys} positions, layer {layers[0].layer} from {layers[0].queries} to "
-                f"{layers[0].keys}; a "
-                "trace holds one sequence: capture one tower, or use lens.traces.capturing(model)"
-            )
+        if layers:
+            _check_alike(model, layers[0], record, settings)
         writer.add_layer(
             record.layer, {name: tensor[0].numpy() for name, tensor in record.variables.items()}
         )
@@ -137,7 +133,7 @@ def _capture_one(
 
     once = _Once(Recorder(settings, take), model.info.class_name)
     with torch.no_grad(), listening(model, once.on_layer, parts=True):
-        base(model)(**prompt.inputs)
+        run(model, prompt.inputs)
     if not layers:
         raise LensError(
             f"cannot reach the attention of {model.info.class_name}: no layer asked for its "
@@ -150,6 +146,33 @@ def _capture_one(
         attributes=_attributes(model, prompt, settings, layers, seed)
         | {"segments": tokens_of, "seconds": time.perf_counter() - start},
     )
+
+
+def _check_alike(
+    model: LoadedModel, first: LayerRecord, record: LayerRecord, settings: Settings
+) -> None:
+    """Raises LensError: a layer that does not fit into one trace with the first."""
+    where = f"layer {record.layer} of {model.info.class_name}"
+    if (record.queries, record.keys) != (first.queries, first.keys):
+        raise LensError(
+            f"{where} attends from {record.queries} to {record.keys} positions, layer {first.layer} from "
+            f"{first.queries} to {first.keys}; a trace holds one sequence: capture one tower, or use "
+            "lens.traces.capturing(model)"
+        )
+    if record.heads != first.heads or record.causal != first.causal:
+        kinds = [
+            f"{one.heads} {'causal' if one.causal else 'two-way'} heads" for one in (record, first)
+        ]
+        raise LensError(
+            f"{where} has {kinds[0]}, layer {first.layer} {kinds[1]}; a trace needs the same in every "
+            "layer: use lens.traces.capturing(model)"
+        )
+    sizes = [(one.kv_heads, one.head_dim) for one in (record, first)]
+    if settings.keep_qk and sizes[0] != sizes[1]:
+        raise LensError(
+            f"{where} has (key heads, head_dim) = {sizes[0]}, layer {first.layer} {sizes[1]}; q and k of "
+            "such layers do not fit into one trace: capture without keep_qk"
+        )
 
 
 class _Once:
@@ -216,6 +239,8 @@ def _attributes(
 def _segments(model: LoadedModel, prompt: Prompt) -> dict[str, Any] | None:
     """What the tokens of a prompt with images are; None for any other prompt."""
     if prompt.ids is None or "pixel_values" not in prompt.inputs:
+        return None
+    if image_token(model.model.config) is None:  # images beside the text, not inside
         return None
     return segments(model, prompt.inputs).to_dict()
 

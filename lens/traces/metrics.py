@@ -154,6 +154,13 @@ _TABLE = (
 )
 
 METRICS: dict[str, Metric] = {metric.name: metric for metric in _TABLE}
+
+
+def metric_of(name: str) -> Metric:
+    """The metric of that name; of a user's own what its name says, without a unit."""
+    return METRICS.get(name) or Metric(name, name, "", "no unit", True)
+
+
 VARIANTS = ("raw", "sink_excluded")
 HEADLINES = ("induction", "sink_mass", "previous_token", "duplicate_token")
 """Those by which heads are counted."""

@@ -13,7 +13,7 @@ more pass over the same prompts.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -54,6 +54,17 @@ COLUMNS = (
 _POSITIONS = ("top_key", "positional_distance")  # their mean says nothing
 
 
+def _traces(given: Any) -> list[AttentionTrace]:
+    found = list(given) if isinstance(given, list | tuple) else [given]
+    for one in found:
+        if not hasattr(one, "dataset"):
+            raise LensError(
+                f"profile takes traces, as lens.capture returns them, got {str(one)[:40]!r} "
+                f"({type(one).__name__}); a saved one is read by lens.traces.AttentionTrace.load(folder)"
+            )
+    return found
+
+
 def profile(
     traces: AttentionTrace | Sequence[AttentionTrace],
     *,
@@ -82,10 +93,9 @@ def profile(
         >>> table = lens.profile(trace)
         >>> table.sort_values("induction", ascending=False).head(3)
     """
-    several = [traces] if not isinstance(traces, Sequence) else list(traces)
+    several, beside = _traces(traces), _traces(random_weights)
     if not several:
         raise LensError("profile needs at least one trace, got an empty list")
-    beside = list(random_weights) if isinstance(random_weights, Sequence) else [random_weights]
     if beside and [one.dataset["token_id"].values.tolist() for one in beside] != [
         one.dataset["token_id"].values.tolist() for one in several
     ]:

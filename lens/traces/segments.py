@@ -12,7 +12,7 @@ import torch
 from lens.common.errors import LensError
 from lens.common.results import Result, described
 from lens.models.loaded import LoadedModel
-from lens.passes.interface import image_token
+from lens.models.sizes import image_token
 
 if TYPE_CHECKING:
     from lens.passes.keys import KeysAt

@@ -61,7 +61,7 @@ def test_attention_that_a_model_computes_itself_is_captured(name):
     loaded = lens.load(model)
     trace = lens.capture(loaded, ids[0].tolist(), block_size=1, progress=False)
     assert loaded.check is not None
-    assert trace.layers == len(own.attentions)
+    assert len(trace.layers) == len(own.attentions)
     for layer, weights in enumerate(own.attentions):
         found = torch.from_numpy(trace.block_mass.values[layer])
         assert (found - weights[0]).abs().max() < 1e-5

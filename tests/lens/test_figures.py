@@ -128,7 +128,8 @@ def test_wrong_calls_say_what_would_be_right(trace, table):
         figures.head_grid(table, "entropy", theme="blue")
     both = table.assign(prompt_id=["p000", *["p001"] * (len(table) - 1)])
     with pytest.raises(
-        LensError, match=r"lacks metric, variant, value: use lens\.traces\.profiles\.prompt_table"
+        LensError,
+        match=r"lacks prompt_id, metric, variant, value, low, high, detail: use lens\.traces\.profiles\.prompt_table",
     ):
         figures.head_grid(
             pd.DataFrame({"layer": [0], "head": [0], "induction": [0.5]}), "induction"

@@ -1,10 +1,14 @@
 """What a mapping holds reaches the model as it is, or is refused by name; the truth is `eager`."""
 
+import numpy as np
 import pytest
 import torch
 import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import lens
+from lens.common.errors import LensError
+from lens.passes.inputs import read_prompts
 from lens.passes.interface import switched
 from tests.lens import vision_models
 
@@ -35,9 +39,165 @@ def largest_error(loaded, trace, inputs) -> float:
     """Of a probability, against the eager attention of the model's own forward pass."""
     with switched(loaded.model, "eager"):
         own = loaded.model(**inputs, output_attentions=True).attentions
-    assert trace.layers == len(own)
+    assert len(trace.layers) == len(own)
     found = torch.from_numpy(trace.block_mass.values)
     return float(max((f - w[0]).abs().max() for f, w in zip(found, own, strict=True)))
+
+
+def bert():
+    torch.manual_seed(0)
+    return lens.load(
+        grown(transformers.BertModel(transformers.BertConfig(**SIZES))), tokenizer=words()
+    )
+
+
+def llama():
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**SIZES, num_key_value_heads=2, max_position_embeddings=64)
+    return lens.load(grown(transformers.LlamaForCausalLM(config)))
+
+
+def words():
+    """A tokenizer of w3, w4, ... that writes [CLS] a [SEP] b [SEP] with segments 0 and 1."""
+    vocab = {"[UNK]": 0, "[CLS]": 1, "[SEP]": 2} | {f"w{number}": number for number in range(3, 97)}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 1), ("[SEP]", 2)],
+    )
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="[UNK]",
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+    )
+
+
+PAIR = ("w5 w9 w60 w31 w8", "w17 w44 w9")
+
+
+def test_two_texts_have_segments_however_they_are_passed():
+    loaded = bert()
+    inputs = dict(words()(*PAIR, return_tensors="pt"))
+    assert inputs["token_type_ids"].tolist() == [[0] * 7 + [1] * 4]
+    without = lens.capture(loaded, inputs["input_ids"][0], block_size=1, progress=False)
+    assert largest_error(loaded, without, inputs) > 1e-2
+    padded = words()([PAIR, ("w3", "w4")], padding=True, return_tensors="pt")
+    both = words()([PAIR, ("w3", "w4")])
+    for given in (inputs, {name: tensor.numpy() for name, tensor in inputs.items()}):
+        trace = lens.capture(loaded, given, block_size=1, progress=False)
+        assert largest_error(loaded, trace, inputs) < 1e-5
+    for given in ([PAIR], [inputs], [words()(*PAIR)], padded, both):
+        traces = lens.capture(loaded, given, block_size=1, progress=False)
+        assert largest_error(loaded, traces[0], inputs) < 1e-5
+    alone = lens.capture(loaded, [("w3", "w4")], block_size=1, progress=False)[0]
+    for given in (padded, both):
+        found = lens.capture(loaded, given, block_size=1, progress=False)[1]
+        assert np.array_equal(found.block_mass.values, alone.block_mass.values)
+
+
+PLACES = {
+    "reversed": torch.arange(13).flip(0),
+    "with a gap": torch.cat([torch.arange(6), torch.arange(30, 37)]),
+    "two packed sequences": torch.cat([torch.arange(6), torch.arange(7)]),
+}
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("name", PLACES)
+def test_positions_are_those_that_were_given(name, masked):
+    loaded, ids = llama(), ids_of(13)
+    inputs = {"input_ids": ids, "position_ids": PLACES[name][None]}
+    if masked:  # then transformers sees no packed sequences
+        inputs["attention_mask"] = torch.ones_like(ids)
+    trace = lens.capture(loaded, inputs, block_size=1, progress=False)
+    assert largest_error(loaded, trace, inputs) < 1e-5
+
+
+def test_padding_is_cut_from_every_input():
+    loaded, ids = llama(), ids_of(13)
+    places = torch.arange(13)[None] * 2
+    inputs = {"input_ids": ids, "position_ids": places, "attention_mask": torch.ones_like(ids)}
+    expected = lens.capture(loaded, inputs, block_size=1, progress=False)
+    before = torch.zeros(1, 4, dtype=torch.long)
+    padded = {name: torch.cat([before, tensor], 1) for name, tensor in inputs.items()}
+    found = lens.capture(loaded, padded, block_size=1, progress=False)
+    assert found.tokens == expected.tokens
+    assert np.array_equal(found.block_mass.values, expected.block_mass.values)
+
+
+@pytest.mark.parametrize("make", [llama, bert])
+def test_masks_with_holes_and_square_masks_are_used_as_they_are(make):
+    loaded, ids = make(), ids_of(13)
+    hidden = torch.ones_like(ids)
+    hidden[0, [3, 4, 8]] = 0
+    square = torch.rand(1, 1, 13, 13, generator=torch.Generator().manual_seed(1)) > 0.4
+    square = torch.zeros(1, 1, 13, 13).masked_fill(
+        ~(square | torch.eye(13, dtype=torch.bool)), torch.finfo(torch.float32).min
+    )
+    for mask in (hidden, square):
+        inputs = {"input_ids": ids, "attention_mask": mask}
+        trace = lens.capture(loaded, inputs, block_size=1, progress=False)
+        assert trace.length == 13
+        assert largest_error(loaded, trace, inputs) < 1e-5
+    with pytest.raises(LensError, match="hides tokens in the middle"):
+        read_prompts(loaded, {"input_ids": ids, "attention_mask": hidden})
+
+
+IDS = {"input_ids": [[5, 6, 7]]}
+REFUSED = {
+    "a name that no model takes": ({**IDS, "labels": [[5, 6, 7]]}, "takes no labels"),
+    "a name for other models": (
+        {**IDS, "token_type_ids": [[0, 0, 1]]},
+        r"LlamaForCausalLM takes no token_type_ids \(of inputs it takes input_ids, attention_mask, pos",
+    ),
+    "what a tokenizer notes": (
+        {**IDS, "offset_mapping": [[[0, 1]] * 3]},
+        "takes no offset_mapping",
+    ),
+    "a switch": ({**IDS, "use_cache": False}, "use_cache=False is no tensor"),
+    "no numbers": ({**IDS, "position_ids": [["a", "b", "c"]]}, "position_ids must be a tensor"),
+    "weights as a mask": ({**IDS, "attention_mask": [[1.0, 0.5, 1.0]]}, "must hold 0 and 1 only"),
+    "a mask of another length": ({**IDS, "attention_mask": [[1, 1]]}, "attention_mask must be"),
+    "a mask of nothing": ({**IDS, "attention_mask": [[0, 0, 0]]}, "the prompt has no tokens"),
+    "rows that do not fit": (
+        {"input_ids": [[5, 6], [7, 8]], "position_ids": [[0, 1]]},
+        r"position_ids \[1, 2\] has other rows than input_ids \[2, 2\]",
+    ),
+    "two prompts in a mapping of a list": (
+        [{"input_ids": [[5], [6]]}],
+        "must hold one prompt, got 2",
+    ),
+    "a mask over embeddings": (
+        {"inputs_embeds": torch.zeros(1, 3, 48), "attention_mask": [[1, 1, 0]]},
+        "attention_mask hides a part of inputs_embeds",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_would_not_be_used_is_refused_by_name(name):
+    given, expected = REFUSED[name]
+    with pytest.raises(LensError, match=expected):
+        lens.capture(llama(), given, progress=False)
+
+
+def test_what_a_model_cannot_run_is_said_in_one_line():
+    far = {**IDS, "position_ids": [[0, 1, 999]]}
+    expected = r"BertModel cannot run this prompt \(input_ids \[1, 3\], position_ids \[1, 3\]\): RuntimeError"
+    with pytest.raises(LensError, match=expected):
+        lens.capture(bert(), far, progress=False)
+
+
+def test_analyses_that_run_ids_alone_refuse_what_they_would_drop():
+    for given in (dict(words()(*PAIR)), [PAIR]):
+        with pytest.raises(
+            LensError, match="this takes input_ids and attention_mask, got token_type_ids"
+        ):
+            read_prompts(bert(), given)
+    prompts, _ = read_prompts(bert(), [PAIR[0]])
+    assert prompts[0].ids == [1, 5, 9, 60, 31, 8, 2]
 
 
 def paligemma():

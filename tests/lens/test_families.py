@@ -1,0 +1,213 @@
+"""Model families: captured where their attention is a softmax, and equal to `eager`; else refused in one line."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+
+import lens
+from lens.common.errors import LensError
+from lens.figures.heads import head_grid, metric_by_layer
+from lens.passes.check import tiny_inputs
+from lens.passes.interface import switched
+from lens.traces.profiles import prompt_table
+from tests.lens.architectures import TEXT
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 48,
+    "intermediate_size": 56,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+}
+IMAGE: dict[str, Any] = {**SIZES, "image_size": 16, "patch_size": 4}
+SOUND: dict[str, Any] = {**SIZES, "conv_dim": [16] * 7, "num_conv_pos_embedding_groups": 4}
+MOE: dict[str, Any] = {
+    **TEXT,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+}
+SPARSE: dict[str, Any] = {
+    **{**TEXT, "num_key_value_heads": 6},
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "moe_intermediate_size": 32,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 12,
+    "index_topk": 8,
+    "index_n_heads": 4,
+    "index_head_dim": 16,
+}
+WHISPER: dict[str, Any] = {
+    "d_model": 48,
+    "encoder_layers": 3,
+    "encoder_attention_heads": 6,
+    "decoder_layers": 1,
+    "decoder_attention_heads": 6,
+    "encoder_ffn_dim": 56,
+    "vocab_size": 97,
+    "num_mel_bins": 8,
+    "max_source_positions": 20,
+    "pad_token_id": 0,
+    "decoder_start_token_id": 1,
+    "eos_token_id": 2,
+}
+GEMMA4: dict[str, Any] = {
+    **{**TEXT, "num_hidden_layers": 4},
+    "head_dim": 8,
+    "sliding_window": 7,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": 97,
+    "num_kv_shared_layers": 0,
+}
+TOWERS: dict[str, Any] = {"text_config": {**SIZES, "vocab_size": 97}, "vision_config": IMAGE}
+
+CAPTURED: dict[str, Callable[[], Any]] = {
+    "gemma4": lambda: hf.Gemma4ForCausalLM(hf.Gemma4TextConfig(**GEMMA4)),
+    "qwen2_moe": lambda: hf.Qwen2MoeForCausalLM(hf.Qwen2MoeConfig(**MOE)),
+    "dinov3": lambda: hf.DINOv3ViTModel(hf.DINOv3ViTConfig(**IMAGE, num_register_tokens=3)),
+    "beit": lambda: hf.BeitModel(hf.BeitConfig(**IMAGE)),
+    "clip's image tower": lambda: hf.CLIPVisionModel(hf.CLIPVisionConfig(**IMAGE)),
+    "videomae": lambda: hf.VideoMAEModel(hf.VideoMAEConfig(**IMAGE, num_frames=4)),
+    "whisper's encoder": lambda: hf.WhisperModel(hf.WhisperConfig(**WHISPER)).get_encoder(),
+    "wav2vec2": lambda: hf.Wav2Vec2Model(hf.Wav2Vec2Config(**SOUND, num_conv_pos_embeddings=16)),
+    "ast": lambda: hf.ASTModel(hf.ASTConfig(**SIZES, max_length=48, num_mel_bins=16, patch_size=8)),
+    "layoutlm": lambda: hf.LayoutLMModel(hf.LayoutLMConfig(**SIZES, vocab_size=97)),
+    "trocr": lambda: hf.TrOCRForCausalLM(
+        hf.TrOCRConfig(
+            d_model=48, decoder_layers=3, decoder_attention_heads=6, vocab_size=97, pad_token_id=0
+        )
+    ),
+}
+
+
+def built(make: Callable[[], Any], size: float = 4) -> Any:
+    """In eval mode; weights that are `size` times as large make attention that is far from uniform."""
+    torch.manual_seed(0)
+    model = make().eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 2 and "embed" not in name:
+                parameter.mul_(size)
+    return model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", CAPTURED)
+def test_probabilities_and_output_are_those_of_eager(name):
+    model = built(CAPTURED[name], 1 if name == "gemma4" else 4)
+    model = model.double() if name == "gemma4" else model  # its logits have no scale and are large
+    loaded = lens.load(model)
+    inputs = tiny_inputs(loaded)
+    with switched(model, "eager"):
+        own = model(**inputs, output_attentions=True)
+    trace = lens.capture(loaded, inputs, block_size=1, progress=False)
+    assert len(trace.layers) == len(own.attentions)
+    for found, weights in zip(trace.block_mass.values, own.attentions, strict=True):
+        assert (torch.from_numpy(found) - weights[0]).abs().max() < 1e-5
+    with lens.traces.capturing(loaded):
+        assert (model(**inputs)[0] - own[0]).abs().max() < 1e-4 * own[0].abs().max()
+
+
+def _on_meta():
+    with torch.device("meta"):
+        return hf.LlamaForCausalLM(hf.LlamaConfig(**TEXT))
+
+
+def _offloaded():
+    import accelerate
+
+    model = hf.LlamaForCausalLM(hf.LlamaConfig(**TEXT))
+    return accelerate.cpu_offload(model, execution_device="cpu")
+
+
+REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
+    "clip": (
+        lambda: hf.CLIPModel(hf.CLIPConfig(**TOWERS, projection_dim=32)),
+        r"CLIPModel has 2 towers \(text_model, vision_model\).*load one: lens.load\(model.text_model\)",
+    ),
+    "longformer": (
+        lambda: hf.LongformerModel(
+            hf.LongformerConfig(**SIZES, vocab_size=97, attention_window=8, pad_token_id=0)
+        ),
+        "cannot reach the attention of LongformerModel",
+    ),
+    "canine": (lambda: hf.CanineModel(hf.CanineConfig(**SIZES)), "another sequence"),
+    "glm_moe_dsa": (
+        lambda: hf.GlmMoeDsaForCausalLM(hf.GlmMoeDsaConfig(**SPARSE)),
+        "GlmMoeDsaAttention passes indices=",
+    ),
+    "vit_mae": (
+        lambda: hf.ViTMAEModel(hf.ViTMAEConfig(**IMAGE)),
+        "ViTMAEModel is random: run twice on a tiny prompt it gives two different outputs",
+    ),
+    "mamba": (
+        lambda: hf.MambaModel(hf.MambaConfig(hidden_size=48, num_hidden_layers=2, vocab_size=97)),
+        "cannot read the sizes of MambaModel",
+    ),
+    "on the meta device": (_on_meta, "weights of LlamaForCausalLM are not in memory"),
+    "offloaded": (_offloaded, "weights of LlamaForCausalLM are not in memory"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_captured_is_refused_in_one_line(name):
+    make, expected = REFUSED[name]
+    with pytest.raises(LensError, match=expected) as caught:
+        lens.load(make().eval())
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["text-lm-3l", "own"])
+def test_float64_is_float64(name):
+    if name == "own":
+        loaded = lens.load(built(lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**TEXT))).double())
+    else:
+        loaded = lens.load(name, dtype="float64")
+    assert loaded.dtype == torch.float64
+    assert loaded.check is not None
+    assert loaded.check < 1e-6  # transformers' own softmax is float32 there
+    single = lens.load(built(lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**TEXT))))
+    ids = list(range(3, 30))
+    if name == "own":
+        found, expected = (lens.capture(one, ids, progress=False) for one in (loaded, single))
+        assert abs(found.received.values - expected.received.values).max() < 1e-4
+
+
+def test_layers_of_different_heads_keep_no_q_and_k():
+    loaded = lens.load(built(CAPTURED["gemma4"]))
+    trace = lens.capture(loaded, list(range(3, 20)), progress=False)
+    assert len(trace.layers) == 4
+    with pytest.raises(LensError, match="do not fit into one trace: capture without keep_qk"):
+        lens.capture(loaded, list(range(3, 20)), keep_qk=True, progress=False)
+
+
+def test_what_is_no_loaded_model_and_no_trace_is_said_so():
+    own = hf.LlamaForCausalLM(hf.LlamaConfig(**TEXT)).eval()
+    with pytest.raises(LensError, match=r"got 'text-lm-3l'; pass lens\.load\('text-lm-3l'\)"):
+        lens.capture("text-lm-3l", "a text")
+    with pytest.raises(LensError, match=r"got a LlamaForCausalLM; pass lens\.load\(it\)"):
+        lens.capture(own, [3, 4, 5])
+    with pytest.raises(LensError, match="got a LlamaForCausalLM"), lens.traces.capturing(own):
+        pass
+    with pytest.raises(LensError, match=r"profile takes traces.*got 'x' \(str\)"):
+        lens.profile("x")
+
+
+def test_a_metric_of_a_users_own_is_drawn():
+    table = prompt_table(lens.capture(lens.load(), "It was the best of times"), "text")
+    mine = table[table["metric"] == "sink_rate"].assign(metric="mine<b>")
+    assert head_grid(mine, "mine<b>").layout.title.text.startswith(
+        "mine&lt;b&gt; (no unit): highest"
+    )
+    assert "mine&lt;b&gt;" in metric_by_layer(mine, "mine<b>").layout.title.text
+    with pytest.raises(LensError, match="no rows of 'mine'"):
+        head_grid(table, "mine")
