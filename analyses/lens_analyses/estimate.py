@@ -10,12 +10,13 @@ import time
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from lens_analyses.config import RunConfig
+from lens.common.errors import LensError
+from lens_analyses.config import TASKS, RunConfig
 from lens_analyses.console import refused_as_usage
-from lens_analyses.inputs import PlannedPrompt, load_model, plan, read_sources
+from lens_analyses.inputs import load_model, plan, read_sources
 from lens_analyses.steps import STEPS
 from lens_analyses.steps.costs import COSTS, Load
-from lens_analyses.steps.subject import analysed
+from lens_analyses.steps.subject import WINDOW, analysed
 
 if TYPE_CHECKING:
     from lens.models.loaded import LoadedModel
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 BASE_MEMORY = 600 << 20  # Python with torch and transformers
 SLOWDOWN = 3.0  # of a whole model against one large matrix product, measured
 PASS_OF_A_LAYER = 0.004  # seconds, where one prompt passes alone: Python and edited attention
+MOST_PROMPTS = 100_000  # that one run makes; more is a slip of the keyboard
+MOST_TOKENS = 100_000_000  # of the copied prompts that it makes
+_TASK_TOKENS = 51  # of a prompt of a task that was not made yet
 _ROW_VARIABLES = 10  # with the dimensions layer, head, query
 _MATCH_RULES = 4
 
@@ -83,12 +87,14 @@ def estimate(config: RunConfig) -> Estimate:
         config, sources = read_sources(config)
     model = load_model(config)
     with refused_as_usage():
+        refuse_excess(config, model)
         planned = plan(model, config, sources)
         task, windows = analysed(config, model, planned)
     lengths = [len(prompt.ids) for prompt in planned]
     rate = _rate(model)
-    steps = {"profile": SLOWDOWN * sum(work(model, prompt) for prompt in planned) / rate}
-    steps |= _analysis(config, model, planned, task, windows, rate)
+    steps = {"profile": SLOWDOWN * sum(work(model, length) for length in lengths) / rate}
+    load = _load(config, model, sum(lengths), sum(map(len, task)), sum(map(len, windows)))
+    steps |= _analysis(config, model, load, rate)
     return Estimate(
         model=model.name,
         what=config.what,
@@ -102,29 +108,54 @@ def estimate(config: RunConfig) -> Estimate:
     )
 
 
-def _analysis(
-    config: RunConfig,
-    model: "LoadedModel",
-    planned: list[PlannedPrompt],
-    task: list[list[int]],
-    windows: list[list[int]],
-    rate: float,
-) -> dict[str, float]:
-    """Seconds of each step after the profile."""
-    settings, info, what = config.analysis, model.info, config.what
-    load = Load(
-        settings=settings,
+def refuse_excess(config: RunConfig, model: "LoadedModel") -> None:
+    """More prompts than a run makes are refused before any is made, with what they would take.
+
+    Raises:
+        LensError: more than `MOST_PROMPTS` of the task or copied ones, or `MOST_TOKENS` of these.
+    """
+    prompts, settings = config.prompts, config.analysis
+    length = 2 * prompts.copied_length + 1
+    made = settings is not None and getattr(settings, "task", "text") in TASKS
+    n = settings.n if settings is not None and made else 0
+    copied = prompts.copied
+    if max(copied, n) <= MOST_PROMPTS and copied * length <= MOST_TOKENS:
+        return
+    rate = _rate(model)
+    load = _load(config, model, copied * length, n * _TASK_TOKENS, 0)
+    seconds = SLOWDOWN * copied * work(model, length) / rate
+    seconds += sum(_analysis(config, model, load, rate).values())
+    disk = copied * model.info.layers * layer_bytes(model, config, length)
+    asked = [f"{copied:,} copied prompts of {length:,} tokens"] if copied else []
+    asked += [f"{n:,} prompts of the task"] if n else []
+    raise LensError(
+        f"{' and '.join(asked)} would take about {_time(seconds)} and {_size(disk)} of disk; a run makes at "
+        f"most {MOST_PROMPTS:,} of each and {MOST_TOKENS:,} copied tokens: ask for fewer (--copied, "
+        "--copied-length, --n)"
+    )
+
+
+def _load(config: RunConfig, model: "LoadedModel", prompts: int, task: int, windows: int) -> Load:
+    info = model.info
+    return Load(
+        settings=config.analysis,
         layers=info.layers,
         heads=info.layers * info.heads,
         vocab=info.vocab or 0,
         parameters=info.parameters,
-        prompts=sum(len(prompt.ids) for prompt in planned),
-        task=sum(map(len, task)),
-        windows=sum(map(len, windows)),
+        prompts=prompts,
+        task=task,
+        windows=windows,
+        length=getattr(config.analysis, "length", None) or WINDOW,
     )
+
+
+def _analysis(config: RunConfig, model: "LoadedModel", load: Load, rate: float) -> dict[str, float]:
+    """Seconds of each step after the profile."""
+    info, what = model.info, config.what
     found = {}
     for step in STEPS[what]:
-        if step.is_wanted(settings):
+        if step.is_wanted(config.analysis):
             cost = COSTS[what][step.name](load)
             computing = SLOWDOWN * 2 * info.parameters * cost.tokens / rate
             alone = PASS_OF_A_LAYER * info.layers * cost.passes
@@ -132,14 +163,14 @@ def _analysis(
     return found
 
 
-def work(model: "LoadedModel", prompt: PlannedPrompt) -> float:
+def work(model: "LoadedModel", tokens: int) -> float:
     """Floating-point operations of one prompt: weights × tokens, and attention × tokens².
 
     Three passes over weights (capture, loss, random weights); attention runs once plainly, as a forward
     pass, an LSE pass and a sink-excluded pass under capture, and as two of these with random weights, each
     of 4 operations a pair and dimension, half of them masked.
     """
-    tokens, info = len(prompt.ids), model.info
+    info = model.info
     return 6 * info.parameters * tokens + 12 * info.layers * info.heads * info.head_dim * tokens**2
 
 
@@ -177,8 +208,16 @@ def _rate(model: "LoadedModel", size: int = 768) -> float:
 
 
 def _time(seconds: float) -> str:
-    return f"{max(seconds, 1):.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+    """In the largest unit of which there are two."""
+    units = {"years": 31_557_600, "days": 86_400, "hours": 3600, "min": 60}
+    for name, size in units.items():
+        if seconds >= 2 * size or (name == "min" and seconds >= 100):
+            return f"{seconds / size:,.0f} {name}"
+    return f"{max(seconds, 1):.0f} s"
 
 
 def _size(count: int) -> str:
-    return f"{count / 1e6:.0f} MB" if count < 1e9 else f"{count / 1e9:.1f} GB"
+    for name, size in {"TB": 1e12, "GB": 1e9}.items():
+        if count >= size:
+            return f"{count / size:,.1f} {name}"
+    return f"{count / 1e6:.0f} MB"

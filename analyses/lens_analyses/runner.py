@@ -26,7 +26,7 @@ from lens.traces.findings import findings
 from lens.traces.store import remove_trace, trace_files
 from lens_analyses.config import RunConfig
 from lens_analyses.console import Output, log, progress_bar, refused_as_usage
-from lens_analyses.estimate import work
+from lens_analyses.estimate import refuse_excess, work
 from lens_analyses.inputs import PlannedPrompt, load_model, plan, read_sources
 from lens_analyses.provenance import versions
 from lens_analyses.report import render
@@ -105,6 +105,7 @@ def execute(config: RunConfig, runs: Path, output: Output, *, again: bool = Fals
     log.info("loading %s", config.model.name)
     model = load_model(config)
     with refused_as_usage():  # what cannot be done is refused now, not after the profile
+        refuse_excess(config, model)
         planned = plan(model, config, sources)
         analysed(config, model, planned)
     fresh_parent = not runs.exists()
@@ -197,7 +198,7 @@ class _Execution:
     def _capture_all(self) -> None:
         pending = [index for index, row in enumerate(self._rows) if row["status"] != "done"]
         pending.sort(key=lambda index: -len(self._planned[index].ids))
-        costs = [work(self._model, self._planned[index]) for index in pending]
+        costs = [work(self._model, len(self._planned[index].ids)) for index in pending]
         current = Path()
         finished = cost = 0.0
 

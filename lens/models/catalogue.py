@@ -73,8 +73,10 @@ def nearest(name: str) -> str:
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name looks like `owner/name` on the hub."""
-    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
+    """Whether the hub could know a name: `owner/name`, or a bare one such as `gpt2` that is no slip of a known one."""
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None:
+        return True
+    return re.fullmatch(r"[A-Za-z0-9][\w.-]*", name) is not None and not nearest(name)
 
 
 def unknown_model(name: str) -> str:

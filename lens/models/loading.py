@@ -153,8 +153,9 @@ def _commit(name: str, revision: str | None) -> tuple[str, bool]:
 
 
 def _no_hub(name: str, reason: str) -> str:
+    other = "" if "/" in name else f"{name!r} is neither embedded nor a folder here; "
     return (
-        f"cannot get {name} from the Hugging Face hub: {reason}; check the name and the network "
+        f"{other}cannot get {name} from the Hugging Face hub: {reason}; check the name and the network "
         f"(a gated model needs HF_TOKEN), give a folder, or an embedded model: {', '.join(KNOWN)}"
     )
 

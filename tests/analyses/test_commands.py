@@ -263,7 +263,7 @@ def test_every_step_has_a_cost_that_grows_with_its_settings():
 
     def tokens(what, step, heads=8, prompts=100, **settings):
         analysis = make_config({"what": what, "analysis": settings}).analysis
-        load = Load(analysis, 2, heads, 65, 50_000, prompts, prompts, prompts)
+        load = Load(analysis, 2, heads, 65, 50_000, prompts, prompts, prompts, 32)
         return COSTS[what][step](load).tokens
 
     more = {

@@ -1,8 +1,9 @@
 """From files and embedded texts to prompts: cut on request only, and refused with a remedy."""
 
 import pytest
-from lens_analyses.config import ModelConfig, PromptConfig, RunConfig
+from lens_analyses.config import ModelConfig, PromptConfig, RunConfig, make_config
 from lens_analyses.inputs import load_model, plan, read_sources
+from lens_analyses.steps.subject import window_length
 
 import lens
 from lens.common.errors import LensError
@@ -178,3 +179,27 @@ def test_relative_paths_become_absolute(tmp_path, monkeypatch):
 def test_a_device_that_is_not_there(device):
     with pytest.raises(LensError, match=f"device '{device}' cannot be used .*see `lens doctor`"):
         load_model(RunConfig(model=ModelConfig(device=device)))
+
+
+@pytest.mark.parametrize(
+    ("lengths", "asked", "expected"),
+    [
+        ([96] * 6, None, 96),  # --tokens 96 --windows 6
+        ([500], None, 128),
+        ([96] * 6, 32, 32),
+        ([5, 60, 58, 7], None, 58),
+        ([5] * 90 + [60], None, 5),  # two windows, and half of all tokens
+        ([90], None, 90),  # which is then refused by its number
+    ],
+)
+def test_windows_are_as_long_as_the_texts_allow(lengths, asked, expected):
+    analysis = {} if asked is None else {"length": asked}
+    settings = make_config({"what": "heads", "analysis": analysis}).analysis
+    texts = [[0, *range(1, length)] for length in lengths]
+    assert window_length(texts, 0, settings) == expected
+
+
+def test_windows_of_texts_shorter_than_the_default_need_no_setting(lens_command, tmp_path):
+    words = "sinks --text-name moby-dick --tokens 96 --windows 6 --dry-run --json"
+    answer = lens_command(*words.split(), "--out", tmp_path)
+    assert answer.code == 0, answer.err

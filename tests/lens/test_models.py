@@ -126,7 +126,7 @@ def test_an_unknown_name_lists_the_known_without_asking_the_network(monkeypatch)
     with pytest.raises(
         LensError, match="known: text-lm-3l, stories260k, induction-2l, smollm2-135m"
     ):
-        lens.load("zzz")
+        lens.load("zz z")
     assert nearest("zzz") == ""
 
 
@@ -143,6 +143,9 @@ def test_an_unreachable_hub_is_one_line_with_the_remedy(monkeypatch):
     with pytest.raises(LensError, match=expected) as caught:
         lens.load("nobody/nothing")
     assert "\n" not in str(caught.value)
+    bare = "'gpt2' is neither embedded nor a folder here; cannot get gpt2 from the Hugging Face hub: Name"
+    with pytest.raises(LensError, match=bare):
+        lens.load("gpt2")
 
 
 def test_a_hub_model_that_was_fetched_before_loads_without_the_hub(monkeypatch, tmp_path):

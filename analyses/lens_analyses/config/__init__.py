@@ -7,6 +7,7 @@ Needs no torch.
 
 from lens_analyses.config.models import (
     CONFIGS,
+    TASKS,
     WHATS,
     CaptureConfig,
     CircuitSettings,
@@ -22,6 +23,7 @@ from lens_analyses.config.settings import Setting, settings_of
 
 __all__ = [
     "CONFIGS",
+    "TASKS",
     "WHATS",
     "CaptureConfig",
     "CircuitSettings",

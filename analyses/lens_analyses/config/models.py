@@ -30,6 +30,14 @@ TASKS = ("induction", "ioi", "greater_than", "docstring", "colored_objects")
 """Tasks that `lens.tasks` makes from a model, a number of prompts and a seed."""
 MEASURES = ("ablation", "gradient", "attribution", "atp", "gate", "direct")
 BASELINES = ("zero", "mean", "pooled_mean", "resample", "counterfactual", "optimal")
+_GO_TOGETHER = {
+    "gradient": ("zero",),
+    "gate": ("zero",),
+    "direct": ("zero",),
+    "atp": ("counterfactual", "resample"),
+    "attribution": BASELINES[:-1],
+}
+"""Measures and the baselines that they know, where these are not all."""
 EDITS = ("mask", "drop", "mean_value", "zero_value", "move", "transfer")
 NOT_FROM_A_COMMAND = {
     "var": "it moves attention to an image, and the prompts here are text; use lens.edits.Var",
@@ -73,6 +81,11 @@ def _measures(words: str) -> str:
             raise ValueError(
                 f"unknown measure {word!r}; give {', '.join(MEASURES)}, with a baseline after a slash "
                 f"where one is chosen ({', '.join(BASELINES)}), e.g. ablation/mean"
+            )
+        allowed = _GO_TOGETHER.get(by, BASELINES)
+        if slash and baseline not in allowed:
+            raise ValueError(
+                f"the measure {word!r} does not exist: {by} goes with {' or '.join(allowed)}"
             )
     return words
 
@@ -118,6 +131,16 @@ class ModelConfig(Section):
         shown=Shown(rare=True),
         min_length=1,
     )
+
+    @model_validator(mode="after")
+    def _of_the_hub(self) -> Self:
+        if self.revision is not None and (
+            self.name in KNOWN or not is_hub_id(self.name) or is_folder(self.name)
+        ):
+            raise ValueError(
+                f"model.revision goes with a hub id such as owner/name, not with {self.name}"
+            )
+        return self
 
 
 class PromptConfig(Section):
@@ -187,8 +210,11 @@ class AnalysisSettings(Section):
     """What is done beyond the profile."""
 
     n: int = setting(32, "Prompts of the task, or windows of text, at most.", ge=2)
-    length: int = setting(
-        128, "Tokens of each window, where text is predicted.", shown=Shown(rare=True), ge=2
+    length: int | None = setting(
+        None,
+        "Tokens of each window, where text is predicted; 128 if not given, or fewer where texts are shorter.",
+        shown=Shown(rare=True),
+        ge=2,
     )
 
 

@@ -22,6 +22,7 @@ class Load:
         prompts: tokens of the run's own prompts.
         task: tokens of the prompts of the task.
         windows: tokens of the windows of text; 0 without text.
+        length: tokens of one window.
     """
 
     settings: Any
@@ -32,6 +33,7 @@ class Load:
     prompts: int
     task: int
     windows: int
+    length: int
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ def _effects(load: Load) -> Cost:
 
 def _first_token(load: Load) -> Cost:
     fixed = 63  # prompts that do not depend on the windows
-    tokens = fixed * load.settings.length + 8 * load.windows
+    tokens = fixed * load.length + 8 * load.windows
     return Cost(tokens, fixed + 8 * load.settings.n)
 
 
@@ -114,7 +116,7 @@ COSTS: dict[str, dict[str, Callable[[Load], Cost]]] = {
         "dose": lambda load: _of_windows(load, 2 * _amounts(load) + 1),
         "redistribution": lambda load: _of_windows(load, _amounts(load) + 3),
         "streaming": lambda load: _of_windows(load, 7),
-        "spectrum": lambda load: Cost(33 * load.settings.length, 33),
+        "spectrum": lambda load: Cost(33 * load.length, 33),
     },
     "redistribute": {
         "dose": lambda load: Cost(_amounts(load) * (load.task + load.windows)),

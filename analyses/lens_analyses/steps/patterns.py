@@ -54,7 +54,7 @@ def similarity(subject: Subject) -> Section:
     """Which heads look alike and which write alike, as groups with their stability."""
     kind = "text" if len(subject.prompts("text")) > 1 else "copied"
     prompts = subject.prompts(kind) or subject.prompts("text")
-    prompts = [ids[: subject.settings.length] for ids in prompts[:_ALIKE_PROMPTS]]
+    prompts = [ids[: subject.length] for ids in prompts[:_ALIKE_PROMPTS]]
     alike = len(prompts) > 1 and len({len(ids) for ids in prompts}) == 1
     tables, figures, said = {}, {}, []
     for method in ("js", "cka"):
@@ -84,7 +84,7 @@ def similarity(subject: Subject) -> Section:
         title="Which heads are alike",
         summary=tuple(said),
         limits=(
-            f"Compared on {len(prompts)} prompts of at most {subject.settings.length} tokens; attention "
+            f"Compared on {len(prompts)} prompts of at most {subject.length} tokens; attention "
             "without the first key, so that a sink does not make all heads alike.",
             "Heads that are alike can still differ in what they do to the model: see importance.",
         ),

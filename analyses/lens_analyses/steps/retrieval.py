@@ -15,7 +15,7 @@ _TRIALS = 8
 def retrieval(subject: Subject) -> Section:
     """Retrieval score on copied needles, kept mass and error of streaming, and the trained gate."""
     kind = "copied" if subject.prompts("copied") else "text"
-    prompts = [ids[: subject.settings.length] for ids in subject.prompts(kind)]
+    prompts = [ids[: subject.length] for ids in subject.prompts(kind)]
     last = max(4, min(map(len, prompts)) // 6)
     options = {"first": _FIRST, "last": last, "progress": subject.progress}
     tables, figures, said, limits = {}, {}, [], []

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from lens.models.loaded import LoadedModel
     from lens.tasks import Task
 
+WINDOW = 128  # tokens of a window, where nothing else is asked for
+
 
 @dataclass(frozen=True, eq=False)
 class Subject:
@@ -68,8 +70,13 @@ class Subject:
         return table.loc[table["kind"] == kind, "prompt_id"].tolist()
 
     @cached_property
+    def length(self) -> int:
+        """Tokens of a window of text."""
+        return window_length(self.prompts("text"), self.model.bos_id, self.settings)
+
+    @cached_property
     def windows(self) -> "Task":
-        """Predicting the run's own text, in windows of `analysis.length` tokens, at most `analysis.n`.
+        """Predicting the run's own text, in windows of `length` tokens, at most `analysis.n`.
 
         Each window begins with the token that the whole text begins with, if that is a BOS.
 
@@ -134,17 +141,39 @@ def windows_of(
             "this analysis needs text, and the run has copied prompts alone; give --text FILE or "
             "--text-name moby-dick"
         )
-    length, found = settings.length, []
+    length = window_length(texts, bos_id, settings)
+    found = _cut(texts, bos_id, length)
+    if len(found) < 2:
+        raise LensError(
+            f"the text gives {len(found)} window{'' if len(found) == 1 else 's'} of {length} tokens, at least 2 are needed; give "
+            "more text (--tokens, --windows), or ask for shorter windows (--length)"
+        )
+    return found[: settings.n]
+
+
+def window_length(texts: list[list[int]], bos_id: int | None, settings: AnalysisSettings) -> int:
+    """`settings.length`, or 128, or where texts are shorter the longest length that keeps half of them.
+
+    Half of all tokens must be in whole windows, and there must be two, if any length does that.
+    """
+    if settings.length is not None or not texts:
+        return settings.length or WINDOW
+    enough = sum(map(len, texts)) / 2
+    for length in sorted({min(WINDOW, len(ids)) for ids in texts}, reverse=True):
+        found = _cut(texts, bos_id, length) if length > 2 else []
+        if len(found) > 1 and len(found) * length >= enough:
+            return length
+    return min(WINDOW, max(map(len, texts)))
+
+
+def _cut(texts: list[list[int]], bos_id: int | None, length: int) -> list[list[int]]:
+    """Consecutive windows of each text, each after the text's own BOS."""
+    found = []
     for ids in texts:
         start = ids[:1] if ids[0] == bos_id else []
         body, size = ids[len(start) :], length - len(start)
         found += [start + body[at : at + size] for at in range(0, len(body) - size + 1, size)]
-    if len(found) < 2:
-        raise LensError(
-            f"the text gives {len(found)} windows of {length} tokens, at least 2 are needed; give "
-            "more text (--tokens), or shorter windows with --set analysis.length=32"
-        )
-    return found[: settings.n]
+    return found
 
 
 def named_task(model: "LoadedModel", name: str, n: int, seed: int) -> "Task":
