@@ -19,6 +19,7 @@ from lens.common.progress import advancing
 from lens.edits.clean_runs import CleanRuns, clean_runs, of_layers
 from lens.edits.controls import CONTROLS, DRAWN, Case, Control, Kind, Trial, kinds_of
 from lens.edits.effect_results import Effect
+from lens.edits.freezing import Freeze
 from lens.edits.language import Edit
 from lens.edits.losses import MEASURES, bos_policy, changes_of, predicted, predictions, two_tokens
 from lens.edits.parts import Ablate
@@ -247,9 +248,9 @@ class _Run:
 def _edits_of(
     model: LoadedModel, edit: Edits, prompts: Any
 ) -> Callable[[Prompt], tuple[Edit, ...]]:
-    """The edits of a prompt, their means taken once."""
+    """The edits of a prompt; what they need of all prompts is read once."""
 
-    def ready(given: Edit | Sequence[Edit]) -> tuple[Edit, ...]:
+    def of_all(given: Edit | Sequence[Edit]) -> tuple[Edit, ...]:
         several = (given,) if isinstance(given, Edit) else given
         if isinstance(several, str) or not isinstance(several, Sequence) or not several:
             raise LensError(
@@ -259,10 +260,15 @@ def _edits_of(
             one.ready(model, prompts) if isinstance(one, Ablate) else one for one in several
         )
 
+    def of_one(given: tuple[Edit, ...], prompt: Prompt) -> tuple[Edit, ...]:
+        return tuple(
+            one.ready(model, prompt.inputs) if isinstance(one, Freeze) else one for one in given
+        )
+
     if callable(edit) and not isinstance(edit, Edit):
-        return lambda prompt: ready(edit(prompt))
-    once = ready(edit)
-    return lambda _: once
+        return lambda prompt: of_one(of_all(edit(prompt)), prompt)
+    once = of_all(edit)
+    return lambda prompt: of_one(once, prompt)
 
 
 def _said(edits: Sequence[Edit]) -> str:

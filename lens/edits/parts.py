@@ -53,7 +53,7 @@ class Ablate(Edit):
 
     what: AnyHead | Sequence[AnyHead]
     baseline: Literal["zero", "mean", "pooled_mean"] = "zero"
-    over: Any = field(default=None, compare=False)
+    over: Any = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         check_choice("baseline of Ablate", self.baseline, ("zero", "mean", "pooled_mean"))

@@ -11,9 +11,11 @@ import torch
 from lens.common.errors import LensError
 from lens.edits._keyed import KeyedEdit, edited_together
 from lens.edits.base import AttentionEdit
+from lens.edits.freezing import FrozenEdit
 from lens.edits.language import Edit
 from lens.models.loaded import LoadedModel
 from lens.passes.calls import LayerCall, attend
+from lens.passes.keys import KeysAt
 from lens.passes.sessions import listening
 
 
@@ -67,7 +69,17 @@ class Together:
     """Several edits of attention: those that share heads of a layer act one after another."""
 
     def __init__(self, edits: list[AttentionEdit], backend: str) -> None:
-        self._edits, self._backend = edits, backend
+        self._all, self._backend = edits, backend
+        self._frozen = [one for one in edits if isinstance(one, FrozenEdit)]
+        for number, one in enumerate(edits):
+            for other in edits[:number]:
+                if one in self._frozen and bool((one.heads & other.heads).any()):
+                    raise LensError(
+                        f"Freeze acts first, and {other.word} comes before it on the same heads; give "
+                        "Freeze first, and once"
+                    )
+        edits = [one for one in edits if one not in self._frozen]
+        self._edits = edits
         if not edits:
             return
         chosen = torch.stack([one.heads for one in edits])
@@ -84,11 +96,14 @@ class Together:
 
     def on_layer(self, call: LayerCall) -> torch.Tensor:
         """See `lens.passes.sessions.listening`."""
+        if not self._all:
+            return attend(call, backend=self._backend).output
+        for one in self._all:
+            one.steps = call.step + 1
+        at, output = self._all[0].keys_at(call), None
+        call = self.frozen(call, at)
         if not self._edits:
             return attend(call, backend=self._backend).output
-        for one in self._edits:
-            one.steps = call.step + 1
-        at, output = self._edits[0].keys_at(call), None
         for numbers in self._sets[call.layer]:
             here = [self._edits[number] for number in numbers]
             keyed = [one for one in here if isinstance(one, KeyedEdit)]
@@ -104,6 +119,12 @@ class Together:
                 heads = torch.stack([one.heads[call.layer] for one in here]).any(0)
                 output[:, heads] = found[:, heads].to(output.dtype)
         return attend(call, backend=self._backend).output if output is None else output
+
+    def frozen(self, call: LayerCall, at: KeysAt) -> LayerCall:
+        """The call with the patterns held that are to be held."""
+        for one in self._frozen:
+            call = one.frozen(call, at)
+        return call
 
 
 def _joined(chosen: torch.Tensor) -> list[list[int]]:

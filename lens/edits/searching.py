@@ -11,7 +11,8 @@ import torch
 
 from lens.common.errors import LensError
 from lens.common.head_ids import HeadId
-from lens.common.results import Result, described
+from lens.common.progress import advancing
+from lens.common.results import Result, Sentence, described, few
 from lens.edits.language import OfHeads
 from lens.edits.running import edit as run
 from lens.models.loaded import LoadedModel
@@ -50,17 +51,19 @@ class HeadSearch(Result):
         return float(self.validation.mean() - self.test.mean())
 
     def table(self) -> pd.DataFrame:
-        """One row per head, largest gain first: `head`, `gain`, `low`, `high` (95 %), `chosen`, `n`."""
+        """One row per head, largest gain first: `gain` with 95 % interval over prompts, `chosen`, `n`."""
         places = np.argwhere(~np.isnan(self.gains).all(-1))
         gains = self.gains[tuple(places.T)]
         low, high = over_units(gains.T, np.ones_like(gains.T), self.seed)
         names = [HeadId(*place) for place in places.tolist()]
         rows = pd.DataFrame(
             {
-                "head": [str(name) for name in names],
+                "layer": [name.layer for name in names],
+                "head": [name.head for name in names],
+                "name": [str(name) for name in names],
                 "gain": gains.mean(-1),
-                "low": low,
-                "high": high,
+                "gain_low": low,
+                "gain_high": high,
                 "chosen": [name in self.chosen for name in names],
                 "n": gains.shape[1],
             }
@@ -81,8 +84,8 @@ class HeadSearch(Result):
                     "heads": heads,
                     "prompts": prompts,
                     "gain": values.mean(),
-                    "low": float(low),
-                    "high": float(high),
+                    "gain_low": float(low),
+                    "gain_high": float(high),
                     "n": len(values),
                 }
             )
@@ -91,28 +94,40 @@ class HeadSearch(Result):
     def __repr__(self) -> str:
         return described(self)
 
-    def findings(self) -> tuple[str, ...]:
-        """What was chosen and what it is worth, in plain words."""
-        layers, heads, prompts = self.gains.shape
+    def findings(self) -> tuple[Sentence, ...]:
+        """What was `chosen`, what it is worth (`gain`), and whether that is shown (`verdict`)."""
+        gains = self.gains[~np.isnan(self.gains).all(-1)]
+        heads, prompts = gains.shape
         if not self.chosen:
-            return (
+            text = (
                 f"No head of {self.model} helps {self.task!r} when it is edited alone: the largest gain "
-                f"of {layers * heads} heads on {prompts} validation prompts is {self.gains.mean(-1).max():.4f} "
-                f"({self.metric}).",
+                f"of {heads} heads on {prompts} validation prompts is {gains.mean(-1).max():.4f} "
+                f"({self.metric})."
             )
+            return (Sentence(text, kind="chosen"),)
         rows = self.summary().to_dict("records")
-        shown = [f"{row['gain']:.4f} [{row['low']:.4f}, {row['high']:.4f}]" for row in rows]
-        low = rows[1]["low"]
-        return (
-            f"{len(self.chosen)} of {layers * heads} heads were chosen on {prompts} validation prompts: "
-            f"{', '.join(map(str, self.chosen[:6]))}{' and more' if len(self.chosen) > 6 else ''}.",
+        shown = [
+            f"{row['gain']:.4f} [{row['gain_low']:.4f}, {row['gain_high']:.4f}]" for row in rows
+        ]
+        chosen = (
+            f"{len(self.chosen)} of {heads} heads were chosen on {prompts} validation prompts: "
+            f"{few(self.chosen)}."
+        )
+        gain = (
             f"Edited together they gain {shown[1]} in {self.metric} on {rows[1]['n']} test prompts and "
             f"{shown[0]} on those that chose them: choosing flatters by {self.bias:.4f}. All heads "
-            f"together gain {shown[2]}.",
+            f"together gain {shown[2]}."
+        )
+        verdict = (
             "The gain on the test prompts is above 0."
-            if low > 0
+            if rows[1]["gain_low"] > 0
             else "The interval on the test prompts holds 0 or less: these prompts do not show that the "
-            "chosen heads help.",
+            "chosen heads help."
+        )
+        return (
+            Sentence(chosen, kind="chosen"),
+            Sentence(gain, kind="gain"),
+            Sentence(verdict, kind="verdict"),
         )
 
 
@@ -124,6 +139,7 @@ def search_heads(
     most: int = 10,
     validation: float = 0.5,
     seed: int = 0,
+    progress: bool = True,
 ) -> HeadSearch:
     """Edit each head alone on validation prompts, choose the best, judge them on the others.
 
@@ -134,6 +150,8 @@ def search_heads(
         edit: of attention, such as `lens.edits.Move("first", amount=0.6)`; its heads are tried one by one.
         most: heads chosen at most; only those with a positive mean gain are.
         validation: share of the prompts that choose.
+        seed: of the split and the bootstrap.
+        progress: show a bar with the time left, on stderr, if that is a terminal.
 
     Raises:
         LensError: an edit that is not one of heads, or that names some; fewer than two prompts on a side,
@@ -164,7 +182,7 @@ def search_heads(
         )
     order = torch.from_numpy(np.random.default_rng(seed).permutation(task.n))
     choosing, judging = (
-        _subset(task, rows.sort().values) for rows in order.split([count, task.n - count])
+        task.take(rows.sort().values) for rows in order.split([count, task.n - count])
     )
     base, base_test = (part.evaluate(model) for part in (choosing, judging))
 
@@ -175,8 +193,12 @@ def search_heads(
             edited = part.evaluate(model)
         return (part.sign * (edited - clean)).double().numpy()
 
-    everyone = info.every_head
-    gains = np.stack([gain(choosing, base, [head]) for head in everyone])
+    everyone, found = info.every_head, []
+    with advancing(f"{model.name}: heads", len(everyone), progress) as advance:
+        for head in everyone:
+            found.append(gain(choosing, base, [head]))
+            advance(1)
+    gains = np.stack(found)
     means = gains.mean(-1)
     best = [index for index in np.argsort(-means, kind="stable")[:most] if means[index] > 0]
     chosen = tuple(everyone[index] for index in best)
@@ -190,15 +212,4 @@ def search_heads(
         task=task.name,
         model=model.name,
         seed=seed,
-    )
-
-
-def _subset(task: Task, rows: torch.Tensor) -> Task:
-    return replace(
-        task,
-        clean=task.clean[rows],
-        positions=task.positions[rows],
-        correct=task.correct[rows],
-        corrupt=None if task.corrupt is None else task.corrupt[rows],
-        wrong=None if task.wrong is None else task.wrong[rows],
     )

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import pandas as pd
 
-from lens.common.results import Result, described
+from lens.common.head_ids import HeadId
+from lens.common.results import Result, Sentence, described
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +42,10 @@ class HeadSelection(Result):
             {
                 "layer": layers,
                 "head": heads,
+                "name": [
+                    str(HeadId(int(layer), int(head)))
+                    for layer, head in zip(layers, heads, strict=True)
+                ],
                 "text_rows": self.text[layers, heads],
                 "visual_rows": self.visual[layers, heads],
                 "selected_rows": self.selected[layers, heads],
@@ -52,24 +57,25 @@ class HeadSelection(Result):
     def __repr__(self) -> str:
         return described(self)
 
-    def findings(self) -> tuple[str, ...]:
-        """What was selected, in plain words."""
+    def findings(self) -> tuple[Sentence, ...]:
+        """How many heads were image-centric and in how many rows, as the kind `selected`."""
         rows = self.table()
         rows = rows[rows["text_rows"] > 0]
         if not len(rows):
-            return (
+            text = (
                 f"No row of {self.model} was looked at: there was no image, no sink or no text after "
-                "the image.",
+                "the image."
             )
+            return (Sentence(text, kind="selected"),)
         named = rows[rows["selected_rows"] > 0]
         total = int(rows["text_rows"].sum())
         chosen, visual = int(rows["selected_rows"].sum()), int(rows["visual_rows"].sum())
         top = ", ".join(
-            f"L{row['layer']}H{row['head']} {row['share']:.2f}"
-            for row in named.head(6).to_dict("records")
+            f"{row['name']} {row['share']:.2f}" for row in named.head(6).to_dict("records")
         )
-        return (
+        text = (
             f"{len(named)} of {len(rows)} heads were image-centric in some row: {chosen:,} of {total:,} "
             f"rows ({chosen / total:.1%}); {visual:,} rows had enough mass on the image"
-            + (f". Most often: {top}." if top else "."),
+            + (f". Most often: {top}." if top else ".")
         )
+        return (Sentence(text, kind="selected"),)

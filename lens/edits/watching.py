@@ -12,6 +12,7 @@ from lens.common.errors import LensError
 from lens.edits._keyed import KeyedEdit
 from lens.edits._parts import HeadsOut
 from lens.edits.base import AttentionEdit
+from lens.edits.freezing import FrozenEdit
 from lens.edits.running import Together
 from lens.passes.calls import LayerCall, attend
 from lens.passes.keys import KeysAt, members
@@ -56,7 +57,8 @@ class Watch:
             at = KeysAt(
                 call.layer, 0, torch.arange(keys, device=call.key.device)[None], call.tokens
             )
-            self.received.append(self._after(call, at).cpu())
+            held = self._together.frozen(call, at)
+            self.received.append(self._after(held, at).cpu())
             parts = _stretches(call, self._rows)
             seen = [part.mask.visible(1, part.query.shape[2], part.key.shape[2]) for part in parts]
             self.visible.append(sum(_to(one[0], keys) for one in seen).cpu())  # type: ignore[union-attr]
@@ -72,7 +74,8 @@ class Watch:
     def _after(self, call: LayerCall, at: KeysAt) -> Tensor:
         """[heads, keys]: what each key receives once the edits have acted."""
         found = _received(call, self._rows)
-        before, mine = found, [one for one in self._edits if bool(one.heads[call.layer].any())]
+        edits = [one for one in self._edits if not isinstance(one, FrozenEdit)]
+        before, mine = found, [one for one in edits if bool(one.heads[call.layer].any())]
         for one in mine:
             heads = one.heads[call.layer].to(found.device)
             others = [o.heads[call.layer] for o in mine if o is not one]

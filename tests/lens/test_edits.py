@@ -7,12 +7,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import eager_mask
 
 import lens
 from lens import edits
 from lens.common.errors import LensError
+from lens.edits.base import selected_heads
 from lens.edits.running import Together
 from lens.passes.calls import LayerCall
+from lens.passes.interface import switched
 from lens.passes.masks import MaskStructure
 from tests.lens.architectures import build
 from tests.lens.naive import rms_ratio
@@ -662,3 +666,107 @@ def test_parts_that_the_model_has_not_got_are_refused(one, match):
     model, ids = loaded()
     with pytest.raises(LensError, match=match):
         logits(model, ids, one)
+
+
+# --- frozen patterns ------------------------------------------------------------------------------
+
+
+class Holding:
+    """Eager attention on whole probabilities; the chosen heads use those of an earlier run."""
+
+    def __init__(self, heads):
+        self.heads, self.patterns, self.held = heads, [], None
+
+    def __call__(self, module, query, key, value, attention_mask, scaling=None, **_):
+        share = query.shape[1] // key.shape[1]
+        k, v = (x.double().repeat_interleave(share, 1) for x in (key, value))
+        p = (query.double() @ k.transpose(-1, -2) * scaling + attention_mask.double()).softmax(-1)
+        if self.held is None:
+            self.patterns.append(p)
+        else:
+            chosen = self.heads[module.layer_idx][:, None, None]
+            p = torch.where(chosen, self.held[module.layer_idx], p)
+        return (p @ v).to(query.dtype).transpose(1, 2).contiguous(), None
+
+
+@pytest.mark.parametrize("heads", [None, ["L0H1", "L1H0", "L1H5", "L2H2"]], ids=["all", "some"])
+def test_a_frozen_pattern_is_that_of_the_other_prompt(heads):
+    model, ids = loaded()
+    other = ids.roll(7, 1)
+    chosen = selected_heads(model, None, heads)
+    twin = Holding(chosen)
+    AttentionInterface.register("holding_twin", twin)
+    AttentionMaskInterface.register("holding_twin", eager_mask)
+    with switched(model.model, "holding_twin"), torch.no_grad():
+        model.model(input_ids=other)
+        twin.held = twin.patterns
+        expected = model.model(input_ids=ids).logits
+        for p in twin.held:
+            p[..., 1:, 0] = 0
+            p /= p.sum(-1, keepdim=True)
+        masked = model.model(input_ids=ids).logits
+    found, (done,) = logits(model, ids, edits.Freeze(other[0], heads=heads))
+    assert rms_ratio(found, expected) < 1e-5
+    both = (edits.Freeze(other[0], heads=heads), edits.Mask("first", heads=heads))
+    assert rms_ratio(logits(model, ids, *both)[0], masked) < 1e-5
+    assert rms_ratio(masked, expected) > 1e-3
+    assert rms_ratio(found, logits(model, ids)[0]) > 1e-3
+    assert done.calls == 3
+    with torch.no_grad(), lens.edit(model, edits.Freeze(other[0], heads=heads)):
+        first = model.model(input_ids=ids[:, :26], use_cache=True)
+        rest = model.model(input_ids=ids[:, 26:], past_key_values=first.past_key_values)
+    assert rms_ratio(rest.logits, expected[:, 26:]) < 1e-5
+
+
+def test_the_own_pattern_changes_nothing_until_another_edit_changes_what_is_moved():
+    model, ids = loaded()
+    plain = logits(model, ids)[0]
+    hold, out = edits.Freeze(ids[0]), edits.Ablate("L0.mlp")
+    assert rms_ratio(logits(model, ids, hold)[0], plain) < 1e-6
+    held, free = logits(model, ids, hold, out)[0], logits(model, ids, out)[0]
+    assert rms_ratio(held, free) > 1e-3
+    assert rms_ratio(held, plain) > 1e-3
+    # the edit of a held pattern: in layer 0 the pattern is the run's own, so the mask is as it is
+    mask = edits.Mask("first", layers=[0])
+    whole = logits(model, ids, edits.Freeze(ids[0], layers=[0]), mask)[0]
+    assert rms_ratio(whole, logits(model, ids, mask)[0]) < 1e-5
+    both = torch.cat([ids, ids.roll(3, 1)])
+    two, _ = logits(model, both, edits.Freeze(list(both)))
+    assert rms_ratio(two, logits(model, both)[0]) < 1e-6
+
+
+def test_effect_holds_the_clean_pass_of_each_prompt():
+    model, ids = loaded()
+    prompts = [ids[0], ids[0, :17]]
+    nothing = lens.effect(model, prompts, edits.Freeze(), controls=())
+    assert np.abs(nothing.values["edit"]["delta_loss"]).max() < 1e-6
+    found = lens.effect(model, prompts, [edits.Freeze(), edits.Ablate("L0.mlp")])
+    assert list(found.values) == ["edit", "size"]
+    for number, prompt in enumerate(prompts):
+        held, _ = logits(model, prompt[None], edits.Freeze(prompt), edits.Ablate("L0.mlp"))
+        loss = [
+            torch.nn.functional.cross_entropy(one[0, :-1], prompt[1:])
+            for one in (held, logits(model, prompt[None])[0])
+        ]
+        change = float(loss[0] - loss[1])
+        assert found.values["edit"]["delta_loss"][0, number] == pytest.approx(change, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("several", "match"),
+    [
+        ([edits.Freeze()], "Freeze needs the prompts whose pattern is held"),
+        (
+            [edits.Freeze([[3, 4], [3, 4, 5]])],
+            r"prompts of Freeze must have one length, got \[2, 3\]",
+        ),
+        ([edits.Freeze([3, 4, 5])], "holds the pattern of 3 tokens and the model runs 29"),
+        ([edits.Freeze([[3] * 29] * 3)], "holds 3 prompts and the model runs 1"),
+        ([edits.Mask(), edits.Freeze([3] * 29)], "Freeze acts first, and Mask comes before it"),
+    ],
+    ids=str,
+)
+def test_patterns_that_cannot_be_held_are_refused(several, match):
+    model, ids = loaded()
+    with pytest.raises(LensError, match=match):
+        logits(model, ids, *several)

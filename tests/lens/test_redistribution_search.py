@@ -1,5 +1,6 @@
 """Head search with held-out prompts, and the figures of redistribution."""
 
+import dataclasses
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ from lens.common.head_ids import HeadId
 from lens.edits.searching import HeadSearch
 from lens.edits.selection import HeadSelection
 from lens.figures.redistribution import change_maps
+from lens.tasks.metrics import AnswerSets
 from tests.lens.traces import sizes
 
 
@@ -72,6 +74,9 @@ def test_choosing_among_noise_flatters_and_the_report_says_so():
         def __init__(self, rows):
             self.rows, self.n = rows, len(rows)
 
+        def take(self, rows):
+            return Noise(rows.numpy())
+
         def evaluate(self, _):
             if not state["heads"]:
                 return torch.zeros(self.n)
@@ -88,14 +93,14 @@ def test_choosing_among_noise_flatters_and_the_report_says_so():
         return Editing()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lens.edits.searching._subset", lambda _, rows: Noise(rows.numpy()))
         patch.setattr("lens.edits.searching.run", edit)
         found = lens.edits.search_heads(model, Noise(np.arange(40)), lens.edits.Mask(), most=5)
     assert len(found.chosen) == 5
     assert found.validation.mean() > 0.2
     assert found.bias > 0.2
-    assert "these prompts do not show that the chosen heads help" in found.findings()[2]
-    assert f"choosing flatters by {found.bias:.4f}" in found.findings()[1]
+    said = {one.kind: str(one) for one in found.findings()}
+    assert "these prompts do not show that the chosen heads help" in said["verdict"]
+    assert f"choosing flatters by {found.bias:.4f}" in said["gain"]
 
 
 def test_a_search_that_finds_no_head_says_so_and_bad_splits_are_refused(induction):
@@ -142,3 +147,44 @@ def test_figures_show_the_numbers():
         in selection.findings()[0]
     )
     assert np.asarray(selection.plot().data[0].z)[0].tolist() == [0.4, 0.0, 0.1]
+
+
+def test_the_sentences_of_a_search():
+    """Chosen heads gain 0.6 where they were chosen and 0.2 elsewhere; all heads lose."""
+    gains = np.zeros((2, 3, 4))
+    gains[1, 2], gains[0, 1] = 0.9, 0.3
+    chosen = (HeadId(1, 2), HeadId(0, 1))
+    found = HeadSearch(
+        gains, chosen, np.full(4, 0.6), np.full(5, 0.2), np.full(5, -0.5), "accuracy", "t", "m", 0
+    )
+    assert [(one.kind, one.text) for one in found.findings()] == [
+        ("chosen", "2 of 6 heads were chosen on 4 validation prompts: L1H2, L0H1."),
+        (
+            "gain",
+            "Edited together they gain 0.2000 [0.2000, 0.2000] in accuracy on 5 test prompts and "
+            "0.6000 [0.6000, 0.6000] on those that chose them: choosing flatters by 0.4000. All heads "
+            "together gain -0.5000 [-0.5000, -0.5000].",
+        ),
+        ("verdict", "The gain on the test prompts is above 0."),
+    ]
+    table = found.table()
+    assert table[["layer", "head", "name"]].to_numpy().tolist()[:2] == [
+        [1, 2, "L1H2"],
+        [0, 1, "L0H1"],
+    ]
+    assert table["gain"].tolist()[:3] == pytest.approx([0.9, 0.3, 0.0])
+
+
+def test_a_search_takes_all_that_a_task_has_to_both_sides():
+    """Sets of answers and marks go with their prompts."""
+    model = lens.load("induction-2l")
+    task = lens.tasks.induction(model, n=8, seed=0)
+    rights = task.correct[..., None]
+    sets = AnswerSets(rights, (rights + 1) % model.info.vocab)
+    many = dataclasses.replace(task, metric="probability_difference", sets=sets, wrong=None)
+    found = lens.edits.search_heads(model, many, lens.edits.Mask("first"), most=2, seed=3)
+    order = np.random.default_rng(3).permutation(8)
+    clean = many.evaluate(model).double().numpy()
+    with lens.edit(model, lens.edits.Mask("first", heads=["L1H0"])):
+        alone = many.evaluate(model).double().numpy() - clean
+    assert found.gains[1, 0] == pytest.approx(alone[np.sort(order[:4])], abs=1e-5)

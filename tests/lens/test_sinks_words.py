@@ -133,3 +133,73 @@ def test_a_printed_result_is_its_name_and_first_findings(model):
     lines = repr(result).split("\n")
     assert lines[1].strip() == result.findings()[0]
     assert lines[-1].strip() == f"... {len(result.findings()) - 4} more in .findings()"
+
+
+def a_whole_effect(**fields):
+    """Two amounts on three prompts: twice as much, and a mass control that does more."""
+    one = np.ones((1, 3))
+    amounts = np.array([[1.0], [2.0]])
+    edit = {"delta_loss": amounts * [0.1, 0.2, 0.3], "kl": amounts * one * 0.05}
+    edit |= {
+        "flip_rate": amounts * one * 0.25,
+        "keys": amounts * 0 + one,
+        "mass": 0 * amounts + 0.5,
+    }
+    values = {"edit": edit, "mass": edit | {"delta_loss": edit["delta_loss"] + 0.4}}
+    moved = pd.DataFrame({"other_before": [0.1, 0.1, 0.4], "other_after": [0.3, 0.1, 0.4]})
+    given = {"edit": "Mask first", "amounts": (0.5, 1.0), "scope": "L1H0", "tokens": (9, 9, 12)}
+    given |= {"bos": "added", "seed": 0, "alphas": (), "migration": moved, "values": values}
+    return Effect(**(given | fields))
+
+
+def test_the_sentences_of_an_effect():
+    said = a_whole_effect(missing={"norm": "keys have no dimension"}).findings()
+    assert [(one.kind, one.text) for one in said] == [
+        (
+            "effect",
+            "Edit Mask first (amount 1) of L1H0 changes the loss by 0.4000 [0.2000, 0.6000] nats per token.",
+        ),
+        (
+            "prediction",
+            "The prediction moves by a KL of 0.1000 [0.1000, 0.1000] nats, and 50.0% of the most likely "
+            "tokens change; 50% of the edited heads' attention lay there.",
+        ),
+        (
+            "dose",
+            "By amount the loss changes by (nats per token) 0.5: +0.2000 [+0.1000, +0.3000]; "
+            "1: +0.4000 [+0.2000, +0.6000].",
+        ),
+        ("trend", "The loss grows with every step of the amount."),
+        ("norm", "There is no norm control: keys have no dimension."),
+        (
+            "mass",
+            "That is less than the mass control (50% of the attention): the difference is "
+            "-0.4000 [-0.4000, -0.4000] nats.",
+        ),
+        ("moved", "In 1 of 3 heads another key's alpha rose by more than 0.1."),
+        (
+            "limit",
+            "Attention moved to the next sink, so a small change of loss does not show that sinks are of no "
+            "use.",
+        ),
+        (
+            "limit",
+            "Measured on 3 prompts of 9 to 12 tokens, BOS added; intervals are 95 % over prompts.",
+        ),
+    ]
+
+
+def test_the_sentences_of_an_effect_follow_the_data():
+    """A loss that falls, a control that does less, no other key that rises, no mass to speak of."""
+    whole = a_whole_effect()
+    turned = {name: dict(values) for name, values in whole.values.items()}
+    turned["edit"]["delta_loss"] = -turned["edit"]["delta_loss"]
+    turned["mass"]["delta_loss"] = turned["edit"]["delta_loss"] - 1
+    for values in turned.values():
+        values["mass"] = values["mass"] * np.nan
+    still = pd.DataFrame({"other_before": [0.1], "other_after": [0.15]})
+    said = {one.kind: str(one) for one in a_whole_effect(values=turned, migration=still).findings()}
+    assert said["trend"] == "The loss falls with every step of the amount."
+    assert said["mass"].startswith("That is more than the mass control: the difference is 1.0000")
+    assert "attention lay there" not in said["prediction"]
+    assert said["moved"].endswith("rose by more than 0.1; no other key took their place.")

@@ -8,6 +8,7 @@ import lens
 from lens.common.errors import LensError
 from lens.edits._phi import phi
 from lens.passes.keys import KeysAt
+from lens.sinks.activations.dims import SinkDims
 from lens.traces.segments import Segments
 from tests.lens.vision_models import BUILDERS, IMAGE, LAYERS, QUESTION, SYSTEM, build, planted
 
@@ -166,3 +167,22 @@ def test_phi_is_the_published_formula():
     ):
         with pytest.raises(LensError, match=match):
             lens.sinks.dims(model, inputs, **options)
+
+
+def test_the_sentences_of_sink_dimensions():
+    """Two of four dimensions; the second enters one layer only and reaches less."""
+    largest = np.array([[1.0, 30.0, 2.0, 3.0], [1.0, 40.0, 25.0, 2.0]])
+    tokens = np.array([[0, 2, 0, 0], [0, 3, 1, 0]])
+    found = SinkDims((1, 2), largest, tokens, 20.0, 50, "m")
+    assert [(one.kind, one.text) for one in found.findings()] == [
+        (
+            "dims",
+            "2 sink dimensions of m: 1 (up to 40 times the RMS, at most 3 of 50 tokens, entering layers 0 to "
+            "1), 2 (up to 25 times the RMS, at most 1 of 50 tokens, entering layers 1 to 1).",
+        ),
+        (
+            "limit",
+            "A large coordinate marks candidates; whether attention is parked there is another measurement "
+            "(lens.sinks.dims_agreement).",
+        ),
+    ]

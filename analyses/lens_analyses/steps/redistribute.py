@@ -91,6 +91,7 @@ def search(subject: Subject) -> Section:
         subject.task,
         EDIT_OF[subject.settings.rule].at(amount),
         seed=subject.seed,
+        progress=subject.progress,
     )
     return Section(
         name="search",
@@ -146,8 +147,6 @@ _COLUMNS = {
     "gain": "How much better the task goes than without the edit, in units of its metric.",
     "heads": "Which heads were edited.",
     "prompts": "On which prompts.",
-    "head": "The head that was edited alone.",
+    "head": "The head of the layer that was edited alone.",
     "chosen": "Whether it was chosen.",
-    "low": "Low end of the 95 % interval over prompts.",
-    "high": "High end of the 95 % interval over prompts.",
 }
