@@ -53,6 +53,12 @@ class ActEdit(AttentionEdit):
         is_prompt = call.query.shape[2] == call.key.shape[2]
         if is_prompt:
             self._sinks[at.layer] = self._found(call, at)
+        elif call.query.shape[2] > 1:
+            raise LensError(
+                "several tokens on cached keys are a prompt in pieces or drafts (prefill_chunk_size, "
+                "assistant_model, prompt_lookup_num_tokens), and where the prompt of ACT ends is not "
+                "known then; run the prompt in one pass and generate token by token"
+            )
         elif at.layer not in self._sinks or len(self._sinks[at.layer]) != len(call.query):
             raise LensError(
                 f"the cache of layer {at.layer} began outside the block, so the sinks of its prompt are "

@@ -63,7 +63,6 @@ class AttentionEdit(ABC):
         self.calls = self.empty_calls = self.edited_rows = self.skipped_rows = self.steps = 0
         self._heads = heads
         self._backend = backend
-        self._places: dict[int, tuple[int, torch.Tensor]] = {}
         self._masses = torch.zeros(3, dtype=torch.float64)  # rows, before, after
 
     @abstractmethod
@@ -119,24 +118,19 @@ class AttentionEdit(ABC):
         self._masses += torch.stack(sums).cpu()
 
     def keys_at(self, call: LayerCall) -> KeysAt:
-        """Where each key stands in its prompt, also when a window has dropped older ones."""
-        batch, _, queries, _ = call.query.shape
-        layer, keys = call.layer, call.key.shape[2]
-        device = call.key.device
-        if queries == keys or (call.mask.window is None and layer not in self._places):
-            total = keys
-            before = call.mask.first_key(batch).to(device)  # padding before the first real token
-        elif layer not in self._places or len(self._places[layer][1]) != batch:
+        """Where each key stands in its prompt, also when a window has dropped older ones.
+
+        Raises:
+            LensError: a mask of the model's own that does not say it.
+        """
+        if not call.mask.placed:
             raise LensError(
-                f"layer {layer} has a window and a cache that began outside of the block, so that the "
-                "positions of its keys are not known; start the generation inside"
+                f"layer {call.layer} hides the first cached key, by padding or by a window, in a mask of "
+                "its own, so that the positions of its keys are not known; run the prompt without padding"
             )
-        else:
-            seen, before = self._places[layer]
-            total = keys if call.mask.window is None else seen + queries
-        self._places[layer] = (total, before)
-        place = torch.arange(total - keys, total, device=device)
-        return KeysAt(layer, call.step, place - before[:, None], call.tokens)
+        place = torch.arange(call.key.shape[2], device=call.key.device)
+        first = call.mask.first_token(len(call.query)).to(place.device)
+        return KeysAt(call.layer, call.step, place - first[:, None], call.tokens)
 
 
 def part_of(call: LayerCall, heads: torch.Tensor, start: int = 0) -> LayerCall:

@@ -21,7 +21,8 @@ class LayerCall:
         scale, softcap: of the logits.
         sink_logits: [heads], learned sinks, or None.
         position_bias: added to the logits, broadcastable to [batch, heads, queries, keys], or None.
-        tokens: [batch, keys], token ids of the keys, or None where there are none.
+        tokens: [batch, keys], token ids of the keys, or None where they are not known.
+        before: [batch], token id before the first key where a cache has dropped it; -1: there is none.
         layer: the model's own number of it, from 0.
         part: which of a layer's calls in this pass; above 0 where it attends twice.
         step: forward pass of the session, from 0; generation has one for the prompt and one per token.
@@ -36,9 +37,28 @@ class LayerCall:
     sink_logits: torch.Tensor | None = None
     position_bias: torch.Tensor | None = None
     tokens: torch.Tensor | None = None
+    before: torch.Tensor | None = None
     layer: int = 0
     part: int = 0
     step: int = 0
+
+
+def without_last(call: LayerCall, count: int) -> LayerCall:
+    """The call without its last queries and their keys."""
+    bias, tokens, queries = call.position_bias, call.tokens, call.query.shape[2]
+    if bias is not None and bias.shape[-1] > 1:
+        bias = bias[..., :-count]
+    if bias is not None and bias.shape[-2] == queries:
+        bias = bias[..., :-count, :]
+    return replace(
+        call,
+        query=call.query[:, :, :-count],
+        key=call.key[:, :, :-count],
+        value=call.value[:, :, :-count],
+        mask=call.mask.without_last(count),
+        position_bias=bias,
+        tokens=None if tokens is None else tokens[:, :-count],
+    )
 
 
 def kernel_options(call: LayerCall) -> dict[str, Any]:

@@ -49,10 +49,6 @@ class Listener(Protocol):
         """Output [batch, queries, heads, value_dim] of the call."""
         ...
 
-    def tokens(self, keys: int, window: int | None) -> torch.Tensor | None:
-        """Ids [batch, keys] of the last `keys` tokens, or None; a window may drop older ones."""
-        ...
-
 
 _LISTENER: ContextVar[Listener] = ContextVar("lens_listener")
 
@@ -112,7 +108,6 @@ def lens_attention(
         softcap=softcap or None,
         sink_logits=s_aux,
         position_bias=position_bias,
-        tokens=listener.tokens(key.shape[2], mask.window),
     )
     return listener.attend(call), None
 

@@ -7,6 +7,8 @@ computes with it gets `eager`'s own mask. That mask, and patterns that are not k
 out, up to `LARGEST_SPELLED_OUT` entries, never guessed.
 """
 
+from __future__ import annotations
+
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -39,12 +41,18 @@ class MaskStructure:
         window: keys at a distance below this, or None; both ways unless causal.
         padding: bool [batch, keys], True for a real key; None when all are.
         allowed: bool [batch, 1, queries, keys], which says all of the above itself, or None.
+        start: position of key 0 among all tokens so far; above 0 where a cache has dropped older keys.
+        first: [batch], position of the first real token; None: 0 unless `padding` says else.
+        placed: whether `start` and `first` are known.
     """
 
     causal: bool
     window: int | None = None
     padding: torch.Tensor | None = None
     allowed: torch.Tensor | None = None
+    start: int = 0
+    first: torch.Tensor | None = None
+    placed: bool = True
 
     def for_kernel(self, queries: int) -> AttentionMask:
         """The mask as `lens_kernels` takes it; padded queries see nothing."""
@@ -71,6 +79,21 @@ class MaskStructure:
         if self.padding is None:
             return torch.zeros(batch, dtype=torch.long)
         return self.padding.int().argmax(-1)
+
+    def first_token(self, batch: int) -> torch.Tensor:
+        """[batch]: where the first real token stands among the keys; negative where a cache dropped it."""
+        if self.first is not None:
+            return self.first - self.start
+        return self.first_key(batch) - (self.start if self.padding is None else 0)
+
+    def without_last(self, count: int) -> MaskStructure:
+        """The mask without the last queries, which are the last keys too."""
+        padding, allowed = self.padding, self.allowed
+        return replace(
+            self,
+            padding=None if padding is None else padding[:, :-count],
+            allowed=None if allowed is None else allowed[..., :-count, :-count],
+        )
 
     def visible(self, batch: int, queries: int, keys: int) -> torch.Tensor:
         """[batch, keys]: how many real queries see each key."""
@@ -149,8 +172,10 @@ def structured_mask(
             "of fixed size; capture needs one sequence and a cache that grows "
             "(cache_implementation='dynamic')"
         )
-    padding = None
+    padding = first = None
     if attention_mask is not None:
+        if not bool(attention_mask.all()):
+            first = attention_mask.to(device).int().argmax(-1)
         padding = attention_mask[:, kv_offset : kv_offset + kv_length].to(device, torch.bool)
         padding = None if bool(padding.all()) else padding
     arguments = (
@@ -167,7 +192,8 @@ def structured_mask(
             *arguments, allow_is_causal_skip=False, use_vmap=use_vmap, device=device
         )
         assert allowed is not None  # only skipped masks are None
-        structure = replace(_spelled_out(allowed), padding=padding)
+        structure = replace(_spelled_out(allowed), padding=padding, placed=True)
+    structure = replace(structure, start=int(kv_offset), first=first)
     dtype = kwargs.get("dtype", torch.float32)
     made: list[torch.Tensor] = []
 
@@ -245,7 +271,14 @@ def _has_holes(padding: torch.Tensor) -> torch.Tensor:
 def _spelled_out(allowed: torch.Tensor) -> MaskStructure:
     queries, keys = allowed.shape[-2:]
     looks_ahead = bool(allowed.triu(1 + keys - queries).any())
-    return MaskStructure(causal=not looks_ahead, allowed=allowed)
+    seen = allowed[:, 0].any(-2)  # [batch, keys]
+    return MaskStructure(
+        causal=not looks_ahead,
+        allowed=allowed,
+        first=seen.int().argmax(-1),
+        placed=queries == keys
+        or bool(seen[:, 0].all()),  # else padding, or out of a window's reach
+    )
 
 
 @dataclass

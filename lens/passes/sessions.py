@@ -21,6 +21,7 @@ from lens.models.loaded import LoadedModel, check_loaded
 from lens.passes.bridge import replaced_attention
 from lens.passes.calls import LayerCall
 from lens.passes.computed import following
+from lens.passes.history import History
 from lens.passes.interface import (
     current_listener,
     language_model,
@@ -33,20 +34,25 @@ OnLayer: TypeAlias = Callable[[LayerCall], torch.Tensor]
 """A call -> its output [batch, heads, queries, value_dim], of any floating type."""
 
 
+OnCut: TypeAlias = Callable[[int, int], None]
+"""(step, count): the last `count` tokens of that pass were cut from its cache."""
+
+
 class Session:
     """The passes inside one `with` block: which one runs, which layer comes, which tokens were read."""
 
-    def __init__(self, on_layer: OnLayer, exclusive: bool) -> None:
-        self._on_layer = on_layer
+    def __init__(self, on_layer: OnLayer, exclusive: bool, on_cut: OnCut | None) -> None:
+        self._on_layer, self._on_cut = on_layer, on_cut
         self._exclusive = exclusive
         self._step = -1
         self._layer: int | None = None  # whose block runs now
         self._parts: Counter[int] = Counter()  # calls of each layer in this pass
         self._turns: Counter[int] = Counter()  # of blocks that several layers share
         self._depth = 0
-        self._past: torch.Tensor | None = None  # [batch, keys], tokens of the passes before
-        self._new: torch.Tensor | None = None  # [batch, queries], of this pass
-        self._seen: torch.Tensor | None = None  # both together
+        self._new: torch.Tensor | None = None  # [batch, queries], tokens of this pass
+        self._history = History()
+        self._cache: Any = None  # of the last pass
+        self._length = 0  # tokens that it held then
 
     def attend(self, call: LayerCall) -> torch.Tensor:
         """See `interface.Listener`."""
@@ -54,21 +60,14 @@ class Session:
         layer = len(self._parts) if self._layer is None else self._layer
         part, self._parts[layer] = self._parts[layer], self._parts[layer] + 1
         call = replace(call, layer=layer, part=part, step=max(self._step, 0))
+        tokens, keys = self._history.tokens(call, self._new), call.key.shape[2]
+        if tokens is not None:
+            before = tokens.new_full((len(tokens),), -1)
+            if call.mask.start:
+                before = tokens[:, call.mask.start - 1]
+            call = replace(call, tokens=tokens[:, -keys:], before=before)
         output = self._on_layer(call)
         return output.to(call.value.dtype).transpose(1, 2).contiguous()
-
-    def tokens(self, keys: int, window: int | None) -> torch.Tensor | None:
-        """See `interface.Listener`; tokens of earlier passes are remembered for cached keys."""
-        seen, past = self._new, self._past
-        if seen is not None and past is not None and keys > seen.shape[1]:
-            seen = torch.cat([past, seen], dim=1) if len(past) == len(seen) else None
-        if seen is None or seen.shape[1] < keys:
-            return None
-        if window is None and seen.shape[1] != keys:
-            return None  # somebody cut the cache: which tokens are left is not known
-        if self._seen is None or seen.shape[1] > self._seen.shape[1]:
-            self._seen = seen
-        return seen[:, -keys:]
 
     def enter(self, block: nn.Module, numbers: Sequence[int]) -> None:
         """The block of these layers, one unless they share it, runs."""
@@ -94,6 +93,7 @@ class Session:
             )
         if self._depth > 1:
             return
+        self.settle()
         self._step += 1
         self._layer = None
         self._parts.clear()
@@ -101,16 +101,31 @@ class Session:
         ids = kwargs.get("input_ids", args[0] if args else None)
         is_ids = isinstance(ids, torch.Tensor) and ids.dim() == 2 and not ids.is_floating_point()
         self._new = ids if is_ids else None
-        self._past, self._seen = self._seen, None
+        self._cache = kwargs.get("past_key_values")
 
     def end(self) -> None:
         """The forward pass is over, by an exception perhaps."""
         self._depth -= 1
+        if not self._depth and self._cache is not None:
+            self._length = _held(self._cache)
+
+    def settle(self) -> None:
+        """Tell of tokens of the last pass that were cut from its cache: drafts that were rejected."""
+        if self._on_cut is not None and self._cache is not None:
+            cut = self._length - _held(self._cache)
+            if cut > 0:
+                self._on_cut(self._step, cut)
+        self._cache = None
 
 
 @contextmanager
 def listening(
-    model: LoadedModel, on_layer: OnLayer, *, exclusive: bool = False, parts: bool = False
+    model: LoadedModel,
+    on_layer: OnLayer,
+    *,
+    exclusive: bool = False,
+    parts: bool = False,
+    on_cut: OnCut | None = None,
 ) -> Iterator[None]:
     """`on_layer` computes every attention layer of `model` inside the block; all is put back after.
 
@@ -119,6 +134,7 @@ def listening(
         on_layer: what each layer's attention gives, [batch, heads, queries, value_dim].
         exclusive: refuse passes in which a block inside this one would take its place.
         parts: `on_layer` knows that a layer may attend twice, as `call.part` says.
+        on_cut: told of tokens that are cut from the cache after a pass, before the next one.
 
     Raises:
         LensError: layers that attend twice, and a function that does not know.
@@ -131,7 +147,7 @@ def listening(
             "lens.traces.capturing and lens.edit take such models"
         )
     root = transformer(model)
-    session = Session(on_layer, exclusive)
+    session = Session(on_layer, exclusive, on_cut)
     with ExitStack() as stack:
         stack.enter_context(received_by(session))
         stack.enter_context(switched(root))
@@ -147,6 +163,12 @@ def listening(
             stack.callback(after.remove)
         _number(model, session, stack)
         yield
+        session.settle()
+
+
+def _held(cache: Any) -> int:
+    """Tokens that a cache has seen and not dropped again."""
+    return int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
 
 
 def _number(model: LoadedModel, session: Session, stack: ExitStack) -> None:

@@ -5,10 +5,14 @@ from contextlib import contextmanager
 
 import torch
 
+from lens.common.errors import LensError
 from lens.models.loaded import LoadedModel
-from lens.passes.calls import LayerCall
+from lens.passes.calls import LayerCall, without_last
 from lens.passes.sessions import listening
 from lens.traces.statistics import LayerRecord, Settings, make_settings, measure
+
+MOST_DRAFTED = 2048
+"""Tokens of a pass that is kept until it is known whether drafts among them were rejected."""
 
 
 class Recorder:
@@ -23,7 +27,9 @@ class Recorder:
         self, settings: Settings, on_record: Callable[[LayerRecord], None] | None = None
     ) -> None:
         self.records: list[LayerRecord] = []
+        self._calls: list[LayerCall] = []  # of the last pass, if drafts may be among its tokens
         self._settings = settings
+        self._keeps = on_record is None
         self._on_record = on_record or self.records.append
 
     def layers(self, step: int = 0) -> list[LayerRecord]:
@@ -39,7 +45,32 @@ class Recorder:
         """See `lens.passes.sessions.listening`."""
         output, record = measure(call, self._settings)
         self._on_record(record)
+        if self._calls and self._calls[0].step != call.step:
+            self._calls.clear()
+        if self._keeps and 1 < call.query.shape[2] <= MOST_DRAFTED:
+            self._calls.append(call)
         return output
+
+    def forget(self) -> None:
+        """Let go of what is kept of the last pass."""
+        self._calls.clear()
+
+    def on_cut(self, step: int, count: int) -> None:
+        """Measure the pass again without its last tokens, which were rejected.
+
+        Raises:
+            LensError: the pass had too many tokens for it to be kept.
+        """
+        if not self._calls or self._calls[0].step != step:
+            raise LensError(
+                f"{count} drafted tokens of pass {step} were rejected, and that pass had more than "
+                f"{MOST_DRAFTED} tokens, so that they cannot be taken out of what was recorded; run the "
+                "prompt first and generate from its cache, or without drafts (assistant_model, "
+                "prompt_lookup_num_tokens)"
+            )
+        cut = [without_last(call, count) for call in self._calls]
+        start = next(at for at, record in enumerate(self.records) if record.step == step)
+        self.records[start:] = [measure(call, self._settings)[1] for call in cut]
 
 
 @contextmanager
@@ -59,10 +90,11 @@ def capturing(
 
     Yields:
         A `Recorder`; `recorder.layers(step)` are the records of forward pass `step`. Decoding steps
-        have one query and all the cached keys.
+        have one query and all the cached keys. Drafts that assisted or prompt-lookup decoding rejects
+        are taken out of the record of their pass before the next one.
 
     Raises:
-        LensError: as in `lens.capture`.
+        LensError: as in `lens.capture`; drafts rejected from a pass of more than 2,048 tokens.
 
     Example:
         >>> with capturing(model) as recorder:
@@ -74,5 +106,6 @@ def capturing(
         statistics=statistics, block_size=block_size, keep_qk=keep_qk, backend=backend
     )
     recorder = Recorder(settings)
-    with listening(model, recorder.on_layer, parts=True):
+    with listening(model, recorder.on_layer, parts=True, on_cut=recorder.on_cut):
         yield recorder
+    recorder.forget()

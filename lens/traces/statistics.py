@@ -63,6 +63,8 @@ class LayerRecord:
         step: forward pass, from 0; generation has one for the prompt and one per token.
         layer: the model's own number of it, from 0.
         part: which of the layer's calls in this pass; above 0 where it attends twice.
+        key_start: position of the first key; above 0 when a cache has dropped older ones. Blocks and
+            `received` count from it.
         query_start: position of the first query; above 0 when the keys before it were cached.
         queries, keys, heads, kv_heads, head_dim: sizes.
         causal, window, scale, softcap: of the layer; `window` counts the query itself.
@@ -75,6 +77,7 @@ class LayerRecord:
     step: int
     layer: int
     part: int
+    key_start: int
     query_start: int
     queries: int
     keys: int
@@ -115,11 +118,21 @@ def measure(call: LayerCall, settings: Settings) -> tuple[torch.Tensor, LayerRec
     keys = call.key.shape[2]
     names = settings.variables
     result = _attention(call, settings)
-    found = {name: result.statistics[name] for name in _KERNEL if name in names}
-    if "match_mass" in names:
-        found["match_mass"] = _matched(result.statistics["match_mass"], call)
+    found = {
+        name: result.statistics[name]
+        for name in _KERNEL
+        if name in names and name in result.statistics
+    }
+    matched = result.statistics.get("match_mass")
+    if matched is not None and "match_mass" in names:
+        found["match_mass"] = _matched(matched[..., : len(MATCH_RULES)], call)
+    if matched is not None and matched.shape[-1] > len(MATCH_RULES):
+        found["prefix_mass"] = matched[..., -1]
     if result.groups is not None:
         found.update(_by_group(result.statistics["lse"], result.groups, names))
+    if not call.mask.placed:
+        for name in found.keys() & {"prefix_mass", *_BY_GROUP}:
+            found[name] = torch.full_like(found[name], torch.nan)
     variables = {name: _to_cpu(tensor, torch.float32) for name, tensor in found.items()}
     visible = call.mask.visible(batch, queries, keys)
     variables["visible"] = _to_cpu(visible, torch.int32)
@@ -131,7 +144,8 @@ def measure(call: LayerCall, settings: Settings) -> tuple[torch.Tensor, LayerRec
         step=call.step,
         layer=call.layer,
         part=call.part,
-        query_start=keys - queries if call.mask.causal else 0,
+        key_start=call.mask.start,
+        query_start=call.mask.start + keys - queries if call.mask.causal else 0,
         queries=queries,
         keys=keys,
         heads=call.query.shape[1],
@@ -149,17 +163,23 @@ def measure(call: LayerCall, settings: Settings) -> tuple[torch.Tensor, LayerRec
 
 
 def _attention(call: LayerCall, settings: Settings) -> AttentionResult:
-    batch = len(call.query)
     keys, names = call.key.shape[2], settings.variables
     statistics = {"lse", *names.intersection(_KERNEL)}
     statistics.update(kernel for variable, kernel in _BY_GROUP.items() if variable in names)
     match = groups = None
-    if "match_mass" in names:
+    # The prefix of the kernel begins with the first key, of which a window's cache has dropped some.
+    moved = "prefix_mass" in names and call.mask.start > 0
+    if "match_mass" in names or moved:
         match = _labels(call)
         statistics.add("match_mass")
+    if match is not None and moved:
+        statistics.discard("prefix_mass")
+        place = _places(call)
+        inside = (place >= 0) & (place < PREFIX)
+        every = torch.zeros_like(place[:, keys - call.query.shape[2] :])
+        match.append((every, inside.int() - 1))
     if names.intersection(_BY_GROUP):
-        first = call.mask.first_key(batch).to(call.key.device)
-        groups = (torch.arange(keys, device=call.key.device) != first[:, None]).int()
+        groups = (_places(call) != 0).int()
     return attend(
         call,
         block_size=settings.block_size,
@@ -171,6 +191,12 @@ def _attention(call: LayerCall, settings: Settings) -> AttentionResult:
     )
 
 
+def _places(call: LayerCall) -> torch.Tensor:
+    """[batch, keys]: where each key stands in its prompt, 0 for the first real token."""
+    first = call.mask.first_token(len(call.query)).to(call.key.device)
+    return torch.arange(call.key.shape[2], device=call.key.device) - first[:, None]
+
+
 def _labels(call: LayerCall) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """(query labels, key labels) for each of `MATCH_RULES`; -1 never matches."""
     queries, keys = call.query.shape[2], call.key.shape[2]
@@ -179,7 +205,8 @@ def _labels(call: LayerCall) -> list[tuple[torch.Tensor, torch.Tensor]]:
     tokens = torch.full_like(key_position, -1)[None] if call.tokens is None else call.tokens
     own = tokens[:, keys - queries :].expand(len(call.query), -1)
     tokens = tokens.expand(len(call.query), -1)
-    token_before = torch.nn.functional.pad(tokens[:, :-1], (1, 0), value=-1)
+    before = torch.full_like(tokens[:, :1], -1) if call.before is None else call.before[:, None]
+    token_before = torch.cat([before.expand(len(tokens), -1), tokens[:, :-1]], 1)
     pairs = {
         "current_token_position": (position, key_position),
         "previous_token": (position - 1, key_position),

@@ -418,16 +418,31 @@ def test_keys_in_any_form_are_the_same_edit():
     assert forms[0].keys == (2, 5)
 
 
-def test_a_cache_from_outside_is_refused_where_a_window_may_have_cut_it():
+@torch.no_grad()
+def test_a_cache_from_outside_has_its_positions_where_a_window_has_cut_it():
     model, ids = loaded("mistral")
-    with torch.no_grad(), lens.traces.capturing(model, statistics=()):
+    seen = []
+    with lens.traces.capturing(model, statistics=()):
         cache = model.model(input_ids=ids, use_cache=True).past_key_values
-    with (
-        pytest.raises(LensError, match="layer 0 has a window and a cache that began outside"),
-        torch.no_grad(),
-        lens.edit(model, edits.Mask([0])),
-    ):
+
+    def keys(at):
+        seen.append(at.positions[0])
+        return at.positions == 0
+
+    with lens.edit(model, edits.Mask(keys)):
         model.model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True)
+    length = ids.shape[1]
+    assert all(one.tolist() == list(range(length - 10, length + 1)) for one in seen)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("one", [edits.Act(threshold=0.01), edits.Pasta([(0, 2)])])
+def test_recipes_of_the_prompt_refuse_a_prompt_in_pieces(one):
+    model, ids = loaded()
+    words = "a prompt in pieces or drafts"
+    with pytest.raises(LensError, match=words), lens.edit(model, one):
+        cache = model.model(input_ids=ids, use_cache=True).past_key_values
+        model.model(input_ids=ids[:, :3], past_key_values=cache)
 
 
 # --- what was done, where -------------------------------------------------------------------------
