@@ -13,6 +13,7 @@ from lens_analyses.config import (
     ModelConfig,
     PromptConfig,
     RunConfig,
+    listed,
     load_config,
     make_config,
     models,
@@ -142,10 +143,10 @@ def test_the_names_of_the_configuration_are_those_of_the_library():
 
     assert typing.get_args(models.Method) == tuple(METHODS)
     assert (typing.get_args(Method), typing.get_args(Baseline)) == (
-        models.MEASURES,
-        models.BASELINES,
+        listed.MEASURES,
+        listed.BASELINES,
     )
-    assert tuple(EDITS) == models.EDITS
+    assert tuple(EDITS) == listed.EDITS
     assert typing.get_args(models.Backend) == ("auto", *MODULES)
     assert all(callable(getattr(tasks, task)) for task in models.TASKS)
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, field_validator, model_validator
 
 from lens.models.catalogue import DEFAULT_MODEL, KNOWN, is_hub_id, unknown_model
+from lens_analyses.config.listed import EDITS, check_amounts, check_edits, check_measures, listed
 from lens_analyses.config.paths import is_folder, is_task_file, shorten
 from lens_analyses.config.settings import Section, Setting, Shown, setting, settings_of
 
@@ -28,17 +29,6 @@ Method = Literal[
 ]
 TASKS = ("induction", "ioi", "greater_than", "docstring", "colored_objects")
 """Tasks that `lens.tasks` makes from a model, a number of prompts and a seed."""
-MEASURES = ("ablation", "gradient", "attribution", "atp", "gate", "direct")
-BASELINES = ("zero", "mean", "pooled_mean", "resample", "counterfactual", "optimal")
-_GO_TOGETHER = {
-    "gradient": ("zero",),
-    "gate": ("zero",),
-    "direct": ("zero",),
-    "atp": ("counterfactual", "resample"),
-    "attribution": BASELINES[:-1],
-}
-"""Measures and the baselines that they know, where these are not all."""
-EDITS = ("mask", "drop", "mean_value", "zero_value", "move", "transfer")
 NOT_FROM_A_COMMAND = {
     "var": "it moves attention to an image, and the prompts here are text; use lens.edits.Var",
     "pasta": "it needs the positions to emphasise, which differ from prompt to prompt; use "
@@ -72,45 +62,6 @@ def _known_task(name: str) -> str:
         known = ", ".join((*TASKS, "text"))
         raise ValueError(f"unknown task {shorten(name)!r}; known: {known}, or a .jsonl file")
     return name
-
-
-def _measures(words: str) -> str:
-    for word in _listed(words):
-        by, slash, baseline = word.partition("/")
-        if by not in MEASURES or (slash and baseline not in BASELINES):
-            raise ValueError(
-                f"unknown measure {word!r}; give {', '.join(MEASURES)}, with a baseline after a slash "
-                f"where one is chosen ({', '.join(BASELINES)}), e.g. ablation/mean"
-            )
-        allowed = _GO_TOGETHER.get(by, BASELINES)
-        if slash and baseline not in allowed:
-            raise ValueError(
-                f"the measure {word!r} does not exist: {by} goes with {' or '.join(allowed)}"
-            )
-    return words
-
-
-def _edits(words: str) -> str:
-    for word in _listed(words):
-        if word not in EDITS:
-            raise ValueError(f"unknown edit {word!r}; known: {', '.join(EDITS)}")
-    return words
-
-
-def _amounts(words: str) -> str:
-    try:
-        amounts = [float(word) for word in _listed(words)]
-    except ValueError:
-        amounts = [math.nan]
-    if not all(map(math.isfinite, amounts)):
-        raise ValueError(f"must be numbers with commas, e.g. 0,0.5,1; got {words!r}")
-    if not any(amounts):
-        raise ValueError(f"has no amount other than 0, which is no edit; got {words!r}")
-    return words
-
-
-def _listed(words: str) -> list[str]:
-    return [word.strip() for word in words.split(",")]
 
 
 class ModelConfig(Section):
@@ -228,7 +179,7 @@ class _OnTask(AnalysisSettings):
 
 class _WithRule(AnalysisSettings):
     rule: Rule = setting("transfer", "How attention is moved.")
-    amounts: Annotated[str, AfterValidator(_amounts)] = setting(
+    amounts: Annotated[str, AfterValidator(check_amounts)] = setting(
         "0,0.25,0.5,0.75,1", "Of the edit, with commas: the dose-response curve."
     )
 
@@ -258,13 +209,13 @@ class _WithRule(AnalysisSettings):
     @property
     def doses(self) -> tuple[float, ...]:
         """The amounts as numbers, in the given order."""
-        return tuple(map(float, _listed(self.amounts)))
+        return tuple(map(float, listed(self.amounts)))
 
 
 class HeadsSettings(_OnTask):
     """Of `lens heads`."""
 
-    measures: Annotated[str, AfterValidator(_measures)] = setting(
+    measures: Annotated[str, AfterValidator(check_measures)] = setting(
         "ablation/mean,ablation/zero,ablation/resample,gradient,attribution,direct",
         "Of importance, with commas, e.g. ablation/mean,gradient.",
     )
@@ -272,14 +223,14 @@ class HeadsSettings(_OnTask):
     @property
     def measured(self) -> tuple[tuple[str, str], ...]:
         """`"ablation/mean,gradient"` as `(("ablation", "mean"), ("gradient", ""))`."""
-        parts = (word.partition("/") for word in _listed(self.measures))
+        parts = (word.partition("/") for word in listed(self.measures))
         return tuple((by, baseline) for by, _, baseline in parts)
 
 
 class SinksSettings(_WithRule):
     """Of `lens sinks`."""
 
-    edits: Annotated[str, AfterValidator(_edits)] = setting(
+    edits: Annotated[str, AfterValidator(check_edits)] = setting(
         "mask,drop,mean_value", f"With commas, of {', '.join(EDITS)}."
     )
 
@@ -289,7 +240,7 @@ class SinksSettings(_WithRule):
     @property
     def edited(self) -> tuple[str, ...]:
         """The edits one by one."""
-        return tuple(_listed(self.edits))
+        return tuple(listed(self.edits))
 
 
 class RedistributeSettings(_OnTask, _WithRule):

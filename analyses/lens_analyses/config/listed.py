@@ -1,0 +1,70 @@
+"""Settings that are several words with commas, such as `ablation/mean,gradient`: which words there are."""
+
+import math
+
+MEASURES = ("ablation", "gradient", "attribution", "atp", "gate", "direct")
+BASELINES = ("zero", "mean", "pooled_mean", "resample", "counterfactual", "optimal")
+_GO_TOGETHER = {
+    "gradient": ("zero",),
+    "gate": ("zero",),
+    "direct": ("zero",),
+    "atp": ("counterfactual", "resample"),
+    "attribution": BASELINES[:-1],
+}
+"""Measures and the baselines that they know, where these are not all."""
+EDITS = ("mask", "drop", "mean_value", "zero_value", "move", "transfer")
+
+
+def check_measures(words: str) -> str:
+    """The words, if each is a measure, with a baseline that it knows.
+
+    Raises:
+        ValueError: one is not.
+    """
+    for word in listed(words):
+        by, slash, baseline = word.partition("/")
+        if by not in MEASURES or (slash and baseline not in BASELINES):
+            raise ValueError(
+                f"unknown measure {word!r}; give {', '.join(MEASURES)}, with a baseline after a slash "
+                f"where one is chosen ({', '.join(BASELINES)}), e.g. ablation/mean"
+            )
+        allowed = _GO_TOGETHER.get(by, BASELINES)
+        if slash and baseline not in allowed:
+            raise ValueError(
+                f"the measure {word!r} does not exist: {by} goes with {' or '.join(allowed)}"
+            )
+    return words
+
+
+def check_edits(words: str) -> str:
+    """The words, if each is an edit of a sink.
+
+    Raises:
+        ValueError: one is not.
+    """
+    for word in listed(words):
+        if word not in EDITS:
+            raise ValueError(f"unknown edit {word!r}; known: {', '.join(EDITS)}")
+    return words
+
+
+def check_amounts(words: str) -> str:
+    """The words, if all are finite numbers and one is an edit.
+
+    Raises:
+        ValueError: otherwise.
+    """
+    try:
+        amounts = [float(word) for word in listed(words)]
+    except ValueError:
+        amounts = [math.nan]
+    if not all(map(math.isfinite, amounts)):
+        raise ValueError(f"must be numbers with commas, e.g. 0,0.5,1; got {words!r}")
+    if not any(amounts):
+        raise ValueError(f"has no amount other than 0, which is no edit; got {words!r}")
+    return words
+
+
+def listed(words: str) -> list[str]:
+    """The words one by one."""
+    return [word.strip() for word in words.split(",")]
