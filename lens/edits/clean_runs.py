@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -48,8 +48,8 @@ class CleanRuns:
 
     def of(self, prompt: Prompt) -> CleanRun:
         """The run of a prompt. Errors as in `lens.effect`."""
-        picture = prompt.sha256 if "pixel_values" in prompt.inputs else ""
-        name = tuple(prompt.ids or ()), picture
+        more = prompt.inputs.keys() - {"input_ids"}
+        name = tuple(prompt.ids or ()), replace(prompt, text=None).sha256 if more else ""
         if name not in self._runs:
             self._runs[name] = self.run(prompt)
         return self._runs[name]

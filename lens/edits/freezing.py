@@ -81,7 +81,7 @@ class Patterns:
             LensError: prompts of several lengths.
         """
         found: list[list[LayerCall]] = []
-        for prompt in read_prompts(model, prompts, with_images=True)[0]:
+        for prompt in read_prompts(model, prompts, whole=True)[0]:
             calls: list[LayerCall] = []
 
             def keep(call: LayerCall, calls: list[LayerCall] = calls) -> Tensor:

@@ -35,10 +35,10 @@ def predictions(model: LoadedModel, prompt: Prompt, on_layer: OnLayer) -> Tensor
     """
     ids = prompt.ids or []
     with torch.no_grad(), listening(model, on_layer, exclusive=True):
-        if "pixel_values" in prompt.inputs:
-            output = model.model(**prompt.inputs)
-        else:
+        if prompt.inputs.keys() <= {"input_ids"}:
             output = model.model(torch.tensor([ids], device=model.device))
+        else:  # an image, positions, segments
+            output = model.model(**prompt.inputs)
     logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
     if logits is None or logits.shape[:2] != (1, len(ids)):
         raise LensError(

@@ -40,3 +40,24 @@ def test_shared_runs_give_the_same_table_without_running_the_prompts_again(
 def test_runs_of_another_model_are_refused(model):
     with pytest.raises(LensError, match="clean holds runs of another model; make one CleanRuns"):
         effect(model, IDS, Mask(), clean=CleanRuns(lens.load(build("llama"))))
+
+
+def test_positions_that_come_with_the_ids_are_run_and_are_another_prompt():
+    network = build("gpt2")
+    model = lens.load(network)
+    inputs = {"input_ids": IDS[:1], "position_ids": torch.arange(29)[None] + 5}
+    clean = CleanRuns(model)
+    found = effect(model, inputs, Mask(), controls=(), clean=clean)
+    effect(model, IDS[0], Mask(), controls=(), clean=clean)
+    assert len(clean) == 2
+
+    def loss():
+        with torch.no_grad():
+            logits = network(**inputs).logits[0, :-1]
+        return torch.nn.functional.cross_entropy(logits, IDS[0, 1:])
+
+    before = loss()
+    with lens.edit(model, Mask()):
+        change = float(loss() - before)
+    assert abs(change) > 1e-5
+    assert found.values["edit"]["delta_loss"][0, 0] == pytest.approx(change, abs=1e-6)
