@@ -21,6 +21,9 @@ trace = traces[0]
 # A still smaller one, attention only, which knows how to copy.
 small = lens.load("induction-2l")
 
+# What it does, in few prompts: circuits of it take a moment.
+copying = lens.tasks.induction(small, n=4)
+
 # Two tasks: prompts with a metric, and other prompts of the same kind to check a choice on.
 task = lens.tasks.induction(model, n=8)
 held_out = lens.tasks.induction(model, n=8, seed=1)

@@ -36,7 +36,7 @@ circuits = lens.circuits
 known = circuits.known.induction_transformer(beta=30)
 scored = circuits.score_edges(known.model, known.task, method="exact", progress=False)
 active = known.visible[next(iter(known.tasks))]
-recovered = circuits.recovery(scored, active)
+recovered = circuits.checks.recovery(scored, active)
 scored.table().head(8).round(3)
 
 # %%
@@ -70,7 +70,7 @@ edges.plot()
 # circuits of the same size stand beside it, because a circuit of many edges works anyhow.
 
 # %%
-evaluation = circuits.evaluate(model, task, edges, random=3, progress=False)
+evaluation = circuits.evaluate(model, task, edges, draws=3, progress=False)
 evaluation.plot()
 
 # %%

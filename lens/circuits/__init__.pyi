@@ -6,10 +6,10 @@ from . import reuse as reuse
 from . import scores as scores
 from .checks.evaluation import evaluate as evaluate
 from .checks.evaluation import run_circuit as run_circuit
-from .checks.recovery import recovery as recovery
 from .discovery._finding import find as find
 from .graph.circuit import load_circuit as load_circuit
 from .graph.circuit import make_circuit as make_circuit
 from .patches.head_parts import head_parts as head_parts
 from .patches.patching import patch as patch
+from .scores.methods import EapIg as EapIg
 from .scores.scoring import score_edges as score_edges

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from lens.circuits.graph.activations import Ablation
+from lens.circuits.graph.activations import Ablation, Baseline
 from lens.circuits.graph.circuit import Circuit
 from lens.circuits.graph.edge_scores import EdgeScores
 from lens.circuits.graph.graph import Graph
@@ -79,12 +79,14 @@ def to_mib(scores: EdgeScores, path: str | Path, *, circuit: Circuit | None = No
     write_json(Path(path), found)
 
 
-def from_mib(path: str | Path, *, ablation: str = "counterfactual", sign: int = 1) -> EdgeScores:
+def from_mib(
+    path: str | Path, *, baseline: Baseline = "counterfactual", sign: int = 1
+) -> EdgeScores:
     """Read `importances.json`, of the benchmark or of `to_mib`, as scores of one row.
 
     Args:
         path: of the file.
-        ablation: what the scores are of, where the file does not say.
+        baseline: what the scores are of, where the file does not say.
         sign: -1 for files whose useful edges are negative, such as the GPT-2 scores that the
             benchmark ships; ablate the largest edge to see which a file is.
 
@@ -114,7 +116,7 @@ def from_mib(path: str | Path, *, ablation: str = "counterfactual", sign: int = 
         values[0, graph.find(found["edges"])] = [
             sign * float(edge["score"]) for edge in found["edges"].values()
         ]
-        config = Ablation(**about["ablation"]) if "ablation" in about else Ablation(ablation)
+        config = Ablation(**about["ablation"]) if "ablation" in about else Ablation(baseline)
     except (KeyError, TypeError) as error:
         raise LensError(f"{path} is a damaged importances.json: {error}") from error
     unknown = "unknown"

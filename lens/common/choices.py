@@ -1,8 +1,9 @@
-"""Arguments that are one of a few words: one check, and one message, for all of them."""
+"""Arguments that are one of a few words, or a whole number: one check, and one message, for all of them."""
 
 import difflib
 import typing
 from collections.abc import Iterable
+from numbers import Integral
 from typing import Any, TypeVar
 
 from lens.common.errors import LensError
@@ -33,6 +34,25 @@ def check_choice(name: str, value: _Choice, choices: Any) -> _Choice:
         f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}"
         + (f"; did you mean {near[0]!r}?" if near else "")
     )
+
+
+def check_counts(least: int = 1, **numbers: Any) -> None:
+    """Refuse what is no whole number of at least `least`.
+
+    Args:
+        least: 0, or what makes sense.
+        numbers: arguments by name.
+
+    Raises:
+        LensError: `draws must be a positive integer, got 0`
+
+    Example:
+        >>> check_counts(draws=20, resamples=5)
+    """
+    what = "a positive integer" if least == 1 else f"an integer of at least {least}"
+    for name, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+            raise LensError(f"{name} must be {what}, got {value!r}")
 
 
 def words(choices: Any) -> tuple[str, ...]:

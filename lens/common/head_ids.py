@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from typing import NamedTuple, TypeAlias
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 from lens.common.errors import LensError
 
@@ -57,6 +57,21 @@ def layers_in_words(layers: Sequence[int]) -> str:
     if len(numbers) > 2 and layers[-1] - layers[0] == len(layers) - 1:
         return f"layers {numbers[0]} to {numbers[-1]}"
     return f"layers {', '.join(numbers[:-1])} and {numbers[-1]}"
+
+
+def all_heads(layers: int, heads: int) -> list[HeadId]:
+    """Every head of a model, layer by layer."""
+    return [HeadId(layer, head) for layer in range(layers) for head in range(heads)]
+
+
+def head_columns(heads: Iterable[Sequence[int]]) -> dict[str, Any]:
+    """The columns `name`, `layer` and `head` of a table with one row per head."""
+    places = [HeadId(*map(int, head)) for head in heads]
+    return {
+        "name": [str(place) for place in places],
+        "layer": [place.layer for place in places],
+        "head": [place.head for place in places],
+    }
 
 
 def head_of_node(node: str) -> HeadId | None:

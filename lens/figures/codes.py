@@ -20,7 +20,7 @@ def code_map(scores: CodeScores, **look: Unpack[Look]) -> go.Figure:
     best = scores.table().iloc[0]
     return grid(
         scores.values,
-        f"Most codes of its own: {best['head']} ({best['value']:.3g})",
+        f"Most codes of its own: {best['name']} ({best['value']:.3g})",
         unit="codes",
         meta={"task": scores.task, "model": scores.model},
         **look,

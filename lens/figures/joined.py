@@ -22,9 +22,9 @@ def parts_plot(joined: JoinedHeads, **look: Unpack[Look]) -> go.Figure:
     table = joined.table()
     figure = go.Figure()
     for part in _PARTS:
-        figure.add_bar(x=table["head"], y=table[part], name=part)
+        figure.add_bar(x=table["name"], y=table[part], name=part)
     figure.add_scatter(
-        x=table["head"],
+        x=table["name"],
         y=table["full"],
         mode="markers",
         name="full effect",
@@ -39,7 +39,7 @@ def parts_plot(joined: JoinedHeads, **look: Unpack[Look]) -> go.Figure:
     figure.update_yaxes(title=f"lost {joined.metric}")
     best = table.iloc[int(table["full"].abs().to_numpy().argmax())]
     finding = (
-        f"{best['head']} matters most ({best['full']:.3g}): pattern {best['pattern']:.3g}, "
+        f"{best['name']} matters most ({best['full']:.3g}): pattern {best['pattern']:.3g}, "
         f"value {best['value']:.3g}"
     )
     meta = {"task": joined.task, "model": joined.model}

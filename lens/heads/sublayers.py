@@ -1,16 +1,19 @@
 """Sub-layers left out one at a time, greedily one after another, and what a layer does to the stream."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from lens.common.choices import check_choice
 from lens.common.errors import LensError
 from lens.common.progress import advancing
 from lens.edits.parts import Ablate
 from lens.edits.running import edit
-from lens.heads.pruning.distances import check_distance, distance
+from lens.heads.pruning import distances
+from lens.heads.pruning.distances import Distance
 from lens.heads.pruning.sublayer_scores import BlockInfluence, GreedyRemoval, SkipSweep
 from lens.models.layout import blocks, named_sublayers
 from lens.models.loaded import LoadedModel
@@ -19,7 +22,7 @@ from lens.tasks.task import Task
 
 
 def importance(
-    model: LoadedModel, task: Task, *, by: str = "js", progress: bool = True
+    model: LoadedModel, task: Task, *, distance: Distance = "js", progress: bool = True
 ) -> SkipSweep:
     """Leave out each attention and MLP sub-layer alone: what the task loses, and how far the outputs move.
 
@@ -30,32 +33,23 @@ def importance(
     Args:
         model: as `lens.load` returns it.
         task: prompts and metric.
-        by: the distance of the outputs: "norm", "angular", "kl", "js" or "js_finercut".
+        distance: of the outputs: "norm", "angular", "kl", "js" or "js_finercut".
         progress: show a bar with the time left, on stderr, if that is a terminal.
 
     Raises:
         LensError: an unknown distance, sub-layers that are not found, or prompts that do not fit.
     """
-    candidates, whole = _prepared(model, task, by)
-    names = list(candidates)
-    drops, distances = [], []
-    clean = _metric(task, whole)
+    names, clean, without = _prepared(model, task, distance)
+    drops, moved = [], []
     with advancing(f"{model.name}: sub-layers", len(names), progress) as advance:
         for name in names:
-            cut = _logits(model, task, [name])
-            drops.append(task.sign * (clean - _metric(task, cut)))
-            distances.append(_distance(by, whole, cut))
+            apart, metric = without([name])
+            drops.append(task.sign * (clean - metric))
+            moved.append(apart)
             advance(1)
     return SkipSweep(
-        names=tuple(names),
-        drops=np.stack(drops),
-        distances=np.stack(distances),
-        clean=clean,
-        distance=by,
-        metric=task.metric,
-        task=task.name,
-        model=model.name,
-    )
+        tuple(names), np.stack(drops), np.stack(moved), clean, distance, task.metric, task.name, model.name
+    )  # fmt: skip
 
 
 def greedy_removal(
@@ -63,7 +57,7 @@ def greedy_removal(
     task: Task,
     *,
     count: int | None = None,
-    by: str = "js",
+    distance: Distance = "js",
     spared: float = 0.0,
     progress: bool = True,
 ) -> GreedyRemoval:
@@ -73,7 +67,7 @@ def greedy_removal(
     `count * sub-layers` forward passes.
 
     Args:
-        model, task, by, progress: as in `importance`.
+        model, task, distance, progress: as in `importance`.
         count: how many to take out; None: half of them.
         spared: the first `int(spared * sub-layers) + 1` stay for as long as others are left to take
             out (FinerCut's option `-x`); 0: none is spared.
@@ -82,17 +76,21 @@ def greedy_removal(
 
     Raises:
         LensError: a count that the model has not, a share outside [0, 1), and as in `importance`.
+
+    Example:
+        >>> len(lens.heads.sublayers.greedy_removal(model, task.take(torch.arange(2)), count=2).order)
+        2
     """
-    candidates, whole = _prepared(model, task, by)
+    candidates, clean, without = _prepared(model, task, distance)
     total = len(candidates)
     count = total // 2 if count is None else count
     if not 1 <= count <= total:
         raise LensError(f"count must be 1 to {total}, the sub-layers of {model.name}; got {count}")
     if not 0 <= spared < 1:
         raise LensError(f"spared must be a share in [0, 1), got {spared}; use e.g. 0.4")
-    last = list(candidates)[: int(spared * total) + 1] if spared else []
+    last = candidates[: int(spared * total) + 1] if spared else []
     order: list[str] = []
-    found, losses = [], [_metric(task, whole)]
+    found, losses = [], [clean]
     late = min(len(last), total)
     steps = sum(total - step - late * (step < total - late) for step in range(count))
     with advancing(f"{model.name}: removals", steps, progress) as advance:
@@ -100,68 +98,77 @@ def greedy_removal(
             best: tuple[float, str, np.ndarray, np.ndarray] | None = None
             left = [name for name in candidates if name not in order]
             for name in [name for name in left if name not in last] or left:
-                cut = _logits(model, task, [*order, name])
-                apart = _distance(by, whole, cut)
+                apart, metric = without([*order, name])
                 if best is None or apart.mean() < best[0]:
-                    best = (float(apart.mean()), name, apart, _metric(task, cut))
+                    best = (float(apart.mean()), name, apart, metric)
                 advance(1)
             assert best is not None
             order.append(best[1])
             found.append(best[2])
             losses.append(best[3])
     return GreedyRemoval(
-        order=tuple(order),
-        distances=np.stack(found),
-        losses=np.stack(losses),
-        sublayers=total,
-        distance=by,
-        metric=task.metric,
-        task=task.name,
-        model=model.name,
-    )
+        tuple(order), np.stack(found), np.stack(losses), total, distance, task.metric, task.name, model.name
+    )  # fmt: skip
 
 
-def block_influence(model: LoadedModel, task: Task) -> BlockInfluence:
+def block_influence(model: LoadedModel, task: Task, *, progress: bool = True) -> BlockInfluence:
     """How much each layer turns the residual stream: `1 - E cos(x before, x after)`.
 
     One forward pass, blind to what the turn is good for: the cheap stand-in for leaving layers out.
+
+    Args:
+        model, task, progress: as in `importance`.
 
     Reference: Men et al., ShortGPT, 2024, arXiv 2403.03853.
 
     Raises:
         LensError: layers that are not found, or prompts that do not fit.
+
+    Example:
+        >>> lens.heads.sublayers.block_influence(model, task).table()["layer"].tolist()
+        [0, 1, 2]
     """
-    layers = blocks(model)
+    layers = dict.fromkeys(blocks(model))
     task.check(model)
-    parts = []
-    for rows in task.chunks(task.rows_at_once(model)):
-        turned: list[Tensor] = []
+    parts, turned = [], []
 
-        def keep(_: object, inputs: tuple[Tensor, ...], output: object, to: list = turned) -> None:
-            after = output[0] if isinstance(output, tuple) else output
-            assert isinstance(after, Tensor)
-            cosine = torch.cosine_similarity(inputs[0].double(), after.double(), dim=-1)
-            to.append(1 - cosine.mean(1))  # [rows]
+    def keep(_: object, inputs: tuple[Tensor, ...], output: object) -> None:
+        after = output[0] if isinstance(output, tuple) else output
+        assert isinstance(after, Tensor)
+        cosine = torch.cosine_similarity(inputs[0].double(), after.double(), dim=-1)
+        turned.append(1 - cosine.mean(1))  # [rows]
 
-        handles = [layer.register_forward_hook(keep) for layer in dict.fromkeys(layers)]
-        try:
-            with torch.no_grad():
-                logits_of(model, task.clean[rows])
-        finally:
-            for handle in handles:
-                handle.remove()
-        parts.append(torch.stack(turned))
+    with ExitStack() as stack, torch.no_grad():
+        advance = stack.enter_context(advancing(f"{model.name}: layers", task.n, progress))
+        for layer in layers:
+            stack.callback(layer.register_forward_hook(keep).remove)
+        for rows in task.chunks(task.rows_at_once(model)):
+            logits_of(model, task.clean[rows])
+            parts.append(torch.stack(turned))
+            turned.clear()
+            advance(len(rows))
     return BlockInfluence(torch.cat(parts, 1).cpu().numpy(), task.name, model.name)
 
 
+_Without = Callable[[Sequence[str]], tuple[np.ndarray, np.ndarray]]
+
+
 def _prepared(
-    model: LoadedModel, task: Task, by: str
-) -> tuple[dict[str, torch.nn.Module], list[Tensor]]:
-    """Sub-layers by name, and the logits of the whole model, some prompts at a time."""
-    check_distance(by)
+    model: LoadedModel, task: Task, distance: Distance
+) -> tuple[list[str], np.ndarray, _Without]:
+    """Names of the sub-layers, the metric [prompts], and what leaving some out does: distance and metric."""
+    check_choice("distance", distance, Distance)
     candidates = named_sublayers(model)
     task.check(model)
-    return candidates, _logits(model, task, [])
+    whole = _logits(model, task, [])
+
+    def without(names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        cut = _logits(model, task, names)
+        both = zip(whole, cut, strict=True)
+        found = torch.cat([distances.distance(distance, *chunks) for chunks in both])
+        return found.cpu().numpy(), _metric(task, cut)
+
+    return list(candidates), _metric(task, whole), without
 
 
 def _logits(model: LoadedModel, task: Task, gone: Sequence[str]) -> list[Tensor]:
@@ -178,9 +185,3 @@ def _metric(task: Task, logits: list[Tensor]) -> np.ndarray:
     rows = torch.arange(task.n).split([len(chunk) for chunk in logits])
     found = [task.measure(*both) for both in zip(logits, rows, strict=True)]
     return torch.cat(found).double().cpu().numpy()
-
-
-def _distance(by: str, whole: list[Tensor], cut: list[Tensor]) -> np.ndarray:
-    """[prompts]"""
-    found = [distance(by, *both) for both in zip(whole, cut, strict=True)]
-    return torch.cat(found).cpu().numpy()

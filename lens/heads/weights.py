@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lens.common.errors import LensError
+from lens.common.head_ids import HeadId
 from lens.models.loaded import LoadedModel
 from lens.models.parts import Layout, Norm
 from lens.passes.replay import proved
@@ -133,7 +134,7 @@ def copying(
             eigenvalue, share = _copied(value, output, across, weights, read, top)
             rows.append(
                 {
-                    "name": f"L{layer}H{head}",
+                    "name": str(HeadId(layer, head)),
                     "layer": layer,
                     "head": head,
                     "eigenvalue": eigenvalue,

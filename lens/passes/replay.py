@@ -89,7 +89,6 @@ class _Replay(Visitor):
         self._made: tuple[Tensor, ...] = ()
 
     def project(self, layer: int, residual: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """See `Visitor`."""
         block = self._layout.blocks[layer]
         normed = block.norm.recomputed(self.stream)
         if self._layout.normed:
@@ -115,7 +114,6 @@ class _Replay(Visitor):
             self.errors.append(_difference(found * own.mean(), own * found.mean()))
 
     def heads(self, layer: int, z: Tensor) -> Tensor:
-        """See `Visitor`."""
         block, before = self._layout.blocks[layer], self.stream
         self.stream = before + block.after.recomputed(block.attended(z))
         if block.mlp:

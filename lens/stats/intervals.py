@@ -111,6 +111,27 @@ def over_units(
     return low.reshape(shape), high.reshape(shape)
 
 
+def columns(
+    name: str, values: Shaped[np.ndarray, "*rest units"], seed: int, *, plain: bool = False
+) -> dict[str, Any]:
+    """Columns of a table: `name`, a mean over units (such as prompts), and the ends of its interval.
+
+    Args:
+        name: of the column with the mean.
+        values: [..., units]; the other axes become rows.
+        seed: of the draws.
+        plain: call the ends `low` and `high`, where the table has one interval; else `<name>_low`, `<name>_high`.
+    """
+    units = np.moveaxis(values, -1, 0)
+    low, high = over_units(units, np.ones_like(units), seed)
+    start = "" if plain else f"{name}_"
+    return {
+        name: np.ravel(values.mean(-1)),
+        f"{start}low": np.ravel(low),
+        f"{start}high": np.ravel(high),
+    }
+
+
 def over_rows(
     values: Float[np.ndarray, "*rest rows"], seed: int
 ) -> tuple[Float[np.ndarray, "*rest"], Float[np.ndarray, "*rest"]]:

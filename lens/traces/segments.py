@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 
 from lens.common.errors import LensError
-from lens.common.results import Result, described
+from lens.common.results import Result, Sentence, described
 from lens.models.loaded import LoadedModel
 from lens.models.sizes import image_token
 
@@ -98,18 +98,20 @@ class Segments(Result):
     def __repr__(self) -> str:
         return described(self)
 
-    def findings(self) -> tuple[str, ...]:
-        """How many tokens are what, in plain words."""
+    def findings(self) -> tuple[Sentence, ...]:
+        """How many tokens are what ("tokens"), and where the images are ("grids")."""
         real = int((self.kind != PADDING).sum())
         counts = {name: int(self.mask(name).sum()) for name in KINDS}
         shapes = sorted({f"{height} × {width}" for _, _, height, width in self.grids})
-        return (
-            f"{len(self.kind)} prompt{'s' * (len(self.kind) > 1)} of {real:,} tokens: "
-            + ", ".join(f"{count:,} {name} ({count / real:.1%})" for name, count in counts.items())
-            + (f"; {len(self.grids)} images as grids of {', '.join(shapes)}" if shapes else "")
-            + (f"; no grids: {self.why_no_grids}" if self.why_no_grids else "")
-            + ".",
-        )
+        shares = ", ".join(f"{some:,} {name} ({some / real:.1%})" for name, some in counts.items())
+        prompts = f"{len(self.kind)} prompt{'s' * (len(self.kind) > 1)} of {real:,} tokens"
+        said = [Sentence(f"{prompts}: {shares}.", kind="tokens")]
+        if shapes:
+            grids = f"{len(self.grids)} images as grids of {', '.join(shapes)}."
+            said.append(Sentence(grids, kind="grids"))
+        if self.why_no_grids:
+            said.append(Sentence(f"No grids: {self.why_no_grids}.", kind="grids"))
+        return tuple(said)
 
 
 def segments(

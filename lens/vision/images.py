@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from lens.common.errors import LensError
-from lens.common.results import Result, described
+from lens.common.results import Result, Sentence, described
 
 if TYPE_CHECKING:
     from lens.traces.segments import Segments
@@ -66,20 +66,22 @@ class ImageGrid(Result):
     def __repr__(self) -> str:
         return described(self)
 
-    def findings(self) -> tuple[str, ...]:
-        """Where the marked tokens lie, never without the base rate."""
+    def findings(self) -> tuple[Sentence, ...]:
+        """The grid ("grid"), how much of it is marked ("marked"), and how much of that lies in the region
+        ("region"), never without the base rate."""
         height, width = self.values.shape
-        found = [
-            f"Image {self.image}: {height} × {width} tokens, mean {self.name} {self.values.mean():.4g}."
-        ]
+        of = f"{height} × {width} tokens, mean {self.name} {self.values.mean():.4g}"
+        found = [Sentence(f"Image {self.image}: {of}.", kind="grid")]
         if self.marked is not None:
-            share = self.marked.mean()
-            found.append(f"{int(self.marked.sum())} of them are marked ({share:.1%}).")
+            count, share = int(self.marked.sum()), self.marked.mean()
+            marked = f"{count} of {height * width} tokens are marked ({share:.1%})."
+            found.append(Sentence(marked, kind="marked"))
         if not np.isnan(self.rate):
-            found.append(
+            region = (
                 f"{self.rate:.1%} of the marked tokens lie in the region, where {self.base_rate:.1%} of "
                 f"all tokens lie: {self.enrichment:.2f} times what a blind choice gives."
             )
+            found.append(Sentence(region, kind="region"))
         return tuple(found)
 
 

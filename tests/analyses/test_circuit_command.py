@@ -78,7 +78,7 @@ def test_figures_and_limits_are_on_the_page(run):
 
 def test_each_head_of_the_circuit_shows_its_attention(run):
     section = run.section("joined")
-    table = section.tables["heads"].set_index("head")
+    table = section.tables["heads"].set_index("name")
     chosen = circuits.load_circuit(run.path / "circuits/induction.json")
     names = {f"L{node[1]}H{node[-1]}" for node in chosen.nodes if node.startswith("a")}
     assert set(table.index) == names

@@ -1,6 +1,6 @@
 """Small float64 models of each kind of block, with tasks, and naive twins of what circuits compute."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 import lens
 from lens.circuits.graph.activations import Activations
 from lens.circuits.graph.graph import Graph
+from lens.circuits.scores.methods import named
 from lens.models.attention_only import AttentionOnlyConfig, AttentionOnlyModel
 from lens.models.loaded import LoadedModel
 from lens.tasks import Task
@@ -28,6 +29,12 @@ class _Rms(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         return self.weight * hidden * (hidden.pow(2).mean(-1, keepdim=True) + self.eps).rsqrt()
+
+
+def stepped(method, steps=5, rule="midpoint"):
+    """The method, with steps and a rule where it has any."""
+    word, integrated = named(method)
+    return word if integrated is None else replace(integrated, steps=steps, rule=rule)
 
 
 def small_model(kind: str) -> LoadedModel:

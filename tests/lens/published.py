@@ -23,6 +23,7 @@ from lens.models.loaded import LoadedModel
 from lens.tasks import Task, colored_objects, docstring, greater_than, ioi
 from lens.tasks.ioi import TEMPLATES
 
+_LEFT = circuits.EapIg(rule="left")  # as published code integrates
 GPT2, MEDIUM = "LENS_GPT2", "LENS_GPT2_MEDIUM"
 FOUR_LAYERS, SCORES, HOURS = "LENS_ATTN_ONLY_4L", "LENS_MIB_SCORES", "LENS_HOURS"
 WHY = {
@@ -120,26 +121,24 @@ def eight_prompts(model: LoadedModel, prompts: int) -> dict[str, float]:
 def years(model: LoadedModel, prompts: int) -> dict[str, float]:
     task = greater_than(model, prompts, 0)
     found = {"model": float(task.evaluate(model).mean())}
-    for method in ("eap-ig", "eap", "clean-corrupted"):
-        scores = circuits.score_edges(
-            model, task, method=method, steps=5, rule="left", progress=False
-        )
+    for method in (_LEFT, "eap", "clean-corrupted"):
+        scores = circuits.score_edges(model, task, method=method, progress=False)
         kept = circuits.run_circuit(model, task, scores.top(200))
-        found[method] = float(kept.metric.mean())
+        found[scores.method] = float(kept.metric.mean())
     return found
 
 
 def benchmark(model: LoadedModel, prompts: int) -> dict[str, float]:
     task = ioi(model, prompts, 0, corruption="s2_io")
-    scores = circuits.score_edges(model, task, steps=5, rule="left", progress=False)
-    found = circuits.evaluate(model, task, scores, random=3, progress=False)
+    scores = circuits.score_edges(model, task, method=_LEFT, progress=False)
+    found = circuits.evaluate(model, task, scores, draws=3, progress=False)
     return {"cpr": found.cpr, "cmd": found.cmd}
 
 
 def benchmark_of_chance(model: LoadedModel, prompts: int) -> dict[str, float]:
     task = ioi(model, prompts, 0, corruption="s2_io")
     scores = circuits.score_edges(model, task, method="eap", progress=False)
-    found = circuits.evaluate(model, task, scores, random=5, progress=False)
+    found = circuits.evaluate(model, task, scores, draws=5, progress=False)
     return {"cpr": float(found.random_cpr.mean()), "cmd": float(found.random_cmd.mean())}
 
 
@@ -206,7 +205,9 @@ def acdc(model: LoadedModel, prompts: int, thresholds: int = 31) -> dict[str, fl
     task = ioi(model, prompts, 0).with_kl(model)
     limits = np.geomspace(1e-6, 1.0, thresholds).tolist()
     found = circuits.discovery.acdc(model, task, limits)
-    return {"staircase": circuits.recovery(found.scores(), known_edges(found.graph)).staircase}
+    return {
+        "staircase": circuits.checks.recovery(found.scores(), known_edges(found.graph)).staircase
+    }
 
 
 def name_movers(model: LoadedModel, prompts: int) -> dict[str, float]:
@@ -225,7 +226,7 @@ def name_movers(model: LoadedModel, prompts: int) -> dict[str, float]:
 def ranking(model: LoadedModel, prompts: int) -> dict[str, float]:
     theirs = circuits.exports.from_mib(os.environ[SCORES])
     task = ioi(model, prompts, 0, corruption="s2_io")
-    mine = circuits.score_edges(model, task, steps=5, rule="left", progress=False)
+    mine = circuits.score_edges(model, task, method=_LEFT, progress=False)
     return {"spearman": spearman(mine.values, theirs.values)}
 
 

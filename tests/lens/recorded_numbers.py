@@ -212,8 +212,10 @@ def circuit_scores() -> Numbers:
     found |= cells("circuits.flow_routes", table, "value low high used", "L1H2")
     known = circuits.known.induction_transformer(beta=30)
     exact = circuits.score_edges(known.model, known.task, method="exact", **QUIET)
-    recovered = circuits.recovery(exact, known.visible[next(iter(known.tasks))])
-    part = circuits.recovery(edges(), ["a0.h1->a1.h2<k>", "a1.h2->logits", "input->a0.h1<v>"])
+    recovered = circuits.checks.recovery(exact, known.visible[next(iter(known.tasks))])
+    part = circuits.checks.recovery(
+        edges(), ["a0.h1->a1.h2<k>", "a1.h2->logits", "input->a0.h1<v>"]
+    )
     return found | {
         "circuits.recovery.known.auroc": recovered.auroc,
         "circuits.recovery.part.auroc": part.auroc,
@@ -225,7 +227,7 @@ def circuit_scores() -> Numbers:
 def circuit_checks() -> Numbers:
     """Circuits found, evaluated and compared."""
     model, task, circuits = symbols()[0], copying(), lens.circuits
-    result = circuits.evaluate(model, task, edges(), random=2, **QUIET)
+    result = circuits.evaluate(model, task, edges(), draws=2, **QUIET)
     found = {"circuits.evaluate.cpr": result.cpr, "circuits.evaluate.cmd": result.cmd}
     table = result.table().set_index(["ranking", "share"])
     at = [("signed", 0.2), ("absolute", 0.2)]
@@ -240,15 +242,13 @@ def circuit_checks() -> Numbers:
     found["circuits.run_circuit.metric"] = float(outcome.metric.mean())
     found["circuits.run_circuit.kl"] = float(outcome.kl.mean())
     result = circuits.checks.completeness(
-        model, task, circuit, runs=2, steps=2, candidates=3, random=2, **QUIET
+        model, task, circuit, runs=2, steps=2, candidates=3, draws=2, **QUIET
     )
     table = result.table().set_index("kind")
     found |= cells("circuits.completeness", table, "model circuit gap low high", ["none"])
     found["circuits.completeness.incompleteness"] = result.incompleteness
     table = (
-        circuits.checks.minimality(model, task, circuit, random=3, **QUIET)
-        .table()
-        .set_index("node")
+        circuits.checks.minimality(model, task, circuit, draws=3, **QUIET).table().set_index("node")
     )
     found |= cells("circuits.minimality", table, "drop low high share", "a0.h1 a1.h2")
     table = circuits.checks.stability(edges(), 40, resamples=6).table().set_index("of")
@@ -256,7 +256,7 @@ def circuit_checks() -> Numbers:
     other = circuits.score_edges(model, task, method="eap", **QUIET).top(20)
     shared = circuits.reuse.overlap(edges().top(20), other, draws=20, resamples=10)
     found |= cells("circuits.overlap", shared.table().set_index("measure"), "value", "heads edges")
-    table = circuits.head_parts(model, task, ["L1H0"]).table().set_index("head")
+    table = circuits.head_parts(model, task, ["L1H0"]).table().set_index("name")
     columns = "full full_low full_high pattern value interaction without_sink induction sink_mass"
     found |= cells("circuits.join", table, columns, ["L1H0"])
     table = (

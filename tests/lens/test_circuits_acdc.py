@@ -15,12 +15,12 @@ from lens.common.errors import LensError
 from tests.lens.circuit_models import small_model, small_task
 
 
-def one_at_a_time(model, task, threshold, *, order, ablation="counterfactual", kv="head", size=abs):
+def one_at_a_time(model, task, threshold, *, order, baseline="counterfactual", kv="head", size=abs):
     """Edges kept, as ACDC is written down: one run per edge, nodes that nobody reads left out."""
     nodes = find_nodes(model, kv=kv)
     graph = nodes.graph
     rows = torch.arange(task.n)
-    reference = References(nodes, task, Ablation(ablation, kv=kv)).of(rows)
+    reference = References(nodes, task, Ablation(baseline, kv=kv)).of(rows)
     kept = dict.fromkeys(zip(*graph.ends, strict=True), True)
 
     def loss():
@@ -70,9 +70,9 @@ def test_batched_search_is_one_edge_at_a_time(kind, threshold, order, absolute):
 def test_shared_keys_and_kl():
     model = small_model("llama")
     task = small_task(rows=2).with_kl(model)
-    found = acdc(model, task, 0.05, kv="group", ablation="zero")
+    found = acdc(model, task, 0.05, kv="group", baseline="zero")
     kept, loss = one_at_a_time(
-        model, task, 0.05, order="reverse", kv="group", ablation="zero", size=float
+        model, task, 0.05, order="reverse", kv="group", baseline="zero", size=float
     )
     np.testing.assert_array_equal(found.kept[0], kept)
     assert found.loss[0] == pytest.approx(loss, rel=1e-10)
@@ -88,13 +88,13 @@ def test_what_each_corruption_of_the_induction_transformer_shows(beta):
         assert set(edges) == set(known.visible[name])
         union |= set(edges)
     assert set(known.edges) - union == {"input->a0.h0<q>", "input->a0.h0<k>"}
-    zero = acdc(known.model, known.task, 0.05, ablation="zero").circuit()
+    zero = acdc(known.model, known.task, 0.05, baseline="zero").circuit()
     assert set(zero.edges) == set(known.edges)
 
 
 def test_threshold_at_which_each_edge_goes():
     known = induction_transformer(4, dtype="float64")
-    found = acdc(known.model, known.task, [0.5, 0.01, 3.0], ablation="zero")
+    found = acdc(known.model, known.task, [0.5, 0.01, 3.0], baseline="zero")
     assert found.thresholds == (0.01, 0.5, 3.0)
     assert (np.diff(found.kept.sum(1)) <= 0).all()
     scores = found.scores()
@@ -161,9 +161,9 @@ def test_random_orders_are_topological_and_repeat():
     [
         ([], {}, "thresholds must be finite numbers of 0 or more, got \\[\\]"),
         (-1.0, {}, "got -1.0"),
-        (0.1, {"order": "up"}, "order must be one of reverse, forward, random, got 'up'"),
+        (0.1, {"order": "up"}, "order must be one of 'reverse', 'forward', 'random', got 'up'"),
         (0.1, {"batch_size": 0}, "batch_size must be a positive integer, got 0"),
-        (0.1, {"ablation": "noise"}, "unknown ablation 'noise'"),
+        (0.1, {"baseline": "noise"}, "baseline must be one of .*got 'noise'"),
     ],
 )
 def test_wrong_options_are_refused(thresholds, options, message):

@@ -13,6 +13,7 @@ from lens.circuits.known import induction_transformer, logic_gate
 from lens.circuits.scores.atp import atp_star, atp_star_grad_drop, atp_star_together
 from lens.circuits.scores.attribution import head_slopes
 from lens.circuits.scores.batch import Batch
+from lens.circuits.scores.methods import EapIg
 from lens.circuits.scores.scoring import eap, score_edges
 from lens.common.errors import LensError
 from tests.lens.circuit_models import KINDS, error, small_model, small_task
@@ -108,7 +109,7 @@ def test_a_saturated_softmax_is_seen_where_gradients_fail():
         return value(score_edges(known.model, known.task, **options), QUERY)
 
     assert scored(method="eap") == pytest.approx(0, abs=1e-9)
-    assert scored(method="eap-ig", steps=5, rule="left") == pytest.approx(0.11839, abs=1e-5)
+    assert scored(method=EapIg(5, "left")) == pytest.approx(0.11839, abs=1e-5)
     for method in ("exact", "atp*", "atp*-together"):
         assert scored(method=method) == pytest.approx(2, abs=1e-9)
 

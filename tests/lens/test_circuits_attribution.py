@@ -11,9 +11,10 @@ from lens.circuits.graph.activations import read_activations
 from lens.circuits.graph.masked_forward import masked_logits
 from lens.circuits.graph.nodes import find_nodes
 from lens.circuits.known import induction_transformer
+from lens.circuits.scores.methods import EapIg
 from lens.circuits.scores.scoring import score_edges
 from lens.common.errors import LensError
-from tests.lens.circuit_models import KINDS, ROWS, error, small_model, small_task
+from tests.lens.circuit_models import KINDS, ROWS, error, small_model, small_task, stepped
 
 QUERY, OUT = "input->a1.h0<q>", "a1.h0->logits"
 
@@ -59,7 +60,7 @@ def test_a_smaller_loss_is_better(model):
 )
 def test_scores_depend_neither_on_batches_nor_on_the_order(method):
     model, task = small_model("gpt2"), small_task()
-    whole = score_edges(model, task, method=method, steps=2, batch_size=ROWS)
+    whole = score_edges(model, task, method=stepped(method, 2), batch_size=ROWS)
     order = torch.tensor([3, 1, 4, 0, 2])
     turned = replace(
         task,
@@ -68,14 +69,14 @@ def test_scores_depend_neither_on_batches_nor_on_the_order(method):
         correct=task.correct[order],
         wrong=None if task.wrong is None else task.wrong[order],
     )
-    parts = score_edges(model, turned, method=method, steps=2, batch_size=2)
+    parts = score_edges(model, turned, method=stepped(method, 2), batch_size=2)
     assert error(parts.per_prompt, whole.per_prompt[order.numpy()]) < 1e-11
 
 
 def test_input_cut_of_eap_ig_is_the_whole_effect():
     model, task = small_model("gpt2"), small_task()
-    fine = score_edges(model, task, method="eap-ig", steps=16)
-    rough = score_edges(model, task, method="eap-ig", steps=16, rule="left")
+    fine = score_edges(model, task, method=EapIg(16))
+    rough = score_edges(model, task, method=EapIg(16, "left"))
     change = (task.evaluate(model) - task.evaluate(model, corrupt=True)).mean().item()
     assert fine.total == pytest.approx(change, rel=1e-9)
     cut = fine.values[fine.graph.ends[1] == 0].sum()
@@ -140,8 +141,8 @@ def test_what_gradients_see_of_the_induction_transformer(beta, eap, exact, left)
 
     assert value(scored(method="eap"), QUERY) == pytest.approx(eap, abs=1e-5)
     assert value(scored(method="exact"), QUERY) == pytest.approx(exact, abs=1e-5)
-    assert value(scored(steps=5, rule="left"), QUERY) == pytest.approx(left, abs=1e-5)
-    fine = scored(steps=40)
+    assert value(scored(method=EapIg(5, "left")), QUERY) == pytest.approx(left, abs=1e-5)
+    fine = scored(method=EapIg(40))
     assert value(fine, QUERY) == pytest.approx(exact, abs=0.02)
     assert value(fine, OUT) == pytest.approx(value(scored(method="exact"), OUT), abs=1e-9)
     assert set(scored(method="exact").top(2).edges) == {QUERY, OUT}
@@ -149,22 +150,23 @@ def test_what_gradients_see_of_the_induction_transformer(beta, eap, exact, left)
 
 def test_the_residual_tells_that_five_left_steps_fail():
     known = induction_transformer(30, dtype="float64")
-    found = score_edges(known.model, known.task, rule="left")
+    found = score_edges(known.model, known.task, method=EapIg(rule="left"))
     assert found.residual == pytest.approx(0.11839 - 2, abs=1e-5)
-    assert score_edges(known.model, known.task, steps=30).residual == pytest.approx(0, abs=0.02)
+    fine = score_edges(known.model, known.task, method=EapIg(30))
+    assert fine.residual == pytest.approx(0, abs=0.02)
 
 
 @pytest.mark.parametrize("beta", [4, 30])
 def test_steps_are_doubled_until_the_whole_effect_is_there(beta):
     known = induction_transformer(beta, dtype="float64")
-    found = score_edges(known.model, known.task, steps="auto")
+    found = score_edges(known.model, known.task, method=EapIg("auto"))
     assert found.residual is not None
     assert found.total is not None
     assert found.total == pytest.approx(1.66527 if beta == 4 else 2, abs=1e-5)
     assert abs(found.residual) < 0.01 * found.total
     assert found.steps is not None
     if found.steps > 5:
-        before = score_edges(known.model, known.task, steps=found.steps // 2)
+        before = score_edges(known.model, known.task, method=EapIg(found.steps // 2))
         assert before.residual is not None
         assert abs(before.residual) >= 0.01 * found.total
     assert (found.steps > 5) == (beta == 30)
@@ -174,9 +176,9 @@ def test_steps_that_never_suffice_are_refused(monkeypatch):
     monkeypatch.setattr("lens.circuits.scores.scoring._MOST", 10)
     known = induction_transformer(30, dtype="float64")
     with pytest.raises(LensError, match=r"after 10 steps \d+\.\d% of the effect is still missing"):
-        score_edges(known.model, known.task, steps="auto", rule="left")
-    with pytest.raises(LensError, match="steps='auto' belongs to method='eap-ig', got 'eap'"):
-        score_edges(known.model, known.task, method="eap", steps="auto")
+        score_edges(known.model, known.task, method=EapIg("auto", "left"))
+    with pytest.raises(LensError, match="steps='auto' belongs to over='inputs', got 'stages'"):
+        EapIg("auto", over="stages")
 
 
 def test_differences_are_kept_at_a_sixth_of_the_naive_size():
@@ -206,11 +208,9 @@ def test_flat_and_undifferentiable_metrics_are_refused():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "guess"}, "unknown method 'guess'; known: exact, eap"),
-        ({"rule": "right"}, "rule must be midpoint or left, got 'right'"),
-        ({"steps": 0}, "steps must be a positive integer, got 0"),
+        ({"method": "guess"}, "method must be one of 'exact', 'eap'.*got 'guess'"),
         ({"batch_size": True}, "batch_size must be a positive integer, got True"),
-        ({"ablation": "noise"}, "unknown ablation 'noise'"),
+        ({"baseline": "noise"}, "baseline must be one of 'counterfactual'.*got 'noise'"),
     ],
 )
 def test_wrong_options_are_refused(options, message):
@@ -218,8 +218,22 @@ def test_wrong_options_are_refused(options, message):
         score_edges(small_model("gpt2"), small_task(), **options)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rule": "right"}, "rule must be one of 'midpoint', 'left', got 'right'"),
+        ({"over": "edges"}, "over must be one of 'inputs', 'activations', 'stages', got 'edges'"),
+        ({"steps": 0}, "steps must be a positive integer, got 0"),
+        ({"steps": 2.5}, "steps must be a positive integer, got 2.5"),
+    ],
+)
+def test_wrong_steps_are_refused(options, message):
+    with pytest.raises(LensError, match=message):
+        EapIg(**options)
+
+
 def test_a_task_without_corrupt_prompts():
     model, task = small_model("gpt2"), replace(small_task(), corrupt=None)
     with pytest.raises(LensError, match="has no corrupt prompts"):
         score_edges(model, task, method="eap")
-    assert score_edges(model, task, method="eap", ablation="zero").per_prompt.any()
+    assert score_edges(model, task, method="eap", baseline="zero").per_prompt.any()

@@ -74,7 +74,7 @@ def test_scores_and_evaluation_are_those_of_the_bare_model(pair, task):
         found = score_edges(model, task, method=method)
         assert error(found.values, expected.values) < 1e-6, method
     assert found.graph == expected.graph
-    expected, found = (evaluate(it, task, found, random=2, seed=3) for it in (own, model))
+    expected, found = (evaluate(it, task, found, draws=2, seed=3) for it in (own, model))
     assert error(found.signed.metric, expected.signed.metric) < 1e-6
     assert (found.cpr, found.cmd) == pytest.approx((expected.cpr, expected.cmd), rel=1e-6)
     assert torch.equal(bridge(task.clean), before)  # nothing is left behind

@@ -11,6 +11,7 @@ from lens.circuits.known import induction_transformer, tracr
 from lens.circuits.scores._sae import activations, codes_of, train
 from lens.circuits.scores._sae_codes import CodeScores, CodeSettings, codes, own_codes
 from lens.common.errors import LensError
+from lens.common.results import of_kind
 from tests.lens.circuit_models import small_model, small_task
 
 SETTINGS = CodeSettings(4, 7, 0.02, 5, "mean", (0, 1))
@@ -119,13 +120,14 @@ def test_auroc_counts_ties_as_half():
     np.testing.assert_allclose(scores.table()["probability"], weights / weights.sum())
     assert scores.table()["std"].isna().all()
     assert np.asarray(scores.plot().data[0]["z"]).tolist() == [[3, 1], [1, 0]]
-    assert "L0H0 3" in scores.findings()[0]
+    (said,) = of_kind(scores.findings(), "codes")
+    assert "L0H0 3" in said
 
 
 def test_codes_see_the_previous_token_head_of_induction_2l():
     model = lens.load("induction-2l")
     found = codes(model, lens.tasks.induction(model, 12, length=11), seeds=3)
-    assert found.table()["head"].iloc[0] == "L0H1"
+    assert found.table()["name"].iloc[0] == "L0H1"
     assert found.auroc(["L0H1", "L1H0"]) > 0.7
 
 
@@ -156,9 +158,9 @@ def test_codes_cannot_see_circuits_whose_corrupt_prompts_are_the_clean_ones_in_a
 
 def test_refusals():
     model, task = small_model("gpt2"), small_task()
-    with pytest.raises(LensError, match="positions must be last or mean, got 'first'"):
+    with pytest.raises(LensError, match="positions must be one of 'last', 'mean', got 'first'"):
         codes(model, task, positions="first")
-    with pytest.raises(LensError, match="features must be at least 1, got 0"):
+    with pytest.raises(LensError, match="features must be a positive integer, got 0"):
         codes(model, task, features=0)
     with pytest.raises(LensError, match="an even number of 2 to 8"):
         codes(model, task, examples=10)

@@ -27,7 +27,7 @@ def gate_circuit(known, edges):
 
 
 def search(known, circuit, **options):
-    options = {"runs": 1, "steps": 1, "candidates": 2, "random": 1, **options}
+    options = {"runs": 1, "steps": 1, "candidates": 2, "draws": 1, **options}
     return completeness(known.model, known.task, circuit, progress=False, **options)
 
 
@@ -79,7 +79,7 @@ def test_the_model_without_heads_is_the_model_with_their_outputs_replaced():
     model, task = small_model("gpt2"), small_task()
     circuit = score_edges(model, task, method="eap").top(30)
     found = completeness(
-        model, task, circuit, runs=2, steps=2, candidates=2, random=2, progress=False
+        model, task, circuit, runs=2, steps=2, candidates=2, draws=2, progress=False
     )
     assert found.kind == ("none", "greedy", "greedy", "random", "random")
     for names, values in zip(found.sets, found.model, strict=True):
@@ -98,7 +98,7 @@ def test_greedy_steps_take_the_largest_gap_among_all_candidates():
     circuit = score_edges(model, task, method="eap").top(30)
     heads = [name for name in circuit.nodes if name.startswith("a")]
     found = completeness(
-        model, task, circuit, runs=1, steps=1, candidates=len(heads), random=1, progress=False
+        model, task, circuit, runs=1, steps=1, candidates=len(heads), draws=1, progress=False
     )
     sizes = {}
     for name in heads:  # one at a time, each by itself
@@ -117,7 +117,7 @@ def test_every_node_of_an_and_is_needed_and_none_of_an_or():
     for gate, drops in expected.items():
         known = logic_gate(gate, dtype="float64")
         circuit = gate_circuit(known, (*HALF, *OTHER))
-        found = minimality(known.model, known.task, circuit, random=3, progress=False)
+        found = minimality(known.model, known.task, circuit, draws=3, progress=False)
         assert found.nodes == ("a0.h0", "a0.h1", "m0")
         assert found.drops[:2, 0] == pytest.approx(drops, abs=1e-12), gate
 
@@ -126,12 +126,12 @@ def test_a_set_that_is_out_already_shows_what_it_made_up_for():
     known = logic_gate("or", dtype="float64")
     circuit = gate_circuit(known, (*HALF, *OTHER))
     found = minimality(
-        known.model, known.task, circuit, given={"a0.h0": ["a0.h1"]}, random=2, progress=False
+        known.model, known.task, circuit, given={"a0.h0": ["a0.h1"]}, draws=2, progress=False
     )
     assert found.drops[:, 0] == pytest.approx([1, 0, 1], abs=1e-12)
     assert found.given == (("a0.h1",), (), ())
     assert found.needed() == ("a0.h0", "m0")
-    one = minimality(known.model, known.task, circuit, nodes=["m0"], random=2, progress=False)
+    one = minimality(known.model, known.task, circuit, nodes=["m0"], draws=2, progress=False)
     assert (one.nodes, one.drops[0, 0]) == (("m0",), pytest.approx(1))
     table = found.table()
     assert list(table["node"])[-1] == "a0.h1"
@@ -142,7 +142,7 @@ def test_nodes_that_are_there_for_nothing_are_found():
     known = induction_transformer(8, dtype="float64")
     graph = find_nodes(known.model).graph
     circuit = make_circuit(graph, (*known.edges, "input->a0.h1<v>", "a0.h1->logits"))
-    found = minimality(known.model, known.task, circuit, random=4, progress=False)
+    found = minimality(known.model, known.task, circuit, draws=4, progress=False)
     shares = dict(zip(found.nodes, found.shares, strict=True))
     assert shares["a1.h0"] == pytest.approx(1, abs=1e-2)
     assert shares["a0.h1"] == pytest.approx(0, abs=1e-9)
@@ -162,7 +162,7 @@ def test_what_has_no_parts_is_refused():
         minimality(known.model, known.task, circuit, nodes=["a0.h1"])
     with pytest.raises(LensError, match="steps must be a positive integer, got 0"):
         search(known, circuit, steps=0)
-    with pytest.raises(LensError, match="random must be a positive number of draws, got 0"):
-        minimality(known.model, known.task, circuit, random=0)
+    with pytest.raises(LensError, match="draws must be a positive integer, got 0"):
+        minimality(known.model, known.task, circuit, draws=0)
     with pytest.raises(LensError, match=r"given names 'a0\.h1', which is no node of the circuit"):
         minimality(known.model, known.task, circuit, given={"a0.h1": []})

@@ -9,6 +9,7 @@ import torch
 import transformers
 
 import lens
+from lens.circuits.scores.methods import EapIg
 from lens.circuits.scores.scoring import score_edges
 from lens.tasks import Task
 
@@ -56,10 +57,9 @@ def the_task():
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_activations_are_as_published_and_stages_are_not(kind):
     model, task = the_model(kind), the_task()
-    options = {"steps": 5, "rule": "left", "progress": False}
-    found = score_edges(model, task, method="eap-ig-activations", **options)
+    found = score_edges(model, task, method=EapIg(5, "left", "activations"))
     published = np.array([PUBLISHED[kind][edge] for edge in found.graph.edges])
     assert len(published) == len(PUBLISHED[kind])
     assert np.abs(found.values - published).max() < 1e-4 * np.abs(published).max()
-    ours = score_edges(model, task, method="eap-ig-stages", **options)
+    ours = score_edges(model, task, method=EapIg(5, "left", "stages"))
     assert np.abs(ours.values - published).max() > 0.1 * np.abs(published).max()

@@ -41,7 +41,7 @@ def test_areas_of_known_curves(curve, ratio, distance):
 def test_ends_and_sizes():
     model, task = small_model("gpt2"), small_task()
     scores = score_edges(model, task, method="eap")
-    found = evaluate(model, task, scores, random=2)
+    found = evaluate(model, task, scores, draws=2)
     for outcome in (found.signed, found.absolute):
         assert error(outcome.full, task.evaluate(model)) < 1e-12
         assert error(outcome.empty, task.evaluate(model, corrupt=True)) < 1e-12
@@ -92,7 +92,7 @@ def test_random_circuits_have_a_quarter_and_three_quarters():
     model = lens.load("induction-2l")
     task = lens.tasks.induction(model, 6, length=9)
     scores = score_edges(model, task, method="eap", progress=False)
-    found = evaluate(model, task, scores, random=12, progress=False)
+    found = evaluate(model, task, scores, draws=12, progress=False)
     assert found.random_cpr.mean() == pytest.approx(0.25, abs=0.04)
     assert found.random_cmd.mean() == pytest.approx(0.75, abs=0.04)
     assert found.cpr > found.random_cpr.max() + 0.2
@@ -137,8 +137,8 @@ def test_what_cannot_be_evaluated_is_refused():
     other = score_of(Graph(1, 2, 2), 1.0)
     with pytest.raises(LensError, match="the circuits are of a graph of 13 edges, and"):
         evaluate(model, task, other)
-    with pytest.raises(LensError, match="random must be a positive number of draws, got 0"):
-        evaluate(model, task, other, random=0)
+    with pytest.raises(LensError, match="draws must be a positive integer, got 0"):
+        evaluate(model, task, other, draws=0)
     scores = score_edges(model, task, method="eap")
     with pytest.raises(LensError, match="ablating every edge does not change the metric"):
         evaluate(model, replace(task, corrupt=task.clean), scores)
@@ -178,7 +178,7 @@ def test_magnitudes_are_norms_of_what_writers_change():
     found = control(model, task, circuit, kinds=("magnitude",), draws=2, progress=False)
     assert set(found.faithfulness) == {"magnitude"}
     with pytest.raises(
-        LensError, match="unknown control 'best'; known: uniform, degrees, magnitude"
+        LensError, match="kinds must be one of 'uniform', 'degrees', 'magnitude', got 'best'"
     ):
         control(model, task, circuit, kinds=("best",))
     with pytest.raises(LensError, match="draws must be a positive integer, got 0"):

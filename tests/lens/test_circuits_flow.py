@@ -146,7 +146,7 @@ def test_known_routes():
         (0, "L0H0", 2, 1): 1 / 3,
     }
     assert rows == pytest.approx(expected, abs=1e-4)
-    assert found.table()["head"].tolist()[:2] == ["L0H0", "L1H0"]
+    assert found.table()["name"].tolist()[:2] == ["L0H0", "L1H0"]
     np.testing.assert_allclose(found.values, [[2 / 3, 0], [1 / 4, 0]], atol=1e-4)
     few = flow_routes(known.model, known.task, threshold=0.3, progress=False)
     assert set(few.edges["part"]) == {"residual", "L0H0"}
@@ -157,7 +157,7 @@ def test_induction_head_is_on_the_way():
     model = lens.load("induction-2l")
     task = lens.tasks.induction(model, 6, length=11)
     found = flow_routes(model, task, progress=False)
-    table = found.table().set_index("head")
+    table = found.table().set_index("name")
     assert table.loc["L1H0", "used"] == 1
     assert (table["low"] <= table["value"]).all()
     assert found.edges["importance"].min() >= found.threshold

@@ -22,6 +22,7 @@ from lens.circuits.graph.masked_forward import masked_logits
 from lens.circuits.graph.nodes import find_nodes
 from lens.circuits.known import induction_transformer, logic_gate
 from lens.circuits.known.program import ProgramConfig, ProgramModel
+from lens.circuits.scores.methods import EapIg
 from lens.circuits.scores.scoring import score_edges
 
 QUERY, OUT = "input->a1.h0<q>", "a1.h0->logits"
@@ -44,7 +45,7 @@ def test_the_query_and_the_output_of_the_induction_head(beta, out, fine):
     known = induction_transformer(beta, dtype="float64")
     for method in ("eap", "exact"):  # linear in what the logits read
         assert of(scored(known, method=method), OUT) == pytest.approx([out], abs=1e-5)
-    found = scored(known, steps=200)
+    found = scored(known, method=EapIg(200))
     assert of(found, QUERY, OUT) == pytest.approx([fine, out], abs=1e-5)
 
 
@@ -73,7 +74,7 @@ def test_positions_show_by_zero_ablation_alone():
         for method in ("eap", "exact"):
             assert of(scored(known, name, method=method), *edges) == [0, 0]
     by_zero = {
-        method: of(scored(known, method=method, ablation="zero"), *edges)
+        method: of(scored(known, method=method, baseline="zero"), *edges)
         for method in ("eap", "exact")
     }
     assert by_zero["eap"] == pytest.approx([0.107, 0.107], abs=5e-4)
@@ -129,7 +130,7 @@ def test_what_edges_of_gates_score(gate, eap, exact):
     known = logic_gate(gate, dtype="float64")
     edges = ("a0.h0->m0", "a0.h1->m0")
     for method, expected in (("eap", eap), ("exact", exact)):
-        found = score_edges(known.model, known.task, method=method, ablation="zero")
+        found = score_edges(known.model, known.task, method=method, baseline="zero")
         assert of(found, *edges) == pytest.approx([expected] * 2, abs=1e-12), method
     total = 2 if gate == "sum" else 1
     assert gate_slopes(gate, (np.arange(20) + 0.5) / 20) == pytest.approx([total / 2] * 2)

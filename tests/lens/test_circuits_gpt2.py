@@ -17,6 +17,7 @@ import lens
 from lens.circuits import score_edges
 from lens.circuits.exports import to_mib
 from lens.circuits.graph.nodes import find_nodes
+from lens.circuits.scores.methods import EapIg
 from lens.tasks import ioi
 from tests.lens import published
 from tests.lens.published import GPT2, HOURS, ROWS, SCORES, Row
@@ -70,7 +71,10 @@ def test_rows_run_on_random_weights(name, small, monkeypatch, tmp_path):
     row = ROWS[IDS.index(name)]
     if SCORES in row.needs:
         path = tmp_path / "scores.json"
-        to_mib(score_edges(small, ioi(small, 4, 0, corruption="s2_io"), rule="left"), path)
+        to_mib(
+            score_edges(small, ioi(small, 4, 0, corruption="s2_io"), method=EapIg(rule="left")),
+            path,
+        )
         monkeypatch.setenv(SCORES, str(path))
     quick = partial(lens.circuits.scores.codes, epochs=2, seeds=2)
     monkeypatch.setattr(published.circuits.scores, "codes", quick)

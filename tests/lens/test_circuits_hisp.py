@@ -62,7 +62,7 @@ def naive(model, task, name, ablation, step=1e-4):
 def test_scores_are_slopes_by_gates(kind, kv, ablation):
     model, task = small_model(kind), small_task()
     found = hisp(
-        model, task, ablation=ablation, normalize=False, kv=kv, batch_size=2, progress=False
+        model, task, baseline=ablation, normalize=False, kv=kv, batch_size=2, progress=False
     )
     twin = np.stack([naive(model, task, name, ablation) for name in found.nodes], 1)
     for number, name in enumerate(found.nodes):
@@ -71,7 +71,7 @@ def test_scores_are_slopes_by_gates(kind, kv, ablation):
 
 def test_values_closed_to_zero_give_the_score_of_michel():
     model, task = small_model("llama"), small_task()
-    gates = hisp(model, task, ablation="zero", normalize=False, progress=False)
+    gates = hisp(model, task, baseline="zero", normalize=False, progress=False)
     heads = lens.heads.importance(model, task, method=lens.heads.Gradient("prompt"), progress=False)
     layers, count = heads.values.shape
     mine = [
@@ -143,8 +143,10 @@ def test_circuit_is_of_all_edges_between_its_nodes():
 
 def test_refusals():
     model, task = small_model("gpt2"), small_task()
-    with pytest.raises(LensError, match="ablation must be counterfactual or zero, got 'mean'"):
-        hisp(model, task, ablation="mean")
+    with pytest.raises(
+        LensError, match="baseline must be one of 'counterfactual', 'zero', got 'mean'"
+    ):
+        hisp(model, task, baseline="mean")
     with pytest.raises(LensError, match="batch_size must be a positive integer, got 0"):
         hisp(model, task, batch_size=0)
     with pytest.raises(LensError, match="has no corrupt prompts"):

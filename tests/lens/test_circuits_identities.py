@@ -12,9 +12,10 @@ from lens.circuits.graph.activations import read_activations
 from lens.circuits.graph.nodes import find_nodes
 from lens.circuits.known.program import ProgramConfig, ProgramModel
 from lens.circuits.scores.attribution import head_slopes
+from lens.circuits.scores.methods import EapIg
 from lens.circuits.scores.scoring import score_edges
 from lens.heads import importance
-from tests.lens.circuit_models import KINDS, error, small_model, small_task
+from tests.lens.circuit_models import KINDS, error, small_model, small_task, stepped
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -142,7 +143,7 @@ def test_other_cuts_of_eap_ig_are_not_the_whole_effect_where_there_are_norms():
     model, task = small_model("gpt2"), small_task()
     residuals = []
     for steps in (16, 32):
-        found = score_edges(model, task, method="eap-ig", steps=steps)
+        found = score_edges(model, task, method=EapIg(steps))
         assert found.total is not None
         assert found.residual == pytest.approx(0, abs=2e-3 * abs(found.total))
         into_logits = found.graph.ends[0] == len(found.graph.readers) - 1
@@ -188,8 +189,9 @@ def test_tokens_after_the_answer_change_no_score(model, method):
         return torch.cat([ids, torch.randint(3, 23, (3, 4), generator=generator)], 1)
 
     padded = replace(task, clean=longer(task.clean), corrupt=longer(task.corrupt_or_refuse()))
-    expected = score_edges(model, task, method=method, steps=3)
-    assert error(score_edges(model, padded, method=method, steps=3).values, expected.values) < 1e-9
+    expected = score_edges(model, task, method=stepped(method, 3))
+    found = score_edges(model, padded, method=stepped(method, 3))
+    assert error(found.values, expected.values) < 1e-9
 
 
 def test_heads_in_another_order_are_the_same_heads():

@@ -89,7 +89,7 @@ def joined():
 
 
 def test_previous_token_head_acts_through_values_and_induction_head_through_its_pattern(joined):
-    table = joined.table().set_index("head")
+    table = joined.table().set_index("name")
     assert list(table.index) == ["L0H1", "L1H0"]
     previous, induction = table.loc["L0H1"], table.loc["L1H0"]
     assert previous["previous_token"] > 0.9
@@ -100,8 +100,12 @@ def test_previous_token_head_acts_through_values_and_induction_head_through_its_
     assert induction["pattern"] > 2 * induction["value"]
     assert (table["full_low"] <= table["full"]).all()
     assert (table["full"] <= table["full_high"]).all()
-    assert "mostly through its values" in joined.findings()[0]
-    assert "mostly through its pattern" in joined.findings()[1]
+    by_head = dict(zip(table.index, joined.findings(), strict=True))
+    assert "mostly through its values" in by_head["L0H1"]
+    assert "mostly through its pattern" in by_head["L1H0"]
+    assert {said.kind for said in joined.findings()} == {"effect"}
+    largest = table["full"].abs().idxmax()
+    assert joined.findings(most=1) == (by_head[largest],)
 
 
 def test_attended_keys_are_those_of_the_captured_row(joined):
@@ -117,7 +121,7 @@ def test_attended_keys_are_those_of_the_captured_row(joined):
         maps = trace.dataset["block_mass"].to_numpy()
         for head in joined.heads:
             row = maps[head.layer, head.head, at]
-            mine = rows[(rows["head"] == str(head)) & (rows["prompt"] == prompt)]
+            mine = rows[(rows["name"] == str(head)) & (rows["prompt"] == prompt)]
             best = np.sort(row)[::-1][:2]
             np.testing.assert_allclose(mine["mass"], best, rtol=1e-4)
             np.testing.assert_allclose(row[mine["position"]], mine["mass"], rtol=1e-4)
@@ -155,7 +159,7 @@ def test_refusals():
         head_parts(model, task, "L0H0")
     with pytest.raises(LensError, match="there is no L0H3"):
         head_parts(model, task, ["L0H3"])
-    with pytest.raises(LensError, match="keys must be an integer of at least 1, got 0"):
+    with pytest.raises(LensError, match="keys must be a positive integer, got 0"):
         head_parts(model, task, ["L0H1"], keys=0)
     with pytest.raises(LensError, match="has no corrupt prompts"):
         head_parts(model, replace(task, corrupt=None), ["L0H1"])

@@ -46,7 +46,7 @@ def test_names_and_order():
         graph.find(["m1->m0"])
     with pytest.raises(LensError, match="heads a multiple of kv_heads; got 2, 3 and 2"):
         Graph(2, 3, 2)
-    with pytest.raises(LensError, match="kv must be head or group, got 'all'"):
+    with pytest.raises(LensError, match="kv must be one of 'head', 'group', got 'all'"):
         Graph(2, 2, 2, kv="all")
 
 
@@ -114,7 +114,9 @@ def test_zero_and_mean_references():
     mean = References(nodes, task, Ablation("mean")).of(torch.arange(2))
     assert error(mean.heads[1][0], all_rows.heads[1].mean(0)) < 1e-14
     assert error(mean.mlps[1][0], all_rows.mlps[1].mean(0)) < 1e-14
-    with pytest.raises(LensError, match="unknown ablation 'noise'; known: counterfactual"):
+    with pytest.raises(
+        LensError, match="baseline must be one of 'counterfactual', 'mean', 'zero', got 'noise'"
+    ):
         Ablation("noise")
 
 

@@ -38,7 +38,7 @@ def test_a_price_finds_what_each_corruption_shows(known, name):
 
 
 def test_a_target_is_honoured(known):
-    found = learn_masks(known.model, known.task, sparsity=22 / 29, steps=100, ablation="zero")
+    found = learn_masks(known.model, known.task, sparsity=22 / 29, steps=100, baseline="zero")
     assert found.graph.n == 29
     assert found.sparsities[-1] == pytest.approx(22 / 29, abs=0.06)
     assert set(found.circuit().edges) == set(known.edges)
@@ -47,13 +47,13 @@ def test_a_target_is_honoured(known):
 
 
 def test_without_a_price_all_edges_stay(known):
-    found = learn_masks(known.model, known.task, penalty=0, steps=25, ablation="zero")
+    found = learn_masks(known.model, known.task, penalty=0, steps=25, baseline="zero")
     assert found.circuit().n == found.graph.n
 
 
 def test_nodes(known):
     found = learn_masks(
-        known.model, known.task, over="nodes", penalty=0.3, steps=80, ablation="zero"
+        known.model, known.task, over="nodes", penalty=0.3, steps=80, baseline="zero"
     )
     assert set(found.table().gate[:2]) == {"a0.h0", "a1.h0"}
     assert set(found.circuit().nodes) == {"input", "a0.h0", "a1.h0"}
@@ -73,7 +73,7 @@ def test_edge_pruning_finds_the_induction_circuit_of_a_trained_model():
     edges = found.circuit().edges
     assert len(edges) < 0.12 * found.graph.n
     assert {"input->a0.h1<v>", "a0.h1->a1.h0<k>", "a1.h0->logits"} <= set(edges)
-    result = lens.circuits.evaluate(model, fresh, found.scores(), random=5)
+    result = lens.circuits.evaluate(model, fresh, found.scores(), draws=5)
     assert result.cpr > result.random_cpr.max() + 0.3
     assert result.cmd < result.random_cmd.min() - 0.3
 
@@ -101,7 +101,7 @@ def test_the_seed_decides():
         ({"sparsity": 0.5, "penalty": 1}, "and not both"),
         ({"sparsity": 1.0}, "sparsity must be above 0 and below 1, got 1.0"),
         ({"penalty": -1}, "penalty must be 0 or more, got -1"),
-        ({"penalty": 1, "over": "heads"}, "over must be edges or nodes, got 'heads'"),
+        ({"penalty": 1, "over": "heads"}, "over must be one of 'edges', 'nodes', got 'heads'"),
         ({"penalty": 1, "steps": 0}, "steps must be a positive integer, got 0"),
         ({"penalty": 1, "rate": 0}, "rate must be a positive number, got 0"),
     ],

@@ -224,7 +224,10 @@ def test_the_chain_of_the_induction_transformer():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"direction": "sideways"}, "direction must be noising or denoising, got 'sideways'"),
+        (
+            {"direction": "sideways"},
+            "direction must be one of 'noising', 'denoising', got 'sideways'",
+        ),
         ({"nodes": ["a9.h0"]}, r"nodes must be writers of the graph.*got 'a9\.h0'"),
         ({"nodes": []}, "nodes must be writers of the graph"),
         ({"positions": "s2"}, r"a mark of the task \(here\), got 's2'"),

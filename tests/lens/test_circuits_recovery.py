@@ -23,8 +23,8 @@ def area(known, task, truth, method, ablation):
 
 def scored(known, task, method, ablation):
     if method == "acdc":
-        return acdc(known.model, task, 0.01, ablation=ablation).scores()
-    return score_edges(known.model, task, method=method, ablation=ablation)
+        return acdc(known.model, task, 0.01, baseline=ablation).scores()
+    return score_edges(known.model, task, method=method, baseline=ablation)
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
@@ -160,5 +160,5 @@ def test_an_or_gate_is_seen_by_no_single_ablation(method):
 
 def test_acdc_keeps_what_several_thresholds_keep():
     known = tracr("frac_prevs", dtype="float64")
-    found = acdc(known.model, known.task, [1e-4, 1e-3, 1e-2], ablation="zero")
+    found = acdc(known.model, known.task, [1e-4, 1e-3, 1e-2], baseline="zero")
     assert recovery(found.scores(), known.edges).auroc == 1

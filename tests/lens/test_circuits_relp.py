@@ -30,11 +30,11 @@ def cuts(graph: Graph):
 
 def test_relevance_is_conserved_through_norms_gates_and_activations():
     model, task = small_model("llama"), small_task(rows=3)
-    found = score_edges(model, task, method="relp-values", ablation="zero")
+    found = score_edges(model, task, method="relp-values", baseline="zero")
     crossing = cuts(found.graph)
     metric = task.evaluate(model).numpy()
     assert error(found.per_prompt @ crossing.T, metric[:, None].repeat(len(crossing), 1)) < 1e-9
-    plain = score_edges(model, task, method="eap", ablation="zero")
+    plain = score_edges(model, task, method="eap", baseline="zero")
     assert error(plain.per_prompt @ crossing.T, metric[:, None].repeat(len(crossing), 1)) > 0.1
 
 
@@ -107,8 +107,8 @@ def test_constant_patterns_score_no_query_and_no_key():
 
 def test_a_relu_has_its_slope():
     known = tracr("frac_prevs", dtype="float64")
-    found = score_edges(known.model, known.task, method="relp", ablation="zero").values
-    plain = score_edges(known.model, known.task, method="eap", ablation="zero").values
+    found = score_edges(known.model, known.task, method="relp", baseline="zero").values
+    plain = score_edges(known.model, known.task, method="eap", baseline="zero").values
     assert error(found, plain) < 1e-12
 
 

@@ -13,6 +13,7 @@ from lens.circuits.known import induction_transformer
 from lens.circuits.reuse import redirect
 from lens.common.errors import LensError
 from lens.common.head_ids import HeadId
+from lens.common.results import of_kind
 from tests.lens.circuit_models import TOKENS, error, small_model, small_task
 
 HEADS = (HeadId(0, 1), HeadId(1, 0), HeadId(1, 2))
@@ -141,16 +142,18 @@ def test_trained_induction_heads_repair_broken_prompts_and_other_heads_do_not():
     assert found.accuracy[1].mean() > 0.9
     assert found.accuracy[2:].mean() < 0.1
     assert found.p_value() == 1 / 7
-    assert "the heads repair the task" in found.findings()[0]
+    assert "the heads repair the task" in of_kind(found.findings(), "effect")[0]
     assert found.p_value("metric") == 1 / 7  # a loss: less is better
     assert replace(found, sign=1).p_value("metric") == 1
-    assert f"The loss goes from {found.metric[0].mean():.3g}" in found.findings()[2]
+    assert (
+        f"The loss goes from {found.metric[0].mean():.3g}" in of_kind(found.findings(), "metric")[0]
+    )
     rows = found.table().set_index("run")
     assert rows.loc["redirected - as it is", "accuracy_low"] > 0.5
     gap = rows.loc["redirected - other heads", "loss"]
     assert gap == pytest.approx((found.metric[1] - found.metric[2:].mean(0)).mean())
     undone = replace(found, accuracy=found.accuracy[[1, 0, *range(2, 8)]])
-    assert "the heads harm the task" in undone.findings()[0]
+    assert "the heads harm the task" in of_kind(undone.findings(), "effect")[0]
 
 
 def test_plot_and_repr():
@@ -175,9 +178,9 @@ def test_refusals():
 
     with pytest.raises(LensError, match=r"above 0 to 1; got 1\.5"):
         run(amount=1.5)
-    with pytest.raises(LensError, match="split must be equal or own, got 'half'"):
+    with pytest.raises(LensError, match="split must be one of 'equal', 'own', got 'half'"):
         run(split="half")
-    with pytest.raises(LensError, match="match must be layers or all, got 'none'"):
+    with pytest.raises(LensError, match="match must be one of 'layers', 'all', got 'none'"):
         run(match="none")
     with pytest.raises(LensError, match="controls must be a positive integer, got 0"):
         run(controls=0)

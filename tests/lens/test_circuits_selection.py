@@ -47,11 +47,11 @@ def test_top_takes_the_largest_and_pruning_drops_what_leads_nowhere():
 
 def test_greedy_stays_connected():
     found = scores(chain1=1, chain2=3, chain3=2, loose=5)
-    assert found.top(3, by="greedy", prune=False).edges == tuple(
+    assert found.top(3, method="greedy", prune=False).edges == tuple(
         NAMES[name] for name in ("chain1", "chain2", "chain3")
     )
-    assert found.top(1, by="greedy", prune=False).edges == (NAMES["chain3"],)
-    assert found.top(GRAPH.n, by="greedy").n == GRAPH.n
+    assert found.top(1, method="greedy", prune=False).edges == (NAMES["chain3"],)
+    assert found.top(GRAPH.n, method="greedy").n == GRAPH.n
 
 
 def test_a_circuit_comes_back_from_its_file(tmp_path):
@@ -111,8 +111,8 @@ def test_wrong_choices_are_refused():
     found = scores(chain1=1)
     with pytest.raises(LensError, match="top takes 0 to 29 edges, got 34"):
         found.top(34)
-    with pytest.raises(LensError, match="by must be top or greedy, got 'best'"):
-        found.top(3, by="best")
+    with pytest.raises(LensError, match="method must be one of 'top', 'greedy', got 'best'"):
+        found.top(3, method="best")
     with pytest.raises(LensError, match="1 edges have no score"):
         scores(chain1=np.nan).top(3)
     with pytest.raises(LensError, match=r"per_prompt must be \[prompts, 29 edges\]"):
@@ -150,10 +150,10 @@ def test_find_refuses_shares_and_sizes_that_are_none():
     known = lens.circuits.known.induction_transformer(beta=30)
     with pytest.raises(LensError, match=r"faithfulness must be above 0 and at most 1, got 1\.5"):
         lens.circuits.find(known.model, known.task, faithfulness=1.5)
-    with pytest.raises(LensError, match="edges must be at least 1, got 0"):
+    with pytest.raises(LensError, match="edges must be a positive integer, got 0"):
         lens.circuits.find(known.model, known.task, edges=0)
     for wrong in ("12", True, 2.5):
-        with pytest.raises(LensError, match=f"edges must be at least 1, got {wrong!r}"):
+        with pytest.raises(LensError, match=f"edges must be a positive integer, got {wrong!r}"):
             lens.circuits.find(known.model, known.task, edges=wrong)
     with pytest.raises(LensError, match="faithfulness must be above 0 and at most 1, got 'all'"):
         lens.circuits.find(known.model, known.task, faithfulness="all")

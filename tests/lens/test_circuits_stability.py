@@ -10,6 +10,7 @@ from lens.circuits.graph.activations import Ablation
 from lens.circuits.graph.circuit import make_circuit
 from lens.circuits.graph.edge_scores import EdgeScores
 from lens.circuits.graph.graph import Graph
+from lens.circuits.scores.methods import EapIg
 from lens.circuits.scores.scoring import score_edges
 from lens.common.errors import LensError
 from tests.lens.circuit_models import small_model, small_task
@@ -49,13 +50,13 @@ def test_the_chance_level_is_what_random_circuits_have():
 def test_prompts_that_agree_are_stable_and_noise_is_not():
     draw = np.random.default_rng(0)
     same = np.tile(draw.normal(size=GRAPH.n), (12, 1))
-    assert stability(scored(same), 15, by="greedy").mean == 1
-    noise = stability(scored(draw.normal(size=(12, GRAPH.n))), 15, by="greedy", resamples=6)
+    assert stability(scored(same), 15, method="greedy").mean == 1
+    noise = stability(scored(draw.normal(size=(12, GRAPH.n))), 15, method="greedy", resamples=6)
     assert noise.mean < 0.7
     assert len(noise.values) == 15
     assert (noise.what, noise.circuits) == ("resamples", 6)
     again = stability(
-        scored(same + 3 * draw.normal(size=(12, GRAPH.n))), 15, by="greedy", resamples=6, seed=4
+        scored(same + 3 * draw.normal(size=(12, GRAPH.n))), 15, method="greedy", resamples=6, seed=4
     )
     assert again.mean < 1
 
@@ -82,7 +83,7 @@ def test_resamples_are_those_of_the_prompts():
 
 def test_scores_that_are_computed_again_are_the_same_but_for_what_was_planted():
     model, task = small_model("attention_only"), small_task()
-    scores = score_edges(model, task, method="eap-ig", steps=2, progress=False)
+    scores = score_edges(model, task, method=EapIg(2), progress=False)
     found = noise_floor(model, task, scores, progress=False)
     assert found.relative < 1e-12
     assert found.largest < 1e-12

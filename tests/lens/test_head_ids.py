@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from lens.common.errors import LensError
-from lens.common.head_ids import HeadId, head_id, head_of_node
+from lens.common.head_ids import HeadId, all_heads, head_columns, head_id, head_of_node
 
 
 @pytest.mark.parametrize(
@@ -45,3 +45,12 @@ def test_a_head_that_the_model_lacks_is_refused():
         head_id("L4H0", layers=4, heads=6)
     with pytest.raises(LensError, match="no L0H6: head must be 0 to 5, got 6"):
         head_id((0, 6), layers=4, heads=6)
+
+
+def test_columns_of_heads_are_in_the_order_of_the_model():
+    heads = all_heads(2, 3)
+    assert [tuple(head) for head in heads] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
+    assert head_columns([(1, 2), (0, 1)]) == {
+        "name": ["L1H2", "L0H1"], "layer": [1, 0], "head": [2, 1],
+    }  # fmt: skip
+    assert {type(one) for one in head_columns(np.array([[1, 2]]))["layer"]} == {int}

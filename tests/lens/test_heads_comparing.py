@@ -103,7 +103,7 @@ def test_what_cannot_be_compared_is_refused():
     for k in (0, 11):
         with pytest.raises(LensError, match=f"k must be 1 to 10, got {k}"):
             agreement(one, other, k=k)
-    with pytest.raises(LensError, match="resamples must be at least 1, got 0"):
+    with pytest.raises(LensError, match="resamples must be a positive integer, got 0"):
         agreement(one, other, resamples=0)
 
 

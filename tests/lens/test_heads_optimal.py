@@ -98,7 +98,7 @@ def test_the_constant_breaks_less_than_zero_and_the_mean_on_the_known_circuit():
     ("arguments", "message"),
     [
         ({"baseline": "mean", "steps": 3}, "steps belong to baseline='optimal', got .* 'mean'"),
-        ({"baseline": "optimal", "steps": 0}, "steps must be at least 1, got 0"),
+        ({"baseline": "optimal", "steps": 0}, "steps must be a positive integer, got 0"),
         ({"baseline": "optimal", "method": "attribution"}, "is fitted to the real ablation"),
     ],
 )

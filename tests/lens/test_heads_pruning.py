@@ -191,8 +191,8 @@ def test_what_is_no_order_is_refused(small):
         ({"order": []}, "the order names no heads"),
         ({"order": ["L0H1", (0, 1)]}, "L0H1 is named twice"),
         ({"order": pd.DataFrame({"name": ["L0H1"]})}, "columns 'name' and 'value', got name"),
-        ({"order": ["L0H1"], "steps": 0}, "steps must be at least 1"),
-        ({"order": ["L0H1"], "draws": -1}, "draws must be 0 or more"),
+        ({"order": ["L0H1"], "steps": 0}, "steps must be a positive integer"),
+        ({"order": ["L0H1"], "draws": -1}, "draws must be an integer of at least 0"),
         ({"order": ["L7H1"]}, "there is no L7H1"),
     ]
     for arguments, message in cases:

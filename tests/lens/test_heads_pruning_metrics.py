@@ -127,7 +127,9 @@ def test_a_language_model_by_its_next_tokens():
         found.by_class("loss")
     with pytest.raises(LensError, match="a task has its own answers"):
         metrics(model, task, [1])
-    with pytest.raises(LensError, match="unknown metric 'f1'; known: accuracy, probability"):
+    with pytest.raises(
+        LensError, match=r"metric must be one of 'accuracy', 'probability'.*got 'f1'"
+    ):
         found.values("f1")
     with pytest.raises(LensError, match="an output for each token"):
         metrics(model, {"input_ids": task.clean}, [0] * 5)
@@ -136,7 +138,7 @@ def test_a_language_model_by_its_next_tokens():
 def test_what_does_not_fit_is_refused():
     inputs, labels = images()
     model = lens.load(vit())
-    with pytest.raises(LensError, match="baseline must be 'zero' or 'mean', got 'resample'"):
+    with pytest.raises(LensError, match="baseline must be one of 'zero', 'mean', got 'resample'"):
         metrics(model, inputs, labels, baseline="resample")
     with pytest.raises(LensError, match=r"one class for each example; got \[3\] for 11"):
         metrics(model, inputs, labels[:3])

@@ -286,7 +286,9 @@ def test_the_figure_shows_the_table(toy_roles):
 
 
 def test_what_cannot_be_asked_for_is_said(toy, toy_roles):
-    with pytest.raises(LensError, match="unknown baseline 'zero'; known: uniform, random_weights"):
+    with pytest.raises(
+        LensError, match="baseline must be one of 'uniform', 'random_weights', got 'zero'"
+    ):
         roles(toy, [1, 2, 3], baseline="zero")
     with pytest.raises(LensError, match="unknown column 'x'; known: previous_token"):
         toy_roles.top("x")

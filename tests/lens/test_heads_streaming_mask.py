@@ -146,9 +146,9 @@ def test_smollm2_needs_its_first_token():
 @pytest.mark.parametrize(
     ("match", "architecture", "options"),
     [
-        ("first must be a whole number of keys from 0, got -1", "llama", {"first": -1}),
-        ("last must be a whole number of keys from 1, got 0", "llama", {"last": 0}),
-        ("last must be a whole number of keys from 1, got 2.5", "llama", {"last": 2.5}),
+        ("first must be an integer of at least 0, got -1", "llama", {"first": -1}),
+        ("last must be a positive integer, got 0", "llama", {"last": 0}),
+        ("last must be a positive integer, got 2.5", "llama", {"last": 2.5}),
         (r"a prompt has 43 tokens; .* first \+ last = 43", "llama", {"last": 39}),
         ("layer 0 has attention that is not plain causal", "bert", {"last": 9, "loss": False}),
     ],

@@ -35,7 +35,7 @@ def zeroed(name, layer, projection):
 
 def test_left_out_is_what_a_projection_of_zero_is():
     model, task = lens.load(build("llama")), some_task()
-    found = importance(model, task, by="norm", progress=False)
+    found = importance(model, task, distance="norm", progress=False)
     assert found.names == tuple(
         f"L{layer}.{kind}" for layer in range(3) for kind in ("attention", "mlp")
     )
@@ -77,13 +77,15 @@ def test_distances_by_their_definitions():
         assert distance(name, a, a).abs().max() == 0
     apart = torch.tensor([[[80.0, -80.0]]]), torch.tensor([[[-80.0, 80.0]]])
     assert float(distance("js", *apart)) == pytest.approx(np.log(2))
-    with pytest.raises(LensError, match="unknown distance 'l1'; known: norm, angular, kl, js"):
+    with pytest.raises(
+        LensError, match=r"distance must be one of 'norm', 'angular', 'kl', 'js'.*got 'l1'"
+    ):
         distance("l1", a, b)
 
 
 def test_each_greedy_step_takes_the_sub_layer_that_is_missed_least():
     model, task = lens.load(build("gpt2")), some_task()
-    found = greedy_removal(model, task, count=3, by="kl", progress=False)
+    found = greedy_removal(model, task, count=3, distance="kl", progress=False)
     modules = named_sublayers(model)
     whole = model.model(task.clean).logits.detach()
     gone: list[str] = []
@@ -113,7 +115,7 @@ def test_each_greedy_step_takes_the_sub_layer_that_is_missed_least():
 
 def test_inactive_components_of_a_compiled_program_are_worth_exactly_nothing():
     known = tracr("induction_causal")
-    found = importance(known.model, known.task, by="kl", progress=False)
+    found = importance(known.model, known.task, distance="kl", progress=False)
     active = {node.split(".")[0] for node in known.nodes}  # a0, m0, ...
     for name, drop, apart in zip(found.names, found.drops, found.distances, strict=True):
         layer, kind = name[1:].split(".")
@@ -141,12 +143,12 @@ def test_block_influence_is_one_minus_the_cosine():
 def test_spared_sub_layers_go_last():
     model, task = lens.load(build("llama")), some_task()
     names = list(named_sublayers(model))
-    found = greedy_removal(model, task, count=5, by="kl", spared=0.4, progress=False)
+    found = greedy_removal(model, task, count=5, distance="kl", spared=0.4, progress=False)
     first = names[: int(0.4 * len(names)) + 1]
     assert len(first) == 3
     assert set(found.order[:3]) == set(names) - set(first)
     assert set(found.order[3:]) < set(first)
-    free = greedy_removal(model, task, count=3, by="kl", progress=False)
+    free = greedy_removal(model, task, count=3, distance="kl", progress=False)
     assert set(free.order) & set(first)  # so that sparing them made a difference
 
 
@@ -169,8 +171,8 @@ def test_layers_of_induction_2l_and_their_figures():
 def test_what_cannot_be_left_out_is_refused():
     model = lens.load("induction-2l")
     task = induction(model, n=2)
-    with pytest.raises(LensError, match="unknown distance 'l2'"):
-        importance(model, task, by="l2")
+    with pytest.raises(LensError, match=r"distance must be one of .*got 'l2'"):
+        importance(model, task, distance="l2")
     for count in (0, 3):
         with pytest.raises(LensError, match="count must be 1 to 2, the sub-layers"):
             greedy_removal(model, task, count=count)

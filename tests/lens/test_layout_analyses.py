@@ -17,7 +17,7 @@ from lens.heads.measures.direct import direct_effects
 from lens.passes.head_outputs import edited_logits
 from lens.passes.replay import proved
 from lens.tasks import Task
-from tests.lens.circuit_models import error
+from tests.lens.circuit_models import error, stepped
 from tests.lens.layouts import KINDS, VOCAB, layout_model
 from tests.lens.test_circuits_relp import cuts
 
@@ -125,7 +125,7 @@ def test_an_edge_through_norms_is_its_reader_computed_again(kind):
 def test_relevance_is_conserved_through_norms_after_heads(kind):
     model, task = loaded(kind), small_task()
     found = score_edges(
-        model, task, method="relp-values", ablation="zero", kv="group", progress=False
+        model, task, method="relp-values", baseline="zero", kv="group", progress=False
     )
     crossing = cuts(found.graph)
     metric = task.evaluate(model).numpy()
@@ -139,7 +139,7 @@ def test_methods_on_a_model_with_norms_after_its_heads(method):
         with pytest.raises(LensError, match=r"takes what is read for the sum .* gemma2 norms it"):
             score_edges(model, task, method=method, progress=False)
         return
-    found = score_edges(model, task, method=method, steps=40, progress=False)
+    found = score_edges(model, task, method=stepped(method, 40), progress=False)
     assert np.isfinite(found.values).all()
     into = np.array([edge.endswith("->logits") for edge in found.graph.edges])
     exact = score_edges(model, task, method="exact", progress=False)

@@ -1,9 +1,13 @@
 """What every result shares: text, HTML, a figure that takes the same arguments and asks no network."""
 
+import ast
 import importlib
 import inspect
 import pkgutil
+import re
 import socket
+from pathlib import Path
+from types import ModuleType
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -12,8 +16,10 @@ import pytest
 import lens
 from lens.common import plots
 from lens.common.errors import LensError
-from lens.common.results import ROWS, Result
+from lens.common.results import ROWS, Result, Sentence
+from lens.tasks.needles import copied
 
+ROOT = Path(__file__).parents[2]
 LOOK = {"title": "T", "width": 410, "height": 310, "theme": "dark"}
 
 
@@ -80,6 +86,186 @@ def test_a_result_without_a_figure_says_so():
         Plain().plot()
 
 
+STRINGS = {
+    "lens.edits.searching.HeadSearch",
+    "lens.edits.selection.HeadSelection",
+    "lens.edits.sink_dims.SinkDims",
+    "lens.sinks.activations.dims_agreement.DimsAgreement",
+    "lens.sinks.activations.massive.MassiveActivations",
+    "lens.sinks.activations.norms.HighNormTokens",
+    "lens.sinks.causes.gates.EffectiveGates",
+    "lens.sinks.causes.geometry.SinkMechanism",
+    "lens.sinks.causes.persistent.PersistentMemory",
+    "lens.sinks.causes.spectral.BandLosses",
+    "lens.vision.knocking.KnockOut",
+}
+"""Results that say strings without a kind: only take lines out."""
+
+
+def test_every_result_says_sentences_with_kinds():
+    without = {
+        name
+        for name, one in CLASSES.items()
+        if "findings" in vars(one)
+        and vars(one)["findings"].__annotations__["return"]
+        not in ("tuple[Sentence, ...]", tuple[Sentence, ...])
+    }
+    assert without <= STRINGS
+
+
+def picks(source):
+    """Lines on which a sentence is taken by its place, or by a word in it."""
+    found, said = [], set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Assign) and _is_said(node.value, said):
+            said |= {ast.unparse(target) for target in node.targets}
+        if isinstance(node, ast.Subscript) and _is_said(node.value, said):
+            found.append(f"line {node.lineno}: {ast.unparse(node)}")
+        if isinstance(node, ast.comprehension) and _is_said(node.iter, said):
+            words = {
+                ast.unparse(test.comparators[0]) for test in node.ifs if isinstance(test, ast.Compare)
+                and isinstance(test.ops[0], ast.In | ast.NotIn)
+            }  # fmt: skip
+            if ast.unparse(node.target) in words:
+                found.append(f"line {node.iter.lineno}: {ast.unparse(node)}")
+    return found
+
+
+def _is_said(node, said):
+    """Whether this is `result.findings()`, or a name for it."""
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+        return node.func.attr == "findings"
+    return isinstance(node, ast.Name) and node.id in said
+
+
+PICKED = {"analyses/lens_analyses/steps/sinks.py"}
+"""Files that still pick a sentence: only take lines out."""
+
+
+def test_no_sentence_is_picked_by_place_or_word():
+    files = [
+        file
+        for folder in ("lens", "analyses", "dashboards")
+        for file in sorted((ROOT / folder).rglob("*.py"))
+    ]
+    assert len(files) > 300
+    found = {
+        str(file.relative_to(ROOT)): lines for file in files if (lines := picks(file.read_text()))
+    }
+    assert found.keys() <= PICKED, found
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["a.findings()[0]", "b = a.findings()\nb[-1]", "[x for x in a.findings() if 'no' in x]"],
+)
+def test_a_pick_is_seen(source):
+    assert len(picks(source)) == 1
+    assert not picks("b = of_kind(a.findings(), 'effect')\nc = [x for x in a.findings()]\nd[0]")
+
+
+def test_tables_of_heads_join():
+    """Every result with a row per head has `name`, `layer` and `head`, so that tables can be joined."""
+    model = lens.load("induction-2l")
+    task, quiet = lens.tasks.induction(model, 4), {"progress": False}
+    prompts = [lens.tasks.copied(model, 25, seed=seed) for seed in range(2)]
+    traces = [lens.capture(model, one, keep_qk=True, block_size=8, **quiet) for one in prompts]
+    scores = lens.heads.importance(model, task, method="gradient", **quiet)
+    made = [
+        scores,
+        lens.heads.activity(model, {"copies": prompts}, **quiet),
+        lens.heads.patterns(traces),
+        lens.heads.retrieval(model, copied(model), **quiet),
+        lens.heads.roles(model, prompts, **quiet),
+        lens.heads.streaming(model, prompts, first=1, last=4, **quiet),
+        lens.heads.stability({"one": traces[:1], "other": traces[1:]}),
+        lens.heads.pruning.gate(model, prompts, first=1, last=4, steps=1, **quiet),
+        lens.heads.pruning.metrics(model, task, **quiet),
+        lens.circuits.head_parts(model, task, ["L1H0"], **quiet),
+        lens.circuits.scores.flow_routes(model, task, **quiet),
+        lens.circuits.scores.codes(model, task, examples=2, epochs=2, seeds=1, **quiet),
+    ]
+    of_heads = {
+        name.rpartition(".")[2]
+        for name, one in CLASSES.items()
+        if name.startswith(("lens.heads", "lens.circuits"))
+        and re.match(r"One row per [^.:]*\bhead\b", inspect.getdoc(one.table) or "")
+    }
+    assert of_heads == {type(one).__name__ for one in made}
+    tables = {type(one).__name__: one.table() for one in made}
+    similar = lens.heads.similarity(model, prompts, **quiet)
+    tables["redundancy"], tables["neighbours"] = similar.redundancy(), similar.neighbours("L0H1")
+    tables["copying"] = lens.heads.weights.copying(model)
+    tables["overlap"] = lens.circuits.reuse.overlap(["L0H1"], ["L1H0"], shape=(2, 4)).heads()
+    for name, table in tables.items():
+        assert {"name", "layer", "head"} <= set(table), name
+        assert {str(table[column].dtype) for column in ("layer", "head")} == {"int64"}, name
+        both = zip(table["layer"], table["head"], strict=True)
+        assert table["name"].tolist() == [f"L{layer}H{head}" for layer, head in both], name
+    joined = lens.heads.join(scores, lens.circuits.scores.flow_routes(model, task, **quiet))
+    assert len(joined) == 8
+
+
+RUN_NONE = {
+    "lens.circuits.make_circuit",
+    "lens.edit",
+    "lens.heads.weights.composition",
+    "lens.heads.weights.copying",
+    "lens.heads.weights.head_weights",
+    "lens.models.random_weights",
+    "lens.runs.from_attentions",
+    "lens.runs.from_transformer_lens",
+    "lens.sinks.band_energies",
+    "lens.sinks.bands",
+    "lens.sinks.bos_pair",
+    "lens.sinks.control_prompts",
+    "lens.tasks.",
+    "lens.traces.capturing",
+    "lens.vision.segments",
+}
+"""Take a model and run nothing through it, or what runs in it is the user's; `lens.tasks.` make prompts."""
+WITHOUT_PROGRESS = {
+    "lens.edits.dose",
+    "lens.edits.find_sink_dims",
+    "lens.edits.search_heads",
+    "lens.edits.side_effects",
+    "lens.sinks.",
+    "lens.vision.knock_out",
+}
+"""Run a model and show no progress yet: only take lines out."""
+
+
+def functions(room, seen=None):
+    """Dotted name -> function of a room, of the rooms in it, and of modules that a room shows."""
+    seen = set() if seen is None else seen
+    found = {}
+    for name in getattr(room, "__all__", [name for name in vars(room) if not name.startswith("_")]):
+        one = getattr(room, name)
+        if inspect.isfunction(one) and one.__module__.startswith("lens"):
+            own = hasattr(room, "__all__") or one.__module__ == room.__name__
+            found |= {f"{room.__name__}.{name}": one} if own else {}
+        elif isinstance(one, ModuleType) and one.__name__.startswith("lens.") and one not in seen:
+            seen.add(one)
+            found |= functions(one, seen)
+    return found
+
+
+def test_every_function_that_runs_a_model_shows_progress():
+    found = functions(lens)
+    assert {"lens.heads.sublayers.block_influence", "lens.circuits.checks.control"} < found.keys()
+    known = tuple(RUN_NONE | WITHOUT_PROGRESS)
+    without = {
+        name
+        for name, one in found.items()
+        if "model" in (parameters := inspect.signature(one).parameters)
+        and "progress" not in parameters
+        and not name.startswith(known)
+    }
+    assert without == set()
+    for name in ("capture", "effect"):
+        assert "progress" in inspect.signature(getattr(lens, name)).parameters
+
+
 @pytest.fixture(scope="module")
 def results():
     """One of each kind that takes less than a second."""
@@ -101,7 +287,7 @@ def results():
         lens.effect(model, prompts, lens.edits.Mask("first")),
         lens.effect(model, prompts, lens.edits.Mask("first"), amounts=(0.0, 1.0), controls=()),
         edges,
-        lens.circuits.evaluate(induction, task, edges, random=2, progress=False),
+        lens.circuits.evaluate(induction, task, edges, draws=2, progress=False),
     ]  # fmt: skip
 
 

@@ -6,6 +6,7 @@ import torch
 
 import lens
 from lens.common.errors import LensError
+from lens.common.results import of_kind
 from lens.edits._phi import phi
 from lens.passes.keys import KeysAt
 from lens.sinks.activations.dims import SinkDims
@@ -22,7 +23,8 @@ def test_segments_are_the_parts_that_the_prompt_was_made_of(name):
     assert found.kind.tolist() == [expected]
     assert found.grids == ((0, SYSTEM, height, width),)
     assert found.table()["tokens"].tolist() == [SYSTEM, height * width, QUESTION]
-    assert f"1 images as grids of {height} × {width}" in found.findings()[0]
+    (said,) = of_kind(found.findings(), "grids")
+    assert said == f"1 images as grids of {height} × {width}."
 
 
 @pytest.mark.parametrize("name", list(BUILDERS))
@@ -112,7 +114,12 @@ def test_a_grid_puts_each_number_where_its_token_is_and_prints_the_base_rate():
     assert found.rate == pytest.approx(2 / 3)
     assert found.enrichment == pytest.approx(1.0)
     assert found.table()["value"].tolist() == [10, 11, 12, 13, 14, 15]
-    assert "where 66.7% of all tokens lie: 1.00 times" in found.findings()[-1]
+    assert [(said.kind, said.text) for said in found.findings()] == [
+        ("grid", "Image 1: 2 × 3 tokens, mean mass 12.5."),
+        ("marked", "3 of 6 tokens are marked (50.0%)."),
+        ("region", "66.7% of the marked tokens lie in the region, where 66.7% of all tokens lie: "
+         "1.00 times what a blind choice gives."),
+    ]  # fmt: skip
     figure = found.plot()
     assert figure.data[1].x.tolist() == [0, 1, 0]
     assert figure.data[1].y.tolist() == [0, 0, 1]

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, field_validator, model_validator
 
+from lens.circuits.scores.methods import Method
 from lens.models.catalogue import DEFAULT_MODEL, KNOWN, is_hub_id, unknown_model
 from lens_analyses.config.listed import EDITS, check_amounts, check_edits, check_measures, listed
 from lens_analyses.config.paths import is_folder, is_task_file, shorten
@@ -14,19 +15,6 @@ from lens_analyses.config.settings import Section, Setting, Shown, setting, sett
 Backend = Literal["auto", "triton", "cpu", "torch", "reference"]
 Rule = Literal["transfer", "mask", "drop", "logit_bias", "learned_sink", "off_by_one", "act"]
 """Edits of the first token, by the names in the configuration, that need no more than a text."""
-Method = Literal[
-    "exact",
-    "eap",
-    "eap-ig",
-    "eap-ig-activations",
-    "eap-ig-stages",
-    "clean-corrupted",
-    "atp*",
-    "atp*-together",
-    "atp*-grad-drop",
-    "relp",
-    "relp-values",
-]
 TASKS = ("induction", "ioi", "greater_than", "docstring", "colored_objects")
 """Tasks that `lens.tasks` makes from a model, a number of prompts and a seed."""
 NOT_FROM_A_COMMAND = {

@@ -15,7 +15,9 @@ from lens_analyses.steps.subject import Subject
 _HEADS = 24  # that are looked at, those with the largest scores
 _DRAWS = 5  # of other heads, for the check with the sink taken out
 COLUMNS = {
-    "head": "Layer and head.",
+    "name": "Layer and head.",
+    "layer": "Layer, from 0.",
+    "head": "Head of the layer, from 0.",
     "full": "Metric lost when the whole head comes from the corrupt run; positive: the task goes worse.",
     "pattern": "Metric lost when its queries and keys come from the corrupt run (QK).",
     "value": "Metric lost when its values come from the corrupt run (OV); of an edit: the metric, turned so that more "
@@ -43,9 +45,12 @@ def joined(subject: Subject) -> Section:
     task = others.take(torch.arange(min(others.n, HELD_OUT)))
     chosen, scores = circuit_of(subject.run)
     heads = _largest_heads(largest(chosen, scores))
-    check = circuits.checks.sink_check(subject.model, task, heads, draws=_DRAWS, seed=subject.seed)
+    check = circuits.checks.sink_check(
+        subject.model, task, heads, draws=_DRAWS, seed=subject.seed, progress=subject.progress
+    )
     tables, figures = {"sink": check.table()}, {"sink": check.plot()}
-    summary, limits = [], ["The sink is the first key; sinks elsewhere are left as they are."]
+    summary: list[str] = []
+    limits = ["The sink is the first key; sinks elsewhere are left as they are."]
     if task.corrupt is None:
         limits.insert(
             0,
@@ -53,10 +58,11 @@ def joined(subject: Subject) -> Section:
             "corrupt prompts (a .jsonl file with clean and corrupt).",
         )
     else:
-        found = circuits.head_parts(subject.model, task, heads, seed=subject.seed)
+        found = circuits.head_parts(
+            subject.model, task, heads, seed=subject.seed, progress=subject.progress
+        )
         tables, figures = {"heads": found.table(), **tables}, {"parts": found.plot(), **figures}
-        order = abs(found.effects[:, 0].mean(-1)).argsort()[::-1]
-        summary += [found.findings()[place] for place in order[:6]]
+        summary += found.findings(most=6)
         limits.insert(
             0,
             f"Each head alone, the {len(heads)} of {len(heads_of(chosen))} with the largest scores; a head "

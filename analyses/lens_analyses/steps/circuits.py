@@ -14,6 +14,7 @@ from lens.circuits.checks._stability import Stability
 from lens.circuits.checks.evaluation import CircuitEvaluation
 from lens.circuits.graph.circuit import Circuit
 from lens.circuits.graph.edge_scores import EdgeScores
+from lens.circuits.scores.methods import named
 from lens.common.errors import LensError
 from lens.figures.circuits import head_map, layered_graph
 from lens.runs.sections import Section
@@ -33,11 +34,11 @@ def edges(subject: Subject) -> Section:
     """Scores of every edge on half of the task's prompts, the circuit of the best, its stability."""
     task, _ = halves(subject)
     settings = subject.settings
+    word, integrated = named(settings.method)
     found = circuits.find(
         subject.model,
         task,
-        method=settings.method,
-        steps=settings.steps,
+        method=word if integrated is None else replace(integrated, steps=settings.steps),
         edges=settings.edges or None,
         seed=subject.seed,
         progress=subject.progress,
@@ -101,14 +102,14 @@ def circuit(subject: Subject) -> Section:
     scores = circuits.exports.from_mib(folder / "mib" / "importances.json")
     chosen = circuits.load_circuit(folder / f"{_name(task)}.json")
     options = {"seed": subject.seed, "progress": subject.progress}
-    curve = circuits.evaluate(subject.model, task, scores, random=2, **options)
+    curve = circuits.evaluate(subject.model, task, scores, draws=2, **options)
     beside = circuits.checks.control(subject.model, task, chosen, draws=20, **options)
     few = task.take(torch.arange(min(task.n, _FEW)))
     complete = circuits.checks.completeness(
-        subject.model, few, chosen, runs=2, steps=3, candidates=5, random=5, **options
+        subject.model, few, chosen, runs=2, steps=3, candidates=5, draws=5, **options
     )
     minimal = circuits.checks.minimality(
-        subject.model, few, chosen, nodes=largest(chosen, scores)[:_NODES], random=10, **options
+        subject.model, few, chosen, nodes=largest(chosen, scores)[:_NODES], draws=10, **options
     )
     table = curve.table()
     ranking = subject.run.section("edges").configuration["ranking"]

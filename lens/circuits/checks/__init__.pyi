@@ -6,3 +6,4 @@ from ._sink_check import sink_check as sink_check
 from ._stability import jaccard as jaccard
 from ._stability import noise_floor as noise_floor
 from ._stability import stability as stability
+from .recovery import recovery as recovery

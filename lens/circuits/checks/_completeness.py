@@ -14,10 +14,11 @@ import pandas as pd
 from lens.circuits.checks.evaluation import run_circuits
 from lens.circuits.graph.circuit import Circuit
 from lens.circuits.graph.selection import without
+from lens.common.choices import check_counts
 from lens.common.errors import LensError
 from lens.common.results import Result
 from lens.models.loaded import LoadedModel
-from lens.stats import over_units
+from lens.stats.intervals import columns
 from lens.tasks.task import Task
 
 
@@ -65,8 +66,6 @@ class Completeness(Result):
         Columns: `kind`, `removed` (names), `size`, `model` and `circuit` (means of the metric), `gap`
         (model - circuit) with `low` and `high` (95 % bootstrap interval over prompts).
         """
-        differences = (self.model - self.circuit).T
-        low, high = over_units(differences, np.ones_like(differences), self.seed)
         return pd.DataFrame(
             {
                 "kind": self.kind,
@@ -74,9 +73,7 @@ class Completeness(Result):
                 "size": [len(names) for names in self.sets],
                 "model": self.model.mean(1),
                 "circuit": self.circuit.mean(1),
-                "gap": self.gaps,
-                "low": low,
-                "high": high,
+                **columns("gap", self.model - self.circuit, self.seed, plain=True),
             }
         )
 
@@ -97,7 +94,7 @@ def completeness(
     runs: int = 10,
     steps: int = 10,
     candidates: int = 10,
-    random: int = 10,
+    draws: int = 10,
     seed: int = 0,
     progress: bool = True,
 ) -> Completeness:
@@ -111,7 +108,7 @@ def completeness(
         model, task: those of the circuit, or the same model and other prompts.
         circuit: its ablation replaces what is taken away.
         runs, steps, candidates: of the greedy search.
-        random: sets of the same size drawn without a search.
+        draws: of sets of the same size, without a search.
         seed: of all draws.
         progress: show a bar with the time left, on stderr, if that is a terminal.
 
@@ -119,10 +116,14 @@ def completeness(
         LensError: counts that are not positive, a circuit without heads, or one of another graph.
 
     Reference: Wang et al. 2022, arXiv 2211.00593.
+
+    Example:
+        >>> circuit = lens.circuits.score_edges(small, copying, progress=False).top(40)
+        >>> lens.circuits.checks.completeness(small, copying, circuit, runs=2, steps=2, draws=2).worst
+        1
     """
-    for name, number in (("runs", runs), ("steps", steps), ("candidates", candidates)):
-        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-            raise LensError(f"{name} must be a positive integer, got {number!r}")
+    check_counts(runs=runs, steps=steps, candidates=candidates)
+    check_counts(0, draws=draws)
     heads = [name for name in circuit.nodes if name.startswith("a")]
     if not heads:
         raise LensError(
@@ -151,17 +152,10 @@ def completeness(
         for number in range(runs):
             mine = np.flatnonzero(np.array(of) == number)
             chosen[number] = tried[mine[sizes[mine].argmax()]]
-    drawn = [tuple(map(str, draw.permutation(heads)[:steps])) for _ in range(random)]
+    drawn = [tuple(map(str, draw.permutation(heads)[:steps])) for _ in range(draws)]
     sets = [(), *chosen, *drawn]
     inside, outside, full, empty = gaps(sets)
+    kinds = ("none", *["greedy"] * runs, *["random"] * draws)
     return Completeness(
-        ("none", *["greedy"] * runs, *["random"] * random),
-        tuple(sets),
-        inside,
-        outside,
-        full,
-        empty,
-        task.metric,
-        task.name,
-        seed,
+        kinds, tuple(sets), inside, outside, full, empty, task.metric, task.name, seed
     )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import numpy as np
 import pandas as pd
@@ -13,12 +15,13 @@ from lens.circuits.graph.activations import Ablation, References, read_activatio
 from lens.circuits.graph.circuit import Circuit
 from lens.circuits.graph.nodes import find_nodes
 from lens.circuits.graph.selection import random_edges, same_degrees
-from lens.common.errors import LensError
+from lens.common.choices import check_choice, check_counts
 from lens.common.results import Result
 from lens.models.loaded import LoadedModel
+from lens.stats.controls import p_value
 from lens.tasks.task import Task
 
-CONTROLS = ("uniform", "degrees", "magnitude")
+Kind = Literal["uniform", "degrees", "magnitude"]
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -41,8 +44,7 @@ class Control(Result):
 
     def p_value(self, control: str) -> float:
         """(1 + draws that are as faithful) / (1 + draws): the least that so few draws can show."""
-        drawn = self.faithfulness[control]
-        return float((1 + (drawn >= self.outcome.faithfulness()[0]).sum()) / (1 + len(drawn)))
+        return p_value(self.outcome.faithfulness()[0], self.faithfulness[control])
 
     def table(self) -> pd.DataFrame:
         """One row for the circuit, and one per control.
@@ -75,7 +77,7 @@ def control(
     task: Task,
     circuit: Circuit,
     *,
-    kinds: tuple[str, ...] = CONTROLS,
+    kinds: Sequence[Kind] = get_args(Kind),
     draws: int = 20,
     seed: int = 0,
     progress: bool = True,
@@ -97,11 +99,14 @@ def control(
 
     Raises:
         LensError: an unknown kind, no draw, another graph, or a task that ablation does not change.
+
+    Example:
+        >>> circuit = lens.circuits.score_edges(small, copying, progress=False).top(40)
+        >>> lens.circuits.checks.control(small, copying, circuit, kinds=["degrees"], draws=3).table()
     """
-    if unknown := [kind for kind in kinds if kind not in CONTROLS]:
-        raise LensError(f"unknown control {unknown[0]!r}; known: {', '.join(CONTROLS)}")
-    if isinstance(draws, bool) or not isinstance(draws, int) or draws < 1:
-        raise LensError(f"draws must be a positive integer, got {draws!r}")
+    for kind in kinds:
+        check_choice("kinds", kind, Kind)
+    check_counts(draws=draws)
     graph, draw = circuit.graph, np.random.default_rng(seed)
     sizes = None
     if "magnitude" in kinds:

@@ -12,10 +12,11 @@ from lens import stats
 from lens.circuits.checks.evaluation import run_circuits
 from lens.circuits.graph.circuit import Circuit
 from lens.circuits.graph.selection import random_edges, without
+from lens.common.choices import check_counts
 from lens.common.errors import LensError
 from lens.common.results import Result
 from lens.models.loaded import LoadedModel
-from lens.stats import over_units
+from lens.stats.intervals import columns
 from lens.tasks.task import Task
 
 
@@ -65,14 +66,11 @@ class Minimality(Result):
         Columns: `node`, `given` (names of K), `drop` with `low` and `high` (95 % bootstrap interval over
         prompts), `share` (of `whole`), `random` (95th percentile of the sizes of the random drops).
         """
-        low, high = over_units(self.drops.T, np.ones_like(self.drops.T), self.seed)
         rows = pd.DataFrame(
             {
                 "node": self.nodes,
                 "given": [", ".join(names) for names in self.given],
-                "drop": self.drops.mean(1),
-                "low": low,
-                "high": high,
+                **columns("drop", self.drops, self.seed, plain=True),
                 "share": self.shares,
                 "random": stats.quantile(np.abs(self.random), 0.95),
             }
@@ -93,7 +91,7 @@ def minimality(
     *,
     nodes: Sequence[str] | None = None,
     given: Mapping[str, Sequence[str]] | None = None,
-    random: int = 20,
+    draws: int = 20,
     seed: int = 0,
     progress: bool = True,
 ) -> Minimality:
@@ -104,7 +102,7 @@ def minimality(
         circuit: its ablation replaces what is taken out.
         nodes: those to try; all of the circuit if not given.
         given: for some nodes a set K that is out already, such as the backups of the same class.
-        random: random circuits of as many edges, out of each of which a random node is taken.
+        draws: of random circuits of as many edges, out of each of which a random node is taken.
         seed: of these draws.
         progress: show a bar with the time left, on stderr, if that is a terminal.
 
@@ -112,9 +110,12 @@ def minimality(
         LensError: no node, an unknown one in `given`, no random draw, or another graph.
 
     Reference: Wang et al. 2022, arXiv 2211.00593.
+
+    Example:
+        >>> circuit = lens.circuits.score_edges(small, copying, progress=False).top(40)
+        >>> lens.circuits.checks.minimality(small, copying, circuit, draws=3).needed()
     """
-    if isinstance(random, bool) or not isinstance(random, int) or random < 1:
-        raise LensError(f"random must be a positive number of draws, got {random!r}")
+    check_counts(draws=draws)
     inside = tuple(name for name in circuit.nodes if name != "input")
     if not inside:
         raise LensError("the circuit has no heads and no MLPs, so there is no node to take out")
@@ -130,7 +131,7 @@ def minimality(
     before = [without(graph, circuit.kept, sets.get(name, ())) for name in nodes]
     after = [without(graph, kept, [name]) for kept, name in zip(before, nodes, strict=True)]
     plain, reduced = [], []
-    for _ in range(random):
+    for _ in range(draws):
         plain.append(random_edges(graph, circuit.n, draw))
         writers = np.unique(graph.ends[1][plain[-1]])
         reduced.append(without(graph, plain[-1], [graph.writers[draw.choice(writers)]]))
@@ -139,17 +140,11 @@ def minimality(
     kept = np.stack([*starts, *after, *plain, *reduced])
     found = run_circuits(model, task, kept, circuit.ablation, progress=progress)
     start, after_, plain_, reduced_ = np.split(
-        found.metric, np.cumsum([len(starts), len(nodes), random])
+        found.metric, np.cumsum([len(starts), len(nodes), draws])
     )
     base = [1 + common[sets[name]] if name in sets else 0 for name in nodes]
+    drops, apart = start[base] - after_, tuple(sets.get(name, ()) for name in nodes)
+    drawn = (plain_ - reduced_).mean(1)
     return Minimality(
-        nodes,
-        start[base] - after_,
-        tuple(sets.get(name, ()) for name in nodes),
-        (plain_ - reduced_).mean(1),
-        found.full,
-        found.empty,
-        task.metric,
-        task.name,
-        seed,
+        nodes, drops, apart, drawn, found.full, found.empty, task.metric, task.name, seed
     )

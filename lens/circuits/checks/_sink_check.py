@@ -18,14 +18,15 @@ import pandas as pd
 from lens.circuits.graph.circuit import Circuit
 from lens.circuits.graph.head_sets import heads_in
 from lens.circuits.known.circuit import KnownCircuit
-from lens.common.errors import LensError
+from lens.common.choices import check_counts
 from lens.common.head_ids import AnyHead, HeadId
-from lens.common.results import Result
+from lens.common.progress import advancing
+from lens.common.results import Result, Sentence
 from lens.edits.attention import Drop, Move
 from lens.edits.running import edit
 from lens.models.bare import bare
 from lens.models.loaded import LoadedModel
-from lens.stats import over_units
+from lens.stats.intervals import columns
 from lens.tasks.task import Task
 
 EDITS = {"excluded": Drop, "redistributed": Move}
@@ -68,17 +69,15 @@ class SinkCheck(Result):
             sets = {"circuit": self.edited[name][None], "others": self.others[name]}
             for heads, values in sets.items():
                 if len(values):
-                    change = values.mean(0) - self.plain
-                    low, high = over_units(change, np.ones(len(change)), self.seed)
-                    draws = len(values) if heads == "others" else np.nan
-                    rows.append(
-                        (name, heads, values.mean(), change.mean(), float(low), float(high), draws)
-                    )
-        columns = ["edit", "heads", "value", "change", "change_low", "change_high", "draws"]
-        return pd.DataFrame(rows, columns=pd.Index(columns)).assign(n=len(self.plain))
+                    row = pd.DataFrame(columns("change", values.mean(0) - self.plain, self.seed))
+                    row.insert(0, "value", values.mean())
+                    row["draws"] = len(values) if heads == "others" else np.nan
+                    rows.append(row.assign(edit=name, heads=heads))
+        table = pd.concat(rows, ignore_index=True)
+        return table[["edit", "heads", *table.columns[:-2]]].assign(n=len(self.plain))
 
-    def findings(self) -> tuple[str, ...]:
-        """One sentence per edit: what changes, and what it does to other heads."""
+    def findings(self) -> tuple[Sentence, ...]:
+        """One sentence per edit ("excluded", "redistributed"): what changes, and what it does to other heads."""
         found = []
         for name, rows in self.table().groupby("edit", sort=False):
             row = rows.iloc[0]
@@ -92,7 +91,7 @@ class SinkCheck(Result):
                 words += (
                     f"; in {self.drawn} others of the same layers by {rows.iloc[1]['change']:+.3g}"
                 )
-            found.append(f"{words}.")
+            found.append(Sentence(f"{words}.", kind=str(name)))
         return tuple(found)
 
     def __repr__(self) -> str:
@@ -109,6 +108,7 @@ def sink_check(
     *,
     draws: int = 5,
     seed: int = 0,
+    progress: bool = True,
 ) -> SinkCheck:
     """Measure a task with the first key excluded from chosen heads, and with its mass moved to other keys.
 
@@ -122,6 +122,7 @@ def sink_check(
         heads: names such as "L3H5", or a circuit.
         draws: of other heads of the same layers, as many as are left there at most.
         seed: of the draws and of the bootstrap.
+        progress: show a bar with the time left, on stderr, if that is a terminal.
 
     Raises:
         LensError: no heads, heads that the model has not got, or no draw.
@@ -129,29 +130,23 @@ def sink_check(
     Example:
         >>> lens.circuits.checks.sink_check(model, lens.tasks.induction(model, 16), ["L0H1", "L1H0"]).table()
     """
-    if isinstance(draws, bool) or not isinstance(draws, int) or draws < 1:
-        raise LensError(f"draws must be a positive integer, got {draws!r}")
+    check_counts(draws=draws)
     model = bare(model)
     task.check(model)
     chosen = heads_in(model, heads)
     sets = _others(model, chosen, draws, np.random.default_rng(seed))
     plain = _measured(model, task)
     edited, others = {}, {}
-    for name in EDITS:
-        edited[name] = _measured(model, task, name, chosen)
-        runs = [_measured(model, task, name, one) for one in sets]
-        others[name] = np.array(runs).reshape(-1, task.n)
-    return SinkCheck(
-        chosen,
-        plain,
-        edited,
-        others,
-        len(sets[0]) if sets else 0,
-        task.metric,
-        task.name,
-        model.name,
-        seed,
-    )
+    total = len(EDITS) * (1 + len(sets))
+    with advancing(f"{model.name}: sink check", total, progress) as advance:
+        for name in EDITS:
+            runs = []
+            for one in (chosen, *sets):
+                runs.append(_measured(model, task, name, one))
+                advance(1)
+            edited[name], others[name] = runs[0], np.array(runs[1:]).reshape(-1, task.n)
+    drawn = len(sets[0]) if sets else 0
+    return SinkCheck(chosen, plain, edited, others, drawn, task.metric, task.name, model.name, seed)
 
 
 def _measured(

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations
 
 import numpy as np
 import pandas as pd
 import torch
 
 from lens.circuits.graph.circuit import Circuit
-from lens.circuits.graph.edge_scores import EdgeScores
+from lens.circuits.graph.edge_scores import EdgeScores, Selection
+from lens.circuits.scores.methods import named
 from lens.circuits.scores.scoring import score_edges
+from lens.common.choices import check_counts
 from lens.common.errors import LensError
 from lens.common.results import Result
 from lens.models.loaded import LoadedModel
+from lens.stats import controls
 from lens.tasks.task import Task
 
 
@@ -65,7 +67,7 @@ def stability(
     scores: EdgeScores,
     count: int,
     *,
-    by: str = "top",
+    method: Selection = "top",
     absolute: bool = True,
     resamples: int = 10,
     seed: int = 0,
@@ -74,26 +76,29 @@ def stability(
 
     Args:
         scores: with several prompts.
-        count, by, absolute: of `EdgeScores.top`; circuits are pruned.
+        count, method, absolute: of `EdgeScores.top`; circuits are pruned.
         resamples: bootstrap samples of the prompts.
         seed: of the draws.
 
     Raises:
         LensError: a single prompt, fewer than two resamples, and as `EdgeScores.top`.
+
+    Example:
+        >>> scores = lens.circuits.score_edges(small, copying, progress=False)
+        >>> lens.circuits.checks.stability(scores, 40, resamples=3).mean > 0.2
+        True
     """
     if scores.n < 2:
         raise LensError(
             "stability needs scores of at least 2 prompts, got 1; draws of one are all alike"
         )
-    if isinstance(resamples, bool) or not isinstance(resamples, int) or resamples < 2:
-        raise LensError(f"resamples must be an integer of at least 2, got {resamples!r}")
+    check_counts(2, resamples=resamples)
     draw = np.random.default_rng(seed)
     circuits = []
     for _ in range(resamples):
         rows = draw.integers(0, scores.n, scores.n)
-        circuits.append(
-            replace(scores, per_prompt=scores.per_prompt[rows]).top(count, by=by, absolute=absolute)
-        )
+        drawn = replace(scores, per_prompt=scores.per_prompt[rows])
+        circuits.append(drawn.top(count, method=method, absolute=absolute))
     return replace(jaccard(circuits), what="resamples")
 
 
@@ -104,6 +109,11 @@ def jaccard(circuits: Sequence[Circuit]) -> Stability:
 
     Raises:
         LensError: fewer than two circuits, or of several graphs.
+
+    Example:
+        >>> scores = lens.circuits.score_edges(small, copying, progress=False)
+        >>> float(lens.circuits.checks.jaccard([scores.top(n, prune=False) for n in (20, 40)]).mean)
+        0.5
     """
     if len(circuits) < 2:
         raise LensError(f"overlaps need at least 2 circuits, got {len(circuits)}")
@@ -113,14 +123,10 @@ def jaccard(circuits: Sequence[Circuit]) -> Stability:
     kept = np.stack([circuit.kept for circuit in circuits])
     read = np.stack([np.isin(graph.writers, circuit.nodes) for circuit in circuits])
     share = kept.mean()
-    return Stability(
-        _jaccard(kept),
-        _jaccard(read),
-        float(share / (2 - share)) if share else 1.0,
-        kept.mean(0),
-        "circuits",
-        len(circuits),
-    )
+    chance = float(share / (2 - share)) if share else 1.0
+    pairs = np.triu_indices(len(circuits), 1)
+    edges, nodes = (controls.jaccard(sets)[pairs] for sets in (kept, read))
+    return Stability(edges, nodes, chance, kept.mean(0), "circuits", len(circuits))
 
 
 @dataclass(frozen=True)
@@ -163,6 +169,11 @@ def noise_floor(
 
     Raises:
         LensError: scores of another task or of another number of prompts.
+
+    Example:
+        >>> scores = lens.circuits.score_edges(small, copying, progress=False)
+        >>> lens.circuits.checks.noise_floor(small, copying, scores).same
+        1.0
     """
     if (scores.task, scores.n) != (task.name, task.n):
         raise LensError(
@@ -170,13 +181,14 @@ def noise_floor(
             f"{task.name!r}; give the task that was scored"
         )
     order = torch.as_tensor(np.random.default_rng(seed).permutation(task.n))
+    word, method = named(scores.method)  # type: ignore[arg-type]  # a string of a file
+    if method is not None and scores.steps is not None:
+        method = replace(method, steps=scores.steps, rule=scores.rule)
     again = score_edges(
         model,
         task.take(order),
-        method=scores.method,
-        steps=scores.steps or 5,
-        rule=scores.rule or "midpoint",
-        ablation=scores.ablation.value,
+        method=method or word,
+        baseline=scores.ablation.value,
         kv=scores.ablation.kv,
         batch_size=batch_size,
         progress=progress,
@@ -191,12 +203,3 @@ def noise_floor(
         jaccard(chosen).mean,
         str(model.dtype).removeprefix("torch."),
     )
-
-
-def _jaccard(sets: np.ndarray) -> np.ndarray:
-    """[pairs] of sets [sets, members] bool."""
-    found = []
-    for one, other in combinations(sets, 2):
-        either = (one | other).sum()
-        found.append((one & other).sum() / either if either else 1.0)
-    return np.array(found)

@@ -15,6 +15,7 @@ from lens.circuits.graph.circuit import Circuit
 from lens.circuits.graph.edge_scores import EdgeScores
 from lens.circuits.graph.masked_forward import masked_logits
 from lens.circuits.graph.nodes import find_nodes
+from lens.common.choices import check_counts
 from lens.common.errors import LensError
 from lens.common.progress import advancing
 from lens.common.results import Result
@@ -167,7 +168,7 @@ def evaluate(
     task: Task,
     edges: EdgeScores,
     *,
-    random: int = 5,
+    draws: int = 5,
     seed: int = 0,
     progress: bool = True,
 ) -> CircuitEvaluation:
@@ -178,7 +179,7 @@ def evaluate(
     Args:
         model, task: those of the scores, or others of the same graph (other prompts, say).
         edges: scores; the ablation is theirs.
-        random: draws of random circuits at each size.
+        draws: of random circuits at each size.
         seed: of these draws and of the bootstrap.
         progress: show a bar with the time left, on stderr, if that is a terminal.
 
@@ -187,9 +188,13 @@ def evaluate(
             that ablating every edge does not change.
 
     Reference: Mueller et al. 2025, arXiv 2504.13151 (CPR and CMD); Hanna et al. 2024, arXiv 2403.17806.
+
+    Example:
+        >>> edges = lens.circuits.score_edges(small, copying, progress=False)
+        >>> lens.circuits.evaluate(small, copying, edges, draws=2).cpr > 0.5
+        True
     """
-    if isinstance(random, bool) or not isinstance(random, int) or random < 1:
-        raise LensError(f"random must be a positive number of draws, got {random!r}")
+    check_counts(draws=draws)
     graph = edges.graph
     counts = [max(1, round(share * graph.n)) for share in SHARES]
     draw = np.random.default_rng(seed)
@@ -198,31 +203,28 @@ def evaluate(
         for absolute in (False, True)
         for count in counts
     ]
-    for _ in range(random):
+    for _ in range(draws):
         order = draw.permutation(graph.n)
         chosen += [np.isin(np.arange(graph.n), order[:count]) for count in counts]
     found = run_circuits(model, task, np.stack(chosen), edges.ablation, progress=progress)
     size = len(SHARES)
-    drawn = _part(found, 2 * size, len(chosen)).faithfulness().reshape(random, size)
+    drawn = _part(found, 2 * size, len(chosen)).faithfulness().reshape(draws, size)
+    signed, absolute = (_part(found, start, start + size) for start in (0, size))
     return CircuitEvaluation(
-        SHARES,
-        _part(found, 0, size),
-        _part(found, size, 2 * size),
-        drawn,
-        np.array(counts),
-        edges.ablation,
-        edges.method,
-        task.metric,
-        task.name,
-        model.name,
-        seed,
-    )
+        SHARES, signed, absolute, drawn, np.array(counts), edges.ablation, edges.method, task.metric,
+        task.name, model.name, seed,
+    )  # fmt: skip
 
 
 def run_circuit(
     model: LoadedModel, task: Task, circuit: Circuit, *, progress: bool = True
 ) -> Outcome:
-    """Metric and KL of one circuit, prompt by prompt; errors as in `evaluate`."""
+    """Metric and KL of one circuit, prompt by prompt; errors as in `evaluate`.
+
+    Example:
+        >>> circuit = lens.circuits.score_edges(small, copying, progress=False).top(60)
+        >>> lens.circuits.run_circuit(small, copying, circuit).faithfulness()
+    """
     return run_circuits(model, task, circuit.kept[None], circuit.ablation, progress=progress)
 
 

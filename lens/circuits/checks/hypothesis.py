@@ -8,7 +8,6 @@ Hypothesis Testing the Circuit Hypothesis in LLMs, arXiv 2410.13032.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import comb
 
 import numpy as np
 import pandas as pd
@@ -17,9 +16,11 @@ from lens import stats
 from lens.circuits.checks.evaluation import run_circuits
 from lens.circuits.graph.circuit import Circuit
 from lens.circuits.graph.selection import random_edges, random_path
+from lens.common.choices import check_counts
 from lens.common.errors import LensError
 from lens.common.results import Result
 from lens.models.loaded import LoadedModel
+from lens.stats.controls import p_value
 from lens.tasks.task import Task
 
 EPSILON, QUANTILE, DRAWS, PERMUTATIONS = 0.1, 0.9, 100, 1000
@@ -99,11 +100,10 @@ def equivalence(
     Raises:
         LensError: other shapes, no prompt, or an epsilon outside of 0 to 1/2.
     """
-    if (
-        model_values.shape != circuit_values.shape
-        or model_values.ndim != 1
-        or not model_values.size
-    ):
+    from scipy.stats import binom
+
+    shapes = {model_values.shape, circuit_values.shape}
+    if len(shapes) > 1 or model_values.ndim != 1 or not model_values.size:
         raise LensError(
             f"equivalence compares one number per prompt of both, got the shapes "
             f"{list(model_values.shape)} and {list(circuit_values.shape)}"
@@ -114,11 +114,9 @@ def equivalence(
     n = len(difference)
     better = (difference > 0).sum() + 0.5 * (difference == 0).sum()
     distance = abs(better / n - 0.5)
-    p = sum(
-        comb(n, i) * (0.5 + epsilon) ** i * (0.5 - epsilon) ** (n - i)
-        for i in range(n + 1)
-        if abs(i / n - 0.5) >= distance - 1e-12
-    )
+    counts = np.arange(n + 1)
+    extreme = counts[np.abs(counts / n - 0.5) >= distance - 1e-12]
+    p = binom.pmf(extreme, n, 0.5 + epsilon).sum()
     null = f"the model is better on half of the prompts, give or take {epsilon}"
     return HypothesisTest("equivalence", null, float(better / n), float(min(1.0, p)), n)
 
@@ -153,10 +151,8 @@ def independence(
     for number in range(permutations):
         order = draw.permutation(n)
         shuffled[number] = (kernel * other[np.ix_(order, order)]).sum() / n**2
-    p = (1 + (shuffled >= found - 1e-15).sum()) / (1 + permutations)
-    return HypothesisTest(
-        "independence", "the rest of the model and the task are independent", found, float(p), n
-    )
+    null = "the rest of the model and the task are independent"
+    return HypothesisTest("independence", null, found, p_value(found, shuffled), n)
 
 
 def sufficiency(
@@ -176,8 +172,9 @@ def sufficiency(
     Raises:
         LensError: no draw, or another graph.
     """
+    near = _distances(model, task, circuit, False, draws, seed, progress)
     null = "at most 90 % of random circuits of this size are farther from the model"
-    return _against(model, task, circuit, False, "sufficiency", null, draws, seed, progress)
+    return _of_draws("sufficiency", null, near[1:] > near[0])
 
 
 def necessity(
@@ -193,12 +190,10 @@ def necessity(
 
     As `sufficiency`, of the complements: the statistic is the share of random circuits without which
     the model stays nearer to itself.
-
-    Raises:
-        LensError: no draw, or another graph.
     """
+    missed = _distances(model, task, circuit, True, draws, seed, progress)
     null = "at most 90 % of random circuits of this size are missed less"
-    return _against(model, task, circuit, True, "necessity", null, draws, seed, progress)
+    return _of_draws("necessity", null, missed[1:] < missed[0])
 
 
 def minimality_test(
@@ -227,7 +222,7 @@ def minimality_test(
     Raises:
         LensError: no draw, an edge that is not in the circuit, or one that has all edges already.
     """
-    _check_draws(draws)
+    check_counts(draws=draws)
     graph, draw = circuit.graph, np.random.default_rng(seed)
     if circuit.kept.all():
         raise LensError("the circuit has every edge, so nothing can be added to compare with")
@@ -257,38 +252,35 @@ def minimality_test(
     return EdgeTests(names, changes, null, np.array(p))
 
 
-def _against(
+def _distances(
     model: LoadedModel,
     task: Task,
     circuit: Circuit,
     complement: bool,
-    name: str,
-    null: str,
     draws: int,
     seed: int,
     progress: bool,
-) -> HypothesisTest:
-    _check_draws(draws)
+) -> np.ndarray:
+    """[1 + draws] |F(M) - F(C)|, mean over prompts, of the circuit and of random ones, or of their complements."""
+    check_counts(draws=draws)
     draw = np.random.default_rng(seed)
     kept = [circuit.kept] + [random_edges(circuit.graph, circuit.n, draw) for _ in range(draws)]
-    masks = np.stack(kept)
-    found = run_circuits(
-        model, task, ~masks if complement else masks, circuit.ablation, progress=progress
-    )
-    far = np.abs(found.full - found.metric).mean(1)
-    beaten = int((far[1:] < far[0]).sum() if complement else (far[1:] > far[0]).sum())
-    return HypothesisTest(name, null, beaten / draws, _tail(beaten, draws), draws)
+    masks = np.stack(kept) ^ complement
+    found = run_circuits(model, task, masks, circuit.ablation, progress=progress)
+    return np.abs(found.full - found.metric).mean(1)
 
 
-def _check_draws(draws: int) -> None:
-    if isinstance(draws, bool) or not isinstance(draws, int) or draws < 1:
-        raise LensError(f"draws must be a positive integer, got {draws!r}")
+def _of_draws(name: str, null: str, beaten: np.ndarray) -> HypothesisTest:
+    """[draws] bool, those that the circuit beats."""
+    k, n = int(beaten.sum()), len(beaten)
+    return HypothesisTest(name, null, k / n, _tail(k, n), n)
 
 
 def _tail(k: int, n: int) -> float:
     """P(X >= k) of X binomial with n draws at a rate of 0.9."""
-    chances = (comb(n, i) * QUANTILE**i * (1 - QUANTILE) ** (n - i) for i in range(k, n + 1))
-    return float(min(1.0, sum(chances)))
+    from scipy.stats import binom
+
+    return float(binom.sf(k - 1, n, QUANTILE))
 
 
 def _gaussian(values: np.ndarray) -> np.ndarray:

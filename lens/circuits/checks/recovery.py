@@ -47,6 +47,12 @@ def recovery(scores: EdgeScores, known: Iterable[str], *, rounding: float = 1e-9
             rounding that is no share.
 
     Reference: Conmy et al. 2023, arXiv 2304.14997.
+
+    Example:
+        >>> known = lens.circuits.known.logic_gate("sum")
+        >>> scores = lens.circuits.score_edges(known.model, known.task, method="eap")
+        >>> lens.circuits.checks.recovery(scores, known.edges).auroc
+        1.0
     """
     if not 0 <= rounding < 1:
         raise LensError(f"rounding must be a share of 0 or more and below 1, got {rounding}")

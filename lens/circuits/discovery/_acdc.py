@@ -19,25 +19,27 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
-from lens.circuits.graph.activations import Ablation, References
+from lens.circuits.graph.activations import Ablation, Baseline, References
 from lens.circuits.graph.circuit import Circuit
 from lens.circuits.graph.edge_scores import EdgeScores
-from lens.circuits.graph.graph import Graph
+from lens.circuits.graph.graph import Graph, Kv
 from lens.circuits.graph.masked_forward import masked_logits
 from lens.circuits.graph.nodes import Nodes, find_nodes
+from lens.common.choices import check_choice, check_counts
 from lens.common.errors import LensError
 from lens.common.progress import advancing
 from lens.common.results import Result
 from lens.models.loaded import LoadedModel
 from lens.tasks.task import Task
 
-ORDERS = ("reverse", "forward", "random")
+Order = Literal["reverse", "forward", "random"]
 _ROWS, _COPIES = 16, 128  # prompts of one pass, and rows with copies
 
 
@@ -130,11 +132,11 @@ def acdc(
     task: Task,
     thresholds: float | Sequence[float],
     *,
-    order: str = "reverse",
+    order: Order = "reverse",
     seed: int = 0,
     absolute: bool = False,
-    ablation: str = "counterfactual",
-    kv: str = "head",
+    baseline: Baseline = "counterfactual",
+    kv: Kv = "head",
     batch_size: int = _ROWS,
     progress: bool = True,
 ) -> Acdc:
@@ -151,13 +153,13 @@ def acdc(
             "random", which also mixes the readers of one layer's attention.
         seed: of the random order.
         absolute: keep edges whose removal improves the task by the threshold, too.
-        ablation: what replaces a writer: "counterfactual" (the corrupt prompt), "mean" or "zero".
+        baseline: what replaces a writer: "counterfactual" (the corrupt prompt), "mean" or "zero".
         kv: "head" gives query heads of a group keys and values of their own, "group" does not.
         batch_size: prompts in one pass; changes memory and no result.
         progress: show a bar with the time left, on stderr, if that is a terminal.
 
     Raises:
-        LensError: an unknown order or ablation, thresholds that are none, a metric that is not a
+        LensError: an unknown order or baseline, thresholds that are none, a metric that is not a
             number, or a model whose edges cannot be replaced exactly.
 
     Reference: Conmy et al., Towards Automated Circuit Discovery for Mechanistic Interpretability, 2023,
@@ -172,11 +174,9 @@ def acdc(
     limits = tuple(sorted({float(value) for value in given}))
     if not limits or not all(0 <= value < np.inf for value in limits):
         raise LensError(f"thresholds must be finite numbers of 0 or more, got {thresholds!r}")
-    if order not in ORDERS:
-        raise LensError(f"order must be one of {', '.join(ORDERS)}, got {order!r}")
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise LensError(f"batch_size must be a positive integer, got {batch_size!r}")
-    chosen = Ablation(ablation, kv=kv)
+    check_choice("order", order, Order)
+    check_counts(batch_size=batch_size)
+    chosen = Ablation(baseline, kv=kv)
     nodes = find_nodes(model, kv=kv)
     graph = nodes.graph
     rows = min(batch_size, task.rows_at_once(model))
@@ -187,21 +187,11 @@ def acdc(
         for limit in limits:
             goes = partial(_goes, limit, absolute)
             found.append(_eliminate(graph, queue, losses, goes, advance))
+    kept, loss, runs = map(np.array, zip(*found, strict=True))
     return Acdc(
-        graph,
-        limits,
-        np.stack([kept for kept, _, _ in found]),
-        np.array([loss for _, loss, _ in found]),
-        losses.whole,
-        np.array([runs for _, _, runs in found]),
-        order,
-        seed,
-        absolute,
-        chosen,
-        task.metric,
-        task.name,
-        model.name,
-    )
+        graph, limits, kept, loss, losses.whole, runs, order, seed, absolute, chosen, task.metric,
+        task.name, model.name,
+    )  # fmt: skip
 
 
 def visiting_order(graph: Graph, order: str, seed: int = 0) -> np.ndarray:

@@ -10,9 +10,12 @@ import pandas as pd
 import torch
 
 from lens.circuits.checks.evaluation import run_circuits
+from lens.circuits.graph.activations import Baseline
 from lens.circuits.graph.circuit import Circuit
 from lens.circuits.graph.edge_scores import EdgeScores
+from lens.circuits.scores.methods import EapIg, Method
 from lens.circuits.scores.scoring import score_edges
+from lens.common.choices import check_counts
 from lens.common.errors import LensError
 from lens.common.results import Result, Sentence, described
 from lens.models.loaded import LoadedModel
@@ -75,9 +78,8 @@ def find(
     model: LoadedModel,
     task: Task,
     *,
-    method: str = "eap-ig",
-    steps: int | str = 5,
-    ablation: str | None = None,
+    method: Method | EapIg = "eap-ig",
+    baseline: Baseline | None = None,
     edges: int | None = None,
     faithfulness: float = 0.85,
     seed: int = 0,
@@ -90,8 +92,8 @@ def find(
     and `lens.circuits.checks`.
 
     Args:
-        model, task, method, steps, progress: as in `lens.circuits.score_edges`.
-        ablation: what replaces an edge that is left out; None: the corrupt prompt, or the mean where the
+        model, task, method, progress: as in `lens.circuits.score_edges`.
+        baseline: what replaces an edge that is left out; None: the corrupt prompt, or the mean where the
             task has none.
         edges: try circuits of this many edges alone.
         faithfulness: share of the task that the circuit shall do.
@@ -106,12 +108,10 @@ def find(
     """
     if not isinstance(faithfulness, int | float) or not 0 < faithfulness <= 1:
         raise LensError(f"faithfulness must be above 0 and at most 1, got {faithfulness!r}")
-    if edges is not None and (isinstance(edges, bool) or not isinstance(edges, int) or edges < 1):
-        raise LensError(f"edges must be at least 1, got {edges!r}; None tries many sizes")
-    ablation = ablation or ("mean" if task.corrupt is None else "counterfactual")
-    scores = score_edges(
-        model, task, method=method, steps=steps, ablation=ablation, progress=progress
-    )
+    if edges is not None:
+        check_counts(edges=edges)
+    baseline = baseline or ("mean" if task.corrupt is None else "counterfactual")
+    scores = score_edges(model, task, method=method, baseline=baseline, progress=progress)
     sizes = np.geomspace(max(1.0, _SMALLEST * scores.graph.n), scores.graph.n, _SIZES)
     counts = [edges] if edges else np.unique(sizes.round().astype(int)).tolist()
     rankings: list[tuple[Ranking, int]] = [(name, count) for count in counts for name in _RANKINGS]

@@ -15,26 +15,29 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import log
+from typing import Literal
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
-from lens.circuits.graph.activations import Ablation, References
+from lens.circuits.graph.activations import Ablation, Baseline, References
 from lens.circuits.graph.circuit import Circuit
 from lens.circuits.graph.edge_scores import EdgeScores
-from lens.circuits.graph.graph import Graph
+from lens.circuits.graph.graph import Graph, Kv
 from lens.circuits.graph.masked_forward import masked_logits
 from lens.circuits.graph.nodes import find_nodes
 from lens.circuits.graph.selection import pruned
+from lens.common.choices import check_choice, check_counts
 from lens.common.errors import LensError
 from lens.common.progress import advancing
 from lens.common.results import Result
 from lens.models.loaded import LoadedModel
 from lens.tasks.task import Task
 
-OVER = {"edges": "edge-pruning", "nodes": "subnetwork-probing"}
+Over = Literal["edges", "nodes"]
+OVER: dict[Over, str] = {"edges": "edge-pruning", "nodes": "subnetwork-probing"}
 _BETA, _LOW, _HIGH = 2 / 3, -0.1, 1.1
 _SHIFT = _BETA * log(-_LOW / _HIGH)
 _START = log(0.9 / 0.1)  # as published: sigmoid(log_alpha) is 0.9
@@ -57,7 +60,7 @@ class LearnedMasks(Result):
     """
 
     graph: Graph
-    over: str
+    over: Over
     log_alpha: np.ndarray
     losses: np.ndarray
     sparsities: np.ndarray
@@ -80,14 +83,8 @@ class LearnedMasks(Result):
         if self.over == "nodes":
             values = np.array([1.0, *values])[self.graph.ends[1]]
         return EdgeScores(
-            self.graph,
-            values[None],
-            OVER[self.over],
-            self.ablation,
-            self.metric,
-            self.task,
-            self.model,
-        )
+            self.graph, values[None], OVER[self.over], self.ablation, self.metric, self.task, self.model
+        )  # fmt: skip
 
     def circuit(self) -> Circuit:
         """The most likely gates, as many as the target leaves; with a penalty those above one half.
@@ -96,24 +93,16 @@ class LearnedMasks(Result):
         """
         if self.sparsity is None:
             gates = (1 / (1 + np.exp(-self.log_alpha))) * (_HIGH - _LOW) + _LOW > 0.5
+            goal = f"penalty {self.penalty:g}"
         else:
             kept = round((1 - self.sparsity) * len(self.log_alpha))
             gates = np.argsort(np.argsort(-self.log_alpha, kind="stable")) < kept
+            goal = f"{self.sparsity:.1%} of the {self.over} removed"
         if self.over == "nodes":
             gates = np.array([True, *gates])[self.graph.ends[1]]
-        goal = (
-            f"penalty {self.penalty:g}"
-            if self.sparsity is None
-            else f"{self.sparsity:.1%} of the {self.over} removed"
-        )
-        return Circuit(
-            self.graph,
-            pruned(self.graph, gates),
-            self.ablation,
-            self.task,
-            self.model,
-            f"{OVER[self.over]}, {goal}, seed {self.seed}, pruned",
-        )
+        made = f"{OVER[self.over]}, {goal}, seed {self.seed}, pruned"
+        kept = pruned(self.graph, gates)
+        return Circuit(self.graph, kept, self.ablation, self.task, self.model, made)
 
     def table(self) -> pd.DataFrame:
         """One row per gate, most likely first: `gate`, `probability`, `log_alpha`."""
@@ -135,14 +124,14 @@ def learn_masks(
     model: LoadedModel,
     task: Task,
     *,
-    over: str = "edges",
+    over: Over = "edges",
     sparsity: float | None = None,
     penalty: float | None = None,
     steps: int = 300,
     rate: float = 0.1,
     seed: int = 0,
-    ablation: str = "counterfactual",
-    kv: str = "head",
+    baseline: Baseline = "counterfactual",
+    kv: Kv = "head",
     batch_size: int = 8,
     progress: bool = True,
 ) -> LearnedMasks:
@@ -156,7 +145,7 @@ def learn_masks(
         penalty: instead of a target, the price of keeping everything, in units of the metric.
         steps, rate: of Adam.
         seed: of gates and batches; the same seed gives the same masks.
-        ablation: what replaces a writer: "counterfactual" (the corrupt prompt), "mean" or "zero".
+        baseline: what replaces a writer: "counterfactual" (the corrupt prompt), "mean" or "zero".
         kv: "head" gives query heads of a group keys and values of their own, "group" does not.
         batch_size: prompts of one step.
         progress: show a bar with the time left, on stderr, if that is a terminal.
@@ -173,8 +162,10 @@ def learn_masks(
         >>> learn_masks(known.model, known.task, penalty=1).circuit().edges
         ('input->a1.h0<q>', 'a1.h0->logits')
     """
-    _check(over, sparsity, penalty, {"steps": steps, "batch_size": batch_size}, rate)
-    chosen = Ablation(ablation, kv=kv)
+    check_choice("over", over, OVER)
+    check_counts(steps=steps, batch_size=batch_size)
+    _check(sparsity, penalty, rate)
+    chosen = Ablation(baseline, kv=kv)
     nodes = find_nodes(model, kv=kv)
     graph = nodes.graph
     references = References(nodes, task, chosen)
@@ -213,20 +204,11 @@ def learn_masks(
             losses.append(loss.item())
             sparsities.append(expected.item())
             advance(1)
+    learned = log_alpha.detach().numpy().copy()
     return LearnedMasks(
-        graph,
-        over,
-        log_alpha.detach().numpy().copy(),
-        np.array(losses),
-        np.array(sparsities),
-        sparsity,
-        penalty,
-        seed,
-        chosen,
-        task.metric,
-        task.name,
-        model.name,
-    )
+        graph, over, learned, np.array(losses), np.array(sparsities), sparsity, penalty, seed, chosen,
+        task.metric, task.name, model.name,
+    )  # fmt: skip
 
 
 def draw_gates(log_alpha: Tensor, draw: torch.Generator) -> Tensor:
@@ -238,7 +220,7 @@ def draw_gates(log_alpha: Tensor, draw: torch.Generator) -> Tensor:
     return stretched.clamp(0, 1)
 
 
-def _masks(graph: Graph, over: str, gate: Tensor) -> Tensor:
+def _masks(graph: Graph, over: Over, gate: Tensor) -> Tensor:
     """[1, readers, writers], how much of each edge is replaced."""
     reader, writer = (torch.as_tensor(end) for end in graph.ends)
     if over == "nodes":
@@ -248,23 +230,12 @@ def _masks(graph: Graph, over: str, gate: Tensor) -> Tensor:
     )
 
 
-def _check(
-    over: str,
-    sparsity: float | None,
-    penalty: float | None,
-    counts: dict[str, int],
-    rate: float,
-) -> None:
-    if over not in OVER:
-        raise LensError(f"over must be {' or '.join(OVER)}, got {over!r}")
+def _check(sparsity: float | None, penalty: float | None, rate: float) -> None:
     if (sparsity is None) == (penalty is None):
         raise LensError("give either sparsity (a target) or penalty (a price), and not both")
     if sparsity is not None and not 0 < sparsity < 1:
         raise LensError(f"sparsity must be above 0 and below 1, got {sparsity}")
     if penalty is not None and not 0 <= penalty < np.inf:
         raise LensError(f"penalty must be 0 or more, got {penalty}")
-    for name, number in counts.items():
-        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-            raise LensError(f"{name} must be a positive integer, got {number!r}")
     if not 0 < rate < np.inf:
         raise LensError(f"rate must be a positive number, got {rate}")

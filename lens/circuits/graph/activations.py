@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from lens.circuits.graph.graph import Kv
 from lens.circuits.graph.nodes import Nodes, project, visit
-from lens.common.errors import LensError
+from lens.common.choices import check_choice
 from lens.passes.visit import Visitor
 from lens.tasks.task import Task
 
-ABLATIONS = ("counterfactual", "mean", "zero")
+Baseline = Literal["counterfactual", "mean", "zero"]
 
 
 @dataclass(frozen=True)
@@ -29,16 +32,16 @@ class Ablation:
         aggregation: always "mean over prompts".
     """
 
-    value: str = "counterfactual"
-    kv: str = "head"
+    value: Baseline = "counterfactual"
+    kv: Kv = "head"
     granularity: str = "edge"
     positions: str = "all"
     direction: str = "noising"
     aggregation: str = "mean over prompts"
 
     def __post_init__(self) -> None:
-        if self.value not in ABLATIONS:
-            raise LensError(f"unknown ablation {self.value!r}; known: {', '.join(ABLATIONS)}")
+        check_choice("baseline", self.value, Baseline)
+        check_choice("kv", self.kv, Kv)
 
 
 @dataclass(eq=False)
@@ -63,21 +66,18 @@ class Activations:
             [mine - its for mine, its in zip(self.mlps, other.mlps, strict=True)],
         )
 
+    def each(self, change: Callable[[Tensor], Tensor]) -> Activations:
+        """Every output changed alike."""
+        heads, mlps = ([change(part) for part in parts] for parts in (self.heads, self.mlps))
+        return Activations(change(self.input), heads, mlps)
+
     def times(self, factor: float) -> Activations:
         """Every output multiplied."""
-        return Activations(
-            self.input * factor,
-            [part * factor for part in self.heads],
-            [part * factor for part in self.mlps],
-        )
+        return self.each(lambda part: part * factor)
 
     def rows(self, rows: slice) -> Activations:
         """Those of some rows, a view."""
-        return Activations(
-            self.input[rows],
-            [part[rows] for part in self.heads],
-            [part[rows] for part in self.mlps],
-        )
+        return self.each(lambda part: part[rows])
 
     def numbers(self) -> int:
         """How many numbers are kept."""
@@ -91,7 +91,6 @@ class PlainVisitor(Visitor):
         self.nodes = nodes
 
     def project(self, layer: int, residual: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """See `Visitor`."""
         parts = self.nodes.layers[layer]
         normed = parts.block.norm.forward(residual)[None]
         q, k, v = (project(parts, part, normed).movedim(0, -2) for part in range(3))
@@ -155,11 +154,7 @@ class References:
         task, total = self._task, None
         for rows in task.chunks(min(16, task.rows_at_once(self._nodes.model))):
             _, found = read_activations(self._nodes, task.clean[rows])
-            summed = Activations(
-                found.input.sum(0, keepdim=True),
-                [part.sum(0, keepdim=True) for part in found.heads],
-                [part.sum(0, keepdim=True) for part in found.mlps],
-            )
+            summed = found.each(lambda part: part.sum(0, keepdim=True))
             total = summed if total is None else summed.minus(total.times(-1))
             if self._ablation.value == "zero":
                 return total.times(0)

@@ -128,6 +128,11 @@ def make_circuit(
 
     Raises:
         LensError: an edge that the graph does not have.
+
+    Example:
+        >>> graph = lens.circuits.graph.graph.Graph(2, 4, 4, mlps=False)
+        >>> lens.circuits.make_circuit(graph, ["input->a0.h1<v>", "a0.h1->logits"]).nodes
+        ('input', 'a0.h1')
     """
     kept = np.zeros(graph.n, bool)
     kept[graph.find(edges)] = True
@@ -139,6 +144,11 @@ def load_circuit(path: str | Path) -> Circuit:
 
     Raises:
         LensError: not such a file, or of another version.
+
+    Example:
+        >>> lens.circuits.score_edges(small, copying).top(40).save("circuit.json")
+        >>> lens.circuits.load_circuit("circuit.json").task
+        'induction'
     """
     found = read_json(Path(path))
     if found.get("format") != FORMAT:

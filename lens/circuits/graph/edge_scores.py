@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -11,11 +12,12 @@ from lens.circuits.graph.activations import Ablation
 from lens.circuits.graph.circuit import Circuit
 from lens.circuits.graph.graph import Graph
 from lens.circuits.graph.selection import greedy, pruned, top
+from lens.common.choices import check_choice
 from lens.common.errors import LensError
 from lens.common.results import Result
-from lens.stats import over_units
+from lens.stats.intervals import columns
 
-SELECTIONS = ("top", "greedy")
+Selection = Literal["top", "greedy"]
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -66,13 +68,18 @@ class EdgeScores(Result):
         return self.per_prompt.mean(0, dtype=np.float64)
 
     def top(
-        self, count: int, *, by: str = "top", absolute: bool = True, prune: bool = True
+        self,
+        count: int,
+        *,
+        method: Selection = "top",
+        absolute: bool = True,
+        prune: bool = True,
     ) -> Circuit:
         """The circuit of the edges that count most.
 
         Args:
             count: of edges, before pruning.
-            by: "top", the largest scores wherever they are; "greedy", from the logits upwards, always
+            method: "top", the largest scores wherever they are; "greedy", from the logits upwards, always
                 the largest edge whose reader is already in the circuit, so that all are connected.
             absolute: by size; False: the signed score, which leaves harmful edges out.
             prune: drop edges that lie on no path from the input to the logits.
@@ -82,25 +89,18 @@ class EdgeScores(Result):
         """
         if not 0 <= count <= self.graph.n:
             raise LensError(f"top takes 0 to {self.graph.n:,} edges, got {count}")
-        if by not in SELECTIONS:
-            raise LensError(f"by must be {' or '.join(SELECTIONS)}, got {by!r}")
+        check_choice("method", method, Selection)
         values = self.values
         if np.isnan(values).any():
             raise LensError(
                 f"{int(np.isnan(values).sum())} edges have no score (NaN), so they cannot be ranked"
             )
         values = np.abs(values) if absolute else values
-        choose = top if by == "top" else greedy
+        choose = top if method == "top" else greedy
         kept = choose(self.graph, values, count)
-        made = f"{self.method}, {by} {count}{'' if absolute else ' signed'}{', pruned' * prune}"
-        return Circuit(
-            self.graph,
-            pruned(self.graph, kept) if prune else kept,
-            self.ablation,
-            self.task,
-            self.model,
-            made,
-        )
+        made = f"{self.method}, {method} {count}{'' if absolute else ' signed'}{', pruned' * prune}"
+        kept = pruned(self.graph, kept) if prune else kept
+        return Circuit(self.graph, kept, self.ablation, self.task, self.model, made)
 
     def table(self, *, count: int | None = None, seed: int = 0) -> pd.DataFrame:
         """One row per edge, largest score first.
@@ -116,7 +116,6 @@ class EdgeScores(Result):
         chosen = np.argsort(-np.abs(values), kind="stable")[:count]
         reader, writer = (end[chosen] for end in self.graph.ends)
         units = self.per_prompt[:, chosen].astype(float)
-        low, high = over_units(units, np.ones_like(units), seed)
         several = self.n > 1
         spread = units.std(0, ddof=1) / np.sqrt(self.n) if several else np.full(len(chosen), np.nan)
         rows = pd.DataFrame(
@@ -124,13 +123,11 @@ class EdgeScores(Result):
                 "edge": [self.graph.edges[edge] for edge in chosen],
                 "writer": [self.graph.writers[number] for number in writer],
                 "reader": [self.graph.readers[number] for number in reader],
-                "value": values[chosen],
-                "stderr": spread,
-                "low": low,
-                "high": high,
+                **columns("value", units.T, seed, plain=True),
                 "n": self.n,
             }
         )
+        rows.insert(4, "stderr", spread)
         return rows.sort_values("value", ascending=False, kind="stable", ignore_index=True)
 
     def __repr__(self) -> str:

@@ -11,12 +11,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 import numpy as np
 
+from lens.common.choices import check_choice
 from lens.common.errors import LensError
 
-KV = ("head", "group")
+Kv = Literal["head", "group"]
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Graph:
     kv_heads: int
     mlps: bool = True
     parallel: bool = False
-    kv: str = "head"
+    kv: Kv = "head"
 
     def __post_init__(self) -> None:
         if min(self.layers, self.heads, self.kv_heads) < 1 or self.heads % self.kv_heads:
@@ -48,8 +50,7 @@ class Graph:
                 "layers, heads and kv_heads must be positive, and heads a multiple of kv_heads; got "
                 f"{self.layers}, {self.heads} and {self.kv_heads}"
             )
-        if self.kv not in KV:
-            raise LensError(f"kv must be {' or '.join(KV)}, got {self.kv!r}")
+        check_choice("kv", self.kv, Kv)
 
     @property
     def kv_readers(self) -> int:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lens.circuits.graph.graph import Graph
+from lens.circuits.graph.graph import Graph, Kv
 from lens.common.errors import LensError
 from lens.models.loaded import LoadedModel
 from lens.models.parts import Block, Layout
@@ -50,7 +50,7 @@ class Nodes:
         return self.layout.model
 
 
-def find_nodes(model: LoadedModel, *, kv: str = "head", sums: str | None = None) -> Nodes:
+def find_nodes(model: LoadedModel, *, kv: Kv = "head", sums: str | None = None) -> Nodes:
     """The graph of a model, and where its nodes are.
 
     Args:

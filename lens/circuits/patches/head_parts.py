@@ -13,15 +13,15 @@ from lens.circuits.graph.circuit import Circuit
 from lens.circuits.graph.head_sets import heads_in
 from lens.circuits.known.circuit import KnownCircuit
 from lens.circuits.patches.head_patching import PARTS, split_effects
-from lens.common.errors import LensError
-from lens.common.head_ids import AnyHead, HeadId
-from lens.common.results import Result
+from lens.common.choices import check_counts
+from lens.common.head_ids import AnyHead, HeadId, head_columns
+from lens.common.results import Result, Sentence
 from lens.edits.base import part_of
 from lens.heads.behaviour.roles import roles
 from lens.models.loaded import LoadedModel
 from lens.passes.calls import attend
 from lens.passes.head_outputs import read_calls
-from lens.stats import over_units
+from lens.stats.intervals import columns
 from lens.tasks.task import Task
 
 ROLES = ("previous_token", "duplicate_token", "induction", "current_token", "sink_mass")
@@ -35,9 +35,9 @@ class JoinedHeads(Result):
         heads: those that were asked for, in the order of the model.
         effects: [head, part, prompt] of `PARTS` (`lens.circuits.head_patching`), in units of the
             metric, positive = the corrupt run's part makes the task worse; float64.
-        roles: one row per head: mean over the clean prompts of `ROLES`, defined in
+        roles: one row per head, by `name`: mean over the clean prompts of `ROLES`, defined in
             `lens.heads.roles`; NaN = not scored.
-        attended: one row per head, prompt and rank: `head`, `prompt`, `rank` (from 0), `position`,
+        attended: one row per head, prompt and rank: `name`, `prompt`, `rank` (from 0), `position`,
             `token`, `mass` that the row of the last answer puts on the key, most first.
         clean: [prompt], the metric of the model as it is.
         metric, task, model: their names; corrupt prompts stand for what is put in ("counterfactual",
@@ -58,48 +58,57 @@ class JoinedHeads(Result):
     def table(self) -> pd.DataFrame:
         """One row per head.
 
-        Columns: `head`; each of `PARTS` with `_low` and `_high` (95 % bootstrap interval over prompts,
+        Columns: `name`, `layer`, `head`; each of `PARTS` with `_low` and `_high` (95 % bootstrap interval over prompts,
         NaN for one); each of `ROLES`; `attends_to`, the token that the last answer's row looks at most
         in most prompts, and `attends_mass`, its mean mass there; `n`.
         """
-        units = np.moveaxis(self.effects, -1, 0)
-        low, high = over_units(units, np.ones_like(units), self.seed)
-        columns: dict[str, object] = {"head": [str(head) for head in self.heads]}
+        found = head_columns(self.heads)
         for number, part in enumerate(PARTS):
-            columns[part] = self.effects[:, number].mean(-1)
-            columns[f"{part}_low"], columns[f"{part}_high"] = low[:, number], high[:, number]
-        table = pd.DataFrame(columns).merge(self.roles, on="head", sort=False)
+            found |= columns(part, self.effects[:, number], self.seed)
+        table = pd.DataFrame(found).merge(self.roles, on="name", sort=False)
         most = [self._most(str(head)) for head in self.heads]
         table["attends_to"] = [token for token, _ in most]
         table["attends_mass"] = [mass for _, mass in most]
         return table.assign(n=len(self.clean))
 
-    def findings(self) -> tuple[str, ...]:
-        """One sentence per head: its effect, through what, where it looks, and what the sink changes."""
-        return tuple(self._finding(row) for row in self.table().to_dict("records"))
+    def findings(self, most: int | None = None) -> tuple[Sentence, ...]:
+        """One sentence per head: its effect, through what, where it looks, and what the sink changes ("effect"),
+        or that its interval holds 0 ("none").
+
+        Args:
+            most: only so many heads, those with the largest effects, first the largest; None: all, in the
+                order of the model.
+        """
+        rows = self.table()
+        if most is not None:
+            order = rows["full"].abs().sort_values(ascending=False, kind="stable").index[:most]
+            rows = rows.loc[order]
+        return tuple(self._finding(row) for row in rows.to_dict("records"))
 
     def _most(self, head: str) -> tuple[str, float]:
-        first = self.attended[(self.attended["head"] == head) & (self.attended["rank"] == 0)]
+        first = self.attended[(self.attended["name"] == head) & (self.attended["rank"] == 0)]
         token = first["token"].mode().iloc[0]
         return token, float(first.loc[first["token"] == token, "mass"].mean())
 
-    def _finding(self, row: dict) -> str:
+    def _finding(self, row: dict) -> Sentence:
         interval = f"[{row['full_low']:+.3g}, {row['full_high']:+.3g}]"
         looks = (
             f"it looks most at {row['attends_to']!r} ({row['attends_mass']:.0%}) and keeps "
             f"{row['sink_mass']:.0%} on the first key"
         )
         if row["full_low"] <= 0 <= row["full_high"]:
-            return f"{row['head']}: effect {row['full']:+.3g} {interval}, the interval holds 0; {looks}."
+            text = f"{row['name']}: effect {row['full']:+.3g} {interval}, the interval holds 0; {looks}."
+            return Sentence(text, kind="none")
         if np.isnan(row["full_low"]):
             interval = "(one prompt, no interval)"
         through = "its pattern" if abs(row["pattern"]) > abs(row["value"]) else "its values"
-        return (
-            f"{row['head']}: effect {row['full']:+.3g} {interval} {self.metric}, mostly through "
+        text = (
+            f"{row['name']}: effect {row['full']:+.3g} {interval} {self.metric}, mostly through "
             f"{through} (pattern {row['pattern']:+.3g}, value {row['value']:+.3g}, interaction "
             f"{row['interaction']:+.3g}); {looks}; without the first key the effect is "
             f"{row['without_sink']:+.3g}."
         )
+        return Sentence(text, kind="effect")
 
     def __repr__(self) -> str:
         full = self.effects[:, 0].mean(-1)
@@ -117,6 +126,7 @@ def head_parts(
     *,
     keys: int = 3,
     seed: int = 0,
+    progress: bool = True,
 ) -> JoinedHeads:
     """Join the heads of a circuit with what they look at, and split their effects.
 
@@ -131,6 +141,7 @@ def head_parts(
         heads: names such as "L3H5", or a circuit.
         keys: how many keys per prompt `attended` has.
         seed: of the bootstrap.
+        progress: show bars with the time left, on stderr, if that is a terminal.
 
     Raises:
         LensError: no heads, heads that the model has not got, no corrupt prompts, or a number of keys
@@ -140,13 +151,12 @@ def head_parts(
         >>> lens.circuits.head_parts(model, lens.tasks.induction(model, 16), ["L0H1", "L1H0"]).table()
     """
     chosen = heads_in(model, heads)
-    if isinstance(keys, bool) or not isinstance(keys, int) or keys < 1:
-        raise LensError(f"keys must be an integer of at least 1, got {keys!r}")
-    effects = split_effects(model, task, chosen)
+    check_counts(keys=keys)
+    effects = split_effects(model, task, chosen, progress=progress)
     attended = _attended(model, task, chosen, min(keys, task.length))
-    table = roles(model, task.clean.tolist(), seed=seed, progress=False).table()
+    table = roles(model, task.clean.tolist(), seed=seed, progress=progress).table()
     names = [str(head) for head in chosen]
-    found = table.set_index("name").loc[names, list(ROLES)].rename_axis("head").reset_index()
+    found = table.set_index("name").loc[names, list(ROLES)].reset_index()
     clean = task.evaluate(model).double().numpy()
     return JoinedHeads(
         chosen, effects, found, attended, clean, task.metric, task.name, model.name, seed
@@ -173,5 +183,4 @@ def _attended(
             ):
                 token = model.token_strings([int(ids[key])])[0]
                 rows.append((str(head), prompt, rank, key, token, value))
-    columns = ["head", "prompt", "rank", "position", "token", "mass"]
-    return pd.DataFrame(rows, columns=pd.Index(columns))
+    return pd.DataFrame(rows, columns=["name", "prompt", "rank", "position", "token", "mass"])

@@ -5,12 +5,14 @@ exact and no pattern is stored.
 """
 
 from dataclasses import replace
+from itertools import groupby
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lens.common.head_ids import HeadId
+from lens.common.progress import advancing
 from lens.edits._keyed import KeyedEdit
 from lens.edits.attention import Mask
 from lens.models.loaded import LoadedModel
@@ -23,7 +25,9 @@ PARTS = ("full", "pattern", "value", "interaction", "without_sink")
 _RUNS = 5
 
 
-def split_effects(model: LoadedModel, task: Task, heads: tuple[HeadId, ...]) -> np.ndarray:
+def split_effects(
+    model: LoadedModel, task: Task, heads: tuple[HeadId, ...], *, progress: bool = True
+) -> np.ndarray:
     """Effects [heads, parts, prompts] of each head alone, float64, in the order of `PARTS`.
 
     With m the metric turned so that more is better, P the pattern, v the values, ' the corrupt run:
@@ -43,18 +47,19 @@ def split_effects(model: LoadedModel, task: Task, heads: tuple[HeadId, ...]) -> 
     corrupt = task.corrupt_or_refuse()
     task.check(model)
     found = np.empty((len(heads), len(PARTS), task.n))
-    for rows in task.chunks(max(1, task.rows_at_once(model) // _RUNS)):
-        ids = task.clean[rows]
-        calls = read_calls(model, ids), read_calls(model, corrupt[rows])
-        with torch.no_grad():
-            clean = _better(task, logits_of(model, ids), rows)
-        for layer in sorted({head.layer for head in heads}):
-            outputs = _outputs(calls[0][layer], calls[1][layer])
-            for number, head in enumerate(heads):
-                if head.layer == layer:
-                    found[number][:, rows.numpy()] = _effects(
-                        model, task, rows, head, outputs, clean
-                    )
+    total = len(heads) * task.n
+    with advancing(f"{model.name}: parts of heads", total, progress) as advance:
+        for rows in task.chunks(max(1, task.rows_at_once(model) // _RUNS)):
+            ids = task.clean[rows]
+            calls = read_calls(model, ids), read_calls(model, corrupt[rows])
+            with torch.no_grad():
+                clean = _better(task, logits_of(model, ids), rows)
+            for layer, some in groupby(range(len(heads)), key=lambda number: heads[number].layer):
+                outputs = _outputs(calls[0][layer], calls[1][layer])
+                for number in some:
+                    effects = _effects(model, task, rows, heads[number], outputs, clean)
+                    found[number][:, rows.numpy()] = effects
+                    advance(len(rows))
     return found
 
 

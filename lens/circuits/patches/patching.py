@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -19,14 +20,15 @@ from lens.circuits.graph.activations import Activations, PlainVisitor, read_acti
 from lens.circuits.graph.graph import Graph
 from lens.circuits.graph.masked_forward import masked_logits
 from lens.circuits.graph.nodes import Nodes, find_nodes, visit
+from lens.common.choices import check_choice
 from lens.common.errors import LensError
 from lens.common.progress import advancing
 from lens.common.results import Result
 from lens.models.loaded import LoadedModel
-from lens.stats import over_units
+from lens.stats.intervals import columns
 from lens.tasks.task import Task
 
-DIRECTIONS = ("noising", "denoising")
+Direction = Literal["noising", "denoising"]
 EACH = "each"
 _ROWS, _COPIES = 8, 32
 
@@ -52,7 +54,7 @@ class PatchEffects(Result):
     patched: np.ndarray
     base: np.ndarray
     source: np.ndarray
-    direction: str
+    direction: Direction
     receivers: tuple[str, ...]
     metric: str
     task: str
@@ -75,15 +77,11 @@ class PatchEffects(Result):
         Columns: `node`, `position`, `change` (patched - base, in units of the metric) with `low` and
         `high` (95 % bootstrap interval over prompts), `effect`, `relative`, `n`.
         """
-        changes = np.moveaxis(self.patched - self.base, 2, 0)
-        low, high = over_units(changes, np.ones_like(changes), self.seed)
         rows = pd.DataFrame(
             {
                 "node": np.repeat(self.nodes, len(self.positions)),
                 "position": list(self.positions) * len(self.nodes),
-                "change": changes.mean(0).ravel(),
-                "low": low.ravel(),
-                "high": high.ravel(),
+                **columns("change", self.patched - self.base, self.seed, plain=True),
                 "effect": self.effects.ravel(),
                 "relative": self.relative.ravel(),
                 "n": len(self.base),
@@ -111,7 +109,7 @@ def patch(
     *,
     receivers: Iterable[str] | None = None,
     freeze_mlps: bool = False,
-    direction: str = "noising",
+    direction: Direction = "noising",
     positions: str | None = None,
     progress: bool = True,
 ) -> PatchEffects:
@@ -180,7 +178,7 @@ def _patch_paths(
     receivers: Iterable[str],
     senders: Iterable[str] | None,
     freeze_mlps: bool,
-    direction: str,
+    direction: Direction,
     positions: str | None,
     progress: bool,
 ) -> PatchEffects:
@@ -218,15 +216,12 @@ class _Frozen(PlainVisitor):
         self.mlps: list[Tensor] = []
 
     def enter(self, hidden: Tensor) -> Tensor:
-        """See `Visitor`."""
         return self._given.input
 
     def heads(self, layer: int, z: Tensor) -> Tensor:
-        """See `Visitor`."""
         return self._given.heads[layer]
 
     def mlp(self, layer: int, output: Tensor) -> Tensor:
-        """See `Visitor`."""
         self.mlps.append(self._given.mlps[layer] if layer == self._held else output)
         return self.mlps[-1]
 
@@ -239,10 +234,9 @@ def _with_mlps(nodes: Nodes, ids: Tensor, given: Activations, sender: str) -> Ac
 
 
 def _begin(
-    model: LoadedModel, task: Task, nodes: Iterable[str] | None, direction: str
+    model: LoadedModel, task: Task, nodes: Iterable[str] | None, direction: Direction
 ) -> tuple[Nodes, Graph, tuple[str, ...]]:
-    if direction not in DIRECTIONS:
-        raise LensError(f"direction must be {' or '.join(DIRECTIONS)}, got {direction!r}")
+    check_choice("direction", direction, Direction)
     task.corrupt_or_refuse()
     found = find_nodes(model)
     names = found.graph.writers[1:] if nodes is None else tuple(nodes)
@@ -287,7 +281,7 @@ def _places(task: Task, positions: str | None) -> list[tuple[str, Tensor]]:
 
 
 def _pairs(
-    nodes: Nodes, task: Task, direction: str
+    nodes: Nodes, task: Task, direction: Direction
 ) -> Iterator[tuple[Tensor, Tensor, Activations, Activations]]:
     """Rows, prompts that are run, what they make, and what the other prompts make."""
     pair = (task.clean, task.corrupt_or_refuse())
@@ -334,22 +328,15 @@ def _effects(
     names: tuple[str, ...],
     places: Sequence[tuple[str, Tensor]],
     values: list[np.ndarray],
-    direction: str,
+    direction: Direction,
     receivers: tuple[str, ...],
 ) -> PatchEffects:
     noising = direction == "noising"
     clean, corrupt = (
         task.sign * task.evaluate(model, corrupt=other).double().numpy() for other in (False, True)
     )
+    base, source = (clean, corrupt) if noising else (corrupt, clean)
+    where, patched = tuple(name for name, _ in places), np.concatenate(values, 2)
     return PatchEffects(
-        names,
-        tuple(name for name, _ in places),
-        np.concatenate(values, 2),
-        clean if noising else corrupt,
-        corrupt if noising else clean,
-        direction,
-        receivers,
-        task.metric,
-        task.name,
-        model.name,
-    )
+        names, where, patched, base, source, direction, receivers, task.metric, task.name, model.name
+    )  # fmt: skip

@@ -8,6 +8,7 @@ which head is which stay as they are.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -16,12 +17,14 @@ from lens import stats
 from lens.circuits.graph.circuit import Circuit
 from lens.circuits.graph.edge_scores import EdgeScores
 from lens.circuits.reuse._sides import Comparable, EdgeSide, measured, renaming, sides
+from lens.common.choices import check_choice, check_counts
 from lens.common.errors import LensError
-from lens.common.head_ids import HeadId
-from lens.common.results import Result
+from lens.common.head_ids import HeadId, head_columns
+from lens.common.results import Result, Sentence
 from lens.heads.measures.scores import HeadScores
+from lens.stats.controls import p_value
 
-NULLS = ("layers", "all")
+Null = Literal["layers", "all"]
 MEASURES = {
     "heads": "shared heads / heads in either (Jaccard index)",
     "first in second": "share of the first's heads that are in the second",
@@ -56,17 +59,16 @@ class Overlap(Result):
     second: np.ndarray
     scores: tuple[np.ndarray, np.ndarray]
     names: tuple[str, str]
-    kind: str
+    kind: Null
 
     @property
     def shared(self) -> tuple[HeadId, ...]:
         """Heads that are in both."""
-        return tuple(HeadId(int(a), int(b)) for a, b in np.argwhere(self.first & self.second))
+        return tuple(HeadId(*at) for at in np.argwhere(self.first & self.second).tolist())
 
     def p_value(self, measure: str) -> float:
         """(1 + draws with as much or more) / (1 + draws)."""
-        drawn = self.null[measure]
-        return float((1 + (drawn >= self.values[measure] - 1e-12).sum()) / (1 + len(drawn)))
+        return p_value(self.values[measure], self.null[measure])
 
     def table(self) -> pd.DataFrame:
         """One row per measure.
@@ -77,35 +79,22 @@ class Overlap(Result):
         """
         rows = []
         for name, value in self.values.items():
-            null = self.null[name]
-            rows.append(
-                (
-                    name,
-                    value,
-                    *stats.interval(self.resampled.get(name, [])),
-                    null.mean(),
-                    *stats.interval(null),
-                    self.p_value(name),
-                )
-            )
+            null, ends = self.null[name], stats.interval(self.resampled.get(name, []))
+            chance = (null.mean(), *stats.interval(null))
+            rows.append((name, value, *ends, *chance, self.p_value(name)))
         columns = ["measure", "value", "low", "high", "chance", "chance_low", "chance_high", "p"]
         return pd.DataFrame(rows, columns=pd.Index(columns))
 
     def heads(self) -> pd.DataFrame:
         """One row per head of either circuit: what it is in, and where it stands in each task.
 
-        Columns: `head`, `circuit` ("both", "first" or "second"), `first` and `second` (its score),
+        Columns: `name`, `layer`, `head`, `circuit` ("both", "first" or "second"), `first` and `second` (its score),
         `first_rank` and `second_rank` (by size among all heads, 1 = largest; NaN = not scored).
         """
         places = np.argwhere(self.first | self.second)
-        columns: dict[str, list] = {
-            "head": [str(HeadId(int(a), int(b))) for a, b in places],
-            "circuit": [
-                "both" if self.first[a, b] and self.second[a, b]
-                else "first" if self.first[a, b] else "second"
-                for a, b in places
-            ],
-        }  # fmt: skip
+        words = np.array(["", "first", "second", "both"])
+        columns = head_columns(places.tolist())
+        columns["circuit"] = words[self.first + 2 * self.second][tuple(places.T)]
         for name, scores in zip(("first", "second"), self.scores, strict=True):
             ranks = pd.DataFrame(-np.abs(scores)).stack().rank(method="min").unstack()
             ranks = ranks.to_numpy() if ranks.size else np.full(scores.shape, np.nan)
@@ -113,26 +102,28 @@ class Overlap(Result):
             columns[f"{name}_rank"] = [ranks[a, b] for a, b in places]
         return pd.DataFrame(columns)
 
-    def findings(self) -> tuple[str, ...]:
-        """What is shared beside chance, and what that does not say, in plain words."""
+    def findings(self) -> tuple[Sentence, ...]:
+        """What is shared beside chance ("shared", "orders"), and what that does not say ("limit")."""
         either = int((self.first | self.second).sum())
-        row = self.table().iloc[0]
+        row = self.table().set_index("measure").loc["heads"]
         kept = "of the same layers" if self.kind == "layers" else "of any layer"
-        found = [
+        shared = (
             f"{self.names[0]} and {self.names[1]} share {len(self.shared)} of {either} heads "
             f"(Jaccard {row['value']:.2f}; heads {kept} at random "
             f"{row['chance']:.2f} [{row['chance_low']:.2f}, {row['chance_high']:.2f}], p {row['p']:.2g})."
-        ]
+        )
+        found = [Sentence(shared, kind="shared")]
         if "rank correlation" in self.values:
-            found.append(
+            orders = (
                 f"All scores put in order agree to {self.values['rank correlation']:.2f} "
                 f"(Spearman; p {self.p_value('rank correlation'):.2g})."
             )
-        found.append(
+            found.append(Sentence(orders, kind="orders"))
+        limit = (
             "Shared heads do not say that one circuit does the other's task: run it on the other task "
             "(lens.circuits.checks.control), or redirect its heads (lens.circuits.reuse.redirect)."
         )
-        return tuple(found)
+        return (*found, Sentence(limit, kind="limit"))
 
     def __repr__(self) -> str:
         shown = ", ".join(f"{name} {value:.2f}" for name, value in self.values.items())
@@ -146,7 +137,7 @@ def overlap(
     count: int | None = None,
     shape: tuple[int, int] | None = None,
     scores: tuple[EdgeScores, EdgeScores] | None = None,
-    null: str = "layers",
+    null: Null = "layers",
     draws: int = 1000,
     resamples: int = 200,
     seed: int = 0,
@@ -182,7 +173,8 @@ def overlap(
         >>> first, second = (lens.circuits.score_edges(model, one) for one in (task, held_out))
         >>> lens.circuits.reuse.overlap(first, second, count=300).table()
     """
-    _check(null, draws, resamples)
+    check_choice("null", null, Null)
+    check_counts(draws=draws, resamples=resamples)
     draw = np.random.default_rng(seed)
     a, b = sides(first, second, count, shape, scores)
     edges = isinstance(a, EdgeSide)
@@ -198,26 +190,15 @@ def overlap(
     if a.redrawn is not None and b.redrawn is not None:
         redrawn = [measured(a.redrawn(draw), b.redrawn(draw)) for _ in range(resamples)]
     values = measured(a, b)
-    return Overlap(
-        values,
-        {name: np.array([one[name] for one in renamed]) for name in values},
-        {name: np.array([one[name] for one in redrawn]) for name in values} if redrawn else {},
-        a.heads,
-        b.heads,
-        (a.by_head, b.by_head),
-        (_name(first, "the first"), _name(second, "the second")),
-        null,
+    drawn, resampled = (
+        {name: np.array([one[name] for one in runs]) for name in values} if runs else {}
+        for runs in (renamed, redrawn)
     )
+    names = _name(first, "the first"), _name(second, "the second")
+    scored = a.by_head, b.by_head
+    return Overlap(values, drawn, resampled, a.heads, b.heads, scored, names, null)
 
 
 def _name(given: Comparable, otherwise: str) -> str:
     task = given.task if isinstance(given, HeadScores | EdgeScores | Circuit) else ""
     return task or otherwise
-
-
-def _check(null: str, draws: int, resamples: int) -> None:
-    if null not in NULLS:
-        raise LensError(f"null must be {' or '.join(NULLS)}, got {null!r}")
-    for name, number in (("draws", draws), ("resamples", resamples)):
-        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-            raise LensError(f"{name} must be a positive integer, got {number!r}")

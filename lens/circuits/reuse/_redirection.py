@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -19,19 +19,21 @@ from torch import Tensor
 from lens.circuits.graph.circuit import Circuit
 from lens.circuits.graph.head_sets import heads_in
 from lens.circuits.known.circuit import KnownCircuit
+from lens.common.choices import check_choice, check_counts
 from lens.common.errors import LensError
 from lens.common.head_ids import AnyHead, HeadId
 from lens.common.progress import advancing
-from lens.common.results import Result
+from lens.common.results import Result, Sentence
 from lens.edits.attention import Force
 from lens.edits.running import edit
 from lens.models.loaded import LoadedModel
 from lens.passes.logits import logits_of
-from lens.stats import over_units
+from lens.stats.controls import p_value
+from lens.stats.intervals import columns
 from lens.tasks.task import Task
 
-SPLITS = ("equal", "own")
-MATCHES = ("layers", "all")
+Split = Literal["equal", "own"]
+Match = Literal["layers", "all"]
 Place = str | Tensor
 
 
@@ -47,8 +49,8 @@ class Redirection(Result):
         mass: [head, prompt] mass that the row of each chosen head has on the keys in the model as it is.
         keys: what the mass went to, in words.
         amount: share of the row that was moved.
-        split: how the keys shared it, of `SPLITS`.
-        match: how controls were drawn, of `MATCHES`.
+        split: how the keys shared it.
+        match: how controls were drawn.
         name: of the metric; sign: its sign, -1 where less is better.
         task, model: their names.
         seed: of the draws and of the bootstrap.
@@ -61,8 +63,8 @@ class Redirection(Result):
     mass: np.ndarray
     keys: str
     amount: float
-    split: str
-    match: str
+    split: Split
+    match: Match
     name: str
     sign: int
     task: str
@@ -85,9 +87,10 @@ class Redirection(Result):
         Args:
             measure: "accuracy" or "metric".
         """
+        check_choice("measure", measure, ("accuracy", "metric"))
         values = self.accuracy if measure == "accuracy" else self.sign * self.metric
-        means = values.mean(1)
-        return float((1 + (means[2:] >= means[1] - 1e-12).sum()) / (1 + len(self.controls)))
+        _, redirected, *controls = values.mean(1)
+        return p_value(redirected, controls)
 
     def table(self) -> pd.DataFrame:
         """Rows `as it is`, `redirected`, `other heads` and, pairwise by prompt, two differences.
@@ -98,16 +101,11 @@ class Redirection(Result):
         """
         rows = []
         for name, values in self._runs().items():
-            row: dict[str, object] = {"run": name}
+            row: dict[str, object] = {"run": [name]}
             for column, units in zip(("accuracy", self.name), values, strict=True):
-                low, high = over_units(units, np.ones(len(units)), self.seed)
-                row |= {
-                    column: units.mean(),
-                    f"{column}_low": float(low),
-                    f"{column}_high": float(high),
-                }
-            rows.append(row)
-        return pd.DataFrame(rows).assign(n=self.n)
+                row |= columns(column, units, self.seed)
+            rows.append(pd.DataFrame(row))
+        return pd.concat(rows, ignore_index=True).assign(n=self.n)
 
     def _runs(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         runs = np.stack([self.accuracy, self.metric])  # [measure, runs, prompts]
@@ -121,8 +119,8 @@ class Redirection(Result):
         }
         return {name: (both[0], both[1]) for name, both in found.items()}
 
-    def findings(self) -> tuple[str, ...]:
-        """What redirecting does beside the controls, in plain words."""
+    def findings(self) -> tuple[Sentence, ...]:
+        """What redirecting does to accuracy ("effect"), to other heads ("controls") and to the metric ("metric")."""
         rows = {row["run"]: row for row in self.table().to_dict("records")}
         change, beside = rows["redirected - as it is"], rows["redirected - other heads"]
         judged = (
@@ -135,23 +133,27 @@ class Redirection(Result):
             else "the heads harm the task"
         )
         names = ", ".join(map(str, self.heads))
-        found = [
+        effect = (
             f"With {self.amount:.0%} of the attention of {names} on {self.keys}, accuracy on {self.task} "
             f"goes from {self.accuracy[0].mean():.1%} to {self.accuracy[1].mean():.1%} "
             f"({change['accuracy']:+.1%} [{change['accuracy_low']:+.1%}, "
-            f"{change['accuracy_high']:+.1%}]): {judged}.",
+            f"{change['accuracy_high']:+.1%}]): {judged}."
+        )
+        beside_others = (
             f"As many heads {'of the same layers' if self.match == 'layers' else 'of any layer'} at random "
             f"({len(self.controls)} draws) give {self.accuracy[2:].mean():.1%}; the difference is "
             f"{beside['accuracy']:+.1%} [{beside['accuracy_low']:+.1%}, {beside['accuracy_high']:+.1%}], "
-            f"p {self.p_value():.2g}. Before, the heads had {self.mass.mean():.1%} of their attention there.",
-        ]
+            f"p {self.p_value():.2g}. Before, the heads had {self.mass.mean():.1%} of their attention there."
+        )
+        found = [Sentence(effect, kind="effect"), Sentence(beside_others, kind="controls")]
         if self.name != "accuracy":
             low, high = change[f"{self.name}_low"], change[f"{self.name}_high"]
-            found.append(
+            metric = (
                 f"The {self.name.replace('_', ' ')} goes from {self.metric[0].mean():.3g} to "
                 f"{self.metric[1].mean():.3g} ({change[self.name]:+.3g} [{low:+.3g}, {high:+.3g}]), with "
                 f"other heads to {self.metric[2:].mean():.3g}, p {self.p_value('metric'):.2g}."
             )
+            found.append(Sentence(metric, kind="metric"))
         return tuple(found)
 
     def __repr__(self) -> str:
@@ -171,9 +173,9 @@ def redirect(
     *,
     at: Place | None = None,
     amount: float = 1.0,
-    split: str = "equal",
+    split: Split = "equal",
     controls: int = 20,
-    match: str = "layers",
+    match: Match = "layers",
     backend: str = "auto",
     seed: int = 0,
     progress: bool = True,
@@ -208,8 +210,8 @@ def redirect(
         wrong colors, raise colored objects from 49.6 % to 93.7 %.
 
     Example:
-        >>> task = lens.tasks.colored_objects(model)
-        >>> lens.circuits.reuse.redirect(model, task, ["L12H3", "L19H1"], ["wrong", "other"]).table()
+        >>> third = torch.full((copying.n,), 2)
+        >>> lens.circuits.reuse.redirect(small, copying, ["L1H0"], [third], controls=2).table()
     """
     chosen = heads_in(model, heads)
     _check(amount, split, controls, match)
@@ -244,7 +246,7 @@ def redirect(
 
 
 def _force(
-    keys: Tensor, query: Tensor, amount: float, split: Any, heads: Sequence[HeadId]
+    keys: Tensor, query: Tensor, amount: float, split: Split, heads: Sequence[HeadId]
 ) -> Force:
     """Keys [prompts, tokens] and one query of each prompt."""
     return Force(
@@ -293,11 +295,11 @@ def _words(onto: Sequence[Place]) -> str:
 
 
 def _draw_controls(
-    model: LoadedModel, chosen: tuple[HeadId, ...], controls: int, match: str, seed: int
+    model: LoadedModel, chosen: tuple[HeadId, ...], controls: int, match: Match, seed: int
 ) -> tuple[tuple[HeadId, ...], ...]:
     """As many other heads, `controls` times."""
     info, draw = model.info, np.random.default_rng(seed)
-    layers = [head.layer for head in chosen]
+    layers, left = [head.layer for head in chosen], info.every_head
     pools = (
         [(layer,) for layer in sorted(set(layers))] if match == "layers" else [range(info.layers)]
     )
@@ -306,34 +308,27 @@ def _draw_controls(
         drawn: list[HeadId] = []
         for pool in pools:
             wanted = sum(layer in pool for layer in layers)
-            others = [
-                HeadId(layer, head)
-                for layer in pool
-                for head in range(info.heads)
-                if HeadId(layer, head) not in chosen
-            ]
+            others = [head for head in left if head.layer in pool and head not in chosen]
             if len(others) < wanted:
+                where, instead = (
+                    (f"in layer {pool[0]} ", "use match='all' or ")
+                    if match == "layers"
+                    else ("", "")
+                )
                 raise LensError(
-                    f"{wanted} heads were chosen and {len(others)} others are left "
-                    + (
-                        f"in layer {pool[0]} to compare with; use match='all' or choose fewer"
-                        if match == "layers"
-                        else "to compare with; choose fewer"
-                    )
+                    f"{wanted} heads were chosen and {len(others)} others are left {where}to compare with; "
+                    f"{instead}choose fewer"
                 )
             drawn += [others[i] for i in draw.choice(len(others), wanted, replace=False)]
         found.append(tuple(sorted(drawn)))
     return tuple(found)
 
 
-def _check(amount: float, split: str, controls: int, match: str) -> None:
+def _check(amount: float, split: Split, controls: int, match: Match) -> None:
     if isinstance(amount, bool) or not isinstance(amount, int | float) or not 0 < amount <= 1:
         raise LensError(
             f"amount is the share of the row that is moved, above 0 to 1; got {amount!r}"
         )
-    if split not in SPLITS:
-        raise LensError(f"split must be {' or '.join(SPLITS)}, got {split!r}")
-    if match not in MATCHES:
-        raise LensError(f"match must be {' or '.join(MATCHES)}, got {match!r}")
-    if isinstance(controls, bool) or not isinstance(controls, int) or controls < 1:
-        raise LensError(f"controls must be a positive integer, got {controls!r}")
+    check_choice("split", split, Split)
+    check_choice("match", match, Match)
+    check_counts(controls=controls)

@@ -14,9 +14,11 @@ from lens.circuits.graph.edge_scores import EdgeScores
 from lens.circuits.graph.graph import Graph
 from lens.circuits.graph.head_sets import heads_of
 from lens.circuits.graph.selection import pruned, top
+from lens.common.choices import check_counts
 from lens.common.errors import LensError
 from lens.common.head_ids import AnyHead, head_id
 from lens.heads.measures.scores import HeadScores
+from lens.stats.controls import jaccard
 
 Comparable: TypeAlias = HeadScores | EdgeScores | Circuit | Iterable[AnyHead]
 
@@ -79,8 +81,7 @@ def measured(a: Side, b: Side) -> dict[str, float]:
 
 
 def _jaccard(a: np.ndarray, b: np.ndarray) -> float:
-    either = (a | b).sum()
-    return float((a & b).sum() / either) if either else np.nan
+    return float(jaccard(np.stack([a, b]), empty=np.nan)[0, 1])
 
 
 def sides(
@@ -97,13 +98,13 @@ def sides(
             "as first and second"
         )
     of_scores = isinstance(first, HeadScores | EdgeScores)
-    if (count is not None) != of_scores or (
-        count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1)
-    ):
+    if (count is not None) != of_scores:
         raise LensError(
             "count is the number of edges or heads that scores make a circuit of: a positive integer "
             f"for scores, and none for circuits and head names; got {count!r}"
         )
+    if count is not None:
+        check_counts(count=count)
     for kind in (HeadScores, EdgeScores, Circuit):
         if isinstance(first, kind) != isinstance(second, kind):
             raise LensError(

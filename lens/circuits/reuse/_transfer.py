@@ -11,9 +11,11 @@ import pandas as pd
 from lens.circuits.checks.evaluation import run_circuits
 from lens.circuits.graph.circuit import Circuit
 from lens.circuits.reuse._sides import with_heads_renamed
+from lens.common.choices import check_counts
 from lens.common.errors import LensError
 from lens.common.results import Result
 from lens.models.loaded import LoadedModel
+from lens.stats.controls import jaccard, p_value
 from lens.tasks.task import Task
 
 
@@ -50,8 +52,8 @@ class Transfer(Result):
             for other, task in enumerate(self.tasks):
                 at = number, other
                 drawn, value = self.renamed[at], self.faithfulness[at]
-                p = (1 + (drawn >= value - 1e-12).sum()) / (1 + len(drawn))
-                rows.append((circuit, task, value, self.low[at], self.high[at], drawn.mean(), p))
+                found = (value, self.low[at], self.high[at], drawn.mean(), p_value(value, drawn))
+                rows.append((circuit, task, *found))
         columns = ["circuit", "task", "faithfulness", "low", "high", "renamed", "p"]
         return pd.DataFrame(rows, columns=pd.Index(columns))
 
@@ -97,8 +99,7 @@ def transfer(
         raise LensError(
             f"transfer needs tasks and circuits, got {len(tasks)} tasks and {len(circuits)} circuits"
         )
-    if isinstance(draws, bool) or not isinstance(draws, int) or draws < 1:
-        raise LensError(f"draws must be a positive integer, got {draws!r}")
+    check_counts(draws=draws)
     graph, ablation = circuits[0].graph, circuits[0].ablation
     if any(one.graph != graph or one.ablation != ablation for one in circuits):
         raise LensError(
@@ -107,26 +108,15 @@ def transfer(
     draw = np.random.default_rng(seed)
     kept = [one.kept for one in circuits]
     kept += [with_heads_renamed(graph, one.kept, draw) for one in circuits for _ in range(draws)]
-    values, ends = [], []
+    found = []
     for task in tasks:
-        found = run_circuits(model, task, np.stack(kept), ablation, progress=progress)
-        values.append(found.faithfulness())
-        ends.append(found.interval(seed))
-    stacked, between = (
-        np.stack(values, 1),
-        np.moveaxis(np.array(ends), 0, -1),
-    )  # [2, circuits, tasks]
+        outcome = run_circuits(model, task, np.stack(kept), ablation, progress=progress)
+        found.append((outcome.faithfulness(), *outcome.interval(seed)))
+    values, low, high = np.moveaxis(np.array(found), 0, -1)  # [circuits and their renamed, tasks]
     count = len(circuits)
-    both = np.stack([one.kept for one in circuits]).astype(int)
-    shared = both @ both.T
-    either = both.sum(1)[:, None] + both.sum(1) - shared
+    renamed = np.moveaxis(values[count:].reshape(count, draws, len(tasks)), 1, 2)
+    shared = jaccard(np.stack([one.kept for one in circuits]))
+    made_for, of = tuple(one.task for one in circuits), tuple(task.name for task in tasks)
     return Transfer(
-        stacked[:count],
-        between[0, :count],
-        between[1, :count],
-        np.moveaxis(stacked[count:].reshape(count, draws, len(tasks)), 1, 2),
-        np.where(either, shared / np.where(either, either, 1), 1.0),
-        tuple(one.task for one in circuits),
-        tuple(task.name for task in tasks),
-        model.name,
+        values[:count], low[:count], high[:count], renamed, shared, made_for, of, model.name
     )

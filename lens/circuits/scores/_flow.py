@@ -17,12 +17,12 @@ from torch import Tensor
 from lens.circuits.graph.activations import PlainVisitor
 from lens.circuits.graph.nodes import Nodes, find_nodes, visit
 from lens.common.errors import LensError
-from lens.common.head_ids import HeadId
+from lens.common.head_ids import HeadId, head_columns, head_id
 from lens.common.progress import advancing
 from lens.common.results import Result
 from lens.models.loaded import LoadedModel
 from lens.passes.calls import LayerCall, attend
-from lens.stats import over_units
+from lens.stats.intervals import columns
 from lens.tasks.task import Task
 
 THRESHOLD = 0.04
@@ -66,21 +66,13 @@ class FlowRoutes(Result):
     def table(self, *, seed: int = 0) -> pd.DataFrame:
         """One row per head, most important first.
 
-        Columns: `head`, `layer`, `number`, `value`, `low`, `high` (95 % bootstrap interval over prompts,
+        Columns: `name`, `layer`, `head`, `value`, `low`, `high` (95 % bootstrap interval over prompts,
         NaN for one), `used` (share of the prompts with an edge of the head in the routes), `n`.
         """
-        layers, heads = self.per_prompt.shape[:2]
-        units = np.moveaxis(self.per_prompt, -1, 0)
-        low, high = over_units(units, np.ones_like(units), seed)
-        places = [HeadId(layer, head) for layer in range(layers) for head in range(heads)]
         table = pd.DataFrame(
             {
-                "head": [str(place) for place in places],
-                "layer": [place.layer for place in places],
-                "number": [place.head for place in places],
-                "value": self.values.ravel(),
-                "low": low.ravel(),
-                "high": high.ravel(),
+                **head_columns(list(np.ndindex(self.values.shape))),
+                **columns("value", self.per_prompt, seed, plain=True),
                 "used": (self.per_prompt > 0).mean(-1).ravel(),
                 "n": self.n,
             }
@@ -88,7 +80,7 @@ class FlowRoutes(Result):
         return table.sort_values("value", ascending=False, kind="stable", ignore_index=True)
 
     def __repr__(self) -> str:
-        best = ", ".join(f"{row.head} {row.value:.2g}" for row in self.table().head(3).itertuples())
+        best = ", ".join(f"{row.name} {row.value:.2g}" for row in self.table().head(3).itertuples())
         return (
             f"FlowRoutes({self.task!r}, {self.model}: {self.n} prompts, {len(self.edges) / self.n:.0f} edges "
             f"each from {self.threshold:g} on; most through {best})"
@@ -152,8 +144,7 @@ def flow_routes(
     per_prompt = np.zeros((nodes.graph.layers, nodes.graph.heads, task.n))
     for prompt, _, _, part, _, _, importance in found:
         if part not in ("residual", "mlp"):
-            layer, head = (int(number) for number in part[1:].split("H"))
-            per_prompt[layer, head, prompt] += importance
+            per_prompt[*head_id(part), prompt] += importance
     tokens = tuple(tuple(model.token_strings(ids)) for ids in task.clean.tolist())
     return FlowRoutes(edges, per_prompt, tokens, float(threshold), task.name, model.name)
 
@@ -170,32 +161,27 @@ class _Streams(PlainVisitor):
         super().__init__(nodes)
         self.before: list[
             Tensor
-        ] = []  # per layer what its attention reads; last what the logits read
+        ] = []  # what each layer's attention reads; last what the logits read
         self.between: list[Tensor] = []  # per layer what its MLP reads
         self.mlps: list[Tensor] = []
         self.calls: list[LayerCall] = []
 
     def project(self, layer: int, residual: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """See `Visitor`."""
         self.before.append(residual[0])
         return super().project(layer, residual)
 
     def attention(self, layer: int, call: LayerCall) -> None:
-        """See `Visitor`."""
         self.calls.append(call)
 
     def mlp_input(self, layer: int, residual: Tensor) -> Tensor:
-        """See `Visitor`."""
         self.between.append(residual[0])
         return residual
 
     def mlp(self, layer: int, output: Tensor) -> Tensor:
-        """See `Visitor`."""
         self.mlps.append(output[0])
         return output
 
     def final(self, residual: Tensor) -> Tensor:
-        """See `Visitor`."""
         self.before.append(residual[0])
         return residual
 
@@ -211,9 +197,8 @@ def _routes(streams: _Streams, prompt: int, start: int, threshold: float) -> lis
             for place in sorted(reached):  # the MLP and what it is added to come from one state
                 parts = torch.stack([streams.between[layer][place], mlp[place]])
                 near = proximity(parts, after[place])
-                for name, share in zip(
-                    ("residual", "mlp"), (near / near.sum()).tolist(), strict=True
-                ):
+                shares = (near / near.sum()).tolist()
+                for name, share in zip(("residual", "mlp"), shares, strict=True):
                     if share >= threshold:
                         found.append((prompt, layer, "mlp", name, place, place, share))
             after, mlp = streams.between[layer], None

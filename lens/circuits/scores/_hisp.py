@@ -9,6 +9,7 @@ small step does: where a softmax is saturated, the gates of query and key see no
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -17,17 +18,18 @@ from torch import Tensor
 
 from lens.circuits.graph.activations import Ablation, PlainVisitor
 from lens.circuits.graph.circuit import Circuit
-from lens.circuits.graph.graph import Graph
+from lens.circuits.graph.graph import Graph, Kv
 from lens.circuits.graph.nodes import Nodes, find_nodes, visit
 from lens.circuits.graph.selection import pruned
+from lens.common.choices import check_choice, check_counts
 from lens.common.errors import LensError
 from lens.common.progress import advancing
 from lens.common.results import Result
 from lens.models.loaded import LoadedModel
-from lens.stats import over_units
+from lens.stats.intervals import columns
 from lens.tasks.task import Task
 
-BASELINES = ("counterfactual", "zero")
+Baseline = Literal["counterfactual", "zero"]
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -110,10 +112,8 @@ class GateScores(Result):
         Columns: `node`, `layer`, `value`, `low`, `high` (95 % bootstrap interval over prompts, the
         layers' lengths kept; NaN for one prompt), `n`.
         """
-        units = self.per_prompt / self._lengths()
-        low, high = over_units(units, np.ones_like(units), seed)
-        columns = {"node": self.nodes, "layer": self._layers, "value": self.values}
-        table = pd.DataFrame({**columns, "low": low, "high": high, "n": self.n})
+        value = columns("value", (self.per_prompt / self._lengths()).T, seed, plain=True)
+        table = pd.DataFrame({"node": self.nodes, "layer": self._layers, **value, "n": self.n})
         return table.sort_values("value", ascending=False, kind="stable", ignore_index=True)
 
     def __repr__(self) -> str:
@@ -129,9 +129,9 @@ def hisp(
     model: LoadedModel,
     task: Task,
     *,
-    ablation: str = "counterfactual",
+    baseline: Baseline = "counterfactual",
     normalize: bool = True,
-    kv: str = "head",
+    kv: Kv = "head",
     batch_size: int = 8,
     progress: bool = True,
 ) -> GateScores:
@@ -146,14 +146,14 @@ def hisp(
     Args:
         model: as `lens.load` returns it.
         task: its metric is differentiated.
-        ablation: what a closed gate lets through: "counterfactual" (the corrupt prompt) or "zero".
+        baseline: what a closed gate lets through: "counterfactual" (the corrupt prompt) or "zero".
         normalize: divide the scores of each layer by their length, so that layers compare.
         kv: "head" gives query heads of a group gates of their own for key and value, "group" one.
         batch_size: prompts in one pass; changes memory and no score.
         progress: show a bar with the time left, on stderr, if that is a terminal.
 
     Raises:
-        LensError: an unknown ablation, a task without what it needs, a metric without a gradient or one
+        LensError: an unknown baseline, a task without what it needs, a metric without a gradient or one
             that is flat, or a model whose nodes are not known.
 
     Reference: Michel, Levy, Neubig 2019, arXiv 1905.10650; for circuits, Conmy et al. 2023, arXiv
@@ -162,10 +162,8 @@ def hisp(
     Example:
         >>> lens.circuits.scores.hisp(model, task).top(40)
     """
-    if ablation not in BASELINES:
-        raise LensError(f"ablation must be {' or '.join(BASELINES)}, got {ablation!r}")
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise LensError(f"batch_size must be a positive integer, got {batch_size!r}")
+    check_choice("baseline", baseline, Baseline)
+    check_counts(batch_size=batch_size)
     if task.is_flat:
         raise LensError(
             f"the metric {task.metric!r} is at its best where the model is as it is, so that its gradient "
@@ -173,7 +171,7 @@ def hisp(
         )
     task.check(model)
     nodes, found = find_nodes(model, kv=kv), []
-    corrupt = task.corrupt_or_refuse() if ablation == "counterfactual" else None
+    corrupt = task.corrupt_or_refuse() if baseline == "counterfactual" else None
     with advancing(f"{model.name}: hisp", task.n, progress) as advance:
         for rows in task.chunks(min(batch_size, task.rows_at_once(model))):
             reference = None
@@ -184,7 +182,7 @@ def hisp(
             found.append(_slopes(nodes, task, rows, reference))
             advance(len(rows))
     return GateScores(
-        nodes.graph, np.concatenate(found), normalize, Ablation(ablation, kv=kv), task.metric,
+        nodes.graph, np.concatenate(found), normalize, Ablation(baseline, kv=kv), task.metric,
         task.name, model.name,
     )  # fmt: skip
 
@@ -197,17 +195,14 @@ class _Gated(PlainVisitor):
         self.kept: list[Tensor] = []
 
     def enter(self, hidden: Tensor) -> Tensor:
-        """See `Visitor`."""
         return hidden.detach().requires_grad_(torch.is_grad_enabled())
 
     def project(self, layer: int, residual: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """See `Visitor`."""
         made = super().project(layer, residual)
         self.kept += made
         return made
 
     def mlp(self, layer: int, output: Tensor) -> Tensor:
-        """See `Visitor`."""
         self.kept.append(output)
         return output
 

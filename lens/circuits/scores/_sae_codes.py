@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -16,13 +17,15 @@ from lens.circuits.graph.head_sets import heads_of
 from lens.circuits.graph.nodes import find_nodes
 from lens.circuits.known.circuit import KnownCircuit
 from lens.circuits.scores._sae import codes_of, train
+from lens.common.choices import check_choice, check_counts
 from lens.common.errors import LensError
-from lens.common.head_ids import AnyHead, HeadId, head_id
-from lens.common.results import Result
+from lens.common.head_ids import AnyHead, head_columns, head_id
+from lens.common.progress import advancing
+from lens.common.results import Result, Sentence, described
 from lens.models.loaded import LoadedModel
 from lens.tasks.task import Task
 
-POSITIONS = ("last", "mean")
+Positions = Literal["last", "mean"]
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class CodeSettings:
     features: int
     penalty: float
     epochs: int
-    positions: str
+    positions: Positions
     seeds: tuple[int, ...]
 
 
@@ -86,13 +89,12 @@ class CodeScores(Result):
         return _areas(self.per_seed, known)
 
     def table(self) -> pd.DataFrame:
-        """One row per head, most codes first: `head`, `value`, `std` over seeds, `probability`."""
-        layers, heads = self.values.shape
+        """One row per head, most codes first: `name`, `layer`, `head`, `value`, `std` over seeds, `probability`."""
         several = len(self.per_seed) > 1
-        spread = self.per_seed.std(0, ddof=1) if several else np.full((layers, heads), np.nan)
+        spread = self.per_seed.std(0, ddof=1) if several else np.full(self.values.shape, np.nan)
         rows = pd.DataFrame(
             {
-                "head": [str(HeadId(i, j)) for i in range(layers) for j in range(heads)],
+                **head_columns(list(np.ndindex(self.values.shape))),
                 "value": self.values.ravel(),
                 "std": spread.ravel(),
                 "probability": self.probabilities.ravel(),
@@ -100,24 +102,27 @@ class CodeScores(Result):
         )
         return rows.sort_values("value", ascending=False, kind="stable", ignore_index=True)
 
-    def findings(self) -> tuple[str, ...]:
-        """Which heads have most codes of their own, or that none has any."""
+    def findings(self) -> tuple[Sentence, ...]:
+        """Which heads have most codes of their own, or that none has any (both "codes"), and what that is
+        not ("limit")."""
         what = (
             f"{self.held_out} held-out pairs of prompts of {self.task}, {len(self.per_seed)} seeds"
         )
         silent = int((self.values == 0).sum())
         if silent == self.values.size:
-            return (f"No head has a code that clean prompts alone use ({what}).",)
+            none = f"No head has a code that clean prompts alone use ({what})."
+            return (Sentence(none, kind="codes"),)
         best = self.table().head(3)
-        shown = ", ".join(f"{row['head']} {row['value']:.3g}" for row in best.to_dict("records"))
-        return (
+        shown = ", ".join(f"{row['name']} {row['value']:.3g}" for row in best.to_dict("records"))
+        most = (
             f"Most codes that clean prompts alone use: {shown} ({what}); {silent} of "
-            f"{self.values.size} heads have none. Codes differ where outputs differ, which is no "
-            "proof that the task uses them.",
+            f"{self.values.size} heads have none."
         )
+        limit = "Codes differ where outputs differ, which is no proof that the task uses them."
+        return Sentence(most, kind="codes"), Sentence(limit, kind="limit")
 
     def __repr__(self) -> str:
-        return f"CodeScores({self.model}: {self.findings()[0]})"
+        return described(self)
 
 
 def _areas(values: np.ndarray, known: Iterable[AnyHead] | Circuit | KnownCircuit) -> np.ndarray:
@@ -142,9 +147,10 @@ def codes(
     features: int = 200,
     penalty: float = 0.02,
     epochs: int = 500,
-    positions: str = "mean",
+    positions: Positions = "mean",
     seeds: int = 10,
     seed: int = 0,
+    progress: bool = True,
 ) -> CodeScores:
     """Score heads by the discrete codes of one sparse autoencoder that all of them share.
 
@@ -164,18 +170,21 @@ def codes(
         positions: "last" or "mean".
         seeds: how many times, with new training prompts and weights each time.
         seed: of the first.
+        progress: show a bar with the time left, on stderr, if that is a terminal.
 
     Raises:
         LensError: no corrupt prompts, too few prompts to hold some out, or settings that are none.
 
     Reference: O'Neill and Bui 2024, arXiv 2405.12522.
+
+    Example:
+        >>> found = lens.circuits.scores.codes(small, copying, examples=2, epochs=20, seeds=2)
+        >>> found.values.shape
+        (2, 4)
     """
     corrupt = task.corrupt_or_refuse()
-    if positions not in POSITIONS:
-        raise LensError(f"positions must be {' or '.join(POSITIONS)}, got {positions!r}")
-    for name, number in (("features", features), ("epochs", epochs), ("seeds", seeds)):
-        if number < 1:
-            raise LensError(f"{name} must be at least 1, got {number}")
+    check_choice("positions", positions, Positions)
+    check_counts(features=features, epochs=epochs, seeds=seeds)
     if examples < 2 or examples % 2 or examples // 2 >= task.n:
         raise LensError(
             f"examples must be an even number of 2 to {2 * task.n - 2} ({task.n} pairs of prompts, some "
@@ -186,16 +195,24 @@ def codes(
         examples, features, penalty, epochs, positions, tuple(range(seed, seed + seeds))
     )
     clean, other = (_outputs(model, task, ids, positions) for ids in (task.clean, corrupt))
-    found = own_codes(clean, other, settings).reshape(seeds, model.info.layers, model.info.heads)
+    with advancing(f"{model.name}: codes", seeds, progress) as advance:
+        found = own_codes(clean, other, settings, advance)
+    found = found.reshape(seeds, model.info.layers, model.info.heads)
     return CodeScores(found, task.n - examples // 2, settings, task.name, model.name)
 
 
-def own_codes(clean: Tensor, corrupt: Tensor, settings: CodeSettings) -> np.ndarray:
+def own_codes(
+    clean: Tensor,
+    corrupt: Tensor,
+    settings: CodeSettings,
+    advance: Callable[[int], None] = lambda _: None,
+) -> np.ndarray:
     """[seed, head], number of codes of each head that held-out clean prompts alone have.
 
     Args:
         clean, corrupt: [prompts, heads, d_model], what each head says; the prompts are pairs.
         settings: of the autoencoder and its training prompts.
+        advance: called after each seed.
     """
     prompts, heads = clean.shape[:2]
     found = np.empty((len(settings.seeds), heads))
@@ -203,21 +220,17 @@ def own_codes(clean: Tensor, corrupt: Tensor, settings: CodeSettings) -> np.ndar
         order = torch.from_numpy(np.random.default_rng(seed).permutation(prompts))
         training, rest = order[: settings.examples // 2], order[settings.examples // 2 :]
         samples = torch.cat([outputs[training].flatten(0, 1) for outputs in (clean, corrupt)])
-        weights = train(
-            samples,
-            settings.features,
-            penalty=settings.penalty,
-            epochs=settings.epochs,
-            seed=seed,
-        )
+        size, penalty, epochs = settings.features, settings.penalty, settings.epochs
+        weights = train(samples, size, penalty=penalty, epochs=epochs, seed=seed)
         mine, other = (codes_of(weights, outputs[rest]).numpy() for outputs in (clean, corrupt))
         found[place] = [
             len(set(mine[:, head].tolist()) - set(other[:, head].tolist())) for head in range(heads)
         ]
+        advance(1)
     return found
 
 
-def _outputs(model: LoadedModel, task: Task, ids: Tensor, positions: str) -> Tensor:
+def _outputs(model: LoadedModel, task: Task, ids: Tensor, positions: Positions) -> Tensor:
     """[prompts, heads of all layers, d_model] that each head adds to the residual stream."""
     nodes = find_nodes(model)
     found = []

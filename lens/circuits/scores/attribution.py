@@ -130,17 +130,14 @@ class _Tracing(PlainVisitor):
         self.entered = torch.empty(0)
 
     def enter(self, hidden: Tensor) -> Tensor:
-        """See `Visitor`."""
         self.entered = self._replaced.get(("input", 0), hidden).detach().requires_grad_()
         return self.entered
 
     def heads(self, layer: int, z: Tensor) -> Tensor:
-        """See `Visitor`."""
         z = self._replaced.get(("heads", layer), z)
         return z.detach() if layer == self._blocked else z
 
     def mlp(self, layer: int, output: Tensor) -> Tensor:
-        """See `Visitor`."""
         output = self._replaced.get(("mlp", layer), output)
         return output.detach() if layer == self._blocked else output
 
@@ -155,17 +152,14 @@ class _Keeping(_Tracing):
         self.residuals: list[Tensor] = []
 
     def project(self, layer: int, residual: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """See `Visitor`."""
         self.residuals.append(residual.detach())
         return super().project(layer, residual)
 
     def attention(self, layer: int, call: LayerCall) -> None:
-        """See `Visitor`."""
         names = ("query", "key", "value")
         self.calls.append(replace(call, **{name: getattr(call, name).detach() for name in names}))
 
     def heads(self, layer: int, z: Tensor) -> Tensor:
-        """See `Visitor`."""
         z = self._replaced.get(("heads", layer), z)
         self.outputs.append(z if z.requires_grad else z.detach().requires_grad_())
         return self.outputs[-1].detach() if layer == self._blocked else self.outputs[-1]
@@ -201,7 +195,6 @@ class _Meeting(_Tracing):
         self._read: dict[tuple[int, str], Tensor] = {}  # what the norms between have read
 
     def project(self, layer: int, residual: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """See `Visitor`."""
         q, k, v = super().project(layer, residual)
         clean = self._read[layer, "attention"] = residual.detach()
 
@@ -241,21 +234,18 @@ class _Meeting(_Tracing):
         return found
 
     def mlp_input(self, layer: int, residual: Tensor) -> Tensor:
-        """See `Visitor`."""
         reader, graph = self.nodes.graph.mlp_reader(layer), self.nodes.graph
         self._read[layer, "mlp"] = residual.detach()
         layers = layer if graph.parallel else layer + 1
         return self._watched(residual, layers, reader, between=not graph.parallel)
 
     def heads(self, layer: int, z: Tensor) -> Tensor:
-        """See `Visitor`."""
         z = super().heads(layer, z)
         if self.nodes.layout.bends:
             self._read[layer, "after"] = self.nodes.layers[layer].block.attended(z).detach()
         return z
 
     def final(self, residual: Tensor) -> Tensor:
-        """See `Visitor`."""
         graph = self.nodes.graph
         return self._watched(residual, graph.layers, len(graph.readers) - 1)
 

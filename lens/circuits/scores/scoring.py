@@ -6,25 +6,34 @@ Each method is a function from the nodes, a batch of prompts and their reference
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lens.circuits.graph.activations import Ablation, Activations, References, read_activations
+from lens.circuits.graph.activations import (
+    Ablation,
+    Activations,
+    Baseline,
+    References,
+    read_activations,
+)
 from lens.circuits.graph.edge_scores import EdgeScores
+from lens.circuits.graph.graph import Kv
 from lens.circuits.graph.masked_forward import masked_logits
 from lens.circuits.graph.nodes import Nodes, find_nodes
 from lens.circuits.scores.atp import atp_star, atp_star_grad_drop, atp_star_together
 from lens.circuits.scores.attribution import Stage, edge_products
 from lens.circuits.scores.batch import Batch
+from lens.circuits.scores.methods import EapIg, Method, named
 from lens.circuits.scores.relp import relevance, relevance_of_values
+from lens.common.choices import check_counts
 from lens.common.errors import LensError
 from lens.common.progress import advancing
 from lens.models.loaded import LoadedModel
 from lens.tasks.task import Task
 
-RULES = ("midpoint", "left")
 _ROWS = 8
 _FIRST, _MOST, _ENOUGH = 5, 640, 0.01  # steps of "auto", and the share of the effect it may miss
 _COPIES = 64  # rows of one masked forward pass
@@ -35,11 +44,9 @@ def score_edges(
     model: LoadedModel,
     task: Task,
     *,
-    method: str = "eap-ig",
-    steps: int | str = 5,
-    rule: str = "midpoint",
-    ablation: str = "counterfactual",
-    kv: str = "head",
+    method: Method | EapIg = "eap-ig",
+    baseline: Baseline = "counterfactual",
+    kv: Kv = "head",
     batch_size: int = _ROWS,
     progress: bool = True,
 ) -> EdgeScores:
@@ -48,7 +55,7 @@ def score_edges(
         exact               metric clean - metric with the edge ablated (one forward pass per edge)
         eap                 (out - ref) · gradient at the reader, at the clean prompts
         clean-corrupted     the same with the mean of the gradients at both prompts
-        eap-ig              the same with the mean gradient over `steps` inputs between them
+        eap-ig              the same with the mean gradient over inputs between them
         eap-ig-activations  the same with each stage's outputs in turn (input, heads of a layer, its MLP)
                             between theirs, summed and divided by the number of stages and steps;
                             with rule="left" what EAP-IG's own code gives: there readers of the input
@@ -66,19 +73,14 @@ def score_edges(
         model: as `lens.load` returns it.
         task: its metric is differentiated ("exact" needs no gradient); all but "exact" and "eap" need
             corrupt prompts.
-        method: one of the above.
-        steps: of integrated gradients; "auto" (of "eap-ig") doubles 5 until what is missing of the whole
-            effect, mean size over the prompts, is below 1 % of it.
-        rule: "midpoint", or "left", as published code does: "eap-ig" starts at the reference, and
-            "eap-ig-activations" one step after it.
-        ablation: what replaces a writer: "counterfactual" (the corrupt prompt), "mean" or "zero".
+        method: one of the above; `lens.circuits.EapIg` is "eap-ig" and its kin with steps of your own.
+        baseline: what replaces a writer: "counterfactual" (the corrupt prompt), "mean" or "zero".
         kv: "head" gives query heads of a group keys and values of their own, "group" does not.
         batch_size: prompts in one pass; changes memory and no score.
         progress: show a bar with the time left, on stderr, if that is a terminal.
 
     Raises:
-        LensError: an unknown method, rule or ablation, no step, a model whose edges cannot be replaced
-            exactly, a task without what the method needs, a metric that is flat at the clean
+        LensError: an unknown method or baseline, a model whose edges cannot be replaced exactly, a task without what the method needs, a metric that is flat at the clean
             prompts for a method with gradients there alone, or integration that is not done after 640 steps.
 
     Reference: Syed et al. 2023, arXiv 2310.10348 (eap); Hanna et al. 2024, arXiv 2403.17806 (eap-ig);
@@ -89,33 +91,27 @@ def score_edges(
         >>> score_edges(known.model, known.task, method="exact").top(2).edges
         ('input->a1.h0<q>', 'a1.h0->logits')
     """
-    if method not in METHODS:
-        raise LensError(f"unknown method {method!r}; known: {', '.join(METHODS)}")
-    if rule not in RULES:
-        raise LensError(f"rule must be {' or '.join(RULES)}, got {rule!r}")
-    if steps == "auto" and method != "eap-ig":
-        raise LensError(f"steps='auto' belongs to method='eap-ig', got {method!r}; give a number")
-    counts = {"batch_size": batch_size} | ({} if steps == "auto" else {"steps": steps})
-    for name, number in counts.items():
-        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-            raise LensError(f"{name} must be a positive integer, got {number!r}")
-    if method == "clean-corrupted":
+    word, integrated = named(method)
+    steps: int | Literal["auto"] = 1 if integrated is None else integrated.steps
+    rule = "midpoint" if integrated is None else integrated.rule
+    check_counts(batch_size=batch_size)
+    if word == "clean-corrupted":
         task.corrupt_or_refuse()
-    if task.is_flat and method in _AT_CLEAN:
+    if task.is_flat and word in _AT_CLEAN:
         raise LensError(
             f"the metric {task.metric!r} is flat at the clean prompts, where it is at its best, and "
-            f"method={method!r} takes its gradient there, so that its scores are rounding; use "
+            f"method={word!r} takes its gradient there, so that its scores are rounding; use "
             "method='eap-ig', whose gradients are taken on the way to the corrupt prompts"
         )
-    chosen = Ablation(ablation, kv=kv)
+    chosen = Ablation(baseline, kv=kv)
     nodes = find_nodes(model, kv=kv)
     references = References(nodes, task, chosen)
     rows = min(batch_size, task.rows_at_once(model))
 
     def scored(count: int) -> tuple[EdgeScores, float]:
-        return _score(nodes, task, references, chosen, method, count, rule, rows, progress)
+        return _score(nodes, task, references, chosen, word, count, rule, rows, progress)
 
-    if isinstance(steps, int):
+    if steps != "auto":
         return scored(steps)[0]
     count, missing = _FIRST, np.inf
     while count <= _MOST:
@@ -134,7 +130,7 @@ def _score(
     task: Task,
     references: References,
     ablation: Ablation,
-    method: str,
+    method: Method,
     steps: int,
     rule: str,
     rows_at_once: int,
@@ -160,21 +156,13 @@ def _score(
                 totals.append(total)
                 gaps.append(scores[:, nodes.graph.ends[1] == 0].sum(1) - total)
             advance(len(rows))
-    integrated = method.startswith("eap-ig")
+    integrated = (steps, rule) if method.startswith("eap-ig") else (None, None)
     gap, total = (np.concatenate(part) if part else np.zeros(1) for part in (gaps, totals))
+    missing = (float(gap.mean()), float(total.mean())) if gaps else (None, None)
     result = EdgeScores(
-        nodes.graph,
-        np.concatenate(found),
-        method,
-        ablation,
-        task.metric,
-        task.name,
-        model.name,
-        steps if integrated else None,
-        rule if integrated else None,
-        float(gap.mean()) if gaps else None,
-        float(total.mean()) if totals else None,
-    )
+        nodes.graph, np.concatenate(found), method, ablation, task.metric, task.name, model.name,
+        *integrated, *missing,
+    )  # fmt: skip
     size = np.abs(total).mean()
     return result, float(np.abs(gap).mean() / size) if size else float("inf" if gap.any() else 0)
 
@@ -270,13 +258,13 @@ def _over_stages(
     return found / (len(stages) * batch.steps)
 
 
-METHODS: dict[str, Callable[[Batch], np.ndarray]] = {
+METHODS: dict[Method, Callable[[Batch], np.ndarray]] = {
     "exact": exact,
     "eap": eap,
+    "clean-corrupted": clean_corrupted,
     "eap-ig": eap_ig,
     "eap-ig-activations": eap_ig_activations,
     "eap-ig-stages": eap_ig_stages,
-    "clean-corrupted": clean_corrupted,
     "atp*": atp_star,
     "atp*-together": atp_star_together,
     "atp*-grad-drop": atp_star_grad_drop,

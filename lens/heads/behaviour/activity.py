@@ -17,12 +17,12 @@ import numpy as np
 import pandas as pd
 
 from lens.common.errors import LensError
-from lens.common.head_ids import AnyHead, HeadId
+from lens.common.head_ids import AnyHead, HeadId, head_columns
 from lens.common.results import Result, Sentence
 from lens.heads.measures.methods import Baseline
 from lens.heads.pruning.groups import ablate_each
 from lens.models.loaded import LoadedModel
-from lens.stats import over_units
+from lens.stats.intervals import columns
 from lens.tasks.making import language_modelling
 from lens.traces.captures import capture
 from lens.traces.trace import AttentionTrace
@@ -64,7 +64,7 @@ class HeadActivity(Result):
             raise LensError(f"unknown domain {domain!r}; known: {', '.join(self.activity)}")
         quiet = self.activity[domain].mean(-1) < self.rest
         spared = np.abs(self.loss[domain].mean(-1)) < self.tolerance
-        return [HeadId(int(a), int(b)) for a, b in np.argwhere(quiet & spared)]
+        return [HeadId(*at) for at in np.argwhere(quiet & spared).tolist()]
 
     def table(self, *, seed: int = 0) -> pd.DataFrame:
         """One row per domain and head: `domain`, `name`, `layer`, `head`, `n` windows, `activity` and
@@ -72,25 +72,14 @@ class HeadActivity(Result):
         parts = []
         for domain, activity in self.activity.items():
             places = np.argwhere(~np.isnan(activity).all(-1))
-            layer, head = places.T
-            names = [HeadId(*place) for place in places.tolist()]
-            dormant = set(self.dormant(domain))
-            columns: dict[str, object] = {
-                "domain": domain,
-                "name": [str(head) for head in names],
-                "layer": layer,
-                "head": head,
-                "n": activity.shape[-1],
-            }
+            heads, dormant = (
+                [HeadId(*place) for place in places.tolist()],
+                set(self.dormant(domain)),
+            )
+            found = {"domain": domain, **head_columns(heads), "n": activity.shape[-1]}
             for name, values in (("activity", activity), ("loss", self.loss[domain])):
-                units = values[layer, head].T
-                low, high = over_units(units, np.ones_like(units), seed)
-                columns |= {
-                    name: units.mean(0),
-                    f"{name}_low": low,
-                    f"{name}_high": high,
-                }
-            parts.append(pd.DataFrame(columns | {"dormant": [head in dormant for head in names]}))
+                found |= columns(name, values[tuple(places.T)], seed)
+            parts.append(pd.DataFrame(found | {"dormant": [head in dormant for head in heads]}))
         return pd.concat(parts, ignore_index=True)
 
     def switching(self) -> list[HeadId]:
@@ -170,8 +159,7 @@ def activity(
     if not domains:
         raise LensError("activity needs at least one domain: a name with its texts")
     info = model.info
-    everywhere = info.every_head
-    chosen = everywhere if heads is None else list(heads)
+    chosen = info.every_head if heads is None else list(heads)
     if not chosen:
         raise LensError("activity takes out at least one head; heads is empty")
     activity, loss = {}, {}

@@ -6,13 +6,12 @@ N×N is never built. Positions stay what they were.
 
 from typing import Any
 
-import numpy as np
 import torch
 from lens_kernels import AttentionMask, AttentionState, merge
 from torch import Tensor
 
+from lens.common.choices import check_counts
 from lens.common.errors import LensError
-from lens.common.head_ids import HeadId
 from lens.models.loaded import LoadedModel
 from lens.passes.calls import LayerCall, attend
 from lens.passes.inputs import Prompt, read_prompts
@@ -57,9 +56,8 @@ def read_long_prompts(model: LoadedModel, prompts: Any, first: int, last: int) -
     Raises:
         LensError: numbers that are none, or a shorter prompt.
     """
-    for name, count, least in (("first", first, 0), ("last", last, 1)):
-        if not isinstance(count, int) or isinstance(count, bool) or count < least:
-            raise LensError(f"{name} must be a whole number of keys from {least}, got {count!r}")
+    check_counts(0, first=first)
+    check_counts(last=last)
     model.info.check_all_attend("streaming")
     read, _ = read_prompts(model, prompts)
     for prompt in read:
@@ -70,12 +68,3 @@ def read_long_prompts(model: LoadedModel, prompts: Any, first: int, last: int) -
                 "for a head to miss any: take longer prompts or fewer last keys"
             )
     return read
-
-
-def head_names(layers: int, heads: int) -> dict[str, Any]:
-    """The columns `name`, `layer` and `head` of a table with one row per head."""
-    return {
-        "name": [str(HeadId(layer, head)) for layer in range(layers) for head in range(heads)],
-        "layer": np.repeat(np.arange(layers), heads),
-        "head": np.tile(np.arange(heads), layers),
-    }

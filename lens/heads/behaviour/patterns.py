@@ -17,9 +17,9 @@ import numpy as np
 import pandas as pd
 
 from lens.common.errors import LensError
-from lens.common.head_ids import HeadId
+from lens.common.head_ids import head_columns
 from lens.common.results import Result
-from lens.stats import over_units
+from lens.stats.intervals import columns
 
 if TYPE_CHECKING:
     from lens.traces.trace import AttentionTrace
@@ -85,24 +85,12 @@ class PatternClasses(Result):
         """One row per head: `name`, `layer`, `head`, `pattern`, `margin`, `n`, and for each of `CLASSES`
         the kept mass with its 95 % bootstrap interval over prompts (`_low`, `_high`; NaN for one).
         """
-        heads = self.kept.shape[2]
-        columns: dict[str, object] = {
-            "name": [str(HeadId(layer, head)) for layer in self.layers for head in range(heads)],
-            "layer": np.repeat(self.layers, heads),
-            "head": np.tile(np.arange(heads), len(self.layers)),
-            "pattern": self.classes.ravel(),
-            "margin": self.margin.ravel(),
-            "n": self.n,
-        }
+        heads = range(self.kept.shape[2])
+        found = head_columns((layer, head) for layer in self.layers for head in heads)
+        found |= {"pattern": self.classes.ravel(), "margin": self.margin.ravel(), "n": self.n}
         for name, kept in zip(CLASSES, self.kept, strict=True):
-            units = np.moveaxis(kept, -1, 0)
-            low, high = over_units(units, np.ones_like(units), seed)
-            columns |= {
-                name: kept.mean(-1).ravel(),
-                f"{name}_low": low.ravel(),
-                f"{name}_high": high.ravel(),
-            }
-        return pd.DataFrame(columns)
+            found |= columns(name, kept, seed)
+        return pd.DataFrame(found)
 
     def __repr__(self) -> str:
         names, counts = np.unique(self.classes, return_counts=True)

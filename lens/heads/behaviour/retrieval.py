@@ -19,7 +19,7 @@ from lens_kernels import AttentionMask
 from torch import Tensor
 
 from lens.common.errors import LensError
-from lens.common.head_ids import HeadId
+from lens.common.head_ids import HeadId, all_heads, head_columns
 from lens.common.progress import advancing
 from lens.common.results import Result
 from lens.models.loaded import LoadedModel
@@ -27,7 +27,7 @@ from lens.passes.calls import LayerCall, attend
 from lens.passes.inputs import check_ids
 from lens.passes.logits import logits_of
 from lens.passes.sessions import base, listening
-from lens.stats import over_units
+from lens.stats.intervals import columns
 from lens.tasks.needles import Trial
 
 
@@ -60,30 +60,15 @@ class RetrievalScores(Result):
 
     def heads(self, threshold: float = 0.1) -> list[HeadId]:
         """Heads with a score above the threshold (Wu et al. take 0.1), the best first."""
-        layers, heads = np.nonzero(self.values > threshold)
-        found = [HeadId(int(layer), int(head)) for layer, head in zip(layers, heads, strict=True)]
+        found = [HeadId(*at) for at in np.argwhere(self.values > threshold).tolist()]
         return sorted(found, key=lambda head: -self.values[head])
 
     def table(self, *, seed: int = 0) -> pd.DataFrame:
         """One row per head: `name`, `layer`, `head`, `retrieval`, `retrieval_low`, `retrieval_high`
         (95 % bootstrap over trials), `n` trials that count of `trials`."""
-        layers, heads = self.values.shape
-        units = np.moveaxis(self.per_trial, -1, 0)
-        low, high = over_units(units, np.ones_like(units), seed)
-        return pd.DataFrame(
-            {
-                "name": [
-                    str(HeadId(layer, head)) for layer in range(layers) for head in range(heads)
-                ],
-                "layer": np.repeat(np.arange(layers), heads),
-                "head": np.tile(np.arange(heads), layers),
-                "retrieval": self.values.ravel(),
-                "retrieval_low": low.ravel(),
-                "retrieval_high": high.ravel(),
-                "n": self.n,
-                "trials": len(self.recall),
-            }
-        )
+        found = head_columns(all_heads(*self.values.shape))
+        found |= columns("retrieval", self.per_trial, seed)
+        return pd.DataFrame(found | {"n": self.n, "trials": len(self.recall)})
 
     def __repr__(self) -> str:
         shown = ", ".join(f"{head} {self.values[head]:.2f}" for head in self.heads()[:3]) or "none"

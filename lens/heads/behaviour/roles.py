@@ -7,13 +7,14 @@ same-sentence share too, and so has a model before training. Both are there to c
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 
+from lens.common.choices import check_choice
 from lens.common.errors import LensError
-from lens.common.head_ids import HeadId
+from lens.common.head_ids import HeadId, head_columns
 from lens.common.progress import advancing
 from lens.common.results import Result
 from lens.heads.behaviour.role_metrics import COLUMNS
@@ -25,7 +26,7 @@ from lens.traces.captures import capture
 from lens.traces.profiles import pooled_table, prompt_table, scores_table, wide
 from lens.traces.trace import AttentionTrace, TraceWriter
 
-BASELINES = ("uniform", "random_weights")
+Baseline = Literal["uniform", "random_weights"]
 _KEYS = ["metric", "variant", "layer"]
 _POSITIONS = ("top_key", "positional_distance")  # a place has no baseline
 
@@ -86,10 +87,7 @@ class HeadRoles(Result):
                 added[f"{column}_baseline"] = [
                     float(base.get((metric, variant, layer), np.nan)) for layer in result["layer"]
                 ]
-        names = [
-            str(HeadId(int(layer), int(head)))
-            for layer, head in zip(result["layer"], result["head"], strict=True)
-        ]
+        names = head_columns(result[["layer", "head"]].to_numpy().tolist())["name"]
         parts = [pd.DataFrame({"name": names}), result, pd.DataFrame(added)]
         return pd.concat(parts, axis=1)
 
@@ -117,10 +115,7 @@ class HeadRoles(Result):
         chosen = (table["normalized_entropy"] < rows_below) & (
             table["first_column_entropy"] > column_above
         )
-        return [
-            HeadId(int(layer), int(head))
-            for layer, head in table.loc[chosen, ["layer", "head"]].to_numpy()
-        ]
+        return [HeadId(*at) for at in table.loc[chosen, ["layer", "head"]].to_numpy().tolist()]
 
     def _wide(self) -> pd.DataFrame:
         tables = [rows for _, rows in self.rows.groupby("prompt_id", sort=False)]
@@ -143,9 +138,9 @@ class HeadRoles(Result):
 
 def roles(
     model: LoadedModel,
-    texts: Any,
+    prompts: Any,
     *,
-    baseline: str = "uniform",
+    baseline: Baseline = "uniform",
     seed: int = 0,
     progress: bool = True,
 ) -> HeadRoles:
@@ -157,7 +152,7 @@ def roles(
 
     Args:
         model: as `lens.load` returns it.
-        texts: as the prompts of `lens.capture`; they must be token prompts. Induction and duplicate
+        prompts: as those of `lens.capture`; they must be token prompts. Induction and duplicate
             scores are best seen on `lens.tasks.copied`.
         baseline: "uniform" or "random_weights" (`HeadRoles.baseline`).
         seed: of the bootstrap and of the random weights.
@@ -170,28 +165,27 @@ def roles(
         >>> lens.heads.roles(model, lens.tasks.copied(model, 25)).top("induction", 1)["name"].tolist()
         ['L1H3']
     """
-    if baseline not in BASELINES:
-        raise LensError(f"unknown baseline {baseline!r}; known: {', '.join(BASELINES)}")
-    prompts, _ = read_prompts(model, texts)
-    if any(prompt.ids is None for prompt in prompts):
+    check_choice("baseline", baseline, Baseline)
+    read, _ = read_prompts(model, prompts)
+    if any(prompt.ids is None for prompt in read):
         raise LensError("roles needs prompts of tokens; use lens.profile for images")
     found, uniform = [], []
-    of_rows = seed if len(prompts) == 1 else None  # with several, the intervals are over prompts
-    with advancing(f"{model.name}: prompts", len(prompts), progress) as advance:
-        for number, prompt in enumerate(prompts):
+    of_rows = seed if len(read) == 1 else None  # with several, the intervals are over prompts
+    with advancing(f"{model.name}: prompts", len(read), progress) as advance:
+        for number, prompt in enumerate(read):
             rows, of_uniform = _of_prompt(model, prompt, f"p{number:03d}", of_rows)
             found.append(rows)
             uniform.append(of_uniform)
             advance(1)
     if baseline == "random_weights":
-        other = roles(random_weights(model, seed), texts, seed=seed, progress=progress).rows
+        other = roles(random_weights(model, seed), prompts, seed=seed, progress=progress).rows
     else:
         other = pd.concat(uniform, ignore_index=True)
     return HeadRoles(
         rows=pd.concat(found, ignore_index=True),
         baseline_rows=other,
         baseline=baseline,
-        prompts=len(prompts),
+        prompts=len(read),
         model=model.name,
         seed=seed,
     )

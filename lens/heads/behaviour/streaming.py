@@ -23,15 +23,15 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from lens.common.head_ids import HeadId
+from lens.common.head_ids import HeadId, all_heads, head_columns
 from lens.common.progress import advancing
 from lens.common.results import Result, Sentence
 from lens.edits.losses import bos_policy, changes, log_probabilities, two_tokens
-from lens.heads.behaviour.near_keys import Streamer, head_names, read_long_prompts
+from lens.heads.behaviour.near_keys import Streamer, read_long_prompts
 from lens.models.loaded import LoadedModel
 from lens.passes.calls import LayerCall
 from lens.passes.sessions import base, listening
-from lens.stats import over_units
+from lens.stats.intervals import columns
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -70,13 +70,10 @@ class StreamingScores(Result):
         """One row per head: `name`, `layer`, `head`, `n`, and `kept`, `row_error`, `rms_error` with their
         95 % bootstrap intervals over prompts (`_low`, `_high`; NaN for one prompt); `delta_loss` is that
         of all heads together, the same in every row."""
-        columns: dict[str, Any] = head_names(*self.kept.shape[:2]) | {"n": self.n}
+        found = head_columns(all_heads(*self.kept.shape[:2])) | {"n": self.n}
         for name in ("kept", "row_error", "rms_error"):
-            values = getattr(self, name)
-            low, high = _ends(values, seed)
-            ends = {f"{name}_low": low.ravel(), f"{name}_high": high.ravel()}
-            columns |= {name: values.mean(-1).ravel(), **ends}
-        return pd.DataFrame(columns | dict(self._loss(seed)))
+            found |= columns(name, getattr(self, name), seed)
+        return pd.DataFrame(found | dict(self._loss(seed)))
 
     def summary(self, *, seed: int = 0) -> pd.DataFrame:
         """One row: `first`, `last`, means over heads and prompts of `kept`, `row_error` and `rms_error`, the
@@ -123,12 +120,8 @@ class StreamingScores(Result):
         return (*said, Sentence(limit, kind="limit"))
 
     def _loss(self, seed: int) -> Mapping[str, float]:
-        low, high = over_units(self.delta_loss, np.ones(self.n), seed)
-        return {
-            "delta_loss": float(self.delta_loss.mean()),
-            "delta_loss_low": float(low),
-            "delta_loss_high": float(high),
-        }
+        found = columns("delta_loss", self.delta_loss, seed)
+        return {name: value.item() for name, value in found.items()}
 
     def __repr__(self) -> str:
         error = self.row_error.mean(-1)
@@ -232,8 +225,3 @@ class _Streaming(Streamer):
     def on_layer(self, call: LayerCall) -> Tensor:
         """See `lens.passes.sessions.listening`."""
         return self.states(call)[1].output
-
-
-def _ends(values: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    units = np.moveaxis(values, -1, 0)
-    return over_units(units, np.ones_like(units), seed)

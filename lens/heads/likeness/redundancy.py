@@ -14,8 +14,9 @@ import numpy as np
 import pandas as pd
 
 from lens import stats
+from lens.common.choices import check_counts
 from lens.common.errors import LensError
-from lens.common.head_ids import HeadId
+from lens.common.head_ids import HeadId, head_columns
 from lens.common.results import Result
 
 
@@ -122,8 +123,7 @@ def clusters(
         raise LensError(f"clusters need at least 3 heads, {similarity.model} has {heads}")
     if count is not None and not 1 <= count <= heads:
         raise LensError(f"count must be 1 to {heads}, the number of heads, got {count}")
-    if resamples < 1:
-        raise LensError(f"resamples must be at least 1, got {resamples}")
+    check_counts(resamples=resamples)
     merges = stats.average_linkage(distances)
     scores = stats.silhouettes(distances, merges)  # place k: of k + 1 clusters
     if count is None:
@@ -153,8 +153,7 @@ def clusters(
 
 def redundancy(similarity: _Compared, *, resamples: int = 300, seed: int = 0) -> pd.DataFrame:
     """See `HeadSimilarity.redundancy`."""
-    if resamples < 1:
-        raise LensError(f"resamples must be at least 1, got {resamples}")
+    check_counts(resamples=resamples)
     closeness = similarity.closeness
     heads = len(closeness)
     value, nearest = _nearest(closeness)
@@ -174,9 +173,7 @@ def redundancy(similarity: _Compared, *, resamples: int = 300, seed: int = 0) ->
     names = np.array(similarity.names)
     table = pd.DataFrame(
         {
-            "name": names,
-            "layer": [one.layer for one in similarity.heads],
-            "head": [one.head for one in similarity.heads],
+            **head_columns(similarity.heads),
             "value": value,
             "low": low,
             "high": high,

@@ -19,7 +19,7 @@ import pandas as pd
 
 from lens import stats
 from lens.common.errors import LensError
-from lens.common.head_ids import HeadId
+from lens.common.head_ids import HeadId, head_columns
 from lens.common.results import Result
 from lens.stats import over_units
 from lens.traces.trace import AttentionTrace
@@ -54,28 +54,15 @@ class HeadStability(Result):
         interval over prompts, NaN for one), `n`.
         """
         parts = []
-        for (first, second, metric, variant), values in self.values.items():
+        heads = head_columns(self.heads)
+        for key, values in self.values.items():
+            condition = dict(zip(("first", "second", "metric", "variant"), key, strict=True))
             scored = ~np.isnan(values)
             n = scored.sum(1)
             sums = np.where(scored, values, 0)
             low, high = over_units(sums.T, scored.T, seed)
-            parts.append(
-                pd.DataFrame(
-                    {
-                        "first": first,
-                        "second": second,
-                        "metric": metric,
-                        "variant": variant,
-                        "name": [str(head) for head in self.heads],
-                        "layer": [head.layer for head in self.heads],
-                        "head": [head.head for head in self.heads],
-                        "value": sums.sum(1) / np.where(n > 0, n, np.nan),
-                        "low": low,
-                        "high": high,
-                        "n": n,
-                    }
-                )
-            )
+            value = {"value": sums.sum(1) / np.where(n > 0, n, np.nan), "low": low, "high": high}
+            parts.append(pd.DataFrame(condition | heads | value | {"n": n}))
         return pd.concat(parts, ignore_index=True)
 
     def reusable(self, first: str, second: str) -> np.ndarray:
@@ -137,6 +124,10 @@ def stability(
     Raises:
         LensError: fewer than two conditions, traces that do not fit each other, no block maps, or a
             density that leaves no choice.
+
+    Example:
+        >>> untrained = lens.capture(lens.models.random_weights(model), texts, progress=False)
+        >>> lens.heads.stability({"trained": traces, "untrained": untrained}).table().head()
     """
     _check(conditions, density)
     found: dict[tuple[str, str, str, str], list[np.ndarray]] = {}

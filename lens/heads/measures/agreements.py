@@ -10,22 +10,16 @@ import numpy as np
 import pandas as pd
 
 from lens import stats
+from lens.common.choices import check_counts
 from lens.common.errors import LensError
-from lens.common.head_ids import HeadId
+from lens.common.head_ids import head_columns
 from lens.common.results import Result, Sentence, few
 from lens.heads.measures.scores import HeadScores
 
 COLUMNS = (
-    "first",
-    "second",
-    "tau",
-    "tau_low",
-    "tau_high",
-    "overlap",
-    "overlap_low",
-    "overlap_high",
+    "first", "second", "tau", "tau_low", "tau_high", "overlap", "overlap_low", "overlap_high",
     "overlap_by_chance",
-)
+)  # fmt: skip
 _HEAD = ("layer", "head")
 
 
@@ -167,10 +161,8 @@ def _side_by_side(parts: list[pd.DataFrame], words: list[str]) -> pd.DataFrame:
         )
         for part, word in zip(parts, words, strict=True)
     ]
-    joined = pd.concat(renamed, axis=1).sort_index().reset_index()
-    names = [str(HeadId(int(a), int(b))) for a, b in joined[list(_HEAD)].to_numpy().tolist()]
-    joined.insert(0, "name", names)
-    return joined
+    joined = pd.concat(renamed, axis=1).sort_index()
+    return pd.DataFrame(head_columns(joined.index.tolist())).join(joined, on=list(_HEAD))
 
 
 def _word(result: HeadScores | Result | pd.DataFrame, place: int) -> str:
@@ -198,14 +190,18 @@ def agreement(
     Raises:
         LensError: fewer than two, of differing models, with one label on one task, a k that the
             model has not, or no resamples.
+
+    Example:
+        >>> measures = [lens.heads.importance(small, copying, method=one) for one in ("gradient", "gate")]
+        >>> lens.heads.agreement(*measures, k=1).findings()[0].kind
+        'agreement'
     """
     _check_models(scores, least=2)
     heads = len(scores[0].names)
     k = max(1, heads // 4) if k is None else k
     if not 1 <= k <= heads:
         raise LensError(f"k must be 1 to {heads}, got {k}")
-    if resamples < 1:
-        raise LensError(f"resamples must be at least 1, got {resamples}")
+    check_counts(resamples=resamples)
     labels = _labels(scores)
     values = np.stack([score.rows.mean(-1) for score in scores])
     again = _drawn(scores, resamples, seed)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lens.common.choices import check_choice
+from lens.common.choices import check_choice, check_counts
 from lens.common.errors import LensError
 from lens.common.head_ids import HeadId
 from lens.heads.measures import optimal
@@ -60,8 +60,7 @@ class Baseline:
             self._means = _means(model, task, keep_positions=name == "mean")
         elif name == "optimal":
             steps = optimal.STEPS if steps is None else steps
-            if steps < 1:
-                raise LensError(f"steps must be at least 1, got {steps}")
+            check_counts(steps=steps)
             optimal.check_metric(task)
             fitted_on, self.rows = optimal.split(task.n, seed)
             self._constants = optimal.Constants(model, task, fitted_on, steps, seed)

@@ -118,20 +118,8 @@ def importance(
             f"there is 0 and method={word!r} says nothing about the heads; use method='ablation'"
         )
     task.check(model)
-    kept = Checkpoint(
-        checkpoint,
-        {}
-        if checkpoint is None
-        else configuration(
-            model,
-            task,
-            method=word,
-            baseline=name,
-            **asdict(arguments),
-            steps=steps,
-            seed=seed,
-        ),
-    )
+    depends = asdict(arguments) | {"method": word, "baseline": name, "steps": steps, "seed": seed}
+    kept = Checkpoint(checkpoint, configuration(model, task, **depends) if checkpoint else {})
     replacement = Baseline(model, task, name, seed, steps)
     if word == "ablation":
         groups = [[head] for head in model.info.every_head]

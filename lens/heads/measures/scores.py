@@ -8,9 +8,9 @@ import numpy as np
 import pandas as pd
 
 from lens.common.errors import LensError
-from lens.common.head_ids import HeadId
+from lens.common.head_ids import HeadId, head_columns
 from lens.common.results import Result
-from lens.stats import over_units
+from lens.stats.intervals import columns
 
 
 @dataclass(frozen=True)
@@ -104,19 +104,14 @@ class HeadScores(Result):
     def label(self) -> str:
         """How it was measured, for axes and tables: `ablation (mean)`, `gradient (absolute per token)`."""
         if self.method == "gradient":
-            return (
-                "gradient" if self.absolute is None else f"gradient (absolute per {self.absolute})"
-            )
-        return (
-            self.method
-            if self.method in ("direct", "gate")
-            else f"{self.method} ({self.intervention.baseline})"
-        )
+            return self.method + (f" (absolute per {self.absolute})" if self.absolute else "")
+        alone = self.method in ("direct", "gate")
+        return self.method if alone else f"{self.method} ({self.intervention.baseline})"
 
     @property
     def names(self) -> list[str]:
         """`L0H0`, `L0H1`, ... of the layers that have heads."""
-        return [str(HeadId(*place)) for place in self._places.tolist()]
+        return head_columns(self._places)["name"]
 
     @property
     def rows(self) -> np.ndarray:
@@ -134,20 +129,9 @@ class HeadScores(Result):
         Columns: `name`, `layer`, `head`, `value`, `stderr`, `low`, `high` (95 % bootstrap interval
         over prompts, draws by `seed`; NaN for one prompt), `n`.
         """
-        layer, head = self._places.T
-        units = self.rows.T
-        low, high = over_units(units, np.ones_like(units), seed)
-        columns = {
-            "name": self.names,
-            "layer": layer,
-            "head": head,
-            "value": self.values[layer, head],
-            "stderr": self.stderr[layer, head],
-            "low": low,
-            "high": high,
-            "n": self.n,
-        }
-        rows = pd.DataFrame(columns)
+        value = columns("value", self.rows, seed, plain=True)
+        rows = pd.DataFrame(head_columns(self._places) | value | {"n": self.n})
+        rows.insert(4, "stderr", self.stderr[tuple(self._places.T)])
         return rows.sort_values("value", ascending=False, kind="stable", ignore_index=True)
 
     def top(self, count: int = 10) -> list[HeadId]:

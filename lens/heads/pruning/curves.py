@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from lens.common.choices import check_counts
 from lens.common.errors import LensError
 from lens.common.head_ids import AnyHead, HeadId
 from lens.common.results import Result
 from lens.heads.measures.scores import HeadScores, Intervention
 from lens.heads.pruning.groups import ablate_each
-from lens.stats import over_units
+from lens.stats.intervals import columns
 
 if TYPE_CHECKING:
     from lens.models.loaded import LoadedModel
@@ -87,7 +88,6 @@ class PruningCurve(Result):
         bootstrap interval of the cost over prompts, NaN for one), `random_cost` (mean over random
         orders), `random_low` and `random_high` (the lowest and highest of them; NaN without), `n`.
         """
-        low, high = over_units(self.cost.T, np.ones_like(self.cost.T), seed)
         nothing = np.full(len(self.removed), np.nan)
         random = self.sign * (self.per_prompt[0] - self.random).mean(2)  # [draw, step]
         has = len(random) > 0
@@ -96,9 +96,7 @@ class PruningCurve(Result):
                 "removed": self.removed,
                 "name": ["", *(str(self.order[count - 1]) for count in self.removed[1:])],
                 "value": self.values,
-                "cost": self.cost.mean(1),
-                "low": low,
-                "high": high,
+                **columns("cost", self.cost, seed, plain=True),
                 "random_cost": random.mean(0) if has else nothing,
                 "random_low": random.min(0) if has else nothing,
                 "random_high": random.max(0) if has else nothing,
@@ -159,10 +157,9 @@ def curve(
             `lens.heads.importance` refuses.
     """
     heads, ranking = _order(model, order)
-    if draws < 0:
-        raise LensError(f"draws must be 0 or more random orders, got {draws}")
-    if steps is not None and steps < 1:
-        raise LensError(f"steps must be at least 1, got {steps}")
+    check_counts(0, draws=draws)
+    if steps is not None:
+        check_counts(steps=steps)
     count = len(heads) if steps is None else min(steps, len(heads))
     removed = np.unique(np.linspace(0, len(heads), count + 1).round().astype(int))
     random = np.random.default_rng(seed)

@@ -11,27 +11,24 @@ All but `norm` are means over the positions of a prompt.
 
 import math
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from lens.common.errors import LensError
+from lens.common.choices import check_choice
+
+Distance = Literal["norm", "angular", "kl", "js", "js_finercut"]
 
 
-def distance(name: str, whole: Tensor, cut: Tensor) -> Tensor:
+def distance(name: Distance, whole: Tensor, cut: Tensor) -> Tensor:
     """[prompts] distance of two logits [prompts, positions, vocab].
 
     Raises:
         LensError: an unknown name.
     """
-    check_distance(name)
+    check_choice("distance", name, Distance)
     return DISTANCES[name](whole.double(), cut.double())
-
-
-def check_distance(name: str) -> None:
-    """Raises: LensError: an unknown name."""
-    if name not in DISTANCES:
-        raise LensError(f"unknown distance {name!r}; known: {', '.join(DISTANCES)}")
 
 
 def divergence(a: Tensor, b: Tensor) -> Tensor:
@@ -74,7 +71,7 @@ def _js_finercut(a: Tensor, b: Tensor) -> Tensor:
     return ((divergence(middle, a) + divergence(middle, b)) / 2).mean(1)
 
 
-DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+DISTANCES: dict[Distance, Callable[[Tensor, Tensor], Tensor]] = {
     "norm": _norm,
     "angular": _angular,
     "kl": _kl,

@@ -14,11 +14,11 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from lens.common.errors import LensError
-from lens.common.head_ids import HeadId
+from lens.common.choices import check_counts
+from lens.common.head_ids import HeadId, all_heads, head_columns
 from lens.common.progress import advancing
 from lens.common.results import Result
-from lens.heads.behaviour.near_keys import Streamer, head_names, read_long_prompts
+from lens.heads.behaviour.near_keys import Streamer, read_long_prompts
 from lens.models.loaded import LoadedModel
 from lens.passes.calls import LayerCall
 from lens.passes.inputs import Prompt
@@ -57,11 +57,11 @@ class StreamingGate(Result):
 
     def retrieval_heads(self, threshold: float = 0.5) -> list[HeadId]:
         """Heads whose gate lies above the threshold, in order of layer and head."""
-        return [HeadId(int(a), int(b)) for a, b in np.argwhere(self.values > threshold)]
+        return [HeadId(*at) for at in np.argwhere(self.values > threshold).tolist()]
 
     def table(self) -> pd.DataFrame:
         """One row per head: `name`, `layer`, `head`, `alpha`, `n`."""
-        found: dict[str, Any] = head_names(*self.values.shape)
+        found = head_columns(all_heads(*self.values.shape))
         return pd.DataFrame(found | {"alpha": self.values.ravel(), "n": self.n})
 
     def __repr__(self) -> str:
@@ -107,8 +107,7 @@ def gate(
     Example:
         >>> lens.heads.pruning.gate(model, texts, first=1, last=8).retrieval_heads()
     """
-    if steps < 1:
-        raise LensError(f"steps must be at least 1, got {steps}")
+    check_counts(steps=steps)
     read = read_long_prompts(model, prompts, first, last)
     info = model.info
     alpha = torch.ones(info.layers, info.kv_heads, device=model.device, requires_grad=True)

@@ -119,7 +119,7 @@ def orders(
         >>> scores = [lens.heads.importance(small, task, method=by) for by in ("ablation", "gradient")]
         >>> found = lens.heads.pruning.orders(small, task, orders=scores, draws=2)
         >>> print(found.findings()[0])
-        2 of 8 heads can go...
+        3 of 8 heads can go...
 
     Raises:
         LensError: no order, a share that is not positive, and as in `curve`.

@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -27,17 +27,21 @@ import torch
 from torch import Tensor, nn
 
 from lens import stats
+from lens.common.choices import check_choice, words
 from lens.common.errors import LensError
-from lens.common.head_ids import HeadId
+from lens.common.head_ids import HeadId, head_columns
+from lens.common.progress import advancing
 from lens.common.results import Result
 from lens.heads.pruning.distances import jensen_shannon
 from lens.models.loaded import LoadedModel
 from lens.passes.head_outputs import Source, edited_outputs
 from lens.passes.sessions import transformer
-from lens.stats import over_units
+from lens.stats.intervals import columns
 from lens.tasks.task import Task
 
-METRICS = ("accuracy", "probability", "loss", "js", "cosine", "distance")
+Metric = Literal["accuracy", "probability", "loss", "js", "cosine", "distance"]
+Baseline = Literal["zero", "mean"]
+METRICS = words(Metric)
 _ROWS = 512  # examples, copies included, in one forward pass
 
 
@@ -76,18 +80,11 @@ class PruningMetrics(Result):
     def table(self, *, seed: int = 0) -> pd.DataFrame:
         """One row per head and metric: `name`, `layer`, `head`, `metric`, `value`, `low`, `high`
         (95 % bootstrap interval over examples) and `n`."""
-        rows = []
+        parts = []
         for metric, values in self.per_example.items():
-            units = np.moveaxis(values, -1, 0)
-            low, high = over_units(units, np.ones_like(units), seed)
-            for layer, head in np.ndindex(values.shape[:2]):
-                at = (layer, head)
-                mean = values[at].mean()
-                rows.append(
-                    (str(HeadId(*at)), layer, head, metric, mean, low[at], high[at], self.n)
-                )
-        columns = ["name", "layer", "head", "metric", "value", "low", "high", "n"]
-        return pd.DataFrame(rows, columns=columns)
+            part = head_columns(list(np.ndindex(values.shape[:2]))) | {"metric": metric}
+            parts.append(pd.DataFrame(part | columns("value", values, seed, plain=True)))
+        return pd.concat(parts, ignore_index=True).assign(n=self.n)
 
     def by_class(self, metric: str) -> dict[int, np.ndarray]:
         """[layer, head] mean over the examples of each class.
@@ -113,9 +110,7 @@ class PruningMetrics(Result):
         return pd.DataFrame(rows, columns=["first", "second", "tau"])
 
     def _of(self, metric: str) -> np.ndarray:
-        if metric not in self.per_example:
-            raise LensError(f"unknown metric {metric!r}; known: {', '.join(METRICS)}")
-        return self.per_example[metric]
+        return self.per_example[check_choice("metric", metric, METRICS)]
 
     def __repr__(self) -> str:
         drop = self.values("probability")
@@ -131,7 +126,8 @@ def metrics(
     inputs: Mapping[str, Tensor] | Task,
     labels: Any = None,
     *,
-    baseline: str = "zero",
+    baseline: Baseline = "zero",
+    progress: bool = True,
 ) -> PruningMetrics:
     """Prune each head alone and compare the outputs with those of the whole model.
 
@@ -141,6 +137,7 @@ def metrics(
             or a task, whose answers are the labels of the next-token distributions.
         labels: [examples] classes; a task has its own.
         baseline: "zero", or "mean", the head's mean over the examples at each position.
+        progress: show a bar with the time left, on stderr, if that is a terminal.
 
     Example:
         >>> found = lens.heads.pruning.metrics(small, lens.tasks.induction(small, n=4))
@@ -151,12 +148,11 @@ def metrics(
         LensError: labels that do not fit, an unknown baseline, or a model whose outputs cannot be read.
     """
     model.info.check_all_attend("pruning.metrics")
-    if baseline not in ("zero", "mean"):
-        raise LensError(f"baseline must be 'zero' or 'mean', got {baseline!r}")
+    check_choice("baseline", baseline, Baseline)
     capacity = min(_ROWS, inputs.rows_at_once(model)) if isinstance(inputs, Task) else _ROWS
     inputs, positions, correct = _examples(model, inputs, labels)
     info, n = model.info, len(correct)
-    heads = [HeadId(layer, head) for layer in range(info.layers) for head in range(info.heads)]
+    heads = info.every_head
     sums: dict[int, Tensor] = {}
 
     def keep(layer: int, z: Tensor) -> Tensor:
@@ -169,12 +165,15 @@ def metrics(
     (whole,) = _outputs(model, inputs, positions, [heads], keep, capacity)
     found = {metric: np.empty((info.layers, info.heads, n)) for metric in METRICS}
     stack = max(1, capacity // n)
-    for start in range(0, len(heads), stack):
-        some = heads[start : start + stack]
-        pruned = _outputs(model, inputs, positions, [[head] for head in some], instead, capacity)
-        for head, outputs in zip(some, pruned, strict=True):
-            for metric, values in _compared(whole, outputs, correct).items():
-                found[metric][head] = values.mean(1).numpy()
+    with advancing(f"{model.name}: heads pruned", len(heads), progress) as advance:
+        for start in range(0, len(heads), stack):
+            some = heads[start : start + stack]
+            groups = [[head] for head in some]
+            pruned = _outputs(model, inputs, positions, groups, instead, capacity)
+            for head, outputs in zip(some, pruned, strict=True):
+                for metric, values in _compared(whole, outputs, correct).items():
+                    found[metric][head] = values.mean(1).numpy()
+            advance(len(some))
     right = (whole.log_probabilities.argmax(-1) == correct).double().mean()
     classes = correct[:, 0].numpy() if positions is None else None
     return PruningMetrics(found, classes, float(right), baseline, model.name)

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from lens.common.results import Result
-from lens.stats import over_units
+from lens.stats.intervals import columns
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -35,11 +35,8 @@ class SkipSweep(Result):
     def table(self, *, seed: int = 0) -> pd.DataFrame:
         """One row per sub-layer, in order: `name`, `drop`, `drop_low`, `drop_high`, `distance`,
         `distance_low`, `distance_high` (95 % bootstrap intervals over prompts) and `n`."""
-        columns: dict[str, object] = {"name": list(self.names)}
-        for name, values in (("drop", self.drops), ("distance", self.distances)):
-            low, high = over_units(values.T, np.ones_like(values.T), seed)
-            columns |= {name: values.mean(1), f"{name}_low": low, f"{name}_high": high}
-        return pd.DataFrame({**columns, "n": len(self.clean)})
+        ends = columns("drop", self.drops, seed) | columns("distance", self.distances, seed)
+        return pd.DataFrame({"name": list(self.names), **ends, "n": len(self.clean)})
 
     def __repr__(self) -> str:
         drops = self.drops.mean(1)
@@ -75,14 +72,11 @@ class GreedyRemoval(Result):
     def table(self, *, seed: int = 0) -> pd.DataFrame:
         """One row per step: `removed` (how many), `name` (the last, "" at first), `metric`, `low`,
         `high` (95 % bootstrap interval over prompts), `distance` and `n`."""
-        low, high = over_units(self.losses.T, np.ones_like(self.losses.T), seed)
         return pd.DataFrame(
             {
                 "removed": np.arange(len(self.losses)),
                 "name": ["", *self.order],
-                "metric": self.losses.mean(1),
-                "low": low,
-                "high": high,
+                **columns("metric", self.losses, seed, plain=True),
                 "distance": [0.0, *self.distances.mean(1)],
                 "n": self.losses.shape[1],
             }
@@ -112,17 +106,9 @@ class BlockInfluence(Result):
 
     def table(self, *, seed: int = 0) -> pd.DataFrame:
         """One row per layer: `layer`, `influence`, `low`, `high` (95 % bootstrap over prompts), `n`."""
-        low, high = over_units(self.per_prompt.T, np.ones_like(self.per_prompt.T), seed)
         layers, n = self.per_prompt.shape
-        return pd.DataFrame(
-            {
-                "layer": np.arange(layers),
-                "influence": self.per_prompt.mean(1),
-                "low": low,
-                "high": high,
-                "n": n,
-            }
-        )
+        ends = columns("influence", self.per_prompt, seed, plain=True)
+        return pd.DataFrame({"layer": np.arange(layers), **ends, "n": n})
 
     def __repr__(self) -> str:
         shown = ", ".join(f"L{at} {value:.3g}" for at, value in enumerate(self.per_prompt.mean(1)))

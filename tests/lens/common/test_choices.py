@@ -2,9 +2,10 @@
 
 from typing import Literal
 
+import numpy as np
 import pytest
 
-from lens.common.choices import check_choice, words
+from lens.common.choices import check_choice, check_counts, words
 from lens.common.errors import LensError
 
 Rule = Literal["mask", "drop"]
@@ -28,3 +29,16 @@ def test_a_choice_is_given_back():
 def test_anything_else_is_refused(value, message):
     with pytest.raises(LensError, match=message):
         check_choice("rule", value, Rule)
+
+
+def test_whole_numbers_pass():
+    check_counts(draws=1, seeds=np.int64(3))
+    check_counts(0, first=0)
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.0, "3", True, None, np.nan])
+def test_what_is_no_count_is_refused(value):
+    with pytest.raises(LensError, match=r"^draws must be a positive integer, got"):
+        check_counts(seeds=1, draws=value)
+    with pytest.raises(LensError, match=r"^draws must be an integer of at least 2, got 1$"):
+        check_counts(2, draws=1)

@@ -3,6 +3,8 @@
 import numpy as np
 
 from lens import stats
+from lens.stats.controls import jaccard
+from lens.stats.intervals import columns
 
 LINE = np.abs(np.subtract.outer(np.arange(5.0), np.arange(5.0)))
 TREE = stats.average_linkage(LINE)
@@ -25,6 +27,8 @@ RIGHT = {
     "cut_tree": lambda: stats.cut_tree(TREE, 2),
     "silhouettes": lambda: stats.silhouettes(LINE, TREE),
     "adjusted_rand": lambda: stats.adjusted_rand(LABELS, LABELS % 2),
+    "jaccard": lambda: jaccard(MEASURES[0] > 0),
+    "columns": lambda: [columns("x", MEASURES, 0), columns("x", np.arange(5.0), 0, plain=True)],
 }
 WRONG = {
     "over_units of other counts": lambda: stats.over_units(MEASURES, MEASURES[:, 0], 0),
@@ -32,5 +36,6 @@ WRONG = {
     "cut_tree of scipy's tree": lambda: stats.cut_tree(np.zeros((4, 4)), 2),
     "silhouettes of another tree": lambda: stats.silhouettes(LINE, TREE[1:]),
     "adjusted_rand of other members": lambda: stats.adjusted_rand(LABELS, LABELS[1:]),
+    "jaccard of a row": lambda: jaccard(LABELS > 2),
 }
 CALLS = RIGHT | WRONG

@@ -9,7 +9,7 @@ from tests.lens.stats.shape_calls import RIGHT, WRONG
 
 @pytest.fixture(scope="module")
 def outcomes():
-    modules = [f"lens.stats.{name}" for name in ("clusters", "intervals", "orders")]
+    modules = [f"lens.stats.{name}" for name in ("clusters", "controls", "intervals", "orders")]
     return shapes.outcomes("tests.lens.stats.shape_calls", *modules)
 
 

@@ -1,0 +1,71 @@
+"""How edges are scored: a word, or an object where a method takes arguments of its own."""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from lens.common.choices import check_choice, check_counts
+from lens.common.errors import LensError
+
+Method = Literal[
+    "exact", "eap", "clean-corrupted", "eap-ig", "eap-ig-activations", "eap-ig-stages",
+    "atp*", "atp*-together", "atp*-grad-drop", "relp", "relp-values",
+]  # fmt: skip
+Over = Literal["inputs", "activations", "stages"]
+Rule = Literal["midpoint", "left"]
+_WORDS: dict[Over, Method] = {
+    "inputs": "eap-ig",
+    "activations": "eap-ig-activations",
+    "stages": "eap-ig-stages",
+}
+
+
+@dataclass(frozen=True)
+class EapIg:
+    """Integrated gradients: the gradient is a mean over steps from the reference to the clean prompt.
+
+    Attributes:
+        steps: at least 1; "auto" (over inputs alone) doubles 5 until what is missing of the whole effect, mean
+            size over the prompts, is below 1 % of it.
+        rule: "midpoint", or "left", as published code does: over inputs it starts at the reference, over
+            activations one step after it.
+        over: what is interpolated: "inputs" (the method "eap-ig"), "activations" or "stages", see
+            `lens.circuits.score_edges`.
+
+    Raises:
+        LensError: another word, or no number of steps.
+
+    Example:
+        >>> lens.circuits.score_edges(small, copying, method=lens.circuits.EapIg(steps=2)).steps
+        2
+    """
+
+    steps: int | Literal["auto"] = 5
+    rule: Rule = "midpoint"
+    over: Over = "inputs"
+
+    def __post_init__(self) -> None:
+        check_choice("rule", self.rule, Rule)
+        check_choice("over", self.over, Over)
+        if self.steps != "auto":
+            check_counts(steps=self.steps)
+        elif self.over != "inputs":
+            raise LensError(
+                f"steps='auto' belongs to over='inputs', got {self.over!r}; give a number"
+            )
+
+    @property
+    def word(self) -> Method:
+        """The method's name."""
+        return _WORDS[self.over]
+
+
+def named(method: Method | EapIg) -> tuple[Method, EapIg | None]:
+    """The method's name, and its steps where it has any.
+
+    Raises:
+        LensError: no such method.
+    """
+    if isinstance(method, EapIg):
+        return method.word, method
+    check_choice("method", method, get_args(Method))
+    return method, next((EapIg(over=over) for over in _WORDS if _WORDS[over] == method), None)

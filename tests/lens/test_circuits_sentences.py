@@ -1,0 +1,156 @@
+"""What results of circuits say, word by word, and what they say where it would be the opposite."""
+
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from lens.circuits.checks._sink_check import SinkCheck
+from lens.circuits.patches.head_parts import ROLES, JoinedHeads
+from lens.circuits.reuse._overlap import Overlap
+from lens.circuits.reuse._redirection import Redirection
+from lens.circuits.scores._sae_codes import CodeScores, CodeSettings
+from lens.common.head_ids import HeadId
+from lens.common.results import of_kind
+
+HEADS = (HeadId(0, 1), HeadId(1, 0))
+
+
+def kinds(result):
+    return [said.kind for said in result.findings()]
+
+
+def one(result, kind):
+    (said,) = of_kind(result.findings(), kind)
+    return said.text
+
+
+@pytest.fixture
+def overlap():
+    """Two of the three heads that either circuit has are in both; by chance a quarter."""
+    first, second = np.zeros((2, 2, 3), bool)
+    first[0, 1] = first[1, 0] = second[0, 1] = second[1, 0] = second[1, 2] = True
+    values = {"heads": 2 / 3, "rank correlation": 0.5}
+    null = {"heads": np.array([0.25, 0.2, 0.3]), "rank correlation": np.array([0.1, 0.2, 0.6])}
+    blank = np.full((2, 3), np.nan)
+    return Overlap(values, null, {}, first, second, (blank, blank), ("ioi", "induction"), "layers")
+
+
+def test_overlap(overlap):
+    assert kinds(overlap) == ["shared", "orders", "limit"]
+    assert one(overlap, "shared") == (
+        "ioi and induction share 2 of 3 heads (Jaccard 0.67; heads of the same layers at random 0.25 "
+        "[0.20, 0.30], p 0.25)."
+    )
+    assert one(overlap, "orders") == "All scores put in order agree to 0.50 (Spearman; p 0.5)."
+    swapped = replace(
+        overlap, null={**overlap.null, "heads": np.array([0.9, 0.8, 0.7])}, kind="all"
+    )
+    assert "heads of any layer at random 0.80 [0.70, 0.90], p 1)" in one(swapped, "shared")
+    alone = replace(overlap, values={"heads": 2 / 3})
+    assert kinds(alone) == ["shared", "limit"]
+    table = overlap.heads()
+    assert table[["name", "layer", "head", "circuit"]].to_numpy().tolist() == [
+        ["L0H1", 0, 1, "both"], ["L1H0", 1, 0, "both"], ["L1H2", 1, 2, "second"],
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def redirection():
+    """As it is 1 of 4 prompts is right, redirected all, with either control 1."""
+    wrong, right = [1.0, 0, 0, 0], [1.0] * 4
+    runs = np.array([wrong, right, wrong, wrong])
+    controls = ((HeadId(0, 0), HeadId(1, 2)), (HeadId(0, 2), HeadId(1, 1)))
+    return Redirection(
+        HEADS, controls, runs, 2 - runs, np.full((2, 4), 0.05), "answer", 1.0, "equal", "layers", "loss",
+        -1, "broken", "m", 0,
+    )  # fmt: skip
+
+
+def test_redirection(redirection):
+    assert kinds(redirection) == ["effect", "controls", "metric"]
+    effect = one(redirection, "effect")
+    assert effect.startswith(
+        "With 100% of the attention of L0H1, L1H0 on answer, accuracy on broken goes from 25.0% to 100.0% "
+        "(+75.0% ["
+    )
+    assert effect.endswith("the heads repair the task.")
+    assert one(redirection, "controls").startswith(
+        "As many heads of the same layers at random (2 draws) give 25.0%; the difference is +75.0% ["
+    )
+    assert "p 0.33. Before, the heads had 5.0% of their attention there." in one(
+        redirection, "controls"
+    )
+    assert one(redirection, "metric").startswith("The loss goes from 1.75 to 1 (-0.75 [")
+    undone = replace(redirection, accuracy=redirection.accuracy[[1, 0, 2, 3]], match="all")
+    assert one(undone, "effect").endswith("the heads harm the task.")
+    assert "As many heads of any layer" in one(undone, "controls")
+    same = replace(redirection, accuracy=redirection.accuracy[[0, 0, 2, 3]])
+    assert one(same, "effect").endswith("the interval holds 0.")
+    single = replace(redirection, accuracy=redirection.accuracy[:, 1:2], metric=np.ones((4, 1)))
+    assert one(single, "effect").endswith("one prompt has no interval.")
+
+
+def test_sink_check():
+    plain = np.array([2.0, 4.0])
+    check = SinkCheck(
+        HEADS,
+        plain,
+        {"excluded": plain - 1, "redistributed": plain + 0.5},
+        {"excluded": plain[None] - [[0.25], [0.75]], "redistributed": plain[None]},
+        1,
+        "logit_difference",
+        "ioi",
+        "m",
+        0,
+    )
+    assert kinds(check) == ["excluded", "redistributed"]
+    assert one(check, "excluded") == (
+        "With the first key excluded in 2 heads, ioi goes from 3 to 2 (-1 [-1, -1] logit_difference, more is "
+        "better); in 1 others of the same layers by -0.5."
+    )
+    assert "redistributed in 2 heads, ioi goes from 3 to 3.5 (+0.5" in one(check, "redistributed")
+    alone = replace(check, others={name: np.empty((0, 2)) for name in check.others})
+    assert one(alone, "excluded").endswith("more is better).")
+
+
+def test_codes():
+    settings = CodeSettings(4, 9, 0.1, 2, "mean", (0, 1))
+    counts = np.array([[[3, 0], [1, 0]], [[5, 0], [0, 0]]], float)
+    scores = CodeScores(counts, 7, settings, "ioi", "m")
+    assert kinds(scores) == ["codes", "limit"]
+    assert one(scores, "codes") == (
+        "Most codes that clean prompts alone use: L0H0 4, L1H0 0.5, L0H1 0 (7 held-out pairs of prompts of "
+        "ioi, 2 seeds); 2 of 4 heads have none."
+    )
+    nothing = replace(scores, per_seed=counts * 0)
+    assert kinds(nothing) == ["codes"]
+    assert one(nothing, "codes") == (
+        "No head has a code that clean prompts alone use (7 held-out pairs of prompts of ioi, 2 seeds)."
+    )
+
+
+def test_parts_of_heads():
+    parts = np.array([[4.0, 1, 3, 0, 2], [-1.0, -2, 0.5, 0.5, 0]])  # [head, part]
+    effects = np.stack([parts, parts], -1)
+    effects[1, 0] = [-3, 1]  # its sign depends on the prompt
+    roles = pd.DataFrame({"name": ["L0H1", "L1H0"], **{role: [0.25, 0.5] for role in ROLES}})
+    attended = pd.DataFrame(
+        [("L0H1", 0, 0, 3, "Mary", 0.8), ("L0H1", 1, 0, 3, "Mary", 0.6),
+         ("L1H0", 0, 0, 0, "BOS", 0.9), ("L1H0", 1, 0, 2, "to", 0.1), ("L1H0", 0, 1, 1, "to", 0.0)],
+        columns=["name", "prompt", "rank", "position", "token", "mass"],
+    )  # fmt: skip
+    joined = JoinedHeads(HEADS, effects, roles, attended, np.ones(2), "loss", "ioi", "m", 0)
+    assert one(joined, "effect") == (
+        "L0H1: effect +4 [+4, +4] loss, mostly through its values (pattern +1, value +3, interaction +0); it "
+        "looks most at 'Mary' (70%) and keeps 25% on the first key; without the first key the effect is +2."
+    )
+    assert one(joined, "none").startswith(
+        "L1H0: effect -1 [-3, +1], the interval holds 0; it looks"
+    )
+    turned = replace(joined, effects=effects[::-1, [0, 2, 1, 3, 4]])
+    assert "through its pattern" in " ".join(turned.findings())
+    assert [said.kind for said in joined.findings(most=1)] == ["effect"]
+    table = joined.table()
+    assert table[["name", "layer", "head"]].to_numpy().tolist() == [["L0H1", 0, 1], ["L1H0", 1, 0]]
