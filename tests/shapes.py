@@ -26,15 +26,16 @@ checked = beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))
 
 
 @functools.cache
-def outcomes(calls: str, *modules: str) -> dict[str, str | None]:
+def outcomes(calls: str, *modules: str, plain: str = "lens") -> dict[str, str | None]:
     """Name of each call in `calls.CALLS` -> None, or the error that it raised, in one line.
 
     Args:
         calls: a module of the tests.
         modules: those whose signatures are checked, and no others.
+        plain: a module that imports all others that they need, whose type-checking imports stay off.
     """
-    start = "import sys; from tests import shapes; shapes.main(sys.argv[1], sys.argv[2:])"
-    command = [sys.executable, "-c", start, calls, *modules]
+    start = "import sys; from tests import shapes; shapes.main(*sys.argv[1:3], sys.argv[3:])"
+    command = [sys.executable, "-c", start, calls, plain, *modules]
     paths = os.pathsep.join(str(ROOT / part) for part in ("", "kernels", "analyses", "dashboards"))
     environment = {**os.environ, "PYTHONPATH": paths}
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
@@ -42,9 +43,9 @@ def outcomes(calls: str, *modules: str) -> dict[str, str | None]:
     return json.loads(result.stdout.splitlines()[-1])
 
 
-def main(calls: str, modules: list[str]) -> None:
+def main(calls: str, plain: str, modules: list[str]) -> None:
     """Makes the calls in this process and prints their outcomes as JSON."""
-    for module in ("torch", "numpy", "lens"):  # their own type-checking imports stay off
+    for module in ("torch", "numpy", plain):  # their own type-checking imports stay off
         importlib.import_module(module)
     typing.TYPE_CHECKING = True
     with jaxtyping.install_import_hook(modules, "tests.shapes.checked"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,6 +17,9 @@ from lens.edits.language import Edit, Running
 from lens.models.loaded import LoadedModel
 from lens.passes.keys import KeysAt
 from lens.passes.stream import changed
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float
 
 
 @dataclass(frozen=True)
@@ -66,10 +70,10 @@ def by_layer(keys: Tensor) -> Callable[[KeysAt], Tensor]:
 
 def control_keys(
     control: str,
-    sources: np.ndarray,
-    mass: np.ndarray,
+    sources: Bool[np.ndarray, "keys"],
+    mass: Float[np.ndarray, "keys"],
     random: np.random.Generator,
-    free: np.ndarray | None = None,
+    free: Bool[np.ndarray, "keys"] | None = None,
 ) -> list[int]:
     """Keys that are no sources, for "size", "mass" or "position".
 
@@ -101,7 +105,12 @@ def control_keys(
     return sorted(drawn[: 1 + np.abs(reached - mass[sources].sum()).argmin()].tolist())
 
 
-def other_heads(control: str, chosen: Tensor, random: np.random.Generator, mass: Tensor) -> Tensor:
+def other_heads(
+    control: str,
+    chosen: Bool[Tensor, "layers heads"],
+    random: np.random.Generator,
+    mass: Float[Tensor, "layers heads"],
+) -> Bool[Tensor, "layers heads"]:
     """bool [layers, heads]: as many heads that are not chosen, for "size", "mass" or "layer".
 
     A head without attention, whose `mass` [layers, heads] is NaN, stands in for none.

@@ -25,8 +25,8 @@ EPSILON = 1e-6
 
 
 def phi(
-    hidden: Float[Tensor, "*batch query width"], dims: Sequence[int] | None = None
-) -> Float[Tensor, "*batch query"]:
+    hidden: Float[Tensor, "*batch tokens width"], dims: Sequence[int] | None = None
+) -> Float[Tensor, "*batch tokens"]:
     """`max_d |x_d| / RMS(x)` over the dimensions, which never passes `sqrt(width)`.
 
     Args:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -28,6 +28,9 @@ from lens.models.loaded import LoadedModel
 from lens.passes.inputs import Prompt, read_prompts
 from lens.passes.keys import Keys
 from lens.tasks.task import Task
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float
 
 Edits: TypeAlias = Edit | Sequence[Edit] | Callable[[Prompt], Edit | Sequence[Edit]]
 
@@ -277,7 +280,11 @@ def _said(edits: Sequence[Edit]) -> str:
     return " and ".join(f"{n} × {words}" if n > 1 else words for words, n in counted.items())
 
 
-def moved(before: Tensor, after: Tensor, source: Tensor) -> np.ndarray:
+def moved(
+    before: Float[Tensor, "layers heads keys"],
+    after: Float[Tensor, "layers heads keys"],
+    source: Bool[Tensor, "layers 1 keys"],
+) -> Float[np.ndarray, "5 layers heads"]:
     """[5, layers, heads]: the columns of `Effect.migration` for one prompt."""
 
     def largest(alpha: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:

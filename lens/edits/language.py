@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
@@ -16,6 +16,9 @@ from lens.common.head_ids import AnyHead
 from lens.edits.base import AttentionEdit, selected_heads
 from lens.models.loaded import LoadedModel
 from lens.passes.keys import Keys, check_keys
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool
 
 
 class Edit(ABC):
@@ -72,7 +75,7 @@ class OfHeads(Edit):
             if (given := getattr(self, name)) is not None:
                 object.__setattr__(self, name, tuple(given))
 
-    def chosen(self, model: LoadedModel) -> torch.Tensor:
+    def chosen(self, model: LoadedModel) -> Bool[torch.Tensor, "layers heads"]:
         """bool [layers, heads]: those that it edits.
 
         Raises:

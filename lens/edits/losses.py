@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,6 +13,9 @@ from lens.models.loaded import LoadedModel
 from lens.passes.inputs import Prompt
 from lens.passes.interface import image_token
 from lens.passes.sessions import OnLayer, listening
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
 
 MEASURES: tuple[str, ...] = ("delta_loss", "kl", "flip_rate")
 
@@ -27,7 +31,9 @@ def two_tokens(ids: list[int] | None) -> list[int]:
     return ids
 
 
-def predictions(model: LoadedModel, prompt: Prompt, on_layer: OnLayer) -> Tensor:
+def predictions(
+    model: LoadedModel, prompt: Prompt, on_layer: OnLayer
+) -> Float[Tensor, "tokens vocab"]:
     """Log probabilities [tokens, vocab] with `on_layer` in place of the model's attention.
 
     Raises:
@@ -75,7 +81,11 @@ def changes(base: Tensor, edited: Tensor, ids: Sequence[int]) -> tuple[float, fl
     return changes_of(base, edited, torch.tensor(ids[1:], device=base.device))
 
 
-def changes_of(base: Tensor, edited: Tensor, target: Tensor) -> tuple[float, float, float]:
+def changes_of(
+    base: Float[Tensor, "tokens vocab"],
+    edited: Float[Tensor, "tokens vocab"],
+    target: Int[Tensor, "tokens"],
+) -> tuple[float, float, float]:
     """Change of the loss, KL of the edited from the unedited prediction, share of changed top tokens.
 
     Args:

@@ -54,7 +54,7 @@ def effects(subject: Subject) -> Section:
     scopes = {name: lens.effect(model, texts, edit, **mass) for name, edit in reaches.items()}
     alike = {"seed": seed, "clean": clean, "progress": False}
     off = lens.effect(model, texts, edits.Ablate(strongest), controls=("size", "mass"), **alike)
-    found.append(replace(off, edit="head off"))
+    found.append(replace(off, edit="heads off"))
     massive = sinks.massive(model, texts)
     if len(massive.rows):
         references: dict[str, Any] = {"zero": massive.edits()}
