@@ -6,6 +6,8 @@ from .chunks import Hierarchical as Hierarchical
 from .chunks import Landmark as Landmark
 from .chunks import LongHeads as LongHeads
 from .evaluating import evaluate as evaluate
+from .files import read as read
+from .files import write as write
 from .flex_prefill import FlexPrefill as FlexPrefill
 from .grids import Grid as Grid
 from .grids import Regions as Regions
@@ -15,6 +17,7 @@ from .oracle import RandomBlocks as RandomBlocks
 from .per_head import PerHead as PerHead
 from .quest import Quest as Quest
 from .routing import Routing as Routing
+from .searching import search as search
 from .sparge import Sparge as Sparge
 from .strided import Strided as Strided
 from .vertical_slash import VerticalSlash as VerticalSlash
@@ -24,7 +27,6 @@ __all__ = [
     "AShape",
     "BlockSparse",
     "FlexPrefill",
-    "Full",
     "Grid",
     "Oracle",
     "PerHead",
@@ -34,4 +36,5 @@ __all__ = [
     "VerticalSlash",
     "XAttention",
     "evaluate",
+    "search",
 ]

@@ -112,6 +112,16 @@ def by_key(view: BlockView, kept: Tensor) -> Tensor:
     return padded.unflatten(-1, (-1, view.key_block)).any(-1)[..., None, :]
 
 
+def ends(view: BlockView, *, before: int = 0, first: int = 1) -> Tensor:
+    """The first blocks, those of the query block itself, and so many before them; visible ones only."""
+    _, _, rows, blocks = view.shape
+    at = torch.arange(blocks, device=view.query.device)
+    start = torch.arange(rows, device=view.query.device)[:, None] * view.query_block + view.offset
+    end = (start + view.query_block).clamp(max=view.keys) - 1
+    own = (at >= start // view.key_block - before) & (at <= end // view.key_block)
+    return ((at < first) | own) & view.visible
+
+
 def largest(scores: Tensor, count: Tensor | int, among: Tensor) -> Tensor:
     """bool of the `count` largest `scores` [..., n] among those that may be taken; all where these are fewer.
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lens.common.choices import check_choice
 from lens.passes.blocks import BlockView
-from lens.policies.base import Kept, Policy, check_counts, largest, pairs
+from lens.policies.base import Kept, Policy, check_counts, ends, largest, pairs
 
 Representative = Literal["first", "middle", "last", "mean"]
 
@@ -48,7 +48,7 @@ class Landmark(Policy):
         query = view.pooled()[0]
         key = representatives(view.key, view.key_block, self.representative)
         scores = query @ key.transpose(-1, -2)
-        return Kept(largest(scores, self.top, view.visible & ~_ends(view)) | _ends(view))
+        return Kept(largest(scores, self.top, view.visible & ~ends(view)) | ends(view))
 
     def cost(self, view: BlockView) -> float:
         """See `Policy`."""
@@ -87,7 +87,7 @@ class LongHeads(Policy):
 
     def keep(self, view: BlockView) -> Kept:
         """See `Policy`."""
-        forced = _ends(view, before=1)
+        forced = ends(view, before=1)
         scores = view.pooled()[0] @ self.summaries(view).transpose(-1, -2)
         rest = (self.top - forced.sum(-1, keepdim=True)).clamp(min=0)
         return Kept(largest(scores, rest, view.visible & ~forced) | forced)
@@ -155,7 +155,7 @@ class Hierarchical(Policy):
 
     def keep(self, view: BlockView) -> Kept:
         """See `Policy`."""
-        forced = _ends(view, before=self.last - 1, first=self.first)
+        forced = ends(view, before=self.last - 1, first=self.first)
         return Kept(self.by_level(view)[-1] | forced)
 
     def by_level(self, view: BlockView) -> list[Tensor]:
@@ -210,13 +210,3 @@ def _chunks(blocks: Tensor, size: int) -> Tensor:
         .unflatten(-1, (-1, size))
         .any(-1)
     )
-
-
-def _ends(view: BlockView, *, before: int = 0, first: int = 1) -> Tensor:
-    """The first blocks, those of the query block itself, and so many before them; visible ones only."""
-    _, _, rows, blocks = view.shape
-    at = torch.arange(blocks, device=view.query.device)
-    start = torch.arange(rows, device=view.query.device)[:, None] * view.query_block + view.offset
-    end = (start + view.query_block).clamp(max=view.keys) - 1
-    own = (at >= start // view.key_block - before) & (at <= end // view.key_block)
-    return ((at < first) | own) & view.visible

@@ -21,8 +21,8 @@ from lens.passes.inputs import Prompt, read_prompts
 from lens.passes.replay import proved
 from lens.passes.sessions import base, listening
 from lens.policies.base import Policy, check_block_size
-from lens.policies.measures import COLUMNS, measure, ranked
-from lens.policies.scores import PolicyScores
+from lens.policies.measures import measure, ranked, sizes
+from lens.policies.scores import COLUMNS, PolicyScores
 from lens.tasks.prompts import token_losses
 
 
@@ -74,14 +74,20 @@ def evaluate(
     read, _ = read_prompts(model, prompts)
     if not read:
         raise LensError("no prompts; give at least one")
+    if model.info.twice:
+        raise LensError(
+            f"{model.name} attends twice in layers {list(model.info.twice)}; what a policy keeps of two maps "
+            "that are subtracted is not defined here"
+        )
+    layers = model.info.attending
     projections, reason = _projections(model)
     values = np.full(
-        (len(policies), len(COLUMNS), model.info.layers, model.info.heads, len(read)), np.nan
+        (len(policies), len(COLUMNS), len(layers), model.info.heads, len(read)), np.nan
     )
     losses = np.full((len(policies) + 1, len(read)), np.nan)
     with advancing(f"{model.name}: prompts", len(read), progress) as advance:
         for place, prompt in enumerate(read):
-            measuring = _Measuring(policies, sizes, projections, values[..., place])
+            measuring = _Measuring(policies, sizes, projections, values[..., place], layers)
             with torch.no_grad(), listening(model, measuring.on_layer):
                 base(model)(**prompt.inputs)
             if loss:
@@ -92,6 +98,7 @@ def evaluate(
         dense_loss=losses[0],
         sparse_loss=losses[1:],
         policies=tuple(map(str, policies)),
+        layers=layers,
         block_sizes=tuple(sizes),
         tokens=tuple(_length(prompt) for prompt in read),
         unprojected=reason,
@@ -109,26 +116,30 @@ class _Measuring:
         sizes: Sequence[tuple[int, int]],
         projections: list[Tensor] | None,
         values: np.ndarray,
+        layers: Sequence[int],
     ) -> None:
+        self._layers = layers
         self._policies, self._sizes, self._projections = policies, sizes, projections
         self._values = values  # [policies, columns, layers, heads], filled here
 
     def on_layer(self, call: LayerCall) -> Tensor:
         """See `lens.passes.sessions.listening`."""
-        projection = None if self._projections is None else self._projections[call.layer]
-        dense = None
+        layer = self._layers.index(call.layer)
+        projection = None if self._projections is None else self._projections[layer]
+        dense = written = None
         for size in dict.fromkeys(self._sizes):
             view = BlockView(call, *size)
             dense = view.attended().output if dense is None else dense
+            if projection is not None and written is None:
+                written = sizes(dense, projection)
             ranks = [ranked(view, 0, head) for head in range(view.shape[1])]
             for place, policy in enumerate(self._policies):
                 if self._sizes[place] == size:
                     kept = policy.choose(view)
-                    found = measure(view, kept, policy.cost(view), dense, projection, ranks)
+                    cost = policy.cost(view)
+                    found = measure(view, kept, cost, dense, projection, ranks, written)
                     for head, numbers in enumerate(found):
-                        self._values[place, :, call.layer, head] = [
-                            numbers[name] for name in COLUMNS
-                        ]
+                        self._values[place, :, layer, head] = [numbers[name] for name in COLUMNS]
         assert dense is not None
         return dense
 

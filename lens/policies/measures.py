@@ -17,24 +17,6 @@ BUDGETS = (0.9, 0.95, 0.99)
 _SMALLEST = 1e-30
 
 
-COLUMNS = {
-    "density": "kept blocks among those that are seen",
-    "recall": "mass on the kept blocks, mean over rows",
-    "recall_p5": "its 5th percentile over rows",
-    "recall_min": "its least over rows",
-    "oracle_recall": "with as many blocks, the best ones for each row",
-    "random_recall": "expected with as many blocks drawn at random",
-    "output_error": "mean over rows of |o' - o| / |o|",
-    "projected_error": "the same after the output projection; NaN where that is not known",
-    "budget_90": "blocks that the best choice for each row needs for a recall of 0.9",
-    "budget_95": "of 0.95",
-    "budget_99": "of 0.99",
-    "predicted": "the recall that the policy expected; NaN where it says nothing",
-    "cost": "products q·k that choosing took, as a share of those of dense attention",
-}
-"""What is measured of each head and prompt, over the rows that see a key; all are shares."""
-
-
 @dataclass(frozen=True, eq=False)
 class Ranked:
     """The exact masses of one head, summed from the largest on: shared by all policies of a block size.
@@ -68,6 +50,7 @@ def measure(
     dense: Tensor,
     projection: Tensor | None,
     found: list[Ranked] | None = None,
+    written: Tensor | None = None,
 ) -> list[dict[str, float]]:
     """`COLUMNS` of each head of a call of a single prompt.
 
@@ -75,6 +58,7 @@ def measure(
         dense: [1, heads, queries, value_dim], the output without a policy.
         projection: [heads, value_dim, d_model], or None.
         found: `ranked` of each head, if it is there already.
+        written: [queries], the size of what all heads of the layer write, if it is there already.
     """
     blocks = kept.blocks & view.visible
     whole = (blocks == view.visible).flatten(2).all(-1)  # these heads keep their bits
@@ -83,11 +67,18 @@ def measure(
     )
     heads = view.shape[1]
     ranks = found or [ranked(view, 0, head) for head in range(heads)]
+    if projection is not None and written is None:
+        written = sizes(dense, projection)
     return [
         _of_head(view, blocks[0, head], ranks[head], kept, head, cost)
-        | _errors(dense[0, head], sparse[0, head], ranks[head].live, projection, head)
+        | _errors(dense[0, head], sparse[0, head], ranks[head].live, projection, head, written)
         for head in range(heads)
     ]
+
+
+def sizes(dense: Tensor, projection: Tensor) -> Tensor:
+    """[queries]: the norm of what the heads of a layer, [1, heads, queries, value_dim], write together."""
+    return torch.einsum("htk,hkd->td", dense[0].float(), projection.float()).norm(dim=-1)
 
 
 def _of_head(
@@ -119,17 +110,24 @@ def _of_head(
 
 
 def _errors(
-    dense: Tensor, sparse: Tensor, live: Tensor, projection: Tensor | None, head: int
+    dense: Tensor,
+    sparse: Tensor,
+    live: Tensor,
+    projection: Tensor | None,
+    head: int,
+    written: Tensor | None,
 ) -> dict[str, float]:
     dense, missing = dense[live].float(), (sparse - dense)[live].float()
-    errors = {"output_error": _relative(missing, dense), "projected_error": float("nan")}
-    if projection is not None:
-        weight = projection[head].float()
-        errors["projected_error"] = _relative(missing @ weight, dense @ weight)
+    errors = {"output_error": _relative(missing.norm(dim=-1), dense.norm(dim=-1))}
+    if projection is None or written is None:
+        return errors | {"projected_error": float("nan"), "layer_error": float("nan")}
+    weight = projection[head].float()
+    lost = (missing @ weight).norm(dim=-1)
+    errors["projected_error"] = _relative(lost, (dense @ weight).norm(dim=-1))
+    errors["layer_error"] = _relative(lost, written[live])
     return errors
 
 
 def _relative(missing: Tensor, whole: Tensor) -> float:
-    size = whole.norm(dim=-1)
-    some = size > _SMALLEST
-    return float((missing.norm(dim=-1)[some] / size[some]).double().mean())
+    some = whole > _SMALLEST
+    return float((missing[some] / whole[some]).double().mean())

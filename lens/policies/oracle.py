@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lens.common.errors import LensError
 from lens.passes.blocks import BlockView
-from lens.policies.base import Kept, Policy, check_counts, check_shares, covering, largest
+from lens.policies.base import Kept, Policy, check_counts, check_shares, covering, ends, largest
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,8 @@ class RandomBlocks(Policy):
     Attributes:
         share: of the blocks that a row of blocks sees;
         like: or as many, row by row, as another policy keeps.
+        ends: the first block and those of the query itself are among them, so that no row loses its sink
+            or its own key: the harder baseline.
         seed: of the draw; every layer and step draws anew.
 
     Raises:
@@ -110,6 +112,7 @@ class RandomBlocks(Policy):
 
     share: float | None = None
     like: Policy | None = None
+    ends: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -120,6 +123,8 @@ class RandomBlocks(Policy):
         number = (self.seed * 1_000_003 + view.call.layer) * 1_000_003 + view.call.step
         generator = torch.Generator().manual_seed(number % 2**63)
         scores = torch.rand(view.shape, generator=generator).to(view.query.device)
+        if self.ends:
+            scores = scores + ends(view)
         return Kept(largest(scores, _budget(self, view), view.visible))
 
 

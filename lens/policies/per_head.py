@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -29,7 +30,7 @@ class PerHead(Policy):
         >>> streaming = lens.policies.PerHead({"L0H1": lens.policies.AShape(16, 64)})
     """
 
-    policies: Mapping[AnyHead, Policy]
+    policies: Mapping[Any, Policy]
     default: Policy = field(default_factory=Full)
 
     def __post_init__(self) -> None:
@@ -39,9 +40,9 @@ class PerHead(Policy):
         named = {head_id(head): policy for head, policy in self.policies.items()}
         object.__setattr__(self, "policies", named)
 
-    def of(self, head: HeadId) -> Policy:
+    def of(self, head: AnyHead) -> Policy:
         """The policy of a head."""
-        return self.policies.get(head, self.default)
+        return self.policies.get(head_id(head), self.default)
 
     def keep(self, view: BlockView) -> Kept:
         """See `Policy`; heads that share a policy are asked together."""

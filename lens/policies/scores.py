@@ -12,21 +12,23 @@ from lens.common.head_ids import HeadId
 from lens.common.results import Result, Sentence, few
 from lens.stats import over_units
 
-_NAMES = [
-    "density",
-    "recall",
-    "recall_p5",
-    "recall_min",
-    "oracle_recall",
-    "random_recall",
-    "output_error",
-    "projected_error",
-    "budget_90",
-    "budget_95",
-    "budget_99",
-    "predicted",
-    "cost",
-]
+COLUMNS = {
+    "density": "kept blocks among those that are seen",
+    "recall": "mass on the kept blocks, mean over rows",
+    "recall_p5": "its 5th percentile over rows",
+    "recall_min": "its least over rows",
+    "oracle_recall": "with as many blocks, the best ones for each row",
+    "random_recall": "expected with as many blocks drawn at random",
+    "output_error": "mean over rows of |o' - o| / |o|",
+    "projected_error": "the same after the output projection; NaN where that is not known",
+    "layer_error": "mean over rows of |(o' - o) W_O| / |what all heads of the layer write|; NaN where unknown",
+    "budget_90": "blocks that the best choice for each row needs for a recall of 0.9",
+    "budget_95": "of 0.95",
+    "budget_99": "of 0.99",
+    "predicted": "the recall that the policy expected; NaN where it says nothing",
+    "cost": "products q·k that choosing took, as a share of those of dense attention",
+}
+"""What is measured of each head and prompt, over the rows that see a key; all are shares."""
 POOR = 0.9
 """Heads with a recall below this are named."""
 
@@ -36,10 +38,11 @@ class PolicyScores(Result):
     """What each head keeps under each policy.
 
     Attributes:
-        values: [policies, columns, layers, heads, prompts], the columns of `lens.policies.measures`.
+        values: [policies, columns, layers, heads, prompts], those of `COLUMNS`.
         dense_loss: [prompts], mean next-token loss of the model as it is, nats; NaN where not measured.
         sparse_loss: [policies, prompts], with the policy in all heads.
         policies: as they write themselves.
+        layers: the model's numbers of those that have softmax attention.
         block_sizes: (query_block, key_block) of each.
         tokens: length of each prompt.
         unprojected: why the error after the output projection is not known, or "".
@@ -51,6 +54,7 @@ class PolicyScores(Result):
     dense_loss: np.ndarray
     sparse_loss: np.ndarray
     policies: tuple[str, ...]
+    layers: tuple[int, ...]
     block_sizes: tuple[tuple[int, int], ...]
     tokens: tuple[int, ...]
     unprojected: str
@@ -62,24 +66,30 @@ class PolicyScores(Result):
         """Number of prompts."""
         return self.values.shape[-1]
 
+    @property
+    def heads(self) -> list[HeadId]:
+        """Every head, in the order of the table."""
+        return [
+            HeadId(layer, head) for layer in self.layers for head in range(self.values.shape[3])
+        ]
+
     def of(self, column: str) -> np.ndarray:
         """[policies, layers, heads, prompts] of a column."""
-        return self.values[:, _NAMES.index(column)]
+        return self.values[:, list(COLUMNS).index(column)]
 
     def table(self) -> pd.DataFrame:
         """One row per policy and head: `policy`, `layer`, `head`, `name`, `n`, every column as its mean over
         prompts with the 95 % interval (`_low`, `_high`, NaN for one prompt), `gap` (oracle_recall - recall)
         and `calibration` (recall - predicted)."""
-        policies, _, layers, heads, _ = self.values.shape
-        places = [HeadId(layer, head) for layer in range(layers) for head in range(heads)]
+        policies, places = len(self.policies), self.heads
         columns: dict[str, Any] = {
-            "policy": np.repeat(self.policies, layers * heads),
+            "policy": np.repeat(self.policies, len(places)),
             "layer": [place.layer for place in places] * policies,
             "head": [place.head for place in places] * policies,
             "name": [str(place) for place in places] * policies,
             "n": self.n,
         }
-        found = {name: self.of(name) for name in _NAMES}
+        found = {name: self.of(name) for name in COLUMNS}
         found["gap"] = found["oracle_recall"] - found["recall"]
         found["calibration"] = found["recall"] - found["predicted"]
         for name, values in found.items():
@@ -101,7 +111,7 @@ class PolicyScores(Result):
                 "block_size": self.block_sizes[place],
                 "n": self.n,
             }
-            for name in _NAMES:
+            for name in COLUMNS:
                 per_prompt = self.of(name)[place].mean((0, 1))
                 mean, low, high = self._interval(per_prompt)
                 row |= {name: float(mean), f"{name}_low": float(low), f"{name}_high": float(high)}
@@ -148,14 +158,15 @@ class PolicyScores(Result):
             )
         ]
         recall = self.of("recall")[place].mean(-1)
-        poor = [HeadId(*map(int, at)) for at in np.argwhere(recall < POOR)]
+        by_head = dict(zip(self.heads, recall.ravel(), strict=True))
+        poor = sorted((head for head in by_head if by_head[head] < POOR), key=by_head.__getitem__)
         if poor:
-            poor.sort(key=lambda head: recall[head])
-            error = self.of("output_error")[place].mean(-1)
+            errors = self.of("output_error")[place].mean(-1).ravel()
+            error = dict(zip(self.heads, errors, strict=True))
             said.append(
                 Sentence(
                     f"{len(poor)} of {recall.size} heads keep less than {POOR:.0%} under {row['policy']}: "
-                    f"{few(poor)}; the poorest keeps {recall[poor[0]]:.1%}, and its output is off by "
+                    f"{few(poor)}; the poorest keeps {by_head[poor[0]]:.1%}, and its output is off by "
                     f"{error[poor[0]]:.1%}.",
                     kind="heads",
                 )

@@ -8,7 +8,7 @@ import torch
 
 import lens
 from lens.passes.head_outputs import read_calls
-from lens.policies.scores import _NAMES, PolicyScores
+from lens.policies.scores import COLUMNS, PolicyScores
 from lens.tasks.prompts import token_losses
 
 P = lens.policies
@@ -179,17 +179,18 @@ def test_the_loss_is_that_of_a_run_and_paired(model, prompts):
 
 
 def test_sentences_follow_the_numbers():
-    values = np.zeros((1, 13, 1, 2, 2))
+    values = np.zeros((1, len(COLUMNS), 1, 2, 2))
     names = ["density", "recall", "oracle_recall", "random_recall", "output_error"]
     for name, numbers in zip(
         names, ([0.25, 0.25], [0.8, 1.0], [0.95, 1.0], [0.3, 0.3], [0.4, 0.0]), strict=True
     ):
-        values[0, _NAMES.index(name), 0] = np.array(numbers)[:, None]
+        values[0, list(COLUMNS).index(name), 0] = np.array(numbers)[:, None]
     found = PolicyScores(
         values=values,
         dense_loss=np.array([2.0, 3.0]),
         sparse_loss=np.array([[2.5, 3.5]]),
         policies=("AShape(first=1)",),
+        layers=(3,),
         block_sizes=((16, 16),),
         tokens=(64, 96),
         unprojected="",
@@ -202,7 +203,7 @@ def test_sentences_follow_the_numbers():
         "as many blocks keeps 97.5%, a random one 30.0%."
     )
     assert said["heads"].startswith(
-        "1 of 2 heads keep less than 90% under AShape(first=1): L0H0; the poorest"
+        "1 of 2 heads keep less than 90% under AShape(first=1): L3H0; the poorest"
     )
     assert "80.0%, and its output is off by 40.0%" in said["heads"]
     assert "changes by +0.5000 [0.5000, 0.5000] nats per token from 2.5000" in said["loss"]

@@ -1,0 +1,230 @@
+"""Policies of heads as files: our own JSON, and those of MInference and DuoAttention."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, Literal
+
+from lens.common.choices import check_choice
+from lens.common.errors import LensError
+from lens.common.files import read_text, write_json, write_text
+from lens.common.head_ids import HeadId, head_id
+from lens.models.loaded import LoadedModel
+from lens.policies.a_shape import AShape
+from lens.policies.base import Full, Policy
+from lens.policies.block_sparse import BlockSparse
+from lens.policies.chunks import Hierarchical, Landmark, LongHeads
+from lens.policies.flex_prefill import FlexPrefill
+from lens.policies.found import PolicySearch
+from lens.policies.per_head import PerHead
+from lens.policies.quest import Quest
+from lens.policies.sparge import Sparge
+from lens.policies.strided import Strided
+from lens.policies.vertical_slash import VerticalSlash
+from lens.policies.xattention import XAttention
+
+Format = Literal["lens", "minference", "duo"]
+KINDS: dict[str, type[Policy]] = {
+    kind.__name__: kind
+    for kind in (
+        AShape, BlockSparse, FlexPrefill, Full, Hierarchical, Landmark, LongHeads, Quest, Sparge, Strided,
+        VerticalSlash, XAttention,
+    )
+}  # fmt: skip
+"""What a file may name: policies that are numbers and nothing else."""
+
+
+def write(
+    policy: PerHead | PolicySearch, path: str | Path, model: LoadedModel, *, format: Format = "lens"
+) -> None:
+    """Write the policy of every head of a model.
+
+    Args:
+        policy: `PerHead`, or what `search` found (its promise is written too).
+        path: of the file; of "duo", a folder with `full_attention_heads.tsv` and `config.json`.
+        model: whose heads they are.
+        format: "lens"; "minference", a list of layers of `{head: [pattern, a, b, score]}`, which knows
+            A-shape, vertical-slash and block-sparse by count (the score is the recall where `search` knows
+            it, else 1; full heads are vertical-slash lines of the whole context); "duo", 1 for a full and 0
+            for a streaming KV head, one row a layer.
+
+    Raises:
+        LensError: a policy that the format has no words for; in "duo" streaming heads of several sizes.
+
+    Reference: microsoft/MInference, minference/configs; mit-han-lab/duo-attention, attn_patterns.
+
+    Example:
+        >>> found = lens.policies.PerHead({"L0H1": lens.policies.AShape(4, 16)})
+        >>> lens.policies.write(found, "heads.json", model)
+    """
+    check_choice("format", format, Format)
+    heads = policy.policy if isinstance(policy, PolicySearch) else policy
+    if not isinstance(heads, PerHead):
+        raise LensError(f"policy must be PerHead or what search found, got {type(policy).__name__}")
+    recall = _recalls(policy, model) if isinstance(policy, PolicySearch) else {}
+    if format == "duo":
+        _write_duo(heads, Path(path), model)
+    elif format == "minference":
+        layers = [
+            {
+                str(head): _minference(
+                    heads.of(HeadId(layer, head)), model, recall.get((layer, head), 1.0)
+                )
+                for head in range(model.info.heads)
+            }
+            for layer in range(model.info.layers)
+        ]
+        write_text(Path(path), json.dumps(layers))
+    else:
+        write_json(Path(path), _ours(heads, policy, model))
+
+
+def read(path: str | Path, *, format: Format = "lens", heads: int | None = None) -> PerHead:
+    """The policy of every head from a file.
+
+    Args:
+        path, format: as of `write`; the score of a MInference file is not read: it means recall in most
+            files and a number of errors in some.
+        heads: query heads of a layer, for "duo", which knows KV heads alone.
+
+    Raises:
+        LensError: no such file, a larger one than 32 MiB, or one that is not of this format.
+
+    Example:
+        >>> lens.policies.write(lens.policies.PerHead({"L0H1": lens.policies.AShape(4, 16)}), "heads.json", model)
+        >>> str(lens.policies.read("heads.json").of((0, 1)))
+        'AShape(first=4, last=16)'
+    """
+    check_choice("format", format, Format)
+    try:
+        if format == "duo":
+            return _read_duo(Path(path), heads)
+        data = json.loads(read_text(Path(path)))
+        return _read_minference(data) if format == "minference" else _read_ours(data)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError) as error:
+        raise LensError(
+            f"{path} is no file of policies in the format {format!r}: {type(error).__name__} {error}"
+        ) from None
+
+
+def _recalls(found: PolicySearch, model: LoadedModel) -> dict[tuple[int, int], float]:
+    table = found.table()
+    return {
+        (int(a), int(b)): float(c)
+        for a, b, c in zip(table["layer"], table["head"], table["recall"], strict=True)
+    }
+
+
+def _ours(heads: PerHead, found: Any, model: LoadedModel) -> dict[str, Any]:
+    entries = []
+    for head in model.info.every_head:
+        policy = heads.of(head)
+        if type(policy).__name__ not in KINDS:
+            raise LensError(f"{policy} of {head} is more than numbers and has no place in a file")
+        numbers = {one.name: getattr(policy, one.name) for one in fields(policy)}  # type: ignore[arg-type]
+        entries.append({"name": str(head), "policy": type(policy).__name__, **numbers})
+    promise = {}
+    if isinstance(found, PolicySearch):
+        low, high = found.promise()
+        promise = {
+            "block_size": list(found.block_size),
+            "loss_change": found._row("chosen")["loss_change"],
+            "loss_change_low": low,
+            "loss_change_high": high,
+            "tokens": max(found.tokens),
+        }
+    return {"format": "attention-lens policies 1", "model": model.name, **promise, "heads": entries}
+
+
+def _read_ours(data: Any) -> PerHead:
+    if data["format"] != "attention-lens policies 1":
+        raise ValueError(f"unknown format {data['format']!r}")
+    found = {}
+    for entry in data["heads"]:
+        entry = dict(entry)
+        name, kind = head_id(entry.pop("name")), entry.pop("policy")
+        found[name] = KINDS[kind](**entry)
+    return PerHead(found)
+
+
+def _minference(policy: Policy, model: LoadedModel, score: float) -> list[Any]:
+    score = round(score, 3)
+    if isinstance(policy, AShape):
+        return ["stream_llm", policy.first, policy.last, score]
+    if isinstance(policy, VerticalSlash):
+        return ["vertical_and_slash", policy.verticals, policy.slashes, score]
+    if isinstance(policy, BlockSparse) and policy.share is None:
+        return ["block_sparse", policy.top or 100, 0, score]
+    if isinstance(policy, Full):
+        whole = model.info.context or 1 << 20
+        return ["vertical_and_slash", whole, whole, score]
+    raise LensError(
+        f"MInference's files have no words for {policy}; they know AShape, VerticalSlash, BlockSparse(top) "
+        "and full heads: search with these candidates"
+    )
+
+
+def _read_minference(data: Any) -> PerHead:
+    found: dict[Any, Policy] = {}
+    for layer, heads in enumerate(data):
+        for head, (pattern, a, b, _) in heads.items():
+            kinds = {
+                "stream_llm": lambda a, b: AShape(a, b),
+                "vertical_and_slash": lambda a, b: VerticalSlash(a, b),
+                "block_sparse": lambda a, _: BlockSparse(a),
+            }
+            found[HeadId(layer, int(head))] = kinds[pattern](int(a), int(b))
+    return PerHead(found)
+
+
+def _write_duo(heads: PerHead, folder: Path, model: LoadedModel) -> None:
+    info = model.info
+    share = info.heads // info.kv_heads
+    sizes: set[tuple[int, int]] = set()
+    rows = []
+    for layer in range(info.layers):
+        row = []
+        for kv_head in range(info.kv_heads):
+            group = [heads.of(HeadId(layer, kv_head * share + at)) for at in range(share)]
+            others = [one for one in group if not isinstance(one, AShape | Full)]
+            if others:
+                raise LensError(
+                    f"DuoAttention's files know streaming and full heads alone, got {others[0]} in layer {layer}"
+                )
+            streams = [one for one in group if isinstance(one, AShape)]
+            if len(streams) == share:  # one full query head keeps the keys of all
+                sizes |= {(one.first, one.last) for one in streams}
+            row.append("0.0" if len(streams) == share else "1.0")
+        rows.append("\t".join(row))
+    if len(sizes) > 1:
+        raise LensError(
+            f"DuoAttention's files have one size of streaming heads, got {sorted(sizes)}"
+        )
+    first, last = sizes.pop() if sizes else (64, 256)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "full_attention_heads.tsv", "\n".join(rows) + "\n")
+    write_text(folder / "config.json", json.dumps({"sink_size": first, "recent_size": last}))
+
+
+def _read_duo(folder: Path, heads: int | None) -> PerHead:
+    rows = [
+        [float(gate) for gate in line.split("\t")]
+        for line in read_text(folder / "full_attention_heads.tsv").splitlines()
+        if line.strip()
+    ]
+    numbers = json.loads(read_text(folder / "config.json"))
+    streaming = AShape(int(numbers["sink_size"]), int(numbers["recent_size"]))
+    if heads is None or heads < 1 or any(heads % len(row) for row in rows):
+        raise LensError(
+            f"DuoAttention's files know KV heads alone ({len(rows[0])} here): give heads=, the number of query "
+            "heads of a layer, a multiple of it"
+        )
+    return PerHead(
+        {
+            HeadId(layer, head): Full() if row[head // (heads // len(row))] > 0.5 else streaming
+            for layer, row in enumerate(rows)
+            for head in range(heads)
+        }
+    )

@@ -1,0 +1,173 @@
+"""What `lens.policies.search` found: a policy for each head, the curve of loss against density, a promise."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from lens.common.results import Result, Sentence
+from lens.policies.scores import PolicyScores
+from lens.stats import draws, interval
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class PolicySearch(Result):
+    """A policy for each head.
+
+    Attributes:
+        policy: `PerHead`; `lens.edits.Sparse(found.policy, found.block_size)` runs it.
+        tolerance: the error of a head, as a share of what its layer writes, up to which it got a policy.
+        scores: every candidate in every head, on the prompts that chose; the last one is `Full`.
+        choices: [layers, heads], number of the candidate.
+        calibration_change: of the loss on the prompts that chose, nats per token.
+        asked: what it was allowed to be.
+        curve_points: (kind, tolerance, density, [prompts][tokens] changes of loss) on the held-out prompts.
+        dense_loss: on the held-out prompts.
+        block_size: (query_block, key_block).
+        tokens: length of each held-out prompt.
+        kv_heads: of the model.
+        seed: of the intervals.
+        model: its name.
+    """
+
+    policy: Any
+    tolerance: float
+    scores: PolicyScores
+    choices: np.ndarray
+    calibration_change: float
+    asked: float
+    curve_points: tuple[tuple[str, float, float, list[np.ndarray]], ...]
+    dense_loss: float
+    block_size: tuple[int, int]
+    tokens: tuple[int, ...]
+    kv_heads: int
+    seed: int
+    model: str
+
+    def table(self) -> pd.DataFrame:
+        """One row per head: `layer`, `head`, `name`, `policy`, and of that policy `density`, `recall`,
+        `output_error`, `layer_error` with intervals over the prompts that chose."""
+        whole = self.scores.table()
+        names = np.array(self.scores.policies)[self.choices].ravel()
+        heads = self.choices.size
+        rows = [int(choice) * heads + at for at, choice in enumerate(self.choices.ravel())]
+        kept = ["layer", "head", "name", "policy", "n"]
+        for column in ("density", "recall", "output_error", "layer_error"):
+            kept += [column, f"{column}_low", f"{column}_high"]
+        found = whole.iloc[rows][kept].reset_index(drop=True)
+        assert (found["policy"] == names).all()
+        return found
+
+    def curve(self) -> pd.DataFrame:
+        """One row per kind and level, on the held-out prompts: `kind` ("chosen", "oracle", "random": as many
+        blocks), `tolerance`, `density`, `loss_change` with its 95 % interval over blocks of tokens; several
+        random draws are one row."""
+        rows = []
+        for kind, tolerance in dict.fromkeys(one[:2] for one in self.curve_points):
+            changes = self._changes(kind, tolerance)
+            low, high = interval(_means(changes, self.seed))
+            rows.append(
+                {
+                    "kind": kind,
+                    "tolerance": tolerance,
+                    "density": next(one[2] for one in self.curve_points if one[1] == tolerance),
+                    "loss_change": float(changes.mean()),
+                    "loss_change_low": float(low),
+                    "loss_change_high": float(high),
+                }
+            )
+        return pd.DataFrame(rows)
+
+    def promise(self) -> tuple[float, float]:
+        """Between which the change of loss of another text of the length of the held-out prompts will lie,
+        nats per token: 95 % of the means of blocks of tokens drawn again, less those of a second draw."""
+        changes = self._changes("chosen", self.tolerance)
+        here, there = _means(changes, self.seed), _means(changes, self.seed + 1)
+        low, high = interval(changes.mean() + here - there)
+        return float(low), float(high)
+
+    def findings(self) -> tuple[Sentence, ...]:
+        """What was chosen ("policy"), what it costs ("loss"), beside what ("controls"), and limits ("limit")."""
+        table = self.table()
+        sparse = table[table["policy"] != "Full()"]
+        row = {kind: self._row(kind) for kind in ("chosen", "oracle", "random")}
+        low, high = self.promise()
+        said = [
+            Sentence(
+                f"{len(sparse)} of {len(table)} heads run sparse; over all heads {table['density'].mean():.1%} of "
+                f"the blocks are kept, and the loss on the prompts that chose grows by "
+                f"{self.calibration_change:+.4f} of the {self.asked:g} nats that it may."
+                if len(sparse)
+                else f"No candidate keeps the loss within {self.asked:g} nats: every head stays full.",
+                kind="policy",
+            )
+        ]
+        if len(sparse):
+            chosen = row["chosen"]
+            said += [
+                Sentence(
+                    f"On held-out prompts the loss changes by {chosen['loss_change']:+.4f} "
+                    f"[{chosen['loss_change_low']:.4f}, {chosen['loss_change_high']:.4f}] nats per token from "
+                    f"{self.dense_loss:.4f}; for another text of this length [{low:.4f}, {high:.4f}].",
+                    kind="loss",
+                ),
+                Sentence(
+                    f"With as many blocks, the first and the query's own and the rest drawn at random, it changes by {row['random']['loss_change']:+.4f} "
+                    f"[{row['random']['loss_change_low']:.4f}, {row['random']['loss_change_high']:.4f}], with the "
+                    f"best ones by the exact masses by {row['oracle']['loss_change']:+.4f} "
+                    f"[{row['oracle']['loss_change_low']:.4f}, {row['oracle']['loss_change_high']:.4f}].",
+                    kind="controls",
+                ),
+            ]
+            if chosen["loss_change"] > self.asked:
+                said.append(
+                    Sentence(
+                        f"On held-out prompts the loss grows by more than the {self.asked:g} nats asked for: "
+                        "choose on more prompts.",
+                        kind="limit",
+                    )
+                )
+        said.append(
+            Sentence(
+                f"Chosen on {self.scores.n} and promised on {len(self.tokens)} other prompts of up to "
+                f"{max(self.tokens)} tokens, blocks of {self.block_size[0]} x {self.block_size[1]}; longer "
+                "prompts keep other shares.",
+                kind="limit",
+            )
+        )
+        return tuple(said)
+
+    def _changes(self, kind: str, tolerance: float) -> np.ndarray:
+        """Of every token of the held-out prompts, the mean of several draws."""
+        points = [one for one in self.curve_points if one[:2] == (kind, tolerance)]
+        return np.concatenate(
+            [np.stack(values).mean(0) for values in zip(*(p[3] for p in points), strict=True)]
+        )
+
+    def _row(self, kind: str) -> Mapping[Any, Any]:
+        curve = self.curve()
+        return (
+            curve[(curve["kind"] == kind) & (curve["tolerance"] == self.tolerance)]
+            .iloc[0]
+            .to_dict()
+        )
+
+    def __repr__(self) -> str:
+        table = self.table()
+        return (
+            f"PolicySearch({self.model}: {int((table['policy'] != 'Full()').sum())} of {len(table)} heads sparse, "
+            f"{table['density'].mean():.1%} of the blocks)"
+        )
+
+
+def _means(values: np.ndarray, seed: int) -> np.ndarray:
+    """[draws]: mean of values whose contiguous blocks of about sqrt(n) are drawn again (Künsch 1989)."""
+    starts = np.arange(0, len(values), max(1, int(np.sqrt(len(values)))))
+    sums = np.add.reduceat(values, starts)
+    counts = np.diff(np.append(starts, len(values)))
+    drawn = draws(len(starts), seed)
+    return drawn @ sums / (drawn @ counts)

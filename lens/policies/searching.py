@@ -1,0 +1,203 @@
+"""`lens.policies.search`: for each head the cheapest policy, as far as the loss allows, and what that promises."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from lens.common.errors import LensError
+from lens.common.progress import advancing
+from lens.edits.running import edit
+from lens.edits.sparse import Sparse
+from lens.models.loaded import LoadedModel
+from lens.passes.inputs import read_prompts
+from lens.policies.a_shape import AShape
+from lens.policies.base import Full, Policy, check_block_size
+from lens.policies.block_sparse import BlockSparse
+from lens.policies.evaluating import evaluate
+from lens.policies.found import PolicySearch
+from lens.policies.oracle import Oracle, RandomBlocks
+from lens.policies.per_head import PerHead
+from lens.policies.scores import PolicyScores
+from lens.policies.vertical_slash import VerticalSlash
+from lens.tasks.prompts import token_losses
+
+TOLERANCES = (0.3, 0.1, 0.05, 0.02, 0.01, 0.005, 0.002)
+"""Errors of a head, as shares of what its layer writes, up to which a policy may serve it: one level each."""
+
+
+def search(
+    model: LoadedModel,
+    prompts: Any,
+    *,
+    loss: float = 0.01,
+    held_out: Any = None,
+    candidates: Sequence[Policy] | None = None,
+    block_size: int | tuple[int, int] = 64,
+    draws: int = 2,
+    seed: int = 0,
+    progress: bool = True,
+) -> PolicySearch:
+    """A policy for each head, so cheap as a given loss allows.
+
+    Each candidate is measured in each head (`evaluate`). At a tolerance t a head gets the cheapest
+    candidate (density and cost of choosing together) whose output error is at most t of what all heads of
+    its layer write, or stays full. The most tolerant level whose loss on `prompts` grows by no more than
+    `loss` is taken. What it promises is measured on the other prompts, beside as many blocks drawn at
+    random (the first block and the query's own among them) and the best ones by the exact masses.
+
+    Args:
+        model: as `lens.load` returns it; a language model.
+        prompts: those that choose.
+        loss: what the mean next-token loss may grow by, nats per token.
+        held_out: those that the promise is made on; None: the second half of `prompts`.
+        candidates: policies; None: A-shape, vertical-slash and block-sparse of several sizes, those of
+            MInference's search in shares of the longest prompt.
+        block_size: of all of them, tokens.
+        draws: of random blocks at each level.
+        seed: of draws and intervals.
+        progress: show a bar, on stderr, if that is a terminal.
+
+    Raises:
+        LensError: a single prompt without `held_out`, numbers that are none, prompts without loss.
+
+    Reference: Jiang et al., MInference 1.0, arXiv 2407.02490, section 3.2, for the search over patterns.
+
+    Example:
+        >>> found = lens.policies.search(model, texts, loss=0.05, block_size=4, draws=1)
+        >>> found.table()[["name", "policy", "density", "layer_error"]]
+    """
+    chooses, promises = _split(model, prompts, held_out)
+    size = check_block_size(block_size)
+    if isinstance(loss, bool) or not isinstance(loss, int | float) or not loss >= 0:
+        raise LensError(f"loss must be a number of nats from 0 on, got {loss!r}")
+    if isinstance(draws, bool) or not isinstance(draws, int) or draws < 1:
+        raise LensError(f"draws must be a number from 1 on, got {draws!r}")
+    longest = max(map(len, chooses))
+    offered = [*(_candidates(longest) if candidates is None else candidates), Full()]
+    scores = evaluate(model, chooses, offered, block_size=size, progress=progress)
+    levels = list(_levels(scores, offered))
+    runs = _Runs(model, size)
+    with advancing(f"{model.name}: levels", len(levels) * (3 + draws), progress) as advance:
+        dense = [runs.losses(Full(), ids) for ids in chooses]
+        changes, chosen = [], len(levels) - 1
+        for place, level in enumerate(levels):
+            mine = [runs.losses(level.policy, ids) for ids in chooses]
+            changes.append(float(np.concatenate(mine).mean() - np.concatenate(dense).mean()))
+            advance(1)
+            if changes[-1] <= loss:
+                chosen = place
+                break
+        curve = []
+        before = [runs.losses(Full(), ids) for ids in promises]
+        for level in levels:
+            others = [("oracle", Oracle(like=level.policy))]
+            others += [
+                ("random", RandomBlocks(like=level.policy, ends=True, seed=seed * 1000 + number))
+                for number in range(draws)
+            ]
+            for kind, policy in (("chosen", level.policy), *others):
+                after = [runs.losses(policy, ids) for ids in promises]
+                differences = [b - a for a, b in zip(before, after, strict=True)]
+                curve.append((kind, level.tolerance, level.density, differences))
+                advance(1)
+    return PolicySearch(
+        policy=levels[chosen].policy,
+        tolerance=levels[chosen].tolerance,
+        scores=scores,
+        choices=levels[chosen].choices,
+        calibration_change=changes[chosen] if chosen < len(changes) else float("nan"),
+        asked=float(loss),
+        curve_points=tuple(curve),
+        dense_loss=float(np.concatenate(before).mean()),
+        block_size=size,
+        tokens=tuple(map(len, promises)),
+        kv_heads=model.info.kv_heads,
+        seed=seed,
+        model=model.name,
+    )
+
+
+class _Level:
+    """The choice of each head at one tolerance."""
+
+    def __init__(
+        self, tolerance: float, choices: np.ndarray, offered: Sequence[Policy], scores: PolicyScores
+    ) -> None:
+        self.tolerance, self.choices = tolerance, choices
+        chosen = choices.ravel()
+        self.policy = PerHead(
+            {head: offered[choice] for head, choice in zip(scores.heads, chosen, strict=True)}
+        )
+        mean = scores.of("density").mean(-1).reshape(len(offered), -1)
+        self.density = float(mean[chosen, np.arange(len(chosen))].mean())
+
+
+def _levels(scores: PolicyScores, offered: Sequence[Policy]) -> list[_Level]:
+    """From the most tolerant to the least; those that choose alike are one."""
+    error = scores.of("layer_error").mean(-1)
+    if np.isnan(error).any():
+        error = scores.of("output_error").mean(-1)  # where the output projection is not known
+    price = scores.of("density").mean(-1) + scores.of("cost").mean(-1)
+    found: list[_Level] = []
+    for tolerance in TOLERANCES:
+        allowed = np.where(error <= tolerance, price, np.inf)
+        allowed[-1] = price[-1]  # full
+        choices = allowed.argmin(0)
+        if not found or not np.array_equal(found[-1].choices, choices):
+            found.append(_Level(tolerance, choices, offered, scores))
+    full = np.full(error.shape[1:], len(offered) - 1)
+    if not np.array_equal(found[-1].choices, full):
+        found.append(_Level(0.0, full, offered, scores))
+    return found
+
+
+class _Runs:
+    """Losses of every token of a prompt under a policy."""
+
+    def __init__(self, model: LoadedModel, size: tuple[int, int]) -> None:
+        self._model, self._size = model, size
+
+    def losses(self, policy: Policy, ids: list[int]) -> np.ndarray:
+        """[tokens - 1], nats; a dense run keeps the bits of ours, so that differences are of the policy."""
+        with edit(self._model, Sparse(policy, self._size)):
+            return token_losses(self._model, ids).double().numpy()
+
+
+def _candidates(tokens: int) -> list[Policy]:
+    """MInference's grid and what lies below it, in shares of the longest prompt."""
+    first = max(1, min(64, tokens // 32))
+    near = sorted({max(1, tokens // part) for part in (32, 16, 8, 4)})
+    lines = sorted(
+        {(max(1, tokens // a), max(1, tokens // b)) for a, b in ((64, 64), (32, 16), (16, 32))}
+    )
+    few = max(1, tokens // 128)
+    return [
+        *(AShape(first, last) for last in near),
+        *(VerticalSlash(a, b, first=few, last=few) for a, b in lines),
+        *(BlockSparse(share=share) for share in (1 / 16, 1 / 8, 1 / 4)),
+    ]
+
+
+def _split(
+    model: LoadedModel, prompts: Any, held_out: Any
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Token ids of the prompts that choose, and of those that promise."""
+
+    def ids(given: Any) -> list[list[int]]:
+        read, _ = read_prompts(model, given)
+        if any(prompt.ids is None or len(prompt.ids) < 2 for prompt in read):
+            raise LensError("search needs prompts of at least two tokens: it measures their loss")
+        return [prompt.ids for prompt in read if prompt.ids is not None]
+
+    first = ids(prompts)
+    if held_out is not None:
+        return first, ids(held_out)
+    if len(first) < 2:
+        raise LensError(
+            "search needs prompts that choose and others that promise: give at least two, or held_out"
+        )
+    half = (len(first) + 1) // 2
+    return first[:half], first[half:]

@@ -1,0 +1,201 @@
+"""The search for a policy of each head: what it chooses, what it promises, and the files it writes."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+import lens
+from lens import policies
+from lens.policies.searching import _levels
+from lens.tasks.prompts import token_losses
+
+
+@pytest.fixture(scope="module")
+def model():
+    return lens.load("text-lm-3l")
+
+
+@pytest.fixture(scope="module")
+def windows(model):
+    ids = model.encode(lens.tasks.text("moby-dick"))
+    return [ids[start : start + 96] for start in range(0, 96 * 10, 96)]
+
+
+@pytest.fixture(scope="module")
+def found(model, windows):
+    offered = [policies.AShape(2, 4), policies.AShape(2, 24), policies.BlockSparse(share=0.25)]
+    return policies.search(model, windows[:6], loss=0.05, candidates=offered, block_size=8, draws=1)
+
+
+def test_every_head_has_the_cheapest_policy_that_its_error_allows(found):
+    error = found.scores.of("layer_error").mean(-1)
+    price = (found.scores.of("density") + found.scores.of("cost")).mean(-1)
+    for place in np.ndindex(found.choices.shape):
+        chosen = found.choices[place]
+        allowed = [n for n in range(len(error)) if error[(n, *place)] <= found.tolerance or n == 3]
+        assert chosen == min(allowed, key=lambda n: price[(n, *place)])
+    table = found.table()
+    assert (table["layer_error"] <= found.tolerance + 1e-9)[table["policy"] != "Full()"].all()
+    assert table["name"].tolist() == [f"L{a}H{b}" for a in range(3) for b in range(6)]
+    assert 0 < (table["policy"] != "Full()").sum() < 18
+    assert str(found.policy.of((0, 1))) == table["policy"][1]
+
+
+def test_the_most_tolerant_level_within_the_loss_is_taken(model, windows, found):
+    def change(policy, prompts):
+        sums = []
+        for ids in prompts:
+            plain = token_losses(model, ids)
+            with lens.edit(model, lens.edits.Sparse(policy, 8)):
+                sums.append((token_losses(model, ids) - plain).double())
+        return float(np.concatenate(sums).mean())
+
+    assert found.calibration_change == pytest.approx(change(found.policy, windows[:3]), abs=1e-6)
+    assert found.calibration_change <= 0.05
+    offered = [
+        policies.AShape(2, 4),
+        policies.AShape(2, 24),
+        policies.BlockSparse(share=0.25),
+        policies.Full(),
+    ]
+    levels = _levels(found.scores, offered)
+    before = [level for level in levels if level.tolerance > found.tolerance]
+    assert before, "the first level fits already: this asks for nothing"
+    assert all(change(level.policy, windows[:3]) > 0.05 for level in before)
+    curve = found.curve()
+    row = curve[(curve["kind"] == "chosen") & (curve["tolerance"] == found.tolerance)].iloc[0]
+    assert row["loss_change"] == pytest.approx(change(found.policy, windows[3:6]), abs=1e-6)
+    assert row["density"] == pytest.approx(found.table()["density"].mean())
+
+
+def test_the_promise_holds_on_texts_that_nobody_saw(model, windows, found):
+    low, high = found.promise()
+    with lens.edit(model, lens.edits.Sparse(found.policy, found.block_size)):
+        after = [token_losses(model, ids) for ids in windows[6:9]]
+    before = [token_losses(model, ids) for ids in windows[6:9]]
+    change = float((np.concatenate(after) - np.concatenate(before)).mean())
+    assert low <= change <= high
+    row = found.curve().query("kind == 'chosen' and tolerance == @found.tolerance").iloc[0]
+    assert low < row["loss_change_low"] < row["loss_change_high"] < high  # of another text: wider
+
+
+def test_random_blocks_cost_more_and_sentences_follow_the_numbers(found):
+    curve = found.curve().set_index(["kind", "tolerance"])["loss_change"]
+    for tolerance in found.curve()["tolerance"].unique():
+        if tolerance > 0:
+            assert curve["random", tolerance] > curve["chosen", tolerance]
+    said = {sentence.kind: sentence for sentence in found.findings()}
+    sparse = (found.table()["policy"] != "Full()").sum()
+    assert said["policy"].startswith(f"{sparse} of 18 heads run sparse")
+    assert f"{curve['random', found.tolerance]:+.4f}" in said["controls"]
+    low, high = found.promise()
+    assert f"for another text of this length [{low:.4f}, {high:.4f}]" in said["loss"]
+    worse = dataclasses.replace(found, asked=-1.0)
+    assert any("choose on more prompts" in sentence for sentence in worse.findings())
+    none = dataclasses.replace(found, choices=np.full_like(found.choices, 3), tolerance=0.0)
+    assert [sentence.kind for sentence in none.findings()] == ["policy", "limit"]
+    assert none.findings()[0].startswith("No candidate keeps the loss within")
+
+
+def test_no_candidate_that_fits_leaves_every_head_full(model, windows):
+    nothing = policies.search(
+        model, windows[:2], loss=0.0, candidates=[policies.AShape(0, 1)], block_size=1, draws=1
+    )
+    assert (nothing.table()["policy"] == "Full()").all()
+    assert nothing.calibration_change == 0
+
+
+def test_files_come_back_as_they_went(model, found, tmp_path):
+    policies.write(found, tmp_path / "heads.json", model)
+    again = policies.read(tmp_path / "heads.json")
+    for head in model.info.every_head:
+        assert again.of(head) == found.policy.of(head)
+    data = json.loads((tmp_path / "heads.json").read_text())
+    assert (data["loss_change_low"], data["loss_change_high"]) == found.promise()
+    assert data["block_size"] == [8, 8]
+
+    heads = {"L0H0": policies.AShape(100, 800), "L1H2": policies.VerticalSlash(30, 800)}
+    mixed = policies.PerHead({**heads, "L2H5": policies.BlockSparse(100)})
+    policies.write(mixed, tmp_path / "minference.json", model, format="minference")
+    layers = json.loads((tmp_path / "minference.json").read_text())
+    assert layers[0]["0"] == ["stream_llm", 100, 800, 1.0]
+    assert layers[1]["2"] == ["vertical_and_slash", 30, 800, 1.0]
+    assert layers[2]["5"] == ["block_sparse", 100, 0, 1.0]
+    assert layers[0]["1"] == ["vertical_and_slash", 128, 128, 1.0]  # full: the whole context
+    read = policies.read(tmp_path / "minference.json", format="minference")
+    assert read.of((0, 0)) == policies.AShape(100, 800)
+    assert read.of((1, 2)) == policies.VerticalSlash(30, 800)
+    assert read.of((2, 5)) == policies.BlockSparse(100)
+
+
+def test_duo_attention_counts_a_kv_head_streaming_where_all_its_queries_are(model, tmp_path):
+    share = model.info.heads // model.info.kv_heads
+    streaming = {f"L1H{head}": policies.AShape(64, 256) for head in range(share)}
+    folder = tmp_path / "duo"
+    policies.write(policies.PerHead(streaming), folder, model, format="duo")
+    rows = [
+        line.split("\t") for line in (folder / "full_attention_heads.tsv").read_text().splitlines()
+    ]
+    assert len(rows) == 3
+    assert len(rows[0]) == model.info.kv_heads
+    assert [row[0] for row in rows] == ["1.0", "0.0", "1.0"]
+    assert json.loads((folder / "config.json").read_text()) == {"sink_size": 64, "recent_size": 256}
+    read = policies.read(folder, format="duo", heads=model.info.heads)
+    for head in model.info.every_head:
+        assert read.of(head) == streaming.get(str(head), policies.Full())
+    if share > 1:
+        del streaming["L1H0"]
+        policies.write(policies.PerHead(streaming), folder, model, format="duo")
+        assert "0.0" not in (folder / "full_attention_heads.tsv").read_text()
+
+
+@pytest.mark.parametrize(
+    ("text", "format"),
+    [
+        ("{}", "lens"),
+        ("[1", "lens"),
+        (
+            '{"format": "attention-lens policies 1", "heads": [{"name": "L0H0", "policy": "eval"}]}',
+            "lens",
+        ),
+        (
+            '{"format": "attention-lens policies 1", "heads": [{"name": "L0H0", "policy": "AShape", "x": 1}]}',
+            "lens",
+        ),
+        ('[{"0": ["diagonal", 1, 1, 1]}]', "minference"),
+        ("3", "minference"),
+        ('{"format": "attention-lens policies 1", "heads": ' + "[" * 5000, "lens"),
+    ],
+)
+def test_a_file_that_is_none_is_refused_in_one_line(tmp_path, text, format):
+    file = tmp_path / "heads.json"
+    file.write_text(text)
+    with pytest.raises(lens.LensError, match=r"^[^\n]*$"):
+        policies.read(file, format=format)
+
+
+def test_what_cannot_be_said_is_refused(model, windows, tmp_path):
+    with pytest.raises(lens.LensError, match="no words for XAttention"):
+        policies.write(
+            policies.PerHead({"L0H0": policies.XAttention()}),
+            tmp_path / "a",
+            model,
+            format="minference",
+        )
+    with pytest.raises(lens.LensError, match="streaming and full heads alone"):
+        policies.write(
+            policies.PerHead({"L0H0": policies.Quest()}), tmp_path / "a", model, format="duo"
+        )
+    with pytest.raises(lens.LensError, match="more than numbers"):
+        policies.write(policies.PerHead({"L0H0": policies.Oracle(top=1)}), tmp_path / "a", model)
+    with pytest.raises(lens.LensError, match="held_out"):
+        policies.search(model, windows[:1])
+    with pytest.raises(lens.LensError, match="loss must be"):
+        policies.search(model, windows[:2], loss=-1)
+    with pytest.raises(lens.LensError, match="draws must be"):
+        policies.search(model, windows[:2], draws=0)
+    policies.write(policies.PerHead({}), tmp_path / "duo", model, format="duo")
+    with pytest.raises(lens.LensError, match="give heads="):
+        policies.read(tmp_path / "duo", format="duo")
