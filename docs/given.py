@@ -3,10 +3,16 @@
 Small models and short prompts: numbers that an example prints are those of these, not of a study.
 """
 
+import tempfile
+from pathlib import Path
+
+import pandas as pd
 import torch
 import transformers
 
 import lens
+from lens.runs.writer import RunWriter
+from lens.traces.profiles import pooled_table, prompt_table
 
 # A small trained language model, what it reads, and what its attention did.
 model = lens.load("text-lm-3l")
@@ -78,3 +84,32 @@ vit = lens.load(
         add_pooling_layer=False,
     ).eval()
 )
+
+# Two run folders of the profile of the language model, as `lens run` makes them: before and after training.
+_folder = Path(tempfile.mkdtemp(prefix="given-"))
+
+
+def _run(prompts: list[lens.traces.AttentionTrace], seed: int) -> lens.runs.Run:
+    facts = {"layers": model.info.layers, "heads": model.info.heads, "name": model.name}
+    meta = {
+        "what": "profile", "title": "given", "model": facts, "versions": {"attention-lens": lens.__version__},
+        "prompts": {"total": len(prompts), "done": len(prompts)},
+    }  # fmt: skip
+    writer = RunWriter.start(_folder, {"seed": seed}, meta)
+    tables = [prompt_table(one, f"p{number:03d}") for number, one in enumerate(prompts)]
+    rows = [
+        {
+            "prompt_id": f"p{number:03d}", "kind": "text", "tokens": one.length, "loss": 1.0,
+            "token_ids": one.dataset["token_id"].values.tolist(), "title": "", "text": "",
+            "token_strings": list(one.tokens), "status": "done", "seconds": 0.1, "loss_repeat": None,
+        }
+        for number, one in enumerate(prompts)
+    ]  # fmt: skip
+    writer.table("prompts", pd.DataFrame(rows))
+    writer.table("heads", pd.concat([*tables, pooled_table(tables, "text")], ignore_index=True))
+    return writer.finish()
+
+
+run = _run(traces, 0)
+untrained = lens.models.random_weights(model, 0)
+other = _run([lens.capture(untrained, prompt, progress=False) for prompt in texts], 1)

@@ -19,7 +19,12 @@ if TYPE_CHECKING:
 
 
 def agreement_map(agreement: Agreement, **look: Unpack[Look]) -> go.Figure:
-    """Kendall's tau of every pair of measures; hovering gives intervals and the top-k overlap."""
+    """Kendall's tau of every pair of measures; hovering gives intervals and the top-k overlap.
+
+    Example:
+        >>> measures = [lens.heads.importance(small, copying, method=one) for one in ("gradient", "gate")]
+        >>> lens.figures.agreement_map(lens.heads.agreement(*measures))
+    """
     rows = agreement.table()
     labels = list(dict.fromkeys([*rows["first"], *rows["second"]]))
     place = {label: index for index, label in enumerate(labels)}
@@ -70,12 +75,16 @@ def measure_scatter(joined: pd.DataFrame, x: str, y: str, **look: Unpack[Look]) 
     """Every head as a point, any two measures of `lens.heads.join` as axes, with their intervals.
 
     Args:
-        joined: one row per head with the column `head`, and for each measure its value; its interval
-            where the columns with ` low` and ` high` are there.
+        joined: one row per head with the column `name`, and for each measure its value; its interval
+            where the columns with `_low` and `_high` are there.
         x, y: names of measures.
 
     Raises:
         LensError: a measure that the table has not.
+
+    Example:
+        >>> measures = [lens.heads.importance(small, copying, method=one) for one in ("gradient", "gate")]
+        >>> lens.figures.measure_scatter(lens.heads.join(*measures), "gradient", "gate")
     """
     have = [str(column) for column in joined.columns]
     for name in (x, y):

@@ -46,6 +46,9 @@ def role_map(
 
     Raises:
         LensError: a column that the table lacks.
+
+    Example:
+        >>> lens.figures.role_map(lens.heads.roles(small, lens.tasks.copied(small, 25)).table())
     """
     chosen = list(_SHOWN if columns is None else columns)
     if missing := [name for name in chosen if name not in table]:

@@ -77,6 +77,9 @@ def migration_maps(effect: Effect, prompt: int = 0, **look: Unpack[Look]) -> go.
     Args:
         effect: as `lens.effect` returns it.
         prompt: which of its prompts.
+
+    Example:
+        >>> lens.figures.migration_maps(lens.effect(model, texts, lens.edits.Mask("first")))
     """
     alpha, edit = effect.alphas[prompt], effect.edit
     known = ~np.isnan(alpha).all(2)

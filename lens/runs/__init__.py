@@ -1,6 +1,6 @@
 """Run folders: written, read, checked, compared, and exchanged with other tools.
 
->>> run = lens.runs.open_run("runs/...")
+>>> run = lens.runs.open_run(run.path)
 >>> lens.runs.compare_runs(run, other).findings()
 """
 

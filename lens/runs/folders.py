@@ -203,6 +203,10 @@ def open_run(folder: str | Path) -> Run:
 
     Raises:
         LensError: no run folder, damaged, or of another schema version.
+
+    Example:
+        >>> lens.runs.open_run(run.path).status
+        'success'
     """
     folder = Path(folder)
     path = folder / INDEX
@@ -243,6 +247,10 @@ def list_runs(folder: str | Path) -> list[Run | BrokenRun]:
 
     Raises:
         LensError: the folder does not exist.
+
+    Example:
+        >>> len(lens.runs.list_runs(run.path.parent))
+        2
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -262,6 +270,10 @@ def find_run(folder: str | Path, run_id: str) -> Run:
 
     Raises:
         LensError: there is none, or it cannot be read.
+
+    Example:
+        >>> lens.runs.find_run(run.path.parent, run.id).status
+        'success'
     """
     folder = Path(folder)
     for entry in folder.iterdir() if folder.is_dir() else ():

@@ -27,6 +27,10 @@ def average_linkage(
 
     Raises:
         LensError: fewer than two members, distances that are not square or not finite.
+
+    Example:
+        >>> lens.stats.average_linkage(np.array([1.0, 5, 5])).tolist()
+        [[0.0, 1.0, 1.0], [2.0, 3.0, 5.0]]
     """
     from scipy.cluster.hierarchy import linkage
 
@@ -56,6 +60,10 @@ def cut_tree(merges: Float[np.ndarray, "merges 3"], count: int) -> Int[np.ndarra
 
     Raises:
         LensError: a count that is not 1 to n.
+
+    Example:
+        >>> lens.stats.cut_tree(lens.stats.average_linkage(np.array([1.0, 5, 5])), 2).tolist()
+        [0, 0, 1]
     """
     members = len(merges) + 1
     if not 1 <= count <= members:
@@ -88,6 +96,11 @@ def silhouettes(
         LensError: distances that are not square, or a tree of another number of members.
 
     Reference: Rousseeuw 1987, J. Comput. Appl. Math. 20.
+
+    Example:
+        >>> apart = np.abs(np.subtract.outer([0.0, 1, 8, 9], [0.0, 1, 8, 9]))
+        >>> int(lens.stats.silhouettes(apart, lens.stats.average_linkage(apart)).argmax()) + 1
+        2
     """
     sums = _square(distances).astype(float).copy()  # [member, cluster]
     members = len(sums)
@@ -133,6 +146,10 @@ def adjusted_rand(a: Int[np.ndarray, "members"], b: Int[np.ndarray, "members"]) 
         LensError: groupings of different or fewer than two members.
 
     Reference: Hubert and Arabie 1985, J. Classification 2.
+
+    Example:
+        >>> lens.stats.adjusted_rand(np.array([0, 0, 1, 1]), np.array([1, 1, 0, 0]))
+        1.0
     """
     if len(a) != len(b) or len(a) < 2:
         raise LensError(

@@ -30,6 +30,10 @@ def quantile(values: ArrayLike, share: float, *, axis: int = -1) -> Any:
 
     Raises:
         LensError: no values, or a share outside of 0 to 1.
+
+    Example:
+        >>> float(lens.stats.quantile([1, 2, 3, 4], 0.5))
+        2.5
     """
     if not 0 <= share <= 1:
         raise LensError(f"share must be 0 to 1, got {share}; 0.5 is the median")
@@ -48,6 +52,10 @@ def interval(draws: ArrayLike, *, axis: int = 0) -> tuple[Any, Any]:
 
     Raises:
         LensError: a number instead of draws.
+
+    Example:
+        >>> [round(float(end), 2) for end in lens.stats.interval(range(101))]
+        [2.5, 97.5]
     """
     values = _last(draws, axis, least=0)
     ordered = np.sort(values, axis=-1)  # NaN at the end
@@ -69,6 +77,10 @@ def draws(
 
     Raises:
         LensError: no unit, or no resample.
+
+    Example:
+        >>> lens.stats.draws(5, seed=0, resamples=2).sum(1).tolist()
+        [5.0, 5.0]
     """
     if units < 1 or resamples < 1:
         raise LensError(
@@ -94,6 +106,11 @@ def over_units(
 
     Raises:
         LensError: sums and counts of two shapes, or no unit.
+
+    Example:
+        >>> low, high = lens.stats.over_units(np.array([1.0, 2, 3, 4]), np.ones(4), seed=0)
+        >>> bool(low < 2.5 < high)
+        True
     """
     if np.shape(sums) != np.shape(counts):
         raise LensError(
@@ -140,6 +157,11 @@ def over_rows(
     Neighbouring rows depend on each other, so contiguous blocks of about sqrt(rows) rows are drawn
     (block bootstrap, Künsch 1989). It says how the mean varies along this prompt, and nothing about
     other prompts.
+
+    Example:
+        >>> low, high = lens.stats.over_rows(np.random.default_rng(0).normal(size=(3, 40)), seed=0)
+        >>> low.shape
+        (3,)
     """
     scored = ~np.isnan(values)
     starts = np.arange(0, values.shape[-1], max(1, int(np.sqrt(values.shape[-1]))))

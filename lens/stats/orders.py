@@ -17,7 +17,12 @@ if TYPE_CHECKING:
 
 
 def ranks(values: ArrayLike) -> Float[np.ndarray, "*rest n"]:
-    """[..., n] rank along the last axis, the smallest 1, ties at their mean rank; NaN where one is."""
+    """[..., n] rank along the last axis, the smallest 1, ties at their mean rank; NaN where one is.
+
+    Example:
+        >>> lens.stats.ranks([30, 10, 10]).tolist()
+        [3.0, 1.5, 1.5]
+    """
     from scipy.stats import rankdata
 
     return rankdata(np.asarray(values, float), axis=-1)
@@ -31,6 +36,10 @@ def spearman(a: ArrayLike, b: ArrayLike) -> float:
 
     Raises:
         LensError: vectors of two lengths.
+
+    Example:
+        >>> lens.stats.spearman([1, 2, 3], [10, 20, 400])
+        1.0
     """
     x, y = np.asarray(a, float), np.asarray(b, float)
     if x.shape != y.shape or x.ndim != 1:
@@ -64,6 +73,10 @@ def kendall(values: ArrayLike) -> Float[np.ndarray, "*rest measures measures"]:
     as 12 measures.
 
     Reference: Kendall 1945, The treatment of ties in ranking problems.
+
+    Example:
+        >>> lens.stats.kendall([[1, 2, 3, 4], [1, 2, 4, 3]]).round(2).tolist()
+        [[1.0, 0.67], [0.67, 1.0]]
     """
     array = _measures(values)
     flat = array.reshape(-1, *array.shape[-2:])
@@ -78,6 +91,10 @@ def top(values: ArrayLike, k: int) -> Int[np.ndarray, "*rest {k}"]:
 
     Raises:
         LensError: a k that is not 0 to n.
+
+    Example:
+        >>> lens.stats.top([3, 9, 5], 2).tolist()
+        [1, 2]
     """
     array = np.asarray(values, float)
     if not 0 <= k <= array.shape[-1]:
@@ -97,6 +114,10 @@ def top_overlap(values: ArrayLike, k: int) -> Float[np.ndarray, "*rest measures 
 
     Raises:
         LensError: fewer than two dimensions, or a k that is not 1 to n.
+
+    Example:
+        >>> lens.stats.top_overlap([[3, 9, 5], [9, 3, 5]], 2).tolist()
+        [[1.0, 0.5], [0.5, 1.0]]
     """
     array = _measures(values)
     if not 1 <= k <= array.shape[-1]:

@@ -22,6 +22,10 @@ def make_config(values: Mapping[str, Any]) -> RunConfig:
 
     Raises:
         UsageError: unknown name, wrong type, a value out of range, or values that do not go together.
+
+    Example:
+        >>> make_config({"what": "circuit", "analysis": {"n": 8}}).analysis.n
+        8
     """
     what = values.get("what", "profile")
     if not isinstance(what, str) or what not in CONFIGS:
@@ -45,6 +49,10 @@ def load_config(
 
     Raises:
         UsageError: the file is missing or no TOML, and as `make_config`.
+
+    Example:
+        >>> load_config(None, {"prompts.tokens": 64}).prompts.tokens
+        64
     """
     values: dict[str, Any] = {} if path is None else _read_toml(path)
     if any(f"prompts.{name}" in overrides for name in SOURCES):
@@ -70,6 +78,10 @@ def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
 
     Raises:
         UsageError: no `=`, or no name before it.
+
+    Example:
+        >>> parse_assignments(["prompts.tokens=128", "what=sinks"])
+        {'prompts.tokens': 128, 'what': 'sinks'}
     """
     found = {}
     for assignment in assignments:

@@ -127,7 +127,13 @@ def setting(default: Any, text: str, *, shown: Shown | None = None, **bounds: An
 
 
 def settings_of(model: type[BaseModel], prefix: str = "") -> Iterator[Setting]:
-    """Every setting of a configuration, those of its sections with their names before a dot."""
+    """Every setting of a configuration, those of its sections with their names before a dot.
+
+    Example:
+        >>> from lens_analyses.config.models import CircuitSettings
+        >>> [setting.name for setting in settings_of(CircuitSettings)][-3:]
+        ['steps', 'edges', 'compare']
+    """
     for name, info in model.model_fields.items():
         inner = _alternatives(info.annotation)
         if isinstance(inner[0], type) and issubclass(inner[0], BaseModel):

@@ -113,6 +113,9 @@ def compare_runs(a: Run, b: Run, *, seed: int = 0) -> Comparison:
 
     Raises:
         LensError: one run twice, or a table that is missing or damaged.
+
+    Example:
+        >>> lens.runs.compare_runs(run, other).table().head()
     """
     if a.path == b.path:
         raise LensError(f"A and B are the same run, {a.id}; name two runs: `lens list` shows them")
