@@ -104,7 +104,9 @@ def estimate(config: RunConfig) -> Estimate:
         seconds=sum(steps.values()),
         steps=steps,
         memory=_memory(model, config, max(lengths)),
-        disk=sum(model.info.layers * layer_bytes(model, config, length) for length in lengths),
+        disk=sum(
+            len(model.info.attending) * layer_bytes(model, config, length) for length in lengths
+        ),
     )
 
 
@@ -125,7 +127,7 @@ def refuse_excess(config: RunConfig, model: "LoadedModel") -> None:
     load = _load(config, model, copied * length, n * _TASK_TOKENS, 0)
     seconds = SLOWDOWN * copied * work(model, length) / rate
     seconds += sum(_analysis(config, model, load, rate).values())
-    disk = copied * model.info.layers * layer_bytes(model, config, length)
+    disk = copied * len(model.info.attending) * layer_bytes(model, config, length)
     asked = [f"{copied:,} copied prompts of {length:,} tokens"] if copied else []
     asked += [f"{n:,} prompts of the task"] if n else []
     raise LensError(
@@ -140,7 +142,7 @@ def _load(config: RunConfig, model: "LoadedModel", prompts: int, task: int, wind
     return Load(
         settings=config.analysis,
         layers=info.layers,
-        heads=info.layers * info.heads,
+        heads=len(info.every_head),
         vocab=info.vocab or 0,
         parameters=info.parameters,
         prompts=prompts,
@@ -171,7 +173,7 @@ def work(model: "LoadedModel", tokens: int) -> float:
     of 4 operations a pair and dimension, half of them masked.
     """
     info = model.info
-    return 6 * info.parameters * tokens + 12 * info.layers * info.heads * info.head_dim * tokens**2
+    return 6 * info.parameters * tokens + 12 * len(info.every_head) * info.head_dim * tokens**2
 
 
 def layer_bytes(model: "LoadedModel", config: RunConfig, tokens: int) -> int:

@@ -204,7 +204,9 @@ class _Execution:
 
         def completed() -> float:
             """Each layer's file counts as soon as it is there."""
-            return finished + cost * len(list(current.glob("layer-*"))) / self._model.info.layers
+            return finished + cost * len(list(current.glob("layer-*"))) / len(
+                self._model.info.attending
+            )
 
         started = time.monotonic()
         with progress_bar(self._output, self._model.name, sum(costs), completed):

@@ -39,7 +39,7 @@ def head_table(
         config: of the run.
         warn: is told what could not be compared with.
     """
-    log.info("scoring %s heads", f"{model.info.layers * model.info.heads:,}")
+    log.info("scoring %s heads", f"{len(model.info.every_head):,}")
     tables = [
         prompt_table(run.trace(row["prompt_id"]), row["prompt_id"], seed=config.seed)
         for row in rows

@@ -234,6 +234,7 @@ class LoadedModel:
             "class": info.class_name,
             "revision": self.revision,
             "layers": info.layers,
+            "attending": list(info.attending),
             "heads": info.heads,
             "kv_heads": info.kv_heads,
             "head_dim": info.head_dim,

@@ -105,7 +105,7 @@ def pruning(subject: Subject) -> Section:
             refused.append(f"No order by {method}: {problem}.")
     if not orders:
         raise LensError(f"no order of the heads could be had: {' '.join(refused)}")
-    points, draws = pruning_size(orders[0].values.size)
+    points, draws = pruning_size(len(orders[0].names))
     found = heads.pruning.orders(
         subject.model, held_out, orders=orders, steps=points, draws=draws, **options
     )

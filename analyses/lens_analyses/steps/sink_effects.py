@@ -43,11 +43,11 @@ def effects(subject: Subject) -> Section:
     found = [
         lens.effect(model, texts, edit, seed=seed, clean=clean, progress=False) for edit in done
     ]
-    layer, layers = strongest.layer, model.info.layers
+    layer = strongest.layer
     reaches = {
         "head": replace(done[0], heads=[strongest]),
         "layer": replace(done[0], layers=[layer]),
-        "from_layer": replace(done[0], layers=range(layer, layers)),
+        "from_layer": replace(done[0], layers=[at for at in model.info.attending if at >= layer]),
         "all": done[0],
     }
     mass = {"controls": ("mass",), "seed": seed, "clean": clean, "progress": False}

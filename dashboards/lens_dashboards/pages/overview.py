@@ -7,7 +7,7 @@ from dash import dcc, html
 
 from lens import figures as draw
 from lens.common.errors import LensError
-from lens.common.head_ids import HeadId
+from lens.common.head_ids import HeadId, layers_in_words
 from lens.figures.heads import select as rows_of
 from lens.runs import Run
 from lens.traces.findings import findings
@@ -215,13 +215,21 @@ def _prompt_of(run: Run, group: str) -> str:
     return str(first.get(group, group))
 
 
+def _layers(model: dict[str, Any]) -> str:
+    """ "4 layers", or which of them have heads."""
+    attending = model.get("attending") or []
+    if 0 < len(attending) < model.get("layers", 0):
+        return f"{layers_in_words(attending)} of {model['layers']}"
+    return f"{model.get('layers')} layers"
+
+
 def _cards(run: Run) -> html.Div:
     prompts, model = run.prompts, run.meta["model"]
     done = prompts[prompts["status"] == "done"]
     losses = done[done["kind"] == "text"]["loss"].dropna()
     repeat = done["loss_repeat"].dropna() if "loss_repeat" in done else pd.Series(dtype=float)
     cells = [
-        ("Model", model["name"], f"{model.get('layers')} layers × {model.get('heads')} heads"),
+        ("Model", model["name"], f"{_layers(model)} × {model.get('heads')} heads"),
         ("Prompts", f"{len(done)}", f"{number(float(done['tokens'].sum()))} tokens"),
         (
             "Loss on text",
