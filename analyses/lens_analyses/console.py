@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from lens.common.errors import LensError
+from lens.common.files import shown
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -53,7 +54,7 @@ class Output:
 
     def result(self, text: str, data: Any) -> None:
         """The answer of the command: `text` for people, or `data` as JSON."""
-        sys.stdout.write(to_json(data) if self.json else text.rstrip("\n") + "\n")
+        sys.stdout.write(shown(to_json(data) if self.json else text.rstrip("\n") + "\n"))
         sys.stdout.flush()
 
     @cached_property
@@ -94,7 +95,7 @@ class Output:
     def _fail(self, error: BaseException, message: str, code: int) -> None:
         if self.debug:
             traceback.print_exception(error, file=sys.stderr)
-        sys.stderr.write(f"error: {one_line(message)}\n")
+        sys.stderr.write(f"error: {shown(one_line(message))}\n")
         if self.json:
             self.result(
                 "", {"status": "error", "error": {"type": type(error).__name__, "message": message}}
@@ -110,7 +111,7 @@ class _Handler(logging.Handler):
         self._console = output.console
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._console.print(record.getMessage(), markup=False, soft_wrap=True)
+        self._console.print(shown(record.getMessage()), markup=False, soft_wrap=True)
 
 
 @contextmanager

@@ -55,11 +55,19 @@ class Verdict:
         if self.problems:
             return "\n".join(f"{self.run.id}: {problem}" for problem in self.problems)
         whole = "valid" if self.run.status == "success" else f"valid so far ({self.run.status})"
-        return f"{self.run.id}: {whole}"
+        unknown = (
+            "" if self.run.door.manifest else "; no manifest: later changes of files are not seen"
+        )
+        return f"{self.run.id}: {whole}{unknown}"
 
     def as_json(self) -> dict[str, Any]:
         """For `--json`."""
-        return {"id": self.run.id, "status": self.run.status, "problems": self.problems}
+        return {
+            "id": self.run.id,
+            "status": self.run.status,
+            "problems": self.problems,
+            "manifest": bool(self.problems or self.run.door.manifest),
+        }
 
 
 def listing_of(folder: Path) -> Listing:
@@ -107,7 +115,7 @@ def _row(run: Run | BrokenRun) -> tuple[str, str, str, str]:
     if isinstance(run, BrokenRun):
         return ("broken", "", run.id, run.problem)
     prompts = run.meta["prompts"]
-    error = run.meta.get("error") or {}
+    error = run.meta["error"] or {}
     note = error.get("message", "") if run.status == "error" else run.title
     if run.status == "partial":
         note = f"complete it: lens run -c {run.path / 'config.toml'}"

@@ -1,7 +1,6 @@
 """What the page fetches beside Dash: rectangles of attention as raw float32, rows, tables."""
 
 import hashlib
-import io
 import json
 from collections.abc import Callable
 from functools import wraps
@@ -12,6 +11,7 @@ import pandas as pd
 from flask import Blueprint, Response, request
 
 from lens.common.errors import LensError
+from lens.runs.exchange.tables import csv_text
 from lens.traces.metrics import VARIANTS
 from lens_dashboards.circuit_edges import RANKINGS, circuit_edges
 from lens_dashboards.circuit_groups import named_groups
@@ -21,6 +21,7 @@ from lens_dashboards.library import section as read_section
 from lens_dashboards.notebook import header
 from lens_dashboards.raster import raster, row
 
+_MOST_REPORT = 2**28
 _ATLAS = ("layers", "heads", "rows", "columns")
 
 
@@ -110,10 +111,10 @@ def make_api(library: Library) -> Blueprint:
     @_refusing
     def get_report(run_id: str) -> Response:
         """The report that the run wrote."""
-        path = library.run(run_id).path / "report.html"
-        if not path.exists():
+        door = library.run(run_id).door
+        if not door.has("report.html"):
             raise LensError(f"run {run_id} has no report yet; make it: lens report {run_id}")
-        response = Response(path.read_bytes(), mimetype="text/html")
+        response = Response(door.text("report.html", _MOST_REPORT), mimetype="text/html")
         response.headers["Content-Security-Policy"] = (
             "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
             "img-src data:; font-src data:; sandbox allow-scripts allow-downloads"
@@ -129,9 +130,7 @@ def make_api(library: Library) -> Blueprint:
 
 
 def _csv(table: pd.DataFrame, name: str) -> Response:
-    text = io.StringIO()
-    table.to_csv(text, index=False)
-    response = Response(text.getvalue(), mimetype="text/csv")
+    response = Response(csv_text(table), mimetype="text/csv")
     response.headers["Content-Disposition"] = f"attachment; filename={name}"
     return response
 

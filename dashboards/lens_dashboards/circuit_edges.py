@@ -3,18 +3,16 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lens.common.errors import LensError
-from lens.common.files import read_json
 from lens.runs import Run
+from lens.runs.folders import CIRCUITS, IMPORTANCES
 
 RANKINGS = ("absolute", "signed")
 _FORMAT, _VERSION = "lens-circuit", 1  # as `lens.circuits.graph.circuit.Circuit.save` writes
-_FILE = Path("circuits") / "mib" / "importances.json"
 _PATH_EDGES, _MOST_PATHS = 2000, 10
 
 
@@ -178,21 +176,21 @@ def circuit_edges(run: Run) -> CircuitEdges:
     Raises:
         LensError: the run has none, or they cannot be read.
     """
-    path = run.path / _FILE
-    files = sorted((run.path / "circuits").glob("*.json"))
-    if not path.exists() or not files:
+    if not run.door.has(IMPORTANCES) or not run.circuits:
         raise LensError(
             f"run {run.id} has no circuit; make one: lens circuit --model {run.meta['model']['name']}"
         )
-    return _read(path, files[0], path.stat().st_mtime_ns, files[0].stat().st_mtime_ns)
+    files = (run.path / IMPORTANCES, run.path / CIRCUITS / f"{run.circuits[0]}.json")
+    return _read(run, *(path.stat().st_mtime_ns for path in files))
 
 
 @lru_cache(maxsize=4)
-def _read(path: Path, circuit: Path, *changed: int) -> CircuitEdges:
-    edges = read_json(path)["edges"]
-    saved = read_json(circuit)
+def _read(run: Run, *changed: int) -> CircuitEdges:
+    edges, saved = run.importances().edges, run.circuit(run.circuits[0]).model_dump()
     chosen = tuple(saved["edges"])
     for name in ("edges", "nodes", "scores", "faithfulness"):
         saved.pop(name, None)
-    scores = np.array([edge["score"] for edge in edges.values()], dtype=float)
-    return CircuitEdges(tuple(edges), scores, saved, chosen)
+    scores = np.array([edge.score for edge in edges.values()], dtype=float)
+    found = CircuitEdges(tuple(edges), scores, saved, chosen)
+    found.find(chosen)
+    return found

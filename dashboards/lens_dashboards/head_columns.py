@@ -9,7 +9,7 @@ from lens.common.errors import LensError
 from lens.common.head_ids import HeadId, head_id
 from lens.runs import Run
 from lens.traces.metrics import METRICS
-from lens_dashboards.library import section as read_section
+from lens_dashboards.library import sections
 
 PATTERN = "patterns: pattern"
 _NOT_SCORES = ("layer", "head", "n", "prompts", "trials", "key")
@@ -73,10 +73,9 @@ def head_columns(run: Run, group: str, variant: str) -> HeadColumns:
             labels[metric.name] = f"{metric.label}{without} ({metric.unit})"
             definitions[metric.name] = f"{metric.definition} Unit: {metric.unit}."
             excluded += [metric.name] if chosen == "sink_excluded" else []
-    for section_name in run.sections:
+    for section_name, section in sections(run).items():
         if section_name == "heads":  # the others, joined
             continue
-        section = read_section(run, section_name)
         for table_name, table in section.tables.items():
             index = _heads(table)
             if index is None:

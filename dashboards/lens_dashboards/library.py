@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from lens.common.errors import LensError
 from lens.runs import BrokenRun, Run, find_run, list_runs
 from lens.runs.folders import INDEX
 from lens.runs.sections import FOLDER, Section
@@ -15,6 +16,26 @@ from lens_dashboards.atlas import atlas
 _OPEN_TRACES = 16
 _OPEN_ATLASES = 8  # of at most 4 MiB
 _OPEN_SECTIONS = 64
+
+
+def sections(run: Run) -> dict[str, Section]:
+    """The sections of a run that can be read, by name; why others cannot is in `damage`."""
+    return _readable(run)[0]
+
+
+def damage(run: Run) -> list[str]:
+    """What of a run does not fit the schema and is left out: entries of `run.json`, sections."""
+    return [*run.damage, *_readable(run)[1]]
+
+
+def _readable(run: Run) -> tuple[dict[str, Section], list[str]]:
+    found, problems = {}, []
+    for name in run.sections:
+        try:
+            found[name] = section(run, name)
+        except LensError as error:
+            problems.append(str(error))
+    return found, problems
 
 
 def section(run: Run, name: str) -> Section:

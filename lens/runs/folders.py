@@ -6,15 +6,27 @@ The layout is docs/schema/run-folder.md. Nothing here needs torch; nothing is lo
 from __future__ import annotations
 
 import re
-import tomllib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lens.common.errors import LensError
-from lens.common.files import read_json
+from lens.common.files import read_json, shown
+from lens.runs.contents import head_problems, outside_of, prompt_problems, trace_problems
+from lens.runs.door import Door
 from lens.runs.processes import is_writing
+from lens.runs.schema import (
+    HEADS,
+    POOLED,
+    PROMPTS,
+    CircuitFile,
+    ImportancesFile,
+    Kind,
+    run_entries,
+)
+from lens.traces.metrics import METRICS, VARIANTS
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -22,23 +34,12 @@ if TYPE_CHECKING:
     from lens.runs.sections import Section
     from lens.traces.trace import AttentionTrace
 
-SCHEMA = "attention-lens/run"
-SCHEMA_VERSION = 1
 INDEX = "run.json"
-STATUSES = ("started", "success", "partial", "error")
-REQUIRED = {
-    "id": str,
-    "title": str,
-    "what": str,
-    "status": str,
-    "created": str,
-    "model": dict,
-    "prompts": dict,
-    "versions": dict,
-    "files": dict,
-}
-"""Entries that `run.json` cannot do without, with their types."""
-_JSON = {str: "a string", dict: "an object"}
+CONFIG = "config.toml"
+CIRCUITS = "circuits"
+IMPORTANCES = f"{CIRCUITS}/mib/importances.json"
+_MOST_META = 2**22
+_MOST_IMPORTANCES = 2**27
 _PROMPT_ID = re.compile(r"p\d{3,}")
 
 
@@ -49,15 +50,22 @@ class Run:
     Attributes:
         path: the folder.
         meta: contents of `run.json`.
+        damage: what of it does not fit the schema and is left out, a sentence each.
     """
 
     path: Path
     meta: dict[str, Any]
+    damage: tuple[str, ...] = ()
+
+    @cached_property
+    def door(self) -> Door:
+        """To the files of the folder."""
+        return Door(self.path)
 
     @property
     def id(self) -> str:
         """Name of the folder."""
-        return self.path.name
+        return shown(self.path.name)
 
     @property
     def title(self) -> str:
@@ -76,21 +84,44 @@ class Run:
     @property
     def config(self) -> dict[str, Any]:
         """Contents of `config.toml`."""
-        path = self.path / "config.toml"
-        try:
-            return tomllib.loads(path.read_text(encoding="utf-8"))
-        except (OSError, tomllib.TOMLDecodeError) as error:
-            raise LensError(f"{path} cannot be read ({error}); run the analysis again") from error
+        return self.door.toml(CONFIG)
 
     @cached_property
     def prompts(self) -> pd.DataFrame:
         """One row per prompt; columns in docs/schema/run-folder.md."""
-        return self._table("prompts.parquet")
+        table = self._table("prompts.parquet", PROMPTS, max(1, self.meta["prompts"]["total"]))
+        self._hold("prompts.parquet", prompt_problems(table))
+        return table
 
     @cached_property
     def heads(self) -> pd.DataFrame:
         """Long table of head metrics; columns in docs/schema/run-folder.md."""
-        return self._table("heads.parquet")
+        model, prompts = self.meta["model"], self.meta["prompts"]["total"] + len(POOLED)
+        most = prompts * model["layers"] * model["heads"] * len(METRICS) * len(VARIANTS)
+        table = self._table("heads.parquet", HEADS, most)
+        self._hold("heads.parquet", head_problems(table, model, self.prompts))
+        return table
+
+    @cached_property
+    def circuits(self) -> tuple[str, ...]:
+        """Names of the circuits that were found."""
+        return tuple(sorted(path.stem for path in (self.path / CIRCUITS).glob("*.json")))
+
+    def circuit(self, name: str) -> CircuitFile:
+        """One circuit, as its file has it.
+
+        Raises:
+            LensError: it is damaged.
+        """
+        return self.door.entries(CircuitFile, f"{CIRCUITS}/{name}.json")
+
+    def importances(self) -> ImportancesFile:
+        """Every edge of the model with its score.
+
+        Raises:
+            LensError: there are none, or they are damaged.
+        """
+        return self.door.entries(ImportancesFile, IMPORTANCES, _MOST_IMPORTANCES)
 
     @property
     def traces(self) -> list[str]:
@@ -117,7 +148,11 @@ class Run:
         if prompt_id not in self.traces:
             have = ", ".join(self.traces) or "none"
             raise LensError(f"run {self.id} has no trace of prompt {prompt_id!r}; it has: {have}")
-        return AttentionTrace.load(self.path / "trace" / prompt_id)
+        folder = self.path / "trace" / prompt_id
+        self.door.check(*(f"trace/{prompt_id}/{path.name}" for path in folder.iterdir()))
+        trace = AttentionTrace.load(folder)
+        self._hold(f"trace/{prompt_id}", trace_problems(trace, prompt_id, self))
+        return trace
 
     @property
     def sections(self) -> list[str]:
@@ -136,7 +171,7 @@ class Run:
     @property
     def unsupported(self) -> dict[str, str]:
         """Name of each section that this model or its prompts do not allow -> why not."""
-        return self.meta.get("unsupported", {})
+        return self.meta["unsupported"]
 
     def section(self, name: str) -> Section:
         """One section with its tables and figures.
@@ -148,24 +183,33 @@ class Run:
 
         if name in self.unsupported:
             raise LensError(f"the section {name} is unsupported here: {self.unsupported[name]}")
-        return load_section(self.path, name)
+        section = load_section(self.door, name)
+        for part, table in section.tables.items():
+            self._hold(f"sections/{name}/{part}.parquet", outside_of(table, self.meta["model"]))
+        return section
 
-    def _table(self, name: str) -> pd.DataFrame:
-        import pandas as pd
+    def readable(self) -> tuple[dict[str, Section], list[str]]:
+        """Sections that can be read, by name, and why the others cannot."""
+        found, problems = {}, []
+        for name in self.sections:
+            try:
+                found[name] = self.section(name)
+            except LensError as error:
+                problems.append(str(error))
+        return found, problems
 
-        path = self.path / name
-        if not path.exists():
+    def _table(self, name: str, kinds: Mapping[str, Kind], most_rows: int) -> pd.DataFrame:
+        if not self.door.has(name):
             raise LensError(
-                f"{path} is missing: the run is {self.status}; "
-                f"complete it with `lens run -c {self.path / 'config.toml'}`"
+                f"{self.path / name} is missing: the run is {self.status}; "
+                f"complete it with `lens run -c {self.path / CONFIG}`"
             )
-        try:
-            return pd.read_parquet(path)
-        except (OSError, ValueError) as error:
-            raise LensError(
-                f"{path} is damaged ({error}); delete it and complete the run with "
-                f"`lens run -c {self.path / 'config.toml'}`"
-            ) from error
+        return self.door.table(name, kinds, most_rows=most_rows)
+
+    def _hold(self, name: str, problems: Iterator[str]) -> None:
+        """Raises LensError with the first of the problems, if there is one."""
+        if problem := next(problems, ""):
+            raise LensError(f"{self.path / name}: {problem}; run the analysis again")
 
     def __repr__(self) -> str:
         prompts, model = self.meta["prompts"], self.meta["model"]
@@ -190,7 +234,7 @@ class BrokenRun:
     @property
     def id(self) -> str:
         """Name of the folder."""
-        return self.path.name
+        return shown(self.path.name)
 
     @property
     def status(self) -> str:
@@ -210,36 +254,12 @@ def open_run(folder: str | Path) -> Run:
     """
     folder = Path(folder)
     path = folder / INDEX
-    if not path.exists():
+    if not path.exists() and not path.is_symlink():
         raise LensError(
             f"{folder} is no run folder ({INDEX} is missing); `lens list` shows the runs"
         )
-    meta = read_json(path)
-    version = meta.get("schema_version")
-    if meta.get("schema") != SCHEMA or version != SCHEMA_VERSION:
-        versions = meta.get("versions")
-        writer = versions.get("attention-lens", "?") if isinstance(versions, dict) else "?"
-        raise LensError(
-            f"{path} has schema {meta.get('schema')!r} version {version!r}, this attention-lens reads "
-            f"{SCHEMA!r} version {SCHEMA_VERSION}; it was written by attention-lens {writer}: "
-            f"read it with that version"
-        )
-    if missing := [key for key in REQUIRED if key not in meta]:
-        raise LensError(f"{path} lacks {', '.join(missing)}; run the analysis again")
-    for key, kind in REQUIRED.items():
-        if not isinstance(meta[key], kind):
-            raise LensError(
-                f"{path}: {key} must be {_JSON[kind]}, got {meta[key]!r}; run the analysis again"
-            )
-    counts = [meta["prompts"].get(key) for key in ("done", "total")]
-    if "name" not in meta["model"] or not all(isinstance(count, int) for count in counts):
-        raise LensError(
-            f"{path}: model must have a name and prompts the counts done and total; "
-            "run the analysis again"
-        )
-    if meta["status"] not in STATUSES:
-        raise LensError(f"{path} has status {meta['status']!r}, must be one of {STATUSES}")
-    return Run(folder.resolve(), meta)
+    meta, damage = run_entries(read_json(path, most=_MOST_META, within=folder), path)
+    return Run(folder.resolve(), meta, damage)
 
 
 def list_runs(folder: str | Path) -> list[Run | BrokenRun]:
@@ -258,10 +278,10 @@ def list_runs(folder: str | Path) -> list[Run | BrokenRun]:
     runs: list[Run | BrokenRun] = []
     for entry in folder.iterdir():
         try:
-            if (entry / INDEX).exists():
+            if (entry / INDEX).exists() or (entry / INDEX).is_symlink():
                 runs.append(open_run(entry))
         except (LensError, OSError) as error:
-            runs.append(BrokenRun(entry.absolute(), str(error)))
+            runs.append(BrokenRun(entry.absolute(), shown(str(error))))
     return sorted(runs, key=_newest_first)
 
 

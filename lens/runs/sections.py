@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lens.common.errors import LensError
-from lens.common.files import read_json, write_atomically, write_json, write_text
+from lens.common.files import write_atomically, write_json, write_text
+from lens.runs.door import Door, shape_of
+from lens.runs.schema import SectionFile
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -22,7 +24,6 @@ if TYPE_CHECKING:
 FOLDER = "sections"
 INDEX = "section.json"
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
-_REQUIRED = ("name", "title", "summary", "limits", "columns", "configuration", "tables", "figures")
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +73,8 @@ class Section:
         folder = run / FOLDER / self.name
         for name, table in self.tables.items():
             write_atomically(
-                folder / f"{name}.parquet", lambda path, table=table: table.to_parquet(path)
+                folder / f"{name}.parquet",
+                lambda path, table=table: table.to_parquet(path, index=False),
             )
         for name, figure in self.figures.items():
             text = figure.to_json()
@@ -87,6 +89,7 @@ class Section:
             "configuration": dict(self.configuration),
             "tables": list(self.tables),
             "figures": list(self.figures),
+            "shapes": {name: shape_of(folder / f"{name}.parquet") for name in self.tables},
         }
         write_json(folder / INDEX, index)
         parts = (INDEX, *(f"{name}.parquet" for name in self.tables))
@@ -94,48 +97,47 @@ class Section:
         return [f"{FOLDER}/{self.name}/{part}" for part in parts]
 
 
-def load_section(run: Path, name: str) -> Section:
+def load_section(door: Door, name: str) -> Section:
     """Read a section of a run folder.
 
     Raises:
         LensError: there is none of this name, or it is damaged.
     """
-    import pandas as pd
-    import plotly.graph_objects as go
-    import plotly.io as pio
-
+    run = door.folder
     have = section_names(run)
     if name not in have:
         raise LensError(
             f"{run} has no section {name!r}; it has: {', '.join(have) or 'none'}; "
             "`lens heads`, `lens sinks`, `lens redistribute` and `lens circuit` write sections"
         )
-    folder = run / FOLDER / name
-    index = read_json(folder / INDEX)
-    if missing := [key for key in _REQUIRED if key not in index]:
-        raise LensError(
-            f"{folder / INDEX} lacks {', '.join(missing)}; delete the folder {folder} and run again"
-        )
+    place = f"{FOLDER}/{name}"
+    index = door.entries(SectionFile, f"{place}/{INDEX}")
+    if index.name != name:
+        raise LensError(f"{run / place / INDEX} is of the section {index.name!r}; run again")
+    return Section(
+        name=name,
+        title=index.title,
+        summary=tuple(index.summary),
+        limits=tuple(index.limits),
+        columns=index.columns,
+        configuration=index.configuration,
+        tables={
+            part: door.table(f"{place}/{part}.parquet", shape=index.shapes.get(part))
+            for part in index.tables
+        },
+        figures={part: _figure(door, f"{place}/{part}.json") for part in index.figures},
+    )
+
+
+def _figure(door: Door, name: str) -> go.Figure:
+    import plotly.graph_objects as go
+
+    content = door.json(name)
     try:
-        return Section(
-            name=index["name"],
-            title=index["title"],
-            summary=tuple(index["summary"]),
-            limits=tuple(index["limits"]),
-            columns=index["columns"],
-            configuration=index["configuration"],
-            tables={part: pd.read_parquet(folder / f"{part}.parquet") for part in index["tables"]},
-            figures={
-                part: go.Figure(
-                    pio.from_json((folder / f"{part}.json").read_text(encoding="utf-8"))
-                )
-                for part in index["figures"]
-            },
-        )
-    except (OSError, ValueError) as error:
-        raise LensError(
-            f"section {name!r} of {run} is damaged ({error}); delete {folder} and run the same command again"
-        ) from error
+        return go.Figure(content)
+    except (ValueError, TypeError, KeyError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise LensError(f"{door.folder / name} is no figure ({reason}); run again") from error
 
 
 def section_names(run: Path) -> list[str]:

@@ -1,20 +1,25 @@
-"""Whether a run folder is whole and its numbers can be: schema, files, row sums, NaN.
+"""Whether a run folder is whole and its numbers can be: files, schema, row sums, NaN, and tables against traces.
 
-Checked are identities that hold for every attention matrix, so no model is needed: rows sum to 1 (to
-less with a learned sink), column sums and diagonals add up to the same total, entropy lies between 0
-and the logarithm of the number of keys. Traces are read one layer at a time.
+What was changed after the run is found by the manifest. What a wrong writer would have made is found by
+identities that hold for every attention matrix, so no model is needed: rows sum to 1 (to less with a learned
+sink), a map's columns add up to the received mass, its rows lie as far as the mean distance says, and the scores
+of `heads.parquet` follow from the traces. Traces are read one layer at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lens.common.errors import LensError
-from lens.traces.metrics import METRICS, VARIANTS
-from lens.traces.profiles import COLUMNS as HEAD_COLUMNS
+from lens.runs.folders import CONFIG, IMPORTANCES
+from lens.runs.manifest import GROWING, MANIFEST, changed_files
+from lens.runs.schema import POOLED
+from lens.runs.writer import config_hash
+from lens.traces.metrics import METRICS
+from lens.traces.profiles import POSITIONS, prompt_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -23,25 +28,11 @@ if TYPE_CHECKING:
     from lens.runs.folders import Run
     from lens.traces.trace import AttentionTrace
 
-POOLED = ("text", "copied")
-PROMPT_COLUMNS = (
-    "prompt_id",
-    "kind",
-    "title",
-    "text",
-    "tokens",
-    "token_ids",
-    "token_strings",
-    "loss",
-    "loss_repeat",
-    "status",
-    "seconds",
-)
-_GROWING = ("log.txt",)
-_WHOLE = ("config.toml", "prompts.parquet", "heads.parquet")
+_WHOLE = (CONFIG, "prompts.parquet", "heads.parquet")
 _TOLERANCE = 1e-3
 _MAY_BE_INFINITE = ("lse", "max_logit")
 _MAY_BE_NAN = ("entropy_sink_excluded", "distance_sink_excluded", "match_mass")
+_KEYS = ["layer", "head", "metric", "variant"]
 
 
 def validate(run: Run) -> list[str]:
@@ -49,99 +40,110 @@ def validate(run: Run) -> list[str]:
 
     A run that is not finished is not wrong: what it has not made yet is not missed.
     """
-    problems = [*_files(run)]
-    try:
-        problems += _prompts(run)
-    except LensError as error:
-        problems += _unless_missing(run, "prompts.parquet", error)
-    try:
-        problems += _heads(run)
-    except LensError as error:
-        problems += _unless_missing(run, "heads.parquet", error)
-    problems += _sections(run)
-    for prompt_id in run.traces:
-        problems += [f"trace of {prompt_id}: {problem}" for problem in _trace(run, prompt_id)]
+    problems = [*run.damage, *_files(run)]
+    checks: list[tuple[str, Callable[[], Iterator[str]]]] = [
+        (MANIFEST, lambda: _manifest(run)),
+        (CONFIG, lambda: _config(run)),
+        ("prompts.parquet", lambda: _prompts(run)),
+        ("heads.parquet", lambda: _heads(run)),
+        (IMPORTANCES, lambda: iter(run.importances() and ())),
+        *(
+            (f"sections/{name}", lambda name=name: iter(run.section(name) and ()))
+            for name in run.sections
+        ),
+        *(
+            (f"circuits/{name}", lambda name=name: iter(run.circuit(name) and ()))
+            for name in run.circuits
+        ),
+        *((f"trace/{name}", lambda name=name: _trace(run, name)) for name in run.traces),
+    ]
+    for name, check in checks:
+        try:
+            problems += check()
+        except LensError as error:
+            if run.door.has(name) or "." not in name:  # `_files` says what is missing
+                problems.append(str(error))
     return list(dict.fromkeys(problems))
-
-
-def _unless_missing(run: Run, name: str, error: LensError) -> list[str]:
-    """The error, but not that a table is missing: `_files` says so where it should be there."""
-    return [str(error)] if (run.path / name).exists() else []
 
 
 def _files(run: Run) -> Iterator[str]:
     files = run.meta["files"]
+    if run.meta["manifest"] and run.status != "started" and not run.door.has(MANIFEST):
+        yield f"{MANIFEST} is missing although run.json names it; run it again"
     if run.status == "success":
         for name in _WHOLE:
             if name not in files:
                 yield f"{name} is not entered in run.json although the run says success; run it again"
         prompts = run.meta["prompts"]
-        if prompts.get("done") != prompts.get("total"):
+        if prompts["done"] != prompts["total"]:
             yield (
-                f"run.json says success with {prompts.get('done')} of {prompts.get('total')} prompts "
+                f"run.json says success with {prompts['done']} of {prompts['total']} prompts "
                 "done; run it again"
             )
     for name, size in files.items():
         path = run.path / name
-        if not path.resolve().is_relative_to(run.path):
+        try:
+            inside = path.resolve().is_relative_to(run.path)
+            found = path.stat().st_size if path.is_file() else None
+        except (OSError, ValueError) as error:
+            yield f"run.json names {name[:60]!r}, which cannot be a file ({error}); run it again"
+            continue
+        if not inside:
             yield f"run.json names {name!r}, which is outside of the run; do not trust this folder"
-        elif not path.is_file():
+        elif found is None:
             yield f"{name} is missing; run it again"
-        elif name not in _GROWING and path.stat().st_size != size:
-            yield f"{name} has {path.stat().st_size} bytes instead of {size}; run it again"
+        elif found != size and name != GROWING and not run.door.has(MANIFEST):  # which knows more
+            yield f"{name} has {found} bytes instead of {size}; run it again"
+
+
+def _manifest(run: Run) -> Iterator[str]:
+    written = run.door.manifest
+    if written is None:
+        return
+    yield from changed_files(run.path, written)
+    for name in sorted(set(run.meta["files"]) - set(written)):
+        yield f"{name} is in run.json and not in {MANIFEST}; run it again"
+
+
+def _config(run: Run) -> Iterator[str]:
+    if config_hash(run.config) != run.meta["id"].rpartition("-")[2]:
+        yield f"{CONFIG} is not the configuration of {run.meta['id']}, whose name ends in its hash"
 
 
 def _prompts(run: Run) -> Iterator[str]:
-    table = run.prompts
-    if missing := [name for name in PROMPT_COLUMNS if name not in table]:
-        yield f"prompts.parquet lacks the columns {', '.join(missing)}"
-        return
-    if table["prompt_id"].duplicated().any():
-        yield "prompts.parquet has a prompt_id twice"
-    if unknown := sorted(set(table["kind"]) - set(POOLED)):
-        yield f"prompts.parquet has the kinds {unknown}; known: {', '.join(POOLED)}"
     traces = run.traces
-    for row in table.to_dict("records"):
-        counts = {row["tokens"], len(row["token_ids"]), len(row["token_strings"])}
-        if len(counts) > 1:
-            yield f"prompts.parquet: {row['prompt_id']} has differing token counts {sorted(counts)}"
-        if row["status"] not in ("done", "pending"):
-            yield f"prompts.parquet: {row['prompt_id']} has status {row['status']!r}"
-        elif row["status"] == "done" and row["prompt_id"] not in traces:
+    for row in run.prompts[["prompt_id", "status"]].to_dict("records"):
+        if row["status"] == "done" and row["prompt_id"] not in traces:
             yield f"{row['prompt_id']} is done but its trace is missing; run it again"
+    if run.status == "success" and len(run.prompts) != run.meta["prompts"]["total"]:
+        yield f"prompts.parquet has {len(run.prompts)} of {run.meta['prompts']['total']} prompts"
 
 
 def _heads(run: Run) -> Iterator[str]:
     table = run.heads
-    if missing := [name for name in HEAD_COLUMNS if name not in table]:
-        yield f"heads.parquet lacks the columns {', '.join(missing)}"
-        return
-    known = {"metric": METRICS, "variant": VARIANTS}
-    for column, names in known.items():
-        if unknown := sorted(set(table[column]) - set(names)):
-            yield f"heads.parquet has the {column} {', '.join(unknown)}, which is not known"
-    keys = ["prompt_id", "layer", "head", "metric", "variant"]
-    if table.duplicated(keys).any():
-        yield "heads.parquet has a score twice"
-    sizes = {name: run.meta["model"].get(f"{name}s") for name in ("layer", "head")}
-    for name, count in sizes.items():
-        if isinstance(count, int) and not table[name].between(0, count - 1).all():
-            yield f"heads.parquet has a {name} outside of 0 to {count - 1}"
-    if unknown := sorted(set(table["prompt_id"]) - {*POOLED, *run.prompts["prompt_id"]}):
-        yield f"heads.parquet scores {', '.join(unknown)}, which prompts.parquet does not have"
-    heads = table[["layer", "head"]].drop_duplicates()
-    whole = table.groupby(["prompt_id", "metric", "variant"]).size()
-    if (whole.to_numpy() != len(heads)).any():
-        yield f"heads.parquet lacks scores: not every metric has all {len(heads)} heads"
     yield from _scores(table)
+    done = run.prompts[run.prompts["status"] == "done"]
+    if lacking := sorted({*done["prompt_id"], *done["kind"]} - set(table["prompt_id"])):
+        yield f"heads.parquet has no scores of {', '.join(lacking)}"
+    kinds = dict(zip(run.prompts["prompt_id"], run.prompts["kind"], strict=True))
+    single = table[~table["prompt_id"].isin(POOLED) & ~table["metric"].isin(POSITIONS)]
+    means = single.assign(prompt_id=single["prompt_id"].map(kinds))
+    means = means.groupby(["prompt_id", *_KEYS])["value"].mean().reset_index()
+    yield from _differing(table, means, "the mean over the prompts")
 
 
-def _sections(run: Run) -> Iterator[str]:
-    for name in run.sections:
-        try:
-            run.section(name)
-        except LensError as error:
-            yield str(error)
+def _differing(table: pd.DataFrame, expected: pd.DataFrame, what: str) -> Iterator[str]:
+    """The first score that is not what it follows from."""
+    both = table.merge(expected, on=["prompt_id", *_KEYS], suffixes=("", "_expected"))
+    pair = both["value"].to_numpy(float), both["value_expected"].to_numpy(float)
+    off = ~np.isclose(*pair, rtol=_TOLERANCE, atol=_TOLERANCE, equal_nan=True)
+    if off.any():
+        row = both[off].iloc[0]
+        yield (
+            f"heads.parquet: column value: {row['metric']} ({row['variant']}) of "
+            f"L{row['layer']}H{row['head']} on {row['prompt_id']} is {row['value']:.4g}, {what} gives "
+            f"{row['value_expected']:.4g}"
+        )
 
 
 def _scores(table: pd.DataFrame) -> Iterator[str]:
@@ -158,16 +160,25 @@ def _scores(table: pd.DataFrame) -> Iterator[str]:
         yield f"heads.parquet has {metric} outside of 0 to 1"
 
 
-def _trace(run: Run, prompt_id: str) -> list[str]:
+def _trace(run: Run, prompt_id: str) -> Iterator[str]:
+    said = f"trace of {prompt_id}"
     try:
         trace = run.trace(prompt_id)
-        problems = []
         for layer in trace.dataset["layer"].values:
             data = trace.dataset.sel(layer=layer).load()
-            problems += [f"layer {layer}: {problem}" for problem in _layer(trace, data)]
-        return problems
+            for problem in _layer(trace, data):
+                yield f"{said}: layer {layer}: {problem}"
     except LensError as error:
-        return [str(error)]
+        yield f"{said}: {error}"
+        return
+    try:
+        table = run.heads[run.heads["prompt_id"] == prompt_id]
+    except LensError:  # which is said where it is read
+        return
+    layers = sorted(trace.dataset["layer"].values.tolist())
+    if len(table) and sorted(table["layer"].unique()) != layers:
+        yield f"heads.parquet: column layer: {prompt_id} has other layers than its trace: {layers}"
+    yield from _differing(table, prompt_table(trace, prompt_id, seed=None), "its trace")
 
 
 def _layer(trace: AttentionTrace, data: xr.Dataset) -> Iterator[str]:
@@ -178,8 +189,10 @@ def _layer(trace: AttentionTrace, data: xr.Dataset) -> Iterator[str]:
         if name not in _MAY_BE_INFINITE and np.isinf(values).any():
             yield f"{name} has infinite values"
     yield from _bounds(data, trace.length)
+    yield from _largest(data)
     if "lse" not in data or np.isfinite(data["lse"].values).all():  # else some rows see no key
         yield from _sums(data, trace.length, bool(trace.attrs.get("learned_sinks")))
+        yield from _map(data, trace.length)
 
 
 def _sums(data: xr.Dataset, length: int, learned_sink: bool) -> Iterator[str]:
@@ -200,12 +213,39 @@ def _sums(data: xr.Dataset, length: int, learned_sink: bool) -> Iterator[str]:
     if {"first_mass", "rest_mass"} <= set(data):
         parts = data["first_mass"] + data["rest_mass"]
         totals["first_mass and rest_mass"] = parts.values.astype(np.float64).sum(-1)
+    yield from _same(data)
     expected = next(iter(totals.values()), 0.0) if learned_sink else float(length)
     for name, total in totals.items():
         wrong = np.abs(total - expected)
         if (wrong > _TOLERANCE * length).any():
             head = int(wrong.argmax())
             yield f"{name} of head {head} adds up to {total[head]:.4g} in {length} rows"
+
+
+def _same(data: xr.Dataset) -> Iterator[str]:
+    """What two variables both hold, summed over the rows, [heads]."""
+    sums = {
+        "first_mass and received": ("first_mass", "received", 1),
+        "prefix_mass and received": ("prefix_mass", "received", int(data.attrs["prefix"])),
+    }
+    for words, (name, other, keys) in sums.items():
+        if name in data and other in data:
+            pair = (
+                data[name].values.astype(float).sum(-1),
+                data[other].values[:, :keys].astype(float).sum(-1),
+            )
+            if not np.allclose(*pair, rtol=_TOLERANCE, atol=_TOLERANCE * data.sizes["query"]):
+                yield f"{words} of the first keys differ"
+    if {"match_mass", "diagonal"} <= set(data):
+        zero = data["offset"].values.tolist().index(0)
+        for rule, name in enumerate(("current_token_position", "previous_token")):
+            found = data["match_mass"].sel(match=name).values.astype(float).sum(-1)
+            if zero + rule < data.sizes["offset"]:
+                beside = data["diagonal"].values[:, zero + rule].astype(float)
+                if not np.allclose(
+                    found, beside, rtol=_TOLERANCE, atol=_TOLERANCE * data.sizes["query"]
+                ):
+                    yield f"match_mass of {name} and diagonal differ"
 
 
 def _bounds(data: xr.Dataset, length: int) -> Iterator[str]:
@@ -227,3 +267,55 @@ def _bounds(data: xr.Dataset, length: int) -> Iterator[str]:
         slack = _TOLERANCE * max(1.0, highest)
         if (values < lowest - slack).any() or (values > highest + slack).any():
             yield f"{name} lies outside of {lowest:.4g} to {highest:.4g}"
+
+
+def _largest(data: xr.Dataset) -> Iterator[str]:
+    """Largest probability of each row, `p = exp(max_logit - lse)`: `p^2 <= sum of squares <= p`."""
+    if not {"lse", "max_logit", "concentration"} <= set(data):
+        return
+    lse, logit, squares = (
+        data[name].values.astype(float) for name in ("lse", "max_logit", "concentration")
+    )
+    seen = np.isfinite(lse) & np.isfinite(logit)
+    largest = np.exp(np.where(seen, logit - lse, 0.0))
+    squares = np.where(seen, squares, 1.0)
+    off = (squares > largest + _TOLERANCE) | (largest**2 > squares + _TOLERANCE)
+    if off.any():
+        head, query = np.argwhere(off)[0]
+        yield (
+            f"lse and max_logit give head {head} query {query} a largest probability of "
+            f"{largest[head, query]:.4g}, concentration {squares[head, query]:.4g} cannot have it"
+        )
+
+
+def _map(data: xr.Dataset, length: int) -> Iterator[str]:
+    """The block map against what is stored beside it: column sums, distances, and the largest of each block."""
+    if "block_mass" not in data:
+        return
+    mass = data["block_mass"].values.astype(np.float64)  # [head, query block, key block]
+    starts = data["query_block_start"].values
+    ends = np.append(starts[1:], length)
+    rows = ends - starts
+    slack = _TOLERANCE * length
+    if "received" in data:
+        received = np.add.reduceat(data["received"].values.astype(np.float64), starts, axis=1)
+        off = np.abs(np.einsum("hqk,q->hk", mass, rows) - received)
+        if (off > slack).any():
+            head, block = np.argwhere(off > slack)[0]
+            yield f"block_mass of head {head} does not add up to received in the keys of block {block}"
+    if "distance" in data:
+        sums = np.add.reduceat(data["distance"].values.astype(np.float64), starts, axis=1)
+        nearest = starts[:, None] - (ends - 1)[None]
+        farthest = (ends - 1)[:, None] - starts[None]
+        low, high = (mass * nearest).sum(-1), (mass * farthest).sum(-1)
+        mean = sums / rows
+        wrong = (mean < low - slack) | (mean > high + slack)
+        if wrong.any():
+            head, block = np.argwhere(wrong)[0]
+            yield f"block_mass of head {head} lies elsewhere than distance says in the rows of block {block}"
+    if "block_max" in data:
+        largest = data["block_max"].values.astype(np.float64)
+        wrong = (largest / rows[:, None] > mass + _TOLERANCE) | (mass > largest * rows + _TOLERANCE)
+        if wrong.any():
+            head, query, key = np.argwhere(wrong)[0]
+            yield f"block_max of head {head} cannot be in block {query}, {key} of block_mass"

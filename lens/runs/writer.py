@@ -16,9 +16,10 @@ import tomli_w
 
 from lens.common.errors import LensError
 from lens.common.files import PART, read_json, write_atomically, write_json, write_text
-from lens.runs.folders import INDEX, SCHEMA, SCHEMA_VERSION, Run, open_run
+from lens.runs.folders import INDEX, Run, open_run
 from lens.runs.manifest import MANIFEST, read_manifest, remove_own, write_manifest
 from lens.runs.processes import this_process
+from lens.runs.schema import SCHEMA, SCHEMA_VERSION
 
 if TYPE_CHECKING:
     import pandas as pd

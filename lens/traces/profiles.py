@@ -51,7 +51,7 @@ COLUMNS = (
     "random_weights",
 )
 
-_POSITIONS = ("top_key", "positional_distance")  # their mean says nothing
+POSITIONS = ("top_key", "positional_distance")  # their mean says nothing
 
 
 def _traces(given: Any) -> list[AttentionTrace]:
@@ -224,7 +224,7 @@ def pooled_table(tables: Sequence[pd.DataFrame], prompt_id: str, *, seed: int = 
     even = np.where(scored & ~np.isnan(even), even, 0).sum(0) / np.where(known == 0, np.nan, known)
     result["uniform"], result["random_weights"] = np.where(known == n, even, np.nan), np.nan
     result["prompt_id"] = prompt_id
-    for row in np.flatnonzero(result["metric"].isin(_POSITIONS) & (n > 0)):
+    for row in np.flatnonzero(result["metric"].isin(POSITIONS) & (n > 0)):
         positions, counts = np.unique(values[scored[:, row], row], return_counts=True)
         position = positions[counts.argmax()]
         there = [

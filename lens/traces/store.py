@@ -4,24 +4,30 @@ The layout is docs/schema/trace.md. A layer's file appears whole or not at all (
 rename) and `trace.json` comes last, so a killed capture leaves whole layers and no trace.
 """
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import xarray as xr
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from xarray.backends import BackendArray
 from xarray.core import indexing
 
 from lens.common.errors import LensError
-from lens.common.files import PART, read_json, write_atomically, write_json
+from lens.common.files import PART, open_regular, read_json, write_atomically, write_json
+from lens.common.schema import checked
 
 SCHEMA_VERSION = 1
 INDEX = "trace.json"
 
+_MOST_LAYER = 2**40
+_TYPES = {"visible": ("I32",), "q": ("F32", "F16"), "k": ("F32", "F16")}
+"""Of the arrays that are not float32."""
 _ROW = ("head", "query")
 _BLOCK = ("head", "query_block", "key_block")
 DIMENSIONS: dict[str, tuple[str, ...]] = {
@@ -75,7 +81,10 @@ def write_layer(folder: Path, layer: int, variables: Mapping[str, np.ndarray]) -
     """Write one layer, whole or not at all."""
     check_variables(layer, variables)
     contiguous = {name: np.ascontiguousarray(array) for name, array in variables.items()}
-    write_atomically(folder / layer_file(layer), lambda path: save_file(contiguous, path))
+    write_atomically(
+        folder / layer_file(layer),
+        lambda path: save_file(contiguous, path, metadata={"layer": str(layer)}),
+    )
 
 
 def check_variables(layer: int, variables: Mapping[str, np.ndarray]) -> None:
@@ -130,43 +139,112 @@ def read_index(folder: Path) -> dict[str, Any]:
     """The checked contents of `trace.json`.
 
     Raises:
-        LensError: missing or damaged, of another schema version, or a layer's file is missing or
-            has another size than when it was written.
+        LensError: missing or damaged, of another schema version, or a layer's file is missing, has
+            another size than when it was written, or other arrays than its tokens and blocks make.
     """
     path = folder / INDEX
-    if not path.exists():
+    if not path.exists() and not path.is_symlink():
         raise LensError(f"{folder} holds no finished trace ({INDEX} is missing); capture it again")
-    index = read_json(path)
+    index = read_json(path, within=folder)
     version = index.get("schema_version")
     if version != SCHEMA_VERSION:
-        writer = index.get("attributes", {}).get("versions", {}).get("attention-lens", "unknown")
+        attributes = index.get("attributes")
+        versions = attributes.get("versions") if isinstance(attributes, dict) else None
+        writer = versions.get("attention-lens") if isinstance(versions, dict) else None
         raise LensError(
             f"{path} has schema version {version}, this attention-lens reads {SCHEMA_VERSION}; "
-            f"it was written by attention-lens {writer}: read it with that version"
+            f"it was written by attention-lens {writer or 'unknown'}: read it with that version"
         )
-    if damage := _index_damage(index):
-        raise LensError(f"{path} is damaged ({damage}); capture this prompt again")
-    for name, size in index["files"].items():
-        file = folder / name
-        found = file.stat().st_size if file.exists() else None
-        if found != size:
-            what = "is missing" if found is None else f"has {found} bytes instead of {size}"
-            raise LensError(f"{file} {what}; capture this prompt again")
+    found = checked(_TraceFile, index, path)
+    for name, size in found.files.items():
+        with open_regular(folder / name, most=_MOST_LAYER, within=folder) as file:
+            stored = os.fstat(file.fileno()).st_size
+        if stored != size:
+            raise LensError(
+                f"{folder / name} has {stored} bytes instead of {size}; capture this prompt again"
+            )
+    _check_arrays(folder, found)
     return index
 
 
-def _index_damage(index: Mapping[str, Any]) -> str:
-    """What makes the contents of `trace.json` unusable, or nothing."""
-    layers = index.get("layers")
-    if not isinstance(layers, list) or not layers or not all(type(i) is int for i in layers):
-        return "layers must be a list of integers"
-    files = index.get("files")
-    if not isinstance(files, dict) or sorted(files) != sorted(map(layer_file, layers)):
-        return "files must name one file per layer"
-    tokens = [index.get("coordinates", {}).get(name) for name in ("token", "token_id")]
-    if not all(isinstance(part, list) and len(part) == len(tokens[0] or ()) for part in tokens):
-        return "coordinates must hold token and token_id, equally long"
-    return missing_attributes(index.get("attributes", {}), len(layers))
+class _Coordinates(BaseModel):
+    token: list[str] = Field(min_length=1)
+    token_id: list[int]
+
+
+class _Attributes(BaseModel):
+    model_config = ConfigDict(extra="allow", protected_namespaces=())
+
+    model: str
+    dtype: str
+    backend: str
+    block_size: int = Field(ge=1, le=2**31)
+    causal: bool
+    windows: list[Annotated[int, Field(ge=1)] | None]
+    scale: list[Annotated[float, Field(allow_inf_nan=False)] | None]
+    softcap: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None
+    prefix: int = Field(ge=0)
+    bos: str
+    learned_sinks: bool = False
+    segments: dict[str, Any] | None = None
+
+
+class _TraceFile(BaseModel):
+    """`trace.json` (docs/schema/trace.md)."""
+
+    layers: list[Annotated[int, Field(ge=0, le=10_000)]] = Field(min_length=1)
+    files: dict[str, int]
+    coordinates: _Coordinates
+    attributes: _Attributes
+
+    @model_validator(mode="after")
+    def _fit(self) -> "_TraceFile":
+        if self.layers != sorted(set(self.layers)):
+            raise ValueError("layers must rise")
+        if sorted(self.files) != sorted(map(layer_file, self.layers)):
+            raise ValueError("files must name one file per layer")
+        if len(self.coordinates.token) != len(self.coordinates.token_id):
+            raise ValueError("coordinates must hold token and token_id, equally long")
+        if wrong := missing_attributes(self.attributes.model_dump(), len(self.layers)):
+            raise ValueError(wrong)
+        return self
+
+
+def _check_arrays(folder: Path, index: _TraceFile) -> None:
+    """Raises LensError where a layer has other variables, types or shapes than the schema and the first layer."""
+    length, block = len(index.coordinates.token), index.attributes.block_size
+    blocks = -(-length // block)
+    offsets = length if index.attributes.causal else 2 * length - 1
+    sizes = {"query": length, "key": length, "offset": offsets}
+    sizes |= {"query_block": blocks, "key_block": blocks}
+    names: set[str] = set()
+    for layer in index.layers:
+        path = folder / layer_file(layer)
+        with _opened(path) as file:
+            written = (file.metadata() or {}).get("layer", str(layer))
+            stored = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            names = names or set(stored)
+            wrong = f"is of layer {written}" if written != str(layer) else ""
+            if set(stored) != names:
+                wrong = (
+                    f"has other variables than the first layer: {', '.join(set(stored) ^ names)}"
+                )
+            for name, part in stored.items():
+                wrong = wrong or _wrong_array(name, part.get_dtype(), part.get_shape(), sizes)
+        if wrong:
+            raise LensError(f"{path} {wrong}; capture this prompt again")
+
+
+def _wrong_array(name: str, dtype: str, shape: list[int], sizes: dict[str, int]) -> str:
+    if name not in DIMENSIONS:
+        return f"has {name}, which is not known"
+    types = _TYPES.get(name, ("F32",))
+    if dtype not in types:
+        return f"has {name} as {dtype} instead of {' or '.join(types)}"
+    expected = [sizes.setdefault(*pair) for pair in zip(DIMENSIONS[name], shape, strict=False)]
+    if len(shape) != len(DIMENSIONS[name]) or shape != expected:
+        return f"has {name} of shape {shape} instead of {expected}"
+    return ""
 
 
 def missing_attributes(attributes: Mapping[str, Any], layers: int) -> str:
@@ -210,11 +288,6 @@ class LayeredArray(BackendArray):
         boxes, within = zip(*map(_box, key, self.shape[1:]), strict=True)
         with _opened(path) as file:
             stored = file.get_slice(self._name)
-            if tuple(stored.get_shape()) != self.shape[1:]:
-                raise LensError(
-                    f"{path} has {self._name} of shape {stored.get_shape()}, the first layer "
-                    f"{list(self.shape[1:])}; capture this prompt again"
-                )
             return stored[boxes][within]
 
 
@@ -235,7 +308,7 @@ def _opened(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, framework="numpy") as file:
             yield file
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError, TypeError) as error:
         raise LensError(f"{path} is damaged ({error}); capture this prompt again") from error
 
 

@@ -17,15 +17,9 @@ from lens_analyses.console import ERROR, OK, PARTIAL
 from lens_analyses.jobs.child import end_with
 
 from lens.runs.writer import RunWriter
+from tests.lens.made_runs import meta
 
-META = {
-    "title": "stub",
-    "what": "profile",
-    "command": "",
-    "model": {"name": "stub"},
-    "prompts": {"total": 2, "done": 0},
-    "versions": {},
-}
+META = meta(title="stub", model={"name": "stub"})
 
 
 def stop(*_):

@@ -23,6 +23,7 @@ from lens.common.errors import LensError
 from lens.runs import open_run
 from lens.runs.sections import Section
 from lens.runs.writer import RunWriter
+from tests.lens.made_runs import meta
 
 from .conftest import tables
 from .stub_worker import STUB
@@ -213,8 +214,7 @@ def test_the_run_to_compare_with_is_one_of_the_folder(desk, tmp_path):
 
 def profile(tmp_path, done):
     """A run with so many of three prompts done."""
-    meta = {"title": "t", "what": "heads", "model": {"name": "m"}}
-    writer = RunWriter.start(tmp_path, {"what": "heads"}, meta)
+    writer = RunWriter.start(tmp_path, {"what": "heads"}, meta(what="heads"))
     writer.update(prompts={"total": 3, "done": done})
     return writer
 

@@ -91,7 +91,10 @@ def test_validate_a_whole_run(lens_command, run_folder):
     ("damage", "problem"),
     [
         (lambda f: (f / "heads.parquet").unlink(), "heads.parquet is missing; run it again"),
-        (lambda f: (f / "prompts.parquet").write_bytes(b"x"), "prompts.parquet is damaged"),
+        (
+            lambda f: (f / "prompts.parquet").write_bytes(b"x"),
+            "prompts.parquet has 1 bytes instead of",
+        ),
         (
             lambda f: (f / "trace/p001/layer-02.safetensors").unlink(),
             "trace/p001/layer-02.safetensors is missing",

@@ -26,11 +26,11 @@ def repeat_run(
     folder: Path, run: Run, layers: int, heads: int, trace: AttentionTrace | None = None
 ) -> Run:
     """A run of `layers` × `heads` heads in `folder`, with the trace of one prompt: p000's, or `trace`."""
-    kept = ("command", "prompts", "versions", "block_size", "bos", "device", "backend")
+    kept = ("command", "prompts", "versions", "block_size", "bos", "device", "backend", "seed")
     meta: dict[str, Any] = {name: run.meta[name] for name in kept} | {
         "title": f"{layers * heads:,} heads",
         "what": "profile",
-        "model": {"name": "repeated", "layers": layers, "heads": heads},
+        "model": {**run.meta["model"], "name": "repeated", "layers": layers, "heads": heads},
     }
     writer = RunWriter.start(folder, {"layers": layers, "heads": heads}, meta)
     writer.table("prompts", run.prompts)

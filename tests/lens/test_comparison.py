@@ -18,6 +18,7 @@ from lens.runs.comparison.words import signed
 from lens.runs.sections import Section
 from lens.runs.writer import RunWriter
 from lens.traces.profiles import COLUMNS
+from tests.lens.made_runs import meta
 
 LAYERS, HEADS = 2, 3
 TEXTS = (("a", "b"), ("c", "d"), ("e", "f"))
@@ -28,24 +29,30 @@ def make_run(folder, seed, *, texts=TEXTS, copied=(), shape=(LAYERS, HEADS), sco
     """A run of made-up scores on prompts of the given tokens; `scores` replaces those drawn."""
     random = np.random.default_rng(seed)
     prompts = [("text", tokens) for tokens in texts] + [("copied", tokens) for tokens in copied]
-    meta = {
-        "title": f"run {seed}",
-        "what": "profile",
-        "command": "lens run",
-        "model": {"name": "made-up", "layers": shape[0], "heads": shape[1]},
-        "prompts": {"total": len(prompts), "done": len(prompts)},
-        "versions": {"attention-lens": "0"},
-    }
-    writer = RunWriter.start(folder, {"seed": seed, "model": {"name": "made-up"}, **config}, meta)
+    entries = meta(
+        title=f"run {seed}",
+        model={"name": "made-up", "layers": shape[0], "heads": shape[1]},
+        prompts={"total": len(prompts), "done": len(prompts)},
+        versions={"attention-lens": "0"},
+    )
+    writer = RunWriter.start(
+        folder, {"seed": seed, "model": {"name": "made-up"}, **config}, entries
+    )
     writer.table(
         "prompts",
         pd.DataFrame(
             {
                 "prompt_id": [f"p{number:03d}" for number in range(len(prompts))],
                 "kind": [kind for kind, _ in prompts],
+                "title": "t",
+                "text": "x",
+                "tokens": [len(tokens) for _, tokens in prompts],
+                "token_ids": [list(range(len(tokens))) for _, tokens in prompts],
                 "token_strings": [list(tokens) for _, tokens in prompts],
                 "loss": random.random(len(prompts)),
                 "loss_repeat": random.random(len(prompts)),
+                "status": "done",
+                "seconds": 0.1,
             }
         ),
     )
@@ -359,8 +366,10 @@ GRAPH = {"layers": 2, "heads": 3, "kv_heads": 3, "mlps": True, "parallel": False
 
 def write_circuit(run, name, nodes, edges, **other):
     curve = {"share": [0.5, 1.0], "edges": [10.0, 20.0], "faithfulness": [0.5, 1.0]}
-    data = {"format": "lens-circuit", "graph": GRAPH, "faithfulness": curve, **other}
-    write_json(run.path / "circuits" / f"{name}.json", {**data, "nodes": nodes, "edges": edges})
+    about = {"version": 1, "model": "m", "task": name, "made": "by hand"}
+    data = {"format": "lens-circuit", **about, "graph": GRAPH, "faithfulness": curve, **other}
+    named = [f"input->a1.h{ord(edge)}<q>" for edge in edges]
+    write_json(run.path / "circuits" / f"{name}.json", {**data, "nodes": nodes, "edges": named})
 
 
 def test_circuits_share_what_sets_share_beside_chance(pair):
@@ -401,4 +410,5 @@ def test_circuits_that_cannot_be_compared_are_limits(pair):
     assert comparison.circuits.empty
     text = "\n".join(comparison.limits)
     assert "circuits ioi and ioi are not compared: their models have differing graphs." in text
-    assert f"circuit broken of {b.id} is not compared: broken.json is no circuit with graph" in text
+    assert f"circuit broken of {b.id} is not compared" in text
+    assert "broken.json is damaged: version is missing; model is missing" in text

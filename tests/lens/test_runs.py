@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -15,23 +16,50 @@ from lens.common.errors import LensError
 from lens.common.files import write_json, write_text
 from lens.runs import BrokenRun, find_run, list_runs, open_run
 from lens.runs.writer import RunWriter, config_hash, find_by_config
+from lens.traces.profiles import COLUMNS
+from tests.lens.made_runs import meta
 
 ABSENT = object()
 CONFIG = {"model": {"name": "text-lm-3l"}, "seed": 0}
-META = {
-    "title": "text-lm-3l on two prompts",
-    "what": "profile",
-    "command": "lens run",
-    "model": {"name": "text-lm-3l"},
-    "prompts": {"total": 2, "done": 0},
-    "versions": {"attention-lens": "0.1.0"},
-}
+META = meta()
+
+
+def tables():
+    """The smallest tables that a reader takes: one prompt of three tokens, one score of 2 x 3 heads."""
+    prompts = pd.DataFrame(
+        {
+            "prompt_id": ["p000"],
+            "kind": "text",
+            "title": "t",
+            "text": "abc",
+            "tokens": 3,
+            "token_ids": [[0, 1, 2]],
+            "token_strings": [["a", "b", "c"]],
+            "loss": 1.0,
+            "loss_repeat": np.nan,
+            "status": "done",
+            "seconds": 0.1,
+        }
+    )
+    heads = pd.DataFrame(
+        [(layer, head) for layer in range(2) for head in range(3)], columns=["layer", "head"]
+    )
+    scores = {
+        "prompt_id": "p000",
+        "metric": "induction",
+        "variant": "raw",
+        "value": 0.5,
+        "n": 1,
+        "detail": "",
+    }
+    heads = heads.assign(**scores).reindex(columns=list(COLUMNS))
+    return {"prompts": prompts, "heads": heads.astype({"low": float, "high": float})}
 
 
 def finished(runs, config=CONFIG):
     writer = RunWriter.start(runs, config, META)
-    writer.table("prompts", pd.DataFrame({"prompt_id": ["p000"], "tokens": [3]}))
-    writer.table("heads", pd.DataFrame({"prompt_id": ["p000"], "value": [0.5]}))
+    for name, table in tables().items():
+        writer.table(name, table)
     return writer.finish()
 
 
@@ -40,7 +68,7 @@ def test_a_finished_run_reads_back(tmp_path):
     assert run.id.endswith(f"-text-lm-3l-profile-{config_hash(CONFIG)}")
     assert (run.status, run.title) == ("success", META["title"])
     assert run.config == CONFIG
-    assert run.heads["value"].tolist() == [0.5]
+    assert run.heads["value"].tolist() == [0.5] * 6
     assert run.prompts["tokens"].tolist() == [3]
     assert set(run.meta["files"]) == {"config.toml", "prompts.parquet", "heads.parquet"}
     for name, size in run.meta["files"].items():
@@ -181,13 +209,16 @@ def test_ids_are_looked_up_and_never_joined(tmp_path):
     [
         ({"schema_version": 2}, r"version 2, .* reads .* version 1; .* attention-lens 0\.1\.0"),
         ({"schema": "other"}, "has schema 'other'"),
-        ({"status": "great"}, "status 'great', must be one of"),
-        ({"model": None}, "model must be an object, got None"),
-        ({"title": 3}, "title must be a string, got 3"),
-        ({"files": []}, r"files must be an object, got \[\]"),
-        ({"model": {}}, "model must have a name"),
-        ({"prompts": {"done": None, "total": 2}}, "the counts done and total"),
-        ({"versions": ABSENT, "what": ABSENT}, "lacks what, versions"),
+        ({"status": "great"}, r"status should be 'started', .* got 'great'"),
+        ({"model": None}, "model should be a valid dictionary.*got None"),
+        ({"title": 3}, "title should be a valid string, got 3"),
+        ({"files": []}, r"files should be a valid dictionary, got \[\]"),
+        ({"model": {}}, "model.name is missing"),
+        (
+            {"prompts": {"done": None, "total": 2}},
+            "prompts.done should be a valid integer, got None",
+        ),
+        ({"versions": ABSENT, "what": ABSENT}, "what is missing; versions is missing"),
     ],
 )
 def test_what_the_schema_does_not_allow_is_refused_and_listed(tmp_path, change, message):
@@ -207,14 +238,14 @@ def test_what_the_schema_does_not_allow_is_refused_and_listed(tmp_path, change, 
 
 def test_a_folder_that_cannot_be_read_is_listed(tmp_path, monkeypatch):
     run = finished(tmp_path)
-    original = Path.exists
+    original = os.open
 
-    def exists(self, **options):
-        if self.name == "run.json":
-            raise PermissionError(13, "Permission denied", str(self))
-        return original(self, **options)
+    def refused(path, *options, **more):
+        if Path(path).name == "run.json":
+            raise PermissionError(13, "Permission denied", str(path))
+        return original(path, *options, **more)
 
-    monkeypatch.setattr(Path, "exists", exists)
+    monkeypatch.setattr(os, "open", refused)
     [listed] = list_runs(tmp_path)
     assert listed.id == run.id
     assert "Permission denied" in listed.problem
@@ -223,12 +254,17 @@ def test_a_folder_that_cannot_be_read_is_listed(tmp_path, monkeypatch):
 def test_missing_and_damaged_tables_are_named(tmp_path):
     run = finished(tmp_path)
     (run.path / "heads.parquet").write_bytes(b"PAR1 nonsense")
-    (run.path / "prompts.parquet").unlink()
+    (run.path / "prompts.parquet").rename(tmp_path / "prompts.parquet")
     run = open_run(run.path)
-    with pytest.raises(LensError, match=r"heads\.parquet is damaged"):
+    with pytest.raises(LensError, match=r"heads\.parquet has 13 bytes instead of"):
         _ = run.heads
     with pytest.raises(LensError, match=r"prompts\.parquet is missing: the run is success"):
         _ = run.prompts
+    (run.path / "manifest.json").unlink()
+    (tmp_path / "prompts.parquet").rename(run.path / "prompts.parquet")
+    run = open_run(run.path)
+    with pytest.raises(LensError, match=r"heads\.parquet: it is damaged: ArrowInvalid"):
+        _ = run.heads
     (run.path / "config.toml").write_text("=")
     with pytest.raises(LensError, match=r"config\.toml cannot be read"):
         _ = run.config

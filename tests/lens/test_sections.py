@@ -1,11 +1,14 @@
 """Sections of a run folder: what is saved is what is read, and damage is told."""
 
+import re
+
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import pytest
 
 from lens.common.errors import LensError
+from lens.runs.door import Door
 from lens.runs.sections import Section, load_section, section_names
 
 TABLE = pd.DataFrame({"head": ["L0H1", "L1H0"], "value": [0.25, np.nan]})
@@ -35,7 +38,7 @@ def test_a_section_is_read_as_it_was_saved(tmp_path):
         "sections/roles/section.json",
     ]
     assert all((tmp_path / name).is_file() for name in files)
-    read = load_section(tmp_path, "roles")
+    read = load_section(Door(tmp_path), "roles")
     for name in ("name", "title", "summary", "limits", "columns", "configuration"):
         assert getattr(read, name) == getattr(saved, name)
     pd.testing.assert_frame_equal(read.tables["scores"], TABLE)
@@ -49,7 +52,7 @@ def test_a_section_without_its_index_is_not_there(tmp_path):
     (tmp_path / "sections/roles/section.json").unlink()
     assert section_names(tmp_path) == ["later"]
     with pytest.raises(LensError, match="no section 'roles'; it has: later"):
-        load_section(tmp_path, "roles")
+        load_section(Door(tmp_path), "roles")
 
 
 @pytest.mark.parametrize("name", ["../up", "Roles", "a/b", ""])
@@ -68,14 +71,19 @@ def test_a_column_without_definition_is_refused():
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("section.json", '{"name": "roles"}', "lacks title, summary"),
-        ("scores.parquet", "no parquet", "section 'roles' of .* is damaged"),
-        ("grid.json", "{", "section 'roles' of .* is damaged"),
+        (
+            "section.json",
+            '{"name": "roles"}',
+            r"section\.json is damaged: title is missing; summary",
+        ),
+        ("scores.parquet", "no parquet", r"scores\.parquet: it is damaged: ArrowInvalid"),
+        ("grid.json", "{", r"grid\.json cannot be read"),
+        ("grid.json", '{"data": [{"type": "lines"}]}', r"grid\.json is no figure"),
     ],
 )
 def test_damage_is_told_with_what_to_do(tmp_path, file, content, message):
     section().save(tmp_path)
     (tmp_path / "sections" / "roles" / file).write_text(content)
     with pytest.raises(LensError, match=message) as caught:
-        load_section(tmp_path, "roles")
-    assert "delete" in str(caught.value)
+        load_section(Door(tmp_path), "roles")
+    assert re.search("again", str(caught.value))

@@ -138,18 +138,22 @@ def edit(**entries):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda f: (f / layer_file(1)).unlink(), "layer-01.safetensors is missing"),
+        (lambda f: (f / layer_file(1)).unlink(), r"layer-01\.safetensors cannot be read"),
         (lambda f: (f / layer_file(1)).write_bytes(b"short"), "5 bytes instead of"),
         (lambda f: (f / "trace.json").unlink(), "no finished trace"),
         (lambda f: (f / "trace.json").write_text("{"), "cannot be read"),
-        (edit(layers=[]), "layers must be a list of integers"),
-        (edit(layers=["../0"]), "layers must be a list of integers"),
+        (edit(layers=[]), "layers List should have at least 1 item"),
+        (edit(layers=["../0"]), "layers.0 should be a valid integer"),
+        (edit(layers=[1, 0]), "layers must rise"),
         (edit(layers=[0, 1]), "files must name one file per layer"),
         (edit(files={"../../etc/passwd": 1}), "files must name one file per layer"),
-        (edit(coordinates={"token": ["a"]}), "coordinates must hold token and token_id"),
+        (edit(coordinates={"token": ["a"]}), "coordinates.token_id is missing"),
         (edit(coordinates={"token": ["a"], "token_id": []}), "equally long"),
-        (edit(coordinates={"token": ["a"], "token_id": [1]}), "do not fit each other"),
-        (edit(attributes={}), "attributes lack model, dtype, backend, block_size"),
+        (
+            edit(coordinates={"token": ["a"], "token_id": [1]}),
+            r"layer-00\.safetensors has .* of shape \[.*\] instead of",
+        ),
+        (edit(attributes={}), "attributes.model is missing; attributes.dtype is missing"),
         (
             edit(attributes={**ATTRIBUTES, "windows": [None], "scale": [1.0] * 3}),
             r"one entry per layer \(3\), got {'windows': 1, 'scale': 3}",
@@ -167,22 +171,45 @@ def test_damage_is_named(p, tmp_path, damage, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda v: v.pop("entropy"), "layer-01.safetensors is damaged .*entropy"),
-        (lambda v: v.update(entropy=v["entropy"][:1]), r"entropy of shape \[1, 67\], the first"),
+        (lambda v: v.pop("entropy"), r"layer-01\.safetensors has other variables .*: entropy"),
+        (
+            lambda v: v.update(entropy=v["entropy"][:1]),
+            r"entropy of shape \[1, 67\] instead of \[2, 67\]",
+        ),
+        (
+            lambda v: v.update(entropy=v["entropy"].astype("int8")),
+            "has entropy as I8 instead of F32",
+        ),
+        (lambda v: v.update(block_mass=v["block_mass"][:, :4]), "block_mass of shape"),
     ],
 )
-def test_a_layer_that_differs_from_the_first_is_named_when_it_is_read(p, tmp_path, change, message):
-    folder = trace_of(p).save(tmp_path / "t")
-    variables = layer_variables(p[1])
+def test_a_layer_that_differs_from_the_first_is_refused(p, tmp_path, change, message):
+    trace = trace_of(p)
+    folder = trace.save(tmp_path / "t")
+    variables = {**layer_variables(p[1]), "visible": trace.visible.values[1]}
     change(variables)
     save_file(variables, folder / layer_file(1))
-    index = json.loads((folder / "trace.json").read_text())
-    index["files"][layer_file(1)] = (folder / layer_file(1)).stat().st_size
-    (folder / "trace.json").write_text(json.dumps(index))
-    trace = AttentionTrace.load(folder)
-    assert trace.entropy.sel(layer=2).values.shape == (2, 67)
+    new_sizes(folder)
     with pytest.raises(LensError, match=message):
-        _ = trace.entropy.sel(layer=1).values
+        AttentionTrace.load(folder)
+
+
+def new_sizes(folder):
+    """Enter the sizes of the files as they are, so that only their contents are wrong."""
+    index = json.loads((folder / "trace.json").read_text())
+    sizes = {name: (folder / name).stat().st_size for name in index["files"]}
+    (folder / "trace.json").write_text(json.dumps({**index, "files": sizes}))
+
+
+def test_exchanged_layers_are_noticed(p, tmp_path):
+    folder = trace_of(p).save(tmp_path / "t")
+    first, second = folder / layer_file(0), folder / layer_file(1)
+    first.rename(tmp_path / "x")
+    second.rename(first)
+    (tmp_path / "x").rename(second)
+    new_sizes(folder)
+    with pytest.raises(LensError, match=r"layer-00\.safetensors is of layer 1"):
+        AttentionTrace.load(folder)
 
 
 def test_garbage_of_the_right_size_is_named(p, tmp_path):

@@ -9,20 +9,18 @@ import pytest
 
 from lens.common.files import write_json
 from lens.runs import open_run
+from lens.runs.manifest import write_manifest
 from lens.runs.validation import validate
 from lens.runs.writer import RunWriter
 from lens.traces.profiles import pooled_table, prompt_table
 from lens.traces.store import DIMENSIONS, trace_files
 from lens.traces.trace import AttentionTrace, TraceWriter
+from tests.lens.made_runs import meta
 from tests.lens.traces import LENGTH, probabilities, token_ids, trace_of
 
-META = {
-    "title": "analytic on two prompts",
-    "what": "profile",
-    "model": {"name": "analytic", "layers": 2, "heads": 3},
-    "prompts": {"total": 2, "done": 2},
-    "versions": {"attention-lens": "0.1.0"},
-}
+META = meta(
+    title="analytic on two prompts", model={"name": "analytic"}, prompts={"total": 2, "done": 2}
+)
 
 
 def make_run(runs, scale=1.0, status="success", **attributes):
@@ -52,7 +50,7 @@ def prompts():
             "text": "x",
             "tokens": LENGTH,
             "token_ids": [token_ids(LENGTH)] * 2,
-            "token_strings": [["x"] * LENGTH] * 2,
+            "token_strings": [[f"t{i}" for i in token_ids(LENGTH)]] * 2,
             "loss": 1.0,
             "loss_repeat": np.nan,
             "status": "done",
@@ -69,9 +67,11 @@ def rewrite(run, name, change):
 
 
 def sizes(run, *names):
-    meta = json.loads((run.path / "run.json").read_text())
-    meta["files"] |= {name: (run.path / name).stat().st_size for name in names}
-    write_json(run.path / "run.json", meta)
+    """As if the run had written the files so: in `run.json` and in the manifest."""
+    entries = json.loads((run.path / "run.json").read_text())
+    entries["files"] |= {name: (run.path / name).stat().st_size for name in names}
+    write_json(run.path / "run.json", entries)
+    write_manifest(run.path, [*names, "run.json"])
 
 
 def rewrite_trace(run, change):
@@ -126,11 +126,14 @@ def test_success_without_its_files_is_a_problem(tmp_path):
     [
         (lambda f: (f / "heads.parquet").unlink(), "heads.parquet is missing"),
         (lambda f: (f / "heads.parquet").write_bytes(b"PAR1"), "heads.parquet has 4 bytes instead"),
-        (lambda f: (f / "heads.parquet").write_bytes(b"PAR1"), "heads.parquet is damaged"),
+        (
+            lambda f: (f / "heads.parquet").write_bytes(b"PAR1"),
+            "heads.parquet has 4 bytes instead of .* changed after the run",
+        ),
         (lambda f: (f / "trace/p001/trace.json").unlink(), "p001 is done but its trace is missing"),
         (
             lambda f: (f / "trace/p001/layer-01.safetensors").unlink(),
-            "trace of p001: .*layer-01.safetensors is missing",
+            "trace/p001/layer-01.safetensors is missing",
         ),
     ],
 )
@@ -152,10 +155,10 @@ def test_a_file_outside_of_the_run_is_not_followed(tmp_path):
     ("change", "message"),
     [
         (lambda t: t.drop(columns="kind"), "lacks the columns kind"),
-        (lambda t: t.assign(prompt_id="p000"), "has a prompt_id twice"),
-        (lambda t: t.assign(kind="picture"), r"has the kinds \['picture'\]"),
+        (lambda t: t.assign(prompt_id="p000"), "column prompt_id has a prompt twice"),
+        (lambda t: t.assign(kind="picture"), "column kind has 'picture', which is not known"),
         (lambda t: t.assign(tokens=3), "p000 has differing token counts"),
-        (lambda t: t.assign(status="great"), "p000 has status 'great'"),
+        (lambda t: t.assign(status="great"), "column status has 'great', which is not known"),
         (lambda t: t.assign(prompt_id=["p000", "p007"]), "p007 is done but its trace is missing"),
     ],
 )
@@ -176,18 +179,35 @@ def first(table, **values):
     ("change", "message"),
     [
         (lambda t: t.drop(columns="detail"), "lacks the columns detail"),
-        (lambda t: t.assign(metric="entropie"), "has the metric entropie, which is not known"),
-        (lambda t: t.assign(variant="cooked"), "has the variant cooked"),
+        (lambda t: t.assign(metric="entropie"), "column metric has 'entropie', which is not known"),
+        (lambda t: t.assign(variant="cooked"), "column variant has 'cooked'"),
         (lambda t: pd.concat([t, t.head(1)]), "has a score twice"),
-        (lambda t: first(t, layer=2), "has a layer outside of 0 to 1"),
-        (lambda t: first(t, head=-1), "has a head outside of 0 to 2"),
-        (lambda t: first(t, prompt_id="p009"), "scores p009, which prompts.parquet does not have"),
+        (lambda t: first(t, layer=2), "column layer has numbers outside of 0 to 1"),
+        (lambda t: first(t, head=-1), "column head has numbers outside of 0 to 2"),
+        (lambda t: first(t, prompt_id="p009"), "column prompt_id has 'p009', which is not known"),
         (lambda t: t.tail(-1), "not every metric has all 6 heads"),
         (lambda t: first(t, value=np.inf), "has infinite scores"),
         (lambda t: first(t, value=np.nan), "NaN without a reason"),
         (lambda t: first(t, low=0.9, high=0.1), "intervals whose ends are swapped"),
         (lambda t: first(t, value=1.1), "previous_token outside of 0 to 1"),
         (lambda t: first(t, value=-0.1), "previous_token outside of 0 to 1"),
+        (lambda t: t[t["head"] % 2 == 0], "column head: layer 0 has 2 of 3 heads"),
+        (lambda t: t[t["layer"] != 1], "column layer: p000 has other layers than its trace"),
+        (lambda t: t.iloc[:0], "it has no rows"),
+        (lambda t: t[t["prompt_id"] != "p001"], "heads.parquet has no scores of p001"),
+        (
+            lambda t: t.assign(layer=1 - t["layer"]),
+            r"column value: .* of L1H0 on p000 is .*, its trace gives",
+        ),
+        (
+            lambda t: t.assign(value=t["value"].where(t["prompt_id"] != "text", 0.5)),
+            r"on text is 0\.5, the mean over the prompts gives",
+        ),
+        (lambda t: t.assign(value="x"), "column value must hold numbers, got .*string"),
+        (
+            lambda t: t.assign(layer=t["layer"] + 0.5),
+            "column layer must hold whole numbers, got double",
+        ),
     ],
 )
 def test_wrong_head_tables(tmp_path, change, message):
@@ -219,6 +239,19 @@ def put(value, *where):
         ("received", lambda a: a * 1.01, "received of head . adds up to 67.67 in 67 rows"),
         ("diagonal", put(0.0, 2), "diagonal of head 2 adds up to 0 in 67 rows"),
         ("rest_mass", lambda a: a / 2, "first_mass and rest_mass of head . adds up to"),
+        ("block_mass", lambda a: a[[1, 0, 2]], "block_mass of head 0 does not add up to received"),
+        (
+            "block_mass",
+            lambda a: a[:, [3, 1, 2, 0, 4]],
+            "block_mass of head 0 lies elsewhere than distance",
+        ),
+        ("block_max", lambda a: a[[1, 2, 0]], "block_max of head . cannot be in block"),
+        ("prefix_mass", lambda a: a / 2, "prefix_mass and received of the first keys differ"),
+        (
+            "match_mass",
+            lambda a: a[..., [1, 0, 2, 3]],
+            "match_mass of current_token_position and dia",
+        ),
         ("entropy", put(4.3, 0, 0), "entropy lies outside of 0 to 4.205"),
         ("concentration", put(-0.1, 0, 0), "concentration lies outside of 0 to 1"),
         ("distance", put(70.0, 0, 0), "distance lies outside of -66 to 66"),

@@ -56,21 +56,17 @@ def _run(run: Run) -> dict[str, Any]:
 
 def _sections(comparison: Comparison) -> list[dict[str, Any]]:
     """Each section that both runs have: what either found, and the columns beside each other."""
-    a, b, table = comparison.a, comparison.b, comparison.sections
-    found = []
-    for name in [name for name in a.sections if name in b.sections]:
-        first, second = a.section(name), b.section(name)
-        rows = table[table["section"] == name].drop(columns="section")
-        found.append(
-            {
-                "name": name,
-                "title": first.title,
-                "a": list(first.summary),
-                "b": list(second.summary),
-                "columns": _rows(rows),
-            }
-        )
-    return found
+    table = comparison.sections
+    return [
+        {
+            "name": name,
+            "title": title,
+            "a": list(first),
+            "b": list(second),
+            "columns": _rows(table[table["section"] == name].drop(columns="section")),
+        }
+        for name, (title, first, second) in comparison.summaries.items()
+    ]
 
 
 def _rows(table: pd.DataFrame) -> list[dict[Any, Any]]:

@@ -1,19 +1,21 @@
 """`lens export`: what a run found, as files that other tools read."""
 
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lens.common.errors import LensError
+from lens.common.files import write_text
 from lens.runs import Run, to_csv, to_headvis, to_parquet
+from lens.runs.folders import CIRCUITS
 from lens_analyses.console import UsageError
 from lens_analyses.exporting.pictures import write_pictures
 
 FORMATS = ("headvis", "csv", "parquet", "graph", "figures")
 FOLDER = "exports"
+_MOST_CIRCUIT = 2**27
 _LISTS = ("token_ids", "token_strings")
 
 
@@ -69,7 +71,8 @@ def export_run(
     """
     if kind == "figures":
         written = write_pictures(run, out, pictures, width)
-        return Exported(out, written.files, written.missing)
+        missing = [*filter(None, [written.missing]), *run.readable()[1]]
+        return Exported(out, written.files, "; ".join(missing))
     writers: dict[str, Callable[[Run, Path], list[str]]] = {
         "headvis": _headvis,
         "csv": _csv,
@@ -78,7 +81,9 @@ def export_run(
     }
     if kind not in writers:
         raise UsageError(f"format must be one of {', '.join(FORMATS)}, got {kind!r}")
-    return Exported(out, tuple(writers[kind](run, out)))
+    files = tuple(writers[kind](run, out))
+    damage = run.readable()[1] if kind in ("csv", "parquet") else []
+    return Exported(out, files, "; ".join(damage))
 
 
 def _headvis(run: Run, out: Path) -> list[str]:
@@ -110,19 +115,18 @@ def _parquet(run: Run, out: Path) -> list[str]:
 def _tables(run: Run) -> dict[str, Any]:
     """Scores, prompts, and every table of a section as `<section>-<table>`."""
     found = {"heads": run.heads, "prompts": run.prompts}
-    for name in run.sections:
-        tables = run.section(name).tables
-        found |= {f"{name}-{part}": table for part, table in tables.items() if len(table)}
+    for name, section in run.readable()[0].items():
+        tables = section.tables.items()
+        found |= {f"{name}-{part}": table for part, table in tables if len(table)}
     return found
 
 
 def _graph(run: Run, out: Path) -> list[str]:
     """Circuits, attribution graphs and edge scores, as the run has them."""
-    folder = run.path / "circuits"
-    files = sorted(path.relative_to(folder) for path in folder.rglob("*.json"))
+    folder = run.path / CIRCUITS
+    files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.json"))
     if not files:
         raise LensError(f"run {run.id} has no circuit; `lens circuit` finds one")
     for file in files:
-        (out / file).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(folder / file, out / file)
-    return [file.as_posix() for file in files]
+        write_text(out / file, run.door.text(f"{CIRCUITS}/{file}", _MOST_CIRCUIT))
+    return files

@@ -87,8 +87,8 @@ def paper_figures(run: Run) -> dict[str, go.Figure]:
             )
     rows = run.heads[run.heads["prompt_id"] == kinds[0]]
     made["sinks-by-layer"] = metric_by_layer(rows, "sink_mass")
-    for name in run.sections:
-        for part, figure in run.section(name).figures.items():
+    for name, section in run.readable()[0].items():
+        for part, figure in section.figures.items():
             made[f"{name}-{part}".replace("_", "-")] = figure
     return made
 

@@ -18,7 +18,8 @@ from typing import Any
 import tomli_w
 
 from lens.common.errors import LensError
-from lens.common.files import read_json, write_text
+from lens.common.files import write_text
+from lens.runs import open_run
 from lens.runs.folders import INDEX
 from lens_analyses.config import make_config
 from lens_analyses.console import OK, PARTIAL, log
@@ -184,10 +185,10 @@ def _progress(runs: Path, pid: int, settings: object) -> tuple[float | None, str
     """Share done, what is being done, and the run's id: from the run that the process writes."""
     for index in runs.glob(f"*/{INDEX}"):
         try:
-            meta = read_json(index)
+            meta = open_run(index.parent).meta
         except LensError:
             continue
-        if meta.get("pid") == pid and meta.get("status") == "started":
+        if meta["pid"] == pid and meta["status"] == "started":
             return (*share(index.parent, meta, settings), index.parent.name)
     return None, "loading the model", None
 

@@ -57,8 +57,9 @@ def render(run: Run, status: str | None = None) -> Report:
     Raises:
         LensError: a table or trace of the run is missing or damaged.
     """
-    data = numbers(run, status)
-    figures = {**charts(data), **section_charts(run)}
+    sections, problems = run.readable()
+    data = numbers(run, sections, [*run.damage, *problems], status)
+    figures = {**charts(data), **section_charts(sections)}
     return Report(page(data, head_maps(run, data["summary"]), figures), data)
 
 

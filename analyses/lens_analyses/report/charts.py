@@ -1,5 +1,6 @@
 """The interactive figures of a report, as plain plotly JSON that shares one template."""
 
+from collections.abc import Mapping
 from textwrap import wrap
 from typing import Any
 
@@ -10,7 +11,7 @@ import plotly.io as pio
 from lens.common.colors import ACCENT, BASELINE, LINE
 from lens.figures import head_grid, metric_by_layer
 from lens.figures.style import style
-from lens.runs import Run
+from lens.runs.sections import Section
 
 _COLORS = {"text": LINE, "copied": ACCENT}
 _TICKS = 15
@@ -51,12 +52,12 @@ def charts(data: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {name: slim(figure) for name, figure in made.items()}
 
 
-def section_charts(run: Run) -> dict[str, dict[str, Any]]:
-    """`section/<section>/<figure>` -> the figures of the run's sections, as they were saved."""
+def section_charts(sections: Mapping[str, Section]) -> dict[str, dict[str, Any]]:
+    """`section/<section>/<figure>` -> the figures of sections, as they were saved."""
     return {
         f"section/{name}/{part}": slim(figure)
-        for name in run.sections
-        for part, figure in run.section(name).figures.items()
+        for name, section in sections.items()
+        for part, figure in section.figures.items()
     }
 
 
@@ -97,10 +98,11 @@ def slim(figure: go.Figure) -> dict[str, Any]:
     """Without the template, which the page adds back, and with margins for the page."""
     plain = figure.to_plotly_json()
     plain["layout"].pop("template", None)
-    lines = wrap(plain["layout"]["title"]["text"], _TITLE)
+    title = plain["layout"].setdefault("title", {})
+    lines = wrap(title.get("text") or "", _TITLE)
     above = (56 if len(plain["data"]) > 1 else 28) + 17 * len(lines)
     plain["layout"]["margin"] = {"l": 56, "r": 12, "t": above, "b": 44}
-    plain["layout"]["title"] |= {
+    title |= {
         "text": "<br>".join(lines),
         "x": 0,  # of the whole figure: the names of rows can be long
         "xref": "container",

@@ -1,19 +1,23 @@
 """What a report does not show, and on what its numbers depend: said for this very run."""
 
+from collections.abc import Mapping
+from typing import Any
+
+from lens.common.errors import LensError
 from lens.runs import Run
 from lens.traces.profiles import SINK_EPSILON
 
 _UNTOUCHED = "Nothing was changed inside the model, so nothing here is about cause: a score says"
 
 
-def limits(run: Run) -> list[str]:
+def limits(run: Run, config: Mapping[str, Any], has_sections: bool) -> list[str]:
     """One or two sentences each, most important first."""
     return [
-        ("Scores of attention are not about cause: they say" if run.sections else _UNTOUCHED)
+        ("Scores of attention are not about cause: they say" if has_sections else _UNTOUCHED)
         + " where a head looks, not what the model would do without it. Heads with high scores can be "
         "redundant, and heads with low ones important.",
         *_first_token(run),
-        *_prompts(run),
+        *_prompts(run, config.get("prompts")),
         "Brackets are 95 % bootstrap intervals: over prompts where there are several, else over "
         "contiguous stretches of the one prompt. They do not cover the choice of the text.",
         "Heads are counted above uniform attention, which is exact for these prompts, and above the highest "
@@ -24,7 +28,7 @@ def limits(run: Run) -> list[str]:
         "Not measured: "
         + (
             ""
-            if run.sections
+            if has_sections
             else "the effect of removing heads, circuits, the norm of what a head writes, "
         )
         + "attention after changing the prompt's first token or the model's precision.",
@@ -48,8 +52,11 @@ def _begins(run: Run) -> list[str]:
     kinds: dict[tuple[bool, tuple[str, ...]], list[str]] = {}
     for kind, prompts in run.prompts.groupby("kind", sort=False):
         firsts = tuple(dict.fromkeys(strings[0] for strings in prompts["token_strings"]))
-        trace = run.trace(str(prompts.iloc[0]["prompt_id"]))
-        kinds.setdefault((trace.attrs["bos"] == "added", firsts), []).append(str(kind))
+        try:
+            bos = run.trace(str(prompts.iloc[0]["prompt_id"])).attrs["bos"]
+        except LensError:
+            bos = run.meta["bos"]
+        kinds.setdefault((bos == "added", firsts), []).append(str(kind))
     said = []
     for (has_bos, firsts), names in kinds.items():
         which = " and ".join(names)
@@ -63,10 +70,10 @@ def _begins(run: Run) -> list[str]:
     return said
 
 
-def _prompts(run: Run) -> list[str]:
+def _prompts(run: Run, config: Any) -> list[str]:
     prompts = run.prompts.to_dict("records")
     texts = [prompt for prompt in prompts if prompt["kind"] == "text"]
-    config = run.config.get("prompts", {})
+    config = config if isinstance(config, dict) else {}
     said = []
     if texts:
         titles = {prompt["title"].partition(":")[0] for prompt in texts}

@@ -3,12 +3,14 @@
 The page is made from these and nothing else, so that what is read and what is stored cannot differ.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 import lens
+from lens.common.errors import LensError
 from lens.runs import Run
 from lens.runs.sections import Section
 from lens.stats import over_units
@@ -30,17 +32,28 @@ CITATION = (
 )
 
 
-def numbers(run: Run, status: str | None = None) -> dict[str, Any]:
+def numbers(
+    run: Run,
+    sections: Mapping[str, Section],
+    warnings: Sequence[str] = (),
+    status: str | None = None,
+) -> dict[str, Any]:
     """Everything that a report says, as plain values without NaN.
 
     Args:
         run: a run with its tables.
+        sections: that it has.
+        warnings: beside those of the run.
         status: of the run, if it is about to change.
 
     Raises:
         LensError: a table is missing or damaged.
     """
     meta, heads = run.meta, run.heads
+    try:
+        config = run.config
+    except LensError as error:
+        config, warnings = {}, [*warnings, str(error)]
     pooled = pd.DataFrame(heads[heads["prompt_id"].isin(KINDS)])
     found = findings(heads)
     prompts = run.prompts.drop(columns=["text", "token_ids", "token_strings"])
@@ -67,13 +80,13 @@ def numbers(run: Run, status: str | None = None) -> dict[str, Any]:
             "records"
         ),
         "sinks": _sinks(run),
-        "sections": [_section(run.section(name)) for name in run.sections],
+        "sections": [_section(section) for section in sections.values()],
         "unsupported": run.unsupported,
-        "limits": limits(run),
-        "warnings": meta.get("warnings", []),
+        "limits": limits(run, config, bool(sections)),
+        "warnings": [*meta["warnings"], *warnings],
         "provenance": {
             "command": meta.get("command"),
-            "config": run.config,
+            "config": config,
             "config_hash": run.id.rpartition("-")[2],
             "versions": meta["versions"],
             "report_version": lens.__version__,

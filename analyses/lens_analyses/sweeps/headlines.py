@@ -36,5 +36,4 @@ def headline(run: Run) -> dict[str, Any]:
 
 def summary(run: Run) -> list[str]:
     """The first sentence of each analysis of the run."""
-    sections = [run.section(name) for name in run.sections]
-    return [f"{one.title}: {one.summary[0]}" for one in sections if one.summary]
+    return [f"{one.title}: {one.summary[0]}" for one in run.readable()[0].values() if one.summary]

@@ -19,8 +19,7 @@ from lens_dashboards.circuit_groups import (
     read_groups,
     write_groups,
 )
-from lens_dashboards.library import Library
-from lens_dashboards.library import section as read_section
+from lens_dashboards.library import Library, sections
 from lens_dashboards.pages.circuit_lists import groups_list, node_link, nodes_table, paths_list
 from lens_dashboards.pages.parts import (
     card,
@@ -47,7 +46,9 @@ def page(library: Library, view: Selection) -> list[Any]:
     top = [crumbs(run, view), html.H1("Circuits"), *run_banner(run)]
     try:
         edges = circuit_edges(run)
-    except LensError:
+    except LensError as error:
+        if run.circuits:
+            return [*top, card(html.P(str(error), className="problem"), className="error")]
         return [*top, missing(run, "circuit", "lens circuit --model {model} --task induction")]
     curve = _curve(run)
     chosen, ranking, count, notes = _chosen(run, view, edges, curve)
@@ -57,11 +58,12 @@ def page(library: Library, view: Selection) -> list[Any]:
     by = choice(view, "by", _BY, "", notes)
     groups = drawn_groups(run, edges, by, own)
     shown = _touching(edges, chosen, pins, notes)
-    sections = [read_section(run, name) for name in ("edges", "circuit") if name in run.sections]
+    known = sections(run)
+    held = [known[name] for name in ("edges", "circuit") if name in known]
     return [
         *top,
         *[note_banner(text) for text in notes],
-        findings(sections),
+        findings(held),
         card(
             [
                 _controls(ranking, count, curve, by),
@@ -102,7 +104,7 @@ def page(library: Library, view: Selection) -> list[Any]:
             className="columns",
         ),
         card(paths_list(view, edges, chosen), "Strongest paths"),
-        limits(sections),
+        limits(held),
         dcc.Store(id="circuit-run", data=run.id),
     ]
 
@@ -136,9 +138,8 @@ def loaded(library: Library, run_id: str, contents: str, name: str) -> list[Any]
 
 
 def _curve(run: Run) -> pd.DataFrame | None:
-    if "circuit" not in run.sections:
-        return None
-    return read_section(run, "circuit").tables["faithfulness"]
+    section = sections(run).get("circuit")
+    return section.tables["faithfulness"] if section else None
 
 
 def _chosen(
@@ -149,7 +150,7 @@ def _chosen(
 ) -> tuple[list[int], str, int, list[str]]:
     """The edges shown, their ranking and number, and notes on what in the link could not be used."""
     notes = []
-    section = read_section(run, "edges") if "edges" in run.sections else None
+    section = sections(run).get("edges")
     usual = section.configuration.get("ranking", "absolute") if section else "absolute"
     ranking = view.option("ranking") or usual
     if ranking not in RANKINGS:
@@ -270,9 +271,8 @@ def _controls(ranking: str, count: int, curve: pd.DataFrame | None, by: str) -> 
 
 def _own_worth(run: Run) -> pd.DataFrame | None:
     """What the run's own circuit was worth, beside others of its size: one row each, by `circuit`."""
-    if "circuit" not in run.sections:
-        return None
-    return read_section(run, "circuit").tables["same_size"].set_index("circuit")
+    section = sections(run).get("circuit")
+    return section.tables["same_size"].set_index("circuit") if section else None
 
 
 def _worth(curve: pd.DataFrame | None, own: pd.DataFrame | None, ranking: str, count: int) -> str:
@@ -307,7 +307,7 @@ def _curve_card(
 ) -> list[html.Section]:
     if curve is None:
         return []
-    section = read_section(run, "circuit")
+    section = sections(run)["circuit"]
     rows = curve[(curve["ranking"] == ranking).to_numpy()]
     row = rows.loc[(rows["edges"] - count).abs().idxmin()]
     at = row["share"], row["faithfulness"]

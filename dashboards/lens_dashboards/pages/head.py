@@ -11,8 +11,7 @@ from lens.common.errors import LensError
 from lens.runs import Run
 from lens.traces.metrics import METRICS
 from lens.traces.trace import AttentionTrace
-from lens_dashboards.library import Library
-from lens_dashboards.library import section as read_section
+from lens_dashboards.library import Library, sections
 from lens_dashboards.pages.parts import (
     Cell,
     card,
@@ -164,9 +163,9 @@ def _sharpness(trace: AttentionTrace, layer: int, head: int) -> str:
 
 def _effect(run: Run, view: Selection, name: str) -> list[Any]:
     """What the model loses without this head, beside the picture of its attention."""
-    if "importance" not in run.sections:
+    section = sections(run).get("importance")
+    if section is None:
         return [missing(run, "effect of this head", "lens heads --model {model}")]
-    section = read_section(run, "importance")
     table = section.tables["scores"]
     row = table[table["name"] == name].to_dict("records")[0]
     measures = [str(column) for column in row if f"{column}_low" in row]
@@ -277,13 +276,13 @@ def known_prompt(view: Selection, traces: list[str], notes: list[str]) -> str:
 
 def prompt_control(run: Run, traces: list[str], prompt: str) -> html.Div:
     """The selector of the prompt whose trace is shown."""
-    prompts = run.prompts.set_index("prompt_id")
-    options = {
-        name: f"{name} · {prompts.loc[name, 'kind']} · {prompts.loc[name, 'title']} "
-        f"({prompts.loc[name, 'tokens']} tokens)"
-        for name in traces
-        if name in prompts.index
-    }
+    options = dict(zip(traces, traces, strict=True))
+    try:
+        for row in run.prompts[run.prompts["prompt_id"].isin(traces)].to_dict("records"):
+            name = row["prompt_id"]
+            options[name] = f"{name} · {row['kind']} · {row['title']} ({row['tokens']} tokens)"
+    except LensError as error:
+        options[prompt] = f"{prompt} ({error})"
     return html.Div(select("prompt", "Prompt", options, prompt), className="prompt")
 
 

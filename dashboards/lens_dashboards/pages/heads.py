@@ -9,8 +9,7 @@ from lens.figures.columns import column_grid, column_scatter
 from lens.figures.style import grid_height
 from lens.runs import Run
 from lens_dashboards.head_columns import PATTERN, HeadColumns, head_columns
-from lens_dashboards.library import Library
-from lens_dashboards.library import section as read_section
+from lens_dashboards.library import Library, sections
 from lens_dashboards.pages.overview import best_group
 from lens_dashboards.pages.parts import (
     Cell,
@@ -251,9 +250,9 @@ def _cell(value: Any) -> str:
 
 def _agreement(run: Run, view: Selection) -> html.Section:
     """Where measures of importance disagree."""
-    if "importance" not in run.sections:
+    section = sections(run).get("importance")
+    if section is None:
         return missing(run, "measures of importance", "lens heads --model {model}")
-    section = read_section(run, "importance")
     if "agreement" not in section.figures:
         return card(html.P("This run has no picture of how measures agree: give lens heads two."))
     target = view.to("analysis", "importance")

@@ -12,8 +12,7 @@ from lens.figures.heads import select as rows_of
 from lens.runs import Run
 from lens.traces.findings import findings
 from lens.traces.metrics import METRICS, Metric
-from lens_dashboards.library import Library
-from lens_dashboards.library import section as read_section
+from lens_dashboards.library import Library, sections
 from lens_dashboards.pages.parts import (
     card,
     choice,
@@ -141,7 +140,8 @@ def _definition(view: Selection, metric: Metric) -> str:
 
 def _analyses(run: Run, view: Selection) -> list[Any]:
     """What else was found in this run, first sentence of each analysis."""
-    if not run.sections:
+    held = sections(run)
+    if not held:
         return [
             card(
                 html.P(
@@ -158,8 +158,7 @@ def _analyses(run: Run, view: Selection) -> list[Any]:
             )
         ]
     items = []
-    for name in run.sections:
-        section = read_section(run, name)
+    for name, section in held.items():
         target = view.to("analysis", name)
         first = section.summary[0] if section.summary else ""
         items.append(html.Li([dcc.Link(section.title, href=target.url()), f": {first}"]))

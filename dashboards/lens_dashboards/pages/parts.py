@@ -13,6 +13,7 @@ from lens.common.head_ids import head_id
 from lens.common.version import __version__
 from lens.runs import Comparison, Run
 from lens.runs.sections import Section
+from lens_dashboards.library import damage
 from lens_dashboards.selection import Selection
 
 _HEIGHT = 400  # of a figure that names none
@@ -121,7 +122,7 @@ def run_banner(run: Run) -> list[html.Div]:
                 role="status",
             )
         )
-    if run.status == "error" and run.meta.get("error"):
+    if run.status == "error" and run.meta["error"]:
         error = run.meta["error"]
         banners.append(
             html.Div(
@@ -132,7 +133,11 @@ def run_banner(run: Run) -> list[html.Div]:
         )
     banners += [
         html.Div(text, className="banner partial", role="status")
-        for text in (*run.meta.get("warnings", []), *map(": ".join, run.unsupported.items()))
+        for text in (
+            *run.meta["warnings"],
+            *map(": ".join, run.unsupported.items()),
+            *damage(run),
+        )
     ]
     return banners
 

@@ -62,9 +62,9 @@ def page(library: Library, view: Selection) -> list[Any]:
 
 def _config(run: Run) -> html.Details:
     try:
-        text = (run.path / "config.toml").read_text(encoding="utf-8")
-    except OSError as error:
-        text = f"config.toml cannot be read: {error}"
+        text = run.door.text("config.toml")
+    except LensError as error:
+        text = str(error)
     return html.Details([html.Summary("config.toml"), html.Pre(html.Code(text))])
 
 

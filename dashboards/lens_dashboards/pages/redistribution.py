@@ -6,10 +6,8 @@ from typing import Any
 import pandas as pd
 from dash import html
 
-from lens.runs import Run
 from lens.runs.sections import Section
-from lens_dashboards.library import Library
-from lens_dashboards.library import section as read_section
+from lens_dashboards.library import Library, sections
 from lens_dashboards.pages.analysis import tables_of
 from lens_dashboards.pages.parts import (
     card,
@@ -49,26 +47,27 @@ def page(library: Library, view: Selection) -> list[Any]:
     """One rule and amount at a time, with its controls; then every dose and head."""
     run = library.run(view.run)
     top = [crumbs(run, view), html.H1("Redistribution"), *run_banner(run)]
-    sections = [read_section(run, name) for name in _SECTIONS if name in run.sections]
-    if not sections:
+    known = sections(run)
+    held = [known[name] for name in _SECTIONS if name in known]
+    if not held:
         return [*top, missing(run, "redistribution", _COMMAND)]
     notes: list[str] = []
-    one = _one_dose(run, view, notes)
+    one = _one_dose([known[name] for name in _MEASURED if name in known], view, notes)
     return [
         *top,
         *map(note_banner, notes),
-        findings(sections),
+        findings(held),
         *one,
         html.Div(
             [
                 card(section_figure(run, section, figure))
-                for section in sections
+                for section in held
                 for figure in section.figures
             ],
             className="halves",
         ),
-        tables_of(view, sections),
-        limits(sections),
+        tables_of(view, held),
+        limits(held),
     ]
 
 
@@ -104,9 +103,9 @@ def measured(sections: Iterable[Section]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns).drop_duplicates(columns[:4])
 
 
-def _one_dose(run: Run, view: Selection, notes: list[str]) -> list[Any]:
+def _one_dose(held: list[Section], view: Selection, notes: list[str]) -> list[Any]:
     """The measured numbers of one rule at one amount, beside its controls."""
-    table = measured(read_section(run, name) for name in _MEASURED if name in run.sections)
+    table = measured(held)
     if table.empty:
         return []
     rules = list(dict.fromkeys(table["rule"]))

@@ -8,8 +8,7 @@ from dash import dcc, html
 from lens.common.head_ids import HeadId
 from lens.figures.columns import column_grid
 from lens.runs import Run
-from lens_dashboards.library import Library
-from lens_dashboards.library import section as read_section
+from lens_dashboards.library import Library, sections
 from lens_dashboards.pages.analysis import tables_of
 from lens_dashboards.pages.parts import (
     card,
@@ -38,9 +37,10 @@ def page(library: Library, view: Selection) -> list[Any]:
     """The rate at a threshold of your choice, the heads above it, what edits of the sink do."""
     run = library.run(view.run)
     top = [crumbs(run, view), html.H1("Sinks"), *run_banner(run)]
-    if "detection" not in run.sections:
+    known = sections(run)
+    if "detection" not in known:
         return [*top, missing(run, "analysis of sinks", _COMMAND)]
-    section = read_section(run, "detection")
+    section = known["detection"]
     notes: list[str] = []
     curve = section.tables["epsilon"]
     epsilon = _threshold(view, curve, float(section.configuration["epsilon"]), notes)
@@ -63,7 +63,7 @@ def page(library: Library, view: Selection) -> list[Any]:
         "column_grid(heads, 'alpha')"
     )
     effects = _effects(run, view, notes)
-    held = [read_section(run, name) for name in SECTIONS if name in run.sections]
+    held = [known[name] for name in SECTIONS if name in known]
     return [
         *top,
         *map(note_banner, notes),
@@ -155,9 +155,9 @@ def _heads(view: Selection, heads: pd.DataFrame) -> html.P:
 
 def _effects(run: Run, view: Selection, notes: list[str]) -> list[Any]:
     """What each edit of the sink does, beside controls, one edit at a time."""
-    if "effects" not in run.sections:
+    section = sections(run).get("effects")
+    if section is None:
         return []
-    section = read_section(run, "effects")
     names = [name for name in section.figures if name.startswith("edit_")]
     titles = {
         name: str(section.figures[name].layout.title.text or name)  # pyright: ignore[reportAttributeAccessIssue]
@@ -180,6 +180,7 @@ def _effects(run: Run, view: Selection, notes: list[str]) -> list[Any]:
 
 
 def _figure(run: Run, section: str, name: str) -> Any:
-    if section not in run.sections or name not in read_section(run, section).figures:
+    found = sections(run).get(section)
+    if found is None or name not in found.figures:
         return html.Div()
-    return card(section_figure(run, read_section(run, section), name))
+    return card(section_figure(run, found, name))

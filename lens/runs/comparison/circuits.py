@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from itertools import product
-from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
 from lens.common.errors import LensError
-from lens.common.files import read_json
 from lens.runs.folders import Run
+from lens.runs.schema import CircuitFile
 
 CIRCUIT_COLUMNS = (
     "circuit_a",
@@ -22,7 +20,6 @@ CIRCUIT_COLUMNS = (
     "jaccard",
     "by_chance",
 )
-_FOLDER, _FORMAT = "circuits", "lens-circuit"
 _PARTS = ("nodes", "edges")
 
 
@@ -44,7 +41,7 @@ def compare_circuits(a: Run, b: Run) -> tuple[pd.DataFrame, list[str]]:
         sides.append(found)
         refused += problems
     for (name, x), (other, y) in product(sides[0].items(), sides[1].items()):
-        if x["graph"] != y["graph"]:
+        if x.graph != y.graph:
             refused.append(
                 f"circuits {name} and {other} are not compared: their models have differing graphs"
             )
@@ -52,7 +49,9 @@ def compare_circuits(a: Run, b: Run) -> tuple[pd.DataFrame, list[str]]:
         totals = _totals(x), _totals(y)
         for part in _PARTS:
             total = totals[0][part] or totals[1][part]
-            rows.append((name, other, part, *_overlap(set(x[part]), set(y[part]), total)))
+            rows.append(
+                (name, other, part, *_overlap(set(getattr(x, part)), set(getattr(y, part)), total))
+            )
     return pd.DataFrame(rows, columns=list(CIRCUIT_COLUMNS)), refused
 
 
@@ -68,33 +67,24 @@ def _overlap(x: set[str], y: set[str], total: float | None) -> tuple[object, ...
     )
 
 
-def _circuits(run: Run) -> tuple[dict[str, dict[str, Any]], list[str]]:
+def _circuits(run: Run) -> tuple[dict[str, CircuitFile], list[str]]:
     """Name -> contents of each circuit file, and what cannot be read."""
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, CircuitFile] = {}
     problems = []
-    for path in sorted((run.path / _FOLDER).glob("*.json")):
+    for name in run.circuits:
         try:
-            found[path.stem] = _checked(path)
+            found[name] = run.circuit(name)
         except LensError as error:
-            problems.append(f"circuit {path.stem} of {run.id} is not compared: {error}")
+            problems.append(f"circuit {name} of {run.id} is not compared: {error}")
     return found, problems
 
 
-def _checked(path: Path) -> dict[str, Any]:
-    data = read_json(path)
-    whole = all(isinstance(data.get(part), list) for part in _PARTS)
-    if data.get("format") != _FORMAT or not isinstance(data.get("graph"), dict) or not whole:
-        raise LensError(f"{path.name} is no circuit with graph, nodes and edges")
-    return data
-
-
-def _totals(circuit: dict[str, Any]) -> dict[str, float | None]:
+def _totals(circuit: CircuitFile) -> dict[str, float | None]:
     """Writers and edges of the whole graph; the edges from the last point of the curve, all of them."""
-    graph, curve = circuit["graph"], circuit.get("faithfulness") or {}
-    writers = 1 + graph["layers"] * (graph["heads"] + bool(graph["mlps"]))
-    whole = [
-        edges
-        for share, edges in zip(curve.get("share", ()), curve.get("edges", ()), strict=True)
-        if share == 1
-    ]
-    return {"nodes": writers, "edges": whole[0] if whole else None}
+    graph, curve = circuit.graph, circuit.faithfulness
+    writers = 1 + graph.layers * (graph.heads + graph.mlps)
+    points = zip(curve.get("share", ()), curve.get("edges", ()), strict=True)
+    return {
+        "nodes": writers,
+        "edges": next((edges for share, edges in points if share == 1), None),
+    }

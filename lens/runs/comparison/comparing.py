@@ -60,6 +60,7 @@ class Comparison(Result):
             head that differs most (the last two NaN and "" where heads are not compared).
         losses: of the models on the prompts that both have.
         sections: one row per column of the tables that both runs' sections have.
+        summaries: section that both have -> its title, and what it found in A and in B.
         circuits: what the circuits of both share, beside chance; empty without any.
         settings: what differs in configuration, model and versions.
         shared: kind of prompt that both runs have -> how many prompts are in both.
@@ -75,6 +76,7 @@ class Comparison(Result):
     metrics: pd.DataFrame
     losses: pd.DataFrame
     sections: pd.DataFrame
+    summaries: Mapping[str, tuple[str, tuple[str, ...], tuple[str, ...]]]
     circuits: pd.DataFrame
     settings: pd.DataFrame
     shared: Mapping[str, int]
@@ -125,7 +127,8 @@ def compare_runs(a: Run, b: Run, *, seed: int = 0) -> Comparison:
     shared = {kind: len(pairs) for kind, pairs in paired_prompts(a, b).items() if kind in kinds}
     tables = compare_sections(a, b, aligned=not refusal)
     circuits, unread = compare_circuits(a, b)
-    settings, losses = differing_settings(a, b), compare_losses(a, b, seed=seed)
+    settings, unknown = differing_settings(a, b)
+    losses = compare_losses(a, b, seed=seed)
     return Comparison(
         a,
         b,
@@ -134,11 +137,14 @@ def compare_runs(a: Run, b: Run, *, seed: int = 0) -> Comparison:
         metrics,
         losses,
         tables.table,
+        tables.summaries,
         circuits,
         settings,
         shared,
         tuple(sentences(a, b, heads, metrics, losses, circuits, shared, refusal)),
-        tuple(limits(heads, shared, settings, circuits, (*tables.refused, *unread), refusal)),
+        tuple(
+            limits(heads, shared, settings, circuits, (*unknown, *tables.refused, *unread), refusal)
+        ),
         seed,
     )
 

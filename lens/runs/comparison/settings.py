@@ -7,14 +7,27 @@ from typing import Any
 
 import pandas as pd
 
+from lens.common.errors import LensError
 from lens.runs.folders import Run
 
 _FACTS = ("device", "backend", "bos")
 
 
-def differing_settings(a: Run, b: Run) -> pd.DataFrame:
-    """Rows `setting`, `a`, `b` (strings; "" where one has none), in the order of A's config.toml."""
-    sides = [_flat(_facts(run)) for run in (a, b)]
+def differing_settings(a: Run, b: Run) -> tuple[pd.DataFrame, list[str]]:
+    """Rows `setting`, `a`, `b` (strings; "" where one has none), in the order of A's config.toml.
+
+    Also a sentence for each configuration that cannot be read; then none are compared.
+    """
+    configs, problems = [], []
+    for run in (a, b):
+        try:
+            configs.append(run.config)
+        except LensError as error:
+            problems.append(f"the settings are not compared: {error}")
+    sides = [
+        _flat(_facts(run, config))
+        for run, config in zip((a, b), [{}, {}] if problems else configs, strict=True)
+    ]
     names = list(dict.fromkeys([*sides[0], *sides[1]]))
     if a.meta["what"] != b.meta["what"]:  # each analysis has settings of its own
         names = [name for name in names if not name.startswith("analysis.")]
@@ -23,15 +36,15 @@ def differing_settings(a: Run, b: Run) -> pd.DataFrame:
         for name in names
         if sides[0].get(name) != sides[1].get(name)
     ]
-    return pd.DataFrame(rows, columns=["setting", "a", "b"])
+    return pd.DataFrame(rows, columns=["setting", "a", "b"]), problems
 
 
-def _facts(run: Run) -> dict[str, Any]:
+def _facts(run: Run, config: Mapping[str, Any]) -> dict[str, Any]:
     named = {name: value for name, value in run.meta["model"].items() if name != "name"}
-    config = run.config
-    config["model"] = {**config.get("model", {}), **named}
+    model = config.get("model")
     return {
         **config,
+        "model": {**(model if isinstance(model, Mapping) else {}), **named},
         "computed": {name: run.meta.get(name) for name in _FACTS},
         "versions": run.meta["versions"],
     }

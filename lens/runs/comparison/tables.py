@@ -7,6 +7,7 @@ whose rows do not match in the other run are refused with the reason.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,18 +44,21 @@ class SectionTables:
         table: one row per column of numbers, `SECTION_COLUMNS`: means over the rows that both have,
             their difference, Spearman's correlation, the row that differs most.
         refused: sentences: which tables were not compared and why.
+        summaries: section -> its title, and what it found in A and in B.
     """
 
     table: pd.DataFrame
     refused: tuple[str, ...]
+    summaries: Mapping[str, tuple[str, tuple[str, ...], tuple[str, ...]]]
 
 
 def compare_sections(a: Run, b: Run, *, aligned: bool) -> SectionTables:
     """All tables that both runs have."""
     rows: list[tuple[object, ...]] = []
-    refused: list[str] = []
-    for name in [name for name in a.sections if name in b.sections]:
-        first, second = a.section(name), b.section(name)
+    sides = [run.readable() for run in (a, b)]
+    refused = [problem for _, problems in sides for problem in problems]
+    for name in [name for name in sides[0][0] if name in sides[1][0]]:
+        first, second = sides[0][0][name], sides[1][0][name]
         for part in [part for part in first.tables if part in second.tables]:
             try:
                 keys, merged = side_by_side(first, second, part, aligned=aligned)
@@ -62,7 +66,13 @@ def compare_sections(a: Run, b: Run, *, aligned: bool) -> SectionTables:
                 refused.append(str(error))
                 continue
             rows += [(name, part, *one) for one in _columns(keys, merged)]
-    return SectionTables(pd.DataFrame(rows, columns=list(SECTION_COLUMNS)), tuple(refused))
+    table = pd.DataFrame(rows, columns=list(SECTION_COLUMNS))
+    summaries = {
+        name: (first.title, first.summary, sides[1][0][name].summary)
+        for name, first in sides[0][0].items()
+        if name in sides[1][0]
+    }
+    return SectionTables(table, tuple(refused), summaries)
 
 
 def side_by_side(

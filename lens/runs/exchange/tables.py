@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import pandas as pd
 
@@ -22,6 +22,8 @@ class HasTable(Protocol):
 def to_csv(result: pd.DataFrame | HasTable, path: str | Path) -> Path:
     """Write a table, or the table of a result, as UTF-8 CSV; numbers keep all their digits, NaN is empty.
 
+    Text that a spreadsheet would compute, as it begins with `=`, `+`, `-` or `@`, gets an apostrophe.
+
     Raises:
         LensError: neither a table nor a result with one, or no rows.
 
@@ -30,8 +32,25 @@ def to_csv(result: pd.DataFrame | HasTable, path: str | Path) -> Path:
         'heads.csv'
     """
     path = Path(path)
-    write_text(path, _table(result).to_csv(index=False, lineterminator="\n"))
+    write_text(path, csv_text(_table(result)))
     return path
+
+
+def csv_text(table: pd.DataFrame) -> str:
+    """A table as CSV, as `to_csv` writes it."""
+    texts = [name for name in table if not pd.api.types.is_numeric_dtype(table[name])]
+    table = table.assign(**{str(name): table[name].map(_as_text) for name in texts})
+    return table.rename(columns=_as_text).to_csv(index=False, lineterminator="\n")
+
+
+def _as_text(cell: Any) -> Any:
+    if not isinstance(cell, str) or not cell.startswith(("=", "+", "-", "@", "\t", "\r")):
+        return cell
+    try:
+        float(cell)
+    except ValueError:
+        return f"'{cell}"
+    return cell
 
 
 def to_parquet(result: pd.DataFrame | HasTable, path: str | Path) -> Path:

@@ -1,0 +1,99 @@
+"""Whether the tables and traces of a run fit its model and each other: what a reader may rely on.
+
+Each function gives one sentence a problem, naming the column; numbers are looked at by `lens.runs.validation`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from lens.common.errors import LensError
+from lens.common.head_ids import head_id
+from lens.runs.schema import POOLED
+from lens.traces.metrics import METRICS, VARIANTS
+
+if TYPE_CHECKING:
+    from lens.runs.folders import Run
+    from lens.traces.trace import AttentionTrace
+
+_STATES = ("done", "pending")
+_PROMPT = r"p\d{3,}"
+
+
+def prompt_problems(table: pd.DataFrame) -> Iterator[str]:
+    """Of `prompts.parquet`."""
+    yield from _unknown(table, "kind", POOLED)
+    yield from _unknown(table, "status", _STATES)
+    names = table["prompt_id"]
+    if names.duplicated().any():
+        yield "column prompt_id has a prompt twice"
+    if not names.str.fullmatch(_PROMPT).all():
+        yield "column prompt_id has names other than p000, p001 and so on"
+    for row in table[["prompt_id", "tokens", "token_ids", "token_strings"]].to_dict("records"):
+        counts = {row["tokens"], len(row["token_ids"]), len(row["token_strings"])}
+        if len(counts) > 1 or 0 in counts:
+            yield f"column tokens: {row['prompt_id']} has differing token counts {sorted(counts)}"
+
+
+def head_problems(
+    table: pd.DataFrame, model: Mapping[str, Any], prompts: pd.DataFrame
+) -> Iterator[str]:
+    """Of `heads.parquet`: names and numbers that are not known, heads that are missing or there twice."""
+    yield from _unknown(table, "metric", METRICS)
+    yield from _unknown(table, "variant", VARIANTS)
+    yield from _unknown(table, "prompt_id", (*POOLED, *prompts["prompt_id"]))
+    if table.empty:
+        yield "it has no rows"
+    yield from outside_of(table, model)
+    if table.duplicated(["prompt_id", "layer", "head", "metric", "variant"]).any():
+        yield "it has a score twice"
+    heads = table[["layer", "head"]].drop_duplicates()
+    of_layer = heads.groupby("layer").size()
+    if short := of_layer[of_layer != model["heads"]].to_dict():
+        layer, count = next(iter(short.items()))
+        yield f"column head: layer {layer} has {count} of {model['heads']} heads"
+    counts = table.groupby(["prompt_id", "metric", "variant"]).size()
+    if (counts != len(heads)).any():
+        yield f"it lacks scores: not every metric has all {len(heads)} heads"
+
+
+def outside_of(table: pd.DataFrame, model: Mapping[str, Any]) -> Iterator[str]:
+    """Layers and heads of a table that the model does not have."""
+    pair = {"layer", "head"} <= set(table)
+    if pair and all(pd.api.types.is_integer_dtype(table[name]) for name in ("layer", "head")):
+        for name in ("layer", "head"):
+            if not table[name].between(0, model[f"{name}s"] - 1).all():
+                yield f"column {name} has numbers outside of 0 to {model[f'{name}s'] - 1}"
+    for name in ("name", "head"):
+        if name not in table or not pd.api.types.is_string_dtype(table[name]):
+            continue
+        named = table[name].dropna().drop_duplicates()
+        for head in named[named.str.fullmatch(r"L\d+H\d+")]:
+            try:
+                head_id(head, layers=model["layers"], heads=model["heads"])
+            except LensError as error:
+                yield f"column {name}: {error}"
+
+
+def trace_problems(trace: AttentionTrace, prompt_id: str, run: Run) -> Iterator[str]:
+    """Of a trace beside the run that it is in."""
+    model, last = run.meta["model"], int(trace.dataset["layer"].values.max())
+    if trace.heads != model["heads"] or last >= model["layers"]:
+        yield (
+            f"it has {trace.heads} heads in layers up to {last}, the model of the run has "
+            f"{model['heads']} in {model['layers']} layers"
+        )
+    try:
+        prompts = run.prompts.set_index("prompt_id")["token_strings"]
+    except LensError:  # which is said where the table is shown
+        return
+    if prompt_id in prompts and list(prompts[prompt_id]) != trace.tokens:
+        yield "its tokens are not those of prompts.parquet"
+
+
+def _unknown(table: pd.DataFrame, column: str, known: Any) -> Iterator[str]:
+    if unknown := sorted(set(table[column]) - set(known)):
+        yield f"column {column} has {', '.join(map(repr, unknown[:3]))}, which is not known"

@@ -1,0 +1,214 @@
+"""What the files of a run folder hold (docs/schema/run-folder.md), said once, for whoever writes or reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from lens.common.errors import LensError
+from lens.common.files import shown
+from lens.common.schema import checked, in_words
+from lens.traces.profiles import COLUMNS as HEAD_COLUMNS
+
+SCHEMA = "attention-lens/run"
+SCHEMA_VERSION = 1
+POOLED = ("text", "copied")
+"""Kinds of prompts; in the table of heads also names of the means over them."""
+
+Kind = Literal["text", "number", "integer", "integers", "texts"]
+_TEXTS = ("prompt_id", "kind", "title", "text", "status", "metric", "variant", "detail")
+_INTEGERS = ("layer", "head", "n", "tokens")
+_LISTS: dict[str, Kind] = {"token_ids": "integers", "token_strings": "texts"}
+PROMPT_COLUMNS = (
+    "prompt_id",
+    "kind",
+    "title",
+    "text",
+    "tokens",
+    "token_ids",
+    "token_strings",
+    "loss",
+    "loss_repeat",
+    "status",
+    "seconds",
+)
+
+
+def kinds_of(columns: tuple[str, ...]) -> dict[str, Kind]:
+    """Column -> what it holds; what is no text, whole number or list is a number."""
+    texts: dict[str, Kind] = dict.fromkeys(_TEXTS, "text")
+    integers: dict[str, Kind] = dict.fromkeys(_INTEGERS, "integer")
+    known = texts | integers | _LISTS
+    return {name: known.get(name, "number") for name in columns}
+
+
+PROMPTS = kinds_of(PROMPT_COLUMNS)
+HEADS = kinds_of(HEAD_COLUMNS)
+LATER = ("uniform", "random_weights")
+"""Columns that older folders lack: NaN there."""
+
+_Line = Annotated[str, AfterValidator(lambda text: " ".join(shown(text).split()))]
+_Text = Annotated[str, AfterValidator(shown)]
+_Count = Annotated[int, Field(ge=0, le=2**53)]
+_Size = Annotated[int, Field(ge=1, le=2**20)]
+_Seconds = Annotated[float, Field(ge=0, le=1e12, allow_inf_nan=False)]
+_Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
+
+
+class _Open(BaseModel):
+    """Further entries are kept, as a later version may have more."""
+
+    model_config = ConfigDict(extra="allow", protected_namespaces=())
+
+
+class _ModelEntry(_Open):
+    name: _Line
+    layers: _Size
+    heads: _Size
+    class_: _Line | None = Field(None, alias="class")
+    revision: _Line | None = None
+    kv_heads: _Size | None = None
+    head_dim: _Size | None = None
+    vocab: _Size | None = None
+    context: _Count | None = None
+    parameters: _Count | None = None
+    dtype: _Line | None = None
+    licence: _Line | None = None
+
+
+class _Prompts(_Open):
+    done: _Count
+    total: _Count
+
+
+class _Failure(_Open):
+    type: _Line
+    message: _Text
+
+
+class RunFile(_Open):
+    """`run.json`. Entries with a default can be done without: one that does not fit is left out and said."""
+
+    id: _Line
+    title: _Line
+    what: _Line
+    status: Literal["started", "success", "partial", "error"]
+    created: _Line
+    model: _ModelEntry
+    prompts: _Prompts
+    versions: dict[str, _Line]
+    files: dict[str, _Count]
+    updated: _Line | None = None
+    seconds: _Seconds | None = None
+    pid: int | None = None
+    host: str | None = None
+    process_started: int | None = None
+    command: _Text | None = None
+    device: _Line | None = None
+    backend: _Line | None = None
+    block_size: _Size | None = None
+    seed: int | None = None
+    bos: _Line | None = None
+    warnings: list[_Text] = []
+    unsupported: dict[str, _Text] = {}
+    error: _Failure | None = None
+    manifest: str | None = None
+
+
+class SectionFile(_Open):
+    """`section.json`. `shapes` has the rows and column types of each table; older folders lack it."""
+
+    name: _Name
+    title: _Line
+    summary: list[_Text]
+    limits: list[_Text]
+    columns: dict[str, _Text]
+    configuration: dict[str, Any]
+    tables: list[_Name]
+    figures: list[_Name]
+    shapes: dict[str, dict[str, Any]] = {}
+
+
+class _Graph(_Open):
+    layers: _Size
+    heads: _Size
+    kv_heads: _Size
+    mlps: bool
+    parallel: bool
+    kv: Any = None
+
+
+_Score = Annotated[float, Field(allow_inf_nan=False)]
+_NODE = r"(input|a\d{1,4}\.h\d{1,4}|m\d{1,4})"
+_Node = Annotated[str, Field(pattern=f"^{_NODE}$")]
+_Edge = Annotated[
+    str, Field(pattern=rf"^{_NODE}->(a\d{{1,4}}\.h\d{{1,4}}(<[qkv]>)?|m\d{{1,4}}|logits)$")
+]
+
+
+class CircuitFile(_Open):
+    """`circuits/<task>.json`."""
+
+    format: Literal["lens-circuit"]
+    version: Literal[1]
+    model: _Line
+    task: _Line
+    made: _Line
+    graph: _Graph
+    nodes: list[_Node]
+    edges: list[_Edge]
+    scores: list[_Score] | None = None
+    faithfulness: dict[str, list[_Score]] = {}
+
+    @model_validator(mode="after")
+    def _fit(self) -> CircuitFile:
+        if self.scores is not None and len(self.scores) != len(self.edges):
+            raise ValueError(f"{len(self.scores)} scores for {len(self.edges)} edges")
+        if len({len(column) for column in self.faithfulness.values()}) > 1:
+            raise ValueError("the columns of faithfulness are not equally long")
+        return self
+
+
+class _Scored(_Open):
+    score: _Score
+
+
+class ImportancesFile(_Open):
+    """`circuits/mib/importances.json`: every edge with its score."""
+
+    edges: dict[_Edge, _Scored]
+
+
+def run_entries(value: Mapping[str, Any], path: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The entries of `run.json`, and one sentence for each that does not fit or is missing and can be done without.
+
+    Raises:
+        LensError: of another version, or one that cannot be done without does not fit.
+    """
+    version = value.get("schema_version")
+    if value.get("schema") != SCHEMA or version != SCHEMA_VERSION:
+        versions = value.get("versions")
+        writer = versions.get("attention-lens", "?") if isinstance(versions, dict) else "?"
+        raise LensError(
+            f"{path} has schema {value.get('schema')!r} version {version!r}, this attention-lens reads "
+            f"{SCHEMA!r} version {SCHEMA_VERSION}; it was written by attention-lens {writer}: "
+            f"read it with that version"
+        )
+    damage, kept = [], {**value, "model": value.get("model")}
+    try:
+        RunFile.model_validate(value, strict=True)
+    except ValidationError as error:
+        for one in error.errors(include_url=False):
+            part, holder, model = kept, one["loc"][0], RunFile
+            if holder == "model" and len(one["loc"]) > 1 and isinstance(kept["model"], dict):
+                kept["model"] = part = dict(kept["model"])
+                holder, model = one["loc"][1], _ModelEntry
+            names = {field.alias or name: field for name, field in model.model_fields.items()}
+            if holder in names and not names[str(holder)].is_required():
+                part.pop(holder, None)
+                damage.append(f"{path.name}: {in_words(one)}")
+    found = checked(RunFile, kept, path).model_dump(by_alias=True)
+    return found, tuple(damage)
