@@ -1,6 +1,7 @@
 """A name, a folder, a hub id, a model object or a bridge becomes a `LoadedModel`: `lens.load` before its check."""
 
 import inspect
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,6 +13,7 @@ import huggingface_hub
 import torch
 import transformers
 from safetensors import SafetensorError
+from torch.nn import ModuleList
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -31,6 +33,10 @@ _TOKENIZER_FILES = (
     "vocab.txt",
     "vocab.json",
 )
+
+
+_NUMBERED = re.compile(r"(?:.*\.)?([A-Za-z_]+\.)\d+\..*")
+_KERNELS = {"use_mamba_kernels": False, "disable_custom_kernels": True}
 
 
 def load_unchecked(
@@ -112,7 +118,11 @@ def _from_folder(folder: Path, dtype: torch.dtype | None, device: torch.device) 
     try:
         model = _pretrained(str(folder), None, dtype, device, local=True)
         has_tokenizer = any((folder / file).is_file() for file in _TOKENIZER_FILES)
-        tokenizer = AutoTokenizer.from_pretrained(folder) if has_tokenizer else None
+        tokenizer = (
+            AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            if has_tokenizer
+            else None
+        )
     except (OSError, ValueError, KeyError) as error:
         raise LensError(f"cannot load the model in {folder}: {first_line(error)}") from error
     return LoadedModel(model, tokenizer, folder.name, None, describe(model))
@@ -126,7 +136,9 @@ def _from_hub(
         model = _pretrained(name, commit, dtype, device, local=local)
         tokenizer = None
         if getattr(model.config.get_text_config(), "vocab_size", None) is not None:
-            tokenizer = AutoTokenizer.from_pretrained(name, revision=commit, local_files_only=local)
+            tokenizer = AutoTokenizer.from_pretrained(
+                name, revision=commit, local_files_only=local, trust_remote_code=False
+            )
     except (OSError, ValueError, KeyError) as error:
         raise LensError(_no_hub(name, first_line(error))) from error
     return LoadedModel(model, tokenizer, name, commit, describe(model))
@@ -170,7 +182,10 @@ def _pretrained(
 ) -> PreTrainedModel:
     """The class that the checkpoint names, in eval mode on `device`."""
     with _quiet():
-        config = AutoConfig.from_pretrained(name, revision=revision, local_files_only=local)
+        config = AutoConfig.from_pretrained(
+            name, revision=revision, local_files_only=local, trust_remote_code=False
+        )
+        _forget_kernels(config)
         class_name = next(iter(config.architectures or []), "AutoModel")
         model_class: Any = getattr(transformers, class_name, None)
         if isinstance(config, AttentionOnlyConfig):
@@ -180,13 +195,27 @@ def _pretrained(
         if dtype is None:
             dtype = torch.float32 if device.type == "cpu" else None
         model: Any = _trained(
-            model_class, name, revision=revision, dtype=dtype or "auto", local_files_only=local
+            model_class,
+            name,
+            config=config,
+            revision=revision,
+            dtype=dtype or "auto",
+            local_files_only=local,
+            trust_remote_code=False,
         )
     if _has_decoder_input(model):
         raise ValueError(
             f"{class_name} is an encoder-decoder; load it yourself and pass model.get_encoder()"
         )
     return model.to(device).eval()
+
+
+def _forget_kernels(config: Any) -> None:
+    """Which kernels run is not for a model's files to say: transformers would fetch those that they name."""
+    config._attn_implementation = config._experts_implementation = None
+    for name, value in _KERNELS.items():
+        if hasattr(config, name):
+            setattr(config, name, value)
 
 
 def _trained(model_class: Any, name: str, **options: Any) -> PreTrainedModel:
@@ -218,7 +247,22 @@ def _trained(model_class: Any, name: str, **options: Any) -> PreTrainedModel:
             f"the checkpoint of {name} lacks {few(missing, 1)}, which "
             "would be random; get all of it, or, if this does not matter, load it yourself and pass the model"
         )
+    if beyond := _beyond(model, sorted(found["unexpected_keys"])):
+        raise LensError(
+            f"the checkpoint of {name} has {few(beyond, 1)}, which config.json makes no layer for: "
+            "config.json is of another model"
+        )
     return model
+
+
+def _beyond(model: Any, unexpected: list[str]) -> list[str]:
+    """Weights of layers whose numbers go on where those of the model end."""
+    lists = {f"{name}." for name, module in model.named_modules() if isinstance(module, ModuleList)}
+    return [
+        key
+        for key in unexpected
+        if (found := _NUMBERED.fullmatch(key)) and any(one.endswith(found[1]) for one in lists)
+    ]
 
 
 def _has_decoder_input(model: PreTrainedModel) -> bool:

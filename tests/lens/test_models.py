@@ -203,6 +203,38 @@ def test_a_checkpoint_that_lacks_weights_is_refused_and_not_filled_at_random(che
         lens.load(folder)
 
 
+def configured(folder, **entries):
+    """Change entries of config.json."""
+    found = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**found, **entries}))
+
+
+@pytest.mark.parametrize("layers", [2, 4])
+def test_a_checkpoint_of_other_layers_than_its_configuration_is_refused(tmp_path, layers):
+    build("llama").save_pretrained(tmp_path)
+    made = json.loads((tmp_path / "config.json").read_text())["num_hidden_layers"]
+    assert made == 3
+    configured(tmp_path, num_hidden_layers=layers)
+    with pytest.raises(LensError, match=r"which config\.json makes no layer for|lacks .*layers\.3"):
+        lens.load(tmp_path)
+
+
+def test_code_and_kernels_of_a_folder_are_not_used(tmp_path, monkeypatch):
+    """Nobody is asked on the terminal, nothing is imported from the folder, no kernel is fetched."""
+    model = build("llama")
+    model.save_pretrained(tmp_path)
+    prompts = torch.tensor([[1, 2, 3]])
+    for name in ("_attn_implementation", "attn_implementation", "_experts_implementation"):
+        configured(tmp_path, **{name: "kernels-community/flash-attn2"})
+    assert torch.equal(lens.load(tmp_path).model(prompts).logits, model(prompts).logits)
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked on the terminal"))
+    (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Own: pass\n")
+    configured(tmp_path, model_type="own", auto_map={"AutoConfig": "own.Own"})
+    with pytest.raises(LensError, match="cannot load the model in"):
+        lens.load(tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
 @pytest.mark.parametrize("share", [0, 0.5, 0.999])
 def test_half_a_download_is_refused(checkpoint, share):
     folder, file, _ = checkpoint
