@@ -19,13 +19,14 @@ _OPEN_SECTIONS = 64
 
 
 def sections(run: Run) -> dict[str, Section]:
-    """The sections of a run that can be read, by name; why others cannot is in `damage`."""
+    """The sections of a run that can be read, by name; why others cannot is in `remarks`."""
     return _readable(run)[0]
 
 
-def damage(run: Run) -> list[str]:
-    """What of a run does not fit the schema and is left out: entries of `run.json`, sections."""
-    return [*run.damage, *_readable(run)[1]]
+def remarks(run: Run) -> list[str]:
+    """Warnings of a run, what is unsupported, and what does not fit the schema and is left out."""
+    unsupported = map(": ".join, run.unsupported.items())
+    return [*run.meta["warnings"], *unsupported, *run.damage, *_readable(run)[1]]
 
 
 def _readable(run: Run) -> tuple[dict[str, Section], list[str]]:

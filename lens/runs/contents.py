@@ -16,7 +16,6 @@ from lens.runs.schema import POOLED
 from lens.traces.metrics import METRICS, VARIANTS
 
 if TYPE_CHECKING:
-    from lens.runs.folders import Run
     from lens.traces.trace import AttentionTrace
 
 _STATES = ("done", "pending")
@@ -78,19 +77,17 @@ def outside_of(table: pd.DataFrame, model: Mapping[str, Any]) -> Iterator[str]:
                 yield f"column {name}: {error}"
 
 
-def trace_problems(trace: AttentionTrace, prompt_id: str, run: Run) -> Iterator[str]:
-    """Of a trace beside the run that it is in."""
-    model, last = run.meta["model"], int(trace.dataset["layer"].values.max())
+def trace_problems(
+    trace: AttentionTrace, model: Mapping[str, Any], tokens: list[str] | None
+) -> Iterator[str]:
+    """Of a trace beside the model and the tokens of the run that it is in; None where nobody knows them."""
+    last = max(trace.layers)
     if trace.heads != model["heads"] or last >= model["layers"]:
         yield (
             f"it has {trace.heads} heads in layers up to {last}, the model of the run has "
             f"{model['heads']} in {model['layers']} layers"
         )
-    try:
-        prompts = run.prompts.set_index("prompt_id")["token_strings"]
-    except LensError:  # which is said where the table is shown
-        return
-    if prompt_id in prompts and list(prompts[prompt_id]) != trace.tokens:
+    if tokens not in (None, trace.tokens):
         yield "its tokens are not those of prompts.parquet"
 
 

@@ -151,8 +151,18 @@ class Run:
         folder = self.path / "trace" / prompt_id
         self.door.check(*(f"trace/{prompt_id}/{path.name}" for path in folder.iterdir()))
         trace = AttentionTrace.load(folder)
-        self._hold(f"trace/{prompt_id}", trace_problems(trace, prompt_id, self))
+        self._hold(
+            f"trace/{prompt_id}", trace_problems(trace, self.meta["model"], self._tokens(prompt_id))
+        )
         return trace
+
+    def _tokens(self, prompt_id: str) -> list[str] | None:
+        """Of a prompt; None where the table has none, or is damaged, which is said where it is shown."""
+        try:
+            found = self.prompts.loc[self.prompts["prompt_id"] == prompt_id, "token_strings"]
+        except LensError:
+            return None
+        return list(found.iloc[0]) if len(found) else None
 
     @property
     def sections(self) -> list[str]:

@@ -83,7 +83,12 @@ def test_broken_runs_are_listed_with_their_problem(lens_command, copy):
 def test_validate_a_whole_run(lens_command, run_folder):
     answer = lens_command("validate", run_folder, "--json")
     assert answer.code == 0
-    assert answer.json == {"id": run_folder.name, "status": "success", "problems": []}
+    assert answer.json == {
+        "id": run_folder.name,
+        "status": "success",
+        "problems": [],
+        "manifest": True,
+    }
     assert lens_command("validate", run_folder).out == f"{run_folder.name}: valid\n"
 
 

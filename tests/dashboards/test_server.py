@@ -22,6 +22,7 @@ from waitress import wasyncore
 
 from lens.common.errors import LensError
 from lens.common.files import write_json
+from lens.runs.exchange.tables import csv_text
 
 
 @pytest.fixture
@@ -74,7 +75,7 @@ def test_raster_carries_the_numbers_and_an_etag(client, run):
 
 def test_tables_tokens_and_report_are_there(client, run):
     csv = client.get(f"/api/run/{run.id}/heads.csv")
-    assert csv.data.decode() == run.heads.to_csv(index=False)
+    assert csv.data.decode() == csv_text(run.heads)
     assert json.loads(client.get(f"/api/run/{run.id}/tokens/p000").data) == run.trace("p000").tokens
     report = client.get(f"/api/run/{run.id}/report.html")
     assert report.data == (run.path / "report.html").read_bytes()

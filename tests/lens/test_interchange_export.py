@@ -131,6 +131,18 @@ def test_long_heads_are_read_in_pieces(traces, tree, tmp_path, monkeypatch):
 
 def test_tables_come_back_whole(tmp_path, traces):
     profile = lens.profile(traces)
+    texts = {"=f": ["=1+1", "-0.5", "@x", "- y", "+1", "a=b", None], "n": [-1.5, 2, 3, 4, 5, 6, 7]}
+    lines = to_csv(pd.DataFrame(texts), tmp_path / "texts.csv").read_text().splitlines()
+    assert lines == [
+        "'=f,n",
+        "'=1+1,-1.5",
+        "-0.5,2.0",
+        "'@x,3.0",
+        "'- y,4.0",
+        "+1,5.0",
+        "a=b,6.0",
+        ",7.0",
+    ]
     by_csv = pd.read_csv(to_csv(profile, tmp_path / "profile.csv"))
     pd.testing.assert_frame_equal(by_csv, profile, check_dtype=False, check_exact=True)
     by_parquet = pd.read_parquet(to_parquet(profile, tmp_path / "profile.parquet"))

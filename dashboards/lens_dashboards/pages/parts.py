@@ -13,7 +13,7 @@ from lens.common.head_ids import head_id
 from lens.common.version import __version__
 from lens.runs import Comparison, Run
 from lens.runs.sections import Section
-from lens_dashboards.library import damage
+from lens_dashboards.library import remarks
 from lens_dashboards.selection import Selection
 
 _HEIGHT = 400  # of a figure that names none
@@ -131,14 +131,7 @@ def run_banner(run: Run) -> list[html.Div]:
                 role="alert",
             )
         )
-    banners += [
-        html.Div(text, className="banner partial", role="status")
-        for text in (
-            *run.meta["warnings"],
-            *map(": ".join, run.unsupported.items()),
-            *damage(run),
-        )
-    ]
+    banners += [html.Div(text, className="banner partial", role="status") for text in remarks(run)]
     return banners
 
 
