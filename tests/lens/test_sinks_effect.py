@@ -271,3 +271,69 @@ def test_prompts_and_models_without_a_next_token_are_refused():
 def test_sinks_has_no_other_names():
     with pytest.raises(AttributeError, match=r"'lens.sinks' has no attribute 'outcome'"):
         lens.sinks.outcome  # noqa: B018
+
+
+def test_the_self_control_spares_the_keys_own_rows():
+    """transformers with keys 3 and 11 hidden from all rows but 3 and 11, which see what they saw."""
+    network = build("llama")
+    torch.nn.init.normal_(network.lm_head.weight, std=0.7)
+    allowed = torch.ones(1, 1, LENGTH, LENGTH, dtype=torch.bool).tril()
+    base = torch.where(allowed, 0.0, torch.finfo(torch.float32).min)
+    for row in set(range(LENGTH)) - {3, 11}:
+        allowed[..., row, [3, 11]] = False
+    spared = torch.where(allowed, 0.0, torch.finfo(torch.float32).min)
+    with torch.no_grad():
+        before, after = (
+            torch.nn.functional.cross_entropy(
+                network(input_ids=IDS, attention_mask=mask).logits[0, :-1], IDS[0, 1:]
+            )
+            for mask in (base, spared)
+        )
+    found = lens.effect(lens.load(network), IDS[0], Mask([3, 11]), controls=("self",)).values
+    assert found["self"]["delta_loss"][0, 0] == pytest.approx(float(after - before), abs=1e-5)
+    assert abs(found["self"]["delta_loss"] - found["edit"]["delta_loss"]).max() > 1e-4
+
+
+def test_controls_take_keys_of_among_and_heads_of_the_layer():
+    model = lens.load(build("llama"))
+    found = lens.effect(model, IDS[0], Mask("first"), controls=("size", "mass"), among=[5])
+    five = lens.effect(model, IDS[0], Mask([5]), controls=()).values["edit"]
+    for control in ("size", "mass"):
+        for name in ("delta_loss", "kl", "mass"):
+            assert found.values[control][name] == pytest.approx(five[name], rel=1e-5, abs=1e-9)
+    some, others = ([(1, head) for head in heads] for heads in ((0, 1, 2), (3, 4, 5)))
+    layer = lens.effect(model, IDS[0], Mask("first", heads=some), controls=("layer",))
+    rest = lens.effect(model, IDS[0], Mask("first", heads=others), controls=()).values["edit"]
+    for name in ("delta_loss", "kl", "mass"):
+        assert layer.values["layer"][name] == pytest.approx(rest[name], rel=1e-5, abs=1e-9)
+    with pytest.raises(LensError, match="1 are, and 0 others may stand in"):
+        lens.effect(model, IDS[0], Mask("first"), controls=("size",), among=[0])
+
+
+def test_scored_positions_alone_are_measured():
+    model = lens.load(build("llama"))
+    found = lens.effect(model, IDS[0], Mask("first"), controls=(), scored=[10, 20, 36])
+    logits = []
+    with torch.no_grad():
+        for several in ((), (Mask("first"),)):
+            with lens.edit(model, *several):
+                logits.append(model.model(input_ids=IDS).logits[0, [10, 20]].log_softmax(-1))
+    change = (logits[0] - logits[1]).gather(1, IDS[0, [11, 21], None]).mean()
+    assert found.values["edit"]["delta_loss"][0, 0] == pytest.approx(float(change), abs=1e-6)
+    with pytest.raises(LensError, match="scored holds no position"):
+        lens.effect(model, IDS[0], Mask("first"), scored=[36])
+
+
+def test_draws_are_averaged():
+    """Of two keys that may stand in, twenty draws have both; their mean lies between the two."""
+    model = lens.load(build("llama"))
+    ends = [
+        float(lens.effect(model, IDS[0], Mask([key]), controls=()).values["edit"]["kl"][0, 0])
+        for key in (5, 9)
+    ]
+    found = lens.effect(
+        model, IDS[0], Mask("first"), controls=("size",), among=[5, 9], draws=20
+    ).values["size"]["kl"][0, 0]
+    share = (found - ends[0]) / (ends[1] - ends[0])
+    assert 0.1 < share < 0.9
+    assert share * 20 == pytest.approx(round(share * 20), abs=1e-2)
