@@ -61,7 +61,7 @@ table = rate.table().sort_values("alpha", ascending=False)
 table[["layer", "head", "alpha", "rate", "tokens", "bos", "n"]].head(6).round(2)
 
 # %%
-sinks.sensitivity(traces).plot()
+rate.curve().plot()
 
 # %%
 rate.plot()
@@ -83,8 +83,7 @@ if is_default:
 # were a property of the head alone it would stay.
 
 # %%
-conditions = {"text": prompts, **sinks.control_prompts(model, prompts)}
-emergence = sinks.emergence(model, conditions)
+emergence = sinks.emergence(model, prompts, over="controls")
 for sentence in emergence.findings():
     print("-", sentence)
 emergence.plot()

@@ -176,5 +176,6 @@ def emergence_curves(result: SinkEmergence, **look: Unpack[Look]) -> go.Figure:
         )
     figure.update_xaxes(title="Layer", dtick=tick_step(rows["layer"].nunique()))
     figure.update_yaxes(title="Sink rate (share of heads)", range=[-0.02, 1.02])
-    text = f"Key {result.key}: alpha > {result.epsilon:g}"
+    first = result.table().iloc[0]
+    text = f"Key {first['key']}: alpha > {first['epsilon']:g}"
     return style(figure, text, look)

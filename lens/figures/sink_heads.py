@@ -93,7 +93,7 @@ def gate_points(table: pd.DataFrame, **look: Unpack[Look]) -> go.Figure:
             mode="markers",
             marker={"color": _COLORS[number % len(_COLORS)], "size": 7, "opacity": 0.7},
             name=str(mechanism),
-            text=head_names(rows["layer"], rows["head"]),
+            text=rows["name"],
             hovertemplate="%{text}: gate %{y:.3f}",
         )
     figure.update_xaxes(title="Layer")
@@ -101,6 +101,31 @@ def gate_points(table: pd.DataFrame, **look: Unpack[Look]) -> go.Figure:
     first = table.iloc[0]
     text = f"What sinks leave of each head's attention (BOS {first['bos']}, n = {first['n']})"
     return style(figure, text, look)
+
+
+@draws("SpectralBands", of="table")
+def energy_curves(table: pd.DataFrame, **look: Unpack[Look]) -> go.Figure:
+    """Share of the weights in each band of the unembedding's spectrum, mean over heads, beside chance.
+
+    Args:
+        table: of `SpectralBands`.
+    """
+    count = table["band"].nunique()
+    figure = go.Figure()
+    for number, (weight, rows) in enumerate(table.groupby("weight", sort=False)):
+        mean = rows.groupby("band")["energy"].mean()
+        figure.add_scatter(
+            x=mean.index,
+            y=mean,
+            name=str(weight),
+            mode="lines+markers",
+            line={"color": _COLORS[number % len(_COLORS)]},
+            hovertemplate="band %{x}: %{y:.3f}",
+        )
+    figure.add_hline(y=1 / count, line={"color": BASELINE, "dash": "dot"})
+    figure.update_xaxes(title="Band, strongest first; the last is the darkest")
+    figure.update_yaxes(title="Share of the weights, mean over heads", rangemode="tozero")
+    return style(figure, "Where weights read and write; dotted: by chance", look)
 
 
 @draws("BandLosses", of="table")

@@ -13,7 +13,7 @@ from lens.figures.style import Look, escaped, style, tick_step
 
 if TYPE_CHECKING:
     from lens.sinks.detection.positions import SinkKeys, SinkProfile
-    from lens.sinks.detection.rates import SinkRate, SinkSensitivity
+    from lens.sinks.detection.rates import SinkCurve, SinkRate
 
 
 @draws("SinkRate")
@@ -38,8 +38,8 @@ def alpha_grid(result: SinkRate, **look: Unpack[Look]) -> go.Figure:
     return style(figure, escaped(f"{text} ({result.samples})"), look)
 
 
-@draws("SinkSensitivity")
-def epsilon_curve(result: SinkSensitivity, **look: Unpack[Look]) -> go.Figure:
+@draws("SinkCurve")
+def epsilon_curve(result: SinkCurve, **look: Unpack[Look]) -> go.Figure:
     """Sink rate over epsilon, with its 95 % interval where there is one."""
     known = ~np.isnan(result.low)
     error = {
@@ -61,7 +61,7 @@ def epsilon_curve(result: SinkSensitivity, **look: Unpack[Look]) -> go.Figure:
     )
     figure.update_xaxes(title="ε", range=[0, 1])
     figure.update_yaxes(title="Sink rate (share of layers × heads)", range=[0, 1.02])
-    return style(figure, escaped(f"Key {result.key} ({result.samples})"), look)
+    return style(figure, escaped(f"Key {result.of.key} ({result.of.samples})"), look)
 
 
 @draws("SinkProfile")
@@ -85,14 +85,15 @@ def position_map(result: SinkProfile, **look: Unpack[Look]) -> go.Figure:
 
 @draws("SinkKeys")
 def sink_map(result: SinkKeys, **look: Unpack[Look]) -> go.Figure:
-    """The sinks of one prompt as points: position across, layer down, coloured by alpha."""
+    """The sinks of all prompts as points: position across, layer down, coloured by alpha."""
+    rows, profile = result.rows, result.profile
     figure = go.Figure(
         go.Scatter(
-            x=result.key,
-            y=result.layer,
+            x=rows["key"],
+            y=rows["layer"],
             mode="markers",
             marker={
-                "color": result.alpha,
+                "color": rows["alpha"],
                 "colorscale": scale(VIRIDIS),
                 "cmin": 0,
                 "cmax": 1,
@@ -100,15 +101,17 @@ def sink_map(result: SinkKeys, **look: Unpack[Look]) -> go.Figure:
                 "colorbar": {"title": "alpha"},
             },
             text=[
-                f"L{layer}H{head}: {escaped(token)}"
-                for layer, head, token in zip(result.layer, result.head, result.token, strict=True)
+                f"{name}: {escaped(token)}"
+                for name, token in zip(rows["name"], rows["token"], strict=True)
             ],
-            customdata=result.alpha,
-            hovertemplate="%{text}<br>key %{x}<br>alpha %{customdata:.3f}<extra></extra>",
+            customdata=rows[["alpha", "prompt"]],
+            hovertemplate=(
+                "%{text}<br>key %{x} of prompt %{customdata[1]}<br>alpha %{customdata[0]:.3f}<extra></extra>"
+            ),
         )
     )
-    figure.update_xaxes(title="Key position", range=[-0.5, result.samples.tokens - 0.5])
+    figure.update_xaxes(title="Key position", range=[-0.5, profile.samples.tokens - 0.5])
     figure.update_yaxes(
-        title="Layer", dtick=tick_step(len(set(result.layer))), autorange="reversed"
+        title="Layer", dtick=tick_step(rows["layer"].nunique()), autorange="reversed"
     )
-    return style(figure, escaped(f"Keys with alpha > {result.epsilon} ({result.samples})"), look)
+    return style(figure, escaped(f"Keys with alpha > {profile.epsilon} ({profile.samples})"), look)

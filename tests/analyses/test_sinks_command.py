@@ -73,7 +73,8 @@ def test_each_edit_has_a_control_and_says_where_the_mass_went(sinks_run):
 
 def test_the_report_goes_from_the_keys_to_the_dark_band(sinks_run):
     detection = sinks_run.section("detection").tables
-    assert set(detection["keys"]["key"]) == {0}
+    keys = detection["keys"]
+    assert set(keys.loc[keys["prompt"] == 0, "key"]) == {0}
     first = sinks_run.section("first_token").tables
     assert set(first["bos"]["reach"]) == {"with BOS", "without BOS"}
     assert first["activity"].loc[first["activity"]["loss"].notna(), "domain"].nunique() == 3

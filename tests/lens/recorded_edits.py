@@ -6,6 +6,7 @@ import pandas as pd
 import torch
 
 import lens
+from lens.sinks.detection.conditions import bos_pair
 from tests.lens.recorded_inputs import Numbers, by_head, cells, reader, reading, symbols
 from tests.lens.vision_models import QUESTION, SYSTEM, build, planted
 
@@ -20,11 +21,11 @@ def sinks() -> Numbers:
         for name in ("value", "low", "high"):
             found[f"sinks.rate.{epsilon}.{name}"] = getattr(rate, name)
     found |= cells("sinks.rate", by_head(rate.table()), "alpha", "L1H0 L2H4")
-    table = room.sensitivity(traces, epsilons=(0.2, 0.4)).table().set_index("epsilon")
+    table = room.rate(traces).curve((0.2, 0.4)).table().set_index("epsilon")
     found |= cells("sinks.sensitivity", table, "rate low high", [0.2, 0.4])
     table = by_head(room.find(traces[0]).table())
     found |= cells("sinks.find", table, "key alpha", "L1H0 L2H4")
-    table = room.profile(traces).table().set_index("key")
+    table = room.find(traces).profile.table().set_index("key")
     found |= cells("sinks.profile", table, "rate alpha largest_alpha", [0, 2])
     windows = torch.as_tensor(prompts[:2]).tolist()
     table = by_head(
@@ -38,18 +39,17 @@ def sinks() -> Numbers:
     table = by_head(room.mechanism(model, prompts).table())
     columns = "alpha key_norm value_norm cosine cosine_others drain contribution"
     found |= cells("sinks.mechanism", table, columns, "L1H0")
-    table = by_head(room.effective_gate(model, prompts).table())
+    table = by_head(room.gates(model, prompts).table())
     table = table.set_index("mechanism", append=True)
     at = [("L1H0", "keys"), ("L1H0", "off_by_one")]
     found |= cells("sinks.effective_gate", table, "gate low high", at)
-    table = by_head(room.band_energies(model, count=4))
+    table = by_head(room.bands(model, count=4).table())
     table = table.set_index(["weight", "band"], append=True)
     at = [("L1H0", "query", 0), ("L2H4", "output", 3)]
     found |= cells("sinks.band_energies", table, "energy", at)
     bounds = by_head(room.block_bounds(symbols()[2][0]).table())
     found |= cells("sinks.block_bounds", bounds, "alpha_lower_bound alpha_upper_bound", "L1H0")
-    conditions = {"text": prompts, **room.control_prompts(model, prompts)}
-    table = room.emergence(model, conditions).table().set_index(["condition", "layer"])
+    table = room.emergence(model, prompts).table().set_index(["condition", "layer"])
     at = [("text", 1), ("text", 2), ("random", 1)]
     return found | cells("sinks.emergence", table, "rate alpha", at)
 
@@ -91,7 +91,7 @@ def sink_effects() -> Numbers:
     for reach, where in reaches.items():
         one = lens.edits.Mask("first", **where)
         add(f"by_scope.{reach}", lens.effect(model, prompts, one, controls=("size",)).table())
-    bare = room.bos_pair(model, prompts)["without BOS"]
+    bare = bos_pair(model, prompts)["without BOS"]
     add("by_bos.without", lens.effect(model, bare, mask, controls=("size",)).table())
     doses = lens.effect(model, prompts, mask, amounts=(0.5, 1.0), controls=("mass",)).table()
     add("dose_response.0.5", doses[doses["amount"] == 0.5], "mass")
@@ -102,7 +102,9 @@ def sink_effects() -> Numbers:
     table = table.rename(columns=lambda name: name.replace("rms_error", "error"))
     kept = "kept least_kept error largest_error delta_loss delta_loss_low delta_loss_high"
     found |= cells("sinks.streaming", table, kept, [0, 2])
-    table = room.band_losses(model, prompts, count=4).table().set_index("band")
+    losses = room.bands(model, prompts, count=4).losses
+    assert losses is not None
+    table = losses.table().set_index("band")
     return found | cells("sinks.band_losses", table, "delta_loss low high", [0, 3])
 
 

@@ -200,10 +200,11 @@ def test_weights_of_every_architecture(kind):
     assert table["score"].between(0, 1).all()
     if kind in LINEAR:
         assert lens.heads.weights.copying(model, tokens=None)["top_share"].between(0, 1).all()
-        energies = lens.sinks.band_energies(model, count=4)
+        found = lens.sinks.bands(model, [[3, 5, 9, 11]], count=4)
+        energies = found.table()
         assert np.allclose(energies.groupby(["layer", "head", "weight"])["energy"].sum(), 1)
-        losses = lens.sinks.band_losses(model, [[3, 5, 9, 11]], count=2)
-        assert np.isfinite(losses.delta_loss).all()
+        assert found.losses is not None
+        assert np.isfinite(found.losses.delta_loss).all()
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "gemma2", "olmo2", "cohere", "granite", "phi3"])

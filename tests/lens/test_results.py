@@ -215,22 +215,13 @@ RUN_NONE = {
     "lens.models.random_weights",
     "lens.runs.from_attentions",
     "lens.runs.from_transformer_lens",
-    "lens.sinks.band_energies",
-    "lens.sinks.bands",
-    "lens.sinks.bos_pair",
-    "lens.sinks.control_prompts",
     "lens.tasks.",
     "lens.traces.capturing",
     "lens.vision.segments",
 }
 """Take a model and run nothing through it, or what runs in it is the user's; `lens.tasks.` make prompts."""
 WITHOUT_PROGRESS = {
-    "lens.edits.dose",
-    "lens.edits.find_sink_dims",
     "lens.edits.search_heads",
-    "lens.edits.side_effects",
-    "lens.sinks.",
-    "lens.vision.knock_out",
 }
 """Run a model and show no progress yet: only take lines out."""
 
@@ -281,8 +272,8 @@ def results():
         lens.heads.similarity(model, prompts, progress=False),
         lens.heads.roles(model, prompts, progress=False),
         lens.sinks.rate(traces),
-        lens.sinks.sensitivity(traces),
-        lens.sinks.profile(traces),
+        lens.sinks.rate(traces).curve(),
+        lens.sinks.find(traces).profile,
         lens.sinks.find(traces[0]),
         lens.effect(model, prompts, lens.edits.Mask("first")),
         lens.effect(model, prompts, lens.edits.Mask("first"), amounts=(0.0, 1.0), controls=()),

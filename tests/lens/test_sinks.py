@@ -27,9 +27,67 @@ def parked(length: int, mass: float, key: int = 0) -> np.ndarray:
     return p[None, None]
 
 
+def windowed(length: int, window: int) -> np.ndarray:
+    """Each row looks alike at the last `window` keys up to itself."""
+    p = np.tril(np.ones((length, length))) - np.tril(np.ones((length, length)), -window)
+    return (p / p.sum(-1, keepdims=True))[None, None]
+
+
+def test_a_window_parts_the_rate_of_gu_et_al_from_that_over_visible_queries():
+    """21 of 32 heads over the queries that see the key, 5 over all: 16 have a window of 8 keys.
+
+    There even uniform attention gives the first key (1 + 1/2 + ... + 1/8) / 8 = 0.34.
+    """
+    near, far, park = windowed(67, 8)[0, 0], uniform(67)[0, 0], parked(67, 0.9)[0, 0]
+    full = [[park] * 3 + [far] * 5, [park] * 2 + [far] * 6]
+    p = np.array([[near] * 8, full[0], [near] * 8, full[1]])
+    trace = trace_of(p, windows=[8, None, 8, None])
+    seen, every = lens.sinks.rate(trace), lens.sinks.rate(trace, normalise="all")
+    assert (seen.value, every.value) == (21 / 32, 5 / 32)
+    assert (seen.uniform, every.uniform) == (0.5, 0)
+    assert seen.alpha[0, 0] == pytest.approx(sum(1 / n for n in range(1, 9)) / 8)
+    assert every.alpha[0, 0] == pytest.approx(sum(1 / n for n in range(1, 9)) / 67)
+    assert seen.findings()[0] == (
+        "The first token is a sink in 65.6% of heads (with uniform attention 50.0%; α above 0.3, mean over "
+        "the queries that see it; T = 67, BOS absent, n = 1)."
+    )
+    assert every.findings()[0] == (
+        "The first token is a sink in 15.6% of heads (with uniform attention 0.0%; α above 0.3, mean over all "
+        "queries from it on; T = 67, BOS absent, n = 1)."
+    )
+    assert np.isnan(lens.sinks.find(trace).profile.rate[1])  # a window of 8 shows it to 8 queries
+    assert lens.sinks.find(trace, normalise="all").profile.rate[1] == 0
+    assert set(every.table()["normalise"]) == {"all"}
+    with pytest.raises(LensError, match="key 20 is seen by 8 queries"):
+        lens.sinks.rate(trace, key=20)
+    assert lens.sinks.rate(trace, key=20, normalise="all").value == 0
+
+
+@pytest.mark.parametrize(("name", "queries"), [("gemma2", 29), ("bert", 29)])
+def test_both_ways_to_divide_equal_their_twins_on_the_models_own_attention(name, queries):
+    network = build(name)
+    ids = torch.randint(3, 97, (1, queries), generator=torch.Generator().manual_seed(5))
+    trace = lens.capture(lens.load(network), ids.tolist(), statistics=["received"])
+    network.set_attn_implementation("eager")
+    with torch.no_grad():
+        p = torch.stack(network(ids, output_attentions=True).attentions)[:, 0].double().numpy()
+    for key in (0, 5, 12):
+        seen = (p[..., key] > 0).any(1).sum(-1, keepdims=True)  # by any head
+        every = queries - key if name == "gemma2" else queries
+        for normalise, divisor in (("visible", seen), ("all", every)):
+            expected = p[..., key].sum(-1) / divisor
+            if normalise == "visible" and key and (seen < 16).any():
+                with pytest.raises(LensError, match="needs 16"):
+                    lens.sinks.rate(trace, key=key)
+                continue
+            found = lens.sinks.rate(trace, key=key, epsilon=0.1, normalise=normalise)
+            np.testing.assert_allclose(found.alpha, expected, rtol=1e-4)
+            assert found.value == (expected > 0.1).mean()
+
+
 @pytest.mark.parametrize("length", ALPHA_OF_FIRST)
 def test_uniform_attention_has_the_alpha_of_the_harmonic_numbers(length):
-    profile = lens.sinks.profile(trace_of(uniform(length)), epsilon=0.3)
+    profile = lens.sinks.find(trace_of(uniform(length)), epsilon=0.3).profile
     harmonic = np.concatenate([[0], np.cumsum(1 / np.arange(1, length + 1))])
     expected = (harmonic[-1] - harmonic[:-1]) / (length - np.arange(length))
     scored = max(1, length - 15)
@@ -40,7 +98,7 @@ def test_uniform_attention_has_the_alpha_of_the_harmonic_numbers(length):
 
 
 def test_uniform_attention_at_64_by_the_published_numbers():
-    alpha = lens.sinks.profile(trace_of(uniform(64))).alpha[0, 0]
+    alpha = lens.sinks.find(trace_of(uniform(64))).profile.alpha[0, 0]
     assert alpha[[0, 1, 31]] == pytest.approx([0.0741233, 0.0594268, 0.0217165], abs=1e-6)
 
 
@@ -50,7 +108,7 @@ def test_a_model_without_positions_is_uniform_on_a_repeated_token():
     torch.nn.init.zeros_(network.transformer.wpe.weight)
     traces: Any = lens.capture(lens.load(network), [[5] * 64], statistics=["received"])
     trace = traces[0]
-    alpha = lens.sinks.profile(trace).alpha[..., [0, 1, 31]]
+    alpha = lens.sinks.find(trace).profile.alpha[..., [0, 1, 31]]
     expected = np.broadcast_to([0.0741233, 0.0594268, 0.0217165], alpha.shape)
     np.testing.assert_allclose(alpha, expected, atol=1e-6)
     assert lens.sinks.rate(trace).value == 0
@@ -77,8 +135,8 @@ def test_the_threshold_is_strict():
 def test_a_diagonal_head_has_no_sinks_at_its_end():
     found = lens.sinks.find(trace_of(np.eye(67)[None, None]))
     assert found.keys == []
-    assert found.first_layer is None
-    assert found.unscored == 15
+    assert found.heads == []
+    assert np.isnan(found.profile.rate).sum() == 15
 
 
 def test_thresholding_first_and_averaging_first_are_two_metrics():
@@ -118,15 +176,22 @@ def test_find_names_the_key_the_head_and_the_token():
         [1, 1, 0, "t0"],
         [1, 0, 13, "t3"],
     ]
-    assert found.alpha == pytest.approx([(1 + 66 * 0.9) / 67, (1 + 53 * 0.4) / 54], abs=1e-6)
+    assert found.rows["alpha"].tolist() == pytest.approx(
+        [(1 + 66 * 0.9) / 67, (1 + 53 * 0.4) / 54], abs=1e-6
+    )
     assert found.keys == [0, 13]
     assert [str(head) for head in found.heads] == ["L1H0", "L1H1"]
-    assert found.first_layer == 1
+    several = lens.sinks.find([trace_of(p[:, :2]), trace_of(p[:, ::-1][:, :2])]).table()
+    assert several[["prompt", "name", "key"]].to_numpy().tolist() == [
+        [0, "L1H1", 0],
+        [0, "L1H0", 13],
+        [1, "L1H1", 0],
+    ]
 
 
 def test_a_profile_over_positions_finds_a_common_sink():
     traces = [trace_of(parked(67, mass, key=13)) for mass in (0.4, 0.5, 0.1)]
-    profile = lens.sinks.profile(traces)
+    profile = lens.sinks.find(traces).profile
     assert profile.rate[13] == pytest.approx(2 / 3)
     assert profile.common() == [13]
     assert profile.common(0.7) == []
@@ -137,27 +202,28 @@ def test_a_profile_over_positions_finds_a_common_sink():
 
 def test_sensitivity_falls_with_epsilon_and_equals_the_rate():
     traces = [trace_of(parked(67, mass)) for mass in (0.2, 0.5, 0.8)]
-    curve = lens.sinks.sensitivity(traces, epsilons=[0.01, 0.1, 0.3, 0.6, 0.9])
+    curve = lens.sinks.rate(traces).curve([0.01, 0.1, 0.3, 0.6, 0.9])
     assert curve.epsilons.tolist() == [0.1, 0.3, 0.6, 0.9]  # 0.01 < 1/67 says nothing
     assert curve.values == pytest.approx([1, 2 / 3, 1 / 3, 0])
     expected = [lens.sinks.rate(traces, epsilon=epsilon).value for epsilon in curve.epsilons]
     assert curve.values.tolist() == expected
-    assert (np.diff(lens.sinks.sensitivity(traces).values) <= 0).all()
+    assert (np.diff(lens.sinks.rate(traces).curve().values) <= 0).all()
 
 
 def test_every_table_tells_what_the_number_depends_on():
     traces = [trace_of(parked(67, 0.5), bos="added") for _ in range(2)]
     for result in (
         lens.sinks.rate(traces),
-        lens.sinks.sensitivity(traces),
-        lens.sinks.profile(traces),
+        lens.sinks.rate(traces).curve(),
+        lens.sinks.find(traces).profile,
     ):
         table = result.table()
         assert set(table["tokens"]) == {67}
         assert set(table["bos"]) == {"added"}
         assert set(table["n"]) == {2}
         assert "epsilon" in table
-        assert "T = 67, BOS added, n = 2, float32" in str(result.samples)
+        assert set(table["normalise"]) == {"visible"}
+        assert "T = 67, BOS added, n = 2" in result.findings()[0]
 
 
 def test_figures_show_the_numbers():
@@ -166,15 +232,17 @@ def test_figures_show_the_numbers():
     grid = rate.plot()
     assert np.array_equal(grid.data[0].z, rate.alpha)
     assert "T = 67" in grid.layout.title.text
-    curve = lens.sinks.sensitivity(traces)
+    curve = lens.sinks.rate(traces).curve()
     assert np.array_equal(curve.plot().data[0].y, curve.values)
     assert curve.plot().data[0].error_y.array is not None
-    assert lens.sinks.sensitivity(traces[0]).plot().data[0].error_y.array is None
-    profile = lens.sinks.profile(traces)
+    assert lens.sinks.rate(traces[0]).curve().plot().data[0].error_y.array is None
+    profile = lens.sinks.find(traces).profile
     drawn = profile.plot().data[0].z
     assert np.array_equal(drawn, profile.alpha.mean(1), equal_nan=True)
     found = lens.sinks.find(traces[1])
     assert found.plot().data[0].x.tolist() == [0]
+    none = lens.sinks.find(trace_of(np.eye(67)[None, None]))
+    assert list(none.plot().data[0].x) == []
 
 
 # --- real models --------------------------------------------------------------------------------
@@ -230,7 +298,7 @@ def test_refusals():
     with pytest.raises(LensError, match=r"compare only at one number of tokens.*43, 67"):
         lens.sinks.rate([trace, trace_of(parked(43, 0.5))])
     with pytest.raises(LensError, match=r"compare only at one BOS.*absent.*added"):
-        lens.sinks.profile([trace, trace_of(parked(67, 0.5), bos="added")])
+        lens.sinks.find([trace, trace_of(parked(67, 0.5), bos="added")])
     with pytest.raises(LensError, match="need received; capture it"):
         lens.sinks.find(trace_of(parked(67, 0.5), without=["received"]))
     with pytest.raises(LensError, match="key must be a position 0 to 66, got 67"):
@@ -239,13 +307,21 @@ def test_refusals():
         lens.sinks.rate(trace, key=60)
     with pytest.raises(LensError, match=r"epsilon must lie between 0 and 1, got 1.5"):
         lens.sinks.rate(trace, epsilon=1.5)
-    with pytest.raises(LensError, match=r"epsilon 0.3 says nothing at 3 tokens"):
+    with pytest.raises(
+        LensError, match=r"epsilon 0.3 says nothing here: the first key receives at least 0.333"
+    ):
         lens.sinks.rate(trace_of(np.eye(3)[None, None]))
-    with pytest.raises(LensError, match=r"epsilon 0.01 says nothing at 67 tokens"):
+    with pytest.raises(LensError, match=r"epsilon 0.01 says nothing here: .* at least 0.0149"):
         lens.sinks.find(trace, epsilon=0.01)
-    with pytest.raises(LensError, match="reduce must be 'sample_first' or 'alpha_first'"):
+    with pytest.raises(
+        LensError, match="reduce must be one of 'sample_first', 'alpha_first', got 'mean'"
+    ):
         lens.sinks.rate(trace, reduce="mean")  # pyright: ignore[reportArgumentType]
-    with pytest.raises(LensError, match=r"no epsilon of .0.01. exceeds 1 / T = 0.0149"):
-        lens.sinks.sensitivity(trace, epsilons=[0.01])
-    with pytest.raises(LensError, match="find takes one trace"):
-        lens.sinks.find([trace])  # pyright: ignore[reportArgumentType]
+    with pytest.raises(LensError, match=r"no epsilon of .0.01. exceeds 0.0149"):
+        lens.sinks.rate(trace).curve([0.01])
+    with pytest.raises(LensError, match="normalise must be one of 'visible', 'all', got 'T'"):
+        lens.sinks.rate(trace, normalise="T")  # pyright: ignore[reportArgumentType]
+    short = trace_of(windowed(67, 3), windows=[3])
+    with pytest.raises(LensError, match=r"at least 0.333 by definition.*normalise='all' where"):
+        lens.sinks.rate(short)
+    assert lens.sinks.rate(short, normalise="all").value == 0

@@ -67,7 +67,7 @@ def test_without_an_edit_alpha_is_that_of_a_trace(architecture):
     with torch.no_grad(), listening(model, edit.on_layer):
         model.model(input_ids=IDS)
     trace = lens.capture(model, IDS[0], statistics=["received"])
-    expected = lens.sinks.profile(trace).alpha if architecture != "mistral" else None
+    expected = lens.sinks.find(trace).profile.alpha if architecture != "mistral" else None
     if expected is None:  # with a window of 11 no key but the first has 16 viewers
         expected = np.full((3, 6, LENGTH), np.nan)
         expected[..., 0] = trace.received.values[..., 0] / 11
@@ -76,7 +76,7 @@ def test_without_an_edit_alpha_is_that_of_a_trace(architecture):
 
 def test_dropping_takes_the_keys_part_only_from_the_chosen_heads():
     model = lens.load(build("llama"))
-    plain = lens.sinks.profile(lens.capture(model, IDS[0], statistics=["received"])).alpha
+    plain = lens.sinks.find(lens.capture(model, IDS[0], statistics=["received"])).profile.alpha
     edit = Watch(Drop([0, 5], 0.25, heads=["L0H2"]).start(model, "auto").done)
     with torch.no_grad(), listening(model, edit.on_layer):
         model.model(input_ids=IDS)

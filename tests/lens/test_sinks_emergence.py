@@ -8,7 +8,8 @@ import lens
 from lens.common.errors import LensError
 from lens.passes.inputs import read_prompts
 from lens.passes.stream import stream
-from lens.sinks import by_length, control_prompts, effective_gate, emergence
+from lens.sinks import emergence, gates
+from lens.sinks.detection.conditions import by_length, control_prompts
 from tests.lens.architectures import build
 from tests.lens.naive import rms_ratio
 
@@ -25,7 +26,7 @@ def text_lm():
 
 def test_the_sinks_of_text_lm_vanish_on_random_and_repeated_tokens(text_lm):
     model, prompts = text_lm
-    result = emergence(model, {"text": prompts} | control_prompts(model, prompts))
+    result = emergence(model, prompts)
     whole = result.table().query("layer != layer").set_index("condition")
     assert whole.loc["text", "rate"] > 0.05
     assert whole.loc["random", "high"] < whole.loc["text", "low"]
@@ -35,14 +36,17 @@ def test_the_sinks_of_text_lm_vanish_on_random_and_repeated_tokens(text_lm):
     assert result.first_layer("text") == 1
     assert result.first_layer("repeated") is None
     text = result.findings()
-    assert 'Prompts "repeated": key 0 is a sink (alpha > 0.3) in 0.0% [0.0%, 0.0%]' in text[2]
-    assert "in no layer (T = 64, BOS absent, n = 7)" in text[2]
+    assert text[2] == (
+        'Prompts "repeated": key 0 is a sink in 0.0% [0.0%, 0.0%] of layers × heads, in no layer (with uniform '
+        "attention 0.0%; α above 0.3, mean over the queries that see it; T = 64, BOS absent, n = 7)."
+    )
+    assert "from layer 1 on" in text[0]
     assert [curve.name for curve in result.plot().data] == ["text", "random", "repeated"]
 
 
 def test_rates_by_layer_average_to_those_of_rate(text_lm):
     model, prompts = text_lm
-    result = emergence(model, by_length(model, prompts[:3], (64, 33)), epsilon=0.2)
+    result = emergence(model, prompts[:3], over=(64, 33), epsilon=0.2)
     assert list(dict.fromkeys(result.rows["condition"])) == ["T = 33", "T = 64"]
     for length in (33, 64):
         cut = [ids[:length] for ids in prompts[:3]]
@@ -53,6 +57,18 @@ def test_rates_by_layer_average_to_those_of_rate(text_lm):
         assert rows["low"].iloc[0] == expected.low
         assert rows["rate"].iloc[1:].to_numpy() == pytest.approx(expected.by_head.mean(1))
         assert rows["alpha"].iloc[1:].to_numpy() == pytest.approx(expected.alpha.mean(1))
+
+
+def test_lengths_and_bos_are_made_of_the_prompts(text_lm):
+    model, prompts = text_lm
+    assert list(by_length(model, prompts)) == ["T = 16", "T = 32", "T = 64"]
+    assert list(by_length(model, [prompts[0][:40]])) == ["T = 16", "T = 32", "T = 40"]
+    found = emergence(model, prompts[1:3], over="bos", normalise="all")
+    assert {name: one.samples.bos for name, one in found.rates.items()} == {
+        "with BOS": "added",
+        "without BOS": "absent",
+    }
+    assert set(found.table()["normalise"]) == {"all"}
 
 
 def test_repeated_tokens_have_equal_states_at_every_position():
@@ -81,7 +97,7 @@ def test_gates_equal_those_of_whole_probabilities(architecture):
     """gate of a learned sink = sigmoid(L - b); gate of keys = 1 - their mass."""
     network = build(architecture)
     model = lens.load(network)
-    result = effective_gate(model, IDS[:2], sources=[0, 4]).table()
+    result = gates(model, IDS[:2], sources=[0, 4]).table()
     network.set_attn_implementation("eager")
     with torch.no_grad():
         p = torch.stack(network(IDS[:2], output_attentions=True).attentions).double()
@@ -94,14 +110,14 @@ def test_gates_equal_those_of_whole_probabilities(architecture):
     assert rms_ratio(keys["gate"], expected.mean(1).flatten()) < 1e-5
     if architecture == "gpt_oss":
         trace = lens.capture(model, IDS[:2], statistics=["lse"])
-        gates = []
+        closed = []
         for one in trace:
             b = np.stack([layer.self_attn.sinks.detach().numpy() for layer in network.model.layers])
             lse = one.lse.values.astype(float)  # with the sink
             real = lse + np.log1p(-np.exp(b[..., None] - lse))
-            gates.append((1 / (1 + np.exp(b[..., None] - real))).mean(-1))
+            closed.append((1 / (1 + np.exp(b[..., None] - real))).mean(-1))
         learned = result[result["mechanism"] == "learned"]
-        assert rms_ratio(learned["gate"], np.mean(gates, 0).ravel()) < 1e-5
+        assert rms_ratio(learned["gate"], np.mean(closed, 0).ravel()) < 1e-5
         assert rms_ratio(learned["gate"], p.sum(-1).mean((1, 3)).flatten()) < 1e-5
         assert set(result["mechanism"]) == {"keys", "learned"}
         return
@@ -113,7 +129,7 @@ def test_gates_equal_those_of_whole_probabilities(architecture):
 
 def test_the_gate_of_the_sink_head(text_lm):
     model, prompts = text_lm
-    result = effective_gate(model, prompts)
+    result = gates(model, prompts)
     table = result.table().query("mechanism == 'keys'").set_index(["layer", "head"])
     assert table.loc[(1, 0), "gate"] < 0.2
     assert table["gate"].idxmin() == (1, 0)
@@ -124,17 +140,23 @@ def test_the_gate_of_the_sink_head(text_lm):
 
 def test_refusals(text_lm):
     model, prompts = text_lm
-    with pytest.raises(LensError, match="emergence needs at least one kind"):
-        emergence(model, {})
+    with pytest.raises(LensError, match="over needs a name for each other kind of prompts"):
+        emergence(model, prompts, over={})
+    with pytest.raises(
+        LensError, match="over must be one of 'controls', 'length', 'bos', got 'bose'"
+    ):
+        emergence(model, prompts, over="bose")  # pyright: ignore[reportArgumentType]
     with pytest.raises(LensError, match=r"lengths must be 2 to 64 .* got \(65,\)"):
-        by_length(model, prompts, (65,))
+        emergence(model, prompts, over=(65,))
+    with pytest.raises(LensError, match="condition must be one of 'text', 'code'"):
+        emergence(model, prompts, over={"code": prompts}).first_layer("copied")
     with pytest.raises(LensError, match="no vocabulary, so no tokens can be drawn"):
         control_prompts(lens.load(build("vit")), IDS)
-    with pytest.raises(LensError, match="layer 0 sees later tokens; effective_gate"):
-        effective_gate(lens.load(build("bert")), IDS)
+    with pytest.raises(LensError, match="layer 0 sees later tokens; gates"):
+        gates(lens.load(build("bert")), IDS)
     with pytest.raises(LensError, match="none of the sources is in a prompt of 64"):
-        effective_gate(model, prompts, sources=[70])
+        gates(model, prompts, sources=[70])
     with pytest.raises(LensError, match="no row sees a key that is no source"):
-        effective_gate(model, prompts, sources=range(64))
-    with pytest.raises(LensError, match="sources of effective_gate are the same"):
-        effective_gate(model, prompts, sources=lambda at: at.positions == 0)
+        gates(model, prompts, sources=range(64))
+    with pytest.raises(LensError, match="sources of gates are the same"):
+        gates(model, prompts, sources=lambda at: at.positions == 0)

@@ -90,7 +90,7 @@ def test_one_pair_of_zeros_is_softmax_off_by_one():
     assert rms_ratio(logits(network, IDS[:1], WithMemory(zeros)), expected) < 1e-5
     found = lens.sinks.persistent_memory(model, IDS, zeros).table()
     first = found[found["layer"] == 0]["gate"]  # later layers read what the memory has changed
-    other = lens.sinks.effective_gate(model, IDS).table().query("mechanism == 'off_by_one'")
+    other = lens.sinks.gates(model, IDS).table().query("mechanism == 'off_by_one'")
     assert rms_ratio(first, other[other["layer"] == 0]["gate"]) < 1e-5
     assert rms_ratio(found["contribution"] + 1, 1.0 + 0 * found["contribution"]) < 1e-7
 

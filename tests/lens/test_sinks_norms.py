@@ -7,7 +7,7 @@ import torch
 import lens
 from lens.common.errors import LensError
 from lens.models.layout import blocks
-from lens.sinks import high_norm, register_neurons
+from lens.sinks import high_norm
 from lens.sinks.activations.norms import otsu
 from tests.lens.architectures import build
 
@@ -62,7 +62,7 @@ def test_planted_tokens_and_their_neuron_are_found():
     assert found.share == pytest.approx(3 / (7 * 25))
     assert found.findings()[0].startswith("3 tokens (1.71%) have a norm above")
     assert len(found.plot().to_dict()["data"]) == 1
-    neurons = register_neurons(model, PIXELS, found, top=4)
+    neurons = found.neurons(model, PIXELS, top=4)
     assert neurons.loc[0, ["layer", "neuron"]].tolist() == [1, 9]
     assert neurons.loc[0, "outliers"] == pytest.approx(40)
     assert neurons.loc[0, "ratio"] > 100
@@ -77,7 +77,7 @@ def test_one_mode_gives_none_and_says_why(network):
     assert found.findings()[0].startswith("None found: the norms have one mode (175 tokens of 7")
     assert np.isnan(found.norms[:, 0]).all()
     with pytest.raises(LensError, match="no token of high norm was found"):
-        register_neurons(lens.load(network), PIXELS, found)
+        found.neurons(lens.load(network), PIXELS)
 
 
 def test_a_given_cutoff_is_kept(network):
@@ -89,7 +89,7 @@ def test_a_given_cutoff_is_kept(network):
     assert len(found.rows) == (norms > cutoff).sum()
     assert "(given; 182 tokens of 7 prompts, after layer 0)" in found.findings()[0]
     with pytest.raises(LensError, match="found has 7 prompts and 2 were given"):
-        register_neurons(model, {"pixel_values": PIXELS["pixel_values"][:2]}, found)
+        found.neurons(model, {"pixel_values": PIXELS["pixel_values"][:2]})
 
 
 def test_refusals(network):

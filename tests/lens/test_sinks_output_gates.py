@@ -5,8 +5,8 @@ import torch
 import transformers
 
 import lens
-from lens.common.errors import LensError
-from lens.sinks import output_gates
+from lens.common.results import of_kind
+from lens.sinks import gates
 from tests.lens.architectures import TEXT, build
 
 IDS = [[1, 5, 9, 33, 8, 61, 12], [1, 44, 3, 3, 7]]
@@ -33,16 +33,21 @@ def gated():
 
 
 def test_the_gate_is_that_of_the_models_own_forward(gated):
-    table = output_gates(lens.load(gated), IDS).table()
+    found = gates(lens.load(gated), IDS)
+    table = found.table()
+    assert set(table["mechanism"]) == {"keys", "off_by_one", "output"}
+    table = table[table["mechanism"] == "output"]
     expected = []
     for ids in IDS:
-        gates: list[torch.Tensor] = []
+        opened: list[torch.Tensor] = []
         entered: list[torch.Tensor] = []
         handles = []
         for layer in gated.model.layers:
             part = layer.self_attn
             handles.append(
-                part.gate_proj.register_forward_hook(lambda m, i, o, gates=gates: gates.append(o))
+                part.gate_proj.register_forward_hook(
+                    lambda m, i, o, opened=opened: opened.append(o)
+                )
             )
             handles.append(
                 part.o_proj.register_forward_pre_hook(
@@ -54,21 +59,32 @@ def test_the_gate_is_that_of_the_models_own_forward(gated):
         for handle in handles:
             handle.remove()
         rows = []
-        for raw, product in zip(gates, entered, strict=True):
+        for raw, product in zip(opened, entered, strict=True):
             gate = raw.double().sigmoid().reshape(len(ids), 6, 8)
             output = product.double().reshape(len(ids), 6, 8) / gate
             weights = output**2 / (output**2).sum(-1, keepdim=True)
             rows.append((weights * gate).sum(-1).mean(0))
         expected.append(torch.stack(rows))
     mean = torch.stack(expected).mean(0)
-    found = torch.tensor(table["gate"].to_numpy()).reshape(3, 6)
-    torch.testing.assert_close(found, mean, rtol=1e-4, atol=1e-5)
-    assert found.std() > 0.02
-    assert set(table["mechanism"]) == {"output"}
+    values = torch.tensor(table["gate"].to_numpy()).reshape(3, 6)
+    torch.testing.assert_close(values, mean, rtol=1e-4, atol=1e-5)
+    assert values.std() > 0.02
+    (said,) = of_kind(found.findings(), "output")
+    assert said.startswith(
+        f"The gates behind the attention let {mean.mean():.0%} of the heads' output"
+    )
 
 
-def test_a_model_without_gates_is_refused():
-    with pytest.raises(LensError, match="has no output gates"):
-        output_gates(lens.load(build("llama")), IDS)
-    with pytest.raises(LensError, match="has no output gates"):
-        output_gates(lens.load(build("gpt2")), IDS)
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_model_without_gates_has_no_row_of_them(name):
+    found = gates(lens.load(build(name)), IDS)
+    assert "output" not in set(found.table()["mechanism"])
+    assert found.projections == "found"
+
+
+def test_a_projection_that_is_not_found_is_said(monkeypatch):
+    monkeypatch.setattr("lens.sinks.causes.gates.PROJECTIONS", ("nowhere",))
+    found = gates(lens.load(build("llama")), IDS)
+    assert "output" not in set(found.table()["mechanism"])
+    (limit,) = of_kind(found.findings(), "limit")
+    assert "not looked for: a projection was found behind 0 of 3 attention layers." in limit

@@ -6,7 +6,7 @@ import torch
 import lens
 from lens.common.errors import LensError
 from lens.edits import Mask
-from lens.sinks import bos_pair
+from lens.sinks.detection.conditions import bos_pair
 from tests.lens.architectures import build
 
 IDS = torch.randint(3, 97, (2, 29), generator=torch.Generator().manual_seed(5))

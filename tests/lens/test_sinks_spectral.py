@@ -6,7 +6,7 @@ import torch
 
 import lens
 from lens.common.errors import LensError
-from lens.sinks import band_energies, band_losses, bands
+from lens.sinks import bands
 from tests.lens.architectures import build
 from tests.lens.naive import rms_ratio
 
@@ -39,7 +39,7 @@ def test_projectors_sum_to_the_identity_and_are_those_of_the_svd(network):
 
 def test_energies_sum_to_one_and_equal_projected_norms(network):
     model = lens.load(network)
-    table = band_energies(model, count=COUNT)
+    table = bands(model, count=COUNT).table()
     assert len(table) == 4 * 3 * 6 * COUNT
     sums = table.groupby(["layer", "head", "weight"])["energy"].sum()
     assert sums.to_numpy() == pytest.approx(np.ones(72))
@@ -52,7 +52,8 @@ def test_energies_sum_to_one_and_equal_projected_norms(network):
 
 def test_losses_without_a_band_equal_those_by_hand(network):
     model = lens.load(network)
-    result = band_losses(model, IDS, count=COUNT)
+    result = bands(model, IDS, count=COUNT).losses
+    assert result is not None
     taken = []
     hook = network.model.norm.register_forward_pre_hook(lambda _, args: taken.append(args[0]))
     with torch.no_grad():
@@ -76,5 +77,6 @@ def test_refusals(network):
     found = bands(model, count=COUNT)
     with pytest.raises(LensError, match="band must be 0 to 6, got 7"):
         found.projector(7)
-    with pytest.raises(LensError, match=r"a weight must be \[48, other\] and not 0, got \[47, 2\]"):
-        found.energies(torch.ones(47, 2))
+    assert found.losses is None
+    with pytest.raises(LensError, match="at least two"):
+        bands(model, [[5]])

@@ -12,14 +12,8 @@ from lens.edits import Mask
 from lens.edits.clean_runs import CleanRuns
 from lens.edits.effect_results import Effect
 from lens.figures.sink_heads import reach_points
-from lens.sinks import (
-    band_losses,
-    effective_gate,
-    mechanism,
-)
+from lens.sinks import bands, gates
 from tests.lens.architectures import build
-from tests.lens.test_sinks import parked
-from tests.lens.traces import trace_of
 
 IDS = torch.randint(3, 97, (2, 29), generator=torch.Generator().manual_seed(5))
 
@@ -36,39 +30,6 @@ def clean(model):
 
 def _drawn(result: Any) -> Any:
     return result.plot().data
-
-
-def test_rate_keys_and_profile_in_words():
-    traces = [trace_of(parked(67, mass, key=13), bos="added") for mass in (0.4, 0.5)]
-    rate = lens.sinks.rate(traces, key=13)
-    assert rate.findings()[0] == (
-        "Key 13 is a sink in 100.0% [100.0%, 100.0%] of heads (ε = 0.3, T = 67, BOS added, n = 2)."
-    )
-    assert "[" not in lens.sinks.rate(traces[0], key=13).findings()[0]  # one prompt: no interval
-    found = lens.sinks.find(traces[1])
-    assert found.findings()[0].startswith("Sinks: 1 key in 1 head, from layer 0 on")
-    alpha = (1 + 53 * 0.5) / 54
-    assert f"Key 13 ('t3') is a sink in 1 head, with α up to {alpha:.2f}." in found.findings()
-    assert "15 pairs" in found.findings()[-1]
-    none = lens.sinks.find(trace_of(np.eye(67)[None, None]))
-    assert none.findings()[0].startswith("No key is a sink in any head")
-    assert "heads: position 13 (" in lens.sinks.profile(traces).findings()[0]
-    plain = lens.sinks.profile(trace_of(np.eye(67)[None, None])).findings()
-    assert plain[0].startswith("No position is a sink in more than 25% of heads")
-    assert plain[1] == "15 positions near the end were not judged."
-
-
-def test_mechanism_in_words_and_figure(model):
-    result = mechanism(model, IDS)
-    assert "no mechanism to explain" in result.findings()[0]
-    assert np.array_equal(_drawn(result)[0].y, result.rows["drain"])
-    rows: Any = result.rows.assign(alpha=0.9, key_norm=0.25, drain=0.125, contribution=0.5)
-    found = type(result)(rows, "added", 2).findings()
-    assert found[0].startswith("18 of 18 heads park on the sources")
-    assert "0.25 times as long" in found[1]
-    assert "write 0.12 times as much" in found[4]
-    unknown = type(result)(rows.assign(drain=np.nan), "added", 2).findings()
-    assert len(unknown) == len(found) - 1
 
 
 def test_dose_in_words(model, clean):
@@ -99,12 +60,15 @@ def test_reaches_are_drawn(model, clean):
 
 
 def test_gates_and_bands_are_drawn(model):
-    gates = effective_gate(model, IDS)
-    drawn = {trace.name: trace.y.tolist() for trace in _drawn(gates)}
-    for mechanism_name, rows in gates.rows.groupby("mechanism"):
-        assert drawn[mechanism_name] == rows["gate"].tolist()
-    bands = band_losses(model, IDS, count=3)
-    assert _drawn(bands)[0].y.tolist() == bands.table()["delta_loss"].tolist()
+    found = gates(model, IDS)
+    drawn = {trace.name: trace.y.tolist() for trace in _drawn(found)}
+    for mechanism, rows in found.rows.groupby("mechanism"):
+        assert drawn[mechanism] == rows["gate"].tolist()
+    spectrum = bands(model, IDS, count=3)
+    assert spectrum.losses is not None
+    assert _drawn(spectrum.losses)[0].y.tolist() == spectrum.losses.table()["delta_loss"].tolist()
+    lines = {trace.name: trace.y.sum() for trace in _drawn(spectrum)}
+    assert lines == pytest.approx({"query": 1, "key": 1, "value": 1, "output": 1})
 
 
 def test_a_mass_control_that_holds_too_little_is_no_comparison():
@@ -125,10 +89,10 @@ def test_a_mass_control_that_holds_too_little_is_no_comparison():
 
 
 def test_a_printed_result_is_its_name_and_first_findings(model):
-    gates = effective_gate(model, IDS)
-    lines = repr(gates).split("\n")
+    found = gates(model, IDS)
+    lines = repr(found).split("\n")
     assert lines[0] == "EffectiveGates"
-    assert [line.strip() for line in lines[1:]] == gates.findings()
+    assert tuple(line.strip() for line in lines[1:]) == found.findings()
     result = lens.effect(model, IDS, Mask(), controls=("mass",))
     lines = repr(result).split("\n")
     assert lines[1].strip() == result.findings()[0]

@@ -14,6 +14,7 @@ from lens.edits.effect_results import Effect
 from lens.figures.sink_effects import migration_maps, streaming_curves
 from lens.figures.sink_heads import reach_points
 from lens.runs.sections import Section
+from lens.sinks.detection.conditions import bos_pair, control_prompts
 from lens.tasks import prompts
 from lens_analyses.steps.columns import defined
 from lens_analyses.steps.sinks import COLUMNS
@@ -41,7 +42,8 @@ def effects(subject: Subject) -> Section:
     model, seed = subject.model, subject.seed
     done = [EDITS[word] for word in subject.settings.edited]
     found = [
-        lens.effect(model, texts, edit, seed=seed, clean=clean, progress=False) for edit in done
+        lens.effect(model, texts, edit, seed=seed, clean=clean, progress=subject.progress)
+        for edit in done
     ]
     layer = strongest.layer
     reaches = {
@@ -50,12 +52,12 @@ def effects(subject: Subject) -> Section:
         "from_layer": replace(done[0], layers=[at for at in model.info.attending if at >= layer]),
         "all": done[0],
     }
-    mass = {"controls": ("mass",), "seed": seed, "clean": clean, "progress": False}
+    mass = {"controls": ("mass",), "seed": seed, "clean": clean, "progress": subject.progress}
     scopes = {name: lens.effect(model, texts, edit, **mass) for name, edit in reaches.items()}
-    alike = {"seed": seed, "clean": clean, "progress": False}
+    alike = {"seed": seed, "clean": clean, "progress": subject.progress}
     off = lens.effect(model, texts, edits.Ablate(strongest), controls=("size", "mass"), **alike)
     found.append(replace(off, edit="heads off"))
-    massive = sinks.massive(model, texts)
+    massive = sinks.massive(model, texts, progress=subject.progress)
     if len(massive.rows):
         references: dict[str, Any] = {"zero": massive.edits()}
         if len(texts) > 1:
@@ -108,7 +110,7 @@ def dose(subject: Subject) -> Section:
         amounts=amounts,
         controls=("mass",),
         seed=subject.seed,
-        progress=False,
+        progress=subject.progress,
     )
     table = by_word(found.table())
     return Section(
@@ -162,14 +164,14 @@ def first_token(subject: Subject) -> Section:
             "The model has no BOS token, so the text was not compared with and without it."
         )
     else:
-        both = sinks.bos_pair(model, texts)
+        both = bos_pair(model, texts)
         pair = {
             name: lens.effect(
-                model, ids, edits.Mask(), controls=("mass",), seed=seed, progress=False
+                model, ids, edits.Mask(), controls=("mass",), seed=seed, progress=subject.progress
             )
             for name, ids in both.items()
         }
-        rates = sinks.emergence(model, both, seed=seed)
+        rates = sinks.emergence(model, texts, over="bos", seed=seed, progress=subject.progress)
         summary = [
             *of_kind(rates.findings(), "rate"),
             *(text for reach in pair for text in reach_words(pair, reach)),
@@ -197,7 +199,7 @@ def _domains(subject: Subject) -> dict[str, list[list[int]]]:
     ids = subject.model.encode(prompts.text(name))
     body, size = ids[len(start) :], len(texts[0]) - len(start)
     others = [start + body[at * size : (at + 1) * size] for at in range(len(texts))]
-    random = sinks.control_prompts(subject.model, texts, subject.seed)["random"]
+    random = control_prompts(subject.model, texts, subject.seed)["random"]
     return {"the run's text": texts, name: others, "random tokens": random}
 
 

@@ -1,5 +1,7 @@
 """Where attention is parked and how a sink works: detection, mechanism, dark directions."""
 
+import numpy as np
+
 import lens
 from lens import sinks
 from lens.common.results import of_kind
@@ -8,37 +10,37 @@ from lens.sinks.detection.alphas import as_list
 from lens_analyses.steps.columns import defined
 from lens_analyses.steps.subject import Subject
 
-_LENGTHS = (16, 32, 64, 128, 256, 512, 1024)
 _BANDS, _FEW = 10, 3  # bands of the spectrum, and prompts that each is tried on
 
 
 def detection(subject: Subject) -> Section:
     """Which keys are sinks, in how many heads, from which layer on; and on random tokens."""
-    texts = subject.text_windows
-    traces = as_list(lens.capture(subject.model, texts, statistics=["received"], progress=False))
-    rate, profile = sinks.rate(traces), sinks.profile(traces)
-    keys = sinks.find(traces[0])
-    lengths = [length for length in _LENGTHS if length <= len(texts[0])]
-    kinds = {"text": texts, **sinks.control_prompts(subject.model, texts, subject.seed)}
-    emergence = sinks.emergence(subject.model, kinds, seed=subject.seed)
-    growth = sinks.emergence(
-        subject.model, sinks.by_length(subject.model, texts, lengths), seed=subject.seed
-    )
-    sensitivity = sinks.sensitivity(traces)
+    texts, progress = subject.text_windows, subject.progress
+    asked = {"seed": subject.seed, "progress": progress}
+    traces = as_list(lens.capture(subject.model, texts, statistics=["received"], progress=progress))
+    rate, keys = sinks.rate(traces, seed=subject.seed), sinks.find(traces)
+    published = sinks.rate(traces, seed=subject.seed, normalise="all")
+    emergence = sinks.emergence(subject.model, texts, **asked)
+    growth = sinks.emergence(subject.model, texts, over="length", **asked)
+    curve, profile = rate.curve(), keys.profile
+    differ = not np.allclose(rate.alphas, published.alphas)
     tables = {
-        "heads": rate.table(),
+        "heads": rate.table().assign(
+            rate_all=published.by_head.ravel(), alpha_all=published.alpha.ravel()
+        ),
         "keys": keys.table(),
         "positions": profile.table(),
-        "epsilon": sensitivity.table(),
+        "epsilon": curve.table(),
         "layers": emergence.table(),
         "lengths": growth.table(),
     }
-    (unjudged,) = of_kind(keys.findings(), "limit")
     return Section(
         name="detection",
         title="Sinks: where attention is parked",
         summary=(
-            *of_kind(rate.findings(), "rate", "heads"),
+            *of_kind(rate.findings(), "rate"),
+            *(of_kind(published.findings(), "rate") if differ else ()),
+            *of_kind(rate.findings(), "heads"),
             *of_kind(profile.findings(), "positions"),
             *of_kind(emergence.findings(), "rate"),
             *of_kind(growth.findings(), "rate"),
@@ -46,7 +48,13 @@ def detection(subject: Subject) -> Section:
         limits=(
             f"Every number is for ε = {rate.epsilon}, T = {rate.samples.tokens} tokens, BOS "
             f"{rate.samples.bos}, n = {rate.samples.n}; rates compare only where these agree.",
-            f"The table of keys is of the first prompt alone. {unjudged}",
+            "α is the mean over the queries that see the key. Gu et al. take all queries from it on: "
+            + (
+                "layers have windows, so that rate stands beside it."
+                if differ
+                else "the same here."
+            ),
+            *of_kind(profile.findings(), "limit"),
             "Sinks hang on what comes first: another first token, or a chat template, can move them. Whether "
             "it must be the BOS token is measured with and without it, below.",
             "Where attention is parked says nothing about what it does: see the edits.",
@@ -54,6 +62,9 @@ def detection(subject: Subject) -> Section:
         columns=defined(tables.values(), COLUMNS),
         configuration={
             "epsilon": rate.epsilon,
+            "normalise": rate.normalise,
+            "rate": rate.value,
+            "rate_over_all_queries": published.value,
             "tokens": rate.samples.tokens,
             "bos": rate.samples.bos,
         },
@@ -62,7 +73,7 @@ def detection(subject: Subject) -> Section:
             "grid": rate.plot(),
             "keys": keys.plot(),
             "positions": profile.plot(),
-            "epsilon": sensitivity.plot(),
+            "epsilon": curve.plot(),
             "layers": emergence.plot(),
             "lengths": growth.plot(),
         },
@@ -71,19 +82,21 @@ def detection(subject: Subject) -> Section:
 
 def mechanism(subject: Subject) -> Section:
     """Why heads look there, and what they get: keys, values, massive activations, gates."""
-    texts = subject.text_windows
-    geometry = sinks.mechanism(subject.model, texts)
-    found = sinks.massive(subject.model, texts)
-    gates = sinks.effective_gate(subject.model, texts, seed=subject.seed)
+    texts, progress = subject.text_windows, subject.progress
+    geometry = sinks.mechanism(subject.model, texts, progress=progress)
+    found = sinks.massive(subject.model, texts, progress=progress)
+    gates = sinks.gates(subject.model, texts, seed=subject.seed, progress=progress)
     tables = {"heads": geometry.table(), "massive": found.table(), "gates": gates.table()}
     figures = {"massive": found.plot(), "mass_and_value": geometry.plot(), "gates": gates.plot()}
+    said = (*geometry.findings(), *found.findings(), *gates.findings())
     return Section(
         name="mechanism",
         title="Sinks: how they work",
-        summary=(*geometry.findings()[:-1], *found.findings(), *gates.findings()),
+        summary=tuple(one for one in said if one.kind != "limit"),
         limits=(
             "Norms and cosines are of the key and query vectors as they meet; they describe, and prove no cause.",
             "A layer's massive activations are named by thresholds; the largest value is stated where none passes.",
+            *of_kind(gates.findings(), "limit"),
         ),
         columns=defined(tables.values(), COLUMNS),
         configuration={"sources": "first", "ratio": found.ratio, "magnitude": found.magnitude},
@@ -95,27 +108,24 @@ def mechanism(subject: Subject) -> Section:
 def spectrum(subject: Subject) -> Section:
     """What the bands of the unembedding's spectrum are read and written by, and worth."""
     texts = subject.text_windows[:_FEW]
-    energies = sinks.band_energies(subject.model, count=_BANDS)
-    losses = sinks.band_losses(subject.model, texts, count=_BANDS, seed=subject.seed)
-    mean = energies.groupby(["weight", "band"], as_index=False)["energy"].mean()
-    dark = mean[mean["band"] == _BANDS - 1].set_index("weight")["energy"]
-    shares = ", ".join(f"{name} {share:.1%}" for name, share in dark.items())
-    tables = {"losses": losses.table(), "energies": mean}
+    asked = {"count": _BANDS, "seed": subject.seed, "progress": subject.progress}
+    found = sinks.bands(subject.model, texts, **asked)
+    assert found.losses is not None
+    mean = found.table().groupby(["weight", "band"], as_index=False)["energy"].mean()
+    tables = {"losses": found.losses.table(), "energies": mean}
+    said = found.findings()
     return Section(
         name="spectrum",
         title="Sinks: dark directions",
-        summary=(
-            *losses.findings(),
-            f"Share of the weights in the darkest of {_BANDS} bands, mean over heads: {shares} (by "
-            f"chance {1 / _BANDS:.0%}).",
-        ),
+        summary=of_kind(said, "losses", "energies"),
         limits=(
             "Bands are of the unembedding's singular directions, strongest first (arXiv 2402.09221).",
+            *of_kind(said, "limit"),
         ),
         columns=defined(tables.values(), COLUMNS),
         configuration={"bands": _BANDS, "prompts": len(texts)},
         tables=tables,
-        figures={"losses": losses.plot()},
+        figures={"losses": found.losses.plot(), "energies": found.plot()},
     )
 
 
@@ -124,6 +134,8 @@ COLUMNS = {
     "name": "The head.",
     "head": "Head in the layer, from 0.",
     "key": "Position of the key.",
+    "rate_all": "The same with alpha_all.",
+    "alpha_all": "Mean attention that the key receives from all queries from it on (Gu et al.), seen or not.",
     "rate": "Share of heads (and prompts) in which the key is a sink: alpha > epsilon (Gu et al., arXiv 2410.10781).",
     "low": "Low end of the 95 % interval over prompts.",
     "high": "High end of the 95 % interval over prompts.",
@@ -135,7 +147,8 @@ COLUMNS = {
     "band": "Of the unembedding's singular directions, 0 the strongest.",
     "energy": "Share of the weights' squared norm in the band, mean over heads.",
     "weight": "query, key and value read the residual stream, output writes it.",
-    "alpha": "Mean attention that the key receives from the queries that see it.",
+    "alpha": "Mean attention that the key receives.",
+    "normalise": "What alpha is a mean over; visible: queries that see the key; all: queries from it on, as Gu et al.",
     "largest_alpha": "The largest alpha of any head.",
     "epsilon": "Threshold of alpha.",
     "reduce": "Per sample and then the mean, or of the mean alpha.",
@@ -157,10 +170,11 @@ COLUMNS = {
     "vanishing": "First later layer whose output has it no more; missing: it stays.",
     "value": "Of the activation at its emergence, mean over prompts.",
     "ratio": "Largest size over the layer's median size.",
+    "prompt": "Which prompt, from 0.",
     "prompts": "Share of the prompts that have it.",
     "threshold_ratio": "A massive activation is at least so many medians.",
     "threshold_magnitude": "And larger than this.",
-    "mechanism": "keys: the sources; learned: a sink logit of the model.",
+    "mechanism": "keys: the sources; learned: a sink logit of the model; off_by_one: one that it has not; output: gates.",
     "gate": "Effective gate, 1 - mass of the sink: what is left for content.",
     "keys": "Number of keys edited.",
     "mass": "Share of the edited heads' attention that those keys held.",

@@ -10,6 +10,7 @@ import pandas as pd
 import torch
 
 from lens.common.errors import LensError
+from lens.common.progress import advancing
 from lens.common.results import Result, Sentence, described
 from lens.edits._phi import EPSILON
 from lens.models.loaded import LoadedModel
@@ -87,7 +88,12 @@ class SinkDims(Result):
 
 
 def dims(
-    model: LoadedModel, inputs: Any, *, tau: float = 20.0, largest_share: float = 0.1
+    model: LoadedModel,
+    inputs: Any,
+    *,
+    tau: float = 20.0,
+    largest_share: float = 0.1,
+    progress: bool = True,
 ) -> SinkDims:
     """Dimensions with `|x_d| / RMS(x) >= tau` at few tokens, in what enters at least one layer.
 
@@ -97,6 +103,7 @@ def dims(
         tau: as in VAR.
         largest_share: a dimension that passes at more than this share of the tokens is a constant
             offset of the model and no mark of a sink; it is left out.
+        progress: show a bar.
 
     Raises:
         LensError: tau or share out of range, padding, or layers that cannot be read.
@@ -121,8 +128,10 @@ def dims(
         size = size.abs() * size.pow(2).mean(-1, keepdim=True).add(EPSILON).rsqrt()
         counted = len(size)
         largest[layer], passing[layer] = size.amax(0).cpu(), (size >= tau).sum(0).cpu()
+        advance(1)
 
-    with torch.no_grad(), layer_inputs(model, take):
+    bar = advancing("sink dimensions", model.info.layers, progress)
+    with bar as advance, torch.no_grad(), layer_inputs(model, take):
         base(model)(**inputs)
     tokens = torch.stack([passing[layer] for layer in sorted(passing)])
     most = tokens.amax(0)

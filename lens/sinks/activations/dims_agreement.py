@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 
 from lens.common.errors import LensError
-from lens.common.results import Result, described
+from lens.common.results import Result, Sentence, described
 from lens.edits._phi import check_dims, phi
 from lens.models.loaded import LoadedModel
 from lens.passes.stream import layer_inputs
@@ -57,17 +57,19 @@ class DimsAgreement(Result):
     def __repr__(self) -> str:
         return described(self)
 
-    def findings(self) -> tuple[str, ...]:
-        """Over all layers, in plain words."""
+    def findings(self) -> tuple[Sentence, ...]:
+        """Precision beside the base rate and recall, over all layers, as the kind `agreement`."""
         rows = self.table()
         both, marked, received = (int(rows[name].sum()) for name in ("both", "marked", "received"))
         if not marked:
-            return (f"No token of {self.model} reaches phi = {self.tau:g} in any layer.",)
-        return (
+            text = f"No token of {self.model} reaches phi = {self.tau:g} in any layer."
+            return (Sentence(text, kind="agreement"),)
+        text = (
             f"Of {marked} tokens with phi >= {self.tau:g} (counted in each layer of {self.model}) "
             f"{both / marked:.1%} are among the {self.top:.1%} that receive most attention, where a blind "
-            f"choice gives {rows['base_rate'].mean():.1%}; {both / received:.1%} of those are marked.",
+            f"choice gives {rows['base_rate'].mean():.1%}; {both / received:.1%} of those are marked."
         )
+        return (Sentence(text, kind="agreement"),)
 
 
 def dims_agreement(
@@ -77,6 +79,7 @@ def dims_agreement(
     dims: Sequence[int] | None = None,
     tau: float = 20.0,
     top: float = 0.01,
+    progress: bool = True,
 ) -> DimsAgreement:
     """Compare the sinks that VAR would find with where the attention of each layer really goes.
 
@@ -86,6 +89,7 @@ def dims_agreement(
         model, inputs: one prompt, as for `lens.capture`, with images or without.
         dims, tau: as in VAR.
         top: share of the tokens that "receive most"; at least one.
+        progress: show a bar.
 
     Raises:
         LensError: top out of range, several prompts, or dims that the model has not.
@@ -102,7 +106,7 @@ def dims_agreement(
         marks[layer] = (phi(hidden, dims)[0] >= tau).cpu()
 
     with layer_inputs(model, take):
-        trace = capture(model, inputs, statistics=["received"], progress=False)
+        trace = capture(model, inputs, statistics=["received"], progress=progress)
     if isinstance(trace, list):
         if len(trace) != 1:
             raise LensError(

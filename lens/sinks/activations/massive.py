@@ -12,7 +12,8 @@ import torch
 
 from lens.common.choices import check_choice
 from lens.common.errors import LensError
-from lens.common.results import Result, described
+from lens.common.progress import advancing
+from lens.common.results import Result, Sentence, described
 from lens.edits.losses import bos_policy
 from lens.edits.parts import Activation
 from lens.models.loaded import LoadedModel
@@ -124,33 +125,44 @@ class MassiveActivations(Result):
     def __repr__(self) -> str:
         return described(self)
 
-    def findings(self) -> list[str]:
-        """What was found, or how far the largest came."""
+    def findings(self) -> tuple[Sentence, ...]:
+        """How many dimensions, as the kind `dimensions`, and each of them; or how far the largest came."""
         limits = f"|h| > {self.magnitude:g} and |h| ≥ {self.ratio:g} × the layer's median"
         ending = f"{len(self.tokens)} prompts of {min(self.tokens)} to {max(self.tokens)} tokens, BOS {self.bos}"
         if self.rows.empty:
             ratio = self.top[..., 0] / self.median
-            return [
+            text = (
                 f"No activation is massive ({limits}): the largest is {self.top.max():.3g}, and the "
                 f"largest ratio to a median {ratio.max():.3g} ({ending})."
-            ]
-        sentences = [f"{len(self.dimensions)} dimensions are massive ({limits}; {ending})."]
+            )
+            return (Sentence(text, kind="dimensions"),)
+        count = len(self.dimensions)
+        massive = (
+            f"{count} dimension{'s are' if count > 1 else ' is'} massive ({limits}; {ending})."
+        )
+        found = [Sentence(massive, kind="dimensions")]
         for row in self.rows.to_dict("records"):
             gone = (
                 "stays to the last layer"
                 if np.isnan(row["vanishing"])
                 else f"is gone after layer {row['vanishing']:.0f}"
             )
-            sentences.append(
+            text = (
                 f"Dimension {row['dimension']} at position {row['position']} ({row['token']!r}) appears "
                 f"after layer {row['emergence']} with {row['value']:.0f}, reaches {row['ratio']:.0f} "
                 f"medians, {gone}; in {row['prompts']:.0%} of the prompts."
             )
-        return sentences
+            found.append(Sentence(text, kind="dimension"))
+        return tuple(found)
 
 
 def massive(
-    model: LoadedModel, prompts: Any, *, ratio: float = RATIO, magnitude: float = MAGNITUDE
+    model: LoadedModel,
+    prompts: Any,
+    *,
+    ratio: float = RATIO,
+    magnitude: float = MAGNITUDE,
+    progress: bool = True,
 ) -> MassiveActivations:
     """Find the dimensions, tokens and layers with massive activations; nothing is known beforehand.
 
@@ -162,6 +174,7 @@ def massive(
         model: as `lens.load` returns it.
         prompts: as for `lens.capture`, token prompts.
         ratio, magnitude: thresholds.
+        progress: show a bar.
 
     Raises:
         LensError: thresholds that are not positive (0 is allowed for `magnitude`), prompts without
@@ -173,22 +186,24 @@ def massive(
     """
     if not ratio > 0 or not magnitude >= 0:
         raise LensError(f"ratio must be above 0 and magnitude at least 0, got {ratio}, {magnitude}")
-    ids, hits, top, median = [], [], [], []
-    for number, prompt in enumerate(read_prompts(model, prompts)[0]):
-        if prompt.ids is None:
-            raise LensError("massive needs prompts of tokens; for images: lens.sinks.high_norm")
-        ids.append(prompt.ids)
-        h = stream(model, prompt)  # [layers + 1, tokens, width]
-        size = h.abs()
-        middle = size.flatten(1).median(1).values
-        top.append(size.flatten(1).topk(3).values)
-        median.append(middle)
-        floor = (middle * ratio)[:, None, None]
-        for layer, position, dimension in ((size > magnitude) & (size >= floor)).nonzero().tolist():
-            value = float(h[layer, position, dimension])
-            hits.append(
-                (number, layer - 1, position, dimension, value, abs(value) / float(middle[layer]))
-            )
+    asked = read_prompts(model, prompts)[0]
+    if any(prompt.ids is None for prompt in asked):
+        raise LensError("massive needs prompts of tokens; for images: lens.sinks.high_norm")
+    ids = [prompt.ids or [] for prompt in asked]
+    hits, top, median = [], [], []
+    with advancing("massive activations", len(asked), progress) as advance:
+        for number, prompt in enumerate(asked):
+            h = stream(model, prompt)  # [layers + 1, tokens, width]
+            size = h.abs()
+            middle = size.flatten(1).median(1).values
+            top.append(size.flatten(1).topk(3).values)
+            median.append(middle)
+            is_massive = (size > magnitude) & (size >= (middle * ratio)[:, None, None])
+            for layer, position, dimension in is_massive.nonzero().tolist():
+                value = float(h[layer, position, dimension])
+                place = (number, layer - 1, position, dimension)
+                hits.append((*place, value, abs(value) / float(middle[layer])))
+            advance(1)
     columns = ["prompt", "layer", "position", "dimension", "value", "ratio"]
     rows = _rows(pd.DataFrame(hits, columns=columns), model, ids)
     return MassiveActivations(

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from lens.common.errors import LensError
-from lens.common.results import Result, described
+from lens.common.progress import advancing
+from lens.common.results import Result, Sentence, described
 from lens.models.layout import blocks
 from lens.models.loaded import LoadedModel
 from lens.passes.inputs import read_prompts
@@ -61,21 +62,92 @@ class HighNormTokens(Result):
     def __repr__(self) -> str:
         return described(self)
 
-    def findings(self) -> list[str]:
+    def findings(self) -> tuple[Sentence, ...]:
         """What was found, or why there is nothing."""
         known = self.norms[~np.isnan(self.norms)]
         seen = f"{len(known)} tokens of {len(self.norms)} prompts, after layer {self.layer}"
         if np.isnan(self.cutoff):
-            return [
-                f"None found: the norms have one mode ({seen}). The best cut separates "
-                f"their logarithms by D = {self.separation:.2f} and norms by a factor of {self.ratio:.2f}; "
-                f"two modes need {LEAST_SEPARATION:g} and {LEAST_RATIO:g}."
-            ]
-        how = "given" if self.is_given else "the valley between two modes"
-        return [
-            f"{len(self.rows)} tokens ({self.share:.2%}) have a norm above {self.cutoff:.3g} ({how}; "
-            f"{seen}), {self.ratio:.1f} times the others' mean."
-        ]
+            text = (
+                f"None found: the norms have one mode ({seen}). The best cut separates their logarithms by D "
+                f"= {self.separation:.2f} and norms by a factor of {self.ratio:.2f}; two modes need "
+                f"{LEAST_SEPARATION:g} and {LEAST_RATIO:g}."
+            )
+        else:
+            how = "given" if self.is_given else "the valley between two modes"
+            text = (
+                f"{len(self.rows)} tokens ({self.share:.2%}) have a norm above {self.cutoff:.3g} ({how}; "
+                f"{seen}), {self.ratio:.1f} times the others' mean."
+            )
+        return (Sentence(text, kind="tokens"),)
+
+    def neurons(self, model: LoadedModel, prompts: Any, *, top: int = 10) -> pd.DataFrame:
+        """MLP neurons by their mean |activation| at the outliers, strongest first.
+
+        Columns `layer`, `neuron`, `outliers` (mean |activation| there), `others`, `ratio`. Layers up to the
+        one where the outliers were found. Jiang et al., Vision Transformers Don't Need Trained Registers,
+        arXiv 2506.08010. Neurons are what the last linear module of a layer reads.
+
+        Args:
+            model, prompts: as in `high_norm`, the same prompts.
+            top: how many neurons.
+
+        Raises:
+            LensError: no outlier, other prompts, or a layer without a linear module behind its attention.
+
+        Example:
+            >>> pixels = {"pixel_values": images}
+            >>> lens.sinks.high_norm(vit, pixels, cutoff=1, skip=1).neurons(vit, pixels)
+        """
+        if self.rows.empty:
+            raise LensError(
+                "no token of high norm was found, so no neuron can be said to write one"
+            )
+        inputs: list[torch.Tensor] = []
+        hooks = []
+        for layer in list(blocks(model))[: self.layer + 1]:
+            linear = [module for module in layer.modules() if isinstance(module, nn.Linear)]
+            if not linear:
+                raise LensError(
+                    f"{model.info.class_name} has no linear module in its layers; its neurons are not known"
+                )
+            hooks.append(
+                linear[-1].register_forward_pre_hook(
+                    lambda _, args: inputs.append(args[0][0].detach().float().abs().cpu())
+                )
+            )
+        read = read_prompts(model, prompts)[0]
+        if len(read) != len(self.norms):
+            raise LensError(
+                f"found has {len(self.norms)} prompts and {len(read)} were given; give the same ones"
+            )
+        sums: dict[bool, Any] = {True: 0.0, False: 0.0}
+        counts = {True: 0, False: 0}
+        outlier = np.nan_to_num(self.norms) > self.cutoff
+        try:
+            for number, prompt in enumerate(read):
+                inputs.clear()
+                with torch.no_grad():
+                    base(model)(**prompt.inputs)
+                size = torch.stack(inputs).double()  # [layers, tokens, neurons]
+                scored = ~np.isnan(self.norms[number, : size.shape[1]])
+                for side in (True, False):
+                    rows = torch.from_numpy((outlier[number, : size.shape[1]] == side) & scored)
+                    sums[side] = sums[side] + size[:, rows].sum(1)
+                    counts[side] += int(rows.sum())
+        finally:
+            for hook in hooks:
+                hook.remove()
+        at = torch.as_tensor(sums[True]) / counts[True]
+        others = torch.as_tensor(sums[False]) / max(1, counts[False])
+        layer, neuron = np.unravel_index(
+            at.flatten().argsort(descending=True)[:top].numpy(), at.shape
+        )
+        table = pd.DataFrame({"layer": layer, "neuron": neuron})
+        table["outliers"], table["others"] = (
+            at[layer, neuron].numpy(),
+            others[layer, neuron].numpy(),
+        )
+        return table.assign(ratio=table["outliers"] / table["others"])
 
 
 def high_norm(
@@ -85,6 +157,7 @@ def high_norm(
     layer: int = -1,
     cutoff: float | None = None,
     skip: int = 0,
+    progress: bool = True,
 ) -> HighNormTokens:
     """Find tokens whose norm after a layer is beyond a cutoff, or beyond the valley of two modes.
 
@@ -99,6 +172,7 @@ def high_norm(
         layer: after which; negative numbers count from the end.
         cutoff: norm, or None for the valley.
         skip: tokens at the start that are no patches, such as 1 for CLS.
+        progress: show a bar.
 
     Raises:
         LensError: a layer that is not there, a cutoff that is not positive, nothing left to look at.
@@ -114,9 +188,11 @@ def high_norm(
     if isinstance(skip, bool) or not isinstance(skip, int) or skip < 0:
         raise LensError(f"skip must be a number of tokens, 0 or more, got {skip!r}")
     layer %= layers
-    found = [
-        stream(model, prompt)[layer + 1].norm(dim=-1) for prompt in read_prompts(model, prompts)[0]
-    ]
+    found, asked = [], read_prompts(model, prompts)[0]
+    with advancing("norms", len(asked), progress) as advance:
+        for prompt in asked:
+            found.append(stream(model, prompt)[layer + 1].norm(dim=-1))
+            advance(1)
     norms = nn.utils.rnn.pad_sequence(found, batch_first=True, padding_value=torch.nan).numpy()
     norms[:, :skip] = np.nan
     known = norms[norms > 0]
@@ -163,70 +239,3 @@ def otsu(values: np.ndarray) -> tuple[float, float]:
     between = np.where(np.diff(ordered) > 0, between, -1)
     best = int(between.argmax())
     return float((ordered[best] + ordered[best + 1]) / 2), float(between[best] / total)
-
-
-def register_neurons(
-    model: LoadedModel, prompts: Any, found: HighNormTokens, *, top: int = 10
-) -> pd.DataFrame:
-    """MLP neurons by their mean |activation| at the outliers, strongest first.
-
-    Columns `layer`, `neuron`, `outliers` (mean |activation| there), `others`, `ratio`. Layers up to the
-    one where the outliers were found. Jiang et al., Vision Transformers Don't Need Trained Registers,
-    arXiv 2506.08010. Neurons are what the last linear module of a layer reads.
-
-    Args:
-        model, prompts: as in `high_norm`, the same prompts.
-        found: its result, with at least one outlier.
-        top: how many neurons.
-
-    Raises:
-        LensError: no outlier, other prompts, or a layer without a linear module behind its attention.
-
-    Example:
-        >>> pixels = {"pixel_values": images}
-        >>> found = lens.sinks.high_norm(vit, pixels, cutoff=1, skip=1)
-        >>> lens.sinks.register_neurons(vit, pixels, found)
-    """
-    if found.rows.empty:
-        raise LensError("no token of high norm was found, so no neuron can be said to write one")
-    inputs: list[torch.Tensor] = []
-    hooks = []
-    for layer in list(blocks(model))[: found.layer + 1]:
-        linear = [module for module in layer.modules() if isinstance(module, nn.Linear)]
-        if not linear:
-            raise LensError(
-                f"{model.info.class_name} has no linear module in its layers; its neurons are not known"
-            )
-        hooks.append(
-            linear[-1].register_forward_pre_hook(
-                lambda _, args: inputs.append(args[0][0].detach().float().abs().cpu())
-            )
-        )
-    read = read_prompts(model, prompts)[0]
-    if len(read) != len(found.norms):
-        raise LensError(
-            f"found has {len(found.norms)} prompts and {len(read)} were given; give the same ones"
-        )
-    sums: dict[bool, Any] = {True: 0.0, False: 0.0}
-    counts = {True: 0, False: 0}
-    outlier = np.nan_to_num(found.norms) > found.cutoff
-    try:
-        for number, prompt in enumerate(read):
-            inputs.clear()
-            with torch.no_grad():
-                base(model)(**prompt.inputs)
-            size = torch.stack(inputs).double()  # [layers, tokens, neurons]
-            scored = ~np.isnan(found.norms[number, : size.shape[1]])
-            for side in (True, False):
-                rows = torch.from_numpy((outlier[number, : size.shape[1]] == side) & scored)
-                sums[side] = sums[side] + size[:, rows].sum(1)
-                counts[side] += int(rows.sum())
-    finally:
-        for hook in hooks:
-            hook.remove()
-    at = torch.as_tensor(sums[True]) / counts[True]
-    others = torch.as_tensor(sums[False]) / max(1, counts[False])
-    layer, neuron = np.unravel_index(at.flatten().argsort(descending=True)[:top].numpy(), at.shape)
-    table = pd.DataFrame({"layer": layer, "neuron": neuron})
-    table["outliers"], table["others"] = at[layer, neuron].numpy(), others[layer, neuron].numpy()
-    return table.assign(ratio=table["outliers"] / table["others"])

@@ -12,11 +12,13 @@ from torch.nn.functional import normalize
 
 from lens import stats
 from lens.common.errors import LensError
-from lens.common.results import Result, described
+from lens.common.head_ids import head_columns
+from lens.common.progress import advancing
+from lens.common.results import Result, Sentence, described
 from lens.heads.weights import head_weights
 from lens.models.loaded import LoadedModel
 from lens.passes.calls import LayerCall, attend
-from lens.passes.inputs import read_prompts
+from lens.passes.inputs import Prompt, read_prompts
 from lens.passes.keys import Keys, KeysAt, check_keys, members
 from lens.passes.sessions import base, listening
 from lens.sinks.detection.alphas import alpha_of
@@ -54,33 +56,38 @@ class SinkMechanism(Result):
     def __repr__(self) -> str:
         return described(self)
 
-    def findings(self) -> list[str]:
-        """Medians over the heads that park on the sources: keys, directions, values."""
+    def findings(self) -> tuple[Sentence, ...]:
+        """Medians over the heads that park on the sources: keys, directions, values, outputs."""
         heads = self.rows[self.rows["alpha"] > SINK_EPSILON]
         settings = f"{self.n} prompts, BOS {self.bos}"
         if heads.empty:
-            return [
+            text = (
                 f"No head gives the sources a mean α above {SINK_EPSILON}, so there is no mechanism "
                 f"to explain ({settings})."
-            ]
-        middle = heads.drop(columns=["layer", "head"]).median()
-        found = [
-            f"{len(heads)} of {len(self.rows)} heads park on the sources (mean α above "
-            f"{SINK_EPSILON}; {settings}). The next numbers are medians over those heads.",
-            f"The sources' keys are {middle['key_norm']:.2f} times as long as the others.",
-            f"Their cosine with the queries is {middle['cosine']:.2f}, that of other keys "
-            f"{middle['cosine_others']:.2f}.",
-            f"Their values are {middle['value_norm']:.2f} times as long as the others.",
-        ]
-        if not np.isnan(middle["drain"]):
-            found.append(
-                f"They write {middle['drain']:.2f} times as much as another token with equal "
-                f"attention, and {middle['contribution']:.0%} of the head's output."
             )
-        return [*found, "This describes the heads as they are; it proves no cause."]
+            return (Sentence(text, kind="heads"),)
+        middle = {name: float(heads[name].median()) for name in _COLUMNS}
+        of = f"median of {len(heads)} heads"
+        found = {
+            "heads": f"{len(heads)} of {len(self.rows)} heads park on the sources (mean α above {SINK_EPSILON}; "
+            f"{settings}).",
+            "keys": f"The sources' keys are {middle['key_norm']:.2f} times as long as the others ({of}).",
+            "directions": f"Their cosine with the queries is {middle['cosine']:.2f}, that of other keys "
+            f"{middle['cosine_others']:.2f} ({of}).",
+            "values": f"Their values are {middle['value_norm']:.2f} times as long as the others ({of}).",
+        }
+        if not np.isnan(middle["drain"]):
+            found["outputs"] = (
+                f"They write {middle['drain']:.2f} times as much as another token with equal attention, and "
+                f"{middle['contribution']:.0%} of the head's output ({of})."
+            )
+        found["limit"] = "This describes the heads as they are; it proves no cause."
+        return tuple(Sentence(text, kind=kind) for kind, text in found.items())
 
 
-def mechanism(model: LoadedModel, prompts: Any, *, sources: Keys = "first") -> SinkMechanism:
+def mechanism(
+    model: LoadedModel, prompts: Any, *, sources: Keys = "first", progress: bool = True
+) -> SinkMechanism:
     """Measure why heads look at `sources`: norm, direction or position, and what they get for it.
 
     A logit is `|q| |k| cos(q, k)` (times the scale): sinks are found to have small keys and large
@@ -91,6 +98,7 @@ def mechanism(model: LoadedModel, prompts: Any, *, sources: Keys = "first") -> S
         model: as `lens.load` returns it; causal.
         prompts: as for `lens.capture`, token prompts.
         sources: "first", positions or a bool mask.
+        progress: show a bar.
 
     Raises:
         LensError: a source that is missing, the last token, or too near the end for an alpha; a model
@@ -99,45 +107,52 @@ def mechanism(model: LoadedModel, prompts: Any, *, sources: Keys = "first") -> S
     Example:
         >>> lens.sinks.mechanism(model, texts).table().sort_values("alpha").tail()
     """
-    from lens.traces.captures import capture
-
     check_keys("sources", sources)
     if callable(sources) and not isinstance(sources, torch.Tensor):
         raise LensError("sources of mechanism are the same in every layer; give positions")
-    found, policies = [], set()
     try:
         output = head_weights(model).output
     except LensError:  # an architecture whose weights are not known: its columns say so by NaN
         output = None
-    for prompt in read_prompts(model, prompts)[0]:
-        if prompt.ids is None:
-            raise LensError("mechanism needs prompts of tokens")
-        places = torch.arange(len(prompt.ids))
-        source = members("sources", sources, KeysAt(0, 0, places[None], None))[0]
-        trace = capture(model, prompt.ids, statistics=["received"], progress=False)
-        assert not isinstance(trace, list)
-        alpha = torch.from_numpy(alpha_of(trace))[..., source].mean(-1)
-        if not bool(source.any()) or bool(source[-1]) or bool(alpha.isnan().any()):
-            raise LensError(
-                f"sources must be in the prompt of {len(places)} tokens and seen by 16 queries "
-                f"(the first key by one more); got positions {source.nonzero()[:, 0].tolist()}"
-            )
-        policies.add(trace.attrs["bos"])
-        geometry = _Geometry(source, output)
-        with torch.no_grad(), listening(model, geometry.on_layer):
-            base(model)(**prompt.inputs)
-        found.append(torch.cat([alpha[None], torch.stack(geometry.layers, 1)]))
+    asked = read_prompts(model, prompts)[0]
+    if any(prompt.ids is None for prompt in asked):
+        raise LensError("mechanism needs prompts of tokens")
+    found, policies = [], set()
+    with advancing("mechanism", len(asked), progress) as advance:
+        for prompt in asked:
+            columns, bos = _columns(model, prompt, sources, output)
+            found.append(columns)
+            policies.add(bos)
+            advance(1)
     mean = torch.stack(found).mean(0)
-    heads, attending = mean.shape[2], torch.tensor(model.info.attending)
-    rows = pd.DataFrame(
-        {
-            "layer": attending.repeat_interleave(heads).numpy(),
-            "head": torch.arange(heads).repeat(len(attending)).numpy(),
-            **{name: mean[place].flatten().numpy() for place, name in enumerate(_COLUMNS)},
-        }
-    )
+    columns = {name: mean[place].flatten().numpy() for place, name in enumerate(_COLUMNS)}
     bos = policies.pop() if len(policies) == 1 else "mixed"
-    return SinkMechanism(rows, bos, len(found))
+    return SinkMechanism(
+        pd.DataFrame(head_columns(model.info.every_head) | columns), bos, len(found)
+    )
+
+
+def _columns(
+    model: LoadedModel, prompt: Prompt, sources: Keys, output: torch.Tensor | None
+) -> tuple[torch.Tensor, str]:
+    """[columns, layers, heads] of one prompt, and its BOS policy."""
+    from lens.traces.captures import capture
+
+    assert prompt.ids is not None
+    places = torch.arange(len(prompt.ids))
+    source = members("sources", sources, KeysAt(0, 0, places[None], None))[0]
+    trace = capture(model, prompt.ids, statistics=["received"], progress=False)
+    assert not isinstance(trace, list)
+    alpha = torch.from_numpy(alpha_of(trace))[..., source].mean(-1)
+    if not bool(source.any()) or bool(source[-1]) or bool(alpha.isnan().any()):
+        raise LensError(
+            f"sources must be in the prompt of {len(places)} tokens and seen by 16 queries "
+            f"(the first key by one more); got positions {source.nonzero()[:, 0].tolist()}"
+        )
+    geometry = _Geometry(source, output)
+    with torch.no_grad(), listening(model, geometry.on_layer):
+        base(model)(**prompt.inputs)
+    return torch.cat([alpha[None], torch.stack(geometry.layers, 1)]), trace.attrs["bos"]
 
 
 class _Geometry:

@@ -15,11 +15,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 
 from lens.common.errors import LensError
-from lens.common.results import Result, described
+from lens.common.head_ids import head_columns
+from lens.common.progress import advancing
+from lens.common.results import Result, Sentence, described
 from lens.edits.losses import bos_policy, two_tokens
 from lens.models.loaded import LoadedModel
 from lens.passes.calls import LayerCall, attend
@@ -58,22 +61,31 @@ class PersistentMemory(Result):
     def __repr__(self) -> str:
         return described(self)
 
-    def findings(self) -> list[str]:
-        """How much the memory takes, and whether that changes along the prompt."""
+    def findings(self) -> tuple[Sentence, ...]:
+        """How much the memory takes, whether that changes along the prompt, and the `limit`."""
         lowest = self.rows.sort_values("gate").iloc[0]
         early, late = self.rows["early_mass"].mean(), self.rows["late_mass"].mean()
-        return [
-            f"With {self.pairs} pairs of memory the heads keep {self.rows['gate'].mean():.0%} of their "
-            f"attention on average; L{lowest['layer']:.0f}H{lowest['head']:.0f} least, {lowest['gate']:.1%} "
-            f"[{lowest['low']:.1%}, {lowest['high']:.1%}].",
-            f"The mass of the memory goes from {early:.1%} in the first quarter of the rows to {late:.1%} in "
-            f"the last; masking it changes a head's output by {self.rows['removal'].mean():.0%} of its size.",
-            f"{len(self.tokens)} prompts, BOS {self.bos}.",
-        ]
+        pairs = f"{self.pairs} pair{'s' * (self.pairs != 1)}"
+        found = {
+            "gate": f"With {pairs} of memory the heads keep {self.rows['gate'].mean():.0%} of their attention "
+            f"on average; {lowest['name']} least, {lowest['gate']:.1%} [{lowest['low']:.1%}, "
+            f"{lowest['high']:.1%}].",
+            "drift": f"The mass of the memory goes from {early:.1%} in the first quarter of the rows to "
+            f"{late:.1%} in the last.",
+            "removal": "Masking the memory changes a head's output by "
+            f"{self.rows['removal'].mean():.0%} of its size on average.",
+            "limit": f"{len(self.tokens)} prompts, BOS {self.bos}.",
+        }
+        return tuple(Sentence(text, kind=kind) for kind, text in found.items())
 
 
 def persistent_memory(
-    model: LoadedModel, prompts: Any, pairs: Sequence[Pair | None], *, seed: int = 0
+    model: LoadedModel,
+    prompts: Any,
+    pairs: Sequence[Pair | None],
+    *,
+    seed: int = 0,
+    progress: bool = True,
 ) -> PersistentMemory:
     """Run a model with persistent memory in its attention, and measure what the memory takes and gives.
 
@@ -86,6 +98,7 @@ def persistent_memory(
         pairs: per layer (keys [kv_heads, P, head_dim], values [kv_heads, P, value_dim]) as the layer
             sees them (keys behind any rotation or norm), or None for a layer without.
         seed: of the bootstrap.
+        progress: show a bar.
 
     Raises:
         LensError: a number of layers or shapes that the model has not, memory in no layer, prompts of
@@ -101,26 +114,27 @@ def persistent_memory(
             f"pairs must have one entry for each of the {model.info.layers} layers, at least one of them "
             f"(keys, values); got {len(pairs)} entries"
         )
-    found, read = [], []
-    for prompt in read_prompts(model, prompts)[0]:
-        read.append(two_tokens(prompt.ids))
-        runner = WithMemory(pairs)
-        with torch.no_grad(), listening(model, runner.on_layer):
-            base(model)(**prompt.inputs)
-        found.append(torch.stack(runner.measured))
+    asked, found = read_prompts(model, prompts)[0], []
+    read = [two_tokens(prompt.ids) for prompt in asked]
+    with advancing("memory", len(asked), progress) as advance:
+        for prompt in asked:
+            runner = WithMemory(pairs)
+            with torch.no_grad(), listening(model, runner.on_layer):
+                base(model)(**prompt.inputs)
+            found.append(torch.stack(runner.measured))
+            advance(1)
     values = torch.stack(found).double().numpy()  # [prompts, layers, heads, measures]
     low, high = over_units(values[..., 0], (values[..., 0] == values[..., 0]).astype(float), seed)
-    rows = [
-        {"layer": layer, "head": head}
-        | dict(zip(_MEASURES, values[:, layer, head].mean(0), strict=True))
-        | {"low": low[layer, head], "high": high[layer, head]}
-        for layer, pair in enumerate(pairs)
-        if pair is not None
-        for head in range(values.shape[2])
-    ]
+    having = [layer for layer, pair in enumerate(pairs) if pair is not None]
+    places = [(layer, head) for layer in having for head in range(values.shape[2])]
+    columns = dict(zip(_MEASURES, np.moveaxis(values.mean(0), -1, 0), strict=True))
+    columns |= {"low": low, "high": high}
+    rows = pd.DataFrame(
+        head_columns(places) | {name: column[having].ravel() for name, column in columns.items()}
+    )
     most = max(pair[0].shape[1] for pair in pairs if pair is not None)
     lengths = tuple(len(ids) for ids in read)
-    return PersistentMemory(pd.DataFrame(rows), most, lengths, bos_policy(model, read))
+    return PersistentMemory(rows, most, lengths, bos_policy(model, read))
 
 
 class WithMemory:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,9 @@ import pandas as pd
 import torch
 
 from lens.common.errors import LensError
-from lens.common.results import Result, described
+from lens.common.head_ids import head_columns
+from lens.common.progress import advancing
+from lens.common.results import Result, Sentence, described
 from lens.edits.losses import bos_policy, two_tokens
 from lens.heads.weights import head_weights
 from lens.models.loaded import LoadedModel
@@ -23,18 +25,23 @@ BANDS = 20
 
 
 @dataclass(frozen=True, eq=False)
-class SpectralBands:
+class SpectralBands(Result):
     """Equal bands of the unembedding's singular directions, strongest first; the last ones are dark.
 
     Attributes:
         vectors: [d_model, d_model], one direction per column, in the order of `edges`.
         edges: [bands + 1], columns of each band.
         share: [bands], share of the squared singular values.
+        weights: one row per layer, head, weight and band: `energy`, the share of the weight in the band.
+            Weights "query", "key" and "value" read the stream, "output" writes it.
+        losses: what each band is worth, where prompts were given.
     """
 
     vectors: torch.Tensor = field(repr=False)
     edges: tuple[int, ...]
     share: np.ndarray
+    weights: pd.DataFrame = field(repr=False)
+    losses: BandLosses | None = field(repr=False, default=None)
 
     def projector(self, band: int) -> torch.Tensor:
         """[d_model, d_model]: `V_band V_band^T`; the sum over the bands is the identity.
@@ -47,62 +54,24 @@ class SpectralBands:
         columns = self.vectors[:, self.edges[band] : self.edges[band + 1]]
         return columns @ columns.T
 
-    def energies(self, weight: torch.Tensor) -> np.ndarray:
-        """[bands]: share of `|W|_F^2` in each band, of [d_model, other]; they sum to 1.
+    def table(self) -> pd.DataFrame:
+        """The share of every head's weights in each band; by chance 1 / bands."""
+        return self.weights
 
-        Raises:
-            LensError: a weight with another first size, or one that is all 0.
-        """
-        if weight.dim() != 2 or len(weight) != len(self.vectors) or not bool(weight.any()):
-            raise LensError(
-                f"a weight must be [{len(self.vectors)}, other] and not 0, got {list(weight.shape)}"
-            )
-        squared = (self.vectors.T @ weight.double()).square().sum(1)
-        parts = [
-            float(squared[a:b].sum()) for a, b in zip(self.edges, self.edges[1:], strict=False)
-        ]
-        return np.array(parts) / sum(parts)
+    def __repr__(self) -> str:
+        return described(self)
 
-
-def bands(model: LoadedModel, *, count: int = BANDS) -> SpectralBands:
-    """SVD of the unembedding (the last norm's scale folded in), cut into equal bands.
-
-    Reference: Cancedda, Spectral Filters, Dark Signals, and Attention Sinks, arXiv 2402.09221.
-
-    Raises:
-        LensError: a count that is none, and an architecture whose weights are not known.
-    """
-    unembedding = head_weights(model).unembedding.double()  # [d_model, vocab]
-    width = len(unembedding)
-    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= width:
-        raise LensError(f"count must be 1 to {width} (the width of the model), got {count!r}")
-    values, vectors = torch.linalg.eigh(unembedding @ unembedding.T)  # ascending
-    values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
-    edges = tuple(int(edge) for edge in np.linspace(0, width, count + 1).round())
-    share = [float(values[a:b].sum()) for a, b in itertools.pairwise(edges)]
-    return SpectralBands(vectors, edges, np.array(share) / sum(share))
-
-
-def band_energies(model: LoadedModel, *, count: int = BANDS) -> pd.DataFrame:
-    """Share of every head's weights in each band: one row per layer, head, weight and band.
-
-    Weights "query", "key" and "value" read the stream, "output" writes it. By chance a band holds
-    1 / count. Errors as in `bands`.
-
-    Example:
-        >>> lens.sinks.band_energies(model).query("weight == 'output'").groupby("band").energy.mean()
-    """
-    found, weights = bands(model, count=count), head_weights(model)
-    rows: list[dict[str, Any]] = []
-    for name in ("query", "key", "value", "output"):
-        for layer, heads in enumerate(getattr(weights, name)):
-            for head, weight in enumerate(heads):
-                energy = found.energies(weight.T if name == "output" else weight)
-                place = {"layer": layer, "head": head, "weight": name}
-                rows += [
-                    {**place, "band": band, "energy": part} for band, part in enumerate(energy)
-                ]
-    return pd.DataFrame(rows)
+    def findings(self) -> tuple[Sentence, ...]:
+        """The share of the weights in the darkest band, and what the bands are worth."""
+        count = len(self.share)
+        dark = self.weights[self.weights["band"] == count - 1]
+        shares = dark.groupby("weight", sort=False)["energy"].mean()
+        text = (
+            f"Share of the weights in the darkest of {count} bands, mean over heads: "
+            f"{', '.join(f'{name} {share:.1%}' for name, share in shares.items())} (by chance {1 / count:.1%})."
+        )
+        losses = () if self.losses is None else self.losses.findings()
+        return (Sentence(text, kind="energies"), *losses)
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,54 +100,112 @@ class BandLosses(Result):
     def __repr__(self) -> str:
         return described(self)
 
-    def findings(self) -> list[str]:
-        """The dearest band and the darkest."""
+    def findings(self) -> tuple[Sentence, ...]:
+        """The dearest band and the darkest, and what is not in these numbers."""
         table = self.table()
         most, dark = table.sort_values("delta_loss").iloc[-1], table.iloc[-1]
-        return [
+        said = (
             f"Without band {most['band']} of {len(table)} the loss rises most, by "
             f"{most['delta_loss']:.3f} [{most['low']:.3f}, {most['high']:.3f}] nats per token; without "
             f"the darkest by {dark['delta_loss']:.3f} [{dark['low']:.3f}, {dark['high']:.3f}] "
-            f"({len(self.tokens)} prompts, BOS {self.bos}). Only the stream before the last norm was "
-            "filtered: what earlier layers read of a band is not in these numbers."
-        ]
+            f"({len(self.tokens)} prompts, BOS {self.bos})."
+        )
+        if most["delta_loss"] <= 0:
+            said = (
+                f"Without none of {len(table)} bands the loss rises; without the darkest it changes by "
+                f"{dark['delta_loss']:.3f} [{dark['low']:.3f}, {dark['high']:.3f}] nats per token "
+                f"({len(self.tokens)} prompts, BOS {self.bos})."
+            )
+        limit = (
+            "Only the stream before the last norm was filtered: what earlier layers read of a band is not "
+            "in these numbers."
+        )
+        return (Sentence(said, kind="losses"), Sentence(limit, kind="limit"))
 
 
-def band_losses(
-    model: LoadedModel, prompts: Any, *, count: int = BANDS, seed: int = 0
-) -> BandLosses:
-    """Change of loss with each band projected out of the stream before the last norm.
+def bands(
+    model: LoadedModel,
+    prompts: Any = None,
+    *,
+    count: int = BANDS,
+    seed: int = 0,
+    progress: bool = True,
+) -> SpectralBands:
+    """SVD of the unembedding (the last norm's scale folded in), cut into equal bands.
+
+    With the share of every head's weights in each band and, on prompts, the change of loss with each
+    band projected out of the stream before the last norm.
+
+    Reference: Cancedda, Spectral Filters, Dark Signals, and Attention Sinks, arXiv 2402.09221.
 
     Args:
-        model: a causal language model whose weights are known to `lens.heads`.
-        prompts: as for `lens.capture`, token prompts.
+        model: a language model whose weights are known to `lens.heads`; causal where prompts are given.
+        prompts: as for `lens.capture`, token prompts; None: weights alone.
         count: number of bands.
         seed: of the bootstrap.
+        progress: show a bar.
 
     Raises:
-        LensError: prompts of one token, and as in `bands`.
+        LensError: a count that is none, prompts of one token, an architecture whose weights are not known.
 
     Example:
-        >>> lens.sinks.band_losses(model, texts).findings()
+        >>> found = lens.sinks.bands(model, texts, count=4)
+        >>> found.table().query("weight == 'output'").groupby("band").energy.mean(), found.losses.table()
     """
+    weights = head_weights(model)
+    unembedding = weights.unembedding.double()  # [d_model, vocab]
+    width = len(unembedding)
+    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= width:
+        raise LensError(f"count must be 1 to {width} (the width of the model), got {count!r}")
+    values, vectors = torch.linalg.eigh(unembedding @ unembedding.T)  # ascending
+    values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
+    edges = tuple(int(edge) for edge in np.linspace(0, width, count + 1).round())
+    share = np.array([float(values[a:b].sum()) for a, b in itertools.pairwise(edges)])
+    tables = []
+    for name in ("query", "key", "value", "output"):
+        for layer, heads in enumerate(getattr(weights, name)):
+            for head, weight in enumerate(heads):
+                reading = weight.T if name == "output" else weight
+                energy = _energies(vectors, edges, reading)
+                columns = head_columns([(layer, head)] * count) | {"weight": name}
+                tables.append(pd.DataFrame(columns | {"band": range(count), "energy": energy}))
+    table = pd.concat(tables, ignore_index=True)
+    found = SpectralBands(vectors, edges, share / share.sum(), table)
+    if prompts is None:
+        return found
+    losses = _losses(model, prompts, found, seed, progress)
+    return replace(found, losses=losses)
+
+
+def _energies(vectors: torch.Tensor, edges: tuple[int, ...], weight: torch.Tensor) -> np.ndarray:
+    """[bands]: share of `|W|_F^2` in each band, of [d_model, other]; they sum to 1."""
+    squared = (vectors.T @ weight.double()).square().sum(1)
+    parts = np.array([float(squared[a:b].sum()) for a, b in itertools.pairwise(edges)])
+    return parts / parts.sum()
+
+
+def _losses(
+    model: LoadedModel, prompts: Any, found: SpectralBands, seed: int, progress: bool
+) -> BandLosses:
     from lens.tasks.prompts import loss
 
-    found, layout, read, deltas = bands(model, count=count), proved(model), [], []
-    model, norm = layout.model, layout.final_norm.module
+    asked, layout, deltas = read_prompts(model, prompts)[0], proved(model), []
+    read = [two_tokens(prompt.ids) for prompt in asked]
+    model, norm, count = layout.model, layout.final_norm.module, len(found.share)
     assert norm is not None
-    for prompt in read_prompts(model, prompts)[0]:
-        ids = two_tokens(prompt.ids)
-        plain, row = loss(model, ids), []
-        for band in range(count):
-            projector = found.projector(band).to(model.device, model.dtype)
-            hook = norm.register_forward_pre_hook(
-                lambda _, args, projector=projector: (args[0] - args[0] @ projector, *args[1:])
-            )
-            try:
-                row.append(loss(model, ids) - plain)
-            finally:
-                hook.remove()
-        deltas.append(row)
-        read.append(ids)
+    with advancing("bands", len(read) * count, progress) as advance:
+        for ids in read:
+            plain, row = loss(model, ids), []
+            for band in range(count):
+                projector = found.projector(band).to(model.device, model.dtype)
+                hook = norm.register_forward_pre_hook(
+                    lambda _, args, projector=projector: (args[0] - args[0] @ projector, *args[1:])
+                )
+                try:
+                    row.append(loss(model, ids) - plain)
+                finally:
+                    hook.remove()
+                advance(1)
+            deltas.append(row)
     lengths = tuple(len(ids) for ids in read)
     return BandLosses(np.array(deltas).T, lengths, bos_policy(model, read), seed)

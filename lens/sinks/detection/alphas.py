@@ -1,18 +1,33 @@
-"""`alpha`, the mean attention that a key receives from the queries that see it, out of traces."""
+"""`alpha`, the mean attention that a key receives, out of traces: over the queries that see it, or over all."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from lens.common.choices import check_choice
 from lens.common.errors import LensError
 from lens.traces.scores import FEWEST_VIEWERS, SINK_EPSILON
+from lens.traces.trace import visible_queries
+from lens.traces.uniform import UniformRows
 
 if TYPE_CHECKING:
     from lens.traces.trace import AttentionTrace
+
+Normalise = Literal["visible", "all"]
+"""What received mass is divided by: the queries that see the key, or all that could without a window.
+
+The two differ where layers have windows. Gu et al. (arXiv 2410.10781) divide by all, `T - k` counted from 0.
+"""
+
+DIVIDED = {
+    "visible": "mean over the queries that see it",
+    "all": "mean over all queries from it on",
+}
+"""How sentences say it."""
 
 
 @dataclass(frozen=True)
@@ -70,11 +85,24 @@ def samples_of(traces: Sequence[AttentionTrace]) -> Samples:
     return Samples(first.model, first.attrs["dtype"], first.length, first.attrs["bos"], len(traces))
 
 
-def alpha_of(trace: AttentionTrace) -> np.ndarray:
-    """`alpha_k = received_k / (number of queries that see k)`, [layers, heads, keys].
+def divisors(trace: AttentionTrace, normalise: Normalise = "visible") -> np.ndarray:
+    """[layers, keys]: what the received mass of a key is divided by.
 
-    NaN for keys behind the first one that fewer than `FEWEST_VIEWERS` queries see, and for keys that
-    none sees. On the uniform causal head `alpha_k = (H_T - H_(k-1)) / (T - k + 1)` counting from 1.
+    Raises:
+        LensError: an unknown `normalise`.
+    """
+    visible = trace.visible.values.astype(float)
+    if check_choice("normalise", normalise, Normalise) == "visible":
+        return visible
+    every = visible_queries(trace.length, causal=trace.attrs["causal"], window=None)
+    return np.broadcast_to(every.astype(float), visible.shape)
+
+
+def alpha_of(trace: AttentionTrace, normalise: Normalise = "visible") -> np.ndarray:
+    """`alpha_k = received_k / divisor_k`, [layers, heads, keys]; the divisor is a number of queries.
+
+    NaN for keys behind the first one whose divisor is below `FEWEST_VIEWERS`, and for keys that no
+    query sees. On the uniform causal head `alpha_k = (H_T - H_(k-1)) / (T - k + 1)` counting from 1.
 
     Raises:
         LensError: the trace has no `received`.
@@ -83,13 +111,30 @@ def alpha_of(trace: AttentionTrace) -> np.ndarray:
         raise LensError(
             "sinks need received; capture it: lens.capture(..., statistics=['received'])"
         )
-    visible = trace.visible.values[:, None].astype(float)  # [layers, 1, keys]
-    enough = visible >= np.where(np.arange(trace.length) == 0, 1, FEWEST_VIEWERS)
+    divisor = divisors(trace, normalise)[:, None]  # [layers, 1, keys]
+    enough = divisor >= np.where(np.arange(trace.length) == 0, 1, FEWEST_VIEWERS)
     received = trace.received.values.astype(float)
-    return np.where(enough, received / np.where(enough, visible, 1), np.nan)
+    return np.where(enough, received / np.where(enough, divisor, 1), np.nan)
 
 
-def alpha_at(traces: Sequence[AttentionTrace], key: int) -> np.ndarray:
+def uniform_alpha(trace: AttentionTrace, normalise: Normalise = "visible") -> np.ndarray:
+    """[layers, keys]: alpha of a head that looks at all keys that it sees alike.
+
+    NaN in layers whose mask is more than causal, two-way or a window.
+    """
+    layers, divisor = trace.layers, divisors(trace, normalise)
+    found = np.full(divisor.shape, np.nan)
+    for place, layer in enumerate(layers):
+        if trace.has_plain_mask(layer):
+            ids, causal = np.arange(trace.length), trace.attrs["causal"]
+            rows = UniformRows(ids, causal=causal, window=trace.window(layer), prefix=1)
+            found[place] = rows.variable("received")[0] / divisor[place]
+    return found
+
+
+def alpha_at(
+    traces: Sequence[AttentionTrace], key: int, normalise: Normalise = "visible"
+) -> np.ndarray:
     """`alpha` of one key, [traces, layers, heads].
 
     Raises:
@@ -99,9 +144,9 @@ def alpha_at(traces: Sequence[AttentionTrace], key: int) -> np.ndarray:
     for trace in traces:
         if isinstance(key, bool) or not isinstance(key, int) or not 0 <= key < trace.length:
             raise LensError(f"key must be a position 0 to {trace.length - 1}, got {key!r}")
-        alpha = alpha_of(trace)[..., key]
+        alpha = alpha_of(trace, normalise)[..., key]
         if np.isnan(alpha).any():
-            seen = int(trace.visible.values[:, key].min())
+            seen = int(divisors(trace, normalise)[:, key].min())
             raise LensError(
                 f"key {key} is seen by {seen} queries in some layer and needs {FEWEST_VIEWERS}: near "
                 "the end a key's attention to itself looks like a sink; take an earlier key"
@@ -110,9 +155,25 @@ def alpha_at(traces: Sequence[AttentionTrace], key: int) -> np.ndarray:
     return np.stack(found)
 
 
-def check_epsilon(epsilon: float) -> None:
-    """Raises LensError unless 0 < epsilon < 1."""
+def check_epsilon(epsilon: float, least: float = 0.0) -> None:
+    """Raises LensError unless epsilon lies between 0 and 1 and above what a first key receives anyway.
+
+    Args:
+        epsilon: threshold of alpha.
+        least: alpha of a first key that only its own query looks at (`least_alpha`).
+    """
     if not 0 < epsilon < 1:
         raise LensError(
             f"epsilon must lie between 0 and 1, got {epsilon}; Gu et al. use {SINK_EPSILON}"
         )
+    if epsilon <= least:
+        raise LensError(
+            f"epsilon {epsilon} says nothing here: the first key receives at least {least:.3g} by "
+            "definition, as its own query sees nothing else; use longer prompts or a larger epsilon, or "
+            "normalise='all' where layers have short windows"
+        )
+
+
+def least_alpha(trace: AttentionTrace, normalise: Normalise = "visible") -> float:
+    """Largest alpha that the first key of a layer has because its own query sees no other; 0 if it does."""
+    return float(trace.attrs["causal"] / divisors(trace, normalise)[:, 0].min())

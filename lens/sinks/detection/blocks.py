@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from lens.common.errors import LensError
+from lens.common.head_ids import head_columns
 from lens.common.results import Result, Sentence, described
 from lens.sinks.detection.alphas import Samples, check_epsilon, samples_of
 from lens.traces.scores import SINK_EPSILON
@@ -39,15 +40,16 @@ class BlockAlphas(Result):
 
     def table(self) -> pd.DataFrame:
         """One row per layer, head and block; `sink` is "yes", "no" or "undecided" by the bounds."""
-        layers, heads, blocks = self.lower.shape
+        _, heads, blocks = self.lower.shape
+        places = [(layer, head) for layer in self.layers for head in range(heads)]
+        count = len(places)
         lower, upper = self.lower.ravel(), self.upper.ravel()
         sink = np.where(lower > self.epsilon, "yes", "undecided")
         return pd.DataFrame(
-            {
-                "layer": np.repeat(self.layers, heads * blocks),
-                "head": np.tile(np.repeat(np.arange(heads), blocks), layers),
-                "start": np.tile(self.start, layers * heads),
-                "stop": np.tile(self.stop, layers * heads),
+            head_columns([place for place in places for _ in range(blocks)])
+            | {
+                "start": np.tile(self.start, count),
+                "stop": np.tile(self.stop, count),
                 "alpha_lower_bound": lower,
                 "alpha_upper_bound": upper,
                 "sink": np.where(upper <= self.epsilon, "no", sink),

@@ -1,18 +1,26 @@
-"""Where the sinks are: the keys of one prompt, and the rate at every position."""
+"""Where the sinks are: the keys that heads park on, and the rate at every position."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
-from lens.common.errors import LensError
-from lens.common.head_ids import HeadId
+from lens.common.head_ids import HeadId, head_columns
 from lens.common.results import Result, Sentence, described
-from lens.sinks.detection.alphas import Samples, alpha_of, as_list, check_epsilon, samples_of
+from lens.sinks.detection.alphas import (
+    DIVIDED,
+    Normalise,
+    Samples,
+    alpha_of,
+    as_list,
+    check_epsilon,
+    least_alpha,
+    samples_of,
+)
 from lens.traces.scores import FEWEST_VIEWERS, SINK_EPSILON
 
 if TYPE_CHECKING:
@@ -26,88 +34,57 @@ _NAMED = 5  # keys that findings name
 
 @dataclass(frozen=True, eq=False)
 class SinkKeys(Result):
-    """The (layer, head, key) of one prompt whose alpha exceeds epsilon, strongest first.
+    """The (prompt, layer, head, key) whose alpha exceeds epsilon, and the rate at every position.
 
     Attributes:
-        layer, head, key: [sinks] integers.
-        alpha: [sinks], mean attention that the key receives from the queries that see it.
-        token: [sinks], the key's token.
-        epsilon: threshold.
-        samples: model, dtype, T and BOS policy; n is 1.
-        unscored: number of (layer, key) too near the end to say.
+        rows: one per sink, the strongest of each prompt first: `prompt` (which trace), `name`, `layer`,
+            `head`, `key`, `token`, and `alpha`, the mean attention that the key receives.
+        profile: every position, over all prompts.
     """
 
-    layer: np.ndarray
-    head: np.ndarray
-    key: np.ndarray
-    alpha: np.ndarray
-    token: tuple[str, ...]
-    epsilon: float
-    samples: Samples
-    unscored: int
+    rows: pd.DataFrame = field(repr=False)
+    profile: SinkProfile
 
     @property
     def keys(self) -> list[int]:
         """Positions that are a sink in some head, ascending."""
-        return sorted(set(self.key.tolist()))
+        return sorted(set(self.rows["key"].tolist()))
 
     @property
     def heads(self) -> list[HeadId]:
         """Heads that have a sink, by layer and head."""
-        pairs = set(zip(self.layer.tolist(), self.head.tolist(), strict=True))
+        pairs = set(zip(self.rows["layer"].tolist(), self.rows["head"].tolist(), strict=True))
         return [HeadId(*pair) for pair in sorted(pairs)]
 
-    @property
-    def first_layer(self) -> int | None:
-        """The first layer that has a sink, or None."""
-        return int(self.layer.min()) if len(self.layer) else None
-
     def table(self) -> pd.DataFrame:
-        """One row per sink."""
-        return pd.DataFrame(
-            {
-                "layer": self.layer,
-                "head": self.head,
-                "key": self.key,
-                "token": list(self.token),
-                "alpha": self.alpha,
-                "epsilon": self.epsilon,
-                "tokens": self.samples.tokens,
-                "bos": self.samples.bos,
-            }
-        )
+        """One row per sink, with what it depends on."""
+        return self.rows.assign(**self.profile.settings())
 
     def __repr__(self) -> str:
         return described(self)
 
     def findings(self) -> tuple[Sentence, ...]:
-        """Which keys, in how many heads, and what was not judged."""
-        settings = (
-            f"(ε = {self.epsilon}, T = {self.samples.tokens}, BOS {self.samples.bos}, one prompt)"
-        )
-        if not len(self.key):
+        """Which keys, in how many heads, which are common, and what was not judged."""
+        settings = f"({self.profile.words()})"
+        if not len(self.rows):
             found = [Sentence(f"No key is a sink in any head {settings}.", kind="heads")]
         else:
             found = [
                 Sentence(
                     f"Sinks: {_count(len(self.keys), 'key')} in {_count(len(self.heads), 'head')}, from "
-                    f"layer {self.first_layer} on {settings}.",
+                    f"layer {self.heads[0].layer} on {settings}.",
                     kind="heads",
                 )
             ]
             for key in self.keys[:_NAMED]:
-                here = self.key == key
-                token = self.token[int(np.flatnonzero(here)[0])]
+                here = self.rows[self.rows["key"] == key]
+                token = here["token"].mode()[0]
                 text = (
-                    f"Key {key} ({token!r}) is a sink in {_count(int(here.sum()), 'head')}, with α up to "
-                    f"{self.alpha[here].max():.2f}."
+                    f"Key {key} ({token!r}) is a sink in {_count(here['name'].nunique(), 'head')}, with α up "
+                    f"to {here['alpha'].max():.2f}."
                 )
                 found.append(Sentence(text, kind="key"))
-        limit = (
-            f"{self.unscored} pairs of layer and key near the end were not judged: fewer than "
-            f"{FEWEST_VIEWERS} queries see them."
-        )
-        return (*found, Sentence(limit, kind="limit"))
+        return (*found, *self.profile.findings())
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,50 +96,58 @@ class SinkProfile(Result):
             shows the key to too few queries.
         alpha: [layers, heads, keys], mean over samples, NaN likewise.
         layers: numbers of the layers.
-        epsilon, samples: as in `SinkRate`.
+        epsilon, normalise, samples: as in `SinkRate`.
     """
 
     rate: np.ndarray
     alpha: np.ndarray = field(repr=False)
     layers: tuple[int, ...]
     epsilon: float
+    normalise: Normalise
     samples: Samples
 
     def common(self, threshold: float = COMMON) -> list[int]:
         """Positions whose rate exceeds `threshold`."""
         return np.flatnonzero(np.nan_to_num(self.rate) > threshold).tolist()
 
+    def settings(self) -> dict[str, Any]:
+        """What the numbers depend on, as columns of a table."""
+        return {
+            "epsilon": self.epsilon,
+            "normalise": self.normalise,
+            "tokens": self.samples.tokens,
+            "bos": self.samples.bos,
+            "n": self.samples.n,
+        }
+
+    def words(self) -> str:
+        """The same for sentences."""
+        return f"α above {self.epsilon:g}, {DIVIDED[self.normalise]}; {self.samples}"
+
     def table(self) -> pd.DataFrame:
         """One row per position; `alpha` is the mean over heads, `largest_alpha` the largest."""
         flat = self.alpha.reshape(-1, self.alpha.shape[-1])
-        return pd.DataFrame(
-            {
-                "key": np.arange(len(self.rate)),
-                "rate": self.rate,
-                "alpha": flat.mean(0),
-                "largest_alpha": flat.max(0),
-                "epsilon": self.epsilon,
-                "tokens": self.samples.tokens,
-                "bos": self.samples.bos,
-                "n": self.samples.n,
-            }
-        )
+        columns = {"key": np.arange(len(self.rate)), "rate": self.rate}
+        columns |= {"alpha": flat.mean(0), "largest_alpha": flat.max(0)}
+        return pd.DataFrame(columns).assign(**self.settings())
 
     def __repr__(self) -> str:
         return described(self)
 
     def findings(self) -> tuple[Sentence, ...]:
-        """Which positions are sinks in common, and how much the strongest receives."""
+        """Which positions are sinks in common, and how many were not judged."""
         common = self.common()
         named = ", ".join(map(str, common[:_NAMED])) + (", ..." if len(common) > _NAMED else "")
-        settings = f"(ε = {self.epsilon}, {self.samples})"
         text = (
-            f"No position is a sink in more than {COMMON:.0%} of heads {settings}."
+            f"No position is a sink in more than {COMMON:.0%} of heads ({self.words()})."
             if not common
-            else f"Sinks in more than {COMMON:.0%} of heads: position {named} {settings}."
+            else f"Sinks in more than {COMMON:.0%} of heads: position {named} ({self.words()})."
         )
         unscored = int(np.isnan(self.rate).sum())
-        limit = f"{unscored} positions near the end were not judged."
+        limit = (
+            f"{unscored} positions were not judged: in some layer fewer than {FEWEST_VIEWERS} queries count "
+            "for them."
+        )
         return (Sentence(text, kind="positions"), Sentence(limit, kind="limit"))
 
 
@@ -170,60 +155,53 @@ def _count(number: int, thing: str) -> str:
     return f"{number} {thing}{'s' * (number != 1)}"
 
 
-def find(trace: AttentionTrace, *, epsilon: float = SINK_EPSILON) -> SinkKeys:
-    """The keys that heads park their attention on: `alpha_k > epsilon`.
+def find(
+    traces: AttentionTrace | Sequence[AttentionTrace],
+    *,
+    epsilon: float = SINK_EPSILON,
+    normalise: Normalise = "visible",
+) -> SinkKeys:
+    """The keys that heads park their attention on, `alpha_k > epsilon`; `.profile`: every position.
 
     Keys behind the first that fewer than 16 queries see are not judged.
 
-    Raises:
-        LensError: several traces, no `received`, an epsilon that every first key exceeds.
-
-    Example:
-        >>> lens.sinks.find(trace).table().head()
-    """
-    check_epsilon(epsilon)
-    if isinstance(trace, Sequence):
-        raise LensError("find takes one trace; use lens.sinks.profile for several prompts")
-    if epsilon * trace.length <= 1:
-        raise LensError(
-            f"epsilon {epsilon} says nothing at {trace.length} tokens: the first key receives at "
-            f"least 1 / T = {1 / trace.length:.3g} by definition; use a longer prompt"
-        )
-    alpha = alpha_of(trace)
-    found = np.argwhere(np.nan_to_num(alpha) > epsilon)
-    strength = alpha[tuple(found.T)]
-    order = np.argsort(-strength, kind="stable")
-    layer, head, key = found[order].T
-    return SinkKeys(
-        layer=np.array(trace.layers)[layer],
-        head=head,
-        key=key,
-        alpha=strength[order],
-        token=tuple(trace.tokens[position] for position in key),
-        epsilon=epsilon,
-        samples=samples_of([trace]),
-        unscored=int(np.isnan(alpha).all(1).sum()),
-    )
-
-
-def profile(
-    traces: AttentionTrace | Sequence[AttentionTrace], *, epsilon: float = SINK_EPSILON
-) -> SinkProfile:
-    """The sink rate at every position, thresholded per sample and then averaged.
+    Args:
+        traces, epsilon, normalise: as for `lens.sinks.rate`.
 
     Raises:
         LensError: as `lens.sinks.rate`.
+
+    Example:
+        >>> found = lens.sinks.find(traces)
+        >>> found.table().head(), found.profile.common()
     """
-    check_epsilon(epsilon)
     several = as_list(traces)
     samples = samples_of(several)
-    alpha = np.stack([alpha_of(trace) for trace in several])
+    check_epsilon(epsilon, max(least_alpha(trace, normalise) for trace in several))
+    alpha = np.stack([alpha_of(trace, normalise) for trace in several])
+    is_sink = np.nan_to_num(alpha) > epsilon
+    places = np.argwhere(is_sink)
+    strength = alpha[tuple(places.T)]
+    prompt, layer, head, key = places[np.lexsort((-strength, places[:, 0]))].T
+    numbers = np.array(several[0].layers)
+    rows = pd.DataFrame(
+        {
+            "prompt": prompt,
+            **head_columns(list(zip(numbers[layer], head, strict=True))),
+            "key": key,
+            "token": [
+                several[one].tokens[position] for one, position in zip(prompt, key, strict=True)
+            ],
+            "alpha": alpha[prompt, layer, head, key],
+        }
+    )
     unscored = np.isnan(alpha).any((0, 1, 2))
-    is_sink = np.where(np.isnan(alpha), 0, alpha) > epsilon
-    return SinkProfile(
+    profile = SinkProfile(
         rate=np.where(unscored, np.nan, is_sink.mean((0, 1, 2))),
         alpha=alpha.mean(0),
-        layers=several[0].layers,
+        layers=tuple(numbers.tolist()),
         epsilon=epsilon,
+        normalise=normalise,
         samples=samples,
     )
+    return SinkKeys(rows, profile)

@@ -4,15 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
 
+from lens.common.choices import check_choice
 from lens.common.errors import LensError
-from lens.common.head_ids import HeadId
+from lens.common.head_ids import head_columns
 from lens.common.results import Result, Sentence, described
-from lens.sinks.detection.alphas import Samples, alpha_at, as_list, check_epsilon, samples_of
+from lens.sinks.detection.alphas import (
+    DIVIDED,
+    Normalise,
+    Samples,
+    alpha_at,
+    as_list,
+    check_epsilon,
+    least_alpha,
+    samples_of,
+    uniform_alpha,
+)
 from lens.stats import over_units
 from lens.traces.scores import SINK_EPSILON
 
@@ -30,105 +41,127 @@ class SinkRate(Result):
     Attributes:
         value: the rate over all layers and heads.
         low, high: 95 % bootstrap interval over samples; NaN for one sample or "alpha_first".
+        uniform: the same share with uniform attention in every layer; NaN where a mask is neither
+            causal nor two-way nor a window.
         by_head: [layers, heads], share of the samples in which the head has the sink.
-        alpha: [layers, heads], mean of alpha over the samples.
+        alphas: [samples, layers, heads].
         layers: numbers of the layers.
         key: the key asked about.
         epsilon: threshold; alpha must exceed it.
         reduce: "sample_first" or "alpha_first".
+        normalise: what alpha is divided by, "visible" or "all".
         samples: model, dtype, T, BOS policy and n.
+        seed: of the bootstrap.
+        least: alpha that a first key has by definition.
     """
 
     value: float
     low: float
     high: float
+    uniform: float
     by_head: np.ndarray = field(repr=False)
-    alpha: np.ndarray = field(repr=False)
+    alphas: np.ndarray = field(repr=False)
     layers: tuple[int, ...] = field(repr=False)
     key: int
     epsilon: float
-    reduce: str
+    reduce: Reduce
+    normalise: Normalise
     samples: Samples
+    seed: int
+    least: float
+
+    @property
+    def alpha(self) -> np.ndarray:
+        """[layers, heads], mean of alpha over the samples."""
+        return self.alphas.mean(0)
+
+    def curve(self, epsilons: Sequence[float] = _GRID) -> SinkCurve:
+        """The rate at each of `epsilons`, of which those that a first key exceeds anyway are left out.
+
+        Args:
+            epsilons: thresholds, by default 0.05, 0.1, ... 0.95.
+
+        Raises:
+            LensError: an epsilon outside 0 to 1, or none that is large enough.
+
+        Example:
+            >>> lens.sinks.rate(traces).curve((0.2, 0.4)).table()
+        """
+        for epsilon in epsilons:
+            check_epsilon(epsilon)
+        kept = [epsilon for epsilon in epsilons if epsilon > self.least]
+        if not kept:
+            raise LensError(
+                f"no epsilon of {list(epsilons)} exceeds {self.least:.3g}, what the first key receives "
+                "by definition; give larger ones or longer prompts"
+            )
+        points = [_rate(self.alphas, epsilon, self.reduce, self.seed)[:3] for epsilon in kept]
+        values, low, high = np.array(points).T
+        return SinkCurve(np.array(kept), values, low, high, self)
+
+    def settings(self) -> dict[str, Any]:
+        """What the number depends on, as columns of a table."""
+        return {
+            "key": self.key,
+            "reduce": self.reduce,
+            "normalise": self.normalise,
+            "tokens": self.samples.tokens,
+            "bos": self.samples.bos,
+            "n": self.samples.n,
+        }
 
     def table(self) -> pd.DataFrame:
         """One row per head, with everything that the number depends on."""
-        layers, heads = self.by_head.shape
-        return pd.DataFrame(
-            {
-                "layer": np.repeat(self.layers, heads),
-                "head": np.tile(np.arange(heads), layers),
-                "name": [
-                    str(HeadId(layer, head)) for layer in self.layers for head in range(heads)
-                ],
-                "rate": self.by_head.ravel(),
-                "alpha": self.alpha.ravel(),
-                "key": self.key,
-                "epsilon": self.epsilon,
-                "reduce": self.reduce,
-                "tokens": self.samples.tokens,
-                "bos": self.samples.bos,
-                "n": self.samples.n,
-            }
-        )
+        places = [(layer, head) for layer in self.layers for head in range(self.by_head.shape[1])]
+        columns = {"rate": self.by_head.ravel(), "alpha": self.alpha.ravel()}
+        settings = {"epsilon": self.epsilon, **self.settings()}
+        return pd.DataFrame(head_columns(places) | columns).assign(**settings)
 
     def __repr__(self) -> str:
         return described(self)
 
     def findings(self) -> tuple[Sentence, ...]:
-        """The rate, the heads with most, and what the number depends on."""
+        """The rate beside uniform attention, the heads with most, and what the number depends on."""
         top = self.table().sort_values("alpha", ascending=False, kind="stable").head(3)
-        heads = ", ".join(
-            f"{HeadId(int(row['layer']), int(row['head']))} {row['alpha']:.2f}"
-            for row in top.to_dict("records")
-        )
+        heads = ", ".join(f"{row['name']} {row['alpha']:.2f}" for row in top.to_dict("records"))
         interval = "" if np.isnan(self.low) else f" [{self.low:.1%}, {self.high:.1%}]"
+        even = "not known" if np.isnan(self.uniform) else f"{self.uniform:.1%}"
         place = "The first token" if self.key == 0 else f"Key {self.key}"
         return (
             Sentence(
-                f"{place} is a sink in {self.value:.1%}{interval} of heads (ε = {self.epsilon}, T = "
-                f"{self.samples.tokens}, BOS {self.samples.bos}, n = {self.samples.n}).",
+                f"{place} is a sink in {self.value:.1%}{interval} of heads (with uniform attention {even}; α "
+                f"above {self.epsilon:g}, {DIVIDED[self.normalise]}; T = {self.samples.tokens}, BOS "
+                f"{self.samples.bos}, n = {self.samples.n}).",
                 kind="rate",
             ),
             Sentence(f"It receives most in {heads} (mean α).", kind="heads"),
             Sentence(
-                "The rate is a share of heads, no mass, and compares only at equal ε, T and BOS.",
+                "The rate is a share of heads, no mass, and compares only at equal ε, T, BOS and normalise.",
                 kind="limit",
             ),
         )
 
 
 @dataclass(frozen=True, eq=False)
-class SinkSensitivity(Result):
+class SinkCurve(Result):
     """The sink rate of one key as a curve over epsilon.
 
     Attributes:
         epsilons, values, low, high: [points]; intervals as in `SinkRate`.
-        key, reduce, samples: as in `SinkRate`.
+        of: the rate that it belongs to.
     """
 
     epsilons: np.ndarray
     values: np.ndarray
     low: np.ndarray
     high: np.ndarray
-    key: int
-    reduce: str
-    samples: Samples
+    of: SinkRate = field(repr=False)
 
     def table(self) -> pd.DataFrame:
         """One row per epsilon."""
-        return pd.DataFrame(
-            {
-                "epsilon": self.epsilons,
-                "rate": self.values,
-                "low": self.low,
-                "high": self.high,
-                "key": self.key,
-                "reduce": self.reduce,
-                "tokens": self.samples.tokens,
-                "bos": self.samples.bos,
-                "n": self.samples.n,
-            }
-        )
+        columns = {"epsilon": self.epsilons, "rate": self.values}
+        columns |= {"low": self.low, "high": self.high}
+        return pd.DataFrame(columns).assign(**self.of.settings())
 
     def findings(self) -> tuple[Sentence, ...]:
         """How the rate falls from the smallest to the largest epsilon."""
@@ -136,7 +169,10 @@ class SinkSensitivity(Result):
             f"{self.values[place]:.1%} at ε = {self.epsilons[place]:g}"
             for place in (0, len(self.epsilons) // 2, -1)
         ]
-        text = f"The share of heads with a sink on key {self.key} is {', '.join(points)} ({self.samples})."
+        text = (
+            f"The share of heads with a sink on key {self.of.key} is {', '.join(points)} "
+            f"({DIVIDED[self.of.normalise]}; {self.of.samples})."
+        )
         return (Sentence(text, kind="rate"),)
 
     def __repr__(self) -> str:
@@ -148,6 +184,7 @@ def rate(
     *,
     key: int = 0,
     epsilon: float = SINK_EPSILON,
+    normalise: Normalise = "visible",
     reduce: Reduce = "sample_first",
     seed: int = 0,
 ) -> SinkRate:
@@ -156,90 +193,54 @@ def rate(
     Args:
         traces: one or several of one model, with equal length and BOS policy.
         key: position counted from 0.
-        epsilon: threshold, strict.
+        epsilon: threshold, strict; `.curve()` of the result is the rate over many.
+        normalise: "visible" divides what the key receives by the queries that see it, "all" by all
+            that could without a window, as Gu et al. do. The same where no layer has a window.
         reduce: "sample_first" thresholds each sample and then averages, as the authors' code does;
             "alpha_first" averages alpha over the samples and then thresholds, another metric.
         seed: of the bootstrap.
 
     Raises:
-        LensError: traces that do not compare, a key too near the end, an epsilon at or below
-            1 / T (the first key exceeds that by definition), an unknown `reduce`.
+        LensError: traces that do not compare, a key too near the end, an epsilon that the first key
+            exceeds by definition (1 / T), an unknown `normalise` or `reduce`.
 
     Example:
         >>> result = lens.sinks.rate(traces)
         >>> result.value, result.samples.tokens, result.samples.bos, result.samples.n
     """
+    check_choice("reduce", reduce, Reduce)
     several = as_list(traces)
     samples = samples_of(several)
-    alpha = alpha_at(several, key)
-    value, low, high, by_head = _rate(several, alpha, epsilon, reduce, seed)
+    alpha = alpha_at(several, key, normalise)
+    least = max(least_alpha(trace, normalise) for trace in several)
+    check_epsilon(epsilon, least)
+    even = uniform_alpha(several[0], normalise)[:, key]
+    value, low, high, by_head = _rate(alpha, epsilon, reduce, seed)
     return SinkRate(
         value=value,
         low=low,
         high=high,
+        uniform=np.nan if np.isnan(even).any() else float((even > epsilon).mean()),
         by_head=by_head,
-        alpha=alpha.mean(0),
+        alphas=alpha,
         layers=several[0].layers,
         key=key,
         epsilon=epsilon,
         reduce=reduce,
+        normalise=normalise,
         samples=samples,
+        seed=seed,
+        least=least,
     )
 
 
-def sensitivity(
-    traces: AttentionTrace | Sequence[AttentionTrace],
-    *,
-    key: int = 0,
-    epsilons: Sequence[float] = _GRID,
-    reduce: Reduce = "sample_first",
-    seed: int = 0,
-) -> SinkSensitivity:
-    """The rate at each of `epsilons`, of which those at or below 1 / T are left out.
-
-    Args:
-        traces, key, reduce, seed: as for `rate`.
-        epsilons: thresholds, by default 0.05, 0.1, ... 0.95.
-
-    Raises:
-        LensError: as `rate`; no epsilon above 1 / T.
-    """
-    several = as_list(traces)
-    samples = samples_of(several)
-    alpha = alpha_at(several, key)
-    for epsilon in epsilons:
-        check_epsilon(epsilon)
-    kept = [epsilon for epsilon in epsilons if epsilon * samples.tokens > 1]
-    if not kept:
-        raise LensError(
-            f"no epsilon of {list(epsilons)} exceeds 1 / T = {1 / samples.tokens:.3g}; "
-            "give larger ones or longer prompts"
-        )
-    points = [_rate(several, alpha, epsilon, reduce, seed)[:3] for epsilon in kept]
-    values, low, high = np.array(points).T
-    return SinkSensitivity(np.array(kept), values, low, high, key, reduce, samples)
-
-
 def _rate(
-    traces: Sequence[AttentionTrace],
-    alpha: np.ndarray,
-    epsilon: float,
-    reduce: str,
-    seed: int,
+    alpha: np.ndarray, epsilon: float, reduce: Reduce, seed: int
 ) -> tuple[float, float, float, np.ndarray]:
     """Rate, its interval, and the rate by head, of alpha [samples, layers, heads]."""
-    check_epsilon(epsilon)
-    length = traces[0].length
-    if epsilon * length <= 1:
-        raise LensError(
-            f"epsilon {epsilon} says nothing at {length} tokens: the first key receives at least "
-            f"1 / T = {1 / length:.3g} by definition; use longer prompts or a larger epsilon"
-        )
     if reduce == "alpha_first":
         by_head = (alpha.mean(0) > epsilon).astype(float)
         return float(by_head.mean()), np.nan, np.nan, by_head
-    if reduce != "sample_first":
-        raise LensError(f"reduce must be 'sample_first' or 'alpha_first', got {reduce!r}")
     is_sink = (alpha > epsilon).astype(float)
     by_sample = is_sink.mean((1, 2))
     low, high = over_units(by_sample, np.ones(len(by_sample)), seed)
