@@ -280,6 +280,9 @@ class _Execution:
     def _analyse(self) -> None:
         """The steps of this kind of run; each finished section stays, one that cannot be has its reason."""
         subject = Subject(self._model, open_run(self._writer.path), self._config, self._output)
+        for left_out in subject.left_out():
+            log.warning("%s", left_out)
+            self._writer.warn(left_out)
         for step in STEPS[self._config.what]:
             if not step.is_wanted(self._config.analysis):
                 continue

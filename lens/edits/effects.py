@@ -90,6 +90,7 @@ def effect(
     task = prompts if isinstance(prompts, Task) else None
     if task is not None:
         task.check(model)
+        task.refuse_lengths("lens.effect")
     read = read_prompts(model, prompts if task is None else task.clean, whole=True)[0]
     for prompt in read:
         two_tokens(prompt.ids)

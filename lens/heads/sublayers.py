@@ -130,6 +130,7 @@ def block_influence(model: LoadedModel, task: Task, *, progress: bool = True) ->
     """
     layers = dict.fromkeys(blocks(model))
     task.check(model)
+    task.refuse_lengths("block_influence")
     parts, turned = [], []
 
     def keep(_: object, inputs: tuple[Tensor, ...], output: object) -> None:
@@ -160,6 +161,7 @@ def _prepared(
     check_choice("distance", distance, Distance)
     candidates = named_sublayers(model)
     task.check(model)
+    task.refuse_lengths("importance of sub-layers")
     whole = _logits(model, task, [])
 
     def without(names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:

@@ -7,6 +7,10 @@ from pathlib import Path
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 DEFAULT_MODEL = "text-lm-3l"
+_WITHOUT_OWNER = (
+    r"(distil)?gpt2(-medium|-large|-xl)?|openai-gpt|ctrl|"
+    r"((distil)?(bert|roberta)|albert|camembert|t5|transfo-xl|xlm|xlnet)-[\w.-]{1,60}"
+)  # the hub takes no more of these
 
 
 @dataclass(frozen=True)
@@ -73,10 +77,8 @@ def nearest(name: str) -> str:
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether the hub could know a name: `owner/name`, or a bare one such as `gpt2` that is no slip of a known one."""
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None:
-        return True
-    return re.fullmatch(r"[A-Za-z0-9][\w.-]*", name) is not None and not nearest(name)
+    """Whether a name looks like `owner/name` on the hub, or is of its first models, which have no owner."""
+    return re.fullmatch(rf"[\w.-]+/[\w.-]+|{_WITHOUT_OWNER}", name) is not None
 
 
 def unknown_model(name: str) -> str:

@@ -9,21 +9,30 @@ import torch
 
 from lens.common.errors import LensError
 from lens.models.loaded import LoadedModel
-from lens.tasks.candidates import Misfit, following
+from lens.passes.logits import logits_of
+from lens.tasks.candidates import Misfit
 from lens.tasks.task import Task
 
 _NEEDED = ("clean", "correct", "wrong")
+_OPTIONAL = ("corrupt", "position")
+_SAME = 1e-3  # of the largest logit, by which a filled-up prompt may differ from the same alone
 
 
 def from_jsonl(model: LoadedModel, path: str | Path, *, name: str | None = None) -> Task:
-    """A task by logit difference at the last token, from your own prompts.
+    """A task by logit difference, from your own prompts.
 
     Each line is an object: `clean` (a text or token ids), `corrupt` (the same, of as many tokens;
-    in every line or in none), `correct` and `wrong` (a text of a single token, with its leading space
-    where the vocabulary has one, or an id). What does not fit is dropped and listed in
-    `task.dropped`: answers of several tokens or that are one token, an answer that changes how its
-    prompt is split, prompts whose corrupt partner has another length, and
-    prompts of another length than most (the shorter one where two are as frequent).
+    in every line or in none), `correct` and `wrong` (a text, with its leading space where the vocabulary
+    has one, or a token id), and `position`, where the answer is read if that is not the last token: a
+    number from 0, or from the end below 0.
+
+    Answers of several tokens count by the first token in which the two differ, read after those that they
+    share. Prompts may have several lengths: shorter ones are filled up behind their own tokens, where a
+    model that looks back alone sees nothing of it, which is checked; a model that looks ahead keeps those
+    of the most frequent length (the shorter one where two are as frequent). What does not fit is dropped
+    and listed in `task.dropped`: answers that are one token or of which one begins the other, an answer
+    that changes how its prompt is split, prompts whose corrupt partner has another length, a position
+    outside of the prompt.
 
     Args:
         model: whose tokenizer reads the texts.
@@ -61,26 +70,60 @@ def from_jsonl(model: LoadedModel, path: str | Path, *, name: str | None = None)
     if 0 < len(with_corrupt) < len(found):
         lacking = next(row["number"] for row in found if row["corrupt"] is None)
         raise LensError(f"{path.name}: line {lacking} has no 'corrupt' and others do; add it")
-    counts = Counter(len(row["clean"]) for row in found)
-    length = min(counts, key=lambda size: (-counts[size], size))
-    for row in found:
-        if len(row["clean"]) != length:
-            dropped.append(f"line {row['number']}: {len(row['clean'])} tokens, most have {length}")
-    kept = [row for row in found if len(row["clean"]) == length]
+    kept, left_out = _of_one_length_or_filled(model, found)
 
     def column(field: str) -> torch.Tensor:
-        return torch.tensor([row[field] for row in kept])
+        width = max(len(row["clean"]) for row in kept)
+        return torch.tensor([_filled(row[field], width) for row in kept])
 
+    def numbers(field: str) -> torch.Tensor:
+        return torch.tensor([row[field] for row in kept])[:, None]
+
+    lengths = [len(row["clean"]) for row in kept]
     return Task(
         name=name or path.stem,
         clean=column("clean"),
-        positions=torch.full((len(kept), 1), length - 1),
-        correct=column("correct")[:, None],
+        positions=numbers("position"),
+        correct=numbers("correct"),
         metric="logit_difference",
         corrupt=column("corrupt") if with_corrupt else None,
-        wrong=column("wrong")[:, None],
-        dropped=tuple(dropped),
+        wrong=numbers("wrong"),
+        dropped=(*dropped, *left_out),
+        lengths=torch.tensor(lengths) if len(set(lengths)) > 1 else None,
     )
+
+
+def _of_one_length_or_filled(
+    model: LoadedModel, rows: list[dict[str, Any]]
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """All rows where filling up changes nothing, else those of the most frequent length; what is left out."""
+    counts = Counter(len(row["clean"]) for row in rows)
+    if len(counts) == 1 or _looks_back_alone(model, [row["clean"] for row in rows]):
+        return rows, []
+    length = min(counts, key=lambda size: (-counts[size], size))
+    return [row for row in rows if len(row["clean"]) == length], [
+        f"line {row['number']}: {len(row['clean'])} tokens, most have {length}, and the model looks ahead"
+        for row in rows
+        if len(row["clean"]) != length
+    ]
+
+
+def _looks_back_alone(model: LoadedModel, prompts: list[list[int]]) -> bool:
+    """Whether the shortest prompt has the same logits alone and filled up to the longest."""
+    shortest, longest = min(prompts, key=len), max(map(len, prompts))
+    context = model.info.context
+    if context is not None and longest > context:
+        return True  # which the task refuses by its length
+    with torch.no_grad():
+        alone = logits_of(model, torch.tensor([shortest]))[0].double()
+        filled = logits_of(model, torch.tensor([_filled(shortest, longest)]))[0].double()
+    change = (filled[: len(shortest)] - alone).abs().max()
+    return bool(change <= _SAME * alone.abs().max())
+
+
+def _filled(ids: list[int], width: int) -> list[int]:
+    """The ids and, behind them, the last one again."""
+    return ids + ids[-1:] * (width - len(ids))
 
 
 def _parse(line: str, number: int, path: Path) -> dict[str, Any]:
@@ -90,9 +133,33 @@ def _parse(line: str, number: int, path: Path) -> dict[str, Any]:
         raise LensError(f"{path.name}: line {number} is no JSON ({error.msg})") from error
     if not isinstance(row, dict) or any(field not in row for field in _NEEDED):
         raise LensError(f"{path.name}: line {number} must be an object with {', '.join(_NEEDED)}")
-    if unknown := sorted(set(row) - {*_NEEDED, "corrupt"}):
+    if unknown := sorted(set(row) - {*_NEEDED, *_OPTIONAL}):
         raise LensError(f"{path.name}: line {number} has unknown fields {', '.join(unknown)}")
+    position = row.get("position", -1)
+    if isinstance(position, bool) or not isinstance(position, int):
+        raise LensError(
+            f"{path.name}: line {number} has the position {position!r}, which is no number"
+        )
+    for field in ("clean", "corrupt"):
+        value = row.get(field)
+        if (
+            not isinstance(value, str)
+            and not _are_ids(value)
+            and not (field == "corrupt" and value is None)
+        ):
+            raise LensError(f"{path.name}: line {number} needs a text or token ids as {field}")
+    for field in ("correct", "wrong"):
+        if not isinstance(row[field], str) and not _are_ids([row[field]]):
+            raise LensError(f"{path.name}: line {number} needs a text or a token id as {field}")
     return row
+
+
+def _are_ids(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) > 0
+        and all(isinstance(one, int) and not isinstance(one, bool) for one in value)
+    )
 
 
 def _encode(model: LoadedModel, row: dict[str, Any], number: int) -> dict[str, Any]:
@@ -100,25 +167,51 @@ def _encode(model: LoadedModel, row: dict[str, Any], number: int) -> dict[str, A
     corrupt = None if row.get("corrupt") is None else _ids(model, row["corrupt"])
     if corrupt is not None and len(corrupt) != len(clean):
         raise Misfit(f"clean has {len(clean)} tokens, corrupt {len(corrupt)}")
-    answers = {field: _answer(model, row["clean"], row[field]) for field in ("correct", "wrong")}
-    if answers["correct"] == answers["wrong"]:
-        raise Misfit("the correct and the wrong answer are the same token")
-    return {"number": number, "clean": clean, "corrupt": corrupt, **answers}
+    position = row.get("position", -1)
+    if not -len(clean) <= position < len(clean):
+        raise Misfit(f"position {position} is outside of its {len(clean)} tokens")
+    position %= len(clean)
+    shared, correct, wrong = _first_difference(
+        *(_answer(model, row["clean"], row[field]) for field in ("correct", "wrong"))
+    )
+    if shared and position != len(clean) - 1:
+        raise Misfit("its answers begin alike, which can be read behind the last token alone")
+    return {
+        "number": number,
+        "clean": clean + shared,
+        "corrupt": None if corrupt is None else corrupt + shared,
+        "position": position + len(shared),
+        "correct": correct,
+        "wrong": wrong,
+    }
+
+
+def _first_difference(correct: list[int], wrong: list[int]) -> tuple[list[int], int, int]:
+    """What both answers begin with, and the first token of each that the other has not there."""
+    for at, (right, other) in enumerate(zip(correct, wrong, strict=False)):
+        if right != other:
+            return correct[:at], right, other
+    if correct == wrong:
+        raise Misfit("the correct and the wrong answer are the same")
+    raise Misfit("one answer begins the other, so that no token tells them apart")
 
 
 def _ids(model: LoadedModel, prompt: str | list[int]) -> list[int]:
-    return model.encode(prompt) if isinstance(prompt, str) else [int(index) for index in prompt]
+    return model.encode(prompt) if isinstance(prompt, str) else prompt
 
 
-def _answer(model: LoadedModel, prompt: str | list[int], answer: str | int) -> int:
-    """The single token of an answer: where it follows the prompt, if it begins with a space."""
+def _answer(model: LoadedModel, prompt: str | list[int], answer: str | int) -> list[int]:
+    """The tokens of an answer: where it follows the prompt, if it begins with a space."""
     if isinstance(answer, int):
-        return answer
+        return [answer]
     if isinstance(prompt, str) and answer[:1].isspace():
-        return following(model, prompt, answer)
+        before, after = model.encode(prompt), model.encode(prompt + answer)
+        if after[: len(before)] != before or len(after) <= len(before):
+            raise Misfit(f"{answer!r} changes how the text before it is split into tokens")
+        return after[len(before) :]
     ids = model.encode(answer)
     if ids[0] == model.bos_id:
         ids = ids[1:]
-    if len(ids) != 1:
-        raise Misfit(f"the answer {answer!r} has {len(ids)} tokens, one was expected")
-    return ids[0]
+    if not ids:
+        raise Misfit(f"the answer {answer!r} has no token")
+    return ids

@@ -1,4 +1,4 @@
-"""`Task`: prompts of one length, where to read the logits, and what counts as right there."""
+"""`Task`: prompts, where to read the logits, and what counts as right there."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -23,7 +23,7 @@ class Task:
 
     Attributes:
         name: for people and tables.
-        clean: [prompts, tokens] token ids; all prompts have one length, so positions can be compared.
+        clean: [prompts, tokens] token ids; shorter prompts are filled up behind their own tokens.
         positions: [prompts, answers] queries whose logits are read.
         correct: [prompts, answers] token that should follow there.
         metric: the mean over the answers of a prompt of "loss" (cross-entropy in nats), "accuracy"
@@ -37,6 +37,8 @@ class Task:
             then mean the right set.
         reference: [prompts, answers, vocab] log-probabilities; "kl" alone has it (`with_kl`).
         marks: positions with a name, [prompts] each, such as where the subject stands.
+        lengths: [prompts] tokens of each prompt that are its own, where these differ; what follows them
+            no answer sees. None: all have one length, so that positions can be compared.
         dropped: what was left out when the task was made, and why, one sentence each.
 
     Raises:
@@ -55,6 +57,7 @@ class Task:
     sets: AnswerSets | None = None
     reference: Tensor | None = None
     marks: Mapping[str, Tensor] = field(default_factory=dict)
+    lengths: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.clean.dim() != 2 or not self.clean.numel():
@@ -74,6 +77,15 @@ class Task:
         if not 0 <= int(self.positions.min()) <= int(self.positions.max()) < self.length:
             raise LensError(
                 f"positions must be 0 to {self.length - 1}; got {_range(self.positions)}"
+            )
+        if self.lengths is not None and (
+            self.lengths.shape != (self.n,)
+            or int(self.lengths.max()) > self.length
+            or bool((self.positions >= self.lengths[:, None]).any())
+        ):
+            raise LensError(
+                f"lengths must be one number of at most {self.length} for each of {self.n} prompts, and "
+                "answers are read within them"
             )
         if self.metric not in METRICS:
             raise LensError(f"unknown metric {self.metric!r}; known: {', '.join(METRICS)}")
@@ -194,8 +206,33 @@ class Task:
             wrong=some(self.wrong),
             sets=None if self.sets is None else self.sets.rows(rows),
             reference=some(self.reference),
+            lengths=some(self.lengths),
             marks={name: places[rows] for name, places in self.marks.items()},
         )
+
+    @property
+    def own(self) -> Tensor:
+        """[prompts, tokens] which positions are the prompts' own tokens."""
+        ends = torch.full((self.n,), self.length) if self.lengths is None else self.lengths
+        return torch.arange(self.length) < ends[:, None]
+
+    @property
+    def prompts(self) -> list[list[int]]:
+        """The clean prompts' own tokens."""
+        pairs = zip(self.clean, self.own, strict=True)
+        return [ids[own].tolist() for ids, own in pairs]
+
+    def refuse_lengths(self, what: str) -> None:
+        """What compares all positions of the prompts refuses those of several lengths.
+
+        Raises:
+            LensError: the prompts have several lengths.
+        """
+        if self.lengths is not None:
+            raise LensError(
+                f"{what} compares the prompts position by position, and those of {self.name!r} have "
+                f"{_range(self.lengths)} tokens; give prompts of one length"
+            )
 
     def with_metric(self, metric: str) -> "Task":
         """The same prompts by another metric; wrong answers are dropped where it has none.
@@ -273,8 +310,9 @@ class Task:
         better = "more" if self.sign > 0 else "less"
         corrupt = "with" if self.corrupt is not None else "without"
         dropped = f", {len(self.dropped)} dropped" if self.dropped else ""
+        length = self.length if self.lengths is None else _range(self.lengths)
         return (
-            f"Task({self.name}: {self.n} prompts of {self.length} tokens, {corrupt} corrupt ones"
+            f"Task({self.name}: {self.n} prompts of {length} tokens, {corrupt} corrupt ones"
             f"{dropped}; {self.metric}, {better} is better)"
         )
 

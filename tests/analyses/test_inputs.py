@@ -1,5 +1,7 @@
 """From files and embedded texts to prompts: cut on request only, and refused with a remedy."""
 
+import json
+
 import pytest
 from lens_analyses.config import ModelConfig, PromptConfig, RunConfig, make_config
 from lens_analyses.inputs import load_model, plan, read_sources
@@ -7,6 +9,7 @@ from lens_analyses.steps.subject import window_length
 
 import lens
 from lens.common.errors import LensError
+from lens.runs import open_run
 
 
 @pytest.fixture(scope="module")
@@ -203,3 +206,35 @@ def test_windows_of_texts_shorter_than_the_default_need_no_setting(lens_command,
     words = "sinks --text-name moby-dick --tokens 96 --windows 6 --dry-run --json"
     answer = lens_command(*words.split(), "--out", tmp_path)
     assert answer.code == 0, answer.err
+
+
+def test_prompts_of_a_file_that_are_left_out_are_named_in_log_warnings_and_report(
+    lens_command, tmp_path
+):
+    """Of nine lines one is left out; three lengths, answers of two tokens and another position are used."""
+    middle = ["s5 s3", "s5", "s9 s7 s6", "s12 s13"]
+    rows = [
+        {
+            "clean": f"s{at} s2 {words} s{at}",
+            "corrupt": f"s{at + 20} s2 {words} s{at}",
+            "correct": "s2",
+            "wrong": "s4",
+        }
+        for at, words in enumerate(middle * 2, 30)
+    ]
+    rows[1] |= {"correct": "s2 s6", "wrong": "s4 s6"}
+    rows[2] |= {"position": -1}
+    rows.append(rows[0] | {"corrupt": "s1"})
+    path = tmp_path / "mine.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    words = f"circuit --model induction-2l --copied 2 --method eap --task {path} --out {tmp_path}"
+    answer = lens_command(*words.split(), "--json")
+    assert answer.code == 0, answer.err
+    said = "1 of 9 prompts of mine.jsonl are left out: line 9: clean has 6 tokens, corrupt 2."
+    assert said in answer.err
+    run = open_run(answer.json["path"])
+    assert run.meta["warnings"] == [said]
+    assert said in (run.path / "log.txt").read_text()
+    assert said in (run.path / "report.html").read_text()
+    assert any("line 9" in limit for limit in run.section("edges").limits)
+    assert run.unsupported == {}

@@ -151,12 +151,13 @@ def test_the_desk_refuses_what_the_command_would(desk, settings, reason):
 
 
 def test_a_job_is_the_command_that_a_person_would_type(desk):
-    desk.submit("run", {**SMALL, "model.revision": "$(touch x); '", "seed": None})
+    settings = {**SMALL, "model.name": "owner/model", "model.revision": "$(touch x); '"}
+    desk.submit("run", {**settings, "seed": None})
     (job,) = desk.state()["jobs"]
     assert job["command"] == (
-        """lens run --model induction-2l --revision '$(touch x); '"'"'' --copied 2"""
+        """lens run --model owner/model --revision '$(touch x); '"'"'' --copied 2"""
     )
-    assert job["config"]["model"] == {"name": "induction-2l", "revision": "$(touch x); '"}
+    assert job["config"]["model"] == {"name": "owner/model", "revision": "$(touch x); '"}
 
 
 def test_the_form_has_every_setting_and_says_what_it_is():

@@ -126,7 +126,7 @@ def test_an_unknown_name_lists_the_known_without_asking_the_network(monkeypatch)
     with pytest.raises(
         LensError, match="known: text-lm-3l, stories260k, induction-2l, smollm2-135m"
     ):
-        lens.load("zz z")
+        lens.load("zzz")
     assert nearest("zzz") == ""
 
 

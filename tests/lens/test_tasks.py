@@ -1,12 +1,17 @@
 """Tasks: what is asked where, that the metric says it, and each refusal."""
 
 import json
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 import lens
+from lens.circuits.graph.activations import Ablation, References, read_activations
+from lens.circuits.graph.nodes import find_nodes
 from lens.common.errors import LensError
+from lens.heads import importance
 from lens.tasks import Task, from_jsonl, induction, language_modelling
 from lens.tasks.metrics import AnswerSets
 from tests.lens.architectures import build
@@ -148,26 +153,100 @@ def test_a_file_of_prompts_becomes_a_task_and_says_what_it_left_out(toy, tmp_pat
         row(),
         row(corrupt="s1 s2"),
         "",
-        row(correct="s5 s7"),
+        row(correct="s5 s7", wrong="s5 s8"),  # read behind the token that both begin with
+        row(correct="s5 s7"),  # by its first token
+        row(correct="s5 s7", wrong="s5"),
         row("s1 s2 s3 s4", "s0 s2 s3 s4"),
         row([64, 9, 8, 7], [64, 3, 8, 7], correct=11),
+        row() | {"position": 1},
+        row() | {"position": -5},
     )
     task = from_jsonl(toy, path)
-    assert (task.name, task.n, task.length, task.metric) == ("mine", 2, 4, "logit_difference")
-    assert task.clean.tolist() == [[64, 1, 2, 3], [64, 9, 8, 7]]
+    assert (task.name, task.n, task.length, task.metric) == ("mine", 6, 5, "logit_difference")
+    assert task.lengths is not None
+    assert task.lengths.tolist() == [4, 5, 4, 5, 4, 4]
+    assert task.clean.tolist() == [
+        [64, 1, 2, 3, 3],
+        [64, 1, 2, 3, 5],
+        [64, 1, 2, 3, 3],
+        [64, 1, 2, 3, 4],
+        [64, 9, 8, 7, 7],
+        [64, 1, 2, 3, 3],
+    ]
     assert task.corrupt is not None
-    assert task.corrupt.tolist() == [[64, 4, 2, 3], [64, 3, 8, 7]]
-    assert task.positions.tolist() == [[3], [3]]
-    assert task.correct.tolist() == [[5], [11]]
+    assert task.corrupt[:, 1].tolist() == [4, 4, 4, 0, 3, 4]
+    assert task.positions[:, 0].tolist() == [3, 4, 3, 4, 3, 1]
+    assert task.correct[:, 0].tolist() == [5, 7, 5, 5, 11, 5]
+    assert task.wrong is not None
+    assert task.wrong[:, 0].tolist() == [6, 8, 6, 6, 6, 6]
     assert task.dropped == (
         "line 2: clean has 4 tokens, corrupt 3",
-        "line 4: the answer 's5 s7' has 2 tokens, one was expected",
-        "line 5: 5 tokens, most have 4",
+        "line 6: one answer begins the other, so that no token tells them apart",
+        "line 10: position -5 is outside of its 4 tokens",
     )
+    assert "6 prompts of 4 to 5 tokens" in repr(task)
     assert "3 dropped" in repr(task)
-    logits = toy.model(task.clean).logits[:, -1]
-    expected = logits[[0, 1], [5, 11]] - logits[:, 6]
-    torch.testing.assert_close(task.evaluate(toy), expected.detach())
+    for prompt, (ids, at) in enumerate(zip(task.clean, task.positions[:, 0], strict=True)):
+        alone = toy.model(ids[None, : at + 1]).logits[0, -1]
+        expected = alone[task.correct[prompt, 0]] - alone[task.wrong[prompt, 0]]
+        torch.testing.assert_close(task.evaluate(toy)[prompt], expected.detach())
+
+
+def test_what_fills_up_a_prompt_enters_no_number(toy, tmp_path):
+    """Means run over the prompts' own tokens; what needs equal positions refuses."""
+    rows = [
+        row("s1 s5 s3 s8 s1", "s1 s7 s3 s8 s1"),
+        row("s2 s5 s8 s2", "s2 s9 s8 s2"),
+        row("s4 s5 s1 s4", "s7 s5 s1 s4"),
+    ]
+    task = from_jsonl(toy, write(tmp_path / "mine.jsonl", *rows))
+    for method, baseline in (
+        ("ablation", "mean"),
+        ("ablation", "pooled_mean"),
+        ("ablation", "counterfactual"),
+        ("attribution", "mean"),
+        ("gradient", "zero"),
+    ):
+        expected = importance(toy, task, method=method, baseline=baseline)
+        other = task.clean.clone()
+        other[1:, -1] = 41
+        corrupt = task.corrupt.clone()
+        corrupt[1:, -1] = 42
+        found = importance(
+            toy, replace(task, clean=other, corrupt=corrupt), method=method, baseline=baseline
+        )
+        np.testing.assert_allclose(found.per_prompt, expected.per_prompt, atol=1e-5)
+        assert np.abs(expected.per_prompt).max() > 0.01
+    alone = from_jsonl(toy, write(tmp_path / "short.jsonl", *rows[1:]))
+    pair = replace(task.take(torch.tensor([1, 2])), clean=task.clean[1:], corrupt=task.corrupt[1:])
+    np.testing.assert_allclose(
+        importance(toy, pair, baseline="mean").per_prompt,
+        importance(toy, alone, baseline="mean").per_prompt,
+        atol=1e-5,
+    )
+    refused = "compares the prompts position by position, and those of 'mine' have 5 to 6 tokens"
+    for call in (
+        lambda: importance(toy, task, baseline="resample"),
+        lambda: lens.heads.sublayers.block_influence(toy, task),
+        lambda: lens.heads.sublayers.importance(toy, task),
+        lambda: lens.effect(toy, task, lens.edits.Mask("first")),
+    ):
+        with pytest.raises(LensError, match=refused):
+            call()
+
+
+def test_the_reference_of_circuits_is_the_mean_over_own_tokens(toy, tmp_path):
+    rows = [row("s1 s2 s3 s4", "s0 s2 s3 s4"), row(), row("s7 s2 s3", "s4 s2 s3")]
+    task = from_jsonl(toy, write(tmp_path / "mine.jsonl", *rows))
+    nodes = find_nodes(toy)
+    found = References(nodes, task, Ablation("mean")).of(torch.arange(3))
+    outputs = [
+        read_activations(nodes, ids[None])[1] for ids in (task.clean[0], *task.clean[1:, :4])
+    ]
+    for part in range(len(found.heads)):
+        at = torch.stack([one.heads[part][0, :, :4] for one in outputs])
+        torch.testing.assert_close(found.heads[part][0, :, :4], at.mean(0))
+        torch.testing.assert_close(found.heads[part][0, :, 4], outputs[0].heads[part][0, :, 4])
 
 
 @pytest.mark.parametrize(
@@ -178,7 +257,13 @@ def test_a_file_of_prompts_becomes_a_task_and_says_what_it_left_out(toy, tmp_pat
         ((row(wrong=None),), "line 1 must be an object with clean, correct, wrong"),
         (([1],), "line 1 must be an object"),
         ((row() | {"extra": 1},), "unknown fields extra"),
-        ((row(correct="s1 s2"),), "no prompt that can be used; line 1: the answer"),
+        (
+            (row(correct="s1 s2", wrong="s1"),),
+            "no prompt that can be used; line 1: one answer begins",
+        ),
+        ((row(correct=1.5),), "line 1 needs a text or a token id as correct"),
+        ((row(clean=[]),), "line 1 needs a text or token ids as clean"),
+        ((row() | {"position": "end"},), "line 1 has the position 'end', which is no number"),
     ],
 )
 def test_a_file_that_is_no_task_is_refused(toy, tmp_path, rows, message):

@@ -360,13 +360,16 @@ def test_an_answer_with_a_space_is_read_where_it_follows_its_prompt(by_word, tmp
     lines = [
         {"clean": "Lily went to", "correct": " the", "wrong": " a"},
         {"clean": "Lily went to", "correct": " the", "wrong": " the"},
-        {"clean": "Lily went to", "correct": " Timothy", "wrong": " a"},
+        {"clean": "Lily went to", "correct": " Timothy", "wrong": " the"},
     ]
     path.write_text("\n".join(map(json.dumps, lines)))
     task = from_jsonl(model, path)
     assert task.wrong is not None
-    assert model.token_strings([int(task.correct), int(task.wrong)]) == [" the", " a"]
-    assert task.dropped[0] == "line 2: the correct and the wrong answer are the same token"
-    assert re.fullmatch(r"line 3: ' Timothy' is \d tokens, one was expected", task.dropped[1])
+    assert model.token_strings(task.correct[:, 0].tolist()) == [
+        " the",
+        " Tim",
+    ]  # " Timothy" begins so
+    assert model.token_strings(task.wrong[:, 0].tolist()) == [" a", " the"]
+    assert task.dropped == ("line 2: the correct and the wrong answer are the same",)
     path.write_text(json.dumps({"clean": "so sad", "correct": " d", "wrong": "x"}) + "\n")
     assert from_jsonl(by_word, path).dropped == ()

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lens.common.errors import LensError
+from lens.common.results import few
 from lens.runs import Run
 from lens_analyses.config import CircuitSettings, RunConfig
 from lens_analyses.config.models import AnalysisSettings
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from lens.models.loaded import LoadedModel
     from lens.tasks import Task
 
+_SHOWN = 10  # prompts that were left out, by line
 WINDOW = 128  # tokens of a window, where nothing else is asked for
 
 
@@ -91,7 +93,7 @@ class Subject:
     @property
     def text_windows(self) -> list[list[int]]:
         """Token ids of `windows`."""
-        return self.windows.clean.tolist()
+        return self.windows.prompts
 
     @cached_property
     def task(self) -> "Task":
@@ -103,6 +105,15 @@ class Subject:
         if self.settings.task == "text":
             return self.windows
         return named_task(self.model, self.settings.task, self.settings.n, self.seed)
+
+    def left_out(self) -> list[str]:
+        """What was left out of a file of prompts, in one sentence; nothing where all of it is used."""
+        name = getattr(self.settings, "task", "text")
+        if not is_task_file(name) or not self.task.dropped:
+            return []
+        dropped, total = self.task.dropped, self.task.n + len(self.task.dropped)
+        shown = few(dropped, _SHOWN, "; ")
+        return [f"{len(dropped)} of {total} prompts of {Path(name).name} are left out: {shown}."]
 
 
 def analysed(
@@ -125,7 +136,7 @@ def analysed(
     windows = windows_of(texts, model.bos_id, settings) if reads_text else []
     if task == "text":
         return windows, windows
-    return named_task(model, task, settings.n, config.seed).clean.tolist(), windows
+    return named_task(model, task, settings.n, config.seed).prompts, windows
 
 
 def windows_of(

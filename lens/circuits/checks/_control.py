@@ -135,10 +135,12 @@ def magnitudes(model: LoadedModel, task: Task, ablation: Ablation) -> np.ndarray
     for rows in task.chunks(min(8, task.rows_at_once(model))):
         _, found = read_activations(nodes, task.clean[rows])
         change = found.minus(references.of(rows))
-        norms = [change.input.norm(dim=-1).sum()[None]]
+        own = task.own[rows].to(found.input)
+        norms = [(change.input.norm(dim=-1) * own).sum()[None]]
         for number, layer in enumerate(nodes.layers):
             written = change.heads[number] @ layer.block.output  # [rows, heads, tokens, d_model]
-            norms.append(written.norm(dim=-1).sum((0, 2)))
-            norms += [part.norm(dim=-1).sum()[None] for part in change.mlps[number : number + 1]]
+            norms.append((written.norm(dim=-1) * own[:, None]).sum((0, 2)))
+            mlps = change.mlps[number : number + 1]
+            norms += [(part.norm(dim=-1) * own).sum()[None] for part in mlps]
         total = total + np.concatenate([part.cpu().double().numpy() for part in norms])
-    return np.asarray(total) / task.clean.numel()
+    return np.asarray(total) / int(task.own.sum())

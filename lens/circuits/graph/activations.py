@@ -154,9 +154,15 @@ class References:
         task, total = self._task, None
         for rows in task.chunks(min(16, task.rows_at_once(self._nodes.model))):
             _, found = read_activations(self._nodes, task.clean[rows])
-            summed = found.each(lambda part: part.sum(0, keepdim=True))
+            share = (task.own[rows] / task.own.sum(0).clamp(min=1)).to(found.input)[..., None]
+
+            def shared(part: Tensor, share: Tensor = share) -> Tensor:
+                weighted = part * (share if part.dim() == 3 else share[:, None])
+                return weighted.sum(0, keepdim=True)
+
+            summed = found.each(shared)
             total = summed if total is None else summed.minus(total.times(-1))
             if self._ablation.value == "zero":
                 return total.times(0)
         assert total is not None
-        return total.times(1 / task.n)
+        return total

@@ -154,7 +154,7 @@ def head_parts(
     check_counts(keys=keys)
     effects = split_effects(model, task, chosen, progress=progress)
     attended = _attended(model, task, chosen, min(keys, task.length))
-    table = roles(model, task.clean.tolist(), seed=seed, progress=progress).table()
+    table = roles(model, task.prompts, seed=seed, progress=progress).table()
     names = [str(head) for head in chosen]
     found = table.set_index("name").loc[names, list(ROLES)].reset_index()
     clean = task.evaluate(model).double().numpy()

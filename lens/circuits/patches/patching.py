@@ -284,6 +284,7 @@ def _pairs(
     nodes: Nodes, task: Task, direction: Direction
 ) -> Iterator[tuple[Tensor, Tensor, Activations, Activations]]:
     """Rows, prompts that are run, what they make, and what the other prompts make."""
+    task.refuse_lengths("patching")
     pair = (task.clean, task.corrupt_or_refuse())
     into, out_of = pair if direction == "noising" else pair[::-1]
     for rows in task.chunks(min(_ROWS, task.rows_at_once(nodes.model))):

@@ -130,6 +130,7 @@ def flow_routes(
             f"the task {task.name!r} has no mark {at!r}; it has {', '.join(task.marks) or 'none'}"
         )
     task.check(model)
+    task.refuse_lengths("flow_routes")
     nodes = find_nodes(model, sums="flow_routes")
     starts = task.positions.max(1).values if at is None else task.marks[at]
     found: list[_Edge] = []

@@ -191,6 +191,7 @@ def codes(
             f"held out), got {examples}"
         )
     task.check(model)
+    task.refuse_lengths("sae_codes")
     settings = CodeSettings(
         examples, features, penalty, epochs, positions, tuple(range(seed, seed + seeds))
     )

@@ -50,6 +50,7 @@ class Baseline:
         if name == "counterfactual":
             self.donors = task.corrupt_or_refuse()
         elif name == "resample":
+            task.refuse_lengths("baseline='resample'")
             self.donors = task.clean[_other_rows(task.n, seed)]
         elif name in ("mean", "pooled_mean"):
             if name == "mean" and task.n < 2:
@@ -98,16 +99,21 @@ class Baseline:
 def _means(model: LoadedModel, task: Task, *, keep_positions: bool) -> dict[int, Tensor]:
     """Mean z of each layer, [1, heads, queries | 1, value_dim], over the prompts (and positions)."""
     sums: dict[int, Tensor] = {}
-
-    def add(layer: int, output: Tensor) -> None:
-        total = output.double().sum(0, keepdim=True)
-        if not keep_positions:
-            total = total.mean(2, keepdim=True)
-        sums[layer] = sums[layer] + total if layer in sums else total
+    own = task.own.double()
+    counts = own.sum(0).clamp(min=1) if keep_positions else own.sum()
 
     for rows in task.chunks(task.rows_at_once(model)):
+        weights = own[rows].to(model.device)[:, None, :, None]
+
+        def add(layer: int, output: Tensor, weights: Tensor = weights) -> None:
+            total = (output.double() * weights).sum(0, keepdim=True)
+            if not keep_positions:
+                total = total.sum(2, keepdim=True)
+            sums[layer] = sums[layer] + total if layer in sums else total
+
         read_heads(model, task.clean[rows], add)
-    return {layer: total / task.n for layer, total in sums.items()}
+    shares = counts.to(model.device).reshape(-1, 1)
+    return {layer: total / shares for layer, total in sums.items()}
 
 
 def _other_rows(n: int, seed: int) -> Tensor:
