@@ -174,6 +174,12 @@ class _Run:
             if not bool(kept.any()):
                 raise LensError("scored holds no position of a prompt whose next token is text")
         for condition in conditions:
+            reasons = [kind.missing(condition) for kind in kinds]
+            if all(reasons):
+                raise LensError(
+                    f"the first prompt has a {condition} control and prompt {number} has none: {reasons[0]}; "
+                    "leave it out of controls"
+                )
             rows = []
             for _ in range(draws if condition in DRAWN else 1):
                 trials = [

@@ -114,7 +114,11 @@ def knock_out(
     seen: list[tuple[Prompt, Tensor]] = []
 
     def of(kind: int) -> Callable[[KeysAt], Tensor]:
-        return lambda at: segments(model, {"input_ids": at.tokens}, grid=()).kind == kind
+        def members(at: KeysAt) -> Tensor:
+            found = segments(model, {"input_ids": at.tokens}, grid=()).kind == kind
+            return found.to(at.positions.device)
+
+        return members
 
     def edges(prompt: Prompt) -> Knockout:
         if "pixel_values" not in prompt.inputs:

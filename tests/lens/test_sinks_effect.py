@@ -337,3 +337,19 @@ def test_draws_are_averaged():
     share = (found - ends[0]) / (ends[1] - ends[0])
     assert 0.1 < share < 0.9
     assert share * 20 == pytest.approx(round(share * 20), abs=1e-2)
+
+
+def test_a_control_that_a_later_prompt_lacks_is_refused_and_not_the_edit_itself():
+    model = lens.load(build("llama"))
+    most = [(layer, head) for layer in range(2) for head in range(6)]
+
+    def heads(prompt):
+        return Ablate(["L0H1"] if len(prompt.ids) == LENGTH else most)
+
+    prompts = [IDS[0], IDS[0, :31]]
+    found = lens.effect(model, prompts, heads, controls=())
+    assert found.values["edit"]["keys"][0].tolist() == [1, 12]
+    with pytest.raises(
+        LensError, match="the first prompt has a size control and prompt 1 has none"
+    ):
+        lens.effect(model, prompts, heads, controls=("size",))
