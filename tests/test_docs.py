@@ -13,7 +13,7 @@ HISTORY = {ROOT / "CHANGELOG.md"}
 def test_every_example_runs(run_folder_of_examples, capsys):
     names: dict[str, object] = {}
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/examples.md").read_text(), re.DOTALL)
-    assert len(blocks) == 6
+    assert len(blocks) == 7
     for block in blocks:
         exec(block, names)
     said = capsys.readouterr().out
@@ -50,3 +50,9 @@ def run_folder_of_examples(tmp_path, monkeypatch):
         main(["run", "--copied", "1", "--out", str(tmp_path / "runs"), "--quiet"])
     assert ended.value.code == 0
     monkeypatch.chdir(tmp_path)
+
+
+def test_the_script_of_forty_lines_has_no_more():
+    section = (ROOT / "docs/examples.md").read_text().partition("in forty lines")[2]
+    (script,) = re.findall(r"```python\n(.*?)```", section.partition("\n## ")[0], re.DOTALL)
+    assert len(script.splitlines()) <= 40

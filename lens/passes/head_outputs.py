@@ -5,10 +5,12 @@ the attention function that capture registers, so it works for every model that 
 is never built.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lens_kernels import AttentionResult
@@ -20,6 +22,9 @@ from lens.models.loaded import LoadedModel
 from lens.passes.calls import LayerCall, attend
 from lens.passes.logits import logits_of
 from lens.passes.sessions import listening
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
 
 Source = Callable[[int, Tensor], Tensor]
 """(layer, z [rows, heads, queries, value_dim]) -> what to put in place of z, broadcastable to it."""
@@ -36,22 +41,24 @@ class HeadGradient:
         call: what the layer computed z from, without its graph.
     """
 
-    output: Tensor
-    slope: Tensor
-    attribution: Tensor
+    output: Float[Tensor, "batch heads queries value_dim"]
+    slope: Float[Tensor, "batch heads queries value_dim"]
+    attribution: Float[Tensor, "batch heads queries"]
     call: LayerCall
 
 
-def read_calls(model: LoadedModel, ids: Tensor) -> list[LayerCall]:
-    """What each attention layer is given on token ids [rows, tokens]; errors as in `read_heads`."""
+def read_calls(model: LoadedModel, ids: Int[Tensor, "batch tokens"]) -> list[LayerCall]:
+    """What each attention layer is given on token ids; errors as in `read_heads`."""
     caller = _Caller()
     with torch.no_grad():
         _run(model, ids, caller)
     return caller.calls
 
 
-def read_heads(model: LoadedModel, ids: Tensor, keep: Callable[[int, Tensor], None]) -> Tensor:
-    """Logits of token ids [rows, tokens]; z [rows, heads, queries, value_dim] of each layer goes to `keep`.
+def read_heads(
+    model: LoadedModel, ids: Int[Tensor, "batch tokens"], keep: Callable[[int, Tensor], None]
+) -> Float[Tensor, "batch tokens vocab"]:
+    """Logits of token ids; z [rows, heads, queries, value_dim] of each layer goes to `keep`.
 
     Raises:
         LensError: as `lens.capture`, or layers that are not those of `model.info`.
@@ -62,17 +69,17 @@ def read_heads(model: LoadedModel, ids: Tensor, keep: Callable[[int, Tensor], No
 
 def edited_logits(
     model: LoadedModel,
-    ids: Tensor,
+    ids: Int[Tensor, "batch tokens"],
     groups: Sequence[Sequence[HeadId]],
     sources: Sequence[Source],
     *,
     differentiable: bool = False,
-) -> Tensor:
+) -> Float[Tensor, "groups batch tokens vocab"]:
     """Logits [groups, rows, tokens, vocab] with the heads of each group replaced, in one forward pass.
 
     Args:
         model: as `lens.load` returns it.
-        ids: [rows, tokens].
+        ids: of the prompts.
         groups: heads that are replaced together; each group runs on a copy of the rows.
         sources: of each group, what to put in their place; it sees z of the rows of that group.
         differentiable: keep the graph from what the sources return to the logits.
@@ -102,7 +109,7 @@ def edited_outputs(
 
 def with_gradients(
     model: LoadedModel,
-    ids: Tensor,
+    ids: Int[Tensor, "batch tokens"],
     objective: Callable[[Tensor], Tensor],
     *,
     blocked: Sequence[nn.Module] = (),

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
 from lens.common.errors import LensError
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Int
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,8 +28,8 @@ class KeysAt:
 
     layer: int
     step: int
-    positions: torch.Tensor
-    tokens: torch.Tensor | None
+    positions: Int[torch.Tensor, "batch keys"]
+    tokens: Int[torch.Tensor, "batch keys"] | None
 
 
 Keys: TypeAlias = str | Sequence[int] | torch.Tensor | Callable[[KeysAt], torch.Tensor]
@@ -56,7 +59,7 @@ def check_keys(name: str, keys: Keys) -> None:
         )
 
 
-def members(name: str, keys: Keys, at: KeysAt) -> torch.Tensor:
+def members(name: str, keys: Keys, at: KeysAt) -> Bool[torch.Tensor, "batch keys"]:
     """bool [batch, keys]: which keys of this call are meant.
 
     Raises:

@@ -1,15 +1,22 @@
 """Logits of token ids, from any model that has them."""
 
-from typing import Any
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from lens.common.errors import LensError
 from lens.models.loaded import LoadedModel
 
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
 
-def logits_of(model: LoadedModel, ids: Tensor) -> Tensor:
-    """Logits [prompts, tokens, vocab] of token ids [prompts, tokens].
+
+def logits_of(
+    model: LoadedModel, ids: Int[Tensor, "batch tokens"]
+) -> Float[Tensor, "batch tokens vocab"]:
+    """Logits of token ids.
 
     Raises:
         LensError: the model returns none.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,9 @@ from lens.models.loaded import LoadedModel
 from lens.passes.inputs import Prompt
 from lens.passes.sessions import base
 from lens.passes.visit import Hooks
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 
 @contextmanager
@@ -32,7 +35,7 @@ def layer_inputs(model: LoadedModel, take: Callable[[int, Tensor], None]) -> Ite
         yield
 
 
-def stream(model: LoadedModel, prompt: Prompt) -> Tensor:
+def stream(model: LoadedModel, prompt: Prompt) -> Float[Tensor, "states tokens width"]:
     """[layers + 1, tokens, width]: what enters layer 0, then what leaves each layer; float32, CPU.
 
     Raises:
