@@ -25,6 +25,7 @@ def edit(model: LoadedModel, *edits: Edit, backend: str = "auto") -> Iterator[tu
 
     Several edits act in the order given, each on what the ones before it left. Edits of attention are
     done in the pass that computes it, from the states of a few key groups; no probability is stored.
+    Cross-attention of a decoder is left as it is.
 
     Args:
         model: as `lens.load` returns it.
@@ -102,7 +103,7 @@ class Together:
             one.steps = call.step + 1
         at, output = self._all[0].keys_at(call), None
         call = self.frozen(call, at)
-        if not self._edits:
+        if not self._edits or call.cross:
             return attend(call, backend=self._backend).output
         for numbers in self._sets[call.layer]:
             here = [self._edits[number] for number in numbers]

@@ -42,6 +42,11 @@ class LayerCall:
     part: int = 0
     step: int = 0
 
+    @property
+    def cross(self) -> bool:
+        """Whether the keys are of another sequence (cross-attention)."""
+        return self.mask.cross
+
 
 def without_last(call: LayerCall, count: int) -> LayerCall:
     """The call without its last queries and their keys."""

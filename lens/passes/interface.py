@@ -9,6 +9,7 @@ text, that is the language model alone: its vision tower has positions of its ow
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -99,6 +100,8 @@ def lens_attention(
     mask, added = structure_of(attention_mask, is_causal, sliding_window, query.shape[2])
     if added is not None:
         position_bias = added if position_bias is None else position_bias + added
+    if _crosses(module):
+        mask = replace(mask, cross=True)
     call = LayerCall(
         query=query,
         key=key,
@@ -110,6 +113,12 @@ def lens_attention(
         position_bias=position_bias,
     )
     return listener.attend(call), None
+
+
+def _crosses(module: nn.Module) -> bool:
+    """Whether a module reads keys of another sequence: it says so, or is a decoder's that is not causal."""
+    of_decoder = getattr(module, "is_decoder", False) and not getattr(module, "is_causal", True)
+    return bool(getattr(module, "is_cross_attention", False) or of_decoder)
 
 
 def own_attention(

@@ -9,6 +9,7 @@ from lens.models.catalogue import DEFAULT_MODEL
 from lens.models.loaded import LoadedModel
 from lens.models.loading import load_unchecked
 from lens.passes.check import self_check
+from lens.passes.sessions import has_blocks
 
 
 def load(
@@ -49,4 +50,8 @@ def load(
     )
     checked = self_check(loaded)
     info = replace(loaded.info, attending=checked.attending, twice=checked.twice)
+    if not has_blocks(
+        loaded
+    ):  # half of an encoder-decoder, a tower in stages: what ran is what there is
+        info = replace(info, layers=max(info.attending) + 1)
     return replace(loaded, info=info, check=checked.difference)

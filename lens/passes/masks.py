@@ -44,6 +44,7 @@ class MaskStructure:
         start: position of key 0 among all tokens so far; above 0 where a cache has dropped older keys.
         first: [batch], position of the first real token; None: 0 unless `padding` says else.
         placed: whether `start` and `first` are known.
+        cross: whether the keys are of another sequence than the queries; `padding` is of the keys then.
     """
 
     causal: bool
@@ -53,13 +54,14 @@ class MaskStructure:
     start: int = 0
     first: torch.Tensor | None = None
     placed: bool = True
+    cross: bool = False
 
     def for_kernel(self, queries: int) -> AttentionMask:
         """The mask as `lens_kernels` takes it; padded queries see nothing."""
         if self.padding is None or self.allowed is not None:
             return AttentionMask(causal=self.causal, window=self.window, allowed=self.allowed)
         first = self.first_key(len(self.padding))
-        if queries < self.padding.shape[1]:  # cached keys: every query is a real token
+        if self.cross or queries < self.padding.shape[1]:  # or cached: every query is a real token
             return AttentionMask(
                 causal=self.causal,
                 window=self.window,
@@ -99,6 +101,11 @@ class MaskStructure:
         """[batch, keys]: how many real queries see each key."""
         if self.allowed is not None:
             return self.allowed[:, 0].sum(-2).expand(batch, -1)
+        if self.cross:
+            every = (
+                torch.ones(batch, keys, dtype=torch.bool) if self.padding is None else self.padding
+            )
+            return every * queries
         device = None if self.padding is None else self.padding.device
         key = torch.arange(keys, device=device)
         reach = keys if self.window is None else self.window
@@ -166,10 +173,12 @@ def structured_mask(
     Raises:
         LensError: a static cache, or a large mask of unknown pattern.
     """
-    if int(q_offset) + q_length != int(kv_offset) + kv_length:
+    parts = _parts(mask_function)
+    sees_all = parts is not None and not parts.causal and parts.window is None
+    if int(q_offset) + q_length != int(kv_offset) + kv_length and not sees_all:
         raise LensError(
-            f"{int(q_offset) + q_length} tokens attend to {kv_length} places: another sequence, or a cache "
-            "of fixed size; capture needs one sequence and a cache that grows "
+            f"{int(q_offset) + q_length} tokens attend to {kv_length} places: another sequence "
+            "(cross-attention), or a cache of fixed size; capture needs one sequence and a cache that grows "
             "(cache_implementation='dynamic')"
         )
     padding = first = None
@@ -181,7 +190,6 @@ def structured_mask(
     arguments = (
         *(batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask),
     )
-    parts = _parts(mask_function)
     has_holes = padding is not None and q_length == kv_length and bool(_has_holes(padding))
     if parts is not None and not has_holes:
         structure = MaskStructure(parts.causal, parts.window, padding)

@@ -19,7 +19,7 @@ from lens.common.head_ids import layers_in_words
 from lens.models.layout import blocks
 from lens.models.loaded import LoadedModel, check_loaded
 from lens.passes.bridge import replaced_attention
-from lens.passes.calls import LayerCall
+from lens.passes.calls import LayerCall, attend
 from lens.passes.computed import following
 from lens.passes.history import History
 from lens.passes.interface import (
@@ -56,11 +56,14 @@ class Session:
 
     def attend(self, call: LayerCall) -> torch.Tensor:
         """See `interface.Listener`."""
+        if not self._depth and self._layer is None:  # of a model around this one (an encoder's)
+            return attend(call).output.to(call.value.dtype).transpose(1, 2).contiguous()
         # Of a model without one list of layers, the calls are counted.
         layer = len(self._parts) if self._layer is None else self._layer
         part, self._parts[layer] = self._parts[layer], self._parts[layer] + 1
         call = replace(call, layer=layer, part=part, step=max(self._step, 0))
-        tokens, keys = self._history.tokens(call, self._new), call.key.shape[2]
+        new, keys = None if call.cross else self._new, call.key.shape[2]
+        tokens = self._history.tokens(call, new)
         if tokens is not None:
             before = tokens.new_full((len(tokens),), -1)
             if call.mask.start:
@@ -169,6 +172,14 @@ def listening(
 def _held(cache: Any) -> int:
     """Tokens that a cache has seen and not dropped again."""
     return int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
+
+
+def has_blocks(model: LoadedModel) -> bool:
+    """Whether the layers of a model are known as modules."""
+    try:
+        return bool(blocks(model))
+    except LensError:
+        return False
 
 
 def _number(model: LoadedModel, session: Session, stack: ExitStack) -> None:

@@ -35,6 +35,8 @@ _BY_GROUP = {
     "first_mass": "lse",
     "rest_mass": "lse",
 }
+_COMPARING = {"distance", "distance_sink_excluded", "diagonal", "match_mass"}
+"""Those that compare the position or token of a key with the query's."""
 VARIABLES = (*_KERNEL, "match_mass", *_BY_GROUP)
 
 
@@ -63,6 +65,8 @@ class LayerRecord:
         step: forward pass, from 0; generation has one for the prompt and one per token.
         layer: the model's own number of it, from 0.
         part: which of the layer's calls in this pass; above 0 where it attends twice.
+        cross: whether the keys are of another sequence: positions of keys are that sequence's, and what
+            compares them with the query's is NaN.
         key_start: position of the first key; above 0 when a cache has dropped older ones. Blocks and
             `received` count from it.
         query_start: position of the first query; above 0 when the keys before it were cached.
@@ -77,6 +81,7 @@ class LayerRecord:
     step: int
     layer: int
     part: int
+    cross: bool
     key_start: int
     query_start: int
     queries: int
@@ -133,6 +138,9 @@ def measure(call: LayerCall, settings: Settings) -> tuple[torch.Tensor, LayerRec
     if not call.mask.placed:
         for name in found.keys() & {"prefix_mass", *_BY_GROUP}:
             found[name] = torch.full_like(found[name], torch.nan)
+    if call.cross:
+        for name in found.keys() & _COMPARING:
+            found[name] = torch.full_like(found[name], torch.nan)
     variables = {name: _to_cpu(tensor, torch.float32) for name, tensor in found.items()}
     visible = call.mask.visible(batch, queries, keys)
     variables["visible"] = _to_cpu(visible, torch.int32)
@@ -144,6 +152,7 @@ def measure(call: LayerCall, settings: Settings) -> tuple[torch.Tensor, LayerRec
         step=call.step,
         layer=call.layer,
         part=call.part,
+        cross=call.cross,
         key_start=call.mask.start,
         query_start=call.mask.start + keys - queries if call.mask.causal else 0,
         queries=queries,
@@ -201,6 +210,9 @@ def _labels(call: LayerCall) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """(query labels, key labels) for each of `MATCH_RULES`; -1 never matches."""
     queries, keys = call.query.shape[2], call.key.shape[2]
     key_position = torch.arange(keys, device=call.key.device)
+    if call.cross:  # nothing to compare
+        nothing = torch.zeros(queries, dtype=torch.long, device=call.key.device)
+        return [(nothing, torch.full_like(key_position, -1))] * len(MATCH_RULES)
     position = key_position[keys - queries :]
     tokens = torch.full_like(key_position, -1)[None] if call.tokens is None else call.tokens
     own = tokens[:, keys - queries :].expand(len(call.query), -1)

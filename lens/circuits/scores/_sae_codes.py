@@ -182,6 +182,7 @@ def codes(
         >>> found.values.shape
         (2, 4)
     """
+    model.info.check_all_attend("codes")
     corrupt = task.corrupt_or_refuse()
     check_choice("positions", positions, Positions)
     check_counts(features=features, epochs=epochs, seeds=seeds)
