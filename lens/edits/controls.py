@@ -104,10 +104,12 @@ class Kind(ABC):
         chosen: bool [layers, heads], the heads whose attention is looked at.
         scope: what is edited, in words.
         usual: its controls where none are named.
+        held: where the attention lay that a trial's `mass` counts, in words.
         why: control -> why there is none.
     """
 
     usual: tuple[Control, ...] = ()
+    held = "lay there"
     why: dict[str, str]
     chosen: Tensor
     scope: str
@@ -204,6 +206,7 @@ class OfWholeHeads(Kind):
     """Edits of whole heads, and of sub-layers: `Ablate`, `LearnedSink`, `Var`, `Act`, `Pasta`."""
 
     usual = ("size", "mass", "layer")
+    held = "went to the first key"
 
     def __init__(self, model: LoadedModel, edit: Ablate | OfHeads) -> None:
         self._edit, self.chosen = edit, edit.chosen(model)

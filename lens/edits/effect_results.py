@@ -44,6 +44,7 @@ class Effect(Result):
         seed: of controls and bootstrap.
         missing: control -> why there is none.
         metric, task: names, of a task.
+        held: where the attention lay that `mass` counts, in words.
     """
 
     values: dict[str, dict[str, np.ndarray]] = field(repr=False)
@@ -58,6 +59,7 @@ class Effect(Result):
     missing: dict[str, str] = field(default_factory=dict)
     metric: str = ""
     task: str = ""
+    held: str = "lay there"
 
     def table(self) -> pd.DataFrame:
         """A row per condition and amount: means over prompts, 95 % bootstrap intervals over prompts.
@@ -108,7 +110,7 @@ class Effect(Result):
             + (
                 "."
                 if np.isnan(edited["mass"])
-                else f"; {edited['mass']:.0%} of the edited heads' attention lay there."
+                else f"; {edited['mass']:.0%} of the edited heads' attention {self.held}."
             )
         )
         sentences = [Sentence(loss, kind="effect"), Sentence(prediction, kind="prediction")]

@@ -130,6 +130,7 @@ def effect(
         bos=bos_policy(model, ids),
         seed=seed,
         missing=missing,
+        held=" or ".join(dict.fromkeys(kind.held for kind in kinds)),
         metric="" if task is None else task.metric,
         task="" if task is None else task.name,
     )

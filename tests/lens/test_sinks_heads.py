@@ -7,6 +7,7 @@ import torch
 import lens
 from lens import edits
 from lens.common.errors import LensError
+from lens.common.results import of_kind
 from lens.edits._others import other_heads
 from tests.lens.architectures import build
 
@@ -58,6 +59,8 @@ def test_the_loss_is_that_of_transformers_with_the_head_replaced(network, to):
     after = result.alphas[0][1, 1, 4, 0]
     assert after == pytest.approx(0 if to == "off" else 1, abs=1e-5)
     assert f"Edit {EDITS[to].words} (amount 1) of L1H4" in result.findings()[0]
+    (said,) = of_kind(result.findings(), "prediction")
+    assert said.endswith("went to the first key." if to == "off" else "lay there.")
     assert (result.values["layer"]["keys"] == result.values["edit"]["keys"]).all()
 
 
