@@ -12,7 +12,9 @@ import plotly.graph_objects as go
 from lens.common.colors import ACCENT, DIVERGING, LINE, scale
 from lens.common.errors import LensError
 from lens.common.plots import draws
-from lens.figures.style import Look, escaped, grid_axes, grid_height, style
+from lens.figures.importance import grid
+from lens.figures.rows import bars
+from lens.figures.style import Look, escaped, style
 
 if TYPE_CHECKING:
     from lens.circuits.checks.evaluation import CircuitEvaluation
@@ -198,30 +200,14 @@ def head_map(circuit: Circuit, scores: EdgeScores, **look: Unpack[Look]) -> go.F
     counts = np.bincount(writer, circuit.kept, len(graph.writers))
     at = np.array([np.arange(len(graph.writers))[graph.heads_of(n)] for n in range(graph.layers)])
     values = np.where(counts[at] > 0, sums[at], np.nan)
-    bound = float(np.nanmax(np.abs(values), initial=0.0)) or 1.0
-    figure = go.Figure(
-        go.Heatmap(
-            z=values,
-            customdata=counts[at],
-            colorscale=scale(DIVERGING),
-            zmin=-bound,
-            zmid=0,
-            zmax=bound,
-            xgap=1,
-            ygap=1,
-            hoverongaps=False,
-            colorbar={"title": {"text": scores.metric, "side": "right"}, "thickness": 12},
-            hovertemplate="L%{y}H%{x}: %{z:.4g} over %{customdata:.0f} edges<extra></extra>",
-        )
-    )
-    grid_axes(figure, graph.layers, graph.heads)
     inside = int((counts[at] > 0).sum())
-    return style(
-        figure,
+    return grid(
+        values,
         f"{inside} of {values.size} heads are in the circuit: score of what they write",
-        look,
-        height=grid_height(graph.layers),
+        unit=scores.metric,
+        text=[[f" over {count:.0f} edges" for count in row] for row in counts[at]],
         meta={"task": circuit.task, "model": circuit.model, "edges": circuit.n},
+        **look,
     )
 
 
@@ -336,12 +322,7 @@ def faithfulness_curve(evaluation: CircuitEvaluation, **look: Unpack[Look]) -> g
             x=rows.share,
             line={"color": colors[str(ranking)]},
             y=rows.faithfulness,
-            error_y={
-                "type": "data",
-                "array": rows.high - rows.faithfulness,
-                "arrayminus": rows.faithfulness - rows.low,
-                "thickness": 1,
-            },
+            error_y=bars(rows, "faithfulness", plain=True),
             mode="lines+markers",
             name=f"{ranking} scores",
             customdata=rows[["edges", "kl"]],

@@ -56,7 +56,7 @@ def grid(
 
     `found` is the title where none is given.
     """
-    bound = float(np.nanmax(np.abs(values))) or 1.0
+    bound = float(np.nanmax(np.abs(values), initial=0.0)) or 1.0
     layers, heads = values.shape
     figure = go.Figure(
         go.Heatmap(
@@ -70,6 +70,7 @@ def grid(
             ygap=1,
             text=[[""] * heads] * layers if text is None else text,
             hovertemplate="L%{y}H%{x}: %{z:.4g}%{text}<extra></extra>",
+            hoverongaps=False,
         )
     )
     grid_axes(figure, layers, heads)

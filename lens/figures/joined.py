@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Unpack
 import plotly.graph_objects as go
 
 from lens.common.plots import draws
+from lens.figures.rows import bars
 from lens.figures.style import Look, style
 
 if TYPE_CHECKING:
@@ -29,11 +30,7 @@ def parts_plot(joined: JoinedHeads, **look: Unpack[Look]) -> go.Figure:
         mode="markers",
         name="full effect",
         marker={"symbol": "line-ew-open", "size": 14},
-        error_y={
-            "type": "data",
-            "array": table["full_high"] - table["full"],
-            "arrayminus": table["full"] - table["full_low"],
-        },
+        error_y=bars(table, "full"),
     )
     figure.update_layout(barmode="relative")
     figure.update_yaxes(title=f"lost {joined.metric}")
@@ -56,11 +53,7 @@ def sink_check_plot(check: SinkCheck, **look: Unpack[Look]) -> go.Figure:
             x=rows["edit"],
             y=rows["change"],
             name=f"heads of the {name}" if name == "circuit" else "others of the same layers",
-            error_y={
-                "type": "data",
-                "array": rows["change_high"] - rows["change"],
-                "arrayminus": rows["change"] - rows["change_low"],
-            },
+            error_y=bars(rows, "change"),
         )
     figure.update_layout(barmode="group")
     figure.update_yaxes(title=f"gained {check.metric}")

@@ -8,6 +8,7 @@ import plotly.graph_objects as go
 
 from lens.common.colors import ACCENT, LINE
 from lens.common.plots import draws
+from lens.figures.rows import bars
 from lens.figures.style import Look, style, tick_step
 
 if TYPE_CHECKING:
@@ -27,12 +28,7 @@ def skip_scatter(sweep: SkipSweep, **look: Unpack[Look]) -> go.Figure:
             go.Scatter(
                 x=rows["distance"],
                 y=rows["drop"],
-                error_y={
-                    "type": "data",
-                    "array": rows["drop_high"] - rows["drop"],
-                    "arrayminus": rows["drop"] - rows["drop_low"],
-                    "thickness": 1,
-                },
+                error_y=bars(rows, "drop"),
                 mode="markers+text",
                 text=rows["name"].str.split(".").str[0],
                 textposition="top center",
@@ -60,12 +56,7 @@ def removal_curve(removal: GreedyRemoval, **look: Unpack[Look]) -> go.Figure:
         go.Scatter(
             x=table["removed"],
             y=table["metric"],
-            error_y={
-                "type": "data",
-                "array": table["high"] - table["metric"],
-                "arrayminus": table["metric"] - table["low"],
-                "thickness": 1,
-            },
+            error_y=bars(table, "metric", plain=True),
             mode="lines+markers",
             line={"color": LINE},
             text=table["name"],
@@ -91,12 +82,7 @@ def influence_bars(influence: BlockInfluence, **look: Unpack[Look]) -> go.Figure
         go.Bar(
             x=table["layer"],
             y=table["influence"],
-            error_y={
-                "type": "data",
-                "array": table["high"] - table["influence"],
-                "arrayminus": table["influence"] - table["low"],
-                "thickness": 1,
-            },
+            error_y=bars(table, "influence", plain=True),
             marker={"color": LINE},
             hovertemplate="layer %{x}: %{y:.4g}<extra></extra>",
         )

@@ -8,6 +8,7 @@ import plotly.graph_objects as go
 
 from lens.common.colors import BASELINE, DIVERGING, LINE, scale
 from lens.common.plots import draws
+from lens.figures.rows import bars
 from lens.figures.style import Look, escaped, style
 
 if TYPE_CHECKING:
@@ -39,12 +40,7 @@ def overlap_plot(overlap: Overlap, **look: Unpack[Look]) -> go.Figure:
         mode="markers",
         name="found",
         marker={"size": 9, "color": LINE},
-        error_x={
-            "type": "data",
-            "symmetric": False,
-            "array": (table["high"] - table["value"]).clip(lower=0),
-            "arrayminus": (table["value"] - table["low"]).clip(lower=0),
-        },
+        error_x=bars(table, "value", plain=True),
         customdata=table[["p"]],
         hovertemplate="%{y}: %{x:.2f}, p %{customdata[0]:.2g}<extra></extra>",
     )
@@ -68,12 +64,7 @@ def redirection_plot(found: Redirection, **look: Unpack[Look]) -> go.Figure:
         x=table["run"],
         y=table["accuracy"],
         marker={"color": [BASELINE, LINE]},
-        error_y={
-            "type": "data",
-            "symmetric": False,
-            "array": table["accuracy_high"] - table["accuracy"],
-            "arrayminus": table["accuracy"] - table["accuracy_low"],
-        },
+        error_y=bars(table, "accuracy"),
         hovertemplate="%{x}: %{y:.1%}<extra></extra>",
         showlegend=False,
     )

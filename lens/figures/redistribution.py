@@ -12,6 +12,7 @@ from plotly.subplots import make_subplots
 from lens.common.colors import ACCENT, BASELINE, DIVERGING, GRID, INK, LINE, VIRIDIS, scale
 from lens.common.errors import LensError
 from lens.common.plots import draws
+from lens.figures.importance import grid
 from lens.figures.style import Look, escaped, grid_height, style, tick_step
 
 if TYPE_CHECKING:
@@ -21,11 +22,6 @@ if TYPE_CHECKING:
     from lens.sinks.activations.dims_agreement import DimsAgreement
     from lens.vision.images import ImageGrid
 
-_MEASURES = {
-    "delta_loss": "Change of loss (nats per token)",
-    "kl": "KL of the edited from the unedited prediction (nats)",
-    "flip_rate": "Share of changed top tokens",
-}
 _KINDS = {"system": BASELINE, "image": ACCENT, "text": LINE, "padding": GRID}
 
 
@@ -205,18 +201,10 @@ def segment_bars(table: pd.DataFrame, **look: Unpack[Look]) -> go.Figure:
 def gain_grid(result: HeadSearch, **look: Unpack[Look]) -> go.Figure:
     """Mean gain of editing each head alone on the validation prompts; chosen heads with a cross."""
     gains = result.gains.mean(-1)
-    reach = float(np.abs(gains).max()) or 1.0
-    figure = go.Figure(
-        go.Heatmap(
-            z=gains,
-            colorscale=scale(DIVERGING),
-            zmin=-reach,
-            zmax=reach,
-            colorbar={"title": "gain"},
-            hovertemplate="L%{y}H%{x}<br>gain %{z:.4f}<extra></extra>",
-        )
-    )
-    figure.add_scatter(
+    text = f"Gain in {result.metric} on {result.task} (validation; test {result.test.mean():.3g})"
+    meta = {"task": result.task, "metric": result.metric}
+    figure = grid(gains, escaped(text), unit="gain", meta=meta, **look)
+    return figure.add_scatter(
         x=[head for _, head in result.chosen],
         y=[layer for layer, _ in result.chosen],
         mode="markers",
@@ -224,8 +212,3 @@ def gain_grid(result: HeadSearch, **look: Unpack[Look]) -> go.Figure:
         hoverinfo="skip",
         name="chosen",
     )
-    layers, heads = gains.shape
-    figure.update_xaxes(title="Head", dtick=tick_step(heads))
-    figure.update_yaxes(title="Layer", dtick=tick_step(layers), autorange="reversed")
-    text = f"Gain in {result.metric} on {result.task} (validation; test {result.test.mean():.3g})"
-    return style(figure, escaped(text), look, height=grid_height(layers))

@@ -1,8 +1,25 @@
-"""What figures of tables share: error bars from interval columns, names of the heads in the rows."""
+"""What figures of tables share: error bars from interval columns, a colour for each class of rows, names of heads."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pandas as pd
+
+from lens.common.colors import ACCENT, BASELINE, LINE
+
+COLORS = (ACCENT, LINE, "#22a884", "#8250df", BASELINE)
+
+
+def classes(table: pd.DataFrame, column: str) -> Iterator[tuple[str, str, pd.DataFrame]]:
+    """Colour, name and rows of each class of a column, in the order of the table."""
+    for number, (name, rows) in enumerate(table.groupby(column, sort=False)):
+        yield COLORS[number % len(COLORS)], str(name), rows
+
+
+def bars(rows: pd.DataFrame, name: str, *, plain: bool = False) -> dict[str, Any]:
+    """Error bars of a column from those of its interval: `<name>_low`, or `low` alone where it is plain."""
+    start = "" if plain else f"{name}_"
+    return whiskers(rows[name], rows[f"{start}low"], rows[f"{start}high"])
 
 
 def whiskers(value: pd.Series, low: pd.Series, high: pd.Series) -> dict[str, Any]:

@@ -10,16 +10,15 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from lens.common.choices import check_choice
-from lens.common.colors import ACCENT, BASELINE, DIVERGING, LINE, VIRIDIS, scale
+from lens.common.colors import ACCENT, BASELINE, DIVERGING, VIRIDIS, scale
 from lens.common.plots import draws
-from lens.figures.rows import whiskers
+from lens.figures.rows import bars, classes
 from lens.figures.style import Look, escaped, style, tick_step
 
 if TYPE_CHECKING:
     from lens.edits.effect_results import Effect
     from lens.sinks.detection.emergences import SinkEmergence
 
-_CONDITIONS = (ACCENT, LINE, BASELINE, "#22a884", "#8250df")
 _MEASURES = {
     "delta_loss": "Change of loss (nats per token)",
     "kl": "KL of the edited from the unedited prediction (nats)",
@@ -54,7 +53,7 @@ def _points(table: pd.DataFrame, measure: str, look: Look) -> go.Figure:
         go.Scatter(
             x=rows[measure],
             y=rows["condition"],
-            error_x=whiskers(rows[measure], rows[f"{measure}_low"], rows[f"{measure}_high"]),
+            error_x=bars(rows, measure),
             mode="markers",
             marker={"color": ACCENT, "size": 9},
             customdata=rows["mass"],
@@ -113,18 +112,16 @@ def migration_maps(effect: Effect, prompt: int = 0, **look: Unpack[Look]) -> go.
 
 def _curves(table: pd.DataFrame, measure: str, look: Look) -> go.Figure:
     figure = go.Figure()
-    for color, (condition, rows) in zip(
-        _CONDITIONS, table.groupby("condition", sort=False), strict=False
-    ):
+    for color, condition, rows in classes(table, "condition"):
         if rows[measure].isna().all():
             continue
         figure.add_scatter(
             x=rows["amount"],
             y=rows[measure],
-            error_y=whiskers(rows[measure], rows[f"{measure}_low"], rows[f"{measure}_high"]),
+            error_y=bars(rows, measure),
             mode="lines+markers",
             line={"color": color},
-            name=str(condition),
+            name=condition,
             customdata=rows["mass"],
             hovertemplate="amount %{x}<br>%{y:.4f}<br>mass of the keys %{customdata:.3f}",
         )
@@ -142,13 +139,13 @@ def streaming_curves(table: pd.DataFrame, **look: Unpack[Look]) -> go.Figure:
         table: `StreamingScores.summary()` of several calls of `lens.heads.streaming`, one below the other.
     """
     figure = go.Figure()
-    for number, (last, rows) in enumerate(table.groupby("last")):
+    for color, last, rows in classes(table, "last"):
         figure.add_scatter(
             x=rows["first"],
             y=rows["delta_loss"],
-            error_y=whiskers(rows["delta_loss"], rows["delta_loss_low"], rows["delta_loss_high"]),
+            error_y=bars(rows, "delta_loss"),
             mode="lines+markers",
-            line={"color": _CONDITIONS[number % len(_CONDITIONS)]},
+            line={"color": color},
             name=f"last {last}",
             customdata=rows["kept"],
             hovertemplate="first %{x}<br>%{y:.4f}<br>mass kept %{customdata:.3f}",
@@ -165,14 +162,14 @@ def emergence_curves(result: SinkEmergence, **look: Unpack[Look]) -> go.Figure:
     """Sink rate over layers, a curve per kind of prompt, with 95 % intervals."""
     rows = result.rows[result.rows["layer"].notna()]
     figure = go.Figure()
-    for number, (condition, some) in enumerate(rows.groupby("condition", sort=False)):
+    for color, condition, some in classes(rows, "condition"):
         figure.add_scatter(
             x=some["layer"],
             y=some["rate"],
-            error_y=whiskers(some["rate"], some["low"], some["high"]),
+            error_y=bars(some, "rate", plain=True),
             mode="lines+markers",
-            line={"color": _CONDITIONS[number % len(_CONDITIONS)]},
-            name=str(condition),
+            line={"color": color},
+            name=condition,
         )
     figure.update_xaxes(title="Layer", dtick=tick_step(rows["layer"].nunique()))
     figure.update_yaxes(title="Sink rate (share of heads)", range=[-0.02, 1.02])

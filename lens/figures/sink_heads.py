@@ -7,13 +7,12 @@ from typing import Unpack
 import pandas as pd
 import plotly.graph_objects as go
 
-from lens.common.colors import ACCENT, BASELINE, LINE
+from lens.common.colors import ACCENT, BASELINE
 from lens.common.errors import LensError
 from lens.common.plots import draws
-from lens.figures.rows import head_names, whiskers
+from lens.figures.rows import bars, classes
 from lens.figures.style import Look, escaped, style
 
-_COLORS = (ACCENT, LINE, "#22a884", "#8250df", BASELINE)
 _LOSS = "Change of loss (nats per token)"
 
 
@@ -24,17 +23,14 @@ def reach_points(table: pd.DataFrame, **look: Unpack[Look]) -> go.Figure:
         table: of several calls of `lens.effect`, one below the other; `reach` says which it is of.
     """
     figure = go.Figure()
-    for number, (condition, rows) in enumerate(table.groupby("condition", sort=False)):
+    for color, condition, rows in classes(table, "condition"):
         figure.add_scatter(
             x=rows["delta_loss"],
-            y=[
-                f"{scope} ({reach})"
-                for scope, reach in zip(rows["scope"], rows["reach"], strict=True)
-            ],
-            error_x=whiskers(rows["delta_loss"], rows["delta_loss_low"], rows["delta_loss_high"]),
+            y=rows["scope"] + " (" + rows["reach"] + ")",
+            error_x=bars(rows, "delta_loss"),
             mode="markers",
-            marker={"color": _COLORS[number % len(_COLORS)], "size": 9},
-            name=str(condition),
+            marker={"color": color, "size": 9},
+            name=condition,
             customdata=rows["mass"],
             hovertemplate="%{y}: %{x:.4f}<br>mass of the keys %{customdata:.3f}",
         )
@@ -60,15 +56,15 @@ def activity_points(table: pd.DataFrame, **look: Unpack[Look]) -> go.Figure:
     if edited.empty:
         raise LensError("the table has no edited head, so there is no change of loss to draw")
     figure = go.Figure()
-    for number, (domain, rows) in enumerate(edited.groupby("domain", sort=False)):
+    for color, domain, rows in classes(edited, "domain"):
         figure.add_scatter(
             x=rows["activity"],
             y=rows["loss"],
-            error_y=whiskers(rows["loss"], rows["loss_low"], rows["loss_high"]),
+            error_y=bars(rows, "loss"),
             mode="markers",
-            marker={"color": _COLORS[number % len(_COLORS)], "size": 9},
-            name=escaped(str(domain)),
-            text=head_names(rows["layer"], rows["head"]),
+            marker={"color": color, "size": 9},
+            name=escaped(domain),
+            text=rows["name"],
             hovertemplate="%{text}: activity %{x:.2f}, without it %{y:.4f}",
         )
     figure.add_hline(y=0, line={"color": BASELINE, "dash": "dot"})
@@ -86,13 +82,13 @@ def gate_points(table: pd.DataFrame, **look: Unpack[Look]) -> go.Figure:
         table: of `EffectiveGates`.
     """
     figure = go.Figure()
-    for number, (mechanism, rows) in enumerate(table.groupby("mechanism", sort=False)):
+    for color, mechanism, rows in classes(table, "mechanism"):
         figure.add_scatter(
             x=rows["layer"],
             y=rows["gate"],
             mode="markers",
-            marker={"color": _COLORS[number % len(_COLORS)], "size": 7, "opacity": 0.7},
-            name=str(mechanism),
+            marker={"color": color, "size": 7, "opacity": 0.7},
+            name=mechanism,
             text=rows["name"],
             hovertemplate="%{text}: gate %{y:.3f}",
         )
@@ -112,14 +108,14 @@ def energy_curves(table: pd.DataFrame, **look: Unpack[Look]) -> go.Figure:
     """
     count = table["band"].nunique()
     figure = go.Figure()
-    for number, (weight, rows) in enumerate(table.groupby("weight", sort=False)):
+    for color, weight, rows in classes(table, "weight"):
         mean = rows.groupby("band")["energy"].mean()
         figure.add_scatter(
             x=mean.index,
             y=mean,
-            name=str(weight),
+            name=weight,
             mode="lines+markers",
-            line={"color": _COLORS[number % len(_COLORS)]},
+            line={"color": color},
             hovertemplate="band %{x}: %{y:.3f}",
         )
     figure.add_hline(y=1 / count, line={"color": BASELINE, "dash": "dot"})
@@ -139,7 +135,7 @@ def band_points(table: pd.DataFrame, **look: Unpack[Look]) -> go.Figure:
         go.Scatter(
             x=table["band"],
             y=table["delta_loss"],
-            error_y=whiskers(table["delta_loss"], table["low"], table["high"]),
+            error_y=bars(table, "delta_loss", plain=True),
             mode="lines+markers",
             line={"color": ACCENT},
             hovertemplate="band %{x}: %{y:.4f}<extra></extra>",
