@@ -119,7 +119,7 @@ def test_wrong_calls_say_what_would_be_right(trace, table):
     ):
         figures.head_grid(table, "entropie")
     with pytest.raises(
-        LensError, match=r"no L2H0 in this trace of analytic: it has the layers 0 to 1"
+        LensError, match=r"no L2H0 in this trace of analytic: it has the layers 0 and 1"
     ):
         figures.block_map(trace, 2, 0)
     with pytest.raises(LensError, match=r"a head is written .*; got \(0, -1\)"):

@@ -86,22 +86,6 @@ def test_a_result_without_a_figure_says_so():
         Plain().plot()
 
 
-STRINGS = {
-    "lens.edits.searching.HeadSearch",
-    "lens.edits.selection.HeadSelection",
-    "lens.edits.sink_dims.SinkDims",
-    "lens.sinks.activations.dims_agreement.DimsAgreement",
-    "lens.sinks.activations.massive.MassiveActivations",
-    "lens.sinks.activations.norms.HighNormTokens",
-    "lens.sinks.causes.gates.EffectiveGates",
-    "lens.sinks.causes.geometry.SinkMechanism",
-    "lens.sinks.causes.persistent.PersistentMemory",
-    "lens.sinks.causes.spectral.BandLosses",
-    "lens.vision.knocking.KnockOut",
-}
-"""Results that say strings without a kind: only take lines out."""
-
-
 def test_every_result_says_sentences_with_kinds():
     without = {
         name
@@ -110,7 +94,7 @@ def test_every_result_says_sentences_with_kinds():
         and vars(one)["findings"].__annotations__["return"]
         not in ("tuple[Sentence, ...]", tuple[Sentence, ...])
     }
-    assert without <= STRINGS
+    assert without == set()
 
 
 def picks(source):
@@ -138,10 +122,6 @@ def _is_said(node, said):
     return isinstance(node, ast.Name) and node.id in said
 
 
-PICKED = {"analyses/lens_analyses/steps/sinks.py"}
-"""Files that still pick a sentence: only take lines out."""
-
-
 def test_no_sentence_is_picked_by_place_or_word():
     files = [
         file
@@ -152,7 +132,7 @@ def test_no_sentence_is_picked_by_place_or_word():
     found = {
         str(file.relative_to(ROOT)): lines for file in files if (lines := picks(file.read_text()))
     }
-    assert found.keys() <= PICKED, found
+    assert found == {}
 
 
 @pytest.mark.parametrize(
@@ -184,14 +164,20 @@ def test_tables_of_heads_join():
         lens.circuits.head_parts(model, task, ["L1H0"], **quiet),
         lens.circuits.scores.flow_routes(model, task, **quiet),
         lens.circuits.scores.codes(model, task, examples=2, epochs=2, seeds=1, **quiet),
+        lens.sinks.rate(traces),
+        lens.sinks.block_bounds(traces[0]),
+        lens.edits.search_heads(model, task, lens.edits.Mask("first"), most=1, **quiet),
     ]
     of_heads = {
         name.rpartition(".")[2]
         for name, one in CLASSES.items()
-        if name.startswith(("lens.heads", "lens.circuits"))
-        and re.match(r"One row per [^.:]*\bhead\b", inspect.getdoc(one.table) or "")
+        if re.match(
+            r"One row per [^.:]*\bhead\b", inspect.getdoc(getattr(one, "table", None)) or ""
+        )
     }
-    assert of_heads == {type(one).__name__ for one in made}
+    assert of_heads - {"HeadSelection", "PolicyScores", "PolicySearch"} == {
+        type(one).__name__ for one in made
+    }
     tables = {type(one).__name__: one.table() for one in made}
     similar = lens.heads.similarity(model, prompts, **quiet)
     tables["redundancy"], tables["neighbours"] = similar.redundancy(), similar.neighbours("L0H1")
@@ -215,15 +201,10 @@ RUN_NONE = {
     "lens.models.random_weights",
     "lens.runs.from_attentions",
     "lens.runs.from_transformer_lens",
-    "lens.tasks.",
     "lens.traces.capturing",
     "lens.vision.segments",
 }
-"""Take a model and run nothing through it, or what runs in it is the user's; `lens.tasks.` make prompts."""
-WITHOUT_PROGRESS = {
-    "lens.edits.search_heads",
-}
-"""Run a model and show no progress yet: only take lines out."""
+"""Take a model and run nothing through it, or what runs in it is the user's."""
 
 
 def functions(room, seen=None):
@@ -244,13 +225,13 @@ def functions(room, seen=None):
 def test_every_function_that_runs_a_model_shows_progress():
     found = functions(lens)
     assert {"lens.heads.sublayers.block_influence", "lens.circuits.checks.control"} < found.keys()
-    known = tuple(RUN_NONE | WITHOUT_PROGRESS)
     without = {
         name
         for name, one in found.items()
         if "model" in (parameters := inspect.signature(one).parameters)
         and "progress" not in parameters
-        and not name.startswith(known)
+        and name not in RUN_NONE
+        and not name.startswith("lens.tasks.")
     }
     assert without == set()
     for name in ("capture", "effect"):

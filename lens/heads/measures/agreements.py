@@ -193,8 +193,8 @@ def agreement(
 
     Example:
         >>> measures = [lens.heads.importance(small, copying, method=one) for one in ("gradient", "gate")]
-        >>> lens.heads.agreement(*measures, k=1).findings()[0].kind
-        'agreement'
+        >>> [said.kind for said in lens.heads.agreement(*measures, k=1).findings()]
+        ['agreement']
     """
     _check_models(scores, least=2)
     heads = len(scores[0].names)

@@ -118,7 +118,7 @@ def orders(
         >>> task = lens.tasks.induction(small, n=4)
         >>> scores = [lens.heads.importance(small, task, method=by) for by in ("ablation", "gradient")]
         >>> found = lens.heads.pruning.orders(small, task, orders=scores, draws=2)
-        >>> print(found.findings()[0])
+        >>> print(*found.findings())
         3 of 8 heads can go...
 
     Raises:
