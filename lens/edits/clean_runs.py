@@ -57,7 +57,7 @@ class CleanRuns:
     def run(self, prompt: Prompt, rows: torch.Tensor | None = None) -> CleanRun:
         """The prompt run now; `rows`: bool [tokens], whose attention is looked at; None: all."""
         watch = Watch(rows=rows)
-        found = predictions(self.model, prompt, watch.on_layer)
+        found = predictions(self.model, prompt, watch.on_layer, parts=True)
         received = of_layers(self.model, torch.stack(watch.received))
         return CleanRun(found, received, of_layers(self.model, watch.alpha()))
 

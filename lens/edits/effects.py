@@ -227,7 +227,7 @@ class _Run:
         with ExitStack() as stack:
             for one in running:
                 stack.enter_context(one.hooks)
-            after = predictions(self._model, case.prompt, watch.on_layer)
+            after = predictions(self._model, case.prompt, watch.on_layer, parts=True)
         if record:
             alpha = case.before.alpha
             if rows is not None:

@@ -32,15 +32,17 @@ def two_tokens(ids: list[int] | None) -> list[int]:
 
 
 def predictions(
-    model: LoadedModel, prompt: Prompt, on_layer: OnLayer
+    model: LoadedModel, prompt: Prompt, on_layer: OnLayer, *, parts: bool = False
 ) -> Float[Tensor, "tokens vocab"]:
     """Log probabilities [tokens, vocab] with `on_layer` in place of the model's attention.
+
+    `parts` as of `lens.passes.sessions.listening`.
 
     Raises:
         LensError: a model without a language model's logits.
     """
     ids = prompt.ids or []
-    with torch.no_grad(), listening(model, on_layer, exclusive=True):
+    with torch.no_grad(), listening(model, on_layer, exclusive=True, parts=parts):
         if prompt.inputs.keys() <= {"input_ids"}:
             output = model.model(torch.tensor([ids], device=model.device))
         else:  # an image, positions, segments

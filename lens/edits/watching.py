@@ -52,7 +52,7 @@ class Watch:
                 f"layer {call.layer} sees later tokens, so there is no next-token loss to change; "
                 "effect needs a causal language model"
             )
-        if self._record:
+        if self._record and not call.part:  # a layer that attends twice does so with one pattern
             keys = call.key.shape[2]
             at = KeysAt(
                 call.layer, 0, torch.arange(keys, device=call.key.device)[None], call.tokens

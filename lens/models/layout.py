@@ -117,7 +117,7 @@ def sublayers(model: LoadedModel) -> list[SubLayers]:
         raise LensError(
             f"layers of {kind!r} share their modules, so that none can be left out alone"
         )
-    for block in layers:
+    for number, block in enumerate(layers):
         if row is not None:
             mlp = block.get_submodule(row.mlp[-1]) if _part(block, row.mlp[0]) is not None else None
             found.append(SubLayers(block.get_submodule(row.output), mlp))
@@ -128,7 +128,7 @@ def sublayers(model: LoadedModel) -> list[SubLayers]:
         ]
         if model.is_bridge or parts[0] is None:
             raise LensError(
-                f"the layers of {model.info.class_name} have no child named {', '.join(_ATTENTION)}, so "
+                f"layer {number} of {model.info.class_name} has no child named {', '.join(_ATTENTION)}, so "
                 "their sub-layers cannot be taken out; pass the transformers model"
             )
         found.append(SubLayers(parts[0], parts[1]))

@@ -10,6 +10,7 @@ from lens.traces import AttentionTrace
 from tests.lens import hybrids
 
 IDS = list(range(3, 30))
+NEXT = torch.tensor(IDS[1:])[:, None]
 
 
 @pytest.fixture(scope="module", params=hybrids.MODELS)
@@ -135,6 +136,15 @@ def test_both_parts_of_a_head_that_attends_twice_are_taken_out():
     expected = model.logits(IDS)
     handle.remove()
     assert (found - expected).abs().max() < 1e-5
+    hook = model.model.model.layers[3].self_attn.register_forward_hook(
+        lambda _, __, output: (torch.zeros_like(output[0]), *output[1:])
+    )
+    gone = float(-model.logits(IDS).log_softmax(-1)[:-1].gather(1, NEXT).mean())
+    hook.remove()
+    whole = float(-model.logits(IDS).log_softmax(-1)[:-1].gather(1, NEXT).mean())
+    effect = lens.effect(model, [IDS], edits.Ablate([f"L3H{h}" for h in range(4)]), progress=False)
+    measured = effect.table().set_index("condition").loc["edit", "delta_loss"]
+    assert measured == pytest.approx(gone - whole, abs=1e-5)
     task = lens.tasks.induction(model, n=2)
     with pytest.raises(LensError, match="gives its output in two parts"):
         lens.heads.importance(model, task, progress=False)
@@ -193,3 +203,9 @@ def test_effects_and_controls_are_of_the_layers_that_have_heads(kind):
     ]
     row = one.table().set_index("condition").loc["edit"]
     assert row["delta_loss"] == pytest.approx(np.mean(change), abs=1e-5)
+
+
+def test_sub_layers_that_are_no_attention_are_named():
+    model = lens.load(hybrids.hybrid("lfm2"))
+    with pytest.raises(LensError, match="layer 0 of Lfm2ForCausalLM has no child named self_attn"):
+        lens.models.layout.named_sublayers(model)
