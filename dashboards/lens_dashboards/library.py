@@ -24,9 +24,8 @@ def sections(run: Run) -> dict[str, Section]:
 
 
 def remarks(run: Run) -> list[str]:
-    """Warnings of a run, what is unsupported, and what does not fit the schema and is left out."""
-    unsupported = map(": ".join, run.unsupported.items())
-    return [*run.meta["warnings"], *unsupported, *run.damage, *_readable(run)[1]]
+    """Warnings of a run, and what does not fit the schema and is left out."""
+    return [*run.meta["warnings"], *run.damage, *_readable(run)[1]]
 
 
 def _readable(run: Run) -> tuple[dict[str, Section], list[str]]:

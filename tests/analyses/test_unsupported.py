@@ -81,6 +81,8 @@ def test_an_encoder_has_the_sections_that_it_can_have(kind, lens_command, tmp_pa
     assert validate(run) == []
     report = json.loads((run.path / "report.json").read_text())
     assert report["unsupported"] == run.unsupported
-    assert "Mechanism is unsupported here:" in (run.path / "report.html").read_text()
+    page = (run.path / "report.html").read_text()
+    for name, reason in run.unsupported.items():
+        assert f"<li>{name.replace('_', ' ')}: {reason}</li>" in page
     with pytest.raises(LensError, match="mechanism is unsupported here: layer 0 sees later"):
         run.section("mechanism")

@@ -117,7 +117,7 @@ def spectrum(subject: Subject) -> Section:
     return Section(
         name="spectrum",
         title="Sinks: dark directions",
-        summary=of_kind(said, "losses", "energies"),
+        summary=(*of_kind(said, "losses"), *of_kind(said, "energies")),
         limits=(
             "Bands are of the unembedding's singular directions, strongest first (arXiv 2402.09221).",
             *of_kind(said, "limit"),

@@ -132,6 +132,11 @@ def run_banner(run: Run) -> list[html.Div]:
             )
         )
     banners += [html.Div(text, className="banner partial", role="status") for text in remarks(run)]
+    if run.unsupported:
+        words = {name.replace("_", " "): reason for name, reason in run.unsupported.items()}
+        title = html.Summary(f"Unsupported for this model or its prompts: {', '.join(words)}")
+        reasons = html.Ul([html.Li(f"{name}: {reason}") for name, reason in words.items()])
+        banners.append(html.Div(html.Details([title, reasons]), className="banner partial"))
     return banners
 
 

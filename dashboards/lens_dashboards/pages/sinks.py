@@ -50,7 +50,7 @@ def page(library: Library, view: Selection) -> list[Any]:
     grid = column_grid(
         heads,
         "alpha",
-        labels={"alpha": "mass on the sink's key, mean over its rows"},
+        labels={"alpha": "mean α of key 0"},
         title=f"{int(heads['above'].sum())} of {len(heads)} heads are above ε = {epsilon:g} on average",
         height=min(620, 150 + 22 * max(5, int(heads["layer"].nunique()))),
     )
@@ -61,6 +61,13 @@ def page(library: Library, view: Selection) -> list[Any]:
         f"section = open_run({str(run.path)!r}).section('detection')\n"
         "heads = section.tables['heads']\n"
         "column_grid(heads, 'alpha')"
+    )
+    usual, every = (section.configuration.get(f"rate{name}") for name in ("", "_over_all_queries"))
+    published = (
+        f" Where α is the mean over all queries, seen or not (layers have windows), as Gu et al. define it, the "
+        f"rate at ε = {section.configuration['epsilon']:g} is {every:.1%} instead of {usual:.1%}."
+        if usual != every
+        else ""
     )
     effects = _effects(run, view, notes)
     held = [known[name] for name in SECTIONS if name in known]
@@ -74,7 +81,7 @@ def page(library: Library, view: Selection) -> list[Any]:
                 html.P(
                     f"At ε = {row['epsilon']:g} a head's key 0 is a sink in {row['rate']:.0%} of heads and "
                     f"prompts [{row['low']:.0%}, {row['high']:.0%}] ({row['tokens']} tokens, BOS {row['bos']}, "
-                    f"n = {row['n']}); there is no natural threshold, so look at the whole curve.",
+                    f"n = {row['n']}); there is no natural threshold, so look at the whole curve.{published}",
                     className="definition",
                 ),
                 html.Div(
