@@ -6,6 +6,7 @@ from .chunks import Hierarchical as Hierarchical
 from .chunks import Landmark as Landmark
 from .chunks import LongHeads as LongHeads
 from .evaluating import evaluate as evaluate
+from .files import as_json as as_json
 from .files import read as read
 from .files import write as write
 from .flex_prefill import FlexPrefill as FlexPrefill

@@ -34,10 +34,12 @@ class Policy(ABC):
         block_size: (query_block, key_block) of the published policy, tokens: the default of `evaluate`.
         decodes: whether it also chooses for a single query with cached keys; where it does not, decoding
             stays dense, as published.
+        is_reference: a bound or a baseline, which no serving engine would run.
     """
 
     block_size: tuple[int, int] = (64, 64)
     decodes: bool = True
+    is_reference: bool = False
 
     @abstractmethod
     def keep(self, view: BlockView) -> Kept:
@@ -77,6 +79,8 @@ class Full(Policy):
         >>> str(lens.policies.Full())
         'Full()'
     """
+
+    is_reference = True
 
     def keep(self, view: BlockView) -> Kept:
         """See `Policy`."""

@@ -98,6 +98,7 @@ def evaluate(
         dense_loss=losses[0],
         sparse_loss=losses[1:],
         policies=tuple(map(str, policies)),
+        references=tuple(one.is_reference for one in policies),
         layers=layers,
         block_sizes=tuple(sizes),
         tokens=tuple(_length(prompt) for prompt in read),

@@ -78,14 +78,14 @@ def write(
         ]
         write_text(Path(path), json.dumps(layers))
     else:
-        write_json(Path(path), _ours(heads, policy, model))
+        write_json(Path(path), as_json(policy, model))
 
 
 def read(path: str | Path, *, format: Format = "lens", heads: int | None = None) -> PerHead:
     """The policy of every head from a file.
 
     Args:
-        path, format: as of `write`; the score of a MInference file is not read: it means recall in most
+        path, format: as of `write`, or the `section.json` of the search of a run ("lens"); the score of a MInference file is not read: it means recall in most
             files and a number of errors in some.
         heads: query heads of a layer, for "duo", which knows KV heads alone.
 
@@ -117,7 +117,13 @@ def _recalls(found: PolicySearch, model: LoadedModel) -> dict[tuple[int, int], f
     }
 
 
-def _ours(heads: PerHead, found: Any, model: LoadedModel) -> dict[str, Any]:
+def as_json(found: PerHead | PolicySearch, model: LoadedModel) -> dict[str, Any]:
+    """What a file of the format "lens" holds.
+
+    Raises:
+        LensError: a policy that is more than numbers.
+    """
+    heads = found.policy if isinstance(found, PolicySearch) else found
     entries = []
     for head in model.info.every_head:
         policy = heads.of(head)
@@ -139,6 +145,8 @@ def _ours(heads: PerHead, found: Any, model: LoadedModel) -> dict[str, Any]:
 
 
 def _read_ours(data: Any) -> PerHead:
+    if "configuration" in data:  # the section of a run
+        data = data["configuration"]["policies"]
     if data["format"] != "attention-lens policies 1":
         raise ValueError(f"unknown format {data['format']!r}")
     found = {}

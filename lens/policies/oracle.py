@@ -37,6 +37,7 @@ class Oracle(Policy):
     mass: float | None = None
     like: Policy | None = None
     shared: bool = False
+    is_reference = True
 
     def __post_init__(self) -> None:
         _check_budget(self, "top", "share", "mass", "like")
@@ -78,6 +79,7 @@ class LargestEntry(Policy):
     """
 
     threshold: float = 2e-3
+    is_reference = True
 
     def __post_init__(self) -> None:
         check_shares(self, "threshold")
@@ -114,6 +116,7 @@ class RandomBlocks(Policy):
     like: Policy | None = None
     ends: bool = False
     seed: int = 0
+    is_reference = True
 
     def __post_init__(self) -> None:
         _check_budget(self, "share", "like")

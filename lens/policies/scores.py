@@ -42,6 +42,7 @@ class PolicyScores(Result):
         dense_loss: [prompts], mean next-token loss of the model as it is, nats; NaN where not measured.
         sparse_loss: [policies, prompts], with the policy in all heads.
         policies: as they write themselves.
+        references: which of them are bounds and baselines: full, oracle, random.
         layers: the model's numbers of those that have softmax attention.
         block_sizes: (query_block, key_block) of each.
         tokens: length of each prompt.
@@ -54,6 +55,7 @@ class PolicyScores(Result):
     dense_loss: np.ndarray
     sparse_loss: np.ndarray
     policies: tuple[str, ...]
+    references: tuple[bool, ...]
     layers: tuple[int, ...]
     block_sizes: tuple[tuple[int, int], ...]
     tokens: tuple[int, ...]
@@ -125,11 +127,12 @@ class PolicyScores(Result):
         return pd.DataFrame(rows)
 
     def findings(self) -> tuple[Sentence, ...]:
-        """What each policy keeps ("recall"), which heads lose ("heads"), the loss ("loss"), limits ("limit")."""
-        said: list[Sentence] = []
-        for place, row in self.summary().iterrows():
-            assert isinstance(place, int)
-            said += self._of_policy(place, row)
+        """Which costs least ("best"), what each keeps ("recall"), which heads lose by it ("heads"), its loss
+        ("loss"), and limits ("limit")."""
+        rows = self.summary()
+        said = self._best(rows)
+        for place in range(len(self.policies)):
+            said += self._of_policy(place, rows.iloc[place])
         lengths = f"{min(self.tokens)} to {max(self.tokens)}"
         said.append(
             Sentence(
@@ -147,6 +150,26 @@ class PolicyScores(Result):
                 )
             )
         return tuple(said)
+
+    def _best(self, rows: pd.DataFrame) -> list[Sentence]:
+        """Of several policies with a loss, the one that costs least, beside the references."""
+        rivals = rows[~np.array(self.references)]
+        if len(rivals) < 2 or rows["loss_change"].isna().any():
+            return []
+        best = rivals.loc[rivals["loss_change"].idxmin()]
+        beside = "; ".join(
+            f"{row['policy']} {row['loss_change']:+.4f} at {row['density']:.1%}"
+            for _, row in rows[np.array(self.references)].iterrows()
+        )
+        return [
+            Sentence(
+                f"Of {len(rivals)} policies in all heads {best['policy']} costs least: "
+                f"{best['loss_change']:+.4f}{_ends(best, 'loss_change', '.4f')} nats per token with "
+                f"{best['density']:.1%} of the blocks and {best['recall']:.1%} of the attention"
+                f"{f' (beside it: {beside})' if beside else ''}. They differ in density: the figure has both.",
+                kind="best",
+            )
+        ]
 
     def _of_policy(self, place: int, row: pd.Series) -> list[Sentence]:
         said = [

@@ -31,7 +31,18 @@ from lens.common.errors import LensError
 from .conftest import ARGUMENTS
 
 COMMANDS = (
-    *("demo", "run", "heads", "sinks", "redistribute", "circuit", "sweep", "view", "worker"),
+    *(
+        "demo",
+        "run",
+        "heads",
+        "sinks",
+        "redistribute",
+        "policies",
+        "circuit",
+        "sweep",
+        "view",
+        "worker",
+    ),
     *("report", "compare", "export", "list", "validate", "doctor"),
 )
 

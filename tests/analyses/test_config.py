@@ -74,7 +74,7 @@ def test_defaults_are_a_copied_run_of_the_embedded_model():
         ),
         (
             {"what": "magic"},
-            "what must be one of profile, heads, sinks, redistribute, circuit, got 'magic'",
+            "what must be one of profile, heads, sinks, redistribute, policies, circuit, got 'magic'",
         ),
     ],
 )

@@ -181,7 +181,13 @@ def test_the_form_has_every_setting_and_says_what_it_is():
 def test_a_form_names_no_file_and_its_settings_go_with_their_analysis():
     fields = {field["name"]: field for field in form()}
     assert not {"prompts.text", "prompts.batch", "prompts.sha256"} & set(fields)
-    assert fields["analysis.n"]["whats"] == ["heads", "sinks", "redistribute", "circuit"]
+    assert fields["analysis.n"]["whats"] == [
+        "heads",
+        "sinks",
+        "redistribute",
+        "policies",
+        "circuit",
+    ]
     assert fields["analysis.task"]["whats"] == ["heads", "redistribute", "circuit"]
     assert fields["analysis.rule"]["choices"][0] == fields["analysis.rule"]["start"] == "transfer"
     assert (fields["prompts.tokens"]["least"], fields["analysis.n"]["least"]) == (1, 2)

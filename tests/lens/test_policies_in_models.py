@@ -7,11 +7,11 @@ import pytest
 import torch
 
 import lens
+from lens import policies
+from lens.common.results import of_kind
 from lens.passes.head_outputs import read_calls
 from lens.policies.scores import COLUMNS, PolicyScores
 from lens.tasks.prompts import token_losses
-
-P = lens.policies
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,9 @@ def eager(model, ids):
 
 
 def test_a_shape_keeps_what_the_models_own_attention_says(model, prompts):
-    table = P.evaluate(model, prompts, P.AShape(first=16, last=16), block_size=16).table()
+    table = policies.evaluate(
+        model, prompts, policies.AShape(first=16, last=16), block_size=16
+    ).table()
     expected = []
     for ids in prompts:
         p = eager(model, ids)
@@ -74,7 +76,7 @@ def test_a_shape_keeps_what_the_models_own_attention_says(model, prompts):
 
 
 def test_output_errors_are_those_of_masked_attention(model, prompts):
-    found = P.evaluate(model, prompts[:1], P.AShape(4, 8), block_size=8)
+    found = policies.evaluate(model, prompts[:1], policies.AShape(4, 8), block_size=8)
     values = []
     i = torch.arange(96)
     near = (i // 8 * 8)[:, None] - (i // 8 * 8 + 7)[None] < 8
@@ -94,7 +96,12 @@ def test_a_policy_that_keeps_all_leaves_every_bit(model, prompts):
     with lens.edit(model):
         ours = model.logits(prompts[0])
     assert torch.allclose(plain, ours, atol=1e-3)
-    for policy in (P.Full(), P.AShape(96, 96), P.Oracle(share=1.0), P.PerHead({})):
+    for policy in (
+        policies.Full(),
+        policies.AShape(96, 96),
+        policies.Oracle(share=1.0),
+        policies.PerHead({}),
+    ):
         with lens.edit(model, lens.edits.Sparse(policy, 16)) as (done,):
             assert torch.equal(model.logits(prompts[0]), ours)
         assert done.density == 1
@@ -112,7 +119,7 @@ def test_a_run_is_that_of_attention_with_the_blocks_cut_off(model, prompts):
     with torch.no_grad():
         expected = model.model(ids, attention_mask=mask).logits[0]
     model.model.set_attn_implementation("sdpa")
-    with lens.edit(model, lens.edits.Sparse(P.AShape(4, 8), 8)) as (done,):
+    with lens.edit(model, lens.edits.Sparse(policies.AShape(4, 8), 8)) as (done,):
         found = model.logits(prompts[1])
     assert torch.allclose(found, expected, atol=2e-3)
     assert not torch.allclose(found, model.logits(prompts[1]), atol=1e-1)
@@ -126,19 +133,21 @@ def test_dense_context_and_a_sparse_question(model, prompts):
     ids = prompts[0]
     with lens.edit(model):
         dense = model.logits(ids)
-    with lens.edit(model, lens.edits.Sparse(P.AShape(2, 4), 4, first_row=60)):
+    with lens.edit(model, lens.edits.Sparse(policies.AShape(2, 4), 4, first_row=60)):
         late = model.logits(ids)
     assert torch.equal(late[:60], dense[:60])
     assert not torch.allclose(late[70:], dense[70:], atol=1e-2)
-    with lens.edit(model, lens.edits.Sparse(P.AShape(2, 4), 4, first_row=len(ids))) as (done,):
+    with lens.edit(model, lens.edits.Sparse(policies.AShape(2, 4), 4, first_row=len(ids))) as (
+        done,
+    ):
         assert torch.equal(model.logits(ids), dense)
     assert done.calls == 0
 
 
 def test_single_heads_and_their_own_policies(model, prompts):
     """A head edited alone, and by `PerHead`, is one thing; other heads of the layer keep their bits."""
-    alone = lens.edits.Sparse(P.AShape(2, 4), 4, heads=["L2H3"])
-    mixed = lens.edits.Sparse(P.PerHead({"L2H3": P.AShape(2, 4)}), 4)
+    alone = lens.edits.Sparse(policies.AShape(2, 4), 4, heads=["L2H3"])
+    mixed = lens.edits.Sparse(policies.PerHead({"L2H3": policies.AShape(2, 4)}), 4)
     with lens.edit(model, alone) as (one,):
         first = model.logits(prompts[0])
     with lens.edit(model, mixed) as (_,):
@@ -150,25 +159,25 @@ def test_single_heads_and_their_own_policies(model, prompts):
 
 def test_every_decoding_step_is_sparse_where_the_policy_has_a_form_for_it(model, prompts):
     ids = prompts[1][:40]
-    with lens.edit(model, lens.edits.Sparse(P.AShape(2, 4), (1, 1))) as (done,):
+    with lens.edit(model, lens.edits.Sparse(policies.AShape(2, 4), (1, 1))) as (done,):
         written = model.generate(ids, max_new_tokens=6)[0].tolist()
     assert done.steps == 6
     assert done.calls == 18
     # Token by token from scratch, the same rows see the same keys.
     again = list(ids)
     for _ in range(6):
-        with lens.edit(model, lens.edits.Sparse(P.AShape(2, 4), (1, 1))):
+        with lens.edit(model, lens.edits.Sparse(policies.AShape(2, 4), (1, 1))):
             again.append(int(model.logits(again)[-1].argmax()))
     assert written == again
-    lines = P.VerticalSlash(2, 2, first=1, last=1, probe=8)
+    lines = policies.VerticalSlash(2, 2, first=1, last=1, probe=8)
     with lens.edit(model, lens.edits.Sparse(lines, (8, 1))) as (done,):
         model.generate(ids, max_new_tokens=4)
     assert done.calls == 3  # the prompt alone: it does not decode
 
 
 def test_the_loss_is_that_of_a_run_and_paired(model, prompts):
-    policy = P.AShape(4, 8)
-    found = P.evaluate(model, prompts, [policy, P.Full()], block_size=8, loss=True)
+    policy = policies.AShape(4, 8)
+    found = policies.evaluate(model, prompts, [policy, policies.Full()], block_size=8, loss=True)
     for place, ids in enumerate(prompts):
         with lens.edit(model, lens.edits.Sparse(policy, 8)):
             expected = float(token_losses(model, ids).mean())
@@ -190,6 +199,7 @@ def test_sentences_follow_the_numbers():
         dense_loss=np.array([2.0, 3.0]),
         sparse_loss=np.array([[2.5, 3.5]]),
         policies=("AShape(first=1)",),
+        references=(False,),
         layers=(3,),
         block_sizes=((16, 16),),
         tokens=(64, 96),
@@ -214,15 +224,35 @@ def test_sentences_follow_the_numbers():
     assert {sentence.kind for sentence in better.findings()} == {"recall", "limit"}
 
 
+def test_the_cheapest_of_several_is_named_beside_bounds_and_draws(model, prompts):
+    offered = [
+        policies.AShape(2, 4),
+        policies.AShape(4, 40),
+        policies.Full(),
+        policies.RandomBlocks(share=0.3, ends=True),
+    ]
+    found = policies.evaluate(model, prompts, offered, block_size=8, loss=True)
+    (best,) = of_kind(found.findings(), "best")
+    change = found.summary().set_index("policy")["loss_change"]
+    assert change["AShape(first=4, last=40)"] < change["AShape(first=2, last=4)"]
+    assert best.startswith("Of 2 policies in all heads AShape(first=4, last=40) costs least")
+    assert "beside it: Full() +0.0000 at 100.0%; RandomBlocks(share=0.3, ends=True) +" in best
+    worst = dataclasses.replace(found, sparse_loss=found.sparse_loss[[1, 0, 2, 3]])
+    assert of_kind(worst.findings(), "best")[0].startswith(
+        "Of 2 policies in all heads AShape(first=2"
+    )
+    assert not of_kind(policies.evaluate(model, prompts, offered, block_size=8).findings(), "best")
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         ({"policy": "AShape"}, "policy must be one of lens.policies"),
         ({"policy": []}, "at least one policy"),
-        ({"policy": P.Full(), "block_size": 0}, "block_size must be"),
-        ({"policy": P.Full(), "block_size": (8, 8, 8)}, "block_size must be"),
+        ({"policy": policies.Full(), "block_size": 0}, "block_size must be"),
+        ({"policy": policies.Full(), "block_size": (8, 8, 8)}, "block_size must be"),
     ],
 )
 def test_bad_arguments_are_refused_before_any_pass(model, prompts, arguments, said):
     with pytest.raises(lens.LensError, match=said):
-        P.evaluate(model, prompts, **arguments)
+        policies.evaluate(model, prompts, **arguments)

@@ -65,6 +65,21 @@ def check_amounts(words: str) -> str:
     return words
 
 
+def check_loss(word: str) -> str:
+    """The word, if it is a number of nats from 0 on.
+
+    Raises:
+        ValueError: otherwise.
+    """
+    try:
+        number = float(word)
+    except ValueError:
+        number = math.nan
+    if not 0 <= number < math.inf:
+        raise ValueError(f"must be a number of nats from 0 on, e.g. 0.01; got {word!r}")
+    return word
+
+
 def listed(words: str) -> list[str]:
     """The words one by one."""
     return [word.strip() for word in words.split(",")]

@@ -8,7 +8,14 @@ from pydantic import AfterValidator, field_validator, model_validator
 
 from lens.circuits.scores.methods import Method
 from lens.models.catalogue import DEFAULT_MODEL, KNOWN, is_hub_id, unknown_model
-from lens_analyses.config.listed import EDITS, check_amounts, check_edits, check_measures, listed
+from lens_analyses.config.listed import (
+    EDITS,
+    check_amounts,
+    check_edits,
+    check_loss,
+    check_measures,
+    listed,
+)
 from lens_analyses.config.paths import is_folder, is_task_file, shorten
 from lens_analyses.config.settings import Section, Setting, Shown, setting, settings_of
 
@@ -235,6 +242,17 @@ class RedistributeSettings(_OnTask, _WithRule):
     """Of `lens redistribute`."""
 
 
+class PoliciesSettings(AnalysisSettings):
+    """Of `lens policies`."""
+
+    loss: Annotated[str, AfterValidator(check_loss)] = setting(
+        "0.01", "What the mean next-token loss may grow by when heads run sparse, nats per token."
+    )
+    block: int = setting(
+        0, "Tokens of a block of queries and keys; 0: a sixteenth of a window, 8 to 64.", ge=0
+    )
+
+
 class CircuitSettings(_OnTask):
     """Of `lens circuit`."""
 
@@ -271,8 +289,8 @@ class RunConfig(Section):
     def _has_an_analysis(cls, value: Any) -> Any:
         if value is not None and cls is RunConfig:
             raise ValueError(
-                "the section analysis belongs to `lens heads`, `lens sinks`, `lens redistribute` and "
-                "`lens circuit`; a profile has none"
+                "the section analysis belongs to `lens heads`, `lens sinks`, `lens redistribute`, "
+                "`lens policies` and `lens circuit`; a profile has none"
             )
         return value
 
@@ -330,6 +348,13 @@ class RedistributeConfig(RunConfig):
     analysis: RedistributeSettings = RedistributeSettings()
 
 
+class PoliciesConfig(RunConfig):
+    """Of `lens policies`."""
+
+    what: Literal["policies"] = _what("policies")
+    analysis: PoliciesSettings = PoliciesSettings()
+
+
 class CircuitConfig(RunConfig):
     """Of `lens circuit`."""
 
@@ -342,6 +367,7 @@ CONFIGS: dict[str, type[RunConfig]] = {
     "heads": HeadsConfig,
     "sinks": SinksConfig,
     "redistribute": RedistributeConfig,
+    "policies": PoliciesConfig,
     "circuit": CircuitConfig,
 }
 """What a run does -> its configuration."""

@@ -30,6 +30,7 @@ COLUMNS = (
 TITLES = {
     "sinks": "The attention sinks of",
     "redistribute": "Attention moved elsewhere in",
+    "policies": "Sparse attention in",
     "circuit": "A circuit of",
 }
 """What a page is called, with the model's name behind it; other runs are about all heads."""

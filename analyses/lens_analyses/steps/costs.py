@@ -122,6 +122,10 @@ COSTS: dict[str, dict[str, Callable[[Load], Cost]]] = {
         "dose": lambda load: Cost(_amounts(load) * (load.task + load.windows)),
         "search": lambda load: Cost((load.heads + 5) * load.task / 2),
     },
+    "policies": {
+        "policies": lambda load: _of_windows(load, 30),
+        "search": lambda load: _of_windows(load, 45),
+    },
     "circuit": {
         "edges": _edges,
         "circuit": lambda load: Cost(180 * load.task * _circuit_factor(load)),

@@ -1,0 +1,137 @@
+"""Figures of sparse policies: what they keep for what they cost, head by head, and what a search found."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Unpack
+
+import plotly.graph_objects as go
+
+from lens.common.choices import check_choice
+from lens.common.colors import ACCENT, BASELINE, INK, LINE, VIRIDIS, scale
+from lens.common.plots import draws
+from lens.figures.style import Look, escaped, grid_axes, grid_height, style
+
+if TYPE_CHECKING:
+    from lens.policies.found import PolicySearch
+    from lens.policies.scores import PolicyScores
+
+_KINDS = {
+    "chosen": (ACCENT, "chosen"),
+    "oracle": (LINE, "best blocks"),
+    "random": (BASELINE, "random blocks"),
+}
+
+
+@draws("PolicyScores")
+def policy_recall(
+    result: PolicyScores, policy: str | None = None, **look: Unpack[Look]
+) -> go.Figure:
+    """Recall against density of each policy, beside the best and random blocks; or every head under one policy.
+
+    Args:
+        policy: as it writes itself, for a grid of its heads.
+
+    Raises:
+        LensError: a policy that was not measured.
+
+    Example:
+        >>> found = lens.policies.evaluate(model, texts, lens.policies.AShape(4, 8), block_size=4)
+        >>> found.plot("AShape(first=4, last=8)").layout.title.text
+        'Attention kept by AShape(first=4, last=8), mean 97.9%'
+    """
+    if policy is not None:
+        return _grid(result, check_choice("policy", policy, result.policies), look)
+    rows = result.summary()
+    figure = go.Figure()
+    for name, color, symbol, shown in (
+        ("random_recall", BASELINE, "x-thin", "as many random blocks"),
+        ("oracle_recall", LINE, "line-ew", "as many, best for each row"),
+        ("recall", ACCENT, "circle", "kept"),
+    ):
+        ends: dict[str, Any] = {}
+        if name == "recall" and result.n > 1:
+            ends["error_y"] = {
+                "array": rows["recall_high"] - rows["recall"],
+                "arrayminus": rows["recall"] - rows["recall_low"],
+                "color": color,
+            }
+        figure.add_scatter(
+            x=rows["density"],
+            y=rows[name],
+            name=shown,
+            mode="markers",
+            marker={
+                "symbol": symbol,
+                "size": 9,
+                "color": color,
+                "line": {"color": color, "width": 2},
+            },
+            text=[escaped(one) for one in rows["policy"]],
+            hovertemplate="%{text}<br>density %{x:.3f}, %{y:.4f}<extra>" + shown + "</extra>",
+            **ends,
+        )
+    figure.update_xaxes(title="Blocks kept (share)", range=[0, 1.02])
+    figure.update_yaxes(title="Attention kept (share)", range=[0, 1.02])
+    return style(figure, escaped(f"Attention kept under policies ({result.model})"), look)
+
+
+def _grid(result: PolicyScores, policy: str, look: Look) -> go.Figure:
+    place = result.policies.index(policy)
+    recall = result.of("recall")[place].mean(-1)
+    error = result.of("output_error")[place].mean(-1)
+    figure = go.Figure(
+        go.Heatmap(
+            z=recall,
+            y=[str(layer) for layer in result.layers],
+            customdata=error,
+            colorscale=scale(VIRIDIS),
+            zmin=0,
+            zmax=1,
+            xgap=1,
+            ygap=1,
+            colorbar={"title": {"text": "recall", "side": "right"}, "thickness": 12},
+            hovertemplate="L%{y}H%{x}: %{z:.4f}<br>output off by %{customdata:.4f}<extra></extra>",
+        )
+    )
+    grid_axes(figure, *recall.shape, most=32)
+    text = f"Attention kept by {policy}, mean {recall.mean():.1%}"
+    return style(figure, escaped(text), look, height=grid_height(len(recall), 26))
+
+
+@draws("PolicySearch")
+def policy_curve(result: PolicySearch, **look: Unpack[Look]) -> go.Figure:
+    """Change of loss on held-out prompts against density, beside random and best blocks; the chosen level marked."""
+    curve = result.curve()
+    figure = go.Figure()
+    for kind, (color, shown) in _KINDS.items():
+        rows = curve[curve["kind"] == kind]
+        figure.add_scatter(
+            x=rows["density"],
+            y=rows["loss_change"],
+            name=shown,
+            mode="lines+markers",
+            line={"color": color},
+            error_y={
+                "array": rows["loss_change_high"] - rows["loss_change"],
+                "arrayminus": rows["loss_change"] - rows["loss_change_low"],
+                "color": color,
+            },
+            customdata=rows["tolerance"],
+            hovertemplate="density %{x:.3f}: %{y:+.4f} nats<br>tolerance %{customdata:g}<extra>"
+            + shown
+            + "</extra>",
+        )
+    chosen = curve[(curve["kind"] == "chosen") & (curve["tolerance"] == result.tolerance)]
+    figure.add_scatter(
+        x=chosen["density"],
+        y=chosen["loss_change"],
+        mode="markers",
+        marker={"symbol": "circle-open", "size": 16, "color": INK, "line": {"width": 2}},
+        name="taken",
+        hoverinfo="skip",
+    )
+    figure.add_hline(y=result.asked, line={"color": INK, "dash": "dot"}, annotation_text="allowed")
+    figure.update_xaxes(title="Blocks kept (share, mean over heads)")
+    figure.update_yaxes(title="Change of loss (nats per token)")
+    text = f"Loss of {result.model} when heads run sparse"
+    return style(figure, escaped(text), look)

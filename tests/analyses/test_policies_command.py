@@ -1,0 +1,87 @@
+"""`lens policies`: sections in the folder of a profile, and policies that come back out of it."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+import lens
+from lens import policies
+from lens.common.results import of_kind
+from lens.passes.loading import load
+from lens.runs import open_run
+from lens.runs.validation import validate
+
+COMMAND = (
+    "policies --model text-lm-3l --text-name moby-dick --tokens 64 --windows 4 --n 4 --copied 0 "
+    "--set analysis.length=64 --loss 0.05"
+)
+
+
+@pytest.fixture(scope="module")
+def run(lens_command, tmp_path_factory):
+    answer = lens_command(*COMMAND.split(), "--out", tmp_path_factory.mktemp("policies"), "--json")
+    assert answer.code == 0, answer.err
+    return open_run(answer.json["path"])
+
+
+def test_both_sections_are_there_and_the_folder_is_whole(run):
+    assert run.sections == ["policies", "search"]
+    assert validate(run) == []
+    assert run.section("policies").summary[0].startswith("Of 6 policies in all heads ")
+
+
+def test_the_numbers_are_those_of_the_library(run):
+    model = load("text-lm-3l")
+    texts = [list(map(int, ids)) for ids in run.prompts["token_ids"]]
+    offered = [policies.AShape(2, 8), policies.BlockSparse(share=0.25)]
+    found = policies.evaluate(model, texts, offered, block_size=8)
+    table = run.section("policies").tables["heads"]
+    assert run.section("policies").configuration["block_size"] == 8
+    for place, policy in enumerate(offered):
+        rows = table[table["policy"] == str(policy)]
+        assert np.allclose(rows["recall"], found.of("recall")[place].mean(-1).ravel(), atol=1e-5)
+
+
+def test_the_policies_of_the_heads_come_out_of_the_run(run):
+    section = run.section("search")
+    again = policies.read(run.path / "sections" / "search" / "section.json")
+    for _, row in section.tables["heads"].iterrows():
+        assert str(again.of((row["layer"], row["head"]))) == row["policy"]
+    model = load("text-lm-3l")
+    texts = [list(map(int, ids)) for ids in run.prompts["token_ids"]]
+    found = policies.search(model, texts, loss=0.05, block_size=8)
+    assert section.summary == found.findings()
+    assert of_kind(found.findings(), "policy")
+
+
+@pytest.mark.parametrize("loss", ["-1", "nan", "much"])
+def test_a_loss_that_is_none_is_refused_before_any_work(lens_command, tmp_path, loss):
+    answer = lens_command(*COMMAND.split()[:-1], loss, "--out", tmp_path)
+    assert answer.code == 2
+    assert "--loss must be a number of nats from 0 on" in answer.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_pictures_show_what_was_found():
+    model = lens.load("text-lm-3l")
+    ids = model.encode(lens.tasks.text("moby-dick"))
+    texts = [ids[:64], ids[64:128]]
+    found = policies.evaluate(model, texts, [policies.AShape(2, 8), policies.Full()], block_size=8)
+    figure: Any = found.plot()
+    assert figure.data[-1].y.tolist() == found.summary()["recall"].tolist()
+    grid: Any = found.plot("AShape(first=2, last=8)")
+    assert np.allclose(grid.data[0].z, found.of("recall")[0].mean(-1))
+    with pytest.raises(lens.LensError, match="policy must be one of"):
+        found.plot("BShape()")
+    searched = policies.search(model, texts, loss=0.1, block_size=8, draws=1)
+    curve = searched.curve()
+    traces: Any = searched.plot().data
+    drawn = {trace.name: trace for trace in traces}
+    for kind, name in (
+        ("chosen", "chosen"),
+        ("oracle", "best blocks"),
+        ("random", "random blocks"),
+    ):
+        assert drawn[name].y.tolist() == curve[curve["kind"] == kind]["loss_change"].tolist()
+    assert len(drawn["taken"].x) == 1
