@@ -118,7 +118,8 @@ def lens_attention(
 def _crosses(module: nn.Module) -> bool:
     """Whether a module reads keys of another sequence: it says so, or is a decoder's that is not causal."""
     of_decoder = getattr(module, "is_decoder", False) and not getattr(module, "is_causal", True)
-    return bool(getattr(module, "is_cross_attention", False) or of_decoder)
+    named = "crossattention" in type(module).__name__.lower()
+    return bool(getattr(module, "is_cross_attention", False) or of_decoder or named)
 
 
 def own_attention(

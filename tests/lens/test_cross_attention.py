@@ -102,3 +102,55 @@ def test_generation_of_the_whole_records_the_half_that_was_loaded(make):
     assert [(one.step, one.layer, one.part) for one in recorder.records] == [
         (0, layer, 0) for layer in range(3)
     ]
+
+
+@torch.no_grad()
+def test_layers_that_read_an_image_beside_the_text_keep_their_number():
+    """Mllama's layer 1 attends to the image alone, and not at all where there is none."""
+    text = {
+        "vocab_size": 97,
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "cross_attention_layers": [1],
+        "pad_token_id": 0,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    }
+    images = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_global_layers": 1,
+        "attention_heads": 4,
+        "image_size": 16,
+        "patch_size": 8,
+        "vision_output_dim": 64,
+        "intermediate_layers_indices": [0],
+        "max_num_tiles": 1,
+        "supported_aspect_ratios": [[1, 1]],
+    }
+    config = transformers.MllamaConfig(text_config=text, vision_config=images, image_token_index=96)
+    torch.manual_seed(0)
+    model = transformers.MllamaForConditionalGeneration(config).eval()
+    loaded = lens.load(model)
+    assert loaded.info.attending == (0, 2, 3)
+    ones = torch.ones(1, 1, dtype=torch.long)
+    given = {
+        "input_ids": torch.tensor([[96, *range(3, 15)]]),
+        "pixel_values": torch.randn(1, 1, 1, 3, 16, 16),
+        "aspect_ratio_ids": ones,
+        "aspect_ratio_mask": ones[None],
+        "cross_attention_mask": torch.ones(1, 13, 1, 1, dtype=torch.long),
+    }
+    with capturing(loaded, block_size=1) as recorder:
+        model(**given)
+    found = [(one.layer, one.part, one.cross, one.keys) for one in recorder.records]
+    assert found == [(0, 0, False, 13), (1, 0, True, 5), (2, 0, False, 13), (3, 0, False, 13)]
+    with switched(model, "eager"):
+        weights = model(**given, output_attentions=True).attentions
+    for record, own in zip(recorder.records, weights, strict=True):
+        assert (record.variables["block_mass"] - own).abs().max() < 1e-5
+    with pytest.raises(lens.LensError, match=r"layer 1 of .* attends from 13 to 5 positions"):
+        lens.capture(loaded, given, progress=False)
