@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from lens_analyses.console import ERROR, PARTIAL, Output
+from lens_analyses.console import ERROR, PARTIAL, Output, in_words, say
 from lens_analyses.options import (
     RUNS,
     Again,
@@ -207,7 +207,7 @@ def compare(
         typer.Option("--out", "-o", help="Folder for comparison.html and comparison.json."),
     ] = None,
     runs: RunsDir = RUNS,
-    seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the bootstrap.", min=0, max=2**32 - 1)] = 0,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -337,4 +337,8 @@ def root(
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of the console script."""
-    app(sys.argv[1:] if arguments is None else arguments, prog_name="lens")
+    try:
+        app(sys.argv[1:] if arguments is None else arguments, prog_name="lens")
+    except OSError as error:  # of the help; what the commands meet is told by their own session
+        say(f"error: {in_words(error)}")
+        raise SystemExit(ERROR) from None

@@ -3,12 +3,14 @@
 Logs go through `logging` to a rich console on stderr, so that a progress bar and messages do not mix.
 """
 
+import errno
 import json
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -53,16 +55,32 @@ class Output:
     debug: bool = False
 
     def result(self, text: str, data: Any) -> None:
-        """The answer of the command: `text` for people, or `data` as JSON."""
-        sys.stdout.write(shown(to_json(data) if self.json else text.rstrip("\n") + "\n"))
-        sys.stdout.flush()
+        """The answer of the command: `text` for people, or `data` as JSON.
+
+        Raises:
+            OSError: nobody takes it, or the disk that takes it is full.
+        """
+        if sys.stdout is None:
+            return
+        try:
+            sys.stdout.write(shown(to_json(data) if self.json else text.rstrip("\n") + "\n"))
+            sys.stdout.flush()
+        except OSError:
+            with suppress(OSError, ValueError):  # so that Python does not try again at the end
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise
 
     @cached_property
     def console(self) -> "Console":
         """The rich console on stderr that log and progress bar share; no colour where there is no terminal."""
         from rich.console import Console
 
-        return Console(stderr=True, highlight=False, quiet=self.quiet)
+        class Unheard(Console):
+            def on_broken_pipe(self) -> None:
+                """Nobody reads: the work goes on, in silence."""
+                self.quiet = True
+
+        return Unheard(stderr=True, highlight=False, quiet=self.quiet)
 
     @contextmanager
     def session(self) -> Iterator[None]:
@@ -83,6 +101,8 @@ class Output:
             self._fail(error, "stopped", ERROR)
         except BrokenPipeError:
             raise SystemExit(ERROR) from None
+        except OSError as error:
+            self._fail(error, in_words(error), ERROR)
         except Exception as error:
             message = (
                 f"{type(error).__name__}: {one_line(str(error))} "
@@ -95,11 +115,11 @@ class Output:
     def _fail(self, error: BaseException, message: str, code: int) -> None:
         if self.debug:
             traceback.print_exception(error, file=sys.stderr)
-        sys.stderr.write(f"error: {shown(one_line(message))}\n")
+        say(f"error: {message}")
         if self.json:
-            self.result(
-                "", {"status": "error", "error": {"type": type(error).__name__, "message": message}}
-            )
+            told = {"type": type(error).__name__, "message": message}
+            with suppress(OSError):  # what could not be said once
+                self.result("", {"status": "error", "error": told})
         raise SystemExit(code)
 
 
@@ -111,7 +131,10 @@ class _Handler(logging.Handler):
         self._console = output.console
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._console.print(shown(record.getMessage()), markup=False, soft_wrap=True)
+        try:
+            self._console.print(shown(record.getMessage()), markup=False, soft_wrap=True)
+        except (OSError, ValueError):  # a full disk or a closed file takes no log: the work goes on
+            self._console.quiet = True
 
 
 @contextmanager
@@ -167,3 +190,44 @@ def finite(data: Any) -> Any:
 def one_line(message: str) -> str:
     """The message without line breaks."""
     return " ".join(message.split())
+
+
+def say(message: str) -> None:
+    """One line on stderr, if it is there."""
+    with suppress(OSError, ValueError, AttributeError):
+        sys.stderr.write(f"{shown(one_line(message))}\n")
+
+
+def in_words(error: OSError) -> str:
+    """A fault of the system in one line: where, what, and what to do."""
+    place = "a file or stream" if error.filename is None else os.fsdecode(error.filename)
+    place = place if len(place) <= _LONGEST_PLACE else f"{place[:_LONGEST_PLACE]}…"
+    for codes, reason in _FAULTS.items():
+        if error.errno in codes:
+            return f"{place}: {reason}"
+    return f"{place}: {error.strerror or error}"
+
+
+_LONGEST_PLACE = 300  # characters of a path in an error
+_FAULTS = {
+    (
+        errno.ENOSPC,
+        errno.EDQUOT,
+        errno.EFBIG,
+    ): "there is no space left; free some and run the same command "
+    "again: what was finished is kept",
+    (
+        errno.EACCES,
+        errno.EPERM,
+        errno.EROFS,
+    ): "it may not be read or written here; change its permissions, or "
+    "choose another place, e.g. with --out",
+    (errno.ENOENT,): "it is not there, or the folder that it is in takes no files",
+    (errno.ENAMETOOLONG,): "its name is too long for this disk",
+    (errno.EMFILE, errno.ENFILE): "too many files are open; raise the limit with `ulimit -n`",
+    (
+        errno.ENOTDIR,
+        errno.EEXIST,
+    ): "a file is where a folder should be; choose another place, e.g. with --out",
+    (errno.EISDIR,): "it is a folder, and a file is needed",
+}

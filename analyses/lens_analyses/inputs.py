@@ -7,10 +7,12 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lens.common.errors import LensError
+from lens.common.files import open_regular
 from lens.models.catalogue import KNOWN
 from lens_analyses.config import RunConfig
 from lens_analyses.config.paths import local
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
     from lens.models.loaded import LoadedModel
 
 
+LARGEST_TEXT = 256 << 20
+"""Bytes of a file of text; tokens of this much take hours."""
 _S = TypeVar("_S", bound=Section)
 
 
@@ -94,7 +98,7 @@ def load_model(config: RunConfig) -> "LoadedModel":
 
     name = config.model.device or "cpu"
     try:
-        torch.empty(0, device=name)
+        torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".")
         raise UsageError(
@@ -130,16 +134,13 @@ def _absolute_model(config: RunConfig) -> RunConfig:
 
 
 def _read(path: Path) -> str:
+    if not path.exists():
+        raise LensError(f"no file {path}; give a text file, or an embedded text with --text-name")
     try:
-        content = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise LensError(
-            f"no file {path}; give a text file, or an embedded text with --text-name"
-        ) from None
+        with open_regular(path, most=LARGEST_TEXT) as file:
+            content = StringIO(file.read(LARGEST_TEXT).decode(), newline=None).read()
     except UnicodeDecodeError as error:
         raise LensError(f"{path} is no UTF-8 text (byte {error.start}); convert it first") from None
-    except OSError as error:
-        raise LensError(f"cannot read {path}: {error.strerror}") from None
     if not content.strip():
         raise LensError(f"the text {path} is empty; give one with at least one token")
     return content

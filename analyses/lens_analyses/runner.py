@@ -25,7 +25,7 @@ from lens.runs.writer import RunWriter, find_by_config
 from lens.traces.findings import findings
 from lens.traces.store import remove_trace, trace_files
 from lens_analyses.config import RunConfig
-from lens_analyses.console import Output, log, progress_bar, refused_as_usage
+from lens_analyses.console import Output, in_words, log, progress_bar, refused_as_usage
 from lens_analyses.estimate import refuse_excess, work
 from lens_analyses.inputs import PlannedPrompt, load_model, plan, read_sources
 from lens_analyses.provenance import versions
@@ -164,8 +164,10 @@ class _Execution:
             log.info("stopped")
         except Exception as failure:
             log.debug("%s", traceback.format_exc())
-            self._close("error", failure)
-            raise
+            told = LensError(in_words(failure)) if isinstance(failure, OSError) else failure
+            with suppress(OSError):  # a full disk: the folder then counts as stopped
+                self._close("error", told)
+            raise told from failure
         return Finished(self._close(status, error), headline)
 
     def _close(self, status: str, error: BaseException | None) -> Run:
@@ -360,17 +362,25 @@ def _prompt_rows(model: "LoadedModel", planned: list[PlannedPrompt]) -> list[dic
     ]
 
 
+class _LogFile(logging.FileHandler):
+    """A log that a full disk does not take is not worth a traceback."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        """Nothing: what was meant to be written fails itself."""
+
+
 @contextmanager
 def _log_file(path: Path) -> Iterator[None]:
     """Everything logged goes to `path` too, tracebacks included."""
-    handler = logging.FileHandler(path, encoding="utf-8")
+    handler = _LogFile(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     log.addHandler(handler)
     try:
         yield
     finally:
         log.removeHandler(handler)
-        handler.close()
+        with suppress(OSError):
+            handler.close()
 
 
 @contextmanager

@@ -2,13 +2,12 @@
 
 import errno
 import socket
-import sys
 from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urlencode
 
 from lens.common.errors import LensError
-from lens_analyses.console import UsageError
+from lens_analyses.console import UsageError, say
 
 LOOPBACK = "127.0.0.1"
 
@@ -70,7 +69,7 @@ def view_runs(
         ) from error
     path = f"/run/{target.resolve().name}" if single else "/"
     if not quiet:
-        sys.stderr.write(f"dashboard: {_link(host, port, path, token)}   (stop it with Ctrl-C)\n")
+        say(f"dashboard: {_link(host, port, path, token)} (stop it with Ctrl-C)")
     if not jobs:
         with suppress(KeyboardInterrupt):
             serve(folder, port=port, host=host, token=token)

@@ -10,7 +10,7 @@ import os
 import re
 import stat
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
@@ -26,11 +26,30 @@ _PLAIN = {int, float, bool, type(None)}
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Call `write` with a temporary path beside `path`, then rename it; nothing is left on failure."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:200]}.", suffix=PART)
-    os.close(handle)
-    temporary = Path(name)
+    """Call `write` with a temporary path beside `path`, then rename it; nothing is left on failure.
+
+    Raises:
+        OSError: the disk is full, the folder cannot be written, and the like; it names `path`.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:200]}.", suffix=PART)
+        os.close(handle)
+        _write_then_rename(Path(name), path, write)
+    except Exception as error:
+        number = error.errno if isinstance(error, OSError) else _fault_of_the_system(error)
+        if number is None:
+            raise
+        raise OSError(number, os.strerror(number), str(path)) from error
+
+
+def _fault_of_the_system(error: Exception) -> int | None:
+    """The number of the system's fault that a writer in another language tells in words."""
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found else None
+
+
+def _write_then_rename(temporary: Path, path: Path, write: Callable[[Path], object]) -> None:
     try:
         write(temporary)
         with temporary.open("rb") as file:
@@ -41,6 +60,23 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         with contextlib.suppress(FileNotFoundError):
             temporary.unlink()
         raise
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """One process at a time in a block that belongs to a folder: others wait; nothing is left behind.
+
+    Where the system or the disk knows no such lock, nobody waits.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(ImportError, OSError):
+            import fcntl
+
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -10,6 +10,7 @@ import psutil
 
 SILENCE = timedelta(days=1)
 """A run written on another machine counts as abandoned when it has not changed for this long."""
+_CLOCKS = timedelta(minutes=10)  # by which those of two machines may differ
 
 
 def this_process() -> dict[str, Any]:
@@ -25,7 +26,8 @@ def is_writing(meta: Mapping[str, Any]) -> bool:
     """Whether the process that `run.json` names is still there.
 
     A process of the same number that started at another time is not it. On another machine nobody can
-    look: there the run counts as being written while it changes at least once a day.
+    look: there the run counts as being written while it changes at least once a day; a date that is yet to
+    come says nothing.
     """
     pid = meta.get("pid")
     if meta.get("host") != socket.gethostname():
@@ -46,7 +48,7 @@ def is_writing(meta: Mapping[str, Any]) -> bool:
 
 def _silent(updated: Any) -> bool:
     try:
-        return datetime.now(UTC) - datetime.fromisoformat(updated) > SILENCE
+        return not -_CLOCKS <= datetime.now(UTC) - datetime.fromisoformat(updated) <= SILENCE
     except (TypeError, ValueError):
         return True
 

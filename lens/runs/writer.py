@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import tomli_w
 
 from lens.common.errors import LensError
-from lens.common.files import PART, read_json, write_atomically, write_json, write_text
+from lens.common.files import PART, alone_in, read_json, write_atomically, write_json, write_text
 from lens.runs.folders import INDEX, Run, open_run
 from lens.runs.manifest import MANIFEST, read_manifest, remove_own, write_manifest
 from lens.runs.processes import this_process
@@ -92,7 +92,7 @@ class RunWriter:
         *,
         again: bool = False,
     ) -> RunWriter:
-        """Begin or resume the run of `config`.
+        """Begin or resume the run of `config`; of two that begin at once, the second is refused.
 
         Args:
             runs: folder of runs; made if it is not there.
@@ -105,6 +105,14 @@ class RunWriter:
             LensError: another process is writing this run, or it is damaged or of another version.
         """
         runs = Path(runs)
+        runs.mkdir(parents=True, exist_ok=True)
+        with alone_in(runs):
+            return cls._start(runs, config, meta, again)
+
+    @classmethod
+    def _start(
+        cls, runs: Path, config: Mapping[str, Any], meta: Mapping[str, Any], again: bool
+    ) -> RunWriter:
         path = find_by_config(runs, config)
         earlier: dict[str, Any] = {}
         if path is not None:

@@ -8,11 +8,13 @@ from typing import Any
 import torch
 
 from lens.common.errors import LensError
+from lens.common.files import read_text
 from lens.models.loaded import LoadedModel
 from lens.passes.logits import logits_of
 from lens.tasks.candidates import Misfit
 from lens.tasks.task import Task
 
+_LARGEST = 256 << 20  # bytes of a file
 _NEEDED = ("clean", "correct", "wrong")
 _OPTIONAL = ("corrupt", "position")
 _SAME = 1e-3  # of the largest logit, by which a filled-up prompt may differ from the same alone
@@ -57,7 +59,7 @@ def from_jsonl(model: LoadedModel, path: str | Path, *, name: str | None = None)
     path = Path(path)
     found: list[dict[str, Any]] = []
     dropped: list[str] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(read_text(path, most=_LARGEST).splitlines(), start=1):
         if line.strip():
             row = _parse(line, number, path)
             try:
@@ -65,7 +67,9 @@ def from_jsonl(model: LoadedModel, path: str | Path, *, name: str | None = None)
             except Misfit as reason:
                 dropped.append(f"line {number}: {reason}")
     if not found:
-        raise LensError(f"{path.name} has no prompt that can be used; {'; '.join(dropped[:3])}")
+        raise LensError(
+            f"{path.name} has no prompt that can be used; {'; '.join(dropped[:3]) or 'it is empty'}"
+        )
     with_corrupt = [row for row in found if row["corrupt"] is not None]
     if 0 < len(with_corrupt) < len(found):
         lacking = next(row["number"] for row in found if row["corrupt"] is None)

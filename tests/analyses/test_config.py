@@ -65,7 +65,10 @@ def test_defaults_are_a_copied_run_of_the_embedded_model():
         ({"prompts": {"tokens": 0}}, "prompts.tokens must be at least 1, got 0"),
         ({"prompts": {"copied": -1}}, "prompts.copied must be at least 0, got -1"),
         ({"prompts": {"copied": 0}}, "no prompt: give a text"),
-        ({"capture": {"block_size": 0}}, "capture.block_size must be at least 1, got 0"),
+        (
+            {"capture": {"block_size": 0}},
+            "capture.block_size must be at least 1 and at most 2147483647, got 0",
+        ),
         ({"prompts": {"text": "a", "text_name": "lily"}}, "only one source of text at a time"),
         ({"prompts": {"text": "a", "windows": 2}}, "it needs prompts.tokens"),
         (
@@ -276,7 +279,7 @@ def test_the_command_line_makes_the_same_configuration(config, lens_command, mon
         ("run --copied 2 --device abacus", "device 'abacus' cannot be used"),
         ("run --copied 2 --model text-lm-3", "unknown model 'text-lm-3'; did you mean 'text-lm-3l'?"),
         ("run --copied 2 --set capture.blocksize=3", "unknown setting capture.blocksize; did you mean capture.block_size?"),
-        ("run --copied 2 --set capture.block_size=x", "capture.block_size must be an integer of at least 1, got 'x'"),
+        ("run --copied 2 --set capture.block_size=x", "capture.block_size must be an integer of at least 1 and at most 2147483647, got 'x'"),
         ("run --copied 2 --set nothing", "--set takes name=value, got 'nothing'"),
         ("run --copied 2 --set analysis.n=5", "the section analysis belongs to `lens heads`"),
         ("run --text-name moby-dik", "unknown text 'moby-dik'; known: moby-dick"),

@@ -133,7 +133,7 @@ def test_a_file_that_cannot_be_used(tmp_path, content, message):
 
 
 def test_a_folder_is_no_text(tmp_path):
-    with pytest.raises(LensError, match=r"cannot read .*: Is a directory"):
+    with pytest.raises(LensError, match="is no regular file but a folder, pipe or device"):
         read_sources(RunConfig(prompts=PromptConfig(text=str(tmp_path))))
 
 

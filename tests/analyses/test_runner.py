@@ -158,7 +158,7 @@ BAD = {
     "too long": (["--text-name", "moby-dick"], "takes 128; --tokens 128 takes the first 128"),
     "block size 0": (
         ["--copied", "1", "--block-size", "0"],
-        "--block-size must be at least 1, got 0",
+        "--block-size must be at least 1 and at most 2147483647, got 0",
     ),
     "bad dtype": (["--copied", "1", "--dtype", "int8"], "--dtype must be one of float32, float16"),
     "copied too long": (["--copied", "1", "--copied-length", "64"], "length must be 1 to 63"),

@@ -66,6 +66,7 @@ class ModelConfig(Section):
         DEFAULT_MODEL,
         "Embedded name, folder or hub id.",
         shown=Shown(flag="--model", start=DEFAULT_MODEL, suggestions=lambda: KNOWN),
+        min_length=1,
     )
     revision: str | None = setting(None, "Of a hub model.", shown=Shown(rare=True), min_length=1)
     dtype: Literal["float32", "float16", "bfloat16", "float64"] | None = setting(
@@ -144,7 +145,11 @@ class CaptureConfig(Section):
     """How to look."""
 
     block_size: int = setting(
-        64, "Positions per block of the attention maps.", shown=Shown(rare=True), ge=1
+        64,
+        "Positions per block of the attention maps.",
+        shown=Shown(rare=True),
+        ge=1,
+        le=2**31 - 1,
     )
     keep_qk: bool = setting(
         True, "Store q and k, for exact zoom in the viewer.", shown=Shown(rare=True)

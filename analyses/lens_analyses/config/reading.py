@@ -9,11 +9,15 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from lens.common.errors import LensError
+from lens.common.files import read_text
 from lens_analyses.config.models import CONFIGS, SOURCES, RunConfig
-from lens_analyses.config.paths import shorten
+from lens_analyses.config.paths import local, shorten
 from lens_analyses.config.settings import settings_of
 from lens_analyses.console import UsageError
 
+_FILE = ("configuration file", "each run folder has one, config.toml")
+_LARGEST = 1 << 20  # bytes of a configuration
 _COMMANDS = {what: "lens run" if what == "profile" else f"lens {what}" for what in CONFIGS}
 
 
@@ -54,7 +58,7 @@ def load_config(
         >>> load_config(None, {"prompts.tokens": 64}).prompts.tokens
         64
     """
-    values: dict[str, Any] = {} if path is None else _read_toml(path)
+    values: dict[str, Any] = {} if path is None else read_toml(path, *_FILE)
     if any(f"prompts.{name}" in overrides for name in SOURCES):
         for name in (*SOURCES, "sha256"):  # another text replaces the file's
             if isinstance(values.get("prompts"), dict):
@@ -97,15 +101,25 @@ def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
     return found
 
 
-def _read_toml(path: Path) -> dict[str, Any]:
+def read_toml(path: Path, kind: str, hint: str) -> dict[str, Any]:
+    """The values of a TOML file.
+
+    Args:
+        path: of the file.
+        kind: what it is, for errors.
+        hint: what to say where it is not there.
+
+    Raises:
+        UsageError: it is missing, no TOML, or larger than any that a person writes.
+    """
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UsageError(
-            f"no configuration file {path}; each run folder has one, config.toml"
-        ) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
-        raise UsageError(f"cannot read the configuration {path}: {error}") from None
+        if not local(path).exists():
+            raise UsageError(f"no {kind} {path}; {hint}")
+        return tomllib.loads(read_text(path, most=_LARGEST))
+    except UsageError:
+        raise
+    except (LensError, tomllib.TOMLDecodeError, RecursionError) as error:
+        raise UsageError(f"cannot read the {kind} {path}: {error}") from None
 
 
 def _own(what: str, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -43,8 +43,9 @@ def write_pictures(run: Run, out: Path, kinds: Sequence[str], width: str) -> Pic
         UsageError: an unknown kind or width.
         LensError: no figure in the run.
     """
-    if unknown := [kind for kind in kinds if kind not in PICTURES]:
-        raise UsageError(f"pictures are {', '.join(PICTURES)}, got {', '.join(unknown)}")
+    if not kinds or (unknown := [kind for kind in kinds if kind not in PICTURES]):
+        got = ", ".join(unknown) if kinds else "none"
+        raise UsageError(f"pictures are {', '.join(PICTURES)}, got {got}")
     if width not in WIDTHS:
         raise UsageError(f"width must be {' or '.join(WIDTHS)}, got {width!r}")
     figures = {

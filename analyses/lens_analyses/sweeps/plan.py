@@ -9,7 +9,6 @@ prompts = { text_name = "moby-dick", tokens = 128, windows = 4, copied = 2 }
 Settings of an analysis go on top of those of all runs; the prompts of a model take their place.
 """
 
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 
 from lens.runs.writer import config_hash
 from lens_analyses.config import CONFIGS, WHATS, RunConfig, make_config, settings_of
+from lens_analyses.config.reading import read_toml
 from lens_analyses.console import UsageError
 
 _KEYS = ("title", "models", "analyses", "settings")
@@ -45,12 +45,7 @@ def read_plan(path: Path) -> SweepPlan:
     Raises:
         UsageError: no such file, no TOML, unknown or missing keys, or a run that makes no sense.
     """
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UsageError(f"no sweep file {path}; {_EXAMPLE}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
-        raise UsageError(f"cannot read the sweep file {path}: {error}") from None
+    values = read_toml(path, "sweep file", _EXAMPLE)
     runs = make_runs(values)
     title = values.get("title", path.stem)
     if not isinstance(title, str):
