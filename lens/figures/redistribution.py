@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lens.edits.selection import HeadSelection
     from lens.sinks.activations.dims import SinkDims
     from lens.sinks.activations.dims_agreement import DimsAgreement
+    from lens.vision.distances import PatchDistances
     from lens.vision.images import ImageGrid
 
 _KINDS = {"system": BASELINE, "image": ACCENT, "text": LINE, "padding": GRID}
@@ -168,6 +169,27 @@ def image_grid(result: ImageGrid, **look: Unpack[Look]) -> go.Figure:
     if not np.isnan(result.enrichment):
         text += f"; marked in the region {result.rate:.1%}, all tokens {result.base_rate:.1%}"
     return style(figure, escaped(text), look)
+
+
+@draws("PatchDistances")
+def patch_distances(result: PatchDistances, **look: Unpack[Look]) -> go.Figure:
+    """Mean distance of every head in patches, layers down, heads across; white is uniform attention."""
+    reach = float(np.nanmax(np.abs(result.distance - result.uniform_distance), initial=0)) or 1.0
+    figure = go.Figure(
+        go.Heatmap(
+            z=result.distance,
+            y=[f"L{layer}" for layer in result.layers],
+            zmin=result.uniform_distance - reach,
+            zmax=result.uniform_distance + reach,
+            colorscale=scale(DIVERGING),
+            colorbar={"title": "patches"},
+            hovertemplate="%{y}H%{x}<br>%{z:.3g} patches<extra></extra>",
+        )
+    )
+    figure.update_xaxes(title="Head")
+    figure.update_yaxes(title="Layer", autorange="reversed")
+    text = f"How far heads look; uniform attention {result.uniform_distance:.2f} patches"
+    return style(figure, text, look)
 
 
 @draws("Segments", of="table")

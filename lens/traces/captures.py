@@ -17,6 +17,7 @@ from lens.models.sizes import image_token
 from lens.passes.calls import LayerCall, attend
 from lens.passes.inputs import Prompt, read_prompts
 from lens.passes.sessions import listening, run
+from lens.traces.patches import describe_patches
 from lens.traces.recorder import Recorder
 from lens.traces.segments import segments
 from lens.traces.statistics import PREFIX, LayerRecord, Settings, make_settings
@@ -140,11 +141,14 @@ def _capture_one(
             "attention function on this prompt"
         )
     length = layers[0].keys
+    tokens, patches = model.token_strings(prompt.ids or []), None
+    if not prompt.ids:
+        tokens, patches = describe_patches(model, prompt.inputs, length)
     return writer.finish(
         token_ids=prompt.ids or [-1] * length,
-        tokens=model.token_strings(prompt.ids) if prompt.ids else _patches(model, length),
+        tokens=tokens,
         attributes=_attributes(model, prompt, settings, layers, seed)
-        | {"segments": tokens_of, "seconds": time.perf_counter() - start},
+        | {"segments": tokens_of, "patches": patches, "seconds": time.perf_counter() - start},
     )
 
 
@@ -256,18 +260,6 @@ def _check_size(model: LoadedModel, prompt: Prompt, settings: Settings) -> None:
             f"block_size {settings.block_size} makes block maps of {size / 2**30:.0f} GiB per layer for "
             f"{len(prompt.ids):,} tokens; use at least {fits}"
         )
-
-
-def _patches(model: LoadedModel, length: int) -> list[str]:
-    """Names of image positions: special ones first, then `row,column`; numbers if unsure."""
-    config = model.model.config
-    size, patch = getattr(config, "image_size", None), getattr(config, "patch_size", None)
-    side = size // patch if isinstance(size, int) and isinstance(patch, int) else 0
-    special = length - side * side
-    if side == 0 or not 0 <= special <= 16:
-        return [str(position) for position in range(length)]
-    names = ["[CLS]"] if special == 1 else [f"[{index}]" for index in range(special)]
-    return names + [f"{row},{column}" for row in range(side) for column in range(side)]
 
 
 def _versions() -> dict[str, str]:

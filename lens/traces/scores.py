@@ -30,6 +30,15 @@ _SMALLEST_DIFFERENCE = 1e-3  # the same where float32 masses are subtracted to g
 _SHORT = "the prompt is too short"
 _NO_ATTENTION = "no attention at all"
 _NO_REST = "no attention to keys from 1 on"
+_NO_ROW = "positions are patches of a picture, not a row of tokens; see lens.vision.patch_distance"
+_IN_A_ROW = (
+    "previous_token",
+    "prefix_mass",
+    "distance",
+    "locality",
+    "positional",
+    "positional_distance",
+)
 _OF_THE_WHOLE = (
     "locality",
     "positional",
@@ -128,6 +137,7 @@ class _Layer:
         self._causal = bool(trace.attrs["causal"])
         self._prefix = int(trace.attrs["prefix"])
         self._window = trace.window(layer)
+        self._is_picture = trace.attrs.get("patches") is not None
         self._plain = trace.has_plain_mask(layer)
         ids = self._data["token_id"].values
         self._ids = None if (ids < 0).any() else ids
@@ -135,6 +145,9 @@ class _Layer:
     def scores(self, seed: int | None, metrics: Collection[str]) -> Iterator[Score]:
         for metric in (METRICS[name] for name in METRICS if name in metrics):
             for variant in ("raw", "sink_excluded") if metric.sink_excluded else ("raw",):
+                if self._is_picture and metric.name in _IN_A_ROW:
+                    yield row_score(metric.name, variant, self._nothing(), _NO_ROW, None)
+                    continue
                 if metric.name in _OF_THE_WHOLE:
                     yield self._whole(metric.name, variant)
                     continue

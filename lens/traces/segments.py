@@ -13,6 +13,7 @@ from lens.common.errors import LensError
 from lens.common.results import Result, Sentence, described
 from lens.models.loaded import LoadedModel
 from lens.models.sizes import image_token
+from lens.traces.patches import grid_of
 
 if TYPE_CHECKING:
     from lens.passes.keys import KeysAt
@@ -129,8 +130,9 @@ def segments(
             there is padding, `image_grid_thw` of Qwen2-VL.
         image_token_id: instead of the configuration's.
         grid: (height, width) in tokens of each image in order, instead of what is worked out from
-            `image_grid_thw`, or from the configuration's image, patch and downsampling sizes; where
-            these do not fit the prompt, there are no grids and `why_no_grids` says it.
+            `image_grid_thw`, or from the shape of `pixel_values` (the configured size without them) and the
+            configuration's patch and downsampling sizes; where these do not fit the prompt, there are no
+            grids and `why_no_grids` says it.
 
     Raises:
         LensError: no input_ids, a prompt without an image token, an unknown image token, or a given
@@ -232,16 +234,22 @@ def _shapes(
             for frames, height, width in torch.as_tensor(thw).tolist()
             for _ in range(frames)
         ], ""
-    size, patch = (
-        side[0] if isinstance(side, list | tuple) else side
-        for side in (getattr(vision, "image_size", None), getattr(vision, "patch_size", None))
-    )
-    if not isinstance(size, int) or not isinstance(patch, int):
-        return [], "the configuration gives no fixed image and patch size; give grid"
+    grid = grid_of(config, inputs if "pixel_values" in inputs else _configured(vision))
+    if grid is None:
+        return [], "neither pictures nor configuration give their patches; give grid"
     ratio = getattr(config, "downsample_ratio", 1)  # InternVL joins neighbouring patches
-    side = int(size // patch * ratio)
-    if side == 0 or total % side**2:
+    height, width = (int(side * ratio) for side in grid)
+    if not height * width or total % (height * width):
         return [], (
-            f"{total} image tokens are no multiple of the {side} × {side} of the configuration; give grid"
+            f"{total} image tokens are no multiple of the {height} × {width} of the pictures; give grid"
         )
-    return [(side, side)] * (total // side**2), ""
+    return [(height, width)] * (total // (height * width)), ""
+
+
+def _configured(vision: Any) -> dict[str, torch.Tensor]:
+    """A picture of the configured size, for prompts that are given without theirs."""
+    size = getattr(vision, "image_size", None)
+    sides = (size, size) if isinstance(size, int) else tuple(size or ())
+    if len(sides) != 2:
+        return {}
+    return {"pixel_values": torch.empty(1, 0, *sides, device="meta")}

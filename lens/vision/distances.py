@@ -1,0 +1,137 @@
+"""How far the heads of a vision tower look over the picture, in patches, beside uniform attention.
+
+For a patch p of an h × w picture, over the patches q of the same picture (attention on [CLS] and registers is
+kept apart),
+
+    d(p) = sum_q P[p, q] |p - q| / sum_q P[p, q],        near(p) = sum_{|p - q|_max <= 1} P[p, q] / sum_q P[p, q],
+
+with |p - q| Euclidean, in patches, and |p - q|_max the larger of the distances in rows and columns. Mean over all
+p: the mean attention distance of Dosovitskiy et al. 2021 (arXiv 2010.11929; theirs is times the patch size in
+pixels), and the mass on the first ring of Li et al. 2023 (arXiv 2303.13731), p itself with it. Uniform attention has
+values that depend on the shape of the picture alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from lens.common.errors import LensError
+from lens.common.head_ids import HeadId
+from lens.common.results import Result, Sentence, described
+from lens.stats import over_rows
+
+if TYPE_CHECKING:
+    from lens.traces.trace import AttentionTrace
+
+_SMALLEST = 1e-6  # mass on patches, below which a row says nothing of distances
+
+
+@dataclass(frozen=True, eq=False)
+class PatchDistances(Result):
+    """How far each head looks; every array is [layers, heads].
+
+    Attributes:
+        distance: mean distance over the patches, in patches.
+        low, high: its 95 % interval over rows.
+        near: share of the attention on patches that lies on the patch itself and its 8 neighbours.
+        elsewhere: mean attention of patches on what is no patch ([CLS], registers).
+        uniform_distance, uniform_near: what uniform attention over the patches has.
+        layers: numbers of the layers.
+        grid: (height, width) of the picture in patches.
+    """
+
+    distance: np.ndarray = field(repr=False)
+    low: np.ndarray = field(repr=False)
+    high: np.ndarray = field(repr=False)
+    near: np.ndarray = field(repr=False)
+    elsewhere: np.ndarray = field(repr=False)
+    uniform_distance: float
+    uniform_near: float
+    layers: tuple[int, ...]
+    grid: tuple[int, int]
+
+    def table(self) -> pd.DataFrame:
+        """One row per head: `layer`, `head`, `name`, `distance` with `_low` and `_high`, `near`, `elsewhere`."""
+        return pd.DataFrame(
+            {
+                "layer": layer,
+                "head": head,
+                "name": str(HeadId(layer, head)),
+                "distance": self.distance[row, head],
+                "distance_low": self.low[row, head],
+                "distance_high": self.high[row, head],
+                "near": self.near[row, head],
+                "elsewhere": self.elsewhere[row, head],
+            }
+            for row, layer in enumerate(self.layers)
+            for head in range(self.distance.shape[1])
+        )
+
+    def findings(self) -> tuple[Sentence, ...]:
+        """How many heads look nearer and farther than uniform attention does."""
+        nearer = int((self.high < self.uniform_distance).sum())
+        farther = int((self.low > self.uniform_distance).sum())
+        height, width = self.grid
+        return (
+            Sentence(
+                f"On {height} × {width} patches {nearer} of {self.distance.size} heads look nearer than uniform "
+                f"attention ({self.uniform_distance:.2f} patches), their intervals below it, and {farther} "
+                "farther.",
+                kind="distance",
+            ),
+        )
+
+    def __repr__(self) -> str:
+        return described(self)
+
+
+def patch_distance(trace: AttentionTrace, *, seed: int = 0) -> PatchDistances:
+    """How far over the picture each head looks, from the exact attention of every patch.
+
+    Args:
+        trace: of one picture through a vision tower, with q and k (`keep_qk`).
+        seed: of the intervals over rows.
+
+    Raises:
+        LensError: the trace is of no picture, its patches are not known, or it has no exact tiles.
+
+    Example:
+        >>> trace = lens.capture(vit, {"pixel_values": images}, keep_qk=True)
+        >>> lens.vision.patch_distance(trace).findings()
+    """
+    noted = trace.attrs.get("patches")
+    if noted is None or noted["first"] is None:
+        why = "it is of no picture" if noted is None else noted["why"]
+        raise LensError(f"the patches of this trace are not known: {why}")
+    first, height, width = noted["first"], noted["height"], noted["width"]
+    names = trace.tokens[first : first + height * width]
+    places = np.array([name.split(",") for name in names], dtype=int)  # [patches, 2]
+    apart = places[:, None] - places
+    far, beside = np.hypot(*np.moveaxis(apart, -1, 0)), np.abs(apart).max(-1) <= 1
+    span = (first, first + height * width)
+    rows = np.array(
+        [
+            [_rows(trace.tile(layer, head, span, span), far, beside) for head in range(trace.heads)]
+            for layer in trace.layers
+        ]
+    )  # [layers, heads, 3, patches]
+    low, high = over_rows(rows[:, :, 0], seed)
+    distance, near, elsewhere = (np.nanmean(rows[:, :, part], -1) for part in range(3))
+    return PatchDistances(
+        *(distance, low, high, near, elsewhere),
+        uniform_distance=float(far.mean()),
+        uniform_near=float(beside.mean()),
+        layers=tuple(trace.layers),
+        grid=(height, width),
+    )
+
+
+def _rows(mass: np.ndarray, far: np.ndarray, beside: np.ndarray) -> np.ndarray:
+    """[3, patches]: distance, share on neighbours, and mass that is on no patch; NaN without mass."""
+    total = mass.sum(-1)
+    scored = np.where(total > _SMALLEST, total, np.nan)
+    return np.stack([(mass * far).sum(-1) / scored, (mass * beside).sum(-1) / scored, 1 - total])
