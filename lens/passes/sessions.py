@@ -221,10 +221,11 @@ def run(model: LoadedModel, inputs: Mapping[str, Any], what: str = "this prompt"
 
     Raises:
         LensError: the forward pass failed, by whatever error.
+        OSError: of the disk, where a listener writes.
     """
     try:
         return base(model)(**inputs)
-    except LensError:
+    except (LensError, OSError):
         raise
     except Exception as error:  # of somebody else's code: any kind
         given = ", ".join(

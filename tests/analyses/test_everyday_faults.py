@@ -21,7 +21,11 @@ from .command_lines import lines, make_places, problem
 SMALL = ["run", "--model", "induction-2l", "--copied", "2", "--quiet"]
 META = {
     **dict.fromkeys(("title", "command", "device", "backend", "bos"), "x"),
-    **{"what": "profile", "model": {"name": "m"}, "prompts": {"total": 1, "done": 0}},
+    **{
+        "what": "profile",
+        "model": {"name": "m", "layers": 1, "heads": 1},
+        "prompts": {"total": 1, "done": 0},
+    },
     **{"block_size": 1, "seed": 0, "versions": {}},
 }
 
