@@ -137,6 +137,13 @@ class _Handler(logging.Handler):
             self._console.quiet = True
 
 
+class LogFile(logging.FileHandler):
+    """A log that a full disk does not take is not worth a traceback."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        """Nothing: what was meant to be written fails itself."""
+
+
 @contextmanager
 def progress_bar(
     output: Output, title: str, total: float, completed: Callable[[], float]

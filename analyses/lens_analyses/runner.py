@@ -25,7 +25,7 @@ from lens.runs.writer import RunWriter, find_by_config
 from lens.traces.findings import findings
 from lens.traces.store import remove_trace, trace_files
 from lens_analyses.config import RunConfig
-from lens_analyses.console import Output, in_words, log, progress_bar, refused_as_usage
+from lens_analyses.console import LogFile, Output, in_words, log, progress_bar, refused_as_usage
 from lens_analyses.estimate import refuse_excess, work
 from lens_analyses.inputs import PlannedPrompt, load_model, plan, read_sources
 from lens_analyses.provenance import versions
@@ -362,17 +362,10 @@ def _prompt_rows(model: "LoadedModel", planned: list[PlannedPrompt]) -> list[dic
     ]
 
 
-class _LogFile(logging.FileHandler):
-    """A log that a full disk does not take is not worth a traceback."""
-
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
-        """Nothing: what was meant to be written fails itself."""
-
-
 @contextmanager
 def _log_file(path: Path) -> Iterator[None]:
     """Everything logged goes to `path` too, tracebacks included."""
-    handler = _LogFile(path, encoding="utf-8")
+    handler = LogFile(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     log.addHandler(handler)
     try:
