@@ -112,6 +112,10 @@ class AttentionOnlyModel(PreTrainedModel):
         self.unembed = nn.Linear(config.hidden_size, config.vocab_size)
         self.post_init()
 
+    def mask(self, hidden: torch.Tensor, attention_mask: torch.Tensor | None) -> Any:
+        """What each layer's attention is given beside the stream that enters the first one."""
+        return create_causal_mask(self.config, hidden, attention_mask, past_key_values=None)
+
     def get_input_embeddings(self) -> nn.Module:
         """The token embedding."""
         return self.embed
@@ -129,7 +133,7 @@ class AttentionOnlyModel(PreTrainedModel):
     ) -> CausalLMOutput:
         """Logits, and the attention weights of each layer when asked for (`eager` only)."""
         hidden = self.embed(input_ids) + self.pos_embed.weight[: input_ids.shape[1]]
-        mask = create_causal_mask(self.config, hidden, attention_mask, past_key_values=None)
+        mask = self.mask(hidden, attention_mask)
         weights = []
         for block in self.blocks:
             hidden, layer_weights = block(hidden, mask, **kwargs)

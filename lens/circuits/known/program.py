@@ -5,20 +5,17 @@ unembedding. Its modules are named as in `lens.models.attention_only`, so that w
 one finds those of the other; its attention goes through transformers' `AttentionInterface`.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
-from transformers.modeling_outputs import CausalLMOutput
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers import PreTrainedModel
+from transformers.masking_utils import create_bidirectional_mask
 
-from lens.models.attention_only import eager_attention
+from lens.models.attention_only import AttentionOnlyConfig, AttentionOnlyModel, SelfAttention
 
 
-class ProgramConfig(PreTrainedConfig):
+class ProgramConfig(AttentionOnlyConfig):
     """Sizes; `mlp_size` 0 is a model without MLPs, `scaling` what attention scores are multiplied by."""
 
     model_type = "lens-program"
@@ -32,6 +29,7 @@ class ProgramConfig(PreTrainedConfig):
     scaling: float = 1.0
     is_causal: bool = True
     max_position_embeddings: int = 8
+    bos_token_id: int | None = None
 
 
 class Unnormed(nn.Module):
@@ -46,38 +44,18 @@ class Unnormed(nn.Module):
         return hidden
 
 
-class Attention(nn.Module):
-    """Attention with biases on q, k, v and o."""
+class Attention(SelfAttention):
+    """Attention with biases on q, k, v and o, and heads of any size."""
 
     def __init__(self, config: ProgramConfig, layer_idx: int) -> None:
-        super().__init__()
-        self.config = config
-        self.layer_idx = layer_idx
-        self.is_causal = config.is_causal
+        nn.Module.__init__(self)
+        self.config, self.layer_idx = config, layer_idx
+        self.is_causal, self.head_dim, self.scaling = (
+            config.is_causal, config.head_dim, config.scaling
+        )  # fmt: skip
         width = config.num_attention_heads * config.head_dim
         self.q, self.k, self.v = (nn.Linear(config.hidden_size, width) for _ in range(3))
         self.o = nn.Linear(width, config.hidden_size)
-
-    def forward(self, hidden: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs: Any):
-        """Attention output [batch, tokens, hidden_size] and the weights, if the implementation has them."""
-        query, key, value = (
-            project(hidden).unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)
-            for project in (self.q, self.k, self.v)
-        )
-        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation or "eager", eager_attention
-        )
-        output, weights = attend(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            scaling=self.config.scaling,
-            dropout=0.0,
-            **kwargs,
-        )
-        return self.o(output.flatten(-2)), weights
 
 
 class Mlp(nn.Module):
@@ -113,16 +91,14 @@ class Block(nn.Module):
         return hidden, weights
 
 
-class ProgramModel(PreTrainedModel):
+class ProgramModel(AttentionOnlyModel):
     """The model with its unembedding: `logits` [batch, tokens, vocab]. All weights start at 0."""
 
     config_class = ProgramConfig
     config: ProgramConfig
-    _supports_sdpa = True
-    _supports_attention_backend = True
 
     def __init__(self, config: ProgramConfig) -> None:
-        super().__init__(config)
+        PreTrainedModel.__init__(self, config)
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         self.pos_embed = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.blocks = nn.ModuleList(
@@ -135,32 +111,8 @@ class ProgramModel(PreTrainedModel):
             for name, parameter in self.named_parameters():
                 parameter.fill_(".ln" in f".{name}")
 
-    def get_input_embeddings(self) -> nn.Module:
-        """The token embedding."""
-        return self.embed
-
-    def get_output_embeddings(self) -> nn.Module:
-        """The unembedding."""
-        return self.unembed
-
-    def forward(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        output_attentions: bool = False,
-        **kwargs: Any,
-    ) -> CausalLMOutput:
-        """Logits, and the attention weights of each layer when asked for (`eager` only)."""
-        hidden = self.embed(input_ids) + self.pos_embed.weight[: input_ids.shape[1]]
+    def mask(self, hidden: torch.Tensor, attention_mask: torch.Tensor | None) -> Any:
+        """See `AttentionOnlyModel`."""
         if self.config.is_causal:
-            mask = create_causal_mask(self.config, hidden, attention_mask, past_key_values=None)
-        else:
-            mask = create_bidirectional_mask(self.config, hidden, attention_mask)
-        weights = []
-        for block in self.blocks:
-            hidden, layer_weights = block(hidden, mask, **kwargs)
-            weights.append(layer_weights)
-        return CausalLMOutput(
-            logits=self.unembed(self.ln_final(hidden)),
-            attentions=tuple(weights) if output_attentions else None,
-        )
+            return super().mask(hidden, attention_mask)
+        return create_bidirectional_mask(self.config, hidden, attention_mask)
