@@ -36,8 +36,7 @@ def policy_recall(
 
     Example:
         >>> found = lens.policies.evaluate(model, texts, lens.policies.AShape(4, 8), block_size=4)
-        >>> found.plot("AShape(first=4, last=8)").layout.title.text
-        'Attention kept by AShape(first=4, last=8), mean 97.9%'
+        >>> figure = found.plot("AShape(first=4, last=8)")
     """
     if policy is not None:
         return _grid(result, check_choice("policy", policy, result.policies), look)
