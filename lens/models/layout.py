@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lens.common.errors import LensError
 from lens.models.architectures import ARCHITECTURES, Architecture
 from lens.models.bare import bare
-from lens.models.loaded import LoadedModel
+from lens.models.loaded import LoadedModel, check_loaded
 from lens.models.parts import Block, Layout, Norm, matrix, setting
 
 
@@ -23,6 +23,7 @@ def layout(model: LoadedModel) -> Layout:
         LensError: layers without softmax attention; an architecture that is not in the table, or whose configuration is none of it; a
             `TransformerBridge` whose weights were processed.
     """
+    check_loaded(model)
     model = bare(model)
     root: Any = model.model
     row, kind, base = _row(model)

@@ -284,7 +284,10 @@ def _refuse_towers(model: PreTrainedModel) -> None:
     """Raises LensError: a text and an image encoder side by side, which read nothing of each other."""
     config = model.config
     subs = [getattr(config, name, None) for name in config.sub_configs]
-    if image_token(config) is not None or sum(sub is not None for sub in subs) < 2:
+    joined = any(
+        re.fullmatch(r"(audio|speech|video)_token_(id|index)", name) for name in vars(config)
+    )
+    if joined or image_token(config) is not None or sum(sub is not None for sub in subs) < 2:
         return
     towers = [
         name

@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 
 from lens.models.bare import bare
-from lens.models.loaded import LoadedModel
+from lens.models.loaded import LoadedModel, check_loaded
 
 
 def random_weights(model: LoadedModel, seed: int = 0) -> LoadedModel:
@@ -23,6 +23,7 @@ def random_weights(model: LoadedModel, seed: int = 0) -> LoadedModel:
         >>> random_weights(lens.load("induction-2l")).name
         'induction-2l (random weights, seed 0)'
     """
+    check_loaded(model)
     model = bare(model)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

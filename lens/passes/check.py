@@ -155,17 +155,21 @@ def _noise(model: LoadedModel, name: str) -> tuple[int, ...]:
         return (_SOUND,)
     if name == "input_features" and found["num_mel_bins"] and found["max_source_positions"]:
         return found["num_mel_bins"], 2 * found["max_source_positions"]  # Whisper halves its time
+    if name == "input_features" and (bins := found["num_mel_bins"] or found[_CHANNELS]):
+        return _FRAMES, bins
     raise LensError(
         f"what {model.info.class_name} reads ({name}) cannot be drawn from its configuration, so capture "
         "of it cannot be checked; load the part of it that reads tokens or images"
     )
 
 
+_FRAMES = 64
+_CHANNELS = "feature_projection_input_dim"
 _SOUND = 4000  # a quarter of a second
 _CHARACTERS = 128  # of models that read characters and have no vocabulary (Canine)
 _SIZES = (
     *("image_size", "num_channels", "num_frames", "max_length", "num_mel_bins"),
-    "max_source_positions",
+    *("max_source_positions", _CHANNELS),
 )
 
 

@@ -209,11 +209,20 @@ def base(model: LoadedModel) -> nn.Module:
     """The model without its head, so that no logits [tokens, vocab] are built."""
     root: Any = transformer(model)
     inner = getattr(root, "base_model", root)
+    if not (_has_head(root) or model.is_bridge):  # what wraps it may change what it reads (DPR)
+        return root
     reads = getattr(
         root, "main_input_name", None
     )  # its inner part may read something else (DINOv3)
     takes = inspect.signature(inner.forward).parameters
     return inner if reads is None or reads in takes else root
+
+
+def _has_head(root: Any) -> bool:
+    if "For" in type(root).__name__:
+        return True
+    find = getattr(root, "get_output_embeddings", None)
+    return find is not None and find() is not None
 
 
 def run(model: LoadedModel, inputs: Mapping[str, Any], what: str = "this prompt") -> Any:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from random import Random
 
 from lens.common.errors import LensError
-from lens.models.loaded import LoadedModel
+from lens.models.loaded import LoadedModel, check_loaded
 from lens.tasks.candidates import Candidate, make_task, usable
 from lens.tasks.task import Task
 from lens.tasks.words import GIFTS, NAMES, PLACES
@@ -67,6 +67,7 @@ def ioi(
     Example:
         >>> task = ioi(lens.load("smollm2-135m"), n=8, seed=1)
     """
+    check_loaded(model)
     if corruption not in CORRUPTIONS:
         raise LensError(f"unknown corruption {corruption!r}; known: {', '.join(CORRUPTIONS)}")
     if not templates or not set(templates) <= set(TEMPLATES):

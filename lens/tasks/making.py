@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from lens.common.errors import LensError
-from lens.models.loaded import LoadedModel
+from lens.models.loaded import LoadedModel, check_loaded
 from lens.tasks.prompts import copied
 from lens.tasks.task import Task
 
@@ -37,6 +37,7 @@ def induction(
         >>> float(task.evaluate(small).mean())
         1.0
     """
+    check_loaded(model)
     _positive("n", n)
     if length < 2:
         raise LensError(f"length must be at least 2 to have a token to copy, got {length}")
@@ -74,6 +75,7 @@ def language_modelling(
         >>> lens.tasks.language_modelling(model, lens.tasks.text("lily"), length=32, n=4)
         Task(language modelling: 4 prompts of 32 tokens, without corrupt ones; loss, less is better)
     """
+    check_loaded(model)
     if isinstance(texts, str):
         texts = [texts]
     if not len(texts):

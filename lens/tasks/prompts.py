@@ -70,6 +70,9 @@ def take(model: "LoadedModel", text: str, tokens: int) -> list[int]:
         >>> lens.tasks.take(model, lens.tasks.text("lily"), 5)
         [0, 47, 78, 322, 408]
     """
+    from lens.models.loaded import check_loaded
+
+    check_loaded(model)
     context = model.info.context
     if tokens < 1 or (context is not None and tokens > context):
         raise LensError(f"tokens must be 1 to {context} for {model.name}, got {tokens}")
@@ -96,6 +99,9 @@ def copied(model: "LoadedModel", length: int, seed: int = 0) -> list[int]:
         >>> len(ids), ids[-3:] == ids[-6:-3]  # this model has a BOS
         (7, True)
     """
+    from lens.models.loaded import check_loaded
+
+    check_loaded(model)
     import torch
 
     if model.info.vocab is None:
@@ -167,6 +173,9 @@ def loss(model: "LoadedModel", tokens: Sequence[int]) -> float:
         >>> round(lens.tasks.loss(model, lens.tasks.take(model, lens.tasks.text("lily"), 24)), 1)
         2.9
     """
+    from lens.models.loaded import check_loaded
+
+    check_loaded(model)
     return float(token_losses(model, tokens).mean())
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lens.common.errors import LensError
-from lens.models.loaded import LoadedModel
+from lens.models.loaded import LoadedModel, check_loaded
 from lens.passes.inputs import check_ids
 from lens.passes.logits import logits_of
 from lens.tasks import metrics
@@ -289,6 +289,7 @@ class Task:
         Raises:
             LensError: they do not, or it reads no tokens.
         """
+        check_loaded(model)
         if model.info.vocab is None:
             raise LensError(
                 f"{model.name} reads no tokens, and the task {self.name!r} is made of them"

@@ -11,7 +11,7 @@ import torch
 
 from lens.common.errors import LensError
 from lens.common.results import Result, Sentence, described
-from lens.models.loaded import LoadedModel
+from lens.models.loaded import LoadedModel, check_loaded
 from lens.models.sizes import image_token
 from lens.traces.patches import grid_of
 
@@ -141,6 +141,7 @@ def segments(
     Example:
         >>> lens.vision.segments(vlm, inputs).findings()
     """
+    check_loaded(model)
     ids, config = inputs.get("input_ids"), model.model.config
     if not isinstance(ids, torch.Tensor) or ids.dim() != 2:
         raise LensError(

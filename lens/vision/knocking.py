@@ -30,7 +30,7 @@ from lens.edits.base import selected_heads
 from lens.edits.effect_results import Effect
 from lens.edits.effects import effect
 from lens.edits.running import edit
-from lens.models.loaded import LoadedModel
+from lens.models.loaded import LoadedModel, check_loaded
 from lens.passes.inputs import Prompt
 from lens.passes.keys import KeysAt
 from lens.passes.stream import layer_inputs
@@ -104,6 +104,7 @@ def knock_out(
         >>> found = lens.vision.knock_out(vlm, inputs, dims=(3, 7), tau=2)
         >>> found.table()[["condition", "mass", "delta_loss", "excess_low", "excess_high"]]
     """
+    check_loaded(model)
     for name in controls:
         check_choice("controls", name, CONTROLS)
     chosen = selected_heads(model, layers, heads)

@@ -154,3 +154,25 @@ def test_bridges_that_capture_does_not_know_are_refused(transformer_bridge):
     ):
         with pytest.raises(LensError, match=expected), bridges.replaced_attention(bridge):
             pytest.fail("the block must not be entered")
+
+
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        ("gpt2", {"position_ids": torch.arange(13).flip(0)[None]}),
+        ("gpt2", {"token_type_ids": torch.arange(3, 16)[None]}),
+        ("llama", {"position_ids": torch.arange(13)[None] * 2}),
+        ("llama", {"attention_mask": torch.tensor([[1] * 4 + [0, 0] + [1] * 7])}),
+    ],
+)
+def test_what_a_mapping_holds_reaches_a_bridge_or_is_refused(boot, name, given):
+    model = build(name)
+    bridge = lens.load(boot(model))
+    ids = torch.randint(3, 97, (1, 13), generator=torch.Generator().manual_seed(5))
+    inputs = {"input_ids": ids, **given}
+    expected = lens.capture(lens.load(model), inputs, progress=False)
+    without = lens.capture(lens.load(model), ids[0], progress=False)
+    assert naive.rms_ratio(without.received.values, expected.received.values) > 1e-3
+    _assert_equal_traces(lens.capture(bridge, inputs, progress=False), expected)
+    with pytest.raises(LensError, match="takes no labels"):
+        lens.capture(bridge, {**inputs, "labels": ids}, progress=False)

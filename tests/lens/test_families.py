@@ -140,7 +140,6 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         ),
         "cannot reach the attention of LongformerModel",
     ),
-    "canine": (lambda: hf.CanineModel(hf.CanineConfig(**SIZES)), "another sequence"),
     "glm_moe_dsa": (
         lambda: hf.GlmMoeDsaForCausalLM(hf.GlmMoeDsaConfig(**SPARSE)),
         "GlmMoeDsaAttention passes indices=",
@@ -164,6 +163,12 @@ def test_what_cannot_be_captured_is_refused_in_one_line(name):
     with pytest.raises(LensError, match=expected) as caught:
         lens.load(make().eval())
     assert "\n" not in str(caught.value)
+
+
+def test_layers_that_attend_to_other_places_are_refused_by_capture():
+    loaded = lens.load(hf.CanineModel(hf.CanineConfig(**SIZES)).eval())
+    with pytest.raises(LensError, match="layer 0 of CanineModel attends 2 times"):
+        lens.capture(loaded, list(range(32, 60)), progress=False)
 
 
 @pytest.mark.parametrize("name", ["text-lm-3l", "own"])
@@ -200,6 +205,34 @@ def test_what_is_no_loaded_model_and_no_trace_is_said_so():
         pass
     with pytest.raises(LensError, match=r"profile takes traces.*got 'x' \(str\)"):
         lens.profile("x")
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda model: lens.edit(model, lens.edits.Mask("first")).__enter__(),
+        lambda model: lens.heads.activity(model, "a text"),
+        lambda model: lens.heads.retrieval(model, None),
+        lambda model: lens.tasks.take(model, "a text", 4),
+        lambda model: lens.tasks.loss(model, ["a text"]),
+        lambda model: lens.vision.segments(model, {}),
+        lambda model: lens.models.random_weights(model),
+        lambda model: lens.heads.weights.composition(model),
+    ],
+)
+def test_functions_that_take_a_model_say_what_is_none(call):
+    with pytest.raises(LensError, match=r"got 'text-lm-3l'; pass lens\.load"):
+        call("text-lm-3l")
+
+
+def test_a_model_that_changes_what_it_reads_is_run_whole():
+    model = built(lambda: hf.DPRQuestionEncoder(hf.DPRConfig(**SIZES, vocab_size=97)))
+    ids = torch.tensor([[5, 0, 7, 0, 9, 11, 0, 13]])  # 0 is padding to the model that wraps it
+    with torch.no_grad(), switched(model, "eager"):
+        own = model(ids, output_attentions=True).attentions
+    trace = lens.capture(lens.load(model), ids[0], block_size=1, progress=False)
+    for found, weights in zip(trace.block_mass.values, own, strict=True):
+        assert (torch.from_numpy(found) - weights[0]).abs().max() < 1e-5
 
 
 def test_a_metric_of_a_users_own_is_drawn():

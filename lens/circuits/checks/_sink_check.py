@@ -25,7 +25,7 @@ from lens.common.results import Result, Sentence
 from lens.edits.attention import Drop, Move
 from lens.edits.running import edit
 from lens.models.bare import bare
-from lens.models.loaded import LoadedModel
+from lens.models.loaded import LoadedModel, check_loaded
 from lens.stats.intervals import columns
 from lens.tasks.task import Task
 
@@ -130,6 +130,7 @@ def sink_check(
     Example:
         >>> lens.circuits.checks.sink_check(model, lens.tasks.induction(model, 16), ["L0H1", "L1H0"]).table()
     """
+    check_loaded(model)
     check_counts(draws=draws)
     model = bare(model)
     task.check(model)

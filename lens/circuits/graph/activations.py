@@ -137,6 +137,7 @@ class References:
     """
 
     def __init__(self, nodes: Nodes, task: Task, ablation: Ablation) -> None:
+        task.check(nodes.model)
         self._nodes, self._task, self._ablation = nodes, task, ablation
         self._mean: Activations | None = None
         if ablation.value == "counterfactual":

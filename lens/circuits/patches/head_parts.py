@@ -18,7 +18,7 @@ from lens.common.head_ids import AnyHead, HeadId, head_columns
 from lens.common.results import Result, Sentence
 from lens.edits.base import part_of
 from lens.heads.behaviour.roles import roles
-from lens.models.loaded import LoadedModel
+from lens.models.loaded import LoadedModel, check_loaded
 from lens.passes.calls import attend
 from lens.passes.head_outputs import read_calls
 from lens.stats.intervals import columns
@@ -150,6 +150,7 @@ def head_parts(
     Example:
         >>> lens.circuits.head_parts(model, lens.tasks.induction(model, 16), ["L0H1", "L1H0"]).table()
     """
+    check_loaded(model)
     chosen = heads_in(model, heads)
     check_counts(keys=keys)
     effects = split_effects(model, task, chosen, progress=progress)

@@ -26,7 +26,7 @@ from lens.common.progress import advancing
 from lens.common.results import Result, Sentence
 from lens.edits.attention import Force
 from lens.edits.running import edit
-from lens.models.loaded import LoadedModel
+from lens.models.loaded import LoadedModel, check_loaded
 from lens.passes.logits import logits_of
 from lens.stats.controls import p_value
 from lens.stats.intervals import columns
@@ -213,6 +213,7 @@ def redirect(
         >>> third = torch.full((copying.n,), 2)
         >>> lens.circuits.reuse.redirect(small, copying, ["L1H0"], [third], controls=2).table()
     """
+    check_loaded(model)
     chosen = heads_in(model, heads)
     _check(amount, split, controls, match)
     target = _keys(task, onto)

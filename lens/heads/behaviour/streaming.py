@@ -28,7 +28,7 @@ from lens.common.progress import advancing
 from lens.common.results import Result, Sentence
 from lens.edits.losses import bos_policy, changes, log_probabilities, two_tokens
 from lens.heads.behaviour.near_keys import Streamer, read_long_prompts
-from lens.models.loaded import LoadedModel
+from lens.models.loaded import LoadedModel, check_loaded
 from lens.passes.calls import LayerCall
 from lens.passes.sessions import base, listening
 from lens.stats.intervals import columns
@@ -162,6 +162,7 @@ def streaming(
         >>> found = lens.heads.streaming(model, texts[0], first=1, last=8)
         >>> found.table().nlargest(3, "row_error")
     """
+    check_loaded(model)
     read = read_long_prompts(model, prompts, first, last)
     watched: list[_Watcher] = []
     delta = np.full(len(read), np.nan)

@@ -156,6 +156,9 @@ def curve(
         LensError: an order of another model, that names a head twice or none, no steps, or what
             `lens.heads.importance` refuses.
     """
+    from lens.models.loaded import check_loaded
+
+    check_loaded(model)
     heads, ranking = _order(model, order)
     check_counts(0, draws=draws)
     if steps is not None:

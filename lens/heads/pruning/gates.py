@@ -19,7 +19,7 @@ from lens.common.head_ids import HeadId, all_heads, head_columns
 from lens.common.progress import advancing
 from lens.common.results import Result
 from lens.heads.behaviour.near_keys import Streamer, read_long_prompts
-from lens.models.loaded import LoadedModel
+from lens.models.loaded import LoadedModel, check_loaded
 from lens.passes.calls import LayerCall
 from lens.passes.inputs import Prompt
 from lens.passes.sessions import base, listening
@@ -107,6 +107,7 @@ def gate(
     Example:
         >>> lens.heads.pruning.gate(model, texts, first=1, last=8).retrieval_heads()
     """
+    check_loaded(model)
     check_counts(steps=steps)
     read = read_long_prompts(model, prompts, first, last)
     info = model.info

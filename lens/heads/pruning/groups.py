@@ -8,7 +8,7 @@ from lens.heads.measures.baselines import Baseline
 from lens.heads.measures.checkpoint import Checkpoint
 from lens.heads.measures.importances import drops_of
 from lens.heads.pruning.group import GroupAblation
-from lens.models.loaded import LoadedModel
+from lens.models.loaded import LoadedModel, check_loaded
 from lens.tasks.task import Task
 
 
@@ -38,6 +38,7 @@ def ablate(
     Raises:
         LensError: no heads, one named twice, one that the model has not, and as in `lens.heads.importance`.
     """
+    check_loaded(model)
     return ablate_each(
         model, task, groups=[heads], baseline=baseline, seed=seed, progress=progress
     )[0]

@@ -124,6 +124,9 @@ def orders(
     Raises:
         LensError: no order, a share that is not positive, and as in `curve`.
     """
+    from lens.models.loaded import check_loaded
+
+    check_loaded(model)
     if not len(orders):
         raise LensError("orders is empty; give at least one, such as heads.importance(...)")
     if not 0 < bearable < np.inf:

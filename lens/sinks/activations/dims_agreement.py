@@ -13,7 +13,7 @@ import torch
 from lens.common.errors import LensError
 from lens.common.results import Result, Sentence, described
 from lens.edits._phi import check_dims, phi
-from lens.models.loaded import LoadedModel
+from lens.models.loaded import LoadedModel, check_loaded
 from lens.passes.stream import layer_inputs
 from lens.sinks.detection.alphas import alpha_of
 from lens.traces.captures import capture
@@ -97,6 +97,7 @@ def dims_agreement(
     Example:
         >>> lens.sinks.dims_agreement(vlm, inputs, dims=(3, 7)).table()
     """
+    check_loaded(model)
     if not 0 < top < 1:
         raise LensError(f"top is a share between 0 and 1, got {top}")
     check_dims(model, dims)

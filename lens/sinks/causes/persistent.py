@@ -24,7 +24,7 @@ from lens.common.head_ids import head_columns
 from lens.common.progress import advancing
 from lens.common.results import Result, Sentence, described
 from lens.edits.losses import bos_policy, two_tokens
-from lens.models.loaded import LoadedModel
+from lens.models.loaded import LoadedModel, check_loaded
 from lens.passes.calls import LayerCall, attend
 from lens.passes.inputs import read_prompts
 from lens.passes.masks import MaskStructure
@@ -108,6 +108,7 @@ def persistent_memory(
         >>> zeros = torch.zeros(model.info.kv_heads, 1, model.info.head_dim)
         >>> lens.sinks.persistent_memory(model, texts, [(zeros, zeros)] * model.info.layers).table()
     """
+    check_loaded(model)
     model.info.check_all_attend("persistent_memory")
     if len(pairs) != model.info.layers or all(pair is None for pair in pairs):
         raise LensError(

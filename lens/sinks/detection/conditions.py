@@ -9,7 +9,7 @@ import torch
 
 from lens.common.errors import LensError
 from lens.edits.losses import two_tokens
-from lens.models.loaded import LoadedModel
+from lens.models.loaded import LoadedModel, check_loaded
 from lens.passes.inputs import read_prompts
 
 _SHORTEST = 16
@@ -29,6 +29,7 @@ def bos_pair(model: LoadedModel, prompts: Any) -> Prompts:
     Raises:
         LensError: a model without BOS, prompts of fewer than three tokens.
     """
+    check_loaded(model)
     if model.bos_id is None:
         raise LensError(f"{model.name} has no BOS token, so there is no pair to compare")
     bodies = []
@@ -69,6 +70,7 @@ def control_prompts(model: LoadedModel, prompts: Any, seed: int = 0) -> Prompts:
     Raises:
         LensError: prompts of one token, or a model without a vocabulary.
     """
+    check_loaded(model)
     if model.info.vocab is None:
         raise LensError(f"{model.name} has no vocabulary, so no tokens can be drawn")
     special = set(getattr(model.tokenizer, "all_special_ids", ()))

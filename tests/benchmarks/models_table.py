@@ -1,0 +1,327 @@
+"""docs/models.md: random small models of transformers' classes, captured and held against eager attention.
+
+    python tests/benchmarks/models_table.py            # all classes; writes docs/models.md
+    python tests/benchmarks/models_table.py bert opt   # these model types, to the terminal
+
+Each model is made and examined in a process of its own, two at a time. A row says whether the captured
+probabilities and the output equal those of `eager`, or the reason of the refusal, and which analyses run.
+An error that is no refusal, and a difference, fail the script.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing as mp
+import os
+import re
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+
+PAGE = ROOT / "docs" / "models.md"
+TYPES = ROOT / "tests" / "benchmarks" / "models.txt"
+"""The model types of the table, as transformers calls them, one a line."""
+WORKERS, SECONDS, LARGEST = 2, 100, 12_000_000
+EXACT = 1e-4
+ANALYSES = ("importance", "weights", "direct", "circuits", "sinks")
+
+_SIZES = {
+    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "embed_dim", "emb_dim", "dim"), 64),
+    **dict.fromkeys(("embedding_size", "encoder_hidden_size", "decoder_hidden_size"), 64),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "depth"), 3),
+    **dict.fromkeys(("encoder_layers", "decoder_layers", "num_encoder_layers"), 3),
+    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads"), 4),
+    **dict.fromkeys(("attention_heads", "encoder_attention_heads", "decoder_attention_heads"), 4),
+    **dict.fromkeys(("num_key_value_heads", "num_kv_heads"), 2),
+    **dict.fromkeys(("intermediate_size", "ffn_dim", "d_ff", "d_inner", "n_inner"), 96),
+    **dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim", "hidden_dim", "ffn_hidden_size"), 96),
+    **dict.fromkeys(("head_dim", "d_kv", "v_head_dim", "kv_lora_rank", "num_mel_bins"), 16),
+    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), 160),
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len"), 256),
+    **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+    **{"image_size": 32, "patch_size": 8, "num_frames": 4, "sliding_window": 8},
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 4),
+    **dict.fromkeys(("num_experts_per_tok", "moe_k", "moe_topk"), 2),
+    **dict.fromkeys(("n_group", "topk_group", "n_shared_experts", "first_k_dense_replace"), 1),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 32),
+    **{"q_lora_rank": 32, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "rotary_dim": 8},
+    **{"max_length": 64, "max_source_positions": 32, "moe_num_experts": 4},
+}
+_OF_TYPE: dict[str, dict[str, Any]] = {
+    "qwen3_next": {"num_hidden_layers": 4},
+    "qwen3_5_text": {"num_hidden_layers": 4},
+    "qwen3_5_moe_text": {"num_hidden_layers": 4},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "xmod": {"default_language": "en_XX"},
+}
+_MAY_BE_NONE = ("num_key_value_heads", "pad_token_id", "head_dim")
+
+
+def small(config_class: Any) -> Any:
+    """A configuration with the sizes above where it has such settings, of its parts too."""
+    default = config_class()
+    given: dict[str, Any] = {}
+    for name, size in _SIZES.items():
+        if name in config_class.attribute_map:
+            continue
+        try:
+            current = getattr(default, name)
+        except (AttributeError, RuntimeError):
+            continue
+        if isinstance(current, int) or (current is None and name in _MAY_BE_NONE):
+            given[name] = current if isinstance(current, bool) else size
+    if "qk_rope_head_dim" in given:  # latent attention: the width of a head is made of its parts
+        given |= {"num_key_value_heads": 4}
+        given.pop("head_dim", None)
+    for name in config_class.sub_configs or {}:
+        try:
+            given[name] = small(type(getattr(default, name))).to_dict()
+        except Exception:  # of an automatic class, or a part that cannot be so small: as it was
+            continue
+    return config_class(**given | _OF_TYPE.get(config_class.model_type, {}))
+
+
+def class_of(kind: str) -> str:
+    """The decoder with its head where there is one, else the bare model."""
+    from transformers.models.auto import modeling_auto as auto
+
+    name = auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind) or auto.MODEL_MAPPING_NAMES[kind]
+    return name if isinstance(name, str) else name[0]
+
+
+def make(kind: str, double: bool) -> Any:
+    """A model in eval mode whose attention is far from uniform."""
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    config = small(transformers.CONFIG_MAPPING[kind])
+    with torch.device("meta"):
+        size = sum(one.numel() for one in _made(kind, config).parameters())
+    if size > LARGEST:
+        raise MemoryError(f"{size:,} weights")
+    model = _made(kind, config)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, one in model.named_parameters():
+            drawn = torch.randn(one.shape, generator=generator)
+            if one.dim() >= 2:
+                factor = 0.8 if "emb" in name or "wte" in name else 1.2 / one[0].numel() ** 0.5
+                one.copy_(drawn * factor)
+            elif name.endswith("weight"):
+                one.add_(0.1 * drawn)
+            else:
+                one.copy_(0.2 * drawn)
+    return (model.double() if double else model).eval()
+
+
+def _made(kind: str, config: Any) -> Any:
+    import transformers
+
+    model = getattr(transformers, class_of(kind))._from_config(config)
+    halves = hasattr(model, "get_encoder") and config.is_encoder_decoder
+    return model.get_encoder() if halves else model
+
+
+def examine(kind: str, double: bool = False) -> dict[str, Any]:
+    """One row: `class`, `error` or `refused`, and of each analysis whether it runs.
+
+    A model whose logits are so large that float32 is not enough is examined in float64.
+    """
+    import torch
+
+    import lens
+    from lens.common.errors import LensError
+    from lens.passes.check import tiny_inputs
+    from lens.passes.interface import language_model, switched
+
+    torch.set_num_threads(1)
+    row: dict[str, Any] = {"type": kind}
+    try:
+        model = make(kind, double)
+    except Exception as error:  # the sizes above do not fit this class
+        return {**row, "class": class_of(kind), "unbuilt": f"{type(error).__name__}: {error}"[:150]}
+    row["class"] = type(model).__name__
+    step = "load"
+    try:
+        loaded = lens.load(model)
+        inputs = tiny_inputs(loaded)
+        step = "capture"
+        trace = lens.capture(loaded, inputs, block_size=1, progress=False)
+        step = "eager"
+        with torch.no_grad(), switched(language_model(model), "eager"):
+            own = _attentions(model, inputs)
+        errors = [loaded.check or 0.0]
+        if own is not None and len(own) == len(trace.layers):
+            errors += [
+                _difference(torch.from_numpy(found), weights[0].float())
+                for found, weights in zip(trace.block_mass.values, own, strict=True)
+                if found.shape == tuple(weights[0].shape)
+                and bool((weights >= 0).all())  # SqueezeBERT returns logits instead
+            ]
+        if max(errors) > EXACT and not double:
+            return examine(kind, double=True)
+        row |= {"error": max(errors), "compared": len(errors) - 1, "layers": len(trace.layers)}
+    except LensError as error:
+        if "cannot run a tiny prompt (" in str(
+            error
+        ):  # the sizes above make no model of this class
+            return {**row, "unbuilt": str(error)}
+        return {**row, "refused": str(error)}
+    except Exception as error:
+        return {**row, "raw": f"{step}: {type(error).__name__}: {error}"[:300]}
+    for name in ANALYSES:
+        try:
+            _analyse(name, loaded, trace)
+            row[name] = "yes"
+        except LensError as error:
+            row[name] = str(error)
+        except Exception as error:
+            return {**row, "raw": f"{name}: {type(error).__name__}: {error}"[:300]}
+    return row
+
+
+def _difference(found: Any, own: Any) -> float:
+    """Largest, of a probability; a learned sink's share is left out of some eager probabilities."""
+    import torch
+
+    shares = found.sum(-1, keepdim=True)
+    if torch.allclose(own.sum(-1), torch.ones(()), atol=1e-4):
+        found = torch.where(shares > 0, found / shares, found)
+    return float((found - own).abs().max())
+
+
+def _attentions(model: Any, inputs: dict[str, Any]) -> list[Any] | None:
+    """Eager probabilities of the model's own forward pass; None where it returns none."""
+    try:
+        found = model(**inputs, output_attentions=True)
+    except Exception:  # it takes no such argument
+        return None
+    weights = getattr(found, "attentions", None)
+    return [one for one in weights if one is not None] if weights else None
+
+
+def _analyse(name: str, model: Any, trace: Any) -> None:
+    import torch
+
+    import lens
+    from lens.tasks import Task
+
+    if name == "weights":
+        lens.heads.weights.composition(model)
+        return
+    if name == "sinks":
+        lens.sinks.rate(trace)
+        return
+    ids = torch.randint(3, 150, (2, 10), generator=torch.Generator().manual_seed(1))
+    task = Task(
+        "t",
+        ids,
+        torch.full((2, 1), 9),
+        torch.tensor([[5], [6]]),
+        "logit_difference",
+        corrupt=(ids + 4) % 147 + 3,
+        wrong=torch.tensor([[20], [21]]),
+    )
+    if name == "circuits":
+        lens.circuits.score_edges(model, task, method="eap", progress=False)
+    else:
+        method = "ablation" if name == "importance" else "direct"
+        lens.heads.importance(model, task, method=method, progress=False)
+
+
+def rows_of(kinds: list[str]) -> list[dict[str, Any]]:
+    """Every row, each from a process of its own."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    examine("gpt2")  # reads everything once, before the processes part
+    context = mp.get_context("fork")
+    waiting, running, rows = list(reversed(kinds)), {}, []
+    while waiting or running:
+        while waiting and len(running) < WORKERS:
+            kind = waiting.pop()
+            receiver, sender = context.Pipe(duplex=False)
+            process = context.Process(target=_send, args=(kind, sender))
+            process.start()
+            sender.close()
+            running[kind] = (process, receiver, time.monotonic())
+        for kind, (process, receiver, start) in list(running.items()):
+            late = time.monotonic() - start > SECONDS
+            if receiver.poll() or late or not process.is_alive():
+                row: dict[str, Any] = {"type": kind, "class": class_of(kind)}
+                try:
+                    row = receiver.recv() if receiver.poll() else row | {"raw": "no answer"}
+                except EOFError:
+                    row["raw"] = f"the process ended with {process.exitcode}"
+                process.terminate()
+                process.join()
+                del running[kind]
+                rows.append(row)
+                print(json.dumps(row), flush=True)
+        time.sleep(0.02)
+    return sorted(rows, key=lambda row: kinds.index(row["type"]))
+
+
+def _send(kind: str, sender: Any) -> None:
+    import warnings
+
+    warnings.filterwarnings("ignore")
+    with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stderr(nowhere):
+        sender.send(examine(kind))
+
+
+def page(rows: list[dict[str, Any]]) -> str:
+    """docs/models.md."""
+    exact = [row for row in rows if "error" in row]
+    lines = [
+        "# Models",
+        "",
+        f"{len(rows)} classes of transformers with random small weights: {len(exact)} are captured, and "
+        f"their probabilities and output equal `eager` to {EXACT:.0e} (of the largest; most to 1e-6); "
+        f"{len(rows) - len(exact)} are refused by `lens.load` or `lens.capture` with the reason that stands here. "
+        "Analyses: `heads.importance` by ablation, `heads.weights.composition`, direct attribution, "
+        "`circuits.score_edges`, `sinks.rate`. A bare model has no logits, so those that need them refuse it.",
+        "",
+        "Made by `make models-table` (tests/benchmarks/models_table.py).",
+        "",
+        "| class | captured | importance | weights | direct | circuits | sinks |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in sorted(rows, key=lambda row: row["class"].lower()):
+        name = f"{row['class']} ({row['type']})"
+        if "error" not in row:
+            reason = re.sub(r"[|<>]", "", row["refused"])
+            lines.append(f"| {name} | refused: {reason} | | | | | |")
+            continue
+        cells = " | ".join("yes" if row[a] == "yes" else "refused" for a in ANALYSES)
+        how = "exact" if row["compared"] else "exact (output)"
+        lines.append(f"| {name} | {how} | {cells} |")
+    return "\n".join(lines) + "\n"
+
+
+def wrong(row: dict[str, Any]) -> bool:
+    """Whether a row tells of an error that is no refusal, of a difference, or of no model."""
+    return "raw" in row or "unbuilt" in row or row.get("error", 0) > EXACT
+
+
+def main(arguments: list[str]) -> int:
+    """Make the table, or show some rows."""
+    kinds = arguments or TYPES.read_text().split()
+    rows = rows_of(kinds)
+    bad = [row for row in rows if wrong(row)]
+    for row in bad:
+        print("WRONG", json.dumps(row))
+    if not arguments and not bad:
+        PAGE.write_text(page(rows))
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
