@@ -3,12 +3,14 @@
 import hmac
 import logging
 import socket
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import wraps
 from ipaddress import ip_address
 from typing import Any
 from urllib.parse import quote, urlsplit
 
 import psutil
+from dash.exceptions import PreventUpdate
 from flask import Flask, Response, abort, redirect, request
 from werkzeug.exceptions import HTTPException
 
@@ -17,7 +19,7 @@ LARGEST_BODY = 16 << 20
 """Bytes of a request: the file of a circuit is the largest that a page sends."""
 _LOG = logging.getLogger(__name__)
 _ANYWHERE = ("", "0.0.0.0", "::")  # binds every address of this machine
-_CALLBACKS = "/_dash-update-component"
+_CALLBACKS, _FILES = "/_dash-update-component", "/_dash-component-suites"
 _COOKIE = "lens_token"
 
 
@@ -71,22 +73,27 @@ def ask_for_token(flask: Flask, token: str) -> None:
 
 
 def refuse_nonsense(flask: Flask) -> None:
-    """Refuse (400) a callback that no page of ours sends, and (413) a body that is too large."""
+    """Refuse what no page of ours asks Dash for: callbacks (400), its files (404), a large body (413)."""
     flask.config["MAX_CONTENT_LENGTH"] = LARGEST_BODY
-    dispatch = flask.view_functions[_CALLBACKS]
+    for name, view in flask.view_functions.items():
+        if name.startswith(_CALLBACKS):
+            flask.view_functions[name] = _or_refused(view, 400, "this callback makes no sense")
+        elif name.startswith(_FILES):
+            flask.view_functions[name] = _or_refused(view, 404, "there is no such file")
 
+
+def _or_refused(view: Callable[..., Any], code: int, reason: str) -> Callable[..., Any]:
+    @wraps(view)
     def checked(*given: Any, **named: Any) -> Any:
         try:
-            return dispatch(*given, **named)
-        except HTTPException:
+            return view(*given, **named)
+        except (HTTPException, PreventUpdate):
             raise
         except Exception as error:
-            if type(error).__module__.partition(".")[0] == "dash":  # its own signals
-                raise
-            _LOG.debug("refused a callback", exc_info=error)
-            abort(400, "this callback makes no sense to the dashboard")
+            _LOG.debug("refused what was asked of Dash", exc_info=error)
+            abort(code, reason)
 
-    flask.view_functions[_CALLBACKS] = checked
+    return checked
 
 
 def _without_token() -> str:

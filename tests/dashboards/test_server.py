@@ -154,6 +154,11 @@ def test_a_callback_that_makes_no_sense_is_refused(client, body):
     assert (answer.status_code, b"Traceback" in answer.data) == (400, False)
 
 
+@pytest.mark.parametrize("path", ["x/x.js", "../x", "dash/no-such-file.js", "plotly/x", "%00/x"])
+def test_files_that_dash_has_not_are_not_there(client, path):
+    assert client.get(f"/_dash-component-suites/{path}").status_code in (404, 405)
+
+
 def test_a_callback_of_the_page_is_answered(client):
     ids = {"pathname": "/", "search": ""}
     inputs = [{"id": "url", "property": name, "value": value} for name, value in ids.items()]
