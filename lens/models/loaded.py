@@ -1,6 +1,5 @@
 """`LoadedModel`: a model with its tokenizer, its sizes and the proof that capture reaches its attention."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +9,7 @@ import torch
 
 from lens.common.errors import LensError
 from lens.common.head_ids import AnyHead, HeadId, head_id, layers_in_words
+from lens.models.tokens import readable
 
 
 @dataclass(frozen=True)
@@ -149,11 +149,16 @@ class LoadedModel:
         return list(self.tokenizer(text, verbose=False)["input_ids"])
 
     def token_strings(self, ids: Sequence[int]) -> list[str]:
-        """What each token looks like in a text, with its spaces; ids as strings without a tokenizer."""
+        """What each token looks like in a text, with its spaces; ids as strings without a tokenizer.
+
+        Bytes that are no whole character stand as `<0xE4>`.
+        """
+        numbers = [int(index) for index in ids]
         if self.tokenizer is None:
-            return [str(int(index)) for index in ids]
-        tokens = self.tokenizer.convert_ids_to_tokens([int(index) for index in ids])
-        return [_readable(self.tokenizer, token) for token in tokens]
+            return list(map(str, numbers))
+        tokens = self.tokenizer.convert_ids_to_tokens(numbers)
+        pairs = zip(tokens, numbers, strict=True)
+        return [readable(self.tokenizer, token, index) for token, index in pairs]
 
     @torch.no_grad()
     def logits(self, prompts: Any) -> Any:
@@ -277,11 +282,3 @@ def check_loaded(model: Any) -> None:
 def is_bridge(model: Any) -> bool:
     """Whether `model` is a `TransformerBridge`, without importing TransformerLens (five seconds)."""
     return any(cls.__name__ == "TransformerBridge" for cls in type(model).__mro__)
-
-
-def _readable(tokenizer: Any, token: str) -> str:
-    if "▁" in token:  # sentencepiece: its decoder would drop a leading space
-        return token.replace("▁", " ")
-    if byte := re.fullmatch(r"<0x([0-9A-F]{2})>", token):
-        return bytes([int(byte[1], 16)]).decode("utf-8", errors="replace")
-    return tokenizer.convert_tokens_to_string([token])

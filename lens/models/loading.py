@@ -25,6 +25,7 @@ from lens.models.catalogue import DEFAULT_MODEL, KNOWN, is_hub_id, unknown_model
 from lens.models.loaded import LoadedModel, is_bridge
 from lens.models.sizes import describe, describe_bridge, image_token
 from lens.models.symbols import SymbolTokenizer
+from lens.models.tokens import check_fit
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -50,13 +51,16 @@ def load_unchecked(
     """`lens.load` without its self-check, which needs a forward pass; arguments and errors are its own."""
     if isinstance(name_or_model, (str, Path)):
         loaded = _from_name(str(name_or_model), revision, _dtype(dtype), _device(device))
+        check_fit(tokenizer or loaded.tokenizer, loaded.info.vocab, loaded.name)
         return replace(loaded, tokenizer=tokenizer or loaded.tokenizer)
     if revision is not None or dtype is not None or device is not None:
         raise LensError(
             "revision, dtype and device go with a name; a model object is taken as it is "
             "(use model.to(device, dtype) before lens.load)"
         )
-    return _from_object(name_or_model, tokenizer)
+    loaded = _from_object(name_or_model, tokenizer)
+    check_fit(loaded.tokenizer, loaded.info.vocab, loaded.name)
+    return loaded
 
 
 def _from_object(model: Any, tokenizer: Any) -> LoadedModel:

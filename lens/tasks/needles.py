@@ -11,6 +11,7 @@ import numpy as np
 
 from lens.common.errors import LensError
 from lens.models.loaded import LoadedModel
+from lens.models.vocabulary import ordinary_ids
 from lens.passes.inputs import check_ids
 
 
@@ -62,8 +63,7 @@ def copied(
             f"copied needs n and needle of at least 1 and a length of needle + 4 to "
             f"{context - needle - 2}; got n={n}, needle={needle}, length={length}"
         )
-    special = set(getattr(model.tokenizer, "all_special_ids", ()))
-    ordinary = np.array([index for index in range(model.info.vocab) if index not in special])
+    ordinary = np.array(ordinary_ids(model))
     start = [] if model.bos_id is None else [model.bos_id]
     random = np.random.default_rng(seed)
     trials = []

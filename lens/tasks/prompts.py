@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from lens.common.errors import LensError
 from lens.models.catalogue import ASSETS
+from lens.models.vocabulary import ordinary_ids
 
 if TYPE_CHECKING:
     import torch
@@ -113,8 +114,7 @@ def copied(model: "LoadedModel", length: int, seed: int = 0) -> list[int]:
             f"a copied prompt of 2 × {length} tokens has {total}; {model.name} takes "
             f"{model.info.context}: length must be 1 to {((model.info.context or 0) - len(start)) // 2}"
         )
-    special = set(getattr(model.tokenizer, "all_special_ids", ()))
-    ordinary = torch.tensor([index for index in range(model.info.vocab) if index not in special])
+    ordinary = torch.tensor(ordinary_ids(model))
     generator = torch.Generator().manual_seed(seed)
     drawn = ordinary[torch.randint(len(ordinary), (length,), generator=generator)].tolist()
     return start + drawn + drawn

@@ -3,6 +3,7 @@
 import pandas as pd
 
 from lens.common.errors import LensError
+from lens.common.head_ids import HeadId
 from lens.heads.weights import copying
 from lens.runs.sections import Section
 from lens_analyses.steps.subject import Subject
@@ -21,6 +22,35 @@ _ROLES = (
     "value_drain",
     "activity",
 )
+_SECTIONS = ("importance", "roles", "patterns", "retrieval", "similarity")
+_JOINED = (
+    (
+        "patterns",
+        "heads",
+        "pattern",
+        "pattern",
+        "Simplest class of sparse pattern that keeps most of its mass.",
+    ),
+    (
+        "patterns",
+        "heads",
+        "margin",
+        "pattern_margin",
+        "By how much it keeps more than the best other class.",
+    ),
+    (
+        "similarity",
+        "cka_redundancy",
+        "value",
+        "redundancy",
+        "CKA of its output with the head most like it, 1 = the same up to a rotation.",
+    ),
+    ("similarity", "cka_redundancy", "nearest", "nearest", "That head."),
+    ("retrieval", "retrieval", "retrieval", "retrieval", ""),
+    ("retrieval", "streaming", "row_error", "streaming_error", ""),
+    ("retrieval", "gate", "alpha", "full_attention_gate", ""),
+)
+"""Section, its table and column -> the column here and its definition; "" is that of the section."""
 _ON_COPIED = ("previous_token", "duplicate_token", "induction")
 
 
@@ -32,40 +62,33 @@ def heads(subject: Subject) -> Section:
         "layer": "Layer, from 0.",
         "head": "Head in the layer, from 0.",
     }
-    importance = run.section("importance")
-    joined = importance.tables["scores"].set_index("name")
-    columns |= {str(name): importance.columns[str(name)] for name in joined.columns}
-    roles = run.section("roles")
-    for role in _ROLES:
-        kind = "copied" if role in _ON_COPIED else "text"
-        table = roles.tables.get(kind, next(iter(roles.tables.values()))).set_index("name")
-        for name in (role, f"{role}_low", f"{role}_high", f"{role}_baseline"):
-            if name in table and table[name].notna().any():
-                joined[name] = table[name]
-                columns[name] = roles.columns[name]
-    patterns = run.section("patterns").tables["heads"].set_index("name")
-    joined["pattern"], joined["pattern_margin"] = patterns["pattern"], patterns["margin"]
-    alike = run.section("similarity").tables["cka_redundancy"].set_index("name")
-    joined["redundancy"], joined["nearest"] = alike["value"], alike["nearest"]
-    columns |= {
-        "pattern": "Simplest class of sparse pattern that keeps most of its mass.",
-        "pattern_margin": "By how much it keeps more than the best other class.",
-        "redundancy": "CKA of its output with the head most like it, 1 = the same up to a rotation.",
-        "nearest": "That head.",
-    }
-    fetching = run.section("retrieval")
-    for table, column in (
-        ("retrieval", "retrieval"),
-        ("streaming", "row_error"),
-        ("gate", "alpha"),
-    ):
-        if table in fetching.tables:
-            name = {"row_error": "streaming_error", "alpha": "full_attention_gate"}.get(
-                column, column
-            )
-            joined[name] = fetching.tables[table].set_index("name")[column]
-            columns[name] = fetching.columns[column]
-    limits = []
+    joined = pd.DataFrame(subject.run.heads[["layer", "head"]].drop_duplicates())
+    joined.index = pd.Index(
+        [str(HeadId(*pair)) for pair in joined.to_numpy().tolist()], name="name"
+    )
+    measures: list[dict] = []
+    if "importance" in run.sections:
+        importance = run.section("importance")
+        scores = importance.tables["scores"].set_index("name").drop(columns=["layer", "head"])
+        joined = joined.join(scores)
+        columns |= {str(name): importance.columns[str(name)] for name in scores.columns}
+        measures = importance.configuration["measures"]
+    if "roles" in run.sections:
+        roles = run.section("roles")
+        for role in _ROLES:
+            kind = "copied" if role in _ON_COPIED else "text"
+            table = roles.tables.get(kind, next(iter(roles.tables.values()))).set_index("name")
+            for name in (role, f"{role}_low", f"{role}_high", f"{role}_baseline"):
+                if name in table and table[name].notna().any():
+                    joined[name] = table[name]
+                    columns[name] = roles.columns[name]
+    for section, table, column, name, definition in _JOINED:
+        if section in run.sections and table in run.section(section).tables:
+            found = run.section(section)
+            joined[name] = found.tables[table].set_index("name")[column]
+            columns[name] = definition or found.columns[column]
+    missing = [name for name in _SECTIONS if name not in run.sections]
+    limits = [f"Without {', '.join(missing)}, which could not be had."] if missing else []
     try:
         weights = copying(subject.model).set_index("name")
         joined["copying_eigenvalue"], joined["copying_top5"] = (
@@ -83,11 +106,11 @@ def heads(subject: Subject) -> Section:
     return Section(
         name="heads",
         title="Every head, all measures",
-        summary=tuple(_sentences(table, importance.configuration["measures"])),
+        summary=tuple(_sentences(table, measures)),
         limits=(*limits, "NaN means not scored; the section of the score says why."),
         columns=columns,
         configuration={
-            "joined": ["importance", "roles", "patterns", "retrieval", "similarity", "copying"]
+            "joined": [*(name for name in _SECTIONS if name in run.sections), "copying"]
         },
         tables={"heads": table},
     )
@@ -104,12 +127,14 @@ def _sentences(table: pd.DataFrame, measures: list[dict]) -> list[str]:
     order = table.sort_values(name, ascending=False, kind="stable")
     best = order.iloc[0]
     said = []
-    if "induction" in table:
+    if "induction" in table and table["induction"].notna().any():
         known = table.sort_values("induction", ascending=False, kind="stable").iloc[0]
         said.append(
             f"{known['name']} has the highest induction score, {known['induction']:.2f}; by {name} it is "
             f"number {int((table[name] > known[name]).sum()) + 1} of {len(table)} heads."
         )
+    if "nearest" not in table:
+        return said
     said.append(
         f"{best['name']} matters most by {name}; the head that writes most like it is {best['nearest']} "
         f"(CKA {best['redundancy']:.2f})."

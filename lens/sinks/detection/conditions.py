@@ -10,6 +10,7 @@ import torch
 from lens.common.errors import LensError
 from lens.edits.losses import two_tokens
 from lens.models.loaded import LoadedModel, check_loaded
+from lens.models.vocabulary import ordinary_ids
 from lens.passes.inputs import read_prompts
 
 _SHORTEST = 16
@@ -71,10 +72,7 @@ def control_prompts(model: LoadedModel, prompts: Any, seed: int = 0) -> Prompts:
         LensError: prompts of one token, or a model without a vocabulary.
     """
     check_loaded(model)
-    if model.info.vocab is None:
-        raise LensError(f"{model.name} has no vocabulary, so no tokens can be drawn")
-    special = set(getattr(model.tokenizer, "all_special_ids", ()))
-    ordinary = torch.tensor([index for index in range(model.info.vocab) if index not in special])
+    ordinary = torch.tensor(ordinary_ids(model))
     generator = torch.Generator().manual_seed(seed)
     random, repeated = [], []
     for ids in _read(model, prompts):
