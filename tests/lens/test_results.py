@@ -175,9 +175,8 @@ def test_tables_of_heads_join():
             r"One row per [^.:]*\bhead\b", inspect.getdoc(getattr(one, "table", None)) or ""
         )
     }
-    assert of_heads - {"HeadSelection", "PolicyScores", "PolicySearch"} == {
-        type(one).__name__ for one in made
-    }
+    elsewhere = {"HeadSelection", "PatchDistances", "PolicyScores", "PolicySearch"}
+    assert of_heads - elsewhere == {type(one).__name__ for one in made}
     tables = {type(one).__name__: one.table() for one in made}
     similar = lens.heads.similarity(model, prompts, **quiet)
     tables["redundancy"], tables["neighbours"] = similar.redundancy(), similar.neighbours("L0H1")
