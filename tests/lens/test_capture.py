@@ -411,7 +411,8 @@ def test_layers_of_different_lengths_do_not_fit_one_trace():
 
 def _attention_arguments() -> tuple:
     module = torch.nn.Module()
-    return (module, *torch.zeros(3, 1, 2, 5, 8), None)
+    parts = torch.randn(3, 1, 2, 5, 8, generator=torch.Generator().manual_seed(0))
+    return (module, *parts, None)
 
 
 def test_attention_outside_of_a_capture_is_refused():
@@ -438,11 +439,12 @@ def test_what_is_not_understood_is_refused_by_name(arguments, expected):
 
 def test_harmless_arguments_pass():
     model = lens.load("induction-2l")
+    given = _attention_arguments()
     with lens.traces.capturing(model) as recorder:
-        lens_attention(
-            *_attention_arguments(), use_cache=True, position_ids=torch.zeros(1), foo=None
-        )
-    assert recorder.records[0].causal
+        output, _ = lens_attention(*given, use_cache=True, position_ids=torch.zeros(1), foo=None)
+    expected = torch.nn.functional.scaled_dot_product_attention(*given[1:4], is_causal=True)
+    assert naive.rms_ratio(output, expected.transpose(1, 2)) < 1e-5
+    assert not recorder.records, "it belongs to no pass of this model"
 
 
 def test_a_mask_that_the_model_made_itself(monkeypatch):
