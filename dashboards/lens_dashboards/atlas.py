@@ -39,7 +39,9 @@ def no_form(trace: AttentionTrace) -> str:
 
 
 def _is_short(trace: AttentionTrace) -> bool:
-    return len(trace.dataset["query_block"]) < 4 and not trace.tile_refusal(trace.layers[0], 0)
+    return len(trace.dataset["query_block"]) < 4 and not any(
+        trace.tile_refusal(layer, head) for layer in trace.layers for head in range(trace.heads)
+    )
 
 
 def _from_tokens(trace: AttentionTrace, variant: str, pooling: Pooling) -> np.ndarray:

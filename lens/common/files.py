@@ -89,6 +89,14 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def lies_in(path: Path, folder: Path) -> bool:
+    """Whether a path, links followed, is in a folder; not where nobody can tell."""
+    try:
+        return path.resolve().is_relative_to(folder.resolve())
+    except (OSError, ValueError, RuntimeError):  # a NUL, a name too long, a circle of links
+        return False
+
+
 def open_regular(path: Path, *, most: int, within: Path | None = None) -> BinaryIO:
     """A regular file of at most `most` bytes, open for reading.
 
@@ -102,7 +110,7 @@ def open_regular(path: Path, *, most: int, within: Path | None = None) -> Binary
     """
     try:
         real = path.resolve(strict=True)
-        if within is not None and not real.is_relative_to(within.resolve()):
+        if within is not None and not lies_in(real, within):
             raise LensError(f"{path} is a link out of {within}; it is not followed")
         handle = os.open(real, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
     except (

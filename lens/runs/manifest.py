@@ -15,7 +15,7 @@ from typing import Annotated
 from pydantic import BaseModel, Field
 
 from lens.common.errors import LensError
-from lens.common.files import PART, open_regular, read_json, write_json
+from lens.common.files import PART, lies_in, open_regular, read_json, write_json
 from lens.common.schema import checked
 
 MANIFEST = "manifest.json"
@@ -70,7 +70,7 @@ def size_problem(folder: Path, name: str, files: Mapping[str, _Entry] | None) ->
         return ""
     try:
         size = (folder / name).stat().st_size
-    except OSError:
+    except (OSError, ValueError):  # ValueError: a NUL in the name
         return f"{name} is missing; run it again"
     if size == entry.bytes:
         return ""
@@ -102,12 +102,12 @@ def remove_own(folder: Path, recorded: Iterable[str]) -> None:
         folder: of the run.
         recorded: relative paths that its `run.json` names.
     """
-    root, recorded = folder.resolve(), set(recorded)
+    recorded = set(recorded)
     for path in [path for path in folder.rglob("*") if not path.is_dir() or path.is_symlink()]:
         name = path.relative_to(folder).as_posix()
         if not (_OWN.fullmatch(name) or name.endswith(PART) or name in recorded):
             continue
-        if not path.parent.resolve().is_relative_to(root):
+        if not lies_in(path.parent, folder):
             continue
         path.unlink()
         remove_if_empty(path.parent, folder)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lens.common.errors import LensError
+from lens.common.files import lies_in
 from lens.runs.folders import CONFIG, IMPORTANCES
 from lens.runs.manifest import GROWING, MANIFEST, changed_files
 from lens.runs.schema import POOLED
@@ -82,15 +83,11 @@ def _files(run: Run) -> Iterator[str]:
             )
     for name, size in files.items():
         path = run.path / name
-        try:
-            inside = path.resolve().is_relative_to(run.path)
-            found = path.stat().st_size if path.is_file() else None
-        except (OSError, ValueError) as error:
-            yield f"run.json names {name[:60]!r}, which cannot be a file ({error}); run it again"
+        if not lies_in(path, run.path):
+            yield f"run.json names {name[:60]!r}, which is outside of the run; do not trust this folder"
             continue
-        if not inside:
-            yield f"run.json names {name!r}, which is outside of the run; do not trust this folder"
-        elif found is None:
+        found = path.stat().st_size if path.is_file() else None
+        if found is None:
             yield f"{name} is missing; run it again"
         elif found != size and name != GROWING and not run.door.has(MANIFEST):  # which knows more
             yield f"{name} has {found} bytes instead of {size}; run it again"

@@ -15,7 +15,15 @@ from typing import TYPE_CHECKING, Any
 import tomli_w
 
 from lens.common.errors import LensError
-from lens.common.files import PART, alone_in, read_json, write_atomically, write_json, write_text
+from lens.common.files import (
+    PART,
+    alone_in,
+    lies_in,
+    read_json,
+    write_atomically,
+    write_json,
+    write_text,
+)
 from lens.runs.folders import INDEX, Run, open_run
 from lens.runs.manifest import MANIFEST, read_manifest, remove_own, write_manifest
 from lens.runs.processes import this_process
@@ -211,12 +219,12 @@ def _earlier(folder: Path, again: bool) -> dict[str, Any]:
 
 def _still_whole(folder: Path, files: Mapping[str, int]) -> dict[str, int]:
     """Those of the recorded files that are there in their size."""
-    root = folder.resolve()
-    paths = {name: (folder / name).resolve() for name in files}
     return {
-        name: files[name]
-        for name, path in paths.items()
-        if path.is_relative_to(root) and path.is_file() and path.stat().st_size == files[name]
+        name: size
+        for name, size in files.items()
+        if lies_in(folder / name, folder)
+        and (folder / name).is_file()
+        and (folder / name).stat().st_size == size
     }
 
 

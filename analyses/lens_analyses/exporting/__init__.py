@@ -1,10 +1,12 @@
 """`lens export`: what a run found, as files that other tools read."""
 
+from __future__ import annotations
+
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lens.common.errors import LensError
 from lens.common.files import write_text
@@ -12,6 +14,11 @@ from lens.runs import Run, to_csv, to_headvis, to_parquet
 from lens.runs.folders import CIRCUITS
 from lens_analyses.console import UsageError
 from lens_analyses.exporting.pictures import write_pictures
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from lens.runs.sections import Section
 
 FORMATS = ("headvis", "csv", "parquet", "graph", "figures")
 FOLDER = "exports"
@@ -75,15 +82,16 @@ def export_run(
         return Exported(out, written.files, "; ".join(missing))
     writers: dict[str, Callable[[Run, Path], list[str]]] = {
         "headvis": _headvis,
-        "csv": _csv,
-        "parquet": _parquet,
         "graph": _graph,
     }
-    if kind not in writers:
+    if kind not in FORMATS:
         raise UsageError(f"format must be one of {', '.join(FORMATS)}, got {kind!r}")
-    files = tuple(writers[kind](run, out))
-    damage = run.readable()[1] if kind in ("csv", "parquet") else []
-    return Exported(out, files, "; ".join(damage))
+    if kind not in ("csv", "parquet"):
+        return Exported(out, tuple(writers[kind](run, out)))
+    sections, damage = run.readable()
+    write = _write_csv if kind == "csv" else to_parquet
+    files = [write(table, out / f"{name}.{kind}").name for name, table in _tables(run, sections)]
+    return Exported(out, tuple(files), "; ".join(damage))
 
 
 def _headvis(run: Run, out: Path) -> list[str]:
@@ -91,34 +99,24 @@ def _headvis(run: Run, out: Path) -> list[str]:
     return sorted(path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file())
 
 
-def _csv(run: Run, out: Path) -> list[str]:
-    """As parquet, with the lists of tokens as JSON."""
-    files = []
-    for name, table in _tables(run).items():
-        for column in [column for column in _LISTS if column in table]:
-            table = table.assign(
-                **{
-                    column: [
-                        json.dumps(list(cell), ensure_ascii=False, default=int)
-                        for cell in table[column]
-                    ]
-                }
-            )
-        files.append(to_csv(table, out / f"{name}.csv").name)
-    return files
+def _write_csv(table: pd.DataFrame, path: Path) -> Path:
+    """With the lists of tokens as JSON."""
+    lists = {
+        name: [json.dumps(list(cell), ensure_ascii=False, default=int) for cell in table[name]]
+        for name in _LISTS
+        if name in table
+    }
+    return to_csv(table.assign(**lists), path)
 
 
-def _parquet(run: Run, out: Path) -> list[str]:
-    return [to_parquet(table, out / f"{name}.parquet").name for name, table in _tables(run).items()]
-
-
-def _tables(run: Run) -> dict[str, Any]:
+def _tables(run: Run, sections: Mapping[str, Section]) -> Iterator[tuple[str, pd.DataFrame]]:
     """Scores, prompts, and every table of a section as `<section>-<table>`."""
-    found = {"heads": run.heads, "prompts": run.prompts}
-    for name, section in run.readable()[0].items():
-        tables = section.tables.items()
-        found |= {f"{name}-{part}": table for part, table in tables if len(table)}
-    return found
+    yield "heads", run.heads
+    yield "prompts", run.prompts
+    for name, section in sections.items():
+        for part, table in section.tables.items():
+            if len(table):
+                yield f"{name}-{part}", table
 
 
 def _graph(run: Run, out: Path) -> list[str]:
