@@ -141,10 +141,10 @@ def test_what_two_runs_share_stands_beside_chance(run, lens_command, tmp_path):
     assert "Overlap: what it shares with the circuit of another run" in page
 
 
-def test_a_circuit_without_a_head_is_refused(lens_command, tmp_path):
-    answer = lens_command(*RUN.split(), "--edges", "1", "--out", tmp_path)
-    assert answer.code == 1
-    assert "make no circuit that goes through a head" in answer.err
+def test_a_circuit_without_a_head_is_unsupported(lens_command, tmp_path):
+    answer = lens_command(*RUN.split(), "--edges", "1", "--out", tmp_path, "--json")
+    reasons = open_run(answer.json["path"]).unsupported
+    assert "make no circuit that goes through a head" in reasons["edges"]
 
 
 def test_another_model_or_a_run_without_a_circuit_is_no_comparison(run, lens_command, tmp_path):
