@@ -10,6 +10,7 @@ from lens.tasks.prompts import copied
 from lens.tasks.task import Task
 
 _SEEDS = 1_000_003  # a prime: prompts of different seeds share no draw
+_MASKED = 0.15  # of a prompt's tokens, as BERT was trained
 
 
 def induction(
@@ -17,7 +18,8 @@ def induction(
 ) -> Task:
     """Copying: `BOS + r + r`, r random tokens; the metric is on the second copy.
 
-    Answers are the tokens of the second copy from its second on (nothing tells its first). A corrupt
+    Answers are the tokens of the second copy from its second on (nothing tells its first); of a masked
+    language model 15 % of the second copy, which are masked. A corrupt
     prompt is `BOS + r' + r`: the same end, and nothing to copy from.
 
     Args:
@@ -46,6 +48,8 @@ def induction(
     other = torch.tensor([copied(model, length, first + 2 * row + 1) for row in range(n)])
     start = clean.shape[1] - length  # first token of the second copy
     corrupt = torch.cat([other[:, :start], clean[:, start:]], 1)
+    if _is_masked(model):
+        return _masked(model, "induction", clean, metric, seed, first=start, corrupt=corrupt)
     positions = torch.arange(start, clean.shape[1] - 1).expand(n, -1)
     return Task("induction", clean, positions, clean[:, start + 1 :], metric, corrupt)
 
@@ -58,7 +62,7 @@ def language_modelling(
     n: int | None = None,
     metric: str = "loss",
 ) -> Task:
-    """Predicting each next token of a text.
+    """Predicting each next token of a text, or with a masked language model 15 % of them, which are masked.
 
     Args:
         model: whose tokens to use.
@@ -94,6 +98,8 @@ def language_modelling(
             f"windows must have one length of at least 2 tokens, got the lengths {lengths}"
         )
     clean = torch.tensor(windows)
+    if _is_masked(model):
+        return _masked(model, "masked tokens", clean, metric, 0, first=0)
     positions = torch.arange(lengths[0] - 1).expand(len(windows), -1)
     return Task("language modelling", clean, positions, clean[:, 1:], metric)
 
@@ -112,6 +118,43 @@ def _cut(model: LoadedModel, text: str, length: int | None) -> list[list[int]]:
             f"a text has {len(ids)} tokens of {model.name}, less than one window of {length}"
         )
     return windows
+
+
+def _is_masked(model: LoadedModel) -> bool:
+    """Whether the model fills in masked tokens rather than predicting the next one."""
+    return not model.is_bridge and "MaskedLM" in model.info.class_name
+
+
+def _masked(
+    model: LoadedModel,
+    name: str,
+    clean: torch.Tensor,
+    metric: str,
+    seed: int,
+    *,
+    first: int,
+    corrupt: torch.Tensor | None = None,
+) -> Task:
+    """The prompts with 15 % of their tokens from `first` on masked, and these as answers.
+
+    Raises:
+        LensError: a tokenizer without a mask token.
+    """
+    mask = getattr(model.tokenizer, "mask_token_id", None)
+    if mask is None:
+        raise LensError(
+            f"{model.name} fills in masked tokens, and its tokenizer has no mask token; give one that has: "
+            "lens.load(..., tokenizer=...)"
+        )
+    special = torch.tensor(sorted(getattr(model.tokenizer, "all_special_ids", ())))
+    drawn = torch.rand(clean.shape, generator=torch.Generator().manual_seed(seed))
+    drawn[torch.isin(clean, special)] = -1.0
+    drawn[:, :first] = -1.0
+    count = max(1, round(_MASKED * int((drawn >= 0).sum(1).min())))
+    positions = drawn.topk(count, 1).indices.sort(1).values
+    filled = [None if ids is None else ids.scatter(1, positions, mask) for ids in (clean, corrupt)]
+    assert filled[0] is not None
+    return Task(name, filled[0], positions, clean.gather(1, positions), metric, filled[1])
 
 
 def _positive(name: str, value: int) -> None:
