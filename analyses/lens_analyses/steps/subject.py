@@ -93,7 +93,7 @@ class Subject:
     @property
     def text_windows(self) -> list[list[int]]:
         """Token ids of `windows`."""
-        return self.windows.prompts
+        return windows_of(self.prompts("text"), self.model.bos_id, self.settings)
 
     @cached_property
     def task(self) -> "Task":
