@@ -153,13 +153,14 @@ class PolicyScores(Result):
 
     def _best(self, rows: pd.DataFrame) -> list[Sentence]:
         """Of several policies with a loss, the one that costs least, beside the references."""
-        rivals = rows[~np.array(self.references)]
+        reference = np.array(self.references)
+        rivals, others = rows[~reference], rows[reference]
         if len(rivals) < 2 or rows["loss_change"].isna().any():
             return []
-        best = rivals.loc[rivals["loss_change"].idxmin()]
+        best = rivals.iloc[int(rivals["loss_change"].to_numpy().argmin())]
         beside = "; ".join(
             f"{row['policy']} {row['loss_change']:+.4f} at {row['density']:.1%}"
-            for _, row in rows[np.array(self.references)].iterrows()
+            for _, row in others.iterrows()
         )
         return [
             Sentence(
