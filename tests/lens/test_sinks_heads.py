@@ -134,7 +134,7 @@ def test_a_mean_is_taken_over_the_prompts_themselves(network):
         (edits.Pasta([(2, 4)], heads=["L0H1", "L2H5"]), set()),
         (edits.Act(heads=["L0H1"], threshold=0.01), set()),
     ],
-    ids=str,
+    ids=["act", "learned sink", "pasta", "act of one head"],
 )
 def test_recipes_are_compared_with_other_heads_where_some_are_left(network, edit, missing):
     model = lens.load(network)
