@@ -21,6 +21,7 @@ from .routing import Routing as Routing
 from .searching import search as search
 from .sparge import Sparge as Sparge
 from .strided import Strided as Strided
+from .transferring import transfer as transfer
 from .vertical_slash import VerticalSlash as VerticalSlash
 from .xattention import XAttention as XAttention
 
@@ -38,4 +39,5 @@ __all__ = [
     "XAttention",
     "evaluate",
     "search",
+    "transfer",
 ]

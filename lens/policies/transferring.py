@@ -1,0 +1,192 @@
+"""`lens.policies.transfer`: does the pattern that one trace shows serve another, and does its LSE?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from lens.common.errors import LensError
+from lens.common.head_ids import HeadId
+from lens.common.results import Result, Sentence, few
+from lens.stats import over_units, quantile
+from lens.traces.trace import AttentionTrace
+
+USABLE = 0.05
+"""A row's masses are off by `exp(change of LSE) - 1` where the LSE of another run is taken: most that is usable."""
+
+_TABLE = ("jaccard", "recall", "own_recall", "efficiency", "random_recall", "lse_error")
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class PolicyTransfer(Result):
+    """How well the best blocks of one trace serve another.
+
+    Attributes:
+        values: [measure, source, target, layer, head], NaN for a trace with itself. Measures are, in order:
+            jaccard: of the two sets of blocks, 0 as by chance, 1 the same;
+            recall: mass of the target on the blocks of the source;
+            own_recall: on as many blocks of its own;
+            efficiency: the one over the other;
+            random_recall: on as many blocks drawn at random, expected;
+            lse_error: 99th percentile over rows of |exp(LSE of the target - LSE of the source) - 1|.
+        share: of the visible blocks of each row of blocks.
+        layers: the model's numbers.
+        seed: of the intervals.
+        model: name of the first trace's.
+    """
+
+    values: np.ndarray
+    share: float
+    layers: tuple[int, ...]
+    seed: int
+    model: str
+
+    def table(self) -> pd.DataFrame:
+        """One row per head: `layer`, `head`, `name`, `n` (targets), every measure as its mean over targets, each
+        the mean over sources, with the 95 % interval over targets (`_low`, `_high`)."""
+        heads = self.values.shape[-1]
+        places = [HeadId(layer, head) for layer in self.layers for head in range(heads)]
+        columns: dict[str, object] = {
+            "layer": [place.layer for place in places],
+            "head": [place.head for place in places],
+            "name": list(map(str, places)),
+            "n": self.values.shape[2],
+        }
+        for name, values in zip(_TABLE, self.values, strict=True):
+            units = np.nanmean(values, 0)  # [target, layer, head]
+            low, high = over_units(units, np.ones_like(units), self.seed)
+            columns |= {
+                name: units.mean(0).ravel(),
+                f"{name}_low": low.ravel(),
+                f"{name}_high": high.ravel(),
+            }
+        return pd.DataFrame(columns)
+
+    def findings(self) -> tuple[Sentence, ...]:
+        """What carries over ("transfer"), where it does not ("heads"), and the LSE ("lse")."""
+        table = self.table()
+        units = np.nanmean(self.values, (1, 3, 4))  # [measure, target]
+        ends = [over_units(one, np.ones(len(one)), self.seed) for one in units]
+        mean = dict(zip(_TABLE, units.mean(-1), strict=True))
+        low, high = ends[_TABLE.index("efficiency")]
+        said = [
+            Sentence(
+                f"The best {self.share:.0%} of the blocks of one trace keep {mean['recall']:.1%} of the attention "
+                f"of another, {mean['efficiency']:.1%} [{low:.1%}, {high:.1%}] of what its own best keep "
+                f"({mean['own_recall']:.1%}); as many random ones {mean['random_recall']:.1%}. Overlap above "
+                f"chance {mean['jaccard']:.2f}.",
+                kind="transfer",
+            )
+        ]
+        poor = table[table["efficiency"] < 0.9].sort_values("efficiency")
+        if len(poor):
+            said.append(
+                Sentence(
+                    f"{len(poor)} of {len(table)} heads keep less than 90 % of that: {few(poor['name'].tolist())}; "
+                    "their pattern has to be looked for anew.",
+                    kind="heads",
+                )
+            )
+        usable = int((table["lse_error"] < USABLE).sum())
+        said.append(
+            Sentence(
+                f"The LSE of another trace is usable (99 % of rows within {USABLE:.0%}) in {usable} of "
+                f"{len(table)} heads.",
+                kind="lse",
+            )
+        )
+        return tuple(said)
+
+    def __repr__(self) -> str:
+        return f"PolicyTransfer({self.model}: {self.values.shape[2]} traces, {self.share:.0%} of the blocks)"
+
+
+def transfer(
+    traces: Sequence[AttentionTrace], *, share: float = 0.2, seed: int = 0
+) -> PolicyTransfer:
+    """Does the pattern of one prompt, checkpoint or precision serve another? Every trace against every other.
+
+    In each row of blocks the best `share` of the visible blocks of the source are taken, by their mass, and
+    the target's mass on them counted. Chance overlap of two sets of density d is `d / (2 - d)`.
+
+    Args:
+        traces: at least two of one length, with the same layers, heads and blocks: of several prompts, or of
+            one prompt in several models.
+        share: of the blocks; at least one is taken.
+        seed: of the intervals.
+
+    Raises:
+        LensError: fewer than two traces, traces that do not fit together, a share that is none, block masses
+            or LSE that were not captured.
+
+    Reference: Xia et al. (AdaSpa), arXiv 2502.21079, for patterns and LSE that are used again.
+
+    Example:
+        >>> found = lens.policies.transfer(traces)
+        >>> found.table()[["name", "jaccard", "recall", "own_recall"]]
+    """
+    if len(traces) < 2:
+        raise LensError(f"transfer needs at least two traces, got {len(traces)}")
+    if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
+        raise LensError(f"share must be above 0 and at most 1, got {share!r}")
+    shapes = {(one.layers, one.heads, one.length, _masses(one).shape) for one in traces}
+    if len(shapes) > 1:
+        raise LensError(
+            "transfer needs traces of one length with the same layers, heads and blocks, got "
+            + "; ".join(sorted(f"{len(s[0])} layers x {s[1]} heads, {s[2]} tokens" for s in shapes))
+        )
+    masses = [_masses(one) for one in traces]
+    lse = [np.asarray(_variable(one, "lse"), float) for one in traces]
+    seen = np.logical_or.reduce([one > 0 for one in masses])
+    chosen = [_best(one, seen, share) for one in masses]
+    first = masses[0]
+    values = np.full((len(_TABLE), len(traces), len(traces), *first.shape[:2]), np.nan)
+    for a, blocks in enumerate(chosen):
+        for b, mass in enumerate(masses):
+            if a != b:
+                values[:, a, b] = _pair(blocks, chosen[b], mass, seen, lse[a], lse[b])
+    return PolicyTransfer(values, float(share), traces[0].layers, seed, traces[0].model)
+
+
+def _pair(
+    source: np.ndarray,
+    own: np.ndarray,
+    mass: np.ndarray,
+    seen: np.ndarray,
+    before: np.ndarray,
+    after: np.ndarray,
+) -> list[np.ndarray]:
+    """The measures of `PolicyTransfer` for one source and target, [layers, heads] each."""
+    density = source.sum((-1, -2)) / seen.sum((-1, -2))
+    chance = density / (2 - density)
+    both, either = (source & own).sum((-1, -2)), (source | own).sum((-1, -2))
+    jaccard = (both / either - chance) / np.where(chance < 1, 1 - chance, 1)
+    whole = mass.sum((-1, -2))
+    recall, mine = ((mass * one).sum((-1, -2)) / whole for one in (source, own))
+    rows = source.sum(-1) / np.maximum(seen.sum(-1), 1)
+    weights = mass.sum(-1)
+    random = (rows * weights).sum(-1) / weights.sum(-1)
+    off = np.abs(np.expm1(np.where(np.isfinite(after) & np.isfinite(before), after - before, 0)))
+    return [jaccard, recall, mine, recall / mine, random, np.asarray(quantile(off, 0.99))]
+
+
+def _best(mass: np.ndarray, seen: np.ndarray, share: float) -> np.ndarray:
+    """bool of the best `share` of the seen blocks of each row of blocks, at least one."""
+    count = np.maximum(1, np.floor(share * seen.sum(-1, keepdims=True) + 1e-9))
+    order = np.argsort(-np.where(seen, mass, -1), axis=-1, kind="stable")
+    place = np.argsort(order, axis=-1, kind="stable")
+    return (place < count) & seen
+
+
+def _masses(trace: AttentionTrace) -> np.ndarray:
+    """[layers, heads, query_blocks, key_blocks], mean over the rows of a block."""
+    return np.nan_to_num(np.asarray(_variable(trace, "block_mass"), float))
+
+
+def _variable(trace: AttentionTrace, name: str) -> np.ndarray:
+    if name not in trace.dataset:
+        raise LensError(f"the trace has no {name}; capture it with statistics='all'")
+    return trace.dataset[name].values

@@ -1,0 +1,99 @@
+"""Whether a pattern serves another trace: identity, chance, and the numbers of the models' own attention."""
+
+import dataclasses
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+import lens
+from lens.policies.transferring import transfer
+
+
+def trace(masses, lse=None, tokens=8):
+    """A trace as far as it is asked: [layers, heads, query_blocks, key_blocks]."""
+    masses = np.asarray(masses, float)
+    lse = np.zeros((*masses.shape[:2], tokens)) if lse is None else lse
+    return SimpleNamespace(
+        layers=tuple(range(len(masses))),
+        heads=masses.shape[1],
+        length=tokens,
+        model="m",
+        dataset={"block_mass": SimpleNamespace(values=masses), "lse": SimpleNamespace(values=lse)},
+    )
+
+
+def causal(generator, blocks=24, shape=(2, 3)):
+    weight = generator.random((*shape, blocks, blocks)) * np.tri(blocks)
+    return weight / weight.sum(-1, keepdims=True)
+
+
+def run(*traces: Any, **options: Any):
+    return transfer(list(traces), **options)
+
+
+def test_a_trace_serves_itself():
+    one = trace(causal(np.random.default_rng(0)))
+    row = run(one, one).table()
+    assert np.allclose(row["jaccard"], 1)
+    assert np.allclose(row["efficiency"], 1)
+    assert np.allclose(row["lse_error"], 0)
+    said = {sentence.kind: sentence for sentence in run(one, one).findings()}
+    assert set(said) == {"transfer", "lse"}
+    assert "Overlap above chance 1.00" in said["transfer"]
+    assert "in 6 of 6 heads" in said["lse"]
+
+
+def test_independent_patterns_overlap_by_chance_and_serve_like_random_blocks():
+    generator = np.random.default_rng(1)
+    found = run(*(trace(causal(generator)) for _ in range(6)), share=0.25).table()
+    assert abs(found["jaccard"].mean()) < 0.05
+    assert found["recall"].mean() == pytest.approx(found["random_recall"].mean(), abs=0.02)
+    assert (found["own_recall"] > found["recall"] + 0.1).all()
+
+
+def test_the_lse_of_another_run_is_off_by_its_exponential():
+    masses = causal(np.random.default_rng(2))
+    drift = np.full((2, 3, 8), 0.02)
+    drift[1, 2] = 0.3
+    found = run(trace(masses), trace(masses, drift))
+    off = (np.expm1(drift[..., 0]) + np.abs(np.expm1(-drift[..., 0]))) / 2
+    assert np.allclose(found.table()["lse_error"], off.ravel())
+    said = {sentence.kind: sentence for sentence in found.findings()}
+    assert "usable (99 % of rows within 5%) in 5 of 6 heads" in said["lse"]
+
+
+def test_patterns_of_a_model_are_compared_by_its_own_attention():
+    model = lens.load("text-lm-3l")
+    ids = model.encode(lens.tasks.text("moby-dick"))
+    traces = [
+        lens.capture(model, ids[at : at + 64], block_size=8, progress=False) for at in (0, 64, 128)
+    ]
+    found = transfer(traces, share=0.3)
+    a, b = (np.asarray(one.block_mass, float)[1, 3] for one in traces[:2])
+    kept = np.zeros((8, 8), bool)
+    for row in range(8):
+        count = max(1, int(0.3 * (row + 1) + 1e-9))
+        kept[row, np.argsort(-a[row, : row + 1], kind="stable")[:count]] = True
+    assert found.values[1, 0, 1, 1, 3] == pytest.approx((b * kept).sum() / b.sum())
+    table = found.table()
+    assert (table["efficiency"] <= 1 + 1e-9).all()
+    assert table["name"][9] == "L1H3"
+    poor = dataclasses.replace(found, values=found.values * 0.5)
+    assert {sentence.kind for sentence in poor.findings()} == {"transfer", "heads", "lse"}
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda one, _: [one], "at least two traces"),
+        (lambda one, other: [one, other], "of one length"),
+    ],
+)
+def test_traces_that_do_not_fit_are_refused(make, said):
+    generator = np.random.default_rng(3)
+    with pytest.raises(lens.LensError, match=said):
+        transfer(make(trace(causal(generator)), trace(causal(generator, blocks=8))))
+    with pytest.raises(lens.LensError, match="share must be"):
+        run(trace(causal(generator)), trace(causal(generator)), share=0)
