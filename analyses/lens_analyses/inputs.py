@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from lens.common.errors import LensError
 from lens.common.files import open_regular
+from lens.models import vocabulary
 from lens.models.catalogue import KNOWN
 from lens_analyses.config import RunConfig
 from lens_analyses.config.paths import local
@@ -198,28 +199,31 @@ def _cut(model: "LoadedModel", config: RunConfig, source: Source) -> list[Planne
         )
     if tokens == len(ids):
         return [PlannedPrompt("text", source.title, source.text, ids)]
-    return [_piece(model, f"{source.title}: first {tokens:,} of {len(ids):,} tokens", ids[:tokens])]
+    title = f"{source.title}: first {tokens:,} of {len(ids):,} tokens"
+    found = vocabulary.windows(ids, tokens, vocabulary.around(model))
+    return [_piece(model, title, found[0] if found else ids[:tokens])]
 
 
 def _windows(
     model: "LoadedModel", source: Source, ids: list[int], tokens: int, windows: int
 ) -> list[PlannedPrompt]:
-    """Consecutive pieces, each with the BOS in front that the tokenizer gives the whole text."""
-    start = ids[:1] if ids[0] == model.bos_id else []
-    body, size = ids[len(start) :], tokens - len(start)
-    available = len(body) // size if size else 0
-    if available < windows:
+    """Consecutive pieces, each between the special tokens that the tokenizer puts round the whole text."""
+    pair = vocabulary.around(model)
+    start, _, end = vocabulary.unwrapped(ids, pair)
+    found = vocabulary.windows(ids, tokens, pair)
+    if len(found) < windows:
         raise LensError(
-            f"the text has {len(ids):,} tokens of {model.name}, enough for {available} windows of {tokens} "
+            f"the text has {len(ids):,} tokens of {model.name}, enough for {len(found)} windows of {tokens} "
             f"and not for {windows}; ask for fewer or shorter ones"
         )
+    size = tokens - len(start) - len(end)
     return [
         _piece(
             model,
             f"{source.title}: tokens {index * size:,} to {(index + 1) * size - 1:,}",
-            start + body[index * size : (index + 1) * size],
+            piece,
         )
-        for index in range(windows)
+        for index, piece in enumerate(found[:windows])
     ]
 
 
@@ -244,10 +248,11 @@ def _copied(model: "LoadedModel", config: RunConfig) -> list[PlannedPrompt]:
 
 
 def _say(model: "LoadedModel") -> Callable[[list[int]], str]:
-    """Ids to text, without the BOS."""
+    """Ids to text, without the BOS, or what else the tokenizer puts round one."""
+    pair = ([], []) if model.tokenizer is None else vocabulary.around(model)
 
     def say(ids: list[int]) -> str:
-        body = ids[1:] if ids[:1] == [model.bos_id] else ids
+        body = vocabulary.unwrapped(ids[1:] if ids[:1] == [model.bos_id] else ids, pair)[1]
         if model.tokenizer is None:
             return " ".join(map(str, body))
         return model.tokenizer.decode(body)

@@ -27,6 +27,7 @@ from lens.edits.watching import Watch
 from lens.models.loaded import LoadedModel
 from lens.passes.inputs import Prompt, read_prompts
 from lens.passes.keys import Keys
+from lens.passes.logits import check_predicts_tokens, labels_of
 from lens.tasks.task import Task
 
 if TYPE_CHECKING:
@@ -57,7 +58,8 @@ def effect(
     Args:
         model: a causal language model, as `lens.load` returns it.
         prompts: as for `lens.capture`, texts with images too (of an image no token is predicted); or a
-            `lens.tasks.Task`, whose metric is measured beside the loss of its clean prompts.
+            `lens.tasks.Task`, whose metric is measured beside the loss of its clean prompts (of a
+            classifier beside the loss of its labels).
         edit: one of `lens.edits`, several that act together, or a function of the prompt (its `ids` and
             `inputs`) that returns these. `Ablate` takes its mean over these prompts if it names none.
         controls: some of "size", "mass", "position", "self", "layer", "norm", for which see
@@ -88,8 +90,11 @@ def effect(
     if doses is not None and (not doses or len(set(doses)) < len(doses)):
         raise LensError(f"amounts must be different, at least one; got {list(amounts or ())}")
     task = prompts if isinstance(prompts, Task) else None
-    if task is not None:
+    if task is None:
+        check_predicts_tokens(model)
+    else:
         task.check(model)
+        _refuse_pictures(task, scored)
         task.refuse_lengths("lens.effect")
     read = read_prompts(model, prompts if task is None else task.clean, whole=True)[0]
     for prompt in read:
@@ -169,7 +174,8 @@ class _Run:
         case = Case(prompt, before, self._runs, everywhere, self._random)
         if among is not None:
             case = replace(case, free=case.members("among", among))
-        kept = predicted(self._model, prompt)
+        labels = self._task is not None and self._task.labels is not None
+        kept = torch.ones(1, dtype=torch.bool) if labels else predicted(self._model, prompt)
         if self._scored is not None:
             kept = kept & case.members("scored", self._scored)[0, :-1].to(kept.device)
             if not bool(kept.any()):
@@ -223,7 +229,8 @@ class _Run:
         running = [one.start(self._model, "auto") for one in edits]
         attention = [one.attention for one in running if one.attention is not None]
         rows = kinds[0].rows(case) if len(kinds) == 1 and record else None
-        watch = Watch(*attention, rows=rows, record=record)
+        ahead = labels_of(self._model) is not None
+        watch = Watch(*attention, rows=rows, record=record, ahead=ahead)
         with ExitStack() as stack:
             for one in running:
                 stack.enter_context(one.hooks)
@@ -239,8 +246,12 @@ class _Run:
         return after
 
     def _compared(self, number: int, case: Case, kept: Tensor, after: Tensor) -> dict[str, float]:
-        before, ids = case.before.predictions, torch.tensor(case.prompt.ids, device=after.device)
-        changed = changes_of(before[:-1][kept], after[:-1][kept], ids[1:][kept])
+        before = case.before.predictions
+        if self._task is not None and self._task.labels is not None:
+            changed = changes_of(before, after, self._task.correct[number].to(after.device))
+        else:
+            ids = torch.tensor(case.prompt.ids, device=after.device)
+            changed = changes_of(before[:-1][kept], after[:-1][kept], ids[1:][kept])
         found: dict[str, float] = dict(zip(MEASURES, changed, strict=True))
         if self._task is not None:
             row = torch.tensor([number])
@@ -254,6 +265,19 @@ class _Run:
         for (condition, name), rows in self._found.items():
             found[condition][name] = np.stack(rows, 1)
         return found
+
+
+def _refuse_pictures(task: Task, scored: Keys | None) -> None:
+    """Raises LensError for pictures, which have no tokens that are edited, and for labels of some positions."""
+    if task.clean.is_floating_point():
+        raise LensError(
+            f"lens.effect edits keys that are tokens, and {task.name!r} is of pictures; which heads matter says "
+            "lens.heads.importance(model, task)"
+        )
+    if task.labels is not None and scored is not None:
+        raise LensError(
+            "scored chooses positions whose next token is measured, and a classifier predicts none; leave it out"
+        )
 
 
 def _edits_of(

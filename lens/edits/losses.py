@@ -12,6 +12,7 @@ from lens.common.errors import LensError
 from lens.models.loaded import LoadedModel
 from lens.passes.inputs import Prompt
 from lens.passes.interface import image_token
+from lens.passes.logits import labels_of
 from lens.passes.sessions import OnLayer, listening
 
 if TYPE_CHECKING:
@@ -34,7 +35,8 @@ def two_tokens(ids: list[int] | None) -> list[int]:
 def predictions(
     model: LoadedModel, prompt: Prompt, on_layer: OnLayer, *, parts: bool = False
 ) -> Float[Tensor, "tokens vocab"]:
-    """Log probabilities [tokens, vocab] with `on_layer` in place of the model's attention.
+    """Log probabilities [tokens, vocab] with `on_layer` in place of the model's attention; of a
+    classifier [1, labels].
 
     `parts` as of `lens.passes.sessions.listening`.
 
@@ -48,6 +50,8 @@ def predictions(
         else:  # an image, positions, segments
             output = model.model(**prompt.inputs)
     logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    if logits is not None and logits.dim() == 2 and labels_of(model) is not None:
+        return logits.float().log_softmax(-1)
     if logits is None or logits.shape[:2] != (1, len(ids)):
         raise LensError(
             f"{model.info.class_name} gives no logits [1, tokens, vocab]; effect needs a language model"

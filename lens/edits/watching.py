@@ -33,12 +33,17 @@ class Watch:
     """
 
     def __init__(
-        self, *edits: AttentionEdit, rows: Tensor | None = None, record: bool = True
+        self,
+        *edits: AttentionEdit,
+        rows: Tensor | None = None,
+        record: bool = True,
+        ahead: bool = False,
     ) -> None:
-        """`rows`: bool [tokens], those that are looked at, and the only ones edited; None: all."""
+        """`rows`: bool [tokens], those that are looked at, and the only ones edited; None: all.
+        `ahead`: layers may see later tokens, as no next token is predicted."""
         self.received: list[Tensor] = []
         self.visible: list[Tensor] = []
-        self._edits, self._rows, self._record = edits, rows, record
+        self._edits, self._rows, self._record, self._ahead = edits, rows, record, ahead
         self._together = Together(list(edits), "auto")
 
     def on_layer(self, call: LayerCall) -> Tensor:
@@ -47,7 +52,7 @@ class Watch:
         Raises:
             LensError: a layer that looks ahead: there is no next-token loss.
         """
-        if not call.mask.causal:
+        if not call.mask.causal and not self._ahead:
             raise LensError(
                 f"layer {call.layer} sees later tokens, so there is no next-token loss to change; "
                 "effect needs a causal language model"
@@ -144,7 +149,7 @@ def _received(call: LayerCall, rows: Tensor | None, extra: Tensor | None = None)
 
 
 def _stretches(call: LayerCall, rows: Tensor | None) -> Iterator[LayerCall]:
-    """The call of each stretch of chosen queries and the keys up to it; of one prompt, in one pass."""
+    """The call of each stretch of chosen queries and the keys that it may see; of one prompt, in one pass."""
     if rows is None:
         yield call
         return
@@ -152,16 +157,17 @@ def _stretches(call: LayerCall, rows: Tensor | None) -> Iterator[LayerCall]:
     starts, ends = ((steps == sign).nonzero()[:, 0].tolist() for sign in (1, -1))
     for first, end in zip(starts, ends, strict=True):
         mask, bias = call.mask, call.position_bias
+        last = end if mask.causal else call.key.shape[2]
         if mask.allowed is not None:
-            mask = replace(mask, allowed=mask.allowed[:, :, first:end, :end])
+            mask = replace(mask, allowed=mask.allowed[:, :, first:end, :last])
         if mask.padding is not None:
-            mask = replace(mask, padding=mask.padding[:, :end])
+            mask = replace(mask, padding=mask.padding[:, :last])
         if bias is not None:
-            bias = (bias if bias.shape[2] == 1 else bias[:, :, first:end])[..., :end]
+            bias = (bias if bias.shape[2] == 1 else bias[:, :, first:end])[..., :last]
         query, key, value = (
             call.query[:, :, first:end],
-            call.key[:, :, :end],
-            call.value[:, :, :end],
+            call.key[:, :, :last],
+            call.value[:, :, :last],
         )
         yield replace(call, query=query, key=key, value=value, mask=mask, position_bias=bias)
 

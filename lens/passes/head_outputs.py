@@ -88,7 +88,9 @@ def edited_logits(
         LensError: as in `read_heads`.
     """
     with torch.set_grad_enabled(differentiable):
-        logits = _run(model, ids.repeat(len(groups), 1), _Editor(groups, sources))
+        logits = _run(
+            model, ids.repeat(len(groups), *[1] * (ids.dim() - 1)), _Editor(groups, sources)
+        )
     return logits.unflatten(0, (len(groups), len(ids)))
 
 

@@ -1,4 +1,4 @@
-"""Logits of token ids, from any model that has them."""
+"""Logits of token ids or pictures, from any model that has them."""
 
 from __future__ import annotations
 
@@ -7,22 +7,54 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from lens.common.errors import LensError
-from lens.models.loaded import LoadedModel
+from lens.models.loaded import LoadedModel, check_loaded
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
+_WHOLE = ("ForSequenceClassification", "ForImageClassification")
+
+
+def labels_of(model: LoadedModel) -> int | None:
+    """How many labels a classifier of whole texts or pictures chooses from; None: it is none."""
+    if model.is_bridge or not any(kind in model.info.class_name for kind in _WHOLE):
+        return None
+    return int(model.model.config.num_labels)
+
+
+def check_predicts_tokens(model: LoadedModel) -> None:
+    """Refuses classifiers where tokens are to be predicted.
+
+    Raises:
+        LensError: a classifier of prompts or of tokens; it says what to use.
+    """
+    check_loaded(model)
+    if labels_of(model) is not None:
+        raise LensError(
+            f"{model.info.class_name} chooses one label for a whole prompt and predicts no token; its task "
+            "is lens.tasks.classification(model, prompts, labels)"
+        )
+    if "Classification" in model.info.class_name:
+        raise LensError(
+            f"{model.info.class_name} gives labels and predicts no token; there is no task for it: load the "
+            "language model of the same weights, or a classifier of whole prompts"
+        )
+
 
 def logits_of(
-    model: LoadedModel, ids: Int[Tensor, "batch tokens"]
+    model: LoadedModel,
+    ids: Int[Tensor, "batch tokens"] | Float[Tensor, "batch channels height width"],
 ) -> Float[Tensor, "batch tokens vocab"]:
-    """Logits of token ids.
+    """Logits of token ids or pixel values; of a classifier [batch, 1, labels].
 
     Raises:
         LensError: the model returns none.
     """
-    result: Any = model.model(ids.to(model.device))
+    dtype = model.dtype if ids.is_floating_point() else None
+    result: Any = model.model(ids.to(model.device, dtype))
     logits = result if isinstance(result, Tensor) else getattr(result, "logits", None)
+    if isinstance(logits, Tensor) and logits.dim() == 2 and labels_of(model) is not None:
+        logits = logits[:, None]
     if not isinstance(logits, Tensor) or logits.dim() != 3:
         raise LensError(f"{model.info.class_name} returns no logits [prompts, tokens, vocab]")
     return logits

@@ -1,4 +1,5 @@
 from . import needles as needles
+from .classification import classification as classification
 from .colored_objects import colored_objects as colored_objects
 from .docstring import docstring as docstring
 from .greater_than import greater_than as greater_than

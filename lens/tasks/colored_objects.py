@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from random import Random
 
-from lens.models.loaded import LoadedModel, check_loaded
+from lens.models.loaded import LoadedModel
+from lens.passes.logits import check_predicts_tokens
 from lens.tasks.candidates import Candidate, make_task, usable
 from lens.tasks.task import Task
 from lens.tasks.words import COLORED, COLORS
@@ -38,7 +39,7 @@ def colored_objects(model: LoadedModel, n: int = 32, seed: int = 0) -> Task:
     Example:
         >>> task = colored_objects(lens.load("smollm2-135m"), n=8)
     """
-    check_loaded(model)
+    check_predicts_tokens(model)
     answers, dropped = usable(
         model, "colors", [color.capitalize() for color in COLORS], "A:", 2 * _THINGS
     )

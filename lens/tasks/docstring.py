@@ -2,7 +2,8 @@
 
 from random import Random
 
-from lens.models.loaded import LoadedModel, check_loaded
+from lens.models.loaded import LoadedModel
+from lens.passes.logits import check_predicts_tokens
 from lens.tasks.candidates import Candidate, make_task, usable
 from lens.tasks.task import Task
 from lens.tasks.words import VARIABLES, WORDS
@@ -36,7 +37,7 @@ def docstring(model: LoadedModel, n: int = 32, seed: int = 0) -> Task:
         >>> lens.tasks.docstring(lens.load("smollm2-135m"), n=8).metric
         'max_logit_difference'
     """
-    check_loaded(model)
+    check_predicts_tokens(model)
     documented = _MATCHING - 1
     needed = 1 + _PREFIX + _MATCHING + _SUFFIX + _MATCHING + documented
     names, dropped = usable(model, "names", VARIABLES, "    :param", needed)

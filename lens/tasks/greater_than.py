@@ -3,7 +3,8 @@
 from random import Random
 
 from lens.common.errors import LensError
-from lens.models.loaded import LoadedModel, check_loaded
+from lens.models.loaded import LoadedModel
+from lens.passes.logits import check_predicts_tokens
 from lens.tasks.candidates import Candidate, Misfit, following, make_task
 from lens.tasks.task import Task
 from lens.tasks.words import NOUNS
@@ -45,7 +46,7 @@ def greater_than(model: LoadedModel, n: int = 32, seed: int = 0) -> Task:
         >>> lens.tasks.greater_than(lens.load("smollm2-135m"), n=2).name
         'greater-than (tens digit)'
     """
-    check_loaded(model)
+    check_predicts_tokens(model)
     by_digit = _by_digit(model)
     starts = range(10, 99) if by_digit else range(2, 99)
 

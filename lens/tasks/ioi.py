@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from random import Random
 
 from lens.common.errors import LensError
-from lens.models.loaded import LoadedModel, check_loaded
+from lens.models.loaded import LoadedModel
+from lens.passes.logits import check_predicts_tokens
 from lens.tasks.candidates import Candidate, make_task, usable
 from lens.tasks.task import Task
 from lens.tasks.words import GIFTS, NAMES, PLACES
@@ -67,7 +68,7 @@ def ioi(
     Example:
         >>> task = ioi(lens.load("smollm2-135m"), n=8, seed=1)
     """
-    check_loaded(model)
+    check_predicts_tokens(model)
     if corruption not in CORRUPTIONS:
         raise LensError(f"unknown corruption {corruption!r}; known: {', '.join(CORRUPTIONS)}")
     if not templates or not set(templates) <= set(TEMPLATES):

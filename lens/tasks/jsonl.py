@@ -10,7 +10,7 @@ import torch
 from lens.common.errors import LensError
 from lens.common.files import read_text
 from lens.models.loaded import LoadedModel
-from lens.passes.logits import logits_of
+from lens.passes.logits import check_predicts_tokens, logits_of
 from lens.tasks.candidates import Misfit
 from lens.tasks.task import Task
 
@@ -42,8 +42,8 @@ def from_jsonl(model: LoadedModel, path: str | Path, *, name: str | None = None)
         name: of the task; None: the file's.
 
     Raises:
-        LensError: a line that is no such object, corrupt prompts in some lines only, or no prompt
-            left.
+        LensError: a line that is no such object, corrupt prompts in some lines only, no prompt left,
+            or a classifier.
 
     A line of the file:
         {"clean": "The cat and the dog sat; the cat ran to the",
@@ -56,6 +56,7 @@ def from_jsonl(model: LoadedModel, path: str | Path, *, name: str | None = None)
         >>> lens.tasks.from_jsonl(model, "mine.jsonl")
         Task(mine: 1 prompts of 3 tokens...
     """
+    check_predicts_tokens(model)
     path = Path(path)
     found: list[dict[str, Any]] = []
     dropped: list[str] = []

@@ -5,7 +5,9 @@ from collections.abc import Sequence
 import torch
 
 from lens.common.errors import LensError
-from lens.models.loaded import LoadedModel, check_loaded
+from lens.models.loaded import LoadedModel
+from lens.models.vocabulary import around, windows
+from lens.passes.logits import check_predicts_tokens
 from lens.tasks.prompts import copied
 from lens.tasks.task import Task
 
@@ -32,14 +34,14 @@ def induction(
     Reference: Olsson et al., In-context Learning and Induction Heads, 2022, arXiv 2209.11895.
 
     Raises:
-        LensError: no prompts, or a length that does not fit the model.
+        LensError: no prompts, a length that does not fit the model, or a classifier.
 
     Example:
         >>> task = lens.tasks.induction(small, n=8, metric="accuracy")
         >>> float(task.evaluate(small).mean())
         1.0
     """
-    check_loaded(model)
+    check_predicts_tokens(model)
     _positive("n", n)
     if length < 2:
         raise LensError(f"length must be at least 2 to have a token to copy, got {length}")
@@ -66,41 +68,41 @@ def language_modelling(
 
     Args:
         model: whose tokens to use.
-        texts: a text or several, cut into windows of `length` tokens, each after a BOS if the
-            tokenizer puts one first; or windows of token ids, all of one length, taken as they are.
-        length: tokens of a window of text, BOS included; None: what the model takes.
+        texts: a text or several, cut into windows of `length` tokens, each between the
+            special tokens that the tokenizer puts round a text; or windows of token ids, all of one length, taken as they are.
+        length: tokens of a window of text, special ones included; None: what the model takes.
         n: use only the first n windows; None: all. The rest of a text that fills no window is left out.
         metric: "loss" or "accuracy".
 
     Raises:
-        LensError: no whole window, windows of differing lengths, or no length to cut to.
+        LensError: no whole window, windows of differing lengths, no length to cut to, or a classifier.
 
     Example:
         >>> lens.tasks.language_modelling(model, lens.tasks.text("lily"), length=32, n=4)
         Task(language modelling: 4 prompts of 32 tokens, without corrupt ones; loss, less is better)
     """
-    check_loaded(model)
+    check_predicts_tokens(model)
     if isinstance(texts, str):
         texts = [texts]
     if not len(texts):
         raise LensError("no texts were given; pass a text, several, or windows of token ids")
-    windows: list[list[int]] = []
+    found: list[list[int]] = []
     for text in texts:
-        windows += _cut(model, text, length) if isinstance(text, str) else [list(text)]
+        found += _cut(model, text, length) if isinstance(text, str) else [list(text)]
     if n is not None:
         _positive("n", n)
-        if len(windows) < n:
-            raise LensError(f"the texts make {len(windows)} windows, {n} were asked for")
-        windows = windows[:n]
-    lengths = sorted({len(window) for window in windows})
+        if len(found) < n:
+            raise LensError(f"the texts make {len(found)} windows, {n} were asked for")
+        found = found[:n]
+    lengths = sorted({len(window) for window in found})
     if len(lengths) != 1 or lengths[0] < 2:
         raise LensError(
             f"windows must have one length of at least 2 tokens, got the lengths {lengths}"
         )
-    clean = torch.tensor(windows)
+    clean = torch.tensor(found)
     if _is_masked(model):
         return _masked(model, "masked tokens", clean, metric, 0, first=0)
-    positions = torch.arange(lengths[0] - 1).expand(len(windows), -1)
+    positions = torch.arange(lengths[0] - 1).expand(len(found), -1)
     return Task("language modelling", clean, positions, clean[:, 1:], metric)
 
 
@@ -110,14 +112,12 @@ def _cut(model: LoadedModel, text: str, length: int | None) -> list[list[int]]:
     if length is None or length < 3:
         raise LensError(f"length must be at least 3 tokens, got {length}; e.g. length=128")
     ids = model.encode(text)
-    start = ids[:1] if ids[0] == model.bos_id else []
-    body, size = ids[len(start) :], length - len(start)
-    windows = [start + body[at : at + size] for at in range(0, len(body) - size + 1, size)]
-    if not windows:
+    found = windows(ids, length, around(model))
+    if not found:
         raise LensError(
             f"a text has {len(ids)} tokens of {model.name}, less than one window of {length}"
         )
-    return windows
+    return found
 
 
 def _is_masked(model: LoadedModel) -> bool:

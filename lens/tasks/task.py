@@ -9,7 +9,7 @@ from torch import Tensor
 from lens.common.errors import LensError
 from lens.models.loaded import LoadedModel, check_loaded
 from lens.passes.inputs import check_ids
-from lens.passes.logits import logits_of
+from lens.passes.logits import check_predicts_tokens, labels_of, logits_of
 from lens.tasks import metrics
 from lens.tasks.metrics import METRICS, AnswerSets
 
@@ -40,6 +40,9 @@ class Task:
         lengths: [prompts] tokens of each prompt that are its own, where these differ; what follows them
             no answer sees. None: all have one length, so that positions can be compared.
         dropped: what was left out when the task was made, and why, one sentence each.
+        labels: how many a classifier chooses from, where the answers are labels of whole prompts
+            (`positions` are 0) or of pictures (`clean` is [pictures, channels, height, width]); None:
+            answers are tokens.
 
     Raises:
         LensError: shapes that do not fit together, an unknown metric, or no wrong answers for one
@@ -58,9 +61,11 @@ class Task:
     reference: Tensor | None = None
     marks: Mapping[str, Tensor] = field(default_factory=dict)
     lengths: Tensor | None = None
+    labels: int | None = None
 
     def __post_init__(self) -> None:
-        if self.clean.dim() != 2 or not self.clean.numel():
+        pictures = self.labels is not None and self.clean.is_floating_point()
+        if self.clean.dim() != (4 if pictures else 2) or not self.clean.numel():
             raise LensError(
                 f"clean must be token ids [prompts, tokens], got the shape {list(self.clean.shape)}"
             )
@@ -290,6 +295,15 @@ class Task:
             LensError: they do not, or it reads no tokens.
         """
         check_loaded(model)
+        if self.labels is None:
+            check_predicts_tokens(model)
+        elif self.labels != labels_of(model):
+            raise LensError(
+                f"the task {self.name!r} has {self.labels} labels and {model.info.class_name} chooses from "
+                f"{labels_of(model) or 'none'}; make it with the model that it is for"
+            )
+        if self.clean.is_floating_point():
+            return
         if model.info.vocab is None:
             raise LensError(
                 f"{model.name} reads no tokens, and the task {self.name!r} is made of them"
@@ -301,6 +315,8 @@ class Task:
 
     def rows_at_once(self, model: LoadedModel) -> int:
         """Prompts in one forward pass, so that its logits stay below 128 MiB in float32."""
+        if self.labels is not None and self.clean.is_floating_point():
+            return max(1, _LOGITS // self.clean[0].numel())
         return max(1, _LOGITS // (self.length * max(model.info.vocab or 1, 1024)))
 
     def chunks(self, size: int) -> Iterator[Tensor]:
@@ -312,8 +328,12 @@ class Task:
         corrupt = "with" if self.corrupt is not None else "without"
         dropped = f", {len(self.dropped)} dropped" if self.dropped else ""
         length = self.length if self.lengths is None else _range(self.lengths)
+        if self.clean.is_floating_point():
+            what = f"{self.n} pictures of {self.clean.shape[2]} x {self.clean.shape[3]}"
+        else:
+            what = f"{self.n} prompts of {length} tokens"
         return (
-            f"Task({self.name}: {self.n} prompts of {length} tokens, {corrupt} corrupt ones"
+            f"Task({self.name}: {what}, {corrupt} corrupt ones"
             f"{dropped}; {self.metric}, {better} is better)"
         )
 

@@ -3,12 +3,14 @@
 import json
 
 import pytest
+import transformers
 from lens_analyses.config import ModelConfig, PromptConfig, RunConfig, make_config
 from lens_analyses.inputs import load_model, plan, read_sources
-from lens_analyses.steps.subject import window_length
+from lens_analyses.steps.subject import window_length, windows_of
 
 import lens
 from lens.common.errors import LensError
+from lens.models.vocabulary import around
 from lens.runs import open_run
 
 
@@ -50,6 +52,32 @@ def test_windows_are_consecutive_and_each_has_the_bos(model):
     assert all(window.ids[0] == model.bos_id for window in windows)
     assert [token for window in windows for token in window.ids[1:]] == whole[1:31]
     assert windows[1].title.endswith("tokens 10 to 19")
+
+
+def test_pieces_of_an_encoder_keep_what_stands_round_its_text(tmp_path):
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{at}" for at in range(40))]
+    tokenizer = transformers.BertTokenizer(vocab={word: at for at, word in enumerate(words)})
+    config = transformers.BertConfig(
+        vocab_size=45, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    model = lens.load(transformers.BertForMaskedLM(config).eval(), tokenizer=tokenizer)
+    file = tmp_path / "text.txt"
+    file.write_text(" ".join(words[5:]))
+    body = list(range(5, 45))
+    (first,) = prompts_of(model, text=str(file), tokens=12)
+    assert first.ids == [2, *body[:10], 3]
+    assert first.text == "w0 w1 w2 w3 w4 w5 w6 w7 w8 w9"
+    pieces = prompts_of(model, text=str(file), tokens=12, windows=4)
+    assert [piece.ids for piece in pieces] == [
+        [2, *body[at : at + 10], 3] for at in (0, 10, 20, 30)
+    ]
+    assert pieces[1].title.endswith("tokens 10 to 19")
+    with pytest.raises(LensError, match="enough for 4 windows of 12 and not for 5"):
+        prompts_of(model, text=str(file), tokens=12, windows=5)
+    settings = make_config({"what": "heads", "analysis": {"length": 8}}).analysis
+    found = windows_of([piece.ids for piece in pieces], around(model), settings)
+    assert found == [[2, *body[at : at + 6], 3] for at in (0, 10, 20, 30)]
 
 
 def test_windows_without_bos_when_the_tokenizer_puts_none(model, tmp_path, monkeypatch):
@@ -199,7 +227,7 @@ def test_windows_are_as_long_as_the_texts_allow(lengths, asked, expected):
     analysis = {} if asked is None else {"length": asked}
     settings = make_config({"what": "heads", "analysis": analysis}).analysis
     texts = [[0, *range(1, length)] for length in lengths]
-    assert window_length(texts, 0, settings) == expected
+    assert window_length(texts, ([0], []), settings) == expected
 
 
 def test_windows_of_texts_shorter_than_the_default_need_no_setting(lens_command, tmp_path):

@@ -13,6 +13,7 @@ from lens.edits.clean_runs import CleanRuns
 from lens.edits.effect_results import Effect
 from lens.figures.sink_effects import migration_maps, streaming_curves
 from lens.figures.sink_heads import reach_points
+from lens.models.vocabulary import around, windows
 from lens.runs.sections import Section
 from lens.sinks.detection.conditions import bos_pair, control_prompts
 from lens.tasks import prompts
@@ -195,10 +196,8 @@ def _domains(subject: Subject) -> dict[str, list[list[int]]]:
     """A few windows of the run's text, of another embedded text, and of random tokens."""
     texts = subject.text_windows[:_FEW]
     name = next(one for one in _OTHERS if one != subject.config.prompts.text_name)
-    start = texts[0][:1] if texts[0][0] == subject.model.bos_id else []
     ids = subject.model.encode(prompts.text(name))
-    body, size = ids[len(start) :], len(texts[0]) - len(start)
-    others = [start + body[at * size : (at + 1) * size] for at in range(len(texts))]
+    others = windows(ids, len(texts[0]), around(subject.model))[: len(texts)]
     random = control_prompts(subject.model, texts, subject.seed)["random"]
     return {"the run's text": texts, name: others, "random tokens": random}
 

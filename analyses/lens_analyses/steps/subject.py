@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from lens.common.errors import LensError
 from lens.common.results import few
+from lens.models.vocabulary import around, windows
 from lens.runs import Run
 from lens_analyses.config import CircuitSettings, RunConfig
 from lens_analyses.config.models import AnalysisSettings
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from lens.tasks import Task
 
 _SHOWN = 10  # prompts that were left out, by line
+Around = tuple[list[int], list[int]]
 WINDOW = 128  # tokens of a window, where nothing else is asked for
 
 
@@ -74,26 +76,26 @@ class Subject:
     @cached_property
     def length(self) -> int:
         """Tokens of a window of text."""
-        return window_length(self.prompts("text"), self.model.bos_id, self.settings)
+        return window_length(self.prompts("text"), around(self.model), self.settings)
 
     @cached_property
     def windows(self) -> "Task":
         """Predicting the run's own text, in windows of `length` tokens, at most `analysis.n`.
 
-        Each window begins with the token that the whole text begins with, if that is a BOS.
+        Each window stands between the special tokens that the tokenizer puts round the whole text.
 
         Raises:
             LensError: no text, or one that is too short for two windows.
         """
         from lens.tasks import language_modelling
 
-        found = windows_of(self.prompts("text"), self.model.bos_id, self.settings)
+        found = windows_of(self.prompts("text"), around(self.model), self.settings)
         return language_modelling(self.model, found)
 
     @property
     def text_windows(self) -> list[list[int]]:
         """Token ids of `windows`."""
-        return windows_of(self.prompts("text"), self.model.bos_id, self.settings)
+        return windows_of(self.prompts("text"), around(self.model), self.settings)
 
     @cached_property
     def task(self) -> "Task":
@@ -133,16 +135,15 @@ def analysed(
     texts = [prompt.ids for prompt in planned if prompt.kind == "text"]
     task = getattr(settings, "task", "text")  # a sink is looked for in the text itself
     reads_text = task == "text" or (texts and what != "circuit")
-    windows = windows_of(texts, model.bos_id, settings) if reads_text else []
+    found = windows_of(texts, around(model), settings) if reads_text else []
     if task == "text":
-        return windows, windows
-    return named_task(model, task, settings.n, config.seed).prompts, windows
+        return found, found
+    return named_task(model, task, settings.n, config.seed).prompts, found
 
 
-def windows_of(
-    texts: list[list[int]], bos_id: int | None, settings: AnalysisSettings
-) -> list[list[int]]:
-    """Token ids of at most `n` windows of `length` tokens, each after the texts' own BOS.
+def windows_of(texts: list[list[int]], pair: Around, settings: AnalysisSettings) -> list[list[int]]:
+    """Token ids of at most `n` windows of `length` tokens, each between the texts' own special
+    tokens (`pair`, as `lens.models.vocabulary.around` gives it).
 
     Raises:
         LensError: no text, or one that is too short for two windows.
@@ -152,8 +153,8 @@ def windows_of(
             "this analysis needs text, and the run has copied prompts alone; give --text FILE or "
             "--text-name moby-dick"
         )
-    length = window_length(texts, bos_id, settings)
-    found = _cut(texts, bos_id, length)
+    length = window_length(texts, pair, settings)
+    found = _cut(texts, pair, length)
     if len(found) < 2:
         raise LensError(
             f"the text gives {len(found)} window{'' if len(found) == 1 else 's'} of {length} tokens, at least 2 are needed; give "
@@ -162,7 +163,7 @@ def windows_of(
     return found[: settings.n]
 
 
-def window_length(texts: list[list[int]], bos_id: int | None, settings: AnalysisSettings) -> int:
+def window_length(texts: list[list[int]], pair: Around, settings: AnalysisSettings) -> int:
     """`settings.length`, or 128, or where texts are shorter the longest length that keeps half of them.
 
     Half of all tokens must be in whole windows, and there must be two, if any length does that.
@@ -171,20 +172,15 @@ def window_length(texts: list[list[int]], bos_id: int | None, settings: Analysis
         return settings.length or WINDOW
     enough = sum(map(len, texts)) / 2
     for length in sorted({min(WINDOW, len(ids)) for ids in texts}, reverse=True):
-        found = _cut(texts, bos_id, length) if length > 2 else []
+        found = _cut(texts, pair, length) if length > 2 else []
         if len(found) > 1 and len(found) * length >= enough:
             return length
     return min(WINDOW, max(map(len, texts)))
 
 
-def _cut(texts: list[list[int]], bos_id: int | None, length: int) -> list[list[int]]:
-    """Consecutive windows of each text, each after the text's own BOS."""
-    found = []
-    for ids in texts:
-        start = ids[:1] if ids[0] == bos_id else []
-        body, size = ids[len(start) :], length - len(start)
-        found += [start + body[at : at + size] for at in range(0, len(body) - size + 1, size)]
-    return found
+def _cut(texts: list[list[int]], pair: Around, length: int) -> list[list[int]]:
+    """Consecutive windows of each text, each between the text's own special tokens."""
+    return [window for ids in texts for window in windows(ids, length, pair)]
 
 
 def named_task(model: "LoadedModel", name: str, n: int, seed: int) -> "Task":

@@ -30,6 +30,7 @@ from lens.edits.losses import bos_policy, changes, log_probabilities, two_tokens
 from lens.heads.behaviour.near_keys import Streamer, read_long_prompts
 from lens.models.loaded import LoadedModel, check_loaded
 from lens.passes.calls import LayerCall
+from lens.passes.logits import check_predicts_tokens
 from lens.passes.sessions import base, listening
 from lens.stats.intervals import columns
 
@@ -163,6 +164,8 @@ def streaming(
         >>> found.table().nlargest(3, "row_error")
     """
     check_loaded(model)
+    if loss:
+        check_predicts_tokens(model)
     read = read_long_prompts(model, prompts, first, last)
     watched: list[_Watcher] = []
     delta = np.full(len(read), np.nan)

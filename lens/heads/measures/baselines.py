@@ -99,21 +99,20 @@ class Baseline:
 def _means(model: LoadedModel, task: Task, *, keep_positions: bool) -> dict[int, Tensor]:
     """Mean z of each layer, [1, heads, queries | 1, value_dim], over the prompts (and positions)."""
     sums: dict[int, Tensor] = {}
-    own = task.own.double()
-    counts = own.sum(0).clamp(min=1) if keep_positions else own.sum()
-
+    counts: dict[int, Tensor] = {}
+    axes = (0,) if keep_positions else (0, 2)
     for rows in task.chunks(task.rows_at_once(model)):
-        weights = own[rows].to(model.device)[:, None, :, None]
+        own = None if task.lengths is None else task.own[rows].to(model.device)[:, None, :, None]
 
-        def add(layer: int, output: Tensor, weights: Tensor = weights) -> None:
-            total = (output.double() * weights).sum(0, keepdim=True)
-            if not keep_positions:
-                total = total.sum(2, keepdim=True)
-            sums[layer] = sums[layer] + total if layer in sums else total
+        def add(layer: int, output: Tensor, own: Tensor | None = own) -> None:
+            weights = torch.ones_like(output[:, :1, :, :1]) if own is None else own
+            weights = weights.double()
+            total = (output.double() * weights).sum(axes, keepdim=True)
+            sums[layer] = sums.get(layer, 0) + total
+            counts[layer] = counts.get(layer, 0) + weights.sum(axes, keepdim=True)
 
         read_heads(model, task.clean[rows], add)
-    shares = counts.to(model.device).reshape(-1, 1)
-    return {layer: total / shares for layer, total in sums.items()}
+    return {layer: total / counts[layer].clamp(min=1) for layer, total in sums.items()}
 
 
 def _other_rows(n: int, seed: int) -> Tensor:
