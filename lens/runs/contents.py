@@ -12,14 +12,24 @@ import pandas as pd
 
 from lens.common.errors import LensError
 from lens.common.head_ids import head_id
-from lens.runs.schema import POOLED
+from lens.runs.schema import POOLED, SECTIONS
 from lens.traces.metrics import METRICS, VARIANTS
 
 if TYPE_CHECKING:
+    from lens.runs.sections import Section
     from lens.traces.trace import AttentionTrace
 
 _STATES = ("done", "pending")
 _PROMPT = r"p\d{3,}"
+_FIGURES = {"detection": "epsilon", "circuit": "faithfulness"}
+_ROWS = {
+    "detection": (("epsilon", "epsilon", ()),),
+    "circuit": (
+        ("faithfulness", "ranking", ("absolute", "signed")),
+        ("same_size", "circuit", ("circuit", "uniform")),
+    ),
+}
+"""Section -> table, column, and values that it must have; it has no empty places."""
 
 
 def prompt_problems(table: pd.DataFrame) -> Iterator[str]:
@@ -57,6 +67,24 @@ def head_problems(
     counts = table.groupby(["prompt_id", "metric", "variant"]).size()
     if (counts != len(heads)).any():
         yield f"it lacks scores: not every metric has all {len(heads)} heads"
+
+
+def section_problems(section: Section, model: Mapping[str, Any]) -> Iterator[str]:
+    """Of the tables and figures of a section: what the pages that show them could not do without."""
+    for part, table in section.tables.items():
+        for problem in outside_of(table, model):
+            yield f"{part}.parquet: {problem}"
+    for part, kinds in SECTIONS.get(section.name, {}).items():
+        if section.tables[part].empty:
+            yield f"{part}.parquet: it has no rows"
+        if "head" in kinds and section.tables[part].duplicated(["layer", "head"]).any():
+            yield f"{part}.parquet: it has a head twice"
+    if (figure := _FIGURES.get(section.name)) and figure not in section.figures:
+        yield f"it lacks the figure {figure}"
+    for part, column, rows in _ROWS.get(section.name, ()):
+        found = section.tables[part][column]
+        if found.isna().any() or not set(rows) <= set(found):
+            yield f"{part}.parquet: column {column} lacks values"
 
 
 def outside_of(table: pd.DataFrame, model: Mapping[str, Any]) -> Iterator[str]:

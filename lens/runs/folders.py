@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from lens.common.errors import LensError
 from lens.common.files import read_json, shown
-from lens.runs.contents import head_problems, outside_of, prompt_problems, trace_problems
+from lens.runs.contents import head_problems, prompt_problems, section_problems, trace_problems
 from lens.runs.door import Door
 from lens.runs.processes import is_writing
 from lens.runs.schema import (
@@ -194,8 +194,7 @@ class Run:
         if name in self.unsupported:
             raise LensError(f"the section {name} is unsupported here: {self.unsupported[name]}")
         section = load_section(self.door, name)
-        for part, table in section.tables.items():
-            self._hold(f"sections/{name}/{part}.parquet", outside_of(table, self.meta["model"]))
+        self._hold(f"sections/{name}", section_problems(section, self.meta["model"]))
         return section
 
     def readable(self) -> tuple[dict[str, Section], list[str]]:

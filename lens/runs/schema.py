@@ -19,8 +19,11 @@ POOLED = ("text", "copied")
 """Kinds of prompts; in the table of heads also names of the means over them."""
 
 Kind = Literal["text", "number", "integer", "integers", "texts"]
-_TEXTS = ("prompt_id", "kind", "title", "text", "status", "metric", "variant", "detail")
-_INTEGERS = ("layer", "head", "n", "tokens")
+_TEXTS = (
+    *("prompt_id", "kind", "title", "text", "status", "metric", "variant", "detail"),
+    *("name", "bos", "ranking", "circuit"),
+)
+_INTEGERS = ("layer", "head", "n", "tokens", "edges")
 _LISTS: dict[str, Kind] = {"token_ids": "integers", "token_strings": "texts"}
 PROMPT_COLUMNS = (
     "prompt_id",
@@ -49,6 +52,23 @@ PROMPTS = kinds_of(PROMPT_COLUMNS)
 HEADS = kinds_of(HEAD_COLUMNS)
 LATER = ("uniform", "random_weights")
 """Columns that older folders lack: NaN there."""
+SECTIONS: Mapping[str, Mapping[str, dict[str, Kind]]] = {
+    "detection": {
+        "epsilon": kinds_of(("epsilon", "rate", "low", "high", "tokens", "bos", "n")),
+        "heads": kinds_of(("layer", "head", "alpha")),
+    },
+    "importance": {"scores": kinds_of(("name",))},
+    "circuit": {
+        "faithfulness": kinds_of(
+            (
+                *("ranking", "edges", "share", "faithfulness", "low", "high"),
+                *("random", "random_low", "random_high", "kl"),
+            )
+        ),
+        "same_size": kinds_of(("circuit", "faithfulness", "low", "high")),
+    },
+}
+"""Section -> its tables that pages look into -> the columns that they read."""
 
 _Line = Annotated[str, AfterValidator(lambda text: " ".join(shown(text).split()))]
 _Text = Annotated[str, AfterValidator(shown)]
@@ -130,6 +150,14 @@ class SectionFile(_Open):
     tables: list[_Name]
     figures: list[_Name]
     shapes: dict[str, dict[str, Any]] = {}
+
+
+class DetectionEntries(_Open):
+    """What pages read of the configuration of the section on detection."""
+
+    epsilon: float
+    rate: float | None = None
+    rate_over_all_queries: float | None = None
 
 
 class _Graph(_Open):

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from lens.common.errors import LensError
 from lens.common.files import write_atomically, write_json, write_text
+from lens.common.schema import checked
 from lens.runs.door import Door, shape_of
-from lens.runs.schema import SectionFile
+from lens.runs.schema import SECTIONS, DetectionEntries, SectionFile
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -114,6 +115,11 @@ def load_section(door: Door, name: str) -> Section:
     index = door.entries(SectionFile, f"{place}/{INDEX}")
     if index.name != name:
         raise LensError(f"{run / place / INDEX} is of the section {index.name!r}; run again")
+    needed = SECTIONS.get(name, {})
+    if lacking := ", ".join(part for part in needed if part not in index.tables):
+        raise LensError(f"{run / place / INDEX} lacks the tables {lacking}; run again")
+    if name == "detection":
+        checked(DetectionEntries, index.configuration, run / place / INDEX)
     return Section(
         name=name,
         title=index.title,
@@ -122,7 +128,9 @@ def load_section(door: Door, name: str) -> Section:
         columns=index.columns,
         configuration=index.configuration,
         tables={
-            part: door.table(f"{place}/{part}.parquet", shape=index.shapes.get(part))
+            part: door.table(
+                f"{place}/{part}.parquet", needed.get(part), shape=index.shapes.get(part)
+            )
             for part in index.tables
         },
         figures={part: _figure(door, f"{place}/{part}.json") for part in index.figures},

@@ -151,7 +151,8 @@ def _chosen(
     """The edges shown, their ranking and number, and notes on what in the link could not be used."""
     notes = []
     section = sections(run).get("edges")
-    usual = section.configuration.get("ranking", "absolute") if section else "absolute"
+    usual = section.configuration.get("ranking") if section else None
+    usual = usual if usual in RANKINGS else "absolute"
     ranking = view.option("ranking") or usual
     if ranking not in RANKINGS:
         notes.append(f"There is no ranking {ranking!r}; {usual} is shown.")
@@ -272,7 +273,11 @@ def _controls(ranking: str, count: int, curve: pd.DataFrame | None, by: str) -> 
 def _own_worth(run: Run) -> pd.DataFrame | None:
     """What the run's own circuit was worth, beside others of its size: one row each, by `circuit`."""
     section = sections(run).get("circuit")
-    return section.tables["same_size"].set_index("circuit") if section else None
+    return (
+        section.tables["same_size"].drop_duplicates("circuit").set_index("circuit")
+        if section
+        else None
+    )
 
 
 def _worth(curve: pd.DataFrame | None, own: pd.DataFrame | None, ranking: str, count: int) -> str:

@@ -167,8 +167,9 @@ def _effect(run: Run, view: Selection, name: str) -> list[Any]:
     if section is None:
         return [missing(run, "effect of this head", "lens heads --model {model}")]
     table = section.tables["scores"]
-    row = table[table["name"] == name].to_dict("records")[0]
-    measures = [str(column) for column in row if f"{column}_low" in row]
+    rows = table[(table["name"] == name).to_numpy()].select_dtypes("number").to_dict("records")
+    row = rows[0] if rows else {}
+    measures = [str(column) for column in row if {f"{column}_low", f"{column}_high"} <= set(row)]
     target = view.to("analysis", "importance")
     lines: list[list[Cell]] = [
         [

@@ -80,24 +80,27 @@ def measured(sections: Iterable[Section]) -> pd.DataFrame:
     rows = []
     for section in sections:
         for table in section.tables.values():
-            if "amount" not in table or not set(_MEASURES) & set(table):
+            numbers = table.select_dtypes("number")
+            if "amount" not in numbers or not set(_MEASURES) & set(numbers):
                 continue
-            for row in table.to_dict("records"):
+            for row, given in zip(
+                table.to_dict("records"), numbers.to_dict("records"), strict=True
+            ):
                 if row.get("scope", "all heads") != "all heads":
                     continue
                 rows += [
                     {
                         "rule": str(row.get("edit", section.configuration.get("rule", ""))),
-                        "amount": float(row["amount"]),
+                        "amount": float(given["amount"]),
                         "condition": str(row.get("condition", "edit")),
                         "measure": name,
-                        "value": float(row[name]),
-                        "low": float(row.get(f"{name}_low", float("nan"))),
-                        "high": float(row.get(f"{name}_high", float("nan"))),
-                        "n": row.get("n"),
+                        "value": float(given[name]),
+                        "low": float(given.get(f"{name}_low", float("nan"))),
+                        "high": float(given.get(f"{name}_high", float("nan"))),
+                        "n": given.get("n"),
                     }
                     for name in _MEASURES
-                    if name in row
+                    if name in given
                 ]
     columns = ["rule", "amount", "condition", "measure", "value", "low", "high", "n"]
     return pd.DataFrame(rows, columns=columns).drop_duplicates(columns[:4])

@@ -66,7 +66,7 @@ def page(library: Library, view: Selection) -> list[Any]:
     published = (
         f" Where α is the mean over all queries, seen or not (layers have windows), as Gu et al. define it, the "
         f"rate at ε = {section.configuration['epsilon']:g} is {every:.1%} instead of {usual:.1%}."
-        if usual != every
+        if None not in (usual, every) and usual != every
         else ""
     )
     effects = _effects(run, view, notes)
@@ -170,6 +170,8 @@ def _effects(run: Run, view: Selection, notes: list[str]) -> list[Any]:
         name: str(section.figures[name].layout.title.text or name)  # pyright: ignore[reportAttributeAccessIssue]
         for name in names
     }
+    if not names:
+        return []
     chosen = choice(view, "edit", names, names[0], notes)
     shown = [chosen, *(name for name in section.figures if name not in names)]
     return [
