@@ -161,7 +161,7 @@ if MODEL == "induction-2l":
 
 # %%
 joined = circuits.head_parts(model, task, circuit).table()
-finders = joined.nlargest(3, "induction")["head"].tolist()
+finders = joined.nlargest(3, "induction")["name"].tolist()
 asked_in_vain = replace(other, clean=other.corrupt_or_refuse(), corrupt=None)
 repaired = circuits.reuse.redirect(
     model, asked_in_vain, finders, ["answer"], match="all", progress=False

@@ -69,7 +69,7 @@ def validate(run: Run) -> list[str]:
 
 def _files(run: Run) -> Iterator[str]:
     files = run.meta["files"]
-    if run.meta["manifest"] and run.status != "started" and not run.door.has(MANIFEST):
+    if run.meta["manifest"] and run.meta["status"] != "started" and not run.door.has(MANIFEST):
         yield f"{MANIFEST} is missing although run.json names it; run it again"
     if run.status == "success":
         for name in _WHOLE:

@@ -1,10 +1,14 @@
 """Small transformers models with random weights, one of each shape that capture must reproduce."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import transformers
-from transformers import PreTrainedModel
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 VOCAB = 97
 TEXT = {
@@ -169,3 +173,11 @@ def build(name: str) -> PreTrainedModel:
             if parameter.dim() > 1 and "embed" not in parameter_name:
                 parameter.mul_(4)
     return model
+
+
+def save_tokenizer(folder: Path, vocab: int = VOCAB) -> None:
+    """A tokenizer of the words `t0`, `t1`, ... that fits these models, into a folder."""
+    words = Tokenizer(WordLevel({f"t{index}": index for index in range(vocab)}, unk_token="t0"))
+    words.pre_tokenizer = Whitespace()
+    special = {"pad_token": "t0", "unk_token": "t0", "bos_token": "t1", "eos_token": "t2"}
+    PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(folder)

@@ -1,7 +1,6 @@
 """A `TransformerBridge` of TransformerLens gives the trace of the bare model, and the same weights load there."""
 
 import copy
-import shutil
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from lens.models.catalogue import KNOWN
 from lens.models.symbols import SymbolTokenizer
 from lens.passes import bridge as bridges
 from tests.lens import naive
-from tests.lens.architectures import build
+from tests.lens.architectures import build, save_tokenizer
 
 pytestmark = pytest.mark.slow  # importing TransformerLens alone takes five seconds
 
@@ -45,8 +44,7 @@ def boot(transformer_bridge, tmp_path, monkeypatch):
 
     def booted(model):
         model.save_pretrained(tmp_path)
-        for file in ("tokenizer.json", "tokenizer_config.json"):
-            shutil.copy(KNOWN["text-lm-3l"].folder / file, tmp_path)
+        save_tokenizer(tmp_path)
         return transformer_bridge.boot_transformers(str(tmp_path), hf_model=copy.deepcopy(model))
 
     return booted

@@ -1,7 +1,6 @@
 """Circuits of a `TransformerBridge` are those of the model that it wraps, folded and centred weights included."""
 
 import copy
-import shutil
 
 import pytest
 import torch
@@ -13,10 +12,9 @@ from lens.circuits.graph.nodes import find_nodes
 from lens.circuits.scores.scoring import score_edges
 from lens.common.errors import LensError
 from lens.models.bare import bare
-from lens.models.catalogue import KNOWN
 from lens.models.symbols import SymbolTokenizer
 from lens.tasks import Task
-from tests.lens.architectures import build
+from tests.lens.architectures import build, save_tokenizer
 from tests.lens.circuit_models import error
 
 pytestmark = pytest.mark.slow  # importing TransformerLens alone takes five seconds
@@ -45,8 +43,7 @@ def pair(request, transformer_bridge, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     model = disturbed(request.param)
     model.save_pretrained(tmp_path)
-    for file in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(KNOWN["text-lm-3l"].folder / file, tmp_path)
+    save_tokenizer(tmp_path)
     bridge = transformer_bridge.boot_transformers(str(tmp_path), hf_model=copy.deepcopy(model))
     return lens.load(model), bridge
 

@@ -1,7 +1,6 @@
 """Importance on a `TransformerBridge` is that of the bare model."""
 
 import copy
-import shutil
 
 import numpy as np
 import pytest
@@ -10,9 +9,8 @@ import torch
 import lens
 from lens.heads import importance
 from lens.heads.weights import copying
-from lens.models.catalogue import KNOWN
 from lens.tasks import Task
-from tests.lens.architectures import build
+from tests.lens.architectures import build, save_tokenizer
 
 pytestmark = pytest.mark.slow  # importing TransformerLens alone takes five seconds
 
@@ -24,8 +22,7 @@ def test_a_bridge_gives_the_scores_of_the_bare_model(name, tmp_path, monkeypatch
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     model = build(name)
     model.save_pretrained(tmp_path)
-    for file in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(KNOWN["text-lm-3l"].folder / file, tmp_path)
+    save_tokenizer(tmp_path)
     bridge = TransformerBridge.boot_transformers(str(tmp_path), hf_model=copy.deepcopy(model))
     bare, bridged = lens.load(model), lens.load(bridge)
     clean, corrupt = torch.randint(3, 97, (2, 3, 13), generator=torch.Generator().manual_seed(0))

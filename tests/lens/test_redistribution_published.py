@@ -177,12 +177,18 @@ def test_published_recipes_run_in_a_model_and_refuse_what_does_not_fit():
         with lens.edit(model, lens.edits.Act(preset="released", threshold=0.0)) as (edit,):
             network(input_ids=ids)
         assert edit.calls == 0  # layers 2 to the last but one: none of 3
-        for steps in (1, 2):  # cached steps give what the whole sequence gives
+        for steps in (
+            1,
+            2,
+        ):  # cached steps give what the whole sequence gives; several at once are refused
             with lens.edit(model, lens.edits.Pasta([(4, 9)], heads=["L0H1", "L2H0"])) as (edit,):
                 first = network(input_ids=ids[:, : 29 - steps], use_cache=True)
-                rest = network(
-                    input_ids=ids[:, 29 - steps :], past_key_values=first.past_key_values
-                ).logits
+                rest = ids[:, 29 - steps :], first.past_key_values
+                if steps > 1:
+                    with pytest.raises(LensError, match="several tokens on cached keys"):
+                        network(input_ids=rest[0], past_key_values=rest[1])
+                    continue
+                rest = network(input_ids=rest[0], past_key_values=rest[1]).logits
             assert edit.calls == 4
 
             def outside(at, prompt=29 - steps):

@@ -2,7 +2,6 @@
 
 import dataclasses
 from contextlib import nullcontext
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +13,7 @@ from lens.common.head_ids import HeadId
 from lens.edits.searching import HeadSearch
 from lens.edits.selection import HeadSelection
 from lens.figures.redistribution import change_maps
+from lens.models.loaded import LoadedModel
 from lens.tasks.metrics import AnswerSets
 from tests.lens.traces import sizes
 
@@ -64,7 +64,7 @@ def test_the_search_chooses_on_some_prompts_and_judges_on_the_others(induction):
 
 def test_choosing_among_noise_flatters_and_the_report_says_so():
     """Heads whose gains are pure noise: the chosen ones look good only where they were chosen."""
-    model = SimpleNamespace(name="noise", info=sizes(5, 7))
+    model = LoadedModel(None, None, "noise", None, sizes(5, 7))
     random = np.random.default_rng(0)
     state = {"heads": ()}
 

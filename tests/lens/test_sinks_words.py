@@ -56,7 +56,7 @@ def test_reaches_are_drawn(model, clean):
     table = table.set_index("condition")
     assert sources.x.tolist() == table.loc["edit", "delta_loss"].tolist()
     assert mass.x.tolist() == table.loc["mass", "delta_loss"].tolist()
-    assert sources.y == ("L1H4 (head)", "layers 1 to 2 (from_layer)")
+    assert tuple(sources.y) == ("L1H4 (head)", "layers 1 to 2 (from_layer)")
 
 
 def test_gates_and_bands_are_drawn(model):

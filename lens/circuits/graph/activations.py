@@ -155,7 +155,8 @@ class References:
         task, total = self._task, None
         for rows in task.chunks(min(16, task.rows_at_once(self._nodes.model))):
             _, found = read_activations(self._nodes, task.clean[rows])
-            share = (task.own[rows] / task.own.sum(0).clamp(min=1)).to(found.input)[..., None]
+            counts = task.own.sum(0).clamp(min=1).to(found.input)
+            share = (task.own[rows].to(found.input) / counts)[..., None]
 
             def shared(part: Tensor, share: Tensor = share) -> Tensor:
                 weighted = part * (share if part.dim() == 3 else share[:, None])
