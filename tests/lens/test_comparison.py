@@ -303,6 +303,8 @@ def test_tables_of_sections_are_merged_on_what_names_their_rows(tmp_path):
         ({"head": ["L0H1"], "v": 1.0}, {"head": ["L0H1"], "v": 2.0}, False, "heads of differing models"),
         ({"name": ["L0H1"], "v": 1.0}, {"name": ["L0H1"], "v": 2.0}, False, "heads of differing models"),
         ({"k": ["a", "b", "c"], "v": 1.0}, {"k": ["c", "d", "e"], "v": 1.0}, True, "1 of its 3 rows in A are among the 3 in B"),
+        ({"k": [1, 2], "v": 1.0}, {"k": ["a", "b"], "v": 1.0}, True, "k are other kinds of values in A than in B"),
+        ({"k": [{"a": 1}], "v": 1.0}, {"k": [{"a": 1}], "v": 1.0}, True, "no columns that both runs have"),
     ],
 )  # fmt: skip
 def test_tables_that_cannot_be_compared_say_why(x, y, aligned, reason):

@@ -107,7 +107,12 @@ def side_by_side(
             for table in (x, y)
         )
     ]
-    merged = x[[*keys, *numbers]].merge(y[[*keys, *numbers]], on=keys, suffixes=(" a", " b"))
+    try:
+        merged = x[[*keys, *numbers]].merge(y[[*keys, *numbers]], on=keys, suffixes=(" a", " b"))
+    except ValueError as error:
+        raise LensError(
+            f"{title} is not compared: {', '.join(keys)} are other kinds of values in A than in B"
+        ) from error
     if 2 * len(merged) < min(len(x), len(y)) or merged.empty:
         raise LensError(
             f"{title} is not compared: {len(merged)} of its {len(x)} rows in A are among the "
@@ -122,11 +127,16 @@ def _keys(x: pd.DataFrame, y: pd.DataFrame) -> list[str]:
         return []
     for count in range(1, min(_MOST_KEYS, len(columns)) + 1):
         keys = columns[:count]
-        if not set(keys) <= set(y.columns):
+        if not set(keys) <= set(y.columns) or any(_nested(side[keys[-1]]) for side in (x, y)):
             return []
         if not x.duplicated(keys).any() and not y.duplicated(keys).any():
             return keys
     return []
+
+
+def _nested(values: pd.Series) -> bool:
+    """Whether a column holds lists or objects, which name nothing."""
+    return bool(values.map(pd.api.types.is_list_like).any())
 
 
 def _columns(keys: list[str], merged: pd.DataFrame) -> list[tuple[object, ...]]:
