@@ -118,7 +118,8 @@ def _row(run: Run | BrokenRun) -> tuple[str, str, str, str]:
     error = run.meta["error"] or {}
     note = error.get("message", "") if run.status == "error" else run.title
     if run.status == "partial":
-        note = f"complete it: lens run -c {run.path / 'config.toml'}"
+        failed = f"{error['message']}; " if error else ""
+        note = f"{failed}complete it: lens run -c {run.path / 'config.toml'}"
     return (run.status, f"{prompts['done']}/{prompts['total']}", run.id, note)
 
 

@@ -24,13 +24,13 @@ from lens.runs.manifest import remove_own
 from lens.runs.writer import RunWriter, find_by_config
 from lens.traces.findings import findings
 from lens.traces.store import remove_trace, trace_files
+from lens_analyses.analysing import analyse
 from lens_analyses.config import RunConfig
 from lens_analyses.console import LogFile, Output, in_words, log, progress_bar, refused_as_usage
 from lens_analyses.estimate import refuse_excess, work
 from lens_analyses.inputs import PlannedPrompt, load_model, plan, read_sources
 from lens_analyses.provenance import versions
 from lens_analyses.report import render
-from lens_analyses.steps import STEPS
 from lens_analyses.steps.subject import Subject, analysed
 
 if TYPE_CHECKING:
@@ -62,13 +62,16 @@ class Finished:
     def text(self) -> str:
         """A few lines for people."""
         prompts = self.run.meta["prompts"]
-        if self.status == "partial":
+        goes_on = f"the same command, or `lens run -c {self.run.path / 'config.toml'}`,"
+        failed = (self.run.meta["error"] or {}).get("message")
+        if self.status == "partial" and not failed:
             sections = "".join(f", {name}" for name in self.run.sections)
             return (
-                f"stopped after {prompts['done']} of {prompts['total']} prompts{sections}; the same command, or "
-                f"`lens run -c {self.run.path / 'config.toml'}`, completes {self.run.path}"
+                f"stopped after {prompts['done']} of {prompts['total']} prompts{sections}; {goes_on} "
+                f"completes {self.run.path}"
             )
         lines = [] if self.computed else ["finished before (--again computes it anew)"]
+        lines += [f"not whole: {failed}; {goes_on} tries it again"] if failed else []
         lines += self.headline
         lines += [f"run:    {self.run.path}", f"report: {self.run.path / 'report.html'}"]
         return "\n".join(lines)
@@ -84,6 +87,7 @@ class Finished:
             "prompts": self.run.meta["prompts"],
             "seconds": self.run.meta["seconds"],
             "findings": self.headline,
+            "error": self.run.meta["error"],
             "report": str(report) if report.exists() else None,
         }
 
@@ -153,12 +157,13 @@ class _Execution:
             self._reuse()
             self._capture_all()
             self._score()
-            self._analyse()
-            report = render(open_run(self._writer.path), status="success")
+            subject = Subject(self._model, open_run(self._writer.path), self._config, self._output)
+            error = analyse(subject, self._writer)
+            status = "success" if error is None else "partial"
+            report = render(open_run(self._writer.path), status=status)
             for name, content in report.files().items():
                 self._writer.text(name, content)
             headline = report.headline
-            status, error = "success", None
         except KeyboardInterrupt:
             headline, status, error = [], "partial", None
             log.info("stopped")
@@ -278,45 +283,6 @@ class _Execution:
         self._writer.update(backend=run.trace(run.traces[0]).attrs["backend"])
         table = head_table(self._model, run, self._rows, self._config, self._writer.warn)
         self._writer.table("heads", table)
-
-    def _analyse(self) -> None:
-        """The steps of this kind of run; each finished section stays, one that cannot be has its reason."""
-        subject = Subject(self._model, open_run(self._writer.path), self._config, self._output)
-        for left_out in subject.left_out():
-            log.warning("%s", left_out)
-            self._writer.warn(left_out)
-        for step in STEPS[self._config.what]:
-            if not step.is_wanted(self._config.analysis):
-                continue
-            if step.name in subject.run.sections:
-                log.info("%s was finished before", step.name)
-                continue
-            start = time.monotonic()
-            log.info("%s", step.name)
-            before = self._circuits()
-            try:
-                section = step.run(subject)
-            except LensError as reason:
-                log.info("%s is unsupported: %s", step.name, reason)
-                reasons = {**self._writer.meta["unsupported"], step.name: str(reason)}
-                self._writer.update(unsupported=reasons)
-                continue
-            made = [name for name, state in self._circuits().items() if before.get(name) != state]
-            self._writer.record(*made, *section.save(self._writer.path))
-            log.debug("%s took %.1f s", step.name, time.monotonic() - start)
-        work = self._writer.path / "work"
-        for half_done in work.glob("*.npz"):
-            half_done.unlink()
-        with suppress(OSError):  # not there, or it holds what is somebody else's
-            work.rmdir()
-
-    def _circuits(self) -> dict[str, tuple[int, int]]:
-        """Files that steps write beside their sections -> when they changed, and the size."""
-        found = {path: path.stat() for path in (self._writer.path / "circuits").rglob("*.json")}
-        return {
-            path.relative_to(self._writer.path).as_posix(): (state.st_mtime_ns, state.st_size)
-            for path, state in found.items()
-        }
 
 
 def _meta(config: RunConfig, model: "LoadedModel", planned: list[PlannedPrompt]) -> dict[str, Any]:

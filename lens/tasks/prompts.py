@@ -139,11 +139,8 @@ def token_losses(model: "LoadedModel", tokens: Sequence[int]) -> "torch.Tensor":
     from lens.passes.sessions import base
 
     check_ids(model, tokens)
-    if model.is_bridge or not _predicts_next(model):
-        raise LensError(
-            f"{model.info.class_name} has no next-token loss: it is no transformers model with a "
-            "language-model head"
-        )
+    if (why := _no_loss(model)) is not None:
+        raise LensError(f"{model.info.class_name} has no next-token loss: {why}")
     ids = torch.tensor([list(tokens)], device=model.device)
     targets = ids[0, 1:]
     with torch.no_grad():
@@ -179,9 +176,15 @@ def loss(model: "LoadedModel", tokens: Sequence[int]) -> float:
     return float(token_losses(model, tokens).mean())
 
 
-def _predicts_next(model: "LoadedModel") -> bool:
-    has_head = model.model.get_output_embeddings() is not None
-    return has_head and "MaskedLM" not in type(model.model).__name__
+def _no_loss(model: "LoadedModel") -> str | None:
+    """Why there is no next-token loss; None where there is one."""
+    if model.is_bridge:
+        return "it is a TransformerBridge; load the transformers model"
+    if "MaskedLM" in type(model.model).__name__:
+        return "it predicts masked tokens and no next token"
+    if model.model.get_output_embeddings() is None:
+        return "it has no language-model head, so it predicts no next token"
+    return None
 
 
 def _logits(model: "LoadedModel", hidden: "torch.Tensor") -> "torch.Tensor":

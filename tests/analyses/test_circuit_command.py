@@ -144,7 +144,10 @@ def test_what_two_runs_share_stands_beside_chance(run, lens_command, tmp_path):
 def test_a_circuit_without_a_head_is_unsupported(lens_command, tmp_path):
     answer = lens_command(*RUN.split(), "--edges", "1", "--out", tmp_path, "--json")
     reasons = open_run(answer.json["path"]).unsupported
-    assert "make no circuit that goes through a head" in reasons["edges"]
+    assert "make no circuit that goes through a head" in reasons.pop("edges")
+    assert reasons == dict.fromkeys(
+        ("circuit", "joined"), "needs the section edges, which is unsupported"
+    )
 
 
 def test_another_model_or_a_run_without_a_circuit_is_no_comparison(run, lens_command, tmp_path):

@@ -223,7 +223,9 @@ def test_a_model_without_loss_is_profiled_with_a_warning(tmp_path, lens_command)
     assert answer.code == 0, answer.err
     run = open_run(answer.json["path"])
     assert np.isnan(run.prompts["loss"]).all()
-    assert run.meta["warnings"][0].startswith("no loss: BertForMaskedLM has no next-token loss")
+    assert run.meta["warnings"][0] == (
+        "no loss: BertForMaskedLM has no next-token loss: it predicts masked tokens and no next token"
+    )
     assert "no loss: BertForMaskedLM" in (run.path / "report.html").read_text()
 
 

@@ -130,7 +130,7 @@ def test_induction_2l_loads_natively_with_the_same_logits_and_trace(transformer_
 
 def test_a_bridge_has_no_loss_here(transformer_bridge):
     model = lens.load(_native(transformer_bridge), tokenizer=SymbolTokenizer())
-    with pytest.raises(LensError, match="has no next-token loss"):
+    with pytest.raises(LensError, match="has no next-token loss: it is a TransformerBridge"):
         lens.tasks.loss(model, [64, 1, 2])
 
 

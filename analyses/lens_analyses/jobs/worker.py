@@ -154,16 +154,17 @@ def _watch(
 
 def _close(store: JobStore, job: Job, code: int, ended: str) -> None:
     answer = _answer(store.answer_path(job.id))
-    run = answer.get("id")
+    run, message = answer.get("id"), (answer.get("error") or {}).get("message")
     if ended:
         store.finish(job.id, "cancelled", run=run, error=f"{ended}; it can be resumed")
     elif code == OK:
         result = answer if job.kind == "estimate" else None
         store.finish(job.id, "success", run=run, result=result)
     elif code == PARTIAL:
-        store.finish(job.id, "partial", run=run, error="it was stopped; it can be resumed")
+        store.finish(
+            job.id, "partial", run=run, error=message or "it was stopped; it can be resumed"
+        )
     else:
-        message = (answer.get("error") or {}).get("message")
         store.finish(job.id, "error", run=run, error=message or _unexplained(code))
 
 

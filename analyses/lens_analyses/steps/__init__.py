@@ -22,11 +22,13 @@ class Step:
         name: of its section.
         module: of this package that has the function of that name.
         setting: of `analysis` without which the step is left out.
+        needs: the section of an earlier step that it reads, if it cannot do without.
     """
 
     name: str
     module: str
     setting: str | None = None
+    needs: str | None = None
 
     def is_wanted(self, settings: object) -> bool:
         """Whether a run with these settings, those of `analysis`, takes the step."""
@@ -64,9 +66,9 @@ STEPS: dict[str, tuple[Step, ...]] = {
     ),
     "circuit": (
         Step("edges", "circuits"),
-        Step("circuit", "circuits"),
-        Step("joined", "circuit_heads"),
-        Step("overlap", "circuit_overlap", setting="compare"),
+        Step("circuit", "circuits", needs="edges"),
+        Step("joined", "circuit_heads", needs="edges"),
+        Step("overlap", "circuit_overlap", setting="compare", needs="edges"),
     ),
     "redistribute": (Step("dose", "redistribute"), Step("search", "redistribute")),
     "policies": (Step("policies", "policies"), Step("search", "policies")),

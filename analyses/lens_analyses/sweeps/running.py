@@ -98,9 +98,7 @@ class Sweep:
         found = f" ({reused} of them finished before)" if reused else ""
         lines = [f"{len(done)} of {len(self.items)} runs are done{found}"]
         lines += [
-            f"failed: {item.config.command()}: {item.error}"
-            for item in self.items
-            if item.status == "error"
+            f"failed: {item.config.command()}: {item.error}" for item in self.items if item.error
         ]
         if self.exit_code != OK:
             lines.append(f"the same command continues: {self.command}")
@@ -147,7 +145,7 @@ def run_sweep(
         done = (*sweep.items[:number], made, *sweep.items[number + 1 :])
         sweep = replace(sweep, items=done)
         sweep.save()
-        if made.status == "partial":  # stopped on request
+        if made.status == "partial" and not made.error:  # stopped on request
             break
     return sweep
 
@@ -157,6 +155,7 @@ def _make(item: Item, runs: Path, output: Output, *, again: bool) -> Item:
     with _failure(item, runs) as failed:
         finished = execute(item.config, runs, output, again=again)
         item = replace(item, status=finished.status, run=finished.run, computed=finished.computed)
+        failed.update(error=(finished.run.meta["error"] or {}).get("message", ""))
     return replace(item, **failed, seconds=time.monotonic() - started)
 
 
