@@ -83,8 +83,9 @@ class PolicySearch(Result):
         return pd.DataFrame(rows)
 
     def promise(self) -> tuple[float, float]:
-        """Between which the change of loss of another text of the length of the held-out prompts will lie,
-        nats per token: 95 % of the means of blocks of tokens drawn again, less those of a second draw."""
+        """Between which the change of loss of as much more of the same text should lie, nats per token: 95 % of
+        the means of blocks of tokens drawn again, less those of a second draw. What differs from text to text
+        is in it only as far as the held-out prompts are different texts."""
         changes = self._changes("chosen", self.tolerance)
         here, there = _means(changes, self.seed), _means(changes, self.seed + 1)
         low, high = interval(changes.mean() + here - there)
@@ -112,7 +113,7 @@ class PolicySearch(Result):
                 Sentence(
                     f"On held-out prompts the loss changes by {chosen['loss_change']:+.4f} "
                     f"[{chosen['loss_change_low']:.4f}, {chosen['loss_change_high']:.4f}] nats per token from "
-                    f"{self.dense_loss:.4f}; for another text of this length [{low:.4f}, {high:.4f}].",
+                    f"{self.dense_loss:.4f}; for as much more of the same text [{low:.4f}, {high:.4f}].",
                     kind="loss",
                 ),
                 Sentence(

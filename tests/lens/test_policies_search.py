@@ -91,7 +91,7 @@ def test_random_blocks_cost_more_and_sentences_follow_the_numbers(found):
     assert said["policy"].startswith(f"{sparse} of 18 heads run sparse")
     assert f"{curve['random', found.tolerance]:+.4f}" in said["controls"]
     low, high = found.promise()
-    assert f"for another text of this length [{low:.4f}, {high:.4f}]" in said["loss"]
+    assert f"for as much more of the same text [{low:.4f}, {high:.4f}]" in said["loss"]
     worse = dataclasses.replace(found, asked=-1.0)
     assert any("choose on more prompts" in sentence for sentence in worse.findings())
     none = dataclasses.replace(found, choices=np.full_like(found.choices, 3), tolerance=0.0)
