@@ -175,7 +175,13 @@ def test_tables_of_heads_join():
             r"One row per [^.:]*\bhead\b", inspect.getdoc(getattr(one, "table", None)) or ""
         )
     }
-    elsewhere = {"HeadSelection", "PatchDistances", "PolicyScores", "PolicySearch"}
+    elsewhere = {
+        "HeadSelection",
+        "PatchDistances",
+        "PolicyScores",
+        "PolicySearch",
+        "PolicyTransfer",
+    }
     assert of_heads - elsewhere == {type(one).__name__ for one in made}
     tables = {type(one).__name__: one.table() for one in made}
     similar = lens.heads.similarity(model, prompts, **quiet)
