@@ -12,6 +12,7 @@ from lens_kernels import AttentionResult
 from lens.common.errors import LensError
 from lens.common.head_ids import AnyHead
 from lens.models.loaded import LoadedModel
+from lens.passes.blocks import in_blocks
 from lens.passes.calls import LayerCall, attend
 from lens.passes.keys import KeysAt
 
@@ -170,7 +171,6 @@ def grouped(
     """
     block_mask = None
     if only is not None:
-        blocks = torch.nn.functional.pad(only, (0, -only.shape[1] % BLOCK))
-        blocks = blocks.unflatten(-1, (-1, BLOCK)).any(-1)[:, None, None]
+        blocks = in_blocks(only, BLOCK).any(-1)[:, None, None]
         block_mask = blocks.expand(-1, -1, -(-call.query.shape[2] // BLOCK), -1)
     return attend(call, groups=groups, block_size=BLOCK, block_mask=block_mask, backend=backend)

@@ -7,11 +7,12 @@ from typing import Protocol
 
 import torch
 
+from lens.common.choices import check_counts
 from lens.common.errors import LensError
 from lens.edits.base import AttentionEdit, part_of
-from lens.edits.language import OfHeads, Running, check_number
+from lens.edits.language import OfHeads, Running
 from lens.models.loaded import LoadedModel
-from lens.passes.blocks import BlockView
+from lens.passes.blocks import BlockView, check_block_size
 from lens.passes.calls import LayerCall, attend
 from lens.passes.keys import KeysAt
 
@@ -63,7 +64,9 @@ class Sparse(OfHeads):
             raise LensError(
                 f"Sparse takes a policy such as lens.policies.AShape(64, 256), got {self.policy!r}"
             )
-        check_number("first_row of Sparse", self.first_row, 0)
+        if self.block_size is not None:
+            check_block_size(self.block_size)
+        check_counts(0, **{"first_row of Sparse": self.first_row})
         super().__post_init__()
 
     @property
@@ -73,8 +76,9 @@ class Sparse(OfHeads):
 
     def start(self, model: LoadedModel, backend: str) -> Running:
         """See `Edit`."""
-        size = self.policy.block_size if self.block_size is None else self.block_size
-        sizes = (size, size) if isinstance(size, int) else size
+        sizes = check_block_size(
+            self.policy.block_size if self.block_size is None else self.block_size
+        )
         edit = SparseEdit(self.policy, sizes, self.first_row, self.chosen(model), backend)
         return Running(edit, edit)
 
@@ -118,9 +122,10 @@ class SparseEdit(AttentionEdit):
             return None
         found = view.attended(blocks)
         self.calls += 1
-        rows = len(call.query) * int(sparse.sum()) * (queries - row)
         self.skipped_rows += int((found.statistics.lse[:, sparse] == -torch.inf).sum())
-        self.edited_rows += rows
-        output = attend(call, backend=self._backend).output.clone()
+        self.edited_rows += len(call.query) * int(sparse.sum()) * (queries - row)
+        if row == 0 and len(found.output[0]) == call.query.shape[1] and bool(sparse.all()):
+            return found.output
+        output = attend(call, backend=self._backend).output
         output[:, chosen[sparse], row:] = found.output[:, sparse].to(output.dtype)
         return output

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -11,6 +12,7 @@ from lens_kernels.masks import lower_mask
 from torch import Tensor
 from torch.nn.functional import pad
 
+from lens.common.errors import LensError
 from lens.passes.calls import LayerCall, attend, kernel_options
 
 
@@ -87,8 +89,9 @@ class BlockView:
         if plan.keep is None and plan.allowed is None:
             far = torch.iinfo(torch.int32).max
             empty = plan.high <= plan.low
-            low = self._by_rows(plan.low.masked_fill(empty, far), far).amin(-1)[..., None]
-            high = self._by_rows(plan.high.masked_fill(empty, 0), 0).amax(-1)[..., None]
+            low = in_blocks(plan.low.masked_fill(empty, far), self.query_block, empty=far)
+            high = in_blocks(plan.high.masked_fill(empty, 0), self.query_block)
+            low, high = low.amin(-1)[..., None], high.amax(-1)[..., None]
             first = torch.arange(columns, device=low.device) * self.key_block
             seen = ((low < first + self.key_block) & (first < high))[:, None]
         else:
@@ -99,12 +102,7 @@ class BlockView:
 
     def any_pair(self, pairs: Tensor) -> Tensor:
         """bool [..., rows, keys] of whole query blocks -> [..., query_blocks, key_blocks] with one True pair."""
-        blocks = pad(pairs, (0, -pairs.shape[-1] % self.key_block)).unflatten(
-            -1, (-1, self.key_block)
-        )
-        blocks = blocks.any(-1)
-        blocks = pad(blocks, (0, 0, 0, -blocks.shape[-2] % self.query_block))
-        return blocks.unflatten(-2, (-1, self.query_block)).any(-2)
+        return in_blocks(in_blocks(pairs, self.key_block).any(-1), self.query_block, -2).any(-2)
 
     def probabilities(self, start: int = 0, end: int | None = None) -> Tensor:
         """Exact P [batch, heads, rows, keys], float32, of the rows `start` to `end`: meant for a few probes."""
@@ -132,14 +130,12 @@ class BlockView:
     @cached_property
     def masses(self) -> Tensor:
         """Exact mass [batch, heads, query_blocks, key_blocks], mean over the rows of the block."""
-        rows = torch.zeros_like(self.row_masses[..., :1]) + 1
-        sums = self._by_rows(self.row_masses.transpose(-1, -2), 0).sum(-1).transpose(-1, -2)
-        count = self._by_rows(rows.transpose(-1, -2), 0).sum(-1).transpose(-1, -2)
-        return sums / count
+        return means(self.row_masses, self.query_block)
 
+    @cached_property
     def pooled(self) -> tuple[Tensor, Tensor]:
         """Mean query of each query block, mean key of each key block: [batch, heads, blocks, head_dim]."""
-        return _means(self.query, self.query_block), _means(self.key, self.key_block)
+        return means(self.query, self.query_block), means(self.key, self.key_block)
 
     def attended(self, blocks: Tensor | None = None, **asked: object) -> AttentionResult:
         """The attention over `blocks` (bool [batch | 1, heads | 1, query_blocks, key_blocks]); None: all."""
@@ -155,17 +151,37 @@ class BlockView:
     def _plan(self):
         return lower_mask(kernel_options(self.call)["mask"], self.call.query, self.call.key)
 
-    def _by_rows(self, values: Tensor, empty: float) -> Tensor:
-        """[..., queries] -> [..., query_blocks, query_block]."""
-        return pad(values, (0, -values.shape[-1] % self.query_block), value=empty).unflatten(
-            -1, (-1, self.query_block)
+
+def check_block_size(block_size: int | Sequence[int]) -> tuple[int, int]:
+    """(query_block, key_block).
+
+    Raises:
+        LensError: not one or two positive integers.
+    """
+    sizes = (block_size, block_size) if isinstance(block_size, int) else block_size
+    fine = (
+        isinstance(sizes, Sequence)
+        and len(sizes) == 2
+        and all(isinstance(one, int) and not isinstance(one, bool) and one >= 1 for one in sizes)
+    )
+    if not fine:
+        raise LensError(
+            f"block_size must be a positive integer or (query_block, key_block), got {block_size!r}"
         )
+    return sizes[0], sizes[1]
 
 
-def _means(values: Tensor, size: int) -> Tensor:
+def in_blocks(values: Tensor, size: int, dim: int = -1, *, empty: float = 0) -> Tensor:
+    """[..., n, ...] along `dim` (-1 or -2) -> [..., blocks, size, ...]; `empty` fills the last block."""
+    short = -values.shape[dim] % size
+    padded = pad(values, (0, short) if dim == -1 else (0, 0, 0, short), value=empty)
+    return padded.unflatten(dim, (-1, size))
+
+
+def means(values: Tensor, size: int) -> Tensor:
     """Mean of each `size` rows of [batch, heads, rows, dim], a short last block over its own rows."""
     rows = values.shape[2]
-    blocks = pad(values.float(), (0, 0, 0, -rows % size)).unflatten(2, (-1, size)).sum(3)
+    blocks = in_blocks(values.float(), size, -2).sum(-2)
     count = torch.full((blocks.shape[2], 1), float(size), device=values.device)
     count[-1] = rows - (blocks.shape[2] - 1) * size
     return blocks / count

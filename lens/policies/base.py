@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
+from lens.common import choices
 from lens.common.errors import LensError
-from lens.passes.blocks import BlockView
+from lens.passes.blocks import BlockView, in_blocks
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,11 +51,8 @@ class Policy(ABC):
 
     def choose(self, view: BlockView) -> Kept:
         """`keep`; every block where a single query decodes and this policy has no form for that."""
-        return (
-            self.keep(view)
-            if self.decodes or view.queries > 1 or not view.offset
-            else Full().keep(view)
-        )
+        one_token = view.queries == 1 and view.offset > 0
+        return Full().keep(view) if one_token and not self.decodes else self.keep(view)
 
     def cost(self, view: BlockView) -> float:
         """Products q·k that choosing takes, as a share of those of dense causal attention; 0 where none."""
@@ -112,8 +109,7 @@ def by_distance(view: BlockView, kept: Tensor) -> Tensor:
 
 def by_key(view: BlockView, kept: Tensor) -> Tensor:
     """bool [..., 1, key_blocks] with one kept key, from bool [..., keys]."""
-    padded = torch.nn.functional.pad(kept, (0, -kept.shape[-1] % view.key_block))
-    return padded.unflatten(-1, (-1, view.key_block)).any(-1)[..., None, :]
+    return in_blocks(kept, view.key_block).any(-1)[..., None, :]
 
 
 def ends(view: BlockView, *, before: int = 0, first: int = 1) -> Tensor:
@@ -160,12 +156,8 @@ def covering(shares: Tensor, needed: Tensor | float, *, over: bool = True) -> Te
 
 def check_counts(policy: Policy, *names: str, least: int = 0) -> None:
     """Raises LensError unless these fields are integers of `least` or more."""
-    for name in names:
-        value = getattr(policy, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise LensError(
-                f"{name} of {type(policy).__name__} must be an integer of {least} or more, got {value!r}"
-            )
+    kind = type(policy).__name__
+    choices.check_counts(least, **{f"{name} of {kind}": getattr(policy, name) for name in names})
 
 
 def check_shares(policy: Policy, *names: str) -> None:
@@ -176,20 +168,3 @@ def check_shares(policy: Policy, *names: str) -> None:
             raise LensError(
                 f"{name} of {type(policy).__name__} must be above 0 and at most 1, got {value!r}"
             )
-
-
-def check_block_size(block_size: int | Sequence[int]) -> tuple[int, int]:
-    """(query_block, key_block).
-
-    Raises:
-        LensError: not one or two positive integers.
-    """
-    sizes = (block_size, block_size) if isinstance(block_size, int) else tuple(block_size)
-    fine = len(sizes) == 2 and all(
-        isinstance(one, int) and not isinstance(one, bool) and one >= 1 for one in sizes
-    )
-    if not fine:
-        raise LensError(
-            f"block_size must be a positive integer or (query_block, key_block), got {block_size!r}"
-        )
-    return sizes[0], sizes[1]

@@ -14,7 +14,7 @@ from lens.policies.base import Kept, Policy, check_counts, check_shares, largest
 
 def pooled_map(view: BlockView) -> Tensor:
     """Softmax over the visible key blocks of `mean q · mean k`: [batch, heads, query_blocks, key_blocks]."""
-    query, key = view.pooled()
+    query, key = view.pooled
     scores = query @ key.transpose(-1, -2) * view.call.scale
     return scores.masked_fill(~view.visible, -torch.inf).softmax(-1).nan_to_num(nan=0)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lens.common.choices import check_choice
-from lens.passes.blocks import BlockView
+from lens.passes.blocks import BlockView, in_blocks, means
 from lens.policies.base import Kept, Policy, check_counts, ends, largest, pairs
 
 Representative = Literal["first", "middle", "last", "mean"]
@@ -45,7 +45,7 @@ class Landmark(Policy):
 
     def keep(self, view: BlockView) -> Kept:
         """See `Policy`."""
-        query = view.pooled()[0]
+        query = view.pooled[0]
         key = representatives(view.key, view.key_block, self.representative)
         scores = query @ key.transpose(-1, -2)
         return Kept(largest(scores, self.top, view.visible & ~ends(view)) | ends(view))
@@ -88,7 +88,7 @@ class LongHeads(Policy):
     def keep(self, view: BlockView) -> Kept:
         """See `Policy`."""
         forced = ends(view, before=1)
-        scores = view.pooled()[0] @ self.summaries(view).transpose(-1, -2)
+        scores = view.pooled[0] @ self.summaries(view).transpose(-1, -2)
         rest = (self.top - forced.sum(-1, keepdim=True)).clamp(min=0)
         return Kept(largest(scores, rest, view.visible & ~forced) | forced)
 
@@ -160,14 +160,14 @@ class Hierarchical(Policy):
 
     def by_level(self, view: BlockView) -> list[Tensor]:
         """The blocks that are left after each level, bool [batch, heads, query_blocks, key_blocks] each."""
-        query = view.pooled()[0]
+        query = view.pooled[0]
         left = view.visible
         found = []
         for level in range(self.levels, -1, -1):
             chunk = 2**level
             key = representatives(view.key, view.key_block * chunk, self.representative)
             scores = query @ key.transpose(-1, -2)
-            among = _chunks(left, chunk)
+            among = in_blocks(left, chunk).any(-1)
             count = max(1, -(-self.top // chunk)) * (2 if level else 1)
             kept = largest(scores, count, among)
             left = left & kept.repeat_interleave(chunk, -1)[..., : left.shape[-1]]
@@ -193,20 +193,7 @@ def representatives(key: Tensor, size: int, which: Representative) -> Tensor:
     """[batch, heads, blocks, dim]: one key for each `size` of [batch, heads, keys, dim]."""
     keys = key.shape[2]
     if which == "mean":
-        padded = torch.nn.functional.pad(key.float(), (0, 0, 0, -keys % size))
-        sums = padded.unflatten(2, (-1, size)).sum(3)
-        count = torch.full((sums.shape[2], 1), float(size), device=key.device)
-        count[-1] = keys - (len(count) - 1) * size
-        return sums / count
+        return means(key, size)
     start = torch.arange(0, keys, size, device=key.device)
     inside = {"first": 0, "middle": size // 2, "last": size - 1}[which]
     return key[:, :, (start + inside).clamp(max=keys - 1)].float()
-
-
-def _chunks(blocks: Tensor, size: int) -> Tensor:
-    """bool [..., blocks] -> [..., chunks] with one True block."""
-    return (
-        torch.nn.functional.pad(blocks, (0, -blocks.shape[-1] % size))
-        .unflatten(-1, (-1, size))
-        .any(-1)
-    )

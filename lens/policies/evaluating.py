@@ -15,13 +15,13 @@ from lens.common.progress import advancing
 from lens.edits.running import edit
 from lens.edits.sparse import Sparse
 from lens.models.loaded import LoadedModel
-from lens.passes.blocks import BlockView
+from lens.passes.blocks import BlockView, check_block_size
 from lens.passes.calls import LayerCall
 from lens.passes.inputs import Prompt, read_prompts
 from lens.passes.replay import proved
 from lens.passes.sessions import base, listening
-from lens.policies.base import Policy, check_block_size
-from lens.policies.measures import measure, ranked, sizes
+from lens.policies.base import Policy
+from lens.policies.measures import Dense, measure, ranked
 from lens.policies.scores import COLUMNS, PolicyScores
 from lens.tasks.prompts import token_losses
 
@@ -127,22 +127,20 @@ class _Measuring:
         """See `lens.passes.sessions.listening`."""
         layer = self._layers.index(call.layer)
         projection = None if self._projections is None else self._projections[layer]
-        dense = written = None
+        dense = None
         for size in dict.fromkeys(self._sizes):
             view = BlockView(call, *size)
-            dense = view.attended().output if dense is None else dense
-            if projection is not None and written is None:
-                written = sizes(dense, projection)
-            ranks = [ranked(view, 0, head) for head in range(view.shape[1])]
+            dense = Dense(view.attended().output, projection) if dense is None else dense
+            ranks = [ranked(view, head) for head in range(view.shape[1])]
             for place, policy in enumerate(self._policies):
                 if self._sizes[place] == size:
                     kept = policy.choose(view)
                     cost = policy.cost(view)
-                    found = measure(view, kept, cost, dense, projection, ranks, written)
+                    found = measure(view, kept, cost, dense, ranks)
                     for head, numbers in enumerate(found):
                         self._values[place, :, layer, head] = [numbers[name] for name in COLUMNS]
         assert dense is not None
-        return dense
+        return dense.output
 
 
 def _projections(model: LoadedModel) -> tuple[list[Tensor] | None, str]:
@@ -164,13 +162,25 @@ def _losses(
         raise LensError("loss needs prompts of at least two tokens; leave loss out for others")
     found = [float(token_losses(model, prompt.ids).double().mean())]
     for policy, size in zip(policies, sizes, strict=True):
-        with edit(model, Sparse(policy, size)):
-            found.append(float(token_losses(model, prompt.ids).double().mean()))
+        (sparse,) = losses_under(model, policy, size, [prompt.ids])
+        found.append(float(sparse.mean()))
     if not all(map(math.isfinite, found)):
         raise LensError(
             f"the loss of {model.name} is not finite on a prompt of {len(prompt.ids)} tokens"
         )
     return found
+
+
+def losses_under(
+    model: LoadedModel, policy: Policy, size: tuple[int, int], prompts: Sequence[list[int]]
+) -> list[np.ndarray]:
+    """Next-token losses [tokens - 1] of each prompt with the policy in all heads, nats.
+
+    Under `Full` they are those of a dense run with our attention, bit by bit, so that what differs from
+    them is the policy's.
+    """
+    with edit(model, Sparse(policy, size)):
+        return [token_losses(model, ids).double().numpy() for ids in prompts]
 
 
 def _length(prompt: Prompt) -> int:

@@ -63,7 +63,7 @@ def write(
     heads = policy.policy if isinstance(policy, PolicySearch) else policy
     if not isinstance(heads, PerHead):
         raise LensError(f"policy must be PerHead or what search found, got {type(policy).__name__}")
-    recall = _recalls(policy, model) if isinstance(policy, PolicySearch) else {}
+    recall = _recalls(policy) if isinstance(policy, PolicySearch) else {}
     if format == "duo":
         _write_duo(heads, Path(path), model)
     elif format == "minference":
@@ -85,8 +85,8 @@ def read(path: str | Path, *, format: Format = "lens", heads: int | None = None)
     """The policy of every head from a file.
 
     Args:
-        path, format: as of `write`, or the `section.json` of the search of a run ("lens"); the score of a MInference file is not read: it means recall in most
-            files and a number of errors in some.
+        path, format: as of `write`, or the `section.json` of the search of a run ("lens"); the score of a
+            MInference file is not read: it means recall in most files and a number of errors in some.
         heads: query heads of a layer, for "duo", which knows KV heads alone.
 
     Raises:
@@ -109,7 +109,7 @@ def read(path: str | Path, *, format: Format = "lens", heads: int | None = None)
         ) from None
 
 
-def _recalls(found: PolicySearch, model: LoadedModel) -> dict[tuple[int, int], float]:
+def _recalls(found: PolicySearch) -> dict[tuple[int, int], float]:
     table = found.table()
     return {
         (int(a), int(b)): float(c)
@@ -136,7 +136,7 @@ def as_json(found: PerHead | PolicySearch, model: LoadedModel) -> dict[str, Any]
         low, high = found.promise()
         promise = {
             "block_size": list(found.block_size),
-            "loss_change": found._row("chosen")["loss_change"],
+            "loss_change": found.row("chosen")["loss_change"],
             "loss_change_low": low,
             "loss_change_high": high,
             "tokens": max(found.tokens),
@@ -175,16 +175,18 @@ def _minference(policy: Policy, model: LoadedModel, score: float) -> list[Any]:
 
 
 def _read_minference(data: Any) -> PerHead:
-    found: dict[Any, Policy] = {}
-    for layer, heads in enumerate(data):
-        for head, (pattern, a, b, _) in heads.items():
-            kinds = {
-                "stream_llm": lambda a, b: AShape(a, b),
-                "vertical_and_slash": lambda a, b: VerticalSlash(a, b),
-                "block_sparse": lambda a, _: BlockSparse(a),
-            }
-            found[HeadId(layer, int(head))] = kinds[pattern](int(a), int(b))
-    return PerHead(found)
+    kinds = {
+        "stream_llm": AShape,
+        "vertical_and_slash": VerticalSlash,
+        "block_sparse": lambda top, _: BlockSparse(top),
+    }
+    return PerHead(
+        {
+            HeadId(layer, int(head)): kinds[pattern](int(a), int(b))
+            for layer, heads in enumerate(data)
+            for head, (pattern, a, b, _) in heads.items()
+        }
+    )
 
 
 def _write_duo(heads: PerHead, folder: Path, model: LoadedModel) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lens.passes.blocks import BlockView
+from lens.passes.blocks import BlockView, in_blocks
 from lens.policies.base import (
     Kept,
     Policy,
@@ -18,7 +18,7 @@ from lens.policies.base import (
     pairs,
 )
 from lens.policies.block_sparse import pooled_map, pooling_cost
-from lens.policies.vertical_slash import line_masses
+from lens.policies.vertical_slash import Probe
 
 
 @dataclass(frozen=True)
@@ -61,56 +61,56 @@ class FlexPrefill(Policy):
 
     def keep(self, view: BlockView) -> Kept:
         """See `Policy`."""
-        vertical, slash = line_masses(view, view.query_block)
-        aware = self.distance(view, vertical) < self.tau
+        probe = Probe(view, view.query_block)
+        aware = self.distance(view, probe.vertical) < self.tau
+        masses = (probe.vertical, probe.slash)
         fewest = max(1, -(-self.least // view.key_block))
-        lines = self._lines(view, vertical, slash, fewest)
+        counts = [self._count(mass, view.key_block).clamp(min=fewest) for mass in masses]
         found = pooled_map(view)
         rows = view.visible.any(-1).sum(-1)[..., None]
         chosen = covering(found.flatten(-2), self.gamma * rows, over=False).unflatten(
             -1, found.shape[-2:]
         )
-        chosen = chosen | self._lines(view, vertical, slash, fewest, only=True)
-        expected = torch.full(view.shape[:2], float(self.gamma), device=aware.device)
-        return Kept(torch.where(aware[..., None, None], chosen, lines), expected)
+        aimed = torch.full(view.shape[:2], float(self.gamma), device=aware.device)
+        kept = torch.where(
+            aware[..., None, None],
+            chosen | _lines(view, *masses, fewest, fewest),
+            _lines(view, *masses, *counts),
+        )
+        return Kept(kept, aimed)
 
     def distance(self, view: BlockView, vertical: Tensor) -> Tensor:
         """[batch, heads]: square root of the Jensen-Shannon divergence of truth and guess, nats."""
-        true = _blocks(vertical, view.key_block)
+        true = in_blocks(vertical, view.key_block).sum(-1)
         true = true / true.sum(-1, keepdim=True).clamp(min=1e-30)
         rows = min(view.query_block, view.queries)
-        query, key = view.query[:, :, -rows:].float().mean(2, keepdim=True), view.pooled()[1]
+        query, key = view.query[:, :, -rows:].float().mean(2, keepdim=True), view.pooled[1]
         scores = (query @ key.transpose(-1, -2))[:, :, 0] * view.call.scale
         guess = scores.masked_fill(~view.visible[:, :, -1], -torch.inf).softmax(-1)
         middle = (true + guess) / 2
         both = torch.special.xlogy(true, true / middle) + torch.special.xlogy(guess, guess / middle)
         return (both.nan_to_num(nan=0).sum(-1) / 2).clamp(min=0).sqrt()
 
-    def _lines(
-        self, view: BlockView, vertical: Tensor, slash: Tensor, fewest: int, only: bool = False
-    ) -> Tensor:
-        """Blocks of the columns and diagonals; `only`: no more than the least number of them."""
-        kept = []
-        for mass in (vertical, slash):
-            blocks = _blocks(mass, view.key_block)
-            blocks[..., 0] = torch.inf  # the first column, the main diagonal
-            needed = self.gamma * mass.sum(-1, keepdim=True)
-            count = covering(mass, needed).sum(-1, keepdim=True) // view.key_block + 1
-            count = count.clamp(min=fewest)
-            every = torch.ones_like(blocks, dtype=torch.bool)
-            kept.append(largest(blocks, fewest if only else count, every))
-        columns, bands = kept
-        _, _, rows, blocks = view.shape
-        place = (torch.arange(rows, device=bands.device) * view.query_block + view.offset)[:, None]
-        back = place // view.key_block - torch.arange(blocks, device=bands.device)
-        return columns[..., None, :] | (bands[..., back.clamp(min=0)] & (back >= 0))
+    def _count(self, mass: Tensor, size: int) -> Tensor:
+        """How many blocks hold gamma of [..., keys], counted as if the best keys lay side by side."""
+        needed = self.gamma * mass.sum(-1, keepdim=True)
+        return covering(mass, needed).sum(-1, keepdim=True) // size + 1
 
     def cost(self, view: BlockView) -> float:
         """See `Policy`: the last block of rows, and a pooled map."""
         return min(view.query_block, view.queries) * view.keys / pairs(view) + pooling_cost(view)
 
 
-def _blocks(values: Tensor, size: int) -> Tensor:
-    """Sums over each `size` of [..., keys]."""
-    padded = torch.nn.functional.pad(values, (0, -values.shape[-1] % size))
-    return padded.unflatten(-1, (-1, size)).sum(-1)
+def _lines(
+    view: BlockView, vertical: Tensor, slash: Tensor, columns: Tensor | int, bands: Tensor | int
+) -> Tensor:
+    """The blocks of so many block columns and block diagonals, the first column and the main diagonal among them."""
+    kept = []
+    for mass, count in ((vertical, columns), (slash, bands)):
+        sums = in_blocks(mass, view.key_block).sum(-1)
+        sums[..., 0] = torch.inf
+        kept.append(largest(sums, count, torch.ones_like(sums, dtype=torch.bool)))
+    _, _, rows, blocks = view.shape
+    place = (torch.arange(rows, device=slash.device) * view.query_block + view.offset)[:, None]
+    back = place // view.key_block - torch.arange(blocks, device=slash.device)
+    return kept[0][..., None, :] | (kept[1][..., back.clamp(min=0)] & (back >= 0))

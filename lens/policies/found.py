@@ -29,7 +29,6 @@ class PolicySearch(Result):
         dense_loss: on the held-out prompts.
         block_size: (query_block, key_block).
         tokens: length of each held-out prompt.
-        kv_heads: of the model.
         seed: of the intervals.
         model: its name.
     """
@@ -44,7 +43,6 @@ class PolicySearch(Result):
     dense_loss: float
     block_size: tuple[int, int]
     tokens: tuple[int, ...]
-    kv_heads: int
     seed: int
     model: str
 
@@ -95,7 +93,7 @@ class PolicySearch(Result):
         """What was chosen ("policy"), what it costs ("loss"), beside what ("controls"), and limits ("limit")."""
         table = self.table()
         sparse = table[table["policy"] != "Full()"]
-        row = {kind: self._row(kind) for kind in ("chosen", "oracle", "random")}
+        row = {kind: self.row(kind) for kind in ("chosen", "oracle", "random")}
         low, high = self.promise()
         said = [
             Sentence(
@@ -117,7 +115,8 @@ class PolicySearch(Result):
                     kind="loss",
                 ),
                 Sentence(
-                    f"With as many blocks, the first and the query's own and the rest drawn at random, it changes by {row['random']['loss_change']:+.4f} "
+                    "With as many blocks, the first and the query's own and the rest drawn at random, it changes by "
+                    f"{row['random']['loss_change']:+.4f} "
                     f"[{row['random']['loss_change_low']:.4f}, {row['random']['loss_change_high']:.4f}], with the "
                     f"best ones by the exact masses by {row['oracle']['loss_change']:+.4f} "
                     f"[{row['oracle']['loss_change_low']:.4f}, {row['oracle']['loss_change_high']:.4f}].",
@@ -149,7 +148,8 @@ class PolicySearch(Result):
             [np.stack(values).mean(0) for values in zip(*(p[3] for p in points), strict=True)]
         )
 
-    def _row(self, kind: str) -> Mapping[Any, Any]:
+    def row(self, kind: str) -> Mapping[Any, Any]:
+        """Of the curve, that of the level that was taken."""
         curve = self.curve()
         return (
             curve[(curve["kind"] == kind) & (curve["tolerance"] == self.tolerance)]

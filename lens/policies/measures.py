@@ -22,67 +22,83 @@ class Ranked:
     """The exact masses of one head, summed from the largest on: shared by all policies of a block size.
 
     Attributes:
-        totals: [rows], mass on all keys, 1 less the share of a learned sink.
-        sums: [rows, key_blocks], of the largest, the two largest, ... blocks, as shares of the total.
-        masses: [rows, key_blocks], as shares of the total.
+        sums: [rows, key_blocks], of the largest, the two largest, ... blocks, as shares of the mass on all
+            keys (which is 1 less the share of a learned sink).
+        masses: [rows, key_blocks], as shares of it.
         live: bool [rows], those that see a key.
     """
 
-    totals: Tensor
     sums: Tensor
     masses: Tensor
     live: Tensor
 
 
-def ranked(view: BlockView, row: int, head: int) -> Ranked:
-    """The masses of one head of one row of the batch."""
-    masses = view.row_masses[row, head]
+def ranked(view: BlockView, head: int) -> Ranked:
+    """The masses of one head of a call of a single prompt."""
+    masses = view.row_masses[0, head]
     totals = masses.sum(-1)
     shares = masses / totals.clamp(min=_SMALLEST)[:, None]
     sums = shares.sort(-1, descending=True).values.cumsum(-1)
-    return Ranked(totals, sums, shares, totals > 0)
+    return Ranked(sums, shares, totals > 0)
+
+
+class Dense:
+    """The output of a layer without a policy, and sizes that errors are measured against: once for all policies.
+
+    Attributes:
+        output: [1, heads, queries, value_dim].
+        projection: W_O [heads, value_dim, d_model], or None where it is not known.
+        own: [heads, queries], norm of each head's output.
+        projected: the same after the output projection, or None.
+        written: [queries], norm of what all heads write together, or None.
+    """
+
+    def __init__(self, output: Tensor, projection: Tensor | None) -> None:
+        self.output = output
+        self.projection = None if projection is None else projection.float()
+        heads = output[0].float()
+        self.own, self.projected, self.written = heads.norm(dim=-1), None, None
+        if self.projection is not None:
+            self.projected = self.after(heads)
+            summed = torch.einsum("htk,hkd->td", heads, self.projection)
+            self.written = summed.norm(dim=-1)
+
+    def after(self, heads: Tensor) -> Tensor:
+        """[heads, queries]: norms of [heads, queries, value_dim] after the projection, one head at a time."""
+        assert self.projection is not None
+        pairs = zip(heads, self.projection, strict=True)
+        return torch.stack([(head @ weight).norm(dim=-1) for head, weight in pairs])
 
 
 def measure(
-    view: BlockView,
-    kept: Kept,
-    cost: float,
-    dense: Tensor,
-    projection: Tensor | None,
-    found: list[Ranked] | None = None,
-    written: Tensor | None = None,
+    view: BlockView, kept: Kept, cost: float, dense: Dense, ranks: list[Ranked]
 ) -> list[dict[str, float]]:
-    """`COLUMNS` of each head of a call of a single prompt.
-
-    Args:
-        dense: [1, heads, queries, value_dim], the output without a policy.
-        projection: [heads, value_dim, d_model], or None.
-        found: `ranked` of each head, if it is there already.
-        written: [queries], the size of what all heads of the layer write, if it is there already.
-    """
+    """`COLUMNS` of each head of a call of a single prompt; `ranks`: `ranked` of each head."""
     blocks = kept.blocks & view.visible
     whole = (blocks == view.visible).flatten(2).all(-1)  # these heads keep their bits
+    plain = dense.output
     sparse = torch.where(
-        whole[..., None, None], dense, view.attended(blocks).output.to(dense.dtype)
+        whole[..., None, None], plain, view.attended(blocks).output.to(plain.dtype)
     )
-    heads = view.shape[1]
-    ranks = found or [ranked(view, 0, head) for head in range(heads)]
-    if projection is not None and written is None:
-        written = sizes(dense, projection)
+    missing = (sparse - plain)[0].float()
+    errors = {"output_error": (missing.norm(dim=-1), dense.own)}
+    if dense.projected is not None and dense.written is not None:
+        lost = dense.after(missing)
+        errors["projected_error"] = (lost, dense.projected)
+        errors["layer_error"] = (lost, dense.written.expand_as(lost))
     return [
-        _of_head(view, blocks[0, head], ranks[head], kept, head, cost)
-        | _errors(dense[0, head], sparse[0, head], ranks[head].live, projection, head, written)
-        for head in range(heads)
+        _of_head(view, blocks[0, head], ranks[head], kept, head)
+        | {"cost": cost, "projected_error": float("nan"), "layer_error": float("nan")}
+        | {
+            name: _relative(lacks[head], of[head], ranks[head].live)
+            for name, (lacks, of) in errors.items()
+        }
+        for head in range(view.shape[1])
     ]
 
 
-def sizes(dense: Tensor, projection: Tensor) -> Tensor:
-    """[queries]: the norm of what the heads of a layer, [1, heads, queries, value_dim], write together."""
-    return torch.einsum("htk,hkd->td", dense[0].float(), projection.float()).norm(dim=-1)
-
-
 def _of_head(
-    view: BlockView, blocks: Tensor, ranks: Ranked, kept: Kept, head: int, cost: float
+    view: BlockView, blocks: Tensor, ranks: Ranked, kept: Kept, head: int
 ) -> dict[str, float]:
     visible = view.visible[0, head]
     rows = torch.arange(view.queries, device=blocks.device) // view.query_block
@@ -105,29 +121,9 @@ def _of_head(
             for share, one in zip(BUDGETS, needed, strict=True)
         },
         "predicted": predicted,
-        "cost": cost,
     }
 
 
-def _errors(
-    dense: Tensor,
-    sparse: Tensor,
-    live: Tensor,
-    projection: Tensor | None,
-    head: int,
-    written: Tensor | None,
-) -> dict[str, float]:
-    dense, missing = dense[live].float(), (sparse - dense)[live].float()
-    errors = {"output_error": _relative(missing.norm(dim=-1), dense.norm(dim=-1))}
-    if projection is None or written is None:
-        return errors | {"projected_error": float("nan"), "layer_error": float("nan")}
-    weight = projection[head].float()
-    lost = (missing @ weight).norm(dim=-1)
-    errors["projected_error"] = _relative(lost, (dense @ weight).norm(dim=-1))
-    errors["layer_error"] = _relative(lost, written[live])
-    return errors
-
-
-def _relative(missing: Tensor, whole: Tensor) -> float:
-    some = whole > _SMALLEST
+def _relative(missing: Tensor, whole: Tensor, live: Tensor) -> float:
+    some = live & (whole > _SMALLEST)
     return float((missing[some] / whole[some]).double().mean())

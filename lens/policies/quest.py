@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lens.common.errors import LensError
-from lens.passes.blocks import BlockView
+from lens.passes.blocks import BlockView, in_blocks
 from lens.policies.base import Kept, Policy, check_counts, largest, pairs
 
 
@@ -56,14 +56,12 @@ class Quest(Policy):
         seen = _row_sees(view)
         count = max(3, self.budget // view.key_block)
         chosen = largest(bounds, count, seen)
-        first = torch.arange(view.queries, device=bounds.device)
-        first = first // self.reuse * self.reuse
-        latest = seen & (
-            torch.arange(view.shape[3], device=bounds.device) == seen.sum(-1)[..., None] - 1
-        )
-        chosen = (chosen[:, :, first] | latest) & seen if self.reuse > 1 else chosen
-        rows = torch.nn.functional.pad(chosen, (0, 0, 0, -view.queries % view.query_block))
-        return Kept(rows.unflatten(2, (-1, view.query_block)).any(3))
+        if self.reuse > 1:  # the choice of the first of them, and each query's own page
+            row = torch.arange(view.queries, device=bounds.device)
+            own = (row + view.offset)[:, None] // view.key_block
+            own = own == torch.arange(view.shape[3], device=bounds.device)
+            chosen = (chosen[:, :, row // self.reuse * self.reuse] | own) & seen
+        return Kept(in_blocks(chosen, view.query_block, -2).any(-2))
 
     def bounds(self, view: BlockView) -> Tensor:
         """[batch, heads, queries, pages]: no product of the query with a key of the page is larger."""

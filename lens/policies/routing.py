@@ -46,7 +46,7 @@ class Routing(Policy):
 
     def keep(self, view: BlockView) -> Kept:
         """See `Policy`."""
-        query, key = (torch.nn.functional.normalize(one, dim=-1) for one in view.pooled())
+        query, key = (torch.nn.functional.normalize(one, dim=-1) for one in view.pooled)
         centroids = self._centroids(torch.cat([query, key], 2))
         of_query, of_key = ((one @ centroids.transpose(-1, -2)).argmax(-1) for one in (query, key))
         same = of_query[..., None] == of_key[:, :, None]

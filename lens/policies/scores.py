@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lens.common.head_ids import HeadId
+from lens.common.head_ids import HeadId, head_columns
 from lens.common.results import Result, Sentence, few
-from lens.stats import over_units
+from lens.stats.intervals import columns
 
 COLUMNS = {
     "density": "kept blocks among those that are seen",
@@ -83,48 +83,25 @@ class PolicyScores(Result):
         """One row per policy and head: `policy`, `layer`, `head`, `name`, `n`, every column as its mean over
         prompts with the 95 % interval (`_low`, `_high`, NaN for one prompt), `gap` (oracle_recall - recall)
         and `calibration` (recall - predicted)."""
-        policies, places = len(self.policies), self.heads
-        columns: dict[str, Any] = {
-            "policy": np.repeat(self.policies, len(places)),
-            "layer": [place.layer for place in places] * policies,
-            "head": [place.head for place in places] * policies,
-            "name": [str(place) for place in places] * policies,
-            "n": self.n,
-        }
+        heads = head_columns(self.heads * len(self.policies))
+        table: dict[str, Any] = {"policy": np.repeat(self.policies, len(self.heads))}
+        table |= {name: heads[name] for name in ("layer", "head", "name")} | {"n": self.n}
         found = {name: self.of(name) for name in COLUMNS}
         found["gap"] = found["oracle_recall"] - found["recall"]
         found["calibration"] = found["recall"] - found["predicted"]
         for name, values in found.items():
-            mean, low, high = self._interval(values)
-            columns |= {
-                name: mean.ravel(),
-                f"{name}_low": low.ravel(),
-                f"{name}_high": high.ravel(),
-            }
-        return pd.DataFrame(columns)
+            table |= columns(name, values, self.seed)
+        return pd.DataFrame(table)
 
     def summary(self) -> pd.DataFrame:
         """One row per policy: `policy`, `block_size`, the means over heads of every column with intervals over
         prompts, and `loss_change` (sparse - dense, nats per token, paired) with its interval."""
-        rows = []
-        for place, policy in enumerate(self.policies):
-            row: dict[str, Any] = {
-                "policy": policy,
-                "block_size": self.block_sizes[place],
-                "n": self.n,
-            }
-            for name in COLUMNS:
-                per_prompt = self.of(name)[place].mean((0, 1))
-                mean, low, high = self._interval(per_prompt)
-                row |= {name: float(mean), f"{name}_low": float(low), f"{name}_high": float(high)}
-            mean, low, high = self._interval(self.sparse_loss[place] - self.dense_loss)
-            row |= {
-                "loss_change": float(mean),
-                "loss_change_low": float(low),
-                "loss_change_high": float(high),
-            }
-            rows.append(row)
-        return pd.DataFrame(rows)
+        table = {"policy": self.policies, "block_size": self.block_sizes, "n": self.n}
+        for name in COLUMNS:
+            table |= columns(name, self.of(name).mean((1, 2)), self.seed)
+        return pd.DataFrame(
+            table | columns("loss_change", self.sparse_loss - self.dense_loss, self.seed)
+        )
 
     def findings(self) -> tuple[Sentence, ...]:
         """Which costs least ("best"), what each keeps ("recall"), which heads lose by it ("heads"), its loss
@@ -205,13 +182,6 @@ class PolicyScores(Result):
                 )
             )
         return said
-
-    def _interval(self, values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Mean over prompts [..., prompts] and its 95 % interval; NaN only where a value is."""
-        units = np.moveaxis(values, -1, 0)
-        known = ~np.isnan(units)
-        low, high = over_units(np.where(known, units, 0), known.astype(float), self.seed)
-        return values.mean(-1), low, high
 
     def __repr__(self) -> str:
         return f"PolicyScores({self.model}: {few(self.policies, 3)}; {self.n} prompts)"

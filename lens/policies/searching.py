@@ -7,22 +7,21 @@ from typing import Any
 
 import numpy as np
 
+from lens.common.choices import check_counts
 from lens.common.errors import LensError
 from lens.common.progress import advancing
-from lens.edits.running import edit
-from lens.edits.sparse import Sparse
 from lens.models.loaded import LoadedModel
+from lens.passes.blocks import check_block_size
 from lens.passes.inputs import read_prompts
 from lens.policies.a_shape import AShape
-from lens.policies.base import Full, Policy, check_block_size
+from lens.policies.base import Full, Policy
 from lens.policies.block_sparse import BlockSparse
-from lens.policies.evaluating import evaluate
+from lens.policies.evaluating import evaluate, losses_under
 from lens.policies.found import PolicySearch
 from lens.policies.oracle import Oracle, RandomBlocks
 from lens.policies.per_head import PerHead
 from lens.policies.scores import PolicyScores
 from lens.policies.vertical_slash import VerticalSlash
-from lens.tasks.prompts import token_losses
 
 TOLERANCES = (0.3, 0.1, 0.05, 0.02, 0.01, 0.005, 0.002)
 """Errors of a head, as shares of what its layer writes, up to which a policy may serve it: one level each."""
@@ -34,7 +33,7 @@ def search(
     *,
     loss: float = 0.01,
     held_out: Any = None,
-    candidates: Sequence[Policy] | None = None,
+    candidates: Policy | Sequence[Policy] | None = None,
     block_size: int | tuple[int, int] = 64,
     draws: int = 2,
     seed: int = 0,
@@ -73,25 +72,24 @@ def search(
     size = check_block_size(block_size)
     if isinstance(loss, bool) or not isinstance(loss, int | float) or not loss >= 0:
         raise LensError(f"loss must be a number of nats from 0 on, got {loss!r}")
-    if isinstance(draws, bool) or not isinstance(draws, int) or draws < 1:
-        raise LensError(f"draws must be a number from 1 on, got {draws!r}")
+    check_counts(draws=draws)
     longest = max(map(len, chooses))
-    offered = [*(_candidates(longest) if candidates is None else candidates), Full()]
+    if candidates is None:
+        candidates = _candidates(longest)
+    offered = [*([candidates] if isinstance(candidates, Policy) else candidates), Full()]
     scores = evaluate(model, chooses, offered, block_size=size, progress=progress)
-    levels = list(_levels(scores, offered))
-    runs = _Runs(model, size)
+    levels = _levels(scores, offered)
     with advancing(f"{model.name}: levels", len(levels) * (3 + draws), progress) as advance:
-        dense = [runs.losses(Full(), ids) for ids in chooses]
-        changes, chosen = [], len(levels) - 1
-        for place, level in enumerate(levels):
-            mine = [runs.losses(level.policy, ids) for ids in chooses]
-            changes.append(float(np.concatenate(mine).mean() - np.concatenate(dense).mean()))
+        dense = np.concatenate(losses_under(model, Full(), size, chooses)).mean()
+        taken, change = levels[-1], 0.0  # every head full
+        for level in levels:
+            mine = np.concatenate(losses_under(model, level.policy, size, chooses)).mean()
             advance(1)
-            if changes[-1] <= loss:
-                chosen = place
+            if mine - dense <= loss:
+                taken, change = level, float(mine - dense)
                 break
         curve = []
-        before = [runs.losses(Full(), ids) for ids in promises]
+        before = losses_under(model, Full(), size, promises)
         for level in levels:
             others = [("oracle", Oracle(like=level.policy))]
             others += [
@@ -99,22 +97,21 @@ def search(
                 for number in range(draws)
             ]
             for kind, policy in (("chosen", level.policy), *others):
-                after = [runs.losses(policy, ids) for ids in promises]
+                after = losses_under(model, policy, size, promises)
                 differences = [b - a for a, b in zip(before, after, strict=True)]
                 curve.append((kind, level.tolerance, level.density, differences))
                 advance(1)
     return PolicySearch(
-        policy=levels[chosen].policy,
-        tolerance=levels[chosen].tolerance,
+        policy=taken.policy,
+        tolerance=taken.tolerance,
         scores=scores,
-        choices=levels[chosen].choices,
-        calibration_change=changes[chosen] if chosen < len(changes) else float("nan"),
+        choices=taken.choices,
+        calibration_change=change,
         asked=float(loss),
         curve_points=tuple(curve),
         dense_loss=float(np.concatenate(before).mean()),
         block_size=size,
         tokens=tuple(map(len, promises)),
-        kv_heads=model.info.kv_heads,
         seed=seed,
         model=model.name,
     )
@@ -152,18 +149,6 @@ def _levels(scores: PolicyScores, offered: Sequence[Policy]) -> list[_Level]:
     if not np.array_equal(found[-1].choices, full):
         found.append(_Level(0.0, full, offered, scores))
     return found
-
-
-class _Runs:
-    """Losses of every token of a prompt under a policy."""
-
-    def __init__(self, model: LoadedModel, size: tuple[int, int]) -> None:
-        self._model, self._size = model, size
-
-    def losses(self, policy: Policy, ids: list[int]) -> np.ndarray:
-        """[tokens - 1], nats; a dense run keeps the bits of ours, so that differences are of the policy."""
-        with edit(self._model, Sparse(policy, self._size)):
-            return token_losses(self._model, ids).double().numpy()
 
 
 def _candidates(tokens: int) -> list[Policy]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lens.passes.blocks import BlockView
+from lens.passes.blocks import BlockView, means
 from lens.policies.base import Kept, Policy, check_shares, covering, largest
 from lens.policies.block_sparse import pooling_cost
 
@@ -49,7 +49,7 @@ class Sparge(Policy):
 
     def keep(self, view: BlockView) -> Kept:
         """See `Policy`."""
-        query, key = view.pooled()
+        query, key = view.pooled
         even_query = _resemblance(view.query, view.query_block) > self.similarity
         even_key = _resemblance(view.key, view.key_block) > self.similarity
         among = view.visible & even_key[:, :, None]
@@ -68,9 +68,4 @@ class Sparge(Policy):
 
 def _resemblance(values: Tensor, size: int) -> Tensor:
     """[batch, heads, blocks]: mean cosine of all pairs of rows of a block, each with itself too."""
-    rows = values.shape[2]
-    unit = torch.nn.functional.normalize(values.float(), dim=-1)
-    sums = torch.nn.functional.pad(unit, (0, 0, 0, -rows % size)).unflatten(2, (-1, size)).sum(3)
-    count = torch.full(sums.shape[2:3], float(size), device=values.device)
-    count[-1] = rows - (len(count) - 1) * size
-    return sums.square().sum(-1) / count.square()
+    return means(torch.nn.functional.normalize(values.float(), dim=-1), size).square().sum(-1)

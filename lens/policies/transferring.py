@@ -9,9 +9,10 @@ import numpy as np
 import pandas as pd
 
 from lens.common.errors import LensError
-from lens.common.head_ids import HeadId
+from lens.common.head_ids import head_columns
 from lens.common.results import Result, Sentence, few
 from lens.stats import over_units, quantile
+from lens.stats.intervals import columns
 from lens.traces.trace import AttentionTrace
 
 USABLE = 0.05
@@ -47,31 +48,21 @@ class PolicyTransfer(Result):
     def table(self) -> pd.DataFrame:
         """One row per head: `layer`, `head`, `name`, `n` (targets), every measure as its mean over targets, each
         the mean over sources, with the 95 % interval over targets (`_low`, `_high`)."""
-        heads = self.values.shape[-1]
-        places = [HeadId(layer, head) for layer in self.layers for head in range(heads)]
-        columns: dict[str, object] = {
-            "layer": [place.layer for place in places],
-            "head": [place.head for place in places],
-            "name": list(map(str, places)),
-            "n": self.values.shape[2],
-        }
+        heads = range(self.values.shape[-1])
+        table = head_columns([(layer, head) for layer in self.layers for head in heads])
+        table["n"] = self.values.shape[2]
         for name, values in zip(_TABLE, self.values, strict=True):
-            units = np.nanmean(values, 0)  # [target, layer, head]
-            low, high = over_units(units, np.ones_like(units), self.seed)
-            columns |= {
-                name: units.mean(0).ravel(),
-                f"{name}_low": low.ravel(),
-                f"{name}_high": high.ravel(),
-            }
-        return pd.DataFrame(columns)
+            by_target = np.nanmean(values, 0)  # [target, layer, head]
+            table |= columns(name, np.moveaxis(by_target, 0, -1), self.seed)
+        return pd.DataFrame(table)
 
     def findings(self) -> tuple[Sentence, ...]:
         """What carries over ("transfer"), where it does not ("heads"), and the LSE ("lse")."""
         table = self.table()
-        units = np.nanmean(self.values, (1, 3, 4))  # [measure, target]
-        ends = [over_units(one, np.ones(len(one)), self.seed) for one in units]
-        mean = dict(zip(_TABLE, units.mean(-1), strict=True))
-        low, high = ends[_TABLE.index("efficiency")]
+        by_target = dict(zip(_TABLE, np.nanmean(self.values, (1, 3, 4)), strict=True))
+        mean = {name: values.mean() for name, values in by_target.items()}
+        of = by_target["efficiency"]
+        low, high = over_units(of, np.ones_like(of), self.seed)
         said = [
             Sentence(
                 f"The best {self.share:.0%} of the blocks of one trace keep {mean['recall']:.1%} of the attention "
@@ -128,6 +119,11 @@ def transfer(
         >>> found = lens.policies.transfer(traces)
         >>> found.table()[["name", "jaccard", "recall", "own_recall"]]
     """
+    if not all(isinstance(one, AttentionTrace) for one in traces):
+        kinds = sorted({type(one).__name__ for one in traces} - {"AttentionTrace"})
+        raise LensError(
+            f"transfer takes traces, as lens.capture gives them, got {', '.join(kinds)}"
+        )
     if len(traces) < 2:
         raise LensError(f"transfer needs at least two traces, got {len(traces)}")
     if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:

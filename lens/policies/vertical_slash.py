@@ -5,27 +5,29 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from lens.passes.blocks import BlockView
 from lens.policies.base import Kept, Policy, by_distance, by_key, check_counts, largest, pairs
 
 
-def line_masses(view: BlockView, probe: int) -> tuple[Tensor, Tensor]:
-    """What each key column and each distance holds in the last `probe` rows.
+class Probe:
+    """The last rows of a call, and what lines hold in them.
 
-    Returns:
-        Sums of P over those rows, [batch, heads, keys] each; the second by query position less key.
+    Attributes:
+        rows: P [batch, heads, rows, keys] of the last rows.
+        distance: [rows, keys], query position less key; negative after the query, where P is 0.
+        vertical: sums of P over the rows of each key column, [batch, heads, keys].
+        slash: of each distance, the same shape.
     """
-    rows = min(probe, view.queries)
-    found = view.probabilities(view.queries - rows)
-    query = torch.arange(view.keys - rows, view.keys, device=found.device)
-    distance = (query[:, None] - torch.arange(view.keys, device=found.device)).clamp(min=0)
-    slash = found.new_zeros(*found.shape[:2], view.keys)
-    slash.scatter_add_(
-        -1, distance.flatten().expand(*found.shape[:2], -1), found.flatten(-2)
-    )  # what is after the query holds nothing
-    return found.sum(-2), slash
+
+    def __init__(self, view: BlockView, rows: int) -> None:
+        count = min(rows, view.queries)
+        self.rows = found = view.probabilities(view.queries - count)
+        place = torch.arange(view.keys, device=found.device)
+        self.distance = place[view.keys - count :, None] - place
+        self.vertical = found.sum(-2)
+        flat = self.distance.clamp(min=0).flatten().expand(*found.shape[:2], -1)
+        self.slash = torch.zeros_like(self.vertical).scatter_add_(-1, flat, found.flatten(-2))
 
 
 @dataclass(frozen=True)
@@ -67,26 +69,17 @@ class VerticalSlash(Policy):
 
     def keep(self, view: BlockView) -> Kept:
         """See `Policy`."""
-        vertical, slash = line_masses(view, self.probe)
-        total = vertical.sum(-1).clamp(min=1e-30)
+        probe = Probe(view, self.probe)
+        vertical, slash = probe.vertical.clone(), probe.slash.clone()
         every = torch.ones_like(vertical, dtype=torch.bool)
         vertical[..., : self.first] = torch.inf
         slash[..., : self.last] = torch.inf
         columns = largest(vertical, max(self.verticals, self.first), every)
         diagonals = largest(slash, max(self.slashes, self.last), every)
-        blocks = by_key(view, columns) | by_distance(view, diagonals)
-        return Kept(blocks, self._expected(view, columns, diagonals, total))
-
-    def _expected(
-        self, view: BlockView, columns: Tensor, diagonals: Tensor, total: Tensor
-    ) -> Tensor:
-        """The share that the lines hold in the probed rows."""
-        rows = min(self.probe, view.queries)
-        found = view.probabilities(view.queries - rows)
-        query = torch.arange(view.keys - rows, view.keys, device=found.device)
-        distance = query[:, None] - torch.arange(view.keys, device=found.device)
-        on = diagonals[..., distance.clamp(min=0)] & (distance >= 0)
-        return torch.where(on | columns[:, :, None], found, 0).sum((-1, -2)) / total
+        on = diagonals[..., probe.distance.clamp(min=0)] & (probe.distance >= 0)
+        held = torch.where(on | columns[:, :, None], probe.rows, 0).sum((-1, -2))
+        expected = held / probe.vertical.sum(-1).clamp(min=1e-30)
+        return Kept(by_key(view, columns) | by_distance(view, diagonals), expected)
 
     def cost(self, view: BlockView) -> float:
         """See `Policy`: one dense row for each probed query."""

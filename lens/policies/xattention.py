@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from lens.common.errors import LensError
-from lens.passes.blocks import BlockView
+from lens.passes.blocks import BlockView, in_blocks
 from lens.policies.base import Kept, Policy, check_counts, check_shares, covering
 
 
@@ -90,7 +90,4 @@ def _strided(values: torch.Tensor, stride: int, before: int) -> torch.Tensor:
 
 
 def _block_sums(values: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-    padded = torch.nn.functional.pad(
-        values, (0, -values.shape[-1] % columns, 0, -values.shape[-2] % rows)
-    )
-    return padded.unflatten(-1, (-1, columns)).sum(-1).unflatten(-2, (-1, rows)).sum(-2)
+    return in_blocks(in_blocks(values, columns).sum(-1), rows, -2).sum(-2)

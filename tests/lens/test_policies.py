@@ -16,7 +16,7 @@ from lens.passes.blocks import BlockView
 from lens.passes.calls import LayerCall, attend
 from lens.passes.masks import MaskStructure
 from lens.policies.grids import Pattern
-from lens.policies.measures import BUDGETS, measure
+from lens.policies.measures import BUDGETS, Dense, measure, ranked
 from lens.policies.strided import is_cache_efficient, union_coverage
 from tests.lens import naive_policies as naive
 
@@ -51,6 +51,14 @@ def call(tokens=53, heads=4, kv_heads=2, dim=8, seed=0, sharpness=2.0):
         for count in (heads, kv_heads, kv_heads)
     )
     return LayerCall(q * sharpness, k, v, MaskStructure(causal=True), scale=dim**-0.5)
+
+
+def measured(view, kept):
+    """What is measured of each head, without an output projection."""
+    dense = Dense(view.attended(statistics=("lse",)).output, None)
+    return measure(
+        view, kept, 0.0, dense, [ranked(view, number) for number in range(view.shape[1])]
+    )
 
 
 def head(view, number):
@@ -176,7 +184,7 @@ def test_recall_error_and_budgets_hold_for_every_policy(policy):
     bound = 2 * (1 - recall) * view.call.value.norm(dim=-1).max()
     assert (missing[recall > 1e-6] <= bound[recall > 1e-6] + 1e-5).all()
 
-    found = measure(view, kept, 0.0, dense.output, None)
+    found = measured(view, kept)
     for number, one in enumerate(found):
         assert one["recall"] == pytest.approx(float(recall[0, number].mean()), abs=1e-5)
         assert one["recall_min"] <= one["recall_p5"] <= one["recall"] + 1e-6
@@ -189,7 +197,7 @@ def test_recall_error_and_budgets_hold_for_every_policy(policy):
 
 def test_budgets_count_the_fewest_blocks_of_each_row():
     view = BlockView(call(24), 8, 4)
-    found = measure(view, policies.Full().keep(view), 0.0, view.attended().output, None)
+    found = measured(view, policies.Full().keep(view))
     for number in range(4):
         p = naive.probabilities(*head(view, number))
         needed = {share: [] for share in BUDGETS}
@@ -386,6 +394,12 @@ def test_hierarchical_misses_grow_with_the_levels_and_a_flat_search_by_means_is_
         (lambda: policies.Regions(5, 5), "do not divide"),
         (lambda: lens.edits.Sparse(cast(Any, "a")), "takes a policy"),
         (lambda: lens.edits.Sparse(policies.Full(), first_row=-1), "first_row of Sparse"),
+        (lambda: lens.edits.Sparse(policies.Full(), 0), "block_size must be a positive integer"),
+        (lambda: lens.edits.Sparse(policies.Full(), cast(Any, 2.5)), "block_size must be"),
+        (
+            lambda: lens.edits.Sparse(policies.Full(), first_row=cast(Any, 1.5)),
+            "first_row of Sparse",
+        ),
         (lambda: policies.XAttention(stride=8).keep(BlockView(call(), 4, 4)), "multiples of it"),
         (lambda: policies.Grid("axial", 9, 9).keep(BlockView(call(), 1, 1)), "81 patches"),
     ],

@@ -251,6 +251,7 @@ def test_the_cheapest_of_several_is_named_beside_bounds_and_draws(model, prompts
         ({"policy": []}, "at least one policy"),
         ({"policy": policies.Full(), "block_size": 0}, "block_size must be"),
         ({"policy": policies.Full(), "block_size": (8, 8, 8)}, "block_size must be"),
+        ({"policy": policies.Full(), "block_size": 2.5}, "block_size must be"),
     ],
 )
 def test_bad_arguments_are_refused_before_any_pass(model, prompts, arguments, said):

@@ -1,27 +1,30 @@
 """Whether a pattern serves another trace: identity, chance, and the numbers of the models' own attention."""
 
 import dataclasses
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import xarray as xr
 
 import lens
 from lens.policies.transferring import transfer
+from lens.traces.trace import AttentionTrace
 
 
 def trace(masses, lse=None, tokens=8):
     """A trace as far as it is asked: [layers, heads, query_blocks, key_blocks]."""
     masses = np.asarray(masses, float)
     lse = np.zeros((*masses.shape[:2], tokens)) if lse is None else lse
-    return SimpleNamespace(
-        layers=tuple(range(len(masses))),
-        heads=masses.shape[1],
-        length=tokens,
-        model="m",
-        dataset={"block_mass": SimpleNamespace(values=masses), "lse": SimpleNamespace(values=lse)},
+    dataset = xr.Dataset(
+        {
+            "block_mass": (("layer", "head", "query_block", "key_block"), masses),
+            "lse": (("layer", "head", "query"), lse),
+        },
+        coords={"layer": np.arange(len(masses)), "key": np.arange(tokens)},
+        attrs={"model": "m"},
     )
+    return AttentionTrace(dataset)
 
 
 def causal(generator, blocks=24, shape=(2, 3)):
@@ -95,5 +98,7 @@ def test_traces_that_do_not_fit_are_refused(make, said):
     generator = np.random.default_rng(3)
     with pytest.raises(lens.LensError, match=said):
         transfer(make(trace(causal(generator)), trace(causal(generator, blocks=8))))
+    with pytest.raises(lens.LensError, match=r"transfer takes traces.*got str"):
+        run("a", "b")
     with pytest.raises(lens.LensError, match="share must be"):
         run(trace(causal(generator)), trace(causal(generator)), share=0)
