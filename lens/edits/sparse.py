@@ -28,6 +28,8 @@ class ChoosesBlocks(Protocol):
     @property
     def block_size(self) -> tuple[int, int]: ...
 
+    def check(self, model: LoadedModel) -> None: ...
+
     def choose(self, view: BlockView) -> _Chosen: ...
 
 
@@ -76,6 +78,7 @@ class Sparse(OfHeads):
 
     def start(self, model: LoadedModel, backend: str) -> Running:
         """See `Edit`."""
+        self.policy.check(model)
         sizes = check_block_size(
             self.policy.block_size if self.block_size is None else self.block_size
         )

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lens.common import choices
 from lens.common.errors import LensError
+from lens.models.loaded import LoadedModel
 from lens.passes.blocks import BlockView, in_blocks
 
 
@@ -48,6 +49,12 @@ class Policy(ABC):
         Args:
             view: of a call; its attributes give q, k, the mask and probes of P.
         """
+
+    def check(self, model: LoadedModel) -> None:
+        """Raises LensError where this policy, or one inside it, names heads that the model has not got."""
+        for one in fields(self):  # type: ignore[arg-type]  # every policy is a dataclass
+            if isinstance(inside := getattr(self, one.name), Policy):
+                inside.check(model)
 
     def choose(self, view: BlockView) -> Kept:
         """`keep`; every block where a single query decodes and this policy has no form for that."""

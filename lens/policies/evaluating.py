@@ -79,6 +79,8 @@ def evaluate(
             f"{model.name} attends twice in layers {list(model.info.twice)}; what a policy keeps of two maps "
             "that are subtracted is not defined here"
         )
+    for one in policies:
+        one.check(model)
     layers = model.info.attending
     projections, reason = _projections(model)
     values = np.full(

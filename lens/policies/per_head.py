@@ -11,6 +11,7 @@ import torch
 from lens.common.errors import LensError
 from lens.common.head_ids import AnyHead, HeadId, head_id
 from lens.edits.base import part_of
+from lens.models.loaded import LoadedModel
 from lens.passes.blocks import BlockView
 from lens.policies.base import Full, Kept, Policy
 
@@ -39,6 +40,13 @@ class PerHead(Policy):
                 raise LensError(f"PerHead takes policies, got {policy!r}")
         named = {head_id(head): policy for head, policy in self.policies.items()}
         object.__setattr__(self, "policies", named)
+
+    def check(self, model: LoadedModel) -> None:
+        """See `Policy`."""
+        super().check(model)
+        for head, policy in self.policies.items():
+            model.info.head(head)
+            policy.check(model)
 
     def of(self, head: AnyHead) -> Policy:
         """The policy of a head."""

@@ -175,6 +175,18 @@ def test_every_decoding_step_is_sparse_where_the_policy_has_a_form_for_it(model,
     assert done.calls == 3  # the prompt alone: it does not decode
 
 
+def test_heads_that_the_model_has_not_got_are_refused(model, prompts):
+    elsewhere = policies.PerHead({"L9H0": policies.AShape(2, 4)})
+    for policy in (elsewhere, policies.Oracle(like=elsewhere)):
+        with pytest.raises(lens.LensError, match="there is no L9H0"):
+            policies.evaluate(model, prompts, policy)
+    with (
+        pytest.raises(lens.LensError, match="there is no L9H0"),
+        lens.edit(model, lens.edits.Sparse(elsewhere)),
+    ):
+        pass
+
+
 def test_the_loss_is_that_of_a_run_and_paired(model, prompts):
     policy = policies.AShape(4, 8)
     found = policies.evaluate(model, prompts, [policy, policies.Full()], block_size=8, loss=True)
