@@ -1,5 +1,7 @@
 """Which heads may be made sparse, how far, and what it costs: policies measured and run on the run's text."""
 
+import math
+
 import lens
 from lens.common.results import of_kind
 from lens.policies.scores import COLUMNS
@@ -19,7 +21,7 @@ def policies(subject: Subject) -> Section:
         kinds.VerticalSlash(few, near, first=few, last=few),
         kinds.BlockSparse(share=0.25),
         kinds.FlexPrefill(least=near),
-        kinds.XAttention(stride=min(8, size)),
+        kinds.XAttention(stride=math.gcd(8, size)),
         kinds.Sparge(),
         kinds.Oracle(share=0.25),
         kinds.RandomBlocks(share=0.25, ends=True, seed=subject.seed),
