@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -159,6 +161,23 @@ def covering(shares: Tensor, needed: Tensor | float, *, over: bool = True) -> Te
     taken = (total - ordered.values < needed) if over else (total <= needed)
     taken = taken & (ordered.values > 0)
     return torch.zeros_like(taken).scatter(-1, ordered.indices, taken)
+
+
+def several(name: str, given: Any) -> list[Policy]:
+    """One policy or several as a list.
+
+    Raises:
+        LensError: none, or something else among them.
+    """
+    found = list(given) if isinstance(given, Iterable) and not isinstance(given, str) else [given]
+    for one in found:
+        if not isinstance(one, Policy):
+            raise LensError(
+                f"{name} must be one of lens.policies, such as AShape(64, 256), got {type(one).__name__}"
+            )
+    if not found:
+        raise LensError(f"{name} is an empty list; give at least one policy")
+    return found
 
 
 def check_counts(policy: Policy, *names: str, least: int = 0) -> None:

@@ -20,7 +20,7 @@ from lens.passes.calls import LayerCall
 from lens.passes.inputs import Prompt, read_prompts
 from lens.passes.replay import proved
 from lens.passes.sessions import base, listening
-from lens.policies.base import Policy
+from lens.policies.base import Policy, several
 from lens.policies.measures import Dense, measure, ranked
 from lens.policies.scores import COLUMNS, PolicyScores
 from lens.tasks.prompts import token_losses
@@ -60,14 +60,7 @@ def evaluate(
         >>> found = lens.policies.evaluate(model, texts, lens.policies.AShape(first=16, last=16), block_size=16)
         >>> found.table()[["name", "density", "recall", "oracle_recall", "output_error"]]
     """
-    policies = [policy] if isinstance(policy, Policy) else list(policy)
-    for one in policies:
-        if not isinstance(one, Policy):
-            raise LensError(
-                f"policy must be one of lens.policies, such as AShape(64, 256), got {type(one).__name__}"
-            )
-    if not policies:
-        raise LensError("policy is an empty list; give at least one policy")
+    policies = several("policy", policy)
     sizes = [
         check_block_size(one.block_size if block_size is None else block_size) for one in policies
     ]

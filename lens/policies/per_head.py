@@ -35,6 +35,10 @@ class PerHead(Policy):
     default: Policy = field(default_factory=Full)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.policies, Mapping):
+            raise LensError(
+                f"PerHead takes a mapping such as {{'L0H1': AShape(16, 64)}}, got {type(self.policies).__name__}"
+            )
         for policy in (*self.policies.values(), self.default):
             if not isinstance(policy, Policy):
                 raise LensError(f"PerHead takes policies, got {policy!r}")

@@ -14,7 +14,7 @@ from lens.models.loaded import LoadedModel
 from lens.passes.blocks import check_block_size
 from lens.passes.inputs import read_prompts
 from lens.policies.a_shape import AShape
-from lens.policies.base import Full, Policy
+from lens.policies.base import Full, Policy, several
 from lens.policies.block_sparse import BlockSparse
 from lens.policies.evaluating import evaluate, losses_under
 from lens.policies.found import PolicySearch
@@ -74,9 +74,8 @@ def search(
         raise LensError(f"loss must be a number of nats from 0 on, got {loss!r}")
     check_counts(draws=draws)
     longest = max(map(len, chooses))
-    if candidates is None:
-        candidates = _candidates(longest)
-    offered = [*([candidates] if isinstance(candidates, Policy) else candidates), Full()]
+    asked = _candidates(longest) if candidates is None else several("candidates", candidates)
+    offered = [*asked, Full()]
     scores = evaluate(model, chooses, offered, block_size=size, progress=progress)
     levels = _levels(scores, offered)
     with advancing(f"{model.name}: levels", len(levels) * (3 + draws), progress) as advance:

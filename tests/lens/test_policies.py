@@ -389,6 +389,7 @@ def test_hierarchical_misses_grow_with_the_levels_and_a_flat_search_by_means_is_
         (lambda: policies.BlockSparse(1, 0.5), "top or share"),
         (lambda: policies.XAttention(1.5), "threshold of XAttention"),
         (lambda: policies.FlexPrefill(gamma=0), "gamma of FlexPrefill"),
+        (lambda: policies.PerHead(cast(Any, "L0H0")), "takes a mapping.*got str"),
         (lambda: policies.PerHead({"L0H0": cast(Any, "a")}), "takes policies"),
         (lambda: policies.Grid(cast(Any, "diagonal"), 2, 2), "pattern of Grid must be one of"),
         (lambda: policies.Regions(5, 5), "do not divide"),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -192,6 +193,8 @@ def test_what_cannot_be_said_is_refused(model, windows, tmp_path):
         policies.write(policies.PerHead({"L0H0": policies.Oracle(top=1)}), tmp_path / "a", model)
     with pytest.raises(lens.LensError, match="held_out"):
         policies.search(model, windows[:1])
+    with pytest.raises(lens.LensError, match=r"candidates must be one of lens\.policies.*got int"):
+        policies.search(model, windows[:2], candidates=cast(Any, 3))
     with pytest.raises(lens.LensError, match="loss must be"):
         policies.search(model, windows[:2], loss=-1)
     with pytest.raises(lens.LensError, match="draws must be"):
