@@ -7,8 +7,7 @@ which says another thing for pictures of another shape.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from itertools import product
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -69,16 +68,6 @@ def describe_patches(
             f"{length} positions",
         )
     return names, {"first": len(before), "height": height, "width": width}
-
-
-def _order(model: LoadedModel, height: int, width: int) -> Iterator[tuple[int, int]]:
-    """Patches as they stand: row by row, or block by block in towers that join the patches of a block."""
-    side = getattr(model.model.config, "spatial_merge_size", 1)
-    if height % side or width % side:
-        side = 1
-    for top, left in product(range(0, height, side), range(0, width, side)):
-        for row, column in product(range(side), repeat=2):
-            yield top + row, left + column
 
 
 def _numbered(length: int, why: str) -> tuple[list[str], dict[str, Any]]:
