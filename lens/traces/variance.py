@@ -147,7 +147,7 @@ def shares_of(values: np.ndarray) -> np.ndarray:
 
 def _scores(trace: AttentionTrace, metric: str, variant: str) -> np.ndarray:
     """The metric of every head [heads] of one trace."""
-    table = prompt_table(trace, "p")
+    table = prompt_table(trace, "p", seed=None, uniform=False)
     rows = table[((table["metric"] == metric) & (table["variant"] == variant)).to_numpy()]
     if rows.empty:
         have = ", ".join(dict.fromkeys(table["metric"]))
