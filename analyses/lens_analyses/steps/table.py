@@ -67,14 +67,13 @@ def heads(subject: Subject) -> Section:
         [str(HeadId(*pair)) for pair in joined.to_numpy().tolist()], name="name"
     )
     measures: list[dict] = []
-    if "importance" in run.sections:
-        importance = run.section("importance")
+    sections = {name: run.section(name) for name in _SECTIONS if name in run.sections}
+    if importance := sections.get("importance"):
         scores = importance.tables["scores"].set_index("name").drop(columns=["layer", "head"])
         joined = joined.join(scores)
         columns |= {str(name): importance.columns[str(name)] for name in scores.columns}
         measures = importance.configuration["measures"]
-    if "roles" in run.sections:
-        roles = run.section("roles")
+    if roles := sections.get("roles"):
         for role in _ROLES:
             kind = "copied" if role in _ON_COPIED else "text"
             table = roles.tables.get(kind, next(iter(roles.tables.values()))).set_index("name")
@@ -83,11 +82,11 @@ def heads(subject: Subject) -> Section:
                     joined[name] = table[name]
                     columns[name] = roles.columns[name]
     for section, table, column, name, definition in _JOINED:
-        if section in run.sections and table in run.section(section).tables:
-            found = run.section(section)
+        found = sections.get(section)
+        if found and table in found.tables:
             joined[name] = found.tables[table].set_index("name")[column]
             columns[name] = definition or found.columns[column]
-    missing = [name for name in _SECTIONS if name not in run.sections]
+    missing = [name for name in _SECTIONS if name not in sections]
     limits = [f"Without {', '.join(missing)}, which could not be had."] if missing else []
     try:
         weights = copying(subject.model).set_index("name")
@@ -109,9 +108,7 @@ def heads(subject: Subject) -> Section:
         summary=tuple(_sentences(table, measures)),
         limits=(*limits, "NaN means not scored; the section of the score says why."),
         columns=columns,
-        configuration={
-            "joined": [*(name for name in _SECTIONS if name in run.sections), "copying"]
-        },
+        configuration={"joined": [*sections, "copying"]},
         tables={"heads": table},
     )
 
