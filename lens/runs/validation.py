@@ -15,7 +15,7 @@ import numpy as np
 
 from lens.common.errors import LensError
 from lens.common.files import lies_in
-from lens.runs.folders import CONFIG, IMPORTANCES
+from lens.runs.folders import CIRCUITS, CONFIG, IMPORTANCES
 from lens.runs.manifest import GROWING, MANIFEST, changed_files
 from lens.runs.schema import POOLED
 from lens.runs.writer import config_hash
@@ -53,7 +53,7 @@ def validate(run: Run) -> list[str]:
             for name in run.sections
         ),
         *(
-            (f"circuits/{name}", lambda name=name: iter(run.circuit(name) and ()))
+            (f"{CIRCUITS}/{name}.json", lambda name=name: iter(run.circuit(name) and ()))
             for name in run.circuits
         ),
         *((f"trace/{name}", lambda name=name: _trace(run, name)) for name in run.traces),
@@ -62,7 +62,7 @@ def validate(run: Run) -> list[str]:
         try:
             problems += check()
         except LensError as error:
-            if run.door.has(name) or "." not in name:  # `_files` says what is missing
+            if run.door.has(name):  # `_files` says what is missing
                 problems.append(str(error))
     return list(dict.fromkeys(problems))
 

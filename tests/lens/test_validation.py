@@ -144,6 +144,14 @@ def test_missing_and_damaged_files(tmp_path, damage, message):
     assert_matches(message, found)
 
 
+@pytest.mark.parametrize("name", ["ioi", "a.task"])
+def test_a_damaged_circuit_is_told_whatever_its_name(tmp_path, name):
+    run = make_run(tmp_path)
+    (run.path / "circuits").mkdir()
+    (run.path / "circuits" / f"{name}.json").write_text("{}")
+    assert any(f"{name}.json" in problem for problem in validate(run))
+
+
 def test_a_file_outside_of_the_run_is_not_followed(tmp_path):
     run = make_run(tmp_path)
     (tmp_path / "secret").write_text("x")
