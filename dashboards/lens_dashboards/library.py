@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 
-from lens.common.errors import LensError
 from lens.runs import BrokenRun, Run, find_run, list_runs
 from lens.runs.folders import INDEX
 from lens.runs.sections import FOLDER, Section
@@ -20,22 +19,12 @@ _OPEN_SECTIONS = 64
 
 def sections(run: Run) -> dict[str, Section]:
     """The sections of a run that can be read, by name; why others cannot is in `remarks`."""
-    return _readable(run)[0]
+    return run.readable(section)[0]
 
 
 def remarks(run: Run) -> list[str]:
     """Warnings of a run, and what does not fit the schema and is left out."""
-    return [*run.meta["warnings"], *run.damage, *_readable(run)[1]]
-
-
-def _readable(run: Run) -> tuple[dict[str, Section], list[str]]:
-    found, problems = {}, []
-    for name in run.sections:
-        try:
-            found[name] = section(run, name)
-        except LensError as error:
-            problems.append(str(error))
-    return found, problems
+    return [*run.meta["warnings"], *run.damage, *run.readable(section)[1]]
 
 
 def section(run: Run, name: str) -> Section:

@@ -6,7 +6,7 @@ The layout is docs/schema/run-folder.md. Nothing here needs torch; nothing is lo
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -197,12 +197,15 @@ class Run:
         self._hold(f"sections/{name}", section_problems(section, self.meta["model"]))
         return section
 
-    def readable(self) -> tuple[dict[str, Section], list[str]]:
-        """Sections that can be read, by name, and why the others cannot."""
+    def readable(
+        self, read: Callable[[Run, str], Section] | None = None
+    ) -> tuple[dict[str, Section], list[str]]:
+        """Sections that can be read, by name, and why the others cannot; `read` in place of `section`."""
+        read = read or Run.section
         found, problems = {}, []
         for name in self.sections:
             try:
-                found[name] = self.section(name)
+                found[name] = read(self, name)
             except LensError as error:
                 problems.append(str(error))
         return found, problems
