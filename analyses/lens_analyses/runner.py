@@ -21,6 +21,7 @@ import lens
 from lens.common.errors import LensError
 from lens.runs import Run, open_run
 from lens.runs.manifest import remove_own
+from lens.runs.schema import PROMPT_KINDS
 from lens.runs.writer import RunWriter, find_by_config
 from lens.traces.findings import findings
 from lens.traces.store import remove_trace, trace_files
@@ -36,7 +37,6 @@ from lens_analyses.steps.subject import Subject, analysed
 if TYPE_CHECKING:
     from lens.models.loaded import LoadedModel
 
-KINDS = ("text", "copied")
 _WORTH_A_LINE = 5.0  # seconds of a prompt; quicker ones are in log.txt only
 
 
@@ -290,7 +290,7 @@ def _meta(config: RunConfig, model: "LoadedModel", planned: list[PlannedPrompt])
     kinds = [prompt.kind for prompt in planned]
     counts = [
         f"{kinds.count(kind)} {kind} prompt{'s' if kinds.count(kind) > 1 else ''}"
-        for kind in KINDS
+        for kind in PROMPT_KINDS
         if kind in kinds
     ]
     return {

@@ -15,12 +15,11 @@ from lens.common.errors import LensError
 from lens.models.loaded import LoadedModel
 from lens.models.random_weights import random_weights
 from lens.runs import Run
+from lens.runs.schema import PROMPT_KINDS
 from lens.traces.metrics import HEADLINE_STATISTICS, HEADLINES
 from lens.traces.profiles import beside_random, pooled_table, prompt_table
 from lens_analyses.config import RunConfig
 from lens_analyses.console import log
-
-_KINDS = ("text", "copied")
 
 
 def head_table(
@@ -79,7 +78,7 @@ def _with_pooled(
 ) -> pd.DataFrame:
     """The tables of the prompts, and before them the mean over those of each kind."""
     pooled = []
-    for kind in _KINDS:
+    for kind in PROMPT_KINDS:
         pairs = zip(rows, tables, strict=True)
         members = [table for row, table in pairs if row["kind"] == kind]
         if len(members) > 1:

@@ -12,7 +12,7 @@ import pandas as pd
 
 from lens.common.errors import LensError
 from lens.common.head_ids import head_id
-from lens.runs.schema import POOLED, SECTIONS
+from lens.runs.schema import PROMPT_KINDS, SECTIONS
 from lens.traces.metrics import METRICS, VARIANTS
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ _ROWS = {
 
 def prompt_problems(table: pd.DataFrame) -> Iterator[str]:
     """Of `prompts.parquet`."""
-    yield from _unknown(table, "kind", POOLED)
+    yield from _unknown(table, "kind", PROMPT_KINDS)
     yield from _unknown(table, "status", _STATES)
     names = table["prompt_id"]
     if names.duplicated().any():
@@ -53,7 +53,7 @@ def head_problems(
     """Of `heads.parquet`: names and numbers that are not known, heads that are missing or there twice."""
     yield from _unknown(table, "metric", METRICS)
     yield from _unknown(table, "variant", VARIANTS)
-    yield from _unknown(table, "prompt_id", (*POOLED, *prompts["prompt_id"]))
+    yield from _unknown(table, "prompt_id", (*PROMPT_KINDS, *prompts["prompt_id"]))
     if table.empty:
         yield "it has no rows"
     yield from outside_of(table, model)

@@ -19,7 +19,7 @@ from lens.runs.door import Door
 from lens.runs.processes import is_writing
 from lens.runs.schema import (
     HEADS,
-    POOLED,
+    PROMPT_KINDS,
     PROMPTS,
     CircuitFile,
     ImportancesFile,
@@ -96,7 +96,7 @@ class Run:
     @cached_property
     def heads(self) -> pd.DataFrame:
         """Long table of head metrics; columns in docs/schema/run-folder.md."""
-        model, prompts = self.meta["model"], self.meta["prompts"]["total"] + len(POOLED)
+        model, prompts = self.meta["model"], self.meta["prompts"]["total"] + len(PROMPT_KINDS)
         most = prompts * model["layers"] * model["heads"] * len(METRICS) * len(VARIANTS)
         table = self._table("heads.parquet", HEADS, most)
         self._hold("heads.parquet", head_problems(table, model, self.prompts))

@@ -15,7 +15,7 @@ from lens.traces.profiles import COLUMNS as HEAD_COLUMNS
 
 SCHEMA = "attention-lens/run"
 SCHEMA_VERSION = 1
-POOLED = ("text", "copied")
+PROMPT_KINDS = ("text", "copied")
 """Kinds of prompts; in the table of heads also names of the means over them."""
 
 Kind = Literal["text", "number", "integer", "integers", "texts"]

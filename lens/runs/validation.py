@@ -17,7 +17,7 @@ from lens.common.errors import LensError
 from lens.common.files import lies_in
 from lens.runs.folders import CIRCUITS, CONFIG, IMPORTANCES
 from lens.runs.manifest import GROWING, MANIFEST, changed_files
-from lens.runs.schema import POOLED
+from lens.runs.schema import PROMPT_KINDS
 from lens.runs.writer import config_hash
 from lens.traces.metrics import METRICS
 from lens.traces.profiles import POSITIONS, prompt_table
@@ -123,7 +123,7 @@ def _heads(run: Run) -> Iterator[str]:
     if lacking := sorted({*done["prompt_id"], *done["kind"]} - set(table["prompt_id"])):
         yield f"heads.parquet has no scores of {', '.join(lacking)}"
     kinds = dict(zip(run.prompts["prompt_id"], run.prompts["kind"], strict=True))
-    single = table[~table["prompt_id"].isin(POOLED) & ~table["metric"].isin(POSITIONS)]
+    single = table[~table["prompt_id"].isin(PROMPT_KINDS) & ~table["metric"].isin(POSITIONS)]
     means = single.assign(prompt_id=single["prompt_id"].map(kinds))
     means = means.groupby(["prompt_id", *_KEYS])["value"].mean().reset_index()
     yield from _differing(table, means, "the mean over the prompts")

@@ -11,6 +11,7 @@ import plotly.io as pio
 from lens.figures import head_grid, metric_by_layer
 from lens.figures.paper import PIXELS_PER_INCH, WIDTHS, for_paper
 from lens.runs import Run
+from lens.runs.schema import PROMPT_KINDS
 from lens_analyses.console import UsageError
 from lens_analyses.report.page import COLUMNS
 
@@ -77,7 +78,7 @@ def write_pictures(run: Run, out: Path, kinds: Sequence[str], width: str) -> Pic
 
 def paper_figures(run: Run) -> dict[str, go.Figure]:
     """Name -> figure: grids of the scores that reports show, sinks by layer, and those of the sections."""
-    kinds = [kind for kind in ("text", "copied") if (run.heads["prompt_id"] == kind).any()]
+    kinds = [kind for kind in PROMPT_KINDS if (run.heads["prompt_id"] == kind).any()]
     made = {}
     for metric, variant, best in COLUMNS:
         kind = best if best in kinds else kinds[0]

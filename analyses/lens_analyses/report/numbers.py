@@ -12,6 +12,7 @@ import pandas as pd
 import lens
 from lens.common.errors import LensError
 from lens.runs import Run
+from lens.runs.schema import PROMPT_KINDS
 from lens.runs.sections import Section
 from lens.stats import over_units
 from lens.traces.findings import Finding, findings
@@ -21,7 +22,6 @@ from lens_analyses.console import finite
 from lens_analyses.report.limits import limits
 
 SCHEMA, SCHEMA_VERSION = "attention-lens/report", 1
-KINDS = ("text", "copied")
 EPSILONS = tuple(round(0.05 * step, 2) for step in range(1, 20))
 CITATION = (
     "@software{attention_lens,\n"
@@ -54,7 +54,7 @@ def numbers(
         config = run.config
     except LensError as error:
         config, warnings = {}, [*warnings, str(error)]
-    pooled = pd.DataFrame(heads[heads["prompt_id"].isin(KINDS)])
+    pooled = pd.DataFrame(heads[heads["prompt_id"].isin(PROMPT_KINDS)])
     found = findings(heads)
     prompts = run.prompts.drop(columns=["text", "token_ids", "token_strings"])
     data = {
@@ -171,7 +171,7 @@ def _sinks(run: Run) -> dict[str, Any]:
     `rate(eps)`: share of (prompt, layer, head) with alpha_0 > eps, the threshold taken per prompt.
     """
     rates, curve = [], []
-    for kind in KINDS:
+    for kind in PROMPT_KINDS:
         members = run.prompts.loc[run.prompts["kind"] == kind, "prompt_id"]
         rows = run.heads[
             (run.heads["metric"] == "sink_mass") & run.heads["prompt_id"].isin(members)

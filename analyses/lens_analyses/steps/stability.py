@@ -8,6 +8,7 @@ from lens import heads
 from lens.common.errors import LensError
 from lens.common.head_ids import HeadId
 from lens.heads.likeness.stability import HeadStability
+from lens.runs.schema import PROMPT_KINDS
 from lens.runs.sections import Section
 from lens.traces.trace import AttentionTrace
 from lens.traces.variance import VarianceShares, variance
@@ -66,7 +67,7 @@ def _prompts(subject: Subject) -> tuple[str, list[list[int]]]:
     Raises:
         LensError: fewer than two.
     """
-    for kind in ("text", "copied"):
+    for kind in PROMPT_KINDS:
         prompts = subject.prompts(kind)[:_MOST_PROMPTS]
         if len(prompts) > 1:
             shortest = min(min(map(len, prompts)), _MOST_TOKENS)

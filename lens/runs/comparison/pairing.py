@@ -14,9 +14,9 @@ import pandas as pd
 from lens import stats
 from lens.common.head_ids import HeadId
 from lens.runs.folders import Run
+from lens.runs.schema import PROMPT_KINDS
 from lens.stats import over_units
 
-KINDS = ("text", "copied")
 _POSITIONS = ("top_key", "positional_distance")  # which key it is, not how much: no difference
 HEAD_COLUMNS = (
     "prompts",
@@ -52,7 +52,7 @@ def paired_prompts(a: Run, b: Run) -> dict[str, list[tuple[str, str]]]:
     waiting: dict[tuple[str, tuple[str, ...]], list[str]] = defaultdict(list)
     for row in b.prompts.to_dict("records"):
         waiting[row["kind"], tuple(row["token_strings"])].append(row["prompt_id"])
-    pairs: dict[str, list[tuple[str, str]]] = {kind: [] for kind in KINDS}
+    pairs: dict[str, list[tuple[str, str]]] = {kind: [] for kind in PROMPT_KINDS}
     for row in a.prompts.to_dict("records"):
         found = waiting[row["kind"], tuple(row["token_strings"])]
         if found and row["kind"] in pairs:
@@ -76,7 +76,7 @@ def compare_scores(
     heads: list[pd.DataFrame] = []
     metrics: list[tuple[object, ...]] = []
     pairs = paired_prompts(a, b)
-    for kind in KINDS:
+    for kind in PROMPT_KINDS:
         first = _values(a, kind, [pair[0] for pair in pairs[kind]])
         second = _values(b, kind, [pair[1] for pair in pairs[kind]])
         n = len(pairs[kind])
