@@ -1,15 +1,18 @@
 """Settings that are several words with commas, such as `ablation/mean,gradient`: which words there are."""
 
 import math
+from typing import get_args
 
-MEASURES = ("ablation", "gradient", "attribution", "atp", "gate", "direct")
-BASELINES = ("zero", "mean", "pooled_mean", "resample", "counterfactual", "optimal")
+from lens.heads.measures.methods import Baseline, Method
+
+MEASURES: tuple[str, ...] = get_args(Method)
+BASELINES: tuple[str, ...] = get_args(Baseline)
 _GO_TOGETHER = {
     "gradient": ("zero",),
     "gate": ("zero",),
     "direct": ("zero",),
     "atp": ("counterfactual", "resample"),
-    "attribution": BASELINES[:-1],
+    "attribution": tuple(word for word in BASELINES if word != "optimal"),
 }
 """Measures and the baselines that they know, where these are not all."""
 EDITS = ("mask", "drop", "mean_value", "zero_value", "move", "transfer")
