@@ -43,8 +43,6 @@ def served(app) -> Iterator[str]:
     from lens_dashboards.listening import listen, make_server
     from waitress import wasyncore
 
-    # boards.listening import listen, make_server
-
     server = make_server(app.server, listen("127.0.0.1", 0), threads=8)
     thread = threading.Thread(target=server.run)
     thread.start()
