@@ -50,22 +50,12 @@ class ActEdit(AttentionEdit):
             raise LensError(f"layer {at.layer} sees later tokens; ACT is defined for causal models")
         if self._beta == 1:
             return None
-        is_prompt = call.query.shape[2] == call.key.shape[2]
-        if is_prompt:
+        if call.query.shape[2] == call.key.shape[2]:
             self._sinks[at.layer] = self._found(call, at)
-        elif call.query.shape[2] > 1:
-            raise LensError(
-                "several tokens on cached keys are a prompt in pieces or drafts (prefill_chunk_size, "
-                "assistant_model, prompt_lookup_num_tokens), and where the prompt of ACT ends is not "
-                "known then; run the prompt in one pass and generate token by token"
-            )
-        elif at.layer not in self._sinks or len(self._sinks[at.layer]) != len(call.query):
-            raise LensError(
-                f"the cache of layer {at.layer} began outside the block, so the sinks of its prompt are "
-                "not known; start the generation inside"
-            )
-        elif self._released:
-            return None
+        else:
+            self._check_follows(call, self._sinks, "the sinks of its prompt are")
+            if self._released:
+                return None
         sinks = self._at(self._sinks[at.layer], at.positions) & heads[:, None]
         with_sinks = sinks.any(-1).any(0).nonzero()[:, 0]
         if not len(with_sinks):

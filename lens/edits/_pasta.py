@@ -17,7 +17,6 @@ import torch
 from lens_kernels.redistribution import LogitBias
 from lens_kernels.redistribution import redistribute as recombine
 
-from lens.common.errors import LensError
 from lens.edits.base import AttentionEdit, grouped, part_of
 from lens.passes.calls import LayerCall, attend
 from lens.passes.keys import KeysAt
@@ -69,17 +68,8 @@ class PastaEdit(AttentionEdit):
         places = at.positions
         if call.query.shape[2] == call.key.shape[2]:
             self._prompt[at.layer] = places.amax(-1) + 1
-        elif call.query.shape[2] > 1:
-            raise LensError(
-                "several tokens on cached keys are a prompt in pieces or drafts (prefill_chunk_size, "
-                "assistant_model, prompt_lookup_num_tokens), and where the prompt of PASTA ends is not "
-                "known then; run the prompt in one pass and generate token by token"
-            )
-        elif at.layer not in self._prompt or len(self._prompt[at.layer]) != len(places):
-            raise LensError(
-                f"the cache of layer {at.layer} began outside the block, so the end of its prompt is "
-                "not known; start the generation inside"
-            )
+        else:
+            self._check_follows(call, self._prompt, "the end of its prompt is")
         in_span = torch.zeros_like(places, dtype=torch.bool)
         for start, end in self._spans:
             in_span |= (places >= start) & (places < end)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -117,6 +117,28 @@ class AttentionEdit(ABC):
         sums = [rows.sum(dtype=torch.float64)]
         sums += [torch.where(rows, mass, 0).sum(dtype=torch.float64) for mass in (before, after)]
         self._masses += torch.stack(sums).cpu()
+
+    def _check_follows(
+        self, call: LayerCall, prompts: Mapping[int, torch.Tensor], unknown: str
+    ) -> None:
+        """Raises LensError unless the call is one token behind prompts that this edit saw whole.
+
+        Args:
+            call: one that is no whole prompt.
+            prompts: layer -> [batch, ...], what is known of the prompts.
+            unknown: what is not known of others, in words.
+        """
+        if call.query.shape[2] > 1:
+            raise LensError(
+                "several tokens on cached keys are a prompt in pieces or drafts (prefill_chunk_size, "
+                f"assistant_model, prompt_lookup_num_tokens), and where the prompt of {self.word.upper()} "
+                "ends is not known then; run the prompt in one pass and generate token by token"
+            )
+        if call.layer not in prompts or len(prompts[call.layer]) != len(call.query):
+            raise LensError(
+                f"the cache of layer {call.layer} began outside the block, so {unknown} not known; "
+                "start the generation inside"
+            )
 
     def keys_at(self, call: LayerCall) -> KeysAt:
         """Where each key stands in its prompt, also when a window has dropped older ones.
