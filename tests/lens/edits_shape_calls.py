@@ -1,4 +1,4 @@
-"""Calls of lens.edits with right and with wrong shapes, for test_edits_shapes.py."""
+"""Calls of lens.edits with right and with wrong shapes, for test_room_shapes.py."""
 
 import numpy as np
 import torch

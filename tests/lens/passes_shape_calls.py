@@ -1,4 +1,4 @@
-"""Calls of lens.passes with right and with wrong shapes, for test_passes_shapes.py."""
+"""Calls of lens.passes with right and with wrong shapes, for test_room_shapes.py."""
 
 import torch
 
