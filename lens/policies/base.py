@@ -169,12 +169,13 @@ def several(name: str, given: Any) -> list[Policy]:
     Raises:
         LensError: none, or something else among them.
     """
-    found = list(given) if isinstance(given, Iterable) and not isinstance(given, str) else [given]
-    for one in found:
+    found: list[Policy] = []
+    for one in given if isinstance(given, Iterable) and not isinstance(given, str) else [given]:
         if not isinstance(one, Policy):
             raise LensError(
                 f"{name} must be one of lens.policies, such as AShape(64, 256), got {type(one).__name__}"
             )
+        found.append(one)
     if not found:
         raise LensError(f"{name} is an empty list; give at least one policy")
     return found
