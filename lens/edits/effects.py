@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from lens.common.choices import check_choice
+from lens.common.choices import check_choice, check_counts
 from lens.common.errors import LensError
 from lens.common.progress import advancing
 from lens.edits.clean_runs import CleanRuns, clean_runs, of_layers
@@ -41,7 +41,7 @@ def effect(
     prompts: Any,
     edit: Edits,
     *,
-    controls: Sequence[Control] | None = None,
+    controls: Sequence[Control] | Control | int | None = None,
     draws: int = 1,
     amounts: Sequence[float] | None = None,
     among: Keys | None = None,
@@ -63,8 +63,8 @@ def effect(
         edit: one of `lens.edits`, several that act together, or a function of the prompt (its `ids` and
             `inputs`) that returns these. `Ablate` takes its mean over these prompts if it names none.
         controls: some of "size", "mass", "position", "self", "layer", "norm", for which see
-            `lens.edits.controls`; None: those of its kind. Where one makes no sense the result says why
-            there is none.
+            `lens.edits.controls`; None: those of its kind; a number: those of its kind with so many
+            draws. Where one makes no sense the result says why there is none.
         draws: of each random control; their mean counts.
         amounts: of the edit, each once, instead of its own; the controls edit the same at each.
         among: keys that controls may take; None: all.
@@ -81,11 +81,18 @@ def effect(
     Example:
         >>> found = lens.effect(model, texts, lens.edits.Mask("first", heads=["L1H0"]))
         >>> found.table()[["condition", "amount", "mass", "delta_loss", "delta_loss_low"]]
-        >>> lens.effect(model, task, lens.edits.Ablate("L1H0", "mean"), draws=3).findings()
+        >>> lens.effect(model, task, lens.edits.Ablate("L1H0", "mean"), controls=8).findings()
     """
+    if isinstance(controls, int):
+        check_counts(controls=controls)
+        if draws not in (1, controls):
+            raise LensError(
+                f"controls={controls} are draws of each control, and draws={draws} too; give one"
+            )
+        controls, draws = None, controls
+    check_counts(draws=draws)
+    controls = [controls] if isinstance(controls, str) else controls
     named = [check_choice("controls", one, CONTROLS) for one in controls or ()]
-    if isinstance(draws, bool) or not isinstance(draws, int) or draws < 1:
-        raise LensError(f"draws must be a positive integer, got {draws!r}")
     doses = None if amounts is None else sorted(float(amount) for amount in amounts)
     if doses is not None and (not doses or len(set(doses)) < len(doses)):
         raise LensError(f"amounts must be different, at least one; got {list(amounts or ())}")

@@ -118,3 +118,20 @@ def test_heads_of_a_task_are_compared_with_as_many_others():
     assert abs(drop) > 1e-4
     assert found.values["edit"]["gain"].mean() == pytest.approx(-drop, abs=1e-5)
     assert list(found.values) == ["edit", "size", "mass", "layer"]
+
+
+def test_a_number_of_controls_is_draws_of_the_usual_ones():
+    model, ids = a_setting()
+    given = (model, ids[:, :-1], edits.Ablate("L1H0", "zero"))
+    by_number, by_draws = lens.effect(*given, controls=3), lens.effect(*given, draws=3)
+    pd.testing.assert_frame_equal(by_number.table(), by_draws.table())
+    assert not by_number.table().equals(lens.effect(*given, controls=2).table())
+    one = lens.effect(*given, controls="size").table()
+    pd.testing.assert_frame_equal(one, lens.effect(*given, controls=["size"]).table())
+    for bad, said in (
+        ({"controls": 0}, "controls must be a positive integer, got 0"),
+        ({"controls": 3, "draws": 2}, "give one"),
+        ({"controls": "sise"}, "controls must be"),
+    ):
+        with pytest.raises(lens.LensError, match=said):
+            lens.effect(*given, **bad)
