@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas as pd
 
 from lens.common.errors import LensError
@@ -45,6 +46,14 @@ def prompt_problems(table: pd.DataFrame) -> Iterator[str]:
         counts = {row["tokens"], len(row["token_ids"]), len(row["token_strings"])}
         if len(counts) > 1 or 0 in counts:
             yield f"column tokens: {row['prompt_id']} has differing token counts {sorted(counts)}"
+    for name in ("loss", "loss_repeat", "seconds"):
+        known = table[name].notna()
+        if not table[name][known].between(0, np.inf, inclusive="left").all():
+            yield f"column {name} has numbers that are negative or infinite"
+        if (known & (table["status"] == "pending")).any():
+            yield f"column {name} has numbers of prompts that are pending"
+    if (table["loss_repeat"].notna() & (table["kind"] != "copied")).any():
+        yield "column loss_repeat has numbers of prompts that are not copied"
 
 
 def head_problems(
@@ -72,7 +81,7 @@ def head_problems(
 def section_problems(section: Section, model: Mapping[str, Any]) -> Iterator[str]:
     """Of the tables and figures of a section: what the pages that show them could not do without."""
     for part, table in section.tables.items():
-        for problem in outside_of(table, model):
+        for problem in (*outside_of(table, model), *_intervals(table)):
             yield f"{part}.parquet: {problem}"
     for part, kinds in SECTIONS.get(section.name, {}).items():
         if section.tables[part].empty:
@@ -89,20 +98,43 @@ def section_problems(section: Section, model: Mapping[str, Any]) -> Iterator[str
 
 def outside_of(table: pd.DataFrame, model: Mapping[str, Any]) -> Iterator[str]:
     """Layers and heads of a table that the model does not have."""
-    pair = {"layer", "head"} <= set(table)
-    if pair and all(pd.api.types.is_integer_dtype(table[name]) for name in ("layer", "head")):
-        for name in ("layer", "head"):
-            if not table[name].between(0, model[f"{name}s"] - 1).all():
-                yield f"column {name} has numbers outside of 0 to {model[f'{name}s'] - 1}"
+    numbers = all(
+        name in table and pd.api.types.is_integer_dtype(table[name]) for name in ("layer", "head")
+    )
+    for name in ("layer", "head") if numbers else ():
+        if not table[name].between(0, model[f"{name}s"] - 1).all():
+            yield f"column {name} has numbers outside of 0 to {model[f'{name}s'] - 1}"
     for name in ("name", "head"):
         if name not in table or not pd.api.types.is_string_dtype(table[name]):
             continue
-        named = table[name].dropna().drop_duplicates()
-        for head in named[named.str.fullmatch(r"L\d+H\d+")]:
+        named = table[name].dropna()
+        named = named[named.str.fullmatch(r"L\d+H\d+")]
+        for head in named.drop_duplicates():
             try:
                 head_id(head, layers=model["layers"], heads=model["heads"])
             except LensError as error:
                 yield f"column {name}: {error}"
+        if numbers and name == "name":
+            of_row = table.loc[named.index]
+            places = "L" + of_row["layer"].astype(str) + "H" + of_row["head"].astype(str)
+            if (named != places).any():
+                yield "column name has other heads than the columns layer and head"
+
+
+def _intervals(table: pd.DataFrame) -> Iterator[str]:
+    """Measured columns have ends beside them: what is measured is finite, and the ends are in order."""
+    triples = [("value", "low", "high"), *((name, f"{name}_low", f"{name}_high") for name in table)]
+    for value, low, high in triples:
+        numbers = [name for name in (value, low, high) if name in table]
+        if not {low, high} <= set(numbers):
+            continue
+        if not all(pd.api.types.is_numeric_dtype(table[name]) for name in numbers):
+            continue
+        for name in numbers:
+            if np.isinf(table[name].to_numpy(float)).any():
+                yield f"column {name} has infinite numbers"
+        if (table[low] > table[high]).any():
+            yield f"column {low} is above {high}"
 
 
 def trace_problems(

@@ -10,6 +10,7 @@ import pytest
 from lens.common.files import write_json
 from lens.runs import open_run
 from lens.runs.manifest import write_manifest
+from lens.runs.sections import Section
 from lens.runs.validation import validate
 from lens.runs.writer import RunWriter
 from lens.traces.profiles import pooled_table, prompt_table
@@ -168,6 +169,10 @@ def test_a_file_outside_of_the_run_is_not_followed(tmp_path):
         (lambda t: t.assign(tokens=3), "p000 has differing token counts"),
         (lambda t: t.assign(status="great"), "column status has 'great', which is not known"),
         (lambda t: t.assign(prompt_id=["p000", "p007"]), "p007 is done but its trace is missing"),
+        (lambda t: first(t, loss=np.inf), "column loss has numbers that are negative or infinite"),
+        (lambda t: first(t, seconds=-1), "column seconds has numbers that are negative"),
+        (lambda t: first(t, status="pending"), "column loss has numbers of prompts that are pend"),
+        (lambda t: first(t, loss_repeat=1), "column loss_repeat has .* that are not copied"),
     ],
 )
 def test_wrong_prompt_tables(tmp_path, change, message):
@@ -222,6 +227,41 @@ def test_wrong_head_tables(tmp_path, change, message):
     run = make_run(tmp_path)
     rewrite(run, "heads", change)
     assert_matches(message, "\n".join(validate(open_run(run.path))))
+
+
+HEAD_SCORES = pd.DataFrame(
+    {
+        **{"name": ["L0H1", "L1H0"], "layer": [0, 1], "head": [1, 0]},
+        **{"kl": [0.2, 0.3], "kl_low": [0.1, np.nan], "kl_high": [0.4, np.nan]},
+        **{"value": [1.0, 2.0], "low": [0.5, 2.5], "high": [1.5, 3.0], "amount": [0.0, -np.inf]},
+    }
+)
+"""An interval need not hold its value, and amounts may be infinite."""
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: first(t, layer=2), "column layer has numbers outside of 0 to 1"),
+        (lambda t: first(t, name="L0H7"), "column name: there is no L0H7"),
+        (lambda t: t.assign(name=t["name"][::-1].to_numpy()), "column name has other heads than"),
+        (lambda t: first(t, kl=np.inf), "column kl has infinite numbers"),
+        (lambda t: first(t, high=np.inf), "column high has infinite numbers"),
+        (
+            lambda t: t.assign(kl_low=t["kl_high"], kl_high=t["kl_low"]),
+            "column kl_low is above kl_high",
+        ),
+    ],
+)
+def test_a_section_whose_numbers_cannot_be_is_told(tmp_path, change, message):
+    run = make_run(tmp_path)
+    columns = dict.fromkeys(HEAD_SCORES, "x")
+    section = Section("scored", "Scored", columns=columns, tables={"scores": HEAD_SCORES})
+    section.save(run.path)
+    assert validate(open_run(run.path)) == []
+    name = "sections/scored/scores"
+    rewrite(run, name, lambda table: change(table)[table.columns])
+    assert_matches(rf"scores\.parquet: {message}", "\n".join(validate(open_run(run.path))))
 
 
 def spoiled(name, change):
