@@ -89,7 +89,8 @@ def _from_object(model: Any, tokenizer: Any) -> LoadedModel:
         )
     raise LensError(
         f"cannot reach the attention of {type(model).__name__}: it is neither a transformers PreTrainedModel "
-        "(whose attention goes through AttentionInterface) nor a TransformerBridge; wrap it as one of these"
+        "(whose attention goes through AttentionInterface) nor a TransformerBridge; "
+        "lens.passes.wrap(module, inputs) takes any nn.Module with attention"
     )
 
 

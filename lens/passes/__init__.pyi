@@ -1,1 +1,2 @@
 from .loading import load as load
+from .wrapping import wrap as wrap

@@ -7,6 +7,7 @@ from lens_kernels import AttentionResult
 
 from lens.common.errors import LensError
 from lens.models.loaded import LoadedModel
+from lens.models.wrapped import Wrapped
 from lens.passes.calls import LayerCall, attend
 from lens.passes.inputs import model_input
 from lens.passes.interface import switched
@@ -122,6 +123,8 @@ def _output(
 
 def tiny_inputs(model: LoadedModel) -> dict[str, torch.Tensor]:
     """A short prompt of drawn tokens, or noise where the model reads none: an image, frames, a sound."""
+    if isinstance(model.model, Wrapped):
+        return model.model.example
     generator = torch.Generator().manual_seed(0)
     name = "input_ids" if model.is_bridge else model_input(model)
     if name not in ("input_ids", "inputs_embeds"):

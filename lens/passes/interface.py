@@ -130,10 +130,11 @@ def own_attention(
     mask: torch.Tensor | None,
     scale: float,
     bias: torch.Tensor | None,
+    causal: bool = False,
 ) -> torch.Tensor:
     """That of a module that asks no registry (`lens.passes.computed`): no mask lets everything through."""
     return lens_attention(
-        module, query, key, value, mask, scaling=scale, is_causal=False, position_bias=bias
+        module, query, key, value, mask, scaling=scale, is_causal=causal, position_bias=bias
     )[0]
 
 

@@ -7,7 +7,7 @@ returns the output that the model goes on with. Capture, gradients, edits and ci
 import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any, TypeAlias
 
@@ -18,6 +18,7 @@ from lens.common.errors import LensError, first_line
 from lens.common.head_ids import layers_in_words
 from lens.models.layout import blocks
 from lens.models.loaded import LoadedModel, check_loaded
+from lens.models.wrapped import Wrapped
 from lens.passes.bridge import replaced_attention
 from lens.passes.calls import LayerCall, attend
 from lens.passes.computed import following
@@ -154,7 +155,7 @@ def listening(
     with ExitStack() as stack:
         stack.enter_context(received_by(session))
         stack.enter_context(switched(root))
-        stack.enter_context(following(language_model(root), own_attention))
+        stack.enter_context(_followed(root))
         if model.is_bridge:
             stack.enter_context(replaced_attention(model.model))
         for module in {id(module): module for module in (root, base(model))}.values():
@@ -167,6 +168,15 @@ def listening(
         _number(model, session, stack)
         yield
         session.settle()
+
+
+def _followed(root: nn.Module) -> AbstractContextManager[None]:
+    """Modules that ask no registry for their attention ask us."""
+    if not isinstance(root, Wrapped):
+        return following(language_model(root), own_attention)
+    if root.following is not None:
+        return root.following(root.attending, own_attention)
+    return following(root, own_attention, root.attending, root.heads)
 
 
 def _held(cache: Any) -> int:
@@ -185,7 +195,8 @@ def has_blocks(model: LoadedModel) -> bool:
 def _number(model: LoadedModel, session: Session, stack: ExitStack) -> None:
     """Tell the session which layer's block runs: layers without attention count too."""
     try:
-        found = blocks(model)
+        root = model.model
+        found = root.attending if isinstance(root, Wrapped) else blocks(model)
     except LensError:  # stages of a vision tower: not one list
         return
     numbers: dict[nn.Module, list[int]] = {}

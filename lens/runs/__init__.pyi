@@ -1,7 +1,5 @@
 from .comparison.comparing import Comparison as Comparison
 from .comparison.comparing import compare_runs as compare_runs
-from .exchange.attentions import from_attentions as from_attentions
-from .exchange.attentions import from_transformer_lens as from_transformer_lens
 from .exchange.headvis import to_headvis as to_headvis
 from .exchange.tables import to_csv as to_csv
 from .exchange.tables import to_parquet as to_parquet

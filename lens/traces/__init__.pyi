@@ -1,4 +1,6 @@
 from . import metrics as metrics
+from .attentions import from_attentions as from_attentions
+from .attentions import from_transformer_lens as from_transformer_lens
 from .detector import detect as detect
 from .findings import findings as findings
 from .recorder import capturing as capturing

@@ -17,6 +17,7 @@ from lens.models.sizes import image_token
 from lens.passes.calls import LayerCall, attend
 from lens.passes.inputs import Prompt, read_prompts
 from lens.passes.sessions import listening, run
+from lens.traces.given import given_traces
 from lens.traces.patches import describe_patches
 from lens.traces.recorder import Recorder
 from lens.traces.segments import segments
@@ -37,22 +38,23 @@ class CaptureOptions(TypedDict, total=False):
     out: str | Path | None
     progress: bool
     seed: int | None
+    attentions: Sequence[Any] | None
 
 
 @overload
 def capture(
-    model: LoadedModel, prompts: str | Sequence[int], **options: Unpack[CaptureOptions]
+    model: LoadedModel | None, prompts: str | Sequence[int], **options: Unpack[CaptureOptions]
 ) -> AttentionTrace: ...
 @overload
 def capture(
-    model: LoadedModel,
+    model: LoadedModel | None,
     prompts: list[str] | list[list[int]] | list[torch.Tensor],
     **options: Unpack[CaptureOptions],
 ) -> list[AttentionTrace]: ...
 @overload
-def capture(model: LoadedModel, prompts: Any, **options: Unpack[CaptureOptions]) -> Any: ...
+def capture(model: LoadedModel | None, prompts: Any, **options: Unpack[CaptureOptions]) -> Any: ...
 def capture(
-    model: LoadedModel,
+    model: LoadedModel | None,
     prompts: Any,
     *,
     block_size: int = 64,
@@ -62,6 +64,7 @@ def capture(
     out: str | Path | None = None,
     progress: bool = True,
     seed: int | None = None,
+    attentions: Sequence[Any] | None = None,
 ) -> AttentionTrace | list[AttentionTrace]:
     """Run the model once per prompt and keep what its attention did, without ever building N×N.
 
@@ -80,19 +83,37 @@ def capture(
             written when it is done and leaves memory. In memory if None.
         progress: show a bar with the time left, on stderr, if that is a terminal.
         seed: that made the prompts, if any; only noted in the trace.
+        attentions: probabilities that somebody has already, one array [batch, heads, n, n] per layer as
+            transformers returns them: nothing is run, and what cannot be known from them (`lse`, `max_logit`, q and
+            k) is absent. `model` says what its tokens are; it may be None, and `prompts` a list of token strings
+            or ids, or None.
 
     Returns:
         The trace of one prompt; a list of traces for a list or a 2-D tensor, also for one of a single row.
 
     Raises:
         LensError: empty or too long prompts, a bad block size, or attention that capture does not
-            understand. A text is never cut: `lens.tasks.take` does that.
+            understand. A text is never cut: `lens.tasks.take` does that. Given attentions as
+            `lens.traces.from_attentions`.
 
     Example:
         >>> trace = lens.capture(model, "It was the best of times, it was the worst of times")
         >>> trace.received.dims
         ('layer', 'head', 'key')
     """
+    if attentions is not None:
+        if keep_qk or statistics != "all":
+            raise LensError(
+                "attentions hold no q and k, and every statistic that they have is kept; leave keep_qk and "
+                "statistics out"
+            )
+        found = given_traces(model, prompts, attentions, block_size)
+        for number, one in enumerate(found if isinstance(found, list) else [found]):
+            if out is not None:
+                one.save(Path(out) / f"p{number:03d}" if isinstance(found, list) else out)
+        return found
+    if model is None:
+        raise LensError("model may be None only beside attentions; pass what lens.load returns")
     settings = make_settings(
         statistics=statistics, block_size=block_size, keep_qk=keep_qk, backend=backend
     )

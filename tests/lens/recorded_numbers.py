@@ -312,7 +312,7 @@ def imported() -> Numbers:
     for _ in range(2):
         rows = np.tril(random.random((1, 3, 19, 19)) ** 4)
         layers.append(torch.tensor(rows / rows.sum(-1, keepdims=True), dtype=torch.float32))
-    trace = lens.runs.from_attentions(layers, token_ids=[*range(10), *range(9)])
+    trace = lens.traces.from_attentions(layers, token_ids=[*range(10), *range(9)])
     table = by_head(lens.profile(trace))
     columns = "previous_token induction duplicate_token entropy distance first_token sink_mass"
     return cells("interchange.from_attentions", table, columns, "L0H2 L1H1")

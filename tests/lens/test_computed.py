@@ -95,7 +95,7 @@ def _run(monkeypatch, module, *tensors):
     monkeypatch.setattr(computed, "_computes_attention", lambda kind: kind is _Attention)
     calls = []
 
-    def attend(module, query, key, value, mask, scale, bias):
+    def attend(module, query, key, value, mask, scale, bias, causal):
         logits = query @ key.transpose(-1, -2) * scale + (0 if bias is None else bias)
         if mask is not None:
             logits = logits.masked_fill(~mask, -torch.inf)

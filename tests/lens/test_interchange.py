@@ -6,7 +6,7 @@ import torch
 
 import lens
 from lens.common.errors import LensError
-from lens.runs import from_attentions, from_transformer_lens
+from lens.traces import from_attentions, from_transformer_lens
 from lens.traces.trace import AttentionTrace
 from tests.lens.architectures import build
 from tests.lens.naive import rms_ratio

@@ -8,7 +8,7 @@ import torch
 
 import lens
 from lens.models.catalogue import KNOWN
-from lens.runs import from_transformer_lens
+from lens.traces import from_transformer_lens
 from tests.lens.architectures import build
 from tests.lens.naive import rms_ratio
 

@@ -8,7 +8,8 @@ import pytest
 
 import lens
 from lens.common.errors import LensError
-from lens.runs import from_attentions, to_csv, to_headvis, to_parquet
+from lens.runs import to_csv, to_headvis, to_parquet
+from lens.traces import from_attentions
 from tests.lens.traces import probabilities, trace_of
 
 CONFIG = {

@@ -204,8 +204,8 @@ RUN_NONE = {
     "lens.heads.weights.copying",
     "lens.heads.weights.head_weights",
     "lens.models.random_weights",
-    "lens.runs.from_attentions",
-    "lens.runs.from_transformer_lens",
+    "lens.traces.from_attentions",
+    "lens.traces.from_transformer_lens",
     "lens.traces.capturing",
     "lens.vision.segments",
 }

@@ -1,1 +1,1 @@
-"""Traces from the attention matrices of other tools, and heads as files that other tools read."""
+"""Heads as files that other tools read."""

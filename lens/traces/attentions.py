@@ -15,7 +15,7 @@ import numpy as np
 
 from lens.common.errors import LensError
 from lens.common.version import __version__
-from lens.runs.exchange.matrices import PREFIX, layer_variables
+from lens.traces.matrices import PREFIX, layer_variables
 from lens.traces.trace import AttentionTrace, TraceWriter, visible_queries
 
 _TOLERANCE = {"float16": 2e-2, "bfloat16": 5e-2, "float32": 1e-4, "float64": 1e-4}
@@ -56,7 +56,7 @@ def from_attentions(
 
     Example:
         >>> layers = [torch.eye(3).expand(1, 2, 3, 3)] * 4  # in place of `outputs.attentions`
-        >>> lens.runs.from_attentions(layers, tokens=["a", "b", "c"])
+        >>> lens.traces.from_attentions(layers, tokens=["a", "b", "c"])
         <AttentionTrace of imported: 3 tokens, 4 layers × 2 heads...
     """
     if isinstance(attentions, (str, bytes)) or not isinstance(attentions, Sequence):
@@ -141,7 +141,7 @@ def from_transformer_lens(
 
     Example:
         >>> cache = {"blocks.0.attn.hook_pattern": torch.eye(3).expand(1, 2, 3, 3)}
-        >>> lens.runs.from_transformer_lens(cache, tokens=["a", "b", "c"])
+        >>> lens.traces.from_transformer_lens(cache, tokens=["a", "b", "c"])
         <AttentionTrace of imported: 3 tokens, 1 layers × 2 heads...
     """
     if not isinstance(cache, Mapping) and not hasattr(cache, "keys"):

@@ -1,0 +1,235 @@
+"""Scores of an attention that is written out, noted instead of computed.
+
+A `Scores` stands for the product of queries and keys in no memory: it notes what is done to it (scaled, biased,
+masked, normalised) in the words of a `LayerCall`. What cannot be noted needs its entries.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lens.common.errors import LensError
+from lens.passes.masks import HIDDEN, StructuredMask, split
+
+
+@dataclass(frozen=True, eq=False)
+class Noted:
+    """What a `Scores` stands for: `P` or the logits `scale * query key^T + bias`, where visible.
+
+    `query` [..., queries, d], `key` [..., keys, d] with one leading axis, of batch and heads, or two;
+    `bias` and `allowed` broadcast to `shape`; `order` says how the entries lie: axes of [..., q, k].
+    """
+
+    query: Tensor
+    key: Tensor
+    shape: tuple[int, ...]
+    scale: float = 1.0
+    bias: Tensor | None = None
+    allowed: Tensor | None = None
+    structured: StructuredMask | None = None
+    is_normalised: bool = False
+
+    def entries(self) -> Tensor:
+        """All of it, as the model itself would have it."""
+        logits = (self.query @ self.key.transpose(-1, -2) * self.scale).reshape(self.shape)
+        if self.bias is not None:
+            logits = logits + self.bias
+        if self.structured is not None:
+            logits = logits + self.structured.spelled_out()
+        if self.allowed is not None:
+            logits = logits.masked_fill(~self.allowed, torch.finfo(logits.dtype).min)
+        return logits.softmax(-1) if self.is_normalised else logits
+
+
+class Scores(Tensor):
+    """Stands for logits or probabilities of one attention module, in no memory."""
+
+    noted: Noted
+
+
+def scores_of(noted: Noted) -> Scores:
+    stub = torch.zeros((), dtype=noted.query.dtype, device=noted.query.device)
+    found = stub.expand(noted.shape).as_subclass(Scores)
+    found.noted = noted
+    return found
+
+
+PRODUCTS = {"matmul", "bmm", "baddbmm", "einsum"}
+LOOKS = {"get", "len", "hash", "dim", "size", "numel", "is_floating_point", "get_device"}
+_SAME = {
+    "to",
+    "float",
+    "type",
+    "type_as",
+    "contiguous",
+    "clone",
+    "detach",
+    "dropout",
+    "feature_dropout",
+}
+
+
+def product(name: str, args: tuple, kwargs: dict[str, Any]) -> Scores | None:
+    """Of two activations with an axis of heads; None for any other product."""
+    bias, scale = None, 1.0
+    if name == "baddbmm":
+        names = ("input", "batch1", "batch2")
+        bias, query, key = (*args, *(kwargs[one] for one in names[len(args) :]))
+        bias, scale = bias * kwargs.get("beta", 1), float(kwargs.get("alpha", 1))
+    elif len(args) != 2 + (name == "einsum") or not isinstance(args[-1], Tensor):
+        return None
+    else:
+        query, key = args[-2:]
+    if (
+        any(isinstance(one, nn.Parameter) or not one.is_floating_point() for one in (query, key))
+        or query.dim() != key.dim()
+        or query.dim() not in (3, 4)
+    ):
+        return None
+    if name == "einsum":
+        (rows, columns), result = letters(args[0])
+        *axes, row, column = result if len(result) == query.dim() else "..."
+        inner = "".join(set(rows) & set(columns) - set(result))
+        orders = ("".join((*axes, row, inner)), "".join((*axes, inner, column)))
+        if any(set(order) != set(own) for order, own in zip(orders, (rows, columns), strict=True)):
+            return None
+        query = query.permute([rows.index(letter) for letter in orders[0]])
+        key = key.permute([columns.index(letter) for letter in orders[1]])
+    lead = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2])
+    if lead != query.shape[:-2]:
+        return None
+    shape = (*lead, query.shape[-2], key.shape[-1])
+    return scores_of(Noted(query, key.transpose(-1, -2), shape, scale, bias))
+
+
+def letters(equation: str) -> tuple[tuple[str, str], str]:
+    operands, _, result = equation.replace(" ", "").partition("->")
+    left, _, right = operands.partition(",")
+    return (left, right), result
+
+
+def step_of(
+    function: Any, name: str, first: Scores, others: list[Any], args: tuple, kwargs: dict[str, Any]
+) -> Any:
+    noted = first.noted
+    if name in _SAME:
+        if name == "dropout" and noted.is_normalised and _drops(args, kwargs):
+            raise LensError("attention is dropped out; call model.eval() first")
+        return first
+    if name in ("view", "reshape"):
+        shape = tuple(function(*args, **kwargs).shape)
+        if shape[-2:] != noted.shape[-2:] or len(shape) not in (3, 4):
+            return NotImplemented
+        if len(shape) == len(noted.shape):
+            return first if shape == noted.shape else NotImplemented
+        return scores_of(_reshaped(noted, shape))
+    if name == "softmax":
+        dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
+        if noted.is_normalised or dim not in (-1, len(noted.shape) - 1):
+            return NotImplemented
+        return scores_of(replace(noted, is_normalised=True))
+    if noted.is_normalised or not others:
+        return NotImplemented
+    other = others[0]
+    if name in ("mul", "rmul", "imul", "div", "truediv", "itruediv"):
+        number = _number(other)
+        if number is None or (name.endswith("div") and number == 0) or len(others) > 1:
+            return NotImplemented
+        factor = 1 / number if "div" in name else number
+        bias = None if noted.bias is None else noted.bias * factor
+        return scores_of(replace(noted, scale=noted.scale * factor, bias=bias))
+    if name in ("add", "radd", "iadd", "sub", "isub") and len(others) == 1:
+        return scores_of(_added(noted, other, -1 if "sub" in name else 1))
+    if name in ("masked_fill", "max", "maximum") and others:
+        if name == "masked_fill":
+            return masked(noted, plain(other), others[1])
+        number = _number(other)
+        return first if number is not None and number <= HIDDEN else NotImplemented
+    return NotImplemented
+
+
+def _added(noted: Noted, other: Any, sign: int) -> Noted:
+    if isinstance(other, StructuredMask) and noted.structured is None and sign > 0:
+        return replace(noted, structured=other)
+    other = spelled_out_of(other)
+    if not isinstance(other, Tensor):
+        other = torch.as_tensor(other, dtype=noted.query.dtype, device=noted.query.device)
+    allowed, added = split(_aligned(sign * other, noted))
+    if allowed is not None and noted.allowed is not None:
+        allowed = allowed & noted.allowed
+    if added is not None and noted.bias is not None:
+        added = added + noted.bias
+    return replace(
+        noted,
+        allowed=noted.allowed if allowed is None else allowed,
+        bias=noted.bias if added is None else added,
+    )
+
+
+def masked(noted: Noted, hidden: Tensor, value: Any) -> Any:
+    number = _number(value)
+    if number is None or number > HIDDEN or noted.is_normalised or hidden.dtype != torch.bool:
+        return NotImplemented
+    hidden = _aligned(hidden, noted)
+    allowed = ~hidden if noted.allowed is None else noted.allowed & ~hidden
+    return scores_of(replace(noted, allowed=allowed))
+
+
+def _aligned(tensor: Tensor, noted: Noted) -> Tensor:
+    """With as many axes as the scores, as it broadcasts."""
+    return tensor.reshape((1,) * (len(noted.shape) - tensor.dim()) + tuple(tensor.shape))
+
+
+def _reshaped(noted: Noted, shape: tuple[int, ...]) -> Noted:
+    """With the leading axes of `shape`; what broadcasts over them goes on doing so."""
+
+    def moved(tensor: Tensor | None) -> Any:
+        if tensor is None:
+            return None
+        if len(shape) == 4:
+            return tensor[None] if tensor.shape[0] == 1 else tensor.unflatten(0, (shape[0], -1))
+        if tensor.shape[:2] == (1, 1):
+            return tensor[0]
+        return tensor.expand(*noted.shape[:2], -1, -1).flatten(0, 1)
+
+    bias, structured = noted.bias, noted.structured
+    if structured is not None and len(shape) == 3:
+        allowed = structured.spelled_out() >= HIDDEN
+        noted = replace(noted, structured=None)
+        noted = replace(
+            noted, allowed=allowed if noted.allowed is None else allowed & noted.allowed
+        )
+    return replace(
+        noted,
+        query=moved(noted.query),
+        key=moved(noted.key),
+        bias=moved(bias),
+        allowed=moved(noted.allowed),
+        shape=shape,
+    )
+
+
+def _number(value: Any) -> float | None:
+    value = spelled_out_of(value)
+    if isinstance(value, Tensor):
+        return float(value) if value.numel() == 1 else None
+    return float(value) if isinstance(value, int | float) else None
+
+
+def plain(mask: Any) -> Any:
+    return mask.spelled_out() if isinstance(mask, StructuredMask) else mask
+
+
+def spelled_out_of(value: Any) -> Any:
+    return value.noted.entries() if isinstance(value, Scores) else plain(value)
+
+
+def _drops(args: tuple, kwargs: dict[str, Any]) -> bool:
+    share = kwargs.get("p", args[1] if len(args) > 1 else 0.5)
+    return bool(share) and bool(
+        kwargs.get("training", kwargs.get("train", args[2] if len(args) > 2 else True))
+    )
