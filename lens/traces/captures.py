@@ -1,7 +1,7 @@
 """`lens.capture`: prompts in, traces out, one layer in memory at a time."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,6 +18,7 @@ from lens.passes.calls import LayerCall, attend
 from lens.passes.inputs import Prompt, read_prompts
 from lens.passes.sessions import listening, run
 from lens.traces.given import given_traces
+from lens.traces.labels import read_labels
 from lens.traces.patches import describe_patches
 from lens.traces.recorder import Recorder
 from lens.traces.segments import segments
@@ -39,6 +40,7 @@ class CaptureOptions(TypedDict, total=False):
     progress: bool
     seed: int | None
     attentions: Sequence[Any] | None
+    labels: Mapping[str, Any] | None
 
 
 @overload
@@ -65,6 +67,7 @@ def capture(
     progress: bool = True,
     seed: int | None = None,
     attentions: Sequence[Any] | None = None,
+    labels: Mapping[str, Any] | None = None,
 ) -> AttentionTrace | list[AttentionTrace]:
     """Run the model once per prompt and keep what its attention did, without ever building N×N.
 
@@ -87,6 +90,11 @@ def capture(
             transformers returns them: nothing is run, and what cannot be known from them (`lse`, `max_logit`, q and
             k) is absent. `model` says what its tokens are; it may be None, and `prompts` a list of token strings
             or ids, or None.
+        labels: your own, name -> (query labels, key labels): the mass of each row on keys that have its
+            label is a rule of `match_mass` and a column of `lens.profile`, exact at any length. Either
+            is a list of integers or texts, one per token, None where a token matches nothing; of
+            several prompts one for all or a list for each; or, for the pair, a function of a prompt's
+            tokens that returns it.
 
     Returns:
         The trace of one prompt; a list of traces for a list or a 2-D tensor, also for one of a single row.
@@ -100,12 +108,15 @@ def capture(
         >>> trace = lens.capture(model, "It was the best of times, it was the worst of times")
         >>> trace.received.dims
         ('layer', 'head', 'key')
+        >>> numbers = lambda tokens: ([1] * len(tokens), [token.strip().isdigit() for token in tokens])
+        >>> trace = lens.capture(model, "In 1851 he wrote of 135 chapters", labels={"numbers": numbers})
+        >>> lens.profile(trace)[["layer", "head", "numbers", "numbers_uniform"]]
     """
     if attentions is not None:
-        if keep_qk or statistics != "all":
+        if keep_qk or labels is not None or statistics != "all":
             raise LensError(
-                "attentions hold no q and k, and every statistic that they have is kept; leave keep_qk and "
-                "statistics out"
+                "attentions hold no q and k, and every statistic that they have is kept; leave keep_qk, "
+                "statistics and labels out"
             )
         found = given_traces(model, prompts, attentions, block_size)
         for number, one in enumerate(found if isinstance(found, list) else [found]):
@@ -120,12 +131,15 @@ def capture(
     found, is_single = read_prompts(model, prompts, whole=True)
     for prompt in found:
         _check_size(model, prompt, settings)
+    tokens = [None if one.ids is None else model.token_strings(one.ids) for one in found]
+    own = read_labels(labels, tokens)
     total = len(found) * len(model.info.attending)
     traces = []
     with advancing(f"{model.name}: layers", total, progress) as advance:
         for number, prompt in enumerate(found):
             folder = out if out is None or is_single else Path(out) / f"p{number:03d}"
-            traces.append(_capture_one(model, prompt, settings, folder, seed, advance))
+            chosen = settings.with_labels(own[number])
+            traces.append(_capture_one(model, prompt, chosen, folder, seed, advance))
     return traces[0] if is_single else traces
 
 
@@ -162,6 +176,8 @@ def _capture_one(
             "attention function on this prompt"
         )
     length = layers[0].keys
+    for own in settings.labels:
+        own.check(length)
     tokens, patches = model.token_strings(prompt.ids or []), None
     if not prompt.ids:
         tokens, patches = describe_patches(model, prompt.inputs, length)
@@ -258,6 +274,10 @@ def _attributes(
         "text_sha256": prompt.sha256,
         "versions": _versions(),
         "check": model.check,
+        "labels": {
+            one.name: {"query": one.query.tolist(), "key": one.key.tolist()}
+            for one in settings.labels
+        },
     }
 
 

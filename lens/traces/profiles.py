@@ -20,7 +20,7 @@ import pandas as pd
 
 from lens.common.errors import LensError
 from lens.stats import over_units
-from lens.traces.metrics import HEADLINES, METRICS
+from lens.traces.metrics import HEADLINES
 from lens.traces.scores import SINK_EPSILON, Score, layer_scores, uniform_scores
 
 if TYPE_CHECKING:
@@ -83,8 +83,8 @@ def profile(
         interval `<metric>_low` and `<metric>_high`, what uniform attention scores `<metric>_uniform`,
         and the same for `<metric>_sink_excluded` where that exists; for those of
         `lens.traces.metrics.HEADLINES` the highest score with random weights
-        `<metric>_random_weights`, where they were given; `top_key_token`; `prompts`. NaN means not
-        scored; `.attrs["reasons"]` says why.
+        `<metric>_random_weights`, where they were given; the same of the user's own labels;
+        `top_key_token`; `prompts`. NaN means not scored; `.attrs["reasons"]` says why.
 
     Raises:
         LensError: no trace, or traces of models of different sizes.
@@ -108,13 +108,18 @@ def profile(
         raise LensError(
             f"traces must come from one model; got layers × heads {sorted(sizes)}: profile them apart"
         )
+    if len(names := {trace.labels for trace in several}) > 1:
+        raise LensError(
+            f"traces must have the same labels, got {sorted(names)}: profile them apart"
+        )
     of_rows = seed if len(several) == 1 else None  # with several, the intervals are over prompts
     tables = [
         prompt_table(trace, f"p{number:03d}", seed=of_rows) for number, trace in enumerate(several)
     ]
     table = tables[0] if len(tables) == 1 else pooled_table(tables, "all", seed=seed)
     if beside:
-        scored = [prompt_table(one, "all", seed=None, metrics=HEADLINES) for one in beside]
+        shown = (*HEADLINES, *several[0].labels)
+        scored = [prompt_table(one, "all", seed=None, metrics=shown) for one in beside]
         table = beside_random(table, pooled_table(scored, str(table["prompt_id"].iloc[0])))
     return wide(table, prompts=len(several))
 
@@ -146,7 +151,7 @@ def prompt_table(
     prompt_id: str,
     *,
     seed: int | None = 0,
-    metrics: Collection[str] = tuple(METRICS),
+    metrics: Collection[str] | None = None,
     uniform: bool = True,
 ) -> pd.DataFrame:
     """The long table of one prompt: columns of `heads.parquet` (docs/schema/run-folder.md).

@@ -8,9 +8,9 @@ and renormalised, and counts if what is left can still show the pattern.
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -76,9 +76,12 @@ def layer_scores(
     layer: int,
     *,
     seed: int | None = 0,
-    metrics: Collection[str] = tuple(METRICS),
+    metrics: Collection[str] | None = None,
 ) -> list[Score]:
     """The scores of one layer, in the order of `lens.traces.metrics.METRICS`, raw before sink-excluded.
+
+    A label of the user's own comes behind those: the mean mass on keys with the row's label over the
+    rows that see one. None for all.
 
     The seed is that of the intervals over rows; None leaves them out (they are most of the time).
 
@@ -89,7 +92,7 @@ def layer_scores(
 
 
 def uniform_scores(
-    trace: AttentionTrace, layer: int, metrics: Collection[str] = tuple(METRICS)
+    trace: AttentionTrace, layer: int, metrics: Collection[str] | None = None
 ) -> list[float]:
     """What uniform attention over the keys that the layer sees has in `layer_scores`, exactly.
 
@@ -141,8 +144,17 @@ class _Layer:
         self._plain = trace.has_plain_mask(layer)
         ids = self._data["token_id"].values
         self._ids = None if (ids < 0).any() else ids
+        self._labels: Mapping[str, Any] = trace.attrs.get("labels", {})
+        self._even = UniformRows(
+            ids,
+            causal=self._causal,
+            window=self._window,
+            prefix=self._prefix,
+            labels=self._labels,
+        )
 
-    def scores(self, seed: int | None, metrics: Collection[str]) -> Iterator[Score]:
+    def scores(self, seed: int | None, metrics: Collection[str] | None) -> Iterator[Score]:
+        metrics = (*METRICS, *self._labels) if metrics is None else metrics
         for metric in (METRICS[name] for name in METRICS if name in metrics):
             for variant in ("raw", "sink_excluded") if metric.sink_excluded else ("raw",):
                 if self._is_picture and metric.name in _IN_A_ROW:
@@ -153,6 +165,11 @@ class _Layer:
                     continue
                 rows, reason = self._rows(metric.name, variant == "sink_excluded")
                 yield row_score(metric.name, variant, rows, reason, seed)
+
+        for name in self._labels:
+            for variant in ("raw", "sink_excluded") if name in metrics else ():
+                rows = self._labelled(name, variant == "sink_excluded")
+                yield row_score(name, variant, rows, "no row sees a key with its label", seed)
 
     def _rows(self, metric: str, excluded: bool) -> tuple[np.ndarray, str]:
         """[heads, queries], NaN for rows that do not count, and why none does if none does."""
@@ -207,6 +224,17 @@ class _Layer:
         rows = distance < (np.inf if self._window is None else self._window)
         why = "no row sees a key that followed a copy of its token"
         return self._mass(self._match("induction"), rows, excluded), why
+
+    def _labelled(self, name: str, excluded: bool) -> np.ndarray:
+        mass = self._match(name)
+        rows = self._even.match(name, skip_first=excluded) > 0 if self._plain else mass > 0
+        smallest: float | np.ndarray = _SMALLEST_REST
+        if excluded:
+            query, first = np.asarray(self._labels[name]["query"]), self._labels[name]["key"][0]
+            like_first = (query == first) & (first >= 0)
+            mass = np.maximum(mass - np.where(like_first, self._variable("first_mass"), 0), 0)
+            smallest = np.where(like_first, _SMALLEST_DIFFERENCE, _SMALLEST_REST)
+        return self._mass(mass, rows, excluded, smallest)
 
     def _sees_first(self, first: np.ndarray) -> np.ndarray:
         """Which rows see key 0; for a mask without compact form, those that have mass on it."""
@@ -330,12 +358,6 @@ class _Uniform(_Layer):
     def __init__(self, trace: AttentionTrace, layer: int) -> None:
         super().__init__(trace, layer)
         self._heads = 1
-        self._even = UniformRows(
-            self._data["token_id"].values,
-            causal=self._causal,
-            window=self._window,
-            prefix=self._prefix,
-        )
 
     def _variable(self, name: str) -> np.ndarray:
         return self._even.variable(name)

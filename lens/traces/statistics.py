@@ -5,15 +5,17 @@ distance and mass of the rest, exactly. Taking the first key's part off the whol
 digits where it holds nearly all the mass.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from lens_kernels import AttentionGroups, AttentionResult
 
 from lens.common.errors import LensError
 from lens.passes.calls import LayerCall, attend
-from lens.traces.trace import MATCH_RULES
+from lens.traces.labels import MATCH_RULES, Labels
 
 PREFIX = 4
 
@@ -49,12 +51,19 @@ class Settings:
         block_size: positions per block of the maps.
         keep_qk: also keep q and k.
         backend: of `lens_kernels`.
+        labels: the user's own, of the prompt that is run.
     """
 
     variables: frozenset[str]
     block_size: int
     keep_qk: bool
     backend: str
+    labels: tuple[Labels, ...] = ()
+
+    def with_labels(self, labels: tuple[Labels, ...]) -> Settings:
+        """The same for a prompt with these labels."""
+        more = {"match_mass"} if labels else set()
+        return replace(self, labels=labels, variables=self.variables | more)
 
 
 @dataclass(frozen=True)
@@ -129,9 +138,10 @@ def measure(call: LayerCall, settings: Settings) -> tuple[torch.Tensor, LayerRec
         if name in names and name in result.statistics
     }
     matched = result.statistics.get("match_mass")
+    rules = len(MATCH_RULES) + len(settings.labels)
     if matched is not None and "match_mass" in names:
-        found["match_mass"] = _matched(matched[..., : len(MATCH_RULES)], call)
-    if matched is not None and matched.shape[-1] > len(MATCH_RULES):
+        found["match_mass"] = _matched(matched[..., :rules], call)
+    if matched is not None and matched.shape[-1] > rules:
         found["prefix_mass"] = matched[..., -1]
     if result.groups is not None:
         found.update(_by_group(result.statistics["lse"], result.groups, names))
@@ -179,7 +189,7 @@ def _attention(call: LayerCall, settings: Settings) -> AttentionResult:
     # The prefix of the kernel begins with the first key, of which a window's cache has dropped some.
     moved = "prefix_mass" in names and call.mask.start > 0
     if "match_mass" in names or moved:
-        match = _labels(call)
+        match = [*_rules(call), *(_own(label, call) for label in settings.labels)]
         statistics.add("match_mass")
     if match is not None and moved:
         statistics.discard("prefix_mass")
@@ -206,7 +216,16 @@ def _places(call: LayerCall) -> torch.Tensor:
     return torch.arange(call.key.shape[2], device=call.key.device) - first[:, None]
 
 
-def _labels(call: LayerCall) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def _own(labels: Labels, call: LayerCall) -> tuple[torch.Tensor, torch.Tensor]:
+    """(query labels, key labels) of the positions of this call, by the user's own labels."""
+    queries, keys, start = call.query.shape[2], call.key.shape[2], call.mask.start
+    if call.cross or len(labels.key) < start + keys:
+        labels.check(start + keys)
+    query, key = (torch.from_numpy(one).to(call.key.device) for one in (labels.query, labels.key))
+    return query[start + keys - queries : start + keys], key[start : start + keys]
+
+
+def _rules(call: LayerCall) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """(query labels, key labels) for each of `MATCH_RULES`; -1 never matches."""
     queries, keys = call.query.shape[2], call.key.shape[2]
     key_position = torch.arange(keys, device=call.key.device)
@@ -236,7 +255,8 @@ def _matched(mass: torch.Tensor, call: LayerCall) -> torch.Tensor:
     elif not call.mask.causal:  # induction looks back only; here a row sees later keys too
         absent = {"induction"}
     columns = torch.tensor([rule in absent for rule in MATCH_RULES], device=mass.device)
-    return mass.masked_fill(columns, torch.nan)
+    own = columns.new_zeros(mass.shape[-1] - len(columns))
+    return mass.masked_fill(torch.cat([columns, own]), torch.nan)
 
 
 def _by_group(

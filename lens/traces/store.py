@@ -21,6 +21,7 @@ from xarray.core import indexing
 from lens.common.errors import LensError
 from lens.common.files import PART, open_regular, read_json, write_atomically, write_json
 from lens.common.schema import checked
+from lens.traces.labels import MATCH_RULES
 
 SCHEMA_VERSION = 1
 INDEX = "trace.json"
@@ -172,6 +173,11 @@ class _Coordinates(BaseModel):
     token_id: list[int]
 
 
+class _LabelPair(BaseModel):
+    query: list[int]
+    key: list[int]
+
+
 class _Attributes(BaseModel):
     model_config = ConfigDict(extra="allow", protected_namespaces=())
 
@@ -187,6 +193,7 @@ class _Attributes(BaseModel):
     bos: str
     learned_sinks: bool = False
     segments: dict[str, Any] | None = None
+    labels: dict[str, _LabelPair] = Field(default_factory=dict)
 
 
 class _TraceFile(BaseModel):
@@ -205,6 +212,9 @@ class _TraceFile(BaseModel):
             raise ValueError("files must name one file per layer")
         if len(self.coordinates.token) != len(self.coordinates.token_id):
             raise ValueError("coordinates must hold token and token_id, equally long")
+        for name, pair in self.attributes.labels.items():
+            if {len(pair.query), len(pair.key)} != {len(self.coordinates.token)}:
+                raise ValueError(f"labels.{name} must have one query and one key label per token")
         if wrong := missing_attributes(self.attributes.model_dump(), len(self.layers)):
             raise ValueError(wrong)
         return self
@@ -217,6 +227,7 @@ def _check_arrays(folder: Path, index: _TraceFile) -> None:
     offsets = length if index.attributes.causal else 2 * length - 1
     sizes = {"query": length, "key": length, "offset": offsets}
     sizes |= {"query_block": blocks, "key_block": blocks}
+    sizes["match"] = len(MATCH_RULES) + len(index.attributes.labels)
     names: set[str] = set()
     for layer in index.layers:
         path = folder / layer_file(layer)

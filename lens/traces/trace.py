@@ -17,6 +17,7 @@ from lens.common.errors import LensError
 from lens.common.head_ids import AnyHead, HeadId, head_id, layers_in_words
 from lens.common.plots import draw
 from lens.traces.html import trace_html
+from lens.traces.labels import MATCH_RULES
 from lens.traces.store import (
     DIMENSIONS,
     INDEX,
@@ -32,8 +33,6 @@ from lens.traces.tiles import exact_tile, refusal
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
-
-MATCH_RULES = ("current_token_position", "previous_token", "same_token", "induction")
 
 
 class AttentionTrace:
@@ -101,6 +100,11 @@ class AttentionTrace:
     def tokens(self) -> list[str]:
         """Token strings."""
         return [str(token) for token in self.dataset["key_token"].values]
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Names of the user's own labels, each a rule of `match_mass`."""
+        return tuple(self.dataset.attrs.get("labels", ()))
 
     def head_id(self, head: AnyHead) -> HeadId:
         """The head that is meant: `"L3H5"`, `"3.5"` or `(3, 5)`.
@@ -370,7 +374,7 @@ def _dataset(
         "token_id": ("key", np.array(coordinates["token_id"], dtype=np.int64)),
         "query_block_start": ("query_block", starts),
         "key_block_start": ("key_block", starts),
-        "match": list(MATCH_RULES),
+        "match": [*MATCH_RULES, *attributes.get("labels", {})],
         "offset": np.arange(0 if causal else 1 - length, length),
     }
     if "kv_head" in sizes:

@@ -6,7 +6,11 @@ Query i sees the keys low_i to high_i (causal, sliding window, or all), s_i of t
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import numpy as np
+
+from lens.traces.labels import NONE
 
 
 class UniformRows:
@@ -16,10 +20,19 @@ class UniformRows:
         ids: [tokens].
         causal, window: of the layer, as in a trace; other masks have no closed form.
         prefix: first keys that `prefix_mass` counts.
+        labels: a user's own, by name as in a trace.
     """
 
-    def __init__(self, ids: np.ndarray, *, causal: bool, window: int | None, prefix: int) -> None:
-        self._ids, self._prefix = ids, prefix
+    def __init__(
+        self,
+        ids: np.ndarray,
+        *,
+        causal: bool,
+        window: int | None,
+        prefix: int,
+        labels: Mapping[str, Mapping[str, Sequence[int]]] | None = None,
+    ) -> None:
+        self._ids, self._prefix, self._labels = ids, prefix, labels or {}
         self._position = np.arange(len(ids))
         self._causal = causal
         reach = len(ids) if window is None else window
@@ -71,26 +84,36 @@ class UniformRows:
                     raise KeyError(name)
         return found[None]
 
-    def match(self, rule: str) -> np.ndarray:
-        """[1, queries] `match_mass` by one of the trace's rules.
+    def match(self, rule: str, *, skip_first: bool = False) -> np.ndarray:
+        """[1, queries] `match_mass` by one of the trace's rules, or by a label; of the first key not if skipped.
 
         Raises:
             KeyError: another rule.
         """
-        before = np.concatenate([[-1], self._ids[:-1]])
-        query, key = {
-            "current_token_position": (self._position, self._position),
-            "previous_token": (self._position - 1, self._position),
-            "same_token": (self._ids, self._ids),
-            "induction": (self._ids, before),
-        }[rule]
+        query, key = self._pair(rule)
+        if skip_first:
+            key = np.where(self._position == 0, NONE, key)
         # keys ordered by (label, position): those of one label within low..high stand together
+        query = np.where(query < 0, NONE - 1, query)
         base, width = min(int(query.min()), int(key.min())), len(key)
         ordered = np.sort((key - base) * width + self._position)
         at = (query - base) * width
         count = np.searchsorted(ordered, at + self._high, "right")
         count = count - np.searchsorted(ordered, at + self._low, "left")
         return (count / self._seen)[None]
+
+    def _pair(self, rule: str) -> tuple[np.ndarray, np.ndarray]:
+        """[tokens] labels of the queries and of the keys; negative ones match nothing."""
+        if rule in self._labels:
+            own = self._labels[rule]
+            return np.asarray(own["query"]), np.maximum(own["key"], NONE)
+        before = np.concatenate([[NONE], self._ids[:-1]])
+        return {
+            "current_token_position": (self._position, self._position),
+            "previous_token": (self._position - 1, self._position),
+            "same_token": (self._ids, self._ids),
+            "induction": (self._ids, before),
+        }[rule]
 
     @staticmethod
     def _spread(first: np.ndarray, last: np.ndarray, amount: np.ndarray, size: int) -> np.ndarray:
