@@ -50,7 +50,9 @@ def make_run(folder, seed, *, texts=TEXTS, copied=(), shape=(LAYERS, HEADS), sco
                 "token_ids": [list(range(len(tokens))) for _, tokens in prompts],
                 "token_strings": [list(tokens) for _, tokens in prompts],
                 "loss": random.random(len(prompts)),
-                "loss_repeat": random.random(len(prompts)),
+                "loss_repeat": np.where(
+                    [kind == "copied" for kind, _ in prompts], random.random(len(prompts)), np.nan
+                ),
                 "status": "done",
                 "seconds": 0.1,
             }
