@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import pandas as pd
 
 from lens.common.errors import LensError
 from lens.common.files import read_json, shown
@@ -29,8 +31,6 @@ from lens.runs.schema import (
 from lens.traces.metrics import METRICS, VARIANTS
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from lens.runs.sections import Section
     from lens.traces.trace import AttentionTrace
 
@@ -208,6 +208,17 @@ class Run:
                 found[name] = read(self, name)
             except LensError as error:
                 problems.append(str(error))
+        return found, problems
+
+    def readable_tables(self) -> tuple[Run, dict[str, str]]:
+        """The run without rows in `prompts` and `heads` where they cannot be read, and why they cannot."""
+        found, problems = replace(self), {}
+        for name, columns in (("prompts", PROMPTS), ("heads", HEADS)):
+            try:
+                found.__dict__[name] = getattr(self, name)
+            except LensError as error:
+                found.__dict__[name] = pd.DataFrame(columns=[*columns])
+                problems[name] = str(error)
         return found, problems
 
     def _table(self, name: str, kinds: Mapping[str, Kind], most_rows: int) -> pd.DataFrame:

@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+import shutil
 import struct
 import zlib
 from html.parser import HTMLParser
@@ -10,12 +11,15 @@ from html.parser import HTMLParser
 import numpy as np
 import pandas as pd
 import pytest
-from lens_analyses.report import render
+from lens_analyses.comparing import write_comparison
+from lens_analyses.report import render, write_report
 from lens_analyses.report.maps import colored, png
 from lens_analyses.report.page import embedded_json, interval, number, percent
 
 from lens.common.colors import VIRIDIS
+from lens.common.errors import LensError
 from lens.runs import open_run
+from lens.runs.sections import Section
 from lens.traces.metrics import METRICS
 
 from .conftest import serious_violations
@@ -276,6 +280,72 @@ def test_a_run_of_copied_prompts_alone_has_a_report(lens_command, tmp_path):
     report = render(open_run(answer.json["path"])).numbers
     assert {row["prompts"] for row in report["heads"]} == {"copied"}
     assert [rate["low"] for rate in report["sinks"]["rate"]] == [None]
+
+
+@pytest.fixture
+def damaged_run(run_folder, tmp_path):
+    """Copies the run with a section beside, and damages one of its files."""
+
+    def made(name):
+        copy = tmp_path / "damaged"
+        shutil.copytree(run_folder, copy)
+        table = pd.DataFrame({"amount": [0.5], "gain": [0.25]})
+        columns = dict.fromkeys(table, "x")
+        Section("dose", "How much", ("Half is enough.",), (), columns, {}, {"gains": table}).save(
+            copy
+        )
+        (copy / name).write_bytes(b"PAR1")
+        return open_run(copy)
+
+    return made
+
+
+@pytest.mark.parametrize(
+    ("name", "cards"),
+    [
+        ("heads.parquet", {"scores of the heads", "sinks of the heads"}),
+        ("prompts.parquet", {"scores of the heads", "sinks of the heads", "prompts"}),
+        ("trace/p000/trace.json", set()),
+    ],
+)
+def test_a_damaged_table_is_told_where_it_would_stand(damaged_run, browser, name, cards):
+    run = damaged_run(name)
+    written = write_report(run, run.path.parent)
+    html = written.html.read_text()
+    assert set(re.findall("<strong>The ([a-z ]*) cannot be shown.</strong>", html)) == cards
+    assert html.count(f"{name} has 4 bytes instead of ") == len(cards)
+    assert "Half is enough." in html
+    context = browser.new_context(offline=True)
+    page, complaints = context.new_page(), []
+    page.on("console", lambda message: complaints.append(message.text))
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.goto(f"file://{written.html}")
+    assert complaints == []
+    context.close()
+
+
+def test_a_run_of_which_nothing_can_be_read_gets_no_report(damaged_run):
+    run = damaged_run("heads.parquet")
+    shutil.rmtree(run.path / "sections")
+    with pytest.raises(LensError, match=r"heads\.parquet has 4 bytes instead"):
+        render(run)
+
+
+def test_a_comparison_tells_a_damaged_table_and_compares_the_rest(
+    damaged_run, run_folder, tmp_path
+):
+    run = damaged_run("heads.parquet")
+    other = tmp_path / "other"
+    shutil.copytree(run_folder, other)
+    with pytest.raises(LensError, match=r"heads\.parquet has 4 bytes instead"):
+        write_comparison(run, open_run(other), tmp_path, command="lens compare")
+    shutil.copytree(run.path / "sections", other / "sections")
+    written = write_comparison(run, open_run(other), tmp_path, command="lens compare")
+    assert not written.numbers["aligned"]
+    assert "heads.parquet has 4 bytes instead of " in written.numbers["refusal"]
+    [section] = written.numbers["sections"]
+    assert [column["column"] for column in section["columns"]] == ["gain"]
+    assert written.numbers["losses"]
 
 
 def test_lens_report_writes_it_again(lens_command, run_folder, tmp_path, report):

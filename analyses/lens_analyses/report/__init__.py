@@ -54,11 +54,16 @@ class Written:
 def render(run: Run, status: str | None = None) -> Report:
     """Make the report of a run; `status` is what the run is about to be.
 
+    What cannot be read is told in its place.
+
     Raises:
-        LensError: a table or trace of the run is missing or damaged.
+        LensError: nothing of the run can be read.
     """
     sections, problems = run.readable()
-    data = numbers(run, sections, [*run.damage, *problems], status)
+    run, damaged = run.readable_tables()
+    if "heads" in damaged and not sections:
+        raise LensError(damaged["heads"])
+    data = numbers(run, sections, damaged, [*run.damage, *problems], status)
     figures = {**charts(data), **section_charts(sections)}
     return Report(page(data, head_maps(run, data["summary"]), figures), data)
 

@@ -30,6 +30,8 @@ def charts(data: dict[str, Any]) -> dict[str, dict[str, Any]]:
     Args:
         data: the report's numbers.
     """
+    if not data["heads"]:
+        return {}
     heads = pd.DataFrame(data["heads"]).rename(columns={"prompts": "prompt_id"})
     heads = heads.astype(dict.fromkeys(("value", "low", "high"), float))
     made: dict[str, go.Figure] = {}

@@ -37,6 +37,8 @@ def limits(run: Run, config: Mapping[str, Any], has_sections: bool) -> list[str]
 
 def _first_token(run: Run) -> list[str]:
     lengths = sorted(set(run.prompts["tokens"]))
+    if not lengths:
+        return []
     span = f"{lengths[0]:,}" if len(lengths) == 1 else f"{lengths[0]:,} to {lengths[-1]:,}"
     return [
         *_begins(run),

@@ -35,19 +35,18 @@ CITATION = (
 def numbers(
     run: Run,
     sections: Mapping[str, Section],
+    damaged: Mapping[str, str],
     warnings: Sequence[str] = (),
     status: str | None = None,
 ) -> dict[str, Any]:
     """Everything that a report says, as plain values without NaN.
 
     Args:
-        run: a run with its tables.
+        run: a run with its tables, without rows where they are damaged.
         sections: that it has.
+        damaged: table -> why it cannot be read.
         warnings: beside those of the run.
         status: of the run, if it is about to change.
-
-    Raises:
-        LensError: a table is missing or damaged.
     """
     meta, heads = run.meta, run.heads
     try:
@@ -82,6 +81,7 @@ def numbers(
         "sinks": _sinks(run),
         "sections": [_section(section) for section in sections.values()],
         "unsupported": run.unsupported,
+        "damaged": dict(damaged),
         "limits": limits(run, config, bool(sections)),
         "warnings": [*meta["warnings"], *warnings],
         "provenance": {

@@ -114,19 +114,24 @@ def compare_runs(a: Run, b: Run, *, seed: int = 0) -> Comparison:
         seed: of the bootstrap.
 
     Raises:
-        LensError: one run twice, or a table that is missing or damaged.
+        LensError: one run twice, or runs of which nothing can be compared.
 
     Example:
         >>> lens.runs.compare_runs(run, other).table().head()
     """
     if a.path == b.path:
         raise LensError(f"A and B are the same run, {a.id}; name two runs: `lens list` shows them")
-    refusal = _refusal(a, b)
+    (a, damaged_a), (b, damaged_b) = a.readable_tables(), b.readable_tables()
+    damaged = [*damaged_a.values(), *damaged_b.values()]
+    refusal = f"{'; '.join(dict.fromkeys(damaged))}." if damaged else _refusal(a, b)
+    same_sizes = all(a.meta["model"][name] == b.meta["model"][name] for name in ("layers", "heads"))
     heads, metrics = compare_scores(a, b, aligned=not refusal, seed=seed)
     kinds = set(a.prompts["kind"]) & set(b.prompts["kind"])
     shared = {kind: len(pairs) for kind, pairs in paired_prompts(a, b).items() if kind in kinds}
-    tables = compare_sections(a, b, aligned=not refusal)
+    tables = compare_sections(a, b, aligned=same_sizes if damaged else not refusal)
     circuits, unread = compare_circuits(a, b)
+    if damaged and not tables.summaries and circuits.empty:
+        raise LensError(refusal)
     settings, unknown = differing_settings(a, b)
     losses = compare_losses(a, b, seed=seed)
     return Comparison(
@@ -157,4 +162,7 @@ def _refusal(a: Run, b: Run) -> str:
         f"{run.meta['model']['name']} has {len(shape)} layers of {max(shape.values())} heads"
         for run, shape in zip((a, b), shapes, strict=True)
     ]
-    return f"Heads cannot be matched by their number: {' and '.join(sizes)}."
+    return (
+        f"Heads cannot be matched by their number: {' and '.join(sizes)}. Only means over all heads are "
+        "compared."
+    )

@@ -247,7 +247,7 @@ def _sets(circuits: pd.DataFrame) -> list[str]:
 
 def _alignment(settings: pd.DataFrame, refusal: str) -> list[str]:
     if refusal:
-        return [f"{refusal} Only means over all heads are compared."]
+        return [refusal]
     if not {"model.name", "model.revision"} & set(settings["setting"]):
         return []
     return [

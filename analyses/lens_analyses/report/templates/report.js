@@ -9,14 +9,14 @@
     lensPage.draw(grid, `grid/${kind.value}/${metric.value}`);
     document.getElementById("grid-definition").textContent = metric.selectedOptions[0].dataset.definition;
   }
-  kind.addEventListener("change", () => {
+  kind?.addEventListener("change", () => {
     const before = metrics.find((select) => select.offsetParent !== null);
     const after = metrics.find((select) => select.dataset.kind === kind.value);
     if (before && [...after.options].some((option) => option.value === before.value)) after.value = before.value;
     showGrid();
   });
   for (const select of metrics) select.addEventListener("change", showGrid);
-  showGrid();
+  if (kind) showGrid();
 
   const dialog = document.getElementById("map-dialog");
   for (const button of document.querySelectorAll(".open-map")) {
