@@ -3,6 +3,7 @@ from . import edits as edits
 from . import figures as figures
 from . import heads as heads
 from . import policies as policies
+from . import reading as reading
 from . import runs as runs
 from . import sinks as sinks
 from . import tasks as tasks

@@ -15,7 +15,7 @@ rests on them.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -66,6 +66,16 @@ class Norm:
         found = (x - x.mean(-1, keepdim=True) if self.centred else x) / size
         found = found if self.scale is None else found * self.scale
         return (found if self.shift is None else found + self.shift).to(x.dtype)
+
+    def frozen(self, x: Tensor, size: Tensor) -> Tensor:
+        """What a part [..., width] of the input is in the output when the size [..., 1] stays that of the whole.
+
+        Parts of the input then give parts of the output, which sum to it less `shift`.
+        """
+        if not self.changes:
+            return x
+        found = (x - x.mean(-1, keepdim=True) if self.centred else x) / size
+        return found if self.scale is None else found * self.scale.to(found)
 
     def of_heads(self, x: Tensor) -> Tensor:
         """`recomputed` of [..., heads, head_dim]: each head alone, or all of them as one row (OLMo-2)."""
@@ -177,6 +187,43 @@ class Layout:
         for name in row.after_embedding:
             found = base.get_submodule(name)(found)
         return found
+
+    def embed_parts(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """`embed` as a sum, float64: "embedding" of the tokens; "position", with token types; "embedding bias".
+
+        Norms after the sum divide every part by the size of the whole. Of a model that reads no tokens
+        there is one part.
+        """
+        row, base = self._row, self._base
+        if row.embedding is not None or "input_ids" not in inputs:
+            return {"embedding": self.embed(inputs).double()}
+        ids = inputs["input_ids"]
+        whole = self.embedding(ids)
+        parts = {"embedding": whole.double()}
+        if self.adds_positions or row.token_types is not None:
+            before = replace(row, after_embedding=())
+            added = replace(self, _row=before).embed(inputs).double() - parts["embedding"]
+            parts["position"] = added
+        bias: Tensor | None = None
+        for name in row.after_embedding:
+            module: Any = base.get_submodule(name)
+            if isinstance(module, nn.LayerNorm):
+                norm = Norm(module, module.weight.detach(), None, True, module.eps, True)
+                size = norm.size(
+                    torch.stack(list(parts.values())).sum(0) + (0 if bias is None else bias)
+                )
+                parts = {one: norm.frozen(part, size) for one, part in parts.items()}
+                bias = None if bias is None else norm.frozen(bias, size)
+                shift = module.bias
+            else:
+                weight, shift = matrix(module)
+                parts = {one: part @ weight.double() for one, part in parts.items()}
+                bias = None if bias is None else bias @ weight.double()
+            if shift is not None:
+                bias = shift.detach().double() + (0 if bias is None else bias)
+        if bias is not None:
+            parts["embedding bias"] = bias.expand_as(parts["embedding"])
+        return parts
 
     def embedding(self, ids: Tensor) -> Tensor:
         """Of tokens [...] what they add to the sum before positions, [..., d_model].

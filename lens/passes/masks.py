@@ -76,6 +76,21 @@ class MaskStructure:
             key_padding=self.padding,
         )
 
+    def seen_by(self, queries: torch.Tensor, keys: int) -> torch.Tensor:
+        """bool [queries, keys]: which keys these queries (their places) of the first prompt see."""
+        if self.allowed is not None:
+            return self.allowed[0, 0, queries]
+        key = torch.arange(keys, device=queries.device)
+        behind = queries[:, None] - key
+        seen = (
+            torch.ones_like(behind, dtype=torch.bool) if self.padding is None else self.padding[0]
+        )
+        if self.causal:
+            seen = seen & (behind >= 0)
+        if self.window is not None:
+            seen = seen & (behind.abs() < self.window)
+        return seen.expand_as(behind)
+
     def first_key(self, batch: int) -> torch.Tensor:
         """[batch]: index of the first real key."""
         if self.padding is None:

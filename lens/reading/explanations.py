@@ -1,0 +1,301 @@
+"""What `lens.reading.explain` and `explain_pairs` give back: the logit of a pair as a sum over two sides."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+import numpy as np
+import pandas as pd
+
+from lens.common.choices import check_choice
+from lens.common.head_ids import HeadId
+from lens.common.results import Result, Sentence, described
+from lens.stats.intervals import columns, over_units
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+Side: TypeAlias = Literal["query", "key"]
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Explanation(Result):
+    """Why one query attends to one key.
+
+    Attributes:
+        head: whose attention.
+        query, key: places in the prompt; key None: the learned sink.
+        tokens: the query's and the key's.
+        parts: names of what wrote the queries, and of what wrote the keys.
+        values: [query part, key part], nats; they sum to the logit before a softcap.
+        contrast: the same less its average over the keys of the row, or less another key's: they sum to
+            `logit - average`, and differences are all that the softmax sees.
+        content: `values` if query and key stood at one place; what is left of `values` is due to rotary
+            embedding alone. Equal to `values` without it.
+        logit: of the pair, before a softcap.
+        average: of the logits that it is held against.
+        against: "keys": those of all keys that the query sees; "attention": the same, weighted by what it
+            attends to them; a number: that key's.
+        mass: what the query attends to the key.
+        slope: of the softcap there, 1 without one: how much of a small change of `logit` gets through.
+        sources: for each side, head -> where that earlier head looks most from that place, in words.
+        error: largest difference of a sum of parts from what the model computed, nats.
+        model: its name.
+    """
+
+    head: HeadId
+    query: int
+    key: int | None
+    tokens: tuple[str, str]
+    parts: tuple[tuple[str, ...], tuple[str, ...]]
+    values: Float[np.ndarray, "query_parts key_parts"]
+    contrast: Float[np.ndarray, "query_parts key_parts"]
+    content: Float[np.ndarray, "query_parts key_parts"]
+    logit: float
+    average: float
+    against: str | int
+    mass: float
+    slope: float
+    sources: tuple[Mapping[str, str], Mapping[str, str]]
+    error: float
+    model: str
+
+    def table(self) -> pd.DataFrame:
+        """One row per pair of parts, the largest contrast first.
+
+        Columns: `query_part`, `key_part`, `value`, `contrast`, `content`, `distance` (value less content).
+        """
+        rows, places = (np.ravel(one) for one in np.indices(self.values.shape))
+        found = pd.DataFrame(
+            {
+                "query_part": np.array(self.parts[0], object)[rows],
+                "key_part": np.array(self.parts[1], object)[places],
+                "value": self.values.ravel(),
+                "contrast": self.contrast.ravel(),
+                "content": self.content.ravel(),
+                "distance": (self.values - self.content).ravel(),
+            }
+        )
+        order = found["contrast"].abs().sort_values(ascending=False, kind="stable").index
+        return found.loc[order].reset_index(drop=True)
+
+    def side(self, side: Side) -> pd.DataFrame:
+        """One row per part of one side, summed over the other: `part`, `value`, `contrast`, `share` (of all
+        contrast) and `looks_at`, the token that a head looks at most from there; the largest contrast first.
+
+        Raises:
+            LensError: another side.
+        """
+        axis = 1 if check_choice("side", side, Side) == "query" else 0
+        names, sources = self.parts[1 - axis], self.sources[1 - axis]
+        contrast, total = self.contrast.sum(axis), self.logit - self.average
+        found = pd.DataFrame(
+            {
+                "part": names,
+                "value": self.values.sum(axis),
+                "contrast": contrast,
+                "share": contrast / total if total else np.nan,
+                "looks_at": [sources.get(name, "") for name in names],
+            }
+        )
+        order = np.argsort(-np.abs(contrast), kind="stable")
+        return found.iloc[order].reset_index(drop=True)
+
+    def findings(self) -> tuple[Sentence, ...]:
+        """The pair ("pair"), what carries it on each side ("key", "query"), their largest product ("cell"), what rotary
+        embedding does ("distance"), and the softcap ("limit")."""
+        where = "its learned sink" if self.key is None else f"{self.tokens[1]!r} at {self.key}"
+        above = self.logit - self.average
+        said = [
+            Sentence(
+                f"{self.head}: {self.tokens[0]!r} at {self.query} gives {where} {self.mass:.1%} of its attention; the "
+                f"logit is {self.logit:.3g}, {above:+.3g} against {_against(self.against)}.",
+                kind="pair",
+            )
+        ]
+        for side in ("key", "query"):
+            best = self.side(side).iloc[0]
+            looks = f" (from there it looks at {best['looks_at']})" if best["looks_at"] else ""
+            share = f", {best['share']:.0%} of it" if abs(above) > self.error else ""
+            said.append(
+                Sentence(
+                    f"On the {side} side {best['part']}{looks} carries {best['contrast']:+.3g}{share}.",
+                    kind=side,
+                )
+            )
+        cell = self.table().iloc[0]
+        said.append(
+            Sentence(
+                f"The largest product is {cell['query_part']} × {cell['key_part']}: {cell['contrast']:+.3g}.",
+                kind="cell",
+            )
+        )
+        distance = float((self.values - self.content).sum())
+        if np.any(self.values != self.content):
+            said.append(
+                Sentence(
+                    f"At one place the logit would be {self.content.sum():.3g}; the distance adds {distance:+.3g}.",
+                    kind="distance",
+                )
+            )
+        if self.slope < 1:
+            said.append(
+                Sentence(
+                    f"The logit is that before the softcap, of which {self.slope:.0%} of a small change gets through.",
+                    kind="limit",
+                )
+            )
+        return tuple(said)
+
+    def __repr__(self) -> str:
+        return described(self)
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class PairExplanation(Result):
+    """Why a head attends to keys of a kind, over many pairs; numbers of a prompt are means over its pairs.
+
+    Attributes:
+        head: whose attention.
+        pairs: which pairs, in words.
+        groups: what they were told apart by, or one name.
+        against: as in `Explanation`.
+        parts: as in `Explanation`.
+        values, contrast, content: [group, prompt, query part, key part] as in `Explanation`; NaN where a
+            prompt has no pair of that group.
+        size: mean of the absolute contrast of each pair: where it is far above that of the mean, signs cancel.
+        mass, above: [group, prompt], attention to the keys, and their logits less what they are held against.
+        count: [group, prompt] pairs.
+        error: largest difference of a sum from what the model computed, nats.
+        seed: of the bootstrap.
+        model: its name.
+    """
+
+    head: HeadId
+    pairs: str
+    groups: tuple[str, ...]
+    against: str
+    parts: tuple[tuple[str, ...], tuple[str, ...]]
+    values: Float[np.ndarray, "groups prompts query_parts key_parts"]
+    contrast: Float[np.ndarray, "groups prompts query_parts key_parts"]
+    content: Float[np.ndarray, "groups prompts query_parts key_parts"]
+    size: Float[np.ndarray, "groups prompts query_parts key_parts"]
+    mass: Float[np.ndarray, "groups prompts"]
+    above: Float[np.ndarray, "groups prompts"]
+    count: np.ndarray
+    error: float
+    seed: int
+    model: str
+
+    def table(self, *, top: int | None = 50) -> pd.DataFrame:
+        """One row per group and pair of parts, the largest contrast of each group first.
+
+        Columns: `group`, `query_part`, `key_part`; `value`, `contrast`, `content`, `size`, means over
+        prompts; `contrast_low`, `contrast_high` (95 % bootstrap over prompts); `n` prompts and `pairs`.
+
+        Args:
+            top: only so many of each group; None: all.
+        """
+        tables = []
+        for number, group in enumerate(self.groups):
+            some = self.count[number] > 0
+            mean = self.contrast[number, some].mean(0)
+            order = np.argsort(-np.abs(mean), axis=None, kind="stable")[:top]
+            rows, places = np.unravel_index(order, mean.shape)
+            value, contrast, content, size = (
+                part[number, some][:, rows, places]
+                for part in (self.values, self.contrast, self.content, self.size)
+            )
+            table = {
+                "group": group,
+                "query_part": np.array(self.parts[0], object)[rows],
+                "key_part": np.array(self.parts[1], object)[places],
+                "value": value.mean(0),
+                **columns("contrast", contrast.T, self.seed),
+                "content": content.mean(0),
+                "size": size.mean(0),
+                "n": int(some.sum()),
+                "pairs": int(self.count[number].sum()),
+            }
+            tables.append(pd.DataFrame(table))
+        return pd.concat(tables, ignore_index=True)
+
+    def side(self, side: Side) -> pd.DataFrame:
+        """One row per group and part of one side, summed over the other; the largest contrast first.
+
+        Columns: `group`, `part`, `value`, `contrast` with `_low`, `_high`, `share` of all contrast with
+        `_low`, `_high`, `n`, `pairs`.
+
+        Raises:
+            LensError: another side.
+        """
+        axis = 3 if check_choice("side", side, Side) == "query" else 2
+        values, contrast = self.values.sum(axis), self.contrast.sum(axis)
+        tables = []
+        for number, group in enumerate(self.groups):
+            some = self.count[number] > 0
+            found = contrast[number, some]  # [prompts, parts]
+            above = np.broadcast_to(self.above[number, some, None], found.shape)
+            low, high = (
+                over_units(found, above, self.seed)
+                if (above > 0).all()
+                else (np.full(found.shape[1], np.nan),) * 2
+            )
+            table = pd.DataFrame(
+                {
+                    "group": group,
+                    "part": self.parts[0 if axis == 3 else 1],
+                    "value": values[number, some].mean(0),
+                    **columns("contrast", found.T, self.seed),
+                    "share": found.sum(0) / above.sum(0),
+                    "share_low": low,
+                    "share_high": high,
+                    "n": int(some.sum()),
+                    "pairs": int(self.count[number].sum()),
+                }
+            )
+            order = np.argsort(-table["contrast"].abs(), kind="stable")
+            tables.append(table.iloc[order])
+        return pd.concat(tables, ignore_index=True)
+
+    def findings(self) -> tuple[Sentence, ...]:
+        """Of each group: the pairs ("pairs"), and what carries them on each side ("key", "query")."""
+        said = []
+        for number, group in enumerate(self.groups):
+            some = self.count[number] > 0
+            named = "" if len(self.groups) == 1 else f" ({group})"
+            said.append(
+                Sentence(
+                    f"{self.head} on {self.pairs}{named}: {int(self.count[number].sum())} pairs in {int(some.sum())} "
+                    f"prompts get {self.mass[number, some].mean():.1%} of their row's attention; logits are "
+                    f"{self.above[number, some].mean():+.3g} against {_against(self.against)}.",
+                    kind="pairs",
+                )
+            )
+            for side in ("key", "query"):
+                rows = self.side(side)
+                best = rows[rows["group"] == group].iloc[0]
+                interval = (
+                    f" [{best['share_low']:.0%}, {best['share_high']:.0%}]"
+                    if np.isfinite(best["share_low"])
+                    else ""
+                )
+                said.append(
+                    Sentence(
+                        f"On the {side} side {best['part']} carries {best['share']:.0%}{interval} of that{named}.",
+                        kind=side,
+                    )
+                )
+        return tuple(said)
+
+    def __repr__(self) -> str:
+        return described(self)
+
+
+def _against(what: str | int) -> str:
+    if isinstance(what, int):
+        return f"the key at {what}"
+    mean = "the mean over the keys that it sees"
+    return mean if what == "keys" else f"{mean}, weighted by its attention"
