@@ -10,6 +10,7 @@ from torch import Tensor
 from lens.common.errors import LensError
 from lens.passes.blocks import BlockView
 from lens.policies.base import Kept, Policy, check_counts, check_shares, largest, pairs
+from lens.policies.budgets import expected
 
 
 def pooled_map(view: BlockView) -> Tensor:
@@ -64,9 +65,7 @@ class BlockSparse(Policy):
         if self.share is not None:
             count = (view.visible.sum(-1, keepdim=True) * self.share).ceil()
         blocks = largest(found, count, view.visible)
-        seen = view.visible.any(-1)
-        expected = torch.where(blocks, found, 0).sum((-1, -2)) / seen.sum(-1).clamp(min=1)
-        return Kept(blocks, expected)
+        return Kept(blocks, expected(found, blocks, view))
 
     def cost(self, view: BlockView) -> float:
         """See `Policy`."""

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lens.common.choices import check_counts
 from lens.common.errors import LensError
 from lens.common.progress import advancing
 from lens.edits.running import edit
@@ -33,6 +34,7 @@ def evaluate(
     *,
     block_size: int | tuple[int, int] | None = None,
     loss: bool = False,
+    first_row: int = 0,
     seed: int = 0,
     progress: bool = True,
 ) -> PolicyScores:
@@ -49,12 +51,14 @@ def evaluate(
         policy: one, or several, which are measured in the same pass.
         block_size: tokens, one number or (query_block, key_block); None: each policy's own.
         loss: also run the model with each policy (a language model).
+        first_row: recall, errors and budgets are those of rows from this position on (density is of all):
+            early rows see little, and any policy keeps it.
         seed: of the intervals.
         progress: show a bar, on stderr, if that is a terminal.
 
     Raises:
-        LensError: what is no policy or block size; prompts as of `lens.capture`; for the loss, prompts of
-            fewer than two tokens, or a model that predicts none.
+        LensError: what is no policy or block size; prompts as of `lens.capture`, or without such a row; for
+            the loss, prompts of fewer than two tokens, or a model that predicts none.
 
     Example:
         >>> found = lens.policies.evaluate(model, texts, lens.policies.AShape(first=16, last=16), block_size=16)
@@ -74,6 +78,11 @@ def evaluate(
         )
     for one in policies:
         one.check(model)
+    check_counts(0, first_row=first_row)
+    if first_row and min(map(_length, read)) <= first_row:
+        raise LensError(
+            f"first_row is {first_row}, and a prompt has {min(map(_length, read))} tokens: give longer prompts"
+        )
     layers = model.info.attending
     projections, reason = _projections(model)
     values = np.full(
@@ -82,7 +91,9 @@ def evaluate(
     losses = np.full((len(policies) + 1, len(read)), np.nan)
     with advancing(f"{model.name}: prompts", len(read), progress) as advance:
         for place, prompt in enumerate(read):
-            measuring = _Measuring(policies, sizes, projections, values[..., place], layers)
+            measuring = _Measuring(
+                policies, sizes, projections, values[..., place], layers, first_row
+            )
             with torch.no_grad(), listening(model, measuring.on_layer):
                 base(model)(**prompt.inputs)
             if loss:
@@ -113,8 +124,9 @@ class _Measuring:
         projections: list[Tensor] | None,
         values: np.ndarray,
         layers: Sequence[int],
+        first_row: int,
     ) -> None:
-        self._layers = layers
+        self._layers, self._first_row = layers, first_row
         self._policies, self._sizes, self._projections = policies, sizes, projections
         self._values = values  # [policies, columns, layers, heads], filled here
 
@@ -126,7 +138,7 @@ class _Measuring:
         for size in dict.fromkeys(self._sizes):
             view = BlockView(call, *size)
             dense = Dense(view.attended().output, projection) if dense is None else dense
-            ranks = [ranked(view, head) for head in range(view.shape[1])]
+            ranks = [ranked(view, head, self._first_row) for head in range(view.shape[1])]
             for place, policy in enumerate(self._policies):
                 if self._sizes[place] == size:
                     kept = policy.choose(view)

@@ -25,7 +25,7 @@ class Ranked:
         sums: [rows, key_blocks], of the largest, the two largest, ... blocks, as shares of the mass on all
             keys (which is 1 less the share of a learned sink).
         masses: [rows, key_blocks], as shares of it.
-        live: bool [rows], those that see a key.
+        live: bool [rows], those that see a key and count.
     """
 
     sums: Tensor
@@ -33,13 +33,14 @@ class Ranked:
     live: Tensor
 
 
-def ranked(view: BlockView, head: int) -> Ranked:
-    """The masses of one head of a call of a single prompt."""
+def ranked(view: BlockView, head: int, first_row: int = 0) -> Ranked:
+    """The masses of one head of a call of a single prompt; rows before `first_row` do not count."""
     masses = view.row_masses[0, head]
     totals = masses.sum(-1)
     shares = masses / totals.clamp(min=_SMALLEST)[:, None]
     sums = shares.sort(-1, descending=True).values.cumsum(-1)
-    return Ranked(sums, shares, totals > 0)
+    counts = torch.arange(len(totals), device=totals.device) >= first_row
+    return Ranked(sums, shares, (totals > 0) & counts)
 
 
 class Dense:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from lens.common.errors import LensError
 from lens.passes.blocks import BlockView
-from lens.policies.base import Kept, Policy, check_counts, check_shares, covering, ends, largest
+from lens.policies.base import Kept, Policy, check_shares, ends
+from lens.policies.budgets import check_budget, expected, within
 
 
 @dataclass(frozen=True)
@@ -40,18 +39,14 @@ class Oracle(Policy):
     is_reference = True
 
     def __post_init__(self) -> None:
-        _check_budget(self, "top", "share", "mass", "like")
+        check_budget(self, "top", "share", "mass", "like")
 
     def keep(self, view: BlockView) -> Kept:
         """See `Policy`."""
         found = view.masses / view.masses.sum(-1, keepdim=True).clamp(min=1e-30)
         ranked = found.mean(1, keepdim=True).expand_as(found) if self.shared else found
-        if self.mass is not None:
-            blocks = covering(ranked, self.mass) & view.visible
-        else:
-            blocks = largest(ranked, _budget(self, view), view.visible)
-        seen = view.visible.any(-1)
-        return Kept(blocks, (found * blocks).sum((-1, -2)) / seen.sum(-1).clamp(min=1))
+        blocks = within(self, ranked, view)
+        return Kept(blocks, expected(found, blocks, view))
 
     def cost(self, view: BlockView) -> float:
         """See `Policy`: all of it."""
@@ -119,7 +114,7 @@ class RandomBlocks(Policy):
     is_reference = True
 
     def __post_init__(self) -> None:
-        _check_budget(self, "share", "like")
+        check_budget(self, "share", "like")
 
     def keep(self, view: BlockView) -> Kept:
         """See `Policy`."""
@@ -128,30 +123,4 @@ class RandomBlocks(Policy):
         scores = torch.rand(view.shape, generator=generator).to(view.query.device)
         if self.ends:
             scores = scores + ends(view)
-        return Kept(largest(scores, _budget(self, view), view.visible))
-
-
-def _check_budget(policy: Policy, *names: str) -> None:
-    given = [name for name in names if getattr(policy, name) is not None]
-    if len(given) != 1:
-        raise LensError(
-            f"{type(policy).__name__} takes exactly one of {', '.join(names)}; got "
-            f"{' and '.join(given) or 'none'}"
-        )
-    if given[0] in ("share", "mass"):
-        check_shares(policy, given[0])
-    elif given[0] == "top":
-        check_counts(policy, "top", least=1)
-    elif not isinstance(getattr(policy, "like", None), Policy):
-        raise LensError(f"like must be a policy, got {getattr(policy, 'like', None)!r}")
-
-
-def _budget(policy: Oracle | RandomBlocks, view: BlockView) -> Tensor | int:
-    """How many blocks of each row of blocks, [batch, heads, query_blocks, 1]."""
-    if policy.like is not None:
-        return (policy.like.choose(view).blocks & view.visible).sum(-1, keepdim=True)
-    if policy.share is not None:
-        return (view.visible.sum(-1, keepdim=True) * policy.share).ceil()
-    top = getattr(policy, "top", None)
-    assert top is not None
-    return top
+        return Kept(within(self, scores, view))

@@ -245,3 +245,157 @@ def strided(heads, head, rows, last, stride, offset):
             for i in range(rows)
         ]
     )
+
+
+def largest_entry(q, k, size, threshold):
+    p, visible = probabilities(q, k), seen(len(q), *size)
+    at = [
+        [p[np.ix_(i, j)].max() > threshold for j in blocks_of(len(k), size[1])]
+        for i in blocks_of(len(q), size[0])
+    ]
+    return np.array(at) & visible
+
+
+def oracle_mass(q, k, size, mass):
+    p = probabilities(q, k)
+    kept = np.zeros_like(seen(len(q), *size))
+    for row, queries in enumerate(blocks_of(len(q), size[0])):
+        shares = [p[np.ix_(queries, keys)].sum() for keys in blocks_of(len(k), size[1])]
+        kept[row, fewest(np.array(shares) / sum(shares), mass)] = True
+    return kept
+
+
+def long_heads(q, k, v, size, top):
+    """The paper's summaries; values are as wide as keys."""
+    visible, scale = seen(len(q), *size), 1 / math.sqrt(q.shape[1])
+
+    def attended(query, key, value):
+        weight = np.exp(query @ key.T * scale - (query @ key.T * scale).max(-1, keepdims=True))
+        return weight / weight.sum(-1, keepdims=True) @ value
+
+    summary = []
+    for keys in blocks_of(len(k), size[1]):
+        inside, value = k[list(keys)], v[list(keys)]
+        mean = attended(q[list(keys)], inside, value).mean(0, keepdims=True)
+        summary.append(attended(mean, inside, inside)[0])
+    kept = np.zeros_like(visible)
+    for row, queries in enumerate(blocks_of(len(q), size[0])):
+        own = {at // size[1] for at in queries}
+        forced = {0} | own | {j for j in (min(own) - 1,) if j >= 0}
+        kept[row, list(forced)] = True
+        free = [j for j in range(len(summary)) if visible[row, j] and j not in forced]
+        scores = np.array([q[list(queries)].mean(0) @ summary[j] for j in free])
+        kept[row, [free[at] for at in best(scores, max(0, top - len(forced)))]] = True
+    return kept & visible
+
+
+def hierarchical(q, k, size, top, levels):
+    """With the middle key of each chunk, one first and one last block."""
+    visible = seen(len(q), *size)
+    kept = np.zeros_like(visible)
+    for row, queries in enumerate(blocks_of(len(q), size[0])):
+        mean, left = q[list(queries)].mean(0), set(np.flatnonzero(visible[row]))
+        for level in range(levels, -1, -1):
+            chunk = 2**level
+            among = sorted({j // chunk for j in left})
+            width = size[1] * chunk
+            scores = [mean @ k[min(c * width + width // 2, len(k) - 1)] for c in among]
+            count = max(1, math.ceil(top / chunk)) * (2 if level else 1)
+            chosen = {among[at] for at in best(scores, count)}
+            left = {j for j in left if j // chunk in chosen}
+        kept[row, list(left | {0} | {at // size[1] for at in queries})] = True
+    return kept & visible
+
+
+def routing(q, k, size, clusters, last, rounds, order):
+    """`order`: places of the points, queries before keys, the first ones of which are the first centroids."""
+    visible = seen(len(q), *size)
+
+    def unit(rows):
+        return rows / np.linalg.norm(rows, axis=-1, keepdims=True)
+
+    query = unit(np.array([q[list(rows)].mean(0) for rows in blocks_of(len(q), size[0])]))
+    key = unit(np.array([k[list(rows)].mean(0) for rows in blocks_of(len(k), size[1])]))
+    points = np.concatenate([query, key])
+    centres = points[order[:clusters]].copy()
+    for _ in range(rounds):
+        member = [max(range(clusters), key=lambda c: (point @ centres[c], -c)) for point in points]
+        for c in range(clusters):
+            inside = [point for point, own in zip(points, member, strict=True) if own == c]
+            if inside:
+                centres[c] = unit(np.sum(inside, 0))
+    of_query, of_key = ((one @ centres.T).argmax(-1) for one in (query, key))
+    near = a_shape(q, k, size, 0, last)
+    return ((of_query[:, None] == of_key[None]) | near) & visible
+
+
+def global_to_local(q, k, size, length, first):
+    pairs = np.array(
+        [
+            [j <= i and (i // length == j // length or j < first) for j in range(len(k))]
+            for i in range(len(q))
+        ]
+    )
+    return touched(pairs, *size)
+
+
+def pools(q, k, size):
+    """Mean query of each block; mean, largest and smallest entries of the keys of each block."""
+    query = [q[list(rows)].mean(0) for rows in blocks_of(len(q), size[0])]
+    key = [
+        (k[list(rows)].mean(0), k[list(rows)].max(0), k[list(rows)].min(0))
+        for rows in blocks_of(len(k), size[1])
+    ]
+    return query, key
+
+
+def by_place(weights, number, row, column, size):
+    back = row * size[0] // size[1] - column
+    power = 0 if back == 0 else int(math.log2(abs(back))) + 1 + (16 if back < 0 else 0)
+    return weights["distance"][number, power] + (weights["first"][number] if column == 0 else 0)
+
+
+def seer(q, k, size, weights, number):
+    """Logits of one head."""
+    query, key = pools(q, k, size)
+    found = np.zeros((len(query), len(key)))
+    for row, a in enumerate(query):
+        for column, parts in enumerate(key):
+            b = sum(part @ weights["key"][number, f] for f, part in enumerate(parts))
+            score = (a @ weights["query"][number]) @ b / math.sqrt(q.shape[1])
+            found[row, column] = score + by_place(weights, number, row, column, size)
+    return found
+
+
+def sparsifiner(q, k, size, weights, number):
+    """The low-rank map of one head."""
+    query, key = pools(q, k, size)
+    down, up = weights["down"][number], weights["up"][number]
+    found = np.zeros((len(query), len(key)))
+    for row, a in enumerate(query):
+        scores = [
+            sum(down[r, j] * (a @ key[j][0]) for j in range(len(key))) / math.sqrt(q.shape[1])
+            for r in range(len(down))
+        ]
+        low = np.exp(np.array(scores) - max(scores))
+        low /= low.sum()
+        for column in range(len(key)):
+            found[row, column] = sum(low[r] * up[r, column] for r in range(len(up)))
+    return found
+
+
+def indexer(queries, keys, size, weights):
+    """Logits that all heads share, from q [heads] and k [kv_heads] of a layer."""
+    pooled_queries = [pools(q, keys[0], size)[0] for q in queries]
+    pooled_keys = [[parts[0] for parts in pools(k, k, size)[1]] for k in keys]
+    found = np.zeros((len(pooled_queries[0]), len(pooled_keys[0])))
+    for row in range(found.shape[0]):
+        a = np.concatenate([one[row] for one in pooled_queries])
+        share = a @ weights["weight"] + weights["even"]
+        for column in range(found.shape[1]):
+            b = np.concatenate([one[column] for one in pooled_keys]) @ weights["key"]
+            found[row, column] = by_place(weights, 0, row, column, size) + sum(
+                share[j] * max(0, (a @ weights["query"][j]) @ b / math.sqrt(len(b)))
+                for j in range(len(share))
+            )
+    return found

@@ -39,6 +39,7 @@ EVERY = [
     policies.Strided(2, 3),
     policies.Routing(3, last=8),
     policies.PerHead({"L0H1": policies.AShape(2, 4)}, policies.BlockSparse(2)),
+    policies.GlobalToLocal(0, 8, first=2),
     policies.Full(),
 ]
 
@@ -120,6 +121,44 @@ TWINS = {
     ),
     "oracle": (policies.Oracle(top=2), (8, 8), lambda q, k, size: naive.oracle(q, k, size, 2)),
     "landmark": (policies.Landmark(2), (8, 8), lambda q, k, size: naive.landmark(q, k, size, 2)),
+    "largest_entry": (
+        policies.LargestEntry(0.2),
+        (8, 8),
+        lambda q, k, size: naive.largest_entry(q, k, size, 0.2),
+    ),
+    "oracle, mass": (
+        policies.Oracle(mass=0.7),
+        (8, 4),
+        lambda q, k, size: naive.oracle_mass(q, k, size, 0.7),
+    ),
+    "hierarchical": (
+        policies.Hierarchical(3, levels=2),
+        (8, 4),
+        lambda q, k, size: naive.hierarchical(q, k, size, 3, 2),
+    ),
+    "routing": (
+        policies.Routing(3, last=2, rounds=4),
+        (8, 8),
+        lambda q, k, size: naive.routing(
+            q,
+            k,
+            size,
+            3,
+            2,
+            4,
+            torch.randperm(2 * -(-len(q) // 8), generator=torch.Generator().manual_seed(0)).numpy(),
+        ),
+    ),
+    "global_to_local": (
+        policies.GlobalToLocal(0, 8, first=3),
+        (4, 4),
+        lambda q, k, size: naive.global_to_local(q, k, size, 8, 3),
+    ),
+    "global_to_local, uneven blocks": (
+        policies.GlobalToLocal(0, 6),
+        (4, 8),
+        lambda q, k, size: naive.global_to_local(q, k, size, 6, 0),
+    ),
 }
 
 
@@ -134,6 +173,21 @@ def test_a_policy_keeps_what_its_twin_keeps(name, tokens):
         assert np.array_equal(kept[0, number].numpy(), expected), f"head {number}"
     assert kept.any()
     assert name == "quest" or not (kept == view.visible).all()
+
+
+def test_long_heads_keep_the_chunks_that_their_summaries_say():
+    one = call(53)
+    view = BlockView(one, 8, 8)
+    kept = policies.LongHeads(4).keep(view).blocks & view.visible
+    for number in range(4):
+        value = one.value[0, number // 2].double().numpy()
+        expected = naive.long_heads(*head(view, number), value, (8, 8), 4)
+        assert np.array_equal(kept[0, number].numpy(), expected)
+
+
+def test_lower_layers_look_everywhere():
+    view = BlockView(call(40), 4, 4)
+    assert torch.equal(policies.GlobalToLocal(1).keep(view).blocks, view.visible)
 
 
 def test_flex_prefill_decides_head_by_head():

@@ -9,6 +9,7 @@ import torch
 import lens
 from lens import policies
 from lens.common.results import of_kind
+from lens.heads.pruning.gates import StreamingGate
 from lens.passes.head_outputs import read_calls
 from lens.policies.scores import COLUMNS, PolicyScores
 from lens.tasks.prompts import token_losses
@@ -254,6 +255,51 @@ def test_the_cheapest_of_several_is_named_beside_bounds_and_draws(model, prompts
         "Of 2 policies in all heads AShape(first=2"
     )
     assert not of_kind(policies.evaluate(model, prompts, offered, block_size=8).findings(), "best")
+
+
+def test_later_rows_alone_can_count(model, prompts):
+    policy = policies.AShape(4, 8)
+    late = policies.evaluate(model, prompts[:1], policy, block_size=8, first_row=40)
+    p = eager(model, prompts[0])
+    i = np.arange(96)
+    kept = ((i // 8 * 8)[:, None] - (i // 8 * 8 + 7)[None] < 8) | (i[None] < 8)
+    recall = (p * kept).sum(-1)[..., 40:].mean(-1)
+    assert np.allclose(late.of("recall")[0, ..., 0], recall, atol=1e-5)
+    whole = policies.evaluate(model, prompts[:1], policy, block_size=8)
+    assert np.array_equal(late.of("density"), whole.of("density"))
+
+
+def test_minference_takes_what_keeps_most_of_late_rows(model, prompts):
+    grid = (
+        policies.AShape(2, 8),
+        policies.VerticalSlash(8, 4, first=1, last=1, probe=8),
+        policies.BlockSparse(share=0.125),
+    )
+    chosen = policies.minference(model, prompts[0], candidates=grid, first_row=40, block_size=8)
+    found = policies.evaluate(model, prompts[:1], grid, block_size=8, first_row=40)
+    recall = found.of("recall")[..., 0]
+    for layer, head in np.ndindex(recall.shape[1:]):
+        assert chosen.of((layer, head)) == grid[int(recall[:, layer, head].argmax())]
+    assert len(set(map(str, chosen.policies.values()))) > 1
+    with pytest.raises(lens.LensError, match="first_row is 2500, and a prompt has 96 tokens"):
+        policies.minference(model, prompts[0])
+
+
+def test_gates_of_duo_attention_become_policies(model):
+    share = model.info.heads // model.info.kv_heads
+    alpha = np.linspace(1, 0, 3 * model.info.kv_heads).reshape(3, -1)
+    gate = StreamingGate(
+        alpha=alpha, losses=np.zeros(1), heads=model.info.heads, first=3, last=9, penalty=0.05,
+        rate=0.02, seed=0, n=1, model=model.name,
+    )  # fmt: skip
+    policy = policies.from_gates(gate, full=1 / 3, last=16)
+    for head in model.info.every_head:
+        expected = policies.Full() if head.layer == 0 else policies.AShape(3, 16)
+        assert policy.of(head) == expected
+    most = policies.from_gates(gate, full=2 / alpha.size)
+    assert sum(isinstance(one, policies.Full) for one in most.policies.values()) == 2 * share
+    with pytest.raises(lens.LensError, match="full must be a share"):
+        policies.from_gates(gate, full=2)
 
 
 @pytest.mark.parametrize(
