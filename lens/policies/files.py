@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
@@ -137,8 +138,9 @@ def as_json(found: PerHead | PolicySearch, model: LoadedModel) -> dict[str, Any]
         promise = {
             "block_size": list(found.block_size),
             "loss_change": found.row("chosen")["loss_change"],
-            "loss_change_low": low,
-            "loss_change_high": high,
+            "loss_change_low": None if math.isnan(low) else low,
+            "loss_change_high": None if math.isnan(high) else high,
+            "prompts": len(found.tokens),
             "tokens": max(found.tokens),
         }
     return {"format": "attention-lens policies 1", "model": model.name, **promise, "heads": entries}

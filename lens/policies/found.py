@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ import pandas as pd
 from lens.common.results import Result, Sentence
 from lens.policies.scores import PolicyScores
 from lens.stats import draws, interval
+from lens.stats.prediction import prediction
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -66,7 +68,7 @@ class PolicySearch(Result):
         random draws are one row."""
         rows = []
         for kind, tolerance in dict.fromkeys(one[:2] for one in self.curve_points):
-            changes = self._changes(kind, tolerance)
+            changes = np.concatenate(self._by_prompt(kind, tolerance))
             low, high = interval(_means(changes, self.seed))
             rows.append(
                 {
@@ -80,14 +82,20 @@ class PolicySearch(Result):
             )
         return pd.DataFrame(rows)
 
-    def promise(self) -> tuple[float, float]:
-        """Between which the change of loss of as much more of the same text should lie, nats per token: 95 % of
-        the means of blocks of tokens drawn again, less those of a second draw. What differs from text to text
-        is in it only as far as the held-out prompts are different texts."""
-        changes = self._changes("chosen", self.tolerance)
-        here, there = _means(changes, self.seed), _means(changes, self.seed + 1)
-        low, high = interval(changes.mean() + here - there)
-        return float(low), float(high)
+    def promise(self, more: int | None = None) -> tuple[float, float]:
+        """Between which the mean change of loss of other prompts lies that are drawn as the held-out ones are,
+        nats per token, with a probability of 0.95 (`lens.stats.prediction`, over prompts).
+
+        Args:
+            more: how many others; None: as many.
+
+        Returns:
+            NaN where a single prompt was held out: it tells nothing of others.
+        """
+        low, high = prediction(
+            [one.mean() for one in self._by_prompt("chosen", self.tolerance)], more
+        )
+        return low, high
 
     def findings(self) -> tuple[Sentence, ...]:
         """What was chosen ("policy"), what it costs ("loss"), beside what ("controls"), and limits ("limit")."""
@@ -111,7 +119,12 @@ class PolicySearch(Result):
                 Sentence(
                     f"On held-out prompts the loss changes by {chosen['loss_change']:+.4f} "
                     f"[{chosen['loss_change_low']:.4f}, {chosen['loss_change_high']:.4f}] nats per token from "
-                    f"{self.dense_loss:.4f}; for as much more of the same text [{low:.4f}, {high:.4f}].",
+                    f"{self.dense_loss:.4f}"
+                    + (
+                        "; one prompt tells nothing of others."
+                        if math.isnan(low)
+                        else f"; the mean of {len(self.tokens)} others like them should lie in [{low:.4f}, {high:.4f}]."
+                    ),
                     kind="loss",
                 ),
                 Sentence(
@@ -141,12 +154,10 @@ class PolicySearch(Result):
         )
         return tuple(said)
 
-    def _changes(self, kind: str, tolerance: float) -> np.ndarray:
-        """Of every token of the held-out prompts, the mean of several draws."""
+    def _by_prompt(self, kind: str, tolerance: float) -> list[np.ndarray]:
+        """[tokens] of each held-out prompt, the mean of several draws."""
         points = [one for one in self.curve_points if one[:2] == (kind, tolerance)]
-        return np.concatenate(
-            [np.stack(values).mean(0) for values in zip(*(p[3] for p in points), strict=True)]
-        )
+        return [np.stack(values).mean(0) for values in zip(*(p[3] for p in points), strict=True)]
 
     def row(self, kind: str) -> Mapping[Any, Any]:
         """Of the curve, that of the level that was taken."""

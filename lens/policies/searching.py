@@ -51,7 +51,7 @@ def search(
         model: as `lens.load` returns it; a language model.
         prompts: those that choose.
         loss: what the mean next-token loss may grow by, nats per token.
-        held_out: those that the promise is made on; None: the second half of `prompts`.
+        held_out: those that the promise is made on, several; None: the second half of `prompts`.
         candidates: policies; None: A-shape, vertical-slash and block-sparse of several sizes, those of
             MInference's search in shares of the longest prompt.
         block_size: of all of them, tokens.

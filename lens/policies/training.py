@@ -113,7 +113,9 @@ def load_trained(path: str | Path) -> Trained:
                 weights.setdefault(int(layer), {})[name] = file.get_tensor(key)
         maker = _KINDS[facts.pop("kind")]
         rows, columns = map(int, facts.pop("block_size").split())
-        budget = {name: int(one) if name == "top" else float(one) for name, one in facts.items()}
+        budget: dict[str, Any] = {
+            name: int(one) if name == "top" else float(one) for name, one in facts.items()
+        }
         return maker(weights, (rows, columns), **budget)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         said = str(error).splitlines()[0]
