@@ -21,6 +21,7 @@ from lens.circuits.graph.edge_scores import EdgeScores
 from lens.circuits.graph.graph import Graph
 from lens.common.errors import LensError
 from lens.common.files import read_json, write_json
+from lens.common.given import given_as
 
 _CFG = ("n_layers", "n_heads", "parallel_attn_mlp")
 
@@ -39,6 +40,7 @@ def to_mib(scores: EdgeScores, path: str | Path, *, circuit: Circuit | None = No
     Raises:
         LensError: keys shared by a group, edges without a score, or a circuit of another graph.
     """
+    scores = given_as("EdgeScores", scores=scores)
     graph, values = scores.graph, scores.values
     if graph.kv_readers != graph.heads:
         raise LensError(
@@ -157,6 +159,8 @@ def to_attribution_graph(
     Raises:
         LensError: an empty circuit, another graph, edges without a score, or no token.
     """
+    circuit = given_as("Circuit", circuit=circuit)
+    scores = given_as("EdgeScores", scores=scores)
     if circuit.graph != scores.graph:
         raise LensError("the circuit is of another graph than the scores")
     if not circuit.n or not tokens:

@@ -10,6 +10,7 @@ import pandas as pd
 import torch
 
 from lens.common.errors import LensError
+from lens.common.given import given_as
 from lens.common.head_ids import HeadId
 from lens.common.progress import advancing
 from lens.common.results import Result, Sentence, described, few
@@ -163,6 +164,7 @@ def search_heads(
     Example:
         >>> lens.edits.search_heads(model, task, lens.edits.Mask("first"), most=3).findings()
     """
+    given_as("Task", task=task)
     check_loaded(model)
     info = model.info
     if not isinstance(edit, OfHeads):

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lens.common.choices import check_choice
 from lens.common.errors import LensError
+from lens.common.given import given_as
 from lens.common.progress import advancing
 from lens.edits.parts import Ablate
 from lens.edits.running import edit
@@ -39,6 +40,7 @@ def importance(
     Raises:
         LensError: an unknown distance, sub-layers that are not found, or prompts that do not fit.
     """
+    given_as("Task", task=task)
     names, clean, without = _prepared(model, task, distance)
     drops, moved = [], []
     with advancing(f"{model.name}: sub-layers", len(names), progress) as advance:
@@ -81,6 +83,7 @@ def greedy_removal(
         >>> len(lens.heads.sublayers.greedy_removal(model, task.take(torch.arange(2)), count=2).order)
         2
     """
+    given_as("Task", task=task)
     candidates, clean, without = _prepared(model, task, distance)
     total = len(candidates)
     count = total // 2 if count is None else count
@@ -128,6 +131,7 @@ def block_influence(model: LoadedModel, task: Task, *, progress: bool = True) ->
         >>> lens.heads.sublayers.block_influence(model, task).table()["layer"].tolist()
         [0, 1, 2]
     """
+    given_as("Task", task=task)
     layers = dict.fromkeys(blocks(model))
     task.check(model)
     task.refuse_lengths("block_influence")

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from lens.common.errors import LensError
+from lens.common.given import given_traces
 from lens.common.head_ids import head_columns
 from lens.common.results import Result, Sentence, few
 from lens.stats import over_units, quantile
@@ -119,11 +120,7 @@ def transfer(
         >>> found = lens.policies.transfer(traces)
         >>> found.table()[["name", "jaccard", "recall", "own_recall"]]
     """
-    if not all(isinstance(one, AttentionTrace) for one in traces):
-        kinds = sorted({type(one).__name__ for one in traces} - {"AttentionTrace"})
-        raise LensError(
-            f"transfer takes traces, as lens.capture gives them, got {', '.join(kinds)}"
-        )
+    traces = given_traces(traces)
     if len(traces) < 2:
         raise LensError(f"transfer needs at least two traces, got {len(traces)}")
     if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:

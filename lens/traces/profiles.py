@@ -13,12 +13,13 @@ more pass over the same prompts.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
 from lens.common.errors import LensError
+from lens.common.given import given_traces
 from lens.stats import over_units
 from lens.traces.metrics import HEADLINES
 from lens.traces.scores import SINK_EPSILON, Score, layer_scores, uniform_scores
@@ -54,17 +55,6 @@ COLUMNS = (
 POSITIONS = ("top_key", "positional_distance")  # their mean says nothing
 
 
-def _traces(given: Any) -> list[AttentionTrace]:
-    found = list(given) if isinstance(given, list | tuple) else [given]
-    for one in found:
-        if not hasattr(one, "dataset"):
-            raise LensError(
-                f"profile takes traces, as lens.capture returns them, got {str(one)[:40]!r} "
-                f"({type(one).__name__}); a saved one is read by lens.traces.AttentionTrace.load(folder)"
-            )
-    return found
-
-
 def profile(
     traces: AttentionTrace | Sequence[AttentionTrace],
     *,
@@ -93,9 +83,8 @@ def profile(
         >>> table = lens.profile(trace)
         >>> table.sort_values("induction", ascending=False).head(3)
     """
-    several, beside = _traces(traces), _traces(random_weights)
-    if not several:
-        raise LensError("profile needs at least one trace, got an empty list")
+    several = given_traces(traces)
+    beside = given_traces(random_weights) if random_weights != () else []
     if beside and [one.dataset["token_id"].values.tolist() for one in beside] != [
         one.dataset["token_id"].values.tolist() for one in several
     ]:

@@ -10,6 +10,7 @@ import pandas as pd
 import torch
 
 from lens.common.errors import LensError
+from lens.common.given import given_as
 from lens.common.results import Result, Sentence, described
 from lens.models.loaded import LoadedModel, check_loaded
 from lens.models.sizes import image_token
@@ -182,6 +183,7 @@ def trace_segments(trace: AttentionTrace) -> Segments:
         >>> trace = lens.capture(vlm, inputs)
         >>> lens.vision.trace_segments(trace).plot()
     """
+    given_as("AttentionTrace", trace=trace)
     noted = trace.attrs.get("segments")
     if noted is None:
         raise LensError(

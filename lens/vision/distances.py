@@ -20,6 +20,7 @@ import numpy as np
 import pandas as pd
 
 from lens.common.errors import LensError
+from lens.common.given import given_as
 from lens.common.head_ids import HeadId
 from lens.common.results import Result, Sentence, described
 from lens.stats import over_rows
@@ -103,6 +104,7 @@ def patch_distance(trace: AttentionTrace, *, seed: int = 0) -> PatchDistances:
         >>> trace = lens.capture(vit, {"pixel_values": images}, keep_qk=True)
         >>> lens.vision.patch_distance(trace).findings()
     """
+    given_as("AttentionTrace", trace=trace)
     noted = trace.attrs.get("patches")
     if noted is None or noted["first"] is None:
         why = "it is of no picture" if noted is None else noted["why"]

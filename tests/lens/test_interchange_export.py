@@ -158,7 +158,7 @@ def test_what_cannot_be_exported_is_refused(tmp_path, traces):
     imported = from_attentions(list(probabilities(1, 2, 9, 0)[:, None]))
     other = trace_of(probabilities(1, 2, 17, 0))
     cases = [
-        (lambda: to_headvis([], tmp_path / "a"), "no traces were given"),
+        (lambda: to_headvis([], tmp_path / "a"), "at least one trace, got an empty list"),
         (lambda: to_headvis(traces, tmp_path), "exists already"),
         (
             lambda: to_headvis(traces, tmp_path / "a", keys=0),

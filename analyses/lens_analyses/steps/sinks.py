@@ -4,9 +4,9 @@ import numpy as np
 
 import lens
 from lens import sinks
+from lens.common.given import given_traces
 from lens.common.results import of_kind
 from lens.runs.sections import Section
-from lens.sinks.detection.alphas import as_list
 from lens_analyses.steps.columns import defined
 from lens_analyses.steps.subject import Subject
 
@@ -17,7 +17,9 @@ def detection(subject: Subject) -> Section:
     """Which keys are sinks, in how many heads, from which layer on; and on random tokens."""
     texts, progress = subject.text_windows, subject.progress
     asked = {"seed": subject.seed, "progress": progress}
-    traces = as_list(lens.capture(subject.model, texts, statistics=["received"], progress=progress))
+    traces = given_traces(
+        lens.capture(subject.model, texts, statistics=["received"], progress=progress)
+    )
     rate, keys = sinks.rate(traces, seed=subject.seed), sinks.find(traces)
     published = sinks.rate(traces, seed=subject.seed, normalise="all")
     emergence = sinks.emergence(subject.model, texts, **asked)

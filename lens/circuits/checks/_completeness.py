@@ -16,6 +16,7 @@ from lens.circuits.graph.circuit import Circuit
 from lens.circuits.graph.selection import without
 from lens.common.choices import check_counts
 from lens.common.errors import LensError
+from lens.common.given import given_as
 from lens.common.results import Result
 from lens.models.loaded import LoadedModel
 from lens.stats.intervals import columns
@@ -122,6 +123,8 @@ def completeness(
         >>> lens.circuits.checks.completeness(small, copying, circuit, runs=2, steps=2, draws=2).worst
         1
     """
+    given_as("Task", task=task)
+    circuit = given_as("Circuit", circuit=circuit)
     check_counts(runs=runs, steps=steps, candidates=candidates)
     check_counts(0, draws=draws)
     heads = [name for name in circuit.nodes if name.startswith("a")]

@@ -16,6 +16,7 @@ from lens.circuits.graph.circuit import Circuit
 from lens.circuits.graph.nodes import find_nodes
 from lens.circuits.graph.selection import random_edges, same_degrees
 from lens.common.choices import check_choice, check_counts
+from lens.common.given import given_as
 from lens.common.results import Result
 from lens.models.loaded import LoadedModel
 from lens.stats.controls import p_value
@@ -104,6 +105,8 @@ def control(
         >>> circuit = lens.circuits.score_edges(small, copying, progress=False).top(40)
         >>> lens.circuits.checks.control(small, copying, circuit, kinds=["degrees"], draws=3).table()
     """
+    given_as("Task", task=task)
+    circuit = given_as("Circuit", circuit=circuit)
     for kind in kinds:
         check_choice("kinds", kind, Kind)
     check_counts(draws=draws)

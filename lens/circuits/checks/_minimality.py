@@ -14,6 +14,7 @@ from lens.circuits.graph.circuit import Circuit
 from lens.circuits.graph.selection import random_edges, without
 from lens.common.choices import check_counts
 from lens.common.errors import LensError
+from lens.common.given import given_as
 from lens.common.results import Result
 from lens.models.loaded import LoadedModel
 from lens.stats.intervals import columns
@@ -115,6 +116,8 @@ def minimality(
         >>> circuit = lens.circuits.score_edges(small, copying, progress=False).top(40)
         >>> lens.circuits.checks.minimality(small, copying, circuit, draws=3).needed()
     """
+    given_as("Task", task=task)
+    circuit = given_as("Circuit", circuit=circuit)
     check_counts(draws=draws)
     inside = tuple(name for name in circuit.nodes if name != "input")
     if not inside:

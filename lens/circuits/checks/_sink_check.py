@@ -19,6 +19,7 @@ from lens.circuits.graph.circuit import Circuit
 from lens.circuits.graph.head_sets import heads_in
 from lens.circuits.known.circuit import KnownCircuit
 from lens.common.choices import check_counts
+from lens.common.given import given_as
 from lens.common.head_ids import AnyHead, HeadId
 from lens.common.progress import advancing
 from lens.common.results import Result, Sentence
@@ -130,6 +131,7 @@ def sink_check(
     Example:
         >>> lens.circuits.checks.sink_check(model, lens.tasks.induction(model, 16), ["L0H1", "L1H0"]).table()
     """
+    given_as("Task", task=task)
     check_loaded(model)
     check_counts(draws=draws)
     model = bare(model)

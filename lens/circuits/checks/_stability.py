@@ -15,6 +15,7 @@ from lens.circuits.scores.methods import named
 from lens.circuits.scores.scoring import score_edges
 from lens.common.choices import check_counts
 from lens.common.errors import LensError
+from lens.common.given import given_as
 from lens.common.results import Result
 from lens.models.loaded import LoadedModel
 from lens.stats import controls
@@ -88,6 +89,7 @@ def stability(
         >>> lens.circuits.checks.stability(scores, 40, resamples=3).mean > 0.2
         True
     """
+    scores = given_as("EdgeScores", scores=scores)
     if scores.n < 2:
         raise LensError(
             "stability needs scores of at least 2 prompts, got 1; draws of one are all alike"
@@ -175,6 +177,8 @@ def noise_floor(
         >>> lens.circuits.checks.noise_floor(small, copying, scores).same
         1.0
     """
+    given_as("Task", task=task)
+    scores = given_as("EdgeScores", scores=scores)
     if (scores.task, scores.n) != (task.name, task.n):
         raise LensError(
             f"the scores are of {scores.n} prompts of {scores.task!r}, and the task is {task.n} of "

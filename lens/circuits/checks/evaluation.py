@@ -17,6 +17,7 @@ from lens.circuits.graph.masked_forward import masked_logits
 from lens.circuits.graph.nodes import find_nodes
 from lens.common.choices import check_counts
 from lens.common.errors import LensError
+from lens.common.given import given_as
 from lens.common.progress import advancing
 from lens.common.results import Result
 from lens.models.loaded import LoadedModel
@@ -178,7 +179,7 @@ def evaluate(
 
     Args:
         model, task: those of the scores, or others of the same graph (other prompts, say).
-        edges: scores; the ablation is theirs.
+        edges: scores, or what `lens.circuits.find` returns; the ablation is theirs.
         draws: of random circuits at each size.
         seed: of these draws and of the bootstrap.
         progress: show a bar with the time left, on stderr, if that is a terminal.
@@ -194,6 +195,8 @@ def evaluate(
         >>> lens.circuits.evaluate(small, copying, edges, draws=2).cpr > 0.5
         True
     """
+    given_as("Task", task=task)
+    edges = given_as("EdgeScores", edges=edges)
     check_counts(draws=draws)
     graph = edges.graph
     counts = [max(1, round(share * graph.n)) for share in SHARES]
@@ -225,6 +228,8 @@ def run_circuit(
         >>> circuit = lens.circuits.score_edges(small, copying, progress=False).top(60)
         >>> lens.circuits.run_circuit(small, copying, circuit).faithfulness()
     """
+    given_as("Task", task=task)
+    circuit = given_as("Circuit", circuit=circuit)
     return run_circuits(model, task, circuit.kept[None], circuit.ablation, progress=progress)
 
 

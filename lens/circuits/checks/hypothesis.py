@@ -18,6 +18,7 @@ from lens.circuits.graph.circuit import Circuit
 from lens.circuits.graph.selection import random_edges, random_path
 from lens.common.choices import check_counts
 from lens.common.errors import LensError
+from lens.common.given import given_as
 from lens.common.results import Result
 from lens.models.loaded import LoadedModel
 from lens.stats.controls import p_value
@@ -172,6 +173,8 @@ def sufficiency(
     Raises:
         LensError: no draw, or another graph.
     """
+    given_as("Task", task=task)
+    circuit = given_as("Circuit", circuit=circuit)
     near = _distances(model, task, circuit, False, draws, seed, progress)
     null = "at most 90 % of random circuits of this size are farther from the model"
     return _of_draws("sufficiency", null, near[1:] > near[0])
@@ -191,6 +194,8 @@ def necessity(
     As `sufficiency`, of the complements: the statistic is the share of random circuits without which
     the model stays nearer to itself.
     """
+    given_as("Task", task=task)
+    circuit = given_as("Circuit", circuit=circuit)
     missed = _distances(model, task, circuit, True, draws, seed, progress)
     null = "at most 90 % of random circuits of this size are missed less"
     return _of_draws("necessity", null, missed[1:] < missed[0])
@@ -222,6 +227,8 @@ def minimality_test(
     Raises:
         LensError: no draw, an edge that is not in the circuit, or one that has all edges already.
     """
+    given_as("Task", task=task)
+    circuit = given_as("Circuit", circuit=circuit)
     check_counts(draws=draws)
     graph, draw = circuit.graph, np.random.default_rng(seed)
     if circuit.kept.all():

@@ -9,6 +9,7 @@ import numpy as np
 
 from lens.circuits.graph.edge_scores import EdgeScores
 from lens.common.errors import LensError
+from lens.common.given import given_as
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ def recovery(scores: EdgeScores, known: Iterable[str], *, rounding: float = 1e-9
         >>> lens.circuits.checks.recovery(scores, known.edges).auroc
         1.0
     """
+    scores = given_as("EdgeScores", scores=scores)
     if not 0 <= rounding < 1:
         raise LensError(f"rounding must be a share of 0 or more and below 1, got {rounding}")
     graph = scores.graph

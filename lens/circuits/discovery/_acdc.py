@@ -34,6 +34,7 @@ from lens.circuits.graph.masked_forward import masked_logits
 from lens.circuits.graph.nodes import Nodes, find_nodes
 from lens.common.choices import check_choice, check_counts
 from lens.common.errors import LensError
+from lens.common.given import given_as
 from lens.common.progress import advancing
 from lens.common.results import Result
 from lens.models.loaded import LoadedModel
@@ -170,6 +171,7 @@ def acdc(
         >>> acdc(known.model, known.task, 0.05).circuit().edges
         ('input->a1.h0<q>', 'a1.h0->logits')
     """
+    given_as("Task", task=task)
     given = (thresholds,) if isinstance(thresholds, int | float) else tuple(thresholds)
     limits = tuple(sorted({float(value) for value in given}))
     if not limits or not all(0 <= value < np.inf for value in limits):

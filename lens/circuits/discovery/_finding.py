@@ -17,6 +17,7 @@ from lens.circuits.scores.methods import EapIg, Method
 from lens.circuits.scores.scoring import score_edges
 from lens.common.choices import check_counts
 from lens.common.errors import LensError
+from lens.common.given import given_as
 from lens.common.results import Result, Sentence, described
 from lens.models.loaded import LoadedModel
 from lens.tasks.task import Task
@@ -106,6 +107,7 @@ def find(
         >>> lens.circuits.find(small, lens.tasks.induction(small, 8), progress=False).circuit.n > 0
         True
     """
+    given_as("Task", task=task)
     if not isinstance(faithfulness, int | float) or not 0 < faithfulness <= 1:
         raise LensError(f"faithfulness must be above 0 and at most 1, got {faithfulness!r}")
     if edges is not None:

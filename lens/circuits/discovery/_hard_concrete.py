@@ -31,6 +31,7 @@ from lens.circuits.graph.nodes import find_nodes
 from lens.circuits.graph.selection import pruned
 from lens.common.choices import check_choice, check_counts
 from lens.common.errors import LensError
+from lens.common.given import given_as
 from lens.common.progress import advancing
 from lens.common.results import Result
 from lens.models.loaded import LoadedModel
@@ -162,6 +163,7 @@ def learn_masks(
         >>> learn_masks(known.model, known.task, penalty=1).circuit().edges
         ('input->a1.h0<q>', 'a1.h0->logits')
     """
+    given_as("Task", task=task)
     check_choice("over", over, OVER)
     check_counts(steps=steps, batch_size=batch_size)
     _check(sparsity, penalty, rate)

@@ -14,6 +14,7 @@ from lens.circuits.graph.head_sets import heads_in
 from lens.circuits.known.circuit import KnownCircuit
 from lens.circuits.patches.head_patching import PARTS, split_effects
 from lens.common.choices import check_counts
+from lens.common.given import given_as
 from lens.common.head_ids import AnyHead, HeadId, head_columns
 from lens.common.results import Result, Sentence
 from lens.edits.base import part_of
@@ -150,6 +151,7 @@ def head_parts(
     Example:
         >>> lens.circuits.head_parts(model, lens.tasks.induction(model, 16), ["L0H1", "L1H0"]).table()
     """
+    given_as("Task", task=task)
     check_loaded(model)
     chosen = heads_in(model, heads)
     check_counts(keys=keys)

@@ -22,6 +22,7 @@ from lens.circuits.graph.masked_forward import masked_logits
 from lens.circuits.graph.nodes import Nodes, find_nodes, visit
 from lens.common.choices import check_choice
 from lens.common.errors import LensError
+from lens.common.given import given_as
 from lens.common.progress import advancing
 from lens.common.results import Result
 from lens.models.loaded import LoadedModel
@@ -145,6 +146,7 @@ def patch(
     Example:
         >>> lens.circuits.patch(model, task, ["a0.h1"], receivers=["logits"], progress=False).table()
     """
+    given_as("Task", task=task)
     if receivers is not None:
         return _patch_paths(
             model, task, receivers, nodes, freeze_mlps, direction, positions, progress

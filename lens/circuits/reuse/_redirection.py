@@ -21,6 +21,7 @@ from lens.circuits.graph.head_sets import heads_in
 from lens.circuits.known.circuit import KnownCircuit
 from lens.common.choices import check_choice, check_counts
 from lens.common.errors import LensError
+from lens.common.given import given_as
 from lens.common.head_ids import AnyHead, HeadId
 from lens.common.progress import advancing
 from lens.common.results import Result, Sentence
@@ -213,6 +214,7 @@ def redirect(
         >>> third = torch.full((copying.n,), 2)
         >>> lens.circuits.reuse.redirect(small, copying, ["L1H0"], [third], controls=2).table()
     """
+    given_as("Task", task=task)
     check_loaded(model)
     chosen = heads_in(model, heads)
     _check(amount, split, controls, match)

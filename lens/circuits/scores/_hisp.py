@@ -23,6 +23,7 @@ from lens.circuits.graph.nodes import Nodes, find_nodes, visit
 from lens.circuits.graph.selection import pruned
 from lens.common.choices import check_choice, check_counts
 from lens.common.errors import LensError
+from lens.common.given import given_as
 from lens.common.progress import advancing
 from lens.common.results import Result
 from lens.models.loaded import LoadedModel
@@ -162,6 +163,7 @@ def hisp(
     Example:
         >>> lens.circuits.scores.hisp(model, task).top(40)
     """
+    given_as("Task", task=task)
     check_choice("baseline", baseline, Baseline)
     check_counts(batch_size=batch_size)
     if task.is_flat:

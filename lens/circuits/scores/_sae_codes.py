@@ -19,6 +19,7 @@ from lens.circuits.known.circuit import KnownCircuit
 from lens.circuits.scores._sae import codes_of, train
 from lens.common.choices import check_choice, check_counts
 from lens.common.errors import LensError
+from lens.common.given import given_as
 from lens.common.head_ids import AnyHead, head_columns, head_id
 from lens.common.progress import advancing
 from lens.common.results import Result, Sentence, described
@@ -182,6 +183,7 @@ def codes(
         >>> found.values.shape
         (2, 4)
     """
+    given_as("Task", task=task)
     model.info.check_all_attend("codes")
     corrupt = task.corrupt_or_refuse()
     check_choice("positions", positions, Positions)

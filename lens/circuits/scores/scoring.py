@@ -30,6 +30,7 @@ from lens.circuits.scores.methods import EapIg, Method, named
 from lens.circuits.scores.relp import relevance, relevance_of_values
 from lens.common.choices import check_counts
 from lens.common.errors import LensError
+from lens.common.given import given_as
 from lens.common.progress import advancing
 from lens.models.loaded import LoadedModel
 from lens.tasks.task import Task
@@ -91,6 +92,7 @@ def score_edges(
         >>> score_edges(known.model, known.task, method="exact").top(2).edges
         ('input->a1.h0<q>', 'a1.h0->logits')
     """
+    given_as("Task", task=task)
     word, integrated = named(method)
     steps: int | Literal["auto"] = 1 if integrated is None else integrated.steps
     rule = "midpoint" if integrated is None else integrated.rule

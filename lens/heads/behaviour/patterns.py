@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 
 from lens.common.errors import LensError
+from lens.common.given import given_traces
 from lens.common.head_ids import head_columns
 from lens.common.results import Result
 from lens.stats.intervals import columns
@@ -128,7 +129,7 @@ def patterns(
     Example:
         >>> lens.heads.patterns(trace).table()["pattern"]
     """
-    several = list(traces) if isinstance(traces, Sequence) else [traces]
+    several = given_traces(traces)
     _check(several, budget, enough, sink)
     kept, density = zip(*(_of_trace(trace, budget, sink) for trace in several), strict=True)
     return PatternClasses(
@@ -144,8 +145,6 @@ def patterns(
 
 
 def _check(traces: list[AttentionTrace], budget: float, enough: float, sink: int) -> None:
-    if not traces:
-        raise LensError("pattern_classes needs at least one trace, got an empty list")
     for name, value in (("budget", budget), ("enough", enough)):
         if not 0 < value < 1:
             raise LensError(f"{name} must lie between 0 and 1, got {value}")

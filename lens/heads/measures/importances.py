@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lens.common.choices import check_choice
 from lens.common.errors import LensError
+from lens.common.given import given_as
 from lens.common.head_ids import HeadId
 from lens.common.progress import advancing
 from lens.heads.measures.atp import atp_star
@@ -96,6 +97,7 @@ def importance(
         >>> str(lens.heads.importance(small, lens.tasks.induction(small, n=8)).top(1)[0])
         'L0H1'
     """
+    given_as("Task", task=task)
     word, arguments = named(method)
     if baseline is not None:
         check_choice("baseline", baseline, BaselineName)

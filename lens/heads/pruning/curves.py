@@ -15,6 +15,7 @@ import pandas as pd
 
 from lens.common.choices import check_counts
 from lens.common.errors import LensError
+from lens.common.given import given_as
 from lens.common.head_ids import AnyHead, HeadId
 from lens.common.results import Result
 from lens.heads.measures.scores import HeadScores, Intervention
@@ -156,6 +157,7 @@ def curve(
         LensError: an order of another model, that names a head twice or none, no steps, or what
             `lens.heads.importance` refuses.
     """
+    given_as("Task", task=task)
     from lens.models.loaded import check_loaded
 
     check_loaded(model)

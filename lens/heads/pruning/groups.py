@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from lens.common.errors import LensError
+from lens.common.given import given_as
 from lens.common.head_ids import AnyHead
 from lens.heads.measures.baselines import Baseline
 from lens.heads.measures.checkpoint import Checkpoint
@@ -38,6 +39,7 @@ def ablate(
     Raises:
         LensError: no heads, one named twice, one that the model has not, and as in `lens.heads.importance`.
     """
+    given_as("Task", task=task)
     check_loaded(model)
     return ablate_each(
         model, task, groups=[heads], baseline=baseline, seed=seed, progress=progress
@@ -54,6 +56,7 @@ def ablate_each(
     progress: bool = True,
 ) -> list[GroupAblation]:
     """`ablate` for many groups, with one pass for the clean metric and one for the means of them all."""
+    given_as("Task", task=task)
     info = model.info
     if one := next((one for one in groups if isinstance(one, str)), None):
         raise LensError(f"heads must be a list such as ['L1H0'], got the string {one!r}")

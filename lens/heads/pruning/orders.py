@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from lens.common.errors import LensError
+from lens.common.given import given_as
 from lens.common.head_ids import AnyHead
 from lens.common.results import Result, Sentence, described
 from lens.heads.measures.scores import HeadScores
@@ -124,6 +125,7 @@ def orders(
     Raises:
         LensError: no order, a share that is not positive, and as in `curve`.
     """
+    given_as("Task", task=task)
     from lens.models.loaded import check_loaded
 
     check_loaded(model)

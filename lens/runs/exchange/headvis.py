@@ -20,6 +20,7 @@ import pandas as pd
 
 from lens.common.errors import LensError
 from lens.common.files import write_json
+from lens.common.given import given_traces
 from lens.common.version import __version__
 from lens.traces.metrics import METRICS
 from lens.traces.trace import AttentionTrace
@@ -65,9 +66,7 @@ def to_headvis(
     """
     from lens.traces.profiles import profile
 
-    several = [traces] if isinstance(traces, AttentionTrace) else list(traces)
-    if not several:
-        raise LensError("no traces were given; pass at least one")
+    several = given_traces(traces if isinstance(traces, AttentionTrace | str) else list(traces))
     folder = Path(folder)
     if folder.exists():
         raise LensError(f"{folder} exists already; choose a new folder or delete it")

@@ -51,18 +51,6 @@ class Samples:
         return f"{self.model}, T = {self.tokens}, BOS {self.bos}, n = {self.n}, {self.dtype}"
 
 
-def as_list(traces: AttentionTrace | Sequence[AttentionTrace]) -> list[AttentionTrace]:
-    """The traces, of which there is at least one.
-
-    Raises:
-        LensError: an empty list.
-    """
-    found = list(traces) if isinstance(traces, Sequence) else [traces]
-    if not found:
-        raise LensError("sinks need at least one trace, got an empty list")
-    return found
-
-
 def samples_of(traces: Sequence[AttentionTrace]) -> Samples:
     """What the traces have in common.
 

@@ -11,10 +11,11 @@ import pandas as pd
 
 from lens.common.choices import check_choice
 from lens.common.errors import LensError
+from lens.common.given import given_traces
 from lens.common.progress import advancing
 from lens.common.results import Result, Sentence, described
 from lens.models.loaded import LoadedModel
-from lens.sinks.detection.alphas import DIVIDED, Normalise, as_list
+from lens.sinks.detection.alphas import DIVIDED, Normalise
 from lens.sinks.detection.conditions import bos_pair, by_length, control_prompts
 from lens.sinks.detection.rates import SinkRate, rate
 from lens.stats import over_units
@@ -107,7 +108,7 @@ def emergence(
     rates, rows = {}, []
     with advancing("sinks", len(conditions), progress) as advance:
         for condition, asked in conditions.items():
-            traces = as_list(capture(model, asked, statistics=["received"], progress=False))
+            traces = given_traces(capture(model, asked, statistics=["received"], progress=False))
             found = rate(traces, key=key, epsilon=epsilon, normalise=normalise, seed=seed)
             rates[condition] = found
             rows.append(_rows(found).assign(condition=condition))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from lens.common.given import given_traces
 from lens.common.head_ids import HeadId, head_columns
 from lens.common.results import Result, Sentence, described
 from lens.sinks.detection.alphas import (
@@ -16,7 +17,6 @@ from lens.sinks.detection.alphas import (
     Normalise,
     Samples,
     alpha_of,
-    as_list,
     check_epsilon,
     least_alpha,
     samples_of,
@@ -175,7 +175,7 @@ def find(
         >>> found = lens.sinks.find(traces)
         >>> found.table().head(), found.profile.common()
     """
-    several = as_list(traces)
+    several = given_traces(traces)
     samples = samples_of(several)
     check_epsilon(epsilon, max(least_alpha(trace, normalise) for trace in several))
     alpha = np.stack([alpha_of(trace, normalise) for trace in several])

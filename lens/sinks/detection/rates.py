@@ -11,6 +11,7 @@ import pandas as pd
 
 from lens.common.choices import check_choice
 from lens.common.errors import LensError
+from lens.common.given import given_traces
 from lens.common.head_ids import head_columns
 from lens.common.results import Result, Sentence, described
 from lens.sinks.detection.alphas import (
@@ -18,7 +19,6 @@ from lens.sinks.detection.alphas import (
     Normalise,
     Samples,
     alpha_at,
-    as_list,
     check_epsilon,
     least_alpha,
     samples_of,
@@ -209,7 +209,7 @@ def rate(
         >>> result.value, result.samples.tokens, result.samples.bos, result.samples.n
     """
     check_choice("reduce", reduce, Reduce)
-    several = as_list(traces)
+    several = given_traces(traces)
     samples = samples_of(several)
     alpha = alpha_at(several, key, normalise)
     least = max(least_alpha(trace, normalise) for trace in several)

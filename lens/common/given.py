@@ -1,0 +1,57 @@
+"""What a function was given in place of a task, a trace, a circuit: refused in one line, before any work."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lens.common.errors import LensError
+
+_MADE_BY = {
+    "Task": "lens.tasks.induction(model) makes one",
+    "AttentionTrace": "lens.capture(model, prompt) makes one",
+    "Circuit": "lens.circuits.find(model, task) makes one",
+    "EdgeScores": "lens.circuits.score_edges(model, task) makes one",
+    "Run": "lens.runs.open_run(folder) reads one",
+}
+_PART = {"Circuit": "circuit", "EdgeScores": "scores"}  # of what lens.circuits.find returns
+
+
+def given_as(kind: str, **value: Any) -> Any:
+    """The one argument that is named, which must be of a class of this name.
+
+    What `lens.circuits.find` returns stands for its circuit or its scores. The class is known by its
+    name, so that a module that only checks need not import it.
+
+    Raises:
+        LensError: `task must be a Task (lens.tasks.induction(model) makes one), got 'text'`
+
+    Example:
+        >>> given_as("Task", task=task) is task
+        True
+    """
+    ((name, found),) = value.items()
+    if kind in _PART and type(found).__name__ == "FoundCircuit":
+        found = getattr(found, _PART[kind])
+    if kind not in {one.__name__ for one in type(found).__mro__}:
+        article = "an" if kind[0] in "AE" else "a"
+        raise LensError(f"{name} must be {article} {kind} ({_MADE_BY[kind]}), got {_said(found)}")
+    return found
+
+
+def given_traces(traces: Any) -> list[Any]:
+    """One trace or several, as a list.
+
+    Raises:
+        LensError: none, or something else among them.
+    """
+    several = list(traces) if isinstance(traces, list | tuple) else [traces]
+    if not several:
+        raise LensError(
+            f"expected at least one trace, got an empty list; {_MADE_BY['AttentionTrace']}"
+        )
+    return [given_as("AttentionTrace", traces=trace) for trace in several]
+
+
+def _said(value: Any) -> str:
+    text = repr(value) if isinstance(value, str | int | float | None) else type(value).__name__
+    return text if len(text) < 60 else f"{text[:56]}..."
