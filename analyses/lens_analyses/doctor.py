@@ -163,15 +163,15 @@ def _compiler() -> Check:
 
 
 def _models() -> Check:
-    from lens.models import smollm2
+    from lens.models import dinov2, smollm2
     from lens.models.catalogue import KNOWN
 
-    embedded = ", ".join(name for name, model in KNOWN.items() if model.embedded)
-    if smollm2.available():
-        return Check("models", "ok", f"{embedded}, {smollm2.NAME}")
-    return Check(
-        "models", "fallback", embedded, f"{smollm2.NAME}: get it with {KNOWN[smollm2.NAME].remedy}"
-    )
+    packaged = {one.name: one.available() for one in (smollm2.MODEL, dinov2.MODEL)}
+    here = ", ".join(name for name, model in KNOWN.items() if model.embedded or packaged[name])
+    lacking = [
+        f"{name}: get it with {KNOWN[name].remedy}" for name in packaged if not packaged[name]
+    ]
+    return Check("models", "fallback" if lacking else "ok", here, "; ".join(lacking))
 
 
 def _optional(name: str) -> Check:
@@ -201,9 +201,9 @@ def _machine() -> Check:
 
 
 def _model_cache() -> Check:
-    from lens.models import smollm2
+    from lens.models.converted import cache_folder
 
-    return _folder("model cache", smollm2.cache_folder())
+    return _folder("model cache", cache_folder())
 
 
 def _kernel_cache() -> Check:

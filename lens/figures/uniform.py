@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from lens.traces.trace import visible_queries
+from lens.traces.uniform import visible_queries
 
 
 def keys_seen(length: int, *, causal: bool, window: int | None) -> np.ndarray:

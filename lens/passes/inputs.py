@@ -7,7 +7,7 @@ input; holes stay holes. A name that the model's forward pass does not have is r
 import hashlib
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ import torch
 
 from lens.common.errors import LensError
 from lens.models.loaded import LoadedModel, check_loaded
+from lens.passes.pictures import Picture, is_picture, prepared, reads_pictures_alone
 from lens.passes.sessions import base
 
 
@@ -26,17 +27,19 @@ class Prompt:
         inputs: keyword arguments of the model, batch size 1.
         ids: token ids, or None where the model reads no tokens.
         text: as it was passed, or None.
+        picture: as it was passed, where a picture was, or None.
     """
 
     inputs: dict[str, torch.Tensor]
     ids: list[int] | None
     text: str | None = None
+    picture: Picture | None = None
 
     @property
     def sha256(self) -> str:
         """Of the text; of the bytes of the inputs where no text was passed."""
         digest = hashlib.sha256()
-        if self.text is not None:
+        if self.text is not None and self.picture is None:
             digest.update(self.text.encode())
         else:
             for name in sorted(self.inputs):
@@ -53,8 +56,9 @@ def read_prompts(
     Args:
         model: the model that they are for.
         prompts: a text; token ids (a list of integers or a 1-D tensor); a tokenizer's or processor's
-            output, with padding or without; a list of these, or of pairs (text, text); a 2-D tensor of
-            ids.
+            output, with padding or without; a picture (of PIL, an array, a path) or a pair (picture, text);
+            a list of these, or of pairs (text, text); a 2-D tensor of ids; an array of pictures
+            [pictures, height, width, channels].
         whole: the caller runs all inputs of a prompt and not its ids alone, so that segments,
             positions, images and masks with holes can be read; for others these are refused by name.
 
@@ -66,21 +70,46 @@ def read_prompts(
     if isinstance(prompts, Mapping):
         found = _from_mapping(model, prompts, whole)
         return found, len(found) == 1
-    if isinstance(prompts, str) or _is_ids(prompts):
+    if isinstance(prompts, str) or _is_ids(prompts) or _is_pictured(model, prompts):
         return [_from_one(model, prompts, whole)], True
     if isinstance(prompts, torch.Tensor) and prompts.dim() == 2 and not prompts.is_floating_point():
         return [_from_one(model, row, whole) for row in prompts], False
+    if isinstance(prompts, np.ndarray) and prompts.ndim == 4:
+        prompts = list(prompts)
     if isinstance(prompts, Sequence) and not isinstance(prompts, bytes):
         if not len(prompts):
             raise LensError("no prompts were given; pass a text, token ids, or a list of them")
         return [_from_one(model, prompt, whole) for prompt in prompts], False
     raise LensError(
-        "a prompt must be a text, token ids, a list of these or a tokenizer's output, got "
+        "a prompt must be a text, token ids, a picture, a list of these or a tokenizer's output, got "
         f"{_shape_of(prompts)}"
     )
 
 
+def _is_pictured(model: LoadedModel, given: Any) -> bool:
+    """One picture, or a pair of a picture and a text; a model of pictures and texts has no pairs of texts."""
+    if isinstance(given, tuple) and len(given) == 2 and isinstance(given[1], str):
+        paired = isinstance(given[0], str) and _reads_both(model)
+        return paired or is_picture(given[0])
+    return is_picture(given) or (isinstance(given, str) and reads_pictures_alone(model))
+
+
+def _reads_both(model: LoadedModel) -> bool:
+    return model.processor is not None and not reads_pictures_alone(model)
+
+
+def _from_picture(model: LoadedModel, given: Any, whole: bool) -> Prompt:
+    picture, text = given if isinstance(given, tuple) else (given, None)
+    made, seen = prepared(model, picture, text)
+    names = _accepted(model)
+    made = {name: value for name, value in made.items() if name in {"input_ids", *names}}
+    (found,) = _from_mapping(model, made, whole)
+    return replace(found, text=text, picture=seen)
+
+
 def _from_one(model: LoadedModel, prompt: Any, whole: bool) -> Prompt:
+    if _is_pictured(model, prompt):
+        return _from_picture(model, prompt, whole)
     if isinstance(prompt, str):
         return _from_text(model, prompt, whole)
     if _is_ids(prompt):
@@ -96,7 +125,8 @@ def _from_one(model: LoadedModel, prompt: Any, whole: bool) -> Prompt:
         model.encode(prompt[0])  # says what is missing
         return _from_mapping(model, _of_tokenizer(model, *prompt), whole)[0]
     raise LensError(
-        "a prompt must be a text or token ids (a list of integers), a pair of texts or a mapping, got "
+        "a prompt must be a text or token ids (a list of integers), a picture, a pair of texts or of a picture and "
+        "a text, or a mapping, got "
         f"{_shape_of(prompt)}"
     )
 

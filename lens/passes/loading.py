@@ -19,17 +19,20 @@ def load(
     dtype: str | torch.dtype | None = None,
     device: str | torch.device | None = None,
     tokenizer: Any = None,
+    processor: Any = None,
 ) -> LoadedModel:
     """Load a model, and prove that capture reaches its attention.
 
     Args:
-        name_or_model: an embedded name (`text-lm-3l`, `stories260k`, `induction-2l`), `smollm2-135m`,
+        name_or_model: an embedded name (`text-lm-3l`, `stories260k`, `induction-2l`, `vit-digits`), `smollm2-135m`,
+            `dinov2-small`,
             a folder with `config.json`, a hub id `owner/name` (the only case that uses the network),
             a transformers model in eval mode, or a `TransformerBridge` of TransformerLens 4.
         revision: branch, tag or commit of a hub model.
         dtype: type of the weights; float32 on a CPU, else the checkpoint's own, if None.
         device: where to put the weights; the CPU if None.
         tokenizer: instead of the model's own; needed for text when a model object is passed.
+        processor: instead of the model's own; needed for pictures when a model object is passed.
 
     Returns:
         The model with its tokenizer, sizes and the result of the self-check: one tiny prompt through the
@@ -46,7 +49,12 @@ def load(
     if isinstance(name_or_model, LoadedModel):
         return name_or_model
     loaded = load_unchecked(
-        name_or_model, revision=revision, dtype=dtype, device=device, tokenizer=tokenizer
+        name_or_model,
+        revision=revision,
+        dtype=dtype,
+        device=device,
+        tokenizer=tokenizer,
+        processor=processor,
     )
     checked = self_check(loaded)
     info = replace(loaded.info, attending=checked.attending, twice=checked.twice)

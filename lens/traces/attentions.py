@@ -16,7 +16,8 @@ import numpy as np
 from lens.common.errors import LensError
 from lens.common.version import __version__
 from lens.traces.matrices import PREFIX, layer_variables
-from lens.traces.trace import AttentionTrace, TraceWriter, visible_queries
+from lens.traces.trace import AttentionTrace, TraceWriter
+from lens.traces.uniform import visible_queries
 
 _TOLERANCE = {"float16": 2e-2, "bfloat16": 5e-2, "float32": 1e-4, "float64": 1e-4}
 _PATTERN = re.compile(r"blocks\.(\d+)\.attn\.hook_pattern")

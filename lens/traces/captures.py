@@ -20,6 +20,7 @@ from lens.passes.sessions import listening, run
 from lens.traces.given import given_traces
 from lens.traces.labels import read_labels
 from lens.traces.patches import describe_patches
+from lens.traces.pictures import picture_note
 from lens.traces.recorder import Recorder
 from lens.traces.segments import segments
 from lens.traces.statistics import PREFIX, LayerRecord, Settings, make_settings
@@ -185,7 +186,8 @@ def _capture_one(
         token_ids=prompt.ids or [-1] * length,
         tokens=tokens,
         attributes=_attributes(model, prompt, settings, layers, seed)
-        | {"segments": tokens_of, "patches": patches, "seconds": time.perf_counter() - start},
+        | {"segments": tokens_of, "patches": patches, "picture": picture_note(model, prompt)}
+        | {"seconds": time.perf_counter() - start},
     )
 
 

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import base64
 import html
-import io
-import struct
-import zlib
 
 import numpy as np
 import xarray as xr
 
 from lens.common.colors import VIRIDIS
 from lens.common.head_ids import layers_in_words
+from lens.common.png import as_uri
 
 _MOST_HEADS = 144
 _CELL = 24
@@ -38,13 +35,13 @@ def _thumbnails(dataset: xr.Dataset) -> str:
     total = dataset.sizes["layer"]
     layers = max(1, min(total, _MOST_HEADS // dataset.sizes["head"]))
     picture = atlas(dataset, range(layers))
-    data = base64.b64encode(png(picture)).decode()
+    address = as_uri(picture)
     shown = layers_in_words(dataset["layer"].values[:layers].tolist())
     more = f" ({shown}{'' if layers == total else f' of {total}'})"
     return (
         f"<p>Block mass, layers down, heads across{more}; each map on its own log scale.</p>"
         f"<img alt='Block mass of each head' style='image-rendering:pixelated' "
-        f"src='data:image/png;base64,{data}'>"
+        f"src='{address}'>"
     )
 
 
@@ -69,20 +66,3 @@ def atlas(dataset: xr.Dataset, layers: range) -> np.ndarray:
                 colors = np.where(np.tri(cells, dtype=bool)[..., None], colors, 255)
             picture[row * step :, head * step :][:_CELL, :_CELL] = colors[grow][:, grow]
     return picture
-
-
-def png(picture: np.ndarray) -> bytes:
-    """A PNG file of a [height, width, 3] uint8 picture."""
-    height, width, _ = picture.shape
-    lines = np.concatenate([np.zeros((height, 1), np.uint8), picture.reshape(height, -1)], axis=1)
-    out = io.BytesIO(b"\x89PNG\r\n\x1a\n")
-    out.seek(0, io.SEEK_END)
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    for kind, data in (
-        (b"IHDR", header),
-        (b"IDAT", zlib.compress(lines.tobytes())),
-        (b"IEND", b""),
-    ):
-        out.write(struct.pack(">I", len(data)) + kind + data)
-        out.write(struct.pack(">I", zlib.crc32(kind + data)))
-    return out.getvalue()

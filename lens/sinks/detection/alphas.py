@@ -11,8 +11,7 @@ import numpy as np
 from lens.common.choices import check_choice
 from lens.common.errors import LensError
 from lens.traces.scores import FEWEST_VIEWERS, SINK_EPSILON
-from lens.traces.trace import visible_queries
-from lens.traces.uniform import UniformRows
+from lens.traces.uniform import UniformRows, visible_queries
 
 if TYPE_CHECKING:
     from lens.traces.trace import AttentionTrace

@@ -1,0 +1,115 @@
+"""Attention over the picture that it is on, cell by cell where the patches lie."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Unpack
+
+import numpy as np
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from lens.common.colors import ACCENT, VIRIDIS, scale
+from lens.common.plots import draws
+from lens.common.png import as_uri
+from lens.figures.style import Look, escaped, style
+
+if TYPE_CHECKING:
+    from lens.traces.overlays import Overlay
+
+_ACROSS = 3  # pictures side by side
+_CELL = 300  # pixels of a picture's height on the page
+_STOPS = 8  # of a scan path
+
+
+@draws("Overlay")
+def overlay_map(
+    result: Overlay, *, alpha: float = 0.6, path: bool = False, **look: Unpack[Look]
+) -> go.Figure:
+    """The picture with the attention of each map over it; a cross marks the patch in question.
+
+    Args:
+        alpha: of the map over the picture.
+        path: also what is looked at most, numbered from the strongest on, joined as a scan path.
+
+    Example:
+        >>> trace = lens.capture(vit, {"pixel_values": images}, keep_qk=True)
+        >>> figure = trace.overlay(["L0H0", "L1H1"], query="[CLS]").plot(path=True)
+    """
+    grid, count = result.grid, len(result.names)
+    across = min(_ACROSS, count)
+    down = -(-count // across)
+    titles = [escaped(name) for name in result.names] if count > 1 else None
+    figure = make_subplots(
+        down, across, subplot_titles=titles, horizontal_spacing=0.03, vertical_spacing=0.12 / down
+    )
+    height, width = grid.size
+    left, top, right, bottom = grid.box
+    step_x, step_y = (right - left) / grid.width, (bottom - top) / grid.height
+    address = as_uri(np.ascontiguousarray(grid.pixels))
+    for number, values in enumerate(result.values):
+        at = {"row": number // across + 1, "col": number % across + 1}
+        figure.add_layout_image(
+            source=address,
+            x=0,
+            y=0,
+            sizex=width,
+            sizey=height,
+            xref="x",
+            yref="y",
+            sizing="stretch",
+            layer="below",
+            **at,
+        )
+        figure.add_heatmap(
+            z=values,
+            x0=left + step_x / 2,
+            dx=step_x,
+            y0=top + step_y / 2,
+            dy=step_y,
+            zmin=0,
+            colorscale=scale(VIRIDIS),
+            opacity=alpha,
+            showscale=count == 1,
+            colorbar={"title": {"text": "mass", "side": "right"}, "thickness": 12},
+            text=[
+                [f"patch ({row}, {column})" for column in range(grid.width)]
+                for row in range(grid.height)
+            ],
+            hovertemplate="%{text}<br>%{z:.4g}<extra></extra>",
+            **at,
+        )
+        if result.query is not None:
+            ends = grid.cell(*result.query)
+            figure.add_scatter(
+                x=[(ends[0] + ends[2]) / 2],
+                y=[(ends[1] + ends[3]) / 2],
+                mode="markers",
+                marker={"symbol": "x-thin", "size": 12, "line": {"color": ACCENT, "width": 3}},
+                hoverinfo="skip",
+                showlegend=False,
+                **at,
+            )
+        if path:
+            seen = result.regions(number).head(_STOPS)
+            figure.add_scatter(
+                x=seen["x"],
+                y=seen["y"],
+                mode="lines+markers+text",
+                text=[str(one + 1) for one in seen["region"]],
+                textposition="top center",
+                textfont={"color": ACCENT},
+                line={"color": ACCENT},
+                showlegend=False,
+                customdata=seen["mass"],
+                hovertemplate="%{customdata:.1%} of what lies on patches<extra></extra>",
+                **at,
+            )
+    figure.update_xaxes(range=[0, width], showgrid=False, showticklabels=False, constrain="domain")
+    figure.update_yaxes(range=[height, 0], showgrid=False, showticklabels=False)
+    for number in range(count):
+        figure.layout[
+            f"yaxis{number + 1 if number else ''}"
+        ].scaleanchor = f"x{number + 1 if number else ''}"
+    name = f"{result.names[0]}: " if count == 1 else ""
+    text = escaped(f"{name}{result.what}; {result.elsewhere.mean():.1%} on no patch shown")
+    return style(figure, text, look, height=min(900, 70 + (_CELL if count > 1 else 420) * down))

@@ -1,0 +1,148 @@
+"""Whether a head looks where a box says that the thing is: the pointing game, and IoU at the best threshold.
+
+Pointing game (Zhang et al., "Top-down Neural Attention by Excitation Backprop", arXiv 1608.00507): does the middle of
+the patch with the highest value lie in a box? IoU: the patches at or above a threshold against the boxes, in pixels, at
+the threshold that fits best, which is an upper bound. Beside both stand what needs no model: a blind point, the
+middle of the picture, and the whole picture as the answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from lens.common.errors import LensError
+from lens.common.results import Result, Sentence, described
+from lens.stats.intervals import columns
+from lens.traces.overlays import Overlay
+
+_DIGITS = 5  # of shares of the highest value: what differs by less is one threshold
+Box = tuple[float, float, float, float]
+_COLUMNS = ("pointing", "pointing_blind", "pointing_middle", "iou", "iou_whole")
+
+
+@dataclass(frozen=True, eq=False)
+class Grounding(Result):
+    """How well maps find boxes.
+
+    Attributes:
+        rows: one row per picture and map: `picture`, `map`, `pointing`, `pointing_blind` (share of the picture in
+            boxes), `pointing_middle`, `iou`, `threshold` (share of the highest value), `iou_whole`.
+        seed: of the intervals over pictures.
+    """
+
+    rows: pd.DataFrame = field(repr=False)
+    seed: int
+
+    def table(self) -> pd.DataFrame:
+        """One row per map: the means over pictures with 95 % intervals, and the number of pictures `n`."""
+        groups = list(self.rows.groupby("map", sort=False))
+        found: dict[str, Any] = {
+            "map": [name for name, _ in groups],
+            "n": [len(part) for _, part in groups],
+        }
+        values = np.array([part[list(_COLUMNS)].to_numpy(dtype=float).T for _, part in groups])
+        for place, column in enumerate(_COLUMNS):
+            found |= columns(column, values[:, place], self.seed)
+        return pd.DataFrame(found)
+
+    def findings(self) -> tuple[Sentence, ...]:
+        """Of the best map: how often it points into a box ("pointing"), and how well it covers it ("iou")."""
+        table = self.table()
+        best, covers = (table.iloc[int(table[name].argmax())] for name in ("pointing", "iou"))
+        return (
+            Sentence(
+                f"{best['map']} points into a box in {best['pointing']:.0%} of {best['n']} pictures; a blind point "
+                f"does in {best['pointing_blind']:.0%}, the middle in {best['pointing_middle']:.0%}.",
+                kind="pointing",
+            ),
+            Sentence(
+                f"{covers['map']} covers the boxes best: IoU {covers['iou']:.2f} at the best threshold of each "
+                f"picture; the whole picture has {covers['iou_whole']:.2f}.",
+                kind="iou",
+            ),
+        )
+
+    def __repr__(self) -> str:
+        return described(self)
+
+
+def grounding(
+    overlays: Overlay | Sequence[Overlay],
+    boxes: Sequence[Box] | Sequence[Sequence[Box]],
+    *,
+    seed: int = 0,
+) -> Grounding:
+    """How well the maps of overlays find the boxes of their pictures.
+
+    Args:
+        overlays: of one picture, or of several with the same maps.
+        boxes: of one picture, or a list for each: (left, top, right, bottom) in its pixels.
+        seed: of the intervals over pictures.
+
+    Raises:
+        LensError: no picture, boxes for another number of pictures, none for one, or one that has no area in it.
+
+    Example:
+        >>> trace = lens.capture(vit, {"pixel_values": images}, keep_qk=True)
+        >>> lens.vision.grounding(trace.overlay(["L0H0", "L1H1"], query="[CLS]"), [(4, 4, 12, 12)]).table()
+    """
+    several = [overlays] if isinstance(overlays, Overlay) else list(overlays)
+    given = [boxes] if isinstance(overlays, Overlay) else list(boxes)
+    if not several or len(several) != len(given):
+        raise LensError(
+            f"grounding takes boxes for each picture, got {len(given)} for {len(several)}"
+        )
+    rows = []
+    for number, (one, theirs) in enumerate(zip(several, given, strict=True)):
+        inside = _inside(one.grid.size, theirs)  # pyright: ignore[reportArgumentType]
+        rows += [
+            {"picture": number, "map": name, **_scores(one, values, inside)}
+            for name, values in zip(one.names, one.values, strict=True)
+        ]
+    return Grounding(pd.DataFrame(rows), seed)
+
+
+def _inside(size: tuple[int, int], boxes: Sequence[Box]) -> np.ndarray:
+    """bool [height, width] of the pixels whose middles lie in a box."""
+    height, width = size
+    y, x = np.arange(height)[:, None] + 0.5, np.arange(width) + 0.5
+    found = np.zeros(size, bool)
+    for box in boxes:
+        if len(box) != 4:
+            raise LensError(f"a box is (left, top, right, bottom), got {box}")
+        left, top, right, bottom = box
+        found |= (x >= left) & (x < right) & (y >= top) & (y < bottom)
+    if not found.any():
+        raise LensError(
+            f"the boxes {list(boxes)} hold nothing of a picture of {width} × {height} pixels"
+        )
+    return found
+
+
+def _scores(one: Overlay, values: np.ndarray, inside: np.ndarray) -> dict[str, float]:
+    height, width = inside.shape
+    known = np.nan_to_num(values)
+    known = np.round(known / (known.max() or 1.0), _DIGITS)
+    row, column = np.unravel_index(int(known.argmax()), known.shape)
+    left, top, right, bottom = one.grid.cell(int(row), int(column))
+    y, x = int((top + bottom) / 2), int((left + right) / 2)
+    cells = one.pixel_values(known)  # NaN outside of what the model sees
+    order = np.sort(np.unique(known))[::-1]
+    shares = []
+    for threshold in order:
+        chosen = cells >= threshold
+        shares.append((chosen & inside).sum() / (chosen | inside).sum())
+    best = int(np.argmax(shares))
+    return {
+        "pointing": float(inside[min(max(y, 0), height - 1), min(max(x, 0), width - 1)]),
+        "pointing_blind": float(inside.mean()),
+        "pointing_middle": float(inside[height // 2, width // 2]),
+        "iou": float(shares[best]),
+        "threshold": float(order[best]),
+        "iou_whole": float(inside.mean()),
+    }
