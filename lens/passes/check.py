@@ -15,7 +15,7 @@ from lens.passes.sessions import listening, run, transformer
 
 LENGTH = 24
 # The softmax of transformers' eager attention is float32, whatever the type of the model.
-_TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 _ROW_SUM_TOLERANCE = 1e-4
 _PROMPT = "a tiny prompt"
 
@@ -70,7 +70,7 @@ def self_check(model: LoadedModel) -> Checked:
             "damaged, or too large for their type"
         )
     difference = float((captured - own).abs().max() / own.abs().max().clamp(min=1e-30))
-    tolerance = _TOLERANCE.get(model.dtype, _TOLERANCE[torch.bfloat16])
+    tolerance = TOLERANCE.get(model.dtype, TOLERANCE[torch.bfloat16])
     if not difference <= tolerance:
         _refuse_random(model, inputs, own)
         raise LensError(

@@ -14,14 +14,15 @@ from lens.common.progress import advancing
 from lens.common.version import __version__
 from lens.models.loaded import LoadedModel
 from lens.models.sizes import image_token
-from lens.passes.calls import LayerCall, attend
 from lens.passes.inputs import Prompt, read_prompts
+from lens.passes.pieces import check_pieces
 from lens.passes.sessions import listening, run
 from lens.traces.given import given_traces
 from lens.traces.labels import read_labels
 from lens.traces.patches import describe_patches
 from lens.traces.pictures import picture_note
-from lens.traces.recorder import Recorder
+from lens.traces.pieces import check_chunk, pieces_of, recorded_in_pieces
+from lens.traces.recorder import Once, Recorder
 from lens.traces.segments import segments
 from lens.traces.statistics import PREFIX, LayerRecord, Settings, make_settings
 from lens.traces.trace import AttentionTrace, TraceWriter
@@ -37,6 +38,7 @@ class CaptureOptions(TypedDict, total=False):
     statistics: str | Sequence[str]
     keep_qk: bool
     backend: str
+    chunk: int | None
     out: str | Path | None
     progress: bool
     seed: int | None
@@ -64,6 +66,7 @@ def capture(
     statistics: str | Sequence[str] = "all",
     keep_qk: bool = False,
     backend: str = "auto",
+    chunk: int | None = None,
     out: str | Path | None = None,
     progress: bool = True,
     seed: int | None = None,
@@ -83,6 +86,10 @@ def capture(
         statistics: "all", or names of trace variables (docs/schema/trace.md).
         keep_qk: keep q and k too, for exact tiles; 2 × positions × head_dim numbers per head.
         backend: of `lens_kernels`: "auto", "cpu", "triton", "torch" or "reference".
+        chunk: run prompts of more tokens than this in pieces of so many, with the model's key cache: the
+            trace is that of the whole prompt, to rounding, and what the model holds beside keys and
+            statistics is that of one piece. A multiple of `block_size`. Models whose tokens see later ones,
+            that keep no keys or compute something else in pieces are refused. None: whole.
         out: folder for the trace (for several prompts `out/p000`, `out/p001`, ...): each layer is
             written when it is done and leaves memory. In memory if None.
         progress: show a bar with the time left, on stderr, if that is a terminal.
@@ -102,7 +109,7 @@ def capture(
 
     Raises:
         LensError: empty or too long prompts, a bad block size, or attention that capture does not
-            understand. A text is never cut: `lens.tasks.take` does that. Given attentions as
+            understand; with `chunk`, a model or prompt that cannot go in pieces. A text is never cut: `lens.tasks.take` does that. Given attentions as
             `lens.traces.from_attentions`.
 
     Example:
@@ -114,10 +121,10 @@ def capture(
         >>> lens.profile(trace)[["layer", "head", "numbers", "numbers_uniform"]]
     """
     if attentions is not None:
-        if keep_qk or labels is not None or statistics != "all":
+        if keep_qk or labels is not None or statistics != "all" or chunk is not None:
             raise LensError(
                 "attentions hold no q and k, and every statistic that they have is kept; leave keep_qk, "
-                "statistics and labels out"
+                "statistics, chunk and labels out"
             )
         found = given_traces(model, prompts, attentions, block_size)
         for number, one in enumerate(found if isinstance(found, list) else [found]):
@@ -129,18 +136,22 @@ def capture(
     settings = make_settings(
         statistics=statistics, block_size=block_size, keep_qk=keep_qk, backend=backend
     )
+    if chunk is not None:
+        check_chunk(chunk, settings)
     found, is_single = read_prompts(model, prompts, whole=True)
     for prompt in found:
         _check_size(model, prompt, settings)
+        if chunk is not None:
+            check_pieces(model, prompt, chunk)
     tokens = [None if one.ids is None else model.token_strings(one.ids) for one in found]
     own = read_labels(labels, tokens)
-    total = len(found) * len(model.info.attending)
+    total = sum(pieces_of(prompt, chunk) for prompt in found) * len(model.info.attending)
     traces = []
     with advancing(f"{model.name}: layers", total, progress) as advance:
         for number, prompt in enumerate(found):
             folder = out if out is None or is_single else Path(out) / f"p{number:03d}"
             chosen = settings.with_labels(own[number])
-            traces.append(_capture_one(model, prompt, chosen, folder, seed, advance))
+            traces.append(_capture_one(model, prompt, chosen, chunk, folder, seed, advance))
     return traces[0] if is_single else traces
 
 
@@ -148,6 +159,7 @@ def _capture_one(
     model: LoadedModel,
     prompt: Prompt,
     settings: Settings,
+    chunk: int | None,
     out: str | Path | None,
     seed: int | None,
     advance: Callable[[int], None],
@@ -166,11 +178,19 @@ def _capture_one(
         )
         record.variables.clear()
         layers.append(record)
+
+    def done(record: LayerRecord) -> None:
+        take(record)
         advance(1)
 
-    once = _Once(Recorder(settings, take), model.info.class_name)
-    with torch.no_grad(), listening(model, once.on_layer, parts=True):
-        run(model, prompt.inputs)
+    if chunk is None or pieces_of(prompt, chunk) == 1:
+        chunk = None
+        once = Once(Recorder(settings, done), model.info.class_name)
+        with torch.no_grad(), listening(model, once.on_layer, parts=True):
+            run(model, prompt.inputs)
+    else:
+        for record in recorded_in_pieces(model, prompt, settings, chunk, advance):
+            take(record)
     if not layers:
         raise LensError(
             f"cannot reach the attention of {model.info.class_name}: no layer asked for its "
@@ -187,6 +207,7 @@ def _capture_one(
         tokens=tokens,
         attributes=_attributes(model, prompt, settings, layers, seed)
         | {"segments": tokens_of, "patches": patches, "picture": picture_note(model, prompt)}
+        | {"chunk": chunk, "seconds": time.perf_counter() - start},
         | {"seconds": time.perf_counter() - start},
     )
 
@@ -216,28 +237,6 @@ def _check_alike(
             f"{where} has (key heads, head_dim) = {sizes[0]}, layer {first.layer} {sizes[1]}; q and k of "
             "such layers do not fit into one trace: capture without keep_qk"
         )
-
-
-class _Once:
-    """Records a layer that attends twice with one pattern (DiffLlama) once."""
-
-    def __init__(self, recorder: Recorder, name: str) -> None:
-        self._recorder = recorder
-        self._name = name
-        self._before: LayerCall | None = None
-
-    def on_layer(self, call: LayerCall) -> torch.Tensor:
-        before, self._before = self._before, call
-        if not call.part:
-            return self._recorder.on_layer(call)
-        pairs = [] if before is None else [(before.query, call.query), (before.key, call.key)]
-        if not pairs or not all(torch.equal(*pair) for pair in pairs):
-            raise LensError(
-                f"layer {call.layer} of {self._name} attends {call.part + 1} times with other queries or "
-                "keys, and a trace holds one pattern a layer; use lens.traces.capturing(model), whose "
-                "records have a part"
-            )
-        return attend(call, statistics=()).output
 
 
 def _attributes(

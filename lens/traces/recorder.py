@@ -7,7 +7,7 @@ import torch
 
 from lens.common.errors import LensError
 from lens.models.loaded import LoadedModel
-from lens.passes.calls import LayerCall, without_last
+from lens.passes.calls import LayerCall, attend, without_last
 from lens.passes.sessions import listening
 from lens.traces.statistics import LayerRecord, Settings, make_settings, measure
 
@@ -71,6 +71,28 @@ class Recorder:
         cut = [without_last(call, count) for call in self._calls]
         start = next(at for at, record in enumerate(self.records) if record.step == step)
         self.records[start:] = [measure(call, self._settings)[1] for call in cut]
+
+
+class Once:
+    """Records a layer that attends twice with one pattern (DiffLlama) once."""
+
+    def __init__(self, recorder: Recorder, name: str) -> None:
+        self._recorder = recorder
+        self._name = name
+        self._before: LayerCall | None = None
+
+    def on_layer(self, call: LayerCall) -> torch.Tensor:
+        before, self._before = self._before, call
+        if not call.part:
+            return self._recorder.on_layer(call)
+        pairs = [] if before is None else [(before.query, call.query), (before.key, call.key)]
+        if not pairs or not all(torch.equal(*pair) for pair in pairs):
+            raise LensError(
+                f"layer {call.layer} of {self._name} attends {call.part + 1} times with other queries or "
+                "keys, and a trace holds one pattern a layer; use lens.traces.capturing(model), whose "
+                "records have a part"
+            )
+        return attend(call, statistics=()).output
 
 
 @contextmanager

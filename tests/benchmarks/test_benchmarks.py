@@ -212,6 +212,7 @@ def test_an_unknown_case_is_a_usage_error(capsys):
 
 
 def test_the_long_prompt_is_measured_in_small():
+    assert long_prompt.measure(300, chunk=128)["chunk"] == 128
     figures = long_prompt.measure(300)
     assert figures["tokens"] == 300
     assert figures["peak_mb"] > 100

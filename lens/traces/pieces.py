@@ -1,0 +1,150 @@
+"""The records of a prompt that went through the model in pieces, put together as if it had gone whole.
+
+The rows of a piece are whole rows: they see all their keys. So what belongs to a query is laid side by side,
+and what is summed over queries (received mass, diagonals, how many see a key) is added up. Blocks of queries
+are whole too, as a piece ends where a block does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from lens.common.choices import check_counts
+from lens.common.errors import LensError
+from lens.models.loaded import LoadedModel
+from lens.passes.calls import LayerCall
+from lens.passes.inputs import Prompt
+from lens.passes.pieces import check_looks_back, run_in_pieces
+from lens.passes.sessions import listening
+from lens.traces.recorder import Once, Recorder
+from lens.traces.statistics import LayerRecord, Settings
+from lens.traces.store import DIMENSIONS
+
+
+def check_chunk(chunk: int, settings: Settings) -> None:
+    """Raises LensError unless pieces of `chunk` tokens end where blocks end."""
+    check_counts(chunk=chunk)
+    if chunk % settings.block_size:
+        fits = max(1, chunk // settings.block_size) * settings.block_size
+        raise LensError(
+            f"chunk must be a multiple of block_size, so that no block of the maps is cut, got {chunk} and "
+            f"{settings.block_size}; use chunk={fits}"
+        )
+
+
+def pieces_of(prompt: Prompt, chunk: int | None) -> int:
+    """How many pieces of `chunk` tokens a prompt has."""
+    return 1 if chunk is None or prompt.ids is None else -(-len(prompt.ids) // chunk)
+
+
+def recorded_in_pieces(
+    model: LoadedModel,
+    prompt: Prompt,
+    settings: Settings,
+    chunk: int,
+    advance: Callable[[int], None],
+) -> Iterator[LayerRecord]:
+    """The records of a prompt that goes through the model in pieces of `chunk` tokens.
+
+    `advance` is told of each layer of each piece.
+    """
+    assert prompt.ids is not None
+    pieces = Pieces(prompt.ids, settings)
+
+    def done(record: LayerRecord) -> None:
+        pieces.add(record)
+        advance(1)
+
+    once = Once(Recorder(settings, done), model.info.class_name)
+
+    def on_layer(call: LayerCall) -> Tensor:
+        check_looks_back(call, model.info.class_name)
+        return once.on_layer(pieces.aligned(call))
+
+    with torch.no_grad(), listening(model, on_layer, parts=True):
+        for _ in run_in_pieces(model, prompt.inputs["input_ids"], chunk):
+            pass
+    yield from pieces.records()
+
+
+class Pieces:
+    """Takes the records of every piece, layer by layer, and gives those of the whole prompt."""
+
+    def __init__(self, ids: Sequence[int], settings: Settings) -> None:
+        self._ids = torch.tensor([list(ids)])
+        self._block = settings.block_size
+        self._layers: dict[int, LayerRecord] = {}
+
+    def aligned(self, call: LayerCall) -> LayerCall:
+        """The call with its tokens, and its first key where a block begins.
+
+        A window's cache has dropped keys up to anywhere; hidden ones of zeros fill the block up. Every
+        query is too far from them to see them.
+        """
+        start, keys = call.mask.start, call.key.shape[2]
+        short = start % self._block
+        first = start - short
+        ids = self._ids.to(call.key.device)
+        before = ids[:, first - 1] if first else ids.new_full((1,), -1)
+        call = replace(call, tokens=ids[:, first : start + keys], before=before)
+        if not short:
+            return call
+        bias, allowed = call.position_bias, call.mask.allowed
+        if bias is not None and bias.shape[-1] > 1:
+            bias = torch.nn.functional.pad(bias, (short, 0))
+        if allowed is not None:
+            allowed = torch.nn.functional.pad(allowed, (short, 0))
+        return replace(
+            call,
+            key=torch.nn.functional.pad(call.key, (0, 0, short, 0)),
+            value=torch.nn.functional.pad(call.value, (0, 0, short, 0)),
+            mask=replace(call.mask, start=first, allowed=allowed),
+            position_bias=bias,
+        )
+
+    def add(self, record: LayerRecord) -> None:
+        """Take what one layer did with one piece."""
+        length = self._ids.shape[1]
+        whole = self._layers.get(record.layer)
+        if whole is None:
+            variables = {
+                name: part.new_zeros(_whole_shape(name, part, length, self._block))
+                for name, part in record.variables.items()
+            }
+            whole = replace(
+                record, queries=length, keys=length, key_start=0, query_start=0, variables=variables
+            )
+            self._layers[record.layer] = whole
+        for name, part in record.variables.items():
+            starts = {
+                "query": record.query_start,
+                "key": record.key_start,
+                "query_block": record.query_start // self._block,
+                "key_block": record.key_start // self._block,
+            }
+            if name == "k":  # each piece brings its own keys; those before came with theirs
+                part, starts["key"] = part[:, :, -record.queries :], record.query_start
+            place = [slice(None)]
+            for axis, size in zip(DIMENSIONS[name], part.shape[1:], strict=True):
+                first = starts.get(axis, 0)
+                place.append(slice(first, first + size))
+            whole.variables[name][tuple(place)] += part
+
+    def records(self) -> Iterator[LayerRecord]:
+        """One record of the whole prompt for each layer, in order; each is let go of."""
+        for layer in sorted(self._layers):
+            yield self._layers.pop(layer)
+
+
+def _whole_shape(name: str, part: Tensor, length: int, block: int) -> list[int]:
+    blocks = -(-length // block)
+    sizes = {
+        **dict.fromkeys(("query", "key", "offset"), length),
+        **dict.fromkeys(("query_block", "key_block"), blocks),
+    }
+    axes = zip(DIMENSIONS[name], part.shape[1:], strict=True)
+    return [len(part), *(sizes.get(axis, size) for axis, size in axes)]
