@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         AttentionResult,
         AttentionStatistics,
     )
+    from lens_kernels.weighted import weighted_attention
 
 __all__ = [
     "STATISTICS",
@@ -46,6 +47,7 @@ __all__ = [
     "patch_effects",
     "redistribute",
     "tile",
+    "weighted_attention",
 ]
 
 _MODULES = {
@@ -64,6 +66,7 @@ _MODULES = {
     "patch_effects": "patching",
     "redistribute": "redistribution",
     "tile": "rectangles",
+    "weighted_attention": "weighted",
 }
 
 

@@ -14,14 +14,14 @@ takes time quadratic in the length and memory linear in it. Gradients are not de
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from lens_kernels.problem import BackendResult, MaskPlan, Problem, statistic_shape
-from lens_kernels.statistics import STATISTICS
+from lens_kernels.statistics import STATISTICS, Statistic
 from lens_kernels.types import AttentionMask
 
 _INF = float("inf")
@@ -30,8 +30,15 @@ CELLS = 1 << 24
 """Pairs of a query and a key that are looked at together."""
 
 
-def guarded(problem: Problem, run: Callable[[Problem], BackendResult]) -> BackendResult:
-    """What `run(problem)` gives, with the meaning above where inputs are not finite."""
+def guarded(
+    problem: Problem,
+    run: Callable[[Problem], BackendResult],
+    table: Mapping[str, Statistic] = STATISTICS,
+) -> BackendResult:
+    """What `run(problem)` gives, with the meaning above where inputs are not finite.
+
+    `table` says which axes the numbers of the result have.
+    """
     result = run(problem)
     if _finite(result):
         return result
@@ -42,7 +49,7 @@ def guarded(problem: Problem, run: Callable[[Problem], BackendResult]) -> Backen
     step = max(1, CELLS // (problem.batch * problem.heads * problem.keys))
     for first in range(0, problem.queries, step):
         marks.add(slice(first, min(first + step, problem.queries)), bad)
-    return marks.applied(run(bad.without(problem)))
+    return marks.applied(run(bad.without(problem)), table)
 
 
 def clean_padding(
@@ -149,7 +156,7 @@ class _Marks:
     def add(self, rows: slice, bad: _Bad) -> None:
         problem = self.problem
         share = problem.heads // problem.kv_heads
-        seen = _visible(problem, rows)  # [B, H, R, K]
+        seen = visible_rows(problem, rows)  # [B, H, R, K]
         wrong = bad.query[:, :, rows, None] | bad.key.repeat_interleave(share, 1)[:, :, None]
         if bad.bias is not None:
             wrong = wrong | _part(bad.bias, rows)
@@ -184,7 +191,7 @@ class _Marks:
         hits = torch.zeros(self.blocks.shape, device=problem.device)
         self.blocks |= hits.index_add_(2, block, by_key.float()) > 0
 
-    def applied(self, result: BackendResult) -> BackendResult:
+    def applied(self, result: BackendResult, table: Mapping[str, Statistic]) -> BackendResult:
         """The result with its NaN."""
         problem = self.problem
         norms = self.output.any(-1)
@@ -197,10 +204,10 @@ class _Marks:
         }
         tensors = {}
         for name, tensor in result.tensors.items():
-            mark = norms if name in _NORMS else _mark_of(marks, name)
+            mark = norms if name in _NORMS else _mark_of(marks, table[name].axes)
             if tensor.is_floating_point():
                 wide = mark.reshape(mark.shape + (1,) * (tensor.dim() - mark.dim()))
-                assert tuple(tensor.shape) == statistic_shape(problem, name)
+                assert tuple(tensor.shape) == statistic_shape(problem, name, table)
                 tensor = tensor.masked_fill(wide, torch.nan)
             tensors[name] = tensor
         groups = result.groups
@@ -218,8 +225,7 @@ class _Marks:
         return replace(result, output=output, tensors=tensors, groups=groups)
 
 
-def _mark_of(marks: dict[str, Tensor], name: str) -> Tensor:
-    axes = STATISTICS[name].axes
+def _mark_of(marks: dict[str, Tensor], axes: tuple[str, ...]) -> Tensor:
     last = next(axis for axis in reversed(axes) if axis in marks)
     return marks[last]
 
@@ -229,7 +235,7 @@ def _part(tensor: Tensor, rows: slice) -> Tensor:
     return tensor if tensor.shape[2] == 1 else tensor[:, :, rows]
 
 
-def _visible(problem: Problem, rows: slice) -> Tensor:
+def visible_rows(problem: Problem, rows: slice) -> Tensor:
     """bool [batch, heads, rows, keys]: the row sees the key."""
     plan = problem.plan
     index = torch.arange(problem.keys, device=problem.device)

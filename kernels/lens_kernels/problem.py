@@ -33,12 +33,13 @@ are zero in `problem.key`, `problem.value`, `problem.query`, so NaN in them cann
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from lens_kernels.statistics import STATISTICS
+from lens_kernels.statistics import STATISTICS, Statistic
 from lens_kernels.types import AttentionGroups
 
 
@@ -231,7 +232,9 @@ class BackendResult:
     from_backward: dict[str, Tensor | None] = field(default_factory=dict)
 
 
-def statistic_shape(problem: Problem, name: str) -> tuple[int, ...]:
+def statistic_shape(
+    problem: Problem, name: str, table: Mapping[str, Statistic] = STATISTICS
+) -> tuple[int, ...]:
     """Shape of a statistic, from the axes of its table entry (`heads` and `batch` in front)."""
     pairs = 0 if problem.query_labels is None else problem.query_labels.shape[-1]
     sizes = {
@@ -245,7 +248,7 @@ def statistic_shape(problem: Problem, name: str) -> tuple[int, ...]:
         "pairs": pairs,
         "k": problem.top_k,
     }
-    return tuple(sizes[axis] if axis in sizes else int(axis) for axis in STATISTICS[name].axes)
+    return tuple(sizes[axis] if axis in sizes else int(axis) for axis in table[name].axes)
 
 
 def group_statistics(problem: Problem) -> list[str]:

@@ -50,7 +50,8 @@ def check_pieces(model: LoadedModel, prompt: Prompt, chunk: int) -> None:
 
 def check_length_matters_not(model: LoadedModel, tokens: int, what: str) -> None:
     """Raises LensError where the length of a prompt changes the positions of its first tokens."""
-    config: Any = transformer(model).config.get_text_config()
+    root: Any = transformer(model)
+    config = root.config.get_text_config()
     for settings in _rotary(config):
         name = settings.get("rope_type", "default")
         for kind, key in _STRETCHING.items():

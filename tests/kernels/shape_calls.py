@@ -23,7 +23,16 @@ from lens_kernels.redistribution import Mask, Redistribution
 
 from tests.kernels.helpers import CASES, case_problem, everything, tensors
 
-EXAMPLES = ("api", "decoding", "patching", "rectangles", "redistribution", "states", "types")
+EXAMPLES = (
+    "api",
+    "decoding",
+    "patching",
+    "rectangles",
+    "redistribution",
+    "states",
+    "types",
+    "weighted",
+)
 
 Q, K, V = tensors(2, 4, 2, 7, 11, 8, 6)
 NAMES = ("batch", "heads", "queries", "keys")

@@ -8,7 +8,10 @@ import pytest
 from tests import shapes
 from tests.kernels.shape_calls import RIGHT, WRONG
 
-CHECKED = ("api", "decoding", "patching", "rectangles", "redistribution", "states", "types")
+CHECKED = (
+    *("api", "decoding", "patching", "rectangles", "redistribution", "states", "types"),
+    "weighted",
+)
 
 
 @pytest.fixture(scope="module")

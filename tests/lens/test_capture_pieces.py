@@ -78,12 +78,18 @@ def test_layers_that_carry_a_state_or_attend_twice(kind):
 
 @pytest.mark.parametrize("kind", ["bloom", "falcon_alibi"])
 def test_a_bias_by_position(kind):
-    sizes = {"hidden_size": 48, "num_attention_heads": 6, "num_hidden_layers": 2, "vocab_size": 97}
     config = {
         "bloom": lambda: transformers.BloomConfig(
             hidden_size=48, n_layer=2, n_head=6, vocab_size=97
         ),
-        "falcon_alibi": lambda: transformers.FalconConfig(**sizes, alibi=True, multi_query=False),
+        "falcon_alibi": lambda: transformers.FalconConfig(
+            hidden_size=48,
+            num_attention_heads=6,
+            num_hidden_layers=2,
+            vocab_size=97,
+            alibi=True,
+            multi_query=False,
+        ),
     }[kind]()
     torch.manual_seed(0)
     model = lens.load(transformers.AutoModel.from_config(config).eval())
@@ -170,10 +176,10 @@ def test_arguments_that_do_not_fit():
         (20, "chunk must be a multiple of block_size.*use chunk=16"),
         (4, "use chunk=8"),
         (0, "chunk must be"),
-        (16.0, "chunk must be"),
+        ("16", "chunk must be"),
     ):
         with pytest.raises(LensError, match=expected):
-            lens.capture(model, _ids(), block_size=8, chunk=chunk)
+            lens.capture(model, _ids(), block_size=8, chunk=chunk)  # pyright: ignore
     holes = {
         "input_ids": torch.tensor([[5, 6, 7, 8]]),
         "attention_mask": torch.tensor([[1, 0, 1, 1]]),
