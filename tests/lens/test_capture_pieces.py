@@ -111,6 +111,19 @@ def test_several_prompts_short_ones_whole_and_into_folders(tmp_path):
     assert apart[0].tokens == whole[0].tokens
 
 
+def test_labels_of_the_user():
+    model = lens.load(build("mistral"))  # a window whose cache drops keys
+    labels = {"thirds": ([index % 3 for index in range(LENGTH)], [1] * LENGTH)}
+    whole = lens.capture(model, _ids(), block_size=8, labels=labels, statistics=["match_mass"])
+    assert float(whole.match_mass.sel(match="thirds").sum()) > 1
+    _same(
+        lens.capture(
+            model, _ids(), block_size=8, labels=labels, statistics=["match_mass"], chunk=16
+        ),
+        whole,
+    )
+
+
 def test_the_model_runs_one_piece_at_a_time():
     model = lens.load(build("llama"))
     lengths = []
