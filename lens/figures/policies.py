@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Unpack
 
 import plotly.graph_objects as go
+from plotly.subplots import make_subplots
 
 from lens.common.choices import check_choice
 from lens.common.colors import ACCENT, BASELINE, INK, LINE, VIRIDIS, scale
@@ -12,6 +13,8 @@ from lens.common.plots import draws
 from lens.figures.style import Look, escaped, grid_axes, grid_height, style
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from lens.policies.found import PolicySearch
     from lens.policies.scores import PolicyScores
 
@@ -95,6 +98,54 @@ def _grid(result: PolicyScores, policy: str, look: Look) -> go.Figure:
     grid_axes(figure, *recall.shape, most=32)
     text = f"Attention kept by {policy}, mean {recall.mean():.1%}"
     return style(figure, escaped(text), look, height=grid_height(len(recall), 26))
+
+
+def policy_runs(table: pd.DataFrame, **look: Unpack[Look]) -> go.Figure:
+    """Change of a metric against density, a panel for each task, all rows sparse and from the question on.
+
+    Args:
+        table: `PolicyRuns.table()` with the columns `task` and `rows` ("all", "question").
+
+    Example:
+        >>> runs = lens.policies.run(model, task, lens.policies.AShape(4, 8), block_size=4, progress=False)
+        >>> figure = lens.figures.policies.policy_runs(runs.table().assign(task="induction", rows="all"))
+    """
+    tasks = list(dict.fromkeys(table["task"]))
+    figure = make_subplots(len(tasks), 1, shared_xaxes=True, vertical_spacing=0.12)
+    kinds = {
+        "all": (ACCENT, "circle", "all rows"),
+        "question": (LINE, "diamond", "from the question on"),
+    }
+    for at, task in enumerate(tasks, 1):
+        for kind, (color, symbol, shown) in kinds.items():
+            rows = table[(table["task"] == task) & (table["rows"] == kind)]
+            figure.add_scatter(
+                x=rows["density"],
+                y=rows["change"],
+                name=shown,
+                legendgroup=kind,
+                showlegend=at == 1,
+                mode="markers",
+                marker={"symbol": symbol, "size": 9, "color": color},
+                error_y={
+                    "array": rows["change_high"] - rows["change"],
+                    "arrayminus": rows["change"] - rows["change_low"],
+                    "color": color,
+                },
+                text=[escaped(one) for one in rows["policy"]],
+                hovertemplate="%{text}<br>density %{x:.3f}: %{y:+.4f}<extra>" + shown + "</extra>",
+                row=at,
+                col=1,
+            )
+        metric = table.loc[table["task"] == task, "metric"].iloc[0]
+        figure.add_hline(y=0, line={"color": INK, "dash": "dot"}, row=at, col=1)  # pyright: ignore[reportArgumentType]
+        figure.update_yaxes(title=escaped(f"{task}: change of {metric}"), row=at, col=1)
+    figure.update_xaxes(
+        title="Blocks kept (share of the sparse rows)", range=[0, 1.02], row=len(tasks), col=1
+    )
+    return style(
+        figure, "Text and needles under policies, beside dense", look, height=260 * len(tasks) + 80
+    )
 
 
 @draws("PolicySearch")

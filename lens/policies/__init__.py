@@ -8,8 +8,9 @@ A policy is a small frozen object; `lens.edit(model, lens.edits.Sparse(policy))`
 
     Landmark, LongHeads, Hierarchical    blocks that one key, or a summary, stands for
     LargestEntry                         blocks by the largest entry of P, as SeerAttention is trained
-    Strided, Routing                     stripes that differ from head to head; clusters of blocks
-    Regions                              the regions of a picture that fit best
+    Strided, Routing, GlobalToLocal      stripes by head; clusters of blocks; upper layers near alone
+    Grid, Regions                        places on a picture; its regions that fit best
+    Seer, Sparsifiner, Indexer           what `train` makes: predictors of the map
 """
 
 from lens.common.lazy import attach

@@ -22,6 +22,7 @@ from .oracle import RandomBlocks as RandomBlocks
 from .per_head import PerHead as PerHead
 from .quest import Quest as Quest
 from .routing import Routing as Routing
+from .running import run as run
 from .searching import search as search
 from .seer import Seer as Seer
 from .sparge import Sparge as Sparge
@@ -38,7 +39,6 @@ __all__ = [
     "AShape",
     "BlockSparse",
     "FlexPrefill",
-    "Grid",
     "Oracle",
     "PerHead",
     "Quest",
@@ -47,6 +47,7 @@ __all__ = [
     "VerticalSlash",
     "XAttention",
     "evaluate",
+    "run",
     "search",
     "train",
     "transfer",

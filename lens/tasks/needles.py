@@ -4,15 +4,18 @@
 2
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from lens.common.errors import LensError
 from lens.models.loaded import LoadedModel
 from lens.models.vocabulary import ordinary_ids
 from lens.passes.inputs import check_ids
+from lens.passes.logits import logits_of
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,37 @@ class Trial:
             raise LensError(
                 f"the needle must lie within the prompt of {len(self.prompt)} tokens, got {self.needle}"
             )
+
+    def recall(self, answer: Sequence[int]) -> float:
+        """Share of the needle's tokens that are in an answer (ROUGE-1 recall on tokens)."""
+        wanted = self.prompt[slice(*self.needle)]
+        return (Counter(wanted) & Counter(answer)).total() / len(wanted)
+
+
+def answered(model: LoadedModel, trial: Trial) -> list[int]:
+    """As many tokens as the needle has, each the most likely one; with cached keys where the model can.
+
+    Example:
+        >>> trial = lens.tasks.needles.copied(small, n=1, length=30, needle=4)[0]
+        >>> trial.recall(lens.tasks.needles.answered(small, trial))
+        1.0
+    """
+    first, last = trial.needle
+    check_ids(model, [*trial.prompt, *trial.prompt[first:last]])
+    step = torch.tensor([list(trial.prompt)], device=model.device)
+    cached = not model.is_bridge and model.model.can_generate()
+    past, answer = None, []
+    with torch.no_grad():
+        for _ in range(first, last):
+            if cached:
+                result = model.model(input_ids=step, past_key_values=past, use_cache=True)
+                logits, past = result.logits, result.past_key_values
+            else:
+                logits = logits_of(model, step)
+            token = logits[:, -1].argmax(-1, keepdim=True)
+            answer.append(int(token))
+            step = token if cached else torch.cat([step, token], dim=1)
+    return answer
 
 
 def copied(

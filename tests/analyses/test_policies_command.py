@@ -25,8 +25,8 @@ def run(lens_command, tmp_path_factory):
     return open_run(answer.json["path"])
 
 
-def test_both_sections_are_there_and_the_folder_is_whole(run):
-    assert run.sections == ["policies", "search"]
+def test_all_sections_are_there_and_the_folder_is_whole(run):
+    assert run.sections == ["policies", "running", "search"]
     assert validate(run) == []
     assert run.section("policies").summary[0].startswith("Of 6 policies in all heads ")
 
@@ -41,6 +41,25 @@ def test_the_numbers_are_those_of_the_library(run):
     for place, policy in enumerate(offered):
         rows = table[table["policy"] == str(policy)]
         assert np.allclose(rows["recall"], found.of("recall")[place].mean(-1).ravel(), atol=1e-5)
+
+
+def test_text_and_needles_are_run_in_both_ways(run):
+    section = run.section("running")
+    table = section.tables["runs"]
+    assert len(table) == 4 * 8
+    model = load("text-lm-3l")
+    texts = [list(map(int, ids)) for ids in run.prompts["token_ids"]]
+    task = lens.tasks.language_modelling(model, texts)
+    near = policies.AShape(2, 8)
+    for rows, question in (("all", None), ("question", 16)):
+        found = policies.run(model, task, near, block_size=8, question=question).table()
+        asked = (table["task"] == "text") & (table["rows"] == rows)
+        (row,) = table[asked & (table["policy"] == str(near))].to_dict("records")
+        for column in ("dense", "sparse", "change", "kl", "density"):
+            assert row[column] == pytest.approx(found[column][0], rel=1e-4, abs=1e-6)
+    needles = table[table["task"] == "needles"]
+    assert needles["dense"].between(0, 1).all()
+    assert section.summary[0].startswith("Text, all rows sparse: the loss is ")
 
 
 def test_the_policies_of_the_heads_come_out_of_the_run(run):

@@ -71,6 +71,10 @@ STEPS: dict[str, tuple[Step, ...]] = {
         Step("overlap", "circuit_overlap", setting="compare", needs="edges"),
     ),
     "redistribute": (Step("dose", "redistribute"), Step("search", "redistribute")),
-    "policies": (Step("policies", "policies"), Step("search", "policies")),
+    "policies": (
+        Step("policies", "policies"),
+        Step("running", "policies"),
+        Step("search", "policies"),
+    ),
 }
 """What a run does -> its steps, in order; later ones may read the sections of earlier ones."""

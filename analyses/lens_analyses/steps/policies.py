@@ -2,8 +2,13 @@
 
 import math
 
+import pandas as pd
+
 import lens
-from lens.common.results import of_kind
+from lens.common.results import Sentence, of_kind
+from lens.figures.policies import policy_runs
+from lens.policies import Policy
+from lens.policies.running import PolicyRuns
 from lens.policies.scores import COLUMNS
 from lens.runs.sections import Section
 from lens_analyses.steps.columns import defined
@@ -12,24 +17,11 @@ from lens_analyses.steps.subject import Subject
 
 def policies(subject: Subject) -> Section:
     """What every policy keeps in every head, and the loss when all heads follow it."""
-    length = subject.length
-    size = _block(subject)
-    near, few = max(1, length // 8), max(1, length // 32)
-    kinds = lens.policies
-    offered = [
-        kinds.AShape(min(64, few), near),
-        kinds.VerticalSlash(few, near, first=few, last=few),
-        kinds.BlockSparse(share=0.25),
-        kinds.FlexPrefill(least=near),
-        kinds.XAttention(stride=math.gcd(8, size)),
-        kinds.Sparge(),
-        kinds.Oracle(share=0.25),
-        kinds.RandomBlocks(share=0.25, ends=True, seed=subject.seed),
-    ]
-    found = kinds.evaluate(
+    length, size = subject.length, _block(subject)
+    found = lens.policies.evaluate(
         subject.model,
         subject.text_windows,
-        offered,
+        _offered(subject),
         block_size=size,
         loss=True,
         seed=subject.seed,
@@ -85,6 +77,90 @@ def search(subject: Subject) -> Section:
     )
 
 
+def running(subject: Subject) -> Section:
+    """The text, and needles, under every policy and dense: all rows sparse, and from the question on."""
+    length, size, model = subject.length, _block(subject), subject.model
+    tail = max(1, length // 4)
+    needle = max(1, min(8, length // 8))
+    trials = lens.tasks.needles.copied(
+        model, n=_NEEDLES, length=length - needle - 2, needle=needle, seed=subject.seed
+    )
+    tasks = {"text": (subject.windows, tail), "needles": (trials, 1)}
+    found = []
+    for name, (task, question) in tasks.items():
+        for start in (None, question):
+            runs = lens.policies.run(
+                model,
+                task,
+                _offered(subject),
+                block_size=size,
+                question=start,
+                seed=subject.seed,
+                progress=subject.progress,
+            )
+            rows = runs.table()
+            rows.insert(0, "rows", "all" if start is None else "question")
+            rows.insert(0, "task", name)
+            found.append((runs, rows))
+    table = pd.concat([rows for _, rows in found], ignore_index=True)
+    return Section(
+        name="running",
+        title="Sparse attention: text and needles, run",
+        summary=tuple(_worst(*one) for one in found),
+        limits=(
+            f"A needle is {needle} random tokens that were said before, of which the first is said again; the answer "
+            "is generated greedily. A model that brings back little without a policy shows little here.",
+            f"From the question on: the last {tail} tokens of a window, the last one of a needle's prompt, and every "
+            "decoding step; the context before them is dense. Policies without a form for decoding decode dense.",
+        ),
+        columns=defined([table], _COLUMNS),
+        configuration={
+            "block_size": size,
+            "question": {"text": tail, "needles": 1},
+            "seed": subject.seed,
+        },
+        tables={"runs": table},
+        figures={"runs": policy_runs(table)},
+    )
+
+
+_NEEDLES = 8
+
+
+def _worst(runs: PolicyRuns, rows: pd.DataFrame) -> Sentence:
+    """Which policy that could be served changes least, and which most."""
+    served = rows[[not name.startswith(("Oracle", "RandomBlocks")) for name in rows["policy"]]]
+    better = served.sort_values("change", ascending=runs.sign < 0)
+    one = {"text": "Text", "needles": "Needles"}[rows["task"].iloc[0]]
+    where = "all rows sparse" if rows["rows"].iloc[0] == "all" else "sparse from the question on"
+    said = [
+        f"{row['policy']} {row['change']:+.4f} at {row['density']:.1%}"
+        for row in (better.iloc[0], better.iloc[-1])
+    ]
+    return Sentence(
+        f"{one}, {where}: the {runs.metric} is {rows['dense'].iloc[0]:.4f} dense; it changes least under {said[0]} "
+        f"and most for the worse under {said[1]}.",
+        kind="change",
+    )
+
+
+def _offered(subject: Subject) -> list[Policy]:
+    """Policies by their published rules, with sizes in shares of a window, and a bound and a draw."""
+    length = subject.length
+    near, few = max(1, length // 8), max(1, length // 32)
+    kinds = lens.policies
+    return [
+        kinds.AShape(min(64, few), near),
+        kinds.VerticalSlash(few, near, first=few, last=few),
+        kinds.BlockSparse(share=0.25),
+        kinds.FlexPrefill(least=near),
+        kinds.XAttention(stride=math.gcd(8, _block(subject))),
+        kinds.Sparge(),
+        kinds.Oracle(share=0.25),
+        kinds.RandomBlocks(share=0.25, ends=True, seed=subject.seed),
+    ]
+
+
 def _block(subject: Subject) -> int:
     """The block size that is asked for, or one of which a window has sixteen."""
     return subject.settings.block or max(8, min(64, 2 ** ((subject.length // 16).bit_length() - 1)))
@@ -101,5 +177,12 @@ _COLUMNS = {name: f"{text[0].upper()}{text[1:]}." for name, text in COLUMNS.item
     "loss_change": "Of the next-token loss against the dense model, nats per token.",
     "kind": "chosen; oracle: as many blocks, the best by the exact masses; random: the first, the query's own and "
     "random ones.",
+    "task": "text: predicting it; needles: random tokens that should come back.",
+    "rows": "Which ran sparse: all, or those from the question on.",
+    "metric": "What is measured: loss in nats, or the share of the needle that comes back.",
+    "dense": "The metric without a policy, mean over prompts.",
+    "sparse": "The metric under the policy.",
+    "change": "sparse - dense, paired by prompt.",
+    "kl": "Divergence of the predictions from the dense ones, nats; not measured for needles.",
     "tolerance": "Error of a head, as a share of what its layer writes, up to which it got a policy.",
 }

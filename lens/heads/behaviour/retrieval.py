@@ -8,7 +8,6 @@ key of the answer's rows alone, so that N×N is never built.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -24,11 +23,9 @@ from lens.common.progress import advancing
 from lens.common.results import Result
 from lens.models.loaded import LoadedModel, check_loaded
 from lens.passes.calls import LayerCall, attend
-from lens.passes.inputs import check_ids
-from lens.passes.logits import logits_of
 from lens.passes.sessions import base, listening
 from lens.stats.intervals import columns
-from lens.tasks.needles import Trial
+from lens.tasks.needles import Trial, answered
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -115,10 +112,8 @@ def retrieval(
     found, recalls = [], []
     with advancing(f"{model.name}: needles", len(trials), progress) as advance:
         for trial in trials:
-            first, last = trial.needle
-            wanted = trial.prompt[first:last]
-            answer = _greedy(model, trial.prompt, len(wanted))
-            recalls.append((Counter(wanted) & Counter(answer)).total() / len(wanted))
+            answer = answered(model, trial)
+            recalls.append(trial.recall(answer))
             if recalls[-1] > needed:
                 keys = _strongest_keys(model, [*trial.prompt, *answer], len(answer))
                 found.append(_fetched(keys, trial, answer))
@@ -140,25 +135,6 @@ def _fetched(keys: np.ndarray, trial: Trial, answer: Sequence[int]) -> np.ndarra
             if trial.prompt[place] == token:
                 hit[..., place - first] += keys[..., step] == place
     return (hit > 0).mean(-1)
-
-
-def _greedy(model: LoadedModel, prompt: Sequence[int], count: int) -> list[int]:
-    """The next tokens, each the most likely one; with cached keys where the model can."""
-    check_ids(model, [*prompt, *prompt[:count]])
-    step = torch.tensor([list(prompt)], device=model.device)
-    cached = not model.is_bridge and model.model.can_generate()
-    past, answer = None, []
-    with torch.no_grad():
-        for _ in range(count):
-            if cached:
-                result = model.model(input_ids=step, past_key_values=past, use_cache=True)
-                logits, past = result.logits, result.past_key_values
-            else:
-                logits = logits_of(model, step)
-            token = logits[:, -1].argmax(-1, keepdim=True)
-            answer.append(int(token))
-            step = token if cached else torch.cat([step, token], dim=1)
-    return answer
 
 
 def _strongest_keys(model: LoadedModel, ids: Sequence[int], count: int) -> np.ndarray:
