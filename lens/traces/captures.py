@@ -208,7 +208,6 @@ def _capture_one(
         attributes=_attributes(model, prompt, settings, layers, seed)
         | {"segments": tokens_of, "patches": patches, "picture": picture_note(model, prompt)}
         | {"chunk": chunk, "seconds": time.perf_counter() - start},
-        | {"seconds": time.perf_counter() - start},
     )
 
 
