@@ -1,4 +1,4 @@
-"""Figures of what explains a head: the matrix of query parts × key parts."""
+"""Figures of what explains a head: query parts × key parts, predicted beside measured, singular components."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ import numpy as np
 import plotly.graph_objects as go
 
 from lens.common.choices import check_counts
-from lens.common.colors import DIVERGING, scale
+from lens.common.colors import ACCENT, BASELINE, DIVERGING, LINE, scale
 from lens.common.plots import draws
 from lens.figures.style import Look, escaped, style
 
 if TYPE_CHECKING:
     from lens.reading.explanations import Explanation, PairExplanation
+    from lens.reading.removals import Removals
+    from lens.reading.shares import ComponentShares
 
 
 @draws("Explanation", "PairExplanation")
@@ -58,6 +60,74 @@ def parts_matrix(
     figure.update_yaxes(title="Written at the query by", autorange="reversed")
     title = f"Why {result.head} attends there: logit {shown.sum():+.3g} in parts ({result.model})"
     return style(figure, escaped(title), look, height=140 + 26 * len(row_names))
+
+
+@draws("Removals")
+def removal_scatter(result: Removals, **look: Unpack[Look]) -> go.Figure:
+    """Attention without each part, measured against predicted; the dotted line is where they agree.
+
+    Example:
+        >>> prompts = [lens.tasks.copied(small, 12, seed) for seed in range(2)]
+        >>> figure = lens.reading.removal(small, prompts, "L1H0").plot()
+    """
+    rows = result.table()
+    figure = go.Figure()
+    most = float(max(rows["predicted"].max(), rows["measured"].max(), result.clean.mean()))
+    figure.add_scatter(
+        x=[0, most],
+        y=[0, most],
+        mode="lines",
+        line={"color": BASELINE, "dash": "dot"},
+        name="as predicted",
+        hoverinfo="skip",
+    )
+    figure.add_scatter(
+        x=rows["predicted"],
+        y=rows["measured"],
+        mode="markers+text",
+        text=[escaped(name) for name in rows["part"]],
+        textposition="top center",
+        marker={"color": ACCENT, "size": 9},
+        name="without the part",
+        error_y={
+            "array": rows["measured_high"] - rows["measured"],
+            "arrayminus": rows["measured"] - rows["measured_low"],
+            "color": ACCENT,
+        },
+        hovertemplate="%{text}<br>predicted %{x:.3f}, measured %{y:.3f}<extra></extra>",
+    )
+    figure.add_hline(y=result.clean.mean(), line={"color": LINE}, annotation_text="with all parts")
+    figure.update_xaxes(title="Attention predicted without the part", range=[-0.03, most + 0.08])
+    figure.update_yaxes(title="Attention measured", range=[-0.03, most + 0.08])
+    title = (
+        f"{result.head} on {result.pairs} without a part of its {result.side} side ({result.model})"
+    )
+    return style(figure, escaped(title), look)
+
+
+@draws("ComponentShares")
+def component_bars(result: ComponentShares, **look: Unpack[Look]) -> go.Figure:
+    """Share of each singular component in the logits and in what the head writes.
+
+    Example:
+        >>> prompts = [lens.tasks.copied(small, 12, seed) for seed in range(2)]
+        >>> figure = lens.reading.components(small, prompts, "L1H0").plot()
+    """
+    rows = result.table()
+    figure = go.Figure()
+    for (name, some), color in zip(rows.groupby("map", sort=False), (LINE, ACCENT), strict=True):
+        figure.add_bar(
+            x=some["component"],
+            y=some["share"],
+            name=str(name),
+            marker={"color": color},
+            customdata=some["singular_value"],
+            hovertemplate="component %{x}: %{y:.1%}<br>singular value %{customdata:.3g}<extra></extra>",
+        )
+    figure.update_xaxes(title="Component, largest singular value first")
+    figure.update_yaxes(title="Share", tickformat=".0%")
+    title = f"What carries {result.head} on {result.pairs} ({result.model})"
+    return style(figure, escaped(title), look)
 
 
 def _largest(names: tuple[str, ...], sizes: np.ndarray, top: int) -> tuple[np.ndarray, list[str]]:

@@ -53,6 +53,13 @@ class Rotation:
             return torch.cat([torch.stack([one, two], -1).flatten(-2), rest], -1)
         return torch.cat([one, two, rest], -1)
 
+    def transposed(self, *, inverse: bool = False) -> Rotation:
+        """`R^T` of every position, or its inverse, which differs where a factor is on both."""
+        if self.cos is None or self.sin is None:
+            return self
+        size = (self.cos.double() ** 2 + self.sin.double() ** 2) if inverse else 1.0
+        return replace(self, cos=self.cos / size, sin=-self.sin / size)
+
     def planes(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Both coordinates of each plane, [..., planes], and those that pass through."""
         count = 0 if self.cos is None else self.cos.shape[-1]

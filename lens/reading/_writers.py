@@ -80,7 +80,7 @@ def take_apart(
         LensError: parts that do not sum to the queries and keys.
     """
     sides = _Sides(head, rows, keys, weights, whole)
-    taking = _Taking(head, sides, look)
+    taking = _Apart(head, sides, look)
     with torch.no_grad(), visiting(head.layout, 1, taking):
         run(head.layout.model, head.inputs)
     with torch.no_grad():
@@ -117,7 +117,7 @@ class _Sides:
             for (_, bias), which in zip(block.weights, heads, strict=False)
         ]
         self._norms = [
-            _of_head(norm, which, head) for norm, which in zip(block.head_norms, heads, strict=True)
+            of_head(norm, which, head) for norm, which in zip(block.head_norms, heads, strict=True)
         ]
         self._means = weights
         self._found: tuple[dict[str, Tensor], ...] = ({}, {}, {}, {})
@@ -194,22 +194,22 @@ class _Sides:
         )
 
 
-class _Taking(Plain):
+class Taking(Plain):
     """The pass in which writers give their parts."""
 
-    def __init__(self, head: Head, sides: _Sides, look: Tensor | None) -> None:
+    def __init__(self, head: Head, look: Tensor | None) -> None:
         super().__init__(head.layout)
-        self._head, self._sides, self._look = head, sides, look
+        self.head, self._look = head, look
         self.stops, self.starts = _way(head.layout, head.id.layer)
         self.sources: dict[str, list[tuple[int, float]]] = {}
 
     def enter(self, hidden: Tensor) -> Tensor:
-        for name, part in self.layout.embed_parts(self._head.inputs).items():
-            self._give(name, 0, lambda some, part=part: part[0, some])
+        for name, part in self.layout.embed_parts(self.head.inputs).items():
+            self.give(name, 0, lambda some, part=part: part[0, some])
         return hidden
 
     def attention(self, layer: int, call: LayerCall) -> None:
-        if self._look is None or layer >= self._head.id.layer:
+        if self._look is None or layer >= self.head.id.layer:
             return
         mass, key = row_at(call, self._look).max(-1)
         for head in range(len(mass)):
@@ -217,7 +217,7 @@ class _Taking(Plain):
             self.sources[name] = list(zip(key[head].tolist(), mass[head].tolist(), strict=True))
 
     def heads(self, layer: int, z: Tensor) -> Tensor:
-        if layer >= self._head.id.layer:
+        if layer >= self.head.id.layer:
             return z
         block, start = self.layout.blocks[layer], self.starts[layer, "heads"]
         size = block.after.size(block.attended(z)[0]).double()
@@ -229,13 +229,13 @@ class _Taking(Plain):
             )
 
         for number in range(z.shape[1]):
-            self._give(str(HeadId(layer, number)), start, make(number))
+            self.give(str(HeadId(layer, number)), start, make(number))
         bias = torch.zeros_like(size) + (
             0 if block.output_bias is None else block.output_bias.double()
         )
         if block.output_bias is not None or block.after.shift is not None:
             shift = 0 if block.after.shift is None else block.after.shift.double()
-            self._give(
+            self.give(
                 f"L{layer} bias",
                 start,
                 lambda some: block.after.frozen(bias[some], size[some]) + shift,
@@ -243,30 +243,42 @@ class _Taking(Plain):
         return z
 
     def mlp(self, layer: int, output: Tensor) -> Tensor:
-        if layer < self._head.id.layer:
+        if layer < self.head.id.layer:
             start = self.starts[layer, "mlp"]
-            self._give(f"L{layer} MLP", start, lambda some: output[0, some].double())
+            self.give(f"L{layer} MLP", start, lambda some: output[0, some].double())
         return output
+
+    def give(self, name: str, start: int, make: Make) -> None:
+        """What a writer added before stop number `start` of the way to the head."""
+        raise NotImplementedError
+
+
+class _Apart(Taking):
+    """Hands every part to both sides."""
+
+    def __init__(self, head: Head, sides: _Sides, look: Tensor | None) -> None:
+        super().__init__(head, look)
+        self._sides = sides
 
     def finish(self) -> None:
         """What norms on the way, and the head itself, add."""
         for number, (norm, _) in enumerate(self.stops):
             if norm.shift is not None:
                 shift = norm.shift.double()
-                self._give(
+                self.give(
                     NORM_BIAS,
                     number + 1,
                     lambda some, shift=shift: shift.expand(some.stop - some.start, -1),
                 )
         self._sides.finish()
 
-    def _give(self, name: str, start: int, make: Make) -> None:
-        """What a writer added before stop number `start` of the way, to the head."""
+    def give(self, name: str, start: int, make: Make) -> None:
+        """Through the rest of the way."""
 
         def through(some: slice) -> Tensor:
             part = make(some)
             for norm, size in self.stops[start:]:
-                part = norm.frozen(part, self._head.sizes[size][some])
+                part = norm.frozen(part, self.head.sizes[size][some])
             return part
 
         self._sides.add(name, through)
@@ -289,7 +301,7 @@ def _way(
     return stops, starts
 
 
-def _of_head(norm: Norm, which: int, head: Head) -> Norm:
+def of_head(norm: Norm, which: int, head: Head) -> Norm:
     """The norm of queries or keys, as it is for one head."""
     width = head.key.shape[-1]
 

@@ -453,7 +453,7 @@ def test_what_cannot_be_explained_is_refused(models):
 
 def test_parts_that_do_not_sum_are_refused(models, monkeypatch):
     """A writer that is left out is seen before any number is given."""
-    monkeypatch.setattr(_writers._Taking, "mlp", lambda self, layer, output: output)
+    monkeypatch.setattr(_writers.Taking, "mlp", lambda self, layer, output: output)
     with pytest.raises(LensError, match="the parts of L2H4 do not sum to its queries and keys"):
         explained(models("llama"), "llama")
 

@@ -1,0 +1,105 @@
+"""What `lens.reading.components` gives back: singular values and what each component carries."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from lens.common.head_ids import HeadId
+from lens.common.results import Result, Sentence, described
+from lens.stats.intervals import columns
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+MAPS = ("query-key", "value-output")
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class ComponentShares(Result):
+    """Singular components of a head's two maps, largest singular value first.
+
+    Attributes:
+        head: whose.
+        distance: of the pairs, or None where the maps do not depend on it.
+        pairs: which pairs, in words.
+        values: singular values of the query-key map (times the scale of the logits) and of the value-output map.
+        logits: [component, prompt], mean over the pairs of each one's part of the logit less its mean over the
+            keys that the query sees, nats; they sum to the difference.
+        energy: [component, prompt], share in the square of what the head writes at these queries; sums to 1.
+        count: pairs in all.
+        seed: of the bootstrap.
+        model: its name.
+    """
+
+    head: HeadId
+    distance: int | None
+    pairs: str
+    values: tuple[np.ndarray, np.ndarray]
+    logits: Float[np.ndarray, "components prompts"]
+    energy: Float[np.ndarray, "components prompts"]
+    count: int
+    seed: int
+    model: str
+
+    def table(self) -> pd.DataFrame:
+        """One row per component of both maps.
+
+        Columns: `map` ("query-key", "value-output"), `component` from 0, `singular_value`; `carried` (nats, or
+        share of the square) with `_low`, `_high`; `share` of all that is carried; `n` prompts.
+        """
+        tables = []
+        for name, values, carried in zip(
+            MAPS, self.values, (self.logits, self.energy), strict=True
+        ):
+            mean = carried.mean(1)
+            tables.append(
+                pd.DataFrame(
+                    {
+                        "map": name,
+                        "component": np.arange(len(mean)),
+                        "singular_value": values,
+                        **columns("carried", carried, self.seed),
+                        "share": mean / mean.sum(),
+                        "n": carried.shape[1],
+                    }
+                )
+            )
+        return pd.concat(tables, ignore_index=True)
+
+    @property
+    def participation(self) -> tuple[float, float]:
+        """Of each map, how many components of one size would share as these do: (sum |share|)² / sum share²."""
+        found = (self.logits.mean(1), self.energy.mean(1))
+        one, other = (float(np.abs(share).sum() ** 2 / (share**2).sum()) for share in found)
+        return one, other
+
+    def findings(self) -> tuple[Sentence, ...]:
+        """How many components carry each map ("participation"), and the first of them ("component")."""
+        table, of = self.table(), self.participation
+        where = "" if self.distance is None else f" at distance {self.distance}"
+        said = [
+            Sentence(
+                f"{self.head} on {self.count} {self.pairs}{where}: about {of[0]:.1f} of {len(self.values[0])} components "
+                f"of its query-key map carry the logits, {of[1]:.1f} of {len(self.values[1])} of its value-output map "
+                "what it writes.",
+                kind="participation",
+            )
+        ]
+        for name in MAPS:
+            rows = table[table["map"] == name]
+            best = rows.iloc[int(np.argmax(rows["share"]))]
+            said.append(
+                Sentence(
+                    f"{name}: component {best['component']} (singular value {best['singular_value']:.3g}) carries "
+                    f"{best['share']:.0%}.",
+                    kind="component",
+                )
+            )
+        return tuple(said)
+
+    def __repr__(self) -> str:
+        return described(self)
