@@ -75,6 +75,8 @@ _Text = Annotated[str, AfterValidator(shown)]
 _Count = Annotated[int, Field(ge=0, le=2**53)]
 _Size = Annotated[int, Field(ge=1, le=2**20)]
 _Seconds = Annotated[float, Field(ge=0, le=1e12, allow_inf_nan=False)]
+_Score = Annotated[float, Field(allow_inf_nan=False)]
+_Positive = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 _Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
 
 
@@ -138,8 +140,28 @@ class RunFile(_Open):
     manifest: str | None = None
 
 
+class _HeadlineEntry(_Open):
+    """`lens.runs.headlines.Headline`."""
+
+    text: _Text
+    value: _Score
+    low: _Score | None
+    high: _Score | None
+    baseline: _Score
+    against: _Line
+    spread: _Positive | None = None
+    unit: _Line = ""
+    figure: str = ""
+
+    @model_validator(mode="after")
+    def _fit(self) -> _HeadlineEntry:
+        if self.low is not None and self.high is not None and self.low > self.high:
+            raise ValueError(f"low {self.low} is above high {self.high}")
+        return self
+
+
 class SectionFile(_Open):
-    """`section.json`. `shapes` has the rows and column types of each table; older folders lack it."""
+    """`section.json`. `shapes` has the rows and column types of each table; older folders lack it, and headlines."""
 
     name: _Name
     title: _Line
@@ -149,6 +171,7 @@ class SectionFile(_Open):
     configuration: dict[str, Any]
     tables: list[_Name]
     figures: list[_Name]
+    headlines: list[_HeadlineEntry] = []
     shapes: dict[str, dict[str, Any]] = {}
 
 
@@ -169,7 +192,6 @@ class _Graph(_Open):
     kv: Any = None
 
 
-_Score = Annotated[float, Field(allow_inf_nan=False)]
 _NODE = r"(input|a\d{1,4}\.h\d{1,4}|m\d{1,4})"
 _Node = Annotated[str, Field(pattern=f"^{_NODE}$")]
 _Edge = Annotated[

@@ -16,6 +16,7 @@ from lens.common.errors import LensError
 from lens.common.files import write_atomically, write_json, write_text
 from lens.common.schema import checked
 from lens.runs.door import Door, shape_of
+from lens.runs.headlines import Headline, those_that_stand
 from lens.runs.schema import SECTIONS, DetectionEntries, SectionFile
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ class Section:
         configuration: plain values: what was done, so that it can be done again.
         tables: name -> table, in the order to be shown.
         figures: name -> plotly figure, in the order to be shown.
+        headlines: what of it a first screen shows; those that their baseline explains are left out.
     """
 
     name: str
@@ -50,8 +52,16 @@ class Section:
     configuration: Mapping[str, Any] = field(default_factory=dict)
     tables: Mapping[str, pd.DataFrame] = field(default_factory=dict)
     figures: Mapping[str, go.Figure] = field(default_factory=dict)
+    headlines: tuple[Headline, ...] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "headlines", those_that_stand(self.headlines))
+        shown = {one.figure for one in self.headlines} - {""}
+        if lacking := sorted(shown - set(self.figures)):
+            raise LensError(
+                f"section {self.name!r}: a headline shows the figure {lacking[0]!r}, which it lacks; "
+                f"it has: {', '.join(self.figures) or 'none'}"
+            )
         for name in (self.name, *self.tables, *self.figures):
             if not _NAME.fullmatch(name):
                 raise LensError(
@@ -90,6 +100,7 @@ class Section:
             "configuration": dict(self.configuration),
             "tables": list(self.tables),
             "figures": list(self.figures),
+            "headlines": [one.as_json() for one in self.headlines],
             "shapes": {name: shape_of(folder / f"{name}.parquet") for name in self.tables},
         }
         write_json(folder / INDEX, index)
@@ -134,6 +145,7 @@ def load_section(door: Door, name: str) -> Section:
             for part in index.tables
         },
         figures={part: _figure(door, f"{place}/{part}.json") for part in index.figures},
+        headlines=tuple(Headline.from_json(dict(one)) for one in index.headlines),
     )
 
 

@@ -88,6 +88,31 @@ def test_the_summary_rests_on_those_numbers(report):
             assert (row["value"] > finding["threshold"]) == finding["found"]
 
 
+def test_the_first_screen_says_value_interval_and_baseline(report, page):
+    shown = report["headlines"]
+    assert 2 <= len(shown) <= 5
+    assert [one["surprise"] for one in shown] == sorted(
+        (one["surprise"] for one in shown), reverse=True
+    )
+    for one in shown:
+        assert one["low"] > one["baseline"] or one["high"] < one["baseline"]
+        assert one["against"]
+        assert f"{one['value']:.2f}" in one["text"]
+    strips = [image for image in page.all("img") if image.get("class") == "strip"]
+    assert len(strips) == len(shown)
+    induction = next(one for one in shown if one["figure"] == "induction")
+    rows = [
+        row for row in report["heads"] if (row["prompts"], row["metric"]) == ("copied", "induction")
+    ]
+    best = max((row for row in rows if row["variant"] == "raw"), key=lambda row: row["value"])
+    assert [induction[name] for name in ("value", "low", "high")] == [
+        best[name] for name in ("value", "low", "high")
+    ]
+    assert induction["baseline"] == max(
+        max(row["uniform"], row["random_weights"]) for row in rows if row["variant"] == "raw"
+    )
+
+
 def test_the_known_heads_are_named(report):
     named = {
         finding["kind"]: {(head["layer"], head["head"]) for head in finding["heads"]}
@@ -384,7 +409,16 @@ def test_in_a_browser(browser, run_folder, report):
     page.on("pageerror", lambda error: complaints.append(str(error)))
     page.goto(f"file://{run_folder}/report.html")
     page.wait_for_selector("#grid .main-svg")
-    assert page.locator(".pair .main-svg").count() > 0
+    assert page.evaluate("document.documentElement.scrollHeight") < 6000
+    assert 0 < page.locator(".headlines li").count() <= 5
+    for picture in page.locator("[data-picture]").all()[:2]:  # on the first screen, drawn
+        box = picture.bounding_box()
+        assert box["y"] + box["height"] < 900
+        assert picture.locator(".main-svg").count() > 0
+    assert page.locator(".pair .main-svg").count() == 0  # what is folded is drawn when it is opened
+    page.evaluate("location.hash = 'sinks'")
+    page.locator("#sinks .pair .main-svg").first.wait_for()
+    page.locator("#heads > details.fold > summary").click()
 
     page.select_option("#grid-kind", "text")
     page.locator(".grid-metric[data-kind=text]").select_option("entropy/sink_excluded")

@@ -7,9 +7,10 @@ from typing import Any
 from lens.common.errors import LensError
 from lens.common.files import write_text
 from lens.runs import Run
+from lens.runs.first_screen import first_screen
 from lens.runs.writer import RunWriter
 from lens_analyses.console import to_json
-from lens_analyses.report.charts import charts, section_charts
+from lens_analyses.report.charts import charts, pictures, section_charts
 from lens_analyses.report.maps import head_maps
 from lens_analyses.report.numbers import numbers
 from lens_analyses.report.page import page
@@ -29,9 +30,12 @@ class Report:
 
     @property
     def headline(self) -> list[str]:
-        """What the analysis found, a sentence a section, and what the profile found."""
-        sections = [part["summary"][0] for part in self.numbers["sections"] if part["summary"]]
-        return [*sections, *(finding["text"] for finding in self.numbers["summary"])]
+        """The sentences of the first screen; of a run whose sections have none, the first of each and the profile's."""
+        numbers = self.numbers
+        if numbers["headlines"]:
+            return [one["text"] for one in numbers["headlines"]]
+        sections = [part["summary"][0] for part in numbers["sections"] if part["summary"]]
+        return [*sections, *(finding["text"] for finding in numbers["summary"])]
 
     def files(self) -> dict[str, str]:
         """Name -> content."""
@@ -63,8 +67,9 @@ def render(run: Run, status: str | None = None) -> Report:
     run, damaged = run.readable_tables()
     if "heads" in damaged and not sections:
         raise LensError(damaged["heads"])
-    data = numbers(run, sections, damaged, [*run.damage, *problems], status)
-    figures = {**charts(data), **section_charts(sections)}
+    shown = first_screen(run.heads, sections)
+    data = numbers(run, sections, shown, damaged, [*run.damage, *problems], status)
+    figures = {**charts(data), **section_charts(sections), **pictures(shown)}
     return Report(page(data, head_maps(run, data["summary"]), figures), data)
 
 

@@ -1,6 +1,6 @@
 """The interactive figures of a report, as plain plotly JSON that shares one template."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from textwrap import wrap
 from typing import Any
 
@@ -11,6 +11,7 @@ import plotly.io as pio
 from lens.common.colors import ACCENT, BASELINE, LINE
 from lens.figures import head_grid, metric_by_layer
 from lens.figures.style import style
+from lens.runs.first_screen import Shown
 from lens.runs.sections import Section
 
 _COLORS = {"text": LINE, "copied": ACCENT}
@@ -63,6 +64,15 @@ def section_charts(sections: Mapping[str, Section]) -> dict[str, dict[str, Any]]
     }
 
 
+def pictures(shown: Sequence[Shown]) -> dict[str, dict[str, Any]]:
+    """`headline/<number>` -> the small pictures of the first screen."""
+    return {
+        f"headline/{number}": bare(one.picture)
+        for number, one in enumerate(shown)
+        if one.picture is not None
+    }
+
+
 def _sensitivity(sinks: dict[str, Any]) -> go.Figure:
     """Sink rate against its threshold, with the interval over prompts as a band."""
     rows = pd.DataFrame(sinks["sensitivity"])
@@ -96,10 +106,16 @@ def _sensitivity(sinks: dict[str, Any]) -> go.Figure:
     return style(figure, "Sink rate by threshold", {"height": 320})
 
 
-def slim(figure: go.Figure) -> dict[str, Any]:
-    """Without the template, which the page adds back, and with margins for the page."""
+def bare(figure: go.Figure) -> dict[str, Any]:
+    """Without the template, which the page adds back."""
     plain = figure.to_plotly_json()
     plain["layout"].pop("template", None)
+    return plain
+
+
+def slim(figure: go.Figure) -> dict[str, Any]:
+    """As `bare`, and with margins for the page."""
+    plain = bare(figure)
     title = plain["layout"].setdefault("title", {})
     lines = wrap(title.get("text") or "", _TITLE)
     above = (56 if len(plain["data"]) > 1 else 28) + 17 * len(lines)

@@ -12,6 +12,7 @@ import pandas as pd
 import lens
 from lens.common.errors import LensError
 from lens.runs import Run
+from lens.runs.first_screen import Shown
 from lens.runs.schema import PROMPT_KINDS
 from lens.runs.sections import Section
 from lens.stats import over_units
@@ -35,6 +36,7 @@ CITATION = (
 def numbers(
     run: Run,
     sections: Mapping[str, Section],
+    shown: Sequence[Shown],
     damaged: Mapping[str, str],
     warnings: Sequence[str] = (),
     status: str | None = None,
@@ -44,6 +46,7 @@ def numbers(
     Args:
         run: a run with its tables, without rows where they are damaged.
         sections: that it has.
+        shown: on its first screen.
         damaged: table -> why it cannot be read.
         warnings: beside those of the run.
         status: of the run, if it is about to change.
@@ -65,6 +68,7 @@ def numbers(
         "status": status or run.status,
         "created": meta["created"],
         "seconds": meta["seconds"],
+        "headlines": [_headline(one) for one in shown],
         "summary": [_finding(one) for one in found],
         "setup": {
             **{
@@ -94,6 +98,16 @@ def numbers(
         },
     }
     return finite(plain(data))
+
+
+def _headline(shown: Shown) -> dict[str, Any]:
+    one = shown.headline
+    return {
+        **one.as_json(),
+        "surprise": one.surprise,
+        "section": shown.section,
+        "title": shown.title,
+    }
 
 
 def _section(section: Section) -> dict[str, Any]:

@@ -4,13 +4,16 @@ The page forbids itself every request by a content security policy; plotly.js is
 """
 
 import json
+import math
 from typing import Any
+from urllib.parse import quote
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 from plotly.utils import PlotlyJSONEncoder
 
+from lens.figures.small import strip
 from lens_analyses.report.charts import NAMES, template
 from lens_analyses.report.maps import HeadMap
 
@@ -90,7 +93,9 @@ def environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters.update(number=number, percent=percent, interval=interval, value=value)
+    made.filters.update(
+        number=number, percent=percent, interval=interval, value=value, strip=strip_of
+    )
     return made
 
 
@@ -124,6 +129,13 @@ def value(given: Any) -> str:
     if isinstance(given, float):
         return f"{given:.3g}" if abs(given) < 1000 else f"{given:,.0f}"
     return str(given)
+
+
+def strip_of(headline: dict[str, Any]) -> str:
+    """The strip of a headline as a data URI."""
+    ends = (math.nan if headline[end] is None else headline[end] for end in ("low", "high"))
+    drawn = strip(headline["value"], *ends, headline["baseline"], headline["against"])
+    return f"data:image/svg+xml,{quote(drawn)}"
 
 
 def signed(value: float | None) -> str:

@@ -9,6 +9,7 @@ from lens.common.head_ids import HeadId, head_of_node
 from lens.runs.sections import Section
 from lens_analyses.steps.circuits import HELD_OUT, halves, largest
 from lens_analyses.steps.columns import defined
+from lens_analyses.steps.headlines import of_sink_check
 from lens_analyses.steps.run_circuits import circuit_of
 from lens_analyses.steps.subject import Subject
 
@@ -83,6 +84,7 @@ def joined(subject: Subject) -> Section:
         },
         tables=tables,
         figures=figures,
+        headlines=tuple(of_sink_check(tables["sink"], task.name, task.metric, "sink")),
     )
 
 

@@ -21,6 +21,7 @@ from lens.runs.sections import Section
 from lens.tasks import Task
 from lens_analyses.config import RunConfig
 from lens_analyses.steps.columns import defined
+from lens_analyses.steps.headlines import of_circuit, of_highest
 from lens_analyses.steps.subject import Subject
 
 FOLDER = "circuits"
@@ -91,6 +92,17 @@ def edges(subject: Subject) -> Section:
             "circuit": layered_graph(chosen, scores),
             "heads": head_map(chosen, scores),
         },
+        headlines=tuple(
+            of_highest(
+                table,
+                "value",
+                f"{{edge}} matters most for {scores.task}: its score is {{value}} {scores.metric}, the median edge's "
+                "{baseline}.",
+                "the median edge",
+                unit=scores.metric,
+                figure="circuit",
+            )
+        ),
     )
 
 
@@ -154,6 +166,7 @@ def circuit(subject: Subject) -> Section:
         },
         tables=tables,
         figures={"faithfulness": curve.plot()},
+        headlines=tuple(of_circuit(tables["same_size"], _CONTROLS, "faithfulness")),
     )
 
 

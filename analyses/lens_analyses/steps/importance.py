@@ -2,7 +2,6 @@
 
 from dataclasses import asdict
 
-import numpy as np
 import pandas as pd
 import torch
 
@@ -13,6 +12,7 @@ from lens.heads.measures.methods import Baseline, Method
 from lens.heads.measures.scores import HeadScores
 from lens.runs.sections import Section
 from lens.tasks import Task
+from lens_analyses.steps.headlines import of_heads_together, of_importance, of_pruning
 from lens_analyses.steps.sizes import pruning_size
 from lens_analyses.steps.subject import Subject
 
@@ -47,7 +47,7 @@ def importance(subject: Subject) -> Section:
         name="importance",
         title="Which heads matter",
         summary=(
-            *(_best(score) for score in scores),
+            *(one.text for one in of_importance(scores)),
             *sentences,
             *(agreement.findings(most=_PAIRS) if agreement is not None else ()),
         ),
@@ -83,6 +83,10 @@ def importance(subject: Subject) -> Section:
         },
         tables=tables,
         figures=figures,
+        headlines=(
+            *of_importance(scores),
+            *(of_heads_together(joint, scores[0].metric) if joint is not None else ()),
+        ),
     )
 
 
@@ -129,6 +133,14 @@ def pruning(subject: Subject) -> Section:
         },
         tables={"curve": found.table(seed=subject.seed)},
         figures={"curve": found.plot()},
+        headlines=tuple(
+            of_pruning(
+                found.table(seed=subject.seed),
+                found.best.ranking,
+                len(found.best.prunable(found.limit)),
+                len(found.best.order),
+            )
+        ),
     )
 
 
@@ -203,15 +215,6 @@ def _groups(subject: Subject) -> dict[str, list[str]]:
         for one in findings(subject.run.heads)
         if one.found and 2 <= len(one.heads) <= _JOINT
     }
-
-
-def _best(score: HeadScores) -> str:
-    top = score.table().iloc[0]
-    ends = "" if np.isnan(top["low"]) else f" [{top['low']:.3g}, {top['high']:.3g}]"
-    return (
-        f"By {score.label} on {score.task}, {top['name']} matters most: {top['value']:.3g}{ends} "
-        f"({score.metric}, {score.n} prompts)."
-    )
 
 
 def _halves(task: Task) -> tuple[Task, Task]:

@@ -4,6 +4,7 @@ from lens.common.errors import LensError
 from lens.heads import sublayers as measures
 from lens.runs.sections import Section
 from lens_analyses.steps.columns import defined
+from lens_analyses.steps.headlines import of_highest
 from lens_analyses.steps.subject import Subject
 
 _MOST = 24  # sub-layers of a model whose greedy removal is run: its cost grows with their square
@@ -58,6 +59,17 @@ def layers(subject: Subject) -> Section:
         configuration={"task": task.name, "distance": sweep.distance, "prompts": task.n},
         tables=tables,
         figures=figures,
+        headlines=tuple(
+            of_highest(
+                tables["sweep"],
+                "drop",
+                f"{{name}} is missed most on {task.name}: {task.metric} is worse by {{value}} without it, by "
+                "{baseline} without the median sub-layer.",
+                "the median sub-layer",
+                unit=task.metric,
+                figure="sweep",
+            )
+        ),
     )
 
 

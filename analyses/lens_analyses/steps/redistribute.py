@@ -8,6 +8,7 @@ from lens.common.results import of_kind
 from lens.figures.sink_effects import migration_maps
 from lens.runs.sections import Section
 from lens_analyses.steps.columns import defined
+from lens_analyses.steps.headlines import of_edits, of_search
 from lens_analyses.steps.sink_effects import EDITS, by_word
 from lens_analyses.steps.sinks import COLUMNS
 from lens_analyses.steps.subject import Subject
@@ -80,6 +81,9 @@ def redistribution(subject: Subject) -> Section:
         configuration=_configuration(subject, amounts),
         tables=tables,
         figures=figures,
+        headlines=tuple(
+            of_edits(tables["control"], {rule: "response"}) if "control" in tables else ()
+        ),
     )
 
 
@@ -105,6 +109,7 @@ def search(subject: Subject) -> Section:
         configuration={"rule": subject.settings.rule, "amount": amount, "seed": subject.seed},
         tables={"heads": found.table(), "judged": found.summary()},
         figures={"gains": found.plot()},
+        headlines=tuple(of_search(found.summary(), subject.task.metric, "gains")),
     )
 
 

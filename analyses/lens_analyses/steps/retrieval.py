@@ -5,6 +5,7 @@ from lens.common.errors import LensError
 from lens.runs.sections import Section
 from lens.tasks import needles
 from lens_analyses.steps.columns import defined
+from lens_analyses.steps.headlines import of_highest
 from lens_analyses.steps.sizes import GATE_PARAMETERS
 from lens_analyses.steps.subject import Subject
 
@@ -67,6 +68,17 @@ def retrieval(subject: Subject) -> Section:
         configuration={"first": _FIRST, "last": last, "prompts": kind, "trials": _TRIALS},
         tables=tables,
         figures=figures,
+        headlines=tuple(
+            of_highest(
+                tables["retrieval"],
+                "retrieval",
+                "{name} fetches most from far back: {value} of a needle's tokens, the median head {baseline}.",
+                "the median head",
+                figure="retrieval",
+            )
+            if "retrieval" in tables
+            else ()
+        ),
     )
 
 

@@ -1,11 +1,15 @@
 """What each head does: role scores, on copied random tokens and on text."""
 
+from collections.abc import Iterator
+
 import pandas as pd
 
 from lens import heads
 from lens.heads.behaviour.roles import HeadRoles
+from lens.runs.headlines import Headline
 from lens.runs.sections import Section
 from lens_analyses.steps.columns import defined
+from lens_analyses.steps.headlines import of_roles
 from lens_analyses.steps.subject import Subject
 
 _SEEN_ON = {"induction": "copied", "duplicate_token": "copied", "previous_token": "copied"}
@@ -52,21 +56,41 @@ def roles(subject: Subject) -> Section:
         },
         tables=tables,
         figures={kind: one.plot() for kind, one in found.items()},
+        headlines=tuple(_headlines(found, subject.run.heads)),
     )
+
+
+def _headlines(found: dict[str, HeadRoles], heads: pd.DataFrame) -> Iterator[Headline]:
+    for column in _NAMED:
+        kind, one = _seen(found, column)
+        if column in one.columns:
+            random = {column: _random(heads, kind, column)}
+            yield from of_roles(one.table(), random, kind)
+
+
+def _seen(found: dict[str, HeadRoles], column: str) -> tuple[str, HeadRoles]:
+    """The prompts that show a score best, of those that were run."""
+    kind = _SEEN_ON.get(column, "text")
+    kind = kind if kind in found else next(iter(found))
+    return kind, found[kind]
+
+
+def _random(heads: pd.DataFrame, kind: str, column: str) -> float:
+    """The highest head with random weights."""
+    rows = heads[(heads["prompt_id"] == kind) & (heads["metric"] == column)]
+    return rows.loc[rows["variant"] == "raw", "random_weights"].max()
 
 
 def _sentences(found: dict[str, HeadRoles], heads: pd.DataFrame) -> list[str]:
     said = []
     for column in _NAMED:
-        kind = _SEEN_ON.get(column, "text")
-        one = found.get(kind) or next(iter(found.values()))
+        kind, one = _seen(found, column)
         if column not in one.columns:
             continue
         top = one.top(column, 3)
         top = top[top["value"].notna()]
         if len(top):
-            rows = heads[(heads["prompt_id"] == kind) & (heads["metric"] == column)]
-            random = rows.loc[rows["variant"] == "raw", "random_weights"].max()
+            random = _random(heads, kind, column)
             shown = ", ".join(_with_interval(row, random) for row in top.to_dict("records"))
             said.append(f"{column.replace('_', ' ').capitalize()} is highest in {shown}.")
     return said

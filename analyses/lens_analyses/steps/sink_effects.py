@@ -18,6 +18,7 @@ from lens.runs.sections import Section
 from lens.sinks.detection.conditions import bos_pair, control_prompts
 from lens.tasks import prompts
 from lens_analyses.steps.columns import defined
+from lens_analyses.steps.headlines import of_conditions, of_edits, of_reaches, of_streaming
 from lens_analyses.steps.sinks import COLUMNS
 from lens_analyses.steps.subject import Subject
 
@@ -98,6 +99,10 @@ def effects(subject: Subject) -> Section:
             "scopes": reach_points(scoped),
             "migration": migration_maps(found[0]),
         },
+        headlines=(
+            *of_edits(tables["edits"], _figures(found)),
+            *of_reaches(tables["scopes"], "scopes"),
+        ),
     )
 
 
@@ -148,6 +153,7 @@ def streaming(subject: Subject) -> Section:
         configuration={"first": list(_FIRST), "last": windows},
         tables={"policies": table},
         figures={"policies": streaming_curves(table)},
+        headlines=tuple(of_streaming(table, "policies")),
     )
 
 
@@ -189,6 +195,18 @@ def first_token(subject: Subject) -> Section:
         configuration={"heads": [str(head) for head in chosen], "domains": list(domains)},
         tables=tables,
         figures=figures,
+        headlines=tuple(
+            of_conditions(
+                tables["bos_layers"],
+                "with BOS",
+                "without BOS",
+                "The first token is a sink in {value} of heads with BOS in front, in {baseline} without it.",
+                "the same text without BOS",
+                "bos_layers",
+            )
+            if "bos_layers" in tables
+            else ()
+        ),
     )
 
 
@@ -223,6 +241,11 @@ def reach_words(effects: dict[str, Effect], reach: str) -> list[str]:
 def by_word(table: pd.DataFrame) -> pd.DataFrame:
     """The table with the configuration's words for edits."""
     return table.assign(edit=table["edit"].replace(_WORDS))
+
+
+def _figures(found: list[Effect]) -> dict[str, str]:
+    """Word of the configuration -> name of the figure of its effect."""
+    return {_WORDS.get(one.edit, one.edit): f"edit_{number}" for number, one in enumerate(found)}
 
 
 def _in_short(effect: Effect) -> str:

@@ -8,6 +8,7 @@ from lens.common.given import given_traces
 from lens.common.results import of_kind
 from lens.runs.sections import Section
 from lens_analyses.steps.columns import defined
+from lens_analyses.steps.headlines import of_conditions, of_highest
 from lens_analyses.steps.subject import Subject
 
 _BANDS, _FEW = 10, 3  # bands of the spectrum, and prompts that each is tried on
@@ -79,6 +80,17 @@ def detection(subject: Subject) -> Section:
             "layers": emergence.plot(),
             "lengths": growth.plot(),
         },
+        headlines=tuple(
+            of_conditions(
+                tables["layers"],
+                "text",
+                "random",
+                f"The first token is a sink (α above {rate.epsilon}) in {{value}} of heads on text, in {{baseline}} "
+                "on random tokens.",
+                "random tokens",
+                "layers",
+            )
+        ),
     )
 
 
@@ -89,6 +101,7 @@ def mechanism(subject: Subject) -> Section:
     found = sinks.massive(subject.model, texts, progress=progress)
     gates = sinks.gates(subject.model, texts, seed=subject.seed, progress=progress)
     tables = {"heads": geometry.table(), "massive": found.table(), "gates": gates.table()}
+    parked = tables["gates"][(tables["gates"]["mechanism"] == "keys").to_numpy()]
     figures = {"massive": found.plot(), "mass_and_value": geometry.plot(), "gates": gates.plot()}
     said = (*geometry.findings(), *found.findings(), *gates.findings())
     return Section(
@@ -104,6 +117,17 @@ def mechanism(subject: Subject) -> Section:
         configuration={"sources": "first", "ratio": found.ratio, "magnitude": found.magnitude},
         tables=tables,
         figures=figures,
+        headlines=tuple(
+            of_highest(
+                parked.assign(
+                    parked=1 - parked["gate"], low=1 - parked["high"], high=1 - parked["low"]
+                ),
+                "parked",
+                "{name} parks most: {value} of its attention lies on the sources, the median head's {baseline}.",
+                "the median head",
+                figure="gates",
+            )
+        ),
     )
 
 
@@ -128,6 +152,17 @@ def spectrum(subject: Subject) -> Section:
         configuration={"bands": _BANDS, "prompts": len(texts)},
         tables=tables,
         figures={"losses": found.losses.plot(), "energies": found.plot()},
+        headlines=tuple(
+            of_highest(
+                tables["losses"],
+                "delta_loss",
+                "Without band {band} of the unembedding's spectrum the loss rises by {value} nats a token, without "
+                "the median band by {baseline}.",
+                "the median band",
+                unit="nats a token",
+                figure="losses",
+            )
+        ),
     )
 
 

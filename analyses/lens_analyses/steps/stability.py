@@ -13,6 +13,7 @@ from lens.runs.sections import Section
 from lens.traces.trace import AttentionTrace
 from lens.traces.variance import VarianceShares, variance
 from lens_analyses.steps.columns import defined
+from lens_analyses.steps.headlines import of_highest
 from lens_analyses.steps.subject import Subject
 
 _MOST_PROMPTS, _MOST_TOKENS = 8, 512
@@ -58,6 +59,17 @@ def stability(subject: Subject) -> Section:
         },
         tables=tables,
         figures={"jaccard": found.plot("jaccard", _COMPARED)},
+        headlines=tuple(
+            of_highest(
+                by_head,
+                "jaccard",
+                f"{{name}} keeps its strongest blocks most from one {kind} prompt to another: Jaccard index above "
+                "chance {value}; the median head {baseline}.",
+                "the median head",
+                figure="jaccard",
+                ends=("low", "high"),
+            )
+        ),
     )
 
 

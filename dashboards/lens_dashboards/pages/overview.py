@@ -10,9 +10,11 @@ from lens.common.errors import LensError
 from lens.common.head_ids import HeadId, layers_in_words
 from lens.figures.heads import select as rows_of
 from lens.runs import Run
+from lens.runs.first_screen import first_screen
 from lens.traces.findings import findings
 from lens.traces.metrics import METRICS, Metric
 from lens_dashboards.library import Library, sections
+from lens_dashboards.pages.headlines import headlines
 from lens_dashboards.pages.parts import (
     card,
     choice,
@@ -57,9 +59,17 @@ def page(library: Library, view: Selection) -> list[Any]:
     return [
         *top,
         *map(note_banner, notes),
-        _cards(run),
-        card(
-            html.Ul(_finding_items(table), id="findings", className="findings"), "Noteworthy heads"
+        headlines(view, first_screen(table, sections(run))),
+        html.Details(
+            [
+                html.Summary("What the scores of the heads say, and what was run"),
+                card(
+                    html.Ul(_finding_items(table), id="findings", className="findings"),
+                    "Noteworthy heads",
+                ),
+                _cards(run),
+            ],
+            className="more",
         ),
         html.Div(
             [

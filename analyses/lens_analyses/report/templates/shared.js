@@ -8,7 +8,37 @@ const lensPage = (() => {
     if (!figure) return;
     Plotly.react(element, figure.data, { ...figure.layout, template: payload.template }, options);
   }
-  for (const element of document.querySelectorAll("[data-figure]")) draw(element, element.dataset.figure);
+  // What is folded has no size yet: it is drawn when it is first seen.
+  const seen = (element) => [...document.querySelectorAll("details:not([open])")].every((fold) => !fold.contains(element));
+  function drawSeen() {
+    for (const element of document.querySelectorAll("[data-figure]:not(.drawn)")) {
+      if (!seen(element)) continue;
+      element.classList.add("drawn");
+      draw(element, element.dataset.figure);
+    }
+  }
+  drawSeen();
+  document.addEventListener("toggle", drawSeen, true);
+  for (const element of document.querySelectorAll("[data-picture]")) {
+    const figure = payload.figures[element.dataset.picture];
+    Plotly.react(element, figure.data, { ...figure.layout, template: payload.template }, { staticPlot: true });
+  }
+
+  function unfold(element) {
+    for (let fold = element?.closest("details"); fold; fold = fold.parentElement.closest("details")) fold.open = true;
+    const own = element?.querySelector(":scope > details.fold");
+    if (own) own.open = true;
+  }
+  const linked = () => location.hash.length > 1 && unfold(document.getElementById(decodeURIComponent(location.hash.slice(1))));
+  window.addEventListener("hashchange", linked);
+  linked();
+  let folded = [];
+  window.addEventListener("beforeprint", () => {
+    folded = [...document.querySelectorAll("details.fold:not([open])")];
+    for (const fold of folded) fold.open = true;
+    drawSeen();
+  });
+  window.addEventListener("afterprint", () => { for (const fold of folded) fold.open = false; });
 
   for (const table of document.querySelectorAll("table.sortable")) {
     const headings = [...table.tHead.rows[0].cells];

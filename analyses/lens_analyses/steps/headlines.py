@@ -1,0 +1,332 @@
+"""The headlines of sections, from their tables: a number with its interval beside what it would be by chance.
+
+What surprises, and which of them a first screen shows, is defined in `lens.runs.headlines`.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from lens.common.errors import LensError
+from lens.heads.measures.scores import HeadScores
+from lens.runs.headlines import Headline, highest
+
+_NATS = "nats a token"
+
+
+def of_roles(table: pd.DataFrame, random: Mapping[str, float], figure: str) -> Iterator[Headline]:
+    """The head with the highest score of each role, beside uniform attention and random weights.
+
+    Args:
+        table: of `HeadRoles`.
+        random: role -> score of the highest head of the same architecture with random weights; NaN: not known.
+        figure: that shows the table.
+    """
+    for column, weights in random.items():
+        scored = table.dropna(subset=[column])
+        if scored.empty:
+            continue
+        top = scored.loc[scored[column].idxmax()]
+        chance = {"uniform attention": top[f"{column}_baseline"], "random weights": weights}
+        chance = {words: float(value) for words, value in chance.items() if not pd.isna(value)}
+        if not chance:
+            continue
+        against, baseline = max(chance.items(), key=lambda pair: pair[1])
+        low, high = top[f"{column}_low"], top[f"{column}_high"]
+        words = column.replace("_", " ").capitalize()
+        others = " and ".join(f"{value:.2f} with {name}" for name, value in chance.items())
+        yield Headline(
+            f"{words} is highest in {top['name']}: {top[column]:.2f}{_ends(low, high, '.2f')}, against {others}.",
+            float(top[column]),
+            low,
+            high,
+            baseline,
+            against,
+            figure=figure,
+        )
+
+
+def of_importance(scores: list[HeadScores]) -> Iterator[Headline]:
+    """One headline a task for all its measures: the head that matters most, beside the median head."""
+    figures = {score.label + score.task: f"grid_{number}" for number, score in enumerate(scores)}
+    for task in dict.fromkeys(score.task for score in scores):
+        mine = [score for score in scores if score.task == task]
+        chief = next((score for score in mine if score.method == "ablation"), mine[0])
+        if len(chief.names) < 2:
+            continue  # one head has no others to be compared with
+        best, fields = _highest_row(chief.table(), "value")
+        name = str(best["name"])
+        named: dict[str, list[str]] = {}
+        for score in mine:
+            named.setdefault(str(score.table().iloc[0]["name"]), []).append(score.label)
+        agree = len(named.pop(name, []))
+        others = "; ".join(f"{', '.join(labels)} name {head}" for head, labels in named.items())
+        yield Headline(
+            f"{name} matters most for {task}: without it {chief.metric} changes by {fields['value']:.3g}"
+            f"{_ends(fields['low'], fields['high'])}, without the median head by {fields['baseline']:.3g} "
+            f"({chief.label}). {agree} of {len(mine)} measures name it first{f'; {others}' if others else ''}.",
+            **fields,
+            against="the median head",
+            unit=chief.metric,
+            figure=figures[chief.label + task],
+        )
+
+
+def of_heads_together(table: pd.DataFrame, metric: str) -> Iterator[Headline]:
+    """Heads of one role that stand in for each other, beside the sum of what they are worth alone."""
+    for row in table.to_dict("records"):
+        if row["interaction"] > 0:
+            yield Headline(
+                f"The {row['role']} heads {row['heads']} stand in for each other: together they are worth "
+                f"{row['value']:.3g}{_ends(row['low'], row['high'])}, alone {row['alone']:.3g} in sum.",
+                row["value"],
+                row["low"],
+                row["high"],
+                row["alone"],
+                "the sum of each alone",
+                unit=metric,
+            )
+
+
+def of_pruning(curve: pd.DataFrame, order: str, bearable: int, heads: int) -> Iterator[Headline]:
+    """What it costs to take out as many heads as can go, beside as many in random orders."""
+    rows = curve[((curve["order"] == order) & (curve["removed"] == bearable)).to_numpy()]
+    if bearable == 0 or rows.empty:
+        return
+    row = rows.iloc[0]
+    yield Headline(
+        f"{bearable} of {heads} heads can go, {order} first: the loss rises by {row['cost']:.3f}"
+        f"{_ends(row['low'], row['high'], '.3f')}, and by {row['random_cost']:.3f} without as many in random orders.",
+        row["cost"],
+        row["low"],
+        row["high"],
+        row["random_cost"],
+        "as many heads in random orders",
+        spread=(row["random_high"] - row["random_low"]) / 2,
+        unit=_NATS,
+        figure="curve",
+    )
+
+
+def of_highest(
+    table: pd.DataFrame,
+    column: str,
+    text: str,
+    others: str,
+    *,
+    unit: str = "",
+    figure: str = "",
+    ends: tuple[str, str] | None = None,
+) -> Iterator[Headline]:
+    """The row that has most of a column, beside the median row.
+
+    Args:
+        table: one row a head, sub-layer, edge or band.
+        column: what is compared.
+        text: the sentence, with `{name}`, `{value}` and `{baseline}`; the interval is put behind the value.
+        others: what the median is of.
+        unit, figure: of the headline.
+        ends: columns of the interval, if they are not `<column>_low` and `<column>_high`.
+    """
+    try:
+        best, fields = _highest_row(table, column, ends)
+    except LensError:
+        return
+    value = f"{fields['value']:.3g}{_ends(fields['low'], fields['high'])}"
+    said = text.format(**(best | {"value": value, "baseline": f"{fields['baseline']:.3g}"}))
+    yield Headline(said, **fields, against=others, unit=unit, figure=figure)
+
+
+def of_edits(table: pd.DataFrame, figures: Mapping[str, str]) -> Iterator[Headline]:
+    """What edits do to the loss, beside the control that changes as much attention elsewhere.
+
+    Args:
+        table: of effects, one below the other.
+        figures: words of an edit -> the figure of it.
+    """
+    for keys, rows in table.groupby(["edit", "scope", "amount"], sort=False):
+        edit, scope, amount = keys if isinstance(keys, tuple) else (keys, "", 1)
+        by = {row["condition"]: row for row in rows.to_dict("records")}
+        control = by.get("mass")
+        if control is None or not _is_apart(control["excess_low"], control["excess_high"]):
+            continue
+        one = by["edit"]
+        share = "" if amount == 1 else f" by {amount:g}"
+        yield Headline(
+            f"{str(edit).replace('_', ' ').capitalize()}{share} in {scope}: the loss changes by "
+            f"{_change(one, 'delta_loss')} nats a token, and by {control['delta_loss']:+.3g} where as much "
+            "attention to other keys is edited.",
+            one["delta_loss"],
+            one["delta_loss_low"],
+            one["delta_loss_high"],
+            control["delta_loss"],
+            "as much attention elsewhere",
+            spread=(control["delta_loss_high"] - control["delta_loss_low"]) / 2,
+            unit=_NATS,
+            figure=figures.get(str(edit), ""),
+        )
+
+
+def of_reaches(table: pd.DataFrame, figure: str) -> Iterator[Headline]:
+    """An edit of one head or layer that costs more than the same edit of all heads."""
+    rows = {row["reach"]: row for row in table[table["condition"] == "edit"].to_dict("records")}
+    for reach in ("head", "layer"):
+        if reach in rows and "all" in rows:
+            one, every = rows[reach], rows["all"]
+            if one["delta_loss_low"] > every["delta_loss_high"]:
+                yield Headline(
+                    f"Masking the sink of {one['scope']} alone changes the loss by {_change(one, 'delta_loss')} "
+                    f"nats a token, of all heads by {_change(every, 'delta_loss')}.",
+                    one["delta_loss"],
+                    one["delta_loss_low"],
+                    one["delta_loss_high"],
+                    every["delta_loss"],
+                    "the same edit of all heads",
+                    spread=(every["delta_loss_high"] - every["delta_loss_low"]) / 2,
+                    unit=_NATS,
+                    figure=figure,
+                )
+
+
+def of_conditions(
+    table: pd.DataFrame, this: str, other: str, text: str, against: str, figure: str
+) -> Iterator[Headline]:
+    """The sink rate of all layers under one condition, beside another condition.
+
+    Args:
+        table: with columns condition, layer (NaN: all together), rate, low and high.
+        this, other: conditions.
+        text: the sentence, with `{value}` and `{baseline}`.
+        against: what the other is.
+        figure: that shows both.
+    """
+    whole = table[table["layer"].isna().to_numpy()].set_index("condition")
+    if this not in whole.index or other not in whole.index:
+        return
+    one, chance = whole.loc[this], whole.loc[other]
+    ends = _ends(one["low"], one["high"], ".0%")
+    yield Headline(
+        text.format(value=f"{one['rate']:.0%}{ends}", baseline=f"{chance['rate']:.0%}"),
+        one["rate"],
+        one["low"],
+        one["high"],
+        chance["rate"],
+        against,
+        spread=(chance["high"] - chance["low"]) / 2,
+        unit="share of heads",
+        figure=figure,
+    )
+
+
+def of_streaming(table: pd.DataFrame, figure: str) -> Iterator[Headline]:
+    """What the first key adds to a cache of the last keys."""
+    for last, rows in table.groupby("last"):
+        by = {row["first"]: row for row in rows.to_dict("records")}
+        if 0 in by and 1 in by:
+            with_first, without = by[1], by[0]
+            yield Headline(
+                f"With the last {last} keys alone the loss rises by {without['delta_loss']:.3g} nats a token; with "
+                f"the first key kept too by {_change(with_first, 'delta_loss')}.",
+                with_first["delta_loss"],
+                with_first["delta_loss_low"],
+                with_first["delta_loss_high"],
+                without["delta_loss"],
+                "a cache without the first key",
+                spread=(without["delta_loss_high"] - without["delta_loss_low"]) / 2,
+                unit=_NATS,
+                figure=figure,
+            )
+
+
+def of_search(judged: pd.DataFrame, metric: str, figure: str) -> Iterator[Headline]:
+    """Heads chosen on half of the prompts, judged on the others beside all heads together."""
+    rows = judged[(judged["prompts"] == "test").to_numpy()].set_index("heads")
+    if not {"chosen", "all"} <= set(rows.index):
+        return
+    chosen, every = rows.loc["chosen"], rows.loc["all"]
+    yield Headline(
+        f"Moved in the chosen heads alone, {metric} gains {_change(chosen, 'gain')} on held-out prompts; "
+        f"in all heads {_change(every, 'gain')}.",
+        chosen["gain"],
+        chosen["gain_low"],
+        chosen["gain_high"],
+        every["gain"],
+        "the same edit of all heads",
+        spread=(every["gain_high"] - every["gain_low"]) / 2,
+        unit=metric,
+        figure=figure,
+    )
+
+
+def of_circuit(
+    same_size: pd.DataFrame, words: Mapping[str, str], figure: str
+) -> Iterator[Headline]:
+    """Faithfulness of a circuit, beside the most faithful of the random circuits of its size."""
+    rows = same_size.set_index("circuit")
+    one = rows.loc["circuit"]
+    kinds = [
+        kind
+        for kind in words
+        if kind in rows.index and rows.loc[kind, "faithfulness"] == rows.loc[kind, "faithfulness"]
+    ]
+    if not kinds:
+        return
+    best = max(kinds, key=lambda kind: float(rows["faithfulness"][kind]))
+    chance = rows.loc[best]
+    yield Headline(
+        f"The circuit of {int(one['edges']):,} edges has a faithfulness of {one['faithfulness']:.2f}"
+        f"{_ends(one['low'], one['high'], '.2f')} on held-out prompts; as many edges, {words[best]}, have "
+        f"{chance['faithfulness']:.2f}{_ends(chance['low'], chance['high'], '.2f')}.",
+        one["faithfulness"],
+        one["low"],
+        one["high"],
+        chance["faithfulness"],
+        words[best],
+        spread=(chance["high"] - chance["low"]) / 2,
+        figure=figure,
+    )
+
+
+def of_sink_check(table: pd.DataFrame, task: str, metric: str, figure: str) -> Iterator[Headline]:
+    """What the sink is to the heads of a circuit, beside as many other heads of the same layers."""
+    for edit, rows in table.groupby("edit", sort=False):
+        by = {row["heads"]: row for row in rows.to_dict("records")}
+        if {"circuit", "others"} <= set(by):
+            one, others = by["circuit"], by["others"]
+            yield Headline(
+                f"With the first key {edit} in the circuit's heads {task} changes by {_change(one, 'change')} {metric} "
+                f"(more is better), in as many others of the same layers by {others['change']:+.3g}.",
+                one["change"],
+                one["change_low"],
+                one["change_high"],
+                others["change"],
+                "as many other heads",
+                spread=(others["change_high"] - others["change_low"]) / 2,
+                unit=metric,
+                figure=figure,
+            )
+
+
+def _highest_row(
+    table: pd.DataFrame, column: str, ends: tuple[str, str] | None = None
+) -> tuple[dict[str, Any], dict[str, float]]:
+    """The row with most of a column, and the fields of a headline."""
+    known = {f"{column}_low", f"{column}_high"} <= set(table)
+    low, high = ends or ((f"{column}_low", f"{column}_high") if known else ("low", "high"))
+    best, found = highest(table[column], table[low], table[high])
+    return dict(zip(map(str, table.columns), table.iloc[best], strict=True)), found
+
+
+def _ends(low: float, high: float, form: str = ".3g") -> str:
+    return "" if np.isnan(low) or np.isnan(high) else f" [{low:{form}}, {high:{form}}]"
+
+
+def _change(row: Any, column: str) -> str:
+    low, high = row[f"{column}_low"], row[f"{column}_high"]
+    return f"{row[column]:+.3g}{_ends(low, high, '+.3g')}"
+
+
+def _is_apart(low: float, high: float) -> bool:
+    return low > 0 or high < 0

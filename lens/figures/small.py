@@ -1,0 +1,113 @@
+"""A figure as a small picture beside a sentence, and a number beside its baseline as a strip."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Callable
+from typing import Any
+
+import plotly.graph_objects as go
+
+from lens.common.colors import ACCENT, BASELINE, INK
+
+SIZE = 300, 126
+_LEAST_TICKS = 4
+_WIDE, _HIGH, _EDGE = 300, 30, 6  # of a strip
+_ROOM = 36  # characters below it
+
+
+def small(figure: go.Figure) -> go.Figure:
+    """A copy of a figure without title, legend, colour bar and names of ticks, as large as `SIZE`."""
+    made = go.Figure(figure)
+    made.for_each_trace(_bare)
+    width, height = SIZE
+    made.update_layout(
+        title=None,
+        showlegend=False,
+        width=width,
+        height=height,
+        margin={"l": 26, "r": 6, "t": 6, "b": 20},
+        font={"size": 9},
+        annotations=[],
+        updatemenus=[],
+        sliders=[],
+        hovermode=False,
+        dragmode=False,
+    )
+    made.update_layout(
+        {name: {"showscale": False} for name in made.layout if name.startswith("coloraxis")}
+    )
+    for update in (made.update_xaxes, made.update_yaxes):
+        update(title=None, nticks=_LEAST_TICKS, automargin=False, tickfont={"size": 9}, tickangle=0)
+    if any(_is_named(trace) for trace in made.data):
+        made.update_xaxes(showticklabels=False)
+    return made
+
+
+def _is_named(trace: Any) -> bool:
+    """Whether words stand below the axis, for which there is no room."""
+    across = getattr(trace, "x", None)
+    return across is not None and any(isinstance(one, str) for one in list(across)[:1])
+
+
+def _bare(trace: Any) -> None:
+    """No colour bar, no text on marks."""
+    if "showscale" in trace:
+        trace.update(showscale=False)
+    marker = getattr(trace, "marker", None)
+    if marker is not None and "showscale" in marker:
+        trace.update(marker={"showscale": False})
+    if trace.type == "heatmap":
+        trace.update(texttemplate=None)
+    elif trace.type == "scatter" and "text" in str(trace.mode):
+        trace.update(mode=str(trace.mode).replace("+text", "").replace("text", "markers"))
+    elif trace.type == "bar":
+        trace.update(texttemplate=None, text=None)
+
+
+def strip(value: float, low: float, high: float, baseline: float, against: str) -> str:
+    """A number with its interval on a line, and its baseline, as an SVG picture of its own.
+
+    Args:
+        value, low, high: the number and its interval; NaN ends where there is none.
+        baseline: drawn as a dashed line.
+        against: what the baseline is.
+    """
+    ends = [value, baseline, *(end for end in (low, high) if math.isfinite(end))]
+    least, most = min(ends), max(ends)
+    span = (most - least) or 1.0
+
+    def at(number: float) -> float:
+        return round(_EDGE + (number - least) / span * (_WIDE - 2 * _EDGE), 1)
+
+    parts = [
+        _line(_EDGE, _WIDE - _EDGE, 10, "#d5dae1", 1),
+        f'<line x1="{at(baseline)}" x2="{at(baseline)}" y1="3" y2="17" stroke="{BASELINE}" stroke-width="2" '
+        'stroke-dasharray="3 2"/>',
+    ]
+    if math.isfinite(low) and math.isfinite(high):
+        parts.append(_line(at(low), at(high), 10, ACCENT, 3))
+    parts.append(f'<circle cx="{at(value)}" cy="10" r="4" fill="{ACCENT}"/>')
+    parts += _names(at, value, baseline, against)
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDE}" height="{_HIGH}" '
+        f'viewBox="0 0 {_WIDE} {_HIGH}">{"".join(parts)}</svg>'
+    )
+
+
+def _names(at: Callable[[float], float], value: float, baseline: float, against: str) -> list[str]:
+    """Value and baseline named below the line, each at its own side of it."""
+    left, right = (baseline, value) if at(baseline) <= at(value) else (value, baseline)
+    against = against if len(against) <= _ROOM else f"{against[: _ROOM - 1]}…"
+    words = {baseline: f"{baseline:.3g} {against}", value: f"{value:.3g}"}
+    return [_text(_EDGE, "start", words[left]), _text(_WIDE - _EDGE, "end", words[right])]
+
+
+def _line(x1: float, x2: float, y: float, color: str, width: int) -> str:
+    return f'<line x1="{x1}" x2="{x2}" y1="{y}" y2="{y}" stroke="{color}" stroke-width="{width}"/>'
+
+
+def _text(x: float, anchor: str, words: str) -> str:
+    style = f'font-family="Arial, sans-serif" font-size="10" fill="{INK}"'
+    return f'<text x="{x}" y="27" text-anchor="{anchor}" {style}>{html.escape(words)}</text>'

@@ -1,0 +1,131 @@
+"""Headlines: what an analysis found beside what it would be if there were nothing to find, and how surprising it is.
+
+A section hands its headlines over as records and `section.json` keeps them; report, page and console show the most
+surprising ones first and compute nothing anew.
+
+    gap      = how far the nearer end of the value's interval lies beyond the baseline; 0 where it holds the baseline
+    scale    = the baseline's own spread (the interval of a control, the scatter of heads), or where the baseline is
+               exact its size; at least 1 % of the value's size
+    surprise = min(gap / scale, 100)
+
+A finding whose interval holds its baseline has a surprise of 0 and is no headline. One without an interval (a single
+prompt) stands behind all that have one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+
+from lens.common.errors import LensError
+
+_FLOOR = 0.01
+_SCATTER = 1.4826  # of the median absolute deviation, for a standard deviation
+
+
+@dataclass(frozen=True)
+class Headline:
+    """One thing that an analysis found.
+
+    Attributes:
+        text: the sentence, with its numbers.
+        value: what was measured.
+        low, high: its 95 % interval; NaN where there is none.
+        baseline: what the value would be if there were nothing to find.
+        against: what that is: uniform attention, random circuits, the median head.
+        spread: how far the baseline itself scatters, in the value's unit; NaN where it is exact.
+        unit: of value and baseline, "" for a share or a score.
+        figure: of the section that shows it, "" for none.
+
+    Example:
+        >>> from lens.runs.headlines import Headline
+        >>> one = Headline("L1H3 is an induction head.", 0.92, 0.89, 0.94, baseline=0.03, against="uniform attention")
+        >>> round(one.surprise, 1)
+        28.7
+    """
+
+    text: str
+    value: float
+    low: float
+    high: float
+    baseline: float
+    against: str
+    spread: float = math.nan
+    unit: str = ""
+    figure: str = ""
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.value) and math.isfinite(self.baseline)):
+            raise LensError(
+                f"a headline needs a value and a baseline that are numbers, got {self.value} and "
+                f"{self.baseline}; leave it out: {self.text}"
+            )
+        if self.is_sure and not self.low <= self.high:
+            raise LensError(f"low must not be above high, got [{self.low}, {self.high}]")
+
+    @property
+    def is_sure(self) -> bool:
+        """Whether the value has an interval."""
+        return math.isfinite(self.low) and math.isfinite(self.high)
+
+    @property
+    def surprise(self) -> float:
+        """How many times the baseline's scale the value lies beyond it, as this module defines it."""
+        low, high = (self.low, self.high) if self.is_sure else (self.value, self.value)
+        gap = max(low - self.baseline, self.baseline - high, 0.0)
+        scale = self.spread if math.isfinite(self.spread) else abs(self.baseline)
+        scale = max(scale, _FLOOR * abs(self.value))
+        return min(gap / scale, 1 / _FLOOR) if gap else 0.0
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values; NaN becomes None."""
+        values = {part.name: getattr(self, part.name) for part in fields(self)}
+        return {name: None if value != value else value for name, value in values.items()}
+
+    @classmethod
+    def from_json(cls, stored: Mapping[str, Any]) -> Headline:
+        """What `as_json` gave."""
+        values = {part.name: stored[part.name] for part in fields(cls) if part.name in stored}
+        return cls(**{name: math.nan if value is None else value for name, value in values.items()})
+
+
+def highest(
+    values: Iterable[float], lows: Iterable[float], highs: Iterable[float]
+) -> tuple[int, dict[str, float]]:
+    """The largest of many like values, beside the others: their median and how far they scatter.
+
+    Args:
+        values, lows, highs: of each, such as one a head; NaN where there is none.
+
+    Returns:
+        Its number, and the fields of a `Headline` from value to spread. The spread is 1.4826 times the median
+        absolute deviation of the others, and where these are all alike half of the interval.
+
+    Raises:
+        LensError: fewer than two have a value.
+    """
+    scores = np.asarray(list(values), float)
+    if np.isfinite(scores).sum() < 2:
+        raise LensError("one value has no others to be compared with")
+    best = int(np.nanargmax(scores))
+    others = np.delete(scores, best)
+    others = others[np.isfinite(others)]
+    median = float(np.median(others))
+    low, high = (float(list(ends)[best]) for ends in (lows, highs))
+    scatter = _SCATTER * float(np.median(np.abs(others - median)))
+    return best, {
+        "value": float(scores[best]),
+        "low": low,
+        "high": high,
+        "baseline": median,
+        "spread": scatter or (high - low) / 2,
+    }
+
+
+def those_that_stand(found: Iterable[Headline]) -> tuple[Headline, ...]:
+    """Without those that their baseline explains."""
+    return tuple(one for one in found if one.surprise > 0)
