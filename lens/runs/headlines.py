@@ -89,8 +89,13 @@ class Headline:
     @classmethod
     def from_json(cls, stored: Mapping[str, Any]) -> Headline:
         """What `as_json` gave."""
-        values = {part.name: stored[part.name] for part in fields(cls) if part.name in stored}
-        return cls(**{name: math.nan if value is None else value for name, value in values.items()})
+        values: dict[str, Any] = {
+            part.name: stored[part.name] for part in fields(cls) if part.name in stored
+        }
+        known: dict[str, Any] = {
+            name: math.nan if value is None else value for name, value in values.items()
+        }
+        return cls(**known)
 
 
 def highest(

@@ -133,8 +133,8 @@ def value(given: Any) -> str:
 
 def strip_of(headline: dict[str, Any]) -> str:
     """The strip of a headline as a data URI."""
-    ends = (math.nan if headline[end] is None else headline[end] for end in ("low", "high"))
-    drawn = strip(headline["value"], *ends, headline["baseline"], headline["against"])
+    low, high = (math.nan if headline[end] is None else headline[end] for end in ("low", "high"))
+    drawn = strip(headline["value"], low, high, headline["baseline"], headline["against"])
     return f"data:image/svg+xml,{quote(drawn)}"
 
 

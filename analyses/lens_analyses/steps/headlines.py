@@ -28,7 +28,7 @@ def of_roles(table: pd.DataFrame, random: Mapping[str, float], figure: str) -> I
         scored = table.dropna(subset=[column])
         if scored.empty:
             continue
-        top = scored.loc[scored[column].idxmax()]
+        top: dict[Any, Any] = scored.loc[[scored[column].idxmax()]].to_dict("records")[0]
         chance = {"uniform attention": top[f"{column}_baseline"], "random weights": weights}
         chance = {words: float(value) for words, value in chance.items() if not pd.isna(value)}
         if not chance:
@@ -95,7 +95,7 @@ def of_pruning(curve: pd.DataFrame, order: str, bearable: int, heads: int) -> It
     rows = curve[((curve["order"] == order) & (curve["removed"] == bearable)).to_numpy()]
     if bearable == 0 or rows.empty:
         return
-    row = rows.iloc[0]
+    row: dict[Any, Any] = rows.to_dict("records")[0]
     yield Headline(
         f"{bearable} of {heads} heads can go, {order} first: the loss rises by {row['cost']:.3f}"
         f"{_ends(row['low'], row['high'], '.3f')}, and by {row['random_cost']:.3f} without as many in random orders.",
@@ -148,7 +148,7 @@ def of_edits(table: pd.DataFrame, figures: Mapping[str, str]) -> Iterator[Headli
     """
     for keys, rows in table.groupby(["edit", "scope", "amount"], sort=False):
         edit, scope, amount = keys if isinstance(keys, tuple) else (keys, "", 1)
-        by = {row["condition"]: row for row in rows.to_dict("records")}
+        by = _rows(rows, "condition")
         control = by.get("mass")
         if control is None or not _is_apart(control["excess_low"], control["excess_high"]):
             continue
@@ -171,7 +171,7 @@ def of_edits(table: pd.DataFrame, figures: Mapping[str, str]) -> Iterator[Headli
 
 def of_reaches(table: pd.DataFrame, figure: str) -> Iterator[Headline]:
     """An edit of one head or layer that costs more than the same edit of all heads."""
-    rows = {row["reach"]: row for row in table[table["condition"] == "edit"].to_dict("records")}
+    rows = _rows(table[(table["condition"] == "edit").to_numpy()], "reach")
     for reach in ("head", "layer"):
         if reach in rows and "all" in rows:
             one, every = rows[reach], rows["all"]
@@ -202,10 +202,10 @@ def of_conditions(
         against: what the other is.
         figure: that shows both.
     """
-    whole = table[table["layer"].isna().to_numpy()].set_index("condition")
-    if this not in whole.index or other not in whole.index:
+    whole = _rows(table[table["layer"].isna().to_numpy()], "condition")
+    if this not in whole or other not in whole:
         return
-    one, chance = whole.loc[this], whole.loc[other]
+    one, chance = whole[this], whole[other]
     ends = _ends(one["low"], one["high"], ".0%")
     yield Headline(
         text.format(value=f"{one['rate']:.0%}{ends}", baseline=f"{chance['rate']:.0%}"),
@@ -223,7 +223,7 @@ def of_conditions(
 def of_streaming(table: pd.DataFrame, figure: str) -> Iterator[Headline]:
     """What the first key adds to a cache of the last keys."""
     for last, rows in table.groupby("last"):
-        by = {row["first"]: row for row in rows.to_dict("records")}
+        by = _rows(rows, "first")
         if 0 in by and 1 in by:
             with_first, without = by[1], by[0]
             yield Headline(
@@ -242,10 +242,10 @@ def of_streaming(table: pd.DataFrame, figure: str) -> Iterator[Headline]:
 
 def of_search(judged: pd.DataFrame, metric: str, figure: str) -> Iterator[Headline]:
     """Heads chosen on half of the prompts, judged on the others beside all heads together."""
-    rows = judged[(judged["prompts"] == "test").to_numpy()].set_index("heads")
-    if not {"chosen", "all"} <= set(rows.index):
+    rows = _rows(judged[(judged["prompts"] == "test").to_numpy()], "heads")
+    if not {"chosen", "all"} <= set(rows):
         return
-    chosen, every = rows.loc["chosen"], rows.loc["all"]
+    chosen, every = rows["chosen"], rows["all"]
     yield Headline(
         f"Moved in the chosen heads alone, {metric} gains {_change(chosen, 'gain')} on held-out prompts; "
         f"in all heads {_change(every, 'gain')}.",
@@ -264,17 +264,13 @@ def of_circuit(
     same_size: pd.DataFrame, words: Mapping[str, str], figure: str
 ) -> Iterator[Headline]:
     """Faithfulness of a circuit, beside the most faithful of the random circuits of its size."""
-    rows = same_size.set_index("circuit")
-    one = rows.loc["circuit"]
-    kinds = [
-        kind
-        for kind in words
-        if kind in rows.index and rows.loc[kind, "faithfulness"] == rows.loc[kind, "faithfulness"]
-    ]
-    if not kinds:
+    rows = _rows(same_size.dropna(subset=["faithfulness"]), "circuit")
+    kinds = [kind for kind in words if kind in rows]
+    if not kinds or "circuit" not in rows:
         return
-    best = max(kinds, key=lambda kind: float(rows["faithfulness"][kind]))
-    chance = rows.loc[best]
+    one = rows["circuit"]
+    best = max(kinds, key=lambda kind: rows[kind]["faithfulness"])
+    chance = rows[best]
     yield Headline(
         f"The circuit of {int(one['edges']):,} edges has a faithfulness of {one['faithfulness']:.2f}"
         f"{_ends(one['low'], one['high'], '.2f')} on held-out prompts; as many edges, {words[best]}, have "
@@ -292,7 +288,7 @@ def of_circuit(
 def of_sink_check(table: pd.DataFrame, task: str, metric: str, figure: str) -> Iterator[Headline]:
     """What the sink is to the heads of a circuit, beside as many other heads of the same layers."""
     for edit, rows in table.groupby("edit", sort=False):
-        by = {row["heads"]: row for row in rows.to_dict("records")}
+        by = _rows(rows, "heads")
         if {"circuit", "others"} <= set(by):
             one, others = by["circuit"], by["others"]
             yield Headline(
@@ -307,6 +303,11 @@ def of_sink_check(table: pd.DataFrame, task: str, metric: str, figure: str) -> I
                 unit=metric,
                 figure=figure,
             )
+
+
+def _rows(table: pd.DataFrame, column: str) -> dict[Any, dict[Any, Any]]:
+    """The rows of a table by what one of its columns says."""
+    return {row[column]: row for row in table.to_dict("records")}
 
 
 def _highest_row(

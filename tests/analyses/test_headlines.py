@@ -1,0 +1,134 @@
+"""Headlines of sections from their tables: the number, its interval, what it stands beside, and the paired test."""
+
+import pandas as pd
+import pytest
+from lens_analyses.steps.headlines import (
+    of_circuit,
+    of_conditions,
+    of_edits,
+    of_heads_together,
+    of_highest,
+    of_pruning,
+    of_reaches,
+    of_roles,
+    of_search,
+    of_streaming,
+)
+
+NAN = float("nan")
+
+
+def effects(*rows):
+    columns = ["condition", "delta_loss", "delta_loss_low", "delta_loss_high", "excess_low"]
+    return pd.DataFrame(rows, columns=[*columns, "excess_high"]).assign(
+        edit="mask", scope="all heads", amount=1.0
+    )
+
+
+def test_an_edit_is_told_beside_its_mass_control_where_the_paired_difference_holds():
+    edit = ("edit", 0.4, 0.3, 0.5, NAN, NAN)
+    (one,) = of_edits(effects(edit, ("mass", 1.5, 1.2, 1.9, -1.4, -0.8)), {"mask": "edit_0"})
+    assert (one.value, one.low, one.high, one.baseline) == (0.4, 0.3, 0.5, 1.5)
+    assert one.spread == pytest.approx(0.35)
+    assert one.figure == "edit_0"
+    assert "by +0.4 [+0.3, +0.5] nats a token, and by +1.5 where as much attention" in one.text
+    assert not list(of_edits(effects(edit, ("mass", 1.5, 1.2, 1.9, -1.4, 0.1)), {}))
+    assert not list(of_edits(effects(edit), {}))
+
+
+def test_an_edit_of_one_head_that_costs_more_than_of_all_is_told():
+    def rows(head):
+        table = effects(head, ("edit", 0.1, 0.05, 0.15, NAN, NAN))
+        return table.assign(reach=["head", "all"], scope=["L18H8", "all heads"])
+
+    (one,) = of_reaches(rows(("edit", 3.2, 2.9, 3.6, NAN, NAN)), "scopes")
+    assert "of L18H8 alone changes the loss by +3.2 [+2.9, +3.6]" in one.text
+    assert one.surprise == pytest.approx((2.9 - 0.1) / 0.05)
+    assert not list(of_reaches(rows(("edit", 0.16, 0.1, 0.3, NAN, NAN)), "scopes"))
+
+
+def test_a_role_is_told_beside_the_higher_of_its_chances():
+    table = pd.DataFrame(
+        {"name": ["L0H0", "L0H1"], "induction": [0.2, 0.9], "induction_low": [0.1, 0.8]}
+    ).assign(induction_high=[0.3, 0.95], induction_baseline=0.05)
+    (one,) = of_roles(table, {"induction": 0.1}, "copied")
+    assert (one.value, one.baseline, one.against) == (0.9, 0.1, "random weights")
+    assert "L1" not in one.text
+    assert "L0H1: 0.90 [0.80, 0.95]" in one.text
+    (one,) = of_roles(table, {"induction": NAN}, "copied")
+    assert (one.baseline, one.against) == (0.05, "uniform attention")
+    assert not list(of_roles(table.assign(induction_baseline=NAN), {"induction": NAN}, ""))
+
+
+def test_the_highest_row_stands_beside_the_median_of_the_others():
+    table = pd.DataFrame({"name": ["a", "b", "c", "d"], "drop": [0.1, 0.2, 4.0, 0.3]})
+    table = table.assign(low=table["drop"] - 0.05, high=table["drop"] + 0.05)
+    (one,) = of_highest(
+        table, "drop", "{name}: {value}, others {baseline}", "x", ends=("low", "high")
+    )
+    assert one.text == "c: 4 [3.95, 4.05], others 0.2"
+    assert one.baseline == pytest.approx(0.2)
+    assert not list(of_highest(table[:1], "drop", "{name}", "x", ends=("low", "high")))
+
+
+def test_a_condition_stands_beside_the_other():
+    table = pd.DataFrame(
+        [
+            ("text", NAN, 0.3, 0.2, 0.4),
+            ("text", 0.0, 0.9, 0.9, 0.9),
+            ("random", NAN, 0.1, 0.0, 0.1),
+        ],
+        columns=["condition", "layer", "rate", "low", "high"],
+    )
+    (one,) = of_conditions(
+        table, "text", "random", "{value} against {baseline}", "random", "layers"
+    )
+    assert one.text == "30% [20%, 40%] against 10%"
+    assert one.surprise == pytest.approx(0.1 / 0.05)
+    assert not list(of_conditions(table, "text", "none", "", "", ""))
+
+
+def test_pruning_stands_beside_random_orders():
+    row = {"order": "least", "removed": 12, "cost": 0.05, "low": 0.04, "high": 0.06}
+    curve = pd.DataFrame([row | {"random_cost": 1.6, "random_low": 0.9, "random_high": 2.7}])
+    (one,) = of_pruning(curve, "least", 12, 18)
+    assert one.text.startswith("12 of 18 heads can go, least first: the loss rises by 0.050")
+    assert one.surprise == pytest.approx((1.6 - 0.06) / 0.9)
+    assert not list(of_pruning(curve, "least", 0, 18))
+
+
+def test_a_circuit_stands_beside_the_best_random_ones():
+    table = pd.DataFrame(
+        [
+            ("circuit", 0.9, 0.85, 0.95, 18),
+            ("uniform", 0.0, 0.0, 0.1, 18),
+            ("degrees", 0.2, -0.1, 0.4, 18),
+            ("magnitude", NAN, NAN, NAN, 18),
+        ],
+        columns=["circuit", "faithfulness", "low", "high", "edges"],
+    )
+    words = {"uniform": "random", "degrees": "same degrees", "magnitude": "largest"}
+    (one,) = of_circuit(table, words, "faithfulness")
+    assert (one.against, one.baseline) == ("same degrees", 0.2)
+    assert one.spread == pytest.approx(0.25)
+
+
+def test_groups_caches_and_searches_say_their_other_side():
+    both = pd.DataFrame(
+        {"role": ["a", "b"], "heads": ["L0H0 L0H1", "L0H2 L0H3"], "value": [2.0, 1.0]}
+    ).assign(low=[1.8, 0.9], high=[2.2, 1.1], alone=[1.2, 1.5], interaction=[0.8, -0.5])
+    (one,) = of_heads_together(both, "loss")
+    assert (one.value, one.baseline) == (2.0, 1.2)
+    cache = pd.DataFrame({"first": [0, 1, 4], "last": 12, "delta_loss": [0.5, 0.3, 0.2]})
+    cache = cache.assign(delta_loss_low=[0.4, 0.2, 0.1], delta_loss_high=[0.6, 0.35, 0.3])
+    (one,) = of_streaming(cache, "policies")
+    assert (one.value, one.baseline, one.spread) == (0.3, 0.5, pytest.approx(0.1))
+    judged = pd.DataFrame(
+        {"heads": ["chosen", "chosen", "all"], "prompts": ["validation", "test", "test"]}
+    )
+    judged = judged.assign(
+        gain=[0.2, 0.1, -0.1], gain_low=[0.1, 0.05, -0.2], gain_high=[0.3, 0.2, 0.0]
+    )
+    (one,) = of_search(judged, "loss", "gains")
+    assert (one.value, one.baseline) == (0.1, -0.1)
+    assert not list(of_search(judged[:1], "loss", "gains"))
