@@ -6,6 +6,7 @@ of them can say something else. Nothing here needs torch; nothing is loaded from
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 FOLDER = "sections"
 INDEX = "section.json"
+_TEMPLATE = "plotly"  # what plotly gives a figure that says nothing else
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 
 
@@ -88,9 +90,7 @@ class Section:
                 lambda path, table=table: table.to_parquet(path, index=False),
             )
         for name, figure in self.figures.items():
-            text = figure.to_json()
-            assert text is not None
-            write_text(folder / f"{name}.json", text)
+            write_text(folder / f"{name}.json", _without_template(figure))
         index = {
             "name": self.name,
             "title": self.title,
@@ -149,12 +149,29 @@ def load_section(door: Door, name: str) -> Section:
     )
 
 
+def _without_template(figure: go.Figure) -> str:
+    """Its JSON without plotly's usual template, which is larger than most figures and slow to check."""
+    import plotly.io as pio
+
+    text = figure.to_json()
+    assert text is not None
+    content = json.loads(text)
+    if content["layout"].get("template") != pio.templates[_TEMPLATE].to_plotly_json():
+        return text
+    del content["layout"]["template"]
+    return json.dumps(content)
+
+
 def _figure(door: Door, name: str) -> go.Figure:
     import plotly.graph_objects as go
+    import plotly.io as pio
 
     content = door.json(name)
     try:
-        return go.Figure(content)
+        figure = go.Figure(content)
+        if "template" not in content.get("layout", {}) and pio.templates.default != _TEMPLATE:
+            figure.update_layout(template=_TEMPLATE)
+        return figure
     except (ValueError, TypeError, KeyError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise LensError(f"{door.folder / name} is no figure ({reason}); run again") from error

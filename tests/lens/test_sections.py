@@ -1,10 +1,12 @@
 """Sections of a run folder: what is saved is what is read, and damage is told."""
 
+import json
 import re
 
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
+import plotly.io as pio
 import pytest
 
 from lens.common.errors import LensError
@@ -43,6 +45,21 @@ def test_a_section_is_read_as_it_was_saved(tmp_path):
         assert getattr(read, name) == getattr(saved, name)
     pd.testing.assert_frame_equal(read.tables["scores"], TABLE)
     assert read.figures["grid"].to_plotly_json() == saved.figures["grid"].to_plotly_json()
+
+
+@pytest.mark.parametrize("template", ["plotly", "plotly_dark", "none"])
+@pytest.mark.parametrize("usual", ["plotly", "simple_white", None])
+def test_a_figure_keeps_its_template_whatever_the_reader_prefers(
+    tmp_path, monkeypatch, template, usual
+):
+    figure = go.Figure(go.Scatter(x=[1, 2], y=[3, np.nan]), {"template": template})
+    saved = section(figures={"grid": figure})
+    saved.save(tmp_path)
+    stored = json.loads((tmp_path / "sections/roles/grid.json").read_text())
+    assert ("template" in stored["layout"]) == (template != "plotly")
+    monkeypatch.setattr(pio.templates, "default", usual)
+    read = load_section(Door(tmp_path), "roles").figures["grid"]
+    assert json.loads(read.to_json()) == json.loads(figure.to_json())
 
 
 def test_a_section_without_its_index_is_not_there(tmp_path):
