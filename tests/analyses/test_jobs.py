@@ -11,6 +11,7 @@ import threading
 import pandas as pd
 import pytest
 from lens_analyses.config import WHATS, RunConfig, load_config, make_config
+from lens_analyses.jobs import store as store_module
 from lens_analyses.jobs import worker as worker_module
 from lens_analyses.jobs.desk import JobDesk
 from lens_analyses.jobs.form import form
@@ -412,6 +413,24 @@ def test_jobs_read_from_one_folder_and_nothing_that_leads_out_of_it(tmp_path, fi
 def test_the_form_offers_files_only_where_jobs_may_read_them(tmp_path, files):
     assert "prompts.text" not in {entry["name"] for entry in JobDesk(tmp_path).form()}
     assert "prompts.text" in {entry["name"] for entry in JobDesk(tmp_path, files).form()}
+
+
+def test_old_jobs_that_are_done_go_with_their_files(store, monkeypatch):
+    monkeypatch.setattr(store_module, "_MOST", 3)
+    waiting = store.submit("run", {}, "c")
+    running = store.submit("run", {}, "c")
+    for ended in ("success", "error"):
+        store.finish(store.submit("run", {}, "c"), ended)
+    with store._open() as rows:
+        rows.execute("update jobs set status = 'running' where id = ?", (running,))
+    store.log_path(running).write_text("x")
+    store.log_path(running + 1).write_text("x")
+    store.config_path(running + 1).write_text("x")
+    newest = [store.submit("run", {}, "c") for _ in range(2)]
+    with store._open() as rows:
+        kept = [number for (number,) in rows.execute("select id from jobs order by id")]
+    assert kept == [waiting, running, running + 2, *newest]
+    assert sorted(path.name for path in store.folder.iterdir()) == [f"{running}.log"]
 
 
 def test_the_queue_is_bounded(store):

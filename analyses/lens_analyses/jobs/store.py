@@ -19,6 +19,7 @@ LOG_LINES = 500
 _LOG_BYTES = 256 << 10
 _WAIT = 10.0  # seconds for another process to finish its write
 _MOST = 200
+"""Jobs that are listed; older ones are kept while they wait or run."""
 MOST_WAITING = 100
 """Jobs in the queue."""
 _LARGEST = 2**63 - 1  # of a number in SQLite
@@ -86,7 +87,7 @@ class JobStore:
             rows.executescript(_SCHEMA)
 
     def submit(self, kind: str, config: Mapping[str, Any], command: str) -> int:
-        """Add a job at the end of the queue and return its number.
+        """Add a job at the end of the queue and return its number; the oldest that are done go.
 
         Raises:
             LensError: an unknown kind, or too many wait already.
@@ -100,7 +101,15 @@ class JobStore:
                 (kind, json.dumps(config), command, _now()),
             )
             assert made.lastrowid is not None
-            return made.lastrowid
+            gone = rows.execute(
+                f"delete from jobs where status not in {ACTIVE} and id <= "
+                "(select id from jobs order by id desc limit 1 offset ?) returning id",
+                (_MOST,),
+            ).fetchall()
+        for (number,) in gone:
+            for path in (self.config_path, self.answer_path, self.log_path):
+                path(number).unlink(missing_ok=True)
+        return made.lastrowid
 
     def jobs(self) -> list[Job]:
         """The latest jobs, newest first."""
