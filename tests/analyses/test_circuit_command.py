@@ -150,6 +150,13 @@ def test_a_circuit_without_a_head_is_unsupported(lens_command, tmp_path):
     )
 
 
+def test_more_edges_than_there_are_are_refused_before_work(lens_command, tmp_path):
+    answer = lens_command(*RUN.split(), "--edges", "1000", "--out", tmp_path)
+    assert answer.code == 2
+    assert "edges must be 1 to 81, as many as induction-2l has; got 1,000" in answer.err
+    assert [*tmp_path.iterdir()] == []
+
+
 def test_another_model_or_a_run_without_a_circuit_is_no_comparison(run, lens_command, tmp_path):
     words = RUN.replace("induction-2l", "text-lm-3l").split()
     answer = lens_command(*words, "--compare", str(run.path), "--out", tmp_path)

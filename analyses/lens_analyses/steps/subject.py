@@ -124,14 +124,17 @@ def analysed(
     """Token ids of the prompts of the task and of the windows of text that an analysis will run on.
 
     Raises:
-        LensError: as `windows_of`, `named_task` and `other_run`, so that a run is refused before its
+        LensError: as `windows_of`, `named_task`, `other_run` and `check_edges`, so that a run is refused before its
             profile.
     """
     settings, what = config.analysis, config.what
     if settings is None:
         return [], []
-    if isinstance(settings, CircuitSettings) and settings.compare is not None:
-        other_run(settings.compare, model.name)
+    if isinstance(settings, CircuitSettings):
+        if settings.compare is not None:
+            other_run(settings.compare, model.name)
+        if settings.edges:
+            _check_edges(model, settings.edges)
     texts = [prompt.ids for prompt in planned if prompt.kind == "text"]
     task = getattr(settings, "task", "text")  # a sink is looked for in the text itself
     reads_text = task == "text" or (texts and what != "circuit")
@@ -139,6 +142,17 @@ def analysed(
     if task == "text":
         return found, found
     return named_task(model, task, settings.n, config.seed).prompts, found
+
+
+def _check_edges(model: "LoadedModel", edges: int) -> None:
+    """As `check_edges`; of a model without a graph the section says that it has none."""
+    from lens.circuits.graph.nodes import check_edges, find_nodes
+
+    try:
+        find_nodes(model)
+    except LensError:
+        return
+    check_edges(model, edges)
 
 
 def windows_of(texts: list[list[int]], pair: Around, settings: AnalysisSettings) -> list[list[int]]:

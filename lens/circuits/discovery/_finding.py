@@ -13,6 +13,7 @@ from lens.circuits.checks.evaluation import run_circuits
 from lens.circuits.graph.activations import Baseline
 from lens.circuits.graph.circuit import Circuit
 from lens.circuits.graph.edge_scores import EdgeScores
+from lens.circuits.graph.nodes import check_edges
 from lens.circuits.scores.methods import EapIg, Method
 from lens.circuits.scores.scoring import score_edges
 from lens.common.choices import check_counts
@@ -101,7 +102,7 @@ def find(
         seed: of the bootstrap.
 
     Raises:
-        LensError: as `score_edges`, or no circuit through a head.
+        LensError: as `score_edges`, more edges than the graph has, or no circuit through a head.
 
     Example:
         >>> lens.circuits.find(small, lens.tasks.induction(small, 8), progress=False).circuit.n > 0
@@ -112,6 +113,7 @@ def find(
         raise LensError(f"faithfulness must be above 0 and at most 1, got {faithfulness!r}")
     if edges is not None:
         check_counts(edges=edges)
+        check_edges(model, edges)
     baseline = baseline or ("mean" if task.corrupt is None else "counterfactual")
     scores = score_edges(model, task, method=method, baseline=baseline, progress=progress)
     sizes = np.geomspace(max(1.0, _SMALLEST * scores.graph.n), scores.graph.n, _SIZES)
