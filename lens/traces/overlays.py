@@ -232,7 +232,7 @@ def overlay(
         raise LensError("give query (where it looks) or key (who looks at it), not both")
     grid = grids[image]
     asked = list(heads) if isinstance(heads, list) else [heads]
-    chosen = {_name(one): _heads(trace, one) for one in asked}
+    chosen = {_name(one): heads_of(trace, one) for one in asked}
     read, what, cell = _reader(trace, grid, query, key)
     maps, elsewhere = [], []
     for members in chosen.values():
@@ -255,7 +255,12 @@ def _name(asked: Any) -> str:
     return asked if isinstance(asked, str) else str(HeadId(*asked))
 
 
-def _heads(trace: Traced, asked: Any) -> list[HeadId]:
+def heads_of(trace: Traced, asked: Any) -> list[HeadId]:
+    """The heads that "mean", "L3" or "L3H5" stand for.
+
+    Raises:
+        LensError: no such layer or head.
+    """
     layers: Sequence[int] = trace.layers
     if isinstance(asked, str) and asked == "mean":
         return [HeadId(layer, head) for layer in layers for head in range(trace.heads)]

@@ -1,7 +1,14 @@
+from .coding import coding_rate as coding_rate
+from .conserved import flow as flow
 from .distances import patch_distance as patch_distance
 from .grounding import grounding as grounding
 from .images import grid as grid
 from .knocking import knock_out as knock_out
+from .rings import receptive_field as receptive_field
+from .rings import rings as rings
+from .rings import shapes as shapes
+from .structure import cluster as cluster
+from .structure import tree as tree
 from .tokens import overlay as overlay
 from .tokens import segments as segments
 from .tokens import trace_segments as trace_segments

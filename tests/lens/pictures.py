@@ -5,6 +5,7 @@ import torch
 import transformers
 
 import lens
+from lens.traces.trace import TraceWriter
 
 SMALL = {
     "hidden_size": 8,
@@ -84,3 +85,22 @@ def with_a_bright_patch(name, row, column):
     ends = (top + row * down, top + (row + 1) * down, left + column * across, left + (column + 1) * across)  # fmt: skip
     picture[ends[0] : ends[1], ends[2] : ends[3]] = 255
     return picture, ends
+
+
+def planted(patterns, height, width, order=None, special=0):
+    """A trace of given attention [layers, heads, positions, positions] over a picture, with exact tiles."""
+    layers, heads, length, _ = patterns.shape
+    writer = TraceWriter()
+    for layer, maps in enumerate(patterns):
+        logits = np.log(np.maximum(maps, 1e-30)).astype(np.float32)
+        keys = np.broadcast_to(np.eye(length, dtype=np.float32), maps.shape)
+        rows = np.zeros((heads, length), np.float32)
+        received = maps.sum(-2).astype(np.float32)
+        writer.add_layer(layer, {"q": logits, "k": keys, "lse": rows, "received": received})
+    attributes = {
+        "model": "planted", "dtype": "float32", "backend": "given", "block_size": 4, "causal": False,
+        "windows": [None] * layers, "scale": [1.0] * layers, "softcap": None, "prefix": 4, "bos": "absent",
+        "segments": None, "patches": {"first": special, "height": height, "width": width, "order": order},
+    }  # fmt: skip
+    names = [f"[{n}]" for n in range(special)] + [str(n) for n in range(length - special)]
+    return writer.finish(token_ids=[-1] * length, tokens=names, attributes=attributes)

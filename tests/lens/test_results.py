@@ -9,6 +9,7 @@ import socket
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import pytest
@@ -151,6 +152,8 @@ def test_tables_of_heads_join():
     prompts = [lens.tasks.copied(model, 25, seed=seed) for seed in range(2)]
     traces = [lens.capture(model, one, keep_qk=True, block_size=8, **quiet) for one in prompts]
     scores = lens.heads.importance(model, task, method="gradient", **quiet)
+    vit, digit = lens.load("vit-digits"), np.zeros((8, 8), np.uint8)
+    picture = lens.capture(vit, digit, keep_qk=True, **quiet)
     made = [
         scores,
         lens.heads.activity(model, {"copies": prompts}, **quiet),
@@ -166,6 +169,10 @@ def test_tables_of_heads_join():
         lens.circuits.scores.codes(model, task, examples=2, epochs=2, seeds=1, **quiet),
         lens.sinks.rate(traces),
         lens.sinks.block_bounds(traces[0]),
+        lens.vision.rings(picture),
+        lens.vision.shapes(picture, window=2),
+        lens.vision.flow(picture),
+        lens.vision.coding_rate(vit, digit, **quiet),
         lens.edits.search_heads(model, task, lens.edits.Mask("first"), most=1, **quiet),
     ]
     of_heads = {

@@ -6,8 +6,7 @@ import torch
 
 import lens
 from lens.common.errors import LensError
-from lens.traces.trace import TraceWriter
-from tests.lens.pictures import TOWERS, looking_at_bright, with_a_bright_patch
+from tests.lens.pictures import TOWERS, looking_at_bright, planted, with_a_bright_patch
 
 BRIGHT, DARK = (253, 231, 37), (68, 1, 84)
 
@@ -64,23 +63,6 @@ def test_the_figure_has_the_cells_where_the_picture_has_them(towers):
     assert row[["left", "top", "right", "bottom"]].tolist() == [left, top, right, bottom]
 
 
-def windowed(order, rows):
-    """A trace of 4 × 4 patches that stand window by window: of 2 × 2 patches each."""
-    rng = np.random.default_rng(2)
-    patterns = rng.dirichlet(np.ones(16), 16)
-    writer = TraceWriter()
-    writer.add_layer(0, {"received": patterns.sum(0)[None].astype(np.float32)})
-    attributes = {
-        "model": "planted", "dtype": "float32", "backend": "given", "block_size": 4, "causal": False,
-        "windows": [None], "scale": [1.0], "softcap": None, "prefix": 4, "bos": "absent", "segments": None,
-        "patches": {"first": 0, "height": 4, "width": 4, "order": order},
-    }  # fmt: skip
-    trace = writer.finish(
-        token_ids=[-1] * 16, tokens=[str(n) for n in range(16)], attributes=attributes
-    )
-    return trace, patterns
-
-
 def test_patches_that_stand_window_by_window_lie_where_they_are_on_the_picture():
     order = [
         row * 4 + column
@@ -89,12 +71,15 @@ def test_patches_that_stand_window_by_window_lie_where_they_are_on_the_picture()
         for row in (top, top + 1)
         for column in (left, left + 1)
     ]
-    trace, patterns = windowed(order, 4)
-    found = trace.overlay("L0H0")
+    patterns = np.random.default_rng(2).dirichlet(np.ones(16), 16)
+    trace = planted(patterns[None, None], 4, 4, order)
+    found, row = trace.overlay("L0H0"), trace.overlay("L0H0", query=(3, 1))
     for position, patch in enumerate(order):
-        row, column = divmod(patch, 4)
-        assert found.values[0, row, column] == pytest.approx(patterns[:, position].mean(), rel=1e-6)
-        assert found.grid.position(row, column) == position
+        at = divmod(patch, 4)
+        assert found.values[0][at] == pytest.approx(patterns[:, position].mean(), rel=1e-6)
+        assert row.values[0][at] == pytest.approx(patterns[order.index(13), position], rel=1e-5)
+        assert found.grid.position(*at) == position
+    assert row.query == (3, 1)
 
 
 def test_values_are_those_of_the_models_own_maps():

@@ -1,0 +1,58 @@
+"""What the measures of pictures share: the exact attention of every patch, and where patches are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lens.common.errors import LensError
+from lens.common.head_ids import HeadId
+from lens.traces.pictures import PatchGrid, grids_of
+
+if TYPE_CHECKING:
+    from lens.traces.trace import AttentionTrace
+
+MOST_PATCHES = 4096
+"""Patches of a picture of which a whole map of a head is looked at."""
+
+
+def grid_of(trace: AttentionTrace, image: int = 0) -> PatchGrid:
+    """The patches of one picture of a trace.
+
+    Raises:
+        LensError: no picture, patches that are not known, or too many of them.
+    """
+    grids = grids_of(trace.attrs)
+    if not 0 <= image < len(grids):
+        raise LensError(f"image must be 0 to {len(grids) - 1}, got {image}")
+    grid = grids[image]
+    if grid.height * grid.width > MOST_PATCHES:
+        raise LensError(
+            f"{grid.height} × {grid.width} patches are more than {MOST_PATCHES:,}, of which whole maps are looked at; "
+            "make the picture smaller, or take one tile (image=)"
+        )
+    return grid
+
+
+def offsets(grid: PatchGrid) -> np.ndarray:
+    """int [2, patches, patches]: rows and columns from each patch (by position) to each other."""
+    places = np.stack(np.divmod(grid.order, grid.width))
+    return places[:, None, :] - places[:, :, None]
+
+
+def maps(trace: AttentionTrace, grid: PatchGrid) -> Iterator[tuple[HeadId, np.ndarray]]:
+    """Every head with its exact attention [patches, patches], which sums to less than 1 where there is more to see.
+
+    Raises:
+        LensError: the trace has no exact tiles.
+    """
+    for head in trace.every_head:
+        yield head, trace.tile(*head, grid.span, grid.span)
+
+
+def over_heads(trace: AttentionTrace, values: list[np.ndarray]) -> np.ndarray:
+    """[layers, heads, ...] of one array per head, in the order of `maps`."""
+    found = np.array(values)
+    return found.reshape(len(trace.layers), trace.heads, *found.shape[1:])

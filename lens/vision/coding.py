@@ -1,0 +1,151 @@
+"""How compressed and how sparse what a layer works with is (CRATE).
+
+Yu et al., "White-Box Transformers via Sparse Rate Reduction", NeurIPS 2023, arXiv 2306.01129. Of the values of a head, one
+unit vector z per position (m of them, p numbers each),
+
+    R = 1/2 logdet(I + p / (m eps^2) Z^T Z),    eps^2 = 0.01:
+
+tokens on one line have 1/2 log(1 + p / eps^2), tokens spread evenly over p directions 1/2 p log(1 + 1 / eps^2). Ordinary
+transformers have no ISTA step with exact zeros; sparsity is the share of numbers of what enters a layer below 0.001 of
+their root mean square.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from lens.common.head_ids import HeadId
+from lens.common.progress import advancing
+from lens.common.results import Result, Sentence, described
+from lens.models.loaded import LoadedModel
+from lens.passes.calls import LayerCall, attend
+from lens.passes.inputs import read_prompts
+from lens.passes.sessions import listening, run
+from lens.passes.stream import layer_inputs
+
+EPSILON2 = 0.01
+_ZERO = 1e-3
+
+
+@dataclass(frozen=True, eq=False)
+class CodingRate(Result):
+    """Rates of every head and sparsity of every layer, mean over prompts.
+
+    Attributes:
+        rate: [layers, heads] nats.
+        sparsity: [layers] share of numbers near zero in what enters the layer.
+        lowest, highest: rates of tokens on one line, and spread evenly.
+        n: prompts.
+        layers: numbers of the layers.
+    """
+
+    rate: np.ndarray = field(repr=False)
+    sparsity: np.ndarray = field(repr=False)
+    lowest: float
+    highest: float
+    n: int
+    layers: tuple[int, ...]
+
+    def table(self) -> pd.DataFrame:
+        """One row per head: `layer`, `head`, `name`, `rate`, `spread` (0 on one line, 1 evenly spread), `sparsity`."""
+        layer, head = (part.ravel() for part in np.indices(self.rate.shape))
+        numbers = np.asarray(self.layers)[layer]
+        spread = (self.rate - self.lowest) / (self.highest - self.lowest)
+        return pd.DataFrame(
+            {
+                "layer": numbers,
+                "head": head,
+                "name": [str(HeadId(int(a), int(b))) for a, b in zip(numbers, head, strict=True)],
+                "rate": self.rate.ravel(),
+                "spread": spread.ravel(),
+                "sparsity": self.sparsity[layer],
+            }
+        )
+
+    def findings(self) -> tuple[Sentence, ...]:
+        """How the rate changes over the layers."""
+        by_layer = self.rate.mean(-1)
+        return (
+            Sentence(
+                f"The coding rate of values goes from {by_layer[0]:.1f} nats in layer {self.layers[0]} to {by_layer[-1]:.1f} in "
+                f"layer {self.layers[-1]} (on one line {self.lowest:.1f}, spread evenly {self.highest:.1f}; n = {self.n}).",
+                kind="rate",
+            ),
+        )
+
+    def __repr__(self) -> str:
+        return described(self)
+
+
+def rate(vectors: Tensor) -> Tensor:
+    """[...] nats: coding rate of vectors [..., positions, p], each made a unit vector.
+
+    Example:
+        >>> from lens.vision.coding import rate
+        >>> round(float(rate(torch.ones(5, 8))), 5)
+        3.34293
+    """
+    unit = torch.nn.functional.normalize(vectors.double(), dim=-1)
+    count, size = unit.shape[-2:]
+    product = unit.mT @ unit if size <= count else unit @ unit.mT
+    eye = torch.eye(product.shape[-1], dtype=product.dtype, device=product.device)
+    return 0.5 * torch.logdet(eye + size / (count * EPSILON2) * product)
+
+
+def coding_rate(model: LoadedModel, prompts: Any, *, progress: bool = True) -> CodingRate:
+    """The coding rate of the values of every head, and the sparsity of what enters every layer.
+
+    Args:
+        model: any that can be captured.
+        prompts: as of `lens.capture`.
+        progress: show a bar.
+
+    Raises:
+        LensError: as `lens.capture`.
+
+    Reference:
+        arXiv 2306.01129; grouped queries share their values, and so their rate.
+
+    Example:
+        >>> lens.vision.coding_rate(vit, {"pixel_values": images}).table()
+    """
+    found, _ = read_prompts(model, prompts, whole=True)
+    rates: list[dict[int, np.ndarray]] = []
+    zeros: list[list[float]] = []
+    with advancing(f"{model.name}: coding rate", len(found), progress) as advance:
+        for prompt in found:
+            values: dict[int, np.ndarray] = {}
+            sparse: dict[int, float] = {}
+
+            def on_layer(call: LayerCall, values: dict[int, np.ndarray] = values) -> Tensor:
+                own = rate(call.value[0]).cpu().numpy()
+                values[call.layer] = np.repeat(own, call.query.shape[1] // len(own))
+                return attend(call).output
+
+            def take(layer: int, hidden: Tensor, sparse: dict[int, float] = sparse) -> None:
+                size = hidden.detach().float()
+                sparse[layer] = float(
+                    (size.abs() < _ZERO * size.pow(2).mean().sqrt()).float().mean()
+                )
+
+            with torch.no_grad(), layer_inputs(model, take), listening(model, on_layer):
+                run(model, prompt.inputs)
+            rates.append(values)
+            zeros.append([sparse.get(layer, np.nan) for layer in sorted(values)])
+            advance(1)
+    layers = tuple(sorted(rates[0]))
+    size = model.info.head_dim
+    return CodingRate(
+        rate=np.mean([[one[layer] for layer in layers] for one in rates], 0),
+        sparsity=np.mean(zeros, 0),
+        lowest=0.5 * float(np.log(1 + size / EPSILON2)),
+        highest=0.5 * size * float(np.log(1 + 1 / EPSILON2)),
+        n=len(found),
+        layers=layers,
+    )
