@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lens_kernels.api import attention, explain
     from lens_kernels.decoding import decode
     from lens_kernels.dispatch import Explanation
+    from lens_kernels.known_lse import masses_from_lse
     from lens_kernels.patching import patch_effects
     from lens_kernels.rectangles import tile
     from lens_kernels.redistribution import redistribute
@@ -43,6 +44,7 @@ __all__ = [
     "attention",
     "decode",
     "explain",
+    "masses_from_lse",
     "merge",
     "patch_effects",
     "redistribute",
@@ -62,6 +64,7 @@ _MODULES = {
     "attention": "api",
     "decode": "decoding",
     "explain": "api",
+    "masses_from_lse": "known_lse",
     "merge": "states",
     "patch_effects": "patching",
     "redistribute": "redistribution",

@@ -32,8 +32,11 @@ def supports(problem: Problem) -> str | None:
 
 
 @torch.no_grad()
-def run(problem: Problem) -> BackendResult:
-    """Output, statistics and group states, panel by panel."""
+def run(problem: Problem, lse: Tensor | None = None) -> BackendResult:
+    """Output, statistics and group states, panel by panel.
+
+    `lse` [batch, heads, queries]: of the rows, where it is known already; +inf for rows that count nothing.
+    """
     out = {
         name: problem.query.new_full(
             statistic_shape(problem, name), fill, dtype=problem.compute_dtype
@@ -60,8 +63,8 @@ def run(problem: Problem) -> BackendResult:
     for strip in strips(problem):
         blocks = _BlockSums(problem, strip)
         for rows in strip.rows:
-            panel = Panel(problem, strip, rows)
             at = (strip.batch, strip.heads, rows)
+            panel = Panel(problem, strip, rows, None if lse is None else lse[at])
             result = panel.times(panel.probability, problem.value)
             output[at] = result.to(output.dtype)
             _write_rows(problem, panel, out, at, result, features)

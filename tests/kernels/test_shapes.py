@@ -11,6 +11,7 @@ from tests.kernels.shape_calls import RIGHT, WRONG
 CHECKED = (
     *("api", "decoding", "patching", "rectangles", "redistribution", "states", "types"),
     "weighted",
+    "known_lse",
 )
 
 
