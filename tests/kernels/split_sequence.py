@@ -35,13 +35,13 @@ def one_rank(
 ) -> tuple[Layout, Any]:
     """What one rank computes of its part of the inputs."""
     layout = Layout(LENGTH, links.size, BLOCK, order)  # pyright: ignore
-    own = [layout.take(tensor, links.rank, 2) for tensor in inputs(dtype)]
+    query, key, value = (layout.take(tensor, links.rank, 2) for tensor in inputs(dtype))
     match = [
         tuple(layout.take(side, links.rank, 0).expand(2, -1) for side in pair) for pair in labels()
     ]
     groups = layout.take((torch.arange(LENGTH) != 0).int()[None].expand(2, -1), links.rank, 1)
     given = {"statistics": NAMES, "match": match, "prefix": 3, "groups": groups} | options
-    return layout, ring_attention(*own, layout, links, **given)
+    return layout, ring_attention(query, key, value, layout, links, **given)
 
 
 def joined(layout: Layout, results: list[Any]) -> dict[str, Tensor]:

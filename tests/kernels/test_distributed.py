@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -103,7 +104,7 @@ def test_the_merger_of_torch_gives_the_same():
         "torch.distributed.tensor.experimental._context_parallel._attention"
     )
     layout = Layout(80, 2)
-    whole = [tensor[:, :, :80] for tensor in inputs()]
+    whole: Any = [tensor[:, :, :80] for tensor in inputs()]
     for rank in range(2):
         own = layout.take(whole[0], rank, 2)
         merger = attention_of_torch._SDPAMerger(convert_to_f32=True, seq_dim=2)
@@ -118,7 +119,11 @@ def test_the_merger_of_torch_gives_the_same():
         found = Simulated.run(
             2,
             lambda links: ring_attention(
-                *(layout.take(tensor, links.rank, 2) for tensor in whole), layout, links
+                layout.take(whole[0], links.rank, 2),
+                layout.take(whole[1], links.rank, 2),
+                layout.take(whole[2], links.rank, 2),
+                layout,
+                links,
             ),
         )[rank]
         assert_close(found.output, output, 1e-6)
@@ -131,7 +136,7 @@ def test_the_merger_of_torch_gives_the_same():
 def test_layouts_deal_out_every_token_once():
     for ranks in range(1, 6):
         for order in ("zigzag", "contiguous"):
-            layout = Layout(LENGTH, ranks, BLOCK, order)
+            layout = Layout(LENGTH, ranks, BLOCK, order)  # pyright: ignore
             places = [layout.positions(rank) for rank in range(ranks)]
             assert torch.cat(places).sort().values.tolist() == list(range(LENGTH))
             assert torch.equal(layout.join(places, 0), torch.arange(LENGTH))
@@ -157,7 +162,7 @@ def test_work_counts_the_pairs_that_see_each_other(causal, window):
 
 def test_zigzag_balances_causal_work():
     for order, least, most in (("zigzag", 1.0, 1.001), ("contiguous", 1.8, 2.0)):
-        layout = Layout(8192, 8, order=order)
+        layout = Layout(8192, 8, order=order)  # pyright: ignore
         work = [layout.work(rank) for rank in range(8)]
         assert least <= max(work) / (sum(work) / 8) <= most
 
@@ -203,11 +208,12 @@ def test_what_is_refused():
     with pytest.raises(ValueError, match="was not started: run under torchrun"):
         Processes()
     layout, x = Layout(8, 1), torch.zeros(1, 1, 8, 4)
-    for options, expected in (
+    wrong: tuple[tuple[dict[str, Any], str], ...] = (
         ({"statistics": ("moments",)}, "a split sequence has no moments; it has block_mass"),
         ({"statistics": ("match_mass",)}, "go together"),
         ({"transfer": "both"}, "transfer must be 'keys' or 'queries', got 'both'"),
-    ):
+    )
+    for options, expected in wrong:
         with pytest.raises(ValueError, match=expected):
             Simulated.run(1, lambda links, o=options: ring_attention(x, x, x, layout, links, **o))
     with pytest.raises(ValueError, match="the layout is for 1 ranks and there are 2"):
