@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 from lens.common.errors import LensError
+
+Part = Literal["encoder", "decoder", "cross"]
+"""Attention of an encoder-decoder: of its encoder, of the decoder to itself, of the decoder to the encoder."""
+PARTS: tuple[Part, ...] = get_args(Part)
 
 _NAMED = re.compile(r"\s*[Ll](\d+)[Hh](\d+)\s*")
 _NODE = re.compile(r"a(\d+)\.h(\d+)")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -89,8 +89,7 @@ class KeyedEdit(AttentionEdit):
         source = members("keys", plan.keys, at)
         rows = target = None
         if plan.queries is not None:
-            rows = members("queries", plan.queries, at)[:, -call.query.shape[2] :]
-            rows = rows & (at.positions[:, -call.query.shape[2] :] >= 0)
+            rows = _rows(plan.queries, call, at)
         if not bool(source.any()) or (rows is not None and not bool(rows.any())):
             self.empty_calls += 1
             return None
@@ -134,6 +133,25 @@ class KeyedEdit(AttentionEdit):
         self._count(before[:, own], after[:, own], stuck[:, own], chosen[:, own])
         takes = (before > 0) | (plan.rule in ("sink", "equal", "own"))
         return result, chosen & ~stuck & takes
+
+
+def _rows(queries: Keys, call: LayerCall, at: KeysAt) -> Tensor:
+    """bool [batch, queries]: the chosen ones; they are the last keys, or all of another sequence.
+
+    Raises:
+        LensError: one token at a time on a source, whose place is not known.
+    """
+    count = call.query.shape[2]
+    if not call.cross:
+        found = members("queries", queries, at)[:, -count:]
+        return found & (at.positions[:, -count:] >= 0)
+    if call.step:
+        raise LensError(
+            "which token of the target a query of a later step is, cross-attention does not say; edit chosen "
+            "queries in one pass over the whole target"
+        )
+    place = torch.arange(count, device=at.positions.device).expand(len(at.positions), -1)
+    return members("queries", queries, replace(at, positions=place, tokens=None))
 
 
 def edited_together(

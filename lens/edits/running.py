@@ -55,6 +55,7 @@ def edit(model: LoadedModel, *edits: Edit, backend: str = "auto") -> Iterator[tu
                 f"lens.edit takes edits such as lens.edits.Mask('first'), got {type(one).__name__}"
             )
     check_loaded(model)
+    model.check_part()
     running = [one.start(model, backend) for one in edits]
     attention = [one.attention for one in running if one.attention is not None]
     together = Together(attention, backend)
@@ -104,7 +105,7 @@ class Together:
             one.steps = call.step + 1
         at, output = self._all[0].keys_at(call), None
         call = self.frozen(call, at)
-        if not self._edits or call.cross:
+        if not self._edits or (call.cross and not call.place):
             return attend(call, backend=self._backend).output
         for numbers in self._sets[call.layer]:
             here = [self._edits[number] for number in numbers]

@@ -1,14 +1,17 @@
 """`LoadedModel`: a model with its tokenizer, its sizes and the proof that capture reaches its attention."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 
+from lens.common.choices import check_choice
 from lens.common.errors import LensError
-from lens.common.head_ids import AnyHead, HeadId, head_id, layers_in_words
+from lens.common.head_ids import AnyHead, HeadId, Part, head_id, layers_in_words
 from lens.models.tokens import readable
 
 
@@ -99,6 +102,8 @@ class LoadedModel:
         check: largest relative difference between the captured output and the model's own (`eager`)
             output on a tiny prompt, measured when it was loaded; None if it was not measured.
         processor: what makes inputs of pictures (and texts), or None.
+        parts: of an encoder-decoder, sizes of each attention that it has: "encoder", "decoder", "cross".
+        chosen: which of these `info` is of and heads are named in (`part`); "": not said yet.
     """
 
     model: Any
@@ -108,6 +113,35 @@ class LoadedModel:
     info: ModelInfo
     check: float | None = None
     processor: Any = None
+    parts: Mapping[str, ModelInfo] = field(default_factory=dict)
+    chosen: str = ""
+
+    def part(self, name: Part) -> LoadedModel:
+        """The same encoder-decoder with the heads of one of its attentions.
+
+        Args:
+            name: "encoder"; "decoder", of the decoder to itself; "cross", of the decoder to the encoder.
+
+        Raises:
+            LensError: another model, or a part that it has not got.
+
+        Example:
+            >>> translator.part("cross").info.heads
+            4
+        """
+        if not self.parts:
+            raise LensError(f"{self.info.class_name} is no encoder-decoder, so it has no parts")
+        check_choice("part", name, tuple(self.parts))
+        return replace(self, info=self.parts[name], chosen=name)
+
+    def check_part(self) -> None:
+        """Raises LensError: an encoder-decoder of which nobody said whose heads are meant."""
+        if self.parts and not self.chosen:
+            named = " or ".join(f"model.part({name!r})" for name in self.parts)
+            raise LensError(
+                f"{self.info.class_name} is an encoder-decoder, whose heads are those of its {', '.join(self.parts)}: "
+                f"say which: {named}"
+            )
 
     @property
     def device(self) -> torch.device:
@@ -210,6 +244,11 @@ class LoadedModel:
         return self.model.generate(self._ids(prompt), **options)
 
     def _each(self, prompts: Any, run: Any) -> Any:
+        if self.parts:
+            raise LensError(
+                f"{self.info.class_name} reads a source and a target; run it yourself: "
+                "model.model(input_ids=..., decoder_input_ids=...)"
+            )
         one = isinstance(prompts, str) or (isinstance(prompts, torch.Tensor) and prompts.dim() == 1)
         one = one or (len(prompts) > 0 and isinstance(prompts[0], int))
         return run(prompts) if one else [run(prompt) for prompt in prompts]
@@ -266,9 +305,15 @@ class LoadedModel:
             if self.check is None
             else f"self-check passed: captured output within {self.check:.0e} of its own, rows sum to 1"
         )
+        sizes = f"{info.layers} layers × {info.heads} heads{kv_heads} of {info.head_dim}"
+        if self.parts and not self.chosen:
+            sizes = "; ".join(
+                f"{n}: {i.layers} layers × {i.heads} heads" for n, i in self.parts.items()
+            )
+        part = f" ({self.chosen})" if self.chosen else ""
         return (
-            f"LoadedModel({self.name}: {info.class_name}, {info.layers} layers × {info.heads} heads{kv_heads}"
-            f" of {info.head_dim}{attention}{context}, {info.parameters:,} weights, {info.licence}; {check})"
+            f"LoadedModel({self.name}: {info.class_name}{part}, {sizes}"
+            f"{attention}{context}, {info.parameters:,} weights, {info.licence}; {check})"
         )
 
 

@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from lens.common.errors import LensError, first_line
+from lens.common.head_ids import PARTS
 from lens.common.results import few
 from lens.models import dinov2, smollm2
 from lens.models.attention_only import AttentionOnlyConfig, AttentionOnlyModel
@@ -25,6 +26,7 @@ from lens.models.catalogue import DEFAULT_MODEL, KNOWN, is_hub_id, unknown_model
 from lens.models.loaded import LoadedModel, is_bridge
 from lens.models.processors import read_processor
 from lens.models.sizes import describe, describe_bridge, image_token
+from lens.models.stacks import stacks
 from lens.models.symbols import SymbolTokenizer
 from lens.models.tokens import check_fit
 
@@ -77,15 +79,9 @@ def _from_object(model: Any, tokenizer: Any) -> LoadedModel:
                 f"{type(model).__name__} is in training mode, where dropout makes attention random; "
                 "call model.eval() first"
             )
-        if _has_decoder_input(model):
-            raise LensError(
-                f"{type(model).__name__} is an encoder-decoder, whose cross-attention has no place in a trace; "
-                "pass one half: lens.load(model.get_encoder())"
-            )
         _refuse_absent_weights(model)
-        _refuse_towers(model)
         name = str(model.config.name_or_path or type(model).__name__)
-        return LoadedModel(model, tokenizer, Path(name).name, None, describe(model))
+        return _described(model, tokenizer, Path(name).name)
     if is_bridge(model):
         return LoadedModel(
             model,
@@ -138,7 +134,7 @@ def _from_folder(folder: Path, dtype: torch.dtype | None, device: torch.device) 
     except (OSError, ValueError, KeyError) as error:
         raise LensError(f"cannot load the model in {folder}: {first_line(error)}") from error
     processor = read_processor(model, str(folder), local_files_only=True)
-    return LoadedModel(model, tokenizer, folder.name, None, describe(model), processor=processor)
+    return replace(_described(model, tokenizer, folder.name), processor=processor)
 
 
 def _from_hub(
@@ -155,7 +151,7 @@ def _from_hub(
     except (OSError, ValueError, KeyError) as error:
         raise LensError(_no_hub(name, first_line(error))) from error
     processor = read_processor(model, name, revision=commit, local_files_only=local)
-    return LoadedModel(model, tokenizer, name, commit, describe(model), processor=processor)
+    return replace(_described(model, tokenizer, name, commit), processor=processor)
 
 
 def _commit(name: str, revision: str | None) -> tuple[str, bool]:
@@ -217,10 +213,6 @@ def _pretrained(
             local_files_only=local,
             trust_remote_code=False,
         )
-    if _has_decoder_input(model):
-        raise ValueError(
-            f"{class_name} is an encoder-decoder; load it yourself and pass model.get_encoder()"
-        )
     return model.to(device).eval()
 
 
@@ -279,9 +271,22 @@ def _beyond(model: Any, unexpected: list[str]) -> list[str]:
     ]
 
 
-def _has_decoder_input(model: PreTrainedModel) -> bool:
-    """Whether this is a whole encoder-decoder; its encoder alone has the same configuration."""
-    return "decoder_input_ids" in inspect.signature(model.forward).parameters
+def _described(
+    model: PreTrainedModel, tokenizer: Any, name: str, revision: str | None = None
+) -> LoadedModel:
+    """With its sizes; of an encoder-decoder those of its parts are measured by the self-check."""
+    if halves := stacks(model):
+        info = describe(model)
+        names = PARTS if halves.encoder is not None else PARTS[1:]
+        parts = dict.fromkeys(names, info)
+        return LoadedModel(model, tokenizer, name, revision, info, parts=parts)
+    if "decoder_input_ids" in inspect.signature(model.forward).parameters:
+        raise LensError(
+            f"{type(model).__name__} reads a decoder's input and has no encoder and decoder of its own that are "
+            "known here; pass one part of it: lens.load(model.get_decoder())"
+        )
+    _refuse_towers(model)
+    return LoadedModel(model, tokenizer, name, revision, describe(model))
 
 
 def _refuse_absent_weights(model: PreTrainedModel) -> None:

@@ -25,6 +25,7 @@ class LayerCall:
         before: [batch], token id before the first key where a cache has dropped it; -1: there is none.
         layer: the model's own number of it, from 0.
         part: which of a layer's calls in this pass; above 0 where it attends twice.
+        place: of an encoder-decoder "encoder", "decoder" or "cross"; "" of any other model.
         step: forward pass of the session, from 0; generation has one for the prompt and one per token.
     """
 
@@ -40,6 +41,7 @@ class LayerCall:
     before: torch.Tensor | None = None
     layer: int = 0
     part: int = 0
+    place: str = ""
     step: int = 0
 
     @property

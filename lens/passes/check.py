@@ -1,5 +1,6 @@
 """The self-check at load: capture reproduces this very model, or says that it does not."""
 
+import inspect
 from typing import Any, NamedTuple
 
 import torch
@@ -20,18 +21,32 @@ _ROW_SUM_TOLERANCE = 1e-4
 _PROMPT = "a tiny prompt"
 
 
+class Seen(NamedTuple):
+    """What was seen of one attention of a model.
+
+    Attributes:
+        attending: layers that attended.
+        twice: those that did so more than once.
+        heads, kv_heads, head_dim: of the first of them.
+    """
+
+    attending: tuple[int, ...]
+    twice: tuple[int, ...]
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+
 class Checked(NamedTuple):
     """What a tiny prompt shows.
 
     Attributes:
         difference: `max |captured - own| / max |own|`, of the last hidden state.
-        attending: layers that attended.
-        twice: those that did so more than once.
+        seen: by part of an encoder-decoder; of any other model "" alone.
     """
 
     difference: float
-    attending: tuple[int, ...]
-    twice: tuple[int, ...]
+    seen: dict[str, Seen]
 
 
 def self_check(model: LoadedModel) -> Checked:
@@ -46,17 +61,17 @@ def self_check(model: LoadedModel) -> Checked:
     """
     inputs = tiny_inputs(model)
     excesses: list[float] = []
-    parts: dict[int, int] = {}
+    calls: dict[str, dict[int, LayerCall]] = {}
 
     def on_layer(call: LayerCall) -> torch.Tensor:
         result = attend(call, statistics=("lse", "received"))
         excesses.append(_row_sum_error(result, call.sink_logits))
-        parts[call.layer] = call.part
+        calls.setdefault(call.place, {})[call.layer] = call
         return result.output
 
     with torch.no_grad():
         own = _own(model, inputs)
-        with listening(model, on_layer):
+        with listening(model, on_layer, parts=True):
             captured = _output(model, inputs, f"{_PROMPT} while it is captured")
     if not excesses:
         raise LensError(
@@ -84,8 +99,18 @@ def self_check(model: LoadedModel) -> Checked:
             f"captured attention rows of {model.info.class_name} do not sum to 1 (off by "
             f"{excess:.1e}); please report this"
         )
-    twice = tuple(sorted(layer for layer, part in parts.items() if part))
-    return Checked(difference, tuple(sorted(parts)), twice)
+    return Checked(difference, {place: _seen(of_place) for place, of_place in calls.items()})
+
+
+def _seen(calls: dict[int, LayerCall]) -> Seen:
+    first = calls[min(calls)]
+    return Seen(
+        attending=tuple(sorted(calls)),
+        twice=tuple(sorted(layer for layer, call in calls.items() if call.part)),
+        heads=first.query.shape[1],
+        kv_heads=first.key.shape[1],
+        head_dim=first.query.shape[3],
+    )
 
 
 def _own(model: LoadedModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -126,6 +151,8 @@ def tiny_inputs(model: LoadedModel) -> dict[str, torch.Tensor]:
     if isinstance(model.model, Wrapped):
         return model.model.example
     generator = torch.Generator().manual_seed(0)
+    if model.parts:
+        return _of_both(model, generator)
     name = "input_ids" if model.is_bridge else model_input(model)
     if name not in ("input_ids", "inputs_embeds"):
         shape = _noise(model, name)
@@ -139,6 +166,32 @@ def tiny_inputs(model: LoadedModel) -> dict[str, torch.Tensor]:
     return {"input_ids": ids.to(model.device)}
 
 
+def _of_both(model: LoadedModel, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """What an encoder-decoder reads: a source, and a few tokens of the decoder where it takes them."""
+    name, config = model_input(model), model.model.config
+    takes = inspect.signature(model.model.forward).parameters
+    if "query_embeds" in takes:
+        sizes = {"query_embeds": config.hidden_size}
+        sizes["encoder_hidden_states"] = config.encoder_hidden_size
+        found = {
+            n: torch.randn(1, length, size, generator=generator)
+            for length, (n, size) in zip((5, 9), sizes.items(), strict=True)
+        }
+        return {n: one.to(model.device, model.dtype) for n, one in found.items()}
+    vocab = model.info.vocab or getattr(config.get_text_config(), "vocab_size", _CHARACTERS)
+    found = {}
+    if name == "input_ids":
+        length = min(LENGTH, model.info.context or LENGTH)
+        found[name] = torch.randint(vocab, (1, length), generator=generator).to(model.device)
+    else:
+        shape = _noise(model, name)
+        found[name] = torch.randn(1, *shape, generator=generator).to(model.device, model.dtype)
+    target = next((n for n in ("decoder_input_ids", "input_ids") if n in takes and n != name), None)
+    if target is not None:
+        found[target] = torch.randint(vocab, (1, 7), generator=generator).to(model.device)
+    return found
+
+
 def _noise(model: LoadedModel, name: str) -> tuple[int, ...]:
     """Shape, without the batch, of what a model of images, videos or sounds reads.
 
@@ -146,7 +199,14 @@ def _noise(model: LoadedModel, name: str) -> tuple[int, ...]:
         LensError: the configuration does not say it.
     """
     config = model.model.config
+    for part in ("encoder", "vision_config"):  # of an encoder-decoder
+        inner = getattr(config, part, None)
+        config = inner if model.parts and hasattr(inner, "to_dict") else config
     found: Any = {key: getattr(config, key, None) for key in _SIZES}
+    if name == "pixel_values" and model.parts and not found["image_size"]:  # of any size (DETR)
+        return found["num_channels"], _PICTURE, _PICTURE
+    if name == "pixel_values" and model.parts:
+        found["num_channels"] = found["num_channels"] or 3
     if name == "pixel_values" and found["image_size"] and found["num_channels"]:
         size = found["image_size"]
         height, width = size if isinstance(size, list | tuple) else (size, size)
@@ -167,6 +227,7 @@ def _noise(model: LoadedModel, name: str) -> tuple[int, ...]:
 
 
 _FRAMES = 64
+_PICTURE = 64
 _CHANNELS = "feature_projection_input_dim"
 _SOUND = 4000  # a quarter of a second
 _CHARACTERS = 128  # of models that read characters and have no vocabulary (Canine)

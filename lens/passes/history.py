@@ -29,14 +29,14 @@ class History:
     """The tokens of every layer's keys, pass by pass."""
 
     def __init__(self) -> None:
-        self._pasts: dict[tuple[int, int], _Past] = {}
+        self._pasts: dict[tuple[str, int, int], _Past] = {}
 
     def tokens(self, call: LayerCall, new: Tensor | None) -> Tensor | None:
         """[rows, tokens]: all tokens up to the last key of a call, `new` being those of its queries."""
         start, keys = call.mask.start, call.key.shape[2]
         cached = keys - call.query.shape[2]
         marks = call.key[:, 0, :, :_NUMBERS].detach().clone()
-        past = self._pasts.pop((call.layer, call.part), None)
+        past = self._pasts.pop((call.place, call.layer, call.part), None)
         if new is None or new.shape != (len(marks), call.query.shape[2]):
             return None
         tokens = new.to(marks.device)
@@ -45,7 +45,7 @@ class History:
             if past is None or rows is None:
                 return None
             tokens = torch.cat([past.tokens[rows, : start + cached], tokens], 1)
-        self._pasts[call.layer, call.part] = _Past(start, marks, tokens)
+        self._pasts[call.place, call.layer, call.part] = _Past(start, marks, tokens)
         return tokens
 
 

@@ -28,12 +28,14 @@ class Prompt:
         ids: token ids, or None where the model reads no tokens.
         text: as it was passed, or None.
         picture: as it was passed, where a picture was, or None.
+        target: of an encoder-decoder the ids that the decoder reads, or None; `ids` are the source's.
     """
 
     inputs: dict[str, torch.Tensor]
     ids: list[int] | None
     text: str | None = None
     picture: Picture | None = None
+    target: list[int] | None = None
 
     @property
     def sha256(self) -> str:
@@ -67,6 +69,11 @@ def read_prompts(
             or none of the above.
     """
     check_loaded(model)
+    if model.parts:
+        raise LensError(
+            f"{model.info.class_name} is an encoder-decoder, whose prompts are a source and a target; "
+            "lens.capture, lens.edit and lens.traces.capturing take it"
+        )
     if isinstance(prompts, Mapping):
         found = _from_mapping(model, prompts, whole)
         return found, len(found) == 1
@@ -143,7 +150,7 @@ def _from_text(model: LoadedModel, text: str, whole: bool) -> Prompt:
 def _of_tokenizer(model: LoadedModel, *texts: str) -> dict[str, Any]:
     """Ids, and segments where the model takes them: a tokenizer of several models gives them to all."""
     given = model.tokenizer(*texts, verbose=False)
-    names = {"input_ids", "token_type_ids"} & {"input_ids", *_accepted(model)}
+    names = {"input_ids", "token_type_ids"} & {"input_ids", *accepted(model)}
     return {name: given[name] for name in names if name in given}
 
 
@@ -247,7 +254,7 @@ def _from_row(
             part = part.narrow(axis + 1, start, end - start)
         elif end - start < length and length in part.shape[1:]:
             raise LensError(f"padding cannot be cut from {name} {list(part.shape)}; leave it out")
-        found[name] = _placed(model, part)
+        found[name] = placed(model, part)
     if not is_square and len(places) == end - start:
         if set(found) <= {"input_ids", "attention_mask", "token_type_ids"}:
             found.pop("attention_mask", None)  # it says nothing
@@ -283,7 +290,7 @@ def _from_features(model: LoadedModel, given: Mapping[str, Any]) -> list[Prompt]
         if name.endswith("mask") and tensor.dim() < 4 and not bool((tensor == 1).all()):
             raise LensError(f"{name} hides a part of {main}; cut that part off instead")
     return [
-        Prompt({name: _placed(model, part[row : row + 1]) for name, part in tensors.items()}, None)
+        Prompt({name: placed(model, part[row : row + 1]) for name, part in tensors.items()}, None)
         for row in range(rows)
     ]
 
@@ -293,17 +300,17 @@ def model_input(model: LoadedModel) -> str:
     return str(getattr(base(model), "main_input_name", "input_ids"))
 
 
-def _accepted(model: LoadedModel) -> list[str]:
+def accepted(model: LoadedModel) -> list[str]:
     """Inputs that the forward pass names; what it hands on unseen (`**kwargs`) may reach nobody."""
     parameters = inspect.signature(base(model).forward).parameters.values()
     return [one.name for one in parameters if one.kind not in (one.VAR_KEYWORD, one.VAR_POSITIONAL)]
 
 
 def _check_names(model: LoadedModel, given: Mapping[str, Any]) -> None:
-    accepted = _accepted(model)
-    unknown = sorted(set(given) - {"input_ids", *accepted})
+    takes = accepted(model)
+    unknown = sorted(set(given) - {"input_ids", *takes})
     if unknown:
-        names = ", ".join(name for name in accepted if name in _USUAL)
+        names = ", ".join(name for name in takes if name in _USUAL)
         raise LensError(
             f"{model.info.class_name} takes no {', '.join(unknown)} (of inputs it takes {names}); leave "
             "out what is not for it"
@@ -327,7 +334,7 @@ def _tensor(name: str, value: Any) -> torch.Tensor:
         ) from error
 
 
-def _placed(model: LoadedModel, tensor: torch.Tensor) -> torch.Tensor:
+def placed(model: LoadedModel, tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to(model.device, model.dtype if tensor.is_floating_point() else None)
 
 

@@ -44,7 +44,13 @@ _HARMLESS = frozenset(
 
 
 class Listener(Protocol):
-    """Computes the attention of one layer and keeps what it wants to know."""
+    """Computes the attention of one layer and keeps what it wants to know.
+
+    Attributes:
+        crossing: `id` of modules that read keys of another sequence, beside those that say so themselves.
+    """
+
+    crossing: frozenset[int]
 
     def attend(self, call: LayerCall) -> torch.Tensor:
         """Output [batch, queries, heads, value_dim] of the call."""
@@ -100,7 +106,7 @@ def lens_attention(
     mask, added = structure_of(attention_mask, is_causal, sliding_window, query.shape[2])
     if added is not None:
         position_bias = added if position_bias is None else position_bias + added
-    if _crosses(module):
+    if _crosses(module) or id(module) in listener.crossing:
         mask = replace(mask, cross=True)
     call = LayerCall(
         query=query,

@@ -5,10 +5,12 @@ from typing import Any
 
 import torch
 
+from lens.common.errors import LensError
+from lens.common.head_ids import PARTS
 from lens.models.catalogue import DEFAULT_MODEL
 from lens.models.loaded import LoadedModel
 from lens.models.loading import load_unchecked
-from lens.passes.check import self_check
+from lens.passes.check import Checked, self_check
 from lens.passes.sessions import has_blocks
 
 
@@ -57,9 +59,35 @@ def load(
         processor=processor,
     )
     checked = self_check(loaded)
-    info = replace(loaded.info, attending=checked.attending, twice=checked.twice)
+    if loaded.parts:
+        return _with_parts(loaded, checked)
+    seen = checked.seen[""]
+    info = replace(loaded.info, attending=seen.attending, twice=seen.twice)
     if not has_blocks(
         loaded
     ):  # half of an encoder-decoder, a tower in stages: what ran is what there is
         info = replace(info, layers=max(info.attending) + 1)
     return replace(loaded, info=info, check=checked.difference)
+
+
+def _with_parts(loaded: LoadedModel, checked: Checked) -> LoadedModel:
+    """The sizes of each part of an encoder-decoder as they were seen; one that attends in stages has no place."""
+    parts = {
+        name: replace(
+            loaded.info,
+            layers=max(seen.attending) + 1,
+            heads=seen.heads,
+            kv_heads=seen.kv_heads,
+            head_dim=seen.head_dim,
+            attending=seen.attending,
+        )
+        for name in PARTS
+        if (seen := checked.seen.get(name)) and not seen.twice
+    }
+    if "cross" not in parts:
+        raise LensError(
+            f"cannot find the cross-attention of {loaded.info.class_name}: no layer of its decoder reads its "
+            "encoder once; pass one half: lens.load(model.get_encoder())"
+        )
+    info = parts.get("decoder", parts["cross"])
+    return replace(loaded, info=info, parts=parts, check=checked.difference)

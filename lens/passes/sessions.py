@@ -18,6 +18,7 @@ from lens.common.errors import LensError, first_line
 from lens.common.head_ids import layers_in_words
 from lens.models.layout import blocks
 from lens.models.loaded import LoadedModel, check_loaded
+from lens.models.stacks import crossing, layers_of, stacks
 from lens.models.wrapped import Wrapped
 from lens.passes.bridge import replaced_attention
 from lens.passes.calls import LayerCall, attend
@@ -42,15 +43,27 @@ OnCut: TypeAlias = Callable[[int, int], None]
 class Session:
     """The passes inside one `with` block: which one runs, which layer comes, which tokens were read."""
 
-    def __init__(self, on_layer: OnLayer, exclusive: bool, on_cut: OnCut | None) -> None:
+    def __init__(
+        self,
+        on_layer: OnLayer,
+        exclusive: bool,
+        on_cut: OnCut | None,
+        chosen: str = "",
+        crossing: frozenset[int] = frozenset(),
+    ) -> None:
         self._on_layer, self._on_cut = on_layer, on_cut
+        self._chosen, self.crossing = chosen, crossing
+        self._half = ""  # of an encoder-decoder, whose block runs now
         self._exclusive = exclusive
         self._step = -1
         self._layer: int | None = None  # whose block runs now
-        self._parts: Counter[int] = Counter()  # calls of each layer in this pass
+        self._parts: Counter[tuple[int, str]] = Counter()  # calls of each layer in this pass
         self._turns: Counter[int] = Counter()  # of blocks that several layers share
         self._depth = 0
         self._new: torch.Tensor | None = None  # [batch, queries], tokens of this pass
+        self._target: torch.Tensor | None = (
+            None  # the same of a decoder that reads another sequence
+        )
         self._history = History()
         self._cache: Any = None  # of the last pass
         self._length = 0  # tokens that it held then
@@ -59,12 +72,15 @@ class Session:
         """See `interface.Listener`."""
         if not self._depth and self._layer is None:  # of a model around this one (an encoder's)
             return attend(call).output.to(call.value.dtype).transpose(1, 2).contiguous()
+        place = "cross" if self._half == "decoder" and call.cross else self._half
+        if place != (self._chosen or place):
+            return attend(call).output.to(call.value.dtype).transpose(1, 2).contiguous()
         # Of a model without one list of layers, the calls are counted.
         layer = len(self._parts) if self._layer is None else self._layer
-        part, self._parts[layer] = self._parts[layer], self._parts[layer] + 1
-        call = replace(call, layer=layer, part=part, step=max(self._step, 0))
-        new, keys = None if call.cross else self._new, call.key.shape[2]
-        tokens = self._history.tokens(call, new)
+        part, self._parts[layer, place] = self._parts[layer, place], self._parts[layer, place] + 1
+        call = replace(call, layer=layer, part=part, place=place, step=max(self._step, 0))
+        new, keys = self._tokens_of(call), call.key.shape[2]
+        tokens = new if call.cross else self._history.tokens(call, new)
         if tokens is not None:
             before = tokens.new_full((len(tokens),), -1)
             if call.mask.start:
@@ -73,14 +89,22 @@ class Session:
         output = self._on_layer(call)
         return output.to(call.value.dtype).transpose(1, 2).contiguous()
 
-    def enter(self, block: nn.Module, numbers: Sequence[int]) -> None:
-        """The block of these layers, one unless they share it, runs."""
+    def _tokens_of(self, call: LayerCall) -> torch.Tensor | None:
+        """Ids of what the keys of a call are made of in this pass, if it is known."""
+        if call.place == "decoder":
+            return self._target
+        known = self._new is not None and self._new.shape == (len(call.key), call.key.shape[2])
+        return self._new if not call.cross or (call.place and known) else None
+
+    def enter(self, block: nn.Module, numbers: Sequence[int], half: str = "") -> None:
+        """The block of these layers, one unless they share it, runs; of an encoder-decoder of that half."""
+        self._half = half
         self._layer = numbers[self._turns[id(block)] % len(numbers)]
         self._turns[id(block)] += 1
 
     def leave(self) -> None:
         """No block runs any more."""
-        self._layer = None
+        self._layer, self._half = None, ""
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A forward pass starts (a model inside a model starts no new one).
@@ -99,12 +123,13 @@ class Session:
             return
         self.settle()
         self._step += 1
-        self._layer = None
+        self.leave()
         self._parts.clear()
         self._turns.clear()
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        is_ids = isinstance(ids, torch.Tensor) and ids.dim() == 2 and not ids.is_floating_point()
-        self._new = ids if is_ids else None
+        self._new = _ids(kwargs.get("input_ids", args[0] if args else None))
+        self._target = _ids(kwargs.get("decoder_input_ids"))
+        if "pixel_values" in kwargs and self._target is None:  # BLIP: the decoder's are input_ids
+            self._target = self._new
         self._cache = kwargs.get("past_key_values")
 
     def end(self) -> None:
@@ -144,6 +169,8 @@ def listening(
         LensError: layers that attend twice, and a function that does not know.
     """
     check_loaded(model)
+    if not parts:
+        model.check_part()
     if model.info.twice and not parts:
         raise LensError(
             f"each head of {model.info.class_name} gives its output in two parts (it attends twice in "
@@ -151,7 +178,8 @@ def listening(
             "lens.traces.capturing and lens.edit take such models"
         )
     root = transformer(model)
-    session = Session(on_layer, exclusive, on_cut)
+    crossed = crossing(root) if model.parts else frozenset()
+    session = Session(on_layer, exclusive, on_cut, model.chosen, crossed)
     with ExitStack() as stack:
         stack.enter_context(received_by(session))
         stack.enter_context(switched(root))
@@ -179,6 +207,11 @@ def _followed(root: nn.Module) -> AbstractContextManager[None]:
     return following(root, own_attention, root.attending, root.heads)
 
 
+def _ids(given: Any) -> torch.Tensor | None:
+    is_ids = isinstance(given, torch.Tensor) and given.dim() == 2
+    return given if is_ids and not given.is_floating_point() else None
+
+
 def _held(cache: Any) -> int:
     """Tokens that a cache has seen and not dropped again."""
     return int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
@@ -194,17 +227,28 @@ def has_blocks(model: LoadedModel) -> bool:
 
 def _number(model: LoadedModel, session: Session, stack: ExitStack) -> None:
     """Tell the session which layer's block runs: layers without attention count too."""
+    root = model.model
+    if model.parts:
+        halves = stacks(transformer(model))
+        assert halves is not None
+        for half in ("encoder", "decoder"):
+            if (module := getattr(halves, half)) is not None:
+                _announce(layers_of(module), half, session, stack)
+        return
     try:
-        root = model.model
         found = root.attending if isinstance(root, Wrapped) else blocks(model)
     except LensError:  # stages of a vision tower: not one list
         return
+    _announce(found, "", session, stack)
+
+
+def _announce(found: Sequence[nn.Module], half: str, session: Session, stack: ExitStack) -> None:
     numbers: dict[nn.Module, list[int]] = {}
     for number, block in enumerate(found):
         numbers.setdefault(block, []).append(number)
     for block, layers in numbers.items():
         before = block.register_forward_pre_hook(
-            lambda *given, layers=layers: session.enter(given[0], layers)
+            lambda *given, layers=layers: session.enter(given[0], layers, half)
         )
         after = block.register_forward_hook(lambda *_: session.leave(), always_call=True)
         stack.callback(before.remove)

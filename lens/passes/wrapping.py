@@ -97,7 +97,7 @@ def wrap(
     model = LoadedModel(root, tokenizer, name or type(module).__name__, None, _unknown(root))
     model = replace(model, info=_measured(model))
     checked = self_check(model)
-    info = replace(model.info, attending=checked.attending, layers=len(root.attending))
+    info = replace(model.info, attending=checked.seen[""].attending, layers=len(root.attending))
     return replace(model, info=info, check=checked.difference)
 
 

@@ -1,4 +1,5 @@
 from . import metrics as metrics
+from .alignment import alignment as alignment
 from .attentions import from_attentions as from_attentions
 from .attentions import from_transformer_lens as from_transformer_lens
 from .detector import detect as detect

@@ -17,14 +17,16 @@ from lens.models.sizes import image_token
 from lens.passes.inputs import Prompt, read_prompts
 from lens.passes.pieces import check_pieces
 from lens.passes.sessions import listening, run
+from lens.passes.sources import read_sources
 from lens.traces.given import given_traces
 from lens.traces.labels import read_labels
-from lens.traces.patches import describe_patches
+from lens.traces.naming import keys_of, queries_of
+from lens.traces.parts import TraceParts
 from lens.traces.pictures import picture_note
 from lens.traces.pieces import check_chunk, pieces_of, recorded_in_pieces
 from lens.traces.recorder import Once, Recorder
 from lens.traces.segments import segments
-from lens.traces.statistics import PREFIX, LayerRecord, Settings, make_settings
+from lens.traces.statistics import COMPARING, PREFIX, LayerRecord, Settings, make_settings
 from lens.traces.trace import AttentionTrace, TraceWriter
 
 LARGEST_MAPS = 4 << 30  # bytes of block maps of one layer
@@ -81,7 +83,8 @@ def capture(
             processor makes of one text or image (of text with images the trace is that of the language
             model, `lens.vision.trace_segments(trace)` says which tokens are the image). Or several: a
             list of these, a 2-D tensor of ids, what a tokenizer or an image processor makes of several.
-            Each prompt is run on its own, so padding is left out.
+            Each prompt is run on its own, so padding is left out. Of an encoder-decoder a prompt is a source, and
+            the model writes the target itself, or a pair (source, target), or a mapping of its inputs.
         block_size: positions per block of the maps.
         statistics: "all", or names of trace variables (docs/schema/trace.md).
         keep_qk: keep q and k too, for exact tiles; 2 × positions × head_dim numbers per head.
@@ -105,7 +108,8 @@ def capture(
             tokens that returns it.
 
     Returns:
-        The trace of one prompt; a list of traces for a list or a 2-D tensor, also for one of a single row.
+        The trace of one prompt; a list of traces for a list or a 2-D tensor, also for one of a single row. Of an
+        encoder-decoder three traces, `.encoder`, `.decoder` and `.cross`, unless it is `model.part(...)`.
 
     Raises:
         LensError: empty or too long prompts, a bad block size, or attention that capture does not
@@ -138,21 +142,50 @@ def capture(
     )
     if chunk is not None:
         check_chunk(chunk, settings)
-    found, is_single = read_prompts(model, prompts, whole=True)
+    if model.parts:
+        _refuse_on_parts(labels=labels, chunk=chunk)
+    reading = read_sources(model, prompts) if model.parts else None
+    found, is_single = reading or read_prompts(model, prompts, whole=True)
     for prompt in found:
         _check_size(model, prompt, settings)
         if chunk is not None:
             check_pieces(model, prompt, chunk)
     tokens = [None if one.ids is None else model.token_strings(one.ids) for one in found]
     own = read_labels(labels, tokens)
-    total = sum(pieces_of(prompt, chunk) for prompt in found) * len(model.info.attending)
+    views = {part: model.part(part) for part in model.parts if part == (model.chosen or part)}
+    layers = [len(one.info.attending) for one in views.values() or [model]]
     traces = []
+    total = sum(pieces_of(prompt, chunk) for prompt in found) * sum(layers)
     with advancing(f"{model.name}: layers", total, progress) as advance:
         for number, prompt in enumerate(found):
             folder = out if out is None or is_single else Path(out) / f"p{number:03d}"
             chosen = settings.with_labels(own[number])
-            traces.append(_capture_one(model, prompt, chosen, chunk, folder, seed, advance))
+
+            def one(
+                view: LoadedModel,
+                part: str = "",
+                folder: Any = folder,
+                prompt: Any = prompt,
+                chosen: Any = chosen,
+            ) -> Any:
+                inside = folder if folder is None or not part else Path(folder) / part
+                return _capture_one(view, prompt, chosen, chunk, inside, seed, advance)
+
+            if not model.parts or model.chosen:
+                traces.append(one(model))
+            else:
+                traces.append(TraceParts({part: one(views[part], part) for part in views}))
     return traces[0] if is_single else traces
+
+
+def _refuse_on_parts(**given: Any) -> None:
+    """Raises LensError: what an encoder-decoder's prompts cannot have."""
+    for name, value in given.items():
+        if value:
+            raise LensError(
+                f"{name} is for one row of tokens, and an encoder-decoder has two; which keys of the source a "
+                "target looks at, lens.traces.alignment says"
+            )
 
 
 def _capture_one(
@@ -173,9 +206,12 @@ def _capture_one(
         """Hand the arrays to the writer and keep only the numbers that describe the layer."""
         if layers:
             _check_alike(model, layers[0], record, settings)
-        writer.add_layer(
-            record.layer, {name: tensor[0].numpy() for name, tensor in record.variables.items()}
-        )
+        kept = {
+            name: tensor[0].numpy()
+            for name, tensor in record.variables.items()
+            if not record.cross or name not in COMPARING
+        }
+        writer.add_layer(record.layer, kept)
         record.variables.clear()
         layers.append(record)
 
@@ -196,17 +232,23 @@ def _capture_one(
             f"cannot reach the attention of {model.info.class_name}: no layer asked for its "
             "attention function on this prompt"
         )
-    length = layers[0].keys
     for own in settings.labels:
-        own.check(length)
-    tokens, patches = model.token_strings(prompt.ids or []), None
-    if not prompt.ids:
-        tokens, patches = describe_patches(model, prompt.inputs, length)
+        own.check(layers[0].keys)
+    keys = keys_of(model, prompt, layers[0].keys)
+    rows = queries_of(model, prompt, layers[0].queries) if model.chosen == "cross" else None
+    more: dict[str, Any] = {"segments": tokens_of, "patches": keys.patches}
+    more |= {"picture": picture_note(model, prompt)}
+    if model.parts:
+        more |= {"part": model.chosen}
+    if keys.seconds is not None:
+        more |= {"seconds_per_position": keys.seconds}
     return writer.finish(
-        token_ids=prompt.ids or [-1] * length,
-        tokens=tokens,
+        token_ids=keys.ids,
+        tokens=keys.names,
+        query_ids=None if rows is None else rows.ids,
+        query_tokens=None if rows is None else rows.names,
         attributes=_attributes(model, prompt, settings, layers, seed)
-        | {"segments": tokens_of, "patches": patches, "picture": picture_note(model, prompt)}
+        | more
         | {"chunk": chunk, "seconds": time.perf_counter() - start},
     )
 

@@ -50,19 +50,24 @@ def atlas(dataset: xr.Dataset, layers: range) -> np.ndarray:
     step = _CELL + 2
     picture = np.full((step * len(layers), step * dataset.sizes["head"], 3), 255, np.uint8)
     palette = np.array([[int(c[i : i + 2], 16) for i in (1, 3, 5)] for c in VIRIDIS], np.uint8)
-    blocks = dataset.sizes["query_block"]
-    cells = min(_CELL, blocks)
-    edges = np.linspace(0, blocks, cells + 1).astype(int)[:-1]
-    grow = np.arange(_CELL) * cells // _CELL
+    (rows, down), (columns, across) = (
+        _pooling(dataset.sizes[f"{n}_block"]) for n in ("query", "key")
+    )
     for row, layer in enumerate(layers):
         for head in range(dataset.sizes["head"]):
             values = dataset["block_mass"].isel(layer=layer, head=head).values
-            pooled = np.maximum.reduceat(np.maximum.reduceat(values, edges, 0), edges, 1)
+            pooled = np.maximum.reduceat(np.maximum.reduceat(values, rows, 0), columns, 1)
             scaled = np.clip(
                 1 + np.log10(np.maximum(pooled, 1e-9) / max(pooled.max(), 1e-9)) / 3, 0, 1
             )
             colors = palette[(scaled * (len(palette) - 1)).astype(int)]
             if dataset.attrs["causal"]:
-                colors = np.where(np.tri(cells, dtype=bool)[..., None], colors, 255)
-            picture[row * step :, head * step :][:_CELL, :_CELL] = colors[grow][:, grow]
+                colors = np.where(np.tri(len(rows), dtype=bool)[..., None], colors, 255)
+            picture[row * step :, head * step :][:_CELL, :_CELL] = colors[down][:, across]
     return picture
+
+
+def _pooling(blocks: int) -> tuple[np.ndarray, np.ndarray]:
+    """First block of each cell, and the cell of each pixel."""
+    cells = min(_CELL, blocks)
+    return np.linspace(0, blocks, cells + 1).astype(int)[:-1], np.arange(_CELL) * cells // _CELL

@@ -13,7 +13,7 @@ more pass over the same prompts.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -22,10 +22,9 @@ from lens.common.errors import LensError
 from lens.common.given import given_traces
 from lens.stats import over_units
 from lens.traces.metrics import HEADLINES
+from lens.traces.parts import TraceParts
 from lens.traces.scores import SINK_EPSILON, Score, layer_scores, uniform_scores
-
-if TYPE_CHECKING:
-    from lens.traces.trace import AttentionTrace
+from lens.traces.trace import AttentionTrace
 
 __all__ = [
     "COLUMNS",
@@ -55,8 +54,20 @@ COLUMNS = (
 POSITIONS = ("top_key", "positional_distance")  # their mean says nothing
 
 
+def _by_part(given: Any) -> dict[str, list[AttentionTrace]]:
+    """The traces of each part of an encoder-decoder; nothing of other traces."""
+    several = [given] if isinstance(given, TraceParts) else given
+    if isinstance(several, AttentionTrace) or not isinstance(several, Sequence):
+        return {}
+    if not any(isinstance(one, TraceParts) for one in several):
+        return {}
+    if not all(isinstance(one, TraceParts) and one.keys() == several[0].keys() for one in several):
+        raise LensError("give traces of whole encoder-decoders with the same parts, or of one part")
+    return {part: [one[part] for one in several] for part in several[0]}
+
+
 def profile(
-    traces: AttentionTrace | Sequence[AttentionTrace],
+    traces: AttentionTrace | TraceParts | Sequence[AttentionTrace | TraceParts],
     *,
     random_weights: AttentionTrace | Sequence[AttentionTrace] = (),
     seed: int = 0,
@@ -64,7 +75,8 @@ def profile(
     """Every score of every head: one row per head.
 
     Args:
-        traces: one trace, or several of the same model.
+        traces: one trace, or several of the same model. Of an encoder-decoder the parts stand one under the other, and
+            the column `part` names them.
         random_weights: traces of `lens.models.random_weights(model)` on the same prompts.
         seed: of the bootstrap.
 
@@ -83,6 +95,17 @@ def profile(
         >>> table = lens.profile(trace)
         >>> table.sort_values("induction", ascending=False).head(3)
     """
+    if parts := _by_part(traces):
+        if random_weights:
+            raise LensError(
+                "give random_weights of one part: lens.profile(traces.cross, random_weights=...)"
+            )
+        tables = {part: profile(own, seed=seed) for part, own in parts.items()}
+        found = pd.concat(
+            [one.assign(part=part) for part, one in tables.items()], ignore_index=True
+        )
+        found.attrs["reasons"] = {part: one.attrs["reasons"] for part, one in tables.items()}
+        return found
     several = given_traces(traces)
     beside = given_traces(random_weights) if random_weights != () else []
     if beside and [one.dataset["token_id"].values.tolist() for one in beside] != [
@@ -92,10 +115,10 @@ def profile(
             "random_weights must be traces of the same prompts in the same order; capture "
             "lens.models.random_weights(model) on them"
         )
-    sizes = {(trace.layers, trace.heads) for trace in [*several, *beside]}
+    sizes = {(trace.part, trace.layers, trace.heads) for trace in [*several, *beside]}
     if len(sizes) > 1:
         raise LensError(
-            f"traces must come from one model; got layers × heads {sorted(sizes)}: profile them apart"
+            f"traces must come from one model and part; got (part, layers, heads) {sorted(sizes)}: profile them apart"
         )
     if len(names := {trace.labels for trace in several}) > 1:
         raise LensError(

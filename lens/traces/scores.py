@@ -7,7 +7,6 @@ and renormalised, and counts if what is left can still show the pattern.
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ import numpy as np
 from lens.common.errors import LensError
 from lens.stats import over_rows
 from lens.traces.metrics import METRICS
+from lens.traces.token_rows import is_delimiter, nearest_copy
 from lens.traces.uniform import UniformRows
 
 if TYPE_CHECKING:
@@ -31,6 +31,11 @@ _SHORT = "the prompt is too short"
 _NO_ATTENTION = "no attention at all"
 _NO_REST = "no attention to keys from 1 on"
 _NO_ROW = "positions are patches of a picture, not a row of tokens; see lens.vision.patch_distance"
+_TWO_ROWS = "keys and queries are of two sequences (cross-attention)"
+_COMPARING = (
+    *("previous_token", "current_token", "duplicate_token", "induction", "distance"),
+    *("locality", "positional", "positional_distance"),
+)
 _IN_A_ROW = (
     "previous_token",
     "prefix_mass",
@@ -136,13 +141,15 @@ class _Layer:
         self._tokens = trace.tokens
         self._length = trace.length
         self._heads = trace.heads
-        self._position = np.arange(trace.length)
+        self._cross = trace.cross
+        self._position = np.arange(trace.queries)
         self._causal = bool(trace.attrs["causal"])
         self._prefix = int(trace.attrs["prefix"])
         self._window = trace.window(layer)
         self._is_picture = trace.attrs.get("patches") is not None
         self._plain = trace.has_plain_mask(layer)
         ids = self._data["token_id"].values
+        self._viewers = min(FEWEST_VIEWERS, trace.queries) if trace.cross else FEWEST_VIEWERS
         self._ids = None if (ids < 0).any() else ids
         self._labels: Mapping[str, Any] = trace.attrs.get("labels", {})
         self._even = UniformRows(
@@ -151,6 +158,7 @@ class _Layer:
             window=self._window,
             prefix=self._prefix,
             labels=self._labels,
+            queries=trace.queries if trace.cross else None,
         )
 
     def scores(self, seed: int | None, metrics: Collection[str] | None) -> Iterator[Score]:
@@ -159,6 +167,9 @@ class _Layer:
             for variant in ("raw", "sink_excluded") if metric.sink_excluded else ("raw",):
                 if self._is_picture and metric.name in _IN_A_ROW:
                     yield row_score(metric.name, variant, self._nothing(), _NO_ROW, None)
+                    continue
+                if self._cross and metric.name in _COMPARING:
+                    yield row_score(metric.name, variant, self._nothing(), _TWO_ROWS, None)
                     continue
                 if metric.name in _OF_THE_WHOLE:
                     yield self._whole(metric.name, variant)
@@ -173,7 +184,7 @@ class _Layer:
 
     def _rows(self, metric: str, excluded: bool) -> tuple[np.ndarray, str]:
         """[heads, queries], NaN for rows that do not count, and why none does if none does."""
-        later = self._position >= 1
+        later = self._position >= (0 if self._cross else 1)
         match metric:
             case "previous_token":
                 rows = self._position >= (2 if excluded else 1)
@@ -191,6 +202,8 @@ class _Layer:
                 return self._where(self._sees_first(first), first), "no row sees the first token"
             case "prefix_mass":
                 rows = self._position >= self._prefix
+                if self._cross:
+                    rows = np.full(len(self._position), self._length > self._prefix)
                 why = f"the prompt has no more than {self._prefix} tokens"
                 return self._where(rows, self._variable(metric)), why
             case "effective_keys":
@@ -240,6 +253,8 @@ class _Layer:
         """Which rows see key 0; for a mask without compact form, those that have mass on it."""
         if not self._plain:
             return first > 0
+        if self._cross:
+            return self._position >= 0
         return self._position < (self._length if self._window is None else self._window)
 
     def _variable(self, name: str) -> np.ndarray:
@@ -270,7 +285,7 @@ class _Layer:
         return np.where(rows, values, np.nan)
 
     def _nothing(self) -> np.ndarray:
-        return np.full((self._heads, self._length), np.nan)
+        return np.full((self._heads, len(self._position)), np.nan)
 
     def _whole(self, metric: str, variant: str) -> Score:
         """The scores that are no mean over rows."""
@@ -307,7 +322,7 @@ class _Layer:
 
     def _strongest(self) -> tuple[np.ndarray, np.ndarray]:
         """Position and alpha of the strongest key; the last keys have too few viewers to count."""
-        seen = self._variable("visible") >= FEWEST_VIEWERS
+        seen = self._variable("visible") >= self._viewers
         alpha = np.where(seen, self._alpha(), -np.inf)
         mass = alpha.max(-1)
         none = np.isneginf(mass)
@@ -364,34 +379,6 @@ class _Uniform(_Layer):
 
     def _match(self, rule: str) -> np.ndarray:
         return self._even.match(rule)
-
-
-def is_delimiter(token: str) -> bool:
-    """Whether a token is punctuation alone, or a line break; spaces around do not matter."""
-    marks = token.strip()
-    if not marks:
-        return "\n" in token
-    return all(unicodedata.category(mark).startswith("P") for mark in marks)
-
-
-def nearest_copy(
-    ids: np.ndarray, *, skip_first: bool = False, both_ways: bool = False
-) -> np.ndarray:
-    """[tokens] distance to the nearest earlier copy of each token, inf where there is none.
-
-    Args:
-        ids: token ids.
-        skip_first: a copy at position 0 does not count.
-        both_ways: later copies count too.
-    """
-    order = np.argsort(ids, kind="stable")
-    same = ids[order][1:] == ids[order][:-1]
-    gap = np.where(same, np.diff(order), np.inf)
-    distance = np.full(len(ids), np.inf)
-    distance[order[1:]] = np.where((order[:-1] == 0) & skip_first, np.inf, gap)
-    if both_ways:
-        distance[order[:-1]] = np.minimum(distance[order[:-1]], gap)
-    return distance
 
 
 def _reason(value: np.ndarray, reason: str) -> np.ndarray:

@@ -37,9 +37,11 @@ _BY_GROUP = {
     "first_mass": "lse",
     "rest_mass": "lse",
 }
-_COMPARING = {"distance", "distance_sink_excluded", "diagonal", "match_mass"}
+COMPARING = {"distance", "distance_sink_excluded", "diagonal", "match_mass"}
 """Those that compare the position or token of a key with the query's."""
-VARIABLES = (*_KERNEL, "match_mass", *_BY_GROUP)
+OF_CROSS = ("strongest", "center")
+"""Of cross-attention alone."""
+VARIABLES = (*_KERNEL, "match_mass", *_BY_GROUP, *OF_CROSS)
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,7 @@ class LayerRecord:
         step: forward pass, from 0; generation has one for the prompt and one per token.
         layer: the model's own number of it, from 0.
         part: which of the layer's calls in this pass; above 0 where it attends twice.
+        place: of an encoder-decoder "encoder", "decoder" or "cross", else "".
         cross: whether the keys are of another sequence: positions of keys are that sequence's, and what
             compares them with the query's is NaN.
         key_start: position of the first key; above 0 when a cache has dropped older ones. Blocks and
@@ -90,6 +93,7 @@ class LayerRecord:
     step: int
     layer: int
     part: int
+    place: str
     cross: bool
     key_start: int
     query_start: int
@@ -149,8 +153,9 @@ def measure(call: LayerCall, settings: Settings) -> tuple[torch.Tensor, LayerRec
         for name in found.keys() & {"prefix_mass", *_BY_GROUP}:
             found[name] = torch.full_like(found[name], torch.nan)
     if call.cross:
-        for name in found.keys() & _COMPARING:
+        for name in found.keys() & COMPARING:
             found[name] = torch.full_like(found[name], torch.nan)
+        found |= {name: of(call) for name, of in _OF_CROSS.items() if name in names}
     variables = {name: _to_cpu(tensor, torch.float32) for name, tensor in found.items()}
     visible = call.mask.visible(batch, queries, keys)
     variables["visible"] = _to_cpu(visible, torch.int32)
@@ -162,6 +167,7 @@ def measure(call: LayerCall, settings: Settings) -> tuple[torch.Tensor, LayerRec
         step=call.step,
         layer=call.layer,
         part=call.part,
+        place=call.place,
         cross=call.cross,
         key_start=call.mask.start,
         query_start=call.mask.start + keys - queries if call.mask.causal else 0,
@@ -275,6 +281,43 @@ def _by_group(
             of_rest = groups.statistics[_BY_GROUP[variable]][-1]
             found[variable] = of_rest.masked_fill(torch.isneginf(rest), torch.nan)
     return {name: tensor for name, tensor in found.items() if name in names}
+
+
+def strongest_keys(call: LayerCall) -> torch.Tensor:
+    """[batch, heads, queries] position of the largest probability; some rows of logits in memory at a time."""
+    batch, heads, queries, _ = call.query.shape
+    keys = call.key.shape[2]
+    every = call.key.repeat_interleave(heads // call.key.shape[1], 1).float().transpose(-1, -2)
+    allowed = call.mask.allowed
+    if allowed is None and call.mask.padding is not None:
+        allowed = call.mask.padding[:, None, None]
+    rows = max(1, _LOGITS // (batch * heads * keys))
+    found = []
+    for first in range(0, queries, rows):
+        part = slice(first, first + rows)
+        logits = call.query[:, :, part].float() @ every * call.scale
+        if call.softcap is not None:
+            logits = call.softcap * torch.tanh(logits / call.softcap)
+        if (bias := call.position_bias) is not None:
+            logits = logits + (bias if bias.shape[-2] == 1 else bias[..., part, :])
+        if allowed is not None:
+            seen = allowed if allowed.shape[2] == 1 else allowed[:, :, part]
+            logits = logits.masked_fill(~seen.to(logits.device), -torch.inf)
+        found.append(logits.argmax(-1))
+    return torch.cat(found, -1)
+
+
+def centers(call: LayerCall) -> torch.Tensor:
+    """[batch, heads, queries] mean position of the keys by their probability."""
+    place = torch.arange(call.key.shape[2], dtype=torch.float32, device=call.key.device)
+    value = place[:, None].expand(*call.key.shape[:3], _WIDTH)
+    whole = replace(call, query=call.query.float(), key=call.key.float(), value=value.contiguous())
+    return attend(whole, statistics=()).output[..., 0]
+
+
+_OF_CROSS = {"strongest": strongest_keys, "center": centers}
+_LOGITS = 1 << 24
+_WIDTH = 16
 
 
 def _storable(dtype: torch.dtype) -> torch.dtype:

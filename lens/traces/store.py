@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import xarray as xr
@@ -49,6 +49,8 @@ DIMENSIONS: dict[str, tuple[str, ...]] = {
         ),
         _ROW,
     ),
+    "strongest": _ROW,
+    "center": _ROW,
     "match_mass": (*_ROW, "match"),
     "received": ("head", "key"),
     "diagonal": ("head", "offset"),
@@ -173,6 +175,8 @@ def read_index(folder: Path) -> dict[str, Any]:
 class _Coordinates(BaseModel):
     token: list[str] = Field(min_length=1)
     token_id: list[int]
+    query_token: list[str] | None = Field(default=None, min_length=1)
+    query_token_id: list[int] | None = None
 
 
 class _LabelPair(BaseModel):
@@ -205,6 +209,8 @@ class _Attributes(BaseModel):
     labels: dict[str, _LabelPair] = Field(default_factory=dict)
     patches: dict[str, Any] | None = None
     picture: _PictureNote | None = None
+    part: Literal["encoder", "decoder", "cross"] | None = None
+    seconds_per_position: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
 
 
 class _TraceFile(BaseModel):
@@ -226,6 +232,8 @@ class _TraceFile(BaseModel):
         for name, pair in self.attributes.labels.items():
             if {len(pair.query), len(pair.key)} != {len(self.coordinates.token)}:
                 raise ValueError(f"labels.{name} must have one query and one key label per token")
+        if len(self.coordinates.query_token or ()) != len(self.coordinates.query_token_id or ()):
+            raise ValueError("coordinates must hold query_token and query_token_id, equally long")
         if wrong := missing_attributes(self.attributes.model_dump(), len(self.layers)):
             raise ValueError(wrong)
         return self
@@ -234,10 +242,10 @@ class _TraceFile(BaseModel):
 def _check_arrays(folder: Path, index: _TraceFile) -> None:
     """Raises LensError where a layer has other variables, types or shapes than the schema and the first layer."""
     length, block = len(index.coordinates.token), index.attributes.block_size
-    blocks = -(-length // block)
+    rows = len(index.coordinates.query_token or index.coordinates.token)
     offsets = length if index.attributes.causal else 2 * length - 1
-    sizes = {"query": length, "key": length, "offset": offsets}
-    sizes |= {"query_block": blocks, "key_block": blocks}
+    sizes = {"query": rows, "key": length, "offset": offsets}
+    sizes |= {"query_block": -(-rows // block), "key_block": -(-length // block)}
     sizes["match"] = len(MATCH_RULES) + len(index.attributes.labels)
     names: set[str] = set()
     for layer in index.layers:

@@ -57,8 +57,8 @@ def refusal(dataset: xr.Dataset, head: HeadId) -> str:
             "exact tiles need q, k and lse, which this trace did not keep; "
             "capture it again with keep_qk=True (lens run --keep-qk)"
         )
-    length = dataset.sizes["key"]
-    for query in {length // 2, length - 1}:
+    rows = dataset.sizes["query"]
+    for query in {rows // 2, rows - 1}:
         if not _gives_back(dataset, head, query):
             return (
                 f"q and k of {head} of {dataset.attrs['model']} do not give back what was measured (a "

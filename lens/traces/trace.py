@@ -16,8 +16,8 @@ import xarray as xr
 from lens.common.errors import LensError
 from lens.common.head_ids import AnyHead, HeadId, head_id, layers_in_words
 from lens.common.plots import draw
+from lens.traces.arrays import labelled
 from lens.traces.html import trace_html
-from lens.traces.labels import MATCH_RULES
 from lens.traces.overlays import Overlay, Token, overlay
 from lens.traces.store import (
     DIMENSIONS,
@@ -95,12 +95,32 @@ class AttentionTrace:
 
     @property
     def length(self) -> int:
-        """Number of tokens."""
+        """Number of tokens; of cross-attention those of the keys."""
         return self.dataset.sizes["key"]
 
     @property
+    def queries(self) -> int:
+        """Number of queries: `length`, but of cross-attention the tokens of the decoder."""
+        return self.dataset.sizes["query"]
+
+    @property
+    def part(self) -> str:
+        """ "encoder", "decoder" or "cross" of an encoder-decoder; "" of any other model."""
+        return self.dataset.attrs.get("part") or ""
+
+    @property
+    def cross(self) -> bool:
+        """Whether queries and keys are of two sequences."""
+        return self.part == "cross"
+
+    @property
+    def query_tokens(self) -> list[str]:
+        """Token strings of the queries: `tokens`, but of cross-attention those of the decoder."""
+        return [str(token) for token in self.dataset["query_token"].values]
+
+    @property
     def tokens(self) -> list[str]:
-        """Token strings."""
+        """Token strings; of cross-attention those of the keys."""
         return [str(token) for token in self.dataset["key_token"].values]
 
     @property
@@ -138,9 +158,12 @@ class AttentionTrace:
 
     def has_plain_mask(self, layer: int) -> bool:
         """Whether `causal` and `window` say all about which keys the layer's queries see."""
-        expected = visible_queries(
-            self.length, causal=self.attrs["causal"], window=self.window(layer)
-        )
+        if self.cross:
+            expected = np.full(self.length, self.queries)
+        else:
+            expected = visible_queries(
+                self.length, causal=self.attrs["causal"], window=self.window(layer)
+            )
         return bool((self.dataset["visible"].sel(layer=layer).values == expected).all())
 
     def save(self, folder: str | Path) -> Path:
@@ -158,6 +181,8 @@ class AttentionTrace:
         writer.finish(
             token_ids=self.dataset["token_id"].values.tolist(),
             tokens=self.tokens,
+            query_ids=self.dataset["query_token_id"].values.tolist() if self.cross else None,
+            query_tokens=self.query_tokens if self.cross else None,
             attributes=self.attrs,
         )
         return folder
@@ -173,7 +198,7 @@ class AttentionTrace:
         index = read_index(folder)
         variables = lazy_variables(folder, index["layers"])
         try:
-            dataset = _dataset(
+            dataset = labelled(
                 variables, index["layers"], index["coordinates"], index["attributes"]
             )
         except ValueError as error:
@@ -201,10 +226,11 @@ class AttentionTrace:
         """
         if why := self.tile_refusal(layer, head):
             raise LensError(why)
+        sizes = {"queries": self.queries, "keys": self.length}
         for name, (first, last) in (("queries", queries), ("keys", keys)):
-            if not 0 <= first < last <= self.length:
+            if not 0 <= first < last <= sizes[name]:
                 raise LensError(
-                    f"{name} must be a range within 0..{self.length}, got {(first, last)}"
+                    f"{name} must be a range within 0..{sizes[name]}, got {(first, last)}"
                 )
         return exact_tile(self.dataset, self.head_id((layer, head)), queries, keys)
 
@@ -245,13 +271,18 @@ class AttentionTrace:
         names = ", ".join(str(name) for name in self.dataset.data_vars)
         where = f" in {self.path}" if self.path else ""
         return (
-            f"<AttentionTrace of {self.model}: {self.length:,} tokens, "
+            f"<AttentionTrace of {self.model}: {self._size_in_words()}, "
             f"{len(self.layers)} layers × {self.heads} heads, {size / 1e6:.1f} MB{where}>\n"
             f"  blocks of {self.attrs['block_size']}, {self.attrs['dtype']}, "
             f"backend {self.attrs['backend']}, BOS {self.attrs['bos']}\n"
             f"  {layers_in_words(self.layers)}{self._without_in_words()}\n"
             f"  {names}"
         )
+
+    def _size_in_words(self) -> str:
+        if self.cross:
+            return f"cross-attention of {self.queries:,} to {self.length:,} tokens"
+        return f"{self.part} of {self.length:,} tokens" if self.part else f"{self.length:,} tokens"
 
     def _repr_html_(self) -> str:
         return trace_html(repr(self), self.dataset)
@@ -300,12 +331,19 @@ class TraceWriter:
             self._layers[layer] = {}
 
     def finish(
-        self, *, token_ids: Sequence[int], tokens: Sequence[str], attributes: Mapping[str, Any]
+        self,
+        *,
+        token_ids: Sequence[int],
+        tokens: Sequence[str],
+        attributes: Mapping[str, Any],
+        query_ids: Sequence[int] | None = None,
+        query_tokens: Sequence[str] | None = None,
     ) -> AttentionTrace:
         """The finished trace.
 
         Args:
-            token_ids, tokens: of every position, as numbers and as text.
+            token_ids, tokens: of every position, as numbers and as text; of cross-attention of the keys.
+            query_ids, query_tokens: of the queries where these are of another sequence.
             attributes: as in docs/schema/trace.md; `schema_version` is added.
 
         Raises:
@@ -325,10 +363,14 @@ class TraceWriter:
             for name, shape in self._shapes.items()
             if "query" in DIMENSIONS[name]
         }
-        if lengths - {len(tokens)}:
-            raise ValueError(f"{len(tokens)} tokens for {lengths.pop()} positions")
+        rows = tokens if query_tokens is None else query_tokens
+        if lengths - {len(rows)}:
+            raise ValueError(f"{len(rows)} tokens for {lengths.pop()} positions")
         attributes = {**attributes, "schema_version": SCHEMA_VERSION}
         coordinates = {"token_id": [int(i) for i in token_ids], "token": list(tokens)}
+        if query_tokens is not None:
+            coordinates["query_token"] = list(query_tokens)
+            coordinates["query_token_id"] = [int(i) for i in query_ids or [-1] * len(rows)]
         if self._folder is not None:
             write_index(self._folder, layers, coordinates, attributes)
             return AttentionTrace.load(self._folder)
@@ -340,54 +382,4 @@ class TraceWriter:
             for name in DIMENSIONS
             if name in self._layers[layers[0]]
         }
-        return AttentionTrace(_dataset(variables, layers, coordinates, attributes))
-
-
-def _dataset(
-    variables: Mapping[str, xr.Variable],
-    layers: Sequence[int],
-    coordinates: Mapping[str, Any],
-    attributes: Mapping[str, Any],
-) -> xr.Dataset:
-    """Name the dimensions and add the coordinates."""
-    variables = dict(variables)
-    length, block = len(coordinates["token"]), attributes["block_size"]
-    starts = np.arange(0, length, block)
-    causal = attributes["causal"]
-    tokens = np.array(coordinates["token"], dtype=object)  # str_ would drop a trailing NUL
-    position = np.arange(length)
-    if "visible" not in variables:
-        counts = [
-            visible_queries(length, causal=causal, window=attributes["windows"][index])
-            for index in range(len(layers))
-        ]
-        variables["visible"] = xr.Variable(("layer", "key"), np.stack(counts))
-    sizes = {
-        dimension: size
-        for variable in variables.values()
-        for dimension, size in zip(variable.dims, variable.shape, strict=True)
-    }
-    coords: dict[str, Any] = {
-        "layer": list(layers),
-        "head": np.arange(sizes.get("head", 0)),
-        "query": position,
-        "key": position,
-        "query_block": np.arange(len(starts)),
-        "key_block": np.arange(len(starts)),
-        "query_token": ("query", tokens),
-        "key_token": ("key", tokens),
-        "token_id": ("key", np.array(coordinates["token_id"], dtype=np.int64)),
-        "query_block_start": ("query_block", starts),
-        "key_block_start": ("key_block", starts),
-        "match": [*MATCH_RULES, *attributes.get("labels", {})],
-        "offset": np.arange(0 if causal else 1 - length, length),
-    }
-    if "kv_head" in sizes:
-        coords["kv_head"] = np.arange(sizes["kv_head"])
-    used = {"query", "key", *sizes}
-    kept = {
-        name: value
-        for name, value in coords.items()
-        if (value[0] if isinstance(value, tuple) else name) in used
-    }
-    return xr.Dataset(variables, coords=kept, attrs=dict(attributes))
+        return AttentionTrace(labelled(variables, layers, coordinates, attributes))

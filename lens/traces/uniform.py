@@ -31,6 +31,8 @@ class UniformRows:
         causal, window: of the layer, as in a trace; other masks have no closed form.
         prefix: first keys that `prefix_mass` counts.
         labels: a user's own, by name as in a trace.
+        queries: how many, where they are of another sequence and see every key; what compares positions or
+            labels is not to be asked for then.
     """
 
     def __init__(
@@ -41,6 +43,7 @@ class UniformRows:
         window: int | None,
         prefix: int,
         labels: Mapping[str, Mapping[str, Sequence[int]]] | None = None,
+        queries: int | None = None,
     ) -> None:
         self._ids, self._prefix, self._labels = ids, prefix, labels or {}
         self._position = np.arange(len(ids))
@@ -50,6 +53,9 @@ class UniformRows:
         self._high = (
             self._position if causal else np.minimum(self._position + reach - 1, len(ids) - 1)
         )
+        if queries is not None:
+            self._position = np.arange(queries)
+            self._low, self._high = np.zeros(queries, int), np.full(queries, len(ids) - 1)
         self._seen = self._high - self._low + 1
 
     def variable(self, name: str) -> np.ndarray:
@@ -82,9 +88,9 @@ class UniformRows:
                     first, rest = np.maximum(low, 1), seen - (low == 0)
                     found = np.where(rest > 0, self._position - (first + high) / 2, np.nan)
                 case "received":
-                    found = self._spread(low, high, 1 / seen, len(seen))
+                    found = self._spread(low, high, 1 / seen, len(self._ids))
                 case "visible":
-                    return self._spread(low, high, np.ones(len(seen)), len(seen))
+                    return self._spread(low, high, np.ones(len(seen)), len(self._ids))
                 case "diagonal":
                     before = 0 if self._causal else len(seen) - 1
                     nearest = self._position - high + before

@@ -7,7 +7,7 @@ import pytest
 from lens.common.errors import LensError
 from lens.traces.metrics import METRICS
 from lens.traces.profiles import COLUMNS, pooled_table, profile, prompt_table
-from lens.traces.scores import is_delimiter
+from lens.traces.token_rows import is_delimiter
 from lens.traces.trace import AttentionTrace
 from tests.lens.naive import rms_ratio
 from tests.lens.traces import LENGTH, probabilities, token_ids, trace_of

@@ -5,7 +5,7 @@ import pytest
 
 from lens.common.errors import LensError
 from lens.traces.profiles import profile
-from lens.traces.scores import nearest_copy
+from lens.traces.token_rows import nearest_copy
 from tests.lens.naive import rms_ratio
 from tests.lens.traces import probabilities, trace_of
 

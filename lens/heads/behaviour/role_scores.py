@@ -20,8 +20,9 @@ from lens.models.loaded import LoadedModel
 from lens.passes.calls import LayerCall, attend
 from lens.passes.replay import proved
 from lens.passes.sessions import base, listening
-from lens.traces.scores import Score, is_delimiter, row_score, whole_score
+from lens.traces.scores import Score, row_score, whole_score
 from lens.traces.statistics import VARIABLES, make_settings, measure
+from lens.traces.token_rows import is_delimiter
 
 _SMALLEST_REST = 1e-6  # of a row without key 0, below which it says nothing
 _SHORT = "the prompt is too short"

@@ -1,0 +1,192 @@
+"""Prompts of encoder-decoders: a source (text, sound, picture) and what the decoder reads after it.
+
+Where nobody says what the decoder reads, the model writes it itself, greedily; each prompt then is what the model
+said about its source.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from lens.common.errors import LensError, first_line
+from lens.models.loaded import LoadedModel
+from lens.passes.inputs import Prompt, accepted, check_ids, model_input, placed
+from lens.passes.sessions import base
+
+MOST_WRITTEN = 64
+"""Tokens that the model writes where no target is given."""
+
+
+def read_sources(model: LoadedModel, prompts: Any) -> tuple[list[Prompt], bool]:
+    """The prompts of an encoder-decoder, and whether one was passed and not a list.
+
+    Args:
+        model: an encoder-decoder.
+        prompts: a text or ids (the source); a pair of these (source, target); a mapping of the model's inputs, of one
+            prompt (`input_ids`, `input_features` or `pixel_values`, and `decoder_input_ids` or none); or a
+            list of such. Token ids of a target are what the decoder reads, its first token included; a target
+            text is preceded by the model's own.
+
+    Raises:
+        LensError: none of these, an input that the model does not take, or no target for a model that cannot write.
+    """
+    if isinstance(prompts, list) and not (prompts and isinstance(prompts[0], int)):
+        if not prompts:
+            raise LensError("no prompts were given; pass a source, a pair, or a list of them")
+        return [_one(model, prompt) for prompt in prompts], False
+    return [_one(model, prompts)], True
+
+
+def _one(model: LoadedModel, prompt: Any) -> Prompt:
+    source, target = prompt, None
+    if isinstance(prompt, tuple):
+        if len(prompt) != 2:
+            raise LensError(f"a pair is (source, target), got {len(prompt)} parts")
+        source, target = prompt
+    text = source if isinstance(source, str) else None
+    inputs = _inputs(model, source)
+    names = accepted(model)
+    for name in ("labels", "decoder_attention_mask"):
+        if name in inputs:
+            raise LensError(f"leave {name} out; give what the decoder reads as decoder_input_ids")
+    if unknown := sorted(set(inputs) - set(names)):
+        raise LensError(f"{model.info.class_name} takes no {', '.join(unknown)}; leave it out")
+    ids = _row(model, inputs.get("input_ids"))
+    of_decoder = "decoder_input_ids"
+    if of_decoder not in names:  # BLIP's decoder reads input_ids, DETR's queries are weights
+        reads = model_input(model) != "input_ids" and "input_ids" in names
+        if target is not None:
+            if not reads:
+                raise LensError(f"the decoder of {model.info.class_name} reads no tokens")
+            inputs["input_ids"] = placed(model, torch.tensor([_target(model, target)]))
+        read = _row(model, inputs.get("input_ids")) if reads else None
+        return Prompt(inputs, None if reads else ids, text, read)
+    if target is not None:
+        inputs[of_decoder] = placed(model, torch.tensor([_target(model, target)]))
+    if of_decoder not in inputs:
+        inputs[of_decoder] = _written(model, inputs)
+    return Prompt(inputs, ids, text, _row(model, inputs[of_decoder]))
+
+
+def _inputs(model: LoadedModel, source: Any) -> dict[str, torch.Tensor]:
+    if isinstance(source, str):
+        source = model.encode(source)
+    if isinstance(source, Mapping):
+        found = {}
+        for name, value in source.items():
+            if value is None:
+                continue
+            try:
+                tensor = torch.as_tensor(value)
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise LensError(f"{name} must be a tensor or lists of numbers") from error
+            if tensor.dim() == 1:
+                tensor = tensor[None]
+            if tensor.dim() == 0 or len(tensor) != 1:
+                raise LensError(
+                    f"{name} {list(tensor.shape)} must hold one prompt of an encoder-decoder; pass a list of "
+                    "mappings"
+                )
+            found[str(name)] = placed(model, tensor)
+        mask = found.get("attention_mask")
+        if "input_ids" in found and mask is not None and mask.shape == found["input_ids"].shape:
+            real = mask[0].bool()
+            found["input_ids"] = found["input_ids"][:, real]
+            del found["attention_mask"]
+        return found
+    if isinstance(source, torch.Tensor) and source.is_floating_point():
+        return {model_input(model): placed(model, source)}
+    if isinstance(source, torch.Tensor | Sequence):
+        ids = torch.as_tensor(source).reshape(1, -1)
+        if model_input(model) != "input_ids":
+            raise LensError(
+                f"the source of {model.info.class_name} is {model_input(model)}, and these are token ids; pass "
+                f"({{{model_input(model)!r}: ...}}, target)"
+            )
+        check_ids(model, ids[0].tolist())
+        return {"input_ids": placed(model, ids)}
+    raise LensError(f"a source must be a text, token ids or a mapping, got {type(source).__name__}")
+
+
+def _target(model: LoadedModel, target: Any) -> list[int]:
+    """What the decoder reads: [start, tokens without the end] of a text, ids as they are."""
+    if not isinstance(target, str):
+        ids = torch.as_tensor(target).flatten().tolist()
+        if not ids:
+            raise LensError("the target has no tokens; give at least the decoder's first one")
+        return ids
+    if model.tokenizer is None:
+        raise LensError(f"{model.name} has no tokenizer; give the target as token ids")
+    try:
+        ids = list(model.tokenizer(text_target=target, verbose=False)["input_ids"])
+    except (TypeError, ValueError):  # a tokenizer without one for targets
+        ids = list(model.tokenizer(target, verbose=False)["input_ids"])
+    if ids and ids[-1] == getattr(model.tokenizer, "eos_token_id", None):
+        ids = ids[:-1]
+    start = _start(model)
+    return ids if start is None or ids[:1] == [start] else [start, *ids]
+
+
+def _start(model: LoadedModel) -> int | None:
+    for settings in (getattr(model.model, "generation_config", None), model.model.config):
+        for name in ("decoder_start_token_id", "bos_token_id"):
+            number = getattr(settings, name, None)
+            if isinstance(number, int):
+                return number
+    return None
+
+
+def _written(model: LoadedModel, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """What the model writes, without the end."""
+    if not getattr(model.model, "can_generate", lambda: False)():
+        raise LensError(
+            f"{model.info.class_name} has no head and cannot write a target; give one: (source, target), or "
+            "decoder_input_ids"
+        )
+    read: list[torch.Tensor] = []
+
+    def reads(_: Any, __: tuple, given: dict[str, Any]) -> None:
+        ids, cache = given.get("decoder_input_ids"), given.get("past_key_values")
+        if ids is None:
+            return
+        if cache is None or not int(cache.get_seq_length()):  # from the start (again)
+            read.clear()
+        read.append(ids[:1])
+
+    hook = base(model).register_forward_pre_hook(reads, with_kwargs=True)
+    try:
+        with torch.no_grad():
+            model.model.generate(
+                **inputs, max_new_tokens=_most_written(model), do_sample=False, num_beams=1
+            )
+    except (ValueError, RuntimeError, TypeError, IndexError) as error:
+        raise LensError(
+            f"{model.info.class_name} cannot write a target ({first_line(error)}); give one: (source, target)"
+        ) from error
+    finally:
+        hook.remove()
+    if not read:
+        raise LensError(
+            f"what the decoder of {model.info.class_name} reads cannot be seen; give it: (source, target)"
+        )
+    return torch.cat(read, 1)
+
+
+def _most_written(model: LoadedModel) -> int:
+    """As many tokens as are asked for or the decoder has positions for, whichever is less; some are the model's."""
+    config = getattr(model.model.config, "decoder", None) or model.model.config
+    names = ("max_target_positions", "max_position_embeddings", "n_positions")
+    limits = [getattr(config, name, None) for name in names if hasattr(config, name)]
+    known = [limit - _OWN for limit in limits if isinstance(limit, int) and limit > _OWN + 1]
+    return min([MOST_WRITTEN, *known[:1]])
+
+
+_OWN = 6
+"""Tokens that a model may put before what it writes (language, task)."""
+
+
+def _row(model: LoadedModel, ids: torch.Tensor | None) -> list[int] | None:
+    return None if ids is None or ids.is_floating_point() else ids[0].tolist()

@@ -1,0 +1,253 @@
+"""Which heads of the cross-attention align target and source: their strongest keys against labels, and in order.
+
+A head that aligns looks, from each token of the target, at the one place of the source that it stands for; in
+languages with one word order, and in speech, these places go on as the target does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import pandas as pd
+from scipy.stats import kendalltau
+
+from lens.common.choices import check_choice
+from lens.common.errors import LensError
+from lens.common.head_ids import head_columns
+from lens.common.results import Result, Sentence, described
+from lens.stats import over_rows, over_units
+from lens.traces.parts import TraceParts
+from lens.traces.trace import AttentionTrace
+
+Labels: TypeAlias = Mapping[int, int | Sequence[int]] | Sequence[tuple[int, int]]
+"""Position in the target -> position or positions in the source; or pairs (target, source). Others are not scored."""
+At = Literal["read", "predicted"]
+_MEASURES = ("monotonicity", "confidence", "accuracy", "chance", "error", "mass")
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Alignment(Result):
+    """How each head of the cross-attention aligns target and source.
+
+    Attributes:
+        per_prompt: name -> [heads, prompts], NaN where a prompt cannot say it:
+            "monotonicity", Kendall's tau-b between the queries and their strongest keys, -1 to 1;
+            "confidence", mean of the largest probability of a row;
+            "accuracy", share of the labelled rows whose strongest key is a label;
+            "chance", the same of a key drawn from all keys;
+            "error", mean distance from the strongest key to the nearest label, keys;
+            "mass", mean probability on the labels (of traces with q and k).
+        hits: of one prompt, [heads, labelled rows] 0 or 1, for its interval; else None.
+        heads: (layer, head) of each row.
+        model: its name.
+        seconds: from one key to the next, where keys are moments of a sound.
+        at: which row stands for a token of the target, "read" or "predicted".
+    """
+
+    per_prompt: Mapping[str, np.ndarray]
+    hits: np.ndarray | None
+    heads: tuple[tuple[int, int], ...]
+    model: str
+    seconds: float | None
+    at: str
+
+    @property
+    def labelled(self) -> bool:
+        """Whether there were labels."""
+        return bool(np.isfinite(self.per_prompt["accuracy"]).any())
+
+    def table(self, *, seed: int = 0) -> pd.DataFrame:
+        """One row per head, the best aligned first: `name`, `layer`, `head` and the measures.
+
+        Means over prompts; `_low` and `_high` of monotonicity and accuracy are 95 % bootstrap intervals over
+        prompts; of one prompt accuracy has one over blocks of its rows. Without labels the order is by monotonicity.
+        `error_seconds` where keys are moments of a sound; `prompts`.
+        """
+        found: dict[str, Any] = head_columns(self.heads)
+        for name in _MEASURES:
+            values = self.per_prompt[name]
+            known = ~np.isnan(values)
+            total = np.where(known, values, 0).sum(1)
+            found[name] = total / np.where(known.any(1), known.sum(1), np.nan)
+            if name in ("monotonicity", "accuracy"):
+                low, high = over_units(np.where(known, values, 0).T, known.T.astype(float), seed)
+                if name == "accuracy" and self.hits is not None and self.hits.shape[1]:
+                    low, high = over_rows(self.hits, seed)
+                found |= {f"{name}_low": low, f"{name}_high": high}
+        if self.seconds is not None:
+            found["error_seconds"] = found["error"] * self.seconds
+        table = pd.DataFrame(found | {"prompts": self.per_prompt["accuracy"].shape[1]})
+        order = "accuracy" if self.labelled else "monotonicity"
+        return table.sort_values(order, ascending=False, kind="stable", ignore_index=True)
+
+    def findings(self) -> tuple[Sentence, ...]:
+        """The head that aligns best, beside chance, and the one that goes on as the target does."""
+        table, said = self.table(), []
+        if self.labelled:
+            best = table.iloc[0]
+            said.append(
+                Sentence(
+                    f"{best['name']} points best: the strongest key is a label in {best['accuracy']:.0%} "
+                    f"[{best['accuracy_low']:.0%}, {best['accuracy_high']:.0%}] of the labelled rows; "
+                    f"a key at random in {best['chance']:.0%}.",
+                    kind="alignment",
+                )
+            )
+        ordered = table.dropna(subset=["monotonicity"])
+        if len(ordered):
+            first = ordered.loc[ordered["monotonicity"].idxmax()]
+            said.append(
+                Sentence(
+                    f"{first['name']} goes on as the target does: Kendall's tau of its strongest keys is "
+                    f"{first['monotonicity']:.2f}.",
+                    kind="monotonicity",
+                )
+            )
+        else:
+            said.append(
+                Sentence(
+                    "Every head looks at one key from all rows, so none has an order.", kind="limit"
+                )
+            )
+        return tuple(said)
+
+    def __repr__(self) -> str:
+        return described(self)
+
+
+def alignment(
+    traces: AttentionTrace | TraceParts | Sequence[AttentionTrace | TraceParts],
+    labels: Labels | Sequence[Labels] | None = None,
+    *,
+    at: At = "read",
+) -> Alignment:
+    """How each head of the cross-attention aligns target and source.
+
+    Args:
+        traces: as `lens.capture` gives them of an encoder-decoder, of one prompt or several.
+        labels: of each prompt, which source positions a target position stands for: a mapping or pairs; of
+            several prompts a list of them. None: order alone.
+        at: the row that stands for token t of the target: "read", where the decoder reads it (row t), or
+            "predicted", where it is predicted (row t - 1), as in speech.
+
+    Raises:
+        LensError: traces without cross-attention, of several models, or labels that do not fit.
+
+    Example:
+        >>> captured = lens.capture(translator, ([3, 4, 5, 6], [2, 3, 4, 5]), progress=False)
+        >>> lens.traces.alignment(captured, {1: 0, 2: 1, 3: 2}).table().columns[:4].tolist()
+        ['name', 'layer', 'head', 'monotonicity']
+    """
+    check_choice("at", at, At)
+    single = isinstance(traces, AttentionTrace | TraceParts)
+    several = [_cross(one) for one in ([traces] if single else traces)]
+    if not several:
+        raise LensError("alignment needs at least one trace, got an empty list")
+    if len({(one.model, one.layers, one.heads) for one in several}) > 1:
+        raise LensError("traces must come from one model, with the same layers and heads")
+    given: list[Any] = [None] * len(several)
+    if labels is not None:
+        given = [labels] if single else list(labels)
+    if len(given) != len(several):
+        raise LensError(f"labels must be one for each of {len(several)} prompts, got {len(given)}")
+    measured = [
+        _measured(one, _rows(one, own, at)) for one, own in zip(several, given, strict=True)
+    ]
+    return Alignment(
+        per_prompt={name: np.stack([one[name] for one in measured], 1) for name in _MEASURES},
+        hits=measured[0]["hits"] if len(measured) == 1 else None,
+        heads=tuple((head.layer, head.head) for head in several[0].every_head),
+        model=several[0].model,
+        seconds=several[0].attrs.get("seconds_per_position"),
+        at=at,
+    )
+
+
+def _cross(given: Any) -> AttentionTrace:
+    found = given.get("cross") if isinstance(given, TraceParts) else given
+    if not isinstance(found, AttentionTrace) or not found.cross:
+        raise LensError(
+            "alignment takes traces of cross-attention: of lens.capture(model, prompt) or of model.part('cross')"
+        )
+    if "strongest" not in found.dataset:
+        raise LensError("the trace has no strongest keys; capture it with statistics='all'")
+    return found
+
+
+def _rows(trace: AttentionTrace, labels: Any, at: At) -> dict[int, list[int]]:
+    """Row -> labelled keys."""
+    if labels is None:
+        return {}
+    pairs = labels.items() if isinstance(labels, Mapping) else labels
+    found: dict[int, list[int]] = {}
+    for pair in pairs:
+        try:
+            token, keys = pair
+            token, keys = int(token), [int(key) for key in np.atleast_1d(keys)]
+        except (TypeError, ValueError) as error:
+            raise LensError(
+                f"labels are a mapping target -> source or pairs (target, source), got {pair!r}"
+            ) from error
+        row = token - (at == "predicted")
+        if not 0 <= token < trace.queries + (at == "predicted"):
+            raise LensError(f"the target has positions 0 to {trace.queries - 1}, got {token}")
+        if not all(0 <= key < trace.length for key in keys):
+            raise LensError(f"the source has positions 0 to {trace.length - 1}, got {keys}")
+        if row >= 0:
+            found.setdefault(row, []).extend(keys)
+    return found
+
+
+def _measured(trace: AttentionTrace, rows: Mapping[int, Sequence[int]]) -> dict[str, np.ndarray]:
+    """name -> [heads], and `hits` [heads, labelled rows]."""
+    data = trace.dataset
+    strongest = _flat(data["strongest"].values)  # [heads, queries]
+    found = {"monotonicity": np.array([_tau(keys) for keys in strongest])}
+    unknown = np.full(len(strongest), np.nan)
+    found["confidence"] = unknown
+    if {"max_logit", "lse"} <= set(data):
+        found["confidence"] = _flat(np.exp(data["max_logit"].values - data["lse"].values)).mean(-1)
+    places = list(rows)
+    distance = np.full((len(strongest), len(places)), np.nan)
+    for column, row in enumerate(places):
+        keys = np.array(rows[row])
+        distance[:, column] = np.abs(strongest[:, row, None] - keys).min(-1)
+    found["hits"] = (distance == 0).astype(float)
+    if not places:
+        return found | dict.fromkeys(("accuracy", "chance", "error", "mass"), unknown)
+    chance = np.mean([len(set(keys)) for keys in rows.values()]) / trace.length
+    return found | {
+        "accuracy": found["hits"].mean(-1),
+        "chance": np.full(len(strongest), chance),
+        "error": distance.mean(-1),
+        "mass": _mass(trace, rows),
+    }
+
+
+def _mass(trace: AttentionTrace, rows: Mapping[int, Sequence[int]]) -> np.ndarray:
+    """[heads] mean probability on the labels; NaN where the trace has no exact tiles."""
+    found = []
+    for layer, head in trace.every_head:
+        if trace.tile_refusal(layer, head):
+            found.append(np.nan)
+            continue
+        of_rows = [
+            trace.tile(layer, head, (row, row + 1), (0, trace.length))[0, sorted(set(keys))].sum()
+            for row, keys in rows.items()
+        ]
+        found.append(np.mean(of_rows))
+    return np.array(found)
+
+
+def _tau(keys: np.ndarray) -> float:
+    """Kendall's tau-b of a row of positions with its order; NaN where all are one."""
+    if len(keys) < 2 or (keys == keys[0]).all():
+        return np.nan
+    return float(kendalltau(np.arange(len(keys)), keys).statistic)
+
+
+def _flat(values: np.ndarray) -> np.ndarray:
+    return values.reshape(-1, values.shape[-1])

@@ -1,0 +1,35 @@
+"""What can be said of a row of tokens without any attention: which are delimiters, how far their copies are."""
+
+from __future__ import annotations
+
+import unicodedata
+
+import numpy as np
+
+
+def is_delimiter(token: str) -> bool:
+    """Whether a token is punctuation alone, or a line break; spaces around do not matter."""
+    marks = token.strip()
+    if not marks:
+        return "\n" in token
+    return all(unicodedata.category(mark).startswith("P") for mark in marks)
+
+
+def nearest_copy(
+    ids: np.ndarray, *, skip_first: bool = False, both_ways: bool = False
+) -> np.ndarray:
+    """[tokens] distance to the nearest earlier copy of each token, inf where there is none.
+
+    Args:
+        ids: token ids.
+        skip_first: a copy at position 0 does not count.
+        both_ways: later copies count too.
+    """
+    order = np.argsort(ids, kind="stable")
+    same = ids[order][1:] == ids[order][:-1]
+    gap = np.where(same, np.diff(order), np.inf)
+    distance = np.full(len(ids), np.inf)
+    distance[order[1:]] = np.where((order[:-1] == 0) & skip_first, np.inf, gap)
+    if both_ways:
+        distance[order[:-1]] = np.minimum(distance[order[:-1]], gap)
+    return distance

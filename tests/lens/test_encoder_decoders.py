@@ -1,0 +1,236 @@
+"""Whole encoder-decoders: three attentions, each equal to `eager`, with two token axes across."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+import lens
+from lens import edits
+from lens.passes.interface import switched
+from lens.traces import alignment
+from lens.traces.parts import TraceParts
+
+from .encoder_decoders import MAKE, eager, inputs_of, made
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", MAKE)
+def test_every_part_is_what_eager_gives(name):
+    model, given = made(name), inputs_of(name)
+    loaded = lens.load(model)
+    with switched(model, "eager"):
+        expected = eager(name, model, given)
+    traces = lens.capture(loaded, given, block_size=1, keep_qk=True, progress=False)
+    assert set(traces) == set(expected) == set(loaded.parts)
+    for part, layers in expected.items():
+        trace = traces[part]
+        info = loaded.part(part).info
+        assert (trace.layers, trace.heads) == (info.attending, info.heads)
+        assert len(layers) == len(trace.layers)
+        for layer, own in zip(trace.layers, layers, strict=True):
+            found = torch.tensor(trace.block_mass.sel(layer=layer).values)
+            assert (found - own).abs().max() < 1e-5
+            assert own.max() > 1.2 * own.mean()
+            if part == "cross":
+                at = torch.arange(own.shape[-1], dtype=torch.float32)
+                assert (
+                    torch.tensor(trace.center.sel(layer=layer).values) - own @ at
+                ).abs().max() < 1e-4
+                assert (trace.strongest.sel(layer=layer).values == own.argmax(-1).numpy()).all()
+                assert (trace.visible.sel(layer=layer) == own.shape[1]).all()
+                tile = trace.tile(layer, 1, (0, own.shape[1]), (1, own.shape[2]))
+                assert abs(tile - own[1, :, 1:].numpy()).max() < 1e-5
+    cross = traces["cross"]
+    assert (cross.queries, cross.length) == tuple(expected["cross"][0].shape[1:])
+    assert len(cross.query_tokens) == cross.queries
+    assert len(cross.tokens) == cross.length
+
+
+def test_both_axes_have_their_names(tmp_path):
+    loaded = lens.load(made("whisper"))
+    trace = lens.capture(loaded, inputs_of("whisper"), progress=False)
+    assert trace.cross.query_tokens == ["2", "30", "31", "32", "33"]
+    assert trace.cross.tokens[:3] == ["0.00 s", "0.02 s", "0.04 s"]
+    assert trace.cross.attrs["seconds_per_position"] == pytest.approx(0.02)
+    picture = lens.capture(lens.load(made("trocr")), inputs_of("trocr"), progress=False)
+    assert picture.cross.tokens[:3] == ["[CLS]", "0,0", "0,1"]
+    trace.save(tmp_path / "t")
+    again = TraceParts.load(tmp_path / "t")
+    assert set(again) == {"encoder", "decoder", "cross"}
+    for part, one in trace.items():
+        assert again[part].query_tokens == one.query_tokens
+        assert again[part].part == part
+        assert again[part].dataset.equals(one.dataset)
+    assert again.cross.plot("L0H1") is not None
+    assert "cross-attention of 5 to 20 tokens" in repr(again)
+    assert "<img" in trace.cross._repr_html_()
+
+
+def test_a_source_alone_is_given_the_target_that_the_model_writes():
+    model = made("t5")
+    loaded = lens.load(model)
+    source = [3, 4, 5, 6, 7]
+    trace = lens.capture(loaded.part("cross"), source, progress=False)
+    written = model.generate(torch.tensor([source]), max_new_tokens=64, do_sample=False)[0].tolist()
+    read = [int(token) for token in trace.query_tokens]
+    assert read == written[: len(read)]
+    assert len(read) >= len(written) - 1
+    pairs = lens.capture(
+        loaded.part("cross"), [(source, [0, 5, 6]), (source, [0, 9])], progress=False
+    )
+    assert [one.queries for one in pairs] == [3, 2]
+
+
+def test_scores_of_cross_attention_are_those_of_the_matrix():
+    loaded = lens.load(made("bart"))
+    traces = lens.capture(loaded, inputs_of("bart"), block_size=1, progress=False)
+    table = lens.profile(traces)
+    assert table["part"].unique().tolist() == ["encoder", "decoder", "cross"]
+    rows = table[table["part"] == "cross"].set_index(["layer", "head"])
+    p = traces.cross.block_mass.values.astype(float)  # [layers, heads, queries, keys]
+    entropy = -(p * np.log(p)).sum(-1).mean(-1)
+    assert rows["entropy"].to_numpy() == pytest.approx(entropy.ravel(), abs=1e-5)
+    assert rows["first_token"].to_numpy() == pytest.approx(p[..., 0].mean(-1).ravel(), abs=1e-5)
+    assert rows["prefix_mass"].to_numpy() == pytest.approx(
+        p[..., :4].sum(-1).mean(-1).ravel(), abs=1e-5
+    )
+    assert rows["top_key"].to_numpy() == pytest.approx(p.sum(2).argmax(-1).ravel())
+    assert rows["entropy_uniform"].to_numpy() == pytest.approx(np.log(7))
+    assert rows["sink_mass_uniform"].to_numpy() == pytest.approx(1 / 7)
+    for name in ("previous_token", "induction", "distance", "locality", "positional"):
+        assert rows[name].isna().all()
+        assert "two sequences" in table.attrs["reasons"]["cross"][name]
+    with pytest.raises(lens.LensError, match="one model and part"):
+        lens.profile([traces.cross, traces.decoder])
+
+
+def naive_tau(keys):
+    """Kendall's tau-b, pair by pair."""
+    order, ties, pairs = 0, 0, 0
+    for second in range(len(keys)):
+        for first in range(second):
+            pairs += 1
+            order += np.sign(keys[second] - keys[first])
+            ties += keys[second] == keys[first]
+    return order / np.sqrt(pairs * (pairs - ties))
+
+
+def test_alignment_is_what_its_definition_says():
+    loaded = lens.load(made("marian"))
+    traces = lens.capture(loaded, inputs_of("marian"), block_size=1, keep_qk=True, progress=False)
+    labels = {1: 0, 2: [1, 3], 4: 6}
+    found = alignment(traces, labels)
+    table = found.table().set_index(["layer", "head"])
+    p = traces.cross.block_mass.values
+    for layer in range(2):
+        for head in range(4):
+            matrix, row = p[layer, head], table.loc[(layer, head)]
+            top = matrix.argmax(-1)
+            hits = [top[1] == 0, top[2] in (1, 3), top[4] == 6]
+            assert row["accuracy"] == pytest.approx(np.mean(hits))
+            mass = [matrix[1, 0], matrix[2, 1] + matrix[2, 3], matrix[4, 6]]
+            assert row["mass"] == pytest.approx(np.mean(mass), abs=1e-5)
+            assert row["confidence"] == pytest.approx(matrix.max(-1).mean(), abs=1e-5)
+            error = [abs(top[1] - 0), min(abs(top[2] - 1), abs(top[2] - 3)), abs(top[4] - 6)]
+            assert row["error"] == pytest.approx(np.mean(error))
+            if len(set(top)) > 1:
+                assert row["monotonicity"] == pytest.approx(naive_tau(top))
+            else:
+                assert np.isnan(row["monotonicity"])
+    assert table["chance"].to_numpy() == pytest.approx(4 / 3 / 7)
+    assert {one.kind for one in found.findings()} == {"alignment", "monotonicity"}
+    shifted = alignment(traces, {key + 1: value for key, value in labels.items()}, at="predicted")
+    assert shifted.table()["accuracy"].tolist() == found.table()["accuracy"].tolist()
+    assert found.plot().data[0].z.shape == (2, 4)
+    several = alignment([traces, traces.cross], [labels, labels])
+    assert several.table()["accuracy"].tolist() == found.table()["accuracy"].tolist()
+    assert not alignment(traces).labelled
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        ({9: 0}, "target has positions 0 to 4, got 9"),
+        ({1: 7}, "source has positions 0 to 6"),
+        ([5], "labels are a mapping"),
+    ],
+)
+def test_labels_that_do_not_fit_are_refused(labels, said):
+    loaded = lens.load(made("marian"))
+    traces = lens.capture(loaded, inputs_of("marian"), progress=False)
+    with pytest.raises(lens.LensError, match=said):
+        alignment(traces, labels)
+    with pytest.raises(lens.LensError, match="takes traces of cross-attention"):
+        alignment(traces.decoder)
+    with pytest.raises(lens.LensError, match="one for each of 2 prompts"):
+        alignment([traces, traces], [labels])
+
+
+@torch.no_grad()
+def test_edits_act_on_the_chosen_part_alone():
+    model, given = made("bart"), inputs_of("bart")
+    loaded = lens.load(model)
+    own = model(**given).logits
+    mask = torch.tensor([[1, 0, 1, 1, 0, 1, 1]])
+    encoded = model.get_encoder()(given["input_ids"])
+    hidden = model(
+        encoder_outputs=encoded, attention_mask=mask, decoder_input_ids=given["decoder_input_ids"]
+    ).logits
+    with lens.edit(loaded.part("cross"), edits.Mask([1, 4])) as (done,):
+        assert (model(**given).logits - hidden).abs().max() < 1e-5
+    assert done.calls == 2
+    assert (own - hidden).abs().max() > 1e-2
+    seen = []
+    for part in loaded.parts:
+        with lens.edit(loaded.part(part), edits.Ablate(["L1H2"])):
+            seen.append(model(**given).logits)
+        assert (seen[-1] - own).abs().max() > 1e-3
+    assert all((one - other).abs().max() > 1e-4 for one, other in itertools.pairwise(seen))
+    with lens.edit(loaded.part("cross"), edits.Knockout([2], [3], heads=["L0H1"])) as (done,):
+        changed = (model(**given).logits - own)[0].abs().amax(-1)
+    assert done.edited_rows == 1
+    assert changed[:2].max() < 1e-5, "query 2 of the target, from there on"
+    assert changed[2] > 1e-4
+
+
+def test_edits_act_while_it_writes():
+    model = made("t5")
+    loaded = lens.load(model)
+    source, options = torch.tensor([[3, 4, 5, 6]]), {"max_new_tokens": 4, "min_new_tokens": 4}
+    with lens.edit(loaded.part("cross"), edits.Mask([0])) as (done,):
+        model.generate(source, **options)
+    assert done.steps == 4
+    assert done.calls == 8
+    with lens.traces.capturing(loaded.part("cross")) as recorder:
+        model.generate(source, **options)
+    assert [(one.place, one.keys) for one in recorder.records] == [("cross", 4)] * 8
+
+
+def test_what_needs_one_part_says_so():
+    loaded = lens.load(made("t5"))
+    for run in (
+        lambda: lens.edit(loaded, edits.Mask("first")).__enter__(),
+        lambda: lens.heads.similarity(loaded, [[3, 4, 5]]),
+    ):
+        with pytest.raises(lens.LensError, match="is an encoder-decoder"):
+            run()
+    with pytest.raises(lens.LensError, match="part must be one of 'encoder', 'decoder', 'cross'"):
+        loaded.part("middle")
+    with pytest.raises(lens.LensError, match="no encoder-decoder, so it has no parts"):
+        lens.load("induction-2l").part("cross")
+    for prompt, said in [
+        ([], "no prompts were given"),
+        (([3], [0], [1]), "a pair is"),
+        ({"input_ids": torch.ones(2, 3, dtype=torch.long)}, "must hold one prompt"),
+        ({"input_ids": [3], "labels": [3]}, "leave labels out"),
+        ({"input_ids": [3], "pixels": [3]}, "takes no pixels"),
+        (([3], []), "the target has no tokens"),
+        ("text", "has no tokenizer"),
+        (5, "a source must be"),
+    ]:
+        with pytest.raises(lens.LensError, match=said):
+            lens.capture(loaded, prompt, progress=False)
+    with pytest.raises(lens.LensError, match="has no head and cannot write a target"):
+        lens.capture(lens.load(made("bart").model), [3, 4], progress=False)
