@@ -85,6 +85,28 @@ vit = lens.load(
     ).eval()
 )
 
+# An encoder-decoder with random weights.
+translator = lens.load(
+    transformers.BartForConditionalGeneration(
+        transformers.BartConfig(
+            vocab_size=97,
+            d_model=32,
+            encoder_layers=2,
+            decoder_layers=2,
+            encoder_attention_heads=4,
+            decoder_attention_heads=4,
+            encoder_ffn_dim=40,
+            decoder_ffn_dim=40,
+            max_position_embeddings=64,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+            decoder_start_token_id=2,
+            forced_eos_token_id=None,
+        )
+    ).eval()
+)
+
 # Two run folders of the profile of the language model, as `lens run` makes them: before and after training.
 _folder = Path(tempfile.mkdtemp(prefix="given-"))
 

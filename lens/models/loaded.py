@@ -116,7 +116,7 @@ class LoadedModel:
     parts: Mapping[str, ModelInfo] = field(default_factory=dict)
     chosen: str = ""
 
-    def part(self, name: Part) -> LoadedModel:
+    def part(self, name: Part | str) -> LoadedModel:
         """The same encoder-decoder with the heads of one of its attentions.
 
         Args:

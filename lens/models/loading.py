@@ -23,7 +23,7 @@ from lens.common.results import few
 from lens.models import dinov2, smollm2
 from lens.models.attention_only import AttentionOnlyConfig, AttentionOnlyModel
 from lens.models.catalogue import DEFAULT_MODEL, KNOWN, is_hub_id, unknown_model
-from lens.models.loaded import LoadedModel, is_bridge
+from lens.models.loaded import LoadedModel, ModelInfo, is_bridge
 from lens.models.processors import read_processor
 from lens.models.sizes import describe, describe_bridge, image_token
 from lens.models.stacks import stacks
@@ -278,7 +278,7 @@ def _described(
     if halves := stacks(model):
         info = describe(model)
         names = PARTS if halves.encoder is not None else PARTS[1:]
-        parts = dict.fromkeys(names, info)
+        parts: dict[str, ModelInfo] = dict.fromkeys(names, info)
         return LoadedModel(model, tokenizer, name, revision, info, parts=parts)
     if "decoder_input_ids" in inspect.signature(model.forward).parameters:
         raise LensError(

@@ -29,9 +29,10 @@ def stacks(model: Any) -> Stacks | None:
         return Stacks(encoder, decoder) if is_whole else None
     base = getattr(model, "base_model", model)
     for names in (("vision_model", "text_decoder"), ("encoder", "decoder")):
-        halves = [getattr(base, name, None) for name in names]
-        if all(isinstance(half, nn.Module) for half in halves) and crossing(halves[1]):
-            return Stacks(halves[0], halves[1])  # type: ignore[arg-type]
+        first, second = (getattr(base, name, None) for name in names)
+        both = isinstance(first, nn.Module) and isinstance(second, nn.Module)
+        if both and crossing(second):
+            return Stacks(first, second)
     if {"query_embeds", "encoder_hidden_states"} <= takes.keys() and crossing(model):
         return Stacks(None, model)
     return None

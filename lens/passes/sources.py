@@ -63,12 +63,12 @@ def _one(model: LoadedModel, prompt: Any) -> Prompt:
                 raise LensError(f"the decoder of {model.info.class_name} reads no tokens")
             inputs["input_ids"] = placed(model, torch.tensor([_target(model, target)]))
         read = _row(model, inputs.get("input_ids")) if reads else None
-        return Prompt(inputs, None if reads else ids, text, read)
+        return Prompt(inputs, None if reads else ids, text, target=read)
     if target is not None:
         inputs[of_decoder] = placed(model, torch.tensor([_target(model, target)]))
     if of_decoder not in inputs:
         inputs[of_decoder] = _written(model, inputs)
-    return Prompt(inputs, ids, text, _row(model, inputs[of_decoder]))
+    return Prompt(inputs, ids, text, target=_row(model, inputs[of_decoder]))
 
 
 def _inputs(model: LoadedModel, source: Any) -> dict[str, torch.Tensor]:

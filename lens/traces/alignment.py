@@ -98,7 +98,7 @@ class Alignment(Result):
             )
         ordered = table.dropna(subset=["monotonicity"])
         if len(ordered):
-            first = ordered.loc[ordered["monotonicity"].idxmax()]
+            first = ordered.iloc[int(ordered["monotonicity"].to_numpy().argmax())]
             said.append(
                 Sentence(
                     f"{first['name']} goes on as the target does: Kendall's tau of its strongest keys is "
@@ -246,7 +246,8 @@ def _tau(keys: np.ndarray) -> float:
     """Kendall's tau-b of a row of positions with its order; NaN where all are one."""
     if len(keys) < 2 or (keys == keys[0]).all():
         return np.nan
-    return float(kendalltau(np.arange(len(keys)), keys).statistic)
+    found: Any = kendalltau(np.arange(len(keys)), keys)
+    return float(found.statistic)
 
 
 def _flat(values: np.ndarray) -> np.ndarray:

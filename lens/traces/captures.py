@@ -161,7 +161,7 @@ def capture(
             folder = out if out is None or is_single else Path(out) / f"p{number:03d}"
             chosen = settings.with_labels(own[number])
 
-            def one(
+            def captured(
                 view: LoadedModel,
                 part: str = "",
                 folder: Any = folder,
@@ -172,9 +172,9 @@ def capture(
                 return _capture_one(view, prompt, chosen, chunk, inside, seed, advance)
 
             if not model.parts or model.chosen:
-                traces.append(one(model))
+                traces.append(captured(model))
             else:
-                traces.append(TraceParts({part: one(views[part], part) for part in views}))
+                traces.append(TraceParts({part: captured(views[part], part) for part in views}))
     return traces[0] if is_single else traces
 
 

@@ -267,17 +267,16 @@ class _Hostile:
         return Path.touch, (self.mark,)
 
 
-def test_an_encoder_decoder_is_refused_with_the_way_out(tmp_path):
+def test_an_encoder_decoder_is_loaded_from_its_folder_whole(tmp_path):
     config = transformers.T5Config(
         vocab_size=97, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2
     )
     model = transformers.T5ForConditionalGeneration(config).eval()
-    with pytest.raises(LensError, match=r"encoder-decoder.*lens\.load\(model\.get_encoder\(\)\)"):
-        lens.load(model)
     assert lens.load(model.get_encoder()).check < 1e-5
     model.save_pretrained(tmp_path)
-    with pytest.raises(LensError, match="T5ForConditionalGeneration is an encoder-decoder"):
-        lens.load(tmp_path)
+    loaded = lens.load(tmp_path)
+    assert list(loaded.parts) == ["encoder", "decoder", "cross"]
+    assert loaded.check < 1e-5
 
 
 def test_a_model_in_training_mode_is_refused():

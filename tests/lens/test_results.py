@@ -183,6 +183,7 @@ def test_tables_of_heads_join():
         )
     }
     elsewhere = {
+        "Alignment",
         "HeadSelection",
         "PatchDistances",
         "PolicyScores",
