@@ -30,8 +30,9 @@ def stacks(model: Any) -> Stacks | None:
     base = getattr(model, "base_model", model)
     for names in (("vision_model", "text_decoder"), ("encoder", "decoder")):
         first, second = (getattr(base, name, None) for name in names)
-        both = isinstance(first, nn.Module) and isinstance(second, nn.Module)
-        if both and crossing(second):
+        if not isinstance(first, nn.Module) or not isinstance(second, nn.Module):
+            continue
+        if crossing(second):
             return Stacks(first, second)
     if {"query_embeds", "encoder_hidden_states"} <= takes.keys() and crossing(model):
         return Stacks(None, model)
