@@ -8,6 +8,7 @@
 /run/<id>/heads                       heads against each other, by any two scores
 /run/<id>/sinks                       where attention is parked
 /run/<id>/redistribution              what changes when it is moved
+/run/<id>/policies                    which heads may be sparse
 /run/<id>/circuits                    which edges carry a task
 /run/<id>/analysis/<section>          what one analysis found
 /run/<id>/provenance                  how it was made
@@ -42,15 +43,16 @@ OPTIONS: dict[str, dict[str, str]] = {
     },
     "sinks": {"epsilon": "", "edit": ""},
     "redistribution": {"rule": "", "amount": ""},
+    "policies": {"policy": "", "head": "", "shown": "", "layer": ""},
     "circuits": {"ranking": "", "edges": "", "pins": "", "by": "", "groups": ""},
     "compare": {"a": "", "b": "", "metric": "", "group": ""},
 }
 """Options of each page with their defaults; a link holds those that differ."""
 PAGES = (
-    *("runs", "jobs", "overview", "heads", "head", "atlas", "sinks", "redistribution", "circuits"),
-    *("analysis", "compare", "provenance"),
+    *("runs", "jobs", "overview", "heads", "head", "atlas", "sinks", "redistribution", "policies"),
+    *("circuits", "analysis", "compare", "provenance"),
 )
-_PLAIN = ("heads", "atlas", "sinks", "redistribution", "circuits", "provenance")
+_PLAIN = ("heads", "atlas", "sinks", "redistribution", "policies", "circuits", "provenance")
 _WITH_PROMPT = ("head", "atlas")
 
 

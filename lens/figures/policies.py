@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Unpack
 
+import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from lens.policies.found import PolicySearch
+    from lens.policies.maps import PolicyMaps
     from lens.policies.scores import PolicyScores
 
 _KINDS = {
@@ -98,6 +100,136 @@ def _grid(result: PolicyScores, policy: str, look: Look) -> go.Figure:
     grid_axes(figure, *recall.shape, most=32)
     text = f"Attention kept by {policy}, mean {recall.mean():.1%}"
     return style(figure, escaped(text), look, height=grid_height(len(recall), 26))
+
+
+@draws("PolicyMaps")
+def policy_map(result: PolicyMaps, head: str, policy: str, **look: Unpack[Look]) -> go.Figure:
+    """Kept blocks of a head over its exact map.
+
+    Args:
+        head: "L1H3".
+        policy: as it writes itself.
+
+    Example:
+        >>> found = lens.policies.maps(model, texts[0], lens.policies.AShape(4, 8), block_size=4)
+        >>> figure = found.plot("L1H3", "AShape(first=4, last=8)")
+    """
+    masses, kept = result.of(head, policy)
+    return kept_map(masses, kept, result.block_size, f"{head} under {policy}", **look)
+
+
+def kept_map(
+    masses: np.ndarray,
+    kept: np.ndarray,
+    block_size: tuple[int, int],
+    title: str,
+    **look: Unpack[Look],
+) -> go.Figure:
+    """Exact masses of blocks on a log scale; those that are not kept are veiled. The title says what is kept.
+
+    Args:
+        masses: [query_blocks, key_blocks], mean over rows, NaN where nothing is seen.
+        kept: bool of the same shape.
+        block_size: (query_block, key_block), tokens.
+        title: of the figure.
+
+    Example:
+        >>> found = lens.policies.maps(model, texts[0], lens.policies.AShape(4, 8), block_size=4)
+        >>> masses, kept = found.of("L1H3", "AShape(first=4, last=8)")
+        >>> figure = lens.figures.policies.kept_map(masses, kept, (4, 4), "L1H3")
+    """
+    seen = ~np.isnan(masses)
+    kept = kept & seen
+    shown = np.where(seen, np.log10(np.maximum(np.nan_to_num(masses), _FLOOR)), np.nan)
+    y, x = (np.arange(count) * size for count, size in zip(masses.shape, block_size, strict=True))
+    words = np.where(kept, "kept", "dropped")
+    figure = go.Figure(
+        [
+            go.Heatmap(
+                z=shown,
+                x=x,
+                y=y,
+                customdata=np.dstack([np.nan_to_num(masses).astype(object), words.astype(object)]),
+                colorscale=scale(VIRIDIS),
+                zmin=np.log10(_FLOOR),
+                zmax=0,
+                hoverongaps=False,
+                colorbar={
+                    "title": {"text": "mass", "side": "right"},
+                    "thickness": 12,
+                    "tickvals": [-4, -3, -2, -1, 0],
+                    "ticktext": ["≤ 1e-4", "0.001", "0.01", "0.1", "1"],
+                },
+                hovertemplate="queries from %{y}, keys from %{x}: %{customdata[0]:.4f}, %{customdata[1]}"
+                "<extra></extra>",
+            ),
+            go.Heatmap(
+                z=np.where(seen & ~kept, 1.0, np.nan),
+                x=x,
+                y=y,
+                colorscale=[[0, "rgba(255,255,255,0.78)"], [1, "rgba(255,255,255,0.78)"]],
+                showscale=False,
+                hoverinfo="skip",
+                name="dropped",
+            ),
+        ]
+    )
+    figure.update_xaxes(title="key", constrain="domain", showgrid=False)
+    figure.update_yaxes(title="query", autorange="reversed", scaleanchor="x", showgrid=False)
+    totals = np.nansum(masses, 1)
+    recall = (np.where(kept, masses, 0).sum(1) / np.maximum(totals, 1e-30))[totals > 0].mean()
+    said = f"{title}: {kept.sum() / seen.sum():.1%} of the blocks, {recall:.1%} of the attention"
+    return style(figure, escaped(said), look)
+
+
+_FLOOR = 1e-4
+
+
+def policy_heads(table: pd.DataFrame, column: str, **look: Unpack[Look]) -> go.Figure:
+    """Heads down, policies across: one column of `PolicyScores.table()`.
+
+    Args:
+        table: of the heads to show.
+        column: of it, a share.
+
+    Example:
+        >>> found = lens.policies.evaluate(model, texts, lens.policies.AShape(4, 8), block_size=4)
+        >>> figure = lens.figures.policies.policy_heads(found.table(), "recall")
+    """
+    names = list(dict.fromkeys(table["name"]))
+    policies = list(dict.fromkeys(table["policy"]))
+    grid = table.pivot(index="name", columns="policy", values=column).loc[names, policies]
+    values = grid.to_numpy(float)
+    kinds = [one.partition("(")[0] for one in policies]  # the whole name where two are of a kind
+    short = [
+        kind if kinds.count(kind) == 1 else one for kind, one in zip(kinds, policies, strict=True)
+    ]
+    spread = not column.endswith("error")
+    figure = go.Figure(
+        go.Heatmap(
+            z=values,
+            x=[escaped(one) for one in short],
+            y=names,
+            customdata=np.broadcast_to([escaped(one) for one in policies], values.shape),
+            colorscale=scale(VIRIDIS),
+            zmin=0,
+            zmax=1 if spread else None,
+            xgap=1,
+            ygap=1,
+            colorbar={
+                "title": {"text": column.replace("_", " "), "side": "right"},
+                "thickness": 12,
+            },
+            hovertemplate="%{y}, %{customdata}: %{z:.4f}<extra></extra>",
+        )
+    )
+    figure.update_yaxes(autorange="reversed", type="category", dtick=1)
+    figure.update_xaxes(tickangle=35, type="category")
+    words = column.replace("_", " ")
+    return style(
+        figure, escaped(f"{words[0].upper()}{words[1:]} by head and policy"), look,
+        height=grid_height(len(names), 18) + 130,
+    )  # fmt: skip
 
 
 def policy_runs(table: pd.DataFrame, **look: Unpack[Look]) -> go.Figure:

@@ -15,6 +15,7 @@ from .flex_prefill import FlexPrefill as FlexPrefill
 from .grids import Grid as Grid
 from .grids import Regions as Regions
 from .indexer import Indexer as Indexer
+from .maps import maps as maps
 from .minference import minference as minference
 from .oracle import LargestEntry as LargestEntry
 from .oracle import Oracle as Oracle

@@ -35,6 +35,7 @@ def search(
     held_out: Any = None,
     candidates: Policy | Sequence[Policy] | None = None,
     block_size: int | tuple[int, int] = 64,
+    levels: int | None = None,
     draws: int = 2,
     seed: int = 0,
     progress: bool = True,
@@ -55,6 +56,8 @@ def search(
         candidates: policies; None: A-shape, vertical-slash and block-sparse of several sizes, those of
             MInference's search in shares of the longest prompt.
         block_size: of all of them, tokens.
+        levels: most levels whose loss is measured on the held-out prompts: the one that is taken, those next
+            to it, and full; None: all. Each takes 2 + `draws` passes over every held-out prompt.
         draws: of random blocks at each level.
         seed: of draws and intervals.
         progress: show a bar, on stderr, if that is a terminal.
@@ -72,31 +75,32 @@ def search(
     size = check_block_size(block_size)
     if isinstance(loss, bool) or not isinstance(loss, int | float) or not loss >= 0:
         raise LensError(f"loss must be a number of nats from 0 on, got {loss!r}")
-    check_counts(draws=draws)
+    check_counts(draws=draws, **({} if levels is None else {"levels": levels}))
     longest = max(map(len, chooses))
     asked = _candidates(longest) if candidates is None else several("candidates", candidates)
     offered = [*asked, Full()]
     scores = evaluate(model, chooses, offered, block_size=size, progress=progress)
-    levels = _levels(scores, offered)
-    with advancing(f"{model.name}: levels", len(levels) * (3 + draws), progress) as advance:
+    steps = _levels(scores, offered)
+    with advancing(f"{model.name}: levels", len(steps) * (3 + draws), progress) as advance:
         dense = np.concatenate(losses_under(model, Full(), size, chooses)).mean()
-        taken, change = levels[-1], 0.0  # every head full
-        for level in levels:
+        place, change = len(steps) - 1, 0.0  # every head full
+        for at, level in enumerate(steps[:-1]):
             mine = np.concatenate(losses_under(model, level.policy, size, chooses)).mean()
             advance(1)
             if mine - dense <= loss:
-                taken, change = level, float(mine - dense)
+                place, change = at, float(mine - dense)
                 break
-        curve = []
+        taken, curve = steps[place], []
         before = losses_under(model, Full(), size, promises)
-        for level in levels:
-            others = [("oracle", Oracle(like=level.policy))]
-            others += [
+        for level in _near(steps, place, levels):
+            runs = [("chosen", level.policy), ("oracle", Oracle(like=level.policy))]
+            runs += [
                 ("random", RandomBlocks(like=level.policy, ends=True, seed=seed * 1000 + number))
                 for number in range(draws)
             ]
-            for kind, policy in (("chosen", level.policy), *others):
-                after = losses_under(model, policy, size, promises)
+            for kind, policy in runs:
+                whole = level is steps[-1]  # all of them keep every block: nothing changes
+                after = before if whole else losses_under(model, policy, size, promises)
                 differences = [b - a for a, b in zip(before, after, strict=True)]
                 curve.append((kind, level.tolerance, level.density, differences))
                 advance(1)
@@ -148,6 +152,17 @@ def _levels(scores: PolicyScores, offered: Sequence[Policy]) -> list[_Level]:
     if not np.array_equal(found[-1].choices, full):
         found.append(_Level(0.0, full, offered, scores))
     return found
+
+
+def _near(steps: Sequence[_Level], place: int, count: int | None) -> list[_Level]:
+    """At most so many levels: the one at `place`, full, and the nearest to it, in order."""
+    if count is None:
+        return list(steps)
+    last = len(steps) - 1
+    order = sorted(range(len(steps)), key=lambda at: (at not in (place, last), abs(at - place), at))
+    if count == 1:
+        order = [place]
+    return [steps[at] for at in sorted(order[:count])]
 
 
 def _candidates(tokens: int) -> list[Policy]:

@@ -4,6 +4,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from lens_dashboards.library import Library
+from lens_dashboards.pages.policies import advice
+from lens_dashboards.views import render
 
 import lens
 from lens import policies
@@ -72,6 +75,53 @@ def test_the_policies_of_the_heads_come_out_of_the_run(run):
     found = policies.search(model, texts, loss=0.05, block_size=8)
     assert section.summary == found.findings()
     assert of_kind(found.findings(), "policy")
+
+
+def test_sections_are_chosen_and_shown_on_their_page(lens_command, tmp_path):
+    """One section alone; of another command the question for sections does not arise."""
+    answer = lens_command(
+        *["policies", "--model", "text-lm-3l", "--text-name", "lily", "--tokens", "48", "--windows", "2", "--n", "2", "--copied", "2", "--copied-length", "16", "--set", "analysis.length=48", "--sections", "policies", "--json", "--out"], tmp_path
+    )  # fmt: skip
+    assert answer.code == 0, answer.err
+    run = open_run(answer.json["path"])
+    assert run.sections == ["policies"]
+    section = run.section("policies")
+    names = section.configuration["policies"]
+    maps = section.tables["maps"]
+    model = load("text-lm-3l")
+    ids = list(map(int, run.prompts["token_ids"].iloc[0]))
+    found = policies.maps(model, ids, policies.BlockSparse(share=0.25), block_size=8)
+    kept = (maps["kept"].to_numpy(np.int64) >> names.index("BlockSparse(share=0.25)")) & 1
+    assert kept.tolist() == found.table()["kept"].tolist()
+    assert np.allclose(maps["mass"], found.table()["mass"], atol=1e-5)
+    page = str(render(Library(tmp_path), f"/run/{run.id}/policies", "?head=L1H2&layer=1&shown=gap"))
+    assert "L1H2: what to do with it" in page
+    assert "the search of this run is missing" in page
+    assert "Layer" in page
+    wrong = str(render(Library(tmp_path), f"/run/{run.id}/policies", "?head=L9H9"))
+    assert "no head" in wrong
+    bad = lens_command(
+        *["policies", "--model", "text-lm-3l", "--sections", "all", "--out"], tmp_path
+    )
+    assert bad.code == 2
+    assert "--sections must be some of policies, running, search" in bad.err
+
+
+def test_the_card_of_a_head_says_what_to_do(run):
+    search, heads = run.section("search").tables["heads"], run.section("policies").tables["heads"]
+    for kind in ("Full()", "other"):
+        rows = search[(search["policy"] == "Full()") == (kind == "Full()")]
+        one = rows.iloc[0].to_dict()
+        of_head = heads[heads["name"] == one["name"]]
+        said = advice(run, of_head, one)
+        assert said.startswith(
+            "Keep full: " if kind == "Full()" else f"Sparse: {one['policy']} keeps "
+        )
+        assert f"needs {of_head['budget_95'].iloc[0]:.0%} of the blocks" in said
+    full = search.iloc[0].to_dict() | {"policy": "Full()"}
+    spread = heads[heads["name"] == full["name"]].assign(budget_95=0.9)
+    assert "spread over the context" in advice(run, spread, full)
+    assert "every cheaper candidate" in advice(run, spread.assign(budget_95=0.1), full)
 
 
 @pytest.mark.parametrize("loss", ["-1", "nan", "much"])

@@ -137,6 +137,24 @@ def test_random_blocks_cost_more_and_sentences_follow_the_numbers(found):
     assert none.findings()[0].startswith("No candidate keeps the loss within")
 
 
+def test_fewer_levels_are_those_next_to_the_one_taken(model, windows, found):
+    whole = found.curve()
+    few = policies.search(
+        model, windows[:6], loss=0.05, block_size=8, draws=1, levels=3,
+        candidates=[policies.AShape(2, 4), policies.AShape(2, 24), policies.BlockSparse(share=0.25)],
+    )  # fmt: skip
+    assert few.tolerance == found.tolerance
+    tolerances = list(whole["tolerance"].unique())
+    kept = list(few.curve()["tolerance"].unique())
+    assert len(kept) == 3
+    place = tolerances.index(found.tolerance)
+    assert set(kept) == {found.tolerance, tolerances[place - 1], 0.0}
+    row = few.curve().merge(whole, on=["kind", "tolerance"], suffixes=("", "_all"))
+    assert np.allclose(row["loss_change"], row["loss_change_all"])
+    full = whole[whole["tolerance"] == 0]
+    assert (full["loss_change"] == 0).all()
+
+
 def test_no_candidate_that_fits_leaves_every_head_full(model, windows):
     nothing = policies.search(
         model, windows[:2], loss=0.0, candidates=[policies.AShape(0, 1)], block_size=1, draws=1

@@ -15,6 +15,7 @@ _GO_TOGETHER = {
     "attribution": tuple(word for word in BASELINES if word != "optimal"),
 }
 """Measures and the baselines that they know, where these are not all."""
+POLICY_SECTIONS = ("policies", "running", "search")
 EDITS = ("mask", "drop", "mean_value", "zero_value", "move", "transfer")
 
 
@@ -48,6 +49,20 @@ def check_edits(words: str) -> str:
     for word in listed(words):
         if word not in EDITS:
             raise ValueError(f"unknown edit {word!r}; known: {', '.join(EDITS)}")
+    return words
+
+
+def check_sections(words: str) -> str:
+    """The words, if each is a section of `lens policies`, and there is one.
+
+    Raises:
+        ValueError: otherwise.
+    """
+    found = listed(words)
+    if not found or set(found) - set(POLICY_SECTIONS):
+        raise ValueError(
+            f"must be some of {', '.join(POLICY_SECTIONS)}, with commas; got {words!r}"
+        )
     return words
 
 

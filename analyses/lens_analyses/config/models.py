@@ -10,10 +10,12 @@ from lens.circuits.scores.methods import Method
 from lens.models.catalogue import DEFAULT_MODEL, KNOWN, is_hub_id, unknown_model
 from lens_analyses.config.listed import (
     EDITS,
+    POLICY_SECTIONS,
     check_amounts,
     check_edits,
     check_loss,
     check_measures,
+    check_sections,
     listed,
 )
 from lens_analyses.config.paths import is_folder, is_task_file, shorten
@@ -252,6 +254,13 @@ class PoliciesSettings(AnalysisSettings):
 
     loss: Annotated[str, AfterValidator(check_loss)] = setting(
         "0.01", "What the mean next-token loss may grow by when heads run sparse, nats per token."
+    )
+    sections: Annotated[str, AfterValidator(check_sections)] = setting(
+        ",".join(POLICY_SECTIONS),
+        "Which analyses to make, with commas: policies measured, text and needles run, search for each head.",
+    )
+    levels: int = setting(
+        0, "Most levels of density whose loss the search measures; 0: all of them.", ge=0
     )
     block: int = setting(
         0, "Tokens of a block of queries and keys; 0: a sixteenth of a window, 8 to 64.", ge=0

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from lens_analyses.config.listed import listed
+
 if TYPE_CHECKING:
     from lens.runs.sections import Section
     from lens_analyses.steps.subject import Subject
@@ -32,6 +34,9 @@ class Step:
 
     def is_wanted(self, settings: object) -> bool:
         """Whether a run with these settings, those of `analysis`, takes the step."""
+        some = getattr(settings, "sections", None)  # a list with commas, of commands that have it
+        if some is not None and self.name not in listed(some):
+            return False
         return self.setting is None or getattr(settings, self.setting) is not None
 
     def run(self, subject: "Subject") -> "Section":

@@ -28,15 +28,23 @@ def policies(subject: Subject) -> Section:
         progress=subject.progress,
     )
     tables = {"policies": found.summary().drop(columns="block_size"), "heads": found.table()}
+    limits = (
+        "Recall says how much attention is kept, not whether it matters: the loss of the run does.",
+        f"Policies have the published rules with sizes in shares of the {length} tokens of a window; longer "
+        "prompts are sparser.",
+    )
+    shown = lens.policies.maps(
+        subject.model, subject.text_windows[0], _offered(subject), block_size=size
+    )
+    if shown.visible.sum() <= _MOST_BLOCKS:
+        tables["maps"] = shown.table()
+    else:
+        limits += (f"The maps of kept blocks are left out: {int(shown.visible.sum()):,} blocks.",)
     return Section(
         name="policies",
         title="Sparse attention: what policies keep and cost",
         summary=of_kind(found.findings(), "best", "loss", "limit"),
-        limits=(
-            "Recall says how much attention is kept, not whether it matters: the loss of the run does.",
-            f"Policies have the published rules with sizes in shares of the {length} tokens of a window; longer "
-            "prompts are sparser.",
-        ),
+        limits=limits,
         columns=defined(tables.values(), _COLUMNS),
         configuration={"block_size": size, "policies": list(found.policies), "seed": subject.seed},
         tables=tables,
@@ -52,6 +60,7 @@ def search(subject: Subject) -> Section:
         subject.text_windows,
         loss=allowed,
         block_size=size,
+        levels=subject.settings.levels or None,
         seed=subject.seed,
         progress=subject.progress,
     )
@@ -125,6 +134,7 @@ def running(subject: Subject) -> Section:
 
 
 _NEEDLES = 8
+_MOST_BLOCKS = 1_000_000  # of all heads, in the table of maps
 
 
 def _worst(runs: PolicyRuns, rows: pd.DataFrame) -> Sentence:
@@ -177,6 +187,10 @@ _COLUMNS = {name: f"{text[0].upper()}{text[1:]}." for name, text in COLUMNS.item
     "loss_change": "Of the next-token loss against the dense model, nats per token.",
     "kind": "chosen; oracle: as many blocks, the best by the exact masses; random: the first, the query's own and "
     "random ones.",
+    "query_block": "Block of queries of the first window, from 0.",
+    "key_block": "Block of keys, from 0.",
+    "mass": "Exact mass that a query of the block gives to the keys of the block, mean over queries.",
+    "kept": "Bit i (from 0, of value 2 ** i): policy number i of the configuration keeps the block.",
     "task": "text: predicting it; needles: random tokens that should come back.",
     "rows": "Which ran sparse: all, or those from the question on.",
     "metric": "What is measured: loss in nats, or the share of the needle that comes back.",

@@ -25,6 +25,7 @@ _TABS = {
     "atlas": "Atlas",
     "sinks": "Sinks",
     "redistribution": "Redistribution",
+    "policies": "Policies",
     "circuits": "Circuits",
     "provenance": "Provenance",
 }
