@@ -162,7 +162,57 @@ for _dims in ((16, 16), (80, 96), (96, 80), (128, 7), (7, 128), (256, 256), (33,
     CASES[f"dims {_dims}"] = lambda dims=_dims: make(
         AttentionMask(causal=True), sizes=(1, 2, 1, 71, 139, *dims)
     )
+_LONG = (2, 4, 2, 3, 2099, 20, 28)
+"""Few queries on several pieces of the keys, the last one short."""
+for _name, _mask in {
+    "causal": AttentionMask(causal=True),
+    "both ways": None,
+    "window": AttentionMask(causal=True, window=1300),
+    "window both ways": AttentionMask(window=1100),
+    "window of one": AttentionMask(causal=True, window=1),
+    "ragged": AttentionMask(causal=True, key_lengths=[2099, 1031], query_lengths=[3, 2]),
+    "an empty row of the batch": AttentionMask(key_lengths=[1500, 0]),
+    "left padding": AttentionMask(causal=True, key_start=[0, 1040]),
+    "key padding": AttentionMask(causal=True, key_padding=_chance(0.7, 2, 2099)),
+    "prefix-LM": AttentionMask(causal=True, prefix=[9, 2099]),
+    "ALiBi": AttentionMask(alibi_slopes=torch.tensor([0.5, 0.25, 0.1, 0.001])),
+    "bias that hides": AttentionMask(
+        bias=_random((1, 4, 3, 2099)).masked_fill(_chance(0.4, 3, 2099), -torch.inf)
+    ),
+    "bias of the keys": AttentionMask(causal=True, bias=_random((2, 1, 1, 2099))),
+    "boolean": AttentionMask(allowed=_chance(0.4, 1, 4, 3, 2099)),
+}.items():
+    CASES[f"few on many, {_name}"] = lambda mask=_mask: make(mask, sizes=_LONG)
+for _name, _options in {
+    "one query": {"sizes": (1, 6, 2, 1, 2099, 64, 48)},
+    "one query a head": {"sizes": (2, 3, 3, 1, 1024, 64, 64)},
+    "one key more than a piece": {"sizes": (1, 2, 1, 2, 1025, 33, 7)},
+    "more queries than keys": {"sizes": (1, 2, 1, 4, 2, 16, 16), "top_k": 1},
+    "as many rows as go": {"sizes": (1, 8, 1, 4, 1100, 16, 16)},
+    "softcap": {"softcap": 3.0},
+    "learned sinks": {"sink_logits": torch.tensor([2.0, -30.0, 50.0, 1.0])},
+    "sinks beside an empty row": {
+        "mask": AttentionMask(key_lengths=[90, 0]),
+        "sink_logits": _random((4,)),
+    },
+    "scale": {"scale": -0.3},
+    "float16": {"dtype": torch.float16},
+    "bfloat16": {"dtype": torch.bfloat16},
+    "wide": {"sizes": (1, 2, 1, 2, 1100, 256, 200)},
+    "groups": {"groups": (torch.arange(2 * 2099) % 7 % 4).view(2, 2099)},
+    "blocks": {"block_mask": _chance(0.6, 1, 4, 1, 66)},
+    "blocks of 7": {"block_size": (2, 7)},
+    "blocks of 176": {"block_size": (1, 176)},
+    "blocks of 1,500": {"block_size": (3, 1500)},
+    "one block": {"block_size": (4, 4096)},
+}.items():
+    CASES[f"few on many, {_name}"] = lambda options=_options: make(
+        **({"mask": AttentionMask(causal=True), "sizes": _LONG} | options)
+    )
 FEW = (
+    "few on many, ragged",
+    "few on many, bfloat16",
+    "few on many, blocks of 7",
     "causal window",
     "one query",
     "packed",
@@ -212,7 +262,9 @@ def test_every_instruction_set_gives_the_same(
 
 
 @needs_library
-@pytest.mark.parametrize("name", ["causal", "groups mixed", "blocks (160, 32)"])
+@pytest.mark.parametrize(
+    "name", ["causal", "groups mixed", "blocks (160, 32)", "few on many, key padding"]
+)
 @pytest.mark.parametrize("own", [False, True], ids=["torch's threads", "own threads"])
 def test_the_number_of_threads_does_not_change_a_bit(
     name: str, own: bool, monkeypatch: pytest.MonkeyPatch
@@ -384,8 +436,9 @@ def test_gradients_that_it_lacks_are_refused_with_the_reason() -> None:
 
 
 @needs_library
-def test_any_strides_are_read() -> None:
-    problem = make(AttentionMask(causal=True))
+@pytest.mark.parametrize("name", ["causal", "few on many, causal", "few on many, bfloat16"])
+def test_any_strides_are_read(name: str) -> None:
+    problem = CASES[name]()
     expected = cpu.run(problem)
     q, k, v = problem.query, problem.key, problem.value
     layouts: dict[str, Callable[[Tensor], Tensor]] = {
@@ -420,15 +473,16 @@ def test_a_group_of_vanishing_mass_is_exact() -> None:
 
 
 @needs_library
-def test_nan_reaches_its_row_and_no_other() -> None:
-    problem = make(AttentionMask(causal=True))
+@pytest.mark.parametrize(("name", "row"), [("causal", 17), ("few on many, causal", 1)])
+def test_nan_reaches_its_row_and_no_other(name: str, row: int) -> None:
+    problem = CASES[name]()
     query = problem.query.clone()
-    query[1, 2, 17, 5] = torch.nan
+    query[1, 2, row, 5] = torch.nan
     clean, result = cpu.run(problem), cpu.run(replace(problem, query=query))
-    assert result.output[1, 2, 17].isnan().all()
-    assert result.tensors["entropy"][1, 2, 17].isnan()
-    mine = torch.zeros(2, 4, 131, dtype=torch.bool)
-    mine[1, 2, 17] = True
+    assert result.output[1, 2, row].isnan().all()
+    assert result.tensors["entropy"][1, 2, row].isnan()
+    mine = torch.zeros(problem.query.shape[:3], dtype=torch.bool)
+    mine[1, 2, row] = True
     assert torch.equal(result.output[~mine], clean.output[~mine])
     assert torch.equal(result.tensors["lse"][~mine], clean.tensors["lse"][~mine])
 

@@ -1,8 +1,8 @@
 """Backend "cpu": compiled C on the machine's own vector unit, one Q K' for output and statistics.
 
-`forward.c` and `backward.c` hold the method. They are compiled on first use with the machine's C
-compiler (a few seconds, once; `build.py`) and called through ctypes. Where there is no compiler,
-`supports` says so, and the torch backend serves, slower.
+`forward.c`, `decode.c` (few queries: the keys are the lanes) and `backward.c` hold the method. They
+are compiled on first use with the machine's C compiler (a few seconds, once; `build.py`) and called
+through ctypes. Where there is no compiler, `supports` says so, and the torch backend serves, slower.
 
 Why C without torch's headers, measured on 2 cores (causal, 8 heads x 64, 4,096 tokens, with
 `scaled_dot_product_attention` = 1; tests/benchmarks/RESULTS.md has the current figures): this one

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -21,6 +22,10 @@ from lens_kernels.types import AttentionGroups
 
 _ROWS = ("lse", "max_logit", "entropy", "concentration", "distance")
 _MAPS = ("block_mass", "block_max", "block_max_logit", "block_weighted")
+_FEW_QUERIES = 4
+"""FEW in rows.h."""
+_FEW_ROWS = 32
+"""Of one key-value head; with more, tiles of rows multiply faster."""
 _poison = False
 """Tests set it: outputs and scratch memory start as NaN, so that what is not written shows."""
 
@@ -109,6 +114,7 @@ class ForwardCall(_Call):
 
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem, Forward())
+        self.args.few = self.few = _few(problem)
         self._outputs()
 
     def _outputs(self) -> None:
@@ -150,7 +156,12 @@ class ForwardCall(_Call):
         )
 
     def _features(self, rows: tuple[int, ...]) -> None:
-        features, self.columns = row_features(self.problem)
+        statistics = self.problem.statistics
+        if self.few and "mean_value_norm" in statistics:  # made where the values are read
+            statistics = statistics - {"mean_value_norm"}
+            self.tensors["mean_value_norm"] = self._new(*rows)
+            self.args.mean_value_norm = self.tensors["mean_value_norm"].data_ptr()
+        features, self.columns = row_features(replace(self.problem, statistics=statistics))
         self.args.features = features.shape[-1]
         self.args.features_of_keys = self._pointer(features.permute(3, 0, 1, 2), torch.float32)
         self.means = self._new(features.shape[-1], *rows)
@@ -218,6 +229,13 @@ class BackwardCall(_Call):
         if "sink_logits" in self.wanted:
             self.wanted["sink_logits"] = self.wanted["sink_logits"].sum((0, 2))
         return Gradients(**self.wanted, exports=self.exports)
+
+
+def _few(problem: Problem) -> bool:
+    """Whether so few rows read each key that the keys are the lanes (decode.c)."""
+    rows = problem.queries * (problem.heads // problem.kv_heads)
+    plain = problem.groups is None and problem.block_mask is None
+    return plain and problem.queries <= _FEW_QUERIES and rows <= _FEW_ROWS
 
 
 def _seen_rows(problem: Problem, lse: Tensor) -> Tensor:

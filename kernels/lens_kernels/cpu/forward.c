@@ -13,32 +13,7 @@
  * Key groups keep one running state (maximum, sums, output) per group, each with its own pivot, so
  * a group that holds 1e-60 of the mass is still exact; the row is their merge.
  */
-#include "work.h"
-
-typedef struct {
-  Inputs in;
-  /* Outputs are contiguous float32; NULL: not wanted. */
-  float *output; /* [batch, heads, queries, value_dim] */
-  float *lse, *max_logit, *entropy, *concentration, *distance; /* [batch, heads, queries] */
-  float *block_mass, *block_max, *block_max_logit, *block_weighted; /* [batch, heads, query_blocks, key_blocks] */
-  const float *key_weights; /* [batch, heads, keys], for block_weighted */
-  int64_t top_k;
-  int64_t *top_keys; /* [batch, heads, query_blocks, top_k] */
-  float *top_mass;
-  float *received; /* [batch, heads, keys] */
-  float *diagonal; /* [batch, heads, distances], entry t: distance t + first_distance */
-  int64_t first_distance, distances;
-  int64_t features;
-  const float *features_of_keys; /* [features, batch, kv_heads, keys]: sum_j P_ij f_j */
-  float *feature_means;          /* [features, batch, heads, queries] */
-  int64_t pairs;
-  const int32_t *query_labels, *key_labels; /* [pairs, batch, queries], [pairs, batch, keys] */
-  float *match_mass;                        /* [batch, heads, queries, pairs] */
-  int64_t groups;
-  const int32_t *group_of_key; /* [batch, keys] */
-  float *group_output;         /* [groups, batch, heads, queries, value_dim] */
-  float *group_lse, *group_max_logit, *group_entropy, *group_concentration, *group_distance; /* [groups, batch, heads, queries] */
-} Forward;
+#include "forward.h"
 
 int64_t lens_forward_size(void) { return sizeof(Forward); }
 
@@ -381,17 +356,6 @@ INLINE void factors(const State *t, const float *logit, float *out) {
   for (int64_t r = 0; r < t->q.lanes; r += LANES) store(out + r, exponential(load(logit + r) - load(t->lse + r)));
 }
 
-/* The k largest of a row of block masses, strongest first, ties by lower index. */
-static void strongest(const float *mass, int64_t blocks, int64_t k, int64_t *keys, float *top) {
-  int64_t found = 0;
-  for (int64_t i = 0; i < blocks; i++) {
-    if (found == k && !(mass[i] > top[k - 1])) continue;
-    int64_t at = found < k ? found++ : k - 1;
-    for (; at > 0 && mass[i] > top[at - 1]; at--) top[at] = top[at - 1], keys[at] = keys[at - 1];
-    top[at] = mass[i], keys[at] = i;
-  }
-}
-
 /* Block maps of the query blocks that this tile covers; a block taller than a tile is added up over its tiles. */
 static void finish_blocks(State *t, int64_t *seen_rows) {
   const Forward *a = t->a;
@@ -551,6 +515,7 @@ static void run_unit(void *argument, char *scratch, int64_t unit) {
 
 /* Fills every output that is wanted; OK, or NO_MEMORY. */
 int lens_forward(const Forward *a) {
+  if (a->few) return lens_decode(a);
   const Inputs *in = &a->in;
   const int64_t heads = in->batch * in->heads, widest = most(in->head_dim, in->value_dim) > 128 ? COLS / 2 : COLS;
   Plan plan = {.args = a};

@@ -55,7 +55,7 @@ class Inputs(ctypes.Structure):
 
 
 class Forward(ctypes.Structure):
-    """`Forward` of forward.c."""
+    """`Forward` of forward.h."""
 
     _fields_ = [
         ("inputs", Inputs),
@@ -69,7 +69,8 @@ class Forward(ctypes.Structure):
         *_fields(_POINTER, "query_labels key_labels match_mass"),
         ("groups", _INT),
         *_fields(_POINTER, "group_of_key group_output group_lse group_max_logit group_entropy"),
-        *_fields(_POINTER, "group_concentration group_distance"),
+        *_fields(_POINTER, "group_concentration group_distance mean_value_norm"),
+        ("few", _INT),
     ]
 
 

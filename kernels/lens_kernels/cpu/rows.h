@@ -76,7 +76,9 @@ static inline void read_row(float *out, const Operand *x, int64_t at, int64_t di
     for (; d < dim; d++) out[d] = from_half(p[d]);
   } else {
     const uint16_t *p = (const uint16_t *)x->data + at;
-    for (int64_t d = 0; d < dim; d++) {
+    int64_t d = 0;
+    for (; d + LANES <= dim; d += LANES) store(out + d, load_brain(p + d));
+    for (; d < dim; d++) {
       uint32_t word = (uint32_t)p[d] << 16;
       memcpy(out + d, &word, 4);
     }

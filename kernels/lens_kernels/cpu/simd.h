@@ -31,6 +31,11 @@ typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
 typedef float vec_any __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int32_t ivec_any __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
+typedef uint32_t word_vec __attribute__((vector_size(4 * LANES)));
+typedef uint16_t short_any __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
+
+/* LANES numbers of 16 bits, the upper half of a float each. */
+INLINE vec load_brain(const uint16_t *p) { return (vec)(__builtin_convertvector(*(const short_any *)p, word_vec) << 16); }
 INLINE vec load(const float *p) { return *(const vec_any *)p; }
 INLINE void store(float *p, vec x) { *(vec_any *)p = x; }
 INLINE ivec load_int(const int32_t *p) { return *(const ivec_any *)p; }
@@ -40,14 +45,31 @@ INLINE vec choose(ivec mask, vec yes, vec no) { return (vec)((mask & (ivec)yes) 
 INLINE vec greater(vec a, vec b) { return choose(a > b, a, b); }
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+INLINE float most_of(float a, float b) { return a > b ? a : b; }
 INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
+#define ADD_HALVES(name, lanes, next)                                    \
+  typedef float name##_part __attribute__((vector_size(2 * lanes)));     \
+  INLINE float name(float __attribute__((vector_size(4 * lanes))) x) {   \
+    name##_part half[2];                                                 \
+    memcpy(half, &x, sizeof x);                                          \
+    return next(half[0] + half[1]);                                      \
+  }
+INLINE float add_2(float __attribute__((vector_size(8))) x) { return x[0] + x[1]; }
+ADD_HALVES(add_4, 4, add_2)
+ADD_HALVES(add_8, 8, add_4)
+ADD_HALVES(add_16, 16, add_8)
+#undef ADD_HALVES
+
+/* The sum of all lanes, halves first. */
 INLINE float total(vec x) {
-  float sum[LANES];
-  store(sum, x);
-  for (int half = LANES / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; i++) sum[i] += sum[i + half];
-  return sum[0];
+#if defined(__AVX512F__)
+  return add_16(x);
+#elif defined(__AVX__)
+  return add_8(x);
+#else
+  return add_4(x);
+#endif
 }
 
 /* exp(x) for x <= 0 to 1 ulp; 0 below the smallest normal number; NaN stays NaN. */
