@@ -122,7 +122,7 @@ def kept_map(
     masses: np.ndarray,
     kept: np.ndarray,
     block_size: tuple[int, int],
-    title: str,
+    name: str,
     **look: Unpack[Look],
 ) -> go.Figure:
     """Exact masses of blocks on a log scale; those that are not kept are veiled. The title says what is kept.
@@ -131,7 +131,7 @@ def kept_map(
         masses: [query_blocks, key_blocks], mean over rows, NaN where nothing is seen.
         kept: bool of the same shape.
         block_size: (query_block, key_block), tokens.
-        title: of the figure.
+        name: what the title begins with.
 
     Example:
         >>> found = lens.policies.maps(model, texts[0], lens.policies.AShape(4, 8), block_size=4)
@@ -178,7 +178,7 @@ def kept_map(
     figure.update_yaxes(title="query", autorange="reversed", scaleanchor="x", showgrid=False)
     totals = np.nansum(masses, 1)
     recall = (np.where(kept, masses, 0).sum(1) / np.maximum(totals, 1e-30))[totals > 0].mean()
-    said = f"{title}: {kept.sum() / seen.sum():.1%} of the blocks, {recall:.1%} of the attention"
+    said = f"{name}: {kept.sum() / seen.sum():.1%} of the blocks, {recall:.1%} of the attention"
     return style(figure, escaped(said), look)
 
 

@@ -100,9 +100,7 @@ def test_sections_are_chosen_and_shown_on_their_page(lens_command, tmp_path):
     assert "Layer" in page
     wrong = str(render(Library(tmp_path), f"/run/{run.id}/policies", "?head=L9H9"))
     assert "no head" in wrong
-    bad = lens_command(
-        *["policies", "--model", "text-lm-3l", "--sections", "all", "--out"], tmp_path
-    )
+    bad = lens_command(*COMMAND.split(), "--sections", "all", "--out", tmp_path)
     assert bad.code == 2
     assert "--sections must be some of policies, running, search" in bad.err
 

@@ -1,11 +1,14 @@
 """Kept blocks and exact masses of one prompt."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
 import lens
 from lens import policies
+from lens.figures.policies import policy_heads
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +38,7 @@ def test_maps_are_the_models_own_attention_and_the_policies_choice(model):
     assert np.isnan(masses[0, 1])
     assert np.nansum(masses, 1) == pytest.approx(1, abs=1e-5)
     assert kept.sum() == 6 + 5 + 4
-    figure = found.plot("L1H3", str(near))
+    figure: Any = found.plot("L1H3", str(near))
     assert np.isnan(figure.data[1].z).sum() == 36 - (21 - 15)
     recall = np.where(kept, masses, 0).sum(1).mean()
     assert f"71.4% of the blocks, {recall:.1%}" in figure.layout.title.text
@@ -45,7 +48,7 @@ def test_heads_by_policies_are_the_numbers_of_the_table(model):
     ids = model.encode(lens.tasks.text("lily"))[:32]
     offered = [policies.AShape(2, 8), policies.AShape(2, 16), policies.Full()]
     table = policies.evaluate(model, [ids], offered, block_size=8).table()
-    figure = lens.figures.policies.policy_heads(table, "recall")
+    figure: Any = policy_heads(table, "recall")
     assert list(figure.data[0].y) == [f"L{a}H{b}" for a in range(3) for b in range(6)]
     assert list(figure.data[0].x) == ["AShape(first=2, last=8)", "AShape(first=2, last=16)", "Full"]
     own = table[(table["name"] == "L2H1") & (table["policy"] == "AShape(first=2, last=16)")]

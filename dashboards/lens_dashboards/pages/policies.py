@@ -90,7 +90,7 @@ def page(library: Library, view: Selection) -> list[Any]:
 
 def _poorest(heads: pd.DataFrame, policy: str) -> str:
     rows = heads[heads["policy"] == policy]
-    return str(rows.loc[rows["recall"].idxmin(), "name"])
+    return str(rows["name"].iloc[int(rows["recall"].to_numpy(float).argmin())])
 
 
 def _layer(view: Selection, heads: pd.DataFrame, head: str, notes: list[str]) -> str:
