@@ -11,7 +11,7 @@ from lens.edits.losses import predictions
 from lens.edits.watching import Watch
 from lens.models.loaded import LoadedModel
 from lens.passes.inputs import Prompt
-from lens.passes.logits import labels_of
+from lens.passes.logits import predicts_next
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +57,7 @@ class CleanRuns:
 
     def run(self, prompt: Prompt, rows: torch.Tensor | None = None) -> CleanRun:
         """The prompt run now; `rows`: bool [tokens], whose attention is looked at; None: all."""
-        watch = Watch(rows=rows, ahead=labels_of(self.model) is not None)
+        watch = Watch(rows=rows, ahead=not predicts_next(self.model))
         found = predictions(self.model, prompt, watch.on_layer, parts=True)
         received = of_layers(self.model, torch.stack(watch.received))
         return CleanRun(found, received, of_layers(self.model, watch.alpha()))

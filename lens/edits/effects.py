@@ -27,7 +27,7 @@ from lens.edits.watching import Watch
 from lens.models.loaded import LoadedModel
 from lens.passes.inputs import Prompt, read_prompts
 from lens.passes.keys import Keys
-from lens.passes.logits import check_predicts_tokens, labels_of
+from lens.passes.logits import check_predicts_tokens, fills_masks, predicts_next
 from lens.tasks.task import Task
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def effect(
         model: a causal language model, as `lens.load` returns it.
         prompts: as for `lens.capture`, texts with images too (of an image no token is predicted); or a
             `lens.tasks.Task`, whose metric is measured beside the loss of its clean prompts (of a
-            classifier beside the loss of its labels).
+            classifier and of a model that fills in masked tokens beside the loss of its answers).
         edit: one of `lens.edits`, several that act together, or a function of the prompt (its `ids` and
             `inputs`) that returns these. `Ablate` takes its mean over these prompts if it names none.
         controls: some of "size", "mass", "position", "self", "layer", "norm", for which see
@@ -98,10 +98,10 @@ def effect(
         raise LensError(f"amounts must be different, at least one; got {list(amounts or ())}")
     task = prompts if isinstance(prompts, Task) else None
     if task is None:
-        check_predicts_tokens(model)
+        _check_predicts_next(model)
     else:
         task.check(model)
-        _refuse_pictures(task, scored)
+        _refuse_pictures(model, task, scored)
         task.refuse_lengths("lens.effect")
     read = read_prompts(model, prompts if task is None else task.clean, whole=True)[0]
     for prompt in read:
@@ -181,8 +181,8 @@ class _Run:
         case = Case(prompt, before, self._runs, everywhere, self._random)
         if among is not None:
             case = replace(case, free=case.members("among", among))
-        labels = self._task is not None and self._task.labels is not None
-        kept = torch.ones(1, dtype=torch.bool) if labels else predicted(self._model, prompt)
+        nexts = predicts_next(self._model)
+        kept = predicted(self._model, prompt) if nexts else torch.ones(1, dtype=torch.bool)
         if self._scored is not None:
             kept = kept & case.members("scored", self._scored)[0, :-1].to(kept.device)
             if not bool(kept.any()):
@@ -236,7 +236,7 @@ class _Run:
         running = [one.start(self._model, "auto") for one in edits]
         attention = [one.attention for one in running if one.attention is not None]
         rows = kinds[0].rows(case) if len(kinds) == 1 and record else None
-        ahead = labels_of(self._model) is not None
+        ahead = not predicts_next(self._model)
         watch = Watch(*attention, rows=rows, record=record, ahead=ahead)
         with ExitStack() as stack:
             for one in running:
@@ -254,8 +254,9 @@ class _Run:
 
     def _compared(self, number: int, case: Case, kept: Tensor, after: Tensor) -> dict[str, float]:
         before = case.before.predictions
-        if self._task is not None and self._task.labels is not None:
-            changed = changes_of(before, after, self._task.correct[number].to(after.device))
+        if self._task is not None and not predicts_next(self._model):
+            at = self._task.positions[number].to(after.device)
+            changed = changes_of(before[at], after[at], self._task.correct[number].to(after.device))
         else:
             ids = torch.tensor(case.prompt.ids, device=after.device)
             changed = changes_of(before[:-1][kept], after[:-1][kept], ids[1:][kept])
@@ -274,16 +275,27 @@ class _Run:
         return found
 
 
-def _refuse_pictures(task: Task, scored: Keys | None) -> None:
-    """Raises LensError for pictures, which have no tokens that are edited, and for labels of some positions."""
+def _check_predicts_next(model: LoadedModel) -> None:
+    """Raises LensError for a model that predicts no next token of a text; it says which task it has."""
+    check_predicts_tokens(model)
+    if fills_masks(model):
+        raise LensError(
+            f"{model.info.class_name} fills in masked tokens and predicts no next token; give a task, such as "
+            "lens.tasks.language_modelling(model, texts)"
+        )
+
+
+def _refuse_pictures(model: LoadedModel, task: Task, scored: Keys | None) -> None:
+    """Raises LensError for pictures, which have no tokens that are edited, and for `scored` without next tokens."""
     if task.clean.is_floating_point():
         raise LensError(
             f"lens.effect edits keys that are tokens, and {task.name!r} is of pictures; which heads matter says "
             "lens.heads.importance(model, task)"
         )
-    if task.labels is not None and scored is not None:
+    if scored is not None and not predicts_next(model):
         raise LensError(
-            "scored chooses positions whose next token is measured, and a classifier predicts none; leave it out"
+            "scored chooses positions whose next token is measured, and "
+            f"{model.info.class_name} predicts none; leave it out"
         )
 
 

@@ -41,6 +41,16 @@ def check_predicts_tokens(model: LoadedModel) -> None:
         )
 
 
+def fills_masks(model: LoadedModel) -> bool:
+    """Whether the model fills in masked tokens rather than predicting the next one."""
+    return not model.is_bridge and "MaskedLM" in model.info.class_name
+
+
+def predicts_next(model: LoadedModel) -> bool:
+    """Whether it is next tokens that the model predicts: no labels of prompts, and no masked tokens."""
+    return labels_of(model) is None and not fills_masks(model)
+
+
 def logits_of(
     model: LoadedModel,
     ids: Int[Tensor, "batch tokens"] | Float[Tensor, "batch channels height width"],

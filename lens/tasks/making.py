@@ -7,7 +7,7 @@ import torch
 from lens.common.errors import LensError
 from lens.models.loaded import LoadedModel
 from lens.models.vocabulary import around, windows
-from lens.passes.logits import check_predicts_tokens
+from lens.passes.logits import check_predicts_tokens, fills_masks
 from lens.tasks.prompts import copied
 from lens.tasks.task import Task
 
@@ -50,7 +50,7 @@ def induction(
     other = torch.tensor([copied(model, length, first + 2 * row + 1) for row in range(n)])
     start = clean.shape[1] - length  # first token of the second copy
     corrupt = torch.cat([other[:, :start], clean[:, start:]], 1)
-    if _is_masked(model):
+    if fills_masks(model):
         return _masked(model, "induction", clean, metric, seed, first=start, corrupt=corrupt)
     positions = torch.arange(start, clean.shape[1] - 1).expand(n, -1)
     return Task("induction", clean, positions, clean[:, start + 1 :], metric, corrupt)
@@ -100,7 +100,7 @@ def language_modelling(
             f"windows must have one length of at least 2 tokens, got the lengths {lengths}"
         )
     clean = torch.tensor(found)
-    if _is_masked(model):
+    if fills_masks(model):
         return _masked(model, "masked tokens", clean, metric, 0, first=0)
     positions = torch.arange(lengths[0] - 1).expand(len(found), -1)
     return Task("language modelling", clean, positions, clean[:, 1:], metric)
@@ -118,11 +118,6 @@ def _cut(model: LoadedModel, text: str, length: int | None) -> list[list[int]]:
             f"a text has {len(ids)} tokens of {model.name}, less than one window of {length}"
         )
     return found
-
-
-def _is_masked(model: LoadedModel) -> bool:
-    """Whether the model fills in masked tokens rather than predicting the next one."""
-    return not model.is_bridge and "MaskedLM" in model.info.class_name
 
 
 def _masked(

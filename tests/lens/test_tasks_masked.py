@@ -66,3 +66,31 @@ def test_copies_are_asked_for_in_the_second_one(masked):
 def test_a_masked_model_without_a_mask_token_is_refused(masked):
     with pytest.raises(LensError, match="its tokenizer has no mask token"):
         induction(replace(masked, tokenizer=None), n=2, length=5)
+
+
+def test_effects_are_measured_on_the_masked_tokens(masked):
+    """Without key 0 in every row is the model's own run with that key padded."""
+    task = induction(masked, n=3, length=20)
+    found = lens.effect(masked, task, lens.edits.Mask("first"), controls=(), progress=False)
+    hidden = torch.ones_like(task.clean)
+    hidden[:, 0] = 0
+    with torch.no_grad():
+        before = masked.model(task.clean).logits
+        after = masked.model(task.clean, attention_mask=hidden).logits
+    rows = torch.arange(3)[:, None]
+    base, edited = (one.log_softmax(-1)[rows, task.positions] for one in (before, after))
+    loss = (base - edited).gather(-1, task.correct[..., None]).mean((1, 2))
+    values = {name: one[0] for name, one in found.values["edit"].items()}
+    assert values["delta_loss"] == pytest.approx(loss.numpy(), rel=1e-4, abs=1e-6)
+    kl = (base.exp() * (base - edited)).sum(-1).mean(1)
+    assert values["kl"] == pytest.approx(kl.numpy(), rel=1e-3, abs=1e-7)
+    gain = task.sign * (task.measure(after, torch.arange(3)) - task.evaluate(masked))
+    assert values["gain"] == pytest.approx(gain.numpy(), rel=1e-4, abs=1e-6)
+
+
+def test_effects_on_next_tokens_are_refused(masked):
+    task = induction(masked, n=2, length=20)
+    with pytest.raises(LensError, match="fills in masked tokens and predicts no next token; give"):
+        lens.effect(masked, task.clean, lens.edits.Mask("first"), progress=False)
+    with pytest.raises(LensError, match="BertForMaskedLM predicts none; leave it out"):
+        lens.effect(masked, task, lens.edits.Mask("first"), scored=[3], progress=False)
