@@ -91,7 +91,7 @@ def load_model(config: RunConfig) -> "LoadedModel":
     """The model of the run, on its device.
 
     Raises:
-        LensError: as `lens.load`; UsageError: a device that is not there.
+        LensError: as `lens.load`; UsageError: a device that is not there, or a model that reads no text.
     """
     import torch
 
@@ -105,8 +105,15 @@ def load_model(config: RunConfig) -> "LoadedModel":
         raise UsageError(
             f"device {name!r} cannot be used ({reason}); use cpu, or see `lens doctor`"
         ) from None
-    model = config.model
-    return lens.load(model.name, revision=model.revision, dtype=model.dtype, device=name)
+    asked = config.model
+    model = lens.load(asked.name, revision=asked.revision, dtype=asked.dtype, device=name)
+    if model.info.vocab is None and model.tokenizer is None:
+        raise UsageError(
+            f"{model.name} ({model.info.class_name}) has no vocabulary and reads no text, which this "
+            "command is about; lens.capture(model, ...) takes what it reads, such as pictures, and "
+            "lens.vision has analyses of pictures"
+        )
+    return model
 
 
 def plan(model: "LoadedModel", config: RunConfig, sources: list[Source]) -> list[PlannedPrompt]:

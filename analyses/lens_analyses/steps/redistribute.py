@@ -4,6 +4,7 @@ from typing import Any
 
 import lens
 from lens import edits as moving
+from lens.common.errors import LensError
 from lens.common.results import of_kind
 from lens.figures.sink_effects import migration_maps
 from lens.runs.sections import Section
@@ -18,28 +19,34 @@ def dose(subject: Subject) -> Section:
     """The task's metric and the loss on text at each amount of the edit."""
     amounts = _amounts(subject)
     edit, at = EDIT_OF[subject.settings.rule], {"amounts": amounts, "controls": ()}
-    model, seed = subject.model, subject.seed
-    response, side = (
-        lens.effect(model, prompts, edit, **at, seed=seed, progress=False)
-        for prompts in (subject.task, subject.text_windows)
-    )
-    table = side.table().assign(edit=subject.settings.rule)
-    gains = response.table()[["amount", "metric", "gain", "gain_low", "gain_high", "n"]]
+    at |= {"seed": subject.seed, "progress": False}
+    response = lens.effect(subject.model, subject.task, edit, **at)
+    summary: list[str] = [*of_kind(response.findings(), "gain", "best")]
+    tables = {
+        "response": response.table()[["amount", "metric", "gain", "gain_low", "gain_high", "n"]]
+    }
+    figures = {"response": response.plot("gain")}
+    try:
+        side = lens.effect(subject.model, subject.text_windows, edit, **at)
+    except LensError as error:
+        text = f"Side effects on text are not measured: {error}."
+    else:
+        text = "The text is the run's own: it had no part in choosing anything, but it is one text."
+        summary += of_kind(side.findings(), "effect", "prediction", "dose", "trend")
+        tables["side_effects"] = side.table().assign(edit=subject.settings.rule)
+        figures["loss"] = side.plot()
     return Section(
         name="dose",
         title="Redistribution: dose, response and side effects",
-        summary=(
-            *of_kind(response.findings(), "gain", "best"),
-            *of_kind(side.findings(), "effect", "prediction", "dose", "trend"),
-        ),
+        summary=tuple(summary),
         limits=(
             f"{_ACTS[subject.settings.rule]} All heads at once; which heads it helps is judged below.",
-            "The text is the run's own: it had no part in choosing anything, but it is one text.",
+            text,
         ),
-        columns=defined([gains, table], COLUMNS | _COLUMNS),
+        columns=defined(tables.values(), COLUMNS | _COLUMNS),
         configuration=_configuration(subject, amounts),
-        tables={"response": gains, "side_effects": table},
-        figures={"response": response.plot("gain"), "loss": side.plot()},
+        tables=tables,
+        figures=figures,
     )
 
 
