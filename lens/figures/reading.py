@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from lens.reading.removals import Removals
     from lens.reading.shares import ComponentShares
 
+_NEAR = 0.05  # of the attention with all parts: such points have their name only under the pointer
+
 
 @draws("Explanation", "PairExplanation")
 def parts_matrix(
@@ -85,7 +87,11 @@ def removal_scatter(result: Removals, **look: Unpack[Look]) -> go.Figure:
         x=rows["predicted"],
         y=rows["measured"],
         mode="markers+text",
-        text=[escaped(name) for name in rows["part"]],
+        text=[
+            escaped(name) if abs(left - rows["clean"].iloc[0]) > _NEAR else ""
+            for name, left in zip(rows["part"], rows["measured"], strict=True)
+        ],
+        customdata=[escaped(name) for name in rows["part"]],
         textposition="top center",
         marker={"color": ACCENT, "size": 9},
         name="without the part",
@@ -94,7 +100,7 @@ def removal_scatter(result: Removals, **look: Unpack[Look]) -> go.Figure:
             "arrayminus": rows["measured"] - rows["measured_low"],
             "color": ACCENT,
         },
-        hovertemplate="%{text}<br>predicted %{x:.3f}, measured %{y:.3f}<extra></extra>",
+        hovertemplate="%{customdata}<br>predicted %{x:.3f}, measured %{y:.3f}<extra></extra>",
     )
     figure.add_hline(y=result.clean.mean(), line={"color": LINE}, annotation_text="with all parts")
     figure.update_xaxes(title="Attention predicted without the part", range=[-0.03, most + 0.08])

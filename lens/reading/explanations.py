@@ -284,7 +284,7 @@ class PairExplanation(Result):
                 )
                 said.append(
                     Sentence(
-                        f"On the {side} side {best['part']} carries {best['share']:.0%}{interval} of that{named}.",
+                        f"{self.head}{named}: on the {side} side {best['part']} carries {best['share']:.0%}{interval} of that.",
                         kind=side,
                     )
                 )

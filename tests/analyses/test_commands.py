@@ -38,6 +38,7 @@ COMMANDS = (
         "sinks",
         "redistribute",
         "policies",
+        "explain",
         "circuit",
         "sweep",
         "view",

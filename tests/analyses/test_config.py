@@ -13,6 +13,7 @@ from lens_analyses.config import (
     ModelConfig,
     PromptConfig,
     RunConfig,
+    analyses,
     listed,
     load_config,
     make_config,
@@ -77,7 +78,7 @@ def test_defaults_are_a_copied_run_of_the_embedded_model():
         ),
         (
             {"what": "magic"},
-            "what must be one of profile, heads, sinks, redistribute, policies, circuit, got 'magic'",
+            "what must be one of profile, heads, sinks, redistribute, policies, explain, circuit, got 'magic'",
         ),
     ],
 )
@@ -144,14 +145,14 @@ def test_the_names_of_the_configuration_are_those_of_the_library():
     from lens.circuits.scores.scoring import METHODS
     from lens.heads.measures.methods import Baseline, Method
 
-    assert typing.get_args(models.Method) == tuple(METHODS)
+    assert typing.get_args(analyses.Method) == tuple(METHODS)
     assert (typing.get_args(Method), typing.get_args(Baseline)) == (
         listed.MEASURES,
         listed.BASELINES,
     )
     assert tuple(EDITS) == listed.EDITS
     assert typing.get_args(models.Backend) == ("auto", *MODULES)
-    assert all(callable(getattr(tasks, task)) for task in models.TASKS)
+    assert all(callable(getattr(tasks, task)) for task in analyses.TASKS)
 
 
 @pytest.mark.parametrize("what", WHATS)

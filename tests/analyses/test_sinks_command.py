@@ -6,7 +6,7 @@ from typing import get_args
 import numpy as np
 import pytest
 from lens_analyses.config import make_config
-from lens_analyses.config.models import NOT_FROM_A_COMMAND, Rule
+from lens_analyses.config.analyses import NOT_FROM_A_COMMAND, Rule
 from lens_analyses.steps import redistribute
 
 import lens

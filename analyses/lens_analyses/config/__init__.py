@@ -5,18 +5,20 @@ was killed finds its own folder again. Flags, TOML and the form of a new job are
 Needs no torch.
 """
 
-from lens_analyses.config.models import (
-    CONFIGS,
+from lens_analyses.config.analyses import (
     TASKS,
-    WHATS,
-    CaptureConfig,
     CircuitSettings,
     HeadsSettings,
+    RedistributeSettings,
+    SinksSettings,
+)
+from lens_analyses.config.models import (
+    CONFIGS,
+    WHATS,
+    CaptureConfig,
     ModelConfig,
     PromptConfig,
-    RedistributeSettings,
     RunConfig,
-    SinksSettings,
 )
 from lens_analyses.config.reading import load_config, make_config, parse_assignments
 from lens_analyses.config.settings import Setting, settings_of

@@ -3,6 +3,8 @@
 import math
 from typing import get_args
 
+from lens.common.errors import LensError
+from lens.common.head_ids import head_id
 from lens.heads.measures.methods import Baseline, Method
 
 MEASURES: tuple[str, ...] = get_args(Method)
@@ -96,6 +98,20 @@ def check_loss(word: str) -> str:
     if not 0 <= number < math.inf:
         raise ValueError(f"must be a number of nats from 0 on, e.g. 0.01; got {word!r}")
     return word
+
+
+def check_heads(words: str) -> str:
+    """The words, if each is written as a head is; no words are right too.
+
+    Raises:
+        ValueError: one is not.
+    """
+    for word in listed(words) if words else []:
+        try:
+            head_id(word)
+        except LensError as error:
+            raise ValueError(str(error)) from error
+    return words
 
 
 def listed(words: str) -> list[str]:

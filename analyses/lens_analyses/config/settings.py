@@ -130,7 +130,7 @@ def settings_of(model: type[BaseModel], prefix: str = "") -> Iterator[Setting]:
     """Every setting of a configuration, those of its sections with their names before a dot.
 
     Example:
-        >>> from lens_analyses.config.models import CircuitSettings
+        >>> from lens_analyses.config.analyses import CircuitSettings
         >>> [setting.name for setting in settings_of(CircuitSettings)][-3:]
         ['steps', 'edges', 'compare']
     """

@@ -34,6 +34,7 @@ TITLES = {
     "sinks": "The attention sinks of",
     "redistribute": "Attention moved elsewhere in",
     "policies": "Sparse attention in",
+    "explain": "Why heads attend in",
     "circuit": "A circuit of",
 }
 """What a page is called, with the model's name behind it; other runs are about all heads."""

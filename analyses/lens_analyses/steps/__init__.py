@@ -81,5 +81,6 @@ STEPS: dict[str, tuple[Step, ...]] = {
         Step("running", "policies"),
         Step("search", "policies"),
     ),
+    "explain": (Step("explain", "explain"), Step("removal", "explain", needs="explain")),
 }
 """What a run does -> its steps, in order; later ones may read the sections of earlier ones."""

@@ -127,6 +127,10 @@ COSTS: dict[str, dict[str, Callable[[Load], Cost]]] = {
         "running": lambda load: Cost(45 * load.windows + 20 * 8 * load.length),
         "search": lambda load: _of_windows(load, 45),
     },
+    "explain": {
+        "explain": lambda load: Cost(21 * load.task, 21 * load.settings.n),
+        "removal": lambda load: Cost(36 * load.task, 36 * load.settings.n),
+    },
     "circuit": {
         "edges": _edges,
         "circuit": lambda load: Cost(180 * load.task * _circuit_factor(load)),

@@ -10,7 +10,7 @@ from lens.common.results import few
 from lens.models.vocabulary import around, windows
 from lens.runs import Run
 from lens_analyses.config import CircuitSettings, RunConfig
-from lens_analyses.config.models import AnalysisSettings
+from lens_analyses.config.analyses import AnalysisSettings
 from lens_analyses.config.paths import is_task_file
 from lens_analyses.console import Output
 from lens_analyses.inputs import PlannedPrompt

@@ -1,0 +1,175 @@
+"""The settings of the analyses that follow a profile, as pydantic models: the section `analysis` of a run."""
+
+import math
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, field_validator, model_validator
+
+from lens.circuits.scores.methods import Method
+from lens_analyses.config.listed import (
+    EDITS,
+    POLICY_SECTIONS,
+    check_amounts,
+    check_edits,
+    check_heads,
+    check_loss,
+    check_measures,
+    check_sections,
+    listed,
+)
+from lens_analyses.config.paths import is_task_file, shorten
+from lens_analyses.config.settings import Section, Shown, setting
+
+Rule = Literal["transfer", "mask", "drop", "logit_bias", "learned_sink", "off_by_one", "act"]
+"""Edits of the first token, by the names in the configuration, that need no more than a text."""
+TASKS = ("induction", "ioi", "greater_than", "docstring", "colored_objects")
+"""Tasks that `lens.tasks` makes from a model, a number of prompts and a seed."""
+NOT_FROM_A_COMMAND = {
+    "var": "it moves attention to an image, and the prompts here are text; use lens.edits.Var",
+    "pasta": "it needs the positions to emphasise, which differ from prompt to prompt; use "
+    "lens.edits.Pasta",
+}
+_BOUNDED = ("transfer", "mask", "drop", "off_by_one", "act")  # their amounts are fractions
+
+
+def _known_task(name: str) -> str:
+    if name not in (*TASKS, "text") and not is_task_file(name):
+        known = ", ".join((*TASKS, "text"))
+        raise ValueError(f"unknown task {shorten(name)!r}; known: {known}, or a .jsonl file")
+    return name
+
+
+class AnalysisSettings(Section):
+    """What is done beyond the profile."""
+
+    n: int = setting(32, "Prompts of the task, or windows of text, at most.", ge=2)
+    length: int | None = setting(
+        None,
+        "Tokens of each window, where text is predicted; 128 if not given, or fewer where texts are shorter.",
+        shown=Shown(rare=True),
+        ge=2,
+    )
+
+
+class _OnTask(AnalysisSettings):
+    task: Annotated[str, AfterValidator(_known_task)] = setting(
+        "induction",
+        f"{', '.join(TASKS)}, text (the run's own), or a .jsonl file of prompts.",
+        shown=Shown(suggestions=lambda: (*TASKS, "text")),
+    )
+
+
+class _WithRule(AnalysisSettings):
+    rule: Rule = setting("transfer", "How attention is moved.")
+    amounts: Annotated[str, AfterValidator(check_amounts)] = setting(
+        "0,0.25,0.5,0.75,1", "Of the edit, with commas: the dose-response curve."
+    )
+
+    @field_validator("rule", mode="before")
+    @classmethod
+    def _runs_from_a_command(cls, rule: Any) -> Any:
+        if isinstance(rule, str) and rule in NOT_FROM_A_COMMAND:
+            raise ValueError(f"{rule!r} cannot be run from the command: {NOT_FROM_A_COMMAND[rule]}")
+        return rule
+
+    @model_validator(mode="after")
+    def _in_range(self) -> Self:
+        least, most = self._range()
+        for amount in self.doses:
+            if not least <= amount <= most:
+                bounds = "0..1" if most == 1 else "0 or more"
+                raise ValueError(
+                    f"analysis.amounts of {self.rule} must be {bounds}, got {amount:g}"
+                )
+        return self
+
+    def _range(self) -> tuple[float, float]:
+        if self.rule in _BOUNDED:
+            return 0.0, 1.0
+        return (0.0 if self.rule == "learned_sink" else -math.inf), math.inf
+
+    @property
+    def doses(self) -> tuple[float, ...]:
+        """The amounts as numbers, in the given order."""
+        return tuple(map(float, listed(self.amounts)))
+
+
+class HeadsSettings(_OnTask):
+    """Of `lens heads`."""
+
+    measures: Annotated[str, AfterValidator(check_measures)] = setting(
+        "ablation/mean,ablation/zero,ablation/resample,gradient,attribution,direct",
+        "Of importance, with commas, e.g. ablation/mean,gradient.",
+    )
+
+    @property
+    def measured(self) -> tuple[tuple[str, str], ...]:
+        """`"ablation/mean,gradient"` as `(("ablation", "mean"), ("gradient", ""))`."""
+        parts = (word.partition("/") for word in listed(self.measures))
+        return tuple((by, baseline) for by, _, baseline in parts)
+
+
+class SinksSettings(_WithRule):
+    """Of `lens sinks`."""
+
+    edits: Annotated[str, AfterValidator(check_edits)] = setting(
+        "mask,drop,mean_value", f"With commas, of {', '.join(EDITS)}."
+    )
+
+    def _range(self) -> tuple[float, float]:
+        return 0.0, 1.0  # the edits of a sink share the amounts, and theirs are fractions
+
+    @property
+    def edited(self) -> tuple[str, ...]:
+        """The edits one by one."""
+        return tuple(listed(self.edits))
+
+
+class RedistributeSettings(_OnTask, _WithRule):
+    """Of `lens redistribute`."""
+
+
+class PoliciesSettings(AnalysisSettings):
+    """Of `lens policies`."""
+
+    loss: Annotated[str, AfterValidator(check_loss)] = setting(
+        "0.01", "What the mean next-token loss may grow by when heads run sparse, nats per token."
+    )
+    sections: Annotated[str, AfterValidator(check_sections)] = setting(
+        ",".join(POLICY_SECTIONS),
+        "Which analyses to make, with commas: policies measured, text and needles run, search for each head.",
+    )
+    levels: int = setting(
+        0, "Most levels of density whose loss the search measures; 0: all of them.", ge=0
+    )
+    block: int = setting(
+        0, "Tokens of a block of queries and keys; 0: a sixteenth of a window, 8 to 64.", ge=0
+    )
+
+
+class ExplainSettings(_OnTask):
+    """Of `lens explain`."""
+
+    heads: Annotated[str, AfterValidator(check_heads)] = setting(
+        "",
+        "Heads to explain, with commas, e.g. L1H0,L1H2; none: the three that look most at such keys.",
+    )
+    pairs: Literal["induction", "duplicate", "previous"] = setting(
+        "induction",
+        "Which keys: after earlier copies of the query's token, earlier copies, or the key before.",
+    )
+
+
+class CircuitSettings(_OnTask):
+    """Of `lens circuit`."""
+
+    method: Method = setting("eap-ig", "Of lens.circuits.score_edges.")
+    steps: int = setting(5, "Of the integrated gradients.", ge=1)
+    edges: int = setting(
+        0, "Of the circuit; 0 takes the smallest one that is faithful enough.", ge=0
+    )
+    compare: str | None = setting(
+        None,
+        "Folder of another circuit run: what the two circuits share, beside chance.",
+        min_length=1,
+    )

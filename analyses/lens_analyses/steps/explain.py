@@ -1,0 +1,151 @@
+"""Why heads attend where they do: logits taken apart, parts taken out, singular components."""
+
+import pandas as pd
+
+import lens
+from lens.common.head_ids import HeadId, head_columns
+from lens.common.results import Sentence, of_kind
+from lens.runs.sections import Section
+from lens_analyses.config.listed import listed
+from lens_analyses.steps.columns import defined
+from lens_analyses.steps.subject import Subject
+
+_HEADS = 3
+_CELLS = 15  # of each head, in the table
+_PARTS = 6  # of each head that are taken out
+_METRIC = {"induction": "induction", "duplicate": "duplicate_token", "previous": "previous_token"}
+
+
+def explain(subject: Subject) -> Section:
+    """What wrote the queries and the keys of each chosen head on pairs of a kind."""
+    sides, cells, components, figures = [], [], [], {}
+    said: list[Sentence] = []
+    for head in _heads(subject):
+        found = lens.reading.explain_pairs(
+            subject.model, subject.task.prompts, head, _pairs(subject),
+            seed=subject.seed, progress=subject.progress,
+        )  # fmt: skip
+        said += found.findings()
+        for side in ("key", "query"):
+            table = found.side(side).drop(columns="group")
+            sides.append(_named(head, table.assign(side=side)))
+        cells.append(_named(head, found.table(top=_CELLS).drop(columns="group")))
+        carried = lens.reading.components(
+            subject.model, subject.task.prompts, head, _pairs(subject),
+            seed=subject.seed, progress=subject.progress,
+        )  # fmt: skip
+        said += of_kind(carried.findings(), "participation")
+        components.append(_named(head, carried.table()))
+        figures |= {f"parts_{_key(head)}": found.plot(), f"components_{_key(head)}": carried.plot()}
+    tables = {
+        "sides": pd.concat(sides, ignore_index=True),
+        "cells": pd.concat(cells, ignore_index=True),
+        "components": pd.concat(components, ignore_index=True),
+    }
+    return Section(
+        name="explain",
+        title="Why heads attend there: what wrote their queries and keys",
+        summary=tuple(said),
+        limits=(
+            "Norms are held at the sizes that they have; the section on parts taken out says what the model does without them.",
+            "Parts are what heads and MLPs write, not features. Shares above 100 % stand beside negative ones.",
+        ),
+        columns=defined(tables.values(), _COLUMNS),
+        configuration=_configuration(subject),
+        tables=tables,
+        figures=figures,
+    )
+
+
+def removal(subject: Subject) -> Section:
+    """The attention without each of the largest parts of the keys, predicted and measured."""
+    tables, figures = [], {}
+    said: list[Sentence] = []
+    largest = subject.run.section("explain").tables["sides"]
+    for head in _heads(subject):
+        own = largest[(largest["name"] == str(head)) & (largest["side"] == "key")]
+        written = [part for part in own["part"] if part not in ("key bias", "norm bias")]
+        found = lens.reading.removal(
+            subject.model, subject.task.prompts, head, _pairs(subject), parts=written[:_PARTS],
+            seed=subject.seed, progress=subject.progress,
+        )  # fmt: skip
+        said += found.findings()
+        tables.append(_named(head, found.table()))
+        figures[f"removal_{_key(head)}"] = found.plot()
+    table = pd.concat(tables, ignore_index=True)
+    return Section(
+        name="removal",
+        title="The same heads without a part of their keys: predicted, and what the model does",
+        summary=tuple(said),
+        limits=(
+            "A part is taken out of what one head's keys read; what it does elsewhere stays as it is.",
+            f"Of each head the {_PARTS} parts with the largest contrast are taken out.",
+        ),
+        columns=defined([table], _COLUMNS),
+        configuration=_configuration(subject),
+        tables={"removal": table},
+        figures=figures,
+    )
+
+
+def _heads(subject: Subject) -> list[HeadId]:
+    """Those that are asked for, or the three of the profile that look most at such keys.
+
+    Raises:
+        LensError: a head that the model has not got.
+    """
+    if subject.settings.heads:
+        return [subject.model.info.head(name) for name in listed(subject.settings.heads)]
+    table = subject.run.heads
+    rows = table[(table["metric"] == _METRIC[_pairs(subject)]) & (table["variant"] == "raw")]
+    means = rows.groupby(["layer", "head"])["value"].mean().sort_values(ascending=False)
+    return [HeadId(int(layer), int(head)) for layer, head in list(means.index)[:_HEADS]]
+
+
+def _pairs(subject: Subject) -> str:
+    return subject.settings.pairs
+
+
+def _key(head: HeadId) -> str:
+    return str(head).lower()
+
+
+def _named(head: HeadId, table: pd.DataFrame) -> pd.DataFrame:
+    """The table with its head in front."""
+    columns = head_columns([head] * len(table))
+    return pd.concat([pd.DataFrame(columns), table.reset_index(drop=True)], axis=1)
+
+
+def _configuration(subject: Subject) -> dict[str, object]:
+    return {
+        "task": subject.settings.task,
+        "pairs": _pairs(subject),
+        "heads": [str(head) for head in _heads(subject)],
+        "seed": subject.seed,
+    }
+
+
+_COLUMNS = {
+    "name": "Layer and head.",
+    "layer": "Layer, by the model's own number.",
+    "head": "Head of the layer, from 0.",
+    "side": "Whether the part is of the queries or of the keys.",
+    "part": "What wrote it: embedding, position, an earlier head or MLP, a bias.",
+    "query_part": "What wrote that part of the query.",
+    "key_part": "What wrote that part of the key.",
+    "value": "Part of the logit, nats, mean over prompts.",
+    "contrast": "The same less its mean over the keys that the query sees, nats.",
+    "share": "Of all that the row is about: of the logit above the mean of its row, or of all that a map carries.",
+    "content": "Part of the logit if query and key stood at one place: without what rotary embedding adds, nats.",
+    "size": "Mean absolute contrast of a pair, nats: far above the mean where signs cancel.",
+    "pairs": "Pairs of query and key in all prompts.",
+    "n": "Prompts.",
+    "map": "Of queries and keys, or of values and output.",
+    "component": "Singular component, largest singular value first.",
+    "singular_value": "Of the map; that of queries and keys with the scale of the logits.",
+    "carried": "Nats of the logit above the mean of its row, or share of the square of what the head writes.",
+    "clean": "Attention to the keys of the pairs, as the model is.",
+    "predicted": "The same without the part, by its products, norms held.",
+    "measured": "The same when the model runs without the part.",
+    "error": "Mean absolute difference of predicted and measured.",
+}

@@ -1,0 +1,59 @@
+"""`lens explain`: sections in the folder of a profile, with the numbers of the library."""
+
+import numpy as np
+import pytest
+
+import lens
+from lens.passes.loading import load
+from lens.runs import open_run
+from lens.runs.validation import validate
+
+COMMAND = "explain --model induction-2l --task induction --n 3 --copied 2"
+
+
+@pytest.fixture(scope="module")
+def run(lens_command, tmp_path_factory):
+    answer = lens_command(*COMMAND.split(), "--out", tmp_path_factory.mktemp("explain"), "--json")
+    assert answer.code == 0, answer.err
+    return open_run(answer.json["path"])
+
+
+def test_both_sections_are_there_and_the_folder_is_whole(run):
+    assert run.sections == ["explain", "removal"]
+    assert validate(run) == []
+    assert sorted(run.section("explain").configuration["heads"]) == ["L1H0", "L1H2", "L1H3"]
+    html = (run.path / "report.html").read_text()
+    assert "Why heads attend in induction-2l" in html
+    assert "without what L0H1 wrote on the key side" in html
+
+
+def test_the_numbers_are_those_of_the_library(run):
+    model = load("induction-2l")
+    prompts = lens.tasks.induction(model, 3).prompts
+    found = lens.reading.explain_pairs(model, prompts, "L1H2", progress=False)
+    section = run.section("explain")
+    rows = section.tables["sides"].query("name == 'L1H2' and side == 'key'")
+    assert rows["part"].tolist() == found.side("key")["part"].tolist()
+    assert rows["part"].iloc[0] == "L0H1"
+    assert np.allclose(rows["share"], found.side("key")["share"])
+    assert set(found.findings()) <= set(section.summary)
+    table = run.section("removal").tables["removal"].query("name == 'L1H2'")
+    again = lens.reading.removal(
+        model, prompts, "L1H2", parts=table["part"].tolist(), progress=False
+    )
+    assert np.allclose(table["measured"], again.table()["measured"])
+
+
+def test_heads_that_are_none_are_refused_before_any_work(lens_command, tmp_path):
+    answer = lens_command(*COMMAND.split(), "--heads", "head 3", "--out", tmp_path)
+    assert answer.code == 2
+    assert "a head is written 'L3H5'" in answer.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_chosen_heads_and_pairs(lens_command, tmp_path):
+    chosen = ("--heads", "L1H1", "--pairs", "duplicate", "--out", tmp_path, "--json")
+    answer = lens_command(*COMMAND.split(), *chosen)
+    section = open_run(answer.json["path"]).section("explain")
+    assert section.configuration["heads"] == ["L1H1"]
+    assert section.summary[0].startswith("L1H1 on 'duplicate' pairs")
