@@ -203,7 +203,7 @@ def test_what_is_no_loaded_model_and_no_trace_is_said_so():
         lens.capture(own, [3, 4, 5])
     with pytest.raises(LensError, match="got a LlamaForCausalLM"), lens.traces.capturing(own):
         pass
-    with pytest.raises(LensError, match="traces must be an AttentionTrace .*got 'x'"):
+    with pytest.raises(LensError, match=r"traces must be an AttentionTrace .*got 'x'"):
         lens.profile("x")
 
 

@@ -98,7 +98,7 @@ def test_traces_that_do_not_fit_are_refused(make, said):
     generator = np.random.default_rng(3)
     with pytest.raises(lens.LensError, match=said):
         transfer(make(trace(causal(generator)), trace(causal(generator, blocks=8))))
-    with pytest.raises(lens.LensError, match="traces must be an AttentionTrace .*got 'a'"):
+    with pytest.raises(lens.LensError, match=r"traces must be an AttentionTrace .*got 'a'"):
         run("a", "b")
     with pytest.raises(lens.LensError, match="share must be"):
         run(trace(causal(generator)), trace(causal(generator)), share=0)
