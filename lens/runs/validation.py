@@ -8,7 +8,7 @@ of `heads.parquet` follow from the traces. Traces are read one layer at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -42,18 +42,18 @@ def validate(run: Run) -> list[str]:
     A run that is not finished is not wrong: what it has not made yet is not missed.
     """
     problems = [*run.damage, *_files(run)]
-    checks: list[tuple[str, Callable[[], Iterator[str]]]] = [
+    checks: list[tuple[str, Callable[[], Iterable[str]]]] = [
         (MANIFEST, lambda: _manifest(run)),
         (CONFIG, lambda: _config(run)),
         ("prompts.parquet", lambda: _prompts(run)),
         ("heads.parquet", lambda: _heads(run)),
-        (IMPORTANCES, lambda: iter(run.importances() and ())),
+        (IMPORTANCES, lambda: _read(run.importances)),
         *(
-            (f"sections/{name}", lambda name=name: iter(run.section(name) and ()))
+            (f"sections/{name}", lambda name=name: _read(run.section, name))
             for name in run.sections
         ),
         *(
-            (f"{CIRCUITS}/{name}.json", lambda name=name: iter(run.circuit(name) and ()))
+            (f"{CIRCUITS}/{name}.json", lambda name=name: _read(run.circuit, name))
             for name in run.circuits
         ),
         *((f"trace/{name}", lambda name=name: _trace(run, name)) for name in run.traces),
@@ -65,6 +65,12 @@ def validate(run: Run) -> list[str]:
             if run.door.has(name):  # `_files` says what is missing
                 problems.append(str(error))
     return list(dict.fromkeys(problems))
+
+
+def _read(read: Callable[..., object], *named: str) -> Iterable[str]:
+    """What reading checks itself, and nothing more; raises what it raises."""
+    read(*named)
+    return ()
 
 
 def _files(run: Run) -> Iterator[str]:
