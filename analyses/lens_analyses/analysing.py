@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from lens.common.errors import LensError
+from lens.runs.folders import CIRCUITS
 from lens.runs.writer import RunWriter
 from lens_analyses.console import log, one_line
 from lens_analyses.steps import STEPS, Step
@@ -73,7 +74,7 @@ def _leave_out(step: Step, reason: str, writer: RunWriter) -> None:
 
 def _circuits(run: Path) -> dict[str, tuple[int, int]]:
     """Files that steps write beside their sections -> when they changed, and the size."""
-    found = {path: path.stat() for path in (run / "circuits").rglob("*.json")}
+    found = {path: path.stat() for path in (run / CIRCUITS).rglob("*.json")}
     return {
         path.relative_to(run).as_posix(): (state.st_mtime_ns, state.st_size)
         for path, state in found.items()

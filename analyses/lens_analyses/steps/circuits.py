@@ -17,6 +17,7 @@ from lens.circuits.graph.edge_scores import EdgeScores
 from lens.circuits.scores.methods import named
 from lens.common.errors import LensError
 from lens.figures.circuits import head_map, layered_graph
+from lens.runs.folders import CIRCUITS, IMPORTANCES
 from lens.runs.sections import Section
 from lens.tasks import Task
 from lens_analyses.config import RunConfig
@@ -24,7 +25,6 @@ from lens_analyses.steps.columns import defined
 from lens_analyses.steps.headlines import of_circuit, of_highest
 from lens_analyses.steps.subject import Subject
 
-FOLDER = "circuits"
 _MOST_EDGES = 1000  # rows of the table of edges
 HELD_OUT = 16  # prompts that the circuit is tried on
 _FEW = 8  # of them, for the checks that run hundreds of circuits
@@ -48,8 +48,8 @@ def edges(subject: Subject) -> Section:
     stable = circuits.checks.stability(
         scores, chosen.n, absolute=ranking == "absolute", seed=subject.seed
     )
-    folder = subject.run.path / FOLDER
-    circuits.exports.to_mib(scores, folder / "mib" / "importances.json", circuit=chosen)
+    folder = subject.run.path / CIRCUITS
+    circuits.exports.to_mib(scores, subject.run.path / IMPORTANCES, circuit=chosen)
     chosen.save(folder / f"{_name(task)}.json", scores=scores.values)
     strings = subject.model.token_strings(task.clean[0].tolist())
     circuits.exports.to_attribution_graph(
@@ -73,7 +73,7 @@ def edges(subject: Subject) -> Section:
             "Scores are first-order estimates unless the method is `exact`; what they are worth, the "
             "section on the circuit says.",
             f"The table has the {len(table):,} largest of {scores.graph.n:,} edges; all are in "
-            f"{FOLDER}/mib/importances.json.",
+            f"{IMPORTANCES}.",
             *task.dropped,
         ),
         columns=defined(tables.values(), COLUMNS),
@@ -110,9 +110,9 @@ def circuit(subject: Subject) -> Section:
     """The circuit on prompts that it was not made from, beside others of its size."""
     _, others = halves(subject)
     task = others.take(torch.arange(min(others.n, HELD_OUT)))
-    folder = subject.run.path / FOLDER
-    scores = circuits.exports.from_mib(folder / "mib" / "importances.json")
-    chosen = circuits.load_circuit(folder / f"{_name(task)}.json")
+    file = subject.run.path / CIRCUITS / f"{_name(task)}.json"
+    scores = circuits.exports.from_mib(subject.run.path / IMPORTANCES)
+    chosen = circuits.load_circuit(file)
     options = {"seed": subject.seed, "progress": subject.progress}
     curve = circuits.evaluate(subject.model, task, scores, draws=2, **options)
     beside = circuits.checks.control(subject.model, task, chosen, draws=20, **options)
@@ -127,7 +127,7 @@ def circuit(subject: Subject) -> Section:
     ranking = subject.run.section("edges").configuration["ranking"]
     rows = table[(table["ranking"] == ranking).to_numpy()]
     chosen.save(
-        folder / f"{_name(task)}.json",
+        file,
         scores=scores.values,
         faithfulness={name: rows[name].tolist() for name in ("share", "edges", "faithfulness")},
     )

@@ -5,9 +5,8 @@ from lens.circuits.graph.circuit import Circuit
 from lens.circuits.graph.edge_scores import EdgeScores
 from lens.common.errors import LensError
 from lens.runs import Run, open_run
+from lens.runs.folders import CIRCUITS, IMPORTANCES
 from lens_analyses.config.paths import local
-
-_FOLDER = "circuits"
 
 
 def other_run(folder: str, model: str) -> Run:
@@ -32,12 +31,11 @@ def circuit_of(run: Run) -> tuple[Circuit, EdgeScores]:
     Raises:
         LensError: a run without exactly one.
     """
-    folder = run.path / _FOLDER
-    files = sorted(folder.glob("*.json"))
+    files = sorted((run.path / CIRCUITS).glob("*.json"))
     if len(files) != 1:
         raise LensError(
             f"run {run.id} has {len(files)} circuits and one is compared; `lens circuit` makes a run "
             "with one"
         )
-    scores = circuits.exports.from_mib(folder / "mib" / "importances.json")
+    scores = circuits.exports.from_mib(run.path / IMPORTANCES)
     return circuits.load_circuit(files[0]), scores

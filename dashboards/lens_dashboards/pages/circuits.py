@@ -11,6 +11,7 @@ from dash import dcc, html
 from lens.common.errors import LensError
 from lens.figures.circuits import edge_graph
 from lens.runs import Run
+from lens.runs.folders import CIRCUITS, IMPORTANCES
 from lens_dashboards.circuit_edges import RANKINGS, CircuitEdges, circuit_edges
 from lens_dashboards.circuit_groups import (
     add_group,
@@ -218,8 +219,8 @@ def _code(
     )
     begin = (
         "import lens\nfrom pathlib import Path\n\n"
-        f"folder = Path({str(run.path)!r}) / 'circuits'\n"
-        "scores = lens.circuits.exports.from_mib(folder / 'mib' / 'importances.json')\n"
+        f"folder = Path({str(run.path / CIRCUITS)!r})\n"
+        f"scores = lens.circuits.exports.from_mib({str(run.path / IMPORTANCES)!r})\n"
         f"circuit = {circuit}\n"
     )
     grouped = f", groups={groups!r}" if groups else ""
