@@ -15,8 +15,10 @@ from lens.traces.profiles import COLUMNS as HEAD_COLUMNS
 
 SCHEMA = "attention-lens/run"
 SCHEMA_VERSION = 1
-PROMPT_KINDS = ("text", "copied")
-"""Kinds of prompts; in the table of heads also names of the means over them."""
+KIND_WORDS = {"text": "text", "copied": "copied random tokens"}
+"""Kinds of prompts, and what they are called in sentences."""
+PROMPT_KINDS = tuple(KIND_WORDS)
+"""In the table of heads also names of the means over them."""
 
 Kind = Literal["text", "number", "integer", "integers", "texts"]
 _TEXTS = (

@@ -7,7 +7,7 @@ from plotly.offline import get_plotlyjs
 
 from lens.runs import Comparison
 from lens.runs.comparison.pictures import comparison_scatter, difference_grid
-from lens.runs.comparison.words import NAMES
+from lens.runs.schema import KIND_WORDS
 from lens.traces.metrics import METRICS
 from lens_analyses.report.charts import slim, template
 from lens_analyses.report.page import COLUMNS, embedded_json, environment, signed, source_of
@@ -49,7 +49,7 @@ def page(data: dict[str, Any], drawn: dict[str, dict[str, Any]]) -> str:
     made.filters.update(signed=signed)
     return made.get_template("comparison.html.j2").render(
         data=data,
-        names=NAMES,
+        names=KIND_WORDS,
         choices=_choices(drawn),
         largest=_largest(data["heads"]),
         labels=_labels(data["metrics"]),
@@ -68,7 +68,7 @@ def _choices(drawn: dict[str, Any]) -> list[dict[str, str]]:
     for key in keys:
         prompts, metric, variant = key.split("/")
         without = ", sink excluded" if variant == "sink_excluded" else ""
-        label = f"{METRICS[metric].label}{without}, on {NAMES[prompts]}"
+        label = f"{METRICS[metric].label}{without}, on {KIND_WORDS[prompts]}"
         selected = " selected" if key == first else ""
         found.append(
             {

@@ -12,12 +12,12 @@ from lens.common.colors import ACCENT, BASELINE, LINE
 from lens.figures import head_grid, metric_by_layer
 from lens.figures.style import style
 from lens.runs.first_screen import Shown
+from lens.runs.schema import KIND_WORDS
 from lens.runs.sections import Section
 
 _COLORS = {"text": LINE, "copied": ACCENT}
 _TICKS = 15
 _TITLE = 64  # characters of a title that a figure beside another has room for
-NAMES = {"text": "text", "copied": "copied random tokens"}
 
 
 def template() -> dict[str, Any]:
@@ -46,7 +46,7 @@ def charts(data: dict[str, Any]) -> dict[str, dict[str, Any]]:
         trend = metric_by_layer(
             rows,
             "sink_mass",
-            title=f"Attention that the first token receives, on {NAMES[str(kind)]}",
+            title=f"Attention that the first token receives, on {KIND_WORDS[str(kind)]}",
             height=320,
         )
         trend.update_xaxes(dtick=-(-layers // _TICKS), range=[-0.6, layers - 0.4])
@@ -95,7 +95,7 @@ def _sensitivity(sinks: dict[str, Any]) -> go.Figure:
             x=part["epsilon"],
             y=part["value"],
             mode="lines",
-            name=NAMES[str(kind)],
+            name=KIND_WORDS[str(kind)],
             line={"color": color, "width": 2},
             hovertemplate="threshold %{x}: %{y:.1%} of heads<extra></extra>",
         )

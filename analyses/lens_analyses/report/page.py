@@ -14,7 +14,8 @@ from plotly.offline import get_plotlyjs
 from plotly.utils import PlotlyJSONEncoder
 
 from lens.figures.small import strip
-from lens_analyses.report.charts import NAMES, template
+from lens.runs.schema import KIND_WORDS
+from lens_analyses.report.charts import template
 from lens_analyses.report.maps import HeadMap
 
 COLUMNS = (
@@ -63,7 +64,7 @@ def page(data: dict[str, Any], maps: list[HeadMap], figures: dict[str, dict[str,
         report=data,
         title=f"{TITLES.get(data['what'], 'The attention heads of')} {data['setup']['model']['name']}",
         kinds=kinds,
-        kind_names=NAMES,
+        kind_names=KIND_WORDS,
         grids=_choices(figures, data),
         columns=_columns(kinds, data),
         rows=_rows(kinds, data),

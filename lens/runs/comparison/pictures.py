@@ -12,6 +12,7 @@ from lens.common.errors import LensError
 from lens.common.plots import draws
 from lens.figures.heads import label
 from lens.figures.style import Look, escaped, grid_axes, grid_height, style
+from lens.runs.schema import KIND_WORDS
 from lens.traces.metrics import METRICS
 
 if TYPE_CHECKING:
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from lens.runs import Comparison
 
 _ON_COPIES = ("induction", "duplicate_token", "previous_token")
-_NAMES = {"text": "text", "copied": "copied random tokens"}
 _NAMED = 5
 
 
@@ -206,7 +206,7 @@ def _finding(comparison: Comparison, metric: str, variant: str, kind: str) -> st
     )
     rank = row["rank_correlation"]
     order = "" if np.isnan(rank) else f"; rank correlation {rank:.2f}"
-    return escaped(f"{METRICS[metric].label}{without} on {_NAMES[kind]}: {changed}{order}")
+    return escaped(f"{METRICS[metric].label}{without} on {KIND_WORDS[kind]}: {changed}{order}")
 
 
 def _meta(

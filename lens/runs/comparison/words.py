@@ -11,10 +11,10 @@ import pandas as pd
 from lens.common.head_ids import HeadId
 from lens.common.results import Sentence
 from lens.runs.folders import Run
+from lens.runs.schema import KIND_WORDS
 from lens.traces.findings import Finding, findings
 from lens.traces.metrics import METRICS
 
-NAMES = {"text": "text", "copied": "copied random tokens"}
 _KINDS = {
     "induction": ("induction head", "induction heads"),
     "sink": ("head with a sink on the first token", "heads with a sink on the first token"),
@@ -98,7 +98,7 @@ def _kinds_of_heads(a: Run, b: Run, heads: pd.DataFrame, shared: Mapping[str, in
         first, second = (side.get(kind) for side in found)
         if first is None or second is None or first.prompt_id != second.prompt_id:
             continue
-        where = f"on {NAMES[first.prompt_id]}, above {first.threshold:g}, uniform attention and random weights"
+        where = f"on {KIND_WORDS[first.prompt_id]}, above {first.threshold:g}, uniform attention and random weights"
         mine, theirs = _above(first, heads, "a"), _above(second, heads, "b")
         capital = f"{many[0].upper()}{many[1:]}"
         if not mine and not theirs:
@@ -189,7 +189,7 @@ def _change(row: Mapping[Any, Any]) -> str:
     metric = METRICS[row["metric"]].label.lower()
     without = ", sink excluded" if row["variant"] == "sink_excluded" else ""
     return (
-        f"{HeadId(row['layer'], row['head'])} {metric}{without} on {NAMES[row['prompts']]} from "
+        f"{HeadId(row['layer'], row['head'])} {metric}{without} on {KIND_WORDS[row['prompts']]} from "
         f"{row['a']:.2f} to {row['b']:.2f}, {signed(row['difference'])}"
         f"{bracket(row['low'], row['high'])}"
     )
@@ -214,7 +214,7 @@ def _orders(metrics: pd.DataFrame) -> list[str]:
 
 def _ordered(row: pd.Series) -> str:
     return (
-        f"{METRICS[row['metric']].label.lower()} on {NAMES[row['prompts']]} "
+        f"{METRICS[row['metric']].label.lower()} on {KIND_WORDS[row['prompts']]} "
         f"(Spearman {row['rank_correlation']:.2f})"
     )
 
@@ -269,12 +269,12 @@ def _confounds(settings: pd.DataFrame) -> list[str]:
 
 def _prompts(shared: Mapping[str, int]) -> list[str]:
     said = []
-    if none := [NAMES[kind] for kind, count in shared.items() if not count]:
+    if none := [KIND_WORDS[kind] for kind, count in shared.items() if not count]:
         said.append(
             f"On {' and '.join(none)} the runs share no prompt of the same tokens: each run's own mean "
             "is shown, and the difference has no interval."
         )
-    if one := [NAMES[kind] for kind, count in shared.items() if count == 1]:
+    if one := [KIND_WORDS[kind] for kind, count in shared.items() if count == 1]:
         said.append(
             f"On {' and '.join(one)} the runs share a single prompt: the difference has no interval."
         )
