@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypedDict, Unpack, overload
 
 import torch
+from lens_kernels.distributed import Processes
 
 from lens.common.errors import LensError
 from lens.common.progress import advancing
@@ -18,6 +19,7 @@ from lens.passes.inputs import Prompt, read_prompts
 from lens.passes.pieces import check_pieces
 from lens.passes.sessions import listening, run
 from lens.passes.sources import read_sources
+from lens.passes.split import check_split, processes
 from lens.traces.given import given_traces
 from lens.traces.labels import read_labels
 from lens.traces.naming import keys_of, queries_of
@@ -26,6 +28,7 @@ from lens.traces.pictures import picture_note
 from lens.traces.pieces import check_chunk, pieces_of, recorded_in_pieces
 from lens.traces.recorder import Once, Recorder
 from lens.traces.segments import segments
+from lens.traces.split import record_split
 from lens.traces.statistics import COMPARING, PREFIX, LayerRecord, Settings, make_settings
 from lens.traces.trace import AttentionTrace, TraceWriter
 
@@ -41,6 +44,7 @@ class CaptureOptions(TypedDict, total=False):
     keep_qk: bool
     backend: str
     chunk: int | None
+    group: Any
     out: str | Path | None
     progress: bool
     seed: int | None
@@ -69,6 +73,7 @@ def capture(
     keep_qk: bool = False,
     backend: str = "auto",
     chunk: int | None = None,
+    group: Any = None,
     out: str | Path | None = None,
     progress: bool = True,
     seed: int | None = None,
@@ -93,6 +98,10 @@ def capture(
             trace is that of the whole prompt, to rounding, and what the model holds beside keys and
             statistics is that of one piece. A multiple of `block_size`. Models whose tokens see later ones,
             that keep no keys or compute something else in pieces are refused. None: whole.
+        group: a process group of torch.distributed (`torch.distributed.group.WORLD` for all of torchrun): each
+            process runs the model on its part of the tokens, keys go round, and every process returns the
+            trace of the whole; all of them must call with the same prompts. `out` is written by the first.
+            What cannot be split is refused.
         out: folder for the trace (for several prompts `out/p000`, `out/p001`, ...): each layer is
             written when it is done and leaves memory. In memory if None.
         progress: show a bar with the time left, on stderr, if that is a terminal.
@@ -125,10 +134,10 @@ def capture(
         >>> lens.profile(trace)[["layer", "head", "numbers", "numbers_uniform"]]
     """
     if attentions is not None:
-        if keep_qk or labels is not None or statistics != "all" or chunk is not None:
+        if keep_qk or labels is not None or statistics != "all" or chunk or group:
             raise LensError(
                 "attentions hold no q and k, and every statistic that they have is kept; leave keep_qk, "
-                "statistics, chunk and labels out"
+                "statistics, chunk, group and labels out"
             )
         found = given_traces(model, prompts, attentions, block_size)
         for number, one in enumerate(found if isinstance(found, list) else [found]):
@@ -140,16 +149,21 @@ def capture(
     settings = make_settings(
         statistics=statistics, block_size=block_size, keep_qk=keep_qk, backend=backend
     )
+    if chunk is not None and group is not None:
+        raise LensError("a prompt goes in pieces (chunk) or over processes (group); leave one out")
     if chunk is not None:
         check_chunk(chunk, settings)
+    links = None if group is None else processes(group)
     if model.parts:
-        _refuse_on_parts(labels=labels, chunk=chunk)
+        _refuse_on_parts(labels=labels, chunk=chunk, group=group)
     reading = read_sources(model, prompts) if model.parts else None
     found, is_single = reading or read_prompts(model, prompts, whole=True)
     for prompt in found:
         _check_size(model, prompt, settings)
         if chunk is not None:
             check_pieces(model, prompt, chunk)
+        if links is not None:
+            check_split(model, prompt, links)
     tokens = [None if one.ids is None else model.token_strings(one.ids) for one in found]
     own = read_labels(labels, tokens)
     views = {part: model.part(part) for part in model.parts if part == (model.chosen or part)}
@@ -158,6 +172,8 @@ def capture(
     total = sum(pieces_of(prompt, chunk) for prompt in found) * sum(layers)
     with advancing(f"{model.name}: layers", total, progress) as advance:
         for number, prompt in enumerate(found):
+            if links is not None and links.rank:
+                out = None
             folder = out if out is None or is_single else Path(out) / f"p{number:03d}"
             chosen = settings.with_labels(own[number])
 
@@ -169,7 +185,7 @@ def capture(
                 chosen: Any = chosen,
             ) -> Any:
                 inside = folder if folder is None or not part else Path(folder) / part
-                return _capture_one(view, prompt, chosen, chunk, inside, seed, advance)
+                return _capture_one(view, prompt, chosen, chunk, links, inside, seed, advance)
 
             if not model.parts or model.chosen:
                 traces.append(captured(model))
@@ -193,6 +209,7 @@ def _capture_one(
     prompt: Prompt,
     settings: Settings,
     chunk: int | None,
+    links: Processes | None,
     out: str | Path | None,
     seed: int | None,
     advance: Callable[[int], None],
@@ -219,7 +236,9 @@ def _capture_one(
         take(record)
         advance(1)
 
-    if chunk is None or pieces_of(prompt, chunk) == 1:
+    if links is not None:
+        record_split(model, prompt, settings, links, done)
+    elif chunk is None or pieces_of(prompt, chunk) == 1:
         chunk = None
         once = Once(Recorder(settings, done), model.info.class_name)
         with torch.no_grad(), listening(model, once.on_layer, parts=True):
@@ -249,7 +268,8 @@ def _capture_one(
         query_tokens=None if rows is None else rows.names,
         attributes=_attributes(model, prompt, settings, layers, seed)
         | more
-        | {"chunk": chunk, "seconds": time.perf_counter() - start},
+        | {"chunk": chunk, "processes": 1 if links is None else links.size}
+        | {"seconds": time.perf_counter() - start},
     )
 
 

@@ -7,7 +7,7 @@ digits where it holds nearly all the mass.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -130,12 +130,17 @@ def make_settings(
     return Settings(frozenset(names), block_size, keep_qk, backend)
 
 
-def measure(call: LayerCall, settings: Settings) -> tuple[torch.Tensor, LayerRecord]:
-    """Attention output [batch, heads, queries, value_dim] and the record of the layer."""
+def measure(
+    call: LayerCall, settings: Settings, attend: Callable[..., AttentionResult] = attend
+) -> tuple[torch.Tensor, LayerRecord]:
+    """Attention output [batch, heads, queries, value_dim] and the record of the layer.
+
+    `attend` computes it, as that of `lens.passes.calls`.
+    """
     batch, _, queries, _ = call.query.shape
     keys = call.key.shape[2]
     names = settings.variables
-    result = _attention(call, settings)
+    result = _attention(call, settings, attend)
     found = {
         name: result.statistics[name]
         for name in _KERNEL
@@ -187,7 +192,9 @@ def measure(call: LayerCall, settings: Settings) -> tuple[torch.Tensor, LayerRec
     return result.output, record
 
 
-def _attention(call: LayerCall, settings: Settings) -> AttentionResult:
+def _attention(
+    call: LayerCall, settings: Settings, attend: Callable[..., AttentionResult]
+) -> AttentionResult:
     keys, names = call.key.shape[2], settings.variables
     statistics = {"lse", *names.intersection(_KERNEL)}
     statistics.update(kernel for variable, kernel in _BY_GROUP.items() if variable in names)

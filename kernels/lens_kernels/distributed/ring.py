@@ -135,7 +135,7 @@ def ring_attention(
         statistics_["value_norm"] = whole.output.norm(dim=-1)
     if asked.sums:
         statistics_ |= _second(asked, queries, keys, whole.lse, layout, links, transfer)
-    kept = {name: statistics_[name] for name in statistics_ if name in names}
+    kept = {name: statistics_[name] for name in sorted(names)}  # in one order on every rank
     return RingResult(whole.output.to(query.dtype), kept, tuple(found[1:]))
 
 

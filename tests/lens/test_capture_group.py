@@ -1,0 +1,77 @@
+"""`lens.capture(group=)` under torchrun: every process has the trace of the whole; what cannot be split is refused."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+import lens
+from lens.common.errors import LensError
+from lens.traces.trace import AttentionTrace
+from tests.lens.split_capture import CAPTURED, ids
+from tests.shapes import ROOT
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory):
+    """What each of four processes found; started once."""
+    folder = tmp_path_factory.mktemp("processes")
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", "4", "--master-addr", "127.0.0.1"]
+    command += ["--standalone", "-m", "tests.lens.split_capture", str(folder)]
+    paths = f"{ROOT}:{ROOT / 'kernels'}"
+    done = subprocess.run(
+        [sys.executable, *command],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder, [json.loads((folder / f"{rank}.json").read_text()) for rank in range(4)]
+
+
+# Learned positions, GQA, windows, softcaps, learned sinks, and a model whose tokens see both ways.
+@pytest.mark.parametrize("name", CAPTURED)
+@pytest.mark.parametrize("size", [2, 4])
+def test_the_trace_is_that_of_one_process(told, name, size):
+    for rank in told[1]:
+        ratios = rank["ratios"][f"{name} {size}"]
+        assert {"block_mass", "received", "diagonal", "entropy_sink_excluded", "q"} <= ratios.keys()
+        assert {key: ratio for key, ratio in ratios.items() if not ratio <= 5e-6} == {}
+
+
+def test_the_first_process_writes_the_folder(told):
+    folder, ranks = told
+    assert [rank["paths"] for rank in ranks] == [[True, True], *[[False, False]] * 3]
+    trace = AttentionTrace.load(folder / "traces" / "p001")
+    assert trace.attrs["processes"] == 4
+    assert trace.dataset["token_id"].values.tolist() == ids(1)
+
+
+@pytest.mark.parametrize(
+    ("what", "expected"),
+    [
+        ("alibi", "BloomModel takes no position_ids"),
+        ("hybrid", "computes something else when its tokens are split"),
+        ("mask", "has a mask that cannot be split over processes"),
+        ("twice", "attend twice, which group= does not do"),
+        ("both", "in pieces (chunk) or over processes (group)"),
+        ("short", "20 tokens in blocks of 4 are 5 blocks, and 4 processes need 8"),
+        ("other", "the processes were given different prompts"),
+        ("not a member", "this process is not in the group"),
+    ],
+)
+def test_what_is_refused_on_every_process(told, what, expected):
+    for rank in told[1]:
+        assert expected in rank["refusals"][what]
+
+
+def test_without_processes():
+    with pytest.raises(
+        LensError, match=r"group=: torch.distributed was not started: run under torchrun"
+    ):
+        lens.capture(lens.load(), "Call me Ishmael.", group=object())
