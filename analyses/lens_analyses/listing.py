@@ -6,6 +6,7 @@ from typing import Any
 
 from lens.common.errors import LensError
 from lens.runs import BrokenRun, Run, list_runs, open_run
+from lens.runs.commands import again
 from lens_analyses.console import ERROR, OK, PARTIAL
 
 
@@ -119,7 +120,7 @@ def _row(run: Run | BrokenRun) -> tuple[str, str, str, str]:
     note = error.get("message", "") if run.status == "error" else run.title
     if run.status == "partial":
         failed = f"{error['message']}; " if error else ""
-        note = f"{failed}complete it: lens run -c {run.path / 'config.toml'}"
+        note = f"{failed}complete it: {again(run.path)}"
     return (run.status, f"{prompts['done']}/{prompts['total']}", run.id, note)
 
 

@@ -20,6 +20,7 @@ import pandas as pd
 import lens
 from lens.common.errors import LensError
 from lens.runs import Run, open_run
+from lens.runs.commands import again
 from lens.runs.manifest import remove_own
 from lens.runs.schema import PROMPT_KINDS
 from lens.runs.writer import RunWriter, find_by_config
@@ -62,7 +63,7 @@ class Finished:
     def text(self) -> str:
         """A few lines for people."""
         prompts = self.run.meta["prompts"]
-        goes_on = f"the same command, or `lens run -c {self.run.path / 'config.toml'}`,"
+        goes_on = f"the same command, or `{again(self.run.path)}`,"
         failed = (self.run.meta["error"] or {}).get("message")
         if self.status == "partial" and not failed:
             sections = "".join(f", {name}" for name in self.run.sections)

@@ -9,6 +9,7 @@ import numpy as np
 
 from lens.common.errors import LensError
 from lens.runs import Run
+from lens.runs.commands import analysis
 from lens.runs.folders import CIRCUITS, IMPORTANCES
 
 RANKINGS = ("absolute", "signed")
@@ -178,7 +179,7 @@ def circuit_edges(run: Run) -> CircuitEdges:
     """
     if not run.door.has(IMPORTANCES) or not run.circuits:
         raise LensError(
-            f"run {run.id} has no circuit; make one: lens circuit --model {run.meta['model']['name']}"
+            f"run {run.id} has no circuit; make one: {analysis(run.path, {}, 'circuit')}"
         )
     files = (run.path / IMPORTANCES, run.path / CIRCUITS / f"{run.circuits[0]}.json")
     return _read(run, *(path.stat().st_mtime_ns for path in files))

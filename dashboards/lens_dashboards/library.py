@@ -43,10 +43,10 @@ def _section(run: Run, path: Path, name: str, changed: int) -> Section:
 
 
 class Library:
-    """A folder of runs; a run that changes on disk is read again."""
+    """A folder of runs; a run that changes on disk is read again. `starts_jobs`: whether its pages may start analyses."""
 
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+    def __init__(self, folder: str | Path, starts_jobs: bool = False) -> None:
+        self.folder, self.starts_jobs = Path(folder), starts_jobs
         self._open: dict[str, tuple[int, Run]] = {}
         self._trace = lru_cache(_OPEN_TRACES)(self._load_trace)
         self._atlas = lru_cache(_OPEN_ATLASES)(atlas)

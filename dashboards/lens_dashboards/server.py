@@ -65,7 +65,7 @@ def create_app(
         add_log_handler=False,
         enable_mcp=False,
     )
-    library = Library(runs)
+    library = Library(runs, starts_jobs=jobs is not None)
     answer_only(flask, hosts)
     if token is not None:
         ask_for_token(flask, token)

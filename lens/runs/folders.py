@@ -16,6 +16,7 @@ import pandas as pd
 
 from lens.common.errors import LensError
 from lens.common.files import read_json, shown
+from lens.runs.commands import again
 from lens.runs.contents import head_problems, prompt_problems, section_problems, trace_problems
 from lens.runs.door import Door
 from lens.runs.processes import is_writing
@@ -225,7 +226,7 @@ class Run:
         if not self.door.has(name):
             raise LensError(
                 f"{self.path / name} is missing: the run is {self.status}; "
-                f"complete it with `lens run -c {self.path / CONFIG}`"
+                f"complete it with `{again(self.path)}`"
             )
         return self.door.table(name, kinds, most_rows=most_rows)
 

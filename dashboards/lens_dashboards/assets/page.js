@@ -83,6 +83,7 @@
     if (!(target instanceof HTMLElement)) return;
     if (target.id === "copy-link") copy(target, window.location.href);
     if (target.dataset.variant) chooseVariant(target.dataset.variant);
+    if (target.dataset.job) startJob(target);
     if (target.dataset.figure) figureMenu(target, target.dataset.figure);
     if (target.classList.contains("copy-code")) copy(target, target.parentElement.querySelector("code").textContent);
   });
@@ -95,6 +96,20 @@
   });
 
   /* What the link holds now, the zoom of a map too, with or without the first token. */
+  async function startJob(button) {
+    const problem = button.parentElement.querySelector(".job-problem");
+    button.disabled = true;
+    try {
+      const answer = await fetch("/api/jobs", { method: "POST", headers: { "Content-Type": "application/json" }, body: button.dataset.job });
+      const data = await answer.json();
+      if (!answer.ok) throw new Error(data.error || `the server answered ${answer.status}`);
+      go("/jobs");
+    } catch (error) {
+      problem.textContent = ` ${error.message}`;
+      button.disabled = false;
+    }
+  }
+
   function chooseVariant(variant) {
     const search = new URLSearchParams(window.location.search);
     search.delete("variant");

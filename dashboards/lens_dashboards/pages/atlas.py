@@ -6,6 +6,7 @@ from dash import dcc, html
 
 from lens.common.colors import VIRIDIS
 from lens.common.errors import LensError
+from lens.runs.commands import again
 from lens_dashboards.atlas import no_form
 from lens_dashboards.library import Library
 from lens_dashboards.pages.head import known_prompt, prompt_control
@@ -18,9 +19,7 @@ def page(library: Library, view: Selection) -> list[Any]:
     run = library.run(view.run)
     traces = run.traces
     if not traces:
-        raise LensError(
-            f"run {run.id} has no finished trace; complete it: lens run -c {run.path / 'config.toml'}"
-        )
+        raise LensError(f"run {run.id} has no finished trace; complete it: {again(run.path)}")
     notes: list[str] = []
     prompt = known_prompt(view, traces, notes)
     trace = library.trace(run.id, prompt)

@@ -22,6 +22,7 @@ from lens_dashboards.circuit_groups import (
 )
 from lens_dashboards.library import Library, sections
 from lens_dashboards.pages.circuit_lists import groups_list, node_link, nodes_table, paths_list
+from lens_dashboards.pages.next_steps import missing
 from lens_dashboards.pages.parts import (
     card,
     choice,
@@ -30,7 +31,6 @@ from lens_dashboards.pages.parts import (
     graph,
     limits,
     marked,
-    missing,
     note_banner,
     run_banner,
     section_figure,
@@ -50,7 +50,7 @@ def page(library: Library, view: Selection) -> list[Any]:
     except LensError as error:
         if run.circuits:
             return [*top, card(html.P(str(error), className="problem"), className="error")]
-        return [*top, missing(run, "circuit", "lens circuit --model {model} --task induction")]
+        return [*top, missing(library, run, "circuit", "circuit")]
     curve = _curve(run)
     chosen, ranking, count, notes = _chosen(run, view, edges, curve)
     own_worth = _own_worth(run) if chosen == edges.find(edges.chosen) else None

@@ -9,16 +9,17 @@ from lens import figures as draw
 from lens.common.colors import VIRIDIS
 from lens.common.errors import LensError
 from lens.runs import Run
+from lens.runs.commands import again
 from lens.traces.metrics import METRICS
 from lens.traces.trace import AttentionTrace
 from lens_dashboards.library import Library, sections
+from lens_dashboards.pages.next_steps import missing
 from lens_dashboards.pages.parts import (
     Cell,
     card,
     crumbs,
     data_table,
     graph,
-    missing,
     named,
     note_banner,
     number,
@@ -35,10 +36,7 @@ def page(library: Library, view: Selection) -> list[Any]:
     run = library.run(view.run)
     traces = run.traces
     if not traces:
-        raise LensError(
-            f"run {run.id} has no finished trace; complete it: "
-            f"lens run -c {run.path / 'config.toml'}"
-        )
+        raise LensError(f"run {run.id} has no finished trace; complete it: {again(run.path)}")
     notes: list[str] = []
     prompt = known_prompt(view, traces, notes)
     trace = library.trace(run.id, prompt)
@@ -93,7 +91,7 @@ def page(library: Library, view: Selection) -> list[Any]:
                 ),
                 html.Div(
                     [
-                        *_effect(run, view, name),
+                        *_effect(library, run, view, name),
                         card(_scores(run, prompt, (layer, head), view.variant), "Scores"),
                     ],
                     className="side",
@@ -102,7 +100,7 @@ def page(library: Library, view: Selection) -> list[Any]:
             className="columns",
         ),
         card(html.Div(id="strip", className="strip"), "Tokens"),
-        *_pinned(run, view, trace, prompt),
+        *_pinned(library, run, view, trace, prompt),
         *_curves(run, view, trace, prompt),
     ]
 
@@ -161,11 +159,11 @@ def _sharpness(trace: AttentionTrace, layer: int, head: int) -> str:
     )
 
 
-def _effect(run: Run, view: Selection, name: str) -> list[Any]:
+def _effect(library: Library, run: Run, view: Selection, name: str) -> list[Any]:
     """What the model loses without this head, beside the picture of its attention."""
     section = sections(run).get("importance")
     if section is None:
-        return [missing(run, "effect of this head", "lens heads --model {model}")]
+        return [missing(library, run, "effect of this head", "heads")]
     table = section.tables["scores"]
     rows = table[(table["name"] == name).to_numpy()].select_dtypes("number").to_dict("records")
     row = rows[0] if rows else {}
@@ -230,7 +228,9 @@ def _steps(run: Run, view: Selection, prompt: str, trace: AttentionTrace) -> htm
     return html.Nav(links, className="steps", **named("Heads"))
 
 
-def _pinned(run: Run, view: Selection, trace: AttentionTrace, prompt: str) -> list[Any]:
+def _pinned(
+    library: Library, run: Run, view: Selection, trace: AttentionTrace, prompt: str
+) -> list[Any]:
     """The pinned head beside this one: its map, and where their scores differ."""
     pin = view.option("pin")
     if not pin or pin == f"{view.layer}.{view.head}":
@@ -257,7 +257,7 @@ def _pinned(run: Run, view: Selection, trace: AttentionTrace, prompt: str) -> li
     ]
     return [
         html.Div(maps, className="halves", id="pinned"),
-        *_effect(run, view, str(other)),
+        *_effect(library, run, view, str(other)),
         card(
             [
                 _scores(run, prompt, other, view.variant),

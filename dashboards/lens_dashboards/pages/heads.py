@@ -10,6 +10,7 @@ from lens.figures.style import grid_height
 from lens.runs import Run
 from lens_dashboards.head_columns import PATTERN, HeadColumns, head_columns
 from lens_dashboards.library import Library, sections
+from lens_dashboards.pages.next_steps import missing
 from lens_dashboards.pages.overview import best_group
 from lens_dashboards.pages.parts import (
     Cell,
@@ -19,7 +20,6 @@ from lens_dashboards.pages.parts import (
     data_table,
     graph,
     link_points,
-    missing,
     note_banner,
     number,
     remember,
@@ -67,7 +67,7 @@ def page(library: Library, view: Selection) -> list[Any]:
             className="wide",
         ),
         _table(run, view, columns, rows, sort, marked, group),
-        _agreement(run, view),
+        _agreement(library, run, view),
     ]
 
 
@@ -248,11 +248,11 @@ def _cell(value: Any) -> str:
     return str(value).replace("_", " ") if isinstance(value, str) else number(value)
 
 
-def _agreement(run: Run, view: Selection) -> html.Section:
+def _agreement(library: Library, run: Run, view: Selection) -> html.Section:
     """Where measures of importance disagree."""
     section = sections(run).get("importance")
     if section is None:
-        return missing(run, "measures of importance", "lens heads --model {model}")
+        return missing(library, run, "measures of importance", "heads")
     if "agreement" not in section.figures:
         return card(html.P("This run has no picture of how measures agree: give lens heads two."))
     target = view.to("analysis", "importance")

@@ -15,6 +15,7 @@ from lens.traces.findings import findings
 from lens.traces.metrics import METRICS, Metric
 from lens_dashboards.library import Library, sections
 from lens_dashboards.pages.headlines import headlines
+from lens_dashboards.pages.next_steps import next_steps
 from lens_dashboards.pages.parts import (
     card,
     choice,
@@ -123,7 +124,7 @@ def page(library: Library, view: Selection) -> list[Any]:
             ],
             className="columns",
         ),
-        *_analyses(run, view),
+        *_analyses(library, run, view),
         card(
             html.P(
                 [
@@ -148,25 +149,11 @@ def _definition(view: Selection, metric: Metric) -> str:
     return f"{text} This metric has no sink-excluded form; raw is shown."
 
 
-def _analyses(run: Run, view: Selection) -> list[Any]:
+def _analyses(library: Library, run: Run, view: Selection) -> list[Any]:
     """What else was found in this run, first sentence of each analysis."""
     held = sections(run)
     if not held:
-        return [
-            card(
-                html.P(
-                    [
-                        "No analysis beyond the profile yet: ",
-                        html.Code(
-                            f"lens heads --model {run.meta['model']['name']} --text-name moby-dick"
-                        ),
-                        " (or sinks, redistribute) makes a run with importance, patterns and edits.",
-                    ]
-                ),
-                "Analyses",
-                className="empty",
-            )
-        ]
+        return [next_steps(library, run)]
     items = []
     for name, section in held.items():
         target = view.to("analysis", name)

@@ -12,6 +12,7 @@ from lens.common.colors import ACCENT
 from lens.common.head_ids import head_id
 from lens.common.version import __version__
 from lens.runs import Comparison, Run
+from lens.runs.commands import again
 from lens.runs.sections import Section
 from lens_dashboards.library import remarks
 from lens_dashboards.selection import Selection
@@ -29,6 +30,12 @@ _TABS = {
     "circuits": "Circuits",
     "provenance": "Provenance",
 }
+_SHOWS = {
+    "sinks": {"detection"},
+    "redistribution": {"dose", "search", "redistribution"},
+    "circuits": {"edges"},
+}
+"""Page -> sections of which it needs one."""
 _WITH_VARIANT = ("overview", "heads", "head", "atlas", "compare")
 _VARIANTS = {"raw": "counted (raw)", "sink_excluded": "left out (sink excluded)"}
 STATUS_WORDS = {
@@ -117,7 +124,7 @@ def run_banner(run: Run) -> list[html.Div]:
                 [
                     f"This run {state}: {prompts['done']} of {prompts['total']} prompts are done."
                     f"{left} Complete it with ",
-                    html.Code(f"lens run -c {run.path / 'config.toml'}"),
+                    html.Code(again(run.path)),
                 ],
                 className="banner partial",
                 role="status",
@@ -144,13 +151,13 @@ def run_banner(run: Run) -> list[html.Div]:
 def crumbs(run: Run, view: Selection) -> html.Div:
     """runs › run › page, the pages of the run, and whether the first token counts."""
     if view.page == "overview":
-        return trail(view, html.Span(run.id), pages=[tabs(view)])
+        return trail(view, html.Span(run.id), pages=[tabs(run, view)])
     last = {
         "head": f"L{view.layer}H{view.head}",
         "analysis": view.section.replace("_", " "),
     }.get(view.page, view.page)
     home = dcc.Link(run.id, href=view.to("overview").url())
-    return trail(view, home, html.Span(last), pages=[tabs(view)])
+    return trail(view, home, html.Span(last), pages=[tabs(run, view)])
 
 
 def trail(view: Selection, *steps: Any, pages: Iterable[Any] = ()) -> html.Div:
@@ -242,14 +249,24 @@ def remember(option: str, value: Any) -> dcc.Store:
     return dcc.Store(id={"shown": option}, data=value)
 
 
-def tabs(view: Selection) -> html.Nav:
-    """Links to the pages of a run."""
+def holds(run: Run, page: str) -> bool:
+    """Whether a run has what a page shows."""
+    needed = _SHOWS.get(page)
+    return needed is None or not needed.isdisjoint(run.sections)
+
+
+def tabs(run: Run, view: Selection) -> html.Nav:
+    """Links to the pages of a run; those that it has nothing for are told by it."""
     links: list[Any] = []
     for page, words in _TABS.items():
         if page == view.page:
             links.append(html.Span(words, className="current", **{"aria-current": "page"}))  # pyright: ignore[reportArgumentType]
-        else:
+        elif holds(run, page):
             links.append(dcc.Link(words, href=view.to(page).url()))
+        else:
+            title = "This run has nothing for this page; it says which command makes it."
+            link = view.to(page).url()
+            links.append(dcc.Link(f"{words} (empty)", href=link, className="vacant", title=title))
     return html.Nav(links, className="tabs pages", **named("Pages of this run"))
 
 
@@ -366,18 +383,6 @@ def data_table(
         tabIndex=0,
         role="region",
         **{"data-table": json.dumps(content), **named(label)},  # pyright: ignore[reportArgumentType]
-    )
-
-
-def missing(run: Run, what: str, command: str) -> html.Section:
-    """Instead of a figure that the run has nothing for: which command makes it."""
-    model = run.meta["model"]["name"]
-    return card(
-        [
-            html.P(f"This run has no {what}. Make a run that has:"),
-            html.Pre(html.Code(command.format(model=model))),
-        ],
-        className="empty",
     )
 
 

@@ -9,13 +9,13 @@ from dash import html
 from lens.runs.sections import Section
 from lens_dashboards.library import Library, sections
 from lens_dashboards.pages.analysis import tables_of
+from lens_dashboards.pages.next_steps import missing
 from lens_dashboards.pages.parts import (
     card,
     choice,
     crumbs,
     findings,
     limits,
-    missing,
     named,
     note_banner,
     number,
@@ -27,7 +27,6 @@ from lens_dashboards.selection import Selection
 
 _SECTIONS = ("dose", "search", "redistribution")
 _MEASURED = (*_SECTIONS, "effects")  # that have rows of one rule at one amount
-_COMMAND = "lens redistribute --model {model} --text-name moby-dick --tokens 128 --windows 6"
 _MEASURES = {
     "gain": "Gain of the task (positive: better)",
     "delta_loss": "Loss on held-out text, change in nats a token",
@@ -50,7 +49,7 @@ def page(library: Library, view: Selection) -> list[Any]:
     known = sections(run)
     held = [known[name] for name in _SECTIONS if name in known]
     if not held:
-        return [*top, missing(run, "redistribution", _COMMAND)]
+        return [*top, missing(library, run, "redistribution", "redistribute")]
     notes: list[str] = []
     one = _one_dose([known[name] for name in _MEASURED if name in known], view, notes)
     return [

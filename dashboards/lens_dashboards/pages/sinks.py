@@ -10,6 +10,7 @@ from lens.figures.columns import column_grid
 from lens.runs import Run
 from lens_dashboards.library import Library, sections
 from lens_dashboards.pages.analysis import tables_of
+from lens_dashboards.pages.next_steps import missing
 from lens_dashboards.pages.parts import (
     card,
     choice,
@@ -19,7 +20,6 @@ from lens_dashboards.pages.parts import (
     limits,
     link_points,
     marked,
-    missing,
     note_banner,
     remember,
     run_banner,
@@ -29,7 +29,6 @@ from lens_dashboards.pages.parts import (
 from lens_dashboards.selection import Selection
 
 SECTIONS = ("detection", "mechanism", "effects", "first_token", "dose", "streaming", "spectrum")
-_COMMAND = "lens sinks --model {model} --text-name moby-dick --tokens 128 --windows 6"
 _MOST_HEADS = 40
 
 
@@ -39,7 +38,7 @@ def page(library: Library, view: Selection) -> list[Any]:
     top = [crumbs(run, view), html.H1("Sinks"), *run_banner(run)]
     known = sections(run)
     if "detection" not in known:
-        return [*top, missing(run, "analysis of sinks", _COMMAND)]
+        return [*top, missing(library, run, "analysis of sinks", "sinks")]
     section = known["detection"]
     notes: list[str] = []
     curve = section.tables["epsilon"]

@@ -1,0 +1,116 @@
+"""Commands that pages and messages tell a user to type: each is run as it stands, quoted by a shell's rules."""
+
+import json
+import re
+import shlex
+import shutil
+
+import pytest
+from lens_analyses.jobs.desk import JobDesk
+from lens_dashboards.library import Library
+from lens_dashboards.pages import circuits, heads, overview, redistribution, sinks
+from lens_dashboards.pages.parts import holds
+from lens_dashboards.selection import Selection
+
+from lens.common.errors import LensError
+from lens.runs import commands, open_run
+
+PAGES = {
+    "overview": overview.page,
+    "heads": heads.page,
+    "sinks": sinks.page,
+    "redistribution": redistribution.page,
+    "circuits": circuits.page,
+}
+
+
+@pytest.fixture(scope="module", params=["text", "copied"])
+def folder(request, run_folder, lens_command, tmp_path_factory):
+    """A profile in a folder whose name a shell must quote."""
+    out = tmp_path_factory.mktemp("runs") / "it's my runs"
+    if request.param == "text":
+        shutil.copytree(run_folder, out / run_folder.name)
+        return out / run_folder.name
+    model = ["--model", "induction-2l", "--copied", "2", "--copied-length", "9"]
+    return open_run(lens_command("run", *model, "--out", out, "--json").json["path"]).path
+
+
+def shown(folder, page, starts_jobs=False):
+    """What a page says, as text."""
+    library = Library(folder.parent, starts_jobs)
+    return json.dumps(
+        [
+            part.to_plotly_json()
+            for part in PAGES[page](library, Selection(page=page, run=folder.name))
+        ],
+        default=lambda one: one.to_plotly_json(),
+    )
+
+
+def lines(text):
+    """The commands in it."""
+    return [
+        json.loads(f'"{found}"')
+        for found in re.findall(r'"children": "(lens (?:[^"\\]|\\.)*)"', text)
+    ]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_command_that_a_page_shows_is_taken(folder, page, lens_command):
+    text = shown(folder, page)
+    found = lines(text)
+    has_text = "text" in set(open_run(folder).prompts["kind"])
+    assert bool(found) or not has_text
+    for line in found:
+        words = shlex.split(line)
+        assert words[:1] == ["lens"]
+        assert words[-2:] == ["--out", str(folder.parent)]
+        answer = lens_command(*words[1:], "--dry-run", "--json")
+        assert answer.code == 0, (line, answer.err)
+        assert answer.json["what"] == words[1]
+    if not has_text and page in ("sinks", "redistribution"):
+        assert f"`lens {'sinks' if page == 'sinks' else 'redistribute'}` needs text" in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["circuit", "redistribute"])
+def test_a_command_makes_its_run_beside_the_other(folder, what, lens_command):
+    run = open_run(folder)
+    try:
+        line = commands.analysis(folder, run.config, what)
+    except LensError:
+        assert what in commands.NEED_TEXT
+        return
+    answer = lens_command(*shlex.split(line)[1:], "--json", "--set", "analysis.n=4")
+    assert answer.code == 0, answer.err
+    made = open_run(answer.json["path"])
+    assert made.path.parent == folder.parent
+    assert made.config["prompts"] == run.config["prompts"]
+    assert made.config["capture"] == run.config["capture"]
+    assert made.sections
+
+
+def test_a_run_is_completed_by_the_command_that_is_told(folder, lens_command):
+    answer = lens_command(*shlex.split(commands.again(folder))[1:], "--json")
+    assert answer.code == 0, answer.err
+    assert answer.json["path"] == str(folder)
+
+
+def test_with_jobs_a_button_starts_it(folder):
+    assert "data-job" not in shown(folder, "circuits")
+    text = shown(folder, "circuits", starts_jobs=True)
+    (sent,) = re.findall(r'"data-job": "((?:[^"\\]|\\.)*)"', text)
+    job = json.loads(json.loads(f'"{sent}"'))
+    desk = JobDesk(folder.parent)
+    desk.submit(job["kind"], job["settings"])
+    (queued,) = desk.state()["jobs"]
+    assert queued["command"].startswith("lens circuit ")
+    config = open_run(folder).config
+    assert f"--model {config['model']['name']}" in queued["command"]
+
+
+def test_an_empty_page_is_told_by_its_tab(folder):
+    run = open_run(folder)
+    assert not any(holds(run, page) for page in ("sinks", "redistribution", "circuits"))
+    assert all(holds(run, page) for page in ("overview", "heads", "atlas", "provenance"))
+    assert "Sinks (empty)" in shown(folder, "overview")
