@@ -80,7 +80,7 @@ def demo(
     """Analyse real models on real text, write the reports, serve the dashboard."""
     output = Output(json, quiet, debug)
     with output.session():
-        from lens_analyses.demo import run_demo
+        from lens_analyses.demo import queue_later, run_demo
         from lens_analyses.viewing import check_port, view_runs
 
         if view and not json:
@@ -90,7 +90,12 @@ def demo(
         if summary.exit_code:
             raise SystemExit(summary.exit_code)
         if view and not json:
-            view_runs(out, port, quiet=quiet)
+            whole = model is None
+            if whole and (queued := queue_later(out)) and not quiet:
+                say(
+                    f"{queued} more analyses are made while the dashboard serves: see its page /jobs"
+                )
+            view_runs(out, port, jobs=whole, quiet=quiet)
 
 
 for _verb, _text in RUN_COMMANDS.items():

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lens.runs import open_run
+from lens.runs.writer import find_by_config
 from lens_analyses.config import (
     CaptureConfig,
     ModelConfig,
@@ -13,6 +15,7 @@ from lens_analyses.config import (
     make_config,
 )
 from lens_analyses.console import PARTIAL, Output, log
+from lens_analyses.jobs.store import JobStore
 from lens_analyses.runner import Finished, execute
 
 EMBEDDED = (
@@ -37,6 +40,17 @@ EMBEDDED = (
 """A model with sinks and induction heads, one whose circuit is known, and one that has neither."""
 
 LARGE_TOKENS = 2048
+_TEXT = {"text_name": "moby-dick", "tokens": 96, "windows": 4, "copied": 4}
+LATER = tuple(
+    make_config({"what": what, "model": {"name": model}, "prompts": prompts})
+    for what, model, prompts in (
+        ("circuit", "induction-2l", {"copied": 4}),
+        ("sinks", "text-lm-3l", _TEXT),
+        ("redistribute", "text-lm-3l", _TEXT),
+        ("heads", "text-lm-3l", _TEXT),
+    )
+)
+"""Analyses that are made while the dashboard already serves, so that each of its pages has something on it."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +92,20 @@ def run_demo(runs: Path, model: str | None, output: Output) -> Demonstration:
         if one.status != "success":
             break
     return Demonstration(finished, time.monotonic() - start)
+
+
+def queue_later(runs: Path) -> int:
+    """Queue the analyses of `LATER` that are not there yet, for a worker beside the dashboard; how many."""
+    store = JobStore(runs)
+    waiting = {job.command for job in store.jobs() if job.status in ("queued", "running")}
+    queued = 0
+    for config in LATER:
+        made = find_by_config(runs, config.as_mapping())
+        done = made is not None and open_run(made).status == "success"
+        if not done and config.command() not in waiting:
+            store.submit("run", config.as_mapping(), config.command())
+            queued += 1
+    return queued
 
 
 def _recipe(model: str) -> RunConfig:

@@ -56,7 +56,7 @@ def first_screen(heads: pd.DataFrame, sections: Mapping[str, Section]) -> list[S
     """
     found = first(sections.values())
     if "roles" not in sections:  # which says the same of more scores
-        found += first([_of_profile(heads)], MOST - len(found))
+        found += first([_of_profile(heads)], MOST - len(found), MOST)
     return [
         Shown(
             one,
@@ -68,12 +68,15 @@ def first_screen(heads: pd.DataFrame, sections: Mapping[str, Section]) -> list[S
     ]
 
 
-def first(sections: Iterable[Section], most: int = MOST) -> list[tuple[Section, Headline]]:
+def first(
+    sections: Iterable[Section], most: int = MOST, of_one: int = OF_ONE
+) -> list[tuple[Section, Headline]]:
     """The most surprising headlines of a run, with their sections.
 
     Args:
         sections: of one run.
-        most: how many at most, no more than `OF_ONE` of a section.
+        most: how many at most.
+        of_one: how many of one section at most.
 
     Returns:
         The most surprising first; those without an interval last.
@@ -84,7 +87,7 @@ def first(sections: Iterable[Section], most: int = MOST) -> list[tuple[Section, 
 
     chosen: list[tuple[Section, Headline]] = []
     for section in sections:
-        chosen += sorted(((section, one) for one in section.headlines), key=order)[:OF_ONE]
+        chosen += sorted(((section, one) for one in section.headlines), key=order)[:of_one]
     return sorted(chosen, key=order)[: max(0, most)]
 
 
@@ -112,17 +115,5 @@ def _of_finding(finding: Finding) -> Iterator[Headline]:
         against, baseline = max(known.items(), key=lambda pair: pair[1])
         values = (top.value, top.low, top.high, baseline, against)
         others = " and ".join(f"{value:.2f} with {words}" for words, value in known.items())
-        count = len(finding.heads)
-        text = (
-            f"{_WORDS[finding.kind]} is highest in {top}, against {others}; {count} "
-            f"{'head passes' if count == 1 else 'heads pass'} {finding.threshold:g}."
-        )
+        text = f"{finding.count}, most {top}, against {others}."
         yield Headline(text, *values, figure=finding.kind)
-
-
-_WORDS = {
-    "induction": "Attention to what followed the same token before (induction)",
-    "sink": "Attention that the first token receives",
-    "previous_token": "Attention to the token before",
-    "duplicate_token": "Attention to earlier copies of the token",
-}

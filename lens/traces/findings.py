@@ -124,6 +124,7 @@ class Finding:
         found: whether any head did.
         heads: those that did, highest first; the single highest where none did.
         text: the sentence.
+        count: how many heads did, and what they are called.
     """
 
     kind: str
@@ -135,6 +136,7 @@ class Finding:
     found: bool
     heads: tuple[HeadScore, ...]
     text: str
+    count: str
 
 
 def findings(table: pd.DataFrame, *, most: int = 6) -> list[Finding]:
@@ -196,11 +198,17 @@ def _apply(rule: _Rule, table: pd.DataFrame, most: int) -> Finding | None:
         bool(passing),
         heads,
         text,
+        _count(rule, len(passing), len(scored)),
     )
 
 
 def _known(score: float) -> str:
     return "not known" if np.isnan(score) else f"{score:.2f}"
+
+
+def _count(rule: _Rule, found: int, total: int) -> str:
+    words = f"1 {rule.one}" if found == 1 else f"{found or 'no'} {rule.many}"
+    return f"{words} (of {total} heads)"
 
 
 def _found(
@@ -209,15 +217,10 @@ def _found(
     named = few(heads, most)
     where = _ON[prompt_id].capitalize()
     one = len(heads) == 1
-    count = (
-        f"1 {rule.one} (of {total} heads) scores"
-        if one
-        else f"{len(heads)} {rule.many} (of {total} heads) score"
-    )
     low, high = f"{heads[-1].value:.0%}", f"{heads[0].value:.0%}"
     between = low if low == high else f"{low} to {high}"
     does = f"it {rule.verb}s {between} of its" if one else f"they {rule.verb} {between} of their"
     return (
-        f"{count} above {rule.threshold:g} and, with the whole interval, above {beside}. {where} {does} "
+        f"{_count(rule, len(heads), total)} {'scores' if one else 'score'} above {rule.threshold:g} and, with the whole interval, above {beside}. {where} {does} "
         f"attention {rule.on}: {named}."
     )

@@ -1,6 +1,7 @@
 """The other commands: help, version, demo, estimates, doctor and the way to the dashboard."""
 
 import importlib.util
+import shlex
 import socket
 import time
 import urllib.request
@@ -22,6 +23,7 @@ from lens_analyses.config import (
 )
 from lens_analyses.doctor import Check, Diagnosis, examine
 from lens_analyses.estimate import estimate
+from lens_analyses.jobs.store import JobStore
 from lens_analyses.steps import STEPS
 from lens_analyses.steps.costs import COSTS, Load
 
@@ -144,9 +146,22 @@ def test_the_demo_serves_the_dashboard_at_the_end(lens_command, tmp_path, monkey
     served = []
     monkeypatch.setattr(demo_module, "EMBEDDED", small)
     monkeypatch.setattr(viewing, "check_port", lambda port: None)
-    monkeypatch.setattr(viewing, "view_runs", lambda runs, port, quiet: served.append((runs, port)))
-    assert lens_command("demo", "--out", tmp_path, "--port", "8799").code == 0
-    assert served == [(tmp_path, 8799)]
+    monkeypatch.setattr(
+        viewing, "view_runs", lambda runs, port, **more: served.append((runs, port, more))
+    )
+    answer = lens_command("demo", "--out", tmp_path, "--port", "8799")
+    assert answer.code == 0
+    assert served == [(tmp_path, 8799, {"jobs": True, "quiet": False})]
+    assert "4 more analyses are made while the dashboard serves" in answer.err
+    waiting = {job.config["what"]: job for job in JobStore(tmp_path).jobs()}
+    assert set(waiting) == {"circuit", "sinks", "redistribute", "heads"}
+
+    assert demo_module.queue_later(tmp_path) == 0  # they wait already
+    for job in waiting.values():
+        JobStore(tmp_path).cancel(job.id)
+    made = lens_command(*shlex.split(waiting["redistribute"].command)[1:], "--out", tmp_path)
+    assert made.code == 0, made.err
+    assert demo_module.queue_later(tmp_path) == 3  # all but the one that is there
 
 
 def test_the_demo_of_another_model_reads_a_chapter():

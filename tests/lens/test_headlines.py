@@ -133,7 +133,10 @@ def test_the_profile_fills_what_sections_leave_and_says_its_baseline():
     alone = first_screen(heads(), {})
     assert [one.section for one in alone] == [PROFILE]
     told = alone[0].headline
-    assert "L0H1 0.80 [0.70, 0.85], against 0.05 with uniform attention" in told.text
+    assert (
+        "1 induction head (of 2 heads), most L0H1 0.80 [0.70, 0.85], against 0.05 with uniform"
+        in told.text
+    )
     assert (told.baseline, told.against) == (0.05, "uniform attention")
     assert alone[0].picture is not None
     many = {name: section(name, ONE, ONE) for name in ("a", "b", "c")}

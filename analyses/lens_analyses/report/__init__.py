@@ -30,10 +30,14 @@ class Report:
 
     @property
     def headline(self) -> list[str]:
-        """The sentences of the first screen; of a run whose sections have none, the first of each and the profile's."""
+        """The sentences of the first screen, and which kinds of heads there are not.
+
+        Of a run whose sections have none, the first of each and those of the profile.
+        """
         numbers = self.numbers
         if numbers["headlines"]:
-            return [one["text"] for one in numbers["headlines"]]
+            missed = [one["text"] for one in numbers["summary"] if not one["found"]]
+            return [*(one["text"] for one in numbers["headlines"]), *missed]
         sections = [part["summary"][0] for part in numbers["sections"] if part["summary"]]
         return [*sections, *(finding["text"] for finding in numbers["summary"])]
 
