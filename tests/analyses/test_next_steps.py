@@ -9,7 +9,7 @@ import pytest
 from lens_analyses.jobs.desk import JobDesk
 from lens_dashboards.library import Library
 from lens_dashboards.pages import circuits, heads, overview, redistribution, sinks
-from lens_dashboards.pages.parts import holds
+from lens_dashboards.pages.tabs import holds
 from lens_dashboards.selection import Selection
 
 from lens.common.errors import LensError

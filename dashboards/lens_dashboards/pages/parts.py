@@ -15,27 +15,12 @@ from lens.runs import Comparison, Run
 from lens.runs.commands import again
 from lens.runs.sections import Section
 from lens_dashboards.library import remarks
+from lens_dashboards.pages.tabs import tabs
 from lens_dashboards.selection import Selection
 
 _HEIGHT = 400  # of a figure that names none
 _FIRST = 8  # sentences that are not folded, shared among analyses
 _MENU = {"full": "full screen", "png": "PNG", "svg": "SVG", "csv": "CSV", "json": "JSON"}
-_TABS = {
-    "overview": "Overview",
-    "heads": "Heads",
-    "atlas": "Atlas",
-    "sinks": "Sinks",
-    "redistribution": "Redistribution",
-    "policies": "Policies",
-    "circuits": "Circuits",
-    "provenance": "Provenance",
-}
-_SHOWS = {
-    "sinks": {"detection"},
-    "redistribution": {"dose", "search", "redistribution"},
-    "circuits": {"edges"},
-}
-"""Page -> sections of which it needs one."""
 _WITH_VARIANT = ("overview", "heads", "head", "atlas", "compare")
 _VARIANTS = {"raw": "counted (raw)", "sink_excluded": "left out (sink excluded)"}
 STATUS_WORDS = {
@@ -247,27 +232,6 @@ def select(name: str, label: str, options: Mapping[str, str], value: str) -> htm
 def remember(option: str, value: Any) -> dcc.Store:
     """What a control of an option shows at first: only another value changes the link."""
     return dcc.Store(id={"shown": option}, data=value)
-
-
-def holds(run: Run, page: str) -> bool:
-    """Whether a run has what a page shows."""
-    needed = _SHOWS.get(page)
-    return needed is None or not needed.isdisjoint(run.sections)
-
-
-def tabs(run: Run, view: Selection) -> html.Nav:
-    """Links to the pages of a run; those that it has nothing for are told by it."""
-    links: list[Any] = []
-    for page, words in _TABS.items():
-        if page == view.page:
-            links.append(html.Span(words, className="current", **{"aria-current": "page"}))  # pyright: ignore[reportArgumentType]
-        elif holds(run, page):
-            links.append(dcc.Link(words, href=view.to(page).url()))
-        else:
-            title = "This run has nothing for this page; it says which command makes it."
-            link = view.to(page).url()
-            links.append(dcc.Link(f"{words} (empty)", href=link, className="vacant", title=title))
-    return html.Nav(links, className="tabs pages", **named("Pages of this run"))
 
 
 def findings(sections: Iterable[Section]) -> html.Section:
