@@ -47,6 +47,7 @@ LATER = tuple(
         ("circuit", "induction-2l", {"copied": 4}),
         ("sinks", "text-lm-3l", _TEXT),
         ("redistribute", "text-lm-3l", _TEXT),
+        ("policies", "text-lm-3l", _TEXT),
         ("heads", "text-lm-3l", _TEXT),
     )
 )

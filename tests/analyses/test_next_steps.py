@@ -8,7 +8,7 @@ import shutil
 import pytest
 from lens_analyses.jobs.desk import JobDesk
 from lens_dashboards.library import Library
-from lens_dashboards.pages import circuits, heads, overview, redistribution, sinks
+from lens_dashboards.pages import circuits, heads, overview, policies, redistribution, sinks
 from lens_dashboards.pages.tabs import holds
 from lens_dashboards.selection import Selection
 
@@ -20,6 +20,7 @@ PAGES = {
     "heads": heads.page,
     "sinks": sinks.page,
     "redistribution": redistribution.page,
+    "policies": policies.page,
     "circuits": circuits.page,
 }
 
@@ -68,8 +69,8 @@ def test_every_command_that_a_page_shows_is_taken(folder, page, lens_command):
         answer = lens_command(*words[1:], "--dry-run", "--json")
         assert answer.code == 0, (line, answer.err)
         assert answer.json["what"] == words[1]
-    if not has_text and page in ("sinks", "redistribution"):
-        assert f"`lens {'sinks' if page == 'sinks' else 'redistribute'}` needs text" in text
+    if not has_text and page in ("sinks", "policies"):
+        assert f"`lens {page}` needs text" in text
 
 
 @pytest.mark.slow
@@ -111,6 +112,6 @@ def test_with_jobs_a_button_starts_it(folder):
 
 def test_an_empty_page_is_told_by_its_tab(folder):
     run = open_run(folder)
-    assert not any(holds(run, page) for page in ("sinks", "redistribution", "circuits"))
+    assert not any(holds(run, page) for page in ("sinks", "redistribution", "policies", "circuits"))
     assert all(holds(run, page) for page in ("overview", "heads", "atlas", "provenance"))
     assert "Sinks (empty)" in shown(folder, "overview")

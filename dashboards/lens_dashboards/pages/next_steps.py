@@ -15,6 +15,7 @@ WORDS = {
     "heads": "what each head does, which matter, which are alike and which may go",
     "sinks": "where attention is parked, why, and whether it matters",
     "redistribute": "what changes when attention is moved",
+    "policies": "which heads may be sparse, how far, and what it costs",
     "circuit": "which edges between heads carry a task",
 }
 """Analysis -> what it finds."""

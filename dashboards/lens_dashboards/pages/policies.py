@@ -13,6 +13,7 @@ from lens.runs import Run
 from lens.runs.sections import Section
 from lens_dashboards.library import Library, sections
 from lens_dashboards.pages.analysis import tables_of
+from lens_dashboards.pages.next_steps import missing
 from lens_dashboards.pages.parts import (
     Cell,
     card,
@@ -22,7 +23,6 @@ from lens_dashboards.pages.parts import (
     findings,
     graph,
     limits,
-    missing,
     note_banner,
     number,
     run_banner,
@@ -32,7 +32,6 @@ from lens_dashboards.pages.parts import (
 from lens_dashboards.selection import Selection
 
 _SECTIONS = ("policies", "running", "search")
-_COMMAND = "lens policies --model {model} --text-name moby-dick --tokens 128 --windows 8"
 _SHOWN = {
     "recall": "attention kept",
     "gap": "gap to the best choice",
@@ -52,7 +51,7 @@ def page(library: Library, view: Selection) -> list[Any]:
     known = sections(run)
     held = [known[name] for name in _SECTIONS if name in known]
     if "policies" not in known:
-        return [*top, missing(run, "sparse policies", _COMMAND)]
+        return [*top, missing(library, run, "sparse policies", "policies")]
     measured, notes = known["policies"], []
     heads = measured.tables["heads"]
     names = list(dict.fromkeys(heads["name"]))

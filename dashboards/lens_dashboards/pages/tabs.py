@@ -20,7 +20,7 @@ _TABS = {
 _SHOWS = {
     "sinks": {"detection"},
     "redistribution": {"dose", "search", "redistribution"},
-    "policies": {"policies", "budgets"},
+    "policies": {"policies"},
     "circuits": {"edges"},
 }
 """Page -> sections of which it needs one."""
