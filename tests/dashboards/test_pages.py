@@ -347,10 +347,10 @@ def test_downloads_equal_the_page(every_run, heads_run):
 @pytest.mark.parametrize(
     ("page_name", "command"),
     [
-        ("sinks", "lens sinks --model text-lm-3l"),
-        ("redistribution", "lens redistribute --model text-lm-3l"),
-        ("circuits", "lens circuit --model text-lm-3l"),
-        ("heads", "lens heads --model text-lm-3l"),
+        ("sinks", "lens sinks -c "),
+        ("redistribution", "lens redistribute -c "),
+        ("circuits", "lens circuit -c "),
+        ("heads", "lens heads -c "),
     ],
 )
 def test_an_empty_page_says_which_command_fills_it(every_run, run, page_name, command):
