@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lens.policies.found import PolicySearch
     from lens.policies.maps import PolicyMaps
     from lens.policies.scores import PolicyScores
+    from lens.policies.stability import PolicyStability
 
 _KINDS = {
     "chosen": (ACCENT, "chosen"),
@@ -278,6 +279,40 @@ def policy_runs(table: pd.DataFrame, **look: Unpack[Look]) -> go.Figure:
     return style(
         figure, "Text and needles under policies, beside dense", look, height=260 * len(tasks) + 80
     )
+
+
+@draws("PolicyStability")
+def stability_bars(result: PolicyStability, **look: Unpack[Look]) -> go.Figure:
+    """Attention that the blocks of another condition keep, beside the own best ones and random ones."""
+    rows = result.summary()
+    figure = go.Figure()
+    for name, color, symbol, shown in (
+        ("random_recall", BASELINE, "x-thin", "random blocks"),
+        ("own_recall", LINE, "line-ew", "own best blocks"),
+        ("recall", ACCENT, "circle", "blocks of the other"),
+    ):
+        figure.add_scatter(
+            x=rows["condition"],
+            y=rows[name],
+            name=shown,
+            mode="markers",
+            marker={
+                "symbol": symbol,
+                "size": 10,
+                "color": color,
+                "line": {"color": color, "width": 2},
+            },
+            error_y={
+                "array": rows[f"{name}_high"] - rows[name],
+                "arrayminus": rows[name] - rows[f"{name}_low"],
+                "color": color,
+            },
+            hovertemplate="%{x}: %{y:.4f}<extra>" + shown + "</extra>",
+        )
+    figure.update_yaxes(title="Attention kept (share)", range=[0, 1.02])
+    figure.update_xaxes(title="Where the blocks come from")
+    text = f"The best {result.share:.0%} of the blocks, used elsewhere ({result.model})"
+    return style(figure, escaped(text), look)
 
 
 @draws("PolicySearch")

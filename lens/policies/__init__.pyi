@@ -28,6 +28,7 @@ from .searching import search as search
 from .seer import Seer as Seer
 from .sparge import Sparge as Sparge
 from .sparsifiner import Sparsifiner as Sparsifiner
+from .stability import stability as stability
 from .strided import Strided as Strided
 from .trained import Trained as Trained
 from .training import load_trained as load_trained

@@ -110,6 +110,22 @@ def read(path: str | Path, *, format: Format = "lens", heads: int | None = None)
         ) from None
 
 
+def format_of(path: str | Path) -> Format:
+    """In which format a file of policies is, by how it begins; a folder is DuoAttention's.
+
+    Raises:
+        LensError: no such file.
+
+    Example:
+        >>> lens.policies.write(lens.policies.PerHead({"L0H1": lens.policies.AShape(4, 16)}), "heads.json", model)
+        >>> lens.policies.files.format_of("heads.json")
+        'lens'
+    """
+    if Path(path).is_dir():
+        return "duo"
+    return "minference" if read_text(Path(path)).lstrip().startswith("[") else "lens"
+
+
 def _recalls(found: PolicySearch) -> dict[tuple[int, int], float]:
     table = found.table()
     return {

@@ -10,7 +10,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from lens.common.errors import LensError
 from lens.common.results import Result, Sentence
+from lens.policies.a_shape import AShape
+from lens.policies.per_head import PerHead
 from lens.policies.scores import PolicyScores
 from lens.stats import draws, interval
 from lens.stats.prediction import prediction
@@ -153,6 +156,41 @@ class PolicySearch(Result):
             )
         )
         return tuple(said)
+
+    def beside(self, published: Any) -> pd.DataFrame:
+        """Where a published table of heads and this search agree that a head streams, and where not.
+
+        One row per head: `layer`, `head`, `name`, `published`, `policy` (ours), `streams` ("both", "published", "here",
+        "neither": who gives it an A-shape), and of the widest A-shape that was tried here `a_shape`, `recall`,
+        `layer_error`: why it does, or does not (NaN where none was tried).
+
+        Args:
+            published: `PerHead`, as `lens.policies.read` gives it, of a model with these heads.
+
+        Raises:
+            LensError: what is no `PerHead`.
+        """
+        if not isinstance(published, PerHead):
+            raise LensError(
+                f"published must be what lens.policies.read returns, got {type(published).__name__}"
+            )
+        rows = self.table()
+        theirs = [published.of(head) for head in self.scores.heads]
+        there = np.array([isinstance(one, AShape) for one in theirs])
+        here = rows["policy"].str.startswith("AShape(").to_numpy()
+        words = np.array([["neither", "here"], ["published", "both"]])
+        found = rows[["layer", "head", "name"]].copy()
+        found["published"] = list(map(str, theirs))
+        found["policy"] = rows["policy"]
+        found["streams"] = words[there.astype(int), here.astype(int)]
+        wide = [at for at, one in enumerate(self.scores.policies) if one.startswith("AShape(")]
+        density = self.scores.of("density").mean((1, 2, 3))
+        widest = max(wide, key=density.__getitem__, default=None)
+        found["a_shape"] = "" if widest is None else self.scores.policies[widest]
+        for column in ("recall", "layer_error"):
+            values = self.scores.of(column).mean(-1)
+            found[column] = np.nan if widest is None else values[widest].ravel()
+        return found
 
     def _by_prompt(self, kind: str, tolerance: float) -> list[np.ndarray]:
         """[tokens] of each held-out prompt, the mean of several draws."""

@@ -19,7 +19,7 @@ from lens.traces.trace import AttentionTrace
 USABLE = 0.05
 """A row's masses are off by `exp(change of LSE) - 1` where the LSE of another run is taken: most that is usable."""
 
-_TABLE = ("jaccard", "recall", "own_recall", "efficiency", "random_recall", "lse_error")
+MEASURES = ("jaccard", "recall", "own_recall", "efficiency", "random_recall", "lse_error")
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -52,7 +52,7 @@ class PolicyTransfer(Result):
         heads = range(self.values.shape[-1])
         table = head_columns([(layer, head) for layer in self.layers for head in heads])
         table["n"] = self.values.shape[2]
-        for name, values in zip(_TABLE, self.values, strict=True):
+        for name, values in zip(MEASURES, self.values, strict=True):
             by_target = np.nanmean(values, 0)  # [target, layer, head]
             table |= columns(name, np.moveaxis(by_target, 0, -1), self.seed)
         return pd.DataFrame(table)
@@ -60,7 +60,7 @@ class PolicyTransfer(Result):
     def findings(self) -> tuple[Sentence, ...]:
         """What carries over ("transfer"), where it does not ("heads"), and the LSE ("lse")."""
         table = self.table()
-        by_target = dict(zip(_TABLE, np.nanmean(self.values, (1, 3, 4)), strict=True))
+        by_target = dict(zip(MEASURES, np.nanmean(self.values, (1, 3, 4)), strict=True))
         mean = {name: values.mean() for name, values in by_target.items()}
         of = by_target["efficiency"]
         low, high = over_units(of, np.ones_like(of), self.seed)
@@ -134,17 +134,17 @@ def transfer(
     masses = [_masses(one) for one in traces]
     lse = [np.asarray(_variable(one, "lse"), float) for one in traces]
     seen = np.logical_or.reduce([one > 0 for one in masses])
-    chosen = [_best(one, seen, share) for one in masses]
+    chosen = [best_blocks(one, seen, share) for one in masses]
     first = masses[0]
-    values = np.full((len(_TABLE), len(traces), len(traces), *first.shape[:2]), np.nan)
+    values = np.full((len(MEASURES), len(traces), len(traces), *first.shape[:2]), np.nan)
     for a, blocks in enumerate(chosen):
         for b, mass in enumerate(masses):
             if a != b:
-                values[:, a, b] = _pair(blocks, chosen[b], mass, seen, lse[a], lse[b])
+                values[:, a, b] = compared(blocks, chosen[b], mass, seen, lse[a], lse[b])
     return PolicyTransfer(values, float(share), traces[0].layers, seed, traces[0].model)
 
 
-def _pair(
+def compared(
     source: np.ndarray,
     own: np.ndarray,
     mass: np.ndarray,
@@ -166,9 +166,13 @@ def _pair(
     return [jaccard, recall, mine, recall / mine, random, np.asarray(quantile(off, 0.99))]
 
 
-def _best(mass: np.ndarray, seen: np.ndarray, share: float) -> np.ndarray:
+def best_blocks(mass: np.ndarray, seen: np.ndarray, share: float) -> np.ndarray:
     """bool of the best `share` of the seen blocks of each row of blocks, at least one."""
-    count = np.maximum(1, np.floor(share * seen.sum(-1, keepdims=True) + 1e-9))
+    return best_of(mass, seen, np.maximum(1, np.floor(share * seen.sum(-1, keepdims=True) + 1e-9)))
+
+
+def best_of(mass: np.ndarray, seen: np.ndarray, count: np.ndarray) -> np.ndarray:
+    """bool of the best `count` [..., 1] of the seen blocks of each row."""
     order = np.argsort(-np.where(seen, mass, -1), axis=-1, kind="stable")
     place = np.argsort(order, axis=-1, kind="stable")
     return (place < count) & seen

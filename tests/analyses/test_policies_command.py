@@ -1,5 +1,6 @@
 """`lens policies`: sections in the folder of a profile, and policies that come back out of it."""
 
+import json
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,7 @@ def run(lens_command, tmp_path_factory):
 
 
 def test_all_sections_are_there_and_the_folder_is_whole(run):
-    assert run.sections == ["policies", "running", "search"]
+    assert run.sections == ["policies", "running", "stability", "search"]
     assert validate(run) == []
     assert run.section("policies").summary[0].startswith("Of 6 policies in all heads ")
 
@@ -63,6 +64,15 @@ def test_text_and_needles_are_run_in_both_ways(run):
     needles = table[table["task"] == "needles"]
     assert needles["dense"].between(0, 1).all()
     assert section.summary[0].startswith("Text, all rows sparse: the loss is ")
+
+
+def test_claims_are_those_of_the_library(run):
+    section = run.section("stability")
+    texts = [list(map(int, ids)) for ids in run.prompts["token_ids"]]
+    found = policies.stability(load("text-lm-3l"), texts, block_size=8)
+    table = section.tables["claims"]
+    assert np.allclose(table["value"], found.claims()["value"], atol=1e-5)
+    assert section.summary == found.findings()
 
 
 def test_the_policies_of_the_heads_come_out_of_the_run(run):
@@ -102,7 +112,51 @@ def test_sections_are_chosen_and_shown_on_their_page(lens_command, tmp_path):
     assert "no head" in wrong
     bad = lens_command(*COMMAND.split(), "--sections", "all", "--out", tmp_path)
     assert bad.code == 2
-    assert "--sections must be some of policies, running, search" in bad.err
+    assert "--sections must be some of policies, running, stability, search" in bad.err
+
+
+def test_heads_that_a_published_table_streams_are_named(lens_command, tmp_path):
+    rows = [{str(head): ["stream_llm", 8, 16, 1.0] for head in range(6)} for _ in range(3)]
+    (tmp_path / "published.json").write_text(json.dumps(rows))
+    short = [
+        "policies",
+        "--model",
+        "text-lm-3l",
+        "--text-name",
+        "lily",
+        "--tokens",
+        "48",
+        "--windows",
+        "2",
+        "--n",
+        "2",
+        "--copied",
+        "0",
+        "--set",
+        "analysis.length=48",
+        "--sections",
+        "search",
+        "--levels",
+        "1",
+        "--loss",
+        "0.001",
+        "--published",
+    ]
+    answer = lens_command(*short, tmp_path / "published.json", "--out", tmp_path / "runs", "--json")
+    assert answer.code == 0, answer.err
+    section = open_run(answer.json["path"]).section("search")
+    table = section.tables["published"]
+    assert (table["published"] == "AShape(first=8, last=16)").all()
+    ours = section.tables["heads"]["policy"].str.startswith("AShape(")
+    assert ((table["streams"] == "both").to_numpy() == ours.to_numpy()).all()
+    assert section.summary[-1].startswith(
+        f"The published table streams 18 of 18 heads, of which this search streams {int(ours.sum())}; not "
+    )
+    (tmp_path / "none.json").write_text("[3]")
+    bad = lens_command(*short, tmp_path / "none.json", "--out", tmp_path / "other")
+    assert bad.code != 0
+    assert "no file of policies in the format 'minference'" in bad.err
+    assert not (tmp_path / "other").exists() or not list((tmp_path / "other").glob("*/run.json"))
 
 
 def test_the_card_of_a_head_says_what_to_do(run):

@@ -155,6 +155,26 @@ def test_fewer_levels_are_those_next_to_the_one_taken(model, windows, found):
     assert (full["loss_change"] == 0).all()
 
 
+def test_a_published_table_is_laid_beside_the_search(found, model):
+    table = found.table()
+    published = policies.PerHead(
+        {
+            head: policies.AShape(64, 256) if head.head < 3 else policies.Full()
+            for head in model.info.every_head
+        }
+    )
+    beside = found.beside(published)
+    for row, ours in zip(beside.to_dict("records"), table["policy"], strict=True):
+        here, there = ours.startswith("AShape("), row["head"] < 3
+        expected = {(True, True): "both", (True, False): "here", (False, True): "published"}
+        assert row["streams"] == expected.get((here, there), "neither")
+        assert row["policy"] == ours
+    assert set(beside["a_shape"]) == {"AShape(first=2, last=24)"}
+    assert np.allclose(beside["recall"], found.scores.of("recall")[1].mean(-1).ravel())
+    with pytest.raises(lens.LensError, match="published must be"):
+        found.beside({})
+
+
 def test_no_candidate_that_fits_leaves_every_head_full(model, windows):
     nothing = policies.search(
         model, windows[:2], loss=0.0, candidates=[policies.AShape(0, 1)], block_size=1, draws=1

@@ -137,7 +137,12 @@ class PoliciesSettings(AnalysisSettings):
     )
     sections: Annotated[str, AfterValidator(check_sections)] = setting(
         ",".join(POLICY_SECTIONS),
-        "Which analyses to make, with commas: policies measured, text and needles run, search for each head.",
+        "Which analyses to make, with commas: policies measured, text and needles run, stability of patterns, search for each head.",
+    )
+    published: str | None = setting(
+        None,
+        "File of policies to lay beside the search: MInference's, or ours, or DuoAttention's folder.",
+        min_length=1,
     )
     levels: int = setting(
         0, "Most levels of density whose loss the search measures; 0: all of them.", ge=0

@@ -17,7 +17,7 @@ _GO_TOGETHER = {
     "attribution": tuple(word for word in BASELINES if word != "optimal"),
 }
 """Measures and the baselines that they know, where these are not all."""
-POLICY_SECTIONS = ("policies", "running", "search")
+POLICY_SECTIONS = ("policies", "running", "stability", "search")
 EDITS = ("mask", "drop", "mean_value", "zero_value", "move", "transfer")
 
 

@@ -79,6 +79,7 @@ STEPS: dict[str, tuple[Step, ...]] = {
     "policies": (
         Step("policies", "policies"),
         Step("running", "policies"),
+        Step("stability", "policies"),
         Step("search", "policies"),
     ),
     "explain": (Step("explain", "explain"), Step("removal", "explain", needs="explain")),

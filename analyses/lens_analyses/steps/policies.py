@@ -5,14 +5,14 @@ import math
 import pandas as pd
 
 import lens
-from lens.common.results import Sentence, of_kind
-from lens.figures.policies import policy_runs
+from lens.common.results import Sentence, few, of_kind
+from lens.figures.policies import policy_runs, stability_bars
 from lens.policies import Policy
 from lens.policies.running import PolicyRuns
 from lens.policies.scores import COLUMNS
 from lens.runs.sections import Section
 from lens_analyses.steps.columns import defined
-from lens_analyses.steps.subject import Subject
+from lens_analyses.steps.subject import Subject, published_heads
 
 
 def policies(subject: Subject) -> Section:
@@ -52,6 +52,37 @@ def policies(subject: Subject) -> Section:
     )
 
 
+def stability(subject: Subject) -> Section:
+    """Whether a pattern of one prompt, layer or decoding step serves another, and what published claims come to."""
+    size, length = _block(subject), subject.length
+    found = lens.policies.stability(
+        subject.model,
+        subject.text_windows[:_PAIRED],
+        steps=tuple(step for step in (1, 4, 16) if 2 * step + 2 <= length),
+        block_size=size,
+        seed=subject.seed,
+        progress=subject.progress,
+    )
+    tables = {"claims": found.claims(), "conditions": found.summary(), "heads": found.table()}
+    return Section(
+        name="stability",
+        title="Sparse attention: does a pattern serve elsewhere",
+        summary=found.findings(),
+        limits=(
+            "Blocks are chosen by their exact mass: this is what reusing a choice costs, not what finding it costs.",
+            f"Windows of one text and one length ({length} tokens); a claim that holds here need not hold on longer "
+            "prompts. Steps of denoising are not measured: a causal model has none.",
+        ),
+        columns=defined(tables.values(), _COLUMNS),
+        configuration={"block_size": size, "share": found.share, "seed": subject.seed},
+        tables=tables,
+        figures={"conditions": stability_bars(found)},
+    )
+
+
+_PAIRED = 6  # windows that are compared pair by pair
+
+
 def search(subject: Subject) -> Section:
     """The cheapest policy of each head within the loss that is allowed, and what that promises."""
     size, allowed = _block(subject), float(subject.settings.loss)
@@ -65,10 +96,16 @@ def search(subject: Subject) -> Section:
         progress=subject.progress,
     )
     tables = {"heads": found.table(), "curve": found.curve()}
+    summary = found.findings()
+    if subject.settings.published is not None:
+        tables["published"] = found.beside(
+            published_heads(subject.settings.published, subject.model)
+        )
+        summary += (_disagreement(tables["published"]),)
     return Section(
         name="search",
         title="Sparse attention: a policy for each head",
-        summary=found.findings(),
+        summary=summary,
         limits=(
             "Heads are chosen one by one by their error; what they do together is measured, not searched.",
             "lens.policies.read(section.json of this section) gives the policies; lens.policies.write makes "
@@ -171,6 +208,20 @@ def _offered(subject: Subject) -> list[Policy]:
     ]
 
 
+def _disagreement(table: pd.DataFrame) -> Sentence:
+    """Which heads a published table calls streaming and this search does not."""
+    alone = table[table["streams"] == "published"].sort_values("layer_error", ascending=False)
+    both = int((table["streams"] == "both").sum())
+    said = f"The published table streams {len(alone) + both} of {len(table)} heads, of which this search streams {both}"
+    if len(alone):
+        first = alone.iloc[0]
+        said += (
+            f"; not {few(alone['name'].tolist())}: under {first['a_shape']} {first['name']} keeps {first['recall']:.1%} of "
+            f"its attention and is off by {first['layer_error']:.2%} of what its layer writes"
+        )
+    return Sentence(f"{said}.", kind="published")
+
+
 def _block(subject: Subject) -> int:
     """The block size that is asked for, or one of which a window has sixteen."""
     return subject.settings.block or max(8, min(64, 2 ** ((subject.length // 16).bit_length() - 1)))
@@ -191,6 +242,21 @@ _COLUMNS = {name: f"{text[0].upper()}{text[1:]}." for name, text in COLUMNS.item
     "key_block": "Block of keys, from 0.",
     "mass": "Exact mass that a query of the block gives to the keys of the block, mean over queries.",
     "kept": "Bit i (from 0, of value 2 ** i): policy number i of the configuration keeps the block.",
+    "published": "What the published table gives the head.",
+    "streams": "Who gives the head an A-shape: both, published (alone), here (alone), neither.",
+    "a_shape": "The widest A-shape that was tried here; recall and layer_error are those under it.",
+    "condition": "repeat: the same prompt again; prompt: another one; length: the first half alone and inside the whole; "
+    "layer: the mean map of a layer in the next one; step n: n decoding steps later.",
+    "claim": "What is published or believed.",
+    "measure": "The measure that decides.",
+    "value": "Of that measure, mean over heads and units.",
+    "low": "Lower end of its 95 % interval over units.",
+    "high": "Upper end.",
+    "holds": "Whether the claim holds here: 0.9 of what the own best blocks keep serves; an LSE varies from 5 % on.",
+    "jaccard": "Overlap of the two choices, 0 as by chance, 1 the same.",
+    "own_recall": "Attention kept by as many blocks of its own.",
+    "efficiency": "recall / own_recall.",
+    "lse_error": "99th percentile over rows of |exp(change of LSE) - 1|; NaN for layers.",
     "task": "text: predicting it; needles: random tokens that should come back.",
     "rows": "Which ran sparse: all, or those from the question on.",
     "metric": "What is measured: loss in nats, or the share of the needle that comes back.",

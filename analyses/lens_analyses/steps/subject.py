@@ -10,7 +10,7 @@ from lens.common.results import few
 from lens.models.vocabulary import around, windows
 from lens.runs import Run
 from lens_analyses.config import CircuitSettings, RunConfig
-from lens_analyses.config.analyses import AnalysisSettings
+from lens_analyses.config.analyses import AnalysisSettings, PoliciesSettings
 from lens_analyses.config.paths import is_task_file
 from lens_analyses.console import Output
 from lens_analyses.inputs import PlannedPrompt
@@ -18,6 +18,7 @@ from lens_analyses.steps.run_circuits import other_run
 
 if TYPE_CHECKING:
     from lens.models.loaded import LoadedModel
+    from lens.policies import PerHead
     from lens.tasks import Task
 
 _SHOWN = 10  # prompts that were left out, by line
@@ -135,6 +136,8 @@ def analysed(
             other_run(settings.compare, model.name)
         if settings.edges:
             _check_edges(model, settings.edges)
+    if isinstance(settings, PoliciesSettings) and settings.published is not None:
+        published_heads(settings.published, model)
     texts = [prompt.ids for prompt in planned if prompt.kind == "text"]
     task = getattr(settings, "task", "text")  # a sink is looked for in the text itself
     reads_text = task == "text" or (texts and what != "circuit")
@@ -153,6 +156,19 @@ def _check_edges(model: "LoadedModel", edges: int) -> None:
     except LensError:
         return
     check_edges(model, edges)
+
+
+def published_heads(path: str, model: "LoadedModel") -> "PerHead":
+    """The policies of a file of somebody else.
+
+    Raises:
+        LensError: no such file, none of policies, or of other heads.
+    """
+    from lens.policies.files import format_of, read
+
+    found = read(path, format=format_of(path), heads=model.info.heads)
+    found.check(model)
+    return found
 
 
 def windows_of(texts: list[list[int]], pair: Around, settings: AnalysisSettings) -> list[list[int]]:

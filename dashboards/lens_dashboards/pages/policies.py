@@ -31,7 +31,7 @@ from lens_dashboards.pages.parts import (
 )
 from lens_dashboards.selection import Selection
 
-_SECTIONS = ("policies", "running", "search")
+_SECTIONS = ("policies", "search", "running", "stability")
 _SHOWN = {
     "recall": "attention kept",
     "gap": "gap to the best choice",
@@ -131,6 +131,7 @@ def _frontiers(known: dict[str, Section]) -> list[tuple[Section, str, str]]:
         ("search", "curve", "Loss against density, a policy for each head"),
         ("policies", "recall", "Attention kept against density"),
         ("running", "runs", "Text and needles"),
+        ("stability", "conditions", "Does a pattern serve elsewhere"),
     )
     return [
         (known[name], figure, title)
