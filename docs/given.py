@@ -107,6 +107,20 @@ translator = lens.load(
     ).eval()
 )
 
+# A model of Mamba-2 mixers alone, with random weights.
+mamba = transformers.Mamba2ForCausalLM(
+    transformers.Mamba2Config(
+        vocab_size=97,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_heads=4,
+        head_dim=16,
+        state_size=8,
+        n_groups=2,
+        chunk_size=8,
+    )
+).eval()
+
 # Two run folders of the profile of the language model, as `lens run` makes them: before and after training.
 _folder = Path(tempfile.mkdtemp(prefix="given-"))
 

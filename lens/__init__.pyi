@@ -2,6 +2,7 @@ from . import circuits as circuits
 from . import edits as edits
 from . import figures as figures
 from . import heads as heads
+from . import mixers as mixers
 from . import policies as policies
 from . import reading as reading
 from . import runs as runs

@@ -185,6 +185,8 @@ def test_tables_of_heads_join():
     elsewhere = {
         "Alignment",
         "HeadSelection",
+        "MixerCapture",
+        "MixerMeasures",
         "PatchDistances",
         "PolicyScores",
         "PolicySearch",

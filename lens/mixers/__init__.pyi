@@ -1,0 +1,13 @@
+from .capturing import capture as capture
+from .kinds import delta as delta
+from .kinds import gla as gla
+from .kinds import linear as linear
+from .kinds import mamba as mamba
+from .kinds import mamba2 as mamba2
+from .kinds import mlstm as mlstm
+from .kinds import rwkv6 as rwkv6
+from .kinds import rwkv7 as rwkv7
+from .kinds import short_conv as short_conv
+from .kinds import ssru as ssru
+from .kinds import titans as titans
+from .measures import measure as measure

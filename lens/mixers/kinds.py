@@ -1,0 +1,459 @@
+"""The mixers that are known, each from what its layer computes: tensors in, `Phi` out.
+
+All take [heads, tokens, ...] of one prompt; G is the running sum of a decay's logarithm, so that the decay from token
+j to token i is `exp(G_i - G_j)`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lens.common.errors import LensError
+from lens.mixers.phi import Band, Delta, Phi, ScalarDecay, Stepwise, VectorDecay
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+_NEVER = -1e4  # log of a decay that forgets everything
+
+
+def linear(
+    query: Float[Tensor, "heads tokens dim"],
+    key: Float[Tensor, "heads tokens dim"],
+    value: Float[Tensor, "heads tokens dim"],
+    *,
+    decay: Float[Tensor, heads * tokens] | None = None,
+    normalized: bool = False,
+) -> Phi:
+    """Linear attention, RetNet, Lightning Attention and simple GLA: `q_i . k_j exp(G_i - G_j)`.
+
+    Args:
+        query, key: as the layer multiplies them: after feature map, rotation and scale.
+        value: what is mixed.
+        decay: its logarithm, at most 0: one number a head (RetNet, Lightning) or a token; None: no decay.
+        normalized: rows are divided by their sum.
+
+    Raises:
+        LensError: shapes that do not fit, or a decay above 0.
+
+    Example:
+        >>> q, k, v = torch.randn(3, 2, 9, 4)
+        >>> lens.mixers.linear(q, k, v, decay=torch.tensor([-0.1, -0.5])).tile((5, 6), (0, 6)).shape
+        torch.Size([2, 1, 6])
+    """
+    query, key, value = _doubles(query=query, key=key, value=value)
+    rate = torch.zeros(query.shape[:2]) if decay is None else decay
+    rate = rate[:, None].expand(query.shape[:2]) if rate.dim() == 1 else rate
+    rate = _decay(rate.double(), query.shape[:2])
+    total = rate.cumsum(1)
+    phi = ScalarDecay(value, query, key, total, total, half_lives=_half_lives(rate))
+    if not normalized:
+        return phi
+    ones = torch.ones(*value.shape[:2], 1, dtype=torch.float64)
+    sums = ScalarDecay(ones, query, key, total, total, half_lives=phi.half_lives).output()[..., 0]
+    return ScalarDecay(value, query, key, total, total, half_lives=phi.half_lives, scale=1 / sums)
+
+
+def gla(query: Tensor, key: Tensor, value: Tensor, decay: Tensor) -> Phi:
+    """Gated linear attention (Yang et al., arXiv 2312.06635): `sum_c q_ic k_jc exp(G_ic - G_jc)`.
+
+    Args:
+        query, key: [heads, tokens, dim], the query scaled as the layer does.
+        value: [heads, tokens, value_dim].
+        decay: [heads, tokens, dim], its logarithm.
+
+    Raises:
+        LensError: shapes that do not fit, or a decay above 0.
+
+    Example:
+        >>> q, k, v = torch.randn(3, 2, 9, 4)
+        >>> lens.mixers.gla(q, k, v, -torch.rand(2, 9, 4)).output().shape
+        torch.Size([2, 9, 4])
+    """
+    query, key, value, decay = _doubles(query=query, key=key, value=value, decay=decay)
+    total = _decay(decay, query.shape).cumsum(1)
+    return VectorDecay(value, query, key, total, total, half_lives=_half_lives(decay))
+
+
+def mamba2(
+    inputs: Tensor,
+    step: Tensor,
+    decay: Tensor,
+    into: Tensor,
+    out: Tensor,
+    skip: Tensor | None = None,
+) -> Phi:
+    """Mamba-2 (Dao and Gu, arXiv 2405.21060): `C_i . B_j exp(G_i - G_j) step_j`, G the sum of `step A`.
+
+    Args:
+        inputs: [heads, tokens, head_dim], x after convolution and activation.
+        step: [heads, tokens], after softplus and limits.
+        decay: [heads], A, below 0.
+        into, out: [heads, tokens, state], B and C of each head.
+        skip: [heads], D.
+
+    Raises:
+        LensError: shapes that do not fit, or a decay above 0.
+
+    Example:
+        >>> x, b, c = torch.randn(3, 2, 9, 4)
+        >>> lens.mixers.mamba2(x, torch.rand(2, 9), -torch.ones(2), b, c).output().shape
+        torch.Size([2, 9, 4])
+    """
+    inputs, step, into, out = _doubles(inputs=inputs, step=step, into=into, out=out)
+    rate = _decay(step * decay.double()[:, None], step.shape)
+    total = rate.cumsum(1)
+    weighted = into * step[..., None]
+    skip = None if skip is None else skip.double()
+    return ScalarDecay(inputs, out, weighted, total, total, half_lives=_half_lives(rate), skip=skip)
+
+
+def mamba(
+    inputs: Tensor,
+    step: Tensor,
+    decay: Tensor,
+    into: Tensor,
+    out: Tensor,
+    skip: Tensor | None = None,
+) -> Phi:
+    """Mamba (Gu and Dao, arXiv 2312.00752): a matrix for each channel, `sum_n C_in exp(A_n (T_i - T_j)) B_jn step_j`.
+
+    Args:
+        inputs: [channels, tokens], x after convolution and activation.
+        step: [channels, tokens], after softplus.
+        decay: [channels, state], A, below 0.
+        into, out: [tokens, state], or [channels, tokens, state]: B and C.
+        skip: [channels], D.
+
+    Raises:
+        LensError: shapes that do not fit, or a decay above 0.
+
+    Example:
+        >>> x, b = torch.randn(3, 9), torch.randn(9, 4)
+        >>> lens.mixers.mamba(x, torch.rand(3, 9), -torch.rand(3, 4), b, b).output().shape
+        torch.Size([3, 9, 1])
+    """
+    inputs, step, decay, into, out = _doubles(
+        inputs=inputs, step=step, decay=decay, into=into, out=out
+    )
+    rate = _decay(step[..., None] * decay[:, None], (*step.shape, decay.shape[1]))
+    total = rate.cumsum(1)
+    key = into.expand(total.shape) * step[..., None]
+    skip = None if skip is None else skip.double()
+    return VectorDecay(
+        inputs[..., None], out.expand(total.shape), key, total, total,
+        half_lives=_half_lives(rate), skip=skip,
+    )  # fmt: skip
+
+
+def delta(
+    query: Tensor, key: Tensor, value: Tensor, beta: Tensor, decay: Tensor | None = None
+) -> Phi:
+    """DeltaNet, gated DeltaNet (a decay a head) and KDA (a decay a channel).
+
+    `S_i = e^{g_i} S_{i-1} + beta_i k_i (v_i - k_i . e^{g_i} S_{i-1})`, `y_i = q_i S_i`.
+
+    Args:
+        query, key: [heads, tokens, dim], normalised and scaled as the layer does.
+        value: [heads, tokens, value_dim].
+        beta: [heads, tokens].
+        decay: g, [heads, tokens] or [heads, tokens, dim]; None: no decay.
+
+    Raises:
+        LensError: shapes that do not fit, or a decay above 0.
+
+    Reference: Yang et al., arXiv 2406.06484 and 2412.06464; Kimi Linear, arXiv 2510.26692.
+
+    Example:
+        >>> q, k, v = torch.randn(3, 2, 9, 4) / 2
+        >>> lens.mixers.delta(q, k, v, torch.rand(2, 9)).output().shape
+        torch.Size([2, 9, 4])
+    """
+    query, key, value, beta = _doubles(query=query, key=key, value=value, beta=beta)
+    rate = torch.zeros(beta.shape) if decay is None else decay
+    rate = rate[..., None] if rate.dim() == 2 else rate
+    rate = _decay(rate.double(), (*beta.shape, rate.shape[-1]))
+    return Delta(value, query, key, beta, rate, half_lives=_half_lives(rate))
+
+
+def rwkv6(query: Tensor, key: Tensor, value: Tensor, decay: Tensor, bonus: Tensor) -> Phi:
+    """RWKV-6 (Peng et al., arXiv 2404.05892): a token is added after it was read, its own weight is the bonus's.
+
+    Args:
+        query, key: [heads, tokens, dim], the query scaled as the layer does.
+        value: [heads, tokens, value_dim].
+        decay: [heads, tokens, dim], its logarithm.
+        bonus: [heads, dim], u.
+
+    Raises:
+        LensError: shapes that do not fit, or a decay above 0.
+
+    Example:
+        >>> q, k, v = torch.randn(3, 2, 9, 4)
+        >>> lens.mixers.rwkv6(q, k, v, -torch.rand(2, 9, 4), torch.rand(2, 4)).output().shape
+        torch.Size([2, 9, 4])
+    """
+    query, key, value, decay = _doubles(query=query, key=key, value=value, decay=decay)
+    total = _decay(decay, query.shape).cumsum(1)
+    own = (query * bonus.double()[:, None] * key).sum(-1)
+    return VectorDecay(
+        value, query, key, total - decay, total, half_lives=_half_lives(decay), diagonal=own
+    )
+
+
+def rwkv7(
+    query: Tensor, key: Tensor, value: Tensor, decay: Tensor, away: Tensor, toward: Tensor
+) -> Phi:
+    """RWKV-7 (Peng et al., arXiv 2503.14456): `S_i = e^{w_i} S_{i-1} + b_i (a_i . S_{i-1}) + k_i v_i`, `y_i = q_i S_i`.
+
+    Args:
+        query, key: [heads, tokens, dim].
+        value: [heads, tokens, value_dim].
+        decay: w, [heads, tokens, dim].
+        away, toward: a and b, [heads, tokens, dim].
+
+    Raises:
+        LensError: shapes that do not fit, or a decay above 0.
+
+    Example:
+        >>> q, k, v = torch.randn(3, 2, 9, 4) / 2
+        >>> lens.mixers.rwkv7(q, k, v, -torch.rand(2, 9, 4), -k, k * 0.5).output().shape
+        torch.Size([2, 9, 4])
+    """
+    query, key, value, decay, away, toward = _doubles(
+        query=query, key=key, value=value, decay=decay, away=away, toward=toward
+    )
+    _decay(decay, query.shape)
+    kept = decay.exp()
+
+    def begin(columns: int) -> Tensor:
+        return key.new_zeros(key.shape[0], key.shape[2], columns)
+
+    def step(state: Tensor, token: int, unit: Tensor) -> tuple[Tensor, Tensor]:
+        read = (away[:, token, :, None] * state).sum(1, keepdim=True)
+        state = kept[:, token, :, None] * state + toward[:, token, :, None] * read
+        state = state + key[:, token, :, None] * unit[:, None]
+        return state, (query[:, token, :, None] * state).sum(1)
+
+    return Stepwise(value, begin, step, half_lives=_half_lives(decay))
+
+
+def rwkv4(decay: Tensor, bonus: Tensor, key: Tensor, value: Tensor) -> Phi:
+    """RWKV-4: for each channel a softmax over `k_j + w (i - 1 - j)` of earlier tokens and `k_i + u` of its own.
+
+    Args:
+        decay: [channels], w, below 0.
+        bonus: [channels], u.
+        key, value: [channels, tokens].
+
+    Raises:
+        LensError: shapes that do not fit, or a decay above 0.
+
+    Example:
+        >>> k, v = torch.randn(2, 3, 9)
+        >>> rwkv4(-torch.rand(3), torch.rand(3), k, v).tile((8, 9), (0, 9)).sum(-1).round().tolist()
+        [[1.0], [1.0], [1.0]]
+    """
+    key, value = _doubles(key=key, value=value)
+    rate = _decay(decay.double()[:, None].expand(key.shape), key.shape)
+    place = torch.arange(key.shape[1])
+    below = rate * place - key  # column j: exp(-below_j) = exp(k_j - w j)
+    own = key + bonus.double()[:, None]
+    before = torch.logcumsumexp(-below, 1)
+    before = torch.cat([torch.full_like(before[:, :1], -math.inf), before[:, :-1]], 1)
+    above = rate * (place - 1)
+    total = torch.logaddexp(above + before, own)
+    one = torch.ones(*key.shape, 1, dtype=torch.float64)
+    return ScalarDecay(
+        value[..., None], one, one, above - total, below,
+        diagonal=(own - total).exp(), half_lives=_half_lives(rate),
+    )  # fmt: skip
+
+
+def rglru(decay: Tensor, value: Tensor) -> Phi:
+    """RG-LRU of Griffin and RecurrentGemma, for each channel `exp(G_i - G_j)`: its input is gated already.
+
+    Args:
+        decay: [channels, tokens], the logarithm of the recurrent gate; -inf where a document begins.
+        value: [channels, tokens], what is added to the state.
+
+    Raises:
+        LensError: shapes that do not fit, or a decay above 0.
+
+    Example:
+        >>> rglru(-torch.rand(3, 9), torch.randn(3, 9)).output().shape
+        torch.Size([3, 9, 1])
+    """
+    (value,) = _doubles(value=value)
+    one = torch.ones(*value.shape, 1, dtype=torch.float64)
+    return linear(one, one, value[..., None], decay=decay)
+
+
+def ssru(forget: Tensor, value: Tensor) -> Phi:
+    """SSRU (Marian): `c_i = f_i c_{i-1} + (1 - f_i) x_i`, before its ReLU; rows sum to 1 at most.
+
+    Args:
+        forget: [channels, tokens], f, between 0 and 1.
+        value: [channels, tokens], x.
+
+    Raises:
+        LensError: shapes that do not fit, or a gate outside 0..1.
+
+    Example:
+        >>> lens.mixers.ssru(torch.rand(3, 9), torch.randn(3, 9)).output().shape
+        torch.Size([3, 9, 1])
+    """
+    forget, value = _doubles(forget=forget, value=value)
+    if bool(((forget < 0) | (forget > 1)).any()):
+        raise LensError("forget must be between 0 and 1")
+    one = torch.ones(*value.shape, 1, dtype=torch.float64)
+    return linear(one, (1 - forget)[..., None], value[..., None], decay=forget.log())
+
+
+def mlstm(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    input_gate: Tensor,
+    forget_gate: Tensor,
+    *,
+    epsilon: float = 1e-6,
+) -> Phi:
+    """mLSTM of xLSTM (Beck et al., arXiv 2405.04517): decayed, gated and divided by `max(|row sum|, e^{-m}) + epsilon`.
+
+    Args:
+        query, key: [heads, tokens, dim], neither scaled.
+        value: [heads, tokens, value_dim].
+        input_gate, forget_gate: [heads, tokens], before exponential and sigmoid.
+        epsilon: of the division.
+
+    Raises:
+        LensError: shapes that do not fit.
+
+    Example:
+        >>> q, k, v = torch.randn(3, 2, 9, 4)
+        >>> lens.mixers.mlstm(q, k, v, torch.randn(2, 9), torch.randn(2, 9)).output().shape
+        torch.Size([2, 9, 4])
+    """
+    query, key, value, gate, forget = _doubles(
+        query=query, key=key, value=value, input_gate=input_gate, forget_gate=forget_gate
+    )
+    rate = torch.nn.functional.logsigmoid(forget)
+    total = rate.cumsum(1)
+    below = total - gate
+    top = (
+        torch.maximum(torch.zeros_like(total), (-below).cummax(1).values) + total
+    )  # m, 0 before the first
+    query = query * query.shape[-1] ** -0.5
+    lives = _half_lives(rate)
+    ones = torch.ones(*value.shape[:2], 1, dtype=torch.float64)
+    sums = ScalarDecay(ones, query, key, total - top, below, half_lives=lives).output()[..., 0]
+    scale = 1 / (torch.maximum(sums.abs(), (-top).exp()) + epsilon)
+    return ScalarDecay(value, query, key, total - top, below, half_lives=lives, scale=scale)
+
+
+def short_conv(into: Tensor, out: Tensor, weight: Tensor, value: Tensor) -> Phi:
+    """A gated short convolution (LFM2): `out_i w_(i - j) in_j` for each channel, within its width.
+
+    Args:
+        into, out: [channels, tokens], gates.
+        weight: [channels, width], the last of them of the token itself, as torch keeps it.
+        value: [channels, tokens].
+
+    Raises:
+        LensError: shapes that do not fit.
+
+    Example:
+        >>> x, b, c = torch.randn(3, 3, 9)
+        >>> lens.mixers.short_conv(b, c, torch.randn(3, 4), x).output().shape
+        torch.Size([3, 9, 1])
+    """
+    into, out, value, weight = _doubles(into=into, out=out, value=value, weight=weight)
+    unknown = torch.full((len(value),), torch.nan, dtype=torch.float64)
+    return Band(value[..., None], out, into, weight.flip(-1), half_lives=unknown)
+
+
+def titans(
+    query: Tensor, key: Tensor, value: Tensor, rate: Tensor, momentum: Tensor, forget: Tensor
+) -> Phi:
+    """The linear memory of Titans (Behrouz et al., arXiv 2501.00663), learned by gradient while it reads.
+
+    `S_i = eta_i S_{i-1} - theta_i (M_{i-1} k_i - v_i) k_i'`, `M_i = (1 - alpha_i) M_{i-1} + S_i`, `y_i = M_i q_i`. (A memory
+    that is an MLP is not linear in v and has no such matrix.)
+
+    Args:
+        query, key: [heads, tokens, dim].
+        value: [heads, tokens, value_dim].
+        rate, momentum, forget: theta, eta and alpha, [heads, tokens].
+
+    Raises:
+        LensError: shapes that do not fit.
+
+    Example:
+        >>> q, k, v = torch.randn(3, 2, 9, 4) / 2
+        >>> lens.mixers.titans(q, k, v, *torch.rand(3, 2, 9) / 2).output().shape
+        torch.Size([2, 9, 4])
+    """
+    query, key, value, rate, momentum, forget = _doubles(
+        query=query, key=key, value=value, rate=rate, momentum=momentum, forget=forget
+    )
+
+    def begin(columns: int) -> Tensor:  # momentum and memory, [2, heads, dim, columns]
+        return key.new_zeros(2, key.shape[0], key.shape[2], columns)
+
+    def step(state: Tensor, token: int, unit: Tensor) -> tuple[Tensor, Tensor]:
+        surprise, memory = state
+        k = key[:, token, :, None]
+        wrong = (memory * k).sum(1) - unit
+        surprise = momentum[:, token, None, None] * surprise
+        surprise = surprise - rate[:, token, None, None] * k * wrong[:, None]
+        memory = (1 - forget[:, token, None, None]) * memory + surprise
+        return torch.stack([surprise, memory]), (query[:, token, :, None] * memory).sum(1)
+
+    lives = _half_lives(torch.log1p(-forget.clamp(max=1 - 1e-12)))
+    return Stepwise(value, begin, step, half_lives=lives)
+
+
+def _doubles(**tensors: Tensor) -> list[Tensor]:
+    """In float64 on the CPU; refused where they are no tensors of one number of heads."""
+    for name, one in tensors.items():
+        if not isinstance(one, Tensor) or one.dim() < 2:
+            raise LensError(f"{name} must be a tensor [heads, tokens, ...], got {_said(one)}")
+        if not bool(one.isfinite().all()):
+            raise LensError(f"{name} has values that are not numbers")
+    found = [one.detach().double().cpu() for one in tensors.values()]
+    named = dict(zip(tensors, found, strict=True))
+    with_tokens = [n for n in named if n not in ("weight", "decay", "into", "out")]
+    shapes = {tuple(named[name].shape[:2]) for name in with_tokens}
+    if len(shapes) > 1:
+        both = ", ".join(f"{name} {list(named[name].shape)}" for name in with_tokens)
+        raise LensError(f"heads and tokens must be the same in all, got {both}")
+    for one, other in (("query", "key"), ("key", "away"), ("key", "toward")):
+        if one in named and other in named and named[one].shape != named[other].shape:
+            raise LensError(
+                f"{one} and {other} must have one shape, got {list(named[one].shape)} and "
+                f"{list(named[other].shape)}"
+            )
+    return found
+
+
+def _decay(rate: Tensor, shape: tuple[int, ...] | torch.Size) -> Tensor:
+    """Logarithms of decays, those of -inf as a number that leaves nothing."""
+    if rate.shape != torch.Size(shape):
+        raise LensError(f"decay must be {list(shape)}, got {list(rate.shape)}")
+    if bool((rate > 0).any()):
+        raise LensError("decay is a logarithm of at most 0; give log of the factor")
+    return rate.clamp(min=_NEVER)
+
+
+def _half_lives(rate: Tensor) -> Tensor:
+    """[heads] median of ln 2 / -rate, inf without decay."""
+    return (math.log(2) / -rate.double().clamp(max=0).flatten(1)).abs().median(1).values
+
+
+def _said(given: object) -> str:
+    return f"{list(given.shape)}" if isinstance(given, Tensor) else type(given).__name__

@@ -1,0 +1,303 @@
+"""Mixers of transformers' models while they run: what each scan was given becomes a `Phi`, its output the check.
+
+Every modelling file has its own copy of a scan, looked up by name at each call: inside the block a recording wrapper
+stands there. What surrounds the scan (the short convolution before it, gate and norm behind it) is not in Phi.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lens.common.errors import LensError
+from lens.mixers import kinds
+from lens.mixers.phi import Phi
+
+_LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
+
+
+@dataclass(frozen=True, eq=False)
+class Scan:
+    """One call of a mixer's scan.
+
+    Attributes:
+        layer: the model's own number.
+        kind: name of the mixer.
+        phi: of the first prompt of the batch.
+        output: [heads, tokens, value_dim], what the scan itself gave, without what is not linear in its values.
+    """
+
+    layer: int
+    kind: str
+    phi: Phi
+    output: Tensor
+
+
+@contextmanager
+def recorded(root: nn.Module) -> Iterator[list[Scan]]:
+    """The scans of every forward pass inside the block, in order.
+
+    Raises:
+        LensError: a model without a mixer that is known here, training mode, kernels in the place of functions; in
+            the block a scan that continues an earlier state.
+    """
+    if root.training:
+        raise LensError(
+            "the model is in training mode, where its mixers run fused; call model.eval()"
+        )
+    found: list[Scan] = []
+    layers: list[int] = []
+    with ExitStack() as stack:
+        modules = 0
+        for name, module in root.named_modules():
+            recipe = _recipe(module)
+            if recipe is None:
+                continue
+            modules += 1
+            number = _number(name, module)
+            before = module.register_forward_pre_hook(
+                lambda *_, number=number: layers.append(number)
+            )
+            stack.callback(before.remove)
+            recipe(
+                stack,
+                module,
+                lambda kind, phi, output: found.append(Scan(layers[-1], kind, phi, output)),
+            )
+            after = module.register_forward_hook(lambda *_: layers.clear(), always_call=True)
+            stack.callback(after.remove)
+        if not modules:
+            raise LensError(
+                f"{type(root).__name__} has no mixer that is known here (of Mamba, Mamba-2, gated delta rule, KDA, "
+                "RG-LRU, RWKV-4, Lightning, short convolution, mLSTM); its softmax attention is for lens.capture"
+            )
+        yield found
+
+
+Keep = Callable[[str, Phi, Tensor], None]
+_Recipe = Callable[[ExitStack, nn.Module, Keep], None]
+
+
+def _number(name: str, module: nn.Module) -> int:
+    number = getattr(module, "layer_idx", None)
+    if isinstance(number, int):
+        return number
+    match = _LAYER.search(name)
+    return int(match[1]) if match else 0
+
+
+def _recipe(module: nn.Module) -> _Recipe | None:
+    """How the scans of a module are recorded; None of one that has none."""
+    kind, home = type(module).__name__, sys.modules[type(module).__module__]
+    for ending, recipe in _BY_CLASS.items():
+        if kind.endswith(ending) and type(module).__module__.startswith("transformers."):
+            return recipe
+    for function, read in _BY_FUNCTION.items():
+        if hasattr(home, function) and _calls(type(module), function):
+            return lambda stack, one, keep: _wrapped(
+                stack, sys.modules[type(one).__module__], function, read, one, keep
+            )
+    return None
+
+
+def _calls(kind: type[nn.Module], function: str) -> bool:
+    """Whether the source of a class's methods names a function."""
+    try:
+        return function in inspect.getsource(kind)
+    except (OSError, TypeError):
+        return False
+
+
+def _wrapped(
+    stack: ExitStack, home: Any, function: str, read: Any, module: nn.Module, keep: Keep
+) -> None:
+    """While this module runs its function is a recording one."""
+    own = getattr(home, function)
+    signature = inspect.signature(own)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(*args, **kwargs)
+        given.apply_defaults()
+        result = own(*args, **kwargs)
+        output = result[0] if isinstance(result, tuple) else result
+        keep(*read(given.arguments, output))
+        return result
+
+    before = module.register_forward_pre_hook(lambda *_: setattr(home, function, call))
+    after = module.register_forward_hook(lambda *_: setattr(home, function, own), always_call=True)
+    for hook in (before, after):
+        stack.callback(hook.remove)
+    stack.callback(setattr, home, function, own)
+
+
+def _fresh(given: dict[str, Any], *names: str) -> None:
+    """Raises LensError: a scan that goes on from a state, of which Phi of these tokens alone says nothing."""
+    if any(given.get(name) is not None for name in names):
+        raise LensError(
+            "this pass goes on from a cached state, whose tokens Phi does not have; run the prompt in one pass without "
+            "a cache"
+        )
+
+
+def _mamba2(given: dict[str, Any], output: Tensor) -> tuple[str, Phi, Tensor]:
+    _fresh(given, "initial_states")
+    x, step = given["hidden_states"][0].double(), given["dt"][0].double()
+    if given["dt_bias"] is not None:
+        step = step + given["dt_bias"].double()
+    if given["dt_softplus"]:
+        step = torch.nn.functional.softplus(step)
+    step = step.clamp(*given["dt_limit"])
+    heads = x.shape[1]
+    into, out = (
+        given[name][0].double().repeat_interleave(heads // given[name].shape[2], 1) for name in "BC"
+    )
+    skip = given["D"]
+    skip = None if skip is None else skip.reshape(heads, -1)[:, 0]
+    phi = kinds.mamba2(
+        x.transpose(0, 1), step.T, given["A"], into.transpose(0, 1), out.transpose(0, 1), skip
+    )
+    return "mamba2", phi, output[0].transpose(0, 1)
+
+
+def _mamba(given: dict[str, Any], output: Tensor) -> tuple[str, Phi, Tensor]:
+    x, step = given["hidden_states"][0].double(), given["dt"][0].double()
+    if given["delta_bias"] is not None:
+        step = step + given["delta_bias"].double()[:, None]
+    if given["delta_softplus"]:
+        step = torch.nn.functional.softplus(step)
+    phi = kinds.mamba(x, step, given["A"], given["B"][0].T, given["C"][0].T, given["D"])
+    own = output[0].double()
+    if given["z"] is not None:  # the gate is inside of this scan
+        gate = torch.nn.functional.silu(given["z"][0].double())
+        own = own / torch.where(gate.abs() > 1e-12, gate, torch.nan)
+        own = torch.where(own.isnan(), phi.output()[..., 0], own)
+    return "mamba", phi, own[..., None]
+
+
+def _gated_delta(given: dict[str, Any], output: Tensor) -> tuple[str, Phi, Tensor]:
+    return _delta(given, output, "gated_delta")
+
+
+def _kimi(given: dict[str, Any], output: Tensor) -> tuple[str, Phi, Tensor]:
+    return _delta(given, output, "kda")
+
+
+def _delta(given: dict[str, Any], output: Tensor, name: str) -> tuple[str, Phi, Tensor]:
+    _fresh(given, "initial_state")
+    query, key, value, g, beta = (
+        given[one][0].double().transpose(0, 1) for one in ("query", "key", "value", "g", "beta")
+    )
+    shared = value.shape[0] // key.shape[0]
+    query, key = query.repeat_interleave(shared, 0), key.repeat_interleave(shared, 0)
+    if given["use_qk_l2norm_in_kernel"]:
+        query, key = (
+            one / (one.square().sum(-1, keepdim=True) + 1e-6).sqrt() for one in (query, key)
+        )
+    phi = kinds.delta(query * query.shape[-1] ** -0.5, key, value, beta, g)
+    return name, phi, output[0].transpose(0, 1)
+
+
+def _rwkv4(given: dict[str, Any], output: Tensor) -> tuple[str, Phi, Tensor]:
+    _fresh(given, "state")
+    phi = kinds.rwkv4(
+        -given["time_decay"].double().exp(),
+        given["time_first"],
+        given["key"][0].T,
+        given["value"][0].T,
+    )
+    return "rwkv4", phi, output[0].T[..., None]
+
+
+def _rglru(stack: ExitStack, module: nn.Module, keep: Keep) -> None:
+    own: Any = module._rnn_scan
+
+    def scan(
+        hidden_states: Tensor,
+        recurrent_gate: Tensor,
+        reset: Tensor,
+        recurrent_states: Any,
+        **more: Any,
+    ) -> Any:
+        given = {"recurrent_states": recurrent_states}
+        is_new = bool(reset.reshape(reset.shape[0], -1)[0, 0])
+        if not is_new:
+            _fresh(given, "recurrent_states")
+        result = own(hidden_states, recurrent_gate, reset, recurrent_states, **more)
+        gate = (recurrent_gate * ~reset)[0].double().T
+        keep("rglru", kinds.rglru(gate.log(), hidden_states[0].T), result[0][0].T[..., None])
+        return result
+
+    object.__setattr__(module, "_rnn_scan", scan)
+    stack.callback(object.__delattr__, module, "_rnn_scan")
+
+
+def _between(
+    stack: ExitStack, first: nn.Module, second: nn.Module, read: Callable[[Tensor, Tensor], None]
+) -> None:
+    """`read(output of the first, input of the second)` of mixers that are written out."""
+    seen: list[Tensor] = []
+    before = first.register_forward_hook(lambda *given: seen.append(given[-1]))
+    after = second.register_forward_pre_hook(lambda _, args: read(seen.pop(), args[0]))
+    stack.callback(before.remove)
+    stack.callback(after.remove)
+
+
+def _short_conv(stack: ExitStack, module: Any, keep: Keep) -> None:
+    def read(projected: Tensor, mixed: Tensor) -> None:
+        into, out, value = projected[0].T.double().chunk(3, 0)
+        weight, bias = module.conv.weight.squeeze(1), module.conv.bias
+        own = mixed[0].T.double()
+        if bias is not None:
+            own = own - out * bias.double()[:, None]
+        keep("short_conv", kinds.short_conv(into, out, weight, value), own[..., None])
+
+    _between(stack, module.in_proj, module.out_proj, read)
+
+
+def _lightning(stack: ExitStack, module: Any, keep: Keep) -> None:
+    def read(projected: Tensor, mixed: Tensor) -> None:
+        heads = module.num_attention_heads
+        parts = module.act_fn(projected[0]).double().unflatten(-1, (heads, -1))
+        query, key, value = parts.transpose(0, 1).chunk(3, -1)
+        slopes = module.slope_rate.reshape(-1).double().cpu()
+        phi = kinds.linear(query, key, value, decay=-slopes)
+        keep("lightning", phi, mixed[0].unflatten(-1, (heads, -1)).transpose(0, 1))
+
+    _between(stack, module.qkv_proj, module.norm, read)
+
+
+def _mlstm(stack: ExitStack, module: Any, keep: Keep) -> None:
+    names = list(inspect.signature(module.forward).parameters)
+
+    def read(_: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        _fresh(given, "c_initial")
+        parts = [given[one][0].double() for one in ("query", "key", "value", "igate", "fgate")]
+        phi = kinds.mlstm(*parts, epsilon=module.config.eps)
+        keep("mlstm", phi, (output[0] if isinstance(output, tuple) else output)[0])
+
+    stack.callback(module.register_forward_hook(read, with_kwargs=True).remove)
+
+
+_BY_FUNCTION: dict[str, Callable[[dict[str, Any], Tensor], tuple[str, Phi, Tensor]]] = {
+    "mamba2_chunk_scan": _mamba2,
+    "mamba_selective_scan": _mamba,
+    "torch_chunk_gated_delta_rule": _gated_delta,
+    "chunk_kimi_delta_attention": _kimi,
+    "rwkv_linear_attention": _rwkv4,
+}
+_BY_CLASS: dict[str, _Recipe] = {
+    "Rglru": _rglru,
+    "ShortConv": _short_conv,
+    "LightningAttention": _lightning,
+    "xLSTMBackend": _mlstm,
+}
+"""Endings of class names of mixers that are no function."""
