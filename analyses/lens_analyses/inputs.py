@@ -17,6 +17,7 @@ from lens.models import vocabulary
 from lens.models.catalogue import KNOWN
 from lens_analyses.config import RunConfig
 from lens_analyses.config.paths import local
+from lens_analyses.config.pictures import PictureConfig
 from lens_analyses.config.settings import Section
 from lens_analyses.console import UsageError
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from lens.models.loaded import LoadedModel
 
 
+LARGEST_PICTURE = 256 << 20
 LARGEST_TEXT = 256 << 20
 """Bytes of a file of text; tokens of this much take hours."""
 _S = TypeVar("_S", bound=Section)
@@ -39,6 +41,8 @@ class PlannedPrompt:
         text: what the tokens say.
         ids: token ids, the first one included that the tokenizer puts there.
         seed: of a copied prompt, else None.
+        given: what `lens.capture` takes, where it is not the ids: a picture, or a pair of one and a text.
+        strings: of a picture's positions.
     """
 
     kind: str
@@ -46,6 +50,13 @@ class PlannedPrompt:
     text: str
     ids: list[int]
     seed: int | None = None
+    given: Any = None
+    strings: list[str] | None = None
+
+    @property
+    def prompt(self) -> Any:
+        """As `lens.capture` takes it."""
+        return self.ids if self.given is None else self.given
 
 
 @dataclass(frozen=True)
@@ -63,6 +74,8 @@ def read_sources(config: RunConfig) -> tuple[RunConfig, list[Source]]:
         LensError: missing, unreadable, empty or changed file, or unknown embedded text.
     """
     config, prompts = _absolute_model(config), config.prompts
+    if isinstance(prompts, PictureConfig):
+        return _read_pictures(config, prompts)
     if prompts.text_name is not None:
         from lens.tasks import prompts as embedded
 
@@ -107,11 +120,12 @@ def load_model(config: RunConfig) -> "LoadedModel":
         ) from None
     asked = config.model
     model = lens.load(asked.name, revision=asked.revision, dtype=asked.dtype, device=name)
-    if model.info.vocab is None and model.tokenizer is None:
+    of_pictures = isinstance(config.prompts, PictureConfig)
+    if model.info.vocab is None and model.tokenizer is None and not of_pictures:
         raise UsageError(
             f"{model.name} ({model.info.class_name}) has no vocabulary and reads no text, which this "
-            "command is about; lens.capture(model, ...) takes what it reads, such as pictures, and "
-            "lens.vision has analyses of pictures"
+            "command is about; `lens vision --image FILE` is for models of pictures, and lens.capture(model, ...) "
+            "takes what else it reads"
         )
     return model
 
@@ -123,6 +137,8 @@ def plan(model: "LoadedModel", config: RunConfig, sources: list[Source]) -> list
         LensError: a text that is empty, too long or too short, or a copied prompt that does not fit.
     """
     planned = []
+    if isinstance(config.prompts, PictureConfig):
+        return [_picture(model, source, config.prompts.question) for source in sources]
     for source in sources:
         try:
             planned += _cut(model, config, source)
@@ -131,6 +147,40 @@ def plan(model: "LoadedModel", config: RunConfig, sources: list[Source]) -> list
                 raise
             raise LensError(f"{source.title}: {error}") from error
     return [*planned, *_copied(model, config)]
+
+
+def _read_pictures(config: RunConfig, prompts: PictureConfig) -> tuple[RunConfig, list[Source]]:
+    """A source for each picture: its name, and its path as the text."""
+    if not prompts.files:
+        raise LensError("which picture? --image FILE, or several with commas")
+    paths = [local(name) for name in prompts.files]
+    digest = hashlib.sha256()
+    for path in paths:
+        if not path.is_file():
+            raise LensError(f"no picture {path}; give picture files, with commas between them")
+        with open_regular(path, most=LARGEST_PICTURE) as file:
+            digest.update(file.read(LARGEST_PICTURE))
+    sha256 = digest.hexdigest()
+    if prompts.sha256 not in (None, sha256):
+        raise LensError(
+            f"{', '.join(path.name for path in paths)} changed since the run was configured (SHA-256 {sha256[:8]}, "
+            f"expected {(prompts.sha256 or '')[:8]}); remove prompts.sha256 from the configuration to take them as they are"
+        )
+    given = _with(prompts, image=",".join(map(str, paths)), sha256=sha256)
+    return _with(config, prompts=given), [Source(path.name, str(path)) for path in paths]
+
+
+def _picture(model: "LoadedModel", source: Source, question: str | None) -> PlannedPrompt:
+    """A picture (and a question), with what its positions are: of what a model makes of it only a pass tells it."""
+    import lens
+
+    path = Path(source.text)
+    given = path if question is None else (path, question)
+    trace = lens.capture(model, given, statistics=["received"], progress=False)
+    ids = trace.dataset["token_id"].values.tolist()
+    return PlannedPrompt(
+        "picture", source.title, question or "", ids, given=given, strings=trace.tokens
+    )
 
 
 def _absolute_model(config: RunConfig) -> RunConfig:

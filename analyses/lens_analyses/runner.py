@@ -239,7 +239,7 @@ class _Execution:
         start = time.monotonic()
         lens.capture(
             self._model,
-            prompt.ids,
+            prompt.prompt,
             block_size=self._config.capture.block_size,
             keep_qk=self._config.capture.keep_qk,
             backend=self._config.capture.backend,
@@ -259,7 +259,7 @@ class _Execution:
         """
         from lens.tasks.prompts import token_losses
 
-        if len(prompt.ids) < 2:
+        if len(prompt.ids) < 2 or prompt.kind == "picture":
             return float("nan"), float("nan")
         try:
             losses = token_losses(self._model, prompt.ids)
@@ -282,7 +282,8 @@ class _Execution:
 
         run = open_run(self._writer.path)
         self._writer.update(backend=run.trace(run.traces[0]).attrs["backend"])
-        table = head_table(self._model, run, self._rows, self._config, self._writer.warn)
+        given = [prompt.prompt for prompt in self._planned]
+        table = head_table(self._model, run, self._rows, given, self._config, self._writer.warn)
         self._writer.table("heads", table)
 
 
@@ -319,7 +320,7 @@ def _prompt_rows(model: "LoadedModel", planned: list[PlannedPrompt]) -> list[dic
             "text": prompt.text,
             "tokens": len(prompt.ids),
             "token_ids": prompt.ids,
-            "token_strings": model.token_strings(prompt.ids),
+            "token_strings": prompt.strings or model.token_strings(prompt.ids),
             "loss": float("nan"),
             "loss_repeat": float("nan"),
             "status": "pending",

@@ -26,6 +26,7 @@ def head_table(
     model: LoadedModel,
     run: Run,
     rows: Sequence[Mapping[str, Any]],
+    given: Sequence[Any],
     config: RunConfig,
     warn: Callable[[str], None],
 ) -> pd.DataFrame:
@@ -35,6 +36,7 @@ def head_table(
         model: that the run is of.
         run: with a trace of every prompt.
         rows: of `prompts.parquet`.
+        given: of each row what `lens.capture` takes.
         config: of the run.
         warn: is told what could not be compared with.
     """
@@ -45,7 +47,7 @@ def head_table(
     ]
     scored = _with_pooled(rows, tables, config.seed)
     try:
-        tables = _of_random_weights(model, rows, config)
+        tables = _of_random_weights(model, rows, given, config)
     except (LensError, MemoryError) as problem:
         why = str(problem) or "not enough memory"
         warn(f"heads are not compared with random weights: {why}")
@@ -54,16 +56,19 @@ def head_table(
 
 
 def _of_random_weights(
-    model: LoadedModel, rows: Sequence[Mapping[str, Any]], config: RunConfig
+    model: LoadedModel,
+    rows: Sequence[Mapping[str, Any]],
+    given: Sequence[Any],
+    config: RunConfig,
 ) -> list[pd.DataFrame]:
     """What heads are counted by, prompt by prompt, of the same architecture with random weights."""
     log.info("the same prompts once more through random weights, to compare with")
     random = random_weights(model, config.seed)
     tables = []
-    for row in rows:
+    for row, prompt in zip(rows, given, strict=True):
         trace = lens.capture(
             random,
-            row["token_ids"],
+            prompt,
             statistics=HEADLINE_STATISTICS,
             backend=config.capture.backend,
             progress=False,

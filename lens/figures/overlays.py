@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Unpack
 
-import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from lens.common.colors import ACCENT, VIRIDIS, scale
 from lens.common.plots import draws
-from lens.common.png import as_uri
+from lens.figures.pictures import picture_uri
 from lens.figures.style import Look, escaped, style
 
 if TYPE_CHECKING:
     from lens.traces.overlays import Overlay
 
 _ACROSS = 3  # pictures side by side
-_CELL = 300  # pixels of a picture's height on the page
+_CELL = 190  # pixels of a picture's height on the page
 _STOPS = 8  # of a scan path
 
 
@@ -40,12 +39,12 @@ def overlay_map(
     down = -(-count // across)
     titles = [escaped(name) for name in result.names] if count > 1 else None
     figure = make_subplots(
-        down, across, subplot_titles=titles, horizontal_spacing=0.03, vertical_spacing=0.12 / down
+        down, across, subplot_titles=titles, horizontal_spacing=0.02, vertical_spacing=0.16 / down
     )
     height, width = grid.size
     left, top, right, bottom = grid.box
     step_x, step_y = (right - left) / grid.width, (bottom - top) / grid.height
-    address = as_uri(np.ascontiguousarray(grid.pixels))
+    address = picture_uri(grid.pixels)
     for number, values in enumerate(result.values):
         at = {"row": number // across + 1, "col": number % across + 1}
         figure.add_layout_image(

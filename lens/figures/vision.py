@@ -10,7 +10,7 @@ from plotly.colors import qualitative
 
 from lens.common.colors import ACCENT, BASELINE, LINE, VIRIDIS, scale
 from lens.common.plots import draws
-from lens.common.png import as_uri
+from lens.figures.pictures import picture_uri
 from lens.figures.style import Look, escaped, grid_axes, grid_height, style
 
 if TYPE_CHECKING:
@@ -272,7 +272,7 @@ def _on_picture(grid: PatchGrid) -> go.Figure:
     height, width = grid.size
     figure = go.Figure()
     figure.add_layout_image(
-        source=as_uri(np.ascontiguousarray(grid.pixels)),
+        source=picture_uri(grid.pixels),
         x=0,
         y=0,
         sizex=width,

@@ -108,7 +108,7 @@ def _reads_both(model: LoadedModel) -> bool:
 def _from_picture(model: LoadedModel, given: Any, whole: bool) -> Prompt:
     picture, text = given if isinstance(given, tuple) else (given, None)
     made, seen = prepared(model, picture, text)
-    names = _accepted(model)
+    names = accepted(model)
     made = {name: value for name, value in made.items() if name in {"input_ids", *names}}
     (found,) = _from_mapping(model, made, whole)
     return replace(found, text=text, picture=seen)

@@ -78,7 +78,7 @@ def test_defaults_are_a_copied_run_of_the_embedded_model():
         ),
         (
             {"what": "magic"},
-            "what must be one of profile, heads, sinks, redistribute, policies, explain, circuit, got 'magic'",
+            "what must be one of profile, heads, sinks, redistribute, policies, explain, vision, circuit, got 'magic'",
         ),
     ],
 )
@@ -158,12 +158,14 @@ def test_the_names_of_the_configuration_are_those_of_the_library():
 @pytest.mark.parametrize("what", WHATS)
 def test_every_setting_says_what_it_is(what):
     found = {one.name: one for one in settings_of(CONFIGS[what])}
-    assert {"what", "seed", "model.name", "prompts.tokens", "capture.block_size"} <= set(found)
+    length = "prompts.image" if what == "vision" else "prompts.tokens"
+    assert {"what", "seed", "model.name", length, "capture.block_size"} <= set(found)
     assert any(name.startswith("analysis.") for name in found) == (what != "profile")
     assert all(one.help.endswith(".") for one in found.values())
     assert found["what"].default == what
     assert len({one.flag for one in found.values()}) == len(found)
-    assert (found["prompts.tokens"].kind, found["prompts.tokens"].least) == ("integer", 1)
+    expected = ("text", None) if what == "vision" else ("integer", 1)
+    assert (found[length].kind, found[length].least) == expected
 
 
 def test_a_file_with_the_settings_of_every_analysis_stays_readable():

@@ -200,7 +200,15 @@ def test_a_form_names_no_file_and_its_settings_go_with_their_analysis():
     ]
 
 
-@pytest.mark.parametrize("what", WHATS)
+def test_pictures_are_offered_where_files_may_be_read():
+    for files in (False, True):
+        fields = {field["name"]: field for field in form(files=files)}
+        assert ("vision" in fields["what"]["choices"]) == files
+        assert ("prompts.image" in fields) == files
+    assert fields["prompts.image"]["whats"] == ["vision"]
+
+
+@pytest.mark.parametrize("what", [one for one in WHATS if one != "vision"])
 def test_the_start_of_the_form_is_a_run_of_every_analysis(what):
     started = {
         field["name"]: field["start"]

@@ -100,5 +100,5 @@ def test_a_model_of_pictures_is_refused_with_what_to_use(vit, command, lens_comm
     assert answer.code == 2
     *_, last = answer.err.splitlines()
     assert last.startswith("error: vit0 (ViTForImageClassification) has no vocabulary")
-    assert "lens.vision has analyses of pictures" in last
+    assert "`lens vision --image FILE` is for models of pictures" in last
     assert [*tmp_path.iterdir()] == []

@@ -165,6 +165,19 @@ class ExplainSettings(_OnTask):
     )
 
 
+class VisionSettings(AnalysisSettings):
+    """Of `lens vision`."""
+
+    overlays: str | None = setting(
+        None,
+        'Heads to lay on the pictures, with commas, e.g. "L11H2,L5,mean"; chosen if not given.',
+        min_length=2,
+    )
+    tau: Annotated[str, AfterValidator(check_loss)] = setting(
+        "0.5", "Divergence of rows up to which patches are one segment, nats."
+    )
+
+
 class CircuitSettings(_OnTask):
     """Of `lens circuit`."""
 

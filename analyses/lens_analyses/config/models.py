@@ -14,8 +14,10 @@ from lens_analyses.config.analyses import (
     PoliciesSettings,
     RedistributeSettings,
     SinksSettings,
+    VisionSettings,
 )
 from lens_analyses.config.paths import is_folder, shorten
+from lens_analyses.config.pictures import PictureConfig
 from lens_analyses.config.settings import Section, Setting, Shown, setting, settings_of
 
 Backend = Literal["auto", "triton", "cpu", "torch", "reference"]
@@ -161,14 +163,14 @@ class RunConfig(Section):
         if value is not None and cls is RunConfig:
             raise ValueError(
                 "the section analysis belongs to `lens heads`, `lens sinks`, `lens redistribute`, "
-                "`lens policies`, `lens explain` and `lens circuit`; a profile has none"
+                "`lens policies`, `lens explain`, `lens vision` and `lens circuit`; a profile has none"
             )
         return value
 
     @property
     def has_text(self) -> bool:
         """Whether a text is named, rather than copied prompts alone."""
-        return any(getattr(self.prompts, name) is not None for name in SOURCES)
+        return any(getattr(self.prompts, name, None) is not None for name in SOURCES)
 
     def value(self, name: str) -> Any:
         """Of a setting by its dotted name."""
@@ -226,6 +228,14 @@ class PoliciesConfig(RunConfig):
     analysis: PoliciesSettings = PoliciesSettings()
 
 
+class VisionConfig(RunConfig):
+    """Of `lens vision`."""
+
+    what: Literal["vision"] = _what("vision")
+    prompts: PictureConfig = PictureConfig()  # pyright: ignore[reportIncompatibleVariableOverride]
+    analysis: VisionSettings = VisionSettings()
+
+
 class ExplainConfig(RunConfig):
     """Of `lens explain`."""
 
@@ -247,6 +257,7 @@ CONFIGS: dict[str, type[RunConfig]] = {
     "redistribute": RedistributeConfig,
     "policies": PoliciesConfig,
     "explain": ExplainConfig,
+    "vision": VisionConfig,
     "circuit": CircuitConfig,
 }
 """What a run does -> its configuration."""

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lens_analyses.config import CONFIGS, WHATS, Setting, settings_of
+from lens_analyses.config import CONFIGS, Setting, settings_of
 
 _FIRST = (
     "what",
@@ -12,6 +12,9 @@ _FIRST = (
     "prompts.windows",
     "prompts.copied",
 )
+
+_OF_FILES = ("vision",)
+"""Analyses that read nothing but files."""
 
 
 def form(files: bool = False) -> list[dict[str, Any]]:
@@ -24,6 +27,8 @@ def form(files: bool = False) -> list[dict[str, Any]]:
     settings: dict[str, Setting] = {}
     whats: dict[str, list[str]] = {}
     for what, config in CONFIGS.items():
+        if what in _OF_FILES and not files:
+            continue
         for one in settings_of(config):
             if not one.shown.internal and (files or not one.shown.file):
                 settings.setdefault(one.name, one)
@@ -33,7 +38,7 @@ def form(files: bool = False) -> list[dict[str, Any]]:
 
 
 def _entry(one: Setting, whats: list[str]) -> dict[str, Any]:
-    choices = WHATS if one.name == "what" else one.choices or tuple(one.shown.suggestions())
+    choices = whats if one.name == "what" else one.choices or tuple(one.shown.suggestions())
     return {
         "name": one.name,
         "kind": one.kind,

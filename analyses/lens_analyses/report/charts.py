@@ -15,7 +15,7 @@ from lens.runs.first_screen import Shown
 from lens.runs.schema import KIND_WORDS
 from lens.runs.sections import Section
 
-_COLORS = {"text": LINE, "copied": ACCENT}
+_COLORS = {"text": LINE, "copied": ACCENT, "picture": LINE}
 _TICKS = 15
 _TITLE = 64  # characters of a title that a figure beside another has room for
 
@@ -40,6 +40,9 @@ def charts(data: dict[str, Any]) -> dict[str, dict[str, Any]]:
     height = min(720, max(260, 120 + 26 * layers))
     for kind, rows in heads.groupby("prompt_id", sort=False):
         for metric, variant in dict.fromkeys(zip(rows["metric"], rows["variant"], strict=True)):
+            of_it = (rows["metric"] == metric) & (rows["variant"] == variant)
+            if kind == "picture" and rows["value"][of_it].isna().all():
+                continue  # of rows of tokens
             made[f"grid/{kind}/{metric}/{variant}"] = head_grid(
                 rows, metric, variant, height=height
             )

@@ -91,7 +91,7 @@ def _prompts(run: Run, config: Any) -> list[str]:
         )
     elif config.get("tokens"):
         said.append(f"Each text was cut after {config['tokens']:,} tokens, on request.")
-    if len(texts) < len(prompts):
+    if any(prompt["kind"] == "copied" for prompt in prompts):
         said.append(
             "Copied prompts are uniform random tokens, which no text looks like: they show that a head can "
             "copy, not how often it does."

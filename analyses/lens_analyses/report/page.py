@@ -36,6 +36,7 @@ TITLES = {
     "redistribute": "Attention moved elsewhere in",
     "policies": "Sparse attention in",
     "explain": "Why heads attend in",
+    "vision": "What was looked at by",
     "circuit": "A circuit of",
 }
 """What a page is called, with the model's name behind it; other runs are about all heads."""

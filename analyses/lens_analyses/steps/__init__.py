@@ -76,6 +76,12 @@ STEPS: dict[str, tuple[Step, ...]] = {
         Step("overlap", "circuit_overlap", setting="compare", needs="edges"),
     ),
     "redistribute": (Step("dose", "redistribute"), Step("search", "redistribute")),
+    "vision": (
+        Step("overlays", "vision"),
+        Step("rings", "vision"),
+        Step("structure", "vision"),
+        Step("chain", "vision_language"),
+    ),
     "policies": (
         Step("policies", "policies"),
         Step("running", "policies"),

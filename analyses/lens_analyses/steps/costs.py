@@ -132,6 +132,12 @@ COSTS: dict[str, dict[str, Callable[[Load], Cost]]] = {
         "explain": lambda load: Cost(21 * load.task, 21 * load.settings.n),
         "removal": lambda load: Cost(36 * load.task, 36 * load.settings.n),
     },
+    "vision": {
+        "overlays": lambda load: Cost(0, seconds=3),
+        "rings": lambda load: Cost(0, seconds=1 + 0.03 * load.heads),
+        "structure": lambda load: Cost(2 * load.prompts, seconds=3),
+        "chain": lambda load: Cost(14 * load.prompts, 14),
+    },
     "circuit": {
         "edges": _edges,
         "circuit": lambda load: Cost(180 * load.task * _circuit_factor(load)),

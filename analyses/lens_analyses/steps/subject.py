@@ -12,6 +12,7 @@ from lens.runs import Run
 from lens_analyses.config import CircuitSettings, RunConfig
 from lens_analyses.config.analyses import AnalysisSettings, PoliciesSettings
 from lens_analyses.config.paths import is_task_file
+from lens_analyses.config.pictures import PictureConfig
 from lens_analyses.console import Output
 from lens_analyses.inputs import PlannedPrompt
 from lens_analyses.steps.run_circuits import other_run
@@ -68,6 +69,14 @@ class Subject:
         """Token ids of the run's prompts of a kind: `text` or `copied`."""
         table = self.run.prompts
         return [list(map(int, ids)) for ids in table.loc[table["kind"] == kind, "token_ids"]]
+
+    @property
+    def pictures(self) -> list[Any]:
+        """The run's pictures as `lens.capture` takes them: paths, or pairs of a path and the question."""
+        given = self.config.prompts
+        assert isinstance(given, PictureConfig)
+        paths = [Path(name) for name in given.files]
+        return paths if given.question is None else [(path, given.question) for path in paths]
 
     def prompt_ids(self, kind: str) -> list[str]:
         """Names of the run's prompts of a kind, as its traces are called."""
@@ -129,7 +138,7 @@ def analysed(
             profile.
     """
     settings, what = config.analysis, config.what
-    if settings is None:
+    if settings is None or what == "vision":
         return [], []
     if isinstance(settings, CircuitSettings):
         if settings.compare is not None:

@@ -294,7 +294,7 @@ def _scores(run: Run, prompt: str, which: tuple[int, int], variant: str) -> Any:
     except LensError as error:
         return html.P(str(error), className="problem")
     rows = table[(table["layer"] == which[0]) & (table["head"] == which[1])]
-    groups = [g for g in (prompt, "text", "copied") if (rows["prompt_id"] == g).any()]
+    groups = [g for g in (prompt, "text", "copied", "picture") if (rows["prompt_id"] == g).any()]
     values = rows.set_index(["prompt_id", "metric", "variant"])
     body: list[list[Cell]] = []
     for metric in METRICS.values():

@@ -29,7 +29,11 @@ from lens_dashboards.pages.parts import (
 )
 from lens_dashboards.selection import Selection
 
-_GROUP_WORDS = {"text": "all text prompts", "copied": "all copied prompts"}
+_GROUP_WORDS = {
+    "text": "all text prompts",
+    "copied": "all copied prompts",
+    "picture": "all pictures",
+}
 _NAMED = 10
 
 

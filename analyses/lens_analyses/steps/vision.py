@@ -1,0 +1,259 @@
+"""What is looked at on pictures, how far, and which structure that has."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+import lens
+from lens.common.errors import LensError
+from lens.common.results import of_kind
+from lens.runs.headlines import Headline
+from lens.runs.sections import Section
+from lens.traces.overlays import Overlay
+from lens.traces.pictures import grids_of
+from lens.traces.trace import AttentionTrace
+from lens.vision.rings import Shapes
+from lens_analyses.config.listed import listed
+from lens_analyses.steps.columns import defined
+from lens_analyses.steps.subject import Subject
+
+_MOST = 12  # pictures that are drawn; all are in the tables
+
+
+def overlays(subject: Subject) -> Section:
+    """Where heads look, on every picture; raw and without sinks."""
+    asked = subject.settings.overlays
+    figures, maps, regions, said = {}, [], [], []
+    headlines: list[Headline] = []
+    for name, trace in _traces(subject):
+        heads = listed(asked) if asked else _chosen(trace)
+        query = "[CLS]" if "[CLS]" in trace.tokens else None
+        for variant in ("raw", "sink_excluded"):
+            found = trace.overlay(heads, query=query, variant=variant)
+            table = found.table().drop(columns=["left", "top", "right", "bottom"])
+            maps.append(table.assign(prompt_id=name, variant=variant))
+            if len(figures) < 2 * _MOST:
+                end = "" if variant == "raw" else "_without_sinks"
+                figures[f"{name}{end}"] = found.plot(path=variant == "raw")
+            if variant == "raw":
+                said += [f"{name}: {one}" for one in of_kind(found.findings(), "strongest")][:2]
+                headlines += _strongest(name, found) if name in figures else []
+                regions += [
+                    found.regions(place).assign(prompt_id=name, map=head)
+                    for place, head in enumerate(found.names)
+                ]
+    tables = {"maps": _front(maps), "regions": _front(regions)}
+    return Section(
+        name="overlays",
+        title="What was looked at",
+        summary=tuple(said),
+        limits=(
+            "An overlay shows where attention lies, and not that it matters to the answer.",
+            "Attention on [CLS], registers and text is not drawn; the title says how much that is.",
+        ),
+        columns=defined(tables.values(), _COLUMNS),
+        configuration={"heads": asked or "chosen", "pictures": len(subject.pictures)},
+        tables=tables,
+        figures=figures,
+        headlines=tuple(headlines),
+    )
+
+
+def rings(subject: Subject) -> Section:
+    """How far heads look over the picture: rings, shapes, receptive field; beside uniform attention."""
+    tables: dict[str, list[pd.DataFrame]] = {}
+    figures, said = {}, []
+    headlines: list[Headline] = []
+    for name, trace in _traces(subject):
+        results = {
+            "rings": lens.vision.rings(trace, seed=subject.seed),
+            "shapes": lens.vision.shapes(trace, window=_window(trace), seed=subject.seed),
+            "distances": lens.vision.patch_distance(trace, seed=subject.seed)
+            if _is_tower(trace)
+            else None,
+            "field": lens.vision.receptive_field(trace) if not trace.attrs["causal"] else None,
+        }
+        for part, found in results.items():
+            if found is None:
+                continue
+            tables.setdefault(part, []).append(found.table().assign(prompt_id=name))
+            if len(figures) < 4 * _MOST:
+                figures[f"{name}_{part}"] = found.plot()
+            said += [f"{name}: {one}" for one in found.findings()]
+        if f"{name}_shapes" in figures:
+            headlines += _crossing(name, results["shapes"])
+    joined = {part: _front(ones) for part, ones in tables.items()}
+    return Section(
+        name="rings",
+        title="How far heads look over the picture",
+        summary=tuple(said),
+        limits=(
+            "The receptive field is what can have reached a patch through attention, not what was used of it.",
+            "Intervals are over the patches of one picture.",
+        ),
+        columns=defined(joined.values(), _COLUMNS),
+        configuration={"seed": subject.seed},
+        tables=joined,
+        figures=figures,
+        headlines=tuple(headlines),
+    )
+
+
+def structure(subject: Subject) -> Section:
+    """Segments and trees of the last layer, flow, and coding rates."""
+    tables: dict[str, list[pd.DataFrame]] = {}
+    figures, said = {}, []
+    tau = float(subject.settings.tau)
+    for name, trace in _traces(subject):
+        last = f"L{trace.layers[-1]}"
+        results = {
+            "segments": lens.vision.cluster(trace, last, tau=tau),
+            "tree": lens.vision.tree(trace, last),
+            "flow": lens.vision.flow(trace),
+        }
+        for part, found in results.items():
+            tables.setdefault(part, []).append(found.table().assign(prompt_id=name))
+            if len(figures) < 3 * _MOST:
+                figures[f"{name}_{part}"] = found.plot()
+            said += [f"{name}: {one}" for one in found.findings()]
+    joined = {part: _front(ones) for part, ones in tables.items()}
+    rates = lens.vision.coding_rate(subject.model, subject.pictures, progress=subject.progress)
+    joined["rates"], figures["rates"] = rates.table(), rates.plot()
+    return Section(
+        name="structure",
+        title="Segments, trees and flow",
+        summary=(*said, *rates.findings()),
+        limits=(
+            "Segments are patches that attend alike; that they are things is for the eye, or for masks "
+            "(lens.vision.cluster(...).iou).",
+            f"Segments depend on tau = {tau:g} nats, trees on which heads are taken (here all of the last layer).",
+        ),
+        columns=defined(joined.values(), _COLUMNS),
+        configuration={"tau": tau},
+        tables=joined,
+        figures=figures,
+    )
+
+
+def _strongest(name: str, found: Overlay) -> Iterator[Headline]:
+    """Of the map that is most on one patch: how many times what uniform attention has there."""
+    values = np.nan_to_num(found.values).reshape(len(found.names), -1)
+    times = values.max(-1) / values.mean(-1)
+    best = int(times.argmax())
+    row, column = np.unravel_index(int(values[best].argmax()), found.values.shape[1:])
+    yield Headline(
+        f"{name}, {found.names[best]}, {found.what}: the patch ({row}, {column}) has {times[best]:.1f} times what it has "
+        "under uniform attention.",
+        *(float(times[best]), np.nan, np.nan),
+        baseline=1.0,
+        against="uniform attention",
+        figure=name,
+    )
+
+
+def _crossing(name: str, found: Shapes) -> Iterator[Headline]:
+    """The head with the largest share in its own row and column."""
+    table = found.table()
+    best = table.iloc[int(np.nanargmax(table["criss_cross"].to_numpy()))]
+    ends = (float(best[f"criss_cross{end}"]) for end in ("", "_low", "_high"))
+    fair = float(best["criss_cross_uniform"])
+    yield Headline(
+        f"{name}: {best['name']} keeps {best['criss_cross']:.0%} of its attention on patches in the row and column of the "
+        f"patch that looks, uniform attention {fair:.0%}.",
+        *ends,
+        baseline=fair,
+        against="uniform attention",
+        figure=f"{name}_shapes",
+    )
+
+
+def _traces(subject: Subject) -> list[tuple[str, AttentionTrace]]:
+    names = subject.prompt_ids("picture")
+    found = [(name, subject.run.trace(name)) for name in names]
+    for _, trace in found:
+        grids_of(trace.attrs)  # says what is not known, before any work
+    if not found:
+        raise LensError("the run has no picture")
+    return found
+
+
+def _chosen(trace: AttentionTrace) -> list[str]:
+    """The means of a first, middle and last layer, and three heads of the last."""
+    layers = trace.layers
+    few = dict.fromkeys(f"L{layer}" for layer in (layers[0], layers[len(layers) // 2], layers[-1]))
+    return [*few, *(f"L{layers[-1]}H{head}" for head in range(min(3, trace.heads)))]
+
+
+def _window(trace: AttentionTrace) -> int:
+    grid = grids_of(trace.attrs)[0]
+    return max(2, min(grid.height, grid.width) // 4)
+
+
+def _is_tower(trace: AttentionTrace) -> bool:
+    return (trace.attrs.get("patches") or {}).get("first") is not None
+
+
+def _front(tables: list[pd.DataFrame]) -> pd.DataFrame:
+    found = pd.concat(tables, ignore_index=True)
+    return found[["prompt_id", *(name for name in found.columns if name != "prompt_id")]]
+
+
+_COLUMNS: dict[str, Any] = {
+    "prompt_id": "Picture, as in the table of prompts.",
+    "map": "Whose attention: a head, the mean of a layer, or of all.",
+    "variant": "raw, or sink_excluded: without patches that receive more than 10 times the median patch.",
+    "row": "Of the patch, from the top; of a region or segment its middle.",
+    "column": "Of the patch, from the left; of a region or segment its middle.",
+    "value": "Attention mass on the patch; without sinks as a share of what is left.",
+    "region": "Joined patches among those that hold half of the mass, strongest first.",
+    "mass": "Share of the attention: of a region that on patches, of a ring that of the row.",
+    "patches": "How many.",
+    "x": "Of the middle, in pixels of the picture.",
+    "y": "Of the middle, in pixels of the picture.",
+    "layer": "Layer, by the model's own number.",
+    "head": "Head of the layer, from 0.",
+    "name": "Layer and head.",
+    "ring": "Chebyshev distance in patches; 0 is the patch itself.",
+    "weight": "Mean attention on a patch of the ring; rings are cut at the border.",
+    "elsewhere": "Attention of patches on what is no patch of the picture.",
+    "uniform_mass": "Mass of the ring under uniform attention.",
+    "uniform_weight": "Weight of a patch under uniform attention.",
+    "uniform_distance": "Mean distance under uniform attention over the patches.",
+    "distance": "Mean distance in patches.",
+    "near": "Share of the attention on patches that lies on the patch itself and its 8 neighbours.",
+    "half": "Share of the patches that half of what reaches a patch comes from, at least.",
+    "segment": "Number of the segment, largest first.",
+    "share": "Of the picture.",
+    "patch": "Number of the patch, row by row.",
+    "parent": "Number of the patch that it hangs on; -1 of a root.",
+    "parent_row": "Row of the parent; -1 of a root.",
+    "parent_column": "Column of the parent; -1 of a root.",
+    "depth": "Edges up to the root.",
+    "children": "Patches that hang on it.",
+    "largest": "Highest received mass of a key, times the mean.",
+    "gini": "Inequality of received mass: 0 alike, near 1 all on one key.",
+    "entropy": "Of received mass, as a share of the highest possible.",
+    "exclusive": "Lowest conserved intake of a row: small where a row lives on keys that all look at.",
+    "rate": "Coding rate of the values, nats.",
+    "spread": "0: values on one line, 1: evenly spread.",
+    "sparsity": "Share of numbers of what enters the layer that are below 0.001 of their root mean square.",
+} | {
+    part: text
+    for shape, words in (
+        ("row", "the patch's own row"),
+        ("column", "the patch's own column"),
+        ("criss_cross", "its own row or column"),
+        ("window", "its own window"),
+        ("dilated", "every second row and column from it on"),
+    )
+    for part, text in (
+        (f"{shape}_uniform", f"Share of {words} under uniform attention."),
+        *(
+            [(shape, f"Share of the attention on patches that lies in {words}.")]
+            if shape not in ("row", "column")
+            else []
+        ),
+    )
+}

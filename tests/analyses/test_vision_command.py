@@ -1,0 +1,105 @@
+"""`lens vision`: pictures in, a run with overlays, distances and structure, in a report."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import lens
+from lens.runs import open_run
+from lens.runs.validation import validate
+
+ZERO = ["..####..", ".##..##.", ".#....#.", ".#....#.", ".#....#.", ".#....#.", ".##..##.", "..####.."]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures")
+    zero = np.array([[255 * (cell == "#") for cell in row] for row in ZERO], np.uint8)
+    for name, array in (("zero", zero), ("turned", zero.T[::-1])):
+        Image.fromarray(np.ascontiguousarray(array)).save(folder / f"{name}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(lens_command, pictures, tmp_path_factory):
+    files = f"{pictures / 'zero.png'},{pictures / 'turned.png'}"
+    out = tmp_path_factory.mktemp("vision")
+    answer = lens_command(
+        "vision", "--model", "vit-digits", "--image", files, "--out", out, "--json"
+    )
+    assert answer.code == 0, answer.err
+    return open_run(answer.json["path"])
+
+
+def test_the_sections_are_there_and_the_folder_is_whole(run):
+    assert run.sections == ["overlays", "rings", "structure"]
+    assert validate(run) == []
+    assert run.status == "success"
+    assert "reads no text" in run.unsupported["chain"]
+    assert run.prompts["kind"].tolist() == ["picture", "picture"]
+    assert run.prompts["title"].tolist() == ["zero.png", "turned.png"]
+    assert run.prompts["token_strings"][0].tolist()[:3] == ["[CLS]", "0,0", "0,1"]
+
+
+def test_the_numbers_are_those_of_the_library(run, pictures):
+    model = lens.load("vit-digits")
+    trace = lens.capture(model, pictures / "zero.png", keep_qk=True, progress=False)
+    rings = lens.vision.rings(trace).table()
+    table = run.section("rings").tables["rings"].query("prompt_id == 'p000'")
+    assert np.allclose(table["mass"], rings["mass"], atol=1e-6)
+    maps = run.section("overlays").tables["maps"].query("prompt_id == 'p000' and variant == 'raw'")
+    own = trace.overlay("L2H1", query="[CLS]").values.ravel()
+    assert np.allclose(maps[maps["map"] == "L2H1"]["value"], own, atol=1e-6)
+    segments = run.section("structure").tables["segments"].query("prompt_id == 'p000'")
+    assert (
+        segments["patches"].tolist() == lens.vision.cluster(trace, "L2").table()["patches"].tolist()
+    )
+
+
+def test_the_report_has_the_pictures_inside(run):
+    page = (run.path / "report.html").read_text()
+    assert "What was looked at by vit-digits" in page
+    assert page.count("data:image/png;base64,") > 10
+    assert "http-equiv" in page
+    assert "Copied prompts" not in page
+
+
+def test_the_same_command_finds_the_run_and_another_picture_is_noticed(
+    lens_command, run, pictures, tmp_path
+):
+    files = f"{pictures / 'zero.png'},{pictures / 'turned.png'}"
+    command = (
+        "vision",
+        "--model",
+        "vit-digits",
+        "--image",
+        files,
+        "--out",
+        run.path.parent,
+        "--json",
+    )
+    assert lens_command(*command).json["computed"] is False
+    config = tmp_path / "config.toml"
+    config.write_text((run.path / "config.toml").read_text().replace('sha256 = "', 'sha256 = "0'))
+    answer = lens_command("vision", "-c", config, "--out", tmp_path)
+    assert answer.code == 2
+    assert "zero.png, turned.png changed since the run was configured" in answer.err
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ([], "which picture? --image FILE"),
+        (["--image", "nowhere.png"], "no picture "),
+        (["--image", "ZERO", "--tau", "-1"], "must be a number of nats from 0 on"),
+        (["--image", "ZERO", "--text", "what is this"], "reads pictures alone"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_before_any_work(
+    lens_command, pictures, tmp_path, flags, said
+):
+    given = [str(pictures / "zero.png") if flag == "ZERO" else flag for flag in flags]
+    answer = lens_command("vision", "--model", "vit-digits", *given, "--out", tmp_path)
+    assert answer.code == 2, answer.err
+    assert said in answer.err
+    assert not list(tmp_path.iterdir())
