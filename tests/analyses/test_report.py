@@ -15,10 +15,13 @@ from lens_analyses.comparing import write_comparison
 from lens_analyses.report import render, write_report
 from lens_analyses.report.maps import colored, png
 from lens_analyses.report.page import embedded_json, interval, number, percent
+from lens_dashboards import views
+from lens_dashboards.library import Library
 
 from lens.common.colors import VIRIDIS
 from lens.common.errors import LensError
 from lens.runs import open_run
+from lens.runs.schema import RunFile, _ModelEntry
 from lens.runs.sections import Section
 from lens.traces.metrics import METRICS
 
@@ -347,6 +350,27 @@ def test_a_damaged_table_is_told_where_it_would_stand(damaged_run, browser, name
     page.goto(f"file://{written.html}")
     assert complaints == []
     context.close()
+
+
+def test_entries_that_can_be_done_without_are_left_out_of_the_pages(run_folder, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(run_folder, copy)
+    (copy / "manifest.json").unlink()
+    entries = json.loads((copy / "run.json").read_text())
+    for holder, model in ((entries, RunFile), (entries["model"], _ModelEntry)):
+        fields = {field.alias or name: field for name, field in model.model_fields.items()}
+        for name in holder.keys() & fields:
+            if not fields[name].is_required():
+                holder[name] = {"no": ["such", "thing"]}
+    (copy / "run.json").write_text(json.dumps(entries))
+    run = open_run(copy)
+    assert len(run.damage) > 15
+    html = render(run).html
+    assert html.count("Warning:</strong> run.json: ") == len(run.damage)
+    page = str(views.render(Library(tmp_path), f"/run/{copy.name}", ""))
+    assert "This page failed" not in page
+    written = write_comparison(open_run(run_folder), run, tmp_path / "c", command="lens compare")
+    assert written.numbers["aligned"]
 
 
 def test_a_run_of_which_nothing_can_be_read_gets_no_report(damaged_run):
