@@ -1,13 +1,18 @@
 """One call of an attention layer: what the model handed to it, and its attention."""
 
-from dataclasses import dataclass, replace
-from typing import Any
+from __future__ import annotations
 
-import torch
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
 from lens_kernels import AttentionResult, attention
 
 from lens.common.errors import LensError
 from lens.passes.masks import MaskStructure
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -29,16 +34,16 @@ class LayerCall:
         step: forward pass of the session, from 0; generation has one for the prompt and one per token.
     """
 
-    query: torch.Tensor
-    key: torch.Tensor
-    value: torch.Tensor
+    query: Float[Tensor, "batch heads queries head_dim"]
+    key: Float[Tensor, "batch kv_heads keys head_dim"]
+    value: Float[Tensor, "batch kv_heads keys value_dim"]
     mask: MaskStructure
     scale: float
     softcap: float | None = None
-    sink_logits: torch.Tensor | None = None
-    position_bias: torch.Tensor | None = None
-    tokens: torch.Tensor | None = None
-    before: torch.Tensor | None = None
+    sink_logits: Float[Tensor, "heads"] | None = None
+    position_bias: Float[Tensor, "..."] | None = None
+    tokens: Int[Tensor, "batch keys"] | None = None
+    before: Int[Tensor, "batch"] | None = None
     layer: int = 0
     part: int = 0
     place: str = ""

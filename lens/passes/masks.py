@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lens_kernels import AttentionMask
@@ -25,6 +25,10 @@ from transformers.masking_utils import (
 )
 
 from lens.common.errors import LensError
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int, Shaped
+    from torch import Tensor
 
 LARGEST_SPELLED_OUT = 8192 * 8192
 HIDDEN = (
@@ -49,10 +53,10 @@ class MaskStructure:
 
     causal: bool
     window: int | None = None
-    padding: torch.Tensor | None = None
-    allowed: torch.Tensor | None = None
+    padding: Bool[Tensor, "batch keys"] | None = None
+    allowed: Bool[Tensor, "batch 1 queries keys"] | None = None
     start: int = 0
-    first: torch.Tensor | None = None
+    first: Int[Tensor, "batch"] | None = None
     placed: bool = True
     cross: bool = False
 
@@ -76,7 +80,7 @@ class MaskStructure:
             key_padding=self.padding,
         )
 
-    def seen_by(self, queries: torch.Tensor, keys: int) -> torch.Tensor:
+    def seen_by(self, queries: Int[Tensor, "queries"], keys: int) -> Bool[Tensor, "queries keys"]:
         """bool [queries, keys]: which keys these queries (their places) of the first prompt see."""
         if self.allowed is not None:
             return self.allowed[0, 0, queries]
@@ -91,13 +95,13 @@ class MaskStructure:
             seen = seen & (behind.abs() < self.window)
         return seen.expand_as(behind)
 
-    def first_key(self, batch: int) -> torch.Tensor:
+    def first_key(self, batch: int) -> Int[Tensor, "batch"]:
         """[batch]: index of the first real key."""
         if self.padding is None:
             return torch.zeros(batch, dtype=torch.long)
         return self.padding.int().argmax(-1)
 
-    def first_token(self, batch: int) -> torch.Tensor:
+    def first_token(self, batch: int) -> Int[Tensor, "batch"]:
         """[batch]: where the first real token stands among the keys; negative where a cache dropped it."""
         if self.first is not None:
             return self.first - self.start
@@ -112,7 +116,7 @@ class MaskStructure:
             allowed=None if allowed is None else allowed[..., :-count, :-count],
         )
 
-    def visible(self, batch: int, queries: int, keys: int) -> torch.Tensor:
+    def visible(self, batch: int, queries: int, keys: int) -> Int[Tensor, "batch keys"]:
         """[batch, keys]: how many real queries see each key."""
         if self.allowed is not None:
             return self.allowed[:, 0].sum(-2).expand(batch, -1)
@@ -175,7 +179,7 @@ def structured_mask(
     q_offset: int = 0,
     kv_offset: int = 0,
     mask_function: Callable = causal_mask_function,
-    attention_mask: torch.Tensor | None = None,
+    attention_mask: Shaped[Tensor, "batch keys"] | None = None,
     use_vmap: bool = False,
     device: torch.device | str = "cpu",
     **kwargs: Any,
@@ -241,11 +245,11 @@ def _refuse_large(queries: int, keys: int, what: str) -> None:
 
 
 def structure_of(
-    attention_mask: torch.Tensor | None,
+    attention_mask: Shaped[Tensor, "..."] | None,
     is_causal: bool,
     sliding_window: int | None,
     queries: int,
-) -> tuple[MaskStructure, torch.Tensor | None]:
+) -> tuple[MaskStructure, Float[Tensor, "..."] | None]:
     """Structure of the mask that reached a layer, and what it adds to logits besides, if anything.
 
     Without a mask, `is_causal` and `sliding_window` of the layer say it, as for flash attention.
@@ -277,7 +281,9 @@ def structure_of(
     return _spelled_out(allowed[:, :1]), added
 
 
-def split(mask: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+def split(
+    mask: Shaped[Tensor, "*axes"],
+) -> tuple[Bool[Tensor, "*axes"] | None, Float[Tensor, "*axes"] | None]:
     """A boolean or additive mask as what it lets through and what it adds there; None for nothing."""
     if mask.dtype == torch.bool:
         return mask, None

@@ -3,18 +3,23 @@
 import pytest
 
 from tests import shapes
-from tests.lens import edits_shape_calls, passes_shape_calls
+from tests.lens import calls_shape_calls, edits_shape_calls, passes_shape_calls
 
-CALLS = {"edits": edits_shape_calls, "passes": passes_shape_calls}
+CALLS = {"edits": edits_shape_calls, "passes": passes_shape_calls, "calls": calls_shape_calls}
 CHECKED = {
-    "edits": ("_phi", "losses", "_others", "effects"),
-    "passes": ("logits", "stream", "keys", "head_outputs"),
+    "edits": ("edits._phi", "edits.losses", "edits._others", "edits.effects"),
+    "passes": ("passes.logits", "passes.stream", "passes.keys", "passes.head_outputs"),
+    "calls": ("passes.masks", "passes.calls"),
 }
-PLAIN = {"edits": "lens.traces.captures", "passes": "lens.passes.visit"}
+PLAIN = {
+    "edits": "lens.traces.captures",
+    "passes": "lens.passes.visit",
+    "calls": "transformers.masking_utils",
+}
 
 
 def outcomes(room):
-    modules = [f"lens.{room}.{name}" for name in CHECKED[room]]
+    modules = [f"lens.{name}" for name in CHECKED[room]]
     return shapes.outcomes(f"tests.lens.{room}_shape_calls", *modules, plain=PLAIN[room])
 
 
