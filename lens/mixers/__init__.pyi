@@ -4,10 +4,10 @@ from .kinds import gla as gla
 from .kinds import linear as linear
 from .kinds import mamba as mamba
 from .kinds import mamba2 as mamba2
-from .kinds import mlstm as mlstm
 from .kinds import rwkv6 as rwkv6
-from .kinds import rwkv7 as rwkv7
 from .kinds import short_conv as short_conv
-from .kinds import ssru as ssru
-from .kinds import titans as titans
 from .measures import measure as measure
+from .recurrences import mlstm as mlstm
+from .recurrences import rwkv7 as rwkv7
+from .recurrences import ssru as ssru
+from .recurrences import titans as titans

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lens.common.errors import LensError
-from lens.mixers.phi import Band, Delta, Phi, ScalarDecay, Stepwise, VectorDecay
+from lens.mixers.phi import Band, Delta, Phi, ScalarDecay, VectorDecay
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -26,7 +26,7 @@ def linear(
     key: Float[Tensor, "heads tokens dim"],
     value: Float[Tensor, "heads tokens dim"],
     *,
-    decay: Float[Tensor, heads * tokens] | None = None,
+    decay: Tensor | None = None,
     normalized: bool = False,
 ) -> Phi:
     """Linear attention, RetNet, Lightning Attention and simple GLA: `q_i . k_j exp(G_i - G_j)`.
@@ -45,12 +45,12 @@ def linear(
         >>> lens.mixers.linear(q, k, v, decay=torch.tensor([-0.1, -0.5])).tile((5, 6), (0, 6)).shape
         torch.Size([2, 1, 6])
     """
-    query, key, value = _doubles(query=query, key=key, value=value)
+    query, key, value = doubles(query=query, key=key, value=value)
     rate = torch.zeros(query.shape[:2]) if decay is None else decay
     rate = rate[:, None].expand(query.shape[:2]) if rate.dim() == 1 else rate
-    rate = _decay(rate.double(), query.shape[:2])
+    rate = checked_decay(rate.double(), query.shape[:2])
     total = rate.cumsum(1)
-    phi = ScalarDecay(value, query, key, total, total, half_lives=_half_lives(rate))
+    phi = ScalarDecay(value, query, key, total, total, half_lives=half_lives_of(rate))
     if not normalized:
         return phi
     ones = torch.ones(*value.shape[:2], 1, dtype=torch.float64)
@@ -74,9 +74,9 @@ def gla(query: Tensor, key: Tensor, value: Tensor, decay: Tensor) -> Phi:
         >>> lens.mixers.gla(q, k, v, -torch.rand(2, 9, 4)).output().shape
         torch.Size([2, 9, 4])
     """
-    query, key, value, decay = _doubles(query=query, key=key, value=value, decay=decay)
-    total = _decay(decay, query.shape).cumsum(1)
-    return VectorDecay(value, query, key, total, total, half_lives=_half_lives(decay))
+    query, key, value, decay = doubles(query=query, key=key, value=value, decay=decay)
+    total = checked_decay(decay, query.shape).cumsum(1)
+    return VectorDecay(value, query, key, total, total, half_lives=half_lives_of(decay))
 
 
 def mamba2(
@@ -104,12 +104,14 @@ def mamba2(
         >>> lens.mixers.mamba2(x, torch.rand(2, 9), -torch.ones(2), b, c).output().shape
         torch.Size([2, 9, 4])
     """
-    inputs, step, into, out = _doubles(inputs=inputs, step=step, into=into, out=out)
-    rate = _decay(step * decay.double()[:, None], step.shape)
+    inputs, step, into, out = doubles(inputs=inputs, step=step, into=into, out=out)
+    rate = checked_decay(step * decay.double()[:, None], step.shape)
     total = rate.cumsum(1)
     weighted = into * step[..., None]
     skip = None if skip is None else skip.double()
-    return ScalarDecay(inputs, out, weighted, total, total, half_lives=_half_lives(rate), skip=skip)
+    return ScalarDecay(
+        inputs, out, weighted, total, total, half_lives=half_lives_of(rate), skip=skip
+    )
 
 
 def mamba(
@@ -137,16 +139,16 @@ def mamba(
         >>> lens.mixers.mamba(x, torch.rand(3, 9), -torch.rand(3, 4), b, b).output().shape
         torch.Size([3, 9, 1])
     """
-    inputs, step, decay, into, out = _doubles(
+    inputs, step, decay, into, out = doubles(
         inputs=inputs, step=step, decay=decay, into=into, out=out
     )
-    rate = _decay(step[..., None] * decay[:, None], (*step.shape, decay.shape[1]))
+    rate = checked_decay(step[..., None] * decay[:, None], (*step.shape, decay.shape[1]))
     total = rate.cumsum(1)
     key = into.expand(total.shape) * step[..., None]
     skip = None if skip is None else skip.double()
     return VectorDecay(
         inputs[..., None], out.expand(total.shape), key, total, total,
-        half_lives=_half_lives(rate), skip=skip,
+        half_lives=half_lives_of(rate), skip=skip,
     )  # fmt: skip
 
 
@@ -173,11 +175,11 @@ def delta(
         >>> lens.mixers.delta(q, k, v, torch.rand(2, 9)).output().shape
         torch.Size([2, 9, 4])
     """
-    query, key, value, beta = _doubles(query=query, key=key, value=value, beta=beta)
+    query, key, value, beta = doubles(query=query, key=key, value=value, beta=beta)
     rate = torch.zeros(beta.shape) if decay is None else decay
     rate = rate[..., None] if rate.dim() == 2 else rate
-    rate = _decay(rate.double(), (*beta.shape, rate.shape[-1]))
-    return Delta(value, query, key, beta, rate, half_lives=_half_lives(rate))
+    rate = checked_decay(rate.double(), (*beta.shape, rate.shape[-1]))
+    return Delta(value, query, key, beta, rate, half_lives=half_lives_of(rate))
 
 
 def rwkv6(query: Tensor, key: Tensor, value: Tensor, decay: Tensor, bonus: Tensor) -> Phi:
@@ -197,163 +199,12 @@ def rwkv6(query: Tensor, key: Tensor, value: Tensor, decay: Tensor, bonus: Tenso
         >>> lens.mixers.rwkv6(q, k, v, -torch.rand(2, 9, 4), torch.rand(2, 4)).output().shape
         torch.Size([2, 9, 4])
     """
-    query, key, value, decay = _doubles(query=query, key=key, value=value, decay=decay)
-    total = _decay(decay, query.shape).cumsum(1)
+    query, key, value, decay = doubles(query=query, key=key, value=value, decay=decay)
+    total = checked_decay(decay, query.shape).cumsum(1)
     own = (query * bonus.double()[:, None] * key).sum(-1)
     return VectorDecay(
-        value, query, key, total - decay, total, half_lives=_half_lives(decay), diagonal=own
+        value, query, key, total - decay, total, half_lives=half_lives_of(decay), diagonal=own
     )
-
-
-def rwkv7(
-    query: Tensor, key: Tensor, value: Tensor, decay: Tensor, away: Tensor, toward: Tensor
-) -> Phi:
-    """RWKV-7 (Peng et al., arXiv 2503.14456): `S_i = e^{w_i} S_{i-1} + b_i (a_i . S_{i-1}) + k_i v_i`, `y_i = q_i S_i`.
-
-    Args:
-        query, key: [heads, tokens, dim].
-        value: [heads, tokens, value_dim].
-        decay: w, [heads, tokens, dim].
-        away, toward: a and b, [heads, tokens, dim].
-
-    Raises:
-        LensError: shapes that do not fit, or a decay above 0.
-
-    Example:
-        >>> q, k, v = torch.randn(3, 2, 9, 4) / 2
-        >>> lens.mixers.rwkv7(q, k, v, -torch.rand(2, 9, 4), -k, k * 0.5).output().shape
-        torch.Size([2, 9, 4])
-    """
-    query, key, value, decay, away, toward = _doubles(
-        query=query, key=key, value=value, decay=decay, away=away, toward=toward
-    )
-    _decay(decay, query.shape)
-    kept = decay.exp()
-
-    def begin(columns: int) -> Tensor:
-        return key.new_zeros(key.shape[0], key.shape[2], columns)
-
-    def step(state: Tensor, token: int, unit: Tensor) -> tuple[Tensor, Tensor]:
-        read = (away[:, token, :, None] * state).sum(1, keepdim=True)
-        state = kept[:, token, :, None] * state + toward[:, token, :, None] * read
-        state = state + key[:, token, :, None] * unit[:, None]
-        return state, (query[:, token, :, None] * state).sum(1)
-
-    return Stepwise(value, begin, step, half_lives=_half_lives(decay))
-
-
-def rwkv4(decay: Tensor, bonus: Tensor, key: Tensor, value: Tensor) -> Phi:
-    """RWKV-4: for each channel a softmax over `k_j + w (i - 1 - j)` of earlier tokens and `k_i + u` of its own.
-
-    Args:
-        decay: [channels], w, below 0.
-        bonus: [channels], u.
-        key, value: [channels, tokens].
-
-    Raises:
-        LensError: shapes that do not fit, or a decay above 0.
-
-    Example:
-        >>> k, v = torch.randn(2, 3, 9)
-        >>> rwkv4(-torch.rand(3), torch.rand(3), k, v).tile((8, 9), (0, 9)).sum(-1).round().tolist()
-        [[1.0], [1.0], [1.0]]
-    """
-    key, value = _doubles(key=key, value=value)
-    rate = _decay(decay.double()[:, None].expand(key.shape), key.shape)
-    place = torch.arange(key.shape[1])
-    below = rate * place - key  # column j: exp(-below_j) = exp(k_j - w j)
-    own = key + bonus.double()[:, None]
-    before = torch.logcumsumexp(-below, 1)
-    before = torch.cat([torch.full_like(before[:, :1], -math.inf), before[:, :-1]], 1)
-    above = rate * (place - 1)
-    total = torch.logaddexp(above + before, own)
-    one = torch.ones(*key.shape, 1, dtype=torch.float64)
-    return ScalarDecay(
-        value[..., None], one, one, above - total, below,
-        diagonal=(own - total).exp(), half_lives=_half_lives(rate),
-    )  # fmt: skip
-
-
-def rglru(decay: Tensor, value: Tensor) -> Phi:
-    """RG-LRU of Griffin and RecurrentGemma, for each channel `exp(G_i - G_j)`: its input is gated already.
-
-    Args:
-        decay: [channels, tokens], the logarithm of the recurrent gate; -inf where a document begins.
-        value: [channels, tokens], what is added to the state.
-
-    Raises:
-        LensError: shapes that do not fit, or a decay above 0.
-
-    Example:
-        >>> rglru(-torch.rand(3, 9), torch.randn(3, 9)).output().shape
-        torch.Size([3, 9, 1])
-    """
-    (value,) = _doubles(value=value)
-    one = torch.ones(*value.shape, 1, dtype=torch.float64)
-    return linear(one, one, value[..., None], decay=decay)
-
-
-def ssru(forget: Tensor, value: Tensor) -> Phi:
-    """SSRU (Marian): `c_i = f_i c_{i-1} + (1 - f_i) x_i`, before its ReLU; rows sum to 1 at most.
-
-    Args:
-        forget: [channels, tokens], f, between 0 and 1.
-        value: [channels, tokens], x.
-
-    Raises:
-        LensError: shapes that do not fit, or a gate outside 0..1.
-
-    Example:
-        >>> lens.mixers.ssru(torch.rand(3, 9), torch.randn(3, 9)).output().shape
-        torch.Size([3, 9, 1])
-    """
-    forget, value = _doubles(forget=forget, value=value)
-    if bool(((forget < 0) | (forget > 1)).any()):
-        raise LensError("forget must be between 0 and 1")
-    one = torch.ones(*value.shape, 1, dtype=torch.float64)
-    return linear(one, (1 - forget)[..., None], value[..., None], decay=forget.log())
-
-
-def mlstm(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    input_gate: Tensor,
-    forget_gate: Tensor,
-    *,
-    epsilon: float = 1e-6,
-) -> Phi:
-    """mLSTM of xLSTM (Beck et al., arXiv 2405.04517): decayed, gated and divided by `max(|row sum|, e^{-m}) + epsilon`.
-
-    Args:
-        query, key: [heads, tokens, dim], neither scaled.
-        value: [heads, tokens, value_dim].
-        input_gate, forget_gate: [heads, tokens], before exponential and sigmoid.
-        epsilon: of the division.
-
-    Raises:
-        LensError: shapes that do not fit.
-
-    Example:
-        >>> q, k, v = torch.randn(3, 2, 9, 4)
-        >>> lens.mixers.mlstm(q, k, v, torch.randn(2, 9), torch.randn(2, 9)).output().shape
-        torch.Size([2, 9, 4])
-    """
-    query, key, value, gate, forget = _doubles(
-        query=query, key=key, value=value, input_gate=input_gate, forget_gate=forget_gate
-    )
-    rate = torch.nn.functional.logsigmoid(forget)
-    total = rate.cumsum(1)
-    below = total - gate
-    top = (
-        torch.maximum(torch.zeros_like(total), (-below).cummax(1).values) + total
-    )  # m, 0 before the first
-    query = query * query.shape[-1] ** -0.5
-    lives = _half_lives(rate)
-    ones = torch.ones(*value.shape[:2], 1, dtype=torch.float64)
-    sums = ScalarDecay(ones, query, key, total - top, below, half_lives=lives).output()[..., 0]
-    scale = 1 / (torch.maximum(sums.abs(), (-top).exp()) + epsilon)
-    return ScalarDecay(value, query, key, total - top, below, half_lives=lives, scale=scale)
 
 
 def short_conv(into: Tensor, out: Tensor, weight: Tensor, value: Tensor) -> Phi:
@@ -372,53 +223,12 @@ def short_conv(into: Tensor, out: Tensor, weight: Tensor, value: Tensor) -> Phi:
         >>> lens.mixers.short_conv(b, c, torch.randn(3, 4), x).output().shape
         torch.Size([3, 9, 1])
     """
-    into, out, value, weight = _doubles(into=into, out=out, value=value, weight=weight)
+    into, out, value, weight = doubles(into=into, out=out, value=value, weight=weight)
     unknown = torch.full((len(value),), torch.nan, dtype=torch.float64)
     return Band(value[..., None], out, into, weight.flip(-1), half_lives=unknown)
 
 
-def titans(
-    query: Tensor, key: Tensor, value: Tensor, rate: Tensor, momentum: Tensor, forget: Tensor
-) -> Phi:
-    """The linear memory of Titans (Behrouz et al., arXiv 2501.00663), learned by gradient while it reads.
-
-    `S_i = eta_i S_{i-1} - theta_i (M_{i-1} k_i - v_i) k_i'`, `M_i = (1 - alpha_i) M_{i-1} + S_i`, `y_i = M_i q_i`. (A memory
-    that is an MLP is not linear in v and has no such matrix.)
-
-    Args:
-        query, key: [heads, tokens, dim].
-        value: [heads, tokens, value_dim].
-        rate, momentum, forget: theta, eta and alpha, [heads, tokens].
-
-    Raises:
-        LensError: shapes that do not fit.
-
-    Example:
-        >>> q, k, v = torch.randn(3, 2, 9, 4) / 2
-        >>> lens.mixers.titans(q, k, v, *torch.rand(3, 2, 9) / 2).output().shape
-        torch.Size([2, 9, 4])
-    """
-    query, key, value, rate, momentum, forget = _doubles(
-        query=query, key=key, value=value, rate=rate, momentum=momentum, forget=forget
-    )
-
-    def begin(columns: int) -> Tensor:  # momentum and memory, [2, heads, dim, columns]
-        return key.new_zeros(2, key.shape[0], key.shape[2], columns)
-
-    def step(state: Tensor, token: int, unit: Tensor) -> tuple[Tensor, Tensor]:
-        surprise, memory = state
-        k = key[:, token, :, None]
-        wrong = (memory * k).sum(1) - unit
-        surprise = momentum[:, token, None, None] * surprise
-        surprise = surprise - rate[:, token, None, None] * k * wrong[:, None]
-        memory = (1 - forget[:, token, None, None]) * memory + surprise
-        return torch.stack([surprise, memory]), (query[:, token, :, None] * memory).sum(1)
-
-    lives = _half_lives(torch.log1p(-forget.clamp(max=1 - 1e-12)))
-    return Stepwise(value, begin, step, half_lives=lives)
-
-
-def _doubles(**tensors: Tensor) -> list[Tensor]:
+def doubles(**tensors: Tensor) -> list[Tensor]:
     """In float64 on the CPU; refused where they are no tensors of one number of heads."""
     for name, one in tensors.items():
         if not isinstance(one, Tensor) or one.dim() < 2:
@@ -441,7 +251,7 @@ def _doubles(**tensors: Tensor) -> list[Tensor]:
     return found
 
 
-def _decay(rate: Tensor, shape: tuple[int, ...] | torch.Size) -> Tensor:
+def checked_decay(rate: Tensor, shape: tuple[int, ...] | torch.Size) -> Tensor:
     """Logarithms of decays, those of -inf as a number that leaves nothing."""
     if rate.shape != torch.Size(shape):
         raise LensError(f"decay must be {list(shape)}, got {list(rate.shape)}")
@@ -450,7 +260,7 @@ def _decay(rate: Tensor, shape: tuple[int, ...] | torch.Size) -> Tensor:
     return rate.clamp(min=_NEVER)
 
 
-def _half_lives(rate: Tensor) -> Tensor:
+def half_lives_of(rate: Tensor) -> Tensor:
     """[heads] median of ln 2 / -rate, inf without decay."""
     return (math.log(2) / -rate.double().clamp(max=0).flatten(1)).abs().median(1).values
 

@@ -134,8 +134,8 @@ def measure(
 
     Example:
         >>> q, k, v = torch.randn(3, 2, 40, 4)
-        >>> lens.mixers.measure(lens.mixers.linear(q, k, v)).table()["negative_share"].between(0, 1).all()
-        True
+        >>> lens.mixers.measure(lens.mixers.linear(q, k, v)).table()["negative_share"].between(0, 1).tolist()
+        [True, True]
     """
     if not isinstance(phi, Phi):
         raise LensError(

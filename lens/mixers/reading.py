@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lens.common.errors import LensError
-from lens.mixers import kinds
+from lens.mixers import kinds, recurrences
 from lens.mixers.phi import Phi
 
 _LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
@@ -207,7 +207,7 @@ def _delta(given: dict[str, Any], output: Tensor, name: str) -> tuple[str, Phi, 
 
 def _rwkv4(given: dict[str, Any], output: Tensor) -> tuple[str, Phi, Tensor]:
     _fresh(given, "state")
-    phi = kinds.rwkv4(
+    phi = recurrences.rwkv4(
         -given["time_decay"].double().exp(),
         given["time_first"],
         given["key"][0].T,
@@ -232,7 +232,7 @@ def _rglru(stack: ExitStack, module: nn.Module, keep: Keep) -> None:
             _fresh(given, "recurrent_states")
         result = own(hidden_states, recurrent_gate, reset, recurrent_states, **more)
         gate = (recurrent_gate * ~reset)[0].double().T
-        keep("rglru", kinds.rglru(gate.log(), hidden_states[0].T), result[0][0].T[..., None])
+        keep("rglru", recurrences.rglru(gate.log(), hidden_states[0].T), result[0][0].T[..., None])
         return result
 
     object.__setattr__(module, "_rnn_scan", scan)
@@ -281,7 +281,7 @@ def _mlstm(stack: ExitStack, module: Any, keep: Keep) -> None:
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         _fresh(given, "c_initial")
         parts = [given[one][0].double() for one in ("query", "key", "value", "igate", "fgate")]
-        phi = kinds.mlstm(*parts, epsilon=module.config.eps)
+        phi = recurrences.mlstm(*parts, epsilon=module.config.eps)
         keep("mlstm", phi, (output[0] if isinstance(output, tuple) else output)[0])
 
     stack.callback(module.register_forward_hook(read, with_kwargs=True).remove)

@@ -9,7 +9,7 @@ import transformers
 
 import lens
 from lens import mixers
-from lens.mixers.kinds import rglru, rwkv4
+from lens.mixers.recurrences import rglru, rwkv4
 
 from .hybrids import hybrid
 
