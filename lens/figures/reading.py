@@ -14,7 +14,9 @@ from lens.figures.style import Look, escaped, style
 
 if TYPE_CHECKING:
     from lens.reading.explanations import Explanation, PairExplanation
+    from lens.reading.judged import Faithfulness
     from lens.reading.removals import Removals
+    from lens.reading.robustness import Robustness
     from lens.reading.shares import ComponentShares
 
 _NEAR = 0.05  # of the attention with all parts: such points have their name only under the pointer
@@ -146,3 +148,57 @@ def _largest(names: tuple[str, ...], sizes: np.ndarray, top: int) -> tuple[np.nd
         rest[kept] = 0
         return np.vstack([picked, rest]), [*shown, f"{int(rest.sum())} others"]
     return picked, shown
+
+
+@draws("Faithfulness")
+def deletion_curves(result: Faithfulness, **look: Unpack[Look]) -> go.Figure:
+    """Probability lost with the highest tokens alone, for each method, beside random order and leave-one-out.
+
+    Example:
+        >>> found = lens.reading.faithfulness(small, lens.tasks.copied(small, 8), ["raw"], draws=2)
+        >>> figure = found.plot()
+    """
+    figure = go.Figure()
+    for name, curve in zip(result.methods, result.sufficiency.mean(1), strict=True):
+        bound = {"random": (BASELINE, "dash"), "leave_one_out": (LINE, "dot")}.get(name)
+        figure.add_scatter(
+            x=list(result.shares),
+            y=curve,
+            name=name,
+            mode="lines+markers",
+            line={} if bound is None else {"color": bound[0], "dash": bound[1], "width": 3},
+            hovertemplate=f"{name}: %{{x:.0%}} kept, %{{y:.3f}} lost<extra></extra>",
+        )
+    figure.update_xaxes(title="Tokens kept (share)", tickformat=".0%")
+    figure.update_yaxes(title="Probability of the answer that is lost")
+    title = f"What the answer keeps with the highest tokens alone ({result.model})"
+    return style(figure, escaped(title), look)
+
+
+@draws("Robustness")
+def robustness_curves(result: Robustness, **look: Unpack[Look]) -> go.Figure:
+    """Change of loss against the size of a change of attention logits: along the gradient, and random, of each head.
+
+    Example:
+        >>> found = lens.reading.perturb(small, lens.tasks.copied(small, 8), ["L1H0"], sizes=[0.5, 1.0], draws=1)
+        >>> figure = found.plot()
+    """
+    figure = go.Figure()
+    for place, head in enumerate(result.heads):
+        for kind, found, color in (
+            ("worst", result.worst, ACCENT),
+            ("random", result.random, BASELINE),
+        ):
+            figure.add_scatter(
+                x=list(result.sizes),
+                y=found[place].mean(-1),
+                name=kind,
+                legendgroup=kind,
+                showlegend=place == 0,
+                mode="lines+markers",
+                line={"color": color},
+                hovertemplate=f"{head}, {kind}: size %{{x:g}}, %{{y:+.4f}} nats<extra></extra>",
+            )
+    figure.update_xaxes(title="Size of the change (L2 over the logits of a head, nats)")
+    figure.update_yaxes(title="Change of loss (nats)")
+    return style(figure, escaped(f"Loss when attention logits change ({result.model})"), look)

@@ -1,0 +1,165 @@
+"""The answer of a model to one prompt as a function of what enters its first block, row by row.
+
+A token is deleted by putting the mean of all token embeddings in its place, at its position. Attributions,
+deletion curves and integrated gradients all use this one way, so that they can be compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lens.common.errors import LensError
+from lens.models.loaded import LoadedModel
+from lens.models.parts import Layout
+from lens.passes.calls import LayerCall, attend
+from lens.passes.inputs import read_prompts
+from lens.passes.logits import logits_of
+from lens.passes.replay import proved
+from lens.passes.sessions import OnLayer, listening
+from lens.passes.visit import Hooks
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float
+
+LONGEST = 512  # tokens of a prompt: maps of all queries and keys of every head are held
+_NUMBERS = 2**24  # logits of the rows of one pass
+
+
+class Answer:
+    """One prompt, and the answer whose logit and probability are asked for.
+
+    Attributes:
+        layout: the parts of the model.
+        ids: [1, tokens].
+        own, deleted: [tokens, d_model], what enters the first block, and the same with every token deleted.
+        row: place of the query that answers: the last token's, or the first of a classifier of BERT's kind.
+        answer: the token or label that is answered.
+        probability: of it, on the prompt as it is.
+    """
+
+    def __init__(self, model: LoadedModel, prompt: Any, answer: int | None = None) -> None:
+        self.layout: Layout = proved(model)
+        self._model = self.layout.model
+        read, one = read_prompts(model, prompt)
+        if not one or read[0].ids is None:
+            raise LensError("an answer is explained for one prompt of tokens at a time")
+        if len(read[0].ids) > LONGEST:
+            raise LensError(
+                f"the prompt has {len(read[0].ids)} tokens; attributions hold the maps of every head, for at most "
+                f"{LONGEST}"
+            )
+        self.ids = read[0].inputs["input_ids"]
+        table = self._model.model.get_input_embeddings()
+        with torch.no_grad():
+            self.own = self._entering(lambda _, __, output: None)
+            mean = table(torch.arange(self._model.info.vocab or 1, device=self.ids.device)).mean(0)
+            self.deleted = self._entering(lambda _, __, output: mean.expand_as(output))
+            logits = self.logits(self.own[None])[0]
+        self.answer = int(logits.argmax()) if answer is None else answer
+        if not 0 <= self.answer < len(logits):
+            raise LensError(f"answer must be 0 to {len(logits) - 1}, got {answer}")
+        self.probability = float(logits.softmax(-1)[self.answer])
+        reads_first = not self._causal()
+        self.row = 0 if reads_first else self.ids.shape[1] - 1
+
+    @property
+    def tokens(self) -> int:
+        """How many there are."""
+        return self.ids.shape[1]
+
+    def logits(
+        self, hidden: Float[Tensor, "rows tokens width"], on_layer: OnLayer | None = None
+    ) -> Float[Tensor, "rows answers"]:
+        """Logits of every row at the query that answers, with `hidden` in place of what enters the first block."""
+        found = []
+        most = max(1, _NUMBERS // (hidden.shape[1] * max(self._model.info.vocab or 1, 64)))
+        for some in hidden.split(most):
+            with (
+                self._entered(lambda _, some=some: some.to(self._model.dtype)),
+                listening(self._model, on_layer or _plain),
+            ):
+                found.append(logits_of(self._model, self.ids.expand(len(some), -1))[:, -1])
+        return torch.cat(found).float()
+
+    def kept(self, keep: Bool[Tensor, "rows tokens"]) -> Float[Tensor, " rows"]:
+        """Probability of the answer with only these tokens; the others are deleted."""
+        keep = keep.to(self.own.device)[..., None]
+        with torch.no_grad():
+            logits = self.logits(torch.where(keep, self.own, self.deleted))
+        return logits.softmax(-1)[:, self.answer].double().cpu()
+
+    def _causal(self) -> bool:
+        seen: list[bool] = []
+
+        def on_layer(call: LayerCall) -> Tensor:
+            seen.append(call.mask.causal)
+            return _plain(call)
+
+        with torch.no_grad():
+            self.logits(self.own[None], on_layer)
+        return all(seen)
+
+    def _entering(self, change: Callable[..., Any]) -> Tensor:
+        """What enters the first block when the embeddings are changed."""
+        taken: list[Tensor] = []
+        table: nn.Module = self._model.model.get_input_embeddings()
+        handle = table.register_forward_hook(change)
+        try:
+            with self._entered(lambda hidden: taken.append(hidden)):
+                logits_of(self._model, self.ids)
+        finally:
+            handle.remove()
+        return taken[0][0].detach().to(torch.promote_types(taken[0].dtype, torch.float32))
+
+    @contextmanager
+    def _entered(self, change: Callable[[Tensor], Any]) -> Iterator[None]:
+        with ExitStack() as stack:
+            hooks = Hooks(stack)
+            for number, block in enumerate(self.layout.blocks):
+                hooks.before(block.module, "enter", change if number == 0 else _nothing)
+            yield
+
+
+def _nothing(_: Tensor) -> None:
+    pass
+
+
+def _plain(call: LayerCall) -> Tensor:
+    return attend(call, statistics=()).output
+
+
+def dense(call: LayerCall, added: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Logits and attention [rows, heads, queries, keys] of a call, written out, with gradients.
+
+    Args:
+        call: of one layer.
+        added: [heads, queries, keys], to the logits behind the softcap.
+    """
+    share = call.query.shape[1] // call.key.shape[1]
+    key = call.key.repeat_interleave(share, 1)
+    logits = call.scale * call.query @ key.transpose(-1, -2)
+    if call.position_bias is not None:
+        logits = logits + call.position_bias
+    if call.softcap is not None:
+        logits = (logits / call.softcap).tanh() * call.softcap
+    if added is not None:
+        logits = logits + added.to(logits)
+    keys = logits.shape[-1]
+    places = torch.arange(logits.shape[-2], device=logits.device)
+    seen = call.mask.seen_by(places, keys)
+    whole = logits.masked_fill(~seen, -torch.inf)
+    if call.sink_logits is not None:
+        sink = call.sink_logits.to(whole)[None, :, None, None]
+        whole = torch.cat([whole, sink.expand(len(whole), -1, whole.shape[2], 1)], -1)
+    return logits, whole.softmax(-1)[..., :keys]
+
+
+def with_values(call: LayerCall, attention: Tensor) -> Tensor:
+    """[rows, heads, queries, value_dim] of attention [rows, heads, queries, keys]."""
+    share = call.query.shape[1] // call.key.shape[1]
+    return attention @ call.value.repeat_interleave(share, 1)

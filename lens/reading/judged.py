@@ -1,0 +1,134 @@
+"""What `lens.reading.faithfulness` gives back: how well scores of tokens say what the answer rests on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from lens.common.results import Result, Sentence, described, few
+from lens.stats.intervals import columns
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+MEASURES = ("comprehensiveness", "sufficiency", "soft_comprehensiveness", "soft_sufficiency")
+RANDOM, ORACLE = "random", "leave_one_out"
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Faithfulness(Result):
+    """Deletion curves of each method.
+
+    Attributes:
+        methods: as in `lens.reading.attribute`, and "random", the mean over its draws.
+        shares: of the tokens, that are deleted or kept.
+        comprehensiveness: [method, prompt, share], probability of the answer less that without the tokens
+            that score highest; more is better.
+        sufficiency: the same less that with those alone; less is better.
+        soft_comprehensiveness, soft_sufficiency: [method, prompt, share] in 0 to 1, more is better for both, at
+            an expected share of kept tokens that is the same for all methods; NaN where the answer does not
+            depend on the tokens.
+        agreement: [method, prompt, reference], rank correlation with leave-one-out and with integrated gradients.
+        drawn: [draw, prompt], comprehensiveness of random scores, mean over the shares.
+        left_out: method -> why it could not be computed for this model.
+        seed: of the draws.
+        model: its name.
+    """
+
+    methods: tuple[str, ...]
+    shares: tuple[float, ...]
+    comprehensiveness: Float[np.ndarray, "methods prompts shares"]
+    sufficiency: Float[np.ndarray, "methods prompts shares"]
+    soft_comprehensiveness: Float[np.ndarray, "methods prompts shares"]
+    soft_sufficiency: Float[np.ndarray, "methods prompts shares"]
+    agreement: Float[np.ndarray, "methods prompts references"]
+    drawn: Float[np.ndarray, "draws prompts"]
+    left_out: dict[str, str]
+    seed: int
+    model: str
+
+    def table(self) -> pd.DataFrame:
+        """One row per method.
+
+        Columns: `method`; `comprehensiveness`, `sufficiency`, `soft_comprehensiveness`, `soft_sufficiency`, means over
+        shares and prompts with `_low` and `_high` (95 % bootstrap over prompts); `as_leave_one_out`,
+        `as_integrated_gradients`, mean rank correlations; `above_random`, share of the random draws whose
+        comprehensiveness is lower; `n` prompts.
+        """
+        found: dict = {"method": self.methods}
+        for name in MEASURES:
+            found |= columns(name, getattr(self, name).mean(-1), self.seed)
+        for place, name in enumerate(("as_leave_one_out", "as_integrated_gradients")):
+            some = self.agreement[..., place]
+            scored = np.isfinite(some)
+            total = np.where(scored, some, 0).sum(1)
+            found[name] = np.where(scored.any(1), total / scored.sum(1).clip(1), np.nan)
+        means = self.comprehensiveness.mean((1, 2))
+        found["above_random"] = (self.drawn.mean(1) < means[:, None]).mean(1)
+        return pd.DataFrame(found).assign(n=self.comprehensiveness.shape[1])
+
+    def findings(self) -> tuple[Sentence, ...]:
+        """Which methods find what the answer rests on ("best", "sufficiency"), which are no better than random order ("none"),
+        what could not be computed ("unsupported"), and the limit ("limit")."""
+        table = self.table().set_index("method")
+        chance = table.loc[RANDOM]
+        others = table.drop(index=[RANDOM, ORACLE], errors="ignore")
+        said = []
+        if len(others):
+            ranked = others["comprehensiveness"].sort_values(ascending=False)
+            best = others.loc[ranked.index[0]]
+            oracle = (
+                f" (leave-one-out {table.loc[ORACLE, 'comprehensiveness']:.3f})"
+                if ORACLE in table.index
+                else ""
+            )
+            said.append(
+                Sentence(
+                    f"Deleting what {ranked.index[0]} scores highest costs the answer {best['comprehensiveness']:.3f} of "
+                    f"probability, random tokens {chance['comprehensiveness']:.3f}{oracle}; {int(best['n'])} prompts.",
+                    kind="best",
+                )
+            )
+            ranked = others["sufficiency"].sort_values()
+            best = others.loc[ranked.index[0]]
+            oracle = (
+                f" (leave-one-out {table.loc[ORACLE, 'sufficiency']:.3f})"
+                if ORACLE in table.index
+                else ""
+            )
+            said.append(
+                Sentence(
+                    f"With what {ranked.index[0]} scores highest alone the answer loses {best['sufficiency']:.3f}, with "
+                    f"random tokens alone {chance['sufficiency']:.3f}{oracle}.",
+                    kind="sufficiency",
+                )
+            )
+            poor = [
+                name
+                for name, row in others.iterrows()
+                if not row["comprehensiveness_low"] > chance["comprehensiveness"]
+            ]
+            if poor:
+                said.append(
+                    Sentence(
+                        f"Deleted, no better than random order, as far as {int(best['n'])} prompts tell: {few(poor)}.",
+                        kind="none",
+                    )
+                )
+        said += [
+            Sentence(f"{name} is not scored: {why}.", kind="unsupported")
+            for name, why in self.left_out.items()
+        ]
+        said.append(
+            Sentence(
+                "A deleted token is the mean embedding at its place, which the model was not trained on.",
+                kind="limit",
+            )
+        )
+        return tuple(said)
+
+    def __repr__(self) -> str:
+        return described(self)

@@ -1,0 +1,190 @@
+"""How far attention can be changed: with the same output, and with the loss that grows most.
+
+A row of attention that differs by a part in the null space of the head's values (and of ones) writes the same, so
+it explains nothing that another row would not. And a small change of attention logits along the gradient of the
+loss, beside a random one of the same size, says how much the answer hangs on where one head looks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from scipy.optimize import linprog
+from torch import Tensor
+
+from lens.common.choices import check_counts
+from lens.common.errors import LensError
+from lens.common.head_ids import AnyHead
+from lens.common.progress import advancing
+from lens.models.loaded import LoadedModel, check_loaded
+from lens.passes.calls import LayerCall
+from lens.passes.inputs import read_prompts
+from lens.reading._answers import Answer, dense, with_values
+from lens.reading._relevance import Gradients
+from lens.reading.robustness import Robustness
+
+
+class Adversary(NamedTuple):
+    """Another row of attention that writes the same.
+
+    Attributes:
+        attention, other: [keys], the row and the one that differs most of those that were found.
+        divergence: Jensen-Shannon, nats, at most ln 2.
+        free: dimensions in which the row can be changed without changing what is written.
+        error: largest difference of what the two write, over the largest number written.
+    """
+
+    attention: np.ndarray
+    other: np.ndarray
+    divergence: float
+    free: int
+    error: float
+
+
+def adversary(
+    model: LoadedModel,
+    prompt: Any,
+    head: AnyHead,
+    *,
+    draws: int = 20,
+    seed: int = 0,
+) -> Adversary:
+    """The row of the answering query that differs most from a head's own and has the same output.
+
+    Rows with the same output and sum, and no negative entry, are a polytope; a divergence that is convex is
+    largest at one of its corners, of which `draws + 1` are found by linear programs: one that takes as much as it
+    can from where the head looks, others in random directions. So it is a lower bound of the largest.
+
+    Args:
+        model: as in `attribute`.
+        prompt: one, of tokens.
+        head: such as "L1H3".
+        draws: random directions.
+        seed: of them.
+
+    Reference: Jain and Wallace, Attention is not Explanation, 2019, arXiv 1902.10186; here in closed form.
+
+    Raises:
+        LensError: as `attribute`, a head that the model has not got, or no draws.
+
+    Example:
+        >>> found = lens.reading.adversary(model, texts[0], "L0H1", draws=2)
+        >>> found.error < 1e-6
+        True
+    """
+    check_loaded(model)
+    check_counts(0, draws=draws)
+    place, answer = model.info.head(head), Answer(model, prompt)
+    found = Gradients(answer)
+    row = found.attention[place.layer][0][place.head, answer.row].cpu().numpy()
+    values = found.values[place.layer][place.head].cpu().numpy()
+    seen = np.flatnonzero(row > 0)
+    fixed = np.concatenate([values[seen], np.ones((len(seen), 1))], 1).T
+    free = len(seen) - int(np.linalg.matrix_rank(fixed))
+    best, most = row, 0.0
+    if free:
+        random = np.random.default_rng(seed)
+        for goal in (row[seen], *random.normal(size=(draws, len(seen)))):
+            solved = linprog(goal, A_eq=fixed, b_eq=fixed @ row[seen], bounds=(0, None))
+            if solved.x is None:
+                continue
+            other = np.zeros_like(row)
+            other[seen] = solved.x.clip(min=0)  # the solver is off by its tolerance
+            if (apart := _divergence(row, other)) > most:
+                best, most = other, apart
+    written = row @ values
+    error = float(np.abs((best - row) @ values).max() / max(np.abs(written).max(), 1e-30))
+    return Adversary(row, best, most, free, error)
+
+
+def perturb(
+    model: LoadedModel,
+    prompts: Any,
+    heads: Sequence[AnyHead] | None = None,
+    *,
+    sizes: Sequence[float] = (0.5, 1.0, 2.0),
+    draws: int = 3,
+    seed: int = 0,
+    progress: bool = True,
+) -> Robustness:
+    """Loss of the model's own answer when the attention logits of one head at a time are changed.
+
+    Args:
+        model: as in `attribute`.
+        prompts: one or several, of tokens.
+        heads: such as "L1H3"; None: all.
+        sizes: of the change, L2 over the logits of the head that are seen, nats.
+        draws: random directions.
+        seed: of them.
+        progress: show a bar, on stderr, if that is a terminal.
+
+    Reference: Kitada and Iyatomi, Attention Meets Perturbations, 2021, arXiv 2009.12064 (AT; their training is not done).
+
+    Raises:
+        LensError: as `attribute`, sizes that are not positive, or no draws.
+
+    Example:
+        >>> lens.reading.perturb(small, lens.tasks.copied(small, 8), ["L1H0"], sizes=[1.0], draws=1).table()
+    """
+    check_loaded(model)
+    check_counts(draws=draws)
+    if not sizes or not all(0 < size < float("inf") for size in sizes):
+        raise LensError(f"sizes must be positive numbers, got {tuple(sizes)}; e.g. (0.5, 1)")
+    chosen = model.info.every_head if heads is None else [model.info.head(one) for one in heads]
+    read, _ = read_prompts(model, prompts)
+    generator = torch.Generator().manual_seed(seed)
+    worst = np.zeros((len(chosen), len(sizes), len(read)))
+    random = np.zeros_like(worst)
+    with advancing(f"{model.name}: perturbed", len(read), progress) as advance:
+        for number, prompt in enumerate(read):
+            answer = Answer(model, torch.tensor(prompt.ids))
+            slopes = Gradients(answer, of_loss=True).scores
+            clean = _loss(answer, None)
+            for place, head in enumerate(chosen):
+                slope = slopes[head.layer][head.head]
+                seen = slope != 0
+                directions = [-slope]  # the loss grows where the logit falls
+                for _ in range(draws):
+                    drawn = torch.randn(slope.shape, generator=generator, dtype=slope.dtype)
+                    directions.append(drawn.to(slope.device) * seen)
+                for step, size in enumerate(sizes):
+                    lost = [
+                        _loss(answer, (head.layer, head.head, size * _unit(one))) - clean
+                        for one in directions
+                    ]
+                    worst[place, step, number] = lost[0]
+                    random[place, step, number] = np.mean(lost[1:])
+            advance(1)
+    return Robustness(tuple(chosen), tuple(sizes), worst, random, seed, model.name)
+
+
+def _loss(answer: Answer, change: tuple[int, int, Tensor] | None) -> float:
+    """Minus log probability of the answer with the logits of one head changed."""
+
+    def on_layer(call: LayerCall) -> Tensor:
+        added = None
+        if change is not None and call.layer == change[0]:
+            added = torch.zeros_like(change[2]).expand(call.query.shape[1], -1, -1).clone()
+            added[change[1]] = change[2]
+        return with_values(call, dense(call, added)[1])
+
+    with torch.no_grad():
+        logits = answer.logits(answer.own[None], on_layer)[0]
+    return -float(logits.log_softmax(-1)[answer.answer])
+
+
+def _unit(direction: Tensor) -> Tensor:
+    return direction / direction.norm().clamp(min=1e-30)
+
+
+def _divergence(one: np.ndarray, other: np.ndarray) -> float:
+    """Jensen-Shannon divergence, nats."""
+    middle = (one + other) / 2
+    parts = []
+    for row in (one, other):
+        some = row > 0
+        parts.append(float((row[some] * np.log(row[some] / middle[some])).sum()))
+    return sum(parts) / 2

@@ -1,0 +1,282 @@
+"""Scores of tokens: published identities, conservation of relevance, and deletion that rewards no method for keeping more."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import lens
+from lens.common.errors import LensError
+from lens.reading import _maps, attributing, judging
+from lens.reading._answers import Answer, dense, with_values
+from lens.reading._relevance import Gradients
+from tests.lens.layouts import layout_model
+
+
+def prompt(length=11):
+    return torch.randint(3, 60, (length,), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture(scope="module")
+def models():
+    made: dict = {}
+
+    def get(kind: str, **changed):
+        key = (kind, *changed.items())
+        if key not in made:
+            made[key] = lens.load(layout_model(kind, **changed))
+        return made[key]
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def copying():
+    model = lens.load("induction-2l")
+    return model, [lens.tasks.copied(model, 10, seed) for seed in range(4)]
+
+
+def random_maps(layers=3, heads=2, tokens=6):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(layers, heads, tokens, tokens, generator=generator, dtype=torch.float64)
+    return list(
+        logits.masked_fill(~torch.ones(tokens, tokens).tril().bool(), -torch.inf).softmax(-1)
+    )
+
+
+def test_rollout_rows_sum_to_one_and_is_the_product_of_the_layers():
+    maps = random_maps()
+    found = _maps.rollout(maps)
+    assert torch.allclose(found.sum(-1), torch.ones(6, dtype=torch.float64))
+    eye = torch.eye(6, dtype=torch.float64)
+    one, two, three = ((attention.mean(0) + eye) / 2 for attention in maps)
+    assert torch.allclose(found, three @ two @ one)
+    assert torch.allclose(_maps.rollout([eye[None]] * 4), eye)
+
+
+def test_flow_on_two_layers_is_the_value_by_hand():
+    """Query 1 gives key 0 a half, twice; half of each capacity is its own place."""
+    attention = torch.tensor([[[1.0, 0.0], [0.5, 0.5]]], dtype=torch.float64)
+    found = _maps.flow([attention, attention], row=1)
+    # capacities: 0.25 to the left, 0.75 to itself: two ways lead to token 0 (0.25 early, 0.25 late), one to 1
+    assert found.tolist() == pytest.approx([0.5 / 1.25, 0.75 / 1.25], abs=1e-5)
+    with pytest.raises(LensError, match="at most 128 tokens, got 130"):
+        _maps.flow([torch.eye(130)[None]], row=3)
+
+
+def test_effective_attention_writes_the_same_and_is_smallest():
+    generator = torch.Generator().manual_seed(1)
+    values = torch.randn(9, 3, generator=generator, dtype=torch.float64)
+    row = torch.rand(9, generator=generator, dtype=torch.float64)
+    seen = torch.arange(9) < 7
+    row = row * seen / (row * seen).sum()
+    found = _maps.effective(row, values, seen)
+    assert torch.allclose(found @ values, row @ values)
+    assert float(found.sum()) == pytest.approx(1)
+    assert float(found[7:].abs().max()) == 0
+    assert float(found.norm()) < float(row.norm())
+    few = torch.arange(9) < 4  # four keys, three dimensions and ones: nothing is free
+    assert torch.allclose(_maps.effective(row * few, values, few), row * few)
+
+
+def test_sizes_of_what_is_written_are_those_of_the_parts_of_the_output(models):
+    model = models("llama")
+    answer = Answer(model, prompt())
+    found = Gradients(answer)
+    block = answer.layout.blocks[-1]
+    attention, values = found.attention[-1][0], found.values[-1]
+    sizes = attributing.scored(answer, "norm")
+    for key in range(answer.tokens):
+        written = sum(
+            attention[head, -1, key] * values[head, key] @ block.output[head].double()
+            for head in range(model.info.heads)
+        )
+        assert float(sizes[key]) == pytest.approx(float(written.norm()), rel=1e-6)
+
+
+def test_gradient_rollout_by_hand():
+    maps = random_maps(layers=2)
+    slopes = [one.flip(0) - 0.3 for one in maps]
+    found = _maps.gradient_rollout(list(zip(maps, slopes, strict=True)))
+    relevance = torch.eye(6, dtype=torch.float64)
+    for attention, slope in zip(maps, slopes, strict=True):
+        mean = sum(torch.relu(a * s) for a, s in zip(attention, slope, strict=True)) / 2
+        relevance = relevance + mean @ relevance
+    assert torch.allclose(found, relevance - torch.eye(6, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("kind", "changed"),
+    [("llama", {"attention_bias": False}), ("qwen3", {}), ("granite", {}), ("mistral", {})],
+)
+def test_relevance_is_conserved_without_biases(models, kind, changed):
+    """CP-LRP sums to the logit; AttnLRP with what its softmaxes keep, which is what makes it another sum."""
+    answer = Answer(models(kind, **changed), prompt())
+    sums = {}
+    for rule in ("plain", "attnlrp", "cp_lrp"):
+        found = Gradients(answer, rule)
+        sums[rule] = float((found.hidden * answer.own.double()).sum()), found.kept_by_softmax
+        assert found.logit == pytest.approx(Gradients(answer).logit, rel=1e-5)
+    logit = Gradients(answer).logit
+    scale = max(1, abs(logit))
+    assert sums["cp_lrp"] == (pytest.approx(logit, abs=1e-4 * scale), 0)
+    assert sum(sums["attnlrp"]) == pytest.approx(logit, abs=1e-4 * scale)
+    assert abs(sums["attnlrp"][1]) > 1e-4
+    assert abs(sums["plain"][0] - logit) > 0.1
+
+
+def test_mlps_that_lrp_has_no_rules_for_are_refused(models):
+    for kind, match in (
+        ("phi3", "the product in the MLP of phi3"),
+        ("mixtral", "the product in the MLP of mixtral"),
+    ):
+        with pytest.raises(LensError, match=match):
+            lens.reading.attribute(models(kind), prompt(), "attnlrp")
+
+
+def test_attention_written_out_is_the_models_own(models):
+    for kind in ("gemma2", "gpt_oss", "bert"):
+        answer = Answer(models(kind), prompt())
+        with torch.no_grad():
+            own = answer.logits(answer.own[None])
+            again = answer.logits(answer.own[None], lambda call: with_values(call, dense(call)[1]))
+            plain = models(kind).model(prompt()[None]).logits[:, -1]
+        assert torch.allclose(own, again, atol=1e-5)
+        assert torch.allclose(own, plain.float(), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_leave_one_out_is_the_mean_embedding_in_place(models, kind):
+    model = models(kind)
+    ids = prompt()[None]
+    found = lens.reading.attribute(model, ids[0], "leave_one_out")
+    table = model.model.get_input_embeddings()
+    with torch.no_grad():
+        own = table(ids)
+        whole = model.model(inputs_embeds=own).logits[0, -1].softmax(-1)
+        for place in range(ids.shape[1]):
+            changed = own.clone()
+            changed[0, place] = table.weight.mean(0)
+            less = model.model(inputs_embeds=changed).logits[0, -1].softmax(-1)
+            expected = float(whole.max() - less[whole.argmax()])
+            assert float(found[place]) == pytest.approx(expected, abs=1e-5)
+
+
+def test_integrated_gradients_sum_to_the_difference_of_the_logits(models):
+    answer = Answer(models("llama"), prompt())
+    scores, missing = attributing.integrated(answer, steps=64)
+    with torch.no_grad():
+        ends = answer.logits(torch.stack([answer.own, answer.deleted]))[:, answer.answer]
+    assert float(scores.sum()) == pytest.approx(float(ends[0] - ends[1]) + missing)
+    assert abs(missing) < 0.02 * abs(float(ends[0] - ends[1]))
+    assert abs(attributing.integrated(answer, steps=4)[1]) > abs(missing)
+
+
+def test_every_method_keeps_the_same_share():
+    generator = np.random.default_rng(0)
+    for score in (generator.normal(size=17), np.zeros(17), np.arange(17) ** 3.0):
+        for share in (0.1, 0.5, 0.9):
+            kept = judging.kept_share(score, share)
+            assert kept.mean() == pytest.approx(share, abs=1e-12)
+            assert np.all(np.diff(kept[np.argsort(score, kind="stable")]) >= 0)
+    assert np.allclose(judging.kept_share(np.zeros(17), 0.3), 0.3)
+    stretched = judging.kept_share(np.array([3.0, 1, 2]), 0.4)
+    assert np.allclose(stretched, judging.kept_share(np.array([300.0, -5, 2]), 0.4))
+
+
+def test_scores_that_keep_more_gain_nothing_and_ends_are_fixed(copying):
+    """Any increasing function of scores has the same curves; nearly all kept is all of the answer."""
+    model, prompts = copying
+    answer = Answer(model, torch.tensor(prompts[0]))
+    score = attributing.scored(answer, "rollout").numpy()
+    uniform = np.random.default_rng(0).random((2, 6, answer.tokens))
+    empty = float(answer.kept(torch.zeros(1, answer.tokens, dtype=torch.bool))[0])
+    one = judging.soft_curves(answer, score, (0.2, 0.6), uniform, empty)
+    other = judging.soft_curves(answer, np.exp(20 * score) + 9, (0.2, 0.6), uniform, empty)
+    np.testing.assert_array_equal(one, other)
+    lost, kept = judging.soft_curves(answer, score, (1 - 1e-9,) * 2, uniform, empty)
+    assert kept.tolist() == pytest.approx([1, 1])
+    assert lost.tolist() == pytest.approx([0, 0], abs=1e-6)
+    hard = judging.hard_curves(answer, score, (0.999,))
+    assert hard[1].tolist() == pytest.approx([0], abs=1e-6)  # all kept
+    assert hard[0].tolist() == pytest.approx([answer.probability - empty], abs=1e-6)
+
+
+def test_what_carries_the_answer_is_found_and_constant_scores_are_random(copying):
+    model, prompts = copying
+    methods = ["raw", "rollout", "gradient_input", "leave_one_out"]
+    found = lens.reading.faithfulness(model, prompts, methods, draws=6, progress=False)
+    table = found.table().set_index("method")
+    assert table.loc["leave_one_out", "sufficiency"] == table["sufficiency"].min()
+    assert table.loc["leave_one_out", "sufficiency_high"] < table.loc["random", "sufficiency"]
+    assert table.loc["leave_one_out", "as_leave_one_out"] == pytest.approx(1)
+    assert abs(table.loc["random", "as_leave_one_out"]) < 0.3
+    kinds = [one.kind for one in found.findings()]
+    assert kinds[:2] == ["best", "sufficiency"]
+    assert kinds[-1] == "limit"
+    figure = found.plot()
+    names = {trace.name: trace for trace in figure.data}
+    assert list(names["rollout"].y) == found.sufficiency[1].mean(0).tolist()
+    assert {"random", "leave_one_out"} <= set(names)
+
+
+def test_methods_without_rules_are_named_and_the_rest_is_scored(models):
+    model = models("mixtral")
+    found = lens.reading.faithfulness(model, prompt(), shares=(0.5,), draws=1, progress=False)
+    assert set(found.left_out) == {"attnlrp", "cp_lrp"}
+    assert "raw" in found.methods
+    assert [one.kind for one in found.findings()].count("unsupported") == 2
+
+
+def test_another_row_of_attention_gives_the_same_logits(models):
+    model = models("llama", attention_bias=False)
+    found = lens.reading.adversary(model, prompt(), "L1H3", draws=10)
+    assert found.free == 11 - 5  # eleven keys, four dimensions and the sum
+    assert found.error < 1e-6
+    assert found.other.min() >= 0
+    assert found.other.sum() == pytest.approx(1)
+    assert 0.05 < found.divergence <= math.log(2)
+    answer = Answer(model, prompt())
+
+    def on_layer(call):
+        attention = dense(call)[1]
+        if call.layer == 1:
+            attention = attention.clone()
+            attention[0, 3, -1] = torch.tensor(found.other, dtype=attention.dtype)
+        return with_values(call, attention)
+
+    with torch.no_grad():
+        own, changed = answer.logits(answer.own[None]), answer.logits(answer.own[None], on_layer)
+    assert torch.allclose(own, changed, atol=1e-5)
+    few = lens.reading.adversary(model, prompt(4), "L1H3")
+    assert (few.free, few.divergence) == (0, 0.0)
+
+
+def test_the_loss_grows_most_along_its_gradient(models):
+    model = models("gpt2")
+    small = lens.reading.perturb(model, prompt(), ["L1H2"], sizes=[1e-2], draws=2, progress=False)
+    answer = Answer(model, prompt())
+    slope = Gradients(answer, of_loss=True).scores[1][2]
+    assert small.worst[0, 0, 0] == pytest.approx(1e-2 * float(slope.norm()), rel=0.1)
+    found = lens.reading.perturb(model, prompt(), sizes=[0.5, 2.0], draws=2, progress=False)
+    assert found.worst.shape == (18, 2, 1)
+    assert (found.worst.mean((1, 2)) > found.random.mean((1, 2))).mean() > 0.9
+    assert len(found.table()) == 36
+    assert "along their gradient" in found.findings()[0]
+
+
+def test_what_cannot_be_judged_is_refused(models):
+    model = models("llama")
+    with pytest.raises(LensError, match="methods must be one of 'raw'"):
+        lens.reading.faithfulness(model, prompt(), ["attention"], progress=False)
+    with pytest.raises(LensError, match="methods must name at least one of raw"):
+        lens.reading.faithfulness(model, prompt(), [], progress=False)
+    with pytest.raises(LensError, match="shares must lie between 0 and 1"):
+        lens.reading.faithfulness(model, prompt(), ["raw"], shares=(0.5, 1.0), progress=False)
+    with pytest.raises(LensError, match="sizes must be positive numbers"):
+        lens.reading.perturb(model, prompt(), sizes=[0.0], progress=False)
+    with pytest.raises(LensError, match="answer must be 0 to 60, got 99"):
+        lens.reading.attribute(model, prompt(), "raw", answer=99)
+    with pytest.raises(LensError, match="one prompt of tokens at a time"):
+        lens.reading.attribute(model, [[3, 4], [5, 6]], "raw")
