@@ -4,6 +4,7 @@ P is [heads, queries, keys], of one prompt; nothing here is shared with the code
 """
 
 import numpy as np
+import torch
 
 
 def rms_ratio(found, expected) -> float:
@@ -69,3 +70,24 @@ def _matches(p, ids, i, j, causal):
     after_same = (j >= 1) & (ids[np.maximum(j - 1, 0)] == ids[i])
     masses.append((p * after_same).sum(-1) if causal else nothing)
     return np.stack(masses, -1)
+
+
+def probabilities_and_values(network, ids):
+    """Whole attention [layers, heads, tokens, tokens] and values [layers, kv_heads, tokens, head_dim].
+
+    Of one prompt [1, tokens] in a network in Llama's way, by its own eager attention; float64.
+    """
+    values = []
+    hooks = [
+        layer.self_attn.v_proj.register_forward_hook(lambda *args: values.append(args[2][0]))
+        for layer in network.model.layers
+    ]
+    network.set_attn_implementation("eager")
+    with torch.no_grad():
+        p = torch.cat(network(ids, output_attentions=True).attentions).double()
+    network.set_attn_implementation("sdpa")
+    for hook in hooks:
+        hook.remove()
+    return p, torch.stack(values).double().unflatten(
+        -1, (network.config.num_key_value_heads, -1)
+    ).transpose(1, 2)

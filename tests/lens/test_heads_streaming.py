@@ -11,7 +11,7 @@ from lens.heads.pruning.gates import _Gate, _last_hidden
 from lens.heads.pruning.gates import gate as streaming_gate
 from lens.passes.inputs import read_prompts
 from tests.lens.architectures import build
-from tests.lens.naive import rms_ratio
+from tests.lens.naive import probabilities_and_values, rms_ratio
 
 FIRST, LAST, LENGTH = 3, 7, 41
 
@@ -30,25 +30,14 @@ def test_scores_equal_the_twin(name):
     model = lens.load(name)
     ids, info = prompt_of(model), model.info
     found = streaming(model, ids, first=FIRST, last=LAST, progress=False)
-    values = []
-    hooks = [
-        layer.self_attn.v_proj.register_forward_hook(
-            lambda _, __, out: values.append(out[0].double().numpy())
-        )
-        for layer in model.model.model.layers
-    ]
-    model.model.set_attn_implementation("eager")
-    with torch.no_grad():
-        attentions = model.model(torch.tensor([ids]), output_attentions=True).attentions
-    model.model.set_attn_implementation("sdpa")
-    for hook in hooks:
-        hook.remove()
+    whole, values = (
+        part.numpy() for part in probabilities_and_values(model.model, torch.tensor([ids]))
+    )
     kept, error, rms = (np.empty((info.layers, info.heads)) for _ in range(3))
     for layer in range(info.layers):
         for head in range(info.heads):
-            p = attentions[layer][0, head].double().numpy()
-            kv = head // (info.heads // info.kv_heads)
-            v = values[layer].reshape(LENGTH, info.kv_heads, -1)[:, kv]
+            p = whole[layer, head]
+            v = values[layer, head // (info.heads // info.kv_heads)]
             near = p * near_keys()
             mass = near.sum(-1)
             full, rest = p @ v, near / mass[:, None] @ v

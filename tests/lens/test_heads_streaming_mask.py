@@ -14,7 +14,7 @@ from lens.heads import streaming
 from lens.heads.behaviour.streaming import StreamingScores
 from lens.models import smollm2
 from tests.lens.architectures import build
-from tests.lens.naive import rms_ratio
+from tests.lens.naive import probabilities_and_values, rms_ratio
 
 LENGTH = 43
 IDS = torch.randint(3, 97, (2, LENGTH), generator=torch.Generator().manual_seed(5))
@@ -40,18 +40,7 @@ def result(network):
 
 
 def test_mass_and_error_equal_those_of_whole_probabilities(network, result):
-    values = []
-    hooks = [
-        layer.self_attn.v_proj.register_forward_hook(lambda *args: values.append(args[2][0]))
-        for layer in network.model.layers
-    ]
-    network.set_attn_implementation("eager")
-    with torch.no_grad():
-        p = torch.cat(network(IDS[:1], output_attentions=True).attentions).double()
-    network.set_attn_implementation("sdpa")
-    for hook in hooks:
-        hook.remove()
-    value = torch.stack(values).double().unflatten(-1, (2, 8)).transpose(1, 2)
+    p, value = probabilities_and_values(network, IDS[:1])
     value = value.repeat_interleave(3, 1)  # [layers, heads, tokens, head_dim]
     for found, policy in zip(result, POLICIES, strict=True):
         kept = p * sees(*policy)

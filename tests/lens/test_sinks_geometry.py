@@ -8,7 +8,7 @@ import lens
 from lens.common.errors import LensError
 from lens.models import smollm2
 from tests.lens.architectures import build
-from tests.lens.naive import rms_ratio
+from tests.lens.naive import probabilities_and_values, rms_ratio
 
 LENGTH = 41
 IDS = torch.randint(3, 97, (2, LENGTH), generator=torch.Generator().manual_seed(2))
@@ -70,24 +70,13 @@ def test_every_column_equals_its_naive_twin():
 
 def test_drain_and_contribution_equal_those_of_whole_probabilities():
     network = build("llama")
-    values = []
-    hooks = [
-        layer.self_attn.v_proj.register_forward_hook(lambda *args: values.append(args[2][0]))
-        for layer in network.model.layers
-    ]
-    network.set_attn_implementation("eager")
-    with torch.no_grad():
-        p = torch.cat(network(IDS[:1], output_attentions=True).attentions).double()
-    network.set_attn_implementation("sdpa")
-    for hook in hooks:
-        hook.remove()
+    p, values = probabilities_and_values(network, IDS[:1])
     drain, share = np.zeros((3, 6)), np.zeros((3, 6))
     others = [j for j in range(LENGTH) if j not in SOURCES]
     for layer in range(3):
         weight = network.model.layers[layer].self_attn.o_proj.weight.detach().double()
         for head in range(6):
-            v = values[layer].reshape(LENGTH, 2, 8)[:, head // 3].double()
-            size = (v @ weight[:, 8 * head : 8 * head + 8].T).norm(dim=-1)
+            size = (values[layer, head // 3] @ weight[:, 8 * head : 8 * head + 8].T).norm(dim=-1)
             drain[layer, head] = size[SOURCES].mean() / size[others].mean()
             rows = p[layer, head, SOURCES[-1] + 1 :] * size
             share[layer, head] = (rows[:, SOURCES].sum(-1) / rows.sum(-1)).mean()
