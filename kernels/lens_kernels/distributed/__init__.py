@@ -9,7 +9,7 @@ the states `(output, LSE, row statistics)`; in the second, with the LSE known, w
 """
 
 from lens_kernels.distributed.layout import Layout
-from lens_kernels.distributed.links import Links, Message, Processes, Simulated, traffic
+from lens_kernels.distributed.links import Links, Message, Processes, Simulated, Traffic, traffic
 from lens_kernels.distributed.ring import RingResult, ring_attention
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "Processes",
     "RingResult",
     "Simulated",
+    "Traffic",
     "ring_attention",
     "traffic",
 ]
