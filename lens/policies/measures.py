@@ -59,16 +59,17 @@ class Dense:
         self.projection = None if projection is None else projection.float()
         heads = output[0].float()
         self.own, self.projected, self.written = heads.norm(dim=-1), None, None
+        self._gram = None
         if self.projection is not None:
+            self._gram = self.projection @ self.projection.transpose(-1, -2)
             self.projected = self.after(heads)
             summed = torch.einsum("htk,hkd->td", heads, self.projection)
             self.written = summed.norm(dim=-1)
 
     def after(self, heads: Tensor) -> Tensor:
-        """[heads, queries]: norms of [heads, queries, value_dim] after the projection, one head at a time."""
-        assert self.projection is not None
-        pairs = zip(heads, self.projection, strict=True)
-        return torch.stack([(head @ weight).norm(dim=-1) for head, weight in pairs])
+        """[heads, queries]: norms of [heads, queries, value_dim] after the projection, by `x W W^T x`."""
+        assert self._gram is not None
+        return ((heads @ self._gram) * heads).sum(-1).clamp(min=0).sqrt()
 
 
 def measure(
