@@ -17,6 +17,7 @@ from lens.edits.running import edit
 from lens.edits.sparse import Sparse
 from lens.models.loaded import LoadedModel
 from lens.passes.blocks import check_block_size
+from lens.passes.logits import fills_masks
 from lens.policies.base import Full, Policy, several
 from lens.stats.intervals import columns
 from lens.tasks import Task
@@ -122,7 +123,8 @@ def run(
         progress: show a bar, on stderr, if that is a terminal.
 
     Raises:
-        LensError: what is no policy, task or trial; prompts that are not longer than the question.
+        LensError: what is no policy, task or trial; prompts that are not longer than the question; needles for
+            a model that fills in masked tokens.
 
     Example:
         >>> found = lens.policies.run(model, task, lens.policies.AShape(4, 8), block_size=4, progress=False)
@@ -137,6 +139,10 @@ def run(
     given = task if isinstance(task, Task) else list(task)
     if not isinstance(given, Task) and not (given and all(isinstance(t, Trial) for t in given)):
         raise LensError("task must be a lens.tasks.Task or trials of lens.tasks.needles")
+    if fills_masks(model) and not isinstance(given, Task):
+        raise LensError(
+            f"{model.info.class_name} predicts masked tokens and no next token, so no needle comes back"
+        )
     lengths = _lengths(given)
     if question is not None:
         check_counts(question=question)

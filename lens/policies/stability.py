@@ -19,6 +19,7 @@ from lens.models.loaded import LoadedModel
 from lens.passes.blocks import BlockView, check_block_size
 from lens.passes.calls import LayerCall
 from lens.passes.inputs import read_prompts
+from lens.passes.logits import fills_masks
 from lens.passes.sessions import base, listening
 from lens.policies.transferring import MEASURES, USABLE, best_blocks, best_of, compared
 from lens.stats.intervals import columns
@@ -172,7 +173,7 @@ def stability(
 
     Raises:
         LensError: fewer than two prompts, prompts of several lengths or shorter than the steps, a checkpoint of
-            another shape, numbers that are none.
+            another shape, numbers that are none, a model that fills in masked tokens.
 
     Reference: Xia et al., AdaSpa, arXiv 2502.21079; Bai et al., IndexCache, 2026.
 
@@ -180,6 +181,11 @@ def stability(
         >>> found = lens.policies.stability(model, texts, block_size=4, steps=(1, 4), progress=False)
         >>> found.claims()[["claim", "value", "holds"]]
     """
+    if fills_masks(model):
+        raise LensError(
+            f"{model.info.class_name} predicts masked tokens and no next token: it has no decoding steps, and no "
+            "prompt whose start does not see what follows"
+        )
     size = check_block_size(block_size)
     if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share < 1:
         raise LensError(f"share must be between 0 and 1, got {share!r}")

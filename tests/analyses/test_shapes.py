@@ -32,7 +32,7 @@ SECTIONS = {
     ),
     "circuit": ("edges", "circuit", "joined"),
     "redistribute": ("dose", "search"),
-    "policies": ("policies", "search"),
+    "policies": ("policies", "running", "stability", "search"),
 }
 NO_NEXT_TOKEN = "predicts masked tokens and no next token"
 OF_ENCODERS = {
