@@ -51,7 +51,6 @@ def first_screen(heads: pd.DataFrame, sections: Mapping[str, Section]) -> list[S
         sections: that it has; one from an older version has no headlines and shows none.
 
     Example:
-        >>> run = lens.runs.open_run(folder)
         >>> shown = lens.runs.first_screen.first_screen(run.heads, run.readable()[0])
     """
     found = first(sections.values())
