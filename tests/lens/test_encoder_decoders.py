@@ -195,6 +195,45 @@ def test_edits_act_on_the_chosen_part_alone():
     assert changed[2] > 1e-4
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("baseline", ["zero", "pooled_mean"])
+def test_importance_is_the_loss_of_the_target_without_the_head(baseline):
+    model = made("marian")
+    loaded = lens.load(model)
+    pairs = [([3, 4, 5, 6], [2, 30, 31, 32]), ([9, 8, 7], [2, 40, 41])]
+    cross = loaded.part("cross")
+    found = lens.heads.importance(cross, pairs, baseline=baseline, progress=False)
+    assert found.per_prompt.shape == (2, 4, 2)
+    module, size = model.model.decoder.layers[1].encoder_attn.out_proj, 12
+
+    def loss(pair, change=None):
+        hook = module.register_forward_pre_hook(change) if change else None
+        ids = torch.tensor([pair[0]]), torch.tensor([pair[1]])
+        logits = model(input_ids=ids[0], decoder_input_ids=ids[1]).logits[0]
+        if hook:
+            hook.remove()
+        return torch.nn.functional.cross_entropy(logits[:-1], ids[1][0, 1:]).item()
+
+    seen = []
+    for pair in pairs:
+        loss(pair, lambda _, args: seen.append(args[0][0]))
+    mean = torch.cat(seen).mean(0)[2 * size : 3 * size] if baseline == "pooled_mean" else 0.0
+
+    def without(_, args):
+        z = args[0].clone()
+        z[..., 2 * size : 3 * size] = mean
+        return (z,)
+
+    for number, pair in enumerate(pairs):
+        expected = loss(pair, without) - loss(pair)
+        assert found.per_prompt[1, 2, number] == pytest.approx(expected, abs=1e-5)
+    assert found.table()["name"].is_unique
+    with pytest.raises(lens.LensError, match="method='ablation' alone"):
+        lens.heads.importance(cross, pairs, method="gradient")
+    with pytest.raises(lens.LensError, match="targets of at least two tokens"):
+        lens.heads.importance(cross, [([3, 4], [2])])
+
+
 def test_edits_act_while_it_writes():
     model = made("t5")
     loaded = lens.load(model)

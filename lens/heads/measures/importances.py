@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from lens.heads.measures.checkpoint import Checkpoint, configuration
 from lens.heads.measures.direct import direct_effects
 from lens.heads.measures.methods import AtP, Gradient, Method, named
 from lens.heads.measures.methods import Baseline as BaselineName
+from lens.heads.measures.of_parts import importance_of_part
 from lens.heads.measures.scores import HeadScores
 from lens.models.loaded import LoadedModel
 from lens.passes.head_outputs import HeadGradient, edited_logits, with_gradients
@@ -44,7 +46,7 @@ _DIRECT = "direct path from the head to the logits, last norm's size frozen"
 
 def importance(
     model: LoadedModel,
-    task: Task,
+    task: Task | Any,
     *,
     method: Method | Gradient | AtP = "ablation",
     baseline: BaselineName | None = None,
@@ -73,7 +75,9 @@ def importance(
 
     Args:
         model: as `lens.load` returns it.
-        task: prompts and metric; "accuracy" has no gradient.
+        task: prompts and metric; "accuracy" has no gradient. Of `model.part("cross")` and the other parts of an
+            encoder-decoder the prompts, sources with their targets: the loss of the target is measured, one head
+            after another put to its "pooled_mean" or to "zero".
         method: "ablation", "attribution", "atp", "gradient", "gate" or "direct"; `lens.heads.AtP` and
             `lens.heads.Gradient` are "atp" and "gradient" with arguments of their own.
         baseline: "zero", "mean", "pooled_mean", "resample", "counterfactual" or, for ablation alone,
@@ -97,6 +101,12 @@ def importance(
         >>> str(lens.heads.importance(small, lens.tasks.induction(small, n=8)).top(1)[0])
         'L0H1'
     """
+    if isinstance(model, LoadedModel) and model.parts:
+        if method != "ablation":
+            raise LensError(
+                "of an encoder-decoder's part importance is measured by method='ablation' alone"
+            )
+        return importance_of_part(model, task, baseline, progress)
     given_as("Task", task=task)
     word, arguments = named(method)
     if baseline is not None:
