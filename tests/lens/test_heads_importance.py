@@ -1,5 +1,7 @@
 """Importance of heads: against hooks on eager attention, on models with known answers, and refusals."""
 
+from typing import get_args
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from torch import nn
 import lens
 from lens.common.errors import LensError
 from lens.heads import importance
+from lens.heads.measures.methods import BASELINES, Baseline, Method
 from lens.heads.measures.scores import HeadScores, Intervention
 from lens.heads.pruning import ablate
 from lens.passes.head_outputs import read_heads, with_gradients
@@ -383,3 +386,13 @@ def test_resampling_draws_every_other_prompt_once():
     assert all(sorted(rows) == list(range(PROMPTS)) for rows in drawn)
     assert all(row != other for rows in drawn for row, other in enumerate(rows))
     assert len({tuple(rows) for rows in drawn}) > 1
+
+
+@pytest.mark.parametrize("method", get_args(Method))
+def test_a_method_knows_the_baselines_of_the_table_and_no_others(method):
+    model = lens.load("induction-2l")
+    task = lens.tasks.induction(model, n=2, length=4, metric="loss")
+    assert set(BASELINES) == set(get_args(Method))
+    for baseline in set(get_args(Baseline)) - set(BASELINES[method]):
+        with pytest.raises(LensError, match=f"method='{method}' .*, got the baseline '{baseline}'"):
+            importance(model, task, method=method, baseline=baseline, progress=False)

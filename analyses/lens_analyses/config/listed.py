@@ -5,18 +5,10 @@ from typing import get_args
 
 from lens.common.errors import LensError
 from lens.common.head_ids import head_id
-from lens.heads.measures.methods import Baseline, Method
+from lens.heads.measures import methods
 
-MEASURES: tuple[str, ...] = get_args(Method)
-BASELINES: tuple[str, ...] = get_args(Baseline)
-_GO_TOGETHER = {
-    "gradient": ("zero",),
-    "gate": ("zero",),
-    "direct": ("zero",),
-    "atp": ("counterfactual", "resample"),
-    "attribution": tuple(word for word in BASELINES if word != "optimal"),
-}
-"""Measures and the baselines that they know, where these are not all."""
+MEASURES: tuple[str, ...] = get_args(methods.Method)
+BASELINES: tuple[str, ...] = get_args(methods.Baseline)
 POLICY_SECTIONS = ("policies", "running", "stability", "search")
 EDITS = ("mask", "drop", "mean_value", "zero_value", "move", "transfer")
 
@@ -34,7 +26,7 @@ def check_measures(words: str) -> str:
                 f"unknown measure {word!r}; give {', '.join(MEASURES)}, with a baseline after a slash "
                 f"where one is chosen ({', '.join(BASELINES)}), e.g. ablation/mean"
             )
-        allowed = _GO_TOGETHER.get(by, BASELINES)
+        allowed = methods.BASELINES[by]
         if slash and baseline not in allowed:
             raise ValueError(
                 f"the measure {word!r} does not exist: {by} goes with {' or '.join(allowed)}"

@@ -25,7 +25,7 @@ from lens.heads.measures.atp import atp_star
 from lens.heads.measures.baselines import Baseline
 from lens.heads.measures.checkpoint import Checkpoint, configuration
 from lens.heads.measures.direct import direct_effects
-from lens.heads.measures.methods import AtP, Gradient, Method, named
+from lens.heads.measures.methods import BASELINES, AtP, Gradient, Method, named
 from lens.heads.measures.methods import Baseline as BaselineName
 from lens.heads.measures.of_parts import importance_of_part
 from lens.heads.measures.scores import HeadScores
@@ -33,14 +33,12 @@ from lens.models.loaded import LoadedModel
 from lens.passes.head_outputs import HeadGradient, edited_logits, with_gradients
 from lens.tasks.task import Task
 
-_DEFAULT_BASELINE = {
-    "ablation": "mean",
-    "gradient": "zero",
-    "atp": "counterfactual",
-    "gate": "zero",
-    "attribution": "counterfactual",
-    "direct": "zero",
+_WHY = {
+    "attribution": "is a slope, and an optimal constant is fitted to the real ablation",
+    "atp": "patches queries and keys of another prompt",
+    **dict.fromkeys(("gradient", "gate", "direct"), "compares with zero alone"),
 }
+"""Why a method does not know every baseline."""
 _DIRECT = "direct path from the head to the logits, last norm's size frozen"
 
 
@@ -111,19 +109,13 @@ def importance(
     word, arguments = named(method)
     if baseline is not None:
         check_choice("baseline", baseline, BaselineName)
-    name = _DEFAULT_BASELINE[word] if baseline is None else baseline
-    if word in ("gradient", "gate", "direct") and name != "zero":
+    name = baseline or BASELINES[word][0]
+    if name not in BASELINES[word]:
+        others = [other for other in BASELINES if name in BASELINES[other]]
         raise LensError(
-            f"method={word!r} compares with zero alone, got the baseline {name!r}; "
-            "use method='attribution' for it"
+            f"method={word!r} {_WHY[word]}, got the baseline {name!r}; take {' or '.join(BASELINES[word])}, "
+            f"or for this baseline method={' or '.join(map(repr, others))}"
         )
-    if word == "atp" and name not in ("counterfactual", "resample"):
-        raise LensError(
-            f"method='atp' patches queries and keys of another prompt, got the baseline {name!r}; "
-            "use counterfactual or resample"
-        )
-    if word == "attribution" and name == "optimal":
-        raise LensError("an optimal constant is fitted to the real ablation; use method='ablation'")
     if task.is_flat and word not in ("ablation", "direct"):
         raise LensError(
             f"the metric {task.metric!r} is at its best where the model is as it is, so that its gradient "

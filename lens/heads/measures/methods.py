@@ -1,5 +1,6 @@
 """How the importance of heads is measured: a word, or an object where a method takes arguments of its own."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,6 +10,15 @@ from lens.common.errors import LensError
 Method = Literal["ablation", "gradient", "attribution", "atp", "gate", "direct"]
 Baseline = Literal["zero", "mean", "pooled_mean", "resample", "counterfactual", "optimal"]
 Absolute = Literal["prompt", "token"]
+BASELINES: Mapping[str, tuple[Baseline, ...]] = {
+    "ablation": ("mean", "zero", "pooled_mean", "resample", "counterfactual", "optimal"),
+    "attribution": ("counterfactual", "zero", "mean", "pooled_mean", "resample"),
+    "atp": ("counterfactual", "resample"),
+    "gradient": ("zero",),
+    "gate": ("zero",),
+    "direct": ("zero",),
+}
+"""Baselines that each method knows, its usual one first."""
 READS = {"q": "query", "k": "key", "v": "value"}
 
 
