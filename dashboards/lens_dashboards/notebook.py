@@ -13,6 +13,7 @@ from __future__ import annotations
 import base64
 import html
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,15 +22,21 @@ import numpy as np
 
 from lens.common.colors import VIRIDIS
 from lens.common.errors import LensError
+from lens.common.head_ids import AnyHead
+from lens.common.results import few
 from lens.traces.trace import AttentionTrace
-from lens_dashboards.raster import MOST_CELLS, Raster, pool, raster, row
+from lens_dashboards.raster import MOST_CELLS, Raster, pool, raster
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-_ASSETS = Path(__file__).parent / "assets"
+ASSETS = Path(__file__).parent / "assets"
 _INLINE_CELLS = 160  # a side, of the map that a notebook keeps: about 130 kB
 _HEIGHT = 860  # pixels of it
+_LINKED_CELLS = 256  # a side, of each of several maps
+_SIDE, _ACROSS = 300, 3  # pixels of each, and how many stand side by side
+MOST_MAPS = 64
+"""Heads that are shown at once."""
 _PAGE = """<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -42,14 +49,14 @@ _PAGE = """<!DOCTYPE html>
 <body>
 <main class="page"><h1>{title}</h1>
 <p class="small">{caption}</p>
-<section class="card"><div id="map" class="map"></div></section>
+<section class="card"><div class="{layout}">{maps}</div></section>
 <section class="card"><h2>Tokens</h2><div id="strip" class="strip"></div></section>
 </main>
 <script type="application/json" id="held">{held}</script>
 <script>{script}</script>
 <script>
 const held = JSON.parse(document.getElementById("held").textContent);
-window.lensBlockMap.make(document.getElementById("map"), {{ ...held.config, held: true, source: window.lensBlockMap.heldSource(held) }});
+window.lensBlockMap.open(held, document.querySelectorAll(".map"));
 </script>
 </body>
 </html>
@@ -71,6 +78,11 @@ class AttentionMap:
     head: int
     query: int | None = None
 
+    @property
+    def maps(self) -> list[AttentionMap]:
+        """This one alone."""
+        return [self]
+
     def to_html(self, path: str | Path | None = None, *, cells: int = MOST_CELLS) -> str:
         """A page that needs nothing but itself; written to `path` if given.
 
@@ -81,16 +93,7 @@ class AttentionMap:
         Raises:
             LensError: fewer than 8 cells.
         """
-        page = _PAGE.format(
-            title=html.escape(self._title),
-            caption=html.escape(self._caption(self._raster(cells))),
-            style=(_ASSETS / "style.css").read_text(encoding="utf-8"),
-            script=(_ASSETS / "blockmap.js").read_text(encoding="utf-8"),
-            held=json.dumps(self._held(cells)).replace("<", "\\u003c"),
-        )
-        if path is not None:
-            Path(path).write_text(page, encoding="utf-8")
-        return page
+        return _page(self._title, [self], path, cells)
 
     def plot(self) -> go.Figure:
         """The block map as a plotly figure; see `lens.figures.block_map`."""
@@ -104,14 +107,12 @@ class AttentionMap:
         Raises:
             LensError: anywidget is not installed.
         """
+        from lens_dashboards.widget import make_widget
+
         return make_widget(self)
 
     def _repr_html_(self) -> str:
-        page = html.escape(self.to_html(cells=_INLINE_CELLS), quote=True)
-        return (
-            f'<iframe srcdoc="{page}" title="{html.escape(self._title, quote=True)}" '
-            f'style="width:100%;height:{_HEIGHT}px;border:0" sandbox="allow-scripts allow-downloads"></iframe>'
-        )
+        return _framed(self.to_html(cells=_INLINE_CELLS), self._title, _HEIGHT)
 
     def __repr__(self) -> str:
         return f"AttentionMap({self._title}: {self._caption(self._raster(_INLINE_CELLS))})"
@@ -161,6 +162,7 @@ class AttentionMap:
         what = {
             "tokens": "exact probabilities of single tokens",
             "blocks": f"mean mass of blocks of {found.cell} tokens",
+            "pixels": f"the largest probability of each {found.cell} × {found.cell} tokens",
             "pooled": f"the largest value of each {found.cell} × {found.cell} tokens",
         }
         return f"{self.trace.length} tokens, {what[found.level]}"
@@ -170,10 +172,106 @@ class AttentionMap:
         values = np.ascontiguousarray(found.values, dtype="<f4")
         return {
             "config": self.config,
-            "tokens": self.trace.tokens,
             "header": header(self.trace, found),
             "values": base64.b64encode(values.tobytes()).decode(),
         }
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class AttentionMaps:
+    """Several heads of one trace, with one zoom, one cursor and one query.
+
+    Attributes:
+        maps: of the heads, in the order in which they are shown.
+    """
+
+    maps: list[AttentionMap]
+
+    def to_html(self, path: str | Path | None = None, *, cells: int = _LINKED_CELLS) -> str:
+        """A page that needs nothing but itself; written to `path` if given.
+
+        Args:
+            path: of the file.
+            cells: most cells a side of each map; what is finer is pooled (the largest), and the page says so.
+
+        Raises:
+            LensError: fewer than 8 cells.
+        """
+        return _page(self._title, self.maps, path, cells)
+
+    @property
+    def _title(self) -> str:
+        named = few([f"L{one.layer}H{one.head}" for one in self.maps])
+        return f"{named} of {self.maps[0].trace.model}"
+
+    def _repr_html_(self) -> str:
+        cells = max(8, min(_INLINE_CELLS, int(_INLINE_CELLS / len(self.maps) ** 0.5)))
+        rows = -(-len(self.maps) // _ACROSS)
+        return _framed(self.to_html(cells=cells), self._title, 360 + rows * (_SIDE + 150))
+
+    def __repr__(self) -> str:
+        return f"AttentionMaps({self._title}: {self.maps[0].trace.length} tokens)"
+
+
+def view(
+    trace: AttentionTrace,
+    head: AnyHead | Sequence[AnyHead] | None = None,
+    *,
+    layer: int | None = None,
+    query: int | None = None,
+) -> AttentionMap | AttentionMaps:
+    """What `AttentionTrace.view` shows.
+
+    Raises:
+        LensError: no such head, layer or token; more than `MOST_MAPS` heads.
+    """
+    if (head is None) == (layer is None):
+        raise LensError(
+            "view takes a head such as 'L1H3', several, or layer=1; "
+            f"got head={head!r} and layer={layer!r}"
+        )
+    if layer is not None:
+        asked: list[Any] = [(layer, number) for number in range(trace.heads)]
+    else:
+        asked = [*head] if isinstance(head, list) else [head]
+    if not 0 < len(asked) <= MOST_MAPS:
+        raise LensError(
+            f"at most {MOST_MAPS} heads are shown at once, got {len(asked)}; name some: "
+            "trace.view(['L1H0', 'L1H1'])"
+        )
+    heads = [trace.head_id(one) for one in asked]
+    maps = [attention_map(trace, *one, query=query) for one in heads]
+    return maps[0] if len(maps) == 1 else AttentionMaps(maps)
+
+
+def _page(title: str, maps: list[AttentionMap], path: str | Path | None, cells: int) -> str:
+    """Maps with their tokens as one page, written to `path` if given."""
+    held = {
+        "tokens": maps[0].trace.tokens,
+        "side": _SIDE,
+        "maps": [one._held(cells) for one in maps],
+    }
+    places = ['<div id="map" class="map"></div>', *['<div class="map"></div>'] * (len(maps) - 1)]
+    page = _PAGE.format(
+        title=html.escape(title),
+        caption=html.escape(maps[0]._caption(maps[0]._raster(cells))),
+        layout="map-wall" if len(maps) > 1 else "map-alone",
+        maps="".join(places),
+        style=(ASSETS / "style.css").read_text(encoding="utf-8"),
+        script=(ASSETS / "blockmap.js").read_text(encoding="utf-8"),
+        held=json.dumps(held).replace("<", "\u003c"),
+    )
+    if path is not None:
+        Path(path).write_text(page, encoding="utf-8")
+    return page
+
+
+def _framed(page: str, title: str, height: int) -> str:
+    """A page inside a notebook's."""
+    return (
+        f'<iframe srcdoc="{html.escape(page, quote=True)}" title="{html.escape(title, quote=True)}" '
+        f'style="width:100%;height:{height}px;border:0" sandbox="allow-scripts allow-downloads"></iframe>'
+    )
 
 
 def attention_map(
@@ -210,101 +308,3 @@ def header(trace: AttentionTrace, found: Raster, pooling: str = "max") -> dict[s
         "pooling": pooling,
         "variant": found.variant,
     }
-
-
-_WIDGET = """
-%s
-export default {
-  render({ model, el }) {
-    const style = document.createElement("style");
-    style.textContent = model.get("style");
-    const map = document.createElement("div"), strip = document.createElement("div");
-    map.className = "map"; strip.className = "strip";
-    el.classList.add("attention-lens");
-    el.append(style, map, strip);
-    const waiting = new Map();
-    let last = 0;
-    const ask = (kind, what) => new Promise((resolve, reject) => {
-      last += 1;
-      waiting.set(last, { resolve, reject });
-      model.send({ id: last, kind, ...what });
-    });
-    const answer = (message, buffers) => {
-      const asked = waiting.get(message.id);
-      if (!asked) return;
-      waiting.delete(message.id);
-      if (message.error) asked.reject(new Error(message.error));
-      else {
-        const view = buffers[0].buffer ? buffers[0] : new DataView(buffers[0]);
-        const bytes = view.buffer.slice(view.byteOffset, view.byteOffset + view.byteLength);
-        asked.resolve({ ...message.header, values: new Float32Array(bytes) });
-      }
-    };
-    model.on("msg:custom", answer);
-    const drawn = window.lensBlockMap.make(map, {
-      ...model.get("config"), strip,
-      source: {
-        tokens: async () => model.get("tokens"),
-        raster: (w) => ask("raster", w),
-        row: async (query) => (await ask("row", { query })).values,
-      },
-    });
-    return () => { model.off("msg:custom", answer); drawn.close(); };
-  },
-};
-"""
-
-
-def make_widget(shown: AttentionMap) -> Any:
-    """The widget of `AttentionMap.widget`.
-
-    Raises:
-        LensError: anywidget is not installed.
-    """
-    try:
-        import anywidget
-        import traitlets
-    except ImportError:
-        raise LensError(
-            "the widget needs anywidget: pip install 'attention-lens[notebook]'; without it the map "
-            "itself, or to_html(), shows the same in less detail"
-        ) from None
-
-    class Widget(anywidget.AnyWidget):
-        _esm = _WIDGET % (_ASSETS / "blockmap.js").read_text(encoding="utf-8")
-        config = traitlets.Dict().tag(sync=True)
-        tokens = traitlets.List().tag(sync=True)
-        style = traitlets.Unicode().tag(sync=True)
-
-    widget = Widget(
-        config=shown.config,
-        tokens=list(shown.trace.tokens),
-        style=(_ASSETS / "style.css").read_text(encoding="utf-8"),
-    )
-
-    def answer(_: Any, message: dict[str, Any], buffers: list[Any]) -> None:
-        try:
-            content, values = answer_to(shown, message)
-            widget.send({"id": message["id"], "header": content}, [values.tobytes()])
-        except (LensError, KeyError, TypeError, ValueError) as problem:
-            widget.send({"id": message.get("id"), "error": str(problem)})
-
-    widget.on_msg(answer)
-    return widget
-
-
-def answer_to(shown: AttentionMap, message: dict[str, Any]) -> tuple[dict[str, Any], np.ndarray]:
-    """Header and numbers that the script asked for: a rectangle or a row.
-
-    Raises:
-        LensError: a rectangle, pooling or row that cannot be had.
-    """
-    if message["kind"] == "row":
-        values = row(shown.trace, shown.layer, shown.head, int(message["query"]))
-        return {"rows": 1, "columns": len(values)}, np.ascontiguousarray(values, dtype="<f4")
-    pooling = message["pooling"]
-    if pooling not in ("max", "mean"):
-        raise LensError(f"pooling must be max or mean, got {pooling!r}")
-    window = tuple(int(message[name]) for name in ("q0", "q1", "k0", "k1"))
-    found = raster(shown.trace, shown.layer, shown.head, window, pooling)  # pyright: ignore[reportArgumentType]
-    return header(shown.trace, found, pooling), np.ascontiguousarray(found.values, dtype="<f4")

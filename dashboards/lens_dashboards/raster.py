@@ -1,8 +1,9 @@
 """The numbers behind the block map: any rectangle of one head, at the sharpest level that fits.
 
-Three levels. `tokens`: exact probabilities of single tokens, recomputed from the stored q, k and LSE
-where the rectangle is small. `blocks`: block mass as captured. `pooled`: where a rectangle has more
-blocks than a screen has cells, the largest (or the mean) of several blocks.
+Four levels. `tokens`: exact probabilities of single tokens, recomputed from the stored q, k and LSE
+where the rectangle is small. `pixels`: the same where a rectangle has more tokens than a screen has cells, the
+largest (or the mean) exact probability of several. Without q and k, or of more than `MOST_EXACT` tokens, `blocks`:
+block mass as captured, and `pooled`: where it has more blocks than cells, the largest (or the mean) of several.
 """
 
 from dataclasses import dataclass
@@ -15,6 +16,9 @@ from lens.traces.trace import AttentionTrace
 
 MOST_CELLS = 512
 """Cells a side that are sent at once."""
+MOST_EXACT = 4096
+"""Tokens a side of which every probability is computed for one picture: about half a second on one core."""
+_STRIP = 256  # queries of which probabilities are held at once
 
 Pooling = Literal["max", "mean"]
 
@@ -25,7 +29,7 @@ class Raster:
 
     Attributes:
         values: [rows, columns] float32; NaN where no query may see the key.
-        level: `tokens`, `blocks` or `pooled`.
+        level: `tokens`, `pixels`, `blocks` or `pooled`.
         query_start, key_start: first token of the first row and column.
         cell: tokens a side of a cell.
         query_end, key_end: the last token of the rectangle, exclusive.
@@ -62,13 +66,28 @@ def raster(
     q1, k1 = min(q1, length), min(k1, length)
     if not (0 <= q0 < q1 and 0 <= k0 < k1):
         raise LensError(f"the prompt has tokens 0 to {length - 1}; got the rectangle {window}")
-    if not trace.tile_refusal(layer, head) and max(q1 - q0, k1 - k0) <= MOST_CELLS:
-        values = trace.tile(layer, head, (q0, q1), (k0, k1))
-        if variant != "raw":
-            values = _without_first(values, trace.tile(layer, head, (q0, q1), (0, 1)), k0)
-        shown = blank(values.astype(np.float32), trace, q0, k0, 1)
-        return Raster(shown, "tokens", q0, k0, 1, q1, k1, variant)
+    if not trace.tile_refusal(layer, head) and max(q1 - q0, k1 - k0) <= MOST_EXACT:
+        step = -(-max(q1 - q0, k1 - k0) // MOST_CELLS)
+        rows = max(step, _STRIP // step * step)
+        strips = [
+            _exact(trace, layer, head, (start, min(start + rows, q1), k0, k1), variant)
+            for start in range(q0, q1, rows)
+        ]
+        if step > 1:
+            strips = [pool(values, step, pooling) for values in strips]
+        level = "tokens" if step == 1 else "pixels"
+        return Raster(np.concatenate(strips), level, q0, k0, step, q1, k1, variant)
     return _blocks(trace, layer, head, (q0, q1, k0, k1), pooling)
+
+
+def _exact(
+    trace: AttentionTrace, layer: int, head: int, window: tuple[int, int, int, int], variant: str
+) -> np.ndarray:
+    q0, q1, k0, k1 = window
+    values = trace.tile(layer, head, (q0, q1), (k0, k1))
+    if variant != "raw":
+        values = _without_first(values, trace.tile(layer, head, (q0, q1), (0, 1)), k0)
+    return blank(values.astype(np.float32), trace, q0, k0, 1)
 
 
 def row(
@@ -123,12 +142,18 @@ def _blocks(
 
 
 def pool(values: np.ndarray, step: int, pooling: Pooling) -> np.ndarray:
-    """Squares of `step` cells a side as one: the largest or the mean."""
+    """Squares of `step` cells a side as one: the largest or the mean of what is known; NaN where nothing is."""
     pad = [(0, -length % step) for length in values.shape]
     padded = np.pad(values, pad, constant_values=np.nan)
     rows, columns = (length // step for length in padded.shape)
     tiles = padded.reshape(rows, step, columns, step)
-    return np.nanmax(tiles, (1, 3)) if pooling == "max" else np.nanmean(tiles, (1, 3))
+    known = ~np.isnan(tiles)
+    count = known.sum((1, 3))
+    if pooling == "max":
+        found = np.where(known, tiles, -np.inf).max((1, 3))
+    else:
+        found = np.where(known, tiles, 0).sum((1, 3)) / np.maximum(count, 1)
+    return np.where(count > 0, found, np.nan).astype(values.dtype)
 
 
 def blank(values: np.ndarray, trace: AttentionTrace, q0: int, k0: int, cell: int) -> np.ndarray:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 _HOMES = ("lens.figures", "lens.runs.comparison.pictures")  # where figure functions are
+_VIEWER = "lens_dashboards.notebook"
 _DRAWN: dict[str, tuple[Callable[..., Any], str]] = {}
 _Drawing = TypeVar("_Drawing", bound=Callable[..., Any])
 
@@ -55,6 +56,20 @@ def draw(result: Any, *args: Any, **options: Any) -> go.Figure:
         raise LensError(f"{name} has no figure; its numbers are in .table()")
     function, of = _DRAWN[name]
     return function(result.table() if of == "table" else result, *args, **options)
+
+
+def viewer() -> Callable[..., Any]:
+    """What shows a trace outside the dashboard.
+
+    Raises:
+        LensError: the dashboard is not installed.
+    """
+    try:
+        return importlib.import_module(_VIEWER).view
+    except ModuleNotFoundError as error:
+        raise LensError(
+            f"the view needs {error.name}; install it with pip install 'attention-lens[dashboard]'"
+        ) from error
 
 
 def _load() -> None:

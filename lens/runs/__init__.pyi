@@ -8,3 +8,4 @@ from .folders import Run as Run
 from .folders import find_run as find_run
 from .folders import list_runs as list_runs
 from .folders import open_run as open_run
+from .own import add as add

@@ -15,7 +15,7 @@ import xarray as xr
 
 from lens.common.errors import LensError
 from lens.common.head_ids import AnyHead, HeadId, head_id, layers_in_words
-from lens.common.plots import draw
+from lens.common.plots import draw, viewer
 from lens.traces.arrays import labelled
 from lens.traces.html import trace_html
 from lens.traces.overlays import Overlay, Token, overlay
@@ -245,6 +245,19 @@ class AttentionTrace:
                 "which a trace does not keep, so there are no exact tiles; use block_mass"
             )
         return self._refusals[chosen]
+
+    def view(self, head: Any = None, *, layer: int | None = None, query: int | None = None) -> Any:
+        """The dashboard's map with its tokens; `.to_html(path)` writes it.
+
+        Args:
+            head: "L1H3", or a list of heads, which then share zoom, cursor and query.
+            layer: all heads of it instead.
+            query: token whose row is shown below; the last one if None.
+
+        Raises:
+            LensError: none of this name, or the dashboard is not installed.
+        """
+        return viewer()(self, head, layer=layer, query=query)
 
     def plot(self, head: AnyHead, **look: Any) -> go.Figure:
         """Block map of one head, as `lens.figures.block_map` draws it."""

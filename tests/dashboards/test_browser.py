@@ -49,10 +49,13 @@ def test_hover_shows_the_number_of_the_trace(page, address, run):
     page.goto(f"{address}/run/{run.id}/head/1/3?prompt=p002&q0=40&q1=80&k0=10&k1=50")
     ready(page)
     box = page.locator(".map-canvas").bounding_box()
-    side = page.evaluate("window.lensBlockMap.current.size().side")
+    plot = page.locator(".map-canvas").get_attribute("data-plot")
+    left, top, side = map(float, plot.split())
+    assert left > 64  # forty tokens have their names on the axes
     query, key = 61, 19
     page.mouse.move(
-        box["x"] + 64 + (key - 10 + 0.5) / 40 * side, box["y"] + 34 + (query - 40 + 0.5) / 40 * side
+        box["x"] + left + (key - 10 + 0.5) / 40 * side,
+        box["y"] + top + (query - 40 + 0.5) / 40 * side,
     )
     shown = page.locator(".map-tip")
     shown.wait_for()

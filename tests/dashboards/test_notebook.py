@@ -5,8 +5,9 @@ import re
 
 import numpy as np
 import pytest
-from lens_dashboards.notebook import answer_to, attention_map, make_widget
+from lens_dashboards.notebook import attention_map
 from lens_dashboards.raster import raster, row
+from lens_dashboards.widget import answer_to, make_widget
 
 import lens
 from lens.common.errors import LensError
@@ -34,10 +35,11 @@ def test_the_file_opens_offline_and_hover_shows_the_probability(browser, shown, 
     tab.wait_for_selector("#map[data-ready]")
     length = shown.trace.length
     box = tab.locator(".map-canvas").bounding_box()
-    side = min(box["width"] - 64 - 86, 620)
+    left, top, side = map(float, tab.locator(".map-canvas").get_attribute("data-plot").split())
     query, key = 45, 12
     tab.mouse.move(
-        box["x"] + 64 + side * (key + 0.5) / length, box["y"] + 34 + side * (query + 0.5) / length
+        box["x"] + left + side * (key + 0.5) / length,
+        box["y"] + top + side * (query + 0.5) / length,
     )
     tab.wait_for_selector(".map-tip:visible")
     expected = float(shown.trace.tile(1, 3, (query, query + 1), (key, key + 1))[0, 0])
@@ -143,3 +145,73 @@ def test_what_is_not_there_is_refused(shown):
         attention_map(shown.trace, 0, 0, query=61)
     with pytest.raises(LensError, match="at least 8 cells a side, got 2"):
         shown.to_html(cells=2)
+
+
+def test_heads_are_viewed_alone_together_or_by_layer(shown):
+    trace = shown.trace
+    assert repr(trace.view("L1H3", query=40)) == repr(shown)
+    assert trace.view((1, 3)).head == 3
+    heads = [(one.layer, one.head) for one in trace.view(["L0H1", "L1H2"]).maps]
+    assert heads == [(0, 1), (1, 2)]
+    layer = trace.view(layer=1)
+    assert [one.head for one in layer.maps] == list(range(trace.heads))
+    assert (
+        repr(layer) == "AttentionMaps(L1H0, L1H1, L1H2, L1H3, L1H4, L1H5 of text-lm-3l: 61 tokens)"
+    )
+    page = layer._repr_html_()
+    assert len(page) < 200_000
+    assert page.count("class=&quot;map&quot;") == trace.heads
+    for wrong, said in (
+        ({}, "view takes a head such as 'L1H3', several, or layer=1"),
+        ({"head": "L1H3", "layer": 1}, "view takes a head"),
+        ({"head": "L9H0"}, "L9H0"),
+        ({"layer": 9}, "9"),
+        ({"head": []}, "at most 64 heads are shown at once, got 0"),
+    ):
+        with pytest.raises(LensError, match=said):
+            trace.view(**wrong)
+
+
+@pytest.mark.browser
+def test_linked_maps_share_zoom_cursor_scale_and_query_and_name_few_tokens(
+    browser, shown, tmp_path
+):
+    file = tmp_path / "maps.html"
+    shown.trace.view(["L1H3", "L0H1"]).to_html(file)
+    tab = browser.new_page(viewport={"width": 1280, "height": 900})
+    problems = []
+    tab.on("console", lambda m: problems.append(m.text))
+    tab.on("pageerror", lambda error: problems.append(str(error)))
+    tab.goto(file.as_uri())
+    tab.wait_for_function("() => document.querySelectorAll('.map[data-ready]').length === 2")
+    ready = "[...document.querySelectorAll('.map')].map(map => map.dataset.ready)"
+    whole = tab.evaluate(ready)
+    first = tab.locator(".map-canvas").first
+    box = first.bounding_box()
+    left, top, side = map(float, first.get_attribute("data-plot").split())
+    middle = box["x"] + left + side / 4, box["y"] + top + side / 2
+    tab.mouse.move(*middle)
+    assert tab.locator(".map-tip:visible").count() == 2  # the cursor is on both
+    tab.mouse.wheel(0, 60)
+    tab.wait_for_timeout(300)
+    assert tab.evaluate(ready) == whole  # the page scrolls, the map does not
+    tab.evaluate("window.scrollTo(0, 0)")
+    tab.mouse.click(*middle)
+    tab.wait_for_function("() => document.querySelector('#strip').dataset.head === 'L1H3'")
+    tab.mouse.wheel(0, -200)
+    tab.wait_for_function(f"() => {ready}.every(one => !one.startsWith('tokens 0,61'))")
+    zoomed = tab.evaluate(ready)
+    assert zoomed[0] == zoomed[1] != whole[0]
+    first.focus()
+    for _ in range(2):
+        tab.keyboard.press("+")
+    tab.wait_for_function(
+        "() => Number(document.querySelector('.map-canvas').dataset.plot.split(' ')[0]) > 64"
+    )
+    tab.locator(".map-scale").first.select_option("rank")
+    assert tab.locator(".map-scale").last.input_value() == "rank"
+    colours = tab.evaluate("document.querySelector('.map-canvas').toDataURL()")
+    tab.locator(".map-scale").last.select_option("linear")
+    assert tab.evaluate("document.querySelector('.map-canvas').toDataURL()") != colours
+    assert problems == []
+    tab.close()

@@ -83,3 +83,22 @@ def test_what_is_outside_is_refused(trace):
         raster(trace, 0, 0, (200, 210, 0, 4))
     with pytest.raises(LensError, match="there is no query 101"):
         row(trace, 0, 0, 101)
+
+
+@pytest.mark.parametrize(("pooling", "reduce"), [("max", np.nanmax), ("mean", np.nanmean)])
+def test_more_tokens_than_cells_are_exact_probabilities_pooled(trace, monkeypatch, pooling, reduce):
+    whole = raster(trace, 1, 2).values
+    monkeypatch.setattr(module, "MOST_CELLS", 40)
+    monkeypatch.setattr(module, "_STRIP", 10)  # strips that do not fit the prompt
+    found = raster(trace, 1, 2, None, pooling)
+    assert (found.level, found.cell, found.values.shape) == ("pixels", 3, (34, 34))
+    assert (found.query_end, found.key_end) == (101, 101)
+    for row_, column in ((0, 0), (10, 4), (20, 20), (33, 33), (33, 2)):
+        cell = whole[3 * row_ : 3 * row_ + 3, 3 * column : 3 * column + 3]
+        assert found.values[row_, column] == pytest.approx(reduce(cell), rel=1e-5)
+    assert np.isnan(found.values[np.triu_indices(34, 1)]).all()
+    part = raster(trace, 1, 2, (20, 101, 3, 90), pooling)
+    assert part.level == "pixels"
+    assert part.values[1, 2] == pytest.approx(reduce(whole[23:26, 9:12]), rel=1e-5)
+    monkeypatch.setattr(module, "MOST_EXACT", 50)
+    assert raster(trace, 1, 2).level == "blocks"

@@ -9,6 +9,8 @@
 
   const FLOOR = 1e-6;
   const LEFT = 64, TOP = 34, RIGHT = 86, BOTTOM = 30;
+  const NAMED = 64, WIDE_LEFT = 124, WIDE_BOTTOM = 92; // tokens that have room for their names, and that room
+  const SCALES = [["log", "logarithmic colours"], ["linear", "linear colours"], ["rank", "colours by rank"]];
 
   class BlockMap {
     constructor(root, config) {
@@ -19,6 +21,8 @@
       this.view = null; // {q0, q1, k0, k1} in tokens, what is on the screen
       this.data = null; // {values, rows, columns, cell, query, key, ...}
       this.request = 0;
+      this.group = [this]; // maps that share zoom, cursor and query
+      this.active = false; // whether the wheel zooms without Ctrl: after a click, until the pointer leaves
       this.palette = paletteOf(config.palette);
       this.build(root);
       this.start();
@@ -31,6 +35,7 @@
       root.dataset.head = `L${this.config.layer}H${this.config.head}`;
       const bar = element("div", "map-bar");
       this.level = element("span", "map-level", "loading…");
+      if (this.config.small) bar.append(element("b", "map-name", root.dataset.head));
       this.pooling = element("select", "map-pooling");
       this.pooling.setAttribute("aria-label", "How several blocks become one cell");
       for (const [value, label] of [["max", "largest of the blocks"], ["mean", "mean of the blocks"]]) {
@@ -40,15 +45,29 @@
       }
       this.pooling.addEventListener("change", () => this.fetch());
       this.pooling.hidden = Boolean(this.config.held); // a file of its own was pooled when it was written
+      this.scale = element("select", "map-pooling map-scale");
+      this.scale.setAttribute("aria-label", "Scale of the colours");
+      for (const [value, label] of SCALES) {
+        const option = element("option", "", label);
+        option.value = value;
+        this.scale.append(option);
+      }
+      this.scale.addEventListener("change", () => {
+        for (const map of this.group) {
+          map.scale.value = this.scale.value;
+          if (map.data) { map.paint(); map.draw(); }
+        }
+      });
       const whole = button("show everything", () => this.show(0, this.length, 0, this.length));
       const save = button("PNG", () => this.save());
       const table = button("CSV", () => this.saveTable());
       const numbers = button("JSON", () => this.saveNumbers());
       const full = button("full screen", () => (document.fullscreenElement ? document.exitFullscreen() : root.requestFullscreen()));
       full.hidden = !document.fullscreenEnabled;
-      bar.append(this.level, this.pooling, whole, full, save, table, numbers);
+      bar.append(this.level, this.scale, this.pooling, whole, full, save, table, numbers);
       this.canvas = element("canvas", "map-canvas");
       this.canvas.tabIndex = 0;
+      this.canvas.title = "Wheel with Ctrl, or after a click, zooms; drag moves; click shows a row";
       this.canvas.setAttribute("role", "img");
       this.canvas.setAttribute("aria-label", "Attention map, being loaded");
       this.tip = element("div", "map-tip");
@@ -62,7 +81,7 @@
       this.canvas.addEventListener("pointerdown", (event) => this.onDown(event));
       this.canvas.addEventListener("pointermove", (event) => this.onMove(event));
       this.canvas.addEventListener("pointerup", (event) => this.onUp(event));
-      this.canvas.addEventListener("pointerleave", () => { this.tip.hidden = true; this.cursor = null; this.draw(); });
+      this.canvas.addEventListener("pointerleave", () => { this.active = false; this.tip.hidden = true; this.point(null); });
       this.canvas.addEventListener("dblclick", () => this.show(0, this.length, 0, this.length));
       this.canvas.addEventListener("keydown", (event) => this.onKey(event));
       this.root = root;
@@ -108,17 +127,53 @@
       keepLink(this.config, this.view, this.query, this.length);
     }
 
+    /* Room for the names of tokens where single ones are shown, and few enough. */
+    get isNamed() {
+      const most = this.config.small ? NAMED / 2 : NAMED;
+      return this.data && this.data.cell === 1 && this.view.k1 - this.view.k0 <= most;
+    }
+
+    get left() { return this.isNamed ? WIDE_LEFT - (this.config.small ? 34 : 0) : LEFT; }
+    get bottom() { return this.isNamed ? WIDE_BOTTOM - (this.config.small ? 20 : 0) : BOTTOM; }
+
+    /* How high each value stands on the scale, 0 to 1, and what is written beside the colours. */
+    levels() {
+      const { values } = this.data;
+      if (this.scale.value === "log") {
+        const low = Math.log10(FLOOR);
+        return {
+          of: (value) => (value <= FLOOR ? 0 : 1 - Math.log10(Math.min(value, 1)) / low),
+          marks: [[1, "1"], [2 / 3, "0.01"], [1 / 3, "1e-4"], [0, "≤ 1e-6"]],
+        };
+      }
+      const known = values.filter((value) => !Number.isNaN(value)).sort();
+      const most = known.length ? known[known.length - 1] : 1;
+      if (this.scale.value === "linear") {
+        return { of: (value) => (most > 0 ? value / most : 0), marks: [1, 0.75, 0.5, 0.25, 0].map((share) => [share, format(share * most)]) };
+      }
+      const last = Math.max(1, known.length - 1);
+      const below = (value) => { // how many are smaller
+        let a = 0, b = known.length;
+        while (a < b) { const middle = (a + b) >> 1; if (known[middle] < value) a = middle + 1; else b = middle; }
+        return a;
+      };
+      return {
+        of: (value) => below(value) / last,
+        marks: known.length ? [1, 0.75, 0.5, 0.25, 0].map((share) => [share, format(known[Math.round(share * (known.length - 1))])]) : [],
+      };
+    }
+
     /* Colours into an image of one pixel a cell; drawing scales it. */
     paint() {
       const { rows, columns, values } = this.data;
       const image = new ImageData(columns, rows);
       const pixels = new Uint32Array(image.data.buffer);
-      const low = Math.log10(FLOOR);
+      const levels = this.levels();
+      this.marks = levels.marks;
       for (let i = 0; i < values.length; i += 1) {
         const value = values[i];
         if (Number.isNaN(value)) continue; // transparent: nothing can be there
-        const share = value <= FLOOR ? 0 : 1 - Math.log10(Math.min(value, 1)) / low;
-        pixels[i] = this.palette[Math.round(share * 255)];
+        pixels[i] = this.palette[Math.round(clamp(levels.of(value), 0, 1) * 255)];
       }
       this.picture = document.createElement("canvas");
       this.picture.width = columns;
@@ -127,14 +182,14 @@
     }
 
     size() {
-      const width = Math.max(280, this.canvas.parentElement.clientWidth);
-      const most = document.fullscreenElement === this.root ? window.innerHeight - TOP - BOTTOM - 120 : 620;
-      const side = Math.min(width - LEFT - RIGHT, most);
-      return { width, height: side + TOP + BOTTOM, side };
+      const width = Math.max(this.config.small ? 200 : 280, this.canvas.parentElement.clientWidth);
+      const most = document.fullscreenElement === this.root ? window.innerHeight - TOP - this.bottom - 110 : this.config.small || 620;
+      const side = Math.min(width - this.left - RIGHT, most);
+      return { width, height: side + TOP + this.bottom, side };
     }
 
     /* token position -> pixel, and back */
-    x(key) { return LEFT + ((key - this.view.k0) / (this.view.k1 - this.view.k0)) * this.size().side; }
+    x(key) { return this.left + ((key - this.view.k0) / (this.view.k1 - this.view.k0)) * this.size().side; }
     y(query) { return TOP + ((query - this.view.q0) / (this.view.q1 - this.view.q0)) * this.size().side; }
     at(event) {
       const box = this.canvas.getBoundingClientRect();
@@ -142,9 +197,9 @@
       const px = event.clientX - box.left, py = event.clientY - box.top;
       return {
         px, py,
-        key: this.view.k0 + ((px - LEFT) / side) * (this.view.k1 - this.view.k0),
+        key: this.view.k0 + ((px - this.left) / side) * (this.view.k1 - this.view.k0),
         query: this.view.q0 + ((py - TOP) / side) * (this.view.q1 - this.view.q0),
-        inside: px >= LEFT && px < LEFT + side && py >= TOP && py < TOP + side,
+        inside: px >= this.left && px < this.left + side && py >= TOP && py < TOP + side,
       };
     }
 
@@ -156,16 +211,17 @@
       this.canvas.height = height * ratio;
       this.canvas.style.width = `${width}px`;
       this.canvas.style.height = `${height}px`;
+      this.canvas.dataset.plot = `${this.left} ${TOP} ${side}`; // where the map begins, and its side, in pixels
       const g = this.canvas.getContext("2d");
       g.setTransform(ratio, 0, 0, ratio, 0, 0);
       g.fillStyle = "#fff";
       g.fillRect(0, 0, width, height);
       g.save();
       g.beginPath();
-      g.rect(LEFT, TOP, side, side);
+      g.rect(this.left, TOP, side, side);
       g.clip();
       g.fillStyle = "#f4f5f7";
-      g.fillRect(LEFT, TOP, side, side);
+      g.fillRect(this.left, TOP, side, side);
       const d = this.data;
       const x0 = this.x(d.key[0]), x1 = this.x(d.key[0] + d.columns * d.cell);
       const y0 = this.y(d.query[0]), y1 = this.y(d.query[0] + d.rows * d.cell);
@@ -174,13 +230,13 @@
       if (this.query !== null && this.query !== undefined) {
         g.strokeStyle = "#c2410c";
         g.lineWidth = 1.5;
-        g.strokeRect(LEFT, this.y(this.query), side, Math.max(1, this.y(this.query + 1) - this.y(this.query)));
+        g.strokeRect(this.left, this.y(this.query), side, Math.max(1, this.y(this.query + 1) - this.y(this.query)));
       }
       if (this.cursor && this.cursor.inside) {
         g.strokeStyle = "rgba(28,36,48,.55)";
         g.lineWidth = 1;
         g.beginPath();
-        g.moveTo(LEFT, this.cursor.py); g.lineTo(LEFT + side, this.cursor.py);
+        g.moveTo(this.left, this.cursor.py); g.lineTo(this.left + side, this.cursor.py);
         g.moveTo(this.cursor.px, TOP); g.lineTo(this.cursor.px, TOP + side);
         g.stroke();
       }
@@ -195,14 +251,18 @@
       g.fillStyle = "#4a5462";
       g.strokeStyle = "#c9ced6";
       g.lineWidth = 1;
-      g.strokeRect(LEFT + .5, TOP + .5, side - 1, side - 1);
+      g.strokeRect(this.left + .5, TOP + .5, side - 1, side - 1);
       g.textBaseline = "top";
       g.textAlign = "center";
-      for (const t of ticks(this.view.k0, this.view.k1)) g.fillText(String(t), this.x(t), TOP + side + 5);
-      g.fillText("key", LEFT + side / 2, TOP + side + 17);
+      if (this.isNamed) this.drawNames(g, side);
+      else for (const t of ticks(this.view.k0, this.view.k1)) g.fillText(String(t), this.x(t), TOP + side + 5);
+      g.font = "11px Inter, 'Helvetica Neue', Arial, sans-serif";
+      g.textAlign = "center";
+      g.textBaseline = "top";
+      g.fillText("key", this.left + side / 2, TOP + side + this.bottom - 13);
       g.textAlign = "right";
       g.textBaseline = "middle";
-      for (const t of ticks(this.view.q0, this.view.q1)) g.fillText(String(t), LEFT - 6, this.y(t));
+      if (!this.isNamed) for (const t of ticks(this.view.q0, this.view.q1)) g.fillText(String(t), this.left - 6, this.y(t));
       g.save();
       g.translate(12, TOP + side / 2);
       g.rotate(-Math.PI / 2);
@@ -213,15 +273,32 @@
       const most = Math.max(...sums, 1e-12);
       g.fillStyle = "#355f8d";
       for (let c = 0; c < sums.length; c += 1) {
-        const a = Math.max(LEFT, this.x(this.data.key[0] + c * this.data.cell));
-        const b = Math.min(LEFT + side, this.x(this.data.key[0] + (c + 1) * this.data.cell));
+        const a = Math.max(this.left, this.x(this.data.key[0] + c * this.data.cell));
+        const b = Math.min(this.left + side, this.x(this.data.key[0] + (c + 1) * this.data.cell));
         const h = (sums[c] / most) * (TOP - 8);
         if (b > a) g.fillRect(a, TOP - 2 - h, Math.max(b - a, .75), h);
       }
     }
 
+    /* Every token of the rectangle on both axes. */
+    drawNames(g, side) {
+      const cell = side / (this.view.k1 - this.view.k0);
+      g.font = `${clamp(Math.floor(cell), 7, 12)}px Inter, 'Helvetica Neue', Arial, sans-serif`;
+      g.textBaseline = "middle";
+      g.textAlign = "right";
+      const queries = this.config.queries || this.tokens;
+      for (let q = this.view.q0; q < this.view.q1; q += 1) g.fillText(brief(queries[q]), this.left - 5, this.y(q + 0.5), this.left - 26);
+      for (let k = this.view.k0; k < this.view.k1; k += 1) {
+        g.save();
+        g.translate(this.x(k + 0.5), TOP + side + 5);
+        g.rotate(-Math.PI / 2);
+        g.fillText(brief(this.tokens[k]), 0, 0, this.bottom - 22);
+        g.restore();
+      }
+    }
+
     drawScale(g, side) {
-      const x = LEFT + side + 16;
+      const x = this.left + side + 16;
       for (let i = 0; i < side; i += 1) {
         g.fillStyle = css(this.palette[255 - Math.round((i / side) * 255)]);
         g.fillRect(x, TOP + i, 12, 1.5);
@@ -229,22 +306,20 @@
       g.fillStyle = "#4a5462";
       g.textAlign = "left";
       g.textBaseline = "middle";
-      for (const [power, text] of [[0, "1"], [-2, "0.01"], [-4, "1e-4"], [-6, "≤ 1e-6"]]) {
-        g.fillText(text, x + 16, TOP + (power / -6) * side);
-      }
+      for (const [share, text] of this.marks || []) g.fillText(text, x + 16, TOP + (1 - share) * side);
       g.textBaseline = "bottom";
-      g.fillText(this.data.level === "tokens" ? "probability" : "block mass", x - 12, TOP - 10);
+      g.fillText(isExact(this.data) ? "probability" : "block mass", x - 12, TOP - 10);
     }
 
     describe() {
       const d = this.data;
       const size = d.cell === 1 ? "one token a cell, exact probabilities"
         : d.level === "blocks" ? `${d.cell} tokens a cell, block mass`
-        : `${d.cell} tokens a cell, ${d.pooling === "max" ? "largest" : "mean"} block mass of each`;
+        : `${d.cell} tokens a cell, ${d.pooling === "max" ? "largest" : "mean"} ${isExact(d) ? "probability" : "block mass"} of each`;
       const first = d.variant === "sink_excluded" ? ", first token left out"
         : this.config.variant === "sink_excluded" ? "; blocks count the first token, zoom in to leave it out" : "";
       this.level.textContent = size + first;
-      this.pooling.hidden = d.level !== "pooled";
+      this.pooling.hidden = !["pooled", "pixels"].includes(d.level) || Boolean(this.config.held);
       let best = -1;
       for (let i = 0; i < d.values.length; i += 1) {
         if (!(d.values[i] <= (best < 0 ? -1 : d.values[best]))) if (!Number.isNaN(d.values[i])) best = i;
@@ -271,9 +346,27 @@
         this.moved = this.moved || Math.abs(at.px - this.drag.px) + Math.abs(at.py - this.drag.py) > 4;
         if (this.moved) this.shift((this.drag.px - at.px) * scale, (this.drag.py - at.py) * scale, this.drag.view);
       }
-      this.cursor = at;
-      this.draw();
+      this.point(at);
       this.hover(at);
+    }
+
+    /* The cursor, on every map of the group at the same pair of tokens. */
+    point(at) {
+      for (const map of this.group) {
+        map.cursor = at && map.data ? { ...at, px: map.x(at.key), py: map.y(at.query) } : null;
+        map.draw();
+        if (map !== this) { if (map.cursor) map.hover(map.cursor); else map.tip.hidden = true; }
+      }
+    }
+
+    /* The same rectangle on the other maps of the group. */
+    tell(now) {
+      for (const map of this.group) {
+        if (map === this || !map.data) continue;
+        map.view = { ...this.view };
+        map.draw();
+        if (now) map.fetch(); else map.later();
+      }
     }
 
     hover(at) {
@@ -298,6 +391,7 @@
       const at = this.at(event);
       if (!at.inside) return;
       this.canvas.setPointerCapture(event.pointerId);
+      this.active = true;
       this.drag = { px: at.px, py: at.py, view: { ...this.view } };
       this.moved = false;
     }
@@ -312,6 +406,7 @@
     }
 
     onWheel(event) {
+      if (!event.ctrlKey && !event.metaKey && !this.active) return; // the page scrolls
       event.preventDefault();
       const at = this.at(event);
       if (!at.inside || !this.data) return;
@@ -341,6 +436,7 @@
       const q0 = clamp(Math.round(from.q0 + queries), 0, this.length - height);
       this.view = { q0, q1: q0 + height, k0, k1: k0 + width };
       this.draw();
+      this.tell();
     }
 
     zoom(factor, query, key) {
@@ -351,12 +447,14 @@
       this.view = { q0, q1: q0 + size, k0, k1: k0 + size };
       this.draw();
       this.later();
+      this.tell();
     }
 
     show(q0, q1, k0, k1) {
       this.view = { q0, q1, k0, k1 };
       this.draw();
       this.fetch();
+      this.tell(true);
     }
 
     later() {
@@ -368,9 +466,9 @@
     async shade(query) {
       const strip = this.config.strip || document.getElementById("strip");
       if (!strip) return;
+      if (this.group.length > 1) strip.dataset.head = this.root.dataset.head;
       if (query >= this.length) query = this.length - 1;
-      this.query = query;
-      this.draw();
+      for (const map of this.group) { map.query = query; map.draw(); }
       keepLink(this.config, this.view, query, this.length);
       let values;
       try {
@@ -379,7 +477,7 @@
         strip.replaceChildren(element("p", "small", `Rows cannot be shown: ${error.message}`));
         return;
       }
-      drawStrip(strip, this.tokens, values, query, (q) => this.shade(q));
+      drawStrip(strip, this.tokens, values, query, (q) => this.shade(q), this.group.length > 1 ? `${this.root.dataset.head}: query` : "Query");
     }
 
     save() {
@@ -391,7 +489,7 @@
 
     saveTable() {
       const d = this.data;
-      const lines = [`query_start,key_start,cell,${d.level === "tokens" ? "probability" : "block_mass"}`];
+      const lines = [`query_start,key_start,cell,${isExact(d) ? "probability" : "block_mass"}`];
       for (let r = 0; r < d.rows; r += 1) {
         for (let c = 0; c < d.columns; c += 1) {
           const value = d.values[r * d.columns + c];
@@ -425,14 +523,14 @@
   }
 
   /* Tokens around the strongest keys of a row, each shaded by its probability. */
-  function drawStrip(strip, tokens, values, query, choose) {
+  function drawStrip(strip, tokens, values, query, choose, name) {
     const reach = 600;
     const first = Math.max(0, Math.min(query - reach + 1, tokens.length - reach));
     const last = Math.min(tokens.length, Math.max(first + reach, query + 1));
     const strongest = Array.from(values.keys()).filter((i) => !Number.isNaN(values[i]))
       .sort((a, b) => values[b] - values[a]).slice(0, 5);
     const head = element("p", "small");
-    head.append(`Query ${query} `, element("b", "", quoted(tokens[query])), " looks at ");
+    head.append(`${name} ${query} `, element("b", "", quoted(tokens[query])), " looks at ");
     strongest.forEach((key, rank) => {
       head.append(rank ? ", " : "", element("b", "", quoted(tokens[key])), ` (${key}) ${format(values[key])}`);
     });
@@ -583,6 +681,8 @@
   const clamp = (value, low, high) => Math.max(low, Math.min(high, value));
   const format = (value) => (value === 0 ? "0" : value >= 0.001 ? value.toPrecision(4) : value.toExponential(3));
   const shown = (token) => token.replace(/\n/g, "⏎").replace(/\t/g, "⇥") || "∅";
+  const brief = (token) => { const text = token === undefined ? "" : shown(token); return text.length > 16 ? `${text.slice(0, 15)}…` : text; };
+  const isExact = (d) => d.level === "tokens" || d.level === "pixels";
   const quoted = (token) => (token === undefined ? "" : `“${shown(token)}”`);
 
   function element(tag, className, text) {
@@ -599,10 +699,25 @@
     return made;
   }
 
+  /* Several maps of one prompt with one zoom, one cursor and one query. */
+  function link(maps) {
+    for (const map of maps) map.group = maps;
+    return maps;
+  }
+
   let current = null;
   window.lensBlockMap = {
     paletteOf,
     heldSource,
+    link,
+    /* The maps of a page that holds its numbers: one, or several that are linked. */
+    open(held, roots) {
+      const maps = held.maps.map((one, at) => new BlockMap(roots[at], {
+        ...one.config, held: true, small: held.maps.length > 1 ? held.side : 0,
+        source: heldSource({ ...one, tokens: held.tokens }),
+      }));
+      return link(maps);
+    },
     make: (root, config) => new BlockMap(root, config),
     mount(root, config) {
       if (current) current.close();

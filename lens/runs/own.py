@@ -1,0 +1,134 @@
+"""`add`: a user's own number for each head as a section of a run: table, picture, run folder, report and page."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pandas as pd
+from numpy.typing import ArrayLike
+
+from lens.common.errors import LensError
+from lens.common.head_ids import head_columns
+from lens.figures.columns import column_grid
+from lens.runs.folders import Run
+from lens.runs.headlines import Headline, highest
+from lens.runs.sections import Section
+from lens.runs.writer import RunWriter
+from lens.stats.intervals import columns
+
+_OWN = "own numbers"
+_TAKEN = ("name", "layer", "head", "n")
+
+
+def add(
+    run: Run,
+    name: str,
+    values: ArrayLike,
+    definition: str,
+    *,
+    title: str = "",
+    unit: str = "",
+    seed: int = 0,
+) -> Section:
+    """Put numbers of your own, one for each head, into a run: its pages and reports show them as any other's.
+
+    Args:
+        run: a finished run of the model that they are of.
+        name: of the section and of the column: small letters, digits and underscores.
+        values: [layer, head], or [layer, head, prompt] for means with 95 % intervals over prompts; a row for each
+            layer with heads; NaN: not known.
+        definition: what the number says, in a sentence with its unit.
+        title: heading of its page; made of the name if "".
+        unit: such as "nats".
+        seed: of the bootstrap.
+
+    Returns:
+        The section; numbers that were added under this name before are replaced.
+
+    Raises:
+        LensError: another shape than the run's model has, no number at all, no definition, a name that an analysis of
+            the run has, or a run that is being written.
+
+    Example:
+        >>> run = lens.runs.open_run(folder)
+        >>> section = lens.runs.add(run, "doubt", np.random.rand(3, 6), "How far I doubt this head, 0 to 1.")
+        >>> section.title
+        'Doubt'
+    """
+    layers = _layers(run)
+    numbers = _checked(run, name, values, definition, len(layers))
+    heads = head_columns((layer, head) for layer in layers for head in range(numbers.shape[1]))
+    table = pd.DataFrame({**heads, **columns(name, numbers, seed), "n": numbers.shape[2]})
+    section = Section(
+        name=name,
+        title=title or name.replace("_", " ").capitalize(),
+        summary=tuple(one.text for one in _told(table, name, unit)),
+        limits=("These numbers were added by hand: how they were measured is not known here.",),
+        columns={
+            "name": "The head.",
+            "layer": "Layer, by the model's own number.",
+            "head": "Head of the layer, from 0.",
+            name: definition,
+            f"{name}_low": f"Low end of the 95 % interval of {name}.",
+            f"{name}_high": f"High end of the 95 % interval of {name}.",
+            "n": "Number of prompts.",
+        },
+        configuration={"kind": _OWN, "unit": unit, "seed": seed},
+        tables={"heads": table},
+        figures={"grid": column_grid(table, name)},
+        headlines=_told(table, name, unit),
+    )
+    RunWriter(run.path, run.meta, resumed=True).record(*section.save(run.path))
+    return section
+
+
+def _layers(run: Run) -> list[int]:
+    model = run.meta["model"]
+    return list(map(int, model.get("attending") or range(model["layers"])))
+
+
+def _checked(run: Run, name: str, values: ArrayLike, definition: str, layers: int) -> np.ndarray:
+    """The numbers as [layer, head, prompt].
+
+    Raises:
+        LensError: as `add`.
+    """
+    if run.status == "started":
+        raise LensError(f"{run.path} is being computed right now; add to it when it is done")
+    if not definition.strip():
+        raise LensError("definition must say in a sentence what the number is, got none")
+    if name in _TAKEN:
+        raise LensError(f"{name} is what another column is called; choose another name")
+    if name in run.sections and run.section(name).configuration.get("kind") != _OWN:
+        raise LensError(f"run {run.id} has an analysis {name!r}; choose another name")
+    try:
+        numbers = np.asarray(values, dtype=float)
+    except (TypeError, ValueError):
+        raise LensError("values must be numbers, [layer, head] or [layer, head, prompt]") from None
+    heads = run.meta["model"]["heads"]
+    if numbers.ndim not in (2, 3) or numbers.shape[:2] != (layers, heads):
+        raise LensError(
+            f"values must be [{layers} layers, {heads} heads], with prompts as a third axis if there are several, "
+            f"got the shape {list(numbers.shape)}"
+        )
+    numbers = numbers.reshape(layers, heads, -1)
+    if numbers.shape[2] == 0 or np.isnan(numbers).all() or np.isinf(numbers).any():
+        raise LensError("values must be finite numbers, NaN where a head has none, and not all NaN")
+    return numbers
+
+
+def _told(table: pd.DataFrame, name: str, unit: str) -> tuple[Headline, ...]:
+    """The highest head beside the median one."""
+    try:
+        best, fields = highest(table[name], table[f"{name}_low"], table[f"{name}_high"])
+    except LensError:  # one head alone
+        return ()
+    low, high = fields["low"], fields["high"]
+    ends = "" if math.isnan(low) else f" [{low:.3g}, {high:.3g}]"
+    words = name.replace("_", " ").capitalize()
+    text = (
+        f"{words} is highest in {table['name'][best]}: {fields['value']:.3g}{ends}; the median head has "
+        f"{fields['baseline']:.3g}."
+    )
+    return (Headline(text, **fields, against="the median head", unit=unit, figure="grid"),)
