@@ -18,8 +18,7 @@ from lens_dashboards.circuit_groups import named_groups
 from lens_dashboards.head_columns import head_columns
 from lens_dashboards.library import Library
 from lens_dashboards.library import section as read_section
-from lens_dashboards.notebook import header
-from lens_dashboards.raster import raster, row
+from lens_dashboards.raster import header, raster, row
 
 _MOST_REPORT = 2**28
 _ATLAS = ("layers", "heads", "rows", "columns")

@@ -25,12 +25,12 @@ from lens.common.errors import LensError
 from lens.common.head_ids import AnyHead
 from lens.common.results import few
 from lens.traces.trace import AttentionTrace
-from lens_dashboards.raster import MOST_CELLS, Raster, pool, raster
+from lens_dashboards.raster import MOST_CELLS, Raster, header, pool, raster
+from lens_dashboards.widget import ASSETS, make_widget
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-ASSETS = Path(__file__).parent / "assets"
 _INLINE_CELLS = 160  # a side, of the map that a notebook keeps: about 130 kB
 _HEIGHT = 860  # pixels of it
 _LINKED_CELLS = 256  # a side, of each of several maps
@@ -107,8 +107,6 @@ class AttentionMap:
         Raises:
             LensError: anywidget is not installed.
         """
-        from lens_dashboards.widget import make_widget
-
         return make_widget(self)
 
     def _repr_html_(self) -> str:
@@ -259,7 +257,7 @@ def _page(title: str, maps: list[AttentionMap], path: str | Path | None, cells: 
         maps="".join(places),
         style=(ASSETS / "style.css").read_text(encoding="utf-8"),
         script=(ASSETS / "blockmap.js").read_text(encoding="utf-8"),
-        held=json.dumps(held).replace("<", "\u003c"),
+        held=json.dumps(held).replace("<", "\\u003c"),
     )
     if path is not None:
         Path(path).write_text(page, encoding="utf-8")
@@ -291,20 +289,3 @@ def attention_map(
     if query is not None and not 0 <= query < trace.length:
         raise LensError(f"the prompt has tokens 0 to {trace.length - 1}; there is no query {query}")
     return AttentionMap(trace, layer, head, query)
-
-
-def header(trace: AttentionTrace, found: Raster, pooling: str = "max") -> dict[str, Any]:
-    """What the script must know about a rectangle beside its numbers."""
-    rows, columns = found.values.shape
-    return {
-        "rows": rows,
-        "columns": columns,
-        "level": found.level,
-        "cell": found.cell,
-        "query": [found.query_start, found.query_end],
-        "key": [found.key_start, found.key_end],
-        "length": trace.length,
-        "block": trace.attrs["block_size"],
-        "pooling": pooling,
-        "variant": found.variant,
-    }

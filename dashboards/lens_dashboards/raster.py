@@ -7,7 +7,7 @@ block mass as captured, and `pooled`: where it has more blocks than cells, the l
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -163,3 +163,20 @@ def blank(values: np.ndarray, trace: AttentionTrace, q0: int, k0: int, cell: int
     rows, columns = (np.arange(length) * cell for length in values.shape)
     last_query = np.minimum(q0 + rows + cell - 1, trace.length - 1)
     return np.where(k0 + columns[None] > last_query[:, None], np.float32(np.nan), values)
+
+
+def header(trace: AttentionTrace, found: Raster, pooling: str = "max") -> dict[str, Any]:
+    """What the script must know about a rectangle beside its numbers."""
+    rows, columns = found.values.shape
+    return {
+        "rows": rows,
+        "columns": columns,
+        "level": found.level,
+        "cell": found.cell,
+        "query": [found.query_start, found.query_end],
+        "key": [found.key_start, found.key_end],
+        "length": trace.length,
+        "block": trace.attrs["block_size"],
+        "pooling": pooling,
+        "variant": found.variant,
+    }

@@ -2,13 +2,41 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 
 from lens.common.errors import LensError
-from lens_dashboards.notebook import ASSETS, AttentionMap, header
-from lens_dashboards.raster import raster, row
+from lens.traces.trace import AttentionTrace
+from lens_dashboards.raster import header, raster, row
+
+ASSETS = Path(__file__).parent / "assets"
+
+
+class Shown(Protocol):
+    """The map that a widget shows: one head of one trace."""
+
+    @property
+    def trace(self) -> AttentionTrace:
+        """With the numbers."""
+        ...
+
+    @property
+    def layer(self) -> int:
+        """Of the head."""
+        ...
+
+    @property
+    def head(self) -> int:
+        """In its layer."""
+        ...
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What the script is told."""
+        ...
+
 
 _WIDGET = """
 %s
@@ -53,7 +81,7 @@ export default {
 """
 
 
-def make_widget(shown: AttentionMap) -> Any:
+def make_widget(shown: Shown) -> Any:
     """The widget of `AttentionMap.widget`.
 
     Raises:
@@ -91,7 +119,7 @@ def make_widget(shown: AttentionMap) -> Any:
     return widget
 
 
-def answer_to(shown: AttentionMap, message: dict[str, Any]) -> tuple[dict[str, Any], np.ndarray]:
+def answer_to(shown: Shown, message: dict[str, Any]) -> tuple[dict[str, Any], np.ndarray]:
     """Header and numbers that the script asked for: a rectangle or a row.
 
     Raises:

@@ -172,6 +172,16 @@ def test_heads_are_viewed_alone_together_or_by_layer(shown):
             trace.view(**wrong)
 
 
+def test_a_token_cannot_end_the_script_that_holds_it(shown, monkeypatch):
+    evil = "</script><script>alert(1)</script>"
+    names = [evil, *shown.trace.tokens[1:]]
+    monkeypatch.setattr(type(shown.trace), "tokens", property(lambda _: names))
+    assert shown.trace.view("L1H3")._held(64)
+    assert evil not in shown.trace.view("L1H3").to_html()
+    assert evil not in shown.trace.view(layer=1).to_html()
+    assert "alert(1)" in shown.trace.view("L1H3").to_html()
+
+
 @pytest.mark.browser
 def test_linked_maps_share_zoom_cursor_scale_and_query_and_name_few_tokens(
     browser, shown, tmp_path
