@@ -10,7 +10,7 @@ from torch import nn
 import lens
 from lens.common.errors import LensError
 from lens.heads import importance
-from lens.heads.measures.methods import BASELINES, Baseline, Method
+from lens.heads.measures import methods
 from lens.heads.measures.scores import HeadScores, Intervention
 from lens.heads.pruning import ablate
 from lens.passes.head_outputs import read_heads, with_gradients
@@ -388,11 +388,11 @@ def test_resampling_draws_every_other_prompt_once():
     assert len({tuple(rows) for rows in drawn}) > 1
 
 
-@pytest.mark.parametrize("method", get_args(Method))
+@pytest.mark.parametrize("method", get_args(methods.Method))
 def test_a_method_knows_the_baselines_of_the_table_and_no_others(method):
     model = lens.load("induction-2l")
     task = lens.tasks.induction(model, n=2, length=4, metric="loss")
-    assert set(BASELINES) == set(get_args(Method))
-    for baseline in set(get_args(Baseline)) - set(BASELINES[method]):
+    assert set(methods.BASELINES) == set(get_args(methods.Method))
+    for baseline in set(get_args(methods.Baseline)) - set(methods.BASELINES[method]):
         with pytest.raises(LensError, match=f"method='{method}' .*, got the baseline '{baseline}'"):
             importance(model, task, method=method, baseline=baseline, progress=False)
