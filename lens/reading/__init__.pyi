@@ -6,3 +6,4 @@ from .judging import faithfulness as faithfulness
 from .perturbing import adversary as adversary
 from .perturbing import perturb as perturb
 from .removing import removal as removal
+from .retrieving import retrieval as retrieval
