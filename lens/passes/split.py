@@ -168,14 +168,9 @@ def processes(group: Any) -> Processes:
         LensError: torch.distributed was not started, or the group is not of this process.
     """
     try:
-        links = Processes(group)
+        return Processes(group)
     except (ValueError, RuntimeError, TypeError, KeyError, AttributeError) as error:
         raise LensError(f"group=: {error}") from error
-    if links.rank < 0:
-        raise LensError(
-            "group=: this process is not in the group; call capture in its members only"
-        )
-    return links
 
 
 def check_split(model: LoadedModel, prompt: Prompt, links: Processes) -> None:
@@ -193,7 +188,7 @@ def check_split(model: LoadedModel, prompt: Prompt, links: Processes) -> None:
             f"{name} takes no position_ids, so its tokens cannot be split over processes; leave group out"
         )
     check_length_matters_not(model, len(prompt.ids), "group=")
-    _check_same(prompt.ids, links)
+    _check_same(prompt.ids, links, model.device)
     ids = prompt.ids[: max(_PROBE, 4 * links.size)]
     split = Split(ids, 1, links, model.device)
     with torch.no_grad():
@@ -212,9 +207,9 @@ def check_split(model: LoadedModel, prompt: Prompt, links: Processes) -> None:
         )
 
 
-def _check_same(ids: Sequence[int], links: Processes) -> None:
+def _check_same(ids: Sequence[int], links: Processes, device: torch.device) -> None:
     digest = hashlib.sha256(repr(list(ids)).encode()).digest()
-    own = torch.tensor([len(ids), int.from_bytes(digest[:7], "big")])
+    own = torch.tensor([len(ids), int.from_bytes(digest[:7], "big")], device=device)
     if any(not torch.equal(one, own) for one in links.gather(own, [own.shape] * links.size)):
         raise LensError("group=: the processes were given different prompts; give all the same")
 

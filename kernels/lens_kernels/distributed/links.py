@@ -65,7 +65,7 @@ class Processes:
     """The links of a process group of torch.distributed (gloo, nccl).
 
     Raises:
-        ValueError: torch.distributed was not started.
+        ValueError: torch.distributed was not started, or this process is not in the group.
     """
 
     def __init__(self, group: Any = None) -> None:
@@ -76,6 +76,8 @@ class Processes:
             )
         self._group = group
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        if self.rank < 0:
+            raise ValueError("this process is not in the group; only its members may take part")
         self.messages: list[Message] = []
         self._step = 0
 
