@@ -28,7 +28,6 @@ USABLE = 0.05
 """A cached LSE serves where 99 % of rows have `|exp(drift) - 1|` below this."""
 
 MAP_METRICS = ("jaccard", "recall", "efficiency", "js", "correlation")
-LSE_METRICS = ("drift", "drift_std", "drift_p99", "mass_error_p99")
 
 
 @dataclass(frozen=True, repr=False, eq=False)
