@@ -240,13 +240,27 @@ def _shapes(
     grid = grid_of(config, inputs if "pixel_values" in inputs else _configured(vision))
     if grid is None:
         return [], "neither pictures nor configuration give their patches; give grid"
-    ratio = getattr(config, "downsample_ratio", 1)  # InternVL joins neighbouring patches
-    height, width = (int(side * ratio) for side in grid)
-    if not height * width or total % (height * width):
-        return [], (
-            f"{total} image tokens are no multiple of the {height} × {width} of the pictures; give grid"
-        )
-    return [(height, width)] * (total // (height * width)), ""
+    height, width = grid
+    values = inputs.get("pixel_values")
+    pictures = None  # or tiles, of [(prompts,) pictures, channels, height, width]
+    if isinstance(values, torch.Tensor) and values.dim() > 3:
+        pictures = int(values.shape[:-3].numel())
+    # models join neighbouring patches into one token; without the pictures only as the configuration says it
+    joined = (
+        1,
+        round(1 / getattr(config, "downsample_ratio", 1)),
+        getattr(config, "scale_factor", 1),
+    )
+    for side in range(1, min(grid) + 1):
+        if height % side or width % side or (pictures is None and side not in joined):
+            continue
+        count, rest = divmod(total, (height // side) * (width // side))
+        if count and not rest and pictures in (None, count):
+            return [(height // side, width // side)] * count, ""
+    return [], (
+        f"{total} image tokens are no multiple of the {height} × {width} of the pictures, whole or joined in squares; "
+        "give grid"
+    )
 
 
 def _configured(vision: Any) -> dict[str, torch.Tensor]:

@@ -7,7 +7,7 @@ import torch
 import lens
 from lens.common.errors import LensError
 from lens.sinks.activations.dims_agreement import DimsAgreement
-from tests.lens.vision_models import BUILDERS, HEADS, LAYERS, SYSTEM, build, planted
+from tests.lens.vision_models import CAUSAL, HEADS, LAYERS, SYSTEM, build, planted
 
 
 def test_rates_of_a_small_case_by_hand():
@@ -29,7 +29,7 @@ def test_rates_of_a_small_case_by_hand():
     assert nothing.findings() == ("No token of small reaches phi = 20 in any layer.",)
 
 
-@pytest.mark.parametrize("name", list(BUILDERS))
+@pytest.mark.parametrize("name", CAUSAL)
 def test_marks_and_received_attention_are_those_of_the_model(name):
     network, inputs, _ = build(name)
     model = lens.load(network)

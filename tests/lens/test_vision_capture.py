@@ -34,7 +34,7 @@ def test_the_trace_is_of_the_language_model_and_knows_its_segments(name, tmp_pat
     assert trace.received.shape == (LAYERS, HEADS, tokens)
     expected = torch.stack(maps)[:, 0].sum(-2)
     assert rms_ratio(torch.tensor(trace.received.values), expected) < 1e-4
-    blank = {**inputs, "pixel_values": torch.zeros_like(inputs["pixel_values"])}
+    blank = {**inputs, "pixel_values": torch.full_like(inputs["pixel_values"], 0.5)}
     other = lens.capture(model, blank, progress=False)  # the image is looked at
     assert rms_ratio(torch.tensor(other.received.values), expected) > 1e-2
     lens.capture(model, inputs, out=tmp_path / "trace", progress=False)
@@ -106,6 +106,17 @@ def test_segments_are_drawn_where_they_lie():
     assert list(bars["image"].y) == ["prompt 0", "prompt 1", "prompt 1"]
 
 
+def test_tiles_have_grids_of_their_own():
+    network, inputs, (height, width) = build("idefics3")
+    ids, pixels = inputs["input_ids"], inputs["pixel_values"]
+    image = ids[:, SYSTEM : SYSTEM + height * width]
+    two = torch.cat([ids[:, : SYSTEM + height * width], ids[:, :1], image, ids[:, -QUESTION:]], 1)
+    found = lens.vision.segments(
+        lens.load(network), {"input_ids": two, "pixel_values": torch.cat([pixels, pixels], 1)}
+    )
+    assert found.grids == ((0, SYSTEM, 3, 3), (0, SYSTEM + 10, 3, 3))
+
+
 @pytest.mark.parametrize("name", list(BUILDERS))
 def test_capture_segments_sink_dimensions_var_and_its_effect(name):
     """The whole chain; the planted activation is the sink that it finds and moves."""
@@ -117,6 +128,13 @@ def test_capture_segments_sink_dimensions_var_and_its_effect(name):
         image = lens.vision.trace_segments(trace).keys("image")
         dims = lens.sinks.dims(model, inputs, tau=4.0).dims
         assert dims[0] == DIM
+        if name in ("paligemma", "gemma3"):
+            with (
+                pytest.raises(LensError, match="VAR is defined for causal models"),
+                lens.edit(model, lens.edits.Var(image, dims=dims[:1], tau=4.0)),
+            ):
+                network(**inputs)
+            return
         options = {"dims": dims[:1], "tau": 4.0, "rho": 0.0, "least_visual": 0.1}
         with lens.edit(model, lens.edits.Var(image, **options)) as (edit,), torch.no_grad():
             network(**inputs)

@@ -20,7 +20,7 @@ from lens.traces.segments import SYSTEM as SYSTEM_KIND
 from lens.traces.segments import TEXT as TEXT_KIND
 from tests.lens.naive import rms_ratio
 from tests.lens.vision_models import (
-    BUILDERS,
+    CAUSAL,
     LAYERS,
     QUESTION,
     SYSTEM,
@@ -66,7 +66,7 @@ def an_edit(tokens):
     return hidden
 
 
-@pytest.mark.parametrize("name", list(BUILDERS))
+@pytest.mark.parametrize("name", CAUSAL)
 def test_hidden_edges_are_those_of_the_text_alone(name):
     network, inputs, _ = build(name)
     model = lens.load(network)
@@ -104,7 +104,7 @@ def test_hidden_edges_are_those_of_the_text_alone(name):
     assert visible[-1] == 1
 
 
-@pytest.mark.parametrize("name", list(BUILDERS))
+@pytest.mark.parametrize("name", CAUSAL)
 def test_sinks_and_controls_of_a_planted_activation(name):
     network, inputs, _ = build(name)
     model = lens.load(network)

@@ -1,4 +1,4 @@
-"""Small vision-language models with random weights: LLaVA, Qwen2-VL and InternVL in shape."""
+"""Small vision-language models with random weights, in the shapes of seven families."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -88,7 +88,92 @@ def _internvl():
     return transformers.InternVLForConditionalGeneration(config), (3, 3)
 
 
-BUILDERS = {"llava": _llava, "qwen2_vl": _qwen2_vl, "internvl": _internvl}
+def _qwen3_vl():
+    config = transformers.Qwen3VLConfig(
+        vision_config={
+            "depth": 2,
+            "hidden_size": 32,
+            "intermediate_size": 40,
+            "out_hidden_size": WIDTH,
+            "num_heads": 4,
+            "patch_size": 2,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 1,
+            "num_position_embeddings": 64,
+            "deepstack_visual_indexes": [0],
+        },
+        text_config={
+            **TEXT,
+            "head_dim": 8,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "mrope_section": [2, 1, 1],
+                "mrope_interleaved": True,
+            },
+        },
+        image_token_id=IMAGE,
+        video_token_id=91,
+        vision_start_token_id=92,
+        vision_end_token_id=93,
+    )
+    return transformers.Qwen3VLForConditionalGeneration(config), (3, 5)
+
+
+def _siglip(side, patch=4):
+    return {
+        "hidden_size": 32,
+        "intermediate_size": 40,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "image_size": side,
+        "patch_size": patch,
+    }
+
+
+def _paligemma():
+    config = transformers.PaliGemmaConfig(
+        vision_config={**_siglip(16), "model_type": "siglip_vision_model", "projection_dim": WIDTH},
+        text_config={**TEXT, "head_dim": 8, "model_type": "gemma"},
+        image_token_index=IMAGE,
+        projection_dim=WIDTH,
+    )
+    return transformers.PaliGemmaForConditionalGeneration(config), (4, 4)
+
+
+def _gemma3():
+    config = transformers.Gemma3Config(
+        vision_config=_siglip(24),
+        text_config={**TEXT, "head_dim": 8, "sliding_window": 64},
+        image_token_index=IMAGE,
+        mm_tokens_per_image=9,
+    )
+    return transformers.Gemma3ForConditionalGeneration(config), (3, 3)
+
+
+def _idefics3():
+    config = transformers.Idefics3Config(
+        vision_config=_siglip(24),
+        text_config={**TEXT, "model_type": "llama"},
+        image_token_id=IMAGE,
+        scale_factor=2,
+    )
+    return transformers.Idefics3ForConditionalGeneration(config), (3, 3)
+
+
+BUILDERS = {
+    "llava": _llava,
+    "qwen2_vl": _qwen2_vl,
+    "qwen3_vl": _qwen3_vl,
+    "internvl": _internvl,
+    "paligemma": _paligemma,
+    "gemma3": _gemma3,
+    "idefics3": _idefics3,
+}
+
+
+CAUSAL = [name for name in BUILDERS if name not in ("paligemma", "gemma3")]
+"""Those in which no token of the image sees a later one."""
 
 
 def build(name: str):
@@ -102,18 +187,24 @@ def build(name: str):
                 parameter.mul_(
                     10 if "q_proj" in parameter_name or "k_proj" in parameter_name else 5
                 )
+            if "mm_input_projection_weight" in parameter_name:  # zeros before training
+                parameter.normal_()
     random = torch.Generator().manual_seed(3)
     before = torch.randint(3, 90, (1, SYSTEM), generator=random)
     after = torch.randint(3, 90, (1, QUESTION), generator=random)
     image = torch.full((1, height * width), IMAGE)
     inputs = {"input_ids": torch.cat([before, image, after], 1)}
-    if name == "qwen2_vl":
+    if name in ("qwen2_vl", "qwen3_vl"):
         inputs["pixel_values"] = torch.randn(height * width * 4, 3 * 2 * 2, generator=random)
         inputs["image_grid_thw"] = torch.tensor([[1, height * 2, width * 2]])
         inputs["mm_token_type_ids"] = (inputs["input_ids"] == IMAGE).long()
     else:
-        side = 16 if name == "llava" else 24
+        side = 16 if name in ("llava", "paligemma") else 24
         inputs["pixel_values"] = torch.randn(1, 3, side, side, generator=random)
+        if name == "idefics3":  # pictures of each prompt
+            inputs["pixel_values"] = inputs["pixel_values"][None]
+        if name in ("paligemma", "gemma3"):
+            inputs["token_type_ids"] = (inputs["input_ids"] == IMAGE).long()
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     return model, inputs, (height, width)
 

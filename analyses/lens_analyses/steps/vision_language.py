@@ -34,7 +34,7 @@ def chain(subject: Subject) -> Section:
     figures["segments"] = kinds[0].plot()
     dims, tau = None, 20.0
     try:
-        found = lens.sinks.dims(model, inputs)
+        found = lens.sinks.dims(model, inputs[0])
         dims, tau = found.dims[:2] or None, found.tau
     except LensError as reason:
         left_out.append(f"No sink dimensions: {reason}.")
