@@ -7,6 +7,8 @@ from PIL import Image
 import lens
 from lens.runs import open_run
 from lens.runs.validation import validate
+from tests.lens.test_vision_pictures import vlm
+from tests.lens.vision_models import planted
 
 ZERO = ["..####..", ".##..##.", ".#....#.", ".#....#.", ".#....#.", ".#....#.", ".##..##.", "..####.."]  # fmt: skip
 
@@ -103,3 +105,23 @@ def test_what_makes_no_sense_is_refused_before_any_work(
     assert answer.code == 2, answer.err
     assert said in answer.err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_question_brings_the_chain_of_a_vision_language_model(
+    lens_command, pictures, tmp_path, monkeypatch
+):
+    model = vlm()
+    monkeypatch.setattr("lens_analyses.runner.load_model", lambda config: model)
+    command = ("vision", "--model", "vit-digits", "--image", pictures / "zero.png", "--json")
+    question = ("--text", "w6 w7 what is this", "--phi", "4", "--out", tmp_path)
+    with planted(model.model, 7, [2, 7]):
+        answer = lens_command(*map(str, (*command, *question)))
+    assert answer.code == 0, answer.err
+    run = open_run(answer.json["path"])
+    assert validate(run) == []
+    assert run.sections == ["overlays", "rings", "structure", "chain"]
+    chain = run.section("chain")
+    assert chain.configuration["dims"][0] == 7
+    assert chain.tables["segments"]["kind"].tolist() == ["image", "text"]
+    assert set(chain.tables) == {"segments", "knock_out", "var"}
+    assert not any(one.startswith("No ") for one in chain.limits)

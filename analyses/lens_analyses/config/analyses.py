@@ -176,6 +176,9 @@ class VisionSettings(AnalysisSettings):
     tau: Annotated[str, AfterValidator(check_loss)] = setting(
         "0.5", "Divergence of rows up to which patches are one segment, nats."
     )
+    phi: Annotated[str, AfterValidator(check_loss)] = setting(
+        "20", "From which size on an image token is a sink of a vision-language model."
+    )
 
 
 class CircuitSettings(_OnTask):

@@ -32,10 +32,9 @@ def chain(subject: Subject) -> Section:
     )
     said += [one for found in kinds[:1] for one in found.findings()]
     figures["segments"] = kinds[0].plot()
-    dims, tau = None, 20.0
+    dims, tau = None, float(subject.settings.phi)
     try:
-        found = lens.sinks.dims(model, inputs[0])
-        dims, tau = found.dims[:2] or None, found.tau
+        dims = lens.sinks.dims(model, inputs[0], tau=tau).dims[:2] or None
     except LensError as reason:
         left_out.append(f"No sink dimensions: {reason}.")
     try:
@@ -44,9 +43,6 @@ def chain(subject: Subject) -> Section:
         )
         tables["knock_out"], figures["knock_out"] = knocked.table(), knocked.plot()
         said += knocked.findings()
-    except LensError as reason:
-        left_out.append(f"No knock-out: {reason}.")
-    try:
         var = lens.edits.Var(lambda at: _image(model, at), dims=dims, tau=tau)
         moved = lens.effect(
             model, inputs, var, amounts=_AMOUNTS, seed=subject.seed, progress=subject.progress
@@ -54,7 +50,9 @@ def chain(subject: Subject) -> Section:
         tables["var"], figures["var"] = moved.table(), moved.plot()
         said += moved.findings()
     except LensError as reason:
-        left_out.append(f"No VAR: {reason}.")
+        left_out.append(
+            f"No {'VAR' if 'knock_out' in tables else 'knock-out and no VAR'}: {reason}."
+        )
     columns = defined(tables.values(), _COLUMNS)
     columns |= {
         name: name.replace("_", " ").capitalize() + ", as lens.effect names it."
