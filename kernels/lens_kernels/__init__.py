@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lens_kernels.api import attention, explain
     from lens_kernels.decoding import decode
-    from lens_kernels.dispatch import Explanation
+    from lens_kernels.dispatch import Explanation as Explanation
     from lens_kernels.known_lse import masses_from_lse
     from lens_kernels.patching import patch_effects
     from lens_kernels.rectangles import tile
     from lens_kernels.redistribution import redistribute
     from lens_kernels.states import AttentionState, merge
-    from lens_kernels.statistics import STATISTICS, Statistic
+    from lens_kernels.statistics import STATISTICS
+    from lens_kernels.statistics import Statistic as Statistic
     from lens_kernels.types import (
         AttentionGroups,
         AttentionMask,
@@ -39,8 +40,6 @@ __all__ = [
     "AttentionResult",
     "AttentionState",
     "AttentionStatistics",
-    "Explanation",
-    "Statistic",
     "attention",
     "decode",
     "explain",

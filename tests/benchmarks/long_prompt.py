@@ -17,10 +17,10 @@ import resource
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    import lens
+    from lens.models.loaded import LoadedModel
 
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
@@ -28,7 +28,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 GOAL_MB = 2000
 
 
-def random_llama(hidden: int, tokens: int) -> tuple[lens.models.LoadedModel, list[int]]:
+def random_llama(hidden: int, tokens: int) -> tuple[LoadedModel, list[int]]:
     """A Llama of 2 layers of 8 heads with random weights, and a prompt of random tokens."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -50,7 +50,7 @@ def random_llama(hidden: int, tokens: int) -> tuple[lens.models.LoadedModel, lis
     return model, ids
 
 
-def measure(tokens: int, chunk: int | None = None, block: int = 64) -> dict[str, float | None]:
+def measure(tokens: int, chunk: int | None = None, block: int = 64) -> dict[str, Any]:
     """Seconds of the capture, on the clock and of all threads, and megabytes of the process at its highest point."""
     import lens
 

@@ -32,7 +32,10 @@ def test_a_public_function_has_an_example():
     assert [each.__name__ for each in functions if ">>> " not in (each.__doc__ or "")] == []
 
 
-EXAMPLES = ("api", "decoding", "patching", "rectangles", "redistribution", "states", "types")
+EXAMPLES = (
+    *("api", "decoding", "patching", "rectangles", "redistribution", "states", "types"),
+    *("distributed.links", "distributed.ring", "known_lse", "weighted"),
+)
 
 
 @pytest.mark.parametrize("module", ["lens_kernels", *(f"lens_kernels.{name}" for name in EXAMPLES)])

@@ -33,7 +33,9 @@ def _options(queries: int, keys: int) -> dict[str, Any]:
     return {"statistics": "all", "match": labels, "prefix": 3, "block_size": (16, 8)}
 
 
-def _inputs(queries: int = 37, keys: int = 37, seed: int = 0, dtype=torch.float32):
+def _inputs(
+    queries: int = 37, keys: int = 37, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> Any:
     return tensors(2, 4, 2, queries, keys, 16, 24, seed=seed, dtype=dtype)
 
 
@@ -226,7 +228,7 @@ def test_what_is_not_finite_reaches_the_rows_that_see_it(normaliser):
     clean = weighted_attention(*_inputs(), normaliser, **options)
     names = ("received", "block_mass", "diagonal")
     for backend, statistics in (("torch", "all"), ("auto", names), ("reference", "all")):
-        given = options | {"statistics": statistics}
+        given: dict[str, Any] = options | {"statistics": statistics}
         found = weighted_attention(query, key, value, normaliser, backend=backend, **given)
         bad = found.output.isnan()
         expected = torch.zeros_like(bad)
