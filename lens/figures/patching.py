@@ -12,7 +12,7 @@ from lens.common.plots import draws
 from lens.figures.style import Look, style
 
 if TYPE_CHECKING:
-    from lens.circuits.patches.patching import PatchEffects
+    from lens.circuits.patches.effects import PatchEffects
 
 
 @draws("PatchEffects")

@@ -31,6 +31,10 @@ class Visitor:
         """What enters the first layer, [rows, tokens, d_model]."""
         return hidden
 
+    def residual_in(self, layer: int, hidden: Tensor) -> Tensor:
+        """What enters a layer, [rows, tokens, d_model]; of the first, after `enter`."""
+        return hidden
+
     def project(self, layer: int, residual: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v, [rows, tokens, heads, head_dim], from what the attention of a layer reads.
 
@@ -129,8 +133,11 @@ def _hook(hooks: Hooks, number: int, block: Block, visitor: Visitor) -> None:
     def read(residual: Tensor) -> None:
         made[:] = visitor.project(number, residual)
 
+    def enter(hidden: Tensor) -> Tensor:
+        return visitor.residual_in(number, visitor.enter(hidden) if number == 0 else hidden)
+
     # A module that several layers share has a turn for each, in which nothing may be done.
-    hooks.before(block.module, "enter", visitor.enter if number == 0 else _nothing)
+    hooks.before(block.module, "enter", enter)
     hooks.before(block.attention, "read", read if block.norm.module is None else _nothing)
     if block.norm.module is not None:
         hooks.after(block.norm.module, "read", lambda _, arguments, __: read(arguments[0]))

@@ -249,3 +249,99 @@ def test_wrong_paths_are_refused(gpt2, task):
         patch(gpt2, task, freeze_mlps=True)
     with pytest.raises(LensError, match="has no corrupt prompts"):
         patch(gpt2, replace(task, corrupt=None))
+
+
+def replaced(model, ids, kind, layer, source, where):
+    """Logits with the state of one sub-layer from `source` where asked, by plain hooks."""
+    block = model.model.transformer.h[layer]
+    if kind == "residual":
+
+        def swap(_, inputs):
+            return (source.where(where[..., None], inputs[0]), *inputs[1:])
+
+        return run(model, ids, [(block, "pre", swap)])
+    if kind == "attention":
+
+        def swap_heads(_, inputs):
+            return (source.where(where[..., None], inputs[0]),)
+
+        return run(model, ids, [(block.attn.c_proj, "pre", swap_heads)])
+
+    def swap_mlp(_, __, output):
+        return source.where(where[..., None], output)
+
+    return run(model, ids, [(block.mlp, "out", swap_mlp)])
+
+
+def states(model, ids, kind, layer):
+    """What a sub-layer writes in a plain run; of "residual", what enters the layer."""
+    found = []
+    block = model.model.transformer.h[layer]
+    places = {
+        "residual": (block, "pre", lambda _, inputs: found.append(inputs[0])),
+        "attention": (block.attn.c_proj, "pre", lambda _, inputs: found.append(inputs[0])),
+        "mlp": (block.mlp, "out", lambda _, __, output: found.append(output)),
+    }
+    run(model, ids, [places[kind]])
+    return found[0]
+
+
+@pytest.mark.parametrize("direction", ["noising", "denoising"])
+@pytest.mark.parametrize("kind", ["residual", "attention", "mlp"])
+def test_states_of_sub_layers_are_patched_as_plain_hooks_do(gpt2, task, kind, direction):
+    found = patch(gpt2, task, kind, direction=direction, positions="each", progress=False)
+    pair = (task.clean, task.corrupt)
+    into, source = pair if direction == "noising" else pair[::-1]
+    layers = len(gpt2.model.transformer.h)
+    assert found.nodes == tuple(f"{kind[0]}{layer}" for layer in range(layers))
+    assert found.patched.shape == (layers, TOKENS, ROWS)
+    rows = torch.arange(ROWS)
+    for layer in range(layers):
+        given = states(gpt2, source, kind, layer)
+        for token in (0, 3, TOKENS - 1):
+            where = (torch.arange(TOKENS) == token).expand(ROWS, -1)
+            logits = replaced(gpt2, into, kind, layer, given, where)
+            expected = task.sign * task.measure(logits, rows).double()
+            np.testing.assert_allclose(found.patched[layer, token], expected, atol=2e-5)
+    plain = [task.sign * task.measure(run(gpt2, ids, []), rows).double() for ids in (into, source)]
+    np.testing.assert_allclose(found.base, plain[0], atol=2e-5)
+    np.testing.assert_allclose(found.source, plain[1], atol=2e-5)
+
+
+def test_the_whole_stream_moves_everything_and_noise_is_drawn_by_its_seed(gpt2, task):
+    whole = patch(gpt2, task, "residual", progress=False)
+    np.testing.assert_allclose(whole.effects, 1, atol=1e-4)
+    options = {"direction": "denoising", "noise": 3.0, "noise_at": "here", "progress": False}
+    noisy = patch(gpt2, task, "residual", positions="here", **options)
+    np.testing.assert_allclose(noisy.effects[0], 1, atol=1e-4)  # the noise itself is taken out
+    assert np.abs(noisy.base - noisy.source).max() > 1e-3
+    again = patch(gpt2, task, "residual", positions="here", **options)
+    np.testing.assert_array_equal(noisy.base, again.base)
+    other = patch(gpt2, task, "residual", positions="here", seed=1, **options)
+    assert not np.allclose(noisy.base, other.base)
+    assert "denoising" in noisy.plot().layout.title.text
+
+
+def test_a_window_patches_layers_together(gpt2, task):
+    layers = len(gpt2.model.transformer.h)
+    wide = patch(gpt2, task, "mlp", window=2 * layers + 1, progress=False)
+    assert np.ptp(wide.patched, axis=0).max() < 1e-5  # every window holds all layers
+    alone = patch(gpt2, task, "mlp", progress=False)
+    assert np.abs(alone.patched - wide.patched).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"nodes": "stream"}, "nodes must be"),
+        ({"nodes": "residual", "window": 3}, "window is for 'attention' and 'mlp'"),
+        ({"nodes": "residual", "noise": 0.0}, "noise must be a number above 0"),
+        ({"nodes": "residual", "noise_at": "here"}, "give noise"),
+        ({"nodes": "residual", "receivers": ["logits"]}, "named one by one"),
+        ({"noise": 3.0}, "go with nodes='residual'"),
+        ({"nodes": "mlp", "window": 0}, "window"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(gpt2, task, options, said):
+    with pytest.raises(LensError, match=said):
+        patch(gpt2, task, **options, progress=False)

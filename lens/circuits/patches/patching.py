@@ -8,11 +8,8 @@ are both needed, noising either breaks the task and denoising either repairs not
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor
 
@@ -20,98 +17,31 @@ from lens.circuits.graph.activations import Activations, PlainVisitor, read_acti
 from lens.circuits.graph.graph import Graph
 from lens.circuits.graph.masked_forward import masked_logits
 from lens.circuits.graph.nodes import Nodes, find_nodes, visit
+from lens.circuits.patches.effects import EACH, Direction, PatchEffects, measured, places_of
+from lens.circuits.patches.streams import Sublayers, patch_streams
 from lens.common.choices import check_choice
 from lens.common.errors import LensError
 from lens.common.given import given_as
 from lens.common.progress import advancing
-from lens.common.results import Result
 from lens.models.loaded import LoadedModel
-from lens.stats.intervals import columns
 from lens.tasks.task import Task
 
-Direction = Literal["noising", "denoising"]
-EACH = "each"
 _ROWS, _COPIES = 8, 32
-
-
-@dataclass(frozen=True, repr=False, eq=False)
-class PatchEffects(Result):
-    """What patching each node does to the metric.
-
-    Attributes:
-        nodes: writers that were patched; of path patching, senders.
-        positions: where: "all", the name of a mark, or the number of a token.
-        patched: [nodes, positions, prompts] metric, larger is better.
-        base: [prompts] of the run that is patched.
-        source: [prompts] of the run that the patches come from.
-        direction: "noising" or "denoising".
-        receivers: of path patching, else empty.
-        metric, task, model: names.
-        seed: of the bootstrap.
-    """
-
-    nodes: tuple[str, ...]
-    positions: tuple[str, ...]
-    patched: np.ndarray
-    base: np.ndarray
-    source: np.ndarray
-    direction: Direction
-    receivers: tuple[str, ...]
-    metric: str
-    task: str
-    model: str
-    seed: int = 0
-
-    @property
-    def effects(self) -> np.ndarray:
-        """[nodes, positions], (patched - base) / (source - base), ratio of means: 1 moves all of it."""
-        return (self.patched - self.base).mean(2) / (self.source - self.base).mean()
-
-    @property
-    def relative(self) -> np.ndarray:
-        """[nodes, positions], patched / base - 1, ratio of means, as in Wang et al."""
-        return self.patched.mean(2) / self.base.mean() - 1
-
-    def table(self) -> pd.DataFrame:
-        """One row per node and position, largest effect by size first.
-
-        Columns: `node`, `position`, `change` (patched - base, in units of the metric) with `low` and
-        `high` (95 % bootstrap interval over prompts), `effect`, `relative`, `n`.
-        """
-        rows = pd.DataFrame(
-            {
-                "node": np.repeat(self.nodes, len(self.positions)),
-                "position": list(self.positions) * len(self.nodes),
-                **columns("change", self.patched - self.base, self.seed, plain=True),
-                "effect": self.effects.ravel(),
-                "relative": self.relative.ravel(),
-                "n": len(self.base),
-            }
-        )
-        order = rows["effect"].abs().sort_values(ascending=False, kind="stable").index
-        return rows.loc[order].reset_index(drop=True)
-
-    def __repr__(self) -> str:
-        best = ", ".join(
-            f"{row['node']}{'' if row['position'] == 'all' else '@' + row['position']} {row['effect']:.2f}"
-            for row in self.table().head(3).to_dict("records")
-        )
-        to = f" to {', '.join(self.receivers)}" if self.receivers else ""
-        return (
-            f"PatchEffects({self.direction}{to} on {self.task!r}, {self.model}: {len(self.nodes)} nodes, "
-            f"{len(self.base)} prompts; largest {best})"
-        )
 
 
 def patch(
     model: LoadedModel,
     task: Task,
-    nodes: Iterable[str] | None = None,
+    nodes: Iterable[str] | Sublayers | None = None,
     *,
     receivers: Iterable[str] | None = None,
     freeze_mlps: bool = False,
     direction: Direction = "noising",
     positions: str | None = None,
+    noise: float | None = None,
+    noise_at: str | None = None,
+    window: int = 1,
+    seed: int = 0,
     progress: bool = True,
 ) -> PatchEffects:
     """Replace what one head or MLP writes by what it writes for the paired prompt, each alone.
@@ -126,13 +56,19 @@ def patch(
     Args:
         model: as `lens.load` returns it.
         task: with corrupt prompts.
-        nodes: such as "a9.h6", "m0" and "input"; all heads and MLPs if not given.
+        nodes: such as "a9.h6", "m0" and "input"; all heads and MLPs if not given. Or a word for every layer
+            in turn: "residual" (the stream that enters it), "attention" (all its heads) or "mlp".
         receivers: "logits", MLPs, heads ("a9.h9" reads by all three) or parts of them ("a9.h9<q>"); None:
             everything that reads the node.
         freeze_mlps: with receivers: whether paths through MLPs do not count as direct.
         direction: "noising" or "denoising".
         positions: None patches all tokens at once; a mark of the task (such as "s2") the token
             there; "each" every token by itself (not with receivers).
+        noise: with a word for nodes: the other run is the clean prompt with Gaussian noise of so many standard
+            deviations of the embeddings on them, instead of the corrupt prompt (causal tracing, 3 there).
+        noise_at: mark of the task where the noise is, such as the subject; None: on every token.
+        window: with "attention" or "mlp": so many layers together, the named one in their middle.
+        seed: of the noise.
         progress: show a bar with the time left, on stderr, if that is a terminal.
 
     Raises:
@@ -143,10 +79,21 @@ def patch(
         patching: Wang et al. 2022, arXiv 2211.00593 (not the general one of Goldowsky-Dill et al., which
         treats every path as its own).
 
+    Causal tracing: Meng et al. 2022, arXiv 2202.05262; noise against counterfactuals: arXiv 2309.16042.
+
     Example:
         >>> lens.circuits.patch(model, task, ["a0.h1"], receivers=["logits"], progress=False).table()
+        >>> lens.circuits.patch(model, task, "residual", positions="each", direction="denoising").plot()
     """
     given_as("Task", task=task)
+    if isinstance(nodes, str):
+        if receivers is not None or freeze_mlps:
+            raise LensError("receivers and freeze_mlps are for nodes that are named one by one")
+        return patch_streams(
+            model, task, nodes, direction, positions, noise, noise_at, window, seed, progress
+        )
+    if noise is not None or noise_at is not None or window != 1:
+        raise LensError("noise, noise_at and window go with nodes='residual', 'attention' or 'mlp'")
     if receivers is not None:
         return _patch_paths(
             model, task, receivers, nodes, freeze_mlps, direction, positions, progress
@@ -154,7 +101,7 @@ def patch(
     if freeze_mlps:
         raise LensError("freeze_mlps is for patching with receivers; give receivers")
     found, graph, names = _begin(model, task, nodes, direction)
-    places = _places(task, positions)
+    places = places_of(task, positions)
     masks = torch.zeros(len(names), *graph.allowed.shape)
     for number, name in enumerate(names):
         masks[number, :, graph.writers.index(name)] = 1
@@ -168,7 +115,7 @@ def patch(
                 logits = (
                     one for some in parts for one in masked_logits(found, ids, reference, some)
                 )
-                read.append(torch.stack([_measure(task, one, rows) for one in logits]))
+                read.append(torch.stack([measured(task, one, rows) for one in logits]))
             values.append(torch.stack(read, 1).numpy())
             advance(len(rows))
     return _effects(model, task, names, places, values, direction, ())
@@ -191,7 +138,7 @@ def _patch_paths(
         )
     found, graph, names = _begin(model, task, senders, direction)
     into = _receivers(graph, receivers)
-    places = _places(task, positions)
+    places = places_of(task, positions)
     mask = torch.zeros(1, *graph.allowed.shape)
     mask[0, [graph.readers.index(name) for name in into]] = 1
     values = []
@@ -203,7 +150,7 @@ def _patch_paths(
                 if not freeze_mlps:
                     reference = _with_mlps(found, ids, reference, name)
                 logits = masked_logits(found, ids, reference, mask)[0]
-                read.append(_measure(task, logits, rows))
+                read.append(measured(task, logits, rows))
             values.append(torch.stack(read)[:, None].numpy())
             advance(len(rows))
     return _effects(model, task, names, places, values, direction, into)
@@ -267,21 +214,6 @@ def _receivers(graph: Graph, names: Iterable[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(found))
 
 
-def _places(task: Task, positions: str | None) -> list[tuple[str, Tensor]]:
-    """Name of a place, and [prompts, tokens] bool where it is."""
-    tokens = torch.arange(task.length)
-    if positions is None:
-        return [("all", torch.ones(task.n, task.length, dtype=torch.bool))]
-    if positions == EACH:
-        return [(str(int(at)), (tokens == at).expand(task.n, -1)) for at in tokens]
-    if positions not in task.marks:
-        raise LensError(
-            f"positions must be None, 'each' or a mark of the task ({', '.join(task.marks) or 'it has none'}), "
-            f"got {positions!r}"
-        )
-    return [(positions, tokens == task.marks[positions][:, None])]
-
-
 def _pairs(
     nodes: Nodes, task: Task, direction: Direction
 ) -> Iterator[tuple[Tensor, Tensor, Activations, Activations]]:
@@ -319,10 +251,6 @@ def _replaced(
     else:
         mlps[int(layer)] = mixed.mlps[int(layer)]
     return Activations(own.input, heads, mlps)
-
-
-def _measure(task: Task, logits: Tensor, rows: Tensor) -> Tensor:
-    return task.sign * task.measure(logits, rows).double().cpu()
 
 
 def _effects(

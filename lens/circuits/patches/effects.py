@@ -1,0 +1,112 @@
+"""`PatchEffects`: what patching moves, and where patches are put."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from lens.common.errors import LensError
+from lens.common.results import Result
+from lens.stats.intervals import columns
+from lens.tasks.task import Task
+
+Direction = Literal["noising", "denoising"]
+EACH = "each"
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class PatchEffects(Result):
+    """What patching each node does to the metric.
+
+    Attributes:
+        nodes: writers that were patched; of path patching, senders.
+        positions: where: "all", the name of a mark, or the number of a token.
+        patched: [nodes, positions, prompts] metric, larger is better.
+        base: [prompts] of the run that is patched.
+        source: [prompts] of the run that the patches come from.
+        direction: "noising" or "denoising".
+        receivers: of path patching, else empty.
+        metric, task, model: names.
+        seed: of the bootstrap.
+    """
+
+    nodes: tuple[str, ...]
+    positions: tuple[str, ...]
+    patched: np.ndarray
+    base: np.ndarray
+    source: np.ndarray
+    direction: Direction
+    receivers: tuple[str, ...]
+    metric: str
+    task: str
+    model: str
+    seed: int = 0
+
+    @property
+    def effects(self) -> np.ndarray:
+        """[nodes, positions], (patched - base) / (source - base), ratio of means: 1 moves all of it."""
+        return (self.patched - self.base).mean(2) / (self.source - self.base).mean()
+
+    @property
+    def relative(self) -> np.ndarray:
+        """[nodes, positions], patched / base - 1, ratio of means, as in Wang et al."""
+        return self.patched.mean(2) / self.base.mean() - 1
+
+    def table(self) -> pd.DataFrame:
+        """One row per node and position, largest effect by size first.
+
+        Columns: `node`, `position`, `change` (patched - base, in units of the metric) with `low` and
+        `high` (95 % bootstrap interval over prompts), `effect`, `relative`, `n`.
+        """
+        rows = pd.DataFrame(
+            {
+                "node": np.repeat(self.nodes, len(self.positions)),
+                "position": list(self.positions) * len(self.nodes),
+                **columns("change", self.patched - self.base, self.seed, plain=True),
+                "effect": self.effects.ravel(),
+                "relative": self.relative.ravel(),
+                "n": len(self.base),
+            }
+        )
+        order = rows["effect"].abs().sort_values(ascending=False, kind="stable").index
+        return rows.loc[order].reset_index(drop=True)
+
+    def __repr__(self) -> str:
+        best = ", ".join(
+            f"{row['node']}{'' if row['position'] == 'all' else '@' + row['position']} {row['effect']:.2f}"
+            for row in self.table().head(3).to_dict("records")
+        )
+        to = f" to {', '.join(self.receivers)}" if self.receivers else ""
+        return (
+            f"PatchEffects({self.direction}{to} on {self.task!r}, {self.model}: {len(self.nodes)} nodes, "
+            f"{len(self.base)} prompts; largest {best})"
+        )
+
+
+def places_of(task: Task, positions: str | None) -> list[tuple[str, Tensor]]:
+    """Name of a place, and [prompts, tokens] bool where it is.
+
+    Raises:
+        LensError: a mark that the task has not.
+    """
+    tokens = torch.arange(task.length)
+    if positions is None:
+        return [("all", torch.ones(task.n, task.length, dtype=torch.bool))]
+    if positions == EACH:
+        return [(str(int(at)), (tokens == at).expand(task.n, -1)) for at in tokens]
+    if positions not in task.marks:
+        raise LensError(
+            f"positions must be None, 'each' or a mark of the task ({', '.join(task.marks) or 'it has none'}), "
+            f"got {positions!r}"
+        )
+    return [(positions, tokens == task.marks[positions][:, None])]
+
+
+def measured(task: Task, logits: Tensor, rows: Tensor) -> Tensor:
+    """[rows] of the metric, larger is better."""
+    return task.sign * task.measure(logits, rows).double().cpu()

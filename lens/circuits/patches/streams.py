@@ -1,0 +1,187 @@
+"""Patching by position: the residual stream, all heads or the MLP of each layer, at each token, one at a time.
+
+The map that causal tracing draws (Meng et al. 2022, arXiv 2202.05262): how much of the answer a clean state brings
+back into a run whose prompt is corrupt, or whose embeddings have noise on them; or takes out of a clean run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lens.circuits.graph.activations import PlainVisitor
+from lens.circuits.graph.nodes import Nodes, find_nodes, visit
+from lens.circuits.patches.effects import Direction, PatchEffects, measured, places_of
+from lens.common.choices import check_choice, check_counts
+from lens.common.errors import LensError
+from lens.common.progress import advancing
+from lens.models.loaded import LoadedModel
+from lens.tasks.task import Task
+
+Sublayers = Literal["residual", "attention", "mlp"]
+_LETTERS = {"residual": "r", "attention": "a", "mlp": "m"}
+_ROWS = 8
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One run of some prompts: ids [rows, tokens], and noise [rows, tokens, d_model] on what enters, or None."""
+
+    ids: Tensor
+    noise: Tensor | None = None
+
+
+class _States(PlainVisitor):
+    """Keeps what one kind of sub-layer writes, or puts what is given in its place where it is asked to."""
+
+    def __init__(self, nodes: Nodes, what: Sublayers, noise: Tensor | None) -> None:
+        super().__init__(nodes)
+        self.what, self.noise = what, noise
+        self.found: dict[int, Tensor] = {}
+        self.given: dict[int, Tensor] = {}
+        self.where = torch.zeros(1, 1, dtype=torch.bool)
+
+    def enter(self, hidden: Tensor) -> Tensor:
+        return hidden if self.noise is None else hidden + self.noise
+
+    def residual_in(self, layer: int, hidden: Tensor) -> Tensor:
+        return self._state("residual", layer, hidden, self.where[..., None])
+
+    def heads(self, layer: int, z: Tensor) -> Tensor:
+        return self._state("attention", layer, z, self.where[:, None, :, None])
+
+    def mlp(self, layer: int, output: Tensor) -> Tensor:
+        return self._state("mlp", layer, output, self.where[..., None])
+
+    def _state(self, what: Sublayers, layer: int, own: Tensor, where: Tensor) -> Tensor:
+        if what != self.what:
+            return own
+        self.found[layer] = own
+        return self.given[layer].where(where, own) if layer in self.given else own
+
+
+def patch_streams(
+    model: LoadedModel,
+    task: Task,
+    what: Sublayers,
+    direction: Direction,
+    positions: str | None,
+    noise: float | None,
+    noise_at: str | None,
+    window: int,
+    seed: int,
+    progress: bool,
+) -> PatchEffects:
+    """`lens.circuits.patch` with a word for its nodes."""
+    check_choice("nodes", what, Sublayers)
+    check_choice("direction", direction, Direction)
+    check_counts(window=window)
+    if what == "residual" and window != 1:
+        raise LensError(
+            "window is for 'attention' and 'mlp': one layer's stream holds all before it"
+        )
+    if noise is None and noise_at is not None:
+        raise LensError("noise_at says where noise is; give noise, e.g. noise=3.0")
+    if noise is not None and not 0 < noise < float("inf"):
+        raise LensError(f"noise must be a number above 0 such as 3.0, got {noise}")
+    task.check(model)
+    task.refuse_lengths("patching")
+    nodes, places = find_nodes(model), places_of(task, positions)
+    layers = [
+        number for number, block in enumerate(nodes.layout.blocks) if what != "mlp" or block.mlp
+    ]
+    values, ends = [], []
+    with torch.no_grad(), advancing(f"{model.name}: patching", task.n, progress) as advance:
+        for rows, clean, other in _pairs(nodes, task, noise, noise_at, seed):
+            into, source = (clean, other) if direction == "noising" else (other, clean)
+            base, _ = _kept(nodes, what, into)
+            whole, states = _kept(nodes, what, source)
+            ends.append(torch.stack([measured(task, one, rows) for one in (base, whole)]))
+            read = [
+                torch.stack(
+                    [
+                        measured(task, _patched(nodes, what, into, states, near, where[rows]), rows)
+                        for _, where in places
+                    ]
+                )
+                for near in (_near(layer, layers, window) for layer in layers)
+            ]
+            values.append(torch.stack(read).numpy())
+            advance(len(rows))
+    base, source = torch.cat(ends, 1).numpy()
+    return PatchEffects(
+        tuple(f"{_LETTERS[what]}{layer}" for layer in layers),
+        tuple(name for name, _ in places),
+        np.concatenate(values, 2),
+        base,
+        source,
+        direction,
+        (),
+        task.metric,
+        task.name,
+        model.name,
+        seed,
+    )
+
+
+def _near(layer: int, layers: list[int], window: int) -> list[int]:
+    """As many layers as the window has, this one in their middle; fewer at the ends."""
+    first = layer - (window - 1) // 2
+    return [one for one in layers if first <= one < first + window]
+
+
+def _kept(nodes: Nodes, what: Sublayers, run: _Run) -> tuple[Tensor, dict[int, Tensor]]:
+    states = _States(nodes, what, run.noise)
+    return visit(nodes, run.ids, states), states.found
+
+
+def _patched(
+    nodes: Nodes,
+    what: Sublayers,
+    run: _Run,
+    given: dict[int, Tensor],
+    layers: list[int],
+    where: Tensor,
+) -> Tensor:
+    states = _States(nodes, what, run.noise)
+    states.given, states.where = {layer: given[layer] for layer in layers}, where
+    return visit(nodes, run.ids, states)
+
+
+def _pairs(
+    nodes: Nodes, task: Task, noise: float | None, noise_at: str | None, seed: int
+) -> Iterator[tuple[Tensor, _Run, _Run]]:
+    """Rows, the run of the clean prompts, and that of the corrupt ones or with noise."""
+    corrupt = task.clean if noise is not None else task.corrupt_or_refuse()
+    random = torch.Generator().manual_seed(seed)
+    (_, where), *_ = places_of(task, noise_at)
+    for rows in task.chunks(min(_ROWS, task.rows_at_once(nodes.model))):
+        clean = _Run(task.clean[rows])
+        if noise is None:
+            yield rows, clean, _Run(corrupt[rows])
+            continue
+        entering = _entering(nodes, task.clean[rows])
+        drawn = torch.randn(entering.shape, generator=random).to(entering) * entering.std() * noise
+        yield rows, clean, _Run(task.clean[rows], drawn * where[rows][..., None].to(entering))
+
+
+class _Entering(PlainVisitor):
+    """Keeps what enters the first layer."""
+
+    found = torch.zeros(0)
+
+    def enter(self, hidden: Tensor) -> Tensor:
+        self.found = hidden
+        return hidden
+
+
+def _entering(nodes: Nodes, ids: Tensor) -> Tensor:
+    """[rows, tokens, d_model]."""
+    keeping = _Entering(nodes)
+    visit(nodes, ids, keeping)
+    return keeping.found
