@@ -8,6 +8,7 @@ are both needed, noising either breaks the task and denoising either repairs not
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import cast
 
 import numpy as np
 import torch
@@ -90,7 +91,16 @@ def patch(
         if receivers is not None or freeze_mlps:
             raise LensError("receivers and freeze_mlps are for nodes that are named one by one")
         return patch_streams(
-            model, task, nodes, direction, positions, noise, noise_at, window, seed, progress
+            model,
+            task,
+            cast(Sublayers, nodes),
+            direction,
+            positions,
+            noise,
+            noise_at,
+            window,
+            seed,
+            progress,
         )
     if noise is not None or noise_at is not None or window != 1:
         raise LensError("noise, noise_at and window go with nodes='residual', 'attention' or 'mlp'")
