@@ -7,3 +7,4 @@ from .perturbing import adversary as adversary
 from .perturbing import perturb as perturb
 from .removing import removal as removal
 from .retrieving import retrieval as retrieval
+from .subspaces import subspace as subspace

@@ -1,0 +1,96 @@
+"""What `lens.reading.subspace` gives back: what is left when directions are taken out, beside controls."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from lens.common.head_ids import HeadId
+from lens.common.results import Result, Sentence, described
+from lens.stats.intervals import columns
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+BASES = ("none", "contrast", "queries", "keys", "other head", "random")
+"""What is taken out: nothing; the contrast; principal components of queries or keys; another head's contrast; chance."""
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class SubspaceRemovals(Result):
+    """A head without some directions of its queries; prompts are those that the directions do not come from.
+
+    Attributes:
+        head: whose queries.
+        pairs, beside: kinds of pairs that the contrast is of, and others.
+        rank, width: directions that are taken out, of so many.
+        mass: [basis of `BASES`, prompt], attention to the keys of the pairs.
+        other: [basis, prompt], attention to those of the other pairs; NaN where there are none.
+        loss: [basis, prompt], next-token loss at the queries of the pairs, nats.
+        spectrum: singular values of the contrast.
+        seed: of the bootstrap.
+        model: its name.
+    """
+
+    head: HeadId
+    pairs: str
+    beside: str
+    rank: int
+    width: int
+    mass: Float[np.ndarray, "bases prompts"]
+    other: Float[np.ndarray, "bases prompts"]
+    loss: Float[np.ndarray, "bases prompts"]
+    spectrum: np.ndarray
+    seed: int
+    model: str
+
+    def table(self) -> pd.DataFrame:
+        """One row per basis: `basis`, `rank`; `mass` and `other`, attention that is left, and `loss_change` against nothing taken out, nats,
+        each with `_low` and `_high` (95 % bootstrap over prompts); `clean` and `clean_other`, attention with nothing taken out; `n` prompts."""
+        found = {"basis": BASES[1:], "rank": self.rank}
+        found |= columns("mass", self.mass[1:], self.seed)
+        found |= columns("other", self.other[1:], self.seed)
+        found |= columns("loss_change", self.loss[1:] - self.loss[0], self.seed)
+        return pd.DataFrame(found).assign(
+            clean=self.mass[0].mean(), clean_other=self.other[0].mean(), n=self.mass.shape[1]
+        )
+
+    def findings(self) -> tuple[Sentence, ...]:
+        """What the contrast takes away ("contrast"), beside what does ("control"), and whether it is specific ("specific")."""
+        table = self.table().set_index("basis")
+        own, chance = table.loc["contrast"], table.loc["random"]
+        controls = float(np.delete(self.mass.mean(1), [0, 1]).min())
+        said = [
+            Sentence(
+                f"{self.head} gives {self.pairs!r} pairs {own['clean']:.1%}; without {self.rank} of {self.width} directions "
+                f"of its queries, found by contrast on other prompts, {own['mass']:.1%}.",
+                kind="contrast",
+            ),
+            Sentence(
+                f"As many principal components of its queries leave {table.loc['queries', 'mass']:.1%}, of its keys "
+                f"{table.loc['keys', 'mass']:.1%}, another head's contrast {table.loc['other head', 'mass']:.1%}, random "
+                f"directions {chance['mass']:.1%}: the drop alone "
+                + (
+                    "is no larger than that of a control."
+                    if self.mass[1].mean() >= controls
+                    else "is larger than that of every control."
+                ),
+                kind="control",
+            ),
+        ]
+        if np.isfinite(own["other"]):
+            said.append(
+                Sentence(
+                    f"The same removal takes its {self.beside!r} pairs from {own['clean_other']:.1%} to {own['other']:.1%}; "
+                    f"the loss at these queries changes by {own['loss_change']:+.3g} nats, without random directions by "
+                    f"{chance['loss_change']:+.3g}.",
+                    kind="specific",
+                )
+            )
+        return tuple(said)
+
+    def __repr__(self) -> str:
+        return described(self)

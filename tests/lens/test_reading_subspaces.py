@@ -1,0 +1,126 @@
+"""Directions that a head tells its keys by, and what taking them out leaves, beside controls."""
+
+import numpy as np
+import pytest
+import torch
+
+import lens
+from lens.common.errors import LensError
+from lens.passes.calls import attend
+from lens.passes.replay import proved
+from lens.passes.sessions import listening
+from lens.reading import subspaces
+from lens.reading._head import read_head, row_at
+from lens.reading._pairs import pairs_of
+from lens.reading.directions import BASES
+from tests.lens.layouts import layout_model
+
+
+@pytest.fixture(scope="module")
+def copying():
+    model = lens.load("induction-2l")
+    return model, [lens.tasks.copied(model, 15, seed) for seed in range(6)]
+
+
+@pytest.fixture(scope="module")
+def found(copying):
+    return lens.reading.subspace(*copying, "L1H0", rank=6, draws=4, progress=False)
+
+
+def heads_of(copying, name="L1H0"):
+    model, prompts = copying
+    layout = proved(model)
+    ids = [{"input_ids": torch.tensor([list(prompt)])} for prompt in prompts]
+    return [read_head(layout, one, model.info.head(name)) for one in ids]
+
+
+def test_the_contrast_is_that_of_the_pairs_one_by_one(copying):
+    total, count = 0, 0
+    heads = heads_of(copying)[:2]
+    for head in heads:
+        for query, key in pairs_of(head, "induction", 0).tolist():
+            others = [other for other in range(query + 1) if other != key]
+            away = head.key[key] - head.key[others].mean(0)
+            total, count = total + torch.outer(head.query[query], away), count + 1
+    contrast = subspaces._found(heads, "induction")[0]
+    assert torch.allclose(contrast, total / count)
+
+
+def test_what_is_left_is_what_the_model_looks_at_without_the_directions(copying, found):
+    """Of the contrast, by a run whose head has other queries; and nothing taken out is the head itself."""
+    model, prompts = copying
+    contrast = subspaces._found(heads_of(copying)[::2], "induction")[0]
+    basis = torch.linalg.svd(contrast).U[:, :6]
+    head = heads_of(copying)[1]
+    chosen = pairs_of(head, "induction", 0)
+    rows = chosen[:, 0]
+    clean, edited = [], []
+
+    def on_layer(call):
+        if call.layer == 1:
+            clean.append(row_at(call, rows)[0])
+            query = call.query.clone()
+            query[:, 0] -= query[:, 0] @ (basis @ basis.T).to(query)
+            edited.append(row_at(subspaces.replace(call, query=query), rows)[0])
+        return attend(call, statistics=()).output
+
+    with torch.no_grad(), listening(model, on_layer):
+        model.model(torch.tensor([list(prompts[1])]))
+    places = torch.arange(len(chosen)), chosen[:, 1]
+    assert found.mass[0, 0] == pytest.approx(float(clean[0][places].mean()), abs=1e-5)
+    assert found.mass[1, 0] == pytest.approx(float(edited[0][places].mean()), abs=1e-5)
+
+
+def test_the_loss_is_the_models_own(copying, found):
+    model, prompts = copying
+    head = heads_of(copying)[1]
+    rows = pairs_of(head, "induction", 0)[:, 0].unique()
+    rows = rows[rows < head.tokens - 1]
+    logits = model.logits(torch.tensor(list(prompts[1])))
+    correct = torch.tensor(list(prompts[1]))[rows + 1]
+    loss = -logits[rows].log_softmax(-1)[torch.arange(len(rows)), correct].mean()
+    assert found.loss[0, 0] == pytest.approx(float(loss), abs=1e-5)
+
+
+def test_the_contrast_stands_beside_every_control(found):
+    table = found.table().set_index("basis")
+    assert tuple(table.index) == BASES[1:]
+    assert table.loc["contrast", "mass"] < table.loc["queries", "mass"]
+    assert table.loc["contrast", "mass_high"] < found.mass[0].mean()
+    assert (table["n"] == 3).all()
+    kinds = [one.kind for one in found.findings()]
+    assert kinds == ["contrast", "control", "specific"]
+    lowest = min(table["mass"].drop("contrast"))
+    said = "larger than that of every control" in found.findings()[1]
+    assert said == (table.loc["contrast", "mass"] < lowest)
+
+
+def test_all_directions_that_matter_taken_out_leave_uniform_attention():
+    """A head with a planted map: keys differ in one direction, which the contrast finds and whose loss is all."""
+    root = layout_model("gpt2")
+    model = lens.load(root)
+    width = model.info.head_dim
+    with torch.no_grad():
+        attention = root.transformer.h[1].attn.c_attn
+        attention.weight[:, :width] = 0  # queries of L1H0: a bias in one direction alone
+        attention.bias[:width] = torch.eye(width)[2] * 3
+    prompts = [
+        torch.randint(3, 60, (12,), generator=torch.Generator().manual_seed(s)) for s in range(4)
+    ]
+    found = lens.reading.subspace(model, prompts, "L1H0", "strongest", rank=1, progress=False)
+    assert found.spectrum[1] < 1e-9 * found.spectrum[0]
+    uniform = np.mean([1 / (row + 1) for row in range(1, 12)])
+    assert found.mass[1] == pytest.approx(uniform)
+    assert found.mass[0].min() > uniform
+    automatic = lens.reading.subspace(model, prompts, "L1H0", "strongest", progress=False)
+    assert automatic.rank == 1
+
+
+def test_what_has_no_subspace_is_refused(copying):
+    model, prompts = copying
+    with pytest.raises(LensError, match="needs at least two prompts"):
+        lens.reading.subspace(model, prompts[0], "L1H0", progress=False)
+    with pytest.raises(LensError, match="rank must be 1 to 15, got 16"):
+        lens.reading.subspace(model, prompts[:2], "L1H0", rank=16, progress=False)
+    with pytest.raises(LensError, match="no prompt has any 'duplicate' pairs"):
+        lens.reading.subspace(model, [[64, 1, 2], [64, 3, 4]], "L1H0", "duplicate", progress=False)
