@@ -46,13 +46,15 @@ def prompt_problems(table: pd.DataFrame) -> Iterator[str]:
         counts = {row["tokens"], len(row["token_ids"]), len(row["token_strings"])}
         if len(counts) > 1 or 0 in counts:
             yield f"column tokens: {row['prompt_id']} has differing token counts {sorted(counts)}"
+    pending = (table["status"] == "pending").to_numpy()
     for name in ("loss", "loss_repeat", "seconds"):
-        known = table[name].notna()
-        if not table[name][known].between(0, np.inf, inclusive="left").all():
+        values = table[name].to_numpy(float)
+        if (np.isinf(values) | (values < 0)).any():
             yield f"column {name} has numbers that are negative or infinite"
-        if (known & (table["status"] == "pending")).any():
+        if (~np.isnan(values) & pending).any():
             yield f"column {name} has numbers of prompts that are pending"
-    if (table["loss_repeat"].notna() & (table["kind"] != "copied")).any():
+    copied = (table["kind"] == "copied").to_numpy()
+    if (~np.isnan(table["loss_repeat"].to_numpy(float)) & ~copied).any():
         yield "column loss_repeat has numbers of prompts that are not copied"
 
 
