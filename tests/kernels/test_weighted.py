@@ -8,6 +8,7 @@ import torch
 from lens_kernels import AttentionMask, attention, weighted_attention, weighted_panels
 from lens_kernels.normalisers import Differential, OffByOne, Relu, Sigmoid
 from lens_kernels.weighted_panels import WEIGHT_STATISTICS
+from torch import Tensor
 
 from tests.kernels.helpers import CASES, assert_close, ids, rms_ratio, tensors
 
@@ -35,7 +36,7 @@ def _options(queries: int, keys: int) -> dict[str, Any]:
 
 def _inputs(
     queries: int = 37, keys: int = 37, seed: int = 0, dtype: torch.dtype = torch.float32
-) -> Any:
+) -> tuple[Tensor, Tensor, Tensor]:
     return tensors(2, 4, 2, queries, keys, 16, 24, seed=seed, dtype=dtype)
 
 
@@ -118,7 +119,7 @@ def test_panels_give_the_reference(normaliser, case, monkeypatch):
 @pytest.mark.parametrize("name", ["off by one", "differential", "differential, per head"])
 def test_what_the_backends_of_attention_give(name):
     names = ("prefix_mass", "match_mass", "value_norm", "received", "diagonal", "block_mass")
-    options = _options(37, 37) | {
+    options: dict[str, Any] = _options(37, 37) | {
         "statistics": names,
         "mask": AttentionMask(causal=True, window=21),
     }
@@ -127,7 +128,8 @@ def test_what_the_backends_of_attention_give(name):
     _compare(
         found, weighted_attention(*_inputs(), NORMALISERS[name], backend="reference", **options)
     )
-    slow = weighted_attention(*_inputs(), NORMALISERS[name], **options | {"statistics": "all"})
+    options["statistics"] = "all"
+    slow = weighted_attention(*_inputs(), NORMALISERS[name], **options)
     assert slow.backend == "torch"
 
 
@@ -136,7 +138,8 @@ def test_softcap_scale_and_half_precision():
     for normaliser in (Sigmoid(), Differential(0.6)):
         found = weighted_attention(*_inputs(), normaliser, backend="torch", **options)
         _compare(found, weighted_attention(*_inputs(), normaliser, backend="reference", **options))
-        low = [tensor.bfloat16() for tensor in _inputs()]
+        query, key, value = (tensor.bfloat16() for tensor in _inputs())
+        low = query, key, value
         found = weighted_attention(*low, normaliser, backend="torch", **options)
         assert found.output.dtype == torch.bfloat16
         assert found.statistics.received.dtype == torch.float32
@@ -201,7 +204,9 @@ def test_gradients_are_those_of_the_reference(normaliser, asked, monkeypatch):
             given = type(normaliser)(**vars(normaliser) | {field: number})
             leaves.append(number)
         options = _options(37, 37) | {"statistics": asked, "mask": AttentionMask(causal=True)}
-        found = weighted_attention(*leaves[:3], given, backend=backend, **options)
+        found = weighted_attention(
+            leaves[0], leaves[1], leaves[2], given, backend=backend, **options
+        )
         parts = {"output": found.output, **found.statistics}
         loss = torch.zeros(())
         for name, tensor in parts.items():
@@ -253,7 +258,7 @@ def test_padding_may_hold_anything():
     mask = AttentionMask(causal=True, key_start=[0, 5])
     for normaliser in NORMALISERS.values():
         clean = weighted_attention(query, key, value, normaliser, mask=mask, statistics="all")
-        dirty = [tensor.clone() for tensor in (query, key, value)]
+        dirty = query.clone(), key.clone(), value.clone()
         for tensor in dirty:
             tensor[1, :, :5] = torch.nan
         found = weighted_attention(*dirty, normaliser, mask=mask, statistics="all")
