@@ -72,7 +72,7 @@ def following(
 
 @cache
 def _computes_attention(kind: type[nn.Module]) -> bool:
-    """Whether a class normalises scores itself: its source says so."""
+    """Whether a class normalises scores itself, or asks torch for its attention: its source says so."""
     if "att" not in kind.__name__.lower() or not kind.__module__.startswith("transformers."):
         return False
     try:
@@ -81,7 +81,8 @@ def _computes_attention(kind: type[nn.Module]) -> bool:
         )
     except (OSError, TypeError):
         return False
-    return "softmax" in source.lower() and "ALL_ATTENTION_FUNCTIONS" not in source
+    own = "softmax" in source.lower() or "scaled_dot_product_attention" in source
+    return own and "ALL_ATTENTION_FUNCTIONS" not in source
 
 
 def _follow(stack: ExitStack, module: nn.Module, attend: Attend, heads: int | None) -> None:

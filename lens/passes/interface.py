@@ -19,7 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from lens.common.errors import LensError
 from lens.models.sizes import image_token
 from lens.passes.calls import LayerCall
-from lens.passes.masks import structure_of, structured_mask
+from lens.passes.masks import structure_of, structured_mask, with_chosen
 
 IMPLEMENTATION = "attention_lens"
 
@@ -78,6 +78,7 @@ def lens_attention(
     is_causal: bool | None = None,
     s_aux: torch.Tensor | None = None,
     position_bias: torch.Tensor | None = None,
+    indices: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """The attention function that is registered with `AttentionInterface`.
@@ -106,6 +107,8 @@ def lens_attention(
     mask, added = structure_of(attention_mask, is_causal, sliding_window, query.shape[2])
     if added is not None:
         position_bias = added if position_bias is None else position_bias + added
+    if indices is not None:
+        mask = with_chosen(mask, indices, query.shape[2], key.shape[2])
     if _crosses(module) or id(module) in listener.crossing:
         mask = replace(mask, cross=True)
     call = LayerCall(

@@ -281,6 +281,35 @@ def structure_of(
     return _spelled_out(allowed[:, :1]), added
 
 
+def with_chosen(
+    structure: MaskStructure, indices: torch.Tensor, queries: int, keys: int
+) -> MaskStructure:
+    """The mask of rows that see their chosen keys alone (DeepSeek's sparse attention).
+
+    Args:
+        structure: what they would see without the choice.
+        indices: [batch, queries, chosen], positions among the keys; what the mask hides stays hidden.
+        queries, keys: sizes.
+
+    Raises:
+        LensError: more than `LARGEST_SPELLED_OUT` entries.
+    """
+    _refuse_large(queries, keys, "keys that are chosen for each query")
+    nothing = torch.zeros(*indices.shape[:2], keys, dtype=torch.bool, device=indices.device)
+    allowed = nothing.scatter(-1, indices.long(), True)[:, None]
+    place = torch.arange(keys, device=indices.device)
+    behind = place[keys - queries :, None] - place
+    if structure.allowed is not None:
+        allowed = allowed & structure.allowed.to(allowed.device)
+    elif structure.causal:
+        allowed = allowed & (behind >= 0)
+    if structure.window is not None:
+        allowed = allowed & (behind.abs() < structure.window)
+    if structure.padding is not None:
+        allowed = allowed & structure.padding[:, None, None].to(allowed.device)
+    return replace(structure, window=None, allowed=allowed)
+
+
 def split(
     mask: Shaped[Tensor, "*axes"],
 ) -> tuple[Bool[Tensor, "*axes"] | None, Float[Tensor, "*axes"] | None]:

@@ -32,10 +32,13 @@ class Noted:
     allowed: Tensor | None = None
     structured: StructuredMask | None = None
     is_normalised: bool = False
+    zeroed: Tensor | None = None  # bool: logits that were set to 0, to be hidden by what is added
 
     def entries(self) -> Tensor:
         """All of it, as the model itself would have it."""
         logits = (self.query @ self.key.transpose(-1, -2) * self.scale).reshape(self.shape)
+        if self.zeroed is not None:
+            logits = logits.masked_fill(self.zeroed, 0)
         if self.bias is not None:
             logits = logits + self.bias
         if self.structured is not None:
@@ -124,6 +127,8 @@ def step_of(
         shape = tuple(function(*args, **kwargs).shape)
         if shape[-2:] != noted.shape[-2:] or len(shape) not in (3, 4):
             return NotImplemented
+        if noted.zeroed is not None and len(shape) != len(noted.shape):
+            return NotImplemented
         if len(shape) == len(noted.shape):
             return first if shape == noted.shape else NotImplemented
         return scores_of(_reshaped(noted, shape))
@@ -131,13 +136,29 @@ def step_of(
         dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
         if noted.is_normalised or dim not in (-1, len(noted.shape) - 1):
             return NotImplemented
+        if noted.zeroed is not None:
+            shown = noted.allowed is None or bool((noted.zeroed & noted.allowed).any())
+            if shown:
+                return NotImplemented
+            noted = replace(noted, zeroed=None)
         return scores_of(replace(noted, is_normalised=True))
     if noted.is_normalised or not others:
         return NotImplemented
     other = others[0]
     if name in ("mul", "rmul", "imul", "div", "truediv", "itruediv"):
         number = _number(other)
-        if number is None or (name.endswith("div") and number == 0) or len(others) > 1:
+        if (
+            number is None
+            and name.endswith("mul")
+            and (off := _switched_off(other, noted)) is not None
+        ):
+            return scores_of(replace(noted, zeroed=off))
+        if (
+            noted.zeroed is not None
+            or number is None
+            or (name.endswith("div") and number == 0)
+            or len(others) > 1
+        ):
             return NotImplemented
         factor = 1 / number if "div" in name else number
         bias = None if noted.bias is None else noted.bias * factor
@@ -211,6 +232,19 @@ def _reshaped(noted: Noted, shape: tuple[int, ...]) -> Noted:
         allowed=moved(noted.allowed),
         shape=shape,
     )
+
+
+def _switched_off(factor: Any, noted: Noted) -> Tensor | None:
+    """bool, where a factor of zeros and ones is 0; None of any other, and where a bias would be switched off too."""
+    if (
+        not isinstance(factor, Tensor)
+        or isinstance(factor, StructuredMask)
+        or noted.bias is not None
+    ):
+        return None
+    if noted.zeroed is not None or not bool(((factor == 0) | (factor == 1)).all()):
+        return None
+    return _aligned(factor == 0, noted)
 
 
 def _number(value: Any) -> float | None:

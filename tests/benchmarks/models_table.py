@@ -2,6 +2,7 @@
 
     python tests/benchmarks/models_table.py            # all classes; writes docs/models.md
     python tests/benchmarks/models_table.py bert opt   # these model types, to the terminal
+    python tests/benchmarks/models_table.py --page bert   # these rows of docs/models.md anew, the others as they stand
 
 Each model is made and examined in a process of its own, two at a time. A row says whether the captured
 probabilities and the output equal those of `eager`, or the reason of the refusal, and which analyses run.
@@ -279,7 +280,23 @@ def _send(kind: str, sender: Any) -> None:
 
 def page(rows: list[dict[str, Any]]) -> str:
     """docs/models.md."""
-    exact = [row for row in rows if "error" in row]
+    return _page([line_of(row) for row in rows])
+
+
+def refreshed(text: str, rows: list[dict[str, Any]]) -> str:
+    """docs/models.md with these rows in the place of theirs."""
+    types = {row["type"] for row in rows}
+    kept = [
+        line for line in text.splitlines() if (found := _ROW.match(line)) and found[1] not in types
+    ]
+    return _page([*kept, *map(line_of, rows)])
+
+
+_ROW = re.compile(r"\| \w+ \(([\w.-]+)\) \|")
+
+
+def _page(rows: list[str]) -> str:
+    exact = [row for row in rows if ") | exact" in row]
     lines = [
         "# Models",
         "",
@@ -294,16 +311,18 @@ def page(rows: list[dict[str, Any]]) -> str:
         "| class | captured | importance | weights | direct | circuits | sinks |",
         "|---|---|---|---|---|---|---|",
     ]
-    for row in sorted(rows, key=lambda row: row["class"].lower()):
-        name = f"{row['class']} ({row['type']})"
-        if "error" not in row:
-            reason = re.sub(r"[|<>]", "", row["refused"])
-            lines.append(f"| {name} | refused: {reason} | | | | | |")
-            continue
-        cells = " | ".join("yes" if row[a] == "yes" else "refused" for a in ANALYSES)
-        how = "exact" if row["compared"] else "exact (output)"
-        lines.append(f"| {name} | {how} | {cells} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *sorted(rows, key=str.lower)]) + "\n"
+
+
+def line_of(row: dict[str, Any]) -> str:
+    """One row of the table."""
+    name = f"{row['class']} ({row['type']})"
+    if "error" not in row:
+        reason = re.sub(r"[|<>]", "", row["refused"])
+        return f"| {name} | refused: {reason} | | | | | |"
+    cells = " | ".join("yes" if row[a] == "yes" else "refused" for a in ANALYSES)
+    how = "exact" if row["compared"] else "exact (output)"
+    return f"| {name} | {how} | {cells} |"
 
 
 def wrong(row: dict[str, Any]) -> bool:
@@ -313,13 +332,14 @@ def wrong(row: dict[str, Any]) -> bool:
 
 def main(arguments: list[str]) -> int:
     """Make the table, or show some rows."""
-    kinds = arguments or TYPES.read_text().split()
+    some = arguments[:1] == ["--page"]
+    kinds = arguments[some:] or TYPES.read_text().split()
     rows = rows_of(kinds)
     bad = [row for row in rows if wrong(row)]
     for row in bad:
         print("WRONG", json.dumps(row))
-    if not arguments and not bad:
-        PAGE.write_text(page(rows))
+    if not bad and (some or not arguments):
+        PAGE.write_text(refreshed(PAGE.read_text(), rows) if some else page(rows))
     return 1 if bad else 0
 
 

@@ -31,6 +31,7 @@ CONFIGS = {
     "mpt": transformers.MptConfig(
         d_model=48, n_heads=6, n_layers=3, expansion_ratio=2, max_seq_len=64, vocab_size=97
     ),
+    "openai-gpt": transformers.OpenAIGPTConfig(**GPT),
     "xlnet": transformers.XLNetConfig(d_model=48, n_layer=3, n_head=6, d_inner=56, vocab_size=97),
     "xglm": transformers.XGLMConfig(
         d_model=48, num_layers=3, attention_heads=6, ffn_dim=56, vocab_size=97, pad_token_id=0
@@ -118,6 +119,7 @@ FOLLOWED = {
     "filled": lambda s: s.masked_fill(~CAUSAL, -1e9),
     "where": lambda s: torch.where(CAUSAL, s, torch.finfo(s.dtype).min),
     "top keys": lambda s: s.masked_fill(s < s.topk(3, -1)[0][..., -1:], -1e9),
+    "switched off, then hidden": lambda s: s * CAUSAL.float() + -1e4 * (1 - CAUSAL.float()),
     "bias of heads": lambda s: s + BIAS[0],
     "seen as rows": lambda s: (s.view(6, 7, 7) + BIAS[0, :1]).view(2, 3, 7, 7),
     "bias of heads, seen as rows": lambda s: (s + BIAS[0]).view(6, 7, 7).view(2, 3, 7, 7),
@@ -125,6 +127,13 @@ FOLLOWED = {
 }
 SPELLED_OUT = {
     "multiplied by a tensor": lambda s: s * BIAS,
+    "switched off and not hidden": lambda s: s * CAUSAL.float(),
+    "switched off, others hidden": lambda s: (
+        s * CAUSAL.float()
+        + torch.zeros(7, 7).masked_fill(
+            CAUSAL.T & ~torch.eye(7).bool() & (torch.arange(7) > 3), -1e4
+        )
+    ),
     "softcap": lambda s: s.tanh(),
     "other order of axes": lambda s: s.transpose(-1, -2),
 }

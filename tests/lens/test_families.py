@@ -129,6 +129,25 @@ def _offloaded():
     return accelerate.cpu_offload(model, execution_device="cpu")
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["GlmMoeDsa", "DeepseekV32"])
+def test_sparse_attention_of_an_indexer_is_captured(kind):
+    """Rows see the keys that the indexer chose for them, eight at most, and no others."""
+    config = getattr(hf, f"{kind}Config")(**SPARSE)
+    torch.manual_seed(0)
+    model = getattr(hf, f"{kind}ForCausalLM")(config).eval()
+    loaded = lens.load(model)
+    ids = torch.randint(3, 97, (1, 19), generator=torch.Generator().manual_seed(3))
+    trace = lens.capture(loaded, ids[0].tolist(), block_size=1, progress=False)
+    with switched(model, "eager"):
+        own = model(ids, output_attentions=True).attentions
+    for layer, weights in enumerate(own):
+        found = torch.from_numpy(trace.block_mass.values[layer])
+        assert (found - weights[0]).abs().max() < 1e-5
+        assert ((found > 0).sum(-1) <= 8).all()
+    assert int(trace.visible.values[0].sum()) < 19 * 20 // 2
+
+
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "clip": (
         lambda: hf.CLIPModel(hf.CLIPConfig(**TOWERS, projection_dim=32)),
@@ -139,10 +158,6 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
             hf.LongformerConfig(**SIZES, vocab_size=97, attention_window=8, pad_token_id=0)
         ),
         "cannot reach the attention of LongformerModel",
-    ),
-    "glm_moe_dsa": (
-        lambda: hf.GlmMoeDsaForCausalLM(hf.GlmMoeDsaConfig(**SPARSE)),
-        "GlmMoeDsaAttention passes indices=",
     ),
     "vit_mae": (
         lambda: hf.ViTMAEModel(hf.ViTMAEConfig(**IMAGE)),
