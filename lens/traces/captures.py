@@ -13,7 +13,7 @@ from lens_kernels.distributed import Processes
 from lens.common.errors import LensError
 from lens.common.progress import advancing
 from lens.common.version import __version__
-from lens.models.loaded import LoadedModel
+from lens.models.loaded import LoadedModel, check_loaded
 from lens.models.sizes import image_token
 from lens.passes.inputs import Prompt, read_prompts
 from lens.passes.pieces import check_pieces
@@ -154,6 +154,7 @@ def capture(
     if chunk is not None:
         check_chunk(chunk, settings)
     links = None if group is None else processes(group)
+    check_loaded(model)
     if model.parts:
         _refuse_on_parts(labels=labels, chunk=chunk, group=group)
     reading = read_sources(model, prompts) if model.parts else None
