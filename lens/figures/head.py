@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 MOST_POINTS = 2000
 MOST_CELLS = 256
+MOST_NAMED = 64  # tokens that have room for their names on an axis
 FLOOR = 1e-6
 """Logarithmic axes and colours end here."""
 _KEPT = ("revision", "text_sha256", "dtype", "backend", "block_size", "seed")
@@ -131,21 +132,28 @@ def received_mass(trace: AttentionTrace, layer: int, head: int, **look: Unpack[L
 
 @draws("AttentionTrace")
 def block_map(trace: AttentionTrace, layer: int, head: int, **look: Unpack[Look]) -> go.Figure:
-    """Block mass on a log scale, max-pooled to at most 256 × 256 cells; the title says so.
+    """Attention on a log scale: of single tokens where q and k were kept and at most 256 tokens stand on a side, with
+    their names up to 64; else block mass, max-pooled to at most 256 × 256 cells. The title says which.
 
     Example:
         >>> lens.figures.block_map(trace, 1, 0).layout.title.text
-        'L1H0: block mass, 64 tokens a cell'
+        'L1H0: attention, one token a cell'
     """
-    data = head_data(trace, layer, head, "block_mass")["block_mass"].values
-    step = -(-len(data) // MOST_CELLS)
+    exact = trace.length <= MOST_CELLS and not trace.cross and not trace.tile_refusal(layer, head)
+    step = 1
+    if exact:
+        trace.head_id((layer, head))
+        data = trace.tile(layer, head, (0, trace.length), (0, trace.length))
+    else:
+        data = head_data(trace, layer, head, "block_mass")["block_mass"].values
+        step = -(-len(data) // MOST_CELLS)
     if step > 1:
         first = np.arange(0, len(data), step)
         data = np.maximum.reduceat(np.maximum.reduceat(data, first, 0), first, 1)
     shown = np.where(data > 0, np.log10(np.maximum(data, FLOOR)), np.nan)
     if trace.attrs["causal"]:
         shown = np.where(np.tri(len(shown), dtype=bool), shown, np.nan)
-    size = trace.attrs["block_size"] * step
+    size = 1 if exact else trace.attrs["block_size"] * step
     edges = np.minimum(np.arange(len(shown) + 1) * size, trace.length)
     figure = go.Figure(
         go.Heatmap(
@@ -157,7 +165,7 @@ def block_map(trace: AttentionTrace, layer: int, head: int, **look: Unpack[Look]
             colorscale=scale(VIRIDIS),
             hoverongaps=False,
             colorbar={
-                "title": {"text": "block mass", "side": "right"},
+                "title": {"text": "probability" if exact else "block mass", "side": "right"},
                 "thickness": 12,
                 "tickvals": [-6, -4, -2, 0],
                 "ticktext": ["≤ 1e-6", "1e-4", "0.01", "1"],
@@ -167,10 +175,20 @@ def block_map(trace: AttentionTrace, layer: int, head: int, **look: Unpack[Look]
     )
     figure.update_xaxes(title="key", constrain="domain", showgrid=False)
     figure.update_yaxes(title="query", autorange="reversed", scaleanchor="x", showgrid=False)
+    if exact and trace.length <= MOST_NAMED:
+        names = {
+            "tickvals": list(np.arange(trace.length) + 0.5),
+            "ticktext": [escaped(token) for token in trace.tokens],
+        }
+        figure.update_xaxes(**names, tickangle=-90, tickfont={"size": 9})
+        figure.update_yaxes(**names, tickfont={"size": 9})
     pooled = f", largest of {step} × {step} blocks" if step > 1 else ""
-    found = f"L{layer}H{head}: block mass, {size} tokens a cell{pooled}"
+    what = "attention, one token a cell" if exact else f"block mass, {size} tokens a cell{pooled}"
     return style(
-        figure, found, look, meta=provenance(trace, layer, head, "block_map") | {"pooled": step}
+        figure,
+        f"L{layer}H{head}: {what}",
+        look,
+        meta=provenance(trace, layer, head, "block_map") | {"pooled": step},
     )
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+import lens
 from lens import figures
 from lens.common.errors import LensError
 from lens.figures.roles import share_grid
@@ -308,3 +309,21 @@ def test_scores_that_are_all_missing_are_said_to_be(table):
     assert figure.layout.title.text == "Induction (probability): not scored (too short)"
     with pytest.raises(LensError, match="no rows of 'entropie'"):
         figures.head_scatter(table, "entropie", "induction")
+
+
+def test_a_short_prompt_with_q_and_k_is_drawn_token_by_token_with_names():
+    model = lens.load("text-lm-3l")
+    options = {"keep_qk": True, "progress": False}
+    short = lens.capture(model, "It was the best of times", **options)
+    figure = figures.block_map(short, 1, 3)
+    exact = short.tile(1, 3, (0, short.length), (0, short.length))
+    lower = np.tri(short.length, dtype=bool)
+    shown = np.asarray(figure.data[0].z)
+    np.testing.assert_allclose(shown[lower], np.log10(np.maximum(exact[lower], 1e-6)), atol=1e-4)
+    assert np.isnan(shown[~lower]).all()
+    assert list(figure.layout.xaxis.ticktext)[1:] == short.tokens[1:]
+    assert figure.layout.title.text == "L1H3: attention, one token a cell"
+    longer = lens.capture(model, lens.tasks.copied(model, 40), **options)
+    assert figures.block_map(longer, 1, 3).layout.xaxis.ticktext is None
+    without = lens.capture(model, "It was the best of times", progress=False)
+    assert "block mass, 64 tokens a cell" in figures.block_map(without, 1, 3).layout.title.text
