@@ -336,11 +336,11 @@ def test_progress_is_shown_on_a_terminal_only(monkeypatch):
         ),
         ([0, 512], "token ids of text-lm-3l go from 0 to 511, got 0 to 512"),
         ([-1, 3], "token ids of text-lm-3l go from 0 to 511, got -1 to 3"),
-        (3.5, "a prompt must be a text, token ids, a list of these .*, got float"),
+        (3.5, "a prompt must be a text, token ids, a picture, a list of these .*, got float"),
         (torch.zeros(3), r"got a torch\.float32 tensor \[3\]"),
         (
             [["a"]],
-            r"a prompt must be a text or token ids \(a list of integers\), a pair of texts or a mapping, got",
+            r"a prompt must be a text or token ids \(a list of integers\), a picture, .*, or a mapping, got",
         ),
         ({"labels": torch.zeros(1)}, "inputs must hold input_ids or pixel_values, got labels"),
         (
