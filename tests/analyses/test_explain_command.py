@@ -18,8 +18,8 @@ def run(lens_command, tmp_path_factory):
     return open_run(answer.json["path"])
 
 
-def test_both_sections_are_there_and_the_folder_is_whole(run):
-    assert run.sections == ["explain", "removal"]
+def test_the_sections_are_there_and_the_folder_is_whole(run):
+    assert run.sections == ["explain", "removal", "faithfulness"]
     assert validate(run) == []
     assert sorted(run.section("explain").configuration["heads"]) == ["L1H0", "L1H2", "L1H3"]
     html = (run.path / "report.html").read_text()
@@ -42,6 +42,16 @@ def test_the_numbers_are_those_of_the_library(run):
         model, prompts, "L1H2", parts=table["part"].tolist(), progress=False
     )
     assert np.allclose(table["measured"], again.table()["measured"])
+
+
+def test_scores_of_tokens_stand_beside_random_order(run):
+    section = run.section("faithfulness")
+    table = section.tables["faithfulness"]
+    assert {"raw", "rollout", "attnlrp", "leave_one_out", "random"} <= set(table["method"])
+    prompts = lens.tasks.induction(load("induction-2l"), 3).prompts
+    found = lens.reading.faithfulness(load("induction-2l"), prompts, draws=5, progress=False)
+    assert np.allclose(table["sufficiency"], found.table()["sufficiency"])
+    assert section.summary[0] == found.findings()[0]
 
 
 def test_heads_that_are_none_are_refused_before_any_work(lens_command, tmp_path):

@@ -88,6 +88,10 @@ STEPS: dict[str, tuple[Step, ...]] = {
         Step("stability", "policies"),
         Step("search", "policies"),
     ),
-    "explain": (Step("explain", "explain"), Step("removal", "explain", needs="explain")),
+    "explain": (
+        Step("explain", "explain"),
+        Step("removal", "explain", needs="explain"),
+        Step("faithfulness", "explain"),
+    ),
 }
 """What a run does -> its steps, in order; later ones may read the sections of earlier ones."""

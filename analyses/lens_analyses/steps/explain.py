@@ -12,6 +12,7 @@ from lens_analyses.steps.subject import Subject
 
 _HEADS = 3
 _CELLS = 15  # of each head, in the table
+_PROMPTS, _DRAWS = 6, 5  # of the section on faithfulness
 _PARTS = 6  # of each head that are taken out
 _METRIC = {"induction": "induction", "duplicate": "duplicate_token", "previous": "previous_token"}
 
@@ -88,6 +89,28 @@ def removal(subject: Subject) -> Section:
     )
 
 
+def faithfulness(subject: Subject) -> Section:
+    """Whether attention, and what else scores tokens, says what the answers rest on."""
+    found = lens.reading.faithfulness(
+        subject.model, subject.task.prompts[:_PROMPTS], draws=_DRAWS,
+        seed=subject.seed, progress=subject.progress,
+    )  # fmt: skip
+    table = found.table()
+    return Section(
+        name="faithfulness",
+        title="Whether attention explains the answer: tokens deleted by what scores them",
+        summary=of_kind(found.findings(), "best", "sufficiency", "none", "unsupported"),
+        limits=(
+            *of_kind(found.findings(), "limit"),
+            f"The answer is the likeliest token after each of the first {_PROMPTS} prompts of the task at most.",
+        ),
+        columns=defined([table], _COLUMNS),
+        configuration={"shares": list(found.shares), "draws": _DRAWS, "seed": subject.seed},
+        tables={"faithfulness": table},
+        figures={"sufficiency": found.plot()},
+    )
+
+
 def _heads(subject: Subject) -> list[HeadId]:
     """Those that are asked for, or the three of the profile that look most at such keys.
 
@@ -147,5 +170,13 @@ _COLUMNS = {
     "clean": "Attention to the keys of the pairs, as the model is.",
     "predicted": "The same without the part, by its products, norms held.",
     "measured": "The same when the model runs without the part.",
+    "method": "What scores the tokens; random: random order.",
+    "comprehensiveness": "Probability of the answer less that without the tokens that score highest, mean over shares.",
+    "sufficiency": "Probability of the answer less that with those tokens alone; less is better.",
+    "soft_comprehensiveness": "Loss of probability when high tokens are kept least, at equal expected retention, 0 to 1.",
+    "soft_sufficiency": "What is kept of the probability when high tokens are kept most, at equal retention, 0 to 1.",
+    "as_leave_one_out": "Rank correlation with the probability lost without each token.",
+    "as_integrated_gradients": "Rank correlation with integrated gradients.",
+    "above_random": "Share of the random orders with a lower comprehensiveness.",
     "error": "Mean absolute difference of predicted and measured.",
 }
