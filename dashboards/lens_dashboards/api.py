@@ -11,8 +11,10 @@ import pandas as pd
 from flask import Blueprint, Response, request
 
 from lens.common.errors import LensError
+from lens.common.png import png
 from lens.runs.exchange.tables import csv_text
 from lens.traces.metrics import VARIANTS
+from lens.traces.pictures import grids_of
 from lens_dashboards.circuit_edges import RANKINGS, circuit_edges
 from lens_dashboards.circuit_groups import named_groups
 from lens_dashboards.head_columns import head_columns
@@ -59,6 +61,25 @@ def make_api(library: Library) -> Blueprint:
     def get_tokens(run_id: str, prompt: str) -> Response:
         """Token strings of a prompt."""
         return _cached(json.dumps(library.trace(run_id, prompt).tokens), "application/json")
+
+    @api.get("/run/<run_id>/picture/<prompt>.png")
+    @_refusing
+    def get_picture(run_id: str, prompt: str) -> Response:
+        """The picture of a prompt, as its trace keeps it."""
+        found = grids_of(library.trace(run_id, prompt).attrs)[0].pixels
+        return _cached(png(found), "image/png")
+
+    @api.get("/run/<run_id>/look/<prompt>/<int:row_>/<int:column>")
+    @_refusing
+    def get_look(run_id: str, prompt: str, row_: int, column: int) -> Response:
+        """Where a patch looks and who looks at it: float32 [2, patches], row by row."""
+        trace, heads = library.trace(run_id, prompt), request.args.get("heads", "mean")
+        options = {"variant": _variant()}
+        found = [
+            trace.overlay(heads, **{way: (row_, column)}, **options).values[0]
+            for way in ("query", "key")
+        ]
+        return _binary(np.stack(found), {"rows": 2, "heads": heads})
 
     @api.get("/run/<run_id>/heads.csv")
     @_refusing

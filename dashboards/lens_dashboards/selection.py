@@ -10,6 +10,7 @@
 /run/<id>/redistribution              what changes when it is moved
 /run/<id>/policies                    which heads may be sparse
 /run/<id>/circuits                    which edges carry a task
+/run/<id>/vision                       where patches of a picture look
 /run/<id>/analysis/<section>          what one analysis found
 /run/<id>/provenance                  how it was made
 /compare                              two runs        ?a=&b=
@@ -41,6 +42,7 @@ OPTIONS: dict[str, dict[str, str]] = {
         "heads": "",
         "only": "",
     },
+    "vision": {"map": ""},
     "sinks": {"epsilon": "", "edit": ""},
     "redistribution": {"rule": "", "amount": ""},
     "policies": {"policy": "", "head": "", "shown": "", "layer": ""},
@@ -50,10 +52,13 @@ OPTIONS: dict[str, dict[str, str]] = {
 """Options of each page with their defaults; a link holds those that differ."""
 PAGES = (
     *("runs", "jobs", "overview", "heads", "head", "atlas", "sinks", "redistribution", "policies"),
-    *("circuits", "analysis", "compare", "provenance"),
+    *("circuits", "vision", "analysis", "compare", "provenance"),
 )
-_PLAIN = ("heads", "atlas", "sinks", "redistribution", "policies", "circuits", "provenance")
-_WITH_PROMPT = ("head", "atlas")
+_PLAIN = (
+    *("heads", "atlas", "sinks", "redistribution", "policies", "circuits", "vision"),
+    "provenance",
+)
+_WITH_PROMPT = ("head", "atlas", "vision")
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from lens_dashboards.pages import (
     redistribution,
     runs,
     sinks,
+    vision,
 )
 from lens_dashboards.pages.parts import card, error_card, fault_card, note_banner
 from lens_dashboards.selection import Selection, read_url
@@ -39,6 +40,7 @@ RENDER = {
     "policies": policies.page,
     "circuits": circuits.page,
     "compare": compare.page,
+    "vision": vision.page,
     "analysis": analysis.page,
     "provenance": provenance.page,
 }
@@ -166,6 +168,11 @@ def register(app: Dash, library: Library) -> None:
         ClientsideFunction("lens", "mountAtlas"),
         Output("atlas-mounted", "data"),
         Input("atlas-config", "data"),
+    )
+    app.clientside_callback(
+        ClientsideFunction("lens", "mountVision"),
+        Output("vision-mounted", "data"),
+        Input("vision-config", "data"),
     )
 
 

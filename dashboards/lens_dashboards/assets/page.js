@@ -35,6 +35,11 @@
       if (root && config) window.lensBlockMap.mount(root, config);
       return true;
     },
+    mountVision(config) {
+      const root = document.getElementById("vision");
+      if (root && config) window.lensVision.mount(root, config);
+      return true;
+    },
     mountAtlas(config) {
       const root = document.getElementById("atlas");
       if (root && config) window.lensAtlas.mount(root, config);

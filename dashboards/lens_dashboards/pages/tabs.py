@@ -15,6 +15,7 @@ _TABS = {
     "redistribution": "Redistribution",
     "policies": "Policies",
     "circuits": "Circuits",
+    "vision": "Vision",
     "provenance": "Provenance",
 }
 _SHOWS = {
@@ -22,6 +23,7 @@ _SHOWS = {
     "redistribution": {"dose", "search", "redistribution"},
     "policies": {"policies"},
     "circuits": {"edges"},
+    "vision": {"overlays"},
 }
 """Page -> sections of which it needs one."""
 
