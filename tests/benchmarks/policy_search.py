@@ -1,9 +1,9 @@
 """The search for a policy of each head on real text at length: time, the frontier, the promise, and whether it held.
 
-    python tests/benchmarks/policy_search.py [--model smollm2-135m] [--tokens 4096] [--choose 1] [--promise 3]
+    python tests/benchmarks/policy_search.py [--model smollm2-135m] [--texts moby-dick,lily] [--tokens 4096] [--choose 1] [--promise 3]
         [--test 1] [--loss 0.01] [--levels 3] [--draws 1] [--threads 2] [--out heads.json]
 
-Consecutive windows of moby-dick: the first ones choose, the next ones promise, and the last ones, which nobody looked
+Windows of several books in turn: the first ones choose, the next ones promise, and the last ones, which nobody looked
 at before, are measured with the file that was written. The goal is 20 minutes on two cores for 4,096 tokens; on a
 shared machine the CPU time is the number to read.
 """
@@ -20,6 +20,7 @@ import torch
 
 import lens
 from lens import policies
+from lens.models.loaded import LoadedModel
 from lens.policies.evaluating import losses_under
 
 
@@ -27,7 +28,9 @@ def main() -> None:
     """Search, write the file, read it again, measure it on other text, and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--text", default="moby-dick")
+    parser.add_argument(
+        "--texts", default="moby-dick,sherlock-holmes,pride-and-prejudice,shakespeare"
+    )
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--block", type=int, default=64)
     parser.add_argument("--choose", type=int, default=1)
@@ -41,12 +44,11 @@ def main() -> None:
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
     model = lens.load(asked.model)
-    ids = model.encode(lens.tasks.text(asked.text))
     count = asked.choose + asked.promise + asked.test
-    windows = [ids[at * asked.tokens : (at + 1) * asked.tokens] for at in range(count)]
-    if len(windows[-1]) < asked.tokens:
+    windows = _windows(model, asked.texts.split(","), asked.tokens)[:count]
+    if len(windows) < count:
         parser.error(
-            f"{asked.text} has {len(ids):,} tokens, {count} windows of {asked.tokens:,} were asked for"
+            f"{asked.texts} have {len(windows)} windows of {asked.tokens:,} tokens, not {count}"
         )
     start, busy, load = time.perf_counter(), time.process_time(), os.getloadavg()[0]
     found = policies.search(
@@ -83,6 +85,16 @@ def main() -> None:
         f"the file on {asked.test} windows that nobody saw: {change:+.4f} nats per token, promised "
         f"[{low:+.4f}, {high:+.4f}]: {'held' if low <= change <= high else 'not held'}\n"
     )
+
+
+def _windows(model: LoadedModel, texts: list[str], length: int) -> list[list[int]]:
+    """The first window of each text, the second of each, and so on."""
+    found = []
+    for number, text in enumerate(texts):
+        ids = model.encode(lens.tasks.text(text))
+        for place, at in enumerate(range(0, len(ids) - length + 1, length)):
+            found.append((place, number, ids[at : at + length]))
+    return [ids for *_, ids in sorted(found)]
 
 
 if __name__ == "__main__":
