@@ -291,7 +291,8 @@ def _maps(model: LoadedModel, ids: Sequence[int], size: tuple[int, int]) -> _Map
 
     with torch.no_grad(), listening(model, on_layer):
         base(model)(torch.tensor([list(ids)], device=model.device))
-    return _Maps(*(np.stack(one) for one in zip(*parts, strict=True)), size[0])
+    blocks, visible, rows, seen, lse = (np.stack(one) for one in zip(*parts, strict=True))
+    return _Maps(blocks, visible, rows, seen, lse, size[0])
 
 
 def _pair(a: _Maps, b: _Maps, share: float) -> list[np.ndarray]:
