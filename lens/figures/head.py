@@ -11,6 +11,7 @@ from lens.common.colors import ACCENT, BASELINE, LINE, VIRIDIS, scale
 from lens.common.errors import LensError
 from lens.common.plots import draws
 from lens.figures import uniform
+from lens.figures.cross import cross_map
 from lens.figures.style import Look, escaped, style
 
 if TYPE_CHECKING:
@@ -83,9 +84,11 @@ def row_entropy(trace: AttentionTrace, layer: int, head: int, **look: Unpack[Loo
     position = np.arange(len(raw)) * size
     lines = []
     if trace.has_plain_mask(layer):
-        seen = uniform.keys_seen(
-            trace.length, causal=trace.attrs["causal"], window=trace.window(layer)
-        )
+        seen = np.full(trace.queries, trace.length)
+        if not trace.cross:
+            seen = uniform.keys_seen(
+                trace.length, causal=trace.attrs["causal"], window=trace.window(layer)
+            )
         lines.append(_baseline(position, _means(np.log(seen))[0]))
     lines.append(_line(position, raw, "raw", LINE))
     if "entropy_sink_excluded" in data:
@@ -119,9 +122,11 @@ def received_mass(trace: AttentionTrace, layer: int, head: int, **look: Unpack[L
     )
     lines = [own]
     if trace.has_plain_mask(layer):
-        even = uniform.received(
-            trace.length, causal=trace.attrs["causal"], window=trace.window(layer)
-        )
+        even = np.full(trace.length, 1 / trace.length)
+        if not trace.cross:
+            even = uniform.received(
+                trace.length, causal=trace.attrs["causal"], window=trace.window(layer)
+            )
         lines.append(_baseline(at, even[at]))
     figure = go.Figure(lines)
     figure.update_xaxes(title="key position" + _binned(size))
@@ -135,11 +140,15 @@ def block_map(trace: AttentionTrace, layer: int, head: int, **look: Unpack[Look]
     """Attention on a log scale: of single tokens where q and k were kept and at most 256 tokens stand on a side, with
     their names up to 64; else block mass, max-pooled to at most 256 × 256 cells. The title says which.
 
+    Of cross-attention the probabilities themselves where q and k were kept, with the tokens of both sides.
+
     Example:
         >>> lens.figures.block_map(trace, 1, 0).layout.title.text
         'L1H0: attention, one token a cell'
     """
-    exact = trace.length <= MOST_CELLS and not trace.cross and not trace.tile_refusal(layer, head)
+    if trace.cross:
+        return cross_map(trace, layer, head, provenance(trace, layer, head, "block_map"), **look)
+    exact = trace.length <= MOST_CELLS and not trace.tile_refusal(layer, head)
     step = 1
     if exact:
         trace.head_id((layer, head))

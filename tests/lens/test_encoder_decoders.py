@@ -68,6 +68,22 @@ def test_both_axes_have_their_names(tmp_path):
     assert "<img" in trace.cross._repr_html_()
 
 
+def test_a_head_is_drawn_with_the_tokens_of_both_sides():
+    trace = lens.capture(lens.load(made("bart")), inputs_of("bart"), keep_qk=True, progress=False)
+    figure = trace.cross.plot("L1H2")
+    assert figure.layout.yaxis.ticktext == ("2", "30", "31", "32", "33")
+    assert figure.layout.xaxis.ticktext == ("3", "4", "5", "6", "7", "8", "9")
+    drawn = np.array(figure.data[0].z)
+    assert np.allclose(drawn.sum(1), 1, atol=1e-5)
+    assert (np.array(figure.data[1].x) == drawn.argmax(1)).all()
+    sound = lens.capture(lens.load(made("whisper")), inputs_of("whisper"), progress=False)
+    assert sound.cross.plot("L0H0").layout.xaxis.title.text == "source (seconds)"
+    for draw in (lens.figures.received_mass, lens.figures.row_entropy):
+        uniform = next(one for one in draw(trace.cross, 1, 2).data if "uniform" in str(one.name))
+        level = np.log(7) if draw is lens.figures.row_entropy else 1 / 7
+        assert np.allclose(np.array(uniform.y, float), level)
+
+
 def test_a_source_alone_is_given_the_target_that_the_model_writes():
     model = made("t5")
     loaded = lens.load(model)
