@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from lens_analyses.console import ERROR, PARTIAL, Output, in_words, say
+from lens_analyses.console import ERROR, PARTIAL, Output, UsageError, in_words, say
 from lens_analyses.options import (
     RUNS,
     Again,
@@ -203,6 +203,33 @@ def report(
         output.result(f"report: {written.html}", written.as_json())
         if written.status != "success":
             raise SystemExit(PARTIAL)
+
+
+@app.command()
+def delete(
+    run: Run,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    runs: RunsDir = RUNS,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Delete a run: the files that it wrote; whatever else lies in its folder stays."""
+    output = Output(json, quiet, debug)
+    with output.session():
+        from lens_analyses.listing import delete_run, resolve
+
+        found = resolve(run, runs)
+        if not yes and not (
+            sys.stdin.isatty() and typer.confirm(f"Delete {found.path}?", err=True)
+        ):
+            raise UsageError(f"{found.path} is not deleted; --yes deletes it without asking")
+        left = delete_run(found)
+        output.result(
+            f"deleted {found.id}"
+            + (f"; {left} files of others stay in {found.path}" if left else ""),
+            {"id": found.id, "path": str(found.path), "left": left},
+        )
 
 
 @app.command()

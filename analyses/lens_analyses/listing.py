@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from lens.common.errors import LensError
+from lens.common.files import alone_in
 from lens.runs import BrokenRun, Run, list_runs, open_run
 from lens.runs.commands import again
+from lens.runs.manifest import remove_own
 from lens_analyses.console import ERROR, OK, PARTIAL
 
 
@@ -110,6 +112,19 @@ def resolve(name: str, folder: Path) -> Run:
     if isinstance(found[0], BrokenRun):
         raise LensError(found[0].problem)
     return found[0]
+
+
+def delete_run(run: Run) -> int:
+    """Remove what a run wrote, and its folder if that is all; how many files of others stay.
+
+    Raises:
+        LensError: it is being computed right now.
+    """
+    if run.status == "started":
+        raise LensError(f"{run.path} is being computed right now; stop it first")
+    with alone_in(run.path.parent):
+        remove_own(run.path, run.meta["files"])
+    return sum(not path.is_dir() for path in run.path.rglob("*")) if run.path.exists() else 0
 
 
 def _row(run: Run | BrokenRun) -> tuple[str, str, str, str]:

@@ -46,7 +46,7 @@ COMMANDS = (
         "view",
         "worker",
     ),
-    *("report", "compare", "export", "list", "validate", "doctor"),
+    *("report", "compare", "delete", "export", "list", "validate", "doctor"),
 )
 
 

@@ -166,3 +166,29 @@ def test_a_broken_run_is_not_resolved(copy):
     change(copy, schema_version=99)
     with pytest.raises(LensError, match="version 99"):
         resolve(copy.name, copy.parent)
+
+
+def test_a_run_is_deleted_when_asked_and_nothing_of_others(
+    lens_command, run_folder, tmp_path, monkeypatch
+):
+    one, other = tmp_path / run_folder.name, tmp_path / "kept"
+    shutil.copytree(run_folder, one)
+    shutil.copytree(run_folder, other)
+    (one / "notes.txt").write_text("mine")
+    refused = lens_command("delete", one, "--runs", tmp_path)
+    assert refused.code == 2
+    assert "is not deleted; --yes deletes it without asking" in refused.err
+    assert (one / "run.json").exists()
+    answer = lens_command("delete", one, "--runs", tmp_path, "--yes", "--json")
+    assert answer.code == 0, answer.err
+    assert answer.json["left"] == 1
+    assert [path.name for path in one.iterdir()] == ["notes.txt"]
+    assert (other / "heads.parquet").exists()
+    whole = lens_command("delete", other, "--yes")
+    assert whole.code == 0
+    assert not other.exists()
+    monkeypatch.setattr("lens.runs.folders.Run.status", property(lambda self: "started"))
+    shutil.copytree(run_folder, other)
+    busy = lens_command("delete", other, "--yes")
+    assert (busy.code, other.exists()) == (1, True)
+    assert "is being computed right now" in busy.err
