@@ -141,6 +141,14 @@ CASES: dict[str, Callable[[], Problem]] = {
     "groups in segments": lambda: make(
         groups=(torch.arange(262).view(2, 131) // 50).clamp(max=3), sink_logits=_random((4,))
     ),
+    "groups of one key": lambda: make(
+        AttentionMask(causal=True, key_start=[0, 40]),
+        groups=(torch.arange(131) != torch.tensor([[0], [40]])).long(),
+        sink_logits=_random((4,)),
+    ),
+    "groups of one key among three": lambda: make(
+        groups=torch.tensor([2, 0, *([1] * 128), 0]).expand(2, 131), block_size=48
+    ),
     "block mask": lambda: make(
         AttentionMask(causal=True), block_mask=_chance(0.6, 1, 4, 5, 5), sink_logits=_random((4,))
     ),

@@ -262,9 +262,19 @@ static void key_tile(State *t, int64_t start, int64_t keys) {
     return;
   }
   for (int32_t g = 0; g < a->groups; g++) {
-    int64_t members = 0;
-    for (int64_t k = 0; k < keys; k++) members += group[k] == g;
+    int64_t members = 0, last = 0;
+    for (int64_t k = 0; k < keys; k++)
+      if (group[k] == g) members++, last = k;
     if (!members) continue;
+    if (members == 1) { /* as the first key of a sequence: a strip of its own, not the tile once more */
+      strip = new_strip(t, start + last, 1);
+      for (int64_t r = 0; r < t->q.lanes; r += LANES) {
+        Column from = column(s, keys, r, t->q.lanes);
+        store(strip->p + r, load(from.first + last * from.step));
+      }
+      absorb(t, t->w->sums + g, strip);
+      continue;
+    }
     strip = new_strip(t, start, keys);
     memcpy(strip->p, s, 4 * keys * t->q.lanes);
     for (int64_t k = 0; k < keys; k++)
@@ -273,19 +283,33 @@ static void key_tile(State *t, int64_t start, int64_t keys) {
   }
 }
 
+/* to = factor * from, n numbers. */
+INLINE void scaled(float *to, const float *from, float factor, int64_t n) {
+  int64_t i = 0;
+  for (; i + LANES <= n; i += LANES) store(to + i, splat(factor) * load(from + i));
+  for (; i < n; i++) to[i] = factor * from[i];
+}
+
+/* to = alpha * from, or to += alpha * from, lane by lane. */
+INLINE void carry(float *to, const float *from, const float *alpha, int onto, int64_t lanes) {
+  for (int64_t r = 0; r < lanes; r += LANES) {
+    vec part = load(alpha + r) * load(from + r);
+    store(to + r, onto ? load(to + r) + part : part);
+  }
+}
+
 /* Writes the state of each group and merges them all into the first. */
 static void finish_groups(State *t) {
   const Forward *a = t->a;
   const Inputs *in = &a->in;
-  const int64_t width = t->plan->value_width, rows = in->batch * in->heads * in->queries;
+  const int64_t width = t->plan->value_width, rows = in->batch * in->heads * in->queries, lanes = t->q.lanes;
   const int64_t row0 = (t->q.batch * in->heads + t->q.head) * in->queries + t->q.start;
   for (int64_t g = 0; g < a->groups; g++) {
     const Sums *sums = t->w->sums + g;
     for (int64_t r = 0; r < t->q.rows; r++) {
       const int64_t row = g * rows + row0 + r;
       const float l = sums->sum[r], inverse = l == 0.0f ? 0.0f : 1.0f / l, log_sum = l == 0.0f ? 0.0f : logf(l);
-      for (int64_t d = 0; d < in->value_dim; d++)
-        a->group_output[row * in->value_dim + d] = sums->output[r * width + d] * inverse;
+      scaled(a->group_output + row * in->value_dim, sums->output + r * width, inverse, in->value_dim);
       a->group_lse[row] = sums->max[r] + log_sum;
       if (a->group_max_logit) a->group_max_logit[row] = sums->max[r];
       if (a->group_entropy) a->group_entropy[row] = log_sum - sums->log_part[r] * inverse;
@@ -297,25 +321,25 @@ static void finish_groups(State *t) {
   float pivot[ROWS], highest[ROWS];
   memcpy(highest, whole->max, sizeof highest);
   for (int64_t g = 1; g < a->groups; g++)
-    for (int64_t r = 0; r < t->q.lanes; r += LANES)
+    for (int64_t r = 0; r < lanes; r += LANES)
       store(highest + r, greater(load(t->w->sums[g].max + r), load(highest + r)));
-  for (int64_t r = 0; r < t->q.lanes; r++) pivot[r] = highest[r] == -INFINITY ? 0.0f : highest[r];
-  for (int64_t g = 0; g < a->groups; g++) {
+  for (int64_t r = 0; r < lanes; r++) pivot[r] = highest[r] == -INFINITY ? 0.0f : highest[r];
+  for (int64_t g = 0; g < a->groups; g++) { /* group 0 is scaled in place, the others are added */
     Sums *sums = t->w->sums + g;
     rescale(t, sums, pivot);
-    for (int64_t r = 0; r < t->q.lanes; r++) {
-      float alpha = t->alpha[r], old = g ? 1.0f : 0.0f; /* group 0 is scaled in place, the others are added */
-      if (g) {
-        whole->sum[r] += sums->sum[r], whole->log_part[r] += sums->log_part[r];
-        whole->squares[r] += sums->squares[r], whole->distance[r] += sums->distance[r];
-      }
-      for (int64_t d = 0; d < width; d++)
-        whole->output[r * width + d] = old * whole->output[r * width + d] + alpha * sums->output[r * width + d];
-      for (int64_t f = r; f < a->features * ROWS; f += ROWS)
-        whole->features[f] = old * whole->features[f] + alpha * sums->features[f];
-      for (int64_t f = r; f < a->pairs * ROWS; f += ROWS)
-        whole->matched[f] = old * whole->matched[f] + alpha * sums->matched[f];
+    for (int64_t r = 0; g && r < lanes; r += LANES) {
+      store(whole->sum + r, load(whole->sum + r) + load(sums->sum + r));
+      store(whole->log_part + r, load(whole->log_part + r) + load(sums->log_part + r));
+      store(whole->squares + r, load(whole->squares + r) + load(sums->squares + r));
+      store(whole->distance + r, load(whole->distance + r) + load(sums->distance + r));
     }
+    for (int64_t r = 0; r < t->q.rows; r++)
+      for (int64_t d = r * width; d < (r + 1) * width; d += LANES) {
+        vec part = splat(t->alpha[r]) * load(sums->output + d);
+        store(whole->output + d, g ? load(whole->output + d) + part : part);
+      }
+    for (int64_t f = 0; f < a->features; f++) carry(whole->features + f * ROWS, sums->features + f * ROWS, t->alpha, g > 0, lanes);
+    for (int64_t f = 0; f < a->pairs; f++) carry(whole->matched + f * ROWS, sums->matched + f * ROWS, t->alpha, g > 0, lanes);
   }
   memcpy(whole->max, highest, sizeof highest);
 }
@@ -346,7 +370,7 @@ static void finish_rows(State *t) {
     if (a->distance) a->distance[row] = sums->distance[r] * inverse;
     for (int64_t f = 0; f < a->features; f++) a->feature_means[f * all_rows + row] = sums->features[f * ROWS + r] * inverse;
     for (int64_t f = 0; f < a->pairs; f++) a->match_mass[row * a->pairs + f] = sums->matched[f * ROWS + r] * inverse;
-    for (int64_t d = 0; d < in->value_dim; d++) a->output[row * in->value_dim + d] = sums->output[r * width + d] * inverse;
+    scaled(a->output + row * in->value_dim, sums->output + r * width, inverse, in->value_dim);
   }
   for (int64_t r = t->q.rows; r < t->q.lanes; r++) t->lse[r] = INFINITY;
 }
