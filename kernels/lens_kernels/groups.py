@@ -4,6 +4,9 @@ The keys of each group are gathered and run as attention of their own, which cos
 pass over all groups together. An interval of keys per row stays one: `[low, high)` becomes the ranks
 of its ends among the group's keys. Where the logits or the mask need each key in its place (ALiBi,
 `block_mask`) the keys stay and those of other groups are hidden: one plain pass per group.
+
+Where one of two groups is a single key, as the first of a sequence, a backend can make everything in
+one pass: it hides that key, keeps what it has then, and adds the key (`lone_key`, `lone_states`).
 """
 
 from __future__ import annotations
@@ -47,6 +50,52 @@ def run_by_group(problem: Problem, run: Callable[[Problem], BackendResult]) -> B
         return BackendResult(whole.output.to(problem.query.dtype), tensors, groups)
     plain = run(replace(problem, groups=None, group_count=0))
     return replace(plain, groups=groups)
+
+
+def lone_key(problem: Problem, first: bool) -> Tensor | None:
+    """The one key of each batch row that is group 0, [batch] int32, where all others are group 1.
+
+    Args:
+        first: whether it must be key 0.
+
+    Returns:
+        None where it is not so.
+    """
+    groups = problem.groups
+    if groups is None or problem.group_count != 2 or problem.block_mask is not None:
+        return None
+    member = groups == 0
+    place = member.to(torch.int8).argmax(1).to(torch.int32)
+    alone = (member.sum(1) == 1).all() & ((place == 0).all() | (not first))
+    return place if bool(alone) else None
+
+
+def lone_states(
+    problem: Problem, key: Tensor, logit: Tensor, output: Tensor, others: dict[str, Tensor]
+) -> AttentionGroups:
+    """The states of two groups, the first of which is one key.
+
+    Args:
+        key: [batch].
+        logit: its logits [batch, heads, queries], -inf where it is hidden.
+        output: [batch, heads, queries, value_dim] of the other group.
+        others: its LSE and statistics by name.
+    """
+    seen = (logit > -_INF).to(logit.dtype)
+    rows = key.long()[:, None, None, None].expand(-1, problem.kv_heads, 1, problem.value_dim)
+    value = problem.value.gather(2, rows).to(output.dtype)  # [batch, kv_heads, 1, value_dim]
+    value = value.repeat_interleave(problem.heads // problem.kv_heads, dim=1)
+    distance = (problem.plan.anchor - key[:, None])[:, None].to(logit.dtype)
+    mine = {
+        "lse": logit,
+        "max_logit": logit,
+        "entropy": torch.zeros_like(logit),
+        "concentration": seen,
+        "distance": distance * seen,
+    }
+    both = {name: torch.stack((mine[name], tensor)) for name, tensor in others.items()}
+    outputs = torch.stack((torch.where(seen[..., None] > 0, value, 0), output))
+    return AttentionGroups(outputs, both.pop("lse"), both)
 
 
 def _state(

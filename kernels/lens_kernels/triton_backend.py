@@ -2,7 +2,7 @@
 
 One forward pass for whatever is a sum along a row, then, where asked for, a pass along columns
 (received mass, block maps) and one along diagonals. Key groups run as problems of their own
-(groups.py). Extra memory is that of the outputs; block masses that are only needed for `top_keys`
+(groups.py), but a single key beside all others is one pass with the rest. Extra memory is that of the outputs; block masses that are only needed for `top_keys`
 are made and dropped some heads at a time.
 
 Under Triton's interpreter (TRITON_INTERPRET=1 before the first use) the same kernels run on the CPU
@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from lens_kernels.backward import Gradients, Saved, Upstream
-from lens_kernels.groups import run_by_group
-from lens_kernels.problem import BackendResult, Problem
+from lens_kernels.groups import lone_key, lone_states, run_by_group
+from lens_kernels.problem import BackendResult, Problem, group_statistics
+from lens_kernels.splits import PIECE, run_split
 
 LARGEST_DIM = 256
 
@@ -72,23 +73,41 @@ def interpreted() -> bool:
 
 @torch.no_grad()
 def run(problem: Problem) -> BackendResult:
-    """Output, statistics and group states; see `lens_kernels.problem`."""
+    """Output, statistics and group states; see `lens_kernels.problem`.
+
+    One query on many keys would be one program for each head, so its keys are cut into pieces.
+    """
+    width = problem.block_size[1]
+    piece = max(1, PIECE // width) * width
+    if problem.queries == 1 and problem.keys >= 2 * piece:
+        return run_split(problem, run, piece)
     if problem.groups is not None:
+        from lens_kernels.triton_configs import split_rows
+
+        apart = lone_key(problem, split_rows(problem))
+        if apart is not None:
+            return _run(problem, problem.query.dtype, apart)
         result = run_by_group(problem, lambda part: _run(part, part.compute_dtype))
         return replace(result, output=result.output.to(problem.query.dtype))
     return _run(problem, problem.query.dtype)
 
 
-def _run(problem: Problem, dtype: torch.dtype) -> BackendResult:
+def _run(problem: Problem, dtype: torch.dtype, apart: Tensor | None = None) -> BackendResult:
+    """`apart`: `lone_key` where the groups are made along with the rest."""
     from lens_kernels.triton_run import run_columns, run_diagonals, run_rows
 
     problem = _dense(problem)
     with _device(problem):
-        output, tensors = run_rows(problem, dtype)
+        output, tensors, beside = run_rows(problem, dtype, apart)
         lse = tensors["lse"]
         tensors |= run_columns(problem, lse)
         tensors |= run_diagonals(problem, lse)
-    return BackendResult(output, tensors)
+    if apart is None:
+        return BackendResult(output, tensors)
+    names = ("lse", *group_statistics(problem))
+    others = {name: beside[name] for name in names}
+    states = lone_states(problem, apart, beside["logit"], beside["output"], others)
+    return BackendResult(output, tensors, states)
 
 
 def _dense(problem: Problem) -> Problem:

@@ -266,9 +266,9 @@ def query_gradients(
             middle = shared_end // columns.lanes
 
     dq = tl.zeros([rows.lanes, query.dim], tl.float32)  # [BM, D]
-    for stretch in tl.static_range(0 if (SPLIT and ALIGNED) else 1, 2):
-        lower = 0 if stretch == 0 else middle
-        upper = middle if stretch == 0 else end
+    for stretch in tl.static_range(0, 2 if (SPLIT and ALIGNED) else 1):
+        lower = middle if stretch == 0 else 0
+        upper = end if stretch == 0 else middle
         for column_tile in range(lower, upper):
             visited = True
             if kept is not None:
@@ -279,7 +279,7 @@ def query_gradients(
                 )  # [BN]
                 column = column_first + column_ahead  # [BN]
                 read = None
-                if stretch == 1:
+                if stretch == 0:
                     read = column_used
                 k = load_rows(key, batch, kv_head, column_first, column_ahead, read)  # [BN, D]
                 v = load_rows(value, batch, kv_head, column_first, column_ahead, read)  # [BN, V]
@@ -296,9 +296,9 @@ def query_gradients(
                     batch,
                     head,
                     shape,
-                    stretch == 1,
+                    stretch == 0,
                 )  # [BM, BN]
-                if stretch == 1:
+                if stretch == 0:
                     x = tl.where(column_used[None, :], x, float("-inf"))  # [BM, BN]
                 p = tl.exp2(x * unit - total[:, None])  # [BM, BN]
                 a = tl.dot(do, tl.trans(v), input_precision=scores.precision)  # [BM, BN]

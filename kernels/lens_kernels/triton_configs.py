@@ -1,7 +1,8 @@
 """Tile sizes, warps and pipeline stages of each kernel, by input type and head dim: one table each.
 
-Chosen by compiling, so that nothing spills on sm_90 and sm_80, and shared memory fits (227 KB,
-163 KB). float32 takes small tiles: its products are three for one.
+Chosen by compiling, for few instructions a key: the matrix products of sm_90 (wgmma) run without a
+wait for each, nothing spills but at most 64 bytes a thread where a larger tile saves more than that
+costs, and shared memory fits (227 KB, 163 KB on sm_80). float32 takes small tiles: its products are three for one.
 tests/kernels/test_triton_compile.py holds the tiles to that without a GPU, and
 tests/benchmarks/COMPILED.md lists what each kernel uses. No autotuning: it needs a GPU, and makes
 results depend on what was timed.
@@ -19,6 +20,8 @@ from lens_kernels.triton_launch import Config, capability, power
 _SUMS = ("entropy", "concentration", "distance", "prefix_mass")
 _MANY = ("match_mass", "moments", "grid_moments", "mean_value_norm")
 
+_SHORT = 64
+"""Keys of a prefix that are multiplied a second time: four narrow tiles at most."""
 _MOST = 255
 """Registers that a thread can have."""
 _SMALL = Config(32, 32, 8, 2)
@@ -120,17 +123,30 @@ def _odd(problem: Problem) -> bool:
     return bool(uneven) and plain(problem) and problem.plan.causal
 
 
+_WIDEST = Config(128, 128, 8, 2)
+"""Of the LSE alone: half the turns of the loop, and of its maxima across lanes."""
+_RICH = Config(128, 64, 8, 2)
+"""Of every statistic: it spills up to 48 bytes, and takes half the instructions of 128 x 16."""
+
+
 def row_config(problem: Problem) -> Config:
     """Of the forward pass, by what it keeps in registers."""
     weight, width = _weight(problem), _width(problem)
     full, many, hopper = _full(problem), problem.wants(*_MANY), _hopper(problem)
+    if hopper and not full and width < 256:
+        if many and weight < 2:
+            return _RICH
+        crowded = width == 128 and (_open(problem) or problem.groups is not None)
+        if not weight and not many and not problem.wants(*_SUMS) and not crowded:
+            return _WIDEST
     level = weight + (2 if many else int(problem.wants(*_SUMS)))
     # where the compiler needs more than the sum, found by compiling
     if many and (weight > 1 or (weight and hopper and full and width == 128)):
         level = 5
     elif hopper:
         level += many and (not weight or width == 256)
-        level += width == 256 and (many or full) and _odd(problem)
+        apart = many and problem.groups is not None
+        level += width == 256 and (((many or full) and _odd(problem)) or apart)
     elif full:
         level += 2
     elif not many or width == 256:
@@ -141,6 +157,12 @@ def row_config(problem: Problem) -> Config:
     if problem.plan.keep is not None and width == 256 and not hopper and not full:
         config = replace(config, registers=_MOST)
     return replace(config, registers=None) if many and not full else config
+
+
+def short_prefix(problem: Problem) -> bool:
+    """Whether `prefix_mass` is few tiles more, and its keys are the first ones of every row."""
+    simple = problem.plan.simple and problem.block_mask is None
+    return problem.wants("prefix_mass") and simple and problem.prefix <= _SHORT
 
 
 def split_rows(problem: Problem) -> bool:
@@ -223,7 +245,7 @@ def backward_config(problem: Problem, of: str) -> Config:
     if width == 256:
         small = _SMALL if hopper else replace(_SMALL, registers=_MOST)
         if weight < 2:
-            return Config(64, 16 if hopper and (_open(problem) or _odd(problem)) else 32, 8, 2)
+            return Config(128, 16, 8, 2) if hopper else Config(64, 32, 8, 2)
         return small
     if weight > 2:
         return Config(64, 32, 8, 2) if hopper else _SMALL

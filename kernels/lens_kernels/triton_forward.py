@@ -14,8 +14,15 @@ distance is summed from the tile's first anchor for the same reason. A learned s
 the end: it takes the share `1 - mass` of every row.
 
 Keys that no row of the tile sees are never read. With SPLIT, tiles that all rows see wholly have a
-loop of their own, without a mask. With a block mask the program walks the list of blocks that are
-kept.
+loop of their own, without a mask, after the one of the other tiles: the other way round the compiler
+waits for every single matrix instruction of both. With a block mask the program walks the list of
+blocks that are kept.
+
+A key that is a group of its own, as the first one is where attention sinks, is hidden in the loops;
+what they leave is the state of the other group, and the key joins as one more turn.
+
+The mass on a short prefix is not summed in the loops, where its flags would need a register for each
+key of a tile: one more tile of keys is multiplied once the LSE is known.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false
@@ -39,6 +46,8 @@ from lens_kernels.triton_logits import (
     store_rows,
 )
 
+PREFIX_LANES = tl.constexpr(16)
+
 
 class RowOutputs(NamedTuple):
     """Where results go: [batch, heads, queries], contiguous; None is not computed."""
@@ -49,6 +58,7 @@ class RowOutputs(NamedTuple):
     concentration: Any
     distance: Any
     value_norm: Any
+    prefix_mass: Any  # of the first `RowInputs.prefix` keys, in a loop of its own
     means: Any  # [features, batch, heads, queries]
     match_mass: Any  # [pairs, batch, heads, queries]
 
@@ -59,6 +69,23 @@ class RowInputs(NamedTuple):
     features: Any  # [features, batch, kv_heads, keys] float32
     query_labels: Any  # [pairs, batch, queries] int32, never -2
     key_labels: Any  # [pairs, batch, keys] int32, never -1 where a row label is -1
+    prefix: Any
+
+
+class FirstKey(NamedTuple):
+    """One key of each batch row that is a group of its own, and where the others' state goes.
+
+    Shapes as in `RowOutputs`; the statistics are None where that one is, everything where no key is
+    apart (a tuple with None in it cannot be told from None while compiling).
+    """
+
+    key: Any  # [batch] int32
+    logit: Any  # of that key; -inf where it is hidden
+    lse: Any
+    max_logit: Any
+    entropy: Any
+    concentration: Any
+    distance: Any
 
 
 class BlockList(NamedTuple):
@@ -107,6 +134,8 @@ def forward(
     mask,
     scores,
     sinks,
+    first_key,
+    others,
     block_list,
     shape,
     rows,
@@ -126,11 +155,13 @@ def forward(
         outs, ins: `RowOutputs`, `RowInputs`.
         mask, scores, shape: see triton_logits.
         sinks: [heads] float32, or None.
+        first_key: `FirstKey`; not with a block list.
+        others: `Rows` for the output of the keys beside it, float32; or None.
         block_list: `BlockList`, or None.
         rows, columns: `Blocks` of the two axes.
         tiles: query tiles.
         batches: batch rows.
-        SPLIT: a loop without a mask comes first; for simple masks without a window.
+        SPLIT: a loop without a mask follows; for simple masks without a window.
     """
     pid = tl.program_id(0)
     tile = tiles - 1 - pid % tiles
@@ -178,10 +209,20 @@ def forward(
     if SPLIT:
         middle = shared_end // BN * BN
 
-    for stretch in tl.static_range(0 if SPLIT else 1, 2):
-        lower = 0 if stretch == 0 else middle
-        upper = middle if stretch == 0 else end
-        for start in range(lower, upper, BN):
+    FIRST: tl.constexpr = first_key.key is not None
+    alone = 0
+    after = 0  # of the tiles that have no masked key
+    if FIRST:
+        alone = tl.load(first_key.key + batch)
+        if SPLIT:  # key 0: its tile is one of the masked ones
+            after = tl.minimum(BN, middle)
+    for stretch in tl.static_range(0, 2 if SPLIT else 1):
+        lower = middle - after if stretch == 0 else after
+        upper = end if stretch == 0 else middle
+        for turn in range(lower, upper, BN):
+            start = turn
+            if FIRST and SPLIT and stretch == 0:
+                start = tl.where(turn < middle, 0, turn)
             if LIST:
                 visit = start // BN
                 block = tl.load(listed + visit // columns.parts)
@@ -193,7 +234,7 @@ def forward(
                 column_first = start
                 column = start + lane  # [BN]
                 column_used = None
-                if stretch == 1:
+                if stretch == 0:
                     column_used = column < shape.keys  # [BN]
             k = load_rows(key, batch, kv_head, column_first, lane, column_used)  # [BN, D]
             products = tl.dot(q, tl.trans(k), input_precision=scores.precision)  # [BM, BN]
@@ -209,14 +250,16 @@ def forward(
                 batch,
                 head,
                 shape,
-                stretch == 1,
+                stretch == 0,
             )  # [BM, BN]
             if LIST:
                 x = tl.where(column_used[None, :], x, float("-inf"))  # [BM, BN]
+            if FIRST and stretch == 0:
+                x = tl.where(column[None, :] == alone, float("-inf"), x)  # [BM, BN]
 
             raised = tl.maximum(peak, tl.max(x, 1) * unit)  # [BM]
             pivot = raised  # [BM]
-            if stretch == 1 or HIDES:
+            if stretch == 0 or HIDES:
                 pivot = tl.where(raised == float("-inf"), 0.0, raised)  # [BM]
             e = x * unit - pivot[:, None]  # [BM, BN]
             p = tl.exp2(e)  # [BM, BN]
@@ -225,7 +268,7 @@ def forward(
             if outs.entropy is not None:
                 lift = tl.where(total > 0, peak - pivot, 0.0)  # [BM]
                 bits = e  # [BM, BN]
-                if stretch == 1 or HIDES:
+                if stretch == 0 or HIDES:
                     bits = tl.where(p > 0, e, 0.0)  # [BM, BN]
                 surprise = decay * (surprise + lift * total) + tl.sum(p * bits, 1)  # [BM]
             if outs.concentration is not None:
@@ -262,6 +305,76 @@ def forward(
             acc = acc * decay[:, None]  # [BM, V]
             acc = tl.dot(p.to(v.dtype), v, acc, input_precision=scores.precision)  # [BM, V]
 
+    line = (batch * shape.heads + head).to(tl.int64) * shape.queries + row  # [BM]
+    if FIRST:
+        # the state of all the others
+        seen = total > 0  # [BM]
+        inverse = tl.where(seen, 1 / tl.where(seen, total, 1.0), 0.0)  # [BM]
+        level = tl.log2(tl.where(seen, total, 1.0))  # [BM]
+        beside = acc * inverse[:, None]  # [BM, V]
+        store_rows(beside, others, batch, head, row_first, row_ahead, row_used)
+        tl.store(first_key.lse + line, (peak + level) * LN2, mask=row_used)
+        if outs.max_logit is not None:
+            tl.store(first_key.max_logit + line, peak * LN2, mask=row_used)
+        if outs.entropy is not None:
+            entropy = tl.maximum(level - surprise * inverse, 0.0) * LN2  # [BM]
+            tl.store(first_key.entropy + line, entropy, mask=row_used)
+        if outs.concentration is not None:
+            tl.store(first_key.concentration + line, squares * inverse * inverse, mask=row_used)
+        if outs.distance is not None:
+            way = (travel + (anchor - origin).to(tl.float32) * total) * inverse  # [BM]
+            tl.store(first_key.distance + line, way, mask=row_used)
+
+        # and the key itself, as one more turn of the loop
+        lane = tl.arange(0, PREFIX_LANES)  # [BN]
+        column = alone + lane  # [BN]
+        column_used = column == alone  # [BN]
+        k = load_rows(key, batch, kv_head, alone, lane, column_used)  # [BN, D]
+        score = logits(
+            tl.dot(q, tl.trans(k), input_precision=scores.precision),
+            row[:, None],
+            column[None, :],
+            low[:, None],
+            high[:, None],
+            anchor[:, None],
+            mask,
+            scores,
+            batch,
+            head,
+            shape,
+            True,
+        )  # [BM, BN]
+        score = tl.max(tl.where(column_used[None, :], score, float("-inf")), 1) * unit  # [BM]
+        tl.store(first_key.logit + line, score * LN2, mask=row_used)
+        raised = tl.maximum(peak, score)  # [BM]
+        pivot = tl.where(raised == float("-inf"), 0.0, raised)  # [BM]
+        e = score - pivot  # [BM]
+        p = tl.exp2(e)  # [BM]
+        decay = tl.exp2(peak - pivot)  # [BM]
+        lift = tl.where(seen, peak - pivot, 0.0)  # [BM]
+        surprise = decay * (surprise + lift * total) + p * tl.where(p > 0, e, 0.0)  # [BM]
+        squares = decay * decay * squares + p * p  # [BM]
+        travel = decay * travel + p * (origin - alone).to(tl.float32)  # [BM]
+        new_means = ()
+        for feature in tl.static_range(FEATURES):
+            plane = (feature * batches + batch) * (shape.heads // shape.share) + kv_head
+            number = tl.load(ins.features + plane.to(tl.int64) * shape.keys + alone)
+            new_means = new_means + (decay * means[feature] + p * number,)
+        means = new_means
+        new_matches = ()
+        for pair in tl.static_range(PAIRS):
+            name = tl.load(
+                ins.key_labels + (pair * batches + batch).to(tl.int64) * shape.keys + alone
+            )
+            hit = tl.where(labels[pair] == name, p, 0.0)  # [BM]
+            new_matches = new_matches + (decay * matches[pair] + hit,)
+        matches = new_matches
+        total = decay * total + p  # [BM]
+        peak = raised  # [BM]
+        v = load_rows(value, batch, kv_head, alone, lane, column_used)  # [BN, V]
+        of_key = tl.sum(v.to(tl.float32), 0)  # [V], the other rows are 0
+        acc = acc * decay[:, None] + p[:, None] * of_key[None, :]  # [BM, V]
+
     seen = total > 0  # [BM]
     level = tl.log2(tl.where(seen, total, 1.0))  # [BM]
     lse = peak + level  # [BM], in base 2
@@ -277,8 +390,32 @@ def forward(
     acc = acc * factor[:, None]  # [BM, V]
     store_rows(acc, output, batch, head, row_first, row_ahead, row_used)
 
-    line = (batch * shape.heads + head).to(tl.int64) * shape.queries + row  # [BM]
     tl.store(outs.lse + line, lse * LN2, mask=row_used)
+    if outs.prefix_mass is not None:
+        at = tl.where(seen, lse, float("inf"))  # [BM]
+        lane = tl.arange(0, PREFIX_LANES)  # [BN]
+        early = tl.zeros([BM], tl.float32)  # [BM]
+        for start in range(0, tl.minimum(ins.prefix, end), PREFIX_LANES):
+            column = start + lane  # [BN]
+            column_used = column < ins.prefix  # [BN]
+            k = load_rows(key, batch, kv_head, start, lane, column_used)  # [BN, D]
+            x = logits(
+                tl.dot(q, tl.trans(k), input_precision=scores.precision),
+                row[:, None],
+                column[None, :],
+                low[:, None],
+                high[:, None],
+                anchor[:, None],
+                mask,
+                scores,
+                batch,
+                head,
+                shape,
+                True,
+            )  # [BM, BN]
+            x = tl.where(column_used[None, :], x, float("-inf"))  # [BM, BN]
+            early += tl.sum(tl.exp2(x * unit - at[:, None]), 1)  # [BM]
+        tl.store(outs.prefix_mass + line, early, mask=row_used)
     if outs.max_logit is not None:
         tl.store(outs.max_logit + line, peak * LN2, mask=row_used)
     if outs.entropy is not None:

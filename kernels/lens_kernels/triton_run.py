@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -24,14 +25,16 @@ from lens_kernels.triton_configs import (
     diagonals_config,
     key_gradients_together,
     row_config,
+    short_prefix,
     split_key_gradients,
     split_query_gradients,
     split_rows,
 )
-from lens_kernels.triton_forward import BlockList, RowInputs, RowOutputs, forward
+from lens_kernels.triton_forward import BlockList, FirstKey, RowInputs, RowOutputs, forward
 from lens_kernels.triton_lse_pass import ColumnOutputs, MapSize, columns_pass, diagonals_pass
 
-_ROWS = ("max_logit", "entropy", "concentration", "distance", "value_norm")
+_STATE = ("max_logit", "entropy", "concentration", "distance")
+_ROWS = (*_STATE, "value_norm")
 _MAPS = {
     "block_mass": 0.0,
     "block_max": 0.0,
@@ -52,8 +55,15 @@ def _new(problem: Problem, *sizes: int, dtype: torch.dtype = torch.float32) -> T
     return tensor.fill_(math.nan) if _poison else tensor
 
 
-def run_rows(problem: Problem, dtype: torch.dtype) -> tuple[Tensor, dict[str, Tensor]]:
-    """Output in `dtype`, and the statistics with numbers per query row, `lse` always."""
+def run_rows(
+    problem: Problem, dtype: torch.dtype, apart: Tensor | None = None
+) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+    """Output in `dtype`, and the statistics with numbers per query row, `lse` always.
+
+    Args:
+        apart: [batch] int32, a key of each batch row whose logits, and the state of the keys beside
+            it, are made along with the rest (the third result); not with a block mask.
+    """
     sparse = problem.block_mask is not None
     config, rows, columns = pack.tiling(problem, row_config(problem), "rows", sparse)
     lines = (problem.batch, problem.heads, problem.queries)
@@ -61,7 +71,11 @@ def run_rows(problem: Problem, dtype: torch.dtype) -> tuple[Tensor, dict[str, Te
     tensors = {name: _new(problem, *lines) for name in _ROWS if problem.wants(name)}
     tensors["lse"] = _new(problem, *lines)
 
-    features, places = row_features(problem)
+    short = short_prefix(problem)
+    if short:
+        tensors["prefix_mass"] = _new(problem, *lines)
+    in_loop = problem.statistics - ({"prefix_mass"} if short else set())
+    features, places = row_features(replace(problem, statistics=in_loop))
     count = features.shape[-1]
     means = _new(problem, count, *lines)
     pairs, query_labels, key_labels = 0, None, None
@@ -73,6 +87,16 @@ def run_rows(problem: Problem, dtype: torch.dtype) -> tuple[Tensor, dict[str, Te
         key_labels = problem.key_labels.masked_fill(problem.key_labels < 0, -2)
         key_labels = key_labels.permute(2, 0, 1).contiguous()
     matches = _new(problem, pairs, *lines)
+
+    beside: dict[str, Tensor] = {}
+    first, others = FirstKey(*(None,) * len(FirstKey._fields)), None
+    if apart is not None:
+        beside = {name: _new(problem, *lines) for name in ("logit", "lse")}
+        beside |= {name: _new(problem, *lines) for name in _STATE if name in tensors}
+        beside["output"] = _new(problem, *lines, problem.value_dim)
+        others = pack.rows_of(beside["output"])
+        state = (beside.get(name) for name in ("logit", "lse", *_STATE))
+        first = FirstKey(apart, *state)
 
     tiles = pack.tiles(rows, problem.queries)
     pack.launch(
@@ -86,15 +110,21 @@ def run_rows(problem: Problem, dtype: torch.dtype) -> tuple[Tensor, dict[str, Te
         RowOutputs(
             tensors["lse"],
             *(tensors.get(name) for name in _ROWS),
+            tensors.get("prefix_mass"),
             means if count else None,
             matches if pairs else None,
         ),
         RowInputs(
-            features.permute(3, 0, 1, 2).contiguous() if count else None, query_labels, key_labels
+            features.permute(3, 0, 1, 2).contiguous() if count else None,
+            query_labels,
+            key_labels,
+            problem.prefix if short else None,
         ),
         pack.mask(problem),
         pack.scores(problem, config),
         problem.sink_logits,
+        first,
+        others,
         _block_list(problem),
         pack.shape(problem),
         rows,
@@ -113,7 +143,7 @@ def run_rows(problem: Problem, dtype: torch.dtype) -> tuple[Tensor, dict[str, Te
         tensors[name] = part[0] if single else part.movedim(0, -1).contiguous()
     if pairs:
         tensors["match_mass"] = matches.movedim(0, -1).contiguous()
-    return output, tensors
+    return output, tensors, beside
 
 
 def _block_list(problem: Problem) -> BlockList | None:

@@ -1,15 +1,18 @@
 """Compiles every Triton kernel that ships for sm_90 and sm_80, without a GPU, and writes the tables.
 
-`python tests/benchmarks/compiled.py` writes compiled.csv (one row a kernel) and COMPILED.md (the
-worst of each kernel and of each mask) beside this file; an hour on two cores, less where
-Triton's cache has the kernels. The jobs are those of tests/kernels/triton_offline.py, and
+`python tests/benchmarks/compiled.py [--new]` writes compiled.csv (one row a kernel) and COMPILED.md
+(the worst of each kernel and of each mask) beside this file; an hour on two cores, less where
+Triton's cache has the kernels. `--new` compiles what the table lacks, kernels with another tile than
+before, and keeps the other rows; each row tells the version of Triton and the sources it was made
+from. The jobs are those of tests/kernels/triton_offline.py, and
 tests/kernels/test_triton_compile.py holds the table to account.
 """
 
 from __future__ import annotations
 
+import json
 import sys
-from importlib import metadata
+import tempfile
 from pathlib import Path
 
 import pandas as pd
@@ -21,6 +24,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 from tests.kernels import triton_offline  # noqa: E402
 
 ARCHES = (90, 80)
+TABLE = HERE / "compiled.csv"
 
 
 def worst(table: pd.DataFrame, by: list[str]) -> pd.DataFrame:
@@ -48,13 +52,15 @@ def markdown(table: pd.DataFrame) -> str:
         "# Compiled kernels",
         "",
         "Made by `python tests/benchmarks/compiled.py` with "
-        f"triton {metadata.version('triton')}; nothing here ran on a GPU. Each line is the worst of "
-        "several kernels",
+        f"triton {', '.join(sorted(set(table['triton'])))}; nothing here ran on a GPU. Each "
+        "line is the worst of several kernels",
         "(compiled.csv has them one by one): registers of a thread (255 at most), bytes spilled, KB "
         "of shared memory",
         "(227 on sm_90, 163 on sm_80), and what multiplies. wgmma takes tiles of 64 rows or more; "
         "`fma` is float32 without",
         "tensor cores, where three tf32 products would need more registers than there are.",
+        f"{(table['sources'] == triton_offline.sources()).sum()} of {len(table)} rows are compiled from "
+        "today's kernels, the others from earlier ones with the same tiles.",
         "",
         "## By kernel",
         "",
@@ -71,11 +77,36 @@ def markdown(table: pd.DataFrame) -> str:
 
 def write(rows: list[dict]) -> None:
     """Both files."""
-    table = pd.DataFrame(rows)
-    table.to_csv(HERE / "compiled.csv", index=False)
+    table = pd.DataFrame(rows).replace("", None)
+    for name in ("instructions", "matrix_instructions", "waits"):  # rows of old have none
+        table[name] = pd.to_numeric(table[name]).astype("Int64")
+    table.to_csv(TABLE, index=False)
     (HERE / "COMPILED.md").write_text(markdown(table), encoding="utf-8")
 
 
+def known() -> list[dict]:
+    """Rows of the table that ship as they stand there."""
+    shipped = [triton_offline.start(arch, "--list") for arch in ARCHES]
+    keys = {triton_offline.key(row) for process in shipped for row in triton_offline.rows(process)}
+    old = pd.read_csv(TABLE, keep_default_na=False).to_dict("records")
+    return [row for row in old if triton_offline.key(row) in keys]
+
+
+def made(kept: list[dict]) -> list[dict]:
+    """`kept`, and what is compiled beside it, in the order of the jobs."""
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        json.dump([triton_offline.key(row) for row in kept], file)
+        file.flush()
+        started = [triton_offline.start(arch, "--known", file.name) for arch in ARCHES]
+        rows = kept + [row for process in started for row in triton_offline.rows(process)]
+    jobs = {str(job): place for place, job in enumerate(triton_offline.JOBS)}
+
+    def place(row: dict) -> tuple[int, int]:
+        job = triton_offline.Job(row["dtype"], row["head_dim"], row["mask"])
+        return ARCHES.index(row["arch"]), jobs[str(job)]
+
+    return sorted(rows, key=place)
+
+
 if __name__ == "__main__":
-    processes = [triton_offline.start(arch) for arch in ARCHES]
-    write([row for process in processes for row in triton_offline.rows(process)])
+    write(made(known() if "--new" in sys.argv else []))

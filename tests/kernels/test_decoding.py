@@ -3,8 +3,9 @@
 import pytest
 import torch
 from lens_kernels import AttentionMask, attention, reference
-from lens_kernels.decoding import decode, run_split
+from lens_kernels.decoding import decode
 from lens_kernels.dispatch import load
+from lens_kernels.splits import run_split
 from lens_kernels.validation import make_problem
 
 from tests.kernels.helpers import (

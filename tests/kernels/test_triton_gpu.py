@@ -106,6 +106,17 @@ def test_groups(dtype):
     checks.check_groups("cuda", 257, 389, dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_one_query_is_cut(dtype):
+    checks.check_one_query_is_cut("cuda", dtype, 16411, 4096)
+
+
+@pytest.mark.parametrize("name", checks.LONE)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_key_beside_all_others(dtype, name):
+    checks.check_lone_key("cuda", dtype, name)
+
+
 @pytest.mark.parametrize("block", [(64, 64), (128, 32), (16, 48)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_block_mask(dtype, block):

@@ -69,6 +69,15 @@ def test_groups():
     checks.check_groups("cpu", 37, 53, FLOAT)
 
 
+def test_one_query_is_cut():
+    checks.check_one_query_is_cut("cpu", FLOAT, 77, 32)
+
+
+@pytest.mark.parametrize("name", checks.LONE)
+def test_a_key_beside_all_others(name):
+    checks.check_lone_key("cpu", FLOAT, name)
+
+
 @pytest.mark.parametrize("block", [(16, 32), (11, 7)], ids=str)
 def test_block_mask(block):
     checks.check_block_mask("cpu", 23, 29, block, FLOAT)

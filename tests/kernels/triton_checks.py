@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 from lens_kernels import AttentionMask, attention, explain, reference
 from lens_kernels.decoding import decode
@@ -203,6 +204,11 @@ def check_decoding(device: str, keys: int, piece: int, queries: int, dtype: torc
     inputs = tensors(2, 4, 2, queries, keys, 32, 32, dtype=dtype, device=device)
     options = {"mask": CAUSAL, "statistics": "all", "block_size": (16, 32)}
     expected = reference.run(make_problem(*inputs, **options))
+    first, again = (decode(*inputs, piece=piece, backend="triton", **options) for _ in range(2))
+    same = [
+        torch.equal(first.statistics[name], again.statistics[name]) for name in expected.tensors
+    ]
+    assert all(same), "no atomics: the same bits on every run"
     for result in (
         attention(*inputs, backend="triton", **options),
         decode(*inputs, piece=piece, backend="triton", **options),
@@ -210,6 +216,26 @@ def check_decoding(device: str, keys: int, piece: int, queries: int, dtype: torc
         assert_close(result.output, expected.output, VALUE_LIMITS[dtype], "output")
         for name in ("lse", "entropy", "block_mass", "received", "diagonal", "top_mass", "moments"):
             assert_close(result.statistics[name], expected.tensors[name], LIMITS[dtype], name)
+
+
+def check_one_query_is_cut(device: str, dtype: torch.dtype, keys: int, piece: int) -> None:
+    """One query is not one program a head: each piece of the keys is one."""
+    from lens_kernels import triton_backend, triton_run
+
+    problem = full_problem(device, 1, keys, 32, dtype=dtype, heads=(2, 1))
+    programs: list[int] = []
+    launch = triton_run.pack.launch
+
+    def counted(kernel: Any, number: int, *rest: Any, **more: int) -> None:
+        if kernel is triton_run.forward:
+            programs.append(number)
+        launch(kernel, number, *rest, **more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton_backend, "PIECE", piece)
+        patch.setattr(triton_run.pack, "launch", counted)
+        check("triton", problem, LIMITS[dtype], VALUE_LIMITS[dtype])
+    assert sum(programs) == 2 * 2 * -(-keys // piece)
 
 
 def check_strided(device: str, dtype: torch.dtype) -> None:
@@ -248,6 +274,52 @@ def check_groups(device: str, queries: int, keys: int, dtype: torch.dtype) -> No
     result = check("triton", problem, LIMITS[dtype], VALUE_LIMITS[dtype])
     assert result.groups is not None
     assert result.groups.output.shape[0] == 4
+
+
+LONE = {
+    "causal": (AttentionMask(causal=True), 37, 53, (0, 0), {}),
+    "window": (AttentionMask(causal=True, window=7), 37, 53, (0, 0), {}),
+    "left padding": (
+        AttentionMask(causal=True, key_start=[0, 5]),
+        37,
+        53,
+        (0, 5),
+        {"softcap": 2.5},
+    ),
+    "two loops": (CAUSAL, 150, 150, (0, 0), {"statistics": ("lse", "entropy", "prefix_mass")}),
+    "two loops, no mask": (None, 37, 53, (0, 0), {"statistics": ("lse", "distance")}),
+    "another key": (CAUSAL, 37, 53, (0, 3), {"statistics": ("lse", "concentration", "max_logit")}),
+}
+"""Mask, queries, keys, the key of each batch row that is a group of its own, and options."""
+
+
+def check_lone_key(device: str, dtype: torch.dtype, name: str) -> None:
+    """A key beside all others: their states and the whole, from one launch."""
+    from lens_kernels import triton_run
+
+    mask, queries, keys, alone, options = LONE[name]
+    groups = torch.ones(2, keys, dtype=torch.int64, device=device)
+    groups[0, alone[0]] = groups[1, alone[1]] = 0
+    sinks = torch.tensor([0.5, -1.0, 3.0, 12.0], device=device)
+    problem = full_problem(
+        *(device, queries, keys),
+        dtype=dtype,
+        groups=groups,
+        sink_logits=sinks,
+        mask=mask,
+        **options,
+    )
+    launched: list[Any] = []
+    launch = triton_run.pack.launch
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            triton_run.pack,
+            "launch",
+            lambda kernel, *rest, **more: (launched.append(kernel), launch(kernel, *rest, **more)),
+        )
+        check("triton", problem, LIMITS[dtype], VALUE_LIMITS[dtype])
+    one = name != "another key"  # it lies where no loop has a mask: a problem for each group
+    assert (launched.count(triton_run.forward) == 1) == one
 
 
 def check_block_mask(

@@ -1,13 +1,15 @@
 """Compile the Triton kernels for GPUs that are not here; run as a script, prints one JSON a kernel.
 
-`python triton_offline.py [--list] ARCH [JOB ...]`, all jobs where none is named; `--list` says what
-would be compiled, and with which tiles, at once. A job, "bfloat16-128-window", is every kernel of
-one input type, head dim and mask (or what else changes a kernel), with the sets of statistics that
-change it too. What is compiled already comes from Triton's cache.
+`python triton_offline.py [--list] [--kernels NAME,...] [--known FILE] ARCH [JOB ...]`, all jobs where none is named;
+`--list` says what would be compiled, and with which tiles, at once. A job, "bfloat16-128-window", is
+every kernel of one input type, head dim and mask (or what else changes a kernel), with the sets of
+statistics that change it too; `--known` leaves out what stands in a table already. What is compiled already comes from Triton's cache.
 
 A process of its own, because Triton reads TRITON_INTERPRET when a kernel is decorated.
 """
 
+import argparse
+import hashlib
 import json
 import os
 import re
@@ -17,6 +19,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +36,10 @@ MASKS = {
     },
     **{
         mask: {"bfloat16": WIDTHS, "float16": (128,), "float32": (128,)}
-        for mask in ("none", "prefix", "padding", "allowed", "bias", "alibi", "groups", "decoding")
+        for mask in (
+            *("none", "prefix", "padding", "allowed", "bias", "alibi", "groups", "apart"),
+            "decoding",
+        )
     },
     "softcap": {"bfloat16": WIDTHS, "float16": (128,), "float32": (128,)},
     "narrow": {"bfloat16": (192,), "float16": (192,)},
@@ -43,7 +49,7 @@ MASKS = {
 "odd" is causal with a length that 16 does not divide, like every mask after it; "causal" and
 "sinks" have one that it does, as the compiler knows. "ragged" stands for whatever loads the range of
 each row: lengths, packed sequences, left padding. "sinks" bear on the forward pass alone.
-"decoding" has one query, "narrow" values of 128 for keys of 192.
+"apart" is causal with the first key a group of its own, in the forward pass. "decoding" has one query, "narrow" values of 128 for keys of 192.
 """
 
 ROWS = ("lse", "max_logit", "entropy", "concentration", "distance", "prefix_mass")
@@ -54,6 +60,13 @@ EXPORTS = (
     "block_logit_gradient",
     "block_logit_gradient_abs",
 )
+
+
+CHOSEN = (
+    *("arch", "dtype", "head_dim", "mask", "statistics", "kernel"),
+    *("tile", "warps", "stages"),
+)
+"""Columns that say what is compiled, and with which tile."""
 
 
 @dataclass(frozen=True)
@@ -115,10 +128,24 @@ def options(mask: str, length: int) -> dict[str, Any]:
     }
 
 
-def start(arch: int, *words: str) -> subprocess.Popen[str]:
-    """This script as a process, for kernels that are compiled and not interpreted."""
+OTHER = "3.6"
+"""The version of Triton on GPU machines, where the environment has a newer one."""
+
+
+def other_triton() -> Path:
+    """Where `make test` puts that version."""
+    return Path(sys.prefix) / f"triton-{OTHER}"
+
+
+def start(arch: int, *words: str, triton: Path | None = None) -> subprocess.Popen[str]:
+    """This script as a process, for kernels that are compiled and not interpreted.
+
+    Args:
+        triton: folder of another Triton than the environment's.
+    """
     environment = {name: part for name, part in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    paths = [str(triton)] if triton else []
+    environment["PYTHONPATH"] = os.pathsep.join([*paths, *(path for path in sys.path if path)])
     command = [sys.executable, __file__, str(arch), *words]
     pipe = subprocess.PIPE
     return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment)
@@ -157,23 +184,75 @@ class Stub:
         return torch.device("cpu")
 
 
-def usage(cubin: bytes) -> dict[str, int]:
-    """Registers, stack and local memory of a kernel, from the tool inside Triton's wheel."""
+def _tool(name: str, *words: str, data: bytes, suffix: str) -> str:
+    """What a tool inside Triton's wheel says about a file with that content."""
     import triton
 
-    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
+    folder = Path(triton.__file__).parent / "backends/nvidia/bin"
+    tool = shutil.which(name, path=str(folder)) or name
+    with tempfile.NamedTemporaryFile(suffix=suffix) as file:
+        file.write(data)
         file.flush()
-        tool = shutil.which("cuobjdump", path=str(tools)) or "cuobjdump"
-        out = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True)
-    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", out.stdout)
-    assert found, out.stdout + out.stderr
-    return dict(zip(("registers", "stack", "local"), map(int, found.groups()), strict=True))
+        done = subprocess.run([tool, *words, file.name], capture_output=True, text=True)
+    return done.stdout + done.stderr
 
 
-def main(arch: int, names: list[str], listing: bool) -> None:
-    """Compile, or list, every kernel of the jobs for one architecture."""
+def usage(cubin: bytes) -> dict[str, int]:
+    """What a kernel takes.
+
+    Registers of a thread, bytes of stack and local memory; its instructions, the matrix instructions
+    (wgmma) among them, and its waits for those.
+    """
+    said = _tool("cuobjdump", "-res-usage", data=cubin, suffix=".cubin")
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", said)
+    assert found, said
+    text = _tool("nvdisasm", "-c", data=cubin, suffix=".cubin")
+    counts = {
+        "instructions": len(re.findall(r"/\*[0-9a-f]{4,}\*/", text)),
+        "matrix_instructions": text.count("GMMA."),
+        "waits": text.count("WARPGROUP.DEPBAR"),
+    }
+    assert counts["instructions"], text[:300]
+    return (
+        dict(zip(("registers", "stack", "local"), map(int, found.groups()), strict=True)) | counts
+    )
+
+
+def complaints(ptx: str, arch: int) -> str:
+    """Why the assembler waits for each wgmma before the next: "C7510 ..." and the like, or ""."""
+    if "wgmma" not in ptx:
+        return ""
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    words = (f"--gpu-name=sm_{arch}a", "-o", os.devnull)
+    said = _tool(Path(get_ptxas(arch).path).name, *words, data=ptx.encode(), suffix=".ptx")
+    lines = re.findall(r"\((C\d+)\) (.*wgmma.* serialized .*)", said)
+    assert "fatal" not in said, said
+    return "; ".join(f"{code} {text}" for code, text in lines)
+
+
+def key(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What is compiled, and with which tile."""
+    return tuple(row[name] for name in CHOSEN)
+
+
+def sources() -> str:
+    """Ten digits that change with any line of the kernels."""
+    folder = Path(__file__).parents[2] / "kernels/lens_kernels"
+    texts = [path.read_bytes() for path in sorted(folder.glob("triton_*.py"))]
+    return hashlib.sha256(b"\0".join(texts)).hexdigest()[:10]
+
+
+def main(
+    arch: int, names: list[str], listing: bool, kernels: list[str], known: set[tuple[Any, ...]]
+) -> None:
+    """Compile, or list, the kernels of the jobs for one architecture.
+
+    Args:
+        names: of jobs; all where none is named.
+        kernels: names of kernels; likewise.
+        known: `key`s of what is left out.
+    """
     assert "TRITON_INTERPRET" not in os.environ
     from lens_kernels import triton_configs, triton_launch
     from triton.runtime import driver
@@ -190,6 +269,8 @@ def main(arch: int, names: list[str], listing: bool) -> None:
             "warps": config.warps,
             "stages": config.stages,
         }
+        if (kernels and kernel.__name__ not in kernels) or key(row) in known:
+            return
         if not listing:
             made = kernel.warmup(
                 *arguments,
@@ -205,6 +286,8 @@ def main(arch: int, names: list[str], listing: bool) -> None:
             row["shared"] = made.metadata.shared
             found = [name for name in ("wgmma", "mma.sync") if name in ptx]
             row["products"] = found[0] if found else "fma"
+            row["serialised"] = complaints(ptx, arch)
+            row |= {"triton": metadata.version("triton"), "sources": sources()}
         sys.stdout.write(json.dumps(row) + "\n")
         sys.stdout.flush()
 
@@ -224,7 +307,7 @@ def launches(job: Job) -> Iterator[tuple[str, Any]]:
     from lens_kernels.problem import BackendResult
     from lens_kernels.validation import make_problem
 
-    keys = 256 if job.mask in ("causal", "sinks") else 251
+    keys = 256 if job.mask in ("causal", "sinks", "apart") else 251
     queries = 1 if job.mask == "decoding" else keys
     value_dim = 128 if job.mask == "narrow" else job.dim
     dtype = getattr(torch, job.dtype)
@@ -254,7 +337,7 @@ def launches(job: Job) -> Iterator[tuple[str, Any]]:
         triton_run.run_gradients(saved, Upstream(torch.zeros_like(saved.output)))
 
     def state(part):
-        return BackendResult(*triton_run.run_rows(part, part.compute_dtype))
+        return BackendResult(*triton_run.run_rows(part, part.compute_dtype)[:2])
 
     if job.mask == "groups":
         groups = torch.zeros(1, keys, dtype=torch.int64)
@@ -262,12 +345,17 @@ def launches(job: Job) -> Iterator[tuple[str, Any]]:
         yield "lse", lambda: run_by_group(bare, state)
         yield "rows", lambda: run_by_group(rows, state)
         return
+    apart, groups = None, {}
+    if job.mask == "apart":
+        apart = torch.zeros(1, dtype=torch.int32)
+        groups["groups"] = (torch.arange(keys) > 0).long()[None]
     with torch.no_grad():
-        bare, rows, every = problem(("lse",)), problem(ROWS), problem("all", **extras)
-    yield "lse", lambda: triton_run.run_rows(bare, dtype)
-    yield "rows", lambda: triton_run.run_rows(rows, dtype)
-    yield "all", lambda: triton_run.run_rows(every, dtype)
-    if job.mask == "sinks":
+        bare, rows = problem(("lse",), **groups), problem(ROWS, **groups)
+        every = problem("all", **extras, **groups)
+    yield "lse", lambda: triton_run.run_rows(bare, dtype, apart)
+    yield "rows", lambda: triton_run.run_rows(rows, dtype, apart)
+    yield "all", lambda: triton_run.run_rows(every, dtype, apart)
+    if job.mask in ("sinks", "apart"):
         return
     yield "all", lambda: triton_run.run_columns(every, lse)
     yield "all", lambda: triton_run.run_diagonals(every, lse)
@@ -276,5 +364,12 @@ def launches(job: Job) -> Iterator[tuple[str, Any]]:
 
 
 if __name__ == "__main__":
-    words = [word for word in sys.argv[1:] if word != "--list"]
-    main(int(words[0]), words[1:], "--list" in sys.argv)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--list", action="store_true")
+    parser.add_argument("--kernels", type=lambda text: text.split(","), default=[])
+    parser.add_argument("--known", type=Path, help="JSON list of keys that are left out")
+    parser.add_argument("arch", type=int)
+    parser.add_argument("jobs", nargs="*")
+    given = parser.parse_intermixed_args()
+    left_out = json.loads(given.known.read_text()) if given.known else []
+    main(given.arch, given.jobs, given.list, given.kernels, set(map(tuple, left_out)))
