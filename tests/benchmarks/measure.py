@@ -10,7 +10,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +21,9 @@ from lens_kernels import attention
 from torch import Tensor
 
 from tests.benchmarks.cases import SDPA, Case, Contender, contenders
+
+clock = time.perf_counter
+"""What CPU rows are timed with; `--cpu-time` sets another."""
 
 
 class WrongResultError(AssertionError):
@@ -43,6 +46,7 @@ class Row:
     peak_mb: float = float("nan")
     error: float = float("nan")  # RMS error ratio of the output against SDPA
     note: str = ""
+    wrong: bool = False
     load: float = field(default_factory=lambda: os.getloadavg()[0])  # of the machine, with our own
 
 
@@ -59,11 +63,11 @@ def check_small(case: Case, contender: Contender) -> None:
     small, backend = case.small(), contender.name.split("(")[1].rstrip(")")
     inputs, options = small.inputs(), small.options(contender.statistics)
     got = _results(inputs, options, backend)
-    rounding = _tolerance(case)
+    rounding, exact = _tolerance(case), 1e-5 if case.dtype == "float32" else 5e-5
     errors = {}
     for name, tensor in _results(inputs, options, "reference").items():
         rounded = "norm" in name or "attribution" in name or name.startswith("output")
-        errors[name] = (rms_ratio(got[name], tensor), rounding if rounded else 1e-5)
+        errors[name] = (rms_ratio(got[name], tensor), rounding if rounded else exact)
     wrong = {name: error for name, (error, limit) in errors.items() if not error <= limit}
     if wrong:
         raise WrongResultError(
@@ -103,41 +107,72 @@ def error_to_stock(case: Case, output: Tensor, stock: Tensor) -> float:
     return ratio
 
 
-def measure_case(case: Case, seconds: float, progress: Callable[[str], None]) -> list[Row]:
-    """Rows of every contender; about `seconds` of timing for the whole case.
+def measure_case(case: Case, seconds: float, progress: Callable[[str], None]) -> Iterator[Row]:
+    """A row of each contender, as soon as it is there; about `seconds` of timing for the whole case.
 
-    Raises:
-        WrongResultError: before any timing, when a contender computes something else.
+    On the CPU all contenders run in turn, so that whatever else the machine does meets them alike; on a
+    GPU each with the stock attention alone. What is wrong has a note and no figures (`Row.wrong`).
     """
     if case.device == "cuda" and not torch.cuda.is_available():
         note = "not measured: no CUDA device"
-        return [Row(case, one.name, one.statistics, note=note) for one in contenders(case)]
+        yield from (Row(case, one.name, one.statistics, note=note) for one in contenders(case))
+        return
     inputs = case.inputs()
     stock = SDPA.prepare(case, inputs)().detach()
     calls: dict[Contender, Callable[[], object]] = {}
     errors: dict[Contender, float] = {}
-    notes: dict[Contender, str] = {}
+    rows: dict[Contender, Row] = {}
     field = list(contenders(case))
+    together = case.device == "cpu"
     for one in field:
-        refusal = one.refuses(case)
-        if refusal is not None:
-            notes[one] = f"not measured: {refusal}"
-            continue
         progress(f"{case.name}: {one.name} {one.statistics}")
+        found = _prepared(case, one, inputs, stock)
+        if isinstance(found, Row):
+            rows[one] = found
+        else:
+            call, errors[one] = found
+            calls[one] = (
+                functools.partial(_forward_backward, call, inputs) if case.backward else call
+            )
+        if not together:
+            yield rows[one] if one in rows else _alone(case, one, calls, seconds, errors)
+            calls = {SDPA: calls[SDPA]}
+    if together:
+        times = _alternate(calls, case, seconds)
+        peaks = {one: peak_memory(case, one) for one in calls}
+        for one in field:
+            yield rows[one] if one in rows else _row(case, one, times, peaks, errors)
+
+
+def _prepared(
+    case: Case, one: Contender, inputs: tuple[Tensor, Tensor, Tensor], stock: Tensor
+) -> tuple[Callable[[], Tensor], float] | Row:
+    """What computes the case and its error against the stock output, or a row that says why not."""
+    refusal = one.refuses(case)
+    if refusal is not None:
+        return Row(case, one.name, one.statistics, note=f"not measured: {refusal}")
+    try:
         check_small(case, one)
-        try:
-            call = one.prepare(case, inputs)
-            errors[one] = error_to_stock(case, call().detach(), stock)
-        except (RuntimeError, NotImplementedError) as error:
-            notes[one] = f"not measured: {str(error).splitlines()[0][:100]}"
-            continue
-        calls[one] = functools.partial(_forward_backward, call, inputs) if case.backward else call
-    times = _alternate(calls, case, seconds)
-    peaks = {one: peak_memory(case, one) for one in calls}
-    return [
-        _row(case, one, times, peaks, errors) if one in calls else _unmeasured(case, one, notes)
-        for one in field
-    ]
+        call = one.prepare(case, inputs)
+        return call, error_to_stock(case, call().detach(), stock)
+    except WrongResultError as error:
+        return Row(case, one.name, one.statistics, note=f"wrong: {error}"[:200], wrong=True)
+    except (RuntimeError, NotImplementedError, ValueError) as error:
+        note = f"not measured: {str(error).splitlines()[0][:100]}"
+        return Row(case, one.name, one.statistics, note=note)
+
+
+def _alone(
+    case: Case,
+    one: Contender,
+    calls: dict[Contender, Callable[[], object]],
+    seconds: float,
+    errors: dict[Contender, float],
+) -> Row:
+    """One contender in turn with the stock attention."""
+    share = seconds / 5
+    times = _alternate({SDPA: calls[SDPA], one: calls[one]}, case, share)
+    return _row(case, one, times, {one: peak_memory(case, one)}, errors)
 
 
 def _forward_backward(call: Callable[[], Tensor], inputs: tuple[Tensor, ...]) -> None:
@@ -163,9 +198,9 @@ def _alternate(
 
 
 def _milliseconds(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
+    start = clock()
     call()
-    return 1000 * (time.perf_counter() - start)
+    return 1000 * (clock() - start)
 
 
 def _cuda_milliseconds(call: Callable[[], object]) -> float:
@@ -200,10 +235,6 @@ def _row(
         peak_mb=peaks[one],
         error=errors[one],
     )
-
-
-def _unmeasured(case: Case, one: Contender, notes: dict[Contender, str]) -> Row:
-    return Row(case, one.name, one.statistics, note=notes[one])
 
 
 def measure_long_prompt(progress: Callable[[str], None]) -> Row:

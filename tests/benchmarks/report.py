@@ -103,7 +103,13 @@ def read_csv(path: Path) -> list[Record]:
 def merge(old: Sequence[Record], new: Sequence[Record]) -> list[Record]:
     """New rows in place of the old; measured rows of a device that is absent now stay."""
     measured = {record["device"] for record in new if record["median_ms"]}
-    kept = [record for record in old if record["device"] not in measured and record["median_ms"]]
+    asked = {record["device"] for record in new}
+    kept = [
+        record
+        for record in old
+        if record["device"] not in measured
+        and (record["median_ms"] or record["device"] not in asked)
+    ]
     devices = {record["device"] for record in kept}
     return [record for record in new if record["device"] not in devices] + kept
 

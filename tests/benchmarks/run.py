@@ -1,6 +1,7 @@
-"""Measures speed and memory: `python tests/benchmarks/run.py [--quick] [--only TEXT]`.
+"""Measures speed and memory: `python tests/benchmarks/run.py [--quick] [--only TEXT] [--device cuda]`.
 
-The full run (about five minutes on 2 cores) rewrites results.csv and RESULTS.md beside this file;
+The full run (about five minutes on 2 cores) rewrites results.csv and RESULTS.md beside this file, or
+in the folder `--out`, after every row: what is measured stays when the machine is taken away.
 `--quick` and `--only` print the page and write nothing. Rows of a GPU that were measured elsewhere
 stay when this machine has none.
 """
@@ -11,49 +12,96 @@ import argparse
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 
+if TYPE_CHECKING:
+    from tests.benchmarks import measure
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Runs the registry; 0, or 1 when a kernel is wrong."""
+    import torch
+
     from tests.benchmarks import cases, measure, report
 
     parser = argparse.ArgumentParser(description=__doc__, prog="tests/benchmarks/run.py")
     parser.add_argument("--quick", action="store_true", help="two CPU cases, under a minute")
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains TEXT")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="cases of this device alone")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where the files go")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="of one thread, on a machine with other work"
+    )
     options = parser.parse_args(arguments)
+    if options.cpu_time:
+        if not (options.quick or options.only):
+            parser.error("--cpu-time is for --quick and --only: the tables hold wall-clock times")
+        torch.set_num_threads(1)
+        measure.clock = time.thread_time
     chosen = cases.QUICK if options.quick else cases.CASES
-    chosen = [case for case in chosen if options.only in case.name]
+    chosen = [
+        case
+        for case in chosen
+        if options.only in case.name and options.device in (None, case.device)
+    ]
     if not chosen:
         names = "; ".join(case.name for case in cases.CASES)
         parser.error(f"no case contains {options.only!r}; there are: {names}")
+    folder = options.out or HERE
     start = time.monotonic()
+    rows: list[measure.Row] = []
 
     def progress(text: str) -> None:
         print(f"[{time.monotonic() - start:4.0f} s] {text}", file=sys.stderr, flush=True)
 
-    rows: list[measure.Row] = []
-    try:
-        for case in chosen:
-            rows += measure.measure_case(case, 3.0 if options.quick else 5.0, progress)
+    def keep(row: measure.Row) -> None:
+        rows.append(row)
         if not options.quick and not options.only:
-            rows.append(measure.measure_long_prompt(progress))
-    except measure.WrongResultError as error:
-        print(f"wrong result, nothing is reported: {error}", file=sys.stderr)
-        return 1
-    records = report.records(rows)
+            write(rows, folder)
+
+    for case in chosen:
+        for row in measure.measure_case(case, 3.0 if options.quick else 5.0, progress):
+            keep(row)
+    if not options.quick and not options.only and options.device != "cuda":
+        try:
+            keep(measure.measure_long_prompt(progress))
+        except measure.WrongResultError as error:
+            print(f"the long prompt is not reported: {error}", file=sys.stderr)
+            return 1
     if options.quick or options.only:
-        print(report.to_markdown(records, "python tests/benchmarks/run.py --quick"))
-        return 0
-    records = report.merge(report.read_csv(HERE / "results.csv"), records)
-    (HERE / "results.csv").write_text(report.to_csv(records))
-    page = report.to_markdown(records, "python tests/benchmarks/run.py")
-    (HERE / "RESULTS.md").write_text(page)
+        words = sys.argv[1:] if arguments is None else arguments
+        command = " ".join(["python tests/benchmarks/run.py", *words])
+        page = report.to_markdown(report.records(rows), command)
+    else:
+        page = (folder / "RESULTS.md").read_text()
     print(page)
-    return 0
+    wrong = [row for row in rows if row.wrong]
+    for row in wrong:
+        print(f"{row.contender} [{row.statistics}] is not reported: {row.note}", file=sys.stderr)
+    return 1 if wrong else 0
+
+
+def write(rows: list[measure.Row], folder: Path) -> None:
+    """Both files, with these rows and what earlier ones of other devices the folder or HERE has."""
+    from tests.benchmarks import report
+
+    folder.mkdir(parents=True, exist_ok=True)
+    records = report.merge(report.read_csv(HERE / "results.csv"), report.records(rows))
+    _replace(folder / "results.csv", report.to_csv(records))
+    page = report.to_markdown(records, "python tests/benchmarks/run.py")
+    _replace(folder / "RESULTS.md", page)
+
+
+def _replace(path: Path, text: str) -> None:
+    """Never half a file."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text)
+    part.replace(path)
 
 
 if __name__ == "__main__":

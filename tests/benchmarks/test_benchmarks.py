@@ -1,13 +1,14 @@
 """The benchmark's gate, goals and files; no test here depends on how fast the machine is."""
 
 import csv
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 from lens_kernels import attention
 
-from tests.benchmarks import cases, goals, long_prompt, measure, report, run
+from tests.benchmarks import cases, goals, long_prompt, measure, profile_gpu, report, run
 
 TINY = replace(cases.QUICK[0], name="tiny", queries=150, keys=150, heads=2, kv_heads=1, head_dim=24)
 FIELD = {f"{one.name} {one.statistics}": one for one in cases.contenders(TINY)}
@@ -27,7 +28,7 @@ def test_every_case_has_a_name_of_its_own_and_flags_that_survive_shrinking():
     assert len(set(names)) == len(names)
     for case in cases.CASES:
         small = case.small()
-        assert small.queries * small.keys <= 193**2
+        assert small.queries * small.keys <= 208**2
         kept = ("heads", "kv_heads", "head_dim", "dtype", "causal", "backward")
         assert [getattr(small, name) for name in kept] == [getattr(case, name) for name in kept]
         assert (small.window is None) == (case.window is None)
@@ -57,7 +58,7 @@ def test_contenders_compute_the_same(name, window):
 
 
 def test_rows_of_a_tiny_case():
-    rows = measure.measure_case(TINY, 0.01, silent)
+    rows = list(measure.measure_case(TINY, 0.01, silent))
     assert [row.contender for row in rows] == [one.name for one in cases.contenders(TINY)]
     assert all(
         row.rounds >= 3 and row.min_ms <= row.median_ms and row.peak_mb == 1.5 for row in rows
@@ -73,8 +74,11 @@ def test_a_wrong_output_is_never_reported(monkeypatch):
         prepare=lambda case, inputs: lambda: 1.001 * cases.SDPA.prepare(case, inputs)(),
     )
     monkeypatch.setattr(measure, "contenders", lambda case: [cases.SDPA, wrong])
-    with pytest.raises(measure.WrongResultError, match=r"output differs from SDPA's by 1\.0e-03"):
-        measure.measure_case(TINY, 0.01, silent)
+    right, found = measure.measure_case(TINY, 0.01, silent)
+    assert not right.wrong
+    assert found.wrong
+    assert found.note.startswith("wrong: output differs from SDPA's by 1.0e-03")
+    assert math.isnan(found.median_ms)
 
 
 def test_a_wrong_statistic_is_never_reported(monkeypatch):
@@ -94,7 +98,7 @@ def test_a_wrong_statistic_is_never_reported(monkeypatch):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_its_rows_say_so():
     case = next(case for case in cases.CASES if case.device == "cuda")
-    rows = measure.measure_case(case, 1.0, silent)
+    rows = list(measure.measure_case(case, 1.0, silent))
     assert {row.note for row in rows} == {"not measured: no CUDA device"}
     page = report.to_markdown(report.records(rows), "command")
     assert "## CUDA: none" in page
@@ -104,7 +108,7 @@ def test_without_a_gpu_its_rows_say_so():
 def test_what_refuses_a_case_is_noted(monkeypatch):
     big = replace(FIELD["eager with weights "], refuses=lambda case: "needs 99 GB")
     monkeypatch.setattr(measure, "contenders", lambda case: [cases.SDPA, big])
-    rows = measure.measure_case(TINY, 0.01, silent)
+    rows = list(measure.measure_case(TINY, 0.01, silent))
     assert rows[1].note == "not measured: needs 99 GB"
     page = report.to_markdown(report.records(rows), "command")
     assert "| eager with weights | - | not measured: needs 99 GB |" in page
@@ -163,7 +167,7 @@ def test_rows_of_an_absent_device_stay():
 
 
 def test_csv_comes_back(tmp_path):
-    rows = report.records(measure.measure_case(TINY, 0.01, silent))
+    rows = report.records(list(measure.measure_case(TINY, 0.01, silent)))
     path = tmp_path / "results.csv"
     path.write_text(report.to_csv(rows))
     assert report.read_csv(path) == rows
@@ -194,15 +198,75 @@ def test_a_full_run_writes_both_files(monkeypatch, tmp_path):
     assert len(report.read_csv(tmp_path / "results.csv")) == len(FIELD) + 1
 
 
-def test_a_wrong_kernel_ends_the_run(monkeypatch, capsys, tmp_path):
-    def wrong(*_):
-        raise measure.WrongResultError("block_mass: 0.3")
-
+def test_a_wrong_kernel_is_told_and_the_others_stay(monkeypatch, capsys, tmp_path):
+    wrong = measure.Row(TINY, "ours (cpu)", "all", note="wrong: block_mass: 0.3", wrong=True)
+    right = measure.Row(TINY, "SDPA", "", median_ms=2.0)
+    monkeypatch.setattr(cases, "CASES", (TINY,))
     monkeypatch.setattr(run, "HERE", tmp_path)
-    monkeypatch.setattr(measure, "measure_case", wrong)
+    monkeypatch.setattr(measure, "measure_case", lambda *_: iter([wrong, right]))
+    monkeypatch.setattr(measure, "measure_long_prompt", lambda progress: right)
     assert run.main([]) == 1
-    assert "nothing is reported: block_mass: 0.3" in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == []
+    assert "is not reported: wrong: block_mass: 0.3" in capsys.readouterr().err
+    notes = [row["note"] for row in report.read_csv(tmp_path / "results.csv")]
+    assert notes == ["wrong: block_mass: 0.3", "", ""]
+
+
+def test_what_is_measured_stays_when_the_machine_is_taken_away(monkeypatch, tmp_path):
+    def taken(case, seconds, progress):
+        yield measure.Row(case, "SDPA", "", median_ms=2.0)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cases, "CASES", (TINY, replace(TINY, name="other", device="cuda")))
+    monkeypatch.setattr(run, "HERE", tmp_path)
+    monkeypatch.setattr(measure, "measure_case", taken)
+    with pytest.raises(KeyboardInterrupt):
+        run.main(["--device", "cuda", "--out", str(tmp_path / "out")])
+    rows = report.read_csv(tmp_path / "out" / "results.csv")
+    assert [(row["case"], row["median_ms"]) for row in rows] == [("other", "2.00")]
+
+
+def test_rows_of_a_device_that_was_not_asked_for_stay():
+    cpu, gpu = record(), record(device="cuda", median_ms="")
+    assert report.merge([gpu], [cpu]) == [cpu, gpu]
+
+
+def test_half_types_have_their_own_tolerance(monkeypatch):
+    case = replace(TINY, dtype="bfloat16")
+    contender = next(one for one in cases.contenders(case) if one.name == "ours (cpu)")
+    honest = measure._results
+
+    def off_by(share):
+        def results(inputs, options, backend):
+            found = honest(inputs, options, backend)
+            if backend == "cpu":
+                found["lse"] = found["lse"] * (1 + share)
+            return found
+
+        return results
+
+    monkeypatch.setattr(measure, "_results", off_by(3e-5))
+    measure.check_small(case, contender)
+    monkeypatch.setattr(measure, "_results", off_by(1e-4))
+    with pytest.raises(measure.WrongResultError, match="lse"):
+        measure.check_small(case, contender)
+
+
+def test_nobody_measures_the_slow_path_on_a_gpu():
+    gpu = [case for case in cases.CASES if case.device == "cuda"]
+    assert {one.name for case in gpu for one in cases.contenders(case)} == {
+        "SDPA",
+        "SDPA (flash)",
+        "SDPA (cudnn)",
+        "ours (triton)",
+        "eager with weights",
+        "FlexAttention (compiled)",
+    }
+
+
+def test_cpu_time_is_not_for_the_tables(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        run.main(["--cpu-time"])
+    assert "the tables hold wall-clock times" in capsys.readouterr().err
 
 
 def test_an_unknown_case_is_a_usage_error(capsys):
@@ -233,3 +297,33 @@ def test_gradients_are_held_against_the_reference(monkeypatch):
     monkeypatch.setattr(measure, "_results", broken)
     with pytest.raises(measure.WrongResultError, match="output to key"):
         measure.check_small(case, contender)
+
+
+def test_small_kernels_share_a_line_of_the_profile():
+    found = [("forward", 1, 3.0), ("columns", 2, 0.96), ("copy", 3, 0.02), ("fill", 1, 0.02)]
+    assert list(profile_gpu.shares("all", found)) == [
+        ("all", "forward", "1", "3.000", "75.0%"),
+        ("all", "columns", "2", "0.960", "24.0%"),
+        ("all", "others", "4", "0.040", "1.0%"),
+    ]
+
+
+def test_every_set_of_the_profile_has_one_contender():
+    for statistics in profile_gpu.SETS:
+        case = replace(TINY, device="cuda", quick=False, backward="attribution" in statistics)
+        names = [one.name for one in cases.contenders(case) if one.statistics == statistics]
+        assert names == ["ours (triton)"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_profile_says_so(capsys):
+    assert profile_gpu.main([]) == 1
+    assert capsys.readouterr().err == "there is no CUDA GPU here\n"
+
+
+def test_the_backward_pass_is_our_own():
+    case = replace(TINY, backward=True, quick=False)
+    rows = {
+        (row.contender, row.statistics): row for row in measure.measure_case(case, 0.01, silent)
+    }
+    assert rows["ours (cpu)", "lse + attribution"].rounds >= 3
