@@ -38,6 +38,19 @@ CASES = {
         ValueError,
         r"query must be \[batch, heads, positions, dim\], got \[2, 7, 8\]; add the missing axes",
     ),
+    "no batch": (
+        {name: rand(0, 4, 5, 8) for name in ("query", "key", "value")},
+        ValueError,
+        r"query has an empty axis: \[0, 4, 5, 8",
+    ),
+    "no heads": ({"query": rand(2, 0, 5, 8)}, ValueError, r"query has an empty axis: \[2, 0, 5"),
+    "no keys": (
+        {name: rand(2, 2, 0, 8) for name in ("key", "value")},
+        ValueError,
+        r"key has an empty axis: \[2, 2, 0, 8",
+    ),
+    "no head dim": ({"query": rand(2, 4, 5, 0)}, ValueError, r"query has an empty axis: .*5, 0\]"),
+    "no value dim": ({"value": rand(2, 2, 7, 0)}, ValueError, r"value has an empty axis: .*, 0\]"),
     "no queries": ({"query": rand(2, 4, 0, 8)}, ValueError, r"query has an empty axis: \[2, 4, 0"),
     "integer query": (
         {"query": ints(2, 4, 7, 8)},

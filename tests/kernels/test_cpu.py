@@ -13,6 +13,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -294,6 +295,19 @@ def test_the_number_of_threads_does_not_change_a_bit(
                 assert torch.equal(tensor, many.tensors[key]), key
     finally:
         torch.set_num_threads(before)
+
+
+@needs_library
+def test_calls_at_the_same_time_do_not_meet() -> None:
+    """From several threads of Python: the library keeps nothing between calls."""
+    problems = [CASES[name]() for name in ("causal", "groups mixed", "few on many, causal")] * 4
+    expected = [cpu.run(problem) for problem in problems]
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(cpu.run, problems))
+    for result, alone in zip(results, expected, strict=True):
+        assert torch.equal(result.output, alone.output)
+        for name, tensor in alone.tensors.items():
+            assert torch.equal(result.tensors[name], tensor), name
 
 
 @needs_library
