@@ -102,9 +102,9 @@ def test_the_table_lists_what_ships():
 
 
 def test_little_spills(compiled):
-    """Nothing but where a forward pass has the larger tile for it."""
+    """Nothing but where a forward pass has a larger tile for it."""
     assert [row for row in compiled if row["stack"] > SPILLED or row["local"]] == []
-    rest = [row for row in compiled if row["kernel"] != "forward" or row["arch"] != 90]
+    rest = [row for row in compiled if row["kernel"] != "forward"]
     assert [row for row in rest if row["stack"]] == []
 
 
