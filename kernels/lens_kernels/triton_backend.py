@@ -82,9 +82,9 @@ def run(problem: Problem) -> BackendResult:
     if problem.queries == 1 and problem.keys >= 2 * piece:
         return run_split(problem, run, piece)
     if problem.groups is not None:
-        from lens_kernels.triton_configs import split_rows
+        from lens_kernels.triton_configs import one_pass, split_rows
 
-        apart = lone_key(problem, split_rows(problem))
+        apart = lone_key(problem, split_rows(problem)) if one_pass(problem) else None
         if apart is not None:
             return _run(problem, problem.query.dtype, apart)
         result = run_by_group(problem, lambda part: _run(part, part.compute_dtype))

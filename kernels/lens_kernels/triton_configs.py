@@ -145,8 +145,7 @@ def row_config(problem: Problem) -> Config:
         level = 5
     elif hopper:
         level += many and (not weight or width == 256)
-        apart = many and problem.groups is not None
-        level += width == 256 and (((many or full) and _odd(problem)) or apart)
+        level += width == 256 and (many or full) and _odd(problem)
     elif full:
         level += 2
     elif not many or width == 256:
@@ -163,6 +162,11 @@ def short_prefix(problem: Problem) -> bool:
     """Whether `prefix_mass` is few tiles more, and its keys are the first ones of every row."""
     simple = problem.plan.simple and problem.block_mask is None
     return problem.wants("prefix_mass") and simple and problem.prefix <= _SHORT
+
+
+def one_pass(problem: Problem) -> bool:
+    """Whether registers are enough for a lone key beside the others in one pass."""
+    return not _full(problem) and _width(problem) <= 128
 
 
 def split_rows(problem: Problem) -> bool:

@@ -318,7 +318,8 @@ def check_lone_key(device: str, dtype: torch.dtype, name: str) -> None:
             lambda kernel, *rest, **more: (launched.append(kernel), launch(kernel, *rest, **more)),
         )
         check("triton", problem, LIMITS[dtype], VALUE_LIMITS[dtype])
-    one = name != "another key"  # it lies where no loop has a mask: a problem for each group
+    # with "another key", one lies where no loop has a mask: a problem for each group
+    one = name != "another key" and dtype != torch.float32
     assert (launched.count(triton_run.forward) == 1) == one
 
 

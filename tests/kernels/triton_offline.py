@@ -37,11 +37,11 @@ MASKS = {
     **{
         mask: {"bfloat16": WIDTHS, "float16": (128,), "float32": (128,)}
         for mask in (
-            *("none", "prefix", "padding", "allowed", "bias", "alibi", "groups", "apart"),
-            "decoding",
+            *("none", "prefix", "padding", "allowed", "bias", "alibi", "groups", "decoding"),
         )
     },
     "softcap": {"bfloat16": WIDTHS, "float16": (128,), "float32": (128,)},
+    "apart": {"bfloat16": (64, 128), "float16": (128,)},
     "narrow": {"bfloat16": (192,), "float16": (192,)},
 }
 """What changes a kernel, and the head dims tried with it: the others share the tiles of these.
