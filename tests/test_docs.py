@@ -13,7 +13,7 @@ HISTORY = {ROOT / "CHANGELOG.md"}
 def test_every_example_runs(run_folder_of_examples, capsys):
     names: dict[str, object] = {}
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/examples.md").read_text(), re.DOTALL)
-    assert len(blocks) == 7
+    assert len(blocks) == 10
     for block in blocks:
         exec(block, names)
     said = capsys.readouterr().out
