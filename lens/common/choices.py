@@ -2,8 +2,8 @@
 
 import difflib
 import typing
-from collections.abc import Iterable
-from numbers import Integral
+from collections.abc import Iterable, Mapping
+from numbers import Integral, Real
 from typing import Any, TypeVar
 
 from lens.common.errors import LensError
@@ -51,8 +51,49 @@ def check_counts(least: int = 1, **numbers: Any) -> None:
     """
     what = "a positive integer" if least == 1 else f"an integer of at least {least}"
     for name, value in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        if not is_whole(value) or value < least:
             raise LensError(f"{name} must be {what}, got {value!r}")
+
+
+def is_whole(value: Any) -> bool:
+    """Whether it is a whole number, of Python or of numpy; a truth value is none."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def check_lists(**lists: Any) -> None:
+    """Refuse what is no list, and a text, which would be read letter by letter.
+
+    Raises:
+        LensError: `parts must be a list, got 'L0H1'`
+
+    Example:
+        >>> check_lists(parts=["L0H1"], sizes=(0.5, 1.0))
+    """
+    for name, value in lists.items():
+        if not isinstance(value, Iterable) or isinstance(value, str | bytes | Mapping):
+            raise LensError(f"{name} must be a list, got {value!r}")
+
+
+def check_between(least: float, most: float, **lists: Any) -> None:
+    """Refuse what is no list of at least one number between `least` and `most`, both left out.
+
+    Raises:
+        LensError: `shares must lie between 0 and 1, got (1.5,)`
+
+    Example:
+        >>> check_between(0, 1, shares=(0.1, 0.5))
+    """
+    check_lists(**lists)
+    what = "be positive numbers" if most == float("inf") else f"lie between {least} and {most}"
+    for name, values in lists.items():
+        given = tuple(values)
+        if not given or not all(is_number(one) and least < one < most for one in given):
+            raise LensError(f"{name} must {what}, got {given}")
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a number, of Python or of numpy; a truth value is none."""
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def words(choices: Any) -> tuple[str, ...]:

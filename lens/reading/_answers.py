@@ -6,18 +6,19 @@ deletion curves and integrated gradients all use this one way, so that they can 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from lens.common.choices import check_counts
 from lens.common.errors import LensError
 from lens.models.loaded import LoadedModel
 from lens.models.parts import Layout
 from lens.passes.calls import LayerCall, attend
-from lens.passes.inputs import read_prompts
+from lens.passes.inputs import Prompt, read_prompts
 from lens.passes.logits import logits_of
 from lens.passes.replay import proved
 from lens.passes.sessions import OnLayer, listening
@@ -28,6 +29,14 @@ if TYPE_CHECKING:
 
 LONGEST = 512  # tokens of a prompt: maps of all queries and keys of every head are held
 _NUMBERS = 2**24  # logits of the rows of one pass
+
+
+def check_tokens(prompts: Sequence[Prompt]) -> None:
+    """Raises LensError: a prompt that is a picture or anything else than a row of tokens."""
+    if any(prompt.ids is None for prompt in prompts):
+        raise LensError(
+            "an answer is explained for prompts of tokens, and this is none; on a picture trace.overlay shows attention"
+        )
 
 
 class Answer:
@@ -46,11 +55,13 @@ class Answer:
         self.layout: Layout = proved(model)
         self._model = self.layout.model
         read, one = read_prompts(model, prompt)
-        if not one or read[0].ids is None:
+        if not one:
             raise LensError("an answer is explained for one prompt of tokens at a time")
-        if len(read[0].ids) > LONGEST:
+        check_tokens(read)
+        ids = read[0].ids or []
+        if len(ids) > LONGEST:
             raise LensError(
-                f"the prompt has {len(read[0].ids)} tokens; attributions hold the maps of every head, for at most "
+                f"the prompt has {len(ids)} tokens; attributions hold the maps of every head, for at most "
                 f"{LONGEST}"
             )
         self.ids = read[0].inputs["input_ids"]
@@ -60,7 +71,9 @@ class Answer:
             mean = table(torch.arange(self._model.info.vocab or 1, device=self.ids.device)).mean(0)
             self.deleted = self._entering(lambda _, __, output: mean.expand_as(output))
             logits = self.logits(self.own[None])[0]
-        self.answer = int(logits.argmax()) if answer is None else answer
+        if answer is not None:
+            check_counts(0, answer=answer)
+        self.answer = int(logits.argmax() if answer is None else answer)
         if not 0 <= self.answer < len(logits):
             raise LensError(f"answer must be 0 to {len(logits) - 1}, got {answer}")
         self.probability = float(logits.softmax(-1)[self.answer])

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from lens.common.choices import check_choice
+from lens.common.choices import check_choice, check_lists
 from lens.common.errors import LensError
 from lens.reading._head import Head
 
@@ -55,17 +56,40 @@ def pairs_of(head: Head, pairs: Pairs, number: int) -> Tensor:
 
 
 def check_pairs(pairs: Pairs, prompts: int) -> None:
-    """Raises: LensError: an unknown kind, or pairs for another number of prompts."""
+    """Raises: LensError: an unknown kind, pairs for another number of prompts, or what is no pair of places."""
     if isinstance(pairs, str):
         check_choice("pairs", pairs, Kind)
-    elif len(pairs) != prompts:
+        return
+    check_lists(pairs=pairs)
+    if len(pairs) != prompts:
         raise LensError(
             f"pairs must hold those of each prompt, {prompts} lists of (query, key), got {len(pairs)}"
         )
+    for own in pairs:
+        _places(own)
+
+
+def _places(pairs: Any) -> Tensor:
+    """[pairs, 2], whole numbers.
+
+    Raises:
+        LensError: anything else.
+    """
+    try:
+        found = np.asarray(pairs.cpu() if isinstance(pairs, Tensor) else pairs)
+    except ValueError:  # rows of several lengths
+        found = np.array(None)
+    if found.shape[-1:] == (0,) or found.shape == (0, 2):
+        return torch.zeros(0, 2, dtype=torch.long)
+    if found.dtype.kind not in "iu" or found.ndim != 2 or found.shape[1] != 2:
+        raise LensError(
+            f"pairs of a prompt must be a list of (query, key), both whole numbers, got {pairs!r}"
+        )
+    return torch.from_numpy(found.astype(np.int64))
 
 
 def _given(head: Head, pairs: Any) -> Tensor:
-    found = torch.as_tensor(pairs).reshape(-1, 2).long()
+    found = _places(pairs)
     if len(found) and (int(found.min()) < 0 or int(found.max()) >= head.tokens):
         raise LensError(
             f"places go from 0 to {head.tokens - 1}, got {int(found.min())} to {int(found.max())}"

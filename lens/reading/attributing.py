@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from lens.common.choices import check_choice, words
+from lens.common.choices import check_choice, check_lists, words
 from lens.common.errors import LensError
 from lens.models.loaded import LoadedModel
 from lens.reading import _maps
@@ -109,9 +109,10 @@ def check_methods(methods: Sequence[Method] | None) -> tuple[Method, ...]:
     """
     if methods is None:
         return METHODS
+    check_lists(methods=methods)
     if not methods:
         raise LensError(f"methods must name at least one of {', '.join(METHODS)}")
-    return tuple(check_choice("methods", method, Method) for method in methods)
+    return tuple(check_choice("methods", method, Method) for method in dict.fromkeys(methods))
 
 
 def _times(slope: Tensor, x: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lens.common.choices import check_counts
 from lens.common.errors import LensError
 from lens.common.head_ids import AnyHead
 from lens.common.progress import advancing
@@ -67,6 +68,9 @@ def components(
     check_loaded(model)
     read, _ = read_prompts(model, prompts, whole=True)
     check_pairs(pairs, len(read))
+    check_counts(0, seed=seed)
+    if distance is not None:
+        check_counts(0, distance=distance)
     layout, place = proved(model), model.info.head(head)
     heads, chosen = [], []
     with advancing(f"{model.name}: {place}", len(read), progress) as advance, torch.no_grad():

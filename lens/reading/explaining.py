@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lens.common.choices import check_choice
+from lens.common.choices import check_choice, check_counts, check_lists, is_whole
 from lens.common.errors import LensError
 from lens.common.head_ids import AnyHead
 from lens.common.progress import advancing
@@ -153,6 +153,8 @@ def explain_pairs(
     read, _ = read_prompts(model, prompts, whole=True)
     check_pairs(pairs, len(read))
     check_choice("against", against, _MEANS)
+    check_counts(0, seed=seed)
+    _check_by(by)
     layout, place = proved(model), model.info.head(head)
     gathered = _Gathered()
     with advancing(f"{model.name}: {place}", len(read), progress) as advance:
@@ -331,19 +333,27 @@ def _rank(group: str) -> tuple[int, str]:
     return (int(group), "") if group.isdigit() else (0, group)
 
 
+def _check_by(by: Any) -> None:
+    """Raises: LensError: another word than "offset", or no lists of classes."""
+    if by is None or (isinstance(by, str) and by == "offset"):
+        return
+    if isinstance(by, str):
+        raise LensError(
+            f"by must be 'offset', or the class of each token of each prompt; got {by!r}"
+        )
+    check_lists(by=by)
+    check_lists(**{f"by[{number}]": own for number, own in enumerate(by)})
+
+
 def _groups(by: Any, pairs: Tensor, number: int, tokens: int) -> list[str]:
     """The group of each pair.
 
     Raises:
-        LensError: another word than "offset", or classes of another number of tokens.
+        LensError: classes of another number of tokens.
     """
     if by is None:
         return ["all"] * len(pairs)
     if isinstance(by, str):
-        if by != "offset":
-            raise LensError(
-                f"by must be 'offset', or the class of each token of each prompt; got {by!r}"
-            )
         return [str(query - key) for query, key in pairs.tolist()]
     if number >= len(by) or len(by[number]) != tokens:
         has = len(by[number]) if number < len(by) else "no"
@@ -364,11 +374,11 @@ def _looks(parts: Parts, tokens: Sequence[str], which: int) -> dict[str, str]:
 
 
 def _place(name: str, place: Any, tokens: int) -> int:
-    if isinstance(place, bool) or not isinstance(place, int) or not -tokens <= place < tokens:
+    if not is_whole(place) or not -tokens <= place < tokens:
         raise LensError(
             f"{name} must be a place from 0 to {tokens - 1}, or -1 for the last; got {place!r}"
         )
-    return place % tokens
+    return int(place) % tokens
 
 
 def _tokens(model: LoadedModel, prompt: Prompt, count: int) -> list[str]:

@@ -19,12 +19,12 @@ import torch
 from scipy.special import expit, ndtri
 from scipy.stats import rankdata
 
-from lens.common.choices import check_counts
+from lens.common.choices import check_between, check_counts
 from lens.common.errors import LensError
 from lens.common.progress import advancing
 from lens.models.loaded import LoadedModel, check_loaded
 from lens.passes.inputs import read_prompts
-from lens.reading._answers import Answer
+from lens.reading._answers import Answer, check_tokens
 from lens.reading.attributing import Method, check_methods, scored
 from lens.reading.judged import RANDOM, Faithfulness
 from lens.stats.orders import spearman
@@ -64,10 +64,11 @@ def faithfulness(
     """
     check_loaded(model)
     check_counts(draws=draws)
+    check_counts(0, seed=seed)
     asked = check_methods(methods)
-    if not shares or not all(0 < share < 1 for share in shares):
-        raise LensError(f"shares must lie between 0 and 1, got {tuple(shares)}; e.g. (0.1, 0.5)")
+    check_between(0, 1, shares=shares)
     read, _ = read_prompts(model, prompts)
+    check_tokens(read)
     random = np.random.default_rng(seed)
     left_out: dict[str, str] = {}
     every: list[dict[str, list[np.ndarray]]] = []

@@ -15,14 +15,14 @@ import torch
 from scipy.optimize import linprog
 from torch import Tensor
 
-from lens.common.choices import check_counts
+from lens.common.choices import check_between, check_counts, check_lists
 from lens.common.errors import LensError
 from lens.common.head_ids import AnyHead
 from lens.common.progress import advancing
 from lens.models.loaded import LoadedModel, check_loaded
 from lens.passes.calls import LayerCall
 from lens.passes.inputs import read_prompts
-from lens.reading._answers import Answer, dense, with_values
+from lens.reading._answers import Answer, check_tokens, dense, with_values
 from lens.reading._relevance import Gradients
 from lens.reading.robustness import Robustness
 
@@ -76,7 +76,7 @@ def adversary(
         True
     """
     check_loaded(model)
-    check_counts(0, draws=draws)
+    check_counts(0, draws=draws, seed=seed)
     place, answer = model.info.head(head), Answer(model, prompt)
     found = Gradients(answer)
     row = found.attention[place.layer][0][place.head, answer.row].cpu().numpy()
@@ -131,10 +131,16 @@ def perturb(
     """
     check_loaded(model)
     check_counts(draws=draws)
-    if not sizes or not all(0 < size < float("inf") for size in sizes):
-        raise LensError(f"sizes must be positive numbers, got {tuple(sizes)}; e.g. (0.5, 1)")
-    chosen = model.info.every_head if heads is None else [model.info.head(one) for one in heads]
+    check_counts(0, seed=seed)
+    check_between(0, float("inf"), sizes=sizes)
+    chosen = model.info.every_head
+    if heads is not None:
+        check_lists(heads=heads)
+        chosen = list(dict.fromkeys(model.info.head(one) for one in heads))
+        if not chosen:
+            raise LensError("heads names none; leave it out for all of them")
     read, _ = read_prompts(model, prompts)
+    check_tokens(read)
     generator = torch.Generator().manual_seed(seed)
     worst = np.zeros((len(chosen), len(sizes), len(read)))
     random = np.zeros_like(worst)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lens.common.choices import check_choice
+from lens.common.choices import check_choice, check_counts, check_lists
 from lens.common.errors import LensError
 from lens.common.head_ids import AnyHead
 from lens.common.progress import advancing
@@ -55,7 +55,7 @@ def removal(
         progress: show a bar, on stderr, if that is a terminal.
 
     Raises:
-        LensError: as `explain_pairs`, or a part that does not write to the stream there.
+        LensError: as `explain_pairs`, no part, or one that does not write to the stream there.
 
     Example:
         >>> prompts = [lens.tasks.copied(small, 12, seed) for seed in range(3)]
@@ -67,6 +67,11 @@ def removal(
     check_choice("side", side, Side)
     read, _ = read_prompts(model, prompts, whole=True)
     check_pairs(pairs, len(read))
+    check_counts(0, seed=seed)
+    if parts is not None:
+        check_lists(parts=parts)
+        if not parts:
+            raise LensError("parts names no writer; leave it out for all of them")
     layout, place = proved(model), model.info.head(head)
     clean: list[float] = []
     predicted: list[list[float]] = []
@@ -113,7 +118,7 @@ def _names(head: Head, rows: Tensor, asked: Sequence[str] | None) -> tuple[str, 
     known = [name for name in found if name not in (QUERY_BIAS, KEY_BIAS, NORM_BIAS)]
     if asked is None:
         return tuple(known)
-    return tuple(check_choice("parts", name, known) for name in asked)
+    return tuple(check_choice("parts", name, known) for name in dict.fromkeys(asked))
 
 
 def _predicted(

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lens.common.choices import check_counts
+from lens.common.choices import check_counts, check_lists
 from lens.common.errors import LensError
 from lens.common.head_ids import HeadId
 from lens.common.progress import advancing
@@ -77,6 +77,8 @@ def retrieval(
     """
     check_loaded(model)
     check_counts(question=question, draws=draws)
+    check_counts(0, seed=seed)
+    check_lists(masked=masked)
     check_counts(**{f"masked[{place}]": count for place, count in enumerate(masked)})
     layout = proved(model)
     if layout.bends:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lens.common.choices import check_counts
+from lens.common.choices import check_choice, check_counts
 from lens.common.errors import LensError
 from lens.common.head_ids import AnyHead, HeadId
 from lens.common.progress import advancing
@@ -28,7 +28,7 @@ from lens.passes.logits import check_predicts_tokens, logits_of
 from lens.passes.replay import proved
 from lens.passes.sessions import listening
 from lens.reading._head import Head, read_head
-from lens.reading._pairs import Kind, check_pairs, pairs_of
+from lens.reading._pairs import Kind, pairs_of
 from lens.reading.directions import BASES, SubspaceRemovals
 
 _ENERGY = 0.99  # of the squared contrast, that the directions hold where no rank is given
@@ -74,13 +74,16 @@ def subspace(
     check_predicts_tokens(model)
     check_loaded(model)
     check_counts(draws=draws)
+    check_counts(0, seed=seed)
+    if rank is not None:
+        check_counts(rank=rank)
     read, _ = read_prompts(model, prompts)
     if len(read) < 2:
         raise LensError(
             "subspace needs at least two prompts: some to find directions, others to judge them"
         )
-    for kind in (pairs, beside):
-        check_pairs(kind, len(read))
+    for name, kind in (("pairs", pairs), ("beside", beside)):
+        check_choice(name, kind, Kind)
     layout, place = proved(model), model.info.head(head)
     other = HeadId(place.layer, (place.head + 1) % model.info.heads)
     width = model.info.head_dim

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from lens.common.choices import check_counts
 from lens.common.errors import LensError
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def draws(
         units: that there are; seed: of the draws, or a generator that goes on.
 
     Raises:
-        LensError: no unit, or no resample.
+        LensError: no unit, no resample, or a seed that is none.
 
     Example:
         >>> lens.stats.draws(5, seed=0, resamples=2).sum(1).tolist()
@@ -89,6 +90,7 @@ def draws(
         )
     if isinstance(seed, np.random.Generator):
         return _drawn(units, seed, resamples)
+    check_counts(0, seed=seed)
     return _drawn_before(units, seed, resamples)
 
 
