@@ -11,6 +11,7 @@ _MADE_BY = {
     "AttentionTrace": "lens.capture(model, prompt) makes one",
     "Circuit": "lens.circuits.find(model, task) makes one",
     "EdgeScores": "lens.circuits.score_edges(model, task) makes one",
+    "Overlay": "trace.overlay() makes one",
     "Run": "lens.runs.open_run(folder) reads one",
 }
 _PART = {"Circuit": "circuit", "EdgeScores": "scores"}  # of what lens.circuits.find returns
@@ -33,7 +34,7 @@ def given_as(kind: str, **value: Any) -> Any:
     if kind in _PART and type(found).__name__ == "FoundCircuit":
         found = getattr(found, _PART[kind])
     if kind not in {one.__name__ for one in type(found).__mro__}:
-        article = "an" if kind[0] in "AE" else "a"
+        article = "an" if kind[0] in "AEO" else "a"
         raise LensError(f"{name} must be {article} {kind} ({_MADE_BY[kind]}), got {_said(found)}")
     return found
 

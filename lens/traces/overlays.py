@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from scipy import ndimage
 
-from lens.common.choices import check_choice
+from lens.common.choices import check_choice, is_whole
 from lens.common.colors import VIRIDIS
 from lens.common.errors import LensError
 from lens.common.head_ids import AnyHead, HeadId
@@ -225,14 +225,13 @@ def overlay(
         >>> trace.overlay(["L0H1", "L1", "mean"], query="[CLS]").plot()
     """
     check_choice("variant", variant, VARIANTS)
-    grids = grids_of(trace.attrs)
-    if not 0 <= image < len(grids):
-        raise LensError(f"image must be 0 to {len(grids) - 1}, got {image}")
+    grid = grid_numbered(trace, image)
     if query is not None and key is not None:
         raise LensError("give query (where it looks) or key (who looks at it), not both")
-    grid = grids[image]
     asked = list(heads) if isinstance(heads, list) else [heads]
-    chosen = {_name(one): heads_of(trace, one) for one in asked}
+    if not asked:
+        raise LensError("heads names none; give 'mean', 'L3', 'L3H5' or several of these")
+    chosen = {_name(trace, one): heads_of(trace, one) for one in asked}
     read, what, cell = _reader(trace, grid, query, key)
     maps, elsewhere = [], []
     for members in chosen.values():
@@ -251,8 +250,20 @@ def overlay(
     return Overlay(np.array(maps), np.array(elsewhere), tuple(chosen), what, cell, grid)
 
 
-def _name(asked: Any) -> str:
-    return asked if isinstance(asked, str) else str(HeadId(*asked))
+def grid_numbered(trace: Traced, image: int) -> PatchGrid:
+    """The patches of a picture or tile.
+
+    Raises:
+        LensError: no picture, or no such one.
+    """
+    grids = grids_of(trace.attrs)
+    if not is_whole(image) or not 0 <= image < len(grids):
+        raise LensError(f"image must be 0 to {len(grids) - 1}, got {image!r}")
+    return grids[image]
+
+
+def _name(trace: Traced, asked: Any) -> str:
+    return asked if isinstance(asked, str) else str(trace.head_id(asked))
 
 
 def heads_of(trace: Traced, asked: Any) -> list[HeadId]:
@@ -314,15 +325,21 @@ def position(trace: Traced, grid: PatchGrid, given: Token) -> int:
     """Of a patch (row, column), a token's name, or a number, which may count from the end.
 
     Raises:
-        LensError: there is none.
+        LensError: there is none, or it is none of these.
     """
     tokens = trace.tokens
     if isinstance(given, tuple):
+        if len(given) != 2 or not all(map(is_whole, given)):
+            raise LensError(f"a patch is (row, column), both whole numbers, got {given}")
         return grid.position(*given)
     if isinstance(given, str):
         if given not in tokens:
             raise LensError(f"no token is called {given!r}; the first are {', '.join(tokens[:6])}")
         return tokens.index(given)
+    if not is_whole(given):
+        raise LensError(
+            f"a token is (row, column) of a patch, a position or a name such as {tokens[0]!r}, got {given!r}"
+        )
     if not -len(tokens) <= given < len(tokens):
         raise LensError(f"positions go from 0 to {len(tokens) - 1}, got {given}")
     return given % len(tokens)

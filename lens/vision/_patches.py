@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lens.common.errors import LensError
+from lens.common.given import given_as
 from lens.common.head_ids import HeadId
-from lens.traces.pictures import PatchGrid, grids_of
+from lens.traces.overlays import grid_numbered
+from lens.traces.pictures import PatchGrid
 
 if TYPE_CHECKING:
     from lens.traces.trace import AttentionTrace
@@ -22,12 +24,9 @@ def grid_of(trace: AttentionTrace, image: int = 0) -> PatchGrid:
     """The patches of one picture of a trace.
 
     Raises:
-        LensError: no picture, patches that are not known, or too many of them.
+        LensError: no trace, no picture, patches that are not known, or too many of them.
     """
-    grids = grids_of(trace.attrs)
-    if not 0 <= image < len(grids):
-        raise LensError(f"image must be 0 to {len(grids) - 1}, got {image}")
-    grid = grids[image]
+    grid = grid_numbered(given_as("AttentionTrace", trace=trace), image)
     if grid.height * grid.width > MOST_PATCHES:
         raise LensError(
             f"{grid.height} × {grid.width} patches are more than {MOST_PATCHES:,}, of which whole maps are looked at; "

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from lens.common.errors import LensError
+from lens.common.given import given_as
 from lens.common.head_ids import HeadId
 from lens.common.results import Result, Sentence, described
 from lens.vision._patches import over_heads
@@ -82,6 +83,7 @@ def flow(trace: AttentionTrace) -> Flow:
     Example:
         >>> lens.vision.flow(lens.capture(vit, {"pixel_values": images}, keep_qk=True)).table()
     """
+    given_as("AttentionTrace", trace=trace)
     if trace.length > 4096:
         raise LensError(
             f"flow looks at whole maps of at most 4,096 positions, got {trace.length:,}"

@@ -15,7 +15,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from lens.common.choices import check_lists, is_number
 from lens.common.errors import LensError
+from lens.common.given import given_as
 from lens.common.results import Result, Sentence, described
 from lens.stats.intervals import columns
 from lens.traces.overlays import Overlay
@@ -91,7 +93,12 @@ def grounding(
         >>> trace = lens.capture(vit, {"pixel_values": images}, keep_qk=True)
         >>> lens.vision.grounding(trace.overlay(["L0H0", "L1H1"], query="[CLS]"), [(4, 4, 12, 12)]).table()
     """
+    if not isinstance(overlays, list | tuple):
+        given_as("Overlay", overlays=overlays)
     several = [overlays] if isinstance(overlays, Overlay) else list(overlays)
+    for one in several:
+        given_as("Overlay", overlays=one)
+    check_lists(boxes=boxes)
     given = [boxes] if isinstance(overlays, Overlay) else list(boxes)
     if not several or len(several) != len(given):
         raise LensError(
@@ -99,6 +106,7 @@ def grounding(
         )
     rows = []
     for number, (one, theirs) in enumerate(zip(several, given, strict=True)):
+        check_lists(boxes=theirs)
         inside = _inside(one.grid.size, theirs)  # pyright: ignore[reportArgumentType]
         rows += [
             {"picture": number, "map": name, **_scores(one, values, inside)}
@@ -113,7 +121,8 @@ def _inside(size: tuple[int, int], boxes: Sequence[Box]) -> np.ndarray:
     y, x = np.arange(height)[:, None] + 0.5, np.arange(width) + 0.5
     found = np.zeros(size, bool)
     for box in boxes:
-        if len(box) != 4:
+        check_lists(box=box)
+        if len(box) != 4 or not all(map(is_number, box)):
             raise LensError(f"a box is (left, top, right, bottom), got {box}")
         left, top, right, bottom = box
         found |= (x >= left) & (x < right) & (y >= top) & (y < bottom)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import pandas as pd
 
-from lens.common.choices import check_choice
+from lens.common.choices import check_choice, is_number
 from lens.common.errors import LensError
 from lens.common.head_ids import AnyHead, HeadId
 from lens.common.results import Result, Sentence, described
@@ -317,8 +317,8 @@ def cluster(
     Example:
         >>> lens.vision.cluster(lens.capture(vit, {"pixel_values": images}, keep_qk=True), "L1").findings()
     """
-    if not tau > 0:
-        raise LensError(f"tau must be above 0, got {tau}")
+    if not is_number(tau) or not tau > 0:
+        raise LensError(f"tau must be above 0, got {tau!r}")
     grid = grid_of(trace, image)
     what, rows, sinks = _mean_map(trace, grid, heads)
     rows[:, sinks] = 0

@@ -1,5 +1,7 @@
 """Attention lies on the picture where the patches are, to the pixel."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -53,7 +55,7 @@ def test_the_figure_has_the_cells_where_the_picture_has_them(towers):
         assert (one.x0 + 3 * one.dx, one.dx) == ((left + right) / 2, right - left)
         assert (one.y0 + 2 * one.dy, one.dy) == ((top + bottom) / 2, bottom - top)
         assert (image.x, image.y, image.sizex, image.sizey) == (0, 0, 96, 64)
-        assert image.source.startswith("data:image/png;base64,")
+        assert image.source.startswith("data:image/jpeg;base64,")
     cross, path = (one for one in figure.data[1:3])
     assert (cross.x[0], cross.y[0]) == ((left + right) / 2, (top + bottom) / 2)
     assert (path.x[0], path.y[0]) == pytest.approx(((left + right) / 2, (top + bottom) / 2))
@@ -141,6 +143,16 @@ def test_what_cannot_be_laid_on_a_picture_is_refused(towers):
         ({"key": 37}, "positions go from 0 to 36, got 37"),
         ({"query": 0, "key": 1}, "not both"),
         ({"image": 1}, "image must be 0 to 0, got 1"),
+        ({"image": "a"}, "image must be 0 to 0, got 'a'"),
+        ({"image": True}, "image must be 0 to 0, got True"),
+        ({"query": (0.5, 0)}, r"a patch is \(row, column\), both whole numbers"),
+        ({"query": (0, 0, 0)}, r"a patch is \(row, column\), both whole numbers"),
+        ({"key": (True, 0)}, r"a patch is \(row, column\), both whole numbers"),
+        ({"key": 1.5}, r"a token is \(row, column\) of a patch, a position or a name"),
+        ({"query": [0, 0]}, r"a token is \(row, column\) of a patch, a position or a name"),
+        ({"heads": None}, "a head is written 'L3H5'"),
+        ({"heads": [("L0H0",)]}, "a head is written 'L3H5'"),
+        ({"heads": []}, "heads names none"),
         ({"heads": "L4"}, "there is no layer 4"),
         ({"heads": "L0H7"}, "there is no L0H7"),
         ({"variant": "loud"}, "variant must be one of"),
@@ -180,3 +192,24 @@ def test_the_pointing_game_and_iou_of_a_planted_thing_beside_what_needs_no_model
         lens.vision.grounding(trace.overlay(), [(50, 0, 60, 10)])
     with pytest.raises(LensError, match="boxes for each picture, got 1 for 2"):
         lens.vision.grounding([trace.overlay()] * 2, [[right]])
+
+
+@pytest.mark.parametrize(
+    ("boxes", "message"),
+    [
+        (5, "boxes must be a list, got 5"),
+        ((0, 0, 5, 5), "box must be a list, got 0"),
+        ([(0, 0, 5)], r"a box is \(left, top, right, bottom\)"),
+        ([("a", 0, 1, 2)], r"a box is \(left, top, right, bottom\)"),
+        ([(True, 0, 5, 5)], r"a box is \(left, top, right, bottom\)"),
+    ],
+)
+def test_what_no_boxes_are_is_refused(towers, boxes, message):
+    picture, _ = with_a_bright_patch("square", 0, 0)
+    overlay = lens.capture(towers["square"], picture, progress=False).overlay()
+    with pytest.raises(LensError, match=message):
+        lens.vision.grounding(overlay, boxes)
+    others: list[Any] = [None, "x", [None]]
+    for other in others:
+        with pytest.raises(LensError, match="overlays must be an Overlay"):
+            lens.vision.grounding(other, [(0, 0, 5, 5)])

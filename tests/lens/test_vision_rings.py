@@ -124,3 +124,12 @@ def test_too_many_patches_are_refused():
             measure(text)
     with pytest.raises(LensError, match="image must be 0 to 0, got 2"):
         lens.vision.rings(uniform(3, 3, 0), image=2)
+
+
+@pytest.mark.parametrize(
+    "name", ["rings", "shapes", "receptive_field", "tree", "cluster", "flow", "patch_distance"]
+)
+def test_what_is_no_trace_is_refused(name):
+    for other in (None, [uniform(3, 3, 0)]):
+        with pytest.raises(LensError, match="trace must be an AttentionTrace"):
+            getattr(lens.vision, name)(other)

@@ -126,6 +126,9 @@ def test_tau_runs_from_every_patch_alone_to_one_segment():
     assert lens.vision.cluster(trace, "L0H0", tau=1e9).labels.max() == 0
     with pytest.raises(LensError, match="tau must be above 0, got 0"):
         lens.vision.cluster(trace, tau=0)
+    for tau in (float("nan"), "a", None, True):
+        with pytest.raises(LensError, match="tau must be above 0, got"):
+            lens.vision.cluster(trace, tau=tau)
     with pytest.raises(LensError, match=r"mask must be bool \[8, 8\] with some patch in it"):
         lens.vision.cluster(trace).iou(np.zeros((8, 8), bool))
 
