@@ -10,6 +10,7 @@ from plotly.subplots import make_subplots
 
 from lens.common.choices import check_choice
 from lens.common.colors import ACCENT, BASELINE, INK, LINE, VIRIDIS, scale
+from lens.common.head_ids import HeadId
 from lens.common.plots import draws
 from lens.figures.style import Look, escaped, grid_axes, grid_height, style
 
@@ -104,17 +105,21 @@ def _grid(result: PolicyScores, policy: str, look: Look) -> go.Figure:
 
 
 @draws("PolicyMaps")
-def policy_map(result: PolicyMaps, head: str, policy: str, **look: Unpack[Look]) -> go.Figure:
+def policy_map(
+    result: PolicyMaps, head: str | None = None, policy: str | None = None, **look: Unpack[Look]
+) -> go.Figure:
     """Kept blocks of a head over its exact map.
 
     Args:
-        head: "L1H3".
-        policy: as it writes itself.
+        head: "L1H3"; None: the first.
+        policy: as it writes itself; None: the first.
 
     Example:
         >>> found = lens.policies.maps(model, texts[0], lens.policies.AShape(4, 8), block_size=4)
         >>> figure = found.plot("L1H3", "AShape(first=4, last=8)")
     """
+    head = head or str(HeadId(result.layers[0], 0))
+    policy = policy or result.policies[0]
     masses, kept = result.of(head, policy)
     return kept_map(masses, kept, result.block_size, f"{head} under {policy}", **look)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -11,6 +12,7 @@ import torch
 
 from lens.common.choices import check_counts
 from lens.common.errors import LensError
+from lens.common.given import given_as
 from lens.common.progress import advancing
 from lens.common.results import Result, Sentence
 from lens.edits.running import edit
@@ -130,15 +132,15 @@ def run(
         >>> found = lens.policies.run(model, task, lens.policies.AShape(4, 8), block_size=4, progress=False)
         >>> found.table()[["policy", "density", "dense", "sparse", "change", "kl"]]
     """
+    given: Any = list(task) if isinstance(task, Sequence) and not isinstance(task, str) else task
+    if not (isinstance(given, list) and given and all(isinstance(one, Trial) for one in given)):
+        given_as("Task", task=task)
     policies = several("policy", policy)
     sizes = [
         check_block_size(one.block_size if block_size is None else block_size) for one in policies
     ]
     for one in policies:
         one.check(model)
-    given = task if isinstance(task, Task) else list(task)
-    if not isinstance(given, Task) and not (given and all(isinstance(t, Trial) for t in given)):
-        raise LensError("task must be a lens.tasks.Task or trials of lens.tasks.needles")
     if fills_masks(model) and not isinstance(given, Task):
         raise LensError(
             f"{model.info.class_name} predicts masked tokens and no next token, so no needle comes back"

@@ -259,13 +259,13 @@ class _Maps:
     size: int
 
     def first(self, tokens: int, size: tuple[int, int]) -> _Maps:
-        """Of the first tokens, whole blocks of them."""
+        """Of the first tokens, whole blocks of them; without single rows, which are of the second half."""
         part = np.s_[..., : tokens // size[0], : -(-tokens // size[1])]
         return _Maps(
             self.blocks[part],
             self.visible[part],
-            self.rows,
-            self.seen,
+            self.rows[:, :, :0],
+            self.seen[:, :, :0],
             self.lse[..., :tokens],
             self.size,
         )
@@ -308,7 +308,7 @@ def _cached(a: _Maps, b: _Maps, share: float) -> np.ndarray:
     exp(s - L_a) is the probability times exp(L_b - L_a), so the exact masses of rows tell it.
     """
     rows = b.rows.shape[2]
-    if a.lse.shape != b.lse.shape:  # one of them is the start of the other
+    if not rows:  # b is the start of another
         return np.full(b.rows.shape[:2], np.nan)
     drift = (b.lse - a.lse)[..., -rows:]
     factor = np.exp(np.where(np.isfinite(drift), drift, 0))[..., None]

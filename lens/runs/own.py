@@ -51,7 +51,6 @@ def add(
             the run has, or a run that is being written.
 
     Example:
-        >>> run = lens.runs.open_run(folder)
         >>> section = lens.runs.add(run, "doubt", np.random.rand(3, 6), "How far I doubt this head, 0 to 1.")
         >>> section.title
         'Doubt'

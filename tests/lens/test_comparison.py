@@ -90,7 +90,11 @@ def score(run, prompt, metric, layer, head):
 def test_prompts_of_the_same_tokens_are_pairs_each_once(tmp_path):
     a = make_run(tmp_path, 1, texts=(("a", "b"), ("a", "b"), ("c",)))
     b = make_run(tmp_path, 2, texts=(("c",), ("a", "b")), copied=[("a", "b")])
-    assert paired_prompts(a, b) == {"text": [("p000", "p001"), ("p002", "p000")], "copied": []}
+    assert paired_prompts(a, b) == {
+        "text": [("p000", "p001"), ("p002", "p000")],
+        "copied": [],
+        "picture": [],
+    }
 
 
 def test_differences_are_means_over_the_shared_prompts(pair):

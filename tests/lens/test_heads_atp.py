@@ -149,5 +149,5 @@ def test_a_word_is_the_method_with_its_usual_arguments():
         word.per_prompt, importance(model, task, method=AtP(), progress=False).per_prompt
     )
     assert word.label == "atp (counterfactual)"
-    with pytest.raises(LensError, match="use counterfactual or resample"):
+    with pytest.raises(LensError, match="take counterfactual or resample"):
         importance(model, task, method=AtP("q"), baseline="mean", progress=False)

@@ -134,6 +134,9 @@ def test_a_search_with_an_old_lse_is_that_of_its_kernel(model, prompts, found):
     assert rows.loc["repeat", "cached_efficiency"] == 1
     assert 0.5 < rows.loc["prompt", "cached_efficiency"] <= 1
     assert np.isnan(rows.loc["step 1", "cached_efficiency"])
+    assert np.isnan(
+        rows.loc["length", "cached_efficiency"]
+    )  # the start of a prompt has no rows of its own half
 
 
 def test_claims_follow_their_measures(found):

@@ -68,14 +68,14 @@ def test_choosing_among_noise_flatters_and_the_report_says_so():
     random = np.random.default_rng(0)
     state = {"heads": ()}
 
-    class Noise:
+    class Task:
         n, sign, metric, name = 40, 1, "accuracy", "coin flips"
 
         def __init__(self, rows):
             self.rows, self.n = rows, len(rows)
 
         def take(self, rows):
-            return Noise(rows.numpy())
+            return Task(rows.numpy())
 
         def evaluate(self, _):
             if not state["heads"]:
@@ -94,7 +94,7 @@ def test_choosing_among_noise_flatters_and_the_report_says_so():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lens.edits.searching.run", edit)
-        found = lens.edits.search_heads(model, Noise(np.arange(40)), lens.edits.Mask(), most=5)
+        found = lens.edits.search_heads(model, Task(np.arange(40)), lens.edits.Mask(), most=5)
     assert len(found.chosen) == 5
     assert found.validation.mean() > 0.2
     assert found.bias > 0.2

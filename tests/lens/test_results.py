@@ -174,6 +174,10 @@ def test_tables_of_heads_join():
         lens.vision.flow(picture),
         lens.vision.coding_rate(vit, digit, **quiet),
         lens.edits.search_heads(model, task, lens.edits.Mask("first"), most=1, **quiet),
+        lens.policies.maps(model, prompts[0], lens.policies.AShape(4, 8), block_size=8),
+        lens.reading.perturb(model, prompts, ["L1H0"], sizes=[0.5], draws=1, **quiet),
+        lens.reading.retrieval(model, copied(model), **quiet),
+        lens.policies.stability(model, prompts, block_size=8, **quiet),
     ]
     of_heads = {
         name.rpartition(".")[2]
