@@ -85,7 +85,7 @@ def make_api(library: Library) -> Blueprint:
     @_refusing
     def get_heads(run_id: str) -> Response:
         """The whole head table as CSV."""
-        return _csv(library.run(run_id).heads, "heads.csv")
+        return _csv(library.run(run_id).heads, f"{run_id}_heads.csv")
 
     @api.get("/run/<run_id>/section/<section>/<table>.csv")
     @_refusing
@@ -94,7 +94,7 @@ def make_api(library: Library) -> Blueprint:
         tables = read_section(library.run(run_id), section).tables
         if table not in tables:
             raise LensError(f"{section} has no table {table!r}; it has: {', '.join(tables)}")
-        return _csv(tables[table], f"{section}-{table}.csv")
+        return _csv(tables[table], f"{run_id}_{section}_{table}.csv")
 
     @api.get("/run/<run_id>/columns.csv")
     @_refusing
@@ -105,7 +105,8 @@ def make_api(library: Library) -> Blueprint:
         group = request.args.get("group", groups[0])
         if group not in groups:
             raise LensError(f"run {run_id} has no prompts {group!r}; it has: {', '.join(groups)}")
-        return _csv(head_columns(run, group, "raw").table, "columns.csv")
+        table = head_columns(run, group, "raw").table
+        return _csv(table, f"{run_id}_columns_{group}.csv")
 
     @api.get("/run/<run_id>/circuit.json")
     @_refusing
@@ -124,8 +125,7 @@ def make_api(library: Library) -> Blueprint:
         made = f"{ranking} top {count}, pruned"
         found = edges.circuit(edges.top(int(count), ranking), made, groups)
         response = Response(json.dumps(found), mimetype="application/json")
-        response.headers["Content-Disposition"] = "attachment; filename=circuit.json"
-        return response
+        return _saved(response, f"{run_id}_circuit_{ranking}_{count}.json")
 
     @api.get("/run/<run_id>/report.html")
     @_refusing
@@ -150,8 +150,12 @@ def make_api(library: Library) -> Blueprint:
 
 
 def _csv(table: pd.DataFrame, name: str) -> Response:
-    response = Response(csv_text(table), mimetype="text/csv")
-    response.headers["Content-Disposition"] = f"attachment; filename={name}"
+    return _saved(Response(csv_text(table), mimetype="text/csv"), name)
+
+
+def _saved(response: Response, name: str) -> Response:
+    """To be saved under a name that says which run and what of it."""
+    response.headers.set("Content-Disposition", "attachment", filename=name)
     return response
 
 

@@ -103,6 +103,16 @@ def test_the_table_downloads_as_it_is(page, address, run):
         page.get_by_role("link", name="heads.csv").click()
     text = download.value.path().read_text()
     assert text == csv_text(run.heads)
+    assert download.value.suggested_filename == f"{run.id}_heads.csv"
+
+
+@pytest.mark.parametrize("ending", ["PNG", "CSV", "JSON"])
+def test_what_a_map_saves_is_named_after_run_prompt_and_head(page, address, run, ending):
+    page.goto(f"{address}/run/{run.id}/head/1/3?prompt=p002")
+    ready(page)
+    with page.expect_download() as download:
+        page.locator("#map").get_by_role("button", name=ending).click()
+    assert download.value.suggested_filename == f"{run.id}_p002_L1H3.{ending.lower()}"
 
 
 def test_a_narrow_window_needs_no_sideways_scrolling(page, address, run):

@@ -132,6 +132,7 @@ def test_pinned_nodes_are_grouped_saved_and_loaded(page, serve, circuit_run, tmp
         page.get_by_role("link", name="save this circuit").click()
     saved = tmp_path / "circuit.json"
     download.value.save_as(saved)
+    assert download.value.suggested_filename.startswith(f"{circuit_run.id}_circuit_absolute_")
     assert json.loads(saved.read_text())["groups"] == {"late heads": ["a1.h0", "a1.h2"]}
     page.locator("#circuit-file input").set_input_files(saved)
     page.wait_for_selector("text=Groups in it: late heads.")

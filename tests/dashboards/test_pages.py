@@ -225,6 +225,7 @@ def test_the_menu_of_a_figure_saves_its_numbers(page, site, heads_run):
     menu = page.get_by_role("group", name="Menu: Which heads matter: grid 0")
     with page.expect_download() as download:
         menu.get_by_role("button", name="CSV").click()
+    assert download.value.suggested_filename == f"{heads_run.id}_analysis_importance_grid_0.csv"
     rows = list(csv.DictReader(io.StringIO(download.value.path().read_text())))
     scores = heads_run.section("importance").tables["scores"].set_index(["layer", "head"])
     assert len(rows) == len(scores)

@@ -483,7 +483,7 @@
     save() {
       const link = document.createElement("a");
       link.href = this.canvas.toDataURL("image/png");
-      link.download = `L${this.config.layer}H${this.config.head}.png`;
+      link.download = this.fileName("png");
       link.click();
     }
 
@@ -508,10 +508,17 @@
       this.saveText(JSON.stringify({ run, prompt, layer, head, ...header, values: rows }), "json", "application/json");
     }
 
+    /* A file is named after the run, prompt and head that it shows; a map in a notebook has no run. */
+    fileName(ending) {
+      const { run, prompt, layer, head } = this.config;
+      const shown = [run, prompt, `L${layer}H${head}`].filter(Boolean).join("_");
+      return `${shown.replace(/[^\w.-]+/g, "-")}.${ending}`;
+    }
+
     saveText(text, ending, type) {
       const link = document.createElement("a");
       link.href = URL.createObjectURL(new Blob([text], { type }));
-      link.download = `L${this.config.layer}H${this.config.head}.${ending}`;
+      link.download = this.fileName(ending);
       link.click();
       URL.revokeObjectURL(link.href);
     }

@@ -146,7 +146,7 @@
   async function figureMenu(button, kind) {
     const box = button.closest(".figure"), plot = box.querySelector(".js-plotly-plot");
     if (!plot || !plot._fullData) return;
-    const name = `attention-lens-${box.querySelector(".dash-graph").id.replace(/[^\w-]+/g, "-")}`;
+    const name = fileName(box.querySelector(".dash-graph").id);
     if (kind === "full") {
       if (document.fullscreenElement) await document.exitFullscreen();
       else await box.requestFullscreen();
@@ -158,6 +158,13 @@
     } else {
       save(JSON.stringify({ data: plot.data, layout: plot.layout }), "application/json", `${name}.json`);
     }
+  }
+
+  /* A file is named after the run, the page and the head that it shows: RUN_head_0_3_lag. */
+  function fileName(figure) {
+    const page = decodeURIComponent(location.pathname).split("/").filter(Boolean);
+    if (page[0] === "run") page.shift();
+    return [...page, figure.replace(/^figure-/, "")].join("_").replace(/[^\w.-]+/g, "-");
   }
 
   /* The numbers of a figure, one row a point: trace, x, y, z, and the ends of its interval. */

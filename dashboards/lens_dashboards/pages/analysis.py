@@ -110,7 +110,7 @@ def _table(view: Selection, section: Section, name: str) -> html.Section:
                     html.A(
                         f"{name}.csv",
                         href=f"/api/run/{view.run}/section/{section.name}/{name}.csv",
-                        download=f"{section.name}-{name}.csv",
+                        download="",
                     ),
                 ],
                 className="small",

@@ -331,7 +331,7 @@ def _files(view: Selection, ranking: str, count: int) -> html.Div:
             html.A(
                 "save this circuit",
                 href=f"/api/run/{view.run}/circuit.json?{urlencode(query)}",
-                download="circuit.json",
+                download="",
             ),
             dcc.Upload(
                 html.Button("load a circuit", type="button", className="quiet"),

@@ -132,7 +132,7 @@ def page(library: Library, view: Selection) -> list[Any]:
         card(
             html.P(
                 [
-                    html.A("heads.csv", href=f"/api/run/{run.id}/heads.csv", download="heads.csv"),
+                    html.A("heads.csv", href=f"/api/run/{run.id}/heads.csv", download=""),
                     " · ",
                     html.A("report", href=f"/api/run/{run.id}/report.html", target="_blank"),
                     " · ",
