@@ -74,11 +74,12 @@ def make_api(library: Library) -> Blueprint:
     def get_look(run_id: str, prompt: str, row_: int, column: int) -> Response:
         """Where a patch looks and who looks at it: float32 [2, patches], row by row."""
         trace, heads = library.trace(run_id, prompt), request.args.get("heads", "mean")
-        options = {"variant": _variant()}
-        found = [
-            trace.overlay(heads, **{way: (row_, column)}, **options).values[0]
-            for way in ("query", "key")
-        ]
+        patch, variant = (row_, column), _variant()
+        both = (
+            trace.overlay(heads, query=patch, variant=variant),
+            trace.overlay(heads, key=patch, variant=variant),
+        )
+        found = [one.values[0] for one in both]
         return _binary(np.stack(found), {"rows": 2, "heads": heads})
 
     @api.get("/run/<run_id>/heads.csv")
