@@ -60,6 +60,13 @@ class Indexer(Trained):
         }
 
     @classmethod
+    def fits(cls, weights: Weights, seen: Pooled) -> bool:
+        """See `Trained`."""
+        wide = seen.query.shape[1] * seen.query.shape[-1]
+        narrow = seen.key.shape[1] * seen.key.shape[-1]
+        return (weights["query"].shape[1], weights["key"].shape[0]) == (wide, narrow)
+
+    @classmethod
     def predicted(cls, weights: Weights, seen: Pooled) -> Tensor:
         """See `Trained`: logits [batch, 1, query_blocks, key_blocks]."""
         query, key = seen.query.transpose(1, 2).flatten(2), seen.key[:, :, :, 0]

@@ -51,6 +51,11 @@ class Seer(Trained):
         }
 
     @classmethod
+    def fits(cls, weights: Weights, seen: Pooled) -> bool:
+        """See `Trained`."""
+        return weights["query"].shape[:2] == (seen.query.shape[1], seen.query.shape[-1])
+
+    @classmethod
     def predicted(cls, weights: Weights, seen: Pooled) -> Tensor:
         """See `Trained`: logits."""
         query = torch.einsum("bhid,hde->bhie", seen.query, weights["query"])

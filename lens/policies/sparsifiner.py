@@ -51,6 +51,11 @@ class Sparsifiner(Trained):
         return {"down": mean.repeat(heads, 1, 1), "up": mean.repeat(heads, 1, 1)}
 
     @classmethod
+    def fits(cls, weights: Weights, seen: Pooled) -> bool:
+        """See `Trained`."""
+        return weights["down"].shape[0] == seen.query.shape[1]
+
+    @classmethod
     def predicted(cls, weights: Weights, seen: Pooled) -> Tensor:
         """See `Trained`."""
         blocks = seen.key.shape[2]

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lens.common.errors import LensError
+from lens.common.files import write_atomically
 from lens.models.loaded import LoadedModel
 from lens.passes.blocks import BlockView, in_blocks, means
 from lens.policies.base import Kept, Policy
@@ -98,6 +99,11 @@ class Trained(Policy):
 
     @classmethod
     @abstractmethod
+    def fits(cls, weights: Weights, seen: Pooled) -> bool:
+        """Whether the weights are those of a layer with such heads."""
+
+    @classmethod
+    @abstractmethod
     def predicted(cls, weights: Weights, seen: Pooled) -> Tensor:
         """[batch, heads | 1, query_blocks, key_blocks], larger for better blocks."""
 
@@ -128,6 +134,11 @@ class Trained(Policy):
         if weights is None:
             return Kept(view.visible)
         seen = pooled(view)
+        if not self.fits(weights, seen):
+            raise LensError(
+                f"{type(self).__name__} was trained on a model with other heads than these "
+                f"{seen.query.shape[1]} of {seen.query.shape[-1]}: train it on this one"
+            )
         here = {name: one.to(view.query.device) for name, one in weights.items()}
         return Kept(within(self, self.shares(self.predicted(here, seen), seen), view))
 
@@ -142,7 +153,12 @@ class Trained(Policy):
         return replace(self, **(dict.fromkeys(_BUDGETS) | budget))
 
     def save(self, path: str | Path) -> None:
-        """Write the weights as safetensors; `lens.policies.load_trained` reads them."""
+        """Write the weights as safetensors, whole or not at all; `lens.policies.load_trained` reads them.
+
+        Raises:
+            LensError: a budget that is another policy's.
+            OSError: the place cannot be written.
+        """
         if self.like is not None:
             raise LensError("a predictor that takes as many blocks as another policy has no file")
         tensors = {
@@ -152,7 +168,8 @@ class Trained(Policy):
         }
         (budget,) = (name for name in _BUDGETS if getattr(self, name) is not None)
         facts = {"kind": self.kind, "block_size": "{} {}".format(*self.block_size)}
-        save_file(tensors, path, facts | {budget: repr(getattr(self, budget))})
+        facts |= {budget: repr(getattr(self, budget))}
+        write_atomically(Path(path), lambda temporary: save_file(tensors, temporary, facts))
 
     def __str__(self) -> str:
         budget = next(

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lens.common.choices import check_choice, check_counts
+from lens.common.choices import check_choice, check_counts, check_lists, is_number
 from lens.common.errors import LensError
 from lens.common.progress import advancing
 from lens.models.loaded import LoadedModel
@@ -69,8 +69,11 @@ def train(
     maker = _KINDS[check_choice("kind", kind, Kind)]
     size = check_block_size(block_size)
     check_counts(steps=steps)
-    if isinstance(rate, bool) or not isinstance(rate, int | float) or not rate > 0:
+    check_counts(0, seed=seed)
+    if not is_number(rate) or not 0 < rate < float("inf"):
         raise LensError(f"rate must be a number above 0, got {rate!r}")
+    if layers is not None:
+        check_lists(layers=layers)
     wanted = set(model.info.attending if layers is None else layers)
     for layer in wanted:
         model.info.head((layer, 0))

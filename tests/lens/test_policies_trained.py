@@ -157,6 +157,23 @@ def test_files_come_back_as_they_went(model, windows, tmp_path):
             policies.load_trained(tmp_path / path)
 
 
+def test_a_file_that_cannot_be_written_is_named_and_folders_are_made(model, windows, tmp_path):
+    gate = policies.train("seer", model, windows[:1], block_size=8, steps=1, progress=False)
+    gate.save(tmp_path / "a" / "b" / "gate")
+    assert str(policies.load_trained(tmp_path / "a" / "b" / "gate")) == str(gate)
+    with pytest.raises(OSError, match="gate"):
+        gate.save(tmp_path / "a" / "b" / "gate" / "below")
+
+
+@pytest.mark.parametrize("kind", ["seer", "sparsifiner", "indexer"])
+def test_heads_of_another_model_are_refused(model, windows, kind):
+    gate = policies.train(kind, model, windows[:1], block_size=8, steps=1, progress=False)
+    other = lens.load("induction-2l")
+    gate = dataclasses.replace(gate, weights={0: gate.weights[0]})
+    with pytest.raises(lens.LensError, match="was trained on a model with other heads than these"):
+        policies.evaluate(other, [lens.tasks.copied(other, 20)], gate, progress=False)
+
+
 def test_a_layer_that_was_not_trained_stays_dense_and_other_blocks_are_refused(model, windows):
     gate = policies.train(
         "seer", model, windows[:2], layers=[2], block_size=8, steps=2, progress=False
@@ -186,6 +203,9 @@ def test_a_layer_that_was_not_trained_stays_dense_and_other_blocks_are_refused(m
         ({"layers": []}, "no layers to train"),
         ({"steps": 0}, "steps"),
         ({"rate": 0}, "rate must be"),
+        ({"rate": float("inf")}, "rate must be a number above 0, got inf"),
+        ({"layers": 2}, "layers must be a list, got 2"),
+        ({"seed": -1}, "seed must be an integer of at least 0, got -1"),
         ({"block_size": 0}, "block_size must be"),
     ],
 )
