@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import lens
 from lens.circuits.known import induction_transformer, logic_gate
 from lens.circuits.patches.patching import patch
 from lens.common.errors import LensError
@@ -230,6 +231,8 @@ def test_the_chain_of_the_induction_transformer():
         ),
         ({"nodes": ["a9.h0"]}, r"nodes must be writers of the graph.*got 'a9\.h0'"),
         ({"nodes": []}, "nodes must be writers of the graph"),
+        ({"nodes": 5}, "nodes must be a list, got 5"),
+        ({"receivers": "logits"}, "receivers must be a list, got 'logits'"),
         ({"positions": "s2"}, r"a mark of the task \(here\), got 's2'"),
     ],
 )
@@ -322,6 +325,12 @@ def test_the_whole_stream_moves_everything_and_noise_is_drawn_by_its_seed(gpt2, 
     assert "denoising" in noisy.plot().layout.title.text
 
 
+def test_a_model_without_mlps_has_none_to_patch():
+    model = lens.load("induction-2l")
+    with pytest.raises(LensError, match="induction-2l has no MLPs to patch"):
+        patch(model, lens.tasks.induction(model), "mlp", progress=False)
+
+
 def test_a_window_patches_layers_together(gpt2, task):
     layers = len(gpt2.model.transformer.h)
     wide = patch(gpt2, task, "mlp", window=2 * layers + 1, progress=False)
@@ -336,6 +345,16 @@ def test_a_window_patches_layers_together(gpt2, task):
         ({"nodes": "stream"}, "nodes must be"),
         ({"nodes": "residual", "window": 3}, "window is for 'attention' and 'mlp'"),
         ({"nodes": "residual", "noise": 0.0}, "noise must be a number above 0"),
+        (
+            {"nodes": "residual", "noise": "a"},
+            "noise must be a number above 0 such as 3.0, got 'a'",
+        ),
+        ({"nodes": "residual", "noise": True}, "noise must be a number above 0"),
+        (
+            {"nodes": "residual", "noise": 3.0, "noise_at": "each"},
+            "noise_at must be a mark of the task",
+        ),
+        ({"nodes": "residual", "noise": 3.0, "seed": "a"}, "seed must be an integer of at least 0"),
         ({"nodes": "residual", "noise_at": "here"}, "give noise"),
         ({"nodes": "residual", "receivers": ["logits"]}, "named one by one"),
         ({"noise": 3.0}, "go with nodes='residual'"),

@@ -20,7 +20,7 @@ from lens.circuits.graph.masked_forward import masked_logits
 from lens.circuits.graph.nodes import Nodes, find_nodes, visit
 from lens.circuits.patches.effects import EACH, Direction, PatchEffects, measured, places_of
 from lens.circuits.patches.streams import Sublayers, patch_streams
-from lens.common.choices import check_choice
+from lens.common.choices import check_choice, check_lists
 from lens.common.errors import LensError
 from lens.common.given import given_as
 from lens.common.progress import advancing
@@ -198,7 +198,9 @@ def _begin(
     check_choice("direction", direction, Direction)
     task.corrupt_or_refuse()
     found = find_nodes(model)
-    names = found.graph.writers[1:] if nodes is None else tuple(nodes)
+    if nodes is not None:
+        check_lists(nodes=nodes)
+    names = found.graph.writers[1:] if nodes is None else tuple(dict.fromkeys(nodes))
     known = set(found.graph.writers)
     if not names or (unknown := [name for name in names if name not in known]):
         raise LensError(
@@ -209,6 +211,7 @@ def _begin(
 
 
 def _receivers(graph: Graph, names: Iterable[str]) -> tuple[str, ...]:
+    check_lists(receivers=names)
     found: list[str] = []
     for name in names:
         parts = [reader for reader in graph.readers if reader.partition("<")[0] == name]

@@ -17,7 +17,7 @@ from torch import Tensor
 from lens.circuits.graph.activations import PlainVisitor
 from lens.circuits.graph.nodes import Nodes, find_nodes, visit
 from lens.circuits.patches.effects import Direction, PatchEffects, measured, places_of
-from lens.common.choices import check_choice, check_counts
+from lens.common.choices import check_choice, check_counts, is_number
 from lens.common.errors import LensError
 from lens.common.progress import advancing
 from lens.models.loaded import LoadedModel
@@ -81,20 +81,27 @@ def patch_streams(
     check_choice("nodes", what, Sublayers)
     check_choice("direction", direction, Direction)
     check_counts(window=window)
+    check_counts(0, seed=seed)
     if what == "residual" and window != 1:
         raise LensError(
             "window is for 'attention' and 'mlp': one layer's stream holds all before it"
         )
     if noise is None and noise_at is not None:
         raise LensError("noise_at says where noise is; give noise, e.g. noise=3.0")
-    if noise is not None and not 0 < noise < float("inf"):
-        raise LensError(f"noise must be a number above 0 such as 3.0, got {noise}")
+    if noise is not None and not (is_number(noise) and 0 < noise < float("inf")):
+        raise LensError(f"noise must be a number above 0 such as 3.0, got {noise!r}")
+    if noise_at is not None and noise_at not in task.marks:
+        raise LensError(
+            f"noise_at must be a mark of the task ({', '.join(task.marks) or 'it has none'}), got {noise_at!r}"
+        )
     task.check(model)
     task.refuse_lengths("patching")
     nodes, places = find_nodes(model), places_of(task, positions)
     layers = [
         number for number, block in enumerate(nodes.layout.blocks) if what != "mlp" or block.mlp
     ]
+    if not layers:
+        raise LensError(f"{model.name} has no MLPs to patch; patch 'residual' or 'attention'")
     values, ends = [], []
     with torch.no_grad(), advancing(f"{model.name}: patching", task.n, progress) as advance:
         for rows, clean, other in _pairs(nodes, task, noise, noise_at, seed):
