@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from lens.common.choices import check_counts
+from lens.common.choices import check_counts, check_lists
 from lens.common.errors import LensError
 from lens.models.loaded import LoadedModel, ModelInfo
 from lens.models.wrapped import Wrapped, first_argument
@@ -91,8 +91,12 @@ def wrap(
     root.eval()
     if query is not None:
         root.following = _Projected(query, key, value, output, heads, kv_heads, causal, scale)
-    elif (key, value, output) != (None, None, None):
-        raise LensError("key, value and output go with query: name what makes the queries too")
+    else:
+        alone = {"key": key, "value": value, "output": output, "kv_heads": kv_heads, "scale": scale}
+        if causal is not False or any(one is not None for one in alone.values()):
+            raise LensError(
+                "key, value, output, kv_heads, causal and scale go with query: name what makes the queries too"
+            )
     root.heads = heads
     model = LoadedModel(root, tokenizer, name or type(module).__name__, None, _unknown(root))
     model = replace(model, info=_measured(model))
@@ -112,6 +116,7 @@ def _attending(module: nn.Module, attention: Any) -> list[nn.Module]:
     elif isinstance(attention, type):
         chosen = [one for one in named.values() if isinstance(one, attention)]
     else:
+        check_lists(attention=attention)
         chosen = list(attention)
         known = set(map(id, named.values()))
         if not all(isinstance(one, nn.Module) and id(one) in known for one in chosen):
