@@ -9,15 +9,17 @@ import pandas as pd
 from numpy.typing import ArrayLike
 
 from lens.common.errors import LensError
+from lens.common.given import given_as
 from lens.common.head_ids import head_columns
 from lens.figures.columns import column_grid
-from lens.runs.folders import Run
+from lens.runs.folders import Run, open_run
 from lens.runs.headlines import Headline, highest
 from lens.runs.sections import Section
 from lens.runs.writer import RunWriter
 from lens.stats.intervals import columns
 
 _OWN = "own numbers"
+_LONGEST = 64  # letters of a name, which is that of a folder too
 _TAKEN = ("name", "layer", "head", "n")
 
 
@@ -47,14 +49,24 @@ def add(
         The section; numbers that were added under this name before are replaced.
 
     Raises:
-        LensError: another shape than the run's model has, no number at all, no definition, a name that an analysis of
-            the run has, or a run that is being written.
+        LensError: no run, no texts, another shape than the run's model has, no number at all, no definition,
+            a name that an analysis of the run has, or a run that is being written.
 
     Example:
         >>> section = lens.runs.add(run, "doubt", np.random.rand(3, 6), "How far I doubt this head, 0 to 1.")
         >>> section.title
         'Doubt'
     """
+    given_as("Run", run=run)
+    for word, text in {
+        "name": name,
+        "definition": definition,
+        "title": title,
+        "unit": unit,
+    }.items():
+        if not isinstance(text, str):
+            raise LensError(f"{word} must be a text, got {text!r}")
+    run = open_run(run.path)  # what was added since it was opened counts
     layers = _layers(run)
     numbers = _checked(run, name, values, definition, len(layers))
     heads = head_columns((layer, head) for layer in layers for head in range(numbers.shape[1]))
@@ -97,6 +109,8 @@ def _checked(run: Run, name: str, values: ArrayLike, definition: str, layers: in
         raise LensError(f"{run.path} is being computed right now; add to it when it is done")
     if not definition.strip():
         raise LensError("definition must say in a sentence what the number is, got none")
+    if len(name) > _LONGEST:
+        raise LensError(f"name must have at most {_LONGEST} letters, got {len(name)}")
     if name in _TAKEN:
         raise LensError(f"{name} is what another column is called; choose another name")
     if name in run.sections and run.section(name).configuration.get("kind") != _OWN:

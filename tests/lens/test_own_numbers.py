@@ -91,6 +91,30 @@ def test_what_does_not_fit_is_refused(run, name, values, definition, said):
     assert not open_run(run.path).sections
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"name": None}, "name must be a text, got None"),
+        ({"definition": 5}, "definition must be a text, got 5"),
+        ({"title": 5}, "title must be a text, got 5"),
+        ({"unit": None}, "unit must be a text, got None"),
+        ({"name": "a" * 65}, "name must have at most 64 letters, got 65"),
+        ({"run": "folder"}, "run must be a Run"),
+    ],
+)
+def test_what_is_no_text_is_refused_and_the_run_stays_whole(run, change, said):
+    given = {"run": run, "name": "doubt", "values": np.zeros((2, HEADS)), "definition": "Doubt."}
+    with pytest.raises(LensError, match=said):
+        add(**(given | change))
+    assert not open_run(run.path).sections
+
+
+def test_numbers_are_replaced_through_the_same_run(run):
+    for number in (1.0, 2.0, 3.0):
+        add(run, "doubt", np.full((2, HEADS), number), "Doubt." + "!" * int(number))
+    assert open_run(run.path).section("doubt").tables["heads"]["doubt"].tolist() == [3.0] * 10
+
+
 def test_an_analysis_is_not_overwritten(run):
     lens.runs.sections.Section("roles", "Roles").save(run.path)
     with pytest.raises(LensError, match="has an analysis 'roles'; choose another name"):
