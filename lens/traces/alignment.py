@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import kendalltau
 
-from lens.common.choices import check_choice
+from lens.common.choices import check_choice, check_lists
 from lens.common.errors import LensError
 from lens.common.head_ids import head_columns
 from lens.common.results import Result, Sentence, described
@@ -88,10 +88,12 @@ class Alignment(Result):
         table, said = self.table(), []
         if self.labelled:
             best = table.iloc[0]
+            low, high = best["accuracy_low"], best["accuracy_high"]
+            ends = "" if np.isnan(low) else f"[{low:.0%}, {high:.0%}] "  # one row has no interval
             said.append(
                 Sentence(
                     f"{best['name']} points best: the strongest key is a label in {best['accuracy']:.0%} "
-                    f"[{best['accuracy_low']:.0%}, {best['accuracy_high']:.0%}] of the labelled rows; "
+                    f"{ends}of the labelled rows; "
                     f"a key at random in {best['chance']:.0%}.",
                     kind="alignment",
                 )
@@ -143,6 +145,8 @@ def alignment(
     """
     check_choice("at", at, At)
     single = isinstance(traces, AttentionTrace | TraceParts)
+    if not single:
+        check_lists(traces=traces)
     several = [_cross(one) for one in ([traces] if single else traces)]
     if not several:
         raise LensError("alignment needs at least one trace, got an empty list")
@@ -150,6 +154,8 @@ def alignment(
         raise LensError("traces must come from one model, with the same layers and heads")
     given: list[Any] = [None] * len(several)
     if labels is not None:
+        if not single:
+            check_lists(labels=labels)
         given = [labels] if single else list(labels)
     if len(given) != len(several):
         raise LensError(f"labels must be one for each of {len(several)} prompts, got {len(given)}")
@@ -182,15 +188,24 @@ def _rows(trace: AttentionTrace, labels: Any, at: At) -> dict[int, list[int]]:
     if labels is None:
         return {}
     pairs = labels.items() if isinstance(labels, Mapping) else labels
+    if not isinstance(labels, Mapping):
+        check_lists(labels=labels)
     found: dict[int, list[int]] = {}
     for pair in pairs:
         try:
-            token, keys = pair
-            token, keys = int(token), [int(key) for key in np.atleast_1d(keys)]
-        except (TypeError, ValueError) as error:
+            token, keys = (np.asarray(one) for one in pair)
+        except (TypeError, ValueError):
+            token = keys = np.array(None)
+        if (
+            token.dtype.kind not in "iu"
+            or keys.dtype.kind not in "iu"
+            or token.ndim
+            or not keys.size
+        ):
             raise LensError(
-                f"labels are a mapping target -> source or pairs (target, source), got {pair!r}"
-            ) from error
+                f"labels are a mapping target -> source or pairs (target, source), in whole numbers, got {pair!r}"
+            )
+        token, keys = int(token), keys.ravel().tolist()
         row = token - (at == "predicted")
         if not 0 <= token < trace.queries + (at == "predicted"):
             raise LensError(f"the target has positions 0 to {trace.queries - 1}, got {token}")

@@ -1,5 +1,6 @@
 """`lens.capture`: prompts in, traces out, one layer in memory at a time."""
 
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -10,6 +11,7 @@ from typing import Any, TypedDict, Unpack, overload
 import torch
 from lens_kernels.distributed import Processes
 
+from lens.common.choices import check_counts
 from lens.common.errors import LensError
 from lens.common.progress import advancing
 from lens.common.version import __version__
@@ -146,6 +148,10 @@ def capture(
         return found
     if model is None:
         raise LensError("model may be None only beside attentions; pass what lens.load returns")
+    if seed is not None:
+        check_counts(0, seed=seed)
+    if out is not None and (not isinstance(out, str | os.PathLike) or not str(out)):
+        raise LensError(f"out must be a folder, got {out!r}")
     settings = make_settings(
         statistics=statistics, block_size=block_size, keep_qk=keep_qk, backend=backend
     )

@@ -7,7 +7,7 @@ digits where it holds nearly all the mass.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -120,11 +120,16 @@ def make_settings(
         LensError: a statistic or backend that does not exist, or a block size that is none.
     """
     names = VARIABLES if statistics == "all" else statistics
+    if not isinstance(names, Iterable) or isinstance(names, Mapping):
+        raise LensError(f"statistics must be 'all' or a list of names, got {names!r}")
     if isinstance(names, str):
         raise LensError(f"statistics must be 'all' or a list of names, got the string {names!r}")
     unknown = [str(name) for name in names if name not in VARIABLES]
     if unknown:
         raise LensError(f"unknown statistics {', '.join(unknown)}; known: {', '.join(VARIABLES)}")
+    names = list(names)
+    if not names and not keep_qk:
+        raise LensError("statistics names none; ask for at least one, or for keep_qk=True")
     if isinstance(block_size, bool) or not isinstance(block_size, int) or block_size < 1:
         raise LensError(f"block_size must be a positive integer, got {block_size!r}; e.g. 64")
     return Settings(frozenset(names), block_size, keep_qk, backend)

@@ -367,6 +367,9 @@ def test_prompts_that_cannot_be_captured(prompt, expected, tmp_path):
             {"statistics": "lse"},
             "statistics must be 'all' or a list of names, got the string 'lse'",
         ),
+        ({"statistics": 5}, "statistics must be 'all' or a list of names, got 5"),
+        ({"statistics": None}, "statistics must be 'all' or a list of names, got None"),
+        ({"statistics": []}, "statistics names none; ask for at least one"),
         ({"backend": "abacus"}, "abacus"),
     ],
 )
@@ -379,6 +382,25 @@ def test_options_that_do_not_exist(options, expected):
             lens.traces.capturing(lens.load(), **options),
         ):
             pytest.fail("the block must not be entered")
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"out": 5}, "out must be a folder, got 5"),
+        ({"out": ""}, "out must be a folder, got ''"),
+        ({"seed": -1}, "seed must be an integer of at least 0, got -1"),
+        ({"seed": "a"}, "seed must be an integer of at least 0, got 'a'"),
+    ],
+)
+def test_what_is_no_folder_or_seed_is_refused(options, expected):
+    with pytest.raises(LensError, match=expected):
+        lens.capture(lens.load(), "Call me Ishmael.", **options)
+
+
+def test_queries_and_keys_alone_make_a_trace():
+    trace = lens.capture(lens.load(), [1, 2, 3], statistics=[], keep_qk=True, progress=False)
+    assert set(trace.dataset.data_vars) == {"q", "k", "visible"}
 
 
 def test_blocks_too_small_for_memory_are_refused_with_a_size_that_fits(monkeypatch):

@@ -1,6 +1,7 @@
 """Whole encoder-decoders: three attentions, each equal to `eager`, with two token axes across."""
 
 import itertools
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -163,6 +164,8 @@ def test_alignment_is_what_its_definition_says():
     several = alignment([traces, traces.cross], [labels, labels])
     assert several.table()["accuracy"].tolist() == found.table()["accuracy"].tolist()
     assert not alignment(traces).labelled
+    assert "[" in found.findings()[0]
+    assert "nan" not in alignment(traces, {1: 0}).findings()[0]  # one row has no interval
 
 
 @pytest.mark.parametrize(
@@ -171,6 +174,12 @@ def test_alignment_is_what_its_definition_says():
         ({9: 0}, "target has positions 0 to 4, got 9"),
         ({1: 7}, "source has positions 0 to 6"),
         ([5], "labels are a mapping"),
+        (5, "labels must be a list, got 5"),
+        ({1: []}, r"in whole numbers, got \(1, \[\]\)"),
+        ({1.5: 0}, "in whole numbers"),
+        ({1: 1.7}, "in whole numbers"),
+        ({True: 0}, "in whole numbers"),
+        ([(1, 0, 2)], "labels are a mapping"),
     ],
 )
 def test_labels_that_do_not_fit_are_refused(labels, said):
@@ -180,6 +189,8 @@ def test_labels_that_do_not_fit_are_refused(labels, said):
         alignment(traces, labels)
     with pytest.raises(lens.LensError, match="takes traces of cross-attention"):
         alignment(traces.decoder)
+    with pytest.raises(lens.LensError, match="traces must be a list, got None"):
+        alignment(cast(Any, None))
     with pytest.raises(lens.LensError, match="one for each of 2 prompts"):
         alignment([traces, traces], [labels])
 
