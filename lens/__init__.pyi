@@ -18,7 +18,6 @@ from .traces.captures import capture as capture
 from .traces.profiles import profile as profile
 
 __all__ = [
-    "LensError",
     "capture",
     "circuits",
     "edit",
@@ -28,6 +27,7 @@ __all__ = [
     "load",
     "policies",
     "profile",
+    "reading",
     "runs",
     "sinks",
     "tasks",
