@@ -46,6 +46,7 @@ def decode(
         TypeError, ValueError: as `attention`; more than 64 queries; a piece that does not fit.
 
     Example:
+        >>> import torch
         >>> query, key = torch.zeros(1, 2, 1, 16), torch.zeros(1, 2, 300, 16)
         >>> decode(query, key, key, piece=128).statistics.lse.exp().round().flatten().tolist()
         [300.0, 300.0]

@@ -131,6 +131,11 @@ def load_section(door: Door, name: str) -> Section:
         raise LensError(f"{run / place / INDEX} lacks the tables {lacking}; run again")
     if name == "detection":
         checked(DetectionEntries, index.configuration, run / place / INDEX)
+    shown = {str(dict(one).get("figure", "")) for one in index.headlines} - {""}
+    if lacking := ", ".join(sorted(shown - set(index.figures))):
+        raise LensError(
+            f"{run / place / INDEX} lacks the figures {lacking} of its headlines; run again"
+        )
     return Section(
         name=name,
         title=index.title,

@@ -124,8 +124,8 @@ COSTS: dict[str, dict[str, Callable[[Load], Cost]]] = {
     },
     "policies": {
         "policies": lambda load: _of_windows(load, 30),
-        "stability": lambda load: Cost(4 * min(6, load.windows) * load.length),
         "running": lambda load: Cost(45 * load.windows + 20 * 8 * load.length),
+        "stability": lambda load: Cost(4 * min(6, load.windows) * load.length),
         "search": lambda load: _of_windows(load, 45),
     },
     "explain": {
