@@ -46,4 +46,4 @@ def tabs(run: Run, view: Selection) -> html.Nav:
             title = "This run has nothing for this page; it says which command makes it."
             link = view.to(page).url()
             links.append(dcc.Link(f"{words} (empty)", href=link, className="vacant", title=title))
-    return html.Nav(links, className="tabs pages", **{"aria-label": "Pages of this run"})
+    return html.Nav(links, className="tabs pages", **{"aria-label": "Pages of this run"})  # pyright: ignore[reportArgumentType]
