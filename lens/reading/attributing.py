@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lens.common.choices import check_choice, check_lists, words
 from lens.common.errors import LensError
+from lens.common.progress import advancing
 from lens.models.loaded import LoadedModel
 from lens.reading import _maps
 from lens.reading._answers import Answer
@@ -35,7 +36,12 @@ STEPS = 32
 
 
 def attribute(
-    model: LoadedModel, prompt: Any, method: Method, *, answer: int | None = None
+    model: LoadedModel,
+    prompt: Any,
+    method: Method,
+    *,
+    answer: int | None = None,
+    progress: bool = True,
 ) -> Tensor:
     """A score for each token of one prompt: how much it matters to the answer, by one method.
 
@@ -55,6 +61,7 @@ def attribute(
         prompt: one, of tokens.
         method: one of these.
         answer: the token (or label) whose logit is explained; None: the likeliest.
+        progress: show a bar, on stderr, if that is a terminal.
 
     Returns:
         [tokens], float64, on the CPU.
@@ -68,7 +75,10 @@ def attribute(
         torch.Size([25])
     """
     check_choice("method", method, Method)
-    return scored(Answer(model, prompt, answer), method)
+    with advancing(f"{model.name}: {method}", 1, progress) as advance:
+        found = scored(Answer(model, prompt, answer), method)
+        advance(1)
+    return found
 
 
 def scored(answer: Answer, method: Method) -> Tensor:

@@ -51,6 +51,7 @@ def adversary(
     *,
     draws: int = 20,
     seed: int = 0,
+    progress: bool = True,
 ) -> Adversary:
     """The row of the answering query that differs most from a head's own and has the same output.
 
@@ -64,6 +65,7 @@ def adversary(
         head: such as "L1H3".
         draws: random directions.
         seed: of them.
+        progress: show a bar, on stderr, if that is a terminal.
 
     Reference: Jain and Wallace, Attention is not Explanation, 2019, arXiv 1902.10186; here in closed form.
 
@@ -87,14 +89,16 @@ def adversary(
     best, most = row, 0.0
     if free:
         random = np.random.default_rng(seed)
-        for goal in (row[seen], *random.normal(size=(draws, len(seen)))):
-            solved = linprog(goal, A_eq=fixed, b_eq=fixed @ row[seen], bounds=(0, None))
-            if solved.x is None:
-                continue
-            other = np.zeros_like(row)
-            other[seen] = solved.x.clip(min=0)  # the solver is off by its tolerance
-            if (apart := _divergence(row, other)) > most:
-                best, most = other, apart
+        with advancing(f"{model.name}: {place}", draws + 1, progress) as advance:
+            for goal in (row[seen], *random.normal(size=(draws, len(seen)))):
+                advance(1)
+                solved = linprog(goal, A_eq=fixed, b_eq=fixed @ row[seen], bounds=(0, None))
+                if solved.x is None:
+                    continue
+                other = np.zeros_like(row)
+                other[seen] = solved.x.clip(min=0)  # the solver is off by its tolerance
+                if (apart := _divergence(row, other)) > most:
+                    best, most = other, apart
     written = row @ values
     error = float(np.abs((best - row) @ values).max() / max(np.abs(written).max(), 1e-30))
     return Adversary(row, best, most, free, error)

@@ -155,6 +155,8 @@ def capture(
     settings = make_settings(
         statistics=statistics, block_size=block_size, keep_qk=keep_qk, backend=backend
     )
+    if not (settings.variables or keep_qk or labels):
+        raise LensError("statistics names none; ask for at least one, or for keep_qk=True")
     if chunk is not None and group is not None:
         raise LensError("a prompt goes in pieces (chunk) or over processes (group); leave one out")
     if chunk is not None:

@@ -20,6 +20,7 @@ import pandas as pd
 
 from lens.common.errors import LensError
 from lens.common.given import given_traces
+from lens.common.head_ids import head_columns
 from lens.stats import over_units
 from lens.traces.metrics import HEADLINES
 from lens.traces.parts import TraceParts
@@ -81,7 +82,7 @@ def profile(
         seed: of the bootstrap.
 
     Returns:
-        Columns `layer`, `head`, and for each metric of `lens.traces.metrics.METRICS` the value, its 95 %
+        Columns `name`, `layer`, `head`, and for each metric of `lens.traces.metrics.METRICS` the value, its 95 %
         interval `<metric>_low` and `<metric>_high`, what uniform attention scores `<metric>_uniform`,
         and the same for `<metric>_sink_excluded` where that exists; for those of
         `lens.traces.metrics.HEADLINES` the highest score with random weights
@@ -133,7 +134,9 @@ def profile(
         shown = (*HEADLINES, *several[0].labels)
         scored = [prompt_table(one, "all", seed=None, metrics=shown) for one in beside]
         table = beside_random(table, pooled_table(scored, str(table["prompt_id"].iloc[0])))
-    return wide(table, prompts=len(several))
+    found = wide(table, prompts=len(several))
+    found.insert(0, "name", head_columns(zip(found["layer"], found["head"], strict=True))["name"])
+    return found
 
 
 def wide(table: pd.DataFrame, *, prompts: int) -> pd.DataFrame:

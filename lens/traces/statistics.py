@@ -128,8 +128,6 @@ def make_settings(
     if unknown:
         raise LensError(f"unknown statistics {', '.join(unknown)}; known: {', '.join(VARIABLES)}")
     names = list(names)
-    if not names and not keep_qk:
-        raise LensError("statistics names none; ask for at least one, or for keep_qk=True")
     if isinstance(block_size, bool) or not isinstance(block_size, int) or block_size < 1:
         raise LensError(f"block_size must be a positive integer, got {block_size!r}; e.g. 64")
     return Settings(frozenset(names), block_size, keep_qk, backend)

@@ -397,6 +397,6 @@ def test_every_public_name_of_lens_is_there():
     assert set(lens.__all__) <= set(dir(lens))
     assert all(getattr(lens, name) is not None for name in lens.__all__)
     with pytest.raises(
-        AttributeError, match="module 'lens' has no attribute 'profil'; it has LensError, capture"
+        AttributeError, match="module 'lens' has no attribute 'profil'; it has capture"
     ):
         _ = lens.profil

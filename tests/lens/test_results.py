@@ -200,6 +200,7 @@ def test_tables_of_heads_join():
     tables = {type(one).__name__: one.table() for one in made}
     similar = lens.heads.similarity(model, prompts, **quiet)
     tables["redundancy"], tables["neighbours"] = similar.redundancy(), similar.neighbours("L0H1")
+    tables["profile"] = lens.profile(traces)
     tables["copying"] = lens.heads.weights.copying(model)
     tables["overlap"] = lens.circuits.reuse.overlap(["L0H1"], ["L1H0"], shape=(2, 4)).heads()
     for name, table in tables.items():
