@@ -63,12 +63,10 @@ def test_a_role_is_told_beside_the_higher_of_its_chances():
 def test_the_highest_row_stands_beside_the_median_of_the_others():
     table = pd.DataFrame({"name": ["a", "b", "c", "d"], "drop": [0.1, 0.2, 4.0, 0.3]})
     table = table.assign(low=table["drop"] - 0.05, high=table["drop"] + 0.05)
-    (one,) = of_highest(
-        table, "drop", "{name}: {value}, others {baseline}", "x", ends=("low", "high")
-    )
+    (one,) = of_highest(table, "drop", "{name}: {value}, others {baseline}", "x")
     assert one.text == "c: 4 [3.95, 4.05], others 0.2"
     assert one.baseline == pytest.approx(0.2)
-    assert not list(of_highest(table[:1], "drop", "{name}", "x", ends=("low", "high")))
+    assert not list(of_highest(table[:1], "drop", "{name}", "x"))
 
 
 def test_a_condition_stands_beside_the_other():

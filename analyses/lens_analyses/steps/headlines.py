@@ -3,7 +3,7 @@
 What surprises, and which of them a first screen shows, is defined in `lens.runs.headlines`.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from lens.heads.measures.scores import HeadScores
 from lens.runs.headlines import Headline, highest
 
 _NATS = "nats a token"
+_Row = Mapping[Any, Any]
 
 
 def of_roles(table: pd.DataFrame, random: Mapping[str, float], figure: str) -> Iterator[Headline]:
@@ -118,7 +119,6 @@ def of_highest(
     *,
     unit: str = "",
     figure: str = "",
-    ends: tuple[str, str] | None = None,
 ) -> Iterator[Headline]:
     """The row that has most of a column, beside the median row.
 
@@ -128,10 +128,9 @@ def of_highest(
         text: the sentence, with `{name}`, `{value}` and `{baseline}`; the interval is put behind the value.
         others: what the median is of.
         unit, figure: of the headline.
-        ends: columns of the interval, if they are not `<column>_low` and `<column>_high`.
     """
     try:
-        best, fields = _highest_row(table, column, ends)
+        best, fields = _highest_row(table, column)
     except LensError:
         return
     value = f"{fields['value']:.3g}{_ends(fields['low'], fields['high'])}"
@@ -154,16 +153,14 @@ def of_edits(table: pd.DataFrame, figures: Mapping[str, str]) -> Iterator[Headli
             continue
         one = by["edit"]
         share = "" if amount == 1 else f" by {amount:g}"
-        yield Headline(
+        yield _beside(
             f"{str(edit).replace('_', ' ').capitalize()}{share} in {scope}: the loss changes by "
             f"{_change(one, 'delta_loss')} nats a token, and by {control['delta_loss']:+.3g} where as much "
             "attention to other keys is edited.",
-            one["delta_loss"],
-            one["delta_loss_low"],
-            one["delta_loss_high"],
-            control["delta_loss"],
+            "delta_loss",
+            one,
+            control,
             "as much attention elsewhere",
-            spread=(control["delta_loss_high"] - control["delta_loss_low"]) / 2,
             unit=_NATS,
             figure=figures.get(str(edit), ""),
         )
@@ -176,15 +173,13 @@ def of_reaches(table: pd.DataFrame, figure: str) -> Iterator[Headline]:
         if reach in rows and "all" in rows:
             one, every = rows[reach], rows["all"]
             if one["delta_loss_low"] > every["delta_loss_high"]:
-                yield Headline(
+                yield _beside(
                     f"Masking the sink of {one['scope']} alone changes the loss by {_change(one, 'delta_loss')} "
                     f"nats a token, of all heads by {_change(every, 'delta_loss')}.",
-                    one["delta_loss"],
-                    one["delta_loss_low"],
-                    one["delta_loss_high"],
-                    every["delta_loss"],
+                    "delta_loss",
+                    one,
+                    every,
                     "the same edit of all heads",
-                    spread=(every["delta_loss_high"] - every["delta_loss_low"]) / 2,
                     unit=_NATS,
                     figure=figure,
                 )
@@ -207,14 +202,12 @@ def of_conditions(
         return
     one, chance = whole[this], whole[other]
     ends = _ends(one["low"], one["high"], ".0%")
-    yield Headline(
+    yield _beside(
         text.format(value=f"{one['rate']:.0%}{ends}", baseline=f"{chance['rate']:.0%}"),
-        one["rate"],
-        one["low"],
-        one["high"],
-        chance["rate"],
+        "rate",
+        one,
+        chance,
         against,
-        spread=(chance["high"] - chance["low"]) / 2,
         unit="share of heads",
         figure=figure,
     )
@@ -226,15 +219,13 @@ def of_streaming(table: pd.DataFrame, figure: str) -> Iterator[Headline]:
         by = _rows(rows, "first")
         if 0 in by and 1 in by:
             with_first, without = by[1], by[0]
-            yield Headline(
+            yield _beside(
                 f"With the last {last} keys alone the loss rises by {without['delta_loss']:.3g} nats a token; with "
                 f"the first key kept too by {_change(with_first, 'delta_loss')}.",
-                with_first["delta_loss"],
-                with_first["delta_loss_low"],
-                with_first["delta_loss_high"],
-                without["delta_loss"],
+                "delta_loss",
+                with_first,
+                without,
                 "a cache without the first key",
-                spread=(without["delta_loss_high"] - without["delta_loss_low"]) / 2,
                 unit=_NATS,
                 figure=figure,
             )
@@ -246,15 +237,13 @@ def of_search(judged: pd.DataFrame, metric: str, figure: str) -> Iterator[Headli
     if not {"chosen", "all"} <= set(rows):
         return
     chosen, every = rows["chosen"], rows["all"]
-    yield Headline(
+    yield _beside(
         f"Moved in the chosen heads alone, {metric} gains {_change(chosen, 'gain')} on held-out prompts; "
         f"in all heads {_change(every, 'gain')}.",
-        chosen["gain"],
-        chosen["gain_low"],
-        chosen["gain_high"],
-        every["gain"],
+        "gain",
+        chosen,
+        every,
         "the same edit of all heads",
-        spread=(every["gain_high"] - every["gain_low"]) / 2,
         unit=metric,
         figure=figure,
     )
@@ -271,16 +260,14 @@ def of_circuit(
     one = rows["circuit"]
     best = max(kinds, key=lambda kind: rows[kind]["faithfulness"])
     chance = rows[best]
-    yield Headline(
+    yield _beside(
         f"The circuit of {int(one['edges']):,} edges has a faithfulness of {one['faithfulness']:.2f}"
         f"{_ends(one['low'], one['high'], '.2f')} on held-out prompts; as many edges, {words[best]}, have "
         f"{chance['faithfulness']:.2f}{_ends(chance['low'], chance['high'], '.2f')}.",
-        one["faithfulness"],
-        one["low"],
-        one["high"],
-        chance["faithfulness"],
+        "faithfulness",
+        one,
+        chance,
         words[best],
-        spread=(chance["high"] - chance["low"]) / 2,
         figure=figure,
     )
 
@@ -291,31 +278,55 @@ def of_sink_check(table: pd.DataFrame, task: str, metric: str, figure: str) -> I
         by = _rows(rows, "heads")
         if {"circuit", "others"} <= set(by):
             one, others = by["circuit"], by["others"]
-            yield Headline(
+            yield _beside(
                 f"With the first key {edit} in the circuit's heads {task} changes by {_change(one, 'change')} {metric} "
                 f"(more is better), in as many others of the same layers by {others['change']:+.3g}.",
-                one["change"],
-                one["change_low"],
-                one["change_high"],
-                others["change"],
+                "change",
+                one,
+                others,
                 "as many other heads",
-                spread=(others["change_high"] - others["change_low"]) / 2,
                 unit=metric,
                 figure=figure,
             )
 
 
-def _rows(table: pd.DataFrame, column: str) -> dict[Any, dict[Any, Any]]:
+def _beside(
+    text: str,
+    column: str,
+    one: _Row,
+    other: _Row,
+    against: str,
+    *,
+    unit: str = "",
+    figure: str = "",
+) -> Headline:
+    """A column of a row with its interval, beside that of another row, which scatters by half of its own interval."""
+    low, high = _names_of_ends(one, column)
+    return Headline(
+        text,
+        *(one[column], one[low], one[high]),
+        baseline=other[column],
+        against=against,
+        spread=(other[high] - other[low]) / 2,
+        unit=unit,
+        figure=figure,
+    )
+
+
+def _names_of_ends(names: Container[Any], column: str) -> tuple[str, str]:
+    """The columns of the interval of a column: `<column>_low` and `<column>_high`, or `low` and `high`."""
+    own = f"{column}_low", f"{column}_high"
+    return own if all(end in names for end in own) else ("low", "high")
+
+
+def _rows(table: pd.DataFrame, column: str) -> dict[Any, _Row]:
     """The rows of a table by what one of its columns says."""
     return {row[column]: row for row in table.to_dict("records")}
 
 
-def _highest_row(
-    table: pd.DataFrame, column: str, ends: tuple[str, str] | None = None
-) -> tuple[dict[str, Any], dict[str, float]]:
+def _highest_row(table: pd.DataFrame, column: str) -> tuple[dict[str, Any], dict[str, float]]:
     """The row with most of a column, and the fields of a headline."""
-    known = {f"{column}_low", f"{column}_high"} <= set(table)
-    low, high = ends or ((f"{column}_low", f"{column}_high") if known else ("low", "high"))
+    low, high = _names_of_ends(table, column)
     best, found = highest(table[column], table[low], table[high])
     return dict(zip(map(str, table.columns), table.iloc[best], strict=True)), found
 
@@ -324,7 +335,7 @@ def _ends(low: float, high: float, form: str = ".3g") -> str:
     return "" if np.isnan(low) or np.isnan(high) else f" [{low:{form}}, {high:{form}}]"
 
 
-def _change(row: Any, column: str) -> str:
+def _change(row: _Row, column: str) -> str:
     low, high = row[f"{column}_low"], row[f"{column}_high"]
     return f"{row[column]:+.3g}{_ends(low, high, '+.3g')}"
 

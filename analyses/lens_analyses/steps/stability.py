@@ -67,7 +67,6 @@ def stability(subject: Subject) -> Section:
                 "chance {value}; the median head {baseline}.",
                 "the median head",
                 figure="jaccard",
-                ends=("low", "high"),
             )
         ),
     )
