@@ -3,8 +3,7 @@
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
+from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict, Unpack, overload
 
@@ -14,28 +13,24 @@ from lens_kernels.distributed import Processes
 from lens.common.choices import check_counts
 from lens.common.errors import LensError
 from lens.common.progress import advancing
-from lens.common.version import __version__
 from lens.models.loaded import LoadedModel, check_loaded
-from lens.models.sizes import image_token
+from lens.passes.calls import LayerCall, attend
 from lens.passes.inputs import Prompt, read_prompts
 from lens.passes.pieces import check_pieces
 from lens.passes.sessions import listening, run
 from lens.passes.sources import read_sources
 from lens.passes.split import check_split, processes
-from lens.traces.given import given_traces
+from lens.traces.given import imported_traces
 from lens.traces.labels import read_labels
-from lens.traces.naming import keys_of, queries_of
 from lens.traces.parts import TraceParts
-from lens.traces.pictures import picture_note
 from lens.traces.pieces import check_chunk, pieces_of, recorded_in_pieces
 from lens.traces.recorder import Once, Recorder
-from lens.traces.segments import segments
 from lens.traces.split import record_split
-from lens.traces.statistics import COMPARING, PREFIX, LayerRecord, Settings, make_settings
-from lens.traces.trace import AttentionTrace, TraceWriter
+from lens.traces.statistics import LayerRecord, Settings, make_settings
+from lens.traces.trace import AttentionTrace
+from lens.traces.writing import Writing
 
 LARGEST_MAPS = 4 << 30  # bytes of block maps of one layer
-_PACKAGES = ("torch", "transformers", "transformer-lens", "numpy", "xarray")
 
 
 class CaptureOptions(TypedDict, total=False):
@@ -141,7 +136,7 @@ def capture(
                 "attentions hold no q and k, and every statistic that they have is kept; leave keep_qk, "
                 "statistics, chunk, group and labels out"
             )
-        found = given_traces(model, prompts, attentions, block_size)
+        found = imported_traces(model, prompts, attentions, block_size)
         for number, one in enumerate(found if isinstance(found, list) else [found]):
             if out is not None:
                 one.save(Path(out) / f"p{number:03d}" if isinstance(found, list) else out)
@@ -175,31 +170,33 @@ def capture(
             check_split(model, prompt, links)
     tokens = [None if one.ids is None else model.token_strings(one.ids) for one in found]
     own = read_labels(labels, tokens)
-    views = {part: model.part(part) for part in model.parts if part == (model.chosen or part)}
-    layers = [len(one.info.attending) for one in views.values() or [model]]
+    has_views = bool(model.parts) and not model.chosen
+    views = {part: model.part(part) for part in model.parts} if has_views else {model.chosen: model}
+    layers = sum(len(view.info.attending) for view in views.values())
     traces = []
-    total = sum(pieces_of(prompt, chunk) for prompt in found) * sum(layers)
+    total = sum(pieces_of(prompt, chunk) for prompt in found) * layers
     with advancing(f"{model.name}: layers", total, progress) as advance:
         for number, prompt in enumerate(found):
             if links is not None and links.rank:
                 out = None
             folder = out if out is None or is_single else Path(out) / f"p{number:03d}"
             chosen = settings.with_labels(own[number])
-
-            def captured(
-                view: LoadedModel,
-                part: str = "",
-                folder: Any = folder,
-                prompt: Any = prompt,
-                chosen: Any = chosen,
-            ) -> Any:
-                inside = folder if folder is None or not part else Path(folder) / part
-                return _capture_one(view, prompt, chosen, chunk, links, inside, seed, advance)
-
-            if not model.parts or model.chosen:
-                traces.append(captured(model))
-            else:
-                traces.append(TraceParts({part: captured(views[part], part) for part in views}))
+            writing = {
+                part: Writing(
+                    view, prompt, chosen, Path(folder) / part if folder and has_views else folder
+                )
+                for part, view in views.items()
+            }
+            start = time.perf_counter()
+            _record(writing, model, prompt, chosen, chunk, links, advance)
+            note = {
+                "seed": seed,
+                "chunk": chunk if pieces_of(prompt, chunk) > 1 else None,
+                "processes": 1 if links is None else links.size,
+                "seconds": time.perf_counter() - start,
+            }
+            done = {part: one.finish(note) for part, one in writing.items()}
+            traces.append(TraceParts(done) if has_views else done[model.chosen])
     return traces[0] if is_single else traces
 
 
@@ -213,152 +210,40 @@ def _refuse_on_parts(**given: Any) -> None:
             )
 
 
-def _capture_one(
+def _record(
+    writing: Mapping[str, Writing],
     model: LoadedModel,
     prompt: Prompt,
     settings: Settings,
     chunk: int | None,
     links: Processes | None,
-    out: str | Path | None,
-    seed: int | None,
     advance: Callable[[int], None],
-) -> AttentionTrace:
-    start = time.perf_counter()
-    tokens_of = _segments(model, prompt)
-    writer = TraceWriter(out)
-    layers: list[LayerRecord] = []
+) -> None:
+    """Run a prompt once; the traces of all parts take their layers from it."""
 
-    def take(record: LayerRecord) -> None:
-        """Hand the arrays to the writer and keep only the numbers that describe the layer."""
-        if layers:
-            _check_alike(model, layers[0], record, settings)
-        kept = {
-            name: tensor[0].numpy()
-            for name, tensor in record.variables.items()
-            if not record.cross or name not in COMPARING
-        }
-        writer.add_layer(record.layer, kept)
-        record.variables.clear()
-        layers.append(record)
-
-    def done(record: LayerRecord) -> None:
-        take(record)
+    def done(part: str, record: LayerRecord) -> None:
+        writing[part].take(record)
         advance(1)
 
     if links is not None:
-        record_split(model, prompt, settings, links, done)
-    elif chunk is None or pieces_of(prompt, chunk) == 1:
-        chunk = None
-        once = Once(Recorder(settings, done), model.info.class_name)
-        with torch.no_grad(), listening(model, once.on_layer, parts=True):
-            run(model, prompt.inputs)
-    else:
+        record_split(model, prompt, settings, links, partial(done, model.chosen))
+        return
+    if chunk is not None and pieces_of(prompt, chunk) > 1:
         for record in recorded_in_pieces(model, prompt, settings, chunk, advance):
-            take(record)
-    if not layers:
-        raise LensError(
-            f"cannot reach the attention of {model.info.class_name}: no layer asked for its "
-            "attention function on this prompt"
-        )
-    for own in settings.labels:
-        own.check(layers[0].keys)
-    keys = keys_of(model, prompt, layers[0].keys)
-    rows = queries_of(model, prompt, layers[0].queries) if model.chosen == "cross" else None
-    more: dict[str, Any] = {"segments": tokens_of, "patches": keys.patches}
-    more |= {"picture": picture_note(model, prompt)}
-    if model.parts:
-        more |= {"part": model.chosen}
-    if keys.seconds is not None:
-        more |= {"seconds_per_position": keys.seconds}
-    return writer.finish(
-        token_ids=keys.ids,
-        tokens=keys.names,
-        query_ids=None if rows is None else rows.ids,
-        query_tokens=None if rows is None else rows.names,
-        attributes=_attributes(model, prompt, settings, layers, seed)
-        | more
-        | {"chunk": chunk, "processes": 1 if links is None else links.size}
-        | {"seconds": time.perf_counter() - start},
-    )
-
-
-def _check_alike(
-    model: LoadedModel, first: LayerRecord, record: LayerRecord, settings: Settings
-) -> None:
-    """Raises LensError: a layer that does not fit into one trace with the first."""
-    where = f"layer {record.layer} of {model.info.class_name}"
-    if (record.queries, record.keys) != (first.queries, first.keys):
-        raise LensError(
-            f"{where} attends from {record.queries} to {record.keys} positions, layer {first.layer} from "
-            f"{first.queries} to {first.keys}; a trace holds one sequence: capture one tower, or use "
-            "lens.traces.capturing(model)"
-        )
-    if record.heads != first.heads or record.causal != first.causal:
-        kinds = [
-            f"{one.heads} {'causal' if one.causal else 'two-way'} heads" for one in (record, first)
-        ]
-        raise LensError(
-            f"{where} has {kinds[0]}, layer {first.layer} {kinds[1]}; a trace needs the same in every "
-            "layer: use lens.traces.capturing(model)"
-        )
-    sizes = [(one.kv_heads, one.head_dim) for one in (record, first)]
-    if settings.keep_qk and sizes[0] != sizes[1]:
-        raise LensError(
-            f"{where} has (key heads, head_dim) = {sizes[0]}, layer {first.layer} {sizes[1]}; q and k of "
-            "such layers do not fit into one trace: capture without keep_qk"
-        )
-
-
-def _attributes(
-    model: LoadedModel,
-    prompt: Prompt,
-    settings: Settings,
-    layers: list[LayerRecord],
-    seed: int | None,
-) -> dict[str, Any]:
-    """Provenance, as in docs/schema/trace.md."""
-    first = layers[0]
-    starts_with_bos = (
-        bool(prompt.ids) and model.bos_id is not None and prompt.ids[0] == model.bos_id
-    )
-    return {
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "model": model.name,
-        "model_class": model.info.class_name,
-        "revision": model.revision,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "device": str(model.device),
-        "backend": first.backend,
-        "block_size": settings.block_size,
-        "causal": all(layer.causal for layer in layers),
-        "windows": [layer.window for layer in layers],
-        "softcap": first.softcap,
-        "scale": [layer.scale for layer in layers],
-        "learned_sinks": any(layer.sink_logits is not None for layer in layers),
-        "kv_heads": first.kv_heads,
-        "without_attention": list(model.info.without_attention),
-        "twice": list(model.info.twice),
-        "prefix": PREFIX,
-        "bos": "added" if starts_with_bos else "absent",
-        "seed": seed,
-        "tokens": first.keys,
-        "text_sha256": prompt.sha256,
-        "versions": _versions(),
-        "check": model.check,
-        "labels": {
-            one.name: {"query": one.query.tolist(), "key": one.key.tolist()}
-            for one in settings.labels
-        },
+            writing[model.chosen].take(record)
+        return
+    recorders = {
+        part: Once(Recorder(settings, partial(done, part)), model.info.class_name)
+        for part in writing
     }
 
+    def on_layer(call: LayerCall) -> torch.Tensor:
+        if call.place in recorders:
+            return recorders[call.place].on_layer(call)
+        return attend(call, statistics=()).output
 
-def _segments(model: LoadedModel, prompt: Prompt) -> dict[str, Any] | None:
-    """What the tokens of a prompt with images are; None for any other prompt."""
-    if prompt.ids is None or "pixel_values" not in prompt.inputs:
-        return None
-    if image_token(model.model.config) is None:  # images beside the text, not inside
-        return None
-    return segments(model, prompt.inputs).to_dict()
+    with torch.no_grad(), listening(model, on_layer, parts=True):
+        run(model, prompt.inputs)
 
 
 def _check_size(model: LoadedModel, prompt: Prompt, settings: Settings) -> None:
@@ -372,13 +257,3 @@ def _check_size(model: LoadedModel, prompt: Prompt, settings: Settings) -> None:
             f"block_size {settings.block_size} makes block maps of {size / 2**30:.0f} GiB per layer for "
             f"{len(prompt.ids):,} tokens; use at least {fits}"
         )
-
-
-def _versions() -> dict[str, str]:
-    found = {"attention-lens": __version__}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found

@@ -12,7 +12,7 @@ from lens.traces.attentions import from_attentions
 from lens.traces.trace import AttentionTrace
 
 
-def given_traces(
+def imported_traces(
     model: LoadedModel | None, prompts: Any, attentions: Sequence[Any], block_size: int
 ) -> AttentionTrace | list[AttentionTrace]:
     """`lens.capture(model, prompts, attentions=...)`: see there."""

@@ -49,6 +49,20 @@ def test_every_part_is_what_eager_gives(name):
     assert len(cross.tokens) == cross.length
 
 
+def test_all_parts_come_from_one_pass():
+    loaded = lens.load(made("bart"))
+    passes = []
+    hook = loaded.model.get_encoder().register_forward_pre_hook(lambda *_: passes.append(1))
+    traces = lens.capture(loaded, inputs_of("bart"), progress=False)
+    hook.remove()
+    assert (len(traces), len(passes)) == (3, 1)
+    for part, trace in traces.items():
+        alone = lens.capture(loaded.part(part), inputs_of("bart"), progress=False)
+        assert set(trace.dataset) == set(alone.dataset)
+        for name, values in alone.dataset.items():
+            assert np.allclose(trace.dataset[name], values, rtol=0, atol=2e-5, equal_nan=True)
+
+
 def test_both_axes_have_their_names(tmp_path):
     loaded = lens.load(made("whisper"))
     trace = lens.capture(loaded, inputs_of("whisper"), progress=False)

@@ -1,0 +1,160 @@
+"""The trace of one prompt while it is captured: each layer is checked, written and let go of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from lens.common.errors import LensError
+from lens.common.version import __version__
+from lens.models.loaded import LoadedModel
+from lens.models.sizes import image_token
+from lens.passes.inputs import Prompt
+from lens.traces.naming import keys_of, queries_of
+from lens.traces.pictures import picture_note
+from lens.traces.segments import segments
+from lens.traces.statistics import COMPARING, PREFIX, LayerRecord, Settings
+from lens.traces.trace import AttentionTrace, TraceWriter
+
+_PACKAGES = ("torch", "transformers", "transformer-lens", "numpy", "xarray")
+
+
+class Writing:
+    """The trace of one prompt, of a model or one of its parts, taken layer by layer."""
+
+    def __init__(
+        self, model: LoadedModel, prompt: Prompt, settings: Settings, out: str | Path | None
+    ) -> None:
+        self._model, self._prompt, self._settings = model, prompt, settings
+        self._segments = _segments(model, prompt)
+        self._writer = TraceWriter(out)
+        self._layers: list[LayerRecord] = []
+
+    def take(self, record: LayerRecord) -> None:
+        """Hand the arrays to the writer and keep only the numbers that describe the layer."""
+        if self._layers:
+            _check_alike(self._model, self._layers[0], record, self._settings)
+        kept = {
+            name: tensor[0].numpy()
+            for name, tensor in record.variables.items()
+            if not record.cross or name not in COMPARING
+        }
+        self._writer.add_layer(record.layer, kept)
+        record.variables.clear()
+        self._layers.append(record)
+
+    def finish(self, note: Mapping[str, Any]) -> AttentionTrace:
+        """The trace of all layers; `note` is what else its attributes say."""
+        model, prompt, layers = self._model, self._prompt, self._layers
+        if not layers:
+            raise LensError(
+                f"cannot reach the attention of {model.info.class_name}: no layer asked for its "
+                "attention function on this prompt"
+            )
+        for own in self._settings.labels:
+            own.check(layers[0].keys)
+        keys = keys_of(model, prompt, layers[0].keys)
+        rows = queries_of(model, prompt, layers[0].queries) if model.chosen == "cross" else None
+        more: dict[str, Any] = {"segments": self._segments, "patches": keys.patches}
+        more |= {"picture": picture_note(model, prompt)}
+        if model.parts:
+            more |= {"part": model.chosen}
+        if keys.seconds is not None:
+            more |= {"seconds_per_position": keys.seconds}
+        return self._writer.finish(
+            token_ids=keys.ids,
+            tokens=keys.names,
+            query_ids=None if rows is None else rows.ids,
+            query_tokens=None if rows is None else rows.names,
+            attributes=_attributes(model, prompt, self._settings, layers) | more | dict(note),
+        )
+
+
+def _check_alike(
+    model: LoadedModel, first: LayerRecord, record: LayerRecord, settings: Settings
+) -> None:
+    """Raises LensError: a layer that does not fit into one trace with the first."""
+    where = f"layer {record.layer} of {model.info.class_name}"
+    if (record.queries, record.keys) != (first.queries, first.keys):
+        raise LensError(
+            f"{where} attends from {record.queries} to {record.keys} positions, layer {first.layer} from "
+            f"{first.queries} to {first.keys}; a trace holds one sequence: capture one tower, or use "
+            "lens.traces.capturing(model)"
+        )
+    if record.heads != first.heads or record.causal != first.causal:
+        kinds = [
+            f"{one.heads} {'causal' if one.causal else 'two-way'} heads" for one in (record, first)
+        ]
+        raise LensError(
+            f"{where} has {kinds[0]}, layer {first.layer} {kinds[1]}; a trace needs the same in every "
+            "layer: use lens.traces.capturing(model)"
+        )
+    sizes = [(one.kv_heads, one.head_dim) for one in (record, first)]
+    if settings.keep_qk and sizes[0] != sizes[1]:
+        raise LensError(
+            f"{where} has (key heads, head_dim) = {sizes[0]}, layer {first.layer} {sizes[1]}; q and k of "
+            "such layers do not fit into one trace: capture without keep_qk"
+        )
+
+
+def _attributes(
+    model: LoadedModel,
+    prompt: Prompt,
+    settings: Settings,
+    layers: list[LayerRecord],
+) -> dict[str, Any]:
+    """Provenance, as in docs/schema/trace.md."""
+    first = layers[0]
+    starts_with_bos = (
+        bool(prompt.ids) and model.bos_id is not None and prompt.ids[0] == model.bos_id
+    )
+    return {
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "model": model.name,
+        "model_class": model.info.class_name,
+        "revision": model.revision,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": str(model.device),
+        "backend": first.backend,
+        "block_size": settings.block_size,
+        "causal": all(layer.causal for layer in layers),
+        "windows": [layer.window for layer in layers],
+        "softcap": first.softcap,
+        "scale": [layer.scale for layer in layers],
+        "learned_sinks": any(layer.sink_logits is not None for layer in layers),
+        "kv_heads": first.kv_heads,
+        "without_attention": list(model.info.without_attention),
+        "twice": list(model.info.twice),
+        "prefix": PREFIX,
+        "bos": "added" if starts_with_bos else "absent",
+        "tokens": first.keys,
+        "text_sha256": prompt.sha256,
+        "versions": _versions(),
+        "check": model.check,
+        "labels": {
+            one.name: {"query": one.query.tolist(), "key": one.key.tolist()}
+            for one in settings.labels
+        },
+    }
+
+
+def _segments(model: LoadedModel, prompt: Prompt) -> dict[str, Any] | None:
+    """What the tokens of a prompt with images are; None for any other prompt."""
+    if prompt.ids is None or "pixel_values" not in prompt.inputs:
+        return None
+    if image_token(model.model.config) is None:  # images beside the text, not inside
+        return None
+    return segments(model, prompt.inputs).to_dict()
+
+
+def _versions() -> dict[str, str]:
+    found = {"attention-lens": __version__}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
