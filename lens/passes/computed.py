@@ -31,8 +31,10 @@ from lens.passes.noted import (
     masked,
     plain,
     product,
+    reshaped,
     spelled_out_of,
     step_of,
+    unfolded,
 )
 
 Attend = Callable[..., Tensor]
@@ -207,18 +209,18 @@ class _Following(TorchFunctionMode):
         if heads is None or (len(lead) == 1 and lead[0] % heads):
             return NotImplemented
 
-        def four(tensor: Tensor) -> Tensor:
-            return tensor if tensor.dim() == 4 else tensor.unflatten(0, (-1, heads))
-
-        query, key, value = four(query), four(key), four(value)
+        if len(lead) == 1:
+            batch = lead[0] // heads
+            query, key, value = (unfolded(one, batch) for one in (query, key, value))
+            if attn_mask is not None and attn_mask.dim() == 3:
+                attn_mask = unfolded(attn_mask, batch)
         queries, keys = query.shape[2], key.shape[2]
         if is_causal and queries != keys:  # top left: row i sees the keys 0 to i
             attn_mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril()
         allowed = bias = None
         if attn_mask is not None:
-            mask = attn_mask if attn_mask.dim() != 3 else four(attn_mask)
-            mask = mask.reshape((1,) * (4 - mask.dim()) + tuple(mask.shape))
-            allowed, bias = split(mask)
+            axes = (1,) * (4 - attn_mask.dim()) + tuple(attn_mask.shape)
+            allowed, bias = split(attn_mask.reshape(axes))
         if allowed is not None:
             allowed = allowed.expand(len(query), -1, queries, keys)
         causal = is_causal and queries == keys
@@ -247,27 +249,23 @@ class _Following(TorchFunctionMode):
         heads = lead[1] if len(lead) == 2 else self._heads
         if values.dim() != len(lead) + 2 or heads is None or lead[-1] % heads:
             return NotImplemented
-        batch = lead[0] if len(lead) == 2 else lead[0] // heads
-
-        def four(tensor: Tensor | None) -> Any:
-            if tensor is None or len(lead) == 2:
-                return tensor
-            return tensor[None] if tensor.shape[0] == 1 else tensor.unflatten(0, (batch, -1))
-
-        query, key, value = four(noted.query), four(noted.key), four(values)
+        if len(lead) == 1:
+            batch = lead[0] // heads
+            noted = reshaped(noted, (batch, heads, *noted.shape[-2:]))
+            values = unfolded(values, batch)
+        query, key, value = noted.query, noted.key, values
         if (
             len({query.shape[0], key.shape[0], value.shape[0]}) > 1
             or key.shape[1] != value.shape[1]
         ):
             return NotImplemented
-        allowed: Tensor | None = four(noted.allowed)
+        allowed: Tensor | None = noted.allowed
         mask: Tensor | None = noted.structured
         if allowed is not None:
             if mask is not None:
                 allowed = allowed & (mask.spelled_out() >= HIDDEN)
             mask = allowed.expand(-1, -1, -1, key.shape[2])
-        bias = four(noted.bias)
-        found = self._attend(self._module, query, key, value, mask, noted.scale, bias, False)
+        found = self._attend(self._module, query, key, value, mask, noted.scale, noted.bias, False)
         return found.transpose(1, 2).reshape(*lead, *found.shape[1:2], -1)
 
 

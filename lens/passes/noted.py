@@ -131,7 +131,7 @@ def step_of(
             return NotImplemented
         if len(shape) == len(noted.shape):
             return first if shape == noted.shape else NotImplemented
-        return scores_of(_reshaped(noted, shape))
+        return scores_of(reshaped(noted, shape))
     if name == "softmax":
         dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
         if noted.is_normalised or dim not in (-1, len(noted.shape) - 1):
@@ -205,14 +205,19 @@ def _aligned(tensor: Tensor, noted: Noted) -> Tensor:
     return tensor.reshape((1,) * (len(noted.shape) - tensor.dim()) + tuple(tensor.shape))
 
 
-def _reshaped(noted: Noted, shape: tuple[int, ...]) -> Noted:
+def unfolded(tensor: Tensor, batch: int) -> Tensor:
+    """[batch, heads, ...] of [batch * heads, ...]; what is one for all of them stays one."""
+    return tensor[None] if tensor.shape[0] == 1 else tensor.unflatten(0, (batch, -1))
+
+
+def reshaped(noted: Noted, shape: tuple[int, ...]) -> Noted:
     """With the leading axes of `shape`; what broadcasts over them goes on doing so."""
 
     def moved(tensor: Tensor | None) -> Any:
         if tensor is None:
             return None
         if len(shape) == 4:
-            return tensor[None] if tensor.shape[0] == 1 else tensor.unflatten(0, (shape[0], -1))
+            return unfolded(tensor, shape[0])
         if tensor.shape[:2] == (1, 1):
             return tensor[0]
         return tensor.expand(*noted.shape[:2], -1, -1).flatten(0, 1)

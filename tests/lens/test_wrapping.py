@@ -33,9 +33,12 @@ class Attention(nn.Module):
             y = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
         elif self.way == "mask":
             y = functional.scaled_dot_product_attention(q, k, v, attn_mask=seen)
-        elif self.way == "folded":  # heads in the batch
+        elif self.way == "mask of all heads":
+            y = functional.scaled_dot_product_attention(q, k, v, attn_mask=seen[None])
+        elif self.way in ("folded", "folded, mask of all heads"):  # heads in the batch
             q, k, v = (part.flatten(0, 1) for part in (q, k, v))
-            y = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+            given = {"is_causal": True} if self.way == "folded" else {"attn_mask": seen[None]}
+            y = functional.scaled_dot_product_attention(q, k, v, **given)
             y = y.unflatten(0, (batch, HEADS))
         elif self.way == "written":
             scores = (q @ k.transpose(-2, -1)) / math.sqrt(q.shape[-1])
@@ -85,7 +88,10 @@ EXAMPLE = torch.tensor([[7, 8, 9, 10]])
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("way", ["torch", "mask", "folded", "written"])
+@pytest.mark.parametrize(
+    "way",
+    ["torch", "mask", "mask of all heads", "folded", "folded, mask of all heads", "written"],
+)
 def test_attention_that_can_be_followed_is_captured(way):
     model = made(way)
     loaded = wrap(model, EXAMPLE, attention="blocks.*.mix", heads=HEADS)
