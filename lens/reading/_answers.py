@@ -65,20 +65,22 @@ class Answer:
                 f"{LONGEST}"
             )
         self.ids = read[0].inputs["input_ids"]
-        table = self._model.model.get_input_embeddings()
+        causal: list[bool] = []
+
+        def on_layer(call: LayerCall) -> Tensor:
+            causal.append(call.mask.causal)
+            return _plain(call)
+
         with torch.no_grad():
-            self.own = self._entering(lambda _, __, output: None)
-            mean = table(torch.arange(self._model.info.vocab or 1, device=self.ids.device)).mean(0)
-            self.deleted = self._entering(lambda _, __, output: mean.expand_as(output))
-            logits = self.logits(self.own[None])[0]
+            self.own, self.deleted = self._entering(), self._deleted()
+            logits = self.logits(self.own[None], on_layer)[0]
         if answer is not None:
             check_counts(0, answer=answer)
         self.answer = int(logits.argmax() if answer is None else answer)
         if not 0 <= self.answer < len(logits):
             raise LensError(f"answer must be 0 to {len(logits) - 1}, got {answer}")
         self.probability = float(logits.softmax(-1)[self.answer])
-        reads_first = not self._causal()
-        self.row = 0 if reads_first else self.ids.shape[1] - 1
+        self.row = self.tokens - 1 if all(causal) else 0
 
     @property
     def tokens(self) -> int:
@@ -106,28 +108,20 @@ class Answer:
             logits = self.logits(torch.where(keep, self.own, self.deleted))
         return logits.softmax(-1)[:, self.answer].double().cpu()
 
-    def _causal(self) -> bool:
-        seen: list[bool] = []
+    def _entering(self) -> Tensor:
+        """[tokens, d_model], what enters the first block."""
+        found = self.layout.embed({"input_ids": self.ids})[0].detach()
+        return found.to(torch.promote_types(found.dtype, torch.float32))
 
-        def on_layer(call: LayerCall) -> Tensor:
-            seen.append(call.mask.causal)
-            return _plain(call)
-
-        with torch.no_grad():
-            self.logits(self.own[None], on_layer)
-        return all(seen)
-
-    def _entering(self, change: Callable[..., Any]) -> Tensor:
-        """What enters the first block when the embeddings are changed."""
-        taken: list[Tensor] = []
+    def _deleted(self) -> Tensor:
+        """The same with the mean of all embeddings in the place of each."""
         table: nn.Module = self._model.model.get_input_embeddings()
-        handle = table.register_forward_hook(change)
+        mean = table(torch.arange(self._model.info.vocab or 1, device=self.ids.device)).mean(0)
+        handle = table.register_forward_hook(lambda _, __, output: mean.expand_as(output))
         try:
-            with self._entered(lambda hidden: taken.append(hidden)):
-                logits_of(self._model, self.ids)
+            return self._entering()
         finally:
             handle.remove()
-        return taken[0][0].detach().to(torch.promote_types(taken[0].dtype, torch.float32))
 
     @contextmanager
     def _entered(self, change: Callable[[Tensor], Any]) -> Iterator[None]:

@@ -172,23 +172,6 @@ def _pairs(
         if noise is None:
             yield rows, clean, _Run(corrupt[rows])
             continue
-        entering = _entering(nodes, task.clean[rows])
+        entering = nodes.layout.embed({"input_ids": task.clean[rows].to(nodes.model.device)})
         drawn = torch.randn(entering.shape, generator=random).to(entering) * entering.std() * noise
         yield rows, clean, _Run(task.clean[rows], drawn * where[rows][..., None].to(entering))
-
-
-class _Entering(PlainVisitor):
-    """Keeps what enters the first layer."""
-
-    found = torch.zeros(0)
-
-    def enter(self, hidden: Tensor) -> Tensor:
-        self.found = hidden
-        return hidden
-
-
-def _entering(nodes: Nodes, ids: Tensor) -> Tensor:
-    """[rows, tokens, d_model]."""
-    keeping = _Entering(nodes)
-    visit(nodes, ids, keeping)
-    return keeping.found
