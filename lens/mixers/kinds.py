@@ -7,6 +7,7 @@ j to token i is `exp(G_i - G_j)`.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -51,11 +52,7 @@ def linear(
     rate = checked_decay(rate.double(), query.shape[:2])
     total = rate.cumsum(1)
     phi = ScalarDecay(value, query, key, total, total, half_lives=half_lives_of(rate))
-    if not normalized:
-        return phi
-    ones = torch.ones(*value.shape[:2], 1, dtype=torch.float64)
-    sums = ScalarDecay(ones, query, key, total, total, half_lives=phi.half_lives).output()[..., 0]
-    return ScalarDecay(value, query, key, total, total, half_lives=phi.half_lives, scale=1 / sums)
+    return replace(phi, scale=1 / phi.row_sums()) if normalized else phi
 
 
 def gla(query: Tensor, key: Tensor, value: Tensor, decay: Tensor) -> Phi:

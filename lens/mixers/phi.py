@@ -35,11 +35,13 @@ class Phi(ABC):
         value: [heads, tokens, value_dim], what it is multiplied with.
         half_lives: [heads], median over tokens (and channels) of the tokens after which a weight has halved by decay
             alone; inf without decay, NaN where there is no such thing.
+        diagonal: [heads, tokens], in the place of the diagonal (RWKV); None: as the formula has it.
         skip: [heads], added to the diagonal (D of Mamba), or None.
     """
 
     value: Float[Tensor, "heads tokens dim"]
     half_lives: Float[Tensor, "heads"] = field(kw_only=True)
+    diagonal: Float[Tensor, "heads tokens"] | None = field(default=None, kw_only=True)
     skip: Float[Tensor, "heads"] | None = field(default=None, kw_only=True)
 
     @property
@@ -58,16 +60,22 @@ class Phi(ABC):
     ) -> Iterator[tuple[int, int, Float[Tensor, "heads rows columns"]]]:
         """(first row, past the last, tile) of the columns first..last, from the block of their first row down."""
 
+    def _blocks(self, first: int, block: int) -> Iterator[tuple[int, int]]:
+        """(first row, past the last) of the blocks of rows, from the one that holds row `first` on."""
+        for start in range(first // block * block, self.length, block):
+            yield start, min(start + block, self.length)
+
     def strip(self, first: int, last: int, block: int = BLOCK) -> Iterator[tuple[int, int, Tensor]]:
         """The columns first..last in tiles of `block` rows, from the block that holds row `first` on.
 
         Yields:
-            First row, past the last row, and [heads, rows, columns] with the skip on the diagonal.
+            First row, past the last row, and [heads, rows, columns] with diagonal and skip.
         """
         for start, end, tile in self._strip(first, last, block):
+            same = torch.arange(start, end)[:, None] == torch.arange(first, last)
+            if self.diagonal is not None:
+                tile = torch.where(same, self.diagonal[:, start:end, None], tile)
             if self.skip is not None:
-                rows = torch.arange(start, end)[:, None]
-                same = rows == torch.arange(first, last)
                 tile = tile + same * self.skip[:, None, None]
             yield start, end, tile
 
@@ -104,6 +112,11 @@ class Phi(ABC):
                 found[:, start:end] += tile @ self.value[:, first:last]
         return found
 
+    def row_sums(self) -> Tensor:
+        """[heads, tokens], with their sign."""
+        ones = torch.ones(*self.value.shape[:2], 1, dtype=self.value.dtype)
+        return replace(self, value=ones).output()[..., 0]
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.heads} heads, {self.length:,} tokens)"
 
@@ -116,7 +129,6 @@ class ScalarDecay(Phi):
         query, key: [heads, tokens, dim].
         above, below: [heads, tokens], logarithms of what rows and columns are weighted with.
         scale: [heads, tokens], rows are multiplied by it; None: 1.
-        diagonal: [heads, tokens], in the place of the diagonal; None: as the formula has it.
     """
 
     query: Tensor
@@ -124,19 +136,14 @@ class ScalarDecay(Phi):
     above: Tensor
     below: Tensor
     scale: Tensor | None = None
-    diagonal: Tensor | None = None
 
     def _strip(self, first: int, last: int, block: int) -> Iterator[tuple[int, int, Tensor]]:
         column = torch.arange(first, last)
-        for start in range(first // block * block, self.length, block):
-            end = min(start + block, self.length)
+        for start, end in self._blocks(first, block):
             row = torch.arange(start, end)[:, None]
             above, below = self.above[:, start:end, None], self.below[:, None, first:last]
             weight = (above - below).masked_fill(column > row, -math.inf).exp()
             tile = self.query[:, start:end] @ self.key[:, first:last].transpose(-1, -2) * weight
-            if self.diagonal is not None:
-                own = self.diagonal[:, start:end, None].expand_as(tile)
-                tile = torch.where(column == row, own, tile)
             if self.scale is not None:
                 tile = tile * self.scale[:, start:end, None]
             yield start, end, tile
@@ -150,19 +157,16 @@ class VectorDecay(Phi):
         query, key: [heads, tokens, dim].
         above, below: [heads, tokens, dim], running sums of the decay's logarithm; `above` is `below`, or what it was one
             token before (RWKV-6 adds a token after it was read).
-        diagonal: [heads, tokens], in the place of the diagonal; None: as the formula has it.
     """
 
     query: Tensor
     key: Tensor
     above: Tensor
     below: Tensor
-    diagonal: Tensor | None = None
 
     def _strip(self, first: int, last: int, block: int) -> Iterator[tuple[int, int, Tensor]]:
         column = torch.arange(first, last)
-        for start in range(first // block * block, self.length, block):
-            end = min(start + block, self.length)
+        for start, end in self._blocks(first, block):
             row = torch.arange(start, end)[:, None]
             if last <= start:  # both exponents at most 0 about the token before the rows
                 base = self.below[:, start - 1 : start]
@@ -170,25 +174,29 @@ class VectorDecay(Phi):
                 key = self.key[:, first:last] * (base - self.below[:, first:last]).exp()
                 tile = query @ key.transpose(-1, -2)
             else:
-                tile = summed(self, (start, end), (first, last))
-                tile = tile.masked_fill(column > row, 0)
-            if self.diagonal is not None:
-                own = self.diagonal[:, start:end, None].expand_as(tile)
-                tile = torch.where(column == row, own, tile)
+                tile = _summed(
+                    self.query[:, start:end],
+                    self.key[:, first:last],
+                    self.above[:, start:end],
+                    self.below[:, first:last],
+                ).masked_fill(column > row, 0)
             yield start, end, tile
 
 
-def summed(phi: VectorDecay, rows: tuple[int, int], columns: tuple[int, int]) -> Tensor:
+def _summed(query: Tensor, key: Tensor, above: Tensor, below: Tensor) -> Tensor:
     """[heads, rows, columns] with the sum over channels spelled out, some rows at a time; what lies above the
-    diagonal is finite and says nothing."""
-    heads, _, dim = phi.query.shape
-    keys, below = phi.key[:, None, slice(*columns)], phi.below[:, None, slice(*columns)]
-    step = max(1, _ENTRIES // (heads * dim * (columns[1] - columns[0])))
+    diagonal is finite and says nothing.
+
+    Args:
+        query, key: [heads, rows, dim] and [heads, columns, dim].
+        above, below: of each, as in `VectorDecay`; of all channels alike where the last axis is 1.
+    """
+    heads, columns, dim = key.shape
+    step = max(1, _ENTRIES // (heads * dim * columns))
     found = []
-    for first in range(*rows, step):
-        part = slice(first, min(first + step, rows[1]))
-        weight = (phi.above[:, part, None] - below).clamp(max=0).exp()
-        found.append((phi.query[:, part, None] * keys * weight).sum(-1))
+    for some, decayed in zip(query.split(step, 1), above.split(step, 1), strict=True):
+        weight = (decayed[:, :, None] - below[:, None]).clamp(max=0).exp()
+        found.append((some[:, :, None] * key[:, None] * weight).sum(-1))
     return torch.cat(found, 1)
 
 
@@ -213,36 +221,19 @@ class Delta(Phi):
     def _strip(self, first: int, last: int, block: int) -> Iterator[tuple[int, int, Tensor]]:
         heads, _, dim = self.key.shape
         state = self.key.new_zeros(heads, dim, last - first)  # S = state v of the columns
-        for start in range(first // block * block, self.length, block):
-            end = min(start + block, self.length)
+        for start, end in self._blocks(first, block):
             query, key, beta = (one[:, start:end] for one in (self.query, self.key, self.beta))
             total = self.decay[:, start:end].cumsum(1)
-            between = VectorDecay(
-                key,
-                key,
-                key,
-                total.expand_as(key),
-                total.expand_as(key),
-                half_lives=self.half_lives,
-            )
-            size = (0, end - start)
             seen = torch.ones(end - start, end - start, dtype=torch.bool).tril()
-            mixed = beta[..., None] * summed(between, size, size).masked_fill(~seen.tril(-1), 0)
+            between = _summed(key, key, total, total).masked_fill(~seen.tril(-1), 0)
+            mixed = beta[..., None] * between
             system = mixed + torch.eye(end - start, dtype=key.dtype)
             own = self._own(beta, (start, end), (first, last))
             kept = (key * total.exp()) @ state
             written = torch.linalg.solve_triangular(
                 system, own - beta[..., None] * kept, upper=False, unitriangular=True
             )
-            asked = VectorDecay(
-                key,
-                query,
-                key,
-                total.expand_as(key),
-                total.expand_as(key),
-                half_lives=self.half_lives,
-            )
-            read = summed(asked, size, size).masked_fill(~seen, 0)
+            read = _summed(query, key, total, total).masked_fill(~seen, 0)
             yield start, end, (query * total.exp()) @ state + read @ written
             left = (total[:, -1:] - total).exp()
             state = total[:, -1:].exp().transpose(-1, -2) * state
@@ -269,8 +260,7 @@ class Band(Phi):
 
     def _strip(self, first: int, last: int, block: int) -> Iterator[tuple[int, int, Tensor]]:
         width = self.weight.shape[1]
-        for start in range(first // block * block, self.length, block):
-            end = min(start + block, self.length)
+        for start, end in self._blocks(first, block):
             distance = torch.arange(start, end)[:, None] - torch.arange(first, last)
             inside = (distance >= 0) & (distance < width)
             weight = self.weight[:, distance.clamp(0, width - 1)] * inside
@@ -293,8 +283,8 @@ class Stepwise(Phi):
         state = self.begin(last - first)
         unit = torch.eye(last - first, dtype=self.value.dtype).expand(self.heads, -1, -1)
         nothing = torch.zeros_like(unit[:, 0])
-        for start in range(first // block * block, self.length, block):
-            end, rows = min(start + block, self.length), []
+        for start, end in self._blocks(first, block):
+            rows = []
             for token in range(start, end):
                 if token < first:  # nothing was written yet
                     rows.append(nothing)

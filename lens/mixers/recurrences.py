@@ -6,6 +6,7 @@ As in `lens.mixers.kinds`, of tensors [heads, tokens, ...] of one prompt.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -159,11 +160,8 @@ def mlstm(
         torch.maximum(torch.zeros_like(total), (-below).cummax(1).values) + total
     )  # m, 0 before the first
     query = query * query.shape[-1] ** -0.5
-    lives = half_lives_of(rate)
-    ones = torch.ones(*value.shape[:2], 1, dtype=torch.float64)
-    sums = ScalarDecay(ones, query, key, total - top, below, half_lives=lives).output()[..., 0]
-    scale = 1 / (torch.maximum(sums.abs(), (-top).exp()) + epsilon)
-    return ScalarDecay(value, query, key, total - top, below, half_lives=lives, scale=scale)
+    phi = ScalarDecay(value, query, key, total - top, below, half_lives=half_lives_of(rate))
+    return replace(phi, scale=1 / (torch.maximum(phi.row_sums().abs(), (-top).exp()) + epsilon))
 
 
 def titans(
