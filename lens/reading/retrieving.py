@@ -109,7 +109,7 @@ def retrieval(
     return RetrievalKinds(
         values=values,
         masked=tuple(masked),
-        clean=np.array([trial.recall(answered(model, trial)) for trial in counted]),
+        clean=first.recall[first.recall > needed],
         recalls=recalls[: len(KINDS)],
         random=recalls[-1],
         trials=len(trials),
