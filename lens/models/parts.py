@@ -62,9 +62,7 @@ class Norm:
         """The formula above, whatever the module does."""
         if not self.changes:
             return x
-        size = self.size(x)
-        found = (x - x.mean(-1, keepdim=True) if self.centred else x) / size
-        found = found if self.scale is None else found * self.scale
+        found = self.frozen(x, self.size(x))
         return (found if self.shift is None else found + self.shift).to(x.dtype)
 
     def frozen(self, x: Tensor, size: Tensor) -> Tensor:
@@ -79,10 +77,13 @@ class Norm:
 
     def of_heads(self, x: Tensor) -> Tensor:
         """`recomputed` of [..., heads, head_dim]: each head alone, or all of them as one row (OLMo-2)."""
-        together = (
-            self.scale is not None and self.scale.dim() == 1 and len(self.scale) != x.shape[-1]
-        )
-        return self.recomputed(x.flatten(-2)).view(x.shape) if together else self.recomputed(x)
+        if self.together(x.shape[-1]):
+            return self.recomputed(x.flatten(-2)).view(x.shape)
+        return self.recomputed(x)
+
+    def together(self, head_dim: int) -> bool:
+        """Whether it takes all heads as one row."""
+        return self.scale is not None and self.scale.dim() == 1 and len(self.scale) != head_dim
 
     def fold(self, matrix: Tensor) -> Tensor:
         """The matrix [width, out] that `x` meets when the size is left out: `fold(M)` of x is M of the norm."""
@@ -126,6 +127,15 @@ class Block:
     output_bias: Tensor | None
     mlp: tuple[nn.Module, ...]
     multiplier: float
+
+    def projected(self, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v [rows, tokens, heads, head_dim] of what the norm before the attention gives."""
+        q, k, v = (
+            torch.einsum("rtd,hdk->rthk", normed, weight)
+            + (0 if bias is None else bias.transpose(0, 1))
+            for weight, bias in self.weights
+        )
+        return q, k, v
 
     def attended(self, z: Tensor) -> Tensor:
         """What the heads together give the norm after them, [..., d_model], of z [..., heads, tokens, head_dim]."""

@@ -93,11 +93,7 @@ class _Replay(Visitor):
         normed = block.norm.recomputed(self.stream)
         if self._layout.normed:
             self.stream = normed
-        q, k, v = (
-            torch.einsum("rtd,hdk->rthk", normed, weight)
-            + (0 if bias is None else bias.transpose(0, 1))
-            for weight, bias in block.weights
-        )
+        q, k, v = block.projected(normed)
         norm, other = block.head_norms
         self._made = norm.of_heads(q), other.of_heads(k), v
         return q, k, v

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lens.common.errors import LensError
 from lens.common.head_ids import HeadId
-from lens.models.parts import Block, Layout, Norm
+from lens.models.parts import Layout, Norm
 from lens.passes.calls import LayerCall
 from lens.passes.sessions import run
 from lens.passes.visit import Visitor, visiting
@@ -35,18 +35,8 @@ class Plain(Visitor):
         self.layout = layout
 
     def project(self, layer: int, residual: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return projected(self.layout.blocks[layer], residual)
-
-
-def projected(block: Block, residual: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v [rows, tokens, heads, head_dim] of what the attention of a block reads."""
-    normed = block.norm.forward(residual)
-    q, k, v = (
-        torch.einsum("rtd,hdk->rthk", normed, weight)
-        + (0 if bias is None else bias.transpose(0, 1))
-        for weight, bias in block.weights
-    )
-    return q, k, v
+        block = self.layout.blocks[layer]
+        return block.projected(block.norm.forward(residual))
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,7 +125,7 @@ class _Watching(Plain):
         block = self.layout.blocks[layer]
         if layer == self.layer or (self.layout.normed and layer < self.layer):
             self.sizes[layer, "read"] = block.norm.size(residual[0]).double()
-        made = projected(block, residual)
+        made = super().project(layer, residual)
         if layer == self.layer:
             self.made = made
         return made
@@ -212,14 +202,9 @@ def read_head(layout: Layout, inputs: Mapping[str, Tensor], head: HeadId) -> Hea
     return found
 
 
-def together(norm: Norm, width: int) -> bool:
-    """Whether a norm of queries or keys takes all heads as one row (OLMo-2)."""
-    return norm.scale is not None and norm.scale.dim() == 1 and len(norm.scale) != width
-
-
 def _head_size(norm: Norm, made: Tensor, head: int) -> Tensor:
     """[tokens, 1] that the norm of the queries or keys [tokens, heads, width] divides a head's by."""
-    return norm.size(made.flatten(-2) if together(norm, made.shape[-1]) else made[:, head])
+    return norm.size(made.flatten(-2) if norm.together(made.shape[-1]) else made[:, head])
 
 
 def _check_rows(head: Head, output: Tensor) -> None:

@@ -21,7 +21,7 @@ from lens.models.parts import Layout, Norm
 from lens.passes.calls import LayerCall
 from lens.passes.sessions import run
 from lens.passes.visit import visiting
-from lens.reading._head import Head, Plain, row_at, together
+from lens.reading._head import Head, Plain, row_at
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -310,7 +310,7 @@ def of_head(norm: Norm, which: int, head: Head) -> Norm:
             return tensor
         return tensor.reshape(-1, width)[which]
 
-    if norm.centred and together(norm, width):
+    if norm.centred and norm.together(width):
         raise LensError(
             f"the queries of {head.id} are normed with the mean over all heads, which is not taken apart here"
         )

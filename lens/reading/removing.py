@@ -24,7 +24,7 @@ from lens.passes.inputs import read_prompts
 from lens.passes.replay import proved
 from lens.passes.sessions import run
 from lens.passes.visit import visiting
-from lens.reading._head import Head, projected, read_head, row_at
+from lens.reading._head import Head, read_head, row_at
 from lens.reading._pairs import Pairs, check_pairs, pairs_of
 from lens.reading._writers import KEY_BIAS, NORM_BIAS, QUERY_BIAS, Make, Taking, take_apart
 from lens.reading.explanations import Side
@@ -171,7 +171,7 @@ class _Without(Taking):
             assert self._written is not None
             place, which = (0, self.head.id.head) if self._side == "query" else (1, self.head.group)
             less = (residual.double() - self._written).to(residual.dtype)
-            instead = projected(self.layout.blocks[layer], less)[place]
+            instead = super().project(layer, less)[place]
             made[place][:, :, which] = instead[:, :, which]
         return made
 
