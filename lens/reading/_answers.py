@@ -138,35 +138,3 @@ def _nothing(_: Tensor) -> None:
 
 def _plain(call: LayerCall) -> Tensor:
     return attend(call, statistics=()).output
-
-
-def dense(call: LayerCall, added: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Logits and attention [rows, heads, queries, keys] of a call, written out, with gradients.
-
-    Args:
-        call: of one layer.
-        added: [heads, queries, keys], to the logits behind the softcap.
-    """
-    share = call.query.shape[1] // call.key.shape[1]
-    key = call.key.repeat_interleave(share, 1)
-    logits = call.scale * call.query @ key.transpose(-1, -2)
-    if call.position_bias is not None:
-        logits = logits + call.position_bias
-    if call.softcap is not None:
-        logits = (logits / call.softcap).tanh() * call.softcap
-    if added is not None:
-        logits = logits + added.to(logits)
-    keys = logits.shape[-1]
-    places = torch.arange(logits.shape[-2], device=logits.device)
-    seen = call.mask.seen_by(places, keys)
-    whole = logits.masked_fill(~seen, -torch.inf)
-    if call.sink_logits is not None:
-        sink = call.sink_logits.to(whole)[None, :, None, None]
-        whole = torch.cat([whole, sink.expand(len(whole), -1, whole.shape[2], 1)], -1)
-    return logits, whole.softmax(-1)[..., :keys]
-
-
-def with_values(call: LayerCall, attention: Tensor) -> Tensor:
-    """[rows, heads, queries, value_dim] of attention [rows, heads, queries, keys]."""
-    share = call.query.shape[1] // call.key.shape[1]
-    return attention @ call.value.repeat_interleave(share, 1)

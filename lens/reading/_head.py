@@ -17,6 +17,7 @@ from lens.passes.calls import LayerCall
 from lens.passes.sessions import run
 from lens.passes.visit import Visitor, visiting
 from lens.reading._rotation import Rotation, find_rotation
+from lens.reading._rows import capped, softmaxed
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -107,7 +108,7 @@ class Head:
         found = self.logits(queries) if logits is None else logits
         sinks = self.call.sink_logits
         sinks = None if sinks is None else sinks.detach()[self.id.head : self.id.head + 1]
-        return _softmax(self.call, found[None], queries, sinks)[0]
+        return softmaxed(self.call, capped(self.call, found[None]), queries, sinks)[0]
 
 
 @dataclass(eq=False)
@@ -224,27 +225,3 @@ def _check_rows(head: Head, output: Tensor) -> None:
             f"rows of {head.id} computed from its queries and keys do not give its output (off by "
             f"{error / scale:.1e}); its attention does more than is known here"
         )
-
-
-def row_at(call: LayerCall, queries: Tensor) -> Float[Tensor, "heads queries keys"]:
-    """What these rows of every head of a layer attend to; float32 at least."""
-    share = call.query.shape[1] // call.key.shape[1]
-    query = call.query[0, :, queries].float()
-    logits = call.scale * query @ call.key[0].float().repeat_interleave(share, 0).transpose(-1, -2)
-    if call.position_bias is not None:
-        bias = call.position_bias.expand(-1, len(query), call.query.shape[2], logits.shape[-1])
-        logits = logits + bias[0, :, queries]
-    sinks = call.sink_logits
-    return _softmax(call, logits, queries, None if sinks is None else sinks.detach())
-
-
-def _softmax(call: LayerCall, logits: Tensor, queries: Tensor, sinks: Tensor | None) -> Tensor:
-    """[heads, queries, keys] of logits of that shape; `sinks` is [heads] or None."""
-    keys = logits.shape[-1]
-    if call.softcap is not None:
-        logits = (logits / call.softcap).tanh() * call.softcap
-    logits = logits.masked_fill(~call.mask.seen_by(queries, keys), -torch.inf)
-    if sinks is not None:
-        more = sinks.to(logits)[:, None, None].expand(-1, logits.shape[1], 1)
-        logits = torch.cat([logits, more], -1)
-    return logits.softmax(-1)[..., :keys]

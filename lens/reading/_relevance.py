@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from lens.common.errors import LensError
 from lens.models.parts import Block, Norm
 from lens.passes.calls import LayerCall
-from lens.reading._answers import Answer, dense, with_values
+from lens.reading._answers import Answer
+from lens.reading._rows import dense, with_values
 
 Rule = Literal["plain", "attnlrp", "cp_lrp"]
 _EPSILON = 1e-10

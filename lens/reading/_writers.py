@@ -21,7 +21,8 @@ from lens.models.parts import Layout, Norm
 from lens.passes.calls import LayerCall
 from lens.passes.sessions import run
 from lens.passes.visit import visiting
-from lens.reading._head import Head, Plain, row_at
+from lens.reading._head import Head, Plain
+from lens.reading._rows import row_at
 
 if TYPE_CHECKING:
     from jaxtyping import Float

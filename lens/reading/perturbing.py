@@ -22,8 +22,9 @@ from lens.common.progress import advancing
 from lens.models.loaded import LoadedModel, check_loaded
 from lens.passes.calls import LayerCall
 from lens.passes.inputs import read_prompts
-from lens.reading._answers import Answer, check_tokens, dense, with_values
+from lens.reading._answers import Answer, check_tokens
 from lens.reading._relevance import Gradients
+from lens.reading._rows import dense, with_values
 from lens.reading.robustness import Robustness
 
 

@@ -24,8 +24,9 @@ from lens.passes.inputs import read_prompts
 from lens.passes.replay import proved
 from lens.passes.sessions import run
 from lens.passes.visit import visiting
-from lens.reading._head import Head, read_head, row_at
+from lens.reading._head import Head, read_head
 from lens.reading._pairs import Pairs, check_pairs, pairs_of
+from lens.reading._rows import row_at
 from lens.reading._writers import KEY_BIAS, NORM_BIAS, QUERY_BIAS, Make, Taking, take_apart
 from lens.reading.explanations import Side
 from lens.reading.removals import Removals

@@ -29,7 +29,7 @@ from lens.models.vocabulary import ordinary_ids
 from lens.passes.calls import LayerCall, attend
 from lens.passes.replay import proved
 from lens.passes.sessions import base, listening
-from lens.reading._head import row_at
+from lens.reading._rows import row_at
 from lens.reading.retrieved import KINDS, RetrievalKinds
 from lens.tasks.needles import Trial, answered
 

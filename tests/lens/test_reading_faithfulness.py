@@ -9,8 +9,9 @@ import torch
 import lens
 from lens.common.errors import LensError
 from lens.reading import _maps, attributing, judging
-from lens.reading._answers import Answer, dense, with_values
+from lens.reading._answers import Answer
 from lens.reading._relevance import Gradients
+from lens.reading._rows import dense, with_values
 from tests.lens.layouts import layout_model
 
 

@@ -10,8 +10,9 @@ from lens.passes.calls import attend
 from lens.passes.replay import proved
 from lens.passes.sessions import listening
 from lens.reading import subspaces
-from lens.reading._head import read_head, row_at
+from lens.reading._head import read_head
 from lens.reading._pairs import pairs_of
+from lens.reading._rows import row_at
 from lens.reading.directions import BASES
 from tests.lens.layouts import layout_model
 
