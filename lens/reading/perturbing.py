@@ -19,6 +19,7 @@ from lens.common.choices import check_between, check_counts, check_lists
 from lens.common.errors import LensError
 from lens.common.head_ids import AnyHead
 from lens.common.progress import advancing
+from lens.heads.pruning.distances import jensen_shannon
 from lens.models.loaded import LoadedModel, check_loaded
 from lens.passes.calls import LayerCall
 from lens.passes.inputs import read_prompts
@@ -193,9 +194,4 @@ def _unit(direction: Tensor) -> Tensor:
 
 def _divergence(one: np.ndarray, other: np.ndarray) -> float:
     """Jensen-Shannon divergence, nats."""
-    middle = (one + other) / 2
-    parts = []
-    for row in (one, other):
-        some = row > 0
-        parts.append(float((row[some] * np.log(row[some] / middle[some])).sum()))
-    return sum(parts) / 2
+    return float(jensen_shannon(*(torch.from_numpy(row).log() for row in (one, other))))
