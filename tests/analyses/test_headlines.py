@@ -1,5 +1,8 @@
 """Headlines of sections from their tables: the number, its interval, what it stands beside, and the paired test."""
 
+from dataclasses import replace
+
+import numpy as np
 import pandas as pd
 import pytest
 from lens_analyses.steps.headlines import (
@@ -8,12 +11,16 @@ from lens_analyses.steps.headlines import (
     of_edits,
     of_heads_together,
     of_highest,
+    of_importance,
     of_pruning,
     of_reaches,
     of_roles,
     of_search,
+    of_sink_check,
     of_streaming,
 )
+
+from lens.heads.measures.scores import HeadScores, Intervention
 
 NAN = float("nan")
 
@@ -89,10 +96,64 @@ def test_a_condition_stands_beside_the_other():
 def test_pruning_stands_beside_random_orders():
     row = {"order": "least", "removed": 12, "cost": 0.05, "low": 0.04, "high": 0.06}
     curve = pd.DataFrame([row | {"random_cost": 1.6, "random_low": 0.9, "random_high": 2.7}])
-    (one,) = of_pruning(curve, "least", 12, 18)
+    (one,) = of_pruning(curve, "least", 12, 18, "loss", -1)
     assert one.text.startswith("12 of 18 heads can go, least first: the loss rises by 0.050")
     assert one.surprise == pytest.approx((1.6 - 0.06) / 0.9)
-    assert not list(of_pruning(curve, "least", 0, 18))
+    assert one.unit == "nats a token"
+    assert not list(of_pruning(curve, "least", 0, 18, "loss", -1))
+    (one,) = of_pruning(curve, "least", 12, 18, "logit_difference", 1)  # of a task, without text
+    assert "first: the logit_difference falls by 0.050" in one.text
+    assert one.unit == "logit_difference"
+
+
+def test_the_head_that_matters_most_is_that_of_the_ablation_and_others_may_name_another():
+    def scores(method, *means):
+        noise = np.array([-0.1, 0.0, 0.1])
+        return HeadScores(
+            per_prompt=np.reshape(means, (2, 2, 1)) + noise,
+            clean=np.ones(3),
+            method=method,
+            intervention=Intervention("mean"),
+            metric="loss",
+            sign=-1,
+            task="made",
+            model="toy",
+        )
+
+    found = [
+        scores("gradient", 0.1, 3.0, 0.2, 0.3),
+        scores("ablation", 0.1, 0.2, 2.0, 0.3),
+        scores("attribution", 0.1, 0.2, 5.0, 0.3),
+    ]
+    (one,) = of_importance(found)
+    assert (one.value, one.unit, one.figure) == (2.0, "loss", "grid_1")
+    assert one.baseline == pytest.approx(0.2)
+    assert one.text.startswith(
+        "L1H0 matters most for made: without it loss is worse by 2 [1.9, 2.1]"
+    )
+    assert one.text.endswith(
+        "without the median head by 0.2 (ablation (mean)). 2 of 3 measures name it first; gradient name L0H1."
+    )
+    alone = replace(found[1], per_prompt=found[1].per_prompt[:1, :1])
+    assert not list(of_importance([alone]))
+
+
+def test_the_sink_of_a_circuit_stands_beside_as_many_other_heads():
+    table = pd.DataFrame(
+        [
+            ("excluded", "circuit", -0.4, -0.5, -0.3),
+            ("excluded", "others", -0.1, -0.2, 0.0),
+            ("redistributed", "circuit", 0.3, 0.2, 0.4),
+        ],
+        columns=["edit", "heads", "change", "change_low", "change_high"],
+    )
+    (one,) = of_sink_check(table, "ioi", "logit_difference", "sink")
+    assert one.text == (
+        "With the first key excluded in the circuit's heads ioi changes by -0.4 [-0.5, -0.3] logit_difference "
+        "(more is better), in as many others of the same layers by -0.1."
+    )
+    assert (one.value, one.low, one.high, one.baseline) == (-0.4, -0.5, -0.3, -0.1)
+    assert one.spread == pytest.approx(0.1)
 
 
 def test_a_circuit_stands_beside_the_best_random_ones():

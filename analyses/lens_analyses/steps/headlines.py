@@ -65,7 +65,7 @@ def of_importance(scores: list[HeadScores]) -> Iterator[Headline]:
         agree = len(named.pop(name, []))
         others = "; ".join(f"{', '.join(labels)} name {head}" for head, labels in named.items())
         yield Headline(
-            f"{name} matters most for {task}: without it {chief.metric} changes by {fields['value']:.3g}"
+            f"{name} matters most for {task}: without it {chief.metric} is worse by {fields['value']:.3g}"
             f"{_ends(fields['low'], fields['high'])}, without the median head by {fields['baseline']:.3g} "
             f"({chief.label}). {agree} of {len(mine)} measures name it first{f'; {others}' if others else ''}.",
             **fields,
@@ -91,14 +91,23 @@ def of_heads_together(table: pd.DataFrame, metric: str) -> Iterator[Headline]:
             )
 
 
-def of_pruning(curve: pd.DataFrame, order: str, bearable: int, heads: int) -> Iterator[Headline]:
-    """What it costs to take out as many heads as can go, beside as many in random orders."""
+def of_pruning(
+    curve: pd.DataFrame, order: str, bearable: int, heads: int, metric: str, sign: int
+) -> Iterator[Headline]:
+    """What it costs to take out as many heads as can go, beside as many in random orders.
+
+    Args:
+        curve: table of `PruningOrders`.
+        order: whose rows are told.
+        bearable: heads that can go, of so many `heads`.
+        metric, sign: that gets worse; -1 where less is better.
+    """
     rows = curve[((curve["order"] == order) & (curve["removed"] == bearable)).to_numpy()]
     if bearable == 0 or rows.empty:
         return
     row: dict[Any, Any] = rows.to_dict("records")[0]
     yield Headline(
-        f"{bearable} of {heads} heads can go, {order} first: the loss rises by {row['cost']:.3f}"
+        f"{bearable} of {heads} heads can go, {order} first: the {metric} {'rises' if sign < 0 else 'falls'} by {row['cost']:.3f}"
         f"{_ends(row['low'], row['high'], '.3f')}, and by {row['random_cost']:.3f} without as many in random orders.",
         row["cost"],
         row["low"],
@@ -106,7 +115,7 @@ def of_pruning(curve: pd.DataFrame, order: str, bearable: int, heads: int) -> It
         row["random_cost"],
         "as many heads in random orders",
         spread=(row["random_high"] - row["random_low"]) / 2,
-        unit=_NATS,
+        unit=_NATS if metric == "loss" else metric,
         figure="curve",
     )
 

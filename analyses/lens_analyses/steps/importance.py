@@ -139,6 +139,8 @@ def pruning(subject: Subject) -> Section:
                 found.best.ranking,
                 len(found.best.prunable(found.limit)),
                 len(found.best.order),
+                found.best.metric,
+                found.best.sign,
             )
         ),
     )
