@@ -14,7 +14,7 @@ import base64
 import html
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -141,20 +141,8 @@ class AttentionMap:
         step = -(-max(found.values.shape) // cells)
         if step == 1:
             return found
-        values = found.values
-        pad = [(0, -length % step) for length in values.shape]
-        known = np.nan_to_num(np.pad(values, pad, constant_values=np.nan), nan=-np.inf)
-        pooled = pool(known, step, "max")
-        pooled[np.isneginf(pooled)] = np.nan
-        return Raster(
-            pooled.astype(np.float32),
-            "pooled",
-            found.query_start,
-            found.key_start,
-            found.cell * step,
-            found.query_end,
-            found.key_end,
-        )
+        pooled = pool(found.values, step, "max")
+        return replace(found, values=pooled, level="pooled", cell=found.cell * step)
 
     def _caption(self, found: Raster) -> str:
         what = {
@@ -165,8 +153,7 @@ class AttentionMap:
         }
         return f"{self.trace.length} tokens, {what[found.level]}"
 
-    def _held(self, cells: int) -> dict[str, Any]:
-        found = self._raster(cells)
+    def _held(self, found: Raster) -> dict[str, Any]:
         values = np.ascontiguousarray(found.values, dtype="<f4")
         return {
             "config": self.config,
@@ -244,15 +231,16 @@ def view(
 
 def _page(title: str, maps: list[AttentionMap], path: str | Path | None, cells: int) -> str:
     """Maps with their tokens as one page, written to `path` if given."""
+    drawn = [one._raster(cells) for one in maps]
     held = {
         "tokens": maps[0].trace.tokens,
         "side": _SIDE,
-        "maps": [one._held(cells) for one in maps],
+        "maps": [one._held(found) for one, found in zip(maps, drawn, strict=True)],
     }
     places = ['<div id="map" class="map"></div>', *['<div class="map"></div>'] * (len(maps) - 1)]
     page = _PAGE.format(
         title=html.escape(title),
-        caption=html.escape(maps[0]._caption(maps[0]._raster(cells))),
+        caption=html.escape(maps[0]._caption(drawn[0])),
         layout="map-wall" if len(maps) > 1 else "map-alone",
         maps="".join(places),
         style=(ASSETS / "style.css").read_text(encoding="utf-8"),

@@ -5,14 +5,13 @@ Report, overview and console take it from here, so that none of them can say som
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lens.figures.heads import head_grid
 from lens.figures.small import small
-from lens.runs.headlines import Headline
+from lens.runs.headlines import Headline, higher_chance
 from lens.runs.sections import Section
 from lens.traces.findings import Finding, findings
 
@@ -108,11 +107,7 @@ def _of_profile(heads: pd.DataFrame) -> Section:
 
 def _of_finding(finding: Finding) -> Iterator[Headline]:
     top = finding.heads[0]
-    chance = {"uniform attention": finding.uniform, "random weights": finding.random_weights}
-    known = {words: value for words, value in chance.items() if not math.isnan(value)}
-    if known:
-        against, baseline = max(known.items(), key=lambda pair: pair[1])
-        values = (top.value, top.low, top.high, baseline, against)
-        others = " and ".join(f"{value:.2f} with {words}" for words, value in known.items())
-        text = f"{finding.count}, most {top}, against {others}."
-        yield Headline(text, *values, figure=finding.kind)
+    if chance := higher_chance(finding.uniform, finding.random_weights):
+        against, baseline, both = chance
+        text = f"{finding.count}, most {top}, against {both}."
+        yield Headline(text, top.value, top.low, top.high, baseline, against, figure=finding.kind)

@@ -131,6 +131,24 @@ def highest(
     }
 
 
+def higher_chance(uniform: float, random_weights: float) -> tuple[str, float, str] | None:
+    """What a score of a head would be by chance: with uniform attention, and the highest with random weights.
+
+    Args:
+        uniform, random_weights: the score of each; NaN where it is not known.
+
+    Returns:
+        Which of them is higher, how high it is, and both in words; None where neither is known.
+    """
+    chance = {"uniform attention": float(uniform), "random weights": float(random_weights)}
+    known = {words: value for words, value in chance.items() if not math.isnan(value)}
+    if not known:
+        return None
+    against = max(known, key=lambda words: known[words])
+    both = " and ".join(f"{value:.2f} with {words}" for words, value in known.items())
+    return against, known[against], both
+
+
 def those_that_stand(found: Iterable[Headline]) -> tuple[Headline, ...]:
     """Without those that their baseline explains."""
     return tuple(one for one in found if one.surprise > 0)

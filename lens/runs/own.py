@@ -71,10 +71,11 @@ def add(
     numbers = _checked(run, name, values, definition, len(layers))
     heads = head_columns((layer, head) for layer in layers for head in range(numbers.shape[1]))
     table = pd.DataFrame({**heads, **columns(name, numbers, seed), "n": numbers.shape[2]})
+    told = _told(table, name, unit)
     section = Section(
         name=name,
         title=title or name.replace("_", " ").capitalize(),
-        summary=tuple(one.text for one in _told(table, name, unit)),
+        summary=tuple(one.text for one in told),
         limits=("These numbers were added by hand: how they were measured is not known here.",),
         columns={
             "name": "The head.",
@@ -88,7 +89,7 @@ def add(
         configuration={"kind": _OWN, "unit": unit, "seed": seed},
         tables={"heads": table},
         figures={"grid": column_grid(table, name)},
-        headlines=_told(table, name, unit),
+        headlines=told,
     )
     RunWriter(run.path, run.meta, resumed=True).record(*section.save(run.path))
     return section

@@ -65,11 +65,12 @@ def test_the_inline_map_is_small_pooled_and_has_no_address(shown):
     assert len(page) < 200_000
     assert "http:" not in page.replace("http://www.w3.org/2000/svg", "")
     assert "https:" not in page
-    held = attention_map(long, 0, 0)._held(64)
+    alone = attention_map(long, 0, 0)
+    held = alone._held(alone._raster(64))
     assert held["header"]["level"] == "pooled"
     assert held["header"]["cell"] == 2
     whole = raster(long, 0, 0).values
-    pooled = attention_map(long, 0, 0)._raster(64).values
+    pooled = alone._raster(64).values
     assert pooled[20, 6] == np.nanmax(whole[40:42, 12:14])
     assert "the largest value of each 2 × 2 tokens" in attention_map(long, 0, 0).to_html(cells=64)
     assert repr(shown) == (
@@ -176,7 +177,7 @@ def test_a_token_cannot_end_the_script_that_holds_it(shown, monkeypatch):
     evil = "</script><script>alert(1)</script>"
     names = [evil, *shown.trace.tokens[1:]]
     monkeypatch.setattr(type(shown.trace), "tokens", property(lambda _: names))
-    assert shown.trace.view("L1H3")._held(64)
+    assert shown.trace.view("L1H3")._held(shown._raster(64))
     assert evil not in shown.trace.view("L1H3").to_html()
     assert evil not in shown.trace.view(layer=1).to_html()
     assert "alert(1)" in shown.trace.view("L1H3").to_html()

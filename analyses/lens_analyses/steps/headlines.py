@@ -11,7 +11,7 @@ import pandas as pd
 
 from lens.common.errors import LensError
 from lens.heads.measures.scores import HeadScores
-from lens.runs.headlines import Headline, highest
+from lens.runs.headlines import Headline, higher_chance, highest
 
 _NATS = "nats a token"
 _Row = Mapping[Any, Any]
@@ -30,16 +30,14 @@ def of_roles(table: pd.DataFrame, random: Mapping[str, float], figure: str) -> I
         if scored.empty:
             continue
         top: dict[Any, Any] = scored.loc[[scored[column].idxmax()]].to_dict("records")[0]
-        chance = {"uniform attention": top[f"{column}_baseline"], "random weights": weights}
-        chance = {words: float(value) for words, value in chance.items() if not pd.isna(value)}
-        if not chance:
+        chance = higher_chance(top[f"{column}_baseline"], weights)
+        if chance is None:
             continue
-        against, baseline = max(chance.items(), key=lambda pair: pair[1])
+        against, baseline, both = chance
         low, high = top[f"{column}_low"], top[f"{column}_high"]
         words = column.replace("_", " ").capitalize()
-        others = " and ".join(f"{value:.2f} with {name}" for name, value in chance.items())
         yield Headline(
-            f"{words} is highest in {top['name']}: {top[column]:.2f}{_ends(low, high, '.2f')}, against {others}.",
+            f"{words} is highest in {top['name']}: {top[column]:.2f}{_ends(low, high, '.2f')}, against {both}.",
             float(top[column]),
             low,
             high,
