@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 
 from lens.common.errors import LensError
 from lens.common.given import given_as
-from lens.common.head_ids import HeadId
+from lens.common.head_ids import HeadId, head_columns
 from lens.traces.overlays import grid_numbered
 from lens.traces.pictures import PatchGrid
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 MOST_PATCHES = 4096
 """Patches of a picture of which a whole map of a head is looked at."""
+SMALLEST = 1e-6
+"""Mass on patches, below which a row says nothing of shares and distances."""
 
 
 def grid_of(trace: AttentionTrace, image: int = 0) -> PatchGrid:
@@ -55,3 +58,13 @@ def over_heads(trace: AttentionTrace, values: list[np.ndarray]) -> np.ndarray:
     """[layers, heads, ...] of one array per head, in the order of `maps`."""
     found = np.array(values)
     return found.reshape(len(trace.layers), trace.heads, *found.shape[1:])
+
+
+def head_table(layers: Sequence[int], columns: Mapping[str, np.ndarray]) -> pd.DataFrame:
+    """`layer`, `head`, `name` and these columns, each of an array [layers, heads, ...] of one shape: one row per entry."""
+    _, heads, *rest = next(iter(columns.values())).shape
+    places = [(layer, head) for layer in layers for head in range(heads)]
+    found = pd.DataFrame(head_columns(np.repeat(places, int(np.prod(rest)), 0)))
+    return found[["layer", "head", "name"]].assign(
+        **{name: values.ravel() for name, values in columns.items()}
+    )

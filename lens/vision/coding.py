@@ -20,7 +20,6 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from lens.common.head_ids import HeadId
 from lens.common.progress import advancing
 from lens.common.results import Result, Sentence, described
 from lens.models.loaded import LoadedModel
@@ -28,6 +27,7 @@ from lens.passes.calls import LayerCall, attend
 from lens.passes.inputs import read_prompts
 from lens.passes.sessions import listening, run
 from lens.passes.stream import layer_inputs
+from lens.vision._patches import head_table
 
 EPSILON2 = 0.01
 _ZERO = 1e-3
@@ -54,19 +54,9 @@ class CodingRate(Result):
 
     def table(self) -> pd.DataFrame:
         """One row per head: `layer`, `head`, `name`, `rate`, `spread` (0 on one line, 1 evenly spread), `sparsity`."""
-        layer, head = (part.ravel() for part in np.indices(self.rate.shape))
-        numbers = np.asarray(self.layers)[layer]
         spread = (self.rate - self.lowest) / (self.highest - self.lowest)
-        return pd.DataFrame(
-            {
-                "layer": numbers,
-                "head": head,
-                "name": [str(HeadId(int(a), int(b))) for a, b in zip(numbers, head, strict=True)],
-                "rate": self.rate.ravel(),
-                "spread": spread.ravel(),
-                "sparsity": self.sparsity[layer],
-            }
-        )
+        sparsity = np.broadcast_to(self.sparsity[:, None], self.rate.shape)
+        return head_table(self.layers, {"rate": self.rate, "spread": spread, "sparsity": sparsity})
 
     def findings(self) -> tuple[Sentence, ...]:
         """How the rate changes over the layers."""

@@ -16,7 +16,7 @@ from lens.common.errors import LensError
 from lens.common.given import given_as
 from lens.common.head_ids import HeadId
 from lens.common.results import Result, Sentence, described
-from lens.vision._patches import over_heads
+from lens.vision._patches import head_table, over_heads
 
 if TYPE_CHECKING:
     from lens.traces.trace import AttentionTrace
@@ -44,12 +44,8 @@ class Flow(Result):
 
     def table(self) -> pd.DataFrame:
         """One row per head: `layer`, `head`, `name`, `largest`, `gini`, `entropy`, `exclusive`."""
-        layer, head = (part.ravel() for part in np.indices(self.gini.shape))
-        layer = np.asarray(self.layers)[layer]
-        names = [str(HeadId(int(a), int(b))) for a, b in zip(layer, head, strict=True)]
-        found = {"layer": layer, "head": head, "name": names}
         columns = ("largest", "gini", "entropy", "exclusive")
-        return pd.DataFrame(found | {name: getattr(self, name).ravel() for name in columns})
+        return head_table(self.layers, {name: getattr(self, name) for name in columns})
 
     def findings(self) -> tuple[Sentence, ...]:
         """Which head gathers most on one key, and how unequal keys are over the layers."""

@@ -19,16 +19,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from lens.common.errors import LensError
-from lens.common.given import given_as
-from lens.common.head_ids import HeadId
 from lens.common.results import Result, Sentence, described
 from lens.stats import over_rows
+from lens.vision._patches import SMALLEST, grid_of, head_table, maps, offsets, over_heads
 
 if TYPE_CHECKING:
     from lens.traces.trace import AttentionTrace
-
-_SMALLEST = 1e-6  # mass on patches, below which a row says nothing of distances
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,19 +53,15 @@ class PatchDistances(Result):
 
     def table(self) -> pd.DataFrame:
         """One row per head: `layer`, `head`, `name`, `distance` with `_low` and `_high`, `near`, `elsewhere`."""
-        return pd.DataFrame(
+        return head_table(
+            self.layers,
             {
-                "layer": layer,
-                "head": head,
-                "name": str(HeadId(layer, head)),
-                "distance": self.distance[row, head],
-                "distance_low": self.low[row, head],
-                "distance_high": self.high[row, head],
-                "near": self.near[row, head],
-                "elsewhere": self.elsewhere[row, head],
-            }
-            for row, layer in enumerate(self.layers)
-            for head in range(self.distance.shape[1])
+                "distance": self.distance,
+                "distance_low": self.low,
+                "distance_high": self.high,
+                "near": self.near,
+                "elsewhere": self.elsewhere,
+            },
         )
 
     def findings(self) -> tuple[Sentence, ...]:
@@ -90,36 +82,26 @@ class PatchDistances(Result):
         return described(self)
 
 
-def patch_distance(trace: AttentionTrace, *, seed: int = 0) -> PatchDistances:
+def patch_distance(trace: AttentionTrace, *, image: int = 0, seed: int = 0) -> PatchDistances:
     """How far over the picture each head looks, from the exact attention of every patch.
 
     Args:
-        trace: of one picture through a vision tower, with q and k (`keep_qk`).
+        trace: of a picture, with q and k (`keep_qk`).
+        image: number of the picture or tile.
         seed: of the intervals over rows.
 
     Raises:
-        LensError: the trace is of no picture, its patches are not known, or it has no exact tiles.
+        LensError: as `lens.vision.rings`.
 
     Example:
         >>> trace = lens.capture(vit, {"pixel_values": images}, keep_qk=True)
         >>> lens.vision.patch_distance(trace).findings()
     """
-    given_as("AttentionTrace", trace=trace)
-    noted = trace.attrs.get("patches")
-    if noted is None or noted["first"] is None:
-        why = "it is of no picture" if noted is None else noted["why"]
-        raise LensError(f"the patches of this trace are not known: {why}")
-    first, height, width = noted["first"], noted["height"], noted["width"]
-    names = trace.tokens[first : first + height * width]
-    places = np.array([name.split(",") for name in names], dtype=int)  # [patches, 2]
-    apart = places[:, None] - places
-    far, beside = np.hypot(*np.moveaxis(apart, -1, 0)), np.abs(apart).max(-1) <= 1
-    span = (first, first + height * width)
-    rows = np.array(
-        [
-            [_rows(trace.tile(layer, head, span, span), far, beside) for head in range(trace.heads)]
-            for layer in trace.layers
-        ]
+    grid = grid_of(trace, image)
+    apart = offsets(grid)
+    far, beside = np.hypot(*apart), np.abs(apart).max(0) <= 1
+    rows = over_heads(
+        trace, [_rows(one, far, beside) for _, one in maps(trace, grid)]
     )  # [layers, heads, 3, patches]
     low, high = over_rows(rows[:, :, 0], seed)
     distance, near, elsewhere = (np.nanmean(rows[:, :, part], -1) for part in range(3))
@@ -128,12 +110,12 @@ def patch_distance(trace: AttentionTrace, *, seed: int = 0) -> PatchDistances:
         uniform_distance=float(far.mean()),
         uniform_near=float(beside.mean()),
         layers=tuple(trace.layers),
-        grid=(height, width),
+        grid=(grid.height, grid.width),
     )
 
 
 def _rows(mass: np.ndarray, far: np.ndarray, beside: np.ndarray) -> np.ndarray:
     """[3, patches]: distance, share on neighbours, and mass that is on no patch; NaN without mass."""
     total = mass.sum(-1)
-    scored = np.where(total > _SMALLEST, total, np.nan)
+    scored = np.where(total > SMALLEST, total, np.nan)
     return np.stack([(mass * far).sum(-1) / scored, (mass * beside).sum(-1) / scored, 1 - total])

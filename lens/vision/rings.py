@@ -28,12 +28,11 @@ from lens.common.choices import check_counts
 from lens.common.head_ids import HeadId
 from lens.common.results import Result, Sentence, described
 from lens.stats import over_rows
-from lens.vision._patches import grid_of, maps, offsets, over_heads
+from lens.vision._patches import SMALLEST, grid_of, head_table, maps, offsets, over_heads
 
 if TYPE_CHECKING:
     from lens.traces.trace import AttentionTrace
 
-_SMALLEST = 1e-6  # mass on patches, below which a row says nothing of shares
 SHAPES = ("row", "column", "criss_cross", "window", "dilated")
 
 
@@ -64,23 +63,19 @@ class Rings(Result):
     def table(self) -> pd.DataFrame:
         """One row per head and ring: `layer`, `head`, `name`, `ring`, `mass` with `_low` and `_high`, `weight`,
         `elsewhere`, and `uniform_mass`, `uniform_weight`."""
-        count, heads, rings = self.mass.shape
-        layer, head, ring = (part.ravel() for part in np.indices((count, heads, rings)))
-        layer = np.asarray(self.layers)[layer]
-        return pd.DataFrame(
-            {
-                "layer": layer,
-                "head": head,
-                "name": [str(HeadId(int(a), int(b))) for a, b in zip(layer, head, strict=True)],
-                "ring": ring,
-                "mass": self.mass.ravel(),
-                "mass_low": self.low.ravel(),
-                "mass_high": self.high.ravel(),
-                "weight": self.weight.ravel(),
-                "elsewhere": np.repeat(self.elsewhere.ravel(), rings),
-                "uniform_mass": self.uniform[ring],
-                "uniform_weight": 1 / self.keys,
-            }
+        shape = self.mass.shape
+        columns = {
+            "ring": np.arange(shape[2]),
+            "mass": self.mass,
+            "mass_low": self.low,
+            "mass_high": self.high,
+            "weight": self.weight,
+            "elsewhere": self.elsewhere[..., None],
+            "uniform_mass": self.uniform,
+            "uniform_weight": np.array(1 / self.keys),
+        }
+        return head_table(
+            self.layers, {name: np.broadcast_to(one, shape) for name, one in columns.items()}
         )
 
     def findings(self) -> tuple[Sentence, ...]:
@@ -175,19 +170,15 @@ class Shapes(Result):
 
     def table(self) -> pd.DataFrame:
         """One row per head: `layer`, `head`, `name`, and each shape with `_low`, `_high` and `_uniform`."""
-        rows = []
-        for place, layer in enumerate(self.layers):
-            for head in range(self.share.shape[1]):
-                row = {"layer": layer, "head": head, "name": str(HeadId(layer, head))}
-                for number, shape in enumerate(SHAPES):
-                    row |= {
-                        shape: self.share[place, head, number],
-                        f"{shape}_low": self.low[place, head, number],
-                        f"{shape}_high": self.high[place, head, number],
-                        f"{shape}_uniform": self.uniform[number],
-                    }
-                rows.append(row)
-        return pd.DataFrame(rows)
+        columns = {}
+        for number, shape in enumerate(SHAPES):
+            columns |= {
+                shape: self.share[..., number],
+                f"{shape}_low": self.low[..., number],
+                f"{shape}_high": self.high[..., number],
+                f"{shape}_uniform": np.full(self.share.shape[:2], self.uniform[number]),
+            }
+        return head_table(self.layers, columns)
 
     def findings(self) -> tuple[Sentence, ...]:
         """Of each shape how many heads put more there than uniform attention, and which most."""
@@ -247,7 +238,7 @@ def shapes(
     for _, one in maps(trace, grid):
         total = one.sum(-1)
         found.append(
-            np.einsum("kpq,pq->kp", members, one) / np.where(total > _SMALLEST, total, np.nan)
+            np.einsum("kpq,pq->kp", members, one) / np.where(total > SMALLEST, total, np.nan)
         )
     by_patch = over_heads(trace, found)
     low, high = over_rows(by_patch, seed)
