@@ -12,6 +12,7 @@ from lens.common.choices import check_choice
 from lens.common.colors import ACCENT, BASELINE, INK, LINE, VIRIDIS, scale
 from lens.common.head_ids import HeadId
 from lens.common.plots import draws
+from lens.figures.rows import bars
 from lens.figures.style import Look, escaped, grid_axes, grid_height, style
 
 if TYPE_CHECKING:
@@ -56,11 +57,7 @@ def policy_recall(
     ):
         ends: dict[str, Any] = {}
         if name == "recall" and result.n > 1:
-            ends["error_y"] = {
-                "array": rows["recall_high"] - rows["recall"],
-                "arrayminus": rows["recall"] - rows["recall_low"],
-                "color": color,
-            }
+            ends["error_y"] = bars(rows, "recall") | {"color": color}
         figure.add_scatter(
             x=rows["density"],
             y=rows[name],
@@ -265,11 +262,7 @@ def policy_runs(table: pd.DataFrame, **look: Unpack[Look]) -> go.Figure:
                 showlegend=at == 1,
                 mode="markers",
                 marker={"symbol": symbol, "size": 9, "color": color},
-                error_y={
-                    "array": rows["change_high"] - rows["change"],
-                    "arrayminus": rows["change"] - rows["change_low"],
-                    "color": color,
-                },
+                error_y=bars(rows, "change") | {"color": color},
                 text=[escaped(one) for one in rows["policy"]],
                 hovertemplate="%{text}<br>density %{x:.3f}: %{y:+.4f}<extra>" + shown + "</extra>",
                 row=at,
@@ -307,11 +300,7 @@ def stability_bars(result: PolicyStability, **look: Unpack[Look]) -> go.Figure:
                 "color": color,
                 "line": {"color": color, "width": 2},
             },
-            error_y={
-                "array": rows[f"{name}_high"] - rows[name],
-                "arrayminus": rows[name] - rows[f"{name}_low"],
-                "color": color,
-            },
+            error_y=bars(rows, name) | {"color": color},
             hovertemplate="%{x}: %{y:.4f}<extra>" + shown + "</extra>",
         )
     figure.update_yaxes(title="Attention kept (share)", range=[0, 1.02])
@@ -333,11 +322,7 @@ def policy_curve(result: PolicySearch, **look: Unpack[Look]) -> go.Figure:
             name=shown,
             mode="lines+markers",
             line={"color": color},
-            error_y={
-                "array": rows["loss_change_high"] - rows["loss_change"],
-                "arrayminus": rows["loss_change"] - rows["loss_change_low"],
-                "color": color,
-            },
+            error_y=bars(rows, "loss_change") | {"color": color},
             customdata=rows["tolerance"],
             hovertemplate="density %{x:.3f}: %{y:+.4f} nats<br>tolerance %{customdata:g}<extra>"
             + shown

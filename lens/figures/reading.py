@@ -10,6 +10,7 @@ import plotly.graph_objects as go
 from lens.common.choices import check_counts
 from lens.common.colors import ACCENT, BASELINE, DIVERGING, LINE, scale
 from lens.common.plots import draws
+from lens.figures.rows import bars
 from lens.figures.style import Look, escaped, style
 
 if TYPE_CHECKING:
@@ -97,11 +98,7 @@ def removal_scatter(result: Removals, **look: Unpack[Look]) -> go.Figure:
         textposition="top center",
         marker={"color": ACCENT, "size": 9},
         name="without the part",
-        error_y={
-            "array": rows["measured_high"] - rows["measured"],
-            "arrayminus": rows["measured"] - rows["measured_low"],
-            "color": ACCENT,
-        },
+        error_y=bars(rows, "measured") | {"color": ACCENT},
         hovertemplate="%{customdata}<br>predicted %{x:.3f}, measured %{y:.3f}<extra></extra>",
     )
     figure.add_hline(y=result.clean.mean(), line={"color": LINE}, annotation_text="with all parts")

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from lens.common.errors import LensError
+from lens.common.given import given_as
 from lens.common.results import Result, Sentence, described
 from lens.stats import over_rows
 from lens.vision._patches import SMALLEST, grid_of, head_table, maps, offsets, over_heads
@@ -82,22 +84,25 @@ class PatchDistances(Result):
         return described(self)
 
 
-def patch_distance(trace: AttentionTrace, *, image: int = 0, seed: int = 0) -> PatchDistances:
+def patch_distance(trace: AttentionTrace, *, seed: int = 0) -> PatchDistances:
     """How far over the picture each head looks, from the exact attention of every patch.
 
     Args:
-        trace: of a picture, with q and k (`keep_qk`).
-        image: number of the picture or tile.
+        trace: of one picture through a vision tower, with q and k (`keep_qk`).
         seed: of the intervals over rows.
 
     Raises:
-        LensError: as `lens.vision.rings`.
+        LensError: as `lens.vision.rings`; a picture among the tokens of a language model, whose rows see less.
 
     Example:
         >>> trace = lens.capture(vit, {"pixel_values": images}, keep_qk=True)
         >>> lens.vision.patch_distance(trace).findings()
     """
-    grid = grid_of(trace, image)
+    if given_as("AttentionTrace", trace=trace).attrs.get("patches") is None:
+        raise LensError(
+            "the patches of this trace are not known: it is of no picture that a vision tower saw alone"
+        )
+    grid = grid_of(trace)
     apart = offsets(grid)
     far, beside = np.hypot(*apart), np.abs(apart).max(0) <= 1
     rows = over_heads(
