@@ -103,13 +103,13 @@ def attention(
         key_weights=key_weights,
         differentiable=differentiable,
     )
+    return run_problem(problem, backend)
+
+
+def run_problem(problem: Problem, backend: str = "auto") -> AttentionResult:
+    """Runs a validated problem, `backend` as in `attention`, with gradients where inputs ask for them."""
     chosen = explain_problem(problem, backend).chosen
-    return run_problem(problem, chosen)
-
-
-def run_problem(problem: Problem, backend: str) -> AttentionResult:
-    """Runs a validated problem on the named backend, with gradients where inputs ask for them."""
-    return finish(problem, guarded(problem, load(backend).run), backend)
+    return finish(problem, guarded(problem, load(chosen).run), chosen)
 
 
 def finish(problem: Problem, result: BackendResult, backend: str) -> AttentionResult:

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from lens_kernels.api import run_problem
-from lens_kernels.dispatch import explain_problem
 from lens_kernels.nonfinite import guarded
 from lens_kernels.normalisers import (
     Differential,
@@ -157,17 +156,13 @@ def _by_softmax(problem: Problem, work: Work) -> BackendResult:
     """Sums of weights that are made of softmaxes, from as many calls of `attention`'s backends."""
     asked = (work.names - {"value_norm"}) | {"lse"}
     problem = replace(problem, statistics=asked, differentiable=asked & DIFFERENTIABLE)
-
-    def run(one: Problem) -> AttentionResult:
-        return run_problem(one, explain_problem(one).chosen)
-
     if isinstance(work.normaliser, OffByOne):
         sinks = torch.zeros(problem.heads, dtype=problem.compute_dtype, device=problem.device)
-        result = run(replace(problem, sink_logits=sinks))
+        result = run_problem(replace(problem, sink_logits=sinks))
         tensors = dict(result.statistics)
         output = result.output
     else:
-        first, second = (run(half) for half in halves(problem))
+        first, second = (run_problem(half) for half in halves(problem))
         tensors = {
             name: tensor - _wide(work.number, tensor) * second.statistics[name]
             for name, tensor in first.statistics.items()

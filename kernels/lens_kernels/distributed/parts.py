@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lens_kernels.api import run_problem
-from lens_kernels.dispatch import explain_problem
 from lens_kernels.known_lse import known_sums
 from lens_kernels.problem import MaskPlan, Problem
 from lens_kernels.states import AttentionState, merge
@@ -169,7 +168,7 @@ def _pair_states(asked: Asked, pair: _Pair) -> list[AttentionState]:
     mixed = groups is not None and not bool((groups == own).all())
     if mixed:
         problem = replace(problem, groups=groups, group_count=asked.group_count)
-    result = run_problem(problem, explain_problem(problem, asked.backend).chosen)
+    result = run_problem(problem, asked.backend)
     lse = result.statistics["lse"]
     carried = {name: result.statistics[name] for name in asked.rows}
     whole = _state(result.output, lse, carried, pair.shift)
