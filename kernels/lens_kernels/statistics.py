@@ -9,7 +9,7 @@ keys only (the entropy too: the sink's own `-p log p` is not in it).
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -139,13 +139,20 @@ _TABLE = (
 STATISTICS: dict[str, Statistic] = {entry.name: entry for entry in _TABLE}
 
 
-def resolve_statistics(asked: str | Iterable[str], available: frozenset[str]) -> frozenset[str]:
+def resolve_statistics(
+    asked: str | Iterable[str],
+    available: frozenset[str],
+    table: Mapping[str, Statistic] = STATISTICS,
+    of: str = "",
+) -> frozenset[str]:
     """Names to compute, with the second names that they bring.
 
     Args:
         asked: "all" (everything that the given arguments allow, backward ones excepted) or names.
         available: names of the optional arguments that were given (`match`, `key_weights`, `grid`,
             and `gradients` when an input requires a gradient).
+        table: what there is.
+        of: what the message on an unknown name calls it, with a space in front.
 
     Raises:
         ValueError: for an unknown name, a name whose argument is missing, a plain string.
@@ -158,16 +165,16 @@ def resolve_statistics(asked: str | Iterable[str], available: frozenset[str]) ->
             )
         return frozenset(
             entry.name
-            for entry in _TABLE
+            for entry in table.values()
             if not entry.from_backward and (entry.needs is None or entry.needs in available)
         )
     names = set()
     for name in asked:
-        if name not in STATISTICS:
-            close = difflib.get_close_matches(str(name), STATISTICS, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(STATISTICS)}"
-            raise ValueError(f"unknown statistic {name!r}; {hint}")
-        entry = STATISTICS[name]
+        if name not in table:
+            close = difflib.get_close_matches(str(name), table, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(table)}"
+            raise ValueError(f"unknown statistic {name!r}{of}; {hint}")
+        entry = table[name]
         if entry.needs is not None and entry.needs not in available:
             raise ValueError(f"statistic {name!r} needs {entry.needs}=, which was not given")
         if entry.from_backward and "gradients" not in available:

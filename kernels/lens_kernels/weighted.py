@@ -25,6 +25,7 @@ from lens_kernels.normalisers import (
     number_of,
 )
 from lens_kernels.problem import BackendResult, Problem
+from lens_kernels.statistics import resolve_statistics
 from lens_kernels.types import AttentionMask, AttentionResult, AttentionStatistics
 from lens_kernels.validation import DIFFERENTIABLE, make_problem
 from lens_kernels.weighted_panels import WEIGHT_STATISTICS, Work, by_panels, halves
@@ -99,7 +100,12 @@ def weighted_attention(
         match=match,
         prefix=prefix,
     )
-    names = _names(statistics, match is not None)
+    names = resolve_statistics(
+        statistics,
+        frozenset() if match is None else frozenset({"match"}),
+        WEIGHT_STATISTICS,
+        " of weights that are no softmax",
+    )
     work = Work(normaliser, names, problem.keys, _number(normaliser, problem))
     if backend == "reference":
         result = guarded(
@@ -117,26 +123,6 @@ def weighted_attention(
         diagonal_start=problem.diagonal_start,
     )
     return AttentionResult(result.output, found, None, backend)
-
-
-def _names(asked: str | Iterable[str], has_match: bool) -> frozenset[str]:
-    if isinstance(asked, str):
-        if asked != "all":
-            raise ValueError(
-                f"statistics must be 'all' or a sequence of names, got the string {asked!r}; "
-                f"write ({asked!r},)"
-            )
-        return frozenset(name for name in WEIGHT_STATISTICS if has_match or name != "match_mass")
-    names = frozenset(asked)
-    unknown = sorted(str(name) for name in names - WEIGHT_STATISTICS.keys())
-    if unknown:
-        raise ValueError(
-            f"unknown statistic {unknown[0]!r} of weights that are no softmax; known: "
-            f"{', '.join(WEIGHT_STATISTICS)}"
-        )
-    if "match_mass" in names and not has_match:
-        raise ValueError("statistic 'match_mass' needs match=, which was not given")
-    return names
 
 
 def _number(normaliser: Normaliser, problem: Problem) -> Tensor:
