@@ -21,7 +21,7 @@ from lens_kernels.problem import (
     group_statistics,
     top_blocks,
 )
-from lens_kernels.states import MERGEABLE, AttentionState, merge
+from lens_kernels.states import MERGEABLE, AttentionState, merge, seen_rows
 from lens_kernels.types import AttentionGroups
 
 PIECE = 4096
@@ -152,14 +152,13 @@ def _block_statistics(problem: Problem, rows: dict[str, Tensor]) -> dict[str, Te
         padded = torch.nn.functional.pad(rows[name], (0, 0, 0, short), value=fill)
         return padded.unflatten(2, (-1, height))
 
-    seen = (rows["lse"] > -_INF).to(problem.compute_dtype)
-    count = torch.nn.functional.pad(seen, (0, short)).unflatten(2, (-1, height)).sum(-1)
+    count = seen_rows(rows["lse"] > -_INF, height)
     found = {}
     for name in _MAPS:
         if f"row_{name}" not in rows:
             continue
         if name in ("block_mass", "block_weighted"):
-            found[name] = blocks(f"row_{name}", 0).sum(3) / count.clamp(min=1)[..., None]
+            found[name] = blocks(f"row_{name}", 0).sum(3) / count[..., None]
         else:
             found[name] = blocks(f"row_{name}", 0 if name == "block_max" else -_INF).amax(3)
     if problem.wants("top_keys", "top_mass"):

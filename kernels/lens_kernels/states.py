@@ -218,9 +218,17 @@ def block_mass_of_rows(state: AttentionState, query_block: int) -> Tensor:
     rows = state.statistics["row_block_mass"]
     short = -rows.shape[-2] % query_block
     mass = torch.nn.functional.pad(rows, (0, 0, 0, short)).unflatten(-2, (-1, query_block)).sum(-2)
-    seen = (state.lse > -_INF).to(rows.dtype)
-    count = torch.nn.functional.pad(seen, (0, short)).unflatten(-1, (-1, query_block)).sum(-1)
-    return mass / count.clamp(min=1)[..., None]
+    return mass / seen_rows(state.lse > -_INF, query_block)[..., None]
+
+
+def seen_rows(seen: Tensor, query_block: int) -> Tensor:
+    """What the mean over a query block divides by: its rows that are True, at least 1.
+
+    [..., query_blocks] int64 from bool [..., queries].
+    """
+    short = -seen.shape[-1] % query_block
+    blocks = torch.nn.functional.pad(seen, (0, short)).unflatten(-1, (-1, query_block))
+    return blocks.sum(-1).clamp(min=1)
 
 
 def _merge_statistic(name: str, parts: Tensor, weights: Tensor) -> Tensor:

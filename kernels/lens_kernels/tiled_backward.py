@@ -30,7 +30,8 @@ from torch import Tensor
 from lens_kernels.backward import Gradients, Saved, Upstream
 from lens_kernels.complements import complements, removal_effect
 from lens_kernels.panels import Panel, exponentials, sink_share, strips
-from lens_kernels.problem import Problem, statistic_shape
+from lens_kernels.problem import statistic_shape
+from lens_kernels.states import seen_rows
 from lens_kernels.statistics import STATISTICS
 
 _INF = float("inf")
@@ -41,7 +42,10 @@ def gradients(saved: Saved, upstream: Upstream) -> Gradients:
     """Gradients of the inputs that are wanted, and the statistics `from_backward` asked for."""
     problem = saved.problem
     sums = _Sums(saved)
-    per_row = None if upstream.block_mass is None else _over_seen_rows(problem, saved, upstream)
+    per_row = None  # gradient of the block mass, spread over the rows that its mean runs over
+    if upstream.block_mass is not None:
+        count = seen_rows(saved.lse > -_INF, problem.block_size[0])
+        per_row = upstream.block_mass / count[..., None]
     for strip in strips(problem):
         for rows in strip.rows:
             panel = Panel(problem, strip, rows, saved.lse[strip.batch, strip.heads, rows])
@@ -84,16 +88,6 @@ def _of_probability(
         logarithm = torch.where(panel.probability > 0, panel.probability, 1).log()
         total = total - of_entropy * (logarithm + 1)
     return total
-
-
-def _over_seen_rows(problem: Problem, saved: Saved, upstream: Upstream) -> Tensor:
-    """Gradient of the block mass, spread over the rows that its mean runs over."""
-    assert upstream.block_mass is not None
-    rows = problem.block_size[0]
-    seen = (saved.lse > -_INF).to(upstream.block_mass.dtype)
-    short = (0, -problem.queries % rows)
-    count = torch.nn.functional.pad(seen, short).unflatten(-1, (-1, rows)).sum(-1)
-    return upstream.block_mass / count.clamp(min=1)[..., None]
 
 
 def _add_groups(

@@ -223,13 +223,6 @@ def first_and_last(flags: Tensor) -> Tensor:
     return (torch.stack((begin, end), dim=-1) * flags.any(-1)[..., None]).to(torch.int32)
 
 
-def seen_rows(problem: Problem, lse: Tensor) -> Tensor:
-    """Queries of each query block that see a key, at least 1: [batch, heads, query_blocks]."""
-    rows = problem.block_size[0]
-    seen = torch.nn.functional.pad((lse > -math.inf).float(), (0, -problem.queries % rows))
-    return seen.unflatten(-1, (-1, rows)).sum(-1).clamp(min=1)
-
-
 def pooled(pieces_map: Tensor, rows: Blocks, columns: Blocks, largest: bool = False) -> Tensor:
     """Blocks [lines, query_blocks, key_blocks] from the pieces of them."""
     if rows.parts.value == columns.parts.value == 1:

@@ -13,6 +13,7 @@ from torch import Tensor
 from lens_kernels import triton_launch as pack
 from lens_kernels.backward import Gradients, Saved, Upstream
 from lens_kernels.problem import Problem, row_features, top_blocks
+from lens_kernels.states import seen_rows
 from lens_kernels.triton_backward import (
     GradientMaps,
     key_gradients,
@@ -171,7 +172,7 @@ def run_columns(problem: Problem, lse: Tensor) -> dict[str, Tensor]:
     if top and not problem.wants("block_mass"):
         per_line = 4 * problem.query_blocks * problem.key_blocks
         step = max(1, min(lines, SCRATCH_BYTES // per_line))
-    count = pack.seen_rows(problem, lse).flatten(0, 1) if maps else lse
+    count = seen_rows(lse > -math.inf, problem.block_size[0]).flatten(0, 1)
     for first in range(0, lines, step):
         part = _columns(problem, lse, maps, first, min(step, lines - first))
         for name in ("block_mass", "block_weighted"):

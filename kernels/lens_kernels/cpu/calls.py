@@ -17,6 +17,7 @@ from lens_kernels.problem import (
     row_features,
     statistic_shape,
 )
+from lens_kernels.states import seen_rows
 from lens_kernels.statistics import STATISTICS
 from lens_kernels.types import AttentionGroups
 
@@ -208,7 +209,8 @@ class BackwardCall(_Call):
         args.of_entropy = self._pointer(upstream.entropy, torch.float32)
         args.of_received = self._pointer(upstream.received, torch.float32)
         if upstream.block_mass is not None:
-            of_sum = upstream.block_mass / _seen_rows(problem, saved.lse)[..., None]
+            count = seen_rows(saved.lse > -torch.inf, problem.block_size[0])
+            of_sum = upstream.block_mass / count[..., None]
             args.of_block_mass = self._pointer(of_sum, torch.float32)
         shapes = {
             "query": problem.query.shape,
@@ -236,11 +238,3 @@ def _few(problem: Problem) -> bool:
     rows = problem.queries * (problem.heads // problem.kv_heads)
     plain = problem.groups is None and problem.block_mask is None
     return plain and problem.queries <= _FEW_QUERIES and rows <= _FEW_ROWS
-
-
-def _seen_rows(problem: Problem, lse: Tensor) -> Tensor:
-    """Rows that the mean of each query block runs over [batch, heads, query_blocks], at least 1."""
-    seen = torch.nn.functional.pad(
-        (lse > -torch.inf).float(), (0, -problem.queries % problem.block_size[0])
-    )
-    return seen.unflatten(-1, (problem.query_blocks, -1)).sum(-1).clamp(min=1)

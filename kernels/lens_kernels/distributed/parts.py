@@ -7,12 +7,11 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from lens_kernels.api import run_problem
 from lens_kernels.known_lse import known_sums
 from lens_kernels.problem import MaskPlan, Problem
-from lens_kernels.states import AttentionState, merge
+from lens_kernels.states import AttentionState, merge, seen_rows
 from lens_kernels.validation import make_problem
 
 _INF = float("inf")
@@ -274,7 +273,7 @@ def sums(asked: Asked, queries: Queries, lse: Tensor, keys: Keys) -> Sums:
         if "block_mass" in asked.sums:
             plan = pair.problem.plan
             seen = (plan.high > plan.low)[:, None] & (own > -_INF)
-            found.mass[at] = tensors["block_mass"] * rows_of_blocks(seen, asked.block)[..., None]
+            found.mass[at] = tensors["block_mass"] * seen_rows(seen, asked.block)[..., None]
         if "block_max" in asked.sums:
             found.largest[at] = tensors["block_max"]
     return found
@@ -301,9 +300,3 @@ def _block_place(
 
     every = slice(None)
     return every, every, place(queries.pieces, pair.rows), place(keys.pieces, pair.columns)
-
-
-def rows_of_blocks(seen: Tensor, block: int) -> Tensor:
-    """[..., queries] bool as [..., blocks]: how many rows of each block."""
-    short = -seen.shape[-1] % block
-    return pad(seen, (0, short)).unflatten(-1, (-1, block)).sum(-1)

@@ -17,11 +17,10 @@ from lens_kernels.distributed.parts import (
     Keys,
     Queries,
     Sums,
-    rows_of_blocks,
     states,
     sums,
 )
-from lens_kernels.states import AttentionState, merge
+from lens_kernels.states import AttentionState, merge, seen_rows
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -336,8 +335,8 @@ def _second(
         tensors["block_max"] = found.largest
     if "block_mass" in asked.sums:
         local = layout.local(rank)
-        seen = [rows_of_blocks(lse[:, :, part] > -_INF, asked.block) for part in local]
-        tensors["block_mass"] = found.mass / torch.cat(seen, -1).clamp(min=1)[..., None]
+        seen = [seen_rows(lse[:, :, part] > -_INF, asked.block) for part in local]
+        tensors["block_mass"] = found.mass / torch.cat(seen, -1)[..., None]
     return tensors
 
 
