@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from lens_kernels.nonfinite import visible_rows
 from lens_kernels.normalisers import Differential, Normaliser, weights_of
 from lens_kernels.problem import BackendResult, Problem
+from lens_kernels.states import seen_rows
 from lens_kernels.statistics import Statistic
 
 BUDGET = 1 << 21
@@ -109,8 +110,8 @@ def by_panels(problem: Problem, work: Work) -> BackendResult:
 
         found: Any = checkpoint(compute, *inputs, use_reentrant=False) if keeps else compute()
         for name, tensor in found.items():
-            axis = "output" if name == "output" else WEIGHT_STATISTICS[name].axes[2]
-            if axis in ("output", "queries"):
+            axis = WEIGHT_STATISTICS[name].axes[2] if name in work.names else "queries"
+            if axis == "queries":
                 rows.setdefault(name, []).append(tensor)
             elif axis == "query_blocks":
                 blocks = maps.setdefault(name, [])
@@ -122,7 +123,7 @@ def by_panels(problem: Problem, work: Work) -> BackendResult:
             else:
                 sums[name] = sums[name] + tensor if name in sums else tensor
     tensors = {name: torch.cat(parts, 2) for name, parts in rows.items()} | sums
-    count = _seen_rows(problem).clamp(min=1)[..., None]
+    count = seen_rows(tensors.pop("seen"), problem.block_size[0])[..., None]
     for name, parts in maps.items():
         whole = torch.stack(parts, 2)
         tensors[name] = whole if name == "block_max" else whole / count
@@ -130,22 +131,14 @@ def by_panels(problem: Problem, work: Work) -> BackendResult:
     return BackendResult(output, {name: part.contiguous() for name, part in tensors.items()})
 
 
-def _seen_rows(problem: Problem) -> Tensor:
-    """[batch, heads, query_blocks]: rows of each block that see a key."""
-    height = problem.block_size[0]
-    seen = torch.cat(
-        [visible_rows(problem, panel.rows).any(-1) for panel in _panels(problem)], 2
-    ).to(problem.compute_dtype)
-    return pad(seen, (0, -problem.queries % height)).unflatten(2, (-1, height)).sum(-1)
-
-
 def _of_panel(problem: Problem, work: Work, panel: _Panel) -> dict[str, Tensor]:
+    """Output, whether each row sees a key ("seen"), and what the panel adds to each statistic."""
     seen = visible_rows(problem, panel.rows)[..., panel.columns]
     parts = halves(problem) if isinstance(work.normaliser, Differential) else [problem]
     scores = [_logits(part, panel).masked_fill(~seen, -_INF) for part in parts]
     weights = weights_of(work.normaliser, scores, work.number, work.keys)
     output = _times(problem, weights, problem.value[:, :, panel.columns])
-    found = {"output": output}
+    found = {"output": output, "seen": seen.any(-1)}
     if work.wants("value_norm"):
         found["value_norm"] = output.norm(dim=-1)
     found |= _row_numbers(problem, work, panel, weights)
