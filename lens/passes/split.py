@@ -154,9 +154,7 @@ class Split:
         shapes = []
         for rank in range(self.layout.ranks):
             shape = list(part.shape)
-            shape[dim] = sum(
-                -(-(stop - start) // block) for start, stop in self.layout.pieces(rank)
-            )
+            shape[dim] = self.layout.size(rank, block)
             shapes.append(shape)
         return self.layout.join(self.links.gather(part, shapes), dim, block)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -11,6 +11,20 @@ from torch import Tensor
 
 Order: TypeAlias = Literal["zigzag", "contiguous"]
 _ORDERS = ("zigzag", "contiguous")
+Pieces: TypeAlias = Sequence[tuple[int, int]]
+
+
+def runs(pieces: Pieces) -> Iterator[tuple[int, int, slice]]:
+    """(start, stop) of each run of tokens, and where it lies among the tokens of all runs."""
+    at = 0
+    for start, stop in pieces:
+        yield start, stop, slice(at, at + stop - start)
+        at += stop - start
+
+
+def blocks_of(pieces: Pieces, block: int) -> int:
+    """Blocks of some runs of tokens, each of which begins at one."""
+    return sum(-(-(stop - start) // block) for start, stop in pieces)
 
 
 @dataclass(frozen=True)
@@ -71,15 +85,11 @@ class Layout:
 
     def local(self, rank: int) -> tuple[slice, ...]:
         """Where each of `pieces` lies among the rank's own tokens."""
-        found, at = [], 0
-        for start, stop in self.pieces(rank):
-            found.append(slice(at, at + stop - start))
-            at += stop - start
-        return tuple(found)
+        return tuple(place for *_, place in runs(self.pieces(rank)))
 
-    def size(self, rank: int) -> int:
-        """Tokens that a rank holds."""
-        return sum(stop - start for start, stop in self.pieces(rank))
+    def size(self, rank: int, block: int = 1) -> int:
+        """Tokens that a rank holds, or blocks of them."""
+        return blocks_of(self.pieces(rank), block)
 
     def positions(self, rank: int) -> Tensor:
         """[size], positions of the rank's tokens in the sequence."""

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from lens_kernels.api import run_problem
+from lens_kernels.distributed.layout import Pieces, blocks_of, runs
 from lens_kernels.known_lse import known_sums
 from lens_kernels.problem import MaskPlan, Problem
 from lens_kernels.states import AttentionState, merge, seen_rows
 from lens_kernels.validation import make_problem
 
 _INF = float("inf")
-Pieces = Sequence[tuple[int, int]]
 OF_GROUPS = ("max_logit", "entropy", "concentration", "distance")
 
 
@@ -72,13 +72,6 @@ class _Pair:
     groups: Tensor | None  # [batch, keys]
 
 
-def _runs(pieces: Pieces) -> Iterator[tuple[int, int, slice]]:
-    at = 0
-    for start, stop in pieces:
-        yield start, stop, slice(at, at + stop - start)
-        at += stop - start
-
-
 def _plan(
     asked: Asked, rows: tuple[int, int], keys: tuple[int, int], like: Tensor
 ) -> MaskPlan | None:
@@ -115,8 +108,8 @@ def _plan(
 
 
 def _pairs(asked: Asked, queries: Queries, keys: Keys, names: frozenset[str]) -> Iterator[_Pair]:
-    for first, stop, rows in _runs(queries.pieces):
-        for start, end, columns in _runs(keys.pieces):
+    for first, stop, rows in runs(queries.pieces):
+        for start, end, columns in runs(keys.pieces):
             plan = _plan(asked, (first, stop), (start, end), queries.query)
             if plan is None:
                 continue
@@ -156,7 +149,7 @@ def states(asked: Asked, queries: Queries, keys: Keys) -> list[AttentionState]:
         found[pair.rows.start] = parts
     of_pieces = [
         found.get(rows.start) or _nothing(asked, queries, keys, rows)
-        for _, _, rows in _runs(queries.pieces)
+        for _, _, rows in runs(queries.pieces)
     ]
     return [_side_by_side(parts) for parts in zip(*of_pieces, strict=True)]
 
@@ -255,7 +248,7 @@ def sums(asked: Asked, queries: Queries, lse: Tensor, keys: Keys) -> Sums:
     """The sums of `exp(s - lse)`; those that are not asked for are empty or 0."""
     lines, count = lse.shape[:2], keys.key.shape[2]
     wants_maps = bool({"block_mass", "block_max"} & asked.sums)
-    shape = [_blocks(queries.pieces, asked.block), _blocks(keys.pieces, asked.block)]
+    shape = [blocks_of(queries.pieces, asked.block), blocks_of(keys.pieces, asked.block)]
     found = Sums(
         lse.new_zeros(*lines, count),
         lse.new_zeros(*lines, asked.distances if "diagonal" in asked.sums else 0),
@@ -286,16 +279,12 @@ def _add_diagonal(asked: Asked, whole: Tensor, part: Tensor, pair: _Pair) -> Non
     whole[..., first + cut : first + part.shape[-1]] += part[..., cut:]
 
 
-def _blocks(pieces: Pieces, block: int) -> int:
-    return sum(-(-(stop - start) // block) for start, stop in pieces)
-
-
 def _block_place(
     asked: Asked, queries: Queries, keys: Keys, pair: _Pair
 ) -> tuple[slice, slice, slice, slice]:
     def place(pieces: Pieces, tokens: slice) -> slice:
-        before = [run for run in _runs(pieces) if run[2].start < tokens.start]
-        first = _blocks([(start, stop) for start, stop, _ in before], asked.block)
+        before = [run for run in runs(pieces) if run[2].start < tokens.start]
+        first = blocks_of([(start, stop) for start, stop, _ in before], asked.block)
         return slice(first, first - (-(tokens.stop - tokens.start) // asked.block))
 
     every = slice(None)

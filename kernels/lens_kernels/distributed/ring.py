@@ -16,7 +16,6 @@ from lens_kernels.distributed.parts import (
     Asked,
     Keys,
     Queries,
-    Sums,
     states,
     sums,
 )
@@ -128,8 +127,7 @@ def ring_attention(
     keys = Keys(key, value, labels[1], groups, layout.pieces(links.rank))
     found = _first(asked, queries, keys, layout, links, transfer)
     whole = merge(found[0], sink_logits=sink_logits)
-    statistics_ = {name: whole.statistics[name] for name in whole.statistics}
-    statistics_["lse"] = whole.lse
+    statistics_ = {"lse": whole.lse, **whole.statistics}
     if "value_norm" in names:
         statistics_["value_norm"] = whole.output.norm(dim=-1)
     if asked.sums:
@@ -286,10 +284,7 @@ def _second(
     size = layout.size(rank)
     received = lse.new_zeros(*lines, size)
     diagonal = lse.new_zeros(*lines, asked.distances if "diagonal" in asked.sums else 0)
-    maps: dict[int, tuple[Tensor, Tensor]] = {}  # of the keys of each rank
-
-    def blocks(of: int) -> int:
-        return sum(-(-(stop - start) // asked.block) for start, stop in layout.pieces(of))
+    maps: dict[int, tuple[Tensor, Tensor]] = {}  # mass and largest, of the keys of each rank
 
     if transfer == "keys":
 
@@ -322,34 +317,27 @@ def _second(
                 maps[helper] = (back[0], back[1])
 
         def room(helper: int) -> list[Tensor]:
-            shape = (*lines, blocks(rank), blocks(helper))
+            shape = (*lines, *(layout.size(one, asked.block) for one in (rank, helper)))
             return [lse.new_empty(shape), lse.new_empty(shape)] if wants_maps else []
 
         given = [queries.query, lse]
         _Rotation(links, layout, [2, 2], given, with_queries, take_maps).run(room)
-    found = Sums(received, diagonal, *_joined(asked, maps, layout))
-    tensors = {"received": found.received}
+
+    def joined(number: int) -> Tensor:
+        """Maps over the keys of each rank as one over all keys, in their order."""
+        parts = [maps[one][number] for one in range(layout.ranks)]
+        return layout.join(parts, 3, asked.block)
+
+    tensors = {"received": received}
     if "diagonal" in asked.sums:
-        tensors["diagonal"] = links.add(found.diagonal)
+        tensors["diagonal"] = links.add(diagonal)
     if "block_max" in asked.sums:
-        tensors["block_max"] = found.largest
+        tensors["block_max"] = joined(1)
     if "block_mass" in asked.sums:
         local = layout.local(rank)
         seen = [seen_rows(lse[:, :, part] > -_INF, asked.block) for part in local]
-        tensors["block_mass"] = found.mass / torch.cat(seen, -1)[..., None]
+        tensors["block_mass"] = joined(0) / torch.cat(seen, -1)[..., None]
     return tensors
-
-
-def _joined(
-    asked: Asked, maps: dict[int, tuple[Tensor, Tensor]], layout: Layout
-) -> tuple[Tensor, Tensor]:
-    """Maps over the keys of each rank as maps over all keys, in their order."""
-    if not {"block_mass", "block_max"} & asked.sums:
-        nothing = torch.empty(0)
-        return nothing, nothing
-    parts = [maps[rank] for rank in range(layout.ranks)]
-    mass, largest = ([part[number] for part in parts] for number in (0, 1))
-    return layout.join(mass, 3, asked.block), layout.join(largest, 3, asked.block)
 
 
 def _present(**tensors: Tensor | None) -> tuple[list[Tensor], list[str]]:
