@@ -18,7 +18,7 @@ from torch import Tensor
 from lens.common.errors import LensError
 from lens.common.head_ids import HeadId
 from lens.edits._rows import Rows, dropped, forced, moved, revalued, scaled, sunk
-from lens.edits.base import AttentionEdit, grouped, part_of
+from lens.edits.base import AttentionEdit, grouped, part_of, queries_at
 from lens.passes.calls import LayerCall, attend
 from lens.passes.keys import Keys, KeysAt, members
 
@@ -136,22 +136,12 @@ class KeyedEdit(AttentionEdit):
 
 
 def _rows(queries: Keys, call: LayerCall, at: KeysAt) -> Tensor:
-    """bool [batch, queries]: the chosen ones; they are the last keys, or all of another sequence.
-
-    Raises:
-        LensError: one token at a time on a source, whose place is not known.
-    """
-    count = call.query.shape[2]
-    if not call.cross:
-        found = members("queries", queries, at)[:, -count:]
-        return found & (at.positions[:, -count:] >= 0)
-    if call.step:
-        raise LensError(
-            "which token of the target a query of a later step is, cross-attention does not say; edit chosen "
-            "queries in one pass over the whole target"
-        )
-    place = torch.arange(count, device=at.positions.device).expand(len(at.positions), -1)
-    return members("queries", queries, replace(at, positions=place, tokens=None))
+    """bool [batch, queries]: the chosen ones; they are the last keys, or tokens of another sequence."""
+    places = queries_at(call, at)
+    if call.cross:
+        return members("queries", queries, replace(at, positions=places, tokens=None))
+    found = members("queries", queries, at)[:, -call.query.shape[2] :]
+    return found & (places >= 0)
 
 
 def edited_together(

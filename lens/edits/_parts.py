@@ -11,17 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from lens.common.errors import LensError
-from lens.edits.base import AttentionEdit
+from lens.edits.base import AttentionEdit, queries_at
 from lens.models.loaded import LoadedModel
 from lens.passes.calls import LayerCall, attend
-from lens.passes.head_outputs import read_heads
-from lens.passes.inputs import Prompt, read_prompts
+from lens.passes.head_outputs import FEWEST, mean_heads, tokens_of
+from lens.passes.inputs import read_prompts
 from lens.passes.keys import KeysAt
 from lens.passes.sessions import base
 from lens.passes.stream import changed
-
-FEWEST = 2
-"""Prompts that a mean at a position is taken over at least."""
 
 
 class HeadsOut(AttentionEdit):
@@ -42,10 +39,9 @@ class HeadsOut(AttentionEdit):
         instead = torch.zeros((), dtype=output.dtype, device=output.device)
         if self._means is not None:
             mean = self._means[call.layer].to(output.device)
-            places = torch.zeros_like(at.positions)
-            if mean.shape[1] > 1:
-                places = at.positions.clamp(min=0)
-            places = places[:, -output.shape[2] :]
+            places = queries_at(call, at).clamp(min=0)
+            if mean.shape[1] == 1:
+                places = torch.zeros_like(places)
             if int(places.max()) >= mean.shape[1]:
                 raise LensError(
                     f"position {int(places.max())} has no mean: fewer than {FEWEST} of the prompts that "
@@ -124,37 +120,6 @@ class Means:
         )
 
 
-def mean_heads(model: LoadedModel, prompts: Any, keep_positions: bool) -> list[Tensor]:
-    """Per layer [heads, positions | 1, value_dim], mean output of every head over prompts.
-
-    Raises:
-        LensError: no position that `FEWEST` prompts reach, or prompts without tokens.
-    """
-    ids = [_ids(prompt) for prompt in read_prompts(model, prompts)[0]]
-    lengths = sorted((len(one) for one in ids), reverse=True)
-    longest = lengths[FEWEST - 1] if len(lengths) >= FEWEST else 0
-    if keep_positions and not longest:
-        raise LensError(
-            "the mean over one prompt is that prompt, so nothing would change; take more prompts, or "
-            "baseline='pooled_mean', the mean over positions too"
-        )
-    sums: list[Tensor] = [torch.zeros(())] * model.info.layers
-    counts = torch.zeros(longest if keep_positions else 1, dtype=torch.float64)
-    for one in ids:
-
-        def add(layer: int, output: Tensor) -> None:
-            z = output[0].double().cpu()  # [heads, queries, value_dim]
-            if not keep_positions:
-                sums[layer] = sums[layer] + z.sum(1, keepdim=True)
-                return
-            z = z[:, :longest]
-            sums[layer] = sums[layer] + nn.functional.pad(z, (0, 0, 0, longest - z.shape[1]))
-
-        read_heads(model, torch.tensor([one]), add)
-        counts[: len(one)] += 1 if keep_positions else len(one)
-    return [total / counts[None, :, None] for total in sums]
-
-
 def mean_sublayers(
     model: LoadedModel, prompts: Any, modules: Mapping[str, nn.Module]
 ) -> dict[str, Tensor]:
@@ -171,7 +136,7 @@ def mean_sublayers(
             stack.callback(module.register_forward_hook(hook).remove)
         for prompt in read_prompts(model, prompts)[0]:
             base(model)(**prompt.inputs)
-            tokens += len(_ids(prompt))
+            tokens += len(tokens_of(prompt))
     return {name: total / tokens for name, total in sums.items()}
 
 
@@ -227,12 +192,6 @@ def _positions(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     if isinstance(real, Tensor) and real.dim() == 2:
         places = places - real.int().argmax(-1)[:, None]
     return places
-
-
-def _ids(prompt: Prompt) -> list[int]:
-    if prompt.ids is None:
-        raise LensError("a mean is taken over prompts of tokens")
-    return prompt.ids
 
 
 def _first(output: Any) -> Tensor:

@@ -156,6 +156,15 @@ class AttentionEdit(ABC):
         return KeysAt(call.layer, call.step, place - first[:, None], call.tokens)
 
 
+def queries_at(call: LayerCall, at: KeysAt) -> torch.Tensor:
+    """[batch, queries]: places of the queries, those of the last keys; of cross-attention of the target's tokens."""
+    count = call.query.shape[2]
+    if not call.cross:
+        return at.positions[:, -count:]
+    places = torch.arange(call.seen, call.seen + count, device=at.positions.device)
+    return places.expand(len(at.positions), -1)
+
+
 def part_of(call: LayerCall, heads: torch.Tensor, start: int = 0) -> LayerCall:
     """The call of some heads only, each with its own keys, from query `start` on."""
     share = call.query.shape[1] // call.key.shape[1]

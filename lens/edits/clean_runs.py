@@ -22,11 +22,13 @@ class CleanRun:
         predictions: [tokens, vocab], log probabilities of what follows each token.
         received: [layers, heads, keys], attention that each key receives, summed over the queries.
         alpha: [layers, heads, keys], mean over the queries that see it; NaN where too few do.
+        queries: how many there are.
     """
 
     predictions: torch.Tensor
     received: torch.Tensor
     alpha: torch.Tensor
+    queries: int
 
 
 class CleanRuns:
@@ -57,10 +59,16 @@ class CleanRuns:
 
     def run(self, prompt: Prompt, rows: torch.Tensor | None = None) -> CleanRun:
         """The prompt run now; `rows`: bool [tokens], whose attention is looked at; None: all."""
-        watch = Watch(rows=rows, ahead=not predicts_next(self.model))
+        watch = Watch(rows=rows, ahead=looks_ahead(self.model))
         found = predictions(self.model, prompt, watch.on_layer, parts=True)
         received = of_layers(self.model, torch.stack(watch.received))
-        return CleanRun(found, received, of_layers(self.model, watch.alpha()))
+        alpha = of_layers(self.model, watch.alpha())
+        return CleanRun(found, received, alpha, watch.queries)
+
+
+def looks_ahead(model: LoadedModel) -> bool:
+    """Whether layers may see later tokens, or those of another sequence, and predictions are none the worse."""
+    return model.chosen in ("encoder", "cross") or not predicts_next(model)
 
 
 def of_layers(model: LoadedModel, values: torch.Tensor) -> torch.Tensor:

@@ -73,12 +73,28 @@ class Case:
 
     def members(self, name: str, keys: Keys | None) -> Tensor:
         """bool [layers, keys]: which keys are meant."""
-        return torch.stack([self._members(name, keys, layer) for layer in range(len(self.free))])
+        part, prompt = self.runs.model.chosen, self.prompt
+        ids = prompt.ids if part in ("encoder", "cross") else prompt.predicted
+        layers, count = self.free.shape
+        found = [_members(name, keys, layer, count, ids) for layer in range(layers)]
+        return torch.stack(found)
 
-    def _members(self, name: str, keys: Keys | None, layer: int) -> Tensor:
-        ids = torch.tensor([self.prompt.ids])
-        at = KeysAt(layer, 0, torch.arange(ids.shape[1])[None], ids)
-        return members(name, () if keys is None else keys, at)[0]
+    def rows(self, name: str, queries: Keys) -> Tensor:
+        """bool [queries]: which rows are meant."""
+        if self.runs.model.chosen == "cross":
+            return _members(name, queries, 0, self.before.queries, None)
+        return self.members(name, queries)[0]
+
+    def scored(self, places: Keys) -> Tensor:
+        """bool [tokens]: which of the tokens that are predicted are meant."""
+        ids = self.prompt.predicted or []
+        return _members("scored", places, 0, len(ids), ids)
+
+
+def _members(name: str, keys: Keys | None, layer: int, count: int, ids: list[int] | None) -> Tensor:
+    tokens = torch.tensor([ids]) if ids is not None and len(ids) == count else None
+    at = KeysAt(layer, 0, torch.arange(count)[None], tokens)
+    return members(name, () if keys is None else keys, at)[0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,11 +166,13 @@ class OfKeys(Kind):
         if isinstance(edit, Knockout | Force):
             self.usual = self.usual[:-1]
             self.why["self"] = "its rows are chosen already"
+        elif model.chosen == "cross":
+            self.why["self"] = "keys of the source are no rows of the target"
 
     def rows(self, case: Case) -> Tensor | None:
         if not isinstance(self._edit, Knockout | Force):
             return None
-        return case.members("queries", self._edit.queries)[0]
+        return case.rows("queries", self._edit.queries)
 
     def sources(self, case: Case) -> Tensor:
         found = case.members("keys", self._keys)
@@ -184,7 +202,7 @@ class OfKeys(Kind):
         """[layers, heads, keys] that each key receives from the edited rows, and how many they are."""
         rows = self.rows(case)
         if rows is None:
-            return case.before.received, case.before.received.shape[-1]
+            return case.before.received, case.before.queries
         return case.runs.run(case.prompt, rows).received, int(rows.sum())
 
     def _others(self, control: str, source: Tensor, received: Tensor, case: Case) -> Tensor:
@@ -233,7 +251,7 @@ class OfWholeHeads(Kind):
         return found
 
     def trial(self, condition: str, case: Case) -> Trial:
-        mass = case.before.received[..., 0] / case.before.received.shape[-1]  # [layers, heads]
+        mass = case.before.received[..., 0] / case.before.queries  # [layers, heads]
         chosen, parts, edit = self.chosen, self._parts, self._edit
         if condition != "edit":
             if bool(chosen.any()):

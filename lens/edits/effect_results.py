@@ -43,6 +43,7 @@ class Effect(Result):
         bos: "added", "absent" or "mixed".
         seed: of controls and bootstrap.
         missing: control -> why there is none.
+        part: of an encoder-decoder whose heads were edited; `tokens` are those of the targets then.
         metric, task: names, of a task.
         held: where the attention lay that `mass` counts, in words.
     """
@@ -57,6 +58,7 @@ class Effect(Result):
     bos: str
     seed: int
     missing: dict[str, str] = field(default_factory=dict)
+    part: str = ""
     metric: str = ""
     task: str = ""
     held: str = "lay there"
@@ -123,10 +125,11 @@ class Effect(Result):
             sentences.append(self._beside(str(control), row, edited))
         sentences += self._moved()
         lengths = f"{min(self.tokens)} to {max(self.tokens)}"
-        text = (
-            f"Measured on {len(self.tokens)} prompts of {lengths} tokens, BOS {self.bos}; intervals "
-            "are 95 % over prompts"
-            + (", and there is none for one prompt." if len(self.tokens) == 1 else ".")
+        what = f"prompts of {lengths} tokens, BOS {self.bos}"
+        if self.part:
+            what = f"targets of {lengths} tokens, heads of the {self.part} part"
+        text = f"Measured on {len(self.tokens)} {what}; intervals are 95 % over prompts" + (
+            ", and there is none for one prompt." if len(self.tokens) == 1 else "."
         )
         return (*sentences, Sentence(text, kind="limit"))
 

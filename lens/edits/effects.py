@@ -16,7 +16,7 @@ from torch import Tensor
 from lens.common.choices import check_choice, check_counts
 from lens.common.errors import LensError
 from lens.common.progress import advancing
-from lens.edits.clean_runs import CleanRuns, clean_runs, of_layers
+from lens.edits.clean_runs import CleanRuns, clean_runs, looks_ahead, of_layers
 from lens.edits.controls import CONTROLS, DRAWN, Case, Control, Kind, Trial, kinds_of
 from lens.edits.effect_results import Effect
 from lens.edits.freezing import Freeze
@@ -25,9 +25,10 @@ from lens.edits.losses import MEASURES, bos_policy, changes_of, predicted, predi
 from lens.edits.parts import Ablate
 from lens.edits.watching import Watch
 from lens.models.loaded import LoadedModel
-from lens.passes.inputs import Prompt, read_prompts
+from lens.passes.inputs import Prompt
 from lens.passes.keys import Keys
 from lens.passes.logits import check_predicts_tokens, fills_masks, predicts_next
+from lens.passes.sources import read_any
 from lens.tasks.task import Task
 
 if TYPE_CHECKING:
@@ -56,7 +57,8 @@ def effect(
     key took its place. Where the mass control could not reach the keys' mass, its row says so in `mass`.
 
     Args:
-        model: a causal language model, as `lens.load` returns it.
+        model: a causal language model, as `lens.load` returns it; or `model.part("cross")` or another part of
+            an encoder-decoder, whose prompts are sources with targets: the loss is that of the target.
         prompts: as for `lens.capture`, texts with images too (of an image no token is predicted); or a
             `lens.tasks.Task`, whose metric is measured beside the loss of its clean prompts (of a
             classifier and of a model that fills in masked tokens beside the loss of its answers).
@@ -68,7 +70,7 @@ def effect(
         draws: of each random control; their mean counts.
         amounts: of the edit, each once, instead of its own; the controls edit the same at each.
         among: keys that controls may take; None: all.
-        scored: positions whose next token is measured; None: all.
+        scored: positions (of a target) whose next token is measured; None: all.
         seed: of controls and bootstrap.
         clean: runs without an edit that other tests share with this one.
         progress: show a bar.
@@ -82,6 +84,8 @@ def effect(
         >>> found = lens.effect(model, texts, lens.edits.Mask("first", heads=["L1H0"]))
         >>> found.table()[["condition", "amount", "mass", "delta_loss", "delta_loss_low"]]
         >>> lens.effect(model, task, lens.edits.Ablate("L1H0", "mean"), controls=8).findings()
+        >>> pairs = [([3, 4, 5, 6], [2, 30, 31, 32]), ([9, 8, 7], [2, 40, 41])]
+        >>> lens.effect(translator.part("cross"), pairs, lens.edits.Ablate("L1H0", "pooled_mean")).findings()
     """
     if isinstance(controls, int):
         check_counts(controls=controls)
@@ -97,16 +101,17 @@ def effect(
     if doses is not None and (not doses or len(set(doses)) < len(doses)):
         raise LensError(f"amounts must be different, at least one; got {list(amounts or ())}")
     task = prompts if isinstance(prompts, Task) else None
+    if isinstance(model, LoadedModel):
+        model.check_part()
     if task is None:
         _check_predicts_next(model)
     else:
         task.check(model)
         _refuse_pictures(model, task, scored)
         task.refuse_lengths("lens.effect")
-    read = read_prompts(model, prompts if task is None else task.clean, whole=True)[0]
-    for prompt in read:
-        two_tokens(prompt.ids)
-    whole = prompts if task is None else task.clean
+    whole = prompts if task is None else task.as_prompts
+    read = read_any(model, whole)[0]
+    ids = [two_tokens(prompt.predicted) for prompt in read]
     edits_of = _edits_of(model, edit, whole)
     first = edits_of(read[0])
     kinds = kinds_of(model, first)
@@ -129,7 +134,6 @@ def effect(
             own = kinds_of(model, edits_of(prompt)) if number else kinds
             run.prompt(number, prompt, own, conditions, draws, among)
             advance(1)
-    ids = [two_tokens(prompt.ids) for prompt in read]
     several = [doses] if doses else [[one.dose for one in first][:1]]
     return Effect(
         values=run.values(conditions),
@@ -143,6 +147,7 @@ def effect(
         seed=seed,
         missing=missing,
         held=" or ".join(dict.fromkeys(kind.held for kind in kinds)),
+        part=model.chosen,
         metric="" if task is None else task.metric,
         task="" if task is None else task.name,
     )
@@ -177,14 +182,16 @@ class _Run:
     ) -> None:
         """All conditions of one prompt at all amounts."""
         before = self._runs.of(prompt)
-        everywhere = torch.ones(self._model.info.layers, len(prompt.ids or ()), dtype=torch.bool)
+        everywhere = torch.ones(
+            self._model.info.layers, before.received.shape[-1], dtype=torch.bool
+        )
         case = Case(prompt, before, self._runs, everywhere, self._random)
         if among is not None:
             case = replace(case, free=case.members("among", among))
         nexts = predicts_next(self._model)
         kept = predicted(self._model, prompt) if nexts else torch.ones(1, dtype=torch.bool)
         if self._scored is not None:
-            kept = kept & case.members("scored", self._scored)[0, :-1].to(kept.device)
+            kept = kept & case.scored(self._scored)[:-1].to(kept.device)
             if not bool(kept.any()):
                 raise LensError("scored holds no position of a prompt whose next token is text")
         for condition in conditions:
@@ -236,8 +243,7 @@ class _Run:
         running = [one.start(self._model, "auto") for one in edits]
         attention = [one.attention for one in running if one.attention is not None]
         rows = kinds[0].rows(case) if len(kinds) == 1 and record else None
-        ahead = not predicts_next(self._model)
-        watch = Watch(*attention, rows=rows, record=record, ahead=ahead)
+        watch = Watch(*attention, rows=rows, record=record, ahead=looks_ahead(self._model))
         with ExitStack() as stack:
             for one in running:
                 stack.enter_context(one.hooks)
@@ -258,7 +264,7 @@ class _Run:
             at = self._task.positions[number].to(after.device)
             changed = changes_of(before[at], after[at], self._task.correct[number].to(after.device))
         else:
-            ids = torch.tensor(case.prompt.ids, device=after.device)
+            ids = torch.tensor(case.prompt.predicted, device=after.device)
             changed = changes_of(before[:-1][kept], after[:-1][kept], ids[1:][kept])
         found: dict[str, float] = dict(zip(MEASURES, changed, strict=True))
         if self._task is not None:

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from lens.common.errors import LensError
-from lens.edits.base import AttentionEdit
+from lens.edits.base import AttentionEdit, queries_at
 from lens.edits.language import OfHeads, Running
 from lens.models.loaded import LoadedModel
 from lens.passes.calls import LayerCall, attend
-from lens.passes.inputs import read_prompts
 from lens.passes.keys import KeysAt
 from lens.passes.sessions import base, listening
+from lens.passes.sources import read_any
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Patterns:
             LensError: prompts of several lengths.
         """
         found: list[list[LayerCall]] = []
-        for prompt in read_prompts(model, prompts, whole=True)[0]:
+        for prompt in read_any(model, prompts)[0]:
             calls: list[LayerCall] = []
 
             def keep(call: LayerCall, calls: list[LayerCall] = calls) -> Tensor:
@@ -91,9 +91,10 @@ class Patterns:
             with torch.no_grad(), listening(model, keep, parts=True):
                 (model.model if "pixel_values" in prompt.inputs else base(model))(**prompt.inputs)
             found.append(calls)
-        lengths = sorted({calls[0].query.shape[2] for calls in found})
+        lengths = sorted({(calls[0].query.shape[2], calls[0].key.shape[2]) for calls in found})
         if len(lengths) > 1:
-            raise LensError(f"prompts of Freeze must have one length, got {lengths}")
+            shown = [queries if queries == keys else (keys, queries) for queries, keys in lengths]
+            raise LensError(f"prompts of Freeze must have one length, got {shown}")
         layers = {(calls[0].layer, calls[0].part): calls for calls in zip(*found, strict=True)}
         return Patterns(
             {at: torch.cat([call.query for call in calls]) for at, calls in layers.items()},
@@ -128,16 +129,17 @@ class FrozenEdit(AttentionEdit):
         self.calls += 1
         at_layer = call.layer, call.part
         query, key = (one[at_layer] for one in (self._patterns.query, self._patterns.key))
-        batch, places = len(call.query), at.positions
+        batch, places, rows = len(call.query), at.positions, queries_at(call, at)
         if len(query) not in (1, batch):
             raise LensError(f"Freeze holds {len(query)} prompts and the model runs {batch}")
-        length = query.shape[2]
-        if int(places.max()) >= length or (not call.mask.causal and places.shape[1] != length):
-            raise LensError(
-                f"Freeze holds the pattern of {length} tokens and the model runs {int(places.max()) + 1}; "
-                "give prompts as long as what is run"
-            )
-        query = _at(query, places[:, -call.query.shape[2] :]).to(call.query)
+        for here, length in ((places, key.shape[2]), (rows, query.shape[2])):
+            whole = here is rows or call.mask.causal or here.shape[1] == length
+            if int(here.max()) >= length or not whole:
+                raise LensError(
+                    f"Freeze holds the pattern of {length} tokens and the model runs {int(here.max()) + 1}; "
+                    "give prompts as long as what is run"
+                )
+        query = _at(query, rows).to(call.query)
         key = _at(key, places).to(call.key)
         if bool(heads.all()):
             return replace(call, query=query, key=key, value=_of_heads(call.value, call))

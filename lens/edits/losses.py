@@ -43,7 +43,7 @@ def predictions(
     Raises:
         LensError: a model without a language model's logits.
     """
-    ids = prompt.ids or []
+    ids = prompt.predicted or []
     with torch.no_grad(), listening(model, on_layer, exclusive=True, parts=parts):
         if prompt.inputs.keys() <= {"input_ids"}:
             output = model.model(torch.tensor([ids], device=model.device))
@@ -70,9 +70,9 @@ def predicted(model: LoadedModel, prompt: Prompt) -> Tensor:
     Raises:
         LensError: there is none.
     """
-    target = torch.tensor((prompt.ids or [])[1:], device=model.device)
+    target = torch.tensor((prompt.predicted or [])[1:], device=model.device)
     scored = torch.ones_like(target, dtype=torch.bool)
-    if "pixel_values" in prompt.inputs:
+    if "pixel_values" in prompt.inputs and prompt.target is None:
         scored = target != image_token(model.model.config)
     if not bool(scored.any()):
         raise LensError(

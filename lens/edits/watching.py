@@ -30,6 +30,7 @@ class Watch:
             where edits leave it no softmax with fixed weights (`Move` to some of the others, a recipe,
             several on one head); 0 of heads that are taken out.
         visible: per layer [keys], number of these queries that see each key.
+        queries: of all.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class Watch:
         `ahead`: layers may see later tokens, as no next token is predicted."""
         self.received: list[Tensor] = []
         self.visible: list[Tensor] = []
+        self.queries = 0
         self._edits, self._rows, self._record, self._ahead = edits, rows, record, ahead
         self._together = Together(list(edits), "auto")
 
@@ -58,7 +60,7 @@ class Watch:
                 "effect needs a causal language model"
             )
         if self._record and not call.part:  # a layer that attends twice does so with one pattern
-            keys = call.key.shape[2]
+            keys, self.queries = call.key.shape[2], call.query.shape[2]
             at = KeysAt(
                 call.layer, 0, torch.arange(keys, device=call.key.device)[None], call.tokens
             )

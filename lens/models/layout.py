@@ -147,7 +147,17 @@ def named_sublayers(model: LoadedModel) -> dict[str, nn.Module]:
 
 
 def _row(model: LoadedModel) -> tuple[Architecture | None, str, nn.Module]:
-    """Its row or None, the name of its kind, and the module without a head."""
+    """Its row or None, the name of its kind, and the module without a head.
+
+    Raises:
+        LensError: an encoder-decoder.
+    """
+    if model.parts:
+        raise LensError(
+            f"{model.info.class_name} is an encoder-decoder with two residual streams, and what rests on one "
+            "(sub-layers, Activation, circuits, direct attribution, weights) does not take it; edits of attention, "
+            "Ablate of heads, lens.effect and lens.heads.importance take model.part('cross')"
+        )
     root: Any = model.model.original_model if model.is_bridge else model.model
     config = getattr(root, "config", None)
     if config is None or not hasattr(config, "get_text_config"):

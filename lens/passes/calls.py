@@ -32,6 +32,7 @@ class LayerCall:
         part: which of a layer's calls in this pass; above 0 where it attends twice.
         place: of an encoder-decoder "encoder", "decoder" or "cross"; "" of any other model.
         step: forward pass of the session, from 0; generation has one for the prompt and one per token.
+        seen: tokens that a cache held before this pass.
     """
 
     query: Float[Tensor, "batch heads queries head_dim"]
@@ -48,6 +49,7 @@ class LayerCall:
     part: int = 0
     place: str = ""
     step: int = 0
+    seen: int = 0
 
     @property
     def cross(self) -> bool:

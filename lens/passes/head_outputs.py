@@ -20,12 +20,16 @@ from lens.common.errors import LensError
 from lens.common.head_ids import HeadId
 from lens.models.loaded import LoadedModel
 from lens.passes.calls import LayerCall, attend
-from lens.passes.logits import logits_of
+from lens.passes.inputs import Prompt, read_prompts
+from lens.passes.logits import Given, logits_of
 from lens.passes.sessions import listening
+from lens.passes.sources import read_any
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
+FEWEST = 2
+"""Prompts that a mean at a position is taken over at least."""
 Source = Callable[[int, Tensor], Tensor]
 """(layer, z [rows, heads, queries, value_dim]) -> what to put in place of z, broadcastable to it."""
 
@@ -56,9 +60,9 @@ def read_calls(model: LoadedModel, ids: Int[Tensor, "batch tokens"]) -> list[Lay
 
 
 def read_heads(
-    model: LoadedModel, ids: Int[Tensor, "batch tokens"], keep: Callable[[int, Tensor], None]
+    model: LoadedModel, ids: Given, keep: Callable[[int, Tensor], None]
 ) -> Float[Tensor, "batch tokens vocab"]:
-    """Logits of token ids; z [rows, heads, queries, value_dim] of each layer goes to `keep`.
+    """Logits of what is given; z [rows, heads, queries, value_dim] of each layer goes to `keep`.
 
     Raises:
         LensError: as `lens.capture`, or layers that are not those of `model.info`.
@@ -67,9 +71,65 @@ def read_heads(
         return _run(model, ids, _Reader(keep))
 
 
+def mean_heads(model: LoadedModel, prompts: Any, keep_positions: bool) -> list[Tensor]:
+    """Per layer [heads, positions | 1, value_dim], mean output of every head over prompts.
+
+    Raises:
+        LensError: no position that `FEWEST` prompts reach, or prompts without tokens.
+    """
+    if model.parts:
+        given = [prompt.inputs for prompt in read_any(model, prompts)[0]]
+    else:
+        given = [torch.tensor([tokens_of(prompt)]) for prompt in read_prompts(model, prompts)[0]]
+    if keep_positions and len(given) < FEWEST:
+        raise LensError(
+            "the mean over one prompt is that prompt, so nothing would change; take more prompts, or "
+            "baseline='pooled_mean', the mean over positions too"
+        )
+    sums: list[Tensor] = [torch.zeros(())] * model.info.layers
+    lengths: list[int] = []  # rows of each prompt: of its tokens, or of those of its target
+    for one in given:
+        rows: dict[int, int] = {}
+
+        def add(layer: int, output: Tensor, rows: dict[int, int] = rows) -> None:
+            z = output[0].double().cpu()  # [heads, queries, value_dim]
+            rows[layer] = z.shape[1]
+            if not keep_positions:
+                z = z.sum(1, keepdim=True)
+            sums[layer] = _padded(sums[layer], z.shape[1]) + _padded(z, _rows(sums[layer]))
+
+        read_heads(model, one, add)
+        lengths.append(next(iter(rows.values())))
+    if not keep_positions:
+        return [total / sum(lengths) for total in sums]
+    reached = sorted(lengths)[-FEWEST]
+    counts = torch.stack([torch.arange(reached) < length for length in lengths]).sum(0)
+    return [total[:, :reached] / counts[:, None] if total.dim() else total for total in sums]
+
+
+def _rows(total: Tensor) -> int:
+    return total.shape[1] if total.dim() else 0
+
+
+def _padded(z: Tensor, rows: int) -> Tensor:
+    """[heads, queries, value_dim] with zeros behind, up to so many queries."""
+    return nn.functional.pad(z, (0, 0, 0, max(0, rows - z.shape[1]))) if z.dim() else z
+
+
+def tokens_of(prompt: Prompt) -> list[int]:
+    """Its ids.
+
+    Raises:
+        LensError: a prompt without any.
+    """
+    if prompt.ids is None:
+        raise LensError("a mean is taken over prompts of tokens")
+    return prompt.ids
+
+
 def edited_logits(
     model: LoadedModel,
-    ids: Int[Tensor, "batch tokens"],
+    ids: Given,
     groups: Sequence[Sequence[HeadId]],
     sources: Sequence[Source],
     *,
@@ -79,7 +139,7 @@ def edited_logits(
 
     Args:
         model: as `lens.load` returns it.
-        ids: of the prompts.
+        ids: of the prompts, or all their inputs.
         groups: heads that are replaced together; each group runs on a copy of the rows.
         sources: of each group, what to put in their place; it sees z of the rows of that group.
         differentiable: keep the graph from what the sources return to the logits.
@@ -88,10 +148,8 @@ def edited_logits(
         LensError: as in `read_heads`.
     """
     with torch.set_grad_enabled(differentiable):
-        logits = _run(
-            model, ids.repeat(len(groups), *[1] * (ids.dim() - 1)), _Editor(groups, sources)
-        )
-    return logits.unflatten(0, (len(groups), len(ids)))
+        logits = _run(model, _copies(ids, len(groups)), _Editor(groups, sources))
+    return logits.unflatten(0, (len(groups), -1))
 
 
 def edited_outputs(
@@ -101,17 +159,21 @@ def edited_outputs(
     sources: Sequence[Source],
 ) -> Any:
     """What the model returns, [groups * rows, ...], as in `edited_logits`, for any inputs [rows, ...]."""
-    copies = {
-        name: tensor.to(model.device).repeat(len(groups), *[1] * (tensor.dim() - 1))
-        for name, tensor in inputs.items()
-    }
+    copies = _copies({name: one.to(model.device) for name, one in inputs.items()}, len(groups))
     with torch.no_grad():
         return _run(model, copies, _Editor(groups, sources), lambda _, given: model.model(**given))
 
 
+def _copies(given: Given, count: int) -> Given:
+    """All rows, `count` times over."""
+    if isinstance(given, Tensor):
+        return given.repeat(count, *[1] * (given.dim() - 1))
+    return {name: one.repeat(count, *[1] * (one.dim() - 1)) for name, one in given.items()}
+
+
 def with_gradients(
     model: LoadedModel,
-    ids: Int[Tensor, "batch tokens"],
+    ids: Given,
     objective: Callable[[Tensor], Tensor],
     *,
     blocked: Sequence[nn.Module] = (),
@@ -120,7 +182,7 @@ def with_gradients(
 
     Args:
         model: as `lens.load` returns it.
-        ids: [rows, tokens].
+        ids: [rows, tokens], or all inputs.
         objective: logits [rows, tokens, vocab] -> [rows]; their sum is differentiated.
         blocked: sub-layers whose outputs no gradient passes (GradDrop).
 

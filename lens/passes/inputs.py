@@ -38,6 +38,11 @@ class Prompt:
     target: list[int] | None = None
 
     @property
+    def predicted(self) -> list[int] | None:
+        """Ids each of which is predicted from those before it: the target's, of other models the prompt's own."""
+        return self.ids if self.target is None else self.target
+
+    @property
     def sha256(self) -> str:
         """Of the text; of the bytes of the inputs where no text was passed."""
         digest = hashlib.sha256()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torch import Tensor
 
@@ -10,8 +11,10 @@ from lens.common.errors import LensError
 from lens.models.loaded import LoadedModel, check_loaded
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int
+    from jaxtyping import Float
 
+Given: TypeAlias = Tensor | Mapping[str, Tensor]
+"""Token ids [rows, tokens] or pixel values; of an encoder-decoder its inputs by name."""
 _WHOLE = ("ForSequenceClassification", "ForImageClassification")
 
 
@@ -51,17 +54,17 @@ def predicts_next(model: LoadedModel) -> bool:
     return labels_of(model) is None and not fills_masks(model)
 
 
-def logits_of(
-    model: LoadedModel,
-    ids: Int[Tensor, "batch tokens"] | Float[Tensor, "batch channels height width"],
-) -> Float[Tensor, "batch tokens vocab"]:
-    """Logits of token ids or pixel values; of a classifier [batch, 1, labels].
+def logits_of(model: LoadedModel, ids: Given) -> Float[Tensor, "batch tokens vocab"]:
+    """Logits of token ids or pixel values; of a classifier [batch, 1, labels], of an encoder-decoder of the target.
 
     Raises:
         LensError: the model returns none.
     """
-    dtype = model.dtype if ids.is_floating_point() else None
-    result: Any = model.model(ids.to(model.device, dtype))
+    if isinstance(ids, Mapping):
+        result: Any = model.model(**ids)
+    else:
+        dtype = model.dtype if ids.is_floating_point() else None
+        result = model.model(ids.to(model.device, dtype))
     logits = result if isinstance(result, Tensor) else getattr(result, "logits", None)
     if isinstance(logits, Tensor) and logits.dim() == 2 and labels_of(model) is not None:
         logits = logits[:, None]

@@ -67,6 +67,7 @@ class Session:
         self._history = History()
         self._cache: Any = None  # of the last pass
         self._length = 0  # tokens that it held then
+        self._seen = 0  # and before it
 
     def attend(self, call: LayerCall) -> torch.Tensor:
         """See `interface.Listener`."""
@@ -78,7 +79,8 @@ class Session:
         # Of a model without one list of layers, the calls are counted.
         layer = len(self._parts) if self._layer is None else self._layer
         part, self._parts[layer, place] = self._parts[layer, place], self._parts[layer, place] + 1
-        call = replace(call, layer=layer, part=part, place=place, step=max(self._step, 0))
+        step = max(self._step, 0)
+        call = replace(call, layer=layer, part=part, place=place, step=step, seen=self._seen)
         new, keys = self._tokens_of(call), call.key.shape[2]
         tokens = new if call.cross else self._history.tokens(call, new)
         if tokens is not None:
@@ -131,6 +133,7 @@ class Session:
         if "pixel_values" in kwargs and self._target is None:  # BLIP: the decoder's are input_ids
             self._target = self._new
         self._cache = kwargs.get("past_key_values")
+        self._seen = _held(self._cache)
 
     def end(self) -> None:
         """The forward pass is over, by an exception perhaps."""

@@ -13,11 +13,39 @@ import torch
 
 from lens.common.errors import LensError, first_line
 from lens.models.loaded import LoadedModel
-from lens.passes.inputs import Prompt, accepted, check_ids, model_input, placed
+from lens.passes.inputs import (
+    Prompt,
+    accepted,
+    check_ids,
+    model_input,
+    placed,
+    read_prompts,
+)
 from lens.passes.sessions import base
 
 MOST_WRITTEN = 64
 """Tokens that the model writes where no target is given."""
+
+
+def read_any(model: LoadedModel, prompts: Any) -> tuple[list[Prompt], bool]:
+    """`read_sources` of an encoder-decoder, `read_prompts` with all inputs of any other model."""
+    if isinstance(model, LoadedModel) and model.parts:
+        return read_sources(model, prompts)
+    return read_prompts(model, prompts, whole=True)
+
+
+def paired(model: LoadedModel, sources: torch.Tensor, targets: torch.Tensor) -> dict[str, Any]:
+    """The inputs of an encoder-decoder: sources [rows, ...] and what its decoder reads [rows, tokens].
+
+    Raises:
+        LensError: a decoder that reads no tokens.
+    """
+    names = accepted(model)
+    reads = "decoder_input_ids" if "decoder_input_ids" in names else "input_ids"
+    main = model_input(model)
+    if main == reads or reads not in names:
+        raise LensError(f"the decoder of {model.info.class_name} reads no tokens")
+    return {main: placed(model, sources), reads: placed(model, targets)}
 
 
 def read_sources(model: LoadedModel, prompts: Any) -> tuple[list[Prompt], bool]:

@@ -1,13 +1,15 @@
 """Tasks that need no data set: copying random tokens, and predicting text."""
 
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from lens.common.errors import LensError
 from lens.models.loaded import LoadedModel
 from lens.models.vocabulary import around, windows
+from lens.passes.inputs import model_input
 from lens.passes.logits import check_predicts_tokens, fills_masks
+from lens.passes.sources import read_sources
 from lens.tasks.prompts import copied
 from lens.tasks.task import Task
 
@@ -58,7 +60,7 @@ def induction(
 
 def language_modelling(
     model: LoadedModel,
-    texts: str | Sequence[str] | Sequence[Sequence[int]],
+    texts: Any,
     *,
     length: int | None = None,
     n: int | None = None,
@@ -68,7 +70,8 @@ def language_modelling(
 
     Args:
         model: whose tokens to use.
-        texts: a text or several, cut into windows of `length` tokens, each between the
+        texts: of an encoder-decoder pairs (source, target) whose targets have one length, and whose sources have, as
+            for `lens.capture`. Of other models a text or several, cut into windows of `length` tokens, each between the
             special tokens that the tokenizer puts round a text; or windows of token ids, all of one length, taken as they are.
         length: tokens of a window of text, special ones included; None: what the model takes.
         n: use only the first n windows; None: all. The rest of a text that fills no window is left out.
@@ -82,6 +85,8 @@ def language_modelling(
         Task(language modelling: 4 prompts of 32 tokens, without corrupt ones; loss, less is better)
     """
     check_predicts_tokens(model)
+    if model.parts:
+        return _translating(model, texts, n, metric)
     if isinstance(texts, str):
         texts = [texts]
     if not len(texts):
@@ -104,6 +109,24 @@ def language_modelling(
         return _masked(model, "masked tokens", clean, metric, 0, first=0)
     positions = torch.arange(lengths[0] - 1).expand(len(found), -1)
     return Task("language modelling", clean, positions, clean[:, 1:], metric)
+
+
+def _translating(model: LoadedModel, pairs: Any, n: int | None, metric: str) -> Task:
+    """Predicting the targets of an encoder-decoder from the second token on."""
+    found = read_sources(model, pairs)[0][:n]
+    main = model_input(model)
+    sources = [prompt.inputs[main] for prompt in found]
+    targets = [prompt.target or [] for prompt in found]
+    lengths = sorted({len(one) for one in targets})
+    if len(lengths) != 1 or lengths[0] < 2 or len({one.shape for one in sources}) != 1:
+        raise LensError(
+            f"a task takes sources of one length and targets of one length of at least 2 tokens, got targets of {lengths}; "
+            "lens.effect and lens.heads.importance take the pairs themselves, of any lengths"
+        )
+    ids = torch.tensor(targets)
+    positions = torch.arange(lengths[0] - 1).expand(len(ids), -1)
+    clean = torch.cat(sources).cpu()
+    return Task("targets", clean, positions, ids[:, 1:], metric, targets=ids)
 
 
 def _cut(model: LoadedModel, text: str, length: int | None) -> list[list[int]]:

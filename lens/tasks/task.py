@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,7 +10,8 @@ from torch import Tensor
 from lens.common.errors import LensError
 from lens.models.loaded import LoadedModel, check_loaded
 from lens.passes.inputs import check_ids
-from lens.passes.logits import check_predicts_tokens, labels_of, logits_of
+from lens.passes.logits import Given, check_predicts_tokens, labels_of, logits_of
+from lens.passes.sources import paired
 from lens.tasks import metrics
 from lens.tasks.metrics import METRICS, AnswerSets
 
@@ -40,6 +42,8 @@ class Task:
         lengths: [prompts] tokens of each prompt that are its own, where these differ; what follows them
             no answer sees. None: all have one length, so that positions can be compared.
         dropped: what was left out when the task was made, and why, one sentence each.
+        targets: of an encoder-decoder [prompts, tokens] that its decoder reads; `clean` are the sources then (ids,
+            or [prompts, ...] of a sound or picture), and positions, answers and marks are in the targets.
         labels: how many a classifier chooses from, where the answers are labels of whole prompts
             (`positions` are 0) or of pictures (`clean` is [pictures, channels, height, width]); None:
             answers are tokens.
@@ -62,16 +66,21 @@ class Task:
     marks: Mapping[str, Tensor] = field(default_factory=dict)
     lengths: Tensor | None = None
     labels: int | None = None
+    targets: Tensor | None = None
 
     def __post_init__(self) -> None:
         pictures = self.labels is not None and self.clean.is_floating_point()
-        if self.clean.dim() != (4 if pictures else 2) or not self.clean.numel():
+        if self.targets is not None:
+            _check_targets(self.clean, self.targets)
+        elif self.clean.dim() != (4 if pictures else 2) or not self.clean.numel():
             raise LensError(
                 f"clean must be token ids [prompts, tokens], got the shape {list(self.clean.shape)}"
             )
         _same_shape("corrupt", self.corrupt, "clean", self.clean)
         _same_shape("correct", self.correct, "positions", self.positions)
         _same_shape("wrong", self.wrong, "positions", self.positions)
+        if self.targets is not None and self.lengths is not None:
+            raise LensError("targets have one length; leave lengths out")
         if self.positions.dim() != 2 or len(self.positions) != len(self.clean):
             raise LensError(
                 f"positions must be [prompts, answers] for {len(self.clean)} prompts, got the shape "
@@ -128,8 +137,17 @@ class Task:
 
     @property
     def length(self) -> int:
-        """Tokens of each prompt."""
-        return self.clean.shape[1]
+        """Tokens of each prompt; of an encoder-decoder of each target."""
+        return (self.clean if self.targets is None else self.targets).shape[1]
+
+    def given(self, model: LoadedModel, rows: Tensor, *, corrupt: bool = False) -> Given:
+        """What the model reads of these prompts: ids or pixel values, of an encoder-decoder all its inputs.
+
+        Raises:
+            LensError: no corrupt prompts.
+        """
+        clean = (self.corrupt_or_refuse() if corrupt else self.clean)[rows]
+        return clean if self.targets is None else paired(model, clean, self.targets[rows])
 
     @property
     def sign(self) -> int:
@@ -146,12 +164,14 @@ class Task:
         Raises:
             LensError: no corrupt prompts, or prompts that the model does not take.
         """
-        ids = self.corrupt_or_refuse() if corrupt else self.clean
         self.check(model)
+        if corrupt:
+            self.corrupt_or_refuse()
         found = []
         with torch.no_grad():
             for rows in self.chunks(self.rows_at_once(model)):
-                found.append(self.measure(logits_of(model, ids[rows]), rows).cpu())
+                logits = logits_of(model, self.given(model, rows, corrupt=corrupt))
+                found.append(self.measure(logits, rows).cpu())
         return torch.cat(found)
 
     def measure(self, logits: Tensor, rows: Tensor) -> Tensor:
@@ -212,6 +232,7 @@ class Task:
             sets=None if self.sets is None else self.sets.rows(rows),
             reference=some(self.reference),
             lengths=some(self.lengths),
+            targets=some(self.targets),
             marks={name: places[rows] for name, places in self.marks.items()},
         )
 
@@ -226,6 +247,14 @@ class Task:
         """The clean prompts' own tokens."""
         pairs = zip(self.clean, self.own, strict=True)
         return [ids[own].tolist() for ids, own in pairs]
+
+    @property
+    def as_prompts(self) -> Any:
+        """The clean prompts as `lens.capture` takes them; of an encoder-decoder pairs (source, target)."""
+        if self.targets is None:
+            return self.clean
+        sources = self.clean.split(1) if self.clean.is_floating_point() else self.clean
+        return list(zip(sources, self.targets, strict=True))
 
     def refuse_lengths(self, what: str) -> None:
         """What compares all positions of the prompts refuses those of several lengths.
@@ -271,7 +300,7 @@ class Task:
         found = []
         with torch.no_grad():
             for rows in self.chunks(self.rows_at_once(model)):
-                read = self._read(logits_of(model, self.clean[rows]), rows)
+                read = self._read(logits_of(model, self.given(model, rows)), rows)
                 found.append(read.log_softmax(-1).cpu())
         return replace(self, metric="kl", wrong=None, reference=torch.cat(found))
 
@@ -302,6 +331,13 @@ class Task:
                 f"the task {self.name!r} has {self.labels} labels and {model.info.class_name} chooses from "
                 f"{labels_of(model) or 'none'}; make it with the model that it is for"
             )
+        if bool(model.parts) != (self.targets is not None):
+            raise LensError(
+                f"the task {self.name!r} has {'no ' * (self.targets is None)}targets, and {model.info.class_name} is "
+                f"{'an' if model.parts else 'no'} encoder-decoder; lens.tasks.language_modelling(model, pairs) makes one"
+            )
+        for row in () if self.targets is None else self.targets.tolist():
+            check_ids(model, row)
         if self.clean.is_floating_point():
             return
         if model.info.vocab is None:
@@ -328,7 +364,9 @@ class Task:
         corrupt = "with" if self.corrupt is not None else "without"
         dropped = f", {len(self.dropped)} dropped" if self.dropped else ""
         length = self.length if self.lengths is None else _range(self.lengths)
-        if self.clean.is_floating_point():
+        if self.targets is not None:
+            what = f"{self.n} targets of {self.length} tokens"
+        elif self.clean.is_floating_point():
             what = f"{self.n} pictures of {self.clean.shape[2]} x {self.clean.shape[3]}"
         else:
             what = f"{self.n} prompts of {length} tokens"
@@ -336,6 +374,17 @@ class Task:
             f"Task({self.name}: {what}, {corrupt} corrupt ones"
             f"{dropped}; {self.metric}, {better} is better)"
         )
+
+
+def _check_targets(sources: Tensor, targets: Tensor) -> None:
+    """Raises LensError unless these are sources [prompts, ...] with targets [prompts, tokens]."""
+    if sources.dim() < 2 or targets.dim() != 2 or targets.is_floating_point():
+        raise LensError(
+            "targets must be token ids [prompts, tokens] beside sources [prompts, ...], got the shapes "
+            f"{list(targets.shape)} and {list(sources.shape)}"
+        )
+    if len(sources) != len(targets) or not targets.numel() or not sources.numel():
+        raise LensError(f"each source needs a target; got {len(sources)} and {len(targets)}")
 
 
 def _same_shape(name: str, tensor: Tensor | None, other_name: str, other: Tensor) -> None:

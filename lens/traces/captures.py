@@ -15,10 +15,10 @@ from lens.common.errors import LensError
 from lens.common.progress import advancing
 from lens.models.loaded import LoadedModel, check_loaded
 from lens.passes.calls import LayerCall, attend
-from lens.passes.inputs import Prompt, read_prompts
+from lens.passes.inputs import Prompt
 from lens.passes.pieces import check_pieces
 from lens.passes.sessions import listening, run
-from lens.passes.sources import read_sources
+from lens.passes.sources import read_any
 from lens.passes.split import check_split, processes
 from lens.traces.given import imported_traces
 from lens.traces.labels import read_labels
@@ -160,8 +160,7 @@ def capture(
     check_loaded(model)
     if model.parts:
         _refuse_on_parts(labels=labels, chunk=chunk, group=group)
-    reading = read_sources(model, prompts) if model.parts else None
-    found, is_single = reading or read_prompts(model, prompts, whole=True)
+    found, is_single = read_any(model, prompts)
     for prompt in found:
         _check_size(model, prompt, settings)
         if chunk is not None:

@@ -269,7 +269,7 @@ def test_importance_is_the_loss_of_the_target_without_the_head(baseline):
         expected = loss(pair, without) - loss(pair)
         assert found.per_prompt[1, 2, number] == pytest.approx(expected, abs=1e-5)
     assert found.table()["name"].is_unique
-    with pytest.raises(lens.LensError, match="method='ablation' alone"):
+    with pytest.raises(lens.LensError, match="measured by method='ablation'"):
         lens.heads.importance(cross, pairs, method="gradient")
     with pytest.raises(lens.LensError, match="targets of at least two tokens"):
         lens.heads.importance(cross, [([3, 4], [2])])

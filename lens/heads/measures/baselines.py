@@ -1,6 +1,7 @@
 """What is put in place of a head: zero, a mean, another prompt's output, the corrupt prompt's, a constant."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -45,13 +46,13 @@ class Baseline:
         self._fitted: dict[tuple[tuple[HeadId, ...], ...], list[Source]] = {}
         self._latest: tuple[tuple[int, ...], Source] | None = None
         self.intervention = Intervention(name, seed if name == "resample" else None)
-        self.donors: Tensor | None = None  # [prompts, tokens], whose outputs are put in
+        self._others: Task | None = None  # whose outputs are put in
         self._means: dict[int, Tensor] = {}
         if name == "counterfactual":
-            self.donors = task.corrupt_or_refuse()
+            self._others = replace(task, clean=task.corrupt_or_refuse())
         elif name == "resample":
             task.refuse_lengths("baseline='resample'")
-            self.donors = task.clean[_other_rows(task.n, seed)]
+            self._others = task.take(other_rows(task.n, seed))
         elif name in ("mean", "pooled_mean"):
             if name == "mean" and task.n < 2:
                 raise LensError(
@@ -66,6 +67,11 @@ class Baseline:
             fitted_on, self.rows = optimal.split(task.n, seed)
             self._constants = optimal.Constants(model, task, fitted_on, steps, seed)
             self.intervention = Intervention(name, seed, tuple(fitted_on.tolist()), steps)
+
+    @property
+    def donors(self) -> Tensor | None:
+        """[prompts, tokens], whose outputs are put in; None: no prompts' are."""
+        return None if self._others is None else self._others.clean
 
     def groups_at_once(self, rows_at_once: int) -> int:
         """How many groups run in one forward pass of at most `rows_at_once` rows."""
@@ -87,9 +93,10 @@ class Baseline:
 
     def source(self, rows: Tensor) -> Source:
         """What stands in for all heads on the prompts `rows`; an optimal constant has its own for each."""
-        if self.donors is not None:
+        if self._others is not None:
             outputs: dict[int, Tensor] = {}
-            read_heads(self._model, self.donors[rows], outputs.__setitem__)
+            given = self._others.given(self._model, rows)
+            read_heads(self._model, given, outputs.__setitem__)
             return lambda layer, _: outputs[layer]
         if self._means:
             return lambda layer, _: self._means[layer]
@@ -111,11 +118,11 @@ def _means(model: LoadedModel, task: Task, *, keep_positions: bool) -> dict[int,
             sums[layer] = sums.get(layer, 0) + total
             counts[layer] = counts.get(layer, 0) + weights.sum(axes, keepdim=True)
 
-        read_heads(model, task.clean[rows], add)
+        read_heads(model, task.given(model, rows), add)
     return {layer: total / counts[layer].clamp(min=1) for layer, total in sums.items()}
 
 
-def _other_rows(n: int, seed: int) -> Tensor:
+def other_rows(n: int, seed: int) -> Tensor:
     """For each prompt the number of another one; every prompt is drawn once.
 
     Raises:

@@ -91,7 +91,14 @@ def configuration(model: LoadedModel, task: Task, **arguments: Any) -> dict[str,
     ]
     prompts = [
         None if ids is None else ids.tolist()
-        for ids in (task.clean, task.corrupt, task.positions, task.correct, task.wrong)
+        for ids in (
+            task.clean,
+            task.corrupt,
+            task.targets,
+            task.positions,
+            task.correct,
+            task.wrong,
+        )
     ]
     return {
         "model": model.name,

@@ -74,8 +74,9 @@ def importance(
     Args:
         model: as `lens.load` returns it.
         task: prompts and metric; "accuracy" has no gradient. Of `model.part("cross")` and the other parts of an
-            encoder-decoder the prompts, sources with their targets: the loss of the target is measured, one head
-            after another put to its "pooled_mean" or to "zero".
+            encoder-decoder a task with targets (methods "ablation", "attribution", "gradient", "gate"), or prompts,
+            sources with their targets of any lengths: the loss of the target is measured, each head in turn put to
+            its "pooled_mean" (if None), "zero", "mean" or "resample".
         method: "ablation", "attribution", "atp", "gradient", "gate" or "direct"; `lens.heads.AtP` and
             `lens.heads.Gradient` are "atp" and "gradient" with arguments of their own.
         baseline: "zero", "mean", "pooled_mean", "resample", "counterfactual" or, for ablation alone,
@@ -100,11 +101,19 @@ def importance(
         'L0H1'
     """
     if isinstance(model, LoadedModel) and model.parts:
-        if method != "ablation":
+        model.check_part()
+        if not isinstance(task, Task):
+            if method != "ablation":
+                raise LensError(
+                    "on prompts of an encoder-decoder importance is measured by method='ablation'; other methods take a "
+                    "task: lens.tasks.language_modelling(model, pairs)"
+                )
+            return importance_of_part(model, task, baseline, seed, progress)
+        if named(method)[0] in ("atp", "direct"):
             raise LensError(
-                "of an encoder-decoder's part importance is measured by method='ablation' alone"
+                f"method={named(method)[0]!r} follows one residual stream, and an encoder-decoder has two; take "
+                "'ablation', 'attribution', 'gradient' or 'gate'"
             )
-        return importance_of_part(model, task, baseline, progress)
     given_as("Task", task=task)
     word, arguments = named(method)
     if baseline is not None:
@@ -181,7 +190,8 @@ def drops_of(
                 chosen: list[list[HeadId]], by: Baseline = replacement, rows: Tensor = rows
             ) -> np.ndarray:
                 sources = by.sources(chosen, rows)
-                logits = edited_logits(model, task.clean[rows], chosen, sources)
+                given = task.given(model, rows)
+                logits = edited_logits(model, given, chosen, sources)
                 return np.stack([_measured(task, one, rows) for one in logits])
 
             name = f"prompts from {int(at[0])}"
@@ -249,7 +259,7 @@ def _estimates(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Metric [rows], and first-order estimates [layers, heads, rows]."""
     clean, benefit = differentiable_benefit(task, rows)
-    gradients = with_gradients(model, task.clean[rows], benefit)
+    gradients = with_gradients(model, task.given(model, rows), benefit)
     source = replacement.source(rows) if method == "attribution" else None
     found = []
     for layer, gradient in zip(model.info.attending, gradients, strict=True):

@@ -13,31 +13,33 @@ from lens.common.choices import check_choice
 from lens.common.errors import LensError
 from lens.common.head_ids import HeadId
 from lens.common.progress import advancing
+from lens.heads.measures.baselines import other_rows
 from lens.heads.measures.scores import HeadScores, Intervention
 from lens.models.loaded import LoadedModel
-from lens.passes.calls import LayerCall, attend
+from lens.passes.head_outputs import FEWEST, Source, edited_logits, mean_heads, read_heads
 from lens.passes.inputs import Prompt
-from lens.passes.sessions import listening
 from lens.passes.sources import read_sources
 
-_BASELINES = ("pooled_mean", "zero")
+_BASELINES = ("pooled_mean", "mean", "zero", "resample")
+_LOGITS = 1 << 25  # numbers that one forward pass may return
 
 
 def importance_of_part(
-    model: LoadedModel, prompts: Any, baseline: str | None, progress: bool
+    model: LoadedModel, prompts: Any, baseline: str | None, seed: int, progress: bool
 ) -> HeadScores:
     """`lens.heads.importance` of `model.part(...)` on prompts: the mean loss of the tokens of their targets, in nats.
 
     Args:
         model: one part of an encoder-decoder.
         prompts: as for `lens.capture`; a source alone is given the target that the model writes.
-        baseline: "pooled_mean", over prompts and positions (if None), or "zero".
-        progress: show a bar.
+        baseline: "pooled_mean", over prompts and positions (if None); "mean" at each position; "zero"; "resample", the
+            output on another prompt at the same positions, drawn by `seed`.
+        seed, progress: as of `importance`.
 
     Raises:
-        LensError: no part is chosen, prompts without a target of two tokens, or a model without logits.
+        LensError: no part is chosen, prompts without a target of two tokens, a model without logits, or prompts whose
+            positions the baseline does not reach.
     """
-    model.check_part()
     name = check_choice("baseline", baseline or "pooled_mean", _BASELINES)
     read = read_sources(model, prompts)[0]
     for prompt in read:
@@ -45,21 +47,24 @@ def importance_of_part(
             raise LensError(
                 "importance of a part needs targets of at least two tokens: it is measured on their loss"
             )
-    instead = _means(model, read) if name == "pooled_mean" else {}
+    instead = _sources(model, read, name, seed)
     heads = model.info.every_head
     per_prompt = np.full((model.info.layers, model.info.heads, len(read)), np.nan)
-    clean = np.array([_loss(model, prompt, None, instead) for prompt in read])
+    clean = np.empty(len(read))
     with advancing(f"{model.name}: heads", len(heads) * len(read), progress) as advance:
-        for head in heads:
-            for number, prompt in enumerate(read):
-                found = _loss(model, prompt, head, instead)
-                per_prompt[head.layer, head.head, number] = found - clean[number]
-                advance(1)
+        for number, (prompt, source) in enumerate(zip(read, instead, strict=True)):
+            clean[number] = _losses(model, prompt, [[]], source)[0]
+            size = len(prompt.target or ()) * max(model.info.vocab or 1, 1024)
+            for some in _stacks(heads, max(1, _LOGITS // size)):
+                found = _losses(model, prompt, [[head] for head in some], source) - clean[number]
+                for head, more in zip(some, found, strict=True):
+                    per_prompt[head.layer, head.head, number] = more
+                advance(len(some))
     return HeadScores(
         per_prompt=per_prompt,
         clean=clean,
         method="ablation",
-        intervention=Intervention(name),
+        intervention=Intervention(name, seed if name == "resample" else None),
         metric="loss",
         sign=-1,
         task=f"target ({model.chosen})",
@@ -67,43 +72,58 @@ def importance_of_part(
     )
 
 
-def _means(model: LoadedModel, prompts: Sequence[Prompt]) -> dict[int, Tensor]:
-    """Per layer [heads, value_dim], over prompts and positions."""
-    sums: dict[int, Tensor] = {}
-    counts: dict[int, int] = {}
-
-    def on_layer(call: LayerCall) -> Tensor:
-        z = attend(call).output
-        total = z[0].double().sum(1).cpu()
-        sums[call.layer] = sums[call.layer] + total if call.layer in sums else total
-        counts[call.layer] = counts.get(call.layer, 0) + z.shape[2]
-        return z
-
-    with torch.no_grad(), listening(model, on_layer):
-        for prompt in prompts:
-            model.model(**prompt.inputs)
-    return {layer: total / counts[layer] for layer, total in sums.items()}
+def _stacks(heads: Sequence[HeadId], count: int) -> list[Sequence[HeadId]]:
+    return [heads[start : start + count] for start in range(0, len(heads), count)]
 
 
-def _loss(
-    model: LoadedModel, prompt: Prompt, head: HeadId | None, instead: dict[int, Tensor]
-) -> float:
-    """Mean loss of the target's tokens from the second on, with one head taken out or none."""
+def _sources(model: LoadedModel, prompts: Sequence[Prompt], name: str, seed: int) -> list[Source]:
+    """What stands in for heads on each prompt."""
+    if name == "zero":
+        return [lambda _, z: torch.zeros_like(z)] * len(prompts)
+    if name == "resample":
+        others = other_rows(len(prompts), seed).tolist()
+        return [_drawn(model, prompts[number]) for number in others]
+    means = mean_heads(model, [dict(one.inputs) for one in prompts], name == "mean")
 
-    def on_layer(call: LayerCall) -> Tensor:
-        z = attend(call).output
-        if head is None or call.layer != head.layer:
-            return z
-        z = z.clone()
-        z[:, head.head] = instead[call.layer][head.head].to(z) if instead else 0
-        return z
+    def mean(layer: int, z: Tensor) -> Tensor:
+        found = means[layer]
+        if found.shape[1] > 1 and z.shape[2] > found.shape[1]:
+            raise LensError(
+                f"position {z.shape[2] - 1} has no mean: fewer than {FEWEST} of the prompts reach it; use "
+                "baseline='pooled_mean'"
+            )
+        return found[None, :, : z.shape[2]]
 
-    with torch.no_grad(), listening(model, on_layer, exclusive=True):
-        found: Any = model.model(**prompt.inputs)
-    logits = getattr(found, "logits", None)
-    target = torch.tensor(prompt.target, device=model.device)
-    if not isinstance(logits, Tensor) or logits.shape[:2] != (1, len(target)):
+    return [mean] * len(prompts)
+
+
+def _drawn(model: LoadedModel, other: Prompt) -> Source:
+    """The output on another prompt."""
+    outputs: dict[int, Tensor] = {}
+
+    def source(layer: int, z: Tensor) -> Tensor:
+        if outputs[layer].shape[2] != z.shape[2]:
+            raise LensError(
+                f"baseline='resample' puts in what a head gives on another prompt at the same position, and these have "
+                f"{z.shape[2]} and {outputs[layer].shape[2]}; give prompts of one length, or take 'pooled_mean'"
+            )
+        return outputs[layer]
+
+    read_heads(model, other.inputs, outputs.__setitem__)
+    return source
+
+
+def _losses(
+    model: LoadedModel, prompt: Prompt, groups: list[list[HeadId]], source: Source
+) -> np.ndarray:
+    """[groups], mean loss of the target's tokens from the second on with each group of heads taken out."""
+    logits = edited_logits(model, prompt.inputs, groups, [source] * len(groups))[:, 0]
+    target = torch.tensor(prompt.target, device=logits.device)
+    if logits.shape[1] != len(target):
         raise LensError(
             f"{model.info.class_name} gives no logits of its target; load the model with its head"
         )
-    return float(torch.nn.functional.cross_entropy(logits[0, :-1].float(), target[1:]))
+    guessed = logits[:, :-1].float().log_softmax(-1)
+    return (
+        -guessed.gather(2, target[1:].expand(len(groups), -1)[..., None]).mean((1, 2)).cpu().numpy()
+    )

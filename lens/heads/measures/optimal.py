@@ -140,7 +140,7 @@ class Constants:
     ) -> Tensor:
         """[groups], mean over the prompts `rows`."""
         sources = [_source(group, mine) for group, mine in zip(groups, constants, strict=True)]
-        ids = self._task.clean[rows]
+        ids = self._task.given(self._model, rows)
         logits = edited_logits(self._model, ids, groups, sources, differentiable=differentiable)
         return torch.stack([self._task.measure(one, rows).mean() for one in logits])
 
@@ -169,7 +169,7 @@ def _moments(
         squares[layer] = squares.get(layer, 0) + z.square().sum(0).mean(1)
 
     for chunk in rows.split(task.rows_at_once(model)):
-        read_heads(model, task.clean[chunk], add)
+        read_heads(model, task.given(model, chunk), add)
     means, spreads = {}, {}
     for layer, total in sums.items():
         mean = total / len(rows)
