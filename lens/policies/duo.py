@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from lens.common.choices import is_number
 from lens.common.errors import LensError
 from lens.common.head_ids import HeadId
 from lens.heads.pruning.gates import StreamingGate
@@ -33,13 +34,26 @@ def from_gates(
         >>> gate = lens.heads.pruning.gate(model, texts, first=1, last=8, steps=4, progress=False)
         >>> policy = lens.policies.from_gates(gate, full=0.5)
     """
-    if isinstance(full, bool) or not isinstance(full, int | float) or not 0 <= full <= 1:
-        raise LensError(f"full must be a share from 0 to 1, got {full!r}")
     streaming = AShape(gate.first if first is None else first, gate.last if last is None else last)
-    order = np.argsort(-gate.alpha, axis=None, kind="stable")
-    is_full = np.zeros(gate.alpha.size, bool)
-    is_full[order[: round(full * gate.alpha.size)]] = True
-    by_head = is_full.reshape(gate.alpha.shape).repeat(gate.heads // gate.alpha.shape[1], 1)
+    return by_gates(most_open(gate.alpha, full), gate.heads, streaming)
+
+
+def most_open(alpha: np.ndarray, full: float) -> np.ndarray:
+    """[layers, key-value heads], whether the gate is among the share `full` of the most open ones; the first of equal ones.
+
+    Raises:
+        LensError: a share outside 0 to 1.
+    """
+    if not is_number(full) or not 0 <= full <= 1:
+        raise LensError(f"full must be a share from 0 to 1, got {full!r}")
+    is_full = np.zeros(alpha.size, bool)
+    is_full[np.argsort(-alpha, axis=None, kind="stable")[: round(full * alpha.size)]] = True
+    return is_full.reshape(alpha.shape)
+
+
+def by_gates(is_full: np.ndarray, heads: int, streaming: AShape) -> PerHead:
+    """`Full` for the `heads` query heads of a layer whose key-value head is full, `streaming` for the others."""
+    by_head = is_full.repeat(heads // is_full.shape[1], 1)
     return PerHead(
         {HeadId(*at): Full() if by_head[at] else streaming for at in np.ndindex(by_head.shape)}
     )

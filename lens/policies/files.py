@@ -8,6 +8,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from lens.common.choices import check_choice
 from lens.common.errors import LensError
 from lens.common.files import read_text, write_json, write_text
@@ -17,6 +19,7 @@ from lens.policies.a_shape import AShape
 from lens.policies.base import Full, Policy
 from lens.policies.block_sparse import BlockSparse
 from lens.policies.chunks import Hierarchical, Landmark, LongHeads
+from lens.policies.duo import by_gates, most_open
 from lens.policies.flex_prefill import FlexPrefill
 from lens.policies.found import PolicySearch
 from lens.policies.per_head import PerHead
@@ -35,6 +38,10 @@ KINDS: dict[str, type[Policy]] = {
     )
 }  # fmt: skip
 """What a file may name: policies that are numbers and nothing else."""
+_AS_SEARCHED: dict[Policy, Policy] = {
+    VerticalSlash(100, 800): AShape(100, 800),
+    VerticalSlash(1000, 6096): BlockSparse(share=1 / 8),
+}  # what the search of MInference writes for what it found
 
 
 def write(
@@ -82,16 +89,31 @@ def write(
         write_json(Path(path), as_json(policy, model))
 
 
-def read(path: str | Path, *, format: Format = "lens", heads: int | None = None) -> PerHead:
+def read(
+    path: str | Path,
+    *,
+    format: Format = "lens",
+    heads: int | None = None,
+    full: float | None = None,
+    as_searched: bool = False,
+) -> PerHead:
     """The policy of every head from a file.
 
     Args:
         path, format: as of `write`, or the `section.json` of the search of a run ("lens"); the score of a
             MInference file is not read: it means recall in most files and a number of errors in some.
         heads: query heads of a layer, for "duo", which knows KV heads alone.
+        full: for "duo", the share of the KV heads with the most open gates that stay full, as in `from_gates`; None:
+            those whose gate is above 0.5.
+        as_searched: for "minference". Its search writes a head that streams best as vertical-slash (100, 800), and a
+            block-sparse one as (1000, 6096), which is what it runs; True: read them as what was found. The second
+            version of the search may find (100, 800) as vertical-slash too, which a file does not tell apart.
 
     Raises:
-        LensError: no such file, a larger one than 32 MiB, or one that is not of this format.
+        LensError: no such file, a larger one than 32 MiB, or one that is not of this format; an argument of
+            another format.
+
+    Reference: microsoft/MInference, minference/modules/minference_forward.py; mit-han-lab/duo-attention, duo_attn/utils.py.
 
     Example:
         >>> lens.policies.write(lens.policies.PerHead({"L0H1": lens.policies.AShape(4, 16)}), "heads.json", model)
@@ -99,11 +121,15 @@ def read(path: str | Path, *, format: Format = "lens", heads: int | None = None)
         'AShape(first=4, last=16)'
     """
     check_choice("format", format, Format)
+    if full is not None and format != "duo":
+        raise LensError(f"full= is of the format 'duo', got format={format!r}")
+    if as_searched and format != "minference":
+        raise LensError(f"as_searched= is of the format 'minference', got format={format!r}")
     try:
         if format == "duo":
-            return _read_duo(Path(path), heads)
+            return _read_duo(Path(path), heads, full)
         data = json.loads(read_text(Path(path)))
-        return _read_minference(data) if format == "minference" else _read_ours(data)
+        return _read_minference(data, as_searched) if format == "minference" else _read_ours(data)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError) as error:
         raise LensError(
             f"{path} is no file of policies in the format {format!r}: {type(error).__name__} {error}"
@@ -192,19 +218,19 @@ def _minference(policy: Policy, model: LoadedModel, score: float) -> list[Any]:
     )
 
 
-def _read_minference(data: Any) -> PerHead:
+def _read_minference(data: Any, as_searched: bool) -> PerHead:
     kinds = {
         "stream_llm": AShape,
         "vertical_and_slash": VerticalSlash,
         "block_sparse": lambda top, _: BlockSparse(top),
     }
-    return PerHead(
-        {
-            HeadId(layer, int(head)): kinds[pattern](int(a), int(b))
-            for layer, heads in enumerate(data)
-            for head, (pattern, a, b, _) in heads.items()
-        }
-    )
+    renamed = _AS_SEARCHED if as_searched else {}
+    found: dict[HeadId, Policy] = {}
+    for layer, heads in enumerate(data):
+        for head, (pattern, a, b, _) in heads.items():
+            policy: Policy = kinds[pattern](int(a), int(b))
+            found[HeadId(layer, int(head))] = renamed.get(policy, policy)
+    return PerHead(found)
 
 
 def _write_duo(heads: PerHead, folder: Path, model: LoadedModel) -> None:
@@ -236,7 +262,7 @@ def _write_duo(heads: PerHead, folder: Path, model: LoadedModel) -> None:
     write_text(folder / "config.json", json.dumps({"sink_size": first, "recent_size": last}))
 
 
-def _read_duo(folder: Path, heads: int | None) -> PerHead:
+def _read_duo(folder: Path, heads: int | None, full: float | None) -> PerHead:
     rows = [
         [float(gate) for gate in line.split("\t")]
         for line in read_text(folder / "full_attention_heads.tsv").splitlines()
@@ -249,10 +275,5 @@ def _read_duo(folder: Path, heads: int | None) -> PerHead:
             f"DuoAttention's files know KV heads alone ({len(rows[0])} here): give heads=, the number of query "
             "heads of a layer, a multiple of it"
         )
-    return PerHead(
-        {
-            HeadId(layer, head): Full() if row[head // (heads // len(row))] > 0.5 else streaming
-            for layer, row in enumerate(rows)
-            for head in range(heads)
-        }
-    )
+    alpha = np.array(rows)
+    return by_gates(alpha > 0.5 if full is None else most_open(alpha, full), heads, streaming)

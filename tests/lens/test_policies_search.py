@@ -206,6 +206,41 @@ def test_files_come_back_as_they_went(model, found, tmp_path):
     assert read.of((2, 5)) == policies.BlockSparse(100)
 
 
+def test_what_minference_writes_for_a_streaming_head_is_read_as_one_if_asked(model, tmp_path):
+    path = tmp_path / "published.json"
+    lines = {"0": (100, 800), "1": (1000, 6096), "2": (30, 800)}
+    path.write_text(
+        json.dumps([{head: ["vertical_and_slash", *at, 0.9] for head, at in lines.items()}])
+    )
+    run = policies.read(path, format="minference")
+    assert [run.of((0, head)) for head in range(3)] == [
+        policies.VerticalSlash(*at) for at in lines.values()
+    ]
+    searched = policies.read(path, format="minference", as_searched=True)
+    assert searched.of((0, 0)) == policies.AShape(100, 800)
+    assert searched.of((0, 1)) == policies.BlockSparse(share=0.125)
+    assert searched.of((0, 2)) == policies.VerticalSlash(30, 800)
+    with pytest.raises(lens.LensError, match="as_searched= is of the format 'minference'"):
+        policies.read(path, as_searched=True)
+
+
+def test_a_share_of_duo_attention_s_gates_stays_full_as_it_is_run(tmp_path):
+    (tmp_path / "full_attention_heads.tsv").write_text("0.9\t0.2\n0.7\t0.6\n")
+    (tmp_path / "config.json").write_text('{"sink_size": 64, "recent_size": 256}')
+
+    def full(share):
+        found = policies.read(tmp_path, format="duo", heads=4, full=share)
+        return {str(head) for head, one in found.policies.items() if one == policies.Full()}
+
+    assert full(None) == {"L0H0", "L0H1", "L1H0", "L1H1", "L1H2", "L1H3"}  # gates above 0.5
+    assert full(0.5) == {"L0H0", "L0H1", "L1H0", "L1H1"}
+    assert full(0) == set()
+    with pytest.raises(lens.LensError, match="full must be a share"):
+        full(1.5)
+    with pytest.raises(lens.LensError, match="full= is of the format 'duo'"):
+        policies.read(tmp_path / "config.json", format="minference", full=0.5)
+
+
 def test_duo_attention_counts_a_kv_head_streaming_where_all_its_queries_are(model, tmp_path):
     share = model.info.heads // model.info.kv_heads
     streaming = {f"L1H{head}": policies.AShape(64, 256) for head in range(share)}

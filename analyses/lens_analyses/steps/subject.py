@@ -175,7 +175,8 @@ def published_heads(path: str, model: "LoadedModel") -> "PerHead":
     """
     from lens.policies.files import format_of, read
 
-    found = read(path, format=format_of(path), heads=model.info.heads)
+    format = format_of(path)
+    found = read(path, format=format, heads=model.info.heads, as_searched=format == "minference")
     found.check(model)
     return found
 
