@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING, TypedDict, Unpack
 
 from torch import Tensor
@@ -36,6 +37,7 @@ def attention(
     top_k: int = 8,
     grid: tuple[int, ...] | None = None,
     groups: Int[Tensor, "batch keys"] | None = None,
+    group_outputs: bool = True,
     block_mask: Bool[Tensor, "#batch #heads query_blocks key_blocks"] | None = None,
     key_weights: KeyWeights | None = None,
     differentiable: Iterable[str] = (),
@@ -66,6 +68,8 @@ def attention(
         top_k: number of key blocks in `top_keys`.
         grid: (height, width[, first key]) of the image keys, for `grid_moments`.
         groups: integers 0..3 [batch, keys]: one attention state per group of keys, from one pass.
+        group_outputs: False where only their LSE and statistics are wanted: `groups.output` then
+            has no columns, and its memory is not taken.
         block_mask: bool [batch | 1, heads | 1, query_blocks, key_blocks]: only True blocks are
             visited, the rest is as if masked.
         key_weights: [batch, heads | kv_heads, keys] for `block_weighted`; no gradient to them.
@@ -99,6 +103,7 @@ def attention(
         top_k=top_k,
         grid=grid,
         groups=groups,
+        group_outputs=group_outputs,
         block_mask=block_mask,
         key_weights=key_weights,
         differentiable=differentiable,
@@ -114,6 +119,11 @@ def run_problem(problem: Problem, backend: str = "auto") -> AttentionResult:
 
 def finish(problem: Problem, result: BackendResult, backend: str) -> AttentionResult:
     """Attaches gradients to what a backend returned, and packs it for the user."""
+    groups = result.groups
+    if groups is not None and not problem.group_outputs and groups.output.shape[-1]:
+        result = replace(
+            result, groups=replace(groups, output=groups.output.new_empty(*groups.lse.shape, 0))
+        )
     compute, _ = choose_gradients(problem, backend)
     if compute is not None:
         result = attach(problem, result, compute)
@@ -146,6 +156,7 @@ class AttentionOptions(TypedDict, total=False):
     top_k: int
     grid: tuple[int, ...] | None
     groups: Int[Tensor, "batch keys"] | None
+    group_outputs: bool
     block_mask: Bool[Tensor, "#batch #heads query_blocks key_blocks"] | None
     key_weights: KeyWeights | None
     differentiable: Iterable[str]

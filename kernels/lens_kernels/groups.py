@@ -94,6 +94,8 @@ def lone_states(
         "distance": distance * seen,
     }
     both = {name: torch.stack((mine[name], tensor)) for name, tensor in others.items()}
+    if not problem.group_outputs:
+        value, output = value[..., :0], output[..., :0]
     outputs = torch.stack((torch.where(seen[..., None] > 0, value, 0), output))
     return AttentionGroups(outputs, both.pop("lse"), both)
 

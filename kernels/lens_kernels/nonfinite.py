@@ -95,7 +95,8 @@ def _finite(result: BackendResult) -> bool:
     if result.groups is not None:
         groups = result.groups
         found += [groups.output, groups.lse, *groups.statistics.values()]
-    largest = [part.detach().amax().float() for part in found if part.is_floating_point()]
+    found = [part for part in found if part.is_floating_point() and part.numel()]
+    largest = [part.detach().amax().float() for part in found]
     smallest = result.output.detach().amin().float()
     return bool((torch.stack(largest) < _INF).all() & (smallest > -_INF))
 
@@ -214,7 +215,9 @@ class _Marks:
         if groups is not None:
             groups = replace(
                 groups,
-                output=groups.output.masked_fill(self.group_output, torch.nan),
+                output=groups.output.masked_fill(
+                    self.group_output[..., : groups.output.shape[-1]], torch.nan
+                ),
                 lse=groups.lse.masked_fill(self.group_rows, torch.nan),
                 statistics={
                     name: tensor.masked_fill(self.group_rows, torch.nan)

@@ -120,6 +120,7 @@ class Problem:
         grid: (height, width, first key) of the image keys, or None.
         groups: [batch, keys] int32, group of each key, or None.
         group_count: 0 without groups.
+        group_outputs: False: their outputs are left out, [..., 0].
         block_mask: bool [batch | 1, heads | 1, query_blocks, key_blocks], True for a block that is
             computed, or None.
         key_weights: [batch, heads, keys] in the compute type, or None.
@@ -146,6 +147,7 @@ class Problem:
     block_mask: Tensor | None
     key_weights: Tensor | None
     differentiable: frozenset[str] = frozenset()
+    group_outputs: bool = True
 
     @property
     def batch(self) -> int:

@@ -53,6 +53,7 @@ def make_problem(
     top_k: int = 8,
     grid: tuple[int, ...] | None = None,
     groups: Tensor | None = None,
+    group_outputs: bool = True,
     block_mask: Tensor | None = None,
     key_weights: Tensor | None = None,
     differentiable: Iterable[str] = (),
@@ -75,6 +76,8 @@ def make_problem(
     plan = lower_mask(mask or AttentionMask(), query, key)
     query_labels, key_labels = _labels(match, query, key)
     group_ids, group_count = _groups(groups, batch, keys, query.device)
+    if not isinstance(group_outputs, bool):
+        raise TypeError(f"group_outputs must be True or False, got {group_outputs!r}")
     weights = _key_weights(key_weights, query, key, compute_dtype)
     sinks = _sink_logits(sink_logits, query, compute_dtype)
     given = {
@@ -106,6 +109,7 @@ def make_problem(
         grid=_grid(grid, keys),
         groups=group_ids,
         group_count=group_count,
+        group_outputs=group_outputs,
         block_mask=_block_mask(block_mask, query, keys, blocks),
         key_weights=weights,
         differentiable=_differentiable(differentiable, names),

@@ -193,8 +193,9 @@ class LoadedModel:
         if self.tokenizer is None:
             return list(map(str, numbers))
         tokens = self.tokenizer.convert_ids_to_tokens(numbers)
-        pairs = zip(tokens, numbers, strict=True)
-        return [readable(self.tokenizer, token, index) for token, index in pairs]
+        pairs = dict(zip(numbers, tokens, strict=True))
+        texts = {index: readable(self.tokenizer, token, index) for index, token in pairs.items()}
+        return [texts[index] for index in numbers]
 
     @torch.no_grad()
     def logits(self, prompts: Any) -> Any:

@@ -73,6 +73,7 @@ class Split:
         statistics: Iterable[str] = (),
         match: Sequence[tuple[Tensor, Tensor]] | None = None,
         groups: Tensor | None = None,
+        group_outputs: bool = False,
         prefix: int = 4,
         block_size: int | None = None,
         backend: str = "auto",
@@ -83,6 +84,7 @@ class Split:
             call: of this process's own tokens.
             statistics, prefix, backend: as `lens_kernels.attention` takes them.
             match, groups: of the whole sequence.
+            group_outputs: False alone: no process has those of the others.
             block_size: that of the layout.
 
         Raises:

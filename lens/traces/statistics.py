@@ -222,6 +222,7 @@ def _attention(
         match=match,
         prefix=PREFIX,
         groups=groups,
+        group_outputs=False,
         backend=settings.backend,
     )
 

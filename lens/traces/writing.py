@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -132,7 +133,7 @@ def _attributes(
         "bos": "added" if starts_with_bos else "absent",
         "tokens": first.keys,
         "text_sha256": prompt.sha256,
-        "versions": _versions(),
+        "versions": dict(_versions()),
         "check": model.check,
         "labels": {
             one.name: {"query": one.query.tolist(), "key": one.key.tolist()}
@@ -150,6 +151,7 @@ def _segments(model: LoadedModel, prompt: Prompt) -> dict[str, Any] | None:
     return segments(model, prompt.inputs).to_dict()
 
 
+@cache
 def _versions() -> dict[str, str]:
     found = {"attention-lens": __version__}
     for package in _PACKAGES:

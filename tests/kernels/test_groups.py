@@ -172,3 +172,21 @@ def test_only_what_was_asked_for_comes_with_a_group():
     assert result.groups is not None
     assert set(result.groups.statistics) == {"entropy"}
     assert [set(state.statistics) for state in result.groups.states] == [{"entropy"}] * 3
+
+
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
+def test_groups_without_outputs_are_the_same_groups(backend, device):
+    query, key, value = (part.to(device) for part in tensors(2, 4, 2, 37, 41))
+    query[0, 1, 5, 0] = torch.nan
+    options = {"groups": scattered(2, 41).to(device), "statistics": ROWS, "backend": backend}
+    one, other = (
+        attention(query, key, value, group_outputs=outputs, **options) for outputs in (True, False)
+    )
+    assert one.groups is not None and other.groups is not None
+    assert other.groups.output.shape == (*one.groups.lse.shape, 0)
+    assert one.groups.output.shape == (*one.groups.lse.shape, value.shape[-1])
+    assert torch.isnan(one.output).any()
+    pairs = [(one.output, other.output), (one.groups.lse, other.groups.lse)]
+    pairs += [(one.groups.statistics[name], other.groups.statistics[name]) for name in ROWS]
+    for mine, theirs in pairs:
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=0, equal_nan=True)

@@ -27,6 +27,8 @@ _FEW_QUERIES = 4
 """FEW in rows.h."""
 _FEW_ROWS = 32
 """Of one key-value head; with more, tiles of rows multiply faster."""
+_TILE = 64
+"""ROWS in rows.h."""
 _poison = False
 """Tests set it: outputs and scratch memory start as NaN, so that what is not written shows."""
 
@@ -40,8 +42,8 @@ class _Call:
         self._sizes()
         inputs = args.inputs
         inputs.query = Operand.of(self._rows(problem.query))
-        inputs.key = Operand.of(self._rows(problem.key))
-        inputs.value = Operand.of(self._rows(problem.value))
+        inputs.key = Operand.of(self._rows(self._dense(problem.key)))
+        inputs.value = Operand.of(self._rows(self._dense(problem.value)))
         self._mask()
 
     def run(self, name: str) -> None:
@@ -67,6 +69,11 @@ class _Call:
     def _rows(self, tensor: Tensor) -> Tensor:
         tensor = tensor.detach()
         return self._keep(tensor if tensor.stride(-1) == 1 else tensor.contiguous())
+
+    def _dense(self, tensor: Tensor) -> Tensor:
+        """Keys or values row after row, where every tile of queries would copy them anew."""
+        many = tensor.dtype == torch.float32 and self.problem.queries > _TILE
+        return tensor.contiguous() if many else tensor
 
     def _pointer(self, tensor: Tensor | None, dtype: torch.dtype) -> int | None:
         """Address of the tensor's elements in order; None stays None."""
@@ -123,7 +130,8 @@ class ForwardCall(_Call):
         rows = (problem.batch, problem.heads, problem.queries)
         maps = (problem.batch, problem.heads, problem.query_blocks, problem.key_blocks)
         columns = (problem.batch, problem.heads)
-        self.output = self._new(*rows, problem.value_dim)
+        by_query = (problem.batch, problem.queries, problem.heads, problem.value_dim)
+        self.output = self._new(*by_query).transpose(1, 2)
         args.output = self.output.data_ptr()
         self.tensors = {name: self._new(*rows) for name in _ROWS if problem.wants(name)}
         self.tensors.setdefault("lse", self._new(*rows))
@@ -175,13 +183,14 @@ class ForwardCall(_Call):
         count = self.args.groups = self.problem.group_count
         self.args.group_of_key = self._pointer(self.problem.groups, torch.int32)
         self.groups = AttentionGroups(
-            self._new(count, *rows, self.problem.value_dim),
+            self._new(count, *rows, self.problem.value_dim if self.problem.group_outputs else 0),
             self._new(count, *rows),
             {name: self._new(count, *rows) for name in group_statistics(self.problem)},
         )
         for name, tensor in self.groups.statistics.items():
             setattr(self.args, f"group_{name}", tensor.data_ptr())
-        self.args.group_output = self.groups.output.data_ptr()
+        if self.problem.group_outputs:
+            self.args.group_output = self.groups.output.data_ptr()
         self.args.group_lse = self.groups.lse.data_ptr()
 
     def result(self) -> BackendResult:
@@ -191,7 +200,7 @@ class ForwardCall(_Call):
             single = name in ("prefix_mass", "mean_value_norm")
             tensors[name] = means[0].contiguous() if single else means.movedim(0, -1).contiguous()
         if problem.wants("value_norm"):
-            tensors["value_norm"] = self.output.norm(dim=-1)
+            tensors["value_norm"] = self.output.norm(dim=-1).contiguous()
         return BackendResult(self.output.to(problem.query.dtype), tensors, self.groups)
 
 

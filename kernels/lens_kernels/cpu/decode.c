@@ -243,7 +243,8 @@ static int finish_row(const Decode *plan, int64_t row) {
   const float *rest = whole + FIXED;
   for (int64_t f = 0; f < a->features; f++) a->feature_means[f * all_rows + row] = *rest++ * inverse;
   for (int64_t f = 0; f < a->pairs; f++) a->match_mass[row * a->pairs + f] = *rest++ * inverse;
-  for (int64_t d = 0; d < in->value_dim; d++) a->output[row * in->value_dim + d] = rest[d] * inverse;
+  float *output = output_of(a, row);
+  for (int64_t d = 0; d < in->value_dim; d++) output[d] = rest[d] * inverse;
   if (!plan->blocks && !a->received && !a->diagonal) return l != 0.0f;
   for (int64_t i = 0; i < plan->pieces; i++) {
     const float factor = l == 0.0f || max[i] == -INFINITY ? 0.0f : expf(max[i] - lse);

@@ -157,19 +157,34 @@ static void accumulate_features(State *t, Sums *sums, float *p, int64_t start, i
   }
 }
 
+/* Whether the ranges of two lists of labels overlap: of positions, those of most tiles do not. */
+static int meets(const int32_t *query, int64_t queries, const int32_t *key, int64_t keys) {
+  int32_t lowest = INT32_MAX, highest = -1, least_key = INT32_MAX, most_key = -1;
+  for (int64_t i = 0; i < queries; i++) {
+    lowest = query[i] < lowest ? query[i] : lowest;
+    highest = query[i] > highest ? query[i] : highest;
+  }
+  for (int64_t i = 0; i < keys; i++) {
+    least_key = key[i] < least_key ? key[i] : least_key;
+    most_key = key[i] > most_key ? key[i] : most_key;
+  }
+  return lowest <= most_key && least_key <= highest;
+}
+
 static void accumulate_matches(State *t, Sums *sums, float *p, int64_t start, int64_t keys) {
   const Forward *a = t->a;
   const Inputs *in = &a->in;
   for (int64_t f = 0; f < a->pairs; f++) {
     const int32_t *key = a->key_labels + (f * in->batch + t->q.batch) * in->keys + start;
     const int32_t *query = a->query_labels + (f * in->batch + t->q.batch) * in->queries + t->q.start;
+    const int may_meet = meets(query, t->q.rows, key, keys);
     for (int64_t r = 0; r < t->q.lanes; r += LANES) {
       Column c = column(p, keys, r, t->q.lanes);
       int32_t label[LANES];
       for (int64_t i = 0; i < LANES; i++) label[i] = query[least(r + i, t->q.rows - 1)];
       ivec wanted = load_int(label);
       vec sum[AT_ONCE] = {0};
-      int64_t k = 0;
+      int64_t k = may_meet ? 0 : keys;
       for (; k + AT_ONCE <= keys; k += AT_ONCE)
         UNROLL for (int i = 0; i < AT_ONCE; i++)
           sum[i] += (vec)((wanted == splat_int(key[k + i])) & (ivec)load(c.first + (k + i) * c.step));
@@ -309,7 +324,7 @@ static void finish_groups(State *t) {
     for (int64_t r = 0; r < t->q.rows; r++) {
       const int64_t row = g * rows + row0 + r;
       const float l = sums->sum[r], inverse = l == 0.0f ? 0.0f : 1.0f / l, log_sum = l == 0.0f ? 0.0f : logf(l);
-      scaled(a->group_output + row * in->value_dim, sums->output + r * width, inverse, in->value_dim);
+      if (a->group_output) scaled(a->group_output + row * in->value_dim, sums->output + r * width, inverse, in->value_dim);
       a->group_lse[row] = sums->max[r] + log_sum;
       if (a->group_max_logit) a->group_max_logit[row] = sums->max[r];
       if (a->group_entropy) a->group_entropy[row] = log_sum - sums->log_part[r] * inverse;
@@ -370,7 +385,7 @@ static void finish_rows(State *t) {
     if (a->distance) a->distance[row] = sums->distance[r] * inverse;
     for (int64_t f = 0; f < a->features; f++) a->feature_means[f * all_rows + row] = sums->features[f * ROWS + r] * inverse;
     for (int64_t f = 0; f < a->pairs; f++) a->match_mass[row * a->pairs + f] = sums->matched[f * ROWS + r] * inverse;
-    scaled(a->output + row * in->value_dim, sums->output + r * width, inverse, in->value_dim);
+    scaled(output_of(a, row), sums->output + r * width, inverse, in->value_dim);
   }
   for (int64_t r = t->q.rows; r < t->q.lanes; r++) t->lse[r] = INFINITY;
 }

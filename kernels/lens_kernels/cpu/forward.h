@@ -5,8 +5,8 @@
 
 typedef struct {
   Inputs in;
-  /* Outputs are contiguous float32; NULL: not wanted. */
-  float *output; /* [batch, heads, queries, value_dim] */
+  /* Outputs are float32 and contiguous but for the first; NULL: not wanted. */
+  float *output; /* [batch, queries, heads, value_dim], as models go on with it */
   float *lse, *max_logit, *entropy, *concentration, *distance; /* [batch, heads, queries] */
   float *block_mass, *block_max, *block_max_logit, *block_weighted; /* [batch, heads, query_blocks, key_blocks] */
   const float *key_weights; /* [batch, heads, keys], for block_weighted */
@@ -31,6 +31,13 @@ typedef struct {
 } Forward;
 
 int lens_decode(const Forward *a);
+
+/* The output of a row of [batch, heads, queries]. */
+static inline float *output_of(const Forward *a, int64_t row) {
+  const Inputs *in = &a->in;
+  int64_t query = row % in->queries, head = row / in->queries % in->heads, batch = row / in->queries / in->heads;
+  return a->output + ((batch * in->queries + query) * in->heads + head) * in->value_dim;
+}
 
 /* The k largest of a row of block masses, strongest first, ties by lower index. */
 static inline void strongest(const float *mass, int64_t blocks, int64_t k, int64_t *keys, float *top) {
