@@ -93,7 +93,7 @@ INLINE void exponentials(State *t, Sums *sums, const int rows_wanted, float *p, 
   const vec low = splat(-87.33f);
   for (int64_t r = 0; r < t->q.lanes; r += LANES) {
     Column c = column(p, keys, r, t->q.lanes);
-    vec at = load(pivot + r), sum = splat(0.0f), log_part = sum, squares = sum, moment = sum;
+    vec at = load(pivot + r), sum = splat(0.0f), log_part = sum, squares = sum, moment = sum, place = splat((float)from);
     for (int64_t k = from; k < to; k++) {
       vec x = load(c.first + k * c.step) - at;
       vec e = exponential(x);
@@ -102,7 +102,8 @@ INLINE void exponentials(State *t, Sums *sums, const int rows_wanted, float *p, 
       if (rows_wanted) {
         log_part += e * choose(x < low, low, x); /* -inf is where e is 0: keep 0 * -inf away */
         squares += e * e;
-        moment += e * splat((float)k);
+        moment += e * place;
+        place += splat(1.0f);
       }
     }
     store(part_sum + r, sum);
@@ -133,6 +134,16 @@ static void rescale(State *t, Sums *sums, const float *pivot) {
 
 enum { AT_ONCE = 4 }; /* features that share one reading of p: independent chains of additions */
 
+static int is_zero(const float *x, int64_t n) {
+  int64_t i = 0;
+  ivec bits = splat_int(0);
+  for (; i + LANES <= n; i += LANES) bits |= load(x + i) != splat(0.0f);
+  int found = 0;
+  for (int lane = 0; lane < LANES; lane++) found |= bits[lane] != 0;
+  for (; i < n; i++) found |= x[i] != 0.0f;
+  return !found;
+}
+
 static void accumulate_features(State *t, Sums *sums, float *p, int64_t start, int64_t keys) {
   const Forward *a = t->a;
   const Inputs *in = &a->in;
@@ -141,11 +152,15 @@ static void accumulate_features(State *t, Sums *sums, float *p, int64_t start, i
   for (int64_t f = 0; f < a->features; f += AT_ONCE) {
     const int64_t count = least(AT_ONCE, a->features - f);
     const float *feature[AT_ONCE];
-    for (int64_t i = 0; i < AT_ONCE; i++) feature[i] = first + (f + (i < count ? i : 0)) * stride;
+    int any = 0; /* of a mark of few keys (a prefix) most tiles have none */
+    for (int64_t i = 0; i < AT_ONCE; i++) {
+      feature[i] = first + (f + (i < count ? i : 0)) * stride;
+      any = any || !is_zero(feature[i], keys);
+    }
     for (int64_t r = 0; r < t->q.lanes; r += LANES) {
       Column c = column(p, keys, r, t->q.lanes);
       vec sum[AT_ONCE] = {0};
-      for (int64_t k = 0; k < keys; k++) {
+      for (int64_t k = 0; any && k < keys; k++) {
         vec e = load(c.first + k * c.step);
         UNROLL for (int i = 0; i < AT_ONCE; i++) sum[i] += e * splat(feature[i][k]);
       }
@@ -157,18 +172,32 @@ static void accumulate_features(State *t, Sums *sums, float *p, int64_t start, i
   }
 }
 
+/* The least and the largest of n > 0 numbers. */
+static void bounds(const int32_t *x, int64_t n, int32_t *low, int32_t *high) {
+  ivec least_of = splat_int(x[0]), most_of_all = least_of;
+  int64_t i = 0;
+  for (; i + LANES <= n; i += LANES) {
+    ivec part = load_int(x + i), less = part < least_of, more = part > most_of_all;
+    least_of = (less & part) | (~less & least_of);
+    most_of_all = (more & part) | (~more & most_of_all);
+  }
+  *low = *high = x[0];
+  for (int lane = 0; lane < LANES; lane++) {
+    *low = least_of[lane] < *low ? least_of[lane] : *low;
+    *high = most_of_all[lane] > *high ? most_of_all[lane] : *high;
+  }
+  for (; i < n; i++) {
+    *low = x[i] < *low ? x[i] : *low;
+    *high = x[i] > *high ? x[i] : *high;
+  }
+}
+
 /* Whether the ranges of two lists of labels overlap: of positions, those of most tiles do not. */
 static int meets(const int32_t *query, int64_t queries, const int32_t *key, int64_t keys) {
-  int32_t lowest = INT32_MAX, highest = -1, least_key = INT32_MAX, most_key = -1;
-  for (int64_t i = 0; i < queries; i++) {
-    lowest = query[i] < lowest ? query[i] : lowest;
-    highest = query[i] > highest ? query[i] : highest;
-  }
-  for (int64_t i = 0; i < keys; i++) {
-    least_key = key[i] < least_key ? key[i] : least_key;
-    most_key = key[i] > most_key ? key[i] : most_key;
-  }
-  return lowest <= most_key && least_key <= highest;
+  int32_t low[2], high[2];
+  bounds(query, queries, &low[0], &high[0]);
+  bounds(key, keys, &low[1], &high[1]);
+  return low[0] <= high[1] && low[1] <= high[0];
 }
 
 static void accumulate_matches(State *t, Sums *sums, float *p, int64_t start, int64_t keys) {
