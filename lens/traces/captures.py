@@ -20,6 +20,7 @@ from lens.passes.pieces import check_pieces
 from lens.passes.sessions import listening, run
 from lens.passes.sources import read_any
 from lens.passes.split import check_split, processes
+from lens.traces.batches import batches, joined, record_of
 from lens.traces.given import imported_traces
 from lens.traces.labels import read_labels
 from lens.traces.parts import TraceParts
@@ -77,7 +78,7 @@ def capture(
     attentions: Sequence[Any] | None = None,
     labels: Mapping[str, Any] | None = None,
 ) -> AttentionTrace | list[AttentionTrace]:
-    """Run the model once per prompt and keep what its attention did, without ever building N×N.
+    """Run the model on prompts and keep what its attention did, without ever building N×N.
 
     Args:
         model: as `lens.load` returns it.
@@ -85,7 +86,8 @@ def capture(
             processor makes of one text or image (of text with images the trace is that of the language
             model, `lens.vision.trace_segments(trace)` says which tokens are the image). Or several: a
             list of these, a 2-D tensor of ids, what a tokenizer or an image processor makes of several.
-            Each prompt is run on its own, so padding is left out. Of an encoder-decoder a prompt is a source, and
+            Padding is left out; prompts of like length run together where the model takes it, with the
+            traces of each alone, to rounding. Of an encoder-decoder a prompt is a source, and
             the model writes the target itself, or a pair (source, target), or a mapping of its inputs.
         block_size: positions per block of the maps.
         statistics: "all", or names of trace variables (docs/schema/trace.md).
@@ -167,35 +169,49 @@ def capture(
             check_pieces(model, prompt, chunk)
         if links is not None:
             check_split(model, prompt, links)
-    tokens = [None if one.ids is None else model.token_strings(one.ids) for one in found]
+    tokens = [
+        None if labels is None or one.ids is None else model.token_strings(one.ids) for one in found
+    ]
     own = read_labels(labels, tokens)
     has_views = bool(model.parts) and not model.chosen
     views = {part: model.part(part) for part in model.parts} if has_views else {model.chosen: model}
     layers = sum(len(view.info.attending) for view in views.values())
-    traces = []
+    traces: list[Any] = [None] * len(found)
+    apart = chunk or links or model.parts or labels
+    together = [[place] for place in range(len(found))] if apart else batches(model, found)
     total = sum(pieces_of(prompt, chunk) for prompt in found) * layers
     with advancing(f"{model.name}: layers", total, progress) as advance:
-        for number, prompt in enumerate(found):
+        for places in together:
             if links is not None and links.rank:
                 out = None
-            folder = out if out is None or is_single else Path(out) / f"p{number:03d}"
-            chosen = settings.with_labels(own[number])
-            writing = {
-                part: Writing(
-                    view, prompt, chosen, Path(folder) / part if folder and has_views else folder
+            chosen = settings.with_labels(own[places[0]])
+            prompts = [found[place] for place in places]
+            writing = []
+            for place in places:
+                folder = out if out is None or is_single else Path(out) / f"p{place:03d}"
+                writing.append(
+                    {
+                        part: Writing(
+                            *(view, found[place], chosen),
+                            Path(folder) / part if folder and has_views else folder,
+                        )
+                        for part, view in views.items()
+                    }
                 )
-                for part, view in views.items()
-            }
             start = time.perf_counter()
-            _record(writing, model, prompt, chosen, chunk, links, advance)
+            if len(places) > 1:
+                _record_together(writing, model, prompts, chosen, advance)
+            else:
+                _record(writing[0], model, prompts[0], chosen, chunk, links, advance)
             note = {
                 "seed": seed,
-                "chunk": chunk if pieces_of(prompt, chunk) > 1 else None,
+                "chunk": chunk if pieces_of(prompts[0], chunk) > 1 else None,
                 "processes": 1 if links is None else links.size,
-                "seconds": time.perf_counter() - start,
+                "seconds": (time.perf_counter() - start) / len(places),
             }
-            done = {part: one.finish(note) for part, one in writing.items()}
-            traces.append(TraceParts(done) if has_views else done[model.chosen])
+            for place, parts in zip(places, writing, strict=True):
+                done = {part: one.finish(note) for part, one in parts.items()}
+                traces[place] = TraceParts(done) if has_views else done[model.chosen]
     return traces[0] if is_single else traces
 
 
@@ -243,6 +259,26 @@ def _record(
 
     with torch.no_grad(), listening(model, on_layer, parts=True):
         run(model, prompt.inputs)
+
+
+def _record_together(
+    writing: Sequence[Mapping[str, Writing]],
+    model: LoadedModel,
+    prompts: Sequence[Prompt],
+    settings: Settings,
+    advance: Callable[[int], None],
+) -> None:
+    """Run prompts of token ids as one batch; each trace takes its part of every layer."""
+    rows = [one.ids or [] for one in prompts]
+
+    def done(record: LayerRecord) -> None:
+        for number, (one, row) in enumerate(zip(writing, rows, strict=True)):
+            one[model.chosen].take(record_of(record, number, len(row), settings.block_size))
+        advance(len(rows))
+
+    recorder = Once(Recorder(settings, done), model.info.class_name)
+    with torch.no_grad(), listening(model, recorder.on_layer, parts=True):
+        run(model, joined(model, rows))
 
 
 def _check_size(model: LoadedModel, prompt: Prompt, settings: Settings) -> None:
