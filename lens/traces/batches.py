@@ -33,7 +33,7 @@ _PROBE = 16
 
 def batches(model: LoadedModel, prompts: Sequence[Prompt]) -> list[list[int]]:
     """The places of the prompts that run together; every place once."""
-    lengths = [len(one.ids) if _is_plain(one) else 0 for one in prompts]
+    lengths = [len(one.ids or ()) if _is_plain(one) else 0 for one in prompts]
     places = sorted(range(len(prompts)), key=lambda place: -lengths[place])
     groups: list[list[int]] = []
     for place in places:

@@ -182,7 +182,8 @@ def test_groups_without_outputs_are_the_same_groups(backend, device):
     one, other = (
         attention(query, key, value, group_outputs=outputs, **options) for outputs in (True, False)
     )
-    assert one.groups is not None and other.groups is not None
+    assert one.groups is not None
+    assert other.groups is not None
     assert other.groups.output.shape == (*one.groups.lse.shape, 0)
     assert one.groups.output.shape == (*one.groups.lse.shape, value.shape[-1])
     assert torch.isnan(one.output).any()

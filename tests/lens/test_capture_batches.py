@@ -26,7 +26,7 @@ def passes(monkeypatch):
     def watch(model):
         def note(_, args, kwargs):
             shape = tuple(kwargs["input_ids"].shape)
-            if shape[1] > batches._PROBE or shape[0] == 1 and shape[1] in LENGTHS:
+            if shape[1] > batches._PROBE or (shape[0] == 1 and shape[1] in LENGTHS):
                 seen.append(shape)
 
         return base(model).register_forward_pre_hook(note, with_kwargs=True)
