@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
+from lens.common.choices import is_number, is_whole
 from lens.common.errors import LensError
 
 PART = ".lens-part"
@@ -86,7 +87,21 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON, whole or not at all; NaN is refused (use null)."""
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False, default=plain)
+    write_text(path, text + "\n")
+
+
+def plain(value: Any) -> int | float:
+    """A number of numpy as one of Python, for `json.dumps(..., default=plain)`.
+
+    Raises:
+        TypeError: it is none.
+    """
+    if is_whole(value):
+        return int(value)
+    if is_number(value):
+        return float(value)
+    raise TypeError(f"{type(value).__name__} has no place in JSON")
 
 
 def lies_in(path: Path, folder: Path) -> bool:

@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 from lens_kernels import AttentionResult
 
+from lens.common.choices import is_whole
 from lens.common.errors import LensError
 from lens.common.head_ids import AnyHead
 from lens.models.loaded import LoadedModel
@@ -36,7 +37,7 @@ def selected_heads(
             chosen[info.head(head)] = True
         return chosen
     for layer in info.attending if layers is None else layers:
-        if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < info.layers:
+        if not is_whole(layer) or not 0 <= layer < info.layers:
             raise LensError(f"layers must be numbers 0 to {info.layers - 1}, got {layer!r}")
         info.check_layer(layer, f"attention to edit in layer {layer}")
         chosen[layer] = True

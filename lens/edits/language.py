@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
+from lens.common.choices import is_number
 from lens.common.errors import LensError
 from lens.common.head_ids import AnyHead
 from lens.edits.base import AttentionEdit, selected_heads
@@ -115,7 +116,7 @@ def plain_keys(name: str, keys: Keys) -> Keys:
 
 def check_number(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> None:
     """Raises LensError unless `value` is a number from `low` to `high`."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
+    if not is_number(value) or math.isnan(value):
         raise LensError(f"{name} must be a number, got {value!r}")
     if not low <= value <= high:
         shown = "is a fraction 0..1" if (low, high) == (0, 1) else f"must be {low:g} to {high:g}"

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lens.common import choices
+from lens.common.choices import is_number
 from lens.common.errors import LensError
 from lens.models.loaded import LoadedModel
 from lens.passes.blocks import BlockView, in_blocks
@@ -191,7 +192,7 @@ def check_shares(policy: Policy, *names: str) -> None:
     """Raises LensError unless these fields are numbers above 0 and at most 1."""
     for name in names:
         value = getattr(policy, name)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+        if not is_number(value) or not 0 < value <= 1:
             raise LensError(
                 f"{name} of {type(policy).__name__} must be above 0 and at most 1, got {value!r}"
             )

@@ -12,7 +12,7 @@ import numpy as np
 
 from lens.common.choices import check_choice
 from lens.common.errors import LensError
-from lens.common.files import read_text, write_json, write_text
+from lens.common.files import plain, read_text, write_json, write_text
 from lens.common.head_ids import HeadId, head_id
 from lens.models.loaded import LoadedModel
 from lens.policies.a_shape import AShape
@@ -84,7 +84,7 @@ def write(
             }
             for layer in range(model.info.layers)
         ]
-        write_text(Path(path), json.dumps(layers))
+        write_text(Path(path), json.dumps(layers, default=plain))
     else:
         write_json(Path(path), as_json(policy, model))
 
@@ -259,7 +259,7 @@ def _write_duo(heads: PerHead, folder: Path, model: LoadedModel) -> None:
     first, last = sizes.pop() if sizes else (64, 256)
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "full_attention_heads.tsv", "\n".join(rows) + "\n")
-    write_text(folder / "config.json", json.dumps({"sink_size": first, "recent_size": last}))
+    write_json(folder / "config.json", {"sink_size": first, "recent_size": last})
 
 
 def _read_duo(folder: Path, heads: int | None, full: float | None) -> PerHead:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from lens.common.choices import check_counts
+from lens.common.choices import check_counts, is_number
 from lens.common.errors import LensError
 from lens.common.progress import advancing
 from lens.models.loaded import LoadedModel
@@ -73,7 +73,7 @@ def search(
     """
     chooses, promises = _split(model, prompts, held_out)
     size = check_block_size(block_size)
-    if isinstance(loss, bool) or not isinstance(loss, int | float) or not loss >= 0:
+    if not is_number(loss) or not loss >= 0:
         raise LensError(f"loss must be a number of nats from 0 on, got {loss!r}")
     check_counts(draws=draws, **({} if levels is None else {"levels": levels}))
     longest = max(map(len, chooses))

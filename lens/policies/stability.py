@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from lens.common.choices import check_counts
+from lens.common.choices import check_counts, is_number
 from lens.common.errors import LensError
 from lens.common.head_ids import HeadId, head_columns
 from lens.common.progress import advancing
@@ -196,7 +196,7 @@ def stability(
             "prompt whose start does not see what follows"
         )
     size = check_block_size(block_size)
-    if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share < 1:
+    if not is_number(share) or not 0 < share < 1:
         raise LensError(f"share must be between 0 and 1, got {share!r}")
     for step in steps:
         check_counts(steps=step)

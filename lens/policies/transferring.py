@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from lens.common.choices import is_number
 from lens.common.errors import LensError
 from lens.common.given import given_traces
 from lens.common.head_ids import head_columns
@@ -123,7 +124,7 @@ def transfer(
     traces = given_traces(traces)
     if len(traces) < 2:
         raise LensError(f"transfer needs at least two traces, got {len(traces)}")
-    if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
+    if not is_number(share) or not 0 < share <= 1:
         raise LensError(f"share must be above 0 and at most 1, got {share!r}")
     shapes = {(one.layers, one.heads, one.length, _masses(one).shape) for one in traces}
     if len(shapes) > 1:

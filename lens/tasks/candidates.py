@@ -10,6 +10,7 @@ from random import Random
 
 import torch
 
+from lens.common.choices import is_whole
 from lens.common.errors import LensError
 from lens.models.loaded import LoadedModel
 from lens.tasks.metrics import PADDING, AnswerSets
@@ -103,7 +104,7 @@ def make_task(
     Raises:
         LensError: fewer than n prompts fit.
     """
-    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+    if not is_whole(n) or n < 1:
         raise LensError(f"n must be a positive integer, got {n!r}")
     random = Random(f"{name} {seed}")
     rows: dict[tuple[int, ...], _Row] = {}

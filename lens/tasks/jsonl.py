@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from lens.common.choices import is_whole
 from lens.common.errors import LensError
 from lens.common.files import read_text
 from lens.models.loaded import LoadedModel
@@ -141,7 +142,7 @@ def _parse(line: str, number: int, path: Path) -> dict[str, Any]:
     if unknown := sorted(set(row) - {*_NEEDED, *_OPTIONAL}):
         raise LensError(f"{path.name}: line {number} has unknown fields {', '.join(unknown)}")
     position = row.get("position", -1)
-    if isinstance(position, bool) or not isinstance(position, int):
+    if not is_whole(position):
         raise LensError(
             f"{path.name}: line {number} has the position {position!r}, which is no number"
         )

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from lens.common.choices import is_whole
 from lens.common.errors import LensError
 from lens.models.loaded import LoadedModel
 from lens.models.vocabulary import around, windows
@@ -176,5 +177,5 @@ def _masked(
 
 
 def _positive(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if not is_whole(value) or value < 1:
         raise LensError(f"{name} must be a positive integer, got {value!r}")

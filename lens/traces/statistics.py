@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from lens_kernels import AttentionGroups, AttentionResult
 
+from lens.common.choices import is_whole
 from lens.common.errors import LensError
 from lens.passes.calls import LayerCall, attend
 from lens.traces.labels import MATCH_RULES, Labels
@@ -128,7 +129,7 @@ def make_settings(
     if unknown:
         raise LensError(f"unknown statistics {', '.join(unknown)}; known: {', '.join(VARIABLES)}")
     names = list(names)
-    if isinstance(block_size, bool) or not isinstance(block_size, int) or block_size < 1:
+    if not is_whole(block_size) or block_size < 1:
         raise LensError(f"block_size must be a positive integer, got {block_size!r}; e.g. 64")
     return Settings(frozenset(names), block_size, keep_qk, backend)
 

@@ -206,6 +206,21 @@ def test_files_come_back_as_they_went(model, found, tmp_path):
     assert read.of((2, 5)) == policies.BlockSparse(100)
 
 
+def test_numbers_of_numpy_are_written_as_numbers(model, tmp_path):
+    heads = {
+        "L0H1": policies.AShape(np.int64(4), np.int32(16)),
+        "L1H0": policies.BlockSparse(share=np.float32(0.5)),
+    }
+    policies.write(policies.PerHead(heads), tmp_path / "heads.json", model)
+    read = policies.read(tmp_path / "heads.json")
+    assert read.of((0, 1)) == policies.AShape(4, 16)
+    assert read.of((1, 0)) == policies.BlockSparse(share=0.5)
+    policies.write(
+        policies.PerHead({"L0H1": heads["L0H1"]}), tmp_path / "m.json", model, format="minference"
+    )
+    assert json.loads((tmp_path / "m.json").read_text())[0]["1"] == ["stream_llm", 4, 16, 1.0]
+
+
 def test_what_minference_writes_for_a_streaming_head_is_read_as_one_if_asked(model, tmp_path):
     path = tmp_path / "published.json"
     lines = {"0": (100, 800), "1": (1000, 6096), "2": (30, 800)}

@@ -19,7 +19,7 @@ from torch import Tensor
 from lens.circuits.graph.circuit import Circuit
 from lens.circuits.graph.head_sets import heads_in
 from lens.circuits.known.circuit import KnownCircuit
-from lens.common.choices import check_choice, check_counts
+from lens.common.choices import check_choice, check_counts, is_number
 from lens.common.errors import LensError
 from lens.common.given import given_as
 from lens.common.head_ids import AnyHead, HeadId
@@ -328,7 +328,7 @@ def _draw_controls(
 
 
 def _check(amount: float, split: Split, controls: int, match: Match) -> None:
-    if isinstance(amount, bool) or not isinstance(amount, int | float) or not 0 < amount <= 1:
+    if not is_number(amount) or not 0 < amount <= 1:
         raise LensError(
             f"amount is the share of the row that is moved, above 0 to 1; got {amount!r}"
         )

@@ -10,6 +10,7 @@ import pandas as pd
 import torch
 from torch import nn
 
+from lens.common.choices import is_whole
 from lens.common.errors import LensError
 from lens.common.progress import advancing
 from lens.common.results import Result, Sentence, described
@@ -186,7 +187,7 @@ def high_norm(
         raise LensError(f"layer must be {-layers} to {layers - 1}, got {layer}")
     if cutoff is not None and not cutoff > 0:
         raise LensError(f"cutoff must be a positive norm, got {cutoff}")
-    if isinstance(skip, bool) or not isinstance(skip, int) or skip < 0:
+    if not is_whole(skip) or skip < 0:
         raise LensError(f"skip must be a number of tokens, 0 or more, got {skip!r}")
     layer %= layers
     found, asked = [], read_prompts(model, prompts)[0]

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from lens.common.choices import is_whole
 from lens.common.errors import LensError
 from lens.common.head_ids import head_columns
 from lens.common.progress import advancing
@@ -155,7 +156,7 @@ def bands(
     weights = head_weights(model)
     unembedding = weights.unembedding.double()  # [d_model, vocab]
     width = len(unembedding)
-    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= width:
+    if not is_whole(count) or not 1 <= count <= width:
         raise LensError(f"count must be 1 to {width} (the width of the model), got {count!r}")
     values, vectors = torch.linalg.eigh(unembedding @ unembedding.T)  # ascending
     values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)

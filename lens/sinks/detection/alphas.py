@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from lens.common.choices import check_choice
+from lens.common.choices import check_choice, is_whole
 from lens.common.errors import LensError
 from lens.traces.scores import FEWEST_VIEWERS, SINK_EPSILON
 from lens.traces.uniform import UniformRows, visible_queries
@@ -129,7 +129,7 @@ def alpha_at(
     """
     found = []
     for trace in traces:
-        if isinstance(key, bool) or not isinstance(key, int) or not 0 <= key < trace.length:
+        if not is_whole(key) or not 0 <= key < trace.length:
             raise LensError(f"key must be a position 0 to {trace.length - 1}, got {key!r}")
         alpha = alpha_of(trace, normalise)[..., key]
         if np.isnan(alpha).any():
