@@ -18,7 +18,9 @@ _MARKS = {"ok": "ok", "fallback": "--", "problem": "!!"}
 _OPTIONAL = {
     "dash": ("dashboard", "`lens view` and `lens demo` cannot serve the dashboard"),
     "transformer_lens": ("circuits", "a TransformerBridge cannot be captured"),
-    "gguf": ("gguf", "smollm2-135m cannot be converted"),
+    "gguf": ("gguf", "GGUF files cannot be loaded, smollm2-135m among them"),
+    "peft": ("peft", "folders with an adapter cannot be loaded"),
+    "bitsandbytes": ("bitsandbytes", "models in 4 and 8 bit cannot be loaded"),
     "kaleido": ("export", "figures are saved as HTML, not as PNG or SVG files"),
 }
 _BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")

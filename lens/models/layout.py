@@ -13,7 +13,8 @@ from lens.common.errors import LensError
 from lens.models.architectures import ARCHITECTURES, Architecture
 from lens.models.bare import bare
 from lens.models.loaded import LoadedModel, check_loaded
-from lens.models.parts import Block, Layout, Norm, matrix, setting
+from lens.models.parts import Block, Layout, Norm, setting
+from lens.models.weights import matrix
 
 
 def layout(model: LoadedModel) -> Layout:
@@ -196,9 +197,7 @@ def _block(
     projections = tuple(attention.get_submodule(name) for name in row.qkv)
     output_module = module.get_submodule(row.output)
     has_mlp = _part(module, row.mlp[0]) is not None
-    for part in (*projections, output_module):
-        _refuse_other_weights(part, model)
-    output, output_bias = matrix(output_module)
+    output, output_bias = matrix(output_module, model)
     width = len(output) // heads
     multiplier = setting(base, row.residual_scale, 1)
     return Block(
@@ -210,7 +209,7 @@ def _block(
         mlp_after=_norm(module, row.after_mlp if has_mlp else None, row.norm),
         projections=projections,
         joint=row.joint,
-        weights=_qkv(projections, row.joint, heads, model.info.kv_heads, width),
+        weights=_qkv([matrix(one, model) for one in projections], row, model, width),
         head_norms=(
             _norm(attention, _first(attention, "q_norm", "q_layernorm"), row.norm),
             _norm(attention, _first(attention, "k_norm", "k_layernorm"), row.norm),
@@ -224,20 +223,20 @@ def _block(
 
 
 def _qkv(
-    modules: tuple[nn.Module, ...], joint: str, heads: int, kv_heads: int, width: int
+    made: list[tuple[Tensor, Tensor | None]], row: Architecture, model: LoadedModel, width: int
 ) -> tuple[tuple[Tensor, Tensor | None], ...]:
-    """[heads, in, width] and [heads, 1, width] of q, k and v."""
-    counts = (heads, kv_heads, kv_heads)
+    """[heads, in, width] and [heads, 1, width] of q, k and v, of the weights of their projections."""
+    heads, kv_heads = model.info.heads, model.info.kv_heads
 
     def split(tensor: Tensor) -> list[Tensor]:
-        if joint == "heads":
+        if row.joint == "heads":
             parts = tensor.unflatten(-1, (heads, 3, width))
             return [parts[..., number, :] for number in range(3)]
-        sizes = [count * width for count in counts]
+        sizes = [count * width for count in (heads, kv_heads, kv_heads)]
         return [part.unflatten(-1, (-1, width)) for part in tensor.split(sizes, -1)]
 
-    if joint:
-        weight, bias = matrix(modules[0])
+    if row.joint:
+        weight, bias = made[0]
         pairs = zip(
             split(weight), split(bias[None]) if bias is not None else [None] * 3, strict=True
         )
@@ -247,7 +246,7 @@ def _qkv(
                 weight.unflatten(-1, (-1, width)),
                 None if bias is None else bias[None].unflatten(-1, (-1, width)),
             )
-            for weight, bias in map(matrix, modules)
+            for weight, bias in made
         )
     return tuple(
         (weight.movedim(-2, 0), None if bias is None else bias.movedim(-2, 0))
@@ -273,35 +272,6 @@ def _norm(owner: nn.Module, path: str | None, kind: str) -> Norm:
         float(epsilon),
         True,
     )
-
-
-def _refuse_other_weights(module: nn.Module, model: LoadedModel) -> None:
-    """Raises: LensError: a projection that is not `x W + b` with weights that can be read."""
-    kind = type(module)
-    weight = getattr(module, "weight", None)
-    what = None
-    if hasattr(module, "base_layer") or "lora" in kind.__name__.lower():
-        what = (
-            f"an adapter ({kind.__name__}), which is not in its weights; merge it "
-            "(merge_and_unload() in peft) and load the merged model"
-        )
-    elif (
-        weight is None
-        or not weight.is_floating_point()
-        or kind.__module__.startswith("bitsandbytes")
-    ):
-        what = f"quantised weights ({kind.__name__}); load the model in float32 or bfloat16"
-    elif weight.device.type == "meta":
-        what = "weights that are not in memory (offloaded, or on the meta device); load it on one device"
-    elif type(weight) not in (nn.Parameter, Tensor):
-        what = (
-            f"weights that are a {type(weight).__name__}: quantised, or split over devices; load the "
-            "whole model in float32 or bfloat16 on one device"
-        )
-    if what is not None:
-        raise LensError(
-            f"{model.name} has {what}. What it computes could not be taken apart into its heads"
-        )
 
 
 def _part(owner: nn.Module, path: str) -> nn.Module | None:

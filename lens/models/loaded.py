@@ -150,13 +150,20 @@ class LoadedModel:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of the weights; of quantised ones that of what is computed from them."""
-        settings = getattr(getattr(self.model, "config", None), "quantization_config", None)
-        computed = getattr(settings, "bnb_4bit_compute_dtype", None)
-        if isinstance(computed, torch.dtype):
-            return computed
+        """Type of the weights that are floating numbers, and of what is handed from layer to layer."""
         types = (parameter.dtype for parameter in self.model.parameters())
         return next((dtype for dtype in types if dtype.is_floating_point), torch.float32)
+
+    @property
+    def precision(self) -> torch.dtype:
+        """The coarsest type that it computes in: coarser than `dtype` where quantised weights are multiplied."""
+        types = [self.dtype]
+        for one in self.model.modules():
+            if isinstance(computed := getattr(one, "compute_dtype", None), torch.dtype):
+                types.append(computed)
+            if getattr(one, "support_avx512bf16_for_cpu", False) and self.device.type == "cpu":
+                types.append(torch.bfloat16)  # bitsandbytes, whatever type was asked for
+        return max(types, key=lambda dtype: torch.finfo(dtype).eps)
 
     @property
     def is_bridge(self) -> bool:

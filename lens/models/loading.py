@@ -21,10 +21,12 @@ from lens.common.errors import LensError, first_line
 from lens.common.head_ids import PARTS
 from lens.common.results import few
 from lens.models import dinov2, smollm2
+from lens.models.adapters import CONFIG, adapted, adapter_base, unwrapped
 from lens.models.attention_only import AttentionOnlyConfig, AttentionOnlyModel
 from lens.models.catalogue import DEFAULT_MODEL, KNOWN, is_hub_id, unknown_model
 from lens.models.loaded import LoadedModel, ModelInfo, is_bridge
 from lens.models.processors import read_processor
+from lens.models.quantised import check_gguf, class_of, names_tokens, readable_weights
 from lens.models.sizes import describe, describe_bridge, image_token
 from lens.models.stacks import stacks
 from lens.models.symbols import SymbolTokenizer
@@ -67,6 +69,7 @@ def load_unchecked(
             "(use model.to(device, dtype) before lens.load)"
         )
     tokenizer = tokenizer or getattr(processor, "tokenizer", None)
+    name_or_model = unwrapped(name_or_model)
     loaded = replace(_from_object(name_or_model, tokenizer), processor=processor)
     check_fit(loaded.tokenizer, loaded.info.vocab, loaded.name)
     return loaded
@@ -106,9 +109,11 @@ def _from_name(
     if revision is not None:
         raise LensError(f"revision goes with a hub id such as owner/name, not with {name}")
     if known is None:
+        if folder.suffix == ".gguf" and folder.is_file():
+            return _from_folder(folder.parent, dtype, device, gguf_file=folder.name)
         if not folder.is_dir():
             raise LensError(unknown_model(name))
-        return _from_folder(folder, dtype, device)
+        return _from_any_folder(folder, dtype, device)
     if name == "induction-2l":
         loaded = replace(_from_folder(known.folder, dtype, device), tokenizer=SymbolTokenizer())
     elif made := _PACKAGED.get(name):
@@ -118,23 +123,54 @@ def _from_name(
     return replace(loaded, name=name, info=replace(loaded.info, licence=known.licence))
 
 
-def _from_folder(folder: Path, dtype: torch.dtype | None, device: torch.device) -> LoadedModel:
-    if not (folder / "config.json").is_file():
+def _from_any_folder(folder: Path, dtype: torch.dtype | None, device: torch.device) -> LoadedModel:
+    """Of a model that `save_pretrained` wrote, of an adapter of peft, or with one GGUF file."""
+    if (folder / CONFIG).is_file():
+        base = adapter_base(folder)
+        inside = (folder / "config.json").is_file()  # transformers reads model and adapter then
+        loaded = (
+            _from_folder(folder, dtype, device) if inside else _from_name(base, None, dtype, device)
+        )
+        model = loaded.model if inside else adapted(loaded.model, folder)
+        tokenizer = _tokenizer(folder) or loaded.tokenizer
+        return replace(_described(model, tokenizer, folder.name), processor=loaded.processor)
+    files = sorted(folder.glob("*.gguf"))
+    if (folder / "config.json").is_file() or len(files) != 1:
+        return _from_folder(folder, dtype, device)
+    return _from_folder(folder, dtype, device, gguf_file=files[0].name)
+
+
+def _from_folder(
+    folder: Path, dtype: torch.dtype | None, device: torch.device, gguf_file: str | None = None
+) -> LoadedModel:
+    if gguf_file is None and not (folder / "config.json").is_file():
         raise LensError(
-            f"{folder} holds no model: config.json is missing; give a folder written by save_pretrained"
+            f"{folder} holds no model: config.json is missing; give a folder written by save_pretrained, or a GGUF file"
         )
     try:
-        model = _pretrained(str(folder), None, dtype, device, local=True)
-        has_tokenizer = any((folder / file).is_file() for file in _TOKENIZER_FILES)
-        tokenizer = (
-            AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-            if has_tokenizer
-            else None
-        )
+        if gguf_file is not None:
+            check_gguf(folder / gguf_file)
+        model = _pretrained(str(folder), None, dtype, device, local=True, gguf_file=gguf_file)
+        tokenizer = _tokenizer(folder, gguf_file)
     except (OSError, ValueError, KeyError) as error:
         raise LensError(f"cannot load the model in {folder}: {first_line(error)}") from error
     processor = read_processor(model, str(folder), local_files_only=True)
-    return replace(_described(model, tokenizer, folder.name), processor=processor)
+    name = folder.name if gguf_file is None else Path(gguf_file).stem
+    return replace(_described(model, tokenizer, name), processor=processor)
+
+
+def _tokenizer(folder: Path, gguf_file: str | None = None) -> Any:
+    """None where there is none."""
+    if gguf_file is not None:
+        has_one = names_tokens(folder / gguf_file)
+    else:
+        has_one = any((folder / file).is_file() for file in _TOKENIZER_FILES)
+    options = {} if gguf_file is None else {"gguf_file": gguf_file}
+    return (
+        AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
+        if has_one
+        else None
+    )
 
 
 def _from_hub(
@@ -189,13 +225,17 @@ def _pretrained(
     device: torch.device,
     *,
     local: bool,
+    gguf_file: str | None = None,
 ) -> PreTrainedModel:
     """The class that the checkpoint names, in eval mode on `device`."""
+    more = {} if gguf_file is None else {"gguf_file": gguf_file}
     with _quiet():
         config = AutoConfig.from_pretrained(
-            name, revision=revision, local_files_only=local, trust_remote_code=False
+            name, revision=revision, local_files_only=local, trust_remote_code=False, **more
         )
         _forget_kernels(config)
+        if gguf_file is not None and not config.architectures:
+            config.architectures = [class_of(config)]
         class_name = next(iter(config.architectures or []), "AutoModel")
         model_class: Any = getattr(transformers, class_name, None)
         if isinstance(config, AttentionOnlyConfig):
@@ -204,15 +244,17 @@ def _pretrained(
             raise ValueError(f"transformers {transformers.__version__} has no class {class_name}")
         if dtype is None:
             dtype = torch.float32 if device.type == "cpu" else None
-        model: Any = _trained(
-            model_class,
-            name,
-            config=config,
-            revision=revision,
-            dtype=dtype or "auto",
-            local_files_only=local,
-            trust_remote_code=False,
-        )
+        with readable_weights(config, name):
+            model: Any = _trained(
+                model_class,
+                name,
+                config=config,
+                revision=revision,
+                dtype=dtype or "auto",
+                local_files_only=local,
+                trust_remote_code=False,
+                **more,
+            )
     return model.to(device).eval()
 
 

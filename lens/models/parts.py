@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from lens.common.errors import LensError
 from lens.models.architectures import Architecture
 from lens.models.loaded import LoadedModel
+from lens.models.weights import matrix
 
 
 @dataclass(frozen=True, eq=False)
@@ -226,7 +227,7 @@ class Layout:
                 bias = None if bias is None else norm.frozen(bias, size)
                 shift = module.bias
             else:
-                weight, shift = matrix(module)
+                weight, shift = matrix(module, self.model)
                 parts = {one: part @ weight.double() for one, part in parts.items()}
                 bias = None if bias is None else bias @ weight.double()
             if shift is not None:
@@ -251,7 +252,7 @@ class Layout:
         module = self._unembedding()
         for part in self.head:
             normed = part.forward(normed)
-        weight, bias = matrix(module)
+        weight, bias = matrix(module, self.model)
         found = normed @ weight
         found = (found if bias is None else found + bias) * self.logit_scale
         return found if self.softcap is None else (found / self.softcap).tanh() * self.softcap
@@ -269,7 +270,7 @@ class Layout:
                 "and its unembedding, so no head writes straight into its logits; methods that run the "
                 "model, such as lens.heads.importance by ablation, need no such path"
             )
-        return matrix(module)[0].float() * self.logit_scale
+        return matrix(module, self.model)[0].float() * self.logit_scale
 
     def _unembedding(self) -> nn.Module:
         if self.unembedding is None:
@@ -278,14 +279,6 @@ class Layout:
                 "with its head, such as its ForCausalLM class"
             )
         return self.unembedding
-
-
-def matrix(module: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """Weight [in, out] and bias of a Linear, or of GPT-2's Conv1D, which keeps it this way round."""
-    weight = module.get_parameter("weight").detach()
-    bias = getattr(module, "bias", None)
-    turned = weight.T if isinstance(module, nn.Linear) else weight
-    return turned, None if bias is None else bias.detach()
 
 
 def setting(base: nn.Module, name: str | None, default: Any) -> Any:

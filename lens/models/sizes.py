@@ -81,4 +81,5 @@ def describe_bridge(bridge: Any) -> ModelInfo:
 
 
 def _parameters(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
+    count = getattr(model, "num_parameters", None)  # of 4 bits a parameter holds two
+    return count() if count is not None else sum(one.numel() for one in model.parameters())

@@ -85,7 +85,7 @@ def self_check(model: LoadedModel) -> Checked:
             "damaged, or too large for their type"
         )
     difference = float((captured - own).abs().max() / own.abs().max().clamp(min=1e-30))
-    tolerance = TOLERANCE.get(model.dtype, TOLERANCE[torch.bfloat16])
+    tolerance = TOLERANCE.get(model.precision, TOLERANCE[torch.bfloat16])
     if not difference <= tolerance:
         _refuse_random(model, inputs, own)
         raise LensError(

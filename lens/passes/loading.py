@@ -28,8 +28,9 @@ def load(
     Args:
         name_or_model: an embedded name (`text-lm-3l`, `stories260k`, `induction-2l`, `vit-digits`), `smollm2-135m`,
             `dinov2-small`,
-            a folder with `config.json`, a hub id `owner/name` (the only case that uses the network),
-            a transformers model in eval mode, or a `TransformerBridge` of TransformerLens 4.
+            a folder with `config.json`, a GGUF file or its folder, a folder with an adapter of peft and its base
+            beside it, a hub id `owner/name` (the only case that uses the network), a transformers model in
+            eval mode, a `PeftModel`, or a `TransformerBridge` of TransformerLens 4.
         revision: branch, tag or commit of a hub model.
         dtype: type of the weights; float32 on a CPU, else the checkpoint's own, if None.
         device: where to put the weights; the CPU if None.

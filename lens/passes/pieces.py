@@ -40,7 +40,7 @@ def check_pieces(model: LoadedModel, prompt: Prompt, chunk: int) -> None:
     apart = _probe(model, ids, -(-ids.shape[1] // 3))
     whole = _probe(model, ids, ids.shape[1])
     difference = float((apart - whole).abs().max() / whole.abs().max().clamp(min=1e-30))
-    if not difference <= TOLERANCE.get(model.dtype, TOLERANCE[torch.bfloat16]):
+    if not difference <= TOLERANCE.get(model.precision, TOLERANCE[torch.bfloat16]):
         raise LensError(
             f"{model.info.class_name} computes something else in pieces: on the first {ids.shape[1]} tokens "
             f"its output differs by {difference:.1e} from that of the whole (a layer that starts anew in each "

@@ -48,11 +48,11 @@ def proved(model: LoadedModel) -> Layout:
                 f"{model.info.class_name} gives values that are not numbers on a prompt of a few tokens; "
                 "its weights are damaged, or too large for their type"
             )
-        if not error <= _TOLERANCE[model.dtype]:
+        if not error <= _TOLERANCE[model.precision]:
             raise LensError(
                 f"{model.info.class_name} does not compute what its parts say: its output differs by "
                 f"{error:.1e} of its largest from the one computed again from its embedding, norms, "
-                f"heads, MLPs and unembedding (allowed {_TOLERANCE[model.dtype]:.0e}), so numbers about "
+                f"heads, MLPs and unembedding (allowed {_TOLERANCE[model.precision]:.0e}), so numbers about "
                 f"its heads would be wrong. {_reason(root)}"
             )
         _proved[root] = state

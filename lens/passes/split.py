@@ -199,7 +199,7 @@ def check_split(model: LoadedModel, prompt: Prompt, links: Processes) -> None:
     mine = whole[:, split.layout.positions(links.rank).to(whole.device)]
     difference = (own - mine).abs().max() / whole.abs().max().clamp(min=1e-30)
     worst = float(max(links.gather(difference, [()] * links.size)))
-    if not worst <= TOLERANCE.get(model.dtype, TOLERANCE[torch.bfloat16]):
+    if not worst <= TOLERANCE.get(model.precision, TOLERANCE[torch.bfloat16]):
         raise LensError(
             f"{name} computes something else when its tokens are split over processes: on the first "
             f"{len(ids)} tokens its output differs by {worst:.1e} (a layer that reads other tokens without "

@@ -73,7 +73,7 @@ class Head:
     @property
     def tolerance(self) -> float:
         """See `TOLERANCE`."""
-        return TOLERANCE[self.layout.model.dtype]
+        return TOLERANCE[self.layout.model.precision]
 
     @property
     def sink(self) -> float | None:
@@ -184,7 +184,7 @@ def read_head(layout: Layout, inputs: Mapping[str, Tensor], head: HeadId) -> Hea
         rotation = find_rotation(
             next((one for one in given if one is not None), None),
             list(zip(before, after, strict=True)),
-            TOLERANCE[layout.model.dtype],
+            TOLERANCE[layout.model.precision],
             head.layer,
         )
     found = Head(
