@@ -1,4 +1,4 @@
-"""Figure of `lens.sinks.mechanism`: how much attention a head parks against what it gets for it."""
+"""Figures of how sinks work: attention parked against what comes from it, tests of kinds, sizes by layer."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import Unpack
 import pandas as pd
 import plotly.graph_objects as go
 
-from lens.common.colors import BASELINE, VIRIDIS, scale
+from lens.common.colors import ACCENT, BASELINE, LINE, VIRIDIS, scale
 from lens.common.plots import draws
+from lens.figures.columns import column_scatter
 from lens.figures.rows import head_names
 from lens.figures.style import Look, style
 
@@ -47,3 +48,79 @@ def mass_and_value(table: pd.DataFrame, **look: Unpack[Look]) -> go.Figure:
         else "No head parks on the sink (α above 0.3)"
     )
     return style(figure, found, look, meta={"figure": "mass_and_value"})
+
+
+@draws("SinkKinds", of="table")
+def kinds_of_sinks(table: pd.DataFrame, **look: Unpack[Look]) -> go.Figure:
+    """Attention on the sink against its share in what the head writes, one point per head, coloured by kind.
+
+    Args:
+        table: of `SinkKinds`: `layer`, `head`, `mass`, `share`, `kind`.
+    """
+    words = {"mass": "Attention on the sources", "share": "Share of the output from them"}
+    return column_scatter(table, "mass", "share", "kind", labels=words, **look)
+
+
+def sink_tests(tests: pd.DataFrame, **look: Unpack[Look]) -> go.Figure:
+    """Change of the loss in each test, by kind, beside random keys with as much attention.
+
+    Args:
+        tests: of `SinkKinds`.
+    """
+    figure = go.Figure()
+    names = [f"{row['kind']} ({row['heads']})" for row in tests.to_dict("records")]
+    for (test, rows), color in zip(
+        tests.assign(name=names).groupby("test", sort=False),
+        (ACCENT, "#c2410c", "#17663a", "#7a3e9d"),
+        strict=False,
+    ):
+        ends = {
+            "array": rows["delta_loss_high"] - rows["delta_loss"],
+            "arrayminus": rows["delta_loss"] - rows["delta_loss_low"],
+        }
+        figure.add_bar(
+            x=rows["name"],
+            y=rows["delta_loss"],
+            name=str(test),
+            error_y=ends,
+            marker={"color": color},
+        )
+        if rows["control"].notna().any():
+            figure.add_bar(
+                x=rows["name"],
+                y=rows["control"],
+                name=f"{test}, random keys",
+                marker={"color": color, "pattern": {"shape": "/"}},
+            )
+    figure.update_xaxes(title="Kind of sink (heads)")
+    figure.update_yaxes(title="Change of loss, nats a token")
+    return style(figure, "What each kind of sink is worth", look)
+
+
+def sink_origin(origin: pd.DataFrame, **look: Unpack[Look]) -> go.Figure:
+    """Sizes of the sources over the median of other positions, by layer, on a logarithmic axis.
+
+    Args:
+        origin: of `SinkKinds`.
+    """
+    figure = go.Figure()
+    words = {
+        "norm": "state",
+        "variance": "variance of the heads' output",
+        "gradient": "gradient",
+        "value_gradient": "gradient by the values",
+    }
+    for (column, name), color in zip(
+        words.items(), (ACCENT, "#c2410c", LINE, "#7a3e9d"), strict=True
+    ):
+        figure.add_scatter(
+            x=origin["layer"],
+            y=origin[column],
+            name=name,
+            mode="lines+markers",
+            line={"color": color},
+        )
+    figure.add_hline(y=1, line={"color": BASELINE, "dash": "dot", "width": 1})
+    figure.update_xaxes(title="Layer")
+    figure.update_yaxes(title="Sources / median of other positions", type="log")
+    return style(figure, "Where the sink comes from", look)

@@ -4,6 +4,7 @@ from .activations.massive import massive as massive
 from .activations.norms import high_norm as high_norm
 from .causes.gates import gates as gates
 from .causes.geometry import mechanism as mechanism
+from .causes.kinds import kinds as kinds
 from .causes.persistent import persistent_memory as persistent_memory
 from .causes.spectral import bands as bands
 from .detection.blocks import block_bounds as block_bounds

@@ -36,7 +36,7 @@ def moved_run(lens_command, tmp_path_factory):
 
 def test_every_step_leaves_its_section_and_the_folders_are_whole(sinks_run, moved_run):
     assert sinks_run.sections == [
-        *("detection", "mechanism", "effects", "first_token", "dose"),
+        *("detection", "mechanism", "kinds", "effects", "first_token", "dose"),
         *("redistribution", "streaming", "spectrum"),
     ]
     assert moved_run.sections == ["dose", "search"]

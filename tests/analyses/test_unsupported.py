@@ -39,7 +39,9 @@ SHAPES = {
     "mistral": {**GROUPED, **WINDOW},
 }
 ENCODERS = {"bert": {}, "albert": {"embedding_size": 8}}
-CAUSAL_ONLY = {"mechanism", "effects", "first_token", "dose", "redistribution", "streaming"}
+CAUSAL_ONLY = {
+    *("mechanism", "kinds", "effects", "first_token", "dose", "redistribution", "streaming")
+}
 
 
 def saved(kind, options, head, folder):

@@ -62,6 +62,7 @@ STEPS: dict[str, tuple[Step, ...]] = {
     "sinks": (
         Step("detection", "sinks"),
         Step("mechanism", "sinks"),
+        Step("kinds", "sinks"),
         Step("effects", "sink_effects"),
         Step("first_token", "sink_effects"),
         Step("dose", "sink_effects"),

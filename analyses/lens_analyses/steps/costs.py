@@ -111,6 +111,7 @@ COSTS: dict[str, dict[str, Callable[[Load], Cost]]] = {
     "sinks": {
         "detection": lambda load: _of_windows(load, 6),
         "mechanism": lambda load: _of_windows(load, 4),
+        "kinds": lambda load: Cost(40 * min(3, load.windows) * load.length, 120),
         "effects": _effects,
         "first_token": _first_token,
         "dose": lambda load: _of_windows(load, 2 * _amounts(load) + 1),

@@ -1,11 +1,14 @@
 """Where attention is parked and how a sink works: detection, mechanism, dark directions."""
 
 import numpy as np
+import pandas as pd
 
 import lens
 from lens import sinks
 from lens.common.given import given_traces
 from lens.common.results import of_kind
+from lens.figures.sink_mechanism import sink_origin, sink_tests
+from lens.models.random_weights import random_weights
 from lens.runs.sections import Section
 from lens_analyses.steps.columns import defined
 from lens_analyses.steps.headlines import of_conditions, of_highest
@@ -131,6 +134,60 @@ def mechanism(subject: Subject) -> Section:
     )
 
 
+def kinds(subject: Subject) -> Section:
+    """Which kind of sink each head has, what each kind is worth, where it comes from and what moves it."""
+    asked = {"seed": subject.seed, "progress": subject.progress}
+    texts = subject.text_windows[:_FEW]
+    found = sinks.kinds(subject.model, texts, **asked)
+    random = sinks.kinds(random_weights(subject.model, subject.seed), texts, **asked)
+    kinds = list(dict.fromkeys((*found.counts, *random.counts)))
+    counts = [{"kind": kind, "heads": found.counts.get(kind, 0)} for kind in kinds]
+    counts = [row | {"random_heads": random.counts.get(row["kind"], 0)} for row in counts]
+    tables = {
+        "heads": found.table(),
+        "counts": pd.DataFrame(counts),
+        "tests": found.tests,
+        "origin": found.origin,
+        "moves": found.moves,
+    }
+    tables = {name: table for name, table in tables.items() if len(table)}
+    figures = {"kinds": found.plot(), "origin": sink_origin(found.origin)}
+    if len(found.tests):
+        figures["tests"] = sink_tests(found.tests)
+    parked = sum(count for kind, count in random.counts.items() if kind != "none")
+    said = found.findings()
+    return Section(
+        name="kinds",
+        title="Sinks: which kind",
+        summary=(
+            *of_kind(said, "kinds"),
+            f"With random weights {parked} of {len(random.rows)} heads have a sink of any kind.",
+            *of_kind(said, "test", "origin", "move"),
+        ),
+        limits=(
+            "nop: less than 10 % of what the head writes comes from the sources; broadcast: more than half, fixed where "
+            "their values vary by less than 5 % over prompts; a sink gets more than 30 % of the attention.",
+            *of_kind(said, "limit"),
+        ),
+        columns=defined(tables.values(), COLUMNS),
+        configuration={"sources": "first", "prompts": len(texts), "seed": subject.seed},
+        tables=tables,
+        figures=figures,
+        headlines=tuple(
+            of_highest(
+                tables["heads"].assign(
+                    low=tables["heads"]["share_low"], high=tables["heads"]["share_high"]
+                ),
+                "share",
+                "{name} broadcasts most: {value} of what it writes comes from the first token, of what the median "
+                "head writes {baseline}.",
+                "the median head",
+                figure="kinds",
+            )
+        ),
+    )
+
+
 def spectrum(subject: Subject) -> Section:
     """What the bands of the unembedding's spectrum are read and written by, and worth."""
     texts = subject.text_windows[:_FEW]
@@ -185,6 +242,28 @@ COLUMNS = {
     "energy": "Share of the weights' squared norm in the band, mean over heads.",
     "weight": "query, key and value read the residual stream, output writes it.",
     "alpha": "Mean attention that the key receives.",
+    "kind": "Of the sink: nop, fixed or input broadcast, mixed, learned, gate, none.",
+    "heads": "How many heads.",
+    "random_heads": "As many with random weights.",
+    "share": "Share of the size of what the head writes that comes from the sources.",
+    "uniform_mass": "Mass that the sources would get if attention were spread evenly.",
+    "uniform_share": "Share if attention were spread evenly.",
+    "learned": "Mass of the model's own learned sink; missing: it has none.",
+    "rank": "Stable rank of what the head writes in the rows behind the sources.",
+    "rank_centred": "The same less the mean row.",
+    "variation": "Variance of the sources' values over prompts, over their mean square; 0: always the same.",
+    "test": "zero: the sources' values are 0; mask: the sources are hidden; mean, other: their values are those of all or of another prompt.",
+    "control": "delta_loss of the same edit of random keys with as much attention.",
+    "control_mass": "Attention that these random keys held.",
+    "norm": "Size of the sources' state, over the median of other positions.",
+    "variance": "Variance over dimensions of what all heads give at the sources, over that median.",
+    "gradient": "Size of the gradient of the loss by the sources' state, over that median.",
+    "value_gradient": "The same by their values.",
+    "way": "What was moved: the state, its massive dimensions, or (alone) what the target sees; other: controls.",
+    "target": "Position that the sink is moved to.",
+    "target_before": "Its mean alpha in the heads that have a sink behind that layer.",
+    "target_after": "The same after the move.",
+    "sinks_after": "Share of these heads whose target is a sink then.",
     "normalise": "What alpha is a mean over; visible: queries that see the key; all: queries from it on, as Gu et al.",
     "largest_alpha": "The largest alpha of any head.",
     "epsilon": "Threshold of alpha.",

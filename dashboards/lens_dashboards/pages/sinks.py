@@ -28,7 +28,9 @@ from lens_dashboards.pages.parts import (
 )
 from lens_dashboards.selection import Selection
 
-SECTIONS = ("detection", "mechanism", "effects", "first_token", "dose", "streaming", "spectrum")
+SECTIONS = (
+    "detection", "mechanism", "kinds", "effects", "first_token", "dose", "streaming", "spectrum",
+)  # fmt: skip
 _MOST_HEADS = 40
 
 
@@ -100,6 +102,7 @@ def page(library: Library, view: Selection) -> list[Any]:
             [
                 *[_figure(run, "detection", name) for name in ("positions", "layers", "lengths")],
                 *[_figure(run, "mechanism", name) for name in ("mass_and_value", "massive")],
+                *[_figure(run, "kinds", name) for name in ("kinds", "tests", "origin")],
             ],
             className="halves",
         ),

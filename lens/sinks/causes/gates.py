@@ -22,7 +22,7 @@ from lens.models.loaded import LoadedModel
 from lens.passes.calls import LayerCall
 from lens.passes.inputs import read_prompts
 from lens.passes.keys import Keys, KeysAt, check_keys, members
-from lens.passes.sessions import base, listening
+from lens.passes.sessions import OnLayer, base, listening
 from lens.stats import over_units
 
 OFF_BY_ONE = 0.0
@@ -123,7 +123,7 @@ def gates(
     with advancing("gates", len(asked), progress) as advance:
         for prompt in asked:
             run, outputs = _Gates(sources), _Outputs(model)
-            with torch.no_grad(), listening(model, outputs.of(run)), outputs.hooked():
+            with torch.no_grad(), listening(model, outputs.of(run.on_layer)), outputs.hooked():
                 base(model)(**prompt.inputs)
             for mechanism, layers in (*run.layers.items(), ("output", outputs.kept)):
                 found.setdefault(mechanism, []).append(torch.stack(layers or run.missing))
@@ -199,11 +199,11 @@ class _Outputs:
         self._output: torch.Tensor | None = None  # [rows, queries, heads, dim] of the last call
         self._seen: list[torch.Tensor] = []
 
-    def of(self, run: _Gates) -> Any:
+    def of(self, run: OnLayer) -> OnLayer:
         """Listens to a run's layers."""
 
         def on_layer(call: LayerCall) -> torch.Tensor:
-            output = run.on_layer(call).to(call.value.dtype)
+            output = run(call).to(call.value.dtype)
             self._output = output.transpose(1, 2)
             self._layers += 1
             return output

@@ -1,0 +1,123 @@
+"""What `lens.sinks.kinds` gives back: the kind of every head's sink, tests of each kind, and where sinks come from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import pandas as pd
+
+from lens.common.results import Result, Sentence, described
+
+_TEST = {
+    "zero": "with the sources' values at 0",
+    "mask": "with the sources hidden",
+    "mean": "with their mean value over the prompts",
+    "other": "with their values of another prompt",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class SinkKinds(Result):
+    """Kinds of sinks, head by head.
+
+    Attributes:
+        rows: one per head: `kind` ("none", "nop", "fixed broadcast", "input broadcast", "mixed", "learned", "gate";
+            "broadcast" of one prompt, where fixed and input are not told apart); `mass` that the sources get and `share`
+            of the size of what the head writes that comes from them, each with `_low`, `_high` (95 % over prompts);
+            `uniform_mass`, `uniform_share`: the same if attention were spread evenly; `variation` of the sources'
+            values over prompts, 0 to 1; `rank`, `rank_centred`: stable rank of what the head writes, and about the mean
+            row; `learned`: what the model's own sink takes; `gate`: what a gate on the output lets through.
+        tests: a row per kind and test, all heads of the kind edited together (`lens.sinks.causes.kind_tests`).
+        origin: a row per layer (`lens.sinks.causes.origins`).
+        moves: a row per way and target (`lens.sinks.causes.moves`).
+        bos: "added", "absent" or "mixed".
+        tokens: [prompts], T of each.
+    """
+
+    rows: pd.DataFrame = field(repr=False)
+    tests: pd.DataFrame = field(repr=False)
+    origin: pd.DataFrame = field(repr=False)
+    moves: pd.DataFrame = field(repr=False)
+    bos: str
+    tokens: tuple[int, ...]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Kind -> how many heads have it."""
+        return {str(kind): int(count) for kind, count in self.rows["kind"].value_counts().items()}
+
+    def table(self) -> pd.DataFrame:
+        """The rows, with BOS policy and number of prompts."""
+        return self.rows.assign(bos=self.bos, n=len(self.tokens))
+
+    def __repr__(self) -> str:
+        return described(self)
+
+    def findings(self) -> tuple[Sentence, ...]:
+        """How many heads have each kind ("kinds"), what each test does ("test"), origin ("origin") and moves ("move")."""
+        shown = ", ".join(f"{kind} {count}" for kind, count in self.counts.items())
+        said = [Sentence(f"Of {len(self.rows)} heads the sinks are: {shown}.", kind="kinds")]
+        for kind, rows in self.tests.groupby("kind", sort=False):
+            parts = [
+                f"{_TEST[row['test']]} {row['delta_loss']:+.4f} [{row['delta_loss_low']:+.4f}, {row['delta_loss_high']:+.4f}]"
+                + (
+                    f" (random keys {row['control']:+.4f})"
+                    if row["control"] == row["control"]
+                    else ""
+                )
+                for row in rows.to_dict("records")
+            ]
+            count = int(rows["heads"].iloc[0])
+            said.append(
+                Sentence(
+                    f"The loss of the {count} heads of kind {kind} changes, nats a token: {'; '.join(parts)}.",
+                    kind="test",
+                )
+            )
+        said += self._origin()
+        for row in self.moves.to_dict("records"):
+            said.append(
+                Sentence(
+                    f"{_MOVED[row['way']].format(row['target'])}: the target gets {row['target_after']:.0%} "
+                    f"[{row['target_after_low']:.0%}, {row['target_after_high']:.0%}] instead of "
+                    f"{row['target_before']:.0%}, the source {row['source_after']:.0%} instead of "
+                    f"{row['source_before']:.0%} (mean α of {row['heads']} heads).",
+                    kind="move",
+                )
+            )
+        text = (
+            f"{len(self.tokens)} prompts of {min(self.tokens)} to {max(self.tokens)} tokens, BOS {self.bos}; where the "
+            "first token is always the same its value cannot change, so that every broadcast is fixed."
+        )
+        return (*said, Sentence(text, kind="limit"))
+
+    def _origin(self) -> list[Sentence]:
+        """The layer in which each of the sources' sizes is farthest from that of other positions."""
+        said = []
+        for name, word in _ORIGIN.items():
+            if self.origin[name].isna().all():
+                continue
+            row = self.origin.iloc[int(np.nanargmax(self.origin[name]))]
+            said.append(
+                f"{word} {row[name]:.3g} times [{row[f'{name}_low']:.3g}, {row[f'{name}_high']:.3g}] in layer {row['layer']:.0f}"
+            )
+        if not said:
+            return []
+        text = f"At most, over the median of other positions, the sources have {', '.join(said)}."
+        return [Sentence(text, kind="origin")]
+
+
+_ORIGIN = {
+    "norm": "a state of",
+    "variance": "an output variance of",
+    "gradient": "a gradient of",
+    "value_gradient": "a gradient by their values of",
+}
+_MOVED = {
+    "state": "Source and position {} swap their states",
+    "massive": "They swap the massive dimensions alone (position {})",
+    "alone": "Position {} sees nothing but itself",
+    "other state": "Control: position {} swaps with one that is no source",
+    "other dimensions": "Control: as many other dimensions are swapped (position {})",
+}

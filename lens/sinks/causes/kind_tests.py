@@ -1,0 +1,147 @@
+"""The causal test of each kind of sink: its heads without the sources' value, without the sources, with others' values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from lens.common.head_ids import HeadId
+from lens.common.progress import advancing
+from lens.edits.attention import Mask, Value
+from lens.edits.clean_runs import CleanRuns
+from lens.edits.effects import effect
+from lens.edits.losses import changes_of, predictions
+from lens.models.loaded import LoadedModel
+from lens.passes.calls import LayerCall, attend
+from lens.passes.inputs import Prompt
+from lens.passes.keys import Keys, KeysAt, members
+from lens.passes.sessions import base, listening
+from lens.stats.intervals import columns
+
+ON_KEYS = ("nop", "fixed broadcast", "input broadcast", "broadcast", "mixed")
+"""Kinds of sinks that are keys; the others have no value to take."""
+
+
+def tests_of(
+    model: LoadedModel,
+    prompts: Sequence[Prompt],
+    rows: pd.DataFrame,
+    *,
+    sources: Keys,
+    draws: int,
+    seed: int,
+    progress: bool,
+) -> pd.DataFrame:
+    """A row per kind that heads have, and test; all heads of the kind together.
+
+    `test`: "zero" (the sources' values become 0), "mask" (their attention goes to the other keys), "mean" (their
+    values become the mean over the prompts) and "other" (those of another prompt). `delta_loss` with `_low`, `_high`,
+    nats a token; `control` the same of random keys with as much attention, `excess` over it with `_low`, `_high`
+    (of "zero" and "mask"); `mass`, `control_mass`.
+    """
+    found = []
+    present = [kind for kind in ON_KEYS if bool((rows["kind"] == kind).any())]
+    read = [prompt.inputs["input_ids"][0] for prompt in prompts]
+    values = _values(model, prompts, sources) if present and len(prompts) > 1 else []
+    clean = CleanRuns(model)
+    with advancing("tests of sinks", len(present), progress) as advance:
+        for kind in present:
+            own = rows[rows["kind"] == kind]
+            heads = [HeadId(int(a), int(b)) for a, b in own[["layer", "head"]].to_numpy()]
+            said = {"kind": kind, "heads": len(heads)}
+            for test, edit in (("zero", Value), ("mask", Mask)):
+                done = effect(
+                    model, read, edit(sources, heads=heads), controls="mass", draws=draws, seed=seed,
+                    clean=clean, progress=False,
+                )  # fmt: skip
+                table = done.table().set_index("condition")
+                names = [f"delta_loss{end}" for end in ("", "_low", "_high")]
+                row = said | {"test": test, "mass": table.loc["edit", "mass"]}
+                row |= {name: table.loc["edit", name] for name in names}
+                row |= {"control": table.loc["mass", "delta_loss"]}
+                row |= {
+                    f"excess{end}": table.loc["mass", f"excess{end}"]
+                    for end in ("", "_low", "_high")
+                }
+                found.append(row | {"control_mass": table.loc["mass", "mass"]})
+            for test, instead in _instead(values):
+                changed = [
+                    _change(model, prompt, sources, heads, instead(number), clean)
+                    for number, prompt in enumerate(prompts)
+                ]
+                row = said | {"test": test, "mass": found[-1]["mass"]}
+                cells = columns("delta_loss", np.array([changed]), seed)
+                found.append(row | {name: float(cell[0]) for name, cell in cells.items()})
+            advance(1)
+    names = ["kind", "heads", "test", "mass", "delta_loss", "delta_loss_low", "delta_loss_high"]
+    names += ["control", "excess", "excess_low", "excess_high", "control_mass"]
+    return pd.DataFrame(found, columns=names)
+
+
+def _values(
+    model: LoadedModel, prompts: Sequence[Prompt], sources: Keys
+) -> list[dict[int, Tensor]]:
+    """Of each prompt: layer -> [groups, sources, dim], the sources' values."""
+    found: list[dict[int, Tensor]] = []
+    for prompt in prompts:
+        own: dict[int, Tensor] = {}
+
+        def on_layer(call: LayerCall, own: dict[int, Tensor] = own) -> Tensor:
+            own[call.layer] = call.value[0, :, _of(sources, call)].double().cpu()
+            return attend(call, statistics=()).output
+
+        with torch.no_grad(), listening(model, on_layer):
+            base(model)(**prompt.inputs)
+        found.append(own)
+    return found
+
+
+def _of(sources: Keys, call: LayerCall) -> Tensor:
+    places = torch.arange(call.key.shape[2], device=call.key.device)[None]
+    return members("sources", sources, KeysAt(call.layer, 0, places, None))[0]
+
+
+def _instead(
+    values: list[dict[int, Tensor]],
+) -> list[tuple[str, Callable[[int], dict[int, Tensor]]]]:
+    """Test -> number of a prompt -> what its sources' values become."""
+    if not values:
+        return []
+    mean = {layer: torch.stack([one[layer] for one in values]).mean(0) for layer in values[0]}
+    return [
+        ("mean", lambda _: mean),
+        ("other", lambda number: values[(number + 1) % len(values)]),
+    ]
+
+
+def _change(
+    model: LoadedModel,
+    prompt: Prompt,
+    sources: Keys,
+    heads: Sequence[HeadId],
+    instead: dict[int, Tensor],
+    clean: CleanRuns,
+) -> float:
+    """Change of the loss with other values of the sources in these heads."""
+
+    def on_layer(call: LayerCall) -> Any:
+        own = [head for layer, head in heads if layer == call.layer]
+        if own:
+            share = call.query.shape[1] // call.key.shape[1]
+            key, value = (part.repeat_interleave(share, 1) for part in (call.key, call.value))
+            new = instead[call.layer].repeat_interleave(share, 0).to(value)
+            source = _of(sources, call).nonzero()[:, 0]
+            for head in own:
+                value[:, head, source] = new[head]
+            call = replace(call, key=key, value=value)
+        return attend(call, statistics=()).output
+
+    after = predictions(model, prompt, on_layer)
+    target = prompt.inputs["input_ids"][0, 1:].to(after.device)
+    return changes_of(clean.of(prompt).predictions[:-1], after[:-1], target)[0]

@@ -1,0 +1,155 @@
+"""`lens.sinks.kinds`: measures equal to whole probabilities, and planted sinks found, tested and moved."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import lens
+from lens.common.errors import LensError
+from tests.lens.architectures import build
+from tests.lens.naive import probabilities_and_values, rms_ratio
+
+LENGTH, DIM = 41, 8
+IDS = torch.randint(3, 97, (2, LENGTH), generator=torch.Generator().manual_seed(2))
+
+
+@pytest.fixture(scope="module")
+def planted():
+    """One layer. L0H0: sink on the first token with a value of 0; L0H1: with one of the prompt; L0H2: with a
+    constant one; L0H3: none."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=16, num_hidden_layers=1, num_attention_heads=4, vocab_size=50,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e8}, tie_word_embeddings=False,
+    )  # fmt: skip
+    network = LlamaForCausalLM(config).eval()
+    layer = network.model.layers[0].self_attn
+    with torch.no_grad():
+        rows = torch.randn(50, 32) / 2
+        rows[:, 0], rows[:, 1] = 1, 0
+        rows[:4, 1] = 4  # tokens 0 to 3 are sinks
+        drawn = torch.randn(4, 8)
+        rows[:4, 2:10], rows[:4, 10:18] = 0, 3 * drawn / drawn.norm(dim=-1, keepdim=True)
+        rows[:4, 26:] = 0.5  # so that all have one norm
+        rows[:4, 18:26] = 2
+        network.model.embed_tokens.weight.copy_(rows)
+        for part in (layer.q_proj, layer.k_proj, layer.v_proj):
+            part.weight.zero_()
+        for head, first in enumerate((2, 10, 18, 2)):
+            if head < 3:
+                layer.q_proj.weight[DIM * head + 3, 0] = 1.5
+                layer.k_proj.weight[DIM * head + 3, 1] = 1.5
+            layer.v_proj.weight[DIM * head : DIM * head + DIM, first : first + DIM] = torch.eye(DIM)
+        layer.o_proj.weight.copy_(torch.randn(32, 32) / 5)
+        network.lm_head.weight.copy_(torch.randn(50, 32) / 5)
+    return lens.load(network)
+
+
+@pytest.fixture(scope="module")
+def found(planted):
+    ids = torch.randint(4, 50, (4, LENGTH), generator=torch.Generator().manual_seed(1))
+    ids[:, 0] = torch.arange(4)
+    return lens.sinks.kinds(planted, ids, targets=[7], progress=False)
+
+
+def test_measures_equal_those_of_whole_probabilities():
+    network = build("llama")
+    source, rows = [0, 5], slice(6, None)
+    expected = {name: np.zeros((2, 18)) for name in ("mass", "share", "uniform_share", "rank")}
+    written = []
+    for number, ids in enumerate(IDS):
+        p, values = probabilities_and_values(network, ids[None])
+        even = torch.ones(LENGTH, LENGTH).tril().double()
+        even = even / even.sum(-1, keepdim=True)
+        for place in range(18):
+            layer, head = divmod(place, 6)
+            weight = network.model.layers[layer].self_attn.o_proj.weight.detach().double()
+            out = values[layer, head // 3].double() @ weight[:, 8 * head : 8 * head + 8].T
+            written.append(out[source])
+            rest = [j for j in range(LENGTH) if j not in source]
+            for name, full in (("share", p[layer, head].double()), ("uniform_share", even)):
+                sizes = [(full[rows][:, of] @ out[of]).norm(dim=-1).mean() for of in (source, rest)]
+                expected[name][number, place] = sizes[0] / sum(sizes)
+            full = p[layer, head].double()[rows]
+            expected["mass"][number, place] = full[:, source].sum(-1).mean()
+            whole = full @ out
+            expected["rank"][number, place] = (
+                whole.square().sum() / torch.linalg.matrix_norm(whole, 2) ** 2
+            )
+    table = lens.sinks.kinds(lens.load(network), IDS, sources=source, progress=False).table()
+    for name, values in expected.items():
+        assert rms_ratio(table[name], values.mean(0)) < 1e-4, name
+    both = torch.stack(written).reshape(2, 18, 2, -1)
+    spread = both.var(0).sum((1, 2)) / both.square().sum(-1).mean(0).sum(-1)
+    assert rms_ratio(table["variation"], spread) < 1e-4
+
+
+def test_planted_kinds_are_found(found):
+    assert found.table()["kind"].tolist() == ["nop", "input broadcast", "fixed broadcast", "none"]
+    assert found.counts == dict.fromkeys(found.rows["kind"], 1)
+    assert (found.table()["uniform_mass"] < 0.1).all()
+    assert {one.kind for one in found.findings()} == {"kinds", "test", "origin", "move", "limit"}
+
+
+def test_each_kind_is_told_by_its_test(found):
+    change = found.tests.set_index(["kind", "test"])["delta_loss"].abs()
+    assert change["nop", "zero"] < 1e-5 < change["nop", "mask"]
+    for test in ("mean", "other"):
+        assert change["fixed broadcast", test] < 0.05 * change["fixed broadcast", "zero"]
+        assert change["nop", test] < 1e-5
+    assert change["input broadcast", "other"] > 1e-3
+    own = found.tests.set_index(["kind", "test"])
+    assert own.loc[("nop", "mask"), "mass"] == pytest.approx(found.rows["mass"][0], abs=0.03)
+    assert np.isfinite(own.loc[("nop", "mask"), "control"])
+
+
+def test_the_sink_moves_with_the_state_and_not_with_another(found):
+    moves = found.moves.set_index("way")
+    assert moves.loc["state", "layer"] == -1
+    assert moves.loc["state", "target_after"] > 0.7 > 0.2 > moves.loc["state", "source_after"]
+    assert moves.loc["other state", "source_after"] > 0.8
+    assert moves.loc["other state", "target_after"] < 0.05 > moves.loc["alone", "target_after"]
+    assert (moves["source_before"] > 0.8).all()
+
+
+def test_origin_is_what_hooks_and_autograd_say(planted, found):
+    ids = torch.randint(4, 50, (1, LENGTH), generator=torch.Generator().manual_seed(1))
+    states = planted.model.model.embed_tokens(ids).detach().requires_grad_()
+    logits = planted.model(inputs_embeds=states).logits[0, :-1]
+    torch.nn.functional.cross_entropy(logits, ids[0, 1:]).backward()
+    sizes = states.grad[0].norm(dim=-1)
+    origin = lens.sinks.kinds(planted, ids, progress=False).origin.iloc[0]
+    assert origin["gradient"] == pytest.approx(
+        float(sizes[0] / sizes[1:-1].quantile(0.5)), rel=1e-4
+    )
+    norms = states[0].detach().norm(dim=-1)
+    assert origin["norm"] == pytest.approx(float(norms[0] / norms[1:-1].quantile(0.5)), rel=1e-4)
+    assert found.origin["norm"][0] > 1.5
+
+
+def test_learned_sinks_are_a_kind():
+    network = build("gpt_oss")
+    with torch.no_grad():
+        for layer in network.model.layers:
+            layer.self_attn.sinks.fill_(6.0)
+    result = lens.sinks.kinds(lens.load(network), IDS, progress=False)
+    assert set(result.counts) == {"learned"}
+    assert (result.rows["learned"] > 0.8).all()
+    assert result.tests.empty
+    assert result.moves.empty
+
+
+@pytest.mark.parametrize(
+    ("match", "asked"),
+    [
+        (r"got positions \[\]", {"sources": [50]}),
+        (r"got positions \[40\]", {"sources": [40]}),
+        ("same in every layer", {"sources": lambda at: at.positions == 0}),
+        ("targets must be no sources", {"targets": [0 + 30]}),
+        ("draws must be", {"draws": 0}),
+    ],
+)
+def test_refusals(planted, match, asked):
+    with pytest.raises(LensError, match=match):
+        lens.sinks.kinds(planted, IDS.clamp(max=49), progress=False, **asked)
