@@ -30,6 +30,7 @@ RUN_COMMANDS = {
     "sinks": "Profile every head, then: where sinks are, how they work, whether they matter, where mass moves.",
     "redistribute": "Profile every head, then: move attention off the first token; dose, side effects, which heads.",
     "policies": "Profile every head, then: what sparse policies keep and cost, and the cheapest one for each head.",
+    "mixers": "Profile every head, then: what linear and recurrent mixers do, in one table beside the softmax heads.",
     "explain": "Profile every head, then: why heads attend where they do, part by part, and what they do without a part.",
     "vision": "Profile every head on pictures, then: what is looked at, how far, and which structure that has.",
     "circuit": "Profile every head, then: which edges carry a task; faithful, complete and minimal, beside random.",

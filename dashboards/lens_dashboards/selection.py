@@ -9,6 +9,7 @@
 /run/<id>/sinks                       where attention is parked
 /run/<id>/redistribution              what changes when it is moved
 /run/<id>/policies                    which heads may be sparse
+/run/<id>/mixers                      what linear and recurrent mixers do
 /run/<id>/circuits                    which edges carry a task
 /run/<id>/vision                       where patches of a picture look
 /run/<id>/analysis/<section>          what one analysis found
@@ -46,16 +47,17 @@ OPTIONS: dict[str, dict[str, str]] = {
     "sinks": {"epsilon": "", "edit": ""},
     "redistribution": {"rule": "", "amount": ""},
     "policies": {"policy": "", "head": "", "shown": "", "layer": ""},
+    "mixers": {"head": "", "shown": ""},
     "circuits": {"ranking": "", "edges": "", "pins": "", "by": "", "groups": ""},
     "compare": {"a": "", "b": "", "metric": "", "group": ""},
 }
 """Options of each page with their defaults; a link holds those that differ."""
 PAGES = (
     *("runs", "jobs", "overview", "heads", "head", "atlas", "sinks", "redistribution", "policies"),
-    *("circuits", "vision", "analysis", "compare", "provenance"),
+    *("mixers", "circuits", "vision", "analysis", "compare", "provenance"),
 )
 _PLAIN = (
-    *("heads", "atlas", "sinks", "redistribution", "policies", "circuits", "vision"),
+    *("heads", "atlas", "sinks", "redistribution", "policies", "mixers", "circuits", "vision"),
     "provenance",
 )
 _WITH_PROMPT = ("head", "atlas", "vision")

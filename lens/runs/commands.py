@@ -14,7 +14,7 @@ from typing import Any
 from lens.common.errors import LensError
 
 CONFIG = "config.toml"
-NEED_TEXT = ("sinks", "redistribute", "policies")
+NEED_TEXT = ("sinks", "redistribute", "policies", "mixers")
 """Analyses that copied prompts alone do not do for."""
 _SOURCES = ("text", "text_name", "batch")
 
@@ -30,7 +30,7 @@ def analysis(run: Path, config: Mapping[str, Any], what: str) -> str:
     Args:
         run: folder of the run.
         config: of the run.
-        what: "heads", "sinks", "redistribute", "policies" or "circuit".
+        what: "heads", "sinks", "redistribute", "policies", "mixers" or "circuit".
 
     Raises:
         LensError: it needs text, and the run has copied prompts alone.

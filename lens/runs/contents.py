@@ -99,7 +99,11 @@ def section_problems(section: Section, model: Mapping[str, Any]) -> Iterator[str
 
 
 def outside_of(table: pd.DataFrame, model: Mapping[str, Any]) -> Iterator[str]:
-    """Layers and heads of a table that the model does not have."""
+    """Layers and heads of a table that the model does not have; heads of a mixer are as many as it has."""
+    if "mixer" in table:
+        if not table["layer"].between(0, model["layers"] - 1).all():
+            yield f"column layer has numbers outside of 0 to {model['layers'] - 1}"
+        table = table[table["mixer"] == "softmax"]
     numbers = all(
         name in table and pd.api.types.is_integer_dtype(table[name]) for name in ("layer", "head")
     )

@@ -40,6 +40,7 @@ COMMANDS = (
         "sinks",
         "redistribute",
         "policies",
+        "mixers",
         "explain",
         "circuit",
         "sweep",

@@ -187,6 +187,7 @@ def test_a_form_names_no_file_and_its_settings_go_with_their_analysis():
         "sinks",
         "redistribute",
         "policies",
+        "mixers",
         "explain",
         "circuit",
     ]

@@ -1,5 +1,7 @@
 """Small random models of which only some layers have softmax attention, or one attends twice."""
 
+from typing import Any
+
 import torch
 import transformers
 from transformers import PreTrainedModel
@@ -119,10 +121,10 @@ MODELS: dict[str, tuple[dict, tuple[int, ...]]] = {
 }
 
 
-def hybrid(kind: str, *, eager: bool = False) -> PreTrainedModel:
+def hybrid(kind: str, *, eager: bool = False, **more: Any) -> PreTrainedModel:
     """A model of four layers in eval mode; of the same weights each time."""
     given, _ = MODELS[kind]
-    config = transformers.CONFIG_MAPPING[kind](**{**_TEXT, "num_hidden_layers": 4, **given})
+    config = transformers.CONFIG_MAPPING[kind](**{**_TEXT, "num_hidden_layers": 4, **given, **more})
     torch.manual_seed(0)
     options = {"attn_implementation": "eager"} if eager else {}
     model = transformers.AutoModelForCausalLM.from_config(config, **options)

@@ -152,6 +152,15 @@ class PoliciesSettings(AnalysisSettings):
     )
 
 
+class MixersSettings(AnalysisSettings):
+    """Of `lens mixers`."""
+
+    n: int = setting(4, "Prompts of the task, or windows of text, at most.", ge=2)
+    block: int = setting(
+        0, "Tokens of a block of queries and keys; 0: a sixteenth of a window, 8 to 64.", ge=0
+    )
+
+
 class ExplainSettings(_OnTask):
     """Of `lens explain`."""
 

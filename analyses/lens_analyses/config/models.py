@@ -11,6 +11,7 @@ from lens_analyses.config.analyses import (
     CircuitSettings,
     ExplainSettings,
     HeadsSettings,
+    MixersSettings,
     PoliciesSettings,
     RedistributeSettings,
     SinksSettings,
@@ -163,7 +164,7 @@ class RunConfig(Section):
         if value is not None and cls is RunConfig:
             raise ValueError(
                 "the section analysis belongs to `lens heads`, `lens sinks`, `lens redistribute`, "
-                "`lens policies`, `lens explain`, `lens vision` and `lens circuit`; a profile has none"
+                "`lens policies`, `lens mixers`, `lens explain`, `lens vision` and `lens circuit`; a profile has none"
             )
         return value
 
@@ -228,6 +229,13 @@ class PoliciesConfig(RunConfig):
     analysis: PoliciesSettings = PoliciesSettings()
 
 
+class MixersConfig(RunConfig):
+    """Of `lens mixers`."""
+
+    what: Literal["mixers"] = _what("mixers")
+    analysis: MixersSettings = MixersSettings()
+
+
 class VisionConfig(RunConfig):
     """Of `lens vision`."""
 
@@ -256,6 +264,7 @@ CONFIGS: dict[str, type[RunConfig]] = {
     "sinks": SinksConfig,
     "redistribute": RedistributeConfig,
     "policies": PoliciesConfig,
+    "mixers": MixersConfig,
     "explain": ExplainConfig,
     "vision": VisionConfig,
     "circuit": CircuitConfig,

@@ -89,6 +89,7 @@ STEPS: dict[str, tuple[Step, ...]] = {
         Step("stability", "policies"),
         Step("search", "policies"),
     ),
+    "mixers": (Step("mixers", "mixers"),),
     "explain": (
         Step("explain", "explain"),
         Step("removal", "explain", needs="explain"),

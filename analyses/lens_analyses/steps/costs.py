@@ -129,6 +129,7 @@ COSTS: dict[str, dict[str, Callable[[Load], Cost]]] = {
         "stability": lambda load: Cost(4 * min(6, load.windows) * load.length),
         "search": lambda load: _of_windows(load, 45),
     },
+    "mixers": {"mixers": lambda load: _of_windows(load, 12)},
     "explain": {
         "explain": lambda load: Cost(21 * load.task, 21 * load.settings.n),
         "removal": lambda load: Cost(36 * load.task, 36 * load.settings.n),

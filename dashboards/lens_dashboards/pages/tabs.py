@@ -14,6 +14,7 @@ _TABS = {
     "sinks": "Sinks",
     "redistribution": "Redistribution",
     "policies": "Policies",
+    "mixers": "Mixers",
     "circuits": "Circuits",
     "vision": "Vision",
     "provenance": "Provenance",
@@ -22,6 +23,7 @@ _SHOWS = {
     "sinks": {"detection"},
     "redistribution": {"dose", "search", "redistribution"},
     "policies": {"policies"},
+    "mixers": {"mixers"},
     "circuits": {"edges"},
     "vision": {"overlays"},
 }
@@ -34,10 +36,18 @@ def holds(run: Run, page: str) -> bool:
     return needed is None or not needed.isdisjoint(run.sections)
 
 
+def _attends_everywhere(run: Run) -> bool:
+    """Whether every layer of its model has softmax attention, so that it hardly has mixers."""
+    attending = run.meta["model"].get("attending")
+    return attending is None or len(attending) == run.meta["model"]["layers"]
+
+
 def tabs(run: Run, view: Selection) -> html.Nav:
     """Links to the pages of a run; those that it has nothing for are told by it."""
     links: list[Any] = []
     for page, words in _TABS.items():
+        if page == "mixers" and not holds(run, page) and _attends_everywhere(run):
+            continue
         if page == view.page:
             links.append(html.Span(words, className="current", **{"aria-current": "page"}))  # pyright: ignore[reportArgumentType]
         elif holds(run, page):

@@ -1,0 +1,190 @@
+"""What linear and recurrent mixers do, head by head, beside the softmax heads of the same model on the same windows."""
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+import lens
+from lens.common.results import Sentence
+from lens.figures.mixers import mixer_heads
+from lens.mixers.capturing import MixerCapture
+from lens.runs.sections import Section
+from lens.stats.intervals import columns
+from lens.traces.trace import AttentionTrace
+from lens_analyses.steps.columns import defined
+from lens_analyses.steps.subject import Subject
+
+_MOST_CELLS = 1_000_000  # in the tables of maps and of profiles
+_MEANS = ("mass", "negative_share", "entropy", "distance", "first_share")
+_HEAD = ["layer", "head", "name", "mixer"]
+
+
+def mixers(subject: Subject) -> Section:
+    """Every mixer head and every softmax head in one table, maps of their blocks, and how weights fall with distance."""
+    length = subject.length
+    size = subject.settings.block or max(8, min(64, 2 ** ((length // 16).bit_length() - 1)))
+    found, traces = [], []
+    for ids in subject.text_windows:
+        found.append(lens.mixers.capture(subject.model, ids, block=size, progress=False))
+        traces.append(lens.capture(subject.model, ids, block_size=size, progress=False))
+    pairs = list(zip(found, traces, strict=True))
+    heads = _over_windows(
+        [one.table(trace, seed=subject.seed) for one, trace in pairs], subject.seed
+    )
+    tables = {"heads": heads}
+    limits = [
+        "Phi is over what a scan reads: behind the short convolution and its activation, where there is one, so that "
+        "key j stands for the tokens j - K + 1 to j; gate and norm behind the scan are not in it.",
+        f"Windows of {length} tokens: a decay that is slower than a window shows in half_life alone.",
+        "A share of negative mass says nothing of its use: entropy, distance and first_share are of absolute values.",
+    ]
+    for name, made in (("maps", _maps), ("profiles", _profiles)):
+        table = made(found[0], traces[0])
+        if len(table) <= _MOST_CELLS:
+            tables[name] = table
+        else:
+            limits.append(f"The table of {name} is left out: {len(table):,} rows.")
+    return Section(
+        name="mixers",
+        title="Linear and recurrent mixers beside softmax attention",
+        summary=_said(heads, found, length),
+        limits=tuple(limits),
+        columns=defined(tables.values(), _COLUMNS),
+        configuration={
+            "block_size": size,
+            "length": length,
+            "windows": len(found),
+            "check": {f"L{one.layer}": one.check for one in found[0].measures},
+            "seed": subject.seed,
+        },
+        tables=tables,
+        figures={"heads": mixer_heads(heads, (length - 1) / 4)},
+    )
+
+
+def _over_windows(tables: list[pd.DataFrame], seed: int) -> pd.DataFrame:
+    """One row per head: means over windows with intervals; a half-life, which may be infinite, is a median."""
+    first = tables[0]
+    table: dict[str, Any] = {name: first[name] for name in _HEAD}
+    for name in _MEANS:
+        table |= columns(name, np.stack([one[name].to_numpy(float) for one in tables], 1), seed)
+    for name, of in (("half_life", np.median), ("rank", np.mean), ("check", np.max)):
+        table[name] = of(np.stack([one[name].to_numpy(float) for one in tables]), 0)
+    return pd.DataFrame(table).assign(n=len(tables))
+
+
+def _maps(found: MixerCapture, trace: AttentionTrace) -> pd.DataFrame:
+    """Block maps of the first window, with sign and of absolute values."""
+    parts = [_cells(one.layer, one.kind, one.block_mass, one.block_size) for one in found.measures]
+    for layer in trace.layers:
+        masses = trace.block_mass.sel(layer=layer).values.astype(float)
+        parts.append(_cells(layer, "softmax", masses, masses))
+    return pd.concat(parts, ignore_index=True)
+
+
+def _cells(layer: int, kind: str, mass: np.ndarray, size: np.ndarray) -> pd.DataFrame:
+    """[heads, blocks, blocks] as rows of the blocks that a causal head sees."""
+    heads, blocks = mass.shape[:2]
+    at = np.tril_indices(blocks)
+    return _of_heads(layer, kind, heads, len(at[0])).assign(
+        query_block=np.tile(at[0], heads),
+        key_block=np.tile(at[1], heads),
+        signed=mass[:, at[0], at[1]].ravel(),
+        absolute=size[:, at[0], at[1]].ravel(),
+    )
+
+
+def _profiles(found: MixerCapture, _: AttentionTrace) -> pd.DataFrame:
+    """Mean of Phi and of its absolute value at each distance, of the first window."""
+    parts = []
+    for one in found.measures:
+        heads, length = one.profile.shape
+        parts.append(
+            _of_heads(one.layer, one.kind, heads, length).assign(
+                tokens_back=np.tile(np.arange(length), heads),
+                signed=one.profile.ravel(),
+                absolute=one.profile_size.ravel(),
+            )
+        )
+    return pd.concat(parts, ignore_index=True)
+
+
+def _of_heads(layer: int, kind: str, heads: int, times: int) -> pd.DataFrame:
+    numbers = np.repeat(np.arange(heads), times)
+    return pd.DataFrame(
+        {
+            "layer": layer,
+            "head": numbers,
+            "name": np.repeat([f"L{layer}H{head}" for head in range(heads)], times),
+            "mixer": kind,
+        }
+    )
+
+
+def _said(heads: pd.DataFrame, found: list[MixerCapture], length: int) -> tuple[Sentence, ...]:
+    """Which mixers there are, whether Phi is what they do, and how they differ from softmax heads."""
+    own, soft = heads[heads["mixer"] != "softmax"], heads[heads["mixer"] == "softmax"]
+    kinds = own.groupby("mixer", sort=False).agg(
+        layers=("layer", "nunique"), heads=("name", "size")
+    )
+    named = "; ".join(
+        f"{kind}: {row['heads']} heads in {row['layers']} layer{'s' * bool(row['layers'] > 1)}"
+        for kind, row in kinds.iterrows()
+    )
+    said = [
+        Sentence(
+            f"{named}; beside {len(soft)} softmax heads. Phi v is each layer's own output to "
+            f"{own['check'].max():.0e} of its largest value.",
+            kind="check",
+        )
+    ]
+    for kind in kinds.index:
+        rows = own[own["mixer"] == kind]
+        half = rows["half_life"].median()
+        decay = "" if np.isnan(half) else f", half-life {_tokens(half)} in the median head"
+        said.append(
+            Sentence(
+                f"{kind} looks {rows['distance'].mean():.1f} tokens back on average, softmax heads "
+                f"{soft['distance'].mean():.1f}, uniform attention {(length - 1) / 4:.1f}; {rows['negative_share'].mean():.1%} "
+                f"of its absolute mass is negative{decay}.",
+                kind="distance",
+            )
+        )
+    uniform = float(np.mean(1 / np.arange(1, length + 1)))
+    said.append(
+        Sentence(
+            f"The first key holds {own['first_share'].mean():.1%} of the absolute mass of mixer heads and "
+            f"{soft['first_share'].mean():.1%} of softmax heads; uniform attention gives it {uniform:.1%}.",
+            kind="sink",
+        )
+    )
+    if len(found) == 1:
+        said.append(Sentence("One window has no interval.", kind="limit"))
+    return tuple(said)
+
+
+def _tokens(count: float) -> str:
+    return "without end (no decay)" if np.isinf(count) else f"{count:.1f} tokens"
+
+
+_COLUMNS = {
+    "layer": "Layer, by the model's own number.",
+    "head": "Head of the mixer, from 0; of Mamba, RG-LRU, RWKV-4 and short convolutions the channel.",
+    "name": "Layer and head.",
+    "mixer": "What the head is: softmax, or the kind of mixer.",
+    "n": "Windows of text.",
+    "mass": "Mean over rows of the sum of Phi, with its sign; 1 of softmax.",
+    "negative_share": "Of all absolute mass, the share below 0.",
+    "entropy": "Of |Phi| with rows divided by their sum, nats, mean over rows.",
+    "distance": "Tokens back, weighted by |Phi|, mean over rows.",
+    "first_share": "Share of |Phi| on the first key, mean over rows: the sink share.",
+    "half_life": "Tokens after which a weight has halved by decay alone, median; infinite without decay, NaN where there is none.",
+    "rank": "Effective rank of tiles below the diagonal: exp of the entropy of their singular values; NaN of softmax.",
+    "check": "Largest difference of Phi v from the layer's own output, over its largest value.",
+    "query_block": "Block of queries of the first window, from 0.",
+    "key_block": "Block of keys, from 0.",
+    "signed": "Mass of the block with its sign, mean over its queries; of a profile the mean of Phi at that distance.",
+    "absolute": "The same of absolute values.",
+    "tokens_back": "Distance of key and query.",
+}
