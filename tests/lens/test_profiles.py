@@ -144,7 +144,7 @@ def test_a_head_that_looks_at_the_first_key_alone_has_no_locality_without_it():
 
 @pytest.mark.parametrize(("length", "alpha"), [(16, 0.211296), (64, 0.0741233), (256, 0.023923)])
 def test_uniform_attention_has_the_published_alpha(length, alpha):
-    """METHODS: alpha_1 = H_T / T under uniform causal attention (Gu et al., arXiv 2410.10781)."""
+    """alpha_1 = H_T / T under uniform causal attention (Gu et al., arXiv 2410.10781)."""
     rows = np.tri(length)
     p = (rows / rows.sum(-1, keepdims=True))[None, None]
     row = profile(trace_of(p)).iloc[0]

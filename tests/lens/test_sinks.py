@@ -1,4 +1,4 @@
-"""Sink detection: closed forms of METHODS-ATTENTION 1.1, naive twins, known models, refusals."""
+"""Sink detection: closed forms, naive twins, known models, refusals."""
 
 from typing import Any
 

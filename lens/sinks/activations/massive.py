@@ -75,7 +75,7 @@ class MassiveActivations(Result):
     def edits(self, to: Literal["zero", "mean"] = "zero") -> tuple[Activation, ...]:
         """For `lens.edit` and `lens.effect`: each one set where it emerges; all later layers run on.
 
-        Edit E5 of METHODS-ATTENTION 1.9, experiment 3 of Sun et al.
+        Experiment 3 of Sun et al.
 
         Args:
             to: "zero", or "mean", that of these prompts.

@@ -93,7 +93,7 @@ def gates(
     """`g_i = 1 - m_i(S)` for keys that act as sinks, for learned sinks, and for gates on the output.
 
     With b the logit of a learned sink and L the log-sum-exp of the real keys, `g = sigmoid(L - b)`,
-    and the head's output is g times the one without it (METHODS-ATTENTION 1.8). Rows that see no key
+    and the head's output is g times the one without it. Rows that see no key
     but sources are left out of "keys". With o a head's output and o' what enters its projection, an
     output gate is `sum(o' . o) / sum(o . o)`: the gate itself where there is one a head, for gates by
     element (Qwen's gated attention, AFMoE: `o' = sigmoid(x W_g) * o`) their mean weighted by o². Such

@@ -14,7 +14,7 @@ behind the last source:
     learned, gate      the model's own sink logit, or a gate on the output, takes more than the sources do
 
 A rank cannot tell them apart: a value of 0 leaves it as it is, and one a tenth as long as the others still makes
-it 2 (METHODS-READING 4). The shares say what is there; the tests run the model without it.
+it 2. The shares say what is there; the tests run the model without it.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ attention over the memory and over the tokens alone,
 
     output = (1 - m) o + m o_P,      effective gate = 1 - m,
 
-which is softmax-off-by-one for one pair of zeros (METHODS-ATTENTION 1.8).
+which is softmax-off-by-one for one pair of zeros.
 """
 
 from __future__ import annotations
