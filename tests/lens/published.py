@@ -1,6 +1,6 @@
 """The table of published numbers for circuits: each row computes its numbers for any model of that shape.
 
-Targets are those of the papers that each row names, tolerances ours. `needs` names the environment variable
+Targets are published numbers, tolerances allow for what is not as published. `needs` names the environment variable
 that says where the weights (or the file) are; differences in the setting stand beside the row. FinerCut is
 left out, which needs an 8B model.
 """

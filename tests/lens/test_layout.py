@@ -143,11 +143,13 @@ def test_what_a_projection_computes_is_its_weight_whatever_holds_it():
     attention = root.model.layers[1].self_attn
     base, attention.v_proj = attention.v_proj, _Adapter(attention.v_proj)
     model = lens.load(root)
-    assert replay_error(adapted := proved(model)) < 5e-6
+    adapted = proved(model)
+    assert replay_error(adapted) < 5e-6
     with torch.no_grad():
         base.weight += attention.v_proj.b @ attention.v_proj.a
     attention.v_proj = base
-    assert replay_error(merged := proved(model)) < 5e-6
+    merged = proved(model)
+    assert replay_error(merged) < 5e-6
     values = [found.blocks[1].weights[2][0] for found in (adapted, merged)]
     torch.testing.assert_close(*values, atol=1e-5, rtol=1e-5)
 
