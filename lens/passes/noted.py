@@ -82,7 +82,8 @@ def product(name: str, args: tuple, kwargs: dict[str, Any]) -> Scores | None:
     if name == "baddbmm":
         names = ("input", "batch1", "batch2")
         bias, query, key = (*args, *(kwargs[one] for one in names[len(args) :]))
-        bias, scale = bias * kwargs.get("beta", 1), float(kwargs.get("alpha", 1))
+        beta, scale = kwargs.get("beta", 1), float(kwargs.get("alpha", 1))
+        bias = bias * beta if beta else None  # with beta 0 it may hold anything, and is not read
     elif len(args) != 2 + (name == "einsum") or not isinstance(args[-1], Tensor):
         return None
     else:
@@ -106,7 +107,8 @@ def product(name: str, args: tuple, kwargs: dict[str, Any]) -> Scores | None:
     if lead != query.shape[:-2]:
         return None
     shape = (*lead, query.shape[-2], key.shape[-1])
-    return scores_of(Noted(query, key.transpose(-1, -2), shape, scale, bias))
+    noted = Noted(query, key.transpose(-1, -2), shape, scale)
+    return scores_of(noted if bias is None else _added(noted, bias, 1))
 
 
 def letters(equation: str) -> tuple[tuple[str, str], str]:

@@ -2,6 +2,7 @@ from . import metrics as metrics
 from .alignment import alignment as alignment
 from .attentions import from_attentions as from_attentions
 from .attentions import from_transformer_lens as from_transformer_lens
+from .denoising import denoising as denoising
 from .detector import detect as detect
 from .findings import findings as findings
 from .recorder import capturing as capturing

@@ -20,7 +20,7 @@ from lens.common.choices import check_choice, is_whole
 from lens.common.colors import VIRIDIS
 from lens.common.errors import LensError
 from lens.common.head_ids import AnyHead, HeadId
-from lens.common.results import Result, Sentence, described
+from lens.common.results import Result, Sentence, described, few
 from lens.traces.metrics import VARIANTS
 from lens.traces.pictures import PatchGrid, grids_of
 
@@ -290,13 +290,19 @@ def _reader(
 ) -> tuple[_Read, str, tuple[int, int] | None]:
     """What gives the values of a head and the mass that they are a part of; words; the patch in question."""
     start, end = grid.span
+    looks = (trace.attrs.get("patches") or {}).get("of") == "queries"
+    if looks and key is None:
+        raise LensError(
+            "here the picture looks and text is looked at: name a word, overlay(key=...); its tokens are "
+            f"{few(trace.tokens)}"
+        )
     if query is not None or key is not None:
         given = query if query is not None else key
         assert given is not None
         place = position(trace, grid, given)
         said = trace.tokens[place]
         cell = None
-        if start <= place < end:
+        if start <= place < end and not looks:
             cell = divmod(int(grid.order[place - start]), grid.width)
             said = f"the patch {cell}"
 
@@ -332,6 +338,15 @@ def position(trace: Traced, grid: PatchGrid, given: Token) -> int:
         if len(given) != 2 or not all(map(is_whole, given)):
             raise LensError(f"a patch is (row, column), both whole numbers, got {given}")
         return grid.position(*given)
+    return token_position(tokens, given)
+
+
+def token_position(tokens: Sequence[str], given: int | str) -> int:
+    """Of a token's name, or a number, which may count from the end.
+
+    Raises:
+        LensError: there is none, or it is neither.
+    """
     if isinstance(given, str):
         if given not in tokens:
             raise LensError(f"no token is called {given!r}; the first are {', '.join(tokens[:6])}")

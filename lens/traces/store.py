@@ -209,7 +209,7 @@ class _Attributes(BaseModel):
     labels: dict[str, _LabelPair] = Field(default_factory=dict)
     patches: dict[str, Any] | None = None
     picture: _PictureNote | None = None
-    part: Literal["encoder", "decoder", "cross"] | None = None
+    part: Literal["encoder", "decoder", "cross", "self", "joint"] | None = None
     seconds_per_position: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
 
 

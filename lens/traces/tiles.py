@@ -27,7 +27,7 @@ def exact_tile(
     layer, number = head
     kv_head = number // (dataset.sizes["head"] // dataset.sizes["kv_head"])
     position = _position(dataset, layer)
-    return tile(
+    found = tile(
         _read(dataset, "q", layer=position, head=number, query=rows),
         _read(dataset, "k", layer=position, kv_head=kv_head, key=columns),
         _read(dataset, "lse", layer=position, head=number, query=rows),
@@ -39,6 +39,8 @@ def exact_tile(
         window=dataset.attrs["windows"][position],
         offset=queries[0] - keys[0],
     )
+    seen = dataset.variables["visible"].isel(layer=position, key=columns).values > 0
+    return np.where(seen, found, 0.0)
 
 
 def _position(dataset: xr.Dataset, layer: int) -> int:

@@ -157,14 +157,15 @@ class AttentionTrace:
         return self.attrs["windows"][self.layers.index(layer)]
 
     def has_plain_mask(self, layer: int) -> bool:
-        """Whether `causal` and `window` say all about which keys the layer's queries see."""
-        if self.cross:
-            expected = np.full(self.length, self.queries)
-        else:
-            expected = visible_queries(
-                self.length, causal=self.attrs["causal"], window=self.window(layer)
-            )
-        return bool((self.dataset["visible"].sel(layer=layer).values == expected).all())
+        """Whether `causal` and `window` say all about which keys the layer's queries see; where neither is, keys
+        that no query sees (padding) do not matter."""
+        seen = self.dataset["visible"].sel(layer=layer).values
+        if self.cross or not (self.attrs["causal"] or self.window(layer)):
+            return bool(((seen == self.queries) | (seen == 0)).all())
+        expected = visible_queries(
+            self.length, causal=self.attrs["causal"], window=self.window(layer)
+        )
+        return bool((seen == expected).all())
 
     def save(self, folder: str | Path) -> Path:
         """Write the trace into a new folder.

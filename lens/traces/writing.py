@@ -133,7 +133,7 @@ def _attributes(
         "bos": "added" if starts_with_bos else "absent",
         "tokens": first.keys,
         "text_sha256": prompt.sha256,
-        "versions": dict(_versions()),
+        "versions": dict(versions()),
         "check": model.check,
         "labels": {
             one.name: {"query": one.query.tolist(), "key": one.key.tolist()}
@@ -152,7 +152,8 @@ def _segments(model: LoadedModel, prompt: Prompt) -> dict[str, Any] | None:
 
 
 @cache
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """The packages that a trace rests on, those that are installed."""
     found = {"attention-lens": __version__}
     for package in _PACKAGES:
         try:
