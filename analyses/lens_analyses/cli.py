@@ -33,6 +33,8 @@ RUN_COMMANDS = {
     "mixers": "Profile every head, then: what linear and recurrent mixers do, in one table beside the softmax heads.",
     "explain": "Profile every head, then: why heads attend where they do, part by part, and what they do without a part.",
     "vision": "Profile every head on pictures, then: what is looked at, how far, and which structure that has.",
+    "examples": "Profile every head, then: the texts of a corpus and the pairs of tokens on which each attends most.",
+    "generate": "Let the model write on, and profile every head on prompt and text as one trace.",
     "circuit": "Profile every head, then: which edges carry a task; faithful, complete and minimal, beside random.",
 }
 """Commands that make a run -> their help."""

@@ -28,6 +28,7 @@ from lens.traces.findings import findings
 from lens.traces.store import remove_trace, trace_files
 from lens_analyses.analysing import analyse
 from lens_analyses.config import RunConfig
+from lens_analyses.config.analyses import GenerateSettings
 from lens_analyses.console import LogFile, Output, in_words, log, progress_bar, refused_as_usage
 from lens_analyses.estimate import refuse_excess, work
 from lens_analyses.inputs import PlannedPrompt, load_model, plan, read_sources
@@ -38,6 +39,8 @@ from lens_analyses.steps.subject import Subject, analysed
 if TYPE_CHECKING:
     from lens.models.loaded import LoadedModel
 
+_KNOWN_LATER = ("loss", "loss_repeat", "status", "seconds", "tokens", "token_ids", "token_strings")
+"""What of a prompt is known when it was run."""
 _WORTH_A_LINE = 5.0  # seconds of a prompt; quicker ones are in log.txt only
 
 
@@ -190,14 +193,16 @@ class _Execution:
             return
         for row, prompt in zip(self._rows, self._planned, strict=True):
             known = earlier.get(row["prompt_id"])
-            if not known or known["status"] != "done" or list(known["token_ids"]) != prompt.ids:
+            if not known or known["status"] != "done":
+                continue
+            if list(known["token_ids"])[: len(prompt.ids)] != prompt.ids:
                 continue
             try:
                 run.trace(row["prompt_id"])
             except LensError as problem:
                 log.info("%s is captured again: %s", row["prompt_id"], problem)
                 continue
-            row.update({name: known[name] for name in ("loss", "loss_repeat", "status", "seconds")})
+            row.update({name: known[name] for name in _KNOWN_LATER})
         self._save_prompts()
         done = self._writer.meta["prompts"]["done"]
         if done:
@@ -237,7 +242,10 @@ class _Execution:
 
     def _capture(self, row: dict[str, Any], prompt: PlannedPrompt, folder: Path) -> None:
         start = time.monotonic()
-        lens.capture(
+        how = {}
+        if isinstance(asked := self._config.analysis, GenerateSettings) and prompt.kind == "text":
+            how = {"new": asked.new, "temperature": float(asked.temperature)}
+        trace = lens.capture(
             self._model,
             prompt.prompt,
             block_size=self._config.capture.block_size,
@@ -245,24 +253,28 @@ class _Execution:
             backend=self._config.capture.backend,
             out=folder,
             progress=False,
-            seed=prompt.seed,
+            seed=self._config.seed if how else prompt.seed,
+            **how,
         )
-        row["loss"], row["loss_repeat"] = self._losses(prompt)
+        if how:  # what was written is part of the prompt from here on
+            ids = trace.dataset["token_id"].values.tolist()
+            row.update(tokens=len(ids), token_ids=ids, token_strings=trace.tokens)
+        row["loss"], row["loss_repeat"] = self._losses(prompt, row["token_ids"])
         row.update(status="done", seconds=round(time.monotonic() - start, 3))
         self._writer.record(*(f"trace/{folder.name}/{name}" for name in trace_files(folder)))
         self._save_prompts()
 
-    def _losses(self, prompt: PlannedPrompt) -> tuple[float, float]:
+    def _losses(self, prompt: PlannedPrompt, ids: list[int]) -> tuple[float, float]:
         """Mean loss of the prompt, and of the second copy from its second token on.
 
         The second copy's first token cannot be known from the first copy, so it does not count.
         """
         from lens.tasks.prompts import token_losses
 
-        if len(prompt.ids) < 2 or prompt.kind == "picture":
+        if len(ids) < 2 or prompt.kind == "picture":
             return float("nan"), float("nan")
         try:
-            losses = token_losses(self._model, prompt.ids)
+            losses = token_losses(self._model, ids)
         except LensError as error:
             self._writer.warn(f"no loss: {error}")
             return float("nan"), float("nan")
@@ -282,7 +294,10 @@ class _Execution:
 
         run = open_run(self._writer.path)
         self._writer.update(backend=run.trace(run.traces[0]).attrs["backend"])
-        given = [prompt.prompt for prompt in self._planned]
+        pairs = zip(self._planned, self._rows, strict=True)
+        given = [
+            row["token_ids"] if prompt.given is None else prompt.given for prompt, row in pairs
+        ]
         table = head_table(self._model, run, self._rows, given, self._config, self._writer.warn)
         self._writer.table("heads", table)
 

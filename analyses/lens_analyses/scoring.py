@@ -16,7 +16,7 @@ from lens.models.loaded import LoadedModel
 from lens.models.random_weights import random_weights
 from lens.runs import Run
 from lens.runs.schema import PROMPT_KINDS
-from lens.traces.metrics import HEADLINE_STATISTICS, HEADLINES
+from lens.traces.metrics import HEADLINE_STATISTICS, HEADLINES, METRICS
 from lens.traces.profiles import beside_random, pooled_table, prompt_table
 from lens_analyses.config import RunConfig
 from lens_analyses.console import log
@@ -42,7 +42,9 @@ def head_table(
     """
     log.info("scoring %s heads", f"{len(model.info.every_head):,}")
     tables = [
-        prompt_table(run.trace(row["prompt_id"]), row["prompt_id"], seed=config.seed)
+        prompt_table(
+            run.trace(row["prompt_id"]), row["prompt_id"], seed=config.seed, metrics=METRICS
+        )
         for row in rows
     ]
     scored = _with_pooled(rows, tables, config.seed)

@@ -131,6 +131,7 @@ class AttentionMap:
             "query": self.query,
             "palette": list(VIRIDIS),
             "causal": bool(self.trace.attrs["causal"]),
+            "promptTokens": self.trace.attrs.get("prompt_tokens"),
         }
 
     def _raster(self, cells: int) -> Raster:

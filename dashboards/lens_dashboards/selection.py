@@ -4,6 +4,7 @@
 /jobs                                 analyses to come
 /run/<id>                             overview
 /run/<id>/head/<layer>/<head>         one head        ?prompt=&q0=&q1=&k0=&k1=&query=
+/run/<id>/maps                        up to nine heads side by side  ?heads=&vs=&others=&prompt=&q0=&q1=&k0=&k1=&query=
 /run/<id>/atlas                       every head      ?prompt=
 /run/<id>/heads                       heads against each other, by any two scores
 /run/<id>/sinks                       where attention is parked
@@ -30,7 +31,8 @@ DEFAULT_METRIC = "induction"
 OPTIONS: dict[str, dict[str, str]] = {
     "runs": {"part": "1"},
     "overview": {"group": "", "metric": DEFAULT_METRIC},
-    "head": {"pin": ""},
+    "head": {"pin": "", "by": ""},
+    "maps": {"heads": "", "vs": "", "others": ""},
     "heads": {
         "x": "",
         "y": "",
@@ -53,14 +55,25 @@ OPTIONS: dict[str, dict[str, str]] = {
 }
 """Options of each page with their defaults; a link holds those that differ."""
 PAGES = (
-    *("runs", "jobs", "overview", "heads", "head", "atlas", "sinks", "redistribution", "policies"),
-    *("mixers", "circuits", "vision", "analysis", "compare", "provenance"),
+    *("runs", "jobs", "overview", "heads", "head", "maps", "atlas", "sinks", "redistribution"),
+    *("policies", "mixers", "circuits", "vision", "analysis", "compare", "provenance"),
 )
 _PLAIN = (
-    *("heads", "atlas", "sinks", "redistribution", "policies", "mixers", "circuits", "vision"),
+    *(
+        "heads",
+        "maps",
+        "atlas",
+        "sinks",
+        "redistribution",
+        "policies",
+        "mixers",
+        "circuits",
+        "vision",
+    ),
     "provenance",
 )
-_WITH_PROMPT = ("head", "atlas", "vision")
+_WITH_PROMPT = ("head", "maps", "atlas", "vision")
+_ZOOMED = ("head", "maps")
 
 
 @dataclass(frozen=True)
@@ -127,10 +140,10 @@ class Selection:
             path += f"/analysis/{quote(self.section, safe='')}"
         elif self.page == "head":
             path += f"/head/{self.layer}/{self.head}"
-            if self.window is not None:
-                query.update(zip(("q0", "q1", "k0", "k1"), self.window, strict=True))
-            if self.query is not None:
-                query["query"] = self.query
+        if self.page in _ZOOMED and self.window is not None:
+            query.update(zip(("q0", "q1", "k0", "k1"), self.window, strict=True))
+        if self.page in _ZOOMED and self.query is not None:
+            query["query"] = self.query
         return f"{path}?{urlencode(query)}" if query else path
 
 
@@ -160,9 +173,11 @@ def read_url(path: str, search: str = "") -> tuple[Selection | None, list[str]]:
         case ["run", run, "analysis", section]:
             view = Selection(page="analysis", run=run, section=section)
         case ["run", run, "head", layer, head] if _whole(layer) and _whole(head):
-            view = _head(run, int(layer), int(head), given, notes)
+            view = Selection(page="head", run=run, layer=int(layer), head=int(head))
         case _:
             return None, notes
+    if view.page in _ZOOMED:
+        view = _zoomed(view, given, notes)
     if (variant := given.get("variant", "raw")) not in VARIANTS:
         notes.append(f"There is no variant {variant!r}; raw is shown.")
         variant = "raw"
@@ -173,7 +188,8 @@ def read_url(path: str, search: str = "") -> tuple[Selection | None, list[str]]:
     return replace(view, variant=variant, prompt=prompt, options=options), notes
 
 
-def _head(run: str, layer: int, head: int, given: dict[str, str], notes: list[str]) -> Selection:
+def _zoomed(view: Selection, given: dict[str, str], notes: list[str]) -> Selection:
+    """With the rectangle and the query of a link."""
     window = None
     bounds = [given.get(name, "") for name in ("q0", "q1", "k0", "k1")]
     if any(bounds):
@@ -186,14 +202,7 @@ def _head(run: str, layer: int, head: int, given: dict[str, str], notes: list[st
     if query and not _whole(query):
         notes.append(f"There is no query {query!r}; none is selected.")
         query = ""
-    return Selection(
-        page="head",
-        run=run,
-        layer=layer,
-        head=head,
-        window=window,
-        query=int(query) if query else None,
-    )
+    return replace(view, window=window, query=int(query) if query else None)
 
 
 def _options(page: str, given: Mapping[str, str]) -> tuple[tuple[str, str], ...]:

@@ -16,6 +16,7 @@ from lens_dashboards.pages import (
     head,
     heads,
     jobs,
+    maps,
     mixers,
     overview,
     policies,
@@ -34,6 +35,7 @@ RENDER = {
     "jobs": jobs.page,
     "overview": overview.page,
     "head": head.page,
+    "maps": maps.page,
     "atlas": atlas.page,
     "heads": heads.page,
     "sinks": sinks.page,
@@ -165,6 +167,11 @@ def register(app: Dash, library: Library) -> None:
         ClientsideFunction("lens", "mountMap"),
         Output("map-mounted", "data"),
         Input("map-config", "data"),
+    )
+    app.clientside_callback(
+        ClientsideFunction("lens", "mountMaps"),
+        Output("maps-mounted", "data"),
+        Input("maps-config", "data"),
     )
     app.clientside_callback(
         ClientsideFunction("lens", "mountAtlas"),

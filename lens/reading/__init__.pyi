@@ -1,5 +1,6 @@
 from .attributing import attribute as attribute
 from .components import components as components
+from .examples import examples as examples
 from .explaining import explain as explain
 from .explaining import explain_pairs as explain_pairs
 from .judging import faithfulness as faithfulness

@@ -14,7 +14,7 @@ from typing import Any
 from lens.common.errors import LensError
 
 CONFIG = "config.toml"
-NEED_TEXT = ("sinks", "redistribute", "policies", "mixers")
+NEED_TEXT = ("sinks", "redistribute", "policies", "mixers", "examples", "generate")
 """Analyses that copied prompts alone do not do for."""
 _SOURCES = ("text", "text_name", "batch")
 

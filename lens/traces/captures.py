@@ -21,6 +21,7 @@ from lens.passes.sessions import listening, run
 from lens.passes.sources import read_any
 from lens.passes.split import check_split, processes
 from lens.traces.batches import batches, joined, record_of
+from lens.traces.generated import written_traces
 from lens.traces.given import imported_traces
 from lens.traces.labels import read_labels
 from lens.traces.parts import TraceParts
@@ -43,6 +44,8 @@ class CaptureOptions(TypedDict, total=False):
     backend: str
     chunk: int | None
     group: Any
+    new: int | None
+    temperature: float
     out: str | Path | None
     progress: bool
     seed: int | None
@@ -72,6 +75,8 @@ def capture(
     backend: str = "auto",
     chunk: int | None = None,
     group: Any = None,
+    new: int | None = None,
+    temperature: float = 0.0,
     out: str | Path | None = None,
     progress: bool = True,
     seed: int | None = None,
@@ -101,10 +106,15 @@ def capture(
             process runs the model on its part of the tokens, keys go round, and every process returns the
             trace of the whole; all of them must call with the same prompts. `out` is written by the first.
             What cannot be split is refused.
+        new: tokens that the model writes after each prompt (fewer where it ends): the trace is that of prompt and
+            text together as they came about, the prompt in one pass and then token by token. Its attribute
+            `prompt_tokens` says where the text begins, and the column `prompt` of `lens.profile` how much a head
+            looks back at the prompt while it writes. None: nothing is written.
+        temperature: of the draws of `new`, by `seed`; 0 takes the likeliest token.
         out: folder for the trace (for several prompts `out/p000`, `out/p001`, ...): each layer is
             written when it is done and leaves memory. In memory if None.
         progress: show a bar with the time left, on stderr, if that is a terminal.
-        seed: that made the prompts, if any; only noted in the trace.
+        seed: of the draws of `new`; else that made the prompts, if any, and only noted in the trace.
         attentions: probabilities that somebody has already, one array [batch, heads, n, n] per layer as
             transformers returns them: nothing is run, and what cannot be known from them (`lse`, `max_logit`, q and
             k) is absent. `model` says what its tokens are; it may be None, and `prompts` a list of token strings
@@ -121,7 +131,8 @@ def capture(
 
     Raises:
         LensError: empty or too long prompts, a bad block size, or attention that capture does not
-            understand; with `chunk`, a model or prompt that cannot go in pieces. A text is never cut: `lens.tasks.take` does that. Given attentions as
+            understand; with `chunk`, a model or prompt that cannot go in pieces; with `new`, a model that does not
+            write. A text is never cut: `lens.tasks.take` does that. Given attentions as
             `lens.traces.from_attentions`.
 
     Example:
@@ -131,12 +142,14 @@ def capture(
         >>> numbers = lambda tokens: ([1] * len(tokens), [token.strip().isdigit() for token in tokens])
         >>> trace = lens.capture(model, "In 1851 he wrote of 135 chapters", labels={"numbers": numbers})
         >>> lens.profile(trace)[["layer", "head", "numbers", "numbers_uniform"]]
+        >>> written = lens.capture(model, "It was the best of", new=8)
+        >>> written.tokens[written.attrs["prompt_tokens"]:]
     """
     if attentions is not None:
-        if keep_qk or labels is not None or statistics != "all" or chunk or group:
+        if keep_qk or labels is not None or statistics != "all" or chunk or group or new:
             raise LensError(
                 "attentions hold no q and k, and every statistic that they have is kept; leave keep_qk, "
-                "statistics, chunk, group and labels out"
+                "statistics, chunk, group, new and labels out"
             )
         found = imported_traces(model, prompts, attentions, block_size)
         for number, one in enumerate(found if isinstance(found, list) else [found]):
@@ -156,19 +169,35 @@ def capture(
         raise LensError("statistics names none; ask for at least one, or for keep_qk=True")
     if chunk is not None and group is not None:
         raise LensError("a prompt goes in pieces (chunk) or over processes (group); leave one out")
+    if new is not None:
+        _refuse_with(
+            "a prompt that the model writes on (new) goes in one pass, with labels of its own",
+            chunk=chunk,
+            group=group,
+            labels=labels,
+        )
     if chunk is not None:
         check_chunk(chunk, settings)
     links = None if group is None else processes(group)
     check_loaded(model)
     if model.parts:
-        _refuse_on_parts(labels=labels, chunk=chunk, group=group)
+        _refuse_with(
+            "an encoder-decoder has two rows of tokens; which keys of the source a target looks at, "
+            "lens.traces.alignment says",
+            **{"labels": labels, "chunk": chunk, "group": group, "new": new},
+        )
     found, is_single = read_any(model, prompts)
     for prompt in found:
-        _check_size(model, prompt, settings)
+        _check_size(model, prompt, settings, new or 0)
         if chunk is not None:
             check_pieces(model, prompt, chunk)
         if links is not None:
             check_split(model, prompt, links)
+    if new is not None:
+        how = {"new": new, "temperature": temperature, "seed": seed, "progress": progress}
+        folders = [None if out is None else Path(out) / f"p{at:03d}" for at in range(len(found))]
+        found = written_traces(model, found, settings, [out] if is_single else folders, **how)
+        return found[0] if is_single else found
     tokens = [
         None if labels is None or one.ids is None else model.token_strings(one.ids) for one in found
     ]
@@ -215,14 +244,10 @@ def capture(
     return traces[0] if is_single else traces
 
 
-def _refuse_on_parts(**given: Any) -> None:
-    """Raises LensError: what an encoder-decoder's prompts cannot have."""
-    for name, value in given.items():
-        if value:
-            raise LensError(
-                f"{name} is for one row of tokens, and an encoder-decoder has two; which keys of the source a "
-                "target looks at, lens.traces.alignment says"
-            )
+def _refuse_with(why: str, **given: Any) -> None:
+    """Raises LensError: arguments that do not go with what else was asked for."""
+    if named := [name for name, value in given.items() if value]:
+        raise LensError(f"{why}; leave {', '.join(named)} out")
 
 
 def _record(
@@ -281,14 +306,15 @@ def _record_together(
         run(model, joined(model, rows))
 
 
-def _check_size(model: LoadedModel, prompt: Prompt, settings: Settings) -> None:
+def _check_size(model: LoadedModel, prompt: Prompt, settings: Settings, new: int) -> None:
     if prompt.ids is None or not settings.variables & {"block_mass", "block_max"}:
         return
-    blocks = -(-len(prompt.ids) // settings.block_size)
+    length = len(prompt.ids) + new
+    blocks = -(-length // settings.block_size)
     size = 8 * model.info.heads * blocks**2
     if size > LARGEST_MAPS:
-        fits = int(len(prompt.ids) / (LARGEST_MAPS / (8 * model.info.heads)) ** 0.5) + 1
+        fits = int(length / (LARGEST_MAPS / (8 * model.info.heads)) ** 0.5) + 1
         raise LensError(
             f"block_size {settings.block_size} makes block maps of {size / 2**30:.0f} GiB per layer for "
-            f"{len(prompt.ids):,} tokens; use at least {fits}"
+            f"{length:,} tokens; use at least {fits}"
         )

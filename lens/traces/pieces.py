@@ -75,9 +75,13 @@ class Pieces:
     """Takes the records of every piece, layer by layer, and gives those of the whole prompt."""
 
     def __init__(self, ids: Sequence[int], settings: Settings) -> None:
-        self._ids = torch.tensor([list(ids)])
+        self._ids = torch.tensor([list(ids)])  # of tokens that are still to be written: anything
         self._block = settings.block_size
         self._layers: dict[int, LayerRecord] = {}
+
+    def read(self, ids: Tensor) -> None:
+        """The first tokens [tokens], as the next piece will have read them."""
+        self._ids[0, : len(ids)] = ids
 
     def aligned(self, call: LayerCall) -> LayerCall:
         """The call with its tokens, and its first key where a block begins.
@@ -107,7 +111,7 @@ class Pieces:
         )
 
     def add(self, record: LayerRecord) -> None:
-        """Take what one layer did with one piece."""
+        """Take what one layer did with one piece: whole blocks of queries, or queries of one block."""
         length = self._ids.shape[1]
         whole = self._layers.get(record.layer)
         if whole is None:
@@ -132,12 +136,33 @@ class Pieces:
             for axis, size in zip(DIMENSIONS[name], part.shape[1:], strict=True):
                 first = starts.get(axis, 0)
                 place.append(slice(first, first + size))
-            whole.variables[name][tuple(place)] += part
+            there = whole.variables[name][tuple(place)]
+            before = (
+                record.query_start % self._block
+            )  # rows of the block that came with other pieces
+            if name == "block_max":
+                torch.maximum(there, part, out=there)
+            elif name == "block_mass" and before:  # the mean over the rows so far, of all keys
+                rows = before + record.queries
+                whole.variables[name][:, :, place[2]] *= before / rows
+                there += part * (record.queries / rows)
+            else:
+                there += part
 
-    def records(self) -> Iterator[LayerRecord]:
-        """One record of the whole prompt for each layer, in order; each is let go of."""
+    def records(self, length: int | None = None) -> Iterator[LayerRecord]:
+        """One record for each layer, in order, of the whole or of the first tokens; each is let go of."""
         for layer in sorted(self._layers):
-            yield self._layers.pop(layer)
+            found = self._layers.pop(layer)
+            yield found if length is None else _cut(found, length, self._block)
+
+
+def _cut(record: LayerRecord, length: int, block: int) -> LayerRecord:
+    """A record of which nothing came after its first tokens."""
+    variables = {
+        name: tensor[tuple(map(slice, _whole_shape(name, tensor, length, block)))].clone()
+        for name, tensor in record.variables.items()
+    }
+    return replace(record, queries=length, keys=length, variables=variables)
 
 
 def _whole_shape(name: str, part: Tensor, length: int, block: int) -> list[int]:

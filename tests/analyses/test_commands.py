@@ -42,6 +42,8 @@ COMMANDS = (
         "policies",
         "mixers",
         "explain",
+        "examples",
+        "generate",
         "circuit",
         "sweep",
         "view",

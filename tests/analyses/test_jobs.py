@@ -189,6 +189,7 @@ def test_a_form_names_no_file_and_its_settings_go_with_their_analysis():
         "policies",
         "mixers",
         "explain",
+        "examples",
         "circuit",
     ]
     assert fields["analysis.task"]["whats"] == ["heads", "redistribute", "explain", "circuit"]

@@ -53,10 +53,12 @@ def served(app) -> Iterator[str]:
             channel.handle_close()
         wasyncore.close_all(server._map, ignore_all=True)
 
-    yield f"http://127.0.0.1:{server.effective_port}"
-    server.task_dispatcher.shutdown()
-    server.trigger.pull_trigger(close)
-    thread.join()
+    try:
+        yield f"http://127.0.0.1:{server.effective_port}"
+    finally:
+        server.task_dispatcher.shutdown()
+        server.trigger.pull_trigger(close)
+        thread.join()
 
 
 @pytest.fixture(scope="session")

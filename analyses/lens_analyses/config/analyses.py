@@ -15,6 +15,7 @@ from lens_analyses.config.listed import (
     check_loss,
     check_measures,
     check_sections,
+    check_temperature,
     listed,
 )
 from lens_analyses.config.paths import is_task_file, shorten
@@ -187,6 +188,29 @@ class VisionSettings(AnalysisSettings):
     )
     phi: Annotated[str, AfterValidator(check_loss)] = setting(
         "20", "From which size on an image token is a sink of a vision-language model."
+    )
+
+
+class ExamplesSettings(AnalysisSettings):
+    """Of `lens examples`."""
+
+    n: int = setting(256, "Windows of the corpus, at most.", ge=1)
+    corpus: str | None = setting(
+        None,
+        "Text file to look through, or .jsonl of texts; the run's own text if not given.",
+        shown=Shown(file=True),
+        min_length=1,
+    )
+    top: int = setting(10, "Examples of each head and measure.", ge=1)
+    chance: bool = setting(True, "The same with random weights, to compare with.")
+
+
+class GenerateSettings(Section):
+    """Of `lens generate`."""
+
+    new: int = setting(32, "Tokens that the model writes after each text, at most.", ge=1)
+    temperature: Annotated[str, AfterValidator(check_temperature)] = setting(
+        "0", "Of the draws; 0 takes the likeliest token each time."
     )
 
 

@@ -92,6 +92,21 @@ def check_loss(word: str) -> str:
     return word
 
 
+def check_temperature(word: str) -> str:
+    """The word, if it is a temperature.
+
+    Raises:
+        ValueError: otherwise.
+    """
+    try:
+        number = float(word)
+    except ValueError:
+        number = math.nan
+    if not 0 <= number < math.inf:
+        raise ValueError(f"must be 0 (the likeliest token) or more, e.g. 0.8; got {word!r}")
+    return word
+
+
 def check_heads(words: str) -> str:
     """The words, if each is written as a head is; no words are right too.
 

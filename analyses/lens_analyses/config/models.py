@@ -9,7 +9,9 @@ from lens.models.catalogue import DEFAULT_MODEL, KNOWN, is_hub_id, unknown_model
 from lens_analyses.config.analyses import (
     AnalysisSettings,
     CircuitSettings,
+    ExamplesSettings,
     ExplainSettings,
+    GenerateSettings,
     HeadsSettings,
     MixersSettings,
     PoliciesSettings,
@@ -164,7 +166,7 @@ class RunConfig(Section):
         if value is not None and cls is RunConfig:
             raise ValueError(
                 "the section analysis belongs to `lens heads`, `lens sinks`, `lens redistribute`, "
-                "`lens policies`, `lens mixers`, `lens explain`, `lens vision` and `lens circuit`; a profile has none"
+                "`lens policies`, `lens mixers`, `lens explain`, `lens vision`, `lens examples`, `lens generate` and `lens circuit`; a profile has none"
             )
         return value
 
@@ -251,6 +253,20 @@ class ExplainConfig(RunConfig):
     analysis: ExplainSettings = ExplainSettings()
 
 
+class ExamplesConfig(RunConfig):
+    """Of `lens examples`."""
+
+    what: Literal["examples"] = _what("examples")
+    analysis: ExamplesSettings = ExamplesSettings()
+
+
+class GenerateConfig(RunConfig):
+    """Of `lens generate`."""
+
+    what: Literal["generate"] = _what("generate")
+    analysis: GenerateSettings = GenerateSettings()  # pyright: ignore[reportIncompatibleVariableOverride]
+
+
 class CircuitConfig(RunConfig):
     """Of `lens circuit`."""
 
@@ -267,6 +283,8 @@ CONFIGS: dict[str, type[RunConfig]] = {
     "mixers": MixersConfig,
     "explain": ExplainConfig,
     "vision": VisionConfig,
+    "examples": ExamplesConfig,
+    "generate": GenerateConfig,
     "circuit": CircuitConfig,
 }
 """What a run does -> its configuration."""

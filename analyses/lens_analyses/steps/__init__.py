@@ -90,6 +90,8 @@ STEPS: dict[str, tuple[Step, ...]] = {
         Step("search", "policies"),
     ),
     "mixers": (Step("mixers", "mixers"),),
+    "examples": (Step("examples", "examples"),),
+    "generate": (Step("generation", "generation"),),
     "explain": (
         Step("explain", "explain"),
         Step("removal", "explain", needs="explain"),

@@ -70,6 +70,12 @@ def _of_windows(load: Load, passes: float) -> Cost:
     return Cost(passes * load.windows, passes * load.settings.n)
 
 
+def _examples(load: Load) -> Cost:
+    """A pass over each window of the corpus with its attention written out, and one with random weights."""
+    passes = 3 * (1 + load.settings.chance) * load.settings.n
+    return Cost(passes * load.length, passes)
+
+
 def _amounts(load: Load) -> int:
     return len(load.settings.doses)
 
@@ -141,6 +147,8 @@ COSTS: dict[str, dict[str, Callable[[Load], Cost]]] = {
         "structure": lambda load: Cost(2 * load.prompts, seconds=3),
         "chain": lambda load: Cost(14 * load.prompts, 14),
     },
+    "examples": {"examples": _examples},
+    "generate": {"generation": lambda load: Cost(0, load.settings.new)},
     "circuit": {
         "edges": _edges,
         "circuit": lambda load: Cost(180 * load.task * _circuit_factor(load)),

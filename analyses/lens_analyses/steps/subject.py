@@ -138,7 +138,7 @@ def analysed(
             profile.
     """
     settings, what = config.analysis, config.what
-    if settings is None or what == "vision":
+    if settings is None or what in ("vision", "examples", "generate"):
         return [], []
     if isinstance(settings, CircuitSettings):
         if settings.compare is not None:

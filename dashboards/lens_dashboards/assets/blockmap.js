@@ -35,7 +35,7 @@
       root.dataset.head = `L${this.config.layer}H${this.config.head}`;
       const bar = element("div", "map-bar");
       this.level = element("span", "map-level", "loading…");
-      if (this.config.small) bar.append(element("b", "map-name", root.dataset.head));
+      if (this.config.small) bar.append(element("b", "map-name", this.config.title || root.dataset.head));
       this.pooling = element("select", "map-pooling");
       this.pooling.setAttribute("aria-label", "How several blocks become one cell");
       for (const [value, label] of [["max", "largest of the blocks"], ["mean", "mean of the blocks"]]) {
@@ -97,11 +97,37 @@
         const inside = w && w[1] <= this.length && w[3] <= this.length;
         this.view = inside ? { q0: w[0], q1: w[1], k0: w[2], k1: w[3] }
                            : { q0: 0, q1: this.length, k0: 0, k1: this.length };
+        this.addSteps();
         await this.fetch();
         await this.shade(this.query === null || this.query === undefined ? this.length - 1 : this.query);
       } catch (error) {
         this.fail(error);
       }
+    }
+
+    /* Of a text that the model wrote: how far it had come, token by token, from the prompt alone on. */
+    addSteps() {
+      const start = this.config.promptTokens, last = this.length - start;
+      if (!start || last < 1 || this.steps || this.group[0] !== this) return; // one for all maps of a group
+      const label = element("label", "map-steps"), said = element("output", "small");
+      this.steps = element("input");
+      Object.assign(this.steps, { type: "range", min: 0, max: last, step: 1 });
+      this.steps.setAttribute("aria-label", "Tokens that were written");
+      const say = () => {
+        const at = start + this.steps.valueAsNumber;
+        said.textContent = at > start ? `token ${at - start} of ${last}: ${quoted(this.tokens[at - 1])}` : `the prompt, ${start} tokens`;
+      };
+      const end = this.view.q0 === 0 && this.view.k0 === 0 ? this.view.q1 : this.length;
+      this.steps.value = clamp(end - start, 0, last);
+      this.steps.addEventListener("input", () => {
+        const seen = start + this.steps.valueAsNumber;
+        say();
+        this.show(0, seen, 0, seen);
+        this.shade(seen - 1);
+      });
+      say();
+      label.append("Written ", this.steps, " ", said);
+      this.root.querySelector(".map-bar").after(label);
     }
 
     fail(error) {
@@ -227,6 +253,7 @@
       const y0 = this.y(d.query[0]), y1 = this.y(d.query[0] + d.rows * d.cell);
       g.imageSmoothingEnabled = false;
       g.drawImage(this.picture, x0, y0, x1 - x0, y1 - y0);
+      if (this.config.promptTokens) this.drawPromptEnd(g, side);
       if (this.query !== null && this.query !== undefined) {
         g.strokeStyle = "#c2410c";
         g.lineWidth = 1.5;
@@ -243,6 +270,19 @@
       g.restore();
       this.drawEdges(g, side);
       this.drawScale(g, side);
+    }
+
+    /* Where the prompt ends and what the model wrote begins. */
+    drawPromptEnd(g, side) {
+      const x = this.x(this.config.promptTokens), y = this.y(this.config.promptTokens);
+      g.save();
+      g.strokeStyle = "#c2410c";
+      g.setLineDash([5, 4]);
+      g.beginPath();
+      g.moveTo(this.left, y); g.lineTo(this.left + side, y);
+      g.moveTo(x, TOP); g.lineTo(x, TOP + side);
+      g.stroke();
+      g.restore();
     }
 
     /* Axes with token positions, and above them what each column holds. */
@@ -640,6 +680,15 @@
 
   function keepLink(config, view, query, length) {
     if (config.source) return; // not the dashboard's page
+    if (config.wall) {
+      const search = new URLSearchParams(window.location.search);
+      const whole = view.q0 === 0 && view.k0 === 0 && view.q1 === length && view.k1 === length;
+      if (config.wall !== wall || !window.location.pathname.endsWith("/maps")) return;
+      for (const name of ["q0", "q1", "k0", "k1"]) if (whole) search.delete(name); else search.set(name, view[name]);
+      if (query !== null && query !== undefined) search.set("query", query);
+      window.history.replaceState(window.history.state, "", `${window.location.pathname}?${search}`);
+      return;
+    }
     const search = new URLSearchParams({ prompt: config.prompt });
     const all = view.q0 === 0 && view.k0 === 0 && view.q1 === length && view.k1 === length;
     if (!all) for (const name of ["q0", "q1", "k0", "k1"]) search.set(name, view[name]);
@@ -648,7 +697,7 @@
     const left = !window.location.pathname.endsWith(`/head/${config.layer}/${config.head}`) ||
                  ![null, config.prompt].includes(before.get("prompt"));
     if (left) return; // the address is already that of another map, which is still being drawn
-    for (const name of ["pin", "variant"]) if (before.get(name)) search.set(name, before.get(name));
+    for (const name of ["pin", "variant", "by"]) if (before.get(name)) search.set(name, before.get(name));
     window.history.replaceState(window.history.state, "", `${window.location.pathname}?${search}`);
   }
 
@@ -712,7 +761,7 @@
     return maps;
   }
 
-  let current = null;
+  let current = null, wall = null;
   window.lensBlockMap = {
     paletteOf,
     heldSource,
@@ -730,6 +779,19 @@
       if (current) current.close();
       current = new BlockMap(root, config);
       return current;
+    },
+    /* Several heads on the page of maps, with one zoom, one cursor and one query. */
+    mountWall(root, config) {
+      for (const map of (wall && wall.maps) || []) map.close();
+      const mine = { maps: [] };
+      wall = mine;
+      root.replaceChildren();
+      mine.maps = link(config.maps.map((one) => {
+        const place = element("div", "map");
+        root.append(place);
+        return new BlockMap(place, { ...one, wall: mine, small: config.side });
+      }));
+      return mine.maps;
     },
     get current() { return current; },
   };

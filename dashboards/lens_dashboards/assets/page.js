@@ -35,6 +35,11 @@
       if (root && config) window.lensBlockMap.mount(root, config);
       return true;
     },
+    mountMaps(config) {
+      const wall = document.getElementById("maps");
+      if (wall && config) window.lensBlockMap.mountWall(wall, config);
+      return true;
+    },
     mountVision(config) {
       const root = document.getElementById("vision");
       if (root && config) window.lensVision.mount(root, config);
@@ -76,11 +81,16 @@
 
   // The next head at the zoom of this one, which only the address knows.
   document.addEventListener("click", (event) => {
-    const link = event.target instanceof Element && event.target.closest("#previous-head, #next-head");
+    const link = event.target instanceof Element && event.target.closest("#previous-head, #next-head, #maps-chosen a");
     if (!link || link.tagName !== "A" || event.ctrlKey || event.metaKey || event.shiftKey) return;
     event.preventDefault();
     event.stopPropagation();
-    go(new URL(link.href).pathname + window.location.search);
+    if (link.id) return go(new URL(link.href).pathname + window.location.search);
+    const there = new URL(link.href), here = new URLSearchParams(window.location.search);
+    for (const name of ["q0", "q1", "k0", "k1", "query"]) {
+      if (here.get(name)) there.searchParams.set(name, here.get(name));
+    }
+    go(there.pathname + there.search);
   }, true);
 
   document.addEventListener("click", (event) => {

@@ -13,6 +13,7 @@ from lens.runs.commands import again
 from lens.traces.metrics import METRICS
 from lens.traces.trace import AttentionTrace
 from lens_dashboards.library import Library, sections
+from lens_dashboards.pages.examples import examples_card
 from lens_dashboards.pages.next_steps import missing
 from lens_dashboards.pages.parts import (
     Cell,
@@ -51,6 +52,7 @@ def page(library: Library, view: Selection) -> list[Any]:
         "query": view.query,
         "palette": list(VIRIDIS),
         "causal": trace.attrs["causal"],
+        "promptTokens": trace.attrs.get("prompt_tokens"),
         "variant": view.variant,
     }
     return [
@@ -100,6 +102,7 @@ def page(library: Library, view: Selection) -> list[Any]:
             className="columns",
         ),
         card(html.Div(id="strip", className="strip"), "Tokens"),
+        *examples_card(run, view, name, notes),
         *_pinned(library, run, view, trace, prompt),
         *_curves(run, view, trace, prompt),
     ]
@@ -218,6 +221,13 @@ def _steps(run: Run, view: Selection, prompt: str, trace: AttentionTrace) -> htm
             links.append(html.Span(text, className="off"))
     here = f"{view.layer}.{view.head}"
     pinned = view.option("pin") == here
+    name = str(trace.head_id((view.layer, view.head)))
+    beside = [
+        name,
+        *([str(trace.head_id(view.option("pin")))] if _is_head(trace, view.option("pin")) else []),
+    ]
+    wall = replace(view.to("maps"), prompt=prompt).where(heads=",".join(dict.fromkeys(beside)))
+    links.append(dcc.Link("side by side", href=wall.url(), id="to-maps"))
     links.append(
         dcc.Link(
             "unpin this head" if pinned else "pin this head",
@@ -226,6 +236,13 @@ def _steps(run: Run, view: Selection, prompt: str, trace: AttentionTrace) -> htm
         )
     )
     return html.Nav(links, className="steps", **named("Heads"))
+
+
+def _is_head(trace: AttentionTrace, name: str) -> bool:
+    try:
+        return bool(name and trace.head_id(name))
+    except LensError:
+        return False
 
 
 def _pinned(

@@ -10,6 +10,7 @@ from lens.figures.style import grid_height
 from lens.runs import Run
 from lens_dashboards.head_columns import PATTERN, HeadColumns, head_columns
 from lens_dashboards.library import Library, sections
+from lens_dashboards.pages.maps import MOST_MAPS
 from lens_dashboards.pages.next_steps import missing
 from lens_dashboards.pages.overview import best_group
 from lens_dashboards.pages.parts import (
@@ -226,6 +227,12 @@ def _table(
             dcc.Link(
                 "show all" if only else "show only these",
                 href=view.where(only="" if only else "1").url(),
+            ),
+            " · ",
+            dcc.Link(
+                "open their maps side by side",
+                href=view.to("maps").where(heads=",".join(marked[:MOST_MAPS])).url(),
+                id="to-maps",
             ),
             " · ",
             dcc.Link("select none", href=view.where(heads="", only="").url()),

@@ -10,6 +10,7 @@ from lens_dashboards.selection import Selection
 _TABS = {
     "overview": "Overview",
     "heads": "Heads",
+    "maps": "Side by side",
     "atlas": "Atlas",
     "sinks": "Sinks",
     "redistribution": "Redistribution",

@@ -1,0 +1,132 @@
+"""Top activating examples: the windows of a corpus on which each head attends most."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from lens import reading
+from lens.common.errors import LensError
+from lens.figures.columns import column_grid
+from lens.models.vocabulary import around, windows
+from lens.runs.headlines import Headline
+from lens.runs.sections import Section
+from lens_analyses.inputs import read_sources
+from lens_analyses.steps.columns import defined
+from lens_analyses.steps.subject import WINDOW, Subject
+
+
+def examples(subject: Subject) -> Section:
+    """Each head's best windows of the corpus, and the pair of tokens in each."""
+    settings = subject.settings
+    found = reading.examples(
+        subject.model,
+        _corpus(subject),
+        n=settings.top,
+        chance=settings.chance,
+        seed=subject.seed,
+        progress=subject.progress,
+    )
+    heads = found.table()
+    tables = {"heads": heads, "examples": found.examples(), "strips": found.strips()}
+    return Section(
+        name="examples",
+        title="Where each head attends most: top examples of a corpus",
+        summary=found.findings(),
+        limits=(
+            f"{found.prompts} windows of {_length(subject)} tokens were looked through: a head may do more on other texts.",
+            "An example is the strongest pair of one window, whatever the rest of the window looks like.",
+            "Strong attention is no effect: what a pair writes is measured by its size, not by what it changes.",
+        ),
+        columns=defined(tables.values(), _COLUMNS),
+        configuration={"windows": found.prompts, "length": _length(subject), "seed": subject.seed},
+        tables=tables,
+        figures={
+            by: column_grid(
+                heads[(heads["by"] == by).to_numpy()], "typical", labels={"typical": _WORDS[by]}
+            )
+            for by in found.found
+        },
+        headlines=tuple(_headlines(heads)),
+    )
+
+
+def _corpus(subject: Subject) -> Iterator[list[int]]:
+    """Windows of the texts that the run's prompts were cut from, or of a corpus of its own, one after the other.
+
+    Raises:
+        LensError: no text.
+    """
+    given = subject.config.prompts
+    own = subject.settings.corpus
+    if own is not None:
+        name = "batch" if Path(own).suffix in (".jsonl", ".ndjson") else "text"
+        none = dict.fromkeys(("text", "text_name", "batch", "sha256", "tokens", "windows"))
+        prompts = given.model_copy(update=none | {name: own})
+        config = subject.config.model_copy(update={"prompts": prompts})
+    else:
+        config = subject.config
+    _, sources = read_sources(config)
+    if not sources:
+        raise LensError(
+            "examples are looked for in text, and the run has copied prompts alone; give --text FILE, "
+            "--text-name moby-dick or --corpus FILE"
+        )
+    left, pair, length = subject.settings.n, around(subject.model), _length(subject)
+    for source in sources:
+        ids = subject.model.encode(source.text)
+        for window in windows(ids, length, pair) or [ids[:length]]:
+            if left:
+                left -= 1
+                yield window
+
+
+def _length(subject: Subject) -> int:
+    context = subject.model.info.context or WINDOW
+    return subject.settings.length or min(WINDOW, context)
+
+
+def _headlines(heads: pd.DataFrame) -> Iterator[Headline]:
+    """By each measure the head whose strongest pair is most above what random weights have."""
+    for by, rows in heads.dropna(subset=["random_weights"]).groupby("by", sort=False):
+        top: dict[str, Any] = dict(rows.loc[rows["typical"].idxmax()])
+        yield Headline(
+            f"{top['name']} looks hardest by {_WORDS[str(by)]}: its strongest pair of a window has {top['typical']:.2f} on "
+            f"average, with random weights at most {top['random_weights']:.2f}; the best is {top['query_token']!r} to "
+            f"{top['key_token']!r}.",
+            *(
+                float(top[name])
+                for name in ("typical", "typical_low", "typical_high", "random_weights")
+            ),
+            against="random weights",
+            figure=str(by),
+        )
+
+
+_WORDS = {
+    "attention": "attention",
+    "sink_excluded": "attention without the first token",
+    "written": "what the pair writes",
+}
+_COLUMNS = {
+    "name": "Layer and head.",
+    "layer": "Layer, by the model's own number.",
+    "head": "Head of the layer, from 0.",
+    "by": "Measure: attention; sink_excluded, attention without the first key and rescaled; written, attention times the size of what the key's value writes to the residual stream.",
+    "best": "Mean over the examples that are kept.",
+    "typical": "Strongest pair of a window, mean over windows.",
+    "random_weights": "The highest `typical` of any head of the same architecture with random weights.",
+    "n": "Windows.",
+    "rank": "Of the example, from 1.",
+    "value": "Of the pair, by the measure.",
+    "uniform": "The same of a row that looks at all keys that it sees alike.",
+    "prompt": "Window of the corpus, from 0.",
+    "query": "Position of the query.",
+    "key": "Position of the key.",
+    "query_token": "Token of the query; of the strongest example in `heads`.",
+    "key_token": "Token of the key.",
+    "place": "Position of a token near the pair.",
+    "token": "What stands there.",
+    "weight": "Of the query's row there, by the measure; empty behind it.",
+}

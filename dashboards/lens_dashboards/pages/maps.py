@@ -1,0 +1,176 @@
+"""Page `/run/<id>/maps`: up to nine heads of one run or of two, on one prompt, with one zoom and one cursor."""
+
+from typing import Any
+
+from dash import dcc, html
+
+from lens.common.colors import VIRIDIS
+from lens.common.errors import LensError
+from lens.runs import Run
+from lens.runs.comparison.pairing import paired_prompts
+from lens.runs.folders import BrokenRun
+from lens.traces.trace import AttentionTrace
+from lens_dashboards.library import Library
+from lens_dashboards.pages.head import known_prompt, prompt_control
+from lens_dashboards.pages.parts import (
+    card,
+    crumbs,
+    note_banner,
+    python_call,
+    remember,
+    run_banner,
+    select,
+)
+from lens_dashboards.selection import Selection
+
+MOST_MAPS = 9
+_SIDE = 300  # pixels of a map
+_RUNS = 200  # that are offered to compare with
+
+
+def page(library: Library, view: Selection) -> list[Any]:
+    """The maps, what is shown and what could be, and the tokens of the row that was clicked."""
+    run = library.run(view.run)
+    if not run.traces:
+        raise LensError(f"run {run.id} has no finished trace")
+    notes: list[str] = []
+    prompt = known_prompt(view, run.traces, notes)
+    trace = library.trace(run.id, prompt)
+    heads = _heads(trace, view.option("heads") or f"L{trace.layers[0]}H0", MOST_MAPS, notes)
+    maps = [_config(view, run.id, prompt, trace, name) for name in heads]
+    chosen = [_chip(view, "heads", heads, name, "") for name in heads]
+    other = _other(library, view, run, prompt, notes)
+    if other is not None:
+        run_b, prompt_b, trace_b = other
+        given = view.option("others") or ",".join(heads)
+        theirs = _heads(trace_b, given, MOST_MAPS - len(heads), notes)
+        maps += [
+            _config(view, run_b.id, prompt_b, trace_b, name)
+            | {"title": f"{name} of {trace_b.model}"}
+            for name in theirs
+        ]
+        chosen += [_chip(view, "others", theirs, name, f" of {trace_b.model}") for name in theirs]
+    return [
+        crumbs(run, view),
+        html.H1(f"Heads of {trace.model} side by side"),
+        *run_banner(run),
+        *map(note_banner, notes),
+        dcc.Store(id="maps-config", data={"side": _SIDE, "maps": maps}),
+        dcc.Store(id="maps-mounted"),
+        prompt_control(run, run.traces, prompt),
+        _controls(library, view, run, heads, other),
+        html.P(["Shown: ", *chosen], id="maps-chosen", className="small"),
+        card(
+            [
+                html.Div(id="maps", className="map-wall"),
+                html.P(
+                    "Wheel zooms with Ctrl or after a click, drag pans, double click shows everything: in all maps. "
+                    "Click a row to shade its keys below.",
+                    className="small",
+                ),
+                python_call(
+                    f"from lens.runs import open_run\n\nopen_run({str(run.path)!r}).trace({prompt!r}).view({heads!r})"
+                ),
+            ],
+            "Attention",
+        ),
+        card(html.Div(id="strip", className="strip"), "Tokens"),
+    ]
+
+
+def _heads(trace: AttentionTrace, words: str, most: int, notes: list[str]) -> list[str]:
+    """Those that the trace has, each once."""
+    found: dict[str, None] = {}
+    for word in filter(None, (one.strip() for one in words.replace(" ", ",").split(","))):
+        try:
+            found[str(trace.head_id(word))] = None
+        except LensError as problem:
+            notes.append(f"{problem}.")
+    if len(found) > most:
+        notes.append(
+            f"At most {MOST_MAPS} maps are shown; {', '.join(list(found)[most:])} left out."
+        )
+    return list(found)[:most]
+
+
+def _config(
+    view: Selection, run_id: str, prompt: str, trace: AttentionTrace, name: str
+) -> dict[str, Any]:
+    layer, head = trace.head_id(name)
+    return {
+        "run": run_id,
+        "prompt": prompt,
+        "layer": layer,
+        "head": head,
+        "window": view.window,
+        "query": view.query,
+        "palette": list(VIRIDIS),
+        "causal": trace.attrs["causal"],
+        "promptTokens": trace.attrs.get("prompt_tokens"),
+        "variant": view.variant,
+    }
+
+
+def _chip(view: Selection, option: str, heads: list[str], name: str, words: str) -> html.Span:
+    """A head, and the link that takes it away."""
+    left = [one for one in heads if one != name]
+    parts: list[Any] = [f"{name}{words} "]
+    if left:
+        parts.append(
+            dcc.Link(
+                "remove",
+                href=view.where(**{option: ",".join(left)}).url(),
+                title=f"Remove {name}{words}",
+            )
+        )
+    return html.Span(parts, className="chip")
+
+
+def _other(
+    library: Library, view: Selection, run: Run, prompt: str, notes: list[str]
+) -> tuple[Run, str, AttentionTrace] | None:
+    """The other run, and its prompt of the same tokens."""
+    if not view.option("vs"):
+        return None
+    try:
+        other = library.run(view.option("vs"))
+        pairs = dict(pair for kind in paired_prompts(run, other).values() for pair in kind)
+        if prompt not in pairs:
+            raise LensError(
+                f"{other.id} has no prompt of the same tokens as {prompt}; choose another prompt or run"
+            )
+        return other, pairs[prompt], library.trace(other.id, pairs[prompt])
+    except LensError as problem:
+        notes.append(f"{problem}.")
+        return None
+
+
+def _controls(
+    library: Library, view: Selection, run: Run, heads: list[str], other: Any
+) -> html.Div:
+    """Heads by their names, and another run."""
+    runs = [one for one in library.runs() if not isinstance(one, BrokenRun) and one.id != run.id]
+    options = {"": "none", **{one.id: one.id for one in runs[:_RUNS]}}
+    parts = [_names("heads", "Heads, with commas", ",".join(heads))]
+    parts.append(
+        select(
+            "vs",
+            "Beside another run",
+            options,
+            view.option("vs") if view.option("vs") in options else "",
+        )
+    )
+    if other is not None:
+        parts.append(_names("others", "Its heads", view.option("others") or ",".join(heads)))
+    return html.Div(parts, className="controls")
+
+
+def _names(option: str, label: str, value: str) -> html.Div:
+    return html.Div(
+        [
+            html.Label(label, htmlFor=f'{{"option":"{option}"}}'),
+            dcc.Input(id={"option": option}, value=value, type="text", debounce=True),
+            remember(option, value),
+        ],
+        className="control",
+    )

@@ -1,0 +1,188 @@
+"""A prompt and what a model writes after it, as one trace: the prompt in one pass, then token by token.
+
+What is recorded is what happened while the model wrote, from its key cache; nothing is run again but the last
+token, which no other was written from.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lens.common.choices import check_counts
+from lens.common.errors import LensError, first_line
+from lens.common.progress import advancing
+from lens.models.loaded import LoadedModel
+from lens.passes.calls import LayerCall
+from lens.passes.inputs import Prompt
+from lens.passes.pieces import check_looks_back
+from lens.passes.sessions import listening, run
+from lens.traces.labels import NONE, Labels
+from lens.traces.pieces import Pieces
+from lens.traces.recorder import Once, Recorder
+from lens.traces.statistics import LayerRecord, Settings
+from lens.traces.trace import AttentionTrace
+from lens.traces.writing import Writing
+
+LABEL = "prompt"
+"""The label by which the mass on the prompt's tokens is kept, of every token that was written."""
+
+
+def _check_writes(model: LoadedModel, prompt: Prompt, new: int, temperature: float) -> None:
+    """Raises LensError unless the model can write `new` tokens after a prompt."""
+    check_counts(new=new)
+    if isinstance(temperature, bool) or not 0 <= temperature < float("inf"):
+        raise LensError(
+            f"temperature must be 0 (the likeliest token) or more, got {temperature!r}; e.g. 0.8"
+        )
+    if prompt.ids is None or set(prompt.inputs) != {"input_ids"}:
+        given = ", ".join(sorted(set(prompt.inputs) - {"input_ids"}))
+        raise LensError(f"new= takes prompts of token ids alone, got {given} too; leave new out")
+    can = not model.is_bridge and getattr(model.model, "can_generate", lambda: False)()
+    if not can:
+        raise LensError(
+            f"{model.info.class_name} does not write with a key cache (transformers' generate); leave new out, "
+            "or load the model of transformers with its head"
+        )
+    length, context = len(prompt.ids) + new, model.info.context
+    if context is not None and length > context:
+        raise LensError(
+            f"{len(prompt.ids):,} tokens and {new:,} new ones are {length:,}, and {model.name} takes {context:,}; "
+            f"give a shorter prompt, or new={max(1, context - len(prompt.ids))}"
+        )
+
+
+def written_traces(
+    model: LoadedModel,
+    prompts: Sequence[Prompt],
+    settings: Settings,
+    folders: Sequence[str | Path | None],
+    *,
+    new: int,
+    temperature: float,
+    seed: int | None,
+    progress: bool,
+) -> list[AttentionTrace]:
+    """The trace of each prompt with what the model writes after it; arguments as `lens.capture`, a folder each."""
+    for prompt in prompts:
+        _check_writes(model, prompt, new, temperature)
+    traces = []
+    total = len(prompts) * (new + 1) * len(model.info.attending)
+    with advancing(f"{model.name}: layers", total, progress) as advance:
+        for prompt, folder in zip(prompts, folders, strict=True):
+            start = time.perf_counter()
+            whole, chosen, records = _recorded(
+                model, prompt, settings, new, temperature, seed, advance
+            )
+            writing = Writing(model, whole, chosen, folder)
+            for record in records:
+                writing.take(record)
+            note = {
+                "prompt_tokens": len(prompt.ids or ()),
+                "temperature": float(temperature),
+                "seed": seed,
+                "chunk": None,
+                "processes": 1,
+                "seconds": time.perf_counter() - start,
+            }
+            traces.append(writing.finish(note))
+    return traces
+
+
+def _recorded(
+    model: LoadedModel,
+    prompt: Prompt,
+    settings: Settings,
+    new: int,
+    temperature: float,
+    seed: int | None,
+    advance: Callable[[int], None],
+) -> tuple[Prompt, Settings, Iterator[LayerRecord]]:
+    """The prompt with what the model wrote, its settings and the record of each layer.
+
+    `advance` is told of each layer of each pass.
+    """
+    assert prompt.ids is not None
+    count = len(prompt.ids)
+    label = _of_prompt(count, count + new)
+    chosen = settings.with_labels((label,))
+    pieces = Pieces([*prompt.ids, *[0] * new], chosen)
+
+    def done(record: LayerRecord) -> None:
+        pieces.add(record)
+        advance(1)
+
+    once = Once(Recorder(chosen, done), model.info.class_name)
+
+    def on_layer(call: LayerCall) -> Tensor:
+        check_looks_back(call, model.info.class_name)
+        return once.on_layer(pieces.aligned(call))
+
+    with torch.no_grad(), listening(model, on_layer, parts=True):
+        found = _written(model, prompt, new, temperature, seed, pieces.read)
+        ids = found.sequences[0]
+        run(
+            model,
+            {"input_ids": ids[None, -1:], "past_key_values": found.past_key_values},
+            "the last token that it wrote",
+        )
+    length = len(ids)
+    whole = replace(prompt, inputs={"input_ids": ids[None]}, ids=ids.tolist(), text=None)
+    return whole, settings.with_labels((_of_prompt(count, length),)), pieces.records(length)
+
+
+def _of_prompt(count: int, length: int) -> Labels:
+    """Queries that were written, and keys of the prompt."""
+    place = np.arange(length)
+    return Labels(LABEL, np.where(place < count, NONE, 1), np.where(place < count, 1, NONE))
+
+
+def _written(
+    model: LoadedModel,
+    prompt: Prompt,
+    new: int,
+    temperature: float,
+    seed: int | None,
+    read: Callable[[Tensor], None],
+) -> Any:
+    """What `generate` returns; `read` is told the tokens before each pass."""
+    from transformers import StoppingCriteria, StoppingCriteriaList
+
+    class Told(StoppingCriteria):
+        def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+            read(input_ids[0])
+            return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+    how: dict[str, Any] = {"do_sample": False}
+    if temperature:
+        how = {"do_sample": True, "temperature": float(temperature)}
+    ids = prompt.inputs["input_ids"]
+    devices = [ids.device] if ids.device.type == "cuda" else []
+    owner: Any = model.model
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed or 0)
+        try:
+            return owner.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=new,
+                num_beams=1,
+                use_cache=True,
+                return_dict_in_generate=True,
+                pad_token_id=getattr(owner.generation_config, "pad_token_id", None) or 0,
+                stopping_criteria=StoppingCriteriaList([Told()]),
+                **how,
+            )
+        except LensError:
+            raise
+        except (ValueError, RuntimeError, TypeError, IndexError, AttributeError) as error:
+            raise LensError(
+                f"{model.info.class_name} cannot write after this prompt ({first_line(error)}); leave new out"
+            ) from error

@@ -1,0 +1,87 @@
+"""Several heads side by side: one zoom, one cursor and one query, chosen on the page of heads or by name."""
+
+import json
+import shutil
+
+import pytest
+from lens_dashboards.library import Library
+from lens_dashboards.pages import maps
+from lens_dashboards.selection import Selection, read_url
+
+
+def _told(library, view):
+    parts = maps.page(library, view)
+    config = next(part.data for part in parts if getattr(part, "id", "") == "maps-config")
+    return config, json.dumps(
+        [part.to_plotly_json() for part in parts], default=lambda one: one.to_plotly_json()
+    )
+
+
+def test_a_selection_of_heads_opens_and_shares_zoom_and_row(page, address, run):
+    page.goto(f"{address}/run/{run.id}/heads?heads=L1H3,L0H2,L2H0")
+    page.click("#to-maps")
+    page.locator("#maps .map[data-ready]").nth(2).wait_for(timeout=60_000)
+    assert "heads=L1H3%2CL0H2%2CL2H0" in page.url
+    canvas = page.locator("#maps canvas").nth(1)
+    canvas.click(position={"x": 120, "y": 120})
+    before = _ready(page)
+    page.keyboard.press("+")
+    for _ in range(100):
+        if len(now := _ready(page)) == 1 and now != before:
+            break
+        page.wait_for_timeout(200)
+    assert len(now) == 1
+    assert now != before
+    assert {"q0", "k1", "query"} <= {part.split("=")[0] for part in page.url.split("&")}
+    assert "L0H2" in page.locator("#strip p").first.inner_text()
+    page.locator("#maps-chosen a").nth(1).click()  # without L0H2, at the same zoom
+    page.wait_for_url("**heads=L1H3%2CL2H0*")
+    page.locator("#maps .map[data-ready]").nth(1).wait_for(timeout=60_000)
+    assert page.locator("#maps .map").count() == 2
+    assert _ready(page) == now
+
+
+def _ready(page):
+    """What the maps show: the level and the rectangle of each."""
+    return {one.get_attribute("data-ready") for one in page.locator("#maps .map").all()}
+
+
+def test_what_is_not_there_is_said_and_nine_are_the_most(runs, run):
+    every = [f"L{layer}H{head}" for layer in range(3) for head in range(6)]
+    view = Selection(page="maps", run=run.id).where(heads=",".join(["L9H9", *every]))
+    config, said = _told(Library(runs), view)
+    assert [(one["layer"], one["head"]) for one in config["maps"]] == [(0, h) for h in range(6)] + [
+        (1, h) for h in range(3)
+    ]
+    assert "there is no L9H9" in said
+    assert "At most 9 maps are shown" in said
+
+
+def test_two_runs_are_shown_on_the_prompt_that_both_have(runs, run, tmp_path):
+
+    shutil.copytree(run.path, tmp_path / run.id)
+    other = tmp_path / "other"
+    shutil.copytree(run.path, other)
+    index = json.loads((other / "run.json").read_text())
+    (other / "run.json").write_text(json.dumps(index | {"id": "other"}))
+    (other / "manifest.json").unlink(missing_ok=True)
+    view = Selection(page="maps", run=run.id).where(heads="L1H3", vs="other", others="L0H1,L1H3")
+    config, said = _told(Library(tmp_path), view)
+    assert [(one["run"], one["layer"], one["head"]) for one in config["maps"]] == [
+        (run.id, 1, 3),
+        ("other", 0, 1),
+        ("other", 1, 3),
+    ]
+    assert {one["prompt"] for one in config["maps"]} == {"p000"}
+    nothing, said = _told(Library(tmp_path), view.where(vs="missing"))
+    assert len(nothing["maps"]) == 1
+    assert "missing" in said
+
+
+@pytest.mark.parametrize(
+    "search", ["heads=L0H1&q0=1&q1=9&k0=0&k1=8&query=3", "heads=L0H1%2CL1H1&vs=b"]
+)
+def test_a_link_restores_the_view(search):
+    view, notes = read_url("/run/a/maps", search)
+    assert (view.page, notes) == ("maps", [])
+    assert read_url(*view.url().split("?")) == (view, [])
