@@ -1,24 +1,48 @@
-"""The examples of the documentation run, and its links lead somewhere."""
+"""The examples of the documentation and of the README run, and its links lead somewhere."""
 
 import re
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
+
+from lens.models import dinov2
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("tests/benchmarks/*.md")]
 HISTORY = {ROOT / "CHANGELOG.md"}
 
 
+def blocks(page: str) -> list[str]:
+    """The Python of a page."""
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+
+
 def test_every_example_runs(run_folder_of_examples, capsys):
     names: dict[str, object] = {}
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/examples.md").read_text(), re.DOTALL)
-    assert len(blocks) == 10
-    for block in blocks:
+    examples = blocks("docs/examples.md")
+    assert len(examples) == 10
+    for block in examples:
         exec(block, names)
     said = capsys.readouterr().out
     assert "<Run " in said
     assert "Control('induction'" in said
+
+
+def test_the_readme_runs(run_folder_of_examples):
+    """In a folder with the run and the picture that it names, beside numbers and tensors of the reader's own."""
+    Image.new("RGB", (60, 40), "gray").save("cat.png")
+    query, key, value = torch.randn(3, 1, 2, 48, 16)
+    names = {"numbers": np.ones((3, 6)), "q": query, "k": key, "v": value}
+    notebook, kernels = blocks("README.md")
+    if not dinov2.available():  # `make models` installs it
+        notebook = re.sub(r".*dinov2-small.*\n", "", notebook)
+    exec(notebook + kernels, names)
+    assert names["table"]["induction"].max() > 0
+    assert names["result"].statistics.block_mass.shape[1] == 2
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
@@ -41,18 +65,25 @@ def test_files_that_a_page_names_are_there(page):
     assert gone == []
 
 
-@pytest.fixture
-def run_folder_of_examples(tmp_path, monkeypatch):
-    """A folder with one run, in which the examples are executed."""
+@pytest.fixture(scope="module")
+def one_run(tmp_path_factory):
     from lens_analyses.cli import main
 
+    folder = tmp_path_factory.mktemp("runs")
     with pytest.raises(SystemExit) as ended:
-        main(["run", "--copied", "1", "--out", str(tmp_path / "runs"), "--quiet"])
+        main(["run", "--copied", "1", "--out", str(folder), "--quiet"])
     assert ended.value.code == 0
+    (run,) = (one for one in folder.iterdir() if one.is_dir())
+    return run
+
+
+@pytest.fixture
+def run_folder_of_examples(one_run, tmp_path, monkeypatch):
+    """A folder with one run, named as in the README, in which the examples are executed."""
+    shutil.copytree(one_run, tmp_path / "runs/...")
     monkeypatch.chdir(tmp_path)
 
 
 def test_the_script_of_forty_lines_has_no_more():
-    section = (ROOT / "docs/examples.md").read_text().partition("in forty lines")[2]
-    (script,) = re.findall(r"```python\n(.*?)```", section.partition("\n## ")[0], re.DOTALL)
+    (script,) = (block for block in blocks("docs/examples.md") if "from lens import edits" in block)
     assert len(script.splitlines()) <= 40
