@@ -62,10 +62,11 @@ def head_grid(
         'Sink rate (probability): highest at L1H0, 1'
     """
     rows = select(table, metric, variant)
-    grid, low, high = (
-        rows.pivot(index="layer", columns="head", values=name) for name in ("value", "low", "high")
-    )
-    values = grid.to_numpy(dtype=float)
+    layers, down = np.unique(rows["layer"], return_inverse=True)
+    heads, across = np.unique(rows["head"], return_inverse=True)
+    values, low, high = np.full((3, len(layers), len(heads)), np.nan)
+    for grid, name in ((values, "value"), (low, "low"), (high, "high")):
+        grid[down, across] = rows[name]
     known = values[np.isfinite(values)]
     signed = bool((known < 0).any())
     bound = float(np.abs(known).max(initial=0)) or 1.0
@@ -79,13 +80,13 @@ def head_grid(
             "" if np.isnan(a) else f"<br>95 % interval {a:.3g} to {b:.3g}"
             for a, b in zip(*pair, strict=True)
         ]
-        for pair in zip(low.to_numpy(float), high.to_numpy(float), strict=True)
+        for pair in zip(low, high, strict=True)
     ]
     figure = go.Figure(
         go.Heatmap(
             z=values,
-            x=grid.columns.to_numpy(),
-            y=grid.index.to_numpy(),
+            x=heads,
+            y=layers,
             colorscale=scale(DIVERGING if signed else VIRIDIS),
             colorbar={"title": {"text": metric_of(metric).unit, "side": "right"}, "thickness": 12},
             xgap=1,
@@ -96,12 +97,12 @@ def head_grid(
             **limits,
         )
     )
-    grid_axes(figure, *grid.shape, most=32)
+    grid_axes(figure, *values.shape, most=32)
     return style(
         figure,
         _finding(rows, metric, variant),
         look,
-        height=grid_height(len(grid.index), 26),
+        height=grid_height(len(layers), 26),
         meta=_meta(rows, "head_grid", metric=metric, variant=variant),
     )
 

@@ -7,12 +7,13 @@ from typing import Unpack
 import numpy as np
 import pandas as pd
 import pytest
+from plotly.subplots import make_subplots
 
 import lens
 from lens import figures
 from lens.common.errors import LensError
 from lens.figures.roles import share_grid
-from lens.figures.style import Look
+from lens.figures.style import Look, _set, _set_axes
 from lens.traces.profiles import prompt_table
 from tests.lens.traces import LENGTH, probabilities, trace_of
 
@@ -327,3 +328,27 @@ def test_a_short_prompt_with_q_and_k_is_drawn_token_by_token_with_names():
     assert figures.block_map(longer, 1, 3).layout.xaxis.ticktext is None
     without = lens.capture(model, "It was the best of times", progress=False)
     assert "block mass, 64 tokens a cell" in figures.block_map(without, 1, 3).layout.title.text
+
+
+def test_a_layout_set_at_once_is_the_one_that_plotly_updates_to():
+    values = {
+        "title": {"text": "found", "font": {"size": 13}},
+        "legend": {"orientation": "h"},
+        "margin": {"t": 40},
+        "paper_bgcolor": "white",
+        "width": None,
+        "meta": {"figure": "x"},
+    }
+    axis = {"gridcolor": "#ccc", "title": {"text": "head"}}
+    quick, slow = (make_subplots(1, 2, subplot_titles=["a", "b"]) for _ in range(2))
+    for figure in (quick, slow):
+        figure.add_scatter(y=[1, 2], row=1, col=2)
+        figure.update_layout(title={"x": 0.5, "font": {"color": "red"}}, legend={"x": 0.1})
+        figure.update_xaxes(title={"standoff": 4}, range=[0, 3], col=2)
+    _set(quick.layout, values)
+    _set_axes(quick, axis, {"ticks": ""})
+    slow.update_layout(values)
+    slow.update_xaxes(axis)
+    slow.update_yaxes(ticks="")
+    assert quick.to_dict() == slow.to_dict()
+    assert quick.layout.title.font.to_plotly_json() == {"color": "red", "size": 13}
