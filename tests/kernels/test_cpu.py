@@ -572,6 +572,14 @@ def _script(path: Path, body: str) -> str:
     return str(path)
 
 
+@pytest.fixture
+def copying(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The compiler is one that takes half a second to copy the library of this machine."""
+    made_before = LIBRARY._name  # pyright: ignore
+    copy = f'while [ "$1" != -o ]; do shift; done; sleep 0.5; cp "{made_before}" "$2"'
+    monkeypatch.setenv("CC", _script(tmp_path / "cc", f'[ "$1" = --version ] && exit; {copy}'))
+
+
 def test_no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, folder: Path) -> None:
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -646,7 +654,9 @@ def test_the_default_folder_is_private(monkeypatch: pytest.MonkeyPatch, tmp_path
 
 
 @needs_library
-def test_half_a_library_is_made_anew(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+def test_half_a_library_is_made_anew(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, copying: None
+) -> None:
     """Loading it would end the process."""
     whole = build.library_path()
     content = whole.read_bytes()
@@ -662,11 +672,11 @@ def test_half_a_library_is_made_anew(monkeypatch: pytest.MonkeyPatch, folder: Pa
 
 @needs_library
 def test_a_library_that_was_made_needs_no_compiler(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, folder: Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, folder: Path, copying: None
 ) -> None:
-    monkeypatch.delenv("CC", raising=False)
     made = build.library_path()
-    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC")
+    monkeypatch.setenv("PATH", str(folder))
     assert build.library_path() == made
     folder.chmod(0o500)
     assert build.library_path() == made
@@ -709,14 +719,10 @@ def test_a_library_of_other_sources_is_refused(monkeypatch: pytest.MonkeyPatch) 
 
 
 @needs_library
-def test_processes_that_start_together_make_one_library(folder: Path, tmp_path: Path) -> None:
-    """The compiler is one that takes half a second to copy the library of this machine."""
-    made_before = LIBRARY._name  # pyright: ignore
-    copy = f'while [ "$1" != -o ]; do shift; done; sleep 0.5; cp "{made_before}" "$2"'
-    compiler = _script(tmp_path / "cc", f'[ "$1" = --version ] && exit; {copy}')
+def test_processes_that_start_together_make_one_library(folder: Path, copying: None) -> None:
     root = Path(cpu.__file__).parents[2]
     program = "from lens_kernels.cpu import library; assert not isinstance(library.load(), str)"
-    environment = os.environ | {"PYTHONPATH": str(root), "CC": compiler}
+    environment = os.environ | {"PYTHONPATH": str(root)}
     running = [subprocess.Popen([sys.executable, "-c", program], env=environment) for _ in range(2)]
     assert [process.wait(timeout=100) for process in running] == [0, 0]
     (made,) = folder.iterdir()

@@ -209,10 +209,7 @@ def check_decoding(device: str, keys: int, piece: int, queries: int, dtype: torc
         torch.equal(first.statistics[name], again.statistics[name]) for name in expected.tensors
     ]
     assert all(same), "no atomics: the same bits on every run"
-    for result in (
-        attention(*inputs, backend="triton", **options),
-        decode(*inputs, piece=piece, backend="triton", **options),
-    ):
+    for result in (attention(*inputs, backend="triton", **options), first):
         assert_close(result.output, expected.output, VALUE_LIMITS[dtype], "output")
         for name in ("lse", "entropy", "block_mass", "received", "diagonal", "top_mass", "moments"):
             assert_close(result.statistics[name], expected.tensors[name], LIMITS[dtype], name)
