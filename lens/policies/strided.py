@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from lens.passes.blocks import BlockView
 from lens.policies.base import Kept, Policy, check_counts
@@ -52,22 +51,3 @@ class Strided(Policy):
         row = (torch.arange(rows, device=device) * view.query_block + view.offset) // view.key_block
         back = row[:, None] - at
         return Kept((((back >= 0) & (back < self.last)) | stripes).expand(view.shape))
-
-
-def union_coverage(blocks: Tensor, visible: Tensor) -> float:
-    """Share of the visible blocks that at least one head keeps, both bool [batch, heads, rows, columns]."""
-    seen = visible.any(1)
-    return float(((blocks & visible).any(1) & seen).sum() / seen.sum())
-
-
-def is_cache_efficient(blocks: Tensor, last: int) -> bool:
-    """Whether a far block that a row uses was used by the row before: a cache may forget the rest.
-
-    Args:
-        blocks: bool [batch, heads, rows, columns].
-        last: near blocks, which do not count.
-    """
-    _, _, rows, columns = blocks.shape
-    back = torch.arange(1, rows)[:, None] - torch.arange(columns)
-    fresh = blocks[:, :, 1:] & ~blocks[:, :, :-1]
-    return not bool((fresh & (back >= last)).any())

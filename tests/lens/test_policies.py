@@ -17,7 +17,6 @@ from lens.passes.calls import LayerCall, attend
 from lens.passes.masks import MaskStructure
 from lens.policies.grids import Pattern
 from lens.policies.measures import BUDGETS, Dense, measure, ranked
-from lens.policies.strided import is_cache_efficient, union_coverage
 from tests.lens import naive_policies as naive
 
 EVERY = [
@@ -207,11 +206,11 @@ def test_strided_heads_keep_their_own_stripes_and_all_together_everything():
     for number in range(4):
         expected = naive.strided(4, number, 8, 2, 4, 0) & np.tri(8, dtype=bool)
         assert np.array_equal(kept[0, number].numpy(), expected)
-    assert union_coverage(kept, view.visible) == 1.0
-    assert union_coverage(kept[:, :1], view.visible[:, :1]) < 1.0
-    assert is_cache_efficient(kept, last=2)
-    kept[0, 0, 5, 1] ^= True  # a far block that only row 5 has, or only row 5 has not
-    assert not is_cache_efficient(kept, last=2)
+    assert torch.equal(kept.any(1), view.visible.any(1))
+    assert not torch.equal(kept[:, 0], view.visible[:, 0])
+    # a far block that a row uses was used by the row before: a cache may forget the rest
+    far = torch.arange(1, 8)[:, None] - torch.arange(8) >= 2
+    assert not (kept[:, :, 1:] & ~kept[:, :, :-1] & far).any()
 
 
 @pytest.mark.parametrize("policy", EVERY, ids=str)
