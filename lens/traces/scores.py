@@ -138,6 +138,7 @@ class _Layer:
 
     def __init__(self, trace: AttentionTrace, layer: int) -> None:
         self._data = trace.dataset.sel(layer=layer)
+        self._read: dict[str, np.ndarray] = {}
         self._tokens = trace.tokens
         self._length = trace.length
         self._heads = trace.heads
@@ -258,15 +259,18 @@ class _Layer:
         return self._position < (self._length if self._window is None else self._window)
 
     def _variable(self, name: str) -> np.ndarray:
+        """Read from disk once: most scores are made of the same few."""
         if name not in self._data:
             raise LensError(
                 f"the profile needs {name}, which this trace lacks; capture it with statistics='all'"
             )
-        return self._data[name].values.astype(np.float64)
+        if name not in self._read:
+            self._read[name] = self._data[name].values.astype(np.float64)
+        return self._read[name]
 
     def _match(self, rule: str) -> np.ndarray:
-        self._variable("match_mass")
-        return self._data["match_mass"].sel(match=rule).values.astype(np.float64)
+        mass = self._variable("match_mass")  # [heads, queries, rules]
+        return mass[..., self._data["match"].values.tolist().index(rule)]
 
     def _mass(
         self,
