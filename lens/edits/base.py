@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from lens_kernels import AttentionResult
@@ -17,13 +18,16 @@ from lens.passes.blocks import in_blocks
 from lens.passes.calls import LayerCall, attend
 from lens.passes.keys import KeysAt
 
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
+
 BLOCK = 64
 
 
 def selected_heads(
     model: LoadedModel, layers: Sequence[int] | None, heads: Sequence[AnyHead] | None
-) -> torch.Tensor:
-    """bool [layers, heads] of the model.
+) -> Bool[torch.Tensor, "layers heads"]:
+    """The chosen ones of the model.
 
     Raises:
         LensError: both are given, or the model has not got them.
@@ -61,7 +65,7 @@ class AttentionEdit(ABC):
 
     word = "an edit"
 
-    def __init__(self, heads: torch.Tensor, backend: str) -> None:
+    def __init__(self, heads: Bool[torch.Tensor, "layers heads"], backend: str) -> None:
         self.calls = self.empty_calls = self.edited_rows = self.skipped_rows = self.steps = 0
         self._heads = heads
         self._backend = backend
@@ -86,16 +90,18 @@ class AttentionEdit(ABC):
         return float(self._masses[2] / self._masses[0])
 
     @property
-    def heads(self) -> torch.Tensor:
-        """bool [layers, heads] of the model: those that are edited."""
+    def heads(self) -> Bool[torch.Tensor, "layers heads"]:
+        """Those of the model that are edited."""
         return self._heads
 
-    def on_layer(self, call: LayerCall) -> torch.Tensor:
+    def on_layer(self, call: LayerCall) -> Float[torch.Tensor, "batch heads queries value_dim"]:
         """See `lens.passes.sessions.listening`."""
         output = self.edited(call, self.keys_at(call))
         return attend(call, backend=self._backend).output if output is None else output
 
-    def edited(self, call: LayerCall, at: KeysAt) -> torch.Tensor | None:
+    def edited(
+        self, call: LayerCall, at: KeysAt
+    ) -> Float[torch.Tensor, "batch heads queries value_dim"] | None:
         """The output of a call, or None where there is nothing to edit."""
         self.steps = call.step + 1
         heads = self._heads[call.layer].to(call.query.device)
@@ -157,8 +163,8 @@ class AttentionEdit(ABC):
         return KeysAt(call.layer, call.step, place - first[:, None], call.tokens)
 
 
-def queries_at(call: LayerCall, at: KeysAt) -> torch.Tensor:
-    """[batch, queries]: places of the queries, those of the last keys; of cross-attention of the target's tokens."""
+def queries_at(call: LayerCall, at: KeysAt) -> Int[torch.Tensor, "batch queries"]:
+    """Places of the queries, those of the last keys; of cross-attention of the target's tokens."""
     count = call.query.shape[2]
     if not call.cross:
         return at.positions[:, -count:]
@@ -166,7 +172,7 @@ def queries_at(call: LayerCall, at: KeysAt) -> torch.Tensor:
     return places.expand(len(at.positions), -1)
 
 
-def part_of(call: LayerCall, heads: torch.Tensor, start: int = 0) -> LayerCall:
+def part_of(call: LayerCall, heads: Int[torch.Tensor, "some"], start: int = 0) -> LayerCall:
     """The call of some heads only, each with its own keys, from query `start` on."""
     share = call.query.shape[1] // call.key.shape[1]
     bias, sinks, mask = call.position_bias, call.sink_logits, call.mask
@@ -189,16 +195,16 @@ def part_of(call: LayerCall, heads: torch.Tensor, start: int = 0) -> LayerCall:
 
 def grouped(
     call: LayerCall,
-    groups: torch.Tensor,
+    groups: Int[torch.Tensor, "batch keys"],
     backend: str,
     *,
-    only: torch.Tensor | None = None,
+    only: Bool[torch.Tensor, "batch keys"] | None = None,
 ) -> AttentionResult:
     """Attention of one call, with a state per key group.
 
     Args:
         call, groups, backend: see `lens_kernels.attention`.
-        only: bool [batch, keys]; only blocks of `BLOCK` keys that hold one of these are visited, so
+        only: only blocks of `BLOCK` keys that hold one of these are visited, so
             that only groups made of these alone are complete, and the output is not the call's.
     """
     block_mask = None

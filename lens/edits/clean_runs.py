@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -12,6 +13,9 @@ from lens.edits.watching import Watch
 from lens.models.loaded import LoadedModel
 from lens.passes.inputs import Prompt
 from lens.passes.logits import predicts_next
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,8 +61,8 @@ class CleanRuns:
             self._runs[name] = self.run(prompt)
         return self._runs[name]
 
-    def run(self, prompt: Prompt, rows: torch.Tensor | None = None) -> CleanRun:
-        """The prompt run now; `rows`: bool [tokens], whose attention is looked at; None: all."""
+    def run(self, prompt: Prompt, rows: Bool[torch.Tensor, "tokens"] | None = None) -> CleanRun:
+        """The prompt run now; `rows`: whose attention is looked at; None: all."""
         watch = Watch(rows=rows, ahead=looks_ahead(self.model))
         found = predictions(self.model, prompt, watch.on_layer, parts=True)
         received = of_layers(self.model, torch.stack(watch.received))
@@ -71,7 +75,9 @@ def looks_ahead(model: LoadedModel) -> bool:
     return model.chosen in ("encoder", "cross") or not predicts_next(model)
 
 
-def of_layers(model: LoadedModel, values: torch.Tensor) -> torch.Tensor:
+def of_layers(
+    model: LoadedModel, values: Float[torch.Tensor, "attending *rest"]
+) -> Float[torch.Tensor, "layers *rest"]:
     """[attending layers, ...] as [layers, ...], with NaN where a layer has no softmax attention."""
     return torch.from_numpy(model.info.by_layer(values.float().numpy())).to(values.dtype)
 

@@ -3,7 +3,13 @@
 import numpy as np
 import torch
 
-from lens.edits import _others, _phi, effects, losses
+import lens
+from lens.edits import Mask, _others, _phi, base, clean_runs, effects, losses
+from lens.edits.running import edit
+from lens.passes.calls import LayerCall
+from lens.passes.inputs import read_prompts
+from lens.passes.keys import KeysAt
+from lens.passes.masks import MaskStructure
 
 HIDDEN = torch.randn(2, 5, 7)
 GUESSES, TARGET = torch.randn(5, 11).log_softmax(-1), torch.arange(5)
@@ -11,6 +17,22 @@ HEADS, MASS = torch.eye(3, 4).bool(), torch.rand(3, 4)
 KEYS, SHARES = np.arange(9) < 2, np.full(9, 0.1)
 ALPHA, SOURCE = torch.rand(3, 4, 9), torch.zeros(3, 1, 9, dtype=torch.bool)
 RANDOM = np.random.default_rng(0)
+MODEL = lens.load("induction-2l")
+IDS = [3, 4, 5, 6, 7]
+CALL = LayerCall(*(torch.rand(2, heads, 5, 8) for heads in (4, 2, 2)), MaskStructure(True), 1.0)
+AT = KeysAt(0, 0, torch.arange(5).expand(2, -1), None)
+GROUPS = torch.arange(5).expand(2, -1) % 2
+
+
+def masked():
+    """A pass with a mask of the first key in one layer."""
+    with edit(MODEL, Mask("first", layers=[1])):
+        return MODEL.logits(IDS)
+
+
+def clean(rows=None):
+    return clean_runs.CleanRuns(MODEL).run(read_prompts(MODEL, IDS)[0][0], rows)
+
 
 RIGHT = {
     "phi": lambda: [_phi.phi(HIDDEN), _phi.phi(HIDDEN[0], [3])],
@@ -18,6 +40,11 @@ RIGHT = {
     "control_keys": lambda: _others.control_keys("mass", KEYS, SHARES, RANDOM, ~KEYS),
     "other_heads": lambda: _others.other_heads("mass", HEADS, RANDOM, MASS),
     "moved": lambda: effects.moved(ALPHA, ALPHA, SOURCE),
+    "an edit": masked,
+    "CleanRuns.run": lambda: [clean(), clean(torch.arange(5) > 2)],
+    "queries_at": lambda: base.queries_at(CALL, AT),
+    "part_of": lambda: base.part_of(CALL, torch.tensor([1, 3]), 2),
+    "grouped": lambda: [base.grouped(CALL, GROUPS, "auto", only=one) for one in (None, GROUPS > 0)],
 }
 WRONG = {
     "changes_of another vocabulary": lambda: losses.changes_of(GUESSES, GUESSES[:, 1:], TARGET),
@@ -25,5 +52,9 @@ WRONG = {
     "control_keys of other masses": lambda: _others.control_keys("size", KEYS, SHARES[1:], RANDOM),
     "other_heads turned round": lambda: _others.other_heads("mass", HEADS, RANDOM, MASS.mT),
     "moved with sources of one layer": lambda: effects.moved(ALPHA, ALPHA, SOURCE[0]),
+    "CleanRuns.run with rows of numbers": lambda: clean(torch.arange(5)),
+    "part_of heads that are marked": lambda: base.part_of(CALL, torch.ones(4, dtype=torch.bool)),
+    "grouped by one row": lambda: base.grouped(CALL, GROUPS[0], "auto"),
+    "grouped with other keys": lambda: base.grouped(CALL, GROUPS, "auto", only=GROUPS[:, 1:] > 0),
 }
 CALLS = RIGHT | WRONG

@@ -7,7 +7,10 @@ from tests.lens import calls_shape_calls, edits_shape_calls, passes_shape_calls
 
 CALLS = {"edits": edits_shape_calls, "passes": passes_shape_calls, "calls": calls_shape_calls}
 CHECKED = {
-    "edits": ("edits._phi", "edits.losses", "edits._others", "edits.effects"),
+    "edits": (
+        *("edits._phi", "edits.losses", "edits.base", "edits.clean_runs"),
+        *("edits._others", "edits.effects"),
+    ),
     "passes": ("passes.logits", "passes.stream", "passes.keys", "passes.head_outputs"),
     "calls": ("passes.masks", "passes.calls"),
 }
