@@ -100,13 +100,14 @@ class AttentionOnlyModel(PreTrainedModel):
     config: AttentionOnlyConfig
     _supports_sdpa = True
     _supports_attention_backend = True
+    block: type[nn.Module] = Block
 
     def __init__(self, config: AttentionOnlyConfig) -> None:
         super().__init__(config)
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         self.pos_embed = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.blocks = nn.ModuleList(
-            Block(config, layer) for layer in range(config.num_hidden_layers)
+            self.block(config, layer) for layer in range(config.num_hidden_layers)
         )
         self.ln_final = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.unembed = nn.Linear(config.hidden_size, config.vocab_size)

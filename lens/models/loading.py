@@ -29,8 +29,8 @@ from lens.models.processors import read_processor
 from lens.models.quantised import check_gguf, class_of, names_tokens, readable_weights
 from lens.models.sizes import describe, describe_bridge, image_token
 from lens.models.stacks import stacks
-from lens.models.symbols import SymbolTokenizer
 from lens.models.tokens import check_fit
+from lens.models.words import SymbolTokenizer
 
 _TOKENIZER_FILES = (
     "tokenizer.json",

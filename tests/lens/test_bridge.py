@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 import lens
 from lens.common.errors import LensError
 from lens.models.catalogue import KNOWN
-from lens.models.symbols import SymbolTokenizer
+from lens.models.words import SymbolTokenizer
 from lens.passes import bridge as bridges
 from tests.lens import naive
 from tests.lens.architectures import build, save_tokenizer

@@ -12,7 +12,7 @@ from lens.circuits.graph.nodes import find_nodes
 from lens.circuits.scores.scoring import score_edges
 from lens.common.errors import LensError
 from lens.models.bare import bare
-from lens.models.symbols import SymbolTokenizer
+from lens.models.words import SymbolTokenizer
 from lens.tasks import Task
 from tests.lens.architectures import build, save_tokenizer
 from tests.lens.circuit_models import error

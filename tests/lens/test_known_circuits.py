@@ -18,11 +18,11 @@ from lens.circuits.known import (
     tracr,
 )
 from lens.circuits.known.compiled import cases
-from lens.circuits.known.words import WordTokenizer
 from lens.common.errors import LensError
 from lens.heads import importance
 from lens.heads.pruning import ablate
 from lens.heads.weights import composition, copying
+from lens.models.words import WordTokenizer
 from lens.passes.interface import switched
 
 GOLDEN = {  # beta: clean, corrupt last token, attention to the previous token, of the induction head

@@ -18,7 +18,7 @@ from lens.models import attention_only, loading, smollm2
 from lens.models.attention_only import AttentionOnlyConfig, AttentionOnlyModel
 from lens.models.catalogue import KNOWN, nearest
 from lens.models.converted import Packaged
-from lens.models.symbols import SymbolTokenizer
+from lens.models.words import SymbolTokenizer
 from lens.passes import check
 from tests.lens.architectures import build
 

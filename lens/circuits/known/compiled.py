@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from lens.circuits.known.circuit import KnownCircuit
 from lens.circuits.known.making import loaded
 from lens.circuits.known.program import ProgramConfig, ProgramModel
-from lens.circuits.known.words import WordTokenizer
 from lens.common.errors import LensError
 from lens.models.catalogue import ASSETS
+from lens.models.words import WordTokenizer
 from lens.tasks.task import Task
 
 PROGRAMS = ("reverse", "frac_prevs", "hist", "sort_unique", "pair_balance", "induction_causal")

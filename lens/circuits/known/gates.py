@@ -12,8 +12,8 @@ import torch
 from lens.circuits.known.circuit import KnownCircuit
 from lens.circuits.known.making import last_token_task, loaded
 from lens.circuits.known.program import ProgramConfig, ProgramModel
-from lens.circuits.known.words import WordTokenizer
 from lens.common.errors import LensError
+from lens.models.words import WordTokenizer
 
 GATES = {  # sign of a + b inside the ReLU, bias inside, sign of the ReLU, bias outside
     "and": (1, -1, 1, 0),

@@ -13,8 +13,8 @@ import torch
 from lens.circuits.known.circuit import KnownCircuit
 from lens.circuits.known.making import last_token_task, loaded
 from lens.circuits.known.program import ProgramConfig, ProgramModel
-from lens.circuits.known.words import WordTokenizer
 from lens.common.errors import LensError
+from lens.models.words import WordTokenizer
 
 _VOCAB, _CONTEXT = 7, 8
 _TOKEN = range(_VOCAB)

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from lens.circuits.known.program import ProgramModel
-from lens.circuits.known.words import WordTokenizer
 from lens.common.errors import LensError
 from lens.models.loaded import LoadedModel
+from lens.models.words import WordTokenizer
 from lens.passes.loading import load
 from lens.tasks.task import Task
 

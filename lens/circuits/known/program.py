@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 from transformers.masking_utils import create_bidirectional_mask
 
 from lens.models.attention_only import AttentionOnlyConfig, AttentionOnlyModel, SelfAttention
@@ -96,17 +95,12 @@ class ProgramModel(AttentionOnlyModel):
 
     config_class = ProgramConfig
     config: ProgramConfig
+    block = Block
 
     def __init__(self, config: ProgramConfig) -> None:
-        PreTrainedModel.__init__(self, config)
-        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.pos_embed = nn.Embedding(config.max_position_embeddings, config.hidden_size)
-        self.blocks = nn.ModuleList(
-            Block(config, layer) for layer in range(config.num_hidden_layers)
-        )
+        super().__init__(config)
         self.ln_final = Unnormed(config.hidden_size)
         self.unembed = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
         with torch.no_grad():
             for name, parameter in self.named_parameters():
                 parameter.fill_(".ln" in f".{name}")

@@ -12,6 +12,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from scipy.special import entr
 
 from lens.common.choices import check_choice
 from lens.common.errors import LensError
@@ -177,15 +178,11 @@ def _block_sums(trace: AttentionTrace) -> tuple[np.ndarray, np.ndarray]:
     starts = np.arange(0, trace.length + 1, trace.attrs["block_size"])
     edges = starts if starts[-1] == trace.length else np.append(starts, trace.length)
     rows = np.array([last - first for first, last in pairwise(edges)], float)
-    own = _entropy(maps)
+    own = entr(maps).sum(-1)
     sums = np.stack(
         [
-            ((_entropy((head + maps) / 2) - (own[index] + own) / 2).clip(0) * rows).sum(-1)
+            ((entr((head + maps) / 2).sum(-1) - (own[index] + own) / 2).clip(0) * rows).sum(-1)
             for index, head in enumerate(maps)
         ]
     )
     return sums, np.full_like(sums, trace.length - int(trace.attrs["causal"]))
-
-
-def _entropy(p: np.ndarray) -> np.ndarray:
-    return -np.where(p > 0, p * np.log(np.where(p > 0, p, 1)), 0).sum(-1)

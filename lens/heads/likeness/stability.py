@@ -16,6 +16,7 @@ from itertools import permutations
 
 import numpy as np
 import pandas as pd
+from scipy.special import entr
 
 from lens import stats
 from lens.common.errors import LensError
@@ -199,12 +200,8 @@ def _row_divergence(a: np.ndarray, b: np.ndarray) -> float:
     if not both.any():
         return float("nan")
     p, q = (x[both] / total[both, None] for x, total in zip((a, b), sums, strict=True))
-    js = _entropy((p + q) / 2) - (_entropy(p) + _entropy(q)) / 2
+    js = entr((p + q) / 2).sum(-1) - (entr(p).sum(-1) + entr(q).sum(-1)) / 2
     return float(js.clip(0).mean())
-
-
-def _entropy(p: np.ndarray) -> np.ndarray:
-    return -np.where(p > 0, p * np.log(np.where(p > 0, p, 1)), 0).sum(-1)
 
 
 def _drift(a: AttentionTrace, b: AttentionTrace) -> dict[str, np.ndarray]:

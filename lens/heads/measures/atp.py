@@ -14,6 +14,8 @@ work is hidden by the saturated softmax of a *later* head still scores 0: that h
 shows it (Kramár et al., AtP*, 2024, arXiv 2403.00745).
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from lens_kernels import patch_effects
@@ -47,13 +49,7 @@ def atp_star(
     Raises:
         LensError: GradDrop of a model with one layer, or one whose sub-layers are not known.
     """
-    clean: list[np.ndarray] = []
-
-    def benefit(logits: Tensor) -> Tensor:
-        values = task.measure(logits, rows)
-        clean.append(values.detach().double().cpu().numpy())
-        return task.sign * values
-
+    clean, benefit = differentiable_benefit(task, rows)
     instead = read_calls(model, donors[rows])
     reads = method.reads
     if not method.grad_drop:
@@ -92,3 +88,17 @@ def _scores(gradient: HeadGradient, instead: LayerCall, reads: str, absolute: st
         return torch.stack([part.abs().sum(-1) for part in found]).sum(0).T
     lost = -torch.stack([part.sum(-1) for part in found]).sum(0).T
     return lost.abs() if absolute == "prompt" else lost
+
+
+def differentiable_benefit(
+    task: Task, rows: Tensor
+) -> tuple[list[np.ndarray], Callable[[Tensor], Tensor]]:
+    """A list that will hold the metric [rows], and the function of the logits that puts it there."""
+    clean: list[np.ndarray] = []
+
+    def benefit(logits: Tensor) -> Tensor:
+        values = task.measure(logits, rows)
+        clean.append(values.detach().double().cpu().numpy())
+        return task.sign * values
+
+    return clean, benefit

@@ -21,7 +21,7 @@ from lens.common.errors import LensError
 from lens.common.given import given_as
 from lens.common.head_ids import HeadId
 from lens.common.progress import advancing
-from lens.heads.measures.atp import atp_star
+from lens.heads.measures.atp import atp_star, differentiable_benefit
 from lens.heads.measures.baselines import Baseline
 from lens.heads.measures.checkpoint import Checkpoint, configuration
 from lens.heads.measures.direct import direct_effects
@@ -273,20 +273,6 @@ def _estimates(
     if method == "gate":
         found = found - found.mean(1, keepdims=True)
     return clean[0], found
-
-
-def differentiable_benefit(
-    task: Task, rows: Tensor
-) -> tuple[list[np.ndarray], Callable[[Tensor], Tensor]]:
-    """A list that will hold the metric [rows], and the function of the logits that puts it there."""
-    clean: list[np.ndarray] = []
-
-    def benefit(logits: Tensor) -> Tensor:
-        values = task.measure(logits, rows)
-        clean.append(values.detach().double().cpu().numpy())
-        return task.sign * values
-
-    return clean, benefit
 
 
 def _michel(gradient: HeadGradient, absolute: str | None) -> Tensor:

@@ -1,13 +1,15 @@
-"""A tokenizer for small vocabularies: words between spaces, the begin-of-text word put first."""
+"""Tokenizers of small vocabularies: words between spaces, the begin-of-text word put first."""
 
 from collections.abc import Sequence
 from typing import Any
 
 from lens.common.errors import LensError
 
+_SYMBOLS = 64
+
 
 class WordTokenizer:
-    """Words and their ids; it has the few members of a transformers tokenizer that the project needs.
+    """Words and their ids; it has the few members of a transformers tokenizer that the project and TransformerLens' capture need.
 
     Args:
         words: the vocabulary, in the order of the ids.
@@ -57,3 +59,23 @@ class WordTokenizer:
         return self.convert_tokens_to_string(
             self.convert_ids_to_tokens([ids] if isinstance(ids, int) else list(map(int, ids)))
         )
+
+
+class SymbolTokenizer(WordTokenizer):
+    """That of `induction-2l`: symbols `s0` to `s63` have the ids 0 to 63; BOS is 64.
+
+    Example:
+        >>> SymbolTokenizer()("s3 s5")["input_ids"]
+        [64, 3, 5]
+    """
+
+    def __init__(self) -> None:
+        super().__init__([*(f"s{number}" for number in range(_SYMBOLS)), "BOS"], "BOS")
+
+    def id(self, word: str) -> int:
+        """See `WordTokenizer`; a text has no BOS of its own."""
+        if word not in self._ids or word == self.bos_token:
+            raise LensError(
+                f"induction-2l reads symbols s0 to s{_SYMBOLS - 1}, got {word!r}; e.g. 's3 s14 s15'"
+            )
+        return self._ids[word]
