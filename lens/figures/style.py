@@ -53,6 +53,7 @@ def grid_axes(figure: go.Figure, layers: int, heads: int, most: int = 16) -> Non
 
 def _set_axes(figure: go.Figure, across: Mapping[str, Any], down: Mapping[str, Any]) -> None:
     """Set these of every x axis and of every y axis."""
+    axes: Any
     for axes, values in ((figure.select_xaxes(), across), (figure.select_yaxes(), down)):
         _set(figure.layout, {axis.plotly_name: values for axis in axes})
 
