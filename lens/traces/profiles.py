@@ -237,20 +237,18 @@ def pooled_table(tables: Sequence[pd.DataFrame], prompt_id: str, *, seed: int = 
     mean = np.where(scored, values, 0).sum(0) / np.where(n == 0, np.nan, n)
     low, high = over_units(np.where(scored, values, 0), scored, seed)
     result = first.reset_index()
-    result["value"], result["low"], result["high"], result["n"] = mean, low, high, n
-    result["detail"] = np.where(n == 0, result["detail"], "")
+    detail = np.where(n == 0, result["detail"], "").astype(object)
     even = np.stack([table["uniform"].to_numpy(float) for table in aligned])
     known = (scored & ~np.isnan(even)).sum(0)
     even = np.where(scored & ~np.isnan(even), even, 0).sum(0) / np.where(known == 0, np.nan, known)
     result["uniform"], result["random_weights"] = np.where(known == n, even, np.nan), np.nan
     result["prompt_id"] = prompt_id
+    details = np.stack([table["detail"].to_numpy(object) for table in aligned])
     for row in np.flatnonzero(result["metric"].isin(POSITIONS) & (n > 0)):
         positions, counts = np.unique(values[scored[:, row], row], return_counts=True)
-        position = positions[counts.argmax()]
-        there = [
-            table for table, value in zip(aligned, values[:, row], strict=True) if value == position
-        ]
-        tokens = {table["detail"].iloc[row] for table in there}
-        result.loc[row, ["value", "low", "high"]] = [position, np.nan, np.nan]
-        result.loc[row, "detail"] = tokens.pop() if len(tokens) == 1 else ""
+        mean[row], low[row], high[row] = positions[counts.argmax()], np.nan, np.nan
+        tokens = set(details[values[:, row] == mean[row], row])
+        detail[row] = tokens.pop() if len(tokens) == 1 else ""
+    result["value"], result["low"], result["high"], result["n"] = mean, low, high, n
+    result["detail"] = detail
     return result[list(COLUMNS)]

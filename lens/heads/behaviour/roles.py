@@ -7,6 +7,7 @@ same-sentence share too, and so has a model before training. Both are there to c
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -68,7 +69,7 @@ class HeadRoles(Result):
     @property
     def reasons(self) -> dict[str, str]:
         """Why a column has NaN, for those that have."""
-        return dict(self._wide().attrs["reasons"])
+        return dict(self._wide.attrs["reasons"])
 
     def table(self) -> pd.DataFrame:
         """One row per head.
@@ -77,7 +78,7 @@ class HeadRoles(Result):
         prompts, its 95 % interval `<column>_low` and `<column>_high` (bootstrap over prompts, over
         blocks of rows where there is one prompt), and `<column>_baseline`. NaN means "not scored".
         """
-        result = self._wide()
+        result = self._wide
         base = self.baseline_rows.groupby(_KEYS, sort=False)["value"].mean()
         added: dict[str, list[float]] = {}
         for column in self.columns:
@@ -111,19 +112,21 @@ class HeadRoles(Result):
         `normalized_entropy < rows_below` and `first_column_entropy > column_above`; the authors
         give no defaults, and take the largest column where this takes the first.
         """
-        table = self._wide()
+        table = self._wide
         chosen = (table["normalized_entropy"] < rows_below) & (
             table["first_column_entropy"] > column_above
         )
         return [HeadId(*at) for at in table.loc[chosen, ["layer", "head"]].to_numpy().tolist()]
 
+    @cached_property
     def _wide(self) -> pd.DataFrame:
+        """Pooled once: the bootstrap of every head takes longer than all that is read from it."""
         tables = [rows for _, rows in self.rows.groupby("prompt_id", sort=False)]
         pooled = tables[0] if len(tables) == 1 else pooled_table(tables, "all", seed=self.seed)
         return wide(pooled, prompts=self.prompts)
 
     def __repr__(self) -> str:
-        table = self._wide()
+        table = self._wide
         shown = []
         for column in ("previous_token", "induction", "first_token"):
             if table[column].notna().any():
