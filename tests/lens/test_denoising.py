@@ -142,7 +142,9 @@ def test_steps_are_those_of_the_timestep_and_others_run_as_ever(tmp_path):
     assert one.trace(step=0).attrs["step"] == 0
     again = lens.traces.AttentionTrace.load(one.trace(step=2).save(tmp_path / "trace"))
     assert (again.part, again.attrs["latents"][0]) == ("joint", [3, 4])
-    np.testing.assert_array_equal(again.overlay(key=1).values, one.trace(step=2).overlay(key=1).values)
+    np.testing.assert_array_equal(
+        again.overlay(key=1).values, one.trace(step=2).overlay(key=1).values
+    )
     moved = lens.policies.transfer([one.trace(step=step) for step in one.steps])
     assert moved.table()["efficiency"].between(0.5, 1.0001).all()
     with pytest.raises(LensError, match=r"parts joint at steps 0, 2; got part='cross'"):
