@@ -21,7 +21,14 @@ from lens.passes.calls import LayerCall
 from lens.passes.inputs import read_prompts
 from lens.passes.logits import fills_masks
 from lens.passes.sessions import base, listening
-from lens.policies.transferring import MEASURES, USABLE, best_blocks, best_of, compared
+from lens.policies.transferring import (
+    MEASURES,
+    USABLE,
+    best_blocks,
+    best_of,
+    compared,
+    searched_efficiency,
+)
 from lens.stats.intervals import columns
 
 CLAIMS = (
@@ -39,7 +46,6 @@ CLAIMS = (
     ("a checkpoint's pattern serves the other one", "checkpoint", "efficiency", True),
 )
 """What is said, the condition that it is about, the measure that decides, and whether a high one agrees."""
-_MEASURES = (*MEASURES, "cached_efficiency")
 SERVES = 0.9
 """Share of what a head's own best blocks keep from which on others are said to serve; of heads whose LSE is usable."""
 
@@ -49,10 +55,8 @@ class PolicyStability(Result):
     """How well the best blocks of one condition serve another.
 
     Attributes:
-        values: of each condition [measure, unit, layer, head], the measures of `lens.policies.transfer` and
-            cached_efficiency: what blocks keep that are searched in the target with the LSE of the source
-            (AdaSpa's search), over what its own best keep, in the second half of its rows; one unit for each
-            prompt (pair of prompts). For "layer" the heads of a layer are one, and the last layer has no next
+        values: of each condition [measure, unit, layer, head], the measures of `lens.policies.transfer`,
+            cached_efficiency in the second half of the rows; one unit for each prompt (pair of prompts). For "layer" the heads of a layer are one, and the last layer has no next
             one (NaN); one row's blocks have one order whatever its LSE, so steps have no cached search.
         share: of the visible blocks that is chosen.
         layers: the model's numbers.
@@ -77,7 +81,7 @@ class PolicyStability(Result):
                 HeadId(layer, head) for layer in self.layers for head in range(values.shape[3])
             ]
             rows = head_columns(heads) | {"n": values.shape[1]}
-            for name, one in zip(_MEASURES, values, strict=True):
+            for name, one in zip(MEASURES, values, strict=True):
                 rows |= columns(name, np.moveaxis(one, 0, -1), self.seed)
             frame = pd.DataFrame(rows)
             frame.insert(0, "condition", condition)
@@ -91,9 +95,9 @@ class PolicyStability(Result):
         rows = []
         for condition, values in self.values.items():
             row: dict[str, Any] = {"condition": condition, "n": values.shape[1]}
-            off = values[_MEASURES.index("lse_error")]
+            off = values[MEASURES.index("lse_error")]
             usable = np.where(np.isnan(off), np.nan, off < USABLE)
-            for name, one in zip((*_MEASURES, "usable_lse"), (*values, usable), strict=True):
+            for name, one in zip((*MEASURES, "usable_lse"), (*values, usable), strict=True):
                 alive = ~np.isnan(one).all((1, 2))
                 units = np.full(len(one), np.nan)
                 units[alive] = [float(np.nanmean(unit)) for unit in one[alive]]
@@ -167,7 +171,7 @@ def stability(
     In each row of blocks (for steps: in each row) the best `share` of the visible blocks of the source are
     taken by their exact mass, and the target's mass on them counted, beside its own best and random ones.
     "repeat" must be exact; "length", the first half of a prompt alone against inside the whole, is as well in
-    a causal model, up to rounding. A model that denoises has steps of another kind, which are not measured here.
+    a causal model, up to rounding. Steps of denoising: `transfer` on the traces of `lens.traces.denoising`.
 
     Args:
         model: as `lens.load` returns it; causal.
@@ -319,10 +323,7 @@ def _cached(a: _Maps, b: _Maps, share: float) -> np.ndarray:
         padded = np.pad(values, ((0, 0), (0, 0), (0, short), (0, 0)))
         return padded.reshape(*values.shape[:2], -1, size, values.shape[-1]).sum(3)
 
-    exact, searched = summed(b.rows), summed(b.rows * factor)
-    seen = summed(b.seen) > 0
-    kept, own = ((exact * best_blocks(one, seen, share)).sum((-1, -2)) for one in (searched, exact))
-    return kept / own
+    return searched_efficiency(summed(b.rows), summed(b.rows * factor), summed(b.seen) > 0, share)
 
 
 def _next_layers(one: _Maps, share: float) -> list[np.ndarray]:

@@ -20,7 +20,9 @@ from lens.traces.trace import AttentionTrace
 USABLE = 0.05
 """A row's masses are off by `exp(change of LSE) - 1` where the LSE of another run is taken: most that is usable."""
 
-MEASURES = ("jaccard", "recall", "own_recall", "efficiency", "random_recall", "lse_error")
+MEASURES = (
+    "jaccard", "recall", "own_recall", "efficiency", "random_recall", "lse_error", "cached_efficiency",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -34,7 +36,9 @@ class PolicyTransfer(Result):
             own_recall: on as many blocks of its own;
             efficiency: the one over the other;
             random_recall: on as many blocks drawn at random, expected;
-            lse_error: 99th percentile over rows of |exp(LSE of the target - LSE of the source) - 1|.
+            lse_error: 99th percentile over rows of |exp(LSE of the target - LSE of the source) - 1|;
+            cached_efficiency: mass of the target on as many blocks that are searched in it with the LSE of the source
+            (AdaSpa's search), over that on its own best; NaN where it was not asked for.
         share: of the visible blocks of each row of blocks.
         layers: the model's numbers.
         seed: of the intervals.
@@ -54,14 +58,16 @@ class PolicyTransfer(Result):
         table = head_columns([(layer, head) for layer in self.layers for head in heads])
         table["n"] = self.values.shape[2]
         for name, values in zip(MEASURES, self.values, strict=True):
-            by_target = np.nanmean(values, 0)  # [target, layer, head]
-            table |= columns(name, np.moveaxis(by_target, 0, -1), self.seed)
+            table |= columns(name, np.moveaxis(_over_sources(values), 0, -1), self.seed)
         return pd.DataFrame(table)
 
     def findings(self) -> tuple[Sentence, ...]:
         """What carries over ("transfer"), where it does not ("heads"), and the LSE ("lse")."""
         table = self.table()
-        by_target = dict(zip(MEASURES, np.nanmean(self.values, (1, 3, 4)), strict=True))
+        by_target = {
+            name: _over_sources(values).mean((1, 2))
+            for name, values in zip(MEASURES, self.values, strict=True)
+        }
         mean = {name: values.mean() for name, values in by_target.items()}
         of = by_target["efficiency"]
         low, high = over_units(of, np.ones_like(of), self.seed)
@@ -91,6 +97,16 @@ class PolicyTransfer(Result):
                 kind="lse",
             )
         )
+        cached = by_target["cached_efficiency"]
+        if not np.isnan(cached).any():
+            low, high = over_units(cached, np.ones_like(cached), self.seed)
+            said.append(
+                Sentence(
+                    f"Blocks that are searched with the LSE of another trace keep {cached.mean():.1%} [{low:.1%}, {high:.1%}] "
+                    "of what as many of the best keep.",
+                    kind="cached",
+                )
+            )
         return tuple(said)
 
     def __repr__(self) -> str:
@@ -98,22 +114,29 @@ class PolicyTransfer(Result):
 
 
 def transfer(
-    traces: Sequence[AttentionTrace], *, share: float = 0.2, seed: int = 0
+    traces: Sequence[AttentionTrace],
+    *,
+    share: float = 0.2,
+    cached_lse: bool = False,
+    seed: int = 0,
 ) -> PolicyTransfer:
-    """Does the pattern of one prompt, checkpoint or precision serve another? Every trace against every other.
+    """Does the pattern of one prompt, checkpoint, precision or denoising step serve another? Every trace against every
+    other.
 
     In each row of blocks the best `share` of the visible blocks of the source are taken, by their mass, and
     the target's mass on them counted. Chance overlap of two sets of density d is `d / (2 - d)`.
 
     Args:
         traces: at least two of one length, with the same layers, heads and blocks: of several prompts, or of
-            one prompt in several models.
+            one prompt in several models, or of one part at several steps of `lens.traces.denoising`.
         share: of the blocks; at least one is taken.
+        cached_lse: also search the blocks of each trace with the LSE of each other one, from q and k (`keep_qk=True`):
+            all pairs of tokens once, a block of rows at a time.
         seed: of the intervals.
 
     Raises:
         LensError: fewer than two traces, traces that do not fit together, a share that is none, block masses
-            or LSE that were not captured.
+            or LSE that were not captured, or with `cached_lse` q and k.
 
     Reference: Xia et al. (AdaSpa), arXiv 2502.21079, for patterns and LSE that are used again.
 
@@ -137,11 +160,19 @@ def transfer(
     seen = np.logical_or.reduce([one > 0 for one in masses])
     chosen = [best_blocks(one, seen, share) for one in masses]
     first = masses[0]
+    cached = np.full((len(traces), len(traces), *first.shape[:2]), np.nan)
+    if cached_lse:
+        for target in traces:
+            for head in target.every_head:
+                if why := target.tile_refusal(*head):
+                    raise LensError(why)
+        cached = np.stack([_cached(lse, target, seen, share) for target in traces], 1)
     values = np.full((len(MEASURES), len(traces), len(traces), *first.shape[:2]), np.nan)
     for a, blocks in enumerate(chosen):
         for b, mass in enumerate(masses):
             if a != b:
-                values[:, a, b] = compared(blocks, chosen[b], mass, seen, lse[a], lse[b])
+                found = compared(blocks, chosen[b], mass, seen, lse[a], lse[b])
+                values[:, a, b] = [*found, cached[a, b]]
     return PolicyTransfer(values, float(share), traces[0].layers, seed, traces[0].model)
 
 
@@ -153,7 +184,7 @@ def compared(
     before: np.ndarray,
     after: np.ndarray,
 ) -> list[np.ndarray]:
-    """The measures of `PolicyTransfer` for one source and target, [layers, heads] each."""
+    """The measures of `PolicyTransfer` for one source and target, [layers, heads] each, but for the cached one."""
     density = source.sum((-1, -2)) / seen.sum((-1, -2))
     chance = density / (2 - density)
     both, either = (source & own).sum((-1, -2)), (source | own).sum((-1, -2))
@@ -177,6 +208,48 @@ def best_of(mass: np.ndarray, seen: np.ndarray, count: np.ndarray) -> np.ndarray
     order = np.argsort(-np.where(seen, mass, -1), axis=-1, kind="stable")
     place = np.argsort(order, axis=-1, kind="stable")
     return (place < count) & seen
+
+
+def searched_efficiency(
+    exact: np.ndarray, searched: np.ndarray, seen: np.ndarray, share: float
+) -> np.ndarray:
+    """[...], mass on the best blocks by `searched` over that on the best by `exact`, both [..., I, J]."""
+    kept, own = ((exact * best_blocks(one, seen, share)).sum((-1, -2)) for one in (searched, exact))
+    return kept / own
+
+
+def _cached(
+    sources: Sequence[np.ndarray], target: AttentionTrace, seen: np.ndarray, share: float
+) -> np.ndarray:
+    """[source, layer, head]: the blocks of a trace by the sums of exp(s - LSE of the source) against its own best.
+
+    exp(s - L_a) is the probability times exp(L_b - L_a).
+    """
+    size = target.attrs["block_size"]
+    own = np.asarray(_variable(target, "lse"), float)
+    drift = own - np.stack(sources)  # [source, layer, head, query]
+    factor = np.exp(np.where(np.isfinite(drift), drift, 0))
+    exact = np.zeros(seen.shape)
+    searched = np.zeros((len(sources), *seen.shape))
+    starts = np.arange(0, target.length, size)
+    for place, layer in enumerate(target.layers):
+        for head in range(target.heads):
+            for block, first in enumerate(range(0, target.queries, size)):
+                rows = (first, min(first + size, target.queries))
+                pooled = np.add.reduceat(
+                    target.tile(layer, head, rows, (0, target.length)), starts, 1
+                )
+                exact[place, head, block] = pooled.sum(0)
+                searched[:, place, head, block] = factor[:, place, head, slice(*rows)] @ pooled
+    return searched_efficiency(exact, searched, seen, share)
+
+
+def _over_sources(values: np.ndarray) -> np.ndarray:
+    """[target, layer, head] means of [source, target, layer, head], without a trace on itself."""
+    counted = ~np.isnan(values)
+    count = counted.sum(0)
+    total = np.where(counted, values, 0).sum(0)
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
 def _masses(trace: AttentionTrace) -> np.ndarray:

@@ -87,6 +87,35 @@ def test_patterns_of_a_model_are_compared_by_its_own_attention():
     assert {sentence.kind for sentence in poor.findings()} == {"transfer", "heads", "lse"}
 
 
+def test_blocks_are_searched_with_the_lse_of_another_trace():
+    model = lens.load("text-lm-3l")
+    ids = model.encode(lens.tasks.text("moby-dick"))
+    a, b = (
+        lens.capture(model, ids[at : at + 60], block_size=8, keep_qk=True, progress=False)
+        for at in (0, 64)
+    )
+    found = transfer([a, b], share=0.3, cached_lse=True)
+    matrix = b.tile(1, 3, (0, 60), (0, 60))
+    drift = np.exp(np.asarray(b.lse)[1, 3] - np.asarray(a.lse)[1, 3])
+    exact, searched = np.zeros((8, 8)), np.zeros((8, 8))
+    for row, key in np.ndindex(60, 60):
+        exact[row // 8, key // 8] += matrix[row, key]
+        searched[row // 8, key // 8] += matrix[row, key] * drift[row]
+    kept = own = 0.0
+    for row in range(8):
+        count = max(1, int(0.3 * (row + 1) + 1e-9))
+        kept += exact[row, np.argsort(-searched[row], kind="stable")[:count]].sum()
+        own += np.sort(exact[row])[-count:].sum()
+    assert found.values[-1, 0, 1, 1, 3] == pytest.approx(kept / own, abs=1e-6)
+    said = {one.kind: one for one in found.findings()}
+    assert f"keep {found.table()['cached_efficiency'].mean():.1%}" in said["cached"]
+    without = transfer([a, b], share=0.3)
+    assert without.table()["cached_efficiency"].isna().all()
+    bare = lens.capture(model, ids[:60], block_size=8, progress=False)
+    with pytest.raises(lens.LensError, match="keep_qk"):
+        transfer([a, bare], cached_lse=True)
+
+
 @pytest.mark.parametrize(
     ("make", "said"),
     [
