@@ -12,7 +12,7 @@ from lens.models.wrapped import Wrapped
 from lens.passes.calls import LayerCall, attend
 from lens.passes.inputs import model_input
 from lens.passes.interface import switched
-from lens.passes.sessions import listening, run, transformer
+from lens.passes.sessions import PACKED, listening, run, transformer
 
 LENGTH = 24
 # The softmax of transformers' eager attention is float32, whatever the type of the model.
@@ -154,6 +154,8 @@ def tiny_inputs(model: LoadedModel) -> dict[str, torch.Tensor]:
     if model.parts:
         return _of_both(model, generator)
     name = "input_ids" if model.is_bridge else model_input(model)
+    if name == "hidden_states":
+        return _packed(model, generator)
     if name not in ("input_ids", "inputs_embeds"):
         shape = _noise(model, name)
         pixels = torch.randn(1, *shape, generator=generator)
@@ -190,6 +192,17 @@ def _of_both(model: LoadedModel, generator: torch.Generator) -> dict[str, torch.
     if target is not None:
         found[target] = torch.randint(vocab, (1, 7), generator=generator).to(model.device)
     return found
+
+
+def _packed(model: LoadedModel, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """A picture of a few patches, for a tower that reads patches in one row and the sizes of the pictures."""
+    config: Any = model.model.config
+    channels = getattr(config, "in_channels", None) or getattr(config, "in_chans", None) or 3
+    numbers = channels * getattr(config, "temporal_patch_size", 1) * config.patch_size**2
+    side = 2 * getattr(config, "spatial_merge_size", 1)
+    patches = torch.randn(side * side, numbers, generator=generator)
+    sizes = torch.tensor([[1, side, side]], device=model.device)
+    return {"hidden_states": patches.to(model.device, model.dtype), PACKED: sizes}
 
 
 def _noise(model: LoadedModel, name: str) -> tuple[int, ...]:

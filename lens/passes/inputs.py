@@ -16,7 +16,7 @@ import torch
 from lens.common.errors import LensError
 from lens.models.loaded import LoadedModel, check_loaded
 from lens.passes.pictures import Picture, is_picture, prepared, reads_pictures_alone
-from lens.passes.sessions import base
+from lens.passes.sessions import PACKED, base
 
 
 @dataclass(frozen=True)
@@ -168,8 +168,12 @@ def check_ids(model: LoadedModel, ids: Sequence[int]) -> None:
     """Token ids that the model can take.
 
     Raises:
-        LensError: none, too many, or ids outside the vocabulary.
+        LensError: none, too many, or ids outside the vocabulary; a text.
     """
+    if not _is_ids(ids) and (isinstance(ids, str) or not isinstance(ids, Sequence) or len(ids)):
+        raise LensError(
+            f"token ids must be a list of integers, got {_shape_of(ids)}; of a text they are model.encode(text)"
+        )
     if not len(ids):
         raise LensError("the prompt has no tokens; pass at least one")
     if model.info.context is not None and len(ids) > model.info.context:
@@ -285,6 +289,8 @@ def _from_features(model: LoadedModel, given: Mapping[str, Any]) -> list[Prompt]
         )
     _check_names(model, given)
     tensors = {name: _tensor(name, value) for name, value in given.items()}
+    if PACKED in tensors:
+        return _unpacked(model, tensors, main)
     rows = len(tensors[main])
     for name, tensor in tensors.items():
         if tensor.dim() == 0 or len(tensor) != rows:
@@ -300,9 +306,29 @@ def _from_features(model: LoadedModel, given: Mapping[str, Any]) -> list[Prompt]
     ]
 
 
+def _unpacked(model: LoadedModel, tensors: Mapping[str, torch.Tensor], main: str) -> list[Prompt]:
+    """One prompt per picture of those whose patches stand in one row."""
+    patches, sizes = tensors[main], tensors[PACKED]
+    counts = sizes.prod(-1).tolist() if sizes.dim() == 2 and sizes.shape[1] == 3 else []
+    if len(tensors) > 2 or patches.dim() != 2 or sum(counts) != len(patches):
+        raise LensError(
+            f"{PACKED} must be [pictures, 3] (frames, height, width of each) whose products add up to the rows of "
+            f"{main} [patches, numbers], got {', '.join(f'{n} {list(t.shape)}' for n, t in tensors.items())}"
+        )
+    return [
+        Prompt({main: placed(model, part), PACKED: placed(model, size[None])}, None)
+        for part, size in zip(patches.split(counts), sizes, strict=True)
+    ]
+
+
 def model_input(model: LoadedModel) -> str:
-    """The name of what the model reads, as transformers notes it."""
-    return str(getattr(base(model), "main_input_name", "input_ids"))
+    """The name of what the model reads: as transformers notes it, which of some vision towers notes another."""
+    noted, takes = str(getattr(base(model), "main_input_name", "input_ids")), accepted(model)
+    if noted in takes:
+        return noted
+    if "pixel_values" in takes:
+        return "pixel_values"
+    return "hidden_states" if {"hidden_states", PACKED} <= set(takes) else noted
 
 
 def accepted(model: LoadedModel) -> list[str]:
@@ -345,10 +371,12 @@ def placed(model: LoadedModel, tensor: torch.Tensor) -> torch.Tensor:
 
 def _is_ids(prompt: Any) -> bool:
     if isinstance(prompt, torch.Tensor):
-        return prompt.dim() == 1 and not prompt.is_floating_point()
+        return prompt.dim() == 1 and not prompt.is_floating_point() and prompt.dtype != torch.bool
     if isinstance(prompt, (str, bytes)) or not isinstance(prompt, Sequence):
         return False
-    return len(prompt) > 0 and all(isinstance(index, int) for index in prompt)
+    return len(prompt) > 0 and all(
+        isinstance(index, int) and not isinstance(index, bool) for index in prompt
+    )
 
 
 def _shape_of(prompt: Any) -> str:

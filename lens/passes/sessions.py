@@ -36,6 +36,9 @@ OnLayer: TypeAlias = Callable[[LayerCall], torch.Tensor]
 """A call -> its output [batch, heads, queries, value_dim], of any floating type."""
 
 
+PACKED = "grid_thw"
+"""Input of vision towers that read the patches of all pictures in one row: frames, height, width of each."""
+
 OnCut: TypeAlias = Callable[[int, int], None]
 """(step, count): the last `count` tokens of that pass were cut from its cache."""
 
@@ -50,8 +53,11 @@ class Session:
         on_cut: OnCut | None,
         chosen: str = "",
         crossing: frozenset[int] = frozenset(),
+        name: str = "",
     ) -> None:
         self._on_layer, self._on_cut = on_layer, on_cut
+        self._name = name  # of a model whose calls must have the rows of its inputs
+        self._rows: int | None = None  # of the inputs of this pass
         self._chosen, self.crossing = chosen, crossing
         self._half = ""  # of an encoder-decoder, whose block runs now
         self._exclusive = exclusive
@@ -81,6 +87,8 @@ class Session:
         part, self._parts[layer, place] = self._parts[layer, place], self._parts[layer, place] + 1
         step = max(self._step, 0)
         call = replace(call, layer=layer, part=part, place=place, step=step, seen=self._seen)
+        if self._name and (part or self._rows not in (None, len(call.query))):
+            raise in_rows(self._name, layer, (part + 1) * len(call.query), self._rows or 1)
         new, keys = self._tokens_of(call), call.key.shape[2]
         tokens = new if call.cross else self._history.tokens(call, new)
         if tokens is not None:
@@ -128,6 +136,7 @@ class Session:
         self.leave()
         self._parts.clear()
         self._turns.clear()
+        self._rows = _rows(args, kwargs)
         self._new = _ids(kwargs.get("input_ids", args[0] if args else None))
         self._target = _ids(kwargs.get("decoder_input_ids"))
         if "pixel_values" in kwargs and self._target is None:  # BLIP: the decoder's are input_ids
@@ -165,11 +174,12 @@ def listening(
         model: as `lens.load` returns it.
         on_layer: what each layer's attention gives, [batch, heads, queries, value_dim].
         exclusive: refuse passes in which a block inside this one would take its place.
-        parts: `on_layer` knows that a layer may attend twice, as `call.part` says.
+        parts: `on_layer` knows that a layer may attend twice, as `call.part` says, or in more rows than
+            there are prompts (windows of a picture).
         on_cut: told of tokens that are cut from the cache after a pass, before the next one.
 
     Raises:
-        LensError: layers that attend twice, and a function that does not know.
+        LensError: layers that attend twice or in other rows, and a function that does not know.
     """
     check_loaded(model)
     if not parts:
@@ -182,7 +192,8 @@ def listening(
         )
     root = transformer(model)
     crossed = crossing(root) if model.parts else frozenset()
-    session = Session(on_layer, exclusive, on_cut, model.chosen, crossed)
+    name = "" if parts or isinstance(root, Wrapped) else model.info.class_name
+    session = Session(on_layer, exclusive, on_cut, model.chosen, crossed, name)
     with ExitStack() as stack:
         stack.enter_context(received_by(session))
         stack.enter_context(switched(root))
@@ -201,6 +212,14 @@ def listening(
         session.settle()
 
 
+def in_rows(name: str, layer: int, rows: int, prompts: int = 1) -> LensError:
+    """What to say of a layer that attends in other rows than those of its prompts: windows, frames or tiles."""
+    return LensError(
+        f"layer {layer} of {name} attends in {rows} rows where the pass has {prompts} (windows of a picture, "
+        "frames, tiles), and this takes one a prompt; lens.traces.capturing(model) records all rows"
+    )
+
+
 def _followed(root: nn.Module) -> AbstractContextManager[None]:
     """Modules that ask no registry for their attention ask us."""
     if not isinstance(root, Wrapped):
@@ -208,6 +227,13 @@ def _followed(root: nn.Module) -> AbstractContextManager[None]:
     if root.following is not None:
         return root.following(root.attending, own_attention)
     return following(root, own_attention, root.attending, root.heads)
+
+
+def _rows(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
+    """Of the inputs of a pass; None where it is not known: pictures may be packed in one row."""
+    named = (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args, *kwargs.values())
+    given = next((one for one in named if isinstance(one, torch.Tensor)), None)
+    return None if given is None or given.dim() < 2 or PACKED in kwargs else len(given)
 
 
 def _ids(given: Any) -> torch.Tensor | None:

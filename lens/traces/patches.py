@@ -56,6 +56,8 @@ def describe_patches(
     if grid is None:
         return _numbered(length, "the picture's shape does not give its patches")
     height, width = grid
+    if getattr(model.model.config, "spatial_merge_size", 1) > 1:
+        return _numbered(length, "patches that are merged later stand side by side")
     names = [
         *before,
         *(f"{row},{column}" for row in range(height) for column in range(width)),

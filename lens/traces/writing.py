@@ -14,6 +14,7 @@ from lens.common.version import __version__
 from lens.models.loaded import LoadedModel
 from lens.models.sizes import image_token
 from lens.passes.inputs import Prompt
+from lens.passes.sessions import in_rows
 from lens.traces.naming import keys_of, queries_of
 from lens.traces.pictures import picture_note
 from lens.traces.segments import segments
@@ -36,6 +37,8 @@ class Writing:
 
     def take(self, record: LayerRecord) -> None:
         """Hand the arrays to the writer and keep only the numbers that describe the layer."""
+        if (rows := len(record.variables["visible"])) != 1:
+            raise in_rows(self._model.info.class_name, record.layer, rows)
         if self._layers:
             _check_alike(self._model, self._layers[0], record, self._settings)
         kept = {

@@ -1,8 +1,11 @@
 """Capture of prompts with images, and the whole chain on it, in small vision-language models."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
+import transformers
 
 import lens
 from lens.common.errors import LensError
@@ -154,3 +157,74 @@ def test_capture_segments_sink_dimensions_var_and_its_effect(name):
     assert values["delta_loss"][1] == pytest.approx([float(loss)] * 2, rel=1e-3, abs=1e-6)
     assert (values["delta_loss"][0] == 0).all()
     assert (values["kl"][1] > 0).all()
+
+
+def packed_tower(windows: bool = False):
+    """A vision tower that reads the patches of all pictures in one row; with Qwen2.5-VL's windows if asked for."""
+    sizes = {
+        "depth": 2,
+        "hidden_size": 16,
+        "num_heads": 2,
+        "patch_size": 4,
+        "intermediate_size": 16,
+    }
+    sizes |= {"window_size": 16, "fullatt_block_indexes": [1]} if windows else {}
+    made = transformers.Qwen2_5_VLConfig if windows else transformers.Qwen3VLConfig
+    config = type(made().vision_config)(**sizes, out_hidden_size=16)
+    torch.manual_seed(0)
+    network = transformers.AutoModel.from_config(config).eval()
+    for weight in network.parameters():
+        if weight.dim() > 1:
+            torch.nn.init.normal_(weight, std=1.2 / weight[0].numel() ** 0.5)
+    return network
+
+
+def pictures(*grids: tuple[int, int]) -> dict[str, torch.Tensor]:
+    sizes = torch.tensor([(1, *grid) for grid in grids])
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(int(sizes.prod(1).sum()), 3 * 2 * 4 * 4, generator=generator)
+    return {"hidden_states": rows, "grid_thw": sizes}
+
+
+def test_a_tower_of_packed_pictures_is_exact_and_gives_one_trace_a_picture(monkeypatch):
+    network, given, own = packed_tower(), pictures((4, 4), (4, 6)), []
+    traces = lens.capture(lens.load(network), given, block_size=1, progress=False)
+    module = sys.modules[type(network).__module__]
+    eager = module.eager_attention_forward
+
+    def noted(*args, **kwargs):
+        output, weights = eager(*args, **kwargs)
+        own.append(weights[0])
+        return output, weights
+
+    monkeypatch.setattr(module, "eager_attention_forward", noted)
+    network.set_attn_implementation("eager")
+    with torch.no_grad():
+        network(**given)
+    assert [len(trace.tokens) for trace in traces] == [16, 24]
+    for number, weights in enumerate(own):  # of each layer the first picture, then the second
+        found = traces[number % 2].block_mass.values[number // 2]
+        assert np.allclose(found, weights, atol=1e-5)
+    assert traces[0].attrs["patches"]["first"] is None  # merged ones stand side by side
+    with pytest.raises(
+        LensError, match=r"grid_thw must be \[pictures, 3\].*got hidden_states \[5,"
+    ):
+        lens.capture(lens.load(network), {**given, "hidden_states": given["hidden_states"][:5]})
+
+
+def test_a_picture_that_is_attended_in_windows_is_no_single_trace():
+    model = lens.load(packed_tower(windows=True))
+    with pytest.raises(LensError, match="attends 2 times"):
+        lens.capture(model, pictures((4, 8)), progress=False)
+    with pytest.raises(LensError, match="attends in 2 rows where the pass has 1"):
+        lens.heads.similarity(model, pictures((4, 8)), progress=False)
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2, "patch_size": 4}
+    windows = {"image_size": 16, "pretrain_image_size": 16, "window_size": 2}
+    config = transformers.VitDetConfig(**sizes, **windows, window_block_indices=[0, 1])
+    model, pixels = lens.load(transformers.VitDetModel(config).eval()), torch.rand(1, 3, 16, 16)
+    for call in (lens.capture, lens.heads.similarity):
+        with pytest.raises(LensError, match="layer 0 of VitDetModel attends in 4 rows"):
+            call(model, {"pixel_values": pixels}, progress=False)
+    with lens.traces.capturing(model, block_size=1) as recorder, torch.no_grad():
+        model.model(pixels)
+    assert [len(record.variables["block_mass"]) for record in recorder.records] == [4, 4]
