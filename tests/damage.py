@@ -8,6 +8,7 @@ import json
 import os
 import random
 import shutil
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,11 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
+import tomli_w
+import transformers
 from safetensors.numpy import load_file, save_file
 
+from lens.models.catalogue import KNOWN
 from lens.runs.manifest import MANIFEST, write_manifest
 
 ODD: tuple[Any, ...] = (
@@ -201,7 +205,20 @@ JSON: dict[str, Any] = {
     ),
 }
 
+
+def _other_setting(path, draw, other):
+    found = tomllib.loads(path.read_text())
+    place = draw.choice(_places(found)[1:])
+    holder = found
+    for name in place[:-1]:
+        holder = holder[name]
+    holder[place[-1]] = draw.choice([one for one in ODD if one is not None])
+    path.write_text(tomli_w.dumps(found))
+
+
 TEXTS: dict[str, Any] = {
+    "another setting": _other_setting,
+    "one more setting": _other_setting,
     "no UTF-8": lambda path, draw, other: path.write_bytes(b"\xff\xfe" + path.read_bytes()),
     "an odd line": lambda path, draw, other: path.write_text(path.read_text() + "\na = = 3\n"),
     "other entries": lambda path, draw, other: path.write_text("prompts = 5\nmodel = [1]\n"),
@@ -324,5 +341,93 @@ ARRAYS: dict[str, Any] = {
     "layers exchanged": _exchanged,
     "a header of nonsense": lambda path, draw, other: path.write_bytes(
         b"\xff" * 16 + path.read_bytes()
+    ),
+}
+
+
+def make_model(folder: Path, seed: int) -> None:
+    """A small model with a tokenizer, or one without."""
+    if seed % 2:
+        shutil.copytree(KNOWN["text-lm-3l"].folder, folder)
+        return
+    sizes: dict[str, Any] = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 16}
+    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    config = transformers.Qwen3Config(**sizes, head_dim=8)
+    transformers.Qwen3ForCausalLM(config).save_pretrained(folder)
+
+
+def damage_model(folder: Path, seed: int) -> str:
+    """Damage one file of a model folder; most often its configuration."""
+    draw = random.Random(seed)
+    files = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors"))
+    config, weights = folder / "config.json", next(folder.glob("*.safetensors"))
+    path = draw.choice([config, config, weights, draw.choice(files)])
+    own = ARRAYS if path == weights else {**JSON, **CONFIG} if path == config else JSON
+    word, change = draw.choice([*draw.choices([*own.items()], k=4), draw.choice([*ANY.items()])])
+    try:
+        change(path, draw, draw.choice(files))
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        path.write_bytes(draw.randbytes(99))
+        word += f" ({type(error).__name__})"
+    return f"{path.name}: {word}"
+
+
+def _setting(draw_value):
+    def change(path, draw, other):
+        found = json.loads(path.read_text())
+        found |= draw_value(draw, found)
+        path.write_text(json.dumps(found))
+
+    return change
+
+
+def _other_number(draw, found):
+    name = draw.choice([name for name, value in found.items() if type(value) in (int, float)])
+    return {name: draw.choice((0, -1, 1, 3, 2**16, 2**31, 2**62, 0.5, found[name] + 1))}
+
+
+CONFIG: dict[str, Any] = {
+    "another number": _setting(_other_number),
+    "a number of another kind": _setting(_other_number),
+    "another class": _setting(
+        lambda draw, found: {
+            "architectures": draw.choice(
+                (
+                    ["nn"],
+                    ["BertModel"],
+                    ["__doc__"],
+                    [""],
+                    "x",
+                    [3],
+                    ["AutoTokenizer"],
+                    ["PreTrainedModel"],
+                )
+            )
+        }
+    ),
+    "another type": _setting(
+        lambda draw, found: {"model_type": draw.choice(("bert", "t5", "vit", "x", "", 3, "mamba"))}
+    ),
+    "code of its own": _setting(
+        lambda draw, found: {
+            "auto_map": {"AutoConfig": "code.Config", "AutoModel": "code.Model"},
+            "model_type": "own",
+        }
+    ),
+    "attention of its own": _setting(
+        lambda draw, found: {"_attn_implementation": draw.choice(("x/y", "flash_attention_3", 3))}
+    ),
+    "an activation that is none": _setting(
+        lambda draw, found: {"hidden_act": draw.choice(("x", 3))}
+    ),
+    "rotary positions that are none": _setting(
+        lambda draw, found: {
+            "rope_parameters": draw.choice(({"rope_type": "x"}, 3, {}, {"rope_theta": 0}))
+        }
+    ),
+    "layer types that do not fit": _setting(
+        lambda draw, found: {
+            "layer_types": draw.choice((["x"] * 3, ["full_attention"], "x", [1, 2]))
+        }
     ),
 }

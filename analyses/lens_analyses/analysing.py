@@ -42,10 +42,10 @@ def analyse(subject: Subject, writer: RunWriter) -> LensError | None:
         else:
             try:
                 _make(step, subject, writer)
-            except LensError as reason:
-                _leave_out(step, str(reason), writer)
             except OSError:
                 raise
+            except LensError as reason:
+                _leave_out(step, str(reason), writer)
             except Exception as failure:
                 log.debug("%s", traceback.format_exc())
                 failed[step.name] = f"{type(failure).__name__}: {one_line(str(failure))}"

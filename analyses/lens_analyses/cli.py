@@ -11,7 +11,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from lens_analyses.console import ERROR, PARTIAL, Output, UsageError, in_words, say
+from lens.common.errors import in_words
+from lens_analyses.console import ERROR, PARTIAL, Output, UsageError, say
 from lens_analyses.options import (
     RUNS,
     Again,

@@ -3,7 +3,6 @@
 Logs go through `logging` to a rich console on stderr, so that a progress bar and messages do not mix.
 """
 
-import errno
 import json
 import logging
 import os
@@ -15,7 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from lens.common.errors import LensError
+from lens.common.errors import LensError, in_words
 from lens.common.files import shown
 
 if TYPE_CHECKING:
@@ -203,38 +202,3 @@ def say(message: str) -> None:
     """One line on stderr, if it is there."""
     with suppress(OSError, ValueError, AttributeError):
         sys.stderr.write(f"{shown(one_line(message))}\n")
-
-
-def in_words(error: OSError) -> str:
-    """A fault of the system in one line: where, what, and what to do."""
-    place = "a file or stream" if error.filename is None else os.fsdecode(error.filename)
-    place = place if len(place) <= _LONGEST_PLACE else f"{place[:_LONGEST_PLACE]}…"
-    for codes, reason in _FAULTS.items():
-        if error.errno in codes:
-            return f"{place}: {reason}"
-    return f"{place}: {error.strerror or error}"
-
-
-_LONGEST_PLACE = 300  # characters of a path in an error
-_FAULTS = {
-    (
-        errno.ENOSPC,
-        errno.EDQUOT,
-        errno.EFBIG,
-    ): "there is no space left; free some and run the same command "
-    "again: what was finished is kept",
-    (
-        errno.EACCES,
-        errno.EPERM,
-        errno.EROFS,
-    ): "it may not be read or written here; change its permissions, or "
-    "choose another place, e.g. with --out",
-    (errno.ENOENT,): "it is not there, or the folder that it is in takes no files",
-    (errno.ENAMETOOLONG,): "its name is too long for this disk",
-    (errno.EMFILE, errno.ENFILE): "too many files are open; raise the limit with `ulimit -n`",
-    (
-        errno.ENOTDIR,
-        errno.EEXIST,
-    ): "a file is where a folder should be; choose another place, e.g. with --out",
-    (errno.EISDIR,): "it is a folder, and a file is needed",
-}

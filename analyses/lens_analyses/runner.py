@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 import lens
-from lens.common.errors import LensError
+from lens.common.errors import LensError, in_words
 from lens.runs import Run, open_run
 from lens.runs.commands import again
 from lens.runs.manifest import remove_own
@@ -29,7 +29,7 @@ from lens.traces.store import remove_trace, trace_files
 from lens_analyses.analysing import analyse
 from lens_analyses.config import RunConfig
 from lens_analyses.config.analyses import GenerateSettings
-from lens_analyses.console import LogFile, Output, in_words, log, progress_bar, refused_as_usage
+from lens_analyses.console import LogFile, Output, log, progress_bar, refused_as_usage
 from lens_analyses.estimate import refuse_excess, work
 from lens_analyses.inputs import PlannedPrompt, load_model, plan, read_sources
 from lens_analyses.provenance import versions

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
 from lens.common.choices import is_number, is_whole
-from lens.common.errors import LensError
+from lens.common.errors import FileError, LensError
 
 PART = ".lens-part"
 """End of the name of a file that is not whole yet."""
@@ -30,7 +30,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Call `write` with a temporary path beside `path`, then rename it; nothing is left on failure.
 
     Raises:
-        OSError: the disk is full, the folder cannot be written, and the like; it names `path`.
+        FileError: the disk is full, the folder cannot be written, and the like; it names `path`.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -41,7 +41,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         number = error.errno if isinstance(error, OSError) else _fault_of_the_system(error)
         if number is None:
             raise
-        raise OSError(number, os.strerror(number), str(path)) from error
+        raise FileError(number, os.strerror(number), str(path)) from error
 
 
 def _fault_of_the_system(error: Exception) -> int | None:

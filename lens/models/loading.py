@@ -17,7 +17,7 @@ from torch.nn import ModuleList
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from lens.common.errors import LensError, first_line
+from lens.common.errors import LensError, first_line, told
 from lens.common.head_ids import PARTS
 from lens.common.results import few
 from lens.models import dinov2, smollm2
@@ -147,14 +147,12 @@ def _from_folder(
         raise LensError(
             f"{folder} holds no model: config.json is missing; give a folder written by save_pretrained, or a GGUF file"
         )
-    try:
+    with told(lambda why: f"cannot load the model in {folder}: {why}"):
         if gguf_file is not None:
             check_gguf(folder / gguf_file)
         model = _pretrained(str(folder), None, dtype, device, local=True, gguf_file=gguf_file)
         tokenizer = _tokenizer(folder, gguf_file)
-    except (OSError, ValueError, KeyError) as error:
-        raise LensError(f"cannot load the model in {folder}: {first_line(error)}") from error
-    processor = read_processor(model, str(folder), local_files_only=True)
+        processor = read_processor(model, str(folder), local_files_only=True)
     name = folder.name if gguf_file is None else Path(gguf_file).stem
     return replace(_described(model, tokenizer, name), processor=processor)
 
@@ -177,16 +175,14 @@ def _from_hub(
     name: str, revision: str | None, dtype: torch.dtype | None, device: torch.device
 ) -> LoadedModel:
     commit, local = _commit(name, revision)
-    try:
+    with told(lambda why: _no_hub(name, why)):
         model = _pretrained(name, commit, dtype, device, local=local)
         tokenizer = None
         if getattr(model.config.get_text_config(), "vocab_size", None) is not None:
             tokenizer = AutoTokenizer.from_pretrained(
                 name, revision=commit, local_files_only=local, trust_remote_code=False
             )
-    except (OSError, ValueError, KeyError) as error:
-        raise LensError(_no_hub(name, first_line(error))) from error
-    processor = read_processor(model, name, revision=commit, local_files_only=local)
+        processor = read_processor(model, name, revision=commit, local_files_only=local)
     return replace(_described(model, tokenizer, name, commit), processor=processor)
 
 
@@ -240,8 +236,11 @@ def _pretrained(
         model_class: Any = getattr(transformers, class_name, None)
         if isinstance(config, AttentionOnlyConfig):
             model_class = AttentionOnlyModel
-        if model_class is None:
-            raise ValueError(f"transformers {transformers.__version__} has no class {class_name}")
+        is_class = isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)
+        if not (is_class or class_name.startswith("AutoModel")):
+            raise ValueError(
+                f"transformers {transformers.__version__} has no class of models {class_name}"
+            )
         if dtype is None:
             dtype = torch.float32 if device.type == "cpu" else None
         with readable_weights(config, name):

@@ -13,6 +13,7 @@ import torch
 
 from lens.common.errors import LensError, first_line
 from lens.models.loaded import LoadedModel
+from lens.models.stacks import stacks
 from lens.passes.inputs import (
     Prompt,
     accepted,
@@ -91,12 +92,15 @@ def _one(model: LoadedModel, prompt: Any) -> Prompt:
                 raise LensError(f"the decoder of {model.info.class_name} reads no tokens")
             inputs["input_ids"] = placed(model, torch.tensor([_target(model, target)]))
         read = _row(model, inputs.get("input_ids")) if reads else None
+        _check_target(model, read)
         return Prompt(inputs, None if reads else ids, text, target=read)
     if target is not None:
         inputs[of_decoder] = placed(model, torch.tensor([_target(model, target)]))
     if of_decoder not in inputs:
         inputs[of_decoder] = _written(model, inputs)
-    return Prompt(inputs, ids, text, target=_row(model, inputs[of_decoder]))
+    target = _row(model, inputs[of_decoder])
+    _check_target(model, target)
+    return Prompt(inputs, ids, text, target=target)
 
 
 def _inputs(model: LoadedModel, source: Any) -> dict[str, torch.Tensor]:
@@ -124,6 +128,10 @@ def _inputs(model: LoadedModel, source: Any) -> dict[str, torch.Tensor]:
             real = mask[0].bool()
             found["input_ids"] = found["input_ids"][:, real]
             del found["attention_mask"]
+        if (ids := _row(model, found.get("input_ids"))) is not None and model_input(
+            model
+        ) == "input_ids":
+            check_ids(model, ids)
         return found
     if isinstance(source, torch.Tensor) and source.is_floating_point():
         return {model_input(model): placed(model, source)}
@@ -156,6 +164,18 @@ def _target(model: LoadedModel, target: Any) -> list[int]:
         ids = ids[:-1]
     start = _start(model)
     return ids if start is None or ids[:1] == [start] else [start, *ids]
+
+
+def _check_target(model: LoadedModel, ids: list[int] | None) -> None:
+    """Raises LensError: an id that the decoder has no embedding for."""
+    halves = stacks(model.model)
+    find = getattr(halves and halves.decoder, "get_input_embeddings", None)
+    table = None if find is None or not ids else find()
+    count = getattr(table, "num_embeddings", None)
+    if ids and count is not None and not 0 <= min(ids) <= max(ids) < count:
+        raise LensError(
+            f"target ids of {model.name} go from 0 to {count - 1}, got {min(ids)} to {max(ids)}"
+        )
 
 
 def _start(model: LoadedModel) -> int | None:

@@ -100,6 +100,10 @@ def wrap(
     root.heads = heads
     model = LoadedModel(root, tokenizer, name or type(module).__name__, None, _unknown(root))
     model = replace(model, info=_measured(model))
+    if heads is not None and heads != model.info.heads:
+        raise LensError(
+            f"heads={heads} and the attention of {type(module).__name__} has {model.info.heads}; leave it out"
+        )
     checked = self_check(model)
     info = replace(model.info, attending=checked.seen[""].attending, layers=len(root.attending))
     return replace(model, info=info, check=checked.difference)

@@ -16,6 +16,7 @@ import pandas as pd
 
 from lens.common.errors import LensError
 from lens.common.files import read_json, shown
+from lens.common.schema import checked
 from lens.runs.commands import again
 from lens.runs.contents import head_problems, prompt_problems, section_problems, trace_problems
 from lens.runs.door import Door
@@ -25,6 +26,7 @@ from lens.runs.schema import (
     PROMPT_KINDS,
     PROMPTS,
     CircuitFile,
+    ConfigFile,
     ImportancesFile,
     Kind,
     run_entries,
@@ -85,7 +87,9 @@ class Run:
     @property
     def config(self) -> dict[str, Any]:
         """Contents of `config.toml`."""
-        return self.door.toml(CONFIG)
+        found = self.door.toml(CONFIG)
+        checked(ConfigFile, found, self.path / CONFIG)
+        return found
 
     @cached_property
     def prompts(self) -> pd.DataFrame:

@@ -82,6 +82,9 @@ _Positive = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 _Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
 
 
+_Setting = str | bool | int | float
+
+
 class _Open(BaseModel):
     """Further entries are kept, as a later version may have more."""
 
@@ -140,6 +143,16 @@ class RunFile(_Open):
     unsupported: dict[str, _Text] = {}
     error: _Failure | None = None
     manifest: str | None = None
+
+
+class ConfigFile(_Open):
+    """`config.toml`: settings by section."""
+
+    model: dict[str, _Setting] = {}
+    prompts: dict[str, _Setting] = {}
+    capture: dict[str, _Setting] = {}
+    analysis: dict[str, _Setting] = {}
+    seed: int = 0
 
 
 class _HeadlineEntry(_Open):

@@ -4,6 +4,7 @@ All take logits [rows, answers, vocab] and give one number per row, the mean ove
 "accuracy" can be differentiated.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -99,6 +100,19 @@ def probability_difference(read: Tensor, sets: AnswerSets) -> Tensor:
 def kl(read: Tensor, reference: Tensor) -> Tensor:
     """`KL(P_reference || P)` in nats; `reference` holds log-probabilities [rows, answers, vocab]."""
     return (reference.exp() * (reference - read.log_softmax(-1))).sum(-1).mean(1)
+
+
+def check_answers(
+    answers: Iterable[Tensor | AnswerSets | None], task: str, vocab: int, model: str
+) -> None:
+    """Raises LensError: an answer of a task is none of the tokens of a model."""
+    ids = [(x.right, x.wrong) if isinstance(x, AnswerSets) else (x,) for x in answers]
+    largest = max(int(one.max()) for few in ids for one in few if one is not None)
+    if largest >= vocab:
+        raise LensError(
+            f"the task {task!r} has the answer {largest}, and token ids of {model} go from 0 to {vocab - 1}; "
+            "make it with the model that it is for"
+        )
 
 
 def _pick(values: Tensor, ids: Tensor, filling: float) -> Tensor:

@@ -344,10 +344,11 @@ class Task:
             raise LensError(
                 f"{model.name} reads no tokens, and the task {self.name!r} is made of them"
             )
-        for ids in (self.clean, self.corrupt):
-            if ids is not None:
-                for row in ids.tolist():
-                    check_ids(model, row)
+        both = [self.clean] if self.corrupt is None else [self.clean, self.corrupt]
+        for row in torch.cat(both).tolist():
+            check_ids(model, row)
+        answers = (self.correct, self.wrong, self.sets)
+        metrics.check_answers(answers, self.name, model.info.vocab, model.name)
 
     def rows_at_once(self, model: LoadedModel) -> int:
         """Prompts in one forward pass, so that its logits stay below 128 MiB in float32."""

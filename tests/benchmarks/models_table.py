@@ -59,6 +59,17 @@ _OF_TYPE: dict[str, dict[str, Any]] = {
     "qwen3_5_text": {"num_hidden_layers": 4},
     "qwen3_5_moe_text": {"num_hidden_layers": 4},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "swin": {"embed_dim": 32, "depths": [2], "num_heads": [4], "window_size": 4, "patch_size": 4},
+    **{
+        kind: {
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e4,
+                "mrope_section": [2, 3, 3],
+            }
+        }
+        for kind in ("qwen2_vl_text", "qwen2_5_vl_text")
+    },
     "xmod": {"default_language": "en_XX"},
 }
 _MAY_BE_NONE = ("num_key_value_heads", "pad_token_id", "head_dim")

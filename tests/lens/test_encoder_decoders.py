@@ -314,3 +314,16 @@ def test_what_needs_one_part_says_so():
             lens.capture(loaded, prompt, progress=False)
     with pytest.raises(lens.LensError, match="has no head and cannot write a target"):
         lens.capture(lens.load(made("bart").model), [3, 4], progress=False)
+
+
+def test_target_ids_that_the_decoder_has_no_embedding_for_are_refused():
+    model = lens.load(made("t5"))
+    for prompt in (
+        ([5, 6], [0, 500]),
+        ([5, 6], [0, -1]),
+        {"input_ids": [5], "decoder_input_ids": [500]},
+    ):
+        with pytest.raises(lens.LensError, match=r"target ids of .* go from 0 to"):
+            lens.capture(model, prompt, progress=False)
+    with pytest.raises(lens.LensError, match=r"^token ids of .* go from 0 to .* got 5 to 500"):
+        lens.capture(model, {"input_ids": [5, 500], "decoder_input_ids": [0]}, progress=False)

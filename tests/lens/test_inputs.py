@@ -1,5 +1,7 @@
 """What a mapping holds reaches the model as it is, or is refused by name; the truth is `eager`."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -238,3 +240,36 @@ def test_the_prefix_of_paligemma_looks_both_ways(prefix):
     own = loaded.model(**inputs).logits
     with lens.traces.capturing(loaded):
         assert (loaded.model(**inputs).logits - own).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda model: lens.tasks.loss(model, "w3 w4"), "must be a list of integers, got str"),
+        (lambda model: lens.tasks.loss(model, None), "must be a list of integers, got NoneType"),
+        (lambda model: lens.tasks.loss(model, [True, False]), "must be a list of integers"),
+        (
+            lambda model: lens.capture(model, [True, False]),
+            "must be a text or token ids .* got bool",
+        ),
+        (lambda model: lens.reading.explain(model, [True, False], "L0H0", 1, 0), "got bool"),
+        (
+            lambda model: lens.capture(model, [3, 4], out="/proc/x", progress=False),
+            "/proc/x/layer-00.safetensors: it is not there",
+        ),
+    ],
+)
+def test_what_is_no_token_ids_and_no_folder_is_refused_in_one_line(call, said):
+    with pytest.raises(LensError, match=said):
+        call(llama())
+
+
+def test_a_task_is_held_against_the_model_before_it_is_run():
+    small, task = lens.load("induction-2l"), lens.tasks.induction(lens.load("text-lm-3l"), 2)
+    assert int(task.clean.max()) >= small.info.vocab
+    for call in (lens.circuits.patch, lens.heads.importance, lens.circuits.score_edges):
+        with pytest.raises(LensError, match="token ids of induction-2l go from 0 to 64"):
+            call(small, task, progress=False)
+    own = lens.tasks.induction(small, 2)
+    with pytest.raises(LensError, match="has the answer 65, and token ids of induction-2l go from"):
+        lens.circuits.patch(small, replace(own, correct=torch.full_like(own.correct, 65)))

@@ -20,6 +20,7 @@ from lens.models.catalogue import KNOWN, nearest
 from lens.models.converted import Packaged
 from lens.models.words import SymbolTokenizer
 from lens.passes import check
+from tests.damage import make_model
 from tests.lens.architectures import build
 
 EMBEDDED = [name for name, model in KNOWN.items() if model.embedded]
@@ -174,7 +175,7 @@ def test_folders_that_hold_no_model_are_refused(tmp_path):
     (tmp_path / "config.json").write_text(
         json.dumps({"model_type": "llama", "architectures": ["Nix"]})
     )
-    with pytest.raises(LensError, match=r"cannot load the model in .*has no class Nix"):
+    with pytest.raises(LensError, match=r"cannot load the model in .*has no class of models Nix"):
         lens.load(tmp_path)
 
 
@@ -400,3 +401,29 @@ def test_every_public_name_of_lens_is_there():
         AttributeError, match="module 'lens' has no attribute 'profil'; it has capture"
     ):
         _ = lens.profil
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"hidden_size": []}, "Field 'hidden_size' expected int"),
+        ({"layer_types": ["full_attention"]}, "must be equal to the number of `layer_types`"),
+        ({"dtype": "=1+1"}, "has no attribute '=1\\+1'"),
+        ({"architectures": ["nn"]}, "has no class of models nn"),
+        ({"architectures": ["PreTrainedModel"]}, "cannot load the model in"),
+        ({"architectures": ["AutoTokenizer"]}, "has no class of models AutoTokenizer"),
+    ],
+)
+def test_a_configuration_that_makes_no_model_is_refused_in_one_line(tmp_path, changed, said):
+    make_model(tmp_path, 0)
+    configured(tmp_path, **changed)
+    with pytest.raises(LensError, match=said) as refused:
+        lens.load(tmp_path)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_tokenizer_that_cannot_be_read_is_refused_in_one_line(checkpoint):
+    folder, _, _ = checkpoint
+    (folder / "tokenizer_config.json").write_text("[1]")
+    with pytest.raises(LensError, match=r"cannot load the model in .*AttributeError"):
+        lens.load(folder)

@@ -185,6 +185,7 @@ def test_what_builds_on_capture_takes_it():
         ({"query": "joint", "output": "out", "heads": HEADS, "value": "out"}, "key and value, or"),
         ({"query": "nothing", "output": "out", "heads": HEADS}, "no module 'nothing'; it has joint"),
         ({"heads": 0}, "heads must be a positive integer"),
+        ({"heads": HEADS + 1}, "heads=4 and the attention of Model has 3; leave it out"),
         ({"attention": 5}, "attention must be a list, got 5"),
         ({"kv_heads": 2}, "go with query"),
         ({"scale": 0.5}, "go with query"),

@@ -14,6 +14,7 @@ from lens_analyses.config.listed import (
     check_heads,
     check_loss,
     check_measures,
+    check_overlays,
     check_sections,
     check_temperature,
     listed,
@@ -178,7 +179,7 @@ class ExplainSettings(_OnTask):
 class VisionSettings(AnalysisSettings):
     """Of `lens vision`."""
 
-    overlays: str | None = setting(
+    overlays: Annotated[str | None, AfterValidator(check_overlays)] = setting(
         None,
         'Heads to lay on the pictures, with commas, e.g. "L11H2,L5,mean"; chosen if not given.',
         min_length=2,

@@ -1,6 +1,9 @@
 """Settings that are several words with commas, such as `ablation/mean,gradient`: which words there are."""
 
 import math
+import re
+from collections import Counter
+from collections.abc import Iterable
 from typing import get_args
 
 from lens.common.errors import LensError
@@ -31,7 +34,7 @@ def check_measures(words: str) -> str:
             raise ValueError(
                 f"the measure {word!r} does not exist: {by} goes with {' or '.join(allowed)}"
             )
-    return words
+    return _once(words, listed(words))
 
 
 def check_edits(words: str) -> str:
@@ -43,7 +46,7 @@ def check_edits(words: str) -> str:
     for word in listed(words):
         if word not in EDITS:
             raise ValueError(f"unknown edit {word!r}; known: {', '.join(EDITS)}")
-    return words
+    return _once(words, listed(words))
 
 
 def check_sections(words: str) -> str:
@@ -57,7 +60,7 @@ def check_sections(words: str) -> str:
         raise ValueError(
             f"must be some of {', '.join(POLICY_SECTIONS)}, with commas; got {words!r}"
         )
-    return words
+    return _once(words, found)
 
 
 def check_amounts(words: str) -> str:
@@ -74,7 +77,7 @@ def check_amounts(words: str) -> str:
         raise ValueError(f"must be numbers with commas, e.g. 0,0.5,1; got {words!r}")
     if not any(amounts):
         raise ValueError(f"has no amount other than 0, which is no edit; got {words!r}")
-    return words
+    return _once(words, (f"{amount:g}" for amount in amounts))
 
 
 def check_loss(word: str) -> str:
@@ -113,14 +116,46 @@ def check_heads(words: str) -> str:
     Raises:
         ValueError: one is not.
     """
-    for word in listed(words) if words else []:
-        try:
-            head_id(word)
-        except LensError as error:
-            raise ValueError(str(error)) from error
+    try:
+        return _once(words, [head_id(word) for word in listed(words) if words])
+    except LensError as error:
+        raise ValueError(str(error)) from error
+
+
+def check_overlays(words: str | None) -> str | None:
+    """The words, if each is "mean", a layer ("L3") or a head ("L3H5").
+
+    Raises:
+        ValueError: one is not.
+    """
+    if words is not None:
+        check_heads(
+            ",".join(one for one in listed(words) if one != "mean" and not _LAYER.fullmatch(one))
+        )
+        _once(words, listed(words))
     return words
+
+
+def layer_of(word: str) -> int | None:
+    """The layer that a word is; None of another word."""
+    return int(word[1:]) if _LAYER.fullmatch(word) else None
+
+
+_LAYER = re.compile(r"L\d+")
 
 
 def listed(words: str) -> list[str]:
     """The words one by one."""
     return [word.strip() for word in words.split(",")]
+
+
+def _once(words: str, found: Iterable[object]) -> str:
+    """The words, if what they mean comes once: twice it would be measured twice.
+
+    Raises:
+        ValueError: otherwise.
+    """
+    for word, times in Counter(found).items():
+        if times > 1:
+            raise ValueError(f"names {word} {times} times; leave out all but one; got {words!r}")
+    return words

@@ -11,6 +11,7 @@ from lens.models.vocabulary import around, windows
 from lens.runs import Run
 from lens_analyses.config import CircuitSettings, RunConfig
 from lens_analyses.config.analyses import AnalysisSettings, PoliciesSettings
+from lens_analyses.config.listed import layer_of, listed
 from lens_analyses.config.paths import is_task_file
 from lens_analyses.config.pictures import PictureConfig
 from lens_analyses.console import Output
@@ -138,6 +139,7 @@ def analysed(
             profile.
     """
     settings, what = config.analysis, config.what
+    _check_heads(model, getattr(settings, "heads", None) or getattr(settings, "overlays", None))
     if settings is None or what in ("vision", "examples", "generate"):
         return [], []
     if isinstance(settings, CircuitSettings):
@@ -154,6 +156,16 @@ def analysed(
     if task == "text":
         return found, found
     return named_task(model, task, settings.n, config.seed).prompts, found
+
+
+def _check_heads(model: "LoadedModel", words: str | None) -> None:
+    """Raises LensError: a head or layer that the model has not got, in words as `check_overlays` takes them."""
+    for word in listed(words) if words else []:
+        layer = layer_of(word)
+        if layer is not None:
+            model.info.check_layer(layer, f"layer {layer}")
+        elif word != "mean":
+            model.info.head(word)
 
 
 def _check_edges(model: "LoadedModel", edges: int) -> None:

@@ -197,6 +197,7 @@ def _begin(
 ) -> tuple[Nodes, Graph, tuple[str, ...]]:
     check_choice("direction", direction, Direction)
     task.corrupt_or_refuse()
+    task.check(model)
     found = find_nodes(model)
     if nodes is not None:
         check_lists(nodes=nodes)
