@@ -194,7 +194,10 @@ def _memory(model: "LoadedModel", config: RunConfig, tokens: int) -> int:
     weights = sum(weight.numel() * weight.element_size() for weight in model.model.parameters())
     weights *= 2  # those of random weights beside them
     hidden = model.info.heads * model.info.head_dim
-    activations = 16 * 4 * tokens * hidden
+    piece = min(tokens, config.capture.chunk or tokens)
+    activations = 16 * 4 * piece * hidden
+    if piece < tokens:  # keys and values of all layers stay for the next piece
+        activations += 8 * tokens * model.info.layers * model.info.kv_heads * model.info.head_dim
     logits = 3 * 4 * min(tokens * (model.info.vocab or 1), 1 << 25)
     return BASE_MEMORY + weights + activations + logits + 3 * layer_bytes(model, config, tokens)
 

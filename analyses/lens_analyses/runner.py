@@ -249,6 +249,7 @@ class _Execution:
             self._model,
             prompt.prompt,
             block_size=self._config.capture.block_size,
+            chunk=self._config.capture.chunk,
             keep_qk=self._config.capture.keep_qk,
             backend=self._config.capture.backend,
             out=folder,

@@ -231,7 +231,8 @@ def capture(
             if len(places) > 1:
                 _record_together(writing, model, prompts, chosen, advance)
             else:
-                _record(writing[0], model, prompts[0], chosen, chunk, links, advance)
+                folder = None if folder is None else Path(folder)
+                _record(writing[0], model, prompts[0], chosen, chunk, links, advance, folder)
             note = {
                 "seed": seed,
                 "chunk": chunk if pieces_of(prompts[0], chunk) > 1 else None,
@@ -258,6 +259,7 @@ def _record(
     chunk: int | None,
     links: Processes | None,
     advance: Callable[[int], None],
+    folder: Path | None,
 ) -> None:
     """Run a prompt once; the traces of all parts take their layers from it."""
 
@@ -269,7 +271,7 @@ def _record(
         record_split(model, prompt, settings, links, partial(done, model.chosen))
         return
     if chunk is not None and pieces_of(prompt, chunk) > 1:
-        for record in recorded_in_pieces(model, prompt, settings, chunk, advance):
+        for record in recorded_in_pieces(model, prompt, settings, chunk, advance, folder):
             writing[model.chosen].take(record)
         return
     recorders = {

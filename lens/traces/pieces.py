@@ -2,14 +2,19 @@
 
 The rows of a piece are whole rows: they see all their keys. So what belongs to a query is laid side by side,
 and what is summed over queries (received mass, diagonals, how many see a key) is added up. Blocks of queries
-are whole too, as a piece ends where a block does.
+are whole too, as a piece ends where a block does. With a folder what is put together lies there in files, so
+that memory holds no layer longer than a piece of it takes.
 """
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -47,37 +52,45 @@ def recorded_in_pieces(
     settings: Settings,
     chunk: int,
     advance: Callable[[int], None],
+    folder: Path | None = None,
 ) -> Iterator[LayerRecord]:
     """The records of a prompt that goes through the model in pieces of `chunk` tokens.
 
-    `advance` is told of each layer of each piece.
+    `advance` is told of each layer of each piece. `folder` holds what is put together meanwhile; None: memory.
     """
     assert prompt.ids is not None
-    pieces = Pieces(prompt.ids, settings)
+    with ExitStack() as stack:
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            made = tempfile.TemporaryDirectory(prefix=".pieces-", dir=folder)
+            folder = Path(stack.enter_context(made))
+        pieces = Pieces(prompt.ids, settings, folder)
 
-    def done(record: LayerRecord) -> None:
-        pieces.add(record)
-        advance(1)
+        def done(record: LayerRecord) -> None:
+            pieces.add(record)
+            advance(1)
 
-    once = Once(Recorder(settings, done), model.info.class_name)
+        once = Once(Recorder(settings, done), model.info.class_name)
 
-    def on_layer(call: LayerCall) -> Tensor:
-        check_looks_back(call, model.info.class_name)
-        return once.on_layer(pieces.aligned(call))
+        def on_layer(call: LayerCall) -> Tensor:
+            check_looks_back(call, model.info.class_name)
+            return once.on_layer(pieces.aligned(call))
 
-    with torch.no_grad(), listening(model, on_layer, parts=True):
-        for _ in run_in_pieces(model, prompt.inputs["input_ids"], chunk):
-            pass
-    yield from pieces.records()
+        with torch.no_grad(), listening(model, on_layer, parts=True):
+            for _ in run_in_pieces(model, prompt.inputs["input_ids"], chunk):
+                pass
+        yield from pieces.records()
 
 
 class Pieces:
     """Takes the records of every piece, layer by layer, and gives those of the whole prompt."""
 
-    def __init__(self, ids: Sequence[int], settings: Settings) -> None:
+    def __init__(self, ids: Sequence[int], settings: Settings, folder: Path | None = None) -> None:
+        self._folder = folder
         self._ids = torch.tensor([list(ids)])  # of tokens that are still to be written: anything
         self._block = settings.block_size
         self._layers: dict[int, LayerRecord] = {}
+        self._files: dict[int, dict[str, tuple[list[int], torch.dtype]]] = {}
 
     def read(self, ids: Tensor) -> None:
         """The first tokens [tokens], as the next piece will have read them."""
@@ -113,16 +126,10 @@ class Pieces:
     def add(self, record: LayerRecord) -> None:
         """Take what one layer did with one piece: whole blocks of queries, or queries of one block."""
         length = self._ids.shape[1]
-        whole = self._layers.get(record.layer)
-        if whole is None:
-            variables = {
-                name: part.new_zeros(_whole_shape(name, part, length, self._block))
-                for name, part in record.variables.items()
-            }
-            whole = replace(
-                record, queries=length, keys=length, key_start=0, query_start=0, variables=variables
+        if record.layer not in self._layers:
+            self._layers[record.layer] = replace(
+                record, queries=length, keys=length, key_start=0, query_start=0, variables={}
             )
-            self._layers[record.layer] = whole
         for name, part in record.variables.items():
             starts = {
                 "query": record.query_start,
@@ -136,24 +143,44 @@ class Pieces:
             for axis, size in zip(DIMENSIONS[name], part.shape[1:], strict=True):
                 first = starts.get(axis, 0)
                 place.append(slice(first, first + size))
-            there = whole.variables[name][tuple(place)]
-            before = (
-                record.query_start % self._block
-            )  # rows of the block that came with other pieces
+            shape = _whole_shape(name, part, length, self._block)
+            whole = self._whole(record.layer, name, shape, part.dtype)
+            there = whole[tuple(place)]
+            before = record.query_start % self._block  # rows of the block that other pieces brought
             if name == "block_max":
                 torch.maximum(there, part, out=there)
             elif name == "block_mass" and before:  # the mean over the rows so far, of all keys
                 rows = before + record.queries
-                whole.variables[name][:, :, place[2]] *= before / rows
+                whole[:, :, place[2]] *= before / rows
                 there += part * (record.queries / rows)
             else:
                 there += part
 
+    def _whole(self, layer: int, name: str, shape: list[int], dtype: torch.dtype) -> Tensor:
+        """The variable of the whole prompt, 0 at first; in a file it leaves memory with the tensor."""
+        variables = self._layers[layer].variables
+        if self._folder is None:
+            if name not in variables:
+                variables[name] = torch.zeros(shape, dtype=dtype)
+            return variables[name]
+        path = self._folder / f"{layer}-{name}"
+        kind = torch.zeros((), dtype=dtype).numpy().dtype
+        mode = "r+" if path.exists() else "w+"
+        if mode == "w+":
+            self._files.setdefault(layer, {})[name] = (shape, dtype)
+        return torch.from_numpy(np.memmap(path, kind, mode, shape=tuple(shape)))
+
     def records(self, length: int | None = None) -> Iterator[LayerRecord]:
         """One record for each layer, in order, of the whole or of the first tokens; each is let go of."""
         for layer in sorted(self._layers):
-            found = self._layers.pop(layer)
+            found, files = self._layers[layer], self._files.pop(layer, {})
+            for name, (shape, dtype) in files.items():
+                found.variables[name] = self._whole(layer, name, shape, dtype)
+            del self._layers[layer]
             yield found if length is None else _cut(found, length, self._block)
+            for name in files:
+                assert self._folder is not None
+                (self._folder / f"{layer}-{name}").unlink()
 
 
 def _cut(record: LayerRecord, length: int, block: int) -> LayerRecord:

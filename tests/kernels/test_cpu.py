@@ -161,6 +161,21 @@ CASES: dict[str, Callable[[], Problem]] = {
     ),
     "float16": lambda: make(AttentionMask(causal=True), dtype=torch.float16),
     "bfloat16": lambda: make(AttentionMask(causal=True), dtype=torch.bfloat16),
+    "bfloat16, no whole vectors": lambda: make(
+        AttentionMask(causal=True, window=77),
+        sizes=(1, 4, 2, 131, 199, 50, 30),
+        dtype=torch.bfloat16,
+        scale=-0.3,
+    ),
+    "bfloat16, odd head_dim": lambda: make(
+        sizes=(1, 2, 1, 70, 35, 33, 65), dtype=torch.bfloat16, softcap=3.0
+    ),
+    "bfloat16, groups and few rows": lambda: make(
+        AttentionMask(causal=True),
+        sizes=(2, 4, 2, 67, 67, 64, 64),
+        dtype=torch.bfloat16,
+        groups=(torch.arange(134) % 7 % 4).view(2, 67),
+    ),
     "scale": lambda: make(scale=-0.3),
 }
 for _size in (16, 48, 64, 128, 256, (96, 16), (16, 160), (160, 32), (176, 144)):

@@ -8,6 +8,7 @@ import lens
 from lens.common.errors import LensError
 from lens.passes import pieces
 from lens.passes.interface import switched
+from lens.traces import pieces as recorded
 from tests.lens import naive
 from tests.lens.architectures import build
 from tests.lens.hybrids import hybrid
@@ -202,3 +203,23 @@ def test_arguments_that_do_not_fit():
     pixels = torch.randn(1, 1, 10, 10)
     with pytest.raises(LensError, match="takes prompts of token ids alone, got pixel_values"):
         lens.capture(lens.load(build("vit")), {"pixel_values": pixels}, block_size=8, chunk=8)
+
+
+def test_pieces_that_are_written_lie_in_files_meanwhile(tmp_path, monkeypatch):
+    model, seen = lens.load(build("gpt_oss")), []
+    add = recorded.Pieces.add
+
+    def watched(self, record):
+        add(self, record)
+        in_memory = [name for one in self._layers.values() for name in one.variables]
+        seen.append((in_memory, len(list(tmp_path.glob("t/.pieces-*/*")))))
+
+    monkeypatch.setattr(recorded.Pieces, "add", watched)
+    options = {"block_size": 8, "keep_qk": True, "chunk": 24}
+    trace = lens.capture(model, _ids(), out=tmp_path / "t", **options)
+    assert len(seen) == 4 * 3  # pieces of layers
+    assert [in_memory for in_memory, _ in seen] == [[]] * 12
+    assert seen[-1][1] == 3 * len(trace.dataset.data_vars)
+    assert not list((tmp_path / "t").glob(".*"))
+    monkeypatch.undo()
+    _same(trace, lens.capture(model, _ids(), **options), limit=0.0)

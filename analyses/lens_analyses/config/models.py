@@ -138,10 +138,25 @@ class CaptureConfig(Section):
         ge=1,
         le=2**31 - 1,
     )
+    chunk: int | None = setting(
+        None,
+        "Tokens of a piece in which longer prompts go through the model, a multiple of block_size.",
+        shown=Shown(rare=True),
+        ge=1,
+    )
     keep_qk: bool = setting(
         True, "Store q and k, for exact zoom in the viewer.", shown=Shown(rare=True)
     )
     backend: Backend = setting("auto", "Of the attention kernel.", shown=Shown(rare=True))
+
+    @model_validator(mode="after")
+    def _pieces_end_where_blocks_do(self) -> Self:
+        if self.chunk is not None and self.chunk % self.block_size:
+            raise ValueError(
+                f"capture.chunk must be a multiple of capture.block_size, got {self.chunk} and "
+                f"{self.block_size}"
+            )
+        return self
 
 
 def _what(what: str) -> Any:

@@ -45,6 +45,7 @@ typedef struct {
   float *query, *query_rows; /* see Rows */
   float *p, *s;       /* P' of one strip, or of all when column statistics are wanted; logits of a mixed tile */
   float *key, *value; /* copies of a key tile, where it cannot be read in place */
+  uint32_t *pairs;    /* P' of a strip as pairs of bfloat16 */
   float *part_sum, *part_max, *part_weighted; /* [parts][ROWS]: sum of p, largest logit, sum of p * weight */
   float *block_row;                           /* [key_blocks]: block mass when only top_keys is wanted */
   Strip *strips;
@@ -56,6 +57,7 @@ typedef struct {
   const Forward *args;
   Cut cut;
   int64_t key_tile, value_width, query_blocks, key_blocks, groups;
+  int brain;                    /* bfloat16 by the machine's own instruction */
   int columns, blocks, rows;    /* which kinds of statistics are wanted */
   int split;                    /* a key tile lies in one key block */
   float *received, *diagonal;   /* partial sums [batch * heads, chunks, ...] */
@@ -230,6 +232,23 @@ static void accumulate_output(State *t, Sums *sums, float *p, int64_t start, int
   const Inputs *in = &t->a->in;
   const int64_t width = t->plan->value_width;
   int64_t at = t->q.batch * in->value.batch + t->q.kv_head * in->value.head + start * in->value.row;
+#if defined(__AVX512BF16__)
+  if (t->plan->brain) {
+    uint32_t *values = (uint32_t *)t->w->value;
+    const float zero[LANES] = {0};
+    pair_rows(values, (const uint16_t *)in->value.data + at, in->value.row, keys, in->value_dim, width);
+    for (int64_t lane = 0; lane < t->q.lanes; lane += PANEL) {
+      int64_t panel = least(PANEL, t->q.lanes - lane), rows = least(panel, round_up(t->q.rows - lane, 2));
+      const float *from = p + lane * keys;
+      for (int64_t k = 0; k < keys; k += 2)
+        for (int64_t r = 0; r < panel; r += LANES)
+          pair_floats(t->w->pairs + k / 2 * panel + r, from + k * panel + r, k + 1 < keys ? from + (k + 1) * panel + r : zero);
+      product_brain(0, width, rows, (keys + 1) / 2, (const char *)t->w->pairs, 4, 4 * panel, values, width,
+                    sums->output + lane * width, width, t->alpha + lane);
+    }
+    return;
+  }
+#endif
   const float *value = read_rows(t->w->value, &in->value, at, keys, in->value_dim, width);
   for (int64_t lane = 0; lane < t->q.lanes; lane += PANEL) {
     int64_t panel = least(PANEL, t->q.lanes - lane), rows = least(panel, round_up(t->q.rows - lane, 2));
@@ -513,7 +532,7 @@ static void query_tile(const Plan *plan, Scratch *w, int64_t head, int64_t tile,
   const Forward *a = plan->args;
   const Inputs *in = &a->in;
   State t = {.plan = plan, .a = a, .w = w};
-  t.q = (Rows){.in = in, .query = w->query, .query_rows = w->query_rows, .key = w->key};
+  t.q = (Rows){.in = in, .query = w->query, .query_rows = w->query_rows, .key = w->key, .brain = plan->brain};
   load_rows(&t.q, head, plan->cut.tiles[tile]);
   for (int64_t g = 0; g < plan->groups; g++) {
     Sums *sums = w->sums + g;
@@ -552,7 +571,8 @@ static Scratch lay_out(const Plan *plan, Layout *layout) {
   w.p = take(layout, 4 * ROWS * (plan->columns ? in->keys * plan->groups : plan->key_tile));
   w.s = take(layout, a->groups ? 4 * ROWS * plan->key_tile : 0);
   w.key = take(layout, 4 * plan->key_tile * in->head_dim);
-  w.value = take(layout, 4 * plan->key_tile * plan->value_width);
+  w.value = take(layout, 4 * (plan->key_tile + 1) * plan->value_width);
+  w.pairs = take(layout, plan->brain ? 2 * ROWS * (plan->key_tile + 1) : 0);
   w.part_sum = take(layout, 4 * ROWS * parts);
   w.part_max = take(layout, 4 * ROWS * parts);
   w.part_weighted = take(layout, a->block_weighted ? 4 * ROWS * parts : 0);
@@ -593,6 +613,7 @@ int lens_forward(const Forward *a) {
   plan.groups = most(1, a->groups);
   plan.columns = a->received || a->diagonal;
   plan.blocks = a->block_mass || a->block_max || a->block_max_logit || a->block_weighted || a->top_k;
+  plan.brain = HAS_BRAIN && in->query.type == BF16 && in->head_dim % 2 == 0;
   plan.rows = a->entropy || a->concentration || a->distance;
   plan.split = in->blocks.data || (plan.blocks && in->key_block > widest);
   plan.key_tile = widest;

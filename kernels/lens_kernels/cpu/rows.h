@@ -1,7 +1,7 @@
 /* What both passes share: the caller's inputs, a tile of query rows, and its logits with every mask. */
 #pragma once
 
-#include "simd.h"
+#include "brain.h"
 #if defined(__F16C__)
 #include <immintrin.h>
 #endif
@@ -110,6 +110,7 @@ typedef struct {
   int32_t any_low, any_high, all_low, all_high; /* some row sees from .. to; all rows see from .. to */
   float *query;      /* Q' scaled: panels of [head_dim][width] */
   float *query_rows; /* the first FEW rows of Q scaled */
+  int brain;         /* query holds pairs of bfloat16, not scaled: panels of [head_dim / 2][width] */
   float *key;        /* a copy of a key tile, where it cannot be read in place */
 } Rows;
 
@@ -133,6 +134,21 @@ static inline void transpose_row(float *panels, int64_t dim, int64_t lane, int64
 static inline void load_queries(Rows *t) {
   const Inputs *in = t->in;
   const float scale = (float)in->scale;
+#if defined(__AVX512BF16__)
+  if (t->brain) {
+    for (int64_t lane = 0; lane < t->lanes; lane += PANEL) {
+      int64_t width = least(PANEL, t->lanes - lane), rows = most(0, least(width, t->rows - lane));
+      uint32_t *to = (uint32_t *)t->query + lane * (in->head_dim / 2);
+      memset(to, 0, 4 * width * (in->head_dim / 2));
+      for (int64_t r = 0; r < rows; r++) {
+        const uint16_t *from = (const uint16_t *)in->query.data + t->batch * in->query.batch + t->head * in->query.head +
+                               (t->start + lane + r) * in->query.row;
+        for (int64_t d = 0; d < in->head_dim / 2; d++) memcpy(to + d * width + r, from + 2 * d, 4);
+      }
+    }
+    return;
+  }
+#endif
   float *row = t->key;
   memset(row, 0, 4 * in->head_dim);
   for (int64_t r = t->lanes - 1; r >= 0; r--) { /* lanes beyond the last row are 0 */
@@ -266,10 +282,21 @@ static inline void hide_plane(const Rows *t, float *p, int64_t start, int64_t ke
   }
 }
 
-/* The logits of keys [start, start + keys), -inf where hidden; slope as in `cap`. */
-static inline void logits(Rows *t, float *p, int64_t start, int64_t keys, float *slope) {
+/* scale * Q K' of the keys from `at` on. */
+static inline void multiply_keys(Rows *t, float *p, int64_t at, int64_t keys) {
   const Inputs *in = t->in;
-  int64_t at = t->batch * in->key.batch + t->kv_head * in->key.head + start * in->key.row;
+#if defined(__AVX512BF16__)
+  if (t->brain) {
+    const float scale = (float)in->scale;
+    const int64_t pairs = in->head_dim / 2;
+    for (int64_t lane = 0; lane < t->lanes; lane += PANEL) {
+      int64_t width = least(PANEL, t->lanes - lane);
+      product_brain(1, width, keys, pairs, (const char *)((const uint16_t *)in->key.data + at), 2 * in->key.row, 4,
+                    (const uint32_t *)t->query + lane * pairs, width, p + lane * keys, width, &scale);
+    }
+    return;
+  }
+#endif
   const float *key = read_rows(t->key, &in->key, at, keys, in->head_dim, in->head_dim);
   if (t->rows <= FEW) product_few(t, keys, key, p);
   else
@@ -277,6 +304,13 @@ static inline void logits(Rows *t, float *p, int64_t start, int64_t keys, float 
       int64_t width = least(PANEL, t->lanes - lane);
       product(width, keys, in->head_dim, key, in->head_dim, t->query + lane * in->head_dim, width, p + lane * keys, width, NULL);
     }
+}
+
+/* The logits of keys [start, start + keys), -inf where hidden; slope as in `cap`. */
+static inline void logits(Rows *t, float *p, int64_t start, int64_t keys, float *slope) {
+  const Inputs *in = t->in;
+  int64_t at = t->batch * in->key.batch + t->kv_head * in->key.head + start * in->key.row;
+  multiply_keys(t, p, at, keys);
   if (in->softcap > 0) cap(t, p, keys, slope);
   if (in->bias.data) add_plane(t, p, start, keys);
   if (in->slopes) add_slope(t, p, start, keys);
