@@ -6,6 +6,7 @@ and nothing of this project. FOLDER holds the model and the prompts, and takes t
 
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +32,13 @@ def _peak() -> float:
 
 
 def _hooked(folder: Path) -> Any:
-    from transformer_lens import HookedTransformer, HookedTransformerConfig
-    from transformer_lens.pretrained.weight_conversions import convert_gpt2_weights
     from transformers import GPT2LMHeadModel
 
-    theirs = GPT2LMHeadModel.from_pretrained(folder).eval()
+    lens: Any = import_module("transformer_lens")
+    weights: Any = import_module("transformer_lens.pretrained.weight_conversions")
+    theirs: Any = GPT2LMHeadModel.from_pretrained(folder).eval()
     size = theirs.config
-    config = HookedTransformerConfig(
+    config = lens.HookedTransformerConfig(
         n_layers=size.n_layer,
         n_heads=size.n_head,
         d_model=size.n_embd,
@@ -49,8 +50,8 @@ def _hooked(folder: Path) -> Any:
         normalization_type="LN",
         device="cpu",
     )
-    model = HookedTransformer(config)
-    model.load_state_dict(convert_gpt2_weights(theirs, config), strict=False)
+    model = lens.HookedTransformer(config)
+    model.load_state_dict(weights.convert_gpt2_weights(theirs, config), strict=False)
     return model.eval().requires_grad_(False)
 
 
@@ -105,14 +106,13 @@ class _OnCpu:
 
 def _eap_ig(folder: Path, given: Any) -> tuple[dict[str, np.ndarray], float]:
     """`get_scores_eap_ig` of the published code, in one batch."""
-    import eap.attribute as published
-    from eap.graph import Graph
-
+    published: Any = import_module("eap.attribute")
+    graphs: Any = import_module("eap.graph")
     model = _hooked(folder)
     for name in ("use_attn_result", "use_split_qkv_input", "use_hook_mlp_in"):
         getattr(model, f"set_{name}")(True)
-    vars(published)["torch"] = _OnCpu()
-    vars(published)["tokenize_plus"] = lambda model, ids: (
+    published.torch = _OnCpu()
+    published.tokenize_plus = lambda model, ids: (
         *(ids, None, torch.full((len(ids),), ids.shape[1])),
         ids.shape[1],
     )
@@ -123,7 +123,7 @@ def _eap_ig(folder: Path, given: Any) -> tuple[dict[str, np.ndarray], float]:
     def metric(logits: Any, *_: Any) -> Any:
         return (logits[rows, -1, correct] - logits[rows, -1, wrong]).sum()
 
-    graph = Graph.from_model(model)
+    graph = graphs.Graph.from_model(model)
     start = time.process_time()
     scores = published.get_scores_eap_ig(
         model, graph, [(clean, corrupt, None)], metric, steps=int(given["steps"]), quiet=True
