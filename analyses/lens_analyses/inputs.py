@@ -61,10 +61,11 @@ class PlannedPrompt:
 
 @dataclass(frozen=True)
 class Source:
-    """A text to analyse: its title and what it says."""
+    """A text to analyse: its title, what it says, and of an encoder-decoder what its decoder reads, if it is given."""
 
     title: str
     text: str
+    target: str | None = None
 
 
 def read_sources(config: RunConfig) -> tuple[RunConfig, list[Source]]:
@@ -85,19 +86,35 @@ def read_sources(config: RunConfig) -> tuple[RunConfig, list[Source]]:
         return config, []
     path = local(name)
     content = _read(path)
-    sha256 = hashlib.sha256(content.encode()).hexdigest()
+    target = None if prompts.target is None else local(prompts.target)
+    said = "" if target is None else _read(target)
+    sha256 = hashlib.sha256((content + said).encode()).hexdigest()
     if prompts.sha256 not in (None, sha256):
         raise LensError(
             f"{path} has changed since the run was configured (SHA-256 {sha256[:8]}, expected "
             f"{(prompts.sha256 or '')[:8]}); remove prompts.sha256 from the configuration to take it as it is"
         )
     if prompts.text is not None:
-        sources = [Source(path.name, content)]
+        sources = [Source(path.name, content.strip() if target else content, said.strip() or None)]
         config = _with(config, prompts=_with(prompts, text=str(path), sha256=sha256))
     else:
         sources = _batch(path, content)
+        if target is not None:
+            sources = _with_targets(sources, said, target)
         config = _with(config, prompts=_with(prompts, batch=str(path), sha256=sha256))
+    if target is not None:
+        config = _with(config, prompts=_with(config.prompts, target=str(target)))
     return config, sources
+
+
+def _with_targets(sources: list[Source], said: str, path: Path) -> list[Source]:
+    """The sources with the lines of a file of targets."""
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    if len(lines) != len(sources):
+        raise LensError(
+            f"{path} has {len(lines)} targets and there are {len(sources)} sources; give a line for each"
+        )
+    return [Source(one.title, one.text, line) for one, line in zip(sources, lines, strict=True)]
 
 
 def load_model(config: RunConfig) -> "LoadedModel":
@@ -127,7 +144,32 @@ def load_model(config: RunConfig) -> "LoadedModel":
             "command is about; `lens vision --image FILE` is for models of pictures, and lens.capture(model, ...) "
             "takes what else it reads"
         )
+    if model.parts or asked.part is not None:
+        return _of_part(model, config)
+    if getattr(config.prompts, "target", None) is not None:
+        raise UsageError(f"{model.info.class_name} is no encoder-decoder; leave --target out")
     return model
+
+
+def _of_part(model: "LoadedModel", config: RunConfig) -> "LoadedModel":
+    """One attention of an encoder-decoder, cross-attention if none is named.
+
+    Raises:
+        LensError: no encoder-decoder, or without such a part; UsageError: one that reads no text, or an analysis.
+    """
+    from lens.passes.inputs import model_input
+
+    if model.parts and config.what != "profile":
+        raise UsageError(
+            f"{model.info.class_name} is an encoder-decoder, which `lens run` profiles; of its heads lens.effect and "
+            "lens.heads.importance take model.part('cross')"
+        )
+    if model.parts and model_input(model) != "input_ids":
+        raise UsageError(
+            f"{model.info.class_name} reads {model_input(model)}, and this command reads text; "
+            "lens.capture(model, ...) takes it"
+        )
+    return model.part(config.model.part or ("cross" if "cross" in model.parts else "decoder"))
 
 
 def plan(model: "LoadedModel", config: RunConfig, sources: list[Source]) -> list[PlannedPrompt]:
@@ -137,6 +179,8 @@ def plan(model: "LoadedModel", config: RunConfig, sources: list[Source]) -> list
         LensError: a text that is empty, too long or too short, or a copied prompt that does not fit.
     """
     planned = []
+    if model.parts:
+        return _pairs(model, config, sources)
     if isinstance(config.prompts, PictureConfig):
         return [_picture(model, source, config.prompts.question) for source in sources]
     for source in sources:
@@ -147,6 +191,26 @@ def plan(model: "LoadedModel", config: RunConfig, sources: list[Source]) -> list
                 raise
             raise LensError(f"{source.title}: {error}") from error
     return [*planned, *_copied(model, config)]
+
+
+def _pairs(model: "LoadedModel", config: RunConfig, sources: list[Source]) -> list[PlannedPrompt]:
+    """Sources with their targets, which the model writes where none is given; ids are those of the keys."""
+    from lens.passes.sources import read_sources
+
+    if not sources:
+        raise LensError("an encoder-decoder reads sources: give --text, --text-name or --prompts")
+    if config.prompts.target is not None and config.prompts.tokens is not None:
+        raise LensError("--tokens cuts sources, and each --target is of a whole one; leave one out")
+    say, planned = _say(model), []
+    for source in sources:
+        for piece in _cut(model, config, source):
+            given = piece.ids if source.target is None else (piece.ids, source.target)
+            prompt = read_sources(model, given)[0][0]
+            ids, target = prompt.ids or [], prompt.target or []
+            keys = target if model.chosen == "decoder" else ids
+            title = f"{piece.title}, target of {len(target)} tokens"
+            planned.append(PlannedPrompt("text", title, say(keys), keys, given=(ids, target)))
+    return planned
 
 
 def _read_pictures(config: RunConfig, prompts: PictureConfig) -> tuple[RunConfig, list[Source]]:
@@ -228,8 +292,12 @@ def _record(place: str, line: str) -> Source:
         raise LensError(
             f'{place} has no text; each line must be like {{"text": "Once upon a time"}}'
         )
-    title = record.get("title")
-    return Source(title if isinstance(title, str) and title else place, text)
+    title, target = record.get("title"), record.get("target")
+    return Source(
+        title if isinstance(title, str) and title else place,
+        text,
+        target if isinstance(target, str) and target.strip() else None,
+    )
 
 
 def _cut(model: "LoadedModel", config: RunConfig, source: Source) -> list[PlannedPrompt]:

@@ -11,7 +11,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,11 +52,13 @@ class Finished:
         run: the run folder.
         headline: the findings in words.
         computed: False if it was finished before.
+        beside: of an encoder-decoder the runs of its other attentions.
     """
 
     run: Run
     headline: list[str]
     computed: bool = True
+    beside: tuple[Path, ...] = ()
 
     @property
     def status(self) -> str:
@@ -78,6 +80,7 @@ class Finished:
         lines += [f"not whole: {failed}; {goes_on} tries it again"] if failed else []
         lines += self.headline
         lines += [f"run:    {self.run.path}", f"report: {self.run.path / 'report.html'}"]
+        lines += [f"beside: {path}" for path in self.beside]
         return "\n".join(lines)
 
     def as_json(self) -> dict[str, Any]:
@@ -93,6 +96,7 @@ class Finished:
             "findings": self.headline,
             "error": self.run.meta["error"],
             "report": str(report) if report.exists() else None,
+            "beside": [str(path) for path in self.beside],
         }
 
 
@@ -112,6 +116,8 @@ def execute(config: RunConfig, runs: Path, output: Output, *, again: bool = Fals
         return Finished(run, [one.text for one in findings(run.heads)], computed=False)
     log.info("loading %s", config.model.name)
     model = load_model(config)
+    if model.parts and config.model.part is None:
+        return _every_part(config, list(model.parts), runs, output, again)
     with refused_as_usage():  # what cannot be done is refused now, not after the profile
         refuse_excess(config, model)
         planned = plan(model, config, sources)
@@ -128,6 +134,17 @@ def execute(config: RunConfig, runs: Path, output: Output, *, again: bool = Fals
                 with suppress(OSError):
                     runs.rmdir()
         raise
+
+
+def _every_part(
+    config: RunConfig, parts: list[str], runs: Path, output: Output, again: bool
+) -> Finished:
+    """A run for each attention of an encoder-decoder; the last one, of cross-attention, with the others beside it."""
+    done = []
+    for part in parts:
+        one = config.model_copy(update={"model": config.model.model_copy(update={"part": part})})
+        done.append(execute(one, runs, output, again=again))
+    return replace(done[-1], beside=tuple(one.run.path for one in done[:-1]))
 
 
 def _readable(folder: Path | None) -> Run | None:
@@ -275,6 +292,9 @@ class _Execution:
         if len(ids) < 2 or prompt.kind == "picture":
             return float("nan"), float("nan")
         try:
+            if self._model.parts:
+                task = lens.tasks.language_modelling(self._model, [prompt.prompt])
+                return float(task.evaluate(self._model)[0]), float("nan")
             losses = token_losses(self._model, ids)
         except LensError as error:
             self._writer.warn(f"no loss: {error}")
@@ -312,7 +332,7 @@ def _meta(config: RunConfig, model: "LoadedModel", planned: list[PlannedPrompt])
         if kind in kinds
     ]
     return {
-        "title": f"{model.name} on {' and '.join(counts)}",
+        "title": f"{model.describe()['name']} on {' and '.join(counts)}",
         "what": config.what,
         "command": config.command(),
         "model": model.describe(),

@@ -16,7 +16,8 @@ def atlas(trace: AttentionTrace, variant: str = "raw", pooling: Pooling = "max")
     of fewer than four blocks is drawn from exact probabilities where q and k were kept. One layer is
     read at a time. Only these short prompts can leave the first key out, see `no_form`.
     """
-    size, blocks = trace.attrs["block_size"], len(trace.dataset["query_block"])
+    size = trace.attrs["block_size"]
+    blocks = max(len(trace.dataset[name]) for name in ("query_block", "key_block"))
     if _is_short(trace):
         return _from_tokens(trace, variant, pooling)
     step = -(-blocks // CELLS)
@@ -39,13 +40,14 @@ def no_form(trace: AttentionTrace) -> str:
 
 
 def _is_short(trace: AttentionTrace) -> bool:
-    return len(trace.dataset["query_block"]) < 4 and not any(
+    blocks = max(len(trace.dataset[name]) for name in ("query_block", "key_block"))
+    return blocks < 4 and not any(
         trace.tile_refusal(layer, head) for layer in trace.layers for head in range(trace.heads)
     )
 
 
 def _from_tokens(trace: AttentionTrace, variant: str, pooling: Pooling) -> np.ndarray:
-    step = -(-trace.length // CELLS)
+    step = -(-max(trace.length, trace.queries) // CELLS)
     return np.array(
         [
             [

@@ -61,11 +61,13 @@ def raster(
         LensError: a head that is not there, or a rectangle outside the prompt.
     """
     trace.head_id((layer, head))
-    length = trace.length
-    q0, q1, k0, k1 = window or (0, length, 0, length)
-    q1, k1 = min(q1, length), min(k1, length)
+    queries, keys = trace.queries, trace.length
+    q0, q1, k0, k1 = window or (0, queries, 0, keys)
+    q1, k1 = min(q1, queries), min(k1, keys)
     if not (0 <= q0 < q1 and 0 <= k0 < k1):
-        raise LensError(f"the prompt has tokens 0 to {length - 1}; got the rectangle {window}")
+        raise LensError(
+            f"the prompt has queries 0 to {queries - 1} and keys 0 to {keys - 1}; got the rectangle {window}"
+        )
     if not trace.tile_refusal(layer, head) and max(q1 - q0, k1 - k0) <= MOST_EXACT:
         step = -(-max(q1 - q0, k1 - k0) // MOST_CELLS)
         rows = max(step, _STRIP // step * step)
@@ -98,8 +100,10 @@ def row(
     Raises:
         LensError: no such query, or q and k were not kept.
     """
-    if not 0 <= query < trace.length:
-        raise LensError(f"the prompt has tokens 0 to {trace.length - 1}; there is no query {query}")
+    if not 0 <= query < trace.queries:
+        raise LensError(
+            f"the prompt has tokens 0 to {trace.queries - 1}; there is no query {query}"
+        )
     values = trace.tile(layer, head, (query, query + 1), (0, trace.length))
     if variant != "raw":
         values = _without_first(values, values[:, :1], 0)
@@ -137,7 +141,7 @@ def _blocks(
     start_q, start_k, cell = rows.start * size, columns.start * size, size * step
     level = "pooled" if step > 1 else "blocks"
     shown = blank(values, trace, start_q, start_k, cell)
-    end_q, end_k = (min(part.stop * size, trace.length) for part in (rows, columns))
+    end_q, end_k = min(rows.stop * size, trace.queries), min(columns.stop * size, trace.length)
     return Raster(shown, level, start_q, start_k, cell, end_q, end_k)
 
 

@@ -45,16 +45,17 @@ def token_strip(
         unit, found = "mean probability", f"{name}: attention that each token receives"
         first = 0
     else:
-        if not 0 <= query < trace.length:
-            raise LensError(f"query must be 0 to {trace.length - 1}, got {query}")
+        if not 0 <= query < trace.queries:
+            raise LensError(f"query must be 0 to {trace.queries - 1}, got {query}")
         values = trace.tile(layer, head, (query, query + 1), (0, trace.length))[0]
         unit = "probability"
         best = int(values.argmax())
         found = (
-            f"{name}: query {query} {escaped(_shown(trace.tokens[query]))} looks most at key {best} "
+            f"{name}: query {query} {escaped(_shown(trace.query_tokens[query]))} looks most at key {best} "
             f"{escaped(_shown(trace.tokens[best]))}, {values[best]:.1%}"
         )
-        last = query + 1 if trace.attrs["causal"] else min(query + MOST_TOKENS // 2, trace.length)
+        middle = best if trace.cross else query
+        last = query + 1 if trace.attrs["causal"] else min(middle + MOST_TOKENS // 2, trace.length)
         first = max(0, last - MOST_TOKENS)
     position = np.arange(first, min(first + MOST_TOKENS, trace.length))
     if len(position) < trace.length:

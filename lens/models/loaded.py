@@ -284,7 +284,7 @@ class LoadedModel:
         """The `model` entry of `run.json` (docs/schema/run-folder.md)."""
         info = self.info
         return {
-            "name": self.name,
+            "name": f"{self.name} ({self.chosen})" if self.chosen else self.name,
             "class": info.class_name,
             "revision": self.revision,
             "layers": info.layers,
@@ -297,7 +297,7 @@ class LoadedModel:
             "parameters": info.parameters,
             "dtype": str(self.dtype).removeprefix("torch."),
             "licence": info.licence,
-        }
+        } | ({"part": self.chosen} if self.chosen else {})
 
     def __repr__(self) -> str:
         info = self.info

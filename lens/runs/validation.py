@@ -194,8 +194,8 @@ def _layer(trace: AttentionTrace, data: xr.Dataset) -> Iterator[str]:
     yield from _bounds(data, trace.length)
     yield from _largest(data)
     if "lse" not in data or np.isfinite(data["lse"].values).all():  # else some rows see no key
-        yield from _sums(data, trace.length, bool(trace.attrs.get("learned_sinks")))
-        yield from _map(data, trace.length)
+        yield from _sums(data, trace.queries, bool(trace.attrs.get("learned_sinks")))
+        yield from _map(data, trace.queries, trace.length)
 
 
 def _sums(data: xr.Dataset, length: int, learned_sink: bool) -> Iterator[str]:
@@ -291,25 +291,25 @@ def _largest(data: xr.Dataset) -> Iterator[str]:
         )
 
 
-def _map(data: xr.Dataset, length: int) -> Iterator[str]:
+def _map(data: xr.Dataset, queries: int, length: int) -> Iterator[str]:
     """The block map against what is stored beside it: column sums, distances, and the largest of each block."""
     if "block_mass" not in data:
         return
     mass = data["block_mass"].values.astype(np.float64)  # [head, query block, key block]
-    starts = data["query_block_start"].values
-    ends = np.append(starts[1:], length)
+    starts, keys = data["query_block_start"].values, data["key_block_start"].values
+    ends = np.append(starts[1:], queries)
     rows = ends - starts
-    slack = _TOLERANCE * length
+    slack = _TOLERANCE * queries
     if "received" in data:
-        received = np.add.reduceat(data["received"].values.astype(np.float64), starts, axis=1)
+        received = np.add.reduceat(data["received"].values.astype(np.float64), keys, axis=1)
         off = np.abs(np.einsum("hqk,q->hk", mass, rows) - received)
         if (off > slack).any():
             head, block = np.argwhere(off > slack)[0]
             yield f"block_mass of head {head} does not add up to received in the keys of block {block}"
     if "distance" in data:
         sums = np.add.reduceat(data["distance"].values.astype(np.float64), starts, axis=1)
-        nearest = starts[:, None] - (ends - 1)[None]
-        farthest = (ends - 1)[:, None] - starts[None]
+        nearest = starts[:, None] - (np.append(keys[1:], length) - 1)[None]
+        farthest = (ends - 1)[:, None] - keys[None]
         low, high = (mass * nearest).sum(-1), (mass * farthest).sum(-1)
         mean = sums / rows
         wrong = (mean < low - slack) | (mean > high + slack)
@@ -318,7 +318,9 @@ def _map(data: xr.Dataset, length: int) -> Iterator[str]:
             yield f"block_mass of head {head} lies elsewhere than distance says in the rows of block {block}"
     if "block_max" in data:
         largest = data["block_max"].values.astype(np.float64)
-        wrong = (largest / rows[:, None] > mass + _TOLERANCE) | (mass > largest * rows + _TOLERANCE)
+        columns = np.diff([*keys, length])
+        low, high = largest / rows[:, None], largest * columns
+        wrong = (low > mass + _TOLERANCE) | (mass > high + _TOLERANCE)
         if wrong.any():
             head, query, key = np.argwhere(wrong)[0]
             yield f"block_max of head {head} cannot be in block {query}, {key} of block_mass"

@@ -79,7 +79,7 @@ def test_pooling_is_over_whole_cells(trace, monkeypatch, pooling, reduce):
 def test_what_is_outside_is_refused(trace):
     with pytest.raises(LensError, match="there is no L3H0"):
         raster(trace, 3, 0)
-    with pytest.raises(LensError, match="tokens 0 to 100; got the rectangle"):
+    with pytest.raises(LensError, match="keys 0 to 100; got the rectangle"):
         raster(trace, 0, 0, (200, 210, 0, 4))
     with pytest.raises(LensError, match="there is no query 101"):
         row(trace, 0, 0, 101)

@@ -66,6 +66,12 @@ class ModelConfig(Section):
         min_length=1,
     )
 
+    part: Literal["encoder", "decoder", "cross"] | None = setting(
+        None,
+        "Of an encoder-decoder the attention to profile; each in a run of its own if not given.",
+        shown=Shown(rare=True),
+    )
+
     @model_validator(mode="after")
     def _of_the_hub(self) -> Self:
         if self.revision is not None and (
@@ -90,6 +96,13 @@ class PromptConfig(Section):
         None,
         'File of prompts, one a line (.txt), or {"text": ...} a line (.jsonl).',
         shown=Shown(flag="--prompts", file=True),
+        min_length=1,
+    )
+    target: str | None = setting(
+        None,
+        "Of an encoder-decoder: text file of what its decoder reads, a line for each line of --prompts; "
+        "written by the model if not given.",
+        shown=Shown(file=True, rare=True),
         min_length=1,
     )
     sha256: str | None = setting(
@@ -122,6 +135,10 @@ class PromptConfig(Section):
             raise ValueError(
                 "prompts.windows cuts one text into pieces of prompts.tokens tokens: it needs "
                 "prompts.tokens, and does not go with prompts.batch"
+            )
+        if self.target is not None and not {"text", "batch"} & set(given):
+            raise ValueError(
+                "prompts.target goes with the sources of prompts.text or prompts.batch"
             )
         if not given and not self.copied:
             raise ValueError("no prompt: give a text, or prompts.copied of at least 1")

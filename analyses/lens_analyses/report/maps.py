@@ -61,6 +61,8 @@ def head_maps(run: Run, summary: list[dict], *, per_kind: int = 2, most: int = 8
             trace = run.trace(prompt_id)
         except LensError:
             continue
+        if trace.cross:  # the map has one axis of tokens
+            continue
         for head in finding["heads"][:per_kind]:
             maps.append(_map(trace, prompt_id, finding, head))
     return maps[:most]

@@ -33,7 +33,10 @@ def page(library: Library, view: Selection) -> list[Any]:
     }
     return [
         crumbs(run, view),
-        html.H1(f"{len(trace.layers) * trace.heads} heads of {trace.model}"),
+        html.H1(
+            f"{len(trace.layers) * trace.heads} heads of {trace.model}"
+            f"{f' ({trace.part})' * bool(trace.part)}"
+        ),
         *run_banner(run),
         *map(note_banner, notes),
         dcc.Store(id="atlas-config", data=config),
@@ -43,7 +46,8 @@ def page(library: Library, view: Selection) -> list[Any]:
             [
                 html.Div("Loading …", id="atlas", className="atlas"),
                 html.P(
-                    "Layers go down, heads across; in each picture queries go down and keys across, colours "
+                    "Layers go down, heads across; in each picture queries"
+                    f"{' of the target' * trace.cross} go down and keys{' of the source' * trace.cross} across, colours "
                     "are logarithmic. Click a head to open it; with the atlas in focus the arrow keys move "
                     "and Enter opens.",
                     className="small",

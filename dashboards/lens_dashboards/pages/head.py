@@ -13,6 +13,7 @@ from lens.runs.commands import again
 from lens.traces.metrics import METRICS
 from lens.traces.trace import AttentionTrace
 from lens_dashboards.library import Library, sections
+from lens_dashboards.pages.cross import map_card, strips
 from lens_dashboards.pages.examples import examples_card
 from lens_dashboards.pages.next_steps import missing
 from lens_dashboards.pages.parts import (
@@ -55,42 +56,30 @@ def page(library: Library, view: Selection) -> list[Any]:
         "promptTokens": trace.attrs.get("prompt_tokens"),
         "variant": view.variant,
     }
+    code = _trace_code(run, prompt)
+    if trace.cross:
+        attention, below = map_card(view, trace, code), strips(view, trace, prompt, code, notes)
+        mounted = []
+    else:
+        attention = _map_card(run, prompt, trace, layer, head)
+        below = [card(html.Div(id="strip", className="strip"), "Tokens")]
+        mounted = [dcc.Store(id="map-config", data=config), dcc.Store(id="map-mounted")]
     return [
         crumbs(run, view),
         html.Div(
             [
-                html.H1(f"{name} of {trace.model}"),
+                html.H1(f"{name} of {trace.model}{f' ({trace.part})' * bool(trace.part)}"),
                 _steps(run, view, prompt, trace),
             ],
             className="title-row",
         ),
         *run_banner(run),
         *map(note_banner, notes),
-        dcc.Store(id="map-config", data=config),
-        dcc.Store(id="map-mounted"),
+        *mounted,
         prompt_control(run, traces, prompt),
         html.Div(
             [
-                card(
-                    [
-                        html.Div(id="map", className="map"),
-                        html.P(
-                            "Wheel zooms, drag pans, double click shows everything; with the map in "
-                            "focus the arrow keys move, + and - zoom. Click a row to shade its keys "
-                            "below.",
-                            className="small",
-                        ),
-                        html.P(_sharpness(trace, layer, head), className="small"),
-                        python_call(
-                            f"{_trace_code(run, prompt)}"
-                            f"trace.tile({layer}, {head}, (0, trace.length), (0, trace.length))  # tokens\n"
-                            f"trace.block_mass.sel(layer={layer}, head={head})\n"
-                            f"figures.block_map(trace, {layer}, {head})"
-                        ),
-                    ],
-                    "Attention",
-                    className="wide",
-                ),
+                attention,
                 html.Div(
                     [
                         *_effect(library, run, view, name),
@@ -101,11 +90,35 @@ def page(library: Library, view: Selection) -> list[Any]:
             ],
             className="columns",
         ),
-        card(html.Div(id="strip", className="strip"), "Tokens"),
+        *below,
         *examples_card(run, view, name, notes),
         *_pinned(library, run, view, trace, prompt),
         *_curves(run, view, trace, prompt),
     ]
+
+
+def _map_card(run: Run, prompt: str, trace: AttentionTrace, layer: int, head: int) -> html.Section:
+    """The map that zooms to single tokens."""
+    return card(
+        [
+            html.Div(id="map", className="map"),
+            html.P(
+                "Wheel zooms, drag pans, double click shows everything; with the map in "
+                "focus the arrow keys move, + and - zoom. Click a row to shade its keys "
+                "below.",
+                className="small",
+            ),
+            html.P(_sharpness(trace, layer, head), className="small"),
+            python_call(
+                f"{_trace_code(run, prompt)}"
+                f"trace.tile({layer}, {head}, (0, trace.length), (0, trace.length))  # tokens\n"
+                f"trace.block_mass.sel(layer={layer}, head={head})\n"
+                f"figures.block_map(trace, {layer}, {head})"
+            ),
+        ],
+        "Attention",
+        className="wide",
+    )
 
 
 def _trace_code(run: Run, prompt: str) -> str:
@@ -146,7 +159,7 @@ def _curves(run: Run, view: Selection, trace: AttentionTrace, prompt: str) -> li
                     ),
                     title,
                 )
-                for graph_id, make, label, title in curves
+                for graph_id, make, label, title in (curves[1:] if trace.cross else curves)
             ],
             className="thirds",
         ),
@@ -165,6 +178,8 @@ def _sharpness(trace: AttentionTrace, layer: int, head: int) -> str:
 def _effect(library: Library, run: Run, view: Selection, name: str) -> list[Any]:
     """What the model loses without this head, beside the picture of its attention."""
     section = sections(run).get("importance")
+    if section is None and run.meta["model"].get("part"):
+        return []  # of encoder-decoders no command measures it
     if section is None:
         return [missing(library, run, "effect of this head", "heads")]
     table = section.tables["scores"]

@@ -1,0 +1,125 @@
+"""A head of cross-attention: the map with the tokens of both sides, and a strip for each."""
+
+from dataclasses import replace
+
+import numpy as np
+from dash import dcc, html
+
+from lens import figures as draw
+from lens.traces.trace import AttentionTrace
+from lens_dashboards.pages.parts import card, graph, python_call
+from lens_dashboards.selection import Selection
+
+_MOST_LINKS = 512  # tokens of a strip
+_DARK = 0.55  # share of the darkest ground from which letters are white
+
+
+def map_card(view: Selection, trace: AttentionTrace, code: str) -> html.Section:
+    """Target down, source across."""
+    layer, head = view.layer, view.head
+    figure = draw.block_map(trace, layer, head, height=520)
+    return card(
+        [
+            graph(
+                "cross-map",
+                figure,
+                f"Cross-attention of L{layer}H{head}: tokens of the target down, of the source across",
+                f"{code}figures.block_map(trace, {layer}, {head})",
+            ),
+            html.P("The line goes through the strongest key of each row.", className="small"),
+        ],
+        "Attention",
+        className="wide",
+    )
+
+
+def strips(
+    view: Selection, trace: AttentionTrace, prompt: str, code: str, notes: list[str]
+) -> list[html.Section]:
+    """Tokens of the target, each a link that shows its row, and tokens of the source with what they get."""
+    query = view.query
+    exact = not trace.tile_refusal(view.layer, view.head)
+    if query is not None and not (exact and 0 <= query < trace.queries):
+        why = "is no token of the target" if exact else "has no exact row: q and k were not kept"
+        notes.append(f"Query {query} {why}; the mean over all rows is shown.")
+        query = None
+    if query is None:
+        values = trace.select((view.layer, view.head))["received"].values / trace.queries
+    else:
+        row = (query, query + 1)
+        values = trace.tile(view.layer, view.head, row, (0, trace.length))[0]
+    of = "all rows see" if query is None else f"token {query} of the target sees"
+    call = f"figures.token_strip(trace, {view.layer}, {view.head}, {query})"
+    return [
+        card(
+            [
+                html.P(_links(view, trace, prompt, query), className="token-links"),
+                html.P(
+                    [
+                        "Choose a token to see what it looks at. ",
+                        dcc.Link("All rows", href=replace(view, query=None, prompt=prompt).url()),
+                    ],
+                    className="small",
+                ),
+            ],
+            "Target: queries of the decoder",
+        ),
+        card(
+            [
+                html.P(_shaded(trace, values), className="token-links", id="source-strip"),
+                html.P(
+                    f"The darkest holds {values.max():.1%}, uniform attention {1 / trace.length:.1%}.",
+                    className="small",
+                ),
+                python_call(f"{code}{call}"),
+            ],
+            f"Source: keys of the encoder, as {of} them",
+        ),
+    ]
+
+
+def _shaded(trace: AttentionTrace, values: np.ndarray) -> list[html.Span]:
+    """The tokens of the source on a ground that is darker the more they hold."""
+    most = float(values.max()) or 1.0
+    found = []
+    for place, token in enumerate(trace.tokens[:_MOST_LINKS]):
+        share = float(values[place]) / most
+        found.append(
+            html.Span(
+                token.strip() or repr(token),
+                title=f"{place} {token!r}: {values[place]:.4g}",
+                className="token",
+                style={
+                    "background": f"rgba(53, 95, 141, {share:.3f})",
+                    "color": "white" if share > _DARK else "inherit",
+                },
+            )
+        )
+    if trace.length > _MOST_LINKS:
+        found.append(html.Span(f"… {trace.length - _MOST_LINKS:,} more"))
+    return found
+
+
+def _links(
+    view: Selection, trace: AttentionTrace, prompt: str, query: int | None
+) -> list[dcc.Link | html.Span]:
+    """The tokens of the target, each with its row's strongest key in its title."""
+    best = None
+    if "strongest" in trace.dataset:
+        best = trace.select((view.layer, view.head))["strongest"].values
+    found: list[dcc.Link | html.Span] = []
+    for place, token in enumerate(trace.query_tokens[:_MOST_LINKS]):
+        title = f"{place} {token!r}"
+        if best is not None and not np.isnan(float(best[place])):
+            title += f" looks most at {trace.tokens[int(best[place])]!r}"
+        found.append(
+            dcc.Link(
+                token.strip() or repr(token),
+                href=replace(view, query=place, prompt=prompt).url(),
+                title=title,
+                className="token current" if place == query else "token",
+            )
+        )
+    if trace.queries > _MOST_LINKS:
+        found.append(html.Span(f"… {trace.queries - _MOST_LINKS:,} more"))
+    return found

@@ -1,0 +1,198 @@
+"""Runs of an encoder-decoder: one for each of its attentions, with two token axes on the pages of cross-attention."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from lens_dashboards.library import Library
+from lens_dashboards.views import render
+
+import lens
+from lens.runs import open_run
+from lens.runs.validation import _layer, validate
+from tests.lens.encoder_decoders import MAKE
+
+ASSETS = Path(lens.__file__).parent / "assets/models/stories260k"
+SOURCES = "The little girl saw a big red ball.\nOnce upon a time there was a cat.\n"
+TARGETS = "She played all day.\nThe cat was very happy and it slept.\n"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A random T5 of three encoder and two decoder layers, and files of sources and targets."""
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"d_model": 24, "d_kv": 6, "d_ff": 32, "num_layers": 3, "num_heads": 4}
+    sizes |= {"num_decoder_layers": 2, "decoder_start_token_id": 0, "eos_token_id": 2}
+    config = transformers.T5Config(vocab_size=512, pad_token_id=0, **sizes)
+    model = transformers.T5ForConditionalGeneration(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.copy_(torch.randn(parameter.shape) * 1.5 / parameter.shape[-1] ** 0.5)
+    model.save_pretrained(folder / "t5")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(ASSETS / name, folder / "t5")
+    (folder / "sources.txt").write_text(SOURCES)
+    (folder / "targets.txt").write_text(TARGETS)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(folder, tmp_path_factory, lens_command):
+    """Part -> its run."""
+    answer = lens_command(
+        "run", "--model", folder / "t5", "--prompts", folder / "sources.txt", "--target",
+        folder / "targets.txt", "--set", "capture.block_size=4",
+        "--out", tmp_path_factory.mktemp("runs"), "--json",
+    )  # fmt: skip
+    assert answer.code == 0, answer.err
+    found = [open_run(path) for path in (*answer.json["beside"], answer.json["path"])]
+    return {run.meta["model"]["part"]: run for run in found}
+
+
+def test_each_part_has_a_whole_run_whose_traces_are_those_of_the_library(runs, folder):
+    assert list(runs) == ["encoder", "decoder", "cross"]
+    model = lens.load(str(folder / "t5"))
+    lines = zip(SOURCES.splitlines(), TARGETS.splitlines(), strict=True)
+    traces = lens.capture(model, list(lines), block_size=4, progress=False)
+    for part, run in runs.items():
+        assert validate(run) == []
+        assert run.meta["model"]["name"] == f"t5 ({part})"
+        assert run.meta["model"]["layers"] == (3 if part == "encoder" else 2)
+        for number, expected in enumerate(traces):
+            mine = run.trace(f"p00{number}")
+            assert (
+                mine.tokens
+                == expected[part].tokens
+                == run.prompts["token_strings"][number].tolist()
+            )
+            assert mine.query_tokens == expected[part].query_tokens
+            for name in ("block_mass", "received", "entropy"):
+                pair = mine.dataset[name].values, expected[part].dataset[name].values
+                assert np.abs(pair[0] - pair[1]).max() < 1e-4, name
+        losses = [
+            float(lens.tasks.language_modelling(model, [pair]).evaluate(model)[0])
+            for pair in zip(SOURCES.splitlines(), TARGETS.splitlines(), strict=True)
+        ]
+        assert run.prompts["loss"].tolist() == pytest.approx(losses, abs=1e-5)
+        assert f"t5 ({part})" in (run.path / "report.html").read_text()
+    assert runs["cross"].trace("p001").queries != runs["cross"].trace("p001").length
+
+
+def test_the_page_of_a_cross_head_has_both_strips(runs):
+    run = runs["cross"]
+    library, trace = Library(run.path.parent), run.trace("p001")
+    page = str(render(library, f"/run/{run.id}/head/1/2", "?prompt=p001&query=3"))
+    assert "Target: queries of the decoder" in page
+    assert "as token 3 of the target sees them" in page
+    row = trace.tile(1, 2, (3, 4), (0, trace.length))[0]
+    best = int(row.argmax())
+    assert f"{best} {trace.tokens[best]!r}: {row[best]:.4g}" in page
+    assert f"3 {trace.query_tokens[3]!r} looks most at {trace.tokens[best]!r}" in page
+    assert f"The darkest holds {row.max():.1%}, uniform attention {1 / trace.length:.1%}" in page
+    mean = trace.select((1, 2))["received"].values / trace.queries
+    whole = str(render(library, f"/run/{run.id}/head/1/2", "?prompt=p001"))
+    assert f"{best} {trace.tokens[best]!r}: {mean[best]:.4g}" in whole
+    wrong = str(render(library, f"/run/{run.id}/head/1/2", "?prompt=p001&query=99"))
+    assert "Query 99 is no token of the target" in wrong
+    atlas = str(render(library, f"/run/{run.id}/atlas", ""))
+    assert "8 heads of t5 (cross)" in atlas
+    assert "queries of the target go down and keys of the source across" in atlas
+    picture = library.atlas(run.id, "p001", "raw")
+    assert picture.shape[:2] == (2, 4)
+    blocks = trace.dataset["block_mass"].values
+    if min(blocks.shape[2:]) >= 4 or max(blocks.shape[2:]) >= 4:
+        assert np.allclose(picture, blocks)
+
+
+def test_a_wrong_map_of_a_cross_trace_is_seen(runs):
+    run = runs["cross"]
+    trace = run.trace("p000")
+    assert trace.cross
+    changed = trace.dataset.copy(deep=True).load()
+    changed["block_mass"][:] = changed["block_mass"].values[..., ::-1]
+    problems = [*_layer(trace, changed.sel(layer=1))]
+    assert any("does not add up to received" in one for one in problems)
+
+
+def test_comparing_two_parts_says_which(runs, lens_command, tmp_path):
+    paths = [runs[part].path for part in ("cross", "encoder")]
+    answer = lens_command("compare", *paths, "--out", tmp_path)
+    assert answer.code == 0, answer.err
+    assert "t5 (cross) has 2 layers of 4 heads and t5 (encoder) has 3" in answer.out
+
+
+def test_a_part_alone_whose_targets_the_model_writes(folder, lens_command, tmp_path):
+    (tmp_path / "one.jsonl").write_text('{"text": "Once upon a time", "target": "A cat"}\n')
+    for prompts in (folder / "sources.txt", tmp_path / "one.jsonl"):
+        answer = lens_command(
+            "run", "--model", folder / "t5", "--prompts", prompts, "--part", "decoder", "--dry-run", "--json"
+        )  # fmt: skip
+        assert answer.code == 0, answer.err
+    assert answer.json["prompts"] == 1
+    model = lens.load(str(folder / "t5"))
+    target = lens.capture(model, ("Once upon a time", "A cat"), progress=False).decoder
+    assert answer.json["tokens"] == target.length
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("run", "--copied", "2"), "an encoder-decoder reads sources"),
+        (("heads", "--text-name", "lily"), "which `lens run` profiles"),
+        (
+            ("run", "--prompts", "SOURCES", "--target", "ONE"),
+            "has 1 targets and there are 2 sources",
+        ),
+        (("run", "--text-name", "lily", "--target", "ONE"), "target goes with the sources"),
+        (
+            ("run", "--text", "ONE", "--target", "ONE", "--tokens", "3"),
+            "each --target is of a whole",
+        ),
+        (("run", "--text", "ONE", "--part", "middle"), "part"),
+    ],
+)
+def test_what_an_encoder_decoder_cannot_have_is_refused(
+    folder, words, said, lens_command, tmp_path
+):
+    (tmp_path / "one.txt").write_text("Once upon a time there was a cat.")
+    names = {"SOURCES": folder / "sources.txt", "ONE": tmp_path / "one.txt"}
+    answer = lens_command(
+        *(names.get(word, word) for word in words),
+        "--model",
+        folder / "t5",
+        "--out",
+        tmp_path / "out",
+    )
+    assert answer.code == 2
+    assert said in answer.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_models_have_no_parts_and_no_targets(folder, lens_command, tmp_path):
+    for words, said in [
+        (("--part", "cross", "--model", "text-lm-3l"), "is no encoder-decoder"),
+        (("--model", "text-lm-3l", "--target", folder / "targets.txt"), "leave --target out"),
+    ]:
+        answer = lens_command("run", *words, "--prompts", folder / "sources.txt", "--out", tmp_path)
+        assert answer.code != 0
+        assert said in answer.err
+    MAKE["whisper"]().save_pretrained(tmp_path / "whisper")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(ASSETS / name, tmp_path / "whisper")
+    answer = lens_command(
+        "run",
+        "--model",
+        tmp_path / "whisper",
+        "--prompts",
+        folder / "sources.txt",
+        "--out",
+        tmp_path,
+    )
+    assert answer.code == 2
+    assert "reads input_features, and this command reads text" in answer.err
