@@ -240,9 +240,17 @@ def delete(
 def compare(
     a: Annotated[str, typer.Argument(help="A run folder, or its id (or the end of it) in --runs.")],
     b: Annotated[str, typer.Argument(help="Another one; every difference is B - A.")],
+    more: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="More make a series, such as the checkpoints of a training in their order."
+        ),
+    ] = None,
     out: Annotated[
         Path | None,
-        typer.Option("--out", "-o", help="Folder for comparison.html and comparison.json."),
+        typer.Option(
+            "--out", "-o", help="Folder for comparison.html and .json, or series.html and .json."
+        ),
     ] = None,
     runs: RunsDir = RUNS,
     seed: Annotated[int, typer.Option(help="Of the bootstrap.", min=0, max=2**32 - 1)] = 0,
@@ -250,18 +258,25 @@ def compare(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Write the comparison report of two runs: heads, scores and sections side by side."""
+    """Write the comparison of two runs, heads, scores and sections side by side, or of heads over a series of runs."""
     output = Output(json, quiet, debug)
     with output.session():
         from lens_analyses.comparing import FOLDER, write_comparison
+        from lens_analyses.comparing.series import write_series
         from lens_analyses.listing import resolve
 
-        first, second = resolve(a, runs), resolve(b, runs)
-        place = out or runs / FOLDER / f"{first.id}--{second.id}"
-        words = ["lens", "compare", str(first.path), str(second.path), "--seed", str(seed)]
-        written = write_comparison(first, second, place, command=shlex.join(words), seed=seed)
+        found = [resolve(name, runs) for name in (a, b, *(more or ()))]
+        place = out or runs / FOLDER / f"{found[0].id}--{found[-1].id}"
+        words = ["lens", "compare", *(str(run.path) for run in found), "--seed", str(seed)]
+        command = shlex.join(words)
+        if more:
+            written = write_series(
+                found, out or place.with_name(f"{place.name}-series"), command=command, seed=seed
+            )
+        else:
+            written = write_comparison(*found, place, command=command, seed=seed)
         output.result(written.text(), written.as_json())
-        if {first.status, second.status} != {"success"}:
+        if {run.status for run in found} != {"success"}:
             raise SystemExit(PARTIAL)
 
 

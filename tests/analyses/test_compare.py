@@ -2,11 +2,12 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 
-from lens.runs import compare_runs, open_run
+from lens.runs import compare_runs, compare_series, open_run
 
 from .conftest import ARGUMENTS, serious_violations
 
@@ -101,3 +102,32 @@ def test_the_same_run_twice_is_refused(lens_command, run_folder, tmp_path):
     assert answer.code == 1
     assert "A and B are the same run" in answer.err
     assert not (tmp_path / "c").exists()
+
+
+def test_a_series_of_runs_is_one_page(lens_command, run_folder, other_folder, tmp_path, browser):
+    third = tmp_path / "third"
+    shutil.copytree(run_folder, third)
+    index = json.loads((third / "run.json").read_text())
+    (third / "run.json").write_text(json.dumps(index | {"id": "third"}))
+    (third / "manifest.json").unlink()
+    answer = lens_command("compare", run_folder, other_folder, third, "-o", tmp_path, "--json")
+    assert answer.code == 0, answer.err
+    data = json.loads((tmp_path / "series.json").read_text())
+    assert [one["run"] for one in data["runs"]] == [run_folder.name, other_folder.name, "third"]
+    assert data["summary"] == answer.json["summary"]
+    series = compare_series([open_run(run_folder), open_run(other_folder), open_run(third)])
+    assert len(data["heads"]) == len(series.heads)
+    assert data["summary"][0].startswith("Induction heads: 3 at ")
+    back = [row for row in data["heads"] if row["place"] == 2 and row["since_first"] is not None]
+    assert {row["since_first"] for row in back} == {0.0}
+    page = tmp_path / "series.html"
+    assert not serious_violations(browser, page)
+    tab = browser.new_page()
+    said = []
+    tab.on("console", lambda message: said.append(message.text))
+    tab.goto(f"file://{page}")
+    tab.wait_for_selector("#scatter .main-svg")
+    tab.select_option("#score", "text/previous_token/raw")
+    tab.wait_for_selector("#scatter .main-svg")
+    assert said == []
+    tab.close()

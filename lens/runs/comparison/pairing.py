@@ -17,7 +17,7 @@ from lens.runs.folders import Run
 from lens.runs.schema import PROMPT_KINDS
 from lens.stats import over_units
 
-_POSITIONS = ("top_key", "positional_distance")  # which key it is, not how much: no difference
+POSITIONS = ("top_key", "positional_distance")  # which key it is, not how much: no difference
 HEAD_COLUMNS = (
     "prompts",
     "metric",
@@ -124,7 +124,7 @@ def compare_losses(a: Run, b: Run, *, seed: int) -> pd.DataFrame:
 def _values(run: Run, kind: str, prompts: list[str]) -> dict[tuple[str, str], pd.DataFrame]:
     """(metric, variant) -> [prompt, (layer, head)]; the run's own mean over `kind` without prompts."""
     chosen = prompts or [kind]
-    rows = run.heads[run.heads["prompt_id"].isin(chosen) & ~run.heads["metric"].isin(_POSITIONS)]
+    rows = run.heads[run.heads["prompt_id"].isin(chosen) & ~run.heads["metric"].isin(POSITIONS)]
     found = {}
     for (metric, variant), part in rows.groupby(["metric", "variant"], sort=False):
         table = part.pivot(index="prompt_id", columns=["layer", "head"], values="value")

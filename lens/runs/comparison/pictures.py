@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from lens.runs import Comparison
+    from lens.runs.comparison.series import RunSeries
 
 _ON_COPIES = ("induction", "duplicate_token", "previous_token")
 _NAMED = 5
@@ -220,3 +221,60 @@ def _meta(
         "variant": variant,
         "prompts": kind,
     }
+
+
+@draws("RunSeries")
+def series_lines(
+    series: RunSeries,
+    metric: str = "induction",
+    variant: str = "raw",
+    prompts: str | None = None,
+    top: int = 8,
+    **look: Unpack[Look],
+) -> go.Figure:
+    """The heads that change most over a series of runs: their score at each, with the interval of the change.
+
+    Args:
+        series: of `lens.runs.compare_series`.
+        metric, variant: of `lens.traces.metrics`.
+        prompts: `text` or `copied`; None: the kind that shows the metric best.
+        top: so many heads; the others are drawn thin and grey, at most 200.
+
+    Raises:
+        LensError: no such score.
+    """
+    rows = series.heads[(series.heads["metric"] == metric) & (series.heads["variant"] == variant)]
+    have = list(dict.fromkeys(rows.loc[rows["value"].notna(), "prompts"]))
+    if not have or (prompts is not None and prompts not in have):
+        raise LensError(
+            f"no run of the series has {metric!r} ({variant}) on {prompts or 'any prompts'}"
+        )
+    best = "copied" if metric in _ON_COPIES else "text"
+    kind = prompts or (best if best in have else have[0])
+    rows = rows[rows["prompts"] == kind]
+    grid = rows.pivot(index="name", columns="place", values="value")
+    spread = (grid.max(axis=1) - grid.min(axis=1)).sort_values(ascending=False, kind="stable")
+    figure = go.Figure()
+    colors = iter((ACCENT, LINE, "#22a884", "#8250df", "#8a5300", "#17663a", "#c2410c", "#1f5a96"))
+    for number, name in reversed(list(enumerate(spread.index[:200]))):
+        named = number < top
+        color = next(colors, LINE) if named else BASELINE
+        figure.add_scatter(
+            x=[series.names[place] for place in grid.columns],
+            y=grid.loc[name],
+            mode="lines+markers" if named else "lines",
+            name=str(name),
+            showlegend=named,
+            opacity=1.0 if named else 0.35,
+            line={"color": color, "width": 2 if named else 1},
+            hovertemplate=f"{name} at %{{x}}: %{{y:.4g}}<extra></extra>",
+        )
+    figure.update_xaxes(title="run", type="category")
+    figure.update_yaxes(title=label(metric, variant))
+    first = spread.index[0]
+    return style(
+        figure,
+        f"{first} changes most: {grid.loc[first].min():.2f} to {grid.loc[first].max():.2f}",
+        look,
+        meta={"metric": metric, "variant": variant, "prompts": kind},
+    )

@@ -29,7 +29,7 @@ _FOLLOWS = (
     *(f"model.{name}" for name in ("class", "parameters", "licence")),
 )  # what comes with the model and is no choice of its own
 _SAME_ORDER = 0.995
-_SEEN = 0.005  # a share of attention that two decimals show
+SEEN = 0.005  # a share of attention that two decimals show
 
 
 def sentences(
@@ -169,9 +169,9 @@ def _changes(heads: pd.DataFrame, shared: Mapping[str, int]) -> list[str]:
     shares = [name for name, metric in METRICS.items() if metric.unit == "probability"]
     rows = heads[heads["metric"].isin(shares) & (heads["metric"] != "sink_rate")]
     rows = rows[rows["prompts"].isin(paired)]
-    rows = rows[rows["difference"].abs() >= _SEEN]
+    rows = rows[rows["difference"].abs() >= SEEN]
     if rows.empty:
-        return [f"No head's share of attention differs by {_SEEN:g} or more."]
+        return [f"No head's share of attention differs by {SEEN:g} or more."]
     if heads["low"].notna().any():
         rows = rows[(rows["low"] > 0) | (rows["high"] < 0)]
     if rows.empty:

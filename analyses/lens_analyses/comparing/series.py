@@ -1,0 +1,124 @@
+"""The page of a series of runs: `series.html`, which opens offline, and the same numbers as `series.json`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+import lens
+from lens.common.errors import LensError
+from lens.common.files import write_text
+from lens.common.results import of_kind
+from lens.runs import Run
+from lens.runs.comparison.pictures import series_lines
+from lens.runs.comparison.series import RunSeries, compare_series
+from lens.runs.schema import KIND_WORDS
+from lens.traces.metrics import METRICS
+from lens_analyses.comparing.written import Written
+from lens_analyses.console import finite, to_json
+from lens_analyses.report.charts import slim, template
+from lens_analyses.report.numbers import CITATION, plain
+from lens_analyses.report.page import embedded_json, environment, signed, source_of
+
+SCHEMA, SCHEMA_VERSION = "attention-lens/series", 1
+MOST_ROWS = 60
+
+
+def write_series(runs: Sequence[Run], out: Path, *, command: str, seed: int = 0) -> Written:
+    """Compare runs in their order and write `series.html` and `series.json` into `out`.
+
+    Raises:
+        LensError: as `compare_series`, or a run is being computed right now.
+    """
+    for run in runs:
+        if run.status == "started":
+            raise LensError(f"{run.path} is being computed right now; compare it when it is done")
+    series = compare_series(runs, seed=seed)
+    data = _numbers(series, command)
+    write_text(out / "series.json", to_json(data))
+    write_text(out / "series.html", _page(series, data))
+    return Written(out / "series.html", out / "series.json", "series", data, ("summary", "limits"))
+
+
+def _numbers(series: RunSeries, command: str) -> dict[str, Any]:
+    pairs = zip(series.names, series.runs, strict=True)
+    data = {
+        "schema": SCHEMA,
+        "schema_version": SCHEMA_VERSION,
+        "runs": [{"name": name, "run": run.id, "status": run.status} for name, run in pairs],
+        "summary": list(of_kind(series.findings(), "heads", "jump")),
+        "limits": [
+            *of_kind(series.findings(), "limit"),
+            "Runs stand in the order in which they were given, at equal distances.",
+        ],
+        "heads": series.heads.to_dict("records"),
+        "provenance": {
+            "command": command,
+            "seed": series.seed,
+            "report_version": lens.__version__,
+            "citation": CITATION,
+        },
+    }
+    return finite(plain(data))
+
+
+def _page(series: RunSeries, data: dict[str, Any]) -> str:
+    made = environment()
+    made.filters.update(signed=signed)
+    drawn = _figures(series)
+    return made.get_template("series.html.j2").render(
+        data=data,
+        names=KIND_WORDS,
+        labels={name: one.label for name, one in METRICS.items()},
+        choices=_choices(list(drawn)),
+        largest=_largest(series.heads),
+        style=Markup(source_of(made, "report.css")),
+        script=Markup(source_of(made, "shared.js") + source_of(made, "comparison.js")),
+        plotly=Markup(get_plotlyjs()),
+        payload=Markup(embedded_json({"template": template(), "figures": drawn})),
+    )
+
+
+def _figures(series: RunSeries) -> dict[str, Any]:
+    """`scatter/<prompts>/<metric>/<variant>` of every score that has a number."""
+    known = series.heads.dropna(subset=["value"])
+    known = known[known["metric"].map(lambda name: METRICS[name].unit) != "position"]
+    kinds = known[["prompts", "metric", "variant"]].drop_duplicates().itertuples(index=False)
+    return {
+        f"scatter/{kind.prompts}/{kind.metric}/{kind.variant}": slim(
+            series_lines(series, str(kind.metric), str(kind.variant), str(kind.prompts), height=420)
+        )
+        for kind in kinds
+    }
+
+
+def _choices(drawn: list[str]) -> list[dict[str, str]]:
+    keys = [name.partition("/")[2] for name in drawn]
+    first = next((key for key in keys if key == "copied/induction/raw"), keys[0] if keys else "")
+    found = []
+    for key in keys:
+        prompts, metric, variant = key.split("/")
+        without = ", sink excluded" if variant == "sink_excluded" else ""
+        found.append(
+            {
+                "key": key,
+                "label": f"{METRICS[metric].label}{without}, on {KIND_WORDS[prompts]}",
+                "selected": " selected" if key == first else "",
+                "definition": METRICS[metric].definition,
+            }
+        )
+    return found
+
+
+def _largest(heads: pd.DataFrame) -> list[dict[Any, Any]]:
+    """Shares of attention that change most from one run to the next, beyond their interval where there is one."""
+    shares = [name for name, one in METRICS.items() if one.unit == "probability"]
+    rows = heads[heads["metric"].isin(shares) & (heads["variant"] == "raw")]
+    rows = rows.dropna(subset=["since_last"])
+    known = rows["since_last_low"].notna()
+    rows = rows[~known | (rows["since_last_low"] > 0) | (rows["since_last_high"] < 0)]
+    order = rows["since_last"].abs().sort_values(ascending=False, kind="stable").index
+    return finite(plain(rows.loc[order].head(MOST_ROWS).to_dict("records")))
