@@ -14,6 +14,7 @@ from .common.version import __version__ as __version__
 from .edits.effects import effect as effect
 from .edits.running import edit as edit
 from .passes.loading import load as load
+from .runs.opening import open as open
 from .traces.captures import capture as capture
 from .traces.profiles import profile as profile
 

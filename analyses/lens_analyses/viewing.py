@@ -60,13 +60,14 @@ def view_runs(
     folder = target.resolve().parent if single else target.resolve()
     check_port(port, host)
     try:
-        from lens_dashboards.server import serve
+        from lens_dashboards.server import check_reach, serve
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("lens"):
             raise
         raise LensError(
             f"the dashboard needs {error.name}; install it with pip install 'attention-lens[dashboard]'"
         ) from error
+    check_reach(host, token)
     path = f"/run/{target.resolve().name}" if single else "/"
     if not quiet:
         say(f"dashboard: {_link(host, port, path, token)} (stop it with Ctrl-C)")

@@ -1,6 +1,8 @@
 """The dashboard's server: Dash over Flask, on this machine only unless a token says otherwise."""
 
 import secrets
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 from dash import Dash
@@ -99,17 +101,50 @@ def serve(
     """
     from lens_dashboards.listening import listen, make_server
 
-    if not is_loopback(host) and not token:
-        raise LensError(
-            f"{host} can be reached by others: give a token, e.g. token={secrets.token_urlsafe(16)!r},"
-            " and open the page with ?token=..."
-        )
+    check_reach(host, token)
     app = create_app(runs, hosts=names_of(host), token=token, jobs=jobs)
     server = make_server(app.server, listen(host, port), threads)
     try:
         server.run()
     finally:
         server.close()
+
+
+def check_reach(host: str, token: str | None) -> None:
+    """Raises LensError: an address that others can reach, without a token."""
+    if not is_loopback(host) and not token:
+        raise LensError(
+            f"{host} can be reached by others: give a token, e.g. token={secrets.token_urlsafe(16)!r},"
+            " and open the page with ?token=..."
+        )
+
+
+def serve_beside(runs: str | Path) -> tuple[str, Callable[[], None]]:
+    """Serve a folder of runs in a thread beside this program, on this machine alone and on a free port.
+
+    Returns:
+        The address, and what ends it.
+    """
+    from waitress import wasyncore
+
+    from lens_dashboards.listening import listen, make_server
+
+    server = make_server(create_app(runs).server, listen("127.0.0.1", 0), threads=4)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+
+    def drop() -> None:
+        """In the server's own loop, which ends when nothing is open: browsers keep their connections."""
+        for channel in list(server.active_channels.values()):
+            channel.handle_close()
+        wasyncore.close_all(server._map, ignore_all=True)
+
+    def close() -> None:
+        server.task_dispatcher.shutdown()
+        server.trigger.pull_trigger(drop)
+        thread.join(timeout=10)
+
+    return f"http://127.0.0.1:{server.effective_port}", close
 
 
 def _harden(app: Dash, flask: Flask) -> None:

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 _HOMES = ("lens.figures", "lens.runs.comparison.pictures")  # where figure functions are
 _VIEWER = "lens_dashboards.notebook"
+_SERVER = "lens_dashboards.server"
+_OPENER = "lens.runs.opening"
 _DRAWN: dict[str, tuple[Callable[..., Any], str]] = {}
 _Drawing = TypeVar("_Drawing", bound=Callable[..., Any])
 
@@ -64,8 +66,26 @@ def viewer() -> Callable[..., Any]:
     Raises:
         LensError: the dashboard is not installed.
     """
+    return _of_dashboard(_VIEWER).view
+
+
+def background(runs: Any) -> tuple[str, Callable[[], None]]:
+    """Serve a folder of runs beside this program: the address, and what ends it.
+
+    Raises:
+        LensError: the dashboard is not installed.
+    """
+    return _of_dashboard(_SERVER).serve_beside(runs)
+
+
+def opened(result: Any) -> Any:
+    """A result in the dashboard, as `lens.open` shows it."""
+    return importlib.import_module(_OPENER).open(result)
+
+
+def _of_dashboard(name: str) -> Any:
     try:
-        return importlib.import_module(_VIEWER).view
+        return importlib.import_module(name)
     except ModuleNotFoundError as error:
         raise LensError(
             f"the view needs {error.name}; install it with pip install 'attention-lens[dashboard]'"

@@ -6,7 +6,7 @@ import html
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from lens.common.plots import draw
+from lens.common.plots import draw, opened
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -85,6 +85,14 @@ class Result:
             LensError: it has none.
         """
         return draw(self, *args, **options)
+
+    def view(self) -> Any:
+        """This result in the dashboard, served from a temporary run folder: `.url`, `.close()` (`lens.open`).
+
+        Raises:
+            LensError: the dashboard is not installed.
+        """
+        return opened(self)
 
     def _repr_html_(self) -> str:
         return as_html(repr(self), self.table())

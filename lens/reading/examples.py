@@ -58,7 +58,7 @@ def examples(
         LensError: no prompt, or none that has two tokens; an encoder-decoder.
 
     Example:
-        >>> found = examples(small, ["one two one two one", "three four three"], n=1, progress=False)
+        >>> found = examples(small, [[5, 6, 5, 6, 5], [7, 8, 8, 7]], n=1, progress=False)
         >>> found.of(found.heads[0])[0].prompt in (0, 1)
         True
     """

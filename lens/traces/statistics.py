@@ -111,6 +111,13 @@ class LayerRecord:
     backend: str
     variables: dict[str, torch.Tensor]
 
+    def __repr__(self) -> str:
+        where = f"{self.place} " if self.place else ""
+        return (
+            f"LayerRecord(step {self.step}, {where}layer {self.layer}: {self.queries} queries × {self.keys} keys, "
+            f"{self.heads} heads; {', '.join(self.variables)})"
+        )
+
 
 def make_settings(
     *, statistics: str | Sequence[str], block_size: int, keep_qk: bool, backend: str

@@ -85,3 +85,22 @@ def test_a_link_restores_the_view(search):
     view, notes = read_url("/run/a/maps", search)
     assert (view.page, notes) == ("maps", [])
     assert read_url(*view.url().split("?")) == (view, [])
+
+
+def test_a_pin_keeps_zoom_and_row_and_a_pressed_switch_is_readable(page, address, run):
+    page.goto(f"{address}/run/{run.id}/head/1/3")
+    page.wait_for_selector("#map[data-ready]")
+    page.locator("#map canvas").click(position={"x": 200, "y": 200})
+    page.keyboard.press("+")
+    page.wait_for_url("**q0=*")
+    zoom = {part for part in page.url.partition("?")[2].split("&") if part[0] in "qk"}
+    page.click("#pin")
+    page.wait_for_url("**pin=1.3*")
+    assert zoom <= set(page.url.partition("?")[2].split("&"))
+    pressed = page.locator(".switch button[aria-pressed=true]")
+    pressed.hover()
+    colors = pressed.evaluate(
+        "(one) => [getComputedStyle(one).color, getComputedStyle(one).backgroundColor]"
+    )
+    assert colors[0] == "rgb(255, 255, 255)"
+    assert colors[1] not in ("rgb(255, 255, 255)", "rgb(244, 245, 247)")

@@ -81,11 +81,11 @@
 
   // The next head at the zoom of this one, which only the address knows.
   document.addEventListener("click", (event) => {
-    const link = event.target instanceof Element && event.target.closest("#previous-head, #next-head, #maps-chosen a");
+    const link = event.target instanceof Element && event.target.closest("#previous-head, #next-head, #maps-chosen a, #pin, .steps #to-maps");
     if (!link || link.tagName !== "A" || event.ctrlKey || event.metaKey || event.shiftKey) return;
     event.preventDefault();
     event.stopPropagation();
-    if (link.id) return go(new URL(link.href).pathname + window.location.search);
+    if (link.id.endsWith("-head")) return go(new URL(link.href).pathname + window.location.search);
     const there = new URL(link.href), here = new URLSearchParams(window.location.search);
     for (const name of ["q0", "q1", "k0", "k1", "query"]) {
       if (here.get(name)) there.searchParams.set(name, here.get(name));

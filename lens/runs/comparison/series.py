@@ -129,8 +129,8 @@ def compare_series(runs: Sequence[Run], *, seed: int = 0) -> RunSeries:
         LensError: fewer than two runs, one twice, or as `compare_runs`.
 
     Example:
-        >>> lens.runs.compare_series([run, other]).table()["place"].max()
-        1
+        >>> lens.runs.compare_series([run, other]).table()["place"].nunique()
+        2
     """
     runs = tuple(runs)
     if len(runs) < 2 or len({run.path for run in runs}) < len(runs):
