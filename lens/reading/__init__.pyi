@@ -1,4 +1,5 @@
 from .attributing import attribute as attribute
+from .circuits import circuit as circuit
 from .components import components as components
 from .examples import examples as examples
 from .explaining import explain as explain
