@@ -12,6 +12,7 @@
 /run/<id>/policies                    which heads may be sparse
 /run/<id>/mixers                      what linear and recurrent mixers do
 /run/<id>/circuits                    which edges carry a task
+/run/<id>/reading                      why heads attend where they do, pair by pair
 /run/<id>/vision                       where patches of a picture look
 /run/<id>/analysis/<section>          what one analysis found
 /run/<id>/provenance                  how it was made
@@ -51,26 +52,17 @@ OPTIONS: dict[str, dict[str, str]] = {
     "policies": {"policy": "", "head": "", "shown": "", "layer": ""},
     "mixers": {"head": "", "shown": ""},
     "circuits": {"ranking": "", "edges": "", "pins": "", "by": "", "groups": ""},
+    "reading": {"head": "", "pair": ""},
     "compare": {"a": "", "b": "", "metric": "", "group": ""},
 }
 """Options of each page with their defaults; a link holds those that differ."""
 PAGES = (
     *("runs", "jobs", "overview", "heads", "head", "maps", "atlas", "sinks", "redistribution"),
-    *("policies", "mixers", "circuits", "vision", "analysis", "compare", "provenance"),
+    *("policies", "mixers", "circuits", "reading", "vision", "analysis", "compare", "provenance"),
 )
 _PLAIN = (
-    *(
-        "heads",
-        "maps",
-        "atlas",
-        "sinks",
-        "redistribution",
-        "policies",
-        "mixers",
-        "circuits",
-        "vision",
-    ),
-    "provenance",
+    *("heads", "maps", "atlas", "sinks", "redistribution", "policies", "mixers", "circuits"),
+    *("reading", "vision", "provenance"),
 )
 _WITH_PROMPT = ("head", "maps", "atlas", "vision")
 _ZOOMED = ("head", "maps")

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
+import pandas as pd
 import plotly.graph_objects as go
 
 from lens.common.choices import check_counts
-from lens.common.colors import ACCENT, BASELINE, DIVERGING, LINE, scale
+from lens.common.colors import ACCENT, BASELINE, DIVERGING, LINE, VIRIDIS, scale
 from lens.common.plots import draws
 from lens.figures.rows import bars
 from lens.figures.style import Look, escaped, style
@@ -46,12 +47,20 @@ def parts_matrix(
     rows, row_names = _largest(result.parts[0], np.abs(cells).sum(1), top)
     columns, column_names = _largest(result.parts[1], np.abs(cells).sum(0), top)
     shown = rows @ cells @ columns.T
-    most = float(np.abs(shown).max()) or 1.0
+    title = f"Why {result.head} attends there: logit {shown.sum():+.3g} in parts ({result.model})"
+    return _matrix(shown, row_names, column_names, escaped(title), look)
+
+
+def _matrix(
+    cells: np.ndarray, rows: list[str], columns: list[str], title: str, look: Look
+) -> go.Figure:
+    """Query parts down, key parts across."""
+    most = float(np.abs(cells).max()) or 1.0
     figure = go.Figure(
         go.Heatmap(
-            z=shown,
-            x=[escaped(name) for name in column_names],
-            y=[escaped(name) for name in row_names],
+            z=cells,
+            x=[escaped(name) for name in columns],
+            y=[escaped(name) for name in rows],
             colorscale=scale(DIVERGING),
             zmin=-most,
             zmax=most,
@@ -63,8 +72,68 @@ def parts_matrix(
     )
     figure.update_xaxes(title="Written at the key by", tickangle=-40)
     figure.update_yaxes(title="Written at the query by", autorange="reversed")
-    title = f"Why {result.head} attends there: logit {shown.sum():+.3g} in parts ({result.model})"
-    return style(figure, escaped(title), look, height=140 + 26 * len(row_names))
+    return style(figure, title, look, height=140 + 26 * len(rows))
+
+
+def pair_map(pairs: pd.DataFrame, chosen: tuple[int, int], **look: Unpack[Look]) -> go.Figure:
+    """Pairs of one prompt: keys across, queries down, one point each by attention; a ring around the chosen one.
+
+    Args:
+        pairs: of the section `explain`, of one head.
+        chosen: query and key.
+    """
+    words = [
+        f"{escaped(str(row['query_token']))} at {row['query']} → {escaped(str(row['key_token']))} at {row['key']}"
+        for row in pairs.to_dict("records")
+    ]
+    figure = go.Figure(
+        go.Scatter(
+            x=pairs["key"],
+            y=pairs["query"],
+            mode="markers",
+            text=words,
+            marker={
+                "size": 14,
+                "color": pairs["mass"],
+                "colorscale": scale(VIRIDIS),
+                "cmin": 0,
+                "cmax": 1,
+                "colorbar": {"title": {"text": "attention", "side": "right"}, "thickness": 12},
+            },
+            hovertemplate="%{text}<br>attention %{marker.color:.3f}<extra></extra>",
+            showlegend=False,
+        )
+    )
+    ring = {"size": 22, "color": "rgba(0,0,0,0)", "line": {"width": 3, "color": ACCENT}}
+    figure.add_scatter(
+        x=[chosen[1]],
+        y=[chosen[0]],
+        mode="markers",
+        marker=ring,
+        hoverinfo="skip",
+        showlegend=False,
+    )
+    most = float(pairs["query"].max())
+    figure.add_scatter(
+        x=[0, most], y=[0, most], mode="lines", line={"color": LINE, "dash": "dot"}, hoverinfo="skip",
+        showlegend=False,
+    )  # fmt: skip
+    figure.update_xaxes(title="Key", rangemode="tozero")
+    figure.update_yaxes(title="Query", autorange="reversed")
+    return style(figure, "Pairs of the first prompt", look, height=380)
+
+
+def pair_products(products: pd.DataFrame, **look: Unpack[Look]) -> go.Figure:
+    """Contrast of one pair, query parts × key parts, those of the section `explain`.
+
+    Args:
+        products: of one head and pair: `query_part`, `key_part`, `contrast`.
+    """
+    cells = products.pivot_table(index="query_part", columns="key_part", values="contrast")
+    rows = cells.abs().sum(axis=1).sort_values(ascending=False, kind="stable").index
+    columns = cells.abs().sum(axis=0).sort_values(ascending=False, kind="stable").index
+    title = "Contrast of the parts with the largest sums, nats"
+    return _matrix(cells.loc[rows, columns].to_numpy(), list(rows), list(columns), title, look)
 
 
 @draws("Removals")

@@ -9,6 +9,7 @@ import pandas as pd
 
 from lens.common.results import Result, Sentence, described
 
+NO_KIND = "another token"
 LOOKS: Mapping[str, Callable[[Sequence[int], int, int], bool]] = {
     "the token after an earlier copy": lambda ids, row, key: (
         0 < key <= row and ids[key - 1] == ids[row]
@@ -17,7 +18,7 @@ LOOKS: Mapping[str, Callable[[Sequence[int], int, int], bool]] = {
     "an earlier copy": lambda ids, row, key: key < row and ids[key] == ids[row],
     "itself": lambda _, row, key: key == row,
     "the first token": lambda _, __, key: key == 0,
-    "another token": lambda _, __, ___: True,
+    NO_KIND: lambda _, __, ___: True,
 }
 """What a key is to a row; the last where no other is true in half of the rows, of equal ones the first."""
 _SIDES = {"q": "query", "k": "key"}
@@ -69,8 +70,12 @@ class CircuitReading(Result):
             ]
             interval = _ends(head["mass_low"], head["mass_high"], ".0%")
             text = (
-                f"{head['name']} looks at {head['looks_at']} (in {head['rows']:.0%} of its rows, with {head['mass']:.0%}"
-                f"{interval} of their attention; {head['uniform']:.0%} if it were even)"
+                (
+                    f"{head['name']} looks at tokens of no one kind"
+                    if head["looks_at"] == NO_KIND
+                    else f"{head['name']} looks at {head['looks_at']} (in {head['rows']:.0%} of its rows, with "
+                    f"{head['mass']:.0%}{interval} of their attention; {head['uniform']:.0%} if it were even)"
+                )
                 + (": " if why else "")
                 + "; ".join(why)
                 + "."
@@ -97,7 +102,11 @@ class CircuitReading(Result):
 
 def _because(row: Mapping, looks: Mapping[str, str]) -> str:  # type: ignore[type-arg]
     """What an edge carries, and what it costs to cut it."""
-    looking = f", which looks at {looks[row['writer']]}," if row["writer"] in looks else ""
+    looking = (
+        f", which looks at {looks[row['writer']]},"
+        if looks.get(row["writer"], NO_KIND) != NO_KIND
+        else ""
+    )
     share = f"{row['share']:.0%}{_ends(row['share_low'], row['share_high'], '.0%')}"
     what = (
         f"{share} of what it writes comes from {row['writer']}{looking.rstrip(',')}"

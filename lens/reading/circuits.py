@@ -11,7 +11,7 @@ corrupt prompts (where a head finds its place by position alone) do not show the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -96,7 +96,7 @@ def circuit(
         calls = [read_calls(model, ids[None]) for ids in task.clean]
     pairs = _pairs(circuit, edges, task, calls)
     shares: dict[int, np.ndarray] = {}
-    heads: list[dict[str, object]] = []
+    heads: list[dict[str, Any]] = []
     with advancing(f"{model.name}: circuit", len(pairs), progress) as advance:
         for node, own in pairs.items():
             head = head_of_node(node)
@@ -201,7 +201,7 @@ def _looks(
     prompts: Sequence[Sequence[int]],
     calls: Sequence[Sequence[LayerCall]],
     seed: int,
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """What the head looks at in its rows, in how many of them, how much it gives there, and chance."""
     every = [
         [{name for name, is_so in LOOKS.items() if is_so(ids, *pair)} for pair in own]

@@ -23,7 +23,7 @@ def run(lens_command, tmp_path_factory):
 
 
 def test_both_sections_are_there_and_the_folder_is_whole(run):
-    assert run.sections == ["edges", "circuit", "joined"]
+    assert run.sections == ["edges", "circuit", "joined", "reading"]
     assert validate(run) == []
     assert "circuits/induction.json" in run.meta["files"]
     assert "circuits/mib/importances.json" in run.meta["files"]
@@ -115,7 +115,7 @@ def test_what_two_runs_share_stands_beside_chance(run, lens_command, tmp_path):
     answer = lens_command(*RUN.split(), *words, "--out", tmp_path, "--json")
     assert answer.code == 0, answer.err
     other = open_run(answer.json["path"])
-    assert other.sections == ["edges", "circuit", "joined", "overlap"]
+    assert other.sections == ["edges", "circuit", "joined", "reading", "overlap"]
     assert validate(other) == []
     section = other.section("overlap")
     mine, its = (
@@ -146,7 +146,7 @@ def test_a_circuit_without_a_head_is_unsupported(lens_command, tmp_path):
     reasons = open_run(answer.json["path"]).unsupported
     assert "make no circuit that goes through a head" in reasons.pop("edges")
     assert reasons == dict.fromkeys(
-        ("circuit", "joined"), "needs the section edges, which is unsupported"
+        ("circuit", "joined", "reading"), "needs the section edges, which is unsupported"
     )
 
 

@@ -30,7 +30,7 @@ SECTIONS = {
         *("roles", "importance", "patterns", "retrieval", "similarity"),
         *("stability", "pruning", "layers", "heads"),
     ),
-    "circuit": ("edges", "circuit", "joined"),
+    "circuit": ("edges", "circuit", "joined", "reading"),
     "redistribute": ("dose", "search"),
     "policies": ("policies", "running", "stability", "search"),
 }

@@ -113,6 +113,13 @@ def circuit_run(tmp_path_factory):
     return _run_of(tmp_path_factory, "circuit", "circuit --model induction-2l --copied 2 --n 8")
 
 
+@pytest.fixture(scope="session")
+def explain_run(tmp_path_factory):
+    """A real run of `lens explain`."""
+    command = "explain --model induction-2l --task induction --n 2 --copied 1 --heads L1H0,L1H2"
+    return _run_of(tmp_path_factory, "explain", command, ("explain",))
+
+
 _TEXT = "--text-name moby-dick --tokens 64 --windows 4 --n 4 --set analysis.length=64"
 _ON_TEXT = f"--model text-lm-3l {_TEXT} --set prompts.copied=0"
 

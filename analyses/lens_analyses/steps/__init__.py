@@ -74,6 +74,7 @@ STEPS: dict[str, tuple[Step, ...]] = {
         Step("edges", "circuits"),
         Step("circuit", "circuits", needs="edges"),
         Step("joined", "circuit_heads", needs="edges"),
+        Step("reading", "circuit_heads", needs="edges"),
         Step("overlap", "circuit_overlap", setting="compare", needs="edges"),
     ),
     "redistribute": (Step("dose", "redistribute"), Step("search", "redistribute")),

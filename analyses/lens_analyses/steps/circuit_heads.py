@@ -2,18 +2,21 @@
 
 import torch
 
+import lens
 from lens import circuits
 from lens.circuits.graph.head_sets import heads_of
 from lens.circuits.patches.head_parts import ROLES
 from lens.common.head_ids import HeadId, head_of_node
+from lens.common.results import of_kind
 from lens.runs.sections import Section
 from lens_analyses.steps.circuits import HELD_OUT, halves, largest
 from lens_analyses.steps.columns import defined
-from lens_analyses.steps.headlines import of_sink_check
+from lens_analyses.steps.headlines import of_highest, of_sink_check
 from lens_analyses.steps.run_circuits import circuit_of
 from lens_analyses.steps.subject import Subject
 
 _HEADS = 24  # that are looked at, those with the largest scores
+_EDGES = 60  # that are read aloud
 _DRAWS = 5  # of other heads, for the check with the sink taken out
 COLUMNS = {
     "name": "Layer and head.",
@@ -37,6 +40,18 @@ COLUMNS = {
     "change": "Edited - as it is, of the metric turned so that more is better.",
     "draws": "Sets of other heads that were drawn.",
     "n": "Number of prompts.",
+    "edge": "Writer and reader.",
+    "writer": "Head, MLP or input that writes.",
+    "reader": "Head, MLP or logits that reads.",
+    "side": "q, k, v: into queries, keys or values; empty: into an MLP or the logits.",
+    "share": "Of the reader's logit that the writer carries on that side, or of what it writes that comes from the writer.",
+    "drop": "Metric lost when the edge alone is cut, with the ablation of the circuit.",
+    "of_effect": "The same as a share of what cutting all edges does.",
+    "holds": "Whether the interval of the drop is above 0.",
+    "looks_at": "What the head looks at most in the rows that it works in.",
+    "mass": "Attention of these rows that goes there.",
+    "uniform": "The same if attention were even.",
+    "rows": "Share of these rows in which such a key gets most.",
 }
 
 
@@ -85,6 +100,45 @@ def joined(subject: Subject) -> Section:
         tables=tables,
         figures=figures,
         headlines=tuple(of_sink_check(tables["sink"], task.name, task.metric, "sink")),
+    )
+
+
+def reading(subject: Subject) -> Section:
+    """What each head of the circuit looks at, because of whom, and what cutting each edge costs, in sentences."""
+    _, others = halves(subject)
+    task = others.take(torch.arange(min(others.n, HELD_OUT)))
+    chosen, scores = circuit_of(subject.run)
+    read = chosen if chosen.n <= _EDGES else scores.top(_EDGES)
+    found = lens.reading.circuit(
+        subject.model, task, read, seed=subject.seed, progress=subject.progress
+    )
+    said = found.findings()
+    tables = {"edges": found.table(), "heads": found.heads}
+    return Section(
+        name="reading",
+        title="The circuit in words: what each head looks at, and because of whom",
+        summary=of_kind(said, "logits", "head"),
+        limits=(
+            *of_kind(said, "fails"),
+            f"{read.n} edges of {chosen.n} are read"
+            + (", the largest." if read is not chosen else "."),
+            "Shares are of one head's logit or output with norms held; the loss is that of cutting the edge alone.",
+        ),
+        columns=defined(tables.values(), COLUMNS),
+        configuration={"edges": read.n, "held_out": task.n, "seed": subject.seed},
+        tables=tables,
+        figures={},
+        headlines=tuple(
+            of_highest(
+                tables["edges"].assign(
+                    low=tables["edges"]["drop_low"], high=tables["edges"]["drop_high"]
+                ),
+                "drop",
+                "{edge} is the edge that {value} of the metric hang on, on the median edge of the circuit {baseline}.",
+                "the median edge of the circuit",
+                unit=task.metric,
+            )
+        ),
     )
 
 

@@ -153,6 +153,7 @@ COSTS: dict[str, dict[str, Callable[[Load], Cost]]] = {
         "edges": _edges,
         "circuit": lambda load: Cost(180 * load.task * _circuit_factor(load)),
         "joined": lambda load: Cost(50 * load.task),
+        "reading": lambda load: Cost(90 * load.task * _circuit_factor(load)),
         "overlap": lambda load: Cost(0),
     },
 }

@@ -1,25 +1,35 @@
 """Why heads attend where they do: logits taken apart, parts taken out, singular components."""
 
+from collections.abc import Iterator
+
 import pandas as pd
 
 import lens
+from lens.common.errors import LensError
 from lens.common.head_ids import HeadId, head_columns
 from lens.common.results import Sentence, of_kind
+from lens.reading.explanations import Explanation
+from lens.runs.headlines import Headline
 from lens.runs.sections import Section
 from lens_analyses.config.listed import listed
 from lens_analyses.steps.columns import defined
+from lens_analyses.steps.headlines import of_highest
 from lens_analyses.steps.subject import Subject
 
 _HEADS = 3
 _CELLS = 15  # of each head, in the table
 _PROMPTS, _DRAWS = 6, 5  # of the section on faithfulness
 _PARTS = 6  # of each head that are taken out
+_PAIRS, _SIDE = (
+    10,
+    10,
+)  # pairs of the first prompt that are shown one by one, and parts of each side
 _METRIC = {"induction": "induction", "duplicate": "duplicate_token", "previous": "previous_token"}
 
 
 def explain(subject: Subject) -> Section:
     """What wrote the queries and the keys of each chosen head on pairs of a kind."""
-    sides, cells, components, figures = [], [], [], {}
+    sides, cells, components, pairs, products, figures = [], [], [], [], [], {}
     said: list[Sentence] = []
     for head in _heads(subject):
         found = lens.reading.explain_pairs(
@@ -37,12 +47,18 @@ def explain(subject: Subject) -> Section:
         )  # fmt: skip
         said += of_kind(carried.findings(), "participation")
         components.append(_named(head, carried.table()))
+        for one in _of_pairs(subject, head):
+            pairs.append(_named(head, _pair(one)))
+            products.append(_named(head, _products(one)))
         figures |= {f"parts_{_key(head)}": found.plot(), f"components_{_key(head)}": carried.plot()}
     tables = {
         "sides": pd.concat(sides, ignore_index=True),
         "cells": pd.concat(cells, ignore_index=True),
         "components": pd.concat(components, ignore_index=True),
     }
+    if pairs:
+        tables["pairs"] = pd.concat(pairs, ignore_index=True)
+        tables["products"] = pd.concat(products, ignore_index=True)
     return Section(
         name="explain",
         title="Why heads attend there: what wrote their queries and keys",
@@ -55,6 +71,7 @@ def explain(subject: Subject) -> Section:
         configuration=_configuration(subject),
         tables=tables,
         figures=figures,
+        headlines=tuple(_headlines(tables["sides"])),
     )
 
 
@@ -77,6 +94,7 @@ def removal(subject: Subject) -> Section:
     return Section(
         name="removal",
         title="The same heads without a part of their keys: predicted, and what the model does",
+        headlines=tuple(_without(table)),
         summary=tuple(said),
         limits=(
             "A part is taken out of what one head's keys read; what it does elsewhere stays as it is.",
@@ -87,6 +105,83 @@ def removal(subject: Subject) -> Section:
         tables={"removal": table},
         figures=figures,
     )
+
+
+def _without(table: pd.DataFrame) -> Iterator[Headline]:
+    """Of each head the part without which its attention falls most, beside the attention with all parts."""
+    for name, own in table.groupby("name", sort=False):
+        row = own.sort_values("measured").to_dict("records")[0]
+        interval = f" [{row['measured_low']:.0%}, {row['measured_high']:.0%}]" if len(own) else ""
+        yield Headline(
+            f"Without what {row['part']} wrote {name} gives such keys {row['measured']:.0%}{interval} of its "
+            f"attention instead of {row['clean']:.0%}; {row['predicted']:.0%} was predicted.",
+            row["measured"],
+            row["measured_low"],
+            row["measured_high"],
+            row["clean"],
+            "the head with all parts",
+            figure=f"removal_{str(name).lower()}",
+        )
+
+
+def _of_pairs(subject: Subject, head: HeadId) -> list[Explanation]:
+    """The pairs of the first prompt that get most attention, each taken apart alone."""
+    prompt = subject.task.prompts[0]
+    own = [list(map(str, range(len(prompt))))]  # every pair is a group of its own
+    try:
+        found = lens.reading.explain_pairs(
+            subject.model, [prompt], head, _pairs(subject), by=own, progress=False
+        )
+    except LensError:  # this prompt has no such pair
+        return []
+    mass = found.mass[:, 0]
+    chosen = sorted(found.mass.shape[0] - 1 - mass[::-1].argsort(kind="stable")[::-1][:_PAIRS])
+    places = [tuple(map(int, found.groups[group].split(" → "))) for group in chosen]
+    return [
+        lens.reading.explain(subject.model, prompt, head, query, key, progress=False)
+        for query, key in sorted(places)
+    ]
+
+
+def _pair(found: Explanation) -> pd.DataFrame:
+    """One row: where, how much, and in words."""
+    return pd.DataFrame(
+        {
+            "query": [found.query],
+            "key": [found.key],
+            "query_token": [found.tokens[0]],
+            "key_token": [found.tokens[1]],
+            "mass": [found.mass],
+            "logit": [found.logit],
+            "above": [found.logit - found.average],
+            "said": [" ".join(found.findings())],
+        }
+    )
+
+
+def _products(found: Explanation) -> pd.DataFrame:
+    """Products of the parts of each side that carry most."""
+    table = found.table()
+    for side in ("query", "key"):
+        largest = found.side(side)["part"].head(_SIDE)
+        table = table[table[f"{side}_part"].isin(largest)]
+    places = {"query": found.query, "key": found.key}
+    return table.drop(columns="content").assign(**places)
+
+
+def _headlines(sides: pd.DataFrame) -> Iterator[Headline]:
+    """Of each head the part of its keys that carries most, beside its median part."""
+    rows = sides[sides["side"] == "key"]
+    for name, own in rows.groupby("name", sort=False):
+        table = own.assign(head_name=name, low=own["share_low"], high=own["share_high"])
+        yield from of_highest(
+            table,
+            "share",
+            "{head_name} looks there because of {part}: on the key side it carries {value} of the logit, the median "
+            "part {baseline}.",
+            "the median part",
+            figure=f"parts_{str(name).lower()}",
+        )
 
 
 def faithfulness(subject: Subject) -> Section:
@@ -159,6 +254,15 @@ _COLUMNS = {
     "value": "Part of the logit, nats, mean over prompts.",
     "contrast": "The same less its mean over the keys that the query sees, nats.",
     "share": "Of all that the row is about: of the logit above the mean of its row, or of all that a map carries.",
+    "query": "Place of the query in the first prompt.",
+    "key": "Place of the key.",
+    "query_token": "What the query says.",
+    "key_token": "What the key says.",
+    "mass": "Attention of the query to the key.",
+    "logit": "Of the pair, nats.",
+    "above": "The same less the mean over the keys that the query sees.",
+    "said": "The pair in words.",
+    "distance": "Part of the logit that rotary embedding adds for the distance, nats.",
     "content": "Part of the logit if query and key stood at one place: without what rotary embedding adds, nats.",
     "size": "Mean absolute contrast of a pair, nats: far above the mean where signs cancel.",
     "pairs": "Pairs of query and key in all prompts.",

@@ -17,6 +17,7 @@ WORDS = {
     "redistribute": "what changes when attention is moved",
     "policies": "which heads may be sparse, how far, and what it costs",
     "circuit": "which edges between heads carry a task",
+    "explain": "why heads attend where they do",
 }
 """Analysis -> what it finds."""
 

@@ -17,6 +17,7 @@ _TABS = {
     "policies": "Policies",
     "mixers": "Mixers",
     "circuits": "Circuits",
+    "reading": "Reading",
     "vision": "Vision",
     "provenance": "Provenance",
 }
@@ -26,6 +27,7 @@ _SHOWS = {
     "policies": {"policies"},
     "mixers": {"mixers"},
     "circuits": {"edges"},
+    "reading": {"explain"},
     "vision": {"overlays"},
 }
 """Page -> sections of which it needs one."""

@@ -1,0 +1,168 @@
+"""Page `/run/<id>/reading`: why a head attends where it does, pair by pair."""
+
+from typing import Any
+
+import pandas as pd
+from dash import html
+
+from lens.figures.reading import pair_map, pair_products
+from lens.runs import Run
+from lens.runs.sections import Section
+from lens_dashboards.library import Library, sections
+from lens_dashboards.pages.analysis import tables_of
+from lens_dashboards.pages.next_steps import missing
+from lens_dashboards.pages.parts import (
+    card,
+    choice,
+    crumbs,
+    data_table,
+    findings,
+    graph,
+    limits,
+    note_banner,
+    number,
+    run_banner,
+    section_figure,
+    select,
+)
+from lens_dashboards.selection import Selection
+
+_SECTIONS = ("explain", "removal", "faithfulness")
+_PARTS = 12  # of each side, in the table
+
+
+def page(library: Library, view: Selection) -> list[Any]:
+    """Pairs to pick from, what wrote the chosen one in words and as a matrix, and what the model does without."""
+    run = library.run(view.run)
+    top = [crumbs(run, view), html.H1("Reading"), *run_banner(run)]
+    known = sections(run)
+    if "explain" not in known:
+        return [*top, missing(library, run, "explained heads", "explain")]
+    explained, notes = known["explain"], []
+    held = [known[name] for name in _SECTIONS if name in known]
+    names = list(dict.fromkeys(explained.tables["sides"]["name"]))
+    head = choice(view, "head", names, names[0], notes)
+    picker = html.Div(
+        select("head", "Head", {name: name for name in names}, head), className="controls"
+    )
+    return [
+        *top,
+        findings(held),
+        card(picker, "Head"),
+        *_pair_cards(run, view, explained, head, notes),
+        *map(note_banner, notes),
+        html.Div(
+            [card(_sides(explained, head), f"What {head} looks there for, over all prompts")]
+            + [
+                card(section_figure(run, one, name), title)
+                for one, name, title in _figures(known, head)
+            ],
+            className="halves",
+        ),
+        tables_of(view, held),
+        limits(held),
+    ]
+
+
+def _pair_cards(
+    run: Run, view: Selection, explained: Section, head: str, notes: list[str]
+) -> list[Any]:
+    """The pairs of a head on the map, and the chosen one taken apart."""
+    if "pairs" not in explained.tables:
+        return [card(html.P("The first prompt of this run has no such pair."), "Pairs")]
+    pairs = explained.tables["pairs"]
+    pairs = pairs[pairs["name"] == head].sort_values(["query", "key"])
+    if pairs.empty:
+        return [card(html.P(f"The first prompt has no such pair for {head}."), "Pairs")]
+    words = {
+        f"{row['query']}-{row['key']}": f"{row['query_token']!r} at {row['query']} → {row['key_token']!r} at "
+        f"{row['key']} ({row['mass']:.0%})"
+        for row in pairs.to_dict("records")
+    }
+    strongest = pairs.iloc[int(pairs["mass"].to_numpy().argmax())]
+    default = f"{strongest['query']}-{strongest['key']}"
+    given = choice(view, "pair", words, default, notes)
+    query, key = map(int, given.split("-"))
+    one = pairs[(pairs["query"] == query) & (pairs["key"] == key)].iloc[0]
+    products = explained.tables["products"]
+    cells = products[
+        (products["name"] == head) & (products["query"] == query) & (products["key"] == key)
+    ]
+    figure = pair_map(pairs, (query, key))
+    points: Any = figure.data[0]
+    points.customdata = [
+        view.where(head=head, pair=f"{row['query']}-{row['key']}").url()
+        for row in pairs.to_dict("records")
+    ]
+    code = (
+        "from lens.runs import open_run\n\n"
+        f"tables = open_run({str(run.path)!r}).section('explain').tables\n"
+        f"tables['pairs'].query('name == {head!r}'), tables['products'].query('name == {head!r}')"
+    )
+    said = [html.Li(text, className="found") for text in _sentences(str(one["said"]))]
+    return [
+        html.Div(
+            [
+                card(
+                    [
+                        html.Div(select("pair", "Pair", words, given), className="controls"),
+                        graph({"points": "reading"}, figure, f"Pairs of {head} to pick", code),  # pyright: ignore[reportArgumentType]
+                    ],
+                    "Pick a pair",
+                ),
+                card(
+                    [
+                        html.Ul(said, className="findings", id="pair-said"),
+                        graph(
+                            "pair-products", pair_products(cells), "Query parts by key parts", code
+                        ),
+                    ],
+                    f"Why {head} attends from {one['query_token']!r} at {query} to {one['key_token']!r} at {key}",
+                ),
+            ],
+            className="halves",
+        )
+    ]
+
+
+def _sentences(said: str) -> list[str]:
+    """One text as its sentences, each with its full stop."""
+    return [f"{part.rstrip('.')}." for part in said.split(". ") if part]
+
+
+def _sides(explained: Section, head: str) -> list[Any]:
+    """Parts of both sides with the largest contrast, as a table."""
+    table = explained.tables["sides"]
+    rows: list[pd.DataFrame] = [
+        table[(table["name"] == head) & (table["side"] == side)].head(_PARTS)
+        for side in ("key", "query")
+    ]
+    cells = [
+        (
+            str(row["side"]),
+            str(row["part"]),
+            number(row["contrast"]),
+            f"{row['share']:.0%}",
+            f"{row['share_low']:.0%} to {row['share_high']:.0%}"
+            if row["share_low"] == row["share_low"]
+            else "–",
+        )
+        for row in pd.concat(rows).to_dict("records")
+    ]
+    head_row = ("side", "part", "contrast, nats", "share", "95 %")
+    return [data_table(f"What wrote the queries and keys of {head}", head_row, cells)]
+
+
+def _figures(known: dict[str, Section], head: str) -> list[tuple[Section, str, str]]:
+    """Of one head: parts over all prompts, without a part, components."""
+    wanted = (
+        ("explain", f"parts_{head.lower()}", "Parts over all prompts"),
+        ("removal", f"removal_{head.lower()}", "Without a part: predicted and measured"),
+        ("explain", f"components_{head.lower()}", "Singular components"),
+        ("faithfulness", "sufficiency", "Does attention explain the answer"),
+    )
+    return [
+        (known[name], figure, title)
+        for name, figure, title in wanted
+        if name in known and figure in known[name].figures
+    ]

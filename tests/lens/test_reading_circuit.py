@@ -1,0 +1,106 @@
+"""A circuit read aloud: the known circuits say what they were built to do, and a sentence about a decoy does not hold."""
+
+import numpy as np
+import pytest
+import torch
+
+import lens
+from lens.circuits.graph.graph import Graph
+from lens.circuits.known import induction_transformer
+from lens.common.errors import LensError
+from lens.common.head_ids import HeadId
+from lens.passes.replay import proved
+from lens.reading._head import read_head
+from lens.reading._written import written_shares
+from tests.lens.layouts import layout_model
+
+DECOYS = ("input->a0.h1<v>", "a0.h1->a1.h0<k>")
+
+
+@pytest.fixture(scope="module")
+def known():
+    return induction_transformer(beta=8)
+
+
+def read(known, name, *more):
+    graph = Graph(2, 2, 2, mlps=False)
+    made = lens.circuits.make_circuit(graph, [*known.edges, *more])
+    return lens.reading.circuit(known.model, known.tasks[name], made, progress=False)
+
+
+def test_the_induction_transformer_says_what_it_was_built_to_do(known):
+    found = read(known, "first token")
+    heads = found.heads.set_index("name")
+    assert heads["looks_at"].to_dict() == {
+        "L0H0": "the token before",
+        "L1H0": "the token after an earlier copy",
+    }
+    assert (heads["mass"] > 0.99).all()
+    assert heads.loc["L1H0", "uniform"] == pytest.approx(1 / 8)
+    assert found.table()["share"].dropna().tolist() == pytest.approx([1.0] * 6, abs=1e-5)
+    said = next(one for one in found.findings() if "L1H0 looks" in one)
+    assert (
+        "on the key side L0H0, which looks at the token before, carries 100% of the logit" in said
+    )
+    assert "cut off, 100% of the effect is lost" in said
+
+
+@pytest.mark.parametrize("name", ["first token", "last token", "successor"])
+def test_exactly_the_edges_that_show_hold(known, name):
+    rows = read(known, name, *DECOYS).table().set_index("edge")
+    assert set(rows.index[rows["holds"]]) == set(known.visible[name])
+    for decoy in DECOYS:
+        assert not rows.loc[decoy, "holds"]
+    assert rows.loc["a0.h1->a1.h0<k>", "share"] == pytest.approx(0, abs=1e-6)
+    failed = [one for one in read(known, name, *DECOYS).findings() if one.kind == "fails"]
+    assert len(failed) == 1
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen3", "gemma2"])
+def test_shares_of_what_a_head_writes_are_those_of_its_own_values(kind):
+    model = lens.load(layout_model(kind))
+    ids = torch.randint(3, 60, (1, 11), generator=torch.Generator().manual_seed(3))
+    head = read_head(proved(model), {"input_ids": ids}, HeadId(model.info.layers - 1, 2))
+    rows = torch.tensor([6, 10])
+    shares = written_shares(head, rows)
+    assert sum(shares.values()) == pytest.approx(1, abs=1e-6)
+    assert {"embedding", "L0H0", "L0 MLP"} <= set(shares)
+    # turning one writer's output up by a half, norms held, adds half of its share: here by the layer's own projection
+    block = head.layout.blocks[head.id.layer]
+    parts = _values_of_first_mlp(head, ids)
+    weight, _ = block.weights[2]
+    output = block.output[head.id.head].double()
+    own = head.rows(rows) @ parts @ weight[head.group].double() @ output
+    whole = head.rows(rows) @ head.call.value[0, head.group].double() @ output
+    expected = ((own * whole).sum(-1) / whole.square().sum(-1)).mean()
+    assert shares["L0 MLP"] == pytest.approx(float(expected), abs=1e-5)
+
+
+def _values_of_first_mlp(head, ids):
+    """[tokens, d_model], what MLP 0 wrote, through the norm before the head; from a hook of its own."""
+    from lens.passes.visit import visiting
+    from lens.reading._head import Plain
+
+    class Keeping(Plain):
+        def mlp(self, layer, output):
+            if layer == 0:
+                self.found = output[0].double()
+            return output
+
+    keeping = Keeping(head.layout)
+    with torch.no_grad(), visiting(head.layout, 1, keeping):
+        head.layout.model.model(ids)
+    norm = head.layout.blocks[head.id.layer].norm
+    return norm.frozen(keeping.found, head.sizes[head.id.layer, "read"])
+
+
+def test_refusals(known):
+    graph = Graph(2, 2, 2, mlps=False)
+    none = lens.circuits.make_circuit(graph, [])
+    with pytest.raises(LensError, match="1 to 400 edges is read, got 0"):
+        lens.reading.circuit(known.model, known.task, none)
+    other = lens.circuits.make_circuit(Graph(3, 2, 2, mlps=False), ["input->a0.h0<v>"])
+    with pytest.raises(LensError, match="made for"):
+        lens.reading.circuit(known.model, known.task, other, progress=False)
+    with pytest.raises(LensError, match="circuit"):
+        lens.reading.circuit(known.model, known.task, np.ones(3))
