@@ -14,6 +14,7 @@ from .published import Pasta as Pasta
 from .published import Var as Var
 from .searching import search_heads as search_heads
 from .sparse import Sparse as Sparse
+from .subspaces import Subspace as Subspace
 
 __all__ = [
     "Ablate",
@@ -28,6 +29,7 @@ __all__ = [
     "Move",
     "Pasta",
     "Sparse",
+    "Subspace",
     "Value",
     "Var",
 ]

@@ -1,6 +1,6 @@
 """What an edit is compared with: the same done to others, as many, of as much mass, or next to them.
 
-    size      as many others at random: keys; of edits without keys heads, sub-layers or dimensions
+    size      as many others at random: keys; of edits without keys heads, sub-layers, dimensions or directions
     mass      others that hold as much attention together: random keys, added until theirs comes nearest
               (where a sink holds most of the mass that may not be reached); heads whose attention to the
               first key is nearest
@@ -41,6 +41,7 @@ from lens.edits.base import selected_heads
 from lens.edits.clean_runs import CleanRun, CleanRuns
 from lens.edits.language import Edit, OfHeads
 from lens.edits.parts import Ablate, Activation
+from lens.edits.subspaces import Subspace
 from lens.models.layout import named_sublayers
 from lens.models.loaded import LoadedModel
 from lens.passes.inputs import Prompt
@@ -331,6 +332,34 @@ class OfCoordinates(Kind):
         return Trial(tuple(edits), count, float(held))
 
 
+class OfDirections(Kind):
+    """`Subspace`, beside as many random directions."""
+
+    usual = ("size",)
+    held = "went to the first key"
+
+    def __init__(self, model: LoadedModel, edit: Subspace) -> None:
+        self._edit, self.chosen = edit, edit.chosen(model)
+        count = edit.basis.shape[1]
+        self.scope = f"{count} directions of {scope_of(self.chosen)}"
+        self.why = dict.fromkeys(
+            ("mass", "position", "self", "layer", "norm"),
+            "directions are edited, not keys or heads",
+        )
+
+    def sources(self, case: Case) -> Tensor:
+        found = torch.zeros_like(case.free)
+        found[:, 0] = True
+        return found
+
+    def trial(self, condition: str, case: Case) -> Trial:
+        edit = self._edit
+        if condition == "size":
+            seed = int(case.random.integers(2**31))
+            edit = edit.drawn(torch.Generator().manual_seed(seed))
+        return Trial((edit,), edit.basis.shape[1], float("nan"))
+
+
 def kinds_of(model: LoadedModel, edits: Sequence[Edit]) -> list[Kind]:
     """What stands in for each of the edits; coordinates are set together.
 
@@ -345,6 +374,9 @@ def kinds_of(model: LoadedModel, edits: Sequence[Edit]) -> list[Kind]:
             continue
         if not isinstance(edit, OfHeads | Ablate):
             raise LensError(f"edit must be one of lens.edits, such as Mask('first'), got {edit!r}")
+        if isinstance(edit, Subspace):
+            found.append(OfDirections(model, edit))
+            continue
         whole = isinstance(edit, Ablate) or not getattr(edit, "_keys", ())
         kind = OfWholeHeads(model, edit) if whole else OfKeys(model, edit)  # type: ignore[arg-type]
         if not kind.scope:

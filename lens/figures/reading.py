@@ -15,6 +15,7 @@ from lens.figures.rows import bars
 from lens.figures.style import Look, escaped, style
 
 if TYPE_CHECKING:
+    from lens.reading.directions import SubspaceRemovals
     from lens.reading.explanations import Explanation, PairExplanation
     from lens.reading.judged import Faithfulness
     from lens.reading.removals import Removals
@@ -214,6 +215,40 @@ def _largest(names: tuple[str, ...], sizes: np.ndarray, top: int) -> tuple[np.nd
         rest[kept] = 0
         return np.vstack([picked, rest]), [*shown, f"{int(rest.sum())} others"]
     return picked, shown
+
+
+@draws("SubspaceRemovals")
+def subspace_bars(result: SubspaceRemovals, **look: Unpack[Look]) -> go.Figure:
+    """Attention that is left without the directions, beside every control: to the pairs, and to other pairs.
+
+    Example:
+        >>> prompts = [lens.tasks.copied(small, 12, seed) for seed in range(4)]
+        >>> figure = lens.reading.subspace(small, prompts, "L1H0", rank=4, draws=2).plot()
+    """
+    rows = result.table()
+    figure = go.Figure()
+    for column, name, color in (
+        ("mass", f"{result.pairs} pairs", ACCENT),
+        ("other", f"{result.beside} pairs", LINE),
+    ):
+        figure.add_bar(
+            x=rows["basis"],
+            y=rows[column],
+            name=name,
+            marker={"color": color},
+            error_y={
+                "array": rows[f"{column}_high"] - rows[column],
+                "arrayminus": rows[column] - rows[f"{column}_low"],
+            },
+            hovertemplate=f"%{{x}}: %{{y:.1%}} to {name}<extra></extra>",
+        )
+    clean = float(rows["clean"].iloc[0])
+    figure.add_hline(y=clean, line={"color": BASELINE}, annotation_text="nothing taken out")
+    figure.update_xaxes(title=f"What the {result.rank} of {result.width} directions are")
+    figure.update_yaxes(title="Attention that is left", tickformat=".0%", rangemode="tozero")
+    return style(
+        figure, escaped(f"{result.head} without {result.rank} directions ({result.model})"), look
+    )
 
 
 @draws("Faithfulness")

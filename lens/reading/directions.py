@@ -31,6 +31,7 @@ class SubspaceRemovals(Result):
         other: [basis, prompt], attention to those of the other pairs; NaN where there are none.
         loss: [basis, prompt], next-token loss at the queries of the pairs, nats.
         spectrum: singular values of the contrast.
+        basis: [width, rank], the directions of the contrast, orthonormal: `lens.edits.Subspace(found.basis, heads=[...])`.
         seed: of the bootstrap.
         model: its name.
     """
@@ -44,6 +45,7 @@ class SubspaceRemovals(Result):
     other: Float[np.ndarray, "bases prompts"]
     loss: Float[np.ndarray, "bases prompts"]
     spectrum: np.ndarray
+    basis: Float[np.ndarray, "width rank"]
     seed: int
     model: str
 

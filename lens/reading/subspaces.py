@@ -10,25 +10,24 @@ and what the same removal does to other pairs.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lens.common.choices import check_choice, check_counts
+from lens.common.choices import check_choice, check_counts, check_lists
 from lens.common.errors import LensError
 from lens.common.head_ids import AnyHead, HeadId
 from lens.common.progress import advancing
+from lens.edits.running import edit
+from lens.edits.subspaces import Subspace
 from lens.models.loaded import LoadedModel, check_loaded
-from lens.passes.calls import LayerCall, attend
 from lens.passes.inputs import Prompt, read_prompts
 from lens.passes.logits import check_predicts_tokens, logits_of
 from lens.passes.replay import proved
-from lens.passes.sessions import listening
 from lens.reading._head import Head, read_head
-from lens.reading._pairs import Kind, pairs_of
+from lens.reading._pairs import Kind, Pairs, pairs_of
 from lens.reading.directions import BASES, SubspaceRemovals
 
 _ENERGY = 0.99  # of the squared contrast, that the directions hold where no rank is given
@@ -40,6 +39,7 @@ def subspace(
     head: AnyHead,
     pairs: Kind = "induction",
     *,
+    labels: Sequence[Sequence[Any]] | None = None,
     beside: Kind = "previous",
     rank: int | None = None,
     draws: int = 5,
@@ -55,6 +55,8 @@ def subspace(
         prompts: at least two, of tokens.
         head: such as "L1H3".
         pairs: as in `explain_pairs`; "strongest" needs no labels.
+        labels: instead of `pairs` your own: for each prompt one label per token; a query's keys are the earlier tokens
+            that have its label (None: of no pair).
         beside: pairs of another kind, whose attention a specific removal leaves alone.
         rank: directions that are taken out; None: as many as hold 99 % of the squared contrast, at most half.
         draws: random bases.
@@ -84,12 +86,17 @@ def subspace(
         )
     for name, kind in (("pairs", pairs), ("beside", beside)):
         check_choice(name, kind, Kind)
+    chosen: Sequence[Pairs] = [pairs] * len(read)
+    if labels is not None:
+        chosen = [[one] for one in _labelled(labels, [len(prompt.ids or ()) for prompt in read])]
     layout, place = proved(model), model.info.head(head)
     other = HeadId(place.layer, (place.head + 1) % model.info.heads)
     width = model.info.head_dim
     with advancing(f"{model.name}: {place}", len(read), progress) as advance, torch.no_grad():
         found = {
-            one: _found([read_head(layout, prompt.inputs, one) for prompt in read[::2]], pairs)
+            one: _found(
+                [read_head(layout, prompt.inputs, one) for prompt in read[::2]], chosen[::2]
+            )
             for one in dict.fromkeys((place, other))
         }
         contrast, queries, keys = found[place]
@@ -109,12 +116,9 @@ def subspace(
             drawn = torch.randn(len(left), count, generator=generator, dtype=left.dtype)
             bases.append(("random", torch.linalg.qr(drawn.to(left.device)).Q))
         judged: list[np.ndarray] = []
-        for prompt in read[1::2]:
-            judged.append(
-                _judged(
-                    model, read_head(layout, prompt.inputs, place), prompt, pairs, beside, bases
-                )
-            )
+        for prompt, asked in zip(read[1::2], chosen[1::2], strict=False):
+            one = read_head(layout, prompt.inputs, place)
+            judged.append(_judged(model, one, prompt, asked, beside, bases))
             advance(1)
     numbers = np.stack(judged, -1)  # [measure, basis, prompt]
     named = len(BASES) - 1  # the random ones come behind
@@ -122,7 +126,7 @@ def subspace(
     means = np.concatenate([numbers[:, :named], chance], 1)
     return SubspaceRemovals(
         head=place,
-        pairs=pairs,
+        pairs=pairs if labels is None else "labelled",
         beside=beside,
         rank=count,
         width=len(left),
@@ -130,20 +134,44 @@ def subspace(
         other=means[1],
         loss=means[2],
         spectrum=sizes.cpu().numpy(),
+        basis=left[:, :count].cpu().numpy(),
         seed=seed,
         model=model.name,
     )
 
 
-def _found(heads: Sequence[Head], pairs: Kind) -> tuple[Tensor, Tensor, Tensor]:
+def _labelled(labels: Sequence[Sequence[Any]], lengths: Sequence[int]) -> list[list[list[int]]]:
+    """Of each prompt the pairs (query, earlier key) with one label.
+
+    Raises:
+        LensError: labels for other prompts, or not one per token.
+    """
+    check_lists(labels=labels)
+    if [len(own) for own in labels] != list(lengths):
+        raise LensError(
+            f"labels must be one per token of each of {len(lengths)} prompts of {list(lengths)} tokens, got "
+            f"{[len(own) for own in labels]}"
+        )
+    return [
+        [
+            [query, key]
+            for query, label in enumerate(own)
+            for key in range(query)
+            if label is not None and own[key] == label
+        ]
+        for own in labels
+    ]
+
+
+def _found(heads: Sequence[Head], pairs: Sequence[Pairs]) -> tuple[Tensor, Tensor, Tensor]:
     """Contrast [width, width], and second moments of the queries of the pairs and of all keys.
 
     Raises:
         LensError: no such pairs.
     """
     contrast, queries, keys, count = 0.0, 0.0, 0.0, 0
-    for head in heads:
-        chosen = pairs_of(head, pairs, 0).to(head.key.device)
+    for head, asked in zip(heads, pairs, strict=True):
+        chosen = pairs_of(head, asked, 0).to(head.key.device)
         if not len(chosen):
             continue
         query, key = head.query[chosen[:, 0]], head.key[chosen[:, 1]]
@@ -156,7 +184,9 @@ def _found(heads: Sequence[Head], pairs: Kind) -> tuple[Tensor, Tensor, Tensor]:
         count += len(chosen)
     if not count:
         raise LensError(
-            f"no prompt has any {pairs!r} pairs; take prompts in which tokens come again"
+            f"no prompt has any {pairs[0]!r} pairs; take prompts in which tokens come again"
+            if isinstance(pairs[0], str)
+            else "no two tokens of the prompts that directions come from have one label"
         )
     assert isinstance(contrast, Tensor)
     assert isinstance(queries, Tensor)
@@ -168,7 +198,7 @@ def _judged(
     model: LoadedModel,
     head: Head,
     prompt: Prompt,
-    pairs: Kind,
+    pairs: Pairs,
     beside: Kind,
     bases: Sequence[tuple[str, Tensor]],
 ) -> np.ndarray:
@@ -199,16 +229,9 @@ def _mass(head: Head, pairs: Tensor, basis: Tensor) -> float:
 def _loss(model: LoadedModel, head: Head, prompt: Prompt, rows: Tensor, basis: Tensor) -> float:
     """Mean next-token loss at these rows when the model runs without the directions in the head's queries."""
 
-    def on_layer(call: LayerCall) -> Tensor:
-        if call.layer == head.id.layer:
-            query = call.query.clone()
-            own = query[:, head.id.head]
-            query[:, head.id.head] = own - (own @ basis.to(own)) @ basis.to(own).T
-            call = replace(call, query=query)
-        return attend(call, statistics=()).output
-
     ids = prompt.inputs["input_ids"]
-    with listening(head.layout.model, on_layer):
+    edits = [Subspace(basis, heads=[head.id])] if bool(basis.any()) else []
+    with edit(head.layout.model, *edits):
         logits = logits_of(head.layout.model, ids)[0].float()
     correct = ids[0, rows + 1]
     return -float(logits[rows].log_softmax(-1)[torch.arange(len(rows)), correct].mean())

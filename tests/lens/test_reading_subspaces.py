@@ -1,5 +1,7 @@
 """Directions that a head tells its keys by, and what taking them out leaves, beside controls."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -43,14 +45,14 @@ def test_the_contrast_is_that_of_the_pairs_one_by_one(copying):
             others = [other for other in range(query + 1) if other != key]
             away = head.key[key] - head.key[others].mean(0)
             total, count = total + torch.outer(head.query[query], away), count + 1
-    contrast = subspaces._found(heads, "induction")[0]
+    contrast = subspaces._found(heads, ["induction"] * 2)[0]
     assert torch.allclose(contrast, total / count)
 
 
 def test_what_is_left_is_what_the_model_looks_at_without_the_directions(copying, found):
     """Of the contrast, by a run whose head has other queries; and nothing taken out is the head itself."""
     model, prompts = copying
-    contrast = subspaces._found(heads_of(copying)[::2], "induction")[0]
+    contrast = subspaces._found(heads_of(copying)[::2], ["induction"] * 3)[0]
     basis = torch.linalg.svd(contrast).U[:, :6]
     head = heads_of(copying)[1]
     chosen = pairs_of(head, "induction", 0)
@@ -62,7 +64,7 @@ def test_what_is_left_is_what_the_model_looks_at_without_the_directions(copying,
             clean.append(row_at(call, rows)[0])
             query = call.query.clone()
             query[:, 0] -= query[:, 0] @ (basis @ basis.T).to(query)
-            edited.append(row_at(subspaces.replace(call, query=query), rows)[0])
+            edited.append(row_at(replace(call, query=query), rows)[0])
         return attend(call, statistics=()).output
 
     with torch.no_grad(), listening(model, on_layer):
@@ -125,3 +127,88 @@ def test_what_has_no_subspace_is_refused(copying):
         lens.reading.subspace(model, prompts[:2], "L1H0", rank=16, progress=False)
     with pytest.raises(LensError, match="no prompt has any 'duplicate' pairs"):
         lens.reading.subspace(model, [[64, 1, 2], [64, 3, 4]], "L1H0", "duplicate", progress=False)
+
+
+def test_a_users_labels_name_the_pairs(copying):
+    """Labels that say what "duplicate" says give its numbers; None is of no pair."""
+    model, prompts = copying
+    labels = [list(prompt) for prompt in prompts]
+    asked = {"rank": 3, "draws": 2, "progress": False}
+    own = lens.reading.subspace(model, prompts, "L1H1", labels=labels, **asked)
+    same = lens.reading.subspace(model, prompts, "L1H1", "duplicate", **asked)
+    assert own.pairs == "labelled"
+    assert np.allclose(own.mass, same.mass)
+    assert np.allclose(own.basis, same.basis)
+    none = [[None] * len(prompt) for prompt in prompts]
+    with pytest.raises(LensError, match="no two tokens of the prompts"):
+        lens.reading.subspace(model, prompts, "L1H1", labels=none, **asked)
+    with pytest.raises(LensError, match="one per token of each of 6 prompts"):
+        lens.reading.subspace(model, prompts, "L1H1", labels=labels[:2], **asked)
+
+
+@pytest.mark.parametrize("of", ["query", "key"])
+def test_the_edit_is_what_the_logits_without_the_directions_say(copying, of):
+    model, prompts = copying
+    head, ids = heads_of(copying)[1], torch.tensor([list(prompts[1])])
+    basis = torch.randn(16, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    projector = basis @ torch.linalg.pinv(basis)
+    query, key = head.query, head.key
+    query, key = (
+        (query - query @ projector, key) if of == "query" else (query, key - key @ projector)
+    )
+    rows = torch.arange(head.tokens)
+    expected = head.rows(rows, head.call.scale * query @ key.T) @ head.call.value[0, 0].double()
+    outputs = []
+    weight = head.layout.blocks[1].output.detach().double()
+    lens.passes.head_outputs.read_heads(model, ids, lambda layer, z: outputs.append(z))
+    clean = outputs[1][0].double()
+    with lens.edit(model, lens.edits.Subspace(basis, of, heads=["L1H0"])) as (done,):
+        edited = model.logits(ids[0])
+    assert done.calls == 1
+    with lens.edit(model, lens.edits.Subspace(basis, of, heads=["L1H0"], amount=0.0)):
+        assert torch.equal(model.logits(ids[0]), model.logits(ids[0]))
+    change = (expected - clean[0]) @ weight[0]
+    assert float(change.abs().max()) > 1e-3
+    final = []
+    layer = lens.models.layout.blocks(model)[1]
+    with layer.register_forward_hook(
+        lambda _, __, out: final.append(out[0] if isinstance(out, tuple) else out)
+    ):
+        model.logits(ids[0])
+        with lens.edit(model, lens.edits.Subspace(basis, of, heads=["L1H0"])):
+            again = model.logits(ids[0])
+    assert torch.allclose((final[1] - final[0])[0].double(), change, atol=1e-4)
+    assert torch.allclose(again, edited)
+
+
+def test_the_edit_of_the_residual_stream_and_its_control(copying):
+    model, prompts = copying
+    width = model.model.config.hidden_size
+    basis = torch.randn(width, 2, generator=torch.Generator().manual_seed(1))
+    left = []
+    blocks = lens.models.layout.blocks(model)
+    edit = lens.edits.Subspace(basis, "residual", layers=[0])
+    with (
+        lens.edit(model, edit),
+        blocks[1].register_forward_pre_hook(lambda _, args: left.append(args[0])),
+    ):
+        model.logits(prompts[0])
+    assert float((left[0].double() @ edit.basis).abs().max()) < 1e-4
+    found = lens.effect(model, prompts[:2], edit, draws=2, progress=False).table()
+    assert found["condition"].tolist() == ["edit", "size"]
+    assert (found["keys"] == 2).all()
+    with pytest.raises(LensError, match="has no heads; give layers"):
+        lens.edits.Subspace(basis, "residual", heads=["L1H0"])
+    with (
+        pytest.raises(LensError, match="must have 16 rows"),
+        lens.edit(model, lens.edits.Subspace(basis)),
+    ):
+        pass
+    with pytest.raises(LensError, match="independent columns"):
+        lens.edits.Subspace(torch.zeros(16, 2))
+
+
+def test_the_plot_has_every_control(found):
+    figure = found.plot()
+    assert [list(one.x) for one in figure.data] == [list(BASES[1:])] * 2
+    assert figure.data[0].y[0] == pytest.approx(found.table()["mass"][0])
