@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lens.reading.explanations import Explanation, PairExplanation
     from lens.reading.judged import Faithfulness
     from lens.reading.removals import Removals
+    from lens.reading.retrieved import RetrievalKinds
     from lens.reading.robustness import Robustness
     from lens.reading.shares import ComponentShares
 
@@ -249,6 +250,34 @@ def subspace_bars(result: SubspaceRemovals, **look: Unpack[Look]) -> go.Figure:
     return style(
         figure, escaped(f"{result.head} without {result.rank} directions ({result.model})"), look
     )
+
+
+@draws("RetrievalKinds")
+def masked_recall(result: RetrievalKinds, **look: Unpack[Look]) -> go.Figure:
+    """Recall of needles without the first heads of each definition, beside as many random others.
+
+    Example:
+        >>> trials = lens.tasks.needles.copied(small, n=2, length=30)
+        >>> figure = lens.reading.retrieval(small, trials, masked=[1], draws=1).plot()
+    """
+    rows = result.recall()
+    figure = go.Figure()
+    colors = (ACCENT, LINE, "#17663a", BASELINE)
+    for (name, some), color in zip(rows.groupby("by", sort=False), colors, strict=True):
+        figure.add_scatter(
+            x=[0, *some["masked"]],
+            y=[some["clean"].iloc[0], *some["recall"]],
+            name=str(name),
+            mode="lines+markers",
+            line={"color": color, "dash": "dash" if name == "random" else "solid"},
+            error_y={
+                "array": [0, *(some["recall_high"] - some["recall"])],
+                "arrayminus": [0, *(some["recall"] - some["recall_low"])],
+            },
+        )
+    figure.update_xaxes(title="Heads that give nothing", rangemode="tozero")
+    figure.update_yaxes(title="Recall of the needle", range=[-0.02, 1.05])
+    return style(figure, escaped(f"Needles without retrieval heads ({result.model})"), look)
 
 
 @draws("Faithfulness")

@@ -8,14 +8,14 @@ loss, beside a random one of the same size, says how much the answer hangs on wh
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from scipy.optimize import linprog
 from torch import Tensor
 
-from lens.common.choices import check_between, check_counts, check_lists
+from lens.common.choices import check_between, check_choice, check_counts, check_lists
 from lens.common.errors import LensError
 from lens.common.head_ids import AnyHead
 from lens.common.progress import advancing
@@ -111,6 +111,7 @@ def perturb(
     prompts: Any,
     heads: Sequence[AnyHead] | None = None,
     *,
+    along: Literal["logits", "pairs"] = "logits",
     sizes: Sequence[float] = (0.5, 1.0, 2.0),
     draws: int = 3,
     seed: int = 0,
@@ -122,12 +123,15 @@ def perturb(
         model: as in `attribute`.
         prompts: one or several, of tokens.
         heads: such as "L1H3"; None: all.
+        along: "logits", any change (AT); "pairs", from one token to another alike in every row that sees them (iAT's word
+            pairs): the pair that the gradient says costs most, beside random pairs.
         sizes: of the change, L2 over the logits of the head that are seen, nats.
         draws: random directions.
         seed: of them.
         progress: show a bar, on stderr, if that is a terminal.
 
-    Reference: Kitada and Iyatomi, Attention Meets Perturbations, 2021, arXiv 2009.12064 (AT; their training is not done).
+    Reference: Kitada and Iyatomi, Attention Meets Perturbations, 2021, arXiv 2009.12064 (AT and iAT; their
+        training is not done).
 
     Raises:
         LensError: as `attribute`, sizes that are not positive, or no draws.
@@ -138,6 +142,7 @@ def perturb(
     check_loaded(model)
     check_counts(draws=draws)
     check_counts(0, seed=seed)
+    check_choice("along", along, ("logits", "pairs"))
     check_between(0, float("inf"), sizes=sizes)
     chosen = model.info.every_head
     if heads is not None:
@@ -158,10 +163,13 @@ def perturb(
             for place, head in enumerate(chosen):
                 slope = slopes[head.layer][head.head]
                 seen = slope != 0
-                directions = [-slope]  # the loss grows where the logit falls
-                for _ in range(draws):
-                    drawn = torch.randn(slope.shape, generator=generator, dtype=slope.dtype)
-                    directions.append(drawn.to(slope.device) * seen)
+                if along == "pairs":
+                    directions = _pairs(slope, draws, generator)
+                else:
+                    directions = [-slope]  # the loss grows where the logit falls
+                    for _ in range(draws):
+                        drawn = torch.randn(slope.shape, generator=generator, dtype=slope.dtype)
+                        directions.append(drawn.to(slope.device) * seen)
                 for step, size in enumerate(sizes):
                     lost = [
                         _loss(answer, (head.layer, head.head, size * _unit(one))) - clean
@@ -170,7 +178,29 @@ def perturb(
                     worst[place, step, number] = lost[0]
                     random[place, step, number] = np.mean(lost[1:])
             advance(1)
-    return Robustness(tuple(chosen), tuple(sizes), worst, random, seed, model.name)
+    return Robustness(tuple(chosen), tuple(sizes), worst, random, seed, model.name, along)
+
+
+def _pairs(slope: Tensor, draws: int, generator: torch.Generator) -> list[Tensor]:
+    """Changes [queries, keys] that raise one key and lower another in all rows that see both: first the worst."""
+    seen = slope != 0
+    keys = seen.any(0).nonzero()[:, 0]
+    columns = slope.sum(0)[keys]
+    chosen = [
+        (int(columns.argmin()), int(columns.argmax()))
+    ]  # the loss grows where the logit falls
+    for _ in range(draws):
+        one, other = torch.randperm(max(2, len(keys)), generator=generator)[:2].tolist()
+        chosen.append((one, other) if len(keys) > 1 else (0, 0))
+    found = []
+    for one, other in chosen:
+        up, down = int(keys[one]), int(keys[other])
+        both = (seen[:, up] & seen[:, down]).to(slope)
+        change = torch.zeros_like(slope)
+        change[:, up] += both
+        change[:, down] -= both
+        found.append(change)
+    return found
 
 
 def _loss(answer: Answer, change: tuple[int, int, Tensor] | None) -> float:

@@ -27,6 +27,7 @@ class Robustness(Result):
         random: [head, size, prompt], mean over random directions of the same size.
         seed: of the draws.
         model: its name.
+        along: "logits", any change; "pairs", from one token to another in all rows.
     """
 
     heads: tuple[HeadId, ...]
@@ -35,6 +36,7 @@ class Robustness(Result):
     random: Float[np.ndarray, "heads sizes prompts"]
     seed: int
     model: str
+    along: str = "logits"
 
     def table(self) -> pd.DataFrame:
         """One row per head and size: `name`, `layer`, `head`, `size`; `worst` and `random`, change of loss (nats) with `_low` and
@@ -50,11 +52,14 @@ class Robustness(Result):
     def findings(self) -> tuple[Sentence, ...]:
         """The head whose attention the answer hangs on most ("head")."""
         worst = self.worst[:, -1].mean(-1)
+        way = ("along their gradient", "in a random direction")
+        if self.along == "pairs":
+            way = ("from one token to another, the pair of the gradient,", "between random tokens")
         most = int(np.argmax(worst))
         return (
             Sentence(
-                f"A change of size {self.sizes[-1]:g} of the attention logits of {self.heads[most]} along their gradient "
-                f"costs {worst[most]:+.3g} nats, in a random direction {self.random[most, -1].mean():+.3g}.",
+                f"A change of size {self.sizes[-1]:g} of the attention logits of {self.heads[most]} {way[0]} "
+                f"costs {worst[most]:+.3g} nats, {way[1]} {self.random[most, -1].mean():+.3g}.",
                 kind="head",
             ),
         )

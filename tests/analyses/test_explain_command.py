@@ -19,7 +19,7 @@ def run(lens_command, tmp_path_factory):
 
 
 def test_the_sections_are_there_and_the_folder_is_whole(run):
-    assert run.sections == ["explain", "removal", "faithfulness"]
+    assert run.sections == ["explain", "removal", "retrieval_kinds", "faithfulness"]
     assert validate(run) == []
     assert sorted(run.section("explain").configuration["heads"]) == ["L1H0", "L1H2", "L1H3"]
     html = (run.path / "report.html").read_text()

@@ -5,12 +5,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from lens.circuits.checks._consensus import consensus
 from lens.circuits.checks._stability import jaccard, noise_floor, stability
 from lens.circuits.graph.activations import Ablation
 from lens.circuits.graph.circuit import make_circuit
 from lens.circuits.graph.edge_scores import EdgeScores
 from lens.circuits.graph.graph import Graph
-from lens.circuits.scores.methods import EapIg
+from lens.circuits.scores.methods import EapIg, Hybrid
 from lens.circuits.scores.scoring import score_edges
 from lens.common.errors import LensError
 from tests.lens.circuit_models import small_model, small_task
@@ -110,3 +111,46 @@ def test_what_cannot_be_compared_is_refused():
     model, task = small_model("attention_only"), small_task()
     with pytest.raises(LensError, match="the scores are of 2 prompts of 't', and the task is 5"):
         noise_floor(model, task, scored(np.ones((2, GRAPH.n))))
+
+
+def test_the_core_is_in_every_view_and_more_views_never_grow_it():
+    names = GRAPH.edges
+    views = [make_circuit(GRAPH, part) for part in (names[:5], names[2:7], names[1:4])]
+    two, three = consensus(views[:2]), consensus(views)
+    assert two.core.edges == names[2:5]
+    assert three.core.edges == names[2:4]
+    assert three.union.edges == names[:7]
+    table = three.table().set_index("edge")
+    assert table.loc[names[2], ["share", "part"]].tolist() == [1.0, "core"]
+    assert table.loc[names[1], "share"] == pytest.approx(2 / 3)
+    assert [one.kind for one in three.findings()] == ["core", "chance"]
+    assert "All 3 views keep 2 of the 7 edges" in three.findings()[0]
+
+
+def test_edges_whose_sign_hangs_on_the_prompts_are_left_out():
+    """Edge 0 is largest on average and has either sign; edges 1 and 2 are sure."""
+    draw = np.random.default_rng(0)
+    values = np.zeros((16, GRAPH.n))
+    values[:, 0] = 0.5 + 30 * draw.normal(size=16)
+    values[:, 1], values[:, 2] = 1, -2 + 0.1 * draw.normal(size=16)
+    values[0, 0] += 16 * (3 - values[:, 0].mean())
+    found = scored(values)
+    assert found.top(1, prune=False).edges == GRAPH.edges[:1]
+    assert found.top(1, method="bootstrap", prune=False).edges == GRAPH.edges[2:3]
+    assert found.top(1, method="bootstrap", absolute=False, prune=False).edges == GRAPH.edges[1:2]
+    assert found.top(GRAPH.n, method="bootstrap", prune=False).n == 2
+    assert scored(values[:1]).top(3, method="bootstrap", prune=False).n == 3
+
+
+def test_a_hybrid_is_the_mean_at_equal_scale():
+    model, task = small_model("attention_only"), small_task()
+    parts = [score_edges(model, task, method=one, progress=False) for one in ("eap-ig", "eap")]
+    found = score_edges(model, task, method=Hybrid(("eap-ig", "eap")), progress=False)
+    sizes = [np.sqrt((one.values**2).mean()) for one in parts]
+    expected = (parts[0].values / sizes[0] + parts[1].values / sizes[1]) / 2 * sizes[0]
+    assert found.values == pytest.approx(expected, abs=1e-9)
+    assert (found.method, found.residual) == ("hybrid", None)
+    with pytest.raises(LensError, match="at least two methods"):
+        Hybrid(("eap",))
+    with pytest.raises(LensError, match="plain methods"):
+        Hybrid(("eap", "hybrid"))

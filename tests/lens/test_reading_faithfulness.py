@@ -260,6 +260,17 @@ def test_the_loss_grows_most_along_its_gradient(models):
     answer = Answer(model, prompt())
     slope = Gradients(answer, of_loss=True).scores[1][2]
     assert small.worst[0, 0, 0] == pytest.approx(1e-2 * float(slope.norm()), rel=0.1)
+    columns = slope.sum(0)
+    pair = torch.zeros_like(slope)
+    pair[:, columns.argmin()] += 1
+    pair[:, columns.argmax()] -= 1
+    pair = pair * ((slope[:, [columns.argmin(), columns.argmax()]] != 0).all(1))[:, None]
+    asked = {"sizes": [1e-2], "draws": 3, "progress": False, "along": "pairs"}
+    words = lens.reading.perturb(model, prompt(), ["L1H2"], **asked)
+    expected = -1e-2 * float((slope * pair / pair.norm()).sum())
+    assert words.worst[0, 0, 0] == pytest.approx(expected, rel=0.1)
+    assert words.random[0, 0, 0] < words.worst[0, 0, 0]
+    assert "from one token to another" in words.findings()[0]
     found = lens.reading.perturb(model, prompt(), sizes=[0.5, 2.0], draws=2, progress=False)
     assert found.worst.shape == (18, 2, 1)
     assert (found.worst.mean((1, 2)) > found.random.mean((1, 2))).mean() > 0.9

@@ -96,6 +96,7 @@ STEPS: dict[str, tuple[Step, ...]] = {
     "explain": (
         Step("explain", "explain"),
         Step("removal", "explain", needs="explain"),
+        Step("retrieval_kinds", "explain"),
         Step("faithfulness", "explain"),
     ),
 }

@@ -139,6 +139,7 @@ COSTS: dict[str, dict[str, Callable[[Load], Cost]]] = {
     "explain": {
         "explain": lambda load: Cost(21 * load.task, 21 * load.settings.n),
         "removal": lambda load: Cost(36 * load.task, 36 * load.settings.n),
+        "retrieval_kinds": lambda load: Cost(6_000, 300),
         "faithfulness": lambda load: Cost(1200 * load.task * min(1, 6 / load.settings.n), 600),
     },
     "vision": {

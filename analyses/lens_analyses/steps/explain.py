@@ -20,6 +20,7 @@ _HEADS = 3
 _CELLS = 15  # of each head, in the table
 _PROMPTS, _DRAWS = 6, 5  # of the section on faithfulness
 _PARTS = 6  # of each head that are taken out
+_TRIALS, _MASKED, _RANDOM = 4, (1, 3), 2  # of the section on retrieval
 _PAIRS, _SIDE = (
     10,
     10,
@@ -184,6 +185,53 @@ def _headlines(sides: pd.DataFrame) -> Iterator[Headline]:
         )
 
 
+def retrieval_kinds(subject: Subject) -> Section:
+    """Retrieval heads by three definitions on copied needles, and the needles without the first of each."""
+    trials = lens.tasks.needles.copied(
+        subject.model, n=_TRIALS, length=32, needle=6, seed=subject.seed
+    )
+    found = lens.reading.retrieval(
+        subject.model,
+        trials,
+        masked=_MASKED,
+        draws=_RANDOM,
+        seed=subject.seed,
+        progress=subject.progress,
+    )
+    tables = {"heads": found.table(), "recall": found.recall(), "agreement": found.agreement()}
+    rows = tables["recall"]
+    own = rows[rows["by"] != "random"].sort_values("recall", kind="stable").to_dict("records")[0]
+    chance = rows[(rows["by"] == "random") & (rows["masked"] == own["masked"])].to_dict("records")[
+        0
+    ]
+    headline = Headline(
+        f"Without the first {own['masked']} retrieval heads ({own['by']}) recall of needles is {own['recall']:.2f} "
+        f"[{own['recall_low']:.2f}, {own['recall_high']:.2f}], without as many random others {chance['recall']:.2f}.",
+        own["recall"],
+        own["recall_low"],
+        own["recall_high"],
+        chance["recall"],
+        "as many random heads",
+        figure="recall",
+    )
+    return Section(
+        name="retrieval_kinds",
+        title="Retrieval heads by where they look, for whom, and what they bring",
+        summary=found.findings(),
+        limits=(f"{_TRIALS} copied random needles of 6 tokens in 32; not questions on text.",),
+        columns=defined(tables.values(), _COLUMNS),
+        configuration={
+            "trials": _TRIALS,
+            "masked": list(_MASKED),
+            "draws": _RANDOM,
+            "seed": subject.seed,
+        },
+        tables=tables,
+        figures={"recall": found.plot()},
+        headlines=(headline,),
+    )
+
+
 def faithfulness(subject: Subject) -> Section:
     """Whether attention, and what else scores tokens, says what the answers rest on."""
     found = lens.reading.faithfulness(
@@ -254,7 +302,16 @@ _COLUMNS = {
     "value": "Part of the logit, nats, mean over prompts.",
     "contrast": "The same less its mean over the keys that the query sees, nats.",
     "share": "Of all that the row is about: of the logit above the mean of its row, or of all that a map carries.",
-    "query": "Place of the query in the first prompt.",
+    "literal": "Share of the needle that the head looks at most while it is generated (Wu et al.).",
+    "output": "Logit that the head brings from the needle to the generated tokens, less that from as many others (LOCOS).",
+    "trials": "Needles that there were; n of them came back.",
+    "by": "Definition whose first heads are masked; random: as many others.",
+    "masked": "How many heads give nothing.",
+    "recall": "Share of the needle that comes back then.",
+    "a": "One definition.",
+    "b": "Another.",
+    "correlation": "Rank correlation of all heads.",
+    "query": "Place of the query in the first prompt; of retrieval: attention of the last tokens to the needle, less that of others (QRHead).",
     "key": "Place of the key.",
     "query_token": "What the query says.",
     "key_token": "What the key says.",

@@ -27,7 +27,7 @@ from lens_dashboards.pages.parts import (
 )
 from lens_dashboards.selection import Selection
 
-_SECTIONS = ("explain", "removal", "faithfulness")
+_SECTIONS = ("explain", "removal", "retrieval_kinds", "faithfulness")
 _PARTS = 12  # of each side, in the table
 
 
@@ -159,6 +159,7 @@ def _figures(known: dict[str, Section], head: str) -> list[tuple[Section, str, s
         ("explain", f"parts_{head.lower()}", "Parts over all prompts"),
         ("removal", f"removal_{head.lower()}", "Without a part: predicted and measured"),
         ("explain", f"components_{head.lower()}", "Singular components"),
+        ("retrieval_kinds", "recall", "Needles without retrieval heads"),
         ("faithfulness", "sufficiency", "Does attention explain the answer"),
     )
     return [

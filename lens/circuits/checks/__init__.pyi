@@ -1,5 +1,6 @@
 from . import hypothesis as hypothesis
 from ._completeness import completeness as completeness
+from ._consensus import consensus as consensus
 from ._control import control as control
 from ._minimality import minimality as minimality
 from ._sink_check import sink_check as sink_check

@@ -14,7 +14,7 @@ from lens.circuits.graph.activations import Baseline
 from lens.circuits.graph.circuit import Circuit
 from lens.circuits.graph.edge_scores import EdgeScores
 from lens.circuits.graph.nodes import check_edges
-from lens.circuits.scores.methods import EapIg, Method
+from lens.circuits.scores.methods import EapIg, Hybrid, Method
 from lens.circuits.scores.scoring import score_edges
 from lens.common.choices import check_counts
 from lens.common.errors import LensError
@@ -80,7 +80,7 @@ def find(
     model: LoadedModel,
     task: Task,
     *,
-    method: Method | EapIg = "eap-ig",
+    method: Method | EapIg | Hybrid = "eap-ig",
     baseline: Baseline | None = None,
     edges: int | None = None,
     faithfulness: float = 0.85,

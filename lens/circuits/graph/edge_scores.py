@@ -11,13 +11,13 @@ import pandas as pd
 from lens.circuits.graph.activations import Ablation
 from lens.circuits.graph.circuit import Circuit
 from lens.circuits.graph.graph import Graph
-from lens.circuits.graph.selection import greedy, pruned, top
+from lens.circuits.graph.selection import consistent, greedy, pruned, top
 from lens.common.choices import check_choice
 from lens.common.errors import LensError
 from lens.common.results import Result
 from lens.stats.intervals import columns
 
-Selection = Literal["top", "greedy"]
+Selection = Literal["top", "greedy", "bootstrap"]
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -80,7 +80,9 @@ class EdgeScores(Result):
         Args:
             count: of edges, before pruning.
             method: "top", the largest scores wherever they are; "greedy", from the logits upwards, always
-                the largest edge whose reader is already in the circuit, so that all are connected.
+                the largest edge whose reader is already in the circuit, so that all are connected;
+                "bootstrap", the largest of those whose sign is the same when prompts are drawn anew
+                (95 % of 200 draws): fewer than `count` where fewer are sure.
             absolute: by size; False: the signed score, which leaves harmful edges out.
             prune: drop edges that lie on no path from the input to the logits.
 
@@ -96,8 +98,13 @@ class EdgeScores(Result):
                 f"{int(np.isnan(values).sum())} edges have no score (NaN), so they cannot be ranked"
             )
         values = np.abs(values) if absolute else values
-        choose = top if method == "top" else greedy
-        kept = choose(self.graph, values, count)
+        choose = greedy if method == "greedy" else top
+        if method == "bootstrap":
+            sure = consistent(self.per_prompt)
+            values = np.where(sure, values, -np.inf)
+            kept = choose(self.graph, values, count) & sure
+        else:
+            kept = choose(self.graph, values, count)
         made = f"{self.method}, {method} {count}{'' if absolute else ' signed'}{', pruned' * prune}"
         kept = pruned(self.graph, kept) if prune else kept
         return Circuit(self.graph, kept, self.ablation, self.task, self.model, made)

@@ -7,8 +7,13 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from lens import stats
 from lens.circuits.graph.graph import Graph
 from lens.common.errors import LensError
+
+SAME = 0.95
+"""Share of draws in which an edge that is consistent has its sign."""
+_DRAWS, _AT_ONCE = 200, 2**16
 
 
 def top(graph: Graph, values: np.ndarray, count: int) -> np.ndarray:
@@ -44,6 +49,24 @@ def greedy(graph: Graph, values: np.ndarray, count: int) -> np.ndarray:
                 reached.add(number)
                 for more in into[number]:
                     heapq.heappush(heap, (-values[more], int(more)))
+    return kept
+
+
+def consistent(per_prompt: np.ndarray, seed: int = 0) -> np.ndarray:
+    """[edges] whether the mean over drawn prompts has one sign in `SAME` of the draws; `per_prompt` [prompts, edges].
+
+    Of one prompt all are. Reference: edge selection of MIB's best entries, arXiv 2510.25786.
+    """
+    prompts, edges = per_prompt.shape
+    if prompts < 2:
+        return np.ones(edges, bool)
+    drawn = stats.draws(prompts, seed, _DRAWS)
+    kept = np.zeros(edges, bool)
+    for start in range(0, edges, _AT_ONCE):
+        some = slice(start, start + _AT_ONCE)
+        means = drawn @ per_prompt[:, some].astype(float)
+        above = (means > 0).mean(0), (means < 0).mean(0)
+        kept[some] = np.maximum(*above) >= SAME
     return kept
 
 

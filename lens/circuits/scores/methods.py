@@ -8,7 +8,7 @@ from lens.common.errors import LensError
 
 Method = Literal[
     "exact", "eap", "clean-corrupted", "eap-ig", "eap-ig-activations", "eap-ig-stages",
-    "atp*", "atp*-together", "atp*-grad-drop", "relp", "relp-values",
+    "atp*", "atp*-together", "atp*-grad-drop", "relp", "relp-values", "hybrid",
 ]  # fmt: skip
 Over = Literal["inputs", "activations", "stages"]
 Rule = Literal["midpoint", "left"]
@@ -57,6 +57,37 @@ class EapIg:
     def word(self) -> Method:
         """The method's name."""
         return _WORDS[self.over]
+
+
+@dataclass(frozen=True)
+class Hybrid:
+    """The mean of the scores of several methods, each divided by its root mean square over the edges.
+
+    It is given back in the scale of the first of them, so that it is in units of the metric.
+
+    Attributes:
+        methods: words or objects; at least two.
+
+    Raises:
+        LensError: fewer than two, a hybrid in it, or what is no method.
+
+    Reference: the hybrid entry of the Mechanistic Interpretability Benchmark, 2025, arXiv 2510.06811 (without its
+        edge pruning).
+
+    Example:
+        >>> lens.circuits.score_edges(small, copying, method=lens.circuits.scores.Hybrid(("eap", "exact"))).method
+        'hybrid'
+    """
+
+    methods: tuple[Method | EapIg, ...] = ("eap-ig", "eap", "eap-ig-activations")
+
+    def __post_init__(self) -> None:
+        given = self.methods
+        if isinstance(given, str) or len(given) < 2:
+            raise LensError(f"Hybrid takes at least two methods, got {given!r}")
+        if "hybrid" in [named(one)[0] for one in given]:
+            raise LensError("Hybrid takes plain methods, got a hybrid")
+        object.__setattr__(self, "methods", tuple(given))
 
 
 def named(method: Method | EapIg) -> tuple[Method, EapIg | None]:

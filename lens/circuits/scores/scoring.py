@@ -5,7 +5,8 @@ Each method is a function from the nodes, a batch of prompts and their reference
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -26,7 +27,7 @@ from lens.circuits.graph.nodes import Nodes, find_nodes
 from lens.circuits.scores.atp import atp_star, atp_star_grad_drop, atp_star_together
 from lens.circuits.scores.attribution import Stage, edge_products
 from lens.circuits.scores.batch import Batch
-from lens.circuits.scores.methods import EapIg, Method, named
+from lens.circuits.scores.methods import EapIg, Hybrid, Method, named
 from lens.circuits.scores.relp import relevance, relevance_of_values
 from lens.common.choices import check_counts
 from lens.common.errors import LensError
@@ -45,7 +46,7 @@ def score_edges(
     model: LoadedModel,
     task: Task,
     *,
-    method: Method | EapIg = "eap-ig",
+    method: Method | EapIg | Hybrid = "eap-ig",
     baseline: Baseline = "counterfactual",
     kv: Kv = "head",
     batch_size: int = _ROWS,
@@ -69,6 +70,7 @@ def score_edges(
         relp                eap with the backward rules of relevance for norms, activations and gates
                             (`lens.circuits.relp`)
         relp-values         the same with constant attention patterns
+        hybrid              mean of eap-ig, eap and eap-ig-activations at equal scale (`lens.circuits.scores.Hybrid`)
 
     Args:
         model: as `lens.load` returns it.
@@ -93,6 +95,10 @@ def score_edges(
         ('input->a1.h0<q>', 'a1.h0->logits')
     """
     given_as("Task", task=task)
+    if isinstance(method, Hybrid) or method == "hybrid":
+        several = method if isinstance(method, Hybrid) else Hybrid()
+        asked = {"baseline": baseline, "kv": kv, "batch_size": batch_size, "progress": progress}
+        return _together([score_edges(model, task, method=one, **asked) for one in several.methods])
     word, integrated = named(method)
     steps: int | Literal["auto"] = 1 if integrated is None else integrated.steps
     rule = "midpoint" if integrated is None else integrated.rule
@@ -125,6 +131,19 @@ def score_edges(
         f"after {count // 2} steps {missing:.1%} of the effect is still missing, so the gradients say "
         "little; look at method='atp*' or 'exact', or give a number of steps"
     )
+
+
+def _together(found: Sequence[EdgeScores]) -> EdgeScores:
+    """Their mean at equal root mean square, in the scale of the first."""
+    sizes = [float(np.sqrt(np.square(one.values).mean())) for one in found]
+    parts = [
+        one.per_prompt * (sizes[0] / size if size else 0.0)
+        for one, size in zip(found, sizes, strict=True)
+    ]
+    return replace(
+        found[0], per_prompt=np.mean(parts, 0), method="hybrid", steps=None, rule=None, residual=None,
+        total=None,
+    )  # fmt: skip
 
 
 def _score(
