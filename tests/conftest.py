@@ -24,6 +24,11 @@ _FLAGS = [
 ]
 
 
+def pytest_collection_modifyitems(items):
+    """What is of the whole project comes first: it takes longest, and last it would keep one worker alone."""
+    items.sort(key=lambda item: len(item.path.parts))
+
+
 @pytest.fixture(scope="session")
 def browser():
     """Debian's Chromium, or whichever is there."""
