@@ -177,6 +177,7 @@ def test_tables_of_heads_join():
         lens.policies.maps(model, prompts[0], lens.policies.AShape(4, 8), block_size=8),
         lens.reading.perturb(model, prompts, ["L1H0"], sizes=[0.5], draws=1, **quiet),
         lens.reading.retrieval(model, copied(model), **quiet),
+        lens.reading.examples(model, prompts, n=1, chance=False, **quiet),
         lens.policies.stability(model, prompts, block_size=8, **quiet),
     ]
     of_heads = {
@@ -188,6 +189,7 @@ def test_tables_of_heads_join():
     }
     elsewhere = {
         "Alignment",
+        "Denoising",
         "HeadSelection",
         "MixerCapture",
         "MixerMeasures",
@@ -195,6 +197,7 @@ def test_tables_of_heads_join():
         "PolicyScores",
         "PolicySearch",
         "PolicyTransfer",
+        "RunSeries",
     }
     assert of_heads - elsewhere == {type(one).__name__ for one in made}
     tables = {type(one).__name__: one.table() for one in made}
