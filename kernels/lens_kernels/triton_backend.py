@@ -156,7 +156,7 @@ def supports_gradients(problem: Problem) -> str | None:
 @torch.no_grad()
 def gradients(saved: Saved, upstream: Upstream) -> Gradients:
     """Gradients of query, key, value and learned sinks, and block sums of them."""
-    from lens_kernels.triton_run import run_gradients
+    from lens_kernels.triton_gradients import run_gradients
 
     with _device(saved.problem):
         return run_gradients(saved, upstream)

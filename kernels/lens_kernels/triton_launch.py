@@ -22,6 +22,14 @@ from lens_kernels.triton_logits import Blocks, Kept, Mask, Plane, Rows, Scores, 
 
 _LOG2E = math.log2(math.e)
 _FAR = torch.iinfo(torch.int32).max
+_poison = False
+"""Tests set it: outputs start as NaN, so that what is not written shows."""
+
+
+def new(problem: Problem, *sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Memory for an output."""
+    tensor = torch.empty(sizes, dtype=dtype, device=problem.device)
+    return tensor.fill_(math.nan) if _poison else tensor
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Runs the Triton kernels of one problem: allocates outputs, launches, puts statistics together."""
+"""Runs the forward kernels of one problem: allocates outputs, launches, puts statistics together."""
 
 # pyright: reportArgumentType=false
 
@@ -11,24 +11,13 @@ import torch
 from torch import Tensor
 
 from lens_kernels import triton_launch as pack
-from lens_kernels.backward import Gradients, Saved, Upstream
 from lens_kernels.problem import Problem, row_features, top_blocks
 from lens_kernels.states import seen_rows
-from lens_kernels.triton_backward import (
-    GradientMaps,
-    key_gradients,
-    levels,
-    query_gradients,
-)
 from lens_kernels.triton_configs import (
-    backward_config,
     columns_config,
     diagonals_config,
-    key_gradients_together,
     row_config,
     short_prefix,
-    split_key_gradients,
-    split_query_gradients,
     split_rows,
 )
 from lens_kernels.triton_forward import BlockList, FirstKey, RowInputs, RowOutputs, forward
@@ -42,18 +31,10 @@ _MAPS = {
     "block_max_logit": -math.inf,
     "block_weighted": 0.0,
 }
-_GRADIENT_MAPS = ("block_attribution", "block_logit_gradient", "block_logit_gradient_abs")
 SCRATCH_BYTES = 1 << 28
 """Of block masses that are made for `top_keys` alone, at once."""
 SORT_BYTES = 1 << 25
 """Of block masses that are sorted at once, which takes several copies."""
-_poison = False
-"""Tests set it: outputs start as NaN, so that what is not written shows."""
-
-
-def _new(problem: Problem, *sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    tensor = torch.empty(sizes, dtype=dtype, device=problem.device)
-    return tensor.fill_(math.nan) if _poison else tensor
 
 
 def run_rows(
@@ -68,17 +49,17 @@ def run_rows(
     sparse = problem.block_mask is not None
     config, rows, columns = pack.tiling(problem, row_config(problem), "rows", sparse)
     lines = (problem.batch, problem.heads, problem.queries)
-    output = _new(problem, *lines, problem.value_dim, dtype=dtype)
-    tensors = {name: _new(problem, *lines) for name in _ROWS if problem.wants(name)}
-    tensors["lse"] = _new(problem, *lines)
+    output = pack.new(problem, *lines, problem.value_dim, dtype=dtype)
+    tensors = {name: pack.new(problem, *lines) for name in _ROWS if problem.wants(name)}
+    tensors["lse"] = pack.new(problem, *lines)
 
     short = short_prefix(problem)
     if short:
-        tensors["prefix_mass"] = _new(problem, *lines)
+        tensors["prefix_mass"] = pack.new(problem, *lines)
     in_loop = problem.statistics - ({"prefix_mass"} if short else set())
     features, places = row_features(replace(problem, statistics=in_loop))
     count = features.shape[-1]
-    means = _new(problem, count, *lines)
+    means = pack.new(problem, count, *lines)
     pairs, query_labels, key_labels = 0, None, None
     if problem.wants("match_mass"):
         assert problem.query_labels is not None
@@ -87,14 +68,14 @@ def run_rows(
         query_labels = problem.query_labels.clamp(min=-1).permute(2, 0, 1).contiguous()
         key_labels = problem.key_labels.masked_fill(problem.key_labels < 0, -2)
         key_labels = key_labels.permute(2, 0, 1).contiguous()
-    matches = _new(problem, pairs, *lines)
+    matches = pack.new(problem, pairs, *lines)
 
     beside: dict[str, Tensor] = {}
     first, others = FirstKey(*(None,) * len(FirstKey._fields)), None
     if apart is not None:
-        beside = {name: _new(problem, *lines) for name in ("logit", "lse")}
-        beside |= {name: _new(problem, *lines) for name in _STATE if name in tensors}
-        beside["output"] = _new(problem, *lines, problem.value_dim)
+        beside = {name: pack.new(problem, *lines) for name in ("logit", "lse")}
+        beside |= {name: pack.new(problem, *lines) for name in _STATE if name in tensors}
+        beside["output"] = pack.new(problem, *lines, problem.value_dim)
         others = pack.rows_of(beside["output"])
         state = (beside.get(name) for name in ("logit", "lse", *_STATE))
         first = FirstKey(apart, *state)
@@ -211,7 +192,7 @@ def _columns(
         for name in sorted(maps)
     }
     if problem.wants("received"):
-        found["received"] = _new(problem, lines, problem.keys)
+        found["received"] = pack.new(problem, lines, problem.keys)
     tiles = pack.tiles(columns, problem.keys)
     pack.launch(
         columns_pass,
@@ -249,7 +230,7 @@ def run_diagonals(problem: Problem, lse: Tensor) -> dict[str, Tensor]:
     row_tiles, column_tiles = pack.tiles(straight, problem.queries), -(-problem.keys // side)
     first, end = _differences(problem, side, row_tiles, column_tiles)
     lines = problem.batch * problem.heads
-    folded = _new(problem, lines, end - first, 2, side)
+    folded = pack.new(problem, lines, end - first, 2, side)
     blocks = (straight, straight)
     if problem.block_mask is not None:
         height, width = problem.block_size
@@ -328,146 +309,3 @@ def _unfold_diagonals(problem: Problem, folded: Tensor, first: int) -> Tensor:
     place = place.clamp(0, line.shape[1] - 1)[:, None].expand(-1, problem.heads, -1)
     line = line.unflatten(0, (problem.batch, problem.heads))
     return line.gather(2, place).masked_fill_(~inside[:, None], 0)
-
-
-def run_gradients(saved: Saved, upstream: Upstream) -> Gradients:
-    """Gradients of query, key, value and learned sinks, and the statistics of the backward pass."""
-    problem = saved.problem
-    assert saved.output is not None
-    lines = (problem.batch, problem.heads, problem.queries)
-    of_output = upstream.output
-    if of_output is None:
-        of_output = torch.zeros_like(saved.output)
-    attribution, level = _new(problem, *lines), _new(problem, *lines)
-    config = pack.Config(64, 64, 4, 1)
-    tiles = -(-problem.queries // config.rows)
-    of_lse = None if upstream.lse is None else upstream.lse.contiguous()
-    pack.launch(
-        levels,
-        problem.batch * problem.heads * tiles,
-        config,
-        pack.rows_of(saved.output),
-        pack.rows_of(of_output),
-        of_lse,
-        attribution,
-        level,
-        pack.shape(problem),
-        tiles,
-        BM=config.rows,
-    )
-    of_key, of_value = _key_gradients(saved, of_output, level)
-    of_query, exports = _query_gradients(saved, of_output, level)
-    if problem.wants("row_attribution"):
-        exports["row_attribution"] = attribution
-    return Gradients(of_query, of_key, of_value, _sink_gradient(saved, level), None, exports)
-
-
-def _sink_gradient(saved: Saved, level: Tensor) -> Tensor | None:
-    sinks = saved.problem.sink_logits
-    if "sink_logits" not in saved.wanted or sinks is None:
-        return None
-    seen = saved.lse > -math.inf
-    share = torch.exp(sinks[:, None] - saved.lse.masked_fill(~seen, math.inf))
-    return (share * level).sum((0, 2))
-
-
-def _key_gradients(
-    saved: Saved, of_output: Tensor, level: Tensor
-) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of key and value, in one launch or two."""
-    problem = saved.problem
-    of_key = of_value = None
-    if "key" in saved.wanted:
-        of_key = _new(problem, *problem.key.shape, dtype=problem.key.dtype)
-    if "value" in saved.wanted:
-        of_value = _new(problem, *problem.value.shape, dtype=problem.value.dtype)
-    together = key_gradients_together(problem)
-    launches = [(of_key, of_value)] if together else [(of_key, None), (None, of_value)]
-    for targets in launches:
-        if any(target is not None for target in targets):
-            _launch_key_gradients(saved, of_output, level, *targets)
-    return of_key, of_value
-
-
-def _launch_key_gradients(
-    saved: Saved, of_output: Tensor, level: Tensor, of_key: Tensor | None, of_value: Tensor | None
-) -> None:
-    problem = saved.problem
-    of = "both" if of_key is not None and of_value is not None else "key"
-    config = backward_config(problem, "value" if of_key is None else of)
-    sparse = problem.block_mask is not None
-    config, rows, columns = pack.tiling(problem, config, "columns", sparse)
-    tiles = pack.tiles(columns, problem.keys)
-    pack.launch(
-        key_gradients,
-        problem.batch * problem.kv_heads * tiles,
-        config,
-        pack.rows_of(problem.query),
-        pack.rows_of(problem.key),
-        pack.rows_of(problem.value),
-        pack.rows_of(of_output),
-        None if of_key is None else pack.rows_of(of_key),
-        None if of_value is None else pack.rows_of(of_value),
-        saved.lse,
-        level,
-        pack.mask(problem),
-        pack.scores(problem, config),
-        pack.kept(problem),
-        pack.query_spans(problem, rows, columns),
-        problem.scale,
-        pack.shape(problem),
-        rows,
-        columns,
-        pack.tiles(rows, problem.queries),
-        tiles,
-        SPLIT=split_key_gradients(problem),
-    )
-
-
-def _query_gradients(
-    saved: Saved, of_output: Tensor, level: Tensor
-) -> tuple[Tensor | None, dict[str, Tensor]]:
-    """Gradient of the query, and the block maps that are asked for."""
-    problem = saved.problem
-    names = [name for name in _GRADIENT_MAPS if problem.wants(name)]
-    if "query" not in saved.wanted and not names:
-        return None, {}
-    blocked = bool(names) or problem.block_mask is not None
-    config = backward_config(problem, "query")
-    config, rows, columns = pack.tiling(problem, config, "rows", blocked)
-    of_query = None
-    if "query" in saved.wanted:
-        of_query = _new(problem, *problem.query.shape, dtype=problem.query.dtype)
-    lines = problem.batch * problem.heads
-    size = MapSize(pack.pieces(rows, problem.queries), pack.pieces(columns, problem.keys))
-    maps = {name: level.new_zeros(lines, *size) for name in names}
-    tiles = pack.tiles(rows, problem.queries)
-    pack.launch(
-        query_gradients,
-        lines * tiles,
-        config,
-        pack.rows_of(problem.query),
-        pack.rows_of(problem.key),
-        pack.rows_of(problem.value),
-        pack.rows_of(of_output),
-        None if of_query is None else pack.rows_of(of_query),
-        GradientMaps(*(maps.get(name) for name in _GRADIENT_MAPS)),
-        saved.lse,
-        level,
-        pack.mask(problem),
-        pack.scores(problem, config),
-        pack.kept(problem),
-        problem.scale,
-        pack.shape(problem),
-        rows,
-        columns,
-        tiles,
-        pack.tiles(columns, problem.keys),
-        size,
-        SPLIT=split_query_gradients(problem),
-    )
-    shape = (problem.batch, problem.heads)
-    return of_query, {
-        name: pack.pooled(tensor, rows, columns).unflatten(0, shape)
-        for name, tensor in maps.items()
-    }

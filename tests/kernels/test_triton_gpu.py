@@ -22,9 +22,9 @@ REPEATS = 50
 
 @pytest.fixture
 def _nan_in_new_memory(monkeypatch):
-    from lens_kernels import triton_run
+    from lens_kernels import triton_launch
 
-    monkeypatch.setattr(triton_run, "_poison", True)
+    monkeypatch.setattr(triton_launch, "_poison", True)
 
 
 @pytest.mark.usefixtures("_nan_in_new_memory")

@@ -19,7 +19,7 @@ FLOAT = torch.float32
 @pytest.fixture(autouse=True)
 def _nan_in_new_memory(monkeypatch):
     """What a kernel does not write shows."""
-    monkeypatch.setattr(triton_run, "_poison", True)
+    monkeypatch.setattr(triton_run.pack, "_poison", True)
 
 
 @pytest.mark.parametrize("number", range(len(CASES)), ids=ids(CASES))

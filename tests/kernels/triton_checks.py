@@ -64,7 +64,7 @@ def surrounded(tensor: Tensor) -> Tensor:
 def check_surrounded(problem: Problem) -> None:
     """Nothing beside the inputs is read, and every number of an output is written.
 
-    The caller poisons outputs (`triton_run._poison`).
+    The caller poisons outputs (`triton_launch._poison`).
     """
     parts = {name: surrounded(getattr(problem, name)) for name in ("query", "key", "value")}
     dtype = problem.query.dtype

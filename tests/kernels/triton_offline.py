@@ -301,7 +301,7 @@ def main(
 
 def launches(job: Job) -> Iterator[tuple[str, Any]]:
     """The passes of a job, each with a name for its statistics."""
-    from lens_kernels import triton_run
+    from lens_kernels import triton_gradients, triton_run
     from lens_kernels.backward import Saved, Upstream
     from lens_kernels.groups import run_by_group
     from lens_kernels.problem import BackendResult
@@ -334,7 +334,7 @@ def launches(job: Job) -> Iterator[tuple[str, Any]]:
             frozenset({"query", "key", "value"}),
             torch.zeros(1, 4, queries, value_dim, dtype=dtype),
         )
-        triton_run.run_gradients(saved, Upstream(torch.zeros_like(saved.output)))
+        triton_gradients.run_gradients(saved, Upstream(torch.zeros_like(saved.output)))
 
     def state(part):
         return BackendResult(*triton_run.run_rows(part, part.compute_dtype)[:2])
