@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 from torch import Tensor
 
-from lens.common.choices import check_choice
+from lens.common.choices import check_choice, check_counts
 from lens.common.errors import LensError
-from lens.common.files import read_text
 from lens.models.loaded import LoadedModel, check_loaded
 from lens.models.vocabulary import around, windows
 from lens.passes.inputs import read_prompts
 from lens.passes.logits import labels_of, logits_of
+from lens.passes.pictures import reads_pictures_alone
+from lens.tasks.labelled import read_labelled
 from lens.tasks.metrics import AnswerSets
 from lens.tasks.task import Task
 
 METRIC = ("max_logit_difference", "probability_difference", "loss", "accuracy")
-_LARGEST = 256 << 20  # bytes of a file
 
 
 def classification(
@@ -32,6 +30,7 @@ def classification(
     labels: Sequence[int | str] | Tensor | None = None,
     *,
     length: int | None = None,
+    n: int | None = None,
     metric: str = "max_logit_difference",
 ) -> Task:
     """Labels of whole texts or pictures; the metric is the right label's logit minus the largest other.
@@ -41,11 +40,12 @@ def classification(
 
     Args:
         model: a classifier of sequences or images, as `lens.load` returns it.
-        prompts: texts or token ids, a list of them; a table with the columns `text` and `label`, or a
-            .jsonl file of such objects; or pictures, as pixel values [pictures, channels, height, width] or
-            an image processor's output.
-        labels: of each prompt its number or its name in the model's configuration; None: in the table.
+        prompts: texts or token ids, a list of them; pictures (of PIL, arrays, paths), a list of them, pixel values
+            [pictures, channels, height, width] or an image processor's output; or, without labels, a folder of pictures
+            with a sub-folder per label, or a table (a data frame, .csv, .jsonl) with `label`, and `text` or `path`.
+        labels: of each prompt its number or its name in the model's configuration; None: in the folder or table.
         length: tokens of each text, special ones included: longer ones are cut, shorter ones left out.
+        n: prompts to take of a folder or a table, as evenly over the labels as they allow; None: all.
         metric: "max_logit_difference", "probability_difference", "loss" or "accuracy".
 
     Raises:
@@ -60,6 +60,8 @@ def classification(
     """
     check_loaded(model)
     check_choice("metric", metric, METRIC)
+    if n is not None:
+        check_counts(n=n)
     count = labels_of(model)
     if count is None or count < 2:
         reason = (
@@ -69,15 +71,27 @@ def classification(
             f"{model.info.class_name} {reason}; load one with a head for it, such as "
             "BertForSequenceClassification or ViTForImageClassification"
         )
+    more: list[str] = []
     if labels is None:
-        prompts, labels = _of_table(prompts)
+        prompts, labels, left = read_labelled(prompts, most=n)
+        more = [
+            f"label {label}: {count} more, {n} prompts are taken" for label, count in left.items()
+        ]
+    elif n is not None:
+        raise LensError(
+            "n takes some of a folder or a table; of prompts with labels give those you mean"
+        )
     if isinstance(prompts, Mapping):
         prompts = prompts["pixel_values"] if "pixel_values" in prompts else _ids_of(model, prompts)
     if prompts is None or isinstance(prompts, str | Path) or not len(prompts):
-        raise LensError("prompts must be a list of texts or token ids, or pixel values; got none")
+        raise LensError(
+            "prompts must be a list of texts, token ids or pictures, or pixel values; got none"
+        )
     if len(labels) != len(prompts):
         raise LensError(f"each prompt needs a label; got {len(prompts)} and {len(labels)} labels")
     right = torch.tensor([_number(model, label, count) for label in labels])
+    if not isinstance(prompts, Tensor) and reads_pictures_alone(model):
+        prompts = _pixels(model, list(prompts))
     pictures = isinstance(prompts, Tensor) and prompts.is_floating_point()
     if pictures:
         clean, kept, dropped = prompts.detach().cpu(), list(range(len(prompts))), []
@@ -97,7 +111,7 @@ def classification(
         positions=torch.zeros_like(right),
         correct=right,
         metric=metric,
-        dropped=tuple(dropped),
+        dropped=(*more, *dropped),
         sets=AnswerSets(right[..., None], others),
         labels=count,
     )
@@ -116,24 +130,25 @@ def classification(
     return task
 
 
-def _of_table(given: Any) -> tuple[list[str], list[Any]]:
-    """Texts and labels of a table or of a file of lines."""
-    if isinstance(given, str | Path) and Path(given).suffix == ".jsonl":
-        lines = [
-            line for line in read_text(Path(given), most=_LARGEST).splitlines() if line.strip()
-        ]
-        try:
-            given = pd.DataFrame([dict(json.loads(line)) for line in lines])
-        except (ValueError, TypeError) as error:
-            raise LensError(f"{given} holds a line that is no JSON object") from error
-    if not isinstance(given, pd.DataFrame) or not {"text", "label"} <= set(given.columns):
+def _pixels(model: LoadedModel, pictures: Sequence[Any]) -> Tensor:
+    """[pictures, channels, height, width] that the model's processor makes of pictures.
+
+    Raises:
+        LensError: pictures of several sizes after it, or more inputs than pixels.
+    """
+    prompts, _ = read_prompts(model, pictures, whole=True)
+    if more := sorted({name for one in prompts for name in one.inputs} - {"pixel_values"}):
         raise LensError(
-            "without labels prompts must be a table or a .jsonl file with text and label of each; got "
-            f"{type(given).__name__}"
+            f"{model.info.class_name} takes {', '.join(more)} beside pixels, which differ from picture to picture; a task "
+            "is made of pixels alone"
         )
-    if bool(given[["text", "label"]].isna().any(axis=None)):
-        raise LensError("a row of the table lacks its text or its label; fill it or leave it out")
-    return given["text"].tolist(), given["label"].tolist()
+    found = [one.inputs["pixel_values"].detach().cpu() for one in prompts]
+    if len(sizes := {tuple(one.shape[1:]) for one in found}) > 1:
+        shown = ", ".join(" × ".join(map(str, size)) for size in sorted(sizes)[:3])
+        raise LensError(
+            f"the processor makes pictures of several sizes ({shown}); resize them to one, or give a processor that does"
+        )
+    return torch.cat(found)
 
 
 def _ids_of(model: LoadedModel, given: Any) -> list[list[int]]:
@@ -151,6 +166,10 @@ def _number(model: LoadedModel, label: Any, count: int) -> int:
     """
     names = dict(getattr(model.model.config, "label2id", None) or {})
     number = names.get(label) if isinstance(label, str) else label
+    if (
+        number is None and isinstance(label, str) and label.strip().isdecimal()
+    ):  # of a folder, or a table of words
+        number = int(label)
     if (
         isinstance(number, bool)
         or number is None

@@ -258,7 +258,7 @@ def test_other_metrics_are_of_the_labels(bert, metric):
         (["w1 w2"], [0, 1], "each prompt needs a label"),
         ([], [], "got none"),
         ("w1 w2", [0], "a list of texts"),
-        (["w1 w2"], None, "text and label"),
+        (["w1 w2"], None, "a table .* with label, and either text or path"),
         (pd.DataFrame({"text": ["w1"], "label": [None]}), None, "lacks its text or its label"),
         ([[1, 400]], [0], "go from 0 to"),
         ([" ".join(["w1"] * 90)], [0], "takes 40"),

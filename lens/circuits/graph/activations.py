@@ -155,8 +155,10 @@ class References:
         task, total = self._task, None
         for rows in task.chunks(min(16, task.rows_at_once(self._nodes.model))):
             _, found = read_activations(self._nodes, task.clean[rows])
-            counts = task.own.sum(0).clamp(min=1).to(found.input)
-            share = (task.own[rows].to(found.input) / counts)[..., None]
+            own = task.own
+            if task.clean.is_floating_point():  # of pictures all positions are their own
+                own = torch.ones(task.n, found.input.shape[1], dtype=torch.bool)
+            share = (own[rows].to(found.input) / own.sum(0).clamp(min=1).to(found.input))[..., None]
 
             def shared(part: Tensor, share: Tensor = share) -> Tensor:
                 weighted = part * (share if part.dim() == 3 else share[:, None])

@@ -25,7 +25,7 @@ def masked_logits(nodes: Nodes, ids: Tensor, reference: Activations, masks: Tens
 
     Args:
         nodes: of the model.
-        ids: [rows, tokens].
+        ids: [rows, tokens], or pictures [rows, channels, height, width].
         reference: of the same rows, or one row for all.
         masks: [masks, readers, writers], alpha of each edge; what stands where there is no edge is
             not read.
@@ -39,7 +39,10 @@ def masked_logits(nodes: Nodes, ids: Tensor, reference: Activations, masks: Tens
             f"masks must be [masks, readers {wanted[0]}, writers {wanted[1]}], got the shape "
             f"{list(masks.shape)}; graph.dense(values) makes them from values of the edges"
         )
-    if reference.input.shape[0] not in (1, len(ids)) or (reference.input.shape[1] != ids.shape[1]):
+    of_tokens = ids.dim() == 2  # of pictures the model says itself how many positions they have
+    if reference.input.shape[0] not in (1, len(ids)) or (
+        of_tokens and reference.input.shape[1] != ids.shape[1]
+    ):
         raise LensError(
             f"the reference is of {reference.input.shape[0]} prompts of "
             f"{reference.input.shape[1]} tokens, and there are {len(ids)} of {ids.shape[1]}"
@@ -49,7 +52,9 @@ def masked_logits(nodes: Nodes, ids: Tensor, reference: Activations, masks: Tens
     if masks.isnan().any():
         raise LensError("masks has NaN on an edge; give each edge a number of 0 to 1")
     visitor = _Masking(nodes, reference, masks.to(nodes.model.device, nodes.model.dtype))
-    return visit(nodes, ids.repeat(len(masks), 1), visitor).unflatten(0, (len(masks), -1))
+    return visit(nodes, ids.repeat(len(masks), *[1] * (ids.dim() - 1)), visitor).unflatten(
+        0, (len(masks), -1)
+    )
 
 
 class _Masking(Visitor):

@@ -195,7 +195,9 @@ def _examples(
         if labels is not None:
             raise LensError("a task has its own answers; leave out the labels")
         inputs.check(model)
-        return {"input_ids": inputs.clean}, inputs.positions, inputs.correct
+        name = "pixel_values" if inputs.clean.is_floating_point() else "input_ids"
+        of_tokens = inputs.labels is None
+        return {name: inputs.clean}, inputs.positions if of_tokens else None, inputs.correct
     lengths = {len(tensor) for tensor in inputs.values()}
     correct = torch.as_tensor([] if labels is None else labels)
     if len(lengths) != 1 or correct.dim() != 1 or lengths != {len(correct)}:
