@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lens.common.errors import LensError
 from lens_analyses.config import TASKS, RunConfig
+from lens_analyses.config.models import labelled_by
 from lens_analyses.config.pictures import PictureConfig
 from lens_analyses.console import refused_as_usage
 from lens_analyses.inputs import load_model, plan, read_sources
@@ -118,7 +119,7 @@ def refuse_excess(config: RunConfig, model: "LoadedModel") -> None:
         LensError: more than `MOST_PROMPTS` of the task or copied ones, or `MOST_TOKENS` of these.
     """
     prompts, settings = config.prompts, config.analysis
-    if isinstance(prompts, PictureConfig):
+    if isinstance(prompts, PictureConfig) or labelled_by(prompts) is not None:
         return
     length = 2 * prompts.copied_length + 1
     made = settings is not None and getattr(settings, "task", "text") in TASKS

@@ -19,6 +19,7 @@ from lens_analyses.config import (
     parse_assignments,
     settings_of,
 )
+from lens_analyses.config.models import OF_LABELS, SOURCES
 from lens_analyses.console import PARTIAL, Output, UsageError
 from lens_analyses.options import (
     RUNS,
@@ -131,7 +132,8 @@ def _check_text(config: Path | None, given: dict[str, Any]) -> None:
     Raises:
         UsageError: neither.
     """
-    named = ("prompts.text", "prompts.text_name", "prompts.batch", "prompts.copied")
+    names = (*SOURCES, *OF_LABELS, "copied")
+    named = [f"prompts.{name}" for name in names]
     if config is None and not any(name in given for name in named):
         raise UsageError(
             "which text? --text FILE, --text-name moby-dick or --prompts FILE; "

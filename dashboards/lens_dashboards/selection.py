@@ -46,7 +46,7 @@ OPTIONS: dict[str, dict[str, str]] = {
         "heads": "",
         "only": "",
     },
-    "vision": {"map": ""},
+    "vision": {"map": "", "by": "", "class": ""},
     "sinks": {"epsilon": "", "edit": ""},
     "redistribution": {"rule": "", "amount": ""},
     "policies": {"policy": "", "head": "", "shown": "", "layer": ""},

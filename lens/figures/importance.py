@@ -86,11 +86,43 @@ def _finding(scores: HeadScores) -> str:
 
 @draws("PruningMetrics")
 def pruning_grid(
-    metrics: PruningMetrics, metric: str = "probability", **look: Unpack[Look]
+    metrics: PruningMetrics,
+    metric: str = "probability",
+    label: int | None = None,
+    **look: Unpack[Look],
 ) -> go.Figure:
-    """Layers × heads by one metric of `lens.heads.pruning.metrics`."""
-    values = metrics.values(metric)
+    """Layers × heads by one metric of `lens.heads.pruning.metrics`, of all examples or of those of one class."""
+    values = metrics.values(metric) if label is None else metrics.by_class(metric)[label]
     layer, number = np.unravel_index(values.argmax(), values.shape)
-    found = f"{metric} without each head: most at L{layer}H{number}, {values.max():.3g}"
+    of = "" if label is None else f" of class {label}"
+    found = f"{metric}{of} without each head: most at L{layer}H{number}, {values.max():.3g}"
     meta = {"metric": metric, "baseline": metrics.baseline, "model": metrics.model}
     return grid(values, found, unit=metric, meta=meta, **look)
+
+
+def classes_grid(
+    metrics: PruningMetrics, metric: str = "probability", **look: Unpack[Look]
+) -> go.Figure:
+    """Classes × heads by one metric: what each class loses without each head.
+
+    Raises:
+        LensError: examples without one class each.
+
+    Example:
+        >>> classifier = lens.load(transformers.ViTForImageClassification(vit.model.config).eval())
+        >>> found = lens.heads.pruning.metrics(classifier, {"pixel_values": torch.randn(2, 3, 16, 16)}, [0, 1])
+        >>> lens.figures.importance.classes_grid(found).data[0].z.shape
+        (2, 8)
+    """
+    by_class = metrics.by_class(metric)
+    values = np.stack([one.ravel() for one in by_class.values()])
+    names = [f"L{layer}H{head}" for layer, head in np.ndindex(metrics.values(metric).shape)]
+    row, column = np.unravel_index(values.argmax(), values.shape)
+    labels = [str(label) for label in by_class]
+    found = f"{metric} by class: class {labels[row]} loses most without {names[column]}, {values.max():.3g}"
+    meta = {"metric": metric, "baseline": metrics.baseline, "model": metrics.model}
+    figure = grid(values, found, unit=metric, meta=meta, **look)
+    hover = "class %{y}, %{x}: %{z:.4g}<extra></extra>"
+    figure.update_traces(x=names, y=labels, hovertemplate=hover)
+    figure.update_xaxes(title="head", type="category", tickmode="auto", tickvals=None)
+    return figure.update_yaxes(title="class", type="category", tickmode="auto", tickvals=None)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Unpack
 import numpy as np
 import plotly.graph_objects as go
 from plotly.colors import qualitative
+from plotly.subplots import make_subplots
 
 from lens.common.colors import ACCENT, BASELINE, LINE, VIRIDIS, scale
 from lens.common.plots import draws
@@ -14,9 +15,12 @@ from lens.figures.pictures import picture_uri
 from lens.figures.style import Look, escaped, grid_axes, grid_height, style
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from lens.traces.pictures import PatchGrid
     from lens.vision.coding import CodingRate
     from lens.vision.conserved import Flow
+    from lens.vision.patterns import PatternSummary
     from lens.vision.rings import ReceptiveField, Rings, Shapes
     from lens.vision.structure import PatchSegments, PatchTree
 
@@ -285,3 +289,107 @@ def _on_picture(grid: PatchGrid) -> go.Figure:
     figure.update_xaxes(range=[0, width], showgrid=False, showticklabels=False, constrain="domain")
     figure.update_yaxes(range=[height, 0], showgrid=False, showticklabels=False, scaleanchor="x")
     return figure
+
+
+@draws("PatternSummary")
+def pattern_scatter(result: PatternSummary, **look: Unpack[Look]) -> go.Figure:
+    """Every map as a point, a colour per group, left by the autoencoder and right by principal components.
+
+    Example:
+        >>> trace = lens.capture(vit, {"pixel_values": images}, keep_qk=True)
+        >>> figure = lens.vision.patterns(trace, steps=20, progress=False).plot()
+    """
+    table = result.table()
+    figure = make_subplots(cols=2, rows=1, horizontal_spacing=0.08)
+    for column, end in enumerate(("", "_pca"), start=1):
+        for group, rows in table.groupby(f"group{end}"):
+            figure.add_scatter(
+                x=rows[f"x{end}"],
+                y=rows[f"y{end}"],
+                mode="markers",
+                marker={
+                    "color": qualitative.Dark24[int(str(group)) % 24],
+                    "size": 7,
+                    "opacity": 0.75,
+                },
+                text=rows["name"] + ", picture " + rows["picture"].astype(str),
+                hovertemplate=f"%{{text}}: group {group}<extra></extra>",
+                name=f"group {group}",
+                showlegend=False,
+                row=1,
+                col=column,
+            )
+    figure.update_xaxes(showticklabels=False)
+    figure.update_yaxes(showticklabels=False)
+    own, other = result.found, result.baseline
+    text = (
+        f"{len(own.prototypes)} patterns by the autoencoder (left, {own.missed:.0%} of the variance lost), "
+        f"{len(other.prototypes)} by principal components (right, {other.missed:.0%} lost)"
+    )
+    return style(figure, text, look, height=_HEIGHT)
+
+
+def prototypes(result: PatternSummary, **look: Unpack[Look]) -> go.Figure:
+    """The prototype of each group: who looks (down) at whom (across), as a multiple of uniform attention.
+
+    Example:
+        >>> trace = lens.capture(vit, {"pixel_values": images}, keep_qk=True)
+        >>> found = lens.vision.patterns(trace, steps=20, progress=False)
+        >>> figure = lens.figures.vision.prototypes(found)
+    """
+    shown = result.found.prototypes
+    share = result.found.table()["share"]
+    columns = min(len(shown), 4)
+    rows = -(-len(shown) // columns)
+    titles = [f"{group}: {share[group]:.0%}" for group in range(len(shown))]
+    figure = make_subplots(rows, columns, subplot_titles=titles, vertical_spacing=0.12)
+    for group, one in enumerate(shown):
+        figure.add_heatmap(
+            z=np.square(one)[::-1],
+            colorscale=scale(VIRIDIS),
+            zmin=0,
+            zmax=float(np.square(one).max()),
+            showscale=False,
+            hovertemplate=f"group {group}: %{{z:.2f}} times uniform<extra></extra>",
+            row=group // columns + 1,
+            col=group % columns + 1,
+        )
+    figure.update_xaxes(showticklabels=False, constrain="domain")
+    figure.update_yaxes(showticklabels=False)
+    text = "Prototypes: rows look at columns, patches from the top left on; share of the maps above each"
+    return style(figure, text, look, height=90 + 190 * rows)
+
+
+def ring_trend(
+    mass: np.ndarray, uniform: np.ndarray, layers: Sequence[int], **look: Unpack[Look]
+) -> go.Figure:
+    """Mass of the rings over the layers: [layers, heads, rings], mean over heads, with uniform attention dotted.
+
+    Rings from the fifth on are one.
+    """
+    figure = go.Figure()
+    groups = [(ring, ring + 1) for ring in range(min(4, mass.shape[-1]))] + [(4, mass.shape[-1])]
+    colors = _along(len(groups))
+    for number, (first, past) in enumerate(groups):
+        if first >= past:
+            continue
+        name = f"ring {first}" if past == first + 1 else f"rings {first} to {past - 1}"
+        figure.add_scatter(
+            x=list(layers),
+            y=mass[..., first:past].sum(-1).mean(1),
+            mode="lines+markers",
+            name=name,
+            line={"color": colors[number]},
+            hovertemplate="layer %{x}: %{y:.3f}<extra>%{fullData.name}</extra>",
+        )
+        figure.add_scatter(
+            x=[layers[0], layers[-1]],
+            y=[float(uniform[first:past].sum())] * 2,
+            mode="lines",
+            line={"color": colors[number], "dash": "dot", "width": 1},
+            hoverinfo="skip",
+            showlegend=False,
+        )
+    figure.update_xaxes(title="Layer")
+    figure.update_yaxes(title="Attention (mean over heads)", rangemode="tozero")
+    return style(figure, "Attention by ring over the layers; dotted: uniform", look, height=_HEIGHT)

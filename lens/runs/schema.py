@@ -60,6 +60,12 @@ SECTIONS: Mapping[str, Mapping[str, dict[str, Kind]]] = {
         "heads": kinds_of(("layer", "head", "alpha")),
     },
     "importance": {"scores": kinds_of(("name",))},
+    "classes": {
+        "metrics": kinds_of(("layer", "name", "metric", "value", "n")),
+        "classes": kinds_of(("layer", "name", "metric", "class", "value", "n")),
+    },
+    "rings": {"rings": kinds_of(("prompt_id", "layer", "name", "ring", "mass", "uniform_mass"))},
+    "pattern_summary": {"maps": kinds_of(("prompt_id", "layer", "name", "group", "x", "y"))},
     "circuit": {
         "faithfulness": kinds_of(
             (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -128,6 +129,32 @@ def over_units(
     means = np.where(some, drawn @ sums / np.where(some, total, 1), np.nan)
     low, high = np.where(few, np.nan, interval(means))
     return low.reshape(shape), high.reshape(shape)
+
+
+def of_share(share: float, units: int) -> tuple[float, float]:
+    """Interval of a share of units: it stays inside 0 to 1, and is no point at either end, as drawing again would be.
+
+    Args:
+        share: 0 to 1; units: that it is a share of.
+
+    Raises:
+        LensError: a share outside of 0 to 1, or no unit.
+
+    Reference: Wilson 1927, J. Am. Stat. Assoc. 22.
+
+    Example:
+        >>> from lens.stats.intervals import of_share
+        >>> [round(end, 3) for end in of_share(1.0, 10)]
+        [0.722, 1.0]
+    """
+    check_counts(units=units)
+    if not 0 <= share <= 1:
+        raise LensError(f"share must be 0 to 1, got {share}")
+    z = NormalDist().inv_cdf(_ENDS[1])
+    middle, spread = share + z * z / (2 * units), share * (1 - share) / units
+    half = z * (spread + (z / (2 * units)) ** 2) ** 0.5
+    whole = 1 + z * z / units
+    return max(0.0, (middle - half) / whole), min(1.0, (middle + half) / whole)
 
 
 def columns(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lens.common.choices import check_choice, check_counts
 from lens.common.errors import LensError
+from lens.common.results import few
 from lens.models.loaded import LoadedModel, check_loaded
 from lens.models.vocabulary import around, windows
 from lens.passes.inputs import read_prompts
@@ -21,6 +22,7 @@ from lens.tasks.labelled import read_labelled
 from lens.tasks.metrics import AnswerSets
 from lens.tasks.task import Task
 
+_SHOWN = 10  # labels whose prompts were not all taken
 METRIC = ("max_logit_difference", "probability_difference", "loss", "accuracy")
 
 
@@ -74,9 +76,9 @@ def classification(
     more: list[str] = []
     if labels is None:
         prompts, labels, left = read_labelled(prompts, most=n)
-        more = [
-            f"label {label}: {count} more, {n} prompts are taken" for label, count in left.items()
-        ]
+        if left:
+            shown = few([f"{count} of {label}" for label, count in left.items()], _SHOWN)
+            more = [f"{sum(left.values())} more than the {n} prompts taken: {shown}"]
     elif n is not None:
         raise LensError(
             "n takes some of a folder or a table; of prompts with labels give those you mean"

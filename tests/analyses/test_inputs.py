@@ -192,7 +192,7 @@ def test_the_hash_of_a_file_holds_it_to_its_content(tmp_path):
     config, _ = read_sources(RunConfig(prompts=PromptConfig(text=str(file))))
     assert read_sources(config)[0] == config
     file.write_text("two")
-    with pytest.raises(LensError, match=r"has changed since the run was configured .*remove"):
+    with pytest.raises(LensError, match=r"text.txt changed since the run was configured .*remove"):
         read_sources(config)
 
 

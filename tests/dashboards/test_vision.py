@@ -1,5 +1,8 @@
 """The page of pictures in a real browser: hover both ways, exact numbers, wide and narrow."""
 
+import base64
+from unittest import mock
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -9,15 +12,23 @@ from lens.runs import open_run
 pytestmark = pytest.mark.browser
 
 
+STEPS_SHOWN = ("overlays", "classes", "rings", "pattern_summary", "structure")
+
+
 @pytest.fixture(scope="module")
 def vision_run(tmp_path_factory):
+    """A run of two labelled pictures of noise, with the sections that the page shows."""
     from lens_analyses.cli import main
+    from lens_analyses.steps import STEPS
 
-    folder = tmp_path_factory.mktemp("vision")
-    random = np.random.default_rng(0)
-    Image.fromarray(random.integers(0, 256, (8, 8), dtype=np.uint8)).save(folder / "noise.png")
-    command = ["vision", "--model", "vit-digits", "--image", str(folder / "noise.png"), "--quiet"]
-    with pytest.raises(SystemExit) as ended:
+    folder, random = tmp_path_factory.mktemp("vision"), np.random.default_rng(0)
+    for label in (3, 8):
+        (folder / "noise" / str(label)).mkdir(parents=True)
+        noise = random.integers(0, 256, (8, 8), dtype=np.uint8)
+        Image.fromarray(noise).save(folder / "noise" / str(label) / "noise.png")
+    command = ["vision", "--model", "vit-digits", "--images", str(folder / "noise"), "--quiet"]
+    steps = tuple(step for step in STEPS["vision"] if step.name in STEPS_SHOWN)
+    with mock.patch.dict(STEPS, {"vision": steps}), pytest.raises(SystemExit) as ended:
         main([*command, "--out", str(folder / "runs")])
     assert ended.value.code == 0
     return open_run(next(path.parent for path in (folder / "runs").glob("*/run.json")))
@@ -64,7 +75,7 @@ def test_the_numbers_of_the_page_are_those_of_the_trace(page, site, vision_run):
 
 @pytest.mark.parametrize("width", [1440, 430])
 @pytest.mark.parametrize(
-    "part", ["vision", "analysis/overlays", "analysis/rings", "analysis/structure"]
+    "part", ["vision?by=loss&class=3", *(f"analysis/{name}" for name in STEPS_SHOWN)]
 )
 def test_axe_is_content_and_nothing_scrolls_sideways(browser, site, vision_run, part, width):
     from axe_playwright_python.sync_playwright import Axe
@@ -72,12 +83,39 @@ def test_axe_is_content_and_nothing_scrolls_sideways(browser, site, vision_run, 
     context = browser.new_context(bypass_csp=True, viewport={"width": width, "height": 900})
     tab = context.new_page()
     tab.goto(f"{site}/run/{vision_run.id}/{part}")
-    tab.wait_for_selector("#vision[data-ready]" if part == "vision" else ".main-svg")
+    tab.wait_for_selector("#vision[data-ready]" if part.startswith("vision") else ".main-svg")
     found = Axe().run(tab).response["violations"]
     scroll = tab.evaluate("document.documentElement.scrollWidth")
     context.close()
     assert {item["id"] for item in found if item["impact"] in ("serious", "critical")} == set()
     assert scroll <= width
+
+
+def test_views_are_linked_and_show_the_tables_of_the_run(page, site, vision_run):
+    page.goto(f"{site}/run/{vision_run.id}/vision?map=L1H2&by=js&class=8")
+    page.wait_for_selector("#vision[data-ready]")
+    data = "id => document.getElementById(id).querySelector('.js-plotly-plot').data"
+    (matrix,) = page.evaluate(data, '{"points":"importance"}')
+    rows = vision_run.section("classes").tables["classes"].query("metric == 'js' and `class` == 8")
+    z = matrix["z"]
+    if isinstance(z, dict):
+        z = np.frombuffer(base64.b64decode(z["bdata"]), z["dtype"]).reshape(3, 4)
+    assert np.allclose(np.ravel(z), rows["value"])
+    page.evaluate(
+        """() => { const plot = document.getElementById('{"points":"importance"}').querySelector('.js-plotly-plot');
+        plot.emit('plotly_click', { points: [{ customdata: plot.data[0].customdata[2][1], curveNumber: 0, pointNumber: [2, 1],
+          x: 1, y: "2", data: plot.data[0] }] }); }"""
+    )
+    page.wait_for_url("**map=L2H1*")
+    assert "by=js" in page.url
+    page.wait_for_selector("text=L2H1: attention by distance")
+    page.wait_for_selector("text=L2H1 is ringed")
+    points = page.evaluate(data, '{"points":"patterns"}')
+    maps = vision_run.section("pattern_summary").tables["maps"]
+    assert sum(len(one["text"]) for one in points) == len(maps) == 2 * 12
+    links = [link for one in points for link in one["customdata"]]
+    assert all(link.startswith(f"/run/{vision_run.id}/vision?") for link in links)
+    assert any("prompt=p001" in link and "map=L0H3" in link for link in links)
 
 
 def test_a_run_without_pictures_says_how_to_make_one(page, address, run):

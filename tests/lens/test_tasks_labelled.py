@@ -1,6 +1,7 @@
 """Folders and tables of labelled pictures and texts, and what is measured on them: heads, pruning, circuits."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -69,11 +70,7 @@ def test_some_are_taken_evenly_over_the_labels(digits, folder):
     assert torch.bincount(task.correct[:, 0]).tolist() == [3, 2, 2]
     first = [path for label in range(3) for path in sorted(folder.glob(f"{label}/*.png"))[: 3 - (label > 0)]]  # fmt: skip
     torch.testing.assert_close(task.clean, pixels_of(digits, first))
-    assert task.dropped == (
-        "label 0: 2 more, 7 prompts are taken",
-        "label 1: 3 more, 7 prompts are taken",
-        "label 2: 3 more, 7 prompts are taken",
-    )
+    assert task.dropped == ("8 more than the 7 prompts taken: 2 of 0, 3 of 1, 3 of 2",)
     assert classification(digits, folder, n=15).dropped == ()
 
 
@@ -168,3 +165,28 @@ def test_pruning_metrics_of_a_task_are_those_of_its_prompts(kind, request):
     for metric, values in own.per_example.items():
         assert found.per_example[metric] == pytest.approx(values, abs=1e-12)
     assert sorted(found.by_class("js")) == [0, 1, 2]
+
+
+def test_what_a_class_loses_stands_beside_as_many_examples_of_any(vit):
+    random = torch.Generator().manual_seed(3)
+    pictures = torch.randn(40, 3, 16, 16, generator=random)
+    pictures[:10] += 2
+    labels = [1] * 10 + [0] * 15 + [2] * 15
+    found = lens.heads.pruning.metrics(vit, classification(vit, pictures, labels), progress=False)
+    table = found.classes(draws=400)
+    rows = table[(table["metric"] == "probability") & (table["class"] == 1)]
+    values = found.per_example["probability"].reshape(8, 40)
+    assert rows["name"].tolist() == [f"L{layer}H{head}" for layer in range(2) for head in range(4)]
+    assert rows["value"].to_numpy() == pytest.approx(values[:, :10].mean(1))
+    assert rows["all"].to_numpy() == pytest.approx(values.mean(1))
+    assert set(rows["n"]) == {10}
+    # of a mean of 10 of 40 without putting back: within two standard errors of the mean of all
+    error = values.std(1, ddof=1) * np.sqrt((1 - 10 / 40) / 10)
+    for end, sign in (("chance_low", -1), ("chance_high", 1)):
+        away = (rows[end].to_numpy() - values.mean(1)) / error
+        assert away == pytest.approx(sign * 1.96, abs=0.5)
+    assert (rows["value"] > rows["chance_high"]).any() or (rows["value"] < rows["chance_low"]).any()
+    figure = found.plot("js")
+    assert np.array_equal(figure.data[0].z, found.values("js"))
+    with pytest.raises(LensError, match="several answers each"):
+        replace(found, labels=None).classes()

@@ -20,6 +20,7 @@ from lens_analyses.config.listed import (
     listed,
 )
 from lens_analyses.config.paths import is_task_file, shorten
+from lens_analyses.config.pictures import LABELS
 from lens_analyses.config.settings import Section, Shown, setting
 
 Rule = Literal["transfer", "mask", "drop", "logit_bias", "learned_sink", "off_by_one", "act"]
@@ -35,8 +36,8 @@ _BOUNDED = ("transfer", "mask", "drop", "off_by_one", "act")  # their amounts ar
 
 
 def _known_task(name: str) -> str:
-    if name not in (*TASKS, "text") and not is_task_file(name):
-        known = ", ".join((*TASKS, "text"))
+    if name not in (*TASKS, "text", LABELS) and not is_task_file(name):
+        known = ", ".join((*TASKS, "text", LABELS))
         raise ValueError(f"unknown task {shorten(name)!r}; known: {known}, or a .jsonl file")
     return name
 
@@ -56,7 +57,7 @@ class AnalysisSettings(Section):
 class _OnTask(AnalysisSettings):
     task: Annotated[str, AfterValidator(_known_task)] = setting(
         "induction",
-        f"{', '.join(TASKS)}, text (the run's own), or a .jsonl file of prompts.",
+        f"{', '.join(TASKS)}, text (the run's own), a .jsonl file of prompts, or {LABELS} (of --images, --labelled).",
         shown=Shown(suggestions=lambda: (*TASKS, "text")),
     )
 
@@ -103,6 +104,11 @@ class HeadsSettings(_OnTask):
         "ablation/mean,ablation/zero,ablation/resample,gradient,attribution,direct",
         "Of importance, with commas, e.g. ablation/mean,gradient.",
     )
+
+    @property
+    def of_labels(self) -> str | None:
+        """The task, where it is that of labelled prompts."""
+        return self.task if self.task == LABELS else None
 
     @property
     def measured(self) -> tuple[tuple[str, str], ...]:

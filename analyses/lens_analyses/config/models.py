@@ -20,11 +20,12 @@ from lens_analyses.config.analyses import (
     VisionSettings,
 )
 from lens_analyses.config.paths import is_folder, shorten
-from lens_analyses.config.pictures import PictureConfig
+from lens_analyses.config.pictures import LABELS, PictureConfig, images_setting
 from lens_analyses.config.settings import Section, Setting, Shown, setting, settings_of
 
 Backend = Literal["auto", "triton", "cpu", "torch", "reference"]
 SOURCES = ("text", "text_name", "batch")
+OF_LABELS = ("images", "labelled")
 _LARGEST_SEED = 2**32 - 1
 
 
@@ -140,9 +141,35 @@ class PromptConfig(Section):
             raise ValueError(
                 "prompts.target goes with the sources of prompts.text or prompts.batch"
             )
-        if not given and not self.copied:
+        if not given and not self.copied and labelled_by(self) is None:
             raise ValueError("no prompt: give a text, or prompts.copied of at least 1")
         return self
+
+
+class LabelledConfig(PromptConfig):
+    """Prompts, or labelled ones in their place."""
+
+    images: str | None = images_setting()
+    labelled: str | None = setting(
+        None,
+        "Table (.csv, .jsonl) with text and label: the task of a classifier of texts.",
+        shown=Shown(file=True),
+        min_length=1,
+    )
+
+    @model_validator(mode="after")
+    def _alone(self) -> Self:
+        given = [name for name in (*SOURCES, *OF_LABELS) if getattr(self, name) is not None]
+        if labelled_by(self) is not None and len(given) > 1:
+            raise ValueError(
+                f"labelled prompts stand alone, got prompts.{' and prompts.'.join(given)}"
+            )
+        return self
+
+
+def labelled_by(prompts: Section) -> str | None:
+    """The setting that names labelled prompts: `images` or `labelled`; None: neither."""
+    return next((name for name in OF_LABELS if getattr(prompts, name, None) is not None), None)
 
 
 class CaptureConfig(Section):
@@ -235,7 +262,32 @@ class RunConfig(Section):
         return shlex.join(words)
 
 
-class HeadsConfig(RunConfig):
+class _Labelled(RunConfig):
+    """Of a command whose task may be labelled prompts: these bring their task with them."""
+
+    prompts: LabelledConfig = LabelledConfig()  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _takes_the_task(cls, given: Any) -> Any:
+        prompts, analysis = (given.get(name) or {} for name in ("prompts", "analysis"))
+        is_mapping = isinstance(prompts, dict) and isinstance(analysis, dict)
+        if is_mapping and any(prompts.get(name) for name in OF_LABELS):
+            return {**given, "analysis": {"task": LABELS, **analysis}}
+        return given
+
+    @model_validator(mode="after")
+    def _has_labels(self) -> Self:
+        task = getattr(self.analysis, "task", None)
+        if (task == LABELS) != (labelled_by(self.prompts) is not None):
+            raise ValueError(
+                f"the task {LABELS!r} is that of labelled prompts and of no others: give --images FOLDER or --labelled "
+                f"TABLE with it, and no other task; got {task!r}"
+            )
+        return self
+
+
+class HeadsConfig(_Labelled):
     """Of `lens heads`."""
 
     what: Literal["heads"] = _what("heads")
@@ -299,7 +351,7 @@ class GenerateConfig(RunConfig):
     analysis: GenerateSettings = GenerateSettings()  # pyright: ignore[reportIncompatibleVariableOverride]
 
 
-class CircuitConfig(RunConfig):
+class CircuitConfig(_Labelled):
     """Of `lens circuit`."""
 
     what: Literal["circuit"] = _what("circuit")

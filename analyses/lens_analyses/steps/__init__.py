@@ -51,6 +51,7 @@ STEPS: dict[str, tuple[Step, ...]] = {
     "heads": (
         Step("roles", "roles"),
         Step("importance", "importance"),
+        Step("classes", "classes", setting="of_labels"),
         Step("patterns", "patterns"),
         Step("retrieval", "retrieval"),
         Step("similarity", "patterns"),
@@ -80,8 +81,11 @@ STEPS: dict[str, tuple[Step, ...]] = {
     "redistribute": (Step("dose", "redistribute"), Step("search", "redistribute")),
     "vision": (
         Step("overlays", "vision"),
+        Step("classes", "classes"),
         Step("rings", "vision"),
+        Step("pattern_summary", "vision"),
         Step("structure", "vision"),
+        Step("similarity", "patterns"),
         Step("chain", "vision_language"),
     ),
     "policies": (

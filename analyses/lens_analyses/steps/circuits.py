@@ -51,7 +51,11 @@ def edges(subject: Subject) -> Section:
     folder = subject.run.path / CIRCUITS
     circuits.exports.to_mib(scores, subject.run.path / IMPORTANCES, circuit=chosen)
     chosen.save(folder / f"{_name(task)}.json", scores=scores.values)
-    strings = subject.model.token_strings(task.clean[0].tolist())
+    strings = (
+        list(map(str, subject.run.prompts["token_strings"].iloc[0]))
+        if task.clean.is_floating_point()  # pictures, whose positions are those of the first one
+        else subject.model.token_strings(task.clean[0].tolist())
+    )
     circuits.exports.to_attribution_graph(
         chosen, scores, strings, folder / "attribution-graph" / f"{_name(task)}.json"
     )

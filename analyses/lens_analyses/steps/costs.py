@@ -104,6 +104,7 @@ COSTS: dict[str, dict[str, Callable[[Load], Cost]]] = {
     "heads": {
         "roles": lambda load: Cost(2 * load.prompts, seconds=2 + 0.08 * load.heads),
         "importance": _importance,
+        "classes": lambda load: Cost((load.heads + 1) * load.task),
         "patterns": lambda load: Cost(0, seconds=1 + 0.03 * load.heads),
         "retrieval": lambda load: Cost(
             16_000 if load.parameters <= GATE_PARAMETERS else 1_000, seconds=2
@@ -145,7 +146,10 @@ COSTS: dict[str, dict[str, Callable[[Load], Cost]]] = {
     "vision": {
         "overlays": lambda load: Cost(0, seconds=3),
         "rings": lambda load: Cost(0, seconds=1 + 0.03 * load.heads),
+        "pattern_summary": lambda load: Cost(0, seconds=15 + 0.02 * load.heads),
+        "similarity": lambda load: Cost(load.prompts, seconds=1),
         "structure": lambda load: Cost(2 * load.prompts, seconds=3),
+        "classes": lambda load: Cost((load.heads + 1) * load.task),
         "chain": lambda load: Cost(14 * load.prompts, 14),
     },
     "examples": {"examples": _examples},

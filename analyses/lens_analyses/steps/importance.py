@@ -29,7 +29,7 @@ _JOINT = 4  # heads at most that are taken away together
 def importance(subject: Subject) -> Section:
     """Every measure that the configuration names, on the task and on the run's text."""
     tasks = [subject.task]
-    if subject.settings.task != "text" and subject.prompts("text"):
+    if subject.settings.task != "text" and subject.prompts("text") and not subject.labelled:
         tasks.append(subject.windows)
     scores, refused = _measure(subject, tasks)
     joined = heads.join(*scores, seed=subject.seed)
@@ -95,7 +95,8 @@ def pruning(subject: Subject) -> Section:
 
     On the run's text, or on the task where there is none.
     """
-    task = subject.windows if subject.prompts("text") else subject.task
+    is_text = subject.prompts("text") and not subject.labelled
+    task = subject.windows if is_text else subject.task
     fitted, held_out = _halves(task)
     options = {"seed": subject.seed, "progress": subject.progress}
     orders, refused = [], []

@@ -1,6 +1,9 @@
 """Which sparse pattern a head has, and which heads are alike."""
 
+from typing import Any
+
 from lens import heads
+from lens.common.errors import LensError
 from lens.heads.behaviour.patterns import CLASSES, DIFFUSE
 from lens.runs.sections import Section
 from lens_analyses.steps.columns import defined
@@ -19,6 +22,8 @@ def patterns(subject: Subject) -> Section:
     """The class of sparse pattern that keeps most of each head's mass at one budget."""
     kind = "text" if subject.prompts("text") else "copied"
     traces = [subject.run.trace(name) for name in subject.prompt_ids(kind)]
+    if not traces:
+        raise LensError("sparse patterns are of tokens in a row, and the prompts are pictures")
     found = heads.patterns(traces)
     table = found.table(seed=subject.seed)
     counts = table["pattern"].value_counts()
@@ -52,20 +57,22 @@ def patterns(subject: Subject) -> Section:
 
 def similarity(subject: Subject) -> Section:
     """Which heads look alike and which write alike, as groups with their stability."""
-    kind = "text" if len(subject.prompts("text")) > 1 else "copied"
-    prompts = subject.prompts(kind) or subject.prompts("text")
-    prompts = [ids[: subject.length] for ids in prompts[:_ALIKE_PROMPTS]]
-    alike = len(prompts) > 1 and len({len(ids) for ids in prompts}) == 1
+    kind, prompts, alike = _compared(subject)
     tables, figures, said = {}, {}, []
+    of_maps = kind == "picture"  # whose rows are many: block maps, a lower bound, are compared
     for method in ("js", "cka"):
-        found = heads.similarity(
-            subject.model,
-            prompts,
-            method=method,
-            sink_excluded=method == "js",
-            floor=alike,
-            progress=subject.progress,
-        )
+        if of_maps and method == "js":
+            names = subject.prompt_ids(kind)[: len(prompts)]
+            found = heads.similarity([subject.run.trace(name) for name in names])
+        else:
+            found = heads.similarity(
+                subject.model,
+                prompts,
+                method=method,
+                sink_excluded=method == "js",
+                floor=alike,
+                progress=subject.progress,
+            )
         grouped = found.clusters(seed=subject.seed)
         tables[f"{method}_clusters"] = grouped.table()
         tables[f"{method}_redundancy"] = found.redundancy(seed=subject.seed)
@@ -84,8 +91,12 @@ def similarity(subject: Subject) -> Section:
         title="Which heads are alike",
         summary=tuple(said),
         limits=(
-            f"Compared on {len(prompts)} prompts of at most {subject.length} tokens; attention "
-            "without the first key, so that a sink does not make all heads alike.",
+            f"Compared on {len(prompts)} {kind} prompts; "
+            + (
+                "attention by blocks, which brings heads closer than they are."
+                if of_maps
+                else "attention without the first key, so that a sink does not make all heads alike."
+            ),
             "Heads that are alike can still differ in what they do to the model: see importance.",
         ),
         columns=defined(tables.values(), _HEAD | _CLUSTERS | _REDUNDANCY),
@@ -93,6 +104,18 @@ def similarity(subject: Subject) -> Section:
         tables=tables,
         figures=figures,
     )
+
+
+def _compared(subject: Subject) -> tuple[str, list[Any], bool]:
+    """The kind of the prompts, some of them, and whether all have one length."""
+    if subject.prompt_ids("picture"):
+        pictures = subject.pictures[:_ALIKE_PROMPTS]
+        lengths = subject.run.prompts["tokens"][: len(pictures)]
+        return "picture", pictures, len(pictures) > 1 and lengths.nunique() == 1
+    kind = "text" if len(subject.prompts("text")) > 1 else "copied"
+    prompts = subject.prompts(kind) or subject.prompts("text")
+    prompts = [ids[: subject.length] for ids in prompts[:_ALIKE_PROMPTS]]
+    return kind, prompts, len(prompts) > 1 and len({len(ids) for ids in prompts}) == 1
 
 
 _PATTERN = {

@@ -17,6 +17,8 @@ def retrieval(subject: Subject) -> Section:
     """Retrieval score on copied needles, kept mass and error of streaming, and the trained gate."""
     kind = "copied" if subject.prompts("copied") else "text"
     prompts = [ids[: subject.length] for ids in subject.prompts(kind)]
+    if not prompts:
+        raise LensError("needles and streams are of tokens in a row, and the prompts are pictures")
     last = max(4, min(map(len, prompts)) // 6)
     options = {"first": _FIRST, "last": last, "progress": subject.progress}
     tables, figures, said, limits = {}, {}, [], []

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import pandas as pd
 
 from lens import heads
+from lens.common.errors import LensError
 from lens.heads.behaviour.roles import HeadRoles
 from lens.runs.headlines import Headline
 from lens.runs.sections import Section
@@ -26,6 +27,10 @@ def roles(subject: Subject) -> Section:
             found[kind] = heads.roles(
                 subject.model, prompts, seed=subject.seed, progress=subject.progress
             )
+    if not found:
+        raise LensError(
+            "roles are of tokens in a row, and the prompts are pictures; see lens vision"
+        )
     tables = {kind: one.table() for kind, one in found.items()}
     columns: dict[str, str] = {
         "name": "The head.",

@@ -78,6 +78,11 @@ def _prompts(subject: Subject) -> tuple[str, list[list[int]]]:
     Raises:
         LensError: fewer than two.
     """
+    if subject.prompt_ids("picture"):
+        raise LensError(
+            "patterns are compared on texts of two lengths, and the prompts are pictures; for these there is "
+            "lens.heads.stability of two sets of traces"
+        )
     for kind in PROMPT_KINDS:
         prompts = subject.prompts(kind)[:_MOST_PROMPTS]
         if len(prompts) > 1:

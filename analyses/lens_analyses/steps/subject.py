@@ -11,11 +11,14 @@ from lens.models.vocabulary import around, windows
 from lens.runs import Run
 from lens_analyses.config import CircuitSettings, RunConfig
 from lens_analyses.config.analyses import AnalysisSettings, PoliciesSettings
+<<<<<<< HEAD
 from lens_analyses.config.listed import layer_of, listed
+=======
+from lens_analyses.config.models import labelled_by
+>>>>>>> 53b1791 (Take labelled pictures and texts from the command, and show which heads matter to which class, how far they look and in which pattern, linked on the page of pictures)
 from lens_analyses.config.paths import is_task_file
-from lens_analyses.config.pictures import PictureConfig
 from lens_analyses.console import Output
-from lens_analyses.inputs import PlannedPrompt
+from lens_analyses.inputs import PlannedPrompt, pictures_of, reads_pictures
 from lens_analyses.steps.run_circuits import other_run
 
 if TYPE_CHECKING:
@@ -74,10 +77,12 @@ class Subject:
     @property
     def pictures(self) -> list[Any]:
         """The run's pictures as `lens.capture` takes them: paths, or pairs of a path and the question."""
-        given = self.config.prompts
-        assert isinstance(given, PictureConfig)
-        paths = [Path(name) for name in given.files]
-        return paths if given.question is None else [(path, given.question) for path in paths]
+        return pictures_of(self.config)
+
+    @property
+    def labelled(self) -> bool:
+        """Whether the run has labelled prompts, which make its task."""
+        return labelled_by(self.config.prompts) is not None
 
     def prompt_ids(self, kind: str) -> list[str]:
         """Names of the run's prompts of a kind, as its traces are called."""
@@ -115,6 +120,8 @@ class Subject:
         Raises:
             LensError: an unknown task, or as that task for this model.
         """
+        if self.labelled:
+            return labelled_task(self.model, self.config)
         if self.settings.task == "text":
             return self.windows
         return named_task(self.model, self.settings.task, self.settings.n, self.seed)
@@ -122,10 +129,12 @@ class Subject:
     def left_out(self) -> list[str]:
         """What was left out of a file of prompts, in one sentence; nothing where all of it is used."""
         name = getattr(self.settings, "task", "text")
-        if not is_task_file(name) or not self.task.dropped:
+        if not (self.labelled or is_task_file(name)) or not self.task.dropped:
             return []
-        dropped, total = self.task.dropped, self.task.n + len(self.task.dropped)
-        shown = few(dropped, _SHOWN, "; ")
+        shown = few(dropped := self.task.dropped, _SHOWN, "; ")
+        if self.labelled:
+            return [f"Of the labelled prompts some are left out: {shown}."]
+        total = self.task.n + len(dropped)
         return [f"{len(dropped)} of {total} prompts of {Path(name).name} are left out: {shown}."]
 
 
@@ -139,7 +148,14 @@ def analysed(
             profile.
     """
     settings, what = config.analysis, config.what
+<<<<<<< HEAD
     _check_heads(model, getattr(settings, "heads", None) or getattr(settings, "overlays", None))
+=======
+    if settings is not None and labelled_by(config.prompts) is not None:
+        task = labelled_task(model, config)
+        length = len(planned[0].ids) if reads_pictures(config) else task.length
+        return [[0] * length] * task.n, []
+>>>>>>> 53b1791 (Take labelled pictures and texts from the command, and show which heads matter to which class, how far they look and in which pattern, linked on the page of pictures)
     if settings is None or what in ("vision", "examples", "generate"):
         return [], []
     if isinstance(settings, CircuitSettings):
@@ -233,6 +249,21 @@ def window_length(texts: list[list[int]], pair: Around, settings: AnalysisSettin
 def _cut(texts: list[list[int]], pair: Around, length: int) -> list[list[int]]:
     """Consecutive windows of each text, each between the text's own special tokens."""
     return [window for ids in texts for window in windows(ids, length, pair)]
+
+
+def labelled_task(model: "LoadedModel", config: RunConfig) -> "Task":
+    """The task of the labelled prompts of a run.
+
+    Raises:
+        LensError: as `lens.tasks.classification`.
+    """
+    from lens import tasks
+
+    name, settings = labelled_by(config.prompts), config.analysis
+    assert name is not None
+    assert settings is not None
+    path = getattr(config.prompts, name)
+    return tasks.classification(model, path, n=settings.n, length=settings.length)
 
 
 def named_task(model: "LoadedModel", name: str, n: int, seed: int) -> "Task":

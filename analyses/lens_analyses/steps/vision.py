@@ -9,12 +9,13 @@ import pandas as pd
 import lens
 from lens.common.errors import LensError
 from lens.common.results import of_kind
+from lens.figures.vision import prototypes, ring_trend
 from lens.runs.headlines import Headline
 from lens.runs.sections import Section
 from lens.traces.overlays import Overlay
 from lens.traces.pictures import grids_of
 from lens.traces.trace import AttentionTrace
-from lens.vision.rings import Shapes
+from lens.vision.rings import Rings, Shapes
 from lens_analyses.config.listed import listed
 from lens_analyses.steps.columns import defined
 from lens_analyses.steps.subject import Subject
@@ -66,6 +67,7 @@ def rings(subject: Subject) -> Section:
     tables: dict[str, list[pd.DataFrame]] = {}
     figures, said = {}, []
     headlines: list[Headline] = []
+    strengths: list[Rings] = []
     for name, trace in _traces(subject):
         results = {
             "rings": lens.vision.rings(trace, seed=subject.seed),
@@ -75,6 +77,7 @@ def rings(subject: Subject) -> Section:
             else None,
             "field": lens.vision.receptive_field(trace) if not trace.attrs["causal"] else None,
         }
+        strengths.append(results["rings"])
         for part, found in results.items():
             if found is None:
                 continue
@@ -85,6 +88,9 @@ def rings(subject: Subject) -> Section:
         if f"{name}_shapes" in figures:
             headlines += _crossing(name, results["shapes"])
     joined = {part: _front(ones) for part, ones in tables.items()}
+    alike = [one for one in strengths if one.grid == strengths[0].grid]
+    mass = np.mean([one.mass for one in alike], 0)
+    figures = {"trend": ring_trend(mass, alike[0].uniform, alike[0].layers), **figures}
     return Section(
         name="rings",
         title="How far heads look over the picture",
@@ -92,12 +98,48 @@ def rings(subject: Subject) -> Section:
         limits=(
             "The receptive field is what can have reached a patch through attention, not what was used of it.",
             "Intervals are over the patches of one picture.",
+            f"The trend over layers is the mean of the {len(alike)} pictures with {' × '.join(map(str, alike[0].grid))} patches.",
         ),
         columns=defined(joined.values(), _COLUMNS),
         configuration={"seed": subject.seed},
         tables=joined,
         figures=figures,
         headlines=tuple(headlines),
+    )
+
+
+def pattern_summary(subject: Subject) -> Section:
+    """Which patterns of attention there are: an autoencoder's groups of all maps, principal components beside."""
+    names, traces = zip(*_traces(subject), strict=True)
+    found = lens.vision.patterns(list(traces), seed=subject.seed, progress=subject.progress)
+    table = found.table()
+    table.insert(0, "prompt_id", np.array(names)[table["picture"]])
+    groups = found.found.table().rename(columns={"share": "share_of_maps"})
+    heads = found.heads()
+    tables = {"maps": table.drop(columns="picture"), "heads": heads, "groups": groups}
+    shares = {
+        f"group_{group}": f"Share of its maps in group {group}." for group in range(len(groups))
+    }
+    return Section(
+        name="pattern_summary",
+        title="Which patterns of attention there are",
+        summary=tuple(found.findings()),
+        limits=(
+            "Maps are block means of the attention among patches, as multiples of uniform attention; what lies on [CLS], "
+            "registers or text is left out.",
+            "Groups are cut where the silhouette is highest, of 2 to 12; a map between two groups is in one all the same.",
+        ),
+        columns=defined(tables.values(), _COLUMNS | _PATTERNS | shares),
+        configuration={
+            "side": found.side,
+            "numbers": found.found.latent.shape[1],
+            "missed": {one.name: one.missed for one in (found.found, found.baseline)},
+            "rand": {one.name: float(one.rand.mean()) for one in (found.found, found.baseline)},
+            "agreement": found.agreement,
+            "seed": subject.seed,
+        },
+        tables=tables,
+        figures={"scatter": found.plot(), "prototypes": prototypes(found)},
     )
 
 
@@ -200,6 +242,17 @@ def _front(tables: list[pd.DataFrame]) -> pd.DataFrame:
     return found[["prompt_id", *(name for name in found.columns if name != "prompt_id")]]
 
 
+_PATTERNS = {
+    "group": "Number of the pattern, the most frequent first; of a head that most of its maps have.",
+    "group_pca": "The same by principal components.",
+    "x": "Place in the scatter, by the autoencoder.",
+    "y": "Place in the scatter, by the autoencoder.",
+    "x_pca": "Place in the scatter, by principal components.",
+    "y_pca": "Place in the scatter, by principal components.",
+    "maps": "How many.",
+    "share_of_maps": "Of all maps.",
+    "share": "Of the head's maps, one a picture.",
+}
 _COLUMNS: dict[str, Any] = {
     "prompt_id": "Picture, as in the table of prompts.",
     "map": "Whose attention: a head, the mean of a layer, or of all.",

@@ -1,5 +1,9 @@
-"""Page `/run/<id>/vision`: where does a patch look, and who looks at it?"""
+"""Page `/run/<id>/vision`: which heads matter, how far they look, in which pattern; where a patch looks, who looks at it.
 
+Four views of the same heads, linked by the address: a click in one chooses the head, the layer or the picture of all.
+"""
+
+from collections.abc import Mapping
 from typing import Any
 from urllib.parse import quote, urlencode
 
@@ -7,6 +11,9 @@ from dash import dcc, html
 
 from lens.common.colors import VIRIDIS
 from lens.common.errors import LensError
+from lens.figures.vision_views import NEAR, head_matrix, pattern_points, strength
+from lens.runs import Run
+from lens.runs.sections import Section
 from lens.traces.pictures import grids_of
 from lens_dashboards.library import Library, sections
 from lens_dashboards.pages.head import known_prompt, prompt_control
@@ -14,6 +21,7 @@ from lens_dashboards.pages.parts import (
     card,
     choice,
     crumbs,
+    graph,
     note_banner,
     python_call,
     run_banner,
@@ -21,7 +29,17 @@ from lens_dashboards.pages.parts import (
 )
 from lens_dashboards.selection import Selection
 
-_SECTIONS = ("overlays", "rings", "structure", "chain")
+_SECTIONS = ("overlays", "classes", "rings", "pattern_summary", "structure", "similarity", "chain")
+_METRICS = {
+    "probability": "probability lost by the right class",
+    "accuracy": "accuracy lost",
+    "loss": "loss gained",
+    "js": "outputs moved (Jensen-Shannon)",
+    "cosine": "embedding turned (1 - cosine)",
+    "distance": "embedding moved (distance)",
+    NEAR: "attention on a patch and its neighbours",
+}
+_ALL = "all"
 
 
 def page(library: Library, view: Selection) -> list[Any]:
@@ -75,6 +93,7 @@ def page(library: Library, view: Selection) -> list[Any]:
         for name in _SECTIONS
         if name in held
     ]
+    views = _linked(run, view, held, shown, prompt, notes)
     return [
         *top,
         *map(note_banner, notes),
@@ -84,6 +103,7 @@ def page(library: Library, view: Selection) -> list[Any]:
         html.Div(
             select("map", "Heads", {name: name for name in names}, shown), className="controls"
         ),
+        *views,
         card(
             html.Div(
                 [
@@ -110,6 +130,97 @@ def page(library: Library, view: Selection) -> list[Any]:
         *([card(html.Ul(links), "Analyses of pictures")] if links else []),
         card(python_call(call), "Take it with you"),
     ]
+
+
+def _linked(
+    run: Run,
+    view: Selection,
+    held: Mapping[str, Section],
+    shown: str,
+    prompt: str,
+    notes: list[str],
+) -> list[Any]:
+    """Importance, strength and patterns, as far as the run has them."""
+    if "rings" not in held:
+        return []
+
+    def link(head: str, picture: str) -> str:
+        return view.where(map=head, **({"prompt": picture} if picture else {})).url()
+
+    rings = held["rings"].tables["rings"]
+    rings = rings[(rings["prompt_id"] == prompt).to_numpy()]
+    call = f"from lens.figures import vision_views\nfrom lens.runs import open_run\n\nrun = open_run({str(run.path)!r})\n"
+    of_rings = (
+        f"{call}rings = run.section('rings').tables['rings'].query('prompt_id == {prompt!r}')\n"
+    )
+    cards = [
+        _matrix_card(view, held, rings, shown, link, notes),
+        card(
+            graph(
+                {"points": "strength"},  # pyright: ignore[reportArgumentType]
+                strength(rings, shown, link),
+                f"Attention of {shown} by distance on the picture, and over the layers",
+                f"{of_rings}vision_views.strength(rings, {shown!r})",
+            ),
+            "How far it looks",
+        ),
+    ]
+    if "pattern_summary" in held:
+        maps = held["pattern_summary"].tables["maps"]
+        code = f"{call}maps = run.section('pattern_summary').tables['maps']\n"
+        cards.append(
+            card(
+                graph(
+                    {"points": "patterns"},  # pyright: ignore[reportArgumentType]
+                    pattern_points(maps, shown, prompt, link),
+                    "Every head on every picture by its pattern of attention",
+                    f"{code}vision_views.pattern_points(maps, {shown!r}, {prompt!r})",
+                ),
+                "In which pattern",
+            )
+        )
+    return [html.Div(cards, className="halves")]
+
+
+def _matrix_card(
+    view: Selection,
+    held: Mapping[str, Section],
+    rings: Any,
+    shown: str,
+    link: Any,
+    notes: list[str],
+) -> html.Section:
+    """Every head by a metric, of all examples or of one class."""
+    measured = held.get("classes")
+    known = list(_METRICS) if measured else [NEAR]
+    metric = choice(view, "by", known, known[0], notes)
+    controls = [select("by", "Heads by", {name: _METRICS[name] for name in known}, metric)]
+    if metric == NEAR or measured is None:
+        near = rings[(rings["ring"] <= 1).to_numpy()]
+        values = near.groupby(["layer", "head", "name"], as_index=False)["mass"].sum()
+        values, of = values.rename(columns={"mass": "value"}), "on this picture"
+    else:
+        by_class = measured.tables["classes"]
+        labels = [str(label) for label in dict.fromkeys(by_class["class"])]
+        label = choice(view, "class", [_ALL, *labels], _ALL, notes)
+        controls.append(
+            select("class", "Class", {_ALL: "all", **{one: one for one in labels}}, label)
+        )
+        table = measured.tables["metrics"] if label == _ALL else by_class
+        values = table[(table["metric"] == metric).to_numpy()]
+        if label != _ALL:
+            values = values[(values["class"].astype(str) == label).to_numpy()]
+        of = f"all {int(values['n'].iloc[0])} examples" if label == _ALL else f"class {label}"
+    text = f"{_METRICS[metric]}, {of}"
+    text = f"{text[0].upper()}{text[1:]}"
+    figure = head_matrix(values, metric, text, shown, link)
+    return card(
+        [
+            html.Div(controls, className="controls"),
+            graph({"points": "importance"}, figure, text),  # pyright: ignore[reportArgumentType]
+        ],
+        "Which heads matter" if metric != NEAR else "Which heads look nearby",
+    )
 
 
 def _canvas(name: str) -> html.Div:

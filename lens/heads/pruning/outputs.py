@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from lens import stats
-from lens.common.choices import check_choice, words
+from lens.common.choices import check_choice, check_counts, words
 from lens.common.errors import LensError
 from lens.common.head_ids import HeadId, head_columns
 from lens.common.progress import advancing
@@ -99,6 +99,35 @@ class PruningMetrics(Result):
             int(label): values[..., self.labels == label].mean(-1)
             for label in np.unique(self.labels)
         }
+
+    def classes(self, *, draws: int = 200, seed: int = 0) -> pd.DataFrame:
+        """One row per metric, class and head: `metric`, `class`, `layer`, `head`, `name`, `value` with `low` and `high`
+        (95 % bootstrap interval over the examples of the class), `n` of them; `all`, the mean over all classes; and
+        `chance_low`, `chance_high`, between which 95 % of means of as many examples of any class lie: outside of it the
+        head is more, or less, to this class than to the others.
+
+        Args:
+            draws: of examples without regard to their class; seed: of these and of the intervals.
+
+        Raises:
+            LensError: examples without one class each.
+        """
+        check_counts(draws=draws)
+        parts, random = [], np.random.default_rng(seed)
+        orders = np.stack([random.permutation(self.n) for _ in range(draws)])
+        for metric, values in self.per_example.items():
+            heads, flat = (
+                head_columns(list(np.ndindex(values.shape[:2]))),
+                values.reshape(-1, self.n),
+            )
+            for label in self.by_class(metric):
+                own = flat[:, self.labels == label]
+                low, high = stats.interval(flat[:, orders[:, : own.shape[1]]].mean(-1), axis=1)
+                part = {"metric": metric, "class": label, **heads}
+                part |= columns("value", own, seed, plain=True) | {"n": own.shape[1]}
+                part |= {"all": flat.mean(-1), "chance_low": low, "chance_high": high}
+                parts.append(pd.DataFrame(part))
+        return pd.concat(parts, ignore_index=True)
 
     def agreement(self) -> pd.DataFrame:
         """Kendall's tau-b over the heads of each pair of metrics: `first`, `second`, `tau`."""

@@ -5,6 +5,7 @@ import pytest
 
 from lens import stats
 from lens.common.errors import LensError
+from lens.stats.intervals import of_share
 
 Z = 1.959964  # of a normal: 2.5 % lie above it
 
@@ -116,3 +117,15 @@ def test_intervals_of_dependent_rows_are_wider_than_if_they_were_independent():
 def test_what_has_no_interval_is_refused(call, message):
     with pytest.raises(LensError, match=message):
         call()
+
+
+def test_the_interval_of_a_share_holds_the_shares_that_it_is_no_surprise_for():
+    """Wilson's ends are the shares p with |share - p| = z sqrt(p (1 - p) / n)."""
+    for share, units in ((0.3, 20), (1.0, 10), (0.0, 7), (0.96, 360)):
+        for end in of_share(share, units):
+            assert abs(share - end) == pytest.approx(1.959964 * np.sqrt(end * (1 - end) / units), abs=1e-6)  # fmt: skip
+    assert of_share(1.0, 10)[1] == 1.0
+    with pytest.raises(LensError, match=r"share must be 0 to 1, got 1\.2"):
+        of_share(1.2, 3)
+    with pytest.raises(LensError, match="units must be a positive integer, got 0"):
+        of_share(0.5, 0)

@@ -1,0 +1,132 @@
+"""`lens heads` and `lens circuit` on labelled pictures and texts: the task comes with the prompts."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from lens_analyses.config import make_config
+from lens_analyses.inputs import plan, read_sources
+from lens_analyses.steps.subject import analysed, labelled_task
+from PIL import Image
+
+import lens
+from lens.runs import open_run
+from lens.runs.validation import validate
+from tests.lens.test_tasks_classification import bert, texts_of, tokenizer
+
+__all__ = ["bert", "tokenizer"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    place, random = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    for label in (0, 4, 9):
+        (place / str(label)).mkdir()
+        for number in range(3):
+            picture = random.integers(0, 256, (8, 8), dtype=np.uint8)
+            Image.fromarray(picture).save(place / str(label) / f"{number}.png")
+    return place
+
+
+@pytest.fixture(scope="module")
+def run(lens_command, folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs")
+    flags = ("--n", "8", "--measures", "ablation/zero", "--out", out, "--json")
+    answer = lens_command("heads", "--model", "vit-digits", "--images", folder, *flags)
+    assert answer.code == 0, answer.err
+    return open_run(answer.json["path"])
+
+
+def test_labelled_pictures_are_the_task_and_some_are_profiled(run, folder):
+    assert validate(run) == []
+    assert run.sections == [*("importance", "classes", "similarity", "pruning", "layers", "heads")]
+    assert set(run.unsupported) == {"roles", "patterns", "retrieval", "stability"}
+    assert all("the prompts are pictures" in reason for reason in run.unsupported.values())
+    assert set(run.prompts["kind"]) == {"picture"}
+    assert run.prompts["title"].tolist()[:2] == ["0: 0.png", "0: 1.png"]
+    assert "--images" in run.meta["command"]
+    assert run.meta["warnings"] == [
+        "Of the labelled prompts some are left out: 1 more than the 8 prompts taken: 1 of 9."
+    ]
+    model = lens.load("vit-digits")
+    task = lens.tasks.classification(model, folder, n=8)
+    scores = lens.heads.importance(model, task, baseline="zero", progress=False)
+    table = run.section("importance").tables["scores"]
+    assert table["ablation (zero)"].to_numpy() == pytest.approx(scores.values.ravel(), abs=1e-5)
+
+
+def test_classes_stand_beside_chance(run, folder):
+    section = run.section("classes")
+    model = lens.load("vit-digits")
+    task = lens.tasks.classification(model, folder, n=8)
+    own = lens.heads.pruning.metrics(model, task, progress=False)
+    rows = section.tables["classes"].query("metric == 'js'")
+    for label, values in own.by_class("js").items():
+        found = rows[rows["class"] == label]["value"].to_numpy()
+        assert found == pytest.approx(values.ravel(), abs=1e-6)
+    assert section.configuration["chance"] == pytest.approx(3 / 8)
+    assert "always naming the most frequent of 3 classes would 37.5%" in section.summary[0]
+    assert {"classes", "probability", "js"} <= set(section.figures)
+
+
+def test_another_picture_is_noticed(lens_command, run, folder, tmp_path):
+    config = tmp_path / "config.toml"
+    config.write_text((run.path / "config.toml").read_text().replace('sha256 = "', 'sha256 = "0'))
+    answer = lens_command("heads", "-c", config, "--out", tmp_path)
+    assert answer.code == 2
+    assert "changed since the run was configured" in answer.err
+
+
+def test_labelled_texts_are_a_task_too(bert, tmp_path):
+    rows = pd.DataFrame({"text": texts_of([9] * 6), "label": [0, 1, 2, 0, 1, 2]})
+    rows.to_csv(tmp_path / "reviews.csv", index=False)
+    prompts, analysis = {"labelled": str(tmp_path / "reviews.csv")}, {"n": 4, "length": 8}
+    asked = make_config({"what": "heads", "prompts": prompts, "analysis": analysis})
+    config, sources = read_sources(asked)
+    planned = plan(bert, config, sources)
+    assert [one.text for one in planned] == rows["text"].tolist()[:4]
+    assert {one.kind for one in planned} == {"text"}
+    task = labelled_task(bert, config)
+    assert task.clean.shape == (4, 8)
+    assert task.correct[:, 0].tolist() == [0, 1, 2, 0]
+    ids, windows = analysed(config, bert, planned)
+    assert (list(map(len, ids)), windows) == ([8] * 4, [])
+    assert "--labelled" in config.command()
+
+
+def test_a_circuit_is_found_for_labelled_pictures(lens_command, folder, tmp_path):
+    flags = ("--n", "4", "--edges", "40", "--steps", "1", "--out", tmp_path, "--json")
+    answer = lens_command("circuit", "--model", "vit-digits", "--images", folder, *flags)
+    assert answer.code == 0, answer.err
+    found = open_run(answer.json["path"])
+    assert validate(found) == []
+    assert found.sections == ["edges", "circuit", "joined"]
+    whole = found.section("circuit").tables["faithfulness"]
+    full = whole[(whole["share"] == 1).to_numpy()]["faithfulness"]
+    assert full.to_numpy() == pytest.approx(np.ones(2), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--images", "FOLDER", "--task", "ioi"), "the task 'labels' is that of labelled prompts"),
+        (("--task", "labels", "--copied", "1"), "give --images FOLDER or --labelled TABLE"),
+        (("--images", "FOLDER", "--text-name", "moby-dick"), "labelled prompts stand alone"),
+        (("--labelled", "FOLDER"), "holds pictures; give it as --images"),
+        (("--images", "nowhere"), "is no folder and no table"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_before_any_work(
+    lens_command, folder, tmp_path, flags, said
+):
+    given = [str(folder) if flag == "FOLDER" else flag for flag in flags]
+    answer = lens_command("heads", "--model", "vit-digits", *given, "--out", tmp_path)
+    assert answer.code == 2, answer.err
+    assert said in answer.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_language_model_has_no_labels(lens_command, tmp_path):
+    (tmp_path / "a.csv").write_text("text,label\nw1 w2,1\nw3 w4,0\n")
+    answer = lens_command("heads", "--labelled", tmp_path / "a.csv", "--out", tmp_path / "runs")
+    assert answer.code == 2
+    assert "is no classifier of whole prompts" in answer.err
