@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -21,18 +22,13 @@ class Encoded(NamedTuple):
 
     Attributes:
         latent: [maps, numbers].
-        decoded: what comes back from any latents [n, numbers]: [n, side, side].
+        decode: what comes back from any latents [n, numbers]: [n, side, side].
         missed: share of the variance that does not come back.
     """
 
     latent: np.ndarray
-    decoded: object
+    decode: Callable[[np.ndarray], np.ndarray]
     missed: float
-
-    def decode(self, latent: np.ndarray) -> np.ndarray:
-        """Maps [n, side, side] of latents [n, numbers]."""
-        assert callable(self.decoded)
-        return self.decoded(latent)
 
 
 def components(maps: np.ndarray, size: int) -> Encoded:

@@ -75,7 +75,7 @@ def _largest(table: pd.DataFrame, n: int) -> str:
 
 
 def _agreeing(agreement: pd.DataFrame) -> str:
-    least = agreement.loc[agreement["tau"].idxmin()]
+    least = agreement.iloc[int(agreement["tau"].to_numpy().argmin())]
     return (
         f"The metrics order the heads alike to a Kendall tau of {agreement['tau'].median():.2f} (median of "
         f"{len(agreement)} pairs; 0 is chance), least {least['first']} and {least['second']}: {least['tau']:.2f}."
@@ -85,7 +85,7 @@ def _agreeing(agreement: pd.DataFrame) -> str:
 def _headline(apart: pd.DataFrame) -> Iterator[Headline]:
     if apart.empty:
         return
-    best = apart.loc[(apart["value"] - apart["all"]).idxmax()]
+    best = apart.iloc[int((apart["value"] - apart["all"]).to_numpy().argmax())]
     yield Headline(
         f"Without {best['name']} the class {best['class']} loses {best['value']:.2f} of its {_CHIEF}, all classes "
         f"together {best['all']:.2f}.",
