@@ -215,6 +215,15 @@ class Pasta(OfHeads):
         object.__setattr__(self, "spans", ends)
         super().__post_init__()
 
+    @property
+    def dose(self) -> float:
+        """See `Edit`: 1 - alpha, what the weights outside of the spans lose."""
+        return 1 - self.alpha
+
+    def at(self, amount: float) -> Self:
+        """See `Edit`; below 1."""
+        return replace(self, alpha=1 - amount)
+
     def start(self, model: LoadedModel, backend: str) -> Running:
         """See `Edit`."""
         count, log = (len(self.spans) if self.preset == "released" else 1), math.log(self.alpha)

@@ -126,7 +126,7 @@ def knock_out(
             raise LensError(
                 "knock_out needs prompts with images: pass what a vision-language processor returns"
             )
-        size = _phi(model, prompt, dims)
+        size = visual_phi(model, prompt, dims)
         sinks = (size >= tau) & chosen.any(1)[:, None]
         if not bool(sinks.any()):
             raise LensError(
@@ -145,7 +145,7 @@ def knock_out(
     return KnockOut(**vars(found), places=np.array(places))
 
 
-def _phi(model: LoadedModel, prompt: Prompt, dims: Sequence[int] | None) -> Tensor:
+def visual_phi(model: LoadedModel, prompt: Prompt, dims: Sequence[int] | None) -> Tensor:
     """[layers, tokens] of what enters each layer; 0 of tokens that are none of an image."""
     found: dict[int, Tensor] = {}
 

@@ -34,10 +34,11 @@ def run(lens_command, pictures, tmp_path_factory):
 
 
 def test_the_sections_are_there_and_the_folder_is_whole(run):
-    assert run.sections == ["overlays", "rings", "structure"]
+    assert run.sections == ["overlays", "rings", "pattern_summary", "structure", "similarity"]
     assert validate(run) == []
     assert run.status == "success"
     assert "reads no text" in run.unsupported["chain"]
+    assert "no labels; --images FOLDER" in run.unsupported["classes"]
     assert run.prompts["kind"].tolist() == ["picture", "picture"]
     assert run.prompts["title"].tolist() == ["zero.png", "turned.png"]
     assert run.prompts["token_strings"][0].tolist()[:3] == ["[CLS]", "0,0", "0,1"]
@@ -95,6 +96,9 @@ def test_the_same_command_finds_the_run_and_another_picture_is_noticed(
         (["--image", "nowhere.png"], "no picture "),
         (["--image", "ZERO", "--tau", "-1"], "must be a number of nats from 0 on"),
         (["--image", "ZERO", "--text", "what is this"], "reads pictures alone"),
+        (["--image", "ZERO", "--edits", "move"], "unknown edit 'move'; known: var, act, pasta"),
+        (["--image", "ZERO", "--amounts", "0,1"], "must be numbers from 0 to below 1"),
+        (["--image", "ZERO", "--images", "ZERO"], "--image) or labelled ones (--images), not both"),
     ],
 )
 def test_what_makes_no_sense_is_refused_before_any_work(
@@ -119,9 +123,11 @@ def test_a_question_brings_the_chain_of_a_vision_language_model(
     assert answer.code == 0, answer.err
     run = open_run(answer.json["path"])
     assert validate(run) == []
-    assert run.sections == ["overlays", "rings", "structure", "chain"]
+    assert run.sections[-1] == "chain"
+    assert {"overlays", "rings", "pattern_summary", "structure"} <= set(run.sections)
     chain = run.section("chain")
     assert chain.configuration["dims"][0] == 7
     assert chain.tables["segments"]["kind"].tolist() == ["image", "text"]
-    assert set(chain.tables) == {"segments", "knock_out", "var"}
+    made = {"segments", "sinks", "flow", "knock_out", "var", "act", "pasta", "image_centric"}
+    assert set(chain.tables) == made | {f"{name}_decoding" for name in ("var", "act", "pasta")}
     assert not any(one.startswith("No ") for one in chain.limits)

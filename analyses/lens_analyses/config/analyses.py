@@ -8,12 +8,14 @@ from pydantic import AfterValidator, field_validator, model_validator
 from lens.circuits.scores.methods import Method
 from lens_analyses.config.listed import (
     EDITS,
+    MOVES,
     POLICY_SECTIONS,
     check_amounts,
     check_edits,
     check_heads,
     check_loss,
     check_measures,
+    check_moves,
     check_overlays,
     check_sections,
     check_temperature,
@@ -28,9 +30,10 @@ Rule = Literal["transfer", "mask", "drop", "logit_bias", "learned_sink", "off_by
 TASKS = ("induction", "ioi", "greater_than", "docstring", "colored_objects")
 """Tasks that `lens.tasks` makes from a model, a number of prompts and a seed."""
 NOT_FROM_A_COMMAND = {
-    "var": "it moves attention to an image, and the prompts here are text; use lens.edits.Var",
-    "pasta": "it needs the positions to emphasise, which differ from prompt to prompt; use "
-    "lens.edits.Pasta",
+    "var": "it moves attention to an image, and the prompts here are text; `lens vision --image F --text Q` runs it, or "
+    "use lens.edits.Var",
+    "pasta": "it needs the positions to emphasise, which differ from prompt to prompt; `lens vision --emphasise` runs it "
+    "on pictures with a question, or use lens.edits.Pasta",
 }
 _BOUNDED = ("transfer", "mask", "drop", "off_by_one", "act")  # their amounts are fractions
 
@@ -196,6 +199,28 @@ class VisionSettings(AnalysisSettings):
     phi: Annotated[str, AfterValidator(check_loss)] = setting(
         "20", "From which size on an image token is a sink of a vision-language model."
     )
+    edits: Annotated[str, AfterValidator(check_moves)] = setting(
+        ",".join(MOVES),
+        f"Of a vision-language model's attention, with commas, of {', '.join(MOVES)}.",
+    )
+    amounts: Annotated[str, AfterValidator(check_amounts)] = setting(
+        "0,0.3,0.6", "Of these edits, 0 to below 1, with commas: the dose-response curves."
+    )
+    emphasise: str | None = setting(
+        None, "Words of the question that PASTA emphasises; the picture if not given.", min_length=1
+    )
+
+    @property
+    def doses(self) -> tuple[float, ...]:
+        """The amounts as numbers, in the given order."""
+        return tuple(map(float, listed(self.amounts)))
+
+    @field_validator("amounts")
+    @classmethod
+    def _are_shares(cls, words: str) -> str:
+        if not all(0 <= float(word) < 1 for word in listed(words)):
+            raise ValueError(f"must be numbers from 0 to below 1, with commas; got {words!r}")
+        return words
 
 
 class ExamplesSettings(AnalysisSettings):

@@ -13,6 +13,7 @@ from lens.heads.measures import methods
 MEASURES: tuple[str, ...] = get_args(methods.Method)
 BASELINES: tuple[str, ...] = get_args(methods.Baseline)
 POLICY_SECTIONS = ("policies", "running", "stability", "search")
+MOVES = ("var", "act", "pasta")
 EDITS = ("mask", "drop", "mean_value", "zero_value", "move", "transfer")
 
 
@@ -43,9 +44,18 @@ def check_edits(words: str) -> str:
     Raises:
         ValueError: one is not.
     """
+    return _known(words, EDITS)
+
+
+def check_moves(words: str) -> str:
+    """The words, if each is an edit of a vision-language model's attention; errors as in `check_edits`."""
+    return _known(words, MOVES)
+
+
+def _known(words: str, edits: tuple[str, ...]) -> str:
     for word in listed(words):
-        if word not in EDITS:
-            raise ValueError(f"unknown edit {word!r}; known: {', '.join(EDITS)}")
+        if word not in edits:
+            raise ValueError(f"unknown edit {word!r}; known: {', '.join(edits)}")
     return _once(words, listed(words))
 
 

@@ -150,7 +150,7 @@ COSTS: dict[str, dict[str, Callable[[Load], Cost]]] = {
         "similarity": lambda load: Cost(load.prompts, seconds=1),
         "structure": lambda load: Cost(2 * load.prompts, seconds=3),
         "classes": lambda load: Cost((load.heads + 1) * load.task),
-        "chain": lambda load: Cost(14 * load.prompts, 14),
+        "chain": lambda load: Cost((40 + 7 * load.layers) * load.prompts, 40 + 7 * load.layers),
     },
     "examples": {"examples": _examples},
     "generate": {"generation": lambda load: Cost(0, load.settings.new)},

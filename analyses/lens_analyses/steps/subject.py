@@ -11,11 +11,8 @@ from lens.models.vocabulary import around, windows
 from lens.runs import Run
 from lens_analyses.config import CircuitSettings, RunConfig
 from lens_analyses.config.analyses import AnalysisSettings, PoliciesSettings
-<<<<<<< HEAD
 from lens_analyses.config.listed import layer_of, listed
-=======
 from lens_analyses.config.models import labelled_by
->>>>>>> 53b1791 (Take labelled pictures and texts from the command, and show which heads matter to which class, how far they look and in which pattern, linked on the page of pictures)
 from lens_analyses.config.paths import is_task_file
 from lens_analyses.console import Output
 from lens_analyses.inputs import PlannedPrompt, pictures_of, reads_pictures
@@ -148,14 +145,11 @@ def analysed(
             profile.
     """
     settings, what = config.analysis, config.what
-<<<<<<< HEAD
     _check_heads(model, getattr(settings, "heads", None) or getattr(settings, "overlays", None))
-=======
     if settings is not None and labelled_by(config.prompts) is not None:
         task = labelled_task(model, config)
         length = len(planned[0].ids) if reads_pictures(config) else task.length
         return [[0] * length] * task.n, []
->>>>>>> 53b1791 (Take labelled pictures and texts from the command, and show which heads matter to which class, how far they look and in which pattern, linked on the page of pictures)
     if settings is None or what in ("vision", "examples", "generate"):
         return [], []
     if isinstance(settings, CircuitSettings):
