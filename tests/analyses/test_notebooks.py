@@ -22,6 +22,7 @@ FIGURES = {  # the least number that each shows
     "first_look": 4,
     "heads": 6,
     "long_context": 3,
+    "pictures": 7,
     "sinks_and_redistribution": 6,
     "sparse_attention": 5,
     "your_own_model": 2,
