@@ -21,15 +21,12 @@ from lens_analyses.config.paths import local
 from lens_analyses.config.pictures import PictureConfig
 from lens_analyses.config.settings import Section
 from lens_analyses.console import UsageError
+from lens_analyses.pictured import bytes_of, read_labelled_prompts, reads_pictures, unchanged
 
 if TYPE_CHECKING:
     from lens.models.loaded import LoadedModel
-    from lens.tasks.labelled import Labelled
 
 
-LARGEST_PICTURE = 256 << 20
-PROFILED = 8
-"""Of labelled prompts, whose every head is profiled; the task takes as many as it asks for."""
 LARGEST_TEXT = 256 << 20
 """Bytes of a file of text; tokens of this much take hours."""
 _S = TypeVar("_S", bound=Section)
@@ -80,7 +77,8 @@ def read_sources(config: RunConfig) -> tuple[RunConfig, list[Source]]:
     """
     config, prompts = _absolute_model(config), config.prompts
     if (name := labelled_by(prompts)) is not None:
-        return _read_labelled(config, name)
+        config, found = read_labelled_prompts(config, name)
+        return config, [Source(*one) for one in found]
     if isinstance(prompts, PictureConfig):
         return _read_pictures(config, prompts)
     if prompts.text_name is not None:
@@ -95,7 +93,7 @@ def read_sources(config: RunConfig) -> tuple[RunConfig, list[Source]]:
     target = None if prompts.target is None else local(prompts.target)
     said = "" if target is None else _read(target)
     sha256 = hashlib.sha256((content + said).encode()).hexdigest()
-    _unchanged(prompts.sha256, sha256, path)
+    unchanged(prompts.sha256, sha256, path)
     if prompts.text is not None:
         sources = [Source(path.name, content.strip() if target else content, said.strip() or None)]
         config = _with(config, prompts=_with(prompts, text=str(path), sha256=sha256))
@@ -196,83 +194,6 @@ def plan(model: "LoadedModel", config: RunConfig, sources: list[Source]) -> list
     return planned if labelled_by(config.prompts) else [*planned, *_copied(model, config)]
 
 
-def reads_pictures(config: RunConfig) -> bool:
-    """Whether the prompts of a run are pictures."""
-    return isinstance(config.prompts, PictureConfig) or labelled_by(config.prompts) == "images"
-
-
-def _profiled(config: RunConfig, place: str | Path) -> "Labelled":
-    """The labelled prompts whose heads are profiled: of those of the task the first of each label, a few."""
-    from lens.tasks.labelled import read_labelled
-
-    most = PROFILED if config.analysis is None else min(PROFILED, config.analysis.n)
-    return read_labelled(place, most=most)
-
-
-def pictures_of(config: RunConfig) -> list[Any]:
-    """The pictures of a run as `lens.capture` takes them: paths, or pairs of a path and the question."""
-    given: Any = config.prompts
-    if given.images is not None:
-        return _profiled(config, given.images).prompts
-    paths = [Path(name) for name in given.files]
-    return paths if given.question is None else [(path, given.question) for path in paths]
-
-
-def _read_labelled(config: RunConfig, name: str) -> tuple[RunConfig, list[Source]]:
-    """A source for each of the first labelled prompts; of a picture its path is the text.
-
-    The digest is that of all prompts that the task takes, with their labels.
-    """
-    from lens.tasks.labelled import read_labelled
-
-    prompts, settings = config.prompts, config.analysis
-    place = local(getattr(prompts, name))
-    found = read_labelled(place, most=None if settings is None else settings.n)
-    is_path = isinstance(found.prompts[0], Path)
-    if is_path != (name == "images"):
-        other = "--labelled" if name == "images" else "--images"
-        raise LensError(f"{place} holds {'pictures' if is_path else 'texts'}; give it as {other}")
-    digest = hashlib.sha256()
-    for one, label in zip(found.prompts, found.labels, strict=True):
-        digest.update(f"{label}\n".encode())
-        digest.update(_bytes_of(one) if is_path else one.encode())
-    given = _with(
-        prompts, **{name: str(place)}, sha256=_unchanged(prompts.sha256, digest.hexdigest(), place)
-    )
-    first = _profiled(config, place)
-    sources = [
-        Source(f"{label}: {one.name}" if is_path else f"{label}: {one[:40]}", str(one))
-        for one, label in zip(first.prompts, first.labels, strict=True)
-    ]
-    return _with(config, prompts=given), sources
-
-
-def _bytes_of(path: Path) -> bytes:
-    """Of a picture.
-
-    Raises:
-        LensError: there is none.
-    """
-    if not path.is_file():
-        raise LensError(f"no picture {path}; give picture files, with commas between them")
-    with open_regular(path, most=LARGEST_PICTURE) as file:
-        return file.read(LARGEST_PICTURE)
-
-
-def _unchanged(known: str | None, found: str, what: object) -> str:
-    """The digest that was found.
-
-    Raises:
-        LensError: another one is known.
-    """
-    if known not in (None, found):
-        raise LensError(
-            f"{what} changed since the run was configured (SHA-256 {found[:8]}, expected {(known or '')[:8]}); remove "
-            "prompts.sha256 from the configuration to take what is there"
-        )
-    return found
-
-
 def _pairs(model: "LoadedModel", config: RunConfig, sources: list[Source]) -> list[PlannedPrompt]:
     """Sources with their targets, which the model writes where none is given; ids are those of the keys."""
     from lens.passes.sources import read_sources
@@ -302,9 +223,9 @@ def _read_pictures(config: RunConfig, prompts: PictureConfig) -> tuple[RunConfig
     paths = [local(name) for name in prompts.files]
     digest = hashlib.sha256()
     for path in paths:
-        digest.update(_bytes_of(path))
+        digest.update(bytes_of(path))
     named = ", ".join(path.name for path in paths)
-    sha256 = _unchanged(prompts.sha256, digest.hexdigest(), named)
+    sha256 = unchanged(prompts.sha256, digest.hexdigest(), named)
     given = _with(prompts, image=",".join(map(str, paths)), sha256=sha256)
     return _with(config, prompts=given), [Source(path.name, str(path)) for path in paths]
 

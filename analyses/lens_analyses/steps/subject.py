@@ -15,7 +15,8 @@ from lens_analyses.config.listed import layer_of, listed
 from lens_analyses.config.models import labelled_by
 from lens_analyses.config.paths import is_task_file
 from lens_analyses.console import Output
-from lens_analyses.inputs import PlannedPrompt, pictures_of, reads_pictures
+from lens_analyses.inputs import PlannedPrompt
+from lens_analyses.pictured import pictures_of, reads_pictures
 from lens_analyses.steps.run_circuits import other_run
 
 if TYPE_CHECKING:
