@@ -87,6 +87,7 @@ def effect(
         >>> pairs = [([3, 4, 5, 6], [2, 30, 31, 32]), ([9, 8, 7], [2, 40, 41])]
         >>> lens.effect(translator.part("cross"), pairs, lens.edits.Ablate("L1H0", "pooled_mean")).findings()
     """
+    check_counts(0, seed=seed)
     if isinstance(controls, int):
         check_counts(controls=controls)
         if draws not in (1, controls):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
-from lens.common.choices import is_number
+from lens.common.choices import check_lists, is_number
 from lens.common.errors import LensError
 from lens.common.head_ids import AnyHead
 from lens.edits.base import AttentionEdit, selected_heads
@@ -74,6 +74,7 @@ class OfHeads(Edit):
             )
         for name in ("heads", "layers"):
             if (given := getattr(self, name)) is not None:
+                check_lists(**{name: given})
                 object.__setattr__(self, name, tuple(given))
 
     def chosen(self, model: LoadedModel) -> Bool[torch.Tensor, "layers heads"]:

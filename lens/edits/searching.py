@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from lens.common.choices import check_counts
 from lens.common.errors import LensError
 from lens.common.given import given_as
 from lens.common.head_ids import HeadId
@@ -164,6 +165,7 @@ def search_heads(
     Example:
         >>> lens.edits.search_heads(model, task, lens.edits.Mask("first"), most=3).findings()
     """
+    check_counts(0, seed=seed)
     given_as("Task", task=task)
     check_loaded(model)
     info = model.info

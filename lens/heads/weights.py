@@ -14,6 +14,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from lens.common.choices import check_counts
 from lens.common.errors import LensError
 from lens.common.head_ids import HeadId
 from lens.models.loaded import LoadedModel
@@ -114,6 +115,7 @@ def copying(
         >>> table[table.top_share == 1]["name"].tolist()
         ['L1H0', 'L1H2', 'L1H3']
     """
+    check_counts(0, seed=seed)
     weights = head_weights(model)
     vocab = len(weights.embedding)
     if not 1 <= top <= vocab:

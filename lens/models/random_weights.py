@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import torch
 
+from lens.common.choices import check_counts
 from lens.models.bare import bare
 from lens.models.loaded import LoadedModel, check_loaded
 
@@ -24,6 +25,7 @@ def random_weights(model: LoadedModel, seed: int = 0) -> LoadedModel:
         'induction-2l (random weights, seed 0)'
     """
     check_loaded(model)
+    check_counts(0, seed=seed)
     model = bare(model)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

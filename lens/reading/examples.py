@@ -112,6 +112,7 @@ class _Search:
     def __init__(
         self, model: LoadedModel, outputs: dict[int, Tensor], n: int, context: int, seed: int
     ) -> None:
+        check_counts(0, seed=seed)
         self._model, self._outputs, self._n, self._context = model, outputs, n, context
         heads = [
             HeadId(layer, head)

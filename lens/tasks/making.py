@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from lens.common.choices import is_whole
+from lens.common.choices import check_counts, check_lists, is_whole
 from lens.common.errors import LensError
 from lens.models.loaded import LoadedModel
 from lens.models.vocabulary import around, windows
@@ -46,6 +46,7 @@ def induction(
     """
     check_predicts_tokens(model)
     _positive("n", n)
+    check_counts(0, seed=seed, length=length)
     if length < 2:
         raise LensError(f"length must be at least 2 to have a token to copy, got {length}")
     first = seed * _SEEDS
@@ -90,6 +91,7 @@ def language_modelling(
         return _translating(model, texts, n, metric)
     if isinstance(texts, str):
         texts = [texts]
+    check_lists(texts=texts)
     if not len(texts):
         raise LensError("no texts were given; pass a text, several, or windows of token ids")
     found: list[list[int]] = []
@@ -159,6 +161,7 @@ def _masked(
     Raises:
         LensError: a tokenizer without a mask token.
     """
+    check_counts(0, seed=seed)
     mask = getattr(model.tokenizer, "mask_token_id", None)
     if mask is None:
         raise LensError(

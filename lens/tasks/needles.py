@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from lens.common.choices import check_counts
 from lens.common.errors import LensError
 from lens.models.loaded import LoadedModel
 from lens.models.vocabulary import ordinary_ids
@@ -89,6 +90,7 @@ def copied(
     Raises:
         LensError: no vocabulary, fewer than one trial or token, or more than the model takes.
     """
+    check_counts(0, seed=seed)
     if model.info.vocab is None:
         raise LensError(f"{model.name} has no vocabulary, so no tokens can be drawn")
     context = model.info.context or length + needle + 2

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from lens.common.choices import check_counts
 from lens.common.errors import LensError
 from lens.models.catalogue import ASSETS
 from lens.models.vocabulary import ordinary_ids
@@ -100,6 +101,7 @@ def copied(model: "LoadedModel", length: int, seed: int = 0) -> list[int]:
         >>> len(ids), ids[-3:] == ids[-6:-3]  # this model has a BOS
         (7, True)
     """
+    check_counts(0, seed=seed)
     from lens.models.loaded import check_loaded
 
     check_loaded(model)

@@ -101,7 +101,7 @@ class Task:
                 f"lengths must be one number of at most {self.length} for each of {self.n} prompts, and "
                 "answers are read within them"
             )
-        if self.metric not in METRICS:
+        if not isinstance(self.metric, str) or self.metric not in METRICS:
             raise LensError(f"unknown metric {self.metric!r}; known: {', '.join(METRICS)}")
         if (self.metric == "logit_difference") != (self.wrong is not None):
             raise LensError(

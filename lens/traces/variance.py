@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from lens import stats
+from lens.common.choices import check_counts
 from lens.common.errors import LensError
 from lens.common.head_ids import HeadId
 from lens.common.results import Result
@@ -106,6 +107,7 @@ def variance(
         LensError: fewer than two conditions, unequal numbers of traces, models of differing sizes, a
             metric that is unknown or was not scored for a head, or nothing that varies.
     """
+    check_counts(0, seed=seed)
     if len(conditions) < 2:
         raise LensError(f"variance compares at least two conditions, got {len(conditions)}")
     counts = {name: len(traces) for name, traces in conditions.items()}

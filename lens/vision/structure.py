@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import pandas as pd
 
-from lens.common.choices import check_choice, is_number
+from lens.common.choices import check_choice, check_counts, is_number
 from lens.common.errors import LensError
 from lens.common.head_ids import AnyHead, HeadId
 from lens.common.results import Result, Sentence, described
@@ -260,6 +260,7 @@ class PatchSegments(Result):
             >>> found.iou(found.labels == 0)[0]
             1.0
         """
+        check_counts(0, seed=seed)
         given = np.asarray(mask, bool)
         if given.shape != self.labels.shape or not given.any():
             raise LensError(

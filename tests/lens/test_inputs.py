@@ -273,3 +273,35 @@ def test_a_task_is_held_against_the_model_before_it_is_run():
     own = lens.tasks.induction(small, 2)
     with pytest.raises(LensError, match="has the answer 65, and token ids of induction-2l go from"):
         lens.circuits.patch(small, replace(own, correct=torch.full_like(own.correct, 65)))
+
+
+@pytest.mark.parametrize("seed", [-1, 1.5, "x", None, True])
+def test_a_seed_that_is_none_is_refused_before_any_work(seed):
+    model = lens.load("induction-2l")
+    task = lens.tasks.induction(model, 2)
+    calls = (
+        lambda: lens.tasks.induction(model, 2, seed=seed),
+        lambda: lens.models.random_weights(model, seed=seed),
+        lambda: lens.circuits.checks.sink_check(model, task, ["L0H1"], seed=seed),
+        lambda: lens.effect(model, task, lens.edits.Ablate(["L0H1"], "mean"), seed=seed),
+        lambda: lens.heads.importance(
+            model, task, method="ablation", baseline="resample", seed=seed
+        ),
+    )
+    for call in calls:
+        with pytest.raises(LensError, match="seed must be an integer of at least 0"):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda model: lens.edits.Drop(heads=5), "heads must be a list, got 5"),
+        (lambda model: lens.tasks.language_modelling(model, 5), "texts must be a list, got 5"),
+        (lambda model: lens.tasks.induction(model, 2, length=3.5), "length must be an integer"),
+        (lambda model: lens.tasks.induction(model, 2, metric={}), "unknown metric {}"),
+    ],
+)
+def test_what_is_of_another_kind_is_refused_by_its_name(call, said):
+    with pytest.raises(LensError, match=said):
+        call(lens.load("induction-2l"))

@@ -126,7 +126,7 @@ def completeness(
     given_as("Task", task=task)
     circuit = given_as("Circuit", circuit=circuit)
     check_counts(runs=runs, steps=steps, candidates=candidates)
-    check_counts(0, draws=draws)
+    check_counts(0, draws=draws, seed=seed)
     heads = [name for name in circuit.nodes if name.startswith("a")]
     if not heads:
         raise LensError(

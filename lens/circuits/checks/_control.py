@@ -105,6 +105,7 @@ def control(
         >>> circuit = lens.circuits.score_edges(small, copying, progress=False).top(40)
         >>> lens.circuits.checks.control(small, copying, circuit, kinds=["degrees"], draws=3).table()
     """
+    check_counts(0, seed=seed)
     given_as("Task", task=task)
     circuit = given_as("Circuit", circuit=circuit)
     for kind in kinds:

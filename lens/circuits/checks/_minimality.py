@@ -116,6 +116,7 @@ def minimality(
         >>> circuit = lens.circuits.score_edges(small, copying, progress=False).top(40)
         >>> lens.circuits.checks.minimality(small, copying, circuit, draws=3).needed()
     """
+    check_counts(0, seed=seed)
     given_as("Task", task=task)
     circuit = given_as("Circuit", circuit=circuit)
     check_counts(draws=draws)

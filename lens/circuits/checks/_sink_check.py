@@ -134,6 +134,7 @@ def sink_check(
     given_as("Task", task=task)
     check_loaded(model)
     check_counts(draws=draws)
+    check_counts(0, seed=seed)
     model = bare(model)
     task.check(model)
     chosen = heads_in(model, heads)

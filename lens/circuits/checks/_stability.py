@@ -89,6 +89,7 @@ def stability(
         >>> lens.circuits.checks.stability(scores, 40, resamples=3).mean > 0.2
         True
     """
+    check_counts(0, seed=seed)
     scores = given_as("EdgeScores", scores=scores)
     if scores.n < 2:
         raise LensError(
@@ -184,6 +185,7 @@ def noise_floor(
             f"the scores are of {scores.n} prompts of {scores.task!r}, and the task is {task.n} of "
             f"{task.name!r}; give the task that was scored"
         )
+    check_counts(0, seed=seed)
     order = torch.as_tensor(np.random.default_rng(seed).permutation(task.n))
     word, method = named(scores.method)  # type: ignore[arg-type]  # a string of a file
     if method is not None and scores.steps is not None:

@@ -195,6 +195,7 @@ def evaluate(
         >>> lens.circuits.evaluate(small, copying, edges, draws=2).cpr > 0.5
         True
     """
+    check_counts(0, seed=seed)
     given_as("Task", task=task)
     edges = given_as("EdgeScores", edges=edges)
     check_counts(draws=draws)

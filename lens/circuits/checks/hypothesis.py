@@ -140,6 +140,7 @@ def independence(
 
     Reference: Gretton et al., A Kernel Statistical Test of Independence, NeurIPS 2007.
     """
+    check_counts(0, seed=seed)
     if complement.shape != task.shape or complement.ndim != 1 or len(task) < 4:
         raise LensError(
             "independence takes one number of at least 4 prompts of both, got the shapes "
@@ -227,6 +228,7 @@ def minimality_test(
     Raises:
         LensError: no draw, an edge that is not in the circuit, or one that has all edges already.
     """
+    check_counts(0, seed=seed)
     given_as("Task", task=task)
     circuit = given_as("Circuit", circuit=circuit)
     check_counts(draws=draws)
@@ -269,6 +271,7 @@ def _distances(
     progress: bool,
 ) -> np.ndarray:
     """[1 + draws] |F(M) - F(C)|, mean over prompts, of the circuit and of random ones, or of their complements."""
+    check_counts(0, seed=seed)
     check_counts(draws=draws)
     draw = np.random.default_rng(seed)
     kept = [circuit.kept] + [random_edges(circuit.graph, circuit.n, draw) for _ in range(draws)]

@@ -198,6 +198,7 @@ def acdc(
 
 def visiting_order(graph: Graph, order: str, seed: int = 0) -> np.ndarray:
     """Numbers of the edges as they are visited: readers from the logits down, writers by `order`."""
+    check_counts(0, seed=seed)
     readers = np.arange(len(graph.readers))
     draw = np.random.default_rng(seed)
     if order == "random":

@@ -163,6 +163,7 @@ def learn_masks(
         >>> learn_masks(known.model, known.task, penalty=1).circuit().edges
         ('input->a1.h0<q>', 'a1.h0->logits')
     """
+    check_counts(0, seed=seed)
     given_as("Task", task=task)
     check_choice("over", over, OVER)
     check_counts(steps=steps, batch_size=batch_size)

@@ -15,7 +15,7 @@ from typing import Literal
 
 import numpy as np
 
-from lens.common.choices import check_choice
+from lens.common.choices import check_choice, check_lists
 from lens.common.errors import LensError
 
 Kv = Literal["head", "group"]
@@ -157,6 +157,7 @@ class Graph:
             LensError: an edge that is not there.
         """
         found = []
+        check_lists(edges=names)
         for name in names:
             if name not in self._numbers:
                 raise LensError(

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from lens.circuits.graph.circuit import Circuit
 from lens.circuits.known.circuit import KnownCircuit
+from lens.common.choices import check_lists
 from lens.common.errors import LensError
 from lens.common.head_ids import AnyHead, HeadId, head_id, head_of_node
 from lens.models.loaded import LoadedModel
@@ -23,6 +24,7 @@ def heads_of(heads: Iterable[AnyHead] | Circuit | KnownCircuit) -> tuple[HeadId,
         return tuple(sorted(filter(None, map(head_of_node, heads.nodes))))
     if isinstance(heads, str):
         raise LensError(f"heads must be a list such as ['L3H5'], got the string {heads!r}")
+    check_lists(heads=heads)
     return tuple(sorted({head_id(head) for head in heads}))
 
 

@@ -164,6 +164,7 @@ def _pairs(
     nodes: Nodes, task: Task, noise: float | None, noise_at: str | None, seed: int
 ) -> Iterator[tuple[Tensor, _Run, _Run]]:
     """Rows, the run of the clean prompts, and that of the corrupt ones or with noise."""
+    check_counts(0, seed=seed)
     corrupt = task.clean if noise is not None else task.corrupt_or_refuse()
     random = torch.Generator().manual_seed(seed)
     (_, where), *_ = places_of(task, noise_at)

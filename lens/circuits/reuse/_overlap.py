@@ -173,6 +173,7 @@ def overlap(
         >>> first, second = (lens.circuits.score_edges(model, one) for one in (task, held_out))
         >>> lens.circuits.reuse.overlap(first, second, count=300).table()
     """
+    check_counts(0, seed=seed)
     check_choice("null", null, Null)
     check_counts(draws=draws, resamples=resamples)
     draw = np.random.default_rng(seed)

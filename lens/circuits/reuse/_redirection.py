@@ -301,6 +301,7 @@ def _draw_controls(
     model: LoadedModel, chosen: tuple[HeadId, ...], controls: int, match: Match, seed: int
 ) -> tuple[tuple[HeadId, ...], ...]:
     """As many other heads, `controls` times."""
+    check_counts(0, seed=seed)
     info, draw = model.info, np.random.default_rng(seed)
     layers, left = [head.layer for head in chosen], info.every_head
     pools = (

@@ -95,6 +95,7 @@ def transfer(
         >>> circuits = [lens.circuits.score_edges(model, one).top(80) for one in (task, held_out)]
         >>> lens.circuits.reuse.transfer(model, [task, held_out], circuits).table()
     """
+    check_counts(0, seed=seed)
     if not len(tasks) or not len(circuits):
         raise LensError(
             f"transfer needs tasks and circuits, got {len(tasks)} tasks and {len(circuits)} circuits"

@@ -5,6 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lens.common.choices import check_counts
+
 _RATE = 1e-3
 
 
@@ -23,6 +25,7 @@ def train(samples: Tensor, features: int, *, penalty: float, epochs: int, seed: 
     Loss `mean (x - x')^2 + penalty * mean |h|`; Adam, rate 1e-3, all samples in every epoch. Rows of
     the encoder and features of the decoder have the norm 1.
     """
+    check_counts(0, seed=seed)
     draw = torch.Generator().manual_seed(seed)
     size = samples.shape[1]
     encoder, decoder = (torch.randn(features, size, generator=draw) for _ in range(2))

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from lens.common.choices import is_number, is_whole
 from lens.common.errors import LensError
 from lens.common.given import given_traces
 from lens.common.head_ids import head_columns
@@ -146,9 +147,9 @@ def patterns(
 
 def _check(traces: list[AttentionTrace], budget: float, enough: float, sink: int) -> None:
     for name, value in (("budget", budget), ("enough", enough)):
-        if not 0 < value < 1:
+        if not is_number(value) or not 0 < value < 1:
             raise LensError(f"{name} must lie between 0 and 1, got {value}")
-    if sink < 0:
+    if not is_whole(sink) or sink < 0:
         raise LensError(f"sink is a number of keys, got {sink}")
     if len({(trace.model, trace.layers, trace.heads) for trace in traces}) > 1:
         raise LensError("traces must come from one model; classify them apart")

@@ -266,6 +266,7 @@ def _labels(scores: tuple[HeadScores, ...]) -> list[str]:
 
 def _drawn(scores: tuple[HeadScores, ...], resamples: int, seed: int) -> np.ndarray:
     """Values [resamples, measures, heads] on prompts drawn again; no resamples for a single prompt."""
+    check_counts(0, seed=seed)
     random = np.random.default_rng(seed)
     weights: dict[tuple[str, int], np.ndarray] = {}
     if min(score.n for score in scores) < 2:

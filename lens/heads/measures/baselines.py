@@ -128,6 +128,7 @@ def other_rows(n: int, seed: int) -> Tensor:
     Raises:
         LensError: there is no other prompt.
     """
+    check_counts(0, seed=seed)
     if n < 2:
         raise LensError("resample needs at least two prompts to take another's output; got 1")
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))

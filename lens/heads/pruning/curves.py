@@ -157,6 +157,7 @@ def curve(
         LensError: an order of another model, that names a head twice or none, no steps, or what
             `lens.heads.importance` refuses.
     """
+    check_counts(0, seed=seed)
     given_as("Task", task=task)
     from lens.models.loaded import check_loaded
 

@@ -107,6 +107,7 @@ def gate(
     Example:
         >>> lens.heads.pruning.gate(model, texts, first=1, last=8).retrieval_heads()
     """
+    check_counts(0, seed=seed)
     check_loaded(model)
     check_counts(steps=steps)
     read = read_long_prompts(model, prompts, first, last)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from lens.common.choices import check_counts
 from lens.common.errors import LensError
 from lens.edits.losses import two_tokens
 from lens.models.loaded import LoadedModel, check_loaded
@@ -71,6 +72,7 @@ def control_prompts(model: LoadedModel, prompts: Any, seed: int = 0) -> Prompts:
     Raises:
         LensError: prompts of one token, or a model without a vocabulary.
     """
+    check_counts(0, seed=seed)
     check_loaded(model)
     ordinary = torch.tensor(ordinary_ids(model))
     generator = torch.Generator().manual_seed(seed)
