@@ -123,9 +123,9 @@ def pair(request):
 
 
 def donors(seed):
-    from lens.heads.measures.baselines import _other_rows
+    from lens.heads.measures.baselines import other_rows
 
-    return _other_rows(PROMPTS, seed)
+    return other_rows(PROMPTS, seed)
 
 
 @pytest.mark.parametrize("baseline", BASELINES)
