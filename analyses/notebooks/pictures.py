@@ -93,7 +93,8 @@ pruned.classes()[["metric", "class", "name", "value"]].query("metric == 'probabi
 # %% [markdown]
 # ## Which structure
 #
-# Patches whose attention is alike, and the tree of patches from attention read backwards.
+# Patches whose attention is alike, and the tree of patches from attention read backwards. A segment does not say what it is: that it is a
+# thing is for the eye, or for masks (`found.iou`).
 
 # %%
 vision.cluster(zero, "L2").plot()
