@@ -25,6 +25,8 @@ def layout(model: LoadedModel) -> Layout:
             `TransformerBridge` whose weights were processed.
     """
     check_loaded(model)
+    if model.towers:
+        model.check_part()
     model = bare(model)
     root: Any = model.model
     row, kind, base = _row(model)

@@ -103,6 +103,7 @@ class LoadedModel:
             output on a tiny prompt, measured when it was loaded; None if it was not measured.
         processor: what makes inputs of pictures (and texts), or None.
         parts: of an encoder-decoder, sizes of each attention that it has: "encoder", "decoder", "cross".
+        towers: of a model of several encoders side by side (CLIP: "text", "vision") each of them, as a model.
         chosen: which of these `info` is of and heads are named in (`part`); "": not said yet.
     """
 
@@ -115,12 +116,14 @@ class LoadedModel:
     processor: Any = None
     parts: Mapping[str, ModelInfo] = field(default_factory=dict)
     chosen: str = ""
+    towers: Mapping[str, LoadedModel] = field(default_factory=dict)
 
     def part(self, name: Part | str) -> LoadedModel:
-        """The same encoder-decoder with the heads of one of its attentions.
+        """The same encoder-decoder with the heads of one of its attentions; one tower of a model of several.
 
         Args:
-            name: "encoder"; "decoder", of the decoder to itself; "cross", of the decoder to the encoder.
+            name: "encoder"; "decoder", of the decoder to itself; "cross", of the decoder to the encoder. Of towers
+                their own names.
 
         Raises:
             LensError: another model, or a part that it has not got.
@@ -129,13 +132,23 @@ class LoadedModel:
             >>> translator.part("cross").info.heads
             4
         """
+        if self.towers:
+            check_choice("part", name, tuple(self.towers))
+            return self.towers[name]
         if not self.parts:
-            raise LensError(f"{self.info.class_name} is no encoder-decoder, so it has no parts")
+            raise LensError(
+                f"{self.info.class_name} is no encoder-decoder and has no towers, so it has no parts"
+            )
         check_choice("part", name, tuple(self.parts))
         return replace(self, info=self.parts[name], chosen=name)
 
     def check_part(self) -> None:
-        """Raises LensError: an encoder-decoder of which nobody said whose heads are meant."""
+        """Raises LensError: an encoder-decoder, or towers, of which nobody said whose heads are meant."""
+        if self.towers:
+            named = " or ".join(f"model.part({name!r})" for name in self.towers)
+            raise LensError(
+                f"{self.info.class_name} has {len(self.towers)} towers, each with heads of its own; say which: {named}"
+            )
         if self.parts and not self.chosen:
             named = " or ".join(f"model.part({name!r})" for name in self.parts)
             raise LensError(
@@ -252,6 +265,7 @@ class LoadedModel:
         return self.model.generate(self._ids(prompt), **options)
 
     def _each(self, prompts: Any, run: Any) -> Any:
+        self._refuse_towers()
         if self.parts:
             raise LensError(
                 f"{self.info.class_name} reads a source and a target; run it yourself: "
@@ -260,6 +274,12 @@ class LoadedModel:
         one = isinstance(prompts, str) or (isinstance(prompts, torch.Tensor) and prompts.dim() == 1)
         one = one or (len(prompts) > 0 and isinstance(prompts[0], int))
         return run(prompts) if one else [run(prompt) for prompt in prompts]
+
+    def _refuse_towers(self) -> None:
+        if self.towers:
+            raise LensError(
+                f"{self.info.class_name} reads several things at once; run it yourself: model.model(**inputs)"
+            )
 
     def _ids(self, prompt: Any) -> torch.Tensor:
         ids = self.encode(prompt) if isinstance(prompt, str) else prompt
@@ -318,6 +338,12 @@ class LoadedModel:
             sizes = "; ".join(
                 f"{n}: {i.layers} layers × {i.heads} heads" for n, i in self.parts.items()
             )
+        if self.towers:
+            sizes = "; ".join(
+                f"{n}: {t.info.layers} layers × {t.info.heads} heads"
+                for n, t in self.towers.items()
+            )
+            attention = ""
         part = f" ({self.chosen})" if self.chosen else ""
         return (
             f"LoadedModel({self.name}: {info.class_name}{part}, {sizes}"

@@ -27,9 +27,10 @@ from lens.models.catalogue import DEFAULT_MODEL, KNOWN, is_hub_id, unknown_model
 from lens.models.loaded import LoadedModel, ModelInfo, is_bridge
 from lens.models.processors import read_processor
 from lens.models.quantised import check_gguf, class_of, names_tokens, readable_weights
-from lens.models.sizes import describe, describe_bridge, image_token
+from lens.models.sizes import describe, describe_bridge
 from lens.models.stacks import stacks
 from lens.models.tokens import check_fit
+from lens.models.towers import described_towers
 from lens.models.words import SymbolTokenizer
 
 _TOKENIZER_FILES = (
@@ -326,7 +327,10 @@ def _described(
             f"{type(model).__name__} reads a decoder's input and has no encoder and decoder of its own that are "
             "known here; pass one part of it: lens.load(model.get_decoder())"
         )
-    _refuse_towers(model)
+    if towers := described_towers(model, tokenizer, name, revision):
+        first = next(iter(towers.values())).info
+        whole = replace(first, class_name=type(model).__name__, parameters=model.num_parameters())
+        return LoadedModel(model, tokenizer, name, revision, whole, towers=towers)
     return LoadedModel(model, tokenizer, name, revision, describe(model))
 
 
@@ -337,27 +341,6 @@ def _refuse_absent_weights(model: PreTrainedModel) -> None:
             f"weights of {type(model).__name__} are not in memory ({absent} is on the meta device, or "
             "offloaded to disk); load the whole model on one device: from_pretrained(...) without "
             "device_map"
-        )
-
-
-def _refuse_towers(model: PreTrainedModel) -> None:
-    """Raises LensError: a text and an image encoder side by side, which read nothing of each other."""
-    config = model.config
-    subs = [getattr(config, name, None) for name in config.sub_configs]
-    joined = any(
-        re.fullmatch(r"(audio|speech|video)_token_(id|index)", name) for name in vars(config)
-    )
-    if joined or image_token(config) is not None or sum(sub is not None for sub in subs) < 2:
-        return
-    towers = [
-        name
-        for name, part in model.named_children()
-        if any(getattr(part, "config", None) is sub for sub in subs)
-    ]
-    if len(towers) > 1:
-        raise LensError(
-            f"{type(model).__name__} has {len(towers)} towers ({', '.join(towers)}), and a trace holds one "
-            f"sequence; load one: lens.load(model.{towers[0]})"
         )
 
 

@@ -31,7 +31,7 @@ def describe(model: Any, licence: str = "unknown") -> ModelInfo:
         heads=heads,
         kv_heads=_setting(config, "num_key_value_heads") or heads,
         head_dim=_setting(config, "head_dim") or hidden // heads,
-        vocab=_setting(config, "vocab_size") if _reads_tokens(model) else None,
+        vocab=_setting(config, "vocab_size") if reads_tokens(model) else None,
         context=context if isinstance(context, int) and context > 0 else None,
         parameters=_parameters(model),
         licence=licence,
@@ -40,7 +40,7 @@ def describe(model: Any, licence: str = "unknown") -> ModelInfo:
     )
 
 
-def _reads_tokens(model: nn.Module) -> bool:
+def reads_tokens(model: nn.Module) -> bool:
     """A model of sounds has a vocabulary too: of what it writes (Wav2Vec2)."""
     return "input_ids" in inspect.signature(model.forward).parameters
 

@@ -150,6 +150,10 @@ def tiny_inputs(model: LoadedModel) -> dict[str, torch.Tensor]:
     """A short prompt of drawn tokens, or noise where the model reads none: an image, frames, a sound."""
     if isinstance(model.model, Wrapped):
         return model.model.example
+    if model.towers:
+        return {
+            name: one for tower in model.towers.values() for name, one in tiny_inputs(tower).items()
+        }
     generator = torch.Generator().manual_seed(0)
     if model.parts:
         return _of_both(model, generator)

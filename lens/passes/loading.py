@@ -12,6 +12,7 @@ from lens.models.loaded import LoadedModel
 from lens.models.loading import load_unchecked
 from lens.passes.check import Checked, self_check
 from lens.passes.sessions import has_blocks
+from lens.passes.towers import check_whole, load_one
 
 
 def load(
@@ -59,6 +60,24 @@ def load(
         tokenizer=tokenizer,
         processor=processor,
     )
+    if loaded.towers:
+        towers = {name: _tower(loaded, name) for name in loaded.towers}
+        return replace(loaded, towers=towers, check=check_whole(replace(loaded, towers=towers)))
+    return _proved(loaded)
+
+
+def _tower(loaded: LoadedModel, name: str) -> LoadedModel:
+    try:
+        return _proved(loaded.towers[name])
+    except LensError as error:
+        raise LensError(
+            f"{loaded.info.class_name} has {len(loaded.towers)} towers ({', '.join(loaded.towers)}), and {name!r} "
+            f"cannot be taken: {error}; {load_one(loaded)}"
+        ) from error
+
+
+def _proved(loaded: LoadedModel) -> LoadedModel:
+    """After its self-check, with what that saw."""
     checked = self_check(loaded)
     if loaded.parts:
         return _with_parts(loaded, checked)

@@ -29,6 +29,7 @@ from lens.traces.pieces import check_chunk, pieces_of, recorded_in_pieces
 from lens.traces.recorder import Once, Recorder
 from lens.traces.split import record_split
 from lens.traces.statistics import LayerRecord, Settings, make_settings
+from lens.traces.towers import capture_towers
 from lens.traces.trace import AttentionTrace
 from lens.traces.writing import Writing
 
@@ -127,7 +128,8 @@ def capture(
 
     Returns:
         The trace of one prompt; a list of traces for a list or a 2-D tensor, also for one of a single row. Of an
-        encoder-decoder three traces, `.encoder`, `.decoder` and `.cross`, unless it is `model.part(...)`.
+        encoder-decoder three traces, `.encoder`, `.decoder` and `.cross`, unless it is `model.part(...)`; of towers
+        (CLIP) one for each, `["text"]` and `["vision"]`.
 
     Raises:
         LensError: empty or too long prompts, a bad block size, or attention that capture does not
@@ -180,6 +182,15 @@ def capture(
         check_chunk(chunk, settings)
     links = None if group is None else processes(group)
     check_loaded(model)
+    if model.towers:
+        _refuse_with(
+            "towers read several things at once; of one of them, model.part(...), this can be asked",
+            **{"labels": labels, "chunk": chunk, "group": group, "new": new},
+        )
+        towers: Any = capture_towers(
+            model, prompts, settings, out=out, progress=progress, seed=seed
+        )
+        return towers
     if model.parts:
         _refuse_with(
             "an encoder-decoder has two rows of tokens; which keys of the source a target looks at, "

@@ -1,4 +1,4 @@
-"""The traces of one prompt of an encoder-decoder: of its encoder, its decoder and its cross-attention."""
+"""The traces of one prompt of an encoder-decoder (its encoder, decoder, cross-attention), or of towers (text, vision)."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lens.common.errors import LensError
 from lens.common.head_ids import PARTS
+from lens.traces.store import INDEX
 from lens.traces.trace import AttentionTrace
 
 
@@ -31,7 +32,7 @@ class TraceParts(Mapping[str, AttentionTrace]):
         return len(self._traces)
 
     def __getattr__(self, part: str) -> AttentionTrace:
-        if part in PARTS and part in self._traces:
+        if not part.startswith("_") and part in self._traces:
             return self._traces[part]
         raise AttributeError(f"there is no {part} here; there are {', '.join(self._traces)}")
 
@@ -48,10 +49,11 @@ class TraceParts(Mapping[str, AttentionTrace]):
         Raises:
             LensError: none of them, or as `AttentionTrace.load`.
         """
-        there = [part for part in PARTS if (Path(folder) / part).is_dir()]
+        inside = sorted(one.parent.name for one in Path(folder).glob(f"*/{INDEX}"))
+        there = sorted(inside, key=lambda part: PARTS.index(part) if part in PARTS else len(PARTS))
         if not there:
             raise LensError(
-                f"{folder} holds no traces of an encoder-decoder (encoder, decoder, cross)"
+                f"{folder} holds no traces of parts (encoder, decoder, cross; of towers text, vision)"
             )
         return cls({part: AttentionTrace.load(Path(folder) / part) for part in there})
 

@@ -165,29 +165,36 @@ def examine(kind: str, double: bool = False) -> dict[str, Any]:
         loaded = lens.load(model)
         inputs = tiny_inputs(loaded)
         step = "capture"
-        trace = lens.capture(loaded, inputs, block_size=1, progress=False)
+        found = lens.capture(loaded, inputs, block_size=1, progress=False)
         step = "eager"
-        with torch.no_grad(), switched(language_model(model), "eager"):
-            own = _attentions(model, inputs)
-        errors = [loaded.check or 0.0]
-        if own is not None and len(own) == len(trace.layers):
-            errors += [
-                _difference(torch.from_numpy(found), weights[0].float())
-                for found, weights in zip(trace.block_mass.values, own, strict=True)
-                if found.shape == tuple(weights[0].shape)
-                and bool((weights >= 0).all())  # SqueezeBERT returns logits instead
-            ]
+        towers = loaded.towers or {"": loaded}
+        traces = dict(found) if loaded.towers else {"": found}
+        errors, layers = [loaded.check or 0.0], 0
+        for name, one in towers.items():
+            layers += len(traces[name].layers)
+            with torch.no_grad(), switched(language_model(one.model), "eager"):
+                own = _attentions(one.model, tiny_inputs(one))
+            if own is not None and len(own) == len(traces[name].layers):
+                errors += [
+                    _difference(torch.from_numpy(probabilities), weights[0].float())
+                    for probabilities, weights in zip(
+                        traces[name].block_mass.values, own, strict=True
+                    )
+                    if probabilities.shape == tuple(weights[0].shape)
+                    and bool((weights >= 0).all())  # SqueezeBERT returns logits instead
+                ]
         if max(errors) > EXACT and not double:
             return examine(kind, double=True)
-        row |= {"error": max(errors), "compared": len(errors) - 1, "layers": len(trace.layers)}
+        row |= {"error": max(errors), "compared": len(errors) - 1, "layers": layers}
+        name, loaded = next(iter(towers.items()))  # of several towers the first is analysed
     except LensError as error:
-        if "cannot run a tiny prompt (" in str(
-            error
-        ):  # the sizes above make no model of this class
+        # the sizes above make no model of this class
+        if re.match(r"\w+ cannot run a tiny prompt \(", str(error)):
             return {**row, "unbuilt": str(error)}
         return {**row, "refused": str(error)}
     except Exception as error:
         return {**row, "raw": f"{step}: {type(error).__name__}: {error}"[:300]}
+    trace = traces[name]
     for name in ANALYSES:
         try:
             _analyse(name, loaded, trace)

@@ -1,0 +1,50 @@
+"""Models of several encoders side by side, such as CLIP: which they are, each as a model of its own."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from lens.common.errors import LensError
+from lens.models.loaded import LoadedModel
+from lens.models.sizes import describe, image_token, reads_tokens
+
+_ENDING = re.compile(r"_(model|tower|encoder)$")
+
+
+def described_towers(
+    model: PreTrainedModel, tokenizer: Any, name: str, revision: str | None
+) -> dict[str, LoadedModel]:
+    """Encoders side by side with their sizes, by short names ("text", "vision"); none of a model of one sequence.
+
+    Raises:
+        LensError: sizes of one that its configuration does not say.
+    """
+    config = model.config
+    subs = [getattr(config, name, None) for name in config.sub_configs]
+    joined = any(
+        re.fullmatch(r"(audio|speech|video)_token_(id|index)", name) for name in vars(config)
+    )
+    if joined or image_token(config) is not None or sum(sub is not None for sub in subs) < 2:
+        return {}
+    towers: dict[str, Any] = {
+        name: part
+        for name, part in model.named_children()
+        if any(getattr(part, "config", None) is sub for sub in subs)
+    }
+    if len(towers) < 2:
+        return {}
+    found = {}
+    for path, one in towers.items():
+        short = _ENDING.sub("", path)
+        own = tokenizer if reads_tokens(one) else None
+        try:
+            found[short] = LoadedModel(one, own, f"{name} {short}", revision, describe(one))
+        except LensError as error:
+            raise LensError(
+                f"{type(model).__name__} has {len(towers)} towers ({', '.join(towers)}), and {short!r} cannot be "
+                f"taken: {error}; load one: lens.load(model.{next(iter(towers))})"
+            ) from error
+    return found
