@@ -1,4 +1,5 @@
 from .capturing import capture as capture
+from .differential import differential as differential
 from .kinds import delta as delta
 from .kinds import gla as gla
 from .kinds import linear as linear

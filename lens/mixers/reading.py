@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lens.common.errors import LensError
 from lens.mixers import kinds, recurrences
+from lens.mixers.differential import record_differential
 from lens.mixers.phi import Phi
 
 _LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
@@ -77,7 +78,7 @@ def recorded(root: nn.Module) -> Iterator[list[Scan]]:
         if not modules:
             raise LensError(
                 f"{type(root).__name__} has no mixer that is known here (of Mamba, Mamba-2, gated delta rule, KDA, "
-                "RG-LRU, RWKV-4, Lightning, short convolution, mLSTM); its softmax attention is for lens.capture"
+                "RG-LRU, RWKV-4, Lightning, short convolution, mLSTM, differential attention); its softmax attention is for lens.capture"
             )
         yield found
 
@@ -299,5 +300,6 @@ _BY_CLASS: dict[str, _Recipe] = {
     "ShortConv": _short_conv,
     "LightningAttention": _lightning,
     "xLSTMBackend": _mlstm,
+    "DiffLlamaAttention": record_differential,
 }
 """Endings of class names of mixers that are no function."""

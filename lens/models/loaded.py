@@ -136,9 +136,7 @@ class LoadedModel:
             check_choice("part", name, tuple(self.towers))
             return self.towers[name]
         if not self.parts:
-            raise LensError(
-                f"{self.info.class_name} is no encoder-decoder and has no towers, so it has no parts"
-            )
+            raise LensError(f"{self.info.class_name} is no encoder-decoder, so it has no parts")
         check_choice("part", name, tuple(self.parts))
         return replace(self, info=self.parts[name], chosen=name)
 
