@@ -102,8 +102,8 @@ def record_differential(stack: ExitStack, module: Any, keep: Any) -> None:
             raise LensError(
                 "a pass that continues a cache has keys that are not seen here; run the whole prompt"
             )
-        hidden = kwargs.get("hidden_states", args[0] if args else None)
-        position = kwargs.get("position_embeddings", args[1] if len(args) > 1 else None)
+        given = dict(zip(("hidden_states", "position_embeddings"), args, strict=False)) | kwargs
+        hidden, position = given["hidden_states"], given["position_embeddings"]
         shape = (*hidden.shape[:-1], -1, module.head_dim)
         query, key, value = (
             part.forward(hidden).view(shape).transpose(1, 2)
@@ -118,8 +118,8 @@ def record_differential(stack: ExitStack, module: Any, keep: Any) -> None:
             for a, b in ((module.lambda_q1, module.lambda_k1), (module.lambda_q2, module.lambda_k2))
         )
         factor = (one - other + module.lambda_init).cpu().expand(len(query) // 2)
-        pairs = (part.unflatten(0, (2, -1)) for part in (query, key))
-        made[:] = [differential(*pairs, value, factor, module.scaling)]
+        query, key = (part.unflatten(0, (2, -1)) for part in (query, key))
+        made[:] = [differential(query, key, value, factor, module.scaling)]
 
     def after(_: nn.Module, args: tuple) -> None:
         keep("differential", made.pop(), args[0][0].transpose(0, 1))

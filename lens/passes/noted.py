@@ -155,6 +155,9 @@ def step_of(
             and (off := _switched_off(other, noted)) is not None
         ):
             return scores_of(replace(noted, zeroed=off))
+        if number is None and name.endswith("mul") and (own := _of_heads(other, noted)) is not None:
+            bias = None if noted.bias is None else noted.bias * own
+            return scores_of(replace(noted, query=noted.query * own, bias=bias))
         if (
             noted.zeroed is not None
             or number is None
@@ -252,6 +255,19 @@ def _switched_off(factor: Any, noted: Noted) -> Tensor | None:
     if noted.zeroed is not None or not bool(((factor == 0) | (factor == 1)).all()):
         return None
     return _aligned(factor == 0, noted)
+
+
+def _of_heads(factor: Any, noted: Noted) -> Tensor | None:
+    """A factor that is one number for all entries of a head (a learned temperature), as it broadcasts; else None."""
+    if (
+        not isinstance(factor, Tensor)
+        or isinstance(factor, StructuredMask)
+        or noted.zeroed is not None
+    ):
+        return None
+    if factor.dim() < 2 or factor.shape[-2:] != (1, 1) or factor.dim() > len(noted.shape):
+        return None
+    return _aligned(factor, noted)
 
 
 def _number(value: Any) -> float | None:

@@ -10,6 +10,7 @@ import torch
 from lens.models.loaded import LoadedModel
 from lens.models.stacks import stacks
 from lens.passes.inputs import Prompt
+from lens.traces.latents import LatentGrid
 from lens.traces.patches import describe_patches
 
 _FRAME = 0.01
@@ -41,6 +42,11 @@ def keys_of(model: LoadedModel, prompt: Prompt, length: int) -> Axis:
         return _tokens(model, prompt.target, length)
     if prompt.ids and (not model.parts or len(prompt.ids) == length):
         return Axis(prompt.ids, model.token_strings(prompt.ids))
+    if (names := _of_video(model, prompt, length)) is not None:
+        why = "it is a video of several pictures: positions are called frame,row,column"
+        return Axis([-1] * length, names, {"first": None, "why": why})
+    if (names := _of_spectrogram(model, prompt, length)) is not None:
+        return Axis([-1] * length, names)
     seconds = _seconds(model, prompt, length)
     if seconds is not None:
         names = [f"{position * seconds:.2f} s" for position in range(length)]
@@ -74,3 +80,39 @@ def _seconds(model: LoadedModel, prompt: Prompt, length: int) -> float | None:
     if "input_values" in prompt.inputs and isinstance(strides, list | tuple):
         return float(torch.tensor(strides).prod()) / _RATE
     return None
+
+
+def _of_video(model: LoadedModel, prompt: Prompt, length: int) -> list[str] | None:
+    """`frame,row,column` of patches that are as long as several frames (VideoMAE, ViViT); None of another input."""
+    pixels, config = prompt.inputs.get("pixel_values"), model.model.config
+    tube, patch = (getattr(config, name, None) for name in ("tubelet_size", "patch_size"))
+    if not isinstance(pixels, torch.Tensor) or pixels.dim() != 5 or tube is None:
+        return None
+    sides = [tube, *(patch if isinstance(patch, list | tuple) else (patch, patch))]
+    sides = list(tube) if isinstance(tube, list | tuple) else sides
+    sizes = (pixels.shape[1], *pixels.shape[-2:])
+    names = LatentGrid(tuple(a // b for a, b in zip(sizes, sides, strict=True))).names
+    if len(names) + 1 == length:
+        return ["[CLS]", *names]
+    return names if len(names) == length else None
+
+
+def _of_spectrogram(model: LoadedModel, prompt: Prompt, length: int) -> list[str] | None:
+    """Time and band of the patches of a spectrogram, which overlap (AST); None of another input."""
+    sound, config = prompt.inputs.get("input_values"), model.model.config
+    strides: list[Any] = [
+        getattr(config, name, None) for name in ("frequency_stride", "time_stride")
+    ]
+    if not isinstance(sound, torch.Tensor) or sound.dim() != 3 or None in strides:
+        return None
+    frames, bins = sound.shape[1:]
+    bands, times = (
+        (size - config.patch_size) // stride + 1
+        for size, stride in zip((bins, frames), strides, strict=True)
+    )
+    names = [
+        f"{time * strides[1] * _FRAME:.2f} s, band {band}"
+        for band in range(bands)
+        for time in range(times)
+    ]
+    return ["[CLS]", "[DIST]", *names] if len(names) + 2 == length else None
