@@ -144,6 +144,11 @@ def load_model(config: RunConfig) -> "LoadedModel":
             "command is about; `lens vision --image FILE` is for models of pictures (`lens heads --images FOLDER` for classifiers), and lens.capture(model, ...) "
             "takes what else it reads"
         )
+    if model.towers:
+        raise UsageError(
+            f"{model.info.class_name} has the towers {', '.join(model.towers)}, which read several things at once; "
+            "lens.capture(model, inputs) takes them, and model.part(...) is one tower"
+        )
     if model.parts or asked.part is not None:
         return _of_part(model, config)
     if getattr(config.prompts, "target", None) is not None:
