@@ -12,7 +12,7 @@ from pathlib import Path
 from lens.common.errors import LensError
 from lens.runs.folders import CIRCUITS
 from lens.runs.writer import RunWriter
-from lens_analyses.console import log, one_line
+from lens_analyses.console import log, one_line, told_each_minute
 from lens_analyses.steps import STEPS, Step
 from lens_analyses.steps.subject import Subject
 
@@ -61,7 +61,8 @@ def _make(step: Step, subject: Subject, writer: RunWriter) -> None:
     start = time.monotonic()
     log.info("%s", step.name)
     before = _circuits(writer.path)
-    section = step.run(subject)
+    with told_each_minute(subject.output, step.name):
+        section = step.run(subject)
     made = [name for name, state in _circuits(writer.path).items() if before.get(name) != state]
     writer.record(*made, *section.save(writer.path))
     log.debug("%s took %.1f s", step.name, time.monotonic() - start)

@@ -7,6 +7,8 @@ import json
 import logging
 import os
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -172,9 +174,46 @@ def progress_bar(
         progress.TimeRemainingColumn(elapsed_when_finished=True),
     )
     hidden = output.quiet or not output.console.is_terminal
-    with Polled(*columns, console=output.console, disable=hidden, transient=True) as bar:
+
+    def share() -> str:
+        return f", {min(1.0, completed() / total):.0%}" if total else ""
+
+    with (
+        told_each_minute(output, title, share),
+        Polled(*columns, console=output.console, disable=hidden, transient=True) as bar,
+    ):
         bar.add_task(title, total=total)
         yield
+
+
+@contextmanager
+def told_each_minute(
+    output: Output, what: str, more: Callable[[], str] = str, *, every: float = 60.0
+) -> Iterator[None]:
+    """Outside a terminal, where there is no bar: a line a minute that says what is going on and for how long.
+
+    Args:
+        output: whose console it is.
+        what: is being done.
+        more: asked each time for what else there is to say.
+        every: seconds.
+    """
+    if output.quiet or output.console.is_terminal:
+        yield
+        return
+    ended, start = threading.Event(), time.monotonic()
+
+    def tell() -> None:
+        while not ended.wait(every):
+            log.info("%s: %.0f min so far%s", what, (time.monotonic() - start) / 60, more())
+
+    teller = threading.Thread(target=tell, daemon=True)
+    teller.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        teller.join()
 
 
 def to_json(data: Any) -> str:

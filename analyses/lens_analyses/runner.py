@@ -39,8 +39,6 @@ from lens_analyses.steps.subject import Subject, analysed
 if TYPE_CHECKING:
     from lens.models.loaded import LoadedModel
 
-_KNOWN_LATER = ("loss", "loss_repeat", "status", "seconds", "tokens", "token_ids", "token_strings")
-"""What of a prompt is known when it was run."""
 _WORTH_A_LINE = 5.0  # seconds of a prompt; quicker ones are in log.txt only
 
 
@@ -210,16 +208,17 @@ class _Execution:
             return
         for row, prompt in zip(self._rows, self._planned, strict=True):
             known = earlier.get(row["prompt_id"])
-            if not known or known["status"] != "done":
-                continue
-            if list(known["token_ids"])[: len(prompt.ids)] != prompt.ids:
+            ids = [*map(int, known["token_ids"])] if known else []
+            if not known or known["status"] != "done" or ids[: len(prompt.ids)] != prompt.ids:
                 continue
             try:
                 run.trace(row["prompt_id"])
             except LensError as problem:
                 log.info("%s is captured again: %s", row["prompt_id"], problem)
                 continue
-            row.update({name: known[name] for name in _KNOWN_LATER})
+            names = ("loss", "loss_repeat", "status", "seconds", "tokens")
+            row.update({name: known[name] for name in names} | {"token_ids": ids})
+            row["token_strings"] = [*known["token_strings"]]
         self._save_prompts()
         done = self._writer.meta["prompts"]["done"]
         if done:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from lens.common.choices import is_whole
 from lens.common.errors import LensError
 from lens.models.loaded import LoadedModel, check_loaded
 from lens.passes.pictures import Picture, is_picture, prepared, reads_pictures_alone
@@ -374,9 +375,7 @@ def _is_ids(prompt: Any) -> bool:
         return prompt.dim() == 1 and not prompt.is_floating_point() and prompt.dtype != torch.bool
     if isinstance(prompt, (str, bytes)) or not isinstance(prompt, Sequence):
         return False
-    return len(prompt) > 0 and all(
-        isinstance(index, int) and not isinstance(index, bool) for index in prompt
-    )
+    return len(prompt) > 0 and all(map(is_whole, prompt))
 
 
 def _shape_of(prompt: Any) -> str:

@@ -2,9 +2,18 @@
 
 import json
 import math
+import time
 
 import pytest
-from lens_analyses.console import Output, UsageError, finite, log, progress_bar, to_json
+from lens_analyses.console import (
+    Output,
+    UsageError,
+    finite,
+    log,
+    progress_bar,
+    to_json,
+    told_each_minute,
+)
 
 from lens.common.errors import LensError
 
@@ -89,3 +98,12 @@ def test_json_has_no_nan():
     data = {"a": [1.5, math.nan, (math.inf, "x")], 2: None}
     assert finite(data) == {"a": [1.5, None, [None, "x"]], "2": None}
     assert json.loads(to_json(data))["a"] == [1.5, None, [None, "x"]]
+
+
+def test_outside_a_terminal_a_line_now_and_then_says_what_is_going_on(capsys):
+    for quiet in (False, True):
+        output = Output(False, quiet, False)
+        with output.session(), told_each_minute(output, "roles", lambda: ", 50%", every=0.05):
+            time.sleep(0.3)
+        said = capsys.readouterr().err
+        assert ("roles: 0 min so far, 50%" in said) is not quiet
