@@ -372,6 +372,9 @@ def kinds_of(model: LoadedModel, edits: Sequence[Edit]) -> list[Kind]:
     for edit in edits:
         if isinstance(edit, Activation):
             continue
+        if isinstance(edit, Edit) and (own := edit.kind(model)) is not None:
+            found.append(own)
+            continue
         if not isinstance(edit, OfHeads | Ablate):
             raise LensError(f"edit must be one of lens.edits, such as Mask('first'), got {edit!r}")
         if isinstance(edit, Subspace):

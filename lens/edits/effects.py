@@ -22,7 +22,6 @@ from lens.edits.effect_results import Effect
 from lens.edits.freezing import Freeze
 from lens.edits.language import Edit
 from lens.edits.losses import MEASURES, bos_policy, changes_of, predicted, predictions, two_tokens
-from lens.edits.parts import Ablate
 from lens.edits.watching import Watch
 from lens.models.loaded import LoadedModel
 from lens.passes.inputs import Prompt
@@ -318,7 +317,10 @@ def _edits_of(
                 f"edit must be one of lens.edits, such as Mask('first'), or several; got {given!r}"
             )
         return tuple(
-            one.ready(model, prompts) if isinstance(one, Ablate) else one for one in several
+            one
+            if isinstance(one, Freeze) or not isinstance(one, Edit)
+            else one.ready(model, prompts)
+            for one in several
         )
 
     def of_one(given: tuple[Edit, ...], prompt: Prompt) -> tuple[Edit, ...]:

@@ -45,6 +45,14 @@ class Edit(ABC):
         """What it does, in a few words, such as "Mask first"; not where."""
         return type(self).__name__
 
+    def ready(self, model: LoadedModel, prompts: Any) -> Edit:
+        """The same with what it needs of all prompts read, over `prompts` where it names none."""
+        return self
+
+    def kind(self, model: LoadedModel) -> Any:
+        """Its `lens.edits.controls.Kind`, of an edit that brings its own; None: the room knows it."""
+        return None
+
     @abstractmethod
     def start(self, model: LoadedModel, backend: str) -> Running:
         """What carries it out in this model.

@@ -1,3 +1,4 @@
+from .ablating import Ablate as Ablate
 from .capturing import capture as capture
 from .differential import differential as differential
 from .kinds import delta as delta

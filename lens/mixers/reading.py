@@ -57,13 +57,9 @@ def recorded(root: nn.Module) -> Iterator[list[Scan]]:
     found: list[Scan] = []
     layers: list[int] = []
     with ExitStack() as stack:
-        modules = 0
-        for name, module in root.named_modules():
+        for number, module in mixers_of(root):
             recipe = _recipe(module)
-            if recipe is None:
-                continue
-            modules += 1
-            number = _number(name, module)
+            assert recipe is not None
             before = module.register_forward_pre_hook(
                 lambda *_, number=number: layers.append(number)
             )
@@ -75,12 +71,26 @@ def recorded(root: nn.Module) -> Iterator[list[Scan]]:
             )
             after = module.register_forward_hook(lambda *_: layers.clear(), always_call=True)
             stack.callback(after.remove)
-        if not modules:
-            raise LensError(
-                f"{type(root).__name__} has no mixer that is known here (of Mamba, Mamba-2, gated delta rule, KDA, "
-                "RG-LRU, RWKV-4, Lightning, short convolution, mLSTM, differential attention); its softmax attention is for lens.capture"
-            )
         yield found
+
+
+def mixers_of(root: nn.Module) -> list[tuple[int, nn.Module]]:
+    """Layer and module of every mixer that is known.
+
+    Raises:
+        LensError: there is none.
+    """
+    found = [
+        (_number(name, module), module)
+        for name, module in root.named_modules()
+        if _recipe(module) is not None
+    ]
+    if not found:
+        raise LensError(
+            f"{type(root).__name__} has no mixer that is known here (of Mamba, Mamba-2, gated delta rule, KDA, "
+            "RG-LRU, RWKV-4, Lightning, short convolution, mLSTM, differential attention); its softmax attention is for lens.capture"
+        )
+    return found
 
 
 Keep = Callable[[str, Phi, Tensor], None]
