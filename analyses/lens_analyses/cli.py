@@ -274,7 +274,7 @@ def compare(
                 found, out or place.with_name(f"{place.name}-series"), command=command, seed=seed
             )
         else:
-            written = write_comparison(*found, place, command=command, seed=seed)
+            written = write_comparison(found[0], found[1], place, command=command, seed=seed)
         output.result(written.text(), written.as_json())
         if {run.status for run in found} != {"success"}:
             raise SystemExit(PARTIAL)

@@ -115,7 +115,7 @@ def from_mib(
     )
     values = np.full((1, graph.n), np.nan)
     try:
-        values[0, graph.find(found["edges"])] = [
+        values[0, graph.find(list(found["edges"]))] = [
             sign * float(edge["score"]) for edge in found["edges"].values()
         ]
         config = Ablation(**about["ablation"]) if "ablation" in about else Ablation(baseline)

@@ -1,6 +1,7 @@
 """Arguments that are one of a few words, or a whole number: one check, and one message, for all of them."""
 
 import difflib
+import reprlib
 import typing
 from collections.abc import Iterable, Mapping
 from numbers import Integral, Real
@@ -9,6 +10,8 @@ from typing import Any, TypeVar
 from lens.common.errors import LensError
 
 _Choice = TypeVar("_Choice")
+_shown = reprlib.Repr()
+_shown.maxstring = _shown.maxother = 80  # an error is a line, whatever was given
 
 
 def check_choice(name: str, value: _Choice, choices: Any) -> _Choice:
@@ -52,7 +55,7 @@ def check_counts(least: int = 1, **numbers: Any) -> None:
     what = "a positive integer" if least == 1 else f"an integer of at least {least}"
     for name, value in numbers.items():
         if not is_whole(value) or value < least:
-            raise LensError(f"{name} must be {what}, got {value!r}")
+            raise LensError(f"{name} must be {what}, got {_shown.repr(value)}")
 
 
 def is_whole(value: Any) -> bool:
@@ -71,7 +74,7 @@ def check_lists(**lists: Any) -> None:
     """
     for name, value in lists.items():
         if not isinstance(value, Iterable) or isinstance(value, str | bytes | Mapping):
-            raise LensError(f"{name} must be a list, got {value!r}")
+            raise LensError(f"{name} must be a list, got {_shown.repr(value)}")
 
 
 def check_between(least: float, most: float, **lists: Any) -> None:

@@ -68,7 +68,8 @@ def circuit(
         progress: show a bar, on stderr, if that is a terminal.
 
     Raises:
-        LensError: a circuit without edges, with more than 400, or of another model; prompts of several lengths.
+        LensError: a circuit without edges, with more than 400, or of another model; prompts of several lengths;
+            pictures.
 
     Example:
         >>> known = lens.circuits.known.induction_transformer()
@@ -79,6 +80,11 @@ def circuit(
     given_as("Task", task=task)
     circuit = given_as("Circuit", circuit=circuit)
     check_counts(0, seed=seed)
+    if task.clean.is_floating_point():
+        raise LensError(
+            "lens.reading.circuit tells which tokens heads look at, and this task is of pictures; look at its heads "
+            "with lens.vision.rings and trace.overlay"
+        )
     task.refuse_lengths("lens.reading.circuit")
     if not 1 <= circuit.n <= _MOST_EDGES:
         raise LensError(

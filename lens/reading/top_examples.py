@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import pandas as pd
@@ -155,7 +155,7 @@ class TopExamples(Result):
         """By each measure the head that looks hardest ("strongest"); what could not be had ("unsupported")."""
         said, table = [], self.table()
         for by, rows in table.groupby("by", sort=False):
-            top = rows.loc[rows["typical"].idxmax()]
+            top: dict[Any, Any] = rows.loc[[rows["typical"].idxmax()]].to_dict("records")[0]
             ends = (
                 ""
                 if np.isnan(top["typical_low"])

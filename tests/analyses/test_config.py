@@ -142,10 +142,10 @@ def test_the_names_of_the_configuration_are_those_of_the_library():
     from lens_kernels.dispatch import MODULES
 
     from lens import tasks
-    from lens.circuits.scores.scoring import METHODS
+    from lens.circuits.scores.methods import Method as Scoring
     from lens.heads.measures.methods import Baseline, Method
 
-    assert typing.get_args(analyses.Method) == tuple(METHODS)
+    assert typing.get_args(analyses.Method) == typing.get_args(Scoring)
     assert (typing.get_args(Method), typing.get_args(Baseline)) == (
         listed.MEASURES,
         listed.BASELINES,

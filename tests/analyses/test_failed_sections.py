@@ -68,6 +68,7 @@ def test_what_needs_a_failed_section_says_so(lens_command, tmp_path, monkeypatch
         "the section edges failed: IndexError: index 7 is out of bounds",
         "the section circuit failed: needs the section edges, which failed",
         "the section joined failed: needs the section edges, which failed",
+        "the section reading failed: needs the section edges, which failed",
     ]
 
 

@@ -265,4 +265,5 @@ def test_prompts_of_a_file_that_are_left_out_are_named_in_log_warnings_and_repor
     assert said in (run.path / "log.txt").read_text()
     assert said in (run.path / "report.html").read_text()
     assert any("line 9" in limit for limit in run.section("edges").limits)
-    assert run.unsupported == {}
+    assert list(run.unsupported) == ["reading"]  # it sets prompts beside each other token by token
+    assert "give prompts of one length" in run.unsupported["reading"]

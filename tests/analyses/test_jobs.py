@@ -197,8 +197,14 @@ def test_a_form_names_no_file_and_its_settings_go_with_their_analysis():
     assert (fields["prompts.tokens"]["least"], fields["analysis.n"]["least"]) == (1, 2)
     assert fields["model.dtype"]["default"] is None
     assert [name for name in fields if fields[name]["more"]] == [
-        *("model.revision", "model.dtype", "model.device", "prompts.copied_length"),
-        *("capture.block_size", "capture.keep_qk", "capture.backend", "analysis.length"),
+        *("model.revision", "model.dtype", "model.device", "model.part", "prompts.copied_length"),
+        *(
+            "capture.block_size",
+            "capture.chunk",
+            "capture.keep_qk",
+            "capture.backend",
+            "analysis.length",
+        ),
     ]
 
 
@@ -261,8 +267,8 @@ def test_progress_counts_a_step_only_where_it_is_wanted(tmp_path):
         make_config({"what": "circuit", "analysis": analysis}).analysis
         for analysis in ({}, {"compare": "other"})
     )
-    assert share(writer.path, meta, plain) == (3 / 6, "edges")
-    assert share(writer.path, meta, compared) == (3 / 7, "edges")
+    assert share(writer.path, meta, plain) == (3 / 7, "edges")
+    assert share(writer.path, meta, compared) == (3 / 8, "edges")
 
 
 @pytest.fixture
@@ -341,6 +347,7 @@ def test_a_killed_worker_is_seen_its_child_ends_and_the_job_is_resumed(
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=environment()) as worker:
         with told.open() as stub:
             assert stub.readline() == "half\n"
+            assert worker.stdout is not None
             for line in worker.stdout:
                 if json.loads(line)["progress"] == 0.5:
                     break

@@ -85,7 +85,7 @@ def _page(series: RunSeries, data: dict[str, Any]) -> str:
 def _figures(series: RunSeries) -> dict[str, Any]:
     """`scatter/<prompts>/<metric>/<variant>` of every score that has a number."""
     known = series.heads.dropna(subset=["value"])
-    known = known[known["metric"].map(lambda name: METRICS[name].unit) != "position"]
+    known = known[known["metric"].map(lambda name: METRICS[str(name)].unit) != "position"]
     kinds = known[["prompts", "metric", "variant"]].drop_duplicates().itertuples(index=False)
     return {
         f"scatter/{kind.prompts}/{kind.metric}/{kind.variant}": slim(

@@ -145,11 +145,11 @@ COSTS: dict[str, dict[str, Callable[[Load], Cost]]] = {
     },
     "vision": {
         "overlays": lambda load: Cost(0, seconds=3),
+        "classes": lambda load: Cost((load.heads + 1) * load.task),
         "rings": lambda load: Cost(0, seconds=1 + 0.03 * load.heads),
         "pattern_summary": lambda load: Cost(0, seconds=15 + 0.02 * load.heads),
-        "similarity": lambda load: Cost(load.prompts, seconds=1),
         "structure": lambda load: Cost(2 * load.prompts, seconds=3),
-        "classes": lambda load: Cost((load.heads + 1) * load.task),
+        "similarity": lambda load: Cost(load.prompts, seconds=1),
         "chain": lambda load: Cost((40 + 7 * load.layers) * load.prompts, 40 + 7 * load.layers),
     },
     "examples": {"examples": _examples},

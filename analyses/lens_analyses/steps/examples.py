@@ -90,7 +90,7 @@ def _length(subject: Subject) -> int:
 def _headlines(heads: pd.DataFrame) -> Iterator[Headline]:
     """By each measure the head whose strongest pair is most above what random weights have."""
     for by, rows in heads.dropna(subset=["random_weights"]).groupby("by", sort=False):
-        top: dict[str, Any] = dict(rows.loc[rows["typical"].idxmax()])
+        top: dict[Any, Any] = rows.loc[[rows["typical"].idxmax()]].to_dict("records")[0]
         yield Headline(
             f"{top['name']} looks hardest by {_WORDS[str(by)]}: its strongest pair of a window has {top['typical']:.2f} on "
             f"average, with random weights at most {top['random_weights']:.2f}; the best is {top['query_token']!r} to "

@@ -103,7 +103,7 @@ def _headlines(heads: pd.DataFrame) -> Iterator[Headline]:
         (scored[LABEL].idxmax(), "looks back at the prompt most"),
         (scored[LABEL].idxmin(), "looks back at the prompt least"),
     ):
-        one: dict[str, Any] = dict(scored.loc[row])
+        one: dict[Any, Any] = scored.loc[[row]].to_dict("records")[0]
         low, high, even = (one[f"{LABEL}_{end}"] for end in ("low", "high", "uniform"))
         ends = "" if np.isnan(low) else f" [{low:.2f}, {high:.2f}]"
         yield Headline(

@@ -23,7 +23,7 @@ def examples_card(run: Run, view: Selection, name: str, notes: list[str]) -> lis
     if section is None:
         return []
     heads, found, strips = (section.tables[part] for part in ("heads", "examples", "strips"))
-    known = {by: _NAMES.get(by, by) for by in dict.fromkeys(heads["by"])}
+    known = {by: _NAMES.get(by, by) for by in dict.fromkeys(map(str, heads["by"]))}
     usual = "sink_excluded" if view.variant == "sink_excluded" else "attention"
     by = choice(view, "by", known, usual, notes)
     mine, around, row = (

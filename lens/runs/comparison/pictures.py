@@ -260,7 +260,7 @@ def series_lines(
         named = number < top
         color = next(colors, LINE) if named else BASELINE
         figure.add_scatter(
-            x=[series.names[place] for place in grid.columns],
+            x=[series.names[int(place)] for place in grid.columns],
             y=grid.loc[name],
             mode="lines+markers" if named else "lines",
             name=str(name),
