@@ -238,6 +238,8 @@ def _pretrained(
         if isinstance(config, AttentionOnlyConfig):
             model_class = AttentionOnlyModel
         is_class = isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)
+        if class_name.endswith("PreTrainedModel"):
+            is_class = False  # a base without a forward pass; made once, transformers takes its traits for all others'
         if not (is_class or class_name.startswith("AutoModel")):
             raise ValueError(
                 f"transformers {transformers.__version__} has no class of models {class_name}"

@@ -158,7 +158,7 @@ def tiny_inputs(model: LoadedModel) -> dict[str, torch.Tensor]:
     if model.parts:
         return _of_both(model, generator)
     name = "input_ids" if model.is_bridge else model_input(model)
-    if name == "hidden_states":
+    if name == "hidden_states" and hasattr(model.model.config, "patch_size"):
         return _packed(model, generator)
     if name not in ("input_ids", "inputs_embeds"):
         shape = _noise(model, name)

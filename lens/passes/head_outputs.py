@@ -164,7 +164,7 @@ def edited_outputs(
         return _run(model, copies, _Editor(groups, sources), lambda _, given: model.model(**given))
 
 
-def _copies(given: Given, count: int) -> Given:
+def _copies(given: Given, count: int) -> Any:
     """All rows, `count` times over."""
     if isinstance(given, Tensor):
         return given.repeat(count, *[1] * (given.dim() - 1))

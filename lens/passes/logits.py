@@ -11,9 +11,15 @@ from lens.common.errors import LensError
 from lens.models.loaded import LoadedModel, check_loaded
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Float, Int
 
-Given: TypeAlias = Tensor | Mapping[str, Tensor]
+    Given: TypeAlias = (
+        Int[Tensor, "batch tokens"]
+        | Float[Tensor, "batch channels height width"]
+        | Mapping[str, Tensor]
+    )
+else:
+    Given: TypeAlias = Tensor | Mapping[str, Tensor]
 """Token ids [rows, tokens] or pixel values; of an encoder-decoder its inputs by name."""
 _WHOLE = ("ForSequenceClassification", "ForImageClassification")
 

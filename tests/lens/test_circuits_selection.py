@@ -111,7 +111,9 @@ def test_wrong_choices_are_refused():
     found = scores(chain1=1)
     with pytest.raises(LensError, match="top takes 0 to 29 edges, got 34"):
         found.top(34)
-    with pytest.raises(LensError, match="method must be one of 'top', 'greedy', 'bootstrap', got 'best'"):
+    with pytest.raises(
+        LensError, match="method must be one of 'top', 'greedy', 'bootstrap', got 'best'"
+    ):
         found.top(3, method="best")
     with pytest.raises(LensError, match="1 edges have no score"):
         scores(chain1=np.nan).top(3)
