@@ -381,3 +381,20 @@ def test_doctor_text_shows_consequences():
 def test_check_port_says_what_is_wrong_with_an_address():
     with pytest.raises(LensError, match=r"--host '203\.0\.113\.7' is no address of this machine"):
         viewing.check_port(80, "203.0.113.7")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            "vision --model vit-digits --image a.png --image b.png",
+            "--image is given twice; give it once (where it takes several values: with commas",
+        ),
+        ("run --model induction-2l --copied 2 --copied 3", "--copied is given twice; give it once"),
+        ("compare a b --seed 1 --seed 2", "--seed is given twice"),
+    ],
+)
+def test_an_option_that_is_given_twice_is_refused(lens_command, words, said):
+    answer = lens_command(*words.split())
+    assert answer.code == 2
+    assert said in answer.err
