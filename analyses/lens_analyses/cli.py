@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand, TyperGroup, TyperOption
+from typer.core import TyperGroup
 
 from lens.common.errors import in_words
 from lens_analyses.console import ERROR, PARTIAL, Output, UsageError, say
 from lens_analyses.options import (
     RUNS,
     Again,
+    Command,
     Debug,
     Json,
     Out,
@@ -41,24 +42,6 @@ RUN_COMMANDS = {
 """Commands that make a run -> their help."""
 
 
-class _Command(TyperCommand):
-    """Refuses an option of one value that is given twice, of which the last would stand for all, unsaid."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        *_, given = self.make_parser(ctx).parse_args(list(args))
-        seen: set[str] = set()
-        for one in given:
-            name = max(one.opts, key=len)
-            if not isinstance(one, TyperOption) or one.multiple or one.is_flag:
-                continue
-            if name in seen:
-                ctx.fail(
-                    f"{name} is given twice; give it once (where it takes several values: with commas)"
-                )
-            seen.add(name)
-        return super().parse_args(ctx, args)
-
-
 class _Commands(TyperGroup):
     """All commands; those that make a run get their many flags only when one of them is called."""
 
@@ -68,7 +51,7 @@ class _Commands(TyperGroup):
             from lens_analyses.run_commands import run_command
 
             alone = typer.Typer(add_completion=False, **_LOOKS)
-            alone.command(name, help=RUN_COMMANDS[name], cls=_Command)(run_command(name))
+            alone.command(name, help=RUN_COMMANDS[name], cls=Command)(run_command(name))
             command = typer.main.get_command(alone)
         return name, command, rest
 
@@ -84,7 +67,7 @@ app = typer.Typer(
 )
 
 
-@app.command(cls=_Command)
+@app.command(cls=Command)
 def demo(
     model: Annotated[
         str | None, typer.Option(help="Instead of the three embedded models, e.g. smollm2-135m.")
@@ -125,7 +108,7 @@ for _verb, _text in RUN_COMMANDS.items():
     app.command(_verb, help=_text)(lambda: None)  # listed here, and made when it is called
 
 
-@app.command(cls=_Command)
+@app.command(cls=Command)
 def sweep(
     config: Annotated[
         Path, typer.Option("--config", "-c", help="TOML file: models, analyses, settings.")
@@ -158,7 +141,7 @@ def sweep(
             raise SystemExit(done.exit_code)
 
 
-@app.command(cls=_Command)
+@app.command(cls=Command)
 def view(
     target: Annotated[
         Path | None,
@@ -190,7 +173,7 @@ def view(
         view_runs(target or runs, port, **where, jobs=jobs, files=files, quiet=quiet)
 
 
-@app.command(cls=_Command)
+@app.command(cls=Command)
 def worker(
     runs: RunsDir = RUNS,
     once: Annotated[bool, typer.Option("--once", help="End when nothing waits.")] = False,
@@ -204,7 +187,7 @@ def worker(
         work_until_stopped(runs, once=once)
 
 
-@app.command(cls=_Command)
+@app.command(cls=Command)
 def report(
     run: Run,
     out: Annotated[
@@ -227,7 +210,7 @@ def report(
             raise SystemExit(PARTIAL)
 
 
-@app.command(cls=_Command)
+@app.command(cls=Command)
 def delete(
     run: Run,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
@@ -254,7 +237,7 @@ def delete(
         )
 
 
-@app.command(cls=_Command)
+@app.command(cls=Command)
 def compare(
     a: Annotated[str, typer.Argument(help="A run folder, or its id (or the end of it) in --runs.")],
     b: Annotated[str, typer.Argument(help="Another one; every difference is B - A.")],
@@ -298,7 +281,7 @@ def compare(
             raise SystemExit(PARTIAL)
 
 
-@app.command(cls=_Command)
+@app.command(cls=Command)
 def export(
     run: Run,
     form: Annotated[
@@ -337,7 +320,7 @@ def export(
             raise SystemExit(ERROR)
 
 
-@app.command("list", cls=_Command)
+@app.command("list", cls=Command)
 def list_(
     folder: Annotated[
         Path | None, typer.Argument(help="Folder of run folders; --runs if not given.")
@@ -359,7 +342,7 @@ def list_(
         output.result(listing.text(), listing.as_json())
 
 
-@app.command(cls=_Command)
+@app.command(cls=Command)
 def validate(
     run: Run,
     runs: RunsDir = RUNS,
@@ -378,7 +361,7 @@ def validate(
             raise SystemExit(verdict.exit_code)
 
 
-@app.command(cls=_Command)
+@app.command(cls=Command)
 def doctor(json: Json = False, quiet: Quiet = False, debug: Debug = False) -> None:
     """Say what this machine has, and what falls back to what."""
     output = Output(json, quiet, debug)

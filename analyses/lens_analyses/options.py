@@ -1,9 +1,10 @@
-"""Options that several commands share."""
+"""Options that several commands share, and what a command is that takes each once."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand, TyperOption
 
 RUNS = Path("runs")
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
@@ -26,3 +27,21 @@ Again = Annotated[bool, typer.Option("--again", help="Compute anew what is alrea
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Only estimate tokens, time, memory and disk.")
 ]
+
+
+class Command(TyperCommand):
+    """Refuses an option of one value that is given twice, of which the last would stand for all, unsaid."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        *_, given = self.make_parser(ctx).parse_args(list(args))
+        seen: set[str] = set()
+        for one in given:
+            name = max(one.opts, key=len)
+            if not isinstance(one, TyperOption) or one.multiple or one.is_flag:
+                continue
+            if name in seen:
+                ctx.fail(
+                    f"{name} is given twice; give it once (where it takes several values: with commas)"
+                )
+            seen.add(name)
+        return super().parse_args(ctx, args)
