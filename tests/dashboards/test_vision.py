@@ -95,6 +95,8 @@ def test_views_are_linked_and_show_the_tables_of_the_run(page, site, vision_run)
     page.goto(f"{site}/run/{vision_run.id}/vision?map=L1H2&by=js&class=8")
     page.wait_for_selector("#vision[data-ready]")
     data = "id => document.getElementById(id).querySelector('.js-plotly-plot').data"
+    drawn = "id => document.getElementById(id)?.querySelector('.js-plotly-plot')?.data?.length"
+    page.wait_for_function(drawn, arg='{"points":"importance"}')
     (matrix,) = page.evaluate(data, '{"points":"importance"}')
     rows = vision_run.section("classes").tables["classes"].query("metric == 'js' and `class` == 8")
     z = matrix["z"]
