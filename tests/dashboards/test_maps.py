@@ -36,11 +36,8 @@ def test_a_selection_of_heads_opens_and_shares_zoom_and_row(page, address, run):
     assert "L0H2" in page.locator("#strip p").first.inner_text()
     page.locator("#maps-chosen a").nth(1).click()  # without L0H2, at the same zoom
     page.wait_for_url("**heads=L1H3%2CL2H0*")
-    page.wait_for_function("document.querySelectorAll('#maps .map').length === 2", timeout=60_000)
-    page.wait_for_function(
-        "[...document.querySelectorAll('#maps .map')].every(one => one.dataset.ready)",
-        timeout=60_000,
-    )
+    two = "() => { const all = [...document.querySelectorAll('#maps .map')]; return all.length === 2 && all.every(one => one.dataset.ready) }"
+    page.wait_for_function(two, timeout=60_000)
     assert _ready(page) == now
 
 
