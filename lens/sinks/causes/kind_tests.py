@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,8 +20,7 @@ from lens.edits.losses import changes_of, predictions
 from lens.models.loaded import LoadedModel
 from lens.passes.calls import LayerCall, attend
 from lens.passes.inputs import Prompt
-from lens.passes.keys import Keys, KeysAt, members
-from lens.passes.sessions import base, listening
+from lens.passes.keys import Keys
 from lens.stats.intervals import columns
 
 ON_KEYS = ("nop", "fixed broadcast", "input broadcast", "broadcast", "mixed")
@@ -31,6 +30,8 @@ ON_KEYS = ("nop", "fixed broadcast", "input broadcast", "broadcast", "mixed")
 def tests_of(
     model: LoadedModel,
     prompts: Sequence[Prompt],
+    places: Sequence[Tensor],
+    values: Sequence[Mapping[int, Tensor]],
     rows: pd.DataFrame,
     *,
     sources: Keys,
@@ -44,11 +45,17 @@ def tests_of(
     values become the mean over the prompts) and "other" (those of another prompt). `delta_loss` with `_low`, `_high`,
     nats a token; `control` the same of random keys with as much attention, `excess` over it with `_low`, `_high`
     (of "zero" and "mask"); `mass`, `control_mass`.
+
+    Args:
+        model, prompts, draws, seed, progress: as of `kinds`.
+        places: of each prompt bool [tokens], the sources.
+        values: of each prompt layer -> [groups, sources, dim], what these hold.
+        rows: with the `kind` of each head.
+        sources: as `kinds` was given them.
     """
     found = []
     present = [kind for kind in ON_KEYS if bool((rows["kind"] == kind).any())]
     read = [prompt.inputs["input_ids"][0] for prompt in prompts]
-    values = _values(model, prompts, sources) if present and len(prompts) > 1 else []
     clean = CleanRuns(model)
     with advancing("tests of sinks", len(present), progress) as advance:
         for kind in present:
@@ -72,8 +79,8 @@ def tests_of(
                 found.append(row | {"control_mass": table.loc["mass", "mass"]})
             for test, instead in _instead(values):
                 changed = [
-                    _change(model, prompt, sources, heads, instead(number), clean)
-                    for number, prompt in enumerate(prompts)
+                    _change(model, prompt, place, heads, new, clean)
+                    for prompt, place, new in zip(prompts, places, instead, strict=True)
                 ]
                 row = said | {"test": test, "mass": found[-1]["mass"]}
                 cells = columns("delta_loss", np.array([changed]), seed)
@@ -84,48 +91,22 @@ def tests_of(
     return pd.DataFrame(found, columns=names)
 
 
-def _values(
-    model: LoadedModel, prompts: Sequence[Prompt], sources: Keys
-) -> list[dict[int, Tensor]]:
-    """Of each prompt: layer -> [groups, sources, dim], the sources' values."""
-    found: list[dict[int, Tensor]] = []
-    for prompt in prompts:
-        own: dict[int, Tensor] = {}
-
-        def on_layer(call: LayerCall, own: dict[int, Tensor] = own) -> Tensor:
-            own[call.layer] = call.value[0, :, _of(sources, call)].double().cpu()
-            return attend(call, statistics=()).output
-
-        with torch.no_grad(), listening(model, on_layer):
-            base(model)(**prompt.inputs)
-        found.append(own)
-    return found
-
-
-def _of(sources: Keys, call: LayerCall) -> Tensor:
-    places = torch.arange(call.key.shape[2], device=call.key.device)[None]
-    return members("sources", sources, KeysAt(call.layer, 0, places, None))[0]
-
-
 def _instead(
-    values: list[dict[int, Tensor]],
-) -> list[tuple[str, Callable[[int], dict[int, Tensor]]]]:
-    """Test -> number of a prompt -> what its sources' values become."""
-    if not values:
+    values: Sequence[Mapping[int, Tensor]],
+) -> list[tuple[str, list[Mapping[int, Tensor]]]]:
+    """Test -> of each prompt what its sources' values become; none of one prompt, whose mean they are."""
+    if len(values) < 2:
         return []
     mean = {layer: torch.stack([one[layer] for one in values]).mean(0) for layer in values[0]}
-    return [
-        ("mean", lambda _: mean),
-        ("other", lambda number: values[(number + 1) % len(values)]),
-    ]
+    return [("mean", [mean] * len(values)), ("other", [*values[1:], values[0]])]
 
 
 def _change(
     model: LoadedModel,
     prompt: Prompt,
-    sources: Keys,
+    place: Tensor,
     heads: Sequence[HeadId],
-    instead: dict[int, Tensor],
+    instead: Mapping[int, Tensor],
     clean: CleanRuns,
 ) -> float:
     """Change of the loss with other values of the sources in these heads."""
@@ -136,7 +117,7 @@ def _change(
             share = call.query.shape[1] // call.key.shape[1]
             key, value = (part.repeat_interleave(share, 1) for part in (call.key, call.value))
             new = instead[call.layer].repeat_interleave(share, 0).to(value)
-            source = _of(sources, call).nonzero()[:, 0]
+            source = place.to(value.device)
             for head in own:
                 value[:, head, source] = new[head]
             call = replace(call, key=key, value=value)

@@ -105,11 +105,13 @@ def kinds(
             values.append(run.values)
             gates.append(torch.stack(outputs.kept or [one[0] * torch.nan for one in run.layers]))
             advance(1)
-    rows = _rows(model, torch.stack(measured), torch.stack(gates), _variation(values), seed)
+    rows = _rows(
+        model, torch.stack(measured), torch.stack(gates), _variation(values, factors), seed
+    )
     same = {"sources": sources, "seed": seed, "progress": progress}
     return SinkKinds(
         rows=rows,
-        tests=tests_of(model, asked, rows, draws=draws, **same),
+        tests=tests_of(model, asked, found, values, rows, draws=draws, **same),
         origin=origins_of(model, asked, found, rows, seed=seed, progress=progress),
         moves=moves_of(model, asked, found, rows, targets=targets, seed=seed, progress=progress),
         bos=bos_policy(model, ids),
@@ -144,7 +146,7 @@ class _Measuring:
 
     def __init__(self, source: Tensor, factors: Tensor) -> None:
         self.layers: list[Tensor] = []
-        self.values: list[Tensor] = []  # of the sources, [sources, heads, dim], through W_O
+        self.values: dict[int, Tensor] = {}  # layer -> [groups, sources, dim], of the sources
         self._source, self._factors = source, factors
 
     def on_layer(self, call: LayerCall) -> Tensor:
@@ -165,9 +167,7 @@ class _Measuring:
         none = torch.full_like(own[0], torch.nan)
         learned = none if call.sink_logits is None else own[2]
         self.layers.append(torch.stack([*own[:2], learned, *flat[:2], *own[3:]]).cpu())
-        share = call.query.shape[1] // call.key.shape[1]
-        value = call.value[0].double().repeat_interleave(share, 0)  # [heads, keys, dim]
-        self.values.append((value[:, source] @ factor).transpose(0, 1).cpu())
+        self.values[call.layer] = call.value[0, :, source].double().cpu()
         return attend(call, statistics=()).output
 
     def _of(self, call: LayerCall, source: Tensor, factor: Tensor) -> tuple[Tensor, ...]:
@@ -192,16 +192,18 @@ def _rank(written: Tensor) -> Tensor:
     return sizes.sum(-1) / sizes[..., 0].where(sizes[..., 0] > 0, torch.nan)
 
 
-def _variation(values: Sequence[Sequence[Tensor]]) -> Tensor:
-    """[layers, heads], of [prompts][layers] x [sources, heads, dim]; NaN for one prompt."""
+def _variation(values: Sequence[Mapping[int, Tensor]], factors: Tensor) -> Tensor:
+    """[attending layers, heads], of layer -> [groups, sources, dim] of each prompt; NaN for one prompt."""
     found = []
-    for layer in zip(*values, strict=True):
-        several = torch.stack(layer)
-        if len(several) < 2:
-            found.append(several.new_full(several.shape[2:3], torch.nan))
+    for layer in values[0]:
+        factor = factors[layer].cpu()
+        if len(values) < 2:
+            found.append(factor.new_full(factor.shape[:1], torch.nan))
             continue
-        spread = several.var(0).sum((0, 2))
-        size = several.square().sum(-1).mean(0).sum(0)
+        several = torch.stack([one[layer] for one in values])
+        several = several.repeat_interleave(len(factor) // several.shape[1], 1) @ factor
+        spread = several.var(0).sum((1, 2))
+        size = several.square().sum(-1).mean(0).sum(1)
         found.append(spread / size.where(size > 0, torch.nan))
     return torch.stack(found)
 
