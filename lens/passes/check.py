@@ -16,7 +16,7 @@ from lens.passes.sessions import PACKED, listening, run, transformer
 
 LENGTH = 24
 # The softmax of transformers' eager attention is float32, whatever the type of the model.
-TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+_TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 _ROW_SUM_TOLERANCE = 1e-4
 _PROMPT = "a tiny prompt"
 
@@ -47,6 +47,16 @@ class Checked(NamedTuple):
 
     difference: float
     seen: dict[str, Seen]
+
+
+def tolerance_of(dtype: torch.dtype) -> float:
+    """Relative error up to which outputs computed in this type are the same."""
+    return _TOLERANCE.get(dtype, _TOLERANCE[torch.bfloat16])
+
+
+def relative_error(found: torch.Tensor, own: torch.Tensor) -> float:
+    """`max |found - own| / max |own|`; NaN where either holds one."""
+    return float((found - own).abs().max() / own.abs().max().clamp(min=1e-30))
 
 
 def self_check(model: LoadedModel) -> Checked:
@@ -84,8 +94,7 @@ def self_check(model: LoadedModel) -> Checked:
             f"{model.info.class_name} gives values that are not numbers on {_PROMPT}; its weights are "
             "damaged, or too large for their type"
         )
-    difference = float((captured - own).abs().max() / own.abs().max().clamp(min=1e-30))
-    tolerance = TOLERANCE.get(model.precision, TOLERANCE[torch.bfloat16])
+    difference, tolerance = relative_error(captured, own), tolerance_of(model.precision)
     if not difference <= tolerance:
         _refuse_random(model, inputs, own)
         raise LensError(

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lens.common.errors import LensError
 from lens.passes.calls import LayerCall, attend
-from lens.passes.check import TOLERANCE
+from lens.passes.check import relative_error, tolerance_of
 from lens.passes.computed import following
 from lens.passes.interface import own_attention, received_by
 
@@ -276,8 +276,7 @@ def _number(timestep: Any) -> float | None:
 def _checked(denoiser: nn.Module, found: Any, own: Any) -> float:
     """Raises LensError: an output that is not the denoiser's own."""
     ours, theirs = (first_tensor(one) for one in (found, own))
-    error = float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-30))
-    tolerance = TOLERANCE.get(theirs.dtype, TOLERANCE[torch.bfloat16])
+    error, tolerance = relative_error(ours, theirs), tolerance_of(theirs.dtype)
     if not error <= tolerance:
         raise LensError(
             f"capture does not reproduce {type(denoiser).__name__}: its output differs by {error:.1e} (allowed "

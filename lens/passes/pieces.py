@@ -16,7 +16,7 @@ from lens.common.choices import check_counts
 from lens.common.errors import LensError
 from lens.models.loaded import LoadedModel
 from lens.passes.calls import LayerCall, attend
-from lens.passes.check import TOLERANCE
+from lens.passes.check import relative_error, tolerance_of
 from lens.passes.inputs import Prompt
 from lens.passes.sessions import listening, run, transformer
 
@@ -39,8 +39,8 @@ def check_pieces(model: LoadedModel, prompt: Prompt, chunk: int) -> None:
     ids = prompt.inputs["input_ids"][:, :_PROBE]
     apart = _probe(model, ids, -(-ids.shape[1] // 3))
     whole = _probe(model, ids, ids.shape[1])
-    difference = float((apart - whole).abs().max() / whole.abs().max().clamp(min=1e-30))
-    if not difference <= TOLERANCE.get(model.precision, TOLERANCE[torch.bfloat16]):
+    difference = relative_error(apart, whole)
+    if not difference <= tolerance_of(model.precision):
         raise LensError(
             f"{model.info.class_name} computes something else in pieces: on the first {ids.shape[1]} tokens "
             f"its output differs by {difference:.1e} from that of the whole (a layer that starts anew in each "

@@ -20,7 +20,7 @@ from torch import Tensor
 from lens.common.errors import LensError
 from lens.models.loaded import LoadedModel
 from lens.passes.calls import LayerCall, attend
-from lens.passes.check import TOLERANCE
+from lens.passes.check import tolerance_of
 from lens.passes.inputs import Prompt
 from lens.passes.pieces import check_length_matters_not
 from lens.passes.sessions import base, listening, run
@@ -198,8 +198,8 @@ def check_split(model: LoadedModel, prompt: Prompt, links: Processes) -> None:
             own = _hidden(run(model, split.inputs, "its part of a prompt (leave group out)"))
     mine = whole[:, split.layout.positions(links.rank).to(whole.device)]
     difference = (own - mine).abs().max() / whole.abs().max().clamp(min=1e-30)
-    worst = float(max(links.gather(difference, [()] * links.size)))
-    if not worst <= TOLERANCE.get(model.precision, TOLERANCE[torch.bfloat16]):
+    worst = float(torch.stack(links.gather(difference, [()] * links.size)).max())  # NaN if any is
+    if not worst <= tolerance_of(model.precision):
         raise LensError(
             f"{name} computes something else when its tokens are split over processes: on the first "
             f"{len(ids)} tokens its output differs by {worst:.1e} (a layer that reads other tokens without "

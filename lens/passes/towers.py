@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from lens.common.errors import LensError
 from lens.models.loaded import LoadedModel
 from lens.passes.calls import LayerCall, attend
-from lens.passes.check import TOLERANCE, tiny_inputs
+from lens.passes.check import relative_error, tiny_inputs, tolerance_of
 from lens.passes.inputs import Prompt, placed
 from lens.passes.interface import switched
 from lens.passes.sessions import OnLayer, listening, run
@@ -44,7 +44,7 @@ def check_whole(model: LoadedModel) -> float:
         raise LensError(
             f"the {len(towers)} towers of {model.info.class_name} do not run together: {error}; {remedy}"
         ) from error
-    worst = 0.0
+    worst, tolerance = 0.0, tolerance_of(model.precision)
     for short, one in towers.items():
         seen: set[int] = set()
 
@@ -58,13 +58,13 @@ def check_whole(model: LoadedModel) -> float:
                 f"the tower {short!r} of {model.info.class_name} has other layers inside the whole than alone; {remedy}"
             )
         for a, b in zip(found, own, strict=True):
-            worst = max(worst, float((a - b).abs().max() / b.abs().max().clamp(min=1e-30)))
-    tolerance = TOLERANCE.get(model.precision, TOLERANCE[torch.bfloat16])
-    if not worst <= tolerance:
-        raise LensError(
-            f"capture does not reproduce {model.info.class_name}: its output differs by {worst:.1e} (allowed "
-            f"{tolerance:.0e}); {remedy}"
-        )
+            error = relative_error(a, b)
+            if not error <= tolerance:
+                raise LensError(
+                    f"capture does not reproduce {model.info.class_name}: its output differs by {error:.1e} (allowed "
+                    f"{tolerance:.0e}); {remedy}"
+                )
+            worst = max(worst, error)
     return worst
 
 

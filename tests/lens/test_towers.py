@@ -69,6 +69,14 @@ def test_an_edit_of_one_tower_changes_what_the_whole_says():
     torch.testing.assert_close(edited.text_embeds, root(**INPUTS).text_embeds)
 
 
+def test_a_whole_that_gives_no_numbers_is_refused():
+    root = _clip()
+    with torch.no_grad():
+        root.logit_scale.fill_(torch.nan)
+    with pytest.raises(LensError, match="does not reproduce CLIPModel: its output differs by nan"):
+        lens.load(root)
+
+
 def test_what_is_asked_of_towers_without_saying_which_is_refused():
     model = lens.load(_clip())
     with pytest.raises(LensError, match=r"has 2 towers, .* say which: model.part\('text'\)"):
