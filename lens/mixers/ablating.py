@@ -6,8 +6,6 @@ mixer whose every channel has a matrix of its own (Mamba, RG-LRU, RWKV-4, short 
 
 from __future__ import annotations
 
-import inspect
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -22,7 +20,7 @@ from lens.common.errors import LensError
 from lens.common.head_ids import AnyHead, HeadId, head_id
 from lens.edits.controls import Case, Control, Kind, Trial
 from lens.edits.language import Edit, Running
-from lens.mixers.reading import mixers_of, recorded
+from lens.mixers.reading import mixers_of, recorded, scan_function, standing_in
 from lens.models.loaded import LoadedModel
 from lens.passes.inputs import read_prompts
 from lens.passes.sessions import base, transformer
@@ -221,7 +219,7 @@ def scanning(root: nn.Module, change: Change) -> Iterator[None]:
 
 def _stand(stack: ExitStack, module: Any, use: Callable[[Tensor, int], Tensor]) -> None:
     """`use` in the place of what the scan of one module gives."""
-    kind, home = type(module).__name__, sys.modules[type(module).__module__]
+    kind = type(module).__name__
     for ending, reader in _READERS.items():
         if kind.endswith(ending):
             heads = getattr(module, "num_attention_heads", None) if reader == "norm" else None
@@ -247,19 +245,12 @@ def _stand(stack: ExitStack, module: Any, use: Callable[[Tensor, int], Tensor]) 
             object.__setattr__(module, method, _changed(own, use, axis))
             stack.callback(object.__delattr__, module, method)
             return
-    source = inspect.getsource(type(module))
-    name = next((one for one in _AXES if hasattr(home, one) and one in source), None)
-    if name is None:
+    function = scan_function(module)
+    if function not in _AXES:
         raise LensError(
             f"where {kind} gives what its heads give is not known here; softmax heads are for lens.edits.Ablate"
         )
-    own = getattr(home, name)
-    put = _changed(own, use, _AXES[name])
-    before = module.register_forward_pre_hook(lambda *_: setattr(home, name, put))
-    after_ = module.register_forward_hook(lambda *_: setattr(home, name, own), always_call=True)
-    for hook in (before, after_):
-        stack.callback(hook.remove)
-    stack.callback(setattr, home, name, own)
+    standing_in(stack, module, function, lambda own: _changed(own, use, _AXES[function]))
 
 
 def _changed(own: Any, use: Callable[[Tensor, int], Tensor], axis: int) -> Any:

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -107,18 +108,22 @@ def _number(name: str, module: nn.Module) -> int:
 
 def _recipe(module: nn.Module) -> _Recipe | None:
     """How the scans of a module are recorded; None of one that has none."""
-    kind, home = type(module).__name__, sys.modules[type(module).__module__]
+    kind = type(module).__name__
     for ending, recipe in _BY_CLASS.items():
         if kind.endswith(ending) and type(module).__module__.startswith("transformers."):
             return recipe
-    for function, read in _BY_FUNCTION.items():
-        if hasattr(home, function) and _calls(type(module), function):
-            return lambda stack, one, keep: _wrapped(
-                stack, sys.modules[type(one).__module__], function, read, one, keep
-            )
-    return None
+    return None if scan_function(module) is None else _recorded_function
 
 
+def scan_function(module: nn.Module) -> str | None:
+    """Name of the function that the module looks up in its file and scans with; None of one that has none."""
+    home = sys.modules[type(module).__module__]
+    return next(
+        (one for one in _BY_FUNCTION if hasattr(home, one) and _calls(type(module), one)), None
+    )
+
+
+@cache  # inspect parses the whole file for each class
 def _calls(kind: type[nn.Module], function: str) -> bool:
     """Whether the source of a class's methods names a function."""
     try:
@@ -127,26 +132,39 @@ def _calls(kind: type[nn.Module], function: str) -> bool:
         return False
 
 
-def _wrapped(
-    stack: ExitStack, home: Any, function: str, read: Any, module: nn.Module, keep: Keep
+def standing_in(
+    stack: ExitStack, module: nn.Module, function: str, wrapped: Callable[[Any], Any]
 ) -> None:
-    """While this module runs its function is a recording one."""
+    """While this module runs, the function of its file is `wrapped(function)`."""
+    home = sys.modules[type(module).__module__]
     own = getattr(home, function)
-    signature = inspect.signature(own)
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        given = signature.bind(*args, **kwargs)
-        given.apply_defaults()
-        result = own(*args, **kwargs)
-        output = result[0] if isinstance(result, tuple) else result
-        keep(*read(given.arguments, output))
-        return result
-
-    before = module.register_forward_pre_hook(lambda *_: setattr(home, function, call))
+    put = wrapped(own)
+    before = module.register_forward_pre_hook(lambda *_: setattr(home, function, put))
     after = module.register_forward_hook(lambda *_: setattr(home, function, own), always_call=True)
     for hook in (before, after):
         stack.callback(hook.remove)
     stack.callback(setattr, home, function, own)
+
+
+def _recorded_function(stack: ExitStack, module: nn.Module, keep: Keep) -> None:
+    function = scan_function(module)
+    assert function is not None
+    read = _BY_FUNCTION[function]
+
+    def recording(own: Any) -> Any:
+        signature = inspect.signature(own)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            given = signature.bind(*args, **kwargs)
+            given.apply_defaults()
+            result = own(*args, **kwargs)
+            output = result[0] if isinstance(result, tuple) else result
+            keep(*read(given.arguments, output))
+            return result
+
+        return call
+
+    standing_in(stack, module, function, recording)
 
 
 def _fresh(given: dict[str, Any], *names: str) -> None:
