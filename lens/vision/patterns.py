@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
+from scipy.spatial.distance import cdist
 
 from lens import stats
 from lens.common.choices import check_counts
@@ -63,8 +64,9 @@ class Grouping(Result):
         """[maps, 2] for a scatter: the two directions in which the numbers differ most."""
         away = self.latent - self.latent.mean(0)
         axes = np.linalg.svd(away, full_matrices=False)[2][:2]
-        found = away @ axes.T
-        return found if found.shape[1] == 2 else np.pad(found, ((0, 0), (0, 2 - found.shape[1])))
+        found = np.zeros((len(away), 2))
+        found[:, : len(axes)] = away @ axes.T
+        return found
 
     def table(self) -> pd.DataFrame:
         """One row per group: `group`, `maps`, `share`."""
@@ -253,7 +255,7 @@ def _overlaps(length: int, parts: int) -> np.ndarray:
 
 def _grouped(name: str, one: Encoded, count: int | None, draws: int, seed: int) -> Grouping:
     latent = one.latent
-    distances = _distances(latent)
+    distances = cdist(latent, latent)
     merges = stats.average_linkage(distances)
     scores = stats.silhouettes(distances, merges)
     if count is None:
@@ -275,10 +277,3 @@ def _grouped(name: str, one: Encoded, count: int | None, draws: int, seed: int) 
         rand=np.array(rand),
         prototypes=np.maximum(one.decode(middles), 0),
     )
-
-
-def _distances(latent: np.ndarray) -> np.ndarray:
-    square = np.square(latent).sum(-1)
-    found = np.sqrt(np.maximum(square[:, None] + square - 2 * latent @ latent.T, 0))
-    np.fill_diagonal(found, 0)
-    return (found + found.T) / 2

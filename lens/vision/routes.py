@@ -20,7 +20,6 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from lens import stats
 from lens.common.choices import check_counts
 from lens.common.errors import LensError
 from lens.common.progress import advancing
@@ -29,8 +28,9 @@ from lens.edits.attention import Knockout
 from lens.edits.clean_runs import CleanRuns
 from lens.edits.effects import effect
 from lens.models.loaded import LoadedModel, check_loaded
-from lens.passes.inputs import Prompt, read_prompts
+from lens.passes.inputs import read_prompts
 from lens.passes.keys import KeysAt
+from lens.stats.intervals import columns
 from lens.traces.segments import IMAGE, PADDING, SYSTEM, TEXT, segments
 
 ROUTES = ("image", "system", "random")
@@ -60,23 +60,19 @@ class TextFlow(Result):
     def table(self) -> pd.DataFrame:
         """One row per route and layer: `route`, `layer`, `mass`, `delta_loss` and `kl` with `_low` and `_high`, `n`, and
         `excess`, delta_loss minus that of the random tokens, with `_low` and `_high` (NaN for these)."""
-        rows = []
-        for place, route in enumerate(ROUTES):
-            for at, layer in enumerate(self.layers):
-                shown = {"delta_loss": self.delta_loss[place, at], "kl": self.kl[place, at]}
-                more = self.delta_loss[place, at] - self.delta_loss[-1, at]
-                shown["excess"] = more if place < len(ROUTES) - 1 else np.full_like(more, np.nan)
-                row: dict[str, Any] = {"route": route, "layer": layer}
-                row["mass"] = float(np.mean(self.mass[place, at]))
-                for name, values in shown.items():
-                    low, high = stats.over_units(values, np.ones(len(values)), self.seed)
-                    row |= {
-                        name: values.mean(),
-                        f"{name}_low": float(low),
-                        f"{name}_high": float(high),
-                    }
-                rows.append(row | {"n": self.kl.shape[-1]})
-        return pd.DataFrame(rows)
+        excess = self.delta_loss - self.delta_loss[-1]
+        excess[-1] = np.nan
+        return pd.DataFrame(
+            {
+                "route": np.repeat(ROUTES, len(self.layers)),
+                "layer": np.tile(self.layers, len(ROUTES)),
+                "mass": self.mass.mean(-1).ravel(),
+                **columns("delta_loss", self.delta_loss, self.seed),
+                **columns("kl", self.kl, self.seed),
+                **columns("excess", excess, self.seed),
+                "n": self.kl.shape[-1],
+            }
+        )
 
     def findings(self) -> tuple[Sentence, ...]:
         """Where cutting the image changes the text most, beside random tokens there ("image"); the limit ("limit")."""
@@ -141,7 +137,7 @@ def text_flow(
     starts = attending[: len(attending) - window + 1]
     found = np.full((len(_MEASURES), len(ROUTES), len(starts), len(read)), np.nan)
     with advancing(f"{model.name}: routes", len(starts), progress) as advance:
-        for at, _ in enumerate(starts):
+        for at in range(len(starts)):
             layers = attending[at : at + window]
             for place, route in enumerate(ROUTES):
                 for number, (prompt, kind) in enumerate(zip(read, kinds, strict=True)):
@@ -149,19 +145,21 @@ def text_flow(
                     if not bool(keys.any()):
                         continue
                     cut = Knockout(_of(kind == TEXT), _of(keys), layers=layers)
-                    options = {"controls": (), "scored": _of(kind == TEXT), "seed": seed}
                     one = effect(
-                        model, [_given(prompt)], cut, clean=clean, progress=False, **options
+                        model,
+                        [prompt.inputs],
+                        cut,
+                        controls=(),
+                        scored=_of(kind == TEXT),
+                        seed=seed,
+                        clean=clean,
+                        progress=False,
                     )
                     own = one.values["edit"]
                     found[:, place, at, number] = [own[name][0, 0] for name in _MEASURES]
             advance(1)
     loss, kl, mass = found
     return TextFlow(loss, kl, mass, tuple(starts), window, seed)
-
-
-def _given(prompt: Prompt) -> Any:
-    return prompt.inputs
 
 
 def _keys(route: str, kind: Tensor, seed: int) -> Tensor:

@@ -43,6 +43,10 @@ def test_random_edges_are_as_many_and_the_first_token_stays(found):
     table = flow.table()
     assert table["route"].tolist() == [route for route in ROUTES for _ in range(LAYERS)]
     assert np.isnan(table[table["route"] == "random"]["excess"]).all()
+    image, random = flow.delta_loss[[0, 2], :, 0]
+    assert table["excess"][:LAYERS].tolist() == pytest.approx((image - random).tolist())
+    assert table["layer"].tolist() == [0, 1, 2] * 3
+    assert table["kl"].tolist() == flow.kl.ravel().tolist()
     assert flow.mass[0].mean() < 1
     assert [one.kind for one in flow.findings()] == ["image", "limit"]
     assert [one.name for one in flow.plot().data] == [
