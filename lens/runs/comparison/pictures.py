@@ -168,16 +168,24 @@ def _select(
     table = comparison.heads
     rows = table[(table["metric"] == metric) & (table["variant"] == variant)]
     rows = rows[rows["difference"].notna()]
-    have = list(dict.fromkeys(rows["prompts"]))
-    if not have or (prompts is not None and prompts not in have):
+    kind = _kind(rows, "difference", metric, prompts)
+    if kind is None:
         on = f" on {prompts}" if prompts is not None else ""
         known = ", ".join(dict.fromkeys(table.loc[table["difference"].notna(), "metric"]))
         raise LensError(
             f"no head has a difference of {metric!r} ({variant}){on}; compared are: {known}"
         )
-    best = "copied" if metric in _ON_COPIES else "text"
-    kind = prompts or (best if best in have else have[0])
     return rows[rows["prompts"] == kind], kind
+
+
+def _kind(rows: pd.DataFrame, column: str, metric: str, prompts: str | None) -> str | None:
+    """The kind of prompt that is drawn: the one that is asked for, else the one that shows the metric best; None where
+    the column has no value of it."""
+    have = list(dict.fromkeys(rows.loc[rows[column].notna(), "prompts"]))
+    if prompts is None:
+        best = "copied" if metric in _ON_COPIES else "text"
+        prompts = best if best in have else next(iter(have), None)
+    return prompts if prompts in have else None
 
 
 def _ends(rows: pd.DataFrame) -> list[float]:
@@ -244,13 +252,11 @@ def series_lines(
         LensError: no such score.
     """
     rows = series.heads[(series.heads["metric"] == metric) & (series.heads["variant"] == variant)]
-    have = list(dict.fromkeys(rows.loc[rows["value"].notna(), "prompts"]))
-    if not have or (prompts is not None and prompts not in have):
+    kind = _kind(rows, "value", metric, prompts)
+    if kind is None:
         raise LensError(
             f"no run of the series has {metric!r} ({variant}) on {prompts or 'any prompts'}"
         )
-    best = "copied" if metric in _ON_COPIES else "text"
-    kind = prompts or (best if best in have else have[0])
     rows = rows[rows["prompts"] == kind]
     grid = rows.pivot(index="name", columns="place", values="value")
     spread = (grid.max(axis=1) - grid.min(axis=1)).sort_values(ascending=False, kind="stable")
