@@ -237,10 +237,7 @@ def subspace_bars(result: SubspaceRemovals, **look: Unpack[Look]) -> go.Figure:
             y=rows[column],
             name=name,
             marker={"color": color},
-            error_y={
-                "array": rows[f"{column}_high"] - rows[column],
-                "arrayminus": rows[column] - rows[f"{column}_low"],
-            },
+            error_y=bars(rows, column),
             hovertemplate=f"%{{x}}: %{{y:.1%}} to {name}<extra></extra>",
         )
     clean = float(rows["clean"].iloc[0])

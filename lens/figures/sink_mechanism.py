@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 from lens.common.colors import ACCENT, BASELINE, LINE, VIRIDIS, scale
 from lens.common.plots import draws
 from lens.figures.columns import column_scatter
-from lens.figures.rows import head_names
+from lens.figures.rows import bars, head_names
 from lens.figures.style import Look, style
 
 
@@ -74,15 +74,11 @@ def sink_tests(tests: pd.DataFrame, **look: Unpack[Look]) -> go.Figure:
         (ACCENT, "#c2410c", "#17663a", "#7a3e9d"),
         strict=False,
     ):
-        ends = {
-            "array": rows["delta_loss_high"] - rows["delta_loss"],
-            "arrayminus": rows["delta_loss"] - rows["delta_loss_low"],
-        }
         figure.add_bar(
             x=rows["name"],
             y=rows["delta_loss"],
             name=str(test),
-            error_y=ends,
+            error_y=bars(rows, "delta_loss"),
             marker={"color": color},
         )
         if rows["control"].notna().any():

@@ -154,7 +154,6 @@ def _fit(
     maker: type[Trained], examples: list[_Example], steps: int, rate: float, seed: int
 ) -> tuple[dict[str, Tensor], np.ndarray]:
     """Trained weights and the loss of each step."""
-    check_counts(0, seed=seed)
     longest = max(examples, key=lambda one: one.seen.key.shape[2])
     start = maker.start(longest.seen, torch.Generator().manual_seed(seed))
     device = longest.masses.device
