@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
+from lens.common.choices import check_lists, is_whole
 from lens.common.errors import LensError
 
 Part = Literal["encoder", "decoder", "cross"]
@@ -82,6 +83,19 @@ def head_of_node(node: str) -> HeadId | None:
     """The head that a node of a circuit is, `L3H5` of `a3.h5`; None for other nodes."""
     match = _NODE.fullmatch(node)
     return HeadId(int(match[1]), int(match[2])) if match else None
+
+
+def one_or_more(name: str, given: Any) -> tuple[Any, ...]:
+    """What is given as one head, by name or as (layer, head), or as a list of them, as a list.
+
+    Raises:
+        LensError: `heads must be a list, got 3`
+    """
+    pair = isinstance(given, Sequence) and len(given) == 2 and all(map(is_whole, given))
+    if pair or isinstance(given, str):
+        return (given,)
+    check_lists(**{name: given})
+    return tuple(given)
 
 
 def _parse(head: AnyHead) -> HeadId:

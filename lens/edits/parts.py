@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lens.common.choices import check_choice
 from lens.common.errors import LensError
-from lens.common.head_ids import AnyHead
+from lens.common.head_ids import AnyHead, one_or_more
 from lens.edits._parts import (
     HeadsOut,
     Hooked,
@@ -57,10 +57,7 @@ class Ablate(Edit):
 
     def __post_init__(self) -> None:
         check_choice("baseline of Ablate", self.baseline, ("zero", "mean", "pooled_mean"))
-        one = isinstance(self.what, str) or (
-            len(self.what) == 2 and all(isinstance(part, int) for part in self.what)
-        )
-        what = (self.what,) if one else tuple(self.what)
+        what = one_or_more("what", self.what)
         if not what:
             raise LensError("Ablate takes out at least one head or sub-layer; none was given")
         object.__setattr__(self, "what", what)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lens.common.choices import check_choice
 from lens.common.errors import LensError
-from lens.common.head_ids import AnyHead, HeadId, head_id
+from lens.common.head_ids import AnyHead, HeadId, head_id, one_or_more
 from lens.edits.controls import Case, Control, Kind, Trial
 from lens.edits.language import Edit, Running
 from lens.mixers.reading import mixers_of, recorded, scan_function, standing_in
@@ -70,8 +70,7 @@ class Ablate(Edit):
 
     def __post_init__(self) -> None:
         check_choice("baseline of Ablate", self.baseline, ("zero", "pooled_mean"))
-        one = isinstance(self.heads, str | HeadId)
-        given = (self.heads,) if one else tuple(self.heads)
+        given = one_or_more("heads", self.heads)
         if not given:
             raise LensError("Ablate takes out at least one head; none was given")
         object.__setattr__(self, "heads", given)

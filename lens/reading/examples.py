@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lens.common.choices import check_counts
+from lens.common.choices import check_counts, check_lists
 from lens.common.errors import LensError
 from lens.common.head_ids import HeadId
 from lens.common.progress import advancing
@@ -67,6 +67,7 @@ def examples(
     check_loaded(model)
     if isinstance(prompts, str):
         raise LensError("prompts is one text; give a list of them: [text]")
+    check_lists(prompts=prompts)
     outputs, refused = _outputs(model)
     search = _Search(model, outputs, n, context, seed)
     drawn = random_weights(model, seed) if chance else None

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lens.common.choices import check_counts
+from lens.common.choices import check_counts, is_number
 from lens.common.errors import LensError, first_line
 from lens.common.progress import advancing
 from lens.models.loaded import LoadedModel
@@ -38,7 +38,7 @@ LABEL = "prompt"
 def _check_writes(model: LoadedModel, prompt: Prompt, new: int, temperature: float) -> None:
     """Raises LensError unless the model can write `new` tokens after a prompt."""
     check_counts(new=new)
-    if isinstance(temperature, bool) or not 0 <= temperature < float("inf"):
+    if not is_number(temperature) or not 0 <= temperature < float("inf"):
         raise LensError(
             f"temperature must be 0 (the likeliest token) or more, got {temperature!r}; e.g. 0.8"
         )

@@ -650,6 +650,7 @@ def test_a_capture_inside_shows_the_model_without_its_parts():
     ("make", "match"),
     [
         (lambda: edits.Ablate([]), "takes out at least one head or sub-layer"),
+        (lambda: edits.Ablate(3.5), "what must be a list, got 3.5"),
         (lambda: edits.Ablate("L0H0", "median"), "baseline of Ablate must be one of 'zero', 'mean'"),
         (lambda: edits.Ablate("L0H0", over=[[1, 2]]), "over belongs to a mean"),
         (lambda: edits.Ablate("L0.mlp", "mean"), "use 'pooled_mean' for L0.mlp"),

@@ -114,6 +114,7 @@ def test_prompts_come_one_at_a_time_and_what_cannot_be_is_refused():
     ).prompts == len(SIZES)
     for given, message in (
         ("one text", "give a list"),
+        (3, "prompts must be a list, got 3"),
         ([], "no prompt was given"),
         ([[5]], "none has two tokens"),
         ([[[5, 6], [7, 8]]], "one prompt"),
