@@ -20,13 +20,10 @@ from lens.common.choices import check_counts, is_number
 from lens.common.errors import LensError, first_line
 from lens.common.progress import advancing
 from lens.models.loaded import LoadedModel
-from lens.passes.calls import LayerCall
 from lens.passes.inputs import Prompt
-from lens.passes.pieces import check_looks_back
 from lens.passes.sessions import listening, run
 from lens.traces.labels import NONE, Labels
-from lens.traces.pieces import Pieces
-from lens.traces.recorder import Once, Recorder
+from lens.traces.pieces import Pieces, into_pieces
 from lens.traces.statistics import LayerRecord, Settings
 from lens.traces.trace import AttentionTrace
 from lens.traces.writing import Writing
@@ -114,17 +111,7 @@ def _recorded(
     label = _of_prompt(count, count + new)
     chosen = settings.with_labels((label,))
     pieces = Pieces([*prompt.ids, *[0] * new], chosen)
-
-    def done(record: LayerRecord) -> None:
-        pieces.add(record)
-        advance(1)
-
-    once = Once(Recorder(chosen, done), model.info.class_name)
-
-    def on_layer(call: LayerCall) -> Tensor:
-        check_looks_back(call, model.info.class_name)
-        return once.on_layer(pieces.aligned(call))
-
+    on_layer = into_pieces(pieces, model, chosen, advance)
     with torch.no_grad(), listening(model, on_layer, parts=True):
         found = _written(model, prompt, new, temperature, seed, pieces.read)
         ids = found.sequences[0]

@@ -24,7 +24,7 @@ from lens.models.loaded import LoadedModel
 from lens.passes.calls import LayerCall
 from lens.passes.inputs import Prompt
 from lens.passes.pieces import check_looks_back, run_in_pieces
-from lens.passes.sessions import listening
+from lens.passes.sessions import OnLayer, listening
 from lens.traces.recorder import Once, Recorder
 from lens.traces.statistics import LayerRecord, Settings
 from lens.traces.store import DIMENSIONS
@@ -65,21 +65,29 @@ def recorded_in_pieces(
             made = tempfile.TemporaryDirectory(prefix=".pieces-", dir=folder)
             folder = Path(stack.enter_context(made))
         pieces = Pieces(prompt.ids, settings, folder)
-
-        def done(record: LayerRecord) -> None:
-            pieces.add(record)
-            advance(1)
-
-        once = Once(Recorder(settings, done), model.info.class_name)
-
-        def on_layer(call: LayerCall) -> Tensor:
-            check_looks_back(call, model.info.class_name)
-            return once.on_layer(pieces.aligned(call))
-
+        on_layer = into_pieces(pieces, model, settings, advance)
         with torch.no_grad(), listening(model, on_layer, parts=True):
             for _ in run_in_pieces(model, prompt.inputs["input_ids"], chunk):
                 pass
         yield from pieces.records()
+
+
+def into_pieces(
+    pieces: Pieces, model: LoadedModel, settings: Settings, advance: Callable[[int], None]
+) -> OnLayer:
+    """A listener that puts the record of each layer of each piece where it belongs, and tells `advance` of it."""
+
+    def done(record: LayerRecord) -> None:
+        pieces.add(record)
+        advance(1)
+
+    once = Once(Recorder(settings, done), model.info.class_name)
+
+    def on_layer(call: LayerCall) -> Tensor:
+        check_looks_back(call, model.info.class_name)
+        return once.on_layer(pieces.aligned(call))
+
+    return on_layer
 
 
 class Pieces:
