@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
@@ -17,10 +16,9 @@ from lens.passes.denoising import DenoisingCall, Pass, denoiser_of, denoising_ca
 from lens.traces.denoised import Denoising
 from lens.traces.labels import Labels
 from lens.traces.latents import latent_grid
-from lens.traces.matrices import PREFIX
 from lens.traces.statistics import COMPARING, LayerRecord, Settings, make_settings, measure
 from lens.traces.trace import AttentionTrace, TraceWriter
-from lens.traces.writing import versions
+from lens.traces.writing import provenance
 
 SAME = "same_kind"
 """The rule of `match_mass` of joint attention: mass of a row on its own kind, text on text, picture on picture."""
@@ -223,31 +221,16 @@ class _Keeping:
         )
 
     def _attributes(self, layers: list[_Layer], one: Pass) -> dict[str, Any]:
-        denoiser, records = self._denoiser, [layer.record for layer in layers]
-        weight = next(denoiser.parameters())
-        first, name = records[0], type(denoiser).__name__
-        return {
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        name, weight = type(self._denoiser).__name__, next(self._denoiser.parameters())
+        records = [layer.record for layer in layers]
+        return provenance(records, self._settings, weight.dtype, weight.device) | {
             "model": name,
             "model_class": name,
             "revision": None,
-            "dtype": str(weight.dtype).removeprefix("torch."),
-            "device": str(weight.device),
-            "backend": first.backend,
-            "block_size": self._settings.block_size,
-            "causal": False,
-            "windows": [record.window for record in records],
-            "softcap": first.softcap,
-            "scale": [record.scale for record in records],
-            "learned_sinks": False,
-            "kv_heads": first.kv_heads,
             "without_attention": [],
             "twice": [],
-            "prefix": PREFIX,
             "bos": "absent",
-            "tokens": first.keys,
             "text_sha256": None,
-            "versions": dict(versions()),
             "check": self._check,
             "step": one.step,
             "timestep": one.timestep,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from lens.common.errors import LensError
 from lens.common.version import __version__
@@ -110,18 +112,35 @@ def _attributes(
     settings: Settings,
     layers: list[LayerRecord],
 ) -> dict[str, Any]:
-    """Provenance, as in docs/schema/trace.md."""
-    first = layers[0]
+    """As in docs/schema/trace.md."""
     starts_with_bos = (
         bool(prompt.ids) and model.bos_id is not None and prompt.ids[0] == model.bos_id
     )
-    return {
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+    return provenance(layers, settings, model.dtype, model.device) | {
         "model": model.name,
         "model_class": model.info.class_name,
         "revision": model.revision,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "device": str(model.device),
+        "without_attention": list(model.info.without_attention),
+        "twice": list(model.info.twice),
+        "bos": "added" if starts_with_bos else "absent",
+        "text_sha256": prompt.sha256,
+        "check": model.check,
+        "labels": {
+            one.name: {"query": one.query.tolist(), "key": one.key.tolist()}
+            for one in settings.labels
+        },
+    }
+
+
+def provenance(
+    layers: Sequence[LayerRecord], settings: Settings, dtype: torch.dtype, device: torch.device
+) -> dict[str, Any]:
+    """The attributes that the records and settings of a trace say, whatever was run."""
+    first = layers[0]
+    return {
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": str(device),
         "backend": first.backend,
         "block_size": settings.block_size,
         "causal": all(layer.causal for layer in layers),
@@ -130,18 +149,9 @@ def _attributes(
         "scale": [layer.scale for layer in layers],
         "learned_sinks": any(layer.sink_logits is not None for layer in layers),
         "kv_heads": first.kv_heads,
-        "without_attention": list(model.info.without_attention),
-        "twice": list(model.info.twice),
         "prefix": PREFIX,
-        "bos": "added" if starts_with_bos else "absent",
         "tokens": first.keys,
-        "text_sha256": prompt.sha256,
         "versions": dict(versions()),
-        "check": model.check,
-        "labels": {
-            one.name: {"query": one.query.tolist(), "key": one.key.tolist()}
-            for one in settings.labels
-        },
     }
 
 
