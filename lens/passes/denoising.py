@@ -12,7 +12,7 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,10 @@ class DenoisingCall:
     text: tuple[int, int] | None
 
 
+OnCall: TypeAlias = Callable[[DenoisingCall], Tensor]
+"""A call -> its output [1, heads, queries, value_dim], of any floating type."""
+
+
 @dataclass
 class Pass:
     """A pass that is captured.
@@ -62,7 +66,7 @@ class Pass:
 class _Listener:
     """Who is asked for the attention of the modules of a denoiser."""
 
-    on_call: Callable[[DenoisingCall], None]
+    on_call: OnCall
     row: int
     names: dict[int, str]
     numbers: dict[tuple[str, str], int] = field(default_factory=dict)
@@ -84,8 +88,9 @@ class _Listener:
         same = sum(one == kind for one, _ in self.numbers)
         layer = self.numbers.setdefault((kind, name), same)
         own = replace(_row(call, self.row % batch), layer=layer, place=kind)
-        self.on_call(DenoisingCall(own, kind, name, text))
-        output = attend(call, statistics=()).output
+        output = self.on_call(DenoisingCall(own, kind, name, text))
+        if batch > 1:
+            output = attend(call, statistics=()).output
         return output.to(call.value.dtype).transpose(1, 2).contiguous()
 
     def _kind(self, call: LayerCall) -> tuple[str, tuple[int, int] | None]:
@@ -170,7 +175,7 @@ def attention_modules(denoiser: nn.Module) -> dict[str, nn.Module]:
 @contextmanager
 def denoising_calls(
     denoiser: nn.Module,
-    on_call: Callable[[DenoisingCall], None],
+    on_call: OnCall,
     on_pass: Callable[[Pass], None],
     *,
     steps: Sequence[int] | None,
@@ -183,7 +188,7 @@ def denoising_calls(
 
     Args:
         denoiser: see `denoiser_of`.
-        on_call: is told of each attention of a pass.
+        on_call: is told of each attention of a pass, and gives its output.
         on_pass: is told when a pass is over.
         steps: numbers of steps; None: all.
         row: of the batch; -1, the last, is the one with the prompt where both are in one batch.
@@ -228,7 +233,7 @@ def _captured(
     denoiser: nn.Module,
     own: Callable[..., Any],
     names: dict[int, str],
-    on_call: Callable[[DenoisingCall], None],
+    on_call: OnCall,
     row: int,
     args: tuple,
     kwargs: dict[str, Any],

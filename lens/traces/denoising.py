@@ -148,14 +148,15 @@ class _Keeping:
         self._traces: dict[tuple[str, int], AttentionTrace] = {}
         self._check = 0.0
 
-    def on_call(self, given: DenoisingCall) -> None:
+    def on_call(self, given: DenoisingCall) -> Tensor:
         settings = self._settings
         keys = given.call.key.shape[2]
         if given.kind == "joint" and given.text is not None:
             label = _kinds(keys, given.text)
             settings = settings.with_labels((Labels(SAME, label, label),))
-        _, record = measure(given.call, settings)
+        output, record = measure(given.call, settings)
         self._layers.append((given.kind, _Layer(record, given.module, given.text)))
+        return output
 
     def on_pass(self, one: Pass) -> None:
         self._check = self._check if one.check is None else one.check
