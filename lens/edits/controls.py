@@ -126,7 +126,7 @@ class Kind(ABC):
     """
 
     usual: tuple[Control, ...] = ()
-    held = "lay there"
+    held = "went to the first key"
     why: dict[str, str]
     chosen: Tensor
     scope: str
@@ -143,9 +143,11 @@ class Kind(ABC):
             LensError: the prompt has too few others.
         """
 
-    @abstractmethod
     def sources(self, case: Case) -> Tensor:
-        """bool [layers, keys], whose attention is looked at before and after."""
+        """bool [layers, keys], whose attention is looked at before and after: the first, where no key is edited."""
+        found = torch.zeros_like(case.free)
+        found[:, 0] = True
+        return found
 
     def rows(self, case: Case) -> Tensor | None:
         """bool [keys], the queries that are edited; None: all."""
@@ -156,6 +158,7 @@ class OfKeys(Kind):
     """`Mask`, `Drop`, `Bias`, `Move`, `Value`, `Knockout`, `Force`."""
 
     usual = ("size", "mass", "position", "self")
+    held = "lay there"
 
     def __init__(self, model: LoadedModel, edit: AttentionOfKeys) -> None:
         self._edit = edit
@@ -225,7 +228,6 @@ class OfWholeHeads(Kind):
     """Edits of whole heads, and of sub-layers: `Ablate`, `LearnedSink`, `Var`, `Act`, `Pasta`."""
 
     usual = ("size", "mass", "layer")
-    held = "went to the first key"
 
     def __init__(self, model: LoadedModel, edit: Ablate | OfHeads) -> None:
         self._edit, self.chosen = edit, edit.chosen(model)
@@ -245,11 +247,6 @@ class OfWholeHeads(Kind):
                     self.why["size"] = (
                         f"{len(mine)} sub-layers {kind[1:]} are edited and {len(others)} others are left"
                     )
-
-    def sources(self, case: Case) -> Tensor:
-        found = torch.zeros_like(case.free)
-        found[:, 0] = True
-        return found
 
     def trial(self, condition: str, case: Case) -> Trial:
         mass = case.before.received[..., 0] / case.before.queries  # [layers, heads]
@@ -278,6 +275,7 @@ class OfCoordinates(Kind):
     """`Activation`, one or several."""
 
     usual = ("size", "norm", "position")
+    held = "lay there"
 
     def __init__(self, model: LoadedModel, edits: Sequence[Activation]) -> None:
         self._edits = tuple(sorted(edits, key=lambda one: one.layer))
@@ -336,7 +334,6 @@ class OfDirections(Kind):
     """`Subspace`, beside as many random directions."""
 
     usual = ("size",)
-    held = "went to the first key"
 
     def __init__(self, model: LoadedModel, edit: Subspace) -> None:
         self._edit, self.chosen = edit, edit.chosen(model)
@@ -346,11 +343,6 @@ class OfDirections(Kind):
             ("mass", "position", "self", "layer", "norm"),
             "directions are edited, not keys or heads",
         )
-
-    def sources(self, case: Case) -> Tensor:
-        found = torch.zeros_like(case.free)
-        found[:, 0] = True
-        return found
 
     def trial(self, condition: str, case: Case) -> Trial:
         edit = self._edit

@@ -268,7 +268,6 @@ class _OfMixerHeads(Kind):
     """Mixer heads beside as many random others, of all layers or of the same."""
 
     usual: tuple[Control, ...] = ("size", "layer")
-    held = "went to the first key"
 
     def __init__(self, model: LoadedModel, edit: Ablate) -> None:
         self._edit, self._heads, self._mine = edit, heads_of(model), edit.chosen(model)
@@ -285,12 +284,6 @@ class _OfMixerHeads(Kind):
         mine, every = _counts(self._mine), _counts(self._heads)
         if any(2 * count > every[layer] for layer, count in mine.items()):
             self.why["layer"] = "more than half of the heads of a layer are edited"
-
-    def sources(self, case: Case) -> Tensor:
-        """See `Kind`: the first key."""
-        found = torch.zeros_like(case.free)
-        found[:, 0] = True
-        return found
 
     def trial(self, condition: str, case: Case) -> Trial:
         """See `Kind`."""
