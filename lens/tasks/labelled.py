@@ -7,6 +7,7 @@ for beside the table).
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from io import StringIO
 from itertools import zip_longest
@@ -55,8 +56,8 @@ def read_labelled(given: Any, *, most: int | None = None) -> Labelled:
     chosen, left = pairs, {}
     if most is not None and len(pairs) > most:
         chosen = _evenly(pairs, most)
-        for _, label in (pair for pair in pairs if pair not in chosen):
-            left[str(label)] = left.get(str(label), 0) + 1
+        every, taken = (Counter(str(label) for _, label in some) for some in (pairs, chosen))
+        left = dict(every - taken)
     prompts, labels = map(list, zip(*chosen, strict=True))
     return Labelled(prompts, labels, left)
 

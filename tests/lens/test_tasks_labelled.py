@@ -16,6 +16,7 @@ from lens.circuits.graph.masked_forward import masked_logits
 from lens.circuits.graph.nodes import find_nodes
 from lens.common.errors import LensError
 from lens.tasks import classification
+from lens.tasks.labelled import read_labelled
 from tests.lens.test_tasks_classification import SIZES, a_task, bert, strong, tokenizer, vit
 
 __all__ = ["bert", "tokenizer", "vit"]
@@ -72,6 +73,11 @@ def test_some_are_taken_evenly_over_the_labels(digits, folder):
     torch.testing.assert_close(task.clean, pixels_of(digits, first))
     assert task.dropped == ("8 more than the 7 prompts taken: 2 of 0, 3 of 1, 3 of 2",)
     assert classification(digits, folder, n=15).dropped == ()
+
+
+def test_a_row_that_stands_twice_counts_where_it_is_left_out():
+    rows = pd.DataFrame({"text": ["w1", "w1", "w1", "w2"], "label": ["1", "1", "1", "0"]})
+    assert read_labelled(rows, most=2).left == {"1": 2}
 
 
 def test_texts_come_from_a_table_too(bert, tmp_path):
