@@ -113,16 +113,10 @@ class _Search:
     def __init__(
         self, model: LoadedModel, outputs: dict[int, Tensor], n: int, context: int, seed: int
     ) -> None:
-        check_counts(0, seed=seed)
         self._model, self._outputs, self._n, self._context = model, outputs, n, context
-        heads = [
-            HeadId(layer, head)
-            for layer in model.info.attending
-            for head in range(model.info.heads)
-        ]
         self.by = BY if outputs else BY[:2]
         self.found: dict[str, dict[HeadId, tuple[Example, ...]]] = {
-            by: dict.fromkeys(heads, ()) for by in self.by
+            by: dict.fromkeys(model.info.every_head, ()) for by in self.by
         }
         self._typical: list[np.ndarray] = []  # [measures, layers, heads] of each prompt
         self._random = np.random.default_rng(seed)

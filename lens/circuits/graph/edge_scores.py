@@ -98,13 +98,11 @@ class EdgeScores(Result):
                 f"{int(np.isnan(values).sum())} edges have no score (NaN), so they cannot be ranked"
             )
         values = np.abs(values) if absolute else values
-        choose = greedy if method == "greedy" else top
         if method == "bootstrap":
             sure = consistent(self.per_prompt)
-            values = np.where(sure, values, -np.inf)
-            kept = choose(self.graph, values, count) & sure
+            kept = top(self.graph, np.where(sure, values, -np.inf), count) & sure
         else:
-            kept = choose(self.graph, values, count)
+            kept = (greedy if method == "greedy" else top)(self.graph, values, count)
         made = f"{self.method}, {method} {count}{'' if absolute else ' signed'}{', pruned' * prune}"
         kept = pruned(self.graph, kept) if prune else kept
         return Circuit(self.graph, kept, self.ablation, self.task, self.model, made)

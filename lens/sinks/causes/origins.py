@@ -44,7 +44,7 @@ def origins_of(
             found.append(_measured(model, prompt, source))
             advance(1)
     measured = np.stack(found, -1)  # [measure, layers, prompts]
-    layers = list(dict.fromkeys(head.layer for head in model.info.every_head))
+    layers = list(model.info.attending)
     table = {"layer": layers}
     for name, values in zip(_MEASURES, measured, strict=True):
         table |= columns(name, values, seed)
