@@ -130,9 +130,7 @@ def reading(subject: Subject) -> Section:
         figures={},
         headlines=tuple(
             of_highest(
-                tables["edges"].assign(
-                    low=tables["edges"]["drop_low"], high=tables["edges"]["drop_high"]
-                ),
+                tables["edges"],
                 "drop",
                 "{edge} is the edge that {value} of the metric hang on, on the median edge of the circuit {baseline}.",
                 "the median edge of the circuit",

@@ -13,7 +13,7 @@ from lens.runs.headlines import Headline
 from lens.runs.sections import Section
 from lens_analyses.config.listed import listed
 from lens_analyses.steps.columns import defined
-from lens_analyses.steps.headlines import of_highest
+from lens_analyses.steps.headlines import ends, of_highest
 from lens_analyses.steps.subject import Subject
 
 _HEADS = 3
@@ -112,7 +112,7 @@ def _without(table: pd.DataFrame) -> Iterator[Headline]:
     """Of each head the part without which its attention falls most, beside the attention with all parts."""
     for name, own in table.groupby("name", sort=False):
         row = own.sort_values("measured").to_dict("records")[0]
-        interval = f" [{row['measured_low']:.0%}, {row['measured_high']:.0%}]" if len(own) else ""
+        interval = ends(row["measured_low"], row["measured_high"], ".0%")
         yield Headline(
             f"Without what {row['part']} wrote {name} gives such keys {row['measured']:.0%}{interval} of its "
             f"attention instead of {row['clean']:.0%}; {row['predicted']:.0%} was predicted.",
@@ -174,11 +174,10 @@ def _headlines(sides: pd.DataFrame) -> Iterator[Headline]:
     """Of each head the part of its keys that carries most, beside its median part."""
     rows = sides[sides["side"] == "key"]
     for name, own in rows.groupby("name", sort=False):
-        table = own.assign(head_name=name, low=own["share_low"], high=own["share_high"])
         yield from of_highest(
-            table,
+            own,
             "share",
-            "{head_name} looks there because of {part}: on the key side it carries {value} of the logit, the median "
+            "{name} looks there because of {part}: on the key side it carries {value} of the logit, the median "
             "part {baseline}.",
             "the median part",
             figure=f"parts_{str(name).lower()}",

@@ -15,6 +15,7 @@ from lens.traces.generated import LABEL
 from lens.traces.profiles import pooled_table, prompt_table, wide
 from lens.traces.trace import AttentionTrace
 from lens_analyses.steps.columns import defined
+from lens_analyses.steps.headlines import ends
 from lens_analyses.steps.subject import Subject
 
 
@@ -105,9 +106,8 @@ def _headlines(heads: pd.DataFrame) -> Iterator[Headline]:
     ):
         one: dict[Any, Any] = scored.loc[[row]].to_dict("records")[0]
         low, high, even = (one[f"{LABEL}_{end}"] for end in ("low", "high", "uniform"))
-        ends = "" if np.isnan(low) else f" [{low:.2f}, {high:.2f}]"
         yield Headline(
-            f"While the model writes, {one['name']} {words}: with {one[LABEL]:.2f}{ends} of its attention; uniform "
+            f"While the model writes, {one['name']} {words}: with {one[LABEL]:.2f}{ends(low, high, '.2f')} of its attention; uniform "
             f"attention would have {even:.2f} there.",
             *(float(one[LABEL]), float(low), float(high), float(even)),
             against="uniform attention",

@@ -37,7 +37,7 @@ def of_roles(table: pd.DataFrame, random: Mapping[str, float], figure: str) -> I
         low, high = top[f"{column}_low"], top[f"{column}_high"]
         words = column.replace("_", " ").capitalize()
         yield Headline(
-            f"{words} is highest in {top['name']}: {top[column]:.2f}{_ends(low, high, '.2f')}, against {both}.",
+            f"{words} is highest in {top['name']}: {top[column]:.2f}{ends(low, high, '.2f')}, against {both}.",
             float(top[column]),
             low,
             high,
@@ -64,7 +64,7 @@ def of_importance(scores: list[HeadScores]) -> Iterator[Headline]:
         others = "; ".join(f"{', '.join(labels)} name {head}" for head, labels in named.items())
         yield Headline(
             f"{name} matters most for {task}: without it {chief.metric} is worse by {fields['value']:.3g}"
-            f"{_ends(fields['low'], fields['high'])}, without the median head by {fields['baseline']:.3g} "
+            f"{ends(fields['low'], fields['high'])}, without the median head by {fields['baseline']:.3g} "
             f"({chief.label}). {agree} of {len(mine)} measures name it first{f'; {others}' if others else ''}.",
             **fields,
             against="the median head",
@@ -79,7 +79,7 @@ def of_heads_together(table: pd.DataFrame, metric: str) -> Iterator[Headline]:
         if row["interaction"] > 0:
             yield Headline(
                 f"The {row['role']} heads {row['heads']} stand in for each other: together they are worth "
-                f"{row['value']:.3g}{_ends(row['low'], row['high'])}, alone {row['alone']:.3g} in sum.",
+                f"{row['value']:.3g}{ends(row['low'], row['high'])}, alone {row['alone']:.3g} in sum.",
                 row["value"],
                 row["low"],
                 row["high"],
@@ -106,7 +106,7 @@ def of_pruning(
     row: dict[Any, Any] = rows.to_dict("records")[0]
     yield Headline(
         f"{bearable} of {heads} heads can go, {order} first: the {metric} {'rises' if sign < 0 else 'falls'} by {row['cost']:.3f}"
-        f"{_ends(row['low'], row['high'], '.3f')}, and by {row['random_cost']:.3f} without as many in random orders.",
+        f"{ends(row['low'], row['high'], '.3f')}, and by {row['random_cost']:.3f} without as many in random orders.",
         row["cost"],
         row["low"],
         row["high"],
@@ -140,7 +140,7 @@ def of_highest(
         best, fields = _highest_row(table, column)
     except LensError:
         return
-    value = f"{fields['value']:.3g}{_ends(fields['low'], fields['high'])}"
+    value = f"{fields['value']:.3g}{ends(fields['low'], fields['high'])}"
     said = text.format(**(best | {"value": value, "baseline": f"{fields['baseline']:.3g}"}))
     yield Headline(said, **fields, against=others, unit=unit, figure=figure)
 
@@ -208,9 +208,9 @@ def of_conditions(
     if this not in whole or other not in whole:
         return
     one, chance = whole[this], whole[other]
-    ends = _ends(one["low"], one["high"], ".0%")
+    interval = ends(one["low"], one["high"], ".0%")
     yield _beside(
-        text.format(value=f"{one['rate']:.0%}{ends}", baseline=f"{chance['rate']:.0%}"),
+        text.format(value=f"{one['rate']:.0%}{interval}", baseline=f"{chance['rate']:.0%}"),
         "rate",
         one,
         chance,
@@ -269,8 +269,8 @@ def of_circuit(
     chance = rows[best]
     yield _beside(
         f"The circuit of {int(one['edges']):,} edges has a faithfulness of {one['faithfulness']:.2f}"
-        f"{_ends(one['low'], one['high'], '.2f')} on held-out prompts; as many edges, {words[best]}, have "
-        f"{chance['faithfulness']:.2f}{_ends(chance['low'], chance['high'], '.2f')}.",
+        f"{ends(one['low'], one['high'], '.2f')} on held-out prompts; as many edges, {words[best]}, have "
+        f"{chance['faithfulness']:.2f}{ends(chance['low'], chance['high'], '.2f')}.",
         "faithfulness",
         one,
         chance,
@@ -338,13 +338,14 @@ def _highest_row(table: pd.DataFrame, column: str) -> tuple[dict[str, Any], dict
     return dict(zip(map(str, table.columns), table.iloc[best], strict=True)), found
 
 
-def _ends(low: float, high: float, form: str = ".3g") -> str:
+def ends(low: float, high: float, form: str = ".3g") -> str:
+    """The interval behind a value in a sentence; nothing where there is none."""
     return "" if np.isnan(low) or np.isnan(high) else f" [{low:{form}}, {high:{form}}]"
 
 
 def _change(row: _Row, column: str) -> str:
     low, high = row[f"{column}_low"], row[f"{column}_high"]
-    return f"{row[column]:+.3g}{_ends(low, high, '+.3g')}"
+    return f"{row[column]:+.3g}{ends(low, high, '+.3g')}"
 
 
 def _is_apart(low: float, high: float) -> bool:

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 
 import lens
+from lens.common.head_ids import head_columns
 from lens.common.results import Sentence
 from lens.figures.mixers import mixer_heads
 from lens.mixers.capturing import MixerCapture
@@ -111,15 +112,9 @@ def _profiles(found: MixerCapture, _: AttentionTrace) -> pd.DataFrame:
 
 
 def _of_heads(layer: int, kind: str, heads: int, times: int) -> pd.DataFrame:
-    numbers = np.repeat(np.arange(heads), times)
-    return pd.DataFrame(
-        {
-            "layer": layer,
-            "head": numbers,
-            "name": np.repeat([f"L{layer}H{head}" for head in range(heads)], times),
-            "mixer": kind,
-        }
-    )
+    """The columns that say whose a row is, of so many rows a head."""
+    named = pd.DataFrame(head_columns((layer, head) for head in range(heads))).assign(mixer=kind)
+    return named.loc[named.index.repeat(times), _HEAD].reset_index(drop=True)
 
 
 def _said(heads: pd.DataFrame, found: list[MixerCapture], length: int) -> tuple[Sentence, ...]:

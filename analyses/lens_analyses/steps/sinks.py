@@ -175,9 +175,7 @@ def kinds(subject: Subject) -> Section:
         figures=figures,
         headlines=tuple(
             of_highest(
-                tables["heads"].assign(
-                    low=tables["heads"]["share_low"], high=tables["heads"]["share_high"]
-                ),
+                tables["heads"],
                 "share",
                 "{name} broadcasts most: {value} of what it writes comes from the first token, of what the median "
                 "head writes {baseline}.",

@@ -204,7 +204,7 @@ def _decoding(
         own = edit(prompt) if callable(edit) else edit
         plain: list[int] = []
         for amount in sorted({0.0, *doses}):
-            at = [] if amount == 0 else [_at(own, amount)]
+            at = [] if amount == 0 else [own.at(amount)]
             with torch.no_grad(), lens.edit(model, *at):
                 written = model.model.generate(
                     **prompt.inputs, max_new_tokens=_WRITTEN, do_sample=False, pad_token_id=0
@@ -227,10 +227,6 @@ def _decoding(
         f"Decoding with it at {table['amount'].max():g} keeps {most['same'].mean():.0%} of the {_WRITTEN} tokens that the "
         f"model writes without it (n = {len(prompts)})."
     ]
-
-
-def _at(edit: Any, amount: float) -> Any:
-    return edit.at(amount)
 
 
 def _centric(
