@@ -20,12 +20,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lens.common.colors import VIRIDIS
 from lens.common.errors import LensError
 from lens.common.head_ids import AnyHead
 from lens.common.results import few
 from lens.traces.trace import AttentionTrace
-from lens_dashboards.raster import MOST_CELLS, Raster, header, pool, raster
+from lens_dashboards.raster import MOST_CELLS, Raster, header, of_head, pool, raster
 from lens_dashboards.widget import ASSETS, make_widget
 
 if TYPE_CHECKING:
@@ -125,13 +124,9 @@ class AttentionMap:
         return {
             "run": "",
             "prompt": "",
-            "layer": self.layer,
-            "head": self.head,
             "window": None,
             "query": self.query,
-            "palette": list(VIRIDIS),
-            "causal": bool(self.trace.attrs["causal"]),
-            "promptTokens": self.trace.attrs.get("prompt_tokens"),
+            **of_head(self.trace, self.layer, self.head),
         }
 
     def _raster(self, cells: int) -> Raster:

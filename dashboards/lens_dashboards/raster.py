@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from lens.common.colors import VIRIDIS
 from lens.common.errors import LensError
 from lens.traces.trace import AttentionTrace
 
@@ -167,6 +168,17 @@ def blank(values: np.ndarray, trace: AttentionTrace, q0: int, k0: int, cell: int
     rows, columns = (np.arange(length) * cell for length in values.shape)
     last_query = np.minimum(q0 + rows + cell - 1, trace.length - 1)
     return np.where(k0 + columns[None] > last_query[:, None], np.float32(np.nan), values)
+
+
+def of_head(trace: AttentionTrace, layer: int, head: int) -> dict[str, Any]:
+    """What the script must know about a head before its first rectangle."""
+    return {
+        "layer": layer,
+        "head": head,
+        "palette": list(VIRIDIS),
+        "causal": bool(trace.attrs["causal"]),
+        "promptTokens": trace.attrs.get("prompt_tokens"),
+    }
 
 
 def header(trace: AttentionTrace, found: Raster, pooling: str = "max") -> dict[str, Any]:

@@ -6,7 +6,6 @@ from typing import Any
 from dash import dcc, html
 
 from lens import figures as draw
-from lens.common.colors import VIRIDIS
 from lens.common.errors import LensError
 from lens.runs import Run
 from lens.runs.commands import again
@@ -29,7 +28,7 @@ from lens_dashboards.pages.parts import (
     run_banner,
     select,
 )
-from lens_dashboards.raster import MOST_CELLS
+from lens_dashboards.raster import MOST_CELLS, of_head
 from lens_dashboards.selection import Selection
 
 
@@ -44,18 +43,6 @@ def page(library: Library, view: Selection) -> list[Any]:
     trace = library.trace(run.id, prompt)
     layer, head = view.layer, view.head
     name = str(trace.head_id((layer, head)))
-    config = {
-        "run": run.id,
-        "prompt": prompt,
-        "layer": layer,
-        "head": head,
-        "window": view.window,
-        "query": view.query,
-        "palette": list(VIRIDIS),
-        "causal": trace.attrs["causal"],
-        "promptTokens": trace.attrs.get("prompt_tokens"),
-        "variant": view.variant,
-    }
     code = _trace_code(run, prompt)
     if trace.cross:
         attention, below = map_card(view, trace, code), strips(view, trace, prompt, code, notes)
@@ -63,6 +50,7 @@ def page(library: Library, view: Selection) -> list[Any]:
     else:
         attention = _map_card(run, prompt, trace, layer, head)
         below = [card(html.Div(id="strip", className="strip"), "Tokens")]
+        config = map_config(view, run.id, prompt, trace, name)
         mounted = [dcc.Store(id="map-config", data=config), dcc.Store(id="map-mounted")]
     return [
         crumbs(run, view),
@@ -95,6 +83,20 @@ def page(library: Library, view: Selection) -> list[Any]:
         *_pinned(library, run, view, trace, prompt),
         *_curves(run, view, trace, prompt),
     ]
+
+
+def map_config(
+    view: Selection, run_id: str, prompt: str, trace: AttentionTrace, name: str
+) -> dict[str, Any]:
+    """What the script that draws a head's map is told."""
+    return {
+        "run": run_id,
+        "prompt": prompt,
+        "window": view.window,
+        "query": view.query,
+        "variant": view.variant,
+        **of_head(trace, *trace.head_id(name)),
+    }
 
 
 def _map_card(run: Run, prompt: str, trace: AttentionTrace, layer: int, head: int) -> html.Section:

@@ -4,14 +4,13 @@ from typing import Any
 
 from dash import dcc, html
 
-from lens.common.colors import VIRIDIS
 from lens.common.errors import LensError
 from lens.runs import Run
 from lens.runs.comparison.pairing import paired_prompts
 from lens.runs.folders import BrokenRun
 from lens.traces.trace import AttentionTrace
 from lens_dashboards.library import Library
-from lens_dashboards.pages.head import known_prompt, prompt_control
+from lens_dashboards.pages.head import known_prompt, map_config, prompt_control
 from lens_dashboards.pages.parts import (
     card,
     crumbs,
@@ -37,7 +36,7 @@ def page(library: Library, view: Selection) -> list[Any]:
     prompt = known_prompt(view, run.traces, notes)
     trace = library.trace(run.id, prompt)
     heads = _heads(trace, view.option("heads") or f"L{trace.layers[0]}H0", MOST_MAPS, notes)
-    maps = [_config(view, run.id, prompt, trace, name) for name in heads]
+    maps = [map_config(view, run.id, prompt, trace, name) for name in heads]
     chosen = [_chip(view, "heads", heads, name, "") for name in heads]
     other = _other(library, view, run, prompt, notes)
     if other is not None:
@@ -45,7 +44,7 @@ def page(library: Library, view: Selection) -> list[Any]:
         given = view.option("others") or ",".join(heads)
         theirs = _heads(trace_b, given, MOST_MAPS - len(heads), notes)
         maps += [
-            _config(view, run_b.id, prompt_b, trace_b, name)
+            map_config(view, run_b.id, prompt_b, trace_b, name)
             | {"title": f"{name} of {trace_b.model}"}
             for name in theirs
         ]
@@ -91,24 +90,6 @@ def _heads(trace: AttentionTrace, words: str, most: int, notes: list[str]) -> li
             f"At most {MOST_MAPS} maps are shown; {', '.join(list(found)[most:])} left out."
         )
     return list(found)[:most]
-
-
-def _config(
-    view: Selection, run_id: str, prompt: str, trace: AttentionTrace, name: str
-) -> dict[str, Any]:
-    layer, head = trace.head_id(name)
-    return {
-        "run": run_id,
-        "prompt": prompt,
-        "layer": layer,
-        "head": head,
-        "window": view.window,
-        "query": view.query,
-        "palette": list(VIRIDIS),
-        "causal": trace.attrs["causal"],
-        "promptTokens": trace.attrs.get("prompt_tokens"),
-        "variant": view.variant,
-    }
 
 
 def _chip(view: Selection, option: str, heads: list[str], name: str, words: str) -> html.Span:
