@@ -7,11 +7,10 @@ from dash import dcc, html
 
 from lens import figures as draw
 from lens.traces.trace import AttentionTrace
-from lens_dashboards.pages.parts import card, graph, python_call
+from lens_dashboards.pages.parts import card, graph, python_call, shade
 from lens_dashboards.selection import Selection
 
 _MOST_LINKS = 512  # tokens of a strip
-_DARK = 0.55  # share of the darkest ground from which letters are white
 
 
 def map_card(view: Selection, trace: AttentionTrace, code: str) -> html.Section:
@@ -89,10 +88,7 @@ def _shaded(trace: AttentionTrace, values: np.ndarray) -> list[html.Span]:
                 token.strip() or repr(token),
                 title=f"{place} {token!r}: {values[place]:.4g}",
                 className="token",
-                style={
-                    "background": f"rgba(53, 95, 141, {share:.3f})",
-                    "color": "white" if share > _DARK else "inherit",
-                },
+                style=shade(share),
             )
         )
     if trace.length > _MOST_LINKS:

@@ -7,7 +7,7 @@ from dash import dcc, html
 
 from lens.runs import Run
 from lens_dashboards.library import sections
-from lens_dashboards.pages.parts import card, choice, number, select
+from lens_dashboards.pages.parts import card, choice, number, select, shade
 from lens_dashboards.selection import Selection
 
 _NAMES = {
@@ -90,13 +90,10 @@ def _example(one: dict[Any, Any], strip: pd.DataFrame) -> html.Li:
 def _token(token: dict[Any, Any], one: dict[Any, Any], most: float) -> html.Span:
     weight = float(token["weight"])
     share = 0.0 if weight != weight else (max(weight, 0.0) / most) ** 0.5
-    style = {"backgroundColor": f"rgba(53, 95, 141, {share:.3f})"}
-    if share > 0.55:
-        style["color"] = "#fff"
     place = token["place"]
     kind = (
         "token query" if place == one["query"] else "token key" if place == one["key"] else "token"
     )
     said = "not visible" if weight != weight else number(weight)
     text = str(token["token"]).replace("\n", "⏎").replace("\t", "⇥") or "∅"
-    return html.Span(text, className=kind, style=style, title=f"{place} {text!r}: {said}")
+    return html.Span(text, className=kind, style=shade(share), title=f"{place} {text!r}: {said}")

@@ -19,6 +19,7 @@ from lens_dashboards.pages.tabs import tabs
 from lens_dashboards.selection import Selection
 
 _HEIGHT = 400  # of a figure that names none
+_DARK = 0.55  # share of the darkest ground from which letters are white
 _FIRST = 8  # sentences that are not folded, shared among analyses
 _MENU = {"full": "full screen", "png": "PNG", "svg": "SVG", "csv": "CSV", "json": "JSON"}
 _WITH_VARIANT = ("overview", "heads", "head", "atlas", "compare")
@@ -348,6 +349,12 @@ def data_table(
         role="region",
         **{"data-table": json.dumps(content), **named(label)},  # pyright: ignore[reportArgumentType]
     )
+
+
+def shade(share: float) -> dict[str, str]:
+    """The ground of a token by its share of what the darkest holds, and letters that can be read on it."""
+    letters = "white" if share > _DARK else "inherit"
+    return {"backgroundColor": f"rgba(53, 95, 141, {share:.3f})", "color": letters}
 
 
 def python_call(code: str) -> html.Details:
