@@ -96,13 +96,7 @@ def check_loss(word: str) -> str:
     Raises:
         ValueError: otherwise.
     """
-    try:
-        number = float(word)
-    except ValueError:
-        number = math.nan
-    if not 0 <= number < math.inf:
-        raise ValueError(f"must be a number of nats from 0 on, e.g. 0.01; got {word!r}")
-    return word
+    return _from_zero(word, "a number of nats from 0 on, e.g. 0.01")
 
 
 def check_temperature(word: str) -> str:
@@ -111,12 +105,16 @@ def check_temperature(word: str) -> str:
     Raises:
         ValueError: otherwise.
     """
+    return _from_zero(word, "0 (the likeliest token) or more, e.g. 0.8")
+
+
+def _from_zero(word: str, expected: str) -> str:
     try:
         number = float(word)
     except ValueError:
         number = math.nan
     if not 0 <= number < math.inf:
-        raise ValueError(f"must be 0 (the likeliest token) or more, e.g. 0.8; got {word!r}")
+        raise ValueError(f"must be {expected}; got {word!r}")
     return word
 
 

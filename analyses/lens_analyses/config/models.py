@@ -223,9 +223,9 @@ class RunConfig(Section):
     @classmethod
     def _has_an_analysis(cls, value: Any) -> Any:
         if value is not None and cls is RunConfig:
+            *others, last = (f"`lens {what}`" for what in WHATS if what != "profile")
             raise ValueError(
-                "the section analysis belongs to `lens heads`, `lens sinks`, `lens redistribute`, "
-                "`lens policies`, `lens mixers`, `lens explain`, `lens vision`, `lens examples`, `lens generate` and `lens circuit`; a profile has none"
+                f"the section analysis belongs to {', '.join(others)} and {last}; a profile has none"
             )
         return value
 
