@@ -267,13 +267,11 @@ def compare(
         from lens_analyses.listing import resolve
 
         found = [resolve(name, runs) for name in (a, b, *(more or ()))]
-        place = out or runs / FOLDER / f"{found[0].id}--{found[-1].id}"
+        place = out or runs / FOLDER / f"{found[0].id}--{found[-1].id}{'-series' * bool(more)}"
         words = ["lens", "compare", *(str(run.path) for run in found), "--seed", str(seed)]
         command = shlex.join(words)
         if more:
-            written = write_series(
-                found, out or place.with_name(f"{place.name}-series"), command=command, seed=seed
-            )
+            written = write_series(found, place, command=command, seed=seed)
         else:
             written = write_comparison(found[0], found[1], place, command=command, seed=seed)
         output.result(written.text(), written.as_json())

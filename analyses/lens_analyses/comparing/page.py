@@ -1,5 +1,6 @@
 """`comparison.html`: the numbers of a comparison as one page that needs nothing else."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from markupsafe import Markup
@@ -45,24 +46,36 @@ def page(data: dict[str, Any], drawn: dict[str, dict[str, Any]]) -> str:
         data: the comparison's numbers.
         drawn: of `figures`.
     """
-    made = environment()
-    made.filters.update(signed=signed)
-    return made.get_template("comparison.html.j2").render(
-        data=data,
-        names=KIND_WORDS,
-        choices=_choices(drawn),
+    return rendered(
+        "comparison",
+        data,
+        drawn,
+        choices=choices(name for name in drawn if name.startswith("grid/")),
         largest=_largest(data["heads"]),
         labels=_labels(data["metrics"]),
+    )
+
+
+def rendered(
+    template_name: str, data: dict[str, Any], drawn: dict[str, dict[str, Any]], **more: Any
+) -> str:
+    """The page of a template, with what every page of a comparison holds."""
+    made = environment()
+    made.filters.update(signed=signed)
+    return made.get_template(f"{template_name}.html.j2").render(
+        data=data,
+        names=KIND_WORDS,
         style=Markup(source_of(made, "report.css")),
         script=Markup(source_of(made, "shared.js") + source_of(made, "comparison.js")),
         plotly=Markup(get_plotlyjs()),
         payload=Markup(embedded_json({"template": template(), "figures": drawn})),
+        **more,
     )
 
 
-def _choices(drawn: dict[str, Any]) -> list[dict[str, str]]:
-    """The scores that can be chosen; the one to begin with is selected."""
-    keys = [name.partition("/")[2] for name in drawn if name.startswith("grid/")]
+def choices(drawn: Iterable[str]) -> list[dict[str, str]]:
+    """The scores that can be chosen, of figures such as `grid/<prompts>/<metric>/<variant>`; one is selected."""
+    keys = [name.partition("/")[2] for name in drawn]
     first = next((key for key in keys if key == "copied/induction/raw"), keys[0] if keys else "")
     found = []
     for key in keys:

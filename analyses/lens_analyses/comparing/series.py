@@ -5,8 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from markupsafe import Markup
-from plotly.offline import get_plotlyjs
 
 import lens
 from lens.common.errors import LensError
@@ -15,13 +13,12 @@ from lens.common.results import of_kind
 from lens.runs import Run
 from lens.runs.comparison.pictures import series_lines
 from lens.runs.comparison.series import RunSeries, compare_series
-from lens.runs.schema import KIND_WORDS
 from lens.traces.metrics import METRICS
+from lens_analyses.comparing.page import choices, rendered
 from lens_analyses.comparing.written import Written
 from lens_analyses.console import finite, to_json
-from lens_analyses.report.charts import slim, template
+from lens_analyses.report.charts import slim
 from lens_analyses.report.numbers import CITATION, plain
-from lens_analyses.report.page import embedded_json, environment, signed, source_of
 
 SCHEMA, SCHEMA_VERSION = "attention-lens/series", 1
 MOST_ROWS = 60
@@ -66,19 +63,14 @@ def _numbers(series: RunSeries, command: str) -> dict[str, Any]:
 
 
 def _page(series: RunSeries, data: dict[str, Any]) -> str:
-    made = environment()
-    made.filters.update(signed=signed)
     drawn = _figures(series)
-    return made.get_template("series.html.j2").render(
-        data=data,
-        names=KIND_WORDS,
-        labels={name: one.label for name, one in METRICS.items()},
-        choices=_choices(list(drawn)),
+    return rendered(
+        "series",
+        data,
+        drawn,
+        choices=choices(drawn),
         largest=_largest(series.heads),
-        style=Markup(source_of(made, "report.css")),
-        script=Markup(source_of(made, "shared.js") + source_of(made, "comparison.js")),
-        plotly=Markup(get_plotlyjs()),
-        payload=Markup(embedded_json({"template": template(), "figures": drawn})),
+        labels={name: one.label for name, one in METRICS.items()},
     )
 
 
@@ -93,24 +85,6 @@ def _figures(series: RunSeries) -> dict[str, Any]:
         )
         for kind in kinds
     }
-
-
-def _choices(drawn: list[str]) -> list[dict[str, str]]:
-    keys = [name.partition("/")[2] for name in drawn]
-    first = next((key for key in keys if key == "copied/induction/raw"), keys[0] if keys else "")
-    found = []
-    for key in keys:
-        prompts, metric, variant = key.split("/")
-        without = ", sink excluded" if variant == "sink_excluded" else ""
-        found.append(
-            {
-                "key": key,
-                "label": f"{METRICS[metric].label}{without}, on {KIND_WORDS[prompts]}",
-                "selected": " selected" if key == first else "",
-                "definition": METRICS[metric].definition,
-            }
-        )
-    return found
 
 
 def _largest(heads: pd.DataFrame) -> list[dict[Any, Any]]:
