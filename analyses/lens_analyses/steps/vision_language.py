@@ -27,6 +27,7 @@ from lens_analyses.steps.columns import defined
 from lens_analyses.steps.subject import Subject
 
 _WRITTEN = 8  # tokens that the model goes on with
+_Move = Edit | Callable[[Prompt], Edit]  # of all prompts, or of each its own
 
 
 def chain(subject: Subject) -> Section:
@@ -160,7 +161,7 @@ def _cell(grids: list[Any], place: int | None) -> tuple[int | None, int | None]:
 
 def _edit_of(
     name: str, model: LoadedModel, dims: tuple[int, ...] | None, tau: float, words: str | None
-) -> Edit | Callable[[Prompt], Edit]:
+) -> _Move:
     """VAR, ACT or PASTA; PASTA emphasises words of the question, or the picture."""
     if name == "var":
         return _var(model, dims, tau)
@@ -196,7 +197,7 @@ def _span(model: LoadedModel, prompt: Prompt, words: str | None) -> tuple[int, i
 
 
 def _decoding(
-    model: LoadedModel, prompts: list[Prompt], edit: Any, doses: tuple[float, ...]
+    model: LoadedModel, prompts: list[Prompt], edit: _Move, doses: tuple[float, ...]
 ) -> tuple[pd.DataFrame, list[str]]:
     """What the model goes on with at each dose, greedily, the edit running in every step."""
     rows: list[dict[str, Any]] = []
