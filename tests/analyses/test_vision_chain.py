@@ -58,7 +58,7 @@ def test_the_overlay_after_is_what_var_makes_of_the_row():
     sink[PLACES] = True
     random = np.random.default_rng(0)
     rows = random.dirichlet(np.full(len(image), 0.5), (4, HEADS))
-    after = moved_rows(rows, image, sink, 0.6, 0.5, 0.2)
+    after = moved_rows(rows, image, sink, lens.edits.Var(PLACES, rho=0.5, least_visual=0.2))
     assert after.sum(-1) == pytest.approx(np.ones((4, HEADS)))
     for row, new in zip(rows.reshape(-1, len(image)), after.reshape(-1, len(image)), strict=True):
         visual, held = row[image].sum(), row[image & ~sink].sum()

@@ -170,7 +170,7 @@ def _edit_of(
     return lambda prompt: lens.edits.Pasta([_span(model, prompt, words)])
 
 
-def _var(model: LoadedModel, dims: tuple[int, ...] | None, tau: float) -> Any:
+def _var(model: LoadedModel, dims: tuple[int, ...] | None, tau: float) -> lens.edits.Var:
     return lens.edits.Var(lambda at: _image(model, at), dims=dims, tau=tau)
 
 
@@ -255,9 +255,9 @@ def _before_and_after(
     """The answer's row on the picture in the layer with most visual sinks, before and after VAR."""
     sinks = made.tables["sinks"]
     own = sinks[((sinks["prompt"] == 0) & sinks["position"].notna()).to_numpy()]
-    settings = _var(model, dims, tau).settings
+    var = _var(model, dims, tau)
     layers = [
-        layer for layer in settings.layers(model.info.layers) if (own["layer"] == layer).any()
+        layer for layer in var.settings.layers(model.info.layers) if (own["layer"] == layer).any()
     ]
     if not layers or not kind.grids:
         raise LensError("no layer that VAR edits has a visual sink")
@@ -268,7 +268,7 @@ def _before_and_after(
     sink = np.zeros(len(image), bool)
     sink[own[(own["layer"] == layer).to_numpy()]["position"].astype(int)] = True
     rows = np.stack([trace.tile(layer, head, (last, last + 1), (0, last + 1))[0] for head in range(trace.heads)])  # fmt: skip
-    after = moved_rows(rows, image, sink, settings.moved, settings.rho, settings.least_visual)
+    after = moved_rows(rows, image, sink, var)
     _, first, height, width = kind.grids[0]
     values = after[:, first : first + height * width].mean(0).reshape(1, height, width)
     both: Overlay = replace(
@@ -287,19 +287,15 @@ def _before_and_after(
 
 
 def moved_rows(
-    rows: np.ndarray,
-    image: np.ndarray,
-    sink: np.ndarray,
-    amount: float,
-    rho: float,
-    least_visual: float,
+    rows: np.ndarray, image: np.ndarray, sink: np.ndarray, var: lens.edits.Var
 ) -> np.ndarray:
     """Rows [..., keys] after VAR: image-centric ones give a share of what sinks hold to the other image keys, pro rata."""
     receives = image & ~sink
     visual, held = rows[..., image].sum(-1), rows[..., receives].sum(-1)
     gives = rows[..., sink].sum(-1)
-    centric = (visual >= least_visual) & (held >= rho * visual) & (held > 0)
-    move = np.where(centric, amount, 0.0)
+    sizes = map(torch.as_tensor, (visual, held, image.sum()))
+    centric = var.settings.is_centric(*sizes).numpy() & (held > 0)
+    move = np.where(centric, var.settings.moved, 0.0)
     factor = np.ones(rows.shape)
     factor[..., sink] = (1 - move)[..., None]
     factor[..., receives] = (1 + move * gives / np.where(held > 0, held, 1))[..., None]
