@@ -97,6 +97,7 @@ def test_a_pin_keeps_zoom_and_row_and_a_pressed_switch_is_readable(page, address
     page.click("#pin")
     page.wait_for_url("**pin=1.3*")
     assert zoom <= set(page.url.partition("?")[2].split("&"))
+    page.wait_for_selector("#pin:has-text('unpin')")  # the page of the new address is drawn
     pressed = page.locator(".switch button[aria-pressed=true]")
     pressed.hover()
     colors = pressed.evaluate(
