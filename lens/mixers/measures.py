@@ -19,6 +19,7 @@ from lens.common.head_ids import head_columns
 from lens.common.results import Result, Sentence, described
 from lens.mixers.phi import BLOCK, Phi
 from lens.stats import over_rows
+from lens.stats.intervals import known_mean
 
 _TILES = 8  # below the diagonal, whose rank is taken
 _ROWS = ("mass", "entropy", "distance", "first_share")
@@ -70,9 +71,7 @@ class MixerMeasures(Result):
         for name in _ROWS:
             values = self.rows[name]
             low, high = over_rows(values, seed)
-            known = ~np.isnan(values)
-            total = np.where(known, values, 0).sum(-1)
-            found[name] = total / np.where(known.any(-1), known.sum(-1), np.nan)
+            found[name] = known_mean(values)
             found |= {f"{name}_low": low, f"{name}_high": high}
         size = self.rows["size"].sum(-1)
         found["negative_share"] = self.rows["negative"].sum(-1) / np.where(size > 0, size, np.nan)

@@ -14,7 +14,7 @@ from lens.common.given import given_traces
 from lens.common.head_ids import head_columns
 from lens.common.results import Result, Sentence, few
 from lens.stats import over_units, quantile
-from lens.stats.intervals import columns
+from lens.stats.intervals import columns, known_mean
 from lens.traces.trace import AttentionTrace
 
 USABLE = 0.05
@@ -58,14 +58,14 @@ class PolicyTransfer(Result):
         table = head_columns([(layer, head) for layer in self.layers for head in heads])
         table["n"] = self.values.shape[2]
         for name, values in zip(MEASURES, self.values, strict=True):
-            table |= columns(name, np.moveaxis(_over_sources(values), 0, -1), self.seed)
+            table |= columns(name, np.moveaxis(known_mean(values, 0), 0, -1), self.seed)
         return pd.DataFrame(table)
 
     def findings(self) -> tuple[Sentence, ...]:
         """What carries over ("transfer"), where it does not ("heads"), and the LSE ("lse")."""
         table = self.table()
         by_target = {
-            name: _over_sources(values).mean((1, 2))
+            name: known_mean(values, 0).mean((1, 2))
             for name, values in zip(MEASURES, self.values, strict=True)
         }
         mean = {name: values.mean() for name, values in by_target.items()}
@@ -242,14 +242,6 @@ def _cached(
                 exact[place, head, block] = pooled.sum(0)
                 searched[:, place, head, block] = factor[:, place, head, slice(*rows)] @ pooled
     return searched_efficiency(exact, searched, seen, share)
-
-
-def _over_sources(values: np.ndarray) -> np.ndarray:
-    """[target, layer, head] means of [source, target, layer, head], without a trace on itself."""
-    counted = ~np.isnan(values)
-    count = counted.sum(0)
-    total = np.where(counted, values, 0).sum(0)
-    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
 def _masses(trace: AttentionTrace) -> np.ndarray:

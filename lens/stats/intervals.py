@@ -178,6 +178,19 @@ def columns(
     }
 
 
+def known_mean(values: Shaped[np.ndarray, "..."], axis: int = -1) -> Float[np.ndarray, "..."]:
+    """Mean over an axis of what is not NaN; NaN where nothing is known.
+
+    Example:
+        >>> from lens.stats.intervals import known_mean
+        >>> known_mean(np.array([[1.0, 3.0, np.nan], [np.nan] * 3])).tolist()
+        [2.0, nan]
+    """
+    known = ~np.isnan(values)
+    n = known.sum(axis)
+    return np.where(known, values, 0).sum(axis) / np.where(n == 0, np.nan, n)
+
+
 def over_rows(
     values: Float[np.ndarray, "*rest rows"], seed: int
 ) -> tuple[Float[np.ndarray, "*rest"], Float[np.ndarray, "*rest"]]:

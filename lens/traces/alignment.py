@@ -19,6 +19,7 @@ from lens.common.errors import LensError
 from lens.common.head_ids import head_columns
 from lens.common.results import Result, Sentence, described
 from lens.stats import over_rows, over_units
+from lens.stats.intervals import known_mean
 from lens.traces.parts import TraceParts
 from lens.traces.trace import AttentionTrace
 
@@ -70,8 +71,7 @@ class Alignment(Result):
         for name in _MEASURES:
             values = self.per_prompt[name]
             known = ~np.isnan(values)
-            total = np.where(known, values, 0).sum(1)
-            found[name] = total / np.where(known.any(1), known.sum(1), np.nan)
+            found[name] = known_mean(values)
             if name in ("monotonicity", "accuracy"):
                 low, high = over_units(np.where(known, values, 0).T, known.T.astype(float), seed)
                 if name == "accuracy" and self.hits is not None and self.hits.shape[1]:

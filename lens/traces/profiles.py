@@ -22,6 +22,7 @@ from lens.common.errors import LensError
 from lens.common.given import given_traces
 from lens.common.head_ids import head_columns
 from lens.stats import over_units
+from lens.stats.intervals import known_mean
 from lens.traces.metrics import HEADLINES
 from lens.traces.parts import TraceParts
 from lens.traces.scores import SINK_EPSILON, Score, layer_scores, uniform_scores
@@ -234,13 +235,13 @@ def pooled_table(tables: Sequence[pd.DataFrame], prompt_id: str, *, seed: int = 
     values = np.stack([table["value"].to_numpy(float) for table in aligned])
     scored = ~np.isnan(values)
     n = scored.sum(0)
-    mean = np.where(scored, values, 0).sum(0) / np.where(n == 0, np.nan, n)
+    mean = known_mean(values, 0)
     low, high = over_units(np.where(scored, values, 0), scored, seed)
     result = first.reset_index()
     detail = np.where(n == 0, result["detail"], "").astype(object)
     even = np.stack([table["uniform"].to_numpy(float) for table in aligned])
     known = (scored & ~np.isnan(even)).sum(0)
-    even = np.where(scored & ~np.isnan(even), even, 0).sum(0) / np.where(known == 0, np.nan, known)
+    even = known_mean(np.where(scored, even, np.nan), 0)
     result["uniform"], result["random_weights"] = np.where(known == n, even, np.nan), np.nan
     result["prompt_id"] = prompt_id
     details = np.stack([table["detail"].to_numpy(object) for table in aligned])

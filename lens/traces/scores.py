@@ -15,6 +15,7 @@ import numpy as np
 
 from lens.common.errors import LensError
 from lens.stats import over_rows
+from lens.stats.intervals import known_mean
 from lens.traces.metrics import METRICS
 from lens.traces.token_rows import is_delimiter, nearest_copy
 from lens.traces.uniform import UniformRows
@@ -118,7 +119,7 @@ def row_score(metric: str, variant: str, rows: np.ndarray, reason: str, seed: in
     No interval for the seed None.
     """
     n = (~np.isnan(rows)).sum(-1)
-    value = np.where(np.isnan(rows), 0, rows).sum(-1) / np.where(n == 0, np.nan, n)
+    value = known_mean(rows)
     if seed is None:
         low = high = np.full(value.shape, np.nan)
     else:

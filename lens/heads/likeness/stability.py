@@ -23,6 +23,7 @@ from lens.common.errors import LensError
 from lens.common.head_ids import HeadId, head_columns
 from lens.common.results import Result
 from lens.stats import over_units
+from lens.stats.intervals import known_mean
 from lens.traces.trace import AttentionTrace
 
 USABLE = 0.05
@@ -59,9 +60,8 @@ class HeadStability(Result):
             condition = dict(zip(("first", "second", "metric", "variant"), key, strict=True))
             scored = ~np.isnan(values)
             n = scored.sum(1)
-            sums = np.where(scored, values, 0)
-            low, high = over_units(sums.T, scored.T, seed)
-            value = {"value": sums.sum(1) / np.where(n > 0, n, np.nan), "low": low, "high": high}
+            low, high = over_units(np.where(scored, values, 0).T, scored.T, seed)
+            value = {"value": known_mean(values), "low": low, "high": high}
             parts.append(pd.DataFrame(condition | heads | value | {"n": n}))
         return pd.concat(parts, ignore_index=True)
 

@@ -5,7 +5,7 @@ import pytest
 
 from lens import stats
 from lens.common.errors import LensError
-from lens.stats.intervals import of_share
+from lens.stats.intervals import known_mean, of_share
 
 Z = 1.959964  # of a normal: 2.5 % lie above it
 
@@ -129,3 +129,13 @@ def test_the_interval_of_a_share_holds_the_shares_that_it_is_no_surprise_for():
         of_share(1.2, 3)
     with pytest.raises(LensError, match="units must be a positive integer, got 0"):
         of_share(0.5, 0)
+
+
+def test_a_mean_of_what_is_known_leaves_out_the_rest():
+    values = np.random.default_rng(4).normal(size=(5, 6))
+    values[np.random.default_rng(5).random(values.shape) < 0.4] = np.nan
+    values[2], values[:, 1] = np.nan, np.nan
+    for axis, lines in ((0, values.T), (1, values)):
+        known = [line[~np.isnan(line)] for line in lines]
+        expected = [np.sum(line) / len(line) if len(line) else np.nan for line in known]
+        assert known_mean(values, axis) == pytest.approx(expected, nan_ok=True)
