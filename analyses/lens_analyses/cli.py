@@ -18,6 +18,8 @@ from lens_analyses.options import (
     Again,
     Command,
     Debug,
+    DryRun,
+    Engine,
     Json,
     Out,
     Port,
@@ -115,9 +117,10 @@ def sweep(
     ],
     out: Out = RUNS,
     again: Again = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only show the plan, with estimates.")
-    ] = False,
+    engine: Annotated[
+        Engine, typer.Option(help="One after the other here, or tasks of Ray.")
+    ] = "local",
+    dry_run: DryRun = False,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -134,8 +137,9 @@ def sweep(
             expected = forecast(plan, out)
             output.result(expected.text(), expected.as_json())
             return
-        command = shlex.join(["lens", "sweep", "-c", str(config), "--out", str(out)])
-        done = run_sweep(plan, out, output, command=command, again=again)
+        words = ["lens", "sweep", "-c", str(config), "--out", str(out)]
+        words += ["--engine", engine] if engine != "local" else []
+        done = run_sweep(plan, out, output, command=shlex.join(words), again=again, engine=engine)
         output.result(done.text(), done.as_json())
         if done.exit_code:
             raise SystemExit(done.exit_code)

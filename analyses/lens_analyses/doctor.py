@@ -21,6 +21,7 @@ _OPTIONAL = {
     "gguf": ("gguf", "GGUF files cannot be loaded, smollm2-135m among them"),
     "peft": ("peft", "folders with an adapter cannot be loaded"),
     "bitsandbytes": ("bitsandbytes", "models in 4 and 8 bit cannot be loaded"),
+    "ray": ("ray", "`lens sweep --engine ray` cannot run"),
     "kaleido": ("export", "figures are saved as HTML, not as PNG or SVG files"),
 }
 _BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")

@@ -1,12 +1,14 @@
 """Options that several commands share, and what a command is that takes each once."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from typer.core import TyperCommand, TyperOption
 
 RUNS = Path("runs")
+Engine = Literal["local", "ray"]
+"""Of `lens sweep`."""
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only errors on stderr.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]

@@ -123,7 +123,7 @@ def execute(config: RunConfig, runs: Path, output: Output, *, again: bool = Fals
     fresh_parent = not runs.exists()
     writer = RunWriter.start(runs, mapping, _meta(config, model, planned), again=again)
     try:
-        with _log_file(writer.path / "log.txt"), _stoppable():
+        with _log_file(writer.path / "log.txt"), stoppable():
             return _Execution(config, model, planned, writer, output).run()
     except LensError:
         if not writer.resumed and not writer.meta["prompts"]["done"]:
@@ -380,7 +380,7 @@ def _log_file(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _stoppable() -> Iterator[None]:
+def stoppable() -> Iterator[None]:
     """SIGTERM stops a run as Ctrl-C does: in order, to be completed later."""
 
     def stop(*_: object) -> None:

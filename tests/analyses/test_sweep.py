@@ -1,6 +1,7 @@
 """`lens sweep`: the plan, what fails, what is reused, and a killed one that ends with the same numbers."""
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -267,3 +268,31 @@ def test_the_first_sentence_of_each_analysis_is_shown(run_folder, tmp_path):
     Section("roles", "Roles", summary=("Three heads copy.", "More.")).save(copy)
     Section("empty", "Empty").save(copy)
     assert summary(open_run(copy)) == ["Roles: Three heads copy."]
+
+
+@pytest.mark.slow
+def test_a_run_whose_ray_worker_is_killed_is_made_again_from_where_it_was(
+    spawn_lens, lens_command, tmp_path, broken
+):
+    pytest.importorskip("ray")
+    path, out = tmp_path / "rayed.toml", tmp_path / "runs"
+    path.write_text(
+        f'models = ["induction-2l", "{broken}"]\nanalyses = ["profile"]\n'
+        "[settings]\nprompts = { copied = 40 }\ncapture = { keep_qk = false }\n"
+    )
+    process = spawn_lens("sweep", "-c", path, "--out", out, "--engine", "ray", "--json")
+    folder = wait_for_prompts(process, out, 2)
+    worker = json.loads((folder / "run.json").read_text())["pid"]
+    assert worker != process.pid
+    os.kill(worker, signal.SIGKILL)
+    said, heard = process.communicate()
+    assert process.returncode == 3, heard
+    made, failed = json.loads(said)["runs"]
+    assert (made["status"], made["run"], made["error"]) == ("success", folder.name, None)
+    assert json.loads((folder / "run.json").read_text())["pid"] != worker
+    assert "of 40 prompts were finished before" in (folder / "log.txt").read_text()
+    assert failed["status"] == "error"
+    assert f"{broken} holds no model" in failed["error"]
+    assert lens_command("validate", folder).code == 0
+    (page,) = out.glob("sweeps/*/index.html")
+    assert "--engine ray" in page.read_text()
