@@ -40,6 +40,7 @@ def wrap(
     key: Made | None = None,
     value: Made | None = None,
     output: str | None = None,
+    gate: Made | None = None,
     heads: int | None = None,
     kv_heads: int | None = None,
     causal: bool = False,
@@ -58,6 +59,8 @@ def wrap(
             rotated or normalised after their projection give functions. `query` alone names a joint projection
             of all three, side by side.
         output: the name of the module that reads the outputs of the heads; with `query` alone.
+        gate: what the outputs of the heads are multiplied by before `output` reads them, one number a head or one for
+            each of its channels; of a module what it gives, so that an activation behind it needs a function.
         heads, kv_heads: how many; needed with `query`, and where the module folds heads into the batch.
         causal, scale: of the attention that `query` describes; scale None: head_dim^-1/2.
         tokenizer: for texts.
@@ -90,12 +93,13 @@ def wrap(
     root = Wrapped(module, _attending(module, attention), given)
     root.eval()
     if query is not None:
-        root.following = _Projected(query, key, value, output, heads, kv_heads, causal, scale)
+        root.following = _Projected(query, key, value, output, gate, heads, kv_heads, causal, scale)
     else:
-        alone = {"key": key, "value": value, "output": output, "kv_heads": kv_heads, "scale": scale}
+        alone = {"key": key, "value": value, "output": output, "gate": gate}
+        alone |= {"kv_heads": kv_heads, "scale": scale}
         if causal is not False or any(one is not None for one in alone.values()):
             raise LensError(
-                "key, value, output, kv_heads, causal and scale go with query: name what makes the queries too"
+                "key, value, output, gate, kv_heads, causal and scale go with query: name what makes the queries too"
             )
     root.heads = heads
     model = LoadedModel(root, tokenizer, name or type(module).__name__, None, _unknown(root))
@@ -191,6 +195,7 @@ class _Projected:
     key: Made | None
     value: Made | None
     output: str | None
+    gate: Made | None
     heads: int | None
     kv_heads: int | None
     causal: bool
@@ -248,10 +253,12 @@ class _Projected:
                 k, v = made(self.key, "key", few), made(self.value, "value", few)
             scale = q.shape[-1] ** -0.5 if self.scale is None else self.scale
             ours = attend(module, q, k, v, None, scale, None, self.causal)
+            if self.gate is not None:
+                ours = ours * made(self.gate, "gate", self.heads).transpose(1, 2)
             return (ours.flatten(2).reshape(args[0].shape).to(args[0].dtype), *args[1:])
 
         stack.callback(module.register_forward_pre_hook(begin, with_kwargs=True).remove)
-        for name in ("query", "key", "value"):
+        for name in ("query", "key", "value", "gate"):
             if isinstance(path := getattr(self, name), str):
                 stack.callback(_part(module, path).register_forward_hook(part(name)).remove)
         assert self.output is not None

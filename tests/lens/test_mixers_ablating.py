@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+import transformers
 
 import lens
 from lens import mixers
@@ -35,11 +36,48 @@ def value_of_olmo(layer, head):
     layer.linear_attn.v_proj.weight[head * 16 : (head + 1) * 16] = 0
 
 
+def column_of_jamba(layer, channel):
+    layer.mamba.out_proj.weight[:, channel] = 0
+
+
+def value_of_kimi(layer, head):
+    """The convolution of values has no bias, and silu(0) is 0."""
+    layer.self_attn.v_proj.weight[head * 16 : (head + 1) * 16] = 0
+
+
+def value_of_minimax(layer, head):
+    """Queries, keys and values stand head by head, 3 × 16; values go through silu."""
+    layer.self_attn.qkv_proj.weight[head * 48 + 32 : (head + 1) * 48] = 0
+
+
 CASES = {
     "bamba": conv_of_bamba,
     "lfm2": column_of_lfm2,
     "recurrent_gemma": column_of_griffin,
     "olmo_hybrid": value_of_olmo,
+    "jamba": column_of_jamba,
+    "kimi_linear": value_of_kimi,
+    "minimax": value_of_minimax,
+}
+
+
+def value_of_xlstm(model, head):
+    model.backbone.blocks[1].mlstm_layer.v.weight[head * 16 : (head + 1) * 16] = 0
+
+
+def value_of_rwkv(model, channel):
+    """A channel is a weighted mean of its own values."""
+    model.rwkv.blocks[1].attention.value.weight[channel] = 0
+
+
+def column_of_mamba(model, channel):
+    model.backbone.layers[1].mixer.out_proj.weight[:, channel] = 0
+
+
+ALONE = {
+    "xlstm": ({"num_heads": 4, "embedding_dim": 64, "num_blocks": 2}, value_of_xlstm),
+    "rwkv": ({"attention_hidden_size": 64, "context_length": 64}, value_of_rwkv),
+    "mamba": ({"state_size": 4}, column_of_mamba),
 }
 
 
@@ -59,6 +97,26 @@ def test_a_head_without_output_is_one_whose_weights_are_zero(kind):
     assert torch.equal(loaded.logits(IDS), own), "nothing is left behind"
     with lens.edit(loaded, mixers.Ablate("L2H3"), Mask("first")):
         assert (loaded.logits(IDS) - expected).abs().max() > 1e-4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ALONE)
+def test_heads_of_models_of_mixers_alone_are_taken_out_too(kind):
+    given, change = ALONE[kind]
+    config = transformers.CONFIG_MAPPING[kind](
+        vocab_size=97, hidden_size=64, num_hidden_layers=2, **given
+    )
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    without, ids = copy.deepcopy(model), torch.tensor([IDS])
+    change(without, 3)
+    own, expected = (one(ids, use_cache=False).logits for one in (model, without))
+    with mixers.Ablate("L1H3").on(model) as done:
+        found = model(ids, use_cache=False).logits
+    assert done.calls == 1
+    assert torch.equal(model(ids, use_cache=False).logits, own), "nothing is left behind"
+    assert (found - expected).abs().max() < 1e-5 * own.abs().max()
+    assert (found - own).abs().max() > 1e-4 * own.abs().max()
 
 
 def test_effects_stand_beside_other_mixer_heads():

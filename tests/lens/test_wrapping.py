@@ -1,5 +1,6 @@
 """Modules of anybody: what capture sees is what the module computes, and edits reach it."""
 
+import copy
 import math
 
 import numpy as np
@@ -141,6 +142,46 @@ def test_functions_say_where_queries_keys_and_values_come_from():
         wrap(made("numpy"), EXAMPLE, attention="blocks.*.mix", **named)
 
 
+class Gated(nn.Module):
+    """Heads whose outputs are multiplied before they are read: a number a head, or one a channel."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.joint, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.gate = nn.Linear(WIDTH, width)
+
+    def forward(self, x):
+        q, k, v = (
+            part.unflatten(-1, (HEADS, -1)).transpose(1, 2).detach().numpy()
+            for part in self.joint(x).split(WIDTH, -1)
+        )
+        scores = np.exp(q @ k.swapaxes(-1, -2) / math.sqrt(q.shape[-1]))
+        heads = torch.tensor(scores / scores.sum(-1, keepdims=True) @ v).transpose(1, 2)
+        return self.out((heads * self.gate(x).unflatten(-1, (HEADS, -1))).flatten(2))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("width", [HEADS, WIDTH])
+@pytest.mark.parametrize("by_name", [True, False])
+def test_a_gate_between_heads_and_output_stays_and_a_head_behind_it_is_taken_out(width, by_name):
+    torch.manual_seed(0)
+    module, x = Gated(width).eval(), torch.randn(1, 7, WIDTH)
+
+    def gate(attention, x):
+        return attention.gate(x).unflatten(-1, (HEADS, -1)).transpose(1, 2)
+
+    named = {"attention": Gated, "query": "joint", "output": "out", "heads": HEADS}
+    loaded = wrap(module, x, gate="gate" if by_name else gate, **named)
+    assert loaded.check < 1e-6
+    with pytest.raises(lens.LensError, match="does not reproduce"):
+        wrap(module, x, **named)
+    without = copy.deepcopy(module)
+    without.out.weight[:, WIDTH // HEADS : 2 * WIDTH // HEADS] = 0  # what reads head 1
+    with lens.edit(loaded, edits.Ablate(["L0H1"], "zero")):
+        assert (loaded.model(x) - without(x)).abs().max() < 1e-6
+    assert (without(x) - module(x)).abs().max() > 1e-3
+
+
 @torch.no_grad()
 def test_attention_of_torch_itself_is_captured():
     torch.manual_seed(0)
@@ -189,6 +230,7 @@ def test_what_builds_on_capture_takes_it():
         ({"attention": 5}, "attention must be a list, got 5"),
         ({"kv_heads": 2}, "go with query"),
         ({"scale": 0.5}, "go with query"),
+        ({"gate": "out"}, "go with query"),
         ({"causal": True}, "go with query"),
     ],
 )  # fmt: skip
