@@ -94,6 +94,15 @@ def test_the_seed_decides():
     assert "edge-pruning" in repr(one)
 
 
+def test_gates_start_in_the_order_of_scores(known):
+    scores = np.arange(29.0) ** 3
+    found = learn_masks(known.model, known.task, penalty=0, steps=1, rate=1e-9, start=scores)
+    assert found.log_alpha[[0, 14, 28]] == pytest.approx([-np.log(9), 0, np.log(9)], abs=1e-6)
+    assert (np.diff(found.log_alpha) > 0).all()
+    with pytest.raises(LensError, match="start must be 29 numbers"):
+        learn_masks(known.model, known.task, penalty=0, start=scores[1:])
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -7,6 +7,7 @@ import pytest
 
 from lens.circuits.checks._consensus import consensus
 from lens.circuits.checks._stability import jaccard, noise_floor, stability
+from lens.circuits.discovery import learn_masks
 from lens.circuits.graph.activations import Ablation
 from lens.circuits.graph.circuit import make_circuit
 from lens.circuits.graph.edge_scores import EdgeScores
@@ -150,7 +151,15 @@ def test_a_hybrid_is_the_mean_at_equal_scale():
     expected = (parts[0].values / sizes[0] + parts[1].values / sizes[1]) / 2 * sizes[0]
     assert found.values == pytest.approx(expected, abs=1e-9)
     assert (found.method, found.residual) == ("hybrid", None)
+    pruning = Hybrid(("eap-ig", "eap"), pruning=0.5, steps=2)
+    learned = learn_masks(model, task, sparsity=0.5, steps=2, start=np.abs(parts[0].values))
+    signed = np.sign(parts[0].values) * learned.probabilities
+    expected = (2 * expected / sizes[0] + signed / np.sqrt((signed**2).mean())) / 3 * sizes[0]
+    more = score_edges(model, task, method=pruning, progress=False)
+    assert more.values == pytest.approx(expected, abs=1e-9)
     with pytest.raises(LensError, match="at least two methods"):
         Hybrid(("eap",))
+    with pytest.raises(LensError, match="pruning must lie between 0 and 1"):
+        Hybrid(pruning=1.5)
     with pytest.raises(LensError, match="plain methods"):
         Hybrid(("eap", "hybrid"))

@@ -235,17 +235,26 @@ def run_circuit(
 
 
 def run_circuits(
-    model: LoadedModel, task: Task, kept: np.ndarray, ablation: Ablation, *, progress: bool = True
+    model: LoadedModel,
+    task: Task,
+    kept: np.ndarray,
+    ablation: Ablation,
+    *,
+    where: torch.Tensor | None = None,
+    progress: bool = True,
 ) -> Outcome:
-    """Metric and KL of circuits [circuits, edges] bool, prompt by prompt; errors as in `evaluate`."""
+    """Metric and KL of circuits [circuits, edges] bool, prompt by prompt; errors as in `evaluate`.
+
+    With `where` [spans, prompts, tokens] edges are kept in some spans: circuits are [circuits, spans, edges] then.
+    """
     nodes = find_nodes(model, kv=ablation.kv)
     graph = nodes.graph
-    if kept.shape[1] != graph.n:
+    if kept.shape[-1] != graph.n:
         raise LensError(
-            f"the circuits are of a graph of {kept.shape[1]:,} edges, and {model.name} has "
+            f"the circuits are of a graph of {kept.shape[-1]:,} edges, and {model.name} has "
             f"{graph.n:,}; evaluate them on the model that they were made for"
         )
-    ends = np.stack([np.ones(graph.n, bool), np.zeros(graph.n, bool)])
+    ends = np.stack([np.ones(kept.shape[1:], bool), np.zeros(kept.shape[1:], bool)])
     masks = torch.as_tensor(graph.dense((~np.concatenate([ends, kept])).astype(np.float32)))
     references = References(nodes, task, ablation)
     metric, kl = [], []
@@ -256,7 +265,10 @@ def run_circuits(
             at = torch.arange(len(rows))[:, None], task.positions[rows]
             values, divergences, clean = [], [], None
             for some in masks.split(max(1, min(_COPIES, at_most) // len(rows))):
-                for logits in masked_logits(nodes, ids, reference, some):
+                at_once, own = (
+                    (some, None) if where is None else (some.transpose(0, 1), where[:, rows])
+                )
+                for logits in masked_logits(nodes, ids, reference, at_once, own):
                     read = logits[at].double().log_softmax(-1)  # [rows, answers, vocab]
                     clean = read if clean is None else clean
                     gap = (clean.exp() * (clean - read)).sum(-1).mean(1)

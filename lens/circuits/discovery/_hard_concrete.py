@@ -20,6 +20,7 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 import torch
+from scipy.stats import rankdata
 from torch import Tensor
 
 from lens.circuits.graph.activations import Ablation, Baseline, References
@@ -130,6 +131,7 @@ def learn_masks(
     penalty: float | None = None,
     steps: int = 300,
     rate: float = 0.1,
+    start: np.ndarray | None = None,
     seed: int = 0,
     baseline: Baseline = "counterfactual",
     kv: Kv = "head",
@@ -145,6 +147,8 @@ def learn_masks(
         sparsity: the share of gates that shall be 0, above 0 and below 1.
         penalty: instead of a target, the price of keeping everything, in units of the metric.
         steps, rate: of Adam.
+        start: a number for each gate, such as the sizes of `score_edges`: gates start in this order, the largest where all do
+            without it (sigmoid 0.9), the smallest as far on the other side (a warm start by ranks, as scores have heavy tails).
         seed: of gates and batches; the same seed gives the same masks.
         baseline: what replaces a writer: "counterfactual" (the corrupt prompt), "mean" or "zero".
         kv: "head" gives query heads of a group keys and values of their own, "group" does not.
@@ -174,7 +178,7 @@ def learn_masks(
     references = References(nodes, task, chosen)
     draw = torch.Generator().manual_seed(seed)
     gates = graph.n if over == "edges" else len(graph.writers) - 1
-    log_alpha = torch.full((gates,), _START, dtype=torch.float64, requires_grad=True)
+    log_alpha = _begun(start, gates).requires_grad_()
     prices = torch.zeros(2, dtype=torch.float64, requires_grad=True)
     groups = [{"params": [log_alpha]}, {"params": [prices], "maximize": True}]
     adam = torch.optim.Adam(groups, lr=rate)
@@ -212,6 +216,22 @@ def learn_masks(
         graph, over, learned, np.array(losses), np.array(sparsities), sparsity, penalty, seed, chosen,
         task.metric, task.name, model.name,
     )  # fmt: skip
+
+
+def _begun(start: np.ndarray | None, gates: int) -> Tensor:
+    """[gates] log_alpha before the first step.
+
+    Raises:
+        LensError: another number of them, or some that are no numbers.
+    """
+    if start is None:
+        return torch.full((gates,), _START, dtype=torch.float64)
+    if np.shape(start) != (gates,) or not np.isfinite(start).all():
+        raise LensError(
+            f"start must be {gates:,} numbers, one for each gate; got {np.shape(start)}"
+        )
+    share = (rankdata(start) - 1) / max(1, gates - 1)
+    return torch.from_numpy(_START * (2 * share - 1))
 
 
 def draw_gates(log_alpha: Tensor, draw: torch.Generator) -> Tensor:

@@ -4,7 +4,7 @@
 
 `out` is what the writer gives in this very run, `ref` a stored output. alpha 0 on all edges is the clean
 run, 1 on all edges the reference run; the gradient by alpha at 0 is edge attribution patching. Where norms
-come between writers and readers, "sum" is the way through them (`lens.circuits.nodes`).
+come between writers and readers, "sum" is the way through them (`lens.circuits.nodes`). With places, alpha is of an edge at a place.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from lens.common.errors import LensError
 from lens.passes.visit import Visitor
 
 
-def masked_logits(nodes: Nodes, ids: Tensor, reference: Activations, masks: Tensor) -> Tensor:
+def masked_logits(
+    nodes: Nodes, ids: Tensor, reference: Activations, masks: Tensor, where: Tensor | None = None
+) -> Tensor:
     """Logits [masks, rows, tokens, vocab] of one forward pass with edges replaced.
 
     Differentiable by `masks` (where grad is enabled).
@@ -28,16 +30,18 @@ def masked_logits(nodes: Nodes, ids: Tensor, reference: Activations, masks: Tens
         ids: [rows, tokens], or pictures [rows, channels, height, width].
         reference: of the same rows, or one row for all.
         masks: [masks, readers, writers], alpha of each edge; what stands where there is no edge is
-            not read.
+            not read. With `where` [spans, masks, readers, writers].
+        where: [spans, rows, tokens], in which tokens each of the masks holds; None: one for all.
 
     Raises:
         LensError: masks or references of other shapes, or alphas that are NaN.
     """
     wanted = (len(nodes.graph.readers), len(nodes.graph.writers))
-    if masks.dim() != 3 or masks.shape[1:] != wanted:
+    masks = masks[None] if where is None else masks
+    if masks.dim() != 4 or masks.shape[2:] != wanted:
         raise LensError(
             f"masks must be [masks, readers {wanted[0]}, writers {wanted[1]}], got the shape "
-            f"{list(masks.shape)}; graph.dense(values) makes them from values of the edges"
+            f"{list(masks.shape[where is None :])}; graph.dense(values) makes them from values of the edges"
         )
     of_tokens = ids.dim() == 2  # of pictures the model says itself how many positions they have
     if reference.input.shape[0] not in (1, len(ids)) or (
@@ -51,19 +55,23 @@ def masked_logits(nodes: Nodes, ids: Tensor, reference: Activations, masks: Tens
     masks = masks.where(allowed, 0)
     if masks.isnan().any():
         raise LensError("masks has NaN on an edge; give each edge a number of 0 to 1")
-    visitor = _Masking(nodes, reference, masks.to(nodes.model.device, nodes.model.dtype))
-    return visit(nodes, ids.repeat(len(masks), *[1] * (ids.dim() - 1)), visitor).unflatten(
-        0, (len(masks), -1)
+    visitor = _Masking(nodes, reference, masks.to(nodes.model.device, nodes.model.dtype), where)
+    copies = masks.shape[1]
+    return visit(nodes, ids.repeat(copies, *[1] * (ids.dim() - 1)), visitor).unflatten(
+        0, (copies, -1)
     )
 
 
 class _Masking(Visitor):
     """Adds `sum alpha (ref - out)` to what each reader reads; differences are kept writer by writer."""
 
-    def __init__(self, nodes: Nodes, reference: Activations, masks: Tensor) -> None:
+    def __init__(
+        self, nodes: Nodes, reference: Activations, masks: Tensor, where: Tensor | None
+    ) -> None:
         self._nodes, self._graph = nodes, nodes.graph
         self._reference = reference
-        self._masks = masks  # [masks, readers, writers]
+        self._masks = masks  # [spans, masks, readers, writers]
+        self._where = where  # [spans, rows, tokens]
         self._written = 0
         self._differences = torch.empty(0)  # [masks, writers, rows, tokens, d_model]
         self._walks = nodes.layout.bends
@@ -73,19 +81,30 @@ class _Masking(Visitor):
 
     def _copies(self, tensor: Tensor) -> Tensor:
         """[masks, rows, ...] of [masks * rows, ...]."""
-        return tensor.unflatten(0, (len(self._masks), -1))
+        return tensor.unflatten(0, (self._masks.shape[1], -1))
 
     def _read(self, residual: Tensor, readers: slice) -> Tensor:
         """[masks, readers, rows, tokens, d_model], what these readers get instead of the residual."""
-        alphas = self._masks[:, readers, : self._written]
+        alphas = self._masks[:, :, readers, : self._written]
         if self._walks:
             return self._walk(alphas)
-        added = alphas @ self._differences[:, : self._written].flatten(2)
-        copies = self._copies(residual)
-        return added.unflatten(2, copies.shape[1:]) + copies[:, None]
+        return (
+            self._added(alphas, self._differences[:, : self._written])
+            + self._copies(residual)[:, None]
+        )
+
+    def _added(self, alphas: Tensor, differences: Tensor) -> Tensor:
+        """[masks, readers, rows, tokens, d_model]: of alphas [spans, masks, readers, writers] and their differences."""
+        if self._where is None:
+            return (alphas[0] @ differences.flatten(2)).unflatten(2, differences.shape[2:])
+        added = 0
+        for own, span in zip(alphas, self._where.to(differences), strict=True):
+            added = added + own @ (differences * span[..., None]).flatten(2)
+        assert isinstance(added, Tensor)
+        return added.unflatten(2, differences.shape[2:])
 
     def _walk(self, alphas: Tensor) -> Tensor:
-        """`_read`, through the norms between: of alphas [masks, readers, writers so far]."""
+        """`_read`, through the norms between: of alphas [spans, masks, readers, writers so far]."""
         normed, graph = self._nodes.layout.normed, self._graph
         outputs, writers = iter(self._outputs), 0
 
@@ -93,9 +112,9 @@ class _Masking(Visitor):
             nonlocal writers
             part = slice(writers, writers + count)
             writers += count
-            own = next(outputs)[:, None]
-            added = alphas[..., part] @ self._differences[:, part].flatten(2)
-            return own + added.unflatten(2, own.shape[2:])
+            return next(outputs)[:, None] + self._added(
+                alphas[..., part], self._differences[:, part]
+            )
 
         stream = replaced(1)
         for layer in self._nodes.layers:
@@ -116,7 +135,7 @@ class _Masking(Visitor):
             self._differences = torch.cat(parts, 1)
             return
         if not start:
-            shape = (len(self._masks), len(self._graph.writers), *differences.shape[2:])
+            shape = (self._masks.shape[1], len(self._graph.writers), *differences.shape[2:])
             self._differences = differences.new_empty(shape)
         self._differences[:, start : self._written] = differences
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from lens.common.choices import check_choice, check_counts
+from lens.common.choices import check_between, check_choice, check_counts
 from lens.common.errors import LensError
 
 Method = Literal[
@@ -67,12 +67,16 @@ class Hybrid:
 
     Attributes:
         methods: words or objects; at least two.
+        pruning: share of the edges that edge pruning takes out, above 0 and below 1: its probabilities that an edge is kept,
+            with the sign of the first method, are one part more; its gates start from that method's sizes. None: without,
+            as it takes `steps` passes with gradients.
+        steps: of edge pruning.
 
     Raises:
-        LensError: fewer than two, a hybrid in it, or what is no method.
+        LensError: fewer than two, a hybrid in it, what is no method, or a share or a number of steps that is none.
 
-    Reference: the hybrid entry of the Mechanistic Interpretability Benchmark, 2025, arXiv 2510.06811 (without its
-        edge pruning).
+    Reference: the hybrid entry of the Mechanistic Interpretability Benchmark, 2025, arXiv 2510.06811, which has edge pruning in
+        it.
 
     Example:
         >>> lens.circuits.score_edges(small, copying, method=lens.circuits.scores.Hybrid(("eap", "exact"))).method
@@ -80,8 +84,13 @@ class Hybrid:
     """
 
     methods: tuple[Method | EapIg, ...] = ("eap-ig", "eap", "eap-ig-activations")
+    pruning: float | None = None
+    steps: int = 300
 
     def __post_init__(self) -> None:
+        check_counts(steps=self.steps)
+        if self.pruning is not None:
+            check_between(0, 1, pruning=[self.pruning])
         given = self.methods
         if isinstance(given, str) or len(given) < 2:
             raise LensError(f"Hybrid takes at least two methods, got {given!r}")

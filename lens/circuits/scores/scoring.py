@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from lens.circuits.discovery._hard_concrete import learn_masks
 from lens.circuits.graph.activations import (
     Ablation,
     Activations,
@@ -98,7 +99,10 @@ def score_edges(
     if isinstance(method, Hybrid) or method == "hybrid":
         several = method if isinstance(method, Hybrid) else Hybrid()
         asked = {"baseline": baseline, "kv": kv, "batch_size": batch_size, "progress": progress}
-        return _together([score_edges(model, task, method=one, **asked) for one in several.methods])
+        found = [score_edges(model, task, method=one, **asked) for one in several.methods]
+        if several.pruning is not None:
+            found.append(_kept_by_pruning(model, task, found[0], several, asked))
+        return _together(found)
     word, integrated = named(method)
     steps: int | Literal["auto"] = 1 if integrated is None else integrated.steps
     rule = "midpoint" if integrated is None else integrated.rule
@@ -131,6 +135,22 @@ def score_edges(
         f"after {count // 2} steps {missing:.1%} of the effect is still missing, so the gradients say "
         "little; look at method='atp*' or 'exact', or give a number of steps"
     )
+
+
+def _kept_by_pruning(
+    model: LoadedModel, task: Task, first: EdgeScores, hybrid: Hybrid, asked: dict[str, Any]
+) -> EdgeScores:
+    """Probability that edge pruning keeps each edge, with the sign of `first`, for every prompt alike."""
+    learned = learn_masks(
+        model,
+        task,
+        sparsity=hybrid.pruning,
+        steps=hybrid.steps,
+        start=np.abs(first.values),
+        **asked,
+    )
+    signed = np.sign(first.values) * learned.probabilities
+    return replace(first, per_prompt=np.broadcast_to(signed, first.per_prompt.shape))
 
 
 def _together(found: Sequence[EdgeScores]) -> EdgeScores:

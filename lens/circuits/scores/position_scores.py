@@ -1,0 +1,128 @@
+"""`PositionScores`: what each edge is worth at each place of the prompts, and each head's way between places."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from lens.circuits.graph.activations import Ablation
+from lens.circuits.graph.edge_scores import EdgeScores
+from lens.circuits.graph.graph import Graph
+from lens.common.errors import LensError
+from lens.common.results import Result, Sentence, described
+from lens.stats.intervals import columns
+
+PARTS = ("q", "k", "v")
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class PositionScores(Result):
+    """Scores in units of the metric, positive = the task needs it.
+
+    Attributes:
+        graph: the edges.
+        spans: names of the places.
+        where: [spans, prompts, tokens], which tokens they are.
+        within: [prompts, spans, edges], of what a reader reads in a span.
+        across: [prompts, part, layer, head, query span, key span]: of what a head's values, keys or queries (`PARTS`)
+            carry from a span to another.
+        method: "exact", "eap" or "eap-ig".
+        ablation: what replaces what is left out.
+        metric, task, model: names.
+    """
+
+    graph: Graph
+    spans: tuple[str, ...]
+    where: np.ndarray
+    within: np.ndarray
+    across: np.ndarray
+    method: str
+    ablation: Ablation
+    metric: str
+    task: str
+    model: str
+
+    def edges(self) -> EdgeScores:
+        """Summed over the spans: of gradients what `lens.circuits.score_edges` gives without positions."""
+        return EdgeScores(
+            self.graph, self.within.sum(1), self.method, Ablation(kv=self.graph.kv), self.metric, self.task,
+            self.model,
+        )  # fmt: skip
+
+    @property
+    def cancelled(self) -> float:
+        """Share of the size of all scores within spans that is lost when an edge's spans are summed."""
+        values = self.within.mean(0)
+        whole = np.abs(values).sum()
+        return float(1 - np.abs(values.sum(0)).sum() / whole) if whole else float("nan")
+
+    def top(self, count: int) -> np.ndarray:
+        """[spans, edges], the `count` pairs of an edge and a span whose scores are largest by size.
+
+        Raises:
+            LensError: a count that is not of these.
+        """
+        values = np.abs(self.within.mean(0))
+        if not 0 <= count <= values.size:
+            raise LensError(f"top takes 0 to {values.size:,} edges at spans, got {count}")
+        kept = np.zeros(values.size, bool)
+        kept[np.argsort(-values, axis=None, kind="stable")[:count]] = True
+        return kept.reshape(values.shape)
+
+    def table(self, count: int | None = None, *, seed: int = 0) -> pd.DataFrame:
+        """One row per edge and span, and per head, part and pair of spans; largest by size first.
+
+        Args:
+            count: only so many rows.
+            seed: of the bootstrap.
+
+        Columns: `edge` (across spans the head's part, such as "a1.h0<k>"), `span` (where it is read; across spans of the query),
+        `key_span` ("" within a span), `value` with `low` and `high` (95 % bootstrap over prompts), `n` prompts.
+        """
+        units = np.concatenate(
+            [self.within.reshape(len(self.within), -1), self.across.reshape(len(self.within), -1)],
+            1,
+        )
+        chosen = np.argsort(-np.abs(units.mean(0)), kind="stable")[:count]
+        names = [self._name(int(place)) for place in chosen]
+        return pd.DataFrame(
+            {
+                **dict(zip(("edge", "span", "key_span"), zip(*names, strict=True), strict=True)),
+                **columns("value", units[:, chosen].T, seed, plain=True),
+                "n": len(units),
+            }
+        )
+
+    def _name(self, place: int) -> tuple[str, str, str]:
+        inner = self.within[0].size
+        if place < inner:
+            span, edge = divmod(place, self.graph.n)
+            return self.graph.edges[edge], self.spans[span], ""
+        part, layer, head, query, key = np.unravel_index(place - inner, self.across.shape[1:])
+        return f"a{layer}.h{head}<{PARTS[part]}>", self.spans[query], self.spans[key]
+
+    def findings(self) -> tuple[Sentence, ...]:
+        """The largest edges at a place ("within"), the largest ways between places ("across"), and what sums over places
+        hide ("cancelled")."""
+        table = self.table()
+        said = []
+        inside = table["key_span"] == ""
+        for kind, own in (("within", table[inside]), ("across", table[~inside])):
+            best = ", ".join(
+                f"{row['edge']} at {row['span']}" + (f" from {row['key_span']}" if kind == "across" else "")
+                + f" {row['value']:.3g}"
+                for row in own.head(3).to_dict("records")
+            )  # fmt: skip
+            said.append(Sentence(f"Largest {kind} spans: {best}.", kind=kind))
+        said.append(
+            Sentence(
+                f"Summed over {len(self.spans)} spans, {self.cancelled:.0%} of the size of the edges' scores cancels.",
+                kind="cancelled",
+            )
+        )
+        return tuple(said)
+
+    def __repr__(self) -> str:
+        return described(self)

@@ -1,0 +1,253 @@
+"""Edges at places: each score against the model run with that edge at that place, and the known circuits' places."""
+
+import numpy as np
+import pytest
+import torch
+
+import lens
+from lens.circuits.graph.activations import read_activations
+from lens.circuits.graph.masked_forward import masked_logits
+from lens.circuits.graph.nodes import find_nodes
+from lens.circuits.graph.spans import find_spans
+from lens.circuits.known import induction_transformer
+from lens.circuits.scores import positions
+from lens.circuits.scores.attribution import head_slopes
+from lens.common.errors import LensError
+from lens.passes.calls import attend
+from lens.passes.sessions import listening
+from tests.lens.circuit_models import Naive, error, small_model, small_task
+
+SPANS = {"start": (0, 2), "mid": torch.tensor([3, 2, 4])}
+WHERE = {  # edges of the known circuit, and the tokens at which they show: BOS 0 1 2 3 4 2 0
+    "last token": {"input->a1.h0<q>": [7], "a1.h0->logits": [7]},
+    "first token": {"input->a0.h0<v>": [1, 4], "a0.h0->a1.h0<k>": [2, 5], "a1.h0->logits": [7]},
+    "successor": {"input->a1.h0<v>": [2], "a1.h0->logits": [7]},
+}
+WAYS = {  # part of a head, query, key
+    "last token": {("a1.h0<q>", "7", "2"), ("a1.h0<q>", "7", "5")},
+    "first token": {
+        ("a0.h0<v>", "2", "1"), ("a0.h0<v>", "5", "4"), ("a1.h0<k>", "7", "2"), ("a1.h0<k>", "7", "5")
+    },
+    "successor": {("a1.h0<v>", "7", "2")},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def case():
+    return small_model("llama"), small_task(rows=3)
+
+
+@pytest.fixture(scope="module")
+def exact():
+    model, task = small_model("gpt2"), small_task(rows=3)
+    return model, task, positions(model, task, SPANS, method="exact", progress=False)
+
+
+def test_an_edge_in_a_span_is_that_of_the_naive_model(exact):
+    model, task, found = exact
+    graph, where = found.graph, torch.as_tensor(found.where)
+    assert found.spans == ("start", "mid", "rest")
+    assert where.sum(0).eq(1).all()
+    nodes, rows = find_nodes(model), torch.arange(task.n)
+    own, corrupt = (read_activations(nodes, ids)[1] for ids in (task.clean, task.corrupt))
+    naive = Naive(model)
+    clean = task.measure(model.model(task.clean).logits, rows)
+    for name in ("input->a0.h1<k>", "a0.h0->a1.h2<v>", "m0->logits", f"a1.h1->{graph.readers[-2]}"):
+        edge = graph.find([name])[0]
+        mask = torch.zeros(graph.allowed.shape, dtype=torch.float64)
+        mask[graph.ends[0][edge], graph.ends[1][edge]] = 1
+        for span in range(3):
+            at = where[span]
+            mixed = own.minus(own.minus(corrupt).each(
+                lambda part, at=at: part * (at[..., None] if part.dim() == 3 else at[:, None, :, None])
+            ))  # fmt: skip
+            with torch.no_grad():
+                logits = naive.logits(task.clean, mixed, mask, graph)
+            expected = (clean - task.measure(logits, rows)).detach().numpy()
+            np.testing.assert_allclose(found.within[:, span, edge], expected, atol=1e-11)
+
+
+def calls_of(model, ids):
+    kept = []
+
+    def keep(call):
+        kept.append(call)
+        return attend(call).output
+
+    with listening(model, keep), torch.no_grad():
+        model.model(ids)
+    return kept
+
+
+def dense(call, query_rows, key, value, patched_logits=None):
+    """A head's rows with the N×N matrix written out."""
+    scores = call.scale * query_rows @ key.mT
+    if patched_logits is not None:
+        at, other = patched_logits
+        scores = torch.where(at[:, None, :], call.scale * other @ key.mT, scores)
+    hidden = torch.ones(scores.shape[-2:]).triu(1).bool()
+    return scores.masked_fill(hidden, -torch.inf).softmax(-1) @ value
+
+
+def test_a_way_between_spans_is_that_of_the_dense_head(exact):
+    """Head by head with the matrix written out, one of q, k and v of one span replaced, in the rows of another."""
+    model, task, found = exact
+    where, rows = torch.as_tensor(found.where), torch.arange(task.n)
+    clean = task.measure(model.model(task.clean).logits, rows).detach()
+    own, other = (calls_of(model, ids) for ids in (task.clean, task.corrupt))
+    for layer, head, part, query, key in [
+        (0, 1, 0, 2, 0),
+        (1, 2, 1, 2, 0),
+        (1, 0, 2, 2, 1),
+        (0, 0, 1, 1, 0),
+    ]:
+        call, its = own[layer], other[layer]
+        group = head * call.key.shape[1] // call.query.shape[1]
+        q, k, v = call.query[:, head], call.key[:, group], call.value[:, group]
+        at = where[key]
+        if part == 0:
+            z = dense(call, q, k, v, (at, its.query[:, head]))
+        elif part == 1:
+            z = dense(call, q, torch.where(at[..., None], its.key[:, group], k), v)
+        else:
+            z = dense(call, q, k, torch.where(at[..., None], its.value[:, group], v))
+
+        def put(given, layer=layer, head=head, z=z, query=query):
+            output = attend(given).output.clone()
+            if given.layer == layer:
+                output[:, head] = torch.where(where[query][..., None], z, output[:, head])
+            return output
+
+        with listening(model, put), torch.no_grad():
+            expected = clean - task.measure(model.model(task.clean).logits, rows)
+        mine = found.across[:, part, layer, head, query, key]
+        assert expected.abs().max() > 1e-6
+        np.testing.assert_allclose(mine, expected, atol=1e-11)
+
+
+def test_sums_over_places_are_the_scores_without_them(case):
+    model, task = case
+    for method in ("eap", lens.circuits.EapIg(steps=2)):
+        found = positions(model, task, SPANS, method=method, progress=False)
+        whole = lens.circuits.score_edges(model, task, method=method, progress=False)
+        assert error(found.edges().per_prompt, whole.per_prompt) < 1e-11
+    each = positions(model, task, "each", method="eap", progress=False)
+    spans = positions(model, task, SPANS, method="eap", progress=False)
+    where = spans.where.astype(float)
+    summed = np.einsum("pte,spt->pse", each.within, where)
+    np.testing.assert_allclose(summed, spans.within, atol=1e-12)
+    values = np.einsum("plhij,spi,upj->plhsu", each.across[:, 2], where, where)
+    np.testing.assert_allclose(values, spans.across[:, 2], atol=1e-12)  # values are linear
+    assert 0 < each.cancelled < 1
+
+
+def test_keys_of_single_tokens_are_the_papers_closed_form(case):
+    """`A' = A e^d / (1 - A + A e^d)` and `o' - o = (A' - A) / (1 - A) (v_j - o)`, of queries and of keys."""
+    model, task = case
+    found = positions(model, task, "each", method="eap", progress=False)
+    own, other = (calls_of(model, ids) for ids in (task.clean, task.corrupt))
+    nodes = find_nodes(model)
+    slope = head_slopes(
+        nodes, task.clean, lambda logits: task.measure(logits, torch.arange(task.n))
+    ).heads
+    for layer, head in ((0, 1), (1, 2)):
+        call, its = own[layer], other[layer]
+        group = head * call.key.shape[1] // call.query.shape[1]
+        q, k, v = call.query[:, head], call.key[:, group], call.value[:, group]
+        o = dense(call, q, k, v)
+        scores = (call.scale * q @ k.mT).masked_fill(torch.ones(7, 7).triu(1).bool(), -torch.inf)
+        a = scores.softmax(-1)
+        for part, changed in enumerate((its.query[:, head] @ k.mT, q @ its.key[:, group].mT)):
+            shift = call.scale * changed - call.scale * q @ k.mT
+            new = a * shift.exp() / (1 - a + a * shift.exp())
+            for i, j in ((5, 2), (6, 6), (3, 0)):
+                moved = ((new - a) / (1 - a))[:, i, j, None] * (v[:, j] - o[:, i])
+                expected = -(slope[layer][:, head, i] * moved).sum(-1)
+                np.testing.assert_allclose(
+                    found.across[:, part, layer, head, i, j], expected, atol=1e-10
+                )
+
+
+@pytest.mark.parametrize("name", list(WHERE))
+def test_the_known_circuit_shows_where_it_works_and_nowhere_else(name):
+    known = induction_transformer(beta=30.0, dtype="float64")
+    task = known.tasks[name]
+    found = positions(known.model, task, "each", method="exact", progress=False)
+    table = found.table()
+    large = table[table["value"].abs() > 1e-3]
+    inside = large[large["key_span"] == ""]
+    expected = {(edge, str(at)) for edge, places in WHERE[name].items() for at in places}
+    assert set(zip(inside["edge"], inside["span"], strict=True)) == expected
+    across = large[large["key_span"] != ""]
+    assert set(zip(across["edge"], across["span"], across["key_span"], strict=True)) == WAYS[name]
+    judged = lens.circuits.checks.positions(known.model, task, found, [0.025, 0.08], progress=False)
+    values = judged.table().set_index(["by", "share"])["faithfulness"]
+    assert values["at places", 0.025] == pytest.approx(1, abs=1e-6)
+    assert values["everywhere", 0.025] == pytest.approx(0, abs=1e-6)
+    assert values["random at places", 0.025] == pytest.approx(0, abs=1e-6)
+    sizes = judged.smallest()
+    assert sizes["at places"] < 0.025 < 0.06
+    assert len(judged.plot().data) == 3
+    assert judged.findings()[0].kind == "size"
+    figure = found.plot(top=6)
+    assert sum(len(trace.y) for trace in figure.data) == 6
+
+
+def test_masks_in_spans_are_masks_everywhere_where_they_are_alike(case):
+    model, task = case
+    nodes = find_nodes(model)
+    _, reference = read_activations(nodes, task.corrupt)
+    masks = torch.rand(2, *nodes.graph.allowed.shape, dtype=torch.float64)
+    where = find_spans(task, SPANS).where
+    with torch.no_grad():
+        whole = masked_logits(nodes, task.clean, reference, masks)
+        spans = masked_logits(nodes, task.clean, reference, masks.expand(3, -1, -1, -1), where)
+        parts = masked_logits(
+            nodes, task.clean, reference, torch.stack([masks, 0 * masks, 0 * masks]), where
+        )
+    assert error(spans, whole) < 1e-12
+    assert error(parts, whole) > 1e-3
+    at = where[0][0].nonzero()[:, 0]
+    assert (
+        error(parts[:, 0, at], whole[:, 0, at]) < 1e-12
+    )  # nothing before it is replaced elsewhere
+
+
+@pytest.mark.parametrize(
+    ("spans", "match"),
+    [
+        (None, "has no marks; give spans"),
+        ({}, "spans must be None, 'each' or a mapping"),
+        ({"rest": 1}, "not 'rest'"),
+        ({"a": (0, 3), "b": 2}, "a and b do in prompt 0"),
+        ({"a": 7}, "within the 7 tokens"),
+        ({"a": (2, 2)}, "and have one"),
+        ({"a": [0.5, 1, 2]}, "must be positions"),
+        ({"a": [[1, 2, 3]]}, "got the shape"),
+    ],
+)
+def test_spans_that_are_none_are_refused(case, spans, match):
+    with pytest.raises(LensError, match=match):
+        positions(*case, spans, progress=False)
+
+
+def test_what_has_no_scores_is_refused(case):
+    model, task = case
+    with pytest.raises(LensError, match="method must be one of 'exact', 'eap', 'eap-ig'"):
+        positions(model, task, "each", method="relp", progress=False)
+    with pytest.raises(LensError, match="is flat at the clean prompts"):
+        positions(model, task.with_kl(model), "each", method="eap", progress=False)
+    found = positions(model, task, SPANS, method="eap", progress=False)
+    with pytest.raises(LensError, match="top takes 0 to"):
+        found.top(10**9)
+    assert found.top(5).sum() == 5
+    with pytest.raises(LensError, match="the places are of 3 prompts of 7 tokens"):
+        lens.circuits.checks.positions(model, small_task(rows=2), found, progress=False)
+    with pytest.raises(LensError, match="must be named start, mid, rest"):
+        lens.circuits.checks.positions(model, task, found, spans={"end": 6}, progress=False)
+    other = small_task(seed=1, rows=2)
+    places = {"start": (0, 2), "mid": torch.tensor([3, 2])}
+    judged = lens.circuits.checks.positions(
+        model, other, found, [0.3], spans=places, progress=False
+    )
+    assert (judged.table()["kept"] <= 0.3).all()
