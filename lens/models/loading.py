@@ -26,7 +26,7 @@ from lens.models.attention_only import AttentionOnlyConfig, AttentionOnlyModel
 from lens.models.catalogue import DEFAULT_MODEL, KNOWN, is_hub_id, unknown_model
 from lens.models.loaded import LoadedModel, ModelInfo, is_bridge
 from lens.models.processors import read_processor
-from lens.models.quantised import check_gguf, class_of, names_tokens, readable_weights
+from lens.models.quantised import class_of, names_tokens, readable_weights
 from lens.models.sizes import describe, describe_bridge
 from lens.models.stacks import stacks
 from lens.models.tokens import check_fit
@@ -149,27 +149,20 @@ def _from_folder(
             f"{folder} holds no model: config.json is missing; give a folder written by save_pretrained, or a GGUF file"
         )
     with told(lambda why: f"cannot load the model in {folder}: {why}"):
-        if gguf_file is not None:
-            check_gguf(folder / gguf_file)
+        has_tokens = gguf_file is None or names_tokens(folder / gguf_file)
         model = _pretrained(str(folder), None, dtype, device, local=True, gguf_file=gguf_file)
-        tokenizer = _tokenizer(folder, gguf_file)
+        tokenizer = _tokenizer(folder, gguf_file) if has_tokens else None
         processor = read_processor(model, str(folder), local_files_only=True)
     name = folder.name if gguf_file is None else Path(gguf_file).stem
     return replace(_described(model, tokenizer, name), processor=processor)
 
 
 def _tokenizer(folder: Path, gguf_file: str | None = None) -> Any:
-    """None where there is none."""
-    if gguf_file is not None:
-        has_one = names_tokens(folder / gguf_file)
-    else:
-        has_one = any((folder / file).is_file() for file in _TOKENIZER_FILES)
+    """That of a GGUF file, which holds one, or of a folder: None where there is none."""
+    if gguf_file is None and not any((folder / file).is_file() for file in _TOKENIZER_FILES):
+        return None
     options = {} if gguf_file is None else {"gguf_file": gguf_file}
-    return (
-        AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
-        if has_one
-        else None
-    )
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
 
 
 def _from_hub(

@@ -5,16 +5,21 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import transformers
 
-from lens.common.errors import LensError, first_line
+from lens.common.errors import LensError, told
 
 
-def check_gguf(file: Path) -> None:
-    """Raises LensError: no GGUF file, a file in several parts, or nothing here that reads it."""
+def names_tokens(file: Path) -> bool:
+    """Whether a GGUF file, which is read once for all questions, holds a tokenizer.
+
+    Raises:
+        LensError: no GGUF file, one that is damaged or of several parts, or nothing here that reads it.
+    """
     if importlib.util.find_spec("gguf") is None:
         raise LensError(
             f"{file} is a GGUF file, which gguf reads: pip install 'attention-lens[gguf]'"
@@ -22,26 +27,16 @@ def check_gguf(file: Path) -> None:
     with file.open("rb") as opened:
         if opened.read(4) != b"GGUF":
             raise LensError(f"{file} is no GGUF file: it does not begin with GGUF; get it again")
-    fields = _fields(file)
+    import gguf
+
+    with told(lambda why: f"{file} is damaged or not all there: {why}"):
+        fields: dict[str, Any] = dict(gguf.GGUFReader(str(file)).fields)
     parts = fields.get("split.count")
     if parts is not None and int(parts.contents()) > 1:
         raise LensError(
             f"{file} is one of {int(parts.contents())} parts; join them (llama-gguf-split --merge) and load the whole"
         )
-
-
-def names_tokens(file: Path) -> bool:
-    """Whether a GGUF file holds a tokenizer."""
-    return "tokenizer.ggml.tokens" in _fields(file)
-
-
-def _fields(file: Path) -> dict[str, Any]:
-    import gguf
-
-    try:
-        return dict(gguf.GGUFReader(str(file)).fields)
-    except Exception as error:  # of somebody else's code: any kind
-        raise LensError(f"{file} is damaged or not all there: {first_line(error)}") from error
+    return "tokenizer.ggml.tokens" in fields
 
 
 def class_of(config: Any) -> str:
@@ -60,19 +55,17 @@ def readable_weights(config: Any, name: str) -> Iterator[None]:
     Raises:
         LensError: a package that reads such weights is missing, or they need another device.
     """
-    try:
+    settings: Any = getattr(config, "quantization_config", None)
+    if settings is None:
         yield
-    except LensError:
-        raise
-    except Exception as error:  # of somebody else's code: any kind
-        settings = getattr(config, "quantization_config", None)
-        if settings is None:
-            raise
-        read = (
-            settings.get if isinstance(settings, dict) else lambda key: getattr(settings, key, None)
-        )
-        method = getattr(read("quant_method"), "value", read("quant_method"))
-        raise LensError(
-            f"the weights of {name} are quantised ({method}), and cannot be loaded here: {first_line(error)}; load a "
+        return
+    read = settings.get if isinstance(settings, dict) else partial(getattr, settings)
+    method = read("quant_method", None)
+    method = getattr(method, "value", method)
+    with told(
+        lambda why: (
+            f"the weights of {name} are quantised ({method}), and cannot be loaded here: {why}; load a "
             "checkpoint in float32, bfloat16, GGUF or 4 bit of bitsandbytes"
-        ) from error
+        )
+    ):
+        yield
