@@ -31,7 +31,7 @@ from lens.traces.split import record_split
 from lens.traces.statistics import LayerRecord, Settings, make_settings
 from lens.traces.towers import capture_towers
 from lens.traces.trace import AttentionTrace
-from lens.traces.writing import Writing
+from lens.traces.writing import Writing, folders_of
 
 LARGEST_MAPS = 4 << 30  # bytes of block maps of one layer
 
@@ -154,9 +154,11 @@ def capture(
                 "statistics, chunk, group, new and labels out"
             )
         found = imported_traces(model, prompts, attentions, block_size)
-        for number, one in enumerate(found if isinstance(found, list) else [found]):
-            if out is not None:
-                one.save(Path(out) / f"p{number:03d}" if isinstance(found, list) else out)
+        several = found if isinstance(found, list) else [found]
+        folders = folders_of(out, len(several), several is not found)
+        for one, folder in zip(several, folders, strict=True):
+            if folder is not None:
+                one.save(folder)
         return found
     if model is None:
         raise LensError("model may be None only beside attentions; pass what lens.load returns")
@@ -204,10 +206,11 @@ def capture(
             check_pieces(model, prompt, chunk)
         if links is not None:
             check_split(model, prompt, links)
+    writes = links is None or not links.rank
+    folders = folders_of(out if writes else None, len(found), is_single)
     if new is not None:
         how = {"new": new, "temperature": temperature, "seed": seed, "progress": progress}
-        folders = [None if out is None else Path(out) / f"p{at:03d}" for at in range(len(found))]
-        found = written_traces(model, found, settings, [out] if is_single else folders, **how)
+        found = written_traces(model, found, settings, folders, **how)
         return found[0] if is_single else found
     tokens = [
         None if labels is None or one.ids is None else model.token_strings(one.ids) for one in found
@@ -222,19 +225,15 @@ def capture(
     total = sum(pieces_of(prompt, chunk) for prompt in found) * layers
     with advancing(f"{model.name}: layers", total, progress) as advance:
         for places in together:
-            if links is not None and links.rank:
-                out = None
             chosen = settings.with_labels(own[places[0]])
             prompts = [found[place] for place in places]
             writing = []
             for place in places:
-                folder = out if out is None or is_single else Path(out) / f"p{place:03d}"
+                folder = folders[place]
+                within = {part: folder / part if folder and has_views else folder for part in views}
                 writing.append(
                     {
-                        part: Writing(
-                            *(view, found[place], chosen),
-                            Path(folder) / part if folder and has_views else folder,
-                        )
+                        part: Writing(view, found[place], chosen, within[part])
                         for part, view in views.items()
                     }
                 )
@@ -242,7 +241,7 @@ def capture(
             if len(places) > 1:
                 _record_together(writing, model, prompts, chosen, advance)
             else:
-                folder = None if folder is None else Path(folder)
+                folder = folders[places[0]]
                 _record(writing[0], model, prompts[0], chosen, chunk, links, advance, folder)
             note = {
                 "seed": seed,

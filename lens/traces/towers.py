@@ -13,7 +13,7 @@ from lens.passes.towers import prompt_of, read_pairs, run_whole
 from lens.traces.parts import TraceParts
 from lens.traces.recorder import Once, Recorder
 from lens.traces.statistics import LayerRecord, Settings
-from lens.traces.writing import Writing
+from lens.traces.writing import Writing, folders_of
 
 
 def capture_towers(
@@ -30,13 +30,12 @@ def capture_towers(
     traces = []
     layers = sum(len(tower.info.attending) for tower in model.towers.values())
     with advancing(f"{model.name}: layers", len(found) * layers, progress) as advance:
-        for number, inputs in enumerate(found):
-            folder = out if out is None or is_single else Path(out) / f"p{number:03d}"
+        for inputs, folder in zip(found, folders_of(out, len(found), is_single), strict=True):
             done = {}
             for name, tower in model.towers.items():
                 start = time.perf_counter()
                 prompt = prompt_of(tower, inputs)
-                writing = Writing(tower, prompt, settings, Path(folder) / name if folder else None)
+                writing = Writing(tower, prompt, settings, folder / name if folder else None)
                 recorder = Once(
                     Recorder(settings, partial(_take, writing, advance)), model.info.class_name
                 )

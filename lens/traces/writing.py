@@ -132,6 +132,13 @@ def _attributes(
     }
 
 
+def folders_of(out: str | Path | None, count: int, is_single: bool) -> list[Path | None]:
+    """Where the trace of each prompt is written: of one `out`, of several a folder each inside it; None: nowhere."""
+    if out is None:
+        return [None] * count
+    return [Path(out)] if is_single else [Path(out) / f"p{number:03d}" for number in range(count)]
+
+
 def provenance(
     layers: Sequence[LayerRecord], settings: Settings, dtype: torch.dtype, device: torch.device
 ) -> dict[str, Any]:
