@@ -54,6 +54,21 @@ def test_a_corpus_of_its_own_is_read(folder, lens_command, tmp_path):
     assert section.tables["heads"]["random_weights"].isna().all()
 
 
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (("--corpus", "gone.jsonl"), "no file"),
+        ((), "the run has copied prompts alone"),
+    ],
+)
+def test_a_corpus_that_is_not_there_is_refused_before_the_profile(
+    lens_command, tmp_path, more, said
+):
+    answer = lens_command("examples", "--copied", "1", *more, "--out", tmp_path)
+    assert (answer.code, list(tmp_path.iterdir())) == (2, [])
+    assert said in answer.err
+
+
 def test_the_page_of_a_head_shows_its_examples(folder):
     view = Selection(page="head", run=folder.name, layer=1, head=3)
     library = Library(folder.parent)

@@ -1,20 +1,17 @@
 """Top activating examples: the windows of a corpus on which each head attends most."""
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from lens import reading
-from lens.common.errors import LensError
 from lens.figures.columns import column_grid
 from lens.models.vocabulary import around, windows
 from lens.runs.headlines import Headline
 from lens.runs.sections import Section
-from lens_analyses.inputs import read_sources
 from lens_analyses.steps.columns import defined
-from lens_analyses.steps.subject import WINDOW, Subject
+from lens_analyses.steps.subject import WINDOW, Subject, corpus_of
 
 
 def examples(subject: Subject) -> Section:
@@ -53,28 +50,9 @@ def examples(subject: Subject) -> Section:
 
 
 def _corpus(subject: Subject) -> Iterator[list[int]]:
-    """Windows of the texts that the run's prompts were cut from, or of a corpus of its own, one after the other.
-
-    Raises:
-        LensError: no text.
-    """
-    given = subject.config.prompts
-    own = subject.settings.corpus
-    if own is not None:
-        name = "batch" if Path(own).suffix in (".jsonl", ".ndjson") else "text"
-        none = dict.fromkeys(("text", "text_name", "batch", "sha256", "tokens", "windows"))
-        prompts = given.model_copy(update=none | {name: own})
-        config = subject.config.model_copy(update={"prompts": prompts})
-    else:
-        config = subject.config
-    _, sources = read_sources(config)
-    if not sources:
-        raise LensError(
-            "examples are looked for in text, and the run has copied prompts alone; give --text FILE, "
-            "--text-name moby-dick or --corpus FILE"
-        )
+    """Windows of its texts, one after the other."""
     left, pair, length = subject.settings.n, around(subject.model), _length(subject)
-    for source in sources:
+    for source in corpus_of(subject.config):
         ids = subject.model.encode(source.text)
         for window in windows(ids, length, pair) or [ids[:length]]:
             if left:

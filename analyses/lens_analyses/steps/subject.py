@@ -12,10 +12,10 @@ from lens.runs import Run
 from lens_analyses.config import CircuitSettings, RunConfig
 from lens_analyses.config.analyses import AnalysisSettings, PoliciesSettings
 from lens_analyses.config.listed import layer_of, listed
-from lens_analyses.config.models import labelled_by
+from lens_analyses.config.models import PromptConfig, labelled_by
 from lens_analyses.config.paths import is_task_file
 from lens_analyses.console import Output
-from lens_analyses.inputs import PlannedPrompt
+from lens_analyses.inputs import PlannedPrompt, Source, read_sources
 from lens_analyses.pictured import pictures_of, reads_pictures
 from lens_analyses.steps.run_circuits import other_run
 
@@ -142,7 +142,7 @@ def analysed(
     """Token ids of the prompts of the task and of the windows of text that an analysis will run on.
 
     Raises:
-        LensError: as `windows_of`, `named_task`, `other_run` and `check_edges`, so that a run is refused before its
+        LensError: as `corpus_of`, `windows_of`, `named_task`, `other_run` and `check_edges`, so that a run is refused before its
             profile.
     """
     settings, what = config.analysis, config.what
@@ -151,6 +151,8 @@ def analysed(
         task = labelled_task(model, config)
         length = len(planned[0].ids) if reads_pictures(config) else task.length
         return [[0] * length] * task.n, []
+    if what == "examples":
+        corpus_of(config)
     if settings is None or what in ("vision", "examples", "generate"):
         return [], []
     if isinstance(settings, CircuitSettings):
@@ -167,6 +169,26 @@ def analysed(
     if task == "text":
         return found, found
     return named_task(model, task, settings.n, config.seed).prompts, found
+
+
+def corpus_of(config: RunConfig) -> list[Source]:
+    """The texts in which examples are looked for: a corpus of its own, or what the run's prompts were cut from.
+
+    Raises:
+        LensError: no text, or as `read_sources`.
+    """
+    own = getattr(config.analysis, "corpus", None)
+    if own is not None:
+        name = "batch" if Path(own).suffix in (".jsonl", ".ndjson") else "text"
+        prompts = PromptConfig.model_validate({name: own})
+        config = config.model_copy(update={"prompts": prompts})
+    _, sources = read_sources(config)
+    if not sources:
+        raise LensError(
+            "examples are looked for in text, and the run has copied prompts alone; give --text FILE, "
+            "--text-name moby-dick or --corpus FILE"
+        )
+    return sources
 
 
 def _check_heads(model: "LoadedModel", words: str | None) -> None:
