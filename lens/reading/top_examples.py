@@ -19,6 +19,12 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 By = Literal["attention", "sink_excluded", "written"]
+WORDS: dict[str, str] = {
+    "attention": "attention",
+    "sink_excluded": "attention without the first token",
+    "written": "what the pair writes",
+}
+"""Measure of an example -> what it is called."""
 BY: tuple[By, ...] = get_args(By)
 
 
@@ -168,7 +174,7 @@ class TopExamples(Result):
             )
             said.append(
                 Sentence(
-                    f"By {_WORDS[str(by)]} {top['name']} looks hardest: its strongest pair of a prompt has "
+                    f"By {WORDS[str(by)]} {top['name']} looks hardest: its strongest pair of a prompt has "
                     f"{top['typical']:.2f}{ends} on average{chance}; the best is {top['query_token']!r} to "
                     f"{top['key_token']!r}.",
                     kind="strongest",
@@ -183,10 +189,3 @@ class TopExamples(Result):
     def __repr__(self) -> str:
         said = "\n  ".join(self.findings())
         return f"TopExamples({self.model}: {self.prompts} prompts)\n  {said}"
-
-
-_WORDS = {
-    "attention": "attention",
-    "sink_excluded": "attention without the first token",
-    "written": "what the pair writes",
-}

@@ -8,6 +8,7 @@ import pandas as pd
 from lens import reading
 from lens.figures.columns import column_grid
 from lens.models.vocabulary import around, windows
+from lens.reading.top_examples import WORDS
 from lens.runs.headlines import Headline
 from lens.runs.sections import Section
 from lens_analyses.steps.columns import defined
@@ -41,7 +42,7 @@ def examples(subject: Subject) -> Section:
         tables=tables,
         figures={
             by: column_grid(
-                heads[(heads["by"] == by).to_numpy()], "typical", labels={"typical": _WORDS[by]}
+                heads[(heads["by"] == by).to_numpy()], "typical", labels={"typical": WORDS[by]}
             )
             for by in found.found
         },
@@ -70,7 +71,7 @@ def _headlines(heads: pd.DataFrame) -> Iterator[Headline]:
     for by, rows in heads.dropna(subset=["random_weights"]).groupby("by", sort=False):
         top: dict[Any, Any] = rows.loc[[rows["typical"].idxmax()]].to_dict("records")[0]
         yield Headline(
-            f"{top['name']} looks hardest by {_WORDS[str(by)]}: its strongest pair of a window has {top['typical']:.2f} on "
+            f"{top['name']} looks hardest by {WORDS[str(by)]}: its strongest pair of a window has {top['typical']:.2f} on "
             f"average, with random weights at most {top['random_weights']:.2f}; the best is {top['query_token']!r} to "
             f"{top['key_token']!r}.",
             *(
@@ -82,11 +83,6 @@ def _headlines(heads: pd.DataFrame) -> Iterator[Headline]:
         )
 
 
-_WORDS = {
-    "attention": "attention",
-    "sink_excluded": "attention without the first token",
-    "written": "what the pair writes",
-}
 _COLUMNS = {
     "name": "Layer and head.",
     "layer": "Layer, by the model's own number.",

@@ -5,16 +5,11 @@ from typing import Any
 import pandas as pd
 from dash import dcc, html
 
+from lens.reading.top_examples import WORDS
 from lens.runs import Run
 from lens_dashboards.library import sections
 from lens_dashboards.pages.parts import card, choice, number, select, shade
 from lens_dashboards.selection import Selection
-
-_NAMES = {
-    "attention": "attention",
-    "sink_excluded": "attention without the first token",
-    "written": "what the pair writes",
-}
 
 
 def examples_card(run: Run, view: Selection, name: str, notes: list[str]) -> list[Any]:
@@ -23,7 +18,7 @@ def examples_card(run: Run, view: Selection, name: str, notes: list[str]) -> lis
     if section is None:
         return []
     heads, found, strips = (section.tables[part] for part in ("heads", "examples", "strips"))
-    known = {by: _NAMES.get(by, by) for by in dict.fromkeys(map(str, heads["by"]))}
+    known = {by: WORDS.get(by, by) for by in dict.fromkeys(map(str, heads["by"]))}
     usual = "sink_excluded" if view.variant == "sink_excluded" else "attention"
     by = choice(view, "by", known, usual, notes)
     mine, around, row = (
