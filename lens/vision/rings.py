@@ -122,14 +122,19 @@ def rings(trace: AttentionTrace, *, image: int = 0, seed: int = 0) -> Rings:
     """
     grid = grid_of(trace, image)
     away = np.abs(offsets(grid)).max(0)
-    members = np.stack(
-        [away == ring for ring in range(int(away.max()) + 1)]
-    )  # [rings, patches, patches]
-    sizes = members.sum(-1)
+    patches, count = len(away), int(away.max()) + 1
+    place = (np.arange(patches)[:, None] * count + away).ravel()  # whose ring, and which
+
+    def by_ring(weights: np.ndarray | None = None) -> np.ndarray:
+        """[rings, patches] sums; members without weights."""
+        found = np.bincount(place, weights, patches * count)
+        return found.reshape(patches, count).T
+
+    sizes = by_ring()
     there = np.where(sizes > 0, sizes, np.nan)
     mass, weight, elsewhere = [], [], []
     for _, one in maps(trace, grid):
-        sums = np.einsum("kpq,pq->kp", members, one)
+        sums = by_ring(one.ravel())
         mass.append(sums)
         weight.append(np.nanmean(sums / there, -1))
         elsewhere.append(1 - one.sum(-1).mean())
