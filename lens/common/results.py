@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -63,6 +64,11 @@ def described(result: _Says) -> str:
     more = len(said) - SENTENCES
     rest = [f"... {more} more in .findings()"] if more > 0 else []
     return "\n  ".join([type(result).__name__, *said[:SENTENCES], *rest])
+
+
+def ends(low: float, high: float, form: str) -> str:
+    """` [low, high]` behind a number, both in this form; nothing where they are NaN, as of a single prompt."""
+    return "" if math.isnan(low) else f" [{low:{form}}, {high:{form}}]"
 
 
 def few(names: Sequence[object], most: int = 6, joint: str = ", ") -> str:

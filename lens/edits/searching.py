@@ -14,7 +14,7 @@ from lens.common.errors import LensError
 from lens.common.given import given_as
 from lens.common.head_ids import HeadId
 from lens.common.progress import advancing
-from lens.common.results import Result, Sentence, described, few
+from lens.common.results import Result, Sentence, described, ends, few
 from lens.edits.language import OfHeads
 from lens.edits.running import edit as run
 from lens.models.loaded import LoadedModel, check_loaded
@@ -109,7 +109,7 @@ class HeadSearch(Result):
             return (Sentence(text, kind="chosen"),)
         rows = self.summary().to_dict("records")
         shown = [
-            f"{row['gain']:.4f} [{row['gain_low']:.4f}, {row['gain_high']:.4f}]" for row in rows
+            f"{row['gain']:.4f}{ends(row['gain_low'], row['gain_high'], '.4f')}" for row in rows
         ]
         chosen = (
             f"{len(self.chosen)} of {heads} heads were chosen on {prompts} validation prompts: "

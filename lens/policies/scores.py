@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from lens.common.head_ids import HeadId, head_columns
-from lens.common.results import Result, Sentence, few
+from lens.common.results import Result, Sentence, ends, few
 from lens.stats.intervals import columns
 
 COLUMNS = {
@@ -188,5 +188,4 @@ class PolicyScores(Result):
 
 
 def _ends(row: pd.Series, name: str, form: str = ".1%") -> str:
-    low, high = row[f"{name}_low"], row[f"{name}_high"]
-    return "" if np.isnan(low) else f" [{format(low, form)}, {format(high, form)}]"
+    return ends(row[f"{name}_low"], row[f"{name}_high"], form)

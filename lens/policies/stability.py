@@ -14,7 +14,7 @@ from lens.common.choices import check_counts, is_number
 from lens.common.errors import LensError
 from lens.common.head_ids import HeadId, head_columns
 from lens.common.progress import advancing
-from lens.common.results import Result, Sentence
+from lens.common.results import Result, Sentence, ends
 from lens.models.loaded import LoadedModel
 from lens.passes.blocks import BlockView, check_block_size
 from lens.passes.calls import LayerCall
@@ -132,11 +132,10 @@ class PolicyStability(Result):
         """What each claim comes to ("claim"), and whether a repeat is exact ("control")."""
         said = []
         for row in self.claims().to_dict("records"):
-            ends = "" if np.isnan(row["low"]) else f" [{row['low']:.3f}, {row['high']:.3f}]"
             said.append(
                 Sentence(
                     f"{row['claim']}: {'holds' if row['holds'] else 'does not hold'} here "
-                    f"({row['measure'].replace('_', ' ')} {row['value']:.3f}{ends}).",
+                    f"({row['measure'].replace('_', ' ')} {row['value']:.3f}{ends(row['low'], row['high'], '.3f')}).",
                     kind="claim",
                 )
             )

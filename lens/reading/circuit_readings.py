@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import pandas as pd
 
-from lens.common.results import Result, Sentence, described
+from lens.common.results import Result, Sentence, described, ends
 
 NO_KIND = "another token"
 LOOKS: Mapping[str, Callable[[Sequence[int], int, int], bool]] = {
@@ -68,7 +68,7 @@ class CircuitReading(Result):
                 .sort_values("share", ascending=False)
                 .to_dict("records")[:1]
             ]
-            interval = _ends(head["mass_low"], head["mass_high"], ".0%")
+            interval = ends(head["mass_low"], head["mass_high"], ".0%")
             text = (
                 (
                     f"{head['name']} looks at tokens of no one kind"
@@ -107,7 +107,7 @@ def _because(row: Mapping, looks: Mapping[str, str]) -> str:  # type: ignore[typ
         if looks.get(row["writer"], NO_KIND) != NO_KIND
         else ""
     )
-    share = f"{row['share']:.0%}{_ends(row['share_low'], row['share_high'], '.0%')}"
+    share = f"{row['share']:.0%}{ends(row['share_low'], row['share_high'], '.0%')}"
     what = (
         f"{share} of what it writes comes from {row['writer']}{looking.rstrip(',')}"
         if row["side"] == "v"
@@ -119,7 +119,3 @@ def _because(row: Mapping, looks: Mapping[str, str]) -> str:  # type: ignore[typ
 
 def _cost(row: Mapping) -> str:  # type: ignore[type-arg]
     return f"{row['of_effect']:.0%} of the effect"
-
-
-def _ends(low: float, high: float, form: str) -> str:
-    return f" [{low:{form}}, {high:{form}}]" if low == low else ""

@@ -12,7 +12,7 @@ import pandas as pd
 from lens.common.choices import check_choice
 from lens.common.errors import LensError
 from lens.common.head_ids import AnyHead, HeadId, head_columns, head_id
-from lens.common.results import Result, Sentence, few
+from lens.common.results import Result, Sentence, ends, few
 from lens.stats.intervals import columns
 
 if TYPE_CHECKING:
@@ -162,11 +162,7 @@ class TopExamples(Result):
         said, table = [], self.table()
         for by, rows in table.groupby("by", sort=False):
             top: dict[Any, Any] = rows.loc[[rows["typical"].idxmax()]].to_dict("records")[0]
-            ends = (
-                ""
-                if np.isnan(top["typical_low"])
-                else f" [{top['typical_low']:.2f}, {top['typical_high']:.2f}]"
-            )
+            interval = ends(top["typical_low"], top["typical_high"], ".2f")
             chance = (
                 ""
                 if np.isnan(top["random_weights"])
@@ -175,7 +171,7 @@ class TopExamples(Result):
             said.append(
                 Sentence(
                     f"By {WORDS[str(by)]} {top['name']} looks hardest: its strongest pair of a prompt has "
-                    f"{top['typical']:.2f}{ends} on average{chance}; the best is {top['query_token']!r} to "
+                    f"{top['typical']:.2f}{interval} on average{chance}; the best is {top['query_token']!r} to "
                     f"{top['key_token']!r}.",
                     kind="strongest",
                 )

@@ -128,6 +128,14 @@ def test_origin_is_what_hooks_and_autograd_say(planted, found):
     assert found.origin["norm"][0] > 1.5
 
 
+def test_one_prompt_has_numbers_without_intervals(planted):
+    ids = torch.randint(4, 50, (1, LENGTH), generator=torch.Generator().manual_seed(1))
+    ids[0, 0] = 2
+    said = lens.sinks.kinds(planted, ids, progress=False).findings()
+    assert {"test", "origin", "move"} <= {one.kind for one in said}
+    assert "nan" not in " ".join(said)
+
+
 def test_learned_sinks_are_a_kind():
     network = build("gpt_oss")
     with torch.no_grad():

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from lens.common.head_ids import HeadId, all_heads, head_columns
 from lens.common.progress import advancing
-from lens.common.results import Result, Sentence
+from lens.common.results import Result, Sentence, ends
 from lens.edits.losses import bos_policy, changes, log_probabilities, two_tokens
 from lens.heads.behaviour.near_keys import Streamer, read_long_prompts
 from lens.models.loaded import LoadedModel, check_loaded
@@ -104,12 +104,11 @@ class StreamingScores(Result):
             )
         ]
         if not np.isnan(self.delta_loss).any():
-            low, high = row["delta_loss_low"], row["delta_loss_high"]
-            ends = "" if np.isnan(low) else f" [{low:.4f}, {high:.4f}]"
+            interval = ends(row["delta_loss_low"], row["delta_loss_high"], ".4f")
             said.append(
                 Sentence(
                     f"With all heads seeing only the first {self.first} and the last {self.last} keys the "
-                    f"loss changes by {row['delta_loss']:.4f}{ends} nats per token.",
+                    f"loss changes by {row['delta_loss']:.4f}{interval} nats per token.",
                     kind="loss",
                 )
             )

@@ -16,7 +16,7 @@ import pandas as pd
 from lens.common.errors import LensError
 from lens.common.given import given_as
 from lens.common.head_ids import AnyHead
-from lens.common.results import Result, Sentence, described
+from lens.common.results import Result, Sentence, described, ends
 from lens.heads.measures.scores import HeadScores
 from lens.heads.pruning.curves import PruningCurve, curve
 
@@ -160,13 +160,12 @@ def _cost(one: PruningCurve, removed: int) -> str:
         return ", so not even the first"
     table = one.table()
     last = table.loc[table["removed"] == removed].iloc[0]
-    ends = "" if np.isnan(last["low"]) else f" [{last['low']:.3f}, {last['high']:.3f}]"
     random = (
         ""
         if np.isnan(last["random_cost"])
-        else f", and by {last['random_cost']:.3f} [{last['random_low']:.3f}, {last['random_high']:.3f}] "
+        else f", and by {last['random_cost']:.3f}{ends(last['random_low'], last['random_high'], '.3f')} "
         "without as many in random orders"
     )
     whole = abs(float(one.values[0]))
     share = f" ({last['cost'] / whole:+.1%})" if whole else ""
-    return f": it is then worse by {last['cost']:.3f}{ends}{share}{random}"
+    return f": it is then worse by {last['cost']:.3f}{ends(last['low'], last['high'], '.3f')}{share}{random}"

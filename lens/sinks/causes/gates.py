@@ -15,7 +15,7 @@ from torch import nn
 from lens.common.errors import LensError
 from lens.common.head_ids import head_columns
 from lens.common.progress import advancing
-from lens.common.results import Result, Sentence, described
+from lens.common.results import Result, Sentence, described, ends
 from lens.edits.base import grouped
 from lens.edits.losses import bos_policy, two_tokens
 from lens.models.loaded import LoadedModel
@@ -74,7 +74,7 @@ class EffectiveGates(Result):
             kept = _NAMES[str(mechanism)].format(f"{rows['gate'].mean():.0%}")
             text = (
                 f"{kept} on average (effective gate); "
-                f"{lowest['name']} least, {lowest['gate']:.1%} [{lowest['low']:.1%}, {lowest['high']:.1%}]."
+                f"{lowest['name']} least, {lowest['gate']:.1%}{ends(lowest['low'], lowest['high'], '.1%')}."
             )
             found.append(Sentence(text, kind=str(mechanism)))
         hidden = "" if self.projections == "found" else f" {self.projections}"

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pandas as pd
 
-from lens.common.results import Result, Sentence, described
+from lens.common.results import Result, Sentence, described, ends
 
 _TEST = {
     "zero": "with the sources' values at 0",
@@ -60,7 +60,7 @@ class SinkKinds(Result):
         said = [Sentence(f"Of {len(self.rows)} heads the sinks are: {shown}.", kind="kinds")]
         for kind, rows in self.tests.groupby("kind", sort=False):
             parts = [
-                f"{_TEST[row['test']]} {row['delta_loss']:+.4f} [{row['delta_loss_low']:+.4f}, {row['delta_loss_high']:+.4f}]"
+                f"{_TEST[row['test']]} {row['delta_loss']:+.4f}{ends(row['delta_loss_low'], row['delta_loss_high'], '+.4f')}"
                 + (
                     f" (random keys {row['control']:+.4f})"
                     if row["control"] == row["control"]
@@ -79,8 +79,8 @@ class SinkKinds(Result):
         for row in self.moves.to_dict("records"):
             said.append(
                 Sentence(
-                    f"{_MOVED[row['way']].format(row['target'])}: the target gets {row['target_after']:.0%} "
-                    f"[{row['target_after_low']:.0%}, {row['target_after_high']:.0%}] instead of "
+                    f"{_MOVED[row['way']].format(row['target'])}: the target gets {row['target_after']:.0%}"
+                    f"{ends(row['target_after_low'], row['target_after_high'], '.0%')} instead of "
                     f"{row['target_before']:.0%}, the source {row['source_after']:.0%} instead of "
                     f"{row['source_before']:.0%} (mean α of {row['heads']} heads).",
                     kind="move",
@@ -100,7 +100,7 @@ class SinkKinds(Result):
                 continue
             row = self.origin.iloc[int(np.nanargmax(self.origin[name]))]
             said.append(
-                f"{word} {row[name]:.3g} times [{row[f'{name}_low']:.3g}, {row[f'{name}_high']:.3g}] in layer {row['layer']:.0f}"
+                f"{word} {row[name]:.3g} times{ends(row[f'{name}_low'], row[f'{name}_high'], '.3g')} in layer {row['layer']:.0f}"
             )
         if not said:
             return []

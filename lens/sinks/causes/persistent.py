@@ -22,7 +22,7 @@ import torch
 from lens.common.errors import LensError
 from lens.common.head_ids import head_columns
 from lens.common.progress import advancing
-from lens.common.results import Result, Sentence, described
+from lens.common.results import Result, Sentence, described, ends
 from lens.edits.losses import bos_policy, two_tokens
 from lens.models.loaded import LoadedModel, check_loaded
 from lens.passes.calls import LayerCall, attend
@@ -68,8 +68,8 @@ class PersistentMemory(Result):
         pairs = f"{self.pairs} pair{'s' * (self.pairs != 1)}"
         found = {
             "gate": f"With {pairs} of memory the heads keep {self.rows['gate'].mean():.0%} of their attention "
-            f"on average; {lowest['name']} least, {lowest['gate']:.1%} [{lowest['low']:.1%}, "
-            f"{lowest['high']:.1%}].",
+            f"on average; {lowest['name']} least, {lowest['gate']:.1%}"
+            f"{ends(lowest['low'], lowest['high'], '.1%')}.",
             "drift": f"The mass of the memory goes from {early:.1%} in the first quarter of the rows to "
             f"{late:.1%} in the last.",
             "removal": "Masking the memory changes a head's output by "

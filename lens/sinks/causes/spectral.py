@@ -14,7 +14,7 @@ from lens.common.choices import is_whole
 from lens.common.errors import LensError
 from lens.common.head_ids import head_columns
 from lens.common.progress import advancing
-from lens.common.results import Result, Sentence, described
+from lens.common.results import Result, Sentence, described, ends
 from lens.edits.losses import bos_policy, two_tokens
 from lens.heads.weights import head_weights
 from lens.models.loaded import LoadedModel
@@ -107,14 +107,14 @@ class BandLosses(Result):
         most, dark = table.sort_values("delta_loss").iloc[-1], table.iloc[-1]
         said = (
             f"Without band {most['band']} of {len(table)} the loss rises most, by "
-            f"{most['delta_loss']:.3f} [{most['low']:.3f}, {most['high']:.3f}] nats per token; without "
-            f"the darkest by {dark['delta_loss']:.3f} [{dark['low']:.3f}, {dark['high']:.3f}] "
+            f"{most['delta_loss']:.3f}{ends(most['low'], most['high'], '.3f')} nats per token; without "
+            f"the darkest by {dark['delta_loss']:.3f}{ends(dark['low'], dark['high'], '.3f')} "
             f"({len(self.tokens)} prompts, BOS {self.bos})."
         )
         if most["delta_loss"] <= 0:
             said = (
                 f"Without none of {len(table)} bands the loss rises; without the darkest it changes by "
-                f"{dark['delta_loss']:.3f} [{dark['low']:.3f}, {dark['high']:.3f}] nats per token "
+                f"{dark['delta_loss']:.3f}{ends(dark['low'], dark['high'], '.3f')} nats per token "
                 f"({len(self.tokens)} prompts, BOS {self.bos})."
             )
         limit = (

@@ -13,7 +13,7 @@ from lens.common.choices import check_choice
 from lens.common.errors import LensError
 from lens.common.given import given_traces
 from lens.common.progress import advancing
-from lens.common.results import Result, Sentence, described
+from lens.common.results import Result, Sentence, described, ends
 from lens.models.loaded import LoadedModel
 from lens.sinks.detection.alphas import DIVIDED, Normalise
 from lens.sinks.detection.conditions import bos_pair, by_length, control_prompts
@@ -62,7 +62,7 @@ class SinkEmergence(Result):
             first = self.first_layer(condition)
             where = "in no layer" if first is None else f"from layer {first} on"
             even = "not known" if np.isnan(one.uniform) else f"{one.uniform:.1%}"
-            interval = "" if np.isnan(one.low) else f" [{one.low:.1%}, {one.high:.1%}]"
+            interval = ends(one.low, one.high, ".1%")
             text = (
                 f'Prompts "{condition}": key {one.key} is a sink in {one.value:.1%}{interval} of layers × heads, '
                 f"{where} (with uniform attention {even}; α above {one.epsilon:g}, "

@@ -13,7 +13,7 @@ from lens.common.choices import check_choice
 from lens.common.errors import LensError
 from lens.common.given import given_traces
 from lens.common.head_ids import head_columns
-from lens.common.results import Result, Sentence, described
+from lens.common.results import Result, Sentence, described, ends
 from lens.sinks.detection.alphas import (
     DIVIDED,
     Normalise,
@@ -124,7 +124,7 @@ class SinkRate(Result):
         """The rate beside uniform attention, the heads with most, and what the number depends on."""
         top = self.table().sort_values("alpha", ascending=False, kind="stable").head(3)
         heads = ", ".join(f"{row['name']} {row['alpha']:.2f}" for row in top.to_dict("records"))
-        interval = "" if np.isnan(self.low) else f" [{self.low:.1%}, {self.high:.1%}]"
+        interval = ends(self.low, self.high, ".1%")
         even = "not known" if np.isnan(self.uniform) else f"{self.uniform:.1%}"
         place = "The first token" if self.key == 0 else f"Key {self.key}"
         return (
