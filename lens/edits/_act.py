@@ -46,7 +46,7 @@ class ActEdit(AttentionEdit):
         self._sinks: dict[int, torch.Tensor] = {}  # layer -> bool [batch, heads, positions]
 
     def _edit(self, call: LayerCall, at: KeysAt, heads: torch.Tensor) -> torch.Tensor | None:
-        if not call.mask.causal:
+        if not call.mask.causal and call.mask.allowed is None:  # an encoder, not a prefix
             raise LensError(f"layer {at.layer} sees later tokens; ACT is defined for causal models")
         if self._beta == 1:
             return None

@@ -137,7 +137,7 @@ class VarEdit(AttentionEdit):
         return HeadSelection(text, visual, selected, self._heads.numpy().copy(), self.name)
 
     def _edit(self, call: LayerCall, at: KeysAt, heads: torch.Tensor) -> torch.Tensor | None:
-        if not call.mask.causal:
+        if not call.mask.causal and call.mask.allowed is None:  # an encoder, not a prefix
             raise LensError(f"layer {at.layer} sees later tokens; VAR is defined for causal models")
         image = members("image", self._image, at)
         is_real = at.positions >= 0

@@ -27,12 +27,14 @@ class CleanRun:
         received: [layers, heads, keys], attention that each key receives, summed over the queries.
         alpha: [layers, heads, keys], mean over the queries that see it; NaN where too few do.
         queries: how many there are.
+        hides: bool [tokens - 1], whose next token is seen by none up to there, so that it has a loss; None: all.
     """
 
     predictions: torch.Tensor
     received: torch.Tensor
     alpha: torch.Tensor
     queries: int
+    hides: Bool[torch.Tensor, "before"] | None = None
 
 
 class CleanRuns:
@@ -67,7 +69,7 @@ class CleanRuns:
         found = predictions(self.model, prompt, watch.on_layer, parts=True)
         received = of_layers(self.model, torch.stack(watch.received))
         alpha = of_layers(self.model, watch.alpha())
-        return CleanRun(found, received, alpha, watch.queries)
+        return CleanRun(found, received, alpha, watch.queries, watch.hides)
 
 
 def looks_ahead(model: LoadedModel) -> bool:

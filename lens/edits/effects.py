@@ -54,6 +54,7 @@ def effect(
 
     A small effect does not prove that what was edited is irrelevant: `migration` says whether another
     key took its place. Where the mass control could not reach the keys' mass, its row says so in `mass`.
+    Tokens that earlier ones see already, as in a prefix that looks both ways, are not measured.
 
     Args:
         model: a causal language model, as `lens.load` returns it; or `model.part("cross")` or another part of
@@ -194,6 +195,13 @@ class _Run:
             kept = kept & case.scored(self._scored)[:-1].to(kept.device)
             if not bool(kept.any()):
                 raise LensError("scored holds no position of a prompt whose next token is text")
+        if before.hides is not None:
+            kept = kept & before.hides.to(kept.device)
+            if not bool(kept.any()):
+                raise LensError(
+                    f"every text token that is measured in prompt {number} is seen by earlier ones already, so it has no "
+                    "next-token loss; give an answer behind what is seen both ways"
+                )
         for condition in conditions:
             reasons = [kind.missing(condition) for kind in kinds]
             if all(reasons):

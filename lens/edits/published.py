@@ -49,7 +49,7 @@ class Var(OfHeads):
 
     Raises:
         LensError: an unknown preset, numbers out of range; when it starts, dimensions that the model has
-            not; while it runs, a layer that looks ahead, or a cache that began outside of the block.
+            not; while it runs, an encoder's layer, or a cache that began outside of the block.
 
     Reference: Kang et al., See What You Are Told, arXiv 2503.03321.
 
@@ -128,7 +128,7 @@ class Act(OfHeads):
         heads, layers: what is edited, instead of the preset's layers.
 
     Raises:
-        LensError: an unknown preset, numbers out of range; while it runs, a layer that looks ahead, or a
+        LensError: an unknown preset, numbers out of range; while it runs, an encoder's layer, or a
             cache that began outside of the block.
 
     Reference: Yu et al., Unveiling and Harnessing Hidden Attention Sinks, arXiv 2406.15765.

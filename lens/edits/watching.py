@@ -31,6 +31,7 @@ class Watch:
             several on one head); 0 of heads that are taken out.
         visible: per layer [keys], number of these queries that see each key.
         queries: of all.
+        hides: bool [tokens - 1], whose next token no row up to there sees in any layer; None: all.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class Watch:
         self.received: list[Tensor] = []
         self.visible: list[Tensor] = []
         self.queries = 0
+        self.hides: Tensor | None = None
         self._edits, self._rows, self._record, self._ahead = edits, rows, record, ahead
         self._together = Together(list(edits), "auto")
 
@@ -52,13 +54,16 @@ class Watch:
         """See `lens.passes.sessions.listening`.
 
         Raises:
-            LensError: a layer that looks ahead: there is no next-token loss.
+            LensError: a layer that looks ahead from every token: there is no next-token loss.
         """
         if not call.mask.causal and not self._ahead:
-            raise LensError(
-                f"layer {call.layer} sees later tokens, so there is no next-token loss to change; "
-                "effect needs a causal language model"
-            )
+            hidden = call.mask.hides_next(call.key.shape[2])
+            self.hides = hidden if self.hides is None else self.hides & hidden
+            if not bool(self.hides.any()):
+                raise LensError(
+                    f"layer {call.layer} sees later tokens, so there is no next-token loss to change; "
+                    "effect needs a causal language model, or an answer behind what is seen both ways"
+                )
         if self._record and not call.part:  # a layer that attends twice does so with one pattern
             keys, self.queries = call.key.shape[2], call.query.shape[2]
             at = KeysAt(

@@ -13,7 +13,12 @@ from lens.figures.style import Look, style
 if TYPE_CHECKING:
     from lens.vision.routes import TextFlow
 
-_LOOKS = {"image": (ACCENT, "solid"), "system": (LINE, "solid"), "random": (BASELINE, "dot")}
+_LOOKS = {
+    "image": ("the image", ACCENT, "solid"),
+    "system": ("what comes before it", LINE, "solid"),
+    "image_part": ("{count:.3g} image tokens", ACCENT, "dot"),
+    "other_part": ("{count:.3g} others", BASELINE, "dot"),
+}
 
 
 @draws("TextFlow")
@@ -25,13 +30,13 @@ def text_routes(result: TextFlow, **look: Unpack[Look]) -> go.Figure:
     """
     table = result.table()
     figure = go.Figure()
-    for route, (color, dash) in _LOOKS.items():
+    for route, (words, color, dash) in _LOOKS.items():
         rows = table[(table["route"] == route).to_numpy()]
         figure.add_scatter(
             x=rows["layer"],
             y=rows["kl"],
             mode="lines+markers",
-            name=f"without the {route}" if route != "random" else "without random tokens",
+            name=f"without {words.format(count=rows['keys'].iloc[0])}",
             line={"color": color, "dash": dash},
             customdata=rows["mass"],
             hovertemplate="layer %{x}: %{y:.4f} nats, %{customdata:.1%} of the attention<extra></extra>",

@@ -116,6 +116,23 @@ class MaskStructure:
             allowed=None if allowed is None else allowed[..., :-count, :-count],
         )
 
+    def hides_next(self, tokens: int) -> Bool[Tensor, "before"]:
+        """bool [tokens - 1] of queries that are the keys, of the first prompt: the next token is seen by none up to there."""
+        key = torch.arange(tokens)
+        if self.allowed is None:
+            return (key[:-1] >= 0) & self.causal
+        furthest = torch.where(self.allowed[0, 0].cpu(), key, -1).amax(-1).cummax(-1).values
+        return furthest[:-1] <= key[:-1]
+
+    def ranges(self) -> Int[Tensor, "2 queries"] | None:
+        """First key that each query of one prompt sees and one past its last, where `allowed` says it; None where it does
+        not, or a query sees keys with others between."""
+        if self.allowed is None or len(self.allowed) > 1:
+            return None
+        seen = self.allowed[0, 0].cpu()
+        first, past = seen.int().argmax(-1), seen.shape[-1] - seen.flip(-1).int().argmax(-1)
+        return torch.stack([first, past]) if bool((past - first == seen.sum(-1)).all()) else None
+
     def visible(self, batch: int, queries: int, keys: int) -> Int[Tensor, "batch keys"]:
         """[batch, keys]: how many real queries see each key."""
         if self.allowed is not None:

@@ -87,6 +87,7 @@ class LayerRecord:
         causal, window, scale, softcap: of the layer; `window` counts the query itself.
         sink_logits: [heads], float32, or None.
         backend: the one that ran.
+        seen: [2, queries], first key that each query sees and one past its last, where `causal` and `window` do not say it.
         variables: name -> [batch, ...] tensor on the CPU: what was asked for, float32, and always
             `visible` (int32 [batch, keys], the number of queries that see a key).
     """
@@ -110,6 +111,7 @@ class LayerRecord:
     sink_logits: torch.Tensor | None
     backend: str
     variables: dict[str, torch.Tensor]
+    seen: torch.Tensor | None = None
 
     def __repr__(self) -> str:
         where = f"{self.place} " if self.place else ""
@@ -199,6 +201,7 @@ def measure(
         sink_logits=None if sinks is None else _to_cpu(sinks, torch.float32),
         backend=result.backend,
         variables=variables,
+        seen=call.mask.ranges(),
     )
     return result.output, record
 

@@ -191,6 +191,13 @@ class _PictureNote(BaseModel):
     stretched: bool
 
 
+class _Seen(BaseModel):
+    of: list[Annotated[int, Field(ge=0)] | None]
+    ranges: list[
+        Annotated[list[list[Annotated[int, Field(ge=0)]]], Field(min_length=2, max_length=2)]
+    ]
+
+
 class _Attributes(BaseModel):
     model_config = ConfigDict(extra="allow", protected_namespaces=())
 
@@ -209,6 +216,7 @@ class _Attributes(BaseModel):
     labels: dict[str, _LabelPair] = Field(default_factory=dict)
     patches: dict[str, Any] | None = None
     picture: _PictureNote | None = None
+    seen: _Seen | None = None
     part: Literal["encoder", "decoder", "cross", "self", "joint"] | None = None
     seconds_per_position: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
 
@@ -232,6 +240,14 @@ class _TraceFile(BaseModel):
         for name, pair in self.attributes.labels.items():
             if {len(pair.query), len(pair.key)} != {len(self.coordinates.token)}:
                 raise ValueError(f"labels.{name} must have one query and one key label per token")
+        if (seen := self.attributes.seen) is not None:
+            rows = len(self.coordinates.query_token or self.coordinates.token)
+            if len(seen.of) != len(self.layers) or any(
+                one is not None and one >= len(seen.ranges) for one in seen.of
+            ):
+                raise ValueError("seen.of must name one of seen.ranges or null per layer")
+            if any(len(ends) != rows for one in seen.ranges for ends in one):
+                raise ValueError("seen.ranges must have one first and one last key per query")
         if len(self.coordinates.query_token or ()) != len(self.coordinates.query_token_id or ()):
             raise ValueError("coordinates must hold query_token and query_token_id, equally long")
         if wrong := missing_attributes(self.attributes.model_dump(), len(self.layers)):

@@ -1,11 +1,14 @@
 """Exact probabilities of any rectangle of a stored head, and when they cannot be had.
 
 `P[i, j] = exp(s_ij - lse_i)` needs nothing but q, k and LSE of the rectangle's rows and keys. A trace
-keeps neither additive biases (ALiBi, T5) nor masks that are no window, so two rows of a head are
+keeps no additive biases (ALiBi, T5), and of masks only those by which a query sees keys without a gap, so two rows of a head are
 recomputed and held against what was measured; a head that fails is refused.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -27,6 +30,15 @@ def exact_tile(
     layer, number = head
     kv_head = number // (dataset.sizes["head"] // dataset.sizes["kv_head"])
     position = _position(dataset, layer)
+    ranges = seen_ranges(dataset.attrs, position)
+    mask: dict[str, Any] = {
+        "causal": dataset.attrs["causal"],
+        "window": dataset.attrs["windows"][position],
+    }
+    if ranges is not None:
+        first, past = ranges[:, rows, None]
+        places = np.arange(*keys)
+        mask = {"allowed": (first <= places) & (places < past)}
     found = tile(
         _read(dataset, "q", layer=position, head=number, query=rows),
         _read(dataset, "k", layer=position, kv_head=kv_head, key=columns),
@@ -35,12 +47,19 @@ def exact_tile(
         key_range=(0, keys[1] - keys[0]),
         scale=dataset.attrs["scale"][position],
         softcap=dataset.attrs["softcap"],
-        causal=dataset.attrs["causal"],
-        window=dataset.attrs["windows"][position],
+        **mask,
         offset=queries[0] - keys[0],
     )
     seen = dataset.variables["visible"].isel(layer=position, key=columns).values > 0
     return np.where(seen, found, 0.0)
+
+
+def seen_ranges(attributes: Mapping[str, Any], position: int) -> np.ndarray | None:
+    """[2, queries] of the layer at a position: first key that a query sees and one past its last; None where a trace
+    does not note it."""
+    if (noted := attributes.get("seen")) is None or (number := noted["of"][position]) is None:
+        return None
+    return np.array(noted["ranges"][number])
 
 
 def _position(dataset: xr.Dataset, layer: int) -> int:

@@ -30,7 +30,7 @@ from lens.traces.store import (
     write_index,
     write_layer,
 )
-from lens.traces.tiles import exact_tile, refusal
+from lens.traces.tiles import exact_tile, refusal, seen_ranges
 from lens.traces.uniform import visible_queries
 
 if TYPE_CHECKING:
@@ -239,10 +239,11 @@ class AttentionTrace:
         """Why `tile` refuses this head, with the remedy; empty if it does not."""
         chosen = self.head_id((layer, head))
         if chosen not in self._refusals:
+            noted = seen_ranges(self.attrs, self.layers.index(layer)) is not None
             self._refusals[chosen] = (
                 refusal(self.dataset, chosen)
-                if self.has_plain_mask(layer)
-                else f"layer {layer} of {self.model} has a mask that is neither causal nor a window, "
+                if noted or self.has_plain_mask(layer)
+                else f"layer {layer} of {self.model} has a mask by which queries see keys with others between, "
                 "which a trace does not keep, so there are no exact tiles; use block_mass"
             )
         return self._refusals[chosen]

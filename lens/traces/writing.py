@@ -159,7 +159,19 @@ def provenance(
         "prefix": PREFIX,
         "tokens": first.keys,
         "versions": dict(versions()),
-    }
+    } | _seen(layers)
+
+
+def _seen(layers: Sequence[LayerRecord]) -> dict[str, Any]:
+    """`seen`, where the mask of a layer is neither causal nor a window."""
+    known = [None if layer.seen is None else layer.seen.tolist() for layer in layers]
+    ranges = [
+        one for number, one in enumerate(known) if one is not None and one not in known[:number]
+    ]
+    if not ranges:
+        return {}
+    numbers = [None if one is None else ranges.index(one) for one in known]
+    return {"seen": {"of": numbers, "ranges": ranges}}
 
 
 def _segments(model: LoadedModel, prompt: Prompt) -> dict[str, Any] | None:

@@ -3,8 +3,9 @@
 Li et al., "How Does Attention Work in Vision Transformers? A Visual Analytics Attempt", TVCG 2023, arXiv 2303.13731. A map is
 the attention of one head on one picture, patch by patch [patches, patches] in rows from the top left on, each row as a
 share of what it has on patches, times their number: uniform attention is 1 all over. Block means of it, [side, side], go
-through the square root into a convolutional autoencoder with a narrow middle, whose numbers are grouped by average linkage
-with the count of groups that has the highest silhouette. Beside it stand as many principal components, grouped alike: what
+through the square root into a convolutional autoencoder with a narrow middle, whose numbers are grouped by Ward's method:
+average linkage takes a few maps that stand out for groups of their own, and all others for one. The count is the one whose
+groups come back best on 80 % of the maps; of those that do so alike, the best separated. Beside it stand as many principal components, grouped alike: what
 the autoencoder finds that these do not, and how far the two groupings agree, is part of the result. A prototype is what the
 middle of a group is decoded to.
 """
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
+from scipy.cluster.hierarchy import linkage
 from scipy.spatial.distance import cdist
 
 from lens import stats
@@ -35,6 +37,8 @@ _SIDES = (32, 16, 8)  # 64 trains twelve times as long
 _MOST_MAPS = 4096  # whose distances, each to each, are kept
 _MOST_GROUPS = 12  # that are tried, where no count is asked for
 _KEPT = 0.8  # share of the maps that are grouped again
+_ALIKE = 0.02  # adjusted Rand index by which counts are as stable as the most stable one
+_NEARLY_ALL = 0.9  # share of the maps from which on one pattern says little
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +51,8 @@ class Grouping(Result):
         missed: share of the variance of the maps that these numbers lose.
         labels: [maps], number of the group, the largest first.
         silhouette: of the groups, mean over maps.
-        rand: [draws] adjusted Rand index of the groups of 80 % of the maps with these: 1 the same, 0 by chance.
+        rand: [draws] adjusted Rand index of the groups of 80 % of the maps with these: 1 the same, 0 by chance. The
+            count is chosen by its mean, so that it flatters a little.
         prototypes: [groups, side, side], square roots of multiples of uniform attention.
     """
 
@@ -144,10 +149,16 @@ class PatternSummary(Result):
             f"adjusted Rand {one.rand.mean():.2f} on {_KEPT:.0%} of the maps"
             for one in (own, other)
         )
+        largest = float(own.table()["share"].max())
+        alone = (
+            f" One holds {largest:.0%}: these groups tell few maps apart."
+            if largest > _NEARLY_ALL
+            else ""
+        )
         found = [
             Sentence(
                 f"{len(own.labels)} maps fall into {len(own.prototypes)} patterns, the largest with {sizes} of them "
-                f"({stable}; 0 is chance).",
+                f"({stable}; 0 is chance, the count is the most stable of those tried).{alone}",
                 kind="groups",
             ),
             Sentence(
@@ -185,7 +196,7 @@ def patterns(
 
     Args:
         traces: of pictures through one model, with q and k (`keep_qk`); one or several.
-        count: of the groups; None: that with the highest silhouette, of 2 to 12.
+        count: of the groups; None: the most stable one, of 2 to 12.
         size: numbers that a map is summarised by.
         steps: of the training, each on at most 256 maps.
         draws: of 80 % of the maps, grouped again.
@@ -253,20 +264,30 @@ def _overlaps(length: int, parts: int) -> np.ndarray:
     return inside.clip(0) / (length / parts)
 
 
+def _ward(latent: np.ndarray) -> np.ndarray:
+    """[maps - 1, 3]: merges, as of `lens.stats.average_linkage`."""
+    return linkage(latent, "ward")[:, :3]
+
+
 def _grouped(name: str, one: Encoded, count: int | None, draws: int, seed: int) -> Grouping:
     latent = one.latent
-    distances = cdist(latent, latent)
-    merges = stats.average_linkage(distances)
-    scores = stats.silhouettes(distances, merges)
-    if count is None:
-        count = 2 + int(scores[1 : min(_MOST_GROUPS, len(latent) - 1)].argmax())
-    labels = stats.cut_tree(merges, count)
-    random, rand = np.random.default_rng(seed), []
-    kept = max(count, round(_KEPT * len(latent)))
-    for _ in range(draws):
+    merges = _ward(latent)
+    scores = stats.silhouettes(cdist(latent, latent), merges)
+    tried = [count] if count else list(range(2, min(_MOST_GROUPS, len(latent) - 1) + 1))
+    random = np.random.default_rng(seed)
+    kept = max(tried[-1], round(_KEPT * len(latent)))
+    rand = np.empty((draws, len(tried)))
+    for row in rand:
         some = np.sort(random.permutation(len(latent))[:kept])
-        again = stats.cut_tree(stats.average_linkage(distances[np.ix_(some, some)]), count)
-        rand.append(stats.adjusted_rand(labels[some], again))
+        again = _ward(latent[some])
+        for place, groups in enumerate(tried):
+            own = stats.cut_tree(merges, groups)[some]
+            row[place] = stats.adjusted_rand(own, stats.cut_tree(again, groups))
+    stable = rand.mean(0)
+    alike = np.flatnonzero(stable >= stable.max() - _ALIKE)
+    best = max(alike, key=lambda place: scores[tried[place] - 1])
+    count = tried[best]
+    labels = stats.cut_tree(merges, count)
     middles = np.stack([latent[labels == group].mean(0) for group in range(count)])
     return Grouping(
         name=name,
@@ -274,6 +295,6 @@ def _grouped(name: str, one: Encoded, count: int | None, draws: int, seed: int) 
         missed=one.missed,
         labels=labels,
         silhouette=float(scores[count - 1]),
-        rand=np.array(rand),
+        rand=rand[:, best],
         prototypes=np.maximum(one.decode(middles), 0),
     )

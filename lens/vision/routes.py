@@ -1,9 +1,10 @@
 """From where the text of a vision-language prompt gets what it says, layer by layer: edges cut, beside random ones.
 
 In the rows of text after the image, in one layer (or a window of some), all edges to one kind of token are cut and rows are
-normalised again: to the image, to what comes before it ("system"), or to as many tokens as the image has, drawn at random
-from all that come before the text and from the text ("random", the control). What that changes in the predictions of the
-text is how much of the flow went there, in that layer.
+normalised again: to the image, or to what comes before it ("system"). A cut of the whole image has no control: too few other
+tokens are left. So random tokens of the image ("image_part") are cut too, half as many as the image or the other tokens have,
+whichever are fewer, and beside them as many of no image ("other_part", the control). What a cut changes in the predictions of
+the text is how much of the flow went there, in that layer.
 
 Geva et al. 2023, arXiv 2304.14767, for text; Zhang et al., "Cross-modal Information Flow in Multimodal Large Language
 Models", arXiv 2411.18620, for pictures.
@@ -33,7 +34,7 @@ from lens.passes.keys import KeysAt
 from lens.stats.intervals import columns
 from lens.traces.segments import IMAGE, PADDING, SYSTEM, TEXT, segments
 
-ROUTES = ("image", "system", "random")
+ROUTES = ("image", "system", "image_part", "other_part")
 _MEASURES = ("delta_loss", "kl", "mass")
 
 
@@ -45,6 +46,7 @@ class TextFlow(Result):
         delta_loss, kl, mass: [routes, layers, prompts]: change of the loss of the text (nats per token), divergence of
             its predictions (nats), and share of the attention of the cut rows that the edges held; NaN where a prompt
             has no such token.
+        keys: [routes, prompts], tokens whose edges are cut.
         layers: the first layer of each window.
         window: layers that are cut together.
         seed: of the random tokens and the intervals.
@@ -53,19 +55,21 @@ class TextFlow(Result):
     delta_loss: np.ndarray = field(repr=False)
     kl: np.ndarray = field(repr=False)
     mass: np.ndarray = field(repr=False)
+    keys: np.ndarray = field(repr=False)
     layers: tuple[int, ...]
     window: int
     seed: int
 
     def table(self) -> pd.DataFrame:
-        """One row per route and layer: `route`, `layer`, `mass`, `delta_loss` and `kl` with `_low` and `_high`, `n`, and
-        `excess`, delta_loss minus that of the random tokens, with `_low` and `_high` (NaN for these)."""
-        excess = self.delta_loss - self.delta_loss[-1]
-        excess[-1] = np.nan
+        """One row per route and layer: `route`, `layer`, `keys`, `mass`, `delta_loss` and `kl` with `_low` and `_high`, `n`,
+        and of "image_part" `excess`, its kl minus that of "other_part", with `_low` and `_high` (NaN for the rest)."""
+        excess = np.full_like(self.kl, np.nan)
+        excess[2] = self.kl[2] - self.kl[3]
         return pd.DataFrame(
             {
                 "route": np.repeat(ROUTES, len(self.layers)),
                 "layer": np.tile(self.layers, len(ROUTES)),
+                "keys": np.repeat(self.keys.mean(-1), len(self.layers)),
                 "mass": self.mass.mean(-1).ravel(),
                 **columns("delta_loss", self.delta_loss, self.seed),
                 **columns("kl", self.kl, self.seed),
@@ -75,16 +79,34 @@ class TextFlow(Result):
         )
 
     def findings(self) -> tuple[Sentence, ...]:
-        """Where cutting the image changes the text most, beside random tokens there ("image"); the limit ("limit")."""
-        kl = self.kl.mean(-1)
-        at = int(kl[0].argmax())
+        """Where cutting the image changes the text most ("image"), whether image tokens count for more there than others
+        ("control"), and the limit ("limit")."""
+        at = int(self.kl[0].mean(-1).argmax())
         through = f" to {self.layers[at] + self.window - 1}" if self.window > 1 else ""
+        place = f"layer {self.layers[at]}{through}"
+        whole, _, part, others = self.kl[:, at].mean(-1)
+        table = self.table()
+        row = table[(table["route"] == "image_part").to_numpy()].iloc[at]
+        low, high = row["excess_low"], row["excess_high"]
+        interval = "" if np.isnan(low) else f" [{low:.3g}, {high:.3g}]"
+        count = f"{self.keys[2].mean():.3g} random image tokens"
+        if np.isnan(row["excess"]):
+            compared = "Too few tokens are left to compare image tokens with others"
+        elif low > 0 or high < 0:
+            more = "more" if low > 0 else "less"
+            compared = f"In {place} the text depends on {count} {more} than on as many others"
+        else:
+            why = "on one prompt, without an interval" if np.isnan(low) else "the interval holds 0"
+            compared = f"In {place} {count} are not told from as many others ({why})"
         return (
             Sentence(
-                f"The text depends on its edges to the image most in layer {self.layers[at]}{through}: without them its "
-                f"predictions move by {kl[0, at]:.3g} nats (KL), without as many random ones by {kl[2, at]:.3g}; "
-                f"{self.mass[0, at].mean():.0%} of its attention went there, {self.mass[2, at].mean():.0%} to the random ones.",
+                f"The text depends on its edges to the image most in {place}: without them its predictions move by "
+                f"{whole:.3g} nats (KL); {self.mass[0, at].mean():.0%} of its attention went there.",
                 kind="image",
+            ),
+            Sentence(
+                f"{compared}: {part:.3g} and {others:.3g} nats, difference {row['excess']:.3g}{interval}.",
+                kind="control",
             ),
             Sentence(
                 f"Measured on {self.kl.shape[-1]} prompts, each layer alone; what one layer lacks a later one may still "
@@ -135,22 +157,22 @@ def text_flow(
             raise LensError("text_flow needs prompts with an image and text after it")
     clean = CleanRuns(model)
     starts = attending[: len(attending) - window + 1]
+    cut = [_routes(kind, seed + number) for number, kind in enumerate(kinds)]
     found = np.full((len(_MEASURES), len(ROUTES), len(starts), len(read)), np.nan)
     with advancing(f"{model.name}: routes", len(starts), progress) as advance:
         for at in range(len(starts)):
             layers = attending[at : at + window]
-            for place, route in enumerate(ROUTES):
-                for number, (prompt, kind) in enumerate(zip(read, kinds, strict=True)):
-                    keys = _keys(route, kind, seed + number)
+            for number, (prompt, kind) in enumerate(zip(read, kinds, strict=True)):
+                text = _of(kind == TEXT)
+                for place, keys in enumerate(cut[number]):
                     if not bool(keys.any()):
                         continue
-                    cut = Knockout(_of(kind == TEXT), _of(keys), layers=layers)
                     one = effect(
                         model,
                         [prompt.inputs],
-                        cut,
+                        Knockout(text, _of(keys), layers=layers),
                         controls=(),
-                        scored=_of(kind == TEXT),
+                        scored=text,
                         seed=seed,
                         clean=clean,
                         progress=False,
@@ -158,21 +180,23 @@ def text_flow(
                     own = one.values["edit"]
                     found[:, place, at, number] = [own[name][0, 0] for name in _MEASURES]
             advance(1)
-    loss, kl, mass = found
-    return TextFlow(loss, kl, mass, tuple(starts), window, seed)
+    counts = np.array([[int(keys.sum()) for keys in routes] for routes in cut]).T
+    return TextFlow(*found, keys=counts, layers=tuple(starts), window=window, seed=seed)
 
 
-def _keys(route: str, kind: Tensor, seed: int) -> Tensor:
-    """bool [tokens]: the keys of a route."""
-    if route != "random":
-        return kind == (IMAGE if route == "image" else SYSTEM)
-    real = (kind != PADDING).nonzero()[:, 0]
+def _routes(kind: Tensor, seed: int) -> list[Tensor]:
+    """bool [tokens] of each of `ROUTES`: which keys it has in a prompt."""
     random = torch.Generator().manual_seed(seed)
     # The first token stays: it is seen by every row, so that no row is left without a key.
-    drawn = real[1:][torch.randperm(len(real) - 1, generator=random)]
-    chosen = torch.zeros_like(kind, dtype=torch.bool)
-    chosen[drawn[: int((kind == IMAGE).sum())]] = True
-    return chosen
+    real = (kind != PADDING).nonzero()[1:, 0]
+    pools = [real[(kind[real] == IMAGE) == is_image] for is_image in (True, False)]
+    count = -(-min(map(len, pools)) // 2)
+    found = [kind == IMAGE, kind == SYSTEM]
+    for pool in pools:
+        chosen = torch.zeros_like(kind, dtype=torch.bool)
+        chosen[pool[torch.randperm(len(pool), generator=random)[:count]]] = True
+        found.append(chosen)
+    return found
 
 
 def _of(chosen: Tensor) -> Callable[[KeysAt], Tensor]:

@@ -6,10 +6,20 @@ import numpy as np
 import pytest
 import torch
 from lens_analyses.config.analyses import VisionSettings
-from lens_analyses.steps.vision_language import chain, moved_rows
+from lens_analyses.steps.vision_language import (
+    _WRITTEN,
+    _answered,
+    _Made,
+    _span,
+    chain,
+    moved_rows,
+)
 
 import lens
-from tests.lens.vision_models import BUILDERS, CAUSAL, HEADS, IMAGE, LAYERS, SYSTEM, build, planted
+from lens.common.errors import LensError
+from lens.passes.inputs import read_prompts
+from tests.lens.test_vision_pictures import vlm
+from tests.lens.vision_models import ANSWER, BUILDERS, HEADS, IMAGE, LAYERS, SYSTEM, build, planted
 
 DIM, PLACES = 7, [SYSTEM + 2, SYSTEM + 7]
 
@@ -28,31 +38,53 @@ def section_of(name, **settings):
 @pytest.mark.parametrize("name", BUILDERS)
 def test_the_chain_is_whole_in_every_shape(name):
     _, _, (height, width), found = section_of(name)
-    wanted = {"segments", "sinks", "pasta_decoding"}
-    if name in CAUSAL:
-        measured = {"flow", "knock_out", "var", "act", "pasta"}
-        wanted |= measured | {"var_decoding", "act_decoding", "image_centric"}
-        assert {"before_and_after", *measured} <= set(found.figures)
-    else:  # there the image sees its own later tokens, for which VAR, ACT and losses are not defined
-        assert sum("sees later tokens" in one for one in found.limits) >= 7
-    assert wanted <= set(found.tables)
+    measured = {"flow", "knock_out", "var", "act", "pasta"}
+    written = {f"{edit}_decoding" for edit in ("var", "act", "pasta")}
+    assert set(found.tables) == {"segments", "sinks", "image_centric"} | measured | written
+    assert set(found.figures) == {"segments", "before_and_after"} | measured
+    assert not any(one.startswith("No ") for one in found.limits)
     assert found.configuration["dims"][0] == DIM
     sinks = found.tables["sinks"].query("layer == 0").dropna()
     assert sinks["position"].tolist() == PLACES
     assert (sinks["row"] * width + sinks["column"]).tolist() == [2, 7]
     assert sinks["row"].max() < height
-    if name in CAUSAL:
-        assert found.tables["flow"]["layer"].nunique() == LAYERS
-        pasta = found.tables["pasta"].query("condition == 'edit'")
-        assert pasta["amount"].tolist() == [0, 0.6]
-        assert pasta["kl"].iloc[1] > 1e-5 > abs(pasta["kl"].iloc[0])
-    written = found.tables["pasta_decoding"]
-    assert written["same"].iloc[0] == 1
+    assert found.tables["flow"]["layer"].nunique() == LAYERS
+    pasta = found.tables["pasta"].query("condition == 'edit'")
+    assert pasta["amount"].tolist() == [0, 0.6]
+    assert pasta["kl"].iloc[1] > 1e-5 > abs(pasta["kl"].iloc[0])
+    assert found.tables["pasta_decoding"]["same"].iloc[0] == 1
+
+
+def test_a_question_that_is_seen_both_ways_is_measured_on_its_answer():
+    network, inputs, _ = build("paligemma")
+    model = lens.load(network)
+    whole = {name: one[:, :-ANSWER] if one.dim() == 2 else one for name, one in inputs.items()}
+    with pytest.raises(LensError, match="sees later tokens, so there is no next-token loss"):
+        lens.effect(model, whole, lens.edits.Mask())
+    prompts, _ = read_prompts(model, whole, whole=True)
+    made = _Made()
+    given = _answered(model, prompts[0], lens.vision.segments(model, whole), made)
+    ids = given["input_ids"]
+    assert torch.equal(ids[:, :-_WRITTEN], whole["input_ids"])
+    with torch.no_grad():
+        logits = network(**given).logits[0, -_WRITTEN - 1 : -1]
+    logits[:, IMAGE] = -torch.inf  # is never written
+    assert logits.argmax(-1).tolist() == ids[0, -_WRITTEN:].tolist()
+    assert "that the model itself answers" in made.left_out[0]
+    found = lens.effect(model, given, lens.edits.Pasta([(SYSTEM, SYSTEM + 4)]), controls=())
+    with torch.no_grad(), lens.edit(model, lens.edits.Pasta([(SYSTEM, SYSTEM + 4)])):
+        edited = network(**given).logits[0, -_WRITTEN - 1 : -1].log_softmax(-1)
+    own = network(**given).logits[0, -_WRITTEN - 1 : -1].log_softmax(-1).detach()
+    kl = (own.exp() * (own - edited)).sum(-1).mean()
+    assert found.values["edit"]["kl"][0, 0] == pytest.approx(float(kl), rel=1e-3)
+    prompts, _ = read_prompts(model, given, whole=True)
+    again = _answered(model, prompts[0], lens.vision.segments(model, given), made)
+    assert again is prompts[0].inputs
 
 
 def test_the_overlay_after_is_what_var_makes_of_the_row():
-    model, inputs, _, found = section_of("llava")
-    kind = lens.vision.segments(model, inputs)
+    network, inputs, _ = build("llava")
+    kind = lens.vision.segments(lens.load(network), inputs)
     image = kind.mask("image")[0].numpy()
     sink = np.zeros(len(image), bool)
     sink[PLACES] = True
@@ -68,7 +100,6 @@ def test_the_overlay_after_is_what_var_makes_of_the_row():
             expected[image & ~sink] *= 1 + 0.6 * row[sink].sum() / held
         assert new == pytest.approx(expected)
     assert not np.allclose(rows, after)
-    assert found.figures["before_and_after"].data
     assert int((inputs["input_ids"] == IMAGE).sum()) == image.sum()
 
 
@@ -80,3 +111,17 @@ def test_pasta_at_an_amount_keeps_the_rest_of_the_weight():
     plain = model.logits([0, 5, 9, 3, 5])
     with lens.edit(model, edit.at(0.0)):
         torch.testing.assert_close(model.logits([0, 5, 9, 3, 5]), plain)
+
+
+def test_pasta_emphasises_the_words_that_are_named():
+    model = vlm()
+    picture = np.zeros((8, 8, 3), np.uint8)
+    prompts, _ = read_prompts(model, [(picture, "w6 w7 what is this")], whole=True)
+    ids = prompts[0].ids or []
+    start, end = _span(model, prompts[0], "w6 w7")
+    assert model.tokenizer.decode(ids[start:end]) == "w6 w7"
+    first, past = _span(model, prompts[0], None)
+    kinds = lens.vision.segments(model, prompts[0].inputs).kind[0]
+    assert kinds[first:past].tolist() == [1] * int((kinds == 1).sum())
+    with pytest.raises(LensError, match="the question holds no 'w7 w6' as tokens of its own"):
+        _span(model, prompts[0], "w7 w6")

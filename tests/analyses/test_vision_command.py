@@ -117,7 +117,16 @@ def test_a_question_brings_the_chain_of_a_vision_language_model(
     model = vlm()
     monkeypatch.setattr("lens_analyses.runner.load_model", lambda config: model)
     command = ("vision", "--model", "vit-digits", "--image", pictures / "zero.png", "--json")
-    question = ("--text", "w6 w7 what is this", "--phi", "4", "--out", tmp_path)
+    question = (
+        "--text",
+        "w6 w7 what is this",
+        "--emphasise",
+        "w6 w7",
+        "--phi",
+        "4",
+        "--out",
+        tmp_path,
+    )
     with planted(model.model, 7, [2, 7]):
         answer = lens_command(*map(str, (*command, *question)))
     assert answer.code == 0, answer.err
@@ -128,6 +137,7 @@ def test_a_question_brings_the_chain_of_a_vision_language_model(
     chain = run.section("chain")
     assert chain.configuration["dims"][0] == 7
     assert chain.tables["segments"]["kind"].tolist() == ["image", "text"]
+    assert chain.tables["pasta"].query("condition == 'edit'")["kl"].max() > 0
     made = {"segments", "sinks", "flow", "knock_out", "var", "act", "pasta", "image_centric"}
     assert set(chain.tables) == made | {f"{name}_decoding" for name in ("var", "act", "pasta")}
     assert not any(one.startswith("No ") for one in chain.limits)

@@ -1,5 +1,6 @@
 """Capture of prompts with images, and the whole chain on it, in small vision-language models."""
 
+import json
 import sys
 
 import numpy as np
@@ -9,6 +10,7 @@ import transformers
 
 import lens
 from lens.common.errors import LensError
+from lens.passes.masks import MaskStructure
 from tests.lens.naive import rms_ratio
 from tests.lens.vision_models import (
     BUILDERS,
@@ -19,6 +21,7 @@ from tests.lens.vision_models import (
     SYSTEM,
     build,
     planted,
+    scored,
 )
 
 DIM = 7
@@ -131,13 +134,6 @@ def test_capture_segments_sink_dimensions_var_and_its_effect(name):
         image = lens.vision.trace_segments(trace).keys("image")
         dims = lens.sinks.dims(model, inputs, tau=4.0).dims
         assert dims[0] == DIM
-        if name in ("paligemma", "gemma3"):
-            with (
-                pytest.raises(LensError, match="VAR is defined for causal models"),
-                lens.edit(model, lens.edits.Var(image, dims=dims[:1], tau=4.0)),
-            ):
-                network(**inputs)
-            return
         options = {"dims": dims[:1], "tau": 4.0, "rho": 0.0, "least_visual": 0.1}
         with lens.edit(model, lens.edits.Var(image, **options)) as (edit,), torch.no_grad():
             network(**inputs)
@@ -150,13 +146,60 @@ def test_capture_segments_sink_dimensions_var_and_its_effect(name):
             with lens.edit(model, lens.edits.Var(image, **options)):
                 edited = network(**inputs).logits[0, :-1].log_softmax(-1)
     target = inputs["input_ids"][0, 1:]
-    scored = target != IMAGE
     assert set(found.missing) == {"size", "mass", "layer"}
-    loss = (own - edited).gather(1, target[:, None])[scored].mean()
+    loss = (own - edited).gather(1, target[:, None])[scored(name, inputs)].mean()
     values = found.values["edit"]
     assert values["delta_loss"][1] == pytest.approx([float(loss)] * 2, rel=1e-3, abs=1e-6)
     assert (values["delta_loss"][0] == 0).all()
     assert (values["kl"][1] > 0).all()
+
+
+@pytest.mark.parametrize("name", ["paligemma", "gemma3"])
+def test_rows_that_see_later_tokens_have_exact_tiles_too(name, tmp_path):
+    network, inputs, _ = build(name)
+    trace = lens.capture(lens.load(network), inputs, keep_qk=True, progress=False)
+    network.set_attn_implementation("eager")
+    with torch.no_grad():
+        maps = torch.stack(network(**inputs, output_attentions=True).attentions)[:, 0].numpy()
+    again = lens.traces.AttentionTrace.load(trace.save(tmp_path / "trace"))
+    length = trace.length
+    for layer, head in ((0, 0), (LAYERS - 1, HEADS - 1)):
+        for one in (trace, again):
+            found = one.tile(layer, head, (0, length), (0, length))
+            assert found == pytest.approx(maps[layer, head], abs=1e-5)
+            assert one.tile(layer, head, (6, 9), (4, 12)) == pytest.approx(
+                maps[layer, head, 6:9, 4:12], abs=1e-5
+            )
+    assert maps[0, 0, SYSTEM, SYSTEM + 1] > 0
+    row = trace.overlay("L0H1", query=-1).values[0]
+    start, end = trace.overlay().grid.span
+    assert row.ravel() == pytest.approx(maps[0, 1, -1, start:end], abs=1e-5)
+    index = json.loads((tmp_path / "trace" / "trace.json").read_text())
+    for change, said in (({"of": [0] * (LAYERS + 1)}, "seen.of must name"), ({"ranges": [[[0], [1]]]}, "one first and one last")):  # fmt: skip
+        broken = {**index, "attributes": {**index["attributes"]}}
+        broken["attributes"]["seen"] = {**index["attributes"]["seen"], **change}
+        (tmp_path / "trace" / "trace.json").write_text(json.dumps(broken))
+        with pytest.raises(LensError, match=said):
+            lens.traces.AttentionTrace.load(tmp_path / "trace")
+
+
+def test_what_rows_see_is_kept_where_it_has_no_gap():
+    allowed = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 0], [0, 0, 1, 0], [0, 1, 1, 1]]).bool()[
+        None, None
+    ]
+    found = MaskStructure(causal=False, allowed=allowed).ranges()
+    assert found.tolist() == [[0, 0, 2, 1], [2, 3, 3, 4]]
+    assert MaskStructure(causal=False, allowed=allowed).hides_next(4).tolist() == [
+        False,
+        False,
+        True,
+    ]
+    gap = allowed.clone()
+    gap[0, 0, 3, 2] = False
+    assert MaskStructure(causal=False, allowed=gap).ranges() is None
+    assert MaskStructure(causal=True).ranges() is None
+    assert MaskStructure(causal=True).hides_next(3).tolist() == [True, True]
+    assert MaskStructure(causal=False).hides_next(3).tolist() == [False, False]
 
 
 def packed_tower(windows: bool = False):

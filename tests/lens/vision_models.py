@@ -23,6 +23,7 @@ TEXT = {
     "eos_token_id": 2,
 }
 SYSTEM, QUESTION = 5, 11
+ANSWER = 4  # of the question, the part that PaliGemma sees one way
 
 
 def _llava():
@@ -173,7 +174,15 @@ BUILDERS = {
 
 
 CAUSAL = [name for name in BUILDERS if name not in ("paligemma", "gemma3")]
-"""Those in which no token of the image sees a later one."""
+"""Those in which no token sees a later one."""
+
+
+def scored(name: str, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """bool [tokens - 1]: places whose next token is text that none up to there has seen."""
+    is_text = inputs["input_ids"][0, 1:] != IMAGE
+    if name == "paligemma":
+        is_text[:-ANSWER] = False
+    return is_text
 
 
 def build(name: str):
@@ -187,6 +196,8 @@ def build(name: str):
                 parameter.mul_(
                     10 if "q_proj" in parameter_name or "k_proj" in parameter_name else 5
                 )
+            if name == "gemma3" and "q_norm" in parameter_name:  # weights are one more
+                parameter.fill_(4.0)
             if "mm_input_projection_weight" in parameter_name:  # zeros before training
                 parameter.normal_()
     random = torch.Generator().manual_seed(3)
@@ -203,8 +214,11 @@ def build(name: str):
         inputs["pixel_values"] = torch.randn(1, 3, side, side, generator=random)
         if name == "idefics3":  # pictures of each prompt
             inputs["pixel_values"] = inputs["pixel_values"][None]
-        if name in ("paligemma", "gemma3"):
+        if name == "gemma3":  # a picture sees all of itself
             inputs["token_type_ids"] = (inputs["input_ids"] == IMAGE).long()
+        if name == "paligemma":  # all but the answer is seen both ways
+            inputs["token_type_ids"] = torch.zeros_like(inputs["input_ids"])
+            inputs["token_type_ids"][:, -ANSWER:] = 1
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     return model, inputs, (height, width)
 

@@ -127,7 +127,7 @@ def pattern_summary(subject: Subject) -> Section:
         limits=(
             "Maps are block means of the attention among patches, as multiples of uniform attention; what lies on [CLS], "
             "registers or text is left out.",
-            "Groups are cut where the silhouette is highest, of 2 to 12; a map between two groups is in one all the same.",
+            "Of 2 to 12 groups those are taken that come back best on 80 % of the maps; a map between two is in one all the same.",
         ),
         columns=defined(tables.values(), _COLUMNS | _PATTERNS | shares),
         configuration={

@@ -14,6 +14,7 @@ import torch
 
 import lens
 from lens.common.errors import LensError
+from lens.edits.clean_runs import CleanRuns
 from lens.edits.language import Edit
 from lens.models.loaded import LoadedModel
 from lens.models.sizes import image_token
@@ -48,7 +49,7 @@ def chain(subject: Subject) -> Section:
     tau = float(subject.settings.phi)
     dims = _dims(model, prompts[0], tau, made)
     made.tables["sinks"] = _sinks(model, prompts, kinds, dims, tau)
-    inputs = [prompt.inputs for prompt in prompts]
+    inputs = [_answered(model, *one, made) for one in zip(prompts, kinds, strict=True)]
     options: dict[str, Any] = {"seed": subject.seed, "progress": subject.progress}
     made.take("flow", lambda: lens.vision.text_flow(model, inputs, **options))
     made.take(
@@ -73,7 +74,7 @@ def chain(subject: Subject) -> Section:
         title="From the question to the picture",
         summary=tuple(made.said),
         limits=(
-            *made.left_out,
+            *dict.fromkeys(made.left_out),
             "Predictions of the text after the picture are measured; a small effect of hidden sinks does not prove "
             "them irrelevant where the attention went elsewhere.",
             "Overlays after VAR are what it makes of the attention that this layer has without it; what the same edit "
@@ -126,6 +127,43 @@ def _dims(model: LoadedModel, prompt: Prompt, tau: float, made: _Made) -> tuple[
     except LensError as reason:
         made.left_out.append(f"No sink dimensions: {reason}.")
         return None
+
+
+def _answered(
+    model: LoadedModel, prompt: Prompt, kind: Segments, made: _Made
+) -> dict[str, torch.Tensor]:
+    """What is run to measure predictions of the text: the prompt, with the model's own answer where its question has none.
+
+    A question that is seen both ways (PaliGemma's prefix, token type 0) has no next token to predict; what the model writes
+    after it (token type 1) has.
+    """
+    inputs = prompt.inputs
+    if "token_type_ids" not in inputs:
+        return inputs
+    try:
+        hides = CleanRuns(model).of(prompt).hides
+    except LensError:
+        hides = torch.zeros(1, dtype=torch.bool)
+    if hides is None or bool((hides & kind.mask("text")[0][:-1]).any()):
+        return inputs
+    with torch.no_grad():
+        ids = model.model.generate(
+            **inputs,
+            max_new_tokens=_WRITTEN,
+            do_sample=False,
+            pad_token_id=0,
+            suppress_tokens=[image_token(model.model.config)],
+        )
+    made.left_out.append(
+        f"The question is seen both ways, so that its tokens are not predicted: what is measured are the {_WRITTEN} tokens "
+        "at most that the model itself answers."
+    )
+    more = torch.ones_like(ids[:, inputs["input_ids"].shape[1] :])
+    grown = {"input_ids": ids}
+    for name in ("attention_mask", "token_type_ids"):
+        if name in inputs:
+            grown[name] = torch.cat([inputs[name], more.to(inputs[name])], 1)
+    return inputs | grown
 
 
 def _sinks(
@@ -330,8 +368,9 @@ _COLUMNS = {
     "row": "Of the sink on the picture, in patches.",
     "column": "Of the sink on the picture, in patches.",
     "phi": "Size of the sink dimensions over the root mean square.",
-    "route": "What the text's edges are cut to: the image, what comes before it, or as many random tokens.",
-    "excess": "delta_loss less that of the control.",
+    "route": "What the text's edges are cut to: the image, what comes before it (system), random tokens of the image "
+    "(image_part), or as many of no image (other_part).",
+    "excess": "What it changes (in the flow kl, else delta_loss) less what the control does.",
     "text_rows": "Rows of text that were looked at.",
     "visual_rows": "Those with enough attention on the image.",
     "selected_rows": "Those that were image-centric.",
