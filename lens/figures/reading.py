@@ -15,6 +15,7 @@ from lens.figures.rows import bars
 from lens.figures.style import Look, escaped, style
 
 if TYPE_CHECKING:
+    from lens.reading.attributing_blocks import BlockScores
     from lens.reading.directions import SubspaceRemovals
     from lens.reading.explanations import Explanation, PairExplanation
     from lens.reading.judged import Faithfulness
@@ -299,6 +300,34 @@ def deletion_curves(result: Faithfulness, **look: Unpack[Look]) -> go.Figure:
     figure.update_xaxes(title="Tokens kept (share)", tickformat=".0%")
     figure.update_yaxes(title="Probability of the answer that is lost")
     title = f"What the answer keeps with the highest tokens alone ({result.model})"
+    return style(figure, escaped(title), look)
+
+
+@draws("BlockScores")
+def block_bars(result: BlockScores, **look: Unpack[Look]) -> go.Figure:
+    """Score of each block of a prompt, its text under the pointer.
+
+    Example:
+        >>> found = lens.reading.attribute_blocks(small, lens.tasks.copied(small, 12), "rollout", block=5)
+        >>> figure = found.plot()
+    """
+    rows = result.table()
+    figure = go.Figure(
+        go.Bar(
+            x=rows["first"],
+            y=rows["score"],
+            width=result.block * 0.9,
+            offset=0,
+            marker={"color": ACCENT},
+            customdata=[escaped(text[:200]) for text in rows["text"]],
+            hovertemplate="from token %{x}: %{y:.4g}<br>%{customdata}<extra></extra>",
+        )
+    )
+    figure.update_xaxes(title="First token of the block")
+    figure.update_yaxes(title=f"{result.method}{' (approximate)' * result.approximate}")
+    title = (
+        f"What the answer rests on by {result.method}, blocks of {result.block} ({result.model})"
+    )
     return style(figure, escaped(title), look)
 
 

@@ -1,4 +1,5 @@
 from .attributing import attribute as attribute
+from .attributing_blocks import attribute_blocks as attribute_blocks
 from .circuits import circuit as circuit
 from .components import components as components
 from .examples import examples as examples

@@ -46,12 +46,20 @@ class Answer:
         layout: the parts of the model.
         ids: [1, tokens].
         own, deleted: [tokens, d_model], what enters the first block, and the same with every token deleted.
+        block: tokens that are deleted or kept together.
         row: place of the query that answers: the last token's, or the first of a classifier of BERT's kind.
         answer: the token or label that is answered.
         probability: of it, on the prompt as it is.
     """
 
-    def __init__(self, model: LoadedModel, prompt: Any, answer: int | None = None) -> None:
+    def __init__(
+        self,
+        model: LoadedModel,
+        prompt: Any,
+        answer: int | None = None,
+        *,
+        block: int | None = None,
+    ) -> None:
         self.layout: Layout = proved(model)
         self._model = self.layout.model
         read, one = read_prompts(model, prompt)
@@ -59,11 +67,12 @@ class Answer:
             raise LensError("an answer is explained for one prompt of tokens at a time")
         check_tokens(read)
         ids = read[0].ids or []
-        if len(ids) > LONGEST:
+        if block is None and len(ids) > LONGEST:
             raise LensError(
                 f"the prompt has {len(ids)} tokens; attributions hold the maps of every head, for at most "
-                f"{LONGEST}"
+                f"{LONGEST}; score blocks of tokens (block=64)"
             )
+        self.block = block or 1
         self.ids = read[0].inputs["input_ids"]
         causal: list[bool] = []
 
@@ -87,6 +96,11 @@ class Answer:
         """How many there are."""
         return self.ids.shape[1]
 
+    @property
+    def units(self) -> int:
+        """How many blocks of tokens there are."""
+        return -(-self.tokens // self.block)
+
     def logits(
         self, hidden: Float[Tensor, "rows tokens width"], on_layer: OnLayer | None = None
     ) -> Float[Tensor, "rows answers"]:
@@ -101,9 +115,11 @@ class Answer:
                 found.append(logits_of(self._model, self.ids.expand(len(some), -1))[:, -1])
         return torch.cat(found).float()
 
-    def kept(self, keep: Bool[Tensor, "rows tokens"]) -> Float[Tensor, " rows"]:
-        """Probability of the answer with only these tokens; the others are deleted."""
-        keep = keep.to(self.own.device)[..., None]
+    def kept(self, keep: Bool[Tensor, "rows units"]) -> Float[Tensor, " rows"]:
+        """Probability of the answer with only these tokens, or blocks of them; the others are deleted."""
+        keep = keep.repeat_interleave(self.block, 1)[:, : self.tokens].to(self.own.device)[
+            ..., None
+        ]
         with torch.no_grad():
             logits = self.logits(torch.where(keep, self.own, self.deleted))
         return logits.softmax(-1)[:, self.answer].double().cpu()

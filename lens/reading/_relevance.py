@@ -63,7 +63,7 @@ class Gradients:
 
         with ExitStack() as stack, torch.enable_grad():
             if rule != "plain":
-                stack.enter_context(_rules(answer))
+                stack.enter_context(rules(answer))
             logits = answer.logits(entering[None], self._on_layer)
             logits = logits.log_softmax(-1) if of_loss else logits
             value = logits[0, answer.answer]
@@ -101,25 +101,25 @@ class Gradients:
         self.values.append(call.value[0].detach().repeat_interleave(share, 0).double())
         if not lrp:
             return with_values(call, attention)
-        return with_values(_values(call, 2), _scaled(attention, 2))
+        return with_values(_values(call, 2), scaled(attention, 2))
 
 
 def _share(call: LayerCall, by: int) -> LayerCall:
     """The call with the gradient of queries and keys divided."""
-    return replace(call, query=_scaled(call.query, by), key=_scaled(call.key, by))
+    return replace(call, query=scaled(call.query, by), key=scaled(call.key, by))
 
 
 def _values(call: LayerCall, by: int) -> LayerCall:
-    return replace(call, value=_scaled(call.value, by))
+    return replace(call, value=scaled(call.value, by))
 
 
-def _scaled(x: Tensor, by: int) -> Tensor:
+def scaled(x: Tensor, by: int) -> Tensor:
     """x, whose gradient is divided."""
     return x / by + (x - x / by).detach()
 
 
 @contextmanager
-def _rules(answer: Answer) -> Iterator[None]:
+def rules(answer: Answer) -> Iterator[None]:
     """Norms, activations and products of the model with the gradients of LRP.
 
     Raises:
@@ -145,7 +145,7 @@ def _rules(answer: Answer) -> Iterator[None]:
             for module in _activations(block, layout.kind):
                 after(module, _held_slope)
             for module in _gates(block, layout.kind):
-                after(module, lambda _, __, output: _scaled(output, 2))
+                after(module, lambda _, __, output: scaled(output, 2))
         if layout.final_norm.module is not None and layout.final_norm.changes:
             norms[layout.final_norm.module] = layout.final_norm
         for module, norm in norms.items():

@@ -33,6 +33,7 @@ class Faithfulness(Result):
             depend on the tokens.
         agreement: [method, prompt, reference], rank correlation with leave-one-out and with integrated gradients.
         drawn: [draw, prompt], comprehensiveness of random scores, mean over the shares.
+        block: tokens that are scored, deleted and kept together; None: one by one.
         left_out: method -> why it could not be computed for this model.
         seed: of the draws.
         model: its name.
@@ -49,6 +50,7 @@ class Faithfulness(Result):
     left_out: dict[str, str]
     seed: int
     model: str
+    block: int | None = None
 
     def table(self) -> pd.DataFrame:
         """One row per method.
@@ -122,6 +124,15 @@ class Faithfulness(Result):
             Sentence(f"{name} is not scored: {why}.", kind="unsupported")
             for name, why in self.left_out.items()
         ]
+        if self.block is not None:
+            named = [one for one in ("rollout", "flow", "gradient_rollout") if one in self.methods]
+            said.append(
+                Sentence(
+                    f"Blocks of {self.block} tokens are scored and deleted; approximate by products of block means: "
+                    f"{', '.join(named) or 'none'}.",
+                    kind="limit",
+                )
+            )
         said.append(
             Sentence(
                 "A deleted token is the mean embedding at its place, which the model was not trained on.",

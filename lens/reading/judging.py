@@ -26,6 +26,7 @@ from lens.models.loaded import LoadedModel, check_loaded
 from lens.passes.inputs import read_prompts
 from lens.reading._answers import Answer, check_tokens
 from lens.reading.attributing import Method, check_methods, scored
+from lens.reading.attributing_blocks import scored_blocks
 from lens.reading.judged import RANDOM, Faithfulness
 from lens.stats.orders import spearman
 
@@ -40,6 +41,7 @@ def faithfulness(
     *,
     shares: Sequence[float] = (0.1, 0.2, 0.3, 0.5, 0.7, 0.9),
     draws: int = 20,
+    block: int | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> Faithfulness:
@@ -51,6 +53,8 @@ def faithfulness(
         methods: of `attribute`; None: all that this model has rules for.
         shares: of the tokens, that are deleted or kept.
         draws: random orders; and random sets of kept tokens for each share.
+        block: score, delete and keep so many tokens together, in prompts of any length (`attribute_blocks` says which methods
+            are approximate then); None: single tokens.
         seed: of the draws and of the bootstrap.
         progress: show a bar, on stderr, if that is a terminal.
 
@@ -63,7 +67,7 @@ def faithfulness(
         ['raw', 'leave_one_out', 'random']
     """
     check_loaded(model)
-    check_counts(draws=draws)
+    check_counts(draws=draws, block=1 if block is None else block)
     check_counts(0, seed=seed)
     asked = check_methods(methods)
     check_between(0, 1, shares=shares)
@@ -74,13 +78,14 @@ def faithfulness(
     every: list[dict[str, list[np.ndarray]]] = []
     with advancing(f"{model.name}: faithfulness", len(read), progress) as advance:
         for prompt in read:
-            answer = Answer(model, torch.tensor(prompt.ids))
+            answer = Answer(model, torch.tensor(prompt.ids), block=block)
             scores: dict[str, np.ndarray] = {}
             for method in dict.fromkeys((*asked, *_REFERENCES)):
                 if method in left_out:
                     continue
                 try:
-                    scores[method] = scored(answer, method).numpy()
+                    own = scored(answer, method) if block is None else scored_blocks(answer, method)
+                    scores[method] = own.numpy()
                 except LensError as error:
                     if methods is not None:
                         raise
@@ -102,6 +107,7 @@ def faithfulness(
         soft_sufficiency=together(3),
         agreement=together(4),
         drawn=np.stack([one["drawn"][0] for one in every], 1),
+        block=block,
         left_out=left_out,
         seed=seed,
         model=model.name,
@@ -116,14 +122,14 @@ def _judged(
     random: np.random.Generator,
 ) -> dict[str, list[np.ndarray]]:
     """Of each method: comprehensiveness, sufficiency, both soft [share], agreement [reference]."""
-    uniform = random.random((len(shares), draws, answer.tokens))
-    none = torch.zeros(1, answer.tokens, dtype=torch.bool)
+    uniform = random.random((len(shares), draws, answer.units))
+    none = torch.zeros(1, answer.units, dtype=torch.bool)
     empty = float(answer.kept(none)[0])
     found = {}
     for name, score in scores.items():
         agreement = [spearman(score, scores[other]) for other in _REFERENCES]
         found[name] = [*_curves(answer, score, shares, uniform, empty), np.array(agreement)]
-    orders = [random.random(answer.tokens) for _ in range(draws)]
+    orders = [random.random(answer.units) for _ in range(draws)]
     hard = [hard_curves(answer, order, shares) for order in orders]
     soft = [soft_curves(answer, order, shares, uniform, empty) for order in orders[:2]]
     agreement = [
@@ -154,9 +160,9 @@ def hard_curves(
 ) -> tuple[np.ndarray, np.ndarray]:
     """[share] each: probability lost without the tokens that score highest, and with them alone; ties by place."""
     order = np.argsort(-score, kind="stable")
-    first = np.zeros((len(shares), answer.tokens), bool)
+    first = np.zeros((len(shares), answer.units), bool)
     for row, share in enumerate(shares):
-        first[row, order[: max(1, round(share * answer.tokens))]] = True
+        first[row, order[: max(1, round(share * answer.units))]] = True
     keep = torch.from_numpy(np.concatenate([~first, first]))
     lost = answer.probability - answer.kept(keep).numpy()
     return lost[: len(shares)], lost[len(shares) :]
@@ -189,7 +195,7 @@ def soft_curves(
             for row, share in enumerate(shares)
         ]
     )
-    rows = torch.from_numpy(keep.reshape(-1, answer.tokens))
+    rows = torch.from_numpy(keep.reshape(-1, answer.units))
     found = answer.kept(rows).numpy().reshape(2, len(shares), -1).mean(-1)
     lost = np.clip(answer.probability - found, 0, None) / base
     return np.clip(lost[0], 0, 1), np.clip(1 - lost[1], 0, 1)

@@ -400,7 +400,7 @@ def test_induction_heads_are_explained_by_the_previous_token_head():
     assert duplicate.side("key").iloc[0]["part"] != "L0H1"
 
 
-class _Largest(TorchDispatchMode):
+class Largest(TorchDispatchMode):
     """The most numbers in one tensor of its own."""
 
     most = 0
@@ -415,7 +415,7 @@ class _Largest(TorchDispatchMode):
 def test_no_map_of_all_queries_and_keys_is_built():
     model = lens.load(layout_model("llama", max_position_embeddings=1024))
     ids = torch.randint(3, 60, (1, 1000), generator=torch.Generator().manual_seed(0))
-    with _Largest() as seen:
+    with Largest() as seen:
         found = lens.reading.explain(model, {"input_ids": ids}, "L2H4", 990, 20, progress=False)
     assert seen.most < 200_000  # 1,000 tokens × 6 heads × 4 and × 61 words; a map has a million
     assert found.error < 1e-4

@@ -19,6 +19,10 @@ from lens_analyses.steps.subject import Subject
 _HEADS = 3
 _CELLS = 15  # of each head, in the table
 _PROMPTS, _DRAWS = 6, 5  # of the section on faithfulness
+_LONGEST, _BLOCK = (
+    512,
+    64,
+)  # tokens of a prompt that are judged one by one, and together in longer ones
 _PARTS = 6  # of each head that are taken out
 _TRIALS, _MASKED, _RANDOM = 4, (1, 3), 2  # of the section on retrieval
 _PAIRS, _SIDE = (
@@ -233,10 +237,16 @@ def retrieval_kinds(subject: Subject) -> Section:
 
 def faithfulness(subject: Subject) -> Section:
     """Whether attention, and what else scores tokens, says what the answers rest on."""
+    prompts = subject.task.prompts[:_PROMPTS]
+    block = _BLOCK if max(map(len, prompts)) > _LONGEST else None
     found = lens.reading.faithfulness(
-        subject.model, subject.task.prompts[:_PROMPTS], draws=_DRAWS,
-        seed=subject.seed, progress=subject.progress,
-    )  # fmt: skip
+        subject.model,
+        prompts,
+        draws=_DRAWS,
+        block=block,
+        seed=subject.seed,
+        progress=subject.progress,
+    )
     table = found.table()
     return Section(
         name="faithfulness",
@@ -247,7 +257,12 @@ def faithfulness(subject: Subject) -> Section:
             f"The answer is the likeliest token after each of the first {_PROMPTS} prompts of the task at most.",
         ),
         columns=defined([table], _COLUMNS),
-        configuration={"shares": list(found.shares), "draws": _DRAWS, "seed": subject.seed},
+        configuration={
+            "shares": list(found.shares),
+            "draws": _DRAWS,
+            "block": block or 1,
+            "seed": subject.seed,
+        },
         tables={"faithfulness": table},
         figures={"sufficiency": found.plot()},
     )
