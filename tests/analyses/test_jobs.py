@@ -11,6 +11,7 @@ import threading
 import pandas as pd
 import pytest
 from lens_analyses.config import WHATS, RunConfig, load_config, make_config
+from lens_analyses.config.models import CONFIGS
 from lens_analyses.jobs import store as store_module
 from lens_analyses.jobs import worker as worker_module
 from lens_analyses.jobs.desk import JobDesk
@@ -426,6 +427,41 @@ def test_jobs_read_from_one_folder_and_nothing_that_leads_out_of_it(tmp_path, fi
         with pytest.raises(LensError, match=rf"{section}\.{name} must be in "):
             asked(section, name, value)
     assert len(store.jobs()) == 1
+
+
+def test_every_setting_that_names_files_is_held_to_the_folder(tmp_path, files):
+    desk, text = JobDesk(tmp_path / "runs", files), {"prompts.text": str(files / "text.txt")}
+    picture = files / "digit.png"
+    picture.touch()
+    two = {"what": "vision", "model.name": "vit-digits"}
+    number = desk.submit("run", {**two, "prompts.image": f"{picture}, {picture}"})
+    assert desk.state()["jobs"][0]["config"]["prompts"]["image"] == f"{picture},{picture}"
+    desk.cancel(number)
+    outside = {
+        "prompts.image": {**two, "prompts.image": f"{picture},{tmp_path / 'secret.txt'}"},
+        "analysis.published": {**text, "what": "policies", "analysis.published": "/etc/passwd"},
+        "analysis.corpus": {**text, "what": "examples", "analysis.corpus": "/etc/passwd"},
+        "prompts.images": {**two, "prompts.images": str(tmp_path)},
+        "prompts.labelled": {"what": "heads", "prompts.labelled": str(tmp_path / "secret.txt")},
+        "prompts.target": {**text, "prompts.target": str(tmp_path / "secret.txt")},
+    }
+    for name, settings in outside.items():
+        with pytest.raises(LensError, match=rf"{re.escape(name)} must be in "):
+            desk.submit("run", settings)
+    of_files = {
+        name
+        for config in CONFIGS.values()
+        for name, one in config().settings().items()
+        if one.shown.file and not one.shown.internal
+    }
+    assert of_files == {*outside, "prompts.text", "prompts.batch"}
+    named = {
+        name
+        for config in CONFIGS.values()
+        for name, one in config().settings().items()
+        if re.search(r"\b(file|files|folder|table)\b", one.help, re.IGNORECASE)
+    }
+    assert named - of_files == {"analysis.task", "analysis.compare", "model.name", "prompts.sha256"}
 
 
 def test_the_form_offers_files_only_where_jobs_may_read_them(tmp_path, files):

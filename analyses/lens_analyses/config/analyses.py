@@ -153,6 +153,7 @@ class PoliciesSettings(AnalysisSettings):
     published: str | None = setting(
         None,
         "File of policies to lay beside the search: MInference's, or ours, or DuoAttention's folder.",
+        shown=Shown(file=True),
         min_length=1,
     )
     levels: int = setting(

@@ -25,7 +25,7 @@ def images_setting() -> Any:
 class PictureConfig(Section):
     """Which pictures, and what is asked about them."""
 
-    image: str = setting("", "Picture files, with commas.", shown=Shown(file=True))
+    image: str = setting("", "Picture files, with commas.", shown=Shown(file=True, several=True))
     images: str | None = images_setting()
     question: str | None = setting(
         None,

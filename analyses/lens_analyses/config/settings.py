@@ -33,6 +33,7 @@ class Shown:
         start: what the form of a new job begins with.
         rare: whether the form hides it among the settings that are rarely needed.
         file: names a file of this machine, which a form must not.
+        several: names several of them, with commas.
         internal: written by the run itself; no flag, and not in the form.
         suggestions: values that are known, from which others are allowed too.
     """
@@ -41,6 +42,7 @@ class Shown:
     start: Any = None
     rare: bool = False
     file: bool = False
+    several: bool = False
     internal: bool = False
     suggestions: Callable[[], typing.Iterable[str]] = tuple
 

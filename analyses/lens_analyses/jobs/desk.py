@@ -8,6 +8,7 @@ from typing import Any
 from lens.common.errors import LensError
 from lens.models.catalogue import KNOWN
 from lens_analyses.config import CircuitSettings, RunConfig, load_config, make_config
+from lens_analyses.config.listed import listed
 from lens_analyses.config.paths import is_task_file, local
 from lens_analyses.jobs.form import form
 from lens_analyses.jobs.store import JobStore
@@ -57,24 +58,26 @@ class JobDesk:
         values = config.as_mapping()
         for name, path in self._paths(config):
             section, _, field = name.partition(".")
-            values[section][field] = str(path)
+            values[section][field] = path
         config = make_config(values)
         return self._store.submit(kind, config.as_mapping(), config.command())
 
-    def _paths(self, config: RunConfig) -> Iterator[tuple[str, Path]]:
+    def _paths(self, config: RunConfig) -> Iterator[tuple[str, str]]:
         """Settings that name a path, and which: looks at what the settings came to, however they were written.
 
         Raises:
             LensError: one of them is outside of what jobs may read, links followed.
         """
         for name, one in config.settings().items():
-            if one.shown.file and not one.shown.internal and config.value(name) is not None:
-                yield name, self._inside(name, config.value(name))
+            value = config.value(name)
+            if one.shown.file and not one.shown.internal and value:
+                parts = listed(value) if one.shown.several else [value]
+                yield name, ",".join(str(self._inside(name, part)) for part in parts)
         task = getattr(config.analysis, "task", "")
         if is_task_file(task):
-            yield "analysis.task", self._inside("analysis.task", task)
+            yield "analysis.task", str(self._inside("analysis.task", task))
         if config.model.name not in KNOWN and local(config.model.name).exists():
-            yield "model.name", self._inside("model.name", config.model.name)
+            yield "model.name", str(self._inside("model.name", config.model.name))
         if isinstance(config.analysis, CircuitSettings) and config.analysis.compare is not None:
             other = local(self._runs / config.analysis.compare)
             if other.parent != self._runs.resolve():
@@ -82,7 +85,7 @@ class JobDesk:
                     f"analysis.compare must be the id of a run in {self._runs}, got "
                     f"{config.analysis.compare!r}"
                 )
-            yield "analysis.compare", other
+            yield "analysis.compare", str(other)
 
     def _inside(self, name: str, value: str) -> Path:
         if self._files is None:
