@@ -305,7 +305,8 @@ class _Execution:
 
     def _save_prompts(self) -> None:
         done = sum(row["status"] == "done" for row in self._rows)
-        self._writer.meta["prompts"] = {"total": len(self._planned), "done": done}
+        tokens = sum(int(row["tokens"]) for row in self._rows)
+        self._writer.meta["prompts"] = {"total": len(self._planned), "done": done, "tokens": tokens}
         self._writer.table("prompts", pd.DataFrame(self._rows))
 
     def _score(self) -> None:

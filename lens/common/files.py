@@ -104,6 +104,17 @@ def plain(value: Any) -> int | float:
     raise TypeError(f"{type(value).__name__} has no place in JSON")
 
 
+def as_path(what: str, given: Any) -> Path:
+    """The path that was given: a text or a `Path`.
+
+    Raises:
+        LensError: `a task must be the path of a file or folder, got ['x']`
+    """
+    if not isinstance(given, str | os.PathLike) or not str(given):
+        raise LensError(f"{what} must be the path of a file or folder, got {given!r}"[:200])
+    return Path(given)
+
+
 def lies_in(path: Path, folder: Path) -> bool:
     """Whether a path, links followed, is in a folder; not where nobody can tell."""
     try:
@@ -124,8 +135,9 @@ def open_regular(path: Path, *, most: int, within: Path | None = None) -> Binary
         LensError: it is not there, a folder, pipe or device, larger, or a link out of `within`.
     """
     try:
-        real = path.resolve(strict=True)
-        if within is not None and not lies_in(real, within):
+        own = within is not None and path.parent == within and not path.is_symlink()
+        real = path if own else path.resolve(strict=True)
+        if within is not None and not own and not lies_in(real, within):
             raise LensError(f"{path} is a link out of {within}; it is not followed")
         handle = os.open(real, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
     except (

@@ -12,6 +12,7 @@ from typing import Any
 import pandas as pd
 
 from lens.common.errors import LensError
+from lens.common.files import as_path
 from lens.common.plots import background
 from lens.common.results import Result
 from lens.common.version import __version__
@@ -88,7 +89,7 @@ def open(*shown: Any, folder: str | Path | None = None) -> Opened:
     if folder is None:
         temporary = tempfile.TemporaryDirectory(prefix="lens-open-")
         folder = temporary.name
-    run = _written(traces, results, Path(folder))
+    run = _written(traces, results, as_path("folder", folder))
     address, close = background(run.path.parent)
     page = f"analysis/{_name(results[0])}" if results and not traces else ""
     if traces:
@@ -130,7 +131,10 @@ def _written(traces: list[AttentionTrace], results: list[Result], runs: Path) ->
         "command": "lens.open(...)",
         "model": {"name": model, "layers": layers, "heads": heads, "dtype": attrs.get("dtype")},
         "versions": {"attention-lens": __version__},
-        "prompts": {"total": len(traces), "done": len(traces)},
+        "prompts": {
+            **dict.fromkeys(("total", "done"), len(traces)),
+            "tokens": sum(trace.length for trace in traces),
+        },
     }
     writer = RunWriter.start(runs, {"opened": [_stamp(one) for one in (*traces, *results)]}, meta)
     for number, trace in enumerate(traces):

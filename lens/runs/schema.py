@@ -115,6 +115,7 @@ class _ModelEntry(_Open):
 class _Prompts(_Open):
     done: _Count
     total: _Count
+    tokens: _Count | None = None
 
 
 class _Failure(_Open):
@@ -270,7 +271,7 @@ def run_entries(value: Mapping[str, Any], path: Path) -> tuple[dict[str, Any], t
         )
     damage, kept = [], {**value, "model": value.get("model")}
     try:
-        RunFile.model_validate(value, strict=True)
+        return RunFile.model_validate(value, strict=True).model_dump(by_alias=True), ()
     except ValidationError as error:
         for one in error.errors(include_url=False):
             part, holder, model = kept, one["loc"][0], RunFile

@@ -120,6 +120,9 @@ def _prompts(run: Run) -> Iterator[str]:
             yield f"{row['prompt_id']} is done but its trace is missing; run it again"
     if run.status == "success" and len(run.prompts) != run.meta["prompts"]["total"]:
         yield f"prompts.parquet has {len(run.prompts)} of {run.meta['prompts']['total']} prompts"
+    said, tokens = run.meta["prompts"].get("tokens"), int(run.prompts["tokens"].sum())
+    if said is not None and said != tokens:
+        yield f"run.json says that the prompts have {said:,} tokens, prompts.parquet has {tokens:,}"
 
 
 def _heads(run: Run) -> Iterator[str]:

@@ -63,10 +63,6 @@ def _steps(view: Selection, part: int, parts: int) -> html.Nav:
 
 def _row(run: Run) -> html.Tr:
     meta, model, prompts = run.meta, run.meta["model"], run.meta["prompts"]
-    try:
-        tokens = number(float(run.prompts["tokens"].sum()))
-    except LensError:
-        tokens = "–"
     return html.Tr(
         [
             html.Td(
@@ -80,7 +76,7 @@ def _row(run: Run) -> html.Tr:
             html.Td(model["name"]),
             html.Td(f"{model.get('layers', '?')} × {model.get('heads', '?')}"),
             html.Td(f"{prompts['done']} of {prompts['total']}"),
-            html.Td(tokens, className="number"),
+            html.Td(number(prompts.get("tokens")), className="number"),
             html.Td(meta["created"].replace("T", " ")[:16]),
             html.Td(number(meta.get("seconds"), 3), className="number"),
             html.Td(
