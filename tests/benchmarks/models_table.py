@@ -3,6 +3,7 @@
     python tests/benchmarks/models_table.py            # all classes; writes docs/models.md
     python tests/benchmarks/models_table.py bert opt   # these model types, to the terminal
     python tests/benchmarks/models_table.py --page bert   # these rows of docs/models.md anew, the others as they stand
+    python tests/benchmarks/models_table.py bridge:gpt2   # a TransformerBridge of TransformerLens over this class
 
 Each model is made and examined in a process of its own, two at a time. A row says whether the captured
 probabilities and the output equal those of `eager`, or the reason of the refusal, and which analyses run.
@@ -12,11 +13,13 @@ An error that is no refusal, and a difference, fail the script.
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import multiprocessing as mp
 import os
 import re
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -27,7 +30,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 PAGE = ROOT / "docs" / "models.md"
 TYPES = ROOT / "tests" / "benchmarks" / "models.txt"
-"""The model types of the table, as transformers calls them, one a line."""
+"""The model types of the table, as transformers calls them, one a line; `bridge:` before one is a `TransformerBridge`."""
+BRIDGE = "bridge:"
 WORKERS, SECONDS, LARGEST = 2, 100, 12_000_000
 EXACT = 1e-4
 ANALYSES = ("importance", "weights", "direct", "circuits", "sinks")
@@ -103,6 +107,8 @@ def class_of(kind: str) -> str:
     """The decoder with its head where there is one, else the bare model."""
     from transformers.models.auto import modeling_auto as auto
 
+    if kind.startswith(BRIDGE):
+        return f"TransformerBridge of {class_of(kind.removeprefix(BRIDGE))}"
     name = auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind) or auto.MODEL_MAPPING_NAMES[kind]
     return name if isinstance(name, str) else name[0]
 
@@ -133,6 +139,21 @@ def make(kind: str, double: bool) -> Any:
     return (model.double() if double else model).eval()
 
 
+def bridged(model: Any) -> Any:
+    """A `TransformerBridge` over a copy of a model; TransformerLens wants a folder with a tokenizer."""
+    import torch
+    from transformer_lens.model_bridge import TransformerBridge
+
+    from tests.lens.architectures import save_tokenizer
+
+    with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng():
+        model.save_pretrained(folder)
+        save_tokenizer(Path(folder), model.config.get_text_config().vocab_size)
+        return TransformerBridge.boot_transformers(
+            folder, hf_model=copy.deepcopy(model), dtype=model.dtype
+        )
+
+
 def _made(kind: str, config: Any) -> Any:
     import transformers
 
@@ -156,10 +177,11 @@ def examine(kind: str, double: bool = False) -> dict[str, Any]:
     torch.set_num_threads(1)
     row: dict[str, Any] = {"type": kind}
     try:
-        model = make(kind, double)
+        bare = make(kind.removeprefix(BRIDGE), double)
+        model = bridged(bare) if kind.startswith(BRIDGE) else bare
     except Exception as error:  # the sizes above do not fit this class
         return {**row, "class": class_of(kind), "unbuilt": f"{type(error).__name__}: {error}"[:150]}
-    row["class"] = type(model).__name__
+    row["class"] = type(model).__name__ if model is bare else class_of(kind)
     step = "load"
     try:
         loaded = lens.load(model)
@@ -172,8 +194,9 @@ def examine(kind: str, double: bool = False) -> dict[str, Any]:
         errors, layers = [loaded.check or 0.0], 0
         for name, one in towers.items():
             layers += len(traces[name].layers)
-            with torch.no_grad(), switched(language_model(one.model), "eager"):
-                own = _attentions(one.model, tiny_inputs(one))
+            plain = one.model if model is bare else bare
+            with torch.no_grad(), switched(language_model(plain), "eager"):
+                own = _attentions(plain, tiny_inputs(one))
             if own is not None and len(own) == len(traces[name].layers):
                 errors += [
                     _difference(torch.from_numpy(probabilities), weights[0].float())
@@ -260,6 +283,9 @@ def rows_of(kinds: list[str]) -> list[dict[str, Any]]:
     import transformers
 
     transformers.logging.set_verbosity_error()
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    if any(kind.startswith(BRIDGE) for kind in kinds):
+        import transformer_lens.model_bridge  # noqa: F401  (five seconds)
     examine("gpt2")  # reads everything once, before the processes part
     context = mp.get_context("fork")
     waiting, running, rows = list(reversed(kinds)), {}, []
@@ -310,7 +336,7 @@ def refreshed(text: str, rows: list[dict[str, Any]]) -> str:
     return _page([*kept, *map(line_of, rows)])
 
 
-_ROW = re.compile(r"\| \w+ \(([\w.-]+)\) \|")
+_ROW = re.compile(r"\| [\w ]+ \(([\w.:-]+)\) \|")
 
 
 def _page(rows: list[str]) -> str:
