@@ -25,14 +25,13 @@ def describe(model: Any, licence: str = "unknown") -> ModelInfo:
             f"cannot read the sizes of {type(model).__name__}: its {type(config).__name__} must have "
             f"the integers {', '.join(_SIZES)}; pass one tower of the model"
         )
-    context = _setting(config, "max_position_embeddings")  # -1 in XLNet: any length
     return ModelInfo(
         layers=layers,
         heads=heads,
         kv_heads=_setting(config, "num_key_value_heads") or heads,
         head_dim=_setting(config, "head_dim") or hidden // heads,
         vocab=_setting(config, "vocab_size") if reads_tokens(model) else None,
-        context=context if isinstance(context, int) and context > 0 else None,
+        context=_context(model, config),
         parameters=_parameters(model),
         licence=licence,
         class_name=type(model).__name__,
@@ -43,6 +42,18 @@ def describe(model: Any, licence: str = "unknown") -> ModelInfo:
 def reads_tokens(model: nn.Module) -> bool:
     """A model of sounds has a vocabulary too: of what it writes (Wav2Vec2)."""
     return "input_ids" in inspect.signature(model.forward).parameters
+
+
+def _context(model: nn.Module, config: Any) -> int | None:
+    """Most tokens; RoBERTa and its kin count positions from behind the padding's id, which its table has places for."""
+    most = _setting(config, "max_position_embeddings")
+    if not isinstance(most, int) or most < 1:  # -1 in XLNet: any length
+        return None
+    for name, module in model.named_modules():
+        is_table = name.endswith("position_embeddings") and isinstance(module, nn.Embedding)
+        if is_table and module.num_embeddings == most and module.padding_idx is not None:
+            return most - module.padding_idx - 1
+    return most
 
 
 def _setting(config: Any, name: str) -> Any:
