@@ -20,7 +20,7 @@ from lens.circuits.graph.circuit import Circuit
 from lens.circuits.graph.edge_scores import EdgeScores
 from lens.circuits.graph.graph import Graph
 from lens.common.errors import LensError
-from lens.common.files import read_json, write_json
+from lens.common.files import as_path, read_json, write_json
 from lens.common.given import given_as
 
 _CFG = ("n_layers", "n_heads", "parallel_attn_mlp")
@@ -78,7 +78,7 @@ def to_mib(scores: EdgeScores, path: str | Path, *, circuit: Circuit | None = No
             "prompts": scores.n,
         },
     }
-    write_json(Path(path), found)
+    write_json(as_path("path", path), found)
 
 
 def from_mib(
@@ -98,7 +98,7 @@ def from_mib(
     """
     if sign not in (1, -1):
         raise LensError(f"sign must be 1 or -1, got {sign!r}")
-    found = read_json(Path(path))
+    found = read_json(as_path("path", path))
     missing = [key for key in ("cfg", "nodes", "edges") if key not in found]
     missing += [f"cfg.{key}" for key in _CFG if key not in found.get("cfg", {})]
     if missing:
@@ -211,7 +211,7 @@ def to_attribution_graph(
             for (writer, reader), weight in links.items()
         ],
     }
-    write_json(Path(path), found)
+    write_json(as_path("path", path), found)
 
 
 def _ends(graph: Graph) -> tuple[tuple[tuple[str, ...], np.ndarray], ...]:

@@ -11,6 +11,7 @@ _MADE_BY = {
     "AttentionTrace": "lens.capture(model, prompt) makes one",
     "Circuit": "lens.circuits.find(model, task) makes one",
     "EdgeScores": "lens.circuits.score_edges(model, task) makes one",
+    "Graph": "lens.circuits.score_edges(model, task).graph is one",
     "Overlay": "trace.overlay() makes one",
     "Run": "lens.runs.open_run(folder) reads one",
 }

@@ -9,6 +9,7 @@ import plotly.graph_objects as go
 
 from lens.common.colors import ACCENT, BASELINE, LINE, VIRIDIS, scale
 from lens.common.errors import LensError
+from lens.common.given import given_as
 from lens.common.plots import draws
 from lens.figures import uniform
 from lens.figures.cross import cross_map
@@ -203,7 +204,7 @@ def block_map(trace: AttentionTrace, layer: int, head: int, **look: Unpack[Look]
 
 def head_data(trace: AttentionTrace, layer: int, head: int, needed: str) -> xr.Dataset:
     """The variables of one head, of which one must be there."""
-    data = trace.select((layer, head))
+    data = given_as("AttentionTrace", trace=trace).select((layer, head))
     if needed not in data:
         raise LensError(
             f"this trace has no {needed}; capture it with statistics including {needed!r}"

@@ -7,6 +7,7 @@ j to token i is `exp(G_i - G_j)`.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -47,9 +48,10 @@ def linear(
         torch.Size([2, 1, 6])
     """
     query, key, value = doubles(query=query, key=key, value=value)
-    rate = torch.zeros(query.shape[:2]) if decay is None else decay
-    rate = rate[:, None].expand(query.shape[:2]) if rate.dim() == 1 else rate
-    rate = checked_decay(rate.double(), query.shape[:2])
+    shape = query.shape[:2]
+    rate = torch.zeros(shape) if decay is None else _fitting("decay", decay, shape[:1], shape)
+    rate = rate[:, None].expand(shape) if rate.dim() == 1 else rate
+    rate = checked_decay(rate.double(), shape)
     total = rate.cumsum(1)
     phi = ScalarDecay(value, query, key, total, total, half_lives=half_lives_of(rate))
     return replace(phi, scale=1 / phi.row_sums()) if normalized else phi
@@ -102,10 +104,11 @@ def mamba2(
         torch.Size([2, 9, 4])
     """
     inputs, step, into, out = doubles(inputs=inputs, step=step, into=into, out=out)
-    rate = checked_decay(step * decay.double()[:, None], step.shape)
+    decay = _fitting("decay", decay, step.shape[:1])
+    rate = checked_decay(step * decay[:, None], step.shape)
     total = rate.cumsum(1)
     weighted = into * step[..., None]
-    skip = None if skip is None else skip.double()
+    skip = None if skip is None else _fitting("skip", skip, step.shape[:1])
     return ScalarDecay(
         inputs, out, weighted, total, total, half_lives=half_lives_of(rate), skip=skip
     )
@@ -142,7 +145,7 @@ def mamba(
     rate = checked_decay(step[..., None] * decay[:, None], (*step.shape, decay.shape[1]))
     total = rate.cumsum(1)
     key = into.expand(total.shape) * step[..., None]
-    skip = None if skip is None else skip.double()
+    skip = None if skip is None else _fitting("skip", skip, step.shape[:1])
     return VectorDecay(
         inputs[..., None], out.expand(total.shape), key, total, total,
         half_lives=half_lives_of(rate), skip=skip,
@@ -173,7 +176,8 @@ def delta(
         torch.Size([2, 9, 4])
     """
     query, key, value, beta = doubles(query=query, key=key, value=value, beta=beta)
-    rate = torch.zeros(beta.shape) if decay is None else decay
+    shapes = (beta.shape, (*beta.shape, 1), key.shape)
+    rate = torch.zeros(beta.shape) if decay is None else _fitting("decay", decay, *shapes)
     rate = rate[..., None] if rate.dim() == 2 else rate
     rate = checked_decay(rate.double(), (*beta.shape, rate.shape[-1]))
     return Delta(value, query, key, beta, rate, half_lives=half_lives_of(rate))
@@ -198,7 +202,8 @@ def rwkv6(query: Tensor, key: Tensor, value: Tensor, decay: Tensor, bonus: Tenso
     """
     query, key, value, decay = doubles(query=query, key=key, value=value, decay=decay)
     total = checked_decay(decay, query.shape).cumsum(1)
-    own = (query * bonus.double()[:, None] * key).sum(-1)
+    bonus = _fitting("bonus", bonus, (len(key), key.shape[-1]))
+    own = (query * bonus[:, None] * key).sum(-1)
     return VectorDecay(
         value, query, key, total - decay, total, half_lives=half_lives_of(decay), diagonal=own
     )
@@ -246,6 +251,16 @@ def doubles(**tensors: Tensor) -> list[Tensor]:
                 f"{list(named[other].shape)}"
             )
     return found
+
+
+def _fitting(name: str, one: Tensor, *shapes: Sequence[int]) -> Tensor:
+    """In float64 on the CPU; refused where it is no tensor of one of these shapes, or has NaN."""
+    if not isinstance(one, Tensor) or tuple(one.shape) not in map(tuple, shapes):
+        known = " or ".join(str(list(shape)) for shape in shapes)
+        raise LensError(f"{name} must be a tensor {known}, got {_said(one)}")
+    if bool(one.isnan().any()):
+        raise LensError(f"{name} has values that are not numbers")
+    return one.detach().double().cpu()
 
 
 def checked_decay(rate: Tensor, shape: tuple[int, ...] | torch.Size) -> Tensor:

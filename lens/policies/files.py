@@ -12,7 +12,7 @@ import numpy as np
 
 from lens.common.choices import check_choice
 from lens.common.errors import LensError
-from lens.common.files import plain, read_text, write_json, write_text
+from lens.common.files import as_path, plain, read_text, write_json, write_text
 from lens.common.head_ids import HeadId, head_id
 from lens.models.loaded import LoadedModel
 from lens.policies.a_shape import AShape
@@ -73,7 +73,7 @@ def write(
         raise LensError(f"policy must be PerHead or what search found, got {type(policy).__name__}")
     recall = _recalls(policy) if isinstance(policy, PolicySearch) else {}
     if format == "duo":
-        _write_duo(heads, Path(path), model)
+        _write_duo(heads, as_path("path", path), model)
     elif format == "minference":
         layers = [
             {
@@ -84,9 +84,9 @@ def write(
             }
             for layer in range(model.info.layers)
         ]
-        write_text(Path(path), json.dumps(layers, default=plain))
+        write_text(as_path("path", path), json.dumps(layers, default=plain))
     else:
-        write_json(Path(path), as_json(policy, model))
+        write_json(as_path("path", path), as_json(policy, model))
 
 
 def read(
@@ -127,8 +127,8 @@ def read(
         raise LensError(f"as_searched= is of the format 'minference', got format={format!r}")
     try:
         if format == "duo":
-            return _read_duo(Path(path), heads, full)
-        data = json.loads(read_text(Path(path)))
+            return _read_duo(as_path("path", path), heads, full)
+        data = json.loads(read_text(as_path("path", path)))
         return _read_minference(data, as_searched) if format == "minference" else _read_ours(data)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError) as error:
         raise LensError(
@@ -147,9 +147,9 @@ def format_of(path: str | Path) -> Format:
         >>> lens.policies.files.format_of("heads.json")
         'lens'
     """
-    if Path(path).is_dir():
+    if as_path("path", path).is_dir():
         return "duo"
-    return "minference" if read_text(Path(path)).lstrip().startswith("[") else "lens"
+    return "minference" if read_text(as_path("path", path)).lstrip().startswith("[") else "lens"
 
 
 def _recalls(found: PolicySearch) -> dict[tuple[int, int], float]:

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lens.common.errors import LensError
-from lens.common.files import write_atomically
+from lens.common.files import as_path, write_atomically
 from lens.models.loaded import LoadedModel
 from lens.passes.blocks import BlockView, in_blocks, means
 from lens.policies.base import Kept, Policy
@@ -169,7 +169,9 @@ class Trained(Policy):
         (budget,) = (name for name in _BUDGETS if getattr(self, name) is not None)
         facts = {"kind": self.kind, "block_size": "{} {}".format(*self.block_size)}
         facts |= {budget: repr(getattr(self, budget))}
-        write_atomically(Path(path), lambda temporary: save_file(tensors, temporary, facts))
+        write_atomically(
+            as_path("path", path), lambda temporary: save_file(tensors, temporary, facts)
+        )
 
     def __str__(self) -> str:
         budget = next(

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from lens.common.errors import LensError
-from lens.common.files import read_json, shown
+from lens.common.files import as_path, read_json, shown
 from lens.common.schema import checked
 from lens.runs.commands import again
 from lens.runs.contents import head_problems, prompt_problems, section_problems, trace_problems
@@ -280,7 +280,7 @@ def open_run(folder: str | Path) -> Run:
         >>> lens.runs.open_run(run.path).status
         'success'
     """
-    folder = Path(folder)
+    folder = as_path("folder", folder)
     path = folder / INDEX
     if not path.exists() and not path.is_symlink():
         raise LensError(
@@ -300,7 +300,7 @@ def list_runs(folder: str | Path) -> list[Run | BrokenRun]:
         >>> len(lens.runs.list_runs(run.path.parent))
         2
     """
-    folder = Path(folder)
+    folder = as_path("folder", folder)
     if not folder.is_dir():
         raise LensError(f"there is no folder {folder}; `lens demo` or `lens run` makes runs")
     runs: list[Run | BrokenRun] = []
@@ -323,7 +323,7 @@ def find_run(folder: str | Path, run_id: str) -> Run:
         >>> lens.runs.find_run(run.path.parent, run.id).status
         'success'
     """
-    folder = Path(folder)
+    folder = as_path("folder", folder)
     for entry in folder.iterdir() if folder.is_dir() else ():
         if entry.name == run_id and (entry / INDEX).exists():
             return open_run(entry)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import ArrayLike
 
+from lens.common.choices import check_counts
 from lens.common.errors import LensError
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ def ranks(values: ArrayLike) -> Float[np.ndarray, "*rest n"]:
     """
     from scipy.stats import rankdata
 
-    return rankdata(np.asarray(values, float), axis=-1)
+    return rankdata(_numbers(values), axis=-1)
 
 
 def spearman(a: ArrayLike, b: ArrayLike) -> float:
@@ -41,7 +42,7 @@ def spearman(a: ArrayLike, b: ArrayLike) -> float:
         >>> lens.stats.spearman([1, 2, 3], [10, 20, 400])
         1.0
     """
-    x, y = np.asarray(a, float), np.asarray(b, float)
+    x, y = _numbers(a), _numbers(b)
     if x.shape != y.shape or x.ndim != 1:
         raise LensError(
             f"expected two vectors of one length, got shapes {x.shape} and {y.shape}; give one number "
@@ -96,7 +97,8 @@ def top(values: ArrayLike, k: int) -> Int[np.ndarray, "*rest {k}"]:
         >>> lens.stats.top([3, 9, 5], 2).tolist()
         [1, 2]
     """
-    array = np.asarray(values, float)
+    array = _numbers(values)
+    check_counts(0, k=k)
     if not 0 <= k <= array.shape[-1]:
         raise LensError(f"k must be 0 to {array.shape[-1]}, the number of values, got {k}")
     return np.argsort(-array, axis=-1, kind="stable")[..., :k]
@@ -120,6 +122,7 @@ def top_overlap(values: ArrayLike, k: int) -> Float[np.ndarray, "*rest measures 
         [[1.0, 0.5], [0.5, 1.0]]
     """
     array = _measures(values)
+    check_counts(k=k)
     if not 1 <= k <= array.shape[-1]:
         raise LensError(f"k must be 1 to {array.shape[-1]}, the number of values, got {k}")
     inside = np.zeros(array.shape)
@@ -127,8 +130,19 @@ def top_overlap(values: ArrayLike, k: int) -> Float[np.ndarray, "*rest measures 
     return inside @ np.swapaxes(inside, -1, -2) / k
 
 
+def _numbers(values: ArrayLike) -> np.ndarray:
+    """As float64, at least one dimension."""
+    try:
+        array = np.asarray(values, float)
+    except (TypeError, ValueError) as error:
+        raise LensError(f"values must be numbers, got {type(values).__name__}: {error}") from error
+    if not array.ndim:
+        raise LensError(f"values must be a list or an array, got the one value {values!r}")
+    return array
+
+
 def _measures(values: ArrayLike) -> np.ndarray:
-    array = np.asarray(values, float)
+    array = _numbers(values)
     if array.ndim < 2:
         raise LensError(
             f"expected measures [..., measures, n], got shape {array.shape}; stack them: "

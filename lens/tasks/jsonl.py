@@ -9,7 +9,7 @@ import torch
 
 from lens.common.choices import is_whole
 from lens.common.errors import LensError
-from lens.common.files import read_text
+from lens.common.files import as_path, read_text
 from lens.models.loaded import LoadedModel
 from lens.passes.logits import check_predicts_tokens, logits_of
 from lens.tasks.candidates import Misfit
@@ -58,7 +58,7 @@ def from_jsonl(model: LoadedModel, path: str | Path, *, name: str | None = None)
         Task(mine: 1 prompts of 3 tokens...
     """
     check_predicts_tokens(model)
-    path = Path(path)
+    path = as_path("path", path)
     found: list[dict[str, Any]] = []
     dropped: list[str] = []
     for number, line in enumerate(read_text(path, most=_LARGEST).splitlines(), start=1):

@@ -1,5 +1,6 @@
 """Tasks that need no data set: copying random tokens, and predicting text."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ from lens.common.choices import check_counts, check_lists, is_whole
 from lens.common.errors import LensError
 from lens.models.loaded import LoadedModel
 from lens.models.vocabulary import around, windows
-from lens.passes.inputs import model_input
+from lens.passes.inputs import check_ids, model_input
 from lens.passes.logits import check_predicts_tokens, fills_masks
 from lens.passes.sources import read_sources
 from lens.tasks.prompts import copied
@@ -96,7 +97,7 @@ def language_modelling(
         raise LensError("no texts were given; pass a text, several, or windows of token ids")
     found: list[list[int]] = []
     for text in texts:
-        found += _cut(model, text, length) if isinstance(text, str) else [list(text)]
+        found += _cut(model, text, length) if isinstance(text, str) else [_ids(model, text)]
     if n is not None:
         _positive("n", n)
         if len(found) < n:
@@ -132,9 +133,16 @@ def _translating(model: LoadedModel, pairs: Any, n: int | None, metric: str) -> 
     return Task("targets", clean, positions, ids[:, 1:], metric, targets=ids)
 
 
+def _ids(model: LoadedModel, window: Sequence[int]) -> list[int]:
+    check_ids(model, window)
+    return [int(one) for one in window]
+
+
 def _cut(model: LoadedModel, text: str, length: int | None) -> list[list[int]]:
     """Windows of `length` tokens of one text."""
     length = model.info.context if length is None else length
+    if length is not None:
+        check_counts(0, length=length)
     if length is None or length < 3:
         raise LensError(f"length must be at least 3 tokens, got {length}; e.g. length=128")
     ids = model.encode(text)

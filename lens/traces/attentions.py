@@ -6,6 +6,7 @@ and the log-sum-exp and exact tiles on top.
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from lens.common.choices import check_counts, check_lists, is_whole
 from lens.common.errors import LensError
 from lens.common.version import __version__
 from lens.traces.matrices import PREFIX, layer_variables
@@ -68,6 +70,7 @@ def from_attentions(
         )
     if not len(attentions):
         raise LensError("attentions is empty; run the model with output_attentions=True")
+    check_counts(block_size=block_size)
     layers, dtype = _chosen(attentions, row)
     length = layers[0].shape[-1]
     real = np.ones(length, bool) if padding is None else np.asarray(padding).astype(bool)
@@ -86,8 +89,6 @@ def from_attentions(
     if windows is None:
         windows = [None] * len(layers)
     _check_windows(layers, windows)
-    if block_size < 1:
-        raise LensError(f"block_size must be at least 1, got {block_size}")
     writer = TraceWriter()
     for number, matrices in enumerate(layers):
         variables = layer_variables(matrices, ids, block_size, causal=causal)
@@ -194,8 +195,8 @@ def _chosen(attentions: Sequence[Any], row: int | None) -> tuple[list[np.ndarray
     batch = sizes.pop()[0]
     if row is None and batch > 1:
         raise LensError(f"the batch has {batch} rows; choose one: row=0")
-    if row is not None and not 0 <= row < batch:
-        raise LensError(f"row must be 0 to {batch - 1}, got {row}")
+    if row is not None and not (is_whole(row) and 0 <= row < batch):
+        raise LensError(f"row must be 0 to {batch - 1}, got {row!r}")
     chosen = [layer[row or 0] for layer in attentions]
     dtype = str(chosen[0].dtype).removeprefix("torch.")
     if dtype not in _TOLERANCE:
@@ -215,10 +216,16 @@ def _cut(name: str, given: Sequence[Any] | None, real: np.ndarray) -> list[Any] 
     """The entries of the real positions."""
     if given is None:
         return None
+    check_lists(**{name: given})
     if len(given) != len(real):
         raise LensError(f"{name} must have {len(real)} entries, one a position, got {len(given)}")
     kept = [entry for entry, keep in zip(given, real, strict=True) if keep]
-    return kept if name == "tokens" else [int(entry) for entry in kept]
+    if name == "tokens":
+        return kept
+    try:
+        return [operator.index(entry) for entry in kept]
+    except TypeError as error:
+        raise LensError(f"{name} must be whole numbers, got {given!r}"[:200]) from error
 
 
 def _check_rows(layer: int, matrices: np.ndarray, tolerance: float) -> None:
@@ -246,6 +253,8 @@ def _check_rows(layer: int, matrices: np.ndarray, tolerance: float) -> None:
 
 
 def _check_windows(layers: list[np.ndarray], windows: Sequence[int | None]) -> None:
+    check_lists(windows=windows)
+    check_counts(**{f"windows[{i}]": one for i, one in enumerate(windows) if one is not None})
     if len(windows) != len(layers):
         raise LensError(f"windows must have {len(layers)} entries, one a layer, got {len(windows)}")
     for number, (matrices, window) in enumerate(zip(layers, windows, strict=True)):

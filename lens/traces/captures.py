@@ -1,6 +1,5 @@
 """`lens.capture`: prompts in, traces out, one layer in memory at a time."""
 
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -12,6 +11,7 @@ from lens_kernels.distributed import Processes
 
 from lens.common.choices import check_counts
 from lens.common.errors import LensError
+from lens.common.files import as_path
 from lens.common.progress import advancing
 from lens.models.loaded import LoadedModel, check_loaded
 from lens.passes.calls import LayerCall, attend
@@ -164,8 +164,8 @@ def capture(
         raise LensError("model may be None only beside attentions; pass what lens.load returns")
     if seed is not None:
         check_counts(0, seed=seed)
-    if out is not None and (not isinstance(out, str | os.PathLike) or not str(out)):
-        raise LensError(f"out must be a folder, got {out!r}")
+    if out is not None:
+        out = as_path("out", out)
     settings = make_settings(
         statistics=statistics, block_size=block_size, keep_qk=keep_qk, backend=backend
     )

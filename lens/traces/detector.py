@@ -6,7 +6,9 @@ the prompt, so its numbers are a little smaller on short prompts. Here to compar
 
 import numpy as np
 
+from lens.common.choices import check_choice
 from lens.common.errors import LensError
+from lens.common.given import given_as
 from lens.traces.trace import AttentionTrace
 
 PATTERNS = ("previous_token_head", "duplicate_token_head", "induction_head")
@@ -37,8 +39,8 @@ def detect(
     Example:
         >>> detect(trace, "induction_head").argmax()
     """
-    if pattern not in PATTERNS:
-        raise LensError(f"unknown pattern {pattern!r}; known: {', '.join(PATTERNS)}")
+    given_as("AttentionTrace", trace=trace)
+    check_choice("pattern", pattern, PATTERNS)
     if not trace.attrs["causal"]:
         raise LensError(f"{trace.model} looks ahead; the detector is defined for causal models")
     ids = trace.dataset["token_id"].values

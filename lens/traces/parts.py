@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from lens.common.errors import LensError
+from lens.common.files import as_path
 from lens.common.head_ids import PARTS
 from lens.traces.store import INDEX
 from lens.traces.trace import AttentionTrace
@@ -39,8 +40,8 @@ class TraceParts(Mapping[str, AttentionTrace]):
     def save(self, folder: str | Path) -> Path:
         """Write each into a new folder of its name inside `folder`. Errors as `AttentionTrace.save`."""
         for part, trace in self.items():
-            trace.save(Path(folder) / part)
-        return Path(folder)
+            trace.save(as_path("folder", folder) / part)
+        return as_path("folder", folder)
 
     @classmethod
     def load(cls, folder: str | Path) -> TraceParts:
@@ -49,13 +50,13 @@ class TraceParts(Mapping[str, AttentionTrace]):
         Raises:
             LensError: none of them, or as `AttentionTrace.load`.
         """
-        inside = sorted(one.parent.name for one in Path(folder).glob(f"*/{INDEX}"))
+        inside = sorted(one.parent.name for one in as_path("folder", folder).glob(f"*/{INDEX}"))
         there = sorted(inside, key=lambda part: PARTS.index(part) if part in PARTS else len(PARTS))
         if not there:
             raise LensError(
                 f"{folder} holds no traces of parts (encoder, decoder, cross; of towers text, vision)"
             )
-        return cls({part: AttentionTrace.load(Path(folder) / part) for part in there})
+        return cls({part: AttentionTrace.load(as_path("folder", folder) / part) for part in there})
 
     def __repr__(self) -> str:
         return "\n".join(f"{part}: {trace!r}" for part, trace in self.items())

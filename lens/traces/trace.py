@@ -14,6 +14,7 @@ import numpy as np
 import xarray as xr
 
 from lens.common.errors import LensError
+from lens.common.files import as_path
 from lens.common.head_ids import AnyHead, HeadId, head_id, layers_in_words
 from lens.common.plots import draw, viewer
 from lens.traces.arrays import labelled
@@ -173,8 +174,7 @@ class AttentionTrace:
         Raises:
             LensError: the folder holds a trace already.
         """
-        folder = Path(folder)
-        writer = TraceWriter(folder)
+        writer = TraceWriter(folder := as_path("folder", folder))
         for layer in self.layers:
             part = self.dataset.sel(layer=layer)
             names = [name for name in DIMENSIONS if name in part.data_vars]
@@ -195,7 +195,7 @@ class AttentionTrace:
         Raises:
             LensError: missing, damaged or of another schema version.
         """
-        folder = Path(folder)
+        folder = as_path("folder", folder)
         index = read_index(folder)
         variables = lazy_variables(folder, index["layers"])
         try:
@@ -314,7 +314,7 @@ class TraceWriter:
     """
 
     def __init__(self, folder: str | Path | None = None) -> None:
-        self._folder = None if folder is None else Path(folder)
+        self._folder = None if folder is None else as_path("folder", folder)
         self._layers: dict[int, dict[str, np.ndarray]] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         if self._folder is not None and (self._folder / INDEX).exists():

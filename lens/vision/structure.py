@@ -198,6 +198,8 @@ def _mean_map(
     """In words whose; the mean map [patches, patches] of heads; bool [patches] of sinks."""
     asked = list(heads) if isinstance(heads, list) else [heads]
     chosen = {head: None for one in asked for head in heads_of(trace, one)}
+    if not chosen:
+        raise LensError("heads must name at least one head, got none; e.g. 'L1H3' or 'L1'")
     found = np.mean([trace.tile(*head, grid.span, grid.span) for head in chosen], 0)
     mass = np.mean([received(trace, head)[slice(*grid.span)] for head in chosen], 0)
     names = [one if isinstance(one, str) else str(HeadId(*one)) for one in asked]

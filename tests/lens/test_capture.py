@@ -387,8 +387,8 @@ def test_options_that_do_not_exist(options, expected):
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({"out": 5}, "out must be a folder, got 5"),
-        ({"out": ""}, "out must be a folder, got ''"),
+        ({"out": 5}, "out must be the path of a file or folder, got 5"),
+        ({"out": ""}, "out must be the path of a file or folder, got ''"),
         ({"seed": -1}, "seed must be an integer of at least 0, got -1"),
         ({"seed": "a"}, "seed must be an integer of at least 0, got 'a'"),
     ],

@@ -293,7 +293,7 @@ def test_what_cannot_be_asked_for_is_said(toy, toy_roles):
     with pytest.raises(LensError, match="unknown column 'x'; known: previous_token"):
         toy_roles.top("x")
     p = probabilities(layers=1, heads=2, length=11, seed=4)
-    with pytest.raises(LensError, match="unknown pattern 'x'; known: previous_token_head"):
+    with pytest.raises(LensError, match="pattern must be one of 'previous_token_head'"):
         detect(trace_of(p), "x")
     with pytest.raises(LensError, match="needs match_mass; capture with statistics='all'"):
         detect(trace_of(p, without=("match_mass",)), "induction_head")

@@ -117,6 +117,45 @@ def test_positions_are_those_that_were_given(name, masked):
     assert largest_error(loaded, trace, inputs) < 1e-5
 
 
+ENCODERS = {
+    # RoBERTa's positions begin behind the id of its padding: of 22 places it has 20
+    "roberta": (transformers.RobertaConfig, transformers.RobertaForMaskedLM, 22, "<s>", "</s>"),
+    "albert": (transformers.AlbertConfig, transformers.AlbertForMaskedLM, 20, "[CLS]", "[SEP]"),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ENCODERS)
+def test_windows_of_an_encoder_stand_between_its_own_special_tokens(name):
+    config, head, places, first, last = ENCODERS[name]
+    vocab = {first: 0, "<pad>": 1, last: 2, "<mask>": 3} | {f"w{i}": i for i in range(4, 97)}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="w4"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.RobertaProcessing((last, 2), (first, 0))
+    special = {"cls_token": first, "sep_token": last, "pad_token": "<pad>", "mask_token": "<mask>"}
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+    model = lens.load(
+        head(config(**SIZES, max_position_embeddings=places, pad_token_id=1)).eval(), tokenizer=fast
+    )
+    assert model.info.context == 20
+    assert len(lens.capture(model, [9] * 20, progress=False).tokens) == 20
+    with pytest.raises(LensError, match=r"has 21 tokens and .* takes 20"):
+        lens.capture(model, [9] * 21, progress=False)
+    words = [number % 90 + 5 for number in range(50)]
+    task = lens.tasks.language_modelling(model, " ".join(f"w{one}" for one in words), length=12)
+    assert (task.clean[:, 0] == 0).all()
+    assert (task.clean[:, -1] == 2).all()
+    filled = task.clean.scatter(1, task.positions, task.correct)
+    assert filled[:, 1:-1].flatten().tolist() == words
+    masked = task.clean.gather(1, task.positions)
+    assert (masked == 3).all()
+    logits = model.model(task.clean).logits.gather(
+        1, task.positions[..., None].expand(-1, -1, SIZES["vocab_size"])
+    )
+    loss = torch.nn.functional.cross_entropy(logits.transpose(1, 2), task.correct, reduction="none")
+    torch.testing.assert_close(task.evaluate(model), loss.mean(1))
+
+
 def test_padding_is_cut_from_every_input():
     loaded, ids = llama(), ids_of(13)
     places = torch.arange(13)[None] * 2
@@ -300,6 +339,20 @@ def test_a_seed_that_is_none_is_refused_before_any_work(seed):
         (lambda model: lens.tasks.language_modelling(model, 5), "texts must be a list, got 5"),
         (lambda model: lens.tasks.induction(model, 2, length=3.5), "length must be an integer"),
         (lambda model: lens.tasks.induction(model, 2, metric={}), "unknown metric {}"),
+        (lambda model: lens.tasks.language_modelling(model, [5, 6]), "token ids must be a list"),
+        (lambda model: lens.tasks.language_modelling(model, "a", length="x"), "length must be an"),
+        (lambda model: lens.tasks.from_jsonl(model, ["x"]), "path must be the path of a file"),
+        (lambda model: lens.circuits.load_circuit(3), "path must be the path of a file or folder"),
+        (lambda model: lens.runs.open_run(None), "folder must be the path of a file or folder"),
+        (lambda model: lens.stats.ranks(3.0), "values must be a list or an array"),
+        (lambda model: lens.stats.top(["x"], 1), "values must be numbers"),
+        (lambda model: lens.stats.top([1.0], "1"), "k must be an integer"),
+        (lambda model: lens.figures.row_entropy(3, 0, 0), "trace must be an AttentionTrace"),
+        (
+            lambda model: lens.traces.detect("x", "induction_head"),
+            "trace must be an AttentionTrace",
+        ),
+        (lambda model: lens.circuits.make_circuit("x", []), "graph must be a Graph"),
     ],
 )
 def test_what_is_of_another_kind_is_refused_by_its_name(call, said):

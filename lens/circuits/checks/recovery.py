@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lens.circuits.graph.edge_scores import EdgeScores
+from lens.common.choices import is_number
 from lens.common.errors import LensError
 from lens.common.given import given_as
 
@@ -56,8 +57,8 @@ def recovery(scores: EdgeScores, known: Iterable[str], *, rounding: float = 1e-9
         1.0
     """
     scores = given_as("EdgeScores", scores=scores)
-    if not 0 <= rounding < 1:
-        raise LensError(f"rounding must be a share of 0 or more and below 1, got {rounding}")
+    if not is_number(rounding) or not 0 <= rounding < 1:
+        raise LensError(f"rounding must be a share of 0 or more and below 1, got {rounding!r}")
     graph = scores.graph
     positive = np.zeros(graph.n, bool)
     positive[graph.find(known)] = True

@@ -13,7 +13,8 @@ from lens.circuits.graph.activations import Ablation
 from lens.circuits.graph.graph import Graph
 from lens.circuits.graph.selection import pruned
 from lens.common.errors import LensError
-from lens.common.files import read_json, write_json
+from lens.common.files import as_path, read_json, write_json
+from lens.common.given import given_as
 
 FORMAT = "lens-circuit"
 VERSION = 1
@@ -105,7 +106,7 @@ class Circuit:
             found["scores"] = [float(value) for value in scores[self.kept]]
         if faithfulness is not None:
             found["faithfulness"] = {name: list(map(float, v)) for name, v in faithfulness.items()}
-        write_json(Path(path), found)
+        write_json(as_path("path", path), found)
 
     def __repr__(self) -> str:
         share = self.n / self.graph.n
@@ -134,6 +135,7 @@ def make_circuit(
         >>> lens.circuits.make_circuit(graph, ["input->a0.h1<v>", "a0.h1->logits"]).nodes
         ('input', 'a0.h1')
     """
+    given_as("Graph", graph=graph)
     kept = np.zeros(graph.n, bool)
     kept[graph.find(edges)] = True
     return Circuit(graph, kept, ablation or Ablation(kv=graph.kv), task, model, made)
@@ -150,7 +152,7 @@ def load_circuit(path: str | Path) -> Circuit:
         >>> lens.circuits.load_circuit("circuit.json").task
         'induction'
     """
-    found = read_json(Path(path))
+    found = read_json(as_path("path", path))
     if found.get("format") != FORMAT:
         raise LensError(f"{path} is no circuit of lens; Circuit.save writes one")
     if found.get("version") != VERSION:

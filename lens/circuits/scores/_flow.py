@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lens.circuits.graph.activations import PlainVisitor
 from lens.circuits.graph.nodes import Nodes, find_nodes, visit
+from lens.common.choices import is_number
 from lens.common.errors import LensError
 from lens.common.given import given_as
 from lens.common.head_ids import HeadId, head_columns, head_id
@@ -125,9 +126,9 @@ def flow_routes(
         >>> lens.circuits.scores.flow_routes(model, task).table().head()
     """
     given_as("Task", task=task)
-    if isinstance(threshold, bool) or not 0 < threshold < 0.5:
+    if not is_number(threshold) or not 0 < threshold < 0.5:
         raise LensError(f"threshold is a share above 0 and below 0.5, got {threshold!r}")
-    if at is not None and at not in task.marks:
+    if at is not None and at not in [*task.marks]:
         raise LensError(
             f"the task {task.name!r} has no mark {at!r}; it has {', '.join(task.marks) or 'none'}"
         )

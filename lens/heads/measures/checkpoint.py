@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from lens.common.errors import LensError
-from lens.common.files import plain, write_atomically
+from lens.common.files import as_path, plain, write_atomically
 from lens.models.loaded import LoadedModel
 from lens.tasks.task import Task
 
@@ -34,7 +34,7 @@ class Checkpoint:
     """
 
     def __init__(self, path: str | Path | None, configuration: dict[str, Any]) -> None:
-        self._path = None if path is None else Path(path)
+        self._path = None if path is None else as_path("path", path)
         self._configuration = json.loads(json.dumps(configuration, default=plain))
         self._kept: dict[str, np.ndarray] = {}
         self._written = time.monotonic()

@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 
 from lens.common.errors import LensError
-from lens.common.files import write_json
+from lens.common.files import as_path, write_json
 from lens.common.given import given_traces
 from lens.common.version import __version__
 from lens.traces.metrics import METRICS
@@ -67,7 +67,7 @@ def to_headvis(
     from lens.traces.profiles import profile
 
     several = given_traces(traces if isinstance(traces, AttentionTrace | str) else list(traces))
-    folder = Path(folder)
+    folder = as_path("folder", folder)
     if folder.exists():
         raise LensError(f"{folder} exists already; choose a new folder or delete it")
     if keys < 1 or not 0 <= least < 1 or intervals < 1:

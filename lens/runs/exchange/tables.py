@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import pandas as pd
 
 from lens.common.errors import LensError
-from lens.common.files import write_atomically, write_text
+from lens.common.files import as_path, write_atomically, write_text
 
 
 class HasTable(Protocol):
@@ -31,7 +31,7 @@ def to_csv(result: pd.DataFrame | HasTable, path: str | Path) -> Path:
         >>> lens.runs.to_csv(lens.profile(traces), "heads.csv").name
         'heads.csv'
     """
-    path = Path(path)
+    path = as_path("path", path)
     write_text(path, csv_text(_table(result)))
     return path
 
@@ -65,7 +65,7 @@ def to_parquet(result: pd.DataFrame | HasTable, path: str | Path) -> Path:
         >>> pandas.read_parquet(path).equals(lens.profile(traces))
         True
     """
-    path = Path(path)
+    path = as_path("path", path)
     table = _table(result)
     table.attrs = {}  # notes for people, which are not all JSON
     write_atomically(path, lambda temporary: table.to_parquet(temporary, index=False))

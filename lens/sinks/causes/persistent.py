@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from lens.common.choices import check_lists
 from lens.common.errors import LensError
 from lens.common.head_ids import head_columns
 from lens.common.progress import advancing
@@ -110,6 +111,7 @@ def persistent_memory(
     """
     check_loaded(model)
     model.info.check_all_attend("persistent_memory")
+    check_lists(pairs=pairs)
     if len(pairs) != model.info.layers or all(pair is None for pair in pairs):
         raise LensError(
             f"pairs must have one entry for each of the {model.info.layers} layers, at least one of them "
