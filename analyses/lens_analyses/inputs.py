@@ -149,7 +149,9 @@ def load_model(config: RunConfig) -> "LoadedModel":
             f"{model.info.class_name} has the towers {', '.join(model.towers)}, which read several things at once; "
             "lens.capture(model, inputs) takes them, and model.part(...) is one tower"
         )
-    if model.parts or asked.part is not None:
+    if asked.part is not None and not model.parts:
+        raise UsageError(f"{model.info.class_name} is no encoder-decoder; leave --part out")
+    if model.parts:
         return _of_part(model, config)
     if getattr(config.prompts, "target", None) is not None:
         raise UsageError(f"{model.info.class_name} is no encoder-decoder; leave --target out")

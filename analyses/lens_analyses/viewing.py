@@ -7,7 +7,7 @@ from pathlib import Path
 from urllib.parse import urlencode
 
 from lens.common.errors import LensError
-from lens_analyses.console import UsageError, say
+from lens_analyses.console import UsageError, refused_as_usage, say
 
 LOOPBACK = "127.0.0.1"
 
@@ -18,6 +18,8 @@ def check_port(port: int, host: str = LOOPBACK) -> None:
     Raises:
         LensError: another program listens there, or the port may not be used.
     """
+    if not host:
+        raise UsageError("--host must be an address of this machine, got ''")
     with socket.socket(_family(host), socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -67,7 +69,8 @@ def view_runs(
         raise LensError(
             f"the dashboard needs {error.name}; install it with pip install 'attention-lens[dashboard]'"
         ) from error
-    check_reach(host, token)
+    with refused_as_usage():
+        check_reach(host, token)
     path = f"/run/{target.resolve().name}" if single else "/"
     if not quiet:
         say(f"dashboard: {_link(host, port, path, token)} (stop it with Ctrl-C)")

@@ -32,8 +32,12 @@ LABEL = "prompt"
 """The label by which the mass on the prompt's tokens is kept, of every token that was written."""
 
 
-def _check_writes(model: LoadedModel, prompt: Prompt, new: int, temperature: float) -> None:
-    """Raises LensError unless the model can write `new` tokens after a prompt."""
+def check_writes(model: LoadedModel, prompt: Prompt, new: int, temperature: float) -> None:
+    """Whether the model can write `new` tokens after a prompt.
+
+    Raises:
+        LensError: it does not write, or takes fewer tokens than both have; or a temperature that is none.
+    """
     check_counts(new=new)
     if not is_number(temperature) or not 0 <= temperature < float("inf"):
         raise LensError(
@@ -69,7 +73,7 @@ def written_traces(
 ) -> list[AttentionTrace]:
     """The trace of each prompt with what the model writes after it; arguments as `lens.capture`, a folder each."""
     for prompt in prompts:
-        _check_writes(model, prompt, new, temperature)
+        check_writes(model, prompt, new, temperature)
     traces = []
     total = len(prompts) * (new + 1) * len(model.info.attending)
     with advancing(f"{model.name}: layers", total, progress) as advance:

@@ -203,6 +203,6 @@ def test_a_run_of_another_machine_with_a_date_to_come_can_be_resumed(tmp_path):
 
 def test_an_address_that_others_reach_is_refused_before_a_link_is_printed(lens_command, run_folder):
     answer = lens_command("view", run_folder.parent, "--host", "0.0.0.0", "--port", "18765")
-    assert answer.code == 1
+    assert answer.code == 2
     assert "can be reached by others: give a token" in answer.err
     assert "dashboard:" not in answer.err + answer.out

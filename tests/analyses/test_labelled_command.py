@@ -108,7 +108,10 @@ def test_a_circuit_is_found_for_labelled_pictures(lens_command, folder, tmp_path
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (("--images", "FOLDER", "--task", "ioi"), "the task 'labels' is that of labelled prompts"),
+        (
+            ("--images", "FOLDER", "--task", "ioi"),
+            "labelled prompts are a task of their own, 'labels'",
+        ),
         (("--task", "labels", "--copied", "1"), "give --images FOLDER or --labelled TABLE"),
         (("--images", "FOLDER", "--text-name", "moby-dick"), "labelled prompts stand alone"),
         (("--labelled", "FOLDER"), "holds pictures; give it as --images"),

@@ -229,6 +229,16 @@ class RunConfig(Section):
             )
         return value
 
+    @model_validator(mode="after")
+    def _has_labels(self) -> Self:
+        task = getattr(self.analysis, "task", None)
+        if task == LABELS and labelled_by(self.prompts) is None:
+            raise ValueError(
+                f"the task {LABELS!r} is that of labelled prompts, which `lens heads` and `lens circuit` take: "
+                "give --images FOLDER or --labelled TABLE with it"
+            )
+        return self
+
     @property
     def has_text(self) -> bool:
         """Whether a text is named, rather than copied prompts alone."""
@@ -277,13 +287,10 @@ class _Labelled(RunConfig):
         return given
 
     @model_validator(mode="after")
-    def _has_labels(self) -> Self:
+    def _takes_no_other_task(self) -> Self:
         task = getattr(self.analysis, "task", None)
-        if (task == LABELS) != (labelled_by(self.prompts) is not None):
-            raise ValueError(
-                f"the task {LABELS!r} is that of labelled prompts and of no others: give --images FOLDER or --labelled "
-                f"TABLE with it, and no other task; got {task!r}"
-            )
+        if labelled_by(self.prompts) is not None and task != LABELS:
+            raise ValueError(f"labelled prompts are a task of their own, {LABELS!r}; got {task!r}")
         return self
 
 
@@ -328,6 +335,12 @@ class VisionConfig(RunConfig):
     what: Literal["vision"] = _what("vision")
     prompts: PictureConfig = PictureConfig()  # pyright: ignore[reportIncompatibleVariableOverride]
     analysis: VisionSettings = VisionSettings()
+
+    @model_validator(mode="after")
+    def _emphasises_a_question(self) -> Self:
+        if self.analysis.emphasise is not None and self.prompts.question is None:
+            raise ValueError("analysis.emphasise names words of a question; give it with --text")
+        return self
 
 
 class ExplainConfig(RunConfig):

@@ -10,7 +10,11 @@ from lens.common.results import few
 from lens.models.vocabulary import around, windows
 from lens.runs import Run
 from lens_analyses.config import CircuitSettings, RunConfig
-from lens_analyses.config.analyses import AnalysisSettings, PoliciesSettings
+from lens_analyses.config.analyses import (
+    AnalysisSettings,
+    GenerateSettings,
+    PoliciesSettings,
+)
 from lens_analyses.config.listed import layer_of, listed
 from lens_analyses.config.models import PromptConfig, labelled_by
 from lens_analyses.config.paths import is_task_file
@@ -142,10 +146,11 @@ def analysed(
     """Token ids of the prompts of the task and of the windows of text that an analysis will run on.
 
     Raises:
-        LensError: as `corpus_of`, `windows_of`, `named_task`, `other_run` and `check_edges`, so that a run is refused before its
-            profile.
+        LensError: as `corpus_of`, `windows_of`, `named_task`, `other_run`, `check_edges` and `check_writes`, so that a
+            run is refused before its profile.
     """
     settings, what = config.analysis, config.what
+    _check_backend(model, config.capture.backend)
     _check_heads(model, getattr(settings, "heads", None) or getattr(settings, "overlays", None))
     if settings is not None and labelled_by(config.prompts) is not None:
         task = labelled_task(model, config)
@@ -153,6 +158,9 @@ def analysed(
         return [[0] * length] * task.n, []
     if what == "examples":
         corpus_of(config)
+    texts = [prompt.ids for prompt in planned if prompt.kind == "text"]
+    if isinstance(settings, GenerateSettings):
+        _check_writes(model, texts, settings)
     if settings is None or what in ("vision", "examples", "generate"):
         return [], []
     if isinstance(settings, CircuitSettings):
@@ -162,7 +170,6 @@ def analysed(
             _check_edges(model, settings.edges)
     if isinstance(settings, PoliciesSettings) and settings.published is not None:
         published_heads(settings.published, model)
-    texts = [prompt.ids for prompt in planned if prompt.kind == "text"]
     task = getattr(settings, "task", "text")  # a sink is looked for in the text itself
     reads_text = task == "text" or (texts and what != "circuit")
     found = windows_of(texts, around(model), settings) if reads_text else []
@@ -189,6 +196,35 @@ def corpus_of(config: RunConfig) -> list[Source]:
             "--text-name moby-dick or --corpus FILE"
         )
     return sources
+
+
+def _check_backend(model: "LoadedModel", backend: str) -> None:
+    """Raises LensError: a backend that this device or type of number has not got."""
+    import torch
+    from lens_kernels import explain
+
+    probe = torch.zeros(1, 1, 1, model.info.head_dim, device=model.device, dtype=model.dtype)
+    try:
+        explain(probe, probe, probe, backend=backend)
+    except ValueError as error:
+        raise LensError(str(error)) from None
+
+
+def _check_text(texts: list[list[int]]) -> None:
+    if not texts:
+        raise LensError(
+            "this analysis needs text, and the run has copied prompts alone; give --text FILE or "
+            "--text-name moby-dick"
+        )
+
+
+def _check_writes(model: "LoadedModel", texts: list[list[int]], settings: GenerateSettings) -> None:
+    from lens.passes.inputs import read_prompts
+    from lens.traces.generated import check_writes
+
+    _check_text(texts)
+    for prompt in read_prompts(model, texts)[0]:
+        check_writes(model, prompt, settings.new, float(settings.temperature))
 
 
 def _check_heads(model: "LoadedModel", words: str | None) -> None:
@@ -233,11 +269,7 @@ def windows_of(texts: list[list[int]], pair: Around, settings: AnalysisSettings)
     Raises:
         LensError: no text, or one that is too short for two windows.
     """
-    if not texts:
-        raise LensError(
-            "this analysis needs text, and the run has copied prompts alone; give --text FILE or "
-            "--text-name moby-dick"
-        )
+    _check_text(texts)
     length = window_length(texts, pair, settings)
     found = _cut(texts, pair, length)
     if len(found) < 2:
