@@ -17,6 +17,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -81,9 +82,14 @@ FORMATS = ("csv", "parquet", "graph", "headvis")
 
 @contextmanager
 def soon(what: str):
-    """Fails what takes longer than `SECONDS`."""
+    """Fails what computes or waits longer than `SECONDS`: ten times that where others have the machine."""
+    start, computed = time.monotonic(), time.process_time()
 
     def stop(*_):
+        took = max(time.process_time() - computed, (time.monotonic() - start) / 10)
+        if took < SECONDS:
+            signal.alarm(SECONDS)
+            return
         raise TimeoutError(f"{what} took more than {SECONDS} s")
 
     before = signal.signal(signal.SIGALRM, stop)

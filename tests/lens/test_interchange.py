@@ -185,7 +185,7 @@ CASES = [
         lambda: from_attentions(list(good()), windows=[None, 3]),
         "layer 1 attends at a distance of 3",
     ),
-    (lambda: from_attentions(list(good()), block_size=0), "block_size must be at least 1"),
+    (lambda: from_attentions(list(good()), block_size=0), "block_size must be a positive integer"),
     (lambda: from_transformer_lens([1]), "cache must map hook names to tensors, got list"),  # type: ignore[arg-type]
     (lambda: from_transformer_lens({"hook_embed": 1}), "holds no blocks.L.attn.hook_pattern"),
     (
