@@ -38,6 +38,10 @@ class HeadsOut(AttentionEdit):
         output = attend(call, backend=self._backend).output.clone()
         instead = torch.zeros((), dtype=output.dtype, device=output.device)
         if self._means is not None:
+            if call.halves is not None:
+                raise LensError(
+                    "global tokens have values of their own, so a head has no one mean; take baseline='zero'"
+                )
             mean = self._means[call.layer].to(output.device)
             places = queries_at(call, at).clamp(min=0)
             if mean.shape[1] == 1:

@@ -155,6 +155,12 @@ def _row(model: LoadedModel) -> tuple[Architecture | None, str, nn.Module]:
     Raises:
         LensError: an encoder-decoder.
     """
+    if model.parts and not model.is_encoder_decoder:
+        raise LensError(
+            f"{model.info.class_name} has no one list of layers ({', '.join(model.parts)}), and what rests on one "
+            "(sub-layers, Activation, circuits, direct attribution, weights) does not take it; edits of attention "
+            f"and Ablate of heads take model.part({next(iter(model.parts))!r})"
+        )
     if model.parts:
         raise LensError(
             f"{model.info.class_name} is an encoder-decoder with two residual streams, and what rests on one "

@@ -102,7 +102,8 @@ class LoadedModel:
         check: largest relative difference between the captured output and the model's own (`eager`)
             output on a tiny prompt, measured when it was loaded; None if it was not measured.
         processor: what makes inputs of pictures (and texts), or None.
-        parts: of an encoder-decoder, sizes of each attention that it has: "encoder", "decoder", "cross".
+        parts: of an encoder-decoder, sizes of each attention that it has: "encoder", "decoder", "cross"; of a vision
+            model in stages (Swin, SegFormer, PVT) of "stage0", "stage1" and so on; of a TimeSformer "time", "space".
         towers: of a model of several encoders side by side (CLIP: "text", "vision") each of them, as a model.
         chosen: which of these `info` is of and heads are named in (`part`); "": not said yet.
     """
@@ -119,11 +120,11 @@ class LoadedModel:
     towers: Mapping[str, LoadedModel] = field(default_factory=dict)
 
     def part(self, name: Part | str) -> LoadedModel:
-        """The same encoder-decoder with the heads of one of its attentions; one tower of a model of several.
+        """The same model with the heads of one of its parts; one tower of a model of several.
 
         Args:
-            name: "encoder"; "decoder", of the decoder to itself; "cross", of the decoder to the encoder. Of towers
-                their own names.
+            name: "encoder"; "decoder", of the decoder to itself; "cross", of the decoder to the encoder. Of stages and
+                towers their own names.
 
         Raises:
             LensError: another model, or a part that it has not got.
@@ -136,7 +137,9 @@ class LoadedModel:
             check_choice("part", name, tuple(self.towers))
             return self.towers[name]
         if not self.parts:
-            raise LensError(f"{self.info.class_name} is no encoder-decoder, so it has no parts")
+            raise LensError(
+                f"{self.info.class_name} is no encoder-decoder and goes in no stages, so it has no parts"
+            )
         check_choice("part", name, tuple(self.parts))
         return replace(self, info=self.parts[name], chosen=name)
 
@@ -150,8 +153,8 @@ class LoadedModel:
         if self.parts and not self.chosen:
             named = " or ".join(f"model.part({name!r})" for name in self.parts)
             raise LensError(
-                f"{self.info.class_name} is an encoder-decoder, whose heads are those of its {', '.join(self.parts)}: "
-                f"say which: {named}"
+                f"{self.info.class_name} is {'an encoder-decoder' if self.is_encoder_decoder else 'in parts'}, whose "
+                f"heads are those of its {', '.join(self.parts)}: say which: {named}"
             )
 
     @property
@@ -180,6 +183,11 @@ class LoadedModel:
     def is_bridge(self) -> bool:
         """Whether this is a `TransformerBridge` (TransformerLens 4)."""
         return is_bridge(self.model)
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        """Whether it reads a source and a target; its `parts` are encoder, decoder and cross then."""
+        return "cross" in self.parts
 
     @property
     def bos_id(self) -> int | None:
@@ -264,7 +272,7 @@ class LoadedModel:
 
     def _each(self, prompts: Any, run: Any) -> Any:
         self._refuse_towers()
-        if self.parts:
+        if self.is_encoder_decoder:
             raise LensError(
                 f"{self.info.class_name} reads a source and a target; run it yourself: "
                 "model.model(input_ids=..., decoder_input_ids=...)"

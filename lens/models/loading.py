@@ -27,8 +27,9 @@ from lens.models.catalogue import DEFAULT_MODEL, KNOWN, is_hub_id, unknown_model
 from lens.models.loaded import LoadedModel, ModelInfo, is_bridge
 from lens.models.processors import read_processor
 from lens.models.quantised import class_of, names_tokens, readable_weights
-from lens.models.sizes import describe, describe_bridge
+from lens.models.sizes import describe, describe_bridge, in_stages
 from lens.models.stacks import stacks
+from lens.models.stages import stages
 from lens.models.tokens import check_fit
 from lens.models.towers import described_towers
 from lens.models.words import SymbolTokenizer
@@ -311,7 +312,7 @@ def _beyond(model: Any, unexpected: list[str]) -> list[str]:
 def _described(
     model: PreTrainedModel, tokenizer: Any, name: str, revision: str | None = None
 ) -> LoadedModel:
-    """With its sizes; of an encoder-decoder those of its parts are measured by the self-check."""
+    """With its sizes; those of parts (an encoder-decoder's, stages) are measured by the self-check."""
     if halves := stacks(model):
         info = describe(model)
         names = PARTS if halves.encoder is not None else PARTS[1:]
@@ -326,6 +327,11 @@ def _described(
         first = next(iter(towers.values())).info
         whole = replace(first, class_name=type(model).__name__, parameters=model.num_parameters())
         return LoadedModel(model, tokenizer, name, revision, whole, towers=towers)
+    if staged := stages(model):
+        info = in_stages(model)
+        return LoadedModel(
+            model, tokenizer, name, revision, info, parts=dict.fromkeys(staged, info)
+        )
     return LoadedModel(model, tokenizer, name, revision, describe(model))
 
 

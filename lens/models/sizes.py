@@ -39,6 +39,19 @@ def describe(model: Any, licence: str = "unknown") -> ModelInfo:
     )
 
 
+def in_stages(model: Any, licence: str = "unknown") -> ModelInfo:
+    """Of a model in stages, before they are measured: 1 for each size that every stage has of its own."""
+    ones = {"layers": 1, "heads": 1, "kv_heads": 1, "head_dim": 1, "attending": (0,)}
+    return ModelInfo(
+        **ones,
+        vocab=None,
+        context=None,
+        parameters=_parameters(model),
+        licence=licence,
+        class_name=type(model).__name__,
+    )
+
+
 def reads_tokens(model: nn.Module) -> bool:
     """A model of sounds has a vocabulary too: of what it writes (Wav2Vec2)."""
     return "input_ids" in inspect.signature(model.forward).parameters

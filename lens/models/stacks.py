@@ -51,7 +51,7 @@ def layers_of(stack: nn.Module) -> list[nn.Module]:
     lists = [
         one
         for one in stack.modules()
-        if isinstance(one, nn.ModuleList) and len(one) and all(map(_attends, one))
+        if isinstance(one, nn.ModuleList) and len(one) and all(map(attends, one))
     ]
     outer = [
         one
@@ -61,5 +61,6 @@ def layers_of(stack: nn.Module) -> list[nn.Module]:
     return list(max(outer, key=len)) if outer else []
 
 
-def _attends(module: nn.Module) -> bool:
+def attends(module: nn.Module) -> bool:
+    """Whether anything inside is named attention."""
     return any("att" in type(one).__name__.lower() for one in module.modules())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +12,21 @@ from lens.common.errors import LensError
 from lens.passes.masks import MaskStructure
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int
+    from jaxtyping import Bool, Float, Int
     from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Places:
+    """What the positions of one axis are, where a layer says it.
+
+    Attributes:
+        names: of every position.
+        patches: of a picture, as in docs/schema/trace.md.
+    """
+
+    names: tuple[str, ...]
+    patches: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -30,9 +44,13 @@ class LayerCall:
         before: [batch], token id before the first key where a cache has dropped it; -1: there is none.
         layer: the model's own number of it, from 0.
         part: which of a layer's calls in this pass; above 0 where it attends twice.
-        place: of an encoder-decoder "encoder", "decoder" or "cross"; "" of any other model.
+        place: of an encoder-decoder "encoder", "decoder" or "cross", of a model in stages "stage0" and so on, of a
+            TimeSformer "time" or "space"; "" of any other model.
         step: forward pass of the session, from 0; generation has one for the prompt and one per token.
         seen: tokens that a cache held before this pass.
+        halves: rows that read the second half of each value, others the first (Longformer's global tokens, whose
+            projections are others); queries, of which half is 0, keys and values are twice as wide then. None: no halves.
+        query_places, key_places: what its positions are, where the layer itself says it (patches of a stage).
     """
 
     query: Float[Tensor, "batch heads queries head_dim"]
@@ -50,11 +68,22 @@ class LayerCall:
     place: str = ""
     step: int = 0
     seen: int = 0
+    query_places: Places | None = None
+    key_places: Places | None = None
+    halves: Bool[Tensor, "batch queries"] | None = None
 
     @property
     def cross(self) -> bool:
         """Whether the keys are of another sequence (cross-attention)."""
         return self.mask.cross
+
+
+def read_half(call: LayerCall, output: Tensor) -> Tensor:
+    """[batch, heads, queries, value_dim] of what each row reads."""
+    if call.halves is None:
+        return output
+    first, second = output.chunk(2, -1)
+    return second.where(call.halves[:, None, :, None], first)
 
 
 def without_last(call: LayerCall, count: int) -> LayerCall:

@@ -13,6 +13,7 @@ from lens.passes.calls import LayerCall, attend
 from lens.passes.inputs import model_input
 from lens.passes.interface import switched
 from lens.passes.sessions import PACKED, listening, run, transformer
+from lens.passes.sparse import shortest
 
 LENGTH = 24
 # The softmax of transformers' eager attention is float32, whatever the type of the model.
@@ -164,7 +165,7 @@ def tiny_inputs(model: LoadedModel) -> dict[str, torch.Tensor]:
             name: one for tower in model.towers.values() for name, one in tiny_inputs(tower).items()
         }
     generator = torch.Generator().manual_seed(0)
-    if model.parts:
+    if model.is_encoder_decoder:
         return _of_both(model, generator)
     name = "input_ids" if model.is_bridge else model_input(model)
     if name == "hidden_states" and hasattr(model.model.config, "patch_size"):
@@ -174,7 +175,7 @@ def tiny_inputs(model: LoadedModel) -> dict[str, torch.Tensor]:
         pixels = torch.randn(1, *shape, generator=generator)
         return {name: pixels.to(model.device, model.dtype)}
     vocab = model.info.vocab or _CHARACTERS
-    length = min(LENGTH, model.info.context or LENGTH)
+    length = max(min(LENGTH, model.info.context or LENGTH), shortest(model.model.config))
     ids = torch.randint(vocab, (1, length), generator=generator)
     if model.bos_id is not None:
         ids[0, 0] = model.bos_id
@@ -196,7 +197,7 @@ def _of_both(model: LoadedModel, generator: torch.Generator) -> dict[str, torch.
     vocab = model.info.vocab or getattr(config.get_text_config(), "vocab_size", _CHARACTERS)
     found = {}
     if name == "input_ids":
-        length = min(LENGTH, model.info.context or LENGTH)
+        length = max(min(LENGTH, model.info.context or LENGTH), shortest(config))
         found[name] = torch.randint(vocab, (1, length), generator=generator).to(model.device)
     else:
         shape = _noise(model, name)
@@ -227,11 +228,11 @@ def _noise(model: LoadedModel, name: str) -> tuple[int, ...]:
     config = model.model.config
     for part in ("encoder", "vision_config"):  # of an encoder-decoder
         inner = getattr(config, part, None)
-        config = inner if model.parts and hasattr(inner, "to_dict") else config
+        config = inner if model.is_encoder_decoder and hasattr(inner, "to_dict") else config
     found: Any = {key: getattr(config, key, None) for key in _SIZES}
     if name == "pixel_values" and model.parts and not found["image_size"]:  # of any size (DETR)
         return found["num_channels"], _PICTURE, _PICTURE
-    if name == "pixel_values" and model.parts:
+    if name == "pixel_values" and model.is_encoder_decoder:
         found["num_channels"] = found["num_channels"] or 3
     if name == "pixel_values" and found["image_size"] and found["num_channels"]:
         size = found["image_size"]

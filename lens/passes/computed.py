@@ -36,6 +36,7 @@ from lens.passes.noted import (
     step_of,
     unfolded,
 )
+from lens.passes.sparse import form_of
 
 Attend = Callable[..., Tensor]
 """(module, query, key, value, mask, scale, bias, causal) -> [batch, queries, heads, value_dim]."""
@@ -89,8 +90,11 @@ def _computes_attention(kind: type[nn.Module]) -> bool:
 
 def _follow(stack: ExitStack, module: nn.Module, attend: Attend, heads: int | None) -> None:
     own, previous = module.forward, vars(module).get("forward")
+    form = form_of(module)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
+        if form is not None:
+            return form(module, attend, *args, **kwargs)
         with _Following(module, attend, heads):
             found = own(*args, **kwargs)
         if isinstance(found, Scores):
@@ -246,6 +250,8 @@ class _Following(TorchFunctionMode):
     def _attention(self, noted: Noted, values: Tensor) -> Any:
         """[..., queries, value_dim] with the leading axes of the scores."""
         lead = noted.shape[:-2]
+        if not 1 <= len(lead) <= 2:
+            return NotImplemented
         heads = lead[1] if len(lead) == 2 else self._heads
         if values.dim() != len(lead) + 2 or heads is None or lead[-1] % heads:
             return NotImplemented

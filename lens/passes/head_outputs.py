@@ -77,7 +77,7 @@ def mean_heads(model: LoadedModel, prompts: Any, keep_positions: bool) -> list[T
     Raises:
         LensError: no position that `FEWEST` prompts reach, or prompts without tokens.
     """
-    if model.parts:
+    if model.is_encoder_decoder:
         given = [prompt.inputs for prompt in read_any(model, prompts)[0]]
     else:
         given = [torch.tensor([tokens_of(prompt)]) for prompt in read_prompts(model, prompts)[0]]

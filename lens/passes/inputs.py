@@ -75,7 +75,7 @@ def read_prompts(
             or none of the above.
     """
     check_loaded(model)
-    if model.parts:
+    if model.is_encoder_decoder:
         raise LensError(
             f"{model.info.class_name} is an encoder-decoder, whose prompts are a source and a target; "
             "lens.capture, lens.edit and lens.traces.capturing take it"

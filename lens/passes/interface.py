@@ -79,6 +79,7 @@ def lens_attention(
     s_aux: torch.Tensor | None = None,
     position_bias: torch.Tensor | None = None,
     indices: torch.Tensor | None = None,
+    halves: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """The attention function that is registered with `AttentionInterface`.
@@ -120,6 +121,7 @@ def lens_attention(
         softcap=softcap or None,
         sink_logits=s_aux,
         position_bias=position_bias,
+        halves=halves,
     )
     return listener.attend(call), None
 
@@ -140,10 +142,17 @@ def own_attention(
     scale: float,
     bias: torch.Tensor | None,
     causal: bool = False,
+    window: int | None = None,
+    halves: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """That of a module that asks no registry (`lens.passes.computed`): no mask lets everything through."""
     return lens_attention(
-        module, query, key, value, mask, scaling=scale, is_causal=causal, position_bias=bias
+        *(module, query, key, value, mask),
+        scaling=scale,
+        is_causal=causal,
+        position_bias=bias,
+        sliding_window=window,
+        halves=halves,
     )[0]
 
 

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 
 from lens.common.errors import LensError
-from lens.common.head_ids import PARTS
 from lens.models.catalogue import DEFAULT_MODEL
 from lens.models.loaded import LoadedModel
 from lens.models.loading import load_unchecked
@@ -91,7 +90,7 @@ def _proved(loaded: LoadedModel) -> LoadedModel:
 
 
 def _with_parts(loaded: LoadedModel, checked: Checked) -> LoadedModel:
-    """The sizes of each part of an encoder-decoder as they were seen; one that attends in stages has no place."""
+    """The sizes of each part as they were seen; a half of an encoder-decoder that attends in stages has no place."""
     parts = {
         name: replace(
             loaded.info,
@@ -101,13 +100,13 @@ def _with_parts(loaded: LoadedModel, checked: Checked) -> LoadedModel:
             head_dim=seen.head_dim,
             attending=seen.attending,
         )
-        for name in PARTS
+        for name in loaded.parts
         if (seen := checked.seen.get(name)) and not seen.twice
     }
-    if "cross" not in parts:
+    if "cross" in loaded.parts and "cross" not in parts:
         raise LensError(
             f"cannot find the cross-attention of {loaded.info.class_name}: no layer of its decoder reads its "
             "encoder once; pass one half: lens.load(model.get_encoder())"
         )
-    info = parts.get("decoder", parts["cross"])
+    info = next((parts[name] for name in ("decoder", "cross") if name in parts), loaded.info)
     return replace(loaded, info=info, parts=parts, check=checked.difference)

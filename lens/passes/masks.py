@@ -231,7 +231,7 @@ def structured_mask(
         structure = MaskStructure(parts.causal, parts.window, padding)
     else:
         what = "holes" if has_holes else f"the pattern {_name(mask_function)}"
-        _refuse_large(q_length, kv_length, what)
+        refuse_large(q_length, kv_length, what)
         allowed = sdpa_mask(
             *arguments, allow_is_causal_skip=False, use_vmap=use_vmap, device=device
         )
@@ -243,7 +243,7 @@ def structured_mask(
 
     def spelled_out() -> torch.Tensor:
         if not made:
-            _refuse_large(q_length, kv_length, "its entries, which the model asks for,")
+            refuse_large(q_length, kv_length, "its entries, which the model asks for,")
             made.append(eager_mask(*arguments, dtype=dtype, use_vmap=use_vmap, device=device))
         return made[0]
 
@@ -253,7 +253,8 @@ def structured_mask(
     return mask
 
 
-def _refuse_large(queries: int, keys: int, what: str) -> None:
+def refuse_large(queries: int, keys: int, what: str) -> None:
+    """Raises LensError: a mask that must be spelled out and has more than `LARGEST_SPELLED_OUT` entries."""
     if queries * keys > LARGEST_SPELLED_OUT:
         raise LensError(
             f"a mask of {queries} × {keys} with {what} has no compact form; capture at most "
@@ -311,7 +312,7 @@ def with_chosen(
     Raises:
         LensError: more than `LARGEST_SPELLED_OUT` entries.
     """
-    _refuse_large(queries, keys, "keys that are chosen for each query")
+    refuse_large(queries, keys, "keys that are chosen for each query")
     nothing = torch.zeros(*indices.shape[:2], keys, dtype=torch.bool, device=indices.device)
     allowed = nothing.scatter(-1, indices.long(), True)[:, None]
     place = torch.arange(keys, device=indices.device)

@@ -20,8 +20,9 @@ from lens.passes.masks import HIDDEN, StructuredMask, split
 class Noted:
     """What a `Scores` stands for: `P` or the logits `scale * query key^T + bias`, where visible.
 
-    `query` [..., queries, d], `key` [..., keys, d] with one leading axis, of batch and heads, or two;
-    `bias` and `allowed` broadcast to `shape`; `order` says how the entries lie: axes of [..., q, k].
+    `query` [..., queries, d], `key` [..., keys, d] with one leading axis, of batch and heads, or two; `bias` and `allowed`
+    broadcast to these. `shape` is how the module has the entries: of two leading axes the first may be split (Swin v2),
+    behind one leading axis queries and keys may be rows and columns of a picture (ViTDet).
     """
 
     query: Tensor
@@ -36,7 +37,7 @@ class Noted:
 
     def entries(self) -> Tensor:
         """All of it, as the model itself would have it."""
-        logits = (self.query @ self.key.transpose(-1, -2) * self.scale).reshape(self.shape)
+        logits = self.query @ self.key.transpose(-1, -2) * self.scale
         if self.zeroed is not None:
             logits = logits.masked_fill(self.zeroed, 0)
         if self.bias is not None:
@@ -45,7 +46,7 @@ class Noted:
             logits = logits + self.structured.spelled_out()
         if self.allowed is not None:
             logits = logits.masked_fill(~self.allowed, torch.finfo(logits.dtype).min)
-        return logits.softmax(-1) if self.is_normalised else logits
+        return (logits.softmax(-1) if self.is_normalised else logits).reshape(self.shape)
 
 
 class Scores(Tensor):
@@ -127,6 +128,10 @@ def step_of(
         return first
     if name in ("view", "reshape"):
         shape = tuple(function(*args, **kwargs).shape)
+        if 5 in (len(shape), len(noted.shape)):
+            return (
+                scores_of(replace(noted, shape=shape)) if _splits(noted, shape) else NotImplemented
+            )
         if shape[-2:] != noted.shape[-2:] or len(shape) not in (3, 4):
             return NotImplemented
         if noted.zeroed is not None and len(shape) != len(noted.shape):
@@ -206,8 +211,23 @@ def masked(noted: Noted, hidden: Tensor, value: Any) -> Any:
 
 
 def _aligned(tensor: Tensor, noted: Noted) -> Tensor:
-    """With as many axes as the scores, as it broadcasts."""
-    return tensor.reshape((1,) * (len(noted.shape) - tensor.dim()) + tuple(tensor.shape))
+    """With as many axes as query and key, as it broadcasts."""
+    found = tensor.reshape((1,) * (len(noted.shape) - tensor.dim()) + tuple(tensor.shape))
+    if len(noted.shape) < 5:
+        return found
+    if noted.query.dim() == 3:
+        return found.expand(noted.shape).flatten(3).flatten(1, 2)
+    return found.expand(*noted.shape[:2], -1, -1, -1).flatten(0, 1)
+
+
+def _splits(noted: Noted, shape: tuple[int, ...]) -> bool:
+    """Whether these entries are those of query and key with an axis, or axes, of theirs in two."""
+    own = (*noted.query.shape[:-1], noted.key.shape[-2])
+    if len(shape) < 5:
+        return shape == own
+    if len(own) == 3:
+        return (shape[0], shape[1] * shape[2], shape[3] * shape[4]) == own
+    return (shape[0] * shape[1], *shape[2:]) == own
 
 
 def unfolded(tensor: Tensor, batch: int) -> Tensor:
@@ -265,7 +285,7 @@ def _of_heads(factor: Any, noted: Noted) -> Tensor | None:
         or noted.zeroed is not None
     ):
         return None
-    if factor.dim() < 2 or factor.shape[-2:] != (1, 1) or factor.dim() > len(noted.shape):
+    if factor.dim() < 2 or factor.shape[-2:] != (1, 1) or factor.dim() > noted.query.dim():
         return None
     return _aligned(factor, noted)
 

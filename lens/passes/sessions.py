@@ -19,9 +19,10 @@ from lens.common.head_ids import layers_in_words
 from lens.models.layout import blocks
 from lens.models.loaded import LoadedModel, check_loaded
 from lens.models.stacks import crossing, layers_of, stacks
+from lens.models.stages import stages
 from lens.models.wrapped import Wrapped
 from lens.passes.bridge import replaced_attention
-from lens.passes.calls import LayerCall, attend
+from lens.passes.calls import LayerCall, attend, read_half
 from lens.passes.computed import following
 from lens.passes.history import History
 from lens.passes.interface import (
@@ -31,6 +32,7 @@ from lens.passes.interface import (
     received_by,
     switched,
 )
+from lens.passes.windows import Block, Windows, laid_out
 
 OnLayer: TypeAlias = Callable[[LayerCall], torch.Tensor]
 """A call -> its output [batch, heads, queries, value_dim], of any floating type."""
@@ -38,6 +40,9 @@ OnLayer: TypeAlias = Callable[[LayerCall], torch.Tensor]
 
 PACKED = "grid_thw"
 """Input of vision towers that read the patches of all pictures in one row: frames, height, width of each."""
+
+Given: TypeAlias = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
+"""A module that is called, and with what."""
 
 OnCut: TypeAlias = Callable[[int, int], None]
 """(step, count): the last `count` tokens of that pass were cut from its cache."""
@@ -54,7 +59,10 @@ class Session:
         chosen: str = "",
         crossing: frozenset[int] = frozenset(),
         name: str = "",
+        config: Any = None,
     ) -> None:
+        self._config = config  # of the model
+        self._block: Block | None = None  # that runs now
         self._on_layer, self._on_cut = on_layer, on_cut
         self._name = name  # of a model whose calls must have the rows of its inputs
         self._rows: int | None = None  # of the inputs of this pass
@@ -81,12 +89,14 @@ class Session:
             return attend(call).output.to(call.value.dtype).transpose(1, 2).contiguous()
         place = "cross" if self._half == "decoder" and call.cross else self._half
         if place != (self._chosen or place):
-            return attend(call).output.to(call.value.dtype).transpose(1, 2).contiguous()
+            output = read_half(call, attend(call).output)
+            return output.to(call.value.dtype).transpose(1, 2).contiguous()
         # Of a model without one list of layers, the calls are counted.
         layer = len(self._parts) if self._layer is None else self._layer
         part, self._parts[layer, place] = self._parts[layer, place], self._parts[layer, place] + 1
         step = max(self._step, 0)
         call = replace(call, layer=layer, part=part, place=place, step=step, seen=self._seen)
+        call, windows = self._laid_out(call)
         if self._name and (part or self._rows not in (None, len(call.query))):
             raise in_rows(self._name, layer, (part + 1) * len(call.query), self._rows or 1)
         new, keys = self._tokens_of(call), call.key.shape[2]
@@ -96,8 +106,19 @@ class Session:
             if call.mask.start:
                 before = tokens[:, call.mask.start - 1]
             call = replace(call, tokens=tokens[:, -keys:], before=before)
-        output = self._on_layer(call)
+        if self._name and call.halves is not None:
+            raise LensError(
+                f"the global tokens of {self._name} have queries, keys and values of their own, which this does not "
+                "take; lens.capture, lens.traces.capturing and lens.edit do, and all take it without global tokens"
+            )
+        output = read_half(call, self._on_layer(call))
+        if windows is not None:
+            output = windows.parted(output)
         return output.to(call.value.dtype).transpose(1, 2).contiguous()
+
+    def _laid_out(self, call: LayerCall) -> tuple[LayerCall, Windows | None]:
+        """A call in windows as one among the positions of the picture; any other as it is."""
+        return (call, None) if self._block is None else laid_out(self._block, call, self._rows)
 
     def _tokens_of(self, call: LayerCall) -> torch.Tensor | None:
         """Ids of what the keys of a call are made of in this pass, if it is known."""
@@ -106,15 +127,19 @@ class Session:
         known = self._new is not None and self._new.shape == (len(call.key), call.key.shape[2])
         return self._new if not call.cross or (call.place and known) else None
 
-    def enter(self, block: nn.Module, numbers: Sequence[int], half: str = "") -> None:
-        """The block of these layers, one unless they share it, runs; of an encoder-decoder of that half."""
+    def enter(
+        self, given: Given, numbers: Sequence[int], half: str = "", alike: Sequence[nn.Module] = ()
+    ) -> None:
+        """The block of these layers, one unless they share it, runs; of a model in parts of that half or stage."""
+        block, args, kwargs = given
         self._half = half
+        self._block = Block(block, args, kwargs, half, alike, self._config)
         self._layer = numbers[self._turns[id(block)] % len(numbers)]
         self._turns[id(block)] += 1
 
     def leave(self) -> None:
         """No block runs any more."""
-        self._layer, self._half = None, ""
+        self._layer, self._half, self._block = None, "", None
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A forward pass starts (a model inside a model starts no new one).
@@ -191,9 +216,10 @@ def listening(
             "lens.traces.capturing and lens.edit take such models"
         )
     root = transformer(model)
-    crossed = crossing(root) if model.parts else frozenset()
+    crossed = crossing(root) if model.is_encoder_decoder else frozenset()
     name = "" if parts or isinstance(root, Wrapped) else model.info.class_name
-    session = Session(on_layer, exclusive, on_cut, model.chosen, crossed, name)
+    config = getattr(root, "config", None)
+    session = Session(on_layer, exclusive, on_cut, model.chosen, crossed, name, config)
     with ExitStack() as stack:
         stack.enter_context(received_by(session))
         stack.enter_context(switched(root))
@@ -257,6 +283,10 @@ def has_blocks(model: LoadedModel) -> bool:
 def _number(model: LoadedModel, session: Session, stack: ExitStack) -> None:
     """Tell the session which layer's block runs: layers without attention count too."""
     root = model.model
+    if model.parts and not model.is_encoder_decoder:
+        for part, layers in stages(transformer(model)).items():
+            _announce(layers, part, session, stack)
+        return
     if model.parts:
         halves = stacks(transformer(model))
         assert halves is not None
@@ -277,7 +307,8 @@ def _announce(found: Sequence[nn.Module], half: str, session: Session, stack: Ex
         numbers.setdefault(block, []).append(number)
     for block, layers in numbers.items():
         before = block.register_forward_pre_hook(
-            lambda *given, layers=layers: session.enter(given[0], layers, half)
+            lambda *given, layers=layers: session.enter(given, layers, half, found),
+            with_kwargs=True,
         )
         after = block.register_forward_hook(lambda *_: session.leave(), always_call=True)
         stack.callback(before.remove)

@@ -30,7 +30,7 @@ MOST_WRITTEN = 64
 
 def read_any(model: LoadedModel, prompts: Any) -> tuple[list[Prompt], bool]:
     """`read_sources` of an encoder-decoder, `read_prompts` with all inputs of any other model."""
-    if isinstance(model, LoadedModel) and model.parts:
+    if isinstance(model, LoadedModel) and model.is_encoder_decoder:
         return read_sources(model, prompts)
     return read_prompts(model, prompts, whole=True)
 

@@ -88,7 +88,7 @@ def language_modelling(
         Task(language modelling: 4 prompts of 32 tokens, without corrupt ones; loss, less is better)
     """
     check_predicts_tokens(model)
-    if model.parts:
+    if model.is_encoder_decoder:
         return _translating(model, texts, n, metric)
     if isinstance(texts, str):
         texts = [texts]

@@ -331,10 +331,10 @@ class Task:
                 f"the task {self.name!r} has {self.labels} labels and {model.info.class_name} chooses from "
                 f"{labels_of(model) or 'none'}; make it with the model that it is for"
             )
-        if bool(model.parts) != (self.targets is not None):
+        if model.is_encoder_decoder != (self.targets is not None):
             raise LensError(
                 f"the task {self.name!r} has {'no ' * (self.targets is None)}targets, and {model.info.class_name} is "
-                f"{'an' if model.parts else 'no'} encoder-decoder; lens.tasks.language_modelling(model, pairs) makes one"
+                f"{'an' if model.is_encoder_decoder else 'no'} encoder-decoder; lens.tasks.language_modelling(model, pairs) makes one"
             )
         for row in () if self.targets is None else self.targets.tolist():
             check_ids(model, row)

@@ -15,7 +15,7 @@ from lens_kernels import AttentionGroups, AttentionResult
 
 from lens.common.choices import is_whole
 from lens.common.errors import LensError
-from lens.passes.calls import LayerCall, attend
+from lens.passes.calls import LayerCall, Places, attend
 from lens.traces.labels import MATCH_RULES, Labels
 
 PREFIX = 4
@@ -77,7 +77,7 @@ class LayerRecord:
         step: forward pass, from 0; generation has one for the prompt and one per token.
         layer: the model's own number of it, from 0.
         part: which of the layer's calls in this pass; above 0 where it attends twice.
-        place: of an encoder-decoder "encoder", "decoder" or "cross", else "".
+        place: of a model in parts which of them (an encoder-decoder's "cross", "stage0"), else "".
         cross: whether the keys are of another sequence: positions of keys are that sequence's, and what
             compares them with the query's is NaN.
         key_start: position of the first key; above 0 when a cache has dropped older ones. Blocks and
@@ -88,6 +88,7 @@ class LayerRecord:
         sink_logits: [heads], float32, or None.
         backend: the one that ran.
         seen: [2, queries], first key that each query sees and one past its last, where `causal` and `window` do not say it.
+        query_places, key_places: what its positions are, where the layer itself says it.
         variables: name -> [batch, ...] tensor on the CPU: what was asked for, float32, and always
             `visible` (int32 [batch, keys], the number of queries that see a key).
     """
@@ -112,6 +113,8 @@ class LayerRecord:
     backend: str
     variables: dict[str, torch.Tensor]
     seen: torch.Tensor | None = None
+    query_places: Places | None = None
+    key_places: Places | None = None
 
     def __repr__(self) -> str:
         where = f"{self.place} " if self.place else ""
@@ -202,6 +205,8 @@ def measure(
         backend=result.backend,
         variables=variables,
         seen=call.mask.ranges(),
+        query_places=call.query_places,
+        key_places=call.key_places,
     )
     return result.output, record
 

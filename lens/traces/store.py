@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
 import xarray as xr
@@ -61,6 +61,8 @@ DIMENSIONS: dict[str, tuple[str, ...]] = {
     "k": ("kv_head", "key", "dim"),
 }
 """Dimensions of every variable that a layer may have, without `layer`."""
+
+_PART = r"^(encoder|decoder|cross|self|joint|time|space|stage\d{1,3})$"
 
 REQUIRED = (
     "model",
@@ -215,9 +217,10 @@ class _Attributes(BaseModel):
     segments: dict[str, Any] | None = None
     labels: dict[str, _LabelPair] = Field(default_factory=dict)
     patches: dict[str, Any] | None = None
+    query_patches: dict[str, Any] | None = None
     picture: _PictureNote | None = None
     seen: _Seen | None = None
-    part: Literal["encoder", "decoder", "cross", "self", "joint"] | None = None
+    part: Annotated[str, Field(pattern=_PART)] | None = None
     seconds_per_position: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
 
 

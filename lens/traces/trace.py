@@ -106,13 +106,13 @@ class AttentionTrace:
 
     @property
     def part(self) -> str:
-        """ "encoder", "decoder" or "cross" of an encoder-decoder; "" of any other model."""
+        """ "encoder", "decoder" or "cross" of an encoder-decoder, "stage0" of a model in stages; "" of any other model."""
         return self.dataset.attrs.get("part") or ""
 
     @property
     def cross(self) -> bool:
-        """Whether queries and keys are of two sequences."""
-        return self.part == "cross"
+        """Whether queries and keys are of two sequences, or of two grids of a picture."""
+        return "query_token_id" in self.dataset.coords
 
     @property
     def query_tokens(self) -> list[str]:
@@ -296,7 +296,8 @@ class AttentionTrace:
 
     def _size_in_words(self) -> str:
         if self.cross:
-            return f"cross-attention of {self.queries:,} to {self.length:,} tokens"
+            what = "cross-attention" if self.part in ("", "cross") else self.part
+            return f"{what} of {self.queries:,} to {self.length:,} tokens"
         return f"{self.part} of {self.length:,} tokens" if self.part else f"{self.length:,} tokens"
 
     def _repr_html_(self) -> str:

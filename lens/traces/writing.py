@@ -15,9 +15,10 @@ from lens.common.errors import LensError
 from lens.common.version import __version__
 from lens.models.loaded import LoadedModel
 from lens.models.sizes import image_token
+from lens.passes.calls import Places
 from lens.passes.inputs import Prompt
 from lens.passes.sessions import in_rows
-from lens.traces.naming import keys_of, queries_of
+from lens.traces.naming import Axis, keys_of, queries_of
 from lens.traces.pictures import picture_note
 from lens.traces.segments import segments
 from lens.traces.statistics import COMPARING, PREFIX, LayerRecord, Settings
@@ -62,9 +63,14 @@ class Writing:
             )
         for own in self._settings.labels:
             own.check(layers[0].keys)
-        keys = keys_of(model, prompt, layers[0].keys)
-        rows = queries_of(model, prompt, layers[0].queries) if model.chosen == "cross" else None
+        keys = _axis(layers[0].key_places) or keys_of(model, prompt, layers[0].keys)
+        rows = None
+        if layers[0].cross:
+            own = _axis(layers[0].query_places)
+            rows = own or queries_of(model, prompt, layers[0].queries)
         more: dict[str, Any] = {"segments": self._segments, "patches": keys.patches}
+        if rows is not None and rows.patches is not None:
+            more |= {"query_patches": rows.patches}
         more |= {"picture": picture_note(model, prompt)}
         if model.parts:
             more |= {"part": model.chosen}
@@ -77,6 +83,13 @@ class Writing:
             query_tokens=None if rows is None else rows.names,
             attributes=_attributes(model, prompt, self._settings, layers) | more | dict(note),
         )
+
+
+def _axis(places: Places | None) -> Axis | None:
+    """Of a layer that says what its positions are."""
+    if places is None:
+        return None
+    return Axis([-1] * len(places.names), list(places.names), dict(places.patches))
 
 
 def _check_alike(

@@ -21,6 +21,7 @@ import re
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,14 @@ _OF_TYPE: dict[str, dict[str, Any]] = {
     "qwen3_5_text": {"num_hidden_layers": 4},
     "qwen3_5_moe_text": {"num_hidden_layers": 4},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
-    "swin": {"embed_dim": 32, "depths": [2], "num_heads": [4], "window_size": 4, "patch_size": 4},
+    **{
+        kind: {
+            **{"embed_dim": 32, "depths": [2, 2], "num_heads": [4, 4]},
+            **{"window_size": 4, "patch_size": 4},
+        }
+        for kind in ("swin", "swinv2")
+    },
+    "pvt": {"hidden_sizes": [16, 32, 48, 64], "num_attention_heads": [1, 2, 3, 4]},
     **{
         kind: {
             "rope_parameters": {
@@ -190,26 +198,29 @@ def examine(kind: str, double: bool = False) -> dict[str, Any]:
         found = lens.capture(loaded, inputs, block_size=1, progress=False)
         step = "eager"
         towers = loaded.towers or {"": loaded}
-        traces = dict(found) if loaded.towers else {"": found}
-        errors, layers = [loaded.check or 0.0], 0
+        traces = dict(found) if isinstance(found, Mapping) else {"": found}
+        errors, layers = [loaded.check or 0.0], sum(len(one.layers) for one in traces.values())
         for name, one in towers.items():
-            layers += len(traces[name].layers)
+            maps = [
+                layer
+                for trace in ([traces[name]] if name in traces else traces.values())
+                for layer in trace.block_mass.values
+            ]
             plain = one.model if model is bare else bare
             with torch.no_grad(), switched(language_model(plain), "eager"):
                 own = _attentions(plain, tiny_inputs(one))
-            if own is not None and len(own) == len(traces[name].layers):
+            if own is not None and len(own) == len(maps):
                 errors += [
                     _difference(torch.from_numpy(probabilities), weights[0].float())
-                    for probabilities, weights in zip(
-                        traces[name].block_mass.values, own, strict=True
-                    )
+                    for probabilities, weights in zip(maps, own, strict=True)
                     if probabilities.shape == tuple(weights[0].shape)
                     and bool((weights >= 0).all())  # SqueezeBERT returns logits instead
                 ]
         if max(errors) > EXACT and not double:
             return examine(kind, double=True)
         row |= {"error": max(errors), "compared": len(errors) - 1, "layers": layers}
-        name, loaded = next(iter(towers.items()))  # of several towers the first is analysed
+        name = next(iter(traces))  # of several towers or stages the first is analysed
+        loaded = loaded.part(name) if name else loaded
     except LensError as error:
         # the sizes above make no model of this class
         if re.match(r"\w+ cannot run a tiny prompt \(", str(error)):

@@ -123,6 +123,10 @@ FOLLOWED = {
     "bias of heads": lambda s: s + BIAS[0],
     "seen as rows": lambda s: (s.view(6, 7, 7) + BIAS[0, :1]).view(2, 3, 7, 7),
     "bias of heads, seen as rows": lambda s: (s + BIAS[0]).view(6, 7, 7).view(2, 3, 7, 7),
+    "rows and columns": lambda s: (
+        (s.view(6, 7, 7).view(6, 7, 1, 1, 7) + BIAS[0, 0, :1]).view(6, 7, 7).view(2, 3, 7, 7)
+    ),
+    "windows of a batch": lambda s: (s.view(1, 2, 3, 7, 7) + BIAS[None, :, :1]).view(2, 3, 7, 7),
     "rows of a batch": lambda s: (s.view(6, 7, 7) + BIAS[0].repeat(2, 1, 1)).view(2, 3, 7, 7),
 }
 SPELLED_OUT = {

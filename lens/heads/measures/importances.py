@@ -102,7 +102,7 @@ def importance(
     """
     if isinstance(model, LoadedModel) and model.parts:
         model.check_part()
-        if not isinstance(task, Task):
+        if not isinstance(task, Task) and model.is_encoder_decoder:
             if method != "ablation":
                 raise LensError(
                     "on prompts of an encoder-decoder importance is measured by method='ablation'; other methods take a "
@@ -111,7 +111,7 @@ def importance(
             return importance_of_part(model, task, baseline, seed, progress)
         if named(method)[0] in ("atp", "direct"):
             raise LensError(
-                f"method={named(method)[0]!r} follows one residual stream, and an encoder-decoder has two; take "
+                f"method={named(method)[0]!r} follows one residual stream, and {model.info.class_name} has several; take "
                 "'ablation', 'attribution', 'gradient' or 'gate'"
             )
     given_as("Task", task=task)

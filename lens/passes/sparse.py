@@ -1,0 +1,185 @@
+"""Banded and block-sparse attention that a model computes in pieces, said as a mask of the one attention.
+
+Longformer and LED (arXiv 2004.05150): a band, and global tokens that all see and that see all, with projections of their
+own. BigBird (2007.14062): blocks. LongT5 with local attention (2112.07916): a band with T5's position bias. Each is a
+softmax under a mask, so that a forward pass without the pieces gives the same numbers; `lens.load` proves it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lens.common.errors import LensError
+from lens.passes.masks import refuse_large
+
+Attend = Callable[..., Tensor]
+"""As `lens.passes.interface.own_attention`."""
+
+
+def form_of(module: nn.Module) -> Callable[..., Any] | None:
+    """What stands for the forward pass of a module: (module, attend, *its arguments); None: it is not of these."""
+    return _FORMS.get(type(module).__name__)
+
+
+def shortest(config: Any) -> int:
+    """Tokens that a prompt must have at least for the attention to be sparse; 0: any.
+
+    BigBird turns itself, for good, into full attention when it reads a shorter one.
+    """
+    if getattr(config, "attention_type", None) != "block_sparse":
+        return 0
+    return (5 + 2 * config.num_random_blocks) * config.block_size + 1
+
+
+def _longformer(
+    module: Any,
+    attend: Attend,
+    hidden_states: Tensor,
+    attention_mask: Tensor,
+    is_index_masked: Tensor,
+    is_index_global_attn: Tensor | None = None,
+    is_global_attn: bool | None = None,
+    output_attentions: bool = False,
+) -> tuple[Any, ...]:
+    """As `LongformerSelfAttention.forward`."""
+    whole = hidden_states.shape[1]
+    hidden_states = _cropped(hidden_states, ~is_index_masked)
+    length = hidden_states.shape[1]
+    real = ~is_index_masked[:, :length]
+    window, scale = module.one_sided_attn_window_size + 1, module.head_dim**-0.5
+    own = [
+        _heads(one(hidden_states), module.num_heads)
+        for one in (module.query, module.key, module.value)
+    ]
+    if not is_global_attn:
+        mask = (
+            None if bool(real.all()) else _band(length, window, real.device) & real[:, None, None]
+        )
+        output = attend(module, *own, mask, scale, None, window=window if mask is None else None)
+        return _padded(output.flatten(2), whole, output_attentions)
+    assert is_index_global_attn is not None
+    seen_by_all = is_index_global_attn[:, :length]
+    refuse_large(length, length, "global tokens")
+    parts = (module.query_global, module.key_global, module.value_global)
+    ofglobal = [_heads(one(hidden_states), module.num_heads) for one in parts]
+    query, key, value = (torch.cat(pair, -1) for pair in zip(own, ofglobal, strict=True))
+    half = torch.arange(query.shape[-1], device=query.device) >= module.head_dim
+    query = query.masked_fill(seen_by_all[:, None, :, None] != half, 0)
+    band = (_band(length, window, real.device) & ~seen_by_all[:, None, None]) | seen_by_all[
+        :, None, None
+    ]
+    allowed = (band | seen_by_all[:, None, :, None]) & real[:, None, None]
+    output = attend(module, query, key, value, allowed, scale, None, halves=seen_by_all)
+    return (*_padded(output.flatten(2), whole, output_attentions), *[None] * output_attentions)
+
+
+def _bigbird(
+    module: Any,
+    attend: Attend,
+    hidden_states: Tensor,
+    band_mask: Tensor | None = None,
+    from_mask: Tensor | None = None,
+    to_mask: Tensor | None = None,
+    *_: Any,
+    **__: Any,
+) -> tuple[Any, ...]:
+    """As `BigBirdBlockSparseAttention.forward`, in eval mode, where its random blocks all are the first block."""
+    if module.training:
+        raise LensError(
+            "the random blocks of BigBird are drawn in training mode; call model.eval() first"
+        )
+    assert to_mask is not None
+    whole = hidden_states.shape[1]
+    real = to_mask[:, 0, 0] > 0
+    hidden_states = _cropped(hidden_states, real)
+    length = hidden_states.shape[1]
+    real = real[:, :length]
+    refuse_large(length, length, "blocks")
+    own = [
+        _heads(one(hidden_states), module.num_attention_heads)
+        for one in (module.query, module.key, module.value)
+    ]
+    last = whole // module.block_size - 1
+    block = torch.arange(length, device=real.device) // module.block_size
+    row, column = block[:, None], block
+    ends = (row == 0) | (row == last) | (column == 0) | (column == last)
+    allowed = (ends | ((row - column).abs() <= 1)) & real[:, None, None]
+    # keys of the first block are counted once more for each random block
+    again = ((column == 0) & (row > 0) & (row < last)).to(hidden_states.dtype)
+    bias = (again * math.log(1 + module.num_random_blocks))[None, None]
+    output = attend(module, *own, allowed, module.attention_head_size**-0.5, bias)
+    output = output.flatten(2).masked_fill(~real[..., None], 0)
+    return (*_padded(output, whole, False), None)
+
+
+def _local(
+    module: Any,
+    attend: Attend,
+    hidden_states: Tensor,
+    mask: Tensor | None = None,
+    position_bias: Any = None,
+    output_attentions: bool = False,
+) -> tuple[Any, ...]:
+    """As `LongT5LocalAttention.forward`; the bias that it hands on is that of all positions, with the mask."""
+    length = hidden_states.shape[1]
+    parts = (module.q, module.k, module.v)
+    query, key, value = (_heads(one(hidden_states), module.n_heads) for one in parts)
+    if position_bias is None:
+        refuse_large(length, length, "a position bias")
+        place = torch.arange(length, device=hidden_states.device)
+        position_bias = hidden_states.new_zeros(1, module.n_heads, length, length)
+        if module.has_relative_attention_bias:
+            buckets = module._relative_position_bucket(
+                place - place[:, None],
+                bidirectional=not module.is_decoder,
+                num_buckets=module.relative_attention_num_buckets,
+                max_distance=module.relative_attention_max_distance,
+            )
+            position_bias = module.relative_attention_bias(buckets).permute(2, 0, 1)[None]
+        seen = _band(length, module.block_len, place.device)
+        if mask is not None:
+            # [batch, 1, blocks, rows, keys of three blocks]: a row that sees itself is real
+            own = mask[..., module.block_len : 2 * module.block_len].diagonal(dim1=-2, dim2=-1)
+            seen = seen & own.flatten(2)[:, :, None, :length].bool()
+        position_bias = position_bias.masked_fill(~seen, -1e10)
+    output = attend(module, query, key, value, position_bias, 1.0, None)
+    output = module.o(output.flatten(2))
+    return (output, position_bias, *[None] * output_attentions)
+
+
+_FORMS: dict[str, Callable[..., Any]] = {
+    "LongformerSelfAttention": _longformer,
+    "LEDEncoderSelfAttention": _longformer,
+    "BigBirdBlockSparseAttention": _bigbird,
+    "BigBirdPegasusBlockSparseAttention": _bigbird,
+    "LongT5LocalAttention": _local,
+}
+
+
+def _heads(states: Tensor, heads: int) -> Tensor:
+    """[batch, heads, positions, head_dim] of [batch, positions, heads × head_dim]."""
+    return states.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def _band(length: int, window: int, device: torch.device) -> Tensor:
+    """bool [1, 1, length, length]: keys at a distance below the window."""
+    refuse_large(length, length, "a band and padding")
+    place = torch.arange(length, device=device)
+    return ((place[:, None] - place).abs() < window)[None, None]
+
+
+def _cropped(states: Tensor, real: Tensor) -> Tensor:
+    """Without the positions at the end that are padding in every row: models add them to fill their last block."""
+    last = int(real.any(0).nonzero().max()) + 1
+    return states[:, :last]
+
+
+def _padded(output: Tensor, whole: int, output_attentions: bool) -> tuple[Any, ...]:
+    """With zeros where padding was left out, which nothing reads; and no probabilities, which nobody asked for."""
+    output = nn.functional.pad(output, (0, 0, 0, whole - output.shape[1]))
+    return (output, *[None] * output_attentions)
