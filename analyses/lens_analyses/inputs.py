@@ -166,6 +166,11 @@ def _of_part(model: "LoadedModel", config: RunConfig) -> "LoadedModel":
     """
     from lens.passes.inputs import model_input
 
+    if model.parts and not model.is_encoder_decoder:
+        raise UsageError(
+            f"{model.info.class_name} has the parts {', '.join(model.parts)}, each with positions of its own; "
+            "lens.capture(model, pictures) gives a trace of each"
+        )
     if model.parts and config.what != "profile":
         raise UsageError(
             f"{model.info.class_name} is an encoder-decoder, which `lens run` profiles; of its heads lens.effect and "

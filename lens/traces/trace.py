@@ -106,12 +106,12 @@ class AttentionTrace:
 
     @property
     def part(self) -> str:
-        """ "encoder", "decoder" or "cross" of an encoder-decoder, "stage0" of a model in stages; "" of any other model."""
+        """ "cross", "stage0" and so on, of a model in parts; "" of any other."""
         return self.dataset.attrs.get("part") or ""
 
     @property
     def cross(self) -> bool:
-        """Whether queries and keys are of two sequences, or of two grids of a picture."""
+        """Whether queries and keys are of two sequences, or two grids of a picture."""
         return "query_token_id" in self.dataset.coords
 
     @property
@@ -295,10 +295,9 @@ class AttentionTrace:
         )
 
     def _size_in_words(self) -> str:
-        if self.cross:
-            what = "cross-attention" if self.part in ("", "cross") else self.part
-            return f"{what} of {self.queries:,} to {self.length:,} tokens"
-        return f"{self.part} of {self.length:,} tokens" if self.part else f"{self.length:,} tokens"
+        sizes = f"{self.queries:,} to {self.length:,}" if self.cross else f"{self.length:,}"
+        part = self.part.replace("cross", "cross-attention")
+        return f"{part} of {sizes} tokens".removeprefix(" of ")
 
     def _repr_html_(self) -> str:
         return trace_html(repr(self), self.dataset)

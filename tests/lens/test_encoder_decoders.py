@@ -298,7 +298,9 @@ def test_what_needs_one_part_says_so():
             run()
     with pytest.raises(lens.LensError, match="part must be one of 'encoder', 'decoder', 'cross'"):
         loaded.part("middle")
-    with pytest.raises(lens.LensError, match="no encoder-decoder and goes in no stages, so it has no parts"):
+    with pytest.raises(
+        lens.LensError, match="no encoder-decoder and goes in no stages, so it has no parts"
+    ):
         lens.load("induction-2l").part("cross")
     for prompt, said in [
         ([], "no prompts were given"),
