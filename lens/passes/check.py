@@ -175,11 +175,17 @@ def tiny_inputs(model: LoadedModel) -> dict[str, torch.Tensor]:
         pixels = torch.randn(1, *shape, generator=generator)
         return {name: pixels.to(model.device, model.dtype)}
     vocab = model.info.vocab or _CHARACTERS
-    length = max(min(LENGTH, model.info.context or LENGTH), shortest(model.model.config))
-    ids = torch.randint(vocab, (1, length), generator=generator)
+    ids = torch.randint(vocab, (1, _length(model)), generator=generator)
     if model.bos_id is not None:
         ids[0, 0] = model.bos_id
     return {"input_ids": ids.to(model.device)}
+
+
+def _length(model: LoadedModel) -> int:
+    """Of the prompt: so long that attention is sparse where the model has positions for it."""
+    context = model.info.context or LENGTH
+    needed = shortest(model.model.config)
+    return max(min(LENGTH, context), needed if needed <= context else 0)
 
 
 def _of_both(model: LoadedModel, generator: torch.Generator) -> dict[str, torch.Tensor]:
@@ -197,8 +203,9 @@ def _of_both(model: LoadedModel, generator: torch.Generator) -> dict[str, torch.
     vocab = model.info.vocab or getattr(config.get_text_config(), "vocab_size", _CHARACTERS)
     found = {}
     if name == "input_ids":
-        length = max(min(LENGTH, model.info.context or LENGTH), shortest(config))
-        found[name] = torch.randint(vocab, (1, length), generator=generator).to(model.device)
+        found[name] = torch.randint(vocab, (1, _length(model)), generator=generator).to(
+            model.device
+        )
     else:
         shape = _noise(model, name)
         found[name] = torch.randn(1, *shape, generator=generator).to(model.device, model.dtype)
