@@ -101,7 +101,7 @@ gpu-profile:
 models-table: $(VENV)/.test
 	$(BIN)/python tests/benchmarks/models_table.py
 
-# Every Triton kernel for sm_80 and sm_90, without a GPU: an hour on two idle cores.
+# The Triton kernels for sm_80 and sm_90, without a GPU: those that changed, for 13 minutes; again, and it goes on.
 compiled: $(VENV)/.test
 	$(BIN)/python tests/benchmarks/compiled.py
 

@@ -12,6 +12,8 @@ where terms of parts that were not given drop out.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -30,9 +32,44 @@ def lower_mask(mask: AttentionMask, query: Tensor, key: Tensor) -> MaskPlan:
     keys = key.shape[2]
     device = query.device
     window = _window(mask.window, queries + keys)
+    ragged = (mask.key_lengths, mask.query_lengths, mask.key_start, mask.cu_seqlens, mask.prefix)
+    if all(part is None for part in ragged):
+        plan = _simple(batch, queries, keys, mask.causal, window, device)
+    else:
+        plan = replace(_lowered(mask, batch, queries, keys, window, device), simple=False)
+    shape = (batch, heads, queries, keys)
+    extras = {
+        "keep": _key_padding(mask.key_padding, batch, keys, device),
+        "allowed": _allowed(mask.allowed, shape, device),
+        "bias": _bias(mask.bias, shape, query),
+        "slopes": _slopes(mask.alibi_slopes, query),
+    }
+    if all(part is None for part in extras.values()):
+        return plan
+    return replace(plan, **extras)
+
+
+@lru_cache(maxsize=4)  # at 131,072 tokens one is 2 MB
+def _simple(
+    batch: int, queries: int, keys: int, causal: bool, window: int | None, device: torch.device
+) -> MaskPlan:
+    """The plan of causality and a window: the same at every layer of a model, and read alone."""
+    with torch.inference_mode(False):
+        mask = AttentionMask(causal=causal)
+        return _lowered(mask, batch, queries, keys, window, device)
+
+
+def _lowered(
+    mask: AttentionMask,
+    batch: int,
+    queries: int,
+    keys: int,
+    window: int | None,
+    device: torch.device,
+) -> MaskPlan:
+    """The ranges of keys alone, as if the mask were simple."""
     row = torch.arange(queries, dtype=torch.int32, device=device).expand(batch, -1)
     column = torch.arange(keys, dtype=torch.int32, device=device).expand(batch, -1)
-
     origin, end, anchor, key_position, live = _sequences(mask, row, column)
     low, high = origin, end
     if mask.causal:
@@ -54,21 +91,13 @@ def lower_mask(mask: AttentionMask, query: Tensor, key: Tensor) -> MaskPlan:
             high = torch.minimum(high, anchor + window)
     seen = (high > low) & live
     zero = torch.zeros((), dtype=torch.int32, device=device)
-
-    shape = (batch, heads, queries, keys)
-    slopes = _slopes(mask.alibi_slopes, query)
-    ragged = (mask.key_lengths, mask.query_lengths, mask.key_start, mask.cu_seqlens, mask.prefix)
     return MaskPlan(
         low=torch.where(seen, low, zero).contiguous(),
         high=torch.where(seen, high, zero).contiguous(),
         anchor=anchor.contiguous(),
         key_position=key_position.contiguous(),
-        keep=_key_padding(mask.key_padding, batch, keys, device),
-        allowed=_allowed(mask.allowed, shape, device),
-        bias=_bias(mask.bias, shape, query),
-        slopes=slopes,
         causal=mask.causal and mask.prefix is None,
-        simple=all(part is None for part in ragged),
+        simple=True,
         window=window,
         offset=keys - queries,
     )

@@ -7,13 +7,14 @@
 * A value that holds one makes its column of the output NaN in the rows that see it, and their norms.
 * What a row does not see does not reach it; what no row sees leaves no trace.
 
-Backends know none of this: `guarded` runs them as they are, and where a number came back that is
+Backends know none of this: `guarded` runs them as they are, and where a query, a key or an output is
 not finite, again on inputs with zeros in those places, and writes the NaN itself. That second run
 takes time quadratic in the length and memory linear in it. Gradients are not defined.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
@@ -40,7 +41,7 @@ def guarded(
     `table` says which axes the numbers of the result have.
     """
     result = run(problem)
-    if _finite(result):
+    if _finite(problem, result):
         return result
     bad = _Bad.of(problem)
     if not bad.any():
@@ -89,16 +90,18 @@ def _hidden_keys(plan: MaskPlan) -> Tensor:
     return hidden if plan.keep is None else hidden | ~plan.keep
 
 
-def _finite(result: BackendResult) -> bool:
-    """False when a number is NaN or +inf; -inf is the logarithm of no mass."""
-    found = [result.output, *result.tensors.values()]
-    if result.groups is not None:
-        groups = result.groups
-        found += [groups.output, groups.lse, *groups.statistics.values()]
-    found = [part for part in found if part.is_floating_point() and part.numel()]
-    largest = [part.detach().amax().float() for part in found]
-    smallest = result.output.detach().amin().float()
-    return bool((torch.stack(largest) < _INF).all() & (smallest > -_INF))
+@torch.no_grad()
+def _finite(problem: Problem, result: BackendResult) -> bool:
+    """Whether queries, keys and what is made of them and the values hold neither NaN nor infinity.
+
+    A sum is finite only where every number in it is; finite ones that overflow are told apart later. An
+    infinity in a key may leave none in the output: its logits are -inf where the query is negative.
+    """
+    looked = [result.output]
+    if result.infinite is None:
+        looked += [problem.query, problem.key]
+    sums = [part.sum(dtype=problem.compute_dtype) for part in looked]
+    return not result.infinite and math.isfinite(sum(sums[1:], start=sums[0]))
 
 
 @dataclass(frozen=True, eq=False)

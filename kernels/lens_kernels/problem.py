@@ -42,6 +42,9 @@ from torch import Tensor
 from lens_kernels.statistics import STATISTICS, Statistic
 from lens_kernels.types import AttentionGroups
 
+_KEPT = 1 << 22
+"""Numbers that a plan keeps for calls to come: 16 MB."""
+
 
 @dataclass(frozen=True, eq=False)
 class MaskPlan:
@@ -63,20 +66,22 @@ class MaskPlan:
             for every batch row: kernels may compute it from three numbers instead of loading it.
         window: as in `AttentionMask`.
         offset: `anchor = i + offset`; meaningful where `simple`.
+        made: what was made from it alone, and serves every call that shares the plan.
     """
 
     low: Tensor
     high: Tensor
     anchor: Tensor
     key_position: Tensor
-    keep: Tensor | None
-    allowed: Tensor | None
-    bias: Tensor | None
-    slopes: Tensor | None
     causal: bool
     simple: bool
     window: int | None
     offset: int
+    keep: Tensor | None = None
+    allowed: Tensor | None = None
+    bias: Tensor | None = None
+    slopes: Tensor | None = None
+    made: dict[tuple[object, ...], Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def ranges(self, rows: int) -> list[list[tuple[int, int]]]:
         """Keys that each panel of `rows` queries can see: [batch][panels] of (first, end).
@@ -113,8 +118,8 @@ class Problem:
             value 0. A row that sees no key stays empty (LSE -inf) in spite of it.
         block_size: (query_block, key_block); the grid starts at index 0, last blocks may be short.
         statistics: names to compute (see statistics.py); those `from_backward` are not for `run`.
-        query_labels: [batch, queries, pairs] int32, or None.
-        key_labels: [batch, keys, pairs] int32, or None. A row label < 0 matches no key.
+        query_labels: [batch, queries, pairs] int32, at least -1, or None.
+        key_labels: [batch, keys, pairs] int32, likewise. A row label of -1 matches no key.
         prefix: for `prefix_mass`: keys with `key_position < prefix` (those before 0 are hidden).
         top_k: number of key blocks in `top_keys`, at most key_blocks.
         grid: (height, width, first key) of the image keys, or None.
@@ -226,12 +231,14 @@ class BackendResult:
         tensors: name -> tensor for each of `problem.statistics` that is not `from_backward`, in the
             compute type and contiguous, and always `lse` (asked for or not: gradients need it).
         groups: the group states where `problem.groups` is given.
+        infinite: whether any `q.k` was not finite, hidden ones included; None where `run` did not look.
     """
 
     output: Tensor
     tensors: dict[str, Tensor]
     groups: AttentionGroups | None = None
     from_backward: dict[str, Tensor | None] = field(default_factory=dict)
+    infinite: bool | None = None
 
 
 def statistic_shape(
@@ -269,35 +276,56 @@ def row_features(problem: Problem) -> tuple[Tensor, dict[str, slice]]:
         [batch, kv_heads, keys, features] in the compute type, in memory with features outermost,
         and the columns of each statistic.
     """
-    plan, dtype = problem.plan, problem.compute_dtype
-    position = plan.key_position.to(dtype)
-    columns: list[Tensor] = []
-    names: dict[str, slice] = {}
-
-    def add(name: str, *features: Tensor) -> None:
-        if not problem.wants(name):
-            return
-        names[name] = slice(len(columns), len(columns) + len(features))
-        for feature in features:
-            feature = feature if feature.dim() == 3 else feature[:, None]
-            columns.append(feature.expand(problem.batch, problem.kv_heads, problem.keys))
-
-    add("prefix_mass", (position < problem.prefix).to(dtype))
-    add("moments", position, position * position)
-    if problem.grid is not None:
-        height, width, first = problem.grid
-        index = torch.arange(problem.keys, device=problem.device) - first
-        inside = ((index >= 0) & (index < height * width)).to(dtype)
-        x = (index % width).to(dtype) * inside
-        y = torch.div(index, width, rounding_mode="floor").to(dtype) * inside
-        add("grid_moments", *(f.expand(problem.batch, -1) for f in (x, y, x * x, y * y, inside)))
+    plan, kinds = problem.plan, ("prefix_mass", "moments", "grid_moments")
+    wanted = tuple(name for name in kinds if problem.wants(name))
+    lines, dtype = (problem.batch, problem.kv_heads), problem.compute_dtype
+    prefix, grid = (problem.prefix, problem.grid) if wanted else (0, None)
+    known = (wanted, prefix, grid, lines, dtype)
+    features = plan.made.get(known)
+    if features is None:
+        with torch.inference_mode(False):
+            features = _of_positions(plan.key_position, *known)
+        if features.numel() <= _KEPT:
+            plan.made[known] = features
+    counts = {"prefix_mass": 1, "moments": 2, "grid_moments": 5, "mean_value_norm": 1}
     if problem.wants("mean_value_norm"):
         value = problem.value.detach()  # not made float32 first: at 128k tokens that is 2 GiB
-        add("mean_value_norm", torch.linalg.vector_norm(value, dim=-1, dtype=dtype))
-    if not columns:
-        shape = (problem.batch, problem.kv_heads, problem.keys, 0)
-        return position.new_zeros(shape), names
-    return torch.stack(columns).movedim(0, -1), names
+        norm = torch.linalg.vector_norm(value, dim=-1, dtype=dtype)
+        features = torch.cat((features, norm[None]))
+        wanted = (*wanted, "mean_value_norm")
+    names, first = {}, 0
+    for name in wanted:
+        names[name] = slice(first, first + counts[name])
+        first += counts[name]
+    return features.movedim(0, -1), names
+
+
+def _of_positions(
+    position: Tensor,
+    wanted: tuple[str, ...],
+    prefix: int,
+    grid: tuple[int, int, int] | None,
+    lines: tuple[int, int],
+    dtype: torch.dtype,
+) -> Tensor:
+    """The features that a key's position decides: [features, *lines, keys]."""
+    keys, columns = position.shape[-1], []
+    if "prefix_mass" in wanted:
+        columns.append(position < prefix)
+    if "moments" in wanted:
+        columns += [position, position.to(dtype).square()]
+    if "grid_moments" in wanted:
+        assert grid is not None
+        height, width, first = grid
+        index = torch.arange(keys, device=position.device) - first
+        inside = (index >= 0) & (index < height * width)
+        x = (index % width) * inside
+        y = torch.div(index, width, rounding_mode="floor") * inside
+        columns += [x, y, x * x, y * y, inside]
+    found = position.new_empty((len(columns), *lines, keys), dtype=dtype)
+    for place, column in zip(found, columns, strict=True):
+        place.copy_(column.unsqueeze(-2) if column.dim() == 2 else column)
+    return found
 
 
 def top_blocks(block_mass: Tensor, top_k: int) -> tuple[Tensor, Tensor]:

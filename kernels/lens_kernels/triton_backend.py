@@ -25,6 +25,10 @@ from lens_kernels.problem import BackendResult, Problem, group_statistics
 from lens_kernels.splits import PIECE, run_split
 
 LARGEST_DIM = 256
+PROGRAMS = 264
+"""That one query is cut into: two for each multiprocessor of an H200."""
+SHORTEST = 256
+"""Keys of a piece: what a program loads before it is worth one, and a multiple of every tile."""
 
 
 def supports(problem: Problem) -> str | None:
@@ -77,10 +81,14 @@ def run(problem: Problem) -> BackendResult:
 
     One query on many keys would be one program for each head, so its keys are cut into pieces.
     """
-    width = problem.block_size[1]
-    piece = max(1, PIECE // width) * width
-    if problem.queries == 1 and problem.keys >= 2 * piece:
-        return run_split(problem, run, piece)
+    if problem.queries == 1:
+        piece = _piece(problem)
+        if problem.groups is None and problem.block_mask is None and piece < problem.keys:
+            return _run(problem, problem.query.dtype, piece=piece)
+        width = problem.block_size[1]
+        piece = max(1, PIECE // width) * width
+        if problem.keys >= 2 * piece:
+            return run_split(problem, run, piece)
     if problem.groups is not None:
         from lens_kernels.triton_configs import one_pass, split_rows
 
@@ -92,13 +100,21 @@ def run(problem: Problem) -> BackendResult:
     return _run(problem, problem.query.dtype)
 
 
-def _run(problem: Problem, dtype: torch.dtype, apart: Tensor | None = None) -> BackendResult:
-    """`apart`: `lone_key` where the groups are made along with the rest."""
+def _piece(problem: Problem) -> int:
+    """Keys of a piece, so that there are about `PROGRAMS` in all."""
+    pieces = -(-PROGRAMS // (problem.batch * problem.heads))
+    return max(SHORTEST, -(-problem.keys // pieces // SHORTEST) * SHORTEST)
+
+
+def _run(
+    problem: Problem, dtype: torch.dtype, apart: Tensor | None = None, piece: int | None = None
+) -> BackendResult:
+    """`apart`: `lone_key` where the groups are made along with the rest; `piece`: as in `run_rows`."""
     from lens_kernels.triton_run import run_columns, run_diagonals, run_rows
 
     problem = _dense(problem)
     with _device(problem):
-        output, tensors, beside = run_rows(problem, dtype, apart)
+        output, tensors, beside = run_rows(problem, dtype, apart, piece)
         lse = tensors["lse"]
         tensors |= run_columns(problem, lse)
         tensors |= run_diagonals(problem, lse)
@@ -120,6 +136,10 @@ def _dense(problem: Problem) -> Problem:
         return None if tensor is None else tensor.detach().contiguous()
 
     plan = problem.plan
+    parts = {name: getattr(plan, name).contiguous() for name in ("low", "high", "anchor")}
+    parts |= {name: dense(getattr(plan, name)) for name in ("keep", "slopes")}
+    if any(part is not getattr(plan, name) for name, part in parts.items()):
+        plan = replace(plan, **parts)
     return replace(
         problem,
         query=problem.query.detach(),
@@ -128,14 +148,7 @@ def _dense(problem: Problem) -> Problem:
         sink_logits=dense(problem.sink_logits),
         key_weights=dense(problem.key_weights),
         block_mask=dense(problem.block_mask),
-        plan=replace(
-            plan,
-            low=plan.low.contiguous(),
-            high=plan.high.contiguous(),
-            anchor=plan.anchor.contiguous(),
-            keep=dense(plan.keep),
-            slopes=dense(plan.slopes),
-        ),
+        plan=plan,
     )
 
 

@@ -23,7 +23,6 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from lens_kernels.triton_forward import key_span
 from lens_kernels.triton_logits import (
     exponent_of_lse,
     is_kept,
@@ -37,6 +36,7 @@ from lens_kernels.triton_logits import (
     tile_of,
 )
 from lens_kernels.triton_lse_pass import block_sums, piece_places, query_tiles
+from lens_kernels.triton_rows import key_span
 
 
 class GradientMaps(NamedTuple):

@@ -30,97 +30,22 @@ key of a tile: one more tile of keys is multiplied once the LSE is known.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 import triton
 import triton.language as tl
 
 from lens_kernels.triton_logits import (
-    FAR,
     LN2,
     LOG2E,
     load_rows,
+    load_tile,
     logits,
     positions,
     row_ranges,
     store_rows,
 )
+from lens_kernels.triton_rows import key_span
 
 PREFIX_LANES = tl.constexpr(16)
-
-
-class RowOutputs(NamedTuple):
-    """Where results go: [batch, heads, queries], contiguous; None is not computed."""
-
-    lse: Any  # always
-    max_logit: Any
-    entropy: Any
-    concentration: Any
-    distance: Any
-    value_norm: Any
-    prefix_mass: Any  # of the first `RowInputs.prefix` keys, in a loop of its own
-    means: Any  # [features, batch, heads, queries]
-    match_mass: Any  # [pairs, batch, heads, queries]
-
-
-class RowInputs(NamedTuple):
-    """What rows are summed against."""
-
-    features: Any  # [features, batch, kv_heads, keys] float32
-    query_labels: Any  # [pairs, batch, queries] int32, never -2
-    key_labels: Any  # [pairs, batch, keys] int32, never -1 where a row label is -1
-    prefix: Any
-
-
-class FirstKey(NamedTuple):
-    """One key of each batch row that is a group of its own, and where the others' state goes.
-
-    Shapes as in `RowOutputs`; the statistics are None where that one is, everything where no key is
-    apart (a tuple with None in it cannot be told from None while compiling).
-    """
-
-    key: Any  # [batch] int32
-    logit: Any  # of that key; -inf where it is hidden
-    lse: Any
-    max_logit: Any
-    entropy: Any
-    concentration: Any
-    distance: Any
-
-
-class BlockList(NamedTuple):
-    """The key blocks that each query block visits, ascending; broadcast axes have stride 0."""
-
-    blocks: Any  # [batch, heads, query_blocks, key_blocks] int32, the kept ones first
-    count: Any  # [batch, heads, query_blocks] int32
-    batch: Any  # strides of blocks, in rows of key_blocks
-    head: Any
-    width: Any  # key_blocks
-
-
-@triton.jit
-def key_span(low, high, mask, first_row, last_row, shape):
-    """Keys that any row of a tile sees: first, one past the last; and one past those all rows see.
-
-    The last of the three is meant for masks without a window, whose ranges start at key 0.
-    """
-    if mask.low is None:
-        first = first_row + mask.offset
-        last = last_row + mask.offset
-        begin = 0
-        end = shape.keys
-        shared_end = shape.keys
-        if mask.window is not None:
-            begin = tl.maximum(first - mask.window + 1, 0)
-            end = tl.minimum(end, tl.maximum(last + mask.window, 0))
-        if mask.causal:
-            end = tl.minimum(end, tl.maximum(last + 1, 0))
-            shared_end = tl.minimum(shared_end, tl.maximum(first + 1, 0))
-    else:
-        begin = tl.min(tl.where(high > low, low, FAR), 0)
-        end = tl.max(high, 0)
-        shared_end = tl.min(high, 0)
-    return tl.minimum(begin, end), end, shared_end
 
 
 @triton.jit
@@ -128,6 +53,9 @@ def forward(
     query,
     key,
     value,
+    query_tiles,
+    key_tiles,
+    value_tiles,
     output,
     outs,
     ins,
@@ -141,6 +69,7 @@ def forward(
     rows,
     columns,
     tiles,
+    piece,
     batches,
     FEATURES: tl.constexpr,
     PAIRS: tl.constexpr,
@@ -152,6 +81,7 @@ def forward(
 
     Args:
         query, key, value, output: `Rows`.
+        query_tiles, key_tiles, value_tiles: descriptors of the same for tiles of BM and BN positions (`load_tile`), or None.
         outs, ins: `RowOutputs`, `RowInputs`.
         mask, scores, shape: see triton_logits.
         sinks: [heads] float32, or None.
@@ -159,20 +89,29 @@ def forward(
         others: `Rows` for the output of the keys beside it, float32; or None.
         block_list: `BlockList`, or None.
         rows, columns: `Blocks` of the two axes.
-        tiles: query tiles.
+        tiles: query tiles, or pieces of the keys.
+        piece: keys of a piece, a multiple of BN, where there is one query: each program has a piece of the keys, and
+            outputs are [batch, heads, pieces]; not with a block list, a first key or SPLIT. None elsewhere.
         batches: batch rows.
         SPLIT: a loop without a mask follows; for simple masks without a window.
     """
     pid = tl.program_id(0)
-    tile = tiles - 1 - pid % tiles
+    number = tiles - 1 - pid % tiles
+    PIECES: tl.constexpr = piece is not None
+    tile = number
+    if PIECES:
+        tile = 0
     head = pid // tiles % shape.heads
     batch = pid // tiles // shape.heads
     kv_head = head // shape.share
 
     row_first, row_ahead, row_used = positions(tile, rows, shape.queries)  # [BM]
     row = row_first + row_ahead  # [BM]
+    out_first, out_rows = row_first, shape.queries
+    if PIECES:
+        out_first, out_rows = number, tiles
     low, high, anchor = row_ranges(mask, batch, row, shape)  # [BM]
-    q = load_rows(query, batch, head, row_first, row_ahead, row_used)  # [BM, D]
+    q = load_tile(query_tiles, query, batch, head, row_first, row_ahead, row_used)  # [BM, D]
     lane = tl.arange(0, BN)  # [BN]
 
     origin = tl.min(anchor, 0)  # distances are summed from here
@@ -199,6 +138,9 @@ def forward(
 
     last_row = tl.minimum(row_first + BM, shape.queries) - 1
     begin, end, shared_end = key_span(low, high, mask, row_first, last_row, shape)
+    if PIECES:
+        begin = tl.maximum(begin, number * piece)
+        end = tl.minimum(end, (number + 1) * piece)
     LIST: tl.constexpr = block_list is not None
     if LIST:
         line = batch * block_list.batch + head * block_list.head + tile // rows.parts
@@ -236,7 +178,9 @@ def forward(
                 column_used = None
                 if stretch == 0:
                     column_used = column < shape.keys  # [BN]
-            k = load_rows(key, batch, kv_head, column_first, lane, column_used)  # [BN, D]
+            k = load_tile(
+                key_tiles, key, batch, kv_head, column_first, lane, column_used
+            )  # [BN, D]
             products = tl.dot(q, tl.trans(k), input_precision=scores.precision)  # [BM, BN]
             x = logits(
                 products,
@@ -301,11 +245,14 @@ def forward(
             total = decay * total + mass  # [BM]
             peak = raised  # [BM]
 
-            v = load_rows(value, batch, kv_head, column_first, lane, column_used)  # [BN, V]
+            v = load_tile(
+                value_tiles, value, batch, kv_head, column_first, lane, column_used
+            )  # [BN, V]
             acc = acc * decay[:, None]  # [BM, V]
             acc = tl.dot(p.to(v.dtype), v, acc, input_precision=scores.precision)  # [BM, V]
 
-    line = (batch * shape.heads + head).to(tl.int64) * shape.queries + row  # [BM]
+    out_row = out_first + row_ahead  # [BM]
+    line = (batch * shape.heads + head).to(tl.int64) * out_rows + out_row  # [BM]
     if FIRST:
         # the state of all the others
         seen = total > 0  # [BM]
@@ -388,7 +335,7 @@ def forward(
     share = tl.exp2(kept)  # [BM]
     factor = tl.where(seen, share / tl.where(seen, total, 1.0), 0.0)  # [BM]
     acc = acc * factor[:, None]  # [BM, V]
-    store_rows(acc, output, batch, head, row_first, row_ahead, row_used)
+    store_rows(acc, output, batch, head, out_first, row_ahead, row_used)
 
     tl.store(outs.lse + line, lse * LN2, mask=row_used)
     if outs.prefix_mass is not None:
@@ -431,9 +378,9 @@ def forward(
         tl.store(outs.value_norm + line, tl.sqrt(tl.sum(acc * acc, 1)), mask=row_used)
     for feature in tl.static_range(FEATURES):
         plane = (feature * batches + batch) * shape.heads + head
-        place = plane.to(tl.int64) * shape.queries + row  # [BM]
+        place = plane.to(tl.int64) * out_rows + out_row  # [BM]
         tl.store(outs.means + place, means[feature] * factor, mask=row_used)
     for pair in tl.static_range(PAIRS):
         plane = (pair * batches + batch) * shape.heads + head
-        place = plane.to(tl.int64) * shape.queries + row  # [BM]
+        place = plane.to(tl.int64) * out_rows + out_row  # [BM]
         tl.store(outs.match_mass + place, matches[pair] * factor, mask=row_used)

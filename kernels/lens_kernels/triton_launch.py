@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lens_kernels.problem import Problem
 from lens_kernels.triton_logits import Blocks, Kept, Mask, Plane, Rows, Scores, Shape
@@ -87,6 +88,25 @@ def rows_of(tensor: Tensor) -> Rows:
     dense = tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
     width = tensor.shape[-1]
     return Rows(dense, *dense.stride()[:3], tl.constexpr(power(width)), tl.constexpr(width))
+
+
+def descriptor(tensor: Tensor, lanes: int) -> TensorDescriptor | None:
+    """What sm_90 loads tiles of `lanes` positions of [batch, heads, positions, dim] by, itself, without a pointer for each row.
+
+    None on older GPUs, and where the numbers are not of 16 bits or lie where it cannot go: it wants rows, heads and batch
+    rows to start at multiples of 16 bytes, and to be apart.
+    """
+    step, size = 8, tensor.shape
+    strides = [
+        step if one == 1 else stride for one, stride in zip(size, tensor.stride(), strict=True)
+    ]
+    fits = strides[-1] == 1 or size[-1] == 1
+    fits = fits and tensor.data_ptr() % 16 == 0
+    fits = fits and all(stride > 0 and stride % step == 0 for stride in strides[:-1])
+    if capability(tensor.device) < (9, 0) or tensor.element_size() != 2 or not fits:
+        return None
+    box = [1, 1, lanes, power(size[-1])]
+    return TensorDescriptor(tensor, list(size), [*strides[:-1], 1], box)
 
 
 def _plane(problem: Problem, tensor: Tensor | None) -> Plane | None:

@@ -161,6 +161,20 @@ def load_rows(rows, batch, head, first, ahead, used):
 
 
 @triton.jit
+def load_tile(tiles, rows, batch, head, first, ahead, used):
+    """As `load_rows`, for consecutive positions: by their descriptor (`triton_launch.descriptor`) where there is one.
+
+    It sets to 0 what lies past the last position and past the real width, and loads what is not `used` otherwise.
+    """
+    if tiles is None:
+        tile = load_rows(rows, batch, head, first, ahead, used)  # [P, D]
+    else:
+        box = tiles.load([batch, head, first, 0])  # [1, 1, P, D]
+        tile = tl.reshape(box, [ahead.shape[0], rows.dim])  # [P, D]
+    return tile
+
+
+@triton.jit
 def store_rows(tile, rows, batch, head, first, ahead, used):
     """Writes [P, D] to the positions that are `used`."""
     pointers = row_pointers(rows, batch, head, first, ahead)  # [P, D]

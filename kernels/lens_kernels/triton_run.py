@@ -20,8 +20,10 @@ from lens_kernels.triton_configs import (
     short_prefix,
     split_rows,
 )
-from lens_kernels.triton_forward import BlockList, FirstKey, RowInputs, RowOutputs, forward
+from lens_kernels.triton_forward import forward
 from lens_kernels.triton_lse_pass import ColumnOutputs, MapSize, columns_pass, diagonals_pass
+from lens_kernels.triton_pieces import merge_pieces
+from lens_kernels.triton_rows import BlockList, FirstKey, RowInputs, RowOutputs
 
 _STATE = ("max_logit", "entropy", "concentration", "distance")
 _ROWS = (*_STATE, "value_norm")
@@ -38,22 +40,29 @@ SORT_BYTES = 1 << 25
 
 
 def run_rows(
-    problem: Problem, dtype: torch.dtype, apart: Tensor | None = None
+    problem: Problem, dtype: torch.dtype, apart: Tensor | None = None, piece: int | None = None
 ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
     """Output in `dtype`, and the statistics with numbers per query row, `lse` always.
 
     Args:
         apart: [batch] int32, a key of each batch row whose logits, and the state of the keys beside
             it, are made along with the rest (the third result); not with a block mask.
+        piece: keys that a program takes where there is one query; not with a block mask or `apart`.
     """
     sparse = problem.block_mask is not None
     config, rows, columns = pack.tiling(problem, row_config(problem), "rows", sparse)
+    tiles = pack.tiles(rows, problem.queries)
     lines = (problem.batch, problem.heads, problem.queries)
-    output = pack.new(problem, *lines, problem.value_dim, dtype=dtype)
-    tensors = {name: pack.new(problem, *lines) for name in _ROWS if problem.wants(name)}
+    if piece is not None:
+        tiles = -(-problem.keys // piece)
+        lines = (*lines[:2], tiles)
+    whole = piece is None
+    output = pack.new(problem, *lines, problem.value_dim, dtype=dtype if whole else torch.float32)
+    names = _ROWS if whole else _STATE
+    tensors = {name: pack.new(problem, *lines) for name in names if problem.wants(name)}
     tensors["lse"] = pack.new(problem, *lines)
 
-    short = short_prefix(problem)
+    short = whole and short_prefix(problem)
     if short:
         tensors["prefix_mass"] = pack.new(problem, *lines)
     in_loop = problem.statistics - ({"prefix_mass"} if short else set())
@@ -65,7 +74,7 @@ def run_rows(
         assert problem.query_labels is not None
         assert problem.key_labels is not None
         pairs = problem.query_labels.shape[-1]
-        query_labels = problem.query_labels.clamp(min=-1).permute(2, 0, 1).contiguous()
+        query_labels = problem.query_labels.permute(2, 0, 1).contiguous()
         key_labels = problem.key_labels.masked_fill(problem.key_labels < 0, -2)
         key_labels = key_labels.permute(2, 0, 1).contiguous()
     matches = pack.new(problem, pairs, *lines)
@@ -80,7 +89,13 @@ def run_rows(
         state = (beside.get(name) for name in ("logit", "lse", *_STATE))
         first = FirstKey(apart, *state)
 
-    tiles = pack.tiles(rows, problem.queries)
+    outs = RowOutputs(
+        tensors["lse"],
+        *(tensors.get(name) for name in _ROWS),
+        tensors.get("prefix_mass"),
+        means if count else None,
+        matches if pairs else None,
+    )
     pack.launch(
         forward,
         problem.batch * problem.heads * tiles,
@@ -88,14 +103,11 @@ def run_rows(
         pack.rows_of(problem.query),
         pack.rows_of(problem.key),
         pack.rows_of(problem.value),
+        pack.descriptor(problem.query, rows.lanes.value),
+        pack.descriptor(problem.key, columns.lanes.value),
+        pack.descriptor(problem.value, columns.lanes.value),
         pack.rows_of(output),
-        RowOutputs(
-            tensors["lse"],
-            *(tensors.get(name) for name in _ROWS),
-            tensors.get("prefix_mass"),
-            means if count else None,
-            matches if pairs else None,
-        ),
+        outs,
         RowInputs(
             features.permute(3, 0, 1, 2).contiguous() if count else None,
             query_labels,
@@ -104,7 +116,7 @@ def run_rows(
         ),
         pack.mask(problem),
         pack.scores(problem, config),
-        problem.sink_logits,
+        problem.sink_logits if whole else None,
         first,
         others,
         _block_list(problem),
@@ -112,13 +124,16 @@ def run_rows(
         rows,
         columns,
         tiles,
+        piece,
         problem.batch,
         FEATURES=count,
         PAIRS=pairs,
         BM=rows.lanes.value,
         BN=columns.lanes.value,
-        SPLIT=split_rows(problem),
+        SPLIT=whole and split_rows(problem),
     )
+    if not whole:
+        output, tensors, means, matches = _merged(problem, dtype, output, outs, count, pairs)
     for name, place in places.items():
         part = means[place]
         single = name in ("prefix_mass", "mean_value_norm")
@@ -126,6 +141,39 @@ def run_rows(
     if pairs:
         tensors["match_mass"] = matches.movedim(0, -1).contiguous()
     return output, tensors, beside
+
+
+def _merged(
+    problem: Problem, dtype: torch.dtype, parts: Tensor, outs: RowOutputs, count: int, pairs: int
+) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor]:
+    """Output, row statistics, means and matches of the query from those of the pieces of its keys."""
+    lines = (problem.batch, problem.heads, 1)
+    output = pack.new(problem, *lines, problem.value_dim, dtype=dtype)
+    tensors = {name: pack.new(problem, *lines) for name in _ROWS if problem.wants(name)}
+    tensors["lse"] = pack.new(problem, *lines)
+    means, matches = (pack.new(problem, number, *lines) for number in (count, pairs))
+    pack.launch(
+        merge_pieces,
+        problem.batch * problem.heads,
+        pack.Config(16, 16, 4, 1),
+        pack.rows_of(parts),
+        outs,
+        pack.rows_of(output),
+        RowOutputs(
+            tensors["lse"],
+            *(tensors.get(name) for name in _ROWS),
+            None,
+            means if count else None,
+            matches if pairs else None,
+        ),
+        problem.sink_logits,
+        problem.heads,
+        parts.shape[2],
+        FEATURES=count,
+        PAIRS=pairs,
+        PIECES=pack.power(parts.shape[2]),
+    )
+    return output, tensors, means, matches
 
 
 def _block_list(problem: Problem) -> BlockList | None:

@@ -251,7 +251,10 @@ def _labels(
         for (side, count), labels, column in zip(sides, pair, columns, strict=True):
             name = f"{side} labels of match[{number}]"
             column.append(_label_vector(name, labels, query, count))
-    return torch.stack(columns[0], dim=-1), torch.stack(columns[1], dim=-1)
+    query_labels, key_labels = (
+        _packed(side, column) for side, column in zip(("query", "key"), columns, strict=True)
+    )
+    return query_labels, key_labels
 
 
 def _label_vector(name: str, labels: Tensor, query: Tensor, count: int) -> Tensor:
@@ -266,14 +269,19 @@ def _label_vector(name: str, labels: Tensor, query: Tensor, count: int) -> Tenso
             f"{name} must be [{count}] or [batch, ...] = [{batch}, {count}], got "
             f"{list(labels.shape)}"
         )
-    limit = torch.iinfo(torch.int32)
-    labels = labels.clamp(min=-1) if labels.dtype.is_signed else labels  # those never match
-    if labels.dtype == torch.int64 and bool((labels > limit.max).any()):
+    labels = labels if labels.dtype.is_signed else labels.to(torch.int64)
+    return labels.expand(batch, count)
+
+
+def _packed(side: str, columns: list[Tensor]) -> Tensor:
+    """[batch, positions, pairs] int32, -1 for labels that never match."""
+    labels, most = torch.stack(columns, dim=-1), torch.iinfo(torch.int32).max
+    if labels.dtype == torch.int64 and bool((beyond := labels > most).any()):
         raise ValueError(
-            f"{name} must fit 32 bits (below {limit.max + 1}); number the distinct labels with "
-            "torch.unique(labels, return_inverse=True)"
+            f"{side} labels of match[{int(beyond.flatten(0, 1).any(0).int().argmax())}] must fit 32 bits "
+            f"(below {most + 1}); number the distinct labels with torch.unique(labels, return_inverse=True)"
         )
-    return labels.to(torch.int32).expand(batch, count)
+    return labels.clamp(min=-1).to(torch.int32)
 
 
 def _groups(

@@ -1,19 +1,25 @@
-"""Compiles every Triton kernel that ships for sm_90 and sm_80, without a GPU, and writes the tables.
+"""Compiles the Triton kernels that ship for sm_90 and sm_80, without a GPU, and writes the tables.
 
-`python tests/benchmarks/compiled.py [--new]` writes compiled.csv (one row a kernel) and COMPILED.md
-(the worst of each kernel and of each mask) beside this file; an hour on two cores, less where
-Triton's cache has the kernels. `--new` compiles what the table lacks, kernels with another tile than
-before, and keeps the other rows; each row tells the version of Triton and the sources it was made
-from. The jobs are those of tests/kernels/triton_offline.py, and
-tests/kernels/test_triton_compile.py holds the table to account.
+    python tests/benchmarks/compiled.py [--all] [--minutes 13]
+
+writes compiled.csv (one row a kernel) and COMPILED.md (the worst of each kernel and of each mask) beside this file.
+Compiled is what the table lacks, and what stands there from other sources than today's; with `--all` everything. After
+`--minutes` it stops: the rows that were reached are new, the others stay, and the next call goes on with them. Each row
+tells the version of Triton and the sources it was made from. The jobs are those of tests/kernels/triton_offline.py,
+and tests/kernels/test_triton_compile.py holds the table to account.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 import tempfile
+import time
 from pathlib import Path
+from subprocess import Popen
+from threading import Thread
+from typing import Any
 
 import pandas as pd
 
@@ -25,6 +31,7 @@ from tests.kernels import triton_offline  # noqa: E402
 
 ARCHES = (90, 80)
 TABLE = HERE / "compiled.csv"
+Row = dict[str, Any]
 
 
 def worst(table: pd.DataFrame, by: list[str]) -> pd.DataFrame:
@@ -59,7 +66,7 @@ def markdown(table: pd.DataFrame) -> str:
         "(227 on sm_90, 163 on sm_80), and what multiplies. wgmma takes tiles of 64 rows or more; "
         "`fma` is float32 without",
         "tensor cores, where three tf32 products would need more registers than there are.",
-        f"{(table['sources'] == triton_offline.sources()).sum()} of {len(table)} rows are compiled from "
+        f"{sum(map(_today, table.to_dict('records')))} of {len(table)} rows are compiled from "
         "today's kernels, the others from earlier ones with the same tiles.",
         "",
         "## By kernel",
@@ -75,7 +82,7 @@ def markdown(table: pd.DataFrame) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write(rows: list[dict]) -> None:
+def write(rows: list[Row]) -> None:
     """Both files."""
     table = pd.DataFrame(rows).replace("", None)
     for name in ("instructions", "matrix_instructions", "waits"):  # rows of old have none
@@ -84,29 +91,73 @@ def write(rows: list[dict]) -> None:
     (HERE / "COMPILED.md").write_text(markdown(table), encoding="utf-8")
 
 
-def known() -> list[dict]:
-    """Rows of the table that ship as they stand there."""
-    shipped = [triton_offline.start(arch, "--list") for arch in ARCHES]
-    keys = {triton_offline.key(row) for process in shipped for row in triton_offline.rows(process)}
-    old = pd.read_csv(TABLE, keep_default_na=False).to_dict("records")
-    return [row for row in old if triton_offline.key(row) in keys]
+def shipped() -> list[Row]:
+    """What is chosen today, with nothing compiled, in the order of the jobs."""
+    started = [triton_offline.start(arch, "--list") for arch in ARCHES]
+    return [row for process in started for row in triton_offline.rows(process)]
 
 
-def made(kept: list[dict]) -> list[dict]:
-    """`kept`, and what is compiled beside it, in the order of the jobs."""
+def compiled(known: list[Row], minutes: float) -> list[Row]:
+    """What is compiled beside `known` in that time."""
+    found: list[Row] = []
+
+    def read(process: Popen[str]) -> None:
+        assert process.stdout is not None
+        for line in process.stdout:
+            found.append(json.loads(line))
+
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
-        json.dump([triton_offline.key(row) for row in kept], file)
+        json.dump([triton_offline.key(row) for row in known], file)
         file.flush()
-        started = [triton_offline.start(arch, "--known", file.name) for arch in ARCHES]
-        rows = kept + [row for process in started for row in triton_offline.rows(process)]
-    jobs = {str(job): place for place, job in enumerate(triton_offline.JOBS)}
+        words = ("--known", file.name)
+        started = [triton_offline.start(arch, *words, complaints=None) for arch in ARCHES]
+        readers = [Thread(target=read, args=(process,)) for process in started]
+        end = time.monotonic() + 60 * minutes
+        for reader in readers:
+            reader.start()
+        for process, reader in zip(started, readers, strict=True):
+            reader.join(max(0.0, end - time.monotonic()))
+            late = reader.is_alive()
+            if late:
+                process.terminate()
+                reader.join()
+            if process.wait() and not late:
+                raise SystemExit("the compiler failed; what it said stands above")
+    return found
 
-    def place(row: dict) -> tuple[int, int]:
-        job = triton_offline.Job(row["dtype"], row["head_dim"], row["mask"])
-        return ARCHES.index(row["arch"]), jobs[str(job)]
 
-    return sorted(rows, key=place)
+def main() -> None:
+    """Compile, and write both files."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--all", action="store_true", help="what is up to date too")
+    parser.add_argument("--minutes", type=float, default=13.0)
+    given = parser.parse_args()
+    old = _by_key(pd.read_csv(TABLE, keep_default_na=False).to_dict("records"))
+    kept = (
+        []
+        if given.all
+        else [row for rows in old.values() if all(map(_today, rows)) for row in rows]
+    )
+    new = _by_key(compiled(kept, given.minutes))
+    chosen = _by_key(shipped())
+    whole = {key: rows for key, rows in new.items() if len(rows) == len(chosen[key])}
+    rows = [row for key in chosen for row in (old | whole).get(key, [])]
+    write(rows)
+    missing, stale = chosen.keys() - old.keys() - whole.keys(), sum(not _today(row) for row in rows)
+    print(f"{len(whole)} compiled; {len(missing)} are missing, {stale} from other sources")
+
+
+def _by_key(rows: list[Row]) -> dict[tuple, list[Row]]:
+    """Keys and values have a kernel each where one launch for both does not fit."""
+    found: dict[tuple, list[Row]] = {}
+    for row in rows:
+        found.setdefault(triton_offline.key(row), []).append(row)
+    return found
+
+
+def _today(row: Row) -> bool:
+    return row["sources"] == triton_offline.sources(row["kernel"])
 
 
 if __name__ == "__main__":
-    write(made(known() if "--new" in sys.argv else []))
+    main()

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from lens_kernels import AttentionMask, attention, reference
+from lens_kernels import AttentionMask, attention, explain, reference
 from lens_kernels.decoding import decode
 from lens_kernels.dispatch import load
 from lens_kernels.splits import run_split
 from lens_kernels.validation import make_problem
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from tests.kernels.helpers import (
     BACKENDS,
@@ -100,6 +101,53 @@ def test_decode_is_attention():
     for name in set(whole.statistics) - {"top_keys"}:
         assert_close(found.statistics[name], whole.statistics[name], 1e-5, name)
     assert found.statistics.diagonal_start == whole.statistics.diagonal_start
+
+
+class Operations(TorchDispatchMode):
+    """Names of the tensor operations inside it that read or write memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not func.is_view and func is not torch.ops.aten.empty.memory_format:
+            self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def _leave_kernels_out(monkeypatch):
+    """The interpreter works with tensors itself: outputs stay 0."""
+    from lens_kernels import triton_launch
+
+    def zeros(problem, *sizes, dtype=torch.float32):
+        with _disable_current_modes():
+            return torch.zeros(sizes, dtype=dtype)
+
+    monkeypatch.setattr(triton_launch, "new", zeros)
+    monkeypatch.setattr(triton_launch, "launch", lambda *arguments, **constants: None)
+
+
+@pytest.mark.parametrize(
+    ("backend", "statistics", "most"),
+    [("cpu", ("lse",), 2), ("cpu", "all", 17), ("triton", ("lse",), 7), ("triton", "all", 60)],
+)
+def test_a_step_takes_few_operations(backend, statistics, most, monkeypatch):
+    """What a mask and a shape decide is made once; what is left is the kernel, its outputs and a look at them."""
+    query, key, value = tensors(1, 4, 2, 1, 600, 64, 64)
+    labels = torch.arange(600)
+    pairs = [(labels[-1:], labels), (labels[-1:] % 7, labels % 7)]
+    options = {"mask": CAUSAL, "statistics": statistics}
+    if statistics == "all":
+        options["match"] = pairs
+    if backend == "triton":
+        _leave_kernels_out(monkeypatch)
+    if explain(query, key, value, **options).obstacles[backend] is not None:
+        pytest.skip("not here")
+    attention(query, key, value, **options, backend=backend)
+    with Operations() as second:
+        attention(query, key, value, **options, backend=backend)
+    assert 0 < len(second.names) <= most, second.names
 
 
 def test_gradients_flow_through_decode():

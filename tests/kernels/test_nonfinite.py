@@ -3,6 +3,8 @@
 import pytest
 import torch
 from lens_kernels import AttentionMask, attention, decode, explain
+from lens_kernels.normalisers import Sigmoid
+from lens_kernels.weighted import weighted_attention
 
 from tests.kernels.helpers import CASES, everything, ids, tensors
 
@@ -155,6 +157,44 @@ def test_a_bias_is_nan_for_its_own_pair():
     for backend in BACKENDS[:3]:
         result = attention(query, key, value, mask=AttentionMask(bias=bias), backend=backend)
         assert result.statistics.lse.isnan()[0, 0].tolist() == [False, False, True, False, True]
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in Triton's interpreter
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("queries", "keys"), [(1, 7), (5, 7), (1, 600)], ids=str)
+def test_an_infinity_whose_logits_are_those_of_a_hidden_key(backend, queries, keys):
+    """Where every query is positive, -inf in a key makes each of its logits -inf, and no output is not finite."""
+    query, key, value = tensors(1, 2, 1, queries, keys)
+    key[0, 0, 3, 2] = -torch.inf
+    options = {"mask": AttentionMask(causal=True), "block_size": 4, "statistics": "all"}
+    inputs = (query.abs(), key, value)
+    obstacle = explain(*inputs, **options).obstacles[backend]
+    if obstacle is not None:
+        pytest.skip(obstacle)
+    found = attention(*inputs, backend=backend, **options)
+    seen = torch.arange(queries) + keys - queries >= 3
+    for rows in (found.statistics.lse.isnan(), found.output.isnan().all(-1)):
+        assert torch.equal(rows, seen.expand(1, 2, -1))
+    assert found.statistics.received[0, 0, 3].isnan()
+
+
+def test_an_infinity_that_saturates_a_sigmoid():
+    query, key, value = tensors(1, 2, 1, 5, 7)
+    key[0, 0, 3, 2] = torch.inf
+    for backend in ("auto", "torch", "reference"):
+        found = weighted_attention(query.abs(), key, value, Sigmoid(), backend=backend)
+        assert found.output.isnan().all()
+
+
+def test_finite_numbers_may_overflow():
+    """A product of finite numbers beyond the type is as large as a number gets: its key is hidden or alone."""
+    query, key, value = tensors(1, 2, 1, 3, 7)
+    query, key = query.abs() * 1e20, key.abs()
+    key[0, 0, 3] *= -1e20
+    for backend in BACKENDS[:3]:
+        found = attention(query, key, value, statistics=("lse", "received"), backend=backend)
+        assert found.output.isfinite().all()
+        assert (found.statistics.received[..., 3] == 0).all()
 
 
 def test_sinks_and_weights_are_refused():

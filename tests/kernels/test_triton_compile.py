@@ -2,7 +2,7 @@
 
 A few are compiled here, by the environment's Triton and by the older one of GPU machines. All that
 ship stand in tests/benchmarks/compiled.csv, which must list exactly the kernels and tiles that
-triton_configs.py chooses today; `python tests/benchmarks/compiled.py` makes it anew, in an hour.
+triton_configs.py chooses today; `python tests/benchmarks/compiled.py` compiles what changed.
 """
 
 import csv
@@ -94,6 +94,7 @@ def test_every_kernel_is_there(compiled):
     for arch in SHARED:
         names = {row["kernel"] for row in compiled if row["arch"] == arch}
         passes = {"forward", "columns_pass", "diagonals_pass"}
+        names -= {"merge_pieces"}  # of decoding
         assert names == passes | {"levels", "key_gradients", "query_gradients"}
 
 
@@ -123,7 +124,8 @@ def test_every_mask_is_there():
 
 def test_tensor_cores_are_used(compiled):
     """wgmma takes tiles of 64 rows or more, where a program has a warp group for each 64."""
-    half = [row for row in compiled if row["dtype"] != "float32" and row["kernel"] != "levels"]
+    without = ("levels", "merge_pieces")
+    half = [row for row in compiled if row["dtype"] != "float32" and row["kernel"] not in without]
     assert [row for row in half if row["products"] == "fma"] == []
     large = [row for row in half if row["arch"] == 90 and height(row) >= 64]
     assert [row for row in large if row["products"] != "wgmma"] == []

@@ -65,6 +65,30 @@ def test_nothing_beside_the_inputs_is_read(case):
     checks.check_surrounded(case_problem(case, "cpu"))
 
 
+def test_tiles_that_a_gpu_loads_itself(monkeypatch):
+    """By descriptors, of nothing beside the inputs; and only where it can."""
+    problem = checks.full_problem("cpu", 21, 37, dtype=torch.float16)
+    made = []
+    descriptor = triton_run.pack.descriptor
+    monkeypatch.setattr(
+        triton_run.pack, "descriptor", lambda *given: made.append(descriptor(*given)) or made[-1]
+    )
+    checks.check_surrounded(problem)
+    assert len(made) == 3
+    assert None not in made
+    key = torch.zeros(2, 3, 37, 40, dtype=torch.float16)
+    cannot = {
+        "32 bits": key.float(),
+        "rows that start between": torch.zeros(2, 3, 37, 36, dtype=torch.float16),
+        "rows that are repeated": key[:, :1].expand(-1, 3, -1, -1),
+        "memory that starts between": key[..., 1:],
+        "columns apart": key[..., ::2],
+    }
+    assert [name for name, part in cannot.items() if descriptor(part, 16) is not None] == []
+    monkeypatch.setattr(triton_run.pack, "capability", lambda device: (8, 0))
+    assert descriptor(key, 16) is None
+
+
 def test_groups():
     checks.check_groups("cpu", 37, 53, FLOAT)
 

@@ -220,19 +220,23 @@ def check_one_query_is_cut(device: str, dtype: torch.dtype, keys: int, piece: in
     from lens_kernels import triton_backend, triton_run
 
     problem = full_problem(device, 1, keys, 32, dtype=dtype, heads=(2, 1))
-    programs: list[int] = []
+    launched: list[tuple[Any, int]] = []
     launch = triton_run.pack.launch
 
     def counted(kernel: Any, number: int, *rest: Any, **more: int) -> None:
-        if kernel is triton_run.forward:
-            programs.append(number)
+        launched.append((kernel, number))
         launch(kernel, number, *rest, **more)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(triton_backend, "PIECE", piece)
+        patch.setattr(triton_backend, "SHORTEST", piece)
         patch.setattr(triton_run.pack, "launch", counted)
         check("triton", problem, LIMITS[dtype], VALUE_LIMITS[dtype])
-    assert sum(programs) == 2 * 2 * -(-keys // piece)
+    numbers = dict(launched)
+    assert numbers[triton_run.forward] == 2 * 2 * -(-keys // piece)
+    assert numbers[triton_run.merge_pieces] == 2 * 2
+    assert (
+        len(launched) == len(numbers) == 4
+    )  # with the columns and the diagonals, of all pieces at once
 
 
 def check_strided(device: str, dtype: torch.dtype) -> None:

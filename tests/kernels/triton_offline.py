@@ -19,6 +19,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -28,28 +29,30 @@ import torch
 DIMS = (16, 32, 64, 80, 96, 128, 192, 256)
 WIDTHS = (64, 128, 256)
 MASKS = {
-    "causal": {"bfloat16": DIMS, "float16": DIMS, "float32": DIMS},
-    "sinks": {"bfloat16": DIMS, "float16": DIMS, "float32": WIDTHS},
+    "causal": {"bfloat16": DIMS, "float16": (64, 128), "float32": DIMS},
+    "sinks": {"bfloat16": WIDTHS, "float32": WIDTHS},
     **{
-        mask: {"bfloat16": WIDTHS, "float16": WIDTHS, "float32": WIDTHS}
+        mask: {"bfloat16": WIDTHS, "float32": WIDTHS}
         for mask in ("odd", "window", "ragged", "sparse", "everything")
     },
     **{
-        mask: {"bfloat16": WIDTHS, "float16": (128,), "float32": (128,)}
+        mask: {"bfloat16": WIDTHS, "float32": (128,)}
         for mask in (
-            *("none", "prefix", "padding", "allowed", "bias", "alibi", "groups", "decoding"),
+            *("none", "prefix", "padding", "allowed", "bias", "alibi", "groups", "softcap"),
         )
     },
-    "softcap": {"bfloat16": WIDTHS, "float16": (128,), "float32": (128,)},
-    "apart": {"bfloat16": (64, 128), "float16": (128,)},
-    "narrow": {"bfloat16": (192,), "float16": (192,)},
+    "decoding": {"bfloat16": WIDTHS, "float32": (128,)},
+    "apart": {"bfloat16": (64, 128)},
+    "narrow": {"bfloat16": (192,)},
 }
 """What changes a kernel, and the head dims tried with it: the others share the tiles of these.
 
 "odd" is causal with a length that 16 does not divide, like every mask after it; "causal" and
 "sinks" have one that it does, as the compiler knows. "ragged" stands for whatever loads the range of
 each row: lengths, packed sequences, left padding. "sinks" bear on the forward pass alone.
-"apart" is causal with the first key a group of its own, in the forward pass. "decoding" has one query, "narrow" values of 128 for keys of 192.
+float16 has the tiles of bfloat16, and of 762 kernels of both none differed in spilled bytes, shared memory or instructions: it
+stands beside it where attention is plain.
+"apart" is causal with the first key a group of its own, in the forward pass. "decoding" has one query, its keys in pieces, "narrow" values of 128 for keys of 192.
 """
 
 ROWS = ("lse", "max_logit", "entropy", "concentration", "distance", "prefix_mass")
@@ -137,18 +140,21 @@ def other_triton() -> Path:
     return Path(sys.prefix) / f"triton-{OTHER}"
 
 
-def start(arch: int, *words: str, triton: Path | None = None) -> subprocess.Popen[str]:
+def start(
+    arch: int, *words: str, triton: Path | None = None, complaints: int | None = subprocess.PIPE
+) -> subprocess.Popen[str]:
     """This script as a process, for kernels that are compiled and not interpreted.
 
     Args:
         triton: folder of another Triton than the environment's.
+        complaints: where they go; None: to those of this process.
     """
     environment = {name: part for name, part in os.environ.items() if name != "TRITON_INTERPRET"}
     paths = [str(triton)] if triton else []
     environment["PYTHONPATH"] = os.pathsep.join([*paths, *(path for path in sys.path if path)])
     command = [sys.executable, __file__, str(arch), *words]
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment)
+    return subprocess.Popen(command, stdout=pipe, stderr=complaints, text=True, env=environment)
 
 
 def rows(process: subprocess.Popen[str]) -> list[dict[str, Any]]:
@@ -236,11 +242,26 @@ def key(row: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(row[name] for name in CHOSEN)
 
 
-def sources() -> str:
-    """Ten digits that change with any line of the kernels."""
+@cache
+def sources(kernel: str) -> str:
+    """Ten digits that change with any line of the kernel's file, or of those of kernels that it imports."""
     folder = Path(__file__).parents[2] / "kernels/lens_kernels"
-    texts = [path.read_bytes() for path in sorted(folder.glob("triton_*.py"))]
-    return hashlib.sha256(b"\0".join(texts)).hexdigest()[:10]
+    texts = {path.stem: path.read_text() for path in sorted(folder.glob("triton_*.py"))}
+    found = {name for name, text in texts.items() if f"\ndef {kernel}(" in text}
+    waiting = list(found)
+    while waiting:
+        imported = re.findall(r"from lens_kernels\.(triton_\w+) import", texts[waiting.pop()])
+        waiting += set(imported) - found
+        found |= set(imported)
+    text = "\0".join(texts[name] for name in sorted(found))
+    return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
+def repeated(row: dict[str, Any]) -> bool:
+    """Whether the kernel is one that another row has: masks do not reach `levels`, nor exports those without maps."""
+    if row["kernel"] == "levels" and row["mask"] != "causal":
+        return True
+    return row["statistics"] == "all" and row["kernel"] in ("levels", "key_gradients")
 
 
 def main(
@@ -269,7 +290,7 @@ def main(
             "warps": config.warps,
             "stages": config.stages,
         }
-        if (kernels and kernel.__name__ not in kernels) or key(row) in known:
+        if (kernels and kernel.__name__ not in kernels) or key(row) in known or repeated(row):
             return
         if not listing:
             made = kernel.warmup(
@@ -287,7 +308,7 @@ def main(
             found = [name for name in ("wgmma", "mma.sync") if name in ptx]
             row["products"] = found[0] if found else "fma"
             row["serialised"] = complaints(ptx, arch)
-            row |= {"triton": metadata.version("triton"), "sources": sources()}
+            row |= {"triton": metadata.version("triton"), "sources": sources(kernel.__name__)}
         sys.stdout.write(json.dumps(row) + "\n")
         sys.stdout.flush()
 
@@ -352,15 +373,16 @@ def launches(job: Job) -> Iterator[tuple[str, Any]]:
     with torch.no_grad():
         bare, rows = problem(("lse",), **groups), problem(ROWS, **groups)
         every = problem("all", **extras, **groups)
-    yield "lse", lambda: triton_run.run_rows(bare, dtype, apart)
-    yield "rows", lambda: triton_run.run_rows(rows, dtype, apart)
-    yield "all", lambda: triton_run.run_rows(every, dtype, apart)
+    piece = 128 if job.mask == "decoding" else None
+    yield "lse", lambda: triton_run.run_rows(bare, dtype, apart, piece)
+    yield "rows", lambda: triton_run.run_rows(rows, dtype, apart, piece)
+    yield "all", lambda: triton_run.run_rows(every, dtype, apart, piece)
     if job.mask in ("sinks", "apart"):
         return
     yield "all", lambda: triton_run.run_columns(every, lse)
     yield "all", lambda: triton_run.run_diagonals(every, lse)
     yield "none", lambda: backward(("lse",))
-    yield "all", lambda: backward(EXPORTS)
+    yield "all", lambda: backward(EXPORTS)  # which bear on one kernel of the three
 
 
 if __name__ == "__main__":

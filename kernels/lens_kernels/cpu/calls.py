@@ -123,6 +123,8 @@ class ForwardCall(_Call):
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem, Forward())
         self.args.few = self.few = _few(problem)
+        self.infinite = ctypes.c_int64()
+        self.args.infinite = ctypes.addressof(self.infinite)
         self._outputs()
 
     def _outputs(self) -> None:
@@ -201,7 +203,9 @@ class ForwardCall(_Call):
             tensors[name] = means[0].contiguous() if single else means.movedim(0, -1).contiguous()
         if problem.wants("value_norm"):
             tensors["value_norm"] = self.output.norm(dim=-1).contiguous()
-        return BackendResult(self.output.to(problem.query.dtype), tensors, self.groups)
+        infinite = bool(self.infinite.value) if self.few else None
+        output = self.output.to(problem.query.dtype)
+        return BackendResult(output, tensors, self.groups, infinite=infinite)
 
 
 class BackwardCall(_Call):

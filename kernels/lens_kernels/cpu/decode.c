@@ -62,6 +62,16 @@ static float largest_of(const float *x, int64_t n) {
   return best;
 }
 
+/* Whether none of them is NaN or infinite: 0 times it is 0. */
+static int all_finite(const float *x, int64_t n) {
+  vec sum = splat(0.0f);
+  int64_t i = 0;
+  for (; i + LANES <= n; i += LANES) sum += load(x + i) * splat(0.0f);
+  float all = total(sum);
+  for (; i < n; i++) all += x[i] * 0.0f;
+  return all == 0.0f;
+}
+
 /* --- a piece --- */
 
 static void dot_products(const Unit *u, float *s) {
@@ -184,6 +194,7 @@ static void piece(void *argument, char *scratch, int64_t unit) {
   dot_products(&u, p);
   for (int64_t r = 0; r < plan->rows; r++) {
     float *s = p + r * plan->width, *sums = partial + r * plan->pieces * plan->sums;
+    if (!all_finite(s, u.keys)) __atomic_store_n(a->infinite, 1, __ATOMIC_RELAXED);
     alter(&u, r, s);
     float highest = -INFINITY;
     for (int64_t j = 0, stop; j < u.keys; j = stop) {

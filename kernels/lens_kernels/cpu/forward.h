@@ -28,6 +28,7 @@ typedef struct {
   float *group_lse, *group_max_logit, *group_entropy, *group_concentration, *group_distance; /* [groups, batch, heads, queries] */
   float *mean_value_norm;      /* [batch, heads, queries]; by lens_decode alone */
   int64_t few;                 /* few queries: lens_decode does it; no groups, no blocks */
+  int64_t *infinite;           /* with few: becomes 1 where a product of a query and a key is not finite */
 } Forward;
 
 int lens_decode(const Forward *a);

@@ -71,6 +71,7 @@ class Forward(ctypes.Structure):
         *_fields(_POINTER, "group_of_key group_output group_lse group_max_logit group_entropy"),
         *_fields(_POINTER, "group_concentration group_distance mean_value_norm"),
         ("few", _INT),
+        ("infinite", _POINTER),
     ]
 
 
