@@ -29,12 +29,12 @@ def small(figure: go.Figure) -> go.Figure:
         height=height,
         margin={"l": 26, "r": 6, "t": 6, "b": 20},
         font={"size": 9},
-        annotations=[],
         updatemenus=[],
         sliders=[],
         hovermode=False,
         dragmode=False,
     )
+    made.layout.annotations = ()  # an update would keep those that are there
     made.update_layout(
         {name: {"showscale": False} for name in made.layout if name.startswith("coloraxis")}
     )

@@ -51,7 +51,9 @@ def ring_profile(result: Rings, **look: Unpack[Look]) -> go.Figure:
     )
     figure.update_xaxes(title="Ring (patches from the one that looks; 0 is itself)")
     figure.update_yaxes(title="Attention (mean over heads)", rangemode="tozero")
-    return style(figure, "Attention by distance on the picture", look, height=_HEIGHT)
+    figure = style(figure, "Attention by distance on the picture", look, height=_HEIGHT)
+    beside = {"orientation": "v", "x": 1.01, "xanchor": "left", "y": 1, "yanchor": "top"}
+    return figure.update_layout(legend=beside, margin_t=40)
 
 
 @draws("Shapes")
@@ -176,7 +178,7 @@ def patch_segments(result: PatchSegments, **look: Unpack[Look]) -> go.Figure:
     left, top, right, bottom = result.grid.box
     step_x, step_y = (right - left) / result.grid.width, (bottom - top) / result.grid.height
     count = int(result.labels.max()) + 1
-    colors = [qualitative.Dark24[number % 24] for number in range(max(count, 2))]
+    colors = [_of_group(number) for number in range(max(count, 2))]
     edges = np.linspace(0, 1, len(colors) + 1)
     stops = [
         (edge, color) for number, color in enumerate(colors) for edge in edges[number : number + 2]
@@ -256,6 +258,10 @@ def coding_lines(result: CodingRate, **look: Unpack[Look]) -> go.Figure:
     return style(figure, text, look, height=_HEIGHT)
 
 
+def _of_group(number: int) -> str:
+    return qualitative.Dark24[number % len(qualitative.Dark24)]
+
+
 def _along(count: int) -> list[str]:
     places = np.linspace(0, len(VIRIDIS) - 3, max(count, 2)).astype(int)
     return [VIRIDIS[place] for place in places]
@@ -307,11 +313,7 @@ def pattern_scatter(result: PatternSummary, **look: Unpack[Look]) -> go.Figure:
                 x=rows[f"x{end}"],
                 y=rows[f"y{end}"],
                 mode="markers",
-                marker={
-                    "color": qualitative.Dark24[int(str(group)) % 24],
-                    "size": 7,
-                    "opacity": 0.75,
-                },
+                marker={"color": _of_group(int(str(group))), "size": 7, "opacity": 0.75},
                 text=rows["name"] + ", picture " + rows["picture"].astype(str),
                 hovertemplate=f"%{{text}}: group {group}<extra></extra>",
                 name=f"group {group}",
@@ -341,7 +343,10 @@ def prototypes(result: PatternSummary, **look: Unpack[Look]) -> go.Figure:
     share = result.found.table()["share"]
     columns = min(len(shown), 4)
     rows = -(-len(shown) // columns)
-    titles = [f"{group}: {share[group]:.0%}" for group in range(len(shown))]
+    titles = [
+        f"<span style='color:{_of_group(group)}'>●</span> {group}: {share[group]:.0%}"
+        for group in range(len(shown))
+    ]
     figure = make_subplots(rows, columns, subplot_titles=titles, vertical_spacing=0.12)
     for group, one in enumerate(shown):
         figure.add_heatmap(
@@ -356,7 +361,7 @@ def prototypes(result: PatternSummary, **look: Unpack[Look]) -> go.Figure:
         )
     figure.update_xaxes(showticklabels=False, constrain="domain")
     figure.update_yaxes(showticklabels=False)
-    text = "Prototypes: rows look at columns, patches from the top left on; share of the maps above each"
+    text = "Prototypes: rows look at columns, patches from the top left on; above each its colour and share of the maps"
     return style(figure, text, look, height=90 + 190 * rows)
 
 

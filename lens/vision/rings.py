@@ -44,6 +44,7 @@ class Rings(Result):
         mass, low, high: [layers, heads, rings] S_k, mean over patches, with its 95 % interval over patches.
         weight: [layers, heads, rings] W_k.
         elsewhere: [layers, heads] mass of patches on what is no patch.
+        near: [layers, 3] mass on the patch itself and its 8 neighbours, mean over heads, with its interval over patches.
         uniform: [rings] S_k of uniform attention over the keys.
         keys: that a patch sees.
         layers: numbers of the layers.
@@ -55,6 +56,7 @@ class Rings(Result):
     high: np.ndarray = field(repr=False)
     weight: np.ndarray = field(repr=False)
     elsewhere: np.ndarray = field(repr=False)
+    near: np.ndarray = field(repr=False)
     uniform: np.ndarray = field(repr=False)
     keys: int
     layers: tuple[int, ...]
@@ -80,11 +82,17 @@ class Rings(Result):
 
     def findings(self) -> tuple[Sentence, ...]:
         """How many heads look at their direct neighbours more than uniform attention does ("near"), and how that
-        changes over the layers ("trend")."""
-        near = self.mass[..., :2].sum(-1)
+        changes over the layers, as far as intervals tell it ("trend")."""
         fair = float(self.uniform[:2].sum())
-        above = self.low[..., :2].sum(-1) > fair
-        first, last = near[0].mean(), near[-1].mean()
+        above = self.low[..., :2].sum(-1) > fair + SMALLEST
+        (first, low, high), (last, least, most) = self.near[[0, -1]]
+        goes = (
+            "is not told apart"
+            if low <= most and least <= high
+            else "rises"
+            if last > first
+            else "falls"
+        )
         height, width = self.grid
         return (
             Sentence(
@@ -93,8 +101,8 @@ class Rings(Result):
                 kind="near",
             ),
             Sentence(
-                f"Mass on the patch and its neighbours goes from {first:.1%} in layer {self.layers[0]} to {last:.1%} in "
-                f"layer {self.layers[-1]} (mean over heads).",
+                f"Mass on the patch and its neighbours {goes} from layer {self.layers[0]}, {first:.1%} [{low:.1%}, "
+                f"{high:.1%}], to layer {self.layers[-1]}, {last:.1%} [{least:.1%}, {most:.1%}] (mean over heads).",
                 kind="trend",
             ),
         )
@@ -140,6 +148,7 @@ def rings(trace: AttentionTrace, *, image: int = 0, seed: int = 0) -> Rings:
         elsewhere.append(1 - one.sum(-1).mean())
     by_patch = over_heads(trace, mass)
     low, high = over_rows(by_patch, seed)
+    near = by_patch[:, :, :2].sum(2).mean(1)  # [layers, patches]
     keys = trace.length
     return Rings(
         mass=by_patch.mean(-1),
@@ -147,6 +156,7 @@ def rings(trace: AttentionTrace, *, image: int = 0, seed: int = 0) -> Rings:
         high=high,
         weight=over_heads(trace, weight),
         elsewhere=over_heads(trace, elsewhere),
+        near=np.stack([near.mean(-1), *over_rows(near, seed)], -1),
         uniform=sizes.mean(-1) / keys,
         keys=keys,
         layers=trace.layers,
@@ -193,7 +203,7 @@ class Shapes(Result):
         ]
         for number, shape in enumerate(SHAPES):
             share, fair = self.share[..., number].ravel(), self.uniform[number]
-            above = int((self.low[..., number] > fair).sum())
+            above = int((self.low[..., number] > fair + SMALLEST).sum())
             best = int(np.nanargmax(share))
             found.append(
                 Sentence(

@@ -24,6 +24,7 @@ from lens.common.choices import check_choice, check_counts, is_number
 from lens.common.errors import LensError
 from lens.common.head_ids import AnyHead, HeadId
 from lens.common.results import Result, Sentence, described
+from lens.stats.intervals import of_share
 from lens.traces.overlays import SINK_TIMES, heads_of, received
 from lens.traces.pictures import PatchGrid
 from lens.vision._arborescence import arborescence, greedy_cycles
@@ -111,6 +112,10 @@ class PatchTree(Result):
     def findings(self) -> tuple[Sentence, ...]:
         """Depth and roots ("tree"), and how near parents are ("adjacent")."""
         roots = int((self.parents < 0).sum())
+        low, high = of_share(self.adjacent, max(len(self.parents) - roots, 1))
+        beside = "more than" if low > self.adjacent_chance else "fewer than"
+        if low <= self.adjacent_chance <= high:
+            beside = "not told from"
         return (
             Sentence(
                 f"{self.what}: the tree of {len(self.parents)} patches has {roots} root{'s' * (roots != 1)} and a depth of "
@@ -119,8 +124,8 @@ class PatchTree(Result):
                 kind="tree",
             ),
             Sentence(
-                f"{self.what}: {self.adjacent:.1%} of parents are direct neighbours, {self.adjacent_chance:.1%} would be "
-                "by chance.",
+                f"{self.what}: {self.adjacent:.1%} [{low:.1%}, {high:.1%}] of parents are direct neighbours, {beside} the "
+                f"{self.adjacent_chance:.1%} of chance.",
                 kind="adjacent",
             ),
         )

@@ -93,6 +93,54 @@ def test_labelled_texts_are_a_task_too(bert, tmp_path):
     assert "--labelled" in config.command()
 
 
+@pytest.fixture(scope="module")
+def reviews(bert, tmp_path_factory):
+    """A model of texts on disk, and a table of labelled ones of one length."""
+    place = tmp_path_factory.mktemp("texts")
+    bert.model.save_pretrained(place / "classifier")
+    bert.tokenizer.save_pretrained(place / "classifier")
+    rows = pd.DataFrame({"text": texts_of([6] * 6), "label": [0, 1, 2] * 2})
+    rows.to_csv(place / "reviews.csv", index=False)
+    return "--model", place / "classifier", "--labelled", place / "reviews.csv", "--json"
+
+
+def test_heads_of_a_classifier_of_texts_are_measured_by_the_command(
+    lens_command, reviews, bert, tmp_path
+):
+    flags = ("--measures", "ablation/zero", "--out", tmp_path)
+    answer = lens_command("heads", *reviews, *flags)
+    assert answer.code == 0, answer.err
+    found = open_run(answer.json["path"])
+    assert validate(found) == []
+    assert {"importance", "classes", "similarity", "pruning", "layers", "heads"} <= set(
+        found.sections
+    )
+    task = lens.tasks.classification(bert, str(reviews[3]))
+    scores = lens.heads.importance(bert, task, baseline="zero", progress=False)
+    table = found.section("importance").tables["scores"]
+    assert table["ablation (zero)"].to_numpy() == pytest.approx(scores.values.ravel(), abs=1e-5)
+    own = lens.heads.pruning.metrics(bert, task, progress=False)
+    rows = found.section("classes").tables["classes"].query("metric == 'loss'")
+    for label, values in own.by_class("loss").items():
+        of_label = rows[rows["class"] == label]["value"].to_numpy()
+        assert of_label == pytest.approx(values.ravel(), abs=1e-5)
+    curve = found.section("pruning").tables["curve"]
+    assert curve["removed"].min() == 0
+    assert curve["removed"].max() == len(bert.info.every_head)
+
+
+def test_a_circuit_is_found_for_labelled_texts(lens_command, reviews, tmp_path):
+    flags = ("--edges", "40", "--steps", "1", "--out", tmp_path)
+    answer = lens_command("circuit", *reviews, *flags)
+    assert answer.code == 0, answer.err
+    found = open_run(answer.json["path"])
+    assert validate(found) == []
+    assert {"edges", "circuit", "joined"} <= set(found.sections)
+    whole = found.section("circuit").tables["faithfulness"]
+    full = whole[(whole["share"] == 1).to_numpy()]["faithfulness"]
+    assert full.to_numpy() == pytest.approx(np.ones(2), abs=1e-4)
+
+
 def test_a_circuit_is_found_for_labelled_pictures(lens_command, folder, tmp_path):
     flags = ("--n", "4", "--edges", "40", "--steps", "1", "--out", tmp_path, "--json")
     answer = lens_command("circuit", "--model", "vit-digits", "--images", folder, *flags)

@@ -149,12 +149,13 @@ def test_the_profile_fills_what_sections_leave_and_says_its_baseline():
 def test_a_small_picture_has_no_words_and_leaves_the_figure_as_it_is():
     figure = go.Figure(
         go.Heatmap(z=[[1, 2]], x=["a long name", "b"], texttemplate="%{z}"),
-        {"title": {"text": "t"}},
+        {"title": {"text": "t"}, "annotations": [{"text": "L0H1"}]},
     )
     made = small(figure)
     assert made.data[0].showscale is False
     assert made.data[0].texttemplate is None
     assert made.layout.title.text is None
+    assert not made.layout.annotations
     assert made.layout.xaxis.showticklabels is False
     assert figure.layout.title.text == "t"
     assert figure.data[0].texttemplate == "%{z}"

@@ -1,14 +1,16 @@
 """What is looked at on pictures, how far, and which structure that has."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+import plotly.graph_objects as go
 
 import lens
 from lens.common.errors import LensError
 from lens.common.results import of_kind
+from lens.figures.style import escaped
 from lens.figures.vision import prototypes, ring_trend
 from lens.runs.headlines import Headline
 from lens.runs.sections import Section
@@ -21,6 +23,26 @@ from lens_analyses.steps.columns import defined
 from lens_analyses.steps.subject import Subject
 
 _MOST = 12  # pictures that are drawn; all are in the tables
+_LONGEST = 40  # letters of the name of a picture
+
+
+class _Pictured(NamedTuple):
+    """A picture of the run.
+
+    Attributes:
+        name: as in the table of prompts.
+        title: for people.
+        trace: of it.
+    """
+
+    name: str
+    title: str
+    trace: AttentionTrace
+
+    def titled(self, figure: go.Figure) -> go.Figure:
+        """A figure that says which picture it is of."""
+        layout: Any = figure.layout
+        return figure.update_layout(title_text=f"{escaped(self.title)}: {layout.title.text}")
 
 
 def overlays(subject: Subject) -> Section:
@@ -28,7 +50,8 @@ def overlays(subject: Subject) -> Section:
     asked = subject.settings.overlays
     figures, maps, regions, said = {}, [], [], []
     headlines: list[Headline] = []
-    for name, trace in _traces(subject):
+    for one in _traces(subject):
+        name, title, trace = one
         heads = listed(asked) if asked else _chosen(trace)
         query = "[CLS]" if "[CLS]" in trace.tokens else None
         for variant in ("raw", "sink_excluded"):
@@ -37,10 +60,10 @@ def overlays(subject: Subject) -> Section:
             maps.append(table.assign(prompt_id=name, variant=variant))
             if len(figures) < 2 * _MOST:
                 end = "" if variant == "raw" else "_without_sinks"
-                figures[f"{name}{end}"] = found.plot(path=variant == "raw")
+                figures[f"{name}{end}"] = one.titled(found.plot(path=variant == "raw"))
             if variant == "raw":
-                said += [f"{name}: {one}" for one in of_kind(found.findings(), "strongest")][:2]
-                headlines += _strongest(name, found) if name in figures else []
+                said += [f"{title}: {text}" for text in of_kind(found.findings(), "strongest")][:2]
+                headlines += _strongest(one, found) if name in figures else []
                 regions += [
                     found.regions(place).assign(prompt_id=name, map=head)
                     for place, head in enumerate(found.names)
@@ -68,7 +91,8 @@ def rings(subject: Subject) -> Section:
     figures, said = {}, []
     headlines: list[Headline] = []
     strengths: list[Rings] = []
-    for name, trace in _traces(subject):
+    for one in _traces(subject):
+        name, title, trace = one
         results = {
             "rings": lens.vision.rings(trace, seed=subject.seed),
             "shapes": lens.vision.shapes(trace, window=_window(trace), seed=subject.seed),
@@ -83,10 +107,10 @@ def rings(subject: Subject) -> Section:
                 continue
             tables.setdefault(part, []).append(found.table().assign(prompt_id=name))
             if len(figures) < 4 * _MOST:
-                figures[f"{name}_{part}"] = found.plot()
-            said += [f"{name}: {one}" for one in found.findings()]
+                figures[f"{name}_{part}"] = one.titled(found.plot())
+            said += [f"{title}: {text}" for text in found.findings()]
         if f"{name}_shapes" in figures:
-            headlines += _crossing(name, results["shapes"])
+            headlines += _crossing(one, results["shapes"])
     joined = {part: _front(ones) for part, ones in tables.items()}
     alike = [one for one in strengths if one.grid == strengths[0].grid]
     mass = np.mean([one.mass for one in alike], 0)
@@ -110,7 +134,7 @@ def rings(subject: Subject) -> Section:
 
 def pattern_summary(subject: Subject) -> Section:
     """Which patterns of attention there are: an autoencoder's groups of all maps, principal components beside."""
-    names, traces = zip(*_traces(subject), strict=True)
+    names, _, traces = zip(*_traces(subject), strict=True)
     found = lens.vision.patterns(list(traces), seed=subject.seed, progress=subject.progress)
     table = found.table()
     table.insert(0, "prompt_id", np.array(names)[table["picture"]])
@@ -148,7 +172,8 @@ def structure(subject: Subject) -> Section:
     tables: dict[str, list[pd.DataFrame]] = {}
     figures, said = {}, []
     tau = float(subject.settings.tau)
-    for name, trace in _traces(subject):
+    for one in _traces(subject):
+        name, title, trace = one
         last = f"L{trace.layers[-1]}"
         results = {
             "segments": lens.vision.cluster(trace, last, tau=tau),
@@ -158,8 +183,8 @@ def structure(subject: Subject) -> Section:
         for part, found in results.items():
             tables.setdefault(part, []).append(found.table().assign(prompt_id=name))
             if len(figures) < 3 * _MOST:
-                figures[f"{name}_{part}"] = found.plot()
-            said += [f"{name}: {one}" for one in found.findings()]
+                figures[f"{name}_{part}"] = one.titled(found.plot())
+            said += [f"{title}: {text}" for text in found.findings()]
     joined = {part: _front(ones) for part, ones in tables.items()}
     rates = lens.vision.coding_rate(subject.model, subject.pictures, progress=subject.progress)
     joined["rates"], figures["rates"] = rates.table(), rates.plot()
@@ -179,43 +204,49 @@ def structure(subject: Subject) -> Section:
     )
 
 
-def _strongest(name: str, found: Overlay) -> Iterator[Headline]:
+def _strongest(of: _Pictured, found: Overlay) -> Iterator[Headline]:
     """Of the map that is most on one patch: how many times what uniform attention has there."""
     values = np.nan_to_num(found.values).reshape(len(found.names), -1)
     times = values.max(-1) / values.mean(-1)
     best = int(times.argmax())
     row, column = np.unravel_index(int(values[best].argmax()), found.values.shape[1:])
     yield Headline(
-        f"{name}, {found.names[best]}, {found.what}: the patch ({row}, {column}) has {times[best]:.1f} times what it has "
+        f"{of.title}, {found.names[best]}, {found.what}: the patch ({row}, {column}) has {times[best]:.1f} times what it has "
         "under uniform attention.",
         *(float(times[best]), np.nan, np.nan),
         baseline=1.0,
         against="uniform attention",
-        figure=name,
+        figure=of.name,
     )
 
 
-def _crossing(name: str, found: Shapes) -> Iterator[Headline]:
+def _crossing(of: _Pictured, found: Shapes) -> Iterator[Headline]:
     """The head with the largest share in its own row and column."""
     table = found.table()
     best = table.iloc[int(np.nanargmax(table["criss_cross"].to_numpy()))]
     ends = (float(best[f"criss_cross{end}"]) for end in ("", "_low", "_high"))
     fair = float(best["criss_cross_uniform"])
     yield Headline(
-        f"{name}: {best['name']} keeps {best['criss_cross']:.0%} of its attention on patches in the row and column of the "
+        f"{of.title}: {best['name']} keeps {best['criss_cross']:.0%} of its attention on patches in the row and column of the "
         f"patch that looks, uniform attention {fair:.0%}.",
         *ends,
         baseline=fair,
         against="uniform attention",
-        figure=f"{name}_shapes",
+        figure=f"{of.name}_shapes",
     )
 
 
-def _traces(subject: Subject) -> list[tuple[str, AttentionTrace]]:
-    names = subject.prompt_ids("picture")
-    found = [(name, subject.run.trace(name)) for name in names]
-    for _, trace in found:
-        grids_of(trace.attrs)  # says what is not known, before any work
+def _traces(subject: Subject) -> list[_Pictured]:
+    table = subject.run.prompts
+    rows = table[(table["kind"] == "picture").to_numpy()]
+    named = rows["title"].str.slice(0, _LONGEST)
+    titles = np.where(named.duplicated(keep=False), named + " (" + rows["prompt_id"] + ")", named)
+    found = [
+        _Pictured(name, title, subject.run.trace(name))
+        for name, title in zip(rows["prompt_id"], titles, strict=True)
+    ]
+    for one in found:
+        grids_of(one.trace.attrs)  # says what is not known, before any work
     if not found:
         raise LensError("the run has no picture")
     return found

@@ -1,0 +1,138 @@
+"""What is said of pictures is a conclusion: each sentence on attention of which it is true, and on some of which it is not."""
+
+import numpy as np
+import pytest
+
+import lens
+from lens.vision.patterns import Grouping, PatternSummary
+from tests.lens.pictures import planted
+
+SIDE = 6
+COUNT = SIDE * SIDE
+UNIFORM = np.full((COUNT, COUNT), 1 / COUNT)
+ROWS, COLUMNS = np.divmod(np.arange(COUNT), SIDE)
+NEAR = np.maximum(abs(ROWS[:, None] - ROWS), abs(COLUMNS[:, None] - COLUMNS)) <= 1
+
+
+def looking(where, share=0.9):
+    """[patches, patches]: a share of every row lies evenly on the patches `where` [patches, patches], the rest on all."""
+    weights = where / where.sum(-1, keepdims=True)
+    return share * weights + (1 - share) / COUNT
+
+
+def trace_of(*layers):
+    """A trace of one head in each layer."""
+    return planted(np.stack(layers)[:, None], SIDE, SIDE)
+
+
+FAR = looking(~NEAR)
+HOME = looking(NEAR)
+OWN_ROW = looking(ROWS[:, None] == ROWS)
+OWN_COLUMN = looking(COLUMNS[:, None] == COLUMNS)
+
+
+def said(result, kind):
+    (sentence,) = [one for one in result.findings() if one.kind == kind]
+    return str(sentence)
+
+
+def test_how_many_heads_look_nearby_and_whether_that_changes():
+    assert "2 of 2 heads put more" in said(lens.vision.rings(trace_of(HOME, HOME)), "near")
+    assert "0 of 2 heads put more" in said(lens.vision.rings(trace_of(FAR, UNIFORM)), "near")
+    for layers, goes in (
+        ((UNIFORM, HOME), "rises"),
+        ((HOME, FAR), "falls"),
+        ((HOME, HOME), "is not told apart"),
+    ):
+        found = lens.vision.rings(trace_of(*layers))
+        assert f"its neighbours {goes} from layer 0" in said(found, "trend")
+        assert found.near[:, 0] == pytest.approx(found.mass[:, :, :2].sum(-1).mean(1))
+        assert (found.near[:, 1] <= found.near[:, 0]).all()
+        assert (found.near[:, 0] <= found.near[:, 2]).all()
+
+
+def test_which_shape_a_head_keeps_to():
+    for pattern, shape, other in ((OWN_ROW, "row", "column"), (OWN_COLUMN, "column", "row")):
+        found = lens.vision.shapes(trace_of(pattern))
+        assert "1 of 1 heads above uniform attention (16.7%)" in said(found, shape)
+        assert "0 of 1 heads above" in said(found, other)
+    assert "0 of 1 heads above" in said(lens.vision.shapes(trace_of(FAR)), "window")
+
+
+def test_how_far_heads_look():
+    assert "2 of 2 heads look nearer" in said(
+        lens.vision.patch_distance(trace_of(HOME, HOME)), "distance"
+    )
+    assert "0 of 1 heads look nearer" in said(lens.vision.patch_distance(trace_of(FAR)), "distance")
+    assert said(lens.vision.patch_distance(trace_of(FAR)), "distance").endswith("and 1 farther.")
+
+
+def test_whether_parents_are_neighbours():
+    """Near ones in one tree, in the other each two rows and two columns away at least."""
+    random = np.random.default_rng(0)
+    jitter = random.uniform(0.5, 1.5, (COUNT, COUNT))
+    for where, beside in (
+        (NEAR, "more than"),
+        (~NEAR, "fewer than"),
+        (np.ones_like(NEAR), "not told from"),
+    ):
+        found = lens.vision.tree(trace_of(looking(where * jitter)), "L0H0")
+        assert f"direct neighbours, {beside} the 17.5% of chance" in said(found, "adjacent")
+
+
+def test_how_many_segments_there_are():
+    halves = looking(COLUMNS[:, None] // 3 == COLUMNS // 3)
+    assert "2 segments" in said(lens.vision.cluster(trace_of(halves)), "segments")
+    assert "1 segments" in said(lens.vision.cluster(trace_of(UNIFORM)), "segments")
+
+
+def test_how_unequal_keys_are():
+    one_key = np.zeros((COUNT, COUNT))
+    one_key[:, 7] = 1
+    found = said(lens.vision.flow(trace_of(UNIFORM, looking(one_key, 1 - 1e-9))), "flow")
+    assert "One key of L1H0 receives 36.0 times the mean" in found
+    assert "Gini of 0.00 in layer 0 and 0.97 in layer 1" in found
+
+
+def test_where_most_lies_and_on_how_few_patches():
+    one_key = np.zeros((COUNT, COUNT))
+    one_key[:, 7] = 1
+    sharp, flat = (trace_of(one).overlay("L0H0") for one in (looking(one_key, 0.5), UNIFORM))
+    assert "the patch (1, 1), 18.5 times" in said(sharp, "strongest")
+    assert "1.0 times what a patch of uniform attention has" in said(flat, "strongest")
+    assert "1 of 36 patches hold half" in said(sharp, "half")
+    assert "18 of 36 patches hold half" in said(flat, "half")
+    assert "0.0% lies on no patch shown" in said(flat, "elsewhere")
+
+
+def test_what_can_have_reached_a_patch():
+    spread = said(lens.vision.receptive_field(trace_of(*[UNIFORM] * 3)), "field")
+    kept = said(
+        lens.vision.receptive_field(trace_of(*[looking(np.eye(COUNT), 1 - 1e-9)] * 3)), "field"
+    )
+    assert "0.00 patches away on average after layer 0 and 0.00 after layer 2" in kept
+    assert "after layer 2 (all patches alike" in spread
+    assert "0.00 after layer 2" not in spread
+
+
+@pytest.mark.parametrize(("sizes", "alone"), [((60, 40), False), ((95, 5), True)])
+def test_one_pattern_that_holds_nearly_all_is_said_to_tell_few_apart(sizes, alone):
+    labels = np.repeat([0, 1], sizes)
+    one = Grouping(
+        "autoencoder", np.zeros((100, 2)), 0.1, labels, 0.5, np.ones(3), np.zeros((2, 8, 8))
+    )
+    picture, layer, head = np.arange(100) % 2, np.arange(100) // 20, np.arange(100) // 2 % 10
+    found = said(PatternSummary(one, one, picture, layer, head, 8), "groups")
+    assert found.endswith("One holds 95%: these groups tell few maps apart.") == alone
+    assert ("these groups tell few" in found) == alone
+
+
+def test_heads_that_keep_one_pattern_are_counted():
+    labels = np.array([0, 1, 0, 0])  # head 0 the same on both pictures, head 1 not
+    one = Grouping(
+        "autoencoder", np.zeros((4, 2)), 0.1, labels, 0.5, np.ones(3), np.zeros((2, 8, 8))
+    )
+    found = PatternSummary(
+        one, one, np.array([0, 0, 1, 1]), np.zeros(4, int), np.array([0, 1, 0, 1]), 8
+    )
+    assert said(found, "heads") == "1 of 2 heads keep one pattern on all 2 pictures."
