@@ -17,6 +17,11 @@ from lens.models.parts import Block, Layout, Norm, setting
 from lens.models.weights import matrix
 
 
+def is_known(model: LoadedModel) -> bool:
+    """Whether the table has a row for the architecture of a model."""
+    return _row(bare(model))[0] is not None
+
+
 def layout(model: LoadedModel) -> Layout:
     """The parts of a model; not yet proved (`lens.passes.replay.proved` does).
 

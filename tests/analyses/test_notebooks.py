@@ -23,6 +23,7 @@ FIGURES = {  # the least number that each shows
     "heads": 6,
     "long_context": 3,
     "pictures": 7,
+    "reading": 5,
     "sinks_and_redistribution": 6,
     "sparse_attention": 5,
     "your_own_model": 2,

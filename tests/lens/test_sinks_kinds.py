@@ -144,7 +144,18 @@ def test_learned_sinks_are_a_kind():
     result = lens.sinks.kinds(lens.load(network), IDS, progress=False)
     assert set(result.counts) == {"learned"}
     assert (result.rows["learned"] > 0.8).all()
-    assert result.tests.empty
+    (row,) = result.tests.to_dict("records")
+    assert (row["kind"], row["test"], row["heads"]) == ("learned", "without", 18)
+    losses = []
+    for value in (6.0, -1e9):
+        with torch.no_grad():
+            for layer in network.model.layers:
+                layer.self_attn.sinks.fill_(value)
+            logits = network(IDS).logits[:, :-1]
+        losses.append(
+            float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), IDS[:, 1:].flatten()))
+        )
+    assert row["delta_loss"] == pytest.approx(losses[1] - losses[0], abs=1e-5)
     assert result.moves.empty
 
 

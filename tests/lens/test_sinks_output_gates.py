@@ -6,7 +6,7 @@ import transformers
 
 import lens
 from lens.common.results import of_kind
-from lens.sinks import gates
+from lens.sinks import gates, kinds
 from tests.lens.architectures import TEXT, build
 
 IDS = [[1, 5, 9, 33, 8, 61, 12], [1, 44, 3, 3, 7]]
@@ -73,6 +73,44 @@ def test_the_gate_is_that_of_the_models_own_forward(gated):
     assert said.startswith(
         f"The gates behind the attention let {mean.mean():.0%} of the heads' output"
     )
+
+
+def loss(network, ids):
+    with torch.no_grad():
+        logits = network(torch.tensor([ids])).logits[0, :-1]
+    return float(torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:])))
+
+
+def test_a_gate_is_a_kind_of_sink_and_its_test_opens_it(gated):
+    """Heads of an architecture that is not in the table; opened by hand, the gates of those heads alone let all through."""
+    draw = torch.Generator().manual_seed(2)
+    prompts = torch.randint(3, 97, (2, 25), generator=draw).tolist()
+    found = kinds(lens.load(gated), prompts, progress=False)
+    table = found.table()
+    assert "gate" in set(table["kind"]) <= {"gate", "none"}
+    closed = table["kind"] == "gate"
+    assert ((1 - table["gate"] > 0.3) == closed).all()
+    before = [loss(gated, ids) for ids in prompts]
+    handles = []
+    for layer, own in table[closed].groupby("layer"):
+        closed_heads = own["head"].tolist()
+
+        def open_gates(_, __, output, heads=closed_heads):
+            wide = output.unflatten(-1, (6, -1)).clone()
+            wide[..., heads, :] = 1e4
+            return wide.flatten(-2)
+
+        part = gated.model.layers[int(layer)].self_attn.gate_proj
+        handles.append(part.register_forward_hook(open_gates))
+    after = [loss(gated, ids) for ids in prompts]
+    for handle in handles:
+        handle.remove()
+    (row,) = found.tests.to_dict("records")
+    assert (row["kind"], row["test"], row["heads"]) == ("gate", "open", int(closed.sum()))
+    expected = sum(after) / 2 - sum(before) / 2
+    assert row["delta_loss"] == pytest.approx(expected, abs=1e-5)
+    assert abs(expected) > 1e-3
+    assert "with all of their output let through" in of_kind(found.findings(), "test")[0]
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from lens.common.errors import LensError
-from lens.common.head_ids import head_columns
+from lens.common.head_ids import HeadId, head_columns
 from lens.common.progress import advancing
 from lens.common.results import Result, Sentence, described, ends
 from lens.edits.base import grouped
@@ -122,7 +122,7 @@ def gates(
     found: dict[str, list[torch.Tensor]] = {}
     with advancing("gates", len(asked), progress) as advance:
         for prompt in asked:
-            run, outputs = _Gates(sources), _Outputs(model)
+            run, outputs = _Gates(sources), Outputs(model)
             with torch.no_grad(), listening(model, outputs.of(run.on_layer)), outputs.hooked():
                 base(model)(**prompt.inputs)
             for mechanism, layers in (*run.layers.items(), ("output", outputs.kept)):
@@ -190,12 +190,16 @@ class _Gates:
         return result.output
 
 
-class _Outputs:
-    """Compares each head's output with what enters the projection; `kept`: [heads] each, if all are seen."""
+class Outputs:
+    """Compares each head's output with what enters the projection; `kept`: [heads] each, if all are seen.
 
-    def __init__(self, model: LoadedModel) -> None:
-        self._model = model
-        self._layers = 0
+    Of `opened` heads the output itself enters it, as if their gate let all through. `projections`: those that were met.
+    """
+
+    def __init__(self, model: LoadedModel, opened: Sequence[HeadId] = ()) -> None:
+        self._model, self._opened = model, opened
+        self._layers, self._layer = 0, 0
+        self.projections: list[nn.Module] = []
         self._output: torch.Tensor | None = None  # [rows, queries, heads, dim] of the last call
         self._seen: list[torch.Tensor] = []
 
@@ -205,7 +209,7 @@ class _Outputs:
         def on_layer(call: LayerCall) -> torch.Tensor:
             output = run(call).to(call.value.dtype)
             self._output = output.transpose(1, 2)
-            self._layers += 1
+            self._layers, self._layer = self._layers + 1, call.layer
             return output
 
         return on_layer
@@ -225,15 +229,22 @@ class _Outputs:
             for hook in hooks:
                 hook.remove()
 
-    def _meet(self, _: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+    def _meet(self, part: nn.Module, inputs: tuple[torch.Tensor, ...]) -> Any:
         output, entering = self._output, inputs[0]
         if output is None or entering.shape[-1] != output.shape[-1] * output.shape[-2]:
-            return
+            return None
         self._output = None
+        self.projections.append(part)
         gated, plain = entering.reshape(output.shape).double(), output.double()
         norms = (plain * plain).sum(-1)
         shares = ((gated * plain).sum(-1) / norms.clamp_min(1e-30)).where(norms > 0, torch.nan)
         self._seen.append(shares[0].nanmean(0).cpu())
+        heads = [head for layer, head in self._opened if layer == self._layer]
+        if not heads:
+            return None
+        changed = entering.reshape(output.shape).clone()
+        changed[:, :, heads] = output[:, :, heads].to(changed)
+        return changed.reshape(entering.shape), *inputs[1:]
 
     @property
     def kept(self) -> list[torch.Tensor]:

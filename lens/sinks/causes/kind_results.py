@@ -14,6 +14,8 @@ _TEST = {
     "mask": "with the sources hidden",
     "mean": "with their mean value over the prompts",
     "other": "with their values of another prompt",
+    "without": "without their learned sinks",
+    "open": "with all of their output let through",
 }
 
 

@@ -21,10 +21,13 @@ from lens.models.loaded import LoadedModel
 from lens.passes.calls import LayerCall, attend
 from lens.passes.inputs import Prompt
 from lens.passes.keys import Keys
+from lens.sinks.causes.gates import Outputs
 from lens.stats.intervals import columns
 
 ON_KEYS = ("nop", "fixed broadcast", "input broadcast", "broadcast", "mixed")
 """Kinds of sinks that are keys; the others have no value to take."""
+OF_MODEL = {"learned": "without", "gate": "open"}
+"""Kinds that the model has of itself -> their test."""
 
 
 def tests_of(
@@ -44,7 +47,8 @@ def tests_of(
     `test`: "zero" (the sources' values become 0), "mask" (their attention goes to the other keys), "mean" (their
     values become the mean over the prompts) and "other" (those of another prompt). `delta_loss` with `_low`, `_high`,
     nats a token; `control` the same of random keys with as much attention, `excess` over it with `_low`, `_high`
-    (of "zero" and "mask"); `mass`, `control_mass`.
+    (of "zero" and "mask"); `mass`, `control_mass`. Of sinks that the model has of itself "without" (a learned sink takes
+    nothing) and "open" (the gate lets all through): no keys are edited, so that they have no control.
 
     Args:
         model, prompts, draws, seed, progress: as of `kinds`.
@@ -86,6 +90,14 @@ def tests_of(
                 cells = columns("delta_loss", np.array([changed]), seed)
                 found.append(row | {name: float(cell[0]) for name, cell in cells.items()})
             advance(1)
+    for kind, test in OF_MODEL.items():
+        own = rows[rows["kind"] == kind]
+        if len(own):
+            heads = [HeadId(int(a), int(b)) for a, b in own[["layer", "head"]].to_numpy()]
+            changed = [_of_model(model, prompt, heads, kind, clean) for prompt in prompts]
+            cells = columns("delta_loss", np.array([changed]), seed)
+            row = {"kind": kind, "heads": len(heads), "test": test, "mass": own["mass"].mean()}
+            found.append(row | {name: float(cell[0]) for name, cell in cells.items()})
     names = ["kind", "heads", "test", "mass", "delta_loss", "delta_loss_low", "delta_loss_high"]
     names += ["control", "excess", "excess_low", "excess_high", "control_mass"]
     return pd.DataFrame(found, columns=names)
@@ -123,6 +135,27 @@ def _change(
             call = replace(call, key=key, value=value)
         return attend(call, statistics=()).output
 
-    after = predictions(model, prompt, on_layer)
+    return _against(clean, prompt, predictions(model, prompt, on_layer))
+
+
+def _of_model(
+    model: LoadedModel, prompt: Prompt, heads: Sequence[HeadId], kind: str, clean: CleanRuns
+) -> float:
+    """Change of the loss when these heads' learned sinks take nothing, or their gates let all through."""
+
+    def on_layer(call: LayerCall) -> Tensor:
+        own = [head for layer, head in heads if layer == call.layer and kind == "learned"]
+        if own and call.sink_logits is not None:
+            sinks = call.sink_logits.clone()
+            sinks[own] = -torch.inf
+            call = replace(call, sink_logits=sinks)
+        return attend(call, statistics=()).output
+
+    outputs = Outputs(model, heads if kind == "gate" else ())
+    with outputs.hooked():
+        return _against(clean, prompt, predictions(model, prompt, outputs.of(on_layer)))
+
+
+def _against(clean: CleanRuns, prompt: Prompt, after: Tensor) -> float:
     target = prompt.inputs["input_ids"][0, 1:].to(after.device)
     return changes_of(clean.of(prompt).predictions[:-1], after[:-1], target)[0]

@@ -34,13 +34,15 @@ from lens.common.head_ids import head_columns
 from lens.common.progress import advancing
 from lens.edits.losses import bos_policy, two_tokens
 from lens.heads.weights import head_weights
+from lens.models.layout import is_known
 from lens.models.loaded import LoadedModel
+from lens.models.weights import matrix
 from lens.passes.calls import LayerCall, attend
 from lens.passes.inputs import read_prompts
 from lens.passes.keys import Keys, KeysAt, check_keys, members
 from lens.passes.logits import check_predicts_tokens
 from lens.passes.sessions import base, listening
-from lens.sinks.causes.gates import _Outputs
+from lens.sinks.causes.gates import Outputs
 from lens.sinks.causes.kind_results import SinkKinds
 from lens.sinks.causes.kind_tests import tests_of
 from lens.sinks.causes.moves import moves_of
@@ -93,12 +95,12 @@ def kinds(
     asked = read_prompts(model, prompts)[0]
     ids = [two_tokens(prompt.ids) for prompt in asked]
     found = [_source(sources, len(one)) for one in ids]
-    factors = _factors(head_weights(model).output)
+    factors = _factors(_projected(model, asked[0].inputs))
     measured, values, gates = [], [], []
     with advancing("kinds of sinks", len(asked), progress) as advance:
         for prompt, source in zip(asked, found, strict=True):
             run = _Measuring(source, factors)
-            outputs = _Outputs(model)
+            outputs = Outputs(model)
             with torch.no_grad(), listening(model, outputs.of(run.on_layer)), outputs.hooked():
                 base(model)(**prompt.inputs)
             measured.append(torch.stack(run.layers))  # [layers, measure, heads]
@@ -132,6 +134,34 @@ def _source(sources: Keys, tokens: int) -> Tensor:
             f"{found.nonzero()[:, 0].tolist()}"
         )
     return found
+
+
+def _projected(model: LoadedModel, inputs: Mapping[str, Any]) -> Tensor:
+    """[layers, heads, dim, d_model], what each head's output is multiplied by.
+
+    Of an architecture whose parts are not in the table (those with gates) the weights of the projections that take the heads'
+    outputs in, without norms behind them.
+
+    Raises:
+        LensError: neither is known.
+    """
+    if is_known(model):
+        return head_weights(model).output
+    outputs = Outputs(model)
+    with torch.no_grad(), listening(model, outputs.of(_plain)), outputs.hooked():
+        base(model)(**inputs)
+    found = outputs.projections
+    if len(found) != model.info.layers:
+        raise LensError(
+            f"what the heads of {model.info.class_name} write through is not known: a projection was found behind "
+            f"{len(found)} of {model.info.layers} layers"
+        )
+    weights = [matrix(part, model)[0].float().cpu() for part in found]
+    return torch.stack(weights).unflatten(1, (model.info.heads, -1))
+
+
+def _plain(call: LayerCall) -> Tensor:
+    return attend(call, statistics=()).output
 
 
 def _factors(output: Tensor) -> Tensor:
