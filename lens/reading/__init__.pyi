@@ -2,6 +2,7 @@ from .attributing import attribute as attribute
 from .attributing_blocks import attribute_blocks as attribute_blocks
 from .circuits import circuit as circuit
 from .components import components as components
+from .disentangling import disentangle as disentangle
 from .examples import examples as examples
 from .explaining import explain as explain
 from .explaining import explain_pairs as explain_pairs

@@ -1,0 +1,92 @@
+"""What `lens.reading.disentangle` gives back: what each term of a head's logits does to its attention."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from lens.common.head_ids import HeadId
+from lens.common.results import Result, Sentence, described
+from lens.stats.intervals import columns
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class LogitTerms(Result):
+    """The terms of the logits of every head, by what they do.
+
+    Attributes:
+        terms: their names: "content" and "position", of DeBERTa "c2c", "c2p", "p2c".
+        layers: numbers of the layers.
+        lift: [layer, head, term, prompt], by how much the term of the keys that are attended to is above that of the keys
+            that are seen, nats: its mean under the attention less its plain mean, over the rows that see several keys.
+        change: [layer, head, term, prompt], mean total variation distance between the attention and the same without
+            the term, 0 to 1.
+        head: of `logits`, or None.
+        logits: [term, query, key] of that head on the first prompt, NaN where a key is not seen; their sum is the
+            logit. None: no head was asked for.
+        tokens: of the first prompt, as they stand on both axes.
+        seed: of the bootstrap over prompts.
+        model: its name.
+    """
+
+    terms: tuple[str, ...]
+    layers: tuple[int, ...]
+    lift: Float[np.ndarray, "layers heads terms prompts"] = field(repr=False)
+    change: Float[np.ndarray, "layers heads terms prompts"] = field(repr=False)
+    head: HeadId | None
+    logits: Float[np.ndarray, "terms queries keys"] | None
+    tokens: tuple[str, ...]
+    seed: int
+    model: str
+
+    @property
+    def by_position(self) -> np.ndarray:
+        """bool [layer, head]: heads whose attention changes more without its terms of position than without content."""
+        change = self.change.mean(-1)
+        return change[:, :, 1:].max(-1) > change[:, :, 0]
+
+    def table(self) -> pd.DataFrame:
+        """Every head and term: `layer`, `head`, `name`, `term`; `lift` (nats) and `change` with `_low` and `_high`
+        over prompts; `n` prompts."""
+        layers, heads, terms, prompts = self.lift.shape
+        places = [(layer, head) for layer in self.layers for head in range(heads)]
+        return pd.DataFrame(
+            {
+                "layer": np.repeat([layer for layer, _ in places], terms),
+                "head": np.repeat([head for _, head in places], terms),
+                "name": np.repeat([str(HeadId(*place)) for place in places], terms),
+                "term": list(self.terms) * (layers * heads),
+                **columns("lift", self.lift, self.seed),
+                **columns("change", self.change, self.seed),
+                "n": prompts,
+            }
+        )
+
+    def findings(self) -> tuple[Sentence, ...]:
+        """How many heads rest on position, and the one that does so most."""
+        change = self.change.mean(-1)
+        position = change[:, :, 1:].max(-1)
+        layer, head = np.unravel_index(position.argmax(), position.shape)
+        term = self.terms[1 + int(change[layer, head, 1:].argmax())]
+        name = HeadId(self.layers[layer], int(head))
+        return (
+            Sentence(
+                f"{int(self.by_position.sum())} of {position.size} heads of {self.model} change more without a term of "
+                f"position than without {self.terms[0]}.",
+                kind="position",
+            ),
+            Sentence(
+                f"{name} rests on position most: without {term} {position.max():.0%} of its attention lies elsewhere, "
+                f"without {self.terms[0]} {change[layer, head, 0]:.0%}.",
+                kind="head",
+            ),
+        )
+
+    def __repr__(self) -> str:
+        return described(self)
