@@ -44,7 +44,6 @@ def on_ray(
             "--engine ray needs Ray; install it with pip install 'attention-lens[ray]'"
         ) from error
     address = os.environ.get("RAY_ADDRESS", "local")
-    address = os.environ.get("RAY_ADDRESS", "local")
     log.info("starting Ray (%s)", address)
     words = io.StringIO() if output.quiet else sys.stderr
     with redirect_stdout(words):  # where Ray says what died; ours is for the answer alone
