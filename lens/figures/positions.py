@@ -54,7 +54,7 @@ def position_bars(result: PositionScores, top: int = 20, **look: Unpack[Look]) -
     figure.update_yaxes(
         showgrid=False, tickfont={"size": 10}, categoryorder="array", categoryarray=rows["name"]
     )
-    title = f"{result.method} on {result.task}: what is needed where ({result.model})"
+    title = f"{result.task}: what is needed where"
     return style(figure, escaped(title), look, height=140 + 20 * len(rows))
 
 
@@ -77,7 +77,7 @@ def position_curves(result: PositionEvaluation, **look: Unpack[Look]) -> go.Figu
             error_y=bars(rows, "faithfulness", plain=True),
             hovertemplate=f"{name}: %{{x:.2%}} kept, faithfulness %{{y:.3f}}<extra></extra>",
         )
-    figure.update_xaxes(title="share of (edge, token) pairs kept", tickformat="~%")
+    figure.update_xaxes(title="share of (edge, token) pairs kept", type="log", tickformat="~%")
     figure.update_yaxes(title="faithfulness")
     title = f"Circuits at places on {result.task} ({result.model})"
     return style(figure, escaped(title), look)

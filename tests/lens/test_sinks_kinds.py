@@ -7,6 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import lens
 from lens.common.errors import LensError
+from lens.figures.sink_mechanism import sink_origin, sink_tests
 from tests.lens.architectures import build
 from tests.lens.naive import probabilities_and_values, rms_ratio
 
@@ -102,6 +103,11 @@ def test_each_kind_is_told_by_its_test(found):
     own = found.tests.set_index(["kind", "test"])
     assert own.loc[("nop", "mask"), "mass"] == pytest.approx(found.rows["mass"][0], abs=0.03)
     assert np.isfinite(own.loc[("nop", "mask"), "control"])
+    drawn = sink_tests(found.tests).data
+    colors = {one.name: one.marker.color for one in drawn if "random" not in one.name}
+    assert set(colors) == {"zero", "mask", "mean", "other"}
+    assert len(set(colors.values())) == 4
+    assert len({one.line.color for one in sink_origin(found.origin).data}) == 4
 
 
 def test_the_sink_moves_with_the_state_and_not_with_another(found):

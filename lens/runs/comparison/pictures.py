@@ -261,7 +261,7 @@ def series_lines(
     grid = rows.pivot(index="name", columns="place", values="value")
     spread = (grid.max(axis=1) - grid.min(axis=1)).sort_values(ascending=False, kind="stable")
     figure = go.Figure()
-    colors = iter((ACCENT, LINE, "#22a884", "#8250df", "#8a5300", "#17663a", "#c2410c", "#1f5a96"))
+    colors = iter((ACCENT, LINE, "#22a884", "#8250df", "#8a5300", "#17663a", "#5c6773", "#1f5a96"))
     for number, name in reversed(list(enumerate(spread.index[:200]))):
         named = number < top
         color = next(colors, LINE) if named else BASELINE
