@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypedDict, Unpack
 from torch import Tensor
 
 from lens_kernels.backward import attach
-from lens_kernels.dispatch import Explanation, choose_gradients, explain_problem, load
+from lens_kernels.dispatch import Explanation, choose, choose_gradients, explain_problem, load
 from lens_kernels.nonfinite import guarded
 from lens_kernels.problem import BackendResult, Problem
 from lens_kernels.types import AttentionMask, AttentionResult, AttentionStatistics
@@ -113,7 +113,7 @@ def attention(
 
 def run_problem(problem: Problem, backend: str = "auto") -> AttentionResult:
     """Runs a validated problem, `backend` as in `attention`, with gradients where inputs ask for them."""
-    chosen = explain_problem(problem, backend).chosen
+    chosen = choose(problem, backend)
     return finish(problem, guarded(problem, load(chosen).run), chosen)
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Unpack
 from torch import Tensor
 
 from lens_kernels.api import AttentionOptions, finish
-from lens_kernels.dispatch import explain_problem, load
+from lens_kernels.dispatch import choose, load
 from lens_kernels.nonfinite import guarded
 from lens_kernels.splits import PIECE, run_split
 from lens_kernels.types import AttentionResult
@@ -58,6 +58,6 @@ def decode(
         raise ValueError(
             f"piece must be a multiple of the key block {problem.block_size[1]}, got {piece}"
         )
-    chosen = explain_problem(problem, backend).chosen
+    chosen = choose(problem, backend)
     run = load(chosen).run
     return finish(problem, guarded(problem, lambda part: run_split(part, run, piece)), chosen)

@@ -79,30 +79,41 @@ def load(name: str) -> Backend:
     return cast(Backend, importlib.import_module(MODULES[name]))
 
 
+def choose(problem: Problem, backend: str = "auto") -> str:
+    """Which backend would run `problem`; the others are not asked.
+
+    Raises:
+        ValueError: for an unknown backend, or one asked for by name that cannot do it.
+    """
+    device = problem.device.type
+    order = _AUTO.get(device, ("torch",)) if backend == "auto" else (backend,)
+    obstacles = {}
+    for name in order:
+        obstacles[name] = load(name).supports(problem)
+        if obstacles[name] is None:
+            return name
+    if backend != "auto":
+        raise ValueError(
+            f"backend {backend!r} cannot do this: {obstacles[backend]}; use backend='auto' for one "
+            "that can"
+        )
+    listed = "; ".join(f"{name}: {obstacle}" for name, obstacle in obstacles.items())
+    raise RuntimeError(f"no backend can do this on {device}: {listed}")
+
+
 def explain_problem(problem: Problem, backend: str = "auto") -> Explanation:
     """Which backend would run `problem`, and why.
 
     Raises:
         ValueError: for an unknown backend, or one asked for by name that cannot do it.
     """
-    if backend != "auto":
-        load(backend)
+    chosen = choose(problem, backend)
     obstacles = {name: load(name).supports(problem) for name in MODULES}
     if backend != "auto":
-        if obstacles[backend] is not None:
-            raise ValueError(
-                f"backend {backend!r} cannot do this: {obstacles[backend]}; use backend='auto' for "
-                "one that can"
-            )
         return Explanation(
             backend, "asked for by name", obstacles, choose_gradients(problem, backend)[1]
         )
     device = problem.device.type
-    order = _AUTO.get(device, ("torch",))
-    chosen = next((name for name in order if obstacles[name] is None), None)
-    if chosen is None:
-        listed = "; ".join(f"{name}: {obstacles[name]}" for name in order)
-        raise RuntimeError(f"no backend can do this on {device}: {listed}")
     if chosen == "torch":
         why = f"plain torch serves every problem on {device}; it is the slow one"
     else:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ SHORTEST = 256
 
 def supports(problem: Problem) -> str | None:
     """None when it can do all of `problem`, else the reason why not."""
-    if importlib.util.find_spec("triton") is None:
+    if not _installed():
         return "triton is not installed (pip install 'attention-lens[gpu]')"
     if problem.query.dtype == torch.float64:
         return "it computes in float32, and the inputs are torch.float64"
@@ -47,6 +48,11 @@ def supports(problem: Problem) -> str | None:
     if problem.device.type != "cpu" or os.environ.get("TRITON_INTERPRET") != "1":
         return f"the tensors are on {problem.device}, not on a CUDA GPU"
     return _interpreter_obstacle(problem)
+
+
+@cache
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def _gpu_obstacle(problem: Problem) -> str | None:

@@ -274,14 +274,19 @@ def _label_vector(name: str, labels: Tensor, query: Tensor, count: int) -> Tenso
 
 
 def _packed(side: str, columns: list[Tensor]) -> Tensor:
-    """[batch, positions, pairs] int32, -1 for labels that never match."""
-    labels, most = torch.stack(columns, dim=-1), torch.iinfo(torch.int32).max
-    if labels.dtype == torch.int64 and bool((beyond := labels > most).any()):
+    """[batch, positions, pairs] int32 with the pairs outermost in memory, -1 for labels that never match."""
+    labels, most = torch.stack(columns), torch.iinfo(torch.int32).max
+    if labels.dtype != torch.int64:
+        return labels.clamp(min=-1).to(torch.int32).movedim(0, -1)
+    low, high = torch.stack(labels.aminmax()).tolist()
+    if high > most:
+        number = int((labels > most).flatten(1).any(1).int().argmax())
         raise ValueError(
-            f"{side} labels of match[{int(beyond.flatten(0, 1).any(0).int().argmax())}] must fit 32 bits "
-            f"(below {most + 1}); number the distinct labels with torch.unique(labels, return_inverse=True)"
+            f"{side} labels of match[{number}] must fit 32 bits (below {most + 1}); number the distinct "
+            "labels with torch.unique(labels, return_inverse=True)"
         )
-    return labels.clamp(min=-1).to(torch.int32)
+    labels = labels if low >= -1 else labels.clamp(min=-1)
+    return labels.to(torch.int32).movedim(0, -1)
 
 
 def _groups(

@@ -148,6 +148,29 @@ static float matched(const float *p, const int32_t *label, int32_t wanted, int64
   return all;
 }
 
+/* Vectors where the compiler does not make them of its own accord. */
+#if defined(__GNUC__) && !defined(__clang__)
+__attribute__((optimize("O3")))
+#endif
+static void square_roots(float *x, int64_t n) {
+  for (int64_t i = 0; i < n; i++) x[i] = sqrtf(x[i]);
+}
+
+static void norms(const float *value, int64_t row, int64_t dim, int64_t count, float *norm) {
+  int64_t i = 0;
+  for (; dim % LANES == 0 && i + LANES <= count; i += LANES) {
+    vec sums[LANES];
+    UNROLL for (int l = 0; l < LANES; l++) {
+      const float *x = value + (i + l) * row;
+      sums[l] = load(x) * load(x);
+      for (int64_t d = LANES; d < dim; d += LANES) sums[l] += load(x + d) * load(x + d);
+    }
+    store(norm + i, totals(sums));
+  }
+  for (; i < count; i++) norm[i] = dot(value + i * row, value + i * row, dim);
+  square_roots(norm, count);
+}
+
 /* sum_k p[r][k] v[k] of all rows into their sums, and the norms of the values where they are wanted. */
 static void weigh_values(const Unit *u, const float *p, float *output) {
   const Decode *plan = u->plan;
@@ -167,8 +190,7 @@ static void weigh_values(const Unit *u, const float *p, float *output) {
       }
     }
     product_onto(plan->value_width, plan->rows, step, p + k, plan->width, value, row, output, stride, NULL);
-    for (int64_t i = 0; plan->a->mean_value_norm && i < step; i++)
-      u->norm[k + i] = sqrtf(dot(value + i * row, value + i * row, in->value_dim));
+    if (plan->a->mean_value_norm) norms(value, row, in->value_dim, step, u->norm + k);
   }
 }
 

@@ -72,6 +72,24 @@ INLINE float total(vec x) {
 #endif
 }
 
+/* Lane i of the result: the sum of all lanes of x[i]; what x holds is lost. */
+INLINE vec totals(vec *x) {
+#if defined(__AVX512F__) && !defined(__clang__)
+  ivec lane;
+  for (int i = 0; i < LANES; i++) lane[i] = i;
+  UNROLL for (int half = LANES / 2; half; half /= 2) { /* x[i] and x[i + half] side by side, with half as many parts each */
+    const ivec of_second = (lane & splat_int(half)) != 0, moved = lane + splat_int(LANES - half);
+    const ivec low = (of_second & moved) | (~of_second & lane), high = low + splat_int(half);
+    UNROLL for (int i = 0; i < half; i++) x[i] = __builtin_shuffle(x[i], x[i + half], low) + __builtin_shuffle(x[i], x[i + half], high);
+  }
+  return x[0];
+#else
+  vec sums;
+  for (int i = 0; i < LANES; i++) sums[i] = total(x[i]);
+  return sums;
+#endif
+}
+
 /* exp(x) for x <= 0 to 1 ulp; 0 below the smallest normal number; NaN stays NaN. */
 INLINE vec exponential(vec x) {
   const vec low = splat(-87.33f), magic = splat(12582912.0f); /* 1.5 * 2^23: rounds, leaves n in the low bits */
