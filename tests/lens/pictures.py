@@ -39,6 +39,13 @@ def _cropped():
     )
 
 
+def _swin():
+    config = transformers.SwinConfig(
+        image_size=32, patch_size=4, embed_dim=8, depths=[2, 1], num_heads=[2, 2], window_size=4
+    )
+    return transformers.SwinModel(config)
+
+
 # name: the network, its processor, the picture's size, patches, and where patch (0, 0) lies in the picture
 TOWERS = {
     "square": (lambda: _square(24), lambda: _resized(24, 24), (24, 24), (6, 6), (0, 0, 4, 4)),
@@ -54,10 +61,15 @@ TOWERS = {
 }
 
 
+SWIN = (_swin, lambda: _resized(32, 32), (64, 96), (8, 8), (0, 0, 12, 8))
+"""As one of `TOWERS`, in windows of 4 × 4 patches, in the second layer shifted by two."""
+
+
 def looking_at_bright(name):
-    """A loaded tower in which every position looks at the bright patches alone."""
+    """A loaded tower in which every position looks at the bright patches alone, of those that it sees."""
     torch.manual_seed(0)
-    network, processor = TOWERS[name][0]().eval(), TOWERS[name][1]()
+    made, with_pictures, *_ = SWIN if name == "swin" else TOWERS[name]
+    network, processor = made().eval(), with_pictures()
     with torch.no_grad():
         for key, parameter in network.named_parameters():
             is_query, is_key = (
@@ -79,7 +91,7 @@ def looking_at_bright(name):
 
 def with_a_bright_patch(name, row, column):
     """The picture of a tower, black but for one patch, and the rectangle (top, bottom, left, right) of that."""
-    _, _, (height, width), _, (left, top, right, bottom) = TOWERS[name]
+    _, _, (height, width), _, (left, top, right, bottom) = SWIN if name == "swin" else TOWERS[name]
     across, down = right - left, bottom - top
     picture = np.zeros((height, width, 3), np.uint8)
     ends = (top + row * down, top + (row + 1) * down, left + column * across, left + (column + 1) * across)  # fmt: skip

@@ -84,6 +84,32 @@ def test_patches_that_stand_window_by_window_lie_where_they_are_on_the_picture()
     assert row.query == (3, 1)
 
 
+def test_a_patch_that_its_window_looks_at_is_drawn_on_its_own_pixels():
+    """Of Swin, in plain and in shifted windows: the rest of the window is dark, other windows look evenly."""
+    model = looking_at_bright("swin")
+    for row, column in ((0, 0), (5, 2), (7, 4)):
+        picture, (top, bottom, left, right) = with_a_bright_patch("swin", row, column)
+        trace = lens.capture(model, picture, progress=False).stage0
+        for layer, shift in enumerate((0, 2)):
+            found = trace.overlay(f"L{layer}H1")
+            rows, columns = (_window(place, shift) for place in (row, column))
+            inside = np.zeros((8, 8), bool)
+            inside[np.ix_(rows, columns)] = True
+            assert found.values[0, row, column] * 64 == pytest.approx(inside.sum(), rel=1e-4)
+            assert found.values[0][~inside] * 64 == pytest.approx(np.ones((~inside).sum()), rel=1e-4)
+            drawn = found.render(alpha=1.0)
+            expected = np.zeros(picture.shape[:2], bool)
+            expected[top:bottom, left:right] = True
+            assert np.array_equal((drawn == BRIGHT).all(-1), expected)
+            dark = np.kron(inside, np.ones((8, 12), bool)) & ~expected
+            assert np.array_equal((np.abs(drawn.astype(int) - DARK) < 3).all(-1), dark)
+
+
+def _window(place, shift):
+    """Places along one axis of 8 that see a place in windows of 4, shifted; a window that the edge cuts is two."""
+    return [one for one in range(8) if (one - shift) // 4 == (place - shift) // 4]
+
+
 def test_values_are_those_of_the_models_own_maps():
     torch.manual_seed(3)
     network = TOWERS["registers"][0]().eval()
