@@ -124,10 +124,12 @@ class Effect(Result):
         for control, row in whole.drop(index="edit").iterrows():
             sentences.append(self._beside(str(control), row, edited))
         sentences += self._moved()
-        lengths = f"{min(self.tokens)} to {max(self.tokens)}"
-        what = f"prompts of {lengths} tokens, BOS {self.bos}"
+        shortest, longest = min(self.tokens), max(self.tokens)
+        lengths = str(longest) if shortest == longest else f"{shortest} to {longest}"
+        s = "s" * (len(self.tokens) > 1)
+        what = f"prompt{s} of {lengths} tokens, BOS {self.bos}"
         if self.part:
-            what = f"targets of {lengths} tokens, heads of the {self.part} part"
+            what = f"target{s} of {lengths} tokens, heads of the {self.part} part"
         text = f"Measured on {len(self.tokens)} {what}; intervals are 95 % over prompts" + (
             ", and there is none for one prompt." if len(self.tokens) == 1 else "."
         )
@@ -146,7 +148,7 @@ class Effect(Result):
             else "the interval holds 0"
         )
         text = (
-            f"{self.task} gains {row['gain']:+.4f} [{low:+.4f}, {high:+.4f}] in {self.metric}, which is then "
+            f"{self.task} gains {row['gain']:+.4f}{_ends(low, high)} in {self.metric}, which is then "
             f"{row['metric']:.4f}: {judged}."
         )
         return Sentence(text, kind="gain")
@@ -156,8 +158,7 @@ class Effect(Result):
         if len(rows) < 2:
             return []
         shown = "; ".join(
-            f"{row['amount']:g}: {row['delta_loss']:+.4f} [{row['delta_loss_low']:+.4f}, "
-            f"{row['delta_loss_high']:+.4f}]"
+            f"{row['amount']:g}: {row['delta_loss']:+.4f}{_ends(row['delta_loss_low'], row['delta_loss_high'])}"
             for row in rows.to_dict("records")
         )
         steps = rows["delta_loss"].diff().iloc[1:]
@@ -170,7 +171,7 @@ class Effect(Result):
             row = rows.iloc[int(rows["gain"].to_numpy().argmax())]
             best = (
                 f"Of {len(rows)} amounts {row['amount']:g} gains most in {self.metric} of {self.task}: "
-                f"{row['gain']:+.4f} [{row['gain_low']:+.4f}, {row['gain_high']:+.4f}]. It was chosen on "
+                f"{row['gain']:+.4f}{_ends(row['gain_low'], row['gain_high'])}. It was chosen on "
                 "these prompts, which flatters it."
             )
             found.append(Sentence(best, kind="best"))
@@ -192,6 +193,8 @@ class Effect(Result):
         else:
             less, more = row["excess_high"] < 0, row["excess_low"] > 0
             verdict = "less than" if less else "more than" if more else "not clearly unlike"
+            if np.isnan(row["excess_low"]):
+                verdict = "on one prompt not to be told from"
             held = "" if np.isnan(row["mass"]) else f" ({row['mass']:.0%} of the attention)"
             text = (
                 f"That is {verdict} the {control} control{held}: the difference is "
@@ -223,4 +226,9 @@ class Effect(Result):
 
 
 def _with_interval(row: Any, name: str) -> str:
-    return f"{row[name]:.4f} [{row[f'{name}_low']:.4f}, {row[f'{name}_high']:.4f}]"
+    return f"{row[name]:.4f}{_ends(row[f'{name}_low'], row[f'{name}_high'], '.4f')}"
+
+
+def _ends(low: float, high: float, form: str = "+.4f") -> str:
+    """An interval in words; none of one prompt."""
+    return "" if np.isnan(low) else f" [{low:{form}}, {high:{form}}]"

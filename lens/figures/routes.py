@@ -32,6 +32,8 @@ def text_routes(result: TextFlow, **look: Unpack[Look]) -> go.Figure:
     figure = go.Figure()
     for route, (words, color, dash) in _LOOKS.items():
         rows = table[(table["route"] == route).to_numpy()]
+        if rows["kl"].isna().all():  # a prompt without such tokens
+            continue
         figure.add_scatter(
             x=rows["layer"],
             y=rows["kl"],
@@ -43,4 +45,6 @@ def text_routes(result: TextFlow, **look: Unpack[Look]) -> go.Figure:
         )
     figure.update_xaxes(title="layer" if result.window == 1 else f"first of {result.window} layers")
     figure.update_yaxes(title="KL of the text's predictions (nats)", rangemode="tozero")
-    return style(figure, "What the text loses without its edges, by layer", look, height=380)
+    figure = style(figure, "What the text loses without its edges, by layer", look, height=420)
+    below = {"y": -0.25, "yanchor": "top"}
+    return figure.update_layout(legend=below, margin={"t": 40, "b": 110})

@@ -301,6 +301,8 @@ def _reader(
         assert given is not None
         place = position(trace, grid, given)
         said = trace.tokens[place]
+        if trace.attrs["segments"] is not None:
+            said = f"“{said.strip()}”"
         cell = None
         if start <= place < end and not looks:
             cell = divmod(int(grid.order[place - start]), grid.width)

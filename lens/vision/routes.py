@@ -109,7 +109,7 @@ class TextFlow(Result):
                 kind="control",
             ),
             Sentence(
-                f"Measured on {self.kl.shape[-1]} prompts, each layer alone; what one layer lacks a later one may still "
+                f"Measured on {self.kl.shape[-1]} prompt{'s' * (self.kl.shape[-1] > 1)}, each layer alone; what one layer lacks a later one may still "
                 "fetch, so that a small change there does not mean that the text does without the image.",
                 kind="limit",
             ),

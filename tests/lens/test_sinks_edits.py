@@ -174,7 +174,7 @@ def test_each_edit_runs_in_a_model_and_says_what_it_did(edit):
 def test_one_prompt_has_no_interval_and_says_so():
     result = lens.effect(lens.load(build("llama")), IDS[0], edits.Mask(), controls=())
     assert "there is none for one prompt" in result.findings()[-1]
-    assert "[nan, nan]" in result.findings()[0]
+    assert "[" not in result.findings()[0]
 
 
 def test_where_mass_moves_beside_a_learned_sink_is_not_watched():

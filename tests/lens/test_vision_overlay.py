@@ -96,7 +96,9 @@ def test_a_patch_that_its_window_looks_at_is_drawn_on_its_own_pixels():
             inside = np.zeros((8, 8), bool)
             inside[np.ix_(rows, columns)] = True
             assert found.values[0, row, column] * 64 == pytest.approx(inside.sum(), rel=1e-4)
-            assert found.values[0][~inside] * 64 == pytest.approx(np.ones((~inside).sum()), rel=1e-4)
+            assert found.values[0][~inside] * 64 == pytest.approx(
+                np.ones((~inside).sum()), rel=1e-4
+            )
             drawn = found.render(alpha=1.0)
             expected = np.zeros(picture.shape[:2], bool)
             expected[top:bottom, left:right] = True

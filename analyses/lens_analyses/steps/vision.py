@@ -1,6 +1,5 @@
 """What is looked at on pictures, how far, and which structure that has."""
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,13 +13,13 @@ from lens.figures.style import escaped
 from lens.figures.vision import prototypes, ring_trend
 from lens.runs.headlines import Headline
 from lens.runs.sections import Section
-from lens.traces.overlays import Overlay
 from lens.traces.pictures import grids_of
 from lens.traces.trace import AttentionTrace
-from lens.vision.rings import Rings, Shapes
+from lens.vision.rings import Rings
 from lens_analyses.config.listed import listed
 from lens_analyses.steps.columns import defined
 from lens_analyses.steps.subject import Subject
+from lens_analyses.steps.vision_headlines import crossing, strongest
 
 _MOST = 12  # pictures that are drawn; all are in the tables
 _LONGEST = 40  # letters of the name of a picture
@@ -63,7 +62,7 @@ def overlays(subject: Subject) -> Section:
                 figures[f"{name}{end}"] = one.titled(found.plot(path=variant == "raw"))
             if variant == "raw":
                 said += [f"{title}: {text}" for text in of_kind(found.findings(), "strongest")][:2]
-                headlines += _strongest(one, found) if name in figures else []
+                headlines += strongest(title, name, found) if name in figures else []
                 regions += [
                     found.regions(place).assign(prompt_id=name, map=head)
                     for place, head in enumerate(found.names)
@@ -110,7 +109,7 @@ def rings(subject: Subject) -> Section:
                 figures[f"{name}_{part}"] = one.titled(found.plot())
             said += [f"{title}: {text}" for text in found.findings()]
         if f"{name}_shapes" in figures:
-            headlines += _crossing(one, results["shapes"])
+            headlines += crossing(title, name, results["shapes"])
     joined = {part: _front(ones) for part, ones in tables.items()}
     alike = [one for one in strengths if one.grid == strengths[0].grid]
     mass = np.mean([one.mass for one in alike], 0)
@@ -201,38 +200,6 @@ def structure(subject: Subject) -> Section:
         configuration={"tau": tau},
         tables=joined,
         figures=figures,
-    )
-
-
-def _strongest(of: _Pictured, found: Overlay) -> Iterator[Headline]:
-    """Of the map that is most on one patch: how many times what uniform attention has there."""
-    values = np.nan_to_num(found.values).reshape(len(found.names), -1)
-    times = values.max(-1) / values.mean(-1)
-    best = int(times.argmax())
-    row, column = np.unravel_index(int(values[best].argmax()), found.values.shape[1:])
-    yield Headline(
-        f"{of.title}, {found.names[best]}, {found.what}: the patch ({row}, {column}) has {times[best]:.1f} times what it has "
-        "under uniform attention.",
-        *(float(times[best]), np.nan, np.nan),
-        baseline=1.0,
-        against="uniform attention",
-        figure=of.name,
-    )
-
-
-def _crossing(of: _Pictured, found: Shapes) -> Iterator[Headline]:
-    """The head with the largest share in its own row and column."""
-    table = found.table()
-    best = table.iloc[int(np.nanargmax(table["criss_cross"].to_numpy()))]
-    ends = (float(best[f"criss_cross{end}"]) for end in ("", "_low", "_high"))
-    fair = float(best["criss_cross_uniform"])
-    yield Headline(
-        f"{of.title}: {best['name']} keeps {best['criss_cross']:.0%} of its attention on patches in the row and column of the "
-        f"patch that looks, uniform attention {fair:.0%}.",
-        *ends,
-        baseline=fair,
-        against="uniform attention",
-        figure=f"{of.name}_shapes",
     )
 
 

@@ -25,8 +25,11 @@ from lens.traces.segments import Segments
 from lens.vision.knocking import visual_phi
 from lens_analyses.config.listed import listed
 from lens_analyses.steps.columns import defined
+from lens_analyses.steps.sinks import COLUMNS
 from lens_analyses.steps.subject import Subject
+from lens_analyses.steps.vision_headlines import of_flow, of_sinks
 
+_CALLED = {"flow": "Flow", "knock_out": "Knock-out", "image_centric": "VAR"}
 _WRITTEN = 8  # tokens that the model goes on with
 _Move = Edit | Callable[[Prompt], Edit]  # of all prompts, or of each its own
 
@@ -44,15 +47,14 @@ def chain(subject: Subject) -> Section:
     made.tables["segments"] = pd.concat(
         [one.table().assign(prompt=number) for number, one in enumerate(kinds)], ignore_index=True
     )
-    made.said += list(kinds[0].findings())
     made.figures["segments"] = kinds[0].plot()
     tau = float(subject.settings.phi)
     dims = _dims(model, prompts[0], tau, made)
     made.tables["sinks"] = _sinks(model, prompts, kinds, dims, tau)
     inputs = [_answered(model, *one, made) for one in zip(prompts, kinds, strict=True)]
     options: dict[str, Any] = {"seed": subject.seed, "progress": subject.progress}
-    made.take("flow", lambda: lens.vision.text_flow(model, inputs, **options))
-    made.take(
+    flow = made.take("flow", lambda: lens.vision.text_flow(model, inputs, **options))
+    hidden = made.take(
         "knock_out", lambda: lens.vision.knock_out(model, inputs, dims=dims, tau=tau, **options)
     )
     doses = subject.settings.doses
@@ -72,7 +74,7 @@ def chain(subject: Subject) -> Section:
     return Section(
         name="chain",
         title="From the question to the picture",
-        summary=tuple(made.said),
+        summary=(*made.said, *kinds[0].findings()),
         limits=(
             *dict.fromkeys(made.left_out),
             "Predictions of the text after the picture are measured; a small effect of hidden sinks does not prove "
@@ -80,7 +82,7 @@ def chain(subject: Subject) -> Section:
             "Overlays after VAR are what it makes of the attention that this layer has without it; what the same edit "
             "in earlier layers changes is in the doses, not in the overlay.",
         ),
-        columns=_columns(made.tables),
+        columns=defined(made.tables.values(), COLUMNS | _COLUMNS),
         configuration={
             "dims": list(dims or ()),
             "tau": tau,
@@ -89,6 +91,7 @@ def chain(subject: Subject) -> Section:
         },
         tables=made.tables,
         figures=made.figures,
+        headlines=(*of_flow(flow), *of_sinks(hidden)),
     )
 
 
@@ -101,15 +104,19 @@ class _Made:
         self.said: list[str] = []
         self.left_out: list[str] = []
 
-    def take(self, name: str, compute: Callable[[], Any]) -> None:
-        """A result with its figure and sentences, or the reason why there is none."""
+    def take(self, name: str, compute: Callable[[], Any]) -> Any:
+        """A result with its figure and sentences, or the reason why there is none; its limits are those of the section."""
         try:
             found = compute()
         except LensError as reason:
             self.left_out.append(f"No {name.replace('_', ' ')}: {reason}.")
-            return
+            return None
         self.tables[name], self.figures[name] = found.table(), found.plot()
-        self.said += [f"{name.replace('_', ' ').upper()}: {one}" for one in found.findings()]
+        limits = {"limit", *getattr(found, "missing", ())}
+        for one in found.findings():
+            to = self.left_out if one.kind in limits else self.said
+            to.append(f"{_CALLED.get(name, name.upper())}: {one}")
+        return found
 
     def take_table(self, name: str, compute: Callable[[], tuple[pd.DataFrame, list[str]]]) -> None:
         """A table with its sentences, or the reason why there is none."""
@@ -118,7 +125,8 @@ class _Made:
         except LensError as reason:
             self.left_out.append(f"No {name.replace('_', ' ')}: {reason}.")
             return
-        self.said += said
+        called = name.removesuffix("_decoding")
+        self.said += [f"{_CALLED.get(called, called.upper())}: {one}" for one in said]
 
 
 def _dims(model: LoadedModel, prompt: Prompt, tau: float, made: _Made) -> tuple[int, ...] | None:
@@ -263,7 +271,7 @@ def _decoding(
     table = pd.DataFrame(rows)
     most = table[(table["amount"] == table["amount"].max()).to_numpy()]
     return table, [
-        f"Decoding with it at {table['amount'].max():g} keeps {most['same'].mean():.0%} of the {_WRITTEN} tokens that the "
+        f"decoding with it at {table['amount'].max():g} keeps {most['same'].mean():.0%} of the {_WRITTEN} tokens that the "
         f"model writes without it (n = {len(prompts)})."
     ]
 
@@ -278,7 +286,7 @@ def _centric(
             model.model(**prompt.inputs)
         found = done.selection()
         parts.append(found.table().assign(prompt=number))
-        said += [f"VAR: {one}" for one in found.findings()][: 1 - len(said)]
+        said += list(map(str, found.findings()))[: 1 - len(said)]
     return pd.concat(parts, ignore_index=True), said
 
 
@@ -345,16 +353,6 @@ def _image(model: Any, at: Any) -> Any:
     return found.to(at.positions.device)
 
 
-def _columns(tables: dict[str, pd.DataFrame]) -> dict[str, str]:
-    columns = defined(tables.values(), _COLUMNS)
-    return columns | {
-        name: name.replace("_", " ").capitalize() + ", as lens.effect names it."
-        for table in tables.values()
-        for name in map(str, table.columns)
-        if name not in columns
-    }
-
-
 _COLUMNS = {
     "prompt": "Number of the picture.",
     "kind": "system, image or text.",
@@ -375,6 +373,10 @@ _COLUMNS = {
     "visual_rows": "Those with enough attention on the image.",
     "selected_rows": "Those that were image-centric.",
     "share": "Image-centric of all rows of text.",
+    "keys": "Tokens whose edges are cut, or keys or heads that are edited.",
+    "mass": "Share of the attention of these rows or heads that these tokens held, or that the heads gave to the first one.",
+    "condition": "The edit, or a control: the same done to others.",
+    "n": "Number of prompts.",
     "written": "What the model goes on with, greedily.",
     "same": "Share of these tokens that are those without the edit.",
 }
