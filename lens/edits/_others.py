@@ -17,6 +17,7 @@ from lens.edits.language import Edit, Running
 from lens.models.loaded import LoadedModel
 from lens.passes.keys import KeysAt
 from lens.passes.stream import changed
+from lens.stats.controls import others
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
@@ -87,18 +88,18 @@ def control_keys(
     Raises:
         LensError: fewer other keys than sources.
     """
-    others = np.flatnonzero(~sources if free is None else free)
+    left = np.flatnonzero(~sources if free is None else free)
     count = int(sources.sum())
-    if len(others) < count:
+    if len(left) < count:
         raise LensError(
-            f"controls need as many other keys as are edited: {count} are, and {len(others)} others may "
+            f"controls need as many other keys as are edited: {count} are, and {len(left)} others may "
             "stand in; use longer prompts or controls=()"
         )
     if control == "position":
         places = np.flatnonzero(sources)
-        distance = np.abs(others[:, None] - places).min(1)
-        return sorted(others[np.argsort(distance, kind="stable")[:count]].tolist())
-    drawn = random.permutation(others)
+        distance = np.abs(left[:, None] - places).min(1)
+        return sorted(left[np.argsort(distance, kind="stable")[:count]].tolist())
+    drawn = random.permutation(left)
     if control == "size":
         return sorted(drawn[:count].tolist())
     reached = np.cumsum(mass[drawn])
@@ -115,20 +116,15 @@ def other_heads(
 
     A head without attention, whose `mass` [layers, heads] is NaN, stands in for none.
     """
-    found = torch.zeros_like(chosen)
-    if control == "layer":
-        for layer, heads in enumerate(chosen):
-            others = random.permutation((~heads).nonzero()[:, 0].numpy())
-            found[layer, others[: int(heads.sum())].tolist()] = True
-        return found
-    free = list(random.permutation((~chosen & ~mass.isnan()).flatten().nonzero()[:, 0].numpy()))
-    picked = free[: int(chosen.sum())]
-    if control == "mass":
-        flat, picked = mass.flatten().numpy(), []
-        for wanted in flat[chosen.flatten().numpy()]:
-            free.sort(key=lambda head: abs(flat[head] - wanted))
-            picked.append(free.pop(0))
-    found.view(-1)[[int(head) for head in picked]] = True
+    free = ~chosen & ~mass.isnan()
+    if control != "mass":
+        drawn = others(chosen.numpy(), random, free.numpy(), within=control == "layer")
+        return torch.from_numpy(drawn)
+    found, flat = torch.zeros_like(chosen), mass.flatten().numpy()
+    left = list(random.permutation(np.flatnonzero(free.numpy())))
+    for wanted in flat[chosen.flatten().numpy()]:
+        left.sort(key=lambda head: abs(flat[head] - wanted))
+        found.view(-1)[int(left.pop(0))] = True
     return found
 
 

@@ -6,6 +6,7 @@ mixer whose every channel has a matrix of its own (Mamba, RG-LRU, RWKV-4, short 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -24,6 +25,7 @@ from lens.mixers.reading import mixers_of, recorded, scan_function, standing_in
 from lens.models.loaded import LoadedModel, ModelInfo
 from lens.passes.inputs import read_prompts
 from lens.passes.sessions import base, transformer
+from lens.stats.controls import others
 
 _AXES = {
     "mamba2_chunk_scan": 2,
@@ -94,7 +96,9 @@ class Ablate(Edit):
             if head not in known:
                 raise LensError(
                     f"no mixer of {model.name} has a head {head}; layers with mixers have "
-                    + ", ".join(f"L{n}: {count}" for n, count in _counts(known).items())
+                    + ", ".join(
+                        f"L{n}: {count}" for n, count in Counter(one.layer for one in known).items()
+                    )
                 )
         return found
 
@@ -186,10 +190,6 @@ def heads_of(model: LoadedModel) -> list[HeadId]:
             )
         counts[scan.layer] = scan.phi.heads
     return [HeadId(layer, head) for layer, count in counts.items() for head in range(count)]
-
-
-def _counts(heads: Sequence[HeadId]) -> dict[int, int]:
-    return {layer: sum(one.layer == layer for one in heads) for layer in {h.layer for h in heads}}
 
 
 def _means(model: LoadedModel, prompts: Any) -> _Means:
@@ -291,34 +291,28 @@ class _OfMixerHeads(Kind):
     usual: tuple[Control, ...] = ("size", "layer")
 
     def __init__(self, model: LoadedModel, edit: Ablate) -> None:
-        self._edit, self._heads, self._mine = edit, heads_of(model), edit.chosen(model)
+        self._edit, heads, mine = edit, heads_of(model), edit.chosen(model)
         self.chosen = torch.zeros(model.info.layers, model.info.heads, dtype=torch.bool)
-        self.scope = f"mixer heads {', '.join(map(str, self._mine))}"
+        self.scope = f"mixer heads {', '.join(map(str, mine))}"
+        size = model.info.layers, 1 + max(one.head for one in heads)
+        self._free, self._mine = np.zeros(size, bool), np.zeros(size, bool)
+        self._free[*np.transpose(heads)] = self._mine[*np.transpose(mine)] = True
+        self._free &= ~self._mine
         self.why = dict.fromkeys(
             ("mass", "position", "self", "norm"),
             "heads of mixers are edited, which have no softmax",
         )
-        if 2 * len(self._mine) > len(self._heads):
+        if len(mine) > self._free.sum():
             self.why["size"] = (
-                f"{len(self._mine)} of {len(self._heads)} mixer heads are edited, so that as many others are not left"
+                f"{len(mine)} of {len(heads)} mixer heads are edited, so that as many others are not left"
             )
-        mine, every = _counts(self._mine), _counts(self._heads)
-        if any(2 * count > every[layer] for layer, count in mine.items()):
+        if (self._mine.sum(1) > self._free.sum(1)).any():
             self.why["layer"] = "more than half of the heads of a layer are edited"
 
     def trial(self, condition: str, case: Case) -> Trial:
         """See `Kind`."""
         edit = self._edit
         if condition != "edit":
-            edit = replace(edit, heads=tuple(self._others(condition, case.random)))
-        return Trial((edit,), len(self._mine), float("nan"))
-
-    def _others(self, condition: str, random: np.random.Generator) -> list[HeadId]:
-        free = [head for head in self._heads if head not in self._mine]
-        drawn = [free[number] for number in random.permutation(len(free))]
-        if condition == "size":
-            return drawn[: len(self._mine)]
-        found = []
-        for layer, count in _counts(self._mine).items():
-            found += [head for head in drawn if head.layer == layer][:count]
-        return found
+            drawn = others(self._mine, case.random, self._free, within=condition == "layer")
+            edit = replace(edit, heads=tuple(HeadId(*head) for head in np.argwhere(drawn).tolist()))
+        return Trial((edit,), int(self._mine.sum()), float("nan"))

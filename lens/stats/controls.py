@@ -22,6 +22,31 @@ def p_value(found: float, drawn: ArrayLike) -> float:
     return float((1 + (values >= found - _ROUNDING).sum()) / (1 + len(values)))
 
 
+def others(
+    chosen: Bool[np.ndarray, "groups members"],
+    random: np.random.Generator,
+    free: Bool[np.ndarray, "groups members"] | None = None,
+    *,
+    within: bool = False,
+) -> Bool[np.ndarray, "groups members"]:
+    """As many members that were not chosen, drawn at random; where fewer are left, those.
+
+    Args:
+        chosen: which members are, such as heads [layers, heads].
+        random: draws them.
+        free: those that may be drawn; None: all that were not chosen.
+        within: from each group as many as were chosen there, instead of from all alike.
+    """
+    found, free = np.zeros_like(chosen), ~chosen if free is None else free
+    if not within:
+        found.flat[random.permutation(np.flatnonzero(free))[: chosen.sum()]] = True
+        return found
+    for group in np.flatnonzero(chosen.any(1)):
+        left = random.permutation(np.flatnonzero(free[group]))
+        found[group, left[: chosen[group].sum()]] = True
+    return found
+
+
 def jaccard(
     sets: Bool[np.ndarray, "sets members"], *, empty: float = 1.0
 ) -> Float[np.ndarray, "sets sets"]:

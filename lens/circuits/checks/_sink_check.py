@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from lens.circuits.graph.circuit import Circuit
-from lens.circuits.graph.head_sets import heads_in
+from lens.circuits.graph.head_sets import heads_in, heads_of
 from lens.circuits.known.circuit import KnownCircuit
 from lens.common.choices import check_counts
 from lens.common.given import given_as
@@ -24,9 +24,11 @@ from lens.common.head_ids import AnyHead, HeadId
 from lens.common.progress import advancing
 from lens.common.results import Result, Sentence
 from lens.edits.attention import Drop, Move
+from lens.edits.base import selected_heads
 from lens.edits.running import edit
 from lens.models.bare import bare
 from lens.models.loaded import LoadedModel, check_loaded
+from lens.stats import controls
 from lens.stats.intervals import columns
 from lens.tasks.task import Task
 
@@ -138,7 +140,9 @@ def sink_check(
     model = bare(model)
     task.check(model)
     chosen = heads_in(model, heads)
-    sets = _others(model, chosen, draws, np.random.default_rng(seed))
+    marked, random = selected_heads(model, None, chosen).numpy(), np.random.default_rng(seed)
+    drawn = [controls.others(marked, random, within=True) for _ in range(draws)]
+    sets = [heads_of(np.argwhere(one).tolist()) for one in drawn if one.any()]
     plain = _measured(model, task)
     edited, others = {}, {}
     total = len(EDITS) * (1 + len(sets))
@@ -149,8 +153,8 @@ def sink_check(
                 runs.append(_measured(model, task, name, one))
                 advance(1)
             edited[name], others[name] = runs[0], np.array(runs[1:]).reshape(-1, task.n)
-    drawn = len(sets[0]) if sets else 0
-    return SinkCheck(chosen, plain, edited, others, drawn, task.metric, task.name, model.name, seed)
+    each = len(sets[0]) if sets else 0
+    return SinkCheck(chosen, plain, edited, others, each, task.metric, task.name, model.name, seed)
 
 
 def _measured(
@@ -160,20 +164,3 @@ def _measured(
         return task.sign * task.evaluate(model).double().numpy()
     with edit(model, EDITS[name]("first", heads=heads)):
         return task.sign * task.evaluate(model).double().numpy()
-
-
-def _others(
-    model: LoadedModel, chosen: tuple[HeadId, ...], draws: int, draw: np.random.Generator
-) -> list[tuple[HeadId, ...]]:
-    """Sets of heads of the same layers that were not chosen; of a layer with too few, those that it has."""
-    sets = []
-    for _ in range(draws):
-        found: list[HeadId] = []
-        for layer in sorted({head.layer for head in chosen}):
-            mine = {head.head for head in chosen if head.layer == layer}
-            left = [head for head in range(model.info.heads) if head not in mine]
-            some = draw.permutation(left)[: len(mine)]
-            found += [HeadId(layer, int(head)) for head in some]
-        if found:
-            sets.append(tuple(sorted(found)))
-    return sets

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lens.circuits.graph.circuit import Circuit
-from lens.circuits.graph.head_sets import heads_in
+from lens.circuits.graph.head_sets import heads_in, heads_of
 from lens.circuits.known.circuit import KnownCircuit
 from lens.common.choices import check_choice, check_counts, is_number
 from lens.common.errors import LensError
@@ -26,10 +26,11 @@ from lens.common.head_ids import AnyHead, HeadId
 from lens.common.progress import advancing
 from lens.common.results import Result, Sentence
 from lens.edits.attention import Force
+from lens.edits.base import selected_heads
 from lens.edits.running import edit
 from lens.models.loaded import LoadedModel, check_loaded
 from lens.passes.logits import logits_of
-from lens.stats.controls import p_value
+from lens.stats.controls import others, p_value
 from lens.stats.intervals import columns
 from lens.tasks.task import Task
 
@@ -302,30 +303,18 @@ def _draw_controls(
 ) -> tuple[tuple[HeadId, ...], ...]:
     """As many other heads, `controls` times."""
     check_counts(0, seed=seed)
-    info, draw = model.info, np.random.default_rng(seed)
-    layers, left = [head.layer for head in chosen], info.every_head
-    pools = (
-        [(layer,) for layer in sorted(set(layers))] if match == "layers" else [range(info.layers)]
-    )
-    found = []
-    for _ in range(controls):
-        drawn: list[HeadId] = []
-        for pool in pools:
-            wanted = sum(layer in pool for layer in layers)
-            others = [head for head in left if head.layer in pool and head not in chosen]
-            if len(others) < wanted:
-                where, instead = (
-                    (f"in layer {pool[0]} ", "use match='all' or ")
-                    if match == "layers"
-                    else ("", "")
-                )
-                raise LensError(
-                    f"{wanted} heads were chosen and {len(others)} others are left {where}to compare with; "
-                    f"{instead}choose fewer"
-                )
-            drawn += [others[i] for i in draw.choice(len(others), wanted, replace=False)]
-        found.append(tuple(sorted(drawn)))
-    return tuple(found)
+    heads, random = selected_heads(model, None, chosen).numpy(), np.random.default_rng(seed)
+    for layer, here in enumerate(heads if match == "layers" else heads.reshape(1, -1)):
+        wanted, left = here.sum(), (~here).sum()
+        if left < wanted:
+            where = f"in layer {layer} " if match == "layers" else ""
+            instead = "use match='all' or " if match == "layers" else ""
+            raise LensError(
+                f"{wanted} heads were chosen and {left} others are left {where}to compare with; "
+                f"{instead}choose fewer"
+            )
+    drawn = [others(heads, random, within=match == "layers") for _ in range(controls)]
+    return tuple(heads_of(np.argwhere(one).tolist()) for one in drawn)
 
 
 def _check(amount: float, split: Split, controls: int, match: Match) -> None:

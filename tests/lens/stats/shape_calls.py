@@ -3,7 +3,7 @@
 import numpy as np
 
 from lens import stats
-from lens.stats.controls import jaccard
+from lens.stats.controls import jaccard, others
 from lens.stats.intervals import columns
 
 LINE = np.abs(np.subtract.outer(np.arange(5.0), np.arange(5.0)))
@@ -28,6 +28,7 @@ RIGHT = {
     "silhouettes": lambda: stats.silhouettes(LINE, TREE),
     "adjusted_rand": lambda: stats.adjusted_rand(LABELS, LABELS % 2),
     "jaccard": lambda: jaccard(MEASURES[0] > 0),
+    "others": lambda: others(MEASURES[0] > 0, np.random.default_rng(0), within=True),
     "columns": lambda: [columns("x", MEASURES, 0), columns("x", np.arange(5.0), 0, plain=True)],
 }
 WRONG = {
@@ -36,6 +37,9 @@ WRONG = {
     "cut_tree of scipy's tree": lambda: stats.cut_tree(np.zeros((4, 4)), 2),
     "silhouettes of another tree": lambda: stats.silhouettes(LINE, TREE[1:]),
     "adjusted_rand of other members": lambda: stats.adjusted_rand(LABELS, LABELS[1:]),
+    "others of fewer": lambda: others(
+        MEASURES[0] > 0, np.random.default_rng(0), MEASURES[0, 1:] > 9
+    ),
     "jaccard of a row": lambda: jaccard(LABELS > 2),
 }
 CALLS = RIGHT | WRONG

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from lens import stats
-from lens.stats.controls import jaccard, p_value
+from lens.stats.controls import jaccard, others, p_value
 from lens.stats.intervals import columns
 
 
@@ -13,6 +13,22 @@ def test_p_counts_the_found_one_and_ties():
     assert p_value(0.1 + 0.2, [0.3]) == 1  # as much but for rounding
     assert p_value(2, np.zeros(19)) == 1 / 20
     assert p_value(0, []) == 1
+
+
+def test_others_are_as_many_that_were_not_chosen():
+    chosen = np.zeros((3, 5), bool)
+    chosen[0, [0, 3]] = chosen[2, :4] = True
+    draws = [others(chosen, np.random.default_rng(seed)) for seed in range(60)]
+    within = [others(chosen, np.random.default_rng(seed), within=True) for seed in range(60)]
+    for drawn in draws + within:
+        assert not (drawn & chosen).any()
+    assert {drawn.sum() for drawn in draws} == {6}
+    assert {tuple(drawn.sum(1)) for drawn in within} == {(2, 0, 1)}  # of layer 2 one is left
+    for found, free in ((draws, ~chosen), (within, ~chosen & chosen.any(1)[:, None])):
+        assert (np.any(found, 0) == free).all()  # each of them at times
+    free = np.eye(3, 5, dtype=bool)
+    few = others(chosen, np.random.default_rng(0), free)
+    assert (few == free).all()
 
 
 def test_jaccard_is_that_of_sets():
