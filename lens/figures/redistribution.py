@@ -1,16 +1,14 @@
-"""Figures of redistribution: maps before and after, heads that were chosen, sink dimensions, images."""
+"""Figures of redistribution: heads that were chosen, sink dimensions, images."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 
 from lens.common.colors import ACCENT, BASELINE, DIVERGING, GRID, INK, LINE, VIRIDIS, scale
-from lens.common.errors import LensError
 from lens.common.plots import draws
 from lens.figures.importance import grid
 from lens.figures.style import Look, escaped, grid_height, style, tick_step
@@ -24,54 +22,6 @@ if TYPE_CHECKING:
     from lens.vision.images import ImageGrid
 
 _KINDS = {"system": BASELINE, "image": ACCENT, "text": LINE, "padding": GRID}
-
-
-def change_maps(
-    before: Any, after: Any, *, x: str = "Key block", y: str = "Query block", **look: Unpack[Look]
-) -> go.Figure:
-    """Three maps: before, after, and the difference in signed colours about 0.
-
-    Args:
-        before, after: [rows, columns] of one shape, such as `trace.block_mass` of a head.
-        x, y: what columns and rows are.
-
-    Raises:
-        LensError: shapes that differ.
-    """
-    first, second = np.asarray(before, float), np.asarray(after, float)
-    if first.shape != second.shape or first.ndim != 2:
-        raise LensError(
-            f"before and after must be maps of one shape, got {list(first.shape)} and {list(second.shape)}"
-        )
-    names = ("Before", "After", "Difference")
-    figure = make_subplots(cols=3, shared_yaxes=True, subplot_titles=names, horizontal_spacing=0.06)
-    change = second - first
-    top = float(np.nanmax([np.nanmax(first), np.nanmax(second)]))
-    reach = float(np.nanmax(np.abs(change))) or 1.0
-    maps = (
-        (first, VIRIDIS, 0.0, top),
-        (second, VIRIDIS, 0.0, top),
-        (change, DIVERGING, -reach, reach),
-    )
-    for place, (name, (values, colors, low, high)) in enumerate(zip(names, maps, strict=True), 1):
-        figure.add_trace(
-            go.Heatmap(
-                z=values,
-                colorscale=scale(colors),
-                zmin=low,
-                zmax=high,
-                showscale=place > 1,
-                colorbar={"x": 0.64 if place == 2 else 1.0, "thickness": 10},
-                hovertemplate=f"{name}<br>{y} %{{y}}, {x} %{{x}}<br>%{{z:.4f}}<extra></extra>",
-            ),
-            row=1,
-            col=place,
-        )
-    figure.update_xaxes(title=x)
-    figure.update_yaxes(autorange="reversed")
-    figure.update_yaxes(title=y, col=1)
-    text = f"Largest change {reach:.3g}"
-    return style(figure, text, look)
 
 
 @draws("HeadSelection")

@@ -12,7 +12,6 @@ from lens.common.errors import LensError
 from lens.common.head_ids import HeadId
 from lens.edits.searching import HeadSearch
 from lens.edits.selection import HeadSelection
-from lens.figures.redistribution import change_maps
 from lens.models.loaded import LoadedModel
 from lens.tasks.metrics import AnswerSets
 from tests.lens.traces import sizes
@@ -128,14 +127,6 @@ def test_a_search_that_finds_no_head_says_so_and_bad_splits_are_refused(inductio
 
 
 def test_figures_show_the_numbers():
-    before = np.arange(6.0).reshape(2, 3)
-    after = before[:, ::-1]
-    figure = change_maps(before, after)
-    assert (np.asarray(figure.data[2].z) == after - before).all()
-    assert (figure.data[2].zmin, figure.data[2].zmax) == (-2, 2)
-    assert figure.data[0].zmax == figure.data[1].zmax == 5
-    with pytest.raises(LensError, match="maps of one shape"):
-        change_maps(before, after.T)
     text, visual = np.full((2, 3), 10), np.full((2, 3), 7)
     edited = np.array([[True] * 3, [False] * 3])
     selection = HeadSelection(text, visual, np.array([[4, 0, 1], [0, 0, 0]]), edited, "m")
