@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 from tests.kernels import triton_offline
 
 SHARED = {90: 227 * 1024, 80: 163 * 1024}
-JOBS = {90: ["bfloat16-128-causal", "float16-64-causal"], 80: ["bfloat16-128-causal"]}
+JOBS = (90, "bfloat16-128-causal", 80, "bfloat16-128-causal")
 PLAIN = ["bfloat16-64-causal", "bfloat16-128-causal", "bfloat16-256-causal", "bfloat16-128-none"]
 """Jobs whose loops of matrix products are split into one with and one without a mask."""
 SPILLED = 64
@@ -38,8 +38,7 @@ def table():
 def compiled(request):
     if request.param == "table":
         return table()
-    started = [triton_offline.start(arch, *names) for arch, names in JOBS.items()]
-    return [row for process in started for row in triton_offline.rows(process)]
+    return triton_offline.rows(triton_offline.start(*JOBS))
 
 
 @pytest.fixture(
@@ -60,11 +59,8 @@ def pipelines(request):
                 pytest.fail(reason)
             pytest.skip(reason)
     kernels = "forward,query_gradients"
-    started = [
-        triton_offline.start(90, "--kernels", kernels, *names, triton=other)
-        for names in (PLAIN[::2], PLAIN[1::2])
-    ]
-    rows = [row for process in started for row in triton_offline.rows(process)]
+    process = triton_offline.start(90, *PLAIN, "--kernels", kernels, triton=other)
+    rows = triton_offline.rows(process)
     if other is not None:
         assert {row["triton"].rpartition(".")[0] for row in rows} == {triton_offline.OTHER}
     return rows
@@ -99,10 +95,8 @@ def test_every_kernel_is_there(compiled):
 
 
 def test_the_table_lists_what_ships():
-    shipped = [triton_offline.start(arch, "--list") for arch in SHARED]
-    expected = {
-        triton_offline.key(row) for process in shipped for row in triton_offline.rows(process)
-    }
+    shipped = triton_offline.rows(triton_offline.start(*SHARED, "--list"))
+    expected = {triton_offline.key(row) for row in shipped}
     found = {triton_offline.key(row) for row in table()}
     assert sorted(expected - found) == []
     assert sorted(found - expected) == []

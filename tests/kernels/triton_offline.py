@@ -1,7 +1,7 @@
 """Compile the Triton kernels for GPUs that are not here; run as a script, prints one JSON a kernel.
 
-`python triton_offline.py [--list] [--kernels NAME,...] [--known FILE] ARCH [JOB ...]`, all jobs where none is named;
-`--list` says what would be compiled, and with which tiles, at once. A job, "bfloat16-128-window", is
+`python triton_offline.py [--list] [--kernels NAME,...] [--known FILE] ARCH [JOB ...] [ARCH [JOB ...] ...]`, all jobs
+of an architecture where none is named; `--list` says what would be compiled, and with which tiles, at once. A job, "bfloat16-128-window", is
 every kernel of one input type, head dim and mask (or what else changes a kernel), with the sets of
 statistics that change it too; `--known` leaves out what stands in a table already. What is compiled already comes from Triton's cache.
 
@@ -141,18 +141,19 @@ def other_triton() -> Path:
 
 
 def start(
-    arch: int, *words: str, triton: Path | None = None, complaints: int | None = subprocess.PIPE
+    *words: int | str, triton: Path | None = None, complaints: int | None = subprocess.PIPE
 ) -> subprocess.Popen[str]:
     """This script as a process, for kernels that are compiled and not interpreted.
 
     Args:
+        words: each architecture with its jobs behind it, and options.
         triton: folder of another Triton than the environment's.
         complaints: where they go; None: to those of this process.
     """
     environment = {name: part for name, part in os.environ.items() if name != "TRITON_INTERPRET"}
     paths = [str(triton)] if triton else []
     environment["PYTHONPATH"] = os.pathsep.join([*paths, *(path for path in sys.path if path)])
-    command = [sys.executable, __file__, str(arch), *words]
+    command = [sys.executable, __file__, *map(str, words)]
     pipe = subprocess.PIPE
     return subprocess.Popen(command, stdout=pipe, stderr=complaints, text=True, env=environment)
 
@@ -390,8 +391,14 @@ if __name__ == "__main__":
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--kernels", type=lambda text: text.split(","), default=[])
     parser.add_argument("--known", type=Path, help="JSON list of keys that are left out")
-    parser.add_argument("arch", type=int)
-    parser.add_argument("jobs", nargs="*")
+    parser.add_argument("words", nargs="+", help="ARCH [JOB ...] [ARCH [JOB ...] ...]")
     given = parser.parse_intermixed_args()
     left_out = json.loads(given.known.read_text()) if given.known else []
-    main(given.arch, given.jobs, given.list, given.kernels, set(map(tuple, left_out)))
+    jobs_of: dict[int, list[str]] = {}
+    for word in given.words:
+        if word.isdigit():
+            jobs_of[int(word)] = []
+        else:
+            jobs_of[[*jobs_of][-1]].append(word)
+    for arch, names in jobs_of.items():
+        main(arch, names, given.list, given.kernels, set(map(tuple, left_out)))
