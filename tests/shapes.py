@@ -25,17 +25,21 @@ checked = beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))
 """The checker that the import hook puts around each function; an int is a float."""
 
 
+PLAIN = "plain "
+
+
 @functools.cache
-def outcomes(calls: str, *modules: str, plain: str = "lens") -> dict[str, str | None]:
+def outcomes(calls: str, *modules: str) -> dict[str, str | None]:
     """Name of each call in `calls.CALLS` -> None, or the error that it raised, in one line.
 
     Args:
         calls: a module of the tests.
-        modules: those whose signatures are checked, and no others.
-        plain: a module that imports all others that they need, whose type-checking imports stay off.
+        modules: those whose signatures are checked, and no others, in the order in which they are imported;
+            one with `PLAIN` before its name is not checked, and the type-checking imports of what it
+            imports stay off.
     """
-    start = "import sys; from tests import shapes; shapes.main(*sys.argv[1:3], sys.argv[3:])"
-    command = [sys.executable, "-c", start, calls, plain, *modules]
+    start = "import sys; from tests import shapes; shapes.main(sys.argv[1], sys.argv[2:])"
+    command = [sys.executable, "-c", start, calls, *modules]
     paths = os.pathsep.join(str(ROOT / part) for part in ("", "kernels", "analyses", "dashboards"))
     environment = {**os.environ, "PYTHONPATH": paths}
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
@@ -43,14 +47,13 @@ def outcomes(calls: str, *modules: str, plain: str = "lens") -> dict[str, str | 
     return json.loads(result.stdout.splitlines()[-1])
 
 
-def main(calls: str, plain: str, modules: list[str]) -> None:
+def main(calls: str, modules: list[str]) -> None:
     """Makes the calls in this process and prints their outcomes as JSON."""
-    for module in ("torch", "numpy", plain):  # their own type-checking imports stay off
-        importlib.import_module(module)
-    typing.TYPE_CHECKING = True
-    with jaxtyping.install_import_hook(modules, "tests.shapes.checked"):
-        for module in modules:
-            importlib.import_module(module)
+    checked = [module for module in modules if not module.startswith(PLAIN)]
+    with jaxtyping.install_import_hook(checked, "tests.shapes.checked"):
+        for module in ("plain torch", "plain numpy", "plain lens", *modules):
+            typing.TYPE_CHECKING = module in checked
+            importlib.import_module(module.removeprefix(PLAIN))
     typing.TYPE_CHECKING = False
     found = {name: _outcome(call) for name, call in importlib.import_module(calls).CALLS.items()}
     print(json.dumps(found))

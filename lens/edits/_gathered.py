@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from lens_kernels import AttentionMask, AttentionResult
 
 from lens.passes.calls import LayerCall, attend
 
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Int
+
 MOST_MASKED = 256  # keys of one call that may carry a mask [queries, keys] of their own
 
 
 def gathered_states(
-    call: LayerCall, groups: torch.Tensor, count: int, rows: torch.Tensor, backend: str
+    call: LayerCall,
+    groups: Int[torch.Tensor, "batch keys"],
+    count: int,
+    rows: Bool[torch.Tensor, "batch queries"],
+    backend: str,
 ) -> list[tuple[torch.Tensor, torch.Tensor]] | None:
     """LSE [batch, heads, queries] and output [..., value_dim] of each of the key groups 0 to count - 1.
 
@@ -22,9 +30,9 @@ def gathered_states(
 
     Args:
         call: causal.
-        groups: [batch, keys], below 0 for keys of no group.
+        groups: of each key, below 0 for keys of no group.
         count: number of groups.
-        rows: bool [batch, queries].
+        rows: those that are chosen.
         backend: of `lens_kernels`.
 
     Returns:

@@ -11,10 +11,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from lens_kernels.redistribution import SMALLEST_TARGET
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,32 +30,36 @@ class Rows:
         content: [groups, batch, heads, queries, value_dim], output of each group alone.
     """
 
-    logits: Tensor
-    content: Tensor
+    logits: Float[Tensor, "shares batch heads queries"]
+    content: Float[Tensor, "groups batch heads queries value_dim"]
 
     @staticmethod
-    def of(lse: Tensor, content: Tensor, sink_logits: Tensor | None) -> Rows:
-        """Of groups [groups, batch, heads, queries(, dim)] and perhaps learned sinks [heads]."""
+    def of(
+        lse: Float[Tensor, "groups batch heads queries"],
+        content: Float[Tensor, "groups batch heads queries value_dim"],
+        sink_logits: Float[Tensor, "heads"] | None,
+    ) -> Rows:
+        """Of groups, and perhaps learned sinks."""
         nowhere = torch.full_like(lse[:1], -torch.inf)
         if sink_logits is not None:
             nowhere = sink_logits.to(lse).view(1, 1, -1, 1).expand_as(nowhere)
         return Rows(torch.cat([lse, nowhere]), content)
 
     @property
-    def seen(self) -> Tensor:
-        """bool [batch, heads, queries]: rows that see a key."""
+    def seen(self) -> Bool[Tensor, "batch heads queries"]:
+        """Rows that see a key."""
         return (self.logits[:-1] > -torch.inf).any(0)
 
-    def mass(self, groups: list[int]) -> Tensor:
-        """[batch, heads, queries] that these groups hold; 0 in rows that see nothing."""
+    def mass(self, groups: list[int]) -> Float[Tensor, "batch heads queries"]:
+        """What these groups hold; 0 in rows that see nothing."""
         return self.probabilities()[groups].sum(0)
 
-    def probabilities(self) -> Tensor:
-        """[groups + 1, batch, heads, queries]."""
+    def probabilities(self) -> Float[Tensor, "shares batch heads queries"]:
+        """Of each group, and of no key; 0 in rows that see nothing."""
         return self.logits.softmax(0).masked_fill((self.logits == -torch.inf).all(0), 0.0)
 
-    def output(self) -> Tensor:
-        """[batch, heads, queries, value_dim]."""
+    def output(self) -> Float[Tensor, "batch heads queries value_dim"]:
+        """What the heads give."""
         p = self.probabilities()
         total = p[0, ..., None] * self.content[0]
         for group in range(1, len(self.content)):
@@ -64,8 +72,8 @@ class Rows:
         logits[groups] = logits[groups] + number
         return replace(self, logits=logits)
 
-    def where(self, chosen: Tensor, other: Rows) -> Rows:
-        """These rows where `chosen` [batch, heads, queries], else the other ones."""
+    def where(self, chosen: Bool[Tensor, "batch #heads queries"], other: Rows) -> Rows:
+        """These rows where they are chosen, else the other ones."""
         content = self.content
         if content is not other.content:
             content = torch.where(chosen[..., None], content, other.content)
@@ -138,9 +146,12 @@ def forced(
 
 
 def revalued(
-    rows: Rows, source: list[int], amount: float, value: Tensor | None
+    rows: Rows,
+    source: list[int],
+    amount: float,
+    value: Float[Tensor, "batch heads queries value_dim"] | None,
 ) -> tuple[Rows, Tensor]:
-    """The sources' values become 0, or `value` [batch, heads, queries, value_dim]; rows keep their sums."""
+    """The sources' values become 0, or `value`; rows keep their sums."""
     content = rows.content.clone()
     content[source] = (1 - amount) * content[source]
     if value is not None:

@@ -23,16 +23,16 @@ class CleanRun:
     """What one prompt gives without an edit.
 
     Attributes:
-        predictions: [tokens, vocab], log probabilities of what follows each token.
-        received: [layers, heads, keys], attention that each key receives, summed over the queries.
-        alpha: [layers, heads, keys], mean over the queries that see it; NaN where too few do.
+        predictions: log probabilities of what follows each token.
+        received: attention that each key receives, summed over the queries.
+        alpha: mean over the queries that see it; NaN where too few do.
         queries: how many there are.
         hides: bool [tokens - 1], whose next token is seen by none up to there, so that it has a loss; None: all.
     """
 
-    predictions: torch.Tensor
-    received: torch.Tensor
-    alpha: torch.Tensor
+    predictions: Float[torch.Tensor, "tokens vocab"]
+    received: Float[torch.Tensor, "layers heads keys"]
+    alpha: Float[torch.Tensor, "layers heads keys"]
     queries: int
     hides: Bool[torch.Tensor, "before"] | None = None
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 import torch
@@ -47,6 +47,9 @@ from lens.models.loaded import LoadedModel
 from lens.passes.inputs import Prompt
 from lens.passes.keys import Keys, KeysAt, members
 
+if TYPE_CHECKING:
+    from jaxtyping import Bool
+
 Control = Literal["size", "mass", "position", "self", "layer", "norm"]
 CONTROLS: tuple[Control, ...] = get_args(Control)
 DRAWN = ("size", "mass", "layer", "norm")
@@ -62,32 +65,32 @@ class Case:
         prompt: what is run.
         before: its clean run.
         runs: where that came from.
-        free: bool [layers, keys], the keys that controls may take.
+        free: the keys that controls may take.
         random: draws them.
     """
 
     prompt: Prompt
     before: CleanRun
     runs: CleanRuns
-    free: Tensor
+    free: Bool[Tensor, "layers keys"]
     random: np.random.Generator
 
-    def members(self, name: str, keys: Keys | None) -> Tensor:
-        """bool [layers, keys]: which keys are meant."""
+    def members(self, name: str, keys: Keys | None) -> Bool[Tensor, "layers keys"]:
+        """Which keys are meant."""
         part, prompt = self.runs.model.chosen, self.prompt
         ids = prompt.ids if part in ("encoder", "cross") else prompt.predicted
         layers, count = self.free.shape
         found = [_members(name, keys, layer, count, ids) for layer in range(layers)]
         return torch.stack(found)
 
-    def rows(self, name: str, queries: Keys) -> Tensor:
-        """bool [queries]: which rows are meant."""
+    def rows(self, name: str, queries: Keys) -> Bool[Tensor, "queries"]:
+        """Which rows are meant."""
         if self.runs.model.chosen == "cross":
             return _members(name, queries, 0, self.before.queries, None)
         return self.members(name, queries)[0]
 
-    def scored(self, places: Keys) -> Tensor:
-        """bool [tokens]: which of the tokens that are predicted are meant."""
+    def scored(self, places: Keys) -> Bool[Tensor, "tokens"]:
+        """Which of the tokens that are predicted are meant."""
         ids = self.prompt.predicted or []
         return _members("scored", places, 0, len(ids), ids)
 
@@ -118,7 +121,7 @@ class Kind(ABC):
     """An edit in one model, and what stands in for it.
 
     Attributes:
-        chosen: bool [layers, heads], the heads whose attention is looked at.
+        chosen: the heads whose attention is looked at.
         scope: what is edited, in words.
         usual: its controls where none are named.
         held: where the attention lay that a trial's `mass` counts, in words.
@@ -128,7 +131,7 @@ class Kind(ABC):
     usual: tuple[Control, ...] = ()
     held = "went to the first key"
     why: dict[str, str]
-    chosen: Tensor
+    chosen: Bool[Tensor, "layers heads"]
     scope: str
 
     def missing(self, control: str) -> str | None:
@@ -143,14 +146,14 @@ class Kind(ABC):
             LensError: the prompt has too few others.
         """
 
-    def sources(self, case: Case) -> Tensor:
-        """bool [layers, keys], whose attention is looked at before and after: the first, where no key is edited."""
+    def sources(self, case: Case) -> Bool[Tensor, "layers keys"]:
+        """Keys whose attention is looked at before and after: the first, where no key is edited."""
         found = torch.zeros_like(case.free)
         found[:, 0] = True
         return found
 
-    def rows(self, case: Case) -> Tensor | None:
-        """bool [keys], the queries that are edited; None: all."""
+    def rows(self, case: Case) -> Bool[Tensor, "queries"] | None:
+        """The queries that are edited; None: all."""
         return None
 
 
@@ -173,12 +176,12 @@ class OfKeys(Kind):
         elif model.chosen == "cross":
             self.why["self"] = "keys of the source are no rows of the target"
 
-    def rows(self, case: Case) -> Tensor | None:
+    def rows(self, case: Case) -> Bool[Tensor, "queries"] | None:
         if not isinstance(self._edit, Knockout | Force):
             return None
         return case.rows("queries", self._edit.queries)
 
-    def sources(self, case: Case) -> Tensor:
+    def sources(self, case: Case) -> Bool[Tensor, "layers keys"]:
         found = case.members("keys", self._keys)
         if not bool(found[self.chosen.any(1)].any()):
             raise LensError(f"none of the keys is in a prompt of {found.shape[1]} tokens")
@@ -300,7 +303,7 @@ class OfCoordinates(Kind):
     def _positions(self) -> set[int]:
         return {place for one in self._edits for place in one.places}
 
-    def sources(self, case: Case) -> Tensor:
+    def sources(self, case: Case) -> Bool[Tensor, "layers keys"]:
         longest, length = max(self._positions()), case.free.shape[1]
         if length < longest + 2:
             raise LensError(

@@ -16,7 +16,7 @@ from lens.passes.logits import labels_of
 from lens.passes.sessions import OnLayer, listening
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int
+    from jaxtyping import Bool, Float, Int
 
 MEASURES: tuple[str, ...] = ("delta_loss", "kl", "flip_rate")
 
@@ -59,13 +59,15 @@ def predictions(
     return logits[0].float().log_softmax(-1)
 
 
-def log_probabilities(model: LoadedModel, ids: list[int], on_layer: OnLayer) -> Tensor:
-    """[tokens - 1, vocab] of every next token; see `predictions`."""
+def log_probabilities(
+    model: LoadedModel, ids: list[int], on_layer: OnLayer
+) -> Float[Tensor, "predicted vocab"]:
+    """Of every next token; see `predictions`."""
     return predictions(model, Prompt({}, ids), on_layer)[:-1]
 
 
-def predicted(model: LoadedModel, prompt: Prompt) -> Tensor:
-    """bool [tokens - 1]: positions whose next token is text; those of an image are not predicted.
+def predicted(model: LoadedModel, prompt: Prompt) -> Bool[Tensor, "predicted"]:
+    """Positions whose next token is text; those of an image are not predicted.
 
     Raises:
         LensError: there is none.
@@ -82,8 +84,12 @@ def predicted(model: LoadedModel, prompt: Prompt) -> Tensor:
     return scored
 
 
-def changes(base: Tensor, edited: Tensor, ids: Sequence[int]) -> tuple[float, float, float]:
-    """`changes_of` over every next token of a prompt; [tokens - 1, vocab] each."""
+def changes(
+    base: Float[Tensor, "predicted vocab"],
+    edited: Float[Tensor, "predicted vocab"],
+    ids: Sequence[int],
+) -> tuple[float, float, float]:
+    """`changes_of` over every next token of a prompt."""
     return changes_of(base, edited, torch.tensor(ids[1:], device=base.device))
 
 
@@ -95,8 +101,8 @@ def changes_of(
     """Change of the loss, KL of the edited from the unedited prediction, share of changed top tokens.
 
     Args:
-        base, edited: log probabilities [tokens, vocab].
-        target: [tokens].
+        base, edited: log probabilities.
+        target: what follows.
     """
     delta = (base - edited).gather(1, target[:, None]).mean()
     kl = (base.exp() * (base - edited)).sum(-1).mean()

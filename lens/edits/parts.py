@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,9 @@ from lens.edits.base import selected_heads
 from lens.edits.language import Edit, Running, check_number
 from lens.models.layout import named_sublayers
 from lens.models.loaded import LoadedModel
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool
 
 
 @dataclass(frozen=True)
@@ -84,8 +87,8 @@ class Ablate(Edit):
         """See `Edit`."""
         return f"Ablate to {self.baseline}"
 
-    def chosen(self, model: LoadedModel) -> Tensor:
-        """bool [layers, heads]: those that it takes out. Errors as in `start`."""
+    def chosen(self, model: LoadedModel) -> Bool[Tensor, "layers heads"]:
+        """Those that it takes out. Errors as in `start`."""
         return selected_heads(model, None, self.heads)
 
     def ready(self, model: LoadedModel, prompts: Any) -> Ablate:

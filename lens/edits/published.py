@@ -7,9 +7,7 @@ import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Literal, Self
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal
 
 from lens.common.choices import check_choice
 from lens.common.errors import LensError
@@ -22,6 +20,10 @@ from lens.edits.language import OfHeads, Running, check_number, plain_keys
 from lens.models.loaded import LoadedModel
 from lens.passes.keys import Keys
 from lens.passes.stream import layer_inputs
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool
+    from torch import Tensor
 
 Preset = Literal["paper", "released"]
 
@@ -94,7 +96,7 @@ class Var(OfHeads):
         """See `Edit`."""
         return self.settings.amount
 
-    def chosen(self, model: LoadedModel) -> Tensor:
+    def chosen(self, model: LoadedModel) -> Bool[Tensor, "layers heads"]:
         """See `OfHeads`; of no heads and layers those of the preset."""
         layers = self.settings.layers(model.info.layers)
         named = self.heads is not None or self.layers is not None
@@ -154,11 +156,11 @@ class Act(OfHeads):
         """See `Edit`: the share that sinks give away, 1 - beta."""
         return 1 - self.beta
 
-    def at(self, amount: float) -> Self:
+    def at(self, amount: float) -> Act:
         """See `Edit`."""
         return replace(self, beta=1 - amount)
 
-    def chosen(self, model: LoadedModel) -> Tensor:
+    def chosen(self, model: LoadedModel) -> Bool[Tensor, "layers heads"]:
         """See `OfHeads`; of no heads and layers those of the preset."""
         if self.preset == "paper" or self.heads is not None or self.layers is not None:
             return super().chosen(model)
@@ -220,7 +222,7 @@ class Pasta(OfHeads):
         """See `Edit`: 1 - alpha, what the weights outside of the spans lose."""
         return 1 - self.alpha
 
-    def at(self, amount: float) -> Self:
+    def at(self, amount: float) -> Pasta:
         """See `Edit`; below 1."""
         return replace(self, alpha=1 - amount)
 

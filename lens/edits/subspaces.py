@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ from lens.models.loaded import LoadedModel
 from lens.passes.calls import LayerCall, attend
 from lens.passes.keys import KeysAt
 from lens.passes.stream import changed
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 Of = Literal["query", "key", "residual"]
 
@@ -124,8 +127,10 @@ class _Without(AttentionEdit):
         return output
 
 
-def taken_out(vectors: Tensor, basis: Tensor, amount: float = 1.0) -> Tensor:
-    """`x - a x B B^T` of [..., width], in the precision of the vectors."""
+def taken_out(
+    vectors: Float[Tensor, "*rest width"], basis: Float[Tensor, "width rank"], amount: float = 1.0
+) -> Float[Tensor, "*rest width"]:
+    """`x - a x B B^T`, in the precision of the vectors."""
     basis = basis.to(vectors)
     return vectors - amount * (vectors @ basis) @ basis.T
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,6 +18,9 @@ from lens.edits.running import Together
 from lens.passes.calls import LayerCall, attend
 from lens.passes.keys import KeysAt, members
 from lens.traces.scores import FEWEST_VIEWERS
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float
 
 _HIDDEN = -60.0
 """Added to logits instead of -inf: a row that sees nothing else keeps its attention, as in an edit."""
@@ -37,11 +41,11 @@ class Watch:
     def __init__(
         self,
         *edits: AttentionEdit,
-        rows: Tensor | None = None,
+        rows: Bool[Tensor, "tokens"] | None = None,
         record: bool = True,
         ahead: bool = False,
     ) -> None:
-        """`rows`: bool [tokens], those that are looked at, and the only ones edited; None: all.
+        """`rows`: those that are looked at, and the only ones edited; None: all.
         `ahead`: layers may see later tokens, as no next token is predicted."""
         self.received: list[Tensor] = []
         self.visible: list[Tensor] = []
@@ -50,7 +54,7 @@ class Watch:
         self._edits, self._rows, self._record, self._ahead = edits, rows, record, ahead
         self._together = Together(list(edits), "auto")
 
-    def on_layer(self, call: LayerCall) -> Tensor:
+    def on_layer(self, call: LayerCall) -> Float[Tensor, "batch heads queries value_dim"]:
         """See `lens.passes.sessions.listening`.
 
         Raises:
@@ -76,8 +80,8 @@ class Watch:
             self.visible.append(sum(_to(one[0], keys) for one in seen).cpu())  # type: ignore[union-attr]
         return self._together.on_layer(call)
 
-    def alpha(self) -> Tensor:
-        """[layers, heads, keys]: `received / visible`, NaN as in `lens.sinks.detection.alphas.alpha_of`."""
+    def alpha(self) -> Float[Tensor, "layers heads keys"]:
+        """`received / visible`, NaN as in `lens.sinks.detection.alphas.alpha_of`."""
         received, visible = torch.stack(self.received), torch.stack(self.visible)[:, None]
         fewest = torch.full_like(visible, FEWEST_VIEWERS)
         fewest[..., 0] = 1

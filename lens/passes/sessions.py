@@ -4,12 +4,14 @@
 returns the output that the model goes on with. Capture, gradients, edits and circuits are such functions.
 """
 
+from __future__ import annotations
+
 import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import nn
@@ -33,6 +35,9 @@ from lens.passes.interface import (
     switched,
 )
 from lens.passes.windows import Block, Windows, laid_out
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
 
 OnLayer: TypeAlias = Callable[[LayerCall], torch.Tensor]
 """A call -> its output [batch, heads, queries, value_dim], of any floating type."""
@@ -83,7 +88,7 @@ class Session:
         self._length = 0  # tokens that it held then
         self._seen = 0  # and before it
 
-    def attend(self, call: LayerCall) -> torch.Tensor:
+    def attend(self, call: LayerCall) -> Float[torch.Tensor, "batch queries heads value_dim"]:
         """See `interface.Listener`."""
         if not self._depth and self._layer is None:  # of a model around this one (an encoder's)
             return attend(call).output.to(call.value.dtype).transpose(1, 2).contiguous()
@@ -120,7 +125,7 @@ class Session:
         """A call in windows as one among the positions of the picture; any other as it is."""
         return (call, None) if self._block is None else laid_out(self._block, call, self._rows)
 
-    def _tokens_of(self, call: LayerCall) -> torch.Tensor | None:
+    def _tokens_of(self, call: LayerCall) -> Int[torch.Tensor, "batch keys"] | None:
         """Ids of what the keys of a call are made of in this pass, if it is known."""
         if call.place == "decoder":
             return self._target

@@ -4,7 +4,23 @@ import numpy as np
 import torch
 
 import lens
-from lens.edits import Mask, _others, _phi, base, clean_runs, effects, losses
+from lens.edits import (
+    Act,
+    Force,
+    Mask,
+    Move,
+    Subspace,
+    Value,
+    _others,
+    _phi,
+    _rows,
+    base,
+    clean_runs,
+    effects,
+    losses,
+    subspaces,
+)
+from lens.edits._gathered import gathered_states
 from lens.edits.running import edit
 from lens.passes.calls import LayerCall
 from lens.passes.inputs import read_prompts
@@ -22,12 +38,25 @@ IDS = [3, 4, 5, 6, 7]
 CALL = LayerCall(*(torch.rand(2, heads, 5, 8) for heads in (4, 2, 2)), MaskStructure(True), 1.0)
 AT = KeysAt(0, 0, torch.arange(5).expand(2, -1), None)
 GROUPS = torch.arange(5).expand(2, -1) % 2
+STATES = torch.rand(2, 1, 4, 5), torch.rand(2, 1, 4, 5, 8)
+BASIS = torch.linalg.qr(torch.randn(MODEL.info.head_dim, 2)).Q
 
 
 def masked():
     """A pass with a mask of the first key in one layer."""
     with edit(MODEL, Mask("first", layers=[1])):
         return MODEL.logits(IDS)
+
+
+def together(*edits):
+    """A pass with several edits, and what `effect` finds of the first beside its controls."""
+    with edit(MODEL, *edits):
+        MODEL.logits(IDS)
+    return effects.effect(MODEL, [IDS], edits[0], progress=False)
+
+
+def rows(sinks=None):
+    return _rows.Rows.of(*STATES, sinks)
 
 
 def clean(rows=None):
@@ -41,6 +70,19 @@ RIGHT = {
     "other_heads": lambda: _others.other_heads("mass", HEADS, RANDOM, MASS),
     "moved": lambda: effects.moved(ALPHA, ALPHA, SOURCE),
     "an edit": masked,
+    "many edits": lambda: together(Move("first"), Value([1], "mean"), Force([4], [1])),
+    "edits of directions": lambda: together(Subspace(BASIS, heads=["L1H0"])),
+    "a recipe": lambda: together(Act(heads=["L1H0"])),
+    "Rows": lambda: [
+        rows().output(),
+        rows(torch.rand(4)).mass([0]),
+        rows().where(rows().seen, rows()),
+    ],
+    "Rows revalued": lambda: _rows.revalued(rows(), [0], 1.0, STATES[1][0])[0].seen,
+    "taken_out": lambda: [
+        subspaces.taken_out(torch.rand(*size, len(BASIS)), BASIS) for size in ((), (3,), (2, 3))
+    ],
+    "gathered_states": lambda: gathered_states(CALL, GROUPS, 2, GROUPS > 0, "auto"),
     "CleanRuns.run": lambda: [clean(), clean(torch.arange(5) > 2)],
     "queries_at": lambda: base.queries_at(CALL, AT),
     "part_of": lambda: base.part_of(CALL, torch.tensor([1, 3]), 2),
@@ -52,6 +94,12 @@ WRONG = {
     "control_keys of other masses": lambda: _others.control_keys("size", KEYS, SHARES[1:], RANDOM),
     "other_heads turned round": lambda: _others.other_heads("mass", HEADS, RANDOM, MASS.mT),
     "moved with sources of one layer": lambda: effects.moved(ALPHA, ALPHA, SOURCE[0]),
+    "Rows with sinks of key heads": lambda: rows(torch.rand(2)),
+    "Rows of other groups": lambda: _rows.Rows.of(STATES[0], STATES[1][:1], None),
+    "taken_out of another width": lambda: subspaces.taken_out(torch.rand(3, len(BASIS) - 1), BASIS),
+    "gathered_states with rows of numbers": lambda: gathered_states(
+        CALL, GROUPS, 2, GROUPS, "auto"
+    ),
     "CleanRuns.run with rows of numbers": lambda: clean(torch.arange(5)),
     "part_of heads that are marked": lambda: base.part_of(CALL, torch.ones(4, dtype=torch.bool)),
     "grouped by one row": lambda: base.grouped(CALL, GROUPS[0], "auto"),

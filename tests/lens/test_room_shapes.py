@@ -3,38 +3,40 @@
 import pytest
 
 from tests import shapes
-from tests.lens import calls_shape_calls, edits_shape_calls, passes_shape_calls
+from tests.lens.room_shape_calls import RIGHT, WRONG
 
-CALLS = {"edits": edits_shape_calls, "passes": passes_shape_calls, "calls": calls_shape_calls}
-CHECKED = {
-    "edits": (
-        *("edits._phi", "edits.losses", "edits.base", "edits.clean_runs"),
-        *("edits._others", "edits.effects"),
+CHECKED = (
+    *("plain transformers.masking_utils", "lens.passes.masks", "lens.passes.calls"),
+    *("plain lens.passes.bridge", "plain lens.passes.computed", "plain lens.passes.history"),
+    *(
+        "lens.passes.sessions",
+        "lens.passes.logits",
+        "plain lens.passes.visit",
+        "lens.passes.stream",
     ),
-    "passes": ("passes.logits", "passes.stream", "passes.keys", "passes.head_outputs"),
-    "calls": ("passes.masks", "passes.calls"),
-}
-PLAIN = {
-    "edits": "lens.traces.captures",
-    "passes": "lens.passes.visit",
-    "calls": "transformers.masking_utils",
-}
-
-
-def outcomes(room):
-    modules = [f"lens.{name}" for name in CHECKED[room]]
-    return shapes.outcomes(f"tests.lens.{room}_shape_calls", *modules, plain=PLAIN[room])
-
-
-@pytest.mark.parametrize(
-    ("room", "name"), [(room, name) for room in CALLS for name in CALLS[room].RIGHT]
+    *("lens.passes.keys", "plain lens.passes.sources", "lens.passes.head_outputs"),
+    *("plain lens.passes.blocks", "lens.edits._phi", "lens.edits.losses", "lens.edits.base"),
+    *("lens.edits._gathered", "lens.edits._rows", "plain lens.edits._parts"),
+    *("plain lens.edits.attention", "lens.edits.subspaces", "lens.edits.parts"),
+    *("plain lens.edits._var", "plain lens.edits._act", "plain lens.edits._pasta"),
+    *("lens.edits.published", "plain lens.edits.running", "plain lens.traces.captures"),
+    "plain lens.tasks.task",
+    *("lens.edits.watching", "lens.edits.clean_runs", "lens.edits._others", "lens.edits.controls"),
+    "lens.edits.effects",
 )
-def test_shapes_are_those_of_the_signature(room, name):
-    assert outcomes(room)[name] is None
+"""From those that import none of the others to those that import many."""
 
 
-@pytest.mark.parametrize(
-    ("room", "name"), [(room, name) for room in CALLS for name in CALLS[room].WRONG]
-)
-def test_wrong_shapes_are_refused(room, name):
-    assert "TypeCheckError" in str(outcomes(room)[name])
+@pytest.fixture(scope="module")
+def outcomes():
+    return shapes.outcomes("tests.lens.room_shape_calls", *CHECKED)
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_shapes_are_those_of_the_signature(outcomes, name):
+    assert outcomes[name] is None
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_shapes_are_refused(outcomes, name):
+    assert "TypeCheckError" in str(outcomes[name])
