@@ -1,8 +1,7 @@
-"""A sequence that is split over ranks, for test_distributed.py, and its processes: `python -m ...split_sequence`."""
+"""A sequence that is split over ranks, for test_distributed.py, and what each of its processes does (tests.ranks)."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +85,3 @@ def main(folder: Path) -> None:
                 folder / f"{size}-{transfer}-{rank}.safetensors",
             )
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -1,9 +1,5 @@
 """A sequence split over ranks gives what one process gives: simulated links, and processes on this machine."""
 
-import os
-import socket
-import subprocess
-import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +9,7 @@ from lens_kernels import AttentionMask, attention
 from lens_kernels.distributed import Layout, Message, Processes, Simulated, ring_attention, traffic
 from safetensors.torch import load_file
 
+from tests import ranks as processes
 from tests.kernels.helpers import assert_close, rms_ratio
 from tests.kernels.split_sequence import (
     BLOCK,
@@ -24,7 +21,6 @@ from tests.kernels.split_sequence import (
     labels,
     one_rank,
 )
-from tests.shapes import ROOT
 
 GROUPS = (torch.arange(LENGTH) != 0).int()[None].expand(2, -1)
 CASES = {
@@ -231,23 +227,7 @@ def test_what_is_refused():
 def of_processes(tmp_path_factory):
     """Four processes of gloo on 127.0.0.1, started once: what each wrote."""
     folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "4"}
-    shared |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.kernels.split_sequence", str(folder)],
-            env=shared | {"RANK": str(rank)},
-            cwd=ROOT,
-            stderr=subprocess.PIPE,
-        )
-        for rank in range(4)
-    ]
-    for one in started:
-        _, said = one.communicate(timeout=240)
-        assert one.returncode == 0, said.decode()[-2000:]
+    processes.run("tests.kernels.split_sequence", folder)
     return folder
 
 

@@ -1,7 +1,6 @@
-"""What each process of test_capture_group.py does, under torchrun: traces of a split prompt beside whole ones."""
+"""What each process of test_capture_group.py does (tests.ranks): traces of a split prompt beside whole ones."""
 
 import json
-import sys
 from pathlib import Path
 
 import torch
@@ -37,19 +36,28 @@ def _refusal(model, prompt, **options) -> str:
     return "captured"
 
 
-def main(folder: Path) -> None:
+OPTIONS = {
+    **{"block_size": 4, "keep_qk": True},
+    "labels": {"thirds": ([index % 3 for index in range(LENGTH)], [1] * LENGTH)},
+}
+
+
+def prepare() -> tuple:
+    """The models, and their traces in one process."""
     torch.set_num_threads(1)
+    models = {name: lens.load(build(name)) for name in CAPTURED}
+    return models, {name: lens.capture(one, ids(), **OPTIONS) for name, one in models.items()}
+
+
+def main(folder: Path, models: dict, wholes: dict) -> None:
     dist.init_process_group("gloo")
     rank, world = dist.get_rank(), dist.group.WORLD
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     found: dict = {"ratios": {}, "refusals": {}}
-    models = {name: lens.load(build(name)) for name in CAPTURED}
-    labels = {"thirds": ([index % 3 for index in range(LENGTH)], [1] * LENGTH)}
     for name, model in models.items():
-        options = {"block_size": 4, "keep_qk": True, "labels": labels}
-        whole = lens.capture(model, ids(), **options)
+        whole = wholes[name]
         for size, group in ((4, world), (2, pairs[rank // 2])):
-            trace = lens.capture(model, ids(), group=group, **options)
+            trace = lens.capture(model, ids(), group=group, **OPTIONS)
             found["ratios"][f"{name} {size}"] = {
                 str(variable): naive.rms_ratio(
                     trace.dataset[variable].values, whole.dataset[variable].values
@@ -74,7 +82,3 @@ def main(folder: Path) -> None:
     (folder / f"{rank}.json").write_text(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

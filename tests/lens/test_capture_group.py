@@ -1,37 +1,24 @@
-"""`lens.capture(group=)` under torchrun: every process has the trace of the whole; what cannot be split is refused."""
+"""`lens.capture(group=)` in processes as torchrun starts them: every process has the trace of the whole; what cannot be split is refused."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 
 import lens
 from lens.common.errors import LensError
 from lens.traces.trace import AttentionTrace
+from tests import ranks
 from tests.lens.split_capture import CAPTURED, ids
-from tests.shapes import ROOT
 
 
 @pytest.fixture(scope="module")
 def told(tmp_path_factory):
     """What each of four processes found; started once."""
     folder = tmp_path_factory.mktemp("processes")
-    command = ["-m", "torch.distributed.run", "--nproc-per-node", "4", "--master-addr", "127.0.0.1"]
-    command += ["--standalone", "-m", "tests.lens.split_capture", str(folder)]
-    paths = f"{ROOT}:{ROOT / 'kernels'}"
-    done = subprocess.run(
-        [sys.executable, *command],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=400,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return folder, [json.loads((folder / f"{rank}.json").read_text()) for rank in range(4)]
+    ranks.run("tests.lens.split_capture", folder)
+    return folder, [
+        json.loads((folder / f"{rank}.json").read_text()) for rank in range(ranks.RANKS)
+    ]
 
 
 # Learned positions, GQA, windows, softcaps, learned sinks, and a model whose tokens see both ways.
@@ -45,8 +32,8 @@ def test_the_trace_is_that_of_one_process(told, name, size):
 
 
 def test_the_first_process_writes_the_folder(told):
-    folder, ranks = told
-    assert [rank["paths"] for rank in ranks] == [[True, True], *[[False, False]] * 3]
+    folder, found = told
+    assert [rank["paths"] for rank in found] == [[True, True], *[[False, False]] * 3]
     trace = AttentionTrace.load(folder / "traces" / "p001")
     assert trace.attrs["processes"] == 4
     assert trace.dataset["token_id"].values.tolist() == ids(1)
