@@ -98,6 +98,7 @@ def from_mib(
     """
     if sign not in (1, -1):
         raise LensError(f"sign must be 1 or -1, got {sign!r}")
+    config = Ablation(baseline)
     found = read_json(as_path("path", path))
     missing = [key for key in ("cfg", "nodes", "edges") if key not in found]
     missing += [f"cfg.{key}" for key in _CFG if key not in found.get("cfg", {})]
@@ -118,7 +119,7 @@ def from_mib(
         values[0, graph.find(list(found["edges"]))] = [
             sign * float(edge["score"]) for edge in found["edges"].values()
         ]
-        config = Ablation(**about["ablation"]) if "ablation" in about else Ablation(baseline)
+        config = Ablation(**about["ablation"]) if "ablation" in about else config
     except (KeyError, TypeError) as error:
         raise LensError(f"{path} is a damaged importances.json: {error}") from error
     unknown = "unknown"

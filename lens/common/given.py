@@ -12,6 +12,7 @@ _MADE_BY = {
     "Circuit": "lens.circuits.find(model, task) makes one",
     "EdgeScores": "lens.circuits.score_edges(model, task) makes one",
     "Graph": "lens.circuits.score_edges(model, task).graph is one",
+    "PositionScores": "lens.circuits.scores.positions(model, task) makes them",
     "Overlay": "trace.overlay() makes one",
     "Run": "lens.runs.open_run(folder) reads one",
 }

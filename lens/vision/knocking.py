@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lens.common.choices import check_choice
+from lens.common.choices import check_choice, check_lists
 from lens.common.errors import LensError
 from lens.common.head_ids import AnyHead
 from lens.common.results import Sentence
@@ -105,6 +105,7 @@ def knock_out(
         >>> found.table()[["condition", "mass", "delta_loss", "excess_low", "excess_high"]]
     """
     check_loaded(model)
+    check_lists(controls=controls)
     for name in controls:
         check_choice("controls", name, CONTROLS)
     chosen = selected_heads(model, layers, heads)

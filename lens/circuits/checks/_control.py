@@ -15,7 +15,7 @@ from lens.circuits.graph.activations import Ablation, References, read_activatio
 from lens.circuits.graph.circuit import Circuit
 from lens.circuits.graph.nodes import find_nodes
 from lens.circuits.graph.selection import random_edges, same_degrees
-from lens.common.choices import check_choice, check_counts
+from lens.common.choices import check_choice, check_counts, check_lists
 from lens.common.given import given_as
 from lens.common.results import Result
 from lens.models.loaded import LoadedModel
@@ -108,6 +108,7 @@ def control(
     check_counts(0, seed=seed)
     given_as("Task", task=task)
     circuit = given_as("Circuit", circuit=circuit)
+    check_lists(kinds=kinds)
     for kind in kinds:
         check_choice("kinds", kind, Kind)
     check_counts(draws=draws)

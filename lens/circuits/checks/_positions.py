@@ -123,6 +123,7 @@ def positions(
         ['at places', 'everywhere', 'random at places']
     """
     given_as("Task", task=task)
+    given_as("PositionScores", scores=scores)
     check_counts(0, seed=seed)
     check_between(0, 1, shares=shares)
     where = _where(task, scores, spans)
