@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -238,6 +238,28 @@ CASES = [
 ]
 
 
+REPEATS = {
+    *(
+        "causal",
+        "window of one",
+        "right padding",
+        "more queries than keys in a row",
+        "left padding",
+    ),
+    *("packed", "prefix", "alibi both ways", "bias of a head and key"),
+}
+"""Cases in which a kernel goes no other way than in the others: a mask with the same parts, or with more."""
+
+
+def few(cases: Sequence[Case]) -> list[Any]:
+    """Cases as parameters, those that repeat others for `make exhaustive`."""
+    mark = pytest.mark.exhaustive
+    return [
+        pytest.param(case, id=name, marks=[mark] if case.name in REPEATS else [])
+        for case, name in zip(cases, ids(cases), strict=True)
+    ]
+
+
 def to_device(mask: AttentionMask | None, device: str) -> AttentionMask | None:
     """The mask with its tensors on the device."""
     if mask is None:
@@ -288,6 +310,6 @@ def case_problem(
     return make_problem(query, key, value, mask=mask, **(known | options))
 
 
-def ids(cases: Iterable[Case]) -> list[str]:
+def ids(cases: Sequence[Case]) -> list[str]:
     """Test ids of cases."""
     return [case.name.replace(", ", "-").replace(" ", "_") for case in cases]

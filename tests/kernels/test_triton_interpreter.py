@@ -9,7 +9,7 @@ import torch
 from lens_kernels import attention, explain
 
 from tests.kernels import triton_checks as checks
-from tests.kernels.helpers import CASES, CUDA, case_problem, check, ids, tensors
+from tests.kernels.helpers import CASES, CUDA, case_problem, check, few, ids, tensors
 
 triton_run = pytest.importorskip("lens_kernels.triton_run", reason="triton is not installed")
 pytestmark = pytest.mark.skipif(CUDA, reason="the kernels run on the GPU here: test_triton_gpu.py")
@@ -22,16 +22,16 @@ def _nan_in_new_memory(monkeypatch):
     monkeypatch.setattr(triton_run.pack, "_poison", True)
 
 
-@pytest.mark.parametrize("number", range(len(CASES)), ids=ids(CASES))
-def test_every_statistic_under_every_mask(number):
+@pytest.mark.parametrize("case", few(CASES))
+def test_every_statistic_under_every_mask(case):
     """Every second one with softcap, learned sinks and a scale."""
     options = {}
-    if number % 2:
+    if CASES.index(case) % 2:
         options = {"softcap": 2.5, "sink_logits": torch.tensor([0.5, 30.0]), "scale": 0.37}
-    check("triton", case_problem(CASES[number], "cpu", heads=2, kv_heads=1, **options))
+    check("triton", case_problem(case, "cpu", heads=2, kv_heads=1, **options))
 
 
-@pytest.mark.parametrize("case", CASES[::2], ids=ids(CASES[::2]))
+@pytest.mark.parametrize("case", few(CASES[::2]))
 def test_gradients_with_their_statistics(case):
     checks.check_gradients(case, "cpu", FLOAT)
 
