@@ -134,6 +134,33 @@ def test_origin_is_what_hooks_and_autograd_say(planted, found):
     assert found.origin["norm"][0] > 1.5
 
 
+def test_a_super_neuron_is_found_and_shares_are_those_of_its_weights():
+    network = build("llama")
+    with torch.no_grad():
+        network.model.layers[1].mlp.down_proj.weight[:, 9] = 0
+        network.model.layers[1].mlp.down_proj.weight[4, 9] = 30.0
+    origin = lens.sinks.kinds(lens.load(network), IDS[:1], sources=[0, 5], progress=False).origin
+    read = {}
+    for number, layer in enumerate(network.model.layers):
+        layer.mlp.down_proj.register_forward_pre_hook(
+            lambda _, x, number=number: read.update({number: x[0][0]})
+        )
+    with torch.no_grad():
+        network(IDS[:1])
+    for number, layer in enumerate(network.model.layers):
+        sizes = read[number].abs() * layer.mlp.down_proj.weight.norm(dim=0)
+        share = (sizes / sizes.sum(-1, keepdim=True)).amax(-1).detach()
+        others = [place for place in range(LENGTH) if place not in (0, 5)]
+        row = origin.iloc[number]
+        assert row["neuron_share"] == pytest.approx(float(share[[0, 5]].mean()), rel=1e-5)
+        assert row["neuron_share_others"] == pytest.approx(
+            float(np.median(share[others])), rel=1e-5
+        )
+    assert origin["neuron"][1] == 9
+    assert origin["channels"][1] == pytest.approx(1)
+    assert origin["channels"][0] > 5
+
+
 def test_one_prompt_has_numbers_without_intervals(planted):
     ids = torch.randint(4, 50, (1, LENGTH), generator=torch.Generator().manual_seed(1))
     ids[0, 0] = 2

@@ -107,7 +107,22 @@ class SinkKinds(Result):
         if not said:
             return []
         text = f"At most, over the median of other positions, the sources have {', '.join(said)}."
-        return [Sentence(text, kind="origin")]
+        return [Sentence(text, kind="origin"), *self._neuron()]
+
+    def _neuron(self) -> list[Sentence]:
+        """The layer in which one neuron makes the largest share of what its MLP writes at the sources."""
+        if self.origin["neuron_share"].isna().all():
+            return []
+        row = self.origin.iloc[int(np.nanargmax(self.origin["neuron_share"]))]
+        return [
+            Sentence(
+                f"Neuron {row['neuron']:.0f} of the MLP in layer {row['layer']:.0f} makes {row['neuron_share']:.0%}"
+                f"{ends(row['neuron_share_low'], row['neuron_share_high'], '.0%')} of what is written there at the sources, "
+                f"the largest at other positions {row['neuron_share_others']:.0%}; it writes through {row['channels']:.0f} "
+                "dimensions.",
+                kind="origin",
+            )
+        ]
 
 
 _ORIGIN = {

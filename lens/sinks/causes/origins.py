@@ -17,6 +17,7 @@ from lens.passes.inputs import Prompt
 from lens.passes.logits import logits_of
 from lens.passes.sessions import listening
 from lens.passes.stream import layer_inputs
+from lens.sinks.causes.neurons import neurons_of
 from lens.stats.intervals import columns
 
 _MEASURES = ("norm", "variance", "gradient", "value_gradient")
@@ -36,7 +37,7 @@ def origins_of(
     `norm`: of what enters the layer (massive activations). `variance`: over the dimensions of what all heads give at
     the position: averaging makes it smaller, and the first position averages nothing. `gradient`: size of the loss's
     gradient by what enters the layer; `value_gradient`: by the position's values, `sum_i A_ij dl/do_i`. Each with
-    `_low`, `_high`; `mass`: mean over the layer's heads.
+    `_low`, `_high`; `mass`: mean over the layer's heads; and the columns of `lens.sinks.causes.neurons`.
     """
     found = []
     with advancing("origin of sinks", len(prompts), progress) as advance:
@@ -48,6 +49,7 @@ def origins_of(
     table = {"layer": layers}
     for name, values in zip(_MEASURES, measured, strict=True):
         table |= columns(name, values, seed)
+    table |= neurons_of(model, prompts, sources, seed=seed)
     table["mass"] = rows.groupby("layer")["mass"].mean().loc[layers].to_numpy()
     return pd.DataFrame(table)
 

@@ -1,0 +1,97 @@
+"""Super neurons: whether one neuron makes most of what an MLP writes at the sources of a sink.
+
+    share of neuron n = |a_n| |W_n| / sum over m of |a_m| |W_m|,   a what the last projection W of the MLP reads
+
+Reference: a sink's state comes from few MLP neurons that write through few channels, 2026, arXiv 2605.06611.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lens import stats
+from lens.models.layout import is_known
+from lens.models.loaded import LoadedModel
+from lens.models.parts import Block
+from lens.models.weights import matrix
+from lens.passes.inputs import Prompt
+from lens.passes.replay import proved
+from lens.passes.sessions import base
+from lens.stats.intervals import columns, known_mean
+
+_NAMES = ("down_proj", "c_proj", "fc2", "dense_4h_to_h", "dense", "lin2")
+
+
+def neurons_of(
+    model: LoadedModel, prompts: Sequence[Prompt], sources: Sequence[Tensor], *, seed: int
+) -> dict[str, np.ndarray]:
+    """Columns, one number per layer: `neuron_share` of the largest neuron at the sources, with `_low`, `_high` over prompts, and
+    `neuron_share_others`, of the largest at other positions (median); `neuron`, which it is most often at the sources;
+    `channels`, (sum w²)² / sum w⁴ of its weights: how many dimensions it writes through. NaN where MLPs are not in the
+    table, or have experts."""
+    layers = list(model.info.attending)
+    blocks = proved(model).blocks if is_known(model) else ()
+    lasts = {
+        layer: found for layer, block in enumerate(blocks) if (found := _last(block)) is not None
+    }
+    shares = np.full((2, len(layers), len(prompts)), np.nan)
+    largest = np.full((len(layers), len(prompts)), -1)
+    weights = {layer: matrix(part, model)[0].double() for layer, part in lasts.items()}
+    for number, (prompt, source) in enumerate(zip(prompts, sources, strict=True)):
+        for layer, read in _read(model, prompt, lasts).items():
+            sizes = read.double().abs() * weights[layer].norm(dim=1)
+            if len(sizes) != len(source):  # experts take some of the tokens
+                continue
+            own = sizes / sizes.sum(-1, keepdim=True).clamp_min(1e-30)
+            most = own.amax(-1).cpu()
+            place = layers.index(layer)
+            shares[0, place, number] = float(most[source].mean())
+            shares[1, place, number] = stats.quantile(most[~source].numpy(), 0.5)
+            largest[place, number] = int(own[source.to(own.device)].mean(0).argmax())
+    often = [
+        int(np.bincount(row[row >= 0]).argmax()) if (row >= 0).any() else -1 for row in largest
+    ]
+    channels = [
+        float((w := weights[layer][neuron].square()).sum() ** 2 / w.square().sum())
+        if neuron >= 0
+        else np.nan
+        for layer, neuron in zip(layers, often, strict=True)
+    ]
+    return {
+        **columns("neuron_share", shares[0], seed),
+        "neuron_share_others": known_mean(shares[1]),
+        "neuron": np.array([neuron if neuron >= 0 else np.nan for neuron in often]),
+        "channels": np.array(channels),
+    }
+
+
+def _last(block: Block) -> nn.Module | None:
+    """The one projection that an MLP ends with."""
+    found = [
+        part
+        for mlp in block.mlp
+        for name, part in mlp.named_modules()
+        if name.rpartition(".")[2] in _NAMES or (not name and part is block.mlp[-1])
+    ]
+    plain = [part for part in found if isinstance(getattr(part, "weight", None), Tensor)]
+    return plain[0] if len(plain) == 1 else None
+
+
+def _read(model: LoadedModel, prompt: Prompt, lasts: dict[int, nn.Module]) -> dict[int, Tensor]:
+    """Layer -> [tokens, neurons] that its last projection reads."""
+    found: dict[int, Tensor] = {}
+
+    def keep(layer: int, _: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        found[layer] = arguments[0].detach().flatten(0, -2)
+
+    with ExitStack() as stack, torch.no_grad():
+        for layer, part in lasts.items():
+            stack.callback(part.register_forward_pre_hook(partial(keep, layer)).remove)
+        base(model)(**prompt.inputs)
+    return found
