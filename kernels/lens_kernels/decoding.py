@@ -54,9 +54,9 @@ def decode(
     problem = make_problem(query, key, value, **options)
     if problem.queries > FEW:
         raise ValueError(f"decode takes up to {FEW} queries, got {problem.queries}; call attention")
-    if piece < 1 or piece % problem.block_size[1]:
+    if not isinstance(piece, int) or piece < 1 or piece % problem.block_size[1]:
         raise ValueError(
-            f"piece must be a multiple of the key block {problem.block_size[1]}, got {piece}"
+            f"piece must be a multiple of the key block {problem.block_size[1]}, got {piece!r}"
         )
     chosen = choose(problem, backend)
     run = load(chosen).run

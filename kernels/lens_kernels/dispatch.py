@@ -74,7 +74,7 @@ def load(name: str) -> Backend:
     Raises:
         ValueError: for a name that is not in the table.
     """
-    if name not in MODULES:
+    if not isinstance(name, str) or name not in MODULES:
         raise ValueError(f"unknown backend {name!r}; use auto, {', '.join(MODULES)}")
     return cast(Backend, importlib.import_module(MODULES[name]))
 

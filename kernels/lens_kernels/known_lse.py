@@ -92,6 +92,11 @@ def masses_from_lse(
         >>> round(float(mass), 4), round(float(too_much), 4)
         (0.6667, 1.3333)
     """
+    for name, one in (("query", query), ("key", key), ("lse", lse)):
+        if not isinstance(one, Tensor):
+            raise TypeError(f"{name} must be a torch tensor, got {type(one).__name__}")
+    if isinstance(statistics, str) or not isinstance(statistics, Iterable):
+        raise TypeError(f"statistics must be a list of names, got {statistics!r}")
     names = frozenset(statistics)
     if unknown := sorted(names - SUMS):
         raise ValueError(

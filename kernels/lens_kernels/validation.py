@@ -197,6 +197,8 @@ def _block_side(size: int, length: int) -> int:
 def _scale(scale: float | None, head_dim: int) -> float:
     if scale is None:
         return head_dim**-0.5
+    if not hasattr(scale, "__float__"):
+        raise TypeError(f"scale must be a number, got {scale!r}")
     if not math.isfinite(scale):
         raise ValueError(f"scale must be finite, got {scale}; None means 1/sqrt(head_dim)")
     return float(scale)
@@ -205,6 +207,8 @@ def _scale(scale: float | None, head_dim: int) -> float:
 def _softcap(softcap: float | None, dtype: torch.dtype) -> float | None:
     if softcap is None:
         return None
+    if not hasattr(softcap, "__float__"):
+        raise TypeError(f"softcap must be a number, got {softcap!r}")
     if not (math.isfinite(softcap) and softcap > 0):
         raise ValueError(f"softcap must be positive and finite, got {softcap}; None means no cap")
     if dtype == torch.float64:
@@ -238,6 +242,8 @@ def _labels(
     """Stacked label vectors [batch, queries | keys, pairs], int32."""
     if match is None:
         return None, None
+    if not isinstance(match, Sequence) or isinstance(match, str):
+        raise TypeError(f"match must be a list of pairs of labels, got {match!r}"[:200])
     if not len(match):
         raise ValueError("match is empty; give at least one (query_labels, key_labels) or None")
     columns: tuple[list[Tensor], list[Tensor]] = ([], [])

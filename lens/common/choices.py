@@ -77,6 +77,20 @@ def check_lists(**lists: Any) -> None:
             raise LensError(f"{name} must be a list, got {_shown.repr(value)}")
 
 
+def check_mapping(**given: Any) -> None:
+    """Refuse what does not map names to something.
+
+    Raises:
+        LensError: `conditions must map names to something, got [1]`
+
+    Example:
+        >>> check_mapping(conditions={"clean": [1], "corrupt": [2]})
+    """
+    for name, value in given.items():
+        if not isinstance(value, Mapping):
+            raise LensError(f"{name} must map names to something, got {_shown.repr(value)}")
+
+
 def check_between(least: float, most: float, **lists: Any) -> None:
     """Refuse what is no list of at least one number between `least` and `most`, both left out.
 

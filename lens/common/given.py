@@ -11,6 +11,10 @@ _MADE_BY = {
     "AttentionTrace": "lens.capture(model, prompt) makes one",
     "Circuit": "lens.circuits.find(model, task) makes one",
     "EdgeScores": "lens.circuits.score_edges(model, task) makes one",
+    "HeadScores": "lens.heads.importance(model, task) makes them",
+    "Agreement": "lens.heads.agreement(scores, others) makes one",
+    "Effect": "lens.effect(model, prompts, edit) makes one",
+    "Segments": "lens.vision.segments(model, inputs) makes them",
     "Graph": "lens.circuits.score_edges(model, task).graph is one",
     "PositionScores": "lens.circuits.scores.positions(model, task) makes them",
     "Overlay": "trace.overlay() makes one",
@@ -53,6 +57,23 @@ def given_traces(traces: Any) -> list[Any]:
             f"expected at least one trace, got an empty list; {_MADE_BY['AttentionTrace']}"
         )
     return [given_as("AttentionTrace", traces=trace) for trace in several]
+
+
+def given_table(table: Any, *columns: str) -> None:
+    """Refuse what is no table, or lacks columns.
+
+    Raises:
+        LensError: `expected a table with the columns layer, head, got 'text'`
+    """
+    if type(table).__name__ != "DataFrame" or not all(one in [*table.columns] for one in columns):
+        got = (
+            f"the columns {', '.join(map(str, table.columns))}"
+            if hasattr(table, "columns")
+            else _said(table)
+        )
+        raise LensError(
+            f"expected a table with the columns {', '.join(map(str, columns))}, got {got}"
+        )
 
 
 def _said(value: Any) -> str:

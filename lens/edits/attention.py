@@ -25,7 +25,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
-from lens.common.choices import check_choice
+from lens.common.choices import check_choice, is_number
 from lens.common.errors import LensError
 from lens.edits._keyed import KeyedEdit, Plan, Rule
 from lens.edits.language import OfHeads, Running, check_number, plain_keys
@@ -220,7 +220,7 @@ class LearnedSink(AttentionOfKeys):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.amount < math.inf:
+        if not (is_number(self.amount) and 0 <= self.amount < math.inf):
             raise LensError(
                 f"amount of LearnedSink is exp(its logit), 0 or more, got {self.amount}"
             )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lens.common.choices import check_choice
+from lens.common.choices import check_choice, is_whole
 from lens.common.errors import LensError
 from lens.common.head_ids import AnyHead, one_or_more
 from lens.edits._parts import (
@@ -159,8 +159,8 @@ class Activation(Edit):
     def __post_init__(self) -> None:
         for name in ("position", "dim"):
             given = getattr(self, name)
-            numbers = (given,) if isinstance(given, int) else tuple(given)
-            if not numbers or not all(isinstance(one, int) and one >= 0 for one in numbers):
+            numbers = (given,) if is_whole(given) or not isinstance(given, Sequence) else given
+            if not numbers or not all(is_whole(one) and one >= 0 for one in numbers):
                 raise LensError(
                     f"{name} of Activation must be one or more numbers from 0, got {given!r}"
                 )

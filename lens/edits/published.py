@@ -9,7 +9,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-from lens.common.choices import check_choice
+from lens.common.choices import check_choice, check_lists, is_number, is_whole
 from lens.common.errors import LensError
 from lens.edits._act import ActEdit
 from lens.edits._pasta import PastaEdit
@@ -205,12 +205,14 @@ class Pasta(OfHeads):
 
     def __post_init__(self) -> None:
         check_choice("preset of PASTA", self.preset, Preset)
-        if not 0 < self.alpha < math.inf:
+        if not (is_number(self.alpha) and 0 < self.alpha < math.inf):
             raise LensError(
                 f"alpha of PASTA must be above 0, got {self.alpha}; hide keys with lens.edits.Mask"
             )
-        ends = tuple(sorted((int(start), int(end)) for start, end in self.spans))
-        if not ends or any(not 0 <= start < end for start, end in ends):
+        check_lists(spans=self.spans)
+        pairs = all(isinstance(one, Sequence) and len(one) == 2 for one in self.spans)
+        ends = tuple(sorted(map(tuple, self.spans))) if pairs else ()
+        if not ends or any(not (is_whole(a) and is_whole(b) and 0 <= a < b) for a, b in ends):
             raise LensError(f"spans must be (start, end) with 0 <= start < end, got {self.spans}")
         if any(start < end for (_, end), (start, _) in itertools.pairwise(ends)):
             raise LensError(f"spans must not overlap, got {self.spans}")

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from lens.common.choices import check_counts
+from lens.common.choices import check_counts, is_whole
 from lens.common.errors import LensError
 from lens.common.given import given_as
 from lens.common.head_ids import HeadId
@@ -177,10 +177,10 @@ def search_heads(
         raise LensError(
             "search_heads chooses the heads itself: leave heads and layers of the edit out"
         )
-    if most < 1:
+    if not is_whole(most) or most < 1:
         raise LensError(f"most must be at least one head, got {most}")
     count = round(validation * task.n)
-    if not 2 <= count <= task.n - 2:
+    if not (is_whole(count) and 2 <= count <= task.n - 2):
         raise LensError(
             f"validation={validation} of {task.n} prompts leaves {count} to choose with and "
             f"{task.n - count} to judge by; each side needs two"

@@ -56,7 +56,12 @@ class Subspace(OfHeads):
         super().__post_init__()
         check_choice("of", self.of, Of)
         check_number("amount of Subspace", self.amount, 0, 1)
-        basis = torch.as_tensor(self.basis).detach().double()
+        try:
+            basis = torch.as_tensor(self.basis).detach().double()
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise LensError(
+                f"basis of Subspace must be an array, got {type(self.basis).__name__}"
+            ) from error
         if basis.dim() != 2 or not 1 <= basis.shape[1] <= basis.shape[0]:
             raise LensError(
                 f"basis of Subspace must be [width, rank] with rank 1 to width, got the shape {list(basis.shape)}"

@@ -8,7 +8,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from lens.common.colors import DIVERGING, LINE, scale
-from lens.common.errors import LensError
+from lens.common.given import given_as, given_table
 from lens.figures.rows import whiskers
 from lens.figures.style import Look, escaped, style
 
@@ -25,7 +25,7 @@ def agreement_map(agreement: Agreement, **look: Unpack[Look]) -> go.Figure:
         >>> measures = [lens.heads.importance(small, copying, method=one) for one in ("gradient", "gate")]
         >>> lens.figures.agreement_map(lens.heads.agreement(*measures))
     """
-    rows = agreement.table()
+    rows = given_as("Agreement", agreement=agreement).table()
     labels = list(dict.fromkeys([*rows["first"], *rows["second"]]))
     place = {label: index for index, label in enumerate(labels)}
     taus = np.eye(len(labels))
@@ -86,10 +86,7 @@ def measure_scatter(joined: pd.DataFrame, x: str, y: str, **look: Unpack[Look]) 
         >>> measures = [lens.heads.importance(small, copying, method=one) for one in ("gradient", "gate")]
         >>> lens.figures.measure_scatter(lens.heads.join(*measures), "gradient", "gate")
     """
-    have = [str(column) for column in joined.columns]
-    for name in (x, y):
-        if name not in have:
-            raise LensError(f"the table has no {name!r}; it has {', '.join(have)}")
+    given_table(joined, x, y)
     figure = go.Figure(
         go.Scatter(
             x=joined[x],

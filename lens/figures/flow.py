@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Unpack
 
 import plotly.graph_objects as go
 
+from lens.common.choices import is_whole
 from lens.common.colors import ACCENT, BASELINE, LINE
 from lens.common.errors import LensError
 from lens.common.plots import draws
@@ -24,7 +25,7 @@ def flow_plot(routes: FlowRoutes, prompt: int = 0, **look: Unpack[Look]) -> go.F
     Raises:
         LensError: a prompt that is not there.
     """
-    if not 0 <= prompt < routes.n:
+    if not (is_whole(prompt) and 0 <= prompt < routes.n):
         raise LensError(f"there are prompts 0 to {routes.n - 1}, got {prompt}")
     edges = routes.edges[(routes.edges["prompt"] == prompt).to_numpy()]
     figure = go.Figure()

@@ -147,7 +147,7 @@ def block_map(trace: AttentionTrace, layer: int, head: int, **look: Unpack[Look]
         >>> lens.figures.block_map(trace, 1, 0).layout.title.text
         'L1H0: attention, one token a cell'
     """
-    if trace.cross:
+    if given_as("AttentionTrace", trace=trace).cross:
         return cross_map(trace, layer, head, provenance(trace, layer, head, "block_map"), **look)
     exact = trace.length <= MOST_CELLS and not trace.tile_refusal(layer, head)
     step = 1

@@ -11,6 +11,7 @@ import plotly.graph_objects as go
 
 from lens.common.colors import ACCENT, DIVERGING, LINE, VIRIDIS, scale
 from lens.common.errors import LensError
+from lens.common.given import given_table
 from lens.figures.rows import head_names
 from lens.figures.style import Look, escaped, grid_axes, grid_height, style
 from lens.traces.metrics import metric_of
@@ -25,6 +26,7 @@ def select(table: pd.DataFrame, metric: str, variant: str = "raw") -> pd.DataFra
         LensError: the metric is not in the table, more than one `prompt_id` is left, or the wide
             table of `lens.profile`.
     """
+    given_table(table)
     if missing := [name for name in _COLUMNS if name not in table]:
         raise LensError(
             f"figures of heads take the long table, one row per head and metric; this one lacks "
@@ -139,7 +141,8 @@ def head_scatter(
         >>> len(figure.data[0].x)  # 3 layers of 6 heads
         18
     """
-    names = [name for name in (x, y, color) if name is not None]
+    given_table(table)
+    names = [x, y, *([] if color is None else [color])]
     used = {name: variant if metric_of(name).sink_excluded else "raw" for name in names}
     parts = {name: select(table, name, used[name]) for name in names}
     columns = {

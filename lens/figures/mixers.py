@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Unpack
 import numpy as np
 import plotly.graph_objects as go
 
+from lens.common.choices import is_whole
 from lens.common.colors import ACCENT, BASELINE, DIVERGING, LINE, VIRIDIS, scale
 from lens.common.errors import LensError
 from lens.common.plots import draws
@@ -35,7 +36,7 @@ def mixer_map(
     Raises:
         LensError: a head that the mixer has not got.
     """
-    if not 0 <= head < found.heads:
+    if not (is_whole(head) and 0 <= head < found.heads):
         raise LensError(
             f"the mixer of layer {found.layer} has heads 0 to {found.heads - 1}, got {head}"
         )

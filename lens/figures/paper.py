@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import plotly.graph_objects as go
 
+from lens.common.choices import is_number
 from lens.common.errors import LensError
 
 WIDTHS: dict[str, float] = {"single": 3.25, "double": 6.75}
@@ -51,10 +52,14 @@ def for_paper(
     if width not in WIDTHS:
         raise LensError(f"width must be {' or '.join(WIDTHS)}, got {width!r}")
     ratio = (0.75 if width == "single" else 0.5) if ratio is None else ratio
-    if ratio <= 0 or points <= 0:
+    if not all(is_number(one) and one > 0 for one in (ratio, points)):
         raise LensError(f"ratio and points must be positive, got {ratio} and {points}")
     across = WIDTHS[width] * PIXELS_PER_INCH
     size = points * PIXELS_PER_INCH / _POINTS_PER_INCH
+    if not isinstance(figure, go.Figure):
+        raise LensError(
+            f"for_paper takes a figure, such as result.plot(), got {type(figure).__name__}"
+        )
     made: Any = go.Figure(figure)
     lines = _wrapped(made.layout.title.text, round(_LINE * across / size)) if title else []
     font = {"size": size}

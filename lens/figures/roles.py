@@ -11,6 +11,7 @@ import plotly.graph_objects as go
 
 from lens.common.colors import VIRIDIS, scale
 from lens.common.errors import LensError
+from lens.common.given import given_table
 from lens.common.plots import draws
 from lens.figures.style import Look, grid_axes, grid_height, style
 from lens.traces.metrics import METRICS
@@ -50,6 +51,7 @@ def role_map(
     Example:
         >>> lens.figures.role_map(lens.heads.roles(small, lens.tasks.copied(small, 25)).table())
     """
+    given_table(table)
     chosen = list(_SHOWN if columns is None else columns)
     if missing := [name for name in chosen if name not in table]:
         raise LensError(f"the table has no column {', '.join(missing)}")

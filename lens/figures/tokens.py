@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Unpack
 import numpy as np
 import plotly.graph_objects as go
 
+from lens.common.choices import is_whole
 from lens.common.colors import VIRIDIS, scale
 from lens.common.errors import LensError
 from lens.figures.head import head_data, provenance
@@ -45,7 +46,7 @@ def token_strip(
         unit, found = "mean probability", f"{name}: attention that each token receives"
         first = 0
     else:
-        if not 0 <= query < trace.queries:
+        if not (is_whole(query) and 0 <= query < trace.queries):
             raise LensError(f"query must be 0 to {trace.queries - 1}, got {query}")
         values = trace.tile(layer, head, (query, query + 1), (0, trace.length))[0]
         unit = "probability"

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lens.common.choices import check_choice
+from lens.common.choices import check_choice, is_number, is_whole
 from lens.common.errors import LensError
 from lens.common.given import given_as
 from lens.common.progress import advancing
@@ -87,9 +87,9 @@ def greedy_removal(
     candidates, clean, without = _prepared(model, task, distance)
     total = len(candidates)
     count = total // 2 if count is None else count
-    if not 1 <= count <= total:
+    if not (is_whole(count) and 1 <= count <= total):
         raise LensError(f"count must be 1 to {total}, the sub-layers of {model.name}; got {count}")
-    if not 0 <= spared < 1:
+    if not (is_number(spared) and 0 <= spared < 1):
         raise LensError(f"spared must be a share in [0, 1), got {spared}; use e.g. 0.4")
     last = candidates[: int(spared * total) + 1] if spared else []
     order: list[str] = []

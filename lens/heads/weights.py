@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from lens.common.choices import check_counts
+from lens.common.choices import check_counts, is_whole
 from lens.common.errors import LensError
 from lens.common.head_ids import HeadId
 from lens.models.loaded import LoadedModel
@@ -118,7 +118,7 @@ def copying(
     check_counts(0, seed=seed)
     weights = head_weights(model)
     vocab = len(weights.embedding)
-    if not 1 <= top <= vocab:
+    if not (is_whole(top) and 1 <= top <= vocab):
         raise LensError(f"top must be 1 to {vocab}, the size of the vocabulary, got {top}")
     if tokens is not None and tokens < 1:
         raise LensError(f"tokens must be at least 1, or None for all, got {tokens}")

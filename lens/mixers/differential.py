@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lens.common.choices import is_number
 from lens.common.errors import LensError
 from lens.mixers.phi import BLOCK, Phi
 
@@ -68,6 +69,12 @@ def differential(
         >>> bool(torch.allclose(phi.row_sums(), torch.tensor(0.8, dtype=torch.float64)))
         True
     """
+    given = {"query": query, "key": key, "value": value, "factor": factor}
+    for name, one in given.items():
+        if not isinstance(one, Tensor):
+            raise LensError(f"{name} must be a tensor, got {type(one).__name__}")
+    if not is_number(scale):
+        raise LensError(f"scale must be a number, got {scale!r}")
     if (
         query.dim() != 4
         or len(query) != 2

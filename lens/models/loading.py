@@ -348,7 +348,7 @@ def _refuse_absent_weights(model: PreTrainedModel) -> None:
 def _device(device: str | torch.device | None) -> torch.device:
     try:
         return torch.empty(0, device=device or "cpu").device
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, TypeError) as error:
         raise LensError(
             f"device {str(device)!r} cannot be used ({first_line(error)}); use cpu, or see "
             "what is there with `lens doctor`"

@@ -64,6 +64,7 @@ def evaluate(
         >>> found = lens.policies.evaluate(model, texts, lens.policies.AShape(first=16, last=16), block_size=16)
         >>> found.table()[["name", "density", "recall", "oracle_recall", "output_error"]]
     """
+    check_counts(0, seed=seed)
     policies = several("policy", policy)
     sizes = [
         check_block_size(one.block_size if block_size is None else block_size) for one in policies

@@ -132,6 +132,7 @@ def run(
         >>> found = lens.policies.run(model, task, lens.policies.AShape(4, 8), block_size=4, progress=False)
         >>> found.table()[["policy", "density", "dense", "sparse", "change", "kl"]]
     """
+    check_counts(0, seed=seed)
     given: Any = list(task) if isinstance(task, Sequence) and not isinstance(task, str) else task
     if not (isinstance(given, list) and given and all(isinstance(one, Trial) for one in given)):
         given_as("Task", task=task)

@@ -71,6 +71,7 @@ def search(
         >>> found = lens.policies.search(model, texts, loss=0.05, block_size=4, draws=1)
         >>> found.table()[["name", "policy", "density", "layer_error"]]
     """
+    check_counts(0, seed=seed)
     chooses, promises = _split(model, prompts, held_out)
     size = check_block_size(block_size)
     if not is_number(loss) or not loss >= 0:

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 
+from lens.common.choices import check_counts
 from lens.common.errors import LensError
 from lens.common.given import given_as
 from lens.common.head_ids import head_columns
@@ -57,6 +58,7 @@ def add(
         >>> section.title
         'Doubt'
     """
+    check_counts(0, seed=seed)
     given_as("Run", run=run)
     for word, text in {
         "name": name,

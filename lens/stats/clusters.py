@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lens.common.choices import is_whole
 from lens.common.errors import LensError
+from lens.stats.intervals import numbers
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int, Real
@@ -34,7 +36,7 @@ def average_linkage(
     """
     from scipy.cluster.hierarchy import linkage
 
-    pairs = np.asarray(distances, float)
+    pairs = numbers(distances)
     if pairs.ndim != 1:
         pairs = _square(pairs)[np.triu_indices(len(pairs), 1)]
     members = round((1 + np.sqrt(1 + 8 * len(pairs))) / 2)
@@ -65,8 +67,8 @@ def cut_tree(merges: Float[np.ndarray, "merges 3"], count: int) -> Int[np.ndarra
         >>> lens.stats.cut_tree(lens.stats.average_linkage(np.array([1.0, 5, 5])), 2).tolist()
         [0, 0, 1]
     """
-    members = len(merges) + 1
-    if not 1 <= count <= members:
+    members = len(numbers(merges)) + 1
+    if not (is_whole(count) and 1 <= count <= members):
         raise LensError(f"count must be 1 to {members}, the number of members, got {count}")
     part = np.arange(2 * members - 1)  # of each part the cluster that it is in
     for step in range(members - count - 1, -1, -1):  # from the root of each cluster downwards
@@ -151,6 +153,7 @@ def adjusted_rand(a: Int[np.ndarray, "members"], b: Int[np.ndarray, "members"]) 
         >>> lens.stats.adjusted_rand(np.array([0, 0, 1, 1]), np.array([1, 1, 0, 0]))
         1.0
     """
+    a, b = _members(a), _members(b)
     if len(a) != len(b) or len(a) < 2:
         raise LensError(
             f"two groupings of the same members, at least two, are compared; got {len(a)} and {len(b)}"
@@ -168,7 +171,15 @@ def _pairs(members):
     return members * (members - 1) / 2
 
 
+def _members(grouping: Any) -> np.ndarray:
+    found = numbers(grouping)
+    if found.ndim != 1 or not np.array_equal(found, np.round(found)):
+        raise LensError(f"a grouping is a whole number for each member, got {grouping!r}"[:200])
+    return found.astype(int)
+
+
 def _square(distances: np.ndarray) -> np.ndarray:
+    distances = numbers(distances)
     if distances.ndim != 2 or distances.shape[0] != distances.shape[1]:
         raise LensError(f"distances must be [n, n], got shape {distances.shape}")
     return distances

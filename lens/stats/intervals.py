@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from lens.common.choices import check_counts
+from lens.common.choices import check_counts, is_number, is_whole
 from lens.common.errors import LensError
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def quantile(values: ArrayLike, share: float, *, axis: int = -1) -> Any:
         >>> float(lens.stats.quantile([1, 2, 3, 4], 0.5))
         2.5
     """
-    if not 0 <= share <= 1:
+    if not (is_number(share) and 0 <= share <= 1):
         raise LensError(f"share must be 0 to 1, got {share}; 0.5 is the median")
     return np.quantile(_last(values, axis), share, axis=-1)
 
@@ -84,7 +84,7 @@ def draws(
         >>> lens.stats.draws(5, seed=0, resamples=2).sum(1).tolist()
         [5.0, 5.0]
     """
-    if units < 1 or resamples < 1:
+    if not all(is_whole(one) and one >= 1 for one in (units, resamples)):
         raise LensError(
             f"units and resamples must be at least 1, got {units} and {resamples}; nothing is drawn "
             "from nothing"
@@ -115,6 +115,7 @@ def over_units(
         >>> bool(low < 2.5 < high)
         True
     """
+    check_counts(0, seed=seed)
     if np.shape(sums) != np.shape(counts):
         raise LensError(
             f"sums and counts must have one shape, got {np.shape(sums)} and {np.shape(counts)}; give "
@@ -148,7 +149,7 @@ def of_share(share: float, units: int) -> tuple[float, float]:
         [0.722, 1.0]
     """
     check_counts(units=units)
-    if not 0 <= share <= 1:
+    if not (is_number(share) and 0 <= share <= 1):
         raise LensError(f"share must be 0 to 1, got {share}")
     z = NormalDist().inv_cdf(_ENDS[1])
     middle, spread = share + z * z / (2 * units), share * (1 - share) / units
@@ -205,6 +206,7 @@ def over_rows(
         >>> low.shape
         (3,)
     """
+    check_counts(0, seed=seed)
     scored = ~np.isnan(values)
     starts = np.arange(0, values.shape[-1], max(1, int(np.sqrt(values.shape[-1]))))
     sums = np.add.reduceat(np.where(scored, values, 0), starts, axis=-1)
@@ -224,11 +226,22 @@ def _drawn(units: int, random: np.random.Generator, resamples: int) -> np.ndarra
     return random.multinomial(units, np.full(units, 1 / units), resamples).astype(float)
 
 
+def numbers(values: ArrayLike) -> np.ndarray:
+    """As float64, of at least one dimension; raises LensError where they are none."""
+    try:
+        array = np.asarray(values, float)
+    except (TypeError, ValueError) as error:
+        raise LensError(f"values must be numbers, got {type(values).__name__}: {error}") from error
+    if not array.ndim:
+        raise LensError("expected several numbers, got a single one; give an array")
+    return array
+
+
 def _last(values: ArrayLike, axis: int, *, least: int = 1) -> np.ndarray:
     """The values as floats, `axis` the last one."""
-    array = np.asarray(values, float)
-    if array.ndim == 0:
-        raise LensError("expected several numbers, got a single one; give an array")
+    array = numbers(values)
+    if not is_whole(axis) or not -array.ndim <= axis < array.ndim:
+        raise LensError(f"axis must be one of {array.ndim}, got {axis!r}")
     if array.shape[axis] < least:
         raise LensError(f"expected at least {least} value along axis {axis}, got {array.shape}")
     return np.moveaxis(array, axis, -1)

@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike
 
 from lens.common.choices import check_counts
 from lens.common.errors import LensError
+from lens.stats.intervals import numbers
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -26,7 +27,7 @@ def ranks(values: ArrayLike) -> Float[np.ndarray, "*rest n"]:
     """
     from scipy.stats import rankdata
 
-    return rankdata(_numbers(values), axis=-1)
+    return rankdata(numbers(values), axis=-1)
 
 
 def spearman(a: ArrayLike, b: ArrayLike) -> float:
@@ -42,7 +43,7 @@ def spearman(a: ArrayLike, b: ArrayLike) -> float:
         >>> lens.stats.spearman([1, 2, 3], [10, 20, 400])
         1.0
     """
-    x, y = _numbers(a), _numbers(b)
+    x, y = numbers(a), numbers(b)
     if x.shape != y.shape or x.ndim != 1:
         raise LensError(
             f"expected two vectors of one length, got shapes {x.shape} and {y.shape}; give one number "
@@ -97,7 +98,7 @@ def top(values: ArrayLike, k: int) -> Int[np.ndarray, "*rest {k}"]:
         >>> lens.stats.top([3, 9, 5], 2).tolist()
         [1, 2]
     """
-    array = _numbers(values)
+    array = numbers(values)
     check_counts(0, k=k)
     if not 0 <= k <= array.shape[-1]:
         raise LensError(f"k must be 0 to {array.shape[-1]}, the number of values, got {k}")
@@ -130,19 +131,8 @@ def top_overlap(values: ArrayLike, k: int) -> Float[np.ndarray, "*rest measures 
     return inside @ np.swapaxes(inside, -1, -2) / k
 
 
-def _numbers(values: ArrayLike) -> np.ndarray:
-    """As float64, at least one dimension."""
-    try:
-        array = np.asarray(values, float)
-    except (TypeError, ValueError) as error:
-        raise LensError(f"values must be numbers, got {type(values).__name__}: {error}") from error
-    if not array.ndim:
-        raise LensError(f"values must be a list or an array, got the one value {values!r}")
-    return array
-
-
 def _measures(values: ArrayLike) -> np.ndarray:
-    array = _numbers(values)
+    array = numbers(values)
     if array.ndim < 2:
         raise LensError(
             f"expected measures [..., measures, n], got shape {array.shape}; stack them: "

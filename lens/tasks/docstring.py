@@ -2,6 +2,7 @@
 
 from random import Random
 
+from lens.common.choices import check_counts
 from lens.models.loaded import LoadedModel
 from lens.passes.logits import check_predicts_tokens
 from lens.tasks.candidates import Candidate, make_task, usable
@@ -37,6 +38,7 @@ def docstring(model: LoadedModel, n: int = 32, seed: int = 0) -> Task:
         >>> lens.tasks.docstring(lens.load("smollm2-135m"), n=8).metric
         'max_logit_difference'
     """
+    check_counts(0, seed=seed)
     check_predicts_tokens(model)
     documented = _MATCHING - 1
     needed = 1 + _PREFIX + _MATCHING + _SUFFIX + _MATCHING + documented

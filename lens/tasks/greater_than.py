@@ -2,6 +2,7 @@
 
 from random import Random
 
+from lens.common.choices import check_counts
 from lens.common.errors import LensError
 from lens.models.loaded import LoadedModel
 from lens.passes.logits import check_predicts_tokens
@@ -46,6 +47,7 @@ def greater_than(model: LoadedModel, n: int = 32, seed: int = 0) -> Task:
         >>> lens.tasks.greater_than(lens.load("smollm2-135m"), n=2).name
         'greater-than (tens digit)'
     """
+    check_counts(0, seed=seed)
     check_predicts_tokens(model)
     by_digit = _by_digit(model)
     starts = range(10, 99) if by_digit else range(2, 99)

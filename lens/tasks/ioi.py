@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 from random import Random
 
+from lens.common.choices import check_counts
 from lens.common.errors import LensError
 from lens.models.loaded import LoadedModel
 from lens.passes.logits import check_predicts_tokens
@@ -68,6 +69,7 @@ def ioi(
     Example:
         >>> task = ioi(lens.load("smollm2-135m"), n=8, seed=1)
     """
+    check_counts(0, seed=seed)
     check_predicts_tokens(model)
     if corruption not in CORRUPTIONS:
         raise LensError(f"unknown corruption {corruption!r}; known: {', '.join(CORRUPTIONS)}")

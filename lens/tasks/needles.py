@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from lens.common.choices import check_counts
+from lens.common.choices import check_counts, is_number
 from lens.common.errors import LensError
 from lens.models.loaded import LoadedModel
 from lens.models.vocabulary import ordinary_ids
@@ -145,7 +145,7 @@ def text(
         if length > len(hay):
             raise LensError(f"the haystack has {len(hay):,} tokens, {length:,} were asked for")
         for depth in depths:
-            if not 0 <= depth <= 1:
+            if not (is_number(depth) and 0 <= depth <= 1):
                 raise LensError(f"depth must lie between 0 and 1, got {depth}")
             at = max(1, round(depth * length))
             before = [*hay[:at], *lead]

@@ -55,7 +55,7 @@ def text(name: str) -> str:
         >>> lens.tasks.text("lily")[:17]
         'Once upon a time,'
     """
-    if name not in TEXTS:
+    if not isinstance(name, str) or name not in TEXTS:
         raise LensError(f"unknown text {name!r}; known: {', '.join(TEXTS)}")
     return TEXTS[name].read()
 

@@ -69,6 +69,11 @@ class Task:
     targets: Tensor | None = None
 
     def __post_init__(self) -> None:
+        for name in ("clean", "positions", "correct"):
+            if not isinstance(getattr(self, name), Tensor):
+                raise LensError(
+                    f"{name} must be a tensor, got {type(getattr(self, name)).__name__}"
+                )
         pictures = self.labels is not None and self.clean.is_floating_point()
         if self.targets is not None:
             _check_targets(self.clean, self.targets)

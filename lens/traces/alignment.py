@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import kendalltau
 
-from lens.common.choices import check_choice, check_lists
+from lens.common.choices import check_choice, check_lists, is_whole
 from lens.common.errors import LensError
 from lens.common.head_ids import head_columns
 from lens.common.results import Result, Sentence, described
@@ -207,7 +207,7 @@ def _rows(trace: AttentionTrace, labels: Any, at: At) -> dict[int, list[int]]:
             )
         token, keys = int(token), keys.ravel().tolist()
         row = token - (at == "predicted")
-        if not 0 <= token < trace.queries + (at == "predicted"):
+        if not (is_whole(token) and 0 <= token < trace.queries + (at == "predicted")):
             raise LensError(f"the target has positions 0 to {trace.queries - 1}, got {token}")
         if not all(0 <= key < trace.length for key in keys):
             raise LensError(f"the source has positions 0 to {trace.length - 1}, got {keys}")

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lens.common.choices import check_counts
+from lens.common.given import given_table
 from lens.common.results import few
 
 if TYPE_CHECKING:
@@ -155,6 +157,8 @@ def findings(table: pd.DataFrame, *, most: int = 6) -> list[Finding]:
         >>> first.kind, len(first.heads)
         ('sink', 5)
     """
+    check_counts(most=most)
+    given_table(table, "prompt_id", "metric", "variant", "value", "low", "uniform")
     made = [finding for rule in _RULES if (finding := _apply(rule, table, most)) is not None]
     return sorted(made, key=lambda finding: not finding.found)
 

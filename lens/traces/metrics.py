@@ -10,6 +10,8 @@ what no query can show is NaN with a reason.
 
 from dataclasses import dataclass
 
+from lens.common.errors import LensError
+
 
 @dataclass(frozen=True)
 class Metric:
@@ -158,6 +160,8 @@ METRICS: dict[str, Metric] = {metric.name: metric for metric in _TABLE}
 
 def metric_of(name: str) -> Metric:
     """The metric of that name; of a user's own what its name says, without a unit."""
+    if not isinstance(name, str):
+        raise LensError(f"a metric is named by its word, got {name!r}")
     return METRICS.get(name) or Metric(name, name, "", "no unit", True)
 
 

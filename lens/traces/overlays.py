@@ -16,9 +16,10 @@ import numpy as np
 import pandas as pd
 from scipy import ndimage
 
-from lens.common.choices import check_choice, is_whole
+from lens.common.choices import check_choice, is_number, is_whole
 from lens.common.colors import VIRIDIS
 from lens.common.errors import LensError
+from lens.common.given import given_as
 from lens.common.head_ids import AnyHead, HeadId
 from lens.common.results import Result, Sentence, described, few
 from lens.traces.metrics import VARIANTS
@@ -122,7 +123,7 @@ class Overlay(Result):
         Example:
             >>> lens.capture(vit, {"pixel_values": images}, keep_qk=True).overlay("L1H0").regions()
         """
-        if not 0 < share <= 1:
+        if not (is_number(share) and 0 < share <= 1):
             raise LensError(f"share must lie between 0 and 1, got {share}")
         values = np.nan_to_num(self.values[map_])
         order = np.sort(values.ravel())[::-1]
@@ -256,6 +257,8 @@ def grid_numbered(trace: Traced, image: int) -> PatchGrid:
     Raises:
         LensError: no picture, or no such one.
     """
+    if not hasattr(trace, "attrs"):
+        given_as("AttentionTrace", trace=trace)
     grids = grids_of(trace.attrs)
     if not is_whole(image) or not 0 <= image < len(grids):
         raise LensError(f"image must be 0 to {len(grids) - 1}, got {image!r}")

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from lens.common.choices import check_counts
 from lens.common.errors import LensError
 from lens.common.given import given_traces
 from lens.common.head_ids import head_columns
@@ -97,6 +98,7 @@ def profile(
         >>> table = lens.profile(trace)
         >>> table.sort_values("induction", ascending=False).head(3)
     """
+    check_counts(0, seed=seed)
     if parts := _by_part(traces):
         if random_weights:
             raise LensError(

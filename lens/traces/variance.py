@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from lens import stats
-from lens.common.choices import check_counts
+from lens.common.choices import check_counts, check_mapping
 from lens.common.errors import LensError
 from lens.common.head_ids import HeadId
 from lens.common.results import Result
@@ -108,6 +108,7 @@ def variance(
             metric that is unknown or was not scored for a head, or nothing that varies.
     """
     check_counts(0, seed=seed)
+    check_mapping(conditions=conditions)
     if len(conditions) < 2:
         raise LensError(f"variance compares at least two conditions, got {len(conditions)}")
     counts = {name: len(traces) for name, traces in conditions.items()}

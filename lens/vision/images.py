@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from lens.common.choices import is_whole
 from lens.common.errors import LensError
+from lens.common.given import given_as
 from lens.common.results import Result, Sentence, described
 
 if TYPE_CHECKING:
@@ -111,9 +113,10 @@ def grid(
         >>> trace, segments = lens.capture(vlm, inputs), lens.vision.segments(vlm, inputs)
         >>> lens.vision.grid(segments, trace.received.mean(("layer", "head"))).plot()
     """
+    given_as("Segments", segments=segments)
     if not segments.grids:
         raise LensError(f"the segments have no grids: {segments.why_no_grids or 'none were given'}")
-    if not 0 <= image < len(segments.grids):
+    if not (is_whole(image) and 0 <= image < len(segments.grids)):
         raise LensError(f"image must be 0 to {len(segments.grids) - 1}, got {image}")
     row, start, height, width = segments.grids[image]
     batch, tokens = segments.kind.shape

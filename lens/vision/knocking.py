@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lens.common.choices import check_choice, check_lists
+from lens.common.choices import check_choice, check_counts, check_lists
 from lens.common.errors import LensError
 from lens.common.head_ids import AnyHead
 from lens.common.results import Sentence
@@ -104,6 +104,7 @@ def knock_out(
         >>> found = lens.vision.knock_out(vlm, inputs, dims=(3, 7), tau=2)
         >>> found.table()[["condition", "mass", "delta_loss", "excess_low", "excess_high"]]
     """
+    check_counts(0, seed=seed)
     check_loaded(model)
     check_lists(controls=controls)
     for name in controls:

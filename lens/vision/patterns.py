@@ -214,6 +214,7 @@ def patterns(
         >>> lens.vision.patterns(trace, steps=20, progress=False).heads()["name"].tolist()[:2]
         ['L0H0', 'L0H1']
     """
+    check_counts(0, seed=seed)
     check_counts(size=size, steps=steps, draws=draws)
     several = given_traces(traces)
     if len({(one.model, one.layers, one.heads) for one in several}) > 1:

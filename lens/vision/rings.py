@@ -128,6 +128,7 @@ def rings(trace: AttentionTrace, *, image: int = 0, seed: int = 0) -> Rings:
     Example:
         >>> lens.vision.rings(lens.capture(vit, {"pixel_values": images}, keep_qk=True)).findings()
     """
+    check_counts(0, seed=seed)
     grid = grid_of(trace, image)
     away = np.abs(offsets(grid)).max(0)
     patches, count = len(away), int(away.max()) + 1
@@ -235,6 +236,7 @@ def shapes(
     Example:
         >>> lens.vision.shapes(lens.capture(vit, {"pixel_values": images}, keep_qk=True), window=2).table()
     """
+    check_counts(0, seed=seed)
     check_counts(window=window, step=step)
     grid = grid_of(trace, image)
     down, across = offsets(grid)

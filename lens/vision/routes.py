@@ -145,6 +145,7 @@ def text_flow(
     Example:
         >>> lens.vision.text_flow(vlm, inputs, progress=False).table()[["route", "layer", "mass", "kl"]]
     """
+    check_counts(0, seed=seed)
     check_loaded(model)
     check_counts(window=window)
     attending = model.info.attending

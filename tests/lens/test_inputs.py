@@ -344,7 +344,7 @@ def test_a_seed_that_is_none_is_refused_before_any_work(seed):
         (lambda model: lens.tasks.from_jsonl(model, ["x"]), "path must be the path of a file"),
         (lambda model: lens.circuits.load_circuit(3), "path must be the path of a file or folder"),
         (lambda model: lens.runs.open_run(None), "folder must be the path of a file or folder"),
-        (lambda model: lens.stats.ranks(3.0), "values must be a list or an array"),
+        (lambda model: lens.stats.ranks(3.0), "expected several numbers, got a single one"),
         (lambda model: lens.stats.top(["x"], 1), "values must be numbers"),
         (lambda model: lens.stats.top([1.0], "1"), "k must be an integer"),
         (lambda model: lens.figures.row_entropy(3, 0, 0), "trace must be an AttentionTrace"),

@@ -13,7 +13,7 @@ from lens.circuits.graph.circuit import Circuit
 from lens.circuits.graph.edge_scores import EdgeScores, Selection
 from lens.circuits.scores.methods import named
 from lens.circuits.scores.scoring import score_edges
-from lens.common.choices import check_counts
+from lens.common.choices import check_counts, check_lists
 from lens.common.errors import LensError
 from lens.common.given import given_as
 from lens.common.results import Result
@@ -118,6 +118,8 @@ def jaccard(circuits: Sequence[Circuit]) -> Stability:
         >>> float(lens.circuits.checks.jaccard([scores.top(n, prune=False) for n in (20, 40)]).mean)
         0.5
     """
+    check_lists(circuits=circuits)
+    circuits = [given_as("Circuit", circuits=one) for one in circuits]
     if len(circuits) < 2:
         raise LensError(f"overlaps need at least 2 circuits, got {len(circuits)}")
     graph = circuits[0].graph

@@ -16,7 +16,7 @@ from lens import stats
 from lens.circuits.checks.evaluation import run_circuits
 from lens.circuits.graph.circuit import Circuit
 from lens.circuits.graph.selection import random_edges, random_path
-from lens.common.choices import check_counts
+from lens.common.choices import check_counts, is_number
 from lens.common.errors import LensError
 from lens.common.given import given_as
 from lens.common.results import Result
@@ -109,7 +109,7 @@ def equivalence(
             f"equivalence compares one number per prompt of both, got the shapes "
             f"{list(model_values.shape)} and {list(circuit_values.shape)}"
         )
-    if not 0 <= epsilon < 0.5:
+    if not (is_number(epsilon) and 0 <= epsilon < 0.5):
         raise LensError(f"epsilon must be 0 or more and below 0.5, got {epsilon}")
     difference = model_values - circuit_values
     n = len(difference)

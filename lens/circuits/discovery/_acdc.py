@@ -171,6 +171,7 @@ def acdc(
         >>> acdc(known.model, known.task, 0.05).circuit().edges
         ('input->a1.h0<q>', 'a1.h0->logits')
     """
+    check_counts(0, seed=seed)
     given_as("Task", task=task)
     given = (thresholds,) if isinstance(thresholds, int | float) else tuple(thresholds)
     limits = tuple(sorted({float(value) for value in given}))

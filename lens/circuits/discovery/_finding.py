@@ -108,6 +108,7 @@ def find(
         >>> lens.circuits.find(small, lens.tasks.induction(small, 8), progress=False).circuit.n > 0
         True
     """
+    check_counts(0, seed=seed)
     given_as("Task", task=task)
     if not isinstance(faithfulness, int | float) or not 0 < faithfulness <= 1:
         raise LensError(f"faithfulness must be above 0 and at most 1, got {faithfulness!r}")

@@ -30,7 +30,7 @@ from lens.circuits.graph.graph import Graph, Kv
 from lens.circuits.graph.masked_forward import masked_logits
 from lens.circuits.graph.nodes import find_nodes
 from lens.circuits.graph.selection import pruned
-from lens.common.choices import check_choice, check_counts
+from lens.common.choices import check_choice, check_counts, is_number
 from lens.common.errors import LensError
 from lens.common.given import given_as
 from lens.common.progress import advancing
@@ -260,5 +260,5 @@ def _check(sparsity: float | None, penalty: float | None, rate: float) -> None:
         raise LensError(f"sparsity must be above 0 and below 1, got {sparsity}")
     if penalty is not None and not 0 <= penalty < np.inf:
         raise LensError(f"penalty must be 0 or more, got {penalty}")
-    if not 0 < rate < np.inf:
+    if not (is_number(rate) and 0 < rate < np.inf):
         raise LensError(f"rate must be a positive number, got {rate}")

@@ -12,7 +12,7 @@ from lens.circuits.graph.activations import Ablation
 from lens.circuits.graph.circuit import Circuit
 from lens.circuits.graph.graph import Graph
 from lens.circuits.graph.selection import consistent, greedy, pruned, top
-from lens.common.choices import check_choice
+from lens.common.choices import check_choice, is_whole
 from lens.common.errors import LensError
 from lens.common.results import Result
 from lens.stats.intervals import columns
@@ -89,7 +89,7 @@ class EdgeScores(Result):
         Raises:
             LensError: a count that is not of this graph, or edges without a score.
         """
-        if not 0 <= count <= self.graph.n:
+        if not (is_whole(count) and 0 <= count <= self.graph.n):
             raise LensError(f"top takes 0 to {self.graph.n:,} edges, got {count}")
         check_choice("method", method, Selection)
         values = self.values

@@ -12,7 +12,7 @@ import torch
 from lens.circuits.known.circuit import KnownCircuit
 from lens.circuits.known.making import last_token_task, loaded
 from lens.circuits.known.program import ProgramConfig, ProgramModel
-from lens.common.errors import LensError
+from lens.common.choices import check_choice
 from lens.models.words import WordTokenizer
 
 GATES = {  # sign of a + b inside the ReLU, bias inside, sign of the ReLU, bias outside
@@ -47,8 +47,7 @@ def logic_gate(gate: str, *, dtype: str = "float32") -> KnownCircuit:
         >>> known.task.evaluate(known.model).item(), known.task.evaluate(known.model, corrupt=True).item()
         (1.0, 0.0)
     """
-    if gate not in GATES:
-        raise LensError(f"unknown gate {gate!r}; known: {', '.join(GATES)}")
+    check_choice("gate", gate, GATES)
     tokenizer = WordTokenizer(_WORDS, "BOS")
     model = ProgramModel(
         ProgramConfig(

@@ -13,6 +13,7 @@ import torch
 from lens.circuits.known.circuit import KnownCircuit
 from lens.circuits.known.making import last_token_task, loaded
 from lens.circuits.known.program import ProgramConfig, ProgramModel
+from lens.common.choices import is_number
 from lens.common.errors import LensError
 from lens.models.words import WordTokenizer
 
@@ -66,7 +67,7 @@ def induction_transformer(beta: float = 8.0, *, dtype: str = "float32") -> Known
         >>> known.task.evaluate(known.model).item()
         1.0
     """
-    if not 0 < beta < float("inf"):
+    if not (is_number(beta) and 0 < beta < float("inf")):
         raise LensError(f"beta must be a positive number, got {beta}")
     tokenizer = WordTokenizer([*map(str, range(_VOCAB - 1)), "BOS"], "BOS")
     model = ProgramModel(

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lens.circuits.known.program import ProgramModel
-from lens.common.errors import LensError
+from lens.common.choices import check_choice
 from lens.models.loaded import LoadedModel
 from lens.models.words import WordTokenizer
 from lens.passes.loading import load
@@ -24,8 +24,7 @@ def loaded(
     Raises:
         LensError: a dtype that is neither float32 nor float64.
     """
-    if dtype not in _DTYPES:
-        raise LensError(f"dtype must be {' or '.join(_DTYPES)}, got {dtype!r}")
+    check_choice("dtype", dtype, _DTYPES)
     found = load(nn.Module.to(model, dtype=_DTYPES[dtype]).eval(), tokenizer=tokenizer)
     return replace(found, name=name, info=replace(found.info, licence=licence))
 

@@ -151,6 +151,7 @@ def head_parts(
     Example:
         >>> lens.circuits.head_parts(model, lens.tasks.induction(model, 16), ["L0H1", "L1H0"]).table()
     """
+    check_counts(0, seed=seed)
     given_as("Task", task=task)
     check_loaded(model)
     chosen = heads_in(model, heads)

@@ -20,7 +20,7 @@ from lens.circuits.graph.masked_forward import masked_logits
 from lens.circuits.graph.nodes import Nodes, find_nodes, visit
 from lens.circuits.patches.effects import EACH, Direction, PatchEffects, measured, places_of
 from lens.circuits.patches.streams import Sublayers, patch_streams
-from lens.common.choices import check_choice, check_lists
+from lens.common.choices import check_choice, check_counts, check_lists
 from lens.common.errors import LensError
 from lens.common.given import given_as
 from lens.common.progress import advancing
@@ -86,6 +86,7 @@ def patch(
         >>> lens.circuits.patch(model, task, ["a0.h1"], receivers=["logits"], progress=False).table()
         >>> lens.circuits.patch(model, task, "residual", positions="each", direction="denoising").plot()
     """
+    check_counts(0, seed=seed)
     given_as("Task", task=task)
     if isinstance(nodes, str):
         if receivers is not None or freeze_mlps:

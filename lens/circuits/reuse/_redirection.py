@@ -215,6 +215,7 @@ def redirect(
         >>> third = torch.full((copying.n,), 2)
         >>> lens.circuits.reuse.redirect(small, copying, ["L1H0"], [third], controls=2).table()
     """
+    check_counts(0, seed=seed)
     given_as("Task", task=task)
     check_loaded(model)
     chosen = heads_in(model, heads)

@@ -11,8 +11,9 @@ import pandas as pd
 from lens.circuits.checks.evaluation import run_circuits
 from lens.circuits.graph.circuit import Circuit
 from lens.circuits.reuse._sides import with_heads_renamed
-from lens.common.choices import check_counts
+from lens.common.choices import check_counts, check_lists
 from lens.common.errors import LensError
+from lens.common.given import given_as
 from lens.common.results import Result
 from lens.models.loaded import LoadedModel
 from lens.stats.controls import jaccard, p_value
@@ -96,6 +97,9 @@ def transfer(
         >>> lens.circuits.reuse.transfer(model, [task, held_out], circuits).table()
     """
     check_counts(0, seed=seed)
+    check_lists(tasks=tasks, circuits=circuits)
+    tasks = [given_as("Task", tasks=one) for one in tasks]
+    circuits = [given_as("Circuit", circuits=one) for one in circuits]
     if not len(tasks) or not len(circuits):
         raise LensError(
             f"transfer needs tasks and circuits, got {len(tasks)} tasks and {len(circuits)} circuits"

@@ -17,13 +17,13 @@ from lens.circuits.graph.head_sets import heads_of
 from lens.circuits.graph.nodes import find_nodes
 from lens.circuits.known.circuit import KnownCircuit
 from lens.circuits.scores._sae import codes_of, train
-from lens.common.choices import check_choice, check_counts
+from lens.common.choices import check_choice, check_counts, is_number, is_whole
 from lens.common.errors import LensError
 from lens.common.given import given_as
 from lens.common.head_ids import AnyHead, head_columns, head_id
 from lens.common.progress import advancing
 from lens.common.results import Result, Sentence, described
-from lens.models.loaded import LoadedModel
+from lens.models.loaded import LoadedModel, check_loaded
 from lens.tasks.task import Task
 
 Positions = Literal["last", "mean"]
@@ -184,11 +184,15 @@ def codes(
         (2, 4)
     """
     given_as("Task", task=task)
+    check_loaded(model)
     model.info.check_all_attend("codes")
     corrupt = task.corrupt_or_refuse()
     check_choice("positions", positions, Positions)
     check_counts(features=features, epochs=epochs, seeds=seeds)
-    if examples < 2 or examples % 2 or examples // 2 >= task.n:
+    check_counts(0, seed=seed)
+    if not is_number(penalty):
+        raise LensError(f"penalty must be a number, got {penalty!r}")
+    if not is_whole(examples) or examples < 2 or examples % 2 or examples // 2 >= task.n:
         raise LensError(
             f"examples must be an even number of 2 to {2 * task.n - 2} ({task.n} pairs of prompts, some "
             f"held out), got {examples}"

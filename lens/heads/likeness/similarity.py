@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -77,7 +77,8 @@ def similarity(
 
     check_choice("method", method, Likeness)
     if not isinstance(model, LoadedModel):
-        traces = [model] if isinstance(model, AttentionTrace) else list(model)
+        several = isinstance(model, Iterable) and not isinstance(model, str)
+        traces = list(model) if several else [model]
         if not traces or not all(isinstance(trace, AttentionTrace) for trace in traces):
             raise LensError("similarity takes a loaded model and prompts, or traces; got neither")
         if prompts is not None or method != "js" or sink_excluded or floor:

@@ -19,6 +19,7 @@ import pandas as pd
 from scipy.special import entr
 
 from lens import stats
+from lens.common.choices import check_mapping, is_number
 from lens.common.errors import LensError
 from lens.common.head_ids import HeadId, head_columns
 from lens.common.results import Result
@@ -216,9 +217,10 @@ def _drift(a: AttentionTrace, b: AttentionTrace) -> dict[str, np.ndarray]:
 
 
 def _check(conditions: Mapping[str, Sequence[AttentionTrace]], density: float) -> None:
+    check_mapping(conditions=conditions)
     if len(conditions) < 2:
         raise LensError(f"stability compares at least two conditions, got {len(conditions)}")
-    if not 0 < density < 1:
+    if not (is_number(density) and 0 < density < 1):
         raise LensError(f"density must lie between 0 and 1, got {density}")
     counts = {name: len(traces) for name, traces in conditions.items()}
     if len(set(counts.values())) > 1 or 0 in counts.values():

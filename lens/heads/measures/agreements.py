@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from lens import stats
-from lens.common.choices import check_counts
+from lens.common.choices import check_counts, is_whole
 from lens.common.errors import LensError
 from lens.common.head_ids import head_columns
 from lens.common.results import Result, Sentence, few
@@ -116,6 +116,7 @@ def join(
         >>> table.nlargest(1, "induction")["name"].item()
         'L1H0'
     """
+    check_counts(0, seed=seed)
     scores = tuple(one for one in (*tables, *named.values()) if isinstance(one, HeadScores))
     if not tables and not named:
         raise LensError("too few measures: at least 1 must be given, got 0")
@@ -196,10 +197,11 @@ def agreement(
         >>> [said.kind for said in lens.heads.agreement(*measures, k=1).findings()]
         ['agreement']
     """
+    check_counts(0, seed=seed)
     _check_models(scores, least=2)
     heads = len(scores[0].names)
     k = max(1, heads // 4) if k is None else k
-    if not 1 <= k <= heads:
+    if not (is_whole(k) and 1 <= k <= heads):
         raise LensError(f"k must be 1 to {heads}, got {k}")
     check_counts(resamples=resamples)
     labels = _labels(scores)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from lens.common.choices import is_whole
 from lens.common.errors import LensError
 from lens.common.head_ids import HeadId, head_columns
 from lens.common.results import Result
@@ -142,7 +143,7 @@ class HeadScores(Result):
         """
         places = self._places
         total = len(places)
-        if not 1 <= count <= total:
+        if not (is_whole(count) and 1 <= count <= total):
             raise LensError(f"top takes 1 to {total} heads of {self.model}, got {count}")
         order = np.argsort(-self.values[tuple(places.T)], kind="stable")[:count]
         return [HeadId(*place) for place in places[order].tolist()]

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from lens.common.choices import check_counts
 from lens.common.errors import LensError
 from lens.common.given import given_as
 from lens.common.head_ids import AnyHead
@@ -39,6 +40,7 @@ def ablate(
     Raises:
         LensError: no heads, one named twice, one that the model has not, and as in `lens.heads.importance`.
     """
+    check_counts(0, seed=seed)
     given_as("Task", task=task)
     check_loaded(model)
     return ablate_each(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from lens.common.choices import check_counts, is_number
 from lens.common.errors import LensError
 from lens.common.given import given_as
 from lens.common.head_ids import AnyHead
@@ -125,13 +126,14 @@ def orders(
     Raises:
         LensError: no order, a share that is not positive, and as in `curve`.
     """
+    check_counts(0, seed=seed)
     given_as("Task", task=task)
     from lens.models.loaded import check_loaded
 
     check_loaded(model)
     if not len(orders):
         raise LensError("orders is empty; give at least one, such as heads.importance(...)")
-    if not 0 < bearable < np.inf:
+    if not (is_number(bearable) and 0 < bearable < np.inf):
         raise LensError(f"bearable must be a share above 0 such as 0.05, got {bearable}")
     curves: list[PruningCurve] = []
     for order in orders:

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 import pandas as pd
 
+from lens.common.choices import check_counts
 from lens.common.errors import LensError
+from lens.common.given import given_as
 from lens.common.results import Result, Sentence
 from lens.runs.comparison.circuits import compare_circuits
 from lens.runs.comparison.pairing import compare_losses, compare_scores, paired_prompts
@@ -119,6 +121,9 @@ def compare_runs(a: Run, b: Run, *, seed: int = 0) -> Comparison:
     Example:
         >>> lens.runs.compare_runs(run, other).table().head()
     """
+    check_counts(0, seed=seed)
+    given_as("Run", a=a)
+    given_as("Run", b=b)
     if a.path == b.path:
         raise LensError(f"A and B are the same run, {a.id}; name two runs: `lens list` shows them")
     (a, damaged_a), (b, damaged_b) = a.readable_tables(), b.readable_tables()

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from lens.common.choices import check_counts, check_lists
 from lens.common.errors import LensError
+from lens.common.given import given_as
 from lens.common.head_ids import head_columns
 from lens.common.results import Result, Sentence, few
 from lens.runs.comparison.comparing import compare_runs
@@ -132,7 +134,9 @@ def compare_series(runs: Sequence[Run], *, seed: int = 0) -> RunSeries:
         >>> lens.runs.compare_series([run, other]).table()["place"].nunique()
         2
     """
-    runs = tuple(runs)
+    check_counts(0, seed=seed)
+    check_lists(runs=runs)
+    runs = tuple(given_as("Run", runs=run) for run in runs)
     if len(runs) < 2 or len({run.path for run in runs}) < len(runs):
         raise LensError(f"a series is two runs or more, each once; got {[run.id for run in runs]}")
     names, tables, refused = _names(runs), [], {}

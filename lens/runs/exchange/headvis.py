@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from lens.common.choices import check_counts, is_number
 from lens.common.errors import LensError
 from lens.common.files import as_path, write_json
 from lens.common.given import given_traces
@@ -66,11 +67,17 @@ def to_headvis(
     """
     from lens.traces.profiles import profile
 
-    several = given_traces(traces if isinstance(traces, AttentionTrace | str) else list(traces))
+    given = (
+        traces
+        if isinstance(traces, AttentionTrace) or not isinstance(traces, Iterable)
+        else list(traces)
+    )
+    several = given_traces(given)
     folder = as_path("folder", folder)
     if folder.exists():
         raise LensError(f"{folder} exists already; choose a new folder or delete it")
-    if keys < 1 or not 0 <= least < 1 or intervals < 1:
+    check_counts(keys=keys, intervals=intervals)
+    if not (is_number(least) and 0 <= least < 1):
         raise LensError(
             "keys and intervals must be at least 1 and least in [0, 1), got "
             f"keys={keys}, intervals={intervals}, least={least}"

@@ -9,11 +9,12 @@ import numpy as np
 import pandas as pd
 import torch
 
+from lens.common.choices import check_mapping, is_number
 from lens.common.errors import LensError
 from lens.common.progress import advancing
 from lens.common.results import Result, Sentence, described
 from lens.edits._phi import EPSILON
-from lens.models.loaded import LoadedModel
+from lens.models.loaded import LoadedModel, check_loaded
 from lens.passes.sessions import base
 from lens.passes.stream import layer_inputs
 
@@ -111,7 +112,10 @@ def dims(
     Example:
         >>> lens.sinks.dims(model, {"input_ids": ids}).table()
     """
-    if not tau > 0 or not 0 < largest_share <= 1:
+    check_loaded(model)
+    check_mapping(inputs=inputs)
+    numbers = is_number(tau) and is_number(largest_share)
+    if not (numbers and tau > 0 and 0 < largest_share <= 1):
         raise LensError(
             f"tau must be above 0 and largest_share in 0..1, got {tau} and {largest_share}"
         )

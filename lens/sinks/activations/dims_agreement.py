@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from lens.common.choices import is_number
 from lens.common.errors import LensError
 from lens.common.results import Result, Sentence, described
 from lens.edits._phi import check_dims, phi
@@ -98,7 +99,7 @@ def dims_agreement(
         >>> lens.sinks.dims_agreement(vlm, inputs, dims=(3, 7)).table()
     """
     check_loaded(model)
-    if not 0 < top < 1:
+    if not (is_number(top) and 0 < top < 1):
         raise LensError(f"top is a share between 0 and 1, got {top}")
     check_dims(model, dims)
     marks: dict[int, torch.Tensor] = {}

@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from lens.common.choices import check_lists
+from lens.common.choices import check_counts, check_lists
 from lens.common.errors import LensError
 from lens.common.head_ids import head_columns
 from lens.common.progress import advancing
@@ -109,6 +109,7 @@ def persistent_memory(
         >>> zeros = torch.zeros(model.info.kv_heads, 1, model.info.head_dim)
         >>> lens.sinks.persistent_memory(model, texts, [(zeros, zeros)] * model.info.layers).table()
     """
+    check_counts(0, seed=seed)
     check_loaded(model)
     model.info.check_all_attend("persistent_memory")
     check_lists(pairs=pairs)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from lens.common.choices import check_choice, is_whole
+from lens.common.choices import check_choice, is_number, is_whole
 from lens.common.errors import LensError
 from lens.traces.scores import FEWEST_VIEWERS, SINK_EPSILON
 from lens.traces.uniform import UniformRows, visible_queries
@@ -149,7 +149,7 @@ def check_epsilon(epsilon: float, least: float = 0.0) -> None:
         epsilon: threshold of alpha.
         least: alpha of a first key that only its own query looks at (`least_alpha`).
     """
-    if not 0 < epsilon < 1:
+    if not (is_number(epsilon) and 0 < epsilon < 1):
         raise LensError(
             f"epsilon must lie between 0 and 1, got {epsilon}; Gu et al. use {SINK_EPSILON}"
         )

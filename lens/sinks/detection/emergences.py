@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
-from lens.common.choices import check_choice
+from lens.common.choices import check_choice, check_counts
 from lens.common.errors import LensError
 from lens.common.given import given_traces
 from lens.common.progress import advancing
@@ -103,6 +103,8 @@ def emergence(
         >>> lens.sinks.emergence(model, texts, over="length").findings()
     """
     from lens.traces.captures import capture
+
+    check_counts(0, seed=seed)
 
     conditions = _conditions(model, prompts, over, seed)
     rates, rows = {}, []
