@@ -1,7 +1,7 @@
 """What people pass to `lens.capture`, as one prompt after another: each with its own length, no padding.
 
 What a mapping holds reaches the model as it is: padding at the ends of a prompt is cut off, of every
-input; holes stay holes. A name that the model's forward pass does not have is refused, never dropped.
+input, if the model then computes the same (`lens.passes.padding`); holes stay holes. A name that the model's forward pass does not have is refused, never dropped.
 """
 
 import hashlib
@@ -16,6 +16,7 @@ import torch
 from lens.common.choices import is_whole
 from lens.common.errors import LensError
 from lens.models.loaded import LoadedModel, check_loaded
+from lens.passes.padding import without_padding_before
 from lens.passes.pictures import Picture, is_picture, prepared, reads_pictures_alone
 from lens.passes.sessions import PACKED, base
 
@@ -275,6 +276,12 @@ def _from_row(
         )
     kept = found["input_ids"][0].tolist()
     check_ids(model, kept)
+    if start and not is_square and "position_ids" not in found and not model.parts:
+        alone = {
+            name: placed(model, tensor[row : row + 1] if rows > 1 else tensor)
+            for name, tensor in tensors.items()
+        }
+        found = without_padding_before(model, alone, found, start, whole)
     return Prompt(found, kept)
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import ArrayLike
 
-from lens.common.choices import check_counts
+from lens.common.choices import is_whole
 from lens.common.errors import LensError
 from lens.stats.intervals import numbers
 
@@ -99,9 +99,8 @@ def top(values: ArrayLike, k: int) -> Int[np.ndarray, "*rest {k}"]:
         [1, 2]
     """
     array = numbers(values)
-    check_counts(0, k=k)
-    if not 0 <= k <= array.shape[-1]:
-        raise LensError(f"k must be 0 to {array.shape[-1]}, the number of values, got {k}")
+    if not is_whole(k) or not 0 <= k <= array.shape[-1]:
+        raise LensError(f"k must be 0 to {array.shape[-1]}, the number of values, got {k!r}")
     return np.argsort(-array, axis=-1, kind="stable")[..., :k]
 
 
@@ -123,9 +122,8 @@ def top_overlap(values: ArrayLike, k: int) -> Float[np.ndarray, "*rest measures 
         [[1.0, 0.5], [0.5, 1.0]]
     """
     array = _measures(values)
-    check_counts(k=k)
-    if not 1 <= k <= array.shape[-1]:
-        raise LensError(f"k must be 1 to {array.shape[-1]}, the number of values, got {k}")
+    if not is_whole(k) or not 1 <= k <= array.shape[-1]:
+        raise LensError(f"k must be 1 to {array.shape[-1]}, the number of values, got {k!r}")
     inside = np.zeros(array.shape)
     np.put_along_axis(inside, top(array, k), 1, axis=-1)
     return inside @ np.swapaxes(inside, -1, -2) / k

@@ -54,5 +54,8 @@ def test_the_scatter_has_intervals_where_they_are_known():
     assert list(drawn.error_x.arrayminus) == [0.5, 0.25]
     assert drawn.error_y.array is None
     assert list(drawn.text) == ["L0H0", "L0H1"]
-    with pytest.raises(LensError, match="the table has no 'magic'; it has name, gradient"):
+    with pytest.raises(
+        LensError,
+        match="expected a table with the columns magic, size, got the columns name, gradient",
+    ):
         measure_scatter(table, "magic", "size")

@@ -156,6 +156,58 @@ def test_windows_of_an_encoder_stand_between_its_own_special_tokens(name):
     torch.testing.assert_close(task.evaluate(model), loss.mean(1))
 
 
+LEFT = {
+    "gpt2": (
+        transformers.GPT2LMHeadModel,
+        transformers.GPT2Config,
+        {"n_embd": 48, "n_layer": 2, "n_head": 6},
+    ),
+    "bert": (transformers.BertModel, transformers.BertConfig, SIZES),
+    "qwen2": (
+        transformers.Qwen2ForCausalLM,
+        transformers.Qwen2Config,
+        SIZES | {"num_key_value_heads": 2},
+    ),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", LEFT)
+def test_padding_before_a_prompt_moves_it_as_it_does_in_the_model(name):
+    head, config, sizes = LEFT[name]
+    torch.manual_seed(0)
+    loaded = lens.load(grown(head(config(**{"vocab_size": 97, **sizes}))))
+    ids, mask = ids_of(13, 2), torch.ones(2, 13, dtype=torch.long)
+    mask[0, :3] = 0
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    traces = lens.capture(loaded, inputs, block_size=1, progress=False)
+    with switched(loaded.model, "eager"):
+        own = loaded.model(**inputs, output_attentions=True).attentions
+    for trace, row, start in ((traces[0], 0, 3), (traces[1], 1, 0)):
+        assert trace.length == 13 - start
+        for found, weights in zip(trace.block_mass.values, own, strict=True):
+            np.testing.assert_allclose(found, weights[row, :, start:, start:], atol=1e-5)
+    if name != "qwen2":
+        with pytest.raises(
+            LensError, match="puts a prompt at other positions when 3 tokens of padding"
+        ):
+            read_prompts(loaded, inputs, whole=False)
+
+
+@torch.no_grad()
+def test_padding_before_a_prompt_that_cannot_be_told_is_refused():
+    torch.manual_seed(0)
+    loaded = lens.load(grown(transformers.RobertaModel(transformers.RobertaConfig(**SIZES))))
+    mask = torch.ones(1, 13, dtype=torch.long)
+    mask[0, :3] = 0
+    ids = ids_of(13)
+    with pytest.raises(LensError, match="pad behind it"):
+        lens.capture(loaded, {"input_ids": ids, "attention_mask": mask}, progress=False)
+    ids[0, :3] = 1  # the padding's own id, which its positions leave out
+    trace = lens.capture(loaded, {"input_ids": ids, "attention_mask": mask}, progress=False)
+    assert trace.length == 10
+
+
 def test_padding_is_cut_from_every_input():
     loaded, ids = llama(), ids_of(13)
     places = torch.arange(13)[None] * 2
@@ -346,7 +398,7 @@ def test_a_seed_that_is_none_is_refused_before_any_work(seed):
         (lambda model: lens.runs.open_run(None), "folder must be the path of a file or folder"),
         (lambda model: lens.stats.ranks(3.0), "expected several numbers, got a single one"),
         (lambda model: lens.stats.top(["x"], 1), "values must be numbers"),
-        (lambda model: lens.stats.top([1.0], "1"), "k must be an integer"),
+        (lambda model: lens.stats.top([1.0], "1"), "k must be 0 to 1"),
         (lambda model: lens.figures.row_entropy(3, 0, 0), "trace must be an AttentionTrace"),
         (
             lambda model: lens.traces.detect("x", "induction_head"),

@@ -204,7 +204,10 @@ def test_every_component_is_in_the_circuit_or_inactive(program):
     ("make", "message"),
     [
         (lambda: induction_transformer(0), "beta must be a positive number, got 0"),
-        (lambda: induction_transformer(4, dtype="half"), "dtype must be float32 or float64"),
+        (
+            lambda: induction_transformer(4, dtype="half"),
+            "dtype must be one of 'float32', 'float64'",
+        ),
         (lambda: logic_gate("xor"), "gate must be one of 'and', 'or', 'sum', got 'xor'"),
         (lambda: tracr("sort"), "unknown program 'sort'; known: reverse, frac_prevs"),
         (lambda: WordTokenizer(["a", "B"], "B")("a c"), "the vocabulary is a B; got 'c'"),
