@@ -125,9 +125,11 @@ def _inputs(model: LoadedModel, source: Any) -> dict[str, torch.Tensor]:
             found[str(name)] = placed(model, tensor)
         mask = found.get("attention_mask")
         if "input_ids" in found and mask is not None and mask.shape == found["input_ids"].shape:
-            real = mask[0].bool()
-            found["input_ids"] = found["input_ids"][:, real]
-            del found["attention_mask"]
+            end = int(mask[0].nonzero()[-1]) + 1 if mask.any() else 0
+            found["input_ids"] = found["input_ids"][:, :end]
+            found["attention_mask"] = mask[:, :end]
+            if bool(mask[:, :end].all()):  # what is hidden before or among tokens stays hidden, where it is
+                del found["attention_mask"]
         if (ids := _row(model, found.get("input_ids"))) is not None and model_input(
             model
         ) == "input_ids":

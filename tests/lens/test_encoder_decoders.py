@@ -49,6 +49,28 @@ def test_every_part_is_what_eager_gives(name):
     assert len(cross.tokens) == cross.length
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("hidden", [slice(0, 2), slice(3, 5), slice(5, None)], ids=str)
+@pytest.mark.parametrize("name", ["bart", "t5"])
+def test_tokens_of_a_source_that_are_hidden_stay_where_they_are(name, hidden):
+    model, given = made(name), inputs_of(name)
+    mask = torch.ones_like(given["input_ids"])
+    mask[0, hidden] = 0
+    given = {**given, "attention_mask": mask}
+    with switched(model, "eager"):
+        expected = eager(name, model, given)
+    traces = lens.capture(lens.load(model), given, block_size=1, progress=False)
+    shown = mask[0].bool()[: traces["encoder"].length]
+    assert len(shown) == (5 if hidden.stop is None else 7)
+    for part in ("encoder", "cross"):
+        for found, own in zip(traces[part].block_mass.values, expected[part], strict=True):
+            rows = shown if part == "encoder" else slice(None)
+            own = own[:, : len(shown)] if part == "encoder" else own
+            np.testing.assert_allclose(
+                found[:, rows], own[:, rows, : len(shown)], atol=1e-5, err_msg=part
+            )
+
+
 def test_all_parts_come_from_one_pass():
     loaded = lens.load(made("bart"))
     passes = []
