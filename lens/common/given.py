@@ -17,6 +17,7 @@ _MADE_BY = {
     "Segments": "lens.vision.segments(model, inputs) makes them",
     "Graph": "lens.circuits.score_edges(model, task).graph is one",
     "PositionScores": "lens.circuits.scores.positions(model, task) makes them",
+    "Tensor": "torch.tensor(numbers) makes one",
     "Overlay": "trace.overlay() makes one",
     "Run": "lens.runs.open_run(folder) reads one",
 }

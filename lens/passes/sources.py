@@ -128,7 +128,8 @@ def _inputs(model: LoadedModel, source: Any) -> dict[str, torch.Tensor]:
             end = int(mask[0].nonzero()[-1]) + 1 if mask.any() else 0
             found["input_ids"] = found["input_ids"][:, :end]
             found["attention_mask"] = mask[:, :end]
-            if bool(mask[:, :end].all()):  # what is hidden before or among tokens stays hidden, where it is
+            # what is hidden before or among tokens stays hidden, where it is
+            if bool(mask[:, :end].all()):
                 del found["attention_mask"]
         if (ids := _row(model, found.get("input_ids"))) is not None and model_input(
             model

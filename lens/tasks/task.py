@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lens.common.errors import LensError
+from lens.common.given import given_as
 from lens.models.loaded import LoadedModel, check_loaded
 from lens.passes.inputs import check_ids
 from lens.passes.logits import Given, check_predicts_tokens, labels_of, logits_of
@@ -70,10 +71,7 @@ class Task:
 
     def __post_init__(self) -> None:
         for name in ("clean", "positions", "correct"):
-            if not isinstance(getattr(self, name), Tensor):
-                raise LensError(
-                    f"{name} must be a tensor, got {type(getattr(self, name)).__name__}"
-                )
+            given_as("Tensor", **{name: getattr(self, name)})
         pictures = self.labels is not None and self.clean.is_floating_point()
         if self.targets is not None:
             _check_targets(self.clean, self.targets)
@@ -346,9 +344,8 @@ class Task:
         if self.clean.is_floating_point():
             return
         if model.info.vocab is None:
-            raise LensError(
-                f"{model.name} reads no tokens, and the task {self.name!r} is made of them"
-            )
+            made = f"the task {self.name!r} is made of them"
+            raise LensError(f"{model.name} reads no tokens, and {made}")
         both = [self.clean] if self.corrupt is None else [self.clean, self.corrupt]
         for row in torch.cat(both).tolist():
             check_ids(model, row)
@@ -395,10 +392,8 @@ def _check_targets(sources: Tensor, targets: Tensor) -> None:
 
 def _same_shape(name: str, tensor: Tensor | None, other_name: str, other: Tensor) -> None:
     if tensor is not None and tensor.shape != other.shape:
-        raise LensError(
-            f"{name} must have the shape of {other_name}, {list(other.shape)}; got "
-            f"{list(tensor.shape)}"
-        )
+        shapes = f"{list(other.shape)}; got {list(tensor.shape)}"
+        raise LensError(f"{name} must have the shape of {other_name}, {shapes}")
 
 
 def _range(tensor: Tensor) -> str:
