@@ -168,8 +168,13 @@ def tiny_inputs(model: LoadedModel) -> dict[str, torch.Tensor]:
     if model.is_encoder_decoder:
         return _of_both(model, generator)
     name = "input_ids" if model.is_bridge else model_input(model)
-    if name == "hidden_states" and hasattr(model.model.config, "patch_size"):
-        return _packed(model, generator)
+    takes = {} if model.is_bridge else inspect.signature(model.model.forward).parameters
+    if PACKED in takes and hasattr(model.model.config, "patch_size"):
+        return _packed(model, name, generator)
+    if name == "past_values" and hasattr(model.model.config, "context_length"):
+        return _series(model, generator)
+    if "spatial_shapes" in takes:
+        return _patches(model, generator)
     if name not in ("input_ids", "inputs_embeds"):
         shape = _noise(model, name)
         pixels = torch.randn(1, *shape, generator=generator)
@@ -215,7 +220,7 @@ def _of_both(model: LoadedModel, generator: torch.Generator) -> dict[str, torch.
     return found
 
 
-def _packed(model: LoadedModel, generator: torch.Generator) -> dict[str, torch.Tensor]:
+def _packed(model: LoadedModel, name: str, generator: torch.Generator) -> dict[str, torch.Tensor]:
     """A picture of a few patches, for a tower that reads patches in one row and the sizes of the pictures."""
     config: Any = model.model.config
     channels = getattr(config, "in_channels", None) or getattr(config, "in_chans", None) or 3
@@ -223,7 +228,33 @@ def _packed(model: LoadedModel, generator: torch.Generator) -> dict[str, torch.T
     side = 2 * getattr(config, "spatial_merge_size", 1)
     patches = torch.randn(side * side, numbers, generator=generator)
     sizes = torch.tensor([[1, side, side]], device=model.device)
-    return {"hidden_states": patches.to(model.device, model.dtype), PACKED: sizes}
+    found = {name: patches.to(model.device, model.dtype), PACKED: sizes}
+    if "merge_sizes" in inspect.signature(model.model.forward).parameters:
+        found["merge_sizes"] = torch.tensor([2], device=model.device)
+    return found
+
+
+def _patches(model: LoadedModel, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """A picture of 2 × 3 patches, one a row, for a tower that takes pictures of any shape (SigLIP 2)."""
+    config: Any = model.model.config
+    patches = torch.randn(1, 6, config.num_channels * config.patch_size**2, generator=generator)
+    return {
+        "pixel_values": patches.to(model.device, model.dtype),
+        "pixel_attention_mask": torch.ones(1, 6, dtype=torch.long, device=model.device),
+        "spatial_shapes": torch.tensor([[2, 3]], device=model.device),
+    }
+
+
+def _series(model: LoadedModel, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """Values over time, of one variable or several (TimesFM, PatchTST)."""
+    config: Any = model.model.config
+    several = getattr(config, "num_input_channels", None)
+    shape = (1, config.context_length, *([several] if several else []))
+    found = {"past_values": torch.randn(shape, generator=generator).to(model.device, model.dtype)}
+    if "freq" in inspect.signature(model.model.forward).parameters:
+        none = torch.zeros(1, config.context_length, dtype=torch.long, device=model.device)
+        found |= {"past_values_padding": none, "freq": none[:, :1]}
+    return found
 
 
 def _noise(model: LoadedModel, name: str) -> tuple[int, ...]:
@@ -239,8 +270,7 @@ def _noise(model: LoadedModel, name: str) -> tuple[int, ...]:
     found: Any = {key: getattr(config, key, None) for key in _SIZES}
     if name == "pixel_values" and model.parts and not found["image_size"]:  # of any size (DETR)
         return found["num_channels"], _PICTURE, _PICTURE
-    if name == "pixel_values" and model.is_encoder_decoder:
-        found["num_channels"] = found["num_channels"] or 3
+    found["num_channels"] = found["num_channels"] or 3
     if name == "pixel_values" and found["image_size"] and found["num_channels"]:
         size = found["image_size"]
         height, width = size if isinstance(size, list | tuple) else (size, size)
@@ -252,11 +282,14 @@ def _noise(model: LoadedModel, name: str) -> tuple[int, ...]:
         return (_SOUND,)
     if name == "input_features" and found["num_mel_bins"] and found["max_source_positions"]:
         return found["num_mel_bins"], 2 * found["max_source_positions"]  # Whisper halves its time
-    if name == "input_features" and (bins := found["num_mel_bins"] or found[_CHANNELS]):
+    if name == "input_features" and (
+        bins := found["num_mel_bins"] or found[_CHANNELS] or found["input_feat_per_channel"]
+    ):
         return _FRAMES, bins
     raise LensError(
         f"what {model.info.class_name} reads ({name}) cannot be drawn from its configuration, so capture "
-        "of it cannot be checked; load the part of it that reads tokens or images"
+        "of it cannot be checked; load the part of it that reads tokens or images, or give an example of what it reads: "
+        "lens.passes.wrap(model, inputs)"
     )
 
 
@@ -267,7 +300,7 @@ _SOUND = 4000  # a quarter of a second
 _CHARACTERS = 128  # of models that read characters and have no vocabulary (Canine)
 _SIZES = (
     *("image_size", "num_channels", "num_frames", "max_length", "num_mel_bins"),
-    *("max_source_positions", _CHANNELS),
+    *("max_source_positions", _CHANNELS, "input_feat_per_channel"),
 )
 
 

@@ -42,6 +42,9 @@ Attend = Callable[..., Tensor]
 """(module, query, key, value, mask, scale, bias, causal) -> [batch, queries, heads, value_dim]."""
 
 
+_OF_TORCH = {"scaled_dot_product_attention", "multi_head_attention_forward"}
+
+
 @contextmanager
 def following(
     root: nn.Module,
@@ -84,7 +87,7 @@ def _computes_attention(kind: type[nn.Module]) -> bool:
         )
     except (OSError, TypeError):
         return False
-    own = "softmax" in source.lower() or "scaled_dot_product_attention" in source
+    own = "softmax" in source.lower() or any(name in source for name in _OF_TORCH)
     return own and "ALL_ATTENTION_FUNCTIONS" not in source
 
 
@@ -111,9 +114,6 @@ def _follow(stack: ExitStack, module: nn.Module, attend: Attend, heads: int | No
 def _returned(scores: Scores) -> Tensor | None:
     """Probabilities that are returned beside the output were asked for by nobody: not computed."""
     return None if scores.noted.is_normalised else scores.noted.entries()
-
-
-_OF_TORCH = {"scaled_dot_product_attention", "multi_head_attention_forward"}
 
 
 class _Following(TorchFunctionMode):

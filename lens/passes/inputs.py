@@ -318,14 +318,19 @@ def _unpacked(model: LoadedModel, tensors: Mapping[str, torch.Tensor], main: str
     """One prompt per picture of those whose patches stand in one row."""
     patches, sizes = tensors[main], tensors[PACKED]
     counts = sizes.prod(-1).tolist() if sizes.dim() == 2 and sizes.shape[1] == 3 else []
-    if len(tensors) > 2 or patches.dim() != 2 or sum(counts) != len(patches):
+    more = {name: one for name, one in tensors.items() if name == "merge_sizes"}
+    if len(tensors) > 2 + len(more) or patches.dim() != 2 or sum(counts) != len(patches):
         raise LensError(
             f"{PACKED} must be [pictures, 3] (frames, height, width of each) whose products add up to the rows of "
             f"{main} [patches, numbers], got {', '.join(f'{n} {list(t.shape)}' for n, t in tensors.items())}"
         )
     return [
-        Prompt({main: placed(model, part), PACKED: placed(model, size[None])}, None)
-        for part, size in zip(patches.split(counts), sizes, strict=True)
+        Prompt(
+            {main: placed(model, part), PACKED: placed(model, sizes[row : row + 1])}
+            | {name: placed(model, one[row : row + 1]) for name, one in more.items()},
+            None,
+        )
+        for row, part in enumerate(patches.split(counts))
     ]
 
 

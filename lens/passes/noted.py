@@ -149,7 +149,7 @@ def step_of(
                 return NotImplemented
             noted = replace(noted, zeroed=None)
         return scores_of(replace(noted, is_normalised=True))
-    if noted.is_normalised or not others:
+    if not others or (noted.is_normalised and name != "masked_fill"):
         return NotImplemented
     other = others[0]
     if name in ("mul", "rmul", "imul", "div", "truediv", "itruediv"):
@@ -203,7 +203,14 @@ def _added(noted: Noted, other: Any, sign: int) -> Noted:
 
 def masked(noted: Noted, hidden: Tensor, value: Any) -> Any:
     number = _number(value)
-    if number is None or number > HIDDEN or noted.is_normalised or hidden.dtype != torch.bool:
+    if number is None or hidden.dtype != torch.bool:
+        return NotImplemented
+    if noted.is_normalised:  # what is hidden has no probability, and is set to 0 once more (SEW-D)
+        again = noted.allowed is not None and not bool(
+            (_aligned(hidden, noted) & noted.allowed).any()
+        )
+        return scores_of(noted) if number == 0 and again else NotImplemented
+    if number > HIDDEN:
         return NotImplemented
     hidden = _aligned(hidden, noted)
     allowed = ~hidden if noted.allowed is None else noted.allowed & ~hidden

@@ -68,6 +68,7 @@ class Session:
     ) -> None:
         self._config = config  # of the model
         self._block: Block | None = None  # that runs now
+        self._announced = False  # whether any block has run
         self._on_layer, self._on_cut = on_layer, on_cut
         self._name = name  # of a model whose calls must have the rows of its inputs
         self._rows: int | None = None  # of the inputs of this pass
@@ -96,6 +97,8 @@ class Session:
         if place != (self._chosen or place):
             output = read_half(call, attend(call).output)
             return output.to(call.value.dtype).transpose(1, 2).contiguous()
+        if self._pools(call):
+            return attend(call).output.to(call.value.dtype).transpose(1, 2).contiguous()
         # Of a model without one list of layers, the calls are counted.
         layer = len(self._parts) if self._layer is None else self._layer
         part, self._parts[layer, place] = self._parts[layer, place], self._parts[layer, place] + 1
@@ -121,6 +124,11 @@ class Session:
             output = windows.parted(output)
         return output.to(call.value.dtype).transpose(1, 2).contiguous()
 
+    def _pools(self, call: LayerCall) -> bool:
+        """Whether a call is of no layer but of what reads the last one by a query of its own (the head of AIMv2)."""
+        outside = self._layer is None and self._announced and not call.mask.causal
+        return outside and call.query.shape[2] == 1 < call.key.shape[2]
+
     def _laid_out(self, call: LayerCall) -> tuple[LayerCall, Windows | None]:
         """A call in windows as one among the positions of the picture; any other as it is."""
         return (call, None) if self._block is None else laid_out(self._block, call, self._rows)
@@ -137,7 +145,7 @@ class Session:
     ) -> None:
         """The block of these layers, one unless they share it, runs; of a model in parts of that half or stage."""
         block, args, kwargs = given
-        self._half = half
+        self._half, self._announced = half, True
         self._block = Block(block, args, kwargs, half, alike, self._config)
         self._layer = numbers[self._turns[id(block)] % len(numbers)]
         self._turns[id(block)] += 1

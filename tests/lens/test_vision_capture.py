@@ -261,13 +261,3 @@ def test_a_picture_that_is_attended_in_windows_is_no_single_trace():
         lens.capture(model, pictures((4, 8)), progress=False)
     with pytest.raises(LensError, match="attends in 2 rows where the pass has 1"):
         lens.heads.similarity(model, pictures((4, 8)), progress=False)
-    sizes = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2, "patch_size": 4}
-    windows = {"image_size": 16, "pretrain_image_size": 16, "window_size": 2}
-    config = transformers.VitDetConfig(**sizes, **windows, window_block_indices=[0, 1])
-    model, pixels = lens.load(transformers.VitDetModel(config).eval()), torch.rand(1, 3, 16, 16)
-    for call in (lens.capture, lens.heads.similarity):
-        with pytest.raises(LensError, match="layer 0 of VitDetModel attends in 4 rows"):
-            call(model, {"pixel_values": pixels}, progress=False)
-    with lens.traces.capturing(model, block_size=1) as recorder, torch.no_grad():
-        model.model(pixels)
-    assert [len(record.variables["block_mass"]) for record in recorder.records] == [4, 4]
