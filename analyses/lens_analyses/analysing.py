@@ -13,7 +13,7 @@ from lens.common.errors import LensError
 from lens.runs.folders import CIRCUITS
 from lens.runs.writer import RunWriter
 from lens_analyses.console import log, one_line, told_each_minute
-from lens_analyses.steps import STEPS, Step
+from lens_analyses.steps import Step, steps_of
 from lens_analyses.steps.subject import Subject
 
 
@@ -30,7 +30,7 @@ def analyse(subject: Subject, writer: RunWriter) -> LensError | None:
         log.warning("%s", left_out)
         writer.warn(left_out)
     failed: dict[str, str] = {}
-    for step in STEPS[subject.config.what]:
+    for step in steps_of(subject.config.what, subject.model.chosen):
         if not step.is_wanted(subject.settings):
             continue
         if step.name in subject.run.sections:

@@ -166,10 +166,10 @@ def _compiler() -> Check:
 
 
 def _models() -> Check:
-    from lens.models import dinov2, smollm2
+    from lens.models import dinov2, smollm2, whisper
     from lens.models.catalogue import KNOWN
 
-    packaged = {one.name: one.available() for one in (smollm2.MODEL, dinov2.MODEL)}
+    packaged = {one.name: one.available() for one in (smollm2.MODEL, dinov2.MODEL, whisper.MODEL)}
     here = ", ".join(name for name, model in KNOWN.items() if model.embedded or packaged[name])
     lacking = [
         f"{name}: get it with {KNOWN[name].remedy}" for name in packaged if not packaged[name]

@@ -16,8 +16,8 @@ from lens_analyses.config.models import labelled_by
 from lens_analyses.config.pictures import PictureConfig
 from lens_analyses.console import refused_as_usage
 from lens_analyses.inputs import load_model, plan, read_sources
-from lens_analyses.steps import STEPS
-from lens_analyses.steps.costs import COSTS, Load
+from lens_analyses.steps import steps_of
+from lens_analyses.steps.costs import ALIGNMENT, COSTS, Load
 from lens_analyses.steps.subject import WINDOW, analysed
 
 if TYPE_CHECKING:
@@ -160,9 +160,9 @@ def _analysis(config: RunConfig, model: "LoadedModel", load: Load, rate: float) 
     """Seconds of each step after the profile."""
     info, what = model.info, config.what
     found = {}
-    for step in STEPS[what]:
-        if step.is_wanted(config.analysis):
-            cost = COSTS[what][step.name](load)
+    for step in steps_of(what, model.chosen):
+        if step.is_wanted(config.analysis) and not step.why:
+            cost = ALIGNMENT if step.name == "alignment" else COSTS[what][step.name](load)
             computing = SLOWDOWN * 2 * info.parameters * cost.tokens / rate
             alone = PASS_OF_A_LAYER * info.layers * cost.passes
             found[step.name] = computing + alone + cost.seconds

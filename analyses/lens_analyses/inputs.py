@@ -5,15 +5,12 @@ Everything that can be wrong with the input is found here, before a run folder e
 
 import hashlib
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lens.common.errors import LensError
 from lens.common.files import open_regular
-from lens.models import vocabulary
 from lens.models.catalogue import KNOWN
 from lens_analyses.config import RunConfig
 from lens_analyses.config.models import labelled_by
@@ -22,51 +19,25 @@ from lens_analyses.config.pictures import PictureConfig
 from lens_analyses.config.settings import Section
 from lens_analyses.console import UsageError
 from lens_analyses.pictured import bytes_of, read_labelled_prompts, reads_pictures, unchanged
+from lens_analyses.planned import PlannedPrompt, Source, copied_prompts, cut, say_of
 
 if TYPE_CHECKING:
     from lens.models.loaded import LoadedModel
 
 
+OF_PARTS = ("profile", "heads", "sinks")
+"""What a command does that takes encoder-decoders, one attention at a time."""
+_READ = {
+    "input_ids": "text",
+    "input_features": "audio",
+    "input_values": "audio",
+    "pixel_values": "image",
+}
+"""Input of a model -> the setting that names it."""
+_SAID = {"text": "text", "audio": "a sound", "image": "a picture"}
 LARGEST_TEXT = 256 << 20
 """Bytes of a file of text; tokens of this much take hours."""
 _S = TypeVar("_S", bound=Section)
-
-
-@dataclass(frozen=True)
-class PlannedPrompt:
-    """A prompt before anything was computed.
-
-    Attributes:
-        kind: `text` or `copied`.
-        title: for people: where it comes from and how it was cut.
-        text: what the tokens say.
-        ids: token ids, the first one included that the tokenizer puts there.
-        seed: of a copied prompt, else None.
-        given: what `lens.capture` takes, where it is not the ids: a picture, or a pair of one and a text.
-        strings: of a picture's positions.
-    """
-
-    kind: str
-    title: str
-    text: str
-    ids: list[int]
-    seed: int | None = None
-    given: Any = None
-    strings: list[str] | None = None
-
-    @property
-    def prompt(self) -> Any:
-        """As `lens.capture` takes it."""
-        return self.ids if self.given is None else self.given
-
-
-@dataclass(frozen=True)
-class Source:
-    """A text to analyse: its title, what it says, and of an encoder-decoder what its decoder reads, if it is given."""
-
-    title: str
-    text: str
-    target: str | None = None
 
 
 def read_sources(config: RunConfig) -> tuple[RunConfig, list[Source]]:
@@ -81,6 +52,8 @@ def read_sources(config: RunConfig) -> tuple[RunConfig, list[Source]]:
         return config, [Source(*one) for one in found]
     if isinstance(prompts, PictureConfig):
         return _read_pictures(config, prompts)
+    if prompts.files:
+        return _read_files(config)
     if prompts.text_name is not None:
         from lens.tasks import prompts as embedded
 
@@ -138,7 +111,7 @@ def load_model(config: RunConfig) -> "LoadedModel":
     asked = config.model
     model = lens.load(asked.name, revision=asked.revision, dtype=asked.dtype, device=name)
     of_pictures = reads_pictures(config)
-    if model.info.vocab is None and model.tokenizer is None and not of_pictures:
+    if model.info.vocab is None and model.tokenizer is None and not of_pictures and not model.parts:
         raise UsageError(
             f"{model.name} ({model.info.class_name}) has no vocabulary and reads no text, which this "
             "command is about; `lens vision --image FILE` is for models of pictures (`lens heads --images FOLDER` for classifiers), and lens.capture(model, ...) "
@@ -153,8 +126,12 @@ def load_model(config: RunConfig) -> "LoadedModel":
         raise UsageError(f"{model.info.class_name} is no encoder-decoder; leave --part out")
     if model.parts:
         return _of_part(model, config)
-    if getattr(config.prompts, "target", None) is not None:
-        raise UsageError(f"{model.info.class_name} is no encoder-decoder; leave --target out")
+    for name in ("target", "audio", "image"):
+        if not of_pictures and getattr(config.prompts, name, None) is not None:
+            raise UsageError(
+                f"{model.info.class_name} is no encoder-decoder; leave --{name} out"
+                + "; `lens vision --image FILE` is for other models of pictures" * (name == "image")
+            )
     return model
 
 
@@ -171,15 +148,19 @@ def _of_part(model: "LoadedModel", config: RunConfig) -> "LoadedModel":
             f"{model.info.class_name} has the parts {', '.join(model.parts)}, each with positions of its own; "
             "lens.capture(model, pictures) gives a trace of each"
         )
-    if model.parts and config.what != "profile":
+    if model.parts and config.what not in OF_PARTS:
+        *others, last = (f"`lens {'run' if what == 'profile' else what}`" for what in OF_PARTS)
         raise UsageError(
-            f"{model.info.class_name} is an encoder-decoder, which `lens run` profiles; of its heads lens.effect and "
-            "lens.heads.importance take model.part('cross')"
+            f"{model.info.class_name} is an encoder-decoder, which {', '.join(others)} and {last} take; of its heads "
+            "lens.effect and lens.heads.importance take model.part('cross')"
         )
-    if model.parts and model_input(model) != "input_ids":
+    prompts: Any = config.prompts
+    given = next((name for name in ("audio", "image") if getattr(prompts, name)), "text")
+    reads = model_input(model) if model.parts else "input_ids"
+    if model.parts and given != (wanted := _READ.get(reads)):
+        how = f"give --{wanted} FILE" if wanted else "lens.capture(model, ...) takes it"
         raise UsageError(
-            f"{model.info.class_name} reads {model_input(model)}, and this command reads text; "
-            "lens.capture(model, ...) takes it"
+            f"{model.info.class_name} reads {reads}, and --{given} is {_SAID[given]}; {how}"
         )
     return model.part(config.model.part or ("cross" if "cross" in model.parts else "decoder"))
 
@@ -198,12 +179,12 @@ def plan(model: "LoadedModel", config: RunConfig, sources: list[Source]) -> list
         return [_picture(model, source, question) for source in sources]
     for source in sources:
         try:
-            planned += _cut(model, config, source)
+            planned += cut(model, config, source)
         except LensError as error:
             if len(sources) == 1:
                 raise
             raise LensError(f"{source.title}: {error}") from error
-    return planned if labelled_by(config.prompts) else [*planned, *_copied(model, config)]
+    return planned if labelled_by(config.prompts) else [*planned, *copied_prompts(model, config)]
 
 
 def _pairs(model: "LoadedModel", config: RunConfig, sources: list[Source]) -> list[PlannedPrompt]:
@@ -211,12 +192,16 @@ def _pairs(model: "LoadedModel", config: RunConfig, sources: list[Source]) -> li
     from lens.passes.sources import read_sources
 
     if not sources:
-        raise LensError("an encoder-decoder reads sources: give --text, --text-name or --prompts")
+        raise LensError(
+            "an encoder-decoder reads sources: give --text, --text-name or --prompts, --audio or --image"
+        )
+    if config.prompts.files:
+        return [_heard_or_seen(model, config, source) for source in sources]
     if config.prompts.target is not None and config.prompts.tokens is not None:
         raise LensError("--tokens cuts sources, and each --target is of a whole one; leave one out")
-    say, planned = _say(model), []
+    say, planned = say_of(model), []
     for source in sources:
-        for piece in _cut(model, config, source):
+        for piece in cut(model, config, source):
             given = piece.ids if source.target is None else (piece.ids, source.target)
             prompt = read_sources(model, given)[0][0]
             ids, target = prompt.ids or [], prompt.target or []
@@ -224,6 +209,43 @@ def _pairs(model: "LoadedModel", config: RunConfig, sources: list[Source]) -> li
             title = f"{piece.title}, target of {len(target)} tokens"
             planned.append(PlannedPrompt("text", title, say(keys), keys, given=(ids, target)))
     return planned
+
+
+def _heard_or_seen(model: "LoadedModel", config: RunConfig, source: Source) -> PlannedPrompt:
+    """A sound or a picture with its target; of its positions only a pass tells what they are."""
+    import lens
+    from lens.passes.sources import read_sources
+
+    path = Path(source.text)
+    given = path if source.target is None else (path, source.target)
+    target = read_sources(model, given)[0][0].target or []
+    said = say_of(model)(target)
+    title = f"{source.title}, target of {len(target)} tokens"
+    if model.chosen == "decoder":
+        return PlannedPrompt("text", title, said, target, given=(path, target))
+    trace = lens.capture(model, (path, target), statistics=["received"], progress=False)
+    kind = "sound" if config.prompts.audio else "picture"
+    ids = trace.dataset["token_id"].values.tolist()
+    return PlannedPrompt(kind, title, said, ids, given=(path, target), strings=trace.tokens)
+
+
+def _read_files(config: RunConfig) -> tuple[RunConfig, list[Source]]:
+    """A source for each sound or picture that an encoder-decoder reads: its name, its path as the text, its target."""
+    prompts = config.prompts
+    paths, digest = [local(name) for name in prompts.files], hashlib.sha256()
+    for path in paths:
+        digest.update(bytes_of(path, "sound" if prompts.audio else "picture"))
+    changed = {"audio" if prompts.audio else "image": ",".join(map(str, paths))}
+    sources = [Source(path.name, str(path)) for path in paths]
+    if prompts.target is not None:
+        target = local(prompts.target)
+        said = _read(target)
+        digest.update(said.encode())
+        sources = _with_targets(sources, said, target)
+        changed["target"] = str(target)
+    named = ", ".join(path.name for path in paths)
+    changed["sha256"] = unchanged(prompts.sha256, digest.hexdigest(), named)
+    return _with(config, prompts=_with(prompts, **changed)), sources
 
 
 def _read_pictures(config: RunConfig, prompts: PictureConfig) -> tuple[RunConfig, list[Source]]:
@@ -306,91 +328,6 @@ def _record(place: str, line: str) -> Source:
         text,
         target if isinstance(target, str) and target.strip() else None,
     )
-
-
-def _cut(model: "LoadedModel", config: RunConfig, source: Source) -> list[PlannedPrompt]:
-    ids = model.encode(source.text)
-    tokens, windows, context = config.prompts.tokens, config.prompts.windows, model.info.context
-    if tokens is None:
-        if context is not None and len(ids) > context:
-            raise LensError(
-                f"the text has {len(ids):,} tokens and {model.name} takes {context:,}; --tokens {context} "
-                f"takes the first {context:,}, and --windows N with it as many pieces as you like"
-            )
-        return [PlannedPrompt("text", source.title, source.text, ids)]
-    if context is not None and tokens > context:
-        raise LensError(
-            f"--tokens {tokens} is more than the {context:,} that {model.name} takes; use "
-            f"--tokens {context}, and --windows {-(-tokens // context)} for as much text"
-        )
-    if windows is not None:
-        return _windows(model, source, ids, tokens, windows)
-    if tokens > len(ids):
-        raise LensError(
-            f"the text has {len(ids):,} tokens of {model.name} and --tokens asks for {tokens:,}; "
-            "ask for fewer, or leave --tokens out to take all"
-        )
-    if tokens == len(ids):
-        return [PlannedPrompt("text", source.title, source.text, ids)]
-    title = f"{source.title}: first {tokens:,} of {len(ids):,} tokens"
-    found = vocabulary.windows(ids, tokens, vocabulary.around(model))
-    return [_piece(model, title, found[0] if found else ids[:tokens])]
-
-
-def _windows(
-    model: "LoadedModel", source: Source, ids: list[int], tokens: int, windows: int
-) -> list[PlannedPrompt]:
-    """Consecutive pieces, each between the special tokens that the tokenizer puts round the whole text."""
-    pair = vocabulary.around(model)
-    start, _, end = vocabulary.unwrapped(ids, pair)
-    found = vocabulary.windows(ids, tokens, pair)
-    if len(found) < windows:
-        raise LensError(
-            f"the text has {len(ids):,} tokens of {model.name}, enough for {len(found)} windows of {tokens} "
-            f"and not for {windows}; ask for fewer or shorter ones"
-        )
-    size = tokens - len(start) - len(end)
-    return [
-        _piece(
-            model,
-            f"{source.title}: tokens {index * size:,} to {(index + 1) * size - 1:,}",
-            piece,
-        )
-        for index, piece in enumerate(found[:windows])
-    ]
-
-
-def _piece(model: "LoadedModel", title: str, ids: list[int]) -> PlannedPrompt:
-    return PlannedPrompt("text", title, _say(model)(ids), ids)
-
-
-def _copied(model: "LoadedModel", config: RunConfig) -> list[PlannedPrompt]:
-    if not config.prompts.copied:
-        return []
-    from lens.tasks.prompts import copied
-
-    length = config.prompts.copied_length
-    say = _say(model)
-    found = []
-    for index in range(config.prompts.copied):
-        seed = config.seed + index
-        ids = copied(model, length, seed)
-        title = f"{length} random tokens, then the same {length} again (seed {seed})"
-        found.append(PlannedPrompt("copied", title, say(ids), ids, seed))
-    return found
-
-
-def _say(model: "LoadedModel") -> Callable[[list[int]], str]:
-    """Ids to text, without the BOS, or what else the tokenizer puts round one."""
-    pair = ([], []) if model.tokenizer is None else vocabulary.around(model)
-
-    def say(ids: list[int]) -> str:
-        body = vocabulary.unwrapped(ids[1:] if ids[:1] == [model.bos_id] else ids, pair)[1]
-        if model.tokenizer is None:
-            return " ".join(map(str, body))
-        return model.tokenizer.decode(body)
-
-    return say
 
 
 def _with(section: _S, **changed: Any) -> _S:

@@ -69,14 +69,14 @@ def read_labelled_prompts(config: RunConfig, name: str) -> tuple[RunConfig, list
     return config.model_copy(update={"prompts": given}), sources
 
 
-def bytes_of(path: Path) -> bytes:
-    """Of a picture.
+def bytes_of(path: Path, what: str = "picture") -> bytes:
+    """Of a picture, or of what else the files are.
 
     Raises:
         LensError: there is none.
     """
     if not path.is_file():
-        raise LensError(f"no picture {path}; give picture files, with commas between them")
+        raise LensError(f"no {what} {path}; give {what} files, with commas between them")
     with open_regular(path, most=LARGEST_PICTURE) as file:
         return file.read(LARGEST_PICTURE)
 

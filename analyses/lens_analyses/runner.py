@@ -31,7 +31,8 @@ from lens_analyses.config import RunConfig
 from lens_analyses.config.analyses import GenerateSettings
 from lens_analyses.console import LogFile, Output, log, progress_bar, refused_as_usage
 from lens_analyses.estimate import refuse_excess, work
-from lens_analyses.inputs import PlannedPrompt, load_model, plan, read_sources
+from lens_analyses.inputs import load_model, plan, read_sources
+from lens_analyses.planned import PlannedPrompt
 from lens_analyses.provenance import versions
 from lens_analyses.report import render
 from lens_analyses.steps.subject import Subject, analysed
@@ -176,7 +177,9 @@ class _Execution:
             self._reuse()
             self._capture_all()
             self._score()
-            subject = Subject(self._model, open_run(self._writer.path), self._config, self._output)
+            given = tuple(prompt.prompt for prompt in self._planned)
+            run = open_run(self._writer.path)
+            subject = Subject(self._model, run, self._config, self._output, given)
             error = analyse(subject, self._writer)
             status = "success" if error is None else "partial"
             report = render(open_run(self._writer.path), status=status)
@@ -288,7 +291,7 @@ class _Execution:
         """
         from lens.tasks.prompts import token_losses
 
-        if len(ids) < 2 or prompt.kind == "picture":
+        if len(ids) < 2 or (prompt.kind == "picture" and not self._model.parts):
             return float("nan"), float("nan")
         try:
             if self._model.parts:

@@ -134,11 +134,14 @@ class AttentionMap:
         if cells < 8:
             raise LensError(f"a map needs at least 8 cells a side, got {cells}")
         found = raster(self.trace, self.layer, self.head)
-        step = -(-max(found.values.shape) // cells)
-        if step == 1:
+        step = down = -(-max(found.values.shape) // cells)
+        if self.trace.cross:
+            down, step = (-(-side // cells) for side in found.values.shape)
+        if max(step, down) == 1:
             return found
-        pooled = pool(found.values, step, "max")
-        return replace(found, values=pooled, level="pooled", cell=found.cell * step)
+        pooled = pool(found.values, (down, step), "max")
+        sides = {"cell": found.cell * step, "query_cell": found.query_cell * down}
+        return replace(found, values=pooled, level="pooled", **sides)
 
     def _caption(self, found: Raster) -> str:
         what = {
@@ -147,7 +150,8 @@ class AttentionMap:
             "pixels": f"the largest probability of each {found.cell} × {found.cell} tokens",
             "pooled": f"the largest value of each {found.cell} × {found.cell} tokens",
         }
-        return f"{self.trace.length} tokens, {what[found.level]}"
+        of = f"{self.trace.queries} × " if self.trace.cross else ""
+        return f"{of}{self.trace.length} tokens, {what[found.level]}"
 
     def _held(self, found: Raster) -> dict[str, Any]:
         values = np.ascontiguousarray(found.values, dtype="<f4")
@@ -270,6 +274,8 @@ def attention_map(
         LensError: a head or a token that is not there.
     """
     raster(trace, layer, head, (0, 1, 0, 1))
-    if query is not None and not 0 <= query < trace.length:
-        raise LensError(f"the prompt has tokens 0 to {trace.length - 1}; there is no query {query}")
+    if query is not None and not 0 <= query < trace.queries:
+        raise LensError(
+            f"the prompt has tokens 0 to {trace.queries - 1}; there is no query {query}"
+        )
     return AttentionMap(trace, layer, head, query)

@@ -33,6 +33,7 @@ class Raster:
         level: `tokens`, `pixels`, `blocks` or `pooled`.
         query_start, key_start: first token of the first row and column.
         cell: tokens a side of a cell.
+        query_cell: of them queries, where the two differ: of a short target and a long source.
         query_end, key_end: the last token of the rectangle, exclusive.
         variant: `raw`; `sink_excluded`: key 0 is left out and each row is rescaled to a sum of 1, which
             only single tokens allow.
@@ -46,6 +47,11 @@ class Raster:
     query_end: int
     key_end: int
     variant: str = "raw"
+    query_cell: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.query_cell:
+            object.__setattr__(self, "query_cell", self.cell)
 
 
 def raster(
@@ -70,16 +76,18 @@ def raster(
             f"the prompt has queries 0 to {queries - 1} and keys 0 to {keys - 1}; got the rectangle {window}"
         )
     if not trace.tile_refusal(layer, head) and max(q1 - q0, k1 - k0) <= MOST_EXACT:
-        step = -(-max(q1 - q0, k1 - k0) // MOST_CELLS)
-        rows = max(step, _STRIP // step * step)
+        step = down = -(-max(q1 - q0, k1 - k0) // MOST_CELLS)
+        if trace.cross:
+            down, step = (-(-side // MOST_CELLS) for side in (q1 - q0, k1 - k0))
+        rows = max(down, _STRIP // down * down)
         strips = [
             _exact(trace, layer, head, (start, min(start + rows, q1), k0, k1), variant)
             for start in range(q0, q1, rows)
         ]
-        if step > 1:
-            strips = [pool(values, step, pooling) for values in strips]
-        level = "tokens" if step == 1 else "pixels"
-        return Raster(np.concatenate(strips), level, q0, k0, step, q1, k1, variant)
+        if max(step, down) > 1:
+            strips = [pool(values, (down, step), pooling) for values in strips]
+        level = "tokens" if max(step, down) == 1 else "pixels"
+        return Raster(np.concatenate(strips), level, q0, k0, step, q1, k1, variant, down)
     return _blocks(trace, layer, head, (q0, q1, k0, k1), pooling)
 
 
@@ -146,12 +154,14 @@ def _blocks(
     return Raster(shown, level, start_q, start_k, cell, end_q, end_k)
 
 
-def pool(values: np.ndarray, step: int, pooling: Pooling) -> np.ndarray:
-    """Squares of `step` cells a side as one: the largest or the mean of what is known; NaN where nothing is."""
-    pad = [(0, -length % step) for length in values.shape]
+def pool(values: np.ndarray, step: int | tuple[int, int], pooling: Pooling) -> np.ndarray:
+    """Squares of `step` cells a side (or of so many rows and columns) as one: the largest or the mean of what is known;
+    NaN where nothing is."""
+    down, right = (step, step) if isinstance(step, int) else step
+    pad = [(0, -length % side) for length, side in zip(values.shape, (down, right), strict=True)]
     padded = np.pad(values, pad, constant_values=np.nan)
-    rows, columns = (length // step for length in padded.shape)
-    tiles = padded.reshape(rows, step, columns, step)
+    rows, columns = padded.shape[0] // down, padded.shape[1] // right
+    tiles = padded.reshape(rows, down, columns, right)
     known = ~np.isnan(tiles)
     count = known.sum((1, 3))
     if pooling == "max":
@@ -178,6 +188,8 @@ def of_head(trace: AttentionTrace, layer: int, head: int) -> dict[str, Any]:
         "palette": list(VIRIDIS),
         "causal": bool(trace.attrs["causal"]),
         "promptTokens": trace.attrs.get("prompt_tokens"),
+        "queries": trace.query_tokens if trace.cross else None,
+        "seconds": trace.attrs.get("seconds_per_position"),
     }
 
 
@@ -189,6 +201,7 @@ def header(trace: AttentionTrace, found: Raster, pooling: str = "max") -> dict[s
         "columns": columns,
         "level": found.level,
         "cell": found.cell,
+        "queryCell": found.query_cell,
         "query": [found.query_start, found.query_end],
         "key": [found.key_start, found.key_end],
         "length": trace.length,

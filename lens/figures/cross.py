@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any, Unpack
 import numpy as np
 import plotly.graph_objects as go
 
-from lens.common.colors import ACCENT, VIRIDIS, scale
+from lens.common.colors import ACCENT, BASELINE, VIRIDIS, scale
 from lens.figures.style import Look, escaped, style
 
 if TYPE_CHECKING:
     from lens.traces.trace import AttentionTrace
 
 MOST_EXACT = 1 << 20  # cells
-_LABELS = 60  # along an axis
+_LABELS, _DOWN = 60, 30  # along an axis, and down
 
 
 def cross_map(
@@ -59,7 +59,7 @@ def cross_map(
             text=[escaped(trace.tokens[int(place)]) for place in places],
             hovertemplate="target %{y}: %{text}<extra></extra>",
         )
-    figure.update_yaxes(title="target", autorange="reversed", **_named(trace.query_tokens))
+    figure.update_yaxes(title="target", autorange="reversed", **_named(trace.query_tokens, _DOWN))
     if seconds is None:
         figure.update_xaxes(title="source", tickangle=-60, **_named(trace.tokens))
     else:
@@ -68,7 +68,29 @@ def cross_map(
     return style(figure, title, look, meta=meta)
 
 
-def _named(tokens: list[str]) -> dict[str, Any]:
+def over_time(
+    trace: AttentionTrace, values: np.ndarray, title: str, meta: dict[str, object], look: Look
+) -> go.Figure:
+    """What each moment of a sound gets, [keys], along the seconds, beside uniform attention."""
+    seconds = np.arange(trace.length) * trace.attrs["seconds_per_position"]
+    figure = go.Figure(
+        go.Scatter(
+            x=seconds,
+            y=values.astype(np.float32),
+            mode="lines",
+            line={"color": ACCENT, "width": 1, "shape": "hvh"},
+            fill="tozeroy",
+            name="attention",
+            hovertemplate="%{x:.2f} s: %{y:.3g}<extra></extra>",
+        )
+    )
+    figure.add_hline(y=1 / trace.length, line={"color": BASELINE, "dash": "dot", "width": 1})
+    figure.update_xaxes(title="source (seconds); dotted: uniform attention")
+    figure.update_yaxes(title="probability", rangemode="tozero")
+    return style(figure, title, look, height=260, meta=meta)
+
+
+def _named(tokens: list[str], most: int = _LABELS) -> dict[str, Any]:
     """Ticks with tokens, some of them where they are many."""
-    at = np.arange(0, len(tokens), -(-len(tokens) // _LABELS))
+    at = np.arange(0, len(tokens), -(-len(tokens) // most))
     return {"tickvals": at, "ticktext": [escaped(tokens[place]) for place in at], "showgrid": False}

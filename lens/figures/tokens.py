@@ -10,6 +10,7 @@ import plotly.graph_objects as go
 from lens.common.choices import is_whole
 from lens.common.colors import VIRIDIS, scale
 from lens.common.errors import LensError
+from lens.figures.cross import over_time
 from lens.figures.head import head_data, provenance
 from lens.figures.style import Look, escaped, style
 
@@ -29,7 +30,8 @@ def token_strip(
 
     With `query` the colour is its exact probability on each key (q and k must have been kept); without,
     it is alpha, the mean attention from the queries that see the key. At most 512 tokens are shown,
-    the last ones up to the query or the first ones of the prompt, and the title says which.
+    the last ones up to the query or the first ones of the prompt, and the title says which. Moments of a sound
+    that a decoder looks at stand along the seconds instead, all of them.
 
     Raises:
         LensError: no such query, or exact probabilities cannot be had.
@@ -58,6 +60,9 @@ def token_strip(
         middle = best if trace.cross else query
         last = query + 1 if trace.attrs["causal"] else min(middle + MOST_TOKENS // 2, trace.length)
         first = max(0, last - MOST_TOKENS)
+    meta = provenance(trace, layer, head, "token_strip") | {"query": query}
+    if trace.cross and trace.attrs.get("seconds_per_position"):
+        return over_time(trace, values, found, meta, look)
     position = np.arange(first, min(first + MOST_TOKENS, trace.length))
     if len(position) < trace.length:
         found += f" (tokens {position[0]} to {position[-1]} of {trace.length:,})"
@@ -89,7 +94,7 @@ def token_strip(
         found,
         look,
         height=90 + 28 * lines,
-        meta=provenance(trace, layer, head, "token_strip") | {"query": query},
+        meta=meta,
     )
 
 

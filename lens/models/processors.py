@@ -1,4 +1,4 @@
-"""The processor of a checkpoint: what makes a model's inputs of pictures, and of pictures with texts."""
+"""The processor of a checkpoint: what makes a model's inputs of pictures, pictures with texts, and sounds."""
 
 from __future__ import annotations
 
@@ -9,21 +9,22 @@ from lens.models.sizes import image_token
 
 
 def read_processor(model: Any, name: str, **where: Any) -> Any:
-    """Of a folder or hub model that reads pictures; None where it has none, or Pillow is not installed.
+    """Of a folder or hub model that reads pictures or sounds; None where it has none, or Pillow is not installed.
 
     Args:
         model: of transformers.
         name: folder or hub id.
         where: `revision` and `local_files_only` of transformers.
     """
-    alone = getattr(model, "main_input_name", "") == "pixel_values"
-    if not alone and image_token(model.config) is None:
+    reads = getattr(model, "main_input_name", "")
+    alone, hears = reads == "pixel_values", reads in ("input_features", "input_values")
+    if not (alone or hears) and image_token(model.config) is None:
         return None
-    if importlib.util.find_spec("PIL") is None:
+    if not hears and importlib.util.find_spec("PIL") is None:
         return None
-    from transformers import AutoImageProcessor, AutoProcessor
+    from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoProcessor
 
-    reader = AutoImageProcessor if alone else AutoProcessor
+    reader = AutoFeatureExtractor if hears else AutoImageProcessor if alone else AutoProcessor
     try:
         return reader.from_pretrained(name, trust_remote_code=False, **where)
     except (

@@ -19,6 +19,7 @@ from lens.models.loaded import LoadedModel, check_loaded
 from lens.passes.padding import without_padding_before
 from lens.passes.pictures import Picture, is_picture, prepared, reads_pictures_alone
 from lens.passes.sessions import PACKED, base
+from lens.passes.sounds import is_sound, prepared_sound, reads_sounds
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def read_prompts(
         model: the model that they are for.
         prompts: a text; token ids (a list of integers or a 1-D tensor); a tokenizer's or processor's
             output, with padding or without; a picture (of PIL, an array, a path) or a pair (picture, text);
-            a list of these, or of pairs (text, text); a 2-D tensor of ids; an array of pictures
+            of a model of sounds the path of a .wav file, or samples [samples] at the rate of its feature extractor; a list of these, or of pairs (text, text); a 2-D tensor of ids; an array of pictures
             [pictures, height, width, channels].
         whole: the caller runs all inputs of a prompt and not its ids alone, so that segments,
             positions, images and masks with holes can be read; for others these are refused by name.
@@ -84,7 +85,8 @@ def read_prompts(
     if isinstance(prompts, Mapping):
         found = _from_mapping(model, prompts, whole)
         return found, len(found) == 1
-    if isinstance(prompts, str) or _is_ids(prompts) or _is_pictured(model, prompts):
+    heard = reads_sounds(model) and is_sound(prompts)
+    if isinstance(prompts, str) or heard or _is_ids(prompts) or _is_pictured(model, prompts):
         return [_from_one(model, prompts, whole)], True
     if isinstance(prompts, torch.Tensor) and prompts.dim() == 2 and not prompts.is_floating_point():
         return [_from_one(model, row, whole) for row in prompts], False
@@ -122,6 +124,8 @@ def _from_picture(model: LoadedModel, given: Any, whole: bool) -> Prompt:
 
 
 def _from_one(model: LoadedModel, prompt: Any, whole: bool) -> Prompt:
+    if reads_sounds(model) and is_sound(prompt):
+        return _from_features(model, prepared_sound(model, prompt))[0]
     if _is_pictured(model, prompt):
         return _from_picture(model, prompt, whole)
     if isinstance(prompt, str):

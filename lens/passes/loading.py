@@ -27,7 +27,7 @@ def load(
 
     Args:
         name_or_model: an embedded name (`text-lm-3l`, `stories260k`, `induction-2l`, `vit-digits`), `smollm2-135m`,
-            `dinov2-small`,
+            `dinov2-small`, `whisper-tiny.en`,
             a folder with `config.json`, a GGUF file or its folder, a folder with an adapter of peft and its base
             beside it, a hub id `owner/name` (the only case that uses the network), a transformers model in
             eval mode, a `PeftModel`, or a `TransformerBridge` of TransformerLens 4.
@@ -35,7 +35,7 @@ def load(
         dtype: type of the weights; float32 on a CPU, else the checkpoint's own, if None.
         device: where to put the weights; the CPU if None.
         tokenizer: instead of the model's own; needed for text when a model object is passed.
-        processor: instead of the model's own; needed for pictures when a model object is passed.
+        processor: instead of the model's own; needed for pictures and sounds when a model object is passed.
 
     Returns:
         The model with its tokenizer, sizes and the result of the self-check: one tiny prompt through the

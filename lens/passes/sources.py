@@ -7,6 +7,7 @@ said about its source.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +23,9 @@ from lens.passes.inputs import (
     placed,
     read_prompts,
 )
+from lens.passes.pictures import Picture, is_picture, prepared, reads_pictures_alone
 from lens.passes.sessions import base
+from lens.passes.sounds import is_sound, prepared_sound, reads_sounds
 
 MOST_WRITTEN = 64
 """Tokens that the model writes where no target is given."""
@@ -54,7 +57,8 @@ def read_sources(model: LoadedModel, prompts: Any) -> tuple[list[Prompt], bool]:
 
     Args:
         model: an encoder-decoder.
-        prompts: a text or ids (the source); a pair of these (source, target); a mapping of the model's inputs, of one
+        prompts: a text or ids (the source), of a model of sounds a .wav file or samples, of one of pictures a file, an
+            array or a picture of PIL; a pair of these (source, target); a mapping of the model's inputs, of one
             prompt (`input_ids`, `input_features` or `pixel_values`, and `decoder_input_ids` or none); or a
             list of such. Token ids of a target are what the decoder reads, its first token included; a target
             text is preceded by the model's own.
@@ -75,6 +79,7 @@ def _one(model: LoadedModel, prompt: Any) -> Prompt:
         if len(prompt) != 2:
             raise LensError(f"a pair is (source, target), got {len(prompt)} parts")
         source, target = prompt
+    source, picture = _read(model, source)
     text = source if isinstance(source, str) else None
     inputs = _inputs(model, source)
     names = accepted(model)
@@ -93,14 +98,25 @@ def _one(model: LoadedModel, prompt: Any) -> Prompt:
             inputs["input_ids"] = placed(model, torch.tensor([_target(model, target)]))
         read = _row(model, inputs.get("input_ids")) if reads else None
         _check_target(model, read)
-        return Prompt(inputs, None if reads else ids, text, target=read)
+        return Prompt(inputs, None if reads else ids, text, picture, read)
     if target is not None:
         inputs[of_decoder] = placed(model, torch.tensor([_target(model, target)]))
     if of_decoder not in inputs:
         inputs[of_decoder] = _written(model, inputs)
     target = _row(model, inputs[of_decoder])
     _check_target(model, target)
-    return Prompt(inputs, ids, text, target=target)
+    return Prompt(inputs, ids, text, picture, target)
+
+
+def _read(model: LoadedModel, source: Any) -> tuple[Any, Picture | None]:
+    """What the model's processor makes of a sound or a picture, which is handed on beside it; others as they are."""
+    if reads_sounds(model) and is_sound(source):
+        return prepared_sound(model, source), None
+    if reads_pictures_alone(model) and (isinstance(source, str) or is_picture(source)):
+        return prepared(model, source)
+    if isinstance(source, Path):
+        raise LensError(f"{model.info.class_name} reads texts; pass what stands in {source}")
+    return source, None
 
 
 def _inputs(model: LoadedModel, source: Any) -> dict[str, torch.Tensor]:

@@ -15,7 +15,12 @@ from lens.traces.profiles import COLUMNS as HEAD_COLUMNS
 
 SCHEMA = "attention-lens/run"
 SCHEMA_VERSION = 1
-KIND_WORDS = {"text": "text", "copied": "copied random tokens", "picture": "pictures"}
+KIND_WORDS = {
+    "text": "text",
+    "copied": "copied random tokens",
+    "picture": "pictures",
+    "sound": "sounds",
+}
 """Kinds of prompts, and what they are called in sentences."""
 PROMPT_KINDS = tuple(KIND_WORDS)
 """In the table of heads also names of the means over them."""

@@ -41,6 +41,12 @@ class Traced(Protocol):
     @property
     def tokens(self) -> list[str]: ...
     @property
+    def query_tokens(self) -> list[str]: ...
+    @property
+    def queries(self) -> int: ...
+    @property
+    def cross(self) -> bool: ...
+    @property
     def dataset(self) -> Any: ...
     def head_id(self, head: AnyHead) -> HeadId: ...
     def tile(
@@ -299,15 +305,22 @@ def _reader(
             "here the picture looks and text is looked at: name a word, overlay(key=...); its tokens are "
             f"{few(trace.tokens)}"
         )
+    looked_at = trace.cross and not looks
+    if looked_at and key is not None:
+        raise LensError(
+            "here text looks and the picture is looked at: name a token of the target, overlay(query=...); its tokens are "
+            f"{few(trace.query_tokens)}"
+        )
     if query is not None or key is not None:
         given = query if query is not None else key
         assert given is not None
-        place = position(trace, grid, given)
-        said = trace.tokens[place]
+        rows = trace.query_tokens if looked_at else trace.tokens
+        place = token_position(rows, given) if looked_at else position(trace, grid, given)
+        said = rows[place]
         if trace.attrs["segments"] is not None:
             said = f"“{said.strip()}”"
         cell = None
-        if start <= place < end and not looks:
+        if start <= place < end and not (looks or looked_at):
             cell = divmod(int(grid.order[place - start]), grid.width)
             said = f"the patch {cell}"
 
@@ -327,7 +340,7 @@ def _reader(
         return text, "where the text behind it looks", None
 
     def mean(head: HeadId) -> tuple[np.ndarray, float]:
-        return received(trace, head)[start:end] / length, 1.0
+        return received(trace, head)[start:end] / (trace.queries if looked_at else length), 1.0
 
     return mean, "where all positions look", None
 
@@ -346,7 +359,7 @@ def position(trace: Traced, grid: PatchGrid, given: Token) -> int:
     return token_position(tokens, given)
 
 
-def token_position(tokens: Sequence[str], given: int | str) -> int:
+def token_position(tokens: Sequence[str], given: Token) -> int:
     """Of a token's name, or a number, which may count from the end.
 
     Raises:
@@ -356,7 +369,7 @@ def token_position(tokens: Sequence[str], given: int | str) -> int:
         if given not in tokens:
             raise LensError(f"no token is called {given!r}; the first are {', '.join(tokens[:6])}")
         return tokens.index(given)
-    if not is_whole(given):
+    if isinstance(given, tuple) or not is_whole(given):
         raise LensError(
             f"a token is (row, column) of a patch, a position or a name such as {tokens[0]!r}, got {given!r}"
         )

@@ -70,7 +70,7 @@ def test_defaults_are_a_copied_run_of_the_embedded_model():
             {"capture": {"block_size": 0}},
             "capture.block_size must be at least 1 and at most 2147483647, got 0",
         ),
-        ({"prompts": {"text": "a", "text_name": "lily"}}, "only one source of text at a time"),
+        ({"prompts": {"text": "a", "text_name": "lily"}}, "only one source at a time"),
         ({"prompts": {"text": "a", "windows": 2}}, "it needs prompts.tokens"),
         (
             {"prompts": {"batch": "a", "windows": 2, "tokens": 5}},
@@ -286,7 +286,7 @@ def test_the_command_line_makes_the_same_configuration(config, lens_command, mon
         ("run --copied 2 --set nothing", "--set takes name=value, got 'nothing'"),
         ("run --copied 2 --set analysis.n=5", "the section analysis belongs to `lens heads`"),
         ("run --text-name moby-dik", "unknown text 'moby-dik'; known: moby-dick"),
-        ("run --text-name lily --text x.txt", "only one source of text at a time, got --text and --text-name"),
+        ("run --text-name lily --text x.txt", "only one source at a time, got --text and --text-name"),
         ("run --text-name lily --windows 3", "--windows cuts one text into pieces"),
         ("run --text nowhere.txt", "nowhere.txt; give a text file"),
         ("run -c nowhere.toml", "no configuration file nowhere.toml"),

@@ -1,5 +1,7 @@
 """Runs of an encoder-decoder: one for each of its attentions, with two token axes on the pages of cross-attention."""
 
+import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,11 +12,14 @@ import torch
 import transformers
 from lens_dashboards.library import Library
 from lens_dashboards.views import render
+from PIL import Image
+from scipy.io import wavfile
+from scipy.signal import resample_poly
 
 import lens
 from lens.runs import open_run
 from lens.runs.validation import _layer, validate
-from tests.lens.encoder_decoders import MAKE
+from tests.lens.encoder_decoders import MAKE, SIZES, made
 
 ASSETS = Path(lens.__file__).parent / "assets/models/stories260k"
 SOURCES = "The little girl saw a big red ball.\nOnce upon a time there was a cat.\n"
@@ -144,12 +149,16 @@ def test_a_part_alone_whose_targets_the_model_writes(folder, lens_command, tmp_p
     ("words", "said"),
     [
         (("run", "--copied", "2"), "an encoder-decoder reads sources"),
-        (("heads", "--text-name", "lily"), "which `lens run` profiles"),
+        (("policies", "--text-name", "lily"), "`lens run`, `lens heads` and `lens sinks` take"),
+        (("run", "--audio", "ONE"), "reads input_ids, and --audio is a sound; give --text FILE"),
+        (("run", "--image", "nowhere.png"), "no picture "),
+        (("run", "--audio", "ONE", "--tokens", "3"), "--tokens cuts texts"),
+        (("run", "--audio", "ONE", "--text-name", "lily"), "only one source at a time"),
         (
             ("run", "--prompts", "SOURCES", "--target", "ONE"),
             "has 1 targets and there are 2 sources",
         ),
-        (("run", "--text-name", "lily", "--target", "ONE"), "target goes with the sources"),
+        (("run", "--text-name", "lily", "--target", "ONE"), "target goes with"),
         (
             ("run", "--text", "ONE", "--target", "ONE", "--tokens", "3"),
             "each --target is of a whole",
@@ -195,4 +204,129 @@ def test_other_models_have_no_parts_and_no_targets(folder, lens_command, tmp_pat
         tmp_path,
     )
     assert answer.code == 2
-    assert "reads input_features, and this command reads text" in answer.err
+    assert "reads input_features, and --text is text; give --audio FILE" in answer.err
+    answer = lens_command(
+        "run", "--model", "text-lm-3l", "--audio", folder / "sources.txt", "--out", tmp_path
+    )
+    assert answer.code == 2
+    assert "no encoder-decoder; leave --audio out" in answer.err
+
+
+@pytest.fixture(scope="module")
+def heard(tmp_path_factory):
+    """A random Whisper that hears a second, with a feature extractor, and a sound of half a second at 8 kHz."""
+    folder = tmp_path_factory.mktemp("whisper")
+    torch.manual_seed(0)
+    sizes = SIZES | {"vocab_size": 512, "encoder_layers": 2}
+    config = transformers.WhisperConfig(
+        **sizes, num_mel_bins=8, max_source_positions=50, max_target_positions=30,
+        suppress_tokens=None, begin_suppress_tokens=None,
+    )  # fmt: skip
+    transformers.WhisperForConditionalGeneration(config).save_pretrained(folder / "w")
+    transformers.WhisperFeatureExtractor(feature_size=8, chunk_length=1).save_pretrained(
+        folder / "w"
+    )
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(ASSETS / name, folder / "w")
+    tone = np.sin(np.arange(4000) * 0.7) * 12000
+    wavfile.write(folder / "tone.wav", 8000, np.stack([tone, 0 * tone], 1).astype(np.int16))
+    (folder / "said.txt").write_text("A cat sat there.\n")
+    return folder
+
+
+def test_a_sound_is_heard_by_the_commands(heard, lens_command, tmp_path):
+    answer = lens_command(
+        "heads", "--model", heard / "w", "--audio", heard / "tone.wav", "--target", heard / "said.txt",
+        "--measures", "ablation/zero,gradient,direct", "--out", tmp_path, "--json",
+    )  # fmt: skip
+    assert answer.code == 0, answer.err
+    runs = [open_run(path) for path in (*answer.json["beside"], answer.json["path"])]
+    assert [run.prompts["kind"][0] for run in runs] == ["sound", "text", "sound"]
+    assert [set(run.heads["prompt_id"]) for run in runs] == [
+        {"sound", "p000"},
+        {"text", "p000"},
+        {"sound", "p000"},
+    ]
+    for run in runs:
+        assert validate(run) == []
+        assert "two" in run.meta["unsupported"]["layers"]
+    encoder, _, cross = runs
+    trace = cross.trace("p000")
+    assert (trace.tokens[:3], trace.length) == (["0.00 s", "0.02 s", "0.04 s"], 50)
+    assert trace.attrs["seconds_per_position"] == pytest.approx(0.02)
+    model = lens.load(str(heard / "w"))
+    samples = resample_poly(
+        wavfile.read(heard / "tone.wav")[1].astype(np.float32).mean(1) / 32768, 2, 1
+    )
+    features = model.processor(samples, sampling_rate=16000, return_tensors="pt")["input_features"]
+    own = lens.capture(model, ({"input_features": features}, "A cat sat there."), progress=False)
+    for part, run in (("encoder", encoder), ("cross", cross)):
+        pair = own[part].block_mass.values, run.trace("p000").block_mass.values
+        assert np.abs(pair[0] - pair[1]).max() < 1e-5
+    table = cross.section("alignment").tables["heads"].set_index("name")
+    expected = lens.traces.alignment(own, at="predicted").table().set_index("name")
+    assert np.allclose(table["monotonicity"], expected["monotonicity"][table.index], equal_nan=True)
+    scores = cross.section("importance").tables["scores"]
+    pair = ({"input_features": features}, own.decoder.dataset["token_id"].values.tolist())
+    alone = lens.heads.importance(model.part("cross"), [pair], baseline="zero", progress=False)
+    assert np.allclose(
+        scores[next(name for name in scores if name.startswith("ablation (zero)"))],
+        alone.table().set_index("name")["value"][scores["name"]],
+        atol=1e-4,
+    )
+    page = str(render(Library(tmp_path), f"/run/{cross.id}/head/1/2", "?prompt=p000&query=2"))
+    assert "along the sound, in seconds" in page
+    row = trace.tile(1, 2, (2, 3), (0, trace.length))[0]
+    assert f"The highest moment holds {row.max():.1%}" in page
+    figure = lens.figures.token_strip(trace, 1, 2, 2)
+    assert np.allclose(figure.data[0].y, row, atol=1e-6)
+    assert figure.data[0].x[-1] == pytest.approx(0.98)
+    held = json.loads(re.search(r'id="held">(.*?)</script>', trace.view("L1H2").to_html())[1])
+    assert held["maps"][0]["config"]["queries"] == trace.query_tokens
+    assert held["maps"][0]["config"]["seconds"] == pytest.approx(0.02)
+    assert held["maps"][0]["header"]["query"] == [0, trace.queries]
+
+
+def test_a_picture_is_read_by_the_commands_and_sinks_are_looked_for(lens_command, tmp_path):
+    made("trocr").save_pretrained(tmp_path / "trocr")  # it writes a few tokens
+    transformers.ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(
+        tmp_path / "trocr"
+    )
+    pixels = np.random.default_rng(0).integers(0, 255, (20, 24, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    answer = lens_command(
+        "sinks", "--model", tmp_path / "trocr", "--image", tmp_path / "a.png", "--part", "cross", "--edits",
+        "mask", "--amounts", "0,1", "--out", tmp_path / "runs", "--json",
+    )  # fmt: skip
+    assert answer.code == 0, answer.err
+    run = open_run(answer.json["path"])
+    assert validate(run) == []
+    assert run.prompts["kind"].tolist() == ["picture"]
+    assert {"alignment", "detection", "effects", "dose"} <= set(run.sections), run.meta[
+        "unsupported"
+    ]
+    assert "spectrum" in run.meta["unsupported"]
+    trace = run.trace("p000")
+    assert trace.tokens[:3] == ["[CLS]", "0,0", "0,1"]
+    rate = run.section("detection").tables["heads"].set_index("name")
+    alpha = trace.received.values[..., 0] / trace.queries
+    assert np.allclose(rate["alpha"], alpha.ravel(), atol=1e-6)
+    model = lens.load(str(tmp_path / "trocr"))
+    given = (tmp_path / "a.png", trace.dataset["query_token_id"].values.tolist())
+    found = lens.effect(model.part("cross"), [given], lens.edits.Mask("first"), progress=False)
+    edits = run.section("effects").tables["edits"]
+    mine = edits[((edits["edit"] == "mask") & (edits["condition"] == "edit")).to_numpy()]
+    assert mine["delta_loss"].iloc[0] == pytest.approx(
+        found.table()["delta_loss"].iloc[0], abs=1e-5
+    )
+    row = trace.tile(1, 2, (1, 2), (0, trace.length))[0]
+    overlay = trace.overlay("L1H2", query=1)
+    assert np.allclose(overlay.values[0].ravel(), row[1:], atol=1e-6)
+    everyone = trace.overlay("L1H2").values[0].ravel()
+    assert np.allclose(everyone, trace.received.values[1, 2, 1:] / trace.queries, atol=1e-6)
+    with pytest.raises(lens.LensError, match=r"text looks and the picture is looked at"):
+        trace.overlay("L1H2", key=(0, 0))
+    page = str(
+        render(Library(tmp_path / "runs"), f"/run/{run.id}/head/1/2", "?prompt=p000&query=1")
+    )
+    assert "Attention of L1H2 on the picture" in page

@@ -19,12 +19,13 @@ from lens_analyses.config.analyses import (
     SinksSettings,
     VisionSettings,
 )
+from lens_analyses.config.listed import listed
 from lens_analyses.config.paths import is_folder, shorten
 from lens_analyses.config.pictures import LABELS, PictureConfig, images_setting
 from lens_analyses.config.settings import Section, Setting, Shown, setting, settings_of
 
 Backend = Literal["auto", "triton", "cpu", "torch", "reference"]
-SOURCES = ("text", "text_name", "batch")
+SOURCES = ("text", "text_name", "batch", "audio", "image")
 OF_LABELS = ("images", "labelled")
 _LARGEST_SEED = 2**32 - 1
 
@@ -66,7 +67,6 @@ class ModelConfig(Section):
         shown=Shown(rare=True),
         min_length=1,
     )
-
     part: Literal["encoder", "decoder", "cross"] | None = setting(
         None,
         "Of an encoder-decoder the attention to profile; each in a run of its own if not given.",
@@ -85,7 +85,7 @@ class ModelConfig(Section):
 
 
 class PromptConfig(Section):
-    """Which prompts; at most one of `text`, `text_name` and `batch`."""
+    """Which prompts; at most one of `SOURCES`."""
 
     text: str | None = setting(None, "Text file to analyse.", shown=Shown(file=True), min_length=1)
     text_name: Annotated[str, AfterValidator(_known_text)] | None = setting(
@@ -99,10 +99,22 @@ class PromptConfig(Section):
         shown=Shown(flag="--prompts", file=True),
         min_length=1,
     )
+    audio: str | None = setting(
+        None,
+        "Sounds (.wav) that an encoder-decoder such as Whisper reads, with commas.",
+        shown=Shown(file=True, rare=True),
+        min_length=1,
+    )
+    image: str | None = setting(
+        None,
+        "Pictures that an encoder-decoder such as TrOCR reads, with commas.",
+        shown=Shown(file=True, rare=True),
+        min_length=1,
+    )
     target: str | None = setting(
         None,
-        "Of an encoder-decoder: text file of what its decoder reads, a line for each line of --prompts; "
-        "written by the model if not given.",
+        "Of an encoder-decoder: text file of what its decoder reads, a line for each line of --prompts, sound or "
+        "picture; written by the model if not given.",
         shown=Shown(file=True, rare=True),
         min_length=1,
     )
@@ -130,20 +142,26 @@ class PromptConfig(Section):
         given = [name for name in SOURCES if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(
-                f"only one source of text at a time, got prompts.{' and prompts.'.join(given)}"
+                f"only one source at a time, got prompts.{' and prompts.'.join(given)}"
             )
         if self.windows is not None and (self.tokens is None or self.batch is not None):
             raise ValueError(
                 "prompts.windows cuts one text into pieces of prompts.tokens tokens: it needs "
                 "prompts.tokens, and does not go with prompts.batch"
             )
-        if self.target is not None and not {"text", "batch"} & set(given):
-            raise ValueError(
-                "prompts.target goes with the sources of prompts.text or prompts.batch"
-            )
+        if self.target is not None and not set(SOURCES) - {"text_name"} & set(given):
+            raise ValueError("prompts.target goes with prompts.text, batch, audio or image")
+        if self.tokens is not None and self.files:
+            raise ValueError("prompts.tokens cuts texts; leave it out with prompts.audio or image")
         if not given and not self.copied and labelled_by(self) is None:
             raise ValueError("no prompt: give a text, or prompts.copied of at least 1")
         return self
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The sounds or pictures one by one; none where texts are read."""
+        named = self.audio or self.image
+        return tuple(listed(named)) if named else ()
 
 
 class LabelledConfig(PromptConfig):

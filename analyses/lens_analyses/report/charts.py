@@ -15,7 +15,7 @@ from lens.runs.first_screen import Shown
 from lens.runs.schema import KIND_WORDS
 from lens.runs.sections import Section
 
-_COLORS = {"text": LINE, "copied": ACCENT, "picture": LINE}
+_COLORS = {"text": LINE, "copied": ACCENT, "picture": LINE, "sound": LINE}
 _TICKS = 15
 _TITLE = 64  # characters of a title that a figure beside another has room for
 
@@ -39,7 +39,9 @@ def charts(data: dict[str, Any]) -> dict[str, dict[str, Any]]:
     layers = data["setup"]["model"]["layers"]
     height = min(720, max(260, 120 + 26 * layers))
     for kind, rows in heads.groupby("prompt_id", sort=False):
-        for metric, variant in dict.fromkeys(zip(rows["metric"], rows["variant"], strict=True)):
+        scored = rows["value"].notna().groupby([rows["metric"], rows["variant"]]).any()
+        pairs = dict.fromkeys(zip(rows["metric"], rows["variant"], strict=True))
+        for metric, variant in sorted(pairs, key=lambda pair: not scored[pair]):  # those first
             of_it = (rows["metric"] == metric) & (rows["variant"] == variant)
             if kind == "picture" and rows["value"][of_it].isna().all():
                 continue  # of rows of tokens

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from lens_dashboards.notebook import attention_map
+from lens_dashboards.raster import pool
 
 from lens.common.colors import VIRIDIS
 from lens.common.errors import LensError
@@ -61,8 +62,6 @@ def head_maps(run: Run, summary: list[dict], *, per_kind: int = 2, most: int = 8
             trace = run.trace(prompt_id)
         except LensError:
             continue
-        if trace.cross:  # the map has one axis of tokens
-            continue
         for head in finding["heads"][:per_kind]:
             maps.append(_map(trace, prompt_id, finding, head))
     return maps[:most]
@@ -71,10 +70,18 @@ def head_maps(run: Run, summary: list[dict], *, per_kind: int = 2, most: int = 8
 def _map(trace: AttentionTrace, prompt_id: str, finding: dict, head: dict) -> HeadMap:
     layer, index = head["layer"], head["head"]
     name = f"L{layer}H{index}"
-    exact = trace.length <= EXACT_TOKENS and not trace.tile_refusal(layer, index)
+    rows, keys = trace.queries, trace.length
+    if trace.tile_refusal(layer, index):
+        exact = False
+    else:
+        exact = rows * keys <= EXACT_TOKENS**2 if trace.cross else keys <= EXACT_TOKENS
     if exact:
-        values = trace.tile(layer, index, (0, trace.length), (0, trace.length))
+        values = trace.tile(layer, index, (0, rows), (0, keys))
+        step = -(-keys // EXACT_TOKENS)
         grain = "one pixel a token pair"
+        if step > 1:  # a long source: as many keys a pixel, and rows as high as the picture is wide
+            values, grain = pool(values, (1, step), "max"), f"{step} keys a pixel, the largest"
+        values = values.repeat(max(1, values.shape[1] // (2 * rows)), 0)
     else:
         values = trace.block_mass.sel(layer=layer, head=index).values
         grain = f"blocks of {trace.attrs['block_size']} tokens"
@@ -83,7 +90,7 @@ def _map(trace: AttentionTrace, prompt_id: str, finding: dict, head: dict) -> He
     return HeadMap(
         head=name,
         role=f"{role} {head['value']:.2f}",
-        caption=f"{prompt_id}, {trace.length:,} tokens, {grain}",
+        caption=f"{prompt_id}, {f'{rows:,} × ' * trace.cross}{keys:,} tokens, {grain}",
         alt=f"Attention map of head {name} on prompt {prompt_id}: {role} score {head['value']:.2f}",
         image=png(colored(values, hidden)),
         zoomable=attention_map(trace, layer, index).to_html(cells=EXACT_TOKENS),

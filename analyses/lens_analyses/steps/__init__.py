@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from lens.common.errors import LensError
 from lens_analyses.config.listed import listed
 
 if TYPE_CHECKING:
@@ -25,12 +26,14 @@ class Step:
         module: of this package that has the function of that name.
         setting: of `analysis` without which the step is left out.
         needs: the section of an earlier step that it reads, if it cannot do without.
+        why: there is no such section, where there is none.
     """
 
     name: str
     module: str
     setting: str | None = None
     needs: str | None = None
+    why: str = ""
 
     def is_wanted(self, settings: object) -> bool:
         """Whether a run with these settings, those of `analysis`, takes the step."""
@@ -40,7 +43,13 @@ class Step:
         return self.setting is None or getattr(settings, self.setting) is not None
 
     def run(self, subject: "Subject") -> "Section":
-        """Compute the section."""
+        """Compute the section.
+
+        Raises:
+            LensError: there is none.
+        """
+        if self.why:
+            raise LensError(self.why)
         module = import_module(f"lens_analyses.steps.{self.module}")
         compute: Callable[[Subject], Section] = getattr(module, self.name)
         return compute(subject)
@@ -105,3 +114,48 @@ STEPS: dict[str, tuple[Step, ...]] = {
     ),
 }
 """What a run does -> its steps, in order; later ones may read the sections of earlier ones."""
+
+_ONE_ROW = "it is measured on one row of tokens that is read alone, and an encoder-decoder reads a source and a target"
+_OF_PARTS = {
+    "heads": {
+        "roles": Step(
+            "roles", "", why=f"roles: {_ONE_ROW}; the profile has the scores that a trace shows"
+        ),
+        "retrieval": Step("retrieval", "", why=f"retrieval of needles: {_ONE_ROW}"),
+        "stability": Step("stability", "", why=f"stability over lengths: {_ONE_ROW}"),
+        "pruning": Step("pruning", "", why=f"orders of heads to prune: {_ONE_ROW}"),
+        "layers": Step(
+            "layers",
+            "",
+            why="sub-layers are of one residual stream, and an encoder-decoder has two",
+        ),
+    },
+    "sinks": {
+        "detection": Step("detection", "parts"),
+        "mechanism": Step("mechanism", "", why=f"keys, values and massive activations: {_ONE_ROW}"),
+        "kinds": Step("kinds", "", why=f"kinds of sinks: {_ONE_ROW}"),
+        "effects": Step("effects", "parts", needs="detection"),
+        "first_token": Step("first_token", "", why=f"BOS and other texts: {_ONE_ROW}"),
+        "dose": Step("dose", "parts"),
+        "redistribution": Step("redistribution", "", why=f"redistribution: {_ONE_ROW}"),
+        "streaming": Step("streaming", "", why=f"a cache of first and last keys: {_ONE_ROW}"),
+        "spectrum": Step(
+            "spectrum",
+            "",
+            why="the unembedding's spectrum is of one residual stream, and an encoder-decoder has two",
+        ),
+    },
+}
+"""Of one attention of an encoder-decoder: what stands in the place of a step."""
+_CAUSAL_ALONE = Step(
+    "patterns", "", why="sparse patterns are those of causal heads; the decoder has such"
+)
+
+
+def steps_of(what: str, part: str) -> tuple[Step, ...]:
+    """The steps of a run, in order; `part` is that of an encoder-decoder, "" of other models."""
+    if not part:
+        return STEPS[what]
+    instead = _OF_PARTS.get(what, {}) | ({} if part == "decoder" else {"patterns": _CAUSAL_ALONE})
+    found = tuple(instead.get(step.name, step) for step in STEPS[what])
+    return (Step("alignment", "parts"), *found) if part == "cross" else found

@@ -100,6 +100,8 @@ def _circuit_factor(load: Load) -> float:
     return 1 + 0.04 * load.layers
 
 
+ALIGNMENT = Cost(0)
+"""Of cross-attention, whatever else the run does: from its traces."""
 COSTS: dict[str, dict[str, Callable[[Load], Cost]]] = {
     "heads": {
         "roles": lambda load: Cost(2 * load.prompts, seconds=2 + 0.08 * load.heads),

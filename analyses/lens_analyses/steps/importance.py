@@ -5,7 +5,7 @@ from dataclasses import asdict
 import pandas as pd
 import torch
 
-from lens import heads
+from lens import heads, tasks
 from lens.common.errors import LensError
 from lens.figures import agreement_map
 from lens.heads.measures.methods import Baseline, Method
@@ -27,11 +27,13 @@ _JOINT = 4  # heads at most that are taken away together
 
 
 def importance(subject: Subject) -> Section:
-    """Every measure that the configuration names, on the task and on the run's text."""
-    tasks = [subject.task]
-    if subject.settings.task != "text" and subject.prompts("text") and not subject.labelled:
-        tasks.append(subject.windows)
-    scores, refused = _measure(subject, tasks)
+    """Every measure that the configuration names, on the task and on the run's text, or on targets of sources."""
+    of_pairs = bool(subject.model.parts)
+    measured = [] if of_pairs else [subject.task]
+    also_text = subject.settings.task != "text" and subject.prompts("text")
+    if also_text and not of_pairs and not subject.labelled:
+        measured.append(subject.windows)
+    scores, refused = _of_pairs(subject) if of_pairs else _measure(subject, measured)
     joined = heads.join(*scores, seed=subject.seed)
     agreement = heads.agreement(*scores, seed=subject.seed) if len(scores) > 1 else None
     tables = {"scores": joined}
@@ -40,7 +42,7 @@ def importance(subject: Subject) -> Section:
     figures = {f"grid_{number}": score.plot() for number, score in enumerate(scores)}
     if agreement is not None:
         figures["agreement"] = agreement_map(agreement)
-    joint, sentences = _joint(subject, scores)
+    joint, sentences = (None, []) if of_pairs else _joint(subject, scores)
     if joint is not None:
         tables["together"] = joint
     return Section(
@@ -57,7 +59,7 @@ def importance(subject: Subject) -> Section:
             "Gradient, attribution and direct are first-order estimates: they miss what saturates "
             "(logic gates, a softmax near one key) and what other heads make up for.",
             *refused,
-            *(f"{task.name}: {reason}" for task in tasks for reason in task.dropped),
+            *(f"{task.name}: {reason}" for task in measured for reason in task.dropped),
         ),
         columns={
             "name": "The head.",
@@ -147,14 +149,14 @@ def pruning(subject: Subject) -> Section:
     )
 
 
-def _measure(subject: Subject, tasks: list[Task]) -> tuple[list[HeadScores], list[str]]:
+def _measure(subject: Subject, several: list[Task]) -> tuple[list[HeadScores], list[str]]:
     """Scores of each task by each measure, and why some could not be had.
 
     Raises:
         LensError: none that can be had.
     """
     scores, refused = [], []
-    for task in tasks:
+    for task in several:
         for method, baseline in subject.settings.measured:
             if method == "attribution" and not baseline and task.corrupt is None:
                 baseline = "mean"
@@ -173,6 +175,37 @@ def _measure(subject: Subject, tasks: list[Task]) -> tuple[list[HeadScores], lis
                 refused.append(
                     f"{method}{' ' if baseline else ''}{baseline} on {task.name}: {problem}."
                 )
+    if not scores:
+        raise LensError(f"no measure could be had: {' '.join(refused)}")
+    return scores, refused
+
+
+def _of_pairs(subject: Subject) -> tuple[list[HeadScores], list[str]]:
+    """`_measure` on the loss of the run's targets: by ablation of pairs of any lengths, else of a task of one length.
+
+    Raises:
+        LensError: none that can be had.
+    """
+    scores, refused = [], []
+    pairs = list(subject.given)
+    for method, baseline in subject.settings.measured:
+        word = f"{method}{' ' if baseline else ''}{baseline}"
+        try:
+            task = pairs
+            if method != "ablation":
+                task = tasks.language_modelling(subject.model, pairs)
+                baseline = baseline or ("mean" if method == "attribution" else "")
+            score = heads.importance(
+                subject.model,
+                task,
+                method=method,
+                baseline=baseline or None,
+                seed=subject.seed,
+                progress=subject.progress,
+            )
+            scores.append(score)
+        except LensError as problem:
+            refused.append(f"{word} on the targets: {problem}.")
     if not scores:
         raise LensError(f"no measure could be had: {' '.join(refused)}")
     return scores, refused

@@ -59,8 +59,10 @@ def similarity(subject: Subject) -> Section:
     """Which heads look alike and which write alike, as groups with their stability."""
     kind, prompts, alike = _compared(subject)
     tables, figures, said = {}, {}, []
-    of_maps = kind == "picture"  # whose rows are many: block maps, a lower bound, are compared
-    for method in ("js", "cka"):
+    of_part = bool(subject.model.parts)
+    of_maps = kind == "picture" or of_part  # rows are many, or two: block maps, a lower bound
+    methods = ("js",) if of_part else ("js", "cka")
+    for method in methods:
         if of_maps and method == "js":
             names = subject.prompt_ids(kind)[: len(prompts)]
             found = heads.similarity([subject.run.trace(name) for name in names])
@@ -97,10 +99,11 @@ def similarity(subject: Subject) -> Section:
                 if of_maps
                 else "attention without the first key, so that a sink does not make all heads alike."
             ),
+            *(["What heads write is not compared between sources and targets."] if of_part else []),
             "Heads that are alike can still differ in what they do to the model: see importance.",
         ),
         columns=defined(tables.values(), _HEAD | _CLUSTERS | _REDUNDANCY),
-        configuration={"methods": ["js", "cka"], "prompts": kind, "seed": subject.seed},
+        configuration={"methods": list(methods), "prompts": kind, "seed": subject.seed},
         tables=tables,
         figures=figures,
     )
@@ -108,6 +111,8 @@ def similarity(subject: Subject) -> Section:
 
 def _compared(subject: Subject) -> tuple[str, list[Any], bool]:
     """The kind of the prompts, some of them, and whether all have one length."""
+    if subject.model.parts:
+        return subject.run.prompts["kind"][0], list(subject.given[:_ALIKE_PROMPTS]), False
     if subject.prompt_ids("picture"):
         pictures = subject.pictures[:_ALIKE_PROMPTS]
         lengths = subject.run.prompts["tokens"][: len(pictures)]

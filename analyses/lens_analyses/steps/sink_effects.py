@@ -82,7 +82,7 @@ def effects(subject: Subject) -> Section:
         name="effects",
         title="Sinks: do they matter?",
         summary=(
-            *(_in_short(one) for one in found),
+            *(in_short(one) for one in found),
             *(text for reach in ("head", "layer") for text in reach_words(scopes, reach)),
         ),
         limits=(
@@ -100,7 +100,7 @@ def effects(subject: Subject) -> Section:
             "migration": migration_maps(found[0]),
         },
         headlines=(
-            *of_edits(tables["edits"], _figures(found)),
+            *of_edits(tables["edits"], effect_figures(found)),
             *of_reaches(tables["scopes"], "scopes"),
         ),
     )
@@ -108,10 +108,15 @@ def effects(subject: Subject) -> Section:
 
 def dose(subject: Subject) -> Section:
     """How the effect grows with the amount that is taken from the sink."""
+    return dose_of(subject, subject.text_windows)
+
+
+def dose_of(subject: Subject, prompts: list[Any]) -> Section:
+    """The same on prompts as `lens.effect` takes them."""
     amounts = subject.settings.doses
     found = lens.effect(
         subject.model,
-        subject.text_windows,
+        prompts,
         edits.Mask("first"),
         amounts=amounts,
         controls=("mass",),
@@ -243,12 +248,12 @@ def by_word(table: pd.DataFrame) -> pd.DataFrame:
     return table.assign(edit=table["edit"].replace(_WORDS))
 
 
-def _figures(found: list[Effect]) -> dict[str, str]:
+def effect_figures(found: list[Effect]) -> dict[str, str]:
     """Word of the configuration -> name of the figure of its effect."""
     return {_WORDS.get(one.edit, one.edit): f"edit_{number}" for number, one in enumerate(found)}
 
 
-def _in_short(effect: Effect) -> str:
+def in_short(effect: Effect) -> str:
     """What the edit does, and whether that is more than editing as much attention elsewhere does."""
     said = effect.findings()
     controls = of_kind(said, "mass", "size", "norm")

@@ -19,8 +19,9 @@ from lens_analyses.config.listed import layer_of, listed
 from lens_analyses.config.models import PromptConfig, labelled_by
 from lens_analyses.config.paths import is_task_file
 from lens_analyses.console import Output
-from lens_analyses.inputs import PlannedPrompt, Source, read_sources
+from lens_analyses.inputs import read_sources
 from lens_analyses.pictured import pictures_of, reads_pictures
+from lens_analyses.planned import PlannedPrompt, Source
 from lens_analyses.steps.run_circuits import other_run
 
 if TYPE_CHECKING:
@@ -42,12 +43,14 @@ class Subject:
         run: with its prompts, head metrics and traces.
         config: of the run.
         output: whether to show progress.
+        given: the run's prompts, as `lens.capture` takes them.
     """
 
     model: "LoadedModel"
     run: Run
     config: RunConfig
     output: Output
+    given: tuple[Any, ...] = ()
 
     @property
     def settings(self) -> Any:
@@ -151,6 +154,8 @@ def analysed(
     """
     settings, what = config.analysis, config.what
     _check_backend(model, config.capture.backend)
+    if model.parts:
+        return [prompt.ids for prompt in planned], [prompt.ids for prompt in planned]
     _check_heads(model, getattr(settings, "heads", None) or getattr(settings, "overlays", None))
     if settings is not None and labelled_by(config.prompts) is not None:
         task = labelled_task(model, config)

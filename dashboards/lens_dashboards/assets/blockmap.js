@@ -2,8 +2,9 @@
    fits, coloured by the logarithm. Hover shows the number itself, never a colour's.
 
    The numbers come from a source: {tokens() -> strings, raster({q0, q1, k0, k1, pooling}) -> {rows, columns,
-   level, cell, query, key, values}, row(query) -> Float32Array}, all of them promises. The dashboard asks
-   its server, a file of its own holds them, a notebook asks its kernel. */
+   level, cell, queryCell, query, key, values}, row(query) -> Float32Array}, all of them promises. The dashboard asks
+   its server, a file of its own holds them, a notebook asks its kernel. Of cross-attention config.queries are the
+   tokens of the rows, and the source's those of the columns. */
 (function () {
   "use strict";
 
@@ -58,7 +59,7 @@
           if (map.data) { map.paint(); map.draw(); }
         }
       });
-      const whole = button("show everything", () => this.show(0, this.length, 0, this.length));
+      const whole = button("show everything", () => this.showAll());
       const save = button("PNG", () => this.save());
       const table = button("CSV", () => this.saveTable());
       const numbers = button("JSON", () => this.saveNumbers());
@@ -82,7 +83,7 @@
       this.canvas.addEventListener("pointermove", (event) => this.onMove(event));
       this.canvas.addEventListener("pointerup", (event) => this.onUp(event));
       this.canvas.addEventListener("pointerleave", () => { this.active = false; this.tip.hidden = true; this.point(null); });
-      this.canvas.addEventListener("dblclick", () => this.show(0, this.length, 0, this.length));
+      this.canvas.addEventListener("dblclick", () => this.showAll());
       this.canvas.addEventListener("keydown", (event) => this.onKey(event));
       this.root = root;
       this.onResize = () => this.draw();
@@ -93,13 +94,15 @@
       try {
         this.tokens = await this.source.tokens();
         this.length = this.tokens.length;
+        this.queries = this.config.queries || this.tokens;
+        this.rows = this.queries.length;
         const w = this.config.window;
-        const inside = w && w[1] <= this.length && w[3] <= this.length;
+        const inside = w && w[1] <= this.rows && w[3] <= this.length;
         this.view = inside ? { q0: w[0], q1: w[1], k0: w[2], k1: w[3] }
-                           : { q0: 0, q1: this.length, k0: 0, k1: this.length };
+                           : { q0: 0, q1: this.rows, k0: 0, k1: this.length };
         this.addSteps();
         await this.fetch();
-        await this.shade(this.query === null || this.query === undefined ? this.length - 1 : this.query);
+        await this.shade(this.query === null || this.query === undefined ? this.rows - 1 : this.query);
       } catch (error) {
         this.fail(error);
       }
@@ -150,13 +153,14 @@
       this.draw();
       this.describe();
       this.root.dataset.ready = `${found.level} ${found.query} ${found.key}`;
-      keepLink(this.config, this.view, this.query, this.length);
+      keepLink(this, this.query);
     }
 
     /* Room for the names of tokens where single ones are shown, and few enough. */
     get isNamed() {
       const most = this.config.small ? NAMED / 2 : NAMED;
-      return this.data && this.data.cell === 1 && this.view.k1 - this.view.k0 <= most;
+      const { q0, q1, k0, k1 } = this.view;
+      return this.data && this.data.cell === 1 && Math.max(k1 - k0, q1 - q0) <= most;
     }
 
     get left() { return this.isNamed ? WIDE_LEFT - (this.config.small ? 34 : 0) : LEFT; }
@@ -250,7 +254,7 @@
       g.fillRect(this.left, TOP, side, side);
       const d = this.data;
       const x0 = this.x(d.key[0]), x1 = this.x(d.key[0] + d.columns * d.cell);
-      const y0 = this.y(d.query[0]), y1 = this.y(d.query[0] + d.rows * d.cell);
+      const y0 = this.y(d.query[0]), y1 = this.y(d.query[0] + d.rows * d.queryCell);
       g.imageSmoothingEnabled = false;
       g.drawImage(this.picture, x0, y0, x1 - x0, y1 - y0);
       if (this.config.promptTokens) this.drawPromptEnd(g, side);
@@ -295,14 +299,14 @@
       g.textBaseline = "top";
       g.textAlign = "center";
       if (this.isNamed) this.drawNames(g, side);
-      else for (const t of ticks(this.view.k0, this.view.k1)) g.fillText(String(t), this.x(t), TOP + side + 5);
+      else for (const [t, text] of this.ticks("k", this.config.seconds)) g.fillText(text, this.x(t), TOP + side + 5);
       g.font = "11px Inter, 'Helvetica Neue', Arial, sans-serif";
       g.textAlign = "center";
       g.textBaseline = "top";
-      g.fillText("key", this.left + side / 2, TOP + side + this.bottom - 13);
+      g.fillText(this.config.seconds ? "key (time)" : "key", this.left + side / 2, TOP + side + this.bottom - 13);
       g.textAlign = "right";
       g.textBaseline = "middle";
-      if (!this.isNamed) for (const t of ticks(this.view.q0, this.view.q1)) g.fillText(String(t), this.left - 6, this.y(t));
+      if (!this.isNamed) for (const [t, text] of this.ticks("q", this.config.queries ? 0 : this.config.seconds)) g.fillText(text, this.left - 6, this.y(t));
       g.save();
       g.translate(12, TOP + side / 2);
       g.rotate(-Math.PI / 2);
@@ -320,14 +324,23 @@
       }
     }
 
+    /* Places of an axis with what is written there: a position, or of a sound its time. */
+    ticks(axis, seconds) {
+      const first = this.view[`${axis}0`], last = this.view[`${axis}1`];
+      if (!seconds) return ticks(first, last).map((t) => [t, String(t)]);
+      const step = [0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 300].find((one) => one / seconds >= (last - first) / 6) || 600;
+      const found = [];
+      for (let t = Math.ceil(first * seconds / step) * step; t < last * seconds; t += step) found.push([t / seconds, `${Number(t.toFixed(1))} s`]);
+      return found;
+    }
+
     /* Every token of the rectangle on both axes. */
     drawNames(g, side) {
-      const cell = side / (this.view.k1 - this.view.k0);
+      const cell = side / Math.max(this.view.k1 - this.view.k0, this.view.q1 - this.view.q0);
       g.font = `${clamp(Math.floor(cell), 7, 12)}px Inter, 'Helvetica Neue', Arial, sans-serif`;
       g.textBaseline = "middle";
       g.textAlign = "right";
-      const queries = this.config.queries || this.tokens;
-      for (let q = this.view.q0; q < this.view.q1; q += 1) g.fillText(brief(queries[q]), this.left - 5, this.y(q + 0.5), this.left - 26);
+      for (let q = this.view.q0; q < this.view.q1; q += 1) g.fillText(brief(this.queries[q]), this.left - 5, this.y(q + 0.5), this.left - 26);
       for (let k = this.view.k0; k < this.view.k1; k += 1) {
         g.save();
         g.translate(this.x(k + 0.5), TOP + side + 5);
@@ -354,6 +367,7 @@
     describe() {
       const d = this.data;
       const size = d.cell === 1 ? "one token a cell, exact probabilities"
+        : d.queryCell !== d.cell ? `a token and ${d.cell} keys a cell, ${d.pooling === "max" ? "largest" : "mean"} probability of each`
         : d.level === "blocks" ? `${d.cell} tokens a cell, block mass`
         : `${d.cell} tokens a cell, ${d.pooling === "max" ? "largest" : "mean"} ${isExact(d) ? "probability" : "block mass"} of each`;
       const first = d.variant === "sink_excluded" ? ", first token left out"
@@ -374,17 +388,19 @@
 
     span(axis, index) {
       const d = this.data;
-      const first = d[axis][0] + index * d.cell;
-      const last = Math.min(first + d.cell, d[axis][1]) - 1;
-      return first === last ? `${axis} ${first} ${quoted(this.tokens[first])}` : `${axis === "key" ? "keys" : "queries"} ${first} to ${last}`;
+      const cell = axis === "key" ? d.cell : d.queryCell;
+      const first = d[axis][0] + index * cell;
+      const last = Math.min(first + cell, d[axis][1]) - 1;
+      const named = axis === "key" ? this.tokens : this.queries;
+      return first === last ? `${axis} ${first} ${quoted(named[first])}` : `${axis === "key" ? "keys" : "queries"} ${first} to ${last}`;
     }
 
     onMove(event) {
       const at = this.at(event);
       if (this.drag) {
-        const scale = (this.drag.view.k1 - this.drag.view.k0) / this.size().side;
+        const { q0, q1, k0, k1 } = this.drag.view, { side } = this.size();
         this.moved = this.moved || Math.abs(at.px - this.drag.px) + Math.abs(at.py - this.drag.py) > 4;
-        if (this.moved) this.shift((this.drag.px - at.px) * scale, (this.drag.py - at.py) * scale, this.drag.view);
+        if (this.moved) this.shift((this.drag.px - at.px) * (k1 - k0) / side, (this.drag.py - at.py) * (q1 - q0) / side, this.drag.view);
       }
       this.point(at);
       this.hover(at);
@@ -412,7 +428,7 @@
     hover(at) {
       const d = this.data;
       if (!d || !at.inside) { this.tip.hidden = true; return; }
-      const row = Math.floor((at.query - d.query[0]) / d.cell);
+      const row = Math.floor((at.query - d.query[0]) / d.queryCell);
       const column = Math.floor((at.key - d.key[0]) / d.cell);
       if (row < 0 || column < 0 || row >= d.rows || column >= d.columns) { this.tip.hidden = true; return; }
       const value = d.values[row * d.columns + column];
@@ -439,7 +455,7 @@
     onUp(event) {
       const at = this.at(event);
       if (this.drag && !this.moved && at.inside) {
-        this.shade(Math.min(this.length - 1, Math.max(0, Math.floor(at.query))));
+        this.shade(Math.min(this.rows - 1, Math.max(0, Math.floor(at.query))));
       }
       if (this.drag && this.moved) this.later();
       this.drag = null;
@@ -455,14 +471,14 @@
 
     onKey(event) {
       const v = this.view;
-      const step = (v.k1 - v.k0) / 8;
-      const moves = { ArrowLeft: [-step, 0], ArrowRight: [step, 0], ArrowUp: [0, -step], ArrowDown: [0, step] };
+      const step = (v.k1 - v.k0) / 8, down = (v.q1 - v.q0) / 8;
+      const moves = { ArrowLeft: [-step, 0], ArrowRight: [step, 0], ArrowUp: [0, -down], ArrowDown: [0, down] };
       if (moves[event.key]) {
         this.shift(...moves[event.key], v);
       } else if (event.key === "+" || event.key === "=" || event.key === "-") {
         this.zoom(event.key === "-" ? 1.5 : 1 / 1.5, (v.q0 + v.q1) / 2, (v.k0 + v.k1) / 2);
       } else if (event.key === "0") {
-        this.show(0, this.length, 0, this.length);
+        this.showAll();
       } else {
         return;
       }
@@ -473,7 +489,7 @@
     shift(keys, queries, from) {
       const width = from.k1 - from.k0, height = from.q1 - from.q0;
       const k0 = clamp(Math.round(from.k0 + keys), 0, this.length - width);
-      const q0 = clamp(Math.round(from.q0 + queries), 0, this.length - height);
+      const q0 = clamp(Math.round(from.q0 + queries), 0, this.rows - height);
       this.view = { q0, q1: q0 + height, k0, k1: k0 + width };
       this.draw();
       this.tell();
@@ -481,14 +497,19 @@
 
     zoom(factor, query, key) {
       const v = this.view;
-      const size = clamp(Math.round((v.k1 - v.k0) * factor), Math.min(8, this.length), this.length);
-      const k0 = clamp(Math.round(key - ((key - v.k0) / (v.k1 - v.k0)) * size), 0, this.length - size);
-      const q0 = clamp(Math.round(query - ((query - v.q0) / (v.q1 - v.q0)) * size), 0, this.length - size);
-      this.view = { q0, q1: q0 + size, k0, k1: k0 + size };
+      const to = (start, end, all, place) => {
+        const size = clamp(Math.round((end - start) * factor), Math.min(8, all), all);
+        const first = clamp(Math.round(place - ((place - start) / (end - start)) * size), 0, all - size);
+        return [first, first + size];
+      };
+      const [k0, k1] = to(v.k0, v.k1, this.length, key), [q0, q1] = to(v.q0, v.q1, this.rows, query);
+      this.view = { q0, q1, k0, k1 };
       this.draw();
       this.later();
       this.tell();
     }
+
+    showAll() { this.show(0, this.rows, 0, this.length); }
 
     show(q0, q1, k0, k1) {
       this.view = { q0, q1, k0, k1 };
@@ -507,9 +528,9 @@
       const strip = this.config.strip || document.getElementById("strip");
       if (!strip) return;
       if (this.group.length > 1) strip.dataset.head = this.root.dataset.head;
-      if (query >= this.length) query = this.length - 1;
+      if (query >= this.rows) query = this.rows - 1;
       for (const map of this.group) { map.query = query; map.draw(); }
-      keepLink(this.config, this.view, query, this.length);
+      keepLink(this, query);
       let values;
       try {
         values = await this.source.row(query);
@@ -517,7 +538,11 @@
         strip.replaceChildren(element("p", "small", `Rows cannot be shown: ${error.message}`));
         return;
       }
-      drawStrip(strip, this.tokens, values, query, (q) => this.shade(q), this.group.length > 1 ? `${this.root.dataset.head}: query` : "Query");
+      const name = this.group.length > 1 ? `${this.root.dataset.head}: query` : "Query";
+      const choose = (q) => this.shade(q);
+      if (this.config.queries) drawTwo(strip, this.queries, this.tokens, values, query, choose, name, this.config.seconds);
+      else if (this.config.seconds) drawSound(strip, this.tokens, values, query, choose, name, this.config.seconds);
+      else drawStrip(strip, this.tokens, values, query, choose, name);
     }
 
     save() {
@@ -533,7 +558,7 @@
       for (let r = 0; r < d.rows; r += 1) {
         for (let c = 0; c < d.columns; c += 1) {
           const value = d.values[r * d.columns + c];
-          if (!Number.isNaN(value)) lines.push(`${d.query[0] + r * d.cell},${d.key[0] + c * d.cell},${d.cell},${value}`);
+          if (!Number.isNaN(value)) lines.push(`${d.query[0] + r * d.queryCell},${d.key[0] + c * d.cell},${d.cell},${value}`);
         }
       }
       this.saveText(lines.join("\n"), "csv", "text/csv");
@@ -574,27 +599,12 @@
     const reach = 600;
     const first = Math.max(0, Math.min(query - reach + 1, tokens.length - reach));
     const last = Math.min(tokens.length, Math.max(first + reach, query + 1));
-    const strongest = Array.from(values.keys()).filter((i) => !Number.isNaN(values[i]))
-      .sort((a, b) => values[b] - values[a]).slice(0, 5);
-    const head = element("p", "small");
-    head.append(`${name} ${query} `, element("b", "", quoted(tokens[query])), " looks at ");
-    strongest.forEach((key, rank) => {
-      head.append(rank ? ", " : "", element("b", "", quoted(tokens[key])), ` (${key}) ${format(values[key])}`);
-    });
+    const strongest = strongestOf(values);
+    const head = lookedAt(name, query, tokens[query], tokens, values, strongest);
     head.append(". Click a token to make it the query.");
-    const body = element("div", "tokens");
-    body.tabIndex = 0;
-    body.setAttribute("role", "group");
-    body.setAttribute("aria-label", "Tokens, shaded by the probability that the query gives them");
+    const body = row("Tokens, shaded by the probability that the query gives them");
     for (let i = first; i < last; i += 1) {
-      const token = element("span", i === query ? "token query" : "token", shown(tokens[i]));
-      const value = values[i];
-      if (value > 0) {
-        const share = Math.sqrt(Math.min(1, value));
-        token.style.backgroundColor = `rgba(53, 95, 141, ${share.toFixed(3)})`;
-        if (share > 0.55) token.style.color = "#fff";
-      }
-      token.title = `${i} ${quoted(tokens[i])}: ${Number.isNaN(value) || value === undefined ? "not visible" : format(value)}`;
+      const token = shaded(i, tokens[i], values[i], i === query ? "token query" : "token");
       token.addEventListener("click", () => choose(i));
       body.append(token);
     }
@@ -605,6 +615,98 @@
     strip.replaceChildren(...parts);
     strip.dataset.query = String(query);
     drawArcs(body, first, query, strongest.map((key) => ({ key, value: values[key] })));
+  }
+
+  /* Of cross-attention: the tokens of the target, of which one is chosen, and those of the source as it sees them. */
+  function drawTwo(strip, queries, tokens, values, query, choose, name, seconds) {
+    const reach = 600, strongest = strongestOf(values);
+    const first = Math.max(0, Math.min((strongest[0] || 0) - reach / 2, tokens.length - reach));
+    const last = Math.min(tokens.length, first + reach), from = Math.max(0, query - reach / 2), to = Math.min(queries.length, from + reach);
+    const head = lookedAt(name, query, queries[query], tokens, values, strongest);
+    const target = row("Tokens of the target; a click makes one the query"), source = row("Tokens of the source, shaded by the probability that the query gives them");
+    for (let i = from; i < to; i += 1) {
+      const token = element("span", i === query ? "token query" : "token", shown(queries[i]));
+      token.title = `${i} ${quoted(queries[i])}`;
+      token.addEventListener("click", () => choose(i));
+      target.append(token);
+    }
+    if (!seconds) for (let i = first; i < last; i += 1) source.append(shaded(i, tokens[i], values[i], "token"));
+    const below = seconds ? timeline(strip, values, seconds) : source;
+    const parts = [head, element("h3", "small", "Target: click a token to make it the query"), target, element("h3", "small", seconds ? "Source, in seconds" : "Source"), below];
+    if (!seconds && (first > 0 || last < tokens.length)) {
+      parts.push(element("p", "small", `Keys ${first} to ${last - 1} of ${tokens.length} are shown.`));
+    }
+    strip.replaceChildren(...parts);
+    strip.dataset.query = String(query);
+  }
+
+  /* Of a sound that looks at itself: what one moment looks at; a click makes another the query. */
+  function drawSound(strip, tokens, values, query, choose, name, seconds) {
+    const head = lookedAt(name, query, tokens[query], tokens, values, strongestOf(values));
+    head.append(". Click a moment to make it the query.");
+    strip.replaceChildren(head, timeline(strip, values, seconds, query, choose));
+    strip.dataset.query = String(query);
+  }
+
+  /* Probabilities along the time of a sound, with its seconds below. */
+  function timeline(strip, values, seconds, query, choose) {
+    const wide = Math.max(280, strip.clientWidth), high = 90, foot = 18, most = Math.max(...values.filter((value) => !Number.isNaN(value)), 1e-12);
+    const make = (name, attributes, text) => {
+      const made = document.createElementNS("http://www.w3.org/2000/svg", name);
+      for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
+      if (text) made.textContent = text;
+      return made;
+    };
+    const svg = make("svg", { viewBox: `0 0 ${wide} ${high + foot}`, class: "timeline", role: "img",
+      "aria-label": `Probability along ${(values.length * seconds).toFixed(1)} seconds, at most ${format(most)}` });
+    const x = (place) => (place / values.length) * wide;
+    let path = `M0,${high}`;
+    values.forEach((value, place) => { const y = high - (Number.isNaN(value) ? 0 : value / most) * (high - 4); path += ` L${x(place).toFixed(1)},${y.toFixed(1)} L${x(place + 1).toFixed(1)},${y.toFixed(1)}`; });
+    svg.append(make("path", { d: `${path} L${wide},${high} Z`, fill: "#355f8d" }));
+    const whole = values.length * seconds, step = [0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 300].find((one) => one >= (whole * 70) / wide) || 600;
+    for (let t = 0; t < whole; t += step) {
+      svg.append(make("line", { x1: x(t / seconds), x2: x(t / seconds), y1: high, y2: high + 4, stroke: "#4a5462" }));
+      svg.append(make("text", { x: x(t / seconds) + 3, y: high + 14, "font-size": 12, fill: "#4a5462" }, `${Number(t.toFixed(1))} s`));
+    }
+    if (query !== undefined) svg.append(make("line", { x1: x(query), x2: x(query), y1: 0, y2: high, stroke: "#c2410c" }));
+    if (choose) svg.addEventListener("click", (event) => {
+      const box = svg.getBoundingClientRect();
+      choose(clamp(Math.floor(((event.clientX - box.left) / box.width) * values.length), 0, values.length - 1));
+    });
+    return svg;
+  }
+
+  const strongestOf = (values) => Array.from(values.keys()).filter((i) => !Number.isNaN(values[i]))
+    .sort((a, b) => values[b] - values[a]).slice(0, 5);
+
+  /* Which query looks at which keys, in words. */
+  function lookedAt(name, query, said, tokens, values, strongest) {
+    const head = element("p", "small");
+    head.append(`${name} ${query} `, element("b", "", quoted(said)), " looks at ");
+    strongest.forEach((key, rank) => {
+      head.append(rank ? ", " : "", element("b", "", quoted(tokens[key])), ` (${key}) ${format(values[key])}`);
+    });
+    return head;
+  }
+
+  function row(label) {
+    const body = element("div", "tokens");
+    body.tabIndex = 0;
+    body.setAttribute("role", "group");
+    body.setAttribute("aria-label", label);
+    return body;
+  }
+
+  /* A token on a ground that is darker the more it holds. */
+  function shaded(place, text, value, className) {
+    const token = element("span", className, shown(text));
+    if (value > 0) {
+      const share = Math.sqrt(Math.min(1, value));
+      token.style.backgroundColor = `rgba(53, 95, 141, ${share.toFixed(3)})`;
+      if (share > 0.55) token.style.color = "#fff";
+    }
+    token.title = `${place} ${quoted(text)}: ${Number.isNaN(value) || value === undefined ? "not visible" : format(value)}`;
+    return token;
   }
 
   /* Curves from the query to its strongest keys, over the tokens; wider is more. */
@@ -657,18 +759,19 @@
   /* A file of its own: one raster of the whole prompt, cut here. */
   function heldSource(held) {
     const bytes = Uint8Array.from(atob(held.values), (sign) => sign.charCodeAt(0));
-    const values = new Float32Array(bytes.buffer), { rows, columns, cell } = held.header;
+    const values = new Float32Array(bytes.buffer), { rows, columns, cell, queryCell } = held.header;
+    const count = (held.config.queries || held.tokens).length;
     return {
       tokens: async () => held.tokens,
       async raster({ q0, q1, k0, k1 }) {
-        const r0 = Math.floor(q0 / cell), r1 = Math.min(rows, Math.ceil(q1 / cell));
+        const r0 = Math.floor(q0 / queryCell), r1 = Math.min(rows, Math.ceil(q1 / queryCell));
         const c0 = Math.floor(k0 / cell), c1 = Math.min(columns, Math.ceil(k1 / cell));
         const cut = new Float32Array((r1 - r0) * (c1 - c0));
         for (let r = r0; r < r1; r += 1) cut.set(values.subarray(r * columns + c0, r * columns + c1), (r - r0) * (c1 - c0));
         const length = held.tokens.length;
         return {
           ...held.header, values: cut, rows: r1 - r0, columns: c1 - c0,
-          query: [r0 * cell, Math.min(r1 * cell, length)], key: [c0 * cell, Math.min(c1 * cell, length)],
+          query: [r0 * queryCell, Math.min(r1 * queryCell, count)], key: [c0 * cell, Math.min(c1 * cell, length)],
         };
       },
       async row(query) {
@@ -678,19 +781,19 @@
     };
   }
 
-  function keepLink(config, view, query, length) {
+  function keepLink(map, query) {
+    const { config, view, rows, length } = map;
+    const all = view.q0 === 0 && view.k0 === 0 && view.q1 === rows && view.k1 === length;
     if (config.source) return; // not the dashboard's page
     if (config.wall) {
       const search = new URLSearchParams(window.location.search);
-      const whole = view.q0 === 0 && view.k0 === 0 && view.q1 === length && view.k1 === length;
       if (config.wall !== wall || !window.location.pathname.endsWith("/maps")) return;
-      for (const name of ["q0", "q1", "k0", "k1"]) if (whole) search.delete(name); else search.set(name, view[name]);
+      for (const name of ["q0", "q1", "k0", "k1"]) if (all) search.delete(name); else search.set(name, view[name]);
       if (query !== null && query !== undefined) search.set("query", query);
       window.history.replaceState(window.history.state, "", `${window.location.pathname}?${search}`);
       return;
     }
     const search = new URLSearchParams({ prompt: config.prompt });
-    const all = view.q0 === 0 && view.k0 === 0 && view.q1 === length && view.k1 === length;
     if (!all) for (const name of ["q0", "q1", "k0", "k1"]) search.set(name, view[name]);
     if (query !== null && query !== undefined) search.set("query", query);
     const before = new URLSearchParams(window.location.search);

@@ -1,11 +1,13 @@
 """A head of cross-attention: the map with the tokens of both sides, and a strip for each."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from dash import dcc, html
 
 from lens import figures as draw
+from lens.common.errors import LensError
 from lens.traces.trace import AttentionTrace
 from lens_dashboards.pages.parts import card, graph, python_call, shade
 from lens_dashboards.selection import Selection
@@ -65,15 +67,41 @@ def strips(
         ),
         card(
             [
-                html.P(_shaded(trace, values), className="token-links", id="source-strip"),
+                *_source(view, trace, values, query, f"{code}{call}"),
                 html.P(
-                    f"The darkest holds {values.max():.1%}, uniform attention {1 / trace.length:.1%}.",
+                    f"The darkest holds {values.max():.1%}, uniform attention {1 / trace.length:.1%}."
+                    if not trace.attrs.get("seconds_per_position")
+                    else f"The highest moment holds {values.max():.1%}, uniform attention {1 / trace.length:.2%}.",
                     className="small",
                 ),
-                python_call(f"{code}{call}"),
             ],
             f"Source: keys of the encoder, as {of} them",
         ),
+    ]
+
+
+def _source(
+    view: Selection, trace: AttentionTrace, values: np.ndarray, query: int | None, code: str
+) -> list[Any]:
+    """Words shaded; moments of a sound along the seconds; patches on the picture."""
+    layer, head = view.layer, view.head
+    if trace.attrs.get("seconds_per_position"):
+        figure = draw.token_strip(trace, layer, head, query)
+        label = f"Attention of L{layer}H{head} along the sound, in seconds"
+        return [graph("source-time", figure, label, code)]
+    if (trace.attrs.get("patches") or {}).get("first") is not None and trace.attrs.get("picture"):
+        try:
+            name = str(trace.head_id((layer, head)))
+            figure = trace.overlay(name, query=query).plot()
+        except LensError:
+            pass  # a grid that is not the picture's: the patches by their names
+        else:
+            call = f"trace.overlay({name!r}, query={query}).plot()"
+            label = f"Attention of {name} on the picture"
+            return [graph("source-picture", figure, label, code.rpartition("figures.")[0] + call)]
+    return [
+        html.P(_shaded(trace, values), className="token-links", id="source-strip"),
+        python_call(code),
     ]
 
 

@@ -9,6 +9,7 @@ from lens import figures as draw
 from lens.common.errors import LensError
 from lens.runs import Run
 from lens.runs.commands import again
+from lens.runs.schema import PROMPT_KINDS
 from lens.traces.metrics import METRICS
 from lens.traces.trace import AttentionTrace
 from lens_dashboards.library import Library, sections
@@ -328,7 +329,7 @@ def _scores(run: Run, prompt: str, which: tuple[int, int], variant: str) -> Any:
     except LensError as error:
         return html.P(str(error), className="problem")
     rows = table[(table["layer"] == which[0]) & (table["head"] == which[1])]
-    groups = [g for g in (prompt, "text", "copied", "picture") if (rows["prompt_id"] == g).any()]
+    groups = [g for g in (prompt, *PROMPT_KINDS) if (rows["prompt_id"] == g).any()]
     values = rows.set_index(["prompt_id", "metric", "variant"])
     body: list[list[Cell]] = []
     for metric in METRICS.values():

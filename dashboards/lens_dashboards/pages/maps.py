@@ -39,6 +39,9 @@ def page(library: Library, view: Selection) -> list[Any]:
     maps = [map_config(view, run.id, prompt, trace, name) for name in heads]
     chosen = [_chip(view, "heads", heads, name, "") for name in heads]
     other = _other(library, view, run, prompt, notes)
+    if other is not None and other[2].query_tokens != trace.query_tokens:
+        notes.append(f"The rows of {other[0].id} are other tokens, so its maps are not shown.")
+        other = None
     if other is not None:
         run_b, prompt_b, trace_b = other
         given = view.option("others") or ",".join(heads)

@@ -33,6 +33,7 @@ _GROUP_WORDS = {
     "text": "all text prompts",
     "copied": "all copied prompts",
     "picture": "all pictures",
+    "sound": "all sounds",
 }
 _NAMED = 10
 

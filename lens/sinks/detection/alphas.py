@@ -79,7 +79,7 @@ def divisors(trace: AttentionTrace, normalise: Normalise = "visible") -> np.ndar
         LensError: an unknown `normalise`.
     """
     visible = trace.visible.values.astype(float)
-    if check_choice("normalise", normalise, Normalise) == "visible":
+    if check_choice("normalise", normalise, Normalise) == "visible" or trace.cross:
         return visible
     every = visible_queries(trace.length, causal=trace.attrs["causal"], window=None)
     return np.broadcast_to(every.astype(float), visible.shape)
@@ -114,7 +114,10 @@ def uniform_alpha(trace: AttentionTrace, normalise: Normalise = "visible") -> np
     for place, layer in enumerate(layers):
         if trace.has_plain_mask(layer):
             ids, causal = np.arange(trace.length), trace.attrs["causal"]
-            rows = UniformRows(ids, causal=causal, window=trace.window(layer), prefix=1)
+            queries = trace.queries if trace.cross else None
+            rows = UniformRows(
+                ids, causal=causal, window=trace.window(layer), prefix=1, queries=queries
+            )
             found[place] = rows.variable("received")[0] / divisor[place]
     return found
 

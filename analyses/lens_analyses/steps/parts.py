@@ -1,0 +1,197 @@
+"""Of one attention of an encoder-decoder: what the strongest keys align, where sinks are, whether they matter."""
+
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+
+import lens
+from lens import edits, sinks
+from lens.common.head_ids import HeadId
+from lens.common.results import of_kind
+from lens.figures.cross import cross_map
+from lens.figures.sink_effects import migration_maps
+from lens.runs.headlines import Headline
+from lens.runs.sections import Section
+from lens.traces.alignment import Alignment
+from lens.traces.alignment import alignment as aligned
+from lens.traces.trace import AttentionTrace
+from lens_analyses.steps.columns import defined
+from lens_analyses.steps.headlines import of_edits
+from lens_analyses.steps.sink_effects import EDITS, by_word, dose_of, effect_figures, in_short
+from lens_analyses.steps.sinks import COLUMNS
+from lens_analyses.steps.subject import Subject
+
+_SHOWN, _MOST_CELLS = 3, 1 << 16  # heads whose map a report has, and cells of one
+_WORDS = {
+    "encoder": "keys of the encoder, seen by the encoder itself",
+    "decoder": "keys of the target, seen by the decoder",
+    "cross": "keys of the source, seen by the decoder",
+}
+
+
+def alignment(subject: Subject) -> Section:
+    """Which heads point at one place of the source, and go on there as the target does."""
+    traces = [subject.run.trace(name) for name in subject.run.traces]
+    found = aligned(traces, at="predicted")
+    table = found.table(seed=subject.seed)
+    named = ["name", "layer", "head", "monotonicity", "monotonicity_low", "monotonicity_high"]
+    table = table[[*named, "confidence"]].assign(n=len(traces))
+    table["uniform_confidence"] = float(np.mean([1 / trace.length for trace in traces]))
+    return Section(
+        name="alignment",
+        title="Which heads align target and source",
+        summary=found.findings(),
+        limits=(
+            "Monotonicity is order alone: a head that goes on as the target does need not point at the right place. "
+            "Against labels lens.traces.alignment(traces, labels) measures that.",
+            "Languages with another word order have aligning heads of low monotonicity.",
+            *(["One prompt has no interval."] if len(traces) == 1 else []),
+        ),
+        columns=_COLUMNS,
+        configuration={"prompts": len(traces), "seconds": found.seconds, "seed": subject.seed},
+        tables={"heads": table},
+        figures={"heads": found.plot()} | _maps(table, traces[0]),
+        headlines=_aligned(found, table),
+    )
+
+
+def _maps(table: pd.DataFrame, trace: AttentionTrace) -> dict[str, go.Figure]:
+    """The heads that align best, on the first prompt."""
+    if trace.queries * trace.length > _MOST_CELLS:
+        return {}
+    best = table.dropna(subset=["monotonicity"]).head(_SHOWN)
+    return {
+        f"map_{number}": cross_map(trace, row["layer"], row["head"], {}, height=420)
+        for number, row in enumerate(best.to_dict("records"))
+    }
+
+
+def _aligned(found: Alignment, table: pd.DataFrame) -> tuple[Headline, ...]:
+    """The head of the highest monotonicity; strongest keys in random order have 0."""
+    ordered = table.dropna(subset=["monotonicity"])
+    if ordered.empty:
+        return ()
+    best = ordered.iloc[int(ordered["monotonicity"].to_numpy().argmax())]
+    value, low, high = (float(best[f"monotonicity{end}"]) for end in ("", "_low", "_high"))
+    ends = "" if np.isnan(low) else f" [{low:.2f}, {high:.2f}]"
+    return (
+        Headline(
+            f"{best['name']} goes on through the source as the target does: Kendall's tau of its strongest keys is "
+            f"{value:.2f}{ends}; keys in random order have 0.",
+            value,
+            low,
+            high,
+            0.0,
+            "random order",
+            figure="heads",
+        ),
+    )
+
+
+def detection(subject: Subject) -> Section:
+    """Which keys are sinks, and in how many heads, beside uniform attention."""
+    traces = [subject.run.trace(name) for name in subject.run.traces]
+    alike = _of_one_length(traces)
+    rate, keys = sinks.rate(alike, seed=subject.seed), sinks.find(alike)
+    curve, profile = rate.curve(), keys.profile
+    tables = {
+        "heads": rate.table(),
+        "keys": keys.table(),
+        "positions": profile.table(),
+        "epsilon": curve.table(),
+    }
+    left = len(traces) - len(alike)
+    return Section(
+        name="detection",
+        title="Sinks: where attention is parked",
+        summary=(
+            *of_kind(rate.findings(), "rate", "heads"),
+            *of_kind(profile.findings(), "positions"),
+        ),
+        limits=(
+            f"These are {_WORDS[subject.model.chosen]}; ε = {rate.epsilon}, {rate.samples.tokens} keys, n = "
+            f"{rate.samples.n}.",
+            *([f"{left} prompts with another number of keys are left out."] if left else []),
+            *of_kind(profile.findings(), "limit"),
+            "How sinks come with layers and lengths is measured on one row of tokens, not here.",
+        ),
+        columns=defined(tables.values(), COLUMNS),
+        configuration={
+            "epsilon": rate.epsilon,
+            "normalise": rate.normalise,
+            "rate": rate.value,
+            "tokens": rate.samples.tokens,
+            "bos": rate.samples.bos,
+        },
+        tables=tables,
+        figures={
+            "grid": rate.plot(),
+            "keys": keys.plot(),
+            "positions": profile.plot(),
+            "epsilon": curve.plot(),
+        },
+    )
+
+
+def _of_one_length(traces: list[AttentionTrace]) -> list[AttentionTrace]:
+    """Those with the number of keys that most of them have: rates of sinks compare only there."""
+    ((length, _),) = Counter(trace.length for trace in traces).most_common(1)
+    return [trace for trace in traces if trace.length == length]
+
+
+def effects(subject: Subject) -> Section:
+    """The first key edited away, beside as much of other keys, and the head that looks most at it switched off."""
+    alphas = subject.run.section("detection").tables["heads"]
+    top = alphas.iloc[int(alphas["alpha"].to_numpy().argmax())]
+    strongest = HeadId(int(top["layer"]), int(top["head"]))
+    pairs, alike = list(subject.given), {"seed": subject.seed, "progress": subject.progress}
+    words = subject.settings.edited
+    found = [lens.effect(subject.model, pairs, EDITS[word], **alike) for word in words]
+    off = edits.Ablate(strongest, "pooled_mean")
+    one = lens.effect(subject.model, pairs, off, controls=("size", "mass"), **alike)
+    found.append(replace(one, edit="heads off"))
+    moved = [one.migration.assign(edit=one.edit, scope=one.scope) for one in found]
+    tables = {
+        "edits": by_word(pd.concat([one.table() for one in found], ignore_index=True)),
+        "migration": by_word(pd.concat(moved, ignore_index=True)),
+    }
+    return Section(
+        name="effects",
+        title="Sinks: do they matter?",
+        summary=tuple(in_short(one) for one in found),
+        limits=(
+            "The loss is that of the target's tokens, from the second on.",
+            "A small change of loss does not prove that a sink is of no use: attention moves to other keys, as the "
+            "migration table says.",
+        ),
+        columns=defined(tables.values(), COLUMNS),
+        configuration={"sources": "first", "edits": subject.settings.edits, "head": str(strongest)},
+        tables=tables,
+        figures={
+            **{f"edit_{number}": one.plot("excess") for number, one in enumerate(found)},
+            "migration": migration_maps(found[0]),
+        },
+        headlines=tuple(of_edits(tables["edits"], effect_figures(found))),
+    )
+
+
+def dose(subject: Subject) -> Section:
+    """How the effect grows with the amount that is taken from the first key."""
+    return dose_of(subject, list(subject.given))
+
+
+_COLUMNS = {
+    "name": "The head.",
+    "layer": "Layer of the decoder, from 0.",
+    "head": "Head in the layer, from 0.",
+    "monotonicity": "Kendall's tau-b of the strongest keys with the order of the target's tokens, mean over prompts; "
+    "missing where all rows have one strongest key.",
+    "monotonicity_low": "Low end of its 95 % interval over prompts.",
+    "monotonicity_high": "High end of it.",
+    "confidence": "Mean of the largest probability of a row.",
+    "uniform_confidence": "What uniform attention would have.",
+    "n": "Number of prompts.",
+}
