@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +84,7 @@ class Circuit:
             faithfulness: a curve, column -> values, for readers of the file.
 
         Raises:
-            LensError: scores of another number of edges, or NaN for a kept one.
+            LensError: scores of another number of edges, or NaN for a kept one; a circuit of a hybrid.
         """
         found: dict[str, Any] = {
             "format": FORMAT,
@@ -92,7 +92,7 @@ class Circuit:
             "model": self.model,
             "task": self.task,
             "made": self.made,
-            "graph": asdict(self.graph),
+            "graph": {one.name: getattr(self.graph, one.name) for one in fields(Graph)},
             "ablation": asdict(self.ablation),
             "nodes": list(self.nodes),
             "edges": list(self.edges),

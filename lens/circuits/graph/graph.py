@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -21,8 +21,97 @@ from lens.common.errors import LensError
 Kv = Literal["head", "group"]
 
 
+class AnyGraph:
+    """Writers, readers and the edges between them, however they came to be."""
+
+    writers: tuple[str, ...]
+    readers: tuple[str, ...]
+    allowed: np.ndarray
+    feeds: tuple[tuple[int, ...], ...]
+
+    @cached_property
+    def ends(self) -> tuple[np.ndarray, np.ndarray]:
+        """Reader and writer of each edge, as numbers; the order of the edges is that of the readers."""
+        reader, writer = np.nonzero(self.allowed)
+        return reader, writer
+
+    @cached_property
+    def edges(self) -> tuple[str, ...]:
+        """Names of the edges, as in `a0.h1->a1.h0<k>`."""
+        return tuple(
+            f"{self.writers[writer]}->{self.readers[reader]}"
+            for reader, writer in zip(*self.ends, strict=True)
+        )
+
+    @cached_property
+    def _numbers(self) -> dict[str, int]:
+        return {name: number for number, name in enumerate(self.edges)}
+
+    @property
+    def n(self) -> int:
+        """Number of edges."""
+        return len(self.ends[0])
+
+    def find(self, names: Iterable[str]) -> np.ndarray:
+        """Numbers of edges given by name.
+
+        Raises:
+            LensError: an edge that is not there.
+        """
+        found = []
+        check_lists(edges=names)
+        for name in names:
+            if name not in self._numbers:
+                raise LensError(
+                    f"there is no edge {name!r} among the {self.n:,} of this graph; one is written "
+                    f"like {self.edges[0]!r}"
+                )
+            found.append(self._numbers[name])
+        return np.array(found, int)
+
+    def dense(self, values: np.ndarray, fill: float = 0.0) -> np.ndarray:
+        """[..., readers, writers] of values [..., edges], `fill` where there is no edge."""
+        found = np.full((*values.shape[:-1], *self.allowed.shape), fill, values.dtype)
+        found[..., self.allowed] = values
+        return found
+
+
 @dataclass(frozen=True)
-class Graph:
+class StreamGraph(AnyGraph):
+    """A graph whose sub-layers read as one: `a0` (all heads of a layer, of softmax or of a mixer), `m0`, `logits`.
+
+    Attributes:
+        writers: `input`, then heads `a0.h1` and MLPs `m0` in the order in which they run.
+        readers: in that order.
+        before: of each reader, how many writers come before it.
+        feeds: of each reader the writers that it is an input of.
+    """
+
+    writers: tuple[str, ...]  # type: ignore[reportIncompatibleVariableOverride]
+    readers: tuple[str, ...]
+    before: tuple[int, ...]
+    feeds: tuple[tuple[int, ...], ...]
+
+    @cached_property
+    def allowed(self) -> np.ndarray:
+        """[readers, writers], whether there is an edge."""
+        return np.arange(len(self.writers)) < np.array(self.before)[:, None]
+
+    def __getattr__(self, name: str) -> Any:
+        """Raises LensError: what only a graph of like layers has."""
+        if name.startswith("_") or (not hasattr(Graph, name) and name not in Graph.__annotations__):
+            raise AttributeError(name)
+        raise LensError(
+            "this takes circuits of models whose layers all have softmax attention; of models with mixers "
+            "lens.circuits.score_edges gives scores, their table and the largest edges"
+        )
+
+    def __repr__(self) -> str:
+        return f"StreamGraph({len(self.writers)} writers, {len(self.readers)} readers, {self.n:,} edges)"
+
+
+@dataclass(frozen=True)
+class Graph(AnyGraph):
     """All edges of a transformer.
 
     Attributes:
@@ -92,29 +181,6 @@ class Graph:
         return found
 
     @cached_property
-    def ends(self) -> tuple[np.ndarray, np.ndarray]:
-        """Reader and writer of each edge, as numbers; the order of the edges is that of the readers."""
-        reader, writer = np.nonzero(self.allowed)
-        return reader, writer
-
-    @cached_property
-    def edges(self) -> tuple[str, ...]:
-        """Names of the edges, as in `a0.h1->a1.h0<k>`."""
-        return tuple(
-            f"{self.writers[writer]}->{self.readers[reader]}"
-            for reader, writer in zip(*self.ends, strict=True)
-        )
-
-    @cached_property
-    def _numbers(self) -> dict[str, int]:
-        return {name: number for number, name in enumerate(self.edges)}
-
-    @property
-    def n(self) -> int:
-        """Number of edges."""
-        return len(self.ends[0])
-
-    @cached_property
     def feeds(self) -> tuple[tuple[int, ...], ...]:
         """For each reader the writers that it is an input of; none for `logits`."""
         found: list[tuple[int, ...]] = []
@@ -149,29 +215,6 @@ class Graph:
     def mlp_reader(self, layer: int) -> int:
         """Where the MLP of a layer stands among the readers."""
         return self.attention_readers(layer).stop
-
-    def find(self, names: Iterable[str]) -> np.ndarray:
-        """Numbers of edges given by name.
-
-        Raises:
-            LensError: an edge that is not there.
-        """
-        found = []
-        check_lists(edges=names)
-        for name in names:
-            if name not in self._numbers:
-                raise LensError(
-                    f"there is no edge {name!r} among the {self.n:,} of this graph; one is written "
-                    f"like {self.edges[0]!r}"
-                )
-            found.append(self._numbers[name])
-        return np.array(found, int)
-
-    def dense(self, values: np.ndarray, fill: float = 0.0) -> np.ndarray:
-        """[..., readers, writers] of values [..., edges], `fill` where there is no edge."""
-        found = np.full((*values.shape[:-1], *self.allowed.shape), fill, values.dtype)
-        found[..., self.allowed] = values
-        return found
 
     def __repr__(self) -> str:
         kind = "parallel" if self.parallel else "serial"

@@ -29,6 +29,7 @@ from lens.circuits.scores.atp import atp_star, atp_star_grad_drop, atp_star_toge
 from lens.circuits.scores.attribution import Stage, edge_products
 from lens.circuits.scores.batch import Batch
 from lens.circuits.scores.methods import EapIg, Hybrid, Method, named
+from lens.circuits.scores.mixed import score_mixed
 from lens.circuits.scores.relp import relevance, relevance_of_values
 from lens.common.choices import check_counts
 from lens.common.errors import LensError
@@ -73,6 +74,9 @@ def score_edges(
         relp-values         the same with constant attention patterns
         hybrid              mean of eap-ig, eap and eap-ig-activations at equal scale (`lens.circuits.scores.Hybrid`)
 
+    In hybrids heads of mixers (Mamba-2, delta rules, ...) are nodes as softmax heads are, `a0.h1`; the heads of a layer
+    read as one, `a0`. There "exact", "eap" and "eap-ig" are known.
+
     Args:
         model: as `lens.load` returns it.
         task: its metric is differentiated ("exact" needs no gradient); all but "exact" and "eap" need
@@ -116,6 +120,9 @@ def score_edges(
             "method='eap-ig', whose gradients are taken on the way to the corrupt prompts"
         )
     chosen = Ablation(baseline, kv=kv)
+    if model.info.without_attention and not model.parts:
+        rows = min(batch_size, task.rows_at_once(model))
+        return score_mixed(model, task, word, chosen, steps, rows, progress)
     nodes = find_nodes(model, kv=kv)
     references = References(nodes, task, chosen)
     rows = min(batch_size, task.rows_at_once(model))

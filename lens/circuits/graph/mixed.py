@@ -1,0 +1,259 @@
+"""Graphs of hybrids: heads of softmax attention and of mixers (Mamba-2, delta rules, convolutions) write alike.
+
+What a head writes is its part of what the output projection reads, times its rows of that projection: of a mixer behind
+gate and norm, which belong to the node. Heads of a layer read as one, since projections, convolution and the keys of a
+group are theirs together. That each sub-layer reads the sum of what was written before, through its norm, is proved on
+the model's own pass before anything is scored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lens.circuits.graph.graph import StreamGraph
+from lens.common.errors import LensError
+from lens.mixers.ablating import heads_of
+from lens.mixers.reading import mixers_of
+from lens.models.layout import blocks
+from lens.models.loaded import LoadedModel
+from lens.models.weights import matrix
+from lens.passes.logits import logits_of
+from lens.passes.sessions import transformer
+
+_TOLERANCE = 1e-4
+Change = Callable[[int, Tensor], Tensor]
+"""(number of a reader, what it reads) -> what it reads instead."""
+
+
+@dataclass(frozen=True, eq=False)
+class _SubLayer:
+    """One norm and what reads through it.
+
+    Attributes:
+        name: `a0` or `m0`.
+        norm, module: of it.
+        output: of a layer of heads the projection that they write through, else None.
+        heads: how many; 1 of an MLP.
+    """
+
+    name: str
+    norm: nn.Module
+    module: nn.Module
+    output: nn.Module | None
+    heads: int
+
+
+@dataclass(eq=False)
+class Written:
+    """What was written in one pass, and what was read.
+
+    Attributes:
+        logits: [rows, tokens, vocab].
+        input: [rows, tokens, d_model].
+        parts: of each sub-layer what its output projection read, [rows, tokens, heads, width], or what an MLP wrote.
+        read: of each reader what entered its norm.
+    """
+
+    logits: Tensor = field(default_factory=lambda: torch.empty(0))
+    input: Tensor = field(default_factory=lambda: torch.empty(0))
+    parts: list[Tensor] = field(default_factory=list)
+    read: list[Tensor] = field(default_factory=list)
+
+
+class Mixed:
+    """A hybrid with its graph.
+
+    Raises:
+        LensError: a model whose sub-layers are not in a row, each behind a norm, or whose heads cannot be told apart.
+    """
+
+    def __init__(self, model: LoadedModel) -> None:
+        self.model = model
+        self._first, self._last = _ends(model)
+        self._layers = _sublayers(model)
+        writers, readers, before, feeds = ["input"], [], [], []
+        for one in self._layers:
+            readers.append(one.name)
+            before.append(len(writers))
+            own = (
+                [one.name] if one.output is None else [f"{one.name}.h{h}" for h in range(one.heads)]
+            )
+            feeds.append(tuple(range(len(writers), len(writers) + len(own))))
+            writers += own
+        readers, before, feeds = [*readers, "logits"], [*before, len(writers)], [*feeds, ()]
+        self.graph = StreamGraph(tuple(writers), tuple(readers), tuple(before), tuple(feeds))
+        self._prove()
+
+    def run(
+        self, ids: Tensor, change: Change | None = None, entered: Tensor | None = None
+    ) -> Written:
+        """One pass; readers get what `change` makes of what they would read, the first layer gets `entered`."""
+        found = Written()
+        with self._listening(found, change, entered):
+            found.logits = logits_of(self.model, ids)
+        return found
+
+    def written(self, number: int, parts: Tensor) -> Tensor:
+        """[rows, heads, tokens, d_model] that a sub-layer adds to the stream, without a bias, of its `parts`."""
+        one = self._layers[number]
+        if one.output is None:
+            return parts[:, None]
+        weight = matrix(one.output, self.model)[0].to(parts)
+        return torch.einsum("rthw,hwd->rhtd", parts, weight.unflatten(0, (one.heads, -1)))
+
+    @contextmanager
+    def _listening(
+        self, found: Written, change: Change | None, entered: Tensor | None
+    ) -> Iterator[None]:
+        with ExitStack() as stack:
+
+            def before(module: nn.Module, function: Callable[[Tensor], Tensor | None]) -> None:
+                def call(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+                    given = args[0] if args else kwargs["hidden_states"]
+                    new = function(given)
+                    if new is None:
+                        return None
+                    return (
+                        ((new, *args[1:]), kwargs)
+                        if args
+                        else ((), {**kwargs, "hidden_states": new})
+                    )
+
+                stack.callback(module.register_forward_pre_hook(call, with_kwargs=True).remove)
+
+            def enter(hidden: Tensor) -> Tensor | None:
+                found.input = hidden if entered is None else entered
+                return entered
+
+            def reads(number: int) -> Callable[[Tensor], Tensor | None]:
+                def read(hidden: Tensor) -> Tensor | None:
+                    found.read.append(hidden)
+                    return None if change is None else change(number, hidden)
+
+                return read
+
+            before(self._first, enter)
+            for number, one in enumerate(self._layers):
+                before(one.norm, reads(number))
+                if one.output is None:
+                    hook = one.module.register_forward_hook(
+                        lambda _, __, output: found.parts.append(_first_of(output))
+                    )
+                    stack.callback(hook.remove)
+                else:
+                    before(one.output, _keeping(found, one.heads))
+            before(self._last, reads(len(self._layers)))
+            yield
+
+    def _prove(self) -> None:
+        """Raises LensError: what is read is not the sum of what was written before."""
+        ids = torch.arange(3, 9, device=self.model.device)[None] % (self.model.info.vocab or 9)
+        with torch.no_grad():
+            found = self.run(ids)
+            stream = found.input
+            for number, read in enumerate(found.read):
+                off = float((read - stream).abs().max() / stream.abs().max())
+                if not off <= _TOLERANCE:
+                    raise LensError(
+                        f"{self.graph.readers[number]} of {self.model.info.class_name} does not read the sum of what was "
+                        f"written before (off by {off:.0e}), so its edges cannot be replaced; ablation of heads can: "
+                        "lens.mixers.Ablate, lens.edits.Ablate"
+                    )
+                if number < len(self._layers):
+                    one = self._layers[number]
+                    bias = None if one.output is None else matrix(one.output, self.model)[1]
+                    stream = stream + self.written(number, found.parts[number]).sum(1)
+                    stream = stream if bias is None else stream + bias
+
+
+def _keeping(found: Written, heads: int) -> Callable[[Tensor], None]:
+    def keep(z: Tensor) -> None:
+        found.parts.append(z.unflatten(-1, (heads, -1)))
+
+    return keep
+
+
+def _first_of(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _ends(model: LoadedModel) -> tuple[nn.Module, nn.Module]:
+    """The first layer, and the norm behind the last one."""
+    layers = blocks(model)
+    root: Any = transformer(model)
+    inside = {id(one) for layer in layers for one in layer.modules()}
+    norms = [one for one in root.modules() if _is_norm(one) and id(one) not in inside]
+    if len(norms) != 1:
+        raise LensError(
+            f"{model.info.class_name} has {len(norms)} norms outside of its layers, and one must come before its logits; "
+            "its edges are not known here"
+        )
+    return layers[0], norms[0]
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return type(module).__name__.endswith("Norm")
+
+
+def _sublayers(model: LoadedModel) -> list[_SubLayer]:
+    """Norms of the layers with what runs behind each, as a pass has them."""
+    mixers = {id(module): number for number, module in mixers_of(transformer(model))}
+    counts: dict[int, int] = {}
+    for head in heads_of(model):
+        counts[head.layer] = counts.get(head.layer, 0) + 1
+    layers = blocks(model)
+    order = _order(model, layers)
+    found: list[_SubLayer] = []
+    for number, children in enumerate(order):
+        norm, is_first = None, True
+        for child in children:
+            if _is_norm(child):
+                norm = child
+                continue
+            if norm is None or not any(True for _ in child.parameters()):
+                continue
+            own = next((mixers[id(one)] for one in child.modules() if id(one) in mixers), None)
+            is_softmax = own is None and is_first and number in model.info.attending
+            heads = counts[number] if own is not None else model.info.heads if is_softmax else 1
+            output = _output(model, child, heads) if own is not None or is_softmax else None
+            name = f"{'m' if output is None else 'a'}{number}"
+            found.append(_SubLayer(name, norm, child, output, heads))
+            norm, is_first = None, False
+    return found
+
+
+def _order(model: LoadedModel, layers: list[nn.Module]) -> list[list[nn.Module]]:
+    """The children of each layer in the order in which they run."""
+    found: list[list[nn.Module]] = [[] for _ in layers]
+    with ExitStack() as stack, torch.no_grad():
+        for number, layer in enumerate(layers):
+            add = found[number].append
+            for child in layer.children():
+                hook = child.register_forward_pre_hook(lambda module, _, add=add: add(module))
+                stack.callback(hook.remove)
+        logits_of(model, torch.zeros(1, 3, dtype=torch.long, device=model.device))
+    return found
+
+
+def _output(model: LoadedModel, module: nn.Module, heads: int) -> nn.Module:
+    """The projection that the heads of a sub-layer write through: the last one that runs and gives the stream's width."""
+    ran: list[nn.Module] = []
+    with ExitStack() as stack, torch.no_grad():
+        for one in module.modules():
+            if isinstance(one, nn.Linear):
+                stack.callback(
+                    one.register_forward_pre_hook(lambda module, _: ran.append(module)).remove
+                )
+        logits_of(model, torch.zeros(1, 3, dtype=torch.long, device=model.device))
+    last: Any = ran[-1] if ran else None
+    if last is None or last.in_features % heads:
+        raise LensError(
+            f"where the {heads} heads of {type(module).__name__} write is not known here, so their edges cannot be replaced"
+        )
+    return last

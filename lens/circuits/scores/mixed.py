@@ -1,0 +1,157 @@
+"""Scores of the edges of hybrids (`lens.circuits.graph.mixed`): each edge alone, and by gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lens.circuits.graph.activations import Ablation
+from lens.circuits.graph.edge_scores import EdgeScores
+from lens.circuits.graph.mixed import Mixed, Written
+from lens.common.errors import LensError
+from lens.common.progress import advancing
+from lens.models.loaded import LoadedModel
+from lens.tasks.task import Task
+
+METHODS = ("exact", "eap", "eap-ig")
+
+
+def score_mixed(
+    model: LoadedModel,
+    task: Task,
+    method: str,
+    ablation: Ablation,
+    steps: int | Literal["auto"],
+    rows_at_once: int,
+    progress: bool,
+) -> EdgeScores:
+    """`lens.circuits.score_edges` of a model some of whose layers have mixers.
+
+    Raises:
+        LensError: another method, or steps "auto"; as `Mixed`.
+    """
+    if method not in METHODS or steps == "auto":
+        asked = f"{method!r} with steps='auto'" if steps == "auto" else repr(method)
+        raise LensError(
+            f"edges of models with mixers are scored by {', '.join(METHODS)} with a number of steps; got {asked}"
+        )
+    task.check(model)
+    mixed = Mixed(model)
+    mean = _mean(mixed, task) if ablation.value != "counterfactual" else None
+    found = []
+    with advancing(f"{model.name}: {method}", task.n, progress) as advance:
+        for rows in task.chunks(rows_at_once):
+            ids = task.clean[rows].to(model.device)
+
+            def measure(logits: Tensor, rows: Tensor = rows) -> Tensor:
+                return task.sign * task.measure(logits, rows)
+
+            with torch.no_grad():
+                clean = mixed.run(ids)
+                reference = mean
+                if reference is None:
+                    reference = mixed.run(task.corrupt_or_refuse()[rows].to(model.device))
+                elif ablation.value == "zero":
+                    reference = _each(reference, torch.zeros_like)
+            if method == "exact":
+                scores = _exact(mixed, ids, measure, clean, reference)
+            else:
+                fractions = (
+                    [1.0] if method == "eap" else [(at + 0.5) / steps for at in range(steps)]
+                )
+                scores = _attributed(mixed, ids, measure, clean, reference, fractions)
+            found.append(scores.double().cpu().numpy())
+            advance(len(rows))
+    integrated = (steps, "midpoint") if method == "eap-ig" else (None, None)
+    graph: Any = mixed.graph  # has what scores and selections ask for; the rest it refuses itself
+    return EdgeScores(
+        graph, np.concatenate(found), method, ablation, task.metric, task.name, model.name,
+        *integrated,
+    )  # fmt: skip
+
+
+def _each(written: Written, change: Callable[[Tensor], Tensor]) -> Written:
+    parts = [change(part) for part in written.parts]
+    return replace(written, input=change(written.input), parts=parts)
+
+
+def _mean(mixed: Mixed, task: Task) -> Written:
+    """Mean of what is written over the prompts, position by position, as one row."""
+    total: list[Tensor] = []
+    with torch.no_grad():
+        for rows in task.chunks(8):
+            found = mixed.run(task.clean[rows].to(mixed.model.device))
+            sums = [part.sum(0, keepdim=True) for part in (found.input, *found.parts)]
+            total = sums if not total else [a + b for a, b in zip(total, sums, strict=True)]
+    means = [part / task.n for part in total]
+    return Written(input=means[0], parts=means[1:])
+
+
+def _differences(mixed: Mixed, clean: Written, reference: Written) -> Tensor:
+    """[rows, writers, tokens, d_model], clean - reference."""
+    found = [(clean.input - reference.input)[:, None]]
+    for number, (own, other) in enumerate(zip(clean.parts, reference.parts, strict=True)):
+        found.append(mixed.written(number, own - other))
+    return torch.cat(found, 1)
+
+
+def _exact(
+    mixed: Mixed,
+    ids: Tensor,
+    measure: Callable[[Tensor], Tensor],
+    clean: Written,
+    reference: Written,
+) -> Tensor:
+    """[rows, edges]: what the metric loses with each edge alone replaced."""
+    own, differences = measure(clean.logits), _differences(mixed, clean, reference)
+    found = []
+    with torch.no_grad():
+        for reader, writer in zip(*mixed.graph.ends, strict=True):
+
+            def change(
+                number: int, read: Tensor, reader: int = reader, writer: int = writer
+            ) -> Tensor:
+                return read - differences[:, writer] if number == reader else read
+
+            found.append(own - measure(mixed.run(ids, change).logits))
+    return torch.stack(found, 1)
+
+
+def _attributed(
+    mixed: Mixed,
+    ids: Tensor,
+    measure: Callable[[Tensor], Tensor],
+    clean: Written,
+    reference: Written,
+    fractions: list[float],
+) -> Tensor:
+    """[rows, edges]: differences of writers times mean gradients at readers, over inputs between reference and clean."""
+    differences = _differences(mixed, clean, reference)
+    total = torch.zeros(len(ids), len(mixed.graph.readers), len(mixed.graph.writers))
+    total = total.to(differences)
+    for fraction in fractions:
+        read: list[Tensor] = []
+
+        def change(_: int, hidden: Tensor, read: list[Tensor] = read) -> Tensor:
+            read.append(
+                hidden.view_as(hidden)
+            )  # a name of its own, so that its gradient comes alone
+            return read[-1]
+
+        entered = (reference.input + fraction * (clean.input - reference.input)).expand_as(
+            clean.input
+        )
+        with torch.enable_grad():
+            logits = mixed.run(ids, change, entered.detach().requires_grad_()).logits
+            values = measure(logits)
+            if not values.requires_grad:
+                raise LensError("the metric has no gradient; use 'logit_difference' or 'loss'")
+            slopes = torch.autograd.grad(values.sum(), read, materialize_grads=True)
+        for number, slope in enumerate(slopes):
+            total[:, number] += torch.einsum("rwtd,rtd->rw", differences, slope) / len(fractions)
+    return total[:, torch.as_tensor(mixed.graph.allowed, device=total.device)]

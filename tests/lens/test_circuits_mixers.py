@@ -1,0 +1,153 @@
+"""Edges of hybrids: heads of mixers as nodes, each edge replaced by hand, slopes against differences, what is refused."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+import lens
+from lens.circuits import score_edges
+from lens.circuits.graph.mixed import Mixed
+
+from .hybrids import hybrid
+
+CLEAN = torch.tensor([list(range(3, 15)), list(range(40, 52))])
+CORRUPT = CLEAN.clone()
+CORRUPT[:, 5] = 60
+ANSWERS = torch.tensor([[20], [21]])
+
+
+def task_of(corrupt=CORRUPT):
+    return lens.tasks.Task("made", CLEAN, torch.full((2, 1), 11), ANSWERS, "loss", corrupt)
+
+
+def losses(model, ids=CLEAN):
+    return -model(ids).logits[:, 11].log_softmax(-1).gather(1, ANSWERS)[:, 0]
+
+
+def read_of(module, model, ids):
+    """What a module read in a pass."""
+    found = []
+    hook = module.register_forward_pre_hook(lambda _, args: found.append(args[0]))
+    model(ids)
+    hook.remove()
+    return found[0]
+
+
+HEADS = {  # kind -> (its mixer's output projection in layer 0, columns of head 2, the norm before the MLP of layer 2)
+    "bamba": (lambda m: m.model.layers[0].mamba.out_proj, slice(64, 96), lambda m: m.model.layers[2].pre_ff_layernorm),
+    "qwen3_5_text": (
+        lambda m: m.model.layers[0].linear_attn.out_proj, slice(32, 48), lambda m: m.model.layers[2].post_attention_layernorm
+    ),
+}  # fmt: skip
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", HEADS)
+def test_an_edge_of_a_mixer_head_is_replaced_where_one_reader_reads(kind):
+    model = hybrid(kind)
+    projection, columns, norm = HEADS[kind]
+    found = score_edges(lens.load(model), task_of(), method="exact", progress=False)
+    assert "a0.h2->m2" in found.graph.edges
+    clean, corrupt = (read_of(projection(model), model, ids) for ids in (CLEAN, CORRUPT))
+    change = (corrupt - clean)[..., columns] @ projection(model).weight[:, columns].T
+    own = losses(model)
+    hook = norm(model).register_forward_pre_hook(lambda _, args: (args[0] + change,))
+    expected = losses(model) - own
+    hook.remove()
+    score = found.per_prompt[:, found.graph.find(["a0.h2->m2"])[0]]
+    assert score == pytest.approx(expected.numpy(), abs=1e-6)
+    assert np.abs(score).max() > 1e-4
+    attention = found.graph.find(["a1.h3->logits"])[
+        0
+    ]  # and of a softmax head, whose last reader is the last norm
+    output = next(
+        module
+        for name, module in model.model.layers[1].named_modules()
+        if name.endswith(("o_proj", "self_attn.out_proj"))
+    )
+    clean, corrupt = (read_of(output, model, ids) for ids in (CLEAN, CORRUPT))
+    width = output.in_features // 4
+    change = (corrupt - clean)[..., 3 * width :] @ output.weight[:, 3 * width :].T
+    last = next(m for n, m in model.model.named_children() if n.endswith("norm"))
+    hook = last.register_forward_pre_hook(lambda _, args: (args[0] + change,))
+    assert found.per_prompt[:, attention] == pytest.approx((losses(model) - own).numpy(), abs=1e-6)
+    hook.remove()
+
+
+@torch.no_grad()
+def test_all_edges_of_a_head_together_are_its_ablation():
+    model = hybrid("bamba")
+    loaded, without = lens.load(model), copy.deepcopy(model)
+    without.model.layers[2].mamba.out_proj.weight[:, 32:64] = 0
+    mixed = Mixed(loaded)
+    clean = mixed.run(CLEAN)
+    reader = mixed.graph.readers.index("a2")
+    head = list(mixed.graph.writers).index("a2.h1")
+    written = mixed.written(reader, clean.parts[reader])[:, 1]
+
+    def change(number, read):
+        return read - written if mixed.graph.allowed[number, head] else read
+
+    # what the head writes does not change, since nothing before it does
+    found = mixed.run(CLEAN, change).logits
+    assert (found - without(CLEAN).logits).abs().max() < 1e-4
+    assert (found - clean.logits).abs().max() > 1e-3
+
+
+def moved_by(mixed, reader, change):
+    """The loss with something added to what one reader reads."""
+    logits = mixed.run(CLEAN, lambda at, read: read + change if at == reader else read).logits
+    return -logits[:, 11].log_softmax(-1).gather(1, ANSWERS)[:, 0]
+
+
+def test_gradients_are_slopes_of_the_replacement():
+    model = hybrid("bamba").double()  # its scan stays float32
+    loaded, task = lens.load(model), task_of()
+    found = score_edges(loaded, task, method="eap", progress=False)
+    mixed = Mixed(loaded)
+    with torch.no_grad():
+        clean, corrupt = mixed.run(CLEAN), mixed.run(CORRUPT)
+        for edge in ("a0.h2->m2", "a2.h1->logits", "input->a1", "m0->a2", "a1.h0->a2"):
+            writer, reader = edge.split("->")
+            number = list(mixed.graph.readers).index(reader)
+            place = list(mixed.graph.writers).index(writer)
+            if place:
+                source = next(n for n, own in enumerate(mixed.graph.feeds) if place in own)
+                own = mixed.graph.feeds[source].index(place)
+                difference = mixed.written(source, clean.parts[source] - corrupt.parts[source])[
+                    :, own
+                ]
+            else:
+                difference = clean.input - corrupt.input
+            moved = [moved_by(mixed, number, sign * 0.01 * difference) for sign in (-1, 1)]
+            slope = (moved[0] - moved[1]) / 0.02  # less is better of a loss
+            score = found.per_prompt[:, found.graph.find([edge])[0]]
+            assert score == pytest.approx(slope.numpy(), rel=1e-2, abs=1e-4)
+
+
+def test_integrated_gradients_add_up_to_the_effect_of_the_input():
+    loaded = lens.load(hybrid("bamba"))
+    found = score_edges(loaded, task_of(), method=lens.circuits.EapIg(steps=24), progress=False)
+    of_input = found.per_prompt[:, found.graph.ends[1] == 0].sum(1)
+    with torch.no_grad():
+        whole = losses(loaded.model, CORRUPT) - losses(loaded.model)  # less is better of a loss
+    assert of_input == pytest.approx(whole.numpy(), rel=0.1, abs=0.03)
+    assert (found.steps, found.rule) == (24, "midpoint")
+    best = found.table(count=3).iloc[0]
+    assert best["edge"] in found.top(3, prune=False).edges
+    zero = score_edges(loaded, task_of(None), method="exact", baseline="zero", progress=False)
+    assert np.isfinite(zero.per_prompt).all()
+
+
+def test_what_has_no_such_graph_is_refused():
+    loaded = lens.load(hybrid("bamba"))
+    for run, said in [
+        (lambda: score_edges(loaded, task_of(), method="atp*", progress=False), "exact, eap, eap-ig"),
+        (lambda: score_edges(lens.load(hybrid("olmo_hybrid")), task_of(), method="eap", progress=False), "does not read the sum"),
+        (lambda: score_edges(loaded, task_of(), method="eap", progress=False).top(3).save("x"), "layers all have softmax"),
+        (lambda: lens.circuits.find(loaded, task_of(), progress=False), "have none"),
+    ]:  # fmt: skip
+        with pytest.raises(lens.LensError, match=said):
+            run()
