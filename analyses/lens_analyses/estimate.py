@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from lens.common.errors import LensError
 from lens_analyses.config import TASKS, RunConfig
-from lens_analyses.config.models import labelled_by
 from lens_analyses.config.pictures import PictureConfig
+from lens_analyses.config.prompts import labelled_by
 from lens_analyses.console import refused_as_usage
 from lens_analyses.inputs import load_model, plan, read_sources
 from lens_analyses.steps import steps_of

@@ -13,9 +13,9 @@ from lens.common.errors import LensError
 from lens.common.files import open_regular
 from lens.models.catalogue import KNOWN
 from lens_analyses.config import RunConfig
-from lens_analyses.config.models import labelled_by
 from lens_analyses.config.paths import local
 from lens_analyses.config.pictures import PictureConfig
+from lens_analyses.config.prompts import labelled_by
 from lens_analyses.config.settings import Section
 from lens_analyses.console import UsageError
 from lens_analyses.pictured import bytes_of, read_labelled_prompts, reads_pictures, unchanged

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 from lens.common.errors import LensError
 from lens.common.files import open_regular
 from lens_analyses.config import RunConfig
-from lens_analyses.config.models import labelled_by
 from lens_analyses.config.paths import local
 from lens_analyses.config.pictures import PictureConfig
+from lens_analyses.config.prompts import labelled_by
 
 if TYPE_CHECKING:
     from lens.tasks.labelled import Labelled

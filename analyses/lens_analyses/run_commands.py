@@ -19,7 +19,7 @@ from lens_analyses.config import (
     parse_assignments,
     settings_of,
 )
-from lens_analyses.config.models import OF_LABELS, SOURCES
+from lens_analyses.config.prompts import OF_LABELS, SOURCES
 from lens_analyses.console import PARTIAL, Output, UsageError
 from lens_analyses.options import (
     RUNS,

@@ -177,8 +177,7 @@ class _Execution:
             self._reuse()
             self._capture_all()
             self._score()
-            given = tuple(prompt.prompt for prompt in self._planned)
-            run = open_run(self._writer.path)
+            run, given = open_run(self._writer.path), tuple(one.prompt for one in self._planned)
             subject = Subject(self._model, run, self._config, self._output, given)
             error = analyse(subject, self._writer)
             status = "success" if error is None else "partial"

@@ -17,9 +17,9 @@ from lens_analyses.config.models import (
     WHATS,
     CaptureConfig,
     ModelConfig,
-    PromptConfig,
     RunConfig,
 )
+from lens_analyses.config.prompts import PromptConfig
 from lens_analyses.config.reading import load_config, make_config, parse_assignments
 from lens_analyses.config.settings import Setting, settings_of
 

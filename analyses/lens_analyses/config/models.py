@@ -19,27 +19,19 @@ from lens_analyses.config.analyses import (
     SinksSettings,
     VisionSettings,
 )
-from lens_analyses.config.listed import listed
 from lens_analyses.config.paths import is_folder, shorten
-from lens_analyses.config.pictures import LABELS, PictureConfig, images_setting
+from lens_analyses.config.pictures import LABELS, PictureConfig
+from lens_analyses.config.prompts import (
+    OF_LABELS,
+    SOURCES,
+    LabelledConfig,
+    PromptConfig,
+    labelled_by,
+)
 from lens_analyses.config.settings import Section, Setting, Shown, setting, settings_of
 
 Backend = Literal["auto", "triton", "cpu", "torch", "reference"]
-SOURCES = ("text", "text_name", "batch", "audio", "image")
-OF_LABELS = ("images", "labelled")
 _LARGEST_SEED = 2**32 - 1
-
-
-def _texts() -> tuple[str, ...]:
-    from lens.tasks import prompts
-
-    return tuple(prompts.TEXTS)
-
-
-def _known_text(name: str) -> str:
-    if name not in _texts():
-        raise ValueError(f"unknown text {shorten(name)!r}; known: {', '.join(_texts())}")
-    return name
 
 
 def _known_model(name: str) -> str:
@@ -82,112 +74,6 @@ class ModelConfig(Section):
                 f"model.revision goes with a hub id such as owner/name, not with {self.name}"
             )
         return self
-
-
-class PromptConfig(Section):
-    """Which prompts; at most one of `SOURCES`."""
-
-    text: str | None = setting(None, "Text file to analyse.", shown=Shown(file=True), min_length=1)
-    text_name: Annotated[str, AfterValidator(_known_text)] | None = setting(
-        None,
-        "Embedded text, e.g. moby-dick.",
-        shown=Shown(start="moby-dick", suggestions=_texts),
-    )
-    batch: str | None = setting(
-        None,
-        'File of prompts, one a line (.txt), or {"text": ...} a line (.jsonl).',
-        shown=Shown(flag="--prompts", file=True),
-        min_length=1,
-    )
-    audio: str | None = setting(
-        None,
-        "Sounds (.wav) that an encoder-decoder such as Whisper reads, with commas.",
-        shown=Shown(file=True, rare=True),
-        min_length=1,
-    )
-    image: str | None = setting(
-        None,
-        "Pictures that an encoder-decoder such as TrOCR reads, with commas.",
-        shown=Shown(file=True, rare=True),
-        min_length=1,
-    )
-    target: str | None = setting(
-        None,
-        "Of an encoder-decoder: text file of what its decoder reads, a line for each line of --prompts, sound or "
-        "picture; written by the model if not given.",
-        shown=Shown(file=True, rare=True),
-        min_length=1,
-    )
-    sha256: str | None = setting(
-        None,
-        "Of the file that was read, so that a rerun notices another one.",
-        shown=Shown(file=True, internal=True),
-    )
-    tokens: int | None = setting(
-        None,
-        "Length of each text prompt; all of the text if not given.",
-        shown=Shown(start=128),
-        ge=1,
-    )
-    windows: int | None = setting(
-        None, "Consecutive prompts of that length, cut from the text.", shown=Shown(start=4), ge=1
-    )
-    copied: int = setting(
-        4, "Number of copied random prompts (BOS + r + r), the probe for induction heads.", ge=0
-    )
-    copied_length: int = setting(25, "Random tokens in r.", shown=Shown(rare=True), ge=1)
-
-    @model_validator(mode="after")
-    def _go_together(self) -> Self:
-        given = [name for name in SOURCES if getattr(self, name) is not None]
-        if len(given) > 1:
-            raise ValueError(
-                f"only one source at a time, got prompts.{' and prompts.'.join(given)}"
-            )
-        if self.windows is not None and (self.tokens is None or self.batch is not None):
-            raise ValueError(
-                "prompts.windows cuts one text into pieces of prompts.tokens tokens: it needs "
-                "prompts.tokens, and does not go with prompts.batch"
-            )
-        if self.target is not None and not set(SOURCES) - {"text_name"} & set(given):
-            raise ValueError("prompts.target goes with prompts.text, batch, audio or image")
-        if self.tokens is not None and self.files:
-            raise ValueError("prompts.tokens cuts texts; leave it out with prompts.audio or image")
-        if not given and not self.copied and labelled_by(self) is None:
-            raise ValueError("no prompt: give a text, or prompts.copied of at least 1")
-        return self
-
-    @property
-    def files(self) -> tuple[str, ...]:
-        """The sounds or pictures one by one; none where texts are read."""
-        named = self.audio or self.image
-        return tuple(listed(named)) if named else ()
-
-
-class LabelledConfig(PromptConfig):
-    """Prompts, or labelled ones in their place."""
-
-    images: str | None = images_setting()
-    labelled: str | None = setting(
-        None,
-        "Table (.csv, .jsonl) with text and label: the task of a classifier of texts.",
-        shown=Shown(file=True),
-        min_length=1,
-    )
-
-    @model_validator(mode="after")
-    def _alone(self) -> Self:
-        given = [name for name in (*SOURCES, *OF_LABELS) if getattr(self, name) is not None]
-        if labelled_by(self) is not None and len(given) > 1:
-            raise ValueError(
-                f"labelled prompts stand alone, got prompts.{' and prompts.'.join(given)}"
-            )
-        return self
-
-
-def labelled_by(prompts: Section) -> str | None:
-    """The setting that names labelled prompts: `images` or `labelled`; None: neither."""
-    return next((name for name in OF_LABELS if getattr(prompts, name, None) is not None), None)
 
 
 class CaptureConfig(Section):

@@ -16,8 +16,8 @@ from lens_analyses.config.analyses import (
     PoliciesSettings,
 )
 from lens_analyses.config.listed import layer_of, listed
-from lens_analyses.config.models import PromptConfig, labelled_by
 from lens_analyses.config.paths import is_task_file
+from lens_analyses.config.prompts import PromptConfig, labelled_by
 from lens_analyses.console import Output
 from lens_analyses.inputs import read_sources
 from lens_analyses.pictured import pictures_of, reads_pictures

@@ -233,12 +233,17 @@ def _order(model: LoadedModel, layers: list[nn.Module]) -> list[list[nn.Module]]
     found: list[list[nn.Module]] = [[] for _ in layers]
     with ExitStack() as stack, torch.no_grad():
         for number, layer in enumerate(layers):
-            add = found[number].append
             for child in layer.children():
-                hook = child.register_forward_pre_hook(lambda module, _, add=add: add(module))
-                stack.callback(hook.remove)
+                stack.callback(child.register_forward_pre_hook(_adding(found[number])).remove)
         logits_of(model, torch.zeros(1, 3, dtype=torch.long, device=model.device))
     return found
+
+
+def _adding(found: list[nn.Module]) -> Callable[[nn.Module, Any], None]:
+    def add(module: nn.Module, _: Any) -> None:
+        found.append(module)
+
+    return add
 
 
 def _output(model: LoadedModel, module: nn.Module, heads: int) -> nn.Module:
