@@ -98,7 +98,7 @@ def strength(
     figure = make_subplots(
         1,
         2,
-        subplot_titles=("by ring", "itself and its 8 neighbours, by layer"),
+        subplot_titles=("by ring", "rings 0 and 1, by layer"),
         horizontal_spacing=0.1,
     )
     lines = [(own, "mass", chosen, ACCENT, "solid")] if "H" in chosen else []
@@ -138,7 +138,8 @@ def strength(
     figure.update_xaxes(title="layer", row=1, col=2)
     figure.update_yaxes(rangemode="tozero")
     figure = style(figure, escaped(f"{chosen}: attention by distance"), look, height=_HEIGHT)
-    return figure.update_layout(margin={"t": 90}, legend={"y": 1.1})
+    figure.update_annotations(font_size=11)
+    return figure.update_layout(margin={"t": 110}, legend={"y": 1.1})
 
 
 def pattern_points(

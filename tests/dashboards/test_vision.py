@@ -60,6 +60,9 @@ def test_the_patch_under_the_mouse_is_the_one_that_looks(page, site, vision_run)
     page.locator("#vision canvas").first.focus()
     page.keyboard.press("ArrowUp")
     page.wait_for_selector("#vision[data-patch='1,2']")
+    page.get_by_role("group", name="Patches that all look at").get_by_text("left out").click()
+    page.wait_for_url("**variant=sink_excluded*")
+    page.get_by_role("heading", name="L1H2 on 3: noise.png").wait_for()
 
 
 def test_the_numbers_of_the_page_are_those_of_the_trace(page, site, vision_run):

@@ -22,7 +22,9 @@ _HEIGHT = 400  # of a figure that names none
 _DARK = 0.55  # share of the darkest ground from which letters are white
 _FIRST = 8  # sentences that are not folded, shared among analyses
 _MENU = {"full": "full screen", "png": "PNG", "svg": "SVG", "csv": "CSV", "json": "JSON"}
-_WITH_VARIANT = ("overview", "heads", "head", "atlas", "compare")
+_SWITCHED = dict.fromkeys(("overview", "heads", "head", "atlas", "compare"), "First token") | {
+    "vision": "Patches that all look at"
+}
 _VARIANTS = {"raw": "counted (raw)", "sink_excluded": "left out (sink excluded)"}
 STATUS_WORDS = {
     "success": "complete",
@@ -161,8 +163,8 @@ def trail(view: Selection, *steps: Any, pages: Iterable[Any] = ()) -> html.Div:
 
 
 def _switch(view: Selection) -> list[html.Div]:
-    """Is the first token counted? The answer is kept in every link; here where it has a meaning."""
-    if view.page not in _WITH_VARIANT:
+    """Is the first token, or are sinks among patches, counted? The answer is kept in every link; here where it has a meaning."""
+    if (what := _SWITCHED.get(view.page)) is None:
         return []
     buttons = [
         html.Button(
@@ -175,10 +177,10 @@ def _switch(view: Selection) -> list[html.Div]:
     ]
     return [
         html.Div(
-            [html.Span("First token"), *buttons],
+            [html.Span(what), *buttons],
             className="switch",
             role="group",
-            **named("First token"),
+            **named(what),
         )
     ]
 

@@ -125,7 +125,7 @@ def page(library: Library, view: Selection) -> list[Any]:
                 id="vision",
                 className="vision",
             ),
-            f"{shown} on {prompt}",
+            f"{shown} on {_title_of(run, prompt)}",
         ),
         *([card(html.Ul(links), "Analyses of pictures")] if links else []),
         card(python_call(call), "Take it with you"),
@@ -226,6 +226,14 @@ def _matrix_card(
 def _canvas(name: str) -> html.Div:
     look: dict[str, Any] = {"aria-label": f"{name}, on the picture", "role": "img"}
     return html.Div([html.H3(name), html.Canvas(tabIndex=0, **look)], className="look")
+
+
+def _title_of(run: Run, prompt: str) -> str:
+    """Of a picture, for people; its id where the table of prompts cannot be read."""
+    try:
+        return run.prompts.set_index("prompt_id")["title"].get(prompt, prompt)
+    except LensError:
+        return prompt
 
 
 def _has_picture(library: Library, run_id: str, prompt: str) -> bool:
