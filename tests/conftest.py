@@ -29,6 +29,21 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: len(item.path.parts))
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Files go to the workers whole, and the dashboard's together: each worker would make their runs anew."""
+    if config.getoption("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByFile(LoadFileScheduling):
+        def _split_scope(self, nodeid):
+            file = nodeid.partition("::")[0]
+            return "tests/dashboards" if file.startswith("tests/dashboards/") else file
+
+    return ByFile(config, log)
+
+
 @pytest.fixture(scope="session")
 def browser():
     """Debian's Chromium, or whichever is there."""

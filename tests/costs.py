@@ -21,7 +21,7 @@ def _cpu() -> float:
     return spent.user + spent.system + spent.children_user + spent.children_system
 
 
-def pytest_runtestloop() -> None:
+def pytest_collection_finish() -> None:
     """Imports and collection are not counted."""
     global _last
     _last = _cpu()

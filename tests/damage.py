@@ -96,7 +96,7 @@ def _sizes(folder: Path, names: Any) -> dict[str, int]:
 
 def _entries(path: Path, change: Any) -> None:
     try:
-        if not path.is_file():
+        if not path.is_file() or path.stat().st_size > 2**28:  # 3 GB of holes
             return
         found = json.loads(path.read_text())
         change(found)

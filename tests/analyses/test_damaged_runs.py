@@ -10,9 +10,12 @@ from tests.benchmarks.damaged import SMALL, bases, tried, tried_models
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_no_damage_fails_raw(tmp_path):
+@pytest.mark.parametrize(
+    "seeds", [range(20), pytest.param(range(20, 50), marks=pytest.mark.exhaustive)], ids=str
+)
+def test_no_damage_fails_raw(tmp_path, seeds):
     made = bases(tmp_path, (SMALL, f"{SMALL} --seed 1"))
-    answers = list(tried(tmp_path / "damaged", made, range(50)))
+    answers = list(tried(tmp_path / "damaged", made, seeds))
     assert [one for failed, _ in answers for one in failed] == []
     recorded = ("", "old folder", "all fitted")  # then nothing tells what was written
     valid = [one for _, one in answers]

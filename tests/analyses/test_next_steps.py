@@ -74,7 +74,16 @@ def test_every_command_that_a_page_shows_is_taken(folder, page, lens_command):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("what", ["circuit", "redistribute"])
+@pytest.mark.parametrize(
+    ("folder", "what"),
+    [
+        ("text", "redistribute"),
+        ("copied", "circuit"),
+        ("copied", "redistribute"),
+        pytest.param("text", "circuit", marks=pytest.mark.exhaustive),
+    ],
+    indirect=["folder"],
+)
 def test_a_command_makes_its_run_beside_the_other(folder, what, lens_command):
     run = open_run(folder)
     try:

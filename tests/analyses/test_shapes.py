@@ -42,9 +42,9 @@ OF_ENCODERS = {
 """What a masked language model cannot have, and why."""
 ALWAYS = {
     *(("gpt_oss", "heads"), ("bert", "heads")),  # learned sinks and experts; no patterns
-    *(("gemma2", "circuit"), ("albert", "circuit")),  # norms after parts; one block again and again
+    ("gemma2", "circuit"),  # norms after parts
     *(("mistral", "redistribute"), ("bert", "redistribute")),  # windows; answers at masks
-    *(("gpt_neox", "policies"), ("bert", "policies")),  # parallel parts; refused
+    ("bert", "policies"),  # refused
 }
 
 

@@ -234,7 +234,7 @@ def test_a_killed_sweep_ends_with_the_numbers_of_an_uninterrupted_one(
     path = tmp_path / "killed.toml"
     path.write_text(
         'models = ["induction-2l", "text-lm-3l"]\nanalyses = ["profile"]\n'
-        "[settings]\nprompts = { copied = 7 }\ncapture = { keep_qk = false }\n"
+        "[settings]\nprompts = { copied = 5 }\ncapture = { keep_qk = false }\n"
     )
     out = tmp_path / "killed"
     process = spawn_lens("sweep", "-c", path, "--out", out)
@@ -247,7 +247,7 @@ def test_a_killed_sweep_ends_with_the_numbers_of_an_uninterrupted_one(
 
     completed = lens_command("sweep", "-c", path, "--out", out, "--json")
     assert completed.code == 0, completed.err
-    assert "of 7 prompts were finished before" in completed.err
+    assert "of 5 prompts were finished before" in completed.err
     straight = lens_command("sweep", "-c", path, "--out", tmp_path / "straight", "--json")
     names = [[run["run"] for run in answer.json["runs"]] for answer in (completed, straight)]
     assert names[0] == names[1]

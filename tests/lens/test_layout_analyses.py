@@ -1,5 +1,7 @@
 """What rests on the table, on every architecture: edges, direct attribution, weights, spectral bands."""
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -33,7 +35,9 @@ def kv(kind: str) -> str:
     return "group" if kind in BY_GROUP else "head"
 
 
+@functools.cache
 def loaded(kind: str, *, double: bool = True):
+    """One model for all tests, which leave it as it is."""
     model = lens.load(layout_model(kind))
     if double and kind not in EXPERTS:  # norms go through float32 still, experts take no float64
         torch.nn.Module.double(model.model)
@@ -194,7 +198,7 @@ def test_no_direct_path_through_a_head_that_is_not_linear(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_weights_of_every_architecture(kind):
     """Composition of all, copying and bands where heads write straight into logits of tokens."""
-    model = lens.load(layout_model(kind))
+    model = loaded(kind, double=False)
     table = lens.heads.weights.composition(model)
     assert len(table) == 3 * model.info.heads**2 * sum(range(model.info.layers))
     assert table["score"].between(0, 1).all()
@@ -210,7 +214,7 @@ def test_weights_of_every_architecture(kind):
 @pytest.mark.parametrize("kind", ["qwen3", "gemma2", "olmo2", "cohere", "granite", "phi3"])
 def test_folded_weights_do_what_the_parts_do(kind):
     """Queries, and what heads write, are the folded weights up to what norms divide by."""
-    model = lens.load(layout_model(kind))
+    model = loaded(kind, double=False)
     layout, weights = proved(model), lens.heads.weights.head_weights(model)
     block = layout.blocks[1]
     generator = torch.Generator().manual_seed(0)

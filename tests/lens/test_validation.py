@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -24,7 +25,19 @@ META = meta(
 )
 
 
-def make_run(runs, scale=1.0, status="success", **attributes):
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run, made once and copied for each damage."""
+    return made_run(tmp_path_factory.mktemp("whole"))
+
+
+@pytest.fixture
+def run(whole, tmp_path):
+    """A whole run to be damaged."""
+    return open_run(shutil.copytree(whole.path, tmp_path / whole.path.name))
+
+
+def made_run(runs, scale=1.0, **attributes):
     """A run of two prompts; `scale` below 1 is what a learned sink leaves of each row."""
     writer = RunWriter.start(runs, {"seed": 0}, META)
     traces = {
@@ -39,7 +52,7 @@ def make_run(runs, scale=1.0, status="success", **attributes):
         )
     writer.table("prompts", prompts())
     writer.table("heads", pd.concat([*tables, pooled_table(tables, "text")], ignore_index=True))
-    return writer.finish(status)
+    return writer.finish()
 
 
 def prompts():
@@ -92,8 +105,7 @@ def rewrite_trace(run, change):
     sizes(run, *(f"trace/p000/{file.name}" for file in folder.iterdir()))
 
 
-def test_a_whole_run_has_no_problems(tmp_path):
-    run = make_run(tmp_path)
+def test_a_whole_run_has_no_problems(run):
     assert validate(run) == []
     with (run.path / "log.txt").open("a") as file:
         file.write("a log may grow")
@@ -101,8 +113,8 @@ def test_a_whole_run_has_no_problems(tmp_path):
 
 
 def test_a_learned_sink_is_no_problem_where_the_trace_says_so(tmp_path):
-    assert validate(make_run(tmp_path / "a", scale=0.7, learned_sinks=True)) == []
-    problems = validate(make_run(tmp_path / "b", scale=0.7))
+    assert validate(made_run(tmp_path / "a", scale=0.7, learned_sinks=True)) == []
+    problems = validate(made_run(tmp_path / "b", scale=0.7))
     assert any("block rows must sum to 1, head 0 block 0 to 0.7000" in text for text in problems)
 
 
@@ -138,23 +150,20 @@ def test_success_without_its_files_is_a_problem(tmp_path):
         ),
     ],
 )
-def test_missing_and_damaged_files(tmp_path, damage, message):
-    run = make_run(tmp_path)
+def test_missing_and_damaged_files(run, damage, message):
     damage(run.path)
     found = "\n".join(validate(open_run(run.path)))
     assert_matches(message, found)
 
 
 @pytest.mark.parametrize("name", ["ioi", "a.task"])
-def test_a_damaged_circuit_is_told_whatever_its_name(tmp_path, name):
-    run = make_run(tmp_path)
+def test_a_damaged_circuit_is_told_whatever_its_name(run, name):
     (run.path / "circuits").mkdir()
     (run.path / "circuits" / f"{name}.json").write_text("{}")
     assert any(f"{name}.json" in problem for problem in validate(run))
 
 
-def test_a_file_outside_of_the_run_is_not_followed(tmp_path):
-    run = make_run(tmp_path)
+def test_a_file_outside_of_the_run_is_not_followed(run, tmp_path):
     (tmp_path / "secret").write_text("x")
     run.meta["files"]["../secret"] = 1
     assert any("'../secret', which is outside of the run" in text for text in validate(run))
@@ -175,8 +184,7 @@ def test_a_file_outside_of_the_run_is_not_followed(tmp_path):
         (lambda t: first(t, loss_repeat=1), "column loss_repeat has .* that are not copied"),
     ],
 )
-def test_wrong_prompt_tables(tmp_path, change, message):
-    run = make_run(tmp_path)
+def test_wrong_prompt_tables(run, change, message):
     rewrite(run, "prompts", change)
     assert_matches(message, "\n".join(validate(open_run(run.path))))
 
@@ -223,8 +231,7 @@ def first(table, **values):
         ),
     ],
 )
-def test_wrong_head_tables(tmp_path, change, message):
-    run = make_run(tmp_path)
+def test_wrong_head_tables(run, change, message):
     rewrite(run, "heads", change)
     assert_matches(message, "\n".join(validate(open_run(run.path))))
 
@@ -253,8 +260,7 @@ HEAD_SCORES = pd.DataFrame(
         ),
     ],
 )
-def test_a_section_whose_numbers_cannot_be_is_told(tmp_path, change, message):
-    run = make_run(tmp_path)
+def test_a_section_whose_numbers_cannot_be_is_told(run, change, message):
     columns = dict.fromkeys(HEAD_SCORES, "x")
     section = Section("scored", "Scored", columns=columns, tables={"scores": HEAD_SCORES})
     section.save(run.path)
@@ -305,17 +311,15 @@ def put(value, *where):
         ("distance", put(70.0, 0, 0), "distance lies outside of -66 to 66"),
     ],
 )
-def test_wrong_traces(tmp_path, name, change, message):
-    run = make_run(tmp_path)
+def test_wrong_traces(run, name, change, message):
     rewrite_trace(run, spoiled(name, change))
     found = "\n".join(validate(open_run(run.path)))
     assert_matches(f"trace of p000: .*{message}", found)
     assert "trace of p001" not in found
 
 
-def test_undoing_nothing_leaves_the_run_whole(tmp_path):
+def test_undoing_nothing_leaves_the_run_whole(run):
     """The helpers that rewrite a run do not damage it themselves."""
-    run = make_run(tmp_path)
     rewrite(run, "heads", lambda table: table)
     rewrite_trace(run, lambda variables: variables)
     assert validate(open_run(run.path)) == []
