@@ -64,7 +64,6 @@ class SubspaceRemovals(Result):
         """What the contrast takes away ("contrast"), beside what does ("control"), and whether it is specific ("specific")."""
         table = self.table().set_index("basis")
         own, chance = table.loc["contrast"], table.loc["random"]
-        controls = float(np.delete(self.mass.mean(1), [0, 1]).min())
         said = [
             Sentence(
                 f"{self.head} gives {self.pairs!r} pairs {own['clean']:.1%}; without {self.rank} of {self.width} directions "
@@ -74,12 +73,7 @@ class SubspaceRemovals(Result):
             Sentence(
                 f"As many principal components of its queries leave {table.loc['queries', 'mass']:.1%}, of its keys "
                 f"{table.loc['keys', 'mass']:.1%}, another head's contrast {table.loc['other head', 'mass']:.1%}, random "
-                f"directions {chance['mass']:.1%}: the drop alone "
-                + (
-                    "is no larger than that of a control."
-                    if self.mass[1].mean() >= controls
-                    else "is larger than that of every control."
-                ),
+                f"directions {chance['mass']:.1%}: the drop alone " + self._beside(),
                 kind="control",
             ),
         ]
@@ -93,6 +87,17 @@ class SubspaceRemovals(Result):
                 )
             )
         return tuple(said)
+
+    def _beside(self) -> str:
+        """How the drop compares with those of the controls, prompt by prompt."""
+        more = (
+            self.mass[2:] - self.mass[1]
+        )  # attention that a control leaves and the contrast does not
+        if (more.mean(1) <= 0).any():
+            return "is no larger than that of a control."
+        if more.shape[1] > 1 and (columns("more", more, self.seed)["more_low"] > 0).all():
+            return "is larger than that of every control."
+        return f"is larger than that of every control on average, and not surely so on {more.shape[1]} prompts."
 
     def __repr__(self) -> str:
         return described(self)

@@ -125,10 +125,12 @@ def _judged(
     uniform = random.random((len(shares), draws, answer.units))
     none = torch.zeros(1, answer.units, dtype=torch.bool)
     empty = float(answer.kept(none)[0])
+    ties = np.random.default_rng(answer.units).random(answer.units)
     found = {}
     for name, score in scores.items():
         agreement = [spearman(score, scores[other]) for other in _REFERENCES]
-        found[name] = [*_curves(answer, score, shares, uniform, empty), np.array(agreement)]
+        curves = _curves(answer, score, shares, uniform, empty, ties)
+        found[name] = [*curves, np.array(agreement)]
     orders = [random.random(answer.units) for _ in range(draws)]
     hard = [hard_curves(answer, order, shares) for order in orders]
     soft = [soft_curves(answer, order, shares, uniform, empty) for order in orders[:2]]
@@ -148,18 +150,20 @@ def _curves(
     shares: tuple[float, ...],
     uniform: np.ndarray,
     empty: float,
+    ties: np.ndarray,
 ) -> list[np.ndarray]:
     return [
-        *hard_curves(answer, score, shares),
+        *hard_curves(answer, score, shares, ties),
         *soft_curves(answer, score, shares, uniform, empty),
     ]
 
 
 def hard_curves(
-    answer: Answer, score: np.ndarray, shares: tuple[float, ...]
+    answer: Answer, score: np.ndarray, shares: tuple[float, ...], ties: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """[share] each: probability lost without the tokens that score highest, and with them alone; ties by place."""
-    order = np.argsort(-score, kind="stable")
+    """[share] each: probability lost without the tokens that score highest, and with them alone; equal scores in the order of
+    `ties`, random numbers that all methods have in common: by place, a constant would be the first tokens."""
+    order = np.lexsort((np.arange(len(score)) if ties is None else ties, -score))
     first = np.zeros((len(shares), answer.units), bool)
     for row, share in enumerate(shares):
         first[row, order[: max(1, round(share * answer.units))]] = True

@@ -97,7 +97,7 @@ class RetrievalKinds(Result):
             ]
             said.append(
                 Sentence(
-                    f"Recall {self.clean.mean():.2f} of {len(self.clean)} trials falls without the first {count}: "
+                    f"Recall is {self.clean.mean():.2f} over {len(self.clean)} trials; without the first {count}: "
                     f"{', '.join(parts)}; without random others {self.random[place].mean():.2f}.",
                     kind="masked",
                 )

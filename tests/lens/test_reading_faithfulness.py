@@ -204,7 +204,51 @@ def test_scores_that_keep_more_gain_nothing_and_ends_are_fixed(copying):
     assert hard[0].tolist() == pytest.approx([answer.probability - empty], abs=1e-6)
 
 
-def test_what_carries_the_answer_is_found_and_constant_scores_are_random(copying):
+def test_a_constant_score_is_a_random_order(copying):
+    """Ties stand in the order of random numbers that all methods share; by place a constant would be the first tokens."""
+    model, prompts = copying
+    answer = Answer(model, torch.tensor(prompts[0]))
+    ties = np.random.default_rng(1).random(answer.tokens)
+    shares, constant = (0.3, 0.6), np.ones(answer.tokens)
+    own = judging.hard_curves(answer, constant, shares, ties)
+    np.testing.assert_array_equal(own, judging.hard_curves(answer, -ties, shares))
+    by_place = judging.hard_curves(answer, -np.arange(answer.tokens), shares)
+    assert np.abs(np.subtract(own, by_place)).max() > 0.01
+    seen = []
+    curves = judging.hard_curves
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(judging, "hard_curves", lambda *args: seen.append(args) or curves(*args))
+        lens.reading.faithfulness(model, prompts[:1], ["raw"], draws=1, progress=False)
+    given = [args[3] for args in seen if len(args) == 4]
+    assert len(given) == 3  # of the method and of both that all are compared with
+    assert all((one == given[0]).all() for one in given)
+
+
+def test_what_all_tokens_bring_is_what_the_layer_writes(models):
+    """`sum over keys and heads of A_ij v_j W_O` is the output of the last layer's projection (Kobayashi)."""
+    model = models("llama")
+    answer = Answer(model, prompt())
+    found = Gradients(answer)
+    kept = {}
+    module = answer.layout.blocks[-1].output_module
+    handle = module.register_forward_hook(
+        lambda _, __, output: kept.update(written=output[0].detach())
+    )
+    with torch.no_grad():
+        model.model(prompt()[None])
+    handle.remove()
+    attention, values = found.attention[-1][0], found.values[-1]
+    parts = torch.einsum(
+        "hij,hjk,hkd->ijd", attention, values, answer.layout.blocks[-1].output.double()
+    )
+    whole = kept["written"].double() - (module.bias.double() if module.bias is not None else 0)
+    assert torch.allclose(parts.sum(1), whole, atol=1e-5)
+    assert torch.allclose(
+        parts[-1].norm(dim=-1).cpu(), attributing.scored(answer, "norm"), rtol=1e-6
+    )
+
+
+def test_what_carries_the_answer_is_found(copying):
     model, prompts = copying
     methods = ["raw", "rollout", "gradient_input", "leave_one_out"]
     found = lens.reading.faithfulness(model, prompts, methods, draws=6, progress=False)

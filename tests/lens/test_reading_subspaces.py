@@ -8,6 +8,7 @@ import torch
 
 import lens
 from lens.common.errors import LensError
+from lens.common.results import of_kind
 from lens.passes.calls import attend
 from lens.passes.replay import proved
 from lens.passes.sessions import listening
@@ -96,6 +97,26 @@ def test_the_contrast_stands_beside_every_control(found):
     lowest = min(table["mass"].drop("contrast"))
     said = "larger than that of every control" in found.findings()[1]
     assert said == (table.loc["contrast", "mass"] < lowest)
+
+
+def test_the_drop_is_said_to_be_larger_only_where_it_is(found):
+    """The same table with the masses of a larger, an unsure and a smaller drop."""
+    prompts = found.mass.shape[1]
+
+    def said(contrast):
+        mass = np.full_like(found.mass, 0.5)
+        mass[1] = contrast
+        (sentence,) = of_kind(replace(found, mass=mass).findings(), "control")
+        return sentence.rpartition(": the drop alone ")[2]
+
+    assert said(0.2) == "is larger than that of every control."
+    assert said(0.5) == "is no larger than that of a control."
+    assert said(0.8) == "is no larger than that of a control."
+    unsure = np.where(np.arange(prompts) == 0, 0.0, 0.5 + 0.1 / prompts)
+    assert (
+        said(unsure)
+        == f"is larger than that of every control on average, and not surely so on {prompts} prompts."
+    )
 
 
 def test_all_directions_that_matter_taken_out_leave_uniform_attention():
