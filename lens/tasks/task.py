@@ -353,10 +353,11 @@ class Task:
         metrics.check_answers(answers, self.name, model.info.vocab, model.name)
 
     def rows_at_once(self, model: LoadedModel) -> int:
-        """Prompts in one forward pass, so that its logits stay below 128 MiB in float32."""
+        """Prompts in one forward pass, so that its logits, and what an MLP makes of them, stay below 128 MiB in float32."""
         if self.labels is not None and self.clean.is_floating_point():
             return max(1, _LOGITS // self.clean[0].numel())
-        return max(1, _LOGITS // (self.length * max(model.info.vocab or 1, 1024)))
+        inside = 32 * model.info.heads * model.info.head_dim  # of an MLP, in several copies
+        return max(1, _LOGITS // (self.length * max(model.info.vocab or 1, inside, 1024)))
 
     def chunks(self, size: int) -> Iterator[Tensor]:
         """Numbers of the prompts, at most `size` at a time."""
@@ -373,10 +374,7 @@ class Task:
             what = f"{self.n} pictures of {self.clean.shape[2]} x {self.clean.shape[3]}"
         else:
             what = f"{self.n} prompts of {length} tokens"
-        return (
-            f"Task({self.name}: {what}, {corrupt} corrupt ones"
-            f"{dropped}; {self.metric}, {better} is better)"
-        )
+        return f"Task({self.name}: {what}, {corrupt} corrupt ones{dropped}; {self.metric}, {better} is better)"
 
 
 def _check_targets(sources: Tensor, targets: Tensor) -> None:

@@ -18,7 +18,7 @@ def toy():
 @pytest.fixture
 def task(toy, monkeypatch):
     task = induction(toy, n=7, seed=0)
-    monkeypatch.setattr("lens.tasks.task._LOGITS", 3 * 1024 * task.length)  # three rows at once
+    monkeypatch.setattr("lens.tasks.task._LOGITS", 3 * 2048 * task.length)  # three rows at once
     return task
 
 

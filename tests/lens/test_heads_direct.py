@@ -81,7 +81,7 @@ def by_hand(kind, model, task):
 @pytest.mark.parametrize("kind", PROJECTION)
 def test_direct_effects_are_what_each_head_wrote(kind, monkeypatch):
     model, task = loaded(kind), some_task()
-    monkeypatch.setattr("lens.tasks.task._LOGITS", 3 * 1024 * task.length)  # in two pieces
+    monkeypatch.setattr("lens.tasks.task._LOGITS", 3 * 2048 * task.length)  # in two pieces
     scores = importance(model, task, method="direct", progress=False)
     expected = by_hand(kind, model, task)
     error = scores.per_prompt - expected

@@ -216,7 +216,7 @@ def test_one_forward_pass_or_many_give_the_same(monkeypatch):
     whole = {
         by: importance(model, task, method=by, progress=False) for by in ("ablation", "attribution")
     }
-    monkeypatch.setattr("lens.tasks.task._LOGITS", 2 * 1024 * LENGTH)
+    monkeypatch.setattr("lens.tasks.task._LOGITS", 2 * 2048 * LENGTH)
     assert task.rows_at_once(model) == 2
     for by, scores in whole.items():
         again = importance(model, task, method=by, progress=False)

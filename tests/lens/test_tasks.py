@@ -117,7 +117,7 @@ def test_the_known_losses_of_induction_2l(toy):
 def test_evaluation_in_pieces_is_the_same(toy, monkeypatch):
     task = induction(toy, n=7, length=5)
     whole = task.evaluate(toy)
-    monkeypatch.setattr("lens.tasks.task._LOGITS", 3 * 1024 * task.length)
+    monkeypatch.setattr("lens.tasks.task._LOGITS", 3 * 2048 * task.length)
     assert task.rows_at_once(toy) == 3
     torch.testing.assert_close(task.evaluate(toy), whole, rtol=1e-5, atol=1e-6)
 
