@@ -185,22 +185,22 @@ def test_bad_input_is_one_line_and_leaves_nothing(case, lens_command, tmp_path):
 
 
 def test_a_model_whose_attention_cannot_be_reached(lens_command, tmp_path):
-    from transformers import LongformerConfig, LongformerModel
+    from transformers import MraConfig, MraModel
 
-    config = LongformerConfig(
-        vocab_size=512, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, attention_window=4,
+    config = MraConfig(
+        vocab_size=512, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
         intermediate_size=16, max_position_embeddings=64,
     )  # fmt: skip
-    LongformerModel(config).save_pretrained(tmp_path / "longformer")
+    MraModel(config).save_pretrained(tmp_path / "mra")
     shutil.copy(
         Path(lens.__file__).parent / "assets/models/stories260k/tokenizer.json",
-        tmp_path / "longformer",
+        tmp_path / "mra",
     )
     answer = lens_command(
-        "run", "--model", tmp_path / "longformer", "--copied", "1", "--out", tmp_path / "runs"
+        "run", "--model", tmp_path / "mra", "--copied", "1", "--out", tmp_path / "runs"
     )
     assert answer.code == 1
-    assert "Longformer" in answer.err
+    assert "MraModel" in answer.err
     assert not (tmp_path / "runs").exists()
 
 
