@@ -22,5 +22,8 @@ def test_no_damage_fails_raw(tmp_path, seeds):
     assert [one for one in valid if not one.endswith(recorded) and "log.txt" not in one] == []
 
 
-def test_no_damaged_model_folder_fails_raw(tmp_path):
-    assert [one for failed in tried_models(tmp_path, range(3)) for one in failed] == []
+@pytest.mark.parametrize(
+    "seeds", [range(1, 3), pytest.param(range(3, 12), marks=pytest.mark.exhaustive)], ids=str
+)
+def test_no_damaged_model_folder_fails_raw(tmp_path, seeds):
+    assert [one for failed in tried_models(tmp_path, seeds) for one in failed] == []
