@@ -39,6 +39,7 @@ RUN_COMMANDS = {
     "vision": "Profile every head on pictures, then: what is looked at, how far, and which structure that has.",
     "examples": "Profile every head, then: the texts of a corpus and the pairs of tokens on which each attends most.",
     "generate": "Let the model write on, and profile every head on prompt and text as one trace.",
+    "patch": "Profile every head, then: where the answer is carried, layer by token; stream, attention, MLPs, heads.",
     "circuit": "Profile every head, then: which edges carry a task; faithful, complete and minimal, beside random.",
 }
 """Commands that make a run -> their help."""

@@ -45,6 +45,7 @@ LATER = tuple(
     make_config({"what": what, "model": {"name": model}, "prompts": prompts})
     for what, model, prompts in (
         ("circuit", "induction-2l", {"copied": 4}),
+        ("patch", "induction-2l", {"copied": 4}),
         ("sinks", "text-lm-3l", _TEXT),
         ("redistribute", "text-lm-3l", _TEXT),
         ("policies", "text-lm-3l", _TEXT),

@@ -50,7 +50,7 @@ assert 0 < loss < 10
 # (`..._sink_excluded`).
 
 # %%
-table = lens.profile(trace)
+table = lens.profile(trace, all=True)
 table.set_index(["layer", "head"])[
     ["previous_token", "first_token", "entropy", "distance", "locality", "sink_rate"]
 ].round(2)
@@ -129,7 +129,7 @@ lens.figures.distance_profile(trace, int(by_token["layer"]), int(by_token["head"
 copied = lens.capture(
     model, [lens.tasks.copied(model, 50, seed=seed) for seed in range(4)], progress=False
 )
-probed = lens.profile(copied)
+probed = lens.profile(copied, all=True)
 copying = probed.nlargest(3, "induction")
 copying[["layer", "head", "induction", "induction_low", "induction_high"]].round(2)
 

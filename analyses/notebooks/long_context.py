@@ -171,7 +171,7 @@ assert abs(entropy - written).max() < 1e-3
 # ## One row per head, at full length
 
 # %%
-table = lens.profile(trace)
+table = lens.profile(trace, all=True)
 table.set_index(["layer", "head"])[
     ["first_token", "entropy", "effective_keys", "distance", "locality"]
 ].round(3)

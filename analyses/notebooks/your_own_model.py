@@ -88,7 +88,7 @@ print(f"Read from a folder, {loaded.info.class_name} gives the same attention, b
 # %%
 model = lens.load(MODEL) if MODEL else loaded
 copied = [lens.tasks.copied(model, 40, seed=seed) for seed in range(4)]
-table = lens.profile(lens.capture(model, copied, progress=False))
+table = lens.profile(lens.capture(model, copied, progress=False), all=True)
 table.set_index(["layer", "head"])[["previous_token", "induction", "first_token", "entropy"]].head(
     15
 ).round(3)

@@ -11,6 +11,7 @@
 /run/<id>/redistribution              what changes when it is moved
 /run/<id>/policies                    which heads may be sparse
 /run/<id>/mixers                      what linear and recurrent mixers do
+/run/<id>/patching                    where the answer is carried, layer by token
 /run/<id>/circuits                    which edges carry a task
 /run/<id>/reading                      why heads attend where they do, pair by pair
 /run/<id>/vision                       where patches of a picture look
@@ -51,6 +52,7 @@ OPTIONS: dict[str, dict[str, str]] = {
     "redistribution": {"rule": "", "amount": ""},
     "policies": {"policy": "", "head": "", "shown": "", "layer": ""},
     "mixers": {"head": "", "shown": ""},
+    "patching": {"stream": ""},
     "circuits": {"ranking": "", "edges": "", "pins": "", "by": "", "groups": ""},
     "reading": {"head": "", "pair": ""},
     "compare": {"a": "", "b": "", "metric": "", "group": ""},
@@ -58,11 +60,12 @@ OPTIONS: dict[str, dict[str, str]] = {
 """Options of each page with their defaults; a link holds those that differ."""
 PAGES = (
     *("runs", "jobs", "overview", "heads", "head", "maps", "atlas", "sinks", "redistribution"),
-    *("policies", "mixers", "circuits", "reading", "vision", "analysis", "compare", "provenance"),
+    *("policies", "mixers", "patching", "circuits", "reading", "vision", "analysis", "compare"),
+    "provenance",
 )
 _PLAIN = (
     *("heads", "maps", "atlas", "sinks", "redistribution", "policies", "mixers", "circuits"),
-    *("reading", "vision", "provenance"),
+    *("patching", "reading", "vision", "provenance"),
 )
 _WITH_PROMPT = ("head", "maps", "atlas", "vision")
 _ZOOMED = ("head", "maps")

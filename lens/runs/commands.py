@@ -30,7 +30,7 @@ def analysis(run: Path, config: Mapping[str, Any], what: str) -> str:
     Args:
         run: folder of the run.
         config: of the run.
-        what: "heads", "sinks", "redistribute", "policies", "mixers", "circuit" or "explain".
+        what: "heads", "sinks", "redistribute", "policies", "mixers", "patch", "circuit" or "explain".
 
     Raises:
         LensError: it needs text, and the run has copied prompts alone.

@@ -120,7 +120,7 @@ def load_section(door: Door, name: str) -> Section:
     if name not in have:
         raise LensError(
             f"{run} has no section {name!r}; it has: {', '.join(have) or 'none'}; "
-            "`lens heads`, `lens sinks`, `lens redistribute`, `lens policies`, `lens mixers`, `lens explain`, `lens vision`, `lens examples`, `lens generate` and `lens circuit` write sections"
+            "`lens heads`, `lens sinks`, `lens redistribute`, `lens policies`, `lens mixers`, `lens explain`, `lens vision`, `lens examples`, `lens generate`, `lens patch` and `lens circuit` write sections"
         )
     place = f"{FOLDER}/{name}"
     index = door.entries(SectionFile, f"{place}/{INDEX}")

@@ -168,5 +168,10 @@ def metric_of(name: str) -> Metric:
 VARIANTS = ("raw", "sink_excluded")
 HEADLINES = ("induction", "sink_mass", "previous_token", "duplicate_token")
 """Those by which heads are counted."""
+MAIN = (
+    *("previous_token", "duplicate_token", "induction", "first_token", "sink_mass"),
+    *("entropy", "effective_keys", "distance", "top_key_token"),
+)
+"""Columns that a profile shows beside name, layer and head where not all are asked for."""
 HEADLINE_STATISTICS = ("first_mass", "rest_mass", "match_mass")
 """Statistics of a trace that those need."""

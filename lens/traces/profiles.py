@@ -24,7 +24,7 @@ from lens.common.given import given_traces
 from lens.common.head_ids import head_columns
 from lens.stats import over_units
 from lens.stats.intervals import known_mean
-from lens.traces.metrics import HEADLINES
+from lens.traces.metrics import HEADLINES, MAIN, METRICS
 from lens.traces.parts import TraceParts
 from lens.traces.scores import SINK_EPSILON, Score, layer_scores, uniform_scores
 from lens.traces.trace import AttentionTrace
@@ -54,6 +54,12 @@ COLUMNS = (
     "random_weights",
 )
 
+_HEAD = ("name", "layer", "head")
+_ENDS = [
+    f"{variant}{end}"
+    for variant in ("", "_sink_excluded")
+    for end in ("", "_low", "_high", "_uniform")
+] + ["_sink_excluded_random_weights"]
 POSITIONS = ("top_key", "positional_distance")  # their mean says nothing
 
 
@@ -72,31 +78,37 @@ def _by_part(given: Any) -> dict[str, list[AttentionTrace]]:
 def profile(
     traces: AttentionTrace | TraceParts | Sequence[AttentionTrace | TraceParts],
     *,
+    all: bool = False,
     random_weights: AttentionTrace | Sequence[AttentionTrace] = (),
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Every score of every head: one row per head.
+    """The scores of every head, one row per head: the main ones, or all with intervals and baselines.
 
     Args:
         traces: one trace, or several of the same model. Of an encoder-decoder the parts stand one under the other, and
             the column `part` names them.
+        all: every score with its interval and baseline, about a hundred columns.
         random_weights: traces of `lens.models.random_weights(model)` on the same prompts.
         seed: of the bootstrap.
 
     Returns:
-        Columns `name`, `layer`, `head`, and for each metric of `lens.traces.metrics.METRICS` the value, its 95 %
+        The twelve columns `name`, `layer`, `head` and those of `lens.traces.metrics.MAIN`; the user's own labels and
+        the share of a generation's prompt with all that is known of them; and `<metric>_random_weights`, where those
+        were given.
+        With `all=True` for each metric of `lens.traces.metrics.METRICS` the value, its 95 %
         interval `<metric>_low` and `<metric>_high`, what uniform attention scores `<metric>_uniform`,
         and the same for `<metric>_sink_excluded` where that exists; for those of
         `lens.traces.metrics.HEADLINES` the highest score with random weights
-        `<metric>_random_weights`, where they were given; the same of the user's own labels;
-        `top_key_token`; `prompts`. NaN means not scored; `.attrs["reasons"]` says why.
+        `<metric>_random_weights`; `top_key_token`; `prompts`.
+        NaN means not scored; `.attrs["reasons"]` says why.
 
     Raises:
         LensError: no trace, or traces of models of different sizes.
 
     Example:
         >>> table = lens.profile(trace)
-        >>> table.sort_values("induction", ascending=False).head(3)
+        >>> table.nlargest(3, "induction")
+        >>> lens.profile(trace, all=True)[["name", "induction", "induction_low", "induction_high"]]
     """
     check_counts(0, seed=seed)
     if parts := _by_part(traces):
@@ -104,7 +116,7 @@ def profile(
             raise LensError(
                 "give random_weights of one part: lens.profile(traces.cross, random_weights=...)"
             )
-        tables = {part: profile(own, seed=seed) for part, own in parts.items()}
+        tables = {part: profile(own, all=all, seed=seed) for part, own in parts.items()}
         found = pd.concat(
             [one.assign(part=part) for part, one in tables.items()], ignore_index=True
         )
@@ -139,7 +151,14 @@ def profile(
         table = beside_random(table, pooled_table(scored, str(table["prompt_id"].iloc[0])))
     found = wide(table, prompts=len(several))
     found.insert(0, "name", head_columns(zip(found["layer"], found["head"], strict=True))["name"])
-    return found
+    return found if all else found[_main(found)]
+
+
+def _main(table: pd.DataFrame) -> list[str]:
+    """The columns that are shown where not all are asked for; `.attrs` stay with the table."""
+    known = {f"{name}{end}" for name in METRICS for end in _ENDS}
+    own = [name for name in table if name not in known and name not in ("prompts", *_HEAD, *MAIN)]
+    return [*_HEAD, *(name for name in MAIN if name in table), *own]
 
 
 def wide(table: pd.DataFrame, *, prompts: int) -> pd.DataFrame:

@@ -44,6 +44,7 @@ COMMANDS = (
         "explain",
         "examples",
         "generate",
+        "patch",
         "circuit",
         "sweep",
         "view",
@@ -155,16 +156,16 @@ def test_the_demo_serves_the_dashboard_at_the_end(lens_command, tmp_path, monkey
     answer = lens_command("demo", "--out", tmp_path, "--port", "8799")
     assert answer.code == 0
     assert served == [(tmp_path, 8799, {"jobs": True, "quiet": False})]
-    assert "5 more analyses are made while the dashboard serves" in answer.err
+    assert "6 more analyses are made while the dashboard serves" in answer.err
     waiting = {job.config["what"]: job for job in JobStore(tmp_path).jobs()}
-    assert set(waiting) == {"circuit", "sinks", "redistribute", "policies", "heads"}
+    assert set(waiting) == {"circuit", "patch", "sinks", "redistribute", "policies", "heads"}
 
     assert demo_module.queue_later(tmp_path) == 0  # they wait already
     for job in waiting.values():
         JobStore(tmp_path).cancel(job.id)
     made = lens_command(*shlex.split(waiting["redistribute"].command)[1:], "--out", tmp_path)
     assert made.code == 0, made.err
-    assert demo_module.queue_later(tmp_path) == 4  # all but the one that is there
+    assert demo_module.queue_later(tmp_path) == 5  # all but the one that is there
 
 
 def test_the_demo_of_another_model_reads_a_chapter():

@@ -78,7 +78,7 @@ def test_defaults_are_a_copied_run_of_the_embedded_model():
         ),
         (
             {"what": "magic"},
-            "what must be one of profile, heads, sinks, redistribute, policies, mixers, explain, vision, examples, generate, circuit, got 'magic'",
+            "what must be one of profile, heads, sinks, redistribute, policies, mixers, explain, vision, examples, generate, patch, circuit, got 'magic'",
         ),
     ],
 )

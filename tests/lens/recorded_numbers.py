@@ -65,7 +65,7 @@ def capture() -> Numbers:
 
 def profile() -> Numbers:
     """Main columns of the profile, with intervals."""
-    table = by_head(lens.profile(symbols()[2]))
+    table = by_head(lens.profile(symbols()[2], all=True))
     columns = (
         "previous_token duplicate_token induction induction_low induction_high "
         "induction_sink_excluded current_token first_token prefix_mass prefix_mass_low "
@@ -74,7 +74,7 @@ def profile() -> Numbers:
         "top_key_mass"
     )
     found = cells("profile", table, columns, "L0H1 L1H0")
-    reads = by_head(lens.profile(reader()[2]))
+    reads = by_head(lens.profile(reader()[2], all=True))
     return found | cells("profile.text-lm-3l", reads, "delimiter sink_rate sink_mass", "L1H0 L2H4")
 
 

@@ -139,7 +139,7 @@ def test_a_source_alone_is_given_the_target_that_the_model_writes():
 def test_scores_of_cross_attention_are_those_of_the_matrix():
     loaded = lens.load(made("bart"))
     traces = lens.capture(loaded, inputs_of("bart"), block_size=1, progress=False)
-    table = lens.profile(traces)
+    table = lens.profile(traces, all=True)
     assert table["part"].unique().tolist() == ["encoder", "decoder", "cross"]
     rows = table[table["part"] == "cross"].set_index(["layer", "head"])
     p = traces.cross.block_mass.values.astype(float)  # [layers, heads, queries, keys]

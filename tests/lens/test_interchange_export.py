@@ -71,7 +71,7 @@ def test_the_tree_has_every_file_and_key(tree, traces):
         name = config["head_data_pattern"].format(layer=layer, head=head)
         assert set(read(tree / "heads" / name)) == HEAD
     rows = read(tree / "scatter_data.json")
-    profile = lens.profile(traces)
+    profile = lens.profile(traces, all=True)
     assert len(rows) == 8
     for row, expected in zip(rows, profile.to_dict("records"), strict=True):
         assert (row["layer"], row["head"]) == (expected["layer"], expected["head"])
@@ -131,7 +131,7 @@ def test_long_heads_are_read_in_pieces(traces, tree, tmp_path, monkeypatch):
 
 
 def test_tables_come_back_whole(tmp_path, traces):
-    profile = lens.profile(traces)
+    profile = lens.profile(traces, all=True)
     texts = {"=f": ["=1+1", "-0.5", "@x", "- y", "+1", "a=b", None], "n": [-1.5, 2, 3, 4, 5, 6, 7]}
     lines = to_csv(pd.DataFrame(texts), tmp_path / "texts.csv").read_text().splitlines()
     assert lines == [

@@ -1,17 +1,21 @@
 """The profile equals a naive twin on whole probability matrices, and its closed forms."""
 
+from functools import partial
+
 import numpy as np
 import pandas as pd
 import pytest
 
 from lens.common.errors import LensError
 from lens.traces.metrics import METRICS
-from lens.traces.profiles import COLUMNS, pooled_table, profile, prompt_table
+from lens.traces.profiles import COLUMNS, pooled_table, prompt_table
+from lens.traces.profiles import profile as shown
 from lens.traces.token_rows import is_delimiter
 from lens.traces.trace import AttentionTrace
 from tests.lens.naive import rms_ratio
 from tests.lens.traces import LENGTH, probabilities, token_ids, trace_of
 
+profile = partial(shown, all=True)
 MARKS = {0: ",", 3: " ?!"}  # the first key is one of them
 
 
@@ -228,6 +232,22 @@ def test_models_of_different_sizes_are_not_mixed():
         profile([a, b])
     with pytest.raises(LensError, match="at least one trace"):
         profile([])
+
+
+def test_twelve_columns_are_shown_unless_all_are_asked_for():
+    traces = [trace_of(probabilities(2, 3, LENGTH, seed)) for seed in (1, 2)]
+    short, whole = shown(traces), profile(traces)
+    assert " ".join(short) == (
+        "name layer head previous_token duplicate_token induction first_token sink_mass entropy "
+        "effective_keys distance top_key_token"
+    )
+    pd.testing.assert_frame_equal(short, whole[list(short)])
+    assert short.attrs == whole.attrs
+    beside = shown(traces, random_weights=traces)
+    assert set(beside) - set(short) == {
+        f"{name}_random_weights"
+        for name in ("induction", "sink_mass", "previous_token", "duplicate_token")
+    }
 
 
 def test_a_trace_without_what_it_takes_says_so():

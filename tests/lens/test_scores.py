@@ -1,13 +1,17 @@
 """Which rows count in a score: windows, models that look ahead, learned sinks, patches, odd masks."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 
 from lens.common.errors import LensError
-from lens.traces.profiles import profile
+from lens.traces.profiles import profile as shown
 from lens.traces.token_rows import nearest_copy
 from tests.lens.naive import rms_ratio
 from tests.lens.traces import probabilities, trace_of
+
+profile = partial(shown, all=True)
 
 LENGTH = 41
 WINDOW = 7

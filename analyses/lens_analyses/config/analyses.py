@@ -10,14 +10,17 @@ from lens_analyses.config.listed import (
     EDITS,
     MOVES,
     POLICY_SECTIONS,
+    STREAMS,
     check_amounts,
     check_edits,
     check_heads,
     check_loss,
     check_measures,
     check_moves,
+    check_noise,
     check_overlays,
     check_sections,
+    check_streams,
     check_temperature,
     listed,
 )
@@ -245,6 +248,47 @@ class GenerateSettings(Section):
     temperature: Annotated[str, AfterValidator(check_temperature)] = setting(
         "0", "Of the draws; 0 takes the likeliest token each time."
     )
+
+
+class PatchSettings(_OnTask):
+    """Of `lens patch`."""
+
+    n: int = setting(8, "Prompts of the task, at most.", ge=2)
+    streams: Annotated[str, AfterValidator(check_streams)] = setting(
+        ",".join(STREAMS),
+        "What is patched, with commas: the residual stream, attention, MLPs, single heads.",
+    )
+    direction: Literal["denoising", "noising"] = setting(
+        "denoising", "From the clean run into the corrupt one, or the other way round."
+    )
+    corruption: Literal["counterfactual", "noise"] = setting(
+        "counterfactual", "The task's paired prompts, or noise on the embeddings of its own."
+    )
+    noise: Annotated[str, AfterValidator(check_noise)] = setting(
+        "3", "Of the noise, in standard deviations of the embeddings."
+    )
+    at: str | None = setting(
+        None,
+        "Mark of the task where the noise is, such as s2 of ioi; every token if not given.",
+        min_length=1,
+    )
+    window: int = setting(
+        1, "Layers whose attention or MLPs are patched together, the named one in the middle.", ge=1
+    )
+
+    @property
+    def patched(self) -> tuple[str, ...]:
+        """What is patched, one by one."""
+        return tuple(listed(self.streams))
+
+    @model_validator(mode="after")
+    def _has_another_run(self) -> Self:
+        if self.corruption == "counterfactual" and self.task in ("text", LABELS):
+            raise ValueError(
+                f"analysis.task {self.task} has no paired prompts to patch from; give analysis.corruption=noise, or a "
+                "task that has them, e.g. induction"
+            )
+        return self
 
 
 class CircuitSettings(_OnTask):

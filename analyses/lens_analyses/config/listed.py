@@ -14,6 +14,7 @@ MEASURES: tuple[str, ...] = get_args(methods.Method)
 BASELINES: tuple[str, ...] = get_args(methods.Baseline)
 POLICY_SECTIONS = ("policies", "running", "stability", "search")
 MOVES = ("var", "act", "pasta")
+STREAMS = ("residual", "attention", "mlp", "heads")
 EDITS = ("mask", "drop", "mean_value", "zero_value", "move", "transfer")
 
 
@@ -65,11 +66,18 @@ def check_sections(words: str) -> str:
     Raises:
         ValueError: otherwise.
     """
+    return _some_of(words, POLICY_SECTIONS)
+
+
+def check_streams(words: str) -> str:
+    """The words, if each is something that `lens patch` patches; errors as in `check_sections`."""
+    return _some_of(words, STREAMS)
+
+
+def _some_of(words: str, known: tuple[str, ...]) -> str:
     found = listed(words)
-    if not found or set(found) - set(POLICY_SECTIONS):
-        raise ValueError(
-            f"must be some of {', '.join(POLICY_SECTIONS)}, with commas; got {words!r}"
-        )
+    if not found or set(found) - set(known):
+        raise ValueError(f"must be some of {', '.join(known)}, with commas; got {words!r}")
     return _once(words, found)
 
 
@@ -97,6 +105,17 @@ def check_loss(word: str) -> str:
         ValueError: otherwise.
     """
     return _from_zero(word, "a number of nats from 0 on, e.g. 0.01")
+
+
+def check_noise(word: str) -> str:
+    """The word, if it is a number above 0.
+
+    Raises:
+        ValueError: otherwise.
+    """
+    if float(_from_zero(word, expected := "a number above 0, e.g. 3")) == 0:
+        raise ValueError(f"must be {expected}; got {word!r}")
+    return word
 
 
 def check_temperature(word: str) -> str:

@@ -14,6 +14,7 @@ from lens_analyses.config.analyses import (
     GenerateSettings,
     HeadsSettings,
     MixersSettings,
+    PatchSettings,
     PoliciesSettings,
     RedistributeSettings,
     SinksSettings,
@@ -268,6 +269,13 @@ class GenerateConfig(RunConfig):
     analysis: GenerateSettings = GenerateSettings()  # pyright: ignore[reportIncompatibleVariableOverride]
 
 
+class PatchConfig(RunConfig):
+    """Of `lens patch`."""
+
+    what: Literal["patch"] = _what("patch")
+    analysis: PatchSettings = PatchSettings()
+
+
 class CircuitConfig(_Labelled):
     """Of `lens circuit`."""
 
@@ -286,6 +294,7 @@ CONFIGS: dict[str, type[RunConfig]] = {
     "vision": VisionConfig,
     "examples": ExamplesConfig,
     "generate": GenerateConfig,
+    "patch": PatchConfig,
     "circuit": CircuitConfig,
 }
 """What a run does -> its configuration."""

@@ -35,6 +35,7 @@ TITLES = {
     "sinks": "The attention sinks of",
     "redistribute": "Attention moved elsewhere in",
     "policies": "Sparse attention in",
+    "patch": "Where the answer is carried in",
     "mixers": "Mixers beside softmax heads in",
     "explain": "Why heads attend in",
     "vision": "What was looked at by",

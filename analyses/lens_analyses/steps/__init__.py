@@ -87,6 +87,7 @@ STEPS: dict[str, tuple[Step, ...]] = {
         Step("reading", "circuit_heads", needs="edges"),
         Step("overlap", "circuit_overlap", setting="compare", needs="edges"),
     ),
+    "patch": (Step("patching", "patching"),),
     "redistribute": (Step("dose", "redistribute"), Step("search", "redistribute")),
     "vision": (
         Step("overlays", "vision"),

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from lens_analyses.steps.sizes import GATE_PARAMETERS, pruning_size
+from lens_analyses.steps.sizes import GATE_PARAMETERS, heads_by_position, pruning_size
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,17 @@ def _edges(load: Load) -> Cost:
     return Cost((34 + integrated) * load.task * _circuit_factor(load))
 
 
+def _patching(load: Load) -> Cost:
+    """A pass over every prompt for each layer and token of a stream, and for each head."""
+    settings = load.settings
+    length = load.task / settings.n
+    streams = [name for name in settings.patched if name != "heads"]
+    passes = load.layers * length * len(streams) + 4
+    if "heads" in settings.patched:
+        passes += load.heads * (length if heads_by_position(load.heads, length) else 1)
+    return Cost(passes * load.task, passes * settings.n / 8)
+
+
 def _circuit_factor(load: Load) -> float:
     """A pass in which every edge can be cut, over a plain one: each part reads its own sum."""
     return 1 + 0.04 * load.layers
@@ -156,6 +167,7 @@ COSTS: dict[str, dict[str, Callable[[Load], Cost]]] = {
     },
     "examples": {"examples": _examples},
     "generate": {"generation": lambda load: Cost(0, load.settings.new)},
+    "patch": {"patching": _patching},
     "circuit": {
         "edges": _edges,
         "circuit": lambda load: Cost(180 * load.task * _circuit_factor(load)),

@@ -9,3 +9,8 @@ _MANY = 64  # heads; beyond, the pruning curve is short
 def pruning_size(heads: int) -> tuple[int | None, int]:
     """Points of the pruning curve (None: one a head) and random orders beside it."""
     return (None, 8) if heads <= _MANY else (24, 2)
+
+
+def heads_by_position(heads: int, tokens: float) -> bool:
+    """Whether heads are patched token by token."""
+    return heads * tokens <= 1024

@@ -13,6 +13,7 @@ from lens_analyses.config import CircuitSettings, RunConfig
 from lens_analyses.config.analyses import (
     AnalysisSettings,
     GenerateSettings,
+    PatchSettings,
     PoliciesSettings,
 )
 from lens_analyses.config.listed import layer_of, listed
@@ -176,11 +177,25 @@ def analysed(
     if isinstance(settings, PoliciesSettings) and settings.published is not None:
         published_heads(settings.published, model)
     task = getattr(settings, "task", "text")  # a sink is looked for in the text itself
-    reads_text = task == "text" or (texts and what != "circuit")
+    reads_text = task == "text" or (texts and what not in ("circuit", "patch"))
     found = windows_of(texts, around(model), settings) if reads_text else []
     if task == "text":
         return found, found
-    return named_task(model, task, settings.n, config.seed).prompts, found
+    made = named_task(model, task, settings.n, config.seed)
+    if isinstance(settings, PatchSettings):
+        _check_patch(made, settings)
+    return made.prompts, found
+
+
+def _check_patch(task: "Task", settings: PatchSettings) -> None:
+    """Raises LensError: prompts without pairs or of several lengths, or a mark that the task has not."""
+    task.refuse_lengths("patching")
+    if settings.corruption == "counterfactual":
+        task.corrupt_or_refuse()
+    elif settings.at is not None and settings.at not in task.marks:
+        raise LensError(
+            f"analysis.at must be a mark of the task ({', '.join(task.marks) or 'it has none'}), got {settings.at!r}"
+        )
 
 
 def corpus_of(config: RunConfig) -> list[Source]:

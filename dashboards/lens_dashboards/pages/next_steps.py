@@ -16,6 +16,7 @@ WORDS = {
     "sinks": "where attention is parked, why, and whether it matters",
     "redistribute": "what changes when attention is moved",
     "policies": "which heads may be sparse, how far, and what it costs",
+    "patch": "where the answer is carried, layer by token",
     "circuit": "which edges between heads carry a task",
     "explain": "why heads attend where they do",
 }

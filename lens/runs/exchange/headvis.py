@@ -88,7 +88,7 @@ def to_headvis(
         for layer, head in heads:
             if why := trace.tile_refusal(layer, head):
                 raise LensError(why)
-    table = profile(several)  # refuses traces of differing models
+    table = profile(several, all=True)  # refuses traces of differing models
     metrics = _metrics(table)
     count = min(intervals, len(several))
     for layer, head in heads:

@@ -1,0 +1,85 @@
+"""Page `/run/<id>/patching`: where the answer is carried, layer by token."""
+
+from typing import Any
+
+from dash import html
+
+from lens_dashboards.library import Library, sections
+from lens_dashboards.pages.analysis import tables_of
+from lens_dashboards.pages.next_steps import missing
+from lens_dashboards.pages.parts import (
+    Cell,
+    card,
+    choice,
+    crumbs,
+    data_table,
+    findings,
+    limits,
+    note_banner,
+    number,
+    run_banner,
+    section_figure,
+    select,
+)
+from lens_dashboards.selection import Selection
+
+_WORDS = {
+    "residual": "residual stream",
+    "attention": "attention",
+    "mlp": "MLPs",
+    "heads": "single heads",
+}
+_MOST = 12  # places that are listed
+
+
+def page(library: Library, view: Selection) -> list[Any]:
+    """The map of one stream, and its strongest places."""
+    run = library.run(view.run)
+    top = [crumbs(run, view), html.H1("Patching by position"), *run_banner(run)]
+    known = sections(run)
+    if "patching" not in known:
+        return [*top, missing(library, run, "patching by position", "patch")]
+    found, notes = known["patching"], []
+    streams = {name: words for name, words in _WORDS.items() if name in found.figures}
+    stream = choice(view, "stream", streams, next(iter(streams)), notes)
+    table = found.tables["effects"]
+    rows = table[(table["stream"] == stream).to_numpy()].head(_MOST)
+    lines: list[list[Cell]] = [
+        [
+            str(row["node"]),
+            str(row["position"]),
+            number(row["effect"]),
+            number(row["change"]),
+            f"{number(row['change_low'])} to {number(row['change_high'])}",
+        ]
+        for row in rows.to_dict("records")
+    ]
+    columns = (
+        "Node",
+        "Token",
+        {"text": "Share", "title": found.columns["effect"]},
+        {"text": "Change", "title": found.columns["change"]},
+        "95 % interval",
+    )
+    said = {name.replace("_", " "): value for name, value in found.configuration.items()}
+    return [
+        *top,
+        *map(note_banner, notes),
+        findings([found]),
+        card(
+            [
+                html.Div([select("stream", "Patched", streams, stream)], className="controls"),
+                section_figure(run, found, stream),
+                html.P(
+                    "; ".join(f"{name}: {value}" for name, value in said.items()), className="small"
+                ),
+            ],
+            "Layer by token",
+        ),
+        card(
+            data_table(f"Strongest places of {streams[stream]}", columns, lines, row_heads=True),
+            "Strongest places",
+        ),
+        tables_of(view, [found]),
+        limits([found]),
+    ]

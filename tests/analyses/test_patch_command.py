@@ -1,0 +1,119 @@
+"""`lens patch`: the maps of layer by token in a section, in the report, on their page and against the library."""
+
+import numpy as np
+import pytest
+from lens_dashboards.library import Library
+from lens_dashboards.views import render
+
+import lens
+from lens.runs import open_run
+from lens.runs.validation import validate
+
+COMMAND = "patch --model induction-2l --copied 1 --n 3 --seed 2"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, lens_command):
+    out = tmp_path_factory.mktemp("patch")
+    answer = lens_command(*COMMAND.split(), "--out", out, "--json")
+    assert answer.code == 0, answer.err
+    return open_run(answer.json["path"])
+
+
+@pytest.fixture(scope="module")
+def model():
+    return lens.load("induction-2l")
+
+
+@pytest.fixture(scope="module")
+def task(model):
+    return lens.tasks.induction(model, 3, 2)
+
+
+def grid(found, stream, nodes):
+    """[nodes, positions] of the effects in a section's table."""
+    table = found.tables["effects"].query(f"stream == {stream!r}").copy()
+    table["at"] = table["position"].str.partition(" ")[0].astype(int)
+    return table.set_index(["node", "at"])["effect"].unstack().loc[list(nodes)]
+
+
+def test_the_maps_are_those_of_the_library(run, model, task):
+    found = run.section("patching")
+    assert run.unsupported == {}
+    assert validate(run) == []
+    assert set(found.figures) == {"residual", "attention", "heads"}, "it has no MLPs"
+    assert "The model has no MLPs." in found.limits
+    effects = found.tables["effects"]
+    for stream in ("residual", "attention"):
+        theirs = lens.circuits.patch(
+            model, task, stream, positions="each", direction="denoising", progress=False
+        )
+        np.testing.assert_allclose(grid(found, stream, theirs.nodes), theirs.effects, atol=1e-6)
+    tokens = model.token_strings(task.prompts[0])
+    assert set(effects["position"]) == {f"{at} {token!r}" for at, token in enumerate(tokens)}
+    heads = found.tables["heads"]
+    assert set(heads["name"]) == {f"L{layer}H{head}" for layer in range(2) for head in range(4)}
+    assert len(heads) == 8 * task.length
+
+
+def test_what_was_found_is_said_with_interval_and_baseline(run, task):
+    found = run.section("patching")
+    assert "The residual stream carries most of the answer at token " in found.summary[0]
+    last = f"{task.length - 1} "
+    assert f"then at {last}" in found.summary[0], "at the end it is at the token that predicts"
+    assert {one.figure for one in found.headlines} == {"attention", "heads"}
+    for one in found.headlines:
+        assert one.low <= one.value <= one.high
+        assert f"{one.value:.3g} [{one.low:.3g}, {one.high:.3g}]" in one.text
+        assert one.baseline < one.value
+    assert "Where the answer is carried in induction-2l" in (run.path / "report.html").read_text()
+
+
+def test_the_page_shows_the_map_that_is_chosen(run):
+    library = Library(run.path.parent)
+    shown = str(render(library, f"/run/{run.id}/patching", "?stream=heads"))
+    best = run.section("patching").tables["heads"].iloc[0]
+    assert "Strongest places of single heads" in shown
+    assert f"a{best['layer']}.h{best['head']}" in shown
+    assert "corruption: counterfactual" in shown
+
+
+def test_noise_needs_no_pairs_and_patches_no_single_heads(lens_command, tmp_path, model):
+    words = (
+        "patch --model induction-2l --copied 1 --n 2 --corruption noise --streams residual,heads"
+    )
+    answer = lens_command(*words.split(), "--noise", "2", "--out", tmp_path, "--json")
+    assert answer.code == 0, answer.err
+    found = open_run(answer.json["path"]).section("patching")
+    theirs = lens.circuits.patch(
+        model,
+        lens.tasks.induction(model, 2, 0),
+        "residual",
+        positions="each",
+        direction="denoising",
+        noise=2.0,
+        progress=False,
+    )
+    np.testing.assert_allclose(grid(found, "residual", theirs.nodes), theirs.effects, atol=1e-6)
+    assert set(found.figures) == {"residual"}
+    assert any("Single heads are patched from counterfactual" in one for one in found.limits)
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        ("--task text --text-name lily", "--task text has no paired prompts to patch from"),
+        ("--streams residual,head", "must be some of residual, attention, mlp, heads"),
+        ("--corruption noise --noise 0", "--noise must be a number above 0"),
+        ("--corruption noise --at s2", "analysis.at must be a mark of the task"),
+    ],
+)
+def test_what_cannot_be_patched_is_refused_before_the_profile(
+    lens_command, tmp_path, words, reason
+):
+    answer = lens_command(
+        *["patch", "--model", "induction-2l", "--copied", "1"], *words.split(), "--out", tmp_path
+    )
+    assert answer.code == 2, answer.err
+    assert reason in answer.err
+    assert not list(tmp_path.iterdir())
