@@ -45,7 +45,12 @@ _AROUND: dict[str, tuple[Any, Any]] = {
 }
 """Flags of every command of this module: name of the parameter -> its type and default."""
 _SHORT = {"--model": "-m"}
-_WITHOUT_TEXT = ("circuit", "vision")  # a task is enough, copied prompts are profiled; or pictures
+_WITHOUT_TEXT = (
+    "circuit",
+    "explain",
+    "patch",
+    "vision",
+)  # a task is enough, copied prompts are profiled; or pictures
 _NO_FLAG = ("what",)  # the command itself says it
 
 

@@ -2,8 +2,9 @@
 
 Four levels. `tokens`: exact probabilities of single tokens, recomputed from the stored q, k and LSE
 where the rectangle is small. `pixels`: the same where a rectangle has more tokens than a screen has cells, the
-largest (or the mean) exact probability of several. Without q and k, or of more than `MOST_EXACT` tokens, `blocks`:
-block mass as captured, and `pooled`: where it has more blocks than cells, the largest (or the mean) of several.
+largest (or the mean) exact probability of several; of more than `MOST_EXACT` tokens a side of some of the queries of
+each cell, spread evenly. Without q and k, and for means of more than `MOST_MEAN` tokens, `blocks`: block mass as
+captured, and `pooled`: where it has more blocks than cells, the largest (or the mean) of several.
 """
 
 from dataclasses import dataclass
@@ -13,12 +14,15 @@ import numpy as np
 
 from lens.common.colors import VIRIDIS
 from lens.common.errors import LensError
+from lens.traces.pixels import largest
 from lens.traces.trace import AttentionTrace
 
 MOST_CELLS = 512
 """Cells a side that are sent at once."""
-MOST_EXACT = 4096
-"""Tokens a side of which every probability is computed for one picture: about half a second on one core."""
+MOST_EXACT = 16_384
+"""Tokens a side of which every probability is looked at for one picture of the largest: 0.4 s of one core."""
+MOST_MEAN = 4096
+"""The same for one of means, which take an exponential each."""
 _STRIP = 256  # queries of which probabilities are held at once
 
 Pooling = Literal["max", "mean"]
@@ -35,6 +39,7 @@ class Raster:
         cell: tokens a side of a cell.
         query_cell: of them queries, where the two differ: of a short target and a long source.
         query_end, key_end: the last token of the rectangle, exclusive.
+        every: of `pixels`, one of so many queries was looked at.
         variant: `raw`; `sink_excluded`: key 0 is left out and each row is rescaled to a sum of 1, which
             only single tokens allow.
     """
@@ -48,6 +53,7 @@ class Raster:
     key_end: int
     variant: str = "raw"
     query_cell: int = 0
+    every: int = 1
 
     def __post_init__(self) -> None:
         if not self.query_cell:
@@ -75,20 +81,35 @@ def raster(
         raise LensError(
             f"the prompt has queries 0 to {queries - 1} and keys 0 to {keys - 1}; got the rectangle {window}"
         )
-    if not trace.tile_refusal(layer, head) and max(q1 - q0, k1 - k0) <= MOST_EXACT:
-        step = down = -(-max(q1 - q0, k1 - k0) // MOST_CELLS)
-        if trace.cross:
-            down, step = (-(-side // MOST_CELLS) for side in (q1 - q0, k1 - k0))
-        rows = max(down, _STRIP // down * down)
-        strips = [
-            _exact(trace, layer, head, (start, min(start + rows, q1), k0, k1), variant)
-            for start in range(q0, q1, rows)
-        ]
-        if max(step, down) > 1:
-            strips = [pool(values, (down, step), pooling) for values in strips]
-        level = "tokens" if max(step, down) == 1 else "pixels"
-        return Raster(np.concatenate(strips), level, q0, k0, step, q1, k1, variant, down)
-    return _blocks(trace, layer, head, (q0, q1, k0, k1), pooling)
+    size = max(q1 - q0, k1 - k0)
+    step = down = -(-size // MOST_CELLS)
+    if trace.cross:
+        down, step = (-(-side // MOST_CELLS) for side in (q1 - q0, k1 - k0))
+    is_exact = not trace.tile_refusal(layer, head)
+    if is_exact and step > 1 and pooling == "max" and not trace.cross:
+        rows = max(1, int(step * min(1.0, (MOST_EXACT / size) ** 2)))
+        values = largest(
+            trace.dataset,
+            trace.head_id((layer, head)),
+            (q0, q1),
+            (k0, k1),
+            step,
+            rows=rows,
+            without_first=variant != "raw",
+        )
+        values, every = blank(values, trace, q0, k0, step), -(-step // rows)
+        return Raster(values, "pixels", q0, k0, step, q1, k1, variant, every=every)
+    if not is_exact or size > MOST_MEAN:
+        return _blocks(trace, layer, head, (q0, q1, k0, k1), pooling)
+    rows = max(down, _STRIP // down * down)
+    strips = [
+        _exact(trace, layer, head, (start, min(start + rows, q1), k0, k1), variant)
+        for start in range(q0, q1, rows)
+    ]
+    if max(step, down) > 1:
+        strips = [pool(values, (down, step), pooling) for values in strips]
+    level = "tokens" if max(step, down) == 1 else "pixels"
+    return Raster(np.concatenate(strips), level, q0, k0, step, q1, k1, variant, down)
 
 
 def _exact(
@@ -208,4 +229,5 @@ def header(trace: AttentionTrace, found: Raster, pooling: str = "max") -> dict[s
         "block": trace.attrs["block_size"],
         "pooling": pooling,
         "variant": found.variant,
+        "every": found.every,
     }

@@ -157,7 +157,11 @@ def profile(
 def _main(table: pd.DataFrame) -> list[str]:
     """The columns that are shown where not all are asked for; `.attrs` stay with the table."""
     known = {f"{name}{end}" for name in METRICS for end in _ENDS}
-    own = [name for name in table if name not in known and name not in ("prompts", *_HEAD, *MAIN)]
+    own = [
+        name
+        for name in map(str, table)
+        if name not in known and name not in ("prompts", *_HEAD, *MAIN)
+    ]
     return [*_HEAD, *(name for name in MAIN if name in table), *own]
 
 

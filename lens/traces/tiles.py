@@ -29,7 +29,7 @@ def exact_tile(
     rows, columns = slice(*queries), slice(*keys)
     layer, number = head
     kv_head = number // (dataset.sizes["head"] // dataset.sizes["kv_head"])
-    position = _position(dataset, layer)
+    position = position_of(dataset, layer)
     ranges = seen_ranges(dataset.attrs, position)
     mask: dict[str, Any] = {
         "causal": dataset.attrs["causal"],
@@ -40,9 +40,9 @@ def exact_tile(
         places = np.arange(*keys)
         mask = {"allowed": (first <= places) & (places < past)}
     found = tile(
-        _read(dataset, "q", layer=position, head=number, query=rows),
-        _read(dataset, "k", layer=position, kv_head=kv_head, key=columns),
-        _read(dataset, "lse", layer=position, head=number, query=rows),
+        read(dataset, "q", layer=position, head=number, query=rows),
+        read(dataset, "k", layer=position, kv_head=kv_head, key=columns),
+        read(dataset, "lse", layer=position, head=number, query=rows),
         query_range=(0, queries[1] - queries[0]),
         key_range=(0, keys[1] - keys[0]),
         scale=dataset.attrs["scale"][position],
@@ -62,13 +62,16 @@ def seen_ranges(attributes: Mapping[str, Any], position: int) -> np.ndarray | No
     return np.array(noted["ranges"][number])
 
 
-def _position(dataset: xr.Dataset, layer: int) -> int:
+def position_of(dataset: xr.Dataset, layer: int) -> int:
+    """Where a layer stands among those of a trace."""
     return dataset["layer"].values.tolist().index(layer)
 
 
-def _read(dataset: xr.Dataset, name: str, **where: int | slice) -> np.ndarray:
-    """Part of one variable as float64; of `Dataset.isel` most time would go to the others."""
-    return dataset.variables[name].isel(where).values.astype(np.float64)
+def read(
+    dataset: xr.Dataset, name: str, dtype: type = np.float64, **where: int | slice | np.ndarray
+) -> np.ndarray:
+    """Part of one variable; of `Dataset.isel` most time would go to the others."""
+    return dataset.variables[name].isel(where).values.astype(dtype)
 
 
 def refusal(dataset: xr.Dataset, head: HeadId) -> str:
@@ -91,13 +94,13 @@ def refusal(dataset: xr.Dataset, head: HeadId) -> str:
 def _gives_back(dataset: xr.Dataset, head: HeadId, query: int) -> bool:
     """Whether a recomputed row has the measured largest probability, first key and sum."""
     row = exact_tile(dataset, head, (query, query + 1), (0, dataset.sizes["key"]))[0]
-    at = {"layer": _position(dataset, head.layer), "head": head.head, "query": query}
+    at = {"layer": position_of(dataset, head.layer), "head": head.head, "query": query}
     pairs = []
     if not dataset.attrs.get("learned_sinks", False):
         pairs.append((row.sum(), 1.0))
     if "max_logit" in dataset:
-        largest = np.exp(_read(dataset, "max_logit", **at) - _read(dataset, "lse", **at))
+        largest = np.exp(read(dataset, "max_logit", **at) - read(dataset, "lse", **at))
         pairs.append((row.max(), float(largest)))
     if "first_mass" in dataset:
-        pairs.append((row[0], float(_read(dataset, "first_mass", **at))))
+        pairs.append((row[0], float(read(dataset, "first_mass", **at))))
     return all(abs(found - known) <= _TOLERANCE * max(known, 1e-3) for found, known in pairs)

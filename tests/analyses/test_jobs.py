@@ -194,7 +194,13 @@ def test_a_form_names_no_file_and_its_settings_go_with_their_analysis():
         "patch",
         "circuit",
     ]
-    assert fields["analysis.task"]["whats"] == ["heads", "redistribute", "explain", "patch", "circuit"]
+    assert fields["analysis.task"]["whats"] == [
+        "heads",
+        "redistribute",
+        "explain",
+        "patch",
+        "circuit",
+    ]
     assert fields["analysis.rule"]["choices"][0] == fields["analysis.rule"]["start"] == "transfer"
     assert (fields["prompts.tokens"]["least"], fields["analysis.n"]["least"]) == (1, 2)
     assert fields["model.dtype"]["default"] is None

@@ -50,6 +50,13 @@ def test_the_section_is_whole_and_in_the_report(run):
     assert float(re.search(r"output to (\S+) of", said)[1]) < 1e-5  # pyright: ignore[reportOptionalSubscript]
 
 
+def test_the_headline_is_the_head_that_looks_least_far(run):
+    (one,) = run.section("mixers").headlines
+    heads = run.section("mixers").tables["heads"].query("mixer == 'gated_delta'")
+    assert (one.value, one.baseline) == (heads["distance"].min(), 31 / 4)
+    assert heads.loc[heads["distance"].idxmin(), "name"] in one.text
+
+
 def test_the_numbers_are_those_of_the_library(run, folder):
     model = lens.load(str(folder))
     texts = [list(map(int, ids)) for ids in run.prompts["token_ids"]]

@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import shutil
+from pathlib import Path
 
 import pytest
 from lens_analyses.jobs.desk import JobDesk
@@ -124,3 +125,22 @@ def test_an_empty_page_is_told_by_its_tab(folder):
     assert not any(holds(run, page) for page in ("sinks", "redistribution", "policies", "circuits"))
     assert all(holds(run, page) for page in ("overview", "heads", "atlas", "provenance"))
     assert "Sinks (empty)" in shown(folder, "overview")
+
+
+ROOT = Path(__file__).parents[2]
+README = re.search(
+    r"## On the command line\n\n```\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL
+)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        line.partition("#")[0]
+        for line in README[1].splitlines()
+        if "--model text-lm-3l" in line or "induction-2l" in line
+    ],
+)
+def test_every_command_of_the_readme_on_embedded_models_is_taken(line, lens_command):
+    answer = lens_command(*shlex.split(line)[1:], "--dry-run")
+    assert answer.code == 0, answer.err

@@ -2,10 +2,12 @@
 
 import numpy as np
 import pytest
+from lens_analyses.steps import patching
 from lens_dashboards.library import Library
 from lens_dashboards.views import render
 
 import lens
+from lens.circuits.patches.effects import PatchEffects
 from lens.runs import open_run
 from lens.runs.validation import validate
 
@@ -56,11 +58,13 @@ def test_the_maps_are_those_of_the_library(run, model, task):
     assert len(heads) == 8 * task.length
 
 
-def test_what_was_found_is_said_with_interval_and_baseline(run, task):
+def test_what_was_found_is_said_with_interval_and_baseline(run):
     found = run.section("patching")
-    assert "The residual stream carries most of the answer at token " in found.summary[0]
-    last = f"{task.length - 1} "
-    assert f"then at {last}" in found.summary[0], "at the end it is at the token that predicts"
+    most = found.tables["effects"].query("stream == 'residual'")["effect"].max()
+    assert found.summary[0] == (
+        f"No single token of the residual stream brings back more than {most:.2f} of the answer: it hangs on several "
+        "tokens at once."
+    )
     assert {one.figure for one in found.headlines} == {"attention", "heads"}
     for one in found.headlines:
         assert one.low <= one.value <= one.high
@@ -117,3 +121,29 @@ def test_what_cannot_be_patched_is_refused_before_the_profile(
     assert answer.code == 2, answer.err
     assert reason in answer.err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("high", "said"),
+    [(True, "0 'a' from r0 on (0.90), then at 2 'c' from r2 on (0.70)"), (False, None)],
+)
+def test_where_the_stream_carries_the_answer(high, said):
+    effects = np.array([[0.9, 0.0, 0.1], [0.6, 0.2, 0.5], [0.1, 0.0, 0.7]]) * (1 if high else 0.05)
+    found = PatchEffects(
+        ("r0", "r1", "r2"),
+        ("0 'a'", "1 'b'", "2 'c'"),
+        np.repeat(effects[:, :, None], 2, 2),
+        np.zeros(2),
+        np.ones(2),
+        "denoising",
+        (),
+        "logit difference",
+        "ioi",
+        "m",
+    )
+    (sentence,) = patching._said("residual", found)
+    if said is None:
+        assert "No single token" in sentence
+        assert "more than 0.04" in sentence or "more than 0.05" in sentence
+    else:
+        assert f"at token {said}; 1 brings back all of it." in sentence

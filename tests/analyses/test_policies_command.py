@@ -35,6 +35,23 @@ def test_all_sections_are_there_and_the_folder_is_whole(run):
     assert run.section("policies").summary[0].startswith("Of 6 policies in all heads ")
 
 
+def test_headlines_stand_beside_as_many_random_blocks(run):
+    offered = run.section("policies").tables["policies"]
+    (one,) = run.section("policies").headlines
+    chance = offered[offered["policy"].str.startswith("RandomBlocks")].iloc[0]
+    picked = offered[offered["policy"] == "BlockSparse(share=0.25)"].iloc[0]
+    assert picked["density"] == pytest.approx(chance["density"])
+    assert (one.value, one.baseline) == (picked["loss_change"], chance["loss_change"])
+    reuse = run.section("stability").headlines[0]
+    rows = run.section("stability").tables["conditions"].set_index("condition").loc["prompt"]
+    assert reuse.value == rows["efficiency"]
+    assert reuse.baseline == rows["random_recall"] / rows["own_recall"]
+    (chosen,) = run.section("search").headlines
+    curve = run.section("search").tables["curve"].query("kind == 'random'")
+    assert chosen.baseline in curve["loss_change"].tolist()
+    assert f"{chosen.value:+.3g} [{chosen.low:+.3g}, {chosen.high:+.3g}]" in chosen.text
+
+
 def test_the_numbers_are_those_of_the_library(run):
     model = load("text-lm-3l")
     texts = [list(map(int, ids)) for ids in run.prompts["token_ids"]]

@@ -2,11 +2,17 @@
 
 import numpy as np
 import pytest
+import xarray as xr
 from lens_dashboards import raster as module
-from lens_dashboards.raster import raster, row
+from lens_dashboards.raster import header, raster, row
 
 from lens.common.errors import LensError
+from lens.common.head_ids import HeadId
+from lens.traces import pixels
+from lens.traces.tiles import exact_tile
 from lens.traces.trace import AttentionTrace
+
+RANDOM = np.random.default_rng(3)
 
 
 @pytest.fixture(scope="module")
@@ -100,5 +106,64 @@ def test_more_tokens_than_cells_are_exact_probabilities_pooled(trace, monkeypatc
     part = raster(trace, 1, 2, (20, 101, 3, 90), pooling)
     assert part.level == "pixels"
     assert part.values[1, 2] == pytest.approx(reduce(whole[23:26, 9:12]), rel=1e-5)
-    monkeypatch.setattr(module, "MOST_EXACT", 50)
-    assert raster(trace, 1, 2).level == "blocks"
+    monkeypatch.setattr(module, "MOST_MEAN", 50)
+    assert raster(trace, 1, 2, pooling="mean").level == "blocks"
+
+
+@pytest.mark.parametrize("variant", ["raw", "sink_excluded"])
+@pytest.mark.parametrize("window", [None, (20, 101, 3, 90), (0, 44, 50, 101)])
+def test_the_largest_of_a_cell_is_that_of_its_single_tokens(trace, monkeypatch, variant, window):
+    """Against the pool of exact probabilities, which are computed one by one."""
+    whole = raster(trace, 1, 2, window, variant=variant)
+    monkeypatch.setattr(module, "MOST_CELLS", 11)
+    monkeypatch.setattr(pixels, "_STRIP", 20)
+    found = raster(trace, 1, 2, window, variant=variant)
+    assert (found.level, found.every, found.variant) == ("pixels", 1, variant)
+    expected = module.pool(whole.values, found.cell, "max")
+    np.testing.assert_array_equal(np.isnan(found.values), np.isnan(expected))
+    np.testing.assert_allclose(found.values, expected, rtol=2e-5, atol=1e-7)
+
+
+def test_beyond_what_is_looked_at_whole_some_queries_of_each_cell_are(trace, monkeypatch):
+    whole = np.nan_to_num(raster(trace, 1, 2).values)
+    monkeypatch.setattr(module, "MOST_CELLS", 13)
+    monkeypatch.setattr(module, "MOST_EXACT", 64)
+    found = raster(trace, 1, 2)
+    assert (found.cell, found.every, header(trace, found)["every"]) == (8, 3, 3)
+    looked = np.arange(3) * 8 // 3
+    for row_, column in ((0, 0), (5, 2), (11, 11), (12, 3)):
+        rows = [8 * row_ + one for one in looked if 8 * row_ + one < 101]
+        expected = whole[rows, 8 * column : 8 * column + 8].max()
+        assert found.values[row_, column] == pytest.approx(expected, rel=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("causal", "window", "cap", "ranged"),
+    [
+        (True, 7, None, False),
+        (False, 9, 3.0, False),
+        (False, None, None, False),
+        (True, None, None, True),
+    ],
+)
+def test_windows_caps_ranges_and_both_directions(causal, window, cap, ranged):
+    dataset = xr.Dataset(
+        {
+            "q": (("layer", "head", "query", "dim"), RANDOM.normal(0, 2, (1, 4, 37, 5))),
+            "k": (("layer", "kv_head", "key", "dim"), RANDOM.normal(0, 2, (1, 2, 37, 5))),
+            "lse": (("layer", "head", "query"), RANDOM.normal(3, 0.1, (1, 4, 37))),
+            "visible": (("layer", "key"), np.where(np.arange(37) == 11, 0, 5)[None]),
+        },
+        coords={"layer": [0]},
+        attrs={"scale": [0.4], "softcap": cap, "causal": causal, "windows": [window]},
+    )
+    if ranged:
+        at = np.arange(37)
+        ranges = np.stack([at // 5 * 5, np.minimum(at // 5 * 5 + 9, 37)])
+        dataset.attrs["seen"] = {"of": [0], "ranges": [ranges.tolist()]}
+    head = HeadId(0, 3)
+    exact = exact_tile(dataset, head, (4, 37), (2, 35))
+    for cell in (2, 5):
+        found = pixels.largest(dataset, head, (4, 37), (2, 35), cell)
+        expected = module.pool(exact, cell, "max")
+        np.testing.assert_allclose(found, expected, rtol=2e-5, atol=1e-7)

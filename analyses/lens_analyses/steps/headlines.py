@@ -13,7 +13,7 @@ from lens.common.errors import LensError
 from lens.heads.measures.scores import HeadScores
 from lens.runs.headlines import Headline, higher_chance, highest
 
-_NATS = "nats a token"
+NATS = "nats a token"
 _Row = Mapping[Any, Any]
 
 
@@ -113,7 +113,7 @@ def of_pruning(
         row["random_cost"],
         "as many heads in random orders",
         spread=(row["random_high"] - row["random_low"]) / 2,
-        unit=_NATS if metric == "loss" else metric,
+        unit=NATS if metric == "loss" else metric,
         figure="curve",
     )
 
@@ -160,7 +160,7 @@ def of_edits(table: pd.DataFrame, figures: Mapping[str, str]) -> Iterator[Headli
             continue
         one = by["edit"]
         share = "" if amount == 1 else f" by {amount:g}"
-        yield _beside(
+        yield beside(
             f"{str(edit).replace('_', ' ').capitalize()}{share} in {scope}: the loss changes by "
             f"{_change(one, 'delta_loss')} nats a token, and by {control['delta_loss']:+.3g} where as much "
             "attention to other keys is edited.",
@@ -168,7 +168,7 @@ def of_edits(table: pd.DataFrame, figures: Mapping[str, str]) -> Iterator[Headli
             one,
             control,
             "as much attention elsewhere",
-            unit=_NATS,
+            unit=NATS,
             figure=figures.get(str(edit), ""),
         )
 
@@ -180,14 +180,14 @@ def of_reaches(table: pd.DataFrame, figure: str) -> Iterator[Headline]:
         if reach in rows and "all" in rows:
             one, every = rows[reach], rows["all"]
             if one["delta_loss_low"] > every["delta_loss_high"]:
-                yield _beside(
+                yield beside(
                     f"Masking the sink of {one['scope']} alone changes the loss by {_change(one, 'delta_loss')} "
                     f"nats a token, of all heads by {_change(every, 'delta_loss')}.",
                     "delta_loss",
                     one,
                     every,
                     "the same edit of all heads",
-                    unit=_NATS,
+                    unit=NATS,
                     figure=figure,
                 )
 
@@ -209,7 +209,7 @@ def of_conditions(
         return
     one, chance = whole[this], whole[other]
     interval = ends(one["low"], one["high"], ".0%")
-    yield _beside(
+    yield beside(
         text.format(value=f"{one['rate']:.0%}{interval}", baseline=f"{chance['rate']:.0%}"),
         "rate",
         one,
@@ -226,14 +226,14 @@ def of_streaming(table: pd.DataFrame, figure: str) -> Iterator[Headline]:
         by = _rows(rows, "first")
         if 0 in by and 1 in by:
             with_first, without = by[1], by[0]
-            yield _beside(
+            yield beside(
                 f"With the last {last} keys alone the loss rises by {without['delta_loss']:.3g} nats a token; with "
                 f"the first key kept too by {_change(with_first, 'delta_loss')}.",
                 "delta_loss",
                 with_first,
                 without,
                 "a cache without the first key",
-                unit=_NATS,
+                unit=NATS,
                 figure=figure,
             )
 
@@ -244,7 +244,7 @@ def of_search(judged: pd.DataFrame, metric: str, figure: str) -> Iterator[Headli
     if not {"chosen", "all"} <= set(rows):
         return
     chosen, every = rows["chosen"], rows["all"]
-    yield _beside(
+    yield beside(
         f"Moved in the chosen heads alone, {metric} gains {_change(chosen, 'gain')} on held-out prompts; "
         f"in all heads {_change(every, 'gain')}.",
         "gain",
@@ -267,7 +267,7 @@ def of_circuit(
     one = rows["circuit"]
     best = max(kinds, key=lambda kind: rows[kind]["faithfulness"])
     chance = rows[best]
-    yield _beside(
+    yield beside(
         f"The circuit of {int(one['edges']):,} edges has a faithfulness of {one['faithfulness']:.2f}"
         f"{ends(one['low'], one['high'], '.2f')} on held-out prompts; as many edges, {words[best]}, have "
         f"{chance['faithfulness']:.2f}{ends(chance['low'], chance['high'], '.2f')}.",
@@ -285,7 +285,7 @@ def of_sink_check(table: pd.DataFrame, task: str, metric: str, figure: str) -> I
         by = _rows(rows, "heads")
         if {"circuit", "others"} <= set(by):
             one, others = by["circuit"], by["others"]
-            yield _beside(
+            yield beside(
                 f"With the first key {edit} in the circuit's heads {task} changes by {_change(one, 'change')} {metric} "
                 f"(more is better), in as many others of the same layers by {others['change']:+.3g}.",
                 "change",
@@ -297,7 +297,7 @@ def of_sink_check(table: pd.DataFrame, task: str, metric: str, figure: str) -> I
             )
 
 
-def _beside(
+def beside(
     text: str,
     column: str,
     one: _Row,

@@ -1,5 +1,6 @@
 """What linear and recurrent mixers do, head by head, beside the softmax heads of the same model on the same windows."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -10,10 +11,12 @@ from lens.common.head_ids import head_columns
 from lens.common.results import Sentence
 from lens.figures.mixers import mixer_heads
 from lens.mixers.capturing import MixerCapture
+from lens.runs.headlines import Headline
 from lens.runs.sections import Section
 from lens.stats.intervals import columns
 from lens.traces.trace import AttentionTrace
 from lens_analyses.steps.columns import defined
+from lens_analyses.steps.headlines import ends
 from lens_analyses.steps.subject import Subject
 
 _MOST_CELLS = 1_000_000  # in the tables of maps and of profiles
@@ -61,6 +64,7 @@ def mixers(subject: Subject) -> Section:
         },
         tables=tables,
         figures={"heads": mixer_heads(heads, (length - 1) / 4)},
+        headlines=tuple(_headlines(heads, (length - 1) / 4)),
     )
 
 
@@ -157,6 +161,28 @@ def _said(heads: pd.DataFrame, found: list[MixerCapture], length: int) -> tuple[
     if len(found) == 1:
         said.append(Sentence("One window has no interval.", kind="limit"))
     return tuple(said)
+
+
+def _headlines(heads: pd.DataFrame, uniform: float) -> Iterator[Headline]:
+    """Of each kind of mixer the head that looks least far, beside uniform attention."""
+    of_kind = dict(iter(heads.groupby("mixer", sort=False)))
+    soft = of_kind.pop("softmax", heads.iloc[:0])["distance"].min()
+    also = "" if np.isnan(soft) else f", the nearest softmax head {soft:.1f}"
+    for kind, rows in of_kind.items():
+        if rows["distance"].isna().all():
+            continue
+        row: dict[Any, Any] = rows.loc[[rows["distance"].idxmin()]].to_dict("records")[0]
+        yield Headline(
+            f"{row['name']} ({kind}) looks least far: {row['distance']:.1f}"
+            f"{ends(row['distance_low'], row['distance_high'], '.1f')} tokens back, uniform attention {uniform:.1f}{also}.",
+            row["distance"],
+            row["distance_low"],
+            row["distance_high"],
+            uniform,
+            "uniform attention",
+            unit="tokens",
+            figure="heads",
+        )
 
 
 def _tokens(count: float) -> str:

@@ -115,13 +115,26 @@ def _said(name: str, found: PatchEffects) -> Iterator[str]:
     """Where the stream carries it, layer by layer; of what is written, the strongest place."""
     effects, done = found.effects, _DONE[found.direction]
     if name == "residual":
-        best = effects.argmax(1)
-        starts = [0, *(np.flatnonzero(np.diff(best)) + 1).tolist()]
+        best, most = effects.argmax(1), effects.max(1)
+        shown = np.flatnonzero(most >= _WORTH)
+        if not len(shown):
+            yield (
+                f"No single token of the residual stream {done} more than {most.max():.2f} of the answer: it hangs on "
+                "several tokens at once."
+            )
+            return
+        starts = [
+            at
+            for number, at in enumerate(shown)
+            if best[at] != best[shown[number - 1]] or not number
+        ]
         parts = [
             f"{found.positions[best[at]]} from {found.nodes[at]} on ({effects[at, best[at]]:.2f})"
             for at in starts
         ]
-        yield f"The residual stream carries most of the answer at token {', then at '.join(parts)}; 1 {done} all of it."
+        yield (
+            f"The residual stream carries most of the answer at token {', then at '.join(parts)}; 1 {done} all of it."
+        )
         return
     told = _strongest(name, found)
     if told is not None:
@@ -174,6 +187,7 @@ def _limits(
     return tuple(said)
 
 
+_WORTH = 0.1  # share of the answer from which on a place of the stream is named
 _DONE = {"denoising": "brings back", "noising": "takes away"}
 _LACKING = {
     "heads": "Single heads are patched from counterfactual prompts only.",

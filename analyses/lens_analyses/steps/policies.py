@@ -1,6 +1,8 @@
 """Which heads may be made sparse, how far, and what it costs: policies measured and run on the run's text."""
 
 import math
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import pandas as pd
 
@@ -8,10 +10,13 @@ import lens
 from lens.common.results import Sentence, few, of_kind
 from lens.figures.policies import policy_runs, stability_bars
 from lens.policies import Policy
+from lens.policies.found import PolicySearch
 from lens.policies.running import PolicyRuns
 from lens.policies.scores import COLUMNS
+from lens.runs.headlines import Headline
 from lens.runs.sections import Section
 from lens_analyses.steps.columns import defined
+from lens_analyses.steps.headlines import NATS, beside, ends
 from lens_analyses.steps.subject import Subject, published_heads
 
 
@@ -48,6 +53,7 @@ def policies(subject: Subject) -> Section:
         columns=defined(tables.values(), _COLUMNS),
         configuration={"block_size": size, "policies": list(found.policies), "seed": subject.seed},
         tables=tables,
+        headlines=tuple(_of_rules(tables["policies"])),
         figures={"recall": found.plot()} | {"heads": found.plot(found.policies[0])},
     )
 
@@ -76,6 +82,7 @@ def stability(subject: Subject) -> Section:
         columns=defined(tables.values(), _COLUMNS),
         configuration={"block_size": size, "share": found.share, "seed": subject.seed},
         tables=tables,
+        headlines=tuple(_of_reuse(tables["conditions"])),
         figures={"conditions": stability_bars(found)},
     )
 
@@ -119,6 +126,7 @@ def search(subject: Subject) -> Section:
             "policies": lens.policies.as_json(found, subject.model),
         },
         tables=tables,
+        headlines=tuple(_of_found(found)),
         figures={"curve": found.plot()},
     )
 
@@ -167,6 +175,68 @@ def running(subject: Subject) -> Section:
         },
         tables={"runs": table},
         figures={"runs": policy_runs(table)},
+    )
+
+
+def _of_rules(table: pd.DataFrame) -> Iterator[Headline]:
+    """What block-sparse attention costs in all heads, beside as many blocks drawn at random."""
+    rows = [table[table["policy"].str.startswith(kind)] for kind in ("BlockSparse", "RandomBlocks")]
+    if any(part.empty for part in rows):
+        return
+    one, chance = (part.to_dict("records")[0] for part in rows)
+    yield beside(
+        f"With {one['density']:.0%} of the blocks, those that {one['policy']} picks, in all heads the loss changes by "
+        f"{_change(one)} nats a token; with as many at random by {_change(chance)}.",
+        "loss_change",
+        one,
+        chance,
+        "as many blocks at random",
+        unit=NATS,
+        figure="recall",
+    )
+
+
+def _of_reuse(table: pd.DataFrame) -> Iterator[Headline]:
+    """What the pattern of another prompt or layer keeps, beside random blocks."""
+    words = {"prompt": "another prompt", "layer": "the layer before"}
+    for row in table[table["condition"].isin(list(words))].to_dict("records"):
+        chance = row["random_recall"] / row["own_recall"]
+        yield Headline(
+            f"The blocks of {words[row['condition']]} keep {row['efficiency']:.2f}"
+            f"{ends(row['efficiency_low'], row['efficiency_high'], '.2f')} of what a prompt's own best blocks keep, "
+            f"as many at random {chance:.2f}.",
+            row["efficiency"],
+            row["efficiency_low"],
+            row["efficiency_high"],
+            chance,
+            "as many blocks at random",
+            figure="conditions",
+        )
+
+
+def _of_found(found: PolicySearch) -> Iterator[Headline]:
+    """What the chosen policies cost on held-out prompts, beside as many blocks at random; nothing where none is."""
+    table = found.table()
+    sparse = int((table["policy"] != "Full()").sum())
+    if not sparse:
+        return
+    one, chance = found.row("chosen"), found.row("random")
+    yield beside(
+        f"{sparse} of {len(table)} heads can run sparse, with {table['density'].mean():.0%} of all blocks: on held-out "
+        f"prompts the loss changes by {_change(one)} nats a token; with as many blocks at random by {_change(chance)}.",
+        "loss_change",
+        one,
+        chance,
+        "as many blocks at random",
+        unit=NATS,
+        figure="curve",
+    )
+
+
+def _change(row: Mapping[Any, Any]) -> str:
+    """A change of the loss with its interval."""
+    return (
+        f"{row['loss_change']:+.3g}{ends(row['loss_change_low'], row['loss_change_high'], '+.3g')}"
     )
 
 

@@ -369,7 +369,7 @@
       const size = d.cell === 1 ? "one token a cell, exact probabilities"
         : d.queryCell !== d.cell ? `a token and ${d.cell} keys a cell, ${d.pooling === "max" ? "largest" : "mean"} probability of each`
         : d.level === "blocks" ? `${d.cell} tokens a cell, block mass`
-        : `${d.cell} tokens a cell, ${d.pooling === "max" ? "largest" : "mean"} ${isExact(d) ? "probability" : "block mass"} of each`;
+        : `${d.cell} tokens a cell, ${d.pooling === "max" ? "largest" : "mean"} ${isExact(d) ? "probability" : "block mass"} of each${d.every > 1 ? `, from one of ${d.every} queries` : ""}`;
       const first = d.variant === "sink_excluded" ? ", first token left out"
         : this.config.variant === "sink_excluded" ? "; blocks count the first token, zoom in to leave it out" : "";
       this.level.textContent = size + first;
