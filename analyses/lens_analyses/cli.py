@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 from lens.common.errors import in_words
 from lens_analyses.console import ERROR, PARTIAL, Output, UsageError, say
 from lens_analyses.options import (
+    RUN_COMMANDS,
     RUNS,
     Again,
     Command,
@@ -27,22 +28,6 @@ from lens_analyses.options import (
     Run,
     RunsDir,
 )
-
-RUN_COMMANDS = {
-    "run": "Profile every attention head of a model on a text and on copied random tokens.",
-    "heads": "Profile every head, then: role, importance by several measures, pattern, redundancy, pruning.",
-    "sinks": "Profile every head, then: where sinks are, how they work, whether they matter, where mass moves.",
-    "redistribute": "Profile every head, then: move attention off the first token; dose, side effects, which heads.",
-    "policies": "Profile every head, then: what sparse policies keep and cost, and the cheapest one for each head.",
-    "mixers": "Profile every head, then: what linear and recurrent mixers do, in one table beside the softmax heads.",
-    "explain": "Profile every head, then: why heads attend where they do, part by part, and what they do without a part.",
-    "vision": "Profile every head on pictures, then: what is looked at, how far, and which structure that has.",
-    "examples": "Profile every head, then: the texts of a corpus and the pairs of tokens on which each attends most.",
-    "generate": "Let the model write on, and profile every head on prompt and text as one trace.",
-    "patch": "Profile every head, then: where the answer is carried, layer by token; stream, attention, MLPs, heads.",
-    "circuit": "Profile every head, then: which edges carry a task; faithful, complete and minimal, beside random.",
-}
-"""Commands that make a run -> their help."""
 
 
 class _Commands(TyperGroup):

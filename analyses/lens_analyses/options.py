@@ -7,6 +7,21 @@ import typer
 from typer.core import TyperCommand, TyperOption
 
 RUNS = Path("runs")
+RUN_COMMANDS = {
+    "run": "Profile every attention head of a model on a text and on copied random tokens.",
+    "heads": "Profile every head, then: role, importance by several measures, pattern, redundancy, pruning.",
+    "sinks": "Profile every head, then: where sinks are, how they work, whether they matter, where mass moves.",
+    "redistribute": "Profile every head, then: move attention off the first token; dose, side effects, which heads.",
+    "policies": "Profile every head, then: what sparse policies keep and cost, and the cheapest one for each head.",
+    "mixers": "Profile every head, then: what linear and recurrent mixers do, in one table beside the softmax heads.",
+    "explain": "Profile every head, then: why heads attend where they do, part by part, and what they do without a part.",
+    "vision": "Profile every head on pictures, then: what is looked at, how far, and which structure that has.",
+    "examples": "Profile every head, then: the texts of a corpus and the pairs of tokens on which each attends most.",
+    "generate": "Let the model write on, and profile every head on prompt and text as one trace.",
+    "patch": "Profile every head, then: where the answer is carried, layer by token; stream, attention, MLPs, heads.",
+    "circuit": "Profile every head, then: which edges carry a task; faithful, complete and minimal, beside random.",
+}
+"""Commands that make a run -> their help."""
 Engine = Literal["local", "ray"]
 """Of `lens sweep`."""
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
