@@ -6,6 +6,7 @@ Logs go through `logging` to a rich console on stderr, so that a progress bar an
 import json
 import logging
 import os
+import signal
 import sys
 import threading
 import time
@@ -214,6 +215,24 @@ def told_each_minute(
     finally:
         ended.set()
         teller.join()
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """SIGTERM stops a run as Ctrl-C does: in order, to be completed later."""
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    try:
+        before = signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # not the main thread
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def to_json(data: Any) -> str:

@@ -16,6 +16,7 @@ from lens_analyses.config.pictures import PictureConfig
 from lens_analyses.config.prompts import labelled_by
 from lens_analyses.console import refused_as_usage
 from lens_analyses.inputs import load_model, plan, read_sources
+from lens_analyses.planned import PlannedPrompt
 from lens_analyses.steps import steps_of
 from lens_analyses.steps.costs import ALIGNMENT, COSTS, Load
 from lens_analyses.steps.subject import WINDOW, analysed
@@ -61,18 +62,22 @@ class Estimate:
 
     def text(self) -> str:
         """One line a figure."""
-        longest = sorted(self.steps, key=lambda step: -self.steps[step])[:3]
-        parts = ", ".join(f"{step} {_time(self.steps[step])}" for step in longest)
-        rest = "" if self.what == "profile" else f" (most for {parts})"
         return "\n".join(
             (
                 f"model   {self.model}",
                 f"prompts {self.prompts}, {self.tokens:,} tokens, the longest {self.longest:,}",
-                f"time    about {_time(self.seconds)}{rest}",
+                f"time    {self.duration()}",
                 f"memory  about {_size(self.memory)}",
                 f"disk    {_size(self.disk)}",
             )
         )
+
+    def duration(self) -> str:
+        """About how long, and for what."""
+        longest = sorted(self.steps, key=lambda step: -self.steps[step])[:3]
+        parts = ", ".join(f"{step} {_time(self.steps[step])}" for step in longest)
+        rest = "" if self.what == "profile" else f" (most for {parts})"
+        return f"about {_time(self.seconds)}{rest}"
 
     def as_json(self) -> dict[str, Any]:
         """For `--json`."""
@@ -88,10 +93,29 @@ def estimate(config: RunConfig) -> Estimate:
     with refused_as_usage():
         config, sources = read_sources(config)
     model = load_model(config)
+    config = config.fitted(model.info.parameters)
     with refused_as_usage():
         refuse_excess(config, model)
         planned = plan(model, config, sources)
-        task, windows = analysed(config, model, planned)
+        asked = analysed(config, model, planned)
+    return expect(config, model, planned, *asked)
+
+
+def expect(
+    config: RunConfig,
+    model: "LoadedModel",
+    planned: list[PlannedPrompt],
+    task: list[list[int]],
+    windows: list[list[int]],
+) -> Estimate:
+    """What a run takes on this machine.
+
+    Args:
+        config: fitted to the model.
+        model: loaded.
+        planned: prompts of the profile.
+        task, windows: of `analysed`.
+    """
     lengths = [len(prompt.ids) for prompt in planned]
     rate = _rate(model)
     steps = {"profile": SLOWDOWN * sum(work(model, length) for length in lengths) / rate}

@@ -10,6 +10,7 @@ from lens_analyses.config import RunConfig
 from lens_analyses.config.paths import local
 from lens_analyses.config.pictures import PictureConfig
 from lens_analyses.config.prompts import labelled_by
+from lens_analyses.config.sizes import PROMPTS
 
 if TYPE_CHECKING:
     from lens.tasks.labelled import Labelled
@@ -28,7 +29,7 @@ def _profiled(config: RunConfig, place: str | Path) -> "Labelled":
     """The labelled prompts whose heads are profiled: of those of the task the first of each label, a few."""
     from lens.tasks.labelled import read_labelled
 
-    most = PROFILED if config.analysis is None else min(PROFILED, config.analysis.n)
+    most = PROFILED if config.analysis is None else min(PROFILED, config.analysis.n or PROFILED)
     return read_labelled(place, most=most)
 
 
@@ -50,7 +51,7 @@ def read_labelled_prompts(config: RunConfig, name: str) -> tuple[RunConfig, list
 
     prompts, settings = config.prompts, config.analysis
     place = local(getattr(prompts, name))
-    found = read_labelled(place, most=None if settings is None else settings.n)
+    found = read_labelled(place, most=None if settings is None else settings.n or PROMPTS)
     is_path = isinstance(found.prompts[0], Path)
     if is_path != (name == "images"):
         other = "--labelled" if name == "images" else "--images"

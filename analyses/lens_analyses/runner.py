@@ -6,7 +6,6 @@ that was interrupted ends with the same numbers as one that was not.
 """
 
 import logging
-import signal
 import time
 import traceback
 from collections.abc import Iterator
@@ -29,8 +28,8 @@ from lens.traces.store import remove_trace, trace_files
 from lens_analyses.analysing import analyse
 from lens_analyses.config import RunConfig
 from lens_analyses.config.analyses import GenerateSettings
-from lens_analyses.console import LogFile, Output, log, progress_bar, refused_as_usage
-from lens_analyses.estimate import refuse_excess, work
+from lens_analyses.console import LogFile, Output, log, progress_bar, refused_as_usage, stoppable
+from lens_analyses.estimate import expect, refuse_excess, work
 from lens_analyses.inputs import load_model, plan, read_sources
 from lens_analyses.planned import PlannedPrompt
 from lens_analyses.provenance import versions
@@ -40,6 +39,7 @@ from lens_analyses.steps.subject import Subject, analysed
 if TYPE_CHECKING:
     from lens.models.loaded import LoadedModel
 
+_WORTH_AN_ESTIMATE = 60.0  # seconds of a run
 _WORTH_A_LINE = 5.0  # seconds of a prompt; quicker ones are in log.txt only
 
 
@@ -117,10 +117,14 @@ def execute(config: RunConfig, runs: Path, output: Output, *, again: bool = Fals
     model = load_model(config)
     if model.parts and config.model.part is None:
         return _every_part(config, list(model.parts), runs, output, again)
+    config = config.fitted(model.info.parameters)
     with refused_as_usage():  # what cannot be done is refused now, not after the profile
         refuse_excess(config, model)
         planned = plan(model, config, sources)
-        analysed(config, model, planned)
+        asked = analysed(config, model, planned)
+    expected = expect(config, model, planned, *asked)
+    if expected.seconds > _WORTH_AN_ESTIMATE:
+        log.info("%s on this machine", expected.duration())
     fresh_parent = not runs.exists()
     writer = RunWriter.start(runs, mapping, _meta(config, model, planned), again=again)
     try:
@@ -380,21 +384,3 @@ def _log_file(path: Path) -> Iterator[None]:
         log.removeHandler(handler)
         with suppress(OSError):
             handler.close()
-
-
-@contextmanager
-def stoppable() -> Iterator[None]:
-    """SIGTERM stops a run as Ctrl-C does: in order, to be completed later."""
-
-    def stop(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    try:
-        before = signal.signal(signal.SIGTERM, stop)
-    except ValueError:  # not the main thread
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -330,3 +330,18 @@ def test_a_wrong_value_is_refused_before_any_work(
         assert len(said) == 1
         assert message in said[0]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_lens_heads_measures_follows_the_size_of_the_model_unless_it_is_named():
+    asked = make_config({"what": "heads"})
+    small, large = (asked.fitted(weights).analysis for weights in (1_000_000, 135_000_000))
+    assert [by for by, _ in small.measured][:3] == ["ablation"] * 3
+    assert [by for by, _ in large.measured] == ["gradient", "attribution", "direct"]
+    assert (small.n, large.n) == (32, 8)
+    assert "analysis" not in asked.as_mapping() or not asked.as_mapping()["analysis"].get(
+        "measures"
+    )
+    named = make_config({"what": "heads", "analysis": {"n": 20, "measures": "ablation/zero"}})
+    assert named.fitted(135_000_000).analysis == named.analysis
+    other = make_config({"what": "sinks"})
+    assert other.fitted(135_000_000) is other

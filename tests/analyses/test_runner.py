@@ -2,12 +2,14 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from lens_analyses import runner
 from lens_analyses.config import make_config
 from lens_analyses.console import Output
 from lens_analyses.runner import execute
@@ -264,3 +266,12 @@ def test_execute_is_a_plain_function(tmp_path):
     finished = execute(config, tmp_path, Output(quiet=True))
     assert finished.status == "success"
     assert finished.run.path.parent == tmp_path
+
+
+def test_a_long_run_says_before_it_starts_what_it_will_take(lens_command, tmp_path, monkeypatch):
+    words = ["run", "--model", "induction-2l", "--copied", "1", "--no-keep-qk", "--out"]
+    assert "on this machine" not in lens_command(*words, tmp_path / "short").err
+    monkeypatch.setattr(runner, "_WORTH_AN_ESTIMATE", 0.0)
+    said = lens_command(*words, tmp_path / "long").err
+    assert re.search(r"about \d+ s on this machine", said)
+    assert said.index("on this machine") < said.index("scoring")

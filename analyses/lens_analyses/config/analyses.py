@@ -27,6 +27,7 @@ from lens_analyses.config.listed import (
 from lens_analyses.config.paths import is_task_file, shorten
 from lens_analyses.config.pictures import LABELS
 from lens_analyses.config.settings import Section, Shown, setting
+from lens_analyses.config.sizes import FEW_PROMPTS, LARGE, PROMPTS
 
 Rule = Literal["transfer", "mask", "drop", "logit_bias", "learned_sink", "off_by_one", "act"]
 """Edits of the first token, by the names in the configuration, that need no more than a text."""
@@ -38,6 +39,7 @@ NOT_FROM_A_COMMAND = {
     "pasta": "it needs the positions to emphasise, which differ from prompt to prompt; `lens vision --emphasise` runs it "
     "on pictures with a question, or use lens.edits.Pasta",
 }
+_QUICK = "gradient,attribution,direct"
 _BOUNDED = ("transfer", "mask", "drop", "off_by_one", "act")  # their amounts are fractions
 
 
@@ -104,12 +106,29 @@ class _WithRule(AnalysisSettings):
 
 
 class HeadsSettings(_OnTask):
-    """Of `lens heads`."""
+    """Of `lens heads`; what is not given follows the size of the model (`fitted`)."""
 
-    measures: Annotated[str, AfterValidator(check_measures)] = setting(
-        "ablation/mean,ablation/zero,ablation/resample,gradient,attribution,direct",
-        "Of importance, with commas, e.g. ablation/mean,gradient.",
+    n: int | None = setting(  # pyright: ignore[reportIncompatibleVariableOverride]
+        None,
+        f"Prompts of the task, or windows of text, at most; {PROMPTS} if not given, {FEW_PROMPTS} with a large model.",
+        ge=2,
     )
+    measures: Annotated[str, AfterValidator(check_measures)] | None = setting(
+        None,
+        "Of importance, with commas, e.g. ablation/mean,gradient; if not given all six, with a model of more than "
+        f"{LARGE // 1_000_000} million weights those without ablation, which takes a pass for every head.",
+    )
+
+    def fitted(self, parameters: int) -> Self:
+        """With the defaults for a model of so many weights."""
+        large = parameters > LARGE
+        measures = _QUICK if large else f"ablation/mean,ablation/zero,ablation/resample,{_QUICK}"
+        return self.model_copy(
+            update={
+                "n": self.n or (FEW_PROMPTS if large else PROMPTS),
+                "measures": self.measures or measures,
+            }
+        )
 
     @property
     def of_labels(self) -> str | None:
@@ -119,7 +138,7 @@ class HeadsSettings(_OnTask):
     @property
     def measured(self) -> tuple[tuple[str, str], ...]:
         """`"ablation/mean,gradient"` as `(("ablation", "mean"), ("gradient", ""))`."""
-        parts = (word.partition("/") for word in listed(self.measures))
+        parts = (word.partition("/") for word in listed(self.measures or ""))
         return tuple((by, baseline) for by, _, baseline in parts)
 
 

@@ -149,6 +149,11 @@ class RunConfig(Section):
         """Whether a text is named, rather than copied prompts alone."""
         return any(getattr(self.prompts, name, None) is not None for name in SOURCES)
 
+    def fitted(self, parameters: int) -> Self:
+        """With the defaults that follow from the size of the model, for a run that keeps its own configuration."""
+        fit = getattr(self.analysis, "fitted", None)
+        return self if fit is None else self.model_copy(update={"analysis": fit(parameters)})
+
     def value(self, name: str) -> Any:
         """Of a setting by its dotted name."""
         found: Any = self

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from lens_analyses.steps.sizes import GATE_PARAMETERS, heads_by_position, pruning_size
+from lens_analyses.config.sizes import LARGE, heads_by_position, pruning_size
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,8 @@ def _importance(load: Load) -> Cost:
 def _pruning(load: Load) -> Cost:
     points, draws = pruning_size(load.heads)
     half = (load.windows or load.task) / 2  # orders are made on one and run on the other
-    return Cost(((3 + draws) * (points or load.heads) + load.heads + 12) * half)
+    orders, ordering = (3, load.heads + 12) if points is None else (2, 12)
+    return Cost(((orders + draws) * (points or load.heads) + ordering) * half)
 
 
 def _of_windows(load: Load, passes: float) -> Cost:
@@ -119,9 +120,7 @@ COSTS: dict[str, dict[str, Callable[[Load], Cost]]] = {
         "importance": _importance,
         "classes": lambda load: Cost((load.heads + 1) * load.task),
         "patterns": lambda load: Cost(0, seconds=1 + 0.03 * load.heads),
-        "retrieval": lambda load: Cost(
-            16_000 if load.parameters <= GATE_PARAMETERS else 1_000, seconds=2
-        ),
+        "retrieval": lambda load: Cost(16_000 if load.parameters <= LARGE else 1_000, seconds=2),
         "similarity": lambda load: Cost(load.prompts, seconds=0.0016 * load.heads**2),
         "stability": lambda load: Cost(2 * load.prompts),
         "pruning": _pruning,

@@ -12,8 +12,8 @@ from lens.heads.measures.methods import Baseline, Method
 from lens.heads.measures.scores import HeadScores
 from lens.runs.sections import Section
 from lens.tasks import Task
+from lens_analyses.config.sizes import pruning_size
 from lens_analyses.steps.headlines import of_heads_together, of_importance, of_pruning
-from lens_analyses.steps.sizes import pruning_size
 from lens_analyses.steps.subject import Subject
 
 _UNITS = "Positive: the task goes worse without the head, in units of the metric."
@@ -22,6 +22,7 @@ _ORDERS: tuple[tuple[Method, Baseline], ...] = (
     ("attribution", "mean"),
     ("gradient", "zero"),
 )
+_QUICK_ORDERS = _ORDERS[1:]  # of many heads, each of which would take a pass
 _PAIRS = 3  # of measures whose disagreement is told; the table has all
 _JOINT = 4  # heads at most that are taken away together
 
@@ -102,7 +103,8 @@ def pruning(subject: Subject) -> Section:
     fitted, held_out = _halves(task)
     options = {"seed": subject.seed, "progress": subject.progress}
     orders, refused = [], []
-    for method, baseline in _ORDERS:
+    points, draws = pruning_size(len(subject.model.info.every_head))
+    for method, baseline in _ORDERS if points is None else _QUICK_ORDERS:
         try:
             order = heads.importance(
                 subject.model, fitted, method=method, baseline=baseline, **options
@@ -112,7 +114,6 @@ def pruning(subject: Subject) -> Section:
             refused.append(f"No order by {method}: {problem}.")
     if not orders:
         raise LensError(f"no order of the heads could be had: {' '.join(refused)}")
-    points, draws = pruning_size(len(orders[0].names))
     found = heads.pruning.orders(
         subject.model, held_out, orders=orders, steps=points, draws=draws, **options
     )

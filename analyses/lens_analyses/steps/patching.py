@@ -15,9 +15,9 @@ from lens.runs.headlines import Headline, highest
 from lens.runs.sections import Section
 from lens.tasks import Task
 from lens_analyses.config.analyses import PatchSettings
+from lens_analyses.config.sizes import heads_by_position
 from lens_analyses.steps.columns import defined
 from lens_analyses.steps.headlines import ends
-from lens_analyses.steps.sizes import heads_by_position
 from lens_analyses.steps.subject import Subject
 
 

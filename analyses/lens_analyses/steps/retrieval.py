@@ -4,9 +4,9 @@ from lens import heads
 from lens.common.errors import LensError
 from lens.runs.sections import Section
 from lens.tasks import needles
+from lens_analyses.config.sizes import LARGE
 from lens_analyses.steps.columns import defined
 from lens_analyses.steps.headlines import of_highest
-from lens_analyses.steps.sizes import GATE_PARAMETERS
 from lens_analyses.steps.subject import Subject
 
 _FIRST = 1  # first keys of a streaming head
@@ -34,7 +34,7 @@ def retrieval(subject: Subject) -> Section:
             f"With the first key and the {last} last alone, the outputs of {named} change most "
             "(size of the change over the output's size)."
         )
-        if subject.model.info.parameters <= GATE_PARAMETERS:
+        if subject.model.info.parameters <= LARGE:
             gate = heads.pruning.gate(subject.model, prompts, seed=subject.seed, **options)
             tables["gate"] = gate.table()
             figures["gate"] = gate.plot()

@@ -17,8 +17,7 @@ from typing import Any
 from lens.common.errors import LensError
 from lens.runs import open_run
 from lens_analyses.config import make_config
-from lens_analyses.console import Output, log, one_line, told_each_minute
-from lens_analyses.runner import stoppable
+from lens_analyses.console import Output, log, one_line, stoppable, told_each_minute
 from lens_analyses.sweeps.making import Item, folder_of, make
 
 RETRIES = 3

@@ -1,7 +1,10 @@
 """What steps cut short on large models. No torch: `--dry-run` reads it too."""
 
-GATE_PARAMETERS = 20_000_000
-"""Of the largest model whose streaming gates are trained."""
+LARGE = 20_000_000
+"""Weights; of larger models gates are not trained, and `lens heads` measures without ablation unless asked to."""
+
+FEW_PROMPTS, PROMPTS = 8, 32
+"""Of `lens heads` where no number is asked for: with a large model, and else."""
 
 _MANY = 64  # heads; beyond, the pruning curve is short
 
