@@ -340,6 +340,7 @@ def _meta(config: RunConfig, model: "LoadedModel", planned: list[PlannedPrompt])
     return {
         "title": f"{model.describe()['name']} on {' and '.join(counts)}",
         "what": config.what,
+        "task": getattr(config.analysis, "task", None),
         "command": config.command(),
         "model": model.describe(),
         "device": str(model.device),

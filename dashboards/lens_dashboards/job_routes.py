@@ -48,6 +48,10 @@ class Desk(Protocol):
         """Queue a job again."""
         ...
 
+    def delete(self, run: str) -> int:
+        """Delete what a run wrote; how many files of others stay."""
+        ...
+
 
 def make_job_routes(desk: Desk | None) -> Blueprint:
     """The routes; each answers 403 without a desk, and 400 with the reason for what the desk refuses."""
@@ -108,6 +112,14 @@ def make_job_routes(desk: Desk | None) -> Blueprint:
     def post_action(number: int, action: str) -> dict[str, int]:
         (the_desk().cancel if action == "cancel" else the_desk().retry)(number)
         return {"id": number}
+
+    @api.post("/delete")
+    @answer
+    def post_delete() -> dict[str, int]:
+        given = _sent()
+        if not isinstance(given, dict) or not isinstance(given.get("run"), str):
+            raise LensError('what is deleted is {"run": "ID"}')
+        return {"left": the_desk().delete(given["run"])}
 
     return api
 

@@ -1,6 +1,6 @@
 """What the user is looking at, as one value that is a link: a URL restores the view.
 
-/                                     the runs, newest first  ?part=
+/                                     the runs, newest first  ?find=&what=&sort=&part=
 /jobs                                 analyses to come
 /run/<id>                             overview
 /run/<id>/head/<layer>/<head>         one head        ?prompt=&q0=&q1=&k0=&k1=&query=
@@ -31,7 +31,7 @@ from lens.traces.metrics import METRICS, VARIANTS
 
 DEFAULT_METRIC = "induction"
 OPTIONS: dict[str, dict[str, str]] = {
-    "runs": {"part": "1"},
+    "runs": {"part": "1", "find": "", "what": "", "sort": "-created"},
     "overview": {"group": "", "metric": DEFAULT_METRIC},
     "head": {"pin": "", "by": ""},
     "maps": {"heads": "", "vs": "", "others": ""},

@@ -134,6 +134,7 @@ class RunFile(_Open):
     id: _Line
     title: _Line
     what: _Line
+    task: _Line | None = None
     status: Literal["started", "success", "partial", "error"]
     created: _Line
     model: _ModelEntry

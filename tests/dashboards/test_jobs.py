@@ -1,5 +1,6 @@
 """The page of jobs: read-only by default, nothing for other sites, and an analysis started from it."""
 
+import shutil
 import sys
 import threading
 
@@ -8,6 +9,8 @@ from lens_analyses.jobs.desk import JobDesk
 from lens_analyses.jobs.worker import work
 from lens_dashboards.job_routes import LARGEST_BODY
 from lens_dashboards.server import create_app
+
+from lens.common.files import write_json
 
 from .conftest import served
 
@@ -51,6 +54,8 @@ def test_a_job_is_queued_listed_and_cancelled(client):
         ("/api/jobs", {"json": {"settings": {"modl.name": 3}}}, 400, "unknown setting modl"),
         ("/api/jobs", {"json": {"settings": {"prompts.text": "/etc/passwd"}}}, 400, "names a file"),
         ("/api/jobs", {"json": {"kind": "sh", "settings": {}}}, 400, "a job is one of run, estimate"),
+        ("/api/jobs/delete", {"json": {"run": "../x"}}, 400, "there is no run '../x'"),
+        ("/api/jobs/delete", {"json": ["x"]}, 400, "what is deleted is"),
         ("/api/jobs/4/cancel", {"json": {}}, 400, "there is no job 4"),
         (f"/api/jobs/{10**20}/retry", {"json": {}}, 400, f"there is no job {10**20}"),
         ("/api/jobs", {"data": "{", "content_type": "application/json"}, 400, "this is no JSON"),
@@ -76,6 +81,25 @@ def test_a_foreign_host_is_refused(client):
 def test_other_actions_do_not_exist(client):
     assert client.post("/api/jobs/1/delete", json={}).status_code in (404, 405)
     assert client.get("/api/jobs/..%2Frun.json/log").status_code == 404
+
+
+@pytest.mark.browser
+def test_a_run_is_deleted_from_the_list_once_that_is_confirmed(page, tmp_path, run):
+    kept, gone = (shutil.copytree(run.path, tmp_path / name) for name in ("kept", "gone"))
+    for folder in (kept, gone):
+        write_json(folder / "run.json", {**run.meta, "id": folder.name})
+    asked = []
+    page.on("dialog", lambda dialog: (asked.append(dialog.message), dialog.accept()))
+    with served(create_app(tmp_path, jobs=JobDesk(tmp_path))) as address:
+        page.goto(address)
+        page.get_by_title("delete gone:").click()
+        page.wait_for_selector("text=delete >> nth=1", state="detached")
+        assert page.locator("table.runs tbody tr").count() == 1
+    assert (asked, kept.exists(), gone.exists()) == (
+        ["Delete gone? The files that the run wrote go."],
+        True,
+        False,
+    )
 
 
 COPY = """

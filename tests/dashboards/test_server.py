@@ -1,6 +1,7 @@
 """The server: what it answers, whom it answers, and what it never does."""
 
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -296,6 +297,34 @@ def test_a_run_that_changes_is_read_again(run, tmp_path):
     for title in ("one", "another title"):
         write_json(copy / "run.json", {**run.meta, "title": title})
         assert library.run(run.id).title == title
+
+
+def test_runs_are_found_by_their_words_and_put_in_order(run, tmp_path):
+    made = {
+        "a": ("heads", "ioi", 3.0),
+        "b": ("profile", None, 20.0),
+        "c": ("heads", "induction", 100.0),
+    }
+    for name, (what, task, seconds) in made.items():
+        (tmp_path / name).mkdir()
+        given = {"id": name, "title": f"run {name}", "what": what, "task": task, "seconds": seconds}
+        write_json(tmp_path / name / "run.json", {**run.meta, **given})
+    library = Library(tmp_path)
+
+    def shown(search):
+        return re.findall(r'"href": "/run/(\w)"', text_of(render(library, "/", search)))
+
+    assert shown("?sort=seconds") == ["a", "b", "c"]
+    assert shown("?sort=-seconds") == ["c", "b", "a"]
+    assert shown("?find=IOI+heads") == ["a"]
+    assert shown("?what=heads&sort=task") == ["c", "a"]
+    text = text_of(render(library, "/", "?sort=seconds"))
+    assert '"aria-sort": "ascending"' in text
+    assert '"href": "/?sort=-seconds"' in text
+    assert "3 in " in text
+    assert "1 of them shown" in text_of(render(library, "/", "?find=ioi"))
+    assert "data-delete" not in text
+    assert text_of(render(Library(tmp_path, True), "/", "")).count('"data-delete": ') == 3
 
 
 def test_many_runs_are_shown_in_parts(run, tmp_path):

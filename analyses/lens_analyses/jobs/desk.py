@@ -7,11 +7,13 @@ from typing import Any
 
 from lens.common.errors import LensError
 from lens.models.catalogue import KNOWN
+from lens.runs import BrokenRun, list_runs
 from lens_analyses.config import CircuitSettings, RunConfig, load_config, make_config
 from lens_analyses.config.listed import listed
 from lens_analyses.config.paths import is_task_file, local
 from lens_analyses.jobs.form import form
 from lens_analyses.jobs.store import JobStore
+from lens_analyses.listing import delete_run
 
 
 class JobDesk:
@@ -105,6 +107,19 @@ class JobDesk:
             LensError: it cannot be.
         """
         self._store.cancel(number)
+
+    def delete(self, run: str) -> int:
+        """Delete what a run wrote; how many files of others stay in its folder.
+
+        Raises:
+            LensError: no run of this id here, one that cannot be read, or one that is being computed.
+        """
+        found = [one for one in list_runs(self._runs) if one.id == run]
+        if not found:
+            raise LensError(f"there is no run {run!r} in {self._runs}")
+        if isinstance(found[0], BrokenRun):
+            raise LensError(found[0].problem)
+        return delete_run(found[0])
 
     def retry(self, number: int) -> None:
         """Queue a job again; a run goes on where it was left.

@@ -99,6 +99,7 @@
     if (target.id === "copy-link") copy(target, window.location.href);
     if (target.dataset.variant) chooseVariant(target.dataset.variant);
     if (target.dataset.job) startJob(target);
+    if (target.dataset.delete) deleteRun(target);
     if (target.dataset.figure) figureMenu(target, target.dataset.figure);
     if (target.classList.contains("copy-code")) copy(target, target.parentElement.querySelector("code").textContent);
   });
@@ -110,7 +111,17 @@
     if (link) document.getElementById(link)?.click();
   });
 
-  /* What the link holds now, the zoom of a map too, with or without the first token. */
+  async function deleteRun(button) {
+    if (!window.confirm(`Delete ${button.dataset.delete}? The files that the run wrote go.`)) return;
+    button.disabled = true;
+    const answer = await fetch("/api/jobs/delete", {
+      method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify({ run: button.dataset.delete }),
+    });
+    if (answer.ok) return button.closest("tr").remove();
+    document.getElementById("delete-problem").textContent = (await answer.json()).error;
+    button.disabled = false;
+  }
+
   async function startJob(button) {
     const problem = button.parentElement.querySelector(".job-problem");
     button.disabled = true;
@@ -125,6 +136,7 @@
     }
   }
 
+  /* What the link holds now, the zoom of a map too, with or without the first token. */
   function chooseVariant(variant) {
     const search = new URLSearchParams(window.location.search);
     search.delete("variant");
