@@ -13,7 +13,7 @@ from lens.edits.losses import MEASURES
 from lens.stats import over_units
 
 MATCHED = 0.8
-"""A mass control is one where its keys held at least this share of the edited keys' mass."""
+"""A control of equal mass is one where its keys held at least this share of the edited keys' mass."""
 TOOK_OVER = 0.1
 """Another key took over in a head where its alpha rose by more than this."""
 
@@ -120,7 +120,7 @@ class Effect(Result):
             sentences.insert(1, self._gain(edited))
         sentences += self._doses(table[table["condition"] == "edit"])
         for control, why in self.missing.items():
-            sentences.append(Sentence(f"There is no {control} control: {why}.", kind=control))
+            sentences.append(Sentence(f"There is no {_called(control)}: {why}.", kind=control))
         for control, row in whole.drop(index="edit").iterrows():
             sentences.append(self._beside(str(control), row, edited))
         sentences += self._moved()
@@ -182,12 +182,12 @@ class Effect(Result):
         own, other = (self.values[name]["delta_loss"][-1] for name in ("edit", control))
         if control == "mass" and row["mass"] < MATCHED * edited["mass"]:
             text = (
-                f"There is no mass control to compare with: the other keys hold too little, at most "
+                f"There is no control of equal mass to compare with: the other keys hold too little, at most "
                 f"{row['mass']:.0%} of the attention together."
             )
         elif own.any() and np.allclose(own, other, rtol=1e-4, atol=1e-7):
             text = (
-                f"The {control} control changes the same as the edit, in every prompt, so there is nothing "
+                f"The {_called(control)} changes the same as the edit, in every prompt, so there is nothing "
                 "to compare with."
             )
         else:
@@ -197,7 +197,7 @@ class Effect(Result):
                 verdict = "on one prompt not to be told from"
             held = "" if np.isnan(row["mass"]) else f" ({row['mass']:.0%} of the attention)"
             text = (
-                f"That is {verdict} the {control} control{held}: the difference is "
+                f"That is {verdict} the {_called(control)}{held}: the difference is "
                 f"{_with_interval(row, 'excess')} nats."
             )
             if self.task:
@@ -232,3 +232,8 @@ def _with_interval(row: Any, name: str) -> str:
 def _ends(low: float, high: float, form: str = "+.4f") -> str:
     """An interval in words; none of one prompt."""
     return "" if np.isnan(low) else f" [{low:{form}}, {high:{form}}]"
+
+
+def _called(control: str) -> str:
+    """A control in a sentence."""
+    return "control of equal mass" if control == "mass" else f"{control} control"

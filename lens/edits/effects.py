@@ -53,7 +53,7 @@ def effect(
     """Run prompts with an edit, with the same edit of others, and without; compare predictions.
 
     A small effect does not prove that what was edited is irrelevant: `migration` says whether another
-    key took its place. Where the mass control could not reach the keys' mass, its row says so in `mass`.
+    key took its place. Where the control of equal mass could not reach the keys' mass, its row says so in `mass`.
     Tokens that earlier ones see already, as in a prefix that looks both ways, are not measured.
 
     Args:

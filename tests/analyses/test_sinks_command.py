@@ -65,7 +65,7 @@ def test_each_edit_has_a_control_and_says_where_the_mass_went(sinks_run):
     section = sinks_run.section("effects")
     summary = section.summary
     edits = section.tables["edits"][["edit", "scope"]].drop_duplicates()
-    for words in ("mass control", "alpha rose"):
+    for words in ("control of equal mass", "alpha rose"):
         assert sum(words in text for text in summary) == len(edits)
     assert len(set(summary)) == len(summary)
     assert {"source_before", "other_after"} <= set(section.tables["migration"])

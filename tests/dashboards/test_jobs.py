@@ -93,7 +93,7 @@ def test_a_run_is_deleted_from_the_list_once_that_is_confirmed(page, tmp_path, r
     with served(create_app(tmp_path, jobs=JobDesk(tmp_path))) as address:
         page.goto(address)
         page.get_by_title("delete gone:").click()
-        page.wait_for_selector("text=delete >> nth=1", state="detached")
+        page.wait_for_selector("[data-delete=gone]", state="detached")
         assert page.locator("table.runs tbody tr").count() == 1
     assert (asked, kept.exists(), gone.exists()) == (
         ["Delete gone? The files that the run wrote go."],

@@ -103,7 +103,7 @@ def test_sublayers_have_controls_of_their_kind_and_no_mass(network):
     assert found.missing["size"] == "2 sub-layers mlp are edited and 1 others are left"
     assert found.missing["mass"] == "sub-layers pay no attention"
     said = {one.kind: str(one) for one in found.findings()}
-    assert said["mass"] == "There is no mass control: sub-layers pay no attention."
+    assert said["mass"] == "There is no control of equal mass: sub-layers pay no attention."
     assert "attention lay there" not in said["prediction"]
     one = lens.effect(model, IDS, edits.Ablate("L0.mlp"), controls=("size",))
     with torch.no_grad(), lens.edit(model, edits.Ablate("L0.mlp")):

@@ -40,7 +40,7 @@ def test_dose_in_words(model, clean):
     assert f"1: {whole:+.4f}" in found["dose"]
     rises = "grows" if whole > half else "falls"
     assert found["trend"] == f"The loss {rises} with every step of the amount."
-    assert "the mass control" in found["mass"]
+    assert "the control of equal mass" in found["mass"]
     kinds = {one.kind for one in lens.effect(model, IDS, Mask(), clean=clean).findings()}
     assert not kinds & {"dose", "trend"}
 
@@ -82,10 +82,14 @@ def test_a_mass_control_that_holds_too_little_is_no_comparison():
         nothing = pd.DataFrame({"other_before": [0.0], "other_after": [0.0]})
         return Effect(values, nothing, (), "Mask first", (1.0,), "L1H0", (9, 9, 9), "added", 0)
 
-    assert any("not clearly unlike the mass control" in text for text in effect(0.8).findings())
+    assert any(
+        "not clearly unlike the control of equal mass" in text for text in effect(0.8).findings()
+    )
     said = effect(0.1).findings()
-    assert any("no mass control to compare with" in text and "10%" in text for text in said)
-    assert not any("unlike the mass control" in text for text in said)
+    assert any(
+        "no control of equal mass to compare with" in text and "10%" in text for text in said
+    )
+    assert not any("unlike the control of equal mass" in text for text in said)
 
 
 def test_a_printed_result_is_its_name_and_first_findings(model):
@@ -137,7 +141,7 @@ def test_the_sentences_of_an_effect():
         ("norm", "There is no norm control: keys have no dimension."),
         (
             "mass",
-            "That is less than the mass control (50% of the attention): the difference is "
+            "That is less than the control of equal mass (50% of the attention): the difference is "
             "-0.4000 [-0.4000, -0.4000] nats.",
         ),
         ("moved", "In 1 of 3 heads another key's alpha rose by more than 0.1."),
@@ -164,6 +168,8 @@ def test_the_sentences_of_an_effect_follow_the_data():
     still = pd.DataFrame({"other_before": [0.1], "other_after": [0.15]})
     said = {one.kind: str(one) for one in a_whole_effect(values=turned, migration=still).findings()}
     assert said["trend"] == "The loss falls with every step of the amount."
-    assert said["mass"].startswith("That is more than the mass control: the difference is 1.0000")
+    assert said["mass"].startswith(
+        "That is more than the control of equal mass: the difference is 1.0000"
+    )
     assert "attention lay there" not in said["prediction"]
     assert said["moved"].endswith("rose by more than 0.1; no other key took their place.")

@@ -88,7 +88,7 @@ def effects(subject: Subject) -> Section:
         limits=(
             "A small change of loss does not prove that a sink is of no use: attention moves to the next key, "
             "as the migration table says.",
-            "The mass control edits ordinary keys that hold as much attention together; where a prompt has "
+            "The control of equal mass edits ordinary keys that hold as much attention together; where a prompt has "
             "no such keys its own column mass says how much it reached.",
         ),
         columns=defined(tables.values(), COLUMNS),

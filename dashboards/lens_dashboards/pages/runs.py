@@ -59,9 +59,9 @@ def page(library: Library, view: Selection) -> list[Any]:
             ],
             className="lead",
         ),
-        _controls(runs, view),
         card(
             [
+                _controls(runs, view),
                 html.Div(table, className="scroll", tabIndex=0, role="region", **named("Runs")),
                 html.P(id="delete-problem", className="problem", role="alert"),
             ]
@@ -174,7 +174,7 @@ def _row(run: Run, starts_jobs: bool) -> html.Tr:
                         href=Selection(page="compare").where(a=run.id).url(),
                         title=f"compare {run.id} with another run",
                     ),
-                    *([_delete(run)] if starts_jobs else []),
+                    *([" ", _delete(run)] if starts_jobs else []),
                 ]
             ),
         ]

@@ -63,7 +63,7 @@ class SpectralBands(Result):
         return described(self)
 
     def findings(self) -> tuple[Sentence, ...]:
-        """The share of the weights in the darkest band, and what the bands are worth."""
+        """The share of the weights in the band of the smallest singular values, and what the bands are worth."""
         count = len(self.share)
         dark = self.weights[self.weights["band"] == count - 1]
         shares = dark.groupby("weight", sort=False)["energy"].mean()
