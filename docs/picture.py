@@ -29,7 +29,7 @@ def main() -> None:
         with sync_playwright() as playwright:
             path = shutil.which("chromium") or os.environ["CHROMIUM"]
             browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
-            page = browser.new_page(viewport={"width": 1280, "height": 1010})
+            page = browser.new_page(viewport={"width": 1440, "height": 1080})
             page.goto(f"http://127.0.0.1:{server.effective_port}/run/{run.id}/{VIEW}")
             page.wait_for_selector("#strip[data-query]")
             page.screenshot(path=OUT)
