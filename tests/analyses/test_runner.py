@@ -45,7 +45,7 @@ def test_run_json_says_how_it_was_made(run_folder):
     )
     assert (meta["block_size"], meta["seed"], meta["bos"]) == (7, 0, "added")
     assert meta["backend"] in ("cpu", "torch")
-    assert meta["prompts"] == {"total": 5, "done": 5}
+    assert meta["prompts"] == {"total": 5, "done": 5, "tokens": 229}
     assert meta["model"]["licence"] == "Apache-2.0"
     assert {"attention-lens", "python", "torch", "transformers"} <= set(meta["versions"])
 
