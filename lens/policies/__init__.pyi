@@ -17,6 +17,7 @@ from .grids import Regions as Regions
 from .indexer import Indexer as Indexer
 from .maps import maps as maps
 from .minference import minference as minference
+from .native import NativeSparse as NativeSparse
 from .oracle import LargestEntry as LargestEntry
 from .oracle import Oracle as Oracle
 from .oracle import RandomBlocks as RandomBlocks

@@ -237,6 +237,28 @@ def landmark(q, k, size, top):
     return kept & visible
 
 
+def native_sparse(queries, k, size, top):
+    """By the mass that all heads of `queries` give the means of blocks that end before a row of blocks begins."""
+    visible = seen(len(k), *size)
+    kept, means = (
+        np.zeros_like(visible),
+        [k[list(one)].mean(0) for one in blocks_of(len(k), size[1])],
+    )
+    for row, places in enumerate(blocks_of(len(k), size[0])):
+        own = [j for j, keys in enumerate(blocks_of(len(k), size[1])) if set(keys) & set(places)]
+        mass = np.zeros(len(means))
+        past = [j for j in range(len(means)) if visible[row, j] and j not in own]
+        for q in queries if past else ():
+            scores = [
+                math.exp(q[list(places)].mean(0) @ means[j] / math.sqrt(k.shape[1])) for j in past
+            ]
+            mass[past] += np.array(scores) / sum(scores)
+        fixed = {0, *own, max(own[0] - 1, 0)}
+        others = sorted((j for j in past if j not in fixed), key=lambda j: (-mass[j], j))
+        kept[row, [*fixed, *others[: max(0, top - len(fixed))]]] = True
+    return kept & visible
+
+
 def strided(heads, head, rows, last, stride, offset):
     step = max(1, stride // heads)
     return np.array(

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import lens
 from lens import policies
+from lens.common.errors import LensError
 from lens.passes.blocks import BlockView
 from lens.passes.calls import LayerCall, attend
 from lens.passes.masks import MaskStructure
@@ -33,6 +34,7 @@ EVERY = [
     policies.RandomBlocks(share=0.4),
     policies.LargestEntry(0.05),
     policies.Landmark(2),
+    policies.NativeSparse(4),
     policies.LongHeads(4),
     policies.Hierarchical(3),
     policies.Strided(2, 3),
@@ -182,6 +184,20 @@ def test_long_heads_keep_the_chunks_that_their_summaries_say():
         value = one.value[0, number // 2].double().numpy()
         expected = naive.long_heads(*head(view, number), value, (8, 8), 4)
         assert np.array_equal(kept[0, number].numpy(), expected)
+
+
+@pytest.mark.parametrize(("rows", "tokens"), [(8, 53), (1, 64)])
+def test_native_sparse_attention_chooses_once_for_heads_that_share_keys(rows, tokens):
+    view = BlockView(call(tokens), rows, 8)
+    kept = policies.NativeSparse(4).keep(view).blocks & view.visible
+    for pair in range(2):
+        heads = [head(view, 2 * pair + number) for number in range(2)]
+        expected = naive.native_sparse([q for q, _ in heads], heads[0][1], (rows, 8), 4)
+        assert np.array_equal(kept[0, 2 * pair].numpy(), expected)
+        assert np.array_equal(kept[0, 2 * pair + 1].numpy(), expected)
+    assert not (kept == view.visible).all()
+    with pytest.raises(LensError, match="top"):
+        policies.NativeSparse(2)
 
 
 def test_lower_layers_look_everywhere():
