@@ -7,6 +7,7 @@ A policy is a small frozen object; `lens.edit(model, lens.edits.Sparse(policy))`
 `dir()` shows there are:
 
     Landmark, LongHeads, Hierarchical    blocks that one key, or a summary, stands for
+    NativeSparse                         blocks by compressed keys, one choice for heads that share keys
     LargestEntry                         blocks by the largest entry of P, as SeerAttention is trained
     Strided, Routing, GlobalToLocal      stripes by head; clusters of blocks; upper layers near alone
     Grid, Regions                        places on a picture; its regions that fit best

@@ -22,6 +22,7 @@ from lens.policies.chunks import Hierarchical, Landmark, LongHeads
 from lens.policies.duo import by_gates, most_open
 from lens.policies.flex_prefill import FlexPrefill
 from lens.policies.found import PolicySearch
+from lens.policies.native import NativeSparse
 from lens.policies.per_head import PerHead
 from lens.policies.quest import Quest
 from lens.policies.sparge import Sparge
@@ -33,8 +34,8 @@ Format = Literal["lens", "minference", "duo"]
 KINDS: dict[str, type[Policy]] = {
     kind.__name__: kind
     for kind in (
-        AShape, BlockSparse, FlexPrefill, Full, Hierarchical, Landmark, LongHeads, Quest, Sparge, Strided,
-        VerticalSlash, XAttention,
+        AShape, BlockSparse, FlexPrefill, Full, Hierarchical, Landmark, LongHeads, NativeSparse, Quest, Sparge,
+        Strided, VerticalSlash, XAttention,
     )
 }  # fmt: skip
 """What a file may name: policies that are numbers and nothing else."""
