@@ -90,6 +90,11 @@ def rows_of(tensor: Tensor) -> Rows:
     return Rows(dense, *dense.stride()[:3], tl.constexpr(power(width)), tl.constexpr(width))
 
 
+def operands(problem: Problem) -> tuple[Rows, Rows, Rows]:
+    """Query, key and value."""
+    return rows_of(problem.query), rows_of(problem.key), rows_of(problem.value)
+
+
 def descriptor(tensor: Tensor, lanes: int) -> TensorDescriptor | None:
     """What sm_90 loads tiles of `lanes` positions of [batch, heads, positions, dim] by, itself, without a pointer for each row.
 
@@ -142,6 +147,11 @@ def scores(problem: Problem, config: Config) -> Scores:
         tl.constexpr(plain and problem.scale > 0),
         tl.constexpr("ieee" if half else config.precision),
     )
+
+
+def hiding(problem: Problem, config: Config) -> tuple[Mask, Scores, Kept | None]:
+    """What makes P of the products, for the passes that know the LSE."""
+    return mask(problem), scores(problem, config), kept(problem)
 
 
 def straight(lanes: int) -> Blocks:
