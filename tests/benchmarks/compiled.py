@@ -31,6 +31,11 @@ from tests.kernels import triton_offline  # noqa: E402
 
 ARCHES = (90, 80)
 TABLE = HERE / "compiled.csv"
+COLUMNS = (
+    *triton_offline.CHOSEN,
+    *("registers", "stack", "local", "shared", "products"),
+    *("instructions", "matrix_instructions", "waits", "serialised", "triton", "sources"),
+)
 Row = dict[str, Any]
 
 
@@ -84,7 +89,7 @@ def markdown(table: pd.DataFrame) -> str:
 
 def write(rows: list[Row]) -> None:
     """Both files."""
-    table = pd.DataFrame(rows).replace("", None)
+    table = pd.DataFrame(rows, columns=list(COLUMNS)).replace("", None)
     for name in ("instructions", "matrix_instructions", "waits"):  # rows of old have none
         table[name] = pd.to_numeric(table[name]).astype("Int64")
     table.to_csv(TABLE, index=False)
