@@ -1,7 +1,4 @@
-"""The `lens` command: reads arguments, imports the rest only for the command that runs.
-
-Exit codes: 0 done, 1 error, 2 wrong usage, 3 partly done (the same command completes it).
-"""
+"""The `lens` command: reads arguments, imports the rest only for the command that runs."""
 
 import shlex
 import sys
@@ -13,6 +10,7 @@ from typer.core import TyperGroup
 
 from lens.common.errors import in_words
 from lens_analyses.console import ERROR, PARTIAL, Output, UsageError, say
+from lens_analyses.diffusing import diffusion
 from lens_analyses.options import (
     RUN_COMMANDS,
     RUNS,
@@ -94,6 +92,7 @@ def demo(
 
 for _verb, _text in RUN_COMMANDS.items():
     app.command(_verb, help=_text)(lambda: None)  # listed here, and made when it is called
+app.command(cls=Command)(diffusion)
 
 
 @app.command(cls=Command)

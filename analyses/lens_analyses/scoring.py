@@ -47,14 +47,14 @@ def head_table(
         )
         for row in rows
     ]
-    scored = _with_pooled(rows, tables, config.seed)
+    scored = with_pooled(rows, tables, config.seed)
     try:
         tables = _of_random_weights(model, rows, given, config)
     except (LensError, MemoryError) as problem:
         why = str(problem) or "not enough memory"
         warn(f"heads are not compared with random weights: {why}")
         return scored
-    return beside_random(scored, _with_pooled(rows, tables, config.seed))
+    return beside_random(scored, with_pooled(rows, tables, config.seed))
 
 
 def _of_random_weights(
@@ -80,7 +80,7 @@ def _of_random_weights(
     return tables
 
 
-def _with_pooled(
+def with_pooled(
     rows: Sequence[Mapping[str, Any]], tables: Sequence[pd.DataFrame], seed: int
 ) -> pd.DataFrame:
     """The tables of the prompts, and before them the mean over those of each kind."""

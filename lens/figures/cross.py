@@ -59,9 +59,10 @@ def cross_map(
             text=[escaped(trace.tokens[int(place)]) for place in places],
             hovertemplate="target %{y}: %{text}<extra></extra>",
         )
-    figure.update_yaxes(title="target", autorange="reversed", **_named(trace.query_tokens, _DOWN))
+    down, across = ("place", "text") if trace.attrs.get("latents") else ("target", "source")
+    figure.update_yaxes(title=down, autorange="reversed", **_named(trace.query_tokens, _DOWN))
     if seconds is None:
-        figure.update_xaxes(title="source", tickangle=-60, **_named(trace.tokens))
+        figure.update_xaxes(title=across, tickangle=-60, **_named(trace.tokens))
     else:
         figure.update_xaxes(title="source (seconds)")
     title = f"L{layer}H{head}: cross-attention, {what}"

@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any, Unpack
 import numpy as np
 import plotly.graph_objects as go
 
-from lens.common.colors import VIRIDIS, scale
+from lens.common.colors import ACCENT, LINE, VIRIDIS, scale
+from lens.common.errors import LensError
 from lens.common.plots import draws
 from lens.figures.style import Look, escaped, style
+from lens.traces.denoised import QUADRANTS
 
 if TYPE_CHECKING:
     from lens.traces.denoised import Denoising
@@ -93,3 +95,43 @@ def _entropy(found: Denoising, look: Look) -> go.Figure:
     figure.update_xaxes(title="step")
     figure.update_yaxes(title="mean entropy of a row (nats)")
     return style(figure, f"{escaped(found.model)}: entropy of its attention, step by step", look)
+
+
+def denoising_quadrants(found: Denoising, **look: Unpack[Look]) -> go.Figure:
+    """Mass of text and picture on each other over the steps, mean over heads; the middle half of the heads shaded.
+
+    Raises:
+        LensError: no joint attention.
+    """
+    table = found.table()
+    if table[QUADRANTS[0]].isna().all():
+        raise LensError(
+            "quadrants are of joint attention, of text and picture together; there is none here"
+        )
+    figure = go.Figure()
+    colors = (LINE, ACCENT)
+    for name, color in zip(("text_to_image", "image_to_text"), colors, strict=True):
+        rows = table.groupby("step")[name]
+        low, high, mean = rows.quantile(0.25), rows.quantile(0.75), rows.mean()
+        figure.add_scatter(
+            x=[*mean.index, *mean.index[::-1]],
+            y=[*high, *low[::-1]],
+            fill="toself",
+            fillcolor=color,
+            opacity=0.15,
+            line={"width": 0},
+            hoverinfo="skip",
+            showlegend=False,
+        )
+        figure.add_scatter(
+            x=mean.index,
+            y=mean.values,
+            mode="lines+markers",
+            name=name.replace("_", " ").replace("image", "picture"),
+            line={"color": color},
+            hovertemplate="step %{x}: %{y:.1%}<extra>%{fullData.name}</extra>",
+        )
+    figure.update_xaxes(title="step")
+    figure.update_yaxes(title="mass", tickformat=".0%", rangemode="tozero")
+    title = f"{escaped(found.model)}: text and picture look at each other"
+    return style(figure, title, look)

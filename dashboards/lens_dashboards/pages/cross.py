@@ -49,7 +49,9 @@ def strips(
     else:
         row = (query, query + 1)
         values = trace.tile(view.layer, view.head, row, (0, trace.length))[0]
-    of = "all rows see" if query is None else f"token {query} of the target sees"
+    drawn = bool(trace.attrs.get("latents"))  # a picture that is denoised looks at text
+    row = f"place {trace.query_tokens[query or 0]}" if drawn else f"token {query} of the target"
+    of = "all rows see" if query is None else f"{row} sees"
     call = f"figures.token_strip(trace, {view.layer}, {view.head}, {query})"
     return [
         card(
@@ -63,7 +65,7 @@ def strips(
                     className="small",
                 ),
             ],
-            "Target: queries of the decoder",
+            "Places of the picture (row,column)" if drawn else "Target: queries of the decoder",
         ),
         card(
             [
@@ -75,7 +77,7 @@ def strips(
                     className="small",
                 ),
             ],
-            f"Source: keys of the encoder, as {of} them",
+            f"{'Text' if drawn else 'Source: keys of the encoder'}, as {of} them",
         ),
     ]
 
