@@ -354,10 +354,12 @@ _ROW = re.compile(r"\| [\w ]+ \(([\w.:-]+)\) \|")
 
 def _page(rows: list[str]) -> str:
     exact = [row for row in rows if ") | exact" in row]
+    bridges = sum(f"({BRIDGE}" in row for row in rows)
     lines = [
         "# Models",
         "",
-        f"{len(rows)} classes of transformers with random small weights: {len(exact)} are captured, and "
+        f"{len(rows) - bridges} classes of transformers with random small weights, and {bridges} as a "
+        f"`TransformerBridge` of TransformerLens: {len(exact)} are captured, and "
         f"their probabilities and output equal `eager` to {EXACT:.0e} (of the largest; most to 1e-6); "
         f"{len(rows) - len(exact)} are refused by `lens.load` or `lens.capture` with the reason that stands here. "
         "Analyses: `heads.importance` by ablation, `heads.weights.composition`, direct attribution, "

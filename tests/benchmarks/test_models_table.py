@@ -6,7 +6,7 @@ import pytest
 
 from tests.benchmarks import models_table
 
-ROW = re.compile(r"\| (\w+) \(([\w.-]+)\) \| (exact|exact \(output\)|refused: .+?) \| (.*) \|")
+ROW = re.compile(r"\| ([\w ]+) \(([\w.:-]+)\) \| (exact|exact \(output\)|refused: .+?) \| (.*) \|")
 
 
 def _rows() -> list[tuple[str, str, str, list[str]]]:
