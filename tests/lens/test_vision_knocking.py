@@ -21,6 +21,7 @@ from lens.traces.segments import TEXT as TEXT_KIND
 from tests.lens.naive import rms_ratio
 from tests.lens.vision_models import (
     BUILDERS,
+    FAMILIES,
     LAYERS,
     QUESTION,
     SYSTEM,
@@ -108,7 +109,7 @@ def test_hidden_edges_are_those_of_the_text_alone(name):
     assert visible[-1] == 1
 
 
-@pytest.mark.parametrize("name", BUILDERS)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_sinks_and_controls_of_a_planted_activation(name):
     network, inputs, _ = build(name)
     model = lens.load(network)

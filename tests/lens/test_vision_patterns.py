@@ -2,11 +2,13 @@
 
 import numpy as np
 import pytest
+from scipy.spatial.distance import cdist
 
 import lens
 from lens import stats
 from lens.common.errors import LensError
-from lens.vision.patterns import _overlaps
+from lens.vision._autoencoder import Encoded
+from lens.vision.patterns import _grouped, _overlaps
 from tests.lens.pictures import planted
 
 KINDS = ("diagonal", "previous", "vertical", "uniform", "local", "strided")
@@ -54,6 +56,23 @@ def test_planted_patterns_come_back_beside_principal_components(drawn, found):
     assert found.found.missed < 0.2
     assert [one.kind for one in found.findings()] == ["groups", "baseline", "heads"]
     assert "fall into 6 patterns" in found.findings()[0]
+
+
+def test_a_few_maps_that_stand_out_do_not_leave_all_others_in_one_group():
+    """Three clouds of 40 and two maps far away: by average linkage and silhouette they would be two groups, 120 and 2."""
+    random = np.random.default_rng(4)
+    kinds = np.repeat([0, 1, 2, 3], [40, 40, 40, 2])
+    middles = np.array([[0.0, 0], [3, 0], [0, 3], [30, 30]])
+    latent = middles[kinds] + random.normal(size=(122, 2)) * 0.5
+    found = _grouped(
+        "pca", Encoded(latent, lambda some: np.zeros((len(some), 8, 8)), 0.0), None, 10, 0
+    )
+    assert stats.adjusted_rand(kinds, found.labels) > 0.9
+    assert np.bincount(found.labels).max() == 40
+    assert found.rand.mean() > 0.9
+    merges = stats.average_linkage(cdist(latent, latent))
+    best = 2 + int(stats.silhouettes(cdist(latent, latent), merges)[1:12].argmax())
+    assert np.bincount(stats.cut_tree(merges, best)).max() == 120
 
 
 def test_a_prototype_is_the_pattern_of_its_group(drawn, found):

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import pytest
 import torch
 import transformers
 from torch import nn
@@ -175,6 +176,13 @@ BUILDERS = {
 
 CAUSAL = [name for name in BUILDERS if name not in ("paligemma", "gemma3")]
 """Those in which no token sees a later one."""
+
+
+FAMILIES = [
+    pytest.param(name, marks=[pytest.mark.exhaustive] * (name in ("qwen2_vl", "internvl")))
+    for name in BUILDERS
+]
+"""All; of two whose inputs and masks are those of another the long tests run before a release alone."""
 
 
 def scored(name: str, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
