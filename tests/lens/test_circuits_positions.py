@@ -15,6 +15,7 @@ from lens.circuits.scores.attribution import head_slopes
 from lens.common.errors import LensError
 from lens.passes.calls import attend
 from lens.passes.sessions import listening
+from lens.tasks import Task
 from tests.lens.circuit_models import Naive, error, small_model, small_task
 
 SPANS = {"start": (0, 2), "mid": torch.tensor([3, 2, 4])}
@@ -229,6 +230,16 @@ def test_masks_in_spans_are_masks_everywhere_where_they_are_alike(case):
 def test_spans_that_are_none_are_refused(case, spans, match):
     with pytest.raises(LensError, match=match):
         positions(*case, spans, progress=False)
+
+
+def test_pictures_have_no_places(case):
+    pictures = torch.rand(2, 1, 8, 8)
+    zero = torch.zeros(2, 1, dtype=torch.long)
+    task = Task("digits", pictures, zero, zero, "loss", pictures, labels=7)
+    with pytest.raises(
+        LensError, match="places are of prompts of tokens, and 'digits' is of pictures"
+    ):
+        positions(case[0], task, "each", progress=False)
 
 
 def test_what_has_no_scores_is_refused(case):

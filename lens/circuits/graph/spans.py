@@ -40,8 +40,13 @@ def find_spans(task: Task, spans: Given | None) -> Spans:
             the task; "each": every token is a place of its own. Tokens in none are "rest".
 
     Raises:
-        LensError: no marks, positions that are not in the prompts, or spans that share a token.
+        LensError: no marks, positions that are not in the prompts, spans that share a token, or a task of pictures.
     """
+    if task.clean.dim() != 2 or task.targets is not None:
+        raise LensError(
+            f"places are of prompts of tokens, and {task.name!r} is of pictures or of pairs; lens.circuits.score_edges "
+            "takes it without places"
+        )
     if isinstance(spans, str) and spans == EACH:
         task.refuse_lengths("a place for each token")
         where = torch.eye(task.length, dtype=torch.bool)[:, None].expand(-1, task.n, -1)
