@@ -36,6 +36,7 @@ GOALS = {
     "memory of the server": "1,000 MB",
 }
 SWITCHES = 60
+MAPS = 9
 
 
 def make_run(folder: Path, tokens: int, block_size: int, heads: int) -> None:
@@ -123,12 +124,16 @@ def _in_browser(address: str, pid: int) -> dict[str, float]:
         cold = load("/atlas", "#atlas[data-ready]")
         warm = [load("/atlas", "#atlas[data-ready]") for _ in range(5)]
         head = load("/head/0/0", "#map[data-ready]")
+        names = ",".join(f"L0H{number}" for number in range(MAPS))
+        wall = [load(f"/maps?heads={names}", _WALL) for _ in range(3)]
+        load("/head/0/0", "#map[data-ready]")
         switches = [page.evaluate(_NEXT) / 1000 for _ in range(SWITCHES)]
         browser.close()
     return {
         "atlas, the first time": cold,
         "atlas, warm": statistics.median(warm),
         "a head from its address": head,
+        "nine linked maps": statistics.median(wall),
         "next head": statistics.median(switches),
         "next head, the slowest of 60": max(switches),
         "memory of the server before": before,
@@ -136,6 +141,8 @@ def _in_browser(address: str, pid: int) -> dict[str, float]:
     }
 
 
+_WALL = f"#maps:not(:has(.map:not([data-ready]))):has(.map:nth-of-type({MAPS}))"
+"""All maps are there and drawn."""
 _NEXT = """() => new Promise((done) => {
     const start = performance.now(), before = document.getElementById("map").dataset.head;
     document.getElementById("next-head").click();
