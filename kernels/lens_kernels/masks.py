@@ -1,10 +1,10 @@
 """Lowers an `AttentionMask` to the one form that backends read: an interval of keys per query row.
 
-With anchor `a`, origin `o`, end `e`, window `w` and prefix `p`, query row by query row:
+With anchor `a`, origin `o`, end `e`, window `w`, prefix `p` and the end `b` of the row's block, row by row:
 
     low  = max(o, a - w + 1)
-    high = min(e, max(a + 1, min(o + p, a + w)))     causal
-    high = min(e, a + w)                             not causal
+    high = min(e, max(a + 1, min(max(o + p, b), a + w)))     causal
+    high = min(e, a + w)                                     not causal
 
 where terms of parts that were not given drop out.
 """
@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +33,8 @@ def lower_mask(mask: AttentionMask, query: Tensor, key: Tensor) -> MaskPlan:
     keys = key.shape[2]
     device = query.device
     window = _window(mask.window, queries + keys)
-    ragged = (mask.key_lengths, mask.query_lengths, mask.key_start, mask.cu_seqlens, mask.prefix)
+    ragged = (mask.key_lengths, mask.query_lengths, mask.key_start, mask.cu_seqlens)
+    ragged = (*ragged, mask.prefix, mask.blocks)
     if all(part is None for part in ragged):
         plan = _simple(batch, queries, keys, mask.causal, window, device)
     else:
@@ -74,12 +76,21 @@ def _lowered(
     low, high = origin, end
     if mask.causal:
         reach = anchor + 1
+        ahead = []
         if mask.prefix is not None:
-            bidirectional = origin + _prefix(mask.prefix, batch, keys, device)
+            ahead.append(origin + _prefix(mask.prefix, batch, keys, device))
+        if mask.blocks is not None:
+            ahead.append(_block_ends(mask.blocks, anchor, keys))
+        for bidirectional in ahead:
             if window is not None:
                 bidirectional = torch.minimum(bidirectional, anchor + window)
             reach = torch.maximum(reach, bidirectional)
         high = torch.minimum(high, reach)
+    elif mask.blocks is not None:
+        raise ValueError(
+            "blocks= lets a query see its own block whole in spite of causal=True, but causal is False and every key is "
+            "visible already; set causal=True or leave blocks out"
+        )
     elif mask.prefix is not None:
         raise ValueError(
             "prefix= lets the first keys be seen in spite of causal=True, but causal is False and "
@@ -96,7 +107,7 @@ def _lowered(
         high=torch.where(seen, high, zero).contiguous(),
         anchor=anchor.contiguous(),
         key_position=key_position.contiguous(),
-        causal=mask.causal and mask.prefix is None,
+        causal=mask.causal and mask.prefix is None and mask.blocks is None,
         simple=True,
         window=window,
         offset=keys - queries,
@@ -121,7 +132,7 @@ def _sequences(
                 f"cu_seqlens needs queries and keys at the same positions, got {queries} queries "
                 f"and {keys} keys"
             )
-        bounds = _bounds(mask.cu_seqlens, batch, queries, device)
+        bounds = _bounds("cu_seqlens", mask.cu_seqlens, batch, queries, device)
         segment = torch.searchsorted(bounds, row.contiguous(), right=True)
         start = bounds.gather(1, segment - 1)
         inside = segment < bounds.shape[1]
@@ -209,27 +220,29 @@ def _prefix(
     return tensor.clamp(max=keys).reshape(-1, 1).to(torch.int32)
 
 
-def _bounds(
-    cu_seqlens: Tensor | Sequence[int] | Sequence[Sequence[int]],
-    batch: int,
-    queries: int,
-    device: torch.device,
-) -> Tensor:
+def _block_ends(blocks: Any, anchor: Tensor, keys: int) -> Tensor:
+    """[batch, queries]: one past the last key of the block in which each query stands; 0 where it is in none."""
+    bounds = _bounds("blocks", blocks, len(anchor), keys, anchor.device)
+    block = torch.searchsorted(bounds, anchor.contiguous(), right=True)
+    ends = bounds.gather(1, block.clamp(max=bounds.shape[1] - 1))
+    return torch.where((block > 0) & (block < bounds.shape[1]), ends, 0)
+
+
+def _bounds(name: str, values: Any, batch: int, limit: int, device: torch.device) -> Tensor:
     """[batch, segments + 1] checked cumulative lengths."""
-    bounds = _integers("cu_seqlens", cu_seqlens, device, (1, 2))
+    bounds = _integers(name, values, device, (1, 2))
     if bounds.dim() == 2 and bounds.shape[0] != batch:
         raise ValueError(
-            f"cu_seqlens must be [segments + 1] or [batch, segments + 1] with batch {batch}, got "
-            f"shape {list(bounds.shape)}"
+            f"{name} must be [segments + 1] or [batch, segments + 1] with batch {batch}, got shape {list(bounds.shape)}"
         )
     bounds = bounds.expand(batch, -1).contiguous()
     if bounds.shape[1] < 2:
-        raise ValueError("cu_seqlens needs at least two entries: 0 and the end of the first one")
+        raise ValueError(f"{name} needs at least two entries: 0 and the end of the first one")
     rises = bool((bounds.diff(dim=1) >= 0).all())
-    if not rises or bool((bounds[:, 0] != 0).any()) or bool((bounds[:, -1] > queries).any()):
+    if not rises or bool((bounds[:, 0] != 0).any()) or bool((bounds[:, -1] > limit).any()):
+        of = "queries" if name == "cu_seqlens" else "keys"
         raise ValueError(
-            f"cu_seqlens must rise from 0 to at most {queries} (the number of queries), got "
-            f"{bounds.tolist()}"
+            f"{name} must rise from 0 to at most {limit} (the number of {of}), got {bounds.tolist()}"
         )
     return bounds.to(torch.int32)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -45,6 +45,9 @@ class AttentionMask:
         key_padding: bool [batch, keys], True for a real key; for padding in any place.
         prefix: int or [batch], prefix-LM: the first `prefix` keys of the sequence are visible to
             all its queries in spite of `causal`; `window` still limits both ways.
+        blocks: [blocks + 1] (the same for each batch row) or [batch, blocks + 1], cumulative lengths of blocks of
+            keys from 0 (frames of a video, pictures among texts), with `causal`: a query sees its own block whole and all
+            before it; behind the last block it sees what `causal` says, and `window` still limits both ways.
         cu_seqlens: [segments + 1] (the same for each batch row) or [batch, segments + 1],
             cumulative lengths of packed sequences, from 0; queries and keys must be the same
             positions. What follows the last one is padding.
@@ -63,6 +66,7 @@ class AttentionMask:
     key_start: Int[Tensor, "batch"] | Sequence[int] | None = None
     key_padding: Bool[Tensor, "batch keys"] | None = None
     prefix: int | Int[Tensor, ""] | Int[Tensor, "batch"] | Sequence[int] | None = None
+    blocks: Int[Tensor, "bounds"] | Int[Tensor, "batch bounds"] | Sequence[Any] | None = None
     cu_seqlens: (
         Int[Tensor, "bounds"]
         | Int[Tensor, "batch bounds"]
