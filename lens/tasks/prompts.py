@@ -175,7 +175,10 @@ def loss(model: "LoadedModel", tokens: Sequence[int]) -> float:
     from lens.models.loaded import check_loaded
 
     check_loaded(model)
-    return float(token_losses(model, tokens).mean())
+    losses = token_losses(model, tokens)
+    if not len(losses):
+        raise LensError("a prompt of one token predicts no other; pass at least two")
+    return float(losses.mean())
 
 
 def _no_loss(model: "LoadedModel") -> str | None:
