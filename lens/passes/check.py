@@ -189,7 +189,7 @@ def tiny_inputs(model: LoadedModel) -> dict[str, torch.Tensor]:
 def _length(model: LoadedModel) -> int:
     """Of the prompt: so long that attention is sparse where the model has positions for it."""
     context = model.info.context or LENGTH
-    needed = shortest(model.model.config)
+    needed = 0 if model.is_bridge else shortest(model.model.config)
     return max(min(LENGTH, context), needed if needed <= context else 0)
 
 

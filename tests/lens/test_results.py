@@ -197,6 +197,7 @@ def test_tables_of_heads_join():
         "PolicyScores",
         "PolicySearch",
         "PolicyTransfer",
+        "PositionScores",
         "RunSeries",
     }
     assert of_heads - elsewhere == {type(one).__name__ for one in made}
