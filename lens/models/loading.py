@@ -34,6 +34,7 @@ from lens.models.tokens import check_fit
 from lens.models.towers import described_towers
 from lens.models.words import SymbolTokenizer
 
+_MOST_JSON = 2**28  # bytes of a file; tokenizers of 260,000 words have 33 MB
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -127,6 +128,13 @@ def _from_name(
 
 def _from_any_folder(folder: Path, dtype: torch.dtype | None, device: torch.device) -> LoadedModel:
     """Of a model that `save_pretrained` wrote, of an adapter of peft, or with one GGUF file."""
+    for path in folder.glob("*.json"):  # transformers reads them whole, whatever they are
+        if path.exists() and (not path.is_file() or path.stat().st_size > _MOST_JSON):
+            size = f"has {path.stat().st_size:,} bytes" if path.is_file() else "is no regular file"
+            raise LensError(
+                f"cannot load the model in {folder}: {path.name} {size}, and at most {_MOST_JSON:,} are read; download "
+                "it again"
+            )
     if (folder / CONFIG).is_file():
         base = adapter_base(folder)
         inside = (folder / "config.json").is_file()  # transformers reads model and adapter then

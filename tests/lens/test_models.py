@@ -1,6 +1,7 @@
 """Loading: every kind of model that `lens.load` takes, its self-check, and each refusal."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -235,6 +236,19 @@ def test_code_and_kernels_of_a_folder_are_not_used(tmp_path, monkeypatch):
     with pytest.raises(LensError, match="cannot load the model in"):
         lens.load(tmp_path)
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "generation_config.json"])
+def test_a_file_of_a_folder_that_is_too_large_or_none_is_not_read(checkpoint, name):
+    path = checkpoint[0] / name
+    path.touch()
+    os.truncate(path, 3 * 2**30)  # all holes
+    with pytest.raises(LensError, match=f"{name} has 3,221,225,472 bytes, and at most 268,435,456"):
+        lens.load(path.parent)
+    path.unlink()
+    path.symlink_to("/dev/zero")
+    with pytest.raises(LensError, match=f"{name} is no regular file"):
+        lens.load(path.parent)
 
 
 @pytest.mark.parametrize("share", [0, 0.5, 0.999])
