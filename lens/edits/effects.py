@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from lens.common.choices import check_choice, check_counts
+from lens.common.choices import check_choice, check_counts, check_lists, is_number
 from lens.common.errors import LensError
 from lens.common.progress import advancing
 from lens.edits.clean_runs import CleanRuns, clean_runs, looks_ahead, of_layers
@@ -98,6 +98,10 @@ def effect(
     check_counts(draws=draws)
     controls = [controls] if isinstance(controls, str) else controls
     named = [check_choice("controls", one, CONTROLS) for one in controls or ()]
+    if amounts is not None:
+        check_lists(amounts=amounts)
+        if not all(is_number(amount) for amount in amounts):
+            raise LensError(f"amounts must be numbers, got {list(amounts)}")
     doses = None if amounts is None else sorted(float(amount) for amount in amounts)
     if doses is not None and (not doses or len(set(doses)) < len(doses)):
         raise LensError(f"amounts must be different, at least one; got {list(amounts or ())}")

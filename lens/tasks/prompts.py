@@ -110,6 +110,7 @@ def copied(model: "LoadedModel", length: int, seed: int = 0) -> list[int]:
     if model.info.vocab is None:
         raise LensError(f"{model.name} has no vocabulary, so no tokens can be drawn")
     start = [] if model.bos_id is None else [model.bos_id]
+    check_counts(0, length=length)
     total = len(start) + 2 * length
     if length < 1 or (model.info.context is not None and total > model.info.context):
         raise LensError(

@@ -393,6 +393,11 @@ def test_a_seed_that_is_none_is_refused_before_any_work(seed):
         (lambda model: lens.tasks.induction(model, 2, metric={}), "unknown metric {}"),
         (lambda model: lens.tasks.language_modelling(model, [5, 6]), "token ids must be a list"),
         (lambda model: lens.tasks.language_modelling(model, "a", length="x"), "length must be an"),
+        (lambda model: lens.tasks.copied(model, "5"), "length must be an integer of at least 0"),
+        (
+            lambda model: lens.effect(model, [[5, 6]], lens.edits.Mask("first"), amounts=["x"]),
+            "amounts must be numbers",
+        ),
         (lambda model: lens.tasks.loss(model, [5]), "a prompt of one token predicts no other"),
         (lambda model: lens.tasks.from_jsonl(model, ["x"]), "path must be the path of a file"),
         (lambda model: lens.circuits.load_circuit(3), "path must be the path of a file or folder"),
