@@ -244,7 +244,9 @@ def _difference(found: Any, own: Any) -> float:
     """Largest, of a probability; a learned sink's share is left out of some eager probabilities."""
     import torch
 
-    if len(own) > 1 and bool((own == own[:1]).all()):  # WavLM returns the mean of its heads for each
+    if len(own) > 1 and bool(
+        (own == own[:1]).all()
+    ):  # WavLM returns the mean of its heads for each
         found, own = found.mean(0), own[0]
     shares = found.sum(-1, keepdim=True)
     if torch.allclose(own.sum(-1), torch.ones(()), atol=1e-4):
