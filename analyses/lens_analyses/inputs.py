@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from lens.common.errors import LensError
 from lens.common.files import open_regular
 from lens.models.catalogue import KNOWN
+from lens_analyses.boxes import read_boxes
 from lens_analyses.config import RunConfig
 from lens_analyses.config.paths import local
 from lens_analyses.config.pictures import PictureConfig
@@ -258,9 +259,14 @@ def _read_pictures(config: RunConfig, prompts: PictureConfig) -> tuple[RunConfig
     digest = hashlib.sha256()
     for path in paths:
         digest.update(bytes_of(path))
-    named = ", ".join(path.name for path in paths)
-    sha256 = unchanged(prompts.sha256, digest.hexdigest(), named)
-    given = _with(prompts, image=",".join(map(str, paths)), sha256=sha256)
+    names = [path.name for path in paths]
+    changed = {"image": ",".join(map(str, paths))}
+    if prompts.boxes is not None:
+        boxes = local(prompts.boxes)
+        digest.update(read_boxes(boxes, names).to_csv().encode())
+        changed["boxes"] = str(boxes)
+    sha256 = unchanged(prompts.sha256, digest.hexdigest(), ", ".join(names))
+    given = _with(prompts, **changed, sha256=sha256)
     return _with(config, prompts=given), [Source(path.name, str(path)) for path in paths]
 
 

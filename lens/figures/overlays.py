@@ -1,4 +1,4 @@
-"""Attention over the picture that it is on, cell by cell where the patches lie."""
+"""Attention over the picture that it is on, cell by cell where the patches lie; and how well it finds boxes."""
 
 from __future__ import annotations
 
@@ -7,27 +7,37 @@ from typing import TYPE_CHECKING, Unpack
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from lens.common.colors import ACCENT, VIRIDIS, scale
+from lens.common.colors import ACCENT, BASELINE, VIRIDIS, scale
 from lens.common.plots import draws
 from lens.figures.pictures import picture_uri
 from lens.figures.style import Look, escaped, style
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from lens.traces.overlays import Overlay
+    from lens.vision.grounding import Grounding
 
 _ACROSS = 3  # pictures side by side
 _CELL = 190  # pixels of a picture's height on the page
 _STOPS = 8  # of a scan path
+_BOX = "#ffffff"
 
 
 @draws("Overlay")
 def overlay_map(
-    result: Overlay, *, alpha: float = 0.6, path: bool = False, **look: Unpack[Look]
+    result: Overlay,
+    *,
+    alpha: float = 0.6,
+    path: bool = False,
+    boxes: Sequence[Sequence[float]] = (),
+    **look: Unpack[Look],
 ) -> go.Figure:
     """The picture with the attention of each map over it; a cross marks the patch in question.
 
     Args:
         alpha: of the map over the picture.
+        boxes: (left, top, right, bottom) in pixels of the picture, drawn on it.
         path: also what is looked at most, numbered from the strongest on, joined as a scan path.
 
     Example:
@@ -77,6 +87,9 @@ def overlay_map(
             hovertemplate="%{text}<br>%{z:.4g}<extra></extra>",
             **at,
         )
+        for box in boxes:
+            ends = dict(zip(("x0", "y0", "x1", "y1"), map(float, box), strict=True))
+            figure.add_shape(type="rect", line={"color": _BOX, "width": 3}, **ends, **at)
         if result.query is not None:
             ends = grid.cell(*result.query)
             figure.add_scatter(
@@ -112,3 +125,49 @@ def overlay_map(
     name = f"{result.names[0]}: " if count == 1 else ""
     text = escaped(f"{name}{result.what}; {result.elsewhere.mean():.1%} on no patch shown")
     return style(figure, text, look, height=min(900, 70 + (_CELL if count > 1 else 420) * down))
+
+
+@draws("Grounding")
+def box_scores(result: Grounding, *, most: int = 20, **look: Unpack[Look]) -> go.Figure:
+    """IoU of the maps that cover the boxes best, beside patches round the middle and the whole picture.
+
+    Args:
+        most: maps to draw, the best first.
+
+    Example:
+        >>> trace = lens.capture(vit, {"pixel_values": images}, keep_qk=True)
+        >>> found = lens.vision.grounding(trace.overlay(["L0H0", "L1H1"], query="[CLS]"), [(4, 4, 12, 12)])
+        >>> figure = found.plot()
+    """
+    table = result.table().sort_values("iou", ascending=False, kind="stable").head(most)
+    figure = go.Figure()
+    figure.add_scatter(
+        x=table["map"],
+        y=table["iou"],
+        mode="markers",
+        marker={"color": ACCENT, "size": 9},
+        error_y={
+            "type": "data",
+            "symmetric": False,
+            "array": table["iou_high"] - table["iou"],
+            "arrayminus": table["iou"] - table["iou_low"],
+        },
+        customdata=table["pointing"],
+        hovertemplate="%{x}: IoU %{y:.3f}, points into a box in %{customdata:.0%}<extra></extra>",
+        showlegend=False,
+    )
+    for name, dash, said in (
+        ("iou_middle", "dash", "patches round the middle"),
+        ("iou_whole", "dot", "the whole picture"),
+    ):
+        figure.add_scatter(
+            x=table["map"],
+            y=table[name],
+            mode="lines",
+            name=said,
+            line={"color": BASELINE, "dash": dash},
+        )
+    figure.update_yaxes(title="IoU at the best threshold", range=[0, 1])
+    count = int(table["n"].iloc[0])
+    text = f"How well maps cover the boxes of {count} picture{'s' * (count > 1)}"
+    return style(figure, text, look, height=420)

@@ -70,6 +70,10 @@ SECTIONS: Mapping[str, Mapping[str, dict[str, Kind]]] = {
         "classes": kinds_of(("layer", "name", "metric", "class", "value", "n")),
     },
     "rings": {"rings": kinds_of(("prompt_id", "layer", "name", "ring", "mass", "uniform_mass"))},
+    "grounding": {
+        "heads": kinds_of(("layer", "head", "name", "iou", "iou_middle", "pointing", "n")),
+        "boxes": kinds_of(("prompt_id", "left", "top", "right", "bottom")),
+    },
     "pattern_summary": {"maps": kinds_of(("prompt_id", "layer", "name", "group", "x", "y"))},
     "circuit": {
         "faithfulness": kinds_of(

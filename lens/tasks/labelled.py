@@ -22,6 +22,10 @@ from lens.common.files import read_text
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 TABLES = (".csv", ".jsonl", ".ndjson")
 _LARGEST = 256 << 20  # bytes of a table
+_EXPECTED = (
+    "no folder and no table; give a folder with a sub-folder per label, or a table "
+    f"({', '.join(TABLES)}) with label, and text or path"
+)
 
 
 class Labelled(NamedTuple):
@@ -50,7 +54,7 @@ def read_labelled(given: Any, *, most: int | None = None) -> Labelled:
     """
     if isinstance(given, str | Path):
         path = Path(given).expanduser()
-        pairs = _of_folder(path) if path.is_dir() else _of_table(_read(path), path)
+        pairs = _of_folder(path) if path.is_dir() else _of_table(read_table(path, _EXPECTED), path)
     else:
         pairs = _of_table(given, None)
     chosen, left = pairs, {}
@@ -78,12 +82,18 @@ def _of_folder(folder: Path) -> list[tuple[Any, Any]]:
     return pairs
 
 
-def _read(path: Path) -> pd.DataFrame:
+def read_table(path: Path, expected: str) -> pd.DataFrame:
+    """A table of a `.csv` or `.jsonl` file; of a `.csv` all is text.
+
+    Args:
+        path: of the file.
+        expected: what it is and what to give, for the error of another file.
+
+    Raises:
+        LensError: no such file, or one that holds no table.
+    """
     if path.suffix not in TABLES:
-        raise LensError(
-            f"{path} is no folder and no table; give a folder with a sub-folder per label, or a table "
-            f"({', '.join(TABLES)}) with label, and text or path"
-        )
+        raise LensError(f"{path} is {expected}")
     content = read_text(path, most=_LARGEST)
     try:
         if path.suffix == ".csv":

@@ -3,14 +3,14 @@
 Pointing game (Zhang et al., "Top-down Neural Attention by Excitation Backprop", arXiv 1608.00507): does the middle of
 the patch with the highest value lie in a box? IoU: the patches at or above a threshold against the boxes, in pixels, at
 the threshold that fits best, which is an upper bound. Beside both stand what needs no model: a blind point, the
-middle of the picture, and the whole picture as the answer.
+middle of the picture, the whole picture as the answer, and the patches round its middle, with the best threshold too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -24,7 +24,7 @@ from lens.traces.overlays import Overlay
 
 _DIGITS = 5  # of shares of the highest value: what differs by less is one threshold
 Box = tuple[float, float, float, float]
-_COLUMNS = ("pointing", "pointing_blind", "pointing_middle", "iou", "iou_whole")
+_COLUMNS = ("pointing", "pointing_blind", "pointing_middle", "iou", "iou_whole", "iou_middle")
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +33,8 @@ class Grounding(Result):
 
     Attributes:
         rows: one row per picture and map: `picture`, `map`, `pointing`, `pointing_blind` (share of the picture in
-            boxes), `pointing_middle`, `iou`, `threshold` (share of the highest value), `iou_whole`.
+            boxes), `pointing_middle`, `iou`, `threshold` (share of the highest value), `iou_whole`,
+            `iou_middle` (patches nearest to the middle, as many as fit best).
         seed: of the intervals over pictures.
     """
 
@@ -64,7 +65,7 @@ class Grounding(Result):
             ),
             Sentence(
                 f"{covers['map']} covers the boxes best: IoU {covers['iou']:.2f} at the best threshold of each "
-                f"picture; the whole picture has {covers['iou_whole']:.2f}.",
+                f"picture; the whole picture has {covers['iou_whole']:.2f}, patches round its middle {covers['iou_middle']:.2f}.",
                 kind="iou",
             ),
         )
@@ -109,8 +110,9 @@ def grounding(
     for number, (one, theirs) in enumerate(zip(several, given, strict=True)):
         check_lists(boxes=theirs)
         inside = _inside(one.grid.size, theirs)  # pyright: ignore[reportArgumentType]
+        covered = _Covered.by(one, inside)
         rows += [
-            {"picture": number, "map": name, **_scores(one, values, inside)}
+            {"picture": number, "map": name, **_scores(one, values, inside, covered)}
             for name, values in zip(one.names, one.values, strict=True)
         ]
     return Grounding(pd.DataFrame(rows), seed)
@@ -134,25 +136,65 @@ def _inside(size: tuple[int, int], boxes: Sequence[Box]) -> np.ndarray:
     return found
 
 
-def _scores(one: Overlay, values: np.ndarray, inside: np.ndarray) -> dict[str, float]:
+class _Covered(NamedTuple):
+    """Pixels of a picture by patch.
+
+    Attributes:
+        pixels, hits: [height, width] in patches: how many a patch has, and how many of them lie in a box.
+        boxed: in boxes, of the whole picture.
+        middle: IoU of the patches nearest to the middle of the picture.
+    """
+
+    pixels: np.ndarray
+    hits: np.ndarray
+    boxed: int
+    middle: float
+
+    @classmethod
+    def by(cls, one: Overlay, inside: np.ndarray) -> _Covered:
+        grid = one.grid
+        shape = (grid.height, grid.width)
+        patch = one.pixel_values(np.arange(grid.height * grid.width).reshape(shape))
+        seen = np.isfinite(patch)
+        patch = patch[seen].astype(int)
+        pixels, hits = (
+            np.bincount(patch, weights, grid.height * grid.width).reshape(shape)
+            for weights in (None, inside[seen])
+        )
+        left, top, right, bottom = grid.box
+        y = top + (np.arange(grid.height) + 0.5) * (bottom - top) / grid.height
+        x = left + (np.arange(grid.width) + 0.5) * (right - left) / grid.width
+        near = -np.hypot(y[:, None] - grid.size[0] / 2, x - grid.size[1] / 2)
+        found = cls(pixels, hits, int(inside.sum()), 0.0)
+        return found._replace(middle=found.best(np.round(near, _DIGITS))[0])
+
+    def best(self, values: np.ndarray) -> tuple[float, float]:
+        """IoU of the patches at or above the threshold that fits best, and the threshold."""
+        order = np.argsort(-values, axis=None, kind="stable")
+        ranked = values.ravel()[order]
+        last = np.append(ranked[1:] < ranked[:-1], True)  # of the patches of one value
+        chosen, hit = (of.ravel()[order].cumsum()[last] for of in (self.pixels, self.hits))
+        shares = hit / (chosen + self.boxed - hit)
+        best = int(shares.argmax())
+        return float(shares[best]), float(ranked[last][best])
+
+
+def _scores(
+    one: Overlay, values: np.ndarray, inside: np.ndarray, covered: _Covered
+) -> dict[str, float]:
     height, width = inside.shape
     known = np.nan_to_num(values)
     known = np.round(known / (known.max() or 1.0), _DIGITS)
     row, column = np.unravel_index(int(known.argmax()), known.shape)
     left, top, right, bottom = one.grid.cell(int(row), int(column))
     y, x = int((top + bottom) / 2), int((left + right) / 2)
-    cells = one.pixel_values(known)  # NaN outside of what the model sees
-    order = np.sort(np.unique(known))[::-1]
-    shares = []
-    for threshold in order:
-        chosen = cells >= threshold
-        shares.append((chosen & inside).sum() / (chosen | inside).sum())
-    best = int(np.argmax(shares))
+    iou, threshold = covered.best(known)
     return {
         "pointing": float(inside[min(max(y, 0), height - 1), min(max(x, 0), width - 1)]),
         "pointing_blind": float(inside.mean()),
         "pointing_middle": float(inside[height // 2, width // 2]),
-        "iou": float(shares[best]),
-        "threshold": float(order[best]),
+        "iou": iou,
+        "threshold": threshold,
         "iou_whole": float(inside.mean()),
+        "iou_middle": covered.middle,
     }

@@ -221,7 +221,9 @@ def test_pictures_are_offered_where_files_may_be_read():
         fields = {field["name"]: field for field in form(files=files)}
         assert ("vision" in fields["what"]["choices"]) == files
         assert ("prompts.image" in fields) == files
-    assert fields["prompts.image"]["whats"] == ["vision"]
+    assert fields["prompts.image"]["whats"] == list(WHATS)  # others: of encoder-decoders
+    assert fields["prompts.images"]["whats"] == ["heads", "vision", "circuit"]
+    assert fields["prompts.boxes"]["whats"] == ["vision"]
 
 
 @pytest.mark.parametrize("what", [one for one in WHATS if one != "vision"])

@@ -2,9 +2,11 @@
 
 import numpy as np
 import pytest
+from lens_analyses.boxes import read_boxes
 from PIL import Image
 
 import lens
+from lens.common.errors import LensError
 from lens.runs import open_run
 from lens.runs.validation import validate
 from tests.lens.test_vision_pictures import vlm
@@ -26,15 +28,23 @@ def pictures(tmp_path_factory):
 def run(lens_command, pictures, tmp_path_factory):
     files = f"{pictures / 'zero.png'},{pictures / 'turned.png'}"
     out = tmp_path_factory.mktemp("vision")
-    answer = lens_command(
-        "vision", "--model", "vit-digits", "--image", files, "--out", out, "--json"
-    )
+    boxes = pictures / "boxes.csv"
+    boxes.write_text("picture,left,top,right,bottom\nzero.png,0,0,4,3\nzero.png,5,5,8,8\n")
+    given = ("--image", files, "--boxes", boxes)
+    answer = lens_command("vision", "--model", "vit-digits", *given, "--out", out, "--json")
     assert answer.code == 0, answer.err
     return open_run(answer.json["path"])
 
 
 def test_the_sections_are_there_and_the_folder_is_whole(run):
-    assert run.sections == ["overlays", "rings", "pattern_summary", "structure", "similarity"]
+    assert run.sections == [
+        "overlays",
+        "grounding",
+        "rings",
+        "pattern_summary",
+        "structure",
+        "similarity",
+    ]
     assert validate(run) == []
     assert run.status == "success"
     assert "reads no text" in run.unsupported["chain"]
@@ -59,6 +69,43 @@ def test_the_numbers_are_those_of_the_library(run, pictures):
     )
 
 
+def test_heads_are_scored_by_the_boxes_of_a_table_beside_the_middle_of_the_picture(run, pictures):
+    section = run.section("grounding")
+    trace = lens.capture(
+        lens.load("vit-digits"), pictures / "zero.png", keep_qk=True, progress=False
+    )
+    overlay = trace.overlay([str(head) for head in trace.every_head], query="[CLS]")
+    own = lens.vision.grounding(overlay, [(0, 0, 4, 3), (5, 5, 8, 8)]).table()
+    table = section.tables["heads"]
+    assert table["name"].tolist() == own["map"].tolist()
+    assert np.allclose(
+        table[["iou", "iou_middle", "pointing"]], own[["iou", "iou_middle", "pointing"]]
+    )
+    (headline,) = section.headlines
+    assert headline.value == pytest.approx(own["iou"].max())
+    assert headline.baseline == max(own["iou_middle"][0], own["iou_whole"][0])
+    assert section.tables["boxes"]["prompt_id"].tolist() == ["p000"] * 2
+    assert "1 pictures have no box" in " ".join(section.limits)
+    assert len(section.figures["p000"].layout.shapes) == 2
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ("picture,left,top,right\n", "has no column bottom"),
+        ("picture,left,top,right,bottom\n", "has no box"),
+        ("picture,left,top,right,bottom\nzero.png,4,0,4,3\n", "row 1 of .* is no box"),
+        ("picture,left,top,right,bottom\nzero.png,a,0,4,3\n", "is no box: .* got a, 0, 4, 3"),
+        ("picture,left,top,right,bottom\nother.png,0,0,4,3\n", "boxes of other.png, which the run"),
+    ],
+)
+def test_a_table_that_holds_no_boxes_of_the_pictures_is_refused(tmp_path, rows, said):
+    table = tmp_path / "boxes.csv"
+    table.write_text(rows)
+    with pytest.raises(LensError, match=said):
+        read_boxes(table, ["zero.png", "turned.png"])
+
+
 def test_the_report_has_the_pictures_inside(run):
     page = (run.path / "report.html").read_text()
     assert "What was looked at by vit-digits" in page
@@ -77,6 +124,8 @@ def test_the_same_command_finds_the_run_and_another_picture_is_noticed(
         "vit-digits",
         "--image",
         files,
+        "--boxes",
+        pictures / "boxes.csv",
         "--out",
         run.path.parent,
         "--json",
@@ -98,6 +147,8 @@ def test_the_same_command_finds_the_run_and_another_picture_is_noticed(
         (["--image", "ZERO", "--text", "what is this"], "reads pictures alone"),
         (["--image", "ZERO", "--edits", "move"], "unknown edit 'move'; known: var, act, pasta"),
         (["--image", "ZERO", "--amounts", "0,1"], "must be numbers from 0 to below 1"),
+        (["--images", "ZERO", "--boxes", "ZERO"], "boxes lie on pictures that are named"),
+        (["--image", "ZERO", "--boxes", "ZERO"], "is no table of boxes; give a .csv"),
         (["--image", "ZERO", "--images", "ZERO"], "--image) or labelled ones (--images), not both"),
     ],
 )

@@ -216,10 +216,35 @@ def test_the_pointing_game_and_iou_of_a_planted_thing_beside_what_needs_no_model
     half = lens.vision.grounding(trace.overlay("mean"), [(8, 12, 16, 36)])
     assert half.rows["iou"].iloc[0] == pytest.approx(0.5)
     assert "points into a box in 100% of 1 pictures; a blind point does in 6%" in half.findings()[0]
+    assert half.rows["iou_whole"].iloc[0] == pytest.approx(8 * 24 / (48 * 72))
     with pytest.raises(LensError, match="hold nothing of a picture of 48 × 72 pixels"):
         lens.vision.grounding(trace.overlay(), [(50, 0, 60, 10)])
     with pytest.raises(LensError, match="boxes for each picture, got 1 for 2"):
         lens.vision.grounding([trace.overlay()] * 2, [[right]])
+
+
+def test_iou_at_the_best_threshold_is_that_of_every_threshold_pixel_by_pixel(towers):
+    picture = np.random.default_rng(1).integers(0, 256, (72, 48, 3), dtype=np.uint8)
+    trace = lens.capture(towers["resized"], picture, keep_qk=True, progress=False)
+    overlay, box = trace.overlay(["L0H0", "L0"], query=(1, 2)), (5, 9, 30, 41)
+    (own, layer) = lens.vision.grounding(overlay, [box]).rows.to_dict("records")
+    inside = np.zeros((72, 48), bool)
+    inside[9:41, 5:30] = True
+    height, width = overlay.values.shape[1:]
+    y, x = (np.indices((height, width)) + 0.5) * np.array([72 / height, 48 / width])[:, None, None]
+    maps = [*overlay.values, -np.hypot(y - 36, x - 24)]
+    best = []
+    for values in maps:
+        pixels = overlay.pixel_values(np.round(values / np.abs(values).max(), 5))
+        shares = [
+            ((pixels >= one) & inside).sum() / ((pixels >= one) | inside).sum()
+            for one in np.unique(pixels)
+        ]
+        best.append(max(shares))
+    assert [own["iou"], layer["iou"], own["iou_middle"]] == pytest.approx(best)
+    assert "patches round its middle" in lens.vision.grounding(overlay, [box]).findings()[1]
+    drawn = overlay.plot(boxes=[box]).layout.shapes
+    assert [(one.x0, one.y0, one.x1, one.y1) for one in drawn] == [box] * 2
 
 
 @pytest.mark.parametrize(

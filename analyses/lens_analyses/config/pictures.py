@@ -33,6 +33,13 @@ class PictureConfig(Section):
         shown=Shown(flag="--text"),
         min_length=1,
     )
+    boxes: str | None = setting(
+        None,
+        "Table (.csv, .jsonl) of boxes on the pictures: picture (name of its file), left, top, right, bottom in its pixels; "
+        "heads are scored by how well they find them.",
+        shown=Shown(file=True),
+        min_length=1,
+    )
     sha256: str | None = setting(
         None,
         "Of the files that were read, so that a rerun notices others.",
@@ -43,6 +50,8 @@ class PictureConfig(Section):
     def _one_source(self) -> Self:
         if self.image and self.images is not None:
             raise ValueError("give pictures (--image) or labelled ones (--images), not both")
+        if self.boxes is not None and not self.image:
+            raise ValueError("boxes lie on pictures that are named; give these with --image")
         return self
 
     @property

@@ -91,6 +91,7 @@ STEPS: dict[str, tuple[Step, ...]] = {
     "redistribute": (Step("dose", "redistribute"), Step("search", "redistribute")),
     "vision": (
         Step("overlays", "vision"),
+        Step("grounding", "boxes"),
         Step("classes", "classes"),
         Step("rings", "vision"),
         Step("pattern_summary", "vision"),

@@ -157,6 +157,7 @@ COSTS: dict[str, dict[str, Callable[[Load], Cost]]] = {
     },
     "vision": {
         "overlays": lambda load: Cost(0, seconds=3),
+        "grounding": lambda load: Cost(0, seconds=1),
         "classes": lambda load: Cost((load.heads + 1) * load.task),
         "rings": lambda load: Cost(0, seconds=1 + 0.03 * load.heads),
         "pattern_summary": lambda load: Cost(0, seconds=15 + 0.02 * load.heads),

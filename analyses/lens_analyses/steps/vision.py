@@ -25,7 +25,7 @@ _MOST = 12  # pictures that are drawn; all are in the tables
 _LONGEST = 40  # letters of the name of a picture
 
 
-class _Pictured(NamedTuple):
+class Pictured(NamedTuple):
     """A picture of the run.
 
     Attributes:
@@ -49,7 +49,7 @@ def overlays(subject: Subject) -> Section:
     asked = subject.settings.overlays
     figures, maps, regions, said = {}, [], [], []
     headlines: list[Headline] = []
-    for one in _traces(subject):
+    for one in pictured(subject):
         name, title, trace = one
         heads = listed(asked) if asked else _chosen(trace)
         query = "[CLS]" if "[CLS]" in trace.tokens else None
@@ -90,7 +90,7 @@ def rings(subject: Subject) -> Section:
     figures, said = {}, []
     headlines: list[Headline] = []
     strengths: list[Rings] = []
-    for one in _traces(subject):
+    for one in pictured(subject):
         name, title, trace = one
         results = {
             "rings": lens.vision.rings(trace, seed=subject.seed),
@@ -133,7 +133,7 @@ def rings(subject: Subject) -> Section:
 
 def pattern_summary(subject: Subject) -> Section:
     """Which patterns of attention there are: an autoencoder's groups of all maps, principal components beside."""
-    names, _, traces = zip(*_traces(subject), strict=True)
+    names, _, traces = zip(*pictured(subject), strict=True)
     found = lens.vision.patterns(list(traces), seed=subject.seed, progress=subject.progress)
     table = found.table()
     table.insert(0, "prompt_id", np.array(names)[table["picture"]])
@@ -171,7 +171,7 @@ def structure(subject: Subject) -> Section:
     tables: dict[str, list[pd.DataFrame]] = {}
     figures, said = {}, []
     tau = float(subject.settings.tau)
-    for one in _traces(subject):
+    for one in pictured(subject):
         name, title, trace = one
         last = f"L{trace.layers[-1]}"
         results = {
@@ -203,13 +203,18 @@ def structure(subject: Subject) -> Section:
     )
 
 
-def _traces(subject: Subject) -> list[_Pictured]:
+def pictured(subject: Subject) -> list[Pictured]:
+    """The pictures of a run with their traces.
+
+    Raises:
+        LensError: there is none, or where its patches lie is not known.
+    """
     table = subject.run.prompts
     rows = table[(table["kind"] == "picture").to_numpy()]
     named = rows["title"].str.slice(0, _LONGEST)
     titles = np.where(named.duplicated(keep=False), named + " (" + rows["prompt_id"] + ")", named)
     found = [
-        _Pictured(name, title, subject.run.trace(name))
+        Pictured(name, title, subject.run.trace(name))
         for name, title in zip(rows["prompt_id"], titles, strict=True)
     ]
     for one in found:

@@ -40,6 +40,11 @@ window.lensVision = (() => {
           pen.fillRect(x, y, at.across + 0.5, at.down + 0.5);
         }
         pen.globalAlpha = 1;
+        const scale = canvas.width / config.size[1];
+        pen.strokeStyle = "#ffffff";
+        pen.lineWidth = 3;
+        for (const [left, top, right, bottom] of config.boxes)
+          pen.strokeRect(left * scale, top * scale, (right - left) * scale, (bottom - top) * scale);
         pen.strokeStyle = "#c2410c";
         pen.lineWidth = 3;
         pen.strokeRect(at.left + patch[1] * at.across, at.top + patch[0] * at.down, at.across, at.down);

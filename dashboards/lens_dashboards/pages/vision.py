@@ -29,7 +29,16 @@ from lens_dashboards.pages.parts import (
 )
 from lens_dashboards.selection import Selection
 
-_SECTIONS = ("overlays", "classes", "rings", "pattern_summary", "structure", "similarity", "chain")
+_SECTIONS = (
+    "overlays",
+    "grounding",
+    "classes",
+    "rings",
+    "pattern_summary",
+    "structure",
+    "similarity",
+    "chain",
+)
 _METRICS = {
     "probability": "probability lost by the right class",
     "accuracy": "accuracy lost",
@@ -71,6 +80,7 @@ def page(library: Library, view: Selection) -> list[Any]:
     grid = grids_of(trace.attrs)[0]
     variant = view.variant
     base = f"/api/run/{quote(run.id, safe='')}"
+    held = sections(run)
     config = {
         "picture": f"{base}/picture/{prompt}.png",
         "look": f"{base}/look/{prompt}",
@@ -81,13 +91,13 @@ def page(library: Library, view: Selection) -> list[Any]:
         "width": grid.width,
         "patch": [grid.height // 2, grid.width // 2],
         "palette": list(VIRIDIS),
+        "boxes": _boxes(held, prompt),
     }
     call = (
         "from lens.runs import open_run\n\n"
         f"trace = open_run({str(run.path)!r}).trace({prompt!r})\n"
         f"trace.overlay({shown!r}, query=({grid.height // 2}, {grid.width // 2}), variant={variant!r}).plot()"
     )
-    held = sections(run)
     links = [
         html.Li(dcc.Link(held[name].title, href=view.to("analysis", name).url()))
         for name in _SECTIONS
@@ -226,6 +236,15 @@ def _matrix_card(
 def _canvas(name: str) -> html.Div:
     look: dict[str, Any] = {"aria-label": f"{name}, on the picture", "role": "img"}
     return html.Div([html.H3(name), html.Canvas(tabIndex=0, **look)], className="look")
+
+
+def _boxes(held: Mapping[str, Section], prompt: str) -> list[list[float]]:
+    """Boxes that were given for a picture: left, top, right, bottom in its pixels."""
+    if "grounding" not in held:
+        return []
+    table = held["grounding"].tables["boxes"]
+    own = table[(table["prompt_id"] == prompt).to_numpy()]
+    return own[["left", "top", "right", "bottom"]].to_numpy(float).tolist()
 
 
 def _title_of(run: Run, prompt: str) -> str:
