@@ -12,6 +12,7 @@ from flask import Blueprint, Response, request
 
 from lens.common.errors import LensError
 from lens.common.png import png
+from lens.figures.overlays import SCAN_STOPS
 from lens.runs.exchange.tables import csv_text
 from lens.traces.metrics import VARIANTS
 from lens.traces.pictures import grids_of
@@ -20,6 +21,7 @@ from lens_dashboards.circuit_groups import named_groups
 from lens_dashboards.head_columns import head_columns
 from lens_dashboards.library import Library
 from lens_dashboards.library import section as read_section
+from lens_dashboards.pages.maps import MOST_MAPS
 from lens_dashboards.raster import header, raster, row
 
 _MOST_REPORT = 2**28
@@ -72,15 +74,26 @@ def make_api(library: Library) -> Blueprint:
     @api.get("/run/<run_id>/look/<prompt>/<int:row_>/<int:column>")
     @_refusing
     def get_look(run_id: str, prompt: str, row_: int, column: int) -> Response:
-        """Where a patch looks and who looks at it: float32 [2, patches], row by row."""
-        trace, heads = library.trace(run_id, prompt), request.args.get("heads", "mean")
+        """Where a patch looks and who looks at it: float32 [ways, maps, patches], row by row.
+
+        The header has the scan path of each: (x, y) in pixels of the picture, the strongest region first.
+        """
+        trace, heads = library.trace(run_id, prompt), request.args.get("heads", "mean").split(",")
+        ways = [one for one in ("query", "key") if request.args.get("way", one) == one]
+        if len(heads) > MOST_MAPS or not ways:
+            raise LensError(
+                f"at most {MOST_MAPS} heads are shown, one way: query or key; got {len(heads)}"
+            )
         patch, variant = (row_, column), _variant()
-        both = (
-            trace.overlay(heads, query=patch, variant=variant),
-            trace.overlay(heads, key=patch, variant=variant),
-        )
-        found = [one.values[0] for one in both]
-        return _binary(np.stack(found), {"rows": 2, "heads": heads})
+        asked: list[dict[str, Any]] = [{way: patch} for way in ways]
+        found = [trace.overlay(heads, variant=variant, **one) for one in asked]
+        paths = [
+            one.regions(place).head(SCAN_STOPS)[["x", "y"]].round(1).to_numpy().tolist()
+            for one in found
+            for place in range(len(heads))
+        ]
+        values = np.stack([one.values for one in found])
+        return _binary(values, {"ways": ways, "heads": heads, "paths": paths})
 
     @api.get("/run/<run_id>/heads.csv")
     @_refusing

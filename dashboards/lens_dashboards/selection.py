@@ -14,7 +14,7 @@
 /run/<id>/patching                    where the answer is carried, layer by token
 /run/<id>/circuits                    which edges carry a task
 /run/<id>/reading                      why heads attend where they do, pair by pair
-/run/<id>/vision                       where patches of a picture look
+/run/<id>/vision                       where patches of a picture look, up to nine heads  ?map=&beside=&way=&path=&prompt=
 /run/<id>/analysis/<section>          what one analysis found
 /run/<id>/provenance                  how it was made
 /compare                              two runs        ?a=&b=
@@ -47,7 +47,7 @@ OPTIONS: dict[str, dict[str, str]] = {
         "heads": "",
         "only": "",
     },
-    "vision": {"map": "", "by": "", "class": ""},
+    "vision": {"map": "", "beside": "", "way": "query", "path": "on", "by": "", "class": ""},
     "sinks": {"epsilon": "", "edit": ""},
     "redistribution": {"rule": "", "amount": ""},
     "policies": {"policy": "", "head": "", "shown": "", "layer": ""},

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _ACROSS = 3  # pictures side by side
 _CELL = 190  # pixels of a picture's height on the page
-_STOPS = 8  # of a scan path
+SCAN_STOPS = 8  # of a scan path
 _BOX = "#ffffff"
 
 
@@ -102,7 +102,7 @@ def overlay_map(
                 **at,
             )
         if path:
-            seen = result.regions(number).head(_STOPS)
+            seen = result.regions(number).head(SCAN_STOPS)
             figure.add_scatter(
                 x=seen["x"],
                 y=seen["y"],

@@ -1,6 +1,7 @@
 """The page of pictures in a real browser: hover both ways, exact numbers, wide and narrow."""
 
 import base64
+import json
 from unittest import mock
 
 import numpy as np
@@ -68,9 +69,17 @@ def test_the_patch_under_the_mouse_is_the_one_that_looks(page, site, vision_run)
 def test_the_numbers_of_the_page_are_those_of_the_trace(page, site, vision_run):
     answer = page.request.get(f"{site}/api/run/{vision_run.id}/look/p000/2/1?heads=L2")
     found = np.frombuffer(answer.body(), "<f4").reshape(2, 4, 4)
+    paths = json.loads(answer.headers["x-raster"])["paths"]
     trace = vision_run.trace("p000")
     assert np.allclose(found[0], trace.overlay("L2", query=(2, 1)).values[0], atol=1e-6)
     assert np.allclose(found[1], trace.overlay("L2", key=(2, 1)).values[0], atol=1e-6)
+    regions = trace.overlay("L2", key=(2, 1)).regions().head(8)
+    assert np.allclose(paths[1], regions[["x", "y"]], atol=0.06)
+    several = f"{site}/api/run/{vision_run.id}/look/p000/2/1?heads="
+    answer = page.request.get(f"{several}L2,L0H1&way=key")
+    own = trace.overlay(["L2", "L0H1"], key=(2, 1)).values
+    assert np.allclose(np.frombuffer(answer.body(), "<f4").reshape(2, 4, 4), own, atol=1e-6)
+    assert page.request.get(several + ",".join(["L2"] * 10)).status == 404
     picture = page.request.get(f"{site}/api/run/{vision_run.id}/picture/p000.png")
     assert picture.headers["content-type"] == "image/png"
     assert page.request.get(f"{site}/api/run/{vision_run.id}/look/p000/9/9").status == 404
@@ -78,7 +87,7 @@ def test_the_numbers_of_the_page_are_those_of_the_trace(page, site, vision_run):
 
 @pytest.mark.parametrize("width", [1440, 430])
 @pytest.mark.parametrize(
-    "part", ["vision?by=loss&class=3", *(f"analysis/{name}" for name in STEPS_SHOWN)]
+    "part", ["vision?by=loss&class=3&beside=L0H0,L2", *(f"analysis/{name}" for name in STEPS_SHOWN)]
 )
 def test_axe_is_content_and_nothing_scrolls_sideways(browser, site, vision_run, part, width):
     from axe_playwright_python.sync_playwright import Axe
@@ -92,6 +101,32 @@ def test_axe_is_content_and_nothing_scrolls_sideways(browser, site, vision_run, 
     context.close()
     assert {item["id"] for item in found if item["impact"] in ("serious", "critical")} == set()
     assert scroll <= width
+
+
+def test_several_heads_stand_side_by_side_under_one_patch_with_their_scan_paths(
+    page, site, vision_run
+):
+    page.goto(f"{site}/run/{vision_run.id}/vision?map=L1H2&beside=L0H0,L2,L9&way=key")
+    page.wait_for_selector("#vision[data-ready]")
+    page.get_by_text("L9 is shown already, or no head or layer of this run.").wait_for()
+    canvases = page.locator("#vision canvas")
+    assert canvases.count() == 3
+    canvases.nth(2).focus()
+    page.keyboard.press("ArrowUp")
+    page.wait_for_selector("#vision[data-patch='1,2']")
+    found = vision_run.trace("p000").overlay(["L1H2", "L0H0", "L2"], key=(1, 2))
+    said = page.locator(".look-said").inner_text()
+    for name, values in zip(found.names, found.values, strict=True):
+        best = np.unravel_index(values.argmax(), values.shape)
+        assert f"{name} ({best[0]}, {best[1]}) {values.max():.4f}" in said
+    pixel = """([which, x, y]) => { const canvas = document.querySelectorAll("#vision canvas")[which], scale = canvas.width / 8;
+        return [...canvas.getContext("2d").getImageData(x * scale - 6, y * scale, 1, 1).data].slice(0, 3); }"""
+    for which in range(3):
+        first = found.regions(which).iloc[0]
+        assert page.evaluate(pixel, [which, first["x"], first["y"]]) == [0x1D, 0x4E, 0xD8]
+    page.goto(f"{site}/run/{vision_run.id}/vision?map=L1H2&beside=L0H0&way=key&path=off")
+    page.wait_for_selector("#vision[data-ready]")
+    assert page.evaluate(pixel, [0, first["x"], first["y"]]) != [0x1D, 0x4E, 0xD8]
 
 
 def test_views_are_linked_and_show_the_tables_of_the_run(page, site, vision_run):

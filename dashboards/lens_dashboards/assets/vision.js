@@ -25,7 +25,7 @@ window.lensVision = (() => {
       return config.palette[at];
     }
 
-    function draw(values) {
+    function draw(values, paths) {
       const count = config.height * config.width;
       canvases.forEach((canvas, which) => {
         const at = place(canvas), pen = canvas.getContext("2d"), own = values.subarray(which * count, (which + 1) * count);
@@ -45,18 +45,41 @@ window.lensVision = (() => {
         pen.lineWidth = 3;
         for (const [left, top, right, bottom] of config.boxes)
           pen.strokeRect(left * scale, top * scale, (right - left) * scale, (bottom - top) * scale);
+        if (config.path) walk(pen, paths[which].map(([x, y]) => [x * scale, y * scale]));
         pen.strokeStyle = "#c2410c";
         pen.lineWidth = 3;
         pen.strokeRect(at.left + patch[1] * at.across, at.top + patch[0] * at.down, at.across, at.down);
       });
-      const best = [0, 1].map(which => {
+      const best = canvases.map((canvas, which) => {
         let place = 0;
         for (let cell = 0; cell < count; cell++) if (values[which * count + cell] > values[which * count + place]) place = cell;
         return `(${Math.floor(place / config.width)}, ${place % config.width}) ${values[which * count + place].toFixed(4)}`;
       });
-      said.textContent = `Patch (${patch[0]}, ${patch[1]}) looks most at ${best[0]}; most looks at it ${best[1]}.`;
+      const words = config.way === "key" ? "Most looks at it" : "It looks most";
+      said.textContent = config.maps.length > 1
+        ? `Patch (${patch[0]}, ${patch[1]}). ${words}: ${config.maps.map((name, which) => `${name} ${best[which]}`).join("; ")}.`
+        : `Patch (${patch[0]}, ${patch[1]}) looks most at ${best[0]}; most looks at it ${best[1]}.`;
       root.dataset.patch = patch.join(",");
       root.setAttribute("data-ready", "");
+    }
+
+    function walk(pen, stops) {
+      pen.strokeStyle = pen.fillStyle = "#1d4ed8";
+      pen.lineWidth = 2;
+      pen.beginPath();
+      for (const [x, y] of stops) pen.lineTo(x, y);
+      pen.stroke();
+      pen.font = "bold 12px sans-serif";
+      pen.textAlign = "center";
+      pen.textBaseline = "middle";
+      [...stops.entries()].reverse().forEach(([place, [x, y]]) => {
+        pen.fillStyle = "#1d4ed8";
+        pen.beginPath();
+        pen.arc(x, y, 9, 0, 2 * Math.PI);
+        pen.fill();
+        pen.fillStyle = "#ffffff";
+        pen.fillText(place + 1, x, y);
+      });
     }
 
     async function look(next) {
@@ -65,7 +88,8 @@ window.lensVision = (() => {
       const answer = await fetch(`${config.look}/${patch[0]}/${patch[1]}?${config.query}`);
       if (number !== asked || !root.isConnected) return;
       if (!answer.ok) { said.textContent = await answer.text(); root.setAttribute("data-ready", ""); return; }
-      draw(new Float32Array(await answer.arrayBuffer()));
+      const { paths } = JSON.parse(answer.headers.get("X-Raster"));
+      draw(new Float32Array(await answer.arrayBuffer()), paths);
     }
 
     function under(canvas, event) {

@@ -14,9 +14,9 @@ from lens_dashboards.pages.head import known_prompt, map_config, prompt_control
 from lens_dashboards.pages.parts import (
     card,
     crumbs,
+    names_control,
     note_banner,
     python_call,
-    remember,
     run_banner,
     select,
 )
@@ -135,7 +135,7 @@ def _controls(
     """Heads by their names, and another run."""
     runs = [one for one in library.runs() if not isinstance(one, BrokenRun) and one.id != run.id]
     options = {"": "none", **{one.id: one.id for one in runs[:_RUNS]}}
-    parts = [_names("heads", "Heads, with commas", ",".join(heads))]
+    parts = [names_control("heads", "Heads, with commas", ",".join(heads))]
     parts.append(
         select(
             "vs",
@@ -145,16 +145,5 @@ def _controls(
         )
     )
     if other is not None:
-        parts.append(_names("others", "Its heads", view.option("others") or ",".join(heads)))
+        parts.append(names_control("others", "Its heads", view.option("others") or ",".join(heads)))
     return html.Div(parts, className="controls")
-
-
-def _names(option: str, label: str, value: str) -> html.Div:
-    return html.Div(
-        [
-            html.Label(label, htmlFor=f'{{"option":"{option}"}}'),
-            dcc.Input(id={"option": option}, value=value, type="text", debounce=True),
-            remember(option, value),
-        ],
-        className="control",
-    )

@@ -232,6 +232,18 @@ def select(name: str, label: str, options: Mapping[str, str], value: str) -> htm
     )
 
 
+def names_control(option: str, label: str, value: str) -> html.Div:
+    """A line of names with commas that keeps an option of the page in its link."""
+    return html.Div(
+        [
+            html.Label(label, htmlFor=f'{{"option":"{option}"}}'),
+            dcc.Input(id={"option": option}, value=value, type="text", debounce=True),
+            remember(option, value),
+        ],
+        className="control",
+    )
+
+
 def remember(option: str, value: Any) -> dcc.Store:
     """What a control of an option shows at first: only another value changes the link."""
     return dcc.Store(id={"shown": option}, data=value)

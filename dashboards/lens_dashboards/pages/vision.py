@@ -17,11 +17,13 @@ from lens.runs.sections import Section
 from lens.traces.pictures import grids_of
 from lens_dashboards.library import Library, sections
 from lens_dashboards.pages.head import known_prompt, prompt_control
+from lens_dashboards.pages.maps import MOST_MAPS
 from lens_dashboards.pages.parts import (
     card,
     choice,
     crumbs,
     graph,
+    names_control,
     note_banner,
     python_call,
     run_banner,
@@ -49,6 +51,8 @@ _METRICS = {
     NEAR: "attention on a patch and its neighbours",
 }
 _ALL = "all"
+_WAYS = {"query": "where the patch looks", "key": "who looks at the patch"}
+_PATHS = {"on": "shown", "off": "hidden"}
 
 
 def page(library: Library, view: Selection) -> list[Any]:
@@ -77,6 +81,10 @@ def page(library: Library, view: Selection) -> list[Any]:
     layers = [f"L{layer}" for layer in trace.layers]
     names = [*layers, *map(str, trace.every_head)]
     shown = choice(view, "map", names, layers[-1], notes)
+    maps = [shown, *_beside(view, {*names, "mean"} - {shown}, notes)]
+    several = len(maps) > 1
+    way = choice(view, "way", _WAYS, "query", notes) if several else ""
+    path = choice(view, "path", _PATHS, "on", notes)
     grid = grids_of(trace.attrs)[0]
     variant = view.variant
     base = f"/api/run/{quote(run.id, safe='')}"
@@ -84,7 +92,12 @@ def page(library: Library, view: Selection) -> list[Any]:
     config = {
         "picture": f"{base}/picture/{prompt}.png",
         "look": f"{base}/look/{prompt}",
-        "query": urlencode({"heads": shown, "variant": variant}),
+        "query": urlencode(
+            {"heads": ",".join(maps), "variant": variant, **({"way": way} if way else {})}
+        ),
+        "maps": maps,
+        "way": way,
+        "path": path == "on",
         "size": list(grid.size),
         "box": list(grid.box),
         "height": grid.height,
@@ -96,7 +109,8 @@ def page(library: Library, view: Selection) -> list[Any]:
     call = (
         "from lens.runs import open_run\n\n"
         f"trace = open_run({str(run.path)!r}).trace({prompt!r})\n"
-        f"trace.overlay({shown!r}, query=({grid.height // 2}, {grid.width // 2}), variant={variant!r}).plot()"
+        f"trace.overlay({maps if several else shown!r}, {way or 'query'}=({grid.height // 2}, {grid.width // 2}), variant={variant!r})"
+        f".plot(path={path == 'on'})"
     )
     links = [
         html.Li(dcc.Link(held[name].title, href=view.to("analysis", name).url()))
@@ -111,31 +125,39 @@ def page(library: Library, view: Selection) -> list[Any]:
         dcc.Store(id="vision-mounted"),
         prompt_control(run, traces, prompt),
         html.Div(
-            select("map", "Heads", {name: name for name in names}, shown), className="controls"
+            [
+                select("map", "Heads", {name: name for name in names}, shown),
+                names_control("beside", "Others side by side, with commas", ",".join(maps[1:])),
+                *([select("way", "Which way", _WAYS, way)] if several else []),
+                select("path", "Scan path", _PATHS, path),
+            ],
+            className="controls",
         ),
         *views,
         card(
             html.Div(
                 [
                     html.Div(
-                        [
-                            _canvas("Where the patch looks"),
-                            _canvas("Who looks at the patch"),
+                        [_canvas(f"{name}: {_WAYS[way]}", name) for name in maps]
+                        if several
+                        else [
+                            _canvas(f"{words[0].upper()}{words[1:]}") for words in _WAYS.values()
                         ],
-                        className="halves",
+                        className="looks" if several else "halves",
                     ),
                     html.P("Loading …", className="look-said", **{"aria-live": "polite"}),  # pyright: ignore[reportArgumentType]
                     html.P(
                         "Move over a picture to choose the patch, or use the arrow keys with a picture in focus. "
                         "Colours are shares of the highest value of each picture; a head's name is its layer and "
-                        "number, a layer's the mean of its heads.",
+                        "number, a layer's the mean of its heads. The scan path joins what is looked at most, the "
+                        "strongest first: patches that hold half of it, joined where they touch.",
                         className="small",
                     ),
                 ],
                 id="vision",
                 className="vision",
             ),
-            f"{shown} on {_title_of(run, prompt)}",
+            f"{', '.join(maps)} on {_title_of(run, prompt)}",
         ),
         *([card(html.Ul(links), "Analyses of pictures")] if links else []),
         card(python_call(call), "Take it with you"),
@@ -233,9 +255,22 @@ def _matrix_card(
     )
 
 
-def _canvas(name: str) -> html.Div:
+def _beside(view: Selection, known: set[str], notes: list[str]) -> list[str]:
+    """The other heads, layers or mean, each once."""
+    given = dict.fromkeys(view.option("beside").replace(",", " ").split())
+    if unknown := [name for name in given if name not in known]:
+        notes.append(f"{', '.join(unknown[:5])} is shown already, or no head or layer of this run.")
+    found = [name for name in given if name in known]
+    if len(found) >= MOST_MAPS:
+        notes.append(
+            f"At most {MOST_MAPS} pictures are shown; {', '.join(found[MOST_MAPS - 1 :])} left out."
+        )
+    return found[: MOST_MAPS - 1]
+
+
+def _canvas(name: str, title: str = "") -> html.Div:
     look: dict[str, Any] = {"aria-label": f"{name}, on the picture", "role": "img"}
-    return html.Div([html.H3(name), html.Canvas(tabIndex=0, **look)], className="look")
+    return html.Div([html.H3(title or name), html.Canvas(tabIndex=0, **look)], className="look")
 
 
 def _boxes(held: Mapping[str, Section], prompt: str) -> list[list[float]]:
