@@ -296,7 +296,9 @@ class _OfMixerHeads(Kind):
         self.scope = f"mixer heads {', '.join(map(str, mine))}"
         size = model.info.layers, 1 + max(one.head for one in heads)
         self._free, self._mine = np.zeros(size, bool), np.zeros(size, bool)
-        self._free[*np.transpose(heads)] = self._mine[*np.transpose(mine)] = True
+        for chosen, ones in ((self._free, heads), (self._mine, mine)):
+            for one in ones:
+                chosen[one.layer, one.head] = True
         self._free &= ~self._mine
         self.why = dict.fromkeys(
             ("mass", "position", "self", "norm"),

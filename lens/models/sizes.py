@@ -63,8 +63,9 @@ def _context(model: nn.Module, config: Any) -> int | None:
     if not isinstance(most, int) or most < 1:  # -1 in XLNet: any length
         return None
     for name, module in model.named_modules():
-        is_table = name.endswith("position_embeddings") and isinstance(module, nn.Embedding)
-        if is_table and module.num_embeddings == most and module.padding_idx is not None:
+        if not isinstance(module, nn.Embedding) or not name.endswith("position_embeddings"):
+            continue
+        if module.num_embeddings == most and module.padding_idx is not None:
             return most - module.padding_idx - 1
     return most
 

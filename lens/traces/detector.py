@@ -11,8 +11,12 @@ from lens.common.errors import LensError
 from lens.common.given import given_as
 from lens.traces.trace import AttentionTrace
 
-PATTERNS = ("previous_token_head", "duplicate_token_head", "induction_head")
-_RULES = dict(zip(PATTERNS, ("previous_token", "same_token", "induction"), strict=True))
+_RULES: dict[str, str] = {
+    "previous_token_head": "previous_token",
+    "duplicate_token_head": "same_token",
+    "induction_head": "induction",
+}
+PATTERNS = tuple(_RULES)
 
 
 def detect(

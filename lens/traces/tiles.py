@@ -94,7 +94,11 @@ def refusal(dataset: xr.Dataset, head: HeadId) -> str:
 def _gives_back(dataset: xr.Dataset, head: HeadId, query: int) -> bool:
     """Whether a recomputed row has the measured largest probability, first key and sum."""
     row = exact_tile(dataset, head, (query, query + 1), (0, dataset.sizes["key"]))[0]
-    at = {"layer": position_of(dataset, head.layer), "head": head.head, "query": query}
+    at: dict[str, Any] = {
+        "layer": position_of(dataset, head.layer),
+        "head": head.head,
+        "query": query,
+    }
     pairs = []
     if not dataset.attrs.get("learned_sinks", False):
         pairs.append((row.sum(), 1.0))

@@ -77,8 +77,9 @@ def similarity(
 
     check_choice("method", method, Likeness)
     if not isinstance(model, LoadedModel):
-        several = isinstance(model, Iterable) and not isinstance(model, str)
-        traces = list(model) if several else [model]
+        given: Any = model
+        several = isinstance(given, Iterable) and not isinstance(given, str)
+        traces: list[Any] = list(given) if several else [given]
         if not traces or not all(isinstance(trace, AttentionTrace) for trace in traces):
             raise LensError("similarity takes a loaded model and prompts, or traces; got neither")
         if prompts is not None or method != "js" or sink_excluded or floor:
