@@ -62,7 +62,7 @@ keys.head(5).round(3)
 # token before.
 
 # %%
-profile = lens.profile(lens.capture(model, prompts[0], progress=False)).set_index("name")
+profile = lens.profile(lens.capture(model, prompts[0], progress=False), all=True).set_index("name")
 if is_default:
     looks = profile.loc["L0H1", ["previous_token", "previous_token_uniform"]]
     print(
@@ -117,7 +117,7 @@ task = lens.tasks.induction(model, n=6)
 circuit = lens.circuits.score_edges(model, task, progress=False).top(12)
 held_out = lens.tasks.induction(model, n=6, seed=1)
 told = reading.circuit(model, held_out, circuit, progress=False)
-for sentence in told.findings()[:6]:
+for sentence in told.findings():
     print("-", sentence)
 told.table().sort_values("drop", ascending=False).head(6).round(3)
 
@@ -129,7 +129,7 @@ told.table().sort_values("drop", ascending=False).head(6).round(3)
 # %%
 halves = {"first copy": (1, 26), "second copy": (26, 51)}
 places = lens.circuits.scores.positions(model, task, halves, method="eap", progress=False)
-print(places.findings()[-1])
+print(places)
 across = places.table()
 across = across[across["key_span"] != ""].head(5)
 if is_default:

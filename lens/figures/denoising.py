@@ -11,6 +11,7 @@ from lens.common.colors import ACCENT, LINE, VIRIDIS, scale
 from lens.common.errors import LensError
 from lens.common.plots import draws
 from lens.figures.style import Look, escaped, style
+from lens.stats import quantile
 from lens.traces.denoised import QUADRANTS
 
 if TYPE_CHECKING:
@@ -112,7 +113,8 @@ def denoising_quadrants(found: Denoising, **look: Unpack[Look]) -> go.Figure:
     colors = (LINE, ACCENT)
     for name, color in zip(("text_to_image", "image_to_text"), colors, strict=True):
         rows = table.groupby("step")[name]
-        low, high, mean = rows.quantile(0.25), rows.quantile(0.75), rows.mean()
+        mean = rows.mean()
+        low, high = (rows.agg(quantile, share=share) for share in (0.25, 0.75))
         figure.add_scatter(
             x=[*mean.index, *mean.index[::-1]],
             y=[*high, *low[::-1]],

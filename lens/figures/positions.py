@@ -64,7 +64,7 @@ def position_curves(result: PositionEvaluation, **look: Unpack[Look]) -> go.Figu
 
     Example:
         >>> scores = lens.circuits.scores.positions(small, copying, {"first": (1, 26)}, method="eap")
-        >>> figure = lens.circuits.checks.positions(small, copying, scores, [0.05, 0.2]).plot()
+        >>> figure = lens.circuits.checks.evaluate_positions(small, copying, scores, [0.05, 0.2]).plot()
     """
     figure = go.Figure()
     for color, name, rows in classes(result.table(), "by"):

@@ -64,6 +64,7 @@ def test_the_slider_shows_how_far_the_text_had_come(folder, browser):
     with served(create_app(folder.parent)) as address:
         page = browser.new_page()
         page.goto(f"{address}/run/{folder.name}/head/1/3")
+        page.wait_for_selector("#map[data-ready]")
         slider = page.locator(".map-steps input")
         slider.focus()
         for _ in range(3):

@@ -451,6 +451,12 @@ def test_every_setting_that_names_files_is_held_to_the_folder(tmp_path, files):
         "analysis.published": {**text, "what": "policies", "analysis.published": "/etc/passwd"},
         "analysis.corpus": {**text, "what": "examples", "analysis.corpus": "/etc/passwd"},
         "prompts.images": {**two, "prompts.images": str(tmp_path)},
+        "prompts.audio": {"what": "profile", "prompts.audio": "/etc/passwd"},
+        "prompts.boxes": {
+            **two,
+            "prompts.image": str(picture),
+            "prompts.boxes": str(tmp_path / "secret.txt"),
+        },
         "prompts.labelled": {"what": "heads", "prompts.labelled": str(tmp_path / "secret.txt")},
         "prompts.target": {**text, "prompts.target": str(tmp_path / "secret.txt")},
     }

@@ -135,7 +135,9 @@ def area(true: np.ndarray, guess: np.ndarray) -> float:
 def at_places(model: LoadedModel, task: Task, others: Task, spans: Any) -> str:
     """Sizes of circuits at places, on prompts with the places of those that were scored."""
     scores = lens.circuits.scores.positions(model, task, spans, progress=False)
-    judged = lens.circuits.checks.positions(model, others, scores, spans=spans, progress=False)
+    judged = lens.circuits.checks.evaluate_positions(
+        model, others, scores, spans=spans, progress=False
+    )
     return f"{judged.findings()[0]} {scores.findings()[-1]}"
 
 

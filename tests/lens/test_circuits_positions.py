@@ -181,7 +181,9 @@ def test_the_known_circuit_shows_where_it_works_and_nowhere_else(name):
     assert set(zip(inside["edge"], inside["span"], strict=True)) == expected
     across = large[large["key_span"] != ""]
     assert set(zip(across["edge"], across["span"], across["key_span"], strict=True)) == WAYS[name]
-    judged = lens.circuits.checks.positions(known.model, task, found, [0.025, 0.08], progress=False)
+    judged = lens.circuits.checks.evaluate_positions(
+        known.model, task, found, [0.025, 0.08], progress=False
+    )
     values = judged.table().set_index(["by", "share"])["faithfulness"]
     assert values["at places", 0.025] == pytest.approx(1, abs=1e-6)
     assert values["everywhere", 0.025] == pytest.approx(0, abs=1e-6)
@@ -253,12 +255,14 @@ def test_what_has_no_scores_is_refused(case):
         found.top(10**9)
     assert found.top(5).sum() == 5
     with pytest.raises(LensError, match="the places are of 3 prompts of 7 tokens"):
-        lens.circuits.checks.positions(model, small_task(rows=2), found, progress=False)
+        lens.circuits.checks.evaluate_positions(model, small_task(rows=2), found, progress=False)
     with pytest.raises(LensError, match="must be named start, mid, rest"):
-        lens.circuits.checks.positions(model, task, found, spans={"end": 6}, progress=False)
+        lens.circuits.checks.evaluate_positions(
+            model, task, found, spans={"end": 6}, progress=False
+        )
     other = small_task(seed=1, rows=2)
     places = {"start": (0, 2), "mid": torch.tensor([3, 2])}
-    judged = lens.circuits.checks.positions(
+    judged = lens.circuits.checks.evaluate_positions(
         model, other, found, [0.3], spans=places, progress=False
     )
     assert (judged.table()["kept"] <= 0.3).all()

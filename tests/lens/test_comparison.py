@@ -94,6 +94,7 @@ def test_prompts_of_the_same_tokens_are_pairs_each_once(tmp_path):
         "text": [("p000", "p001"), ("p002", "p000")],
         "copied": [],
         "picture": [],
+        "sound": [],
     }
 
 

@@ -17,7 +17,7 @@ from tests.lens.test_results import functions as public
 ROOMS = ("heads", "circuits", "sinks", "edits", "policies", "vision", "tasks", "runs")
 KINDS = {"task": "Task", "circuit": "Circuit", "scores": "EdgeScores", "trace": "AttentionTrace"}
 KINDS |= {"traces": "AttentionTrace"}
-OTHER = {("lens.circuits.checks.positions", "scores"): "PositionScores"}
+OTHER = {("lens.circuits.checks.evaluate_positions", "scores"): "PositionScores"}
 PLAIN = {"heads": ["L0H0"], "onto": ["first"], "tokens": ["a"], "path": "never-written", "key": 0}
 
 

@@ -162,7 +162,7 @@ def test_what_cannot_be_exported_is_refused(tmp_path, traces):
         (lambda: to_headvis(traces, tmp_path), "exists already"),
         (
             lambda: to_headvis(traces, tmp_path / "a", keys=0),
-            "keys and intervals must be at least 1",
+            "keys must be a positive integer, got 0",
         ),
         (lambda: to_headvis(traces, tmp_path / "a", least=1), "least in"),
         (lambda: to_headvis(imported, tmp_path / "a"), "exact tiles need q, k and lse"),

@@ -285,7 +285,7 @@ def test_means_are_over_targets_of_several_lengths(marian):
             lambda m, c: lens.heads.importance(
                 c, lens.tasks.language_modelling(m, PAIRS), method="direct"
             ),
-            "has two; take",
+            "has several; take",
         ),
         (lambda m, c: lens.heads.importance(c, UNEVEN, baseline="resample"), "of one length"),
         (lambda m, c: lens.heads.importance(c, UNEVEN[:2], baseline="mean"), "has no mean"),

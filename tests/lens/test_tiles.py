@@ -126,7 +126,7 @@ def test_a_mask_without_compact_form_is_refused():
     trace = trace_of(
         attention(bias=np.where(seen, 0, -np.inf)), visible=seen.sum(0).astype(np.int32)
     )
-    with pytest.raises(LensError, match="mask that is neither causal nor a window"):
+    with pytest.raises(LensError, match="a mask by which queries see keys with others between"):
         trace.tile(0, 0, (0, 4), (0, 4))
 
 

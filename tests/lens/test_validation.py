@@ -174,7 +174,7 @@ def test_a_file_outside_of_the_run_is_not_followed(run, tmp_path):
     [
         (lambda t: t.drop(columns="kind"), "lacks the columns kind"),
         (lambda t: t.assign(prompt_id="p000"), "column prompt_id has a prompt twice"),
-        (lambda t: t.assign(kind="sound"), "column kind has 'sound', which is not known"),
+        (lambda t: t.assign(kind="smell"), "column kind has 'smell', which is not known"),
         (lambda t: t.assign(tokens=3), "p000 has differing token counts"),
         (lambda t: t.assign(status="great"), "column status has 'great', which is not known"),
         (lambda t: t.assign(prompt_id=["p000", "p007"]), "p007 is done but its trace is missing"),

@@ -3,7 +3,7 @@ from ._completeness import completeness as completeness
 from ._consensus import consensus as consensus
 from ._control import control as control
 from ._minimality import minimality as minimality
-from ._positions import positions as positions
+from ._positions import evaluate_positions as evaluate_positions
 from ._sink_check import sink_check as sink_check
 from ._stability import jaccard as jaccard
 from ._stability import noise_floor as noise_floor

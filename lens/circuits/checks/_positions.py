@@ -1,4 +1,4 @@
-"""`positions`: circuits of edges at places beside circuits of edges everywhere, by faithfulness at equal size.
+"""`evaluate_positions`: circuits of edges at places beside circuits of edges everywhere, by faithfulness at equal size.
 
 The size of a circuit is the share of all (edge, token) pairs that it keeps: an edge everywhere keeps one for every token,
 an edge in a span one for each token of the span. Cut edges carry what the corrupt prompt makes there.
@@ -91,7 +91,7 @@ class PositionEvaluation(Result):
         return described(self)
 
 
-def positions(
+def evaluate_positions(
     model: LoadedModel,
     task: Task,
     scores: PositionScores,
@@ -119,7 +119,7 @@ def positions(
     Example:
         >>> known = lens.circuits.known.induction_transformer()
         >>> scores = lens.circuits.scores.positions(known.model, known.task, "each")
-        >>> lens.circuits.checks.positions(known.model, known.task, scores, [0.05]).table()["by"].tolist()
+        >>> lens.circuits.checks.evaluate_positions(known.model, known.task, scores, [0.05]).table()["by"].tolist()
         ['at places', 'everywhere', 'random at places']
     """
     given_as("Task", task=task)
