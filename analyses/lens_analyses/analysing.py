@@ -31,7 +31,7 @@ def analyse(subject: Subject, writer: RunWriter) -> LensError | None:
         writer.warn(left_out)
     failed: dict[str, str] = {}
     for step in steps_of(subject.config.what, subject.model.chosen):
-        if not step.is_wanted(subject.settings):
+        if not step.is_wanted(subject.settings, subject.config.prompts):
             continue
         if step.name in subject.run.sections:
             log.info("%s was finished before", step.name)

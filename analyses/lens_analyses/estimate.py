@@ -185,7 +185,7 @@ def _analysis(config: RunConfig, model: "LoadedModel", load: Load, rate: float) 
     info, what = model.info, config.what
     found = {}
     for step in steps_of(what, model.chosen):
-        if step.is_wanted(config.analysis) and not step.why:
+        if step.is_wanted(config.analysis, config.prompts) and not step.why:
             cost = ALIGNMENT if step.name == "alignment" else COSTS[what][step.name](load)
             computing = SLOWDOWN * 2 * info.parameters * cost.tokens / rate
             alone = PASS_OF_A_LAYER * info.layers * cost.passes

@@ -124,7 +124,9 @@ def load_model(config: RunConfig) -> "LoadedModel":
             "lens.capture(model, inputs) takes them, and model.part(...) is one tower"
         )
     if asked.part is not None and not model.parts:
-        raise UsageError(f"{model.info.class_name} is no encoder-decoder; leave --part out")
+        raise UsageError(
+            f"{model.info.class_name} is no encoder-decoder and has no stages; leave --part out"
+        )
     if model.parts:
         return _of_part(model, config)
     for name in ("target", "audio", "image"):
@@ -137,7 +139,7 @@ def load_model(config: RunConfig) -> "LoadedModel":
 
 
 def _of_part(model: "LoadedModel", config: RunConfig) -> "LoadedModel":
-    """One attention of an encoder-decoder, cross-attention if none is named.
+    """One attention of an encoder-decoder, cross-attention if none is named; of stages one, or the whole if none is.
 
     Raises:
         LensError: no encoder-decoder, or without such a part; UsageError: one that reads no text, or an analysis.
@@ -145,10 +147,12 @@ def _of_part(model: "LoadedModel", config: RunConfig) -> "LoadedModel":
     from lens.passes.inputs import model_input
 
     if model.parts and not model.is_encoder_decoder:
-        raise UsageError(
-            f"{model.info.class_name} has the parts {', '.join(model.parts)}, each with positions of its own; "
-            "lens.capture(model, pictures) gives a trace of each"
-        )
+        if config.what != "vision":
+            raise UsageError(
+                f"{model.info.class_name} has the parts {', '.join(model.parts)}, each with positions of its own; "
+                "`lens vision` makes a run of each stage, and lens.capture(model, pictures) gives a trace of each"
+            )
+        return model if config.model.part is None else model.part(config.model.part)
     if model.parts and config.what not in OF_PARTS:
         *others, last = (f"`lens {'run' if what == 'profile' else what}`" for what in OF_PARTS)
         raise UsageError(
@@ -173,7 +177,7 @@ def plan(model: "LoadedModel", config: RunConfig, sources: list[Source]) -> list
         LensError: a text that is empty, too long or too short, or a copied prompt that does not fit.
     """
     planned = []
-    if model.parts:
+    if model.is_encoder_decoder:
         return _pairs(model, config, sources)
     if reads_pictures(config):
         question = getattr(config.prompts, "question", None)

@@ -51,7 +51,7 @@ class Finished:
         run: the run folder.
         headline: the findings in words.
         computed: False if it was finished before.
-        beside: of an encoder-decoder the runs of its other attentions.
+        beside: of an encoder-decoder the runs of its other attentions, of stages of the earlier ones.
     """
 
     run: Run
@@ -142,7 +142,7 @@ def execute(config: RunConfig, runs: Path, output: Output, *, again: bool = Fals
 def _every_part(
     config: RunConfig, parts: list[str], runs: Path, output: Output, again: bool
 ) -> Finished:
-    """A run for each attention of an encoder-decoder; the last one, of cross-attention, with the others beside it."""
+    """A run for each attention of an encoder-decoder, or stage; the last one (cross-attention) with the others beside it."""
     done = []
     for part in parts:
         one = config.model_copy(update={"model": config.model.model_copy(update={"part": part})})
@@ -294,10 +294,10 @@ class _Execution:
         """
         from lens.tasks.prompts import token_losses
 
-        if len(ids) < 2 or (prompt.kind == "picture" and not self._model.parts):
+        if len(ids) < 2 or (prompt.kind == "picture" and not self._model.is_encoder_decoder):
             return float("nan"), float("nan")
         try:
-            if self._model.parts:
+            if self._model.is_encoder_decoder:
                 task = lens.tasks.language_modelling(self._model, [prompt.prompt])
                 return float(task.evaluate(self._model)[0]), float("nan")
             losses = token_losses(self._model, ids)

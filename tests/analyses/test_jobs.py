@@ -255,16 +255,16 @@ def profile(tmp_path, done):
 
 
 def test_progress_counts_prompts_and_then_sections(tmp_path):
-    settings = make_config({"what": "heads"}).analysis
+    config = make_config({"what": "heads"})
     steps = [step.name for step in STEPS["heads"] if step.setting is None]
     writer = profile(tmp_path, done=1)
     whole = 3 + len(steps)
-    assert share(writer.path, writer.meta, settings) == (1 / whole, "1 of 3 prompts")
+    assert share(writer.path, writer.meta, config) == (1 / whole, "1 of 3 prompts")
     writer.update(prompts={"total": 3, "done": 3})
-    assert share(writer.path, writer.meta, settings) == (3 / whole, "roles")
+    assert share(writer.path, writer.meta, config) == (3 / whole, "roles")
     for number, name in enumerate(steps, 1):
         Section(name, name, ("s",), (), {}, {}, {}).save(writer.path)
-        part, words = share(writer.path, writer.meta, settings)
+        part, words = share(writer.path, writer.meta, config)
         assert part == (3 + number) / whole
         assert words == (steps[number] if number < len(steps) else "writing the report")
     assert part == 1
@@ -274,7 +274,7 @@ def test_progress_counts_a_step_only_where_it_is_wanted(tmp_path):
     writer = profile(tmp_path, done=3)
     meta = {**writer.meta, "what": "circuit"}
     plain, compared = (
-        make_config({"what": "circuit", "analysis": analysis}).analysis
+        make_config({"what": "circuit", "analysis": analysis})
         for analysis in ({}, {"compare": "other"})
     )
     assert share(writer.path, meta, plain) == (3 / 7, "edges")

@@ -2,7 +2,10 @@
 
 import numpy as np
 import pytest
+import torch
+import transformers
 from lens_analyses.boxes import read_boxes
+from lens_analyses.steps import STEPS
 from PIL import Image
 
 import lens
@@ -192,3 +195,37 @@ def test_a_question_brings_the_chain_of_a_vision_language_model(
     made = {"segments", "sinks", "flow", "knock_out", "var", "act", "pasta", "image_centric"}
     assert set(chain.tables) == made | {f"{name}_decoding" for name in ("var", "act", "pasta")}
     assert not any(one.startswith("No ") for one in chain.limits)
+
+
+def test_a_model_of_several_grids_makes_a_run_of_each_stage_and_says_what_it_cannot_have(
+    lens_command, pictures, tmp_path, monkeypatch
+):
+    few = ("overlays", "rings", "structure")
+    monkeypatch.setitem(STEPS, "vision", tuple(one for one in STEPS["vision"] if one.name in few))
+    torch.manual_seed(0)
+    sizes = {"image_size": 16, "patch_size": 2, "embed_dim": 8, "window_size": 4}
+    config = transformers.SwinConfig(depths=[2, 1], num_heads=[2, 4], **sizes)
+    transformers.SwinForImageClassification(config).save_pretrained(tmp_path / "swin")
+    size = {"height": 16, "width": 16}
+    transformers.ViTImageProcessor(size=size).save_pretrained(tmp_path / "swin")
+    given = ("vision", "--model", tmp_path / "swin", "--image", pictures / "zero.png", "--json")
+    answer = lens_command(*given, "--out", tmp_path / "runs")
+    assert answer.code == 0, answer.err
+    (beside,) = answer.json["beside"]
+    for path, part, heads in ((beside, "stage0", 4), (answer.json["path"], "stage1", 4)):
+        run = open_run(path)
+        assert validate(run) == []
+        assert run.meta["model"]["part"] == part
+        assert (run.path / "report.html").exists()
+        assert len(run.trace("p000").every_head) == heads
+        assert "overlays" in run.sections
+        assert len(run.section("overlays").tables["maps"]["map"].unique()) >= 3
+    unsupported = open_run(beside).unsupported
+    assert set(unsupported) == {"rings", "structure"}
+    assert "no exact tiles" in unsupported["rings"]
+    again = lens_command(*given, "--part", "stage7", "--out", tmp_path / "others")
+    assert again.code != 0
+    assert "part must be one of 'stage0', 'stage1'" in again.err
+    refused = lens_command("run", "--model", tmp_path / "swin", "--text-name", "lily")
+    assert refused.code == 2
+    assert "`lens vision` makes a run of each stage" in " ".join(refused.err.split())

@@ -60,10 +60,12 @@ class ModelConfig(Section):
         shown=Shown(rare=True),
         min_length=1,
     )
-    part: Literal["encoder", "decoder", "cross"] | None = setting(
+    part: str | None = setting(
         None,
-        "Of an encoder-decoder the attention to profile; each in a run of its own if not given.",
+        "Of an encoder-decoder the attention to profile: encoder, decoder or cross; of a model of pictures with several grids the "
+        "stage: stage0, stage1 and so on; each in a run of its own if not given.",
         shown=Shown(rare=True),
+        pattern=r"^(encoder|decoder|cross|stage\d+)$",
     )
 
     @model_validator(mode="after")

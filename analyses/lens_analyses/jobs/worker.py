@@ -21,7 +21,7 @@ from lens.common.errors import LensError
 from lens.common.files import write_text
 from lens.runs import open_run
 from lens.runs.folders import INDEX
-from lens_analyses.config import make_config
+from lens_analyses.config import RunConfig, make_config
 from lens_analyses.console import OK, PARTIAL, log
 from lens_analyses.jobs.store import Job, JobStore
 
@@ -99,7 +99,7 @@ def beside(runs: Path) -> Iterator[int]:
 def _compute(
     store: JobStore, runs: Path, job: Job, stopped: Callable[[], bool], child: Sequence[str]
 ) -> None:
-    settings = make_config(job.config).analysis
+    config = make_config(job.config)
     write_text(store.config_path(job.id), tomli_w.dumps(dict(job.config)))
     arguments = ["run", "-c", str(store.config_path(job.id)), "--out", str(runs), "--json"]
     if job.kind == "estimate":
@@ -110,7 +110,7 @@ def _compute(
             words, stdin=subprocess.DEVNULL, stdout=answer, stderr=said, env=_environment()
         )
         try:
-            ended = _watch(store, runs, job, process, stopped, settings)
+            ended = _watch(store, runs, job, process, stopped, config)
         except BaseException:
             process.kill()  # nobody would follow it
             process.wait()
@@ -124,7 +124,7 @@ def _watch(
     job: Job,
     process: subprocess.Popen[bytes],
     stopped: Callable[[], bool],
-    settings: object,
+    config: RunConfig,
 ) -> str:
     """Follow the process to its end; why it was ended, "" when it was not."""
     reason, patience = "", float("inf")
@@ -148,7 +148,7 @@ def _watch(
                 patience = time.monotonic() + _GRACE
         elif time.monotonic() > patience:
             process.kill()
-        progress, step, run = _progress(runs, process.pid, settings)
+        progress, step, run = _progress(runs, process.pid, config)
         store.advance(job.id, progress=progress, step=reason or step, run=run)
 
 
@@ -182,7 +182,7 @@ def _unexplained(code: int) -> str:
     return f"its process ended with code {code}; the log has its last words"
 
 
-def _progress(runs: Path, pid: int, settings: object) -> tuple[float | None, str, str | None]:
+def _progress(runs: Path, pid: int, config: RunConfig) -> tuple[float | None, str, str | None]:
     """Share done, what is being done, and the run's id: from the run that the process writes."""
     for index in runs.glob(f"*/{INDEX}"):
         try:
@@ -190,17 +190,17 @@ def _progress(runs: Path, pid: int, settings: object) -> tuple[float | None, str
         except LensError:
             continue
         if meta["pid"] == pid and meta["status"] == "started":
-            return (*share(index.parent, meta, settings), index.parent.name)
+            return (*share(index.parent, meta, config), index.parent.name)
     return None, "loading the model", None
 
 
-def share(folder: Path, meta: Mapping[str, Any], settings: object) -> tuple[float, str]:
+def share(folder: Path, meta: Mapping[str, Any], config: RunConfig) -> tuple[float, str]:
     """How much of a run is done, and what is done now.
 
     Args:
         folder: of the run.
         meta: its `run.json`.
-        settings: the section `analysis` of its configuration, or None.
+        config: of the run.
 
     Returns:
         Finished prompts and sections among all that there will be, 0 to 1; words.
@@ -208,7 +208,11 @@ def share(folder: Path, meta: Mapping[str, Any], settings: object) -> tuple[floa
     from lens.runs.sections import section_names
     from lens_analyses.steps import STEPS
 
-    steps = [step.name for step in STEPS.get(meta["what"], ()) if step.is_wanted(settings)]
+    steps = [
+        step.name
+        for step in STEPS.get(meta["what"], ())
+        if step.is_wanted(config.analysis, config.prompts)
+    ]
     done, total = meta["prompts"]["done"], meta["prompts"]["total"]
     finished = set(section_names(folder))
     part = (done + len(finished.intersection(steps))) / max(1, total + len(steps))

@@ -25,6 +25,7 @@ class Step:
         name: of its section.
         module: of this package that has the function of that name.
         setting: of `analysis` without which the step is left out.
+        given: of `prompts`, the same.
         needs: the section of an earlier step that it reads, if it cannot do without.
         why: there is no such section, where there is none.
     """
@@ -32,11 +33,14 @@ class Step:
     name: str
     module: str
     setting: str | None = None
+    given: str | None = None
     needs: str | None = None
     why: str = ""
 
-    def is_wanted(self, settings: object) -> bool:
-        """Whether a run with these settings, those of `analysis`, takes the step."""
+    def is_wanted(self, settings: object, prompts: object) -> bool:
+        """Whether a run with these settings, those of `analysis` and of `prompts`, takes the step."""
+        if self.given is not None and not getattr(prompts, self.given, None):
+            return False
         some = getattr(settings, "sections", None)  # a list with commas, of commands that have it
         if some is not None and self.name not in listed(some):
             return False
@@ -91,7 +95,7 @@ STEPS: dict[str, tuple[Step, ...]] = {
     "redistribute": (Step("dose", "redistribute"), Step("search", "redistribute")),
     "vision": (
         Step("overlays", "vision"),
-        Step("grounding", "boxes"),
+        Step("grounding", "boxes", given="boxes"),
         Step("classes", "classes"),
         Step("rings", "vision"),
         Step("pattern_summary", "vision"),

@@ -6,7 +6,6 @@ from typing import Any
 import pandas as pd
 
 import lens
-from lens.common.errors import LensError
 from lens.common.head_ids import head_columns, head_id
 from lens.runs.headlines import Headline
 from lens.runs.sections import Section
@@ -22,10 +21,6 @@ _MOST = 12  # pictures that are drawn; all are in the tables
 def grounding(subject: Subject) -> Section:
     """How well every head finds the boxes of the pictures, beside what needs no model."""
     prompts: Any = subject.config.prompts
-    if prompts.boxes is None:
-        raise LensError(
-            "there are no boxes; --boxes FILE, a table with picture, left, top, right, bottom"
-        )
     boxes = read_boxes(Path(prompts.boxes), [Path(name).name for name in prompts.files])
     every = pictured(subject)
     several = {number: every[number] for number in sorted(set(boxes["number"]))}

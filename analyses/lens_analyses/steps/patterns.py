@@ -59,7 +59,7 @@ def similarity(subject: Subject) -> Section:
     """Which heads look alike and which write alike, as groups with their stability."""
     kind, prompts, alike = _compared(subject)
     tables, figures, said = {}, {}, []
-    of_part = bool(subject.model.parts)
+    of_part = subject.model.is_encoder_decoder
     of_maps = kind == "picture" or of_part  # rows are many, or two: block maps, a lower bound
     methods = ("js",) if of_part else ("js", "cka")
     for method in methods:
@@ -111,7 +111,7 @@ def similarity(subject: Subject) -> Section:
 
 def _compared(subject: Subject) -> tuple[str, list[Any], bool]:
     """The kind of the prompts, some of them, and whether all have one length."""
-    if subject.model.parts:
+    if subject.model.is_encoder_decoder:
         return subject.run.prompts["kind"][0], list(subject.given[:_ALIKE_PROMPTS]), False
     if subject.prompt_ids("picture"):
         pictures = subject.pictures[:_ALIKE_PROMPTS]

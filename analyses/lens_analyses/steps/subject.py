@@ -155,7 +155,7 @@ def analysed(
     """
     settings, what = config.analysis, config.what
     _check_backend(model, config.capture.backend)
-    if model.parts:
+    if model.is_encoder_decoder:
         return [prompt.ids for prompt in planned], [prompt.ids for prompt in planned]
     _check_heads(model, getattr(settings, "heads", None) or getattr(settings, "overlays", None))
     if settings is not None and labelled_by(config.prompts) is not None:
