@@ -33,6 +33,7 @@ from lens.vision._patches import SMALLEST, grid_of, head_table, maps, offsets, o
 if TYPE_CHECKING:
     from lens.traces.trace import AttentionTrace
 
+_DIGITS = 4  # of distances in patches: single precision is no finding
 SHAPES = ("row", "column", "criss_cross", "window", "dilated")
 
 
@@ -269,7 +270,10 @@ class ReceptiveField(Result):
     """What can have reached a patch through the layers.
 
     Attributes:
-        distance: [layers] mean distance in patches of what reaches a patch after each layer.
+        distance, low, high: [layers] mean distance in patches of what reaches a patch after each layer, with its 95 %
+            interval over patches.
+        alike: [layers] the same under uniform attention in all of these layers.
+        beyond: low and high end of what the last distance has over that, patch by patch.
         half: [layers] share of the patches that holds half of it, mean over patches.
         reached: [layers, height, width] what reaches the patch in the middle.
         uniform_distance: mean distance of uniform attention over the patches.
@@ -277,24 +281,33 @@ class ReceptiveField(Result):
     """
 
     distance: np.ndarray = field(repr=False)
+    low: np.ndarray = field(repr=False)
+    high: np.ndarray = field(repr=False)
+    alike: np.ndarray = field(repr=False)
+    beyond: tuple[float, float] = field(repr=False)
     half: np.ndarray = field(repr=False)
     reached: np.ndarray = field(repr=False)
     uniform_distance: float
     layers: tuple[int, ...]
 
     def table(self) -> pd.DataFrame:
-        """One row per layer: `layer`, `distance`, `half`, `uniform_distance`."""
+        """One row per layer: `layer`, `distance` with `_low` and `_high`, `half`, `uniform_distance`."""
         return pd.DataFrame(
             {
                 "layer": self.layers,
                 "distance": self.distance,
+                "distance_low": self.low,
+                "distance_high": self.high,
                 "half": self.half,
                 "uniform_distance": self.uniform_distance,
             }
         )
 
     def findings(self) -> tuple[Sentence, ...]:
-        """How far it reaches after the first and the last layer."""
+        """How far it reaches after the first and the last layer ("field"), and whether that is what uniform attention in
+        these layers reaches ("beyond")."""
+        low, high = self.beyond
+        told = "farther than" if low > 0 else "nearer than" if high < 0 else "not told apart from"
         return (
             Sentence(
                 f"What can have reached a patch lies {self.distance[0]:.2f} patches away on average after layer "
@@ -303,13 +316,18 @@ class ReceptiveField(Result):
                 "the patches.",
                 kind="field",
             ),
+            Sentence(
+                f"After layer {self.layers[-1]} that is {told} what uniform attention in all {len(self.layers)} layers reaches "
+                f"({self.alike[-1]:.2f}; the difference is {low:+.2f} to {high:+.2f}).",
+                kind="beyond",
+            ),
         )
 
     def __repr__(self) -> str:
         return described(self)
 
 
-def receptive_field(trace: AttentionTrace, *, image: int = 0) -> ReceptiveField:
+def receptive_field(trace: AttentionTrace, *, image: int = 0, seed: int = 0) -> ReceptiveField:
     """From how far information can have reached a patch, layer by layer.
 
     All positions take part ([CLS] and registers pass on what they saw); shares are of what comes from patches.
@@ -317,6 +335,7 @@ def receptive_field(trace: AttentionTrace, *, image: int = 0) -> ReceptiveField:
     Args:
         trace: of a picture, with q and k (`keep_qk`).
         image: number of the picture or tile.
+        seed: of the intervals over patches.
 
     Raises:
         LensError: as `rings`.
@@ -324,12 +343,13 @@ def receptive_field(trace: AttentionTrace, *, image: int = 0) -> ReceptiveField:
     Example:
         >>> lens.vision.receptive_field(lens.capture(vit, {"pixel_values": images}, keep_qk=True)).table()
     """
+    check_counts(0, seed=seed)
     grid = grid_of(trace, image)
     far = np.hypot(*offsets(grid))
     whole = (0, trace.length)
     start, end = grid.span
     rollout = np.eye(trace.length)
-    distance, half, middle = [], [], []
+    distance, alike, half, middle = [], [], [], []
     centre = grid.position(grid.height // 2, grid.width // 2) - start
     for layer in trace.layers:
         mean = np.mean([trace.tile(layer, head, whole, whole) for head in range(trace.heads)], 0)
@@ -337,10 +357,26 @@ def receptive_field(trace: AttentionTrace, *, image: int = 0) -> ReceptiveField:
         rollout = (step / step.sum(-1, keepdims=True)) @ rollout
         part = rollout[start:end, start:end]
         part = part / part.sum(-1, keepdims=True)
-        distance.append((part * far).sum(-1).mean())
+        distance.append((part * far).sum(-1))
+        own = 0.5 ** len(
+            distance
+        )  # of a patch that uniform attention and the stream leave where it is
+        shared = (1 - own) / trace.length
+        alike.append(shared * far.sum(-1) / (own + shared * len(part)))
         strongest = np.sort(part, -1)[:, ::-1].cumsum(-1)
         half.append(((strongest < 0.5).sum(-1) + 1).mean() / len(part))
         middle.append(grid.laid(part[centre]))
+    by_patch, uniform = np.array(distance), np.array(alike)
+    low, high = over_rows(by_patch, seed)
+    more = over_rows(np.round(by_patch[-1:] - uniform[-1:], _DIGITS), seed)
     return ReceptiveField(
-        np.array(distance), np.array(half), np.array(middle), float(far.mean()), trace.layers
+        by_patch.mean(-1),
+        low,
+        high,
+        uniform.mean(-1),
+        (float(more[0][0]), float(more[1][0])),
+        np.array(half),
+        np.array(middle),
+        float(far.mean()),
+        trace.layers,
     )

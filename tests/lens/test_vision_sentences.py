@@ -115,6 +115,21 @@ def test_what_can_have_reached_a_patch():
     assert "0.00 after layer 2" not in spread
 
 
+@pytest.mark.parametrize(
+    ("layers", "told"),
+    [([UNIFORM] * 3, "not told apart from"), ([HOME] * 2, "nearer than"), ([FAR], "farther than")],
+)
+def test_whether_that_is_what_uniform_attention_reaches(layers, told):
+    """Beside the same rollout of uniform attention, by hand."""
+    found = lens.vision.receptive_field(trace_of(*layers))
+    assert f"After layer {len(layers) - 1} that is {told} what" in said(found, "beyond")
+    step = np.linalg.matrix_power((UNIFORM + np.eye(COUNT)) / 2, len(layers))
+    far = np.hypot(ROWS[:, None] - ROWS, COLUMNS[:, None] - COLUMNS)
+    assert found.alike[-1] == pytest.approx((step * far).sum(-1).mean())
+    assert (found.low <= found.distance).all()
+    assert (found.distance <= found.high).all()
+
+
 @pytest.mark.parametrize(("sizes", "alone"), [((60, 40), False), ((95, 5), True)])
 def test_one_pattern_that_holds_nearly_all_is_said_to_tell_few_apart(sizes, alone):
     labels = np.repeat([0, 1], sizes)

@@ -98,7 +98,9 @@ def rings(subject: Subject) -> Section:
             "distances": lens.vision.patch_distance(trace, seed=subject.seed)
             if _is_tower(trace)
             else None,
-            "field": lens.vision.receptive_field(trace) if not trace.attrs["causal"] else None,
+            "field": lens.vision.receptive_field(trace, seed=subject.seed)
+            if not trace.attrs["causal"]
+            else None,
         }
         strengths.append(results["rings"])
         for part, found in results.items():
