@@ -20,6 +20,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from lens.common.choices import check_counts
 from lens.common.progress import advancing
 from lens.common.results import Result, Sentence, described
 from lens.models.loaded import LoadedModel
@@ -27,6 +28,7 @@ from lens.passes.calls import LayerCall, attend
 from lens.passes.inputs import read_prompts
 from lens.passes.sessions import listening, run
 from lens.passes.stream import layer_inputs
+from lens.stats.intervals import over_units
 from lens.vision._patches import head_table
 
 EPSILON2 = 0.01
@@ -39,6 +41,8 @@ class CodingRate(Result):
 
     Attributes:
         rate: [layers, heads] nats.
+        change: low and high end of what the last layer has over the first, mean over heads: the 95 % interval over
+            prompts; NaN of a single one.
         sparsity: [layers] share of numbers near zero in what enters the layer.
         lowest, highest: rates of tokens on one line, and spread evenly.
         n: prompts.
@@ -46,6 +50,7 @@ class CodingRate(Result):
     """
 
     rate: np.ndarray = field(repr=False)
+    change: tuple[float, float]
     sparsity: np.ndarray = field(repr=False)
     lowest: float
     highest: float
@@ -59,13 +64,22 @@ class CodingRate(Result):
         return head_table(self.layers, {"rate": self.rate, "spread": spread, "sparsity": sparsity})
 
     def findings(self) -> tuple[Sentence, ...]:
-        """How the rate changes over the layers."""
+        """How the rate changes over the layers ("rate"), and whether that holds over prompts ("change")."""
         by_layer = self.rate.mean(-1)
+        low, high = self.change
+        told = "rises" if low > 0 else "falls" if high < 0 else "is not told apart from no change"
+        held = f"The coding rate {told} from first to last layer: {low:+.2f} to {high:+.2f} nats over {self.n} prompts."
         return (
             Sentence(
                 f"The coding rate of values goes from {by_layer[0]:.1f} nats in layer {self.layers[0]} to {by_layer[-1]:.1f} in "
                 f"layer {self.layers[-1]} (on one line {self.lowest:.1f}, spread evenly {self.highest:.1f}; n = {self.n}).",
                 kind="rate",
+            ),
+            Sentence(
+                held
+                if np.isfinite(low)
+                else "Of one prompt the change of the coding rate has no interval.",
+                kind="change",
             ),
         )
 
@@ -88,12 +102,15 @@ def rate(vectors: Tensor) -> Tensor:
     return 0.5 * torch.logdet(eye + size / (count * EPSILON2) * product)
 
 
-def coding_rate(model: LoadedModel, prompts: Any, *, progress: bool = True) -> CodingRate:
+def coding_rate(
+    model: LoadedModel, prompts: Any, *, seed: int = 0, progress: bool = True
+) -> CodingRate:
     """The coding rate of the values of every head, and the sparsity of what enters every layer.
 
     Args:
         model: any that can be captured.
         prompts: as of `lens.capture`.
+        seed: of the interval over prompts.
         progress: show a bar.
 
     Raises:
@@ -105,6 +122,7 @@ def coding_rate(model: LoadedModel, prompts: Any, *, progress: bool = True) -> C
     Example:
         >>> lens.vision.coding_rate(vit, {"pixel_values": images}).table()
     """
+    check_counts(0, seed=seed)
     found, _ = read_prompts(model, prompts, whole=True)
     rates: list[dict[int, np.ndarray]] = []
     zeros: list[list[float]] = []
@@ -130,9 +148,13 @@ def coding_rate(model: LoadedModel, prompts: Any, *, progress: bool = True) -> C
             zeros.append([sparse.get(layer, np.nan) for layer in sorted(values)])
             advance(1)
     layers = tuple(sorted(rates[0]))
+    each = np.array([[one[layer] for layer in layers] for one in rates])
+    gained = each[:, -1].mean(-1) - each[:, 0].mean(-1)
+    change = over_units(gained, np.ones_like(gained), seed)
     size = model.info.head_dim
     return CodingRate(
-        rate=np.mean([[one[layer] for layer in layers] for one in rates], 0),
+        rate=each.mean(0),
+        change=(float(change[0]), float(change[1])),
         sparsity=np.mean(zeros, 0),
         lowest=0.5 * float(np.log(1 + size / EPSILON2)),
         highest=0.5 * size * float(np.log(1 + 1 / EPSILON2)),

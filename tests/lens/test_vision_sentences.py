@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import lens
+from lens.vision.coding import CodingRate
 from lens.vision.patterns import Grouping, PatternSummary
 from tests.lens.pictures import planted
 
@@ -128,6 +129,33 @@ def test_whether_that_is_what_uniform_attention_reaches(layers, told):
     assert found.alike[-1] == pytest.approx((step * far).sum(-1).mean())
     assert (found.low <= found.distance).all()
     assert (found.distance <= found.high).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (
+            (0.2, 0.4),
+            "The coding rate rises from first to last layer: +0.20 to +0.40 nats over 5 prompts.",
+        ),
+        ((-0.4, -0.2), "The coding rate falls"),
+        ((-0.1, 0.2), "The coding rate is not told apart from no change"),
+        ((np.nan, np.nan), "Of one prompt the change"),
+    ],
+)
+def test_whether_the_coding_rate_changes(change, told):
+    found = CodingRate(np.ones((2, 3)), change, np.zeros(2), 0.5, 2.0, n=5, layers=(0, 1))
+    assert said(found, "change").startswith(told)
+
+
+def test_that_change_is_over_prompts():
+    model, pictures = lens.load("vit-digits"), np.random.default_rng(0).random((3, 8, 8)) * 255
+    pictures = [one.astype(np.uint8) for one in pictures]
+    several = lens.vision.coding_rate(model, pictures, progress=False)
+    alone = [lens.vision.coding_rate(model, one, progress=False) for one in pictures]
+    gained = [float((one.rate[-1] - one.rate[0]).mean()) for one in alone]
+    assert min(gained) <= several.change[0] <= np.mean(gained) <= several.change[1] <= max(gained)
+    assert np.isnan(alone[0].change).all()
 
 
 @pytest.mark.parametrize(("sizes", "alone"), [((60, 40), False), ((95, 5), True)])

@@ -187,7 +187,9 @@ def structure(subject: Subject) -> Section:
                 figures[f"{name}_{part}"] = one.titled(found.plot())
             said += [f"{title}: {text}" for text in found.findings()]
     joined = {part: _front(ones) for part, ones in tables.items()}
-    rates = lens.vision.coding_rate(subject.model, subject.pictures, progress=subject.progress)
+    rates = lens.vision.coding_rate(
+        subject.model, subject.pictures, seed=subject.seed, progress=subject.progress
+    )
     joined["rates"], figures["rates"] = rates.table(), rates.plot()
     return Section(
         name="structure",
