@@ -34,6 +34,7 @@ from lens.models.loaded import LoadedModel, check_loaded
 from lens.passes.inputs import Prompt
 from lens.passes.keys import KeysAt
 from lens.passes.stream import layer_inputs
+from lens.stats.intervals import over_units
 from lens.traces.segments import IMAGE, SYSTEM, TEXT, segments
 
 CONTROLS = ("size", "mass", "position")
@@ -55,11 +56,20 @@ class KnockOut(Effect):
 
     def findings(self) -> tuple[Sentence, ...]:
         """As `Effect`, and where the attention went, as the kind `went`."""
-        before, after = self.places.mean(1)
-        gained = (after - before)[1:]
+        before = self.places[0].mean(0)
+        each = (self.places[1] - self.places[0])[:, 1:]
+        gained = each.mean(0)
+        second, most = np.argsort(gained, kind="stable")[-2:]
+        more = each[:, most] - each[:, second]
+        low, high = over_units(more, np.ones_like(more), self.seed)
+        beside = f", {low:.1%} to {high:.1%} more than to {PLACES[1 + second]}"
+        if not low > 0:
+            beside = f", which is not told apart from {PLACES[1 + second]}"
+        if np.isnan(low):
+            beside = " on one prompt"
         text = (
             f"The attention taken from the sinks, {before[0]:.1%} of the text's, went most to "
-            f"{PLACES[1 + int(gained.argmax())]} ({gained.max():+.1%}), so that a small effect alone does "
+            f"{PLACES[1 + most]} ({gained.max():+.1%}){beside}, so that a small effect alone does "
             "not prove them irrelevant."
         )
         return (*super().findings(), Sentence(text, kind="went"))

@@ -1,6 +1,7 @@
 """Knock-out of edges from text to image tokens, against whole probabilities."""
 
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -156,6 +157,18 @@ def test_sinks_and_controls_of_a_planted_activation(name):
     gained = (after - before).mean(0)[1:]
     place = ("other image tokens", "tokens before the image", "the text")[gained.argmax()]
     assert f"went most to {place} ({gained.max():+.1%})" in went
+    for taken, said in (
+        ([[0.3, 0.1, 0]] * 4, "(+30.0%), 20.0% to 20.0% more than to tokens before the image"),
+        (
+            [[0.3, 0.1, 0], [0.1, 0.3, 0]] * 2 + [[0.3, 0.1, 0]],
+            "which is not told apart from tokens",
+        ),
+        ([[0, 0, 0.4]], "the text (+40.0%) on one prompt"),
+    ):
+        moved = np.insert(np.array(taken), 0, -0.4, 1)
+        start = np.tile([0.4, 0.2, 0.2, 0.2], (len(taken), 1))
+        other = replace(found, places=np.stack([start, start + moved]))
+        assert said in of_kind(other.findings(), "went")[0]
     assert list(found.plot("kl").data[0].y) == ["edit", "size", "mass", "position"]
 
 
