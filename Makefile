@@ -71,9 +71,9 @@ $(VENV)/.triton-3.6: $(BIN)/python
 	$(PIP) --no-deps --upgrade --target $(VENV)/triton-3.6 triton==3.6.0
 	@touch $@
 
-# Two workers of one thread each: the tests are many and small, and the long files come first.
+# Three workers of one thread each: on two cores one is always waiting, for a browser or a process of its own.
 test: lint types browser $(VENV)/.triton-3.6
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 exhaustive: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m exhaustive

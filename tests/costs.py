@@ -1,6 +1,6 @@
 """CPU seconds of every test file, those of finished child processes included: what a change of the tests costs.
 
-    python -m pytest -n 2 --dist loadfile -p tests.costs
+    python -m pytest -n 3 --dist loadfile -p tests.costs
 
 Seconds on the clock depend on what else the machine does; these hardly do.
 """
