@@ -171,15 +171,16 @@ def _integers(
     device: torch.device,
     dims: tuple[int, ...],
 ) -> Tensor:
-    if isinstance(values, Tensor):
-        if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
-            raise TypeError(f"{name} must hold integers, got {values.dtype}")
-        if values.device != device:
-            raise ValueError(f"{name} is on {values.device}, the query on {device}; move it there")
+    if isinstance(values, Tensor) and values.device != device:
+        raise ValueError(f"{name} is on {values.device}, the query on {device}; move it there")
     try:
-        tensor = torch.as_tensor(values, dtype=torch.int64, device=device)
-    except (RuntimeError, ValueError, OverflowError) as error:
+        tensor = torch.as_tensor(values, device=device)
+    except (RuntimeError, TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{name} must hold integers of 64 bits: {error}") from None
+    kinds = (tensor.is_floating_point(), tensor.is_complex(), tensor.dtype == torch.bool)
+    if any(kinds) and (tensor.numel() or isinstance(values, Tensor)):  # an empty list has no type
+        raise TypeError(f"{name} must hold integers, got {tensor.dtype}")
+    tensor = tensor.to(torch.int64)
     if tensor.dim() not in dims:
         expected = " or ".join(f"{dim}-dimensional" for dim in dims)
         raise ValueError(f"{name} must be {expected}, got shape {list(tensor.shape)}")

@@ -288,6 +288,21 @@ MASKS = {
         TypeError,
         "key_lengths must hold integers, got torch.float32",
     ),
+    "lengths of floats in a list": (
+        M(key_lengths=[1.5, 2.0]),  # pyright: ignore[reportArgumentType]
+        TypeError,
+        "key_lengths must hold integers, got torch.float32",
+    ),
+    "blocks of floats": (
+        M(causal=True, blocks=[0.5, 4]),  # pyright: ignore[reportArgumentType]
+        TypeError,
+        "blocks must hold integers, got torch.float32",
+    ),
+    "blocks of a word": (
+        M(causal=True, blocks="each"),  # pyright: ignore[reportArgumentType]
+        ValueError,
+        "blocks must hold integers of 64 bits",
+    ),
     "lengths of three": (
         M(key_lengths=[1, 2, 3]),
         ValueError,
