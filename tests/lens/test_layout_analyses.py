@@ -84,9 +84,20 @@ def test_first_order_scores_are_gradients_by_the_masks(kind):
     _, own = read_activations(nodes, task.clean)
     _, reference = read_activations(nodes, task.corrupt_or_refuse())
     rows = torch.arange(ROWS)
-    found = edge_products(
-        nodes, task.clean, lambda logits: task.measure(logits, rows), reference.minus(own)
+    differences = reference.minus(own)
+
+    def measure(logits):
+        return task.measure(logits, rows)
+
+    found = edge_products(nodes, task.clean, measure, differences)
+    where = torch.arange(task.length)[None, None] % 2 == torch.arange(2)[:, None, None]
+    where = where.expand(-1, ROWS, -1)
+    spans = edge_products(nodes, task.clean, measure, differences, where=where)
+    alone = differences.each(
+        lambda part: part * where[1].view(ROWS, *[1] * (part.dim() - 3), -1, 1)
     )
+    assert error(spans[:, 1], edge_products(nodes, task.clean, measure, alone)) < 1e-5
+    assert error(spans.sum(1), found) < 1e-4
     masks = torch.zeros(1, *nodes.graph.allowed.shape, requires_grad=True)
     logits = masked_logits(nodes, task.clean, reference, masks)[0]
     (slope,) = torch.autograd.grad(task.measure(logits, rows).sum(), masks)

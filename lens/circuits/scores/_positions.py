@@ -141,22 +141,14 @@ def _inputs(batch: Batch, method: str) -> list[dict[Stage, Tensor]]:
 
 def _within(batch: Batch, replaced: list[dict[Stage, Tensor]], where: Tensor) -> np.ndarray:
     """[rows, spans, edges]: gradients times the differences of one span alone."""
-    return np.stack(
-        [
-            np.mean(
-                [
-                    edge_products(
-                        batch.nodes, batch.ids, batch.measure, _at(batch.differences, span), one,
-                        refuse_flat=not one,
-                    )
-                    for one in replaced
-                ],
-                axis=0,
-            )
-            for span in where
-        ],
-        1,
-    )  # fmt: skip
+    products = [
+        edge_products(
+            batch.nodes, batch.ids, batch.measure, batch.differences, one,
+            refuse_flat=not one, where=where,
+        )
+        for one in replaced
+    ]  # fmt: skip
+    return np.mean(products, axis=0)
 
 
 def _at(differences: Activations, span: Tensor) -> Activations:

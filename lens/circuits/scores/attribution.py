@@ -40,8 +40,11 @@ def edge_products(
     frozen_patterns: bool = False,
     norm_rules: Callable[[], AbstractContextManager[object]] = nullcontext,
     refuse_flat: bool = False,
+    where: Tensor | None = None,
 ) -> np.ndarray:
     """[rows, edges]: gradient at the reader · difference of the writer, summed over the tokens.
+
+    With `where` [rows, spans, edges], over the tokens of each span alone.
 
     Args:
         nodes: of the model.
@@ -54,16 +57,20 @@ def edge_products(
         norm_rules: entered where norms are computed once more for the gradient of single heads, as
             modes that surround this call do not reach the backward pass (RelP).
         refuse_flat: refuse an objective whose gradient by the logits is 0.
+        where: bool [spans, rows, tokens], or None: all tokens together.
 
     Raises:
         LensError: an objective without a gradient, or a flat one.
     """
-    meeting = _Meeting(nodes, differences, replaced or {}, blocked, frozen_patterns, norm_rules)
+    meeting = _Meeting(
+        nodes, differences, replaced or {}, blocked, frozen_patterns, norm_rules, where
+    )
     with torch.enable_grad():
         logits = visit(nodes, ids, meeting)
         slope = _slope(logits, objective, refuse_flat)
         torch.autograd.grad(logits, meeting.entered, slope, materialize_grads=True)
-    return meeting.finish().cpu().numpy()[:, nodes.graph.allowed]
+    found = meeting.finish().cpu().numpy()[..., nodes.graph.allowed]
+    return found[0] if where is None else found.swapaxes(0, 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,11 +191,13 @@ class _Meeting(_Tracing):
         blocked: int | None,
         frozen_patterns: bool,
         norm_rules: Callable[[], AbstractContextManager[object]],
+        where: Tensor | None,
     ) -> None:
         super().__init__(nodes, replaced, blocked)
         self._differences, self._frozen, self._rules = differences, frozen_patterns, norm_rules
-        rows, graph = len(differences.input), nodes.graph
-        size = (rows, len(graph.readers), len(graph.writers))
+        self._where, graph = where, nodes.graph
+        spans = 1 if where is None else len(where)
+        size = (spans, len(differences.input), len(graph.readers), len(graph.writers))
         self._found = differences.input.new_zeros(size)
         self._layers = 0  # layers that write to those who wait
         self._waiting: list[tuple[slice, _Read, bool]] = []  # the last: between heads and MLP
@@ -280,12 +289,19 @@ class _Meeting(_Tracing):
             for layer in reversed(range(self._layers)):
                 first, output = graph.heads_of(layer).start, written(self.nodes, own, layer)
                 for number, (places, _, between) in enumerate(self._waiting):
-                    found = self._found[rows, places, first : first + output.shape[1]]
+                    found = self._found[:, rows, places, first : first + output.shape[1]]
                     is_last = between and layer == self._layers - 1
                     slopes[number] = self._pass(layer, rows, slopes[number], output, found, is_last)
             for (places, _, _), slope in zip(self._waiting, slopes, strict=True):
-                self._found[rows, places, :1] = slope @ own.input[:, None].flatten(2).mT
+                self._found[:, rows, places, :1] = self._products(slope, own.input[:, None], rows)
         self._waiting.clear()
+
+    def _products(self, slope: Tensor, output: Tensor, rows: slice) -> Tensor:
+        """[spans, rows, readers, writers]: of [rows, readers, tokens * d_model] and [rows, writers, tokens, d_model]."""
+        if self._where is None:
+            return (slope @ output.flatten(2).mT)[None]
+        spans = self._where[:, rows, None, :, None]
+        return torch.stack([slope @ (output * span).flatten(2).mT for span in spans])
 
     def _pass(
         self, layer: int, rows: slice, slope: Tensor, output: Tensor, found: Tensor, between: bool
@@ -297,25 +313,25 @@ class _Meeting(_Tracing):
         """
         block, normed = self.nodes.layers[layer].block, self.nodes.layout.normed
         if not self.nodes.layout.bends:
-            found[:] = slope @ output.flatten(2).mT
+            found[:] = self._products(slope, output, rows)
             return slope
         heads = self.nodes.graph.heads
         wide = (-1, output.shape[-1])
         if not between:
-            found[..., heads:] = slope @ output[:, heads:].flatten(2).mT
+            found[..., heads:] = self._products(slope, output[:, heads:], rows)
             if normed:
                 read = self._read[layer, "mlp"][rows]
                 slope = self._before(block.mlp_norm, read, slope.unflatten(2, wide)).flatten(2)
         after = self._before(
             block.after, self._read[layer, "after"][rows], slope.unflatten(2, wide)
         )
-        found[..., :heads] = after.flatten(2) @ output[:, :heads].flatten(2).mT
+        found[..., :heads] = self._products(after.flatten(2), output[:, :heads], rows)
         if normed:
             read = self._read[layer, "attention"][rows]
             slope = self._before(block.norm, read, slope.unflatten(2, wide)).flatten(2)
         return slope
 
     def finish(self) -> Tensor:
-        """[rows, readers, writers], after the backward pass."""
+        """[spans, rows, readers, writers], after the backward pass."""
         self._meet()
         return self._found
