@@ -1,6 +1,5 @@
 """Page `/run/<id>/analysis/<section>`: what one analysis found, as its command wrote it."""
 
-from collections.abc import Iterable
 from typing import Any
 
 import pandas as pd
@@ -75,19 +74,6 @@ def _others(view: Selection, sections: list[str]) -> html.Nav:
         else:
             links.append(dcc.Link(words, href=view.to("analysis", name).url()))
     return html.Nav(links, className="tabs", **named("Analyses of this run"))
-
-
-def tables_of(view: Selection, sections: Iterable[Section]) -> html.Section:
-    """Links to the whole of each analysis, with what its tables hold."""
-    items = []
-    for section in sections:
-        tables = ", ".join(
-            f"{words.replace('_', ' ')} ({len(table):,} rows)"
-            for words, table in section.tables.items()
-        )
-        link = dcc.Link(section.title, href=view.to("analysis", section.name).url())
-        items.append(html.Li([link, f": {tables}"]))
-    return card(html.Ul(items), "Tables, and more figures")
 
 
 def _table(view: Selection, section: Section, name: str) -> html.Section:

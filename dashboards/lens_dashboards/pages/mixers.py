@@ -9,24 +9,18 @@ from dash import html
 from lens.figures.mixers import block_masses, mixer_profile
 from lens.runs import Run
 from lens.runs.sections import Section
-from lens_dashboards.library import Library, sections
-from lens_dashboards.pages.analysis import tables_of
-from lens_dashboards.pages.next_steps import missing
+from lens_dashboards.library import Library
 from lens_dashboards.pages.parts import (
     Cell,
     card,
     choice,
-    crumbs,
     data_table,
-    findings,
     graph,
-    limits,
-    note_banner,
     number,
-    run_banner,
     section_figure,
     select,
 )
+from lens_dashboards.pages.section_page import section_page
 from lens_dashboards.selection import Selection
 
 _SHOWN = {"signed": "with its sign", "absolute": "absolute"}
@@ -43,20 +37,25 @@ _NUMBERS = {
 
 def page(library: Library, view: Selection) -> list[Any]:
     """All heads by reach and sign; of one head the block map, the weights by distance and its numbers."""
-    run = library.run(view.run)
-    top = [crumbs(run, view), html.H1("Mixers"), *run_banner(run)]
-    known = sections(run)
-    if "mixers" not in known:
-        return [*top, missing(library, run, "linear or recurrent mixers", "mixers")]
-    found, notes = known["mixers"], []
+    return section_page(
+        library,
+        view,
+        _cards,
+        title="Mixers",
+        names=("mixers",),
+        missed=("linear or recurrent mixers", "mixers"),
+    )
+
+
+def _cards(run: Run, view: Selection, known: dict[str, Section], notes: list[str]) -> list[Any]:
+    found = known["mixers"]
     heads = found.tables["heads"]
     names = {f"{row['name']} {row['mixer']}": row for row in heads.to_dict("records")}
     first = next(iter(names))
     head = choice(view, "head", names, first, notes)
     shown = choice(view, "shown", _SHOWN, "signed", notes)
     row = names[head]
-    body = [
-        findings([found]),
+    return [
         card(section_figure(run, found, "heads"), "Every head"),
         card(
             html.Div(
@@ -72,10 +71,7 @@ def page(library: Library, view: Selection) -> list[Any]:
             [_map_card(run, found, row, shown), _profile_card(run, found, row)], className="halves"
         ),
         card(_numbers(row), f"{row['name']}: {row['mixer']}"),
-        tables_of(view, [found]),
-        limits([found]),
     ]
-    return [*top, *map(note_banner, notes), *body]
 
 
 def _rows(found: Section, table: str, row: dict[Any, Any]) -> pd.DataFrame | None:

@@ -4,23 +4,19 @@ from typing import Any
 
 from dash import html
 
-from lens_dashboards.library import Library, sections
-from lens_dashboards.pages.analysis import tables_of
-from lens_dashboards.pages.next_steps import missing
+from lens.runs import Run
+from lens.runs.sections import Section
+from lens_dashboards.library import Library
 from lens_dashboards.pages.parts import (
     Cell,
     card,
     choice,
-    crumbs,
     data_table,
-    findings,
-    limits,
-    note_banner,
     number,
-    run_banner,
     section_figure,
     select,
 )
+from lens_dashboards.pages.section_page import section_page
 from lens_dashboards.selection import Selection
 
 _WORDS = {
@@ -34,12 +30,20 @@ _MOST = 12  # places that are listed
 
 def page(library: Library, view: Selection) -> list[Any]:
     """The map of one stream, and its strongest places."""
-    run = library.run(view.run)
-    top = [crumbs(run, view), html.H1("Patching by position"), *run_banner(run)]
-    known = sections(run)
-    if "patching" not in known:
-        return [*top, missing(library, run, "patching by position", "patch")]
-    found, notes = known["patching"], []
+    return section_page(
+        library,
+        view,
+        _cards,
+        title="Patching by position",
+        names=("patching",),
+        missed=("patching by position", "patch"),
+    )
+
+
+def _cards(
+    run: Run, view: Selection, known: dict[str, Section], notes: list[str]
+) -> list[html.Section]:
+    found = known["patching"]
     streams = {name: words for name, words in _WORDS.items() if name in found.figures}
     stream = choice(view, "stream", streams, next(iter(streams)), notes)
     table = found.tables["effects"]
@@ -63,9 +67,6 @@ def page(library: Library, view: Selection) -> list[Any]:
     )
     said = {name.replace("_", " "): value for name, value in found.configuration.items()}
     return [
-        *top,
-        *map(note_banner, notes),
-        findings([found]),
         card(
             [
                 html.Div([select("stream", "Patched", streams, stream)], className="controls"),
@@ -80,6 +81,4 @@ def page(library: Library, view: Selection) -> list[Any]:
             data_table(f"Strongest places of {streams[stream]}", columns, lines, row_heads=True),
             "Strongest places",
         ),
-        tables_of(view, [found]),
-        limits([found]),
     ]

@@ -11,27 +11,20 @@ from lens.common.head_ids import head_id
 from lens.figures.policies import kept_map, policy_heads
 from lens.runs import Run
 from lens.runs.sections import Section
-from lens_dashboards.library import Library, sections
-from lens_dashboards.pages.analysis import tables_of
-from lens_dashboards.pages.next_steps import missing
+from lens_dashboards.library import Library
 from lens_dashboards.pages.parts import (
     Cell,
     card,
     choice,
-    crumbs,
     data_table,
-    findings,
     graph,
-    limits,
-    note_banner,
     number,
-    run_banner,
     section_figure,
     select,
 )
+from lens_dashboards.pages.section_page import section_page
 from lens_dashboards.selection import Selection
 
-_SECTIONS = ("policies", "search", "running", "stability")
 _SHOWN = {
     "recall": "attention kept",
     "gap": "gap to the best choice",
@@ -46,13 +39,18 @@ _DIFFUSE = 0.5  # share of the blocks that 95 % of the attention needs
 
 def page(library: Library, view: Selection) -> list[Any]:
     """Every head under every policy, the frontier, kept blocks over the exact map, and a card for each head."""
-    run = library.run(view.run)
-    top = [crumbs(run, view), html.H1("Policies"), *run_banner(run)]
-    known = sections(run)
-    held = [known[name] for name in _SECTIONS if name in known]
-    if "policies" not in known:
-        return [*top, missing(library, run, "sparse policies", "policies")]
-    measured, notes = known["policies"], []
+    return section_page(
+        library,
+        view,
+        _cards,
+        title="Policies",
+        names=("policies", "search", "running", "stability"),
+        missed=("sparse policies", "policies"),
+    )
+
+
+def _cards(run: Run, view: Selection, known: dict[str, Section], notes: list[str]) -> list[Any]:
+    measured = known["policies"]
     heads = measured.tables["heads"]
     names = list(dict.fromkeys(heads["name"]))
     offered = [str(one) for one in measured.configuration["policies"]]
@@ -60,8 +58,7 @@ def page(library: Library, view: Selection) -> list[Any]:
     head = choice(view, "head", names, _poorest(heads, policy), notes)
     shown = choice(view, "shown", _SHOWN, "recall", notes)
     layer = _layer(view, heads, head, notes)
-    body = [
-        findings(held),
+    return [
         _grid_card(run, heads, shown, layer),
         html.Div(
             [card(section_figure(run, one, name), title) for one, name, title in _frontiers(known)],
@@ -81,10 +78,7 @@ def page(library: Library, view: Selection) -> list[Any]:
             [_map_card(run, measured, head, policy), _head_card(run, known, head, offered)],
             className="halves",
         ),
-        tables_of(view, held),
-        limits(held),
     ]
-    return [*top, *map(note_banner, notes), *body]
 
 
 def _poorest(heads: pd.DataFrame, policy: str) -> str:

@@ -8,49 +8,44 @@ from dash import html
 from lens.figures.reading import pair_map, pair_products
 from lens.runs import Run
 from lens.runs.sections import Section
-from lens_dashboards.library import Library, sections
-from lens_dashboards.pages.analysis import tables_of
-from lens_dashboards.pages.next_steps import missing
+from lens_dashboards.library import Library
 from lens_dashboards.pages.parts import (
     card,
     choice,
-    crumbs,
     data_table,
-    findings,
     graph,
-    limits,
-    note_banner,
     number,
-    run_banner,
     section_figure,
     select,
 )
+from lens_dashboards.pages.section_page import section_page
 from lens_dashboards.selection import Selection
 
-_SECTIONS = ("explain", "removal", "retrieval_kinds", "faithfulness")
 _PARTS = 12  # of each side, in the table
 
 
 def page(library: Library, view: Selection) -> list[Any]:
     """Pairs to pick from, what wrote the chosen one in words and as a matrix, and what the model does without."""
-    run = library.run(view.run)
-    top = [crumbs(run, view), html.H1("Reading"), *run_banner(run)]
-    known = sections(run)
-    if "explain" not in known:
-        return [*top, missing(library, run, "explained heads", "explain")]
-    explained, notes = known["explain"], []
-    held = [known[name] for name in _SECTIONS if name in known]
+    return section_page(
+        library,
+        view,
+        _cards,
+        title="Reading",
+        names=("explain", "removal", "retrieval_kinds", "faithfulness"),
+        missed=("explained heads", "explain"),
+    )
+
+
+def _cards(run: Run, view: Selection, known: dict[str, Section], notes: list[str]) -> list[Any]:
+    explained = known["explain"]
     names = list(dict.fromkeys(explained.tables["sides"]["name"]))
     head = choice(view, "head", names, names[0], notes)
     picker = html.Div(
         select("head", "Head", {name: name for name in names}, head), className="controls"
     )
     return [
-        *top,
-        findings(held),
         card(picker, "Head"),
         *_pair_cards(run, view, explained, head, notes),
-        *map(note_banner, notes),
         html.Div(
             [card(_sides(explained, head), f"What {head} looks there for, over all prompts")]
             + [
@@ -59,8 +54,6 @@ def page(library: Library, view: Selection) -> list[Any]:
             ],
             className="halves",
         ),
-        tables_of(view, held),
-        limits(held),
     ]
 
 

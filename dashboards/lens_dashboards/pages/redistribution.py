@@ -6,23 +6,18 @@ from typing import Any
 import pandas as pd
 from dash import html
 
+from lens.runs import Run
 from lens.runs.sections import Section
-from lens_dashboards.library import Library, sections
-from lens_dashboards.pages.analysis import tables_of
-from lens_dashboards.pages.next_steps import missing
+from lens_dashboards.library import Library
 from lens_dashboards.pages.parts import (
     card,
     choice,
-    crumbs,
-    findings,
-    limits,
     named,
-    note_banner,
     number,
-    run_banner,
     section_figure,
     select,
 )
+from lens_dashboards.pages.section_page import section_page
 from lens_dashboards.selection import Selection
 
 _SECTIONS = ("dose", "search", "redistribution")
@@ -44,29 +39,29 @@ _CONDITIONS = {
 
 def page(library: Library, view: Selection) -> list[Any]:
     """One rule and amount at a time, with its controls; then every dose and head."""
-    run = library.run(view.run)
-    top = [crumbs(run, view), html.H1("Redistribution"), *run_banner(run)]
-    known = sections(run)
-    held = [known[name] for name in _SECTIONS if name in known]
-    if not held:
-        return [*top, missing(library, run, "redistribution", "redistribute")]
-    notes: list[str] = []
+    return section_page(
+        library,
+        view,
+        _cards,
+        title="Redistribution",
+        names=_SECTIONS,
+        missed=("redistribution", "redistribute"),
+    )
+
+
+def _cards(run: Run, view: Selection, known: dict[str, Section], notes: list[str]) -> list[Any]:
     one = _one_dose([known[name] for name in _MEASURED if name in known], view, notes)
     return [
-        *top,
-        *map(note_banner, notes),
-        findings(held),
         *one,
         html.Div(
             [
-                card(section_figure(run, section, figure))
-                for section in held
-                for figure in section.figures
+                card(section_figure(run, known[name], figure))
+                for name in _SECTIONS
+                if name in known
+                for figure in known[name].figures
             ],
             className="halves",
         ),
-        tables_of(view, held),
-        limits(held),
     ]
 
 

@@ -8,24 +8,19 @@ from dash import dcc, html
 from lens.common.head_ids import HeadId
 from lens.figures.columns import column_grid
 from lens.runs import Run
-from lens_dashboards.library import Library, sections
-from lens_dashboards.pages.analysis import tables_of
-from lens_dashboards.pages.next_steps import missing
+from lens.runs.sections import Section
+from lens_dashboards.library import Library
 from lens_dashboards.pages.parts import (
     card,
     choice,
-    crumbs,
-    findings,
     graph,
-    limits,
     link_points,
     marked,
-    note_banner,
     remember,
-    run_banner,
     section_figure,
     select,
 )
+from lens_dashboards.pages.section_page import section_page
 from lens_dashboards.selection import Selection
 
 SECTIONS = (
@@ -36,13 +31,18 @@ _MOST_HEADS = 40
 
 def page(library: Library, view: Selection) -> list[Any]:
     """The rate at a threshold of your choice, the heads above it, what edits of the sink do."""
-    run = library.run(view.run)
-    top = [crumbs(run, view), html.H1("Sinks"), *run_banner(run)]
-    known = sections(run)
-    if "detection" not in known:
-        return [*top, missing(library, run, "analysis of sinks", "sinks")]
+    return section_page(
+        library,
+        view,
+        _cards,
+        title="Sinks",
+        names=SECTIONS,
+        missed=("analysis of sinks", "sinks"),
+    )
+
+
+def _cards(run: Run, view: Selection, known: dict[str, Section], notes: list[str]) -> list[Any]:
     section = known["detection"]
-    notes: list[str] = []
     curve = section.tables["epsilon"]
     epsilon = _threshold(view, curve, float(section.configuration["epsilon"]), notes)
     heads = section.tables["heads"]
@@ -70,12 +70,7 @@ def page(library: Library, view: Selection) -> list[Any]:
         if None not in (usual, every) and usual != every
         else ""
     )
-    effects = _effects(run, view, notes)
-    held = [known[name] for name in SECTIONS if name in known]
     return [
-        *top,
-        *map(note_banner, notes),
-        findings(held),
         card(
             [
                 _slider(epsilon),
@@ -100,15 +95,16 @@ def page(library: Library, view: Selection) -> list[Any]:
         ),
         html.Div(
             [
-                *[_figure(run, "detection", name) for name in ("positions", "layers", "lengths")],
-                *[_figure(run, "mechanism", name) for name in ("mass_and_value", "massive")],
-                *[_figure(run, "kinds", name) for name in ("kinds", "tests", "origin")],
+                *[
+                    _figure(run, known, "detection", name)
+                    for name in ("positions", "layers", "lengths")
+                ],
+                *[_figure(run, known, "mechanism", name) for name in ("mass_and_value", "massive")],
+                *[_figure(run, known, "kinds", name) for name in ("kinds", "tests", "origin")],
             ],
             className="halves",
         ),
-        *effects,
-        tables_of(view, held),
-        limits(held),
+        *_effects(run, view, known, notes),
     ]
 
 
@@ -162,9 +158,9 @@ def _heads(view: Selection, heads: pd.DataFrame) -> html.P:
     return html.P(["Above it: ", *parts], id="sink-heads")
 
 
-def _effects(run: Run, view: Selection, notes: list[str]) -> list[Any]:
+def _effects(run: Run, view: Selection, known: dict[str, Section], notes: list[str]) -> list[Any]:
     """What each edit of the sink does, beside controls, one edit at a time."""
-    section = sections(run).get("effects")
+    section = known.get("effects")
     if section is None:
         return []
     names = [name for name in section.figures if name.startswith("edit_")]
@@ -190,8 +186,8 @@ def _effects(run: Run, view: Selection, notes: list[str]) -> list[Any]:
     ]
 
 
-def _figure(run: Run, section: str, name: str) -> Any:
-    found = sections(run).get(section)
+def _figure(run: Run, known: dict[str, Section], section: str, name: str) -> Any:
+    found = known.get(section)
     if found is None or name not in found.figures:
         return html.Div()
     return card(section_figure(run, found, name))

@@ -22,7 +22,7 @@ _TABS = {
     "vision": "Vision",
     "provenance": "Provenance",
 }
-_SHOWS = {
+NEEDS = {
     "sinks": {"detection"},
     "redistribution": {"dose", "search", "redistribution"},
     "policies": {"policies"},
@@ -37,7 +37,7 @@ _SHOWS = {
 
 def holds(run: Run, page: str) -> bool:
     """Whether a run has what a page shows."""
-    needed = _SHOWS.get(page)
+    needed = NEEDS.get(page)
     return needed is None or not needed.isdisjoint(run.sections)
 
 
