@@ -202,17 +202,16 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 def _sublayers(model: LoadedModel) -> list[_SubLayer]:
-    """Norms of the layers with what runs behind each, as a pass has them."""
+    """Norms of the layers with what runs behind each, in the order of a pass."""
     mixers = {id(module): number for number, module in mixers_of(transformer(model))}
     counts: dict[int, int] = {}
     for head in heads_of(model):
         counts[head.layer] = counts.get(head.layer, 0) + 1
     layers = blocks(model)
-    order = _order(model, layers)
     found: list[_SubLayer] = []
-    for number, children in enumerate(order):
-        norm, is_first = None, True
-        for child in children:
+    for number, (layer, ran) in enumerate(zip(layers, _ran(model, layers), strict=True)):
+        norm, is_first, children = None, True, set(layer.children())
+        for child in (one for one in ran if one in children):
             if _is_norm(child):
                 norm = child
                 continue
@@ -221,20 +220,21 @@ def _sublayers(model: LoadedModel) -> list[_SubLayer]:
             own = next((mixers[id(one)] for one in child.modules() if id(one) in mixers), None)
             is_softmax = own is None and is_first and number in model.info.attending
             heads = counts[number] if own is not None else model.info.heads if is_softmax else 1
-            output = _output(model, child, heads) if own is not None or is_softmax else None
+            output = _output(child, heads, ran) if own is not None or is_softmax else None
             name = f"{'m' if output is None else 'a'}{number}"
             found.append(_SubLayer(name, norm, child, output, heads))
             norm, is_first = None, False
     return found
 
 
-def _order(model: LoadedModel, layers: list[nn.Module]) -> list[list[nn.Module]]:
-    """The children of each layer in the order in which they run."""
+def _ran(model: LoadedModel, layers: list[nn.Module]) -> list[list[nn.Module]]:
+    """Of each layer its children and all its linear modules, in the order in which they run."""
     found: list[list[nn.Module]] = [[] for _ in layers]
     with ExitStack() as stack, torch.no_grad():
-        for number, layer in enumerate(layers):
-            for child in layer.children():
-                stack.callback(child.register_forward_pre_hook(_adding(found[number])).remove)
+        for layer, own in zip(layers, found, strict=True):
+            linear = (one for one in layer.modules() if isinstance(one, nn.Linear))
+            for one in {*layer.children(), *linear}:
+                stack.callback(one.register_forward_pre_hook(_adding(own)).remove)
         logits_of(model, torch.zeros(1, 3, dtype=torch.long, device=model.device))
     return found
 
@@ -246,19 +246,12 @@ def _adding(found: list[nn.Module]) -> Callable[[nn.Module, Any], None]:
     return add
 
 
-def _output(model: LoadedModel, module: nn.Module, heads: int) -> nn.Module:
-    """The projection that the heads of a sub-layer write through: the last one that runs and gives the stream's width."""
-    ran: list[nn.Module] = []
-    with ExitStack() as stack, torch.no_grad():
-        for one in module.modules():
-            if isinstance(one, nn.Linear):
-                stack.callback(
-                    one.register_forward_pre_hook(lambda module, _: ran.append(module)).remove
-                )
-        logits_of(model, torch.zeros(1, 3, dtype=torch.long, device=model.device))
-    last: Any = ran[-1] if ran else None
-    if last is None or last.in_features % heads:
+def _output(module: nn.Module, heads: int, ran: list[nn.Module]) -> nn.Module:
+    """The projection that the heads of a sub-layer write through: its linear module that runs last."""
+    inside = set(module.modules())
+    linear = [one for one in ran if one in inside and isinstance(one, nn.Linear)]
+    if not linear or linear[-1].in_features % heads:
         raise LensError(
             f"where the {heads} heads of {type(module).__name__} write is not known here, so their edges cannot be replaced"
         )
-    return last
+    return linear[-1]
