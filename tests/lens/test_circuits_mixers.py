@@ -141,6 +141,28 @@ def test_integrated_gradients_add_up_to_the_effect_of_the_input():
     assert np.isfinite(zero.per_prompt).all()
 
 
+def test_means_leave_padding_out_and_rules_are_followed():
+    loaded, found = lens.load(hybrid("bamba")), []
+    for padding in (0, 50):
+        clean = CLEAN.clone()
+        clean[1, 8:] = padding
+        task = lens.tasks.Task(
+            "made", clean, torch.tensor([[11], [7]]), ANSWERS, "loss", lengths=torch.tensor([12, 8])
+        )
+        scores = score_edges(loaded, task, method="eap", baseline="mean", progress=False)
+        found.append(scores.per_prompt)
+    assert np.abs(found[0]).max() > 1e-3
+    assert found[0] == pytest.approx(found[1], abs=1e-6)
+    left, middle = (
+        score_edges(
+            loaded, task_of(), method=lens.circuits.EapIg(steps=1, rule=rule), progress=False
+        )
+        for rule in ("left", "midpoint")
+    )
+    assert (left.rule, middle.rule) == ("left", "midpoint")
+    assert np.abs(left.per_prompt - middle.per_prompt).max() > 1e-4
+
+
 def test_what_has_no_such_graph_is_refused():
     loaded = lens.load(hybrid("bamba"))
     for run, said in [

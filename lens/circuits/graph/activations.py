@@ -129,6 +129,19 @@ def read_activations(nodes: Nodes, ids: Tensor) -> tuple[Tensor, Activations]:
     return logits, reading.found
 
 
+def shares_in_mean(task: Task, rows: Tensor, hidden: Tensor) -> Tensor:
+    """[rows, tokens, 1], what each prompt counts in the mean at a position: alike all that have a token of their own there.
+
+    Args:
+        task, rows: the prompts, and which of them.
+        hidden: [rows, tokens, d_model] of these, for precision and device.
+    """
+    own = task.own
+    if task.clean.is_floating_point():  # of pictures all positions are their own
+        own = torch.ones(task.n, hidden.shape[1], dtype=torch.bool)
+    return (own[rows].to(hidden) / own.sum(0).clamp(min=1).to(hidden))[..., None]
+
+
 class References:
     """What is put in place of each writer's output, for any rows of a task.
 
@@ -155,10 +168,7 @@ class References:
         task, total = self._task, None
         for rows in task.chunks(min(16, task.rows_at_once(self._nodes.model))):
             _, found = read_activations(self._nodes, task.clean[rows])
-            own = task.own
-            if task.clean.is_floating_point():  # of pictures all positions are their own
-                own = torch.ones(task.n, found.input.shape[1], dtype=torch.bool)
-            share = (own[rows].to(found.input) / own.sum(0).clamp(min=1).to(found.input))[..., None]
+            share = shares_in_mean(task, rows, found.input)
 
             def shared(part: Tensor, share: Tensor = share) -> Tensor:
                 weighted = part * (share if part.dim() == 3 else share[:, None])

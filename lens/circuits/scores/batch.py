@@ -11,6 +11,12 @@ from lens.circuits.graph.activations import Activations
 from lens.circuits.graph.nodes import Nodes
 
 
+def fractions_of(steps: int, rule: str, shift: float = 0.0) -> list[float]:
+    """Where gradients are taken, from the reference (0) to the clean run (1); "left" `shift` steps later."""
+    shift = 0.5 if rule == "midpoint" else shift
+    return [(step + shift) / steps for step in range(steps)]
+
+
 @dataclass(frozen=True, eq=False)
 class Batch:
     """Some prompts of a task, as every method gets them.
@@ -35,13 +41,9 @@ class Batch:
     @property
     def fractions(self) -> list[float]:
         """Where gradients are taken, from the reference (0) to the clean run (1)."""
-        return self._fractions(0.0)
+        return fractions_of(self.steps, self.rule)
 
     @property
     def later_fractions(self) -> list[float]:
         """The same, but "left" begins one step after the reference and ends at the clean run."""
-        return self._fractions(1.0)
-
-    def _fractions(self, shift: float) -> list[float]:
-        shift = 0.5 if self.rule == "midpoint" else shift
-        return [(step + shift) / self.steps for step in range(self.steps)]
+        return fractions_of(self.steps, self.rule, 1.0)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lens.circuits.graph.activations import Ablation
+from lens.circuits.graph.activations import Ablation, shares_in_mean
 from lens.circuits.graph.edge_scores import EdgeScores
 from lens.circuits.graph.mixed import Mixed, Written
+from lens.circuits.scores.batch import fractions_of
 from lens.common.errors import LensError
 from lens.common.progress import advancing
 from lens.models.loaded import LoadedModel
@@ -27,13 +27,14 @@ def score_mixed(
     method: str,
     ablation: Ablation,
     steps: int | Literal["auto"],
+    rule: str,
     rows_at_once: int,
     progress: bool,
 ) -> EdgeScores:
     """`lens.circuits.score_edges` of a model some of whose layers have mixers.
 
     Raises:
-        LensError: another method, or steps "auto"; as `Mixed`.
+        LensError: another method, steps "auto", or no corrupt prompts where they are asked for; as `Mixed`.
     """
     if method not in METHODS or steps == "auto":
         asked = f"{method!r} with steps='auto'" if steps == "auto" else repr(method)
@@ -41,8 +42,10 @@ def score_mixed(
             f"edges of models with mixers are scored by {', '.join(METHODS)} with a number of steps; got {asked}"
         )
     task.check(model)
+    corrupt = task.corrupt_or_refuse() if ablation.value == "counterfactual" else None
     mixed = Mixed(model)
-    mean = _mean(mixed, task) if ablation.value != "counterfactual" else None
+    mean = _mean(mixed, task, rows_at_once) if ablation.value == "mean" else None
+    fractions = [1.0] if method == "eap" else fractions_of(steps, rule)
     found = []
     with advancing(f"{model.name}: {method}", task.n, progress) as advance:
         for rows in task.chunks(rows_at_once):
@@ -53,21 +56,17 @@ def score_mixed(
 
             with torch.no_grad():
                 clean = mixed.run(ids)
-                reference = mean
-                if reference is None:
-                    reference = mixed.run(task.corrupt_or_refuse()[rows].to(model.device))
-                elif ablation.value == "zero":
-                    reference = _each(reference, torch.zeros_like)
+                if corrupt is not None:
+                    reference = mixed.run(corrupt[rows].to(model.device))
+                else:
+                    reference = _nothing(clean) if mean is None else mean
             if method == "exact":
                 scores = _exact(mixed, ids, measure, clean, reference)
             else:
-                fractions = (
-                    [1.0] if method == "eap" else [(at + 0.5) / steps for at in range(steps)]
-                )
                 scores = _attributed(mixed, ids, measure, clean, reference, fractions)
             found.append(scores.double().cpu().numpy())
             advance(len(rows))
-    integrated = (steps, "midpoint") if method == "eap-ig" else (None, None)
+    integrated = (steps, rule) if method == "eap-ig" else (None, None)
     graph: Any = mixed.graph  # has what scores and selections ask for; the rest it refuses itself
     return EdgeScores(
         graph, np.concatenate(found), method, ablation, task.metric, task.name, model.name,
@@ -75,21 +74,25 @@ def score_mixed(
     )  # fmt: skip
 
 
-def _each(written: Written, change: Callable[[Tensor], Tensor]) -> Written:
-    parts = [change(part) for part in written.parts]
-    return replace(written, input=change(written.input), parts=parts)
+def _nothing(clean: Written) -> Written:
+    """Zeros in the shapes of a run."""
+    parts = [torch.zeros_like(part) for part in clean.parts]
+    return Written(input=torch.zeros_like(clean.input), parts=parts)
 
 
-def _mean(mixed: Mixed, task: Task) -> Written:
+def _mean(mixed: Mixed, task: Task, rows_at_once: int) -> Written:
     """Mean of what is written over the prompts, position by position, as one row."""
     total: list[Tensor] = []
     with torch.no_grad():
-        for rows in task.chunks(8):
+        for rows in task.chunks(rows_at_once):
             found = mixed.run(task.clean[rows].to(mixed.model.device))
-            sums = [part.sum(0, keepdim=True) for part in (found.input, *found.parts)]
+            share = shares_in_mean(task, rows, found.input)
+            sums = [
+                (part * share.view(*share.shape[:2], *[1] * (part.dim() - 2))).sum(0, keepdim=True)
+                for part in (found.input, *found.parts)
+            ]
             total = sums if not total else [a + b for a, b in zip(total, sums, strict=True)]
-    means = [part / task.n for part in total]
-    return Written(input=means[0], parts=means[1:])
+    return Written(input=total[0], parts=total[1:])
 
 
 def _differences(mixed: Mixed, clean: Written, reference: Written) -> Tensor:

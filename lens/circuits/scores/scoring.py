@@ -122,7 +122,7 @@ def score_edges(
     chosen = Ablation(baseline, kv=kv)
     if model.info.without_attention and not model.parts:
         rows = min(batch_size, task.rows_at_once(model))
-        return score_mixed(model, task, word, chosen, steps, rows, progress)
+        return score_mixed(model, task, word, chosen, steps, rule, rows, progress)
     nodes = find_nodes(model, kv=kv)
     references = References(nodes, task, chosen)
     rows = min(batch_size, task.rows_at_once(model))
