@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lens.common.results import Result, Sentence, described
+from lens.common.results import Result, Sentence, described, ends
 from lens.edits.losses import MEASURES
 from lens.stats import over_units
 
@@ -148,7 +148,7 @@ class Effect(Result):
             else "the interval holds 0"
         )
         text = (
-            f"{self.task} gains {row['gain']:+.4f}{_ends(low, high)} in {self.metric}, which is then "
+            f"{self.task} gains {row['gain']:+.4f}{ends(low, high, '+.4f')} in {self.metric}, which is then "
             f"{row['metric']:.4f}: {judged}."
         )
         return Sentence(text, kind="gain")
@@ -158,7 +158,7 @@ class Effect(Result):
         if len(rows) < 2:
             return []
         shown = "; ".join(
-            f"{row['amount']:g}: {row['delta_loss']:+.4f}{_ends(row['delta_loss_low'], row['delta_loss_high'])}"
+            f"{row['amount']:g}: {row['delta_loss']:+.4f}{ends(row['delta_loss_low'], row['delta_loss_high'], '+.4f')}"
             for row in rows.to_dict("records")
         )
         steps = rows["delta_loss"].diff().iloc[1:]
@@ -171,7 +171,7 @@ class Effect(Result):
             row = rows.iloc[int(rows["gain"].to_numpy().argmax())]
             best = (
                 f"Of {len(rows)} amounts {row['amount']:g} gains most in {self.metric} of {self.task}: "
-                f"{row['gain']:+.4f}{_ends(row['gain_low'], row['gain_high'])}. It was chosen on "
+                f"{row['gain']:+.4f}{ends(row['gain_low'], row['gain_high'], '+.4f')}. It was chosen on "
                 "these prompts, which flatters it."
             )
             found.append(Sentence(best, kind="best"))
@@ -226,12 +226,7 @@ class Effect(Result):
 
 
 def _with_interval(row: Any, name: str) -> str:
-    return f"{row[name]:.4f}{_ends(row[f'{name}_low'], row[f'{name}_high'], '.4f')}"
-
-
-def _ends(low: float, high: float, form: str = "+.4f") -> str:
-    """An interval in words; none of one prompt."""
-    return "" if np.isnan(low) else f" [{low:{form}}, {high:{form}}]"
+    return f"{row[name]:.4f}{ends(row[f'{name}_low'], row[f'{name}_high'], '.4f')}"
 
 
 def _called(control: str) -> str:

@@ -10,6 +10,7 @@ from plotly.subplots import make_subplots
 from lens.common.colors import ACCENT, BASELINE, VIRIDIS, scale
 from lens.common.plots import draws
 from lens.figures.pictures import picture_uri
+from lens.figures.rows import bars
 from lens.figures.style import Look, escaped, style
 
 if TYPE_CHECKING:
@@ -146,12 +147,7 @@ def box_scores(result: Grounding, *, most: int = 20, **look: Unpack[Look]) -> go
         y=table["iou"],
         mode="markers",
         marker={"color": ACCENT, "size": 9},
-        error_y={
-            "type": "data",
-            "symmetric": False,
-            "array": table["iou_high"] - table["iou"],
-            "arrayminus": table["iou"] - table["iou_low"],
-        },
+        error_y=bars(table, "iou"),
         customdata=table["pointing"],
         hovertemplate="%{x}: IoU %{y:.3f}, points into a box in %{customdata:.0%}<extra></extra>",
         showlegend=False,

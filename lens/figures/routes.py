@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 
 from lens.common.colors import ACCENT, BASELINE, LINE
 from lens.common.plots import draws
-from lens.figures.style import Look, style
+from lens.figures.style import Look, named_below, style
 
 if TYPE_CHECKING:
     from lens.vision.routes import TextFlow
@@ -46,5 +46,4 @@ def text_routes(result: TextFlow, **look: Unpack[Look]) -> go.Figure:
     figure.update_xaxes(title="layer" if result.window == 1 else f"first of {result.window} layers")
     figure.update_yaxes(title="KL of the text's predictions (nats)", rangemode="tozero")
     figure = style(figure, "What the text loses without its edges, by layer", look, height=420)
-    below = {"y": -0.25, "yanchor": "top"}
-    return figure.update_layout(legend=below, margin={"t": 40, "b": 110})
+    return named_below(figure).update_layout(margin_b=110)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from lens.common.head_ids import HeadId
+from lens.common.head_ids import HeadId, head_columns
 from lens.common.results import Result, Sentence, described
 from lens.stats.intervals import columns
 
@@ -52,15 +52,13 @@ class LogitTerms(Result):
         return change[:, :, 1:].max(-1) > change[:, :, 0]
 
     def table(self) -> pd.DataFrame:
-        """Every head and term: `layer`, `head`, `name`, `term`; `lift` (nats) and `change` with `_low` and `_high`
+        """Every head and term: `name`, `layer`, `head`, `term`; `lift` (nats) and `change` with `_low` and `_high`
         over prompts; `n` prompts."""
-        layers, heads, terms, prompts = self.lift.shape
-        places = [(layer, head) for layer in self.layers for head in range(heads)]
+        layers, heads, _, prompts = self.lift.shape
+        rows = [(layer, head) for layer in self.layers for head in range(heads) for _ in self.terms]
         return pd.DataFrame(
             {
-                "layer": np.repeat([layer for layer, _ in places], terms),
-                "head": np.repeat([head for _, head in places], terms),
-                "name": np.repeat([str(HeadId(*place)) for place in places], terms),
+                **head_columns(rows),
                 "term": list(self.terms) * (layers * heads),
                 **columns("lift", self.lift, self.seed),
                 **columns("change", self.change, self.seed),

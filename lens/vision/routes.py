@@ -24,7 +24,7 @@ from torch import Tensor
 from lens.common.choices import check_counts
 from lens.common.errors import LensError
 from lens.common.progress import advancing
-from lens.common.results import Result, Sentence, described
+from lens.common.results import Result, Sentence, described, ends
 from lens.edits.attention import Knockout
 from lens.edits.clean_runs import CleanRuns
 from lens.edits.effects import effect
@@ -88,7 +88,6 @@ class TextFlow(Result):
         table = self.table()
         row = table[(table["route"] == "image_part").to_numpy()].iloc[at]
         low, high = row["excess_low"], row["excess_high"]
-        interval = "" if np.isnan(low) else f" [{low:.3g}, {high:.3g}]"
         count = f"{self.keys[2].mean():.3g} random image tokens"
         if np.isnan(row["excess"]):
             compared = "Too few tokens are left to compare image tokens with others"
@@ -105,7 +104,7 @@ class TextFlow(Result):
                 kind="image",
             ),
             Sentence(
-                f"{compared}: {part:.3g} and {others:.3g} nats, difference {row['excess']:.3g}{interval}.",
+                f"{compared}: {part:.3g} and {others:.3g} nats, difference {row['excess']:.3g}{ends(low, high, '.3g')}.",
                 kind="control",
             ),
             Sentence(
