@@ -33,6 +33,16 @@ def test_runs_lead_to_overview_to_head_and_back(page, address, run):
     assert "metric=previous_token" in page.url
 
 
+def test_the_tabs_of_a_run_with_many_empty_ones_fit_in_one_row(page, address, run):
+    page.set_viewport_size({"width": 1280, "height": 900})  # 1440 with one tab more
+    page.goto(f"{address}/run/{run.id}")
+    tabs = page.locator(".tabs.pages")
+    tabs.wait_for()
+    assert tabs.locator(".vacant").count() > 5
+    rows = tabs.evaluate("(nav) => nav.clientHeight / parseFloat(getComputedStyle(nav).lineHeight)")
+    assert rows < 1.5
+
+
 def test_a_link_restores_the_overview(page, address, run):
     page.goto(f"{address}/run/{run.id}?group=text&metric=entropy&variant=sink_excluded")
     page.wait_for_selector(f"{GRID} .heatmaplayer")
