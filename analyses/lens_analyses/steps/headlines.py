@@ -162,7 +162,7 @@ def of_edits(table: pd.DataFrame, figures: Mapping[str, str]) -> Iterator[Headli
         share = "" if amount == 1 else f" by {amount:g}"
         yield beside(
             f"{str(edit).replace('_', ' ').capitalize()}{share} in {scope}: the loss changes by "
-            f"{_change(one, 'delta_loss')} nats a token, and by {control['delta_loss']:+.3g} where as much "
+            f"{change(one, 'delta_loss')} nats a token, and by {control['delta_loss']:+.3g} where as much "
             "attention to other keys is edited.",
             "delta_loss",
             one,
@@ -181,8 +181,8 @@ def of_reaches(table: pd.DataFrame, figure: str) -> Iterator[Headline]:
             one, every = rows[reach], rows["all"]
             if one["delta_loss_low"] > every["delta_loss_high"]:
                 yield beside(
-                    f"Masking the sink of {one['scope']} alone changes the loss by {_change(one, 'delta_loss')} "
-                    f"nats a token, of all heads by {_change(every, 'delta_loss')}.",
+                    f"Masking the sink of {one['scope']} alone changes the loss by {change(one, 'delta_loss')} "
+                    f"nats a token, of all heads by {change(every, 'delta_loss')}.",
                     "delta_loss",
                     one,
                     every,
@@ -228,7 +228,7 @@ def of_streaming(table: pd.DataFrame, figure: str) -> Iterator[Headline]:
             with_first, without = by[1], by[0]
             yield beside(
                 f"With the last {last} keys alone the loss rises by {without['delta_loss']:.3g} nats a token; with "
-                f"the first key kept too by {_change(with_first, 'delta_loss')}.",
+                f"the first key kept too by {change(with_first, 'delta_loss')}.",
                 "delta_loss",
                 with_first,
                 without,
@@ -245,8 +245,8 @@ def of_search(judged: pd.DataFrame, metric: str, figure: str) -> Iterator[Headli
         return
     chosen, every = rows["chosen"], rows["all"]
     yield beside(
-        f"Moved in the chosen heads alone, {metric} gains {_change(chosen, 'gain')} on held-out prompts; "
-        f"in all heads {_change(every, 'gain')}.",
+        f"Moved in the chosen heads alone, {metric} gains {change(chosen, 'gain')} on held-out prompts; "
+        f"in all heads {change(every, 'gain')}.",
         "gain",
         chosen,
         every,
@@ -286,7 +286,7 @@ def of_sink_check(table: pd.DataFrame, task: str, metric: str, figure: str) -> I
         if {"circuit", "others"} <= set(by):
             one, others = by["circuit"], by["others"]
             yield beside(
-                f"With the first key {edit} in the circuit's heads {task} changes by {_change(one, 'change')} {metric} "
+                f"With the first key {edit} in the circuit's heads {task} changes by {change(one, 'change')} {metric} "
                 f"(more is better), in as many others of the same layers by {others['change']:+.3g}.",
                 "change",
                 one,
@@ -343,7 +343,8 @@ def ends(low: float, high: float, form: str = ".3g") -> str:
     return "" if np.isnan(low) or np.isnan(high) else f" [{low:{form}}, {high:{form}}]"
 
 
-def _change(row: _Row, column: str) -> str:
+def change(row: _Row, column: str) -> str:
+    """A change, with its sign, and its interval behind it."""
     low, high = row[f"{column}_low"], row[f"{column}_high"]
     return f"{row[column]:+.3g}{ends(low, high, '+.3g')}"
 

@@ -19,7 +19,7 @@ from lens.traces.alignment import Alignment
 from lens.traces.alignment import alignment as aligned
 from lens.traces.trace import AttentionTrace
 from lens_analyses.steps.columns import defined
-from lens_analyses.steps.headlines import of_edits
+from lens_analyses.steps.headlines import ends, of_edits
 from lens_analyses.steps.sink_effects import EDITS, by_word, dose_of, effect_figures, in_short
 from lens_analyses.steps.sinks import COLUMNS
 from lens_analyses.steps.subject import Subject
@@ -76,11 +76,10 @@ def _aligned(found: Alignment, table: pd.DataFrame) -> tuple[Headline, ...]:
         return ()
     best = ordered.iloc[int(ordered["monotonicity"].to_numpy().argmax())]
     value, low, high = (float(best[f"monotonicity{end}"]) for end in ("", "_low", "_high"))
-    ends = "" if np.isnan(low) else f" [{low:.2f}, {high:.2f}]"
     return (
         Headline(
             f"{best['name']} goes on through the source as the target does: Kendall's tau of its strongest keys is "
-            f"{value:.2f}{ends}; keys in random order have 0.",
+            f"{value:.2f}{ends(low, high, '.2f')}; keys in random order have 0.",
             value,
             low,
             high,

@@ -1,8 +1,7 @@
 """Which heads may be made sparse, how far, and what it costs: policies measured and run on the run's text."""
 
 import math
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
 import pandas as pd
 
@@ -16,7 +15,7 @@ from lens.policies.scores import COLUMNS
 from lens.runs.headlines import Headline
 from lens.runs.sections import Section
 from lens_analyses.steps.columns import defined
-from lens_analyses.steps.headlines import NATS, beside, ends
+from lens_analyses.steps.headlines import NATS, beside, change, ends
 from lens_analyses.steps.subject import Subject, published_heads
 
 
@@ -186,7 +185,7 @@ def _of_rules(table: pd.DataFrame) -> Iterator[Headline]:
     one, chance = (part.to_dict("records")[0] for part in rows)
     yield beside(
         f"With {one['density']:.0%} of the blocks, those that {one['policy']} picks, in all heads the loss changes by "
-        f"{_change(one)} nats a token; with as many at random by {_change(chance)}.",
+        f"{change(one, 'loss_change')} nats a token; with as many at random by {change(chance, 'loss_change')}.",
         "loss_change",
         one,
         chance,
@@ -223,20 +222,13 @@ def _of_found(found: PolicySearch) -> Iterator[Headline]:
     one, chance = found.row("chosen"), found.row("random")
     yield beside(
         f"{sparse} of {len(table)} heads can run sparse, with {table['density'].mean():.0%} of all blocks: on held-out "
-        f"prompts the loss changes by {_change(one)} nats a token; with as many blocks at random by {_change(chance)}.",
+        f"prompts the loss changes by {change(one, 'loss_change')} nats a token; with as many blocks at random by {change(chance, 'loss_change')}.",
         "loss_change",
         one,
         chance,
         "as many blocks at random",
         unit=NATS,
         figure="curve",
-    )
-
-
-def _change(row: Mapping[Any, Any]) -> str:
-    """A change of the loss with its interval."""
-    return (
-        f"{row['loss_change']:+.3g}{ends(row['loss_change_low'], row['loss_change_high'], '+.3g')}"
     )
 
 
