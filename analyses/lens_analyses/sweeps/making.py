@@ -2,8 +2,6 @@
 
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -62,25 +60,23 @@ class Item:
 def make(item: Item, runs: Path, output: Output, *, again: bool) -> Item:
     """The item after its run; an exception is its failure and not raised."""
     started = time.monotonic()
-    with _failure(item, runs) as failed:
-        finished = execute(item.config, runs, output, again=again)
-        item = replace(item, status=finished.status, run=finished.run, computed=finished.computed)
-        failed.update(error=(finished.run.meta["error"] or {}).get("message", ""))
-    return replace(item, **failed, seconds=time.monotonic() - started)
-
-
-@contextmanager
-def _failure(item: Item, runs: Path) -> Iterator[dict[str, Any]]:
-    """What to change in the item after an exception; empty without one."""
-    failed: dict[str, Any] = {}
+    changed: dict[str, Any]
     try:
-        yield failed
+        finished = execute(item.config, runs, output, again=again)
+        changed = {
+            "status": finished.status,
+            "run": finished.run,
+            "computed": finished.computed,
+            "error": (finished.run.meta["error"] or {}).get("message", ""),
+        }
     except KeyboardInterrupt:
-        failed["status"] = "partial"
+        changed = {"status": "partial"}
     except Exception as error:  # one run's failure, whatever it is, does not end the others
         reason = str(error) if isinstance(error, LensError) else f"{type(error).__name__}: {error}"
-        failed.update(status="error", error=one_line(reason), run=folder_of(item.config, runs))
-        log.info("failed: %s", failed["error"])
+        reason = one_line(reason)
+        changed = {"status": "error", "error": reason, "run": folder_of(item.config, runs)}
+        log.info("failed: %s", reason)
+    return replace(item, **changed, seconds=time.monotonic() - started)
 
 
 def folder_of(config: RunConfig, runs: Path) -> Run | None:
