@@ -142,18 +142,18 @@ def _of_part(model: "LoadedModel", config: RunConfig) -> "LoadedModel":
     """One attention of an encoder-decoder, cross-attention if none is named; of stages one, or the whole if none is.
 
     Raises:
-        LensError: no encoder-decoder, or without such a part; UsageError: one that reads no text, or an analysis.
+        LensError: no such part; UsageError: prompts that it does not read, or an analysis that is not of parts.
     """
     from lens.passes.inputs import model_input
 
-    if model.parts and not model.is_encoder_decoder:
+    if not model.is_encoder_decoder:
         if config.what != "vision":
             raise UsageError(
                 f"{model.info.class_name} has the parts {', '.join(model.parts)}, each with positions of its own; "
                 "`lens vision` makes a run of each stage, and lens.capture(model, pictures) gives a trace of each"
             )
         return model if config.model.part is None else model.part(config.model.part)
-    if model.parts and config.what not in OF_PARTS:
+    if config.what not in OF_PARTS:
         *others, last = (f"`lens {'run' if what == 'profile' else what}`" for what in OF_PARTS)
         raise UsageError(
             f"{model.info.class_name} is an encoder-decoder, which {', '.join(others)} and {last} take; of its heads "
@@ -161,8 +161,8 @@ def _of_part(model: "LoadedModel", config: RunConfig) -> "LoadedModel":
         )
     prompts: Any = config.prompts
     given = next((name for name in ("audio", "image") if getattr(prompts, name)), "text")
-    reads = model_input(model) if model.parts else "input_ids"
-    if model.parts and given != (wanted := _READ.get(reads)):
+    reads = model_input(model)
+    if given != (wanted := _READ.get(reads)):
         how = f"give --{wanted} FILE" if wanted else "lens.capture(model, ...) takes it"
         raise UsageError(
             f"{model.info.class_name} reads {reads}, and --{given} is {_SAID[given]}; {how}"
