@@ -23,7 +23,7 @@ class Step:
 
     Attributes:
         name: of its section.
-        module: of this package that has the function of that name.
+        module: of this package that has the function of that name; none where there is a `why`.
         setting: of `analysis` without which the step is left out.
         given: of `prompts`, the same.
         needs: the section of an earlier step that it reads, if it cannot do without.
@@ -31,7 +31,7 @@ class Step:
     """
 
     name: str
-    module: str
+    module: str = ""
     setting: str | None = None
     given: str | None = None
     needs: str | None = None
@@ -122,40 +122,28 @@ STEPS: dict[str, tuple[Step, ...]] = {
 """What a run does -> its steps, in order; later ones may read the sections of earlier ones."""
 
 _ONE_ROW = "it is measured on one row of tokens that is read alone, and an encoder-decoder reads a source and a target"
-_OF_PARTS = {
+_OF_PARTS: dict[str, dict[str, Step | str]] = {
     "heads": {
-        "roles": Step(
-            "roles", "", why=f"roles: {_ONE_ROW}; the profile has the scores that a trace shows"
-        ),
-        "retrieval": Step("retrieval", "", why=f"retrieval of needles: {_ONE_ROW}"),
-        "stability": Step("stability", "", why=f"stability over lengths: {_ONE_ROW}"),
-        "pruning": Step("pruning", "", why=f"orders of heads to prune: {_ONE_ROW}"),
-        "layers": Step(
-            "layers",
-            "",
-            why="sub-layers are of one residual stream, and an encoder-decoder has two",
-        ),
+        "roles": f"roles: {_ONE_ROW}; the profile has the scores that a trace shows",
+        "retrieval": f"retrieval of needles: {_ONE_ROW}",
+        "stability": f"stability over lengths: {_ONE_ROW}",
+        "pruning": f"orders of heads to prune: {_ONE_ROW}",
+        "layers": "sub-layers are of one residual stream, and an encoder-decoder has two",
     },
     "sinks": {
         "detection": Step("detection", "parts"),
-        "mechanism": Step("mechanism", "", why=f"keys, values and massive activations: {_ONE_ROW}"),
-        "kinds": Step("kinds", "", why=f"kinds of sinks: {_ONE_ROW}"),
+        "mechanism": f"keys, values and massive activations: {_ONE_ROW}",
+        "kinds": f"kinds of sinks: {_ONE_ROW}",
         "effects": Step("effects", "parts", needs="detection"),
-        "first_token": Step("first_token", "", why=f"BOS and other texts: {_ONE_ROW}"),
+        "first_token": f"BOS and other texts: {_ONE_ROW}",
         "dose": Step("dose", "parts"),
-        "redistribution": Step("redistribution", "", why=f"redistribution: {_ONE_ROW}"),
-        "streaming": Step("streaming", "", why=f"a cache of first and last keys: {_ONE_ROW}"),
-        "spectrum": Step(
-            "spectrum",
-            "",
-            why="the unembedding's spectrum is of one residual stream, and an encoder-decoder has two",
-        ),
+        "redistribution": f"redistribution: {_ONE_ROW}",
+        "streaming": f"a cache of first and last keys: {_ONE_ROW}",
+        "spectrum": "the unembedding's spectrum is of one residual stream, and an encoder-decoder has two",
     },
 }
-"""Of one attention of an encoder-decoder: what stands in the place of a step."""
-_CAUSAL_ALONE = Step(
-    "patterns", "", why="sparse patterns are those of causal heads; the decoder has such"
-)
+"""Of one attention of an encoder-decoder: what stands in the place of a step, or why there is no such section."""
+_CAUSAL_ALONE = "sparse patterns are those of causal heads; the decoder has such"
 
 
 def steps_of(what: str, part: str) -> tuple[Step, ...]:
@@ -163,5 +151,8 @@ def steps_of(what: str, part: str) -> tuple[Step, ...]:
     if not part:
         return STEPS[what]
     instead = _OF_PARTS.get(what, {}) | ({} if part == "decoder" else {"patterns": _CAUSAL_ALONE})
-    found = tuple(instead.get(step.name, step) for step in STEPS[what])
-    return (Step("alignment", "parts"), *found) if part == "cross" else found
+    found = []
+    for step in STEPS[what]:
+        other = instead.get(step.name, step)
+        found.append(Step(step.name, why=other) if isinstance(other, str) else other)
+    return (Step("alignment", "parts"), *found) if part == "cross" else tuple(found)
