@@ -1,6 +1,7 @@
 """Which heads matter: several measures on one task and on text, where they disagree, what may go."""
 
 from dataclasses import asdict
+from typing import Any
 
 import pandas as pd
 import torch
@@ -34,7 +35,7 @@ def importance(subject: Subject) -> Section:
     also_text = subject.settings.task != "text" and subject.prompts("text")
     if also_text and not of_pairs and not subject.labelled:
         measured.append(subject.windows)
-    scores, refused = _of_pairs(subject) if of_pairs else _measure(subject, measured)
+    scores, refused = _measure(subject, measured)
     joined = heads.join(*scores, seed=subject.seed)
     agreement = heads.agreement(*scores, seed=subject.seed) if len(scores) > 1 else None
     tables = {"scores": joined}
@@ -151,65 +152,41 @@ def pruning(subject: Subject) -> Section:
 
 
 def _measure(subject: Subject, several: list[Task]) -> tuple[list[HeadScores], list[str]]:
-    """Scores of each task by each measure, and why some could not be had.
+    """Scores by each measure on each task, or where there is none on the run's targets; why some could not be had.
 
     Raises:
         LensError: none that can be had.
     """
     scores, refused = [], []
-    for task in several:
+    for task in several or [None]:
         for method, baseline in subject.settings.measured:
-            if method == "attribution" and not baseline and task.corrupt is None:
-                baseline = "mean"
             try:
+                given = _of_targets(subject, method) if task is None else task
+                if method == "attribution" and not baseline and given.corrupt is None:
+                    baseline = "mean"
+                kept = None if task is None else subject.work / f"{len(scores)}-{method}.npz"
                 score = heads.importance(
                     subject.model,
-                    task,
+                    given,
                     method=method,
                     baseline=baseline or None,
                     seed=subject.seed,
                     progress=subject.progress,
-                    checkpoint=subject.work / f"{len(scores)}-{method}.npz",
+                    checkpoint=kept,
                 )
                 scores.append(score)
             except LensError as problem:
-                refused.append(
-                    f"{method}{' ' if baseline else ''}{baseline} on {task.name}: {problem}."
-                )
+                on = "the targets" if task is None else task.name
+                refused.append(f"{method}{' ' if baseline else ''}{baseline} on {on}: {problem}.")
     if not scores:
         raise LensError(f"no measure could be had: {' '.join(refused)}")
     return scores, refused
 
 
-def _of_pairs(subject: Subject) -> tuple[list[HeadScores], list[str]]:
-    """`_measure` on the loss of the run's targets: by ablation of pairs of any lengths, else of a task of one length.
-
-    Raises:
-        LensError: none that can be had.
-    """
-    scores, refused = [], []
+def _of_targets(subject: Subject, method: str) -> Any:
+    """The loss of the run's targets: ablation takes pairs of any lengths, other methods a task of one length."""
     pairs = list(subject.given)
-    for method, baseline in subject.settings.measured:
-        word = f"{method}{' ' if baseline else ''}{baseline}"
-        try:
-            task = pairs
-            if method != "ablation":
-                task = tasks.language_modelling(subject.model, pairs)
-                baseline = baseline or ("mean" if method == "attribution" else "")
-            score = heads.importance(
-                subject.model,
-                task,
-                method=method,
-                baseline=baseline or None,
-                seed=subject.seed,
-                progress=subject.progress,
-            )
-            scores.append(score)
-        except LensError as problem:
-            refused.append(f"{word} on the targets: {problem}.")
-    if not scores:
-        raise LensError(f"no measure could be had: {' '.join(refused)}")
-    return scores, refused
+    return pairs if method == "ablation" else tasks.language_modelling(subject.model, pairs)
 
 
 def _joint(subject: Subject, scores: list[HeadScores]) -> tuple[pd.DataFrame | None, list[str]]:
