@@ -9,7 +9,6 @@ import plotly.graph_objects as go
 
 import lens
 from lens import edits, sinks
-from lens.common.head_ids import HeadId
 from lens.common.results import of_kind
 from lens.figures.cross import cross_map
 from lens.figures.sink_effects import migration_maps
@@ -20,8 +19,16 @@ from lens.traces.alignment import alignment as aligned
 from lens.traces.trace import AttentionTrace
 from lens_analyses.steps.columns import defined
 from lens_analyses.steps.headlines import ends, of_edits
-from lens_analyses.steps.sink_effects import EDITS, by_word, dose_of, effect_figures, in_short
-from lens_analyses.steps.sinks import COLUMNS
+from lens_analyses.steps.sink_effects import (
+    EDITS,
+    dose_of,
+    edits_of,
+    effect_figures,
+    in_short,
+    migration_of,
+    strongest_heads,
+)
+from lens_analyses.steps.sinks import COLUMNS, shown
 from lens_analyses.steps.subject import Subject
 
 _SHOWN, _MOST_CELLS = 3, 1 << 16  # heads whose map a report has, and cells of one
@@ -95,26 +102,20 @@ def detection(subject: Subject) -> Section:
     traces = [subject.run.trace(name) for name in subject.run.traces]
     alike = _of_one_length(traces)
     rate, keys = sinks.rate(alike, seed=subject.seed), sinks.find(alike)
-    curve, profile = rate.curve(), keys.profile
-    tables = {
-        "heads": rate.table(),
-        "keys": keys.table(),
-        "positions": profile.table(),
-        "epsilon": curve.table(),
-    }
+    tables, figures = shown(rate, keys)
     left = len(traces) - len(alike)
     return Section(
         name="detection",
         title="Sinks: where attention is parked",
         summary=(
             *of_kind(rate.findings(), "rate", "heads"),
-            *of_kind(profile.findings(), "positions"),
+            *of_kind(keys.profile.findings(), "positions"),
         ),
         limits=(
             f"These are {_WORDS[subject.model.chosen]}; ε = {rate.epsilon}, {rate.samples.tokens} keys, n = "
             f"{rate.samples.n}.",
             *([f"{left} prompts with another number of keys are left out."] if left else []),
-            *of_kind(profile.findings(), "limit"),
+            *of_kind(keys.profile.findings(), "limit"),
             "How sinks come with layers and lengths is measured on one row of tokens, not here.",
         ),
         columns=defined(tables.values(), COLUMNS),
@@ -126,12 +127,7 @@ def detection(subject: Subject) -> Section:
             "bos": rate.samples.bos,
         },
         tables=tables,
-        figures={
-            "grid": rate.plot(),
-            "keys": keys.plot(),
-            "positions": profile.plot(),
-            "epsilon": curve.plot(),
-        },
+        figures=figures,
     )
 
 
@@ -143,20 +139,14 @@ def _of_one_length(traces: list[AttentionTrace]) -> list[AttentionTrace]:
 
 def effects(subject: Subject) -> Section:
     """The first key edited away, beside as much of other keys, and the head that looks most at it switched off."""
-    alphas = subject.run.section("detection").tables["heads"]
-    top = alphas.iloc[int(alphas["alpha"].to_numpy().argmax())]
-    strongest = HeadId(int(top["layer"]), int(top["head"]))
+    (strongest,) = strongest_heads(subject, 1)
     pairs, alike = list(subject.given), {"seed": subject.seed, "progress": subject.progress}
     words = subject.settings.edited
     found = [lens.effect(subject.model, pairs, EDITS[word], **alike) for word in words]
     off = edits.Ablate(strongest, "pooled_mean")
     one = lens.effect(subject.model, pairs, off, controls=("size", "mass"), **alike)
     found.append(replace(one, edit="heads off"))
-    moved = [one.migration.assign(edit=one.edit, scope=one.scope) for one in found]
-    tables = {
-        "edits": by_word(pd.concat([one.table() for one in found], ignore_index=True)),
-        "migration": by_word(pd.concat(moved, ignore_index=True)),
-    }
+    tables = {"edits": edits_of(found), "migration": migration_of(found)}
     return Section(
         name="effects",
         title="Sinks: do they matter?",

@@ -69,14 +69,9 @@ def effects(subject: Subject) -> Section:
             found.append(replace(one, edit=f"massive activations := {to}"))
     scoped = by_reach(scopes)
     tables = {
-        "edits": by_word(pd.concat([one.table() for one in found], ignore_index=True)),
+        "edits": edits_of(found),
         "scopes": by_word(scoped),
-        "migration": by_word(
-            pd.concat(
-                [one.migration.assign(edit=one.edit, scope=one.scope) for one in found],
-                ignore_index=True,
-            )
-        ),
+        "migration": migration_of(found),
     }
     return Section(
         name="effects",
@@ -241,6 +236,17 @@ def by_reach(effects: dict[str, Effect]) -> pd.DataFrame:
 def reach_words(effects: dict[str, Effect], reach: str) -> list[str]:
     """What one of them does."""
     return [f"{reach}: {text}" for text in of_kind(effects[reach].findings(), "effect")]
+
+
+def edits_of(found: list[Effect]) -> pd.DataFrame:
+    """What each edit does, one below the other."""
+    return by_word(pd.concat([one.table() for one in found], ignore_index=True))
+
+
+def migration_of(found: list[Effect]) -> pd.DataFrame:
+    """Where the attention goes at each edit, one below the other."""
+    moved = [one.migration.assign(edit=one.edit, scope=one.scope) for one in found]
+    return by_word(pd.concat(moved, ignore_index=True))
 
 
 def by_word(table: pd.DataFrame) -> pd.DataFrame:

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pandas as pd
+import plotly.graph_objects as go
 
 import lens
 from lens import sinks
@@ -10,6 +11,8 @@ from lens.common.results import of_kind
 from lens.figures.sink_mechanism import sink_origin, sink_tests
 from lens.models.random_weights import random_weights
 from lens.runs.sections import Section
+from lens.sinks.detection.positions import SinkKeys
+from lens.sinks.detection.rates import SinkRate
 from lens_analyses.steps.columns import defined
 from lens_analyses.steps.headlines import of_conditions, of_highest
 from lens_analyses.steps.subject import Subject
@@ -28,18 +31,13 @@ def detection(subject: Subject) -> Section:
     published = sinks.rate(traces, seed=subject.seed, normalise="all")
     emergence = sinks.emergence(subject.model, texts, **asked)
     growth = sinks.emergence(subject.model, texts, over="length", **asked)
-    curve, profile = rate.curve(), keys.profile
     differ = not np.allclose(rate.alphas, published.alphas)
-    tables = {
-        "heads": rate.table().assign(
-            rate_all=published.by_head.ravel(), alpha_all=published.alpha.ravel()
-        ),
-        "keys": keys.table(),
-        "positions": profile.table(),
-        "epsilon": curve.table(),
-        "layers": emergence.table(),
-        "lengths": growth.table(),
-    }
+    tables, figures = shown(rate, keys)
+    tables["heads"] = tables["heads"].assign(
+        rate_all=published.by_head.ravel(), alpha_all=published.alpha.ravel()
+    )
+    tables |= {"layers": emergence.table(), "lengths": growth.table()}
+    figures |= {"layers": emergence.plot(), "lengths": growth.plot()}
     return Section(
         name="detection",
         title="Sinks: where attention is parked",
@@ -47,7 +45,7 @@ def detection(subject: Subject) -> Section:
             *of_kind(rate.findings(), "rate"),
             *(of_kind(published.findings(), "rate") if differ else ()),
             *of_kind(rate.findings(), "heads"),
-            *of_kind(profile.findings(), "positions"),
+            *of_kind(keys.profile.findings(), "positions"),
             *of_kind(emergence.findings(), "rate"),
             *of_kind(growth.findings(), "rate"),
         ),
@@ -60,7 +58,7 @@ def detection(subject: Subject) -> Section:
                 if differ
                 else "the same here."
             ),
-            *of_kind(profile.findings(), "limit"),
+            *of_kind(keys.profile.findings(), "limit"),
             "Sinks hang on what comes first: another first token, or a chat template, can move them. Whether "
             "it must be the BOS token is measured with and without it, below.",
             "Where attention is parked says nothing about what it does: see the edits.",
@@ -75,14 +73,7 @@ def detection(subject: Subject) -> Section:
             "bos": rate.samples.bos,
         },
         tables=tables,
-        figures={
-            "grid": rate.plot(),
-            "keys": keys.plot(),
-            "positions": profile.plot(),
-            "epsilon": curve.plot(),
-            "layers": emergence.plot(),
-            "lengths": growth.plot(),
-        },
+        figures=figures,
         headlines=tuple(
             of_conditions(
                 tables["layers"],
@@ -95,6 +86,15 @@ def detection(subject: Subject) -> Section:
             )
         ),
     )
+
+
+def shown(rate: SinkRate, keys: SinkKeys) -> tuple[dict[str, pd.DataFrame], dict[str, go.Figure]]:
+    """Tables and figures of which keys are sinks, and in how many heads."""
+    curve, profile = rate.curve(), keys.profile
+    found = {"keys": keys, "positions": profile, "epsilon": curve}
+    tables = {"heads": rate.table()} | {name: one.table() for name, one in found.items()}
+    figures = {"grid": rate.plot()} | {name: one.plot() for name, one in found.items()}
+    return tables, figures
 
 
 def mechanism(subject: Subject) -> Section:
