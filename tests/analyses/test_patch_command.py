@@ -141,7 +141,7 @@ def test_where_the_stream_carries_the_answer(high, said):
         "ioi",
         "m",
     )
-    (sentence,) = patching._said("residual", found)
+    sentence = patching._carried(found)
     if said is None:
         assert "No single token" in sentence
         assert "more than 0.04" in sentence or "more than 0.05" in sentence

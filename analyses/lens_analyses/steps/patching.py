@@ -1,6 +1,5 @@
 """Patching by position: what of a task each layer carries at each token, in the stream, by attention, by MLPs, by heads."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -41,10 +40,18 @@ def patching(subject: Subject) -> Section:
     tables = {"effects": pd.concat([_rows(name, one) for name, one in found.items()])}
     if "heads" in found:
         tables["heads"] = _of_heads(found["heads"])
+    strongest = {
+        name: told
+        for name, one in found.items()
+        if name != "residual" and (told := _strongest(name, one)) is not None
+    }
+    said = {name: told.text for name, told in strongest.items()}
+    if "residual" in found:
+        said["residual"] = _carried(found["residual"])
     return Section(
         name="patching",
         title="Patching by position: where the answer is carried",
-        summary=tuple(sentence for name, one in found.items() for sentence in _said(name, one)),
+        summary=tuple(said[name] for name in found if name in said),
         limits=_limits(settings, task, found, lacking),
         columns=defined(tables.values(), _COLUMNS),
         configuration={
@@ -55,11 +62,7 @@ def patching(subject: Subject) -> Section:
         },
         tables=tables,
         figures={name: one.plot() for name, one in found.items()},
-        headlines=tuple(
-            told
-            for name, one in found.items()
-            if name != "residual" and (told := _strongest(name, one)) is not None
-        ),
+        headlines=tuple(strongest.values()),
     )
 
 
@@ -111,34 +114,24 @@ def _of_heads(found: PatchEffects) -> pd.DataFrame:
     return pd.concat([pd.DataFrame(head_columns(heads)), table], axis=1)
 
 
-def _said(name: str, found: PatchEffects) -> Iterator[str]:
-    """Where the stream carries it, layer by layer; of what is written, the strongest place."""
+def _carried(found: PatchEffects) -> str:
+    """At which token the residual stream carries most of the answer, layer by layer."""
     effects, done = found.effects, _DONE[found.direction]
-    if name == "residual":
-        best, most = effects.argmax(1), effects.max(1)
-        shown = np.flatnonzero(most >= _WORTH)
-        if not len(shown):
-            yield (
-                f"No single token of the residual stream {done} more than {most.max():.2f} of the answer: it hangs on "
-                "several tokens at once."
-            )
-            return
-        starts = [
-            at
-            for number, at in enumerate(shown)
-            if best[at] != best[shown[number - 1]] or not number
-        ]
-        parts = [
-            f"{found.positions[best[at]]} from {found.nodes[at]} on ({effects[at, best[at]]:.2f})"
-            for at in starts
-        ]
-        yield (
-            f"The residual stream carries most of the answer at token {', then at '.join(parts)}; 1 {done} all of it."
+    best, most = effects.argmax(1), effects.max(1)
+    shown = np.flatnonzero(most >= _WORTH)
+    if not len(shown):
+        return (
+            f"No single token of the residual stream {done} more than {most.max():.2f} of the answer: it hangs on "
+            "several tokens at once."
         )
-        return
-    told = _strongest(name, found)
-    if told is not None:
-        yield told.text
+    starts = [
+        at for number, at in enumerate(shown) if not number or best[at] != best[shown[number - 1]]
+    ]
+    parts = [
+        f"{found.positions[best[at]]} from {found.nodes[at]} on ({effects[at, best[at]]:.2f})"
+        for at in starts
+    ]
+    return f"The residual stream carries most of the answer at token {', then at '.join(parts)}; 1 {done} all of it."
 
 
 def _strongest(name: str, found: PatchEffects) -> Headline | None:
@@ -177,8 +170,7 @@ def _limits(
             f"Noise of {settings.noise} standard deviations takes a prompt out of what the model has seen, and maps by "
             "noise and by counterfactual prompts differ (arXiv 2309.16042)."
         )
-    for name in lacking.intersection(settings.patched):
-        said.append(_LACKING[name])
+    said += [_LACKING[name] for name in settings.patched if name in lacking]
     if "heads" in found and found["heads"].positions == ("all",):
         heads = len(found["heads"].nodes)
         said.append(
