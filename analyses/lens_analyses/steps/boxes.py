@@ -9,11 +9,10 @@ import lens
 from lens.common.head_ids import head_columns, head_id
 from lens.runs.headlines import Headline
 from lens.runs.sections import Section
-from lens.traces.overlays import Overlay
 from lens_analyses.boxes import ENDS, read_boxes
 from lens_analyses.steps.columns import defined
 from lens_analyses.steps.subject import Subject
-from lens_analyses.steps.vision import Pictured, pictured
+from lens_analyses.steps.vision import pictured
 
 _MOST = 12  # pictures that are drawn; all are in the tables
 
@@ -25,7 +24,7 @@ def grounding(subject: Subject) -> Section:
     every = pictured(subject)
     several = {number: every[number] for number in sorted(set(boxes["number"]))}
     heads = [str(head) for head in next(iter(several.values())).trace.every_head]
-    overlays = [_overlay(one, heads) for one in several.values()]
+    overlays = [one.overlay(heads) for one in several.values()]
     corners: list[Any] = [
         boxes.loc[boxes["number"] == number, ENDS].to_numpy().tolist() for number in several
     ]
@@ -34,7 +33,7 @@ def grounding(subject: Subject) -> Section:
     best = table.iloc[int(table["iou"].argmax())]
     figures = {"scores": found.plot()}
     for one, theirs in list(zip(several.values(), corners, strict=True))[:_MOST]:
-        figures[one.name] = one.titled(_overlay(one, [best["map"]]).plot(boxes=theirs))
+        figures[one.name] = one.titled(one.overlay([best["map"]]).plot(boxes=theirs))
     ids = {number: one.name for number, one in several.items()}
     rows = found.rows.assign(prompt_id=found.rows["picture"].map(dict(enumerate(ids.values()))))
     tables = {
@@ -69,10 +68,6 @@ def grounding(subject: Subject) -> Section:
             ),
         ),
     )
-
-
-def _overlay(one: Pictured, heads: list[str]) -> Overlay:
-    return one.trace.overlay(heads, query="[CLS]" if "[CLS]" in one.trace.tokens else None)
 
 
 _COLUMNS = {

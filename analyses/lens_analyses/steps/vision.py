@@ -13,6 +13,7 @@ from lens.figures.style import escaped
 from lens.figures.vision import prototypes, ring_trend
 from lens.runs.headlines import Headline
 from lens.runs.sections import Section
+from lens.traces.overlays import Overlay
 from lens.traces.pictures import grids_of
 from lens.traces.trace import AttentionTrace
 from lens.vision.rings import Rings
@@ -38,6 +39,11 @@ class Pictured(NamedTuple):
     title: str
     trace: AttentionTrace
 
+    def overlay(self, heads: list[str], **how: Any) -> Overlay:
+        """Where heads look: from [CLS], if there is one."""
+        query = "[CLS]" if "[CLS]" in self.trace.tokens else None
+        return self.trace.overlay(heads, query=query, **how)
+
     def titled(self, figure: go.Figure) -> go.Figure:
         """A figure that says which picture it is of."""
         layout: Any = figure.layout
@@ -52,9 +58,8 @@ def overlays(subject: Subject) -> Section:
     for one in pictured(subject):
         name, title, trace = one
         heads = listed(asked) if asked else _chosen(trace)
-        query = "[CLS]" if "[CLS]" in trace.tokens else None
         for variant in ("raw", "sink_excluded"):
-            found = trace.overlay(heads, query=query, variant=variant)
+            found = one.overlay(heads, variant=variant)
             table = found.table().drop(columns=["left", "top", "right", "bottom"])
             maps.append(table.assign(prompt_id=name, variant=variant))
             if len(figures) < 2 * _MOST:
