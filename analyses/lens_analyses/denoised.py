@@ -29,7 +29,7 @@ from lens_analyses.config.paths import local
 from lens_analyses.console import Output, UsageError, log, refused_as_usage
 from lens_analyses.provenance import versions
 from lens_analyses.report import render
-from lens_analyses.runner import Finished
+from lens_analyses.runner import Finished, readable
 from lens_analyses.scoring import with_pooled
 from lens_analyses.steps.columns import defined
 
@@ -56,8 +56,8 @@ def execute(
         "what": "diffusion",
         "diffusion": {k: v for k, v in settings.items() if v is not None},
     }
-    earlier = find_by_config(runs, mapping)
-    if earlier and not again and (run := _whole(earlier)):
+    run = readable(find_by_config(runs, mapping))
+    if run and not again and run.status == "success" and "denoising" in run.sections:
         return Finished(run, list(run.section("denoising").summary), computed=False)
     log.info("loading %s", folder)
     model = load(folder)
@@ -197,14 +197,6 @@ def _digest(folder: Path) -> str:
     return found.hexdigest()
 
 
-def _whole(folder: Path) -> Any:
-    try:
-        run = open_run(folder)
-    except LensError:
-        return None
-    return run if run.status == "success" and "denoising" in run.sections else None
-
-
 def _words(found: Denoising, asked: str | None) -> list[str]:
     """Keys whose maps are drawn.
 
@@ -213,8 +205,7 @@ def _words(found: Denoising, asked: str | None) -> list[str]:
     """
     texts = [found.trace(part) for part in found.parts if part.startswith(("cross", "joint"))]
     if asked is None:
-        named = [_text(trace) for trace in texts[:1]]
-        return list(dict.fromkeys(named[0]))[:_WORDS] if named else []
+        return list(dict.fromkeys(_text(texts[0])))[:_WORDS] if texts else []
     chosen = [word.strip() for word in asked.split(",")]
     known = {word for trace in texts for word in _text(trace)}
     if missing := [word for word in chosen if word not in known]:

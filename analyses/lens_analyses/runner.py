@@ -109,8 +109,7 @@ def execute(config: RunConfig, runs: Path, output: Output, *, again: bool = Fals
     with refused_as_usage():
         config, sources = read_sources(config)
     mapping = config.as_mapping()
-    earlier = find_by_config(runs, mapping)
-    run = _readable(earlier)
+    run = readable(find_by_config(runs, mapping))
     if run and not again and run.status == "success" and (run.path / "report.html").exists():
         return Finished(run, [one.text for one in findings(run.heads)], computed=False)
     log.info("loading %s", config.model.name)
@@ -150,7 +149,8 @@ def _every_part(
     return replace(done[-1], beside=tuple(one.run.path for one in done[:-1]))
 
 
-def _readable(folder: Path | None) -> Run | None:
+def readable(folder: Path | None) -> Run | None:
+    """The run in a folder; None where there is none that can be read."""
     try:
         return None if folder is None else open_run(folder)
     except LensError:
