@@ -281,6 +281,16 @@ def test_progress_counts_a_step_only_where_it_is_wanted(tmp_path):
     assert share(writer.path, meta, compared) == (3 / 8, "edges")
 
 
+def test_progress_of_an_encoder_decoder_counts_the_steps_that_it_has(tmp_path):
+    writer = profile(tmp_path, done=3)
+    meta = {**writer.meta, "what": "sinks", "model": {**writer.meta["model"], "part": "cross"}}
+    config = make_config({"what": "sinks"})
+    assert share(writer.path, meta, config) == (3 / 7, "alignment")
+    for name in ("alignment", "detection", "effects", "dose"):
+        Section(name, name, ("s",), (), {}, {}, {}).save(writer.path)
+    assert share(writer.path, meta, config) == (1, "writing the report")
+
+
 @pytest.fixture
 def quick(monkeypatch):
     monkeypatch.setattr(worker_module, "_POLL", 0.02)

@@ -206,12 +206,12 @@ def share(folder: Path, meta: Mapping[str, Any], config: RunConfig) -> tuple[flo
         Finished prompts and sections among all that there will be, 0 to 1; words.
     """
     from lens.runs.sections import section_names
-    from lens_analyses.steps import STEPS
+    from lens_analyses.steps import steps_of
 
     steps = [
         step.name
-        for step in STEPS.get(meta["what"], ())
-        if step.is_wanted(config.analysis, config.prompts)
+        for step in steps_of(meta["what"], meta["model"].get("part", ""))
+        if step.is_wanted(config.analysis, config.prompts) and not step.why
     ]
     done, total = meta["prompts"]["done"], meta["prompts"]["total"]
     finished = set(section_names(folder))
