@@ -90,7 +90,7 @@ class PromptConfig(Section):
                 "prompts.windows cuts one text into pieces of prompts.tokens tokens: it needs "
                 "prompts.tokens, and does not go with prompts.batch"
             )
-        if self.target is not None and not set(SOURCES) - {"text_name"} & set(given):
+        if self.target is not None and given in ([], ["text_name"]):
             raise ValueError("prompts.target goes with prompts.text, batch, audio or image")
         if self.tokens is not None and self.files:
             raise ValueError("prompts.tokens cuts texts; leave it out with prompts.audio or image")
