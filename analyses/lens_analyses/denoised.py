@@ -19,7 +19,6 @@ from lens.figures.denoising import denoising_quadrants
 from lens.runs import open_run
 from lens.runs.sections import Section
 from lens.runs.writer import RunWriter, find_by_config
-from lens.stats.intervals import known_mean
 from lens.traces.denoised import QUADRANTS, Denoising
 from lens.traces.denoising import denoising
 from lens.traces.metrics import METRICS
@@ -329,20 +328,11 @@ def section(found: Denoising, words: list[str], seed: int) -> Section:
 
 def _by_head(table: pd.DataFrame) -> pd.DataFrame:
     """Means over the steps, and how far entropy goes from the first to the last."""
-    first, last = table["step"].min(), table["step"].max()
-    rows = []
-    for name, own in table.groupby("name", sort=False):
-        at = own.set_index("step")
-        row: dict[str, Any] = {
-            "name": name,
-            **{key: own[key].iloc[0] for key in ("layer", "head", "module")},
-        }
-        row |= {
-            key: float(known_mean(own[key].to_numpy()[None])[0]) for key in ("entropy", *QUADRANTS)
-        }
-        row["entropy_change"] = float(at["entropy"][last]) - float(at["entropy"][first])
-        rows.append(row)
-    return pd.DataFrame(rows)
+    of_head = table.groupby(["name", "layer", "head", "module"], sort=False, as_index=False)
+    heads = of_head[["entropy", *QUADRANTS]].mean()
+    each = table.pivot(index="name", columns="step", values="entropy")  # steps in their order
+    change = each.iloc[:, -1] - each.iloc[:, 0]
+    return heads.assign(entropy_change=change.loc[heads["name"]].to_numpy())
 
 
 _COLUMNS = {
