@@ -42,13 +42,13 @@ def neurons_of(
     }
     shares = np.full((2, len(layers), len(prompts)), np.nan)
     largest = np.full((len(layers), len(prompts)), -1)
-    weights = {layer: matrix(part, model)[0].double() for layer, part in lasts.items()}
+    sizes = {layer: _weights(model, part).norm(dim=1) for layer, part in lasts.items()}
     for number, (prompt, source) in enumerate(zip(prompts, sources, strict=True)):
         for layer, read in _read(model, prompt, lasts).items():
-            sizes = read.double().abs() * weights[layer].norm(dim=1)
-            if len(sizes) != len(source):  # experts take some of the tokens
+            if len(read) != len(source):  # experts take some of the tokens
                 continue
-            own = sizes / sizes.sum(-1, keepdim=True).clamp_min(1e-30)
+            written = read.double().abs() * sizes[layer]
+            own = written / written.sum(-1, keepdim=True).clamp_min(1e-30)
             most = own.amax(-1).cpu()
             place = layers.index(layer)
             shares[0, place, number] = float(most[source].mean())
@@ -58,7 +58,7 @@ def neurons_of(
         int(np.bincount(row[row >= 0]).argmax()) if (row >= 0).any() else -1 for row in largest
     ]
     channels = [
-        float((w := weights[layer][neuron].square()).sum() ** 2 / w.square().sum())
+        float((w := _weights(model, lasts[layer], neuron).square()).sum() ** 2 / w.square().sum())
         if neuron >= 0
         else np.nan
         for layer, neuron in zip(layers, often, strict=True)
@@ -69,6 +69,11 @@ def neurons_of(
         "neuron": np.array([neuron if neuron >= 0 else np.nan for neuron in often]),
         "channels": np.array(channels),
     }
+
+
+def _weights(model: LoadedModel, part: nn.Module, neuron: int | slice = slice(None)) -> Tensor:
+    """[neurons, d_model] of the last projection of an MLP, or [d_model] of one neuron."""
+    return matrix(part, model)[0][neuron].double()
 
 
 def _last(block: Block) -> nn.Module | None:
