@@ -14,6 +14,7 @@ from lens.common.progress import advancing
 from lens.models.loaded import LoadedModel
 from lens.reading import _maps
 from lens.reading._answers import Answer
+from lens.reading._blocks import BlockGradients
 from lens.reading._relevance import Gradients
 
 Method: TypeAlias = Literal[
@@ -87,12 +88,12 @@ def scored(answer: Answer, method: Method) -> Tensor:
         keep = ~torch.eye(answer.tokens, dtype=torch.bool)
         return answer.probability - answer.kept(keep)
     if method in ("attnlrp", "cp_lrp"):
-        return _times(Gradients(answer, method).hidden, answer.own)
+        return times(Gradients(answer, method).hidden, answer.own)
     if method == "integrated_gradients":
         return integrated(answer)[0]
     found = Gradients(answer)
     if method == "gradient_input":
-        return _times(found.hidden, answer.own)
+        return times(found.hidden, answer.own)
     return _SCORES[method](answer, found).cpu()
 
 
@@ -101,14 +102,21 @@ def integrated(answer: Answer, steps: int = STEPS) -> tuple[Tensor, float]:
 
     Reference: Sundararajan et al., Axiomatic Attribution for Deep Networks, 2017, arXiv 1703.01365.
     """
-    away = answer.own - answer.deleted
-    total = torch.zeros_like(away, dtype=torch.float64)
-    for step in range(steps):
-        total += Gradients(answer, hidden=answer.deleted + (step + 0.5) / steps * away).hidden
-    scores = _times(total / steps, away)
+    scores = along_path(answer, Gradients, steps)
     with torch.no_grad():
         ends = answer.logits(torch.stack([answer.own, answer.deleted]))[:, answer.answer]
     return scores, float(scores.sum() - (ends[0] - ends[1]).double())
+
+
+def along_path(
+    answer: Answer, gradients: type[Gradients] | type[BlockGradients], steps: int = STEPS
+) -> Tensor:
+    """[tokens], integrated gradients by one of these, on the CPU."""
+    away = answer.own - answer.deleted
+    total = torch.zeros_like(away, dtype=torch.float64)
+    for step in range(steps):
+        total += gradients(answer, hidden=answer.deleted + (step + 0.5) / steps * away).hidden
+    return times(total / steps, away)
 
 
 def check_methods(methods: Sequence[Method] | None) -> tuple[Method, ...]:
@@ -125,7 +133,8 @@ def check_methods(methods: Sequence[Method] | None) -> tuple[Method, ...]:
     return tuple(check_choice("methods", method, Method) for method in dict.fromkeys(methods))
 
 
-def _times(slope: Tensor, x: Tensor) -> Tensor:
+def times(slope: Tensor, x: Tensor) -> Tensor:
+    """[tokens], gradient × input of [tokens, d_model], on the CPU."""
     return (slope * x.double()).sum(-1).cpu()
 
 

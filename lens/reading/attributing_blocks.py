@@ -17,7 +17,7 @@ from lens.common.results import Result, Sentence, described
 from lens.models.loaded import LoadedModel
 from lens.reading import _blocks
 from lens.reading._answers import Answer
-from lens.reading.attributing import STEPS, Method
+from lens.reading.attributing import Method, along_path, times
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -133,17 +133,13 @@ def scored_blocks(answer: Answer, method: Method) -> Tensor:
     if method == "leave_one_out":
         return answer.probability - answer.kept(~torch.eye(answer.units, dtype=torch.bool))
     if method == "integrated_gradients":
-        away, total = answer.own - answer.deleted, torch.zeros_like(answer.own, dtype=torch.float64)
-        for step in range(STEPS):
-            hidden = answer.deleted + (step + 0.5) / STEPS * away
-            total += _blocks.BlockGradients(answer, hidden=hidden).hidden
-        return _blocks.summed((total / STEPS * away.double()).sum(-1), block).cpu()
+        return _blocks.summed(along_path(answer, _blocks.BlockGradients), block)
     found = _blocks.BlockGradients(answer, method if method in ("attnlrp", "cp_lrp") else "plain")
     if method in _MAPS:
         return _MAPS[method](answer, found, block).cpu()
     if method in _TOKENS:
         return _blocks.summed(_TOKENS[method](answer, found), block).cpu()
-    return _blocks.summed((found.hidden * answer.own.double()).sum(-1), block).cpu()
+    return _blocks.summed(times(found.hidden, answer.own), block)
 
 
 _TOKENS: dict[str, Callable[[Answer, _blocks.BlockGradients], Tensor]] = {
