@@ -13,6 +13,7 @@ DIVERGING = (
 LINE = "#355f8d"
 BASELINE = "#8a8f98"
 ACCENT = "#c2410c"
+CLASSES = ("#1f5a96", ACCENT, "#17663a", "#8a5300", "#7a3e9d", "#5c6773")
 INK = "#1c2430"
 GRID = "#e5e8ec"
 

@@ -11,12 +11,10 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from lens.common.colors import ACCENT, DIVERGING, VIRIDIS, scale
+from lens.common.colors import ACCENT, CLASSES, DIVERGING, VIRIDIS, scale
 from lens.common.errors import LensError
 from lens.figures.rows import head_names
 from lens.figures.style import Look, escaped, grid_axes, grid_height, style
-
-_CLASSES = ("#1f5a96", "#c2410c", "#17663a", "#8a5300", "#7a3e9d", "#5c6773")
 
 
 def column_scatter(
@@ -76,7 +74,7 @@ def column_scatter(
                 y=part[y],
                 text=head_names(part["layer"], part["head"]),
                 name=escaped(str(name).replace("_", " ")),
-                marker={"size": 9, "color": _CLASSES[number % len(_CLASSES)]},
+                marker={"size": 9, "color": CLASSES[number % len(CLASSES)]},
                 **common,
             )
     ringed = [name in marked for name in names]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
@@ -10,7 +9,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from lens.common.choices import check_counts
-from lens.common.colors import ACCENT, BASELINE, DIVERGING, LINE, VIRIDIS, scale
+from lens.common.colors import ACCENT, BASELINE, CLASSES, DIVERGING, LINE, VIRIDIS, scale
 from lens.common.plots import draws
 from lens.figures.rows import bars
 from lens.figures.style import Look, escaped, named_below, style
@@ -288,14 +287,11 @@ def deletion_curves(result: Faithfulness, **look: Unpack[Look]) -> go.Figure:
         >>> figure = found.plot()
     """
     figure = go.Figure()
-    colors = itertools.cycle(("#1f5a96", "#c2410c", "#17663a", "#8a5300", "#7a3e9d", "#5c6773"))
     for place, (name, curve) in enumerate(
         zip(result.methods, result.sufficiency.mean(1), strict=True)
     ):
-        own = {
-            "color": next(colors),
-            "dash": "solid" if place < 6 else "dashdot",
-        }  # 12 of 6 colours
+        again, color = divmod(place, len(CLASSES))  # 12 methods
+        own = {"color": CLASSES[color], "dash": "dashdot" if again else "solid"}
         bound = {"random": (BASELINE, "dash"), "leave_one_out": (LINE, "dot")}.get(name)
         figure.add_scatter(
             x=list(result.shares),
