@@ -253,6 +253,8 @@ def test_what_has_no_scores_is_refused(case):
     found = positions(model, task, SPANS, method="eap", progress=False)
     with pytest.raises(LensError, match="top takes 0 to"):
         found.top(10**9)
+    with pytest.raises(LensError, match=r"edges at spans, got 2\.5"):
+        found.top(2.5)
     assert found.top(5).sum() == 5
     with pytest.raises(LensError, match="the places are of 3 prompts of 7 tokens"):
         lens.circuits.checks.evaluate_positions(model, small_task(rows=2), found, progress=False)

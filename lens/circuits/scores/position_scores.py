@@ -10,6 +10,7 @@ import pandas as pd
 from lens.circuits.graph.activations import Ablation
 from lens.circuits.graph.edge_scores import EdgeScores
 from lens.circuits.graph.graph import Graph
+from lens.common.choices import is_whole
 from lens.common.errors import LensError
 from lens.common.results import Result, Sentence, described
 from lens.stats.intervals import columns
@@ -65,7 +66,7 @@ class PositionScores(Result):
             LensError: a count that is not of these.
         """
         values = np.abs(self.within.mean(0))
-        if not 0 <= count <= values.size:
+        if not (is_whole(count) and 0 <= count <= values.size):
             raise LensError(f"top takes 0 to {values.size:,} edges at spans, got {count}")
         kept = np.zeros(values.size, bool)
         kept[np.argsort(-values, axis=None, kind="stable")[:count]] = True
