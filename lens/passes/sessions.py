@@ -91,14 +91,10 @@ class Session:
 
     def attend(self, call: LayerCall) -> Float[torch.Tensor, "batch queries heads value_dim"]:
         """See `interface.Listener`."""
-        if not self._depth and self._layer is None:  # of a model around this one (an encoder's)
-            return attend(call).output.to(call.value.dtype).transpose(1, 2).contiguous()
+        around = not self._depth and self._layer is None  # of a model around this one
         place = "cross" if self._half == "decoder" and call.cross else self._half
-        if place != (self._chosen or place):
-            output = read_half(call, attend(call).output)
-            return output.to(call.value.dtype).transpose(1, 2).contiguous()
-        if self._pools(call):
-            return attend(call).output.to(call.value.dtype).transpose(1, 2).contiguous()
+        if around or place != (self._chosen or place) or self._pools(call):
+            return _handed_on(call, attend(call).output)
         # Of a model without one list of layers, the calls are counted.
         layer = len(self._parts) if self._layer is None else self._layer
         part, self._parts[layer, place] = self._parts[layer, place], self._parts[layer, place] + 1
@@ -119,10 +115,7 @@ class Session:
                 f"the global tokens of {self._name} have queries, keys and values of their own, which this does not "
                 "take; lens.capture, lens.traces.capturing and lens.edit do, and all take it without global tokens"
             )
-        output = read_half(call, self._on_layer(call))
-        if windows is not None:
-            output = windows.parted(output)
-        return output.to(call.value.dtype).transpose(1, 2).contiguous()
+        return _handed_on(call, self._on_layer(call), windows)
 
     def _pools(self, call: LayerCall) -> bool:
         """Whether a call is of no layer but of what reads the last one by a query of its own (the head of AIMv2)."""
@@ -249,6 +242,16 @@ def listening(
         _number(model, session, stack)
         yield
         session.settle()
+
+
+def _handed_on(
+    call: LayerCall, output: torch.Tensor, windows: Windows | None = None
+) -> Float[torch.Tensor, "batch queries heads value_dim"]:
+    """What the model goes on with, of the [batch, heads, queries, value_dim] of a listener: in its rows, of its type."""
+    output = read_half(call, output)
+    if windows is not None:
+        output = windows.parted(output)
+    return output.to(call.value.dtype).transpose(1, 2).contiguous()
 
 
 def in_rows(name: str, layer: int, rows: int, prompts: int = 1) -> LensError:
