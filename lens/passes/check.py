@@ -268,10 +268,10 @@ def _noise(model: LoadedModel, name: str) -> tuple[int, ...]:
         inner = getattr(config, part, None)
         config = inner if model.is_encoder_decoder and hasattr(inner, "to_dict") else config
     found: Any = {key: getattr(config, key, None) for key in _SIZES}
+    found["num_channels"] = found["num_channels"] or 3
     if name == "pixel_values" and model.parts and not found["image_size"]:  # of any size (DETR)
         return found["num_channels"], _PICTURE, _PICTURE
-    found["num_channels"] = found["num_channels"] or 3
-    if name == "pixel_values" and found["image_size"] and found["num_channels"]:
+    if name == "pixel_values" and found["image_size"]:
         size = found["image_size"]
         height, width = size if isinstance(size, list | tuple) else (size, size)
         frames = found["num_frames"]
