@@ -196,7 +196,9 @@ def capture(
     if model.parts:
         _refuse_with(
             "an encoder-decoder has two rows of tokens; which keys of the source a target looks at, "
-            "lens.traces.alignment says",
+            "lens.traces.alignment says"
+            if model.is_encoder_decoder
+            else f"each part of {model.info.class_name} ({', '.join(model.parts)}) has positions of its own",
             **{"labels": labels, "chunk": chunk, "group": group, "new": new},
         )
     found, is_single = read_any(model, prompts)

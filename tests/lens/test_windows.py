@@ -132,6 +132,10 @@ def test_shifted_windows_go_back_to_the_picture(name):
         "stage0": (2, 2),
         "stage1": (2, 3),
     }
+    with pytest.raises(
+        LensError, match=r"each part of Swin.* \(stage0, stage1\) .*leave labels out"
+    ):
+        lens.capture(model, inputs, labels={"own": ([1], [1])}, progress=False)
     traces = lens.capture(model, inputs, block_size=1, progress=False)
     _, weights = eager(root, inputs)
     for stage, grid in enumerate([(8, 10), (4, 5)]):
