@@ -179,19 +179,19 @@ def _calls(nodes: Nodes, ids: Tensor) -> list[LayerCall]:
     return calling.found
 
 
-def _changes(clean: LayerCall, corrupt: LayerCall, span: Tensor) -> Tensor:
-    """[parts, rows, heads, tokens, head_dim]: what `PARTS` of the keys of one span alone change of the heads' outputs."""
-    at = span[:, None, :, None]
+def _changes(clean: LayerCall, corrupt: LayerCall, where: Tensor) -> Iterator[Tensor]:
+    """Of each span [parts, rows, heads, tokens, head_dim]: what `PARTS` of its keys alone change of the heads' outputs."""
     plain = attend(clean, statistics=()).output
     # (q + q' - q) k in the logits of the span, q k in the others: in twice as many dimensions.
     both = torch.cat([clean.query, corrupt.query - clean.query], -1)
-    keys = torch.cat([clean.key, clean.key * at], -1)
-    patched = (
-        replace(clean, query=both, key=keys),
-        replace(clean, key=torch.where(at, corrupt.key, clean.key)),
-        replace(clean, value=torch.where(at, corrupt.value, clean.value)),
-    )
-    return torch.stack([attend(one, statistics=()).output - plain for one in patched])
+    for at in where[:, :, None, :, None]:
+        keys = torch.cat([clean.key, clean.key * at], -1)
+        patched = (
+            replace(clean, query=both, key=keys),
+            replace(clean, key=torch.where(at, corrupt.key, clean.key)),
+            replace(clean, value=torch.where(at, corrupt.value, clean.value)),
+        )
+        yield torch.stack([attend(one, statistics=()).output - plain for one in patched])
 
 
 def _across(
@@ -207,8 +207,8 @@ def _across(
         for layer, pair in enumerate(zip(*calls, strict=True)):
             slope = torch.stack([one[layer] for one in slopes]).mean(0)
             by_key = []
-            for span in where:
-                rows = (_changes(*pair, span) * slope).sum(-1)  # [parts, rows, heads, tokens]
+            for change in _changes(*pair, where):
+                rows = (change * slope).sum(-1)  # [parts, rows, heads, tokens]
                 by_key.append(torch.einsum("prht,srt->rphs", rows, where.to(rows)))
             found.append(torch.stack(by_key, -1))
     return -torch.stack(found, 2).double().cpu().numpy()
@@ -267,7 +267,7 @@ def _exact_across(
     with torch.no_grad():
         plain = _measured(batch, batch.ids, PlainVisitor(batch.nodes), 1)
         for layer, pair in enumerate(zip(*calls, strict=True)):
-            changes = torch.stack([_changes(*pair, span) for span in where])
+            changes = torch.stack(list(_changes(*pair, where)))
             for some in _some(len(PARTS), graph.heads, spans, max(1, _COPIES // len(batch.ids))):
                 added = torch.stack(
                     [changes[t, part, :, head] * where[s][..., None] for part, head, s, t in some]
