@@ -18,12 +18,10 @@ from lens.models.loaded import LoadedModel
 from lens.reading import _blocks
 from lens.reading._answers import Answer
 from lens.reading.attributing import Method, along_path, times
+from lens.reading.judged import APPROXIMATE
 
 if TYPE_CHECKING:
     from jaxtyping import Float
-
-APPROXIMATE = ("rollout", "flow", "gradient_rollout")
-"""Methods that multiply, or send flows through, maps of layers, here of blocks."""
 
 
 @dataclass(frozen=True, repr=False, eq=False)

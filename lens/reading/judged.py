@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 MEASURES = ("comprehensiveness", "sufficiency", "soft_comprehensiveness", "soft_sufficiency")
 RANDOM, ORACLE = "random", "leave_one_out"
+APPROXIMATE = ("rollout", "flow", "gradient_rollout")
+"""Methods that multiply, or send flows through, maps of layers, of which blocks have means alone."""
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -125,7 +127,7 @@ class Faithfulness(Result):
             for name, why in self.left_out.items()
         ]
         if self.block is not None:
-            named = [one for one in ("rollout", "flow", "gradient_rollout") if one in self.methods]
+            named = [one for one in APPROXIMATE if one in self.methods and self.block > 1]
             said.append(
                 Sentence(
                     f"Blocks of {self.block} tokens are scored and deleted; approximate by products of block means: "

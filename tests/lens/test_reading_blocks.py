@@ -1,5 +1,7 @@
 """Scores of blocks: those of tokens summed, or said to be approximate, and no map of all queries and keys."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ import torch
 import lens
 from lens.common.errors import LensError
 from lens.reading.attributing import METHODS
-from lens.reading.attributing_blocks import APPROXIMATE
+from lens.reading.judged import APPROXIMATE
 from tests.lens.layouts import layout_model, modules_named
 from tests.lens.test_reading_explain import Largest
 
@@ -80,6 +82,8 @@ def test_judged_in_blocks():
     said = [one for one in found.findings() if one.kind == "limit"]
     assert "Blocks of 5 tokens" in said[0]
     assert "block means: rollout" in said[0]
+    exact = dataclasses.replace(found, block=1).findings()  # of one token a map is that of tokens
+    assert any(one.endswith("block means: none.") for one in exact)
     deleted = found.comprehensiveness[asked.index("leave_one_out"), 0, 0]
     scores = lens.reading.attribute_blocks(model, ids, "leave_one_out", block=5, progress=False)
     assert deleted == pytest.approx(scores.values.max())  # one block of five is a fifth
