@@ -27,42 +27,28 @@ def logit_terms(result: LogitTerms, **look: Unpack[Look]) -> go.Figure:
     """
     figure = make_subplots(1, len(result.terms), subplot_titles=result.terms, shared_yaxes=True)
     if result.logits is None:
-        change = result.change.mean(-1)
-        for column in range(len(result.terms)):
-            figure.add_heatmap(
-                z=change[:, :, column],
-                y=[f"L{layer}" for layer in result.layers],
-                coloraxis="coloraxis",
-                hovertemplate="%{y}H%{x}<br>%{z:.1%} lies elsewhere<extra></extra>",
-                row=1,
-                col=column + 1,
-            )
-        colors: dict[str, Any] = {"colorscale": scale(VIRIDIS), "cmin": 0, "cmax": 1}
+        shown = np.moveaxis(result.change.mean(-1), -1, 0)
+        hover = "%{y}H%{x}<br>%{z:.1%} lies elsewhere<extra></extra>"
+        rows: Any = [f"L{layer}" for layer in result.layers]
+        colors = {"colorscale": scale(VIRIDIS), "cmin": 0, "cmax": 1}
         colors["colorbar"] = {"title": "changed", "tickformat": ".0%"}
-        figure.update_xaxes(title="Head")
-        figure.update_yaxes(autorange="reversed")
+        axis = "Head"
         title = f"Attention that lies elsewhere without each term ({result.model})"
-        figure.update_layout(coloraxis=colors)
-        return style(figure, escaped(title), look)
-    # a row's constant changes no attention
-    shown = result.logits - np.nanmean(result.logits, -1, keepdims=True)
-    reach = float(np.nanmax(np.abs(shown), initial=0)) or 1.0
-    for column, cells in enumerate(shown):
+    else:
+        # a row's constant changes no attention
+        shown = result.logits - np.nanmean(result.logits, -1, keepdims=True)
+        hover = "query %{y}, key %{x}<br>%{z:.3g} nats<extra></extra>"
+        rows = None
+        reach = float(np.nanmax(np.abs(shown), initial=0)) or 1.0
+        colors = {"colorscale": scale(DIVERGING), "cmin": -reach, "cmax": reach}
+        colors["colorbar"] = {"title": "nats"}
+        axis = "Key"
+        title = f"Terms of the logits of {result.head}, each row about its mean ({result.model})"
+    for column, cells in enumerate(shown, 1):
         figure.add_heatmap(
-            z=cells,
-            coloraxis="coloraxis",
-            hovertemplate="query %{y}, key %{x}<br>%{z:.3g} nats<extra></extra>",
-            row=1,
-            col=column + 1,
+            z=cells, y=rows, coloraxis="coloraxis", hovertemplate=hover, row=1, col=column
         )
-    colors = {
-        "colorscale": scale(DIVERGING),
-        "cmin": -reach,
-        "cmax": reach,
-        "colorbar": {"title": "nats"},
-    }
     figure.update_layout(coloraxis=colors)
-    figure.update_xaxes(title="Key")
+    figure.update_xaxes(title=axis)
     figure.update_yaxes(autorange="reversed")
-    title = f"Terms of the logits of {result.head}, each row about its mean ({result.model})"
     return style(figure, escaped(title), look)
