@@ -92,11 +92,15 @@ def test_a_run_is_deleted_from_the_list_once_that_is_confirmed(page, tmp_path, r
     page.on("dialog", lambda dialog: (asked.append(dialog.message), dialog.accept()))
     with served(create_app(tmp_path, jobs=JobDesk(tmp_path))) as address:
         page.goto(address)
+        page.route("**/api/jobs/delete", lambda route: route.fulfill(body="no JSON"))
+        page.get_by_title("delete gone:").click()
+        page.get_by_role("alert").get_by_text("not valid JSON").wait_for()
+        page.unroute("**/api/jobs/delete")
         page.get_by_title("delete gone:").click()
         page.wait_for_selector("[data-delete=gone]", state="detached")
         assert page.locator("table.runs tbody tr").count() == 1
     assert (asked, kept.exists(), gone.exists()) == (
-        ["Delete gone? The files that the run wrote go."],
+        ["Delete gone? The files that the run wrote go."] * 2,
         True,
         False,
     )

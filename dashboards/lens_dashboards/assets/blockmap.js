@@ -328,10 +328,7 @@
     ticks(axis, seconds) {
       const first = this.view[`${axis}0`], last = this.view[`${axis}1`];
       if (!seconds) return ticks(first, last).map((t) => [t, String(t)]);
-      const step = [0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 300].find((one) => one / seconds >= (last - first) / 6) || 600;
-      const found = [];
-      for (let t = Math.ceil(first * seconds / step) * step; t < last * seconds; t += step) found.push([t / seconds, `${Number(t.toFixed(1))} s`]);
-      return found;
+      return moments(first * seconds, last * seconds, (last - first) * seconds / 6).map(([t, text]) => [t / seconds, text]);
     }
 
     /* Every token of the rectangle on both axes. */
@@ -648,6 +645,13 @@
     strip.dataset.query = String(query);
   }
 
+  /* Round times of a stretch of sound, at least so many seconds apart, with what is written there. */
+  function moments(first, last, least) {
+    const step = [0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 300].find((one) => one >= least) || 600, found = [];
+    for (let t = Math.ceil(first / step) * step; t < last; t += step) found.push([t, `${Number(t.toFixed(1))} s`]);
+    return found;
+  }
+
   /* Probabilities along the time of a sound, with its seconds below. */
   function timeline(strip, values, seconds, query, choose) {
     const wide = Math.max(280, strip.clientWidth), high = 90, foot = 18, most = Math.max(...values.filter((value) => !Number.isNaN(value)), 1e-12);
@@ -663,10 +667,10 @@
     let path = `M0,${high}`;
     values.forEach((value, place) => { const y = high - (Number.isNaN(value) ? 0 : value / most) * (high - 4); path += ` L${x(place).toFixed(1)},${y.toFixed(1)} L${x(place + 1).toFixed(1)},${y.toFixed(1)}`; });
     svg.append(make("path", { d: `${path} L${wide},${high} Z`, fill: "#355f8d" }));
-    const whole = values.length * seconds, step = [0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 300].find((one) => one >= (whole * 70) / wide) || 600;
-    for (let t = 0; t < whole; t += step) {
+    const whole = values.length * seconds;
+    for (const [t, text] of moments(0, whole, (whole * 70) / wide)) {
       svg.append(make("line", { x1: x(t / seconds), x2: x(t / seconds), y1: high, y2: high + 4, stroke: "#4a5462" }));
-      svg.append(make("text", { x: x(t / seconds) + 3, y: high + 14, "font-size": 12, fill: "#4a5462" }, `${Number(t.toFixed(1))} s`));
+      svg.append(make("text", { x: x(t / seconds) + 3, y: high + 14, "font-size": 12, fill: "#4a5462" }, text));
     }
     if (query !== undefined) svg.append(make("line", { x1: x(query), x2: x(query), y1: 0, y2: high, stroke: "#c2410c" }));
     if (choose) svg.addEventListener("click", (event) => {

@@ -37,6 +37,7 @@
     if (!answer.ok) throw new Error(data.error || `the server answered ${answer.status}`);
     return data;
   }
+  window.lensAskDesk = ask; // other pages have buttons too
 
   function notice(text, kind) {
     const place = document.getElementById("jobs-notice");

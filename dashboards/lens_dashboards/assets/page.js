@@ -112,27 +112,27 @@
   });
 
   async function deleteRun(button) {
-    if (!window.confirm(`Delete ${button.dataset.delete}? The files that the run wrote go.`)) return;
-    button.disabled = true;
-    const answer = await fetch("/api/jobs/delete", {
-      method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify({ run: button.dataset.delete }),
-    });
-    if (answer.ok) return button.closest("tr").remove();
-    document.getElementById("delete-problem").textContent = (await answer.json()).error;
-    button.disabled = false;
+    const run = button.dataset.delete;
+    if (!window.confirm(`Delete ${run}? The files that the run wrote go.`)) return;
+    const problem = document.getElementById("delete-problem");
+    if (await isDone(button, problem, "/delete", { run })) button.closest("tr").remove();
   }
 
   async function startJob(button) {
     const problem = button.parentElement.querySelector(".job-problem");
+    if (await isDone(button, problem, "", JSON.parse(button.dataset.job))) go("/jobs");
+  }
+
+  /* Whether the desk did what a button asks; why not is said, and the button can be pressed again. */
+  async function isDone(button, problem, path, body) {
     button.disabled = true;
     try {
-      const answer = await fetch("/api/jobs", { method: "POST", headers: { "Content-Type": "application/json" }, body: button.dataset.job });
-      const data = await answer.json();
-      if (!answer.ok) throw new Error(data.error || `the server answered ${answer.status}`);
-      go("/jobs");
+      await window.lensAskDesk(path, body);
+      return true;
     } catch (error) {
       problem.textContent = ` ${error.message}`;
       button.disabled = false;
+      return false;
     }
   }
 
