@@ -14,7 +14,7 @@ from lens.common.errors import LensError
 from lens.common.plots import draws
 from lens.figures.importance import grid
 from lens.figures.rows import bars
-from lens.figures.style import Look, escaped, style
+from lens.figures.style import Look, band, escaped, style
 
 if TYPE_CHECKING:
     from lens.circuits.checks.evaluation import CircuitEvaluation
@@ -306,16 +306,9 @@ def faithfulness_curve(evaluation: CircuitEvaluation, **look: Unpack[Look]) -> g
     table = evaluation.table()
     figure = go.Figure()
     once = table[table.ranking == "signed"]
-    shares = list(once.share)
-    figure.add_scatter(
-        x=shares + shares[::-1],
-        y=[*once.random_high, *once.random_low[::-1]],
-        fill="toself",
-        fillcolor="rgba(128,128,128,0.25)",
-        line={"width": 0},
-        name=f"{len(evaluation.random)} random circuits",
-        hoverinfo="skip",
-    )
+    random = band(once.share, once.random_low, once.random_high, "rgba(128,128,128,0.25)")
+    named = {"name": f"{len(evaluation.random)} random circuits", "showlegend": True}
+    figure.add_trace(random.update(named))
     colors = {"signed": ACCENT, "absolute": LINE}
     for ranking, rows in table.groupby("ranking", sort=False):
         figure.add_scatter(

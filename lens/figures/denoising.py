@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 from lens.common.colors import ACCENT, LINE, VIRIDIS, scale
 from lens.common.errors import LensError
 from lens.common.plots import draws
-from lens.figures.style import Look, escaped, style
+from lens.figures.style import Look, band, escaped, style
 from lens.stats import quantile
 from lens.traces.denoised import QUADRANTS
 
@@ -115,16 +115,7 @@ def denoising_quadrants(found: Denoising, **look: Unpack[Look]) -> go.Figure:
         rows = table.groupby("step")[name]
         mean = rows.mean()
         low, high = (rows.agg(quantile, share=share) for share in (0.25, 0.75))
-        figure.add_scatter(
-            x=[*mean.index, *mean.index[::-1]],
-            y=[*high, *low[::-1]],
-            fill="toself",
-            fillcolor=color,
-            opacity=0.15,
-            line={"width": 0},
-            hoverinfo="skip",
-            showlegend=False,
-        )
+        figure.add_trace(band(mean.index, low, high, color, opacity=0.15))
         figure.add_scatter(
             x=mean.index,
             y=mean.values,

@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 
 from lens.common.colors import ACCENT, BASELINE
 from lens.common.plots import draws
-from lens.figures.style import Look, escaped, style
+from lens.figures.style import Look, band, escaped, style
 
 if TYPE_CHECKING:
     from lens.heads.pruning.curves import PruningCurve
@@ -24,7 +24,7 @@ def pruning_plot(curve: PruningCurve, **look: Unpack[Look]) -> go.Figure:
     figure = go.Figure()
     if len(curve.random):
         figure.add_trace(
-            _band(x, table["random_low"], table["random_high"], "rgba(138,143,152,0.25)")
+            band(x, table["random_low"], table["random_high"], "rgba(138,143,152,0.25)")
         )
         figure.add_trace(
             go.Scatter(
@@ -37,7 +37,7 @@ def pruning_plot(curve: PruningCurve, **look: Unpack[Look]) -> go.Figure:
             )
         )
     if not np.isnan(table["low"]).any():
-        figure.add_trace(_band(x, table["low"], table["high"], "rgba(194,65,12,0.2)"))
+        figure.add_trace(band(x, table["low"], table["high"], "rgba(194,65,12,0.2)"))
     figure.add_trace(
         go.Scatter(
             x=x,
@@ -82,19 +82,6 @@ def orders_plot(found: PruningOrders, **look: Unpack[Look]) -> go.Figure:
                 )
             )
     return figure
-
-
-def _band(x: np.ndarray, low: object, high: object, color: str) -> go.Scatter:
-    edges = np.concatenate([np.asarray(high), np.asarray(low)[::-1]])
-    return go.Scatter(
-        x=np.concatenate([x, x[::-1]]),
-        y=edges,
-        fill="toself",
-        fillcolor=color,
-        line={"width": 0},
-        hoverinfo="skip",
-        showlegend=False,
-    )
 
 
 def _finding(curve: PruningCurve) -> str:

@@ -10,7 +10,7 @@ import plotly.io as pio
 
 from lens.common.colors import ACCENT, BASELINE, LINE
 from lens.figures import head_grid, metric_by_layer
-from lens.figures.style import style
+from lens.figures.style import band, style
 from lens.runs.first_screen import Shown
 from lens.runs.schema import KIND_WORDS
 from lens.runs.sections import Section
@@ -86,16 +86,8 @@ def _sensitivity(sinks: dict[str, Any]) -> go.Figure:
         color = _COLORS[str(kind)]
         banded = part.dropna(subset=["low", "high"])
         if len(banded):
-            figure.add_scatter(
-                x=[*banded["epsilon"], *banded["epsilon"][::-1]],
-                y=[*banded["high"], *banded["low"][::-1]],
-                fill="toself",
-                fillcolor=color,
-                opacity=0.15,
-                line={"width": 0},
-                hoverinfo="skip",
-                showlegend=False,
-            )
+            low, high = banded["low"], banded["high"]
+            figure.add_trace(band(banded["epsilon"], low, high, color, opacity=0.15))
         figure.add_scatter(
             x=part["epsilon"],
             y=part["value"],
