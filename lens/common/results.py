@@ -66,9 +66,9 @@ def described(result: _Says) -> str:
     return "\n  ".join([type(result).__name__, *said[:SENTENCES], *rest])
 
 
-def ends(low: float, high: float, form: str) -> str:
-    """` [low, high]` behind a number, both in this form; nothing where they are NaN, as of a single prompt."""
-    return "" if math.isnan(low) else f" [{low:{form}}, {high:{form}}]"
+def ends(low: float, high: float, form: str = ".3g") -> str:
+    """` [low, high]` behind a number, both in this form; nothing where one is NaN, as of a single prompt."""
+    return "" if math.isnan(low) or math.isnan(high) else f" [{low:{form}}, {high:{form}}]"
 
 
 def few(names: Sequence[object], most: int = 6, joint: str = ", ") -> str:

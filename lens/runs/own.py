@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
@@ -12,6 +10,7 @@ from lens.common.choices import check_counts
 from lens.common.errors import LensError
 from lens.common.given import given_as
 from lens.common.head_ids import head_columns
+from lens.common.results import ends
 from lens.figures.columns import column_grid
 from lens.runs.folders import Run, open_run
 from lens.runs.headlines import Headline, highest
@@ -140,11 +139,9 @@ def _told(table: pd.DataFrame, name: str, unit: str) -> tuple[Headline, ...]:
         best, fields = highest(table[name], table[f"{name}_low"], table[f"{name}_high"])
     except LensError:  # one head alone
         return ()
-    low, high = fields["low"], fields["high"]
-    ends = "" if math.isnan(low) else f" [{low:.3g}, {high:.3g}]"
     words = name.replace("_", " ").capitalize()
     text = (
-        f"{words} is highest in {table['name'][best]}: {fields['value']:.3g}{ends}; the median head has "
+        f"{words} is highest in {table['name'][best]}: {fields['value']:.3g}{ends(fields['low'], fields['high'])}; the median head has "
         f"{fields['baseline']:.3g}."
     )
     return (Headline(text, **fields, against="the median head", unit=unit, figure="grid"),)

@@ -7,13 +7,13 @@ import pandas as pd
 import lens
 from lens.common.errors import LensError
 from lens.common.head_ids import HeadId, head_columns
-from lens.common.results import Sentence, of_kind
+from lens.common.results import Sentence, ends, of_kind
 from lens.reading.explanations import Explanation
 from lens.runs.headlines import Headline
 from lens.runs.sections import Section
 from lens_analyses.config.listed import listed
 from lens_analyses.steps.columns import defined
-from lens_analyses.steps.headlines import ends, of_highest
+from lens_analyses.steps.headlines import of_highest
 from lens_analyses.steps.subject import Subject
 
 _HEADS = 3

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 
 from lens.common.head_ids import head_columns
+from lens.common.results import ends
 from lens.figures.columns import column_grid
 from lens.figures.generation import written_steps
 from lens.runs.headlines import Headline
@@ -15,7 +16,6 @@ from lens.traces.generated import LABEL
 from lens.traces.profiles import pooled_table, prompt_table, wide
 from lens.traces.trace import AttentionTrace
 from lens_analyses.steps.columns import defined
-from lens_analyses.steps.headlines import ends
 from lens_analyses.steps.subject import Subject
 
 

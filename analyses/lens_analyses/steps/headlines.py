@@ -6,10 +6,10 @@ What surprises, and which of them a first screen shows, is defined in `lens.runs
 from collections.abc import Container, Iterator, Mapping
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from lens.common.errors import LensError
+from lens.common.results import ends
 from lens.heads.measures.scores import HeadScores
 from lens.runs.headlines import Headline, higher_chance, highest
 
@@ -336,11 +336,6 @@ def _highest_row(table: pd.DataFrame, column: str) -> tuple[dict[str, Any], dict
     low, high = _names_of_ends(table, column)
     best, found = highest(table[column], table[low], table[high])
     return dict(zip(map(str, table.columns), table.iloc[best], strict=True)), found
-
-
-def ends(low: float, high: float, form: str = ".3g") -> str:
-    """The interval behind a value in a sentence; nothing where there is none."""
-    return "" if np.isnan(low) or np.isnan(high) else f" [{low:{form}}, {high:{form}}]"
 
 
 def change(row: _Row, column: str) -> str:

@@ -8,7 +8,7 @@ import pandas as pd
 
 import lens
 from lens.common.head_ids import head_columns
-from lens.common.results import Sentence
+from lens.common.results import Sentence, ends
 from lens.figures.mixers import mixer_heads
 from lens.mixers.capturing import MixerCapture
 from lens.runs.headlines import Headline
@@ -16,7 +16,6 @@ from lens.runs.sections import Section
 from lens.stats.intervals import columns
 from lens.traces.trace import AttentionTrace
 from lens_analyses.steps.columns import defined
-from lens_analyses.steps.headlines import ends
 from lens_analyses.steps.subject import Subject
 
 _MOST_CELLS = 1_000_000  # in the tables of maps and of profiles

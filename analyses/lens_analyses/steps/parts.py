@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 
 import lens
 from lens import edits, sinks
-from lens.common.results import of_kind
+from lens.common.results import ends, of_kind
 from lens.figures.cross import cross_map
 from lens.figures.sink_effects import migration_maps
 from lens.runs.headlines import Headline
@@ -18,7 +18,7 @@ from lens.traces.alignment import Alignment
 from lens.traces.alignment import alignment as aligned
 from lens.traces.trace import AttentionTrace
 from lens_analyses.steps.columns import defined
-from lens_analyses.steps.headlines import ends, of_edits
+from lens_analyses.steps.headlines import of_edits
 from lens_analyses.steps.sink_effects import (
     EDITS,
     dose_of,

@@ -9,6 +9,7 @@ from lens import circuits
 from lens.circuits.patches.effects import PatchEffects
 from lens.common.errors import LensError
 from lens.common.head_ids import head_columns, head_of_node
+from lens.common.results import ends
 from lens.models.loaded import LoadedModel
 from lens.runs.headlines import Headline, highest
 from lens.runs.sections import Section
@@ -16,7 +17,6 @@ from lens.tasks import Task
 from lens_analyses.config.analyses import PatchSettings
 from lens_analyses.config.sizes import heads_by_position
 from lens_analyses.steps.columns import defined
-from lens_analyses.steps.headlines import ends
 from lens_analyses.steps.subject import Subject
 
 
@@ -103,8 +103,8 @@ def _rows(name: str, found: PatchEffects) -> pd.DataFrame:
 
 
 def _table(found: PatchEffects) -> pd.DataFrame:
-    ends = {"low": "change_low", "high": "change_high"}
-    return found.table().drop(columns="relative").rename(columns=ends)
+    named = {"low": "change_low", "high": "change_high"}
+    return found.table().drop(columns="relative").rename(columns=named)
 
 
 def _of_heads(found: PatchEffects) -> pd.DataFrame:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pandas as pd
 
 import lens
-from lens.common.results import Sentence, few, of_kind
+from lens.common.results import Sentence, ends, few, of_kind
 from lens.figures.policies import policy_runs, stability_bars
 from lens.policies import Policy
 from lens.policies.found import PolicySearch
@@ -15,7 +15,7 @@ from lens.policies.scores import COLUMNS
 from lens.runs.headlines import Headline
 from lens.runs.sections import Section
 from lens_analyses.steps.columns import defined
-from lens_analyses.steps.headlines import NATS, beside, change, ends
+from lens_analyses.steps.headlines import NATS, beside, change
 from lens_analyses.steps.subject import Subject, published_heads
 
 

@@ -6,6 +6,7 @@ import pandas as pd
 
 from lens import heads
 from lens.common.errors import LensError
+from lens.common.results import ends
 from lens.heads.behaviour.roles import HeadRoles
 from lens.runs.headlines import Headline
 from lens.runs.sections import Section
@@ -109,7 +110,8 @@ def _with_interval(row: dict, random: float) -> str:
         {"uniform": row["baseline"], "random weights": random},
     )
     known = {name: value for name, value in known.items() if not pd.isna(value)}
-    ends = "" if pd.isna(low) else f" [{low:.2f}, {high:.2f}]"
     chance = ", ".join(f"{name} {value:.2f}" for name, value in known.items())
     above = "" if not known or low > max(known.values()) else "not above "
-    return f"{row['name']} {row['value']:.2f}{ends}" + (f" ({above}{chance})" if known else "")
+    return f"{row['name']} {row['value']:.2f}{ends(low, high, '.2f')}" + (
+        f" ({above}{chance})" if known else ""
+    )

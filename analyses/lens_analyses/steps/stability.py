@@ -1,12 +1,12 @@
 """Whether heads keep their pattern: on other text, and when the same text is longer."""
 
-import numpy as np
 import pandas as pd
 
 import lens
 from lens import heads
 from lens.common.errors import LensError
 from lens.common.head_ids import HeadId
+from lens.common.results import ends
 from lens.heads.likeness.stability import HeadStability
 from lens.runs.schema import PROMPT_KINDS
 from lens.runs.sections import Section
@@ -109,9 +109,9 @@ def _by_head(found: HeadStability, seed: int) -> pd.DataFrame:
         ).to_numpy()
     ]
     wide = rows.pivot(index=["layer", "head"], columns="metric", values="value")[list(_SHOWN)]
-    ends = rows[(rows["metric"] == "jaccard").to_numpy()].set_index(["layer", "head"])
-    wide.insert(1, "low", ends["low"])
-    wide.insert(2, "high", ends["high"])
+    interval = rows[(rows["metric"] == "jaccard").to_numpy()].set_index(["layer", "head"])
+    wide.insert(1, "low", interval["low"])
+    wide.insert(2, "high", interval["high"])
     wide = wide.reset_index()
     names = [str(HeadId(*pair)) for pair in zip(wide["layer"], wide["head"], strict=True)]
     wide.insert(0, "name", names)
@@ -134,8 +134,7 @@ def _patterns(table: pd.DataFrame, pairs: int, kind: str) -> str:
 
 
 def _interval(row: pd.Series) -> str:
-    ends = "" if np.isnan(row["low"]) else f" [{row['low']:.2f}, {row['high']:.2f}]"
-    return f"{row['jaccard']:.2f}{ends}"
+    return f"{row['jaccard']:.2f}{ends(row['low'], row['high'], '.2f')}"
 
 
 def _reuse(found: HeadStability) -> str:

@@ -10,6 +10,7 @@ import plotly.graph_objects as go
 from lens.common.colors import ACCENT, BASELINE, DIVERGING, LINE, scale
 from lens.common.errors import LensError
 from lens.common.plots import draws
+from lens.common.results import ends
 from lens.figures.heads import label
 from lens.figures.style import Look, escaped, grid_axes, grid_height, style
 from lens.runs.schema import KIND_WORDS
@@ -197,8 +198,7 @@ def _ends(rows: pd.DataFrame) -> list[float]:
 
 
 def _hover(name: str, difference: float, low: float, high: float) -> str:
-    interval = "" if np.isnan(low) else f" [{low:.3g}, {high:.3g}]"
-    return f"{name}: B - A {difference:.4g}{interval}"
+    return f"{name}: B - A {difference:.4g}{ends(low, high)}"
 
 
 def _finding(comparison: Comparison, metric: str, variant: str, kind: str) -> str:
