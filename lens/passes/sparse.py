@@ -52,10 +52,7 @@ def _longformer(
     length = hidden_states.shape[1]
     real = ~is_index_masked[:, :length]
     window, scale = module.one_sided_attn_window_size + 1, module.head_dim**-0.5
-    own = [
-        _heads(one(hidden_states), module.num_heads)
-        for one in (module.query, module.key, module.value)
-    ]
+    own = _heads(hidden_states, module.num_heads, module.query, module.key, module.value)
     if not is_global_attn:
         mask = (
             None if bool(real.all()) else _band(length, window, real.device) & real[:, None, None]
@@ -66,8 +63,8 @@ def _longformer(
     seen_by_all = is_index_global_attn[:, :length]
     refuse_large(length, length, "global tokens")
     parts = (module.query_global, module.key_global, module.value_global)
-    ofglobal = [_heads(one(hidden_states), module.num_heads) for one in parts]
-    query, key, value = (torch.cat(pair, -1) for pair in zip(own, ofglobal, strict=True))
+    of_global = _heads(hidden_states, module.num_heads, *parts)
+    query, key, value = (torch.cat(pair, -1) for pair in zip(own, of_global, strict=True))
     half = torch.arange(query.shape[-1], device=query.device) >= module.head_dim
     query = query.masked_fill(seen_by_all[:, None, :, None] != half, 0)
     band = (_band(length, window, real.device) & ~seen_by_all[:, None, None]) | seen_by_all[
@@ -100,10 +97,8 @@ def _bigbird(
     length = hidden_states.shape[1]
     real = real[:, :length]
     refuse_large(length, length, "blocks")
-    own = [
-        _heads(one(hidden_states), module.num_attention_heads)
-        for one in (module.query, module.key, module.value)
-    ]
+    parts = (module.query, module.key, module.value)
+    own = _heads(hidden_states, module.num_attention_heads, *parts)
     last = whole // module.block_size - 1
     block = torch.arange(length, device=real.device) // module.block_size
     row, column = block[:, None], block
@@ -127,8 +122,7 @@ def _local(
 ) -> tuple[Any, ...]:
     """As `LongT5LocalAttention.forward`; the bias that it hands on is that of all positions, with the mask."""
     length = hidden_states.shape[1]
-    parts = (module.q, module.k, module.v)
-    query, key, value = (_heads(one(hidden_states), module.n_heads) for one in parts)
+    query, key, value = _heads(hidden_states, module.n_heads, module.q, module.k, module.v)
     if position_bias is None:
         refuse_large(length, length, "a position bias")
         place = torch.arange(length, device=hidden_states.device)
@@ -161,9 +155,9 @@ _FORMS: dict[str, Callable[..., Any]] = {
 }
 
 
-def _heads(states: Tensor, heads: int) -> Tensor:
-    """[batch, heads, positions, head_dim] of [batch, positions, heads × head_dim]."""
-    return states.unflatten(-1, (heads, -1)).transpose(1, 2)
+def _heads(states: Tensor, heads: int, *projections: nn.Module) -> list[Tensor]:
+    """What each projection makes of [batch, positions, width], as [batch, heads, positions, head_dim]."""
+    return [one(states).unflatten(-1, (heads, -1)).transpose(1, 2) for one in projections]
 
 
 def _band(length: int, window: int, device: torch.device) -> Tensor:
