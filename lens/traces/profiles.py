@@ -140,14 +140,16 @@ def profile(
         raise LensError(
             f"traces must have the same labels, got {sorted(names)}: profile them apart"
         )
-    of_rows = seed if len(several) == 1 else None  # with several, the intervals are over prompts
+    # Intervals over rows take most of the time. With several prompts they are over prompts.
+    shown = all or several[0].labels
+    of_rows = seed if shown and len(several) == 1 else None
     tables = [
         prompt_table(trace, f"p{number:03d}", seed=of_rows) for number, trace in enumerate(several)
     ]
     table = tables[0] if len(tables) == 1 else pooled_table(tables, "all", seed=seed)
     if beside:
-        shown = (*HEADLINES, *several[0].labels)
-        scored = [prompt_table(one, "all", seed=None, metrics=shown) for one in beside]
+        metrics = (*HEADLINES, *several[0].labels)
+        scored = [prompt_table(one, "all", seed=None, metrics=metrics) for one in beside]
         table = beside_random(table, pooled_table(scored, str(table["prompt_id"].iloc[0])))
     found = wide(table, prompts=len(several))
     found.insert(0, "name", head_columns(zip(found["layer"], found["head"], strict=True))["name"])

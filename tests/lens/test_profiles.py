@@ -234,7 +234,7 @@ def test_models_of_different_sizes_are_not_mixed():
         profile([])
 
 
-def test_twelve_columns_are_shown_unless_all_are_asked_for():
+def test_twelve_columns_are_shown_unless_all_are_asked_for(monkeypatch):
     traces = [trace_of(probabilities(2, 3, LENGTH, seed)) for seed in (1, 2)]
     short, whole = shown(traces), profile(traces)
     assert " ".join(short) == (
@@ -248,6 +248,9 @@ def test_twelve_columns_are_shown_unless_all_are_asked_for():
         f"{name}_random_weights"
         for name in ("induction", "sink_mass", "previous_token", "duplicate_token")
     }
+    whole = profile(traces[0])
+    monkeypatch.setattr("lens.traces.scores.over_rows", lambda *_: pytest.fail("nobody sees it"))
+    pd.testing.assert_frame_equal(shown(traces[0]), whole[list(short)])
 
 
 def test_a_trace_without_what_it_takes_says_so():
