@@ -5,6 +5,7 @@ python -m tests.ranks tests.lens.split_capture FOLDER
 
 import importlib
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -36,14 +37,14 @@ def run(module: str, folder: Path) -> None:
 
 
 def main(module: str, folder: str) -> int:
-    """Splits and waits; 1 if one failed."""
+    """Splits and waits; 1 as soon as one failed, and the others end too."""
     work: Any = importlib.import_module(module)
     ready = work.prepare() if hasattr(work, "prepare") else ()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(RANKS)}
-    started = []
+    running = set()
     for rank in range(RANKS):
         if not (child := os.fork()):
             os.environ.update(place | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
@@ -53,8 +54,15 @@ def main(module: str, folder: str) -> int:
                 traceback.print_exc()
                 os._exit(1)
             os._exit(0)
-        started.append(child)
-    return int(any(status for _, status in [os.waitpid(child, 0) for child in started]))
+        running.add(child)
+    while running:
+        child, status = os.wait()
+        running.remove(child)
+        if status:
+            for other in running:  # they would wait for it
+                os.kill(other, signal.SIGKILL)
+            return 1
+    return 0
 
 
 if __name__ == "__main__":
