@@ -89,13 +89,7 @@ def run_rows(
         state = (beside.get(name) for name in ("logit", "lse", *_STATE))
         first = FirstKey(apart, *state)
 
-    outs = RowOutputs(
-        tensors["lse"],
-        *(tensors.get(name) for name in _ROWS),
-        tensors.get("prefix_mass"),
-        means if count else None,
-        matches if pairs else None,
-    )
+    outs = _row_outputs(tensors, means, matches)
     pack.launch(
         forward,
         problem.batch * problem.heads * tiles,
@@ -141,6 +135,16 @@ def run_rows(
     return output, tensors, beside
 
 
+def _row_outputs(tensors: dict[str, Tensor], means: Tensor, matches: Tensor) -> RowOutputs:
+    """Of row statistics by name, [features, ...] and [pairs, ...]."""
+    return RowOutputs(
+        tensors["lse"],
+        *(tensors.get(name) for name in _ROWS),
+        tensors.get("prefix_mass"),
+        *(part if len(part) else None for part in (means, matches)),
+    )
+
+
 def _merged(
     problem: Problem, dtype: torch.dtype, parts: Tensor, outs: RowOutputs, count: int, pairs: int
 ) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor]:
@@ -157,13 +161,7 @@ def _merged(
         pack.rows_of(parts),
         outs,
         pack.rows_of(output),
-        RowOutputs(
-            tensors["lse"],
-            *(tensors.get(name) for name in _ROWS),
-            None,
-            means if count else None,
-            matches if pairs else None,
-        ),
+        _row_outputs(tensors, means, matches),
         problem.sink_logits,
         problem.heads,
         parts.shape[2],
