@@ -99,8 +99,15 @@ class Finished:
         }
 
 
-def execute(config: RunConfig, runs: Path, output: Output, *, again: bool = False) -> Finished:
-    """Make the run, or complete it, or find it finished.
+def execute(
+    config: RunConfig,
+    runs: Path,
+    output: Output,
+    *,
+    again: bool = False,
+    model: "LoadedModel | None" = None,
+) -> Finished:
+    """Make the run, or complete it, or find it finished; the model is loaded where it is not given.
 
     Raises:
         UsageError: the input makes no sense; then no folder is left.
@@ -112,10 +119,11 @@ def execute(config: RunConfig, runs: Path, output: Output, *, again: bool = Fals
     run = readable(find_by_config(runs, mapping))
     if run and not again and run.status == "success" and (run.path / "report.html").exists():
         return Finished(run, [one.text for one in findings(run.heads)], computed=False)
-    log.info("loading %s", config.model.name)
-    model = load_model(config)
+    if model is None:
+        log.info("loading %s", config.model.name)
+        model = load_model(config)
     if model.parts and config.model.part is None:
-        return _every_part(config, list(model.parts), runs, output, again)
+        return _every_part(config, model, runs, output, again)
     config = config.fitted(model.info.parameters)
     with refused_as_usage():  # what cannot be done is refused now, not after the profile
         refuse_excess(config, model)
@@ -139,13 +147,13 @@ def execute(config: RunConfig, runs: Path, output: Output, *, again: bool = Fals
 
 
 def _every_part(
-    config: RunConfig, parts: list[str], runs: Path, output: Output, again: bool
+    config: RunConfig, model: "LoadedModel", runs: Path, output: Output, again: bool
 ) -> Finished:
     """A run for each attention of an encoder-decoder, or stage; the last one (cross-attention) with the others beside it."""
     done = []
-    for part in parts:
+    for part in model.parts:
         one = config.model_copy(update={"model": config.model.model_copy(update={"part": part})})
-        done.append(execute(one, runs, output, again=again))
+        done.append(execute(one, runs, output, again=again, model=model.part(part)))
     return replace(done[-1], beside=tuple(one.run.path for one in done[:-1]))
 
 

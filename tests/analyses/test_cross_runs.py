@@ -56,6 +56,7 @@ def runs(folder, tmp_path_factory, lens_command):
         "--out", tmp_path_factory.mktemp("runs"), "--json",
     )  # fmt: skip
     assert answer.code == 0, answer.err
+    assert answer.err.count("loading ") == 1, "all parts are of one model"
     found = [open_run(path) for path in (*answer.json["beside"], answer.json["path"])]
     return {run.meta["model"]["part"]: run for run in found}
 
