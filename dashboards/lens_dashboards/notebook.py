@@ -24,7 +24,7 @@ from lens.common.errors import LensError
 from lens.common.head_ids import AnyHead
 from lens.common.results import few
 from lens.traces.trace import AttentionTrace
-from lens_dashboards.raster import MOST_CELLS, Raster, header, of_head, pool, raster
+from lens_dashboards.raster import MOST_CELLS, Raster, cell_sides, header, of_head, pool, raster
 from lens_dashboards.widget import ASSETS, make_widget
 
 if TYPE_CHECKING:
@@ -134,9 +134,7 @@ class AttentionMap:
         if cells < 8:
             raise LensError(f"a map needs at least 8 cells a side, got {cells}")
         found = raster(self.trace, self.layer, self.head)
-        step = down = -(-max(found.values.shape) // cells)
-        if self.trace.cross:
-            down, step = (-(-side // cells) for side in found.values.shape)
+        down, step = cell_sides(self.trace, found.values.shape, cells)
         if max(step, down) == 1:
             return found
         pooled = pool(found.values, (down, step), "max")

@@ -37,7 +37,7 @@ class Raster:
         level: `tokens`, `pixels`, `blocks` or `pooled`.
         query_start, key_start: first token of the first row and column.
         cell: tokens a side of a cell.
-        query_cell: of them queries, where the two differ: of a short target and a long source.
+        query_cell: queries of a cell: as many, except of cross-attention between a short target and a long source.
         query_end, key_end: the last token of the rectangle, exclusive.
         every: of `pixels`, one of so many queries was looked at.
         variant: `raw`; `sink_excluded`: key 0 is left out and each row is rescaled to a sum of 1, which
@@ -49,15 +49,11 @@ class Raster:
     query_start: int
     key_start: int
     cell: int
+    query_cell: int
     query_end: int
     key_end: int
     variant: str = "raw"
-    query_cell: int = 0
     every: int = 1
-
-    def __post_init__(self) -> None:
-        if not self.query_cell:
-            object.__setattr__(self, "query_cell", self.cell)
 
 
 def raster(
@@ -82,9 +78,7 @@ def raster(
             f"the prompt has queries 0 to {queries - 1} and keys 0 to {keys - 1}; got the rectangle {window}"
         )
     size = max(q1 - q0, k1 - k0)
-    step = down = -(-size // MOST_CELLS)
-    if trace.cross:
-        down, step = (-(-side // MOST_CELLS) for side in (q1 - q0, k1 - k0))
+    down, step = cell_sides(trace, (q1 - q0, k1 - k0), MOST_CELLS)
     is_exact = not trace.tile_refusal(layer, head)
     if is_exact and step > 1 and pooling == "max" and not trace.cross:
         rows = max(1, int(step * min(1.0, (MOST_EXACT / size) ** 2)))
@@ -98,7 +92,7 @@ def raster(
             without_first=variant != "raw",
         )
         values, every = blank(values, trace, q0, k0, step), -(-step // rows)
-        return Raster(values, "pixels", q0, k0, step, q1, k1, variant, every=every)
+        return Raster(values, "pixels", q0, k0, step, down, q1, k1, variant, every)
     if not is_exact or size > MOST_MEAN:
         return _blocks(trace, layer, head, (q0, q1, k0, k1), pooling)
     rows = max(down, _STRIP // down * down)
@@ -109,7 +103,7 @@ def raster(
     if max(step, down) > 1:
         strips = [pool(values, (down, step), pooling) for values in strips]
     level = "tokens" if max(step, down) == 1 else "pixels"
-    return Raster(np.concatenate(strips), level, q0, k0, step, q1, k1, variant, down)
+    return Raster(np.concatenate(strips), level, q0, k0, step, down, q1, k1, variant)
 
 
 def _exact(
@@ -172,7 +166,14 @@ def _blocks(
     level = "pooled" if step > 1 else "blocks"
     shown = blank(values, trace, start_q, start_k, cell)
     end_q, end_k = min(rows.stop * size, trace.queries), min(columns.stop * size, trace.length)
-    return Raster(shown, level, start_q, start_k, cell, end_q, end_k)
+    return Raster(shown, level, start_q, start_k, cell, cell, end_q, end_k)
+
+
+def cell_sides(trace: AttentionTrace, shape: tuple[int, ...], most: int) -> tuple[int, int]:
+    """Rows and columns of one cell of at most so many a side: squares, except of cross-attention, whose sides differ."""
+    down, right = (-(-length // most) for length in shape)
+    side = max(down, right)
+    return (down, right) if trace.cross else (side, side)
 
 
 def pool(values: np.ndarray, step: int | tuple[int, int], pooling: Pooling) -> np.ndarray:

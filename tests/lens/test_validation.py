@@ -134,6 +134,17 @@ def test_success_without_its_files_is_a_problem(tmp_path):
     assert "run.json says success with 1 of 2 prompts done; run it again" in problems
 
 
+def test_tokens_that_the_run_counts_are_those_of_its_prompts(run):
+    entries = json.loads((run.path / "run.json").read_text())
+    for tokens in (2 * LENGTH, 2 * LENGTH + 1):
+        entries["prompts"]["tokens"] = tokens
+        write_json(run.path / "run.json", entries)
+        write_manifest(run.path, ["run.json"])
+        found = [text for text in validate(open_run(run.path)) if "tokens" in text]
+        told = f"run.json says that the prompts have {tokens} tokens, prompts.parquet has {2 * LENGTH}"
+        assert found == ([] if tokens == 2 * LENGTH else [told])
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
