@@ -140,17 +140,17 @@ def profile(
         raise LensError(
             f"traces must have the same labels, got {sorted(names)}: profile them apart"
         )
-    # Intervals over rows take most of the time. With several prompts they are over prompts.
-    shown = all or several[0].labels
-    of_rows = seed if shown and len(several) == 1 else None
+    drawn = seed if all or several[0].labels else None  # intervals, which take much of the time
+    of_rows = drawn if len(several) == 1 else None  # with several, they are over prompts
     tables = [
         prompt_table(trace, f"p{number:03d}", seed=of_rows) for number, trace in enumerate(several)
     ]
-    table = tables[0] if len(tables) == 1 else pooled_table(tables, "all", seed=seed)
+    table = tables[0] if len(tables) == 1 else pooled_table(tables, "all", seed=drawn)
     if beside:
         metrics = (*HEADLINES, *several[0].labels)
         scored = [prompt_table(one, "all", seed=None, metrics=metrics) for one in beside]
-        table = beside_random(table, pooled_table(scored, str(table["prompt_id"].iloc[0])))
+        random = pooled_table(scored, str(table["prompt_id"].iloc[0]), seed=None)
+        table = beside_random(table, random)
     found = wide(table, prompts=len(several))
     found.insert(0, "name", head_columns(zip(found["layer"], found["head"], strict=True))["name"])
     return found if all else found[_main(found)]
@@ -249,8 +249,10 @@ def scores_table(
     )
 
 
-def pooled_table(tables: Sequence[pd.DataFrame], prompt_id: str, *, seed: int = 0) -> pd.DataFrame:
-    """Mean over prompts of their long tables, with a bootstrap over prompts.
+def pooled_table(
+    tables: Sequence[pd.DataFrame], prompt_id: str, *, seed: int | None = 0
+) -> pd.DataFrame:
+    """Mean over prompts of their long tables, with a bootstrap over prompts; no intervals for the seed None.
 
     `top_key` and `positional_distance` are the most frequent one, the key named where its token is the same in all prompts that have
     it; it has no interval. `uniform` is the mean over the same prompts; `random_weights` is left to
@@ -263,7 +265,9 @@ def pooled_table(tables: Sequence[pd.DataFrame], prompt_id: str, *, seed: int = 
     scored = ~np.isnan(values)
     n = scored.sum(0)
     mean = known_mean(values, 0)
-    low, high = over_units(np.where(scored, values, 0), scored, seed)
+    low, high = np.full((2, *mean.shape), np.nan)
+    if seed is not None:
+        low, high = over_units(np.where(scored, values, 0), scored, seed)
     result = first.reset_index()
     detail = np.where(n == 0, result["detail"], "").astype(object)
     even = np.stack([table["uniform"].to_numpy(float) for table in aligned])

@@ -248,9 +248,11 @@ def test_twelve_columns_are_shown_unless_all_are_asked_for(monkeypatch):
         f"{name}_random_weights"
         for name in ("induction", "sink_mass", "previous_token", "duplicate_token")
     }
-    whole = profile(traces[0])
-    monkeypatch.setattr("lens.traces.scores.over_rows", lambda *_: pytest.fail("nobody sees it"))
-    pd.testing.assert_frame_equal(shown(traces[0]), whole[list(short)])
+    alone = profile(traces[0])
+    for drawing in ("scores.over_rows", "profiles.over_units"):
+        monkeypatch.setattr(f"lens.traces.{drawing}", lambda *_: pytest.fail("nobody sees it"))
+    pd.testing.assert_frame_equal(shown(traces[0]), alone[list(short)])
+    pd.testing.assert_frame_equal(shown(traces, random_weights=traces), beside)
 
 
 def test_a_trace_without_what_it_takes_says_so():
