@@ -2,9 +2,10 @@
 
     python tests/benchmarks/retrieval_heads.py [--model smollm2-135m] [--tokens 1024 2048] [--write]
 
-prints RETRIEVAL_HEADS.md, and writes it with `--write`. A needle stands at each depth of a book, and its first words end the
-prompt; every length is scored and masked by itself. Of one length a needle takes about 5 passes over the prompt and 3 + draws for
-each number of masked heads, each some 4 s of one core at 1,024 tokens and, at 8,192, over a minute.
+prints RETRIEVAL_HEADS.md, and writes it with `--write`. A needle stands at each depth of a book, which the next one follows where
+it is too short, and its first words end the prompt; every length is scored and masked by itself. Of one length a needle takes
+about 5 passes over the prompt and 3 + draws for each number of masked heads, each some 4 s of one core at 1,024 tokens and, at
+8,000, over a minute.
 """
 
 from __future__ import annotations
@@ -60,10 +61,10 @@ def of_length(model: LoadedModel, length: int, given: argparse.Namespace) -> str
     """One length: recall, the first heads of each list, and how far the lists agree."""
     trials = [
         trial
-        for book, (question, needle) in zip(BOOKS, NEEDLES, strict=True)
+        for number, (question, needle) in enumerate(NEEDLES)
         for trial in lens.tasks.needles.text(
             model,
-            lens.tasks.text(book),
+            "\n".join(map(lens.tasks.text, BOOKS[number:] + BOOKS[:number])),
             needle=needle,
             question=question,
             lengths=[length],
