@@ -10,19 +10,21 @@ import numpy as np
 import pandas as pd
 from flask import Blueprint, Response, request
 
+from lens.common.choices import check_choice
 from lens.common.errors import LensError
 from lens.common.png import png
 from lens.figures.overlays import SCAN_STOPS
 from lens.runs.exchange.tables import csv_text
 from lens.traces.metrics import VARIANTS
 from lens.traces.pictures import grids_of
+from lens.traces.pixels import Pooling
 from lens_dashboards.circuit_edges import RANKINGS, circuit_edges
 from lens_dashboards.circuit_groups import named_groups
 from lens_dashboards.head_columns import head_columns
 from lens_dashboards.library import Library
 from lens_dashboards.library import section as read_section
 from lens_dashboards.pages.maps import MOST_MAPS
-from lens_dashboards.raster import header, raster, row
+from lens_dashboards.raster import MOST_CELLS, header, raster, row
 
 _MOST_REPORT = 2**28
 _ATLAS = ("layers", "heads", "rows", "columns")
@@ -32,16 +34,22 @@ def make_api(library: Library) -> Blueprint:
     """Routes under `/api`; ids are looked up in the library, never joined to a path."""
     api = Blueprint("api", __name__, url_prefix="/api")
 
-    @api.get("/run/<run_id>/raster/<prompt>/<int:layer>/<int:head>")
+    @api.get("/run/<run_id>/raster/<prompt>/<heads>")
     @_refusing
-    def get_raster(run_id: str, prompt: str, layer: int, head: int) -> Response:
-        """A rectangle: float32 rows, one after the other; sizes in the header `X-Raster`."""
-        trace, variant = library.trace(run_id, prompt), _variant()
-        pooling = request.args.get("pooling", "max")
-        if pooling not in ("max", "mean"):
-            raise LensError(f"pooling must be max or mean, got {pooling!r}")
-        found = raster(trace, layer, head, _window(), pooling, variant)  # pyright: ignore[reportArgumentType]
-        return _binary(found.values, header(trace, found, pooling))
+    def get_raster(run_id: str, prompt: str, heads: str) -> Response:
+        """A rectangle of each head (`L0H1,L2H3`): float32 rows, one after the other; a list of sizes in `X-Raster`."""
+        trace, variant, window = library.trace(run_id, prompt), _variant(), _window()
+        names, most = heads.split(","), request.args.get("cells", MOST_CELLS, type=int)
+        if len(names) > MOST_MAPS or not 1 <= most <= MOST_CELLS:
+            raise LensError(
+                f"at most {MOST_MAPS} heads of 1 to {MOST_CELLS} cells a side are drawn at once; "
+                f"got {len(names)} of {most}"
+            )
+        pooling: Any = check_choice("pooling", request.args.get("pooling", "max"), Pooling)
+        asked = [trace.head_id(name) for name in names]
+        found = [raster(trace, *head, window, pooling, variant, most) for head in asked]
+        values = np.concatenate([one.values.ravel() for one in found])
+        return _binary(values, [header(trace, one, pooling) for one in found])
 
     @api.get("/run/<run_id>/atlas/<prompt>")
     @_refusing
@@ -203,7 +211,7 @@ def _window() -> tuple[int, int, int, int] | None:
     return (given[0] or 0, given[1] or 0, given[2] or 0, given[3] or 0)
 
 
-def _binary(values: np.ndarray, header: dict[str, Any]) -> Response:
+def _binary(values: np.ndarray, header: dict[str, Any] | list[dict[str, Any]]) -> Response:
     response = _cached(
         np.ascontiguousarray(values, dtype="<f4").tobytes(), "application/octet-stream"
     )

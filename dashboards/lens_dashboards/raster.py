@@ -3,29 +3,27 @@
 Four levels. `tokens`: exact probabilities of single tokens, recomputed from the stored q, k and LSE
 where the rectangle is small. `pixels`: the same where a rectangle has more tokens than a screen has cells, the
 largest (or the mean) exact probability of several; of more than `MOST_EXACT` tokens a side of some of the queries of
-each cell, spread evenly. Without q and k, and for means of more than `MOST_MEAN` tokens, `blocks`: block mass as
-captured, and `pooled`: where it has more blocks than cells, the largest (or the mean) of several.
+each cell, spread evenly. Without q and k, and of long cross-attention, `blocks`: block mass as captured, and `pooled`: where it has more blocks
+than cells, the largest (or the mean) of several.
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from lens.common.colors import VIRIDIS
 from lens.common.errors import LensError
-from lens.traces.pixels import largest
+from lens.traces.pixels import Pooling, pooled
 from lens.traces.trace import AttentionTrace
 
 MOST_CELLS = 512
 """Cells a side that are sent at once."""
-MOST_EXACT = 16_384
-"""Tokens a side of which every probability is looked at for one picture of the largest: 0.4 s of one core."""
-MOST_MEAN = 4096
-"""The same for one of means, which take an exponential each."""
+MOST_EXACT = {"max": 16_384, "mean": 8192}
+"""Tokens a side of which every probability is looked at for one picture: about 0.4 s of one core."""
+MOST_CROSS = 4096
+"""The same of cross-attention, beyond which it is drawn from block mass."""
 _STRIP = 256  # queries of which probabilities are held at once
-
-Pooling = Literal["max", "mean"]
 
 
 @dataclass(frozen=True)
@@ -63,8 +61,9 @@ def raster(
     window: tuple[int, int, int, int] | None = None,
     pooling: Pooling = "max",
     variant: str = "raw",
+    most: int = MOST_CELLS,
 ) -> Raster:
-    """The rectangle (q0, q1, k0, k1) in tokens, or everything; blocks are always raw.
+    """The rectangle (q0, q1, k0, k1) in tokens, or everything, in at most so many cells a side; blocks are always raw.
 
     Raises:
         LensError: a head that is not there, or a rectangle outside the prompt.
@@ -78,23 +77,23 @@ def raster(
             f"the prompt has queries 0 to {queries - 1} and keys 0 to {keys - 1}; got the rectangle {window}"
         )
     size = max(q1 - q0, k1 - k0)
-    down, step = cell_sides(trace, (q1 - q0, k1 - k0), MOST_CELLS)
-    is_exact = not trace.tile_refusal(layer, head)
-    if is_exact and step > 1 and pooling == "max" and not trace.cross:
-        rows = max(1, int(step * min(1.0, (MOST_EXACT / size) ** 2)))
-        values = largest(
+    down, step = cell_sides(trace, (q1 - q0, k1 - k0), most)
+    if trace.tile_refusal(layer, head) or (trace.cross and size > MOST_CROSS):
+        return _blocks(trace, layer, head, (q0, q1, k0, k1), pooling, most)
+    if step > 1 and not trace.cross:
+        rows = max(1, int(step * min(1.0, (MOST_EXACT[pooling] / size) ** 2)))
+        values = pooled(
             trace.dataset,
             trace.head_id((layer, head)),
             (q0, q1),
             (k0, k1),
             step,
+            pooling=pooling,
             rows=rows,
             without_first=variant != "raw",
         )
         values, every = blank(values, trace, q0, k0, step), -(-step // rows)
         return Raster(values, "pixels", q0, k0, step, down, q1, k1, variant, every)
-    if not is_exact or size > MOST_MEAN:
-        return _blocks(trace, layer, head, (q0, q1, k0, k1), pooling)
     rows = max(down, _STRIP // down * down)
     strips = [
         _exact(trace, layer, head, (start, min(start + rows, q1), k0, k1), variant)
@@ -149,6 +148,7 @@ def _blocks(
     head: int,
     window: tuple[int, int, int, int],
     pooling: Pooling,
+    most: int,
 ) -> Raster:
     size = trace.attrs["block_size"]
     q0, q1, k0, k1 = window
@@ -159,7 +159,7 @@ def _blocks(
         .isel(query_block=rows, key_block=columns)
         .values.astype(np.float32)
     )
-    step = -(-max(values.shape) // MOST_CELLS)
+    step = -(-max(values.shape) // most)
     if step > 1:
         values = pool(values, step, pooling)
     start_q, start_k, cell = rows.start * size, columns.start * size, size * step

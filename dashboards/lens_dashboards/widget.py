@@ -7,9 +7,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from lens.common.choices import check_choice
 from lens.common.errors import LensError
+from lens.traces.pixels import Pooling
 from lens.traces.trace import AttentionTrace
-from lens_dashboards.raster import header, raster, row
+from lens_dashboards.raster import MOST_CELLS, header, raster, row
 
 ASSETS = Path(__file__).parent / "assets"
 
@@ -128,9 +130,8 @@ def answer_to(shown: Shown, message: dict[str, Any]) -> tuple[dict[str, Any], np
     if message["kind"] == "row":
         values = row(shown.trace, shown.layer, shown.head, int(message["query"]))
         return {"rows": 1, "columns": len(values)}, np.ascontiguousarray(values, dtype="<f4")
-    pooling = message["pooling"]
-    if pooling not in ("max", "mean"):
-        raise LensError(f"pooling must be max or mean, got {pooling!r}")
-    window = tuple(int(message[name]) for name in ("q0", "q1", "k0", "k1"))
-    found = raster(shown.trace, shown.layer, shown.head, window, pooling)  # pyright: ignore[reportArgumentType]
+    pooling = check_choice("pooling", message["pooling"], Pooling)
+    window: Any = tuple(int(message[name]) for name in ("q0", "q1", "k0", "k1"))
+    most = min(int(message.get("cells", MOST_CELLS)), MOST_CELLS)
+    found = raster(shown.trace, shown.layer, shown.head, window, pooling, most=most)
     return header(shown.trace, found, pooling), np.ascontiguousarray(found.values, dtype="<f4")

@@ -1,12 +1,13 @@
-"""The largest exact probability in each cell of a picture, from q, k and LSE, at any zoom into any length.
+"""The largest or the mean exact probability in each cell of a picture, from q, k and LSE, at any zoom into any length.
 
 `max exp(s_ij - lse_i)` over the queries and keys of a cell is `exp(max(s_ij - lse_i))`: one product of matrices and
-maxima, strip by strip, and an exponential of each cell alone.
+maxima, strip by strip, and an exponential of each cell alone. A mean takes one of each pair.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Literal
 
 import numpy as np
 import xarray as xr
@@ -16,24 +17,28 @@ from lens.traces.tiles import position_of, read, seen_ranges
 
 _STRIP = 128  # queries of which scores are held at once
 
+Pooling = Literal["max", "mean"]
 
-def largest(
+
+def pooled(
     dataset: xr.Dataset,
     head: HeadId,
     queries: tuple[int, int],
     keys: tuple[int, int],
     cell: int,
     *,
+    pooling: Pooling = "max",
     rows: int | None = None,
     without_first: bool = False,
 ) -> np.ndarray:
-    """[cells, cells] float32, the largest probability of each cell of so many tokens a side.
+    """[cells, cells] float32, one probability for each cell of so many tokens a side.
 
     Args:
         dataset: of a trace whose tiles are exact.
         head: which.
         queries, keys: ranges (first, past the last).
         cell: tokens a side; the last cells may have fewer.
+        pooling: the largest of a cell, or the mean of its pairs whose key is not after the query of a causal model.
         rows: queries of each cell that are looked at, spread evenly; all of them if None.
         without_first: key 0 is left out, and each row is divided by what is left.
     """
@@ -43,41 +48,67 @@ def largest(
     key = _padded(
         read(dataset, "k", np.float32, layer=layer, kv_head=kv_head, key=slice(*keys)), cell
     )
-    first_key = read(dataset, "k", layer=layer, kv_head=kv_head, key=slice(0, 1))
     seen = np.zeros(len(key), dtype=bool)
     seen[: last - first] = read(dataset, "visible", layer=layer, key=slice(*keys)) > 0
     if without_first and first == 0:
         seen[0] = False
     blind = np.flatnonzero(~seen)
     scale, cap = dataset.attrs["scale"][layer], dataset.attrs["softcap"]
-    causal, window = dataset.attrs["causal"], dataset.attrs["windows"][layer]
+    is_causal, window = dataset.attrs["causal"], dataset.attrs["windows"][layer]
     ranges = seen_ranges(dataset.attrs, layer)
-    if ranges is not None:
-        causal, window = False, None
-    found = np.zeros((-(-(queries[1] - queries[0]) // cell), len(key) // cell), np.float32)
+    causal = is_causal and ranges is None
+    window = window if ranges is None else None
+    part = slice(*queries)
+    query = read(dataset, "q", layer=layer, head=number, query=part) * scale
+    lse = read(dataset, "lse", layer=layer, head=number, query=part)
+    if without_first:
+        first_key = read(dataset, "k", layer=layer, kv_head=kv_head, key=slice(0, 1))
+        lse = lse + _log_rest(_capped(query @ first_key.T, cap)[:, 0] - lse)
+    query, lse = query.astype(np.float32), lse.astype(np.float32)
+    found = np.zeros((-(-len(query) // cell), len(key) // cell), np.float32)
     for start, at, each in _strips(queries, cell, min(rows or cell, cell)):
-        query = read(dataset, "q", layer=layer, head=number, query=at) * scale
-        lse = read(dataset, "lse", layer=layer, head=number, query=at)
-        if without_first:
-            lse = lse + _log_rest(_capped(query @ first_key.T, cap)[:, 0] - lse)
-        query, lse = query.astype(np.float32), lse.astype(np.float32)
         stop = len(key) if not causal else min(len(key), -(-(at[-1] + 1 - first) // cell) * cell)
         if stop <= 0:
             continue
-        s = _capped(query @ key[:stop].T, cap)
-        s -= lse[:, None]
-        for hidden, part in _hidden(at, first, stop, causal, window):
-            s[:, part][hidden] = -np.inf
+        looked = at - queries[0]
+        s = _capped(query[looked] @ key[:stop].T, cap)
+        s -= lse[looked, None]
+        for hidden, within in _hidden(at, first, stop, causal, window):
+            s[:, within][hidden] = -np.inf
         if ranges is not None:
             low, past = ranges[:, at, None] - first
             places = np.arange(stop)
             s[(places < low) | (places >= past)] = -np.inf
         s[:, blind[blind < stop]] = -np.inf
-        s = np.maximum.reduceat(s, np.arange(0, len(at), each), axis=0)
-        s = s.reshape(len(s), stop // cell, cell).max(2)
+        if pooling == "max":
+            s = np.exp(_over(np.maximum, s, each).reshape(-1, stop // cell, cell).max(2))
+        else:
+            s = _over(np.add, np.exp(s, out=s), each).reshape(-1, stop // cell, cell).sum(2)
+            counted = np.isfinite(lse[looked]) if without_first else np.ones(len(at), bool)
+            edges = np.arange(0, stop + 1, cell) + first
+            pairs = _keys_before(edges, at, keys, is_causal, without_first) * counted[:, None]
+            s /= np.maximum(_over(np.add, pairs, each), 1)
         top = (start - queries[0]) // cell
-        found[top : top + len(s), : s.shape[1]] = np.exp(s)
+        found[top : top + len(s), : s.shape[1]] = s
     return found
+
+
+def _keys_before(
+    edges: np.ndarray, at: np.ndarray, keys: tuple[int, int], causal: bool, without_first: bool
+) -> np.ndarray:
+    """[queries, cells] how many keys of a cell a query could see, of cells between such edges."""
+    most = np.minimum(at + 1, keys[1])[:, None] if causal else np.full((len(at), 1), keys[1])
+    low = np.maximum(edges[:-1], 1) if without_first else edges[:-1]
+    return np.maximum(np.minimum(edges[1:], most) - low, 0)
+
+
+def _over(how: np.ufunc, values: np.ndarray, size: int) -> np.ndarray:
+    """Rows, so many at a time, as one; the last ones may be fewer."""
+    whole = len(values) // size * size
+    found = how.reduce(values[:whole].reshape(-1, size, values.shape[1]), axis=1)
+    if whole == len(values):
+        return found
+    return np.concatenate([found, how.reduce(values[whole:], axis=0, keepdims=True)])
 
 
 def _strips(

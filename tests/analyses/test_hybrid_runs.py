@@ -82,12 +82,12 @@ def test_the_report_and_the_pages_say_which_layers_have_heads(run):
     answer = (
         create_app(run.path.parent)
         .server.test_client()
-        .get(f"/api/run/{run.id}/raster/{run.traces[0]}/4/1")
+        .get(f"/api/run/{run.id}/raster/{run.traces[0]}/L4H1")
     )
     assert answer.status_code == 200
     refused = (
         create_app(run.path.parent)
         .server.test_client()
-        .get(f"/api/run/{run.id}/raster/{run.traces[0]}/2/1")
+        .get(f"/api/run/{run.id}/raster/{run.traces[0]}/L2H1")
     )
     assert "there is no L2H1" in refused.get_data(as_text=True)

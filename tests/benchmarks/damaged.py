@@ -75,7 +75,7 @@ ROUTES = (
         "tokens/p000",
         "atlas/p000",
     ),
-    *("raster/p000/0/1", "raster/p001/1/0?variant=sink_excluded", "row/p000/0/0/5"),
+    *("raster/p000/L0H1", "raster/p001/L1H0?variant=sink_excluded", "row/p000/0/0/5"),
 )
 FORMATS = ("csv", "parquet", "graph", "headvis")
 

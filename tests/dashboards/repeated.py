@@ -33,7 +33,8 @@ def repeat_run(
         "model": {**run.meta["model"], "name": "repeated", "layers": layers, "heads": heads},
     }
     writer = RunWriter.start(folder, {"layers": layers, "heads": heads}, meta)
-    writer.table("prompts", run.prompts)
+    shown = run.trace("p000") if trace is None else trace
+    writer.table("prompts", _with_tokens(run.prompts, shown))
     of_layers, of_heads = run.meta["model"]["layers"], run.meta["model"]["heads"]
     real = dict(list(run.heads.groupby(["layer", "head"])))
     parts = [
@@ -42,6 +43,13 @@ def repeat_run(
         for head in range(heads)
     ]
     writer.table("heads", pd.concat(parts, ignore_index=True))
-    shown = run.trace("p000") if trace is None else trace
     repeat_heads(shown, layers, heads).save(writer.path / "trace" / "p000")
     return writer.finish()
+
+
+def _with_tokens(prompts: pd.DataFrame, trace: AttentionTrace) -> pd.DataFrame:
+    """The prompts, p000 with the tokens of a trace: a reader holds the two together."""
+    is_shown = (prompts["prompt_id"] == "p000").tolist()
+    pairs = list(zip(is_shown, prompts["token_strings"], strict=True))
+    tokens = [trace.tokens if shown else list(given) for shown, given in pairs]
+    return prompts.assign(token_strings=pd.Series(tokens, prompts.index), tokens=[len(one) for one in tokens])

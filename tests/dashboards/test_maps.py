@@ -18,9 +18,14 @@ def _told(library, view):
 
 
 def test_a_selection_of_heads_opens_and_shares_zoom_and_row(page, address, run):
+    asked = []
+    page.on("request", lambda request: asked.append(request.url.partition("/api/")[2]))
     page.goto(f"{address}/run/{run.id}/heads?heads=L1H3,L0H2,L2H0")
     page.click("#to-maps")
     page.locator("#maps .map[data-ready]").nth(2).wait_for(timeout=60_000)
+    page.wait_for_selector("#strip[data-query]")
+    kinds = sorted(url.split("/")[2] for url in asked if "/p000" in url)
+    assert kinds == ["raster", "row", "tokens"]  # one request for all maps
     assert "heads=L1H3%2CL0H2%2CL2H0" in page.url
     canvas = page.locator("#maps canvas").nth(1)
     canvas.click(position={"x": 120, "y": 120})

@@ -86,7 +86,7 @@ def test_the_widget_answers_with_the_numbers_of_the_server(shown):
     assert (header["rows"], header["columns"], header["level"]) == (17, 11, "tokens")
     _, values = answer_to(shown, {"id": 2, "kind": "row", "query": 7})
     np.testing.assert_array_equal(values, row(shown.trace, 1, 3, 7))
-    with pytest.raises(LensError, match="pooling must be max or mean, got 'sum'"):
+    with pytest.raises(LensError, match="pooling must be one of 'max', 'mean', got 'sum'"):
         answer_to(shown, ask | {"pooling": "sum"})
 
 

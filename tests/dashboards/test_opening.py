@@ -31,8 +31,8 @@ def test_traces_and_results_are_served_until_they_are_closed(traces, page):
     with lens.open(traces, found) as opened:
         assert validate(opened.run) == []
         address = opened.url.partition("/run")[0]
-        headers, body = _read(f"{address}/api/run/{opened.run.id}/raster/p001/1/2")
-        size = json.loads(headers["X-Raster"])
+        headers, body = _read(f"{address}/api/run/{opened.run.id}/raster/p001/L1H2")
+        [size] = json.loads(headers["X-Raster"])
         values = np.frombuffer(body, "<f4").reshape(size["rows"], size["columns"])
         exact = traces[1].tile(1, 2, (0, 5), (0, 5))
         np.testing.assert_allclose(np.nan_to_num(values), np.tril(exact), atol=1e-6)

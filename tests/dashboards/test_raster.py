@@ -73,8 +73,7 @@ def test_blocks_are_the_captured_ones(trace, monkeypatch):
 @pytest.mark.parametrize(("pooling", "reduce"), [("max", np.nanmax), ("mean", np.nanmean)])
 def test_pooling_is_over_whole_cells(trace, monkeypatch, pooling, reduce):
     monkeypatch.setattr(AttentionTrace, "tile_refusal", lambda *_: "no q and k")
-    monkeypatch.setattr(module, "MOST_CELLS", 3)
-    found = raster(trace, 1, 2, pooling=pooling)
+    found = raster(trace, 1, 2, pooling=pooling, most=3)
     blocks = trace.block_mass.sel(layer=1, head=2).values
     assert (found.level, found.cell, found.values.shape) == ("pooled", 48, (3, 3))
     assert found.values[1, 0] == pytest.approx(reduce(blocks[3:6, 0:3]))
@@ -94,46 +93,46 @@ def test_what_is_outside_is_refused(trace):
 @pytest.mark.parametrize(("pooling", "reduce"), [("max", np.nanmax), ("mean", np.nanmean)])
 def test_more_tokens_than_cells_are_exact_probabilities_pooled(trace, monkeypatch, pooling, reduce):
     whole = raster(trace, 1, 2).values
-    monkeypatch.setattr(module, "MOST_CELLS", 40)
-    monkeypatch.setattr(module, "_STRIP", 10)  # strips that do not fit the prompt
-    found = raster(trace, 1, 2, None, pooling)
+    found = raster(trace, 1, 2, None, pooling, most=40)
     assert (found.level, found.cell, found.values.shape) == ("pixels", 3, (34, 34))
     assert (found.query_end, found.key_end) == (101, 101)
     for row_, column in ((0, 0), (10, 4), (20, 20), (33, 33), (33, 2)):
         cell = whole[3 * row_ : 3 * row_ + 3, 3 * column : 3 * column + 3]
         assert found.values[row_, column] == pytest.approx(reduce(cell), rel=1e-5)
     assert np.isnan(found.values[np.triu_indices(34, 1)]).all()
-    part = raster(trace, 1, 2, (20, 101, 3, 90), pooling)
+    part = raster(trace, 1, 2, (20, 101, 3, 90), pooling, most=40)
     assert part.level == "pixels"
     assert part.values[1, 2] == pytest.approx(reduce(whole[23:26, 9:12]), rel=1e-5)
-    monkeypatch.setattr(module, "MOST_MEAN", 50)
-    assert raster(trace, 1, 2, pooling="mean").level == "blocks"
 
 
+@pytest.mark.parametrize("pooling", ["max", "mean"])
 @pytest.mark.parametrize("variant", ["raw", "sink_excluded"])
 @pytest.mark.parametrize("window", [None, (20, 101, 3, 90), (0, 44, 50, 101)])
-def test_the_largest_of_a_cell_is_that_of_its_single_tokens(trace, monkeypatch, variant, window):
+def test_a_cell_is_the_largest_or_the_mean_of_its_single_tokens(
+    trace, monkeypatch, pooling, variant, window
+):
     """Against the pool of exact probabilities, which are computed one by one."""
     whole = raster(trace, 1, 2, window, variant=variant)
-    monkeypatch.setattr(module, "MOST_CELLS", 11)
     monkeypatch.setattr(pixels, "_STRIP", 20)
-    found = raster(trace, 1, 2, window, variant=variant)
+    found = raster(trace, 1, 2, window, pooling, variant, most=11)
     assert (found.level, found.every, found.variant) == ("pixels", 1, variant)
-    expected = module.pool(whole.values, found.cell, "max")
+    expected = module.pool(whole.values, found.cell, pooling)
     np.testing.assert_array_equal(np.isnan(found.values), np.isnan(expected))
     np.testing.assert_allclose(found.values, expected, rtol=2e-5, atol=1e-7)
 
 
-def test_beyond_what_is_looked_at_whole_some_queries_of_each_cell_are(trace, monkeypatch):
-    whole = np.nan_to_num(raster(trace, 1, 2).values)
-    monkeypatch.setattr(module, "MOST_CELLS", 13)
-    monkeypatch.setattr(module, "MOST_EXACT", 64)
-    found = raster(trace, 1, 2)
+@pytest.mark.parametrize(("pooling", "reduce"), [("max", np.nanmax), ("mean", np.nanmean)])
+def test_beyond_what_is_looked_at_whole_some_queries_of_each_cell_are(
+    trace, monkeypatch, pooling, reduce
+):
+    whole = raster(trace, 1, 2).values
+    monkeypatch.setattr(module, "MOST_EXACT", {pooling: 64})
+    found = raster(trace, 1, 2, None, pooling, most=13)
     assert (found.cell, found.every, header(trace, found)["every"]) == (8, 3, 3)
     looked = np.arange(3) * 8 // 3
     for row_, column in ((0, 0), (5, 2), (11, 11), (12, 3)):
         rows = [8 * row_ + one for one in looked if 8 * row_ + one < 101]
-        expected = whole[rows, 8 * column : 8 * column + 8].max()
+        expected = reduce(whole[rows, 8 * column : 8 * column + 8])
         assert found.values[row_, column] == pytest.approx(expected, rel=2e-5)
 
 
@@ -159,11 +158,14 @@ def test_windows_caps_ranges_and_both_directions(causal, window, cap, ranged):
     )
     if ranged:
         at = np.arange(37)
-        ranges = np.stack([at // 5 * 5, np.minimum(at // 5 * 5 + 9, 37)])
+        ranges = np.stack([at // 5 * 5, np.minimum(at // 5 * 5 + 9, at + 1)])
         dataset.attrs["seen"] = {"of": [0], "ranges": [ranges.tolist()]}
     head = HeadId(0, 3)
     exact = exact_tile(dataset, head, (4, 37), (2, 35))
+    after = np.arange(2, 35) > np.arange(4, 37)[:, None]
+    known = np.where(after & causal, np.nan, exact)
     for cell in (2, 5):
-        found = pixels.largest(dataset, head, (4, 37), (2, 35), cell)
-        expected = module.pool(exact, cell, "max")
-        np.testing.assert_allclose(found, expected, rtol=2e-5, atol=1e-7)
+        for pooling in ("max", "mean"):
+            found = pixels.pooled(dataset, head, (4, 37), (2, 35), cell, pooling=pooling)
+            expected = np.nan_to_num(module.pool(known, cell, pooling))
+            np.testing.assert_allclose(found, expected, rtol=2e-5, atol=1e-7)

@@ -47,7 +47,7 @@ def test_it_starts_without_torch_and_transformers(runs):
         "from lens_dashboards.views import render; from lens_dashboards.library import Library;"
         f"library = Library({str(runs)!r}); run = library.runs()[0].id;"
         "render(library, f'/run/{run}', ''); render(library, f'/run/{run}/head/1/2', '');"
-        "assert client.get(f'/api/run/{run}/raster/p000/1/2').status_code == 200;"
+        "assert client.get(f'/api/run/{run}/raster/p000/L1H2').status_code == 200;"
         "print({'torch', 'transformers', 'transformer_lens'} & set(sys.modules))"
     )
     result = subprocess.run(
@@ -64,14 +64,26 @@ def _env():
 
 
 def test_raster_carries_the_numbers_and_an_etag(client, run):
-    url = f"/api/run/{run.id}/raster/p000/1/2"
+    url = f"/api/run/{run.id}/raster/p000/L1H2"
     answer = client.get(url)
-    header = json.loads(answer.headers["X-Raster"])
+    [header] = json.loads(answer.headers["X-Raster"])
     values = np.frombuffer(answer.data, "<f4").reshape(header["rows"], header["columns"])
     expected = run.trace("p000").tile(1, 2, (0, 101), (0, 101)).astype("f4")
     np.testing.assert_array_equal(np.nan_to_num(values), expected)
     again = client.get(url, headers={"If-None-Match": answer.headers["ETag"]})
     assert (again.status_code, again.data) == (304, b"")
+
+
+def test_the_rasters_of_several_heads_are_one_answer(client, run):
+    names = ("L1H2", "L0H3", "L2H5")
+    where = f"/api/run/{run.id}/raster/p000/"
+    how = "?q0=20&q1=101&k0=3&k1=90&pooling=mean&cells=30"
+    both = client.get(f"{where}{','.join(names)}{how}")
+    alone = [client.get(f"{where}{name}{how}") for name in names]
+    assert both.data == b"".join(one.data for one in alone)
+    headers = json.loads(both.headers["X-Raster"])
+    assert headers == [json.loads(one.headers["X-Raster"])[0] for one in alone]
+    assert {(one["rows"], one["cell"], one["level"]) for one in headers} == {(27, 3, "pixels")}
 
 
 def test_tables_tokens_and_report_are_there(client, run):
@@ -86,11 +98,14 @@ def test_tables_tokens_and_report_are_there(client, run):
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("/api/run/none/raster/p000/0/0", "there is no run 'none'"),
-        ("/api/run/{run}/raster/p999/0/0", "has no trace of prompt 'p999'"),
-        ("/api/run/{run}/raster/p000/9/0", "there is no L9H0"),
-        ("/api/run/{run}/raster/p000/0/0?q0=1", "needs q0, q1, k0 and k1"),
-        ("/api/run/{run}/raster/p000/0/0?pooling=x", "pooling must be max or mean"),
+        ("/api/run/none/raster/p000/L0H0", "there is no run 'none'"),
+        ("/api/run/{run}/raster/p999/L0H0", "has no trace of prompt 'p999'"),
+        ("/api/run/{run}/raster/p000/L9H0", "there is no L9H0"),
+        ("/api/run/{run}/raster/p000/L0H0?q0=1", "needs q0, q1, k0 and k1"),
+        ("/api/run/{run}/raster/p000/L0H0?pooling=x", "pooling must be one of 'max', 'mean'"),
+        ("/api/run/{run}/raster/p000/L0H0?cells=513", "1 to 512 cells a side"),
+        ("/api/run/{run}/raster/p000/L0H0,L0?", "a head is"),
+        (f"/api/run/{{run}}/raster/p000/{'L0H0,' * 9}L0H1", "at most 9 heads"),
         ("/api/run/{run}/row/p000/0/0/999", "there is no query 999"),
         ("/api/run/..%2f..%2fetc/heads.csv", None),
         ("/api/run/%2e%2e/heads.csv", None),

@@ -1,7 +1,7 @@
 /* The attention map of one head on a canvas: a rectangle of float32 numbers at the sharpest level that
    fits, coloured by the logarithm. Hover shows the number itself, never a colour's.
 
-   The numbers come from a source: {tokens() -> strings, raster({q0, q1, k0, k1, pooling}) -> {rows, columns,
+   The numbers come from a source: {tokens() -> strings, raster({q0, q1, k0, k1, pooling, cells}) -> {rows, columns,
    level, cell, queryCell, query, key, values}, row(query) -> Float32Array}, all of them promises. The dashboard asks
    its server, a file of its own holds them, a notebook asks its kernel. Of cross-attention config.queries are the
    tokens of the rows, and the source's those of the columns. */
@@ -11,6 +11,7 @@
   const FLOOR = 1e-6;
   const LEFT = 64, TOP = 34, RIGHT = 86, BOTTOM = 30;
   const NAMED = 64, WIDE_LEFT = 124, WIDE_BOTTOM = 92; // tokens that have room for their names, and that room
+  const CELLS = 512; // a side, at most: a small map has fewer pixels, and asks for no more
   const SCALES = [["log", "logarithmic colours"], ["linear", "linear colours"], ["rank", "colours by rank"]];
 
   class BlockMap {
@@ -38,13 +39,16 @@
       this.level = element("span", "map-level", "loading…");
       if (this.config.small) bar.append(element("b", "map-name", this.config.title || root.dataset.head));
       this.pooling = element("select", "map-pooling");
-      this.pooling.setAttribute("aria-label", "How several blocks become one cell");
-      for (const [value, label] of [["max", "largest of the blocks"], ["mean", "mean of the blocks"]]) {
+      this.pooling.setAttribute("aria-label", "How what a cell holds becomes one number");
+      for (const [value, label] of [["max", "largest of each cell"], ["mean", "mean of each cell"]]) {
         const option = element("option", "", label);
         option.value = value;
         this.pooling.append(option);
       }
-      this.pooling.addEventListener("change", () => this.fetch());
+      this.pooling.addEventListener("change", () => {
+        for (const map of this.group) map.pooling.value = this.pooling.value;
+        this.fetchAll();
+      });
       this.pooling.hidden = Boolean(this.config.held); // a file of its own was pooled when it was written
       this.scale = element("select", "map-pooling map-scale");
       this.scale.setAttribute("aria-label", "Scale of the colours");
@@ -86,7 +90,10 @@
       this.canvas.addEventListener("dblclick", () => this.showAll());
       this.canvas.addEventListener("keydown", (event) => this.onKey(event));
       this.root = root;
-      this.onResize = () => this.draw();
+      this.onResize = () => {
+        this.draw();
+        if (this.data && this.cells > this.asked) this.later();
+      };
       window.addEventListener("resize", this.onResize);
     }
 
@@ -102,6 +109,7 @@
                            : { q0: 0, q1: this.rows, k0: 0, k1: this.length };
         this.addSteps();
         await this.fetch();
+        if (this.group[0] !== this) return; // one row for all maps of a group
         await this.shade(this.query === null || this.query === undefined ? this.rows - 1 : this.query);
       } catch (error) {
         this.fail(error);
@@ -139,21 +147,28 @@
 
     async fetch() {
       const ticket = ++this.request;
-      const { q0, q1, k0, k1 } = this.view;
+      const { q0, q1, k0, k1 } = this.view, cells = this.asked = this.cells;
       let found;
       try {
-        found = await this.source.raster({ q0, q1, k0, k1, pooling: this.pooling.value });
+        found = await this.source.raster({ q0, q1, k0, k1, pooling: this.pooling.value, cells });
       } catch (error) {
         if (ticket === this.request) this.fail(error);
         return;
       }
       if (ticket !== this.request) return;
       this.data = found;
+      this.sums = columnMeans(found);
       this.paint();
       this.draw();
       this.describe();
       this.root.dataset.ready = `${found.level} ${found.query} ${found.key}`;
       keepLink(this, this.query);
+    }
+
+    /* Cells a side that have a pixel each. */
+    get cells() {
+      const shrunk = this.config.small && document.fullscreenElement !== this.root;
+      return shrunk ? Math.min(CELLS, Math.ceil(this.config.small * (window.devicePixelRatio || 1))) : CELLS;
     }
 
     /* Room for the names of tokens where single ones are shown, and few enough. */
@@ -218,12 +233,12 @@
       return { width, height: side + TOP + this.bottom, side };
     }
 
-    /* token position -> pixel, and back */
-    x(key) { return this.left + ((key - this.view.k0) / (this.view.k1 - this.view.k0)) * this.size().side; }
-    y(query) { return TOP + ((query - this.view.q0) / (this.view.q1 - this.view.q0)) * this.size().side; }
+    /* token position -> pixel of what was drawn last, and back */
+    x(key) { return this.left + ((key - this.view.k0) / (this.view.k1 - this.view.k0)) * this.shape.side; }
+    y(query) { return TOP + ((query - this.view.q0) / (this.view.q1 - this.view.q0)) * this.shape.side; }
     at(event) {
       const box = this.canvas.getBoundingClientRect();
-      const { side } = this.size();
+      const { side } = this.shape;
       const px = event.clientX - box.left, py = event.clientY - box.top;
       return {
         px, py,
@@ -235,7 +250,7 @@
 
     draw() {
       if (!this.data || !this.canvas.isConnected) return;
-      const { width, height, side } = this.size();
+      const { width, height, side } = this.shape = this.size();
       const ratio = window.devicePixelRatio || 1;
       this.canvas.width = width * ratio;
       this.canvas.height = height * ratio;
@@ -313,7 +328,7 @@
       g.textAlign = "center";
       g.fillText("query", 0, 0);
       g.restore();
-      const sums = columnMeans(this.data);
+      const { sums } = this;
       const most = Math.max(...sums, 1e-12);
       g.fillStyle = "#355f8d";
       for (let c = 0; c < sums.length; c += 1) {
@@ -395,7 +410,7 @@
     onMove(event) {
       const at = this.at(event);
       if (this.drag) {
-        const { q0, q1, k0, k1 } = this.drag.view, { side } = this.size();
+        const { q0, q1, k0, k1 } = this.drag.view, { side } = this.shape;
         this.moved = this.moved || Math.abs(at.px - this.drag.px) + Math.abs(at.py - this.drag.py) > 4;
         if (this.moved) this.shift((this.drag.px - at.px) * (k1 - k0) / side, (this.drag.py - at.py) * (q1 - q0) / side, this.drag.view);
       }
@@ -413,12 +428,11 @@
     }
 
     /* The same rectangle on the other maps of the group. */
-    tell(now) {
+    tell() {
       for (const map of this.group) {
         if (map === this || !map.data) continue;
         map.view = { ...this.view };
         map.draw();
-        if (now) map.fetch(); else map.later();
       }
     }
 
@@ -436,7 +450,7 @@
       );
       this.tip.dataset.value = String(value);
       this.tip.hidden = false;
-      const left = at.px + 180 > this.size().width ? at.px - 190 : at.px + 14;
+      const left = at.px + 180 > this.shape.width ? at.px - 190 : at.px + 14;
       this.tip.style.transform = `translate(${left}px, ${at.py + 14}px)`;
     }
 
@@ -511,13 +525,16 @@
     show(q0, q1, k0, k1) {
       this.view = { q0, q1, k0, k1 };
       this.draw();
-      this.fetch();
-      this.tell(true);
+      this.tell();
+      this.fetchAll();
     }
 
+    /* All maps of the group at the same time, which are one request. */
+    fetchAll() { for (const map of this.group) map.fetch(); }
+
     later() {
-      window.clearTimeout(this.timer);
-      this.timer = window.setTimeout(() => this.fetch(), 120);
+      window.clearTimeout(this.group.timer);
+      this.group.timer = window.setTimeout(() => this.fetchAll(), 120);
     }
 
     /* The row of one query over the tokens before it. */
@@ -743,21 +760,53 @@
   /* The dashboard's server, which computes each rectangle when it is asked for. */
   function serverSource(c) {
     const url = (kind) => `/api/run/${encodeURIComponent(c.run)}/${kind}/${encodeURIComponent(c.prompt)}`;
-    const ask = async (address) => {
-      const answer = await fetch(address);
-      if (!answer.ok) throw new Error(await answer.text());
-      return answer;
-    };
-    const head = `${c.layer}/${c.head}`;
+    const row = (query) => `${url("row")}/${c.layer}/${c.head}/${query}?variant=${c.variant}`;
     return {
-      tokens: async () => (await ask(url("tokens"))).json(),
-      async raster(window_) {
-        const answer = await ask(`${url("raster")}/${head}?${new URLSearchParams({ ...window_, variant: c.variant })}`);
-        const header = JSON.parse(answer.headers.get("X-Raster"));
-        return { ...header, values: new Float32Array(await answer.arrayBuffer()) };
-      },
-      row: async (query) => new Float32Array(await (await ask(`${url("row")}/${head}/${query}?variant=${c.variant}`)).arrayBuffer()),
+      tokens: () => together(url("tokens"), "", async (answer, all) => {
+        const tokens = await answer.json();
+        return all.map(() => tokens);
+      }),
+      raster: (asked) => together(
+        `${url("raster")}/HEADS?${new URLSearchParams({ ...asked, variant: c.variant })}`, `L${c.layer}H${c.head}`, rasters),
+      row: async (query) => new Float32Array(await (await ask(row(query))).arrayBuffer()),
     };
+  }
+
+  async function ask(address) {
+    const answer = await fetch(address);
+    if (!answer.ok) throw new Error(await answer.text());
+    return answer;
+  }
+
+  /* What several maps ask for at the same time, in one request; `read` says what each of them gets. */
+  const waiting = new Map();
+  function together(address, head, read) {
+    return new Promise((resolve, reject) => {
+      const mine = { head, resolve, reject };
+      if (waiting.has(address)) { waiting.get(address).push(mine); return; }
+      const all = [mine];
+      waiting.set(address, all);
+      window.setTimeout(async () => {
+        waiting.delete(address);
+        try {
+          const found = await read(await ask(address.replace("HEADS", all.map((one) => one.head).join(","))), all);
+          all.forEach((one, at) => one.resolve(found[at]));
+        } catch (error) {
+          for (const one of all) one.reject(error);
+        }
+      }, 0);
+    });
+  }
+
+  /* The rectangles of an answer, one head after the other. */
+  async function rasters(answer) {
+    const numbers = await answer.arrayBuffer();
+    let start = 0;
+    return JSON.parse(answer.headers.get("X-Raster")).map((header) => {
+      const values = new Float32Array(numbers, start, header.rows * header.columns);
+      start += values.byteLength;
+      return { ...header, values };
+    });
   }
 
   /* A file of its own: one raster of the whole prompt, cut here. */
@@ -788,13 +837,13 @@
   function keepLink(map, query) {
     const { config, view, rows, length } = map;
     const all = view.q0 === 0 && view.k0 === 0 && view.q1 === rows && view.k1 === length;
-    if (config.source) return; // not the dashboard's page
+    if (config.source || map.group[0] !== map) return; // not the dashboard's page, or told by the first of a group
     if (config.wall) {
       const search = new URLSearchParams(window.location.search);
       if (config.wall !== wall || !window.location.pathname.endsWith("/maps")) return;
       for (const name of ["q0", "q1", "k0", "k1"]) if (all) search.delete(name); else search.set(name, view[name]);
       if (query !== null && query !== undefined) search.set("query", query);
-      window.history.replaceState(window.history.state, "", `${window.location.pathname}?${search}`);
+      keep(search);
       return;
     }
     const search = new URLSearchParams({ prompt: config.prompt });
@@ -805,6 +854,11 @@
                  ![null, config.prompt].includes(before.get("prompt"));
     if (left) return; // the address is already that of another map, which is still being drawn
     for (const name of ["pin", "variant", "by"]) if (before.get(name)) search.set(name, before.get(name));
+    keep(search);
+  }
+
+  function keep(search) {
+    if (`?${search}` === window.location.search) return;
     window.history.replaceState(window.history.state, "", `${window.location.pathname}?${search}`);
   }
 
