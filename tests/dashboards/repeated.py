@@ -52,4 +52,6 @@ def _with_tokens(prompts: pd.DataFrame, trace: AttentionTrace) -> pd.DataFrame:
     is_shown = (prompts["prompt_id"] == "p000").tolist()
     pairs = list(zip(is_shown, prompts["token_strings"], strict=True))
     tokens = [trace.tokens if shown else list(given) for shown, given in pairs]
-    return prompts.assign(token_strings=pd.Series(tokens, prompts.index), tokens=[len(one) for one in tokens])
+    return prompts.assign(
+        token_strings=pd.Series(tokens, prompts.index), tokens=[len(one) for one in tokens]
+    )
