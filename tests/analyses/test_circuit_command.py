@@ -112,11 +112,13 @@ def test_a_task_without_corrupt_prompts_is_not_split(lens_command, tmp_path):
 
 def test_what_two_runs_share_stands_beside_chance(run, lens_command, tmp_path):
     words = ["--edges", "12", "--seed", "5", "--compare", str(run.path)]
+    words += ["--spans", "first=1:26,second=26:51"]
     answer = lens_command(*RUN.split(), *words, "--out", tmp_path, "--json")
     assert answer.code == 0, answer.err
     other = open_run(answer.json["path"])
-    assert other.sections == ["edges", "circuit", "joined", "reading", "overlap"]
+    assert other.sections == ["edges", "circuit", "joined", "reading", "positions", "overlap"]
     assert validate(other) == []
+    check_places(other)
     section = other.section("overlap")
     mine, its = (
         circuits.load_circuit(one.path / "circuits/induction.json") for one in (other, run)
@@ -139,6 +141,36 @@ def test_what_two_runs_share_stands_beside_chance(run, lens_command, tmp_path):
     assert "so this says how well a circuit comes back" in " ".join(section.limits)
     page = (other.path / "report.html").read_text(encoding="utf-8")
     assert "Overlap: what it shares with the circuit of another run" in page
+
+
+def check_places(run):
+    section = run.section("positions")
+    assert section.configuration["spans"] == ["first", "second", "rest"]
+    sizes = section.tables["sizes"].set_index(["by", "share"])
+    assert sizes.loc[("places and ways", 0.2), "faithfulness"] > 0.85
+    assert sizes.loc[("random places and ways", 0.2), "high"] < 0.2
+    scores = section.tables["scores"].set_index(["edge", "span", "key_span"])["value"]
+    # the previous-token head works in the first copy, and the induction head looks there from the second
+    assert scores["input->a0.h1<v>", "first", ""] > 2 * abs(scores["input->a0.h1<v>", "second", ""])
+    assert scores["a1.h0<v>", "second", "first"] > 10 * abs(scores["a1.h0<v>", "second", "second"])
+    assert "the rest cut" in section.headlines[0].text
+    assert "Where in the prompt: edges at places" in (run.path / "report.html").read_text("utf-8")
+
+
+@pytest.mark.parametrize(
+    ("spans", "match"),
+    [
+        ("marks", "has no marks; give spans"),
+        ("a=1:60", "must lie within the"),
+        ("first", "must be marks, each, or names"),
+        ("a=1,a=2", "names a 2 times"),
+    ],
+)
+def test_places_that_are_none_are_refused_before_work(spans, match, lens_command, tmp_path):
+    answer = lens_command(*RUN.split(), "--spans", spans, "--out", tmp_path)
+    assert answer.code == 2
+    assert match in answer.err
+    assert [*tmp_path.iterdir()] == []
 
 
 def test_a_circuit_without_a_head_is_unsupported(lens_command, tmp_path):

@@ -22,6 +22,7 @@ from lens.circuits.checks.evaluation import run_circuits
 from lens.circuits.graph.edge_scores import EdgeScores
 from lens.circuits.known import PROGRAMS, induction_transformer, tracr
 from lens.circuits.scores import Hybrid
+from lens.common.results import of_kind
 from lens.models.loaded import LoadedModel
 from lens.tasks import Task
 
@@ -138,7 +139,8 @@ def at_places(model: LoadedModel, task: Task, others: Task, spans: Any) -> str:
     judged = lens.circuits.checks.evaluate_positions(
         model, others, scores, spans=spans, progress=False
     )
-    return f"{judged.findings()[0]} {scores.findings()[-1]}"
+    said = *of_kind(judged.findings(), "size"), *of_kind(scores.findings(), "cancelled")
+    return " ".join(said)
 
 
 def large_model() -> str:

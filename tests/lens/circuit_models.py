@@ -99,8 +99,11 @@ class Naive:
 
     loaded: LoadedModel
 
-    def logits(self, ids: Tensor, reference: Activations, mask: Tensor, graph: Graph) -> Tensor:
-        """[rows, tokens, vocab]; `mask` is [readers, writers]."""
+    def logits(
+        self, ids: Tensor, reference: Activations, mask: Tensor, graph: Graph, head_output=None
+    ) -> Tensor:
+        """[rows, tokens, vocab]; `mask` is [readers, writers], of numbers or [rows, tokens, 1]; `head_output` instead of
+        the softmax, of (layer, head, q, k, v)."""
         model = self.loaded.model
         kind = model.config.model_type
         layers = {
@@ -141,9 +144,12 @@ class Naive:
                     )
                 )
                 q, k = self._rotate(q, k, kind)
-                scores = q @ k.mT * q.shape[-1] ** -0.5
-                hidden = torch.ones(scores.shape[-2:]).triu(1).bool()
-                z = scores.masked_fill(hidden, -torch.inf).softmax(-1) @ v
+                if head_output is not None:
+                    z = head_output(number, head, q, k, v)
+                else:
+                    scores = q @ k.mT * q.shape[-1] ** -0.5
+                    hidden = torch.ones(scores.shape[-2:]).triu(1).bool()
+                    z = scores.masked_fill(hidden, -torch.inf).softmax(-1) @ v
                 written[f"a{number}.h{head}"] = z @ weights["o"][head]
                 refs[f"a{number}.h{head}"] = reference.heads[number][:, head] @ weights["o"][head]
             if not graph.parallel:

@@ -5,10 +5,12 @@ import pytest
 import torch
 
 import lens
+from lens.circuits.checks.evaluation import run_circuits
 from lens.circuits.graph.activations import read_activations
 from lens.circuits.graph.masked_forward import masked_logits
 from lens.circuits.graph.nodes import find_nodes
 from lens.circuits.graph.spans import find_spans
+from lens.circuits.graph.ways import Ways, calls_of
 from lens.circuits.known import induction_transformer
 from lens.circuits.scores import positions
 from lens.circuits.scores.attribution import head_slopes
@@ -68,7 +70,7 @@ def test_an_edge_in_a_span_is_that_of_the_naive_model(exact):
             np.testing.assert_allclose(found.within[:, span, edge], expected, atol=1e-11)
 
 
-def calls_of(model, ids):
+def listened(model, ids):
     kept = []
 
     def keep(call):
@@ -95,7 +97,7 @@ def test_a_way_between_spans_is_that_of_the_dense_head(exact):
     model, task, found = exact
     where, rows = torch.as_tensor(found.where), torch.arange(task.n)
     clean = task.measure(model.model(task.clean).logits, rows).detach()
-    own, other = (calls_of(model, ids) for ids in (task.clean, task.corrupt))
+    own, other = (listened(model, ids) for ids in (task.clean, task.corrupt))
     for layer, head, part, query, key in [
         (0, 1, 0, 2, 0),
         (1, 2, 1, 2, 0),
@@ -126,6 +128,87 @@ def test_a_way_between_spans_is_that_of_the_dense_head(exact):
         np.testing.assert_allclose(mine, expected, atol=1e-11)
 
 
+def pair_by_pair(cut, where, corrupt):
+    """A head's rows, every logit and every value by itself, with what is cut from the corrupt prompt."""
+
+    def output(layer, head, q, k, v):
+        others, z = corrupt[layer, head], torch.zeros_like(v)
+        for row in range(len(q)):
+            span = where[:, row].int().argmax(0).tolist()
+            for i in range(q.shape[1]):
+                logits, values = [], []
+                for j in range(i + 1):
+                    chosen = [
+                        (theirs if cut[part, layer, head, span[i], span[j]] else mine)[row, at]
+                        for part, (mine, theirs, at) in enumerate(
+                            zip((q, k, v), others, (i, j, j), strict=True)
+                        )
+                    ]
+                    logits.append(chosen[0] @ chosen[1] * q.shape[-1] ** -0.5)
+                    values.append(chosen[2])
+                z[row, i] = torch.stack(logits).softmax(0) @ torch.stack(values)
+        return z
+
+    return output
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_a_circuit_without_ways_is_the_naive_model_without_them(kind):
+    model, task = small_model(kind), small_task(rows=3)
+    nodes, where = find_nodes(model), find_spans(task, SPANS).where
+    graph = nodes.graph
+    generator = torch.Generator().manual_seed(4)
+    shape = (2, len("qkv"), graph.layers, graph.heads, 3, 3)
+    cut = torch.rand(shape, generator=generator) < 0.4
+    masks = (torch.rand(3, 2, *graph.allowed.shape, generator=generator) < 0.3).double()
+    reference, corrupt = read_activations(nodes, task.corrupt)[1], {}
+    naive = Naive(model)
+
+    def keep(layer, head, q, k, v):
+        corrupt[layer, head] = (q, k, v)
+        return dense_plain(q, k, v)
+
+    with torch.no_grad():
+        naive.logits(task.corrupt, reference, torch.zeros(graph.allowed.shape), graph, keep)
+        ways = Ways(cut, where, calls_of(nodes, task.corrupt))
+        found = masked_logits(nodes, task.clean, reference, masks, where, ways)
+        plain = masked_logits(nodes, task.clean, reference, masks, where)
+        for copy in range(2):
+            mask = torch.einsum("srw,spt->rwpt", masks[:, copy], where.double())[..., None]
+            heads = pair_by_pair(cut[copy], where, corrupt)
+            expected = naive.logits(task.clean, reference, mask, graph, heads)
+            assert error(found[copy], expected) < 1e-11
+            assert error(plain[copy], expected) > 1e-2
+
+
+def dense_plain(q, k, v):
+    hidden = torch.ones(q.shape[1], q.shape[1]).triu(1).bool()
+    scores = q @ k.mT * q.shape[-1] ** -0.5
+    return scores.masked_fill(hidden, -torch.inf).softmax(-1) @ v
+
+
+def test_one_way_cut_costs_its_exact_score_and_all_ways_of_a_head_its_edges(exact):
+    model, task, found = exact
+    graph, where = found.graph, torch.as_tensor(found.where)
+    tried = [(0, 0, 1, 2, 0), (1, 1, 2, 2, 1), (2, 0, 1, 1, 0), (0, 1, 1, 2, 2)]
+    ways = np.ones((len(tried) + 1, *found.across.shape[1:]), bool)
+    for number, way in enumerate(tried):
+        ways[(number, *way)] = False
+    ways[-1, :, 1, 2] = False
+    kept = np.ones((len(ways) + 1, len(where), graph.n), bool)
+    into = [edge.split("->")[1].startswith("a1.h2<") for edge in graph.edges]
+    kept[-1, :, into] = False
+    ways = np.concatenate([ways, np.ones_like(ways[:1])])
+    done = run_circuits(
+        model, task, kept, found.ablation, where=where, ways=ways, progress=False
+    )  # fmt: skip
+    lost = done.full - done.metric
+    for number, way in enumerate(tried):
+        np.testing.assert_allclose(lost[number], found.across[(slice(None), *way)], atol=1e-11)
+    np.testing.assert_allclose(lost[-2], lost[-1], atol=1e-11)
+    assert np.abs(lost).max(1).min() > 1e-6
+
+
 def test_sums_over_places_are_the_scores_without_them(case):
     model, task = case
     for method in ("eap", lens.circuits.EapIg(steps=2)):
@@ -146,7 +229,7 @@ def test_keys_of_single_tokens_are_the_papers_closed_form(case):
     """`A' = A e^d / (1 - A + A e^d)` and `o' - o = (A' - A) / (1 - A) (v_j - o)`, of queries and of keys."""
     model, task = case
     found = positions(model, task, "each", method="eap", progress=False)
-    own, other = (calls_of(model, ids) for ids in (task.clean, task.corrupt))
+    own, other = (listened(model, ids) for ids in (task.clean, task.corrupt))
     nodes = find_nodes(model)
     slope = head_slopes(
         nodes, task.clean, lambda logits: task.measure(logits, torch.arange(task.n))
@@ -188,9 +271,15 @@ def test_the_known_circuit_shows_where_it_works_and_nowhere_else(name):
     assert values["at places", 0.025] == pytest.approx(1, abs=1e-6)
     assert values["everywhere", 0.025] == pytest.approx(0, abs=1e-6)
     assert values["random at places", 0.025] == pytest.approx(0, abs=1e-6)
+    assert values["places and ways", 0.025] == pytest.approx(1, abs=1e-3)
+    assert values["random places and ways", 0.08] == pytest.approx(0, abs=1e-6)
+    assert (judged.table()["kept"] <= judged.table()["share"]).all()
+    some = judged.table().set_index("by").loc["places and ways"]
+    assert (some["ways"] <= some["share"]).all()
     sizes = judged.smallest()
     assert sizes["at places"] < 0.025 < 0.06
-    assert len(judged.plot().data) == 3
+    assert sizes["places and ways"] < 0.025
+    assert len(judged.plot().data) == 5
     assert judged.findings()[0].kind == "size"
     figure = found.plot(top=6)
     assert sum(len(trace.y) for trace in figure.data) == 6

@@ -20,6 +20,7 @@ from lens_analyses.config.listed import (
     check_noise,
     check_overlays,
     check_sections,
+    check_spans,
     check_streams,
     check_temperature,
     listed,
@@ -323,3 +324,17 @@ class CircuitSettings(_OnTask):
         "Folder of another circuit run: what the two circuits share, beside chance.",
         min_length=1,
     )
+    spans: Annotated[str | None, AfterValidator(check_spans)] = setting(
+        None,
+        "Places of the prompts, for edges at places and between them: marks (of the task's template, such as s2 of ioi), each "
+        "(token), or first tokens and those past the last, e.g. first=1:26,second=26:51; not made if not given.",
+        min_length=1,
+    )
+
+    @model_validator(mode="after")
+    def _has_pairs(self) -> Self:
+        if self.spans is not None and self.task in ("text", LABELS):
+            raise ValueError(
+                f"analysis.spans goes with a task that has paired prompts, such as ioi; {self.task} has none"
+            )
+        return self

@@ -4,7 +4,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable
-from typing import get_args
+from typing import Any, get_args
 
 from lens.common.errors import LensError
 from lens.common.head_ids import head_id
@@ -137,6 +137,39 @@ def _from_zero(word: str, expected: str) -> str:
     return word
 
 
+def check_spans(words: str | None) -> str | None:
+    """The words, if they say places (`spans_of`).
+
+    Raises:
+        ValueError: otherwise.
+    """
+    spans_of(words)
+    return words
+
+
+def spans_of(words: str | None) -> Any:
+    """What `lens.circuits.scores.positions` takes for "marks", "each" or names with the first token and that past the last.
+
+    Raises:
+        ValueError: other words.
+    """
+    if words in (None, "marks"):
+        return None
+    if words == "each":
+        return words
+    found = {}
+    for word in listed(words):
+        if (span := _SPAN.fullmatch(word)) is None:
+            raise ValueError(
+                "must be marks, each, or names with a token or with the first and that past the last, e.g. "
+                f"first=1:26,last=50; got {words!r}"
+            )
+        first, last = int(span["first"]), span["last"]
+        found[span["name"]] = first if last is None else (first, int(last))
+    _once(words, [word.partition("=")[0] for word in listed(words)])
+    return found
+
+
 def check_heads(words: str) -> str:
     """The words, if each is written as a head is; no words are right too.
 
@@ -169,6 +202,7 @@ def layer_of(word: str) -> int | None:
 
 
 _LAYER = re.compile(r"L\d+")
+_SPAN = re.compile(r"(?P<name>[A-Za-z]\w*)=(?P<first>\d{1,7})(:(?P<last>\d{1,7}))?")
 
 
 def listed(words: str) -> list[str]:

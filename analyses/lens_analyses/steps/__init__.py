@@ -89,6 +89,7 @@ STEPS: dict[str, tuple[Step, ...]] = {
         Step("circuit", "circuits", needs="edges"),
         Step("joined", "circuit_heads", needs="edges"),
         Step("reading", "circuit_heads", needs="edges"),
+        Step("positions", "circuit_positions", setting="spans"),
         Step("overlap", "circuit_overlap", setting="compare", needs="edges"),
     ),
     "patch": (Step("patching", "patching"),),

@@ -107,6 +107,15 @@ def _patching(load: Load) -> Cost:
     return Cost(passes * load.task, passes * settings.n / 8)
 
 
+def _positions(load: Load) -> Cost:
+    """Gradients and kernel calls for each span, and 37 circuits whose parts read a sum for each."""
+    words = load.settings.spans or ""
+    named = words.count(",") + 2 if "=" in words else 6
+    spans = load.task / load.settings.n if words == "each" else named
+    circuits = 37 * (_circuit_factor(load) + 0.3 * spans)
+    return Cost((circuits + (3 * load.settings.steps + 3 * spans)) * load.task)
+
+
 def _circuit_factor(load: Load) -> float:
     """A pass in which every edge can be cut, over a plain one: each part reads its own sum."""
     return 1 + 0.04 * load.layers
@@ -173,6 +182,7 @@ COSTS: dict[str, dict[str, Callable[[Load], Cost]]] = {
         "circuit": lambda load: Cost(180 * load.task * _circuit_factor(load)),
         "joined": lambda load: Cost(50 * load.task),
         "reading": lambda load: Cost(90 * load.task * _circuit_factor(load)),
+        "positions": _positions,
         "overlap": lambda load: Cost(0),
     },
 }

@@ -16,7 +16,7 @@ from lens_analyses.config.analyses import (
     PatchSettings,
     PoliciesSettings,
 )
-from lens_analyses.config.listed import layer_of, listed
+from lens_analyses.config.listed import layer_of, listed, spans_of
 from lens_analyses.config.paths import is_task_file
 from lens_analyses.config.prompts import PromptConfig, labelled_by
 from lens_analyses.console import Output
@@ -150,7 +150,7 @@ def analysed(
     """Token ids of the prompts of the task and of the windows of text that an analysis will run on.
 
     Raises:
-        LensError: as `corpus_of`, `windows_of`, `named_task`, `other_run`, `check_edges` and `check_writes`, so that a
+        LensError: as `corpus_of`, `windows_of`, `named_task`, `other_run`, `check_edges`, `find_spans` and `check_writes`, so that a
             run is refused before its profile.
     """
     settings, what = config.analysis, config.what
@@ -184,6 +184,8 @@ def analysed(
     made = named_task(model, task, settings.n, config.seed)
     if isinstance(settings, PatchSettings):
         _check_patch(made, settings)
+    if isinstance(settings, CircuitSettings) and settings.spans is not None:
+        _check_spans(made, settings.spans)
     return made.prompts, found
 
 
@@ -196,6 +198,14 @@ def _check_patch(task: "Task", settings: PatchSettings) -> None:
         raise LensError(
             f"analysis.at must be a mark of the task ({', '.join(task.marks) or 'it has none'}), got {settings.at!r}"
         )
+
+
+def _check_spans(task: "Task", words: str) -> None:
+    """Raises LensError: places that the task's prompts have not, or prompts without pairs."""
+    from lens.circuits.graph.spans import find_spans
+
+    task.corrupt_or_refuse()
+    find_spans(task, spans_of(words))
 
 
 def corpus_of(config: RunConfig) -> list[Source]:

@@ -12,6 +12,7 @@ from lens.common.errors import LensError
 from lens.figures.circuits import edge_graph
 from lens.runs import Run
 from lens.runs.folders import CIRCUITS, IMPORTANCES
+from lens.runs.sections import Section
 from lens_dashboards.circuit_edges import RANKINGS, CircuitEdges, circuit_edges
 from lens_dashboards.circuit_groups import (
     add_group,
@@ -36,8 +37,10 @@ from lens_dashboards.pages.parts import (
     section_figure,
     select,
 )
+from lens_dashboards.pages.section_page import tables
 from lens_dashboards.selection import Selection
 
+_SECTIONS = ("edges", "circuit", "joined", "reading", "positions", "overlap")
 _BY = {"": "your groups only", "layer": "the heads of each layer", "role": "heads by role"}
 
 
@@ -60,7 +63,7 @@ def page(library: Library, view: Selection) -> list[Any]:
     groups = drawn_groups(run, edges, by, own)
     shown = _touching(edges, chosen, pins, notes)
     known = sections(run)
-    held = [known[name] for name in ("edges", "circuit") if name in known]
+    held = [known[name] for name in _SECTIONS if name in known]
     return [
         *top,
         *[note_banner(text) for text in notes],
@@ -105,9 +108,19 @@ def page(library: Library, view: Selection) -> list[Any]:
             className="columns",
         ),
         card(paths_list(view, edges, chosen), "Strongest paths"),
+        *_places(run, known.get("positions")),
+        tables(view, held),
         limits(held),
         dcc.Store(id="circuit-run", data=run.id),
     ]
+
+
+def _places(run: Run, section: Section | None) -> list[html.Section]:
+    """What is needed where, and how large circuits of it are; nothing without the section."""
+    if section is None:
+        return []
+    figures = [section_figure(run, section, name) for name in section.figures]
+    return [card([*map(html.P, section.summary[:1]), *figures], "Where in the prompt")]
 
 
 def loaded(library: Library, run_id: str, contents: str, name: str) -> list[Any]:

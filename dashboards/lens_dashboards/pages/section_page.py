@@ -45,17 +45,17 @@ def section_page(
     own = cards(run, view, known, notes)
     held = [known[name] for name in names if name in known]
     banners = map(note_banner, notes)
-    return [*top, *banners, findings(held), *own, _tables(view, held), limits(held)]
+    return [*top, *banners, findings(held), *own, tables(view, held), limits(held)]
 
 
-def _tables(view: Selection, sections: Iterable[Section]) -> html.Section:
+def tables(view: Selection, sections: Iterable[Section]) -> html.Section:
     """Links to the whole of each analysis, with what its tables hold."""
     items = []
     for section in sections:
-        tables = ", ".join(
+        held = ", ".join(
             f"{words.replace('_', ' ')} ({len(table):,} rows)"
             for words, table in section.tables.items()
         )
         link = dcc.Link(section.title, href=view.to("analysis", section.name).url())
-        items.append(html.Li([link, f": {tables}"]))
+        items.append(html.Li([link, f": {held}"]))
     return card(html.Ul(items), "Tables, and more figures")

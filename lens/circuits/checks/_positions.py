@@ -1,7 +1,9 @@
 """`evaluate_positions`: circuits of edges at places beside circuits of edges everywhere, by faithfulness at equal size.
 
 The size of a circuit is the share of all (edge, token) pairs that it keeps: an edge everywhere keeps one for every token,
-an edge in a span one for each token of the span. Cut edges carry what the corrupt prompt makes there.
+an edge in a span one for each token of the span. Cut edges carry what the corrupt prompt makes there. A circuit with ways
+keeps, beside its edges at places, as large a share of what heads carry across spans, counted in pairs of a query and a key that
+it sees; along other ways queries, keys and values are those of the corrupt prompt (`lens.circuits.graph.ways`).
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from lens.common.results import Result, Sentence, described
 from lens.models.loaded import LoadedModel
 from lens.tasks.task import Task
 
-KINDS = ("at places", "everywhere", "random at places")
+KINDS = ("at places", "everywhere", "random at places", "places and ways", "random places and ways")
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -33,6 +35,7 @@ class PositionEvaluation(Result):
     Attributes:
         shares: of the (edge, token) pairs that are asked for.
         kept: [kinds, shares], that are kept; kinds in the order of `KINDS`.
+        ways: [kinds, shares], share of the pairs of a query and a key along which heads carry what they carry.
         outcomes: of each kind.
         seed: of the random circuits and the bootstrap.
         method, task, model: names.
@@ -40,6 +43,7 @@ class PositionEvaluation(Result):
 
     shares: tuple[float, ...]
     kept: np.ndarray
+    ways: np.ndarray
     outcomes: tuple[Outcome, ...]
     seed: int
     method: str
@@ -47,10 +51,12 @@ class PositionEvaluation(Result):
     model: str
 
     def table(self) -> pd.DataFrame:
-        """One row per kind and share: `by`, `share`, `kept`, `faithfulness` with `low` and `high` (95 % bootstrap over
+        """One row per kind and share: `by`, `share`, `kept`, `ways`, `faithfulness` with `low` and `high` (95 % bootstrap over
         prompts), `n` prompts."""
         tables = []
-        for kind, kept, outcome in zip(KINDS, self.kept, self.outcomes, strict=True):
+        for kind, kept, ways, outcome in zip(
+            KINDS, self.kept, self.ways, self.outcomes, strict=True
+        ):
             low, high = outcome.interval(self.seed)
             tables.append(
                 pd.DataFrame(
@@ -58,6 +64,7 @@ class PositionEvaluation(Result):
                         "by": kind,
                         "share": self.shares,
                         "kept": kept,
+                        "ways": ways,
                         "faithfulness": outcome.faithfulness(),
                         "low": low,
                         "high": high,
@@ -75,14 +82,15 @@ class PositionEvaluation(Result):
 
     def findings(self) -> tuple[Sentence, ...]:
         """Sizes of the smallest circuits that do most of the task ("size")."""
-        sizes = self.smallest()
-        said = ", ".join(
-            f"{kind} {'none' if np.isnan(size) else format(size, '.2%')}"
-            for kind, size in sizes.items()
-        )
+        sizes = {
+            kind: "none" if np.isnan(size) else format(size, ".2%")
+            for kind, size in self.smallest().items()
+        }
+        said = ", ".join(f"{kind} {sizes[kind]}" for kind in KINDS[:3])
         return (
             Sentence(
-                f"Share of the edges' tokens that circuits of a faithfulness of 0.85 keep: {said}.",
+                f"Share of the edges' tokens that circuits of a faithfulness of 0.85 keep: {said}; with as large a share of "
+                f"the ways across spans and the others cut {sizes[KINDS[3]]}, random ones {sizes[KINDS[4]]}.",
                 kind="size",
             ),
         )
@@ -101,7 +109,7 @@ def evaluate_positions(
     seed: int = 0,
     progress: bool = True,
 ) -> PositionEvaluation:
-    """Run circuits of the best edges at places, of the best edges everywhere, and random ones, at equal size.
+    """Run circuits of the best edges at places, also with ways across spans cut, of the best edges everywhere, and random ones.
 
     Args:
         model: of the scores.
@@ -119,8 +127,8 @@ def evaluate_positions(
     Example:
         >>> known = lens.circuits.known.induction_transformer()
         >>> scores = lens.circuits.scores.positions(known.model, known.task, "each")
-        >>> lens.circuits.checks.evaluate_positions(known.model, known.task, scores, [0.05]).table()["by"].tolist()
-        ['at places', 'everywhere', 'random at places']
+        >>> lens.circuits.checks.evaluate_positions(known.model, known.task, scores, [0.05]).table()["faithfulness"].round(2).tolist()
+        [1.0, 0.0, 0.0, 1.0, 0.0]
     """
     given_as("Task", task=task)
     given_as("PositionScores", scores=scores)
@@ -128,30 +136,28 @@ def evaluate_positions(
     check_between(0, 1, shares=shares)
     where = _where(task, scores, spans)
     graph, count = scores.graph, len(scores.spans)
-    tokens = where.sum(2).mean(1)  # of each span
-    cost = np.repeat(tokens, graph.n)  # of each (span, edge)
-    here = np.abs(scores.within.mean(0)).ravel()
-    everywhere = np.tile(
-        np.abs(scores.within.mean(0).sum(0)), count
-    )  # one number for all spans of an edge
-    drawn = np.random.default_rng(seed).random(here.size)
-    kinds, sizes = [], []
-    for values in (here, everywhere, drawn):
-        order = np.lexsort(
-            (np.tile(np.arange(graph.n), count), -values)
-        )  # the spans of an edge together
-        spent = np.cumsum(cost[order]) / cost.sum()
-        made = [
-            np.isin(np.arange(here.size), order[: int((spent <= share).sum())]) for share in shares
-        ]
-        kinds.append(np.stack(made).reshape(len(made), count, graph.n))
-        sizes.append([float(cost[one].sum() / cost.sum()) for one in made])
-    kinds[1] = kinds[1] & kinds[1].all(1, keepdims=True)  # an edge everywhere, or nowhere
-    sizes[1] = [float(one[0].sum() / graph.n) for one in kinds[1]]
+    cost = np.repeat(where.sum(2).mean(1), graph.n)  # tokens of each (span, edge)
+    here = np.abs(scores.within.mean(0))
+    everywhere = np.tile(np.abs(scores.within.mean(0).sum(0)), (count, 1))
+    draw = np.random.default_rng(seed)
+    placed, spread, drawn = (
+        _best(values, cost, shares) for values in (here, everywhere, draw.random(here.shape))
+    )
+    spread &= spread.all(1, keepdims=True)  # an edge everywhere, or nowhere
+    across = np.abs(scores.across.mean(0))
+    pairs = np.broadcast_to(_pairs(where), across.shape).ravel()
+    ways, random_ways = (
+        _best(values, pairs, shares) for values in (across, draw.random(across.shape))
+    )
+    every = np.ones_like(ways)
+    kept = np.concatenate([placed, spread, drawn, placed, drawn])
+    along = np.concatenate([every, every, every, ways, random_ways])
     found = run_circuits(
-        model, task, np.concatenate(kinds), scores.ablation, where=torch.as_tensor(where),
-        progress=progress,
+        model, task, kept, scores.ablation, where=torch.as_tensor(where),
+        ways=along, progress=progress,
     )  # fmt: skip
+    of_kinds = kept.reshape(len(KINDS), len(shares), -1), along.reshape(len(KINDS), len(shares), -1)
+    sizes, carried = (one @ of / of.sum() for one, of in zip(of_kinds, (cost, pairs), strict=True))
     outcomes = tuple(
         Outcome(metric, kl, found.full, found.empty)
         for metric, kl in zip(
@@ -160,13 +166,31 @@ def evaluate_positions(
     )
     return PositionEvaluation(
         shares=tuple(shares),
-        kept=np.array(sizes),
+        kept=sizes,
+        ways=carried,
         outcomes=outcomes,
         seed=seed,
         method=scores.method,
         task=task.name,
         model=model.name,
     )
+
+
+def _best(values: np.ndarray, cost: np.ndarray, shares: Sequence[float]) -> np.ndarray:
+    """[shares, ...] bool: the largest of these values that cost at most so much of the whole; those that cost nothing always."""
+    numbers = np.arange(values.size) % values.shape[-1]  # the spans of an edge together
+    order = np.lexsort((numbers, -values.ravel()))
+    spent = np.cumsum(cost[order]) / cost.sum()
+    found = np.zeros((len(shares), values.size), bool)
+    for share, kept in zip(shares, found, strict=True):
+        kept[order] = (spent <= share + 1e-9) | (cost[order] == 0)
+    return found.reshape(len(shares), *values.shape)
+
+
+def _pairs(where: np.ndarray) -> np.ndarray:
+    """[query spans, key spans], mean number of pairs of a query and a key that is not behind it."""
+    before = np.tril(np.ones((where.shape[2],) * 2))
+    return np.einsum("spi,ij,tpj->st", where, before, where) / where.shape[1]
 
 
 def _where(task: Task, scores: PositionScores, spans: Given | None) -> np.ndarray:

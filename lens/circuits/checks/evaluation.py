@@ -15,6 +15,7 @@ from lens.circuits.graph.circuit import Circuit
 from lens.circuits.graph.edge_scores import EdgeScores
 from lens.circuits.graph.masked_forward import masked_logits
 from lens.circuits.graph.nodes import find_nodes
+from lens.circuits.graph.ways import Ways, calls_of
 from lens.common.choices import check_counts
 from lens.common.errors import LensError
 from lens.common.given import given_as
@@ -241,11 +242,13 @@ def run_circuits(
     ablation: Ablation,
     *,
     where: torch.Tensor | None = None,
+    ways: np.ndarray | None = None,
     progress: bool = True,
 ) -> Outcome:
     """Metric and KL of circuits [circuits, edges] bool, prompt by prompt; errors as in `evaluate`.
 
-    With `where` [spans, prompts, tokens] edges are kept in some spans: circuits are [circuits, spans, edges] then.
+    With `where` [spans, prompts, tokens] edges are kept in some spans: circuits are [circuits, spans, edges] then. `ways` are
+    those across spans that circuits keep, bool [circuits, parts, layers, heads, query spans, key spans]; None: all.
     """
     nodes = find_nodes(model, kv=ablation.kv)
     graph = nodes.graph
@@ -254,8 +257,8 @@ def run_circuits(
             f"the circuits are of a graph of {kept.shape[-1]:,} edges, and {model.name} has "
             f"{graph.n:,}; evaluate them on the model that they were made for"
         )
-    ends = np.stack([np.ones(kept.shape[1:], bool), np.zeros(kept.shape[1:], bool)])
-    masks = torch.as_tensor(graph.dense((~np.concatenate([ends, kept])).astype(np.float32)))
+    masks = torch.as_tensor(graph.dense((~_with_ends(kept)).astype(np.float32)))
+    cut = None if ways is None else torch.as_tensor(~_with_ends(ways))
     references = References(nodes, task, ablation)
     metric, kl = [], []
     at_most = task.rows_at_once(model)
@@ -264,11 +267,12 @@ def run_circuits(
             reference, ids = references.of(rows), task.clean[rows]
             at = torch.arange(len(rows))[:, None], task.positions[rows]
             values, divergences, clean = [], [], None
-            for some in masks.split(max(1, min(_COPIES, at_most) // len(rows))):
-                at_once, own = (
-                    (some, None) if where is None else (some.transpose(0, 1), where[:, rows])
-                )
-                for logits in masked_logits(nodes, ids, reference, at_once, own):
+            own = None if where is None else where[:, rows]
+            corrupt = [] if cut is None else calls_of(nodes, task.corrupt_or_refuse()[rows])
+            for some in torch.arange(len(masks)).split(max(1, min(_COPIES, at_most) // len(rows))):
+                at_once = masks[some] if own is None else masks[some].transpose(0, 1)
+                off = None if cut is None or own is None else Ways(cut[some], own, corrupt)
+                for logits in masked_logits(nodes, ids, reference, at_once, own, off):
                     read = logits[at].double().log_softmax(-1)  # [rows, answers, vocab]
                     clean = read if clean is None else clean
                     gap = (clean.exp() * (clean - read)).sum(-1).mean(1)
@@ -279,6 +283,11 @@ def run_circuits(
             advance(len(rows))
     metrics, divergence = np.concatenate(metric, 1), np.concatenate(kl, 1)
     return Outcome(metrics[2:], divergence[2:], metrics[0], metrics[1])
+
+
+def _with_ends(kept: np.ndarray) -> np.ndarray:
+    """With a circuit of everything and one of nothing before them."""
+    return np.concatenate([np.full_like(kept[:1], True), np.full_like(kept[:1], False), kept])
 
 
 def _part(outcome: Outcome, start: int, stop: int) -> Outcome:

@@ -4,7 +4,8 @@
 
 `out` is what the writer gives in this very run, `ref` a stored output. alpha 0 on all edges is the clean
 run, 1 on all edges the reference run; the gradient by alpha at 0 is edge attribution patching. Where norms
-come between writers and readers, "sum" is the way through them (`lens.circuits.nodes`). With places, alpha is of an edge at a place.
+come between writers and readers, "sum" is the way through them (`lens.circuits.nodes`). With places, alpha is of an edge at a place,
+and heads can be cut off from keys at a place (`lens.circuits.graph.ways`).
 """
 
 from __future__ import annotations
@@ -14,12 +15,19 @@ from torch import Tensor
 
 from lens.circuits.graph.activations import Activations
 from lens.circuits.graph.nodes import Nodes, project, visit
+from lens.circuits.graph.ways import Ways
 from lens.common.errors import LensError
+from lens.passes.calls import LayerCall
 from lens.passes.visit import Visitor
 
 
 def masked_logits(
-    nodes: Nodes, ids: Tensor, reference: Activations, masks: Tensor, where: Tensor | None = None
+    nodes: Nodes,
+    ids: Tensor,
+    reference: Activations,
+    masks: Tensor,
+    where: Tensor | None = None,
+    ways: Ways | None = None,
 ) -> Tensor:
     """Logits [masks, rows, tokens, vocab] of one forward pass with edges replaced.
 
@@ -32,6 +40,7 @@ def masked_logits(
         masks: [masks, readers, writers], alpha of each edge; what stands where there is no edge is
             not read. With `where` [spans, masks, readers, writers].
         where: [spans, rows, tokens], in which tokens each of the masks holds; None: one for all.
+        ways: across spans, that are cut in each of the masks; None: none.
 
     Raises:
         LensError: masks or references of other shapes, or alphas that are NaN.
@@ -55,7 +64,8 @@ def masked_logits(
     masks = masks.where(allowed, 0)
     if masks.isnan().any():
         raise LensError("masks has NaN on an edge; give each edge a number of 0 to 1")
-    visitor = _Masking(nodes, reference, masks.to(nodes.model.device, nodes.model.dtype), where)
+    masks = masks.to(nodes.model.device, nodes.model.dtype)
+    visitor = _Masking(nodes, reference, masks, where, ways)
     copies = masks.shape[1]
     return visit(nodes, ids.repeat(copies, *[1] * (ids.dim() - 1)), visitor).unflatten(
         0, (copies, -1)
@@ -66,12 +76,18 @@ class _Masking(Visitor):
     """Adds `sum alpha (ref - out)` to what each reader reads; differences are kept writer by writer."""
 
     def __init__(
-        self, nodes: Nodes, reference: Activations, masks: Tensor, where: Tensor | None
+        self,
+        nodes: Nodes,
+        reference: Activations,
+        masks: Tensor,
+        where: Tensor | None,
+        ways: Ways | None,
     ) -> None:
         self._nodes, self._graph = nodes, nodes.graph
         self._reference = reference
         self._masks = masks  # [spans, masks, readers, writers]
         self._where = where  # [spans, rows, tokens]
+        self._ways = ways
         self._written = 0
         self._differences = torch.empty(0)  # [masks, writers, rows, tokens, d_model]
         self._walks = nodes.layout.bends
@@ -155,7 +171,12 @@ class _Masking(Visitor):
         )
         return q, k, v  # [masks * rows, tokens, readers, head_dim]
 
+    def attention(self, layer: int, call: LayerCall) -> None:
+        self._call = call
+
     def heads(self, layer: int, z: Tensor) -> Tensor:
+        if self._ways is not None:
+            z = self._ways.output(self._call, z)
         difference = self._reference.heads[layer] - self._copies(z)
         block = self._nodes.layers[layer].block
         if self._walks:

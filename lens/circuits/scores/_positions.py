@@ -15,7 +15,6 @@ kernel calls, and no N×N matrix is built. Of spans of one token these are the p
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -33,10 +32,11 @@ from lens.circuits.graph.graph import Kv
 from lens.circuits.graph.masked_forward import masked_logits
 from lens.circuits.graph.nodes import Nodes, find_nodes, visit
 from lens.circuits.graph.spans import Given, find_spans
+from lens.circuits.graph.ways import PARTS, calls_of, replaced
 from lens.circuits.scores.attribution import Stage, edge_products, head_slopes
 from lens.circuits.scores.batch import Batch
 from lens.circuits.scores.methods import EapIg, named
-from lens.circuits.scores.position_scores import PARTS, PositionScores
+from lens.circuits.scores.position_scores import PositionScores
 from lens.common.choices import check_choice, check_counts
 from lens.common.errors import LensError
 from lens.common.given import given_as
@@ -107,7 +107,7 @@ def positions(
             corrupt = task.corrupt_or_refuse()[rows]
             with torch.no_grad():
                 own, reference = read_activations(nodes, ids)[1], references.of(rows)
-                calls = _calls(nodes, ids), _calls(nodes, corrupt)
+                calls = calls_of(nodes, ids), calls_of(nodes, corrupt)
             batch = Batch(nodes, ids, measure, reference, own.minus(reference), int(steps), rule)
             if word == "exact":
                 within.append(_exact_within(batch, own, where))
@@ -158,39 +158,12 @@ def _at(differences: Activations, span: Tensor) -> Activations:
     )
 
 
-class _Calling(PlainVisitor):
-    """Keeps what every head works with."""
-
-    def __init__(self, nodes: Nodes) -> None:
-        super().__init__(nodes)
-        self.found: list[LayerCall] = []
-
-    def attention(self, layer: int, call: LayerCall) -> None:
-        share = call.query.shape[1] // call.key.shape[1]
-        by_head = {
-            name: getattr(call, name).repeat_interleave(share, 1) for name in ("key", "value")
-        }
-        self.found.append(replace(call, **by_head))
-
-
-def _calls(nodes: Nodes, ids: Tensor) -> list[LayerCall]:
-    calling = _Calling(nodes)
-    visit(nodes, ids, calling)
-    return calling.found
-
-
 def _changes(clean: LayerCall, corrupt: LayerCall, where: Tensor) -> Iterator[Tensor]:
     """Of each span [parts, rows, heads, tokens, head_dim]: what `PARTS` of its keys alone change of the heads' outputs."""
     plain = attend(clean, statistics=()).output
-    # (q + q' - q) k in the logits of the span, q k in the others: in twice as many dimensions.
-    both = torch.cat([clean.query, corrupt.query - clean.query], -1)
-    for at in where[:, :, None, :, None]:
-        keys = torch.cat([clean.key, clean.key * at], -1)
-        patched = (
-            replace(clean, query=both, key=keys),
-            replace(clean, key=torch.where(at, corrupt.key, clean.key)),
-            replace(clean, value=torch.where(at, corrupt.value, clean.value)),
-        )
+    for at in where[:, :, None]:
+        chosen = torch.eye(len(PARTS), dtype=torch.bool, device=at.device)[..., None, None, None]
+        patched = [replaced(clean, corrupt, *(at & one)) for one in chosen]
         yield torch.stack([attend(one, statistics=()).output - plain for one in patched])
 
 

@@ -10,12 +10,11 @@ import pandas as pd
 from lens.circuits.graph.activations import Ablation
 from lens.circuits.graph.edge_scores import EdgeScores
 from lens.circuits.graph.graph import Graph
+from lens.circuits.graph.ways import PARTS
 from lens.common.choices import is_whole
 from lens.common.errors import LensError
 from lens.common.results import Result, Sentence, described
 from lens.stats.intervals import columns
-
-PARTS = ("q", "k", "v")
 
 
 @dataclass(frozen=True, repr=False, eq=False)
