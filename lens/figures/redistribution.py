@@ -123,22 +123,24 @@ def image_grid(result: ImageGrid, **look: Unpack[Look]) -> go.Figure:
 
 @draws("PatchDistances")
 def patch_distances(result: PatchDistances, **look: Unpack[Look]) -> go.Figure:
-    """Mean distance of every head in patches, layers down, heads across; white is uniform attention."""
-    reach = float(np.nanmax(np.abs(result.distance - result.uniform_distance), initial=0)) or 1.0
+    """How much farther every head looks than uniform attention in its layer, layers down, heads across; white is as far."""
+    beyond = result.distance - result.uniform_distance[:, None]
+    reach = float(np.nanmax(np.abs(beyond), initial=0)) or 1.0
     figure = go.Figure(
         go.Heatmap(
-            z=result.distance,
+            z=beyond,
             y=[f"L{layer}" for layer in result.layers],
-            zmin=result.uniform_distance - reach,
-            zmax=result.uniform_distance + reach,
+            zmin=-reach,
+            zmax=reach,
+            customdata=result.distance,
             colorscale=scale(DIVERGING),
             colorbar={"title": "patches"},
-            hovertemplate="%{y}H%{x}<br>%{z:.3g} patches<extra></extra>",
+            hovertemplate="%{y}H%{x}<br>%{customdata:.3g} patches, %{z:+.3g} beyond uniform<extra></extra>",
         )
     )
     figure.update_xaxes(title="Head")
     figure.update_yaxes(title="Layer", autorange="reversed")
-    text = f"How far heads look; uniform attention {result.uniform_distance:.2f} patches"
+    text = f"How far heads look beyond uniform attention ({result.uniform_distance.mean():.2f} patches)"
     return style(figure, text, look)
 
 

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from lens.vision.coding import CodingRate
     from lens.vision.conserved import Flow
     from lens.vision.patterns import PatternSummary
-    from lens.vision.rings import ReceptiveField, Rings, Shapes
+    from lens.vision.receptive import ReceptiveField
+    from lens.vision.rings import Rings, Shapes
     from lens.vision.structure import PatchSegments, PatchTree
 
 _HEIGHT = 420
@@ -46,9 +47,8 @@ def ring_profile(result: Rings, **look: Unpack[Look]) -> go.Figure:
             customdata=result.weight[place].mean(0),
             hovertemplate="ring %{x}: %{y:.4f}, %{customdata:.5f} a patch<extra>%{fullData.name}</extra>",
         )
-    figure.add_scatter(
-        y=result.uniform, name="uniform", mode="lines", line={"color": BASELINE, "dash": "dot"}
-    )
+    dotted = {"color": BASELINE, "dash": "dot"}
+    figure.add_scatter(y=result.uniform.mean(0), name="uniform", mode="lines", line=dotted)
     figure.update_xaxes(title="Ring (patches from the one that looks; 0 is itself)")
     figure.update_yaxes(title="Attention (mean over heads)", rangemode="tozero")
     figure = style(figure, "Attention by distance on the picture", look, height=_HEIGHT)
@@ -84,7 +84,7 @@ def shape_shares(result: Shapes, **look: Unpack[Look]) -> go.Figure:
         )
     figure.add_scatter(
         x=[name.replace("_", "-") for name in names],
-        y=result.uniform,
+        y=result.uniform.mean(0),
         mode="markers",
         marker={"symbol": "line-ew", "size": 30, "line": {"color": ACCENT, "width": 2}},
         name="uniform attention",
@@ -368,7 +368,7 @@ def prototypes(result: PatternSummary, **look: Unpack[Look]) -> go.Figure:
 def ring_trend(
     mass: np.ndarray, uniform: np.ndarray, layers: Sequence[int], **look: Unpack[Look]
 ) -> go.Figure:
-    """Mass of the rings over the layers: [layers, heads, rings], mean over heads, with uniform attention dotted.
+    """Mass of the rings over the layers: [layers, heads, rings], mean over heads, with uniform attention [layers, rings] dotted.
 
     Rings from the fifth on are one.
     """
@@ -388,8 +388,8 @@ def ring_trend(
             hovertemplate="layer %{x}: %{y:.3f}<extra>%{fullData.name}</extra>",
         )
         figure.add_scatter(
-            x=[layers[0], layers[-1]],
-            y=[float(uniform[first:past].sum())] * 2,
+            x=list(layers),
+            y=uniform[:, first:past].sum(-1),
             mode="lines",
             line={"color": colors[number], "dash": "dot", "width": 1},
             hoverinfo="skip",

@@ -23,10 +23,12 @@ class Places:
     Attributes:
         names: of every position.
         patches: of a picture, as in docs/schema/trace.md.
+        cells: (row, column) of every position, those of padding included; None where they are no cells of one grid.
     """
 
     names: tuple[str, ...]
     patches: Mapping[str, Any]
+    cells: tuple[tuple[int, int], ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -21,13 +21,22 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def layer_inputs(model: LoadedModel, take: Callable[[int, Tensor], None]) -> Iterator[None]:
+def layer_inputs(
+    model: LoadedModel,
+    take: Callable[[int, Tensor], None],
+    layers: Sequence[nn.Module] | None = None,
+) -> Iterator[None]:
     """`take(layer, hidden [batch, queries, width])` is called with what enters each layer.
+
+    Args:
+        model: as `lens.load` returns it.
+        take: what is told of each.
+        layers: of a stage; None: of the model.
 
     Raises:
         LensError: layers that are not found (`lens.models.layout.blocks`).
     """
-    layers = blocks(model)
+    layers = layers or blocks(model)
     with ExitStack() as stack:
         hooks = Hooks(stack)
         for number, layer in enumerate(layers):

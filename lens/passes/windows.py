@@ -181,8 +181,10 @@ def _windows(block: Block, grid: tuple[int, int]) -> Windows:
         places = own.reshape(-1, size * size)
     else:
         places = order[: grid[0], : grid[1]].reshape(1, -1)
-    padding = [f"[PAD {row},{column}]" for row, column in beyond.nonzero().tolist()]
-    return Windows(places, _patches(grid, behind=padding))
+    outside = [(row, column) for row, column in beyond.nonzero().tolist()]
+    axis = _patches(grid, behind=[f"[PAD {row},{column}]" for row, column in outside])
+    cells = [divmod(patch, grid[1]) for patch in range(grid[0] * grid[1])]
+    return Windows(places, replace(axis, cells=(*cells, *outside)))
 
 
 def _size(module: nn.Module, grid: tuple[int, int]) -> int:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 _WHOLE = (CONFIG, "prompts.parquet", "heads.parquet")
 _TOLERANCE = 1e-3
 _MAY_BE_INFINITE = ("lse", "max_logit")
-_MAY_BE_NAN = ("entropy_sink_excluded", "distance_sink_excluded", "match_mass")
+_MAY_BE_NAN = ("entropy_sink_excluded", "distance_sink_excluded", "match_mass", "bias")
 _KEYS = ["layer", "head", "metric", "variant"]
 
 

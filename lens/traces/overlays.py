@@ -26,6 +26,7 @@ from lens.traces.metrics import VARIANTS
 from lens.traces.pictures import PatchGrid, grids_of
 
 SINK_TIMES = 10.0
+_STANDS_OUT = 1.05  # times uniform attention: less is none at the digits that are said
 Token = int | str | tuple[int, int]
 
 
@@ -97,14 +98,15 @@ class Overlay(Result):
         for name, values, elsewhere in zip(self.names, self.values, self.elsewhere, strict=True):
             flat = np.nan_to_num(values).ravel()
             row, column = np.unravel_index(int(flat.argmax()), values.shape)
-            fair = 1 / int(np.isfinite(values).sum())
-            times = flat.max() / (flat.sum() or 1.0) / fair
+            times = flat.max() / (flat.sum() or 1.0) * (flat > 0).sum()  # of those that it sees
             half = int((np.sort(flat)[::-1].cumsum() < flat.sum() / 2).sum()) + 1
             of = f"{name}, {self.what}"
             found += [
                 Sentence(
                     f"{of}: most on the patch ({row}, {column}), {times:.1f} times what a patch of uniform "
-                    "attention has.",
+                    "attention has."
+                    if times >= _STANDS_OUT
+                    else f"{of}: no patch stands out from uniform attention.",
                     kind="strongest",
                 ),
                 Sentence(f"{of}: {half} of {flat.size} patches hold half of it.", kind="half"),

@@ -13,7 +13,7 @@ import numpy as np
 import xarray as xr
 
 from lens.common.head_ids import HeadId
-from lens.traces.tiles import position_of, read, seen_ranges
+from lens.traces.tiles import noted_bias, noted_mask, notes_mask, position_of, read
 
 _STRIP = 128  # queries of which scores are held at once
 
@@ -55,15 +55,17 @@ def pooled(
     blind = np.flatnonzero(~seen)
     scale, cap = dataset.attrs["scale"][layer], dataset.attrs["softcap"]
     is_causal, window = dataset.attrs["causal"], dataset.attrs["windows"][layer]
-    ranges = seen_ranges(dataset.attrs, layer)
-    causal = is_causal and ranges is None
-    window = window if ranges is None else None
+    noted = notes_mask(dataset.attrs, layer)
+    causal = is_causal and not noted
+    window = None if noted else window
     part = slice(*queries)
     query = read(dataset, "q", layer=layer, head=number, query=part) * scale
     lse = read(dataset, "lse", layer=layer, head=number, query=part)
     if without_first:
         first_key = read(dataset, "k", layer=layer, kv_head=kv_head, key=slice(0, 1))
-        lse = lse + _log_rest(_capped(query @ first_key.T, cap)[:, 0] - lse)
+        first_logit = _capped(query @ first_key.T, cap)
+        first_logit = _noted(dataset, head, first_logit, np.arange(*queries), np.arange(1))
+        lse = lse + _log_rest(first_logit[:, 0] - lse)
     query, lse = query.astype(np.float32), lse.astype(np.float32)
     found = np.zeros((-(-len(query) // cell), len(key) // cell), np.float32)
     for start, at, each in _strips(queries, cell, min(rows or cell, cell)):
@@ -71,14 +73,11 @@ def pooled(
         if stop <= 0:
             continue
         looked = at - queries[0]
-        s = _capped(query[looked] @ key[:stop].T, cap)
+        there = np.arange(first, min(first + stop, last))  # the rest of the last cell is blind
+        s = _noted(dataset, head, _capped(query[looked] @ key[:stop].T, cap), at, there)
         s -= lse[looked, None]
         for hidden, within in _hidden(at, first, stop, causal, window):
             s[:, within][hidden] = -np.inf
-        if ranges is not None:
-            low, past = ranges[:, at, None] - first
-            places = np.arange(stop)
-            s[(places < low) | (places >= past)] = -np.inf
         s[:, blind[blind < stop]] = -np.inf
         if pooling == "max":
             s = np.exp(_over(np.maximum, s, each).reshape(-1, stop // cell, cell).max(2))
@@ -141,6 +140,19 @@ def _hidden(
         yield anchor - index >= window, part
         part, index = within(anchor[0, 0] + window, stop)
         yield index - anchor >= window, part
+
+
+def _noted(
+    dataset: xr.Dataset, head: HeadId, logits: np.ndarray, queries: np.ndarray, keys: np.ndarray
+) -> np.ndarray:
+    """Logits of these keys and of padding behind them, with the bias and mask that the trace notes."""
+    own = logits[:, : len(keys)]
+    if (bias := noted_bias(dataset, head, queries, keys)) is not None:
+        own += bias
+    position = position_of(dataset, head.layer)
+    if (allowed := noted_mask(dataset.attrs, position, queries, keys)) is not None:
+        own[~allowed] = -np.inf
+    return logits
 
 
 def _padded(key: np.ndarray, cell: int) -> np.ndarray:

@@ -17,6 +17,7 @@ from lens.common.choices import is_whole
 from lens.common.errors import LensError
 from lens.passes.calls import LayerCall, Places, attend
 from lens.traces.labels import MATCH_RULES, Labels
+from lens.traces.layouts import bias_table, partition
 
 PREFIX = 4
 
@@ -88,6 +89,7 @@ class LayerRecord:
         sink_logits: [heads], float32, or None.
         backend: the one that ran.
         seen: [2, queries], first key that each query sees and one past its last, where `causal` and `window` do not say it.
+        partition: [keys], which of them see each other, where they fall into parts (windows).
         query_places, key_places: what its positions are, where the layer itself says it.
         variables: name -> [batch, ...] tensor on the CPU: what was asked for, float32, and always
             `visible` (int32 [batch, keys], the number of queries that see a key).
@@ -113,6 +115,7 @@ class LayerRecord:
     backend: str
     variables: dict[str, torch.Tensor]
     seen: torch.Tensor | None = None
+    partition: torch.Tensor | None = None
     query_places: Places | None = None
     key_places: Places | None = None
 
@@ -183,6 +186,9 @@ def measure(
     if settings.keep_qk:
         variables["q"] = _to_cpu(call.query, _storable(call.query.dtype))
         variables["k"] = _to_cpu(call.key, _storable(call.key.dtype))
+        if (table := bias_table(call)) is not None:
+            variables["bias"] = table
+    ranges = call.mask.ranges()
     sinks = call.sink_logits
     record = LayerRecord(
         step=call.step,
@@ -204,7 +210,8 @@ def measure(
         sink_logits=None if sinks is None else _to_cpu(sinks, torch.float32),
         backend=result.backend,
         variables=variables,
-        seen=call.mask.ranges(),
+        seen=ranges,
+        partition=partition(call.mask) if ranges is None else None,
         query_places=call.query_places,
         key_places=call.key_places,
     )

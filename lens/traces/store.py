@@ -28,6 +28,7 @@ INDEX = "trace.json"
 
 _MOST_LAYER = 2**40
 _LARGEST_PICTURE = 8 << 20  # characters
+_Cell = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=2, max_length=2)]
 _Place = Annotated[float, Field(allow_inf_nan=False)]
 _TYPES = {"visible": ("I32",), "q": ("F32", "F16"), "k": ("F32", "F16")}
 """Of the arrays that are not float32."""
@@ -59,6 +60,7 @@ DIMENSIONS: dict[str, tuple[str, ...]] = {
     "visible": ("key",),
     "q": (*_ROW, "dim"),
     "k": ("kv_head", "key", "dim"),
+    "bias": ("head", "row_offset", "column_offset"),
 }
 """Dimensions of every variable that a layer may have, without `layer`."""
 
@@ -200,6 +202,11 @@ class _Seen(BaseModel):
     ]
 
 
+class _Partition(BaseModel):
+    of: list[Annotated[int, Field(ge=0)] | None]
+    parts: list[list[Annotated[int, Field(ge=-1)]]]
+
+
 class _Attributes(BaseModel):
     model_config = ConfigDict(extra="allow", protected_namespaces=())
 
@@ -220,6 +227,8 @@ class _Attributes(BaseModel):
     query_patches: dict[str, Any] | None = None
     picture: _PictureNote | None = None
     seen: _Seen | None = None
+    partition: _Partition | None = None
+    cells: list[_Cell] | None = None
     part: Annotated[str, Field(pattern=_PART)] | None = None
     seconds_per_position: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
 
@@ -244,18 +253,26 @@ class _TraceFile(BaseModel):
             if {len(pair.query), len(pair.key)} != {len(self.coordinates.token)}:
                 raise ValueError(f"labels.{name} must have one query and one key label per token")
         if (seen := self.attributes.seen) is not None:
+            self._check_named("seen", seen.of, "ranges", seen.ranges)
             rows = len(self.coordinates.query_token or self.coordinates.token)
-            if len(seen.of) != len(self.layers) or any(
-                one is not None and one >= len(seen.ranges) for one in seen.of
-            ):
-                raise ValueError("seen.of must name one of seen.ranges or null per layer")
             if any(len(ends) != rows for one in seen.ranges for ends in one):
                 raise ValueError("seen.ranges must have one first and one last key per query")
+        length = len(self.coordinates.token)
+        if (apart := self.attributes.partition) is not None:
+            self._check_named("partition", apart.of, "parts", apart.parts)
+            if self.coordinates.query_token or any(len(one) != length for one in apart.parts):
+                raise ValueError("partition.parts must have one part per token")
+        if len(self.attributes.cells or range(length)) != length:
+            raise ValueError("cells must have one row and column per token")
         if len(self.coordinates.query_token or ()) != len(self.coordinates.query_token_id or ()):
             raise ValueError("coordinates must hold query_token and query_token_id, equally long")
         if wrong := missing_attributes(self.attributes.model_dump(), len(self.layers)):
             raise ValueError(wrong)
         return self
+
+    def _check_named(self, name: str, of: list[int | None], each: str, given: list[Any]) -> None:
+        if len(of) != len(self.layers) or any(one is not None and one >= len(given) for one in of):
+            raise ValueError(f"{name}.of must name one of {name}.{each} or null per layer")
 
 
 def _check_arrays(folder: Path, index: _TraceFile) -> None:
@@ -266,6 +283,8 @@ def _check_arrays(folder: Path, index: _TraceFile) -> None:
     sizes = {"query": rows, "key": length, "offset": offsets}
     sizes |= {"query_block": -(-rows // block), "key_block": -(-length // block)}
     sizes["match"] = len(MATCH_RULES) + len(index.attributes.labels)
+    ends = map(max, zip(*(index.attributes.cells or [(-1, -1)]), strict=True))
+    sizes |= zip(("row_offset", "column_offset"), (2 * end + 1 for end in ends), strict=True)
     names: set[str] = set()
     for layer in index.layers:
         path = folder / layer_file(layer)

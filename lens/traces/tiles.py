@@ -1,8 +1,8 @@
 """Exact probabilities of any rectangle of a stored head, and when they cannot be had.
 
-`P[i, j] = exp(s_ij - lse_i)` needs nothing but q, k and LSE of the rectangle's rows and keys. A trace
-keeps no additive biases (ALiBi, T5), and of masks only those by which a query sees keys without a gap, so two rows of a head are
-recomputed and held against what was measured; a head that fails is refused.
+`P[i, j] = exp(s_ij - lse_i)` needs nothing but q, k and LSE of the rectangle's rows and keys. Of additive biases a trace
+keeps those of windows of a picture (Swin), not ALiBi and T5, and of masks those by which a query sees keys without a gap or
+all of a window, so two rows of a head are recomputed and held against what was measured; a head that fails is refused.
 """
 
 from __future__ import annotations
@@ -30,15 +30,14 @@ def exact_tile(
     layer, number = head
     kv_head = number // (dataset.sizes["head"] // dataset.sizes["kv_head"])
     position = position_of(dataset, layer)
-    ranges = seen_ranges(dataset.attrs, position)
-    mask: dict[str, Any] = {
-        "causal": dataset.attrs["causal"],
-        "window": dataset.attrs["windows"][position],
-    }
-    if ranges is not None:
-        first, past = ranges[:, rows, None]
-        places = np.arange(*keys)
-        mask = {"allowed": (first <= places) & (places < past)}
+    at, places = np.arange(*queries), np.arange(*keys)
+    if (allowed := noted_mask(dataset.attrs, position, at, places)) is not None:
+        mask: dict[str, Any] = {"allowed": allowed}
+    else:
+        mask = {
+            "causal": dataset.attrs["causal"],
+            "window": dataset.attrs["windows"][position],
+        }
     found = tile(
         read(dataset, "q", layer=position, head=number, query=rows),
         read(dataset, "k", layer=position, kv_head=kv_head, key=columns),
@@ -47,6 +46,7 @@ def exact_tile(
         key_range=(0, keys[1] - keys[0]),
         scale=dataset.attrs["scale"][position],
         softcap=dataset.attrs["softcap"],
+        bias=noted_bias(dataset, head, at, places),
         **mask,
         offset=queries[0] - keys[0],
     )
@@ -54,12 +54,66 @@ def exact_tile(
     return np.where(seen, found, 0.0)
 
 
-def seen_ranges(attributes: Mapping[str, Any], position: int) -> np.ndarray | None:
-    """[2, queries] of the layer at a position: first key that a query sees and one past its last; None where a trace
-    does not note it."""
-    if (noted := attributes.get("seen")) is None or (number := noted["of"][position]) is None:
+def noted_mask(
+    attributes: Mapping[str, Any], position: int, queries: np.ndarray, keys: np.ndarray
+) -> np.ndarray | None:
+    """bool [queries, keys] of the layer at a position, which of these keys these queries see; None where `causal` and its
+    window say it, or the trace does not note it."""
+    if (ranges := _noted(attributes, "seen", "ranges", position)) is not None:
+        first, past = ranges[:, queries, None]
+        return (first <= keys) & (keys < past)
+    if (parts := _noted(attributes, "partition", "parts", position)) is not None:
+        return (parts[queries, None] == parts[keys]) & (parts[keys] >= 0)
+    return None
+
+
+def notes_mask(attributes: Mapping[str, Any], position: int) -> bool:
+    """Whether a trace notes who sees whom in the layer at a position."""
+    none = np.arange(0)
+    return noted_mask(attributes, position, none, none) is not None
+
+
+def sees(dataset: xr.Dataset, layer: int, queries: tuple[int, int]) -> np.ndarray:
+    """bool [queries, keys]: which keys these queries see in a layer whose tiles are exact."""
+    position, length = position_of(dataset, layer), dataset.sizes["key"]
+    at, keys = np.arange(*queries), np.arange(length)
+    found = noted_mask(dataset.attrs, position, at, keys)
+    if found is None:
+        behind = at[:, None] - keys
+        window = dataset.attrs["windows"][position] or max(length, dataset.sizes["query"])
+        found = (behind >= 0 if dataset.attrs["causal"] else True) & (np.abs(behind) < window)
+    return found & (read(dataset, "visible", layer=position) > 0)
+
+
+def mask_number(dataset: xr.Dataset, layer: int) -> tuple[Any, ...]:
+    """The same for layers of a trace whose queries see the same keys."""
+    position = position_of(dataset, layer)
+    noted = (dataset.attrs.get(name) for name in ("seen", "partition"))
+    visible = read(dataset, "visible", layer=position)
+    return (
+        dataset.attrs["windows"][position],
+        *(None if one is None else one["of"][position] for one in noted),
+        (visible > 0).tobytes(),
+    )
+
+
+def _noted(attributes: Mapping[str, Any], name: str, each: str, position: int) -> np.ndarray | None:
+    if (noted := attributes.get(name)) is None or (number := noted["of"][position]) is None:
         return None
-    return np.array(noted["ranges"][number])
+    return np.array(noted[each][number])
+
+
+def noted_bias(
+    dataset: xr.Dataset, head: HeadId, queries: np.ndarray, keys: np.ndarray
+) -> np.ndarray | None:
+    """[queries, keys] what the head adds to these logits, 0 between cells that do not see each other; None: nothing."""
+    if "bias" not in dataset:
+        return None
+    table = read(dataset, "bias", layer=position_of(dataset, head.layer), head=head.head)
+    cells = np.array(dataset.attrs["cells"])
+    down, across = np.moveaxis(cells[queries, None] - cells[keys], -1, 0)
+    height, width = table.shape
+    return np.nan_to_num(table[down + height // 2, across + width // 2])
 
 
 def position_of(dataset: xr.Dataset, layer: int) -> int:
@@ -81,6 +135,13 @@ def refusal(dataset: xr.Dataset, head: HeadId) -> str:
             "exact tiles need q, k and lse, which this trace did not keep; "
             "capture it again with keep_qk=True (lens run --keep-qk)"
         )
+    if "bias" in dataset:
+        table = read(dataset, "bias", layer=position_of(dataset, head.layer), head=head.head)
+        if np.isnan(table).all():
+            return (
+                f"{head} of {dataset.attrs['model']} adds a position bias that depends on more than how far apart two "
+                "patches are, which a trace does not keep, so there are no exact tiles; use block_mass"
+            )
     rows = dataset.sizes["query"]
     for query in {rows // 2, rows - 1}:
         if not _gives_back(dataset, head, query):

@@ -31,7 +31,7 @@ from lens.traces.store import (
     write_index,
     write_layer,
 )
-from lens.traces.tiles import exact_tile, refusal, seen_ranges
+from lens.traces.tiles import exact_tile, notes_mask, refusal
 from lens.traces.uniform import visible_queries
 
 if TYPE_CHECKING:
@@ -239,7 +239,7 @@ class AttentionTrace:
         """Why `tile` refuses this head, with the remedy; empty if it does not."""
         chosen = self.head_id((layer, head))
         if chosen not in self._refusals:
-            noted = seen_ranges(self.attrs, self.layers.index(layer)) is not None
+            noted = notes_mask(self.attrs, self.layers.index(layer))
             self._refusals[chosen] = (
                 refusal(self.dataset, chosen)
                 if noted or self.has_plain_mask(layer)

@@ -72,6 +72,8 @@ class Writing:
         if rows is not None and rows.patches is not None:
             more |= {"query_patches": rows.patches}
         more |= {"picture": picture_note(model, prompt)}
+        if (places := layers[0].key_places) is not None and places.cells is not None:
+            more |= {"cells": [list(cell) for cell in places.cells]}
         if model.parts:
             more |= {"part": model.chosen}
         if keys.seconds is not None:
@@ -172,19 +174,20 @@ def provenance(
         "prefix": PREFIX,
         "tokens": first.keys,
         "versions": dict(versions()),
-    } | _seen(layers)
+    } | _masks(layers)
 
 
-def _seen(layers: Sequence[LayerRecord]) -> dict[str, Any]:
-    """`seen`, where the mask of a layer is neither causal nor a window."""
-    known = [None if layer.seen is None else layer.seen.tolist() for layer in layers]
-    ranges = [
-        one for number, one in enumerate(known) if one is not None and one not in known[:number]
-    ]
-    if not ranges:
-        return {}
-    numbers = [None if one is None else ranges.index(one) for one in known]
-    return {"seen": {"of": numbers, "ranges": ranges}}
+def _masks(layers: Sequence[LayerRecord]) -> dict[str, Any]:
+    """`seen` and `partition`, where the mask of a layer is neither causal nor a window."""
+    found = {}
+    for name, of in (("seen", "ranges"), ("partition", "parts")):
+        masks = [getattr(layer, name) for layer in layers]
+        known = [None if one is None else one.tolist() for one in masks]
+        each = [one for at, one in enumerate(known) if one is not None and one not in known[:at]]
+        if each:
+            numbers = [None if one is None else each.index(one) for one in known]
+            found[name] = {"of": numbers, of: each}
+    return found
 
 
 def _segments(model: LoadedModel, prompt: Prompt) -> dict[str, Any] | None:

@@ -5,7 +5,7 @@ from .grounding import grounding as grounding
 from .images import grid as grid
 from .knocking import knock_out as knock_out
 from .patterns import patterns as patterns
-from .rings import receptive_field as receptive_field
+from .receptive import receptive_field as receptive_field
 from .rings import rings as rings
 from .rings import shapes as shapes
 from .routes import text_flow as text_flow

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -13,6 +13,7 @@ from lens.common.given import given_as
 from lens.common.head_ids import HeadId, head_columns
 from lens.traces.overlays import grid_numbered
 from lens.traces.pictures import PatchGrid
+from lens.traces.tiles import mask_number, sees
 
 if TYPE_CHECKING:
     from lens.traces.trace import AttentionTrace
@@ -52,6 +53,37 @@ def maps(trace: AttentionTrace, grid: PatchGrid) -> Iterator[tuple[HeadId, np.nd
     """
     for head in trace.every_head:
         yield head, trace.tile(*head, grid.span, grid.span)
+
+
+def uniform_maps(
+    trace: AttentionTrace, span: tuple[int, int]
+) -> Iterator[tuple[int, np.ndarray, bool]]:
+    """Every layer with uniform attention [span, span] over what each position sees there, as `maps` has a head; and whether
+    that is another than the layer before had (windows that are shifted)."""
+    known, found = None, np.empty(0)
+    for layer in trace.layers:
+        own = mask_number(trace.dataset, layer)
+        if own != known:
+            seen = sees(trace.dataset, layer, span)
+            found = seen[:, slice(*span)] / np.maximum(seen.sum(-1, keepdims=True), 1)
+        yield layer, found, own != known
+        known = own
+
+
+def of_uniform(
+    trace: AttentionTrace, span: tuple[int, int], measure: Callable[[np.ndarray], Any]
+) -> np.ndarray:
+    """[layers, ...] what a measure of a map is of uniform attention over what each position sees."""
+    found: list[Any] = []
+    for _, one, is_new in uniform_maps(trace, span):
+        found.append(measure(one) if is_new else found[-1])
+    return np.array(found)
+
+
+def in_words(values: np.ndarray, form: str) -> str:
+    """A number a layer, as one where they are alike and else from the lowest to the highest."""
+    low, high = (format(end, form) for end in (values.min(), values.max()))
+    return low if low == high else f"{low} to {high}"
 
 
 def over_heads(trace: AttentionTrace, values: list[np.ndarray]) -> np.ndarray:

@@ -24,9 +24,10 @@ from lens.common.choices import check_counts
 from lens.common.progress import advancing
 from lens.common.results import Result, Sentence, described
 from lens.models.loaded import LoadedModel
+from lens.models.stages import stages
 from lens.passes.calls import LayerCall, attend
 from lens.passes.inputs import read_prompts
-from lens.passes.sessions import listening, run
+from lens.passes.sessions import listening, run, transformer
 from lens.passes.stream import layer_inputs
 from lens.stats.intervals import over_units
 from lens.vision._patches import head_table
@@ -124,6 +125,7 @@ def coding_rate(
     """
     check_counts(0, seed=seed)
     found, _ = read_prompts(model, prompts, whole=True)
+    of_stage = stages(transformer(model)).get(model.chosen)
     rates: list[dict[int, np.ndarray]] = []
     zeros: list[list[float]] = []
     with advancing(f"{model.name}: coding rate", len(found), progress) as advance:
@@ -142,7 +144,7 @@ def coding_rate(
                     (size.abs() < _ZERO * size.pow(2).mean().sqrt()).float().mean()
                 )
 
-            with torch.no_grad(), layer_inputs(model, take), listening(model, on_layer):
+            with torch.no_grad(), layer_inputs(model, take, of_stage), listening(model, on_layer):
                 run(model, prompt.inputs)
             rates.append(values)
             zeros.append([sparse.get(layer, np.nan) for layer in sorted(values)])

@@ -24,7 +24,16 @@ from lens.common.errors import LensError
 from lens.common.given import given_as
 from lens.common.results import Result, Sentence, described
 from lens.stats import over_rows
-from lens.vision._patches import SMALLEST, grid_of, head_table, maps, offsets, over_heads
+from lens.vision._patches import (
+    SMALLEST,
+    grid_of,
+    head_table,
+    in_words,
+    maps,
+    of_uniform,
+    offsets,
+    over_heads,
+)
 
 if TYPE_CHECKING:
     from lens.traces.trace import AttentionTrace
@@ -39,7 +48,7 @@ class PatchDistances(Result):
         low, high: its 95 % interval over rows.
         near: share of the attention on patches that lies on the patch itself and its 8 neighbours.
         elsewhere: mean attention of patches on what is no patch ([CLS], registers).
-        uniform_distance, uniform_near: what uniform attention over the patches has.
+        uniform_distance, uniform_near: [layers] what uniform attention over the patches that each sees has.
         layers: numbers of the layers.
         grid: (height, width) of the picture in patches.
     """
@@ -49,8 +58,8 @@ class PatchDistances(Result):
     high: np.ndarray = field(repr=False)
     near: np.ndarray = field(repr=False)
     elsewhere: np.ndarray = field(repr=False)
-    uniform_distance: float
-    uniform_near: float
+    uniform_distance: np.ndarray = field(repr=False)
+    uniform_near: np.ndarray = field(repr=False)
     layers: tuple[int, ...]
     grid: tuple[int, int]
 
@@ -69,13 +78,13 @@ class PatchDistances(Result):
 
     def findings(self) -> tuple[Sentence, ...]:
         """How many heads look nearer and farther than uniform attention does."""
-        nearer = int((self.high < self.uniform_distance).sum())
-        farther = int((self.low > self.uniform_distance).sum())
+        fair = self.uniform_distance[:, None]
+        nearer, farther = int((self.high < fair).sum()), int((self.low > fair).sum())
         height, width = self.grid
         return (
             Sentence(
                 f"On {height} × {width} patches {nearer} of {self.distance.size} heads look nearer than uniform "
-                f"attention ({self.uniform_distance:.2f} patches), their intervals below it, and {farther} "
+                f"attention ({in_words(fair, '.2f')} patches), their intervals below it, and {farther} "
                 "farther.",
                 kind="distance",
             ),
@@ -111,11 +120,12 @@ def patch_distance(trace: AttentionTrace, *, seed: int = 0) -> PatchDistances:
         trace, [_rows(one, far, beside) for _, one in maps(trace, grid)]
     )  # [layers, heads, 3, patches]
     low, high = over_rows(rows[:, :, 0], seed)
+    even = of_uniform(trace, grid.span, lambda one: np.nanmean(_rows(one, far, beside)[:2], -1))
     distance, near, elsewhere = (np.nanmean(rows[:, :, part], -1) for part in range(3))
     return PatchDistances(
         *(distance, low, high, near, elsewhere),
-        uniform_distance=float(far.mean()),
-        uniform_near=float(beside.mean()),
+        uniform_distance=even[:, 0],
+        uniform_near=even[:, 1],
         layers=tuple(trace.layers),
         grid=(grid.height, grid.width),
     )

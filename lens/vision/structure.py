@@ -4,11 +4,12 @@ Trees: Ding et al., "Visual Dependency Transformers: Dependency Tree Emerges fro
 2304.03282. Read backwards, attention sends what patch i knows to the patch j that it looks at: j is the parent of i. The
 tree is the arborescence with the highest sum of log D, D the mean of heads without sinks, each row normalised. It has one
 root, the patch whose own parent is missed least; with roots="sink" a patch may also be a root for what it gives to no
-patch ([CLS], registers, sinks). Greedy parents, each patch's best, may run in circles, which are counted.
+patch ([CLS], registers, sinks). Greedy parents, each patch's best, may run in circles, which are counted. In windows nobody
+looks out of the own one: each has a tree of its own.
 
 Segments: patches whose rows are alike look at the same thing. Rows are compared by the symmetric Kullback-Leibler
 divergence and merged while they differ by at most tau (the attention clustering of Ding et al., "Betrayed by Attention",
-ECCV 2024, arXiv 2311.17893).
+ECCV 2024, arXiv 2311.17893). Rows of two windows have no key in common, so that a segment ends where a window does.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
+from scipy.sparse.csgraph import connected_components
 
 from lens.common.choices import check_choice, check_counts, is_number
 from lens.common.errors import LensError
@@ -27,6 +29,7 @@ from lens.common.results import Result, Sentence, described
 from lens.stats.intervals import of_share
 from lens.traces.overlays import SINK_TIMES, heads_of, received
 from lens.traces.pictures import PatchGrid
+from lens.traces.tiles import sees
 from lens.vision._arborescence import arborescence, greedy_cycles
 from lens.vision._patches import grid_of, offsets
 
@@ -50,6 +53,7 @@ class PatchTree(Result):
         adjacent, adjacent_chance: share of edges that go to one of the 8 neighbours, and of all pairs.
         what: whose attention.
         grid: of the patches.
+        windows: parts of the picture of which none sees another.
     """
 
     parents: np.ndarray = field(repr=False)
@@ -61,6 +65,7 @@ class PatchTree(Result):
     adjacent_chance: float
     what: str
     grid: PatchGrid = field(repr=False)
+    windows: int = 1
 
     def table(self) -> pd.DataFrame:
         """One row per patch: `patch`, `row`, `column`, `parent`, `parent_row`, `parent_column`, `depth`, `children`."""
@@ -120,7 +125,7 @@ class PatchTree(Result):
             Sentence(
                 f"{self.what}: the tree of {len(self.parents)} patches has {roots} root{'s' * (roots != 1)} and a depth of "
                 f"{int(self.depth.max())} (mean {self.depth.mean():.1f}); the best parent of each patch alone makes "
-                f"{self.cycles} circles.",
+                f"{self.cycles} circles.{_apart(self.windows)}",
                 kind="tree",
             ),
             Sentence(
@@ -160,23 +165,24 @@ def tree(
     """
     check_choice("roots", roots, ("one", "sink"))
     grid = grid_of(trace, image)
-    what, scores, sinks = _mean_map(trace, grid, heads)
+    what, scores, sinks, seen = _mean_map(trace, grid, heads)
     scores[:, sinks] = 0
     np.fill_diagonal(scores, 0)
     given = scores.sum(-1)
     if roots == "sink":
         given = np.maximum(given, 1)  # what is given to no patch competes with the parents
     scores = scores / np.where(given > 0, given, 1)[:, None]
-    logs = np.log(np.maximum(scores, _FLOOR))
+    logs = np.where(seen, np.log(np.maximum(scores, _FLOOR)), -np.inf)
     np.fill_diagonal(logs, -np.inf)
     root_log = np.log(np.maximum(1 - scores.sum(-1), _FLOOR)) - (_NEVER if roots == "one" else 0)
     parents = arborescence(logs, root_log)
     root_log = root_log + (_NEVER if roots == "one" else 0)
-    best = logs.argmax(-1)
+    best = np.where(np.isfinite(logs.max(-1)), logs.argmax(-1), -1)
     if roots == "sink":
         best = np.where(logs.max(-1) >= root_log, best, -1)
     at = np.arange(len(parents))
     near = np.abs(offsets(grid)).max(0) == 1
+    pairs = seen & ~np.eye(len(seen), dtype=bool)
     has = parents >= 0
     order = np.argsort(grid.order)  # from row by row to positions
     by_row = np.where(parents >= 0, grid.order[parents], -1)[order]
@@ -189,18 +195,17 @@ def tree(
         greedy_score=float(np.where(best >= 0, logs[at, best], root_log).sum()),
         cycles=greedy_cycles(best),
         adjacent=float(near[at, parents][has].mean()) if has.any() else float("nan"),
-        adjacent_chance=float(near.sum() / (near.size - len(near)))
-        if len(near) > 1
-        else float("nan"),
+        adjacent_chance=float(near[pairs].mean()) if pairs.any() else float("nan"),
         what=what,
         grid=grid,
+        windows=_windows(seen),
     )
 
 
 def _mean_map(
     trace: AttentionTrace, grid: PatchGrid, heads: Any
-) -> tuple[str, np.ndarray, np.ndarray]:
-    """In words whose; the mean map [patches, patches] of heads; bool [patches] of sinks."""
+) -> tuple[str, np.ndarray, np.ndarray, np.ndarray]:
+    """In words whose; the mean map [patches, patches] of heads; bool [patches] of sinks; bool [patches, patches] who sees whom."""
     asked = list(heads) if isinstance(heads, list) else [heads]
     chosen = {head: None for one in asked for head in heads_of(trace, one)}
     if not chosen:
@@ -208,7 +213,22 @@ def _mean_map(
     found = np.mean([trace.tile(*head, grid.span, grid.span) for head in chosen], 0)
     mass = np.mean([received(trace, head)[slice(*grid.span)] for head in chosen], 0)
     names = [one if isinstance(one, str) else str(HeadId(*one)) for one in asked]
-    return ", ".join(names), found, mass > SINK_TIMES * np.median(mass)
+    seen = np.any(
+        [
+            sees(trace.dataset, layer, grid.span)[:, slice(*grid.span)]
+            for layer in {head.layer for head in chosen}
+        ],
+        0,
+    )
+    return ", ".join(names), found, mass > SINK_TIMES * np.median(mass), seen
+
+
+def _windows(seen: np.ndarray) -> int:
+    return int(connected_components(seen, directed=False)[0])
+
+
+def _apart(windows: int) -> str:
+    return f" The picture falls into {windows} windows that do not see each other." * (windows > 1)
 
 
 def _depths(parents: np.ndarray) -> np.ndarray:
@@ -229,12 +249,14 @@ class PatchSegments(Result):
         tau: that rows of a segment differ by at most, in nats.
         what: whose attention.
         grid: of the patches.
+        windows: parts of the picture of which none sees another.
     """
 
     labels: np.ndarray = field(repr=False)
     tau: float
     what: str
     grid: PatchGrid = field(repr=False)
+    windows: int = 1
 
     def table(self) -> pd.DataFrame:
         """One row per segment: `segment`, `patches`, `share`, and its middle `row`, `column`."""
@@ -292,7 +314,7 @@ class PatchSegments(Result):
         return (
             Sentence(
                 f"{self.what}: {len(sizes)} segments of patches whose rows differ by at most {self.tau:g} nats; the "
-                f"largest hold {largest} of the picture.",
+                f"largest hold {largest} of the picture.{_apart(self.windows)}",
                 kind="segments",
             ),
         )
@@ -328,7 +350,7 @@ def cluster(
     if not is_number(tau) or not tau > 0:
         raise LensError(f"tau must be above 0, got {tau!r}")
     grid = grid_of(trace, image)
-    what, rows, sinks = _mean_map(trace, grid, heads)
+    what, rows, sinks, seen = _mean_map(trace, grid, heads)
     rows[:, sinks] = 0
     rows = np.maximum(rows, _FLOOR)
     rows /= rows.sum(-1, keepdims=True)
@@ -343,7 +365,7 @@ def cluster(
     found = _divergences(rows, centres).argmin(-1)
     order = np.argsort(-np.bincount(found, minlength=len(centres)), kind="stable")
     labels = np.argsort(order)[found]
-    return PatchSegments(grid.laid(labels), tau, what, grid)
+    return PatchSegments(grid.laid(labels), tau, what, grid, _windows(seen))
 
 
 def _divergences(rows: np.ndarray, others: np.ndarray) -> np.ndarray:

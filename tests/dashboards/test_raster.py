@@ -137,15 +137,16 @@ def test_beyond_what_is_looked_at_whole_some_queries_of_each_cell_are(
 
 
 @pytest.mark.parametrize(
-    ("causal", "window", "cap", "ranged"),
+    ("causal", "window", "cap", "noted"),
     [
-        (True, 7, None, False),
-        (False, 9, 3.0, False),
-        (False, None, None, False),
-        (True, None, None, True),
+        (True, 7, None, ""),
+        (False, 9, 3.0, ""),
+        (False, None, None, ""),
+        (True, None, None, "ranges"),
+        (False, None, None, "parts"),
     ],
 )
-def test_windows_caps_ranges_and_both_directions(causal, window, cap, ranged):
+def test_windows_caps_ranges_parts_and_both_directions(causal, window, cap, noted):
     dataset = xr.Dataset(
         {
             "q": (("layer", "head", "query", "dim"), RANDOM.normal(0, 2, (1, 4, 37, 5))),
@@ -156,7 +157,12 @@ def test_windows_caps_ranges_and_both_directions(causal, window, cap, ranged):
         coords={"layer": [0]},
         attrs={"scale": [0.4], "softcap": cap, "causal": causal, "windows": [window]},
     )
-    if ranged:
+    if noted == "parts":
+        dataset.attrs["partition"] = {"of": [0], "parts": [(np.arange(37) * 7 % 4).tolist()]}
+        dataset.attrs["cells"] = [divmod(place, 8) for place in range(37)]
+        table = RANDOM.normal(0, 2, (1, 4, 9, 15))
+        dataset["bias"] = (("layer", "head", "row_offset", "column_offset"), table)
+    if noted == "ranges":
         at = np.arange(37)
         ranges = np.stack([at // 5 * 5, np.minimum(at // 5 * 5 + 9, at + 1)])
         dataset.attrs["seen"] = {"of": [0], "ranges": [ranges.tolist()]}
@@ -169,3 +175,10 @@ def test_windows_caps_ranges_and_both_directions(causal, window, cap, ranged):
             found = pixels.pooled(dataset, head, (4, 37), (2, 35), cell, pooling=pooling)
             expected = np.nan_to_num(module.pool(known, cell, pooling))
             np.testing.assert_allclose(found, expected, rtol=2e-5, atol=1e-7)
+    if noted == "parts":
+        assert {len(np.unique(row > 0)) for row in exact} == {2}
+        own = exact_tile(dataset, head, (4, 37), (0, 35))
+        some = own[:, 0] < 0.9  # of made-up sums
+        rest = (own[:, 1:] / (1 - own[:, :1]))[some]
+        found = pixels.pooled(dataset, head, (4, 37), (0, 35), 1, without_first=True)
+        np.testing.assert_allclose(found[some, 1:], rest, rtol=2e-4, atol=1e-6)

@@ -141,7 +141,9 @@ def test_tokens_that_the_run_counts_are_those_of_its_prompts(run):
         write_json(run.path / "run.json", entries)
         write_manifest(run.path, ["run.json"])
         found = [text for text in validate(open_run(run.path)) if "tokens" in text]
-        told = f"run.json says that the prompts have {tokens} tokens, prompts.parquet has {2 * LENGTH}"
+        told = (
+            f"run.json says that the prompts have {tokens} tokens, prompts.parquet has {2 * LENGTH}"
+        )
         assert found == ([] if tokens == 2 * LENGTH else [told])
 
 

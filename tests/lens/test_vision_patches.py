@@ -116,7 +116,7 @@ def test_distances_are_those_of_plain_loops_over_the_models_own_maps(name, heigh
     table = found.table()
     assert table.columns[:4].tolist() == ["layer", "head", "name", "distance"]
     assert (table["name"].iloc[4], len(table)) == ("L1H1", 6)
-    assert found.plot().layout.title.text.startswith("How far heads look; uniform attention")
+    assert found.plot().layout.title.text.startswith("How far heads look beyond uniform attention")
 
 
 def test_uniform_attention_has_the_distance_of_the_picture_alone():
@@ -127,12 +127,11 @@ def test_uniform_attention_has_the_distance_of_the_picture_alone():
                 parameter.zero_()
     found = lens.vision.patch_distance(captured(model, 24, 24))
     apart = [abs(complex(a - c, b - d)) for a in range(6) for b in range(6) for c in range(6) for d in range(6)]  # fmt: skip
-    assert found.uniform_distance == pytest.approx(np.mean(apart))
-    assert found.uniform_near == pytest.approx(
-        (16 / 6) ** 2 / 36
-    )  # rows near one of 6: 16 of 36 pairs
-    assert found.distance == pytest.approx(np.full((2, 3), found.uniform_distance), rel=1e-5)
-    assert found.near == pytest.approx(np.full((2, 3), found.uniform_near), rel=1e-5)
+    assert found.uniform_distance == pytest.approx([np.mean(apart)] * 2)
+    # rows near one of 6: 16 of 36 pairs
+    assert found.uniform_near == pytest.approx([(16 / 6) ** 2 / 36] * 2)
+    assert found.distance == pytest.approx(np.full((2, 3), np.mean(apart)), rel=1e-5)
+    assert found.near == pytest.approx(np.full((2, 3), (16 / 6) ** 2 / 36), rel=1e-5)
     assert found.elsewhere == pytest.approx(np.full((2, 3), 1 / 37), rel=1e-5)
     (said,) = found.findings()
     assert "On 6 × 6 patches 0 of 6 heads look nearer than uniform attention" in said

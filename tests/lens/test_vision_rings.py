@@ -50,13 +50,14 @@ def test_rings_are_those_of_plain_loops():
 def test_uniform_attention_has_the_same_weight_on_every_ring():
     found = lens.vision.rings(uniform(7, 7, 1))
     assert found.weight == pytest.approx(np.full((2, 1, 7), 1 / 50), rel=1e-5)
-    assert found.mass[0, 0] == pytest.approx(found.uniform, rel=1e-5)
+    assert found.mass[:, 0] == pytest.approx(found.uniform, rel=1e-5)
+    assert found.weight[:, 0] == pytest.approx(found.uniform_weight, rel=1e-5)
     # pairs of rows at most k apart: 7 + 2 (6 + 5 + ...), squared for both axes
     at_most = [7, 19, 29, 37, 43, 47, 49]
     pairs = np.diff([0, *(one**2 for one in at_most)])
-    assert found.uniform == pytest.approx(pairs / 49 / 50)
+    assert found.uniform == pytest.approx(np.stack([pairs / 49 / 50] * 2))
     inner = lens.vision.rings(uniform(9, 9, 0))
-    assert inner.uniform.sum() == pytest.approx(1)
+    assert inner.uniform.sum(-1) == pytest.approx([1, 1])
 
 
 def test_interior_rings_have_1_8_and_16_patches():
@@ -82,12 +83,12 @@ def test_shares_of_shapes_are_those_of_plain_loops():
     places = list(itertools.product(range(4), range(5)))
     for number, belongs in enumerate(SHAPES.values()):
         members = np.array([[belongs(a, b) for b in places] for a in places])
-        assert found.uniform[number] == pytest.approx(members.mean())
+        assert found.uniform[:, number] == pytest.approx([members.mean()] * 2)
         patches = patterns[..., 1:, 1:]
         expected = ((patches * members).sum(-1) / patches.sum(-1)).mean(-1)
         assert found.share[..., number] == pytest.approx(expected, rel=1e-4)
     assert [one.kind for one in found.findings()] == list(SHAPES)
-    assert found.plot().data[-1].y.tolist() == pytest.approx(found.uniform)
+    assert found.plot().data[-1].y.tolist() == pytest.approx(found.uniform[0])
     with pytest.raises(LensError, match="window must be a positive integer, got 0"):
         lens.vision.shapes(trace, window=0)
 
@@ -130,6 +131,6 @@ def test_too_many_patches_are_refused():
     "name", ["rings", "shapes", "receptive_field", "tree", "cluster", "flow", "patch_distance"]
 )
 def test_what_is_no_trace_is_refused(name):
-    for other in (None, [uniform(3, 3, 0)]):
-        with pytest.raises(LensError, match="trace must be an AttentionTrace"):
+    for other in (None, [[uniform(3, 3, 0)]]):
+        with pytest.raises(LensError, match=r"traces? must be an AttentionTrace"):
             getattr(lens.vision, name)(other)

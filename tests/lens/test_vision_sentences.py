@@ -90,9 +90,32 @@ def test_how_many_segments_there_are():
 def test_how_unequal_keys_are():
     one_key = np.zeros((COUNT, COUNT))
     one_key[:, 7] = 1
-    found = said(lens.vision.flow(trace_of(UNIFORM, looking(one_key, 1 - 1e-9))), "flow")
-    assert "One key of L1H0 receives 36.0 times the mean" in found
-    assert "Gini of 0.00 in layer 0 and 0.97 in layer 1" in found
+    sink = looking(one_key, 1 - 1e-9)
+    found = lens.vision.flow([trace_of(UNIFORM, sink), trace_of(UNIFORM, looking(one_key, 0.8))])
+    assert "In 1 of 2 heads rows have a key in common, most in L1H0: it receives 32.5" in said(
+        found, "flow"
+    )
+    assert "more unequal in layer 1 than in layer 0: Gini 0.88 and 0.00" in said(found, "rises")
+    assert "(uniform attention 0.00 and 0.00)" in said(found, "rises")
+    back = lens.vision.flow([trace_of(one, UNIFORM) for one in (sink, looking(one_key, 0.8))])
+    assert "less unequal in layer 1 than in layer 0" in said(back, "rises")
+
+
+def test_nothing_is_said_of_flow_where_uniform_attention_explains_it():
+    """Rows that have nothing in common: some key of 36 receives most all the same, 1.7 times the mean here."""
+    random = np.random.default_rng(4)
+    pictures = [trace_of(*random.dirichlet(np.full(COUNT, 0.3), (2, COUNT))) for _ in range(6)]
+    found = lens.vision.flow(pictures)
+    for layer in range(2):
+        whole = [one.tile(layer, 0, (0, COUNT), (0, COUNT)).sum(0).max() for one in pictures]
+        assert np.mean(whole) > 1.5
+        assert found.low["largest"][layer, 0] < 1
+    assert [one.kind for one in found.findings()] == ["limit"]
+    assert "not told apart from uniform attention" in str(found.findings()[0])
+    alone = lens.vision.flow(pictures[0])
+    assert np.isnan(alone.low["largest"]).all()
+    assert "nothing is said of it" in said(alone, "limit")
+    assert found.table()["largest_uniform"].tolist() == pytest.approx([1, 1])
 
 
 def test_where_most_lies_and_on_how_few_patches():
@@ -100,7 +123,7 @@ def test_where_most_lies_and_on_how_few_patches():
     one_key[:, 7] = 1
     sharp, flat = (trace_of(one).overlay("L0H0") for one in (looking(one_key, 0.5), UNIFORM))
     assert "the patch (1, 1), 18.5 times" in said(sharp, "strongest")
-    assert "1.0 times what a patch of uniform attention has" in said(flat, "strongest")
+    assert "no patch stands out from uniform attention" in said(flat, "strongest")
     assert "1 of 36 patches hold half" in said(sharp, "half")
     assert "18 of 36 patches hold half" in said(flat, "half")
     assert "0.0% lies on no patch shown" in said(flat, "elsewhere")

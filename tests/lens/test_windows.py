@@ -1,5 +1,6 @@
 """Attention in windows, on reduced keys and along the frames of a video: put back where it belongs, as `eager` has it."""
 
+import json
 from itertools import product
 
 import numpy as np
@@ -124,7 +125,7 @@ def put_back(weights, grid, window, shift):
 
 
 @pytest.mark.parametrize("name", ["swin", "swin v2"])
-def test_shifted_windows_go_back_to_the_picture(name):
+def test_shifted_windows_go_back_to_the_picture(name, tmp_path):
     root, inputs = built(name)
     model = lens.load(root)
     assert model.check < 1e-5
@@ -136,16 +137,30 @@ def test_shifted_windows_go_back_to_the_picture(name):
         LensError, match=r"each part of Swin.* \(stage0, stage1\) .*leave labels out"
     ):
         lens.capture(model, inputs, labels={"own": ([1], [1])}, progress=False)
-    traces = lens.capture(model, inputs, block_size=1, progress=False)
+    traces = lens.capture(model, inputs, block_size=1, keep_qk=True, progress=False)
     _, weights = eager(root, inputs)
     for stage, grid in enumerate([(8, 10), (4, 5)]):
         trace = traces[f"stage{stage}"]
         assert trace.tokens[: grid[1] + 1] == [*(f"0,{column}" for column in range(grid[1])), "1,0"]
         assert trace.attrs["patches"] == {"first": 0, "height": grid[0], "width": grid[1]}
         assert {token[:4] for token in trace.tokens[grid[0] * grid[1] :]} == {"[PAD"}
+        assert trace.attrs["partition"]["of"] == [0, 1]
+        again = lens.traces.AttentionTrace.load(trace.save(tmp_path / f"stage{stage}"))
         for layer, shift in enumerate((0, 1)):
             own = put_back(weights[2 * stage + layer], grid, 3, shift)
             np.testing.assert_allclose(trace.block_mass.values[layer], own, atol=1e-5)
+            for head, one in product(range(trace.heads), (trace, again)):
+                found = one.tile(layer, head, (0, one.length), (0, one.length))
+                np.testing.assert_allclose(found, own[head], atol=5e-6)
+                np.testing.assert_allclose(one.tile(layer, head, (3, 9), (7, 20)), found[3:9, 7:20])
+            patch = grid[1] + 2
+            row, column = (
+                trace.overlay(f"L{layer}H1", **{side: (1, 2)}).values[0].ravel()
+                for side in ("query", "key")
+            )
+            patches = grid[0] * grid[1]
+            np.testing.assert_allclose(row, own[1, patch, :patches], atol=5e-6)
+            np.testing.assert_allclose(column, own[1, :patches, patch], atol=5e-6)
         # a shift brings the two edges of the picture into one window, and they do not see each other
         assert trace.visible.values[1].max() <= 9
         assert trace.visible.values[1].min() < 9
@@ -159,6 +174,10 @@ def test_windows_and_the_whole_picture_share_a_trace(name):
     assert model.check < 1e-5
     trace = lens.capture(model, inputs, block_size=1, progress=False)
     _, weights = eager(built(name, "eager")[0], inputs)  # SAM chooses the class when it is made
+    assert "bias" not in trace.dataset
+    with_qk = lens.capture(model, inputs, keep_qk=True, progress=False)
+    with pytest.raises(LensError, match="depends on more than how far apart two patches are"):
+        with_qk.tile(0, 0, (0, 1), (0, 5))
     own = put_back(weights[0], (5, 5), 2, 0)
     np.testing.assert_allclose(trace.block_mass.values[0], own, atol=1e-5)
     np.testing.assert_allclose(trace.block_mass.values[1, :, :25, :25], weights[1][0], atol=1e-5)
@@ -198,9 +217,12 @@ def test_a_video_is_attended_along_its_frames_and_in_each():
     root, inputs = built("timesformer")
     model = lens.load(root)
     assert model.check < 1e-5
-    traces = lens.capture(model, inputs, block_size=1, progress=False)
+    traces = lens.capture(model, inputs, block_size=1, keep_qk=True, progress=False)
     _, weights = eager(root, inputs)
     time, space = traces.time, traces.space
+    for one in (time, space):
+        whole = one.tile(1, 2, (0, one.length), (0, one.length))
+        np.testing.assert_allclose(whole, one.block_mass.values[1, 2], atol=5e-6)
     assert time.tokens[:5] == ["0,0,0", "0,0,1", "0,1,0", "0,1,1", "1,0,0"]
     assert space.tokens[:2] == ["[CLS 0]", "0,0,0"]
     found = time.block_mass.values.reshape(
@@ -226,6 +248,26 @@ def test_in_time_a_place_sees_itself_in_every_frame():
         own = torch.einsum("pihd,pjhd->phij", q, k).mul(8**-0.5).softmax(-1)
     found = trace.block_mass.values[0].reshape(3, 3, 4, 3, 4)
     np.testing.assert_allclose(np.einsum("hfpgp->phfg", found), own, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"partition": {"of": [0, 9], "parts": [[0] * 4]}}, "partition.of must name"),
+        ({"partition": {"of": [0, 0], "parts": [[0] * 4]}}, "one part per token"),
+        ({"cells": [[0, 0]]}, "one row and column per token"),
+        ({"cells": None}, "bias of shape"),
+    ],
+)
+def test_a_damaged_layout_is_refused(change, said, tmp_path):
+    root, inputs = built("swin")
+    trace = lens.capture(lens.load(root).part("stage1"), inputs, keep_qk=True, progress=False)
+    path = trace.save(tmp_path / "trace") / "trace.json"
+    index = json.loads(path.read_text())
+    index["attributes"] |= change
+    path.write_text(json.dumps(index))
+    with pytest.raises(LensError, match=said):
+        lens.traces.AttentionTrace.load(tmp_path / "trace")
 
 
 def test_masked_keys_and_ablated_heads_are_those_of_the_picture():

@@ -8,10 +8,9 @@ import plotly.graph_objects as go
 
 import lens
 from lens.common.errors import LensError
-from lens.common.results import of_kind
 from lens.figures.style import escaped
 from lens.figures.vision import prototypes, ring_trend
-from lens.runs.headlines import Headline
+from lens.runs.headlines import Headline, those_that_stand
 from lens.runs.sections import Section
 from lens.traces.overlays import Overlay
 from lens.traces.pictures import grids_of
@@ -66,8 +65,10 @@ def overlays(subject: Subject) -> Section:
                 end = "" if variant == "raw" else "_without_sinks"
                 figures[f"{name}{end}"] = one.titled(found.plot(path=variant == "raw"))
             if variant == "raw":
-                said += [f"{title}: {text}" for text in of_kind(found.findings(), "strongest")][:2]
-                headlines += strongest(title, name, found) if name in figures else []
+                stands = those_that_stand(strongest(title, name, trace, found.names, subject.seed))
+                none = f"{title}: no patch is told apart from uniform attention in these maps."
+                said.append(stands[0].text if stands else none)
+                headlines += stands if name in figures else []
                 regions += [
                     found.regions(place).assign(prompt_id=name, map=head)
                     for place, head in enumerate(found.names)
@@ -184,7 +185,6 @@ def structure(subject: Subject) -> Section:
         results = {
             "segments": lens.vision.cluster(trace, last, tau=tau),
             "tree": lens.vision.tree(trace, last),
-            "flow": lens.vision.flow(trace),
         }
         for part, found in results.items():
             tables.setdefault(part, []).append(found.table().assign(prompt_id=name))
@@ -192,14 +192,16 @@ def structure(subject: Subject) -> Section:
                 figures[f"{name}_{part}"] = one.titled(found.plot())
             said += [f"{title}: {text}" for text in found.findings()]
     joined = {part: _front(ones) for part, ones in tables.items()}
+    flow = lens.vision.flow([one.trace for one in pictured(subject)], seed=subject.seed)
     rates = lens.vision.coding_rate(
         subject.model, subject.pictures, seed=subject.seed, progress=subject.progress
     )
-    joined["rates"], figures["rates"] = rates.table(), rates.plot()
+    for part, found in (("flow", flow), ("rates", rates)):
+        joined[part], figures[part] = found.table(), found.plot()
     return Section(
         name="structure",
         title="Segments, trees and flow",
-        summary=(*said, *rates.findings()),
+        summary=(*said, *flow.findings(), *rates.findings()),
         limits=(
             "Segments are patches that attend alike; that they are things is for the eye, or for masks "
             "(lens.vision.cluster(...).iou).",
@@ -265,60 +267,67 @@ _PATTERNS = {
     "share_of_maps": "Of all maps.",
     "share": "Of the head's maps, one a picture.",
 }
-_COLUMNS: dict[str, Any] = {
-    "prompt_id": "Picture, as in the table of prompts.",
-    "map": "Whose attention: a head, the mean of a layer, or of all.",
-    "variant": "raw, or sink_excluded: without patches that receive more than 10 times the median patch.",
-    "row": "Of the patch, from the top; of a region or segment its middle.",
-    "column": "Of the patch, from the left; of a region or segment its middle.",
-    "value": "Attention mass on the patch; without sinks as a share of what is left.",
-    "region": "Joined patches among those that hold half of the mass, strongest first.",
-    "mass": "Share of the attention: of a region that on patches, of a ring that of the row.",
-    "patches": "How many.",
-    "x": "Of the middle, in pixels of the picture.",
-    "y": "Of the middle, in pixels of the picture.",
-    "layer": "Layer, by the model's own number.",
-    "head": "Head of the layer, from 0.",
-    "name": "Layer and head.",
-    "ring": "Chebyshev distance in patches; 0 is the patch itself.",
-    "weight": "Mean attention on a patch of the ring; rings are cut at the border.",
-    "elsewhere": "Attention of patches on what is no patch of the picture.",
-    "uniform_mass": "Mass of the ring under uniform attention.",
-    "uniform_weight": "Weight of a patch under uniform attention.",
-    "uniform_distance": "Mean distance under uniform attention over the patches.",
-    "distance": "Mean distance in patches.",
-    "near": "Share of the attention on patches that lies on the patch itself and its 8 neighbours.",
-    "half": "Share of the patches that half of what reaches a patch comes from, at least.",
-    "segment": "Number of the segment, largest first.",
-    "share": "Of the picture.",
-    "patch": "Number of the patch, row by row.",
-    "parent": "Number of the patch that it hangs on; -1 of a root.",
-    "parent_row": "Row of the parent; -1 of a root.",
-    "parent_column": "Column of the parent; -1 of a root.",
-    "depth": "Edges up to the root.",
-    "children": "Patches that hang on it.",
-    "largest": "Highest received mass of a key, times the mean.",
-    "gini": "Inequality of received mass: 0 alike, near 1 all on one key.",
-    "entropy": "Of received mass, as a share of the highest possible.",
-    "exclusive": "Lowest conserved intake of a row: small where a row lives on keys that all look at.",
-    "rate": "Coding rate of the values, nats.",
-    "spread": "0: values on one line, 1: evenly spread.",
-    "sparsity": "Share of numbers of what enters the layer that are below 0.001 of their root mean square.",
-} | {
-    part: text
-    for shape, words in (
-        ("row", "the patch's own row"),
-        ("column", "the patch's own column"),
-        ("criss_cross", "its own row or column"),
-        ("window", "its own window"),
-        ("dilated", "every second row and column from it on"),
-    )
-    for part, text in (
-        (f"{shape}_uniform", f"Share of {words} under uniform attention."),
-        *(
-            [(shape, f"Share of the attention on patches that lies in {words}.")]
-            if shape not in ("row", "column")
-            else []
-        ),
-    )
-}
+_COLUMNS: dict[str, Any] = (
+    {
+        "prompt_id": "Picture, as in the table of prompts.",
+        "map": "Whose attention: a head, the mean of a layer, or of all.",
+        "variant": "raw, or sink_excluded: without patches that receive more than 10 times the median patch.",
+        "row": "Of the patch, from the top; of a region or segment its middle.",
+        "column": "Of the patch, from the left; of a region or segment its middle.",
+        "value": "Attention mass on the patch; without sinks as a share of what is left.",
+        "region": "Joined patches among those that hold half of the mass, strongest first.",
+        "mass": "Share of the attention: of a region that on patches, of a ring that of the row.",
+        "patches": "How many.",
+        "x": "Of the middle, in pixels of the picture.",
+        "y": "Of the middle, in pixels of the picture.",
+        "layer": "Layer, by the model's own number.",
+        "head": "Head of the layer, from 0.",
+        "name": "Layer and head.",
+        "ring": "Chebyshev distance in patches; 0 is the patch itself.",
+        "weight": "Mean attention on a patch of the ring; rings are cut at the border.",
+        "elsewhere": "Attention of patches on what is no patch of the picture.",
+        "uniform_mass": "Mass of the ring under uniform attention.",
+        "uniform_weight": "Weight of a patch under uniform attention.",
+        "uniform_distance": "Mean distance under uniform attention over the patches.",
+        "distance": "Mean distance in patches.",
+        "near": "Share of the attention on patches that lies on the patch itself and its 8 neighbours.",
+        "half": "Share of the patches that half of what reaches a patch comes from, at least.",
+        "segment": "Number of the segment, largest first.",
+        "share": "Of the picture.",
+        "patch": "Number of the patch, row by row.",
+        "parent": "Number of the patch that it hangs on; -1 of a root.",
+        "parent_row": "Row of the parent; -1 of a root.",
+        "parent_column": "Column of the parent; -1 of a root.",
+        "depth": "Edges up to the root.",
+        "children": "Patches that hang on it.",
+        "largest": "What the key that receives most has under these rows, times that under uniform attention; chosen by other rows.",
+        "gini": "Inequality of received mass: 0 alike, near 1 all on one key.",
+        "entropy": "Of received mass, as a share of the highest possible.",
+        "exclusive": "Lowest conserved intake of a row: small where a row lives on keys that all look at.",
+        "rate": "Coding rate of the values, nats.",
+        "spread": "0: values on one line, 1: evenly spread.",
+        "sparsity": "Share of numbers of what enters the layer that are below 0.001 of their root mean square.",
+    }
+    | {
+        f"{name}_uniform": f"{name} under uniform attention over what each position sees."
+        for name in ("largest", "gini", "entropy", "exclusive")
+    }
+    | {
+        part: text
+        for shape, words in (
+            ("row", "the patch's own row"),
+            ("column", "the patch's own column"),
+            ("criss_cross", "its own row or column"),
+            ("window", "its own window"),
+            ("dilated", "every second row and column from it on"),
+        )
+        for part, text in (
+            (f"{shape}_uniform", f"Share of {words} under uniform attention."),
+            *(
+                [(shape, f"Share of the attention on patches that lies in {words}.")]
+                if shape not in ("row", "column")
+                else []
+            ),
+        )
+    }
+)

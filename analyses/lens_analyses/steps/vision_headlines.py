@@ -1,30 +1,68 @@
 """The chief sentences of pictures: each a number beside its baseline."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from lens.runs.headlines import Headline
-from lens.traces.overlays import Overlay
+from lens.stats.intervals import known_mean, over_rows
+from lens.traces.overlays import heads_of
+from lens.traces.tiles import sees
+from lens.traces.trace import AttentionTrace
+from lens.vision._patches import grid_of
 from lens.vision.knocking import KnockOut
 from lens.vision.rings import Shapes
 from lens.vision.routes import TextFlow
 
 
-def strongest(title: str, name: str, found: Overlay) -> Iterator[Headline]:
-    """Of the map that is most on one patch: how many times what uniform attention has there."""
-    values = np.nan_to_num(found.values).reshape(len(found.names), -1)
-    times = values.max(-1) / values.mean(-1)
-    best = int(times.argmax())
-    row, column = np.unravel_index(int(values[best].argmax()), found.values.shape[1:])
+def strongest(
+    title: str, name: str, trace: AttentionTrace, maps: Sequence[str], seed: int
+) -> Iterator[Headline]:
+    """The patch that rows look at most in one of these maps, as a multiple of what it has under uniform attention.
+
+    Some patch always has most. Map and patch are chosen by every second row, and the number is of the rows between, with its
+    interval over them: 1 where rows have no patch in common.
+    """
+    grid = grid_of(trace)
+    start, end = grid.span
+    is_text = trace.attrs["segments"] is not None and end < trace.length
+    rows = (end, trace.length) if is_text else grid.span
+    if rows[1] - rows[0] < 2:
+        return
+    even = {layer: _of_rows(trace, layer, rows)[:, start:end] for layer in trace.layers}
+    chosen = (0.0, "", 0, np.empty(0))
+    for one in maps:
+        members = heads_of(trace, one)
+        fair = np.mean([even[head.layer] for head in members], 0)
+        found = np.mean([trace.tile(*head, rows, grid.span) for head in members], 0)
+        times = np.where(fair > 0, found / np.where(fair > 0, fair, 1), np.nan)
+        first, rest = known_mean(times[::2], 0), known_mean(times[1::2], 0)
+        first = np.where(np.isnan(rest), -np.inf, np.nan_to_num(first))
+        best = int(first.argmax())
+        if first[best] > chosen[0]:
+            chosen = (float(first[best]), one, best, times[1::2, best])
+    _, one, best, times = chosen
+    if not one:
+        return
+    low, high = (float(stop) for stop in over_rows(times, seed))
+    value, seen = float(known_mean(times)), int(np.isfinite(times).sum())
+    if low <= 1:  # chosen as the most, it is no finding as less
+        return
+    row, column = divmod(int(grid.order[best]), grid.width)
     yield Headline(
-        f"{title}, {found.names[best]}, {found.what}: the patch ({row}, {column}) has {times[best]:.1f} times what it has "
-        "under uniform attention.",
-        *(float(times[best]), np.nan, np.nan),
+        f"{title}, {one}: {seen} {'rows of text' if is_text else 'patches'} look at the patch ({row}, {column}) {value:.2f} "
+        f"[{low:.2f}, {high:.2f}] times as much as uniform attention does.",
+        *(value, low, high),
         baseline=1.0,
         against="uniform attention",
         figure=name,
     )
+
+
+def _of_rows(trace: AttentionTrace, layer: int, rows: tuple[int, int]) -> np.ndarray:
+    """[rows, keys] uniform attention over what these rows see."""
+    seen = sees(trace.dataset, layer, rows)
+    return seen / np.maximum(seen.sum(-1, keepdims=True), 1)
 
 
 def crossing(title: str, name: str, found: Shapes) -> Iterator[Headline]:

@@ -1,0 +1,37 @@
+"""Chief sentences of pictures: only what rows have in common that uniform attention has not."""
+
+import numpy as np
+import pytest
+from lens_analyses.steps.vision_headlines import strongest
+
+from lens.runs.headlines import those_that_stand
+from tests.lens.pictures import planted
+
+MAPS = ["L0", "L0H0", "L0H1", "L0H2", "mean"]
+
+
+def told(patterns, special=0):
+    trace = planted(patterns[None], 6, 6, special=special)
+    return those_that_stand(strongest("a picture", "p000", trace, MAPS, 0))
+
+
+def test_no_patch_is_a_headline_where_rows_have_none_in_common():
+    """Of 36 patches some receives most: 1.6 times the mean and more, in every draw."""
+    random = np.random.default_rng(0)
+    found = 0
+    for _ in range(20):
+        patterns = random.dirichlet(np.full(36, 0.3), (3, 36))
+        assert patterns.sum(1).max() > 1.6
+        found += len(told(patterns))
+    assert found <= 2  # an interval of 95 % misses now and then
+    assert told(np.full((3, 36, 36), 1 / 36)) == ()
+
+
+def test_the_patch_that_rows_look_at_is_one():
+    patterns = np.random.default_rng(1).dirichlet(np.full(37, 0.3), (3, 37))
+    patterns[2] *= 0.5
+    patterns[2, :, 1 + 8] += 0.5  # patch (1, 2)
+    (one,) = told(patterns, special=1)
+    assert "L0H2: 18 patches look at the patch (1, 2)" in one.text
+    assert one.value == pytest.approx(37 * patterns[2, 2::2, 9].mean(), rel=1e-4)
+    assert 1 < one.low < one.value < one.high
