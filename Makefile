@@ -72,8 +72,12 @@ $(VENV)/.triton-3.6: $(BIN)/python
 	@touch $@
 
 # Three workers of one thread each: on two cores one is always waiting, for a browser or a process of its own.
-test: lint types browser $(VENV)/.triton-3.6
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+# Types are checked beside them, and fail the command too. What pytest made of the test files is kept for the next time.
+unexport PYTHONDONTWRITEBYTECODE
+test: lint browser $(VENV)/.triton-3.6
+	@$(MAKE) --no-print-directory types & types=$$!; \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder; tests=$$?; \
+	wait $$types && exit $$tests
 
 exhaustive: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m exhaustive

@@ -1,10 +1,6 @@
 """One small run of the default model, made once, that the tests of this folder read."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +10,8 @@ from typer.testing import CliRunner
 
 from lens.runs import open_run
 
-ROOT = Path(__file__).parents[2]
+from .started import Started
+
 TEXT = "--text-name moby-dick --tokens 61 --windows 3"
 ARGUMENTS = ["run", *TEXT.split(), "--copied", "2", "--copied-length", "11", "--block-size", "7"]
 
@@ -80,31 +77,15 @@ def run_folder(lens_command, tmp_path_factory) -> Path:
     return Path(answer.json["path"])
 
 
-def _hears_ctrl_c():
-    """A test run that was put in the background ignores Ctrl-C, and so would what it starts."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 @pytest.fixture
 def spawn_lens():
     """Start `lens ...` as a process of its own; killed at the end if it still runs."""
     started = []
-    folders = [ROOT, *(ROOT / name for name in ("kernels", "analyses", "dashboards"))]
 
-    def spawn(*arguments: object) -> subprocess.Popen:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "lens_analyses", *map(str, arguments)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, folders))},
-            preexec_fn=_hears_ctrl_c,
-        )
-        started.append(process)
-        return process
+    def spawn(*arguments: object, complaints: int | None = None) -> Started:
+        started.append(Started(*arguments, complaints=complaints))
+        return started[-1]
 
     yield spawn
     for process in started:
-        if process.poll() is None:
-            process.kill()
-        process.communicate()
+        process.end()

@@ -230,7 +230,7 @@ def test_view_serves_a_page(spawn_lens, run_folder):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     process = spawn_lens("view", run_folder.parent, "--port", port)
-    assert process.stderr.readline().startswith(f"dashboard: http://127.0.0.1:{port}/")
+    assert process.complaint().startswith(f"dashboard: http://127.0.0.1:{port}/")
     for _ in range(600):
         try:
             with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=5) as page:

@@ -133,11 +133,11 @@ def test_a_reader_that_goes_away_is_no_traceback(tmp_path):
     assert (process.returncode, said) == (1, "")
 
 
-def test_a_run_goes_on_when_nobody_reads_its_log(tmp_path):
+def test_a_run_goes_on_when_nobody_reads_its_log(spawn_lens, tmp_path):
     reading, writing = os.pipe()
     os.close(reading)
     arguments = [one for one in SMALL if one != "--quiet"]
-    process = command(*arguments, "--out", str(tmp_path), stdout=subprocess.PIPE, stderr=writing)
+    process = spawn_lens(*arguments, "--out", tmp_path, complaints=writing)
     os.close(writing)
     assert process.communicate()[0]
     assert process.returncode == 0
