@@ -105,7 +105,7 @@ class Together:
             one.steps = call.step + 1
         at, output = self._all[0].keys_at(call), None
         call = self.frozen(call, at)
-        if not self._edits or (call.cross and not call.place):
+        if not self._edits or (call.cross and not (call.place or call.extra)):
             return attend(call, backend=self._backend).output
         for numbers in self._sets[call.layer]:
             here = [self._edits[number] for number in numbers]

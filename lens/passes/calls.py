@@ -53,6 +53,8 @@ class LayerCall:
         halves: rows that read the second half of each value, others the first (Longformer's global tokens, whose
             projections are others); queries, of which half is 0, keys and values are twice as wide then. None: no halves.
         query_places, key_places: what its positions are, where the layer itself says it (patches of a stage).
+        extra: names of the last keys, which are no positions of the prompt (LongT5's blocks, PegasusX's global tokens);
+            of as many queries as keys the last queries are the same.
     """
 
     query: Float[Tensor, "batch heads queries head_dim"]
@@ -73,6 +75,7 @@ class LayerCall:
     query_places: Places | None = None
     key_places: Places | None = None
     halves: Bool[Tensor, "batch queries"] | None = None
+    extra: tuple[str, ...] = ()
 
     @property
     def cross(self) -> bool:

@@ -80,6 +80,7 @@ def lens_attention(
     position_bias: torch.Tensor | None = None,
     indices: torch.Tensor | None = None,
     halves: torch.Tensor | None = None,
+    extra: tuple[str, ...] = (),
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """The attention function that is registered with `AttentionInterface`.
@@ -110,7 +111,7 @@ def lens_attention(
         position_bias = added if position_bias is None else position_bias + added
     if indices is not None:
         mask = with_chosen(mask, indices, query.shape[2], key.shape[2])
-    if _crosses(module) or id(module) in listener.crossing:
+    if _crosses(module, listener.crossing) or extra:
         mask = replace(mask, cross=True)
     call = LayerCall(
         query=query,
@@ -122,15 +123,17 @@ def lens_attention(
         sink_logits=s_aux,
         position_bias=position_bias,
         halves=halves,
+        extra=extra,
     )
     return listener.attend(call), None
 
 
-def _crosses(module: nn.Module) -> bool:
-    """Whether a module reads keys of another sequence: it says so, or is a decoder's that is not causal."""
+def _crosses(module: nn.Module, known: frozenset[int]) -> bool:
+    """Whether a module reads keys of another sequence: it is known to or says so, or, where none is known, is a decoder's
+    that is not causal (PegasusX says so of both attentions of its decoder)."""
     of_decoder = getattr(module, "is_decoder", False) and not getattr(module, "is_causal", True)
-    named = "crossattention" in type(module).__name__.lower()
-    return bool(getattr(module, "is_cross_attention", False) or of_decoder or named)
+    named = "crossattention" in type(module).__name__.lower() or id(module) in known
+    return bool(getattr(module, "is_cross_attention", False) or named or (of_decoder and not known))
 
 
 def own_attention(
@@ -144,6 +147,7 @@ def own_attention(
     causal: bool = False,
     window: int | None = None,
     halves: torch.Tensor | None = None,
+    extra: tuple[str, ...] = (),
 ) -> torch.Tensor:
     """That of a module that asks no registry (`lens.passes.computed`): no mask lets everything through."""
     return lens_attention(
@@ -153,6 +157,7 @@ def own_attention(
         position_bias=bias,
         sliding_window=window,
         halves=halves,
+        extra=extra,
     )[0]
 
 

@@ -1,13 +1,16 @@
 """Banded and block-sparse attention that a model computes in pieces, said as a mask of the one attention.
 
 Longformer and LED (arXiv 2004.05150): a band, and global tokens that all see and that see all, with projections of their
-own. BigBird (2007.14062): blocks. LongT5 with local attention (2112.07916): a band with T5's position bias. Each is a
-softmax under a mask, so that a forward pass without the pieces gives the same numbers; `lens.load` proves it.
+own. BigBird (2007.14062): blocks. LongT5 (2112.07916): a band with T5's position bias, and with transient-global attention
+a key for each block behind it. PegasusX (2208.04347): blocks, staggered in every other layer, and global tokens, which
+stand behind the others. Each is a softmax under a mask, so that a forward pass without the pieces gives the same numbers;
+`lens.load` proves it.
 """
 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lens.common.errors import LensError
-from lens.passes.masks import refuse_large
+from lens.passes.masks import HIDDEN, refuse_large
 
 Attend = Callable[..., Tensor]
 """As `lens.passes.interface.own_attention`."""
@@ -121,29 +124,96 @@ def _local(
     output_attentions: bool = False,
 ) -> tuple[Any, ...]:
     """As `LongT5LocalAttention.forward`; the bias that it hands on is that of all positions, with the mask."""
-    length = hidden_states.shape[1]
     query, key, value = _heads(hidden_states, module.n_heads, module.q, module.k, module.v)
     if position_bias is None:
-        refuse_large(length, length, "a position bias")
-        place = torch.arange(length, device=hidden_states.device)
-        position_bias = hidden_states.new_zeros(1, module.n_heads, length, length)
-        if module.has_relative_attention_bias:
-            buckets = module._relative_position_bucket(
-                place - place[:, None],
-                bidirectional=not module.is_decoder,
-                num_buckets=module.relative_attention_num_buckets,
-                max_distance=module.relative_attention_max_distance,
-            )
-            position_bias = module.relative_attention_bias(buckets).permute(2, 0, 1)[None]
-        seen = _band(length, module.block_len, place.device)
+        seen = None
         if mask is not None:
             # [batch, 1, blocks, rows, keys of three blocks]: a row that sees itself is real
             own = mask[..., module.block_len : 2 * module.block_len].diagonal(dim1=-2, dim2=-1)
-            seen = seen & own.flatten(2)[:, :, None, :length].bool()
-        position_bias = position_bias.masked_fill(~seen, -1e10)
+            seen = own.flatten(2)[:, 0, : hidden_states.shape[1]].bool()
+        position_bias = _band_of_t5(module, hidden_states, seen)
     output = attend(module, query, key, value, position_bias, 1.0, None)
     output = module.o(output.flatten(2))
     return (output, position_bias, *[None] * output_attentions)
+
+
+def _transient(
+    module: Any,
+    attend: Attend,
+    hidden_states: Tensor,
+    mask: Tensor | None = None,
+    position_bias: Any = None,
+    output_attentions: bool = False,
+) -> tuple[Any, ...]:
+    """As `LongT5TransientGlobalAttention.forward`: the sums of blocks are keys too."""
+    made: Any = sys.modules[type(module).__module__]
+    mask = hidden_states.new_ones(hidden_states.shape[:2]) if mask is None else mask
+    blocks, segments = made._make_global_fixed_block_ids(mask, module.global_block_size)
+    count = segments.shape[-1]
+    sums = made._create_global_aggregates(hidden_states, blocks, count)
+    sums = module.global_input_layer_norm(sums)
+    query, key, value = _heads(hidden_states, module.n_heads, module.q, module.k, module.v)
+    of_blocks = _heads(sums, module.n_heads, module.k, module.v)
+    key, value = (torch.cat(pair, 2) for pair in zip((key, value), of_blocks, strict=True))
+    if position_bias is None:
+        beside = module.compute_side_bias(mask, segments)
+        own = _band_of_t5(module, hidden_states, mask.bool())
+        own = own.expand(len(beside), -1, -1, -1)
+        position_bias = torch.cat([own, beside.to(own)], -1)
+    extra = tuple(f"[block {number}]" for number in range(count))
+    output = attend(module, query, key, value, position_bias, 1.0, None, extra=extra)
+    output = module.o(output.flatten(2))
+    return (output, position_bias, *[None] * output_attentions)
+
+
+def _band_of_t5(module: Any, hidden_states: Tensor, real: Tensor | None) -> Tensor:
+    """T5's position bias of all positions, [batch | 1, heads, length, length], very low outside of LongT5's band."""
+    length = hidden_states.shape[1]
+    refuse_large(length, length, "a position bias")
+    place = torch.arange(length, device=hidden_states.device)
+    bias = hidden_states.new_zeros(1, module.n_heads, length, length)
+    if module.has_relative_attention_bias:
+        buckets = module._relative_position_bucket(
+            place - place[:, None],
+            bidirectional=not module.is_decoder,
+            num_buckets=module.relative_attention_num_buckets,
+            max_distance=module.relative_attention_max_distance,
+        )
+        bias = module.relative_attention_bias(buckets).permute(2, 0, 1)[None]
+    seen = _band(length, module.block_len, place.device)
+    if real is not None:
+        seen = seen & real[:, None, None]
+    return bias.masked_fill(~seen, -1e10)
+
+
+def _global_local(
+    module: Any,
+    attend: Attend,
+    token_hidden_states: Tensor,
+    global_hidden_states: Tensor,
+    attention_mask: Tensor,
+    **_: Any,
+) -> tuple[Any, ...]:
+    """As `PegasusXGlobalLocalAttention.forward`: tokens see those of their block and the global ones, these see all."""
+    whole, count = token_hidden_states.shape[1], global_hidden_states.shape[1]
+    real = attention_mask > HIDDEN
+    places = real.any(0).nonzero()
+    first, past = int(places.min()), int(places.max()) + 1
+    length = past - first
+    refuse_large(length + count, length + count, "blocks")
+    states = torch.cat([token_hidden_states[:, first:past], global_hidden_states], 1)
+    parts = (module.q_proj, module.k_proj, module.v_proj)
+    own = _heads(states, module.num_heads, *parts)
+    block = torch.arange(first, past, device=real.device) // module.block_size
+    allowed = nn.functional.pad(block[:, None] == block, (0, count, 0, count), value=True)
+    allowed = allowed & nn.functional.pad(real[:, first:past], (0, count), value=True)[:, None]
+    extra = tuple(f"[global {number}]" for number in range(count))
+    scale = module.head_dim**-0.5
+    output = module.out_proj(
+        attend(module, *own, allowed[:, None], scale, None, extra=extra).flatten(2)
+    )
+    tokens = nn.functional.pad(output[:, :length], (0, 0, first, whole - past))
+    return tokens, output[:, length:], None
 
 
 _FORMS: dict[str, Callable[..., Any]] = {
@@ -152,6 +222,8 @@ _FORMS: dict[str, Callable[..., Any]] = {
     "BigBirdBlockSparseAttention": _bigbird,
     "BigBirdPegasusBlockSparseAttention": _bigbird,
     "LongT5LocalAttention": _local,
+    "LongT5TransientGlobalAttention": _transient,
+    "PegasusXGlobalLocalAttention": _global_local,
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,8 +37,11 @@ class Axis:
     seconds: float | None = None
 
 
-def keys_of(model: LoadedModel, prompt: Prompt, length: int) -> Axis:
-    """The keys of a trace of `model`; of an encoder-decoder of its chosen part."""
+def keys_of(model: LoadedModel, prompt: Prompt, length: int, extra: Sequence[str] = ()) -> Axis:
+    """The keys of a trace of `model`, the last called `extra`; of an encoder-decoder of its chosen part."""
+    if extra:
+        own = keys_of(model, prompt, length - len(extra))
+        return replace(own, ids=[*own.ids, *[-1] * len(extra)], names=[*own.names, *extra])
     if model.chosen == "decoder":
         return _tokens(model, prompt.target, length)
     if prompt.ids and (not model.parts or len(prompt.ids) == length):

@@ -91,6 +91,7 @@ class LayerRecord:
         seen: [2, queries], first key that each query sees and one past its last, where `causal` and `window` do not say it.
         partition: [keys], which of them see each other, where they fall into parts (windows).
         query_places, key_places: what its positions are, where the layer itself says it.
+        extra: as in `LayerCall`.
         variables: name -> [batch, ...] tensor on the CPU: what was asked for, float32, and always
             `visible` (int32 [batch, keys], the number of queries that see a key).
     """
@@ -118,6 +119,7 @@ class LayerRecord:
     partition: torch.Tensor | None = None
     query_places: Places | None = None
     key_places: Places | None = None
+    extra: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         where = f"{self.place} " if self.place else ""
@@ -214,6 +216,7 @@ def measure(
         partition=partition(call.mask) if ranges is None else None,
         query_places=call.query_places,
         key_places=call.key_places,
+        extra=call.extra,
     )
     return result.output, record
 

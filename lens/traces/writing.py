@@ -63,11 +63,13 @@ class Writing:
             )
         for own in self._settings.labels:
             own.check(layers[0].keys)
-        keys = _axis(layers[0].key_places) or keys_of(model, prompt, layers[0].keys)
-        rows = None
-        if layers[0].cross:
-            own = _axis(layers[0].query_places)
-            rows = own or queries_of(model, prompt, layers[0].queries)
+        first, rows = layers[0], None
+        keys = _axis(first.key_places) or keys_of(model, prompt, first.keys, first.extra)
+        if first.extra:
+            own = first.extra if first.queries == first.keys else ()
+            rows = keys_of(model, prompt, first.queries, own)
+        elif first.cross:
+            rows = _axis(first.query_places) or queries_of(model, prompt, first.queries)
         more: dict[str, Any] = {"segments": self._segments, "patches": keys.patches}
         if rows is not None and rows.patches is not None:
             more |= {"query_patches": rows.patches}

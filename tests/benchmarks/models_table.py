@@ -256,12 +256,15 @@ def _difference(found: Any, own: Any) -> float:
 
 def _attentions(model: Any, inputs: dict[str, Any]) -> list[Any] | None:
     """Eager probabilities of the model's own forward pass; None where it returns none."""
+    import torch
+
     try:
         found = model(**inputs, output_attentions=True)
     except Exception:  # it takes no such argument
         return None
     weights = getattr(found, "attentions", None)
-    return [one for one in weights if one is not None] if weights else None
+    kept = [one for one in weights or () if one is not None]
+    return kept if kept and all(map(torch.is_tensor, kept)) else None  # PegasusX gives two of each layer
 
 
 def _analyse(name: str, model: Any, trace: Any) -> None:

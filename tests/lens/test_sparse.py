@@ -34,11 +34,16 @@ BIRD |= {
 }
 T5 = {"d_model": 24, "d_kv": 8, "num_heads": 3, "d_ff": 20, "num_layers": 2, "vocab_size": 53}
 T5 |= {"local_radius": 3, "encoder_attention_type": "local", "num_decoder_layers": 1}
+PEGASUS = {name: LED[name] for name in LED if name[-4:] not in ("ndow", "ings")}
 CONFIGS = {
     "longformer": lambda: transformers.LongformerConfig(**LONGFORMER),
     "led": lambda: transformers.LEDConfig(**LED),
     "bigbird": lambda: transformers.BigBirdConfig(**BIRD, max_position_embeddings=64),
     "longt5": lambda: transformers.LongT5Config(**T5),
+    "longt5 global": lambda: transformers.LongT5Config(
+        **{**T5, "encoder_attention_type": "transient-global", "global_block_size": 5}
+    ),
+    "pegasus x": lambda: transformers.PegasusXConfig(**PEGASUS, block_size=6, num_global_tokens=4),
 }
 IDS = torch.randint(5, 53, (1, 29), generator=torch.Generator().manual_seed(3))
 
@@ -225,3 +230,74 @@ def test_longt5_is_a_band_with_the_bias_of_t5():
             expected = weights[0, block, :, place].numpy()
             np.testing.assert_allclose(found[:, row, keys[inside]], expected[:, inside], atol=1e-5)
         np.testing.assert_allclose(found.sum(-1), 1, atol=1e-5)
+
+
+def own_probabilities(root, kind, place, inputs):
+    """What modules of a class return at a place of their output."""
+    found = []
+    modules = [one for one in root.modules() if type(one).__name__ == kind]
+    hooks = [
+        one.register_forward_hook(lambda *given: found.append(given[-1][place])) for one in modules
+    ]
+    with torch.no_grad():
+        output = root(**inputs).last_hidden_state
+    for hook in hooks:
+        hook.remove()
+    return output, found
+
+
+def test_longt5_sees_the_sums_of_its_blocks_too():
+    root = built("longt5 global").get_encoder()
+    model = lens.load(root)
+    trace = lens.capture(model, IDS, block_size=1, progress=False)[0]
+    asked = {"input_ids": IDS, "output_attentions": True}
+    kind = "LongT5TransientGlobalAttention"
+    output, weights = own_probabilities(root, kind, 2, asked)
+    assert (model.check or 0) < 1e-5
+    assert trace.tokens[28:] == [str(int(IDS[0, 28])), *(f"[block {block}]" for block in range(5))]
+    assert trace.query_tokens == trace.tokens[:29]
+    for layer, pieces in enumerate(
+        weights
+    ):  # [1, blocks, heads, rows, keys of three blocks, then 5]
+        whole = np.zeros((3, 40, 53))
+        for block, own in enumerate(pieces[0].numpy()):
+            whole[:, 4 * block : 4 * block + 4, 4 * block : 4 * block + 12] = own[..., :-5]
+        found = trace.block_mass.values[layer]
+        np.testing.assert_allclose(found[..., :29], whole[:, :29, 4:33], atol=1e-5)
+        beside = pieces[0, ..., -5:].permute(1, 0, 2, 3).flatten(1, 2)[:, :29]
+        np.testing.assert_allclose(found[..., 29:], beside, atol=1e-5)
+    with torch.no_grad(), lens.edit(model, lens.edits.Ablate(["L0H0"])):
+        edited = root(input_ids=IDS)[0]
+    root.block[0].layer[0].TransientGlobalSelfAttention.o.weight.data[:, :8] = 0
+    with torch.no_grad():
+        torch.testing.assert_close(edited, root(input_ids=IDS)[0], atol=1e-5, rtol=1e-5)
+    assert float((edited - output).abs().max()) > 1e-3
+
+
+def test_the_global_tokens_of_pegasus_x_stand_behind_the_others():
+    root = built("pegasus x")
+    model = lens.load(root)
+    assert (model.check or 0) < 1e-5
+    target = torch.tensor([[1, 7, 9]])
+    traces = lens.capture(model, (IDS[0], target[0].tolist()), block_size=1, progress=False)
+    encoder = traces.encoder
+    assert (traces.decoder.cross, traces.cross.cross) == (False, True)
+    assert encoder.tokens == encoder.query_tokens
+    assert encoder.tokens[29:] == [f"[global {number}]" for number in range(4)]
+    inputs = {"input_ids": IDS, "decoder_input_ids": target}
+    _, weights = own_probabilities(root, "PegasusXGlobalLocalAttention", 2, inputs)
+    for layer, own in enumerate(weights):
+        found, start = encoder.block_mass.values[layer], 3 * (layer % 2)  # every other is staggered
+        tokens, everywhere = own["local"][0].numpy(), own["global"][0].numpy()
+        np.testing.assert_allclose(found[:, 29:, 29:], everywhere[..., :4], atol=1e-5)
+        np.testing.assert_allclose(
+            found[:, 29:, :29], everywhere[..., 4 + start : 33 + start], atol=1e-5
+        )
+        whole = np.zeros((3, tokens.shape[1] * 6, tokens.shape[1] * 6))
+        for block in range(tokens.shape[1]):
+            own = slice(6 * block, 6 * block + 6)
+            whole[:, own, own] = tokens[:, block, :, 4:]
+        inside = slice(start, start + 29)
+        np.testing.assert_allclose(found[:, :29, :29], whole[:, inside, inside], atol=1e-5)
+        beside = tokens[..., :4].reshape(3, -1, 4)[:, inside]
+        np.testing.assert_allclose(found[:, :29, 29:], beside, atol=1e-5)
