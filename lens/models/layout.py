@@ -14,6 +14,7 @@ from lens.models.architectures import ARCHITECTURES, Architecture
 from lens.models.bare import bare
 from lens.models.loaded import LoadedModel, check_loaded
 from lens.models.parts import Block, Layout, Norm, setting
+from lens.models.sizes import reads_picture_first
 from lens.models.weights import matrix
 
 
@@ -38,6 +39,11 @@ def layout(model: LoadedModel) -> Layout:
     model.info.check_all_attend(
         "what rests on the parts of each layer (circuits, direct attribution, weights)"
     )
+    if not model.is_bridge and reads_picture_first(root):
+        raise LensError(
+            f"{model.info.class_name} runs on no text without a picture; load its language model alone: "
+            "lens.load(model.language_model)"
+        )
     if row is None:
         raise LensError(
             f"where {kind!r} keeps its parts is not known here; known: {', '.join(ARCHITECTURES)}"

@@ -27,7 +27,13 @@ from lens.models.catalogue import DEFAULT_MODEL, KNOWN, is_hub_id, unknown_model
 from lens.models.loaded import LoadedModel, ModelInfo, is_bridge
 from lens.models.processors import read_processor
 from lens.models.quantised import class_of, names_tokens, readable_weights
-from lens.models.sizes import describe, describe_bridge, in_stages
+from lens.models.sizes import (
+    describe,
+    describe_bridge,
+    in_stages,
+    reads_picture_first,
+    reads_pictured_text,
+)
 from lens.models.stacks import stacks
 from lens.models.stages import stages
 from lens.models.tokens import check_fit
@@ -321,15 +327,21 @@ def _described(
     model: PreTrainedModel, tokenizer: Any, name: str, revision: str | None = None
 ) -> LoadedModel:
     """With its sizes; those of parts (an encoder-decoder's, stages) are measured by the self-check."""
+    takes = inspect.signature(model.forward).parameters
     if halves := stacks(model):
+        if {"input_ids", "decoder_input_ids"} <= takes.keys() and reads_picture_first(model):
+            raise LensError(
+                f"{type(model).__name__} reads a picture and a text by an encoder-decoder, whose source is then no row of "
+                "tokens; pass one part of it: lens.load(model.language_model)"
+            )
         info = describe(model)
         names = PARTS if halves.encoder is not None else PARTS[1:]
         parts: dict[str, ModelInfo] = dict.fromkeys(names, info)
         return LoadedModel(model, tokenizer, name, revision, info, parts=parts)
-    if "decoder_input_ids" in inspect.signature(model.forward).parameters:
+    if "decoder_input_ids" in takes and not reads_pictured_text(model):
         raise LensError(
             f"{type(model).__name__} reads a decoder's input and has no encoder and decoder of its own that are "
-            "known here; pass one part of it: lens.load(model.get_decoder())"
+            "known here, nor an image token in its configuration; pass one part of it: lens.load(model.language_model)"
         )
     if towers := described_towers(model, tokenizer, name, revision):
         first = next(iter(towers.values())).info

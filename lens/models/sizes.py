@@ -20,10 +20,11 @@ def describe(model: Any, licence: str = "unknown") -> ModelInfo:
     config = model.config.get_text_config()
     sizes = [_setting(config, name) for name in _SIZES]
     layers, heads, hidden = (size if isinstance(size, int) else 0 for size in sizes)
-    if not (layers and heads and hidden):
+    if missing := [n for n, size in zip(_SIZES, (layers, heads, hidden), strict=True) if not size]:
         raise LensError(
-            f"cannot read the sizes of {type(model).__name__}: its {type(config).__name__} must have "
-            f"the integers {', '.join(_SIZES)}; pass one tower of the model"
+            f"cannot read the sizes of {type(model).__name__}: its {type(config).__name__} has no integer "
+            f"{', '.join(missing)}; pass one tower of the model, a model of mixers alone (Mamba, RWKV) to "
+            "lens.mixers.capture, and attention of another kind to lens.passes.wrap"
         )
     return ModelInfo(
         layers=layers,
@@ -45,7 +46,7 @@ def in_stages(model: Any, licence: str = "unknown") -> ModelInfo:
     return ModelInfo(
         **ones,
         vocab=None,
-        context=None,
+        context=_context(model, model.config) if reads_tokens(model) else None,
         parameters=_parameters(model),
         licence=licence,
         class_name=type(model).__name__,
@@ -86,6 +87,21 @@ def image_token(config: Any) -> int | None:
         if isinstance(number, int):
             return number
     return None
+
+
+def reads_pictured_text(model: Any) -> bool:
+    """Whether it reads a text with image tokens by a language model that is no encoder-decoder."""
+    config = getattr(model, "config", None)
+    if config is None or image_token(config) is None or not reads_tokens(model):
+        return False
+    return not config.get_text_config().is_encoder_decoder
+
+
+def reads_picture_first(model: Any) -> bool:
+    """Whether it reads tokens, and runs on them only beside a picture."""
+    pixels = inspect.signature(model.forward).parameters.get("pixel_values")
+    needed = pixels is not None and pixels.default is inspect.Parameter.empty
+    return needed and reads_tokens(model)
 
 
 def describe_bridge(bridge: Any) -> ModelInfo:

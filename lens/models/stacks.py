@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import nn
 
+from lens.models.sizes import reads_pictured_text
+
 _CROSS = re.compile(r"cross|encoder_attn|encdec", re.IGNORECASE)
 
 
@@ -23,6 +25,8 @@ class Stacks:
 def stacks(model: Any) -> Stacks | None:
     """The halves of a transformers model that is an encoder-decoder; None of any other."""
     takes = inspect.signature(model.forward).parameters
+    if reads_pictured_text(model):  # BLIP-2 takes a decoder's input too, for other language models
+        return None
     if "decoder_input_ids" in takes:
         encoder, decoder = model.get_encoder(), model.get_decoder()
         is_whole = encoder is not decoder and model not in (encoder, decoder)

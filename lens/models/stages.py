@@ -1,7 +1,8 @@
-"""Vision models of several parts: stages with positions and heads of their own number (Swin, SegFormer, PVT), axes."""
+"""Models of several parts: stages with positions and heads of their own number (Swin, SegFormer, PVT, Canine), axes."""
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from torch import nn
@@ -12,9 +13,20 @@ from lens.models.stacks import attends, layers_of
 def stages(model: Any) -> dict[str, list[nn.Module]]:
     """The layers of each stage, by "stage0", "stage1", ...; nothing of a model whose layers are one list.
 
-    Of a TimeSformer, whose layers attend along the frames and then within each, what does so: "time" and "space".
+    Of a TimeSformer, whose layers attend along the frames and then within each, what does so: "time" and "space". Of a Canine
+    "initial" and "final", of characters, and between them "molecules". A layer of Hiera that pools its queries has the keys
+    of the stage before, so it is a part of its own: "pool1".
     """
-    if getattr(model, "main_input_name", None) != "pixel_values":
+    base: Any = getattr(model, "base_model", model)
+    if hasattr(base, "initial_char_encoder"):
+        ends = base.initial_char_encoder, base.encoder, base.final_char_encoder
+        return {
+            name: list(one.layer)
+            for name, one in zip(("initial", "molecules", "final"), ends, strict=True)
+        }
+    takes = inspect.signature(model.forward).parameters
+    alone = "pixel_values" in takes and "input_ids" not in takes
+    if getattr(model, "main_input_name", None) != "pixel_values" and not alone:
         return {}
     layers: list[Any] = layers_of(model)
     if layers and all(hasattr(one, "temporal_attention") for one in layers):
@@ -25,7 +37,12 @@ def stages(model: Any) -> dict[str, list[nn.Module]]:
     found = [_layers_within(one) for one in layers]
     if not all(found):
         return {}
-    return {f"stage{number}": layers for number, layers in enumerate(found)}
+    parts: dict[str, list[nn.Module]] = {}
+    for number, layers in enumerate(found):
+        pools = [one for one in layers if getattr(one, "query_stride", 1) > 1]
+        parts |= {f"pool{number}": pools} if pools else {}
+        parts[f"stage{number}"] = [one for one in layers if one not in pools]
+    return {name: layers for name, layers in parts.items() if layers}
 
 
 def _layers_within(module: nn.Module) -> list[nn.Module]:

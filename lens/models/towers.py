@@ -9,7 +9,8 @@ from transformers import PreTrainedModel
 
 from lens.common.errors import LensError
 from lens.models.loaded import LoadedModel
-from lens.models.sizes import describe, image_token, reads_tokens
+from lens.models.sizes import describe, image_token, in_stages, reads_tokens
+from lens.models.stages import stages
 
 _ENDING = re.compile(r"_(model|tower|encoder)$")
 
@@ -41,6 +42,16 @@ def described_towers(
         short = _ENDING.sub("", path)
         own = tokenizer if reads_tokens(one) else None
         try:
+            if staged := stages(one):
+                parts = dict.fromkeys(staged, in_stages(one))
+                for stage in parts:  # a tower in stages (GroupViT) has a trace for each
+                    within = f"{short}_{stage}"
+                    found[within] = LoadedModel(
+                        *(one, own, f"{name} {within}", revision, parts[stage]),
+                        parts=parts,
+                        chosen=stage,
+                    )
+                continue
             found[short] = LoadedModel(one, own, f"{name} {short}", revision, describe(one))
         except LensError as error:
             raise LensError(

@@ -40,7 +40,8 @@ class LayerCall:
         key, value: [batch, kv_heads, keys, head_dim].
         mask: which keys each query sees.
         scale, softcap: of the logits.
-        sink_logits: [heads], learned sinks, or None.
+        sink_logits: [heads], learned sinks, or None. Where a model has one of each query (Inkling 2), logits are those
+            above it, and these are 0.
         position_bias: added to the logits, broadcastable to [batch, heads, queries, keys], or None.
         tokens: [batch, keys], token ids of the keys, or None where they are not known.
         before: [batch], token id before the first key where a cache has dropped it; -1: there is none.

@@ -1,6 +1,7 @@
 """The self-check at load: capture reproduces this very model, or says that it does not."""
 
 import inspect
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -8,10 +9,12 @@ from lens_kernels import AttentionResult
 
 from lens.common.errors import LensError
 from lens.models.loaded import LoadedModel
+from lens.models.sizes import image_token, reads_picture_first
 from lens.models.wrapped import Wrapped
 from lens.passes.calls import LayerCall, attend
 from lens.passes.inputs import model_input
 from lens.passes.interface import switched
+from lens.passes.pictures import hides_at_random
 from lens.passes.sessions import PACKED, listening, run, transformer
 from lens.passes.sparse import shortest
 
@@ -136,8 +139,7 @@ def _refuse_random(model: LoadedModel, inputs: dict[str, torch.Tensor], own: tor
     if again.shape != own.shape or bool((again != own).any()):
         raise LensError(
             f"{model.info.class_name} is random: run twice on {_PROMPT} it gives two different outputs "
-            "(random masking, as in ViT-MAE, or sampling inside), so that a trace would be of one draw; "
-            "load a model without it (the weights of ViTMAEModel go into ViTModel)"
+            "(masking or sampling inside), so that a trace would be of one draw; load a model without it"
         )
 
 
@@ -147,6 +149,9 @@ def _output(
     output: Any = run(model, inputs, what)
     if isinstance(output, torch.Tensor):
         return output.double()
+    output = getattr(
+        output, "language_model_outputs", output
+    )  # of InstructBLIP, which has no logits
     found = output[0] if len(output) else None
     if not isinstance(found, torch.Tensor):
         raise LensError(
@@ -177,13 +182,36 @@ def tiny_inputs(model: LoadedModel) -> dict[str, torch.Tensor]:
         return _patches(model, generator)
     if name not in ("input_ids", "inputs_embeds"):
         shape = _noise(model, name)
-        pixels = torch.randn(1, *shape, generator=generator)
-        return {name: pixels.to(model.device, model.dtype)}
+        pixels = torch.randn(1, *shape, generator=generator).to(model.device, model.dtype)
+        if hides_at_random(model):
+            side = model.model.config.patch_size
+            noise = torch.rand(1, shape[1] // side * (shape[2] // side), generator=generator)
+            return {name: pixels, "noise": noise.to(model.device, model.dtype)}
+        return {name: pixels}
     vocab = model.info.vocab or _CHARACTERS
     ids = torch.randint(vocab, (1, _length(model)), generator=generator)
     if model.bos_id is not None:
         ids[0, 0] = model.bos_id
+    if not model.is_bridge and reads_picture_first(model.model):
+        return _pictured(model, ids, generator)
     return {"input_ids": ids.to(model.device)}
+
+
+def _pictured(
+    model: LoadedModel, ids: torch.Tensor, generator: torch.Generator
+) -> dict[str, torch.Tensor]:
+    """A text with the image tokens of one picture before it, for a model that reads no text alone (BLIP-2)."""
+    config: Any = model.model.config
+    image = image_token(config)
+    assert image is not None
+    ids[ids == image] = image - 1
+    tokens = torch.full((1, config.num_query_tokens), image)
+    sides = _noise(replace(model, model=model.model.vision_model), "pixel_values")
+    pixels = torch.randn(1, *sides, generator=generator).to(model.device, model.dtype)
+    found = {"input_ids": torch.cat([tokens, ids], 1), "pixel_values": pixels}
+    if "qformer_input_ids" in inspect.signature(model.model.forward).parameters:
+        found["qformer_input_ids"] = ids % config.qformer_config.vocab_size
+    return {name: one.to(model.device) for name, one in found.items()}
 
 
 def _length(model: LoadedModel) -> int:

@@ -42,6 +42,8 @@ Attend = Callable[..., Tensor]
 """(module, query, key, value, mask, scale, bias, causal) -> [batch, queries, heads, value_dim]."""
 
 
+_OVER_DEPTH = {"Inkling2BlockAttentionResidual"}
+"""Modules that attend from each token to its own states of earlier layers, and to no other token."""
 _OF_TORCH = {"scaled_dot_product_attention", "multi_head_attention_forward"}
 
 
@@ -61,7 +63,8 @@ def following(
         heads: of modules that fold them into the batch and do not say how many.
     """
     if modules is None:
-        modules = [one for one in root.modules() if _computes_attention(type(one))]
+        every = root.modules()
+        modules = [one for one in every if form_of(one) or _computes_attention(type(one))]
     with ExitStack() as stack:
         modules = list(modules)
         if any(
@@ -79,7 +82,12 @@ def following(
 @cache
 def _computes_attention(kind: type[nn.Module]) -> bool:
     """Whether a class normalises scores itself, or asks torch for its attention: its source says so."""
-    if "att" not in kind.__name__.lower() or not kind.__module__.startswith("transformers."):
+    name = kind.__name__
+    if (
+        name in _OVER_DEPTH
+        or "att" not in name.lower()
+        or not kind.__module__.startswith("transformers.")
+    ):
         return False
     try:
         source = "".join(

@@ -1,7 +1,7 @@
 """What people pass to `lens.capture`, as one prompt after another: each with its own length, no padding.
 
-What a mapping holds reaches the model as it is: padding at the ends of a prompt is cut off, of every
-input, if the model then computes the same (`lens.passes.padding`); holes stay holes. A name that the model's forward pass does not have is refused, never dropped.
+What a mapping holds reaches the model as it is: padding at the ends of a prompt is cut off, of every input, if the model then
+computes the same (`lens.passes.padding`); holes stay holes. A name that the forward pass does not have is refused.
 """
 
 import hashlib
@@ -16,8 +16,9 @@ import torch
 from lens.common.choices import is_whole
 from lens.common.errors import LensError
 from lens.models.loaded import LoadedModel, check_loaded
+from lens.models.sizes import reads_pictured_text
 from lens.passes.padding import without_padding_before
-from lens.passes.pictures import Picture, is_picture, prepared, reads_pictures_alone
+from lens.passes.pictures import Picture, check_noise, is_picture, prepared, reads_pictures_alone
 from lens.passes.sessions import PACKED, base
 from lens.passes.sounds import is_sound, prepared_sound, reads_sounds
 
@@ -300,6 +301,7 @@ def _from_features(model: LoadedModel, given: Mapping[str, Any]) -> list[Prompt]
             f"inputs must hold {' or '.join(expected)}, got {', '.join(given) or 'nothing'}"
         )
     _check_names(model, given)
+    check_noise(model, given)
     tensors = {name: _tensor(name, value) for name, value in given.items()}
     if PACKED in tensors:
         return _unpacked(model, tensors, main)
@@ -339,10 +341,10 @@ def _unpacked(model: LoadedModel, tensors: Mapping[str, torch.Tensor], main: str
 
 
 def model_input(model: LoadedModel) -> str:
-    """The name of what the model reads: as transformers notes it, which of some vision towers notes another."""
+    """The name of what the model reads: as transformers notes it, which of some vision towers and of BLIP-2 is another."""
     noted, takes = str(getattr(base(model), "main_input_name", "input_ids")), accepted(model)
     if noted in takes:
-        return noted
+        return "input_ids" if reads_pictured_text(base(model)) else noted
     if "pixel_values" in takes:
         return "pixel_values"
     return "hidden_states" if {"hidden_states", PACKED} <= set(takes) else noted
@@ -377,9 +379,8 @@ def _tensor(name: str, value: Any) -> torch.Tensor:
     try:
         return torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise LensError(
-            f"{name} must be a tensor or lists of numbers, got {_shape_of(value)}"
-        ) from error
+        given = _shape_of(value)
+        raise LensError(f"{name} must be a tensor or lists of numbers, got {given}") from error
 
 
 def placed(model: LoadedModel, tensor: torch.Tensor) -> torch.Tensor:
@@ -389,9 +390,8 @@ def placed(model: LoadedModel, tensor: torch.Tensor) -> torch.Tensor:
 def _is_ids(prompt: Any) -> bool:
     if isinstance(prompt, torch.Tensor):
         return prompt.dim() == 1 and not prompt.is_floating_point() and prompt.dtype != torch.bool
-    if isinstance(prompt, (str, bytes)) or not isinstance(prompt, Sequence):
-        return False
-    return len(prompt) > 0 and all(map(is_whole, prompt))
+    is_list = isinstance(prompt, Sequence) and not isinstance(prompt, (str, bytes))
+    return is_list and len(prompt) > 0 and all(map(is_whole, prompt))
 
 
 def _shape_of(prompt: Any) -> str:

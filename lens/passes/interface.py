@@ -77,6 +77,7 @@ def lens_attention(
     softcap: float | None = None,
     is_causal: bool | None = None,
     s_aux: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
     position_bias: torch.Tensor | None = None,
     indices: torch.Tensor | None = None,
     halves: torch.Tensor | None = None,
@@ -109,6 +110,11 @@ def lens_attention(
     mask, added = structure_of(attention_mask, is_causal, sliding_window, query.shape[2])
     if added is not None:
         position_bias = added if position_bias is None else position_bias + added
+    if (
+        sinks is not None
+    ):  # a sink of each query: its logit becomes 0 where it is taken off the row's
+        position_bias = -sinks if position_bias is None else position_bias - sinks
+        s_aux = sinks.new_zeros(sinks.shape[1])
     if indices is not None:
         mask = with_chosen(mask, indices, query.shape[2], key.shape[2])
     if _crosses(module, listener.crossing) or extra:

@@ -67,7 +67,8 @@ def load(
 
 def _tower(loaded: LoadedModel, name: str) -> LoadedModel:
     try:
-        return _proved(loaded.towers[name])
+        tower = loaded.towers[name]
+        return _proved(tower).part(tower.chosen) if tower.chosen else _proved(tower)
     except LensError as error:
         raise LensError(
             f"{loaded.info.class_name} has {len(loaded.towers)} towers ({', '.join(loaded.towers)}), and {name!r} "

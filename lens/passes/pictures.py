@@ -17,7 +17,7 @@ import torch
 
 from lens.common.errors import LensError, first_line
 from lens.models.loaded import LoadedModel
-from lens.models.sizes import image_token
+from lens.models.sizes import image_token, reads_pictured_text
 
 Box = tuple[float, float, float, float]
 _SNAP = 0.2  # pixels of the output: an end this near to a whole pixel is meant to be there
@@ -47,7 +47,26 @@ def is_picture(given: Any) -> bool:
 
 def reads_pictures_alone(model: LoadedModel) -> bool:
     """Whether the model reads pictures and no tokens."""
-    return getattr(model.model, "main_input_name", "") == "pixel_values"
+    alone = getattr(model.model, "main_input_name", "") == "pixel_values"
+    return alone and not reads_pictured_text(model.model)
+
+
+def hides_at_random(model: LoadedModel) -> bool:
+    """Whether the model leaves patches out by an input `noise`, which it draws itself where it is not given (ViT-MAE)."""
+    return any(
+        hasattr(one, "random_masking") and getattr(one, "is_mae", True)
+        for one in model.model.modules()
+    )
+
+
+def check_noise(model: LoadedModel, given: Any) -> None:
+    """Raises LensError: nobody says which patches are left out."""
+    if "noise" not in given and hides_at_random(model):
+        raise LensError(
+            f"{model.info.class_name} leaves patches out by noise that it draws itself; say which: pass "
+            "{'pixel_values': ..., 'noise': [1, patches]}, of which those with the least noise are kept "
+            "(config.mask_ratio = 0.0 keeps all)"
+        )
 
 
 def read_picture(given: Any, channels: int = 3) -> np.ndarray:

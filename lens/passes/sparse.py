@@ -4,7 +4,7 @@ Longformer and LED (arXiv 2004.05150): a band, and global tokens that all see an
 own. BigBird (2007.14062): blocks. LongT5 (2112.07916): a band with T5's position bias, and with transient-global attention
 a key for each block behind it. PegasusX (2208.04347): blocks, staggered in every other layer, and global tokens, which
 stand behind the others. Each is a softmax under a mask, so that a forward pass without the pieces gives the same numbers;
-`lens.load` proves it.
+`lens.load` proves it. So are Canine's chunks of characters (2103.06874); Hiera's mask units stay rows, for `lens.passes.windows`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Attend = Callable[..., Tensor]
 
 def form_of(module: nn.Module) -> Callable[..., Any] | None:
     """What stands for the forward pass of a module: (module, attend, *its arguments); None: it is not of these."""
-    return _FORMS.get(type(module).__name__)
+    return _FORMS.get(type(module).__name__) if getattr(module, "local", True) else None
 
 
 def shortest(config: Any) -> int:
@@ -216,11 +216,52 @@ def _global_local(
     return tokens, output[:, length:], None
 
 
+def _chunks(
+    module: Any,
+    attend: Attend,
+    hidden_states: Tensor,
+    attention_mask: Tensor,
+    output_attentions: bool = False,
+) -> tuple[Any, ...]:
+    """As `CanineAttention.forward` of characters, in chunks side by side."""
+    length, inner = hidden_states.shape[1], module.self
+    refuse_large(length, length, "chunks")
+    parts = (inner.query, inner.key, inner.value)
+    own = _heads(hidden_states, inner.num_attention_heads, *parts)
+    chunk = torch.arange(length, device=hidden_states.device) // module.attend_from_chunk_stride
+    allowed = (chunk[:, None] == chunk) & attention_mask.bool()
+    output = attend(module, *own, allowed[:, None], inner.attention_head_size**-0.5, None)
+    output = module.output(output.flatten(2), hidden_states)
+    return (output, *[None] * output_attentions)
+
+
+def _mask_units(
+    module: Any, attend: Attend, hidden_states: Tensor, output_attentions: bool = False
+) -> tuple[Tensor, None]:
+    """As `HieraMaskUnitAttention.forward`, a row for each unit."""
+    batch, length = hidden_states.shape[:2]
+    stride = module.query_stride
+    inside = stride * module.window_size if module.use_mask_unit_attn else length
+    parts = module.qkv(hidden_states).view(batch, inside, -1, 3, module.num_heads, module.head_dim)
+    query, key, value = parts.permute(3, 0, 2, 4, 1, 5).flatten(1, 2)  # [units, heads, inside, d]
+    if stride > 1:
+        query = query.unflatten(2, (stride, -1)).amax(2)
+    output = attend(module, query, key, value, None, module.scale, None)
+    output = (
+        output.unflatten(0, (batch, -1))
+        .transpose(1, 2)
+        .reshape(batch, -1, module.hidden_size_output)
+    )
+    return module.proj(output), None
+
+
 _FORMS: dict[str, Callable[..., Any]] = {
     "LongformerSelfAttention": _longformer,
     "LEDEncoderSelfAttention": _longformer,
     "BigBirdBlockSparseAttention": _bigbird,
     "BigBirdPegasusBlockSparseAttention": _bigbird,
+    "CanineAttention": _chunks,
+    "HieraMaskUnitAttention": _mask_units,
     "LongT5LocalAttention": _local,
     "LongT5TransientGlobalAttention": _transient,
     "PegasusXGlobalLocalAttention": _global_local,

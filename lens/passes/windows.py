@@ -3,12 +3,13 @@
 Such a layer computes one row for each window (Swin: arXiv 2103.14030; ViTDet, SAM: 2203.16527; TimeSformer: 2102.05095).
 Here the windows go back to where they lie: a call with one row for each picture, whose queries see the keys of their own
 window, and whose output goes back into the windows. Layers with fewer keys than queries (SegFormer: 2105.15203; PVT:
-2102.12122) get a grid for either axis.
+2102.12122) or fewer queries than keys (Hiera, which pools queries inside its mask units: 2306.00989) get a grid for either axis.
 """
 
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -33,10 +34,13 @@ class Windows:
     Attributes:
         places: int [windows, positions of one], each position once; some positions may be in none.
         axis: what the positions are.
+        keys, key_axis: the same of the keys, where they are others.
     """
 
     places: Tensor
     axis: Places
+    keys: Tensor | None = None
+    key_axis: Places | None = None
 
     def joined(self, call: LayerCall) -> LayerCall:
         """The call with one row for each picture.
@@ -44,40 +48,49 @@ class Windows:
         Raises:
             LensError: rows that are no windows, a mask of another kind, or too many positions.
         """
-        rows, inside = self.places.shape
-        length = len(self.axis.names)
-        if len(call.query) % rows or call.query.shape[2] != inside or call.key.shape[2] != inside:
+        own, key_axis = self.places, self.key_axis or self.axis
+        others = own if self.keys is None else self.keys
+        rows, inside = own.shape
+        length, keys = len(self.axis.names), len(key_axis.names)
+        sizes = (call.query.shape[2], call.key.shape[2])
+        if len(call.query) % rows or sizes != (inside, others.shape[1]):
             raise LensError(
                 f"layer {call.layer} attends in {len(call.query)} rows of {call.query.shape[2]} positions where "
                 f"{rows} windows of {inside} were expected; lens.traces.capturing cannot put them together"
             )
         if call.mask.causal or call.mask.window is not None or call.mask.padding is not None:
             raise LensError(f"layer {call.layer} masks its windows in a way that is not known here")
-        places = self.places.to(call.query.device)
-        call = replace(call, query_places=self.axis, key_places=self.axis, tokens=None)
-        if rows == 1 and length == inside:
+        own, others = own.to(call.query.device), others.to(call.query.device)
+        call = replace(call, query_places=self.axis, key_places=key_axis, tokens=None)
+        if rows == 1 and length == inside and self.keys is None:
             return call
-        refuse_large(length, length, "windows")
-        flat, batch = places.flatten(), len(call.query) // rows
+        refuse_large(length, keys, "windows")
+        batch = len(call.query) // rows
 
-        def whole(part: Tensor) -> Tensor:
+        def whole(part: Tensor, places: Tensor, length: int) -> Tensor:
             found = part.new_zeros(batch, part.shape[1], length, part.shape[3])
-            found[:, :, flat] = part.unflatten(0, (batch, rows)).transpose(1, 2).flatten(2, 3)
+            parts = part.unflatten(0, (batch, rows)).transpose(1, 2).flatten(2, 3)
+            found[:, :, places.flatten()] = parts
             return found
 
         def spread(part: Tensor) -> Tensor:
-            many = part.expand(-1, -1, inside, inside)
+            many = part.expand(-1, -1, inside, others.shape[1])
             many = many.expand(rows, -1, -1, -1) if len(many) == 1 else many
             many = many.unflatten(0, (-1, rows)).transpose(
                 1, 2
             )  # [batch | 1, heads | 1, rows, q, k]
-            found = part.new_zeros(*many.shape[:2], length, length)
-            found[:, :, places[:, :, None], places[:, None, :]] = many
+            found = part.new_zeros(*many.shape[:2], length, keys)
+            found[:, :, own[:, :, None], others[:, None, :]] = many
             return found
 
-        of = torch.full((length,), -1, device=places.device)
-        of[flat] = torch.arange(rows, device=places.device).repeat_interleave(inside)
-        allowed = ((of[:, None] == of) & (of >= 0))[None, None]
+        def windows(places: Tensor, length: int) -> Tensor:
+            of = torch.full((length,), -1, device=places.device)
+            number = torch.arange(rows, device=places.device)
+            of[places.flatten()] = number.repeat_interleave(places.shape[1])
+            return of
+
+        of = windows(own, length)
+        allowed = ((of[:, None] == windows(others, keys)) & (of >= 0)[:, None])[None, None]
         bias = None if call.position_bias is None else spread(call.position_bias)
         if call.mask.allowed is not None:
             allowed = allowed & spread(call.mask.allowed)
@@ -86,10 +99,10 @@ class Windows:
         allowed = allowed.expand(batch, -1, -1, -1)
         return replace(
             call,
-            query=whole(call.query),
-            key=whole(call.key),
-            value=whole(call.value),
-            mask=MaskStructure(causal=False, allowed=allowed),
+            query=whole(call.query, own, length),
+            key=whole(call.key, others, keys),
+            value=whole(call.value, others, keys),
+            mask=MaskStructure(causal=False, allowed=allowed, cross=self.key_axis is not None),
             position_bias=bias,
         )
 
@@ -142,6 +155,10 @@ def laid_out(block: Block, call: LayerCall, batch: int | None) -> tuple[LayerCal
     """
     if block.place in ("time", "space"):
         windows: Windows | None = _divided(block, call, batch or 1)
+    elif block.place == "molecules":
+        return _molecules(block, call), None
+    elif hasattr(block.config, "masked_unit_size"):
+        windows = _units(block, call, batch or 1)
     elif hasattr(block.module, "window_size") and (grid := _grid(block)) is not None:
         windows = _windows(block, grid)
     elif isinstance(height := block["height"], int) and isinstance(width := block["width"], int):
@@ -185,6 +202,40 @@ def _windows(block: Block, grid: tuple[int, int]) -> Windows:
     axis = _patches(grid, behind=[f"[PAD {row},{column}]" for row, column in outside])
     cells = [divmod(patch, grid[1]) for patch in range(grid[0] * grid[1])]
     return Windows(places, replace(axis, cells=(*cells, *outside)))
+
+
+def _units(block: Block, call: LayerCall, batch: int) -> Windows:
+    """Hiera's mask units, whose tokens stand in the order in which they are pooled."""
+    config, made = block.config, sys.modules[type(block.module).__module__]
+    level = min(int(block.place.removeprefix("stage").removeprefix("pool")), config.num_query_pool)
+
+    def axis(level: int, inside: int) -> tuple[Tensor, Places]:
+        sides = zip(config.image_size, config.patch_stride, config.query_stride, strict=True)
+        height, width = (size // patch // pooled**level for size, patch, pooled in sides)
+        units = len(call.query) // batch
+        if units * inside != height * width:
+            raise LensError(
+                f"layer {call.layer} attends in {units} units of {inside} positions, and a picture of "
+                f"{tuple(config.image_size)} has {height} × {width}: other pictures, and hidden patches, are not known here"
+            )
+        left = [config.query_stride] * (len(config.depths) - 1 - level)
+        order = torch.arange(height * width).view(1, -1, 1)
+        order = made.unroll(order, (height, width), (1, 1), left).view(inside, units)
+        return order.T, _patches((height, width))
+
+    places, grid = axis(level, call.query.shape[2])
+    if block.place.startswith("stage"):
+        return Windows(places, grid, places)
+    return Windows(places, grid, *axis(level - 1, call.key.shape[2]))
+
+
+def _molecules(block: Block, call: LayerCall) -> LayerCall:
+    """Canine's: the first character, then as many characters as one convolution reads."""
+    rate, count = block.config.downsampling_rate, call.key.shape[2]
+    names = [f"{rate * number}-{rate * (number + 1) - 1}" for number in range(count - 1)]
+    why = f"a position is {rate} characters"
+    axis = Places(("[CLS]", *names), {"first": None, "why": why})
+    return replace(call, query_places=axis, key_places=axis)
 
 
 def _size(module: nn.Module, grid: tuple[int, int]) -> int:

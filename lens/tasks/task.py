@@ -10,6 +10,7 @@ from torch import Tensor
 from lens.common.errors import LensError
 from lens.common.given import given_as
 from lens.models.loaded import LoadedModel, check_loaded
+from lens.models.sizes import reads_picture_first
 from lens.passes.inputs import check_ids
 from lens.passes.logits import Given, check_predicts_tokens, labels_of, logits_of
 from lens.passes.sources import paired
@@ -343,9 +344,10 @@ class Task:
             check_ids(model, row)
         if self.clean.is_floating_point():
             return
-        if model.info.vocab is None:
-            made = f"the task {self.name!r} is made of them"
-            raise LensError(f"{model.name} reads no tokens, and {made}")
+        pictured = not model.is_bridge and reads_picture_first(model.model)
+        if model.info.vocab is None or pictured:
+            made = f"{'text without a picture' if pictured else 'tokens'}, and the task {self.name!r} is made of "
+            raise LensError(f"{model.name} reads no {made}{'tokens' if pictured else 'them'}")
         both = [self.clean] if self.corrupt is None else [self.clean, self.corrupt]
         for row in torch.cat(both).tolist():
             check_ids(model, row)

@@ -58,11 +58,17 @@ def describe_patches(
     height, width = grid
     if getattr(model.model.config, "spatial_merge_size", 1) > 1:
         return _numbered(length, "patches that are merged later stand side by side")
-    names = [
-        *before,
-        *(f"{row},{column}" for row in range(height) for column in range(width)),
-        *behind,
-    ]
+    patches = [f"{row},{column}" for row in range(height) for column in range(width)]
+    noise = inputs.get("noise")
+    if isinstance(noise, torch.Tensor) and noise.shape == (1, len(patches)):
+        kept = noise[0].argsort().tolist()[: length - len(before) - len(behind)]
+        if kept != list(range(len(patches))):
+            why = "patches are left out, and the others are in the order of the noise"
+            return [*before, *(patches[number] for number in kept), *behind], {
+                "first": None,
+                "why": why,
+            }
+    names = [*before, *patches, *behind]
     if len(names) != length:
         return _numbered(
             length,

@@ -71,6 +71,15 @@ _OF_TYPE: dict[str, dict[str, Any]] = {
         }
         for kind in ("swin", "swinv2")
     },
+    "hiera": {
+        **{"embed_dim": 24, "depths": [2, 2, 1], "num_heads": [1, 2, 4], "image_size": [32, 32]},
+        **{"patch_size": [3, 3], "patch_stride": [2, 2], "patch_padding": [1, 1]},
+        **{
+            "num_query_pool": 2,
+            "masked_unit_size": [4, 4],
+            "masked_unit_attention": [True, True, False],
+        },
+    },
     "pvt": {"hidden_sizes": [16, 32, 48, 64], "num_attention_heads": [1, 2, 3, 4]},
     **{
         kind: {
@@ -81,6 +90,9 @@ _OF_TYPE: dict[str, dict[str, Any]] = {
             }
         }
         for kind in ("qwen2_vl_text", "qwen2_5_vl_text")
+    },
+    **{
+        kind: {"image_token_index": 5, "num_query_tokens": 6} for kind in ("blip-2", "instructblip")
     },
     "xmod": {"default_language": "en_XX"},
 }
@@ -264,7 +276,9 @@ def _attentions(model: Any, inputs: dict[str, Any]) -> list[Any] | None:
         return None
     weights = getattr(found, "attentions", None)
     kept = [one for one in weights or () if one is not None]
-    return kept if kept and all(map(torch.is_tensor, kept)) else None  # PegasusX gives two of each layer
+    return (
+        kept if kept and all(map(torch.is_tensor, kept)) else None
+    )  # PegasusX gives two of each layer
 
 
 def _analyse(name: str, model: Any, trace: Any) -> None:

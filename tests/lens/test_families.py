@@ -69,6 +69,35 @@ GEMMA4: dict[str, Any] = {
     "num_kv_shared_layers": 0,
 }
 
+INKLING: dict[str, Any] = {
+    **{name: TEXT[name] for name in TEXT if "intermediate" not in name},
+    **{"num_hidden_layers": 2, "layer_types": ["hybrid_sliding", "hybrid"], "head_dim": 8},
+    **{"swa_num_attention_heads": 6, "swa_num_key_value_heads": 2, "swa_head_dim": 8},
+    **{
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 8,
+        "rel_extent": 16,
+    },
+    **{"sliding_window_size": 7, "unpadded_vocab_size": 97, "n_layers_per_attn_res_block": 1},
+}
+
+
+def pictured(kind: str) -> Any:
+    """BLIP-2 or InstructBLIP with OPT."""
+    parts: dict[str, Any] = {"vision_config": IMAGE, "num_query_tokens": 5, "image_token_index": 96}
+    parts["qformer_config"] = {**SIZES, "encoder_hidden_size": 48, "vocab_size": 97}
+    opt = {
+        "model_type": "opt",
+        "ffn_dim": 56,
+        "word_embed_proj_dim": 48,
+        "vocab_size": 97,
+        "pad_token_id": 1,
+    }
+    parts["text_config"] = {**SIZES, **opt, "max_position_embeddings": 64}
+    return getattr(hf, f"{kind}ForConditionalGeneration")(getattr(hf, f"{kind}Config")(**parts))
+
+
 CAPTURED: dict[str, Callable[[], Any]] = {
     "gemma4": lambda: hf.Gemma4ForCausalLM(hf.Gemma4TextConfig(**GEMMA4)),
     "qwen2_moe": lambda: hf.Qwen2MoeForCausalLM(hf.Qwen2MoeConfig(**MOE)),
@@ -80,6 +109,7 @@ CAPTURED: dict[str, Callable[[], Any]] = {
     "wav2vec2": lambda: hf.Wav2Vec2Model(hf.Wav2Vec2Config(**SOUND, num_conv_pos_embeddings=16)),
     "ast": lambda: hf.ASTModel(hf.ASTConfig(**SIZES, max_length=48, num_mel_bins=16, patch_size=8)),
     "layoutlm": lambda: hf.LayoutLMModel(hf.LayoutLMConfig(**SIZES, vocab_size=97)),
+    "vit mae": lambda: hf.ViTMAEModel(hf.ViTMAEConfig(**IMAGE, mask_ratio=0.3)),
     "trocr": lambda: hf.TrOCRForCausalLM(
         hf.TrOCRConfig(
             d_model=48, decoder_layers=3, decoder_attention_heads=6, vocab_size=97, pad_token_id=0
@@ -129,6 +159,57 @@ def _offloaded():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("kind", ["Blip2", "InstructBlip"])
+def test_the_language_model_of_blip_2_reads_a_picture_in_its_text(kind):
+    model = built(lambda: pictured(kind))
+    loaded = lens.load(model)
+    inputs = tiny_inputs(loaded)
+    trace = lens.capture(loaded, inputs, block_size=1, progress=False)
+    with switched(model, "eager"):
+        found = model(**inputs, output_attentions=True).language_model_outputs
+    assert (model.language_model(inputs["input_ids"])[0] - found[0]).abs().max() > 1e-2  # it looks
+    assert trace.tokens[:6] == ["96"] * 5 + [str(int(inputs["input_ids"][0, 5]))]
+    for maps, weights in zip(trace.block_mass.values, found.attentions, strict=True):
+        assert (torch.from_numpy(maps) - weights[0]).abs().max() < 1e-5
+    for run, said in [
+        (lambda: lens.heads.weights.composition(loaded), "runs on no text without a picture"),
+        (lambda: lens.capture(loaded, [5, 6], progress=False), "missing .* 'pixel_values'"),
+    ]:
+        with pytest.raises(LensError, match=said):
+            run()
+
+
+@torch.no_grad()
+def test_patches_that_are_left_out_are_said_and_named():
+    model = built(CAPTURED["vit mae"])
+    loaded = lens.load(model)
+    pixels = torch.randn(1, 3, 16, 16)
+    with pytest.raises(LensError, match=r"leaves patches out by noise .*config\.mask_ratio = 0\.0"):
+        lens.capture(loaded, {"pixel_values": pixels}, progress=False)
+    noise = torch.arange(16.0).flip(0)[None]
+    given = {"pixel_values": pixels, "noise": noise}
+    assert lens.capture(loaded, given, progress=False).tokens == [
+        "[CLS]", *(f"{row},{column}" for row in (3, 2, 1) for column in (3, 2, 1, 0))
+    ][:12]  # fmt: skip
+    model.config.mask_ratio = 0.0
+    whole = lens.capture(loaded, given | {"noise": -noise}, progress=False)
+    assert whole.attrs["patches"] == {"first": 1, "height": 4, "width": 4}
+
+
+@torch.no_grad()
+def test_a_sink_of_each_query_takes_its_share():
+    model = built(lambda: hf.Inkling2ForCausalLM(hf.Inkling2TextConfig(**INKLING)), 1)
+    ids = torch.randint(3, 97, (1, 19), generator=torch.Generator().manual_seed(3))
+    trace = lens.capture(lens.load(model), ids[0].tolist(), block_size=1, progress=False)
+    with switched(model, "eager"):
+        own = model(ids, output_attentions=True).attentions
+    assert len(own) == len(trace.layers) == 2
+    for maps, weights in zip(trace.block_mass.values, own, strict=True):
+        assert (torch.from_numpy(maps) - weights[0]).abs().max() < 1e-5
+        assert weights.sum(-1).min() < 0.9
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("kind", ["GlmMoeDsa", "DeepseekV32"])
 def test_sparse_attention_of_an_indexer_is_captured(kind):
     """Rows see the keys that the indexer chose for them, eight at most, and no others."""
@@ -147,14 +228,25 @@ def test_sparse_attention_of_an_indexer_is_captured(kind):
     assert int(trace.visible.values[0].sum()) < 19 * 20 // 2
 
 
+class _Random(hf.ViTModel):
+    def forward(self, *args, **kwargs):
+        found = super().forward(*args, **kwargs)
+        found.last_hidden_state += torch.rand(())
+        return found
+
+
+def _random():
+    return _Random(hf.ViTConfig(**IMAGE))
+
+
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "yoso": (
         lambda: hf.YosoModel(hf.YosoConfig(**SIZES, vocab_size=97, use_expectation=True)),
         "cannot reach the attention of YosoModel",
     ),
-    "vit_mae": (
-        lambda: hf.ViTMAEModel(hf.ViTMAEConfig(**IMAGE)),
-        "ViTMAEModel is random: run twice on a tiny prompt it gives two different outputs",
+    "random": (
+        _random,
+        "_Random is random: run twice on a tiny prompt it gives two different outputs",
     ),
     "mamba": (
         lambda: hf.MambaModel(hf.MambaConfig(hidden_size=48, num_hidden_layers=2, vocab_size=97)),
@@ -174,8 +266,12 @@ def test_what_cannot_be_captured_is_refused_in_one_line(name):
 
 
 def test_layers_that_attend_to_other_places_are_refused_by_capture():
-    loaded = lens.load(hf.CanineModel(hf.CanineConfig(**SIZES)).eval())
-    with pytest.raises(LensError, match="layer 0 of CanineModel attends 2 times"):
+    model = hf.BertModel(hf.BertConfig(**SIZES, vocab_size=97)).eval()
+    attention = model.encoder.layer[0].attention
+    once = attention.forward
+    attention.forward = lambda states, *a, **given: once(once(states, *a, **given)[0], *a, **given)
+    loaded = lens.load(model)
+    with pytest.raises(LensError, match="layer 0 of BertModel attends 2 times"):
         lens.capture(loaded, list(range(32, 60)), progress=False)
 
 

@@ -58,6 +58,22 @@ def _timesformer():
     )
 
 
+def _hiera():
+    sizes = {
+        "image_size": [32, 48],
+        "patch_size": [3, 3],
+        "patch_padding": [1, 1],
+        "patch_stride": [2, 2],
+    }
+    sizes |= {"embed_dim": 12, "depths": [2, 2, 2], "num_heads": [1, 2, 3], "num_query_pool": 2}
+    sizes |= {
+        "masked_unit_size": [4, 4],
+        "masked_unit_attention": [True, True, False],
+        "mlp_ratio": 2.0,
+    }
+    return transformers.HieraConfig(**sizes)
+
+
 CONFIGS = {
     "swin": _swin,
     "swin v2": lambda: _swin(transformers.Swinv2Config),
@@ -66,6 +82,7 @@ CONFIGS = {
     "segformer": _segformer,
     "pvt": _pvt,
     "timesformer": _timesformer,
+    "hiera": _hiera,
 }
 
 
@@ -234,6 +251,127 @@ def test_a_video_is_attended_along_its_frames_and_in_each():
         np.testing.assert_allclose(inside[layer, :, frame, :, frame], own[layer][frame], atol=1e-5)
     np.testing.assert_allclose(np.einsum("lhfpgp->lhpfg", found).sum(-1), 1, atol=1e-5)
     assert np.isclose(inside.sum(), 2 * 3 * 15)
+
+
+def test_mask_units_pool_their_queries():
+    root, inputs = built("hiera")
+    model = lens.load(root)
+    assert model.check < 1e-5
+    assert list(model.parts) == ["stage0", "pool1", "stage1", "pool2", "stage2"]
+    traces = lens.capture(model, inputs, block_size=1, progress=False)
+    own = {}
+    for number, stage in enumerate(root.encoder.stages):
+        for layer, one in enumerate(stage.layers):
+            read = lambda module, args, key=(number, layer): own.update({key: (module, args[0])})  # noqa: E731
+            one.attn.register_forward_pre_hook(read)
+    with torch.no_grad():
+        root(**inputs)
+    for (number, layer), (attention, states) in own.items():
+        pools = number > 0 and layer == 0
+        trace = traces[f"{'pool' if pools else 'stage'}{number}"]
+        found = trace.block_mass.values[0 if pools else layer - (number > 0)]
+        level = number - pools  # of the keys
+        height, width, side = 16 // 2**level, 24 // 2**level, 4 // 2**level
+        assert trace.attrs["patches"] == {"first": 0, "height": height, "width": width}
+        assert trace.tokens[width] == "1,0"
+        # in the order of the picture, then by hand: a row, and the positions of its unit
+        picture = root.encoder.reroll(states, level).flatten(1, 2)
+        q, k, _ = attention.qkv(picture).unflatten(-1, (3, attention.num_heads, -1)).unbind(2)
+        places = np.arange(height * width)
+        for row in range(found.shape[1]):
+            top, left = divmod(row, width // 2 if pools else width)
+            cells = [(top, left)]
+            if pools:
+                cells = [(2 * top + a, 2 * left + b) for a, b in product(range(2), range(2))]
+            query = q[0, [r * width + c for r, c in cells]].amax(0)
+            unit = cells[0][0] // side, cells[0][1] // side
+            inside = (places // width // side == unit[0]) & (places % width // side == unit[1])
+            logits = torch.einsum("hd,khd->hk", query, k[0]) * attention.scale
+            if attention.use_mask_unit_attn:
+                logits[:, ~inside] = -torch.inf
+            np.testing.assert_allclose(found[:, row], logits.softmax(-1).detach(), atol=1e-5)
+    # a head taken out is its columns of the projection set to zero
+    with torch.no_grad():
+        with lens.edit(model.part("pool1"), lens.edits.Ablate("L0H1")):
+            edited = root(**inputs)[0]
+        root.encoder.stages[1].layers[0].attn.proj.weight[:, 12:] = 0
+        torch.testing.assert_close(edited, root(**inputs)[0], atol=1e-5, rtol=1e-5)
+
+
+def test_characters_and_molecules_are_parts():
+    torch.manual_seed(0)
+    sizes = {
+        "hidden_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 3,
+        "intermediate_size": 20,
+    }
+    sizes |= {"num_hash_functions": 2, "num_hash_buckets": 64, "local_transformer_stride": 16}
+    root = transformers.CanineModel(
+        transformers.CanineConfig(**sizes, max_position_embeddings=90)
+    ).eval()
+    with torch.no_grad():
+        for weight in root.parameters():
+            weight.add_(0.3 * torch.randn(weight.shape) / max(1, weight[0].numel() / 9) ** 0.5)
+    model = lens.load(root)
+    assert (model.check or 0) < 1e-5
+    ids = torch.randint(60, 120, (1, 43))
+    traces = lens.capture(model, ids[0].tolist(), block_size=1, progress=False)
+    chunks = []
+    characters = root.initial_char_encoder.layer[0].attention.self
+    hook = characters.register_forward_hook(lambda *given: chunks.append(given[-1][1]))
+    with torch.no_grad():
+        _, *molecules, final = root(ids, output_attentions=True).attentions
+    hook.remove()
+    found = traces.initial.block_mass.values[0]
+    for number, own in enumerate(chunks):
+        chunk = slice(16 * number, min(16 * number + 16, 43))
+        np.testing.assert_allclose(found[:, chunk, chunk], own[0], atol=1e-5)
+    assert len(chunks) == 3
+    assert np.isclose(found.sum(), 3 * 43)
+    for layer, own in enumerate(molecules):
+        np.testing.assert_allclose(traces.molecules.block_mass.values[layer], own[0], atol=1e-5)
+    np.testing.assert_allclose(traces.final.block_mass.values[0], final[0], atol=1e-5)
+    assert traces.molecules.tokens[:3] == ["[CLS]", "0-3", "4-7"]
+    assert traces.initial.tokens == traces.final.tokens == list(map(str, ids[0].tolist()))
+
+
+def test_the_stages_of_a_tower_are_towers():
+    sizes = {"hidden_size": 24, "intermediate_size": 20, "num_attention_heads": 3}
+    vision = {
+        **sizes,
+        "depths": [2, 1, 1],
+        "num_group_tokens": [4, 2, 0],
+        "num_output_groups": [4, 2, 0],
+    }
+    text = {
+        **sizes,
+        "num_hidden_layers": 2,
+        "vocab_size": 99,
+        "bos_token_id": 1,
+        "eos_token_id": 98,
+    }
+    config = transformers.GroupViTConfig(
+        text_config=text, vision_config={**vision, "image_size": 16, "patch_size": 4}
+    )
+    torch.manual_seed(0)
+    root = transformers.GroupViTModel(config).eval()
+    model = lens.load(root)
+    assert list(model.towers) == ["text", "vision_stage0", "vision_stage1", "vision_stage2"]
+    inputs = {"input_ids": torch.tensor([[5, 6, 98]]), "pixel_values": torch.randn(1, 3, 16, 16)}
+    traces = lens.capture(model, inputs, block_size=1, progress=False)
+    kept = []
+    for stage in root.vision_model.encoder.stages:
+        for layer in stage.layers:
+            layer.self_attn.register_forward_hook(lambda *given: kept.append(given[-1][1]))
+    with torch.no_grad(), switched(root, "eager"):
+        own = root(**inputs).logits_per_image
+        with lens.edit(model.part("vision_stage1"), lens.edits.Ablate("L0H1")):
+            edited = root(**inputs).logits_per_image
+    assert float((own - edited).abs().max()) > 1e-5
+    maps = [one for stage in range(3) for one in traces[f"vision_stage{stage}"].block_mass.values]
+    for found, expected in zip(maps, kept[:4], strict=True):
+        np.testing.assert_allclose(found, expected[0].view(found.shape), atol=1e-5)
 
 
 def test_in_time_a_place_sees_itself_in_every_frame():
