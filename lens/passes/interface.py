@@ -117,7 +117,8 @@ def lens_attention(
         s_aux = sinks.new_zeros(sinks.shape[1])
     if indices is not None:
         mask = with_chosen(mask, indices, query.shape[2], key.shape[2])
-    if _crosses(module, listener.crossing) or extra:
+    fewer = key.shape[2] < query.shape[2]  # keys of another kind: means of blocks, say
+    if _crosses(module, listener.crossing) or extra or fewer:
         mask = replace(mask, cross=True)
     call = LayerCall(
         query=query,
