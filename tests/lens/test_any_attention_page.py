@@ -47,7 +47,8 @@ def test_the_router_says_which_head_counts_for_which_token(page):
     x = torch.randn(1, 9, 24)
     with torch.no_grad():
         scores, whole = page.moh.model.module.router(x)[0], page.moh.model(x)
-        for head in range(4):  # taken out, a head is missed by the tokens that chose it, and by no other
+        # taken out, a head is missed by the tokens that chose it, and by no other
+        for head in range(4):
             with lens.edit(page.moh, lens.edits.Ablate(f"L0H{head}")):
                 missed = (page.moh.model(x) - whole)[0].abs().amax(-1) > 1e-6
             assert missed.tolist() == [head in row.topk(2).indices for row in scores]
