@@ -24,6 +24,7 @@ import numpy as np
 from lens.common.errors import LensError
 
 _FLOOR = 0.01
+_ROUNDING = 1e-5  # of a value: what single precision makes of nothing
 _SCATTER = 1.4826  # of the median absolute deviation, for a standard deviation
 
 
@@ -107,8 +108,9 @@ def highest(
         values, lows, highs: of each, such as one a head; NaN where there is none.
 
     Returns:
-        Its number, and the fields of a `Headline` from value to spread. The spread is 1.4826 times the median
-        absolute deviation of the others, and where these are all alike half of the interval.
+        Its number, and the fields of a `Headline` from value to spread. A median that single precision cannot tell
+        from nothing beside the largest is 0. The spread is 1.4826 times the median absolute deviation of the
+        others, and where these are all alike half of the interval.
 
     Raises:
         LensError: fewer than two have a value.
@@ -122,6 +124,8 @@ def highest(
     median = float(np.median(others))
     low, high = (float(list(ends)[best]) for ends in (lows, highs))
     scatter = _SCATTER * float(np.median(np.abs(others - median)))
+    if abs(median) < _ROUNDING * abs(scores[best]):
+        median = 0.0
     return best, {
         "value": float(scores[best]),
         "low": low,

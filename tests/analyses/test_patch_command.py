@@ -82,25 +82,27 @@ def test_the_page_shows_the_map_that_is_chosen(run):
     assert "corruption: counterfactual" in shown
 
 
-def test_noise_needs_no_pairs_and_patches_no_single_heads(lens_command, tmp_path, model):
+def test_noise_needs_no_pairs_and_patches_single_heads_too(lens_command, tmp_path, model):
     words = (
         "patch --model induction-2l --copied 1 --n 2 --corruption noise --streams residual,heads"
     )
     answer = lens_command(*words.split(), "--noise", "2", "--out", tmp_path, "--json")
     assert answer.code == 0, answer.err
     found = open_run(answer.json["path"]).section("patching")
-    theirs = lens.circuits.patch(
-        model,
-        lens.tasks.induction(model, 2, 0),
-        "residual",
-        positions="each",
-        direction="denoising",
-        noise=2.0,
-        progress=False,
-    )
-    np.testing.assert_allclose(grid(found, "residual", theirs.nodes), theirs.effects, atol=1e-6)
-    assert set(found.figures) == {"residual"}
-    assert any("Single heads are patched from counterfactual" in one for one in found.limits)
+    heads = [f"a{layer}.h{head}" for layer in range(2) for head in range(4)]
+    for stream, nodes in (("residual", "residual"), ("heads", heads)):
+        theirs = lens.circuits.patch(
+            model,
+            lens.tasks.induction(model, 2, 0),
+            nodes,
+            positions="each",
+            direction="denoising",
+            noise=2.0,
+            progress=False,
+        )
+        np.testing.assert_allclose(grid(found, stream, theirs.nodes), theirs.effects, atol=1e-6)
+    assert set(found.figures) == {"residual", "heads"}
+    assert any("Noise of 2 standard deviations" in one for one in found.limits)
 
 
 @pytest.mark.parametrize(
@@ -123,25 +125,38 @@ def test_what_cannot_be_patched_is_refused_before_the_profile(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    ("high", "said"),
-    [(True, "0 'a' from r0 on (0.90), then at 2 'c' from r2 on (0.70)"), (False, None)],
-)
-def test_where_the_stream_carries_the_answer(high, said):
-    effects = np.array([[0.9, 0.0, 0.1], [0.6, 0.2, 0.5], [0.1, 0.0, 0.7]]) * (1 if high else 0.05)
-    found = PatchEffects(
-        ("r0", "r1", "r2"),
+def _effects(letter, effects):
+    return PatchEffects(
+        tuple(f"{letter}{layer}" for layer in range(3)),
         ("0 'a'", "1 'b'", "2 'c'"),
-        np.repeat(effects[:, :, None], 2, 2),
-        np.zeros(2),
+        1 + np.repeat(effects[:, :, None], 2, 2),
         np.ones(2),
+        np.full(2, 2.0),
         "denoising",
         (),
         "logit difference",
         "ioi",
         "m",
     )
-    sentence = patching._carried(found)
+
+
+def test_what_single_precision_makes_of_nothing_is_no_headline():
+    effects = np.full((3, 3), 6e-8)
+    assert patching._strongest("mlp", _effects("m", effects)) is None
+    effects[1, 2] = 0.4
+    told = patching._strongest("mlp", _effects("m", effects))
+    assert "m1 at token 2 'c' alone brings back 0.4" in told.text
+    assert told.text.endswith("between both runs; the median of MLPs 0.")
+    assert told.baseline == 0
+
+
+@pytest.mark.parametrize(
+    ("high", "said"),
+    [(True, "0 'a' from r0 on (0.90), then at 2 'c' from r2 on (0.70)"), (False, None)],
+)
+def test_where_the_stream_carries_the_answer(high, said):
+    effects = np.array([[0.9, 0.0, 0.1], [0.6, 0.2, 0.5], [0.1, 0.0, 0.7]]) * (1 if high else 0.05)
+    sentence = patching._carried(_effects("r", effects))
     if said is None:
         assert "No single token" in sentence
         assert "more than 0.04" in sentence or "more than 0.05" in sentence

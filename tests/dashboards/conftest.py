@@ -120,6 +120,13 @@ def explain_run(tmp_path_factory):
     return _run_of(tmp_path_factory, "explain", command, ("explain",))
 
 
+@pytest.fixture(scope="session")
+def patch_run(tmp_path_factory):
+    """A real run of `lens patch`."""
+    command = "patch --model induction-2l --copied 1 --n 2 --streams residual"
+    return _run_of(tmp_path_factory, "patch", command)
+
+
 _TEXT = "--text-name moby-dick --tokens 64 --windows 4 --n 4 --set analysis.length=64"
 _ON_TEXT = f"--model text-lm-3l {_TEXT} --set prompts.copied=0"
 

@@ -145,25 +145,47 @@ def test_bad_links_show_a_card(page, address, run):
         page.wait_for_selector(f"text={text}")
 
 
-@pytest.mark.parametrize(
-    "path", ["/", "/run/{id}", "/run/{id}/head/1/3", "/run/{id}/atlas", "/run/{id}/provenance"]
-)
-def test_axe_finds_nothing_serious(browser, address, run, path):
+def serious(browser, address, width=1280):
+    """What axe finds serious, by rule."""
     from axe_playwright_python.sync_playwright import Axe
 
-    context = browser.new_context(bypass_csp=True)
+    context = browser.new_context(bypass_csp=True, viewport={"width": width, "height": 900})
     page = context.new_page()
-    page.goto(address + path.format(id=run.id))
+    page.goto(address)
     page.wait_for_selector("h1")
     page.wait_for_timeout(1500)
     found = Axe().run(page).response["violations"]
     context.close()
-    serious = {
+    return {
         item["id"]: [node["target"] for node in item["nodes"]]
         for item in found
         if item["impact"] in ("serious", "critical")
     }
-    assert serious == {}
+
+
+@pytest.mark.parametrize(
+    "path", ["/", "/run/{id}", "/run/{id}/head/1/3", "/run/{id}/atlas", "/run/{id}/provenance"]
+)
+def test_axe_finds_nothing_serious(browser, address, run, path):
+    assert serious(browser, address + path.format(id=run.id)) == {}
+
+
+@pytest.mark.parametrize("width", [1440, 430])
+def test_axe_finds_nothing_serious_on_patching_and_on_many_runs(browser, serve, patch_run, width):
+    address = serve(patch_run.path.parent)
+    assert serious(browser, address, width) == {}
+    assert serious(browser, f"{address}/run/{patch_run.id}/patching", width) == {}
+
+
+def test_the_title_of_a_figure_keeps_off_what_stands_above_it(page, serve, patch_run):
+    page.set_viewport_size({"width": 430, "height": 900})
+    page.goto(f"{serve(patch_run.path.parent)}/run/{patch_run.id}/patching")
+    page.wait_for_selector(".gtitle")
+    page.wait_for_timeout(700)
+    title = page.locator(".gtitle").first.bounding_box()
+    control = page.locator(".controls button.dash-dropdown").first.bounding_box()
+    assert title["y"] - control["y"] - control["height"] >= 8
+    assert title["x"] + title["width"] <= 430
 
 
 def test_the_keyboard_reaches_a_dropdown_and_chooses(page, address, run):

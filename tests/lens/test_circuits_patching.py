@@ -77,7 +77,8 @@ def put_z(old, new, head, where):
 
 def by_hooks(model, task, node, where, into, out_of):
     """Metric [prompts] with one node patched, as one would write it by hand."""
-    other, blocks = read(model, out_of), model.model.transformer.h
+    other = out_of if isinstance(out_of, dict) else read(model, out_of)
+    blocks = model.model.transformer.h
     layer = int(node[1])
     if node.startswith("m"):
 
@@ -325,6 +326,42 @@ def test_the_whole_stream_moves_everything_and_noise_is_drawn_by_its_seed(gpt2, 
     assert "denoising" in noisy.plot().layout.title.text
 
 
+@pytest.mark.parametrize("direction", ["noising", "denoising"])
+def test_single_heads_are_patched_from_noise(gpt2, task, direction):
+    """Against noise that is put on the embeddings by hand, without corrupt prompts."""
+    nodes, clean = ["a0.h1", "a1.h2", "m0"], task.clean
+    alone = replace(task, corrupt=None)
+    options = {"noise": 2.0, "noise_at": "here", "seed": 4, "progress": False}
+    found = patch(gpt2, alone, nodes, direction=direction, **options)
+    entering = states(gpt2, clean, "residual", 0)
+    drawn = torch.randn(entering.shape, generator=torch.Generator().manual_seed(4)).to(entering)
+    here = (torch.arange(TOKENS) == MARK[:, None])[..., None]
+    noise = drawn * entering.std() * 2 * here
+    first = gpt2.model.transformer.h[0]
+
+    def noisy(_, inputs):
+        return (inputs[0] + noise, *inputs[1:])
+
+    hook = first.register_forward_pre_hook(noisy)
+    with_noise, other = run(gpt2, clean, []), read(gpt2, clean)
+    if direction == "denoising":
+        hook.remove()
+        other = read(gpt2, clean)
+        hook = first.register_forward_pre_hook(noisy)
+    else:
+        hook.remove()
+    everywhere = torch.ones(ROWS, TOKENS, dtype=torch.bool)
+    for number, node in enumerate(nodes):
+        expected = by_hooks(gpt2, task, node, everywhere, clean, other)
+        assert error(found.patched[number, 0], expected) < 1e-10, node
+    hook.remove()
+    noised = found.base if direction == "denoising" else found.source
+    assert error(noised, task.measure(with_noise, torch.arange(ROWS))) < 1e-10
+    to = patch(gpt2, alone, nodes, receivers=["logits"], direction=direction, **options)
+    assert error(to.base, found.base) < 1e-12
+    assert np.abs(to.patched - found.patched).max() > 1e-4
+
+
 def test_a_model_without_mlps_has_none_to_patch():
     model = lens.load("induction-2l")
     with pytest.raises(LensError, match="induction-2l has no MLPs to patch"):
@@ -357,7 +394,9 @@ def test_a_window_patches_layers_together(gpt2, task):
         ({"nodes": "residual", "noise": 3.0, "seed": "a"}, "seed must be an integer of at least 0"),
         ({"nodes": "residual", "noise_at": "here"}, "give noise"),
         ({"nodes": "residual", "receivers": ["logits"]}, "named one by one"),
-        ({"noise": 3.0}, "go with nodes='residual'"),
+        ({"window": 3}, "window goes with nodes='attention'"),
+        ({"nodes": ["m0"], "noise": -1.0}, "noise must be a number above 0"),
+        ({"nodes": ["m0"], "noise_at": "here"}, "give noise"),
         ({"nodes": "mlp", "window": 0}, "window"),
     ],
 )

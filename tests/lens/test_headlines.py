@@ -47,6 +47,8 @@ def test_the_highest_of_many_beside_the_others():
     assert fields["baseline"] == pytest.approx(median)
     assert fields["spread"] == pytest.approx(1.4826 * np.median(np.abs(others - median)))
     assert highest([0.0, 0.0, 3.0], [0, 0, 2], [0, 0, 4])[1]["spread"] == 1.0
+    assert highest([6e-8, 6e-8, 0.1], [0, 0, 0], [1, 1, 1])[1]["baseline"] == 0
+    assert highest([6e-8, 6e-8, 1e-3], [0, 0, 0], [1, 1, 1])[1]["baseline"] == 6e-8
     with pytest.raises(LensError, match="no others to be compared with"):
         highest([np.nan, 1.0], [0, 0], [1, 2])
 

@@ -25,8 +25,7 @@ def patching(subject: Subject) -> Section:
     settings, task = subject.settings, subject.task
     noisy = settings.corruption == "noise"
     writers = _writers(subject.model)
-    lacking = {"heads"} if noisy else set()
-    lacking |= set() if any(one.startswith("m") for one in writers) else {"mlp"}
+    lacking = set() if any(one.startswith("m") for one in writers) else {"mlp"}
     found = {
         name: _named(_patched(subject, name), subject.model, task)
         for name in settings.patched
@@ -34,8 +33,7 @@ def patching(subject: Subject) -> Section:
     }
     if not found:
         raise LensError(
-            f"nothing of {', '.join(settings.patched)} can be patched here: heads are patched from counterfactual "
-            "prompts, and an MLP has to be there"
+            f"nothing of {', '.join(settings.patched)} can be patched here: {subject.model.name} has no MLPs"
         )
     tables = {"effects": pd.concat([_rows(name, one) for name, one in found.items()])}
     if "heads" in found:
@@ -70,14 +68,14 @@ def _patched(subject: Subject, name: str) -> PatchEffects:
     """The map of one stream, or of the heads."""
     settings, task = subject.settings, subject.task
     alike = {"direction": settings.direction, "seed": subject.seed, "progress": subject.progress}
+    if settings.corruption == "noise":
+        alike |= {"noise": float(settings.noise), "noise_at": settings.at or None}
     if name == "heads":
         heads = [one for one in _writers(subject.model) if ".h" in one]
         each = heads_by_position(len(heads), task.length)
         return circuits.patch(
             subject.model, task, heads, positions="each" if each else None, **alike
         )
-    if settings.corruption == "noise":
-        alike |= {"noise": float(settings.noise), "noise_at": settings.at or None}
     window = 1 if name == "residual" else settings.window
     return circuits.patch(subject.model, task, name, positions="each", window=window, **alike)
 
@@ -135,13 +133,14 @@ def _carried(found: PatchEffects) -> str:
 
 
 def _strongest(name: str, found: PatchEffects) -> Headline | None:
-    """The place that moves most towards the other run, beside the median place; None of one place."""
+    """The place that moves most towards the other run, beside the median place; None where none moves more than rounding."""
     table = found.table()
-    if len(table) < 2:
-        return None
     whole = float((found.source - found.base).mean())
     sign = -1 if whole < 0 else 1
     low, high = ("low", "high") if sign > 0 else ("high", "low")
+    largest = max(np.abs(found.base).max(), np.abs(found.source).max())
+    if len(table) < 2 or (sign * table["change"]).max() <= _ROUNDING * largest:
+        return None
     best, fields = highest(*(sign * table[end] for end in ("change", low, high)))
     row = {str(column): value for column, value in table.iloc[best].items()}
     place = "" if row["position"] == "all" else f" at token {row['position']}"
@@ -170,7 +169,7 @@ def _limits(
             f"Noise of {settings.noise} standard deviations takes a prompt out of what the model has seen, and maps by "
             "noise and by counterfactual prompts differ (arXiv 2309.16042)."
         )
-    said += [_LACKING[name] for name in settings.patched if name in lacking]
+    said += ["The model has no MLPs."] if lacking & set(settings.patched) else []
     if "heads" in found and found["heads"].positions == ("all",):
         heads = len(found["heads"].nodes)
         said.append(
@@ -179,12 +178,9 @@ def _limits(
     return tuple(said)
 
 
+_ROUNDING = 1e-5  # of the metric: what single precision makes of nothing
 _WORTH = 0.1  # share of the answer from which on a place of the stream is named
 _DONE = {"denoising": "brings back", "noising": "takes away"}
-_LACKING = {
-    "heads": "Single heads are patched from counterfactual prompts only.",
-    "mlp": "The model has no MLPs.",
-}
 _WORDS = {"attention": "attention layers", "mlp": "MLPs", "heads": "heads"}
 _COLUMNS = {
     "stream": "residual: what enters a layer; attention: all that its heads write; mlp: what its MLP writes; heads: one head.",

@@ -145,6 +145,7 @@
   }
 
   /* Titles of figures go on in a second line where one is too narrow. */
+  const MARKUP = /<\/?(br|b|i|em|s|u|sub|sup|span|a)\b[^>]*>/g; // a token such as <0xB1> is text
   const ruler = document.createElement("canvas").getContext("2d");
   function fitTitle(plot) {
     const layout = plot._fullLayout, text = layout && layout.title && layout.title.text;
@@ -155,14 +156,18 @@
     const lines = [""];
     for (const word of plot.title.split(" ")) {
       const longer = `${lines.at(-1)} ${word}`.trim();
-      if (lines.at(-1) && ruler.measureText(longer.replace(/<[^>]*>/g, "")).width > room) lines.push(word);
+      if (lines.at(-1) && ruler.measureText(longer.replace(MARKUP, "")).width > room) lines.push(word);
       else lines[lines.length - 1] = longer;
     }
     const fitted = lines.join("<br>");
     plot.fitted = fitted;
     const legend = plot.querySelector(".legend"), above = legend && layout.legend.orientation === "h" ? legend.getBBox().height : 0;
-    const top = Math.max(plot.top + 17 * (lines.length - 1), above ? 14 + 17 * lines.length + Math.ceil(above) : 0);
-    if (fitted !== text || top > layout.margin.t) window.Plotly.relayout(plot, { "title.text": fitted, "margin.t": top });
+    const top = Math.max(plot.top + 17 * (lines.length - 1) + (lines.length > 1 ? 6 : 0), above ? 14 + 17 * lines.length + Math.ceil(above) : 0);
+    // Plotly puts the baseline of the first of several lines where the top of a single one would be.
+    const pad = lines.length > 1 ? 10 + 0.7 * layout.title.font.size : 10;
+    if (fitted !== text || top > layout.margin.t) {
+      window.Plotly.relayout(plot, { "title.text": fitted, "title.pad.t": pad, "margin.t": top });
+    }
   }
 
   async function figureMenu(button, kind) {

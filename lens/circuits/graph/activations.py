@@ -100,13 +100,13 @@ class PlainVisitor(Visitor):
 class _Reading(PlainVisitor):
     """Keeps what is written."""
 
-    def __init__(self, nodes: Nodes) -> None:
+    def __init__(self, nodes: Nodes, noise: Tensor | None) -> None:
         super().__init__(nodes)
-        self.found = Activations(torch.empty(0))
+        self.noise, self.found = noise, Activations(torch.empty(0))
 
     def enter(self, hidden: Tensor) -> Tensor:
-        self.found.input = hidden
-        return hidden
+        self.found.input = hidden if self.noise is None else hidden + self.noise
+        return self.found.input
 
     def heads(self, layer: int, z: Tensor) -> Tensor:
         self.found.heads.append(z)
@@ -117,13 +117,15 @@ class _Reading(PlainVisitor):
         return output
 
 
-def read_activations(nodes: Nodes, ids: Tensor) -> tuple[Tensor, Activations]:
-    """Logits [rows, tokens, vocab] of a plain run, and what every writer wrote.
+def read_activations(
+    nodes: Nodes, ids: Tensor, noise: Tensor | None = None
+) -> tuple[Tensor, Activations]:
+    """Logits [rows, tokens, vocab] of a plain run, and what every writer wrote; with noise on what enters.
 
     Raises:
         LensError: prompts that the model does not take.
     """
-    reading = _Reading(nodes)
+    reading = _Reading(nodes, noise)
     with torch.no_grad():
         logits = visit(nodes, ids, reading)
     return logits, reading.found

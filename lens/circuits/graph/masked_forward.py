@@ -28,6 +28,7 @@ def masked_logits(
     masks: Tensor,
     where: Tensor | None = None,
     ways: Ways | None = None,
+    noise: Tensor | None = None,
 ) -> Tensor:
     """Logits [masks, rows, tokens, vocab] of one forward pass with edges replaced.
 
@@ -41,6 +42,7 @@ def masked_logits(
             not read. With `where` [spans, masks, readers, writers].
         where: [spans, rows, tokens], in which tokens each of the masks holds; None: one for all.
         ways: across spans, that are cut in each of the masks; None: none.
+        noise: [rows, tokens, d_model], added to what enters the first layer.
 
     Raises:
         LensError: masks or references of other shapes, or alphas that are NaN.
@@ -65,7 +67,7 @@ def masked_logits(
     if masks.isnan().any():
         raise LensError("masks has NaN on an edge; give each edge a number of 0 to 1")
     masks = masks.to(nodes.model.device, nodes.model.dtype)
-    visitor = _Masking(nodes, reference, masks, where, ways)
+    visitor = _Masking(nodes, reference, masks, where, ways, noise)
     copies = masks.shape[1]
     return visit(nodes, ids.repeat(copies, *[1] * (ids.dim() - 1)), visitor).unflatten(
         0, (copies, -1)
@@ -82,12 +84,14 @@ class _Masking(Visitor):
         masks: Tensor,
         where: Tensor | None,
         ways: Ways | None,
+        noise: Tensor | None,
     ) -> None:
         self._nodes, self._graph = nodes, nodes.graph
         self._reference = reference
         self._masks = masks  # [spans, masks, readers, writers]
         self._where = where  # [spans, rows, tokens]
         self._ways = ways
+        self._noise = noise
         self._written = 0
         self._differences = torch.empty(0)  # [masks, writers, rows, tokens, d_model]
         self._walks = nodes.layout.bends
@@ -156,6 +160,8 @@ class _Masking(Visitor):
         self._differences[:, start : self._written] = differences
 
     def enter(self, hidden: Tensor) -> Tensor:
+        if self._noise is not None:
+            hidden = hidden + self._noise.repeat(self._masks.shape[1], 1, 1)
         self._outputs.append(self._copies(hidden))
         self._keep((self._reference.input - self._copies(hidden))[:, None])
         return hidden

@@ -19,7 +19,7 @@ from lens.circuits.graph.graph import Graph
 from lens.circuits.graph.masked_forward import masked_logits
 from lens.circuits.graph.nodes import Nodes, find_nodes, visit
 from lens.circuits.patches.effects import EACH, Direction, PatchEffects, measured, places_of
-from lens.circuits.patches.streams import Sublayers, patch_streams
+from lens.circuits.patches.streams import Run, Sublayers, check_noise, pairs, patch_streams
 from lens.common.choices import check_choice, check_counts, check_lists
 from lens.common.errors import LensError
 from lens.common.given import given_as
@@ -27,7 +27,8 @@ from lens.common.progress import advancing
 from lens.models.loaded import LoadedModel
 from lens.tasks.task import Task
 
-_ROWS, _COPIES = 8, 32
+_COPIES = 32
+_Pair = tuple[Tensor, Run, Activations, Activations, Tensor]
 
 
 def patch(
@@ -65,8 +66,8 @@ def patch(
         direction: "noising" or "denoising".
         positions: None patches all tokens at once; a mark of the task (such as "s2") the token
             there; "each" every token by itself (not with receivers).
-        noise: with a word for nodes: the other run is the clean prompt with Gaussian noise of so many standard
-            deviations of the embeddings on them, instead of the corrupt prompt (causal tracing, 3 there).
+        noise: the other run is the clean prompt with Gaussian noise of so many standard deviations of the
+            embeddings on them, instead of the corrupt prompt (causal tracing, 3 there).
         noise_at: mark of the task where the noise is, such as the subject; None: on every token.
         window: with "attention" or "mlp": so many layers together, the named one in their middle.
         seed: of the noise.
@@ -103,43 +104,49 @@ def patch(
             seed,
             progress,
         )
-    if noise is not None or noise_at is not None or window != 1:
-        raise LensError("noise, noise_at and window go with nodes='residual', 'attention' or 'mlp'")
+    if window != 1:
+        raise LensError("window goes with nodes='attention' or 'mlp'")
+    check_noise(task, noise, noise_at)
+    if receivers is None and freeze_mlps:
+        raise LensError("freeze_mlps is for patching with receivers; give receivers")
+    found, graph, names = _begin(model, task, nodes, direction, noise)
+    runs = _runs(found, task, direction, (noise, noise_at, seed))
     if receivers is not None:
         return _patch_paths(
-            model, task, receivers, nodes, freeze_mlps, direction, positions, progress
+            found, task, receivers, names, freeze_mlps, direction, positions, runs, progress
         )
-    if freeze_mlps:
-        raise LensError("freeze_mlps is for patching with receivers; give receivers")
-    found, graph, names = _begin(model, task, nodes, direction)
     places = places_of(task, positions)
     masks = torch.zeros(len(names), *graph.allowed.shape)
     for number, name in enumerate(names):
         masks[number, :, graph.writers.index(name)] = 1
-    values = []
+    values, ends = [], []
     with torch.no_grad(), advancing(f"{model.name}: patching", task.n, progress) as advance:
-        for rows, ids, own, source in _pairs(found, task, direction):
+        for rows, run, own, source, whole in runs:
             read = []
             for _, where in places:
                 reference = _mixed(own, source, where[rows])
                 parts = masks.split(max(1, _COPIES // len(rows)))
                 logits = (
-                    one for some in parts for one in masked_logits(found, ids, reference, some)
+                    one
+                    for some in parts
+                    for one in masked_logits(found, run.ids, reference, some, noise=run.noise)
                 )
                 read.append(torch.stack([measured(task, one, rows) for one in logits]))
             values.append(torch.stack(read, 1).numpy())
+            ends.append(whole)
             advance(len(rows))
-    return _effects(model, task, names, places, values, direction, ())
+    return _effects(model, task, names, places, values, ends, direction, ())
 
 
 def _patch_paths(
-    model: LoadedModel,
+    found: Nodes,
     task: Task,
     receivers: Iterable[str],
-    senders: Iterable[str] | None,
+    names: tuple[str, ...],
     freeze_mlps: bool,
     direction: Direction,
     positions: str | None,
+    runs: Iterable[_Pair],
     progress: bool,
 ) -> PatchEffects:
     """`patch` with receivers."""
@@ -147,24 +154,25 @@ def _patch_paths(
         raise LensError(
             "with receivers patch takes one place at a time: None, or a mark of the task"
         )
-    found, graph, names = _begin(model, task, senders, direction)
+    graph, model = found.graph, found.model
     into = _receivers(graph, receivers)
     places = places_of(task, positions)
     mask = torch.zeros(1, *graph.allowed.shape)
     mask[0, [graph.readers.index(name) for name in into]] = 1
-    values = []
+    values, ends = [], []
     with torch.no_grad(), advancing(f"{model.name}: path patching", task.n, progress) as advance:
-        for rows, ids, own, source in _pairs(found, task, direction):
+        for rows, run, own, source, whole in runs:
             where, read = places[0][1][rows], []
             for name in names:
                 reference = _replaced(graph, own, source, name, where)
                 if not freeze_mlps:
-                    reference = _with_mlps(found, ids, reference, name)
-                logits = masked_logits(found, ids, reference, mask)[0]
+                    reference = _with_mlps(found, run.ids, reference, name)
+                logits = masked_logits(found, run.ids, reference, mask, noise=run.noise)[0]
                 read.append(measured(task, logits, rows))
             values.append(torch.stack(read)[:, None].numpy())
+            ends.append(whole)
             advance(len(rows))
-    return _effects(model, task, names, places, values, direction, into)
+    return _effects(model, task, names, places, values, ends, direction, into)
 
 
 class _Frozen(PlainVisitor):
@@ -194,10 +202,15 @@ def _with_mlps(nodes: Nodes, ids: Tensor, given: Activations, sender: str) -> Ac
 
 
 def _begin(
-    model: LoadedModel, task: Task, nodes: Iterable[str] | None, direction: Direction
+    model: LoadedModel,
+    task: Task,
+    nodes: Iterable[str] | None,
+    direction: Direction,
+    noise: float | None,
 ) -> tuple[Nodes, Graph, tuple[str, ...]]:
     check_choice("direction", direction, Direction)
-    task.corrupt_or_refuse()
+    if noise is None:
+        task.corrupt_or_refuse()
     task.check(model)
     found = find_nodes(model)
     if nodes is not None:
@@ -229,16 +242,22 @@ def _receivers(graph: Graph, names: Iterable[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(found))
 
 
-def _pairs(
-    nodes: Nodes, task: Task, direction: Direction
-) -> Iterator[tuple[Tensor, Tensor, Activations, Activations]]:
-    """Rows, prompts that are run, what they make, and what the other prompts make."""
-    task.refuse_lengths("patching")
-    pair = (task.clean, task.corrupt_or_refuse())
-    into, out_of = pair if direction == "noising" else pair[::-1]
-    for rows in task.chunks(min(_ROWS, task.rows_at_once(nodes.model))):
-        own, source = (read_activations(nodes, ids[rows])[1] for ids in (into, out_of))
-        yield rows, into[rows], own, source
+def _runs(
+    nodes: Nodes, task: Task, direction: Direction, noise: tuple[float | None, str | None, int]
+) -> Iterator[_Pair]:
+    """Rows, the run that is patched, what it makes and what the other makes, and the metric [2, rows] of both."""
+    for rows, clean, other in pairs(nodes, task, *noise):
+        into, out_of = (clean, other) if direction == "noising" else (other, clean)
+        (base, own), (whole, source) = (
+            read_activations(nodes, run.ids, run.noise) for run in (into, out_of)
+        )
+        yield (
+            rows,
+            into,
+            own,
+            source,
+            torch.stack([measured(task, one, rows) for one in (base, whole)]),
+        )
 
 
 def _mixed(own: Activations, source: Activations, where: Tensor) -> Activations:
@@ -274,14 +293,11 @@ def _effects(
     names: tuple[str, ...],
     places: Sequence[tuple[str, Tensor]],
     values: list[np.ndarray],
+    ends: list[Tensor],
     direction: Direction,
     receivers: tuple[str, ...],
 ) -> PatchEffects:
-    noising = direction == "noising"
-    clean, corrupt = (
-        task.sign * task.evaluate(model, corrupt=other).double().numpy() for other in (False, True)
-    )
-    base, source = (clean, corrupt) if noising else (corrupt, clean)
+    base, source = torch.cat(ends, 1).numpy()
     where, patched = tuple(name for name, _ in places), np.concatenate(values, 2)
     return PatchEffects(
         names, where, patched, base, source, direction, receivers, task.metric, task.name, model.name

@@ -29,7 +29,7 @@ _ROWS = 8
 
 
 @dataclass(frozen=True)
-class _Run:
+class Run:
     """One run of some prompts: ids [rows, tokens], and noise [rows, tokens, d_model] on what enters, or None."""
 
     ids: Tensor
@@ -86,16 +86,8 @@ def patch_streams(
         raise LensError(
             "window is for 'attention' and 'mlp': one layer's stream holds all before it"
         )
-    if noise is None and noise_at is not None:
-        raise LensError("noise_at says where noise is; give noise, e.g. noise=3.0")
-    if noise is not None and not (is_number(noise) and 0 < noise < float("inf")):
-        raise LensError(f"noise must be a number above 0 such as 3.0, got {noise!r}")
-    if noise_at is not None and noise_at not in task.marks:
-        raise LensError(
-            f"noise_at must be a mark of the task ({', '.join(task.marks) or 'it has none'}), got {noise_at!r}"
-        )
+    check_noise(task, noise, noise_at)
     task.check(model)
-    task.refuse_lengths("patching")
     nodes, places = find_nodes(model), places_of(task, positions)
     layers = [
         number for number, block in enumerate(nodes.layout.blocks) if what != "mlp" or block.mlp
@@ -104,7 +96,7 @@ def patch_streams(
         raise LensError(f"{model.name} has no MLPs to patch; patch 'residual' or 'attention'")
     values, ends = [], []
     with torch.no_grad(), advancing(f"{model.name}: patching", task.n, progress) as advance:
-        for rows, clean, other in _pairs(nodes, task, noise, noise_at, seed):
+        for rows, clean, other in pairs(nodes, task, noise, noise_at, seed):
             into, source = (clean, other) if direction == "noising" else (other, clean)
             base, _ = _kept(nodes, what, into)
             whole, states = _kept(nodes, what, source)
@@ -136,13 +128,25 @@ def patch_streams(
     )
 
 
+def check_noise(task: Task, noise: float | None, noise_at: str | None) -> None:
+    """Raises LensError: no noise where it has a place, no number above 0, or no mark of the task."""
+    if noise is None and noise_at is not None:
+        raise LensError("noise_at says where noise is; give noise, e.g. noise=3.0")
+    if noise is not None and not (is_number(noise) and 0 < noise < float("inf")):
+        raise LensError(f"noise must be a number above 0 such as 3.0, got {noise!r}")
+    if noise_at is not None and noise_at not in task.marks:
+        raise LensError(
+            f"noise_at must be a mark of the task ({', '.join(task.marks) or 'it has none'}), got {noise_at!r}"
+        )
+
+
 def _near(layer: int, layers: list[int], window: int) -> list[int]:
     """As many layers as the window has, this one in their middle; fewer at the ends."""
     first = layer - (window - 1) // 2
     return [one for one in layers if first <= one < first + window]
 
 
-def _kept(nodes: Nodes, what: Sublayers, run: _Run) -> tuple[Tensor, dict[int, Tensor]]:
+def _kept(nodes: Nodes, what: Sublayers, run: Run) -> tuple[Tensor, dict[int, Tensor]]:
     states = _States(nodes, what, run.noise)
     return visit(nodes, run.ids, states), states.found
 
@@ -150,7 +154,7 @@ def _kept(nodes: Nodes, what: Sublayers, run: _Run) -> tuple[Tensor, dict[int, T
 def _patched(
     nodes: Nodes,
     what: Sublayers,
-    run: _Run,
+    run: Run,
     given: dict[int, Tensor],
     layers: list[int],
     where: Tensor,
@@ -160,19 +164,19 @@ def _patched(
     return visit(nodes, run.ids, states)
 
 
-def _pairs(
+def pairs(
     nodes: Nodes, task: Task, noise: float | None, noise_at: str | None, seed: int
-) -> Iterator[tuple[Tensor, _Run, _Run]]:
+) -> Iterator[tuple[Tensor, Run, Run]]:
     """Rows, the run of the clean prompts, and that of the corrupt ones or with noise."""
-    check_counts(0, seed=seed)
+    task.refuse_lengths("patching")
     corrupt = task.clean if noise is not None else task.corrupt_or_refuse()
     random = torch.Generator().manual_seed(seed)
     (_, where), *_ = places_of(task, noise_at)
     for rows in task.chunks(min(_ROWS, task.rows_at_once(nodes.model))):
-        clean = _Run(task.clean[rows])
+        clean = Run(task.clean[rows])
         if noise is None:
-            yield rows, clean, _Run(corrupt[rows])
+            yield rows, clean, Run(corrupt[rows])
             continue
         entering = nodes.layout.embed({"input_ids": task.clean[rows].to(nodes.model.device)})
         drawn = torch.randn(entering.shape, generator=random).to(entering) * entering.std() * noise
-        yield rows, clean, _Run(task.clean[rows], drawn * where[rows][..., None].to(entering))
+        yield rows, clean, Run(task.clean[rows], drawn * where[rows][..., None].to(entering))
