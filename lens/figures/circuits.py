@@ -20,9 +20,10 @@ if TYPE_CHECKING:
     from lens.circuits.checks.evaluation import CircuitEvaluation
     from lens.circuits.graph.circuit import Circuit
     from lens.circuits.graph.edge_scores import EdgeScores
+    from lens.circuits.graph.graph import Graph
 
 
-_HEAD = re.compile(r"a\d+\.(h|kv)\d+")
+_HEAD = re.compile(r"a(?P<layer>\d+)\.(h|kv)(?P<head>\d+)")
 _LINES = 300  # edges that a layered graph draws
 _WIDTHS = (0.6, 1.2, 2.2, 3.6, 6.0)  # pixels, by size of the score
 _POSITIVE, _NEGATIVE = DIVERGING[-2], DIVERGING[1]
@@ -39,9 +40,12 @@ def layered_graph(
 
     Lines join writer and reader node; the edges by query, key and value are one line. Width is the size
     of the summed score, red that the task goes worse without it, blue better. The largest 300 lines are
-    drawn, and the title says of how many. `groups` (name -> nodes) are drawn as one node each.
+    drawn, and the title says of how many. `groups` (name -> nodes) are drawn as one node each. Heads of a layer of a hybrid
+    read as one, from a point below them.
     """
     graph = circuit.graph
+    own = _heads(graph)
+    of_hybrid = any(node.startswith("a") and "." not in node for node in graph.readers)
     reader, writer = graph.ends
     edges = [
         (graph.writers[writer[edge]], graph.readers[reader[edge]], float(scores.values[edge]))
@@ -49,10 +53,10 @@ def layered_graph(
     ]
     return edge_graph(
         edges,
-        layers=graph.layers,
-        heads=graph.heads,
-        kv_heads=graph.kv_heads,
-        mlps=graph.mlps,
+        layers=len(own),
+        heads=own.shape[1],
+        kv_heads=own.shape[1] if of_hybrid else graph.kv_heads,
+        mlps=any(node.startswith("m") for node in graph.writers),
         of=graph.n,
         groups=groups,
         meta={"task": circuit.task, "model": circuit.model, "edges": circuit.n},
@@ -198,16 +202,29 @@ def head_map(circuit: Circuit, scores: EdgeScores, **look: Unpack[Look]) -> go.F
     writer = graph.ends[1]
     sums = np.bincount(writer, np.where(circuit.kept, scores.values, 0.0), len(graph.writers))
     counts = np.bincount(writer, circuit.kept, len(graph.writers))
-    at = np.array([np.arange(len(graph.writers))[graph.heads_of(n)] for n in range(graph.layers)])
-    values = np.where(counts[at] > 0, sums[at], np.nan)
-    inside = int((counts[at] > 0).sum())
+    at = _heads(graph)
+    inside = (at >= 0) & (counts[at] > 0)
+    values = np.where(inside, sums[at], np.nan)
     return grid(
         values,
-        f"{inside} of {values.size} heads are in the circuit: score of what they write",
+        f"{inside.sum()} of {(at >= 0).sum()} heads are in the circuit: score of what they write",
         unit=scores.metric,
         text=[[f" over {count:.0f} edges" for count in row] for row in counts[at]],
         meta={"task": circuit.task, "model": circuit.model, "edges": circuit.n},
         **look,
+    )
+
+
+def _heads(graph: Graph) -> np.ndarray:
+    """[layers, heads] where each head stands among the writers; -1 where a layer has fewer (a hybrid), or none."""
+    found = {}
+    for number, name in enumerate(graph.writers):
+        if match := _HEAD.fullmatch(name):
+            found[int(match["layer"]), int(match["head"])] = number
+    layers = 1 + max(int(node[1:].partition(".")[0]) for node in graph.writers if node != "input")
+    heads = 1 + max(head for _, head in found)
+    return np.array(
+        [[found.get((layer, head), -1) for head in range(heads)] for layer in range(layers)]
     )
 
 
@@ -256,6 +273,7 @@ def _places(layers: int, heads: int, kv_heads: int) -> dict[str, tuple[float, fl
     found = {"input": (middle, -1.0), "logits": (middle, float(layers))}
     group = heads // kv_heads
     for layer in range(layers):
+        found[f"a{layer}"] = (middle, layer - 0.3)  # of a hybrid, whose heads read as one
         for head in range(heads):
             found[f"a{layer}.h{head}"] = (float(head), float(layer))
         for other in range(kv_heads):

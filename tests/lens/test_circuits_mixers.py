@@ -8,7 +8,9 @@ import torch
 
 import lens
 from lens.circuits import score_edges
+from lens.circuits.checks.evaluation import run_circuits
 from lens.circuits.graph.mixed import Mixed
+from lens.figures.circuits import head_map, layered_graph
 
 from .hybrids import hybrid
 
@@ -163,13 +165,68 @@ def test_means_leave_padding_out_and_rules_are_followed():
     assert np.abs(left.per_prompt - middle.per_prompt).max() > 1e-4
 
 
+@torch.no_grad()
+def test_edges_left_out_of_a_pass_are_those_replaced_by_hand():
+    loaded, task = lens.load(hybrid("bamba")), task_of()
+    exact = score_edges(loaded, task, method="exact", progress=False)
+    graph, names = exact.graph, ["a0.h2->m2", "a1.h3->logits", "input->a1"]
+    kept = np.ones((len(names), graph.n), bool)
+    for row, edge in enumerate(graph.find(names)):
+        kept[row, edge] = False
+    found = run_circuits(loaded, task, kept, exact.ablation, progress=False)
+    assert found.full == pytest.approx(-losses(loaded.model).numpy(), abs=1e-5)
+    assert found.empty == pytest.approx(-losses(loaded.model, CORRUPT).numpy(), abs=1e-5)
+    lost = found.full - found.metric
+    assert lost == pytest.approx(exact.per_prompt[:, graph.find(names)].T, abs=1e-5)
+    # what a writer gives changes with what it reads: two edges in a row, the second by hand
+    mixed, both = Mixed(loaded), ["a0.h2->m0", "m0->a1"]
+    masks = torch.zeros(1, len(graph.readers), len(graph.writers))
+    for edge in graph.find(both):
+        masks[0, graph.ends[0][edge], graph.ends[1][edge]] = 1
+    clean, corrupt = mixed.run(CLEAN), mixed.run(CORRUPT)
+    changed = mixed.written(0, corrupt.parts[0] - clean.parts[0])[:, 2]
+    norm, later = (
+        getattr(loaded.model.model.layers[n], name)
+        for n, name in ((0, "pre_ff_layernorm"), (1, "input_layernorm"))
+    )
+    hook = norm.register_forward_pre_hook(lambda _, args: (args[0] + changed,))
+    new = mixed.run(CLEAN)
+    difference = corrupt.parts[1] - new.parts[1]
+    other = later.register_forward_pre_hook(lambda _, args: (args[0] + difference,))
+    expected = loaded.model(CLEAN).logits
+    hook.remove(), other.remove()
+    torch.testing.assert_close(
+        mixed.masked(CLEAN, corrupt, masks)[0], expected, atol=1e-4, rtol=1e-4
+    )
+
+
+def test_circuits_are_found_saved_evaluated_and_drawn(tmp_path):
+    loaded, task = lens.load(hybrid("bamba")), task_of()
+    found = lens.circuits.find(loaded, task, method="eap", edges=40, progress=False)
+    circuit = found.circuit
+    circuit.save(tmp_path / "c.json", scores=found.scores.values)
+    again = lens.circuits.load_circuit(tmp_path / "c.json")
+    assert (again.edges, again.graph) == (circuit.edges, circuit.graph)
+    outcome = lens.circuits.run_circuit(loaded, task, again, progress=False)
+    (row,) = found.table()[found.table()["chosen"]].to_dict("records")
+    assert outcome.faithfulness() == pytest.approx([row["faithfulness"]], abs=1e-4)
+    for baseline in ("zero", "mean"):
+        scores = score_edges(loaded, task, method="eap", baseline=baseline, progress=False)
+        curve = lens.circuits.evaluate(loaded, task, scores, draws=1, progress=False)
+        assert curve.absolute.faithfulness()[-1] == pytest.approx(1, abs=1e-4)
+    drawn = layered_graph(circuit, found.scores)
+    nodes = next(one for one in drawn.data if one.mode == "markers+text").customdata
+    assert set(circuit.nodes) <= set(nodes)
+    assert head_map(circuit, found.scores).data[0].z.shape == (4, 4)
+
+
 def test_what_has_no_such_graph_is_refused():
     loaded = lens.load(hybrid("bamba"))
     for run, said in [
         (lambda: score_edges(loaded, task_of(), method="atp*", progress=False), "exact, eap, eap-ig"),
         (lambda: score_edges(lens.load(hybrid("olmo_hybrid")), task_of(), method="eap", progress=False), "does not read the sum"),
-        (lambda: score_edges(loaded, task_of(), method="eap", progress=False).top(3).save("x"), "layers all have softmax"),
-        (lambda: lens.circuits.find(loaded, task_of(), progress=False), "have none"),
+        (lambda: lens.circuits.exports.to_mib(score_edges(loaded, task_of(), method="eap", progress=False), "x"), "layers all have softmax"),
+        (lambda: lens.circuits.find(loaded, task_of(), edges=106, progress=False), "edges must be 1 to 105"),
     ]:  # fmt: skip
         with pytest.raises(lens.LensError, match=said):
             run()

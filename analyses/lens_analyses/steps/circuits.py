@@ -33,6 +33,11 @@ _NODES = 64  # that are taken out one by one
 
 def edges(subject: Subject) -> Section:
     """Scores of every edge on half of the task's prompts, the circuit of the best, its stability."""
+    if subject.model.info.without_attention:
+        raise LensError(
+            f"the files of this section have no place for heads of mixers, which {subject.model.info.class_name} has; "
+            "lens.circuits.find scores, finds, saves and draws its circuits"
+        )
     task, _ = halves(subject)
     settings = subject.settings
     word, integrated = named(settings.method)

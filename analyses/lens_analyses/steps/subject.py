@@ -269,7 +269,8 @@ def _check_heads(model: "LoadedModel", words: str | None) -> None:
 
 def _check_edges(model: "LoadedModel", edges: int) -> None:
     """As `check_edges`; of a model without a graph the section says that it has none."""
-    from lens.circuits.graph.nodes import check_edges, find_nodes
+    from lens.circuits.graph.mixed import check_edges
+    from lens.circuits.graph.nodes import find_nodes
 
     try:
         find_nodes(model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -14,6 +15,7 @@ from lens.circuits.graph.activations import Ablation, References
 from lens.circuits.graph.circuit import Circuit
 from lens.circuits.graph.edge_scores import EdgeScores
 from lens.circuits.graph.masked_forward import masked_logits
+from lens.circuits.graph.mixed import Mixed, MixedReferences, mixed_of
 from lens.circuits.graph.nodes import find_nodes
 from lens.circuits.graph.ways import Ways, calls_of
 from lens.common.choices import check_counts
@@ -250,8 +252,9 @@ def run_circuits(
     With `where` [spans, prompts, tokens] edges are kept in some spans: circuits are [circuits, spans, edges] then. `ways` are
     those across spans that circuits keep, bool [circuits, parts, layers, heads, query spans, key spans]; None: all.
     """
-    nodes = find_nodes(model, kv=ablation.kv)
-    graph = nodes.graph
+    mixed = mixed_of(model)
+    nodes = find_nodes(model, kv=ablation.kv) if mixed is None else mixed
+    graph: Any = nodes.graph
     if kept.shape[-1] != graph.n:
         raise LensError(
             f"the circuits are of a graph of {kept.shape[-1]:,} edges, and {model.name} has "
@@ -259,7 +262,15 @@ def run_circuits(
         )
     masks = torch.as_tensor(graph.dense((~_with_ends(kept)).astype(np.float32)))
     cut = None if ways is None else torch.as_tensor(~_with_ends(ways))
-    references = References(nodes, task, ablation)
+    references: Any
+    if isinstance(nodes, Mixed):
+        if where is not None or ways is not None:
+            raise LensError(
+                f"edges in spans are not known of {model.info.class_name}, which has mixers"
+            )
+        references = MixedReferences(nodes, task, ablation)
+    else:
+        references = References(nodes, task, ablation)
     metric, kl = [], []
     at_most = task.rows_at_once(model)
     with torch.no_grad(), advancing(f"{model.name}: circuits", task.n, progress) as advance:
@@ -268,11 +279,19 @@ def run_circuits(
             at = torch.arange(len(rows))[:, None], task.positions[rows]
             values, divergences, clean = [], [], None
             own = None if where is None else where[:, rows]
-            corrupt = [] if cut is None else calls_of(nodes, task.corrupt_or_refuse()[rows])
+            corrupt = (
+                []
+                if cut is None or isinstance(nodes, Mixed)
+                else calls_of(nodes, task.corrupt_or_refuse()[rows])
+            )
             for some in torch.arange(len(masks)).split(max(1, min(_COPIES, at_most) // len(rows))):
-                at_once = masks[some] if own is None else masks[some].transpose(0, 1)
-                off = None if cut is None or own is None else Ways(cut[some], own, corrupt)
-                for logits in masked_logits(nodes, ids, reference, at_once, own, off):
+                if isinstance(nodes, Mixed):
+                    found = nodes.masked(ids.to(model.device), reference, masks[some])
+                else:
+                    at_once = masks[some] if own is None else masks[some].transpose(0, 1)
+                    off = None if cut is None or own is None else Ways(cut[some], own, corrupt)
+                    found = masked_logits(nodes, ids, reference, at_once, own, off)
+                for logits in found:
                     read = logits[at].double().log_softmax(-1)  # [rows, answers, vocab]
                     clean = read if clean is None else clean
                     gap = (clean.exp() * (clean - read)).sum(-1).mean(1)

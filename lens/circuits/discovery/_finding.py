@@ -13,7 +13,7 @@ from lens.circuits.checks.evaluation import run_circuits
 from lens.circuits.graph.activations import Baseline
 from lens.circuits.graph.circuit import Circuit
 from lens.circuits.graph.edge_scores import EdgeScores
-from lens.circuits.graph.nodes import check_edges
+from lens.circuits.graph.mixed import check_edges
 from lens.circuits.scores.methods import EapIg, Hybrid, Method
 from lens.circuits.scores.scoring import score_edges
 from lens.common.choices import check_counts

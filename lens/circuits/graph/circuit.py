@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from lens.circuits.graph.activations import Ablation
-from lens.circuits.graph.graph import Graph
+from lens.circuits.graph.graph import Graph, StreamGraph
 from lens.circuits.graph.selection import pruned
 from lens.common.errors import LensError
 from lens.common.files import as_path, read_json, write_json
@@ -84,7 +84,7 @@ class Circuit:
             faithfulness: a curve, column -> values, for readers of the file.
 
         Raises:
-            LensError: scores of another number of edges, or NaN for a kept one; a circuit of a hybrid.
+            LensError: scores of another number of edges, or NaN for a kept one.
         """
         found: dict[str, Any] = {
             "format": FORMAT,
@@ -92,7 +92,7 @@ class Circuit:
             "model": self.model,
             "task": self.task,
             "made": self.made,
-            "graph": {one.name: getattr(self.graph, one.name) for one in fields(Graph)},
+            "graph": {one.name: getattr(self.graph, one.name) for one in fields(self.graph)},
             "ablation": asdict(self.ablation),
             "nodes": list(self.nodes),
             "edges": list(self.edges),
@@ -135,10 +135,20 @@ def make_circuit(
         >>> lens.circuits.make_circuit(graph, ["input->a0.h1<v>", "a0.h1->logits"]).nodes
         ('input', 'a0.h1')
     """
-    given_as("Graph", graph=graph)
+    if not isinstance(graph, StreamGraph):
+        given_as("Graph", graph=graph)
     kept = np.zeros(graph.n, bool)
     kept[graph.find(edges)] = True
     return Circuit(graph, kept, ablation or Ablation(kv=graph.kv), task, model, made)
+
+
+def _graph(given: Mapping[str, Any]) -> Graph:
+    """Of its fields: those of a hybrid name its parts."""
+    if "writers" not in given:
+        return Graph(**given)
+    names = {key: tuple(given[key]) for key in ("writers", "readers", "before")}
+    found: Any = StreamGraph(**names, feeds=tuple(map(tuple, given["feeds"])))
+    return found
 
 
 def load_circuit(path: str | Path) -> Circuit:
@@ -161,7 +171,7 @@ def load_circuit(path: str | Path) -> Circuit:
         )
     try:
         return make_circuit(
-            Graph(**found["graph"]),
+            _graph(found["graph"]),
             found["edges"],
             ablation=Ablation(**found["ablation"]),
             task=found["task"],

@@ -102,8 +102,8 @@ class StreamGraph(AnyGraph):
         if name.startswith("_") or (not hasattr(Graph, name) and name not in Graph.__annotations__):
             raise AttributeError(name)
         raise LensError(
-            "this takes circuits of models whose layers all have softmax attention; of models with mixers "
-            "lens.circuits.score_edges gives scores, their table and the largest edges"
+            "this takes circuits of models whose layers all have softmax attention; those of models with mixers are scored, "
+            "found, evaluated, saved and drawn (lens.circuits)"
         )
 
     def __repr__(self) -> str:

@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lens.circuits.graph.activations import Ablation, shares_in_mean
 from lens.circuits.graph.graph import StreamGraph
+from lens.circuits.graph.nodes import find_nodes
 from lens.common.errors import LensError
 from lens.mixers.ablating import heads_of
 from lens.mixers.reading import mixers_of
@@ -25,6 +27,7 @@ from lens.models.loaded import LoadedModel
 from lens.models.weights import matrix
 from lens.passes.logits import logits_of
 from lens.passes.sessions import transformer
+from lens.tasks.task import Task
 
 _TOLERANCE = 1e-4
 Change = Callable[[int, Tensor], Tensor]
@@ -99,6 +102,34 @@ class Mixed:
             found.logits = logits_of(self.model, ids)
         return found
 
+    def masked(self, ids: Tensor, reference: Written, masks: Tensor) -> Tensor:
+        """Logits [masks, rows, tokens, vocab] of a pass in which each edge carries what its mask [masks, readers, writers] says.
+
+        As `lens.circuits.graph.masked_forward`: a reader gets what it reads and, of each writer before it, alpha times
+        (what the writer gave in the reference - what it gives in this pass).
+        """
+        copies, rows = len(masks), len(ids)
+        alphas = masks.where(torch.as_tensor(self.graph.allowed), 0).repeat_interleave(rows, 0)
+        found, differences = Written(), []
+
+        def of_rows(part: Tensor) -> Tensor:
+            own = part.expand(rows, *part.shape[1:])
+            return own.repeat(copies, *[1] * (part.dim() - 1))
+
+        def change(number: int, read: Tensor) -> Tensor:
+            if not differences:
+                differences.append((of_rows(reference.input) - found.input)[:, None])
+            for one in range(len(differences) - 1, len(found.parts)):
+                own = of_rows(reference.parts[one]) - found.parts[one]
+                differences.append(self.written(one, own))
+            before = torch.cat(differences, 1)
+            alpha = alphas[:, number, : before.shape[1]].to(before)
+            return read + torch.einsum("rw,rwtd->rtd", alpha, before)
+
+        with self._listening(found, change, None):
+            logits = logits_of(self.model, ids.repeat(copies, 1))
+        return logits.unflatten(0, (copies, rows))
+
     def written(self, number: int, parts: Tensor) -> Tensor:
         """[rows, heads, tokens, d_model] that a sub-layer adds to the stream, without a bias, of its `parts`."""
         one = self._layers[number]
@@ -170,6 +201,59 @@ class Mixed:
                     bias = None if one.output is None else matrix(one.output, self.model)[1]
                     stream = stream + self.written(number, found.parts[number]).sum(1)
                     stream = stream if bias is None else stream + bias
+
+
+def mixed_of(model: LoadedModel) -> Mixed | None:
+    """The graph of a hybrid, proved; None of a model whose layers all have softmax attention."""
+    return Mixed(model) if model.info.without_attention and not model.parts else None
+
+
+def check_edges(model: LoadedModel, edges: int) -> None:
+    """Raises LensError where the graph of a model has fewer edges; and as `find_nodes` or `Mixed`."""
+    total = (mixed_of(model) or find_nodes(model)).graph.n
+    if edges > total:
+        raise LensError(f"edges must be 1 to {total:,}, as many as {model.name} has; got {edges:,}")
+
+
+class MixedReferences:
+    """What is put in the place of what is written, for any rows of a task: as `lens.circuits.graph.activations.References`.
+
+    Raises:
+        LensError: no corrupt prompts for the counterfactual ablation.
+    """
+
+    def __init__(self, mixed: Mixed, task: Task, ablation: Ablation) -> None:
+        task.check(mixed.model)
+        self._mixed, self._task, self._ablation = mixed, task, ablation
+        self._mean: Written | None = None
+        if ablation.value == "counterfactual":
+            task.corrupt_or_refuse()
+
+    @torch.no_grad()
+    def of(self, rows: Tensor) -> Written:
+        """Of these prompts, or one row for all."""
+        if self._ablation.value == "counterfactual":
+            corrupt = self._task.corrupt_or_refuse()[rows]
+            return self._mixed.run(corrupt.to(self._mixed.model.device))
+        if self._mean is None:
+            self._mean = self._over_prompts()
+        return self._mean
+
+    def _over_prompts(self) -> Written:
+        """Means over the prompts, position by position; zeros for the zero ablation."""
+        task, total = self._task, []
+        for rows in task.chunks(min(16, task.rows_at_once(self._mixed.model))):
+            found = self._mixed.run(task.clean[rows].to(self._mixed.model.device))
+            share = shares_in_mean(task, rows, found.input)
+            sums = [
+                (part * share.view(*share.shape[:2], *[1] * (part.dim() - 2))).sum(0, keepdim=True)
+                for part in (found.input, *found.parts)
+            ]
+            total = sums if not total else [a + b for a, b in zip(total, sums, strict=True)]
+            if self._ablation.value == "zero":
+                total = [torch.zeros_like(part) for part in sums]
+                break
+        return Written(input=total[0], parts=total[1:])
 
 
 def _keeping(found: Written, heads: int) -> Callable[[Tensor], None]:

@@ -87,13 +87,6 @@ def find_nodes(model: LoadedModel, *, kv: Kv = "head", sums: str | None = None) 
     return Nodes(graph, tuple(_layer(block, graph) for block in layout.blocks), layout)
 
 
-def check_edges(model: LoadedModel, edges: int) -> None:
-    """Raises LensError where the graph of a model has fewer edges; and as `find_nodes`."""
-    total = find_nodes(model).graph.n
-    if edges > total:
-        raise LensError(f"edges must be 1 to {total:,}, as many as {model.name} has; got {edges:,}")
-
-
 def _layer(block: Block, graph: Graph) -> Layer:
     readers = (graph.heads, graph.kv_readers, graph.kv_readers)
     return Layer(

@@ -9,20 +9,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lens.circuits.graph.activations import Ablation, shares_in_mean
+from lens.circuits.graph.activations import Ablation
 from lens.circuits.graph.edge_scores import EdgeScores
-from lens.circuits.graph.mixed import Mixed, Written
+from lens.circuits.graph.mixed import Mixed, MixedReferences, Written
 from lens.circuits.scores.batch import fractions_of
 from lens.common.errors import LensError
 from lens.common.progress import advancing
-from lens.models.loaded import LoadedModel
 from lens.tasks.task import Task
 
 METHODS = ("exact", "eap", "eap-ig")
 
 
 def score_mixed(
-    model: LoadedModel,
+    mixed: Mixed,
     task: Task,
     method: str,
     ablation: Ablation,
@@ -41,10 +40,8 @@ def score_mixed(
         raise LensError(
             f"edges of models with mixers are scored by {', '.join(METHODS)} with a number of steps; got {asked}"
         )
-    task.check(model)
-    corrupt = task.corrupt_or_refuse() if ablation.value == "counterfactual" else None
-    mixed = Mixed(model)
-    mean = _mean(mixed, task, rows_at_once) if ablation.value == "mean" else None
+    model = mixed.model
+    references = MixedReferences(mixed, task, ablation)
     fractions = [1.0] if method == "eap" else fractions_of(steps, rule)
     found = []
     with advancing(f"{model.name}: {method}", task.n, progress) as advance:
@@ -55,11 +52,7 @@ def score_mixed(
                 return task.sign * task.measure(logits, rows)
 
             with torch.no_grad():
-                clean = mixed.run(ids)
-                if corrupt is not None:
-                    reference = mixed.run(corrupt[rows].to(model.device))
-                else:
-                    reference = _nothing(clean) if mean is None else mean
+                clean, reference = mixed.run(ids), references.of(rows)
             if method == "exact":
                 scores = _exact(mixed, ids, measure, clean, reference)
             else:
@@ -72,27 +65,6 @@ def score_mixed(
         graph, np.concatenate(found), method, ablation, task.metric, task.name, model.name,
         *integrated,
     )  # fmt: skip
-
-
-def _nothing(clean: Written) -> Written:
-    """Zeros in the shapes of a run."""
-    parts = [torch.zeros_like(part) for part in clean.parts]
-    return Written(input=torch.zeros_like(clean.input), parts=parts)
-
-
-def _mean(mixed: Mixed, task: Task, rows_at_once: int) -> Written:
-    """Mean of what is written over the prompts, position by position, as one row."""
-    total: list[Tensor] = []
-    with torch.no_grad():
-        for rows in task.chunks(rows_at_once):
-            found = mixed.run(task.clean[rows].to(mixed.model.device))
-            share = shares_in_mean(task, rows, found.input)
-            sums = [
-                (part * share.view(*share.shape[:2], *[1] * (part.dim() - 2))).sum(0, keepdim=True)
-                for part in (found.input, *found.parts)
-            ]
-            total = sums if not total else [a + b for a, b in zip(total, sums, strict=True)]
-    return Written(input=total[0], parts=total[1:])
 
 
 def _differences(mixed: Mixed, clean: Written, reference: Written) -> Tensor:

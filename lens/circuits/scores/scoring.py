@@ -24,6 +24,7 @@ from lens.circuits.graph.activations import (
 from lens.circuits.graph.edge_scores import EdgeScores
 from lens.circuits.graph.graph import Kv
 from lens.circuits.graph.masked_forward import masked_logits
+from lens.circuits.graph.mixed import mixed_of
 from lens.circuits.graph.nodes import Nodes, find_nodes
 from lens.circuits.scores.atp import atp_star, atp_star_grad_drop, atp_star_together
 from lens.circuits.scores.attribution import Stage, edge_products
@@ -120,9 +121,9 @@ def score_edges(
             "method='eap-ig', whose gradients are taken on the way to the corrupt prompts"
         )
     chosen = Ablation(baseline, kv=kv)
-    if model.info.without_attention and not model.parts:
+    if (mixed := mixed_of(model)) is not None:
         rows = min(batch_size, task.rows_at_once(model))
-        return score_mixed(model, task, word, chosen, steps, rule, rows, progress)
+        return score_mixed(mixed, task, word, chosen, steps, rule, rows, progress)
     nodes = find_nodes(model, kv=kv)
     references = References(nodes, task, chosen)
     rows = min(batch_size, task.rows_at_once(model))
