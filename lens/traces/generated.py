@@ -119,6 +119,11 @@ def _recorded(
     with torch.no_grad(), listening(model, on_layer, parts=True):
         found = _written(model, prompt, new, temperature, seed, pieces.read)
         ids = found.sequences[0]
+        if found.past_key_values is None:
+            raise LensError(
+                f"{model.info.class_name} writes without a key cache, each token in a pass of the whole text; capture "
+                "the text that it wrote instead: lens.capture(model, model.generate(prompt)[0])"
+            )
         run(
             model,
             {"input_ids": ids[None, -1:], "past_key_values": found.past_key_values},

@@ -4,7 +4,13 @@ from itertools import pairwise
 
 import pytest
 import torch
-from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    DynamicCache,
+    LogitsProcessor,
+    LogitsProcessorList,
+)
 
 import lens
 from lens import LensError, edits
@@ -198,6 +204,21 @@ def test_hybrids_generate_like_others(kind, mode):
             found = record.variables["match_mass"][..., 2].double()
             assert ((mass * same).sum(-1) - found).abs().max() < 1e-5
             assert (mass[..., 0] - record.variables["first_mass"]).abs().max() < 1e-5
+
+
+@torch.no_grad()
+def test_a_decoder_that_hides_nothing_from_its_last_token_counts_from_the_first():
+    """BLOOM computes its own attention, and makes a mask that says nothing for one query."""
+    torch.manual_seed(0)
+    config = BloomConfig(hidden_size=48, n_layer=2, n_head=6, vocab_size=40)
+    model, ids, keeper = BloomForCausalLM(config).eval(), _prompts(), Sequences()
+    options = OPTIONS | {"logits_processor": LogitsProcessorList([keeper])}
+    with capturing(lens.load(model), block_size=1) as recorder:
+        model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+    for step in range(recorder.steps):
+        for record in recorder.layers(step):
+            assert record.causal
+            assert record.query_start + record.queries == keeper.seen[step].shape[1]
 
 
 @torch.no_grad()
