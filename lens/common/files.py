@@ -21,6 +21,7 @@ PART = ".lens-part"
 """End of the name of a file that is not whole yet."""
 MOST_JSON = 32 * 2**20
 _DEEPEST = 64
+_SHOWN = 80  # characters
 _HALF = re.compile("[\ud800-\udfff]")
 _NOT_TEXT = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 _PLAIN = {int, float, bool, type(None)}
@@ -113,6 +114,27 @@ def as_path(what: str, given: Any) -> Path:
     if not isinstance(given, str | os.PathLike) or not str(given):
         raise LensError(f"{what} must be the path of a file or folder, got {given!r}"[:200])
     return Path(given)
+
+
+def on_disk(given: str | Path) -> Path:
+    """A path as a person writes it, `~` and all, whether something lies there or not.
+
+    Raises:
+        LensError: it is no path of this system: too long, of a user that is not known, not to be looked at.
+    """
+    try:
+        path = Path(given).expanduser()
+        path.exists()
+        path.resolve()  # a circle of links
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise LensError(f"{shorten(str(given))!r} is no path of this machine: {reason}") from None
+    return path
+
+
+def shorten(text: str) -> str:
+    """Not more of a value than a line of an error holds."""
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 
 def lies_in(path: Path, folder: Path) -> bool:

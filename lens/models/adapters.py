@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lens.common.errors import LensError, first_line
+from lens.common.files import on_disk
 from lens.common.results import few
 
 CONFIG = "adapter_config.json"
@@ -53,7 +54,7 @@ def adapter_base(folder: Path) -> str:
             f"{folder / CONFIG} does not say whose adapter it is (base_model_name_or_path); load the model, put the "
             "adapter on it with peft.PeftModel.from_pretrained, and pass that to lens.load"
         )
-    beside = [Path(base).expanduser(), folder / base, folder.parent / base]
+    beside = [on_disk(base), folder / base, folder.parent / base]
     beside += [folder.parent / Path(base).name]
     return next((str(one) for one in beside if (one / "config.json").is_file()), base)
 

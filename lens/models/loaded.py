@@ -10,8 +10,9 @@ import numpy as np
 import torch
 
 from lens.common.choices import check_choice
-from lens.common.errors import LensError
+from lens.common.errors import LensError, told
 from lens.common.head_ids import AnyHead, HeadId, Part, head_id, layers_in_words
+from lens.models.ids import check_ids, check_text, is_ids, numbers_of
 from lens.models.tokens import readable
 
 
@@ -30,6 +31,7 @@ class ModelInfo:
         attending: layers with softmax attention, by the model's own number; the others (linear
             attention, recurrence, convolution) have no heads here.
         twice: those of them that attend twice, with two parts of the values (DiffLlama).
+        sees_later: whether some token of a tiny prompt saw a later one; None where it was not run.
     """
 
     layers: int
@@ -43,6 +45,7 @@ class ModelInfo:
     class_name: str
     attending: tuple[int, ...]
     twice: tuple[int, ...] = ()
+    sees_later: bool | None = None
 
     @property
     def without_attention(self) -> tuple[int, ...]:
@@ -198,24 +201,31 @@ class LoadedModel:
         """Token ids of `text`, with the special tokens that the tokenizer adds itself.
 
         Raises:
-            LensError: no tokenizer, or nothing in the text.
+            LensError: no tokenizer, no text, or nothing in it.
         """
         if self.tokenizer is None:
             raise LensError(
                 f"{self.name} has no tokenizer, so it cannot read text; "
                 "pass token ids, or give one: lens.load(model, tokenizer=...)"
             )
-        if not text.strip():
-            raise LensError("the text is empty; pass a text with at least one token")
+        check_text(text)
         # A fast tokenizer only warns about length; the length is checked in full by `capture`.
         return list(self.tokenizer(text, verbose=False)["input_ids"])
+
+    def check_ids(self, ids: Any) -> None:
+        """Token ids that the model can take.
+
+        Raises:
+            LensError: none, too many, or ids outside the vocabulary; a text.
+        """
+        check_ids(ids, self.name, self.info.vocab, self.info.context)
 
     def token_strings(self, ids: Sequence[int]) -> list[str]:
         """What each token looks like in a text, with its spaces; ids as strings without a tokenizer.
 
         Bytes that are no whole character stand as `<0xE4>`.
         """
-        numbers = [int(index) for index in ids]
+        numbers = numbers_of(ids)
         if self.tokenizer is None:
             return list(map(str, numbers))
         tokens = self.tokenizer.convert_ids_to_tokens(numbers)
@@ -261,14 +271,16 @@ class LoadedModel:
                 `do_sample=True`.
 
         Raises:
-            LensError: no tokenizer for a text.
+            LensError: no tokenizer for a text, ids that the model does not take, or options that it does not know.
 
         Example:
             >>> model.generate("It was the best", max_new_tokens=5)
         """
         if not self.is_bridge:
             options = {"do_sample": False, "pad_token_id": self.bos_id or 0} | options
-        return self.model.generate(self._ids(prompt), **options)
+        ids = self._ids(prompt)
+        with told(lambda why: f"{self.info.class_name} cannot write after this prompt: {why}"):
+            return self.model.generate(ids, **options)
 
     def _each(self, prompts: Any, run: Any) -> Any:
         self._refuse_towers()
@@ -277,9 +289,9 @@ class LoadedModel:
                 f"{self.info.class_name} reads a source and a target; run it yourself: "
                 "model.model(input_ids=..., decoder_input_ids=...)"
             )
-        one = isinstance(prompts, str) or (isinstance(prompts, torch.Tensor) and prompts.dim() == 1)
-        one = one or (len(prompts) > 0 and isinstance(prompts[0], int))
-        return run(prompts) if one else [run(prompt) for prompt in prompts]
+        many = isinstance(prompts, list | tuple) and len(prompts) > 0 and not is_ids(prompts)
+        many = many or (isinstance(prompts, torch.Tensor) and prompts.dim() > 1)
+        return [run(prompt) for prompt in prompts] if many else run(prompts)
 
     def _refuse_towers(self) -> None:
         if self.towers:
@@ -289,7 +301,10 @@ class LoadedModel:
 
     def _ids(self, prompt: Any) -> torch.Tensor:
         ids = self.encode(prompt) if isinstance(prompt, str) else prompt
-        return torch.as_tensor(ids, device=self.device).reshape(1, -1)
+        if isinstance(ids, torch.Tensor) and ids.dim() == 2 and len(ids) == 1:
+            ids = ids[0]
+        self.check_ids(ids)
+        return torch.as_tensor(ids, device=self.device)[None]
 
     def _logits(self, prompt: Any) -> torch.Tensor:
         result = self.model(self._ids(prompt))

@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from lens.common.errors import LensError, first_line, told
+from lens.common.files import on_disk
 from lens.common.head_ids import PARTS
 from lens.common.results import few
 from lens.models import dinov2, smollm2, whisper
@@ -25,7 +26,7 @@ from lens.models.adapters import CONFIG, adapted, adapter_base, unwrapped
 from lens.models.attention_only import AttentionOnlyConfig, AttentionOnlyModel
 from lens.models.catalogue import DEFAULT_MODEL, KNOWN, is_hub_id, unknown_model
 from lens.models.loaded import LoadedModel, ModelInfo, is_bridge
-from lens.models.processors import read_processor
+from lens.models.processors import check_given, read_processor
 from lens.models.quantised import class_of, names_tokens, readable_weights
 from lens.models.sizes import (
     describe,
@@ -65,6 +66,7 @@ def load_unchecked(
     processor: Any = None,
 ) -> LoadedModel:
     """`lens.load` without its self-check, which needs a forward pass; arguments and errors are its own."""
+    check_given(tokenizer=tokenizer, processor=processor)
     if isinstance(name_or_model, (str, Path)):
         loaded = _from_name(str(name_or_model), revision, _dtype(dtype), _device(device))
         check_fit(tokenizer or loaded.tokenizer, loaded.info.vocab, loaded.name)
@@ -112,7 +114,7 @@ def _from_object(model: Any, tokenizer: Any) -> LoadedModel:
 def _from_name(
     name: str, revision: str | None, dtype: torch.dtype | None, device: torch.device
 ) -> LoadedModel:
-    known, folder = KNOWN.get(name), Path(name).expanduser()
+    known, folder = KNOWN.get(name), on_disk(name)
     if known is None and is_hub_id(name) and not folder.is_dir():
         return _from_hub(name, revision, dtype, device)
     if revision is not None:
@@ -380,7 +382,7 @@ def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     if found is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
         found = None
     if dtype is not None and found is None:
-        raise LensError(f"dtype must be float32, float16 or bfloat16, got {dtype!r}")
+        raise LensError(f"dtype must be float32, float16, bfloat16 or float64, got {dtype!r}")
     return found
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+from pathlib import Path
 from typing import Any
 
+from lens.common.errors import LensError
+from lens.common.files import shorten
 from lens.models.sizes import image_token
 
 
@@ -34,3 +37,11 @@ def read_processor(model: Any, name: str, **where: Any) -> Any:
         ImportError,
     ):  # no file of one, or one of another library
         return None
+
+
+def check_given(**given: Any) -> None:
+    """Raises LensError where a tokenizer or processor, by that name, is a name, path or settings of one."""
+    for what, one in given.items():
+        if isinstance(one, str | int | float | Path | dict | list):
+            made = f"transformers.Auto{what.capitalize()}.from_pretrained(...)"
+            raise LensError(f"{what} must be one, such as {made}, got {shorten(repr(one))}")

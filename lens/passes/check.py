@@ -32,6 +32,7 @@ class Seen(NamedTuple):
         attending: layers that attended.
         twice: those that did so more than once.
         heads, kv_heads, head_dim: of the first of them.
+        later: whether some of their queries see later tokens of the same sequence.
     """
 
     attending: tuple[int, ...]
@@ -39,6 +40,7 @@ class Seen(NamedTuple):
     heads: int
     kv_heads: int
     head_dim: int
+    later: bool
 
 
 class Checked(NamedTuple):
@@ -123,6 +125,10 @@ def _seen(calls: dict[int, LayerCall]) -> Seen:
         heads=first.query.shape[1],
         kv_heads=first.key.shape[1],
         head_dim=first.query.shape[3],
+        later=any(
+            not call.cross and not bool(call.mask.hides_next(call.key.shape[2]).all())
+            for call in calls.values()
+        ),
     )
 
 

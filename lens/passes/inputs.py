@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from lens.common.choices import is_whole
 from lens.common.errors import LensError
+from lens.models.ids import is_ids, shape_of
 from lens.models.loaded import LoadedModel, check_loaded
 from lens.models.sizes import reads_pictured_text
 from lens.passes.padding import without_padding_before
@@ -87,7 +87,7 @@ def read_prompts(
         found = _from_mapping(model, prompts, whole)
         return found, len(found) == 1
     heard = reads_sounds(model) and is_sound(prompts)
-    if isinstance(prompts, str) or heard or _is_ids(prompts) or _is_pictured(model, prompts):
+    if isinstance(prompts, str) or heard or is_ids(prompts) or _is_pictured(model, prompts):
         return [_from_one(model, prompts, whole)], True
     if isinstance(prompts, torch.Tensor) and prompts.dim() == 2 and not prompts.is_floating_point():
         return [_from_one(model, row, whole) for row in prompts], False
@@ -99,7 +99,7 @@ def read_prompts(
         return [_from_one(model, prompt, whole) for prompt in prompts], False
     raise LensError(
         "a prompt must be a text, token ids, a picture, a list of these or a tokenizer's output, got "
-        f"{_shape_of(prompts)}"
+        f"{shape_of(prompts)}"
     )
 
 
@@ -131,7 +131,7 @@ def _from_one(model: LoadedModel, prompt: Any, whole: bool) -> Prompt:
         return _from_picture(model, prompt, whole)
     if isinstance(prompt, str):
         return _from_text(model, prompt, whole)
-    if _is_ids(prompt):
+    if is_ids(prompt):
         return _from_ids(model, [int(index) for index in prompt], None)
     if isinstance(prompt, Mapping):
         found = _from_mapping(model, prompt, whole)
@@ -146,7 +146,7 @@ def _from_one(model: LoadedModel, prompt: Any, whole: bool) -> Prompt:
     raise LensError(
         "a prompt must be a text or token ids (a list of integers), a picture, a pair of texts or of a picture and "
         "a text, or a mapping, got "
-        f"{_shape_of(prompt)}"
+        f"{shape_of(prompt)}"
     )
 
 
@@ -167,32 +167,8 @@ def _of_tokenizer(model: LoadedModel, *texts: str) -> dict[str, Any]:
 
 
 def _from_ids(model: LoadedModel, ids: list[int], text: str | None) -> Prompt:
-    check_ids(model, ids)
+    model.check_ids(ids)
     return Prompt({"input_ids": torch.tensor([ids], device=model.device)}, ids, text)
-
-
-def check_ids(model: LoadedModel, ids: Sequence[int]) -> None:
-    """Token ids that the model can take.
-
-    Raises:
-        LensError: none, too many, or ids outside the vocabulary; a text.
-    """
-    if not _is_ids(ids) and (isinstance(ids, str) or not isinstance(ids, Sequence) or len(ids)):
-        raise LensError(
-            f"token ids must be a list of integers, got {_shape_of(ids)}; of a text they are model.encode(text)"
-        )
-    if not len(ids):
-        raise LensError("the prompt has no tokens; pass at least one")
-    if model.info.context is not None and len(ids) > model.info.context:
-        raise LensError(
-            f"the prompt has {len(ids):,} tokens and {model.name} takes {model.info.context:,}; "
-            f"shorten it: lens.tasks.take(model, text, {model.info.context})"
-        )
-    vocab = model.info.vocab
-    if vocab is not None and not 0 <= min(ids) <= max(ids) < vocab:
-        raise LensError(
-            f"token ids of {model.name} go from 0 to {vocab - 1}, got {min(ids)} to {max(ids)}"
-        )
 
 
 def _from_mapping(model: LoadedModel, given: Mapping[str, Any], whole: bool) -> list[Prompt]:
@@ -232,7 +208,7 @@ def _from_mapping(model: LoadedModel, given: Mapping[str, Any], whole: bool) -> 
             tensors[name] = tensor[None]
     if len(rows) != 1 and any(t.is_floating_point() and t.dim() > 2 for t in tensors.values()):
         raise LensError(
-            f"a prompt with images needs input_ids [1, tokens] as a tensor, got {_shape_of(rows)}; process "
+            f"a prompt with images needs input_ids [1, tokens] as a tensor, got {shape_of(rows)}; process "
             "prompts one by one (return_tensors='pt') and pass a list: which image belongs to which "
             "prompt of a batch differs from model to model"
         )
@@ -280,7 +256,7 @@ def _from_row(
             "lens.capture takes such masks"
         )
     kept = found["input_ids"][0].tolist()
-    check_ids(model, kept)
+    model.check_ids(kept)
     if start and not is_square and "position_ids" not in found and not model.parts:
         alone = {
             name: placed(model, tensor[row : row + 1] if rows > 1 else tensor)
@@ -379,22 +355,9 @@ def _tensor(name: str, value: Any) -> torch.Tensor:
     try:
         return torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError) as error:
-        given = _shape_of(value)
+        given = shape_of(value)
         raise LensError(f"{name} must be a tensor or lists of numbers, got {given}") from error
 
 
 def placed(model: LoadedModel, tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to(model.device, model.dtype if tensor.is_floating_point() else None)
-
-
-def _is_ids(prompt: Any) -> bool:
-    if isinstance(prompt, torch.Tensor):
-        return prompt.dim() == 1 and not prompt.is_floating_point() and prompt.dtype != torch.bool
-    is_list = isinstance(prompt, Sequence) and not isinstance(prompt, (str, bytes))
-    return is_list and len(prompt) > 0 and all(map(is_whole, prompt))
-
-
-def _shape_of(prompt: Any) -> str:
-    if isinstance(prompt, torch.Tensor):
-        return f"a {prompt.dtype} tensor {list(prompt.shape)}"
-    return type(prompt).__name__

@@ -82,7 +82,7 @@ def _proved(loaded: LoadedModel) -> LoadedModel:
     if loaded.parts:
         return _with_parts(loaded, checked)
     seen = checked.seen[""]
-    info = replace(loaded.info, attending=seen.attending, twice=seen.twice)
+    info = replace(loaded.info, attending=seen.attending, twice=seen.twice, sees_later=seen.later)
     if not has_blocks(
         loaded
     ):  # half of an encoder-decoder, a tower in stages: what ran is what there is

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torch import Tensor
 
-from lens.common.errors import LensError
+from lens.common.errors import LensError, told
 from lens.models.loaded import LoadedModel, check_loaded
 
 if TYPE_CHECKING:
@@ -32,10 +32,11 @@ def labels_of(model: LoadedModel) -> int | None:
 
 
 def check_predicts_tokens(model: LoadedModel) -> None:
-    """Refuses classifiers where tokens are to be predicted.
+    """Refuses classifiers where tokens are to be predicted, and models that have read the next token.
 
     Raises:
-        LensError: a classifier of prompts or of tokens; it says what to use.
+        LensError: a classifier of prompts or of tokens, or a model whose tokens see later ones and that fills in no
+            masked ones; it says what to use.
     """
     check_loaded(model)
     if labels_of(model) is not None:
@@ -47,6 +48,12 @@ def check_predicts_tokens(model: LoadedModel) -> None:
         raise LensError(
             f"{model.info.class_name} gives labels and predicts no token; there is no task for it: load the "
             "language model of the same weights, or a classifier of whole prompts"
+        )
+    reads = model.info.vocab is not None and not model.is_encoder_decoder
+    if model.info.sees_later and reads and predicts_next(model):
+        raise LensError(
+            f"{model.info.class_name} lets tokens see later ones, so that a next token was read before it is "
+            "predicted; load a causal language model (of BERT with is_decoder=True), or the masked one of its weights"
         )
 
 
@@ -64,13 +71,14 @@ def logits_of(model: LoadedModel, ids: Given) -> Float[Tensor, "batch tokens voc
     """Logits of token ids or pixel values; of a classifier [batch, 1, labels], of an encoder-decoder of the target.
 
     Raises:
-        LensError: the model returns none.
+        LensError: the model returns none, or cannot run them.
     """
-    if isinstance(ids, Mapping):
-        result: Any = model.model(**ids)
-    else:
-        dtype = model.dtype if ids.is_floating_point() else None
-        result = model.model(ids.to(model.device, dtype))
+    with told(lambda why: f"{model.info.class_name} cannot run these prompts: {why}"):
+        if isinstance(ids, Mapping):
+            result: Any = model.model(**ids)
+        else:
+            dtype = model.dtype if ids.is_floating_point() else None
+            result = model.model(ids.to(model.device, dtype))
     logits = result if isinstance(result, Tensor) else getattr(result, "logits", None)
     if isinstance(logits, Tensor) and logits.dim() == 2 and labels_of(model) is not None:
         logits = logits[:, None]

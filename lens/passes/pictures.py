@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from lens.common.errors import LensError, first_line
+from lens.common.files import on_disk
 from lens.models.loaded import LoadedModel
 from lens.models.sizes import image_token, reads_pictured_text
 
@@ -81,7 +82,7 @@ def read_picture(given: Any, channels: int = 3) -> np.ndarray:
     """
     Image = _pillow()
     if isinstance(given, str | Path):
-        path = Path(given).expanduser()
+        path = on_disk(given)
         if not path.is_file():
             raise LensError(
                 f"no picture {path}; give the path of a picture file, a PIL image or an array"

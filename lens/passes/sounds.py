@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from lens.common.errors import LensError, first_line
-from lens.common.files import open_regular
+from lens.common.files import on_disk, open_regular
 from lens.models.loaded import LoadedModel
 
 LARGEST_SOUND = 1 << 30
@@ -42,7 +42,7 @@ def read_sound(given: Any, rate: int) -> np.ndarray:
     if isinstance(given, np.ndarray):
         samples, own = given.astype(np.float32), rate
     else:
-        own, samples = _of_file(Path(given).expanduser())
+        own, samples = _of_file(on_disk(given))
     if not samples.size or not np.isfinite(samples).all():
         raise LensError("a sound must hold at least one sample, and numbers that are finite")
     if own == rate:

@@ -18,7 +18,6 @@ from lens.models.stacks import stacks
 from lens.passes.inputs import (
     Prompt,
     accepted,
-    check_ids,
     model_input,
     placed,
     read_prompts,
@@ -150,7 +149,7 @@ def _inputs(model: LoadedModel, source: Any) -> dict[str, torch.Tensor]:
         if (ids := _row(model, found.get("input_ids"))) is not None and model_input(
             model
         ) == "input_ids":
-            check_ids(model, ids)
+            model.check_ids(ids)
         return found
     if isinstance(source, torch.Tensor) and source.is_floating_point():
         return {model_input(model): placed(model, source)}
@@ -161,7 +160,7 @@ def _inputs(model: LoadedModel, source: Any) -> dict[str, torch.Tensor]:
                 f"the source of {model.info.class_name} is {model_input(model)}, and these are token ids; pass "
                 f"({{{model_input(model)!r}: ...}}, target)"
             )
-        check_ids(model, ids[0].tolist())
+        model.check_ids(ids[0].tolist())
         return {"input_ids": placed(model, ids)}
     raise LensError(f"a source must be a text, token ids or a mapping, got {type(source).__name__}")
 

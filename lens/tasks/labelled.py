@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from lens.common.errors import LensError, first_line
-from lens.common.files import read_text
+from lens.common.files import on_disk, read_text
 
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 TABLES = (".csv", ".jsonl", ".ndjson")
@@ -53,7 +53,7 @@ def read_labelled(given: Any, *, most: int | None = None) -> Labelled:
         LensError: no such folder or file, no picture in it, or a table without the columns or with an empty place.
     """
     if isinstance(given, str | Path):
-        path = Path(given).expanduser()
+        path = on_disk(given)
         pairs = _of_folder(path) if path.is_dir() else _of_table(read_table(path, _EXPECTED), path)
     else:
         pairs = _of_table(given, None)
@@ -126,7 +126,7 @@ def _of_table(given: Any, file: Path | None) -> list[tuple[Any, Any]]:
     prompts = given[name].tolist()
     if name == "path":
         beside = Path() if file is None else file.parent
-        prompts = [beside / Path(str(one)).expanduser() for one in prompts]
+        prompts = [beside / on_disk(str(one)) for one in prompts]
     return list(zip(prompts, given["label"].tolist(), strict=True))
 
 

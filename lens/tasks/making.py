@@ -9,7 +9,7 @@ from lens.common.choices import check_counts, check_lists, is_whole
 from lens.common.errors import LensError
 from lens.models.loaded import LoadedModel
 from lens.models.vocabulary import around, windows
-from lens.passes.inputs import check_ids, model_input
+from lens.passes.inputs import model_input
 from lens.passes.logits import check_predicts_tokens, fills_masks
 from lens.passes.sources import read_sources
 from lens.tasks.prompts import copied
@@ -134,7 +134,7 @@ def _translating(model: LoadedModel, pairs: Any, n: int | None, metric: str) -> 
 
 
 def _ids(model: LoadedModel, window: Sequence[int]) -> list[int]:
-    check_ids(model, window)
+    model.check_ids(window)
     return [int(one) for one in window]
 
 

@@ -15,7 +15,6 @@ from lens.common.choices import check_counts, is_number
 from lens.common.errors import LensError
 from lens.models.loaded import LoadedModel
 from lens.models.vocabulary import ordinary_ids
-from lens.passes.inputs import check_ids
 from lens.passes.logits import logits_of
 
 
@@ -55,7 +54,7 @@ def answered(model: LoadedModel, trial: Trial) -> list[int]:
         1.0
     """
     first, last = trial.needle
-    check_ids(model, [*trial.prompt, *trial.prompt[first:last]])
+    model.check_ids([*trial.prompt, *trial.prompt[first:last]])
     step = torch.tensor([list(trial.prompt)], device=model.device)
     cached = not model.is_bridge and model.model.can_generate()
     past, answer = None, []
@@ -150,7 +149,7 @@ def text(
             at = max(1, round(depth * length))
             before = [*hay[:at], *lead]
             prompt = [*before, *answer, *hay[at:length], *lead]
-            check_ids(model, [*prompt, *answer])
+            model.check_ids([*prompt, *answer])
             needle_at = (len(before), len(before) + len(answer))
             trials.append(Trial(tuple(prompt), needle_at, float(depth)))
     return trials

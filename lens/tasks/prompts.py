@@ -138,10 +138,9 @@ def token_losses(model: "LoadedModel", tokens: Sequence[int]) -> "torch.Tensor":
     """
     import torch
 
-    from lens.passes.inputs import check_ids
     from lens.passes.sessions import base
 
-    check_ids(model, tokens)
+    model.check_ids(tokens)
     if (why := _no_loss(model)) is not None:
         raise LensError(f"{model.info.class_name} has no next-token loss: {why}")
     ids = torch.tensor([list(tokens)], device=model.device)
@@ -188,6 +187,8 @@ def _no_loss(model: "LoadedModel") -> str | None:
         return "it is a TransformerBridge; load the transformers model"
     if "MaskedLM" in type(model.model).__name__:
         return "it predicts masked tokens and no next token"
+    if model.info.sees_later:
+        return "its tokens see later ones, so that a next token was read before it is predicted"
     if model.model.get_output_embeddings() is None:
         return "it has no language-model head, so it predicts no next token"
     return None

@@ -11,7 +11,6 @@ from lens.common.errors import LensError
 from lens.common.given import given_as
 from lens.models.loaded import LoadedModel, check_loaded
 from lens.models.sizes import reads_picture_first
-from lens.passes.inputs import check_ids
 from lens.passes.logits import Given, check_predicts_tokens, labels_of, logits_of
 from lens.passes.sources import paired
 from lens.tasks import metrics
@@ -341,7 +340,7 @@ class Task:
                 f"{'an' if model.is_encoder_decoder else 'no'} encoder-decoder; lens.tasks.language_modelling(model, pairs) makes one"
             )
         for row in () if self.targets is None else self.targets.tolist():
-            check_ids(model, row)
+            model.check_ids(row)
         if self.clean.is_floating_point():
             return
         pictured = not model.is_bridge and reads_picture_first(model.model)
@@ -350,7 +349,7 @@ class Task:
             raise LensError(f"{model.name} reads no {made}{'tokens' if pictured else 'them'}")
         both = [self.clean] if self.corrupt is None else [self.clean, self.corrupt]
         for row in torch.cat(both).tolist():
-            check_ids(model, row)
+            model.check_ids(row)
         answers = (self.correct, self.wrong, self.sets)
         metrics.check_answers(answers, self.name, model.info.vocab, model.name)
 

@@ -108,7 +108,7 @@ def test_a_dtype_is_taken_by_name_or_object(dtype):
 
 
 def test_a_dtype_that_is_none_is_refused():
-    with pytest.raises(LensError, match="dtype must be float32, float16 or bfloat16, got 'int8'"):
+    with pytest.raises(LensError, match="float32, float16, bfloat16 or float64, got 'int8'"):
         lens.load("text-lm-3l", dtype="int8")
 
 
@@ -311,7 +311,7 @@ def test_a_model_without_sizes_is_refused():
     class Bare(transformers.PreTrainedModel):
         config_class = Config
 
-    with pytest.raises(LensError, match="cannot read the sizes of Bare: its Config must have"):
+    with pytest.raises(LensError, match="cannot read the sizes of Bare: its Config has no integer"):
         lens.load(Bare(Config()).eval())
 
 
@@ -368,6 +368,45 @@ def test_text_without_a_tokenizer_and_empty_text_are_refused():
         lens.load(build("llama")).encode("text")
     with pytest.raises(LensError, match="the text is empty"):
         lens.load().encode(" \n")
+
+
+ODD = [{"input_ids": [3]}, None, 3, [], [9999], [-1, 3], torch.randn(4), [["a"]], b"ab"]
+
+
+@pytest.mark.parametrize("prompt", ODD, ids=map(str, range(len(ODD))))
+def test_what_is_no_prompt_is_refused_by_what_runs_the_model(prompt):
+    model = lens.load()
+    for run in (model.logits, model.hidden_states, model.generate):
+        with pytest.raises(LensError):
+            run(prompt)
+
+
+def test_one_prompt_or_several_rows_of_ids_are_run():
+    model, ids = lens.load(), torch.tensor([[3, 4, 5], [6, 7, 8]])
+    assert [one.shape[0] for one in model.logits(ids)] == [3, 3]
+    assert model.logits(ids[0]).shape == model.logits([3, 4, 5]).shape == (3, model.info.vocab)
+    with pytest.raises(LensError, match=r"cannot write after this prompt: .*max_new_token"):
+        model.generate([3, 4], max_new_token=2)
+
+
+def test_what_is_no_text_token_or_tokenizer_is_refused():
+    for text, said in ((3, "must be a string, got int"), ("a\ud800b", "half a character")):
+        with pytest.raises(LensError, match=said):
+            lens.load().encode(text)
+    for ids, said in (("abc", "a list of integers, got str"), ([-4], "go from 0, got -4")):
+        with pytest.raises(LensError, match=said):
+            lens.load().token_strings(ids)
+    for what in ("tokenizer", "processor"):
+        with pytest.raises(LensError, match=f"{what} must be one, such as transformers.Auto"):
+            lens.load(**{what: "gpt2"})
+
+
+@pytest.mark.parametrize("name", ["a" * 5000, "~nobody-of-that-name/model", "x\0y"])
+def test_a_name_that_is_no_path_of_this_machine_is_refused(name):
+    with pytest.raises(LensError, match="is no path of this machine"):
+        lens.load(name)
+    with pytest.raises(LensError, match="is no path of this machine"):
+        lens.capture(lens.load("vit-digits"), name)
 
 
 def test_the_symbol_tokenizer_reads_and_writes():

@@ -4,7 +4,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import BertConfig, BertForMaskedLM
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForMultipleChoice,
+    BertLMHeadModel,
+    XLNetConfig,
+    XLNetLMHeadModel,
+)
 
 import lens
 from lens.common.errors import LensError
@@ -27,14 +34,20 @@ class Tokenizer:
         return " ".join(tokens)
 
 
+SIZES = {
+    "vocab_size": 101,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "max_position_embeddings": 64,
+}
+
+
 @pytest.fixture(scope="module")
 def masked():
     torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=101, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
-        intermediate_size=48, max_position_embeddings=64,
-    )  # fmt: skip
-    return lens.load(BertForMaskedLM(config).eval(), tokenizer=Tokenizer())
+    return lens.load(BertForMaskedLM(BertConfig(**SIZES)).eval(), tokenizer=Tokenizer())
 
 
 def test_windows_have_masked_tokens_as_answers(masked):
@@ -94,3 +107,27 @@ def test_effects_on_next_tokens_are_refused(masked):
         lens.effect(masked, task.clean, lens.edits.Mask("first"), progress=False)
     with pytest.raises(LensError, match="BertForMaskedLM predicts none; leave it out"):
         lens.effect(masked, task, lens.edits.Mask("first"), scored=[3], progress=False)
+
+
+@pytest.mark.parametrize("kind", ["bert", "xlnet", "choice"])
+def test_a_model_that_has_read_the_next_token_is_not_asked_for_it(kind):
+    network = {
+        "bert": lambda: BertLMHeadModel(BertConfig(**SIZES)),
+        "xlnet": lambda: XLNetLMHeadModel(
+            XLNetConfig(vocab_size=101, d_model=32, n_layer=2, n_head=4, d_inner=48)
+        ),
+        "choice": lambda: BertForMultipleChoice(BertConfig(**SIZES)),
+    }[kind]()
+    model = lens.load(network.eval())
+    assert model.info.sees_later
+    for make in (lambda: language_modelling(model, [[7, 8, 9]]), lambda: induction(model, n=2)):
+        with pytest.raises(LensError, match="a next token was read before it is predicted"):
+            make()
+    with pytest.raises(LensError, match="no next-token loss: its tokens see later ones"):
+        lens.tasks.loss(model, [7, 8, 9])
+    decoder = lens.load(BertLMHeadModel(BertConfig(**SIZES, is_decoder=True)).eval())
+    ids = torch.tensor([[7, 8, 9, 11]])
+    with torch.no_grad():
+        own = torch.nn.functional.cross_entropy(decoder.model(ids).logits[0, :-1], ids[0, 1:])
+    task = language_modelling(decoder, ids.tolist())
+    assert task.evaluate(decoder)[0] == pytest.approx(float(own))

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, field_validator, model_validator
 
 from lens.circuits.scores.methods import Method
+from lens.common.files import shorten
 from lens_analyses.config.listed import (
     EDITS,
     MOVES,
@@ -25,7 +26,7 @@ from lens_analyses.config.listed import (
     check_temperature,
     listed,
 )
-from lens_analyses.config.paths import is_task_file, shorten
+from lens_analyses.config.paths import is_task_file
 from lens_analyses.config.pictures import LABELS
 from lens_analyses.config.settings import Section, Shown, setting
 from lens_analyses.config.sizes import FEW_PROMPTS, LARGE, PROMPTS

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, field_validator, model_validator
 
+from lens.common.files import shorten
 from lens.models.catalogue import DEFAULT_MODEL, KNOWN, is_hub_id, unknown_model
 from lens_analyses.config.analyses import (
     AnalysisSettings,
@@ -20,7 +21,7 @@ from lens_analyses.config.analyses import (
     SinksSettings,
     VisionSettings,
 )
-from lens_analyses.config.paths import is_folder, shorten
+from lens_analyses.config.paths import is_folder
 from lens_analyses.config.pictures import LABELS, PictureConfig
 from lens_analyses.config.prompts import (
     OF_LABELS,

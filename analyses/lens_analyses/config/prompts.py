@@ -4,8 +4,8 @@ from typing import Annotated, Self
 
 from pydantic import AfterValidator, model_validator
 
+from lens.common.files import shorten
 from lens_analyses.config.listed import listed
-from lens_analyses.config.paths import shorten
 from lens_analyses.config.pictures import images_setting
 from lens_analyses.config.settings import Section, Shown, setting
 

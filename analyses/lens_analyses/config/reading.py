@@ -10,9 +10,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from lens.common.errors import LensError
-from lens.common.files import read_text
+from lens.common.files import read_text, shorten
 from lens_analyses.config.models import CONFIGS, RunConfig
-from lens_analyses.config.paths import local, shorten
+from lens_analyses.config.paths import local
 from lens_analyses.config.prompts import SOURCES
 from lens_analyses.config.settings import settings_of
 from lens_analyses.console import UsageError

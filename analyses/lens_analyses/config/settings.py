@@ -11,7 +11,7 @@ from annotated_types import Ge, Le
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from pydantic.fields import FieldInfo
 
-from lens_analyses.config.paths import shorten
+from lens.common.files import shorten
 
 _LONGEST = 4096  # characters of a text: the longest path
 _LARGEST = 2**53  # that every reader of JSON keeps

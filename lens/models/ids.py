@@ -1,0 +1,80 @@
+"""What token ids are, and which of them a model takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from lens.common.choices import is_whole
+from lens.common.errors import LensError
+
+
+def is_ids(prompt: Any) -> bool:
+    """Whether this is the token ids of one prompt: integers in a sequence or a tensor."""
+    if isinstance(prompt, torch.Tensor):
+        return prompt.dim() == 1 and not prompt.is_floating_point() and prompt.dtype != torch.bool
+    if isinstance(prompt, (str, bytes)) or not isinstance(prompt, Sequence):
+        return False
+    return len(prompt) > 0 and all(map(is_whole, prompt))
+
+
+def shape_of(prompt: Any) -> str:
+    """What was given, in an error."""
+    if isinstance(prompt, torch.Tensor):
+        return f"a {prompt.dtype} tensor {list(prompt.shape)}"
+    return type(prompt).__name__
+
+
+def numbers_of(ids: Any) -> list[int]:
+    """Token ids as plain numbers.
+
+    Raises:
+        LensError: something that is no row of numbers from 0.
+    """
+    try:
+        numbers = [int(index) for index in ids]
+    except (TypeError, ValueError) as error:
+        raise LensError(f"token ids must be a list of integers, got {shape_of(ids)}") from error
+    if numbers and min(numbers) < 0:
+        raise LensError(f"token ids go from 0, got {min(numbers)}")
+    return numbers
+
+
+def check_text(text: Any) -> None:
+    """Raises LensError unless this is a text with something in it."""
+    if not isinstance(text, str):
+        raise LensError(f"a text must be a string, got {shape_of(text)}")
+    if not text.strip():
+        raise LensError("the text is empty; pass a text with at least one token")
+    if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise LensError(
+            "the text holds half a character (a lone surrogate), which no tokenizer reads; decode it with "
+            "errors='replace'"
+        )
+
+
+def check_ids(ids: Any, name: str, vocab: int | None, context: int | None) -> None:
+    """Token ids that a model can take; `name`, `vocab` and `context` are the model's.
+
+    Raises:
+        LensError: none, too many, or ids outside the vocabulary; a text, or anything else.
+    """
+    is_empty = (
+        isinstance(ids, Sequence | torch.Tensor) and not isinstance(ids, str) and not len(ids)
+    )
+    if not is_empty and not is_ids(ids):
+        raise LensError(
+            f"token ids must be a list of integers, got {shape_of(ids)}; of a text they are model.encode(text)"
+        )
+    if is_empty:
+        raise LensError("the prompt has no tokens; pass at least one")
+    if context is not None and len(ids) > context:
+        raise LensError(
+            f"the prompt has {len(ids):,} tokens and {name} takes {context:,}; "
+            f"shorten it: lens.tasks.take(model, text, {context})"
+        )
+    least, most = int(min(ids)), int(max(ids))
+    if vocab is not None and not 0 <= least <= most < vocab:
+        raise LensError(f"token ids of {name} go from 0 to {vocab - 1}, got {least} to {most}")
