@@ -50,7 +50,6 @@ _TOKENIZER_FILES = (
     "vocab.json",
 )
 
-
 _PACKAGED = {one.name: one for one in (smollm2.MODEL, dinov2.MODEL, whisper.MODEL)}
 _NUMBERED = re.compile(r"(?:.*\.)?([A-Za-z_]+\.)\d+\..*")
 _KERNELS = {"use_mamba_kernels": False, "disable_custom_kernels": True}

@@ -99,7 +99,7 @@ def places_of(task: Task, positions: str | None) -> list[tuple[str, Tensor]]:
         return [("all", torch.ones(task.n, task.length, dtype=torch.bool))]
     if positions == EACH:
         return [(str(int(at)), (tokens == at).expand(task.n, -1)) for at in tokens]
-    if positions not in task.marks:
+    if positions not in [*task.marks]:
         raise LensError(
             f"positions must be None, 'each' or a mark of the task ({', '.join(task.marks) or 'it has none'}), "
             f"got {positions!r}"

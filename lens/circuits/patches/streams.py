@@ -134,7 +134,7 @@ def check_noise(task: Task, noise: float | None, noise_at: str | None) -> None:
         raise LensError("noise_at says where noise is; give noise, e.g. noise=3.0")
     if noise is not None and not (is_number(noise) and 0 < noise < float("inf")):
         raise LensError(f"noise must be a number above 0 such as 3.0, got {noise!r}")
-    if noise_at is not None and noise_at not in task.marks:
+    if noise_at is not None and noise_at not in [*task.marks]:
         raise LensError(
             f"noise_at must be a mark of the task ({', '.join(task.marks) or 'it has none'}), got {noise_at!r}"
         )
