@@ -121,7 +121,7 @@ def _runs(labels: np.ndarray) -> list[tuple[int, int]]:
 
 @draws("HeadClusters")
 def dendrogram(clusters: HeadClusters, **look: Unpack[Look]) -> go.Figure:
-    """Which heads merge at which distance (average linkage); the dashed line is where it was cut."""
+    """Which heads merge at which distance (Ward's method); the dashed line is where it was cut."""
     place = {int(head): float(at) for at, head in enumerate(clusters.order)}
     tops = dict.fromkeys(place, 0.0)
     figure = go.Figure()

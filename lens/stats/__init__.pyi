@@ -1,7 +1,6 @@
 from .clusters import adjusted_rand as adjusted_rand
-from .clusters import average_linkage as average_linkage
 from .clusters import cut_tree as cut_tree
-from .clusters import silhouettes as silhouettes
+from .clusters import ward_tree as ward_tree
 from .intervals import LEVEL as LEVEL
 from .intervals import draws as draws
 from .intervals import interval as interval

@@ -1,4 +1,4 @@
-"""Groups by average linkage, how well separated they are, and how far two groupings agree."""
+"""Groups by Ward's method, and how far two groupings agree."""
 
 from __future__ import annotations
 
@@ -14,25 +14,28 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int, Real
 
 
-def average_linkage(
+def ward_tree(
     distances: Real[np.ndarray, "members members"] | Real[np.ndarray, "pairs"],
 ) -> Float[np.ndarray, "merges 3"]:
-    """The tree of agglomerative clustering by mean distance (UPGMA, Sokal and Michener 1958).
+    """The tree of agglomerative clustering that keeps groups tight (Ward 1963, J. Am. Stat. Assoc. 58).
+
+    Parts a and b with the middles m_a and m_b merge at the distance sqrt(2 |a| |b| / (|a| + |b|)) |m_a - m_b|, of two single
+    members their own.
 
     Args:
-        distances: [n, n], symmetric, or the pairs above its diagonal [n (n - 1) / 2], row by row.
+        distances: Euclidean, [n, n], symmetric, or the pairs above its diagonal [n (n - 1) / 2], row by row.
 
     Returns:
-        [n - 1, 3], one row per merge: its two parts, the smaller number first, and the mean over all
-        pairs of their members, which never falls. Part k below n is that member, above it the merge
+        [n - 1, 3], one row per merge: its two parts, the smaller number first, and this distance, which never
+        falls. Part k below n is that member, above it the merge
         `k - n`.
 
     Raises:
         LensError: fewer than two members, distances that are not square or not finite.
 
     Example:
-        >>> lens.stats.average_linkage(np.array([1.0, 5, 5])).tolist()
-        [[0.0, 1.0, 1.0], [2.0, 3.0, 5.0]]
+        >>> lens.stats.ward_tree(np.array([1.0, 5, 5])).tolist()
+        [[0.0, 1.0, 1.0], [2.0, 3.0, 5.744562646538029]]
     """
     from scipy.cluster.hierarchy import linkage
 
@@ -50,21 +53,21 @@ def average_linkage(
             f"{int((~np.isfinite(pairs)).sum())} of {len(pairs)} distances are not finite, so nothing "
             "can be grouped by them; leave out the members that have no distance"
         )
-    return linkage(pairs, "average")[:, :3]
+    return linkage(pairs, "ward")[:, :3]
 
 
 def cut_tree(merges: Float[np.ndarray, "merges 3"], count: int) -> Int[np.ndarray, "merges+1"]:
     """[n] labels of `count` clusters, the largest first (of equal ones that with the first member).
 
     Args:
-        merges: of `average_linkage`.
+        merges: of `ward_tree`.
         count: clusters, 1 to n.
 
     Raises:
         LensError: a count that is not 1 to n.
 
     Example:
-        >>> lens.stats.cut_tree(lens.stats.average_linkage(np.array([1.0, 5, 5])), 2).tolist()
+        >>> lens.stats.cut_tree(lens.stats.ward_tree(np.array([1.0, 5, 5])), 2).tolist()
         [0, 0, 1]
     """
     members = len(numbers(merges)) + 1
@@ -79,61 +82,6 @@ def cut_tree(merges: Float[np.ndarray, "merges 3"], count: int) -> Int[np.ndarra
     labels = np.empty(count, int)
     labels[np.lexsort((first, -sizes))] = np.arange(count)
     return labels[inside]
-
-
-def silhouettes(
-    distances: Real[np.ndarray, "members members"], merges: Float[np.ndarray, "members-1 3"]
-) -> Float[np.ndarray, "members"]:
-    """[n] mean silhouette of the clusters into which the tree falls: place k of `cut_tree(merges, k + 1)`.
-
-        (b - a) / max(a, b),  a the mean distance to the others inside, b that to the nearest other cluster
-
-    A member alone counts 0, and so does a single cluster. One merge after the other changes two columns
-    of the mean distances, so all cuts together cost about as much as one.
-
-    Args:
-        distances: [n, n] with zeros on the diagonal; merges: its tree, of `average_linkage`.
-
-    Raises:
-        LensError: distances that are not square, or a tree of another number of members.
-
-    Reference: Rousseeuw 1987, J. Comput. Appl. Math. 20.
-
-    Example:
-        >>> apart = np.abs(np.subtract.outer([0.0, 1, 8, 9], [0.0, 1, 8, 9]))
-        >>> int(lens.stats.silhouettes(apart, lens.stats.average_linkage(apart)).argmax()) + 1
-        2
-    """
-    sums = _square(distances).astype(float).copy()  # [member, cluster]
-    members = len(sums)
-    if len(merges) != members - 1:
-        raise LensError(
-            f"a tree of {members} members has {members - 1} merges, got {len(merges)}; give the tree of "
-            "these distances"
-        )
-    means, each = sums.copy(), np.arange(members)
-    own, size, column = each.copy(), np.ones(members), np.arange(2 * members - 1)
-    np.fill_diagonal(means, np.inf)
-    nearest = means.argmin(1)
-    found = np.zeros(members)
-    for step, (left, right) in enumerate(merges[:-1, :2].astype(int)):
-        kept, gone = column[left], column[right]
-        column[members + step] = kept
-        sums[:, kept] += sums[:, gone]
-        size[kept] += size[gone]
-        own[own == gone] = kept
-        means[:, kept], means[:, gone] = sums[:, kept] / size[kept], np.inf
-        means[own == kept, kept] = np.inf  # only other clusters
-        # the mean to what merged lies between the two that it was: no other nearest one changes
-        changed = np.flatnonzero((nearest == kept) | (nearest == gone))
-        nearest[changed] = means[changed].argmin(1)
-        several = size[own] > 1
-        a = sums[each, own] / np.where(several, size[own] - 1, 1)
-        b = means[each, nearest]
-        widest = np.maximum(a, b)
-        scores = np.where(several & (widest > 0), (b - a) / np.where(widest > 0, widest, 1), 0)
-        found[members - step - 2] = scores.mean()
-    return found
 
 
 def adjusted_rand(a: Int[np.ndarray, "members"], b: Int[np.ndarray, "members"]) -> float:

@@ -3,9 +3,8 @@
 Li et al., "How Does Attention Work in Vision Transformers? A Visual Analytics Attempt", TVCG 2023, arXiv 2303.13731. A map is
 the attention of one head on one picture, patch by patch [patches, patches] in rows from the top left on, each row as a
 share of what it has on patches, times their number: uniform attention is 1 all over. Block means of it, [side, side], go
-through the square root into a convolutional autoencoder with a narrow middle, whose numbers are grouped by Ward's method:
-average linkage takes a few maps that stand out for groups of their own, and all others for one. The count is the one whose
-groups come back best on 80 % of the maps; of those that do so alike, the best separated. Beside it stand as many principal components, grouped alike: what
+through the square root into a convolutional autoencoder with a narrow middle, whose numbers are grouped as
+`lens.stats.grouping` says: Ward's method, the count that comes back best, and whether there are groups at all. Beside it stand as many principal components, grouped alike: what
 the autoencoder finds that these do not, and how far the two groupings agree, is part of the result. A prototype is what the
 middle of a group is decoded to.
 """
@@ -18,7 +17,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
-from scipy.cluster.hierarchy import linkage
 from scipy.spatial.distance import cdist
 
 from lens import stats
@@ -27,6 +25,7 @@ from lens.common.errors import LensError
 from lens.common.given import given_traces
 from lens.common.head_ids import head_columns
 from lens.common.results import Result, Sentence, described
+from lens.stats.grouping import Groups, grouped
 from lens.vision._autoencoder import Encoded, autoencoder, components
 from lens.vision._patches import SMALLEST, grid_of, maps
 
@@ -35,9 +34,6 @@ if TYPE_CHECKING:
 
 _SIDES = (32, 16, 8)  # 64 trains twelve times as long
 _MOST_MAPS = 4096  # whose distances, each to each, are kept
-_MOST_GROUPS = 12  # that are tried, where no count is asked for
-_KEPT = 0.8  # share of the maps that are grouped again
-_ALIKE = 0.02  # adjusted Rand index by which counts are as stable as the most stable one
 _NEARLY_ALL = 0.9  # share of the maps from which on one pattern says little
 
 
@@ -49,20 +45,20 @@ class Grouping(Result):
         name: "autoencoder" or "pca".
         latent: [maps, numbers].
         missed: share of the variance of the maps that these numbers lose.
-        labels: [maps], number of the group, the largest first.
-        silhouette: of the groups, mean over maps.
-        rand: [draws] adjusted Rand index of the groups of 80 % of the maps with these: 1 the same, 0 by chance. The
-            count is chosen by its mean, so that it flatters a little.
+        groups: their labels, how stable they are and what they are beside single clouds.
         prototypes: [groups, side, side], square roots of multiples of uniform attention.
     """
 
     name: str
     latent: np.ndarray = field(repr=False)
     missed: float
-    labels: np.ndarray = field(repr=False)
-    silhouette: float
-    rand: np.ndarray = field(repr=False)
+    groups: Groups = field(repr=False)
     prototypes: np.ndarray = field(repr=False)
+
+    @property
+    def labels(self) -> np.ndarray:
+        """[maps], number of the group, the largest first."""
+        return self.groups.labels
 
     @property
     def places(self) -> np.ndarray:
@@ -145,26 +141,25 @@ class PatternSummary(Result):
         own, other = self.found, self.baseline
         heads = self.heads()
         sizes = ", ".join(f"{share:.0%}" for share in own.table()["share"][:4])
-        stable, beside = (
-            f"adjusted Rand {one.rand.mean():.2f} on {_KEPT:.0%} of the maps"
-            for one in (own, other)
-        )
         largest = float(own.table()["share"].max())
         alone = (
             f" One holds {largest:.0%}: these groups tell few maps apart."
             if largest > _NEARLY_ALL
             else ""
         )
+        fall = (
+            f"fall into {len(own.prototypes)} patterns, the largest with {sizes} of them"
+            if own.groups.apart
+            else f"are in no groups that are told apart; cut into {len(own.prototypes)}, the largest have {sizes} of them"
+        )
         found = [
             Sentence(
-                f"{len(own.labels)} maps fall into {len(own.prototypes)} patterns, the largest with {sizes} of them "
-                f"({stable}; 0 is chance, the count is the most stable of those tried).{alone}",
-                kind="groups",
+                f"{len(own.labels)} maps {fall} ({own.groups.in_words}).{alone}", kind="groups"
             ),
             Sentence(
                 f"The autoencoder loses {own.missed:.1%} of the variance of the maps, as many principal components "
-                f"({own.latent.shape[1]}) lose {other.missed:.1%}; these make {len(other.prototypes)} groups ({beside}), "
-                f"which agree with the others to {self.agreement:.2f}.",
+                f"({own.latent.shape[1]}) lose {other.missed:.1%}; these make {len(other.prototypes)} groups "
+                f"({other.groups.in_words}), which agree with the others to {self.agreement:.2f}.",
                 kind="baseline",
             ),
         ]
@@ -265,37 +260,9 @@ def _overlaps(length: int, parts: int) -> np.ndarray:
     return inside.clip(0) / (length / parts)
 
 
-def _ward(latent: np.ndarray) -> np.ndarray:
-    """[maps - 1, 3]: merges, as of `lens.stats.average_linkage`."""
-    return linkage(latent, "ward")[:, :3]
-
-
 def _grouped(name: str, one: Encoded, count: int | None, draws: int, seed: int) -> Grouping:
     latent = one.latent
-    merges = _ward(latent)
-    scores = stats.silhouettes(cdist(latent, latent), merges)
-    tried = [count] if count else list(range(2, min(_MOST_GROUPS, len(latent) - 1) + 1))
-    random = np.random.default_rng(seed)
-    kept = max(tried[-1], round(_KEPT * len(latent)))
-    rand = np.empty((draws, len(tried)))
-    for row in rand:
-        some = np.sort(random.permutation(len(latent))[:kept])
-        again = _ward(latent[some])
-        for place, groups in enumerate(tried):
-            own = stats.cut_tree(merges, groups)[some]
-            row[place] = stats.adjusted_rand(own, stats.cut_tree(again, groups))
-    stable = rand.mean(0)
-    alike = np.flatnonzero(stable >= stable.max() - _ALIKE)
-    best = max(alike, key=lambda place: scores[tried[place] - 1])
-    count = tried[best]
-    labels = stats.cut_tree(merges, count)
-    middles = np.stack([latent[labels == group].mean(0) for group in range(count)])
-    return Grouping(
-        name=name,
-        latent=latent,
-        missed=one.missed,
-        labels=labels,
-        silhouette=float(scores[count - 1]),
-        rand=rand[:, best],
-        prototypes=np.maximum(one.decode(middles), 0),
-    )
+    groups = grouped(cdist(latent, latent), count=count, draws=draws, seed=seed)
+    middles = [latent[groups.labels == group].mean(0) for group in range(groups.count)]
+    prototypes = np.maximum(one.decode(np.stack(middles)), 0)
+    return Grouping(name, latent, one.missed, groups, prototypes)

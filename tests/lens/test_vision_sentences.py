@@ -1,9 +1,12 @@
 """What is said of pictures is a conclusion: each sentence on attention of which it is true, and on some of which it is not."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 import lens
+from lens.stats.grouping import Groups
 from lens.vision.coding import CodingRate
 from lens.vision.patterns import Grouping, PatternSummary
 from tests.lens.pictures import planted
@@ -181,23 +184,28 @@ def test_that_change_is_over_prompts():
     assert np.isnan(alone[0].change).all()
 
 
+def of_labels(labels, best=0.5):
+    return Groups(labels, np.empty((0, 3)), 0.5, np.ones(3), best, np.full(20, 0.2))
+
+
 @pytest.mark.parametrize(("sizes", "alone"), [((60, 40), False), ((95, 5), True)])
 def test_one_pattern_that_holds_nearly_all_is_said_to_tell_few_apart(sizes, alone):
     labels = np.repeat([0, 1], sizes)
-    one = Grouping(
-        "autoencoder", np.zeros((100, 2)), 0.1, labels, 0.5, np.ones(3), np.zeros((2, 8, 8))
-    )
+    one = Grouping("autoencoder", np.zeros((100, 2)), 0.1, of_labels(labels), np.zeros((2, 8, 8)))
     picture, layer, head = np.arange(100) % 2, np.arange(100) // 20, np.arange(100) // 2 % 10
     found = said(PatternSummary(one, one, picture, layer, head, 8), "groups")
     assert found.endswith("One holds 95%: these groups tell few maps apart.") == alone
     assert ("these groups tell few" in found) == alone
+    assert "fall into 2 patterns" in found
+    none = replace(one, groups=of_labels(labels, best=0.1))
+    other = said(PatternSummary(none, none, picture, layer, head, 8), "groups")
+    assert "are in no groups that are told apart" in other
+    assert "0.1 standard deviations over single normal clouds, not above the 0.2" in other
 
 
 def test_heads_that_keep_one_pattern_are_counted():
     labels = np.array([0, 1, 0, 0])  # head 0 the same on both pictures, head 1 not
-    one = Grouping(
-        "autoencoder", np.zeros((4, 2)), 0.1, labels, 0.5, np.ones(3), np.zeros((2, 8, 8))
-    )
+    one = Grouping("autoencoder", np.zeros((4, 2)), 0.1, of_labels(labels), np.zeros((2, 8, 8)))
     found = PatternSummary(
         one, one, np.array([0, 0, 1, 1]), np.zeros(4, int), np.array([0, 1, 0, 1]), 8
     )

@@ -79,15 +79,8 @@ def similarity(subject: Subject) -> Section:
         tables[f"{method}_clusters"] = grouped.table()
         tables[f"{method}_redundancy"] = found.redundancy(seed=subject.seed)
         figures[method] = found.plot()
-        several = [heads_ for heads_ in grouped.members if len(heads_) > 1]
-        stability = (
-            f", adjusted Rand {grouped.rand.mean():.2f} on prompts drawn again"
-            if len(grouped.rand)
-            else ""
-        )
-        shown = "; ".join(" ".join(one[:6]) for one in several[:3]) or "no two heads"
         what = "attend" if method == "js" else "write"
-        said.append(f"Heads that {what} alike: {shown} ({len(grouped.members)} groups{stability}).")
+        said += [f"Heads that {what} alike: {text}" for text in grouped.findings()]
     return Section(
         name="similarity",
         title="Which heads are alike",

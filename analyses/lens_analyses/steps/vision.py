@@ -158,14 +158,18 @@ def pattern_summary(subject: Subject) -> Section:
         limits=(
             "Maps are block means of the attention among patches, as multiples of uniform attention; what lies on [CLS], "
             "registers or text is left out.",
-            "Of 2 to 12 groups those are taken that come back best on 80 % of the maps; a map between two is in one all the same.",
+            "Of 2 to 12 groups those are taken that are most stable and separated beside single normal clouds of the same length in "
+            "each direction, cut in the same way; a map between two groups is in one all the same.",
         ),
         columns=defined(tables.values(), _COLUMNS | _PATTERNS | shares),
         configuration={
             "side": found.side,
             "numbers": found.found.latent.shape[1],
             "missed": {one.name: one.missed for one in (found.found, found.baseline)},
-            "rand": {one.name: float(one.rand.mean()) for one in (found.found, found.baseline)},
+            "rand": {
+                one.name: float(one.groups.rand.mean()) for one in (found.found, found.baseline)
+            },
+            "apart": {one.name: one.groups.apart for one in (found.found, found.baseline)},
             "agreement": found.agreement,
             "seed": subject.seed,
         },

@@ -72,7 +72,7 @@ class HeadSimilarity(Result):
 
     @property
     def distances(self) -> np.ndarray:
-        """[head, head] for clustering: root of the divergence (a metric), or `1 - cosine`."""
+        """[head, head] for clustering, Euclidean: root of the divergence, or of twice `1 - cosine`."""
         return self.distances_of(self.values)
 
     @property
@@ -163,7 +163,7 @@ class HeadSimilarity(Result):
 
     def distances_of(self, values: np.ndarray) -> np.ndarray:
         """`distances` of other values, such as resampled ones."""
-        return np.sqrt(values.clip(0)) if self.method == "js" else (1 - values).clip(0)
+        return np.sqrt((values if self.method == "js" else 2 - 2 * values).clip(0))
 
     def closeness_of(self, values: np.ndarray) -> np.ndarray:
         """`closeness` of other values, such as resampled ones."""
@@ -172,12 +172,10 @@ class HeadSimilarity(Result):
     def clusters(
         self, *, count: int | None = None, resamples: int = 200, seed: int = 0
     ) -> HeadClusters:
-        """Heads grouped by average linkage, and how stable the groups are on prompts drawn again.
-
-        Two parts merge at the mean distance between their heads.
+        """Heads grouped by Ward's method, whether there are groups at all, and how stable they are on prompts drawn again.
 
         Args:
-            count: clusters; None: the number with the largest mean silhouette.
+            count: clusters; None: the number that stands out most beside single clouds of heads (`lens.stats.grouping`).
             resamples: draws for the stability.
             seed: of the draws.
 

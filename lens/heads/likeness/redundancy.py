@@ -17,7 +17,8 @@ from lens import stats
 from lens.common.choices import check_counts
 from lens.common.errors import LensError
 from lens.common.head_ids import HeadId, head_columns
-from lens.common.results import Result
+from lens.common.results import Result, Sentence
+from lens.stats.grouping import Groups, grouped
 
 
 class _Compared(Protocol):
@@ -46,7 +47,7 @@ class _Compared(Protocol):
 
 @dataclass(frozen=True, repr=False, eq=False)
 class HeadClusters(Result):
-    """Heads grouped by average linkage.
+    """Heads grouped by Ward's method (`lens.stats.grouping`).
 
     Attributes:
         labels: [head] int, number of the cluster; clusters are numbered by size, the largest first.
@@ -59,6 +60,7 @@ class HeadClusters(Result):
         rand: [draw], adjusted Rand index of the clusters of each draw with these; 1 = the same
             groups, 0 = as by chance (Hubert and Arabie 1985). Empty for a single prompt.
         silhouette: mean silhouette of the heads (Rousseeuw 1987), heads alone counting 0.
+        groups: the same with what the count was chosen by, and beside single clouds.
         medoids: prototype of each cluster: the head with the smallest mean distance to the others.
         names: of the heads; method, model: what was compared.
     """
@@ -70,6 +72,7 @@ class HeadClusters(Result):
     stability: np.ndarray
     rand: np.ndarray
     silhouette: float
+    groups: Groups
     medoids: tuple[HeadId, ...]
     names: tuple[str, ...]
     method: str
@@ -96,6 +99,19 @@ class HeadClusters(Result):
             for label, heads in enumerate(self.members)
         ]
         return pd.DataFrame(rows, columns=["cluster", "size", "prototype", "heads", "stability"])
+
+    def findings(self) -> tuple[Sentence, ...]:
+        """The groups, or that there are none ("groups")."""
+        several = [heads for heads in self.members if len(heads) > 1]
+        shown = "; ".join(" ".join(heads[:6]) for heads in several[:3]) or "no two heads"
+        prompts = f"; adjusted Rand {self.rand.mean():.2f} on prompts drawn again" * len(
+            self.rand[:1]
+        )
+        if self.groups.apart:
+            text = f"{shown} ({len(self.members)} groups; {self.groups.in_words}{prompts})."
+        else:
+            text = f"no groups are told apart ({self.groups.in_words}); cut into {len(self.members)}, the largest is {shown}."
+        return (Sentence(text, kind="groups"),)
 
     def __repr__(self) -> str:
         several = [heads for heads in self.members if len(heads) > 1]
@@ -124,11 +140,8 @@ def clusters(
     if count is not None and not 1 <= count <= heads:
         raise LensError(f"count must be 1 to {heads}, the number of heads, got {count}")
     check_counts(resamples=resamples)
-    merges = stats.average_linkage(distances)
-    scores = stats.silhouettes(distances, merges)  # place k: of k + 1 clusters
-    if count is None:
-        count = 2 + int(scores[1:-1].argmax())
-    labels = stats.cut_tree(merges, count)
+    found = grouped(distances, count=count, seed=seed)
+    labels, merges, count = found.labels, found.merges, found.count
     stability, rand = _again(similarity, labels, count, resamples, seed)
     medoids = []
     for label in range(count):
@@ -143,7 +156,8 @@ def clusters(
         order=_leaves(merges),
         stability=stability,
         rand=rand,
-        silhouette=float(scores[count - 1]),
+        silhouette=found.silhouette,
+        groups=found,
         medoids=tuple(medoids),
         names=tuple(names),
         method=similarity.method,
@@ -201,7 +215,7 @@ def _again(
         distances = similarity.distances_of(values)
         if np.isnan(distances).any():  # a head has nothing to compare on these prompts
             continue
-        again = stats.cut_tree(stats.average_linkage(distances), count)
+        again = stats.cut_tree(stats.ward_tree(distances), count)
         kept += (together & (again[:, None] == again)).sum(1)
         rand.append(stats.adjusted_rand(labels, again))
     stability = kept / np.where(mates, mates, np.nan) / (len(rand) or np.nan)

@@ -7,7 +7,7 @@ from lens.stats.controls import jaccard, others
 from lens.stats.intervals import columns
 
 LINE = np.abs(np.subtract.outer(np.arange(5.0), np.arange(5.0)))
-TREE = stats.average_linkage(LINE)
+TREE = stats.ward_tree(LINE)
 MEASURES = np.random.default_rng(0).normal(size=(7, 3, 11))
 LABELS = np.arange(5)
 
@@ -23,9 +23,8 @@ RIGHT = {
     "spearman": lambda: stats.spearman([1, 2, 3], MEASURES[0, :, 0]),
     "top": lambda: [stats.top(MEASURES, 3), stats.top([3, 1], 1)],
     "top_overlap": lambda: stats.top_overlap(MEASURES, 3),
-    "average_linkage": lambda: stats.average_linkage(LINE[np.triu_indices(5, 1)]),
+    "ward_tree": lambda: stats.ward_tree(LINE[np.triu_indices(5, 1)]),
     "cut_tree": lambda: stats.cut_tree(TREE, 2),
-    "silhouettes": lambda: stats.silhouettes(LINE, TREE),
     "adjusted_rand": lambda: stats.adjusted_rand(LABELS, LABELS % 2),
     "jaccard": lambda: jaccard(MEASURES[0] > 0),
     "others": lambda: others(MEASURES[0] > 0, np.random.default_rng(0), within=True),
@@ -33,9 +32,8 @@ RIGHT = {
 }
 WRONG = {
     "over_units of other counts": lambda: stats.over_units(MEASURES, MEASURES[:, 0], 0),
-    "average_linkage of a rectangle": lambda: stats.average_linkage(LINE[:4]),
+    "ward_tree of a rectangle": lambda: stats.ward_tree(LINE[:4]),
     "cut_tree of scipy's tree": lambda: stats.cut_tree(np.zeros((4, 4)), 2),
-    "silhouettes of another tree": lambda: stats.silhouettes(LINE, TREE[1:]),
     "adjusted_rand of other members": lambda: stats.adjusted_rand(LABELS, LABELS[1:]),
     "others of fewer": lambda: others(
         MEASURES[0] > 0, np.random.default_rng(0), MEASURES[0, 1:] > 9
