@@ -34,8 +34,8 @@ def ward_tree(
         LensError: fewer than two members, distances that are not square or not finite.
 
     Example:
-        >>> lens.stats.ward_tree(np.array([1.0, 5, 5])).tolist()
-        [[0.0, 1.0, 1.0], [2.0, 3.0, 5.744562646538029]]
+        >>> lens.stats.ward_tree(np.array([1.0, 5, 5])).round(2).tolist()
+        [[0.0, 1.0, 1.0], [2.0, 3.0, 5.74]]
     """
     from scipy.cluster.hierarchy import linkage
 
