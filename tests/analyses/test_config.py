@@ -338,9 +338,7 @@ def test_what_lens_heads_measures_follows_the_size_of_the_model_unless_it_is_nam
     assert [by for by, _ in small.measured][:3] == ["ablation"] * 3
     assert [by for by, _ in large.measured] == ["gradient", "attribution", "direct"]
     assert (small.n, large.n) == (32, 8)
-    assert "analysis" not in asked.as_mapping() or not asked.as_mapping()["analysis"].get(
-        "measures"
-    )
+    assert "measures" not in asked.as_mapping().get("analysis", {})
     named = make_config({"what": "heads", "analysis": {"n": 20, "measures": "ablation/zero"}})
     assert named.fitted(135_000_000).analysis == named.analysis
     other = make_config({"what": "sinks"})
