@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from lens_kernels import AttentionResult
@@ -21,6 +21,9 @@ from lens.edits._rows import Rows, dropped, forced, moved, revalued, scaled, sun
 from lens.edits.base import AttentionEdit, grouped, part_of, queries_at
 from lens.passes.calls import LayerCall, attend
 from lens.passes.keys import Keys, KeysAt, members
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
 
 MOST_GROUPS = 4
 Rule = Literal["mask", "drop", "bias", "move", "sink", "zero", "mean", "equal", "own"]
@@ -52,10 +55,10 @@ class _Asked:
     """One plan at one call: its keys and rows."""
 
     edit: KeyedEdit
-    source: Tensor  # bool [batch, keys]
-    target: Tensor | None
-    rows: Tensor | None  # bool [batch, queries]
-    heads: Tensor  # bool [heads]
+    source: Bool[Tensor, "batch keys"]
+    target: Bool[Tensor, "batch keys"] | None
+    rows: Bool[Tensor, "batch queries"] | None
+    heads: Bool[Tensor, "heads"]
 
 
 class KeyedEdit(AttentionEdit):
@@ -66,12 +69,16 @@ class KeyedEdit(AttentionEdit):
             gave to the keys before, in the last forward pass; also with an amount that changes nothing.
     """
 
-    def __init__(self, plan: Plan, heads: Tensor, backend: str, word: str = "") -> None:
+    def __init__(
+        self, plan: Plan, heads: Bool[Tensor, "layers heads"], backend: str, word: str = ""
+    ) -> None:
         super().__init__(heads, backend)
         self.plan, self.word = plan, word or plan.rule
         self.before: dict[HeadId, Tensor] = {}
 
-    def _edit(self, call: LayerCall, at: KeysAt, heads: Tensor) -> Tensor | None:
+    def _edit(
+        self, call: LayerCall, at: KeysAt, heads: Bool[Tensor, "heads"]
+    ) -> Float[Tensor, "batch heads queries value_dim"] | None:
         return edited_together([self], call, at, self._backend)
 
     def asked(self, call: LayerCall, at: KeysAt) -> _Asked | None:
@@ -103,15 +110,20 @@ class KeyedEdit(AttentionEdit):
         return _Asked(self, source, target, rows, heads)
 
     def changed(
-        self, rows: Rows, given: _Asked, where: _Groups, call: LayerCall, own: Tensor
-    ) -> tuple[Rows, Tensor]:
-        """The rows of a call after this edit, and which of them it changed [batch, heads, queries].
+        self,
+        rows: Rows,
+        given: _Asked,
+        where: _Groups,
+        call: LayerCall,
+        own: Bool[Tensor, "heads"],
+    ) -> tuple[Rows, Bool[Tensor, "batch heads queries"]]:
+        """The rows of a call after this edit, and which of them it changed.
 
         Args:
             rows: as the edit before left them.
             given, where: keys and rows of this edit, and their groups.
             call: of the heads and queries in `rows`.
-            own: bool [heads], which of these are edited.
+            own: which of these are edited.
         """
         plan = self.plan
         new, stuck = _applied(plan, rows, given, where, call)
@@ -135,8 +147,8 @@ class KeyedEdit(AttentionEdit):
         return result, chosen & ~stuck & takes
 
 
-def _rows(queries: Keys, call: LayerCall, at: KeysAt) -> Tensor:
-    """bool [batch, queries]: the chosen ones; they are the last keys, or tokens of another sequence."""
+def _rows(queries: Keys, call: LayerCall, at: KeysAt) -> Bool[Tensor, "batch queries"]:
+    """The chosen ones; they are the last keys, or tokens of another sequence."""
     places = queries_at(call, at)
     if call.cross:
         return members("queries", queries, replace(at, positions=places, tokens=None))
@@ -146,8 +158,8 @@ def _rows(queries: Keys, call: LayerCall, at: KeysAt) -> Tensor:
 
 def edited_together(
     edits: Sequence[KeyedEdit], call: LayerCall, at: KeysAt, backend: str
-) -> Tensor | None:
-    """Output [batch, heads, queries, value_dim] with all edits done, in their order; None for nothing."""
+) -> Float[Tensor, "batch heads queries value_dim"] | None:
+    """Output with all edits done, in their order; None for nothing."""
     asked = [given for edit in edits if (given := edit.asked(call, at)) is not None]
     if not asked:
         return None
@@ -175,9 +187,15 @@ def edited_together(
 
 
 def _states(
-    call: LayerCall, codes: Tensor, count: int, backend: str
-) -> tuple[AttentionResult, tuple[Tensor, Tensor]]:
-    """The attention of a call; LSE [groups, batch, heads, queries] and output [..., dim] of each group.
+    call: LayerCall, codes: Int[Tensor, "batch keys"], count: int, backend: str
+) -> tuple[
+    AttentionResult,
+    tuple[
+        Float[Tensor, "groups batch heads queries"],
+        Float[Tensor, "groups batch heads queries value_dim"],
+    ],
+]:
+    """The attention of a call; LSE and output of each group.
 
     A pass takes `MOST_GROUPS`; where there are more, each pass after the first reads the blocks of its own.
     """
@@ -205,17 +223,17 @@ class _Groups:
     """Key groups of a call, as one edit sees them.
 
     Attributes:
-        member: bool [groups, batch, keys].
+        member: of each.
         source, target: numbers of groups.
     """
 
-    member: Tensor
+    member: Bool[Tensor, "groups batch keys"]
     source: list[int]
     target: list[int]
 
 
-def _groups(asked: Sequence[_Asked]) -> tuple[Tensor, list[_Groups]]:
-    """Group of each key [batch, keys]: keys that all edits treat alike are one; and who means which."""
+def _groups(asked: Sequence[_Asked]) -> tuple[Int[Tensor, "batch keys"], list[_Groups]]:
+    """Group of each key: keys that all edits treat alike are one; and who means which."""
     sets = [
         tensor for given in asked for tensor in (given.source, given.target) if tensor is not None
     ]
@@ -247,7 +265,7 @@ def _first_row(asked: Sequence[_Asked]) -> int:
 
 def _applied(
     plan: Plan, rows: Rows, given: _Asked, where: _Groups, call: LayerCall
-) -> tuple[Rows, Tensor]:
+) -> tuple[Rows, Bool[Tensor, "batch heads queries"]]:
     """All rows changed by a plan, and those that had nowhere to put the mass."""
     match plan.rule:
         case "mask":
@@ -271,8 +289,10 @@ def _applied(
             return revalued(rows, where.source, plan.amount, mean)[0], ~known
 
 
-def _means(call: LayerCall, where: _Groups, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each group: share of all targets [groups, batch, 1, 1], mean value [groups, batch, heads, 1, dim]."""
+def _means(
+    call: LayerCall, where: _Groups, target: Bool[Tensor, "batch keys"]
+) -> tuple[Float[Tensor, "groups batch 1 1"], Float[Tensor, "groups batch heads 1 value_dim"]]:
+    """Of each group: share of all targets, and mean value."""
     member = where.member.to(call.value.device)
     inside = (member & target).to(torch.promote_types(call.value.dtype, torch.float32))
     count = inside.sum(-1)  # [groups, batch]
@@ -282,8 +302,10 @@ def _means(call: LayerCall, where: _Groups, target: Tensor) -> tuple[Tensor, Ten
     return (count / target.sum(-1))[..., None, None], mean.repeat_interleave(share, 2)[..., None, :]
 
 
-def _running_mean(call: LayerCall, source: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean value of the other keys that a row sees [batch, heads, queries, dim], and where there is one.
+def _running_mean(
+    call: LayerCall, source: Bool[Tensor, "batch keys"]
+) -> tuple[Float[Tensor, "batch heads queries value_dim"], Bool[Tensor, "batch heads queries"]]:
+    """Mean value of the other keys that a row sees, and where there is one.
 
     Raises:
         LensError: a mask that is not causal: the mean would tell a row what comes later.
@@ -310,7 +332,9 @@ def _running_mean(call: LayerCall, source: Tensor) -> tuple[Tensor, Tensor]:
     return mean.repeat_interleave(share, 1), known.expand(-1, call.query.shape[1], -1)
 
 
-def _check_seen(call: LayerCall, target: Tensor, rows: Tensor) -> None:
+def _check_seen(
+    call: LayerCall, target: Bool[Tensor, "batch keys"], rows: Bool[Tensor, "batch queries"]
+) -> None:
     """Raises LensError unless each chosen row sees all of the keys that it is forced onto."""
     queries, keys = rows.shape[1], target.shape[1]
     place = torch.arange(keys, device=target.device)

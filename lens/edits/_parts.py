@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,21 +20,31 @@ from lens.passes.keys import KeysAt
 from lens.passes.sessions import base
 from lens.passes.stream import changed
 
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
+
 
 class HeadsOut(AttentionEdit):
     """Outputs of heads replaced; `calls` is counted, no mass is moved.
 
     Args:
-        means: per layer [heads, positions | 1, value_dim], NaN where there is none; None: 0.
+        means: of each layer, NaN where there is none, at each position or at all alike; None: 0.
     """
 
     word = "Ablate"
 
-    def __init__(self, means: Sequence[Tensor] | None, heads: Tensor, backend: str) -> None:
+    def __init__(
+        self,
+        means: Sequence[Float[Tensor, "heads positions value_dim"]] | None,
+        heads: Bool[Tensor, "layers heads"],
+        backend: str,
+    ) -> None:
         super().__init__(heads, backend)
         self._means = means
 
-    def _edit(self, call: LayerCall, at: KeysAt, heads: Tensor) -> Tensor:
+    def _edit(
+        self, call: LayerCall, at: KeysAt, heads: Bool[Tensor, "heads"]
+    ) -> Float[Tensor, "batch heads queries value_dim"]:
         output = attend(call, backend=self._backend).output.clone()
         instead = torch.zeros((), dtype=output.dtype, device=output.device)
         if self._means is not None:
@@ -69,9 +79,11 @@ class Hooked:
 
 
 class SubLayersOut(Hooked):
-    """What sub-layers return, replaced by 0 or a mean [width]."""
+    """What sub-layers return, replaced by 0 or a mean."""
 
-    def __init__(self, modules: Mapping[str, nn.Module], means: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self, modules: Mapping[str, nn.Module], means: Mapping[str, Float[Tensor, "width"]]
+    ) -> None:
         super().__init__()
         self._modules, self._means = modules, means
 
@@ -126,8 +138,8 @@ class Means:
 
 def mean_sublayers(
     model: LoadedModel, prompts: Any, modules: Mapping[str, nn.Module]
-) -> dict[str, Tensor]:
-    """[width] of each sub-layer: the mean of what it returns, over all tokens of the prompts."""
+) -> dict[str, Float[Tensor, "width"]]:
+    """Of each sub-layer the mean of what it returns, over all tokens of the prompts."""
     sums: dict[str, Tensor] = {}
     tokens = 0
     with ExitStack() as stack, torch.no_grad():
@@ -148,7 +160,7 @@ def mean_sublayers(
 def setting(
     model: LoadedModel,
     layer: int,
-    places: Tensor,
+    places: Int[Tensor, "places"],
     dims: Sequence[int],
     value: float,
     done: Hooked,
@@ -183,8 +195,8 @@ def setting(
         yield
 
 
-def _positions(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """[batch, tokens]: places of the tokens of a forward pass from the first real one of each prompt."""
+def _positions(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Int[Tensor, "#batch tokens"]:
+    """Places of the tokens of a forward pass from the first real one of each prompt."""
     given = [kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args[:1]]
     tokens = next((one for one in given if one is not None), None)
     if tokens is None:

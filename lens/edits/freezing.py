@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from lens.passes.calls import LayerCall, attend
 from lens.passes.keys import KeysAt
 from lens.passes.sessions import base, listening
 from lens.passes.sources import read_any
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
 
 
 @dataclass(frozen=True)
@@ -67,11 +70,11 @@ class Patterns:
     """What makes the patterns of prompts of one length.
 
     Attributes:
-        query, key: of each layer and part [prompts, heads, tokens, head_dim].
+        query, key: of each layer and part.
     """
 
-    query: Mapping[tuple[int, int], Tensor]
-    key: Mapping[tuple[int, int], Tensor]
+    query: Mapping[tuple[int, int], Float[Tensor, "prompts heads queries head_dim"]]
+    key: Mapping[tuple[int, int], Float[Tensor, "prompts heads keys head_dim"]]
 
     @staticmethod
     def of(model: LoadedModel, prompts: Any) -> Patterns:
@@ -110,11 +113,15 @@ class FrozenEdit(AttentionEdit):
 
     word = "Freeze"
 
-    def __init__(self, patterns: Patterns, heads: Tensor, backend: str) -> None:
+    def __init__(
+        self, patterns: Patterns, heads: Bool[Tensor, "layers heads"], backend: str
+    ) -> None:
         super().__init__(heads, backend)
         self._patterns = patterns
 
-    def _edit(self, call: LayerCall, at: KeysAt, heads: Tensor) -> Tensor:
+    def _edit(
+        self, call: LayerCall, at: KeysAt, heads: Bool[Tensor, "heads"]
+    ) -> Float[Tensor, "batch heads queries value_dim"]:
         return attend(self.frozen(call, at), backend=self._backend).output
 
     def frozen(self, call: LayerCall, at: KeysAt) -> LayerCall:
@@ -152,13 +159,17 @@ class FrozenEdit(AttentionEdit):
         )
 
 
-def _of_heads(tensor: Tensor, call: LayerCall) -> Tensor:
-    """[batch, heads, keys, dim] of what groups of heads share."""
+def _of_heads(
+    tensor: Float[Tensor, "batch kv_heads keys dim"], call: LayerCall
+) -> Float[Tensor, "batch heads keys dim"]:
+    """What groups of heads share, for each of them."""
     return tensor.repeat_interleave(call.query.shape[1] // tensor.shape[1], 1)
 
 
-def _at(tensor: Tensor, places: Tensor) -> Tensor:
-    """[batch, heads, places, dim] at these places of each prompt."""
+def _at(
+    tensor: Float[Tensor, "#batch heads tokens head_dim"], places: Int[Tensor, "batch places"]
+) -> Float[Tensor, "batch heads places head_dim"]:
+    """What lies at these places of each prompt."""
     tensor = tensor.expand(len(places), -1, -1, -1)
     index = places.clamp(min=0)[:, None, :, None].expand(-1, tensor.shape[1], -1, tensor.shape[3])
     return tensor.gather(2, index.to(tensor.device))

@@ -164,7 +164,7 @@ class Activation(Edit):
                 raise LensError(
                     f"{name} of Activation must be one or more numbers from 0, got {given!r}"
                 )
-            object.__setattr__(self, name, numbers)
+            object.__setattr__(self, name, tuple(numbers))
         check_number("value of Activation", self.value)
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 
@@ -16,12 +16,17 @@ from lens.passes.blocks import BlockView, check_block_size
 from lens.passes.calls import LayerCall, attend
 from lens.passes.keys import KeysAt
 
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float
 
+
+@runtime_checkable
 class _Chosen(Protocol):
     @property
-    def blocks(self) -> torch.Tensor: ...
+    def blocks(self) -> Bool[torch.Tensor, "batch heads query_blocks key_blocks"]: ...
 
 
+@runtime_checkable
 class ChoosesBlocks(Protocol):
     """What `Sparse` takes: `lens.policies.Policy`, or anything of that shape."""
 
@@ -96,7 +101,7 @@ class SparseEdit(AttentionEdit):
         policy: ChoosesBlocks,
         block_size: tuple[int, int],
         first_row: int,
-        heads: torch.Tensor,
+        heads: Bool[torch.Tensor, "layers heads"],
         backend: str,
     ) -> None:
         super().__init__(heads, backend)
@@ -108,7 +113,9 @@ class SparseEdit(AttentionEdit):
         """Share of the visible blocks that were kept so far, over calls, heads and rows that are sparse."""
         return self._kept / self._visible if self._visible else 1.0
 
-    def _edit(self, call: LayerCall, at: KeysAt, heads: torch.Tensor) -> torch.Tensor | None:
+    def _edit(
+        self, call: LayerCall, at: KeysAt, heads: Bool[torch.Tensor, "heads"]
+    ) -> Float[torch.Tensor, "batch heads queries value_dim"] | None:
         keys, queries = call.key.shape[2], call.query.shape[2]
         row = max(0, self._first - (keys - queries))
         if row >= queries:

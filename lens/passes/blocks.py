@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from lens_kernels import AttentionResult
@@ -14,6 +15,9 @@ from torch.nn.functional import pad
 
 from lens.common.errors import LensError
 from lens.passes.calls import LayerCall, attend, kernel_options
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Shaped
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,13 +39,13 @@ class BlockView:
     backend: str = "auto"
 
     @property
-    def query(self) -> Tensor:
-        """[batch, heads, queries, head_dim], after rotary embedding."""
+    def query(self) -> Float[Tensor, "batch heads queries head_dim"]:
+        """After rotary embedding."""
         return self.call.query
 
     @cached_property
-    def key(self) -> Tensor:
-        """[batch, heads, keys, head_dim]: each query head beside the keys that it reads."""
+    def key(self) -> Float[Tensor, "batch heads keys head_dim"]:
+        """Each query head beside the keys that it reads."""
         return self.call.key.repeat_interleave(self.share, 1)
 
     @property
@@ -68,8 +72,10 @@ class BlockView:
         batch, heads = self.call.query.shape[:2]
         return batch, heads, -(-self.queries // self.query_block), -(-self.keys // self.key_block)
 
-    def sees(self, start: int = 0, end: int | None = None) -> Tensor:
-        """bool [batch, 1 | heads, rows, keys]: which keys the rows `start` to `end` see."""
+    def sees(
+        self, start: int = 0, end: int | None = None
+    ) -> Bool[Tensor, "batch #heads rows keys"]:
+        """Which keys the rows `start` to `end` see."""
         plan = self._plan
         key = torch.arange(self.keys, device=plan.low.device)
         rows = slice(start, self.queries if end is None else end)
@@ -83,8 +89,8 @@ class BlockView:
         return seen
 
     @cached_property
-    def visible(self) -> Tensor:
-        """bool [batch, heads, query_blocks, key_blocks]: blocks with a pair that is seen."""
+    def visible(self) -> Bool[Tensor, "batch heads query_blocks key_blocks"]:
+        """Blocks with a pair that is seen."""
         plan, (batch, heads, rows, columns) = self._plan, self.shape
         if plan.keep is None and plan.allowed is None:
             far = torch.iinfo(torch.int32).max
@@ -100,12 +106,16 @@ class BlockView:
             seen = torch.cat(parts, 2)
         return seen.expand(batch, heads, rows, columns)
 
-    def any_pair(self, pairs: Tensor) -> Tensor:
-        """bool [..., rows, keys] of whole query blocks -> [..., query_blocks, key_blocks] with one True pair."""
+    def any_pair(
+        self, pairs: Bool[Tensor, "*rest rows keys"]
+    ) -> Bool[Tensor, "*rest query_blocks key_blocks"]:
+        """Blocks with one True pair, of the rows of whole query blocks."""
         return in_blocks(in_blocks(pairs, self.key_block).any(-1), self.query_block, -2).any(-2)
 
-    def probabilities(self, start: int = 0, end: int | None = None) -> Tensor:
-        """Exact P [batch, heads, rows, keys], float32, of the rows `start` to `end`: meant for a few probes."""
+    def probabilities(
+        self, start: int = 0, end: int | None = None
+    ) -> Float[Tensor, "batch heads rows keys"]:
+        """Exact P, float32, of the rows `start` to `end`: meant for a few probes."""
         end = self.queries if end is None else end
         logits = self.query[:, :, start:end].float() @ self.key.float().transpose(-1, -2)
         logits = logits * self.call.scale
@@ -121,24 +131,33 @@ class BlockView:
         return torch.cat([logits, sink], -1).softmax(-1)[..., :-1]
 
     @cached_property
-    def row_masses(self) -> Tensor:
-        """Exact mass [batch, heads, queries, key_blocks] that each row gives to each key block: a dense pass."""
+    def row_masses(self) -> Float[Tensor, "batch heads queries key_blocks"]:
+        """Exact mass that each row gives to each key block: a dense pass."""
         asked = {"block_size": (1, self.key_block), "statistics": ("block_mass",)}
         found = attend(self.call, backend=self.backend, **asked)
         return found.statistics.block_mass
 
     @cached_property
-    def masses(self) -> Tensor:
-        """Exact mass [batch, heads, query_blocks, key_blocks], mean over the rows of the block."""
+    def masses(self) -> Float[Tensor, "batch heads query_blocks key_blocks"]:
+        """Exact mass, mean over the rows of the block."""
         return means(self.row_masses, self.query_block)
 
     @cached_property
-    def pooled(self) -> tuple[Tensor, Tensor]:
-        """Mean query of each query block, mean key of each key block: [batch, heads, blocks, head_dim]."""
+    def pooled(
+        self,
+    ) -> tuple[
+        Float[Tensor, "batch heads query_blocks head_dim"],
+        Float[Tensor, "batch heads key_blocks head_dim"],
+    ]:
+        """Mean query of each query block, mean key of each key block."""
         return means(self.query, self.query_block), means(self.key, self.key_block)
 
-    def attended(self, blocks: Tensor | None = None, **asked: object) -> AttentionResult:
-        """The attention over `blocks` (bool [batch | 1, heads | 1, query_blocks, key_blocks]); None: all."""
+    def attended(
+        self,
+        blocks: Bool[Tensor, "#batch #heads query_blocks key_blocks"] | None = None,
+        **asked: object,
+    ) -> AttentionResult:
+        """The attention over `blocks`; None: all."""
         return attend(
             self.call,
             block_mask=blocks,
@@ -171,15 +190,19 @@ def check_block_size(block_size: int | Sequence[int]) -> tuple[int, int]:
     return sizes[0], sizes[1]
 
 
-def in_blocks(values: Tensor, size: int, dim: int = -1, *, empty: float = 0) -> Tensor:
+def in_blocks(
+    values: Shaped[Tensor, "*rest"], size: int, dim: int = -1, *, empty: float = 0
+) -> Shaped[Tensor, "..."]:
     """[..., n, ...] along `dim` (-1 or -2) -> [..., blocks, size, ...]; `empty` fills the last block."""
     short = -values.shape[dim] % size
     padded = pad(values, (0, short) if dim == -1 else (0, 0, 0, short), value=empty)
     return padded.unflatten(dim, (-1, size))
 
 
-def means(values: Tensor, size: int) -> Tensor:
-    """Mean of each `size` rows of [batch, heads, rows, dim], a short last block over its own rows."""
+def means(
+    values: Shaped[Tensor, "batch heads rows dim"], size: int
+) -> Float[Tensor, "batch heads blocks dim"]:
+    """Mean of each `size` rows, a short last block over its own rows."""
     rows = values.shape[2]
     blocks = in_blocks(values.float(), size, -2).sum(-2)
     count = torch.full((blocks.shape[2], 1), float(size), device=values.device)

@@ -8,7 +8,7 @@ and by name for rotary embeddings that stretch with the length.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -19,6 +19,9 @@ from lens.passes.calls import LayerCall, attend
 from lens.passes.check import relative_error, tolerance_of
 from lens.passes.inputs import Prompt
 from lens.passes.sessions import listening, run, transformer
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
 
 _PROBE = 36
 """Tokens of the prompt that are run both ways."""
@@ -71,8 +74,10 @@ def _rotary(config: Any) -> list[dict[str, Any]]:
     return by_type or [given]
 
 
-def run_in_pieces(model: LoadedModel, ids: torch.Tensor, chunk: int) -> Iterator[Any]:
-    """What the model without its head gives for each piece of `ids` [1, tokens], one after the other.
+def run_in_pieces(
+    model: LoadedModel, ids: Int[torch.Tensor, "1 tokens"], chunk: int
+) -> Iterator[Any]:
+    """What the model without its head gives for each piece of `ids`, one after the other.
 
     Raises:
         LensError: a model that keeps no keys; as `run`.
@@ -93,8 +98,10 @@ def run_in_pieces(model: LoadedModel, ids: torch.Tensor, chunk: int) -> Iterator
         yield output
 
 
-def _probe(model: LoadedModel, ids: torch.Tensor, chunk: int) -> torch.Tensor:
-    """Last hidden states [1, tokens, width] of a prompt in pieces."""
+def _probe(
+    model: LoadedModel, ids: Int[torch.Tensor, "1 tokens"], chunk: int
+) -> Float[torch.Tensor, "1 tokens width"]:
+    """Last hidden states of a prompt in pieces."""
 
     def on_layer(call: LayerCall) -> torch.Tensor:
         check_looks_back(call, model.info.class_name)

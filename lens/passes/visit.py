@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,9 @@ from lens.models.parts import Block, Layout
 from lens.passes.calls import LayerCall, attend
 from lens.passes.sessions import OnLayer, listening
 
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
 
 class Visitor:
     """What is done at each node while a model runs; by default nothing is changed.
@@ -27,16 +30,26 @@ class Visitor:
     Rows are prompts, or several copies of them.
     """
 
-    def enter(self, hidden: Tensor) -> Tensor:
-        """What enters the first layer, [rows, tokens, d_model]."""
+    def enter(
+        self, hidden: Float[Tensor, "rows tokens d_model"]
+    ) -> Float[Tensor, "rows tokens d_model"]:
+        """What enters the first layer."""
         return hidden
 
-    def residual_in(self, layer: int, hidden: Tensor) -> Tensor:
-        """What enters a layer, [rows, tokens, d_model]; of the first, after `enter`."""
+    def residual_in(
+        self, layer: int, hidden: Float[Tensor, "rows tokens d_model"]
+    ) -> Float[Tensor, "rows tokens d_model"]:
+        """What enters a layer; of the first, after `enter`."""
         return hidden
 
-    def project(self, layer: int, residual: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k and v, [rows, tokens, heads, head_dim], from what the attention of a layer reads.
+    def project(
+        self, layer: int, residual: Float[Tensor, "rows tokens d_model"]
+    ) -> tuple[
+        Float[Tensor, "rows tokens heads head_dim"],
+        Float[Tensor, "rows tokens kv_heads head_dim"],
+        Float[Tensor, "rows tokens kv_heads value_dim"],
+    ]:
+        """q, k and v from what the attention of a layer reads.
 
         Keys and values may have as many heads as the model's, or one for each query head.
         """
@@ -45,19 +58,27 @@ class Visitor:
     def attention(self, layer: int, call: LayerCall) -> None:
         """What the heads of a layer work with: queries and keys after rotary embedding, and the mask."""
 
-    def heads(self, layer: int, z: Tensor) -> Tensor:
-        """What the heads of a layer give, [rows, heads, tokens, head_dim]."""
+    def heads(
+        self, layer: int, z: Float[Tensor, "rows heads tokens value_dim"]
+    ) -> Float[Tensor, "rows heads tokens value_dim"]:
+        """What the heads of a layer give."""
         return z
 
-    def mlp_input(self, layer: int, residual: Tensor) -> Tensor:
+    def mlp_input(
+        self, layer: int, residual: Float[Tensor, "rows tokens d_model"]
+    ) -> Float[Tensor, "rows tokens d_model"]:
         """What the MLP of a layer reads, before its norm."""
         return residual
 
-    def mlp(self, layer: int, output: Tensor) -> Tensor:
+    def mlp(
+        self, layer: int, output: Float[Tensor, "rows tokens d_model"]
+    ) -> Float[Tensor, "rows tokens d_model"]:
         """What the MLP of a layer adds to the stream."""
         return output
 
-    def final(self, residual: Tensor) -> Tensor:
+    def final(
+        self, residual: Float[Tensor, "rows tokens d_model"]
+    ) -> Float[Tensor, "rows tokens d_model"]:
         """What the last norm reads."""
         return residual
 
@@ -106,8 +127,8 @@ class Hooks:
         if (turn := self._turn(module, purpose, call)) is not None:
             self.stack.callback(module.register_forward_pre_hook(turn, with_kwargs=True).remove)
 
-    def shaped(self, hidden: Tensor) -> Tensor:
-        """[rows, tokens, width], of a block that puts all tokens in one row for its MLP (OPT)."""
+    def shaped(self, hidden: Float[Tensor, "*rest width"]) -> Float[Tensor, "rows tokens width"]:
+        """Of a block that puts all tokens in one row for its MLP (OPT) too."""
         return hidden.unflatten(0, (self.rows, -1)) if hidden.dim() == 2 else hidden
 
     def _turn(

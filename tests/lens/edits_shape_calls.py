@@ -5,18 +5,25 @@ import torch
 
 import lens
 from lens.edits import (
+    Ablate,
     Act,
+    Activation,
     Force,
+    Freeze,
     Mask,
     Move,
+    Sparse,
     Subspace,
     Value,
+    _keyed,
     _others,
+    _parts,
     _phi,
     _rows,
     base,
     clean_runs,
     effects,
+    freezing,
     losses,
     subspaces,
 )
@@ -72,6 +79,17 @@ RIGHT = {
     "an edit": masked,
     "many edits": lambda: together(Move("first"), Value([1], "mean"), Force([4], [1])),
     "edits of directions": lambda: together(Subspace(BASIS, heads=["L1H0"])),
+    "a held pattern and blocks": lambda: [
+        together(one) for one in (Freeze(IDS), Sparse(lens.policies.AShape(1, 2), 2))
+    ],
+    "what is out": lambda: [
+        together(one)
+        for one in (
+            Ablate(["L1H0"], "mean", [IDS, IDS]),
+            Ablate("L0.attention"),
+            Activation(0, 3, 1),
+        )
+    ],
     "a recipe": lambda: together(Act(heads=["L1H0"])),
     "Rows": lambda: [
         rows().output(),
@@ -102,6 +120,11 @@ WRONG = {
     ),
     "CleanRuns.run with rows of numbers": lambda: clean(torch.arange(5)),
     "part_of heads that are marked": lambda: base.part_of(CALL, torch.ones(4, dtype=torch.bool)),
+    "_check_seen of keys alone": lambda: _keyed._check_seen(CALL, GROUPS > 0, GROUPS[0] > 0),
+    "HeadsOut of one mean": lambda: _parts.HeadsOut([torch.rand(8)], HEADS, "auto"),
+    "SubLayersOut with means of tokens": lambda: _parts.SubLayersOut({}, {"L0.mlp": HIDDEN}),
+    "_at one row of places": lambda: freezing._at(STATES[1][0], torch.arange(5)),
+    "_of_heads of one prompt": lambda: freezing._of_heads(CALL.key[0], CALL),
     "grouped by one row": lambda: base.grouped(CALL, GROUPS[0], "auto"),
     "grouped with other keys": lambda: base.grouped(CALL, GROUPS, "auto", only=GROUPS[:, 1:] > 0),
 }

@@ -7,7 +7,10 @@ import transformers
 import lens
 from lens.common.errors import LensError
 from lens.passes import pieces
+from lens.passes.calls import LayerCall
 from lens.passes.interface import switched
+from lens.passes.masks import MaskStructure
+from lens.passes.pieces import check_looks_back
 from lens.traces import pieces as recorded
 from tests.lens import naive
 from tests.lens.architectures import build
@@ -227,3 +230,14 @@ def test_pieces_that_are_written_lie_in_files_meanwhile(tmp_path, monkeypatch):
     assert not list((tmp_path / "t").glob(".*"))
     monkeypatch.undo()
     _same(trace, lens.capture(model, _ids(), **options), limit=0.0)
+
+
+@pytest.mark.parametrize(
+    ("mask", "sees"),
+    [(MaskStructure(False), "later tokens too"), (MaskStructure(True, cross=True), "another sequence")],
+    ids=["two-way", "cross"],
+)  # fmt: skip
+def test_a_layer_that_looks_elsewhere_is_named(mask, sees):
+    call = LayerCall(*torch.rand(3, 1, 2, 5, 4), mask, 1.0, layer=3)
+    with pytest.raises(LensError, match=f"layer 3 of m sees .*{sees}"):
+        check_looks_back(call, "m")

@@ -787,3 +787,12 @@ def test_patterns_that_cannot_be_held_are_refused(several, match):
     model, ids = loaded()
     with pytest.raises(LensError, match=match):
         logits(model, ids, *several)
+
+
+def test_a_pattern_that_looks_ahead_is_held_at_its_own_length_alone():
+    model = lens.load(build("bert"))
+    ids = torch.arange(3, 14)[None]
+    with lens.edit(model, edits.Freeze(ids[0].tolist())), torch.no_grad():
+        model.model(input_ids=ids)
+        with pytest.raises(LensError, match="give prompts as long as what is run"):
+            model.model(input_ids=ids[:, :7])

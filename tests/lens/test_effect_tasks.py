@@ -99,6 +99,20 @@ def test_the_sentences_name_the_amount_that_gains_most_and_what_the_last_one_doe
 
 
 @pytest.mark.parametrize(
+    ("losses", "grows"),
+    [((0.1, 0.3, 0.2), "does not grow"), ((0.1, 0.2, 0.3), "grows"), ((0.3, 0.2, 0.1), "falls")],
+)
+def test_a_loss_grows_where_every_step_of_the_amount_adds_to_it(losses, grows):
+    found = an_effect(np.zeros((3, 3)))
+    found.values["edit"]["delta_loss"] = np.repeat(np.array(losses)[:, None], 3, 1)
+    said = {one.kind: str(one) for one in found.findings()}
+    assert said["trend"] == f"The loss {grows} with every step of the amount."
+    assert [f"{loss:+.4f} [{loss:+.4f}, {loss:+.4f}]" in said["dose"] for loss in losses] == [
+        True
+    ] * 3
+
+
+@pytest.mark.parametrize(
     ("last", "words"),
     [((0.2, 0.4, 0.3), "it goes better"), ((-0.2, 0.4, 0.0), "the interval holds 0")],
 )

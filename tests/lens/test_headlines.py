@@ -29,6 +29,7 @@ ONE = Headline("one", 0.92, 0.89, 0.94, 0.03, "uniform attention")
         (0.2, 0.1, 0.3, 0.1, 0.5, 0.0),  # the interval holds the baseline
         (0.2, -0.1, 0.3, 0.0, 0.0, 0.0),
         (0.5, 0.4, 0.6, 0.0, NAN, 80.0),  # at least 1 % of the value
+        (1.0, 0.7, 1.3, 0.5, 0.002, 20.0),  # also where the baseline scatters less than that
         (0.5, 0.5, 0.5, -0.5, 0.0, 100.0),  # and no more than 100
         (0.5, NAN, NAN, 0.1, NAN, 4.0),  # no interval: the value itself
     ],

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
@@ -500,7 +501,8 @@ def test_padding_and_windows_count_as_what_they_are():
         LayerCall(one.query, one.key, one.value, MaskStructure(True, 9), scale=one.scale), 4, 4
     )
     assert torch.equal(plain.visible, plain.any_pair(plain.sees()).expand(plain.shape))
-    for rows in (view, plain):
+    sinks = torch.rand(one.query.shape[1])
+    for rows in (view, plain, replace(plain, call=replace(plain.call, sink_logits=sinks))):
         masses = attend(
             rows.call, block_size=(1, 4), statistics=("block_mass",)
         ).statistics.block_mass

@@ -2,8 +2,9 @@
 
 import copy
 import json
+import math
 
-from lens.common.results import Sentence, of_kind
+from lens.common.results import Sentence, ends, of_kind
 
 
 def test_a_sentence_is_a_string_with_a_kind():
@@ -20,3 +21,9 @@ def test_sentences_are_picked_by_kind_not_by_place_or_words():
     assert of_kind(said, "limit") == ("b",)
     assert of_kind(said, "x", "effect") == ("limit", "c")
     assert of_kind(said, "none") == ()
+
+
+def test_an_interval_stands_behind_a_number_where_both_ends_are_known():
+    assert ends(0.5, 1.25) == " [0.5, 1.25]"
+    assert ends(-0.5, 1, "+.2f") == " [-0.50, +1.00]"
+    assert ends(math.nan, 1.0) == ends(0.5, math.nan) == ends(math.nan, math.nan) == ""
