@@ -117,7 +117,15 @@ def run_steps(model: Any, given: Mapping[str, Any]) -> None:
         asked = {"num_inference_steps": given["steps"], "generator": draw, "output_type": "latent"}
         asked |= {"prompt": prompt} if "prompt" in takes else {"class_labels": [0]}
         asked |= {"height": size, "width": size} if size else {}
-        model(**{name: value for name, value in asked.items() if name in takes})
+        try:
+            model(**{name: value for name, value in asked.items() if name in takes})
+        except LensError:
+            raise
+        except Exception as error:  # of a pipeline's own code: any kind
+            raise LensError(
+                f"{type(model).__name__} cannot run prompt={prompt!r} in {given['steps']} steps"
+                f"{f' at {size} × {size} pixels' if size else ''}: {type(error).__name__}: {first_line(error)}"
+            ) from error
         return
     inputs = _drawn(model, given["size"], draw)
     main = "sample" if "sample" in inputs else "hidden_states"

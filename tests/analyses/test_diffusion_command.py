@@ -13,9 +13,14 @@ from lens_dashboards.views import render
 import lens
 from lens.runs import open_run
 from lens.runs.validation import validate
-from tests.lens.denoisers import pixart, sd3, unet
 
 pytest.importorskip("diffusers")
+
+from tests.lens.denoisers import pixart, sd3, unet
+from tests.lens.pipelines import dit as dit_pipeline
+from tests.lens.pipelines import pixart as pixart_pipeline
+from tests.lens.pipelines import sd3 as sd3_pipeline
+from tests.lens.pipelines import stable_diffusion
 
 
 @pytest.fixture(scope="module")
@@ -96,16 +101,69 @@ def test_the_same_command_finds_its_run(folder, answer, lens_command):
 @pytest.mark.parametrize(
     ("make", "parts"), [(pixart, {"self", "cross"}), (unet, {"self", "cross"})]
 )
-def test_other_denoisers_are_read_too(make, parts, lens_command, tmp_path):
-    make()[0].save_pretrained(tmp_path / "m")
+def test_other_denoisers_are_read_too(make, parts):
+    model, given = make()[0], {"steps": 2, "seed": 0, "prompt": "", "size": None}
+    with torch.no_grad(), lens.traces.denoising(model, steps=[1]) as found:
+        run_steps(model, given)
+    assert {part.split()[0] for part in found[0].parts} == parts
+    assert found[0].steps == (1,)
+
+
+PROMPT = "a red cube on a ball"
+
+
+def by_prompt(lens_command, folder, out, *more):
     found = lens_command(
-        "diffusion", "--model", tmp_path / "m", "--steps", "2", "--capture", "1", "--out", tmp_path / "r", "--json"
+        "diffusion", "--model", folder, "--prompt", PROMPT, "--steps", "3", "--capture", "0,2", "--out", out, "--json", *more
     )  # fmt: skip
     assert found.code == 0, found.err
     runs = [open_run(path) for path in (*found.json["beside"], found.json["path"])]
-    assert {run.meta["model"]["part"].split()[0] for run in runs} == parts
     assert all(validate(run) == [] for run in runs)
-    assert "cross" in runs[-1].meta["model"]["part"]
+    return runs
+
+
+def test_a_pipeline_draws_its_prompt_and_words_have_maps(lens_command, tmp_path):
+    pipeline = stable_diffusion()
+    pipeline.save_pretrained(tmp_path / "sd")
+    run = by_prompt(lens_command, tmp_path / "sd", tmp_path / "r", "--words", "cube,ball")[-1]
+    assert run.meta["model"]["part"] == "cross"
+    assert run.prompts["text"].tolist() == [PROMPT] * 2
+    tokens = ["<s>", *PROMPT.split(), "</s>", *["<pad>"] * 4]
+    assert run.trace("p000").tokens == tokens
+    # by hand: queries and keys of each cross-attention, in the row of the batch that has the prompt
+    kept, maps = [], []
+    for name, module in pipeline.unet.named_modules():
+        if name.endswith(("attn2.to_q", "attn2.to_k")):
+            module.register_forward_hook(lambda *given: kept.append(given[-1][-1]))
+    pipeline.set_progress_bar_config(disable=True)
+    draw = torch.Generator().manual_seed(0)
+    pipeline(PROMPT, num_inference_steps=3, generator=draw, output_type="latent")
+    for query, key in zip(kept[::2], kept[1::2], strict=True):
+        q, k = (one.unflatten(-1, (4, -1)).transpose(0, 1) for one in (query, key))
+        weights = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1)
+        maps.append(weights[..., tokens.index("ball")].mean(0).detach().numpy())
+    layers = len(maps) // 3
+    drawn = run.section("denoising").figures["word_1"]
+    assert len(drawn.layout.sliders[0].steps) == 2
+    for number, step in enumerate((0, 2)):
+        own = np.mean(maps[layers * step : layers * (step + 1)], 0)
+        assert np.allclose(numbers(drawn.data[number].z).ravel(), own, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("make", "part", "words"),
+    [(pixart_pipeline, "cross", 300), (sd3_pipeline, "joint", 268), (dit_pipeline, "self", 0)],
+)
+def test_pipelines_of_transformers_run_by_prompt(make, part, words, lens_command, tmp_path):
+    make().save_pretrained(tmp_path / "m")
+    run = by_prompt(lens_command, tmp_path / "m", tmp_path / "r")[-1]
+    assert run.meta["model"]["part"] == part
+    text = run.trace("p001").attrs["text"]
+    assert (text[1] - text[0] if text else 0) == words
+    if text:
+        tokens = run.trace("p001").tokens[slice(*text)]
+        assert tokens[:8] == ["<s>", *PROMPT.split(), "</s>"]
+        assert "word_0" in run.section("denoising").figures
 
 
 def test_what_is_no_diffusion_model_is_refused(folder, lens_command, tmp_path):
