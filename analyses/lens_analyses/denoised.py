@@ -243,6 +243,8 @@ def _meta(
             "layers": max(trace.layers) + 1,
             "attending": list(trace.layers),
             "heads": trace.heads,
+            "kv_heads": trace.attrs["kv_heads"],
+            "head_dim": int(trace.dataset["q"].shape[-1]),
             "parameters": sum(one.numel() for one in weights),
             "dtype": str(weights[0].dtype).removeprefix("torch."),
             "licence": "unknown",
