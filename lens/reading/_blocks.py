@@ -37,7 +37,7 @@ class BlockGradients:
         self._given: list[tuple[Tensor, Tensor]] = []
         with ExitStack() as stack, torch.enable_grad():
             if rule != "plain":
-                stack.enter_context(rules(answer))
+                stack.enter_context(rules(answer, rule))
             logit = answer.logits(entering[None], self._on_layer)[0, answer.answer]
             wanted = [entering, *(tensor for pair in self._given for tensor in pair)]
             found = torch.autograd.grad(logit, wanted, allow_unused=True)

@@ -4,9 +4,13 @@ LRP's rules are put into the captured model as changes of its gradient, so that 
 
     norms       the size that they divide by is held
     activations the gradient is f(x) / x
-    products    of a gated MLP: half of the gradient to each side
+    products    of a gated MLP, AttnLRP: half of the gradient to each side. CP-LRP: the gate is held
     attention   AttnLRP: half to the attention and half to the values; of the first, half to queries and half to
                 keys, behind the softmax's own gradient. CP-LRP: attention is held, all goes to the values.
+
+These are the rules of the published code (lxt): scores of both agree to 4e-7 of the largest. CP-LRP makes the model linear: the score of
+a token is its logit with all attention, gates and sizes held and every other token at 0. What decides where attention
+lies has no part in it: of an induction head the copied token gets all, and the tokens that are matched get nothing.
 
 With held attention and without biases relevance sums to the logit. The softmax of AttnLRP passes
 `sum s A (g - mean g)` on of `sum A g`: what it keeps is reported, and so is the rest, which biases take.
@@ -63,7 +67,7 @@ class Gradients:
 
         with ExitStack() as stack, torch.enable_grad():
             if rule != "plain":
-                stack.enter_context(rules(answer))
+                stack.enter_context(rules(answer, rule))
             logits = answer.logits(entering[None], self._on_layer)
             logits = logits.log_softmax(-1) if of_loss else logits
             value = logits[0, answer.answer]
@@ -119,7 +123,7 @@ def scaled(x: Tensor, by: int) -> Tensor:
 
 
 @contextmanager
-def rules(answer: Answer) -> Iterator[None]:
+def rules(answer: Answer, rule: Rule) -> Iterator[None]:
     """Norms, activations and products of the model with the gradients of LRP.
 
     Raises:
@@ -142,9 +146,10 @@ def rules(answer: Answer) -> Iterator[None]:
             ):
                 if norm.module is not None and norm.changes:
                     norms[norm.module] = norm
+            gates = _gates(block, layout.kind)
             for module in _activations(block, layout.kind):
-                after(module, _held_slope)
-            for module in _gates(block, layout.kind):
+                after(module, _held if gates and rule == "cp_lrp" else _held_slope)
+            for module in gates if rule == "attnlrp" else ():
                 after(module, lambda _, __, output: scaled(output, 2))
         if layout.final_norm.module is not None and layout.final_norm.changes:
             norms[layout.final_norm.module] = layout.final_norm
@@ -158,6 +163,10 @@ def _held_norm(norm: Norm, x: Tensor) -> Tensor:
         raise LensError("norms with a scale for each head are not known to LRP here")
     found = norm.frozen(x, norm.size(x).detach().to(x.dtype))
     return found if norm.shift is None else found + norm.shift
+
+
+def _held(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    return output.detach()
 
 
 def _held_slope(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:

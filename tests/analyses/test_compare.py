@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from lens.runs import compare_runs, compare_series, open_run
+from tests.benchmarks import sink_checkpoints
 
 from .conftest import ARGUMENTS, serious_violations
 
@@ -131,3 +132,23 @@ def test_a_series_of_runs_is_one_page(lens_command, run_folder, other_folder, tm
     tab.wait_for_selector("#scatter .main-svg")
     assert said == []
     tab.close()
+
+
+def test_a_sink_emerges_over_the_checkpoints_of_a_training(lens_command, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(sink_checkpoints.texts(6, seed=1)))
+    runs = []
+    for _, folder in sink_checkpoints.checkpoints((0, 25, 50), tmp_path):
+        words = ["run", "--model", folder, "--prompts", prompts, "--copied", "0"]
+        answer = lens_command(*words, "--out", tmp_path / "runs", "--json")
+        assert answer.code == 0, answer.err
+        runs.append(answer.json["path"])
+    answer = lens_command("compare", *runs, "-o", tmp_path, "--json")
+    assert answer.code == 0, answer.err
+    sinks = json.loads((tmp_path / "series.json").read_text())["sinks"]
+    assert [row["run"] for row in sinks] == ["step-0", "step-25", "step-50"]
+    assert sinks[0]["mass"] == pytest.approx(sinks[0]["uniform"], abs=0.01)
+    assert sinks[2]["mass_low"] > 1.5 * sinks[2]["uniform"]
+    said = " ".join(answer.json["summary"])
+    assert "it is beyond chance for the first time at step-50" in said
+    assert 'id="first-token"' in (tmp_path / "series.html").read_text(encoding="utf-8")

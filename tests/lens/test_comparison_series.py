@@ -6,7 +6,8 @@ import pytest
 from lens.common.errors import LensError
 from lens.common.results import of_kind
 from lens.runs import compare_runs, compare_series
-from tests.lens.test_comparison import TEXTS, make_run
+from lens.runs.comparison.pictures import first_token_curves
+from tests.lens.test_comparison import METRICS, TEXTS, make_run
 
 KEYS = ["prompts", "metric", "variant", "layer", "head"]
 
@@ -88,3 +89,41 @@ def test_a_series_is_two_runs_each_once(runs):
     for given in ([], runs[:1], [runs[0], runs[0]]):
         with pytest.raises(LensError, match="two runs or more"):
             compare_series(given)
+
+
+def made_series(tmp_path, masses, prompts=3):
+    """Runs whose heads all give the first token so much, half of them a little more and half less; chance is 0.2."""
+    found = []
+    for number, mass in enumerate(masses):
+        scores = np.full((prompts, len(METRICS), 2, 3), 0.1)
+        scores[:, METRICS.index("sink_mass")] = mass
+        scores[:, METRICS.index("sink_mass"), 0] += 0.05
+        scores[:, METRICS.index("sink_mass"), 1] -= 0.05
+        scores += np.linspace(0, 0.01, prompts)[:, None, None, None]
+        found.append(make_run(tmp_path, number, texts=TEXTS[:prompts], scores=scores))
+    return compare_series(found)
+
+
+def test_the_first_token_is_beyond_chance_where_its_interval_is(tmp_path):
+    series = made_series(tmp_path, [0.15, 0.193, 0.4])
+    rows = series.sinks
+    expected = np.array([0.15, 0.193, 0.4]) + 0.005
+    np.testing.assert_allclose(rows["mass"], expected)
+    assert (rows["mass_low"] < rows["mass"]).all()
+    assert rows["uniform"].tolist() == pytest.approx([0.2] * 3)
+    (said,) = of_kind(series.findings(), "sinks")
+    assert f"for the first time at {series.names[2]}, where it gets 40% [40%, 41%]" in said
+    assert len(first_token_curves(series).data) == 3
+
+
+@pytest.mark.parametrize(
+    ("masses", "prompts", "match"),
+    [
+        ([0.19, 0.193], 3, "it is beyond chance at none"),
+        ([0.3, 0.1], 3, "it is beyond chance from the first on"),
+        ([0.1, 0.9], 1, "cannot be said of one prompt"),
+    ],
+)
+def test_no_sink_is_said_where_there_is_none(tmp_path, masses, prompts, match):
+    (said,) = of_kind(made_series(tmp_path, masses, prompts).findings(), "sinks")
+    assert match in said

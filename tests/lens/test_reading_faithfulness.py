@@ -127,6 +127,60 @@ def test_relevance_is_conserved_without_biases(models, kind, changed):
     assert abs(sums["plain"][0] - logit) > 0.1
 
 
+def held_llama(network, ids):
+    """Written out with attention, gates and sizes held: [tokens], what each token's embedding alone gives the answer."""
+    states = network(ids, output_hidden_states=True, output_attentions=True)
+    answer = int(states.logits[0, -1].argmax())
+    own = network.model.embed_tokens(ids)[0]
+    alone = torch.diag_embed(torch.ones(len(own)))[..., None] * own  # [token, tokens, d_model]
+
+    def normed(norm, x, of):
+        return norm.weight * x / (of.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon).sqrt()
+
+    stream = own
+    for layer, attention in zip(network.model.layers, states.attentions, strict=True):
+        part = layer.self_attn
+        share = attention.shape[1] // (part.v_proj.out_features // part.head_dim)
+
+        def attend(x, part=part, attention=attention, share=share):
+            v = part.v_proj(x).unflatten(-1, (-1, part.head_dim)).repeat_interleave(share, -2)
+            return part.o_proj(torch.einsum("hij,...jhd->...ihd", attention[0], v).flatten(-2))
+
+        alone = alone + attend(normed(layer.input_layernorm, alone, stream))
+        stream = stream + attend(normed(layer.input_layernorm, stream, stream))
+        read = normed(layer.post_attention_layernorm, stream, stream)
+        gate = layer.mlp.act_fn(layer.mlp.gate_proj(read))
+        inner = normed(layer.post_attention_layernorm, alone, stream)
+        alone = alone + layer.mlp.down_proj(gate * layer.mlp.up_proj(inner))
+        stream = stream + layer.mlp(read)
+    last = normed(network.model.norm, alone, stream)[:, -1]
+    return (last @ network.lm_head.weight[answer]).detach()
+
+
+def test_cp_lrp_is_the_model_with_attention_gates_and_sizes_held(models):
+    model = models("llama", attention_bias=False)
+    model.model.set_attn_implementation("eager")
+    expected = held_llama(model.model, prompt()[None])
+    found = lens.reading.attribute(model, prompt(), "cp_lrp", progress=False)
+    scale = float(expected.abs().max())
+    assert torch.allclose(found.float(), expected, atol=1e-4 * scale)
+    other = lens.reading.attribute(model, prompt(), "attnlrp", progress=False)
+    assert not torch.allclose(other.float(), expected, atol=0.05 * scale)
+
+
+def test_cp_lrp_does_not_see_what_an_induction_head_matches(copying):
+    """A limit of the rule: attention is held, so the copied token gets the logit and the one that was looked up nothing."""
+    model, prompts = copying
+    for ids in prompts:
+        answer = Answer(model, torch.tensor(ids))
+        scores = attributing.scored(answer, "cp_lrp")
+        matched = ids.index(ids[-1])
+        assert int(scores.argmax()) == matched + 1
+        assert abs(float(scores[matched])) < 0.1 * float(scores.max())
+        assert float(attributing.scored(answer, "leave_one_out")[matched]) > 0.3
+        assert float(attributing.scored(answer, "attnlrp")[matched]) > 0.05 * float(scores.max())
+
+
 def test_mlps_that_lrp_has_no_rules_for_are_refused(models):
     for kind, match in (
         ("phi3", "the product in the MLP of phi3"),

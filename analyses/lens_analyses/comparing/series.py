@@ -11,7 +11,7 @@ from lens.common.errors import LensError
 from lens.common.files import write_text
 from lens.common.results import of_kind
 from lens.runs import Run
-from lens.runs.comparison.pictures import series_lines
+from lens.runs.comparison.pictures import first_token_curves, series_lines
 from lens.runs.comparison.series import RunSeries, compare_series
 from lens.traces.metrics import METRICS
 from lens_analyses.comparing.page import choices, rendered
@@ -46,12 +46,13 @@ def _numbers(series: RunSeries, command: str) -> dict[str, Any]:
         "schema": SCHEMA,
         "schema_version": SCHEMA_VERSION,
         "runs": [{"name": name, "run": run.id, "status": run.status} for name, run in pairs],
-        "summary": list(of_kind(series.findings(), "heads", "jump")),
+        "summary": list(of_kind(series.findings(), "heads", "sinks", "jump")),
         "limits": [
             *of_kind(series.findings(), "limit"),
             "Runs stand in the order in which they were given, at equal distances.",
         ],
         "heads": series.heads.to_dict("records"),
+        "sinks": series.sinks.to_dict("records"),
         "provenance": {
             "command": command,
             "seed": series.seed,
@@ -68,23 +69,27 @@ def _page(series: RunSeries, data: dict[str, Any]) -> str:
         "series",
         data,
         drawn,
-        choices=choices(drawn),
+        choices=choices(name for name in drawn if name.startswith("scatter/")),
+        first_token="first_token" in drawn,
         largest=_largest(series.heads),
         labels={name: one.label for name, one in METRICS.items()},
     )
 
 
 def _figures(series: RunSeries) -> dict[str, Any]:
-    """`scatter/<prompts>/<metric>/<variant>` of every score that has a number."""
+    """`scatter/<prompts>/<metric>/<variant>` of every score that has a number, and `first_token`."""
     known = series.heads.dropna(subset=["value"])
     known = known[known["metric"].map(lambda name: METRICS[str(name)].unit) != "position"]
     kinds = known[["prompts", "metric", "variant"]].drop_duplicates().itertuples(index=False)
-    return {
+    figures = {
         f"scatter/{kind.prompts}/{kind.metric}/{kind.variant}": slim(
             series_lines(series, str(kind.metric), str(kind.variant), str(kind.prompts), height=420)
         )
         for kind in kinds
     }
+    if len(series.sinks):
+        figures["first_token"] = slim(first_token_curves(series, height=380))
+    return figures
 
 
 def _largest(heads: pd.DataFrame) -> list[dict[Any, Any]]:

@@ -12,6 +12,7 @@ from lens.common.errors import LensError
 from lens.common.plots import draws
 from lens.common.results import ends
 from lens.figures.heads import label
+from lens.figures.rows import bars, classes
 from lens.figures.style import Look, escaped, grid_axes, grid_height, style
 from lens.runs.schema import KIND_WORDS
 from lens.traces.metrics import METRICS
@@ -284,3 +285,37 @@ def series_lines(
         look,
         meta={"metric": metric, "variant": variant, "prompts": kind},
     )
+
+
+def first_token_curves(series: RunSeries, **look: Unpack[Look]) -> go.Figure:
+    """What the first token gets of the attention of all heads, run by run, beside uniform attention and random weights.
+
+    Args:
+        series: of `lens.runs.compare_series`.
+
+    Example:
+        >>> from lens.runs.comparison.pictures import first_token_curves
+        >>> figure = first_token_curves(lens.runs.compare_series([run, other]))
+    """
+    figure = go.Figure()
+    for color, kind, rows in classes(series.sinks, "prompts"):
+        words = KIND_WORDS[kind]
+        for column, name, dash in (
+            ("mass", words, "solid"),
+            ("uniform", f"{words}, uniform attention", "dot"),
+            ("random_weights", f"{words}, random weights", "dash"),
+        ):
+            if rows[column].isna().all():
+                continue
+            figure.add_scatter(
+                x=rows["run"],
+                y=rows[column],
+                mode="lines+markers" if column == "mass" else "lines",
+                name=name,
+                line={"color": color, "dash": dash, "width": 2 if column == "mass" else 1},
+                error_y=bars(rows, "mass") if column == "mass" else None,
+                hovertemplate=f"{name} at %{{x}}: %{{y:.1%}}<extra></extra>",
+            )
+    figure.update_xaxes(title="run", type="category")
+    figure.update_yaxes(title="attention to the first token", tickformat=".0%", rangemode="tozero")
+    return style(figure, "Attention to the first token, mean of all heads", look)

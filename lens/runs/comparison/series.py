@@ -18,6 +18,7 @@ from lens.common.given import given_as
 from lens.common.head_ids import head_columns
 from lens.common.results import Result, Sentence, few
 from lens.runs.comparison.comparing import compare_runs
+from lens.runs.comparison.first_token import emerged, first_token
 from lens.runs.comparison.pairing import POSITIONS
 from lens.runs.comparison.words import SEEN
 from lens.runs.folders import Run
@@ -36,6 +37,7 @@ class RunSeries(Result):
         runs: in their order.
         names: of them, such as the revision of each checkpoint.
         heads: one row per run, kind of prompt, score and head, as `table` says.
+        sinks: one row per run and kind of prompt, what the first token gets (`lens.runs.comparison.first_token`).
         refused: (run, run compared with) -> why heads of the same number are not compared.
         seed: of the bootstrap.
     """
@@ -43,6 +45,7 @@ class RunSeries(Result):
     runs: tuple[Run, ...]
     names: tuple[str, ...]
     heads: pd.DataFrame
+    sinks: pd.DataFrame
     refused: dict[tuple[str, str], str]
     seed: int
 
@@ -53,9 +56,9 @@ class RunSeries(Result):
         return self.heads
 
     def findings(self) -> tuple[Sentence, ...]:
-        """How many heads of each kind each run has ("heads"), the largest jumps between neighbours ("jump"), what could
-        not be compared ("limit")."""
-        return (*self._counts(), *self._jumps(), *self._limits())
+        """How many heads of each kind each run has ("heads"), from which run on the first token gets more than by chance
+        ("sinks"), the largest jumps between neighbours ("jump"), what could not be compared ("limit")."""
+        return (*self._counts(), *emerged(self.sinks), *self._jumps(), *self._limits())
 
     def _counts(self) -> list[Sentence]:
         kinds: dict[str, list[str]] = {}
@@ -151,7 +154,8 @@ def compare_series(runs: Sequence[Run], *, seed: int = 0) -> RunSeries:
             else:
                 found |= dict.fromkeys(columns, compared.heads)
         tables.append(_joined(_alone(runs[place], names[place], place), found))
-    return RunSeries(runs, names, pd.concat(tables, ignore_index=True), refused, seed)
+    heads = pd.concat(tables, ignore_index=True)
+    return RunSeries(runs, names, heads, first_token(runs, names, seed), refused, seed)
 
 
 _KEYS = ["prompts", "metric", "variant", "layer", "head"]

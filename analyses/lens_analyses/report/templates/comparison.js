@@ -1,4 +1,5 @@
 (() => {
+  lensPage.draw(document.getElementById("first-token"), "first_token");
   const choice = document.getElementById("score");
   if (!choice) return;
   function show() {
