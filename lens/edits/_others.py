@@ -20,7 +20,7 @@ from lens.passes.stream import changed
 from lens.stats.controls import others
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float
+    from jaxtyping import Bool, Float, Int
 
 
 @dataclass(frozen=True)
@@ -102,8 +102,15 @@ def control_keys(
     drawn = random.permutation(left)
     if control == "size":
         return sorted(drawn[:count].tolist())
+    return keys_of_mass(drawn, mass, float(mass[sources].sum()))
+
+
+def keys_of_mass(
+    drawn: Int[np.ndarray, "drawn"], mass: Float[np.ndarray, "keys"], wanted: float
+) -> list[int]:
+    """The first of these keys whose mass together comes nearest to what is wanted."""
     reached = np.cumsum(mass[drawn])
-    return sorted(drawn[: 1 + np.abs(reached - mass[sources].sum()).argmin()].tolist())
+    return sorted(drawn[: 1 + np.abs(reached - wanted).argmin()].tolist())
 
 
 def other_heads(

@@ -7,6 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import lens
 from lens.common.errors import LensError
+from lens.common.results import of_kind
 from lens.figures.sink_mechanism import sink_origin, sink_tests
 from tests.lens.architectures import build
 from tests.lens.naive import probabilities_and_values, rms_ratio
@@ -189,7 +190,38 @@ def test_learned_sinks_are_a_kind():
             float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), IDS[:, 1:].flatten()))
         )
     assert row["delta_loss"] == pytest.approx(losses[1] - losses[0], abs=1e-5)
+    assert row["mass"] == pytest.approx(result.rows["learned"].mean())
     assert result.moves.empty
+
+
+def with_sinks(silent):
+    """Heads that a learned sink keeps small, on texts that the model goes on with; `silent`: they write nothing."""
+    network = build("gpt_oss")
+    with torch.no_grad():
+        for layer in network.model.layers:
+            layer.self_attn.sinks.fill_(6.0)
+            for part in (layer.self_attn.o_proj.weight, layer.self_attn.o_proj.bias):
+                part.mul_(0 if silent else 8)
+        ids = (IDS[:, :3].repeat(2, 1) + torch.arange(4)[:, None]) % 90 + 3
+        for _ in range(20):
+            ids = torch.cat([ids, network(ids).logits[:, -1:].argmax(-1)], 1)
+    return lens.load(network), ids
+
+
+@pytest.mark.parametrize(("silent", "match"), [(False, ", more)"), (True, ", not told apart)")])
+def test_taking_learned_sinks_away_stands_beside_random_keys(silent, match):
+    model, ids = with_sinks(silent)
+    result = lens.sinks.kinds(model, ids, progress=False)
+    (said,) = of_kind(result.findings(), "test")
+    assert match in said
+    (row,) = result.tests.to_dict("records")
+    # the sink takes more than all other keys have, so that every one but the first is hidden
+    others = lens.edits.Mask(list(range(1, ids.shape[1])))
+    done = lens.effect(model, ids, others, controls=(), progress=False)
+    hidden = done.values["edit"]["delta_loss"][-1].mean()
+    assert row["control"] == pytest.approx(hidden, abs=1e-5)
+    assert row["control_mass"] < 0.2 < row["mass"]
+    assert row["excess"] == pytest.approx(row["delta_loss"] - row["control"], abs=1e-6)
 
 
 @pytest.mark.parametrize(

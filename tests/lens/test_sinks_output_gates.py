@@ -110,7 +110,12 @@ def test_a_gate_is_a_kind_of_sink_and_its_test_opens_it(gated):
     expected = sum(after) / 2 - sum(before) / 2
     assert row["delta_loss"] == pytest.approx(expected, abs=1e-5)
     assert abs(expected) > 1e-3
-    assert "with all of their output let through" in of_kind(found.findings(), "test")[0]
+    said = of_kind(found.findings(), "test")[0]
+    assert "with all of their output let through" in said
+    assert "(random keys with " in said
+    assert row["mass"] == pytest.approx((1 - table.loc[closed, "gate"]).mean())
+    assert row["excess"] == pytest.approx(row["delta_loss"] - row["control"], abs=1e-6)
+    assert 0.2 < row["control_mass"] < 1
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -63,11 +65,7 @@ class SinkKinds(Result):
         for kind, rows in self.tests.groupby("kind", sort=False):
             parts = [
                 f"{_TEST[row['test']]} {row['delta_loss']:+.4f}{ends(row['delta_loss_low'], row['delta_loss_high'], '+.4f')}"
-                + (
-                    f" (random keys {row['control']:+.4f})"
-                    if row["control"] == row["control"]
-                    else ""
-                )
+                + _beside(row)
                 for row in rows.to_dict("records")
             ]
             count = int(rows["heads"].iloc[0])
@@ -123,6 +121,16 @@ class SinkKinds(Result):
                 kind="origin",
             )
         ]
+
+
+def _beside(row: Mapping[Any, Any]) -> str:
+    """The control, and whether the change is told apart from it."""
+    if row["control"] != row["control"]:
+        return ""
+    low, high = row["excess_low"], row["excess_high"]
+    apart = "more" if low > 0 else "less" if high < 0 else "not told apart"
+    apart = "" if low != low else f", {apart}"
+    return f" (random keys with {row['control_mass']:.0%} of the attention, {row['mass']:.0%} here, {row['control']:+.4f}{apart})"
 
 
 _ORIGIN = {

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from lens.common.head_ids import HeadId
 from lens.common.progress import advancing
-from lens.edits.attention import Mask, Value
+from lens.edits._others import by_layer, keys_of_mass
+from lens.edits.attention import Drop, Mask, Value
 from lens.edits.clean_runs import CleanRuns
 from lens.edits.effects import effect
 from lens.edits.losses import changes_of, predictions
@@ -47,8 +48,10 @@ def tests_of(
     `test`: "zero" (the sources' values become 0), "mask" (their attention goes to the other keys), "mean" (their
     values become the mean over the prompts) and "other" (those of another prompt). `delta_loss` with `_low`, `_high`,
     nats a token; `control` the same of random keys with as much attention, `excess` over it with `_low`, `_high`
-    (of "zero" and "mask"); `mass`, `control_mass`. Of sinks that the model has of itself "without" (a learned sink takes
-    nothing) and "open" (the gate lets all through): no keys are edited, so that they have no control.
+    (not of "mean" and "other"); `mass`, `control_mass`. Of sinks that the model has of itself "without" (a learned sink takes
+    nothing) and "open" (the gate lets all through): `mass` is what these take, and the random keys that hold as much in the
+    same heads are hidden where a learned sink is taken away, and left out where a gate is opened; where keys hold less than that, it is
+    all but the sources and `control_mass` says so.
 
     Args:
         model, prompts, draws, seed, progress: as of `kinds`.
@@ -94,10 +97,17 @@ def tests_of(
         own = rows[rows["kind"] == kind]
         if len(own):
             heads = [HeadId(int(a), int(b)) for a, b in own[["layer", "head"]].to_numpy()]
-            changed = [_of_model(model, prompt, heads, kind, clean) for prompt in prompts]
-            cells = columns("delta_loss", np.array([changed]), seed)
-            row = {"kind": kind, "heads": len(heads), "test": test, "mass": own["mass"].mean()}
-            found.append(row | {name: float(cell[0]) for name, cell in cells.items()})
+            changed = np.array([_of_model(model, prompt, heads, kind, clean) for prompt in prompts])
+            taken = own["learned"] if kind == "learned" else 1 - own["gate"]
+            control, mass = _random_keys(
+                model, read, places, own.assign(taken=taken), kind, clean, draws, seed
+            )
+            row = {"kind": kind, "heads": len(heads), "test": test, "mass": taken.mean()}
+            row |= {"control": control.mean(), "control_mass": mass}
+            for name, values in (("delta_loss", changed), ("excess", changed - control)):
+                cells = columns(name, values[None], seed)
+                row |= {column: float(cell[0]) for column, cell in cells.items()}
+            found.append(row)
     names = ["kind", "heads", "test", "mass", "delta_loss", "delta_loss_low", "delta_loss_high"]
     names += ["control", "excess", "excess_low", "excess_high", "control_mass"]
     return pd.DataFrame(found, columns=names)
@@ -154,6 +164,38 @@ def _of_model(
     outputs = Outputs(model, heads if kind == "gate" else ())
     with outputs.hooked():
         return _against(clean, prompt, predictions(model, prompt, outputs.of(on_layer)))
+
+
+def _random_keys(
+    model: LoadedModel,
+    read: Sequence[Tensor],
+    places: Sequence[Tensor],
+    rows: pd.DataFrame,
+    kind: str,
+    clean: CleanRuns,
+    draws: int,
+    seed: int,
+) -> tuple[np.ndarray, float]:
+    """[prompts] change of the loss when random keys that hold what is `taken` are hidden, or left out; and what they held."""
+    random = np.random.default_rng(seed)
+    source = {tuple(ids.tolist()): place for ids, place in zip(read, places, strict=True)}
+    heads = [HeadId(int(a), int(b)) for a, b in rows[["layer", "head"]].to_numpy()]
+
+    def edit(prompt: Prompt) -> Mask | Drop:
+        before, place = clean.of(prompt), source[tuple(prompt.ids or ())].cpu()
+        keys = torch.zeros(model.info.layers, len(place), dtype=torch.bool)
+        for layer, own in rows.groupby("layer"):
+            here = before.received[int(layer)][own["head"].tolist()].mean(0).double()  # pyright: ignore[reportArgumentType]
+            drawn = random.permutation(np.flatnonzero(~place.numpy()))
+            held = (here / before.queries).cpu().numpy()
+            keys[int(layer), keys_of_mass(drawn, held, own["taken"].mean())] = True  # pyright: ignore[reportArgumentType]
+        return (Mask if kind == "learned" else Drop)(by_layer(keys), heads=heads)
+
+    done = [
+        effect(model, read, edit, controls=(), clean=clean, progress=False) for _ in range(draws)
+    ]
+    changed = np.mean([one.values["edit"]["delta_loss"][-1] for one in done], axis=0)
+    return changed, float(np.mean([one.table()["mass"].iloc[0] for one in done]))
 
 
 def _against(clean: CleanRuns, prompt: Prompt, after: Tensor) -> float:
