@@ -1,15 +1,19 @@
 """Ways to score and choose edges, on models whose circuit is known, on `induction-2l` and on `smollm2-135m`.
 
-    python tests/benchmarks/circuit_methods.py [--smollm2] [--write]
+    python tests/benchmarks/circuit_methods.py [--smollm2] [--write] [--work DIR]
 
-prints CIRCUIT_METHODS.md, and writes it with `--write`. On known circuits: area under the curve of the edges that show on each
+prints CIRCUIT_METHODS.md, and writes it with `--write`. With `--smollm2` alone the rows of that model are made, the others stay: it
+says about how long that takes, writes after every row, and what stopped goes on where it was (rows are kept in `--work`,
+runs/circuit-methods if not given). On known circuits: area under the curve of the edges that show on each
 task, and of edges at single tokens. On `induction-2l` and, with `--smollm2`, on indirect objects with `smollm2-135m`: edges are
 scored on 16 prompts and circuits run on 16 others; a circuit's size is the smallest of 12 with a faithfulness of 0.85 there,
 and the overlap that of two halves of the prompts at that size.
 """
 
+import argparse
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,16 +40,38 @@ _MARK = "<!-- smollm2 -->"
 
 
 def main() -> None:
-    """Print the page; without `--smollm2` what stands there of that model stays."""
+    """Print the page; of `smollm2-135m` or of the others, what stands there of the rest stays."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--smollm2", action="store_true")
+    parser.add_argument("--write", action="store_true")
+    parser.add_argument("--work", type=Path, default=Path("runs/circuit-methods"))
+    given = parser.parse_args()
+    old = _TABLE.read_text(encoding="utf-8") if _TABLE.exists() else ""
+    small, _, large = (part.strip() for part in old.partition(_MARK))
+    if not given.smollm2:
+        small = known_models()
+
+    def put(large: str) -> None:
+        if given.write:
+            _TABLE.write_text(f"{small}\n\n{_MARK}\n{large}\n", encoding="utf-8")
+
+    if given.smollm2:
+        for text in large_model(given.work):
+            large = text
+            put(text)
+    put(large)
+    print(f"{small}\n\n{_MARK}\n{large}")
+
+
+def known_models() -> str:
+    """The page up to `smollm2-135m`."""
     small = lens.load("induction-2l")
     copying = lens.tasks.induction(small, 16), lens.tasks.induction(small, 16, seed=1)
     copies = {"first copy": (1, 26), "second copy": (26, 51)}
-    if "--smollm2" in sys.argv:
-        large = large_model()
-    else:
-        old = _TABLE.read_text(encoding="utf-8") if _TABLE.exists() else ""
-        large = old.partition(_MARK)[2].strip()
-    text = f"""# Methods that find circuits
+    *_, rows = trained(small, *copying, (*METHODS, PRUNING))
+    return f"""# Methods that find circuits
 
 `python tests/benchmarks/circuit_methods.py`: float32, CPU. `hybrid` is the mean of eap-ig, eap and eap-ig-activations at equal scale; with edge
 pruning: of 90 % of the edges, {_HYBRID.steps} steps, warm-started.
@@ -53,6 +79,11 @@ pruning: of 90 % of the edges, {_HYBRID.steps} steps, warm-started.
 Known circuits: chance that an edge that shows is scored above another, mean over the tasks of each model.
 
 {known_circuits()}
+
+Edges that all {len(METHODS)} methods keep of the known circuit's size (consensus), and those whose sign is sure over prompts drawn again (bootstrap), beside as
+many with the largest eap-ig scores: share of them that shows.
+
+{known_consensus()}
 
 The same of edges at single tokens (`lens.circuits.scores.positions`), where those show that change the metric by more than 1 % of its change when
 they are cut alone: edges scored everywhere alike by eap-ig, and at places by eap and eap-ig; and how far those of ways between tokens.
@@ -63,16 +94,9 @@ they are cut alone: edges scored everywhere alike by eap-ig, and at places by ea
 better), CMD (distance of those by size from 1, lower is better); edges of the smallest of 12 circuits that reaches {_ENOUGH}, by the
 largest scores and by those of them whose sign is sure (`bootstrap`); Jaccard index of the circuits of this size from two halves of the prompts.
 
-{trained(small, *copying, (*METHODS, PRUNING))}
+{rows}
 
-{at_places(small, *copying, copies)}
-
-{_MARK}
-{large}
-"""
-    print(text)
-    if "--write" in sys.argv:
-        _TABLE.write_text(text, encoding="utf-8")
+{at_places(small, *copying, copies)}"""
 
 
 def known_circuits() -> str:
@@ -93,6 +117,42 @@ def known_circuits() -> str:
             cells.append(f"{np.mean(found):.2f}")
         lines.append(f"| {known.model.name} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def known_consensus() -> str:
+    """One row per model: share of the edges of the core, of the bootstrap and of as many by eap-ig that show."""
+    models = [induction_transformer(beta=beta) for beta in (4, 8, 30)]
+    models += [tracr(name) for name in PROGRAMS]
+    lines = [
+        "| | edges that show | core: edges | of them show | as many by eap-ig | bootstrap: edges | of them show | as many by eap-ig |",
+        "|---" + "|--:" * 7 + "|",
+    ]
+    for known in models:
+        rows = []
+        for name, task in known.tasks.items():
+            true = known.visible.get(name) or known.edges
+            scores = {
+                method: lens.circuits.score_edges(known.model, task, method=method, progress=False)
+                for method in METHODS
+            }
+            best, size = scores["eap-ig"], len(true)
+            core = lens.circuits.checks.consensus(
+                [one.top(size, prune=False) for one in scores.values()]
+            ).core
+            sure = best.top(size, method="bootstrap", prune=False)
+            row: list[float] = [size]
+            for some in (core, sure):
+                row += [some.n, hits(some.edges, true)]
+                row.append(hits(best.top(some.n, prune=False).edges, true) if some.n else np.nan)
+            rows.append(row)
+        shown = [f"{value:.2f}" for value in np.nanmean(np.array(rows, float), 0)]
+        lines.append(f"| {known.model.name} | {' | '.join(shown)} |")
+    return "\n".join(lines)
+
+
+def hits(edges: Sequence[str], true: Collection[str]) -> float:
+    """Share of the edges that are true; NaN of none."""
+    return len(set(edges) & set(true)) / len(edges) if len(edges) else float("nan")
 
 
 def known_places() -> str:
@@ -143,16 +203,28 @@ def at_places(model: LoadedModel, task: Task, others: Task, spans: Any) -> str:
     return " ".join(said)
 
 
-def large_model() -> str:
-    """The same of indirect objects with `smollm2-135m`."""
+def large_model(work: Path) -> Iterator[str]:
+    """The same of indirect objects with `smollm2-135m`, after every row."""
     model = lens.load("smollm2-135m")
     task, others = lens.tasks.ioi(model, 16), lens.tasks.ioi(model, 16, seed=1)
-    return f"""`smollm2-135m`, indirect objects, in the same way ({", ".join(_LARGE)}; the others take a run or a backward pass for each of
-{lens.circuits.score_edges(model, task.take(torch.arange(1)), method="eap", progress=False).graph.n:,} edges, or each stage):
+    started = time.perf_counter()
+    graph = lens.circuits.score_edges(
+        model, task.take(torch.arange(2)), method="eap", progress=False
+    ).graph
+    passes = (time.perf_counter() - started) / 3 / 2  # seconds of a pass over a prompt
+    left = [one for one in _LARGE if not (work / f"{one}.npz").exists()]
+    runs = {"eap": 3, "eap-ig": 15, "hybrid": 33}
+    # scored twice (halves together are once more), and 80 circuits of 16 prompts, whose parts read their own sums
+    seconds = sum(passes * 16 * (2 * runs[one] + 80 * 2) for one in left) + passes * 16 * 200
+    print(f"about {seconds / 60:.0f} minutes for {', '.join([*left, 'places'])}", file=sys.stderr)
+    head = f"""`smollm2-135m`, indirect objects, in the same way ({", ".join(_LARGE)}; the others take a run or a backward pass for each of
+{graph.n:,} edges, or each stage):
 
-{trained(model, task, others, _LARGE)}
-
-{at_places(model, task, others, None)}"""
+"""
+    rows = ""
+    for rows in trained(model, task, others, _LARGE, work):
+        yield head + rows
+    yield f"{head}{rows}\n\n{at_places(model, task, others, None)}"
 
 
 def scored(model: LoadedModel, task: Task, method: str) -> EdgeScores:
@@ -161,40 +233,68 @@ def scored(model: LoadedModel, task: Task, method: str) -> EdgeScores:
     return lens.circuits.score_edges(model, task, method=asked, progress=False)
 
 
-def trained(model: LoadedModel, task: Task, others: Task, methods: Sequence[str]) -> str:
-    """One row per method, and the core of all of them."""
+def trained(
+    model: LoadedModel,
+    task: Task,
+    others: Task,
+    methods: Sequence[str],
+    work: Path | None = None,
+) -> Iterator[str]:
+    """One row per method, and the core of all of them: the table after every row, which is kept in `work`."""
     lines = [
         "| | CPR | CMD | edges, largest | edges, bootstrap | overlap of halves |",
         "|---|--:|--:|--:|--:|--:|",
     ]
-    views, ablation = [], None
+    views = []
     for method in methods:
-        scores = scored(model, task, method)
-        ablation = scores.ablation
-        judged = lens.circuits.evaluate(model, others, scores, progress=False)
-        sizes = {one: smallest(model, others, scores, one) for one in ("top", "bootstrap")}
-        count = sizes["top"] or scores.graph.n
-        halves = [
-            scored(model, task.take(rows), method).top(count)
-            for rows in (torch.arange(8), torch.arange(8, 16))
-        ]
-        views.append(scores.top(count))
-        shown = [str(sizes[one] or "–") for one in ("top", "bootstrap")]
-        overlap = lens.circuits.checks.jaccard(halves).mean
-        lines.append(
-            f"| {method} | {judged.cpr:.2f} | {judged.cmd:.2f} | {' | '.join(shown)} | {overlap:.2f} |"
-        )
-    agreed = lens.circuits.checks.consensus(views)
+        file = None if work is None else work / f"{method}.npz"
+        if file is not None and file.exists():
+            with np.load(file) as found:
+                line, kept = str(found["line"]), found["kept"]
+        else:
+            line, kept = row_of(model, task, others, method)
+            if file is not None:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                np.savez(file, line=line, kept=kept)
+        lines.append(line)
+        views.append(kept)
+        yield "\n".join(lines)
     best = lens.circuits.score_edges(model, task, method="eap-ig", progress=False)
+    names = np.array(best.graph.edges)
+    made = [
+        lens.circuits.make_circuit(
+            best.graph, names[kept].tolist(), ablation=best.ablation, task=task.name, model=model.name,
+            made="a method",
+        )
+        for kept in views
+    ]  # fmt: skip
+    agreed = lens.circuits.checks.consensus(made)
     kept = np.stack([agreed.core.kept, best.top(max(1, agreed.core.n), prune=False).kept])
-    assert ablation is not None
-    faithful = run_circuits(model, others, kept, ablation, progress=False).faithfulness()
+    faithful = run_circuits(model, others, kept, best.ablation, progress=False).faithfulness()
     lines.append("")
     lines.append(
         f"{agreed.findings()[0]} The core has a faithfulness of {faithful[0]:.2f}, as many edges with the largest eap-ig "
         f"scores {faithful[1]:.2f}."
     )
-    return "\n".join(lines)
+    yield "\n".join(lines)
+
+
+def row_of(model: LoadedModel, task: Task, others: Task, method: str) -> tuple[str, np.ndarray]:
+    """The row of one method, and the edges of its circuit, bool [edges]."""
+    scores = scored(model, task, method)
+    judged = lens.circuits.evaluate(model, others, scores, progress=False)
+    sizes = {one: smallest(model, others, scores, one) for one in ("top", "bootstrap")}
+    count = sizes["top"] or scores.graph.n
+    halves = [
+        scored(model, task.take(rows), method).top(count)
+        for rows in (torch.arange(8), torch.arange(8, 16))
+    ]
+    shown = [str(sizes[one] or "–") for one in ("top", "bootstrap")]
+    overlap = lens.circuits.checks.jaccard(halves).mean
+    line = (
+        f"| {method} | {judged.cpr:.2f} | {judged.cmd:.2f} | {' | '.join(shown)} | {overlap:.2f} |"
+    )
+    return line, scores.top(count).kept
 
 
 def smallest(model, task, scores, method: str) -> int | None:

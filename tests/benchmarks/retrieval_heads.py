@@ -2,7 +2,8 @@
 
     python tests/benchmarks/retrieval_heads.py [--model smollm2-135m] [--tokens 1024 2048] [--write]
 
-prints RETRIEVAL_HEADS.md, and writes it with `--write`. A needle stands at each depth of a book, which the next one follows where
+prints RETRIEVAL_HEADS.md, and writes it with `--write` after every length; lengths that stand there of the same command but for its
+lengths are kept, so that what stopped goes on. A needle stands at each depth of a book, which the next one follows where
 it is too short, and its first words end the prompt; every length is scored and masked by itself. Of one length a needle takes
 about 5 passes over the prompt and 3 + draws for each number of masked heads, each some 4 s of one core at 1,024 tokens and, at
 8,000, over a minute.
@@ -11,6 +12,7 @@ about 5 passes over the prompt and 3 + draws for each number of masked heads, ea
 from __future__ import annotations
 
 import argparse
+import re
 from itertools import combinations
 from pathlib import Path
 
@@ -41,20 +43,31 @@ def main() -> None:
     parser.add_argument("--write", action="store_true")
     given = parser.parse_args()
     model = lens.load(given.model)
-    parts = [
-        f"""# Retrieval heads on needles in real text
+    head = f"""# Retrieval heads on needles in real text
 
 `python tests/benchmarks/retrieval_heads.py --model {given.model} --tokens {" ".join(map(str, given.tokens))}`: `{model.name}`, float32, CPU. Needles
 in {", ".join(BOOKS)}, at depths of {", ".join(map(str, given.depths))}. **literal** (Wu), **query** (QRHead), **output** (LOCOS): `lens.reading.retrieval`.
 Masked heads give nothing; random ones are drawn from those in no list ({given.draws} draws). Recall: share of the needle's tokens, with a 95 % bootstrap
 interval over needles."""
-    ]
-    print(parts[0])
+    print(head)
+    known = standing(head) if given.write else {}
     for length in given.tokens:
-        parts.append(of_length(model, length, given))
-        print(parts[-1], flush=True)
-    if given.write:
-        _TABLE.write_text("\n".join(parts) + "\n", encoding="utf-8")
+        if length not in known:
+            known[length] = of_length(model, length, given)
+            if given.write:
+                sections = [known[one] for one in given.tokens if one in known]
+                _TABLE.write_text("\n".join([head, *sections]) + "\n", encoding="utf-8")
+        print(known[length], flush=True)
+
+
+def standing(head: str) -> dict[int, str]:
+    """Length -> its section, of a page of the same command but for its lengths."""
+    old = _TABLE.read_text(encoding="utf-8") if _TABLE.exists() else ""
+    first, *parts = re.split(r"\n(?=## )", old.rstrip("\n"))
+    of_command = re.compile(r"--tokens [\d ]+")
+    if of_command.sub("", first.strip()) != of_command.sub("", head.strip()):
+        return {}
+    return {int(part.split()[1].replace(",", "")): f"\n{part.rstrip()}" for part in parts}
 
 
 def of_length(model: LoadedModel, length: int, given: argparse.Namespace) -> str:
