@@ -13,7 +13,7 @@ from lens.edits.base import AttentionEdit, part_of
 from lens.edits.language import OfHeads, Running
 from lens.models.loaded import LoadedModel
 from lens.passes.blocks import BlockView, check_block_size
-from lens.passes.calls import LayerCall, attend
+from lens.passes.calls import LayerCall, attend, of_rows, with_dropped
 from lens.passes.keys import KeysAt
 
 if TYPE_CHECKING:
@@ -115,6 +115,25 @@ class SparseEdit(AttentionEdit):
 
     def _edit(
         self, call: LayerCall, at: KeysAt, heads: Bool[torch.Tensor, "heads"]
+    ) -> Float[torch.Tensor, "batch heads queries value_dim"] | None:
+        """Blocks begin with the first token of each prompt, also behind padding and where a cache has dropped it."""
+        first = -at.positions[:, 0]
+        if call.cross or not bool(first.any()):
+            return self._from_first(call, heads)
+        output = call.value.new_zeros(*call.query.shape[:3], call.value.shape[3])
+        edited = False
+        for place in first.unique().tolist():
+            rows = first == place
+            own = of_rows(call, rows, max(0, place))
+            own = with_dropped(own, -place) if place < 0 else own
+            found = self._from_first(own, heads)
+            edited = edited or found is not None
+            found = attend(own, backend=self._backend).output if found is None else found
+            output[rows, :, -found.shape[2] :] = found.to(output.dtype)
+        return output if edited else None
+
+    def _from_first(
+        self, call: LayerCall, heads: Bool[torch.Tensor, "heads"]
     ) -> Float[torch.Tensor, "batch heads queries value_dim"] | None:
         keys, queries = call.key.shape[2], call.query.shape[2]
         row = max(0, self._first - (keys - queries))

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from lens_kernels import AttentionResult, attention
+from torch.nn.functional import pad
 
 from lens.common.errors import LensError
 from lens.passes.masks import MaskStructure
@@ -107,6 +108,59 @@ def without_last(call: LayerCall, count: int) -> LayerCall:
         mask=call.mask.without_last(count),
         position_bias=bias,
         tokens=None if tokens is None else tokens[:, :-count],
+    )
+
+
+def with_dropped(call: LayerCall, count: int) -> LayerCall:
+    """The call with `count` more keys before its own, in the place of those that a window's cache has dropped.
+
+    They are zeros, and every query is too far from them to see them.
+    """
+    bias, mask, more = call.position_bias, call.mask, (count, 0)
+    if bias is not None and bias.shape[-1] > 1:
+        bias = pad(bias, more)
+    return replace(
+        call,
+        key=pad(call.key, (0, 0, *more)),
+        value=pad(call.value, (0, 0, *more)),
+        mask=replace(
+            mask,
+            start=mask.start - count,
+            allowed=None if mask.allowed is None else pad(mask.allowed, more),
+            padding=None if mask.padding is None else pad(mask.padding, more),
+        ),
+        position_bias=bias,
+        tokens=None if call.tokens is None else pad(call.tokens, more, value=-1),
+    )
+
+
+def of_rows(call: LayerCall, rows: Bool[Tensor, "batch"], first: int) -> LayerCall:
+    """Some rows of a call, from the key `first` on, and without the queries before it."""
+    skip = max(0, first - (call.key.shape[2] - call.query.shape[2]))
+    bias, mask = call.position_bias, call.mask
+    if bias is not None:
+        bias = bias if len(bias) == 1 else bias[rows]
+        bias = bias if bias.shape[2] == 1 else bias[:, :, skip:]
+        bias = bias if bias.shape[3] == 1 else bias[..., first:]
+    padding = None if mask.padding is None else mask.padding[rows, first:]
+    allowed = mask.allowed
+    if allowed is not None:
+        allowed = (allowed if len(allowed) == 1 else allowed[rows])[:, :, skip:, first:]
+    return replace(
+        call,
+        query=call.query[rows][:, :, skip:],
+        key=call.key[rows][:, :, first:],
+        value=call.value[rows][:, :, first:],
+        mask=replace(
+            mask,
+            padding=None if padding is None or bool(padding.all()) else padding,
+            allowed=allowed,
+            start=mask.start + first,
+            first=None if mask.first is None else mask.first[rows],
+        ),
+        position_bias=bias,
+        tokens=None if call.tokens is None else call.tokens[rows, first:],
+        before=None if call.before is None else call.before[rows],
     )
 
 

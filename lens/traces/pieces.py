@@ -21,7 +21,7 @@ from torch import Tensor
 from lens.common.choices import check_counts
 from lens.common.errors import LensError
 from lens.models.loaded import LoadedModel
-from lens.passes.calls import LayerCall
+from lens.passes.calls import LayerCall, with_dropped
 from lens.passes.inputs import Prompt
 from lens.passes.pieces import check_looks_back, run_in_pieces
 from lens.passes.sessions import OnLayer, listening
@@ -115,21 +115,8 @@ class Pieces:
         first = start - short
         ids = self._ids.to(call.key.device)
         before = ids[:, first - 1] if first else ids.new_full((1,), -1)
-        call = replace(call, tokens=ids[:, first : start + keys], before=before)
-        if not short:
-            return call
-        bias, allowed = call.position_bias, call.mask.allowed
-        if bias is not None and bias.shape[-1] > 1:
-            bias = torch.nn.functional.pad(bias, (short, 0))
-        if allowed is not None:
-            allowed = torch.nn.functional.pad(allowed, (short, 0))
-        return replace(
-            call,
-            key=torch.nn.functional.pad(call.key, (0, 0, short, 0)),
-            value=torch.nn.functional.pad(call.value, (0, 0, short, 0)),
-            mask=replace(call.mask, start=first, allowed=allowed),
-            position_bias=bias,
-        )
+        call = with_dropped(call, short) if short else call
+        return replace(call, tokens=ids[:, first : start + keys], before=before)
 
     def add(self, record: LayerRecord) -> None:
         """Take what one layer did with one piece: whole blocks of queries, or queries of one block."""

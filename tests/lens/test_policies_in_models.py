@@ -13,6 +13,7 @@ from lens.heads.pruning.gates import StreamingGate
 from lens.passes.head_outputs import read_calls
 from lens.policies.scores import COLUMNS, PolicyScores
 from lens.tasks.prompts import token_losses
+from tests.lens.architectures import build
 
 
 @pytest.fixture(scope="module")
@@ -315,3 +316,28 @@ def test_gates_of_duo_attention_become_policies(model):
 def test_bad_arguments_are_refused_before_any_pass(model, prompts, arguments, said):
     with pytest.raises(lens.LensError, match=said):
         policies.evaluate(model, prompts, **arguments)
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gemma2"])
+@torch.no_grad()
+def test_blocks_begin_with_the_first_token_behind_padding_and_in_a_windows_cache(kind):
+    network = build(kind)
+    model = lens.load(network)
+    ids = torch.randint(3, 40, (2, 26), generator=torch.Generator().manual_seed(2))
+    real = torch.ones_like(ids)
+    real[0, :5] = 0
+    places = (real.cumsum(-1) - 1).clamp(min=0)
+    for sizes in ((4, 4), (1, 4)):
+        with lens.edit(model, lens.edits.Sparse(policies.AShape(4, 3), sizes, first_row=6)):
+            batch = network(ids, attention_mask=real, position_ids=places).logits
+            alone = [network(ids[:1, 5:]).logits[0], network(ids[1:]).logits[0]]
+        assert (batch[0, 5:] - alone[0]).abs().max() < 1e-4
+        assert (batch[1] - alone[1]).abs().max() < 1e-4
+    with lens.edit(model, lens.edits.Sparse(policies.AShape(4, 3), (1, 4), first_row=6)):
+        cache, found = None, []
+        for start, end in [(0, 18), *((at, at + 1) for at in range(18, 26))]:
+            given = {"attention_mask": real[:, :end], "position_ids": places[:, start:end]}
+            made = network(ids[:, start:end], past_key_values=cache, use_cache=True, **given)
+            cache, found = made.past_key_values, [*found, made.logits]
+    assert (torch.cat(found, 1) - batch)[real.bool()].abs().max() < 1e-4
+    assert (network(ids[1:]).logits[0] - alone[1]).abs().max() > 1e-2
