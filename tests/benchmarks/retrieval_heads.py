@@ -27,6 +27,8 @@ NEEDLES = (
     (" The best thing to do in San Francisco is", " eat a sandwich in Dolores Park"),
     (" The secret word that opens the garden gate is", " purple elephant lantern"),
     (" The name of the captain's youngest brother is", " Bartholomew Greenfield"),
+    (" The pass key is", " 68423"),
+    (" The number of the red house is", " 2958"),
 )
 
 
@@ -77,7 +79,7 @@ def of_length(model: LoadedModel, length: int, given: argparse.Namespace) -> str
         for number, (question, needle) in enumerate(NEEDLES)
         for trial in lens.tasks.needles.text(
             model,
-            "\n".join(map(lens.tasks.text, BOOKS[number:] + BOOKS[:number])),
+            "\n".join(map(lens.tasks.text, BOOKS[number % 3 :] + BOOKS[: number % 3])),
             needle=needle,
             question=question,
             lengths=[length],
