@@ -2,6 +2,7 @@
 PYTHON ?= python3
 PORT ?= 8765
 MODEL ?=
+WORKERS ?= 3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
@@ -71,12 +72,12 @@ $(VENV)/.triton-3.6: $(BIN)/python
 	$(PIP) --no-deps --upgrade --target $(VENV)/triton-3.6 triton==3.6.0
 	@touch $@
 
-# Three workers of one thread each: on two cores one is always waiting, for a browser or a process of its own.
+# Workers of one thread each, three: on two cores one is always waiting, for a browser or a process of its own.
 # Types are checked beside them, and fail the command too. What pytest made of the test files is kept for the next time.
 unexport PYTHONDONTWRITEBYTECODE
 test: lint browser $(VENV)/.triton-3.6
 	@$(MAKE) --no-print-directory types & types=$$!; \
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder; tests=$$?; \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder; tests=$$?; \
 	wait $$types && exit $$tests
 
 exhaustive: $(VENV)/.test

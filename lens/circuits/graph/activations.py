@@ -97,10 +97,10 @@ class PlainVisitor(Visitor):
         return q, k, v
 
 
-class _Reading(PlainVisitor):
-    """Keeps what is written."""
+class Reading(PlainVisitor):
+    """Keeps what is written, with noise on what enters."""
 
-    def __init__(self, nodes: Nodes, noise: Tensor | None) -> None:
+    def __init__(self, nodes: Nodes, noise: Tensor | None = None) -> None:
         super().__init__(nodes)
         self.noise, self.found = noise, Activations(torch.empty(0))
 
@@ -125,7 +125,7 @@ def read_activations(
     Raises:
         LensError: prompts that the model does not take.
     """
-    reading = _Reading(nodes, noise)
+    reading = Reading(nodes, noise)
     with torch.no_grad():
         logits = visit(nodes, ids, reading)
     return logits, reading.found

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lens.circuits.graph.activations import PlainVisitor
+from lens.circuits.graph.activations import Activations, Reading
 from lens.circuits.graph.nodes import Nodes, visit
 from lens.passes.calls import LayerCall, attend
 
@@ -76,18 +76,23 @@ def by_head(call: LayerCall) -> LayerCall:
 
 def calls_of(nodes: Nodes, ids: Tensor) -> list[LayerCall]:
     """What the heads of each layer work with, keys and values by query head."""
-    calling = _Calling(nodes)
+    return read_both(nodes, ids)[1]
+
+
+def read_both(nodes: Nodes, ids: Tensor) -> tuple[Activations, list[LayerCall]]:
+    """What every writer writes in a plain run, and `calls_of` the same run."""
+    reading = _Calling(nodes)
     with torch.no_grad():
-        visit(nodes, ids, calling)
-    return calling.found
+        visit(nodes, ids, reading)
+    return reading.found, reading.calls
 
 
-class _Calling(PlainVisitor):
-    """Keeps what every head works with."""
+class _Calling(Reading):
+    """Keeps what every head works with, too."""
 
     def __init__(self, nodes: Nodes) -> None:
         super().__init__(nodes)
-        self.found: list[LayerCall] = []
+        self.calls: list[LayerCall] = []
 
     def attention(self, layer: int, call: LayerCall) -> None:
-        self.found.append(by_head(call))
+        self.calls.append(by_head(call))

@@ -25,14 +25,12 @@ from lens.circuits.graph.activations import (
     Ablation,
     Activations,
     PlainVisitor,
-    References,
-    read_activations,
 )
 from lens.circuits.graph.graph import Kv
 from lens.circuits.graph.masked_forward import masked_logits
 from lens.circuits.graph.nodes import Nodes, find_nodes, visit
 from lens.circuits.graph.spans import Given, find_spans
-from lens.circuits.graph.ways import PARTS, calls_of, replaced
+from lens.circuits.graph.ways import PARTS, read_both, replaced
 from lens.circuits.scores.attribution import Stage, edge_products, head_slopes
 from lens.circuits.scores.batch import Batch
 from lens.circuits.scores.methods import EapIg, named
@@ -91,11 +89,11 @@ def positions(
         raise LensError(
             f"the metric {task.metric!r} is flat at the clean prompts; use method='eap-ig'"
         )
-    task.corrupt_or_refuse()
+    corrupt = task.corrupt_or_refuse()
     places = find_spans(task, spans)
     nodes = find_nodes(model, kv=kv)
+    task.check(nodes.model)
     ablation = Ablation(kv=kv, positions=", ".join(places.names))
-    references = References(nodes, task, ablation)
     within, across = [], []
     with advancing(f"{model.name}: {word} at places", task.n, progress) as advance:
         for rows in task.chunks(min(_ROWS, task.rows_at_once(nodes.model))):
@@ -104,10 +102,10 @@ def positions(
                 return task.sign * task.measure(logits, rows)
 
             ids, where = task.clean[rows], places.where[:, rows].to(nodes.model.device)
-            corrupt = task.corrupt_or_refuse()[rows]
-            with torch.no_grad():
-                own, reference = read_activations(nodes, ids)[1], references.of(rows)
-                calls = calls_of(nodes, ids), calls_of(nodes, corrupt)
+            (own, clean), (reference, other) = (
+                read_both(nodes, one) for one in (ids, corrupt[rows])
+            )
+            calls = clean, other
             batch = Batch(nodes, ids, measure, reference, own.minus(reference), int(steps), rule)
             if word == "exact":
                 within.append(_exact_within(batch, own, where))
